@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from datasetdm_fast.plugins import Registry
 
@@ -90,6 +91,7 @@ class EngineKind:
     requirement: tuple[str, str] | None = None  # module:function that raises Missing early, and the option it reads
     races: bool = False  # whether --engine auto tries it for a long run on a CPU
     halves: tuple[str, ...] = ()  # precisions that --dtype auto tries for a long run
+    needs: Literal["", "network", "export"] = ""  # of a family: a network of ours, or that its stages can be exported
 
 
 OWN_ENGINES = {
@@ -103,6 +105,7 @@ OWN_ENGINES = {
             )
         },
         halves=("bf16", "fp16"),
+        needs="network",
     ),
     "ort": EngineKind(
         "datasetdm_fast.engine.engines.exported.ort:OrtEngine",
@@ -111,6 +114,7 @@ OWN_ENGINES = {
         },
         requirement=("datasetdm_fast.engine.engines.exported.providers:require_provider", "provider"),
         races=True,
+        needs="export",
     ),
     "openvino": EngineKind(
         "datasetdm_fast.engine.engines.exported.openvino:OpenVinoEngine",
@@ -118,6 +122,7 @@ OWN_ENGINES = {
         requirement=("datasetdm_fast.engine.engines.exported.providers:require_openvino", "streams"),
         races=True,
         halves=("bf16",),
+        needs="export",
     ),
     "trt": EngineKind(
         "datasetdm_fast.engine.engines.exported.trt:TrtEngine",
@@ -126,6 +131,7 @@ OWN_ENGINES = {
             "trt_flavour": ("--trt-flavour: TensorRT has variants, and the engine is {engine}", "Add --engine trt."),
         },
         requirement=("datasetdm_fast.export.tensorrt.flavours:require_gpu", "trt_flavour"),
+        needs="export",
     ),
 }
 ENGINES = Registry("engines", OWN_ENGINES, EngineKind)
@@ -185,6 +191,15 @@ class AttentionDefaults:
     appends: bool = True  # whether the class words are added to the prompt
     start: str = ""  # of a class prompt, and what stands between its words: as the model's captions have them
     between: str = " "
+
+
+@dataclass(frozen=True)
+class FlowRule:
+    """How the pipeline of a family of flows asks its scheduler for noise levels."""
+
+    spacing: Literal["scheduler", "uniform", "uniform-fp32"] = "scheduler"  # its own, or from 1 to 1 / steps
+    mu: Literal["linear", "empirical"] = "linear"  # the logarithm of a dynamic shift: by the tokens, or FLUX.2's rule
+    max_shift: float = 1.15  # where the scheduler config does not say
 
 
 @dataclass(frozen=True)

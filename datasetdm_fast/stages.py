@@ -5,12 +5,11 @@ Size letters: B images, C channels, H W pixels, h w latent cells, S tokens in sp
 queries, K classes, J joints. A CFG batch is [uncond_0 .. uncond_{B-1}, cond_0 .. cond_{B-1}].
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 LEVELS = ("low", "mid", "high", "highest")
-FACTOR = 8  # pixels per latent cell in every SD 1.x and 2.x autoencoder
+FACTOR = 8  # pixels of a side of one cell of the highest level
 
 
 @dataclass(frozen=True)
@@ -30,31 +29,6 @@ class Level:
         return self.halves * sum(self.features) + sum(self.heads) * self.tokens
 
 
-def heads_per_block(unet: Mapping[str, Any]) -> tuple[int, ...]:
-    """Attention heads of the four down blocks; diffusers calls this number attention_head_dim."""
-    heads = unet.get("num_attention_heads") or unet["attention_head_dim"]
-    return (heads,) * 4 if isinstance(heads, int) else tuple(heads)
-
-
-def levels(unet: Mapping[str, Any], tokens: int, size: int) -> tuple[Level, ...]:
-    """The four levels a UNet of this diffusers config yields at size x size pixels, low to highest."""
-    width, count, heads = unet["block_out_channels"], unet["layers_per_block"], heads_per_block(unet)
-    side = size // FACTOR
-    low = Level(
-        "low",
-        side // 8,
-        (width[2],) + (width[3],) * count + (width[3],) + (width[3],) * (count + 1),
-        (heads[3],),
-        tokens,
-    )
-    rest = []
-    for depth, name in ((2, "mid"), (1, "high"), (0, "highest")):
-        entry = width[depth] if depth == 0 else width[depth - 1]  # conv_in, or the downsampler of the block above
-        features = (entry,) + (width[depth],) * count + (width[depth + 1],) + (width[depth],) * (count + 1)
-        rest.append(Level(name, side >> depth, features, (heads[depth],) * (2 * count + 1), tokens))
-    return (low, *rest)
-
-
 Shape = tuple[str | int, ...]
 
 
@@ -69,7 +43,7 @@ class Tensors:
     outputs: dict[str, tuple[Shape, str]]
 
 
-_LATENTS: tuple[Shape, str] = (("B", 4, "h", "w"), "float32")
+_LATENTS: tuple[Shape, str] = (("B", 4, "h", "w"), "float32")  # of the U-Nets that are exported
 _CALL = {"latents": _LATENTS, "timestep": ((), "float32"), "context": (("2B", "T", "D"), "float32")}
 _NOISE: tuple[Shape, str] = (("2B", 4, "h", "w"), "float32")
 

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasetdm_fast.data import AttentionSums, ProjectedCapture
+from datasetdm_fast.data import AttentionSums, ProjectedCapture, Text
 from datasetdm_fast.engine.sampling.times import initial_noise
 from datasetdm_fast.export.onnx.stage_names import averaged_sides, label_of
-from datasetdm_fast.stages import FACTOR, LEVELS
+from datasetdm_fast.stages import LEVELS
 
 Tensors = dict[str, Tensor]
 
@@ -58,7 +58,7 @@ class Reference:
             return self._annotate(label_of(stage))
         if sides := averaged_sides(stage):
             return self._average(*sides)
-        arguments = call["latents"], TIMESTEP, call["context"]
+        arguments = call["latents"], TIMESTEP, Text(call["context"])
         if stage == "denoise":
             return call, {"noise": engine.denoise(*arguments)}
         if stage == "denoise_and_capture":
@@ -77,21 +77,22 @@ class Reference:
 
     @functools.cached_property
     def _call(self) -> Tensors:
-        side = self._engine.model.size // FACTOR
-        context = self._engine.encode_text(["", PROMPT])
-        latents = initial_noise(0, 4, side, side)[None]
+        context = self._engine.encode_text(["", PROMPT]).context
+        latents = initial_noise(0, *self._engine.model.latent_shape())[None]
         return {"latents": latents, "timestep": torch.tensor(TIMESTEP), "context": context}
 
     @functools.cached_property
     def _captured(self) -> tuple[Tensor, ProjectedCapture]:
-        return self._engine.denoise_and_capture(self._call["latents"], TIMESTEP, self._call["context"])
+        return self._engine.denoise_and_capture(self._call["latents"], TIMESTEP, Text(self._call["context"]))
 
     def _average(self, self_side: int, cross_side: int) -> tuple[Tensors, Tensors]:
         words = self._engine.encode_text([WORD])
-        empty = AttentionSums(torch.zeros(1, self_side**2, self_side**2), torch.zeros(1, cross_side**2, words.shape[1]))
-        arguments = self._call["latents"], TIMESTEP, self._call["context"], words, empty
+        shapes = (1, self_side**2, self_side**2), (1, cross_side**2, words.context.shape[1])
+        empty = AttentionSums(*map(torch.zeros, shapes))
+        arguments = self._call["latents"], TIMESTEP, Text(self._call["context"]), words, empty
         noise, sums = self._engine.denoise_and_average(*arguments)
-        return self._call | {"class_context": words}, {"noise": noise, "cells": sums.cells, "tokens": sums.tokens}
+        averages = {"cells": sums.cells, "tokens": sums.tokens}
+        return self._call | {"class_context": words.context}, {"noise": noise, **averages}
 
     def _annotate(self, task: str) -> tuple[Tensors, Tensors]:
         _, capture = self._captured

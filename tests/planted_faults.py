@@ -237,9 +237,9 @@ FAULTS = {
         {"scenario": "library"},
     ),
     "one of two texts on the host": Fault(
-        "datasetdm_fast.engine.pipeline:Pipeline._sampled_capture",
-        "engine.encode_text([prompt])",
-        "engine.encode_text([prompt]).cpu()",
+        "datasetdm_fast.engine.loop.call_text:call_text",
+        "return join_texts([negative, engine.encode_text(list(prompts))])",
+        "return join_texts([negative, engine.encode_text(list(prompts)).to('cpu')])",
         {"scenario": "features"},
     ),
     "earlier outputs of a sampler in fp16": Fault(
@@ -325,8 +325,8 @@ FAULTS = {
         {"scenario": "cards"},
     ),
     "the reference's tokens on the host": Fault(
-        "datasetdm_fast.engine.engines.torch:TorchEngine.encode_text",
-        "tokens.input_ids.to(self.device)",
+        "datasetdm_fast.engine.backbones.sd_reference:SDReference.encode",
+        "tokens.input_ids.to(self.text_encoder.device)",
         "tokens.input_ids",
         {"scenario": "verify"},
     ),

@@ -583,6 +583,7 @@ def manifest_of(folder: Path):
 def open_in_onnx_runtime(folder: Path, manifest):
     import torch
 
+    from datasetdm_fast.data import Text
     from datasetdm_fast.engine.engines.exported import graphs, ort
 
     export = graphs.export_cached
@@ -591,7 +592,7 @@ def open_in_onnx_runtime(folder: Path, manifest):
         engine = ort.OrtEngine(None, device="cpu")
     finally:
         graphs.export_cached = export
-    return engine.denoise(torch.zeros(1, 4, 8, 8), 1.0, torch.zeros(2, 77, 32))
+    return engine.denoise(torch.zeros(1, 4, 8, 8), 1.0, Text(torch.zeros(2, 77, 32)))
 
 
 def build_with_tensorrt(folder: Path, manifest):

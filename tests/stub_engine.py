@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import torch
 
 from datasetdm_fast.config import Defaults
-from datasetdm_fast.data import Capture
+from datasetdm_fast.data import Capture, Text
+from datasetdm_fast.engine.backbones.record import Latents
+from datasetdm_fast.engine.backbones.sd import SD
 from datasetdm_fast.engine.decoders.config import SD1_LEVELS, DecoderConfig
 from datasetdm_fast.engine.scenes import world
 
@@ -55,6 +57,11 @@ class StubEngine:
             size=size,
             digests={"unet": "stub"},
             licence="none",
+            backbone=SD,
+            guidance="cfg",
+            halves=2,
+            latents=Latents(4, 8),
+            latent_shape=lambda: (4, size // 8, size // 8),
         )
         self.decoders = {task: SimpleNamespace(config=configs[task.partition(":")[0]]) for task in tasks}
         self.log = []
@@ -65,18 +72,18 @@ class StubEngine:
                 return torch.full((77, 2), float("nan"))
             return torch.full((77, 2), zlib.crc32(prompt.encode()) % 997 / 997)
 
-        return torch.stack([one(prompt) for prompt in prompts])
+        return Text(torch.stack([one(prompt) for prompt in prompts]))
 
     def encode_classes(self, words):
         self.log.append(("encode_classes", tuple(words)))
-        return torch.stack([self.encode_text([word])[0, 0] for word in words])
+        return torch.stack([self.encode_text([word]).context[0, 0] for word in words])
 
-    def denoise(self, latents, timestep, context):
+    def denoise(self, latents, timestep, text):
         self.log.append(("denoise", timestep, len(latents)))
-        return torch.cat([latents, latents]) * 0.3 + context.mean((1, 2))[:, None, None, None]
+        return torch.cat([latents, latents]) * 0.3 + text.context.mean((1, 2))[:, None, None, None]
 
-    def denoise_and_capture(self, latents, timestep, context):
-        noise = self.denoise(latents, timestep, context)
+    def denoise_and_capture(self, latents, timestep, text):
+        noise = self.denoise(latents, timestep, text)
         self.log.append(("capture", timestep))
         joined = torch.cat(noise.chunk(2), 1)
         return noise, Capture(((joined,),) * 4, ((joined.flatten(2)[:, None].transpose(2, 3),),) * 4)

@@ -21,7 +21,7 @@ from bench.rows import attention as bench
 from datasetdm_fast import audit as audit_command
 from datasetdm_fast import generate, label, split
 from datasetdm_fast.config import AttentionDefaults
-from datasetdm_fast.data import AttentionSums, Request
+from datasetdm_fast.data import AttentionSums, Request, join_texts
 from datasetdm_fast.disk.locks import CACHE_VARIABLE
 from datasetdm_fast.engine.decoders.folders import DEMO
 from datasetdm_fast.engine.engines import build_engine
@@ -127,14 +127,14 @@ def test_the_bench_runs_both_on_the_cpu(monkeypatch):
 @torch.inference_mode()
 def test_sums_of_all_engines_agree_and_the_output_is_that_of_denoise(engines):
     fast, latents = engines["fast"], torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    context = torch.cat([fast.encode_text([""] * 3), fast.encode_text([each.prompt for each in REQUESTS])])
-    class_context = fast.encode_text(["ball cube", "cone", "cube"])
+    text = join_texts([fast.encode_text([""] * 3), fast.encode_text([each.prompt for each in REQUESTS])])
+    class_text = fast.encode_text(["ball cube", "cone", "cube"])
     found = {}
     for name, engine in engines.items():
         sums = AttentionSums(torch.zeros(3, 64, 64), torch.zeros(3, 256, 77))
         for timestep in (900.0, 100.0):
-            output, sums = engine.denoise_and_average(latents, timestep, context, class_context, sums)
-            apart = output - engine.denoise(latents, timestep, context)
+            output, sums = engine.denoise_and_average(latents, timestep, text, class_text, sums)
+            apart = output - engine.denoise(latents, timestep, text)
             # OpenVINO compiles the two calls apart.
             assert float(apart.norm() / output.norm()) <= (1e-5 if name == "openvino" else 0)
         assert torch.allclose(sums.cells.sum(-1), torch.tensor(2.0)) and torch.allclose(
@@ -160,7 +160,7 @@ def test_one_generator_draws_what_one_call_draws():
     noise = times.OneGenerator()
     whole = torch.randn(5, 4, 16, 16, generator=torch.Generator().manual_seed(3))
     for place in (0, 1, 4, 2, 2):
-        assert torch.equal(noise.draw(3, place, 16), whole[place])
+        assert torch.equal(noise.draw(3, place, (4, 16, 16)), whole[place])
 
 
 def test_columns_are_tokens_or_words(model):

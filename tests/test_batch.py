@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from datasetdm_fast.data import Batch, Request
+from datasetdm_fast.data import Batch, Request, join_texts
 from datasetdm_fast.engine.engines.fast import on_cpu
 from datasetdm_fast.engine.engines.opening import open_engine
 from datasetdm_fast.engine.loading.presets import DEMO
@@ -40,13 +40,13 @@ def relative(value: torch.Tensor, truth: torch.Tensor) -> float:
 
 def raw(engine, recipe, chosen):
     """Latents, Capture and every decoder's tensors for some of the prompts as one batch."""
-    context = torch.cat([engine.encode_text([""] * len(chosen)), engine.encode_text([PROMPTS[k] for k in chosen])])
+    text = join_texts([engine.encode_text([""] * len(chosen)), engine.encode_text([PROMPTS[k] for k in chosen])])
     state = start(torch.stack([initial_noise(SEEDS[k], 4, 16, 16) for k in chosen]))
     for call, timestep in enumerate(recipe.schedule.timesteps):
         if call == recipe.captured[-1]:
-            output, capture = engine.denoise_and_capture(state.latents, timestep, context)
+            output, capture = engine.denoise_and_capture(state.latents, timestep, text)
         else:
-            output = engine.denoise(state.latents, timestep, context)
+            output = engine.denoise(state.latents, timestep, text)
         state = step(recipe.schedule, call, state, guide(output, recipe.guidance))
     words = engine.encode_classes(["ball", "person"])[None].expand(len(chosen), -1, -1)
     found = {task: engine.annotate(task, capture, words if task == "open-vocabulary" else None) for task in TASKS}

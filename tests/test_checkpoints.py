@@ -28,6 +28,7 @@ from upstream_rules import load_upstream
 from datasetdm_fast import convert as command
 from datasetdm_fast import generate, kernels
 from datasetdm_fast.config import UPSTREAM_KINDS
+from datasetdm_fast.engine.backbones.sd import SD_SCHEDULER
 from datasetdm_fast.engine.decoders import upstream as checkpoints
 from datasetdm_fast.engine.decoders.checkpoint import build_decoder, load_decoder, save_decoder
 from datasetdm_fast.engine.decoders.config import upstream
@@ -35,7 +36,6 @@ from datasetdm_fast.engine.decoders.folders import DEMO, parts_of, read_config
 from datasetdm_fast.engine.labels.class_tables import builtin_table
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loading.folder import USUAL
-from datasetdm_fast.engine.loading.model import SD_SCHEDULER
 from datasetdm_fast.engine.loading.single_file import EMA, UNET
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.run_folder.reader import open_run
@@ -307,8 +307,12 @@ def test_a_file_becomes_a_diffusers_folder(averaged, tiny, first_generation, tmp
     line = (path, "--to", "diffusers", "--out", tmp_path / "folder")
     assert convert(*line, *(("--ema",) if averaged else ())) == 0
     model = load_model(str(tmp_path / "folder"), size=128)
-    assert same_weights(model.vae, vae) and same_weights(model.text_encoder, text) and model.scheduler == SD_SCHEDULER
-    ours, theirs = model.unet.state_dict(), unet.state_dict()
+    assert (
+        same_weights(model.modules["vae"], vae)
+        and same_weights(model.modules["text_encoder"], text)
+        and model.scheduler == SD_SCHEDULER
+    )
+    ours, theirs = model.modules["unet"].state_dict(), unet.state_dict()
     assert all(torch.equal(ours[name], theirs[name] + averaged) for name in theirs)
     assert StableDiffusionPipeline.from_pretrained(tmp_path / "folder").unet.config.attention_head_dim == 8
     if averaged:  # diffusers gives advice about a flag that is none of ours

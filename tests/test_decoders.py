@@ -20,6 +20,7 @@ from upstream_rules import load_upstream
 from bench.decoders import load_decoders
 from datasetdm_fast import _C, kernels
 from datasetdm_fast.data import Capture
+from datasetdm_fast.engine.backbones.sd import levels
 from datasetdm_fast.engine.decoders.checkpoint import (
     build_decoder,
     check_fits,
@@ -31,7 +32,6 @@ from datasetdm_fast.engine.decoders.layers import SpectralConv2d
 from datasetdm_fast.engine.decoders.trunk import copy_for_cpu, copy_for_gpu, fold
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import fused, plain
-from datasetdm_fast.stages import levels
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "decoders.json").read_text())
 RECORDED = {

@@ -10,7 +10,7 @@ from stub_engine import CONFIGS, StubEngine
 
 from datasetdm_fast import generate
 from datasetdm_fast.config import TASKS
-from datasetdm_fast.data import Batch, Capture, ProjectedCapture, Quarantined, Request, Sample, SemanticMap
+from datasetdm_fast.data import Batch, Capture, ProjectedCapture, Quarantined, Request, Sample, SemanticMap, join_texts
 from datasetdm_fast.engine.engines import opening
 from datasetdm_fast.engine.labels.class_tables import ClassWord
 from datasetdm_fast.engine.labels.trust import trust_of
@@ -302,7 +302,7 @@ def test_the_latents_are_those_of_the_sampler_with_guidance_from_each_seed():
     engine, asked = StubEngine(), requests("a ball", "a tree")
     for guidance in (1.0, 3.5):
         recipe = make_recipe(engine, ("depth",), steps=6, guidance=guidance)
-        context = torch.cat([engine.encode_text(["", ""]), engine.encode_text([request.prompt for request in asked])])
+        context = join_texts([engine.encode_text(["", ""]), engine.encode_text([request.prompt for request in asked])])
         state = walk.start(torch.stack([times.initial_noise(request.seed, 4, 8, 8) for request in asked]))
         for call, timestep in enumerate(recipe.schedule.timesteps):
             output = walk.guide(engine.denoise(state.latents, timestep, context), guidance)

@@ -9,10 +9,11 @@ import torch
 from diffusers import PNDMScheduler, StableDiffusionPipeline
 
 from datasetdm_fast.config import ENGINES, EngineKind
-from datasetdm_fast.data import Capture
+from datasetdm_fast.data import Capture, join_texts
+from datasetdm_fast.engine.backbones.sd_reference import capturing
 from datasetdm_fast.engine.engines import build_engine, check_engine
 from datasetdm_fast.engine.engines.device import engine_call
-from datasetdm_fast.engine.engines.torch import TorchEngine, capturing
+from datasetdm_fast.engine.engines.torch import TorchEngine
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loading.presets import DEMO
 from datasetdm_fast.engine.sampling import make_schedule
@@ -38,7 +39,7 @@ def make(
 ) -> tuple[torch.Tensor, Capture]:
     """Final latents and Capture of the prompts as one batch."""
     side, schedule = engine.model.size // 8, make_schedule(engine.model.scheduler, "pndm", steps, profile)
-    context = torch.cat([engine.encode_text([""] * len(prompts)), engine.encode_text(prompts)])
+    context = join_texts([engine.encode_text([""] * len(prompts)), engine.encode_text(prompts)])
     state = start(torch.stack([initial_noise(seed, 4, side, side) for seed in seeds]))
     for k, time in enumerate(schedule.timesteps[:-1]):
         state = step(schedule, k, state, guide(engine.denoise(state.latents, time, context), guidance))
@@ -50,10 +51,10 @@ def stock(engine: TorchEngine) -> StableDiffusionPipeline:
     """diffusers' own pipeline over the same modules."""
     model = engine.model
     pipeline = StableDiffusionPipeline(
-        vae=model.vae,
-        text_encoder=model.text_encoder,
-        tokenizer=model.clip_tokenizer,
-        unet=model.unet,
+        vae=model.modules["vae"],
+        text_encoder=model.modules["text_encoder"],
+        tokenizer=model.tokenizers["tokenizer"],
+        unet=model.modules["unet"],
         scheduler=PNDMScheduler.from_config(model.scheduler),
         safety_checker=None,
         feature_extractor=None,
@@ -80,8 +81,8 @@ def test_features_join_both_halves_of_each_image_and_maps_keep_the_conditional_o
     """With one context in both halves the halves are equal; changing one half changes its own channels only."""
     latents = torch.stack([initial_noise(seed, 4, 16, 16) for seed in (1, 2)])
     empty, text = engine.encode_text(["", ""]), engine.encode_text(["a cube", "a ball"])
-    _, same = engine.denoise_and_capture(latents, 1, torch.cat([text, text]))
-    _, other = engine.denoise_and_capture(latents, 1, torch.cat([empty, text]))
+    _, same = engine.denoise_and_capture(latents, 1, join_texts([text, text]))
+    _, other = engine.denoise_and_capture(latents, 1, join_texts([empty, text]))
     for level_same, level_other in zip(same.features, other.features):
         for a, b in zip(level_same, level_other):
             without, with_text = a.chunk(2, dim=1)
@@ -136,14 +137,15 @@ def test_image_is_that_of_the_stock_pipeline(name, steps):
 
 def test_text_is_encoded_as_the_stock_pipeline_does(engine):
     theirs, without = stock(engine).encode_prompt(list(PROMPTS[:2]), "cpu", 1, True)
-    assert torch.equal(engine.encode_text(PROMPTS[:2]), theirs)
-    assert torch.equal(engine.encode_text(["", ""]), without)
+    assert torch.equal(engine.encode_text(PROMPTS[:2]).context, theirs)
+    assert torch.equal(engine.encode_text(["", ""]).context, without)
     classes = engine.encode_classes(["ball", "cube"])
-    assert torch.equal(classes, engine.encode_text(["ball", "cube"]).mean(1)) and classes.shape == (2, 32)
+    context = engine.encode_text(["ball", "cube"]).context
+    assert torch.equal(classes, context.mean(1)) and classes.shape == (2, 32)
 
 
 def test_plain_calls_are_not_observed(engine):
-    unet = engine.model.unet
+    unet = engine.model.modules["unet"]
     kinds = {name: type(processor) for name, processor in unet.attn_processors.items()}
     latents, context = initial_noise(0, 4, 16, 16)[None], engine.encode_text(["", "a cube"])
     captured, _ = engine.denoise_and_capture(latents, 1, context)
@@ -156,7 +158,7 @@ def test_plain_calls_are_not_observed(engine):
 
 def test_pixels_are_cut_not_rounded(engine):
     class Flat(torch.nn.Module):
-        config = engine.model.vae.config
+        config = engine.model.modules["vae"].config
 
         def decode(self, latents, return_dict):
             return (latents.new_tensor([-2.0, -1.0, 0.0, 0.999, 2.0]).expand(1, 3, 1, 5),)
@@ -170,8 +172,8 @@ def test_real_images_are_encoded_by_mean_or_by_each_images_generator(engine):
     images = torch.randint(0, 256, (2, 128, 128, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     mean = engine.encode_image(images)
     with torch.no_grad():
-        posterior = engine.model.vae.encode(images.permute(0, 3, 1, 2) / 127.5 - 1).latent_dist
-    assert relative(mean, posterior.mean * engine.model.vae.config.scaling_factor) <= 1e-6
+        posterior = engine.model.modules["vae"].encode(images.permute(0, 3, 1, 2) / 127.5 - 1).latent_dist
+    assert relative(mean, posterior.mean * engine.model.modules["vae"].config.scaling_factor) <= 1e-6
     both = engine.encode_image(images, [torch.Generator().manual_seed(seed) for seed in (1, 2)])
     second = engine.encode_image(images[1:], [torch.Generator().manual_seed(2)])
     assert relative(both[1], second[0]) <= 1e-5 and relative(both, mean) > 1e-3

@@ -46,7 +46,7 @@ def decoders(tmp_path_factory):
             "open-vocabulary": {
                 "kind": "open-vocabulary",
                 "classes": source.thing_classes[:4],
-                "text_width": model.text_encoder.config.hidden_size,
+                "text_width": model.modules["text_encoder"].config.hidden_size,
                 **MASKS,
             },
             "depth": {"kind": "depth", "max_depth": source.max_depth},

@@ -24,7 +24,7 @@ from skips import IS_LONG, long_test
 
 from bench.decoders import load_decoders
 from datasetdm_fast import stages
-from datasetdm_fast.data import AttentionSums
+from datasetdm_fast.data import AttentionSums, Text, join_texts
 from datasetdm_fast.disk import locks
 from datasetdm_fast.engine.decoders.checkpoint import build_decoder, fold
 from datasetdm_fast.engine.decoders.config import upstream
@@ -154,8 +154,8 @@ def demo():
 def inputs(world, batch: int) -> dict:
     side = world.model.size // 8
     latents = torch.stack([initial_noise(70 + seed, 4, side, side) for seed in range(batch)])
-    context = torch.cat([world.torch.encode_text([""] * batch), world.torch.encode_text(PROMPTS[:batch])])
-    return {"latents": latents, "timestep": torch.tensor(321.0), "context": context}
+    text = join_texts([world.torch.encode_text([""] * batch), world.torch.encode_text(PROMPTS[:batch])])
+    return {"latents": latents, "timestep": torch.tensor(321.0), "context": text.context}
 
 
 # Against diffusers ----------------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def test_every_stage_says_what_diffusers_says(world, batch):
         relative(run("encode_text", tokens=world.model.token_ids(PROMPTS[:batch]))["context"], given["context"][batch:])
         <= EXACT
     )
-    noise, capture = world.torch.denoise_and_capture(given["latents"], 321, given["context"])
+    noise, capture = world.torch.denoise_and_capture(given["latents"], 321, Text(given["context"]))
     raw, captured = run("denoise_and_keep", **given), run("denoise_and_capture", **given)
     for found in (raw, captured, run("denoise", **given)):
         assert relative(found["noise"], noise) <= EXACT
@@ -198,10 +198,10 @@ def test_averages_of_the_attention_are_those_of_diffusers(world, batch):
     given, words = inputs(world, batch), world.torch.encode_text(["ball", "cube", "a tall tree"][:batch])
     nothing = AttentionSums(
         torch.zeros(batch, world.sides[0] ** 2, world.sides[0] ** 2),
-        torch.zeros(batch, world.sides[1] ** 2, words.shape[1]),
+        torch.zeros(batch, world.sides[1] ** 2, words.context.shape[1]),
     )
-    noise, sums = world.torch.denoise_and_average(given["latents"], 321, given["context"], words, nothing)
-    found = world.exported(average_name(*world.sides), **given, class_context=words)
+    noise, sums = world.torch.denoise_and_average(given["latents"], 321, Text(given["context"]), words, nothing)
+    found = world.exported(average_name(*world.sides), **given, class_context=words.context)
     for name, truth in (("noise", noise), ("cells", sums.cells), ("tokens", sums.tokens)):
         assert relative(found[name], truth) <= EXACT
 
@@ -209,7 +209,7 @@ def test_averages_of_the_attention_are_those_of_diffusers(world, batch):
 @pytest.mark.parametrize("batch", [1, 3])
 def test_every_decoder_says_what_it_says_of_the_raw_capture(world, batch):
     given = inputs(world, batch)
-    _, capture = world.torch.denoise_and_capture(given["latents"], 321, given["context"])
+    _, capture = world.torch.denoise_and_capture(given["latents"], 321, Text(given["context"]))
     found = world.exported("denoise_and_capture", **given)
     words = world.torch.encode_classes(["ball", "cube", "a tall tree"][:batch]).expand(batch, -1, -1)
     for task, kind in world.manifest.tasks.items():
@@ -236,7 +236,10 @@ def test_the_autoencoder(world, batch):
     difference = (torch.from_numpy(world.exported("decode_image", latents=latents)["image"]).int() - image.int()).abs()
     assert difference.max() <= 1 and (difference > 0).float().mean() <= 1e-3
     moments = world.exported("encode_image", image=image)["moments"]
-    assert relative(moments[:, :4] * world.model.vae.config.scaling_factor, world.torch.encode_image(image)) <= EXACT
+    assert (
+        relative(moments[:, :4] * world.model.modules["vae"].config.scaling_factor, world.torch.encode_image(image))
+        <= EXACT
+    )
 
 
 def test_graphs_are_plain_onnx(world):
@@ -306,10 +309,10 @@ def test_norms_and_softmax_stay_fp32_between_narrow_products(demo, tmp_path, pre
     }
     if precision == "fp16":
         reference = build_engine("torch", model, device="cpu")
-        context = torch.cat([reference.encode_text([""]), reference.encode_text(PROMPTS[:1])])
+        text = join_texts([reference.encode_text([""]), reference.encode_text(PROMPTS[:1])])
         latents = initial_noise(3, 4, 16, 16)[None]
-        found = run("denoise", latents=latents, timestep=np.float32(321), context=context)["noise"]
-        assert 1e-5 < relative(found, reference.denoise(latents, 321, context)) < 2e-3
+        found = run("denoise", latents=latents, timestep=np.float32(321), context=text.context)["noise"]
+        assert 1e-5 < relative(found, reference.denoise(latents, 321, text)) < 2e-3
 
 
 # The folder -----------------------------------------------------------------------------------------------------------
@@ -545,7 +548,8 @@ shim.fault_seen.restype = ctypes.c_int64
 model, out = load_model("tiny"), Path(sys.argv[1])
 export(model, {}, out, only=["encode_text"])
 whole = {path.name: path.read_bytes() for path in out.iterdir()}
-bias = model.text_encoder.final_layer_norm.bias  # changed, so that every export finds an earlier one in its place
+# changed, so that every export finds an earlier one in its place
+bias = model.modules["text_encoder"].final_layer_norm.bias
 first = bias.data.clone()
 step = int(sys.argv[2])
 for kind in map(int, sys.argv[3:]):
@@ -664,9 +668,9 @@ def test_deferred_weights_are_those_of_the_models_without_a_copy():
     from datasetdm_fast.export.onnx.weights import defer_weights
 
     for part, classes in (
-        (model.unet, (TimeTable, TextTable, UNet)),
-        (model.vae, (ImageDecoder, ImageEncoder)),
-        (model.text_encoder, (TextEncoder,)),
+        (model.modules["unet"], (TimeTable, TextTable, UNet)),
+        (model.modules["vae"], (ImageDecoder, ImageEncoder)),
+        (model.modules["text_encoder"], (TextEncoder,)),
     ):
         for kind in classes:
             more = () if kind in (TimeTable, TextTable) else (plain,)
@@ -676,8 +680,8 @@ def test_deferred_weights_are_those_of_the_models_without_a_copy():
             )
             assert lazy.keys() == real.keys() and all(isinstance(value, Deferred) for value in lazy.values())
             assert all(torch.equal(value_of(lazy[name]), value) for name, value in real.items())
-    whole = Deferred.of(model.unet.conv_in.weight)
-    assert value_of(whole).data_ptr() == model.unet.conv_in.weight.data_ptr() and "Deferred" in repr(whole)
+    whole = Deferred.of(model.modules["unet"].conv_in.weight)
+    assert value_of(whole).data_ptr() == model.modules["unet"].conv_in.weight.data_ptr() and "Deferred" in repr(whole)
 
 
 def test_sizes_known_at_run_time_are_counted_by_name():

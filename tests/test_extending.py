@@ -153,7 +153,7 @@ from datasetdm_fast.kernels import choice
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.models.text_encoder import TextEncoder
 ops = choice.operations(torch.device("cpu"), torch.float32)
-layers = TextEncoder(load_model("demo").text_encoder, ops).layers
+layers = TextEncoder(load_model("demo").modules["text_encoder"], ops).layers
 ended["kernel"] = all(layer.activation is ops.quick_gelu for layer in layers)
 with contextlib.redirect_stdout(io.StringIO()) as said:
     ended["judged"] = int(pytest.main(judged)), said.getvalue()

@@ -129,7 +129,7 @@ def test_an_autoencoder_that_leaves_the_range_of_fp16_is_noticed_and_its_images_
     nothing at all.
     """
     model, factor = load_model("demo"), 1e6
-    for name, weight in model.vae.named_parameters():
+    for name, weight in model.modules["vae"].named_parameters():
         if name.startswith("decoder.up_blocks.0.resnets.0.conv1."):
             weight.data *= factor
     wide, narrow = (make_engine("ort", dtype, model, {}, tmp_path) for dtype in ("fp32", "fp16"))

@@ -48,7 +48,6 @@ def interface() -> dict[str, Any]:
         "engines.build_engine": signature(engines.build_engine),
         "stages.LEVELS": list(stages.LEVELS),
         "stages.STAGES": sorted(stages.STAGES),
-        "stages.levels": signature(stages.levels),
     }
     for kind in (Pipeline, Output, DiffusionOutput, Run):
         found[kind.__name__] = members(kind)

@@ -15,10 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from datasetdm_fast.config import TASKS
+from datasetdm_fast.engine.backbones.sd import DOWN_BLOCKS, SD, SD_SCHEDULER, UP_BLOCKS
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.loading import load_model, presets, provenance, tokenizer
-from datasetdm_fast.engine.loading.checks import DOWN_BLOCKS, UP_BLOCKS
-from datasetdm_fast.engine.loading.model import SD_SCHEDULER
 from datasetdm_fast.engine.loading.provenance import UNKNOWN_LICENCE
 from datasetdm_fast.engine.loading.single_file import predicts_noise
 from datasetdm_fast.engine.loop.diffusing import sampler_of
@@ -28,10 +27,10 @@ from datasetdm_fast.errors import Missing, Refused
 
 def pipeline(model, **parts) -> StableDiffusionPipeline:
     parts = {
-        "vae": model.vae,
-        "text_encoder": model.text_encoder,
-        "tokenizer": model.clip_tokenizer,
-        "unet": model.unet,
+        "vae": model.modules["vae"],
+        "text_encoder": model.modules["text_encoder"],
+        "tokenizer": model.tokenizers["tokenizer"],
+        "unet": model.modules["unet"],
         **parts,
     }
     scheduler = PNDMScheduler.from_config({**model.scheduler, **parts.pop("scheduler", {})})
@@ -77,11 +76,9 @@ def test_tiny_is_seeded_and_leaves_the_global_generator_alone(tiny):
     torch.manual_seed(5)
     again = load_model("tiny")
     assert torch.equal(torch.rand(1), expected)
-    assert all(same_weights(getattr(tiny, part), getattr(again, part)) for part in ("unet", "vae", "text_encoder"))
-    assert not any(
-        parameter.requires_grad for part in (tiny.unet, tiny.vae, tiny.text_encoder) for parameter in part.parameters()
-    )
-    assert not (tiny.unet.training or tiny.vae.training or tiny.text_encoder.training)
+    assert all(same_weights(tiny.modules[part], again.modules[part]) for part in ("unet", "vae", "text_encoder"))
+    assert not any(parameter.requires_grad for part in tiny.modules.values() for parameter in part.parameters())
+    assert not any(part.training for part in tiny.modules.values())
     assert (
         tiny.size == 128 and [level.side for level in tiny.levels] == [2, 4, 8, 16] and "seeded" in tiny.digests["unet"]
     )
@@ -97,7 +94,7 @@ def test_size_follows_the_wish(tiny):
 def test_demo_loads_or_says_how_to_make_it(monkeypatch, tmp_path):
     if presets.DEMO.is_dir():
         model = load_model("demo")
-        assert model.name == "demo" and model.size == 128 and model.unet.dtype == torch.float32
+        assert model.name == "demo" and model.size == 128 and model.modules["unet"].dtype == torch.float32
         assert model.licence != UNKNOWN_LICENCE
     monkeypatch.setattr(presets, "DEMO", tmp_path / "nowhere")
     with pytest.raises(Missing, match="demo model is not there"):
@@ -111,9 +108,12 @@ def test_the_fast_engine_reads_networks_that_no_module_holds(tiny, tmp_path):
     assert engine.weight_distance() == 0
     source = model.networks["vae"].read()
     name = "decoder.conv_in.weight"
-    assert torch.equal(source.state_dict()[name], tiny.vae.state_dict()[name]) and name not in source.state_dict()
-    assert model.unet is model.unet and model.networks["unet"].changes == 0
-    model.unet.conv_out.weight.mul_(2)
+    assert (
+        torch.equal(source.state_dict()[name], tiny.modules["vae"].state_dict()[name])
+        and name not in source.state_dict()
+    )
+    assert model.modules["unet"] is model.modules["unet"] and model.networks["unet"].changes == 0
+    model.modules["unet"].conv_out.weight.mul_(2)
     assert model.networks["unet"].changes == 1 and engine.weight_distance() > 0.4
 
 
@@ -131,7 +131,7 @@ def test_the_tokenizer_of_the_demo_model_gives_the_ids_of_transformers():
     model, chance = load_model("demo"), random.Random(0)
     texts = ["", "A  Red\tBALL, and it's <|endoftext|> it", "a " * 90 + "b", "x" * 400]
     texts += ["".join(chance.choices("abc AB\u00e4\u00fc0129.,!?'\n\u2603\u6f22<|>", k=40)) for _ in range(300)]
-    theirs, given = model.clip_tokenizer, {"padding": "max_length", "max_length": 77, "truncation": True}
+    theirs, given = model.tokenizers["tokenizer"], {"padding": "max_length", "max_length": 77, "truncation": True}
     assert len(model.tokenizer) == len(theirs) and model.tokenizer.model_max_length == theirs.model_max_length
     assert model.tokenizer(texts).input_ids == theirs(texts).input_ids
     assert model.tokenizer(texts[1]).input_ids == theirs(texts[1]).input_ids
@@ -144,7 +144,7 @@ def test_the_tokenizer_of_the_demo_model_gives_the_ids_of_transformers():
 
 def test_folder_gives_back_what_was_saved(tiny, saved):
     model = load_model(str(saved))
-    assert all(same_weights(getattr(tiny, part), getattr(model, part)) for part in ("unet", "vae", "text_encoder"))
+    assert all(same_weights(tiny.modules[part], model.modules[part]) for part in SD.networks)
     assert model.tokenizer(["a red ball"]).input_ids == tiny.tokenizer(["a red ball"]).input_ids
     assert model.levels == tiny.levels and model.defaults.size == 128 and model.defaults.steps == 50
     assert {key: model.scheduler[key] for key in SD_SCHEDULER} == SD_SCHEDULER
@@ -162,14 +162,14 @@ def test_folder_gives_back_what_was_saved(tiny, saved):
 )
 def test_other_weight_files_load(tiny, tmp_path, options):
     pipeline(tiny).save_pretrained(tmp_path / "model", **options)
-    assert same_weights(load_model(str(tmp_path / "model")).unet, tiny.unet)
+    assert same_weights(load_model(str(tmp_path / "model")).modules["unet"], tiny.modules["unet"])
 
 
 def test_half_weights_load_without_a_bar_of_the_libraries(tiny, saved, folder, capsys):
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    tiny.unet.save_pretrained(folder / "unet", variant="fp16")
+    tiny.modules["unet"].save_pretrained(folder / "unet", variant="fp16")
     capsys.readouterr()
-    assert same_weights(load_model(str(folder)).unet, tiny.unet) and not capsys.readouterr().err
+    assert same_weights(load_model(str(folder)).modules["unet"], tiny.modules["unet"]) and not capsys.readouterr().err
 
 
 def test_safetensors_are_read_before_pickles_of_every_name(folder):
@@ -186,7 +186,7 @@ def test_half_precision_files_become_fp32(tiny, folder):
     path = folder / "vae" / "diffusion_pytorch_model.safetensors"
     save_file({key: value.half() for key, value in load_file(path).items()}, path)
     model = load_model(str(folder))
-    assert model.vae.dtype == torch.float32 and model.digests["vae"] == provenance.digest([path])
+    assert model.modules["vae"].dtype == torch.float32 and model.digests["vae"] == provenance.digest([path])
 
 
 def test_demo_model_and_decoders_name_their_licence():
@@ -248,9 +248,9 @@ def test_second_generation_folder_with_heads_per_level_and_linear_projections(ti
         "prediction_type"
     ] == "v_prediction"
     engine = build_engine("torch", model, device="cpu")
-    latents, context = torch.randn(1, 4, 16, 16), engine.encode_text(["", "a cube"])
-    noise, capture = engine.denoise_and_capture(latents, 1, context)
-    assert torch.allclose(noise, engine.denoise(latents, 1, context), atol=1e-4)
+    latents, text = torch.randn(1, 4, 16, 16), engine.encode_text(["", "a cube"])
+    noise, capture = engine.denoise_and_capture(latents, 1, text)
+    assert torch.allclose(noise, engine.denoise(latents, 1, text), atol=1e-4)
     for level, maps in zip(model.levels, capture.maps, strict=True):
         assert [layer.shape for layer in maps] == [(1, heads, level.side**2, 77) for heads in level.heads]
 
@@ -321,8 +321,11 @@ SPOILT = {
         configure("unet/config.json", block_out_channels=[32, 32, 64, 96]),
         "do not fit its config.json",
     ),
-    "two text encoders": (configure("model_index.json", _class_name="StableDiffusionXLPipeline"), "SDXL"),
-    "another family": (configure("model_index.json", _class_name="FluxPipeline"), "FluxPipeline"),
+    "two text encoders": (
+        configure("model_index.json", _class_name="StableDiffusionXLPipeline"),
+        "StableDiffusionXL|text_encoder_2",
+    ),
+    "another family": (configure("model_index.json", _class_name="KandinskyPipeline"), "a KandinskyPipeline"),
     "inpainting": (configure("unet/config.json", in_channels=9), "inpainting"),
     "three levels": (configure("unet/config.json", down_block_types=list(DOWN_BLOCKS[1:])), "down_block_types"),
     "deeper transformers": (
@@ -533,7 +536,7 @@ def first_generation(tiny):
 
 
 def with_vocabulary(tiny, folder: Path) -> Path:
-    tiny.clip_tokenizer.save_pretrained(folder / "tokenizer")
+    tiny.tokenizers["tokenizer"].save_pretrained(folder / "tokenizer")
     return folder
 
 
@@ -546,11 +549,15 @@ def test_single_file_of_the_first_generation(tiny, first_generation, tmp_path, s
     else:
         save_file(state, path, {"modelspec.license": "openrail"})
     model = load_model(str(path), size=128)
-    assert same_weights(model.unet, unet) and same_weights(model.vae, vae) and same_weights(model.text_encoder, text)
     assert (
-        model.unet.config.attention_head_dim == 8
-        and model.vae.config.scaling_factor == 0.18215
-        and model.text_encoder.config.hidden_act == "quick_gelu"
+        same_weights(model.modules["unet"], unet)
+        and same_weights(model.modules["vae"], vae)
+        and same_weights(model.modules["text_encoder"], text)
+    )
+    assert (
+        model.modules["unet"].config.attention_head_dim == 8
+        and model.modules["vae"].config.scaling_factor == 0.18215
+        and model.modules["text_encoder"].config.hidden_act == "quick_gelu"
     )
     assert model.scheduler == SD_SCHEDULER and model.defaults.size == 512 and model.size == 128
     assert model.licence == ("openrail" if suffix == "safetensors" else UNKNOWN_LICENCE) and set(model.digests) == {
@@ -617,13 +624,13 @@ def test_single_file_of_the_second_generation(tiny, first_generation, tmp_path):
     path = with_vocabulary(tiny, tmp_path) / "second.safetensors"
     save_file(original(unet, first_generation[1], clip), path)
     model = load_model(str(path), size=64)
-    assert same_weights(model.unet, unet) and same_weights(model.text_encoder, text)
+    assert same_weights(model.modules["unet"], unet) and same_weights(model.modules["text_encoder"], text)
     assert [level.heads[0] for level in model.levels] == [
         2,
         2,
         1,
         1,
-    ] and model.text_encoder.config.num_hidden_layers == 2
+    ] and model.modules["text_encoder"].config.num_hidden_layers == 2
     assert (
         model.scheduler["prediction_type"] == "v_prediction" and model.defaults.size == 768
     )  # untrained: its output is not its input
@@ -727,7 +734,7 @@ def test_seeded_networks_have_the_tensors_and_settings_of_their_modules(source):
     """Their own tables of shapes and settings are what the libraries would have told."""
     networks = load_model(source).networks if source != "linear" else {"unet": presets.seed_network("unet", LINEAR, 3)}
     for part, network in networks.items():
-        kind = presets.class_of(part)
+        kind = presets.class_of(SD.parts[part])
         with torch.device("meta"):
             module = kind(CLIPTextConfig(**network.config)) if part == "text_encoder" else kind(**network.config)
         theirs = {name.removeprefix("text_model."): tuple(value.shape) for name, value in module.state_dict().items()}

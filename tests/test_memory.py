@@ -103,8 +103,8 @@ def as_on_a_gpu(engine, monkeypatch):
 def test_an_engine_that_ran_out_of_memory_goes_on_in_halves(monkeypatch):
     """The path of a GPU, walked on the CPU: plain calls instead of graphs, and the failure instead of the driver's."""
     engine = FastEngine(load_model("tiny"), device="cpu")
-    latents, context = torch.randn(5, 4, 16, 16), engine.encode_text([f"thing {k}" for k in range(10)])
-    expected, asked = engine.denoise(latents, 5, context), []
+    latents, text = torch.randn(5, 4, 16, 16), engine.encode_text([f"thing {k}" for k in range(10)])
+    expected, asked = engine.denoise(latents, 5, text), []
 
     def graph(inputs, step):
         asked.append(len(inputs[0]))
@@ -115,7 +115,7 @@ def test_an_engine_that_ran_out_of_memory_goes_on_in_halves(monkeypatch):
     as_on_a_gpu(engine, monkeypatch)
     engine._graphs, engine._graph = {}, graph
     for _ in range(2):
-        assert torch.allclose(engine.denoise(latents, 5, context), expected, atol=1e-5)
+        assert torch.allclose(engine.denoise(latents, 5, text), expected, atol=1e-5)
     assert asked == [5, 3, 2, 3, 2] and engine.adjustments == {"unet_batch": 3}
 
 
@@ -156,12 +156,12 @@ def test_an_engine_is_let_go_with_its_last_name():
 def test_a_large_text_encoder_is_let_go_while_the_unet_works(monkeypatch):
     engine = FastEngine(load_model("tiny"), device="cpu")
     assert "text_encoder" not in vars(engine)
-    context, latents = engine.encode_text(["", "a ball"]), torch.randn(1, 4, 16, 16)
-    engine.denoise(latents, 5, context)
+    text, latents = engine.encode_text(["", "a ball"]), torch.randn(1, 4, 16, 16)
+    engine.denoise(latents, 5, text)
     assert "text_encoder" in vars(engine)
     monkeypatch.setattr("datasetdm_fast.engine.engines.fast.on_cpu.LARGEST_IDLE", 0)
-    engine.denoise(latents, 5, context)
-    assert "text_encoder" not in vars(engine) and torch.equal(engine.encode_text(["", "a ball"]), context)
+    engine.denoise(latents, 5, text)
+    assert "text_encoder" not in vars(engine) and torch.equal(engine.encode_text(["", "a ball"]).context, text.context)
 
 
 def test_networks_that_are_read_once_a_batch_are_let_go_while_others_work(monkeypatch):
@@ -278,8 +278,8 @@ def test_a_compiled_engine_says_the_same(monkeypatch):
     )
     model = load_model("tiny")
     engine, plain = (FastEngine(model, device="cpu", compile=is_compiled) for is_compiled in (True, False))
-    latents, context = torch.randn(2, 4, 16, 16), plain.encode_text(["", "", "a ball", "a cube"])
-    assert torch.allclose(engine.denoise(latents, 5, context), plain.denoise(latents, 5, context), atol=1e-5)
+    latents, text = torch.randn(2, 4, 16, 16), plain.encode_text(["", "", "a ball", "a cube"])
+    assert torch.allclose(engine.denoise(latents, 5, text), plain.denoise(latents, 5, text), atol=1e-5)
     assert engine.fingerprint()["compiled"] == "yes" and "compiled" not in plain.fingerprint()
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench.decoders import load_decoders
-from datasetdm_fast.data import AttentionSums, ProjectedCapture
+from datasetdm_fast.data import AttentionSums, ProjectedCapture, Text, join_texts
 from datasetdm_fast.engine.decoders.checkpoint import build_decoder, fold
 from datasetdm_fast.engine.decoders.config import upstream
 from datasetdm_fast.engine.engines import build_engine
@@ -90,17 +90,17 @@ def relative(value: torch.Tensor, truth: torch.Tensor) -> float:
     return float((value - truth).double().norm() / truth.double().norm().clamp(min=1e-30))
 
 
-def inputs(engine, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+def inputs(engine, batch: int) -> tuple[torch.Tensor, Text]:
     latents = torch.stack([initial_noise(seed, 4, 16, 16) for seed in range(batch)])
-    return latents, torch.cat([engine.encode_text([""] * batch), engine.encode_text(PROMPTS[:batch])])
+    return latents, join_texts([engine.encode_text([""] * batch), engine.encode_text(PROMPTS[:batch])])
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_every_feature_and_map(pair, batch):
-    latents, context = inputs(pair.torch, batch)
-    noise, truth = pair.torch.denoise_and_capture(latents, 321, context)
-    ours, capture = pair.fast.denoise_and_capture_raw(latents, 321, context)
-    assert relative(ours, noise) <= STAGE and relative(pair.fast.denoise(latents, 321, context), noise) <= STAGE
+    latents, text = inputs(pair.torch, batch)
+    noise, truth = pair.torch.denoise_and_capture(latents, 321, text)
+    ours, capture = pair.fast.denoise_and_capture_raw(latents, 321, text)
+    assert relative(ours, noise) <= STAGE and relative(pair.fast.denoise(latents, 321, text), noise) <= STAGE
     for kind in ("features", "maps"):
         for level, expected in zip(getattr(capture, kind), getattr(truth, kind), strict=True):
             for place, (value, right) in enumerate(zip(level, expected, strict=True)):
@@ -112,9 +112,9 @@ def test_level_sums_and_labels(pair, batch):
     """Every decoder reads its own part of the stacked sums and says what it says of the features and maps
     themselves.
     """
-    latents, context = inputs(pair.torch, batch)
-    noise, raw = pair.torch.denoise_and_capture(latents, 1, context)
-    ours, sums = pair.fast.denoise_and_capture(latents, 1, context)
+    latents, text = inputs(pair.torch, batch)
+    noise, raw = pair.torch.denoise_and_capture(latents, 1, text)
+    ours, sums = pair.fast.denoise_and_capture(latents, 1, text)
     assert (
         isinstance(sums, ProjectedCapture) and relative(ours, noise) <= STAGE and (sums.batch, sums.side) == (batch, 16)
     )
@@ -151,16 +151,16 @@ def test_image_stages(pair):
 
 
 def test_text_stages(pair):
-    assert relative(pair.fast.encode_text(PROMPTS), pair.torch.encode_text(PROMPTS)) <= STAGE
+    assert relative(*(engine.encode_text(PROMPTS).context for engine in (pair.fast, pair.torch))) <= STAGE
     assert relative(pair.fast.encode_classes(["ball"]), pair.torch.encode_classes(["ball"])) <= STAGE
 
 
 def free(engine, batch: int, steps: int = 6) -> torch.Tensor:
-    latents, context = inputs(engine, batch)
+    latents, text = inputs(engine, batch)
     schedule = make_schedule(engine.model.scheduler, "pndm", steps)
     state = start(latents)
     for k, time in enumerate(schedule.timesteps):
-        state = step(schedule, k, state, guide(engine.denoise(state.latents, time, context), 5.0))
+        state = step(schedule, k, state, guide(engine.denoise(state.latents, time, text), 5.0))
     return state.latents
 
 
@@ -170,18 +170,18 @@ def test_free_running_latents(pair, batch):
 
 
 def test_a_batch_says_what_its_images_say_alone(pair):
-    latents, context = inputs(pair.fast, 3)
-    noise, sums = pair.fast.denoise_and_capture(latents, 41, context)
+    latents, text = inputs(pair.fast, 3)
+    noise, sums = pair.fast.denoise_and_capture(latents, 41, text)
     for b in range(3):
-        alone, own = pair.fast.denoise_and_capture(latents[b : b + 1], 41, context[[b, 3 + b]])
+        alone, own = pair.fast.denoise_and_capture(latents[b : b + 1], 41, text[[b, 3 + b]])
         assert relative(noise[[b, 3 + b]], alone) <= STAGE
         assert all(relative(value[b : b + 1], truth) <= STAGE for value, truth in zip(sums.sums, own.sums))
 
 
 def test_without_decoders_the_capture_is_raw(pair):
     engine = build_engine("fast", pair.model, device="cpu")
-    latents, context = inputs(engine, 1)
-    assert len(engine.denoise_and_capture(latents, 1, context)[1].features[0]) == len(pair.model.levels[0].features)
+    latents, text = inputs(engine, 1)
+    assert len(engine.denoise_and_capture(latents, 1, text)[1].features[0]) == len(pair.model.levels[0].features)
     with pytest.raises(Missing, match="depth"):
         engine.annotate("depth", None)
 
@@ -191,33 +191,33 @@ def test_texts_are_read_again_when_they_change(pair):
     engine, reads = build_engine("fast", pair.model, device="cpu"), []
     inner = engine.texts.forward
     engine.texts.forward = lambda text: reads.append(len(text)) or inner(text)
-    latents, context = inputs(engine, 2)
-    first = engine.denoise(latents, 5, context)
-    engine.denoise(latents, 6, context)
+    latents, text = inputs(engine, 2)
+    first = engine.denoise(latents, 5, text)
+    engine.denoise(latents, 6, text)
     assert reads == [1, 2]  # the empty prompt once, then the prompts of both images
-    context[3] = context[2]
-    second = engine.denoise(latents, 5, context)
+    text.context[3] = text.context[2]
+    second = engine.denoise(latents, 5, text)
     assert reads == [1, 2, 2] and relative(second, first) > 1e-4
-    assert relative(second, pair.torch.denoise(latents, 5, context)) <= STAGE
+    assert relative(second, pair.torch.denoise(latents, 5, text)) <= STAGE
     with torch.inference_mode():
-        untracked = context.clone()
+        untracked = text.map(torch.clone)
     engine.denoise(latents, 5, untracked)
     engine.denoise(latents, 5, untracked)
     assert reads == [1, 2, 2, 2, 2]
-    context[:2] = context[2]  # another text for the unconditional rows
-    engine.denoise(latents, 5, context)
+    text.context[:2] = text.context[2]  # another text for the unconditional rows
+    engine.denoise(latents, 5, text)
     assert reads[-2:] == [1, 2]
 
 
 def test_weights_changed_in_place_are_read_again():
     model = load_model("tiny")
     engine = build_engine("fast", model, device="cpu")
-    latents, context = inputs(engine, 1)
-    before = engine.denoise(latents, 5, context)
-    model.unet.conv_out.weight.mul_(2)
-    after = engine.denoise(latents, 5, context.clone())
+    latents, text = inputs(engine, 1)
+    before = engine.denoise(latents, 5, text)
+    model.modules["unet"].conv_out.weight.mul_(2)
+    after = engine.denoise(latents, 5, text.map(torch.clone))
     assert relative(after, before) > 0.1
-    assert relative(after, build_engine("torch", model, device="cpu").denoise(latents, 5, context)) <= STAGE
+    assert relative(after, build_engine("torch", model, device="cpu").denoise(latents, 5, text)) <= STAGE
 
 
 def test_weights_of_text_encoder_and_autoencoder_changed_in_place_are_read_again():
@@ -226,16 +226,16 @@ def test_weights_of_text_encoder_and_autoencoder_changed_in_place_are_read_again
     latents, _ = inputs(engine, 1)
     image = engine.decode_image(latents)
     calls = {
-        "text_encoder": lambda engine: engine.encode_text(["a ball"]),
+        "text_encoder": lambda engine: engine.encode_text(["a ball"]).context,
         "vae": lambda engine: engine.encode_image(image),
     }
     before = {name: call(engine) for name, call in calls.items()}
     for name, call in calls.items():
-        for weight in getattr(model, name).parameters():
+        for weight in model.modules[name].parameters():
             weight.detach().mul_(1.2)
         after, truth = call(engine), call(build_engine("torch", model, device="cpu"))
         assert relative(after, before[name]) > 0.01 and relative(after, truth) <= STAGE
-    model.vae.post_quant_conv.weight.detach().mul_(2)
+    model.modules["vae"].post_quant_conv.weight.detach().mul_(2)
     truth = build_engine("torch", model, device="cpu").decode_image(latents)
     assert (engine.decode_image(latents).int() - truth.int()).abs().max() <= 1
 
@@ -243,8 +243,8 @@ def test_weights_of_text_encoder_and_autoencoder_changed_in_place_are_read_again
 def test_weights_of_a_decoder_changed_in_place_are_read_again():
     model, decoders = load_model("demo"), {"semantic": load_decoders("demo")["semantic"]}
     engine = build_engine("fast", model, decoders, device="cpu")
-    latents, context = inputs(engine, 1)
-    _, capture = engine.denoise_and_capture_raw(latents, 5, context)
+    latents, text = inputs(engine, 1)
+    _, capture = engine.denoise_and_capture_raw(latents, 5, text)
     before = engine.annotate("semantic", capture)
     for weight in decoders["semantic"].parameters():
         weight.detach().mul_(1.1)
@@ -257,14 +257,14 @@ def test_weights_of_a_decoder_changed_in_place_are_read_again():
 def test_a_changed_timestep_embedding_is_read_before_the_first_call():
     model = load_model("tiny")
     engine = build_engine("fast", model, device="cpu")
-    latents, context = inputs(engine, 1)
+    latents, text = inputs(engine, 1)
     words = engine.encode_text(["ball"])
-    sums = AttentionSums(torch.zeros(1, 16, 16), torch.zeros(1, 16, words.shape[1]))
-    before, _ = engine.denoise_and_average(latents, 5, context, words, sums)
+    sums = AttentionSums(torch.zeros(1, 16, 16), torch.zeros(1, 16, words.context.shape[1]))
+    before, _ = engine.denoise_and_average(latents, 5, text, words, sums)
     for call in (engine.denoise, lambda *given: engine.denoise_and_average(*given, words, sums)[0]):
-        model.unet.time_embedding.linear_1.weight.mul_(2)
-        after = call(latents, 5, context.clone())
-        truth = build_engine("torch", model, device="cpu").denoise(latents, 5, context)
+        model.modules["unet"].time_embedding.linear_1.weight.mul_(2)
+        after = call(latents, 5, text.map(torch.clone))
+        truth = build_engine("torch", model, device="cpu").denoise(latents, 5, text)
         assert relative(after, before) > 0.01 and relative(after, truth) <= STAGE
 
 
@@ -272,18 +272,18 @@ def test_one_call_of_the_text_encoder_and_the_timetable_is_enough(pair):
     engine = build_engine("fast", pair.model, device="cpu")
     calls, inner = [], engine.times.forward
     engine.times.forward = lambda timestep: calls.append(float(timestep)) or inner(timestep)
-    latents, context = inputs(engine, 1)
+    latents, text = inputs(engine, 1)
     for time in (5, 9, 5, 9.0):
-        engine.denoise(latents, time, context)
+        engine.denoise(latents, time, text)
     assert calls == [5, 9]
 
 
 def test_bf16_stays_within_its_budget(pair):
     """Against fp32, as the gates of that precision have it; sums stay fp32 in storage."""
-    latents, context = inputs(pair.torch, 2)
-    noise, _ = pair.torch.denoise_and_capture(latents, 321, context)
+    latents, text = inputs(pair.torch, 2)
+    noise, _ = pair.torch.denoise_and_capture(latents, 321, text)
     engine = FastEngine(pair.model, pair.torch.decoders, dtype="bf16", device="cpu")
-    ours, sums = engine.denoise_and_capture(latents, 321, context)
+    ours, sums = engine.denoise_and_capture(latents, 321, text)
     assert ours.dtype == torch.float32 and all(value.dtype == torch.float32 for value in sums.sums)
     assert relative(ours, noise) <= 5e-2
     assert engine.fingerprint()["dtype"] == "bf16"
@@ -355,15 +355,15 @@ def test_networks_for_a_gpu_are_exact(pair):
     """Biases as shifts, residuals inside products and skips without concatenation change nothing but rounding; sums
     of biases are taken once, in fp32."""
     model, latents = pair.model, torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)).double()
-    row, hooks, found = TimeTable(model.unet)(torch.tensor(500.0)).double(), [], []
-    text = TextTable(model.unet).double()(inputs(pair.fast, 2)[1].double())
+    row, hooks, found = TimeTable(model.modules["unet"])(torch.tensor(500.0)).double(), [], []
+    text = TextTable(model.modules["unet"]).double()(inputs(pair.fast, 2)[1].context.double())
     for kind in (UNet, fused.FusedUNet):
         hooks.append(RawCapture(model.levels, plain))
-        found.append(kind(model.unet, plain).double()(latents, row, text, hooks[-1]))
+        found.append(kind(model.modules["unet"], plain).double()(latents, row, text, hooks[-1]))
     assert relative(found[1], found[0]) <= 1e-6
     for ours, plainly in zip(hooks[1].features.values(), hooks[0].features.values(), strict=True):
         assert relative(ours, plainly) <= 1e-6
-    images = [kind(model.vae, plain).double()(latents) for kind in (ImageDecoder, fused.FusedImageDecoder)]
+    images = [kind(model.modules["vae"], plain).double()(latents) for kind in (ImageDecoder, fused.FusedImageDecoder)]
     assert relative(images[1], images[0]) <= 1e-6
 
 
@@ -386,14 +386,14 @@ def test_a_user_is_told_once_that_kernels_are_being_compiled(monkeypatch, capsys
 def test_graphs_say_what_eager_calls_say(pair, dtype):
     engine = FastEngine(pair.model, pair.torch.decoders, dtype=dtype, device="cuda")
     for batch in (1, 3, 1):
-        latents, context = inputs(engine, batch)
+        latents, text = inputs(engine, batch)
         latents = latents.cuda()
         for time in (981, 321, 1):
-            noise, sums = engine.denoise_and_capture(latents, time, context)
-            plain = engine.denoise(latents, time, context)
+            noise, sums = engine.denoise_and_capture(latents, time, text)
+            plain = engine.denoise(latents, time, text)
             with torch.inference_mode():
                 expected, *levels = engine._capture_projected(
-                    engine._latents(latents), engine._row(time), *engine._encode_keys_values(context)
+                    engine._latents(latents), engine._row(time), *engine._encode_keys_values(text.context)
                 )
             budget = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}[dtype]
             assert relative(noise, expected) <= budget and relative(plain, expected) <= budget
@@ -404,7 +404,7 @@ def test_graphs_say_what_eager_calls_say(pair, dtype):
 @pytest.mark.gpu
 def test_no_call_of_the_loop_waits_for_the_device(pair):
     engine = FastEngine(pair.model, pair.torch.decoders, device="cuda")
-    latents, context = inputs(engine, 2)
+    latents, text = inputs(engine, 2)
     schedule = make_schedule(engine.model.scheduler, "pndm", 4)
     for is_counted in (False, True):  # the first round records the graphs and fills the timetable
         state = start(latents.cuda())
@@ -412,7 +412,7 @@ def test_no_call_of_the_loop_waits_for_the_device(pair):
         try:
             for k, time in enumerate(schedule.timesteps):
                 call = engine.denoise_and_capture if k == len(schedule) - 1 else engine.denoise
-                output = call(state.latents, time, context)
+                output = call(state.latents, time, text)
                 output = output[0] if isinstance(output, tuple) else output
                 state = step(schedule, k, state, guide(output, 5.0))
         finally:
@@ -423,9 +423,9 @@ def test_no_call_of_the_loop_waits_for_the_device(pair):
 @pytest.mark.gpu
 def test_a_moved_buffer_is_noticed(pair):
     engine = FastEngine(pair.model, device="cuda")
-    latents, context = inputs(engine, 1)
-    engine.denoise(latents.cuda(), 5, context)
+    latents, text = inputs(engine, 1)
+    engine.denoise(latents.cuda(), 5, text)
     (graph,) = engine._graphs.values()
     graph.inputs[0] = graph.inputs[0].clone()
     with pytest.raises(AssertionError, match="moved"):
-        engine.denoise(latents.cuda(), 5, context)
+        engine.denoise(latents.cuda(), 5, text)

@@ -19,6 +19,7 @@ import openvino
 
 from bench.decoders import load_decoders
 from datasetdm_fast import verify
+from datasetdm_fast.data import Text, join_texts
 from datasetdm_fast.engine.engines import build_engine, check_engine
 from datasetdm_fast.engine.engines.exported.graphs import join_parts, split_batch
 from datasetdm_fast.engine.engines.exported.openvino import OpenVinoEngine, input_names, resolve_precision, split_graph
@@ -43,9 +44,9 @@ def engine(cache) -> OpenVinoEngine:
     return build_engine("openvino", load_model("demo"), load_decoders("demo"), device="cpu")
 
 
-def inputs(engine, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+def inputs(engine, batch: int) -> tuple[torch.Tensor, Text]:
     latents = torch.stack([initial_noise(seed, 4, 16, 16) for seed in range(batch)])
-    return latents, torch.cat([engine.encode_text([""] * batch), engine.encode_text(PROMPTS[:batch])])
+    return latents, join_texts([engine.encode_text([""] * batch), engine.encode_text(PROMPTS[:batch])])
 
 
 def test_verify_passes_for_every_task(cache, capsys):
@@ -60,7 +61,7 @@ def test_verify_passes_for_every_task(cache, capsys):
 
 @long_test
 def test_streams_and_threads_change_no_bit(engine):
-    latents, context = inputs(engine, 3)
+    latents, text = inputs(engine, 3)
     before, kept = torch.get_num_threads(), engine.streams
     found = []
     try:
@@ -68,7 +69,7 @@ def test_streams_and_threads_change_no_bit(engine):
             torch.set_num_threads(threads)
             engine._stages.clear()
             engine.streams = streams
-            found.append(engine.denoise(latents, 100, context))
+            found.append(engine.denoise(latents, 100, text))
     finally:
         torch.set_num_threads(before)
         engine._stages.clear()
@@ -78,8 +79,8 @@ def test_streams_and_threads_change_no_bit(engine):
 
 def test_what_a_timestep_alone_decides_is_computed_beside_the_graph(engine):
     """Compiled apart, both halves in fp32, they answer as the whole does."""
-    latents, context = inputs(engine, 1)
-    whole = engine.denoise(latents, 999, context)
+    latents, text = inputs(engine, 1)
+    whole = engine.denoise(latents, 999, text)
     path, core = engine.manifest.graph(engine.folder, "denoise"), openvino.Core()
     graph = core.read_model(str(path))
     beside = split_graph(graph, "timestep")
@@ -89,7 +90,7 @@ def test_what_a_timestep_alone_decides_is_computed_beside_the_graph(engine):
     exact = {"INFERENCE_PRECISION_HINT": "f32"}
     made = core.compile_model(beside, "CPU", exact)({"timestep": np.float32(999)})
     given = {output.any_name: value for output, value in made.items()}
-    given |= {"latents": latents.numpy(), "context": context.numpy()}
+    given |= {"latents": latents.numpy(), "context": text.context.numpy()}
     (noise,) = core.compile_model(graph, "CPU", exact)(given).values()
     assert float((torch.from_numpy(noise) - whole).norm() / whole.norm()) < 1e-6
 
@@ -98,8 +99,8 @@ def test_what_a_timestep_alone_decides_is_computed_beside_the_graph(engine):
 @pytest.mark.parametrize("timestep", [1, 500, 999])
 def test_bf16_is_as_close_at_late_timesteps_as_at_early_ones(engine, timestep):
     rounded = build_engine("openvino", engine.model, engine.decoders, device="cpu", dtype="bf16")
-    latents, context = inputs(engine, 2)
-    truth, found = (one.denoise(latents, timestep, context) for one in (engine, rounded))
+    latents, text = inputs(engine, 2)
+    truth, found = (one.denoise(latents, timestep, text) for one in (engine, rounded))
     assert 1e-4 < float((found - truth).norm() / truth.norm()) < 7.3e-3  # 8.0e-3 at 500 with phases in bf16
     assert rounded._stages["denoise"]._time_model is not None and engine._stages["denoise"]._time_model is None
 
@@ -109,26 +110,26 @@ def test_networks_that_the_export_alone_needs_are_let_go(cache):
     engine = build_engine("openvino", model, {}, device="cpu")
     assert not any(network.is_built for network in model.networks.values())
     kept = load_model("demo")
-    unet = kept.unet
+    unet = kept.modules["unet"]
     build_engine("openvino", kept, {}, device="cpu")
-    assert kept.unet is unet and not kept.networks["vae"].is_built
+    assert kept.modules["unet"] is unet and not kept.networks["vae"].is_built
     engine.encode_image(torch.zeros(1, 128, 128, 3, dtype=torch.uint8))
     assert not model.networks["vae"].is_built
 
 
 def test_results_are_the_callers_own(engine):
-    latents, context = inputs(engine, 1)
-    first = engine.denoise(latents, 100, context)
+    latents, text = inputs(engine, 1)
+    first = engine.denoise(latents, 100, text)
     copy = first.clone()
-    second = engine.denoise(latents, 900, context)
+    second = engine.denoise(latents, 900, text)
     assert torch.equal(first, copy) and not torch.equal(first, second)
     with pytest.raises(AssertionError, match="3 rows for 1 images"):
-        engine.denoise(latents, 100, torch.cat([context, context[:1]]))
+        engine.denoise(latents, 100, join_texts([text, text[:1]]))
 
 
 def test_one_word_an_image_or_several(engine):
-    latents, context = inputs(engine, 2)
-    _, sums = engine.denoise_and_capture(latents, 100, context)
+    latents, text = inputs(engine, 2)
+    _, sums = engine.denoise_and_capture(latents, 100, text)
     words = engine.encode_classes(["ball", "cube"])
     one = engine.annotate("open-vocabulary", sums, words)
     both = engine.annotate("open-vocabulary", sums, words.expand(2, -1, -1))

@@ -16,7 +16,7 @@ import torch
 
 from bench.decoders import load_decoders
 from datasetdm_fast import verify
-from datasetdm_fast.data import Capture, ProjectedCapture
+from datasetdm_fast.data import Capture, ProjectedCapture, Text, join_texts
 from datasetdm_fast.engine.engines import build_engine, check_engine
 from datasetdm_fast.engine.engines.exported import providers
 from datasetdm_fast.engine.engines.exported.ort import OrtEngine, resolve_precision, resolve_provider
@@ -54,9 +54,9 @@ def relative(value: torch.Tensor, truth: torch.Tensor) -> float:
     return float((value - truth).double().norm() / truth.double().norm().clamp(min=1e-30))
 
 
-def inputs(engine, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+def inputs(engine, batch: int) -> tuple[torch.Tensor, Text]:
     latents = torch.stack([initial_noise(seed, 4, 16, 16) for seed in range(batch)])
-    return latents, torch.cat([engine.encode_text([""] * batch), engine.encode_text((PROMPTS * 3)[:batch])])
+    return latents, join_texts([engine.encode_text([""] * batch), engine.encode_text((PROMPTS * 3)[:batch])])
 
 
 # Agreement ------------------------------------------------------------------------------------------------------------
@@ -93,9 +93,9 @@ def test_verify_passes_for_every_task(cache, capsys):
 def test_fp16_stays_within_its_budget(pair):
     """A CPU computes such graphs in fp32, step by step, from weights and to results in fp16."""
     engine = OrtEngine(pair.model, pair.torch.decoders, dtype="fp16", device="cpu")
-    latents, context = inputs(pair.torch, 1)
-    noise, raw = pair.torch.denoise_and_capture(latents, 100, context)
-    found, sums = engine.denoise_and_capture(latents, 100, context)
+    latents, text = inputs(pair.torch, 1)
+    noise, raw = pair.torch.denoise_and_capture(latents, 100, text)
+    found, sums = engine.denoise_and_capture(latents, 100, text)
     assert engine.fingerprint()["dtype"] == "fp16" and 1e-6 < relative(found, noise) <= 2e-3
     assert relative(engine.annotate("depth", sums)["depth"], pair.torch.annotate("depth", raw)["depth"]) <= 2e-3
     assert (engine.decode_image(latents).int() - pair.torch.decode_image(latents).int()).abs().max() <= 4
@@ -103,16 +103,16 @@ def test_fp16_stays_within_its_budget(pair):
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_stages(pair, batch):
-    latents, context = inputs(pair.torch, batch)
-    assert relative(pair.ort.encode_text(PROMPTS[:batch]), context[batch:]) <= 1e-5
+    latents, text = inputs(pair.torch, batch)
+    assert relative(pair.ort.encode_text(PROMPTS[:batch]).context, text.context[batch:]) <= 1e-5
     assert relative(pair.ort.encode_classes(["ball"]), pair.torch.encode_classes(["ball"])) <= 1e-5
-    noise, raw = pair.torch.denoise_and_capture(latents, 100, context)
-    found, sums = pair.ort.denoise_and_capture(latents, 100, context)
+    noise, raw = pair.torch.denoise_and_capture(latents, 100, text)
+    found, sums = pair.ort.denoise_and_capture(latents, 100, text)
     assert isinstance(sums, ProjectedCapture) and (sums.batch, sums.side) == (batch, 16)
-    kept, capture = pair.ort.denoise_and_capture_raw(latents, 100, context)
+    kept, capture = pair.ort.denoise_and_capture_raw(latents, 100, text)
     assert (
         isinstance(capture, Capture)
-        and max(relative(one, noise) for one in (found, kept, pair.ort.denoise(latents, 100, context))) <= 1e-5
+        and max(relative(one, noise) for one in (found, kept, pair.ort.denoise(latents, 100, text))) <= 1e-5
     )
     for kind in ("features", "maps"):
         for level, expected in zip(getattr(capture, kind), getattr(raw, kind), strict=True):
@@ -141,8 +141,8 @@ def test_images(pair):
 
 
 def test_one_word_an_image_or_several(pair):
-    latents, context = inputs(pair.torch, 2)
-    _, sums = pair.ort.denoise_and_capture(latents, 100, context)
+    latents, text = inputs(pair.torch, 2)
+    _, sums = pair.ort.denoise_and_capture(latents, 100, text)
     words = pair.torch.encode_classes(["ball", "cube"])
     one, both = (
         pair.ort.annotate("open-vocabulary", sums, words),
@@ -157,15 +157,15 @@ def test_one_word_an_image_or_several(pair):
 
 def test_results_are_the_callers_own(pair):
     """A later call writes into no tensor that an earlier one gave away."""
-    latents, context = inputs(pair.torch, 1)
-    first = pair.ort.denoise(latents, 100, context)
+    latents, text = inputs(pair.torch, 1)
+    first = pair.ort.denoise(latents, 100, text)
     copy = first.clone()
-    second = pair.ort.denoise(latents, 900, context)
+    second = pair.ort.denoise(latents, 900, text)
     assert torch.equal(first, copy) and not torch.equal(first, second)
     with pytest.raises(AssertionError, match="3 rows for 1 images"):
-        pair.ort.denoise(latents, 100, torch.cat([context, context[:1]]))
+        pair.ort.denoise(latents, 100, join_texts([text, text[:1]]))
     wide = torch.stack([latents[0], latents[0]], -1)[None, ..., 0]  # not contiguous, as slices are
-    assert torch.equal(pair.ort.denoise(wide, 100, context), first)
+    assert torch.equal(pair.ort.denoise(wide, 100, text), first)
 
 
 def test_generate_makes_the_same_bytes_again(cache, tmp_path, capsys):
@@ -226,9 +226,9 @@ def test_other_weights_have_other_graphs(pair):
     try:
         changed = OrtEngine(pair.model, pair.torch.decoders, device="cpu", on_message=lambda line: None)
         assert changed.folder != pair.ort.folder
-        latents, context = inputs(pair.torch, 1)
+        latents, text = inputs(pair.torch, 1)
         heatmaps = [
-            engine.annotate("pose", engine.denoise_and_capture(latents, 100, context)[1])["heatmaps"]
+            engine.annotate("pose", engine.denoise_and_capture(latents, 100, text)[1])["heatmaps"]
             for engine in (changed, pair.ort)
         ]
         assert (heatmaps[0] - heatmaps[1])[:, 0].mean() == pytest.approx(1e-3, rel=1e-2) and relative(
@@ -239,12 +239,12 @@ def test_other_weights_have_other_graphs(pair):
 
 
 def test_slices_of_a_batch_share_the_threads_of_the_run(pair):
-    latents, context = inputs(pair.torch, 3)
+    latents, text = inputs(pair.torch, 3)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 4):
             torch.set_num_threads(threads)
-            found.append(pair.ort.denoise(latents, 100, context))
+            found.append(pair.ort.denoise(latents, 100, text))
             pair.ort.encode_text(["a"])
     finally:
         torch.set_num_threads(before)
@@ -331,12 +331,12 @@ def test_what_does_not_fit_is_refused(pair, monkeypatch):
 @pytest.mark.parametrize("batch", [1, 8])
 def test_it_is_as_fast_as_torch_on_a_cpu(pair, batch):
     """Processor seconds of both in turn: unlike the clock, they do not grow with what else the machine is doing."""
-    latents, context = inputs(pair.torch, batch)
-    _, raw = pair.torch.denoise_and_capture(latents, 100, context)
-    _, sums = pair.ort.denoise_and_capture(latents, 100, context)
+    latents, text = inputs(pair.torch, batch)
+    _, raw = pair.torch.denoise_and_capture(latents, 100, text)
+    _, sums = pair.ort.denoise_and_capture(latents, 100, text)
     stages = {
-        "denoise": lambda engine: engine.denoise(latents, 100, context),
-        "denoise_and_capture": lambda engine: engine.denoise_and_capture(latents, 100, context),
+        "denoise": lambda engine: engine.denoise(latents, 100, text),
+        "denoise_and_capture": lambda engine: engine.denoise_and_capture(latents, 100, text),
         "decode_image": lambda engine: engine.decode_image(latents),
         "annotate": lambda engine: engine.annotate("semantic", raw if engine is pair.torch else sums),
     }

@@ -310,7 +310,7 @@ def test_the_count_of_stable_diffusion_is_the_published_one():
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from datasetdm_fast.engine.loading.checks import DOWN_BLOCKS, UP_BLOCKS
+    from datasetdm_fast.engine.backbones.sd import DOWN_BLOCKS, UP_BLOCKS
 
     vae = {
         "down_block_types": ("DownEncoderBlock2D",) * 4,

@@ -565,7 +565,7 @@ def test_a_pipeline_whose_weights_are_offloaded_or_of_no_square_is_refused():
 
 def test_textual_inversion_of_one_vector_is_followed_and_of_several_refused():
     tiny = load_model("tiny")
-    theirs = in_diffusers(tiny, text_encoder=copy.deepcopy(tiny.text_encoder))
+    theirs = in_diffusers(tiny, text_encoder=copy.deepcopy(tiny.modules["text_encoder"]))
     theirs.set_progress_bar_config(disable=True)
     width = theirs.text_encoder.config.hidden_size
     theirs.load_textual_inversion(torch.full((1, width), 2.0), token="<one>")
@@ -663,7 +663,7 @@ def test_wrong_arguments_of_diffusers_are_refused(pipe, choices, message):
 
 def test_an_adapter_is_fused_at_its_scale(tmp_path):
     model, layer = load_model("tiny"), "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
-    before = model.unet.get_submodule(layer).weight
+    before = model.modules["unet"].get_submodule(layer).weight
     down, up = torch.randn(2, before.shape[1]), torch.randn(before.shape[0], 2)
     kohya = f"lora_unet_{layer.replace('.', '_')}"
     named = {
@@ -676,10 +676,12 @@ def test_an_adapter_is_fused_at_its_scale(tmp_path):
     for name, (state, share) in named.items():
         save_file(state, tmp_path / f"{name}.safetensors")
         changed = lora.fuse_adapters(model, [f"{tmp_path / name}.safetensors:0.25"])
-        torch.testing.assert_close(changed.unet.get_submodule(layer).weight, before + 0.25 * share * up @ down)
+        torch.testing.assert_close(
+            changed.modules["unet"].get_submodule(layer).weight, before + 0.25 * share * up @ down
+        )
         assert (
             changed.digests[f"lora {name}.safetensors"].endswith(" x 0.25")
-            and model.unet.get_submodule(layer).weight is before
+            and model.modules["unet"].get_submodule(layer).weight is before
         )
     for state, message in (
         ({"nothing.weight": down}, "is not a tensor of a low-rank adapter"),
@@ -702,7 +704,7 @@ def test_an_adapter_is_fused_at_its_scale(tmp_path):
 
 def test_adapters_of_one_name_are_each_written_down(tmp_path):
     model, layer = load_model("tiny"), "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
-    wide, high = model.unet.get_submodule(layer.removeprefix("unet.")).weight.shape[::-1]
+    wide, high = model.modules["unet"].get_submodule(layer.removeprefix("unet.")).weight.shape[::-1]
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         state = {f"{layer}.lora_A.weight": torch.randn(2, wide), f"{layer}.lora_B.weight": torch.randn(high, 2)}
@@ -715,7 +717,7 @@ def test_adapters_of_one_name_are_each_written_down(tmp_path):
 
 def test_an_adapter_of_diffusers_is_scaled_as_its_file_notes(tmp_path):
     model, layer = load_model("tiny"), "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
-    before = model.unet.get_submodule(layer).weight
+    before = model.modules["unet"].get_submodule(layer).weight
     down, up = torch.randn(4, before.shape[1]), torch.randn(before.shape[0], 4)
     state = {f"unet.{layer}.lora_A.weight": down, f"unet.{layer}.lora_B.weight": up}
     alone, path = {"unet.r": 4, "unet.lora_alpha": 8, "unet.alpha_pattern": {}}, tmp_path / "style.safetensors"
@@ -727,7 +729,7 @@ def test_an_adapter_of_diffusers_is_scaled_as_its_file_notes(tmp_path):
     ]
     for notes, share in cases:
         save_file(state, path, {"lora_adapter_metadata": json.dumps(notes)})
-        changed = lora.fuse_adapters(model, [str(path)]).unet.get_submodule(layer).weight
+        changed = lora.fuse_adapters(model, [str(path)]).modules["unet"].get_submodule(layer).weight
         torch.testing.assert_close(changed, before + share * up @ down)
     for notes in ({"unet.lora_alpha": "8"}, [], alone | {"unet.alpha_pattern": {"to_k": None}}):
         save_file(state, path, {"lora_adapter_metadata": json.dumps(notes)})

@@ -38,12 +38,12 @@ class Slow(TorchEngine):
     name = "slow"
 
 class Torn(TorchEngine):
-    def denoise(self, latents, timestep, context):
+    def denoise(self, latents, timestep, text):
         return super().denoise(latents, timestep, {}["context"])
 
 class Short(TorchEngine):
-    def denoise(self, latents, timestep, context):
-        return super().denoise(latents, timestep, context)[:1]
+    def denoise(self, latents, timestep, text):
+        return super().denoise(latents, timestep, text)[:1]
 
 def coarse(scheduler, alphas, steps, prediction, profile):
     return ddim(scheduler, alphas, steps, prediction, profile)

@@ -11,9 +11,9 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, UNet2DConditionModel
 
 from datasetdm_fast.config import PROFILES, SAMPLERS
-from datasetdm_fast.data import Capture
+from datasetdm_fast.data import Capture, Text
+from datasetdm_fast.engine.backbones.sd import SD, SD_SCHEDULER
 from datasetdm_fast.engine.engines.torch import TorchEngine
-from datasetdm_fast.engine.loading.model import SD_SCHEDULER
 from datasetdm_fast.engine.sampling import make_schedule
 from datasetdm_fast.engine.sampling.schedule import Sampler, Schedule, Update, checked_calls
 from datasetdm_fast.engine.sampling.times import add_noise, alphas_cumprod, initial_noise
@@ -269,9 +269,9 @@ def engine() -> TorchEngine:
     for name, module in unet.named_modules():
         if name.endswith("attn1"):
             module.set_processor(WideHeads())
-    return TorchEngine(
-        SimpleNamespace(unet=unet, vae=torch.nn.Identity(), text_encoder=torch.nn.Identity()), device="cpu"
-    )
+    nothing = torch.nn.Identity()
+    modules = {"unet": unet, "vae": nothing, "text_encoder": nothing}
+    return TorchEngine(SimpleNamespace(modules=modules, tokenizers={"tokenizer": None}, backbone=SD), device="cpu")
 
 
 def recorded_context(images: tuple[int, ...]) -> torch.Tensor:
@@ -286,7 +286,7 @@ def call(engine: TorchEngine, schedule: Schedule, k: int, state: State, images: 
     """The state after call k of recorded images made as one batch, whose latents, and features and maps where they are
     due, are as recorded.
     """
-    arguments, captures = (state.latents, schedule.timesteps[k], recorded_context(images)), k == len(schedule) - 1
+    arguments, captures = (state.latents, schedule.timesteps[k], Text(recorded_context(images))), k == len(schedule) - 1
     output, capture = engine.denoise_and_capture(*arguments) if captures else (engine.denoise(*arguments), None)
     state = step(schedule, k, state, guide(output, 7.0))
     for row, image in enumerate(images):

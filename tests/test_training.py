@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from bench.proof.decoders import fit
+from datasetdm_fast.data import join_texts
 from datasetdm_fast.engine.decoders.checkpoint import DecoderConfig, build_decoder, save_decoder
 from datasetdm_fast.engine.decoders.layers import SpectralConv2d
 from datasetdm_fast.engine.engines import build_engine
@@ -73,7 +74,7 @@ def training_views(engine, source, task, folder, draws=2, **settings) -> Trainin
 
 
 def config_of(engine, source, task, timestep=1, **changes) -> DecoderConfig:
-    width = engine.model.text_encoder.config.hidden_size
+    width = engine.model.modules["text_encoder"].config.hidden_size
     config = recipe(task, source, engine.model.levels, width, timestep, 4, **changes).config
     return replace(
         config,
@@ -572,13 +573,13 @@ def test_ddim_runs_back_to_the_same_image(engine, source):
     from datasetdm_fast.engine.loop.inversion import ddim_latents
 
     clean = engine.encode_image(torch.from_numpy(source[0].image[None].copy()))
-    context = torch.cat([engine.encode_text([""]), engine.encode_text([source[0].caption])])
-    noisy = ddim_latents(engine, clean, context, 30, 30)
+    text = join_texts([engine.encode_text([""]), engine.encode_text([source[0].caption])])
+    noisy = ddim_latents(engine, clean, text, 30, 30)
     alphas = alphas_cumprod(engine.model.scheduler).double().tolist()
     back = noisy
     for timestep in range(30, 0, -1):  # DDIM forwards, from the formula
         alpha, target_alpha = alphas[timestep], alphas[timestep - 1]
-        out = engine.denoise(back, timestep, context).chunk(2)[1]
+        out = engine.denoise(back, timestep, text).chunk(2)[1]
         if engine.model.scheduler.get("prediction_type") == "v_prediction":
             image, noise = alpha**0.5 * back - (1 - alpha) ** 0.5 * out, alpha**0.5 * out + (1 - alpha) ** 0.5 * back
         else:

@@ -197,7 +197,8 @@ def test_weights_of_another_model_are_noticed(model, reference):
     other = load_model("tiny")
     assert verify.weights_row(build_engine("fast", other, reference.decoders, device="cpu"), reference).is_passed
     with torch.no_grad():
-        other.unet.conv_out.weight[0, 0, 0, 0] += 0.01 * other.unet.conv_out.weight.abs().max()
+        weight = other.modules["unet"].conv_out.weight
+        weight[0, 0, 0, 0] += 0.01 * weight.abs().max()
     row = verify.weights_row(build_engine("fast", other, reference.decoders, dtype="bf16", device="cpu"), reference)
     assert not row.is_passed and row.median == pytest.approx(0.01, rel=1e-3)
 
@@ -224,7 +225,7 @@ def test_weights_of_the_size_of_stable_diffusion_are_those_of_the_model(dtype, m
     """Of a large upsampling convolution a CPU holds the rounded taps alone, not their sums."""
     monkeypatch.setattr("datasetdm_fast.engine.models.packed.LARGEST_HELD", 0)
     demo = load_model("demo")
-    demo.unet, demo.vae  # noqa: B018  as the reference engine builds them
+    demo.modules["unet"], demo.modules["vae"]  # noqa: B018  as the reference engine builds them
     engine = build_engine("fast", demo, dtype=dtype, device="cpu")
     upsamples = [layer for layer in engine.image_decoder.modules() if isinstance(layer, PackedUpsample)]
     assert upsamples and all(layer.weight is None for layer in upsamples) and engine.weight_distance() == 0
@@ -239,7 +240,7 @@ def test_weights_are_computed_with_on_the_host_wherever_their_module_lies(engine
     asked, cpu = [], torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda x: asked.append(x.data_ptr()) or cpu(x))
     state = GpuEngine._sources(engine, "unet")["unet"].state
-    assert {value.data_ptr() for value in engine.model.unet.state_dict().values()} <= set(asked)
+    assert {value.data_ptr() for value in engine.model.modules["unet"].state_dict().values()} <= set(asked)
     assert all(value.device.type == "cpu" for value in state.values())
 
 

@@ -27,8 +27,11 @@ def stage_flops(model: Model) -> dict[str, int]:
     """Operations of the text encoder and of one UNet call for one prompt, and of the decoding of one image."""
     side = model.size // FACTOR
     with torch.device("meta"):  # shapes without numbers: full size costs nothing
-        unet, vae = UNet2DConditionModel.from_config(model.unet.config), AutoencoderKL.from_config(model.vae.config)
-        text = CLIPTextModel(model.text_encoder.config)
+        unet, vae = (
+            UNet2DConditionModel.from_config(model.modules["unet"].config),
+            AutoencoderKL.from_config(model.modules["vae"].config),
+        )
+        text = CLIPTextModel(model.modules["text_encoder"].config)
         tokens = text.config.max_position_embeddings
         latents, context = torch.empty(1, 4, side, side), torch.empty(1, tokens, text.config.hidden_size)
         work = {"text": flops(lambda: text(torch.zeros(1, tokens, dtype=torch.long)))}

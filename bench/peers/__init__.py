@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bench.setting import Setting
-    from datasetdm_fast.data import Capture, ProjectedCapture, Request, Sample
+    from datasetdm_fast.data import Capture, ProjectedCapture, Request, Sample, Text
 
 
 class Peer(Protocol):
@@ -21,12 +21,12 @@ class Peer(Protocol):
     rounds_text: bool  # whether the text encoder is stored in that type, too
     batch: int  # images made together
 
-    def encode_text(self, prompts: Sequence[str]) -> Tensor: ...
+    def encode_text(self, prompts: Sequence[str]) -> Text: ...
 
-    def denoise(self, latents: Tensor, timestep: float, context: Tensor) -> Tensor: ...
+    def denoise(self, latents: Tensor, timestep: float, text: Text) -> Tensor: ...
 
     def denoise_and_capture(
-        self, latents: Tensor, timestep: float, context: Tensor
+        self, latents: Tensor, timestep: float, text: Text
     ) -> tuple[Tensor, Capture | ProjectedCapture]: ...
 
     def make(self, requests: Sequence[Request]) -> list[Sample]:

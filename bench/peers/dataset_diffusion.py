@@ -53,7 +53,7 @@ class DatasetDiffusion:
     @torch.inference_mode()
     def make(self, requests: Sequence[Request], classes: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
         """Images [H, W, 3] and label maps [H, W], both uint8."""
-        vae, made = self.model.vae, []
+        vae, made = self.model.modules["vae"], []
         for request, drawn in zip(requests, self.draw(requests)):
             pixels = vae.decode(drawn.latents / vae.config.scaling_factor, return_dict=False)[0][0]
             image = ((pixels / 2 + 0.5).clamp(0, 1).permute(1, 2, 0) * 255).to(torch.uint8)
@@ -68,13 +68,13 @@ class DatasetDiffusion:
         return torch.where(largest.values >= self.numbers.threshold, own, weak).to(torch.uint8)
 
     def _encoded(self, text: str) -> Tensor:
-        ids = self.model.clip_tokenizer(
+        ids = self.model.tokenizers["tokenizer"](
             [text], padding="max_length", max_length=77, truncation=True, return_tensors="pt"
         )
-        return self.model.text_encoder(ids.input_ids).last_hidden_state
+        return self.model.modules["text_encoder"](ids.input_ids).last_hidden_state
 
     def _one(self, request: Request, latents: Tensor) -> DrawnImage:
-        unet, words = self.model.unet, " ".join(request.classes)
+        unet, words = self.model.modules["unet"], " ".join(request.classes)
         scheduler = PNDMScheduler.from_config({**self.model.scheduler, "steps_offset": 1, "set_alpha_to_one": False})
         scheduler.set_timesteps(self.steps)
         context = torch.cat([self._encoded(request.negative), self._encoded(f"{request.prompt}; {words}")])

@@ -14,9 +14,9 @@ from torch import Tensor
 from bench.peers.samples import noise_of, samples_of
 from bench.peers.upstream import arithmetic, lean_decoders, stored
 from bench.setting import Setting
-from datasetdm_fast.data import Capture, Request, Sample
+from datasetdm_fast.data import Capture, Request, Sample, Text
+from datasetdm_fast.engine.backbones.sd_reference import capturing
 from datasetdm_fast.engine.decoders.trunk import Decoder, copy_for_gpu
-from datasetdm_fast.engine.engines.torch import capturing
 from datasetdm_fast.kernels.choice import operations
 
 # A call of another form would be compiled anew.
@@ -38,10 +38,12 @@ class Diffusers:
         self.rounds_text = self.dtype != "fp32"
         self.storage = torch.float32 if self.dtype == "fp32" else torch.float16
         model = setting.model
-        parts = {name: stored(getattr(model, name), self.storage) for name in ("vae", "text_encoder", "unet")}
+        parts = {name: stored(model.modules[name], self.storage) for name in ("vae", "text_encoder", "unet")}
         scheduler = PNDMScheduler.from_config(dict(model.scheduler))
         absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        self.pipe = StableDiffusionPipeline(**parts, tokenizer=model.clip_tokenizer, scheduler=scheduler, **absent)
+        self.pipe = StableDiffusionPipeline(
+            **parts, tokenizer=model.tokenizers["tokenizer"], scheduler=scheduler, **absent
+        )
         self.pipe.set_progress_bar_config(disable=True)
         self.unet = self.pipe.unet  # the plain module, which the captured call runs in
         self.decoders = lean_decoders(setting) if setting.device.type == "cpu" else narrow_decoders(setting)
@@ -52,20 +54,20 @@ class Diffusers:
             torch.backends.cudnn.benchmark = self.times_convolutions  # put back with the flags of the block
             yield
 
-    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+    def encode_text(self, prompts: Sequence[str]) -> Text:
         with self._arithmetic():
-            return self.pipe.encode_prompt(list(prompts), self.device, 1, False)[0].float()
+            return Text(self.pipe.encode_prompt(list(prompts), self.device, 1, False)[0].float())
 
-    def denoise(self, latents: Tensor, timestep: float, context: Tensor) -> Tensor:
+    def denoise(self, latents: Tensor, timestep: float, text: Text) -> Tensor:
         with self._arithmetic():  # the inputs, too, are made without gradients, as the pipeline's are
-            doubled, text = torch.cat([latents, latents]).to(self.storage), context.to(self.storage, copy=True)
+            doubled, context = torch.cat([latents, latents]).to(self.storage), text.context.to(self.storage, copy=True)
             moment = torch.tensor(int(timestep), device=self.device)
-            return self.pipe.unet(doubled, moment, encoder_hidden_states=text, **AS_THE_PIPELINE)[0].float()
+            return self.pipe.unet(doubled, moment, encoder_hidden_states=context, **AS_THE_PIPELINE)[0].float()
 
-    def denoise_and_capture(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture]:
+    def denoise_and_capture(self, latents: Tensor, timestep: float, text: Text) -> tuple[Tensor, Capture]:
         captured = CapturedCall(self, call=0)
         captured.before(0)
-        noise = self.denoise(latents, timestep, context)
+        noise = self.denoise(latents, timestep, text)
         return noise, captured.after(0).to(torch.float32)
 
     def _run(self, requests: Sequence[Request], **options: Any) -> np.ndarray:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
 
 from bench.peers.samples import noise_of
 from bench.setting import Setting
-from datasetdm_fast.data import Batch, Quarantined, Request, Sample
+from datasetdm_fast.data import Batch, Quarantined, Request, Sample, join_texts
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.loop.driver import generate
@@ -38,7 +37,7 @@ class EnginePeer:
         """Images without labels."""
         engine, recipe = self.engine, self.recipe
         texts = engine.encode_text([request.prompt for request in requests])
-        context = torch.cat([engine.encode_text([""]).expand(len(requests), -1, -1), texts])
+        context = join_texts([engine.encode_text([""]).expand(len(requests)), texts])
         state = SamplerState(recipe.schedule, recipe.guidance, noise_of(requests, recipe).to(engine.device))
         for call, timestep in enumerate(recipe.schedule.timesteps):
             state.step(call, engine.denoise(state.latents, timestep, context))

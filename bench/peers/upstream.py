@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from bench.peers.samples import noise_of, samples_of
 from bench.setting import Setting
-from datasetdm_fast.data import Capture, Request, Sample
+from datasetdm_fast.data import Capture, Request, Sample, Text, join_texts
+from datasetdm_fast.engine.backbones.sd_reference import capturing, feature_modules
 from datasetdm_fast.engine.decoders.checkpoint import Decoder
 from datasetdm_fast.engine.decoders.trunk import with_ops
-from datasetdm_fast.engine.engines.torch import capturing, feature_modules
 from datasetdm_fast.kernels import native, plain
 
 PLACES = ("down", "mid", "up")
@@ -107,8 +107,8 @@ class Upstream:
         self.rounds_text = dtype != "fp32"
         self.storage = torch.float16 if dtype == "fp16" else torch.float32
         model = setting.model
-        self.tokenizer, self.levels, self.forms_maps = model.clip_tokenizer, model.levels, forms_maps
-        parts = (model.text_encoder, model.unet, model.vae)
+        self.tokenizer, self.levels, self.forms_maps = model.tokenizers["tokenizer"], model.levels, forms_maps
+        parts = (model.modules["text_encoder"], model.modules["unet"], model.modules["vae"])
         self.text_encoder, self.unet, self.vae = (stored(part, self.storage) for part in parts)
         self.scheduler = PNDMScheduler.from_config(dict(model.scheduler))
         self.store, self.features = AttentionMaps(), {}
@@ -133,37 +133,37 @@ class Upstream:
             # For one image: [uncond | cond] on channels.
             self.features[module] = found.reshape(len(found) // 2, -1, *found.shape[2:])
 
-    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+    def encode_text(self, prompts: Sequence[str]) -> Text:
         length = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
         options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
         tokens = self.tokenizer(list(prompts), **options)
         with self.arithmetic():
-            return self.text_encoder(tokens.input_ids.to(self.device))[0].float()
+            return Text(self.text_encoder(tokens.input_ids.to(self.device))[0].float())
 
     def arithmetic(self):
         return arithmetic(self.dtype != "fp32")  # in fp16 what stays in fp32 may be rounded, too
 
-    def denoise(self, latents: Tensor, timestep: float | Tensor, context: Tensor) -> Tensor:
+    def denoise(self, latents: Tensor, timestep: float | Tensor, text: Text) -> Tensor:
         moment = torch.as_tensor(timestep, dtype=torch.float32)[None].to(self.device)
         # Upstream asks the device at every call whether this is the last one.
         any(bool(moment[0] == time) for time in LAST_TIMES)
         doubled = torch.cat([latents, latents]).to(self.storage)
         with self.arithmetic():
-            return self.unet(doubled, moment, context.to(self.storage), return_dict=False)[0].float()
+            return self.unet(doubled, moment, text.context.to(self.storage), return_dict=False)[0].float()
 
-    def denoise_and_capture(self, latents: Tensor, timestep: float | Tensor, context: Tensor) -> tuple[Tensor, Capture]:
-        noise = self.captured(latents, timestep, context)
+    def denoise_and_capture(self, latents: Tensor, timestep: float | Tensor, text: Text) -> tuple[Tensor, Capture]:
+        noise = self.captured(latents, timestep, text)
         return noise, self.capture()
 
-    def captured(self, latents: Tensor, timestep: float | Tensor, context: Tensor) -> Tensor:
+    def captured(self, latents: Tensor, timestep: float | Tensor, text: Text) -> Tensor:
         if not self.forms_maps:
             with capturing(self.unet) as captures:
-                noise = self.denoise(latents, timestep, context)
+                noise = self.denoise(latents, timestep, text)
             (self._capture,) = captures
             return noise
         self.store.clear()
         self.store.is_active = True
-        noise = self.denoise(latents, timestep, context)
+        noise = self.denoise(latents, timestep, text)
         self.store.is_active, self.store.calls = False, 1
         return noise
 
@@ -196,7 +196,7 @@ class Upstream:
     def _sampled(self, requests: Sequence[Request]) -> Tensor:
         (request,) = requests
         text = self.encode_text([request.prompt])
-        context = torch.cat([self.encode_text([""]), text])
+        context = join_texts([self.encode_text([""]), text])
         latents = noise_of(requests, self.recipe).to(self.device)
         self.scheduler.set_timesteps(self.recipe.facts["steps"])
         for call, timestep in enumerate(self.scheduler.timesteps):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from bench.peers.samples import samples_of
 from bench.peers.upstream import arithmetic, own_decoders
 from bench.setting import Setting
-from datasetdm_fast.data import Capture, Request, Sample
+from datasetdm_fast.data import Capture, Request, Sample, Text
 from datasetdm_fast.engine.decoders.config import SD1_LEVELS
 from datasetdm_fast.errors import Missing
 from datasetdm_fast.stages import LEVELS
@@ -124,8 +124,8 @@ class UpstreamClasses:
             self.ptp = importlib.import_module("ptp_utils")
             self.module = importlib.import_module("model.unet")
             self.decoders = real_decoders(setting) if model.levels == SD1_LEVELS else own_decoders(setting)
-        self.unet = self.module.UNet2D(**{name: model.unet.config[name] for name in SIZES})
-        self.unet.load_state_dict(model.unet.state_dict())
+        self.unet = self.module.UNet2D(**{name: model.modules["unet"].config[name] for name in SIZES})
+        self.unet.load_state_dict(model.modules["unet"].state_dict())
         self.unet.eval().to(self.device)
         self.ptp.register_attention_control(self.unet, self.store)
         self.scheduler = PNDMScheduler.from_config(dict(model.scheduler))
@@ -136,18 +136,18 @@ class UpstreamClasses:
         self.module.clear_feature_dic()
         self.store.reset()
 
-    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+    def encode_text(self, prompts: Sequence[str]) -> Text:
         return self.setting.reference.encode_text(prompts)  # transformers' own module, as upstream uses it
 
-    def denoise(self, latents: Tensor, timestep: float, context: Tensor) -> Tensor:
+    def denoise(self, latents: Tensor, timestep: float, text: Text) -> Tensor:
         moment = torch.tensor(timestep, device=self.device)
         with arithmetic(False):
-            return self.unet(torch.cat([latents, latents]), moment, encoder_hidden_states=context)["sample"]
+            return self.unet(torch.cat([latents, latents]), moment, encoder_hidden_states=text.context)["sample"]
 
-    def denoise_and_capture(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture]:
+    def denoise_and_capture(self, latents: Tensor, timestep: float, text: Text) -> tuple[Tensor, Capture]:
         self._clear()
         self.store.activate = True
-        noise = self.denoise(latents, timestep, context)
+        noise = self.denoise(latents, timestep, text)
         self.store.activate = False
         return noise, self.capture()
 
@@ -164,7 +164,13 @@ class UpstreamClasses:
     def _run(self, request: Request) -> np.ndarray:
         self._clear()
         model, generator = self.setting.model, torch.Generator("cpu").manual_seed(request.seed)
-        parts = (self.unet, model.vae, model.clip_tokenizer, model.text_encoder, self.scheduler)
+        parts = (
+            self.unet,
+            model.modules["vae"],
+            model.tokenizers["tokenizer"],
+            model.modules["text_encoder"],
+            self.scheduler,
+        )
         options = {"num_inference_steps": self.recipe.facts["steps"], "guidance_scale": self.recipe.guidance}
         with arithmetic(False):
             return self.ptp.text2image(
@@ -227,7 +233,7 @@ def build(setting: Setting, batch: int) -> UpstreamClasses:
     if not root:
         raise Missing(f"{who}: DATASETDM_UPSTREAM is not set", "set it to a checkout of showlab/DatasetDM")
     is_last = recipe.schedule.timesteps[recipe.captured[-1]] in (0, 1)
-    if recipe.size != SIDE or not is_last or setting.model.unet.config.norm_num_groups != GROUPS:
+    if recipe.size != SIDE or not is_last or setting.model.modules["unet"].config.norm_num_groups != GROUPS:
         limits = f"{SIDE} pixels, the last call and norms of {GROUPS} groups"
         raise Missing(f"{who}: they are made for {limits}", "measure random-sd14")
     if importlib.util.find_spec("einops") is None and setting.model.levels == SD1_LEVELS:

@@ -17,6 +17,7 @@ from bench.kernels.inputs import BATCH
 from bench.machine.measure import wait
 from bench.probe.forms import timed_choice
 from bench.setting import seeded_decoders
+from datasetdm_fast.data import Text
 from datasetdm_fast.engine.engines.fast import CHUNK_PIXELS, FastEngine
 from datasetdm_fast.engine.engines.memory import release
 from datasetdm_fast.engine.loading.model import Model
@@ -35,11 +36,12 @@ def engine_of(model: Model, device: torch.device) -> FastEngine:
     return FastEngine(model, decoders, device=str(device))
 
 
-def given(engine: FastEngine, batch: int) -> tuple[Tensor, Tensor]:
-    """Latents and context of a batch."""
-    side, width = engine.model.size // 8, engine.model.text_width
-    shapes = (batch, 4, side, side), (2 * batch, engine.model.levels[0].tokens, width)
-    return tuple(torch.randn(shape, device=engine.device) for shape in shapes)
+def given(engine: FastEngine, batch: int) -> tuple[Tensor, Text]:
+    """Latents and text of a batch."""
+    model = engine.model
+    shapes = (batch, *model.latent_shape()), (2 * batch, model.levels[0].tokens, model.text_width)
+    latents, context = (torch.randn(shape, device=engine.device) for shape in shapes)
+    return latents, Text(context)
 
 
 def milliseconds(call: Callable[[], object], device: torch.device, rounds: int = ROUNDS) -> float:
@@ -74,11 +76,11 @@ def choices(engine: FastEngine) -> Rows:
     yield {"what": f"convolutions of a batch of {batch}, {engine.precision}, a call and image", "ms": found}
 
 
-def recorded(engine: FastEngine, latents: Tensor, context: Tensor) -> tuple[float, float]:
+def recorded(engine: FastEngine, latents: Tensor, text: Text) -> tuple[float, float]:
     """Milliseconds of the first call of a shape, and of a later one for each image."""
 
     def call() -> Tensor:
-        return engine.denoise(latents, TIMESTEP, context)
+        return engine.denoise(latents, TIMESTEP, text)
 
     begin = time.perf_counter()
     call()
@@ -88,15 +90,15 @@ def recorded(engine: FastEngine, latents: Tensor, context: Tensor) -> tuple[floa
 
 
 def one_batch(engine: FastEngine, batch: int) -> dict[str, float]:
-    device, (latents, context) = engine.device, given(engine, batch)
+    device, (latents, text) = engine.device, given(engine, batch)
 
     def each(call: Callable[[], object]) -> float:
         return round(milliseconds(call, device, 3) / batch, 3)
 
     found: dict[str, float] = {}
-    found["recording, all images"], found["call"] = recorded(engine, latents, context)
-    _, capture = engine.denoise_and_capture(latents, 1.0, context)
-    found["captured call"] = each(lambda: engine.denoise_and_capture(latents, 1.0, context))
+    found["recording, all images"], found["call"] = recorded(engine, latents, text)
+    _, capture = engine.denoise_and_capture(latents, 1.0, text)
+    found["captured call"] = each(lambda: engine.denoise_and_capture(latents, 1.0, text))
     for task in engine.decoders:
         found[f"decoder {task}"] = each(functools.partial(engine.annotate, task, capture))
     found["autoencoder"] = each(lambda: engine.decode_image(latents))
@@ -110,11 +112,11 @@ def longest_32(engine: FastEngine) -> Rows:
 
 def longest(engine: FastEngine, batch: int = BATCH) -> Rows:
     """The kernels of a call that take longest, as the profiler of PyTorch sees them."""
-    latents, context = given(engine, batch if engine.device.type == "cuda" else 1)
-    engine.denoise(latents, TIMESTEP, context)
+    latents, text = given(engine, batch if engine.device.type == "cuda" else 1)
+    engine.denoise(latents, TIMESTEP, text)
     is_gpu = engine.device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if is_gpu else ProfilerActivity.CPU]) as seen:
-        engine.denoise(latents, TIMESTEP, context)
+        engine.denoise(latents, TIMESTEP, text)
         wait(engine.device)
     found = [
         {
@@ -129,9 +131,9 @@ def longest(engine: FastEngine, batch: int = BATCH) -> Rows:
 
 def once(engine: FastEngine) -> Rows:
     """One call without a graph, for tools that look at each kernel."""
-    latents, context = given(engine, BATCH if engine.device.type == "cuda" else 1)
+    latents, text = given(engine, BATCH if engine.device.type == "cuda" else 1)
     with torch.inference_mode():
-        engine._plain(engine._latents(latents), engine._row(TIMESTEP), *engine._encode_keys_values(context))
+        engine._plain(engine._latents(latents), engine._row(TIMESTEP), *engine._encode_keys_values(text.context))
     wait(engine.device)
     yield {"what": "one call without a graph", "ms": {}}
 
@@ -140,14 +142,14 @@ def overlap(engine: FastEngine) -> Rows:
     """Images decoded beside the sampler in several parts, against the same decoded alone; the largest difference in
     grey levels, which has to be none.
     """
-    latents, context = given(engine, BATCH if engine.device.type == "cuda" else 2)
+    latents, text = given(engine, BATCH if engine.device.type == "cuda" else 2)
     alone = torch.cat([engine.decode_image(part) for part in latents.split(2)]).cpu()
     worst, chunk = 0, {engine.device.type: 2 * engine.model.size**2}
     with LabelStream(engine.device) as stream, mock.patch.dict(CHUNK_PIXELS, chunk):
         for _ in range(3):
             stream.put("", lambda: engine.decode_image(latents).cpu())
             for _ in range(10):  # the sampler goes on meanwhile
-                engine.denoise(latents, TIMESTEP, context)
+                engine.denoise(latents, TIMESTEP, text)
             stream.settle()
             worst = max(worst, *(int((images.int() - alone.int()).abs().max()) for _, images in stream.ready()))
     row = {"what": "images decoded beside the sampler, grey levels", "ms": {}, "largest_difference": worst}

@@ -15,6 +15,7 @@ from bench.rehearsal.roofline import STATED, Reckoning, reckon
 from bench.rehearsal.run import stage
 from bench.rehearsal.timeline import Timeline
 from bench.report.reckoned import AROUND, BUDGET, COPIED
+from datasetdm_fast.data import Text
 from datasetdm_fast.engine import sampling
 from datasetdm_fast.engine.engines.fast import FastEngine
 from datasetdm_fast.engine.sampling.walk import SamplerState
@@ -43,11 +44,11 @@ def reckoned() -> Reckoned:
         calls |= {f"captured call, {USUAL} images": unet_call(engine, USUAL, "_capture_projected")}
         _, capture = _captured(engine)  # records the graph
         found = {name: reckon(launched(timeline, call)) for name, call in calls.items()}
-        latents, context = _latents(engine, USUAL), _context(engine, USUAL)
+        latents, text = _latents(engine, USUAL), _text(engine, USUAL)
         state = sampler_state(engine, latents)
 
         def sample() -> None:
-            state.step(len(state.schedule) - 1, engine.denoise(latents, 1.0, context))
+            state.step(len(state.schedule) - 1, engine.denoise(latents, 1.0, text))
 
         def label() -> None:
             for task, decoder in engine.decoders.items():
@@ -88,24 +89,23 @@ def unet_call(engine: FastEngine, batch: int, step: str) -> Callable[[], Any]:
         inputs = (
             engine._latents(_latents(engine, batch)),
             engine._row(1.0),
-            *engine._encode_keys_values(_context(engine, batch)),
+            *engine._encode_keys_values(_text(engine, batch).context),
         )
     return lambda: getattr(engine, step)(*inputs)
 
 
 def _captured(engine: FastEngine):
     with torch.inference_mode():
-        return engine.denoise_and_capture(_latents(engine, USUAL), 1.0, _context(engine, USUAL))
+        return engine.denoise_and_capture(_latents(engine, USUAL), 1.0, _text(engine, USUAL))
 
 
 def _latents(engine: FastEngine, batch: int) -> torch.Tensor:
-    side = engine.model.size // 8
-    return torch.empty(batch, 4, side, side, device=engine.device)
+    return torch.empty(batch, *engine.model.latent_shape(), device=engine.device)
 
 
-def _context(engine: FastEngine, batch: int) -> torch.Tensor:
+def _text(engine: FastEngine, batch: int) -> Text:
     level, width = engine.model.levels[0], engine.model.text_width
-    return torch.empty(2 * batch, level.tokens, width, device=engine.device)
+    return Text(torch.empty(2 * batch, level.tokens, width, device=engine.device))
 
 
 def stored() -> Reckoned:

@@ -25,7 +25,7 @@ from bench.report.tables import Row
 from bench.rows.measurement import BenchRun, Rows
 from bench.rows.race import LEAST_ROUNDS, add_times, prepare, write
 from bench.setting import Setting, open_setting
-from datasetdm_fast.data import Request
+from datasetdm_fast.data import Request, join_texts
 from datasetdm_fast.engine.engines.memory import release
 from datasetdm_fast.engine.labels.kind import Table
 from datasetdm_fast.engine.loop.recipe import Recipe, label_tables
@@ -167,7 +167,7 @@ def let_go(setting: Setting) -> None:
 
 def calls(one: PeerAlone) -> list[float]:
     """Seconds of UNet calls, after one that nobody times."""
-    context = torch.cat([one.peer.encode_text([""]), one.peer.encode_text([one.requests[0].prompt])])
+    context = join_texts([one.peer.encode_text([""]), one.peer.encode_text([one.requests[0].prompt])])
     latents, timestep, found = noise_of(one.requests, one.recipe), one.recipe.schedule.timesteps[0], []
     for _ in range(1 + CALLS):
         begin = time.perf_counter()

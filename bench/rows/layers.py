@@ -61,7 +61,7 @@ def rows(run: BenchRun) -> Rows:
 
 def shapes(setting: Setting) -> Counter[TimedLayer]:
     """Every layer shape of one UNet call, with how often it comes."""
-    unet, seen = setting.model.unet, Counter()
+    unet, seen = setting.model.modules["unet"], Counter()
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...], _) -> None:
         stride = module.stride[0] if isinstance(module, nn.Conv2d) else 1

@@ -1,6 +1,7 @@
 """Whether a peer's outputs match the reference engine's, before anything of it is timed."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from bench.peers import Peer
 from bench.setting import Setting
-from datasetdm_fast.data import Request, Sample
+from datasetdm_fast.data import Request, Sample, Text, join_texts
 from datasetdm_fast.engine.labels import LABEL_KINDS
 from datasetdm_fast.runs.agreement.distances import (
     by_image,
@@ -45,30 +46,32 @@ class ParityJudge:
         gates = {**ROUNDED, "text": ROUNDED["call"]} if peer.rounds_text else ROUNDED
         return evaluate_gates(distances, gates, {name: value for name, value in floors.items() if name in distances})
 
-    def inputs(self, call: int, batch: int) -> tuple[Tensor, float, Tensor]:
-        """Latents, timestep and context of one UNet call of the reference, for a batch of that size."""
+    def inputs(self, call: int, batch: int) -> tuple[Tensor, float, Text]:
+        """Latents, timestep and text of one UNet call of the reference, for a batch of that size."""
         setting, truth = self.setting, self.truth
-        latents, context = fitted(truth.seen[call], batch), fitted_pair(truth.context, batch)
-        return latents.to(setting.device), setting.recipe.schedule.timesteps[call], context.to(setting.device)
+        latents, text = fitted(truth.seen[call], batch), truth.text.map(partial(fitted_pair, batch=batch))
+        return latents.to(setting.device), setting.recipe.schedule.timesteps[call], text.to(setting.device)
 
     def _teacher_forced(self, peer: Peer) -> dict[str, np.ndarray]:
         truth, recipe, batch = self.truth, self.setting.recipe, peer.batch
         prompts = [request.prompt for request in self._part(0, batch)]
-        context = torch.cat([peer.encode_text([""] * batch), peer.encode_text(prompts)]).cpu()
+        text = join_texts([peer.encode_text([""] * batch), peer.encode_text(prompts)]).to("cpu")
         calls = []
         for call in sorted({0, len(recipe.schedule) // 2, recipe.captured[-1]}):
             if call == recipe.captured[-1]:
                 output, capture = peer.denoise_and_capture(*self.inputs(call, batch))
             else:
                 output = peer.denoise(*self.inputs(call, batch))
-            calls.append(relative(by_image(output.float().cpu()), by_image(fitted_pair(truth.outputs[call], batch))))
+            right = fitted_pair(truth.outputs[call], batch)
+            calls.append(relative(by_image(output.float().cpu(), batch), by_image(right, batch)))
         found = level_tensors(self.setting.reference, [capture])
         levels = {
             f"level {name}": np.max([relative(a, fitted(b, batch)) for a, b in zip(found[name], right, strict=True)], 0)
             for name, right in truth.levels.items()
             if right
         }
-        distances = {"text": relative(by_image(context), by_image(fitted_pair(truth.context, batch))), **levels}
+        texts = (by_image(rows, batch) for rows in (text.context, fitted_pair(truth.text.context, batch)))
+        distances = {"text": relative(*texts), **levels}
         return {"call": np.stack(calls), **{name: values[None] for name, values in distances.items()}}
 
     def _free_running(self, peer: Peer, first: Sequence[Sample]) -> dict[str, np.ndarray]:

@@ -23,7 +23,7 @@ from bench.machine.measure import interleaved, mib, status
 from bench.report.tables import Cell, Row, Table, count, figure, memory, number, text
 from bench.rows.measurement import BenchRun, Measurement, Rows
 from datasetdm_fast.command_line.run_settings import read_spec
-from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
+from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap, Text
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import label_files
 from datasetdm_fast.engine.loop import driver, labelling
@@ -153,7 +153,7 @@ def costs_alone(engine: TimedStub, recipe: Recipe) -> dict[str, float]:
 def relabel(engine: TimedStub, batches: Sequence[Sequence[Sample]], recipe: Recipe) -> None:
     """Post-processing of as many images, in batches."""
     side = recipe.size // FACTOR
-    latents, context = torch.zeros(BATCH, 4, side, side), torch.zeros(2 * BATCH, 77, 2)
+    latents, context = torch.zeros(BATCH, 4, side, side), Text(torch.zeros(2 * BATCH, 77, 2))
     _, capture = StubEngine.denoise_and_capture(engine, latents, 0, context)
     for batch in batches:
         for task in TASKS:

@@ -71,21 +71,21 @@ def stages_of(run: BenchRun, naive: Upstream, ours: EnginePeer, folder: Path) ->
 
     def text_of_both() -> Tensor:
         naive.encode_text([""])
-        return naive.encode_text(prompts[:1])
+        return naive.encode_text(prompts[:1]).context
 
     return [
-        Stage("text", lambda: engine.encode_text(prompts), text_of_both, "text", work["text"]),
+        Stage("text", lambda: engine.encode_text(prompts).context, text_of_both, "text", work["text"]),
         Stage(
             "call",
-            lambda: by_image(engine.denoise(*first)),
-            lambda: by_image(naive.denoise(*one_first)),
+            lambda: by_image(engine.denoise(*first), batch),
+            lambda: by_image(naive.denoise(*one_first), 1),
             "call",
             HALVES * work["call"],
         ),
         Stage(
             "captured call",
-            lambda: by_image(engine.denoise_and_capture(*captured)[0]),
-            lambda: by_image(naive.captured(*one_captured)),
+            lambda: by_image(engine.denoise_and_capture(*captured)[0], batch),
+            lambda: by_image(naive.captured(*one_captured), 1),
             "call",
             HALVES * work["call"],
         ),

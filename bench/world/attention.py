@@ -19,7 +19,7 @@ from PIL import Image
 from bench.world.judge_net import classes_in, kept_judge
 from bench.world.worlds import ASKED
 from datasetdm_fast.command_line.ending import run_command
-from datasetdm_fast.data import IGNORE, AttentionSums, Request
+from datasetdm_fast.data import IGNORE, AttentionSums, Request, join_texts
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.labels.pictures import paint_map
@@ -51,10 +51,10 @@ def draw(engine: Engine, recipe: Recipe, requests: Sequence[Request], prompts: S
     for first in range(0, len(requests), BATCH):
         some = requests[first : first + BATCH]
         texts = [each.prompt for each in some]
-        context = torch.cat([engine.encode_text([""] * len(some)), engine.encode_text(texts)])
+        context = join_texts([engine.encode_text([""] * len(some)), engine.encode_text(texts)])
         asked = [list(map(recipe.class_prompt, some)), list(prompts[first : first + BATCH])]
         class_contexts = [engine.encode_text(each) for each in asked]
-        tokens = class_contexts[0].shape[1]
+        tokens = class_contexts[0].context.shape[1]
         shapes = (len(some), numbers.self_cells**2, numbers.self_cells**2), (len(some), numbers.cross_cells**2, tokens)
         sums = [AttentionSums(*map(torch.zeros, shapes)) for _ in asked]
         state = walk.start(torch.stack([times.initial_noise(each.seed, 4, side, side) for each in some]))

@@ -26,6 +26,7 @@ from bench.world.judge_net import CLASSES, COLOURS, STEPS, Judge, classes_in, he
 from bench.world.things_seen import SeenThing, shares, things_seen
 from bench.world.worlds import ASKED, HELD_OUT, WORLDS, World
 from datasetdm_fast.command_line.ending import run_command
+from datasetdm_fast.data import join_texts
 from datasetdm_fast.engine import sampling
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.engines.engine import Engine
@@ -58,7 +59,7 @@ def draw(
     images, started = [], time.monotonic()
     for start in range(0, len(captions), BATCH):
         some, chosen = captions[start : start + BATCH], seeds[start : start + BATCH]
-        context = torch.cat([engine.encode_text([""] * len(some)), engine.encode_text(list(some))])
+        context = join_texts([engine.encode_text([""] * len(some)), engine.encode_text(list(some))])
         state = walk.start(torch.stack([times.initial_noise(seed, 4, side, side) for seed in chosen]))
         for k, time_step in enumerate(schedule.timesteps):
             state = walk.step(

@@ -22,12 +22,13 @@ from datasetdm_fast.engine.labels.names import by_task, check_label
 from datasetdm_fast.engine.labels.pictures import PREVIEW_SAMPLES, preview
 from datasetdm_fast.engine.labels.words import find_classes
 from datasetdm_fast.engine.loop import checks, diffusing, driver, inverting, prompts
+from datasetdm_fast.engine.loop.call_text import call_text
 from datasetdm_fast.engine.loop.inverting import inversion_generator, inversion_recipe, picture_prompt
 from datasetdm_fast.engine.loop.prompts import check_classes, check_line
 from datasetdm_fast.engine.loop.recipe import Recipe, capture_calls, make_recipe, prompt_words
 from datasetdm_fast.engine.pictures.in_memory import pictures_in_memory
 from datasetdm_fast.errors import GateFailed, Refused
-from datasetdm_fast.stages import FACTOR, LEVELS
+from datasetdm_fast.stages import LEVELS
 
 if TYPE_CHECKING:
     import torch
@@ -111,7 +112,7 @@ class DiffusionOutput(Output):
 
     @property
     def images(self) -> Any:
-        """A list of PIL images, [N, H, W, 3] or [N, 3, H, W] float32 in 0 .. 1, or latents [N, 4, h, w]."""
+        """A list of PIL images, [N, H, W, 3] or [N, 3, H, W] float32 in 0 .. 1, or latents [N, C, h, w]."""
         return self.converted
 
 
@@ -207,7 +208,7 @@ class Pipeline:
 
         With `tasks` None, every label with a decoder is made; 0 means what the model was made for. `combine` holds
         masks of labels, each as "LABEL within LABEL:CLASS". `negative_prompt` is one text for all, or one per
-        prompt. `callback` is called at every step of a batch with the step number and the latents [B, 4, h, w]; it
+        prompt. `callback` is called at every step of a batch with the step number and the latents [B, C, h, w]; it
         must not change them, and must copy them to keep them. The task "attention" also takes exponent,
         threshold, uncertainty, self_cells and cross_cells of the generate command.
         """
@@ -261,7 +262,7 @@ class Pipeline:
 
         One generator (or None, for PyTorch's own) draws the noise of all images; of several, each draws the noise of
         one image. The noise does not depend on the batch size. `callback_on_step_end` is called once per step of a
-        batch with this pipeline, the step, its timestep and {"latents": [B, 4, h, w]}, and returns such a dict with
+        batch with this pipeline, the step, its timestep and {"latents": [B, C, h, w]}, and returns such a dict with
         the latents to continue with. `output_type` is "pil", "np", "pt" or "latent". An empty `sampler` means that of
         the model's scheduler. `height` and `width` can only be those of the model. Other choices are those of `stream`.
         """
@@ -285,7 +286,7 @@ class Pipeline:
             recipe.check_request(request, self.engine.model.tokenizer)
             for request in self._requests(texts, [0] * len(texts), words, truncate, negatives, recipe.table)
         ]
-        noise, seeds = diffusing.draw_noise(generator, len(texts), recipe.size)
+        noise, seeds = diffusing.draw_noise(generator, len(texts), self.engine.model.latent_shape())
         on_step_end = None if callback_on_step_end is None else partial(callback_on_step_end, self)
         facts = {**recipe.facts, "noise": "of the caller's generators"}
         recipe = replace(recipe, facts=facts, origin=diffusing.NoiseOfCaller(noise, on_step_end))
@@ -478,23 +479,21 @@ class Pipeline:
         self, prompt: str, timestep: int, seed: int, steps: int, guidance: float, *, is_raw: bool
     ) -> Capture | ProjectedCapture:
         """The capture of one image on its way from noise."""
-        import torch
-
         from datasetdm_fast.engine.sampling import make_schedule
         from datasetdm_fast.engine.sampling.times import initial_noise
         from datasetdm_fast.engine.sampling.walk import SamplerState
         from datasetdm_fast.kernels.to_device import to_device
 
-        engine, side = self.engine, self.engine.model.size // FACTOR
+        engine = self.engine
         schedule = make_schedule(engine.model.scheduler, "pndm", steps or engine.model.defaults.steps, "0.3.0")
         last = capture_calls(schedule, {"": timestep})[""]
-        context = torch.cat([engine.encode_text([""]), engine.encode_text([prompt])])
-        noise = to_device(initial_noise(seed, 4, side, side)[None], engine.device)
+        text = call_text(engine, [prompt], guidance)
+        noise = to_device(initial_noise(seed, *engine.model.latent_shape())[None], engine.device)
         state = SamplerState(schedule, guidance or engine.model.defaults.guidance, noise)
         for call, time in enumerate(schedule.timesteps[:last]):
-            state.step(call, engine.denoise(state.latents, time, context))
+            state.step(call, engine.denoise(state.latents, time, text))
         capturing = engine.denoise_and_capture_raw if is_raw else engine.denoise_and_capture
-        return capturing(state.latents, schedule.timesteps[last], context)[1]
+        return capturing(state.latents, schedule.timesteps[last], text)[1]
 
     def _project(self, capture: Capture | ProjectedCapture, label: str) -> dict[str, Tensor]:
         """Level -> what the decoder of a label reads of it, [1, F, h, w]."""

@@ -45,7 +45,7 @@ from datasetdm_fast.export.onnx.stage_names import RAW, averaged_sides, label_of
 from datasetdm_fast.export.onnx.weights import DataFile, defer_weights, digest
 from datasetdm_fast.export.staging import fill_alone, stage_files
 from datasetdm_fast.kernels import bilinear, depth_head, image_norm, upsample_concat
-from datasetdm_fast.stages import FACTOR, LEVELS, Tensors
+from datasetdm_fast.stages import LEVELS, Tensors
 
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 OPERATIONS = {"any": PORTABLE, "onnxruntime": ONNX_RUNTIME}
@@ -97,8 +97,10 @@ def _check(decoders: Mapping[str, Decoder], precision: str, runtime: str) -> Non
 
 def source_digest(model: Model, decoders: Mapping[str, Decoder]) -> str:
     """SHA-256 of all that decides the graphs: parameters, configurations and this package's own code."""
-    parts = {"text_encoder": model.text_encoder, "unet": model.unet, "vae": model.vae}
-    configs = {"text_encoder": model.text_encoder.config.to_dict(), "unet": model.unet.config, "vae": model.vae.config}
+    parts = dict(model.modules)
+    configs = {
+        name: part.config.to_dict() if hasattr(part.config, "to_dict") else part.config for name, part in parts.items()
+    }
     # What begins with an underscore says where and how a part was read, not what it computes.
     configs = {
         name: {key: value for key, value in config.items() if not key.startswith("_")}
@@ -154,7 +156,7 @@ class StageExport:
         self.request = ExportRequest(names, precision, runtime, source_digest(model, decoders), model.size)
         self.model, self.decoders, self.on_stage = model, decoders, on_stage
         self.dtype, self.ops = TYPES[precision], OPERATIONS[runtime]
-        side = model.size // FACTOR
+        _, side, _ = model.latent_shape()
         self.sizes: dict[str, int | Extent] = {
             "B": BATCH,
             "2B": BATCH * 2,
@@ -164,7 +166,7 @@ class StageExport:
             "H": model.size,
             "W": model.size,
         }
-        self.sizes |= {"T": model.levels[0].tokens, "D": model.unet.config.cross_attention_dim}
+        self.sizes |= {"T": model.levels[0].tokens, "D": model.text_width}
 
     @cached_property
     def projection(self) -> Projection:
@@ -231,17 +233,17 @@ class StageExport:
 
     def _parts(self, group: str) -> dict[str, nn.Module]:
         """The modules a group of stages is traced from, by the prefix of their weights' names."""
-        model = self.model
+        modules = self.model.modules
         if group == "unet":
-            unet = defer_weights(model.unet)
+            unet = defer_weights(modules["unet"])
             tables = {"times": TimeTable(unet), "texts": TextTable(unet)}
             return tables | {"unet": exportable(UNet(unet, self.ops)), "projection": self.projection}
         if group == "encode_text":
-            return {"text_encoder": TextEncoder(defer_weights(model.text_encoder), self.ops)}
+            return {"text_encoder": TextEncoder(defer_weights(modules["text_encoder"]), self.ops)}
         if group == "decode_image":
-            return {"image_decoder": exportable(ImageDecoder(defer_weights(model.vae), self.ops))}
+            return {"image_decoder": exportable(ImageDecoder(defer_weights(modules["vae"]), self.ops))}
         if group == "encode_image":
-            return {"image_encoder": ImageEncoder(defer_weights(model.vae), self.ops)}
+            return {"image_encoder": ImageEncoder(defer_weights(modules["vae"]), self.ops)}
         return {"decoder": _copy_structure(self.decoders[label_of(group)], self.ops)}
 
     def _write_stage(self, folder: Path, name: str, data: DataFile, parts: Mapping[str, nn.Module]) -> StageFile:

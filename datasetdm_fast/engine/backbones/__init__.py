@@ -1,13 +1,43 @@
 """Families of diffusion models, one record and one file each."""
 
-from datasetdm_fast.engine.backbones.record import Backbone
+from collections.abc import Iterable
+
+from datasetdm_fast.engine.backbones.record import ANOTHER, Backbone
+from datasetdm_fast.errors import Refused, nearest
 from datasetdm_fast.plugins import load_place
 
+_SD = "datasetdm_fast.engine.backbones.sd:SD"
 PIPELINES: dict[str, str] = {  # diffusers' pipeline class, as model_index.json names it -> module:record
+    "StableDiffusionPipeline": _SD,
+    "StableDiffusionImg2ImgPipeline": _SD,
+    "StableDiffusionInpaintPipeline": _SD,
 }
 
 
-def open_backbone(pipeline: str) -> Backbone:
-    """The record of the family of a pipeline, which is one of PIPELINES."""
+def every_backbone() -> list[Backbone]:
+    """The records of all families."""
+    return [load_place(place) for place in dict.fromkeys(PIPELINES.values())]
+
+
+def list_supported() -> str:
+    """What can be loaded, as the end of a sentence."""
+    titles = [backbone.title for backbone in every_backbone()]
+    return f"supported are text-to-image models of {', '.join(titles)}, as diffusers folders"
+
+
+def open_backbone(pipeline: str, source: object) -> Backbone:
+    """The record of the family of a pipeline of diffusers."""
+    if pipeline not in PIPELINES:
+        raise Refused(
+            f"model: {source} holds a {pipeline}{nearest(pipeline, PIPELINES)}; {list_supported()}",
+            ANOTHER,
+        )
     record: Backbone = load_place(PIPELINES[pipeline])
     return record
+
+
+def recognise(parts: Iterable[str]) -> Backbone | None:
+    """The family whose parts these are, for what names no pipeline; None where it has parts that no family has."""
+    present = set(parts)
+    fitting = [backbone for backbone in every_backbone() if present & set(backbone.networks)]
+    return max(fitting, key=lambda backbone: len(present & set(backbone.parts)), default=None)

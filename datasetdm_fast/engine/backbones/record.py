@@ -7,18 +7,21 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from datasetdm_fast.config import Defaults
+from datasetdm_fast.config import Defaults, FlowRule
 from datasetdm_fast.stages import Level
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from datasetdm_fast.data import Capture, Text
+    from datasetdm_fast.data import AttentionSums, Capture, Text
 
+ANOTHER = "Name such a model with --model."
+DAMAGED = "Get the model's files again and compare their checksums, or name another with --model."
 Guidance = Literal["cfg", "embedded", "none"]
-# Of a loaded folder: part -> its config, whose entries are attributes too; "scheduler" and "model_index" among them.
+# Of a loaded model: part -> its config, whose entries are attributes; "scheduler" and "model_index" are mappings.
 Configs = Mapping[str, Any]
+Read = dict[str, dict[str, Any]]  # the same as a folder's files have them
 
 
 @dataclass(frozen=True)
@@ -45,19 +48,12 @@ class Latents:
     std: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True)
-class FlowRule:
-    """What the pipeline of a flow model hands to its scheduler; the shifts themselves stand in the scheduler's config.
+def accept(model: LoadedModel) -> None:
+    """Refuses nothing."""
 
-    A timestep is 1000 sigma and falls, and the output of a call is d latents / d sigma: a Reference turns what was
-    trained with another sign or time.
-    """
 
-    patch: int = 2  # latent cells of a side of one image token
-    sigmas: Callable[[int], Sequence[float]] | None = None  # of so many steps; None: the scheduler's own
-    mu: Callable[[Mapping[str, Any], int, int], float] | None = (
-        None  # scheduler config, image tokens, steps -> its shift
-    )
+def keep_configs(configs: Read, source: str) -> Read:
+    return configs
 
 
 @dataclass(frozen=True)
@@ -70,24 +66,46 @@ class Backbone:
     denoiser: str  # the part that is called at each step
     guidance: Callable[[Configs], Guidance]
     latents: Callable[[Configs], Latents]
+    text: Callable[[Configs], tuple[int, int]]  # tokens of an encoded prompt at most, and numbers of a token
     multiple: int  # pixels that a side must divide by
-    flow: FlowRule | None  # None: its schedule is made of betas
+    # None: its schedule is made of betas. A timestep of a flow is 1000 sigma and falls, and the output of a call is
+    # d latents / d sigma: a BackboneReference turns what was trained with another sign or time.
+    flow: FlowRule | None
     # (configs, pixels of a side, halves of a call: 2 for cfg, otherwise 1) -> the levels low, mid, high, highest
     levels: Callable[[Configs, int, int], tuple[Level, ...]]
     defaults: Callable[[Configs], Defaults]
     reference: str  # module:class, a BackboneReference of a name of its own, such as SD3Reference
-    network: str | None = None  # module:class of our own network; None: only the torch engine serves this family
+    network: str | None = None  # module:class of our own network; None: only the reference engine serves this family
+    is_exported: bool = False  # whether its stages can be written as graphs
+    patch: int = 2  # latent cells of a side of one image token, for shifts that depend on the size
+    has_averages: bool = False  # whether labels can be read from the average of its calls' attention
+    tokenizer: str = "tokenizer"  # the part by whose tokens the length of a prompt is told
+    check: Callable[[Read, str], Read] = keep_configs  # (configs, where they are from) -> as they are used; or Refused
+    check_fit: Callable[[LoadedModel], None] = accept  # raises Refused where the parts are not of one model
     licence: str = ""  # of weights whose own card says nothing
-    noncommercial: tuple[
-        str, ...
-    ] = ()  # words in a licence of this family's weights that forbid to sell what they make
+    noncommercial: tuple[str, ...] = ()  # what a licence of its weights says where they are not for commercial use
+
+    def of_kind(self, kind: str) -> tuple[str, ...]:
+        """The names of its parts of a kind, in their order."""
+        return tuple(name for name, part in self.parts.items() if part.kind == kind)
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The names of the parts that hold weights."""
+        return tuple(name for name, part in self.parts.items() if part.kind != "tokenizer")
 
 
 class LoadedModel(Protocol):
     """What a BackboneReference reads of a model; its modules are in fp32, in eval mode, and moved by the engine."""
 
     @property
+    def name(self) -> str: ...
+
+    @property
     def backbone(self) -> Backbone: ...
+
+    @property
+    def tokenizer(self) -> Any: ...  # the one by whose tokens the length of a prompt is told
 
     @property
     def modules(self) -> Mapping[str, nn.Module]: ...  # by part; an optional one that is absent is missing here
@@ -127,6 +145,13 @@ class BackboneReference(Protocol):
 
     def capturing(self) -> AbstractContextManager[list[Capture]]:
         """Within the block one `predict` is captured; its Capture is appended to the list on leaving."""
+
+    def predict_and_average(
+        self, latents: Tensor, timestep: float, text: Text, class_text: Text, sums: AttentionSums
+    ) -> tuple[Tensor, AttentionSums]:
+        """The outputs of `predict`, and the sums with the attention of this call; asked for where a family
+        `has_averages`.
+        """
 
     def decode(self, latents: Tensor) -> Tensor:
         """[B, 3, H, W] pixels about -1 .. 1."""

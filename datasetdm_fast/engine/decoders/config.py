@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from datasetdm_fast.config import FROM_DECODER, OUTLINES, TASKS
+from datasetdm_fast.engine.backbones.sd import levels
 from datasetdm_fast.engine.labels.class_tables import ClassTable, ClassWord, of_words
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.stages import LEVELS, Level, levels
+from datasetdm_fast.stages import LEVELS, Level
 from datasetdm_fast.untrusted import documents
 
 REMEDY = "Correct that setting, train the decoder again, or name another with --decoder."

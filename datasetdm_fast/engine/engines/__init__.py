@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from datasetdm_fast.config import ENGINE_NAMES, ENGINES, EngineKind
+from datasetdm_fast.config import ENGINE_NAMES, ENGINES, REFERENCE, EngineKind
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.plugins import load_place
 from datasetdm_fast.settings import EngineSettings
@@ -48,11 +48,30 @@ def build_engine(
     """The engine `name` for a loaded model; "auto" is the fast one. The options are settings of EngineSettings: those
     of another engine are refused.
     """
+    name = choose_engine(name, model)
     kind, values = _select_options(name, options)
     built: Engine = _of(
         name, lambda: load_place(kind.engine)(model, decoders or {}, dtype=dtype, device=device, **values)
     )
     return built
+
+
+def choose_engine(name: str, model: Model) -> str:
+    """The engine of this name that serves the model's family; "auto" is the fast one, or the reference where the family
+    has no network of ours.
+    """
+    if name not in ENGINE_NAMES:
+        raise Refused(f"engine: {name!r} is none of {', '.join(ENGINE_NAMES)}", "Choose one of these with --engine.")
+    backbone = model.backbone
+    if name == "auto":
+        return "fast" if backbone.network else REFERENCE
+    need = ENGINES[name].needs
+    if (need == "network" and backbone.network is None) or (need == "export" and not backbone.is_exported):
+        raise Refused(
+            f"engine: {name} does not run {backbone.title}, {REFERENCE} does",
+            f"Use --engine {REFERENCE}, which runs the modules of diffusers in fp32.",
+        )
+    return name
 
 
 def _of(name: str, call: Callable[[], Any]) -> Any:

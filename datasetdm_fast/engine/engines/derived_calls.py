@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from datasetdm_fast.data import Text
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.engines.device import engine_call
 from datasetdm_fast.engine.engines.memory import BATCH, suggest_batch
+from datasetdm_fast.stages import FACTOR
 
 if TYPE_CHECKING:
     from datasetdm_fast.engine.engines.engine import Engine
@@ -30,12 +32,16 @@ class BaseEngine:
     adjustments: Mapping[str, int] = {}
     is_compiled = False
 
-    def encode_text(self, prompts: Sequence[str]) -> Tensor:  # [B, T, D]
+    def encode_text(self, prompts: Sequence[str]) -> Text:
         raise NotImplementedError
 
     @engine_call
     def encode_classes(self, words: Sequence[str]) -> Tensor:  # [K, D]
-        return self.encode_text(words).mean(1)
+        text = self.encode_text(words)
+        if text.mask is None:
+            return text.context.mean(1)
+        weights = text.mask[..., None].to(text.context.dtype)
+        return (text.context * weights).sum(1) / weights.sum(1)
 
     def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:  # images, [B] bool
         raise NotImplementedError
@@ -44,7 +50,7 @@ class BaseEngine:
         return self.decode_and_check(latents)[0]
 
     def suggested_batch(self) -> int:
-        return BATCH if self.device.type == "cuda" else suggest_batch(self.model.size // 8, self.device)
+        return BATCH if self.device.type == "cuda" else suggest_batch(self.model.size // FACTOR, self.device)
 
     def fp32_fallback(self) -> Engine | None:
         return None if self.precision == "fp32" else self._wide

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from datasetdm_fast.disk import storage
-from datasetdm_fast.engine.loading.checks import SUPPORTED, check_size
+from datasetdm_fast.engine.backbones import list_supported
 from datasetdm_fast.engine.loading.folder import download_model, load_folder
 from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.engine.loading.presets import load_demo, load_random_sd14, load_tiny
@@ -16,8 +16,6 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 def load_model(name: str, *, size: int = 0, allow_download: bool = False) -> Model:
     """The model `name`: demo, tiny, random-sd14, a diffusers folder, a file, or a hub repository where allowed."""
-    if size:
-        check_size(size)  # before seconds go into reading weights
     path = Path(name)
     if name in PRESETS:
         return PRESETS[name](size)
@@ -30,7 +28,8 @@ def load_model(name: str, *, size: int = 0, allow_download: bool = False) -> Mod
     alike = nearest(name, PRESETS) or storage.named_alike(path)
     if not HUB_NAME.fullmatch(name):
         raise Refused(
-            f"model: {name!r} is neither one of {', '.join(PRESETS)} nor an existing folder or file{alike}", SUPPORTED
+            f"model: {name!r} is neither one of {', '.join(PRESETS)} nor an existing folder or file{alike}",
+            list_supported(),
         )
     if not allow_download:
         raise Refused(

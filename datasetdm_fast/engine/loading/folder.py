@@ -1,8 +1,8 @@
 """Models in the diffusers folder layout."""
 
+import inspect
 import json
 import re
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,39 +14,33 @@ from typing import Any
 import torch
 from torch import nn
 
-from datasetdm_fast.config import SD_DEFAULTS, Defaults
+from datasetdm_fast.config import Defaults
+from datasetdm_fast.engine.backbones import every_backbone, list_supported, open_backbone
+from datasetdm_fast.engine.backbones.record import ANOTHER, DAMAGED, Backbone, Part, Read
 from datasetdm_fast.engine.loading.checks import (
     ADAPTER,
-    ANOTHER,
-    DAMAGED,
-    LARGEST_SIDE,
-    PARTS,
-    SUPPORTED,
     check_bounds,
-    check_network,
     check_readable,
     check_scheduler,
+    check_size,
     first_line,
-    known_settings,
     quiet_libraries,
     read_config,
 )
-from datasetdm_fast.engine.loading.model import NETWORKS, SD_SCHEDULER, Model, check_model
+from datasetdm_fast.engine.loading.model import Model, check_model
 from datasetdm_fast.engine.loading.network import ConfigFile, Network, tensors_of
-from datasetdm_fast.engine.loading.provenance import digest, files_of, folder_licence
+from datasetdm_fast.engine.loading.provenance import UNKNOWN_LICENCE, digest, files_of, folder_licence
 from datasetdm_fast.engine.loading.tokenizer import OwnTokenizer, load_tokenizer
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.stages import FACTOR
+from datasetdm_fast.plugins import load_place
 from datasetdm_fast.untrusted import documents, pickles
 
-# diffusers' pipeline of Stable Diffusion puts these right in the scheduler of old folders: the offset is 1, and samples
-# are not clipped.
-CORRECTED = {"steps_offset": 1}
-UNREAD = ("_diffusers_version", "clip_sample")
-# So it does with a sample_size that such versions wrote too small.
-OLD, LEAST_SIDE = re.compile(r"0\.[0-8]\b"), 64
+INDEX = "model_index.json"
+SCHEDULER = "scheduler"
 MATCHING = "Take config.json and weights from the same model."
 USUAL = "the schedule of Stable Diffusion 1.x"  # in place of a digest where a folder holds none
+# settings by which a library would fetch code, or import another library and run that
+RUNS_CODE = ("auto_map", "custom_pipelines", "quantization_config")
 
 
 def load_folder(
@@ -57,77 +51,132 @@ def load_folder(
     A folder of this package (`is_own`) was written by today's diffusers: its parts are read without that library.
     """
     with _making_sense(folder):
-        configs = _folder_configs(folder)
-        for part in NETWORKS:
-            if not is_own:
-                configs[part] = {key: value for key, value in configs[part].items() if key in known_settings(part)}
-            check_bounds(configs[part], folder / part)
-        check_scheduler(configs["scheduler"], folder)
-        for part in ("unet", "vae"):
-            check_network(part, configs[part], folder)
-    weights = _all_weights(folder)
-    tokenizer = (OwnTokenizer if is_own else load_tokenizer)(folder / "tokenizer")
-    networks = {part: _network(folder / part, weights[part], configs[part], is_own) for part in NETWORKS}
-    side = networks["unet"].config.sample_size
-    if not isinstance(side, int) or not 0 < side <= LARGEST_SIDE:
-        raise Refused(
-            f"model: {folder}: the UNet's sample_size is {documents.quote(side)}, expected a number up to "
-            f"{LARGEST_SIDE}; {SUPPORTED}",
-            ANOTHER,
+        index = read_config(folder / INDEX) if (folder / INDEX).exists() else {}
+        backbone = _backbone_of(folder, index)
+        if size:
+            check_size(size, backbone.multiple)  # before seconds go into reading weights
+        configs = _folder_configs(folder, backbone, index)
+        for part in backbone.networks:
+            if part in configs:
+                if not is_own:
+                    configs[part] = _readable_settings(backbone.parts[part], configs[part], folder / part)
+                check_bounds(configs[part], folder / part)
+        if backbone.flow is None and SCHEDULER in configs:
+            check_scheduler(configs[SCHEDULER], folder)
+        configs = backbone.check(configs, str(folder))
+        if SCHEDULER not in configs:
+            raise Refused(f"model: {folder} has no scheduler", "Add the folder scheduler of the same model.")
+        defaults = defaults or backbone.defaults({part: ConfigFile(config) for part, config in configs.items()})
+    present = [part for part in backbone.parts if part in configs]
+    weights = {part: _weight_files(folder / part) for part in backbone.networks if part in configs}
+    tokenizers = {
+        part: OwnTokenizer(folder / part) if is_own else load_tokenizer(folder / part, backbone.parts[part].classes)
+        for part in present
+        if part not in weights
+    }
+    networks = {
+        part: _network(folder / part, backbone.parts[part], files, configs[part], is_own)
+        for part, files in weights.items()
+    }
+    licence = folder_licence(folder)
+    return check_model(
+        Model(
+            name or str(folder),
+            str(folder.resolve()),
+            backbone,
+            tokenizers,
+            networks,
+            configs[SCHEDULER],
+            defaults,
+            size or defaults.size,
+            folder_digests(folder, backbone, weights),
+            backbone.licence or licence if licence == UNKNOWN_LICENCE else licence,
+            {key: value for key, value in index.items() if key not in backbone.parts and not key.startswith("_")},
         )
-    if OLD.match(str(configs["unet"].get("_diffusers_version"))):
-        side = max(side, LEAST_SIDE)
-    defaults = defaults or Defaults(side * FACTOR, SD_DEFAULTS.steps, SD_DEFAULTS.guidance)
-    scheduler = {key: value for key, value in configs["scheduler"].items() if key not in UNREAD} | CORRECTED
-    origin = name or str(folder), str(folder.resolve())
-    proof = folder_digests(folder, weights), folder_licence(folder)
-    return check_model(Model(*origin, tokenizer, networks, scheduler, defaults, size or defaults.size, *proof))
+    )
 
 
 @dataclass(frozen=True)
 class _Weights:
-    file: Path
+    """The weight files of one part."""
+
+    files: tuple[Path, ...]
     variant: str | None
+    index: Path | None = None  # where they are several: which holds which tensor
 
 
-def _folder_configs(folder: Path) -> dict[str, dict[str, Any]]:
-    """The configs of the parts of a folder that looks like a supported pipeline."""
-    index = read_config(folder / "model_index.json") if (folder / "model_index.json").exists() else {}
-    pipeline = index.get("_class_name", "StableDiffusionPipeline")
-    if (folder / "text_encoder_2").exists() or "text_encoder_2" in index or "XL" in pipeline:
-        raise Refused(f"model: {folder} holds an SDXL pipeline ({pipeline}, two text encoders); {SUPPORTED}", ANOTHER)
-    if list(folder.glob("*lora*.safetensors")) and not (folder / "unet").exists():
-        raise Refused(f"model: {folder} holds a LoRA, which only changes another model; {SUPPORTED}", ADAPTER)
-    if not any((folder / part).exists() for part in PARTS):
+def _backbone_of(folder: Path, index: Mapping[str, Any]) -> Backbone:
+    """The family of a folder, by its model_index.json, or by the classes of its networks where it has none."""
+    if "_class_name" in index:
+        return open_backbone(index["_class_name"], folder)
+    families = every_backbone()
+    if list(folder.glob("*lora*.safetensors")) and not any((folder / each.denoiser).exists() for each in families):
+        raise Refused(f"model: {folder} holds a LoRA, which only changes another model; {list_supported()}", ADAPTER)
+    if not any((folder / part).exists() for each in families for part in each.parts):
+        known = dict.fromkeys(part for each in families for part in each.parts)
         raise Refused(
-            f"model: {folder} has none of the parts {', '.join(PARTS)}; {SUPPORTED}",
+            f"model: {folder} has none of the parts {', '.join(known)}; {list_supported()}",
             "Name the folder that holds them with --model.",
         )
-    if not pipeline.startswith("StableDiffusion") or pipeline.startswith("StableDiffusion3"):
-        raise Refused(f"model: {folder} holds a {pipeline}; {SUPPORTED}", ANOTHER)
-    names = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
-    places = {part: folder / part / names.get(part, "config.json") for part in PARTS}
-    has_schedule = (folder / "scheduler").exists()
-    for part, place in places.items():
-        if not place.is_file() and (part != "scheduler" or has_schedule):
+    fitting = [each for each in families if _could_be(folder, each)]
+    return max(fitting or families, key=lambda each: sum((folder / part).exists() for part in each.parts))
+
+
+def _could_be(folder: Path, backbone: Backbone) -> bool:
+    """Whether the denoiser of a folder says that it is of the family's class, or says nothing."""
+    place = folder / backbone.denoiser / "config.json"
+    if not place.is_file():
+        return False
+    named = read_config(place).get("_class_name")
+    classes = backbone.parts[backbone.denoiser].classes
+    return named is None or any(named == each.partition(":")[2] for each in classes)
+
+
+def _folder_configs(folder: Path, backbone: Backbone, index: Mapping[str, Any]) -> Read:
+    """The configs of the parts of a folder of this family, and of its schedule, whose absence the family judges."""
+    configs: Read = {"model_index": dict(index)}
+    required = [name for name, part in backbone.parts.items() if not part.is_optional]
+    for name, part in backbone.parts.items():
+        library, class_name = (index.get(name) or [None, None])[:2]
+        place = folder / name / ("tokenizer_config.json" if part.kind == "tokenizer" else "config.json")
+        if part.is_optional and class_name is None and (name in index or not place.is_file()):
+            continue
+        if not place.is_file():
             raise Refused(
-                f"model: {folder} has no {part} ({part}/{place.name} is missing), and these parts are needed: "
-                f"tokenizer, {', '.join(NETWORKS)}",
-                f"Add the folder {part} of the same model.",
+                f"model: {folder} has no {name} ({name}/{place.name} is missing), and these parts of "
+                f"{backbone.title} are needed: {', '.join(required)}",
+                f"Add the folder {name} of the same model.",
             )
-    read = {part: read_config(place) for part, place in places.items() if part != "scheduler" or has_schedule}
-    return read if has_schedule else read | {"scheduler": _usual_schedule(folder, read["unet"])}
-
-
-def _usual_schedule(folder: Path, unet: Mapping[str, Any]) -> dict[str, Any]:
-    """The schedule of Stable Diffusion 1.x, for a folder that holds networks alone; those of 2.x have several."""
-    if unet.get("use_linear_projection"):
+        if class_name is not None and f"{library}:{class_name}" not in part.classes:
+            raise Refused(
+                f"model: {folder}: its {name} is a {documents.quote(class_name)} of {documents.quote(library)}, "
+                f"expected {' or '.join(each.partition(':')[2] for each in part.classes)} for {backbone.title}",
+                ANOTHER,
+            )
+        configs[name] = read_config(place)
+    if (place := folder / SCHEDULER / "scheduler_config.json").is_file():
+        configs[SCHEDULER] = read_config(place)
+    elif (folder / SCHEDULER).exists():
         raise Refused(
-            f"model: {folder} has no scheduler, and models like Stable Diffusion 2.x were trained with several",
+            f"model: {folder} has no scheduler (scheduler/{place.name} is missing)",
             "Add the folder scheduler of the same model.",
         )
-    print(f"model: {folder} has no scheduler, so the schedule of Stable Diffusion 1.x is taken", file=sys.stderr)
-    return dict(SD_SCHEDULER)
+    return configs
+
+
+def _readable_settings(part: Part, config: Mapping[str, Any], source: Path) -> dict[str, Any]:
+    """What is read of a config: of diffusers' classes what they take, of others all but what runs code."""
+    if named := [key for key in RUNS_CODE if config.get(key)]:
+        raise Refused(
+            f"model: {source}: its config has {named[0]}, which runs code of its own or of another library; neither "
+            "is done here",
+            "Take the model as its authors publish it for diffusers, in full precision.",
+        )
+    library, _, name = part.classes[0].partition(":")
+    if library != "diffusers":
+        return dict(config)
+    known = {*inspect.signature(class_of(part).__init__).parameters} - {"self"} | {"_class_name", "_diffusers_version"}
+    return {key: value for key, value in config.items() if key in known}
 
 
 @contextmanager
@@ -143,59 +192,73 @@ def _making_sense(source: Path) -> Iterator[None]:
         ) from error
 
 
-def folder_digests(folder: Path, weights: Mapping[str, _Weights] | None = None) -> dict[str, str]:
-    """Digest of the files of each part, whose weights are looked for where they are not given."""
+def folder_digests(
+    folder: Path, backbone: Backbone | None = None, weights: Mapping[str, _Weights] | None = None
+) -> dict[str, str]:
+    """Digest of the files of each part, which are looked for where they are not given."""
+    if backbone is None:
+        backbone = _backbone_of(folder, read_config(folder / INDEX) if (folder / INDEX).exists() else {})
+    if weights is None:
+        weights = {part: _weight_files(folder / part) for part in backbone.networks if (folder / part).exists()}
     files = {
-        **{part: [weight.file] for part, weight in (weights or _all_weights(folder)).items()},
-        "tokenizer": files_of(folder / "tokenizer"),
-        "scheduler": files_of(folder / "scheduler") if (folder / "scheduler").exists() else [],
+        part: [*weights[part].files] if part in weights else files_of(folder / part)
+        for part in (*backbone.parts, SCHEDULER)
+        if (folder / part).exists()
     }
-    return {part: digest(files[part]) if files[part] else USUAL for part in PARTS}
-
-
-def _all_weights(folder: Path) -> dict[str, _Weights]:
-    return {part: _weight_files(folder / part) for part in NETWORKS}
+    return {part: digest(files[part]) if part in files else USUAL for part in (*files, SCHEDULER)}
 
 
 def _weight_files(part: Path) -> _Weights:
-    """The weight file of one part, checked to be readable; safetensors before pickles, full precision before fp16."""
+    """The weight files of one part, checked to be readable; safetensors before pickles, full precision before fp16."""
     stems = ("diffusion_pytorch_model", "pytorch_model", "model")
     for extension, stem, variant in product(("safetensors", "bin"), stems, (None, "fp16")):
         file = part / f"{stem}{f'.{variant}' if variant else ''}.{extension}"
         if file.is_file():
             check_readable(file)
-            return _Weights(file, variant)
+            return _Weights((file,), variant)
+        index = part / f"{stem}.safetensors.index{f'.{variant}' if variant else ''}.json"
+        if extension == "safetensors" and index.is_file():
+            return _Weights(_files_of_index(index), variant, index)
     raise Refused(
         f"model: {part.parent} has no weights of its {part.name}: {part} holds no .safetensors or .bin file of weights",
-        "Add the weight file of the same model; one that is split into several has to be joined.",
+        "Add the weight file of the same model.",
     )
 
 
-def _network(folder: Path, weights: _Weights, config: Mapping[str, Any], is_own: bool) -> Network:
+def _files_of_index(index: Path) -> tuple[Path, ...]:
+    """The weight files that an index names, all in its own folder."""
+    named = read_config(index).get("weight_map")
+    names = sorted({name for name in named.values() if isinstance(name, str)}) if isinstance(named, dict) else []
+    if not names or any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
+        raise Refused(f"model: {index}: it names no .safetensors files of its folder", DAMAGED)
+    if absent := [name for name in names if not (index.parent / name).is_file()]:
+        raise Refused(
+            f"model: {index.parent} lacks {len(absent)} of its {len(names)} weight files, the first is {absent[0]}",
+            DAMAGED,
+        )
+    for name in names:
+        check_readable(index.parent / name)
+    return tuple(index.parent / name for name in names)
+
+
+def _network(folder: Path, part: Part, weights: _Weights, config: Mapping[str, Any], is_own: bool) -> Network:
     if not is_own:
-        return Network.of(_from_folder(folder, weights, config))
+        return Network.of(_from_folder(folder, part, weights, config))
     return Network(
         ConfigFile(config),
-        lambda: _from_folder(folder, weights, config),
-        lambda stored: tensors_of(weights.file, stored),
+        lambda: _from_folder(folder, part, weights, config),
+        lambda stored: tensors_of(weights.files[0], stored),
     )
 
 
-def class_of(part: str) -> Any:
-    """The class of diffusers or transformers that is a network of this name."""
-    import diffusers
-    import transformers
-
-    return {
-        "text_encoder": transformers.CLIPTextModel,
-        "unet": diffusers.UNet2DConditionModel,
-        "vae": diffusers.AutoencoderKL,
-    }[part]
+def class_of(part: Part) -> Any:
+    """The class of diffusers or transformers that a part is loaded as."""
+    return load_place(part.classes[0])
 
 
-def _from_folder(folder: Path, weights: _Weights, config: Mapping[str, Any]) -> nn.Module:
+def _from_folder(folder: Path, part: Part, weights: _Weights, config: Mapping[str, Any]) -> nn.Module:
     """A diffusers or transformers module in fp32 from its folder, refused where weights and config do not fit."""
-    kind = class_of(folder.name)
+    kind = class_of(part)
     try:
         with quiet_libraries(), _only_weights(folder, weights, config) as safe:
             module, info = kind.from_pretrained(
@@ -225,11 +288,15 @@ def _from_folder(folder: Path, weights: _Weights, config: Mapping[str, Any]) -> 
 def _only_weights(folder: Path, weights: _Weights, config: Mapping[str, Any]) -> Iterator[Path]:
     """A folder with the architecture's numbers and a link to safetensors, so that libraries see nothing else."""
     with tempfile.TemporaryDirectory() as made:
-        safe, file = Path(made), weights.file
+        safe = Path(made)
         safe.joinpath("config.json").write_text(json.dumps(config), encoding="utf-8")
-        name = re.sub(r"^pytorch_model", "model", file.name).replace(".bin", ".safetensors")
-        target = file if file.suffix == ".safetensors" else pickles.safe_copy(file)
-        safe.joinpath(name).symlink_to(target.resolve())
+        for file in weights.files:
+            name = re.sub(r"^pytorch_model", "model", file.name).replace(".bin", ".safetensors")
+            target = file if file.suffix == ".safetensors" else pickles.safe_copy(file)
+            safe.joinpath(name).symlink_to(target.resolve())
+        if weights.index:
+            text = json.dumps({"metadata": {}, "weight_map": read_config(weights.index)["weight_map"]})
+            safe.joinpath(re.sub(r"^pytorch_model", "model", weights.index.name)).write_text(text, encoding="utf-8")
         yield safe
 
 
@@ -237,11 +304,12 @@ def download_model(name: str) -> Path:
     """Local snapshot of a hub repository's pipeline files."""
     import huggingface_hub
 
+    parts = {part for backbone in every_backbone() for part in backbone.parts} | {SCHEDULER}
     patterns = [
-        "model_index.json",
+        INDEX,
         "README.md",
         "LICENSE*",
-        *(f"{part}/*.{kind}" for part in PARTS for kind in ("json", "txt", "safetensors")),
+        *(f"{part}/*.{kind}" for part in parts for kind in ("json", "txt", "safetensors", "jinja")),
     ]
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from datasetdm_fast.config import SD_DEFAULTS, Defaults
-from datasetdm_fast.engine.loading.checks import SUPPORTED, check_network, check_scheduler
-from datasetdm_fast.engine.loading.model import NETWORKS, Model, check_model
-from datasetdm_fast.engine.loading.network import Network
+from datasetdm_fast.engine.backbones import list_supported, open_backbone
+from datasetdm_fast.engine.loading.checks import check_scheduler
+from datasetdm_fast.engine.loading.folder import SCHEDULER
+from datasetdm_fast.engine.loading.model import Model, check_model
+from datasetdm_fast.engine.loading.network import ConfigFile, Network
 from datasetdm_fast.engine.loading.provenance import UNKNOWN_LICENCE
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.stages import FACTOR
 
 NOTES = ("_diffusers_version", "_use_default_values", "_name_or_path")  # of a config, that are no settings
 WRAPPED = ".base_layer."  # where an adapter library keeps a layer that it has wrapped
@@ -25,53 +25,67 @@ ADAPTERS = (".lora_A.", ".lora_B.", ".lora_embedding_", ".lora_magnitude_vector"
 
 
 def model_of(pipe: Any, size: int = 0) -> Model:
-    """The model of a StableDiffusionPipeline, in fp32 and of its own memory: the pipeline may change afterwards."""
-    parts: dict[str, Any] = {name: getattr(pipe, name, None) for name in ("tokenizer", "scheduler", *NETWORKS)}
+    """The model of a pipeline of diffusers, in fp32 and of its own memory: the pipeline may change afterwards."""
+    backbone, origin = open_backbone(type(pipe).__name__, "from_diffusers"), f"a {type(pipe).__name__} in memory"
+    names = (*backbone.parts, SCHEDULER)
+    parts: dict[str, Any] = {name: getattr(pipe, name, None) for name in names}
     parts = {name: getattr(part, "_orig_mod", part) for name, part in parts.items()}  # what torch.compile has wrapped
-    if absent := [name for name, part in parts.items() if part is None]:
+    optional = [name for name, part in backbone.parts.items() if part.is_optional]
+    if absent := [name for name, part in parts.items() if part is None and name not in optional]:
         raise Refused(
-            f"from_diffusers: {type(pipe).__name__} has no {', '.join(absent)}; {SUPPORTED}",
-            "Give a StableDiffusionPipeline.",
+            f"from_diffusers: {type(pipe).__name__} has no {', '.join(absent)}; {list_supported()}",
+            "Give a pipeline that holds all of its parts.",
         )
-    if getattr(pipe, "text_encoder_2", None) is not None:
-        raise Refused(f"from_diffusers: {type(pipe).__name__} has two text encoders; {SUPPORTED}", "Give another one.")
-    _check_freeu(parts["unet"])
-    _check_vectors(pipe.tokenizer)
-    origin = f"a {type(pipe).__name__} in memory"
-    unet = {key: list(value) if isinstance(value, tuple) else value for key, value in parts["unet"].config.items()}
-    scheduler = {key: value for key, value in pipe.scheduler.config.items() if key not in NOTES}
-    check_network("unet", unet, origin)
-    check_network("vae", dict(parts["vae"].config), origin)
-    check_scheduler(scheduler, origin)
-    if not isinstance(unet["sample_size"], int):
-        raise Refused(
-            f"from_diffusers: the unet's sample_size is {unet['sample_size']}, expected a number; {SUPPORTED}",
-            "Give a pipeline that was made for squares.",
-        )
-    states = {name: state_of(parts[name], name) for name in NETWORKS}
-    networks = {name: Network.of(copy_module(parts[name], states[name])) for name in NETWORKS}
+    present = {name: part for name, part in parts.items() if part is not None}
+    _check_freeu(present[backbone.denoiser])
+    tokenizers = {name: present[name] for name in backbone.of_kind("tokenizer") if name in present}
+    for tokenizer in tokenizers.values():
+        _check_vectors(tokenizer)
+    configs = backbone.check({name: _config_of(part) for name, part in present.items()} | _index_of(pipe), origin)
+    if backbone.flow is None:
+        check_scheduler(configs[SCHEDULER], origin)
+    states = {name: state_of(present[name], name) for name in backbone.networks if name in present}
+    networks = {name: Network.of(copy_module(present[name], state)) for name, state in states.items()}
     digests = {name: digest_of(state) for name, state in states.items()}
-    serialised = json.dumps(scheduler, sort_keys=True, default=str).encode()
-    digests |= {"tokenizer": _words(pipe.tokenizer), "scheduler": f"sha256:{hashlib.sha256(serialised).hexdigest()}"}
-    defaults = Defaults(unet["sample_size"] * FACTOR, SD_DEFAULTS.steps, SD_DEFAULTS.guidance)
+    serialised = json.dumps(configs[SCHEDULER], sort_keys=True, default=str).encode()
+    digests |= {name: _words(tokenizer) for name, tokenizer in tokenizers.items()}
+    digests |= {SCHEDULER: f"sha256:{hashlib.sha256(serialised).hexdigest()}"}
+    defaults = backbone.defaults({name: ConfigFile(config) for name, config in configs.items()})
     model = Model(
         str(getattr(pipe, "name_or_path", "") or origin),
         origin,
-        pipe.tokenizer,
+        backbone,
+        tokenizers,
         networks,
-        scheduler,
+        configs[SCHEDULER],
         defaults,
         size or defaults.size,
         digests,
-        UNKNOWN_LICENCE,
+        backbone.licence or UNKNOWN_LICENCE,
+        configs["model_index"],
     )
     return check_model(model)
+
+
+def _config_of(part: Any) -> dict[str, Any]:
+    """The settings of a part of a pipeline, as a folder's files have them; a tokenizer has none."""
+    config = getattr(part, "config", {})
+    values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    return {
+        key: list(value) if isinstance(value, tuple) else value for key, value in values.items() if key not in NOTES
+    }
+
+
+def _index_of(pipe: Any) -> dict[str, dict[str, Any]]:
+    """The settings of the pipeline itself."""
+    settings = {key: value for key, value in pipe.config.items() if not key.startswith("_")}
+    return {"model_index": {key: value for key, value in settings.items() if isinstance(value, (bool, int, float))}}
 
 
 def _check_freeu(unet: nn.Module) -> None:
     """Refuses a UNet that scales its features as it runs, which no weight shows."""
     scales = ("s1", "s2", "b1", "b2")
-    if any(all(getattr(block, name, None) for name in scales) for block in unet.up_blocks):
+    if any(all(getattr(block, name, None) for name in scales) for block in getattr(unet, "up_blocks", ())):
         raise Refused(
             "from_diffusers: FreeU is enabled in the unet, which the engines here do not follow, so images would "
             "differ",

@@ -78,7 +78,7 @@ def _with_one(model: Model, text: str) -> Model:
     changed: dict[str, nn.Module] = {}
     for (network, layer), parts in sorted(_adapters(load_file(path), path).items()):
         if network not in changed:
-            changed[network] = copy.deepcopy(getattr(model, network))
+            changed[network] = copy.deepcopy(model.networks[network].module)
         noted = _noted_scale(notes, network, layer, parts)
         _fuse(_layer(changed[network], layer, path), parts, scale * noted, f"--lora {path}: {layer}")
     name, count = f"lora {path.name}", 1

@@ -1,40 +1,38 @@
-"""A loaded diffusion model: its networks, tokenizer, sampler settings and where they came from."""
+"""A loaded diffusion model: its networks, tokenizers, sampler settings and where they came from."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from datasetdm_fast.config import Defaults
+from datasetdm_fast.engine.backbones.record import Backbone, Configs, Guidance, Latents
 from datasetdm_fast.engine.loading.checks import check_size
 from datasetdm_fast.engine.loading.network import Network
 from datasetdm_fast.engine.loading.tokenizer import OwnTokenizer, load_tokenizer
-from datasetdm_fast.errors import Refused
-from datasetdm_fast.stages import Level, levels
+from datasetdm_fast.stages import Level
 from datasetdm_fast.untrusted.tensors import check_finite
 
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
 
-TOGETHER = "Take every part from the same model."
-NETWORKS = ("text_encoder", "unet", "vae")
-SD_SCHEDULER = {
-    "_class_name": "PNDMScheduler",
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-    "set_alpha_to_one": False,
-    "prediction_type": "epsilon",
-}
+class Modules(Mapping[str, nn.Module]):
+    """The modules of networks; each is built when it is first read."""
+
+    def __init__(self, networks: Mapping[str, Network]):
+        self._networks = networks
+
+    def __getitem__(self, part: str) -> nn.Module:
+        return self._networks[part].module
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._networks)
+
+    def __len__(self) -> int:
+        return len(self._networks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,31 +41,66 @@ class Model:
 
     name: str
     source: str
-    tokenizer: CLIPTokenizer | OwnTokenizer
-    networks: Mapping[str, Network]  # of NETWORKS
+    backbone: Backbone
+    loaded_tokenizers: Mapping[str, Any]  # by part
+    networks: Mapping[str, Network]  # by part
     scheduler: dict[str, Any]
     defaults: Defaults
     size: int  # pixels of a side
     digests: dict[str, str]  # part -> SHA-256 of its files, or the recipe of seeded weights
     licence: str
+    index: Mapping[str, Any] = field(default_factory=dict)  # of its model_index.json
 
     @property
-    def text_encoder(self) -> CLIPTextModel:
-        return self.networks["text_encoder"].module
+    def modules(self) -> Mapping[str, nn.Module]:
+        """By part, the modules of diffusers and transformers."""
+        return Modules(self.networks)
 
     @property
-    def unet(self) -> UNet2DConditionModel:
-        return self.networks["unet"].module
+    def denoiser(self) -> Network:
+        """What is called at each step."""
+        return self.networks[self.backbone.denoiser]
 
     @property
-    def vae(self) -> AutoencoderKL:
-        return self.networks["vae"].module
+    def tokenizer(self) -> Any:
+        """The one by whose tokens the length of a prompt is told."""
+        return self.loaded_tokenizers[self.backbone.tokenizer]
 
     @cached_property
-    def clip_tokenizer(self) -> CLIPTokenizer:
-        """The tokenizer as transformers has it."""
-        is_builtin = isinstance(self.tokenizer, OwnTokenizer)
-        return load_tokenizer(self.tokenizer.folder) if is_builtin else self.tokenizer
+    def tokenizers(self) -> Mapping[str, Any]:
+        """By part, as transformers have them."""
+        return {
+            part: load_tokenizer(tokenizer.folder) if isinstance(tokenizer, OwnTokenizer) else tokenizer
+            for part, tokenizer in self.loaded_tokenizers.items()
+        }
+
+    @cached_property
+    def configs(self) -> Configs:
+        parts = {part: network.config for part, network in self.networks.items()}
+        return {**parts, "scheduler": self.scheduler, "model_index": self.index}
+
+    @cached_property
+    def latents(self) -> Latents:
+        return self.backbone.latents(self.configs)
+
+    @cached_property
+    def guidance(self) -> Guidance:
+        return self.backbone.guidance(self.configs)
+
+    @property
+    def halves(self) -> int:
+        """Rows of a call for each image: two with classifier-free guidance."""
+        return 2 if self.guidance == "cfg" else 1
+
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of an image in a transformer."""
+        return int((self.latent_shape()[1] // self.backbone.patch) ** 2)
+
+    def latent_shape(self, size: int = 0) -> tuple[int, int, int]:  # C, h, w
+        """Of the latents of a square image, by default of the model's size."""
+        side = (size or self.size) // self.latents.pixels
+        return self.latents.channels, side, side
 
     def with_modules(self, **modules: nn.Module) -> Model:
         """A copy of this model in which these networks replace those of the same name."""
@@ -88,44 +121,32 @@ class Model:
     @property
     def text_length(self) -> int:
         """Tokens of a prompt, padding included."""
-        return min(self.tokenizer.model_max_length, self.networks["text_encoder"].config.max_position_embeddings)
+        return int(min(self.tokenizer.model_max_length, self.backbone.text(self.configs)[0]))
 
     @property
     def text_width(self) -> int:
-        """Numbers of a token, as the text encoder gives it."""
-        return self.networks["text_encoder"].config.hidden_size
+        """Numbers of a token, as the denoiser reads it."""
+        return self.backbone.text(self.configs)[1]
 
     @cached_property
     def levels(self) -> tuple[Level, ...]:
         """The levels of its captures, low to highest."""
-        length = self.networks["text_encoder"].config.max_position_embeddings
-        return levels(self.networks["unet"].config, length, self.size)
+        return self.backbone.levels(self.configs, self.size, self.halves)
 
     def token_ids(self, prompts: Sequence[str]) -> Tensor:  # [B, T] int64
         """The padded tokens of each prompt, cut off where the text encoder's positions end."""
-        return self.tokenizer(
+        ids: Tensor = self.tokenizer(
             list(prompts), padding="max_length", max_length=self.text_length, truncation=True, return_tensors="pt"
         ).input_ids
+        return ids
 
 
 def check_model(model: Model, *, is_seeded: bool = False) -> Model:
     """The model once the last checks of every source are passed: its parts fit, their numbers are finite, as those of
     seeded ones always are.
     """
-    check_size(model.size)
-    text, unet = model.networks["text_encoder"].config, model.networks["unet"].config
-    width, hidden = unet.cross_attention_dim, text.hidden_size
-    if width != hidden:
-        raise Refused(
-            f"model: {model.name}: the UNet reads text of width {width}, the text encoder gives {hidden}, so they "
-            "belong to different models",
-            TOGETHER,
-        )
-    if len(model.tokenizer) > (known := text.vocab_size):
-        raise Refused(
-            f"model: {model.name}: the tokenizer has {len(model.tokenizer)} entries, the text encoder knows {known}",
-            TOGETHER,
-        )
-    for name in NETWORKS if not is_seeded else ():
+    check_size(model.size, model.backbone.multiple)
+    model.backbone.check_fit(model)
+    for name in model.networks if not is_seeded else ():
         check_finite(model.networks[name].read().state_dict(), f"model: {model.name}: {name}.")
     return model

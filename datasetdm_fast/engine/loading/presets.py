@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from datasetdm_fast.config import DEMO_DEFAULTS, SD_DEFAULTS, Defaults
+from datasetdm_fast.engine.backbones.sd import DOWN_BLOCKS, SD, SD_SCHEDULER, UP_BLOCKS
 from datasetdm_fast.engine.loading import shapes
-from datasetdm_fast.engine.loading.checks import DOWN_BLOCKS, UP_BLOCKS
 from datasetdm_fast.engine.loading.folder import class_of, load_folder
-from datasetdm_fast.engine.loading.model import SD_SCHEDULER, Model, check_model
+from datasetdm_fast.engine.loading.model import Model, check_model
 from datasetdm_fast.engine.loading.network import ConfigFile, Network, as_filled
 from datasetdm_fast.engine.loading.tokenizer import OwnTokenizer
 from datasetdm_fast.errors import Missing
@@ -93,8 +93,8 @@ def seed_network(part: str, settings: Mapping[str, Any], seed: int) -> Network:
         if part == "text_encoder":
             from transformers import CLIPTextConfig
 
-            return class_of(part)(CLIPTextConfig(**config))
-        return class_of(part)(**config)
+            return class_of(SD.parts[part])(CLIPTextConfig(**config))
+        return class_of(SD.parts[part])(**config)
 
     def build_filled() -> nn.Module:
         module, draw = build_empty(build), Seeded(seed)
@@ -158,7 +158,7 @@ def preset(name: str, parts: Mapping[str, Mapping[str, Any]], defaults: Defaults
     networks = {part: seed_network(part, settings, seed + k) for k, (part, settings) in enumerate(parts.items())}
     digests = {part: f"seeded: {name}, seed {seed + k}" for k, part in enumerate(networks)}
     numbers = SD_SCHEDULER, defaults, size or defaults.size
-    model = Model(name, f"preset {name}", _tokenizer(), networks, *numbers, digests, SEEDED_LICENCE)
+    model = Model(name, f"preset {name}", SD, {"tokenizer": _tokenizer()}, networks, *numbers, digests, SEEDED_LICENCE)
     return check_model(model, is_seeded=True)
 
 

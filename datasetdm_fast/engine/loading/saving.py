@@ -9,10 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from datasetdm_fast.disk import storage
-from datasetdm_fast.engine.loading.checks import PARTS, quiet_libraries
-from datasetdm_fast.engine.loading.model import NETWORKS, Model
+from datasetdm_fast.engine.backbones.sd import SD
+from datasetdm_fast.engine.loading.checks import quiet_libraries
+from datasetdm_fast.engine.loading.folder import SCHEDULER
+from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.errors import Refused
 
+PARTS = (*SD.parts, SCHEDULER)
 INDEX = "model_index.json"  # is written last: a folder that has one is whole
 CLASSES = {
     "scheduler": ["diffusers", "PNDMScheduler"],
@@ -50,9 +53,8 @@ def save_model(model: Model, folder: Path) -> Path:
     storage.make_folder(desk)
     try:
         with storage.refusing(folder), quiet_libraries():
-            for part in NETWORKS:
-                getattr(model, part).save_pretrained(desk / part)
-            model.clip_tokenizer.save_pretrained(desk / "tokenizer")
+            for part, module in (*model.modules.items(), *model.tokenizers.items()):
+                module.save_pretrained(desk / part)
             scheduler = {**model.scheduler, "_diffusers_version": diffusers.__version__}
             index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": diffusers.__version__, **CLASSES}
             index |= {"scheduler": ["diffusers", scheduler["_class_name"]], "requires_safety_checker": False}

@@ -13,24 +13,14 @@ from diffusers.loaders import single_file_utils
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from datasetdm_fast.config import SD_DEFAULTS, Defaults
-from datasetdm_fast.engine.loading.checks import (
-    ADAPTER,
-    ANOTHER,
-    DAMAGED,
-    DOWN_BLOCKS,
-    SUPPORTED,
-    UP_BLOCKS,
-    check_network,
-    check_readable,
-    quiet_libraries,
-)
-from datasetdm_fast.engine.loading.model import SD_SCHEDULER, Model, check_model
+from datasetdm_fast.engine.backbones.record import ANOTHER, DAMAGED
+from datasetdm_fast.engine.backbones.sd import DOWN_BLOCKS, SD, SD_SCHEDULER, SUPPORTED, UP_BLOCKS, check_network
+from datasetdm_fast.engine.loading.checks import ADAPTER, check_readable, quiet_libraries
+from datasetdm_fast.engine.loading.model import Model, check_model
 from datasetdm_fast.engine.loading.network import Network
 from datasetdm_fast.engine.loading.provenance import UNKNOWN_LICENCE, digest
 from datasetdm_fast.engine.loading.tokenizer import tokenizer_beside
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.stages import FACTOR
 from datasetdm_fast.untrusted import documents, pickles, tensors
 
 
@@ -65,13 +55,14 @@ def load_file(path: Path, *, size: int = 0, allow_download: bool = False, ema: b
     scheduler = SD_SCHEDULER | {"prediction_type": configured or inferred}
     if is_second and scheduler["prediction_type"] == "v_prediction":
         unet.register_to_config(sample_size=96)
-    defaults = Defaults(unet.config.sample_size * FACTOR, SD_DEFAULTS.steps, SD_DEFAULTS.guidance)
+    defaults = SD.defaults({"unet": unet.config})
     licence = notes.get("modelspec.license", UNKNOWN_LICENCE)
     digests = {"file": digest([path])} | ({"prediction": configured} if configured not in ("", inferred) else {})
     origin, proof = (str(path), str(path.resolve())), (digests, licence)
     modules = {"text_encoder": text_encoder, "unet": unet, "vae": vae}
     networks = {part: Network.of(module) for part, module in modules.items()}
-    return check_model(Model(*origin, tokenizer, networks, scheduler, defaults, size or defaults.size, *proof))
+    tokenizers = {"tokenizer": tokenizer}
+    return check_model(Model(*origin, SD, tokenizers, networks, scheduler, defaults, size or defaults.size, *proof))
 
 
 LORA = "a LoRA, which only changes another model"

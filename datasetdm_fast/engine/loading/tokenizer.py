@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,21 +14,31 @@ import torch
 from tokenizers import Tokenizer
 
 from datasetdm_fast.disk import storage
+from datasetdm_fast.engine.backbones.record import DAMAGED
 from datasetdm_fast.engine.loading.checks import (
-    DAMAGED,
     LARGEST_VOCABULARY,
-    SETTINGS,
+    TOKENIZER_SETTINGS,
     first_line,
     quiet_libraries,
     read_config,
 )
 from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.plugins import load_place
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 BYTES = 256  # entries every byte-level vocabulary starts with
-VOCABULARY_FILES = ("vocab.json", "merges.txt", "tokenizer.json", "special_tokens_map.json", "added_tokens.json")
+VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",))  # any of these files is one
+VOCABULARY_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "spiece.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 VOCABULARY = "openai/clip-vit-large-patch14"  # the tokenizer of every SD 1.x and 2.x model
 
 
@@ -66,22 +76,19 @@ class OwnTokenizer:
         return SimpleNamespace(input_ids=torch.tensor(ids) if return_tensors else ids)
 
 
-def load_tokenizer(folder: Path) -> CLIPTokenizer:
-    from transformers import CLIPTokenizer
-
-    if not (folder / "tokenizer.json").is_file() and not (
-        (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
-    ):
+def load_tokenizer(folder: Path, classes: Sequence[str] = ("transformers:CLIPTokenizer",)) -> Any:
+    """The tokenizer of a folder, as the first of these classes of transformers has it."""
+    if not any(all((folder / name).is_file() for name in names) for names in VOCABULARIES):
         raise Refused(
             f"model: {folder} holds no vocabulary, expected are vocab.json and merges.txt, or tokenizer.json",
-            f"Put these files of the model there, or those of {VOCABULARY}.",
+            "Put these files of the model there.",
         )
     with _refusing(folder), quiet_libraries(), _only_vocabulary(folder) as safe:
-        tokenizer = CLIPTokenizer.from_pretrained(safe, local_files_only=True)
-    if len(tokenizer) < BYTES:
+        tokenizer = load_place(classes[0]).from_pretrained(safe, local_files_only=True)
+    if len(tokenizer) < BYTES and (folder / "merges.txt").is_file():
         raise Refused(
-            f"model: {folder} gives a tokenizer of {len(tokenizer)} entries, fewer than the {BYTES} bytes every CLIP "
-            "vocabulary starts with",
+            f"model: {folder} gives a tokenizer of {len(tokenizer)} entries, fewer than the {BYTES} bytes that "
+            "vocabularies of its kind start with",
             DAMAGED,
         )
     return tokenizer
@@ -95,7 +102,7 @@ def _refusing(folder: Path) -> Iterator[None]:
     except (Refused, Missing, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the tokenizers library panics with an error that is no Exception
-        raise Refused(f"model: {folder} cannot be read as a CLIP tokenizer ({first_line(error)})", DAMAGED) from error
+        raise Refused(f"model: {folder} cannot be read as a tokenizer ({first_line(error)})", DAMAGED) from error
 
 
 @contextmanager
@@ -104,7 +111,7 @@ def _only_vocabulary(folder: Path) -> Iterator[Path]:
     settings = read_config(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
     with tempfile.TemporaryDirectory() as made:
         safe = Path(made)
-        readable = {key: value for key, value in settings.items() if key in SETTINGS["tokenizer"]}
+        readable = {key: value for key, value in settings.items() if key in TOKENIZER_SETTINGS}
         safe.joinpath("tokenizer_config.json").write_text(json.dumps(readable), encoding="utf-8")
         for name in VOCABULARY_FILES:
             if (folder / name).is_file():

@@ -16,7 +16,6 @@ from datasetdm_fast.engine.loop import driver, labelling
 from datasetdm_fast.engine.loop.checks import as_texts
 from datasetdm_fast.engine.loop.origin import Beginning, FromNoise
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.stages import FACTOR
 
 if TYPE_CHECKING:
     import torch
@@ -85,14 +84,12 @@ def repeat_prompts(
 
 
 def draw_noise(
-    generator: torch.Generator | Sequence[torch.Generator] | None, count: int, size: int
+    generator: torch.Generator | Sequence[torch.Generator] | None, count: int, shape: tuple[int, int, int]
 ) -> tuple[Tensor, list[int]]:
-    """[count, 4, h, w] fp32 noise on the CPU as diffusers draws it, and the seed of each image's generator: one
+    """[count, C, h, w] fp32 noise on the CPU as diffusers draws it, and the seed of each image's generator: one
     generator, or None for PyTorch's own, draws all images at once, several draw one each.
     """
     import torch
-
-    shape = (4, size // FACTOR, size // FACTOR)
 
     def draw(source: torch.Generator, images: int) -> Tensor:
         return torch.randn((images, *shape), generator=source, dtype=torch.float32, device=source.device).cpu()
@@ -132,7 +129,7 @@ def sampler_of(model: Model) -> str:
 class NoiseOfCaller(FromNoise):
     """Images from noise of the caller, who may replace the latents of a batch after every call."""
 
-    noise: Tensor  # [N, 4, h, w] fp32, by the index of a request
+    noise: Tensor  # [N, C, h, w] fp32, by the index of a request
     on_step_end: OnStepEnd | None = None
 
     def begin(self, engine: Engine, schedule: Schedule, requests: Sequence[Request]) -> Beginning:
@@ -175,7 +172,7 @@ class LatentGenerator(driver.BatchGenerator):
 
 def convert_images(samples: Sequence[Sample], output_type: str, latents: Mapping[int, Tensor]) -> Any:
     """The images as diffusers returns them: a list of PIL images, [N, H, W, 3] or [N, 3, H, W] float32 in 0 .. 1, or
-    the latents [N, 4, h, w].
+    the latents [N, C, h, w].
     """
     import numpy as np
     import torch

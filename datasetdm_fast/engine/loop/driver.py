@@ -8,8 +8,19 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.config import ATTENTION
-from datasetdm_fast.data import AttentionSums, Batch, Capture, ProjectedCapture, Quarantined, Request, Sample
+from datasetdm_fast.data import (
+    AttentionSums,
+    Batch,
+    Capture,
+    ProjectedCapture,
+    Quarantined,
+    Request,
+    Sample,
+    Text,
+    join_texts,
+)
 from datasetdm_fast.engine.engines.start import in_own_precision
+from datasetdm_fast.engine.loop.call_text import call_text
 from datasetdm_fast.engine.loop.label_stream import FinishedCalls, LabelStream
 from datasetdm_fast.engine.loop.labelling import SampledBatch, WordTable, collect_results
 
@@ -78,7 +89,7 @@ class BatchGenerator:
     ):
         self.engine, self.recipe, self.on_unet_call, self.on_step = engine, recipe, on_unet_call, on_step
         self.words = WordTable(engine, recipe.words, recipe.asks_all, recipe.table)
-        self._negatives: dict[str, Tensor] = {}
+        self._negatives: dict[str, Text] = {}
 
     def make(self, batch: Batch) -> list[Sample | Quarantined]:
         return self.label(batch, self.sample(batch))
@@ -93,7 +104,7 @@ class BatchGenerator:
         from datasetdm_fast.engine.sampling.walk import SamplerState
 
         engine, recipe, requests = self.engine, self.recipe, batch.padded
-        context, class_context = self.encode_prompts(requests)
+        text, class_text = self.encode_prompts(requests)
         sums = self.zero_attention_sums(len(requests))
         beginning = recipe.origin.begin(engine, recipe.schedule, requests)
         state = SamplerState(recipe.schedule, recipe.guidance, beginning.latents)
@@ -102,31 +113,27 @@ class BatchGenerator:
         for call, timestep in enumerate(recipe.schedule.timesteps):
             if call in recipe.captured:
                 capture = engine.denoise_and_capture_raw if call in recipe.raw else engine.denoise_and_capture
-                output, captures[call] = capture(state.latents, timestep, context)
-            if sums is not None:
-                averaged, sums = engine.denoise_and_average(state.latents, timestep, context, class_context, sums)
+                output, captures[call] = capture(state.latents, timestep, text)
+            if sums is not None and class_text is not None:
+                averaged, sums = engine.denoise_and_average(state.latents, timestep, text, class_text, sums)
             if call not in recipe.captured[-1:]:
-                output = averaged if sums is not None else engine.denoise(state.latents, timestep, context)
+                output = averaged if sums is not None else engine.denoise(state.latents, timestep, text)
             state.latents = beginning.after(call, state.step(call, output))
             self.on_unet_call()
             self.on_step(call, state.latents[: len(batch.requests)])
         return SampledBatch(state.latents, captures, sums and sums.over(len(recipe.schedule)))
 
-    def encode_prompts(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor | None]:
-        """[2B, T, D] of the negative prompts and the prompts, and [B, T, D] of the class prompts, if any."""
-        import torch
-
+    def encode_prompts(self, requests: Sequence[Request]) -> tuple[Text, Text | None]:
+        """The rows of a call, and those of the class prompts, if any."""
         texts, settings = [request.prompt for request in requests], self.recipe.attention
         words = [self.recipe.class_prompt(request) for request in requests]
         if settings:
             texts = list(map(settings.text, requests, words))
-        context = torch.cat([self._encode_negatives(requests), self.engine.encode_text(texts)])
-        return context, self.engine.encode_text(words) if settings else None
+        text = call_text(self.engine, texts, self.recipe.guidance, partial(self._encode_negatives, requests))
+        return text, self.engine.encode_text(words) if settings else None
 
-    def _encode_negatives(self, requests: Sequence[Request]) -> Tensor:
-        """[B, T, D] of the negative prompts, each encoded on its own, so that no batch changes its rounding."""
-        import torch
-
+    def _encode_negatives(self, requests: Sequence[Request]) -> Text:
+        """A row of each negative prompt, each encoded on its own, so that no batch changes its rounding."""
         negatives = dict.fromkeys(request.negative for request in requests)
         if len(self._negatives) > MOST_NEGATIVES:
             self._negatives.clear()
@@ -134,8 +141,8 @@ class BatchGenerator:
             if text not in self._negatives:
                 self._negatives[text] = self.engine.encode_text([text])
         if len(negatives) == 1:
-            return self._negatives[requests[0].negative].expand(len(requests), -1, -1)
-        return torch.cat([self._negatives[request.negative] for request in requests])
+            return self._negatives[requests[0].negative].expand(len(requests))
+        return join_texts([self._negatives[request.negative] for request in requests])
 
     def zero_attention_sums(self, batch: int) -> AttentionSums | None:
         """Sums of attention before the first call, None if no label is read from them."""

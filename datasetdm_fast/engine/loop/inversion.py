@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasetdm_fast.data import Capture, ProjectedCapture
+from datasetdm_fast.data import Capture, ProjectedCapture, Text
 from datasetdm_fast.engine.engines.engine import Engine
+from datasetdm_fast.engine.loop.call_text import call_text
 from datasetdm_fast.engine.sampling import times
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.kernels.to_device import to_device
@@ -37,15 +38,15 @@ def invert(
     """
     generators = [posterior_generator(seed) for seed in seeds] if is_sampled else None
     clean = engine.encode_image(images, generators)
-    context = torch.cat([engine.encode_text([""] * len(captions)), engine.encode_text(list(captions))])
+    text = call_text(engine, captions)
     if ddim_steps:
-        latents = ddim_latents(engine, clean, context, timestep, ddim_steps)
+        latents = ddim_latents(engine, clean, text, timestep, ddim_steps)
     else:
         noises = torch.stack([times.initial_noise(seed, *clean.shape[1:]) for seed in seeds])
         noise = to_device(noises, clean.device).to(clean.dtype)
         latents = times.add_noise(engine.model.scheduler, clean, noise, timestep)
     call = engine.denoise_and_capture_raw if is_raw else engine.denoise_and_capture
-    return call(latents, timestep, context)[1]
+    return call(latents, timestep, text)[1]
 
 
 def posterior_generator(seed: int) -> torch.Generator:
@@ -57,13 +58,13 @@ def posterior_generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
 
 
-def ddim_latents(engine: Engine, clean: Tensor, context: Tensor, timestep: int, steps: int) -> Tensor:
+def ddim_latents(engine: Engine, clean: Tensor, text: Text, timestep: int, steps: int) -> Tensor:
     """Clean latents brought to `timestep` by DDIM run backwards without guidance (Song et al. 2020, 4.3)."""
     scheduler = engine.model.scheduler
     alphas = times.alphas_cumprod(scheduler).double().tolist()
     latents, alpha, time = clean.clone(), 1.0, 0
     for target in np.unique(np.linspace(0, timestep, steps + 1).round().astype(int)[1:] if timestep else [0]).tolist():
-        output = engine.denoise(latents, time, context).chunk(2)[1].to(latents)
+        output = engine.denoise(latents, time, text)[-len(latents) :].to(latents)
         signal, noisy = math.sqrt(alpha), math.sqrt(1 - alpha)
         if scheduler.get("prediction_type", "epsilon") == "v_prediction":
             image, noise = signal * latents - noisy * output, signal * output + noisy * latents

@@ -66,7 +66,7 @@ class InvertingGenerator(driver.BatchGenerator):
         engine, recipe = self.engine, self.recipe
         pixels = to_device(pixels, engine.device)  # where labellers of other packages read them, too
         clean = engine.encode_image(pixels)
-        context, words = self.encode_prompts(requests)
+        text, words = self.encode_prompts(requests)
         sums = self.zero_attention_sums(len(requests))
         noise = to_device(
             torch.stack([times.initial_noise(request.seed, *clean.shape[1:]) for request in requests]), clean.device
@@ -75,13 +75,13 @@ class InvertingGenerator(driver.BatchGenerator):
         if recipe.captures:
             latents = times.add_noise(engine.model.scheduler, clean, noise, self.capture)
             denoise = engine.denoise_and_capture_raw if recipe.raw else engine.denoise_and_capture
-            captures = dict.fromkeys(recipe.captured, denoise(latents, self.capture, context)[1])
+            captures = dict.fromkeys(recipe.captured, denoise(latents, self.capture, text)[1])
             self.on_unet_call()
         for timestep in self.timesteps:
-            if sums is None:
+            if sums is None or words is None:
                 break
             latents = times.add_noise(engine.model.scheduler, clean, noise, timestep)
-            _, sums = engine.denoise_and_average(latents, timestep, context, words, sums)
+            _, sums = engine.denoise_and_average(latents, timestep, text, words, sums)
             self.on_unet_call()
         return labelling.SampledBatch(clean, captures, sums and sums.over(len(self.timesteps)), pixels)
 

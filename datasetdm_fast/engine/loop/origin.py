@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from datasetdm_fast.data import Request, Sample
-from datasetdm_fast.stages import FACTOR
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +23,7 @@ def keep_latents(call: int, latents: Tensor) -> Tensor:
 class Beginning:
     """The latents of a batch before its first call."""
 
-    latents: Tensor  # [B, 4, h, w] on the engine's device
+    latents: Tensor  # [B, C, h, w] on the engine's device
     after: Callable[[int, Tensor], Tensor] = keep_latents  # (call, latents after it) -> latents the next call gets
 
 
@@ -44,20 +43,19 @@ class FromNoise:
     def begin(self, engine: Engine, schedule: Schedule, requests: Sequence[Request]) -> Beginning:
         from datasetdm_fast.kernels.to_device import to_device
 
-        return Beginning(to_device(initial_latents(requests, engine.model.size), engine.device))
+        return Beginning(to_device(initial_latents(requests, engine.model.latent_shape()), engine.device))
 
     def finish(self, sample: Sample) -> Sample:
         return sample
 
 
-def initial_latents(requests: Sequence[Request], size: int) -> Tensor:  # [B, 4, h, w] fp32
-    """The noise of each request, from its own seed, for images of size x size pixels."""
+def initial_latents(requests: Sequence[Request], shape: tuple[int, int, int]) -> Tensor:  # [B, C, h, w] fp32
+    """The noise of each request, from its own seed, for latents of this shape."""
     import torch
 
     from datasetdm_fast.engine.sampling.times import initial_noise
 
-    side = size // FACTOR
-    return torch.stack([initial_noise(request.seed, 4, side, side) for request in requests])
+    return torch.stack([initial_noise(request.seed, *shape) for request in requests])
 
 
 class FromOneGenerator(FromNoise):
@@ -69,8 +67,8 @@ class FromOneGenerator(FromNoise):
         from datasetdm_fast.engine.sampling.times import OneGenerator
         from datasetdm_fast.kernels.to_device import to_device
 
-        side, generator = engine.model.size // FACTOR, OneGenerator()
-        noise = [generator.draw(request.seed - request.index, request.index, side) for request in requests]
+        shape, generator = engine.model.latent_shape(), OneGenerator()
+        noise = [generator.draw(request.seed - request.index, request.index, shape) for request in requests]
         return Beginning(to_device(torch.stack(noise), engine.device))
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from datasetdm_fast.engine.backbones.sd import heads_per_block
 from datasetdm_fast.engine.models.capture import CaptureHook, Slot
 from datasetdm_fast.engine.models.layers import (
     Convolution,
@@ -26,7 +27,6 @@ from datasetdm_fast.engine.models.layers import (
     split_heads,
     tokens,
 )
-from datasetdm_fast.stages import heads_per_block
 
 TRANSFORMER_EPS = 1e-6
 LAYER_EPS = 1e-5

@@ -52,13 +52,13 @@ class OneGenerator:
     def __init__(self) -> None:
         self.seed, self.next, self.generator = -1, 0, torch.Generator("cpu")
 
-    def draw(self, seed: int, place: int, side: int) -> Tensor:  # [4, side, side] fp32
+    def draw(self, seed: int, place: int, shape: tuple[int, int, int]) -> Tensor:  # fp32
         """The noise of the image at `place` of a run with this seed."""
         if seed != self.seed or place < self.next:
             self.generator.manual_seed(seed)
             self.seed, self.next = seed, 0
         for _ in range(place - self.next + 1):
-            noise = torch.randn((4, side, side), generator=self.generator)
+            noise = torch.randn(shape, generator=self.generator)
         self.next = place + 1
         return noise
 

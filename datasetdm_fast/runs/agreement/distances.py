@@ -27,9 +27,9 @@ def relative(value: Tensor, truth: Tensor) -> np.ndarray:
     return difference.nan_to_num(nan=float("inf")).numpy()
 
 
-def by_image(noise: Tensor) -> Tensor:
-    """A CFG batch [2B, ...] as [B, 2, ...]."""
-    return noise.unflatten(0, (2, -1)).transpose(0, 1)
+def by_image(rows: Tensor, images: int) -> Tensor:
+    """The rows of a call [R, ...] as [B, R / B, ...]."""
+    return rows.unflatten(0, (-1, images)).transpose(0, 1)
 
 
 def image_distance(images: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -40,7 +40,7 @@ def image_distance(images: np.ndarray, truth: np.ndarray) -> np.ndarray:
 def teacher_forced_distances(observed: Observation, truth: Observation) -> dict[str, np.ndarray]:
     """Stage by stage, every stage with the same input: name -> one number an image, or one an image and call."""
     calls = [
-        relative(by_image(value), by_image(expected))
+        relative(by_image(value, len(truth.latents)), by_image(expected, len(truth.latents)))
         for value, expected in zip(observed.outputs, truth.outputs, strict=True)
     ]
     steps = [
@@ -73,9 +73,10 @@ def teacher_forced_distances(observed: Observation, truth: Observation) -> dict[
 
 def free_running_distances(observed: Observation, truth: Observation) -> dict[str, np.ndarray]:
     """Each engine on its own from the same noise and prompt."""
-    texts = [relative(by_image(observed.context), by_image(truth.context))]
-    if truth.class_context is not None:
-        texts.append(relative(observed.class_context, truth.class_context))
+    images = len(truth.latents)
+    texts = [relative(by_image(observed.text.context, images), by_image(truth.text.context, images))]
+    if observed.class_text and truth.class_text:
+        texts.append(relative(observed.class_text.context, truth.class_text.context))
     distances = {
         "text": np.max(texts, 0),
         "free latents": relative(observed.latents, truth.latents),
@@ -122,9 +123,9 @@ def averaged_distance(engine, reference, truth: Observation, recipe: Recipe) -> 
 
     def averages(compared) -> AttentionSums:
         generator = BatchGenerator(compared, wordless, lambda: None)
-        latents, context = truth.seen[-1].to(compared.device), truth.context.to(compared.device)
-        nothing, words = generator.zero_attention_sums(len(latents)), context.chunk(2)[1].clone()
-        _, sums = compared.denoise_and_average(latents, recipe.schedule.timesteps[-1], context, words, nothing)
+        latents, text = truth.seen[-1].to(compared.device), truth.text.to(compared.device)
+        nothing, words = generator.zero_attention_sums(len(latents)), text[-len(latents) :].map(torch.clone)
+        _, sums = compared.denoise_and_average(latents, recipe.schedule.timesteps[-1], text, words, nothing)
         return sums.to("cpu")
 
     return {AVERAGES: averages_distance(averages(engine), averages(reference))}

@@ -5,6 +5,7 @@ image.
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from datasetdm_fast.config import ATTENTION
-from datasetdm_fast.data import Annotation, AttentionSums, Capture, ProjectedCapture, Request
+from datasetdm_fast.data import Annotation, AttentionSums, Capture, ProjectedCapture, Request, Text
 from datasetdm_fast.engine.engines.torch import TorchEngine
 from datasetdm_fast.engine.loop.driver import BatchGenerator
 from datasetdm_fast.engine.loop.labelling import attention_labels, decoder_labels
@@ -20,7 +21,7 @@ from datasetdm_fast.engine.loop.recipe import Recipe
 from datasetdm_fast.engine.sampling import times, walk
 from datasetdm_fast.engine.sampling.schedule import Schedule
 from datasetdm_fast.kernels import pyramid
-from datasetdm_fast.stages import FACTOR, LEVELS
+from datasetdm_fast.stages import LEVELS
 
 ROUNDING = 1e-5  # relative change of what a decoder reads: as much as the limit of `level` allows in fp32
 PERTURBATIONS = 4  # times that it is changed
@@ -30,17 +31,17 @@ PERTURBATIONS = 4  # times that it is changed
 class Observation:
     """All outputs of one engine for a batch, on the CPU."""
 
-    context: Tensor  # [2B, T, D]
+    text: Text  # the rows of a call
     seen: tuple[Tensor, ...]  # the latents of each call
-    outputs: tuple[Tensor, ...]  # [2B, 4, h, w] of each call
+    outputs: tuple[Tensor, ...]  # [R, C, h, w] of each call
     sampler_latents: tuple[Tensor, ...]  # the latents after each call, as the sampler makes them of the outputs
     latents: Tensor  # after the last call
     levels: dict[str, list[Tensor]]  # level -> what the decoders read of it, [B, F, h, w] each
     decoder_outputs: dict[str, dict[str, Tensor]]  # raw outputs of each task's decoder
     labels: dict[str, list[Annotation]]
     images: np.ndarray  # [B, H, W, 3] uint8
-    # where labels are read from attention: the class prompts [B, T, D], and the averages over all calls
-    class_context: Tensor | None = None
+    # where labels are read from attention: the class prompts, a row an image, and the averages over all calls
+    class_text: Text | None = None
     averages: AttentionSums | None = None
     perturbed: dict[str, list[dict[str, Tensor]]] = field(default_factory=dict)  # raw outputs of perturbed captures
 
@@ -74,24 +75,25 @@ def observe(
     changed by rounding.
     """
     generator = BatchGenerator(engine, recipe, on_unet_call)
+    copy_here = partial(torch.Tensor.to, device=engine.device, copy=True)
     if truth is None:
-        context, class_context = generator.encode_prompts(requests)
-        side = recipe.size // FACTOR
-        noise = torch.stack([times.initial_noise(request.seed, 4, side, side) for request in requests])
+        text, class_text = generator.encode_prompts(requests)
+        shape = engine.model.latent_shape()
+        noise = torch.stack([times.initial_noise(request.seed, *shape) for request in requests])
     else:
-        context, noise = truth.context.to(engine.device, copy=True), truth.seen[0]
-        class_context = None if truth.class_context is None else truth.class_context.to(engine.device, copy=True)
+        text, noise = truth.text.map(copy_here), truth.seen[0]
+        class_text = truth.class_text and truth.class_text.map(copy_here)
     sums = generator.zero_attention_sums(len(requests))
     state = sampler(recipe.schedule, recipe.guidance, noise.to(engine.device))
     seen, outputs, sampler_latents, captures = [], [], [], {}
     for call, timestep in enumerate(recipe.schedule.timesteps):
         latents = state.latents if truth is None else truth.seen[call].to(engine.device)
         if call in recipe.captured:
-            output, captures[call] = engine.denoise_and_capture(latents, timestep, context)
+            output, captures[call] = engine.denoise_and_capture(latents, timestep, text)
         if sums is not None:
-            averaged, sums = engine.denoise_and_average(latents, timestep, context, class_context, sums)
+            averaged, sums = engine.denoise_and_average(latents, timestep, text, class_text, sums)
         if call not in recipe.captured[-1:]:
-            output = averaged if sums is not None else engine.denoise(latents, timestep, context)
+            output = averaged if sums is not None else engine.denoise(latents, timestep, text)
         seen.append(latents.cpu())
         outputs.append(output.float().cpu())
         sampler_latents.append(
@@ -119,7 +121,7 @@ def observe(
     if averages is not None:
         labels[ATTENTION] = attention_labels(requests, averages, engine, recipe)
     return Observation(
-        context.cpu(),
+        text.to("cpu"),
         tuple(seen),
         tuple(outputs),
         tuple(sampler_latents),
@@ -128,7 +130,7 @@ def observe(
         decoder_outputs,
         labels,
         images,
-        None if class_context is None else class_context.cpu(),
+        class_text and class_text.to("cpu"),
         averages and averages.to("cpu"),
         perturbed,
     )
@@ -180,14 +182,16 @@ class Rounded(TorchEngine):
     def __init__(self, engine: TorchEngine, dtype: torch.dtype):
         model, self.dtype = engine.model, dtype
         # not by diffusers' own `to`, which warns of modules to be kept in fp32 where there are none
-        parts = {part: nn.Module.to(copy.deepcopy(getattr(model, part)), dtype) for part in ("unet", "vae")}
+        names = (model.backbone.denoiser, *model.backbone.of_kind("vae"))
+        parts = {name: nn.Module.to(copy.deepcopy(model.networks[name].module), dtype) for name in names}
         super().__init__(model.with_modules(**parts), engine.decoders, device=str(engine.device))
 
-    def denoise(self, latents: Tensor, timestep: float, context: Tensor) -> Tensor:
-        return super().denoise(latents.to(self.dtype), timestep, context.to(self.dtype)).float()
+    def denoise(self, latents: Tensor, timestep: float, text: Text) -> Tensor:
+        return super().denoise(latents.to(self.dtype), timestep, self._round(text)).float()
 
-    def denoise_and_capture(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture]:
-        noise, capture = super().denoise_and_capture(latents, timestep, context)
+    def denoise_and_capture(self, latents: Tensor, timestep: float, text: Text) -> tuple[Tensor, Capture]:
+        noise, capture = super().denoise_and_capture(latents.to(self.dtype), timestep, self._round(text))
+        noise = noise.float()
         return noise, Capture(
             *(
                 tuple(tuple(value.float() for value in level) for level in kind)
@@ -196,13 +200,16 @@ class Rounded(TorchEngine):
         )
 
     def denoise_and_average(
-        self, latents: Tensor, timestep: float, context: Tensor, class_context: Tensor, sums: AttentionSums
+        self, latents: Tensor, timestep: float, text: Text, class_text: Text, sums: AttentionSums
     ) -> tuple[Tensor, AttentionSums]:
-        return super().denoise_and_average(latents, timestep, context, class_context.to(self.dtype), sums)
+        rounded, class_rounded = self._round(text), self._round(class_text)
+        noise, sums = super().denoise_and_average(latents.to(self.dtype), timestep, rounded, class_rounded, sums)
+        return noise.float(), sums
+
+    def _round(self, text: Text) -> Text:
+        return text.map(lambda part: part.to(self.dtype) if part.is_floating_point() else part)
 
     def decode_image(self, latents: Tensor) -> Tensor:
         with torch.inference_mode():
-            decoded = self.model.vae.decode(
-                latents.to(self.dtype) / self.model.vae.config.scaling_factor, return_dict=False
-            )[0].float()
+            decoded = self.reference.decode(latents.to(self.dtype)).float()
         return ((decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255).to(torch.uint8)

@@ -126,9 +126,8 @@ def weights_row(engine, reference) -> GateRow:
         (engine.decoders[task], reference.decoders[task]) for task in engine.decoders if task in reference.decoders
     ]
     if engine.model is not reference.model:
-        pairs += [
-            (getattr(engine.model, part), getattr(reference.model, part)) for part in ("text_encoder", "unet", "vae")
-        ]
+        theirs = reference.model.modules
+        pairs += [(module, theirs[part]) for part, module in engine.model.modules.items()]
     farthest = engine.weight_distance() if hasattr(engine, "weight_distance") else 0.0
     for ours, theirs in pairs:
         held = ours.state_dict()

@@ -149,7 +149,8 @@ class Edits(Redrawing):
         from datasetdm_fast.kernels.to_device import to_device
 
         source, last = self.latents(engine, requests), len(schedule) - 1
-        cells = np.stack([regions.to_cells(self.region_of(self.tile(request.index))) for request in requests])
+        pixels = engine.model.latents.pixels
+        cells = np.stack([regions.to_cells(self.region_of(self.tile(request.index)), pixels) for request in requests])
         is_new = to_device(torch.from_numpy(cells)[:, None], source.clean.device)
         outside = source.add_noise(schedule.noise_step(0))
         inside = source.noise if self.choice.strength == 1 else outside

@@ -55,7 +55,7 @@ class SourceLatents:
     """The images of a batch as latents, and the noise that is added to them."""
 
     scheduler: Mapping[str, Any]
-    clean: Tensor  # [B, 4, h, w]
+    clean: Tensor  # [B, C, h, w]
     noise: Tensor
 
     def add_noise(self, step: int) -> Tensor:
@@ -136,7 +136,7 @@ class Redrawing(ABC):
 
         images = torch.from_numpy(np.stack([self.tile(request.index).pixels["image"] for request in requests]))
         clean = engine.encode_image(images)
-        noise = to_device(initial_latents(requests, engine.model.size), clean.device)
+        noise = to_device(initial_latents(requests, engine.model.latent_shape()), clean.device)
         return SourceLatents(engine.model.scheduler, clean, noise)
 
     def _find_positions(self) -> list[int]:

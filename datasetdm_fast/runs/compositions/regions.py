@@ -18,7 +18,6 @@ from datasetdm_fast.runs.compositions.source import TileSource
 from datasetdm_fast.runs.run_folder.document import LEDGER
 from datasetdm_fast.runs.run_folder.indexes.coco import rows_with_ids
 from datasetdm_fast.runs.run_folder.ledger import Ledger
-from datasetdm_fast.stages import FACTOR
 from datasetdm_fast.untrusted import images
 
 WHITE = 128  # grey values from it on belong to the region of a mask file
@@ -125,10 +124,10 @@ def weights(region: np.ndarray, feather: int) -> np.ndarray:  # [H, W] fp32
     return total / (feather + 1)
 
 
-def to_cells(region: np.ndarray) -> np.ndarray:  # [h, w] bool
-    """The latent cells of which any pixel is in the region."""
-    height, width = (side // FACTOR for side in region.shape)
-    return region.reshape(height, FACTOR, width, FACTOR).any((1, 3))
+def to_cells(region: np.ndarray, pixels: int) -> np.ndarray:  # [h, w] bool
+    """The latent cells, of `pixels` a side, of which any pixel is in the region."""
+    height, width = (side // pixels for side in region.shape)
+    return region.reshape(height, pixels, width, pixels).any((1, 3))
 
 
 def describe(region: np.ndarray) -> dict[str, Any]:

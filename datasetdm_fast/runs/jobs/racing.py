@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 from datasetdm_fast.config import ENGINES
 from datasetdm_fast.engine.engines import build_engine, check_engine
 from datasetdm_fast.engine.engines.engine import Engine
+from datasetdm_fast.engine.loop.call_text import call_text
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.stages import FACTOR
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from datasetdm_fast.data import Text
 
 LEAST_RUN = 600.0  # seconds; building the other engines would not pay in a shorter one
 LEAST_GAIN = 1.03  # times as fast as the opened engine; less could be chance
@@ -44,12 +46,11 @@ def fastest(opened: Engine, batch_size: int, calls: int) -> Race:
         return Race(opened, seconds=seconds)
     import torch
 
-    side = opened.model.size // FACTOR
     generator = torch.Generator().manual_seed(0)
-    latents = torch.randn(batch_size, 4, side, side, generator=generator)
-    context = _texts(opened, "a ball", batch_size)
+    latents = torch.randn(batch_size, *opened.model.latent_shape(), generator=generator)
+    text = call_text(opened, ["a ball"] * batch_size)
     timestep = _middle(opened)
-    truth = opened.denoise(latents, timestep, context)
+    truth = opened.denoise(latents, timestep, text)
     dtype = opened.fingerprint()["dtype"]
     entries = {opened.name: opened}
     for name in names:
@@ -57,11 +58,11 @@ def fastest(opened: Engine, batch_size: int, calls: int) -> Race:
             other = build_engine(name, opened.model, opened.decoders, dtype=dtype, device=str(opened.device))
         except (Missing, Refused):  # it has no such precision, or cannot write its graphs
             continue
-        noise = other.denoise(latents, timestep, context)
+        noise = other.denoise(latents, timestep, text)
         if float((noise - truth).norm() / truth.norm()) <= FARTHEST[dtype]:
             entries[name] = other
     rounds = [
-        {name: _seconds(engine, latents, timestep, context) for name, engine in entries.items()} for _ in range(ROUNDS)
+        {name: _seconds(engine, latents, timestep, text) for name, engine in entries.items()} for _ in range(ROUNDS)
     ]
     taken = {name: statistics.median(seconds[name] for seconds in rounds) for name in entries}
     best = min(taken, key=taken.get)
@@ -75,28 +76,17 @@ def probe(engine: Engine, batch_size: int, calls: int) -> float:
     """Seconds of one UNet call at the batch size of a run of so many calls."""
     import torch
 
-    side, seconds = engine.model.size // FACTOR, []
-    latents = torch.zeros(batch_size, 4, side, side, device=engine.device)
-    context = _texts(engine, "", batch_size)
+    latents, seconds = torch.zeros(batch_size, *engine.model.latent_shape(), device=engine.device), []
+    text = call_text(engine, [""] * batch_size)
     # The first call may also compile; a second one costs a short run of slow calls too much.
     while len(seconds) < 2 and (sum(seconds) < CHEAP or calls >= MANY_CALLS):
-        seconds.append(_seconds(engine, latents, _middle(engine), context))
+        seconds.append(_seconds(engine, latents, _middle(engine), text))
     return min(seconds)
-
-
-def _texts(engine: Engine, prompt: str, batch_size: int) -> Tensor:
-    """The context of a batch as a run has it: joined outside of an engine's calls, so that an engine sees that it is
-    the same at every call and computes its keys and values once.
-    """
-    import torch
-
-    rows = [engine.encode_text([text]).expand(batch_size, -1, -1) for text in ("", prompt)]
-    return torch.cat(rows)
 
 
 def _middle(engine: Engine) -> float:
     """A timestep in the middle of the noise the model knows."""
-    return float(engine.model.scheduler["num_train_timesteps"] // 2)
+    return float(engine.model.scheduler.get("num_train_timesteps", 1000) // 2)
 
 
 def _others(opened: str) -> list[str]:
@@ -111,7 +101,7 @@ def _others(opened: str) -> list[str]:
     return names
 
 
-def _seconds(engine: Engine, latents: Tensor, timestep: float, context: Tensor) -> float:
+def _seconds(engine: Engine, latents: Tensor, timestep: float, text: Text) -> float:
     begin = time.perf_counter()
-    engine.denoise(latents, timestep, context).sum().item()  # which waits for a GPU
+    engine.denoise(latents, timestep, text).sum().item()  # which waits for a GPU
     return time.perf_counter() - begin

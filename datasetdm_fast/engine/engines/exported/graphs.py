@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from datasetdm_fast.data import AttentionSums, Capture, ProjectedCapture
+from datasetdm_fast.data import AttentionSums, Capture, ProjectedCapture, Text
 from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.engines.derived_calls import BaseEngine
 from datasetdm_fast.engine.engines.engine import check_task
@@ -80,21 +80,21 @@ class GraphEngine(BaseEngine):
         return join_parts(self._stages[stage](split_batch(inputs, size)))
 
     @torch.inference_mode()
-    def encode_text(self, prompts: Sequence[str]) -> Tensor:  # [B, T, D]
-        return self._run("encode_text", len(prompts), tokens=self.model.token_ids(prompts))["context"]
+    def encode_text(self, prompts: Sequence[str]) -> Text:
+        return Text(self._run("encode_text", len(prompts), tokens=self.model.token_ids(prompts))["context"])
 
     @torch.inference_mode()
-    def denoise(self, latents: Tensor, timestep: float, context: Tensor) -> Tensor:  # [2B, 4, h, w]
-        return self._call_unet("denoise", latents, timestep, context)["noise"]
+    def denoise(self, latents: Tensor, timestep: float, text: Text) -> Tensor:
+        return self._call_unet("denoise", latents, timestep, text)["noise"]
 
     @torch.inference_mode()
     def denoise_and_capture(
-        self, latents: Tensor, timestep: float, context: Tensor
+        self, latents: Tensor, timestep: float, text: Text
     ) -> tuple[Tensor, ProjectedCapture | Capture]:
         """The noise and what the loaded decoders make of the activations; without decoders these themselves."""
         if not self.decoders:
-            return self.denoise_and_capture_raw(latents, timestep, context)
-        outputs = self._call_unet("denoise_and_capture", latents, timestep, context)
+            return self.denoise_and_capture_raw(latents, timestep, text)
+        outputs = self._call_unet("denoise_and_capture", latents, timestep, text)
         unread = [
             torch.zeros(len(latents), 0, level.side, level.side, device=self.device) for level in self.model.levels
         ]
@@ -111,9 +111,9 @@ class GraphEngine(BaseEngine):
         }
 
     @torch.inference_mode()
-    def denoise_and_capture_raw(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture]:
+    def denoise_and_capture_raw(self, latents: Tensor, timestep: float, text: Text) -> tuple[Tensor, Capture]:
         """The noise and every captured feature and map as the reference engine gives them."""
-        outputs, levels = self._call_unet(RAW, latents, timestep, context), self.model.levels
+        outputs, levels = self._call_unet(RAW, latents, timestep, text), self.model.levels
 
         def sort_outputs(kind: str, counts: Sequence[int]) -> tuple[tuple[Tensor, ...], ...]:
             return tuple(
@@ -128,17 +128,17 @@ class GraphEngine(BaseEngine):
 
     @torch.inference_mode()
     def denoise_and_average(
-        self, latents: Tensor, timestep: float, context: Tensor, class_context: Tensor, sums: AttentionSums
+        self, latents: Tensor, timestep: float, text: Text, class_text: Text, sums: AttentionSums
     ) -> tuple[Tensor, AttentionSums]:
         stage = average_name(*(round(value.shape[1] ** 0.5) for value in (sums.cells, sums.tokens)))
-        outputs = self._call_unet(stage, latents, timestep, context, class_context=class_context)
+        outputs = self._call_unet(stage, latents, timestep, text, class_context=class_text.context)
         return outputs["noise"], AttentionSums(sums.cells + outputs["cells"], sums.tokens + outputs["tokens"])
 
     def _call_unet(
-        self, stage: str, latents: Tensor, timestep: float, context: Tensor, **others: Tensor
+        self, stage: str, latents: Tensor, timestep: float, text: Text, **others: Tensor
     ) -> dict[str, Tensor]:
-        assert len(context) == 2 * len(latents), f"context has {len(context)} rows for {len(latents)} images"
-        inputs = {"latents": latents, "timestep": self._timestep(float(timestep)), "context": context, **others}
+        assert len(text) == 2 * len(latents), f"the text has {len(text)} rows for {len(latents)} images"
+        inputs = {"latents": latents, "timestep": self._timestep(float(timestep)), CONTEXT: text.context, **others}
         return self._run(stage, self._unet_images(len(latents)), **inputs)
 
     def _timestep(self, timestep: float) -> Tensor:
@@ -154,8 +154,7 @@ class GraphEngine(BaseEngine):
         self, images: Tensor, generators: Sequence[torch.Generator] | None = None
     ) -> Tensor:  # [B, 4, h, w]
         moments = self._run("encode_image", self._autoencoder_images(), image=images)["moments"]
-        scaling: float = self.model.networks["vae"].config.scaling_factor
-        return sample_moments(moments, generators) * scaling
+        return sample_moments(moments, generators) * self.model.latents.scale
 
     def _autoencoder_images(self) -> int:
         return max(CHUNK_PIXELS[self.device.type] // self.model.size**2, 1)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from datasetdm_fast.data import AttentionSums, Capture, ProjectedCapture
+from datasetdm_fast.data import AttentionSums, Capture, ProjectedCapture, Text
 from datasetdm_fast.engine.decoders.trunk import Decoder, with_ops
 from datasetdm_fast.engine.engines.derived_calls import BaseEngine
 from datasetdm_fast.engine.engines.device import engine_call, resolve_device, slow_in_fp16
@@ -37,6 +37,7 @@ from datasetdm_fast.kernels import plain
 from datasetdm_fast.kernels.choice import operations
 from datasetdm_fast.kernels.to_device import to_device
 from datasetdm_fast.plugins import load_place
+from datasetdm_fast.stages import FACTOR
 
 KINDS = {  # of device -> its engine
     "cpu": "datasetdm_fast.engine.engines.fast.on_cpu:CpuEngine",
@@ -234,44 +235,45 @@ class FastEngine(BaseEngine):
             self._read_weights()
 
     @engine_call
-    def encode_text(self, prompts: Sequence[str]) -> Tensor:  # [B, T, D]
+    def encode_text(self, prompts: Sequence[str]) -> Text:
         self._refresh()
         self._unload_except("text_encoder")
-        return self.text_encoder(to_device(self.model.token_ids(prompts), self.device))
+        return Text(self.text_encoder(to_device(self.model.token_ids(prompts), self.device)))
 
     @engine_call
-    def denoise(self, latents: Tensor, timestep: float, context: Tensor) -> Tensor:  # [2B, 4, h, w]
-        return self._call(self._step, latents, timestep, context)[0]
+    def denoise(self, latents: Tensor, timestep: float, text: Text) -> Tensor:
+        return self._call(self._step, latents, timestep, text.context)[0]
 
     @engine_call
     def denoise_and_capture(
-        self, latents: Tensor, timestep: float, context: Tensor
+        self, latents: Tensor, timestep: float, text: Text
     ) -> tuple[Tensor, ProjectedCapture | Capture]:
         """The noise and what the loaded decoders make of the activations; without decoders the activations
         themselves.
         """
         if not self.decoders:
-            return self.denoise_and_capture_raw(latents, timestep, context)
-        noise, *sums = self._call(self._capture_projected, latents, timestep, context)
+            return self.denoise_and_capture_raw(latents, timestep, text)
+        noise, *sums = self._call(self._capture_projected, latents, timestep, text.context)
         return noise, ProjectedCapture(tuple(sums), self.projection.tasks)
 
     @engine_call
-    def denoise_and_capture_raw(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture]:
+    def denoise_and_capture_raw(self, latents: Tensor, timestep: float, text: Text) -> tuple[Tensor, Capture]:
         """The noise and every captured feature and map as the reference engine gives them."""
         self._refresh()
         hook = RawCapture(self.model.levels, self.ops)
         noise = self._run(
-            hook, self._latents(latents), self._row(timestep), *self._encode_keys_values(context.to(self.device))
+            hook, self._latents(latents), self._row(timestep), *self._encode_keys_values(text.context.to(self.device))
         )
         return noise, hook.result()
 
     @engine_call
     def denoise_and_average(
-        self, latents: Tensor, timestep: float, context: Tensor, class_context: Tensor, sums: AttentionSums
+        self, latents: Tensor, timestep: float, text: Text, class_text: Text, sums: AttentionSums
     ) -> tuple[Tensor, AttentionSums]:
-        self._refresh_for(context)
-        others = (sums.cells, sums.tokens, *self._encode_class_keys(class_context, sums.tokens.shape[1]).values())
-        noise, cells, tokens = self._call(self._capture_average, latents, timestep, context, others)
+        self._refresh_for(text.context)
+        class_keys = self._encode_class_keys(class_text.context, sums.tokens.shape[1])
+        others = (sums.cells, sums.tokens, *class_keys.values())
+        noise, cells, tokens = self._call(self._capture_average, latents, timestep, text.context, others)
         return noise, AttentionSums(cells, tokens)
 
     def _encode_class_keys(self, class_context: Tensor, cells: int) -> dict[Slot, Tensor]:
@@ -396,7 +398,7 @@ class FastEngine(BaseEngine):
                 for part in parts
             ]
         )
-        return sample_moments(moments.contiguous(), generators) * self.model.networks["vae"].config.scaling_factor
+        return sample_moments(moments.contiguous(), generators) * self.model.latents.scale
 
     def _chunk(self, side: int) -> int:
         return max(CHUNK_PIXELS[self.device.type] // side**2, 1)
@@ -414,7 +416,7 @@ class FastEngine(BaseEngine):
     @engine_call
     def suggested_batch(self) -> int:
         """The default batch size: by the free memory of a GPU, by the caches of a CPU."""
-        return suggest_batch(self.model.size // 8, self.device)
+        return suggest_batch(self.model.size // FACTOR, self.device)
 
     def _versions(self) -> dict[str, str]:
         return super()._versions() | ({"compiled": "yes"} if self.is_compiled else {})

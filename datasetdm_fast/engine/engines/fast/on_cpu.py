@@ -28,6 +28,7 @@ from datasetdm_fast.engine.models.unet import UNet
 from datasetdm_fast.engine.models.unet_block import is_narrow, with_blocks
 from datasetdm_fast.engine.models.vae import ImageDecoder
 from datasetdm_fast.kernels import winograd
+from datasetdm_fast.stages import FACTOR
 
 # weights that are computed with before they are stored, or stay in fp32: of timesteps, and of doubled cells
 COMPUTED = ("time_emb", "upsamplers")
@@ -56,7 +57,7 @@ class CpuEngine(FastEngine):
 
     def _forms(self) -> tuple[torch.dtype, tuple[type[nn.Module], type[nn.Module]]]:
         is_block = self._has_usual_ops and not self.is_compiled
-        is_small = is_narrow(self.model.networks["unet"].config.block_out_channels)
+        is_small = is_narrow(self.model.denoiser.config.block_out_channels)
         return torch.float32 if is_block and is_small else self.dtype, (UNet, ImageDecoder)
 
     def _sources(self, *names: str) -> dict[str, Weighted]:
@@ -122,7 +123,7 @@ class CpuEngine(FastEngine):
         self._refresh()
         self._unload_except("image_decoder")
         decoder = self.image_decoder  # read once, before threads ask for it
-        chunks = latents.split(min(self._chunk(latents.shape[-1] * 8), slice_of(len(latents))))
+        chunks = latents.split(min(self._chunk(latents.shape[-1] * FACTOR), slice_of(len(latents))))
         if len(chunks) == 1 and is_large(decoder):
             del self.image_decoder  # the next call of another network would unload it
             return [as_images(decoder.decode_and_release(channels_last(chunks[0], self.dtype), free_memory))]

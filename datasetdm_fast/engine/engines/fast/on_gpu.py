@@ -24,6 +24,7 @@ from datasetdm_fast.engine.models.unet import UNet
 from datasetdm_fast.engine.models.vae import ImageDecoder
 from datasetdm_fast.kernels import launch
 from datasetdm_fast.kernels.choice import gave_way
+from datasetdm_fast.stages import FACTOR
 
 SECONDS_BEFORE_MESSAGE = 5.0  # of compiling kernels
 COMPILING = "compiling kernels for this GPU, up to a minute; Triton keeps them for the next time"
@@ -107,7 +108,7 @@ class GpuEngine(FastEngine):
 
     def _images(self, latents: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Part after part: a thread of its own would work on another stream, which nothing waits for."""
-        size = min(self._chunk(latents.shape[-1] * 8), self.widest_chunk or len(latents))
+        size = min(self._chunk(latents.shape[-1] * FACTOR), self.widest_chunk or len(latents))
         parts, worked = halve_until_fits(
             lambda size: list(map(self._decode_part, latents.split(size))), size, self._forget_labels, times=size
         )
@@ -155,15 +156,14 @@ class GpuEngine(FastEngine):
 
     @engine_call
     def suggested_batch(self) -> int:
-        return suggest_batch(self.model.size // 8, self.device, self._bytes_of)
+        return suggest_batch(self.model.size // FACTOR, self.device, self._bytes_of)
 
     def _bytes_of(self, batch: int) -> int:
         """Peak memory of one captured call."""
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
-        side = self.model.size // 8
-        latents = torch.zeros(batch, 4, side, side, device=self.device)
-        context = self.encode_text([""]).expand(2 * batch, -1, -1)
+        latents = torch.zeros(batch, *self.model.latent_shape(), device=self.device)
+        context = self.encode_text([""]).expand(2 * batch).context
         self._capture_projected(self._latents(latents), self._row(1), *self._encode_keys_values(context))
         return torch.cuda.max_memory_allocated(self.device) - before
 

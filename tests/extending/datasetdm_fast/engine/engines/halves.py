@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from datasetdm_fast.data import Capture
-from datasetdm_fast.engine.engines.torch import TorchEngine, capturing
+from datasetdm_fast.data import Capture, Text
+from datasetdm_fast.engine.engines.torch import TorchEngine
 
 
 class HalvesEngine(TorchEngine):
@@ -15,13 +15,14 @@ class HalvesEngine(TorchEngine):
     name = "halves"
 
     @torch.inference_mode()
-    def denoise(self, latents: Tensor, timestep: float, context: Tensor) -> Tensor:  # [2B, 4, h, w]
-        return torch.cat([self.model.unet(latents, timestep, half, return_dict=False)[0] for half in context.chunk(2)])
+    def denoise(self, latents: Tensor, timestep: float, text: Text) -> Tensor:
+        unet, halves = self.model.modules["unet"], text.context.chunk(2)
+        return torch.cat([unet(latents, timestep, half, return_dict=False)[0] for half in halves])
 
     @torch.inference_mode()
-    def denoise_and_capture(self, latents: Tensor, timestep: float, context: Tensor) -> tuple[Tensor, Capture]:
-        with capturing(self.model.unet) as captures:
-            noise = super().denoise(latents, timestep, context)
+    def denoise_and_capture(self, latents: Tensor, timestep: float, text: Text) -> tuple[Tensor, Capture]:
+        with self.reference.capturing() as captures:
+            noise = super().denoise(latents, timestep, text)
         return noise, captures[0]
 
     denoise_and_capture_raw = denoise_and_capture

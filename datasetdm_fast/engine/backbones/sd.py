@@ -1,0 +1,231 @@
+"""Stable Diffusion 1.x and 2.x: a U-Net of four levels, one CLIP text encoder, classifier-free guidance."""
+
+import math
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasetdm_fast.config import SD_DEFAULTS, Defaults
+from datasetdm_fast.engine.backbones.record import (
+    ANOTHER,
+    DAMAGED,
+    Backbone,
+    Configs,
+    Guidance,
+    Latents,
+    LoadedModel,
+    Part,
+    Read,
+)
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.stages import Level
+from datasetdm_fast.untrusted import documents
+
+PIXELS = 8  # of a side of a latent cell
+DOWN_BLOCKS = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+UP_BLOCKS = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+SD_SCHEDULER = {
+    "_class_name": "PNDMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "set_alpha_to_one": False,
+    "prediction_type": "epsilon",
+}
+# diffusers' pipeline puts these right in the scheduler of old folders: the offset is 1, and samples are not clipped.
+CORRECTED = {"steps_offset": 1}
+UNREAD = ("_diffusers_version", "clip_sample")
+# So it does with a sample_size that such versions wrote too small.
+OLD, LEAST_SIDE = re.compile(r"0\.[0-8]\b"), 64
+LARGEST_SIDE = 512  # latent cells
+# What is read of the text encoder's config: other settings change no network of this kind.
+TEXT_SETTINGS = set(
+    "vocab_size hidden_size intermediate_size projection_dim num_hidden_layers num_attention_heads hidden_act "
+    "max_position_embeddings layer_norm_eps attention_dropout initializer_range initializer_factor pad_token_id "
+    "bos_token_id eos_token_id architectures model_type".split()
+)
+TOGETHER = "Take every part from the same model."
+SUPPORTED = "supported are text-to-image models of Stable Diffusion 1.x and 2.x"
+NAMES = {"unet": "UNet", "vae": "vae"}
+OTHER_KINDS = {9: ", so it is an inpainting model", 8: ", so it is an image-editing model"}  # by channels of a UNet
+ACTIVATION = ("silu", "swish")  # two names of one function
+# Settings by which a network is another one although its weights may have the same shapes -> the values that are
+# supported, first the default.
+FORMS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "unet": {
+        "in_channels": (4,),
+        "_class_name": ("UNet2DConditionModel",),
+        "out_channels": (4,),
+        "down_block_types": (list(DOWN_BLOCKS),),
+        "up_block_types": (list(UP_BLOCKS),),
+        "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+        "transformer_layers_per_block": (1, [1] * 4),
+        "act_fn": ACTIVATION,
+        "dual_cross_attention": (False,),
+        "only_cross_attention": (False,),
+        "attention_type": ("default",),
+        "resnet_time_scale_shift": ("default",),
+        "center_input_sample": (False,),
+        "downsample_padding": (1,),
+        "mid_block_scale_factor": (1,),
+        **dict.fromkeys(
+            "addition_embed_type class_embed_type encoder_hid_dim encoder_hid_dim_type num_class_embeds "
+            "cross_attention_norm time_embedding_act_fn timestep_post_act time_cond_proj_dim".split(),
+            (None,),
+        ),
+    },
+    "vae": {"_class_name": ("AutoencoderKL",), "latent_channels": (4,), "act_fn": ACTIVATION},
+}
+
+
+def check_network(part: str, config: Mapping[str, Any], source: Path | str) -> None:
+    """Refuse a UNet or autoencoder of another form than that of SD 1.x and 2.x, by the first setting that differs."""
+    for key, (usual, *others) in FORMS[part].items():
+        actual = config.get(key, usual)
+        if type(actual) is bool and type(usual) is not bool or actual not in (usual, *others):
+            kind = OTHER_KINDS.get(actual, "") if key == "in_channels" and isinstance(actual, int) else ""
+            raise Refused(
+                f"model: {source}: the {NAMES[part]}'s {key} is {documents.quote(actual)} where {usual!r} is "
+                f"expected{kind}; {SUPPORTED}",
+                ANOTHER,
+            )
+    if not isinstance(config.get("layers_per_block", 2), int):
+        raise Refused(f"model: {source}: the {NAMES[part]}'s layers_per_block is no number; {SUPPORTED}", ANOTHER)
+    if part == "vae":
+        scale, factor = config.get("scaling_factor", 0.18215), 2 ** (len(config["block_out_channels"]) - 1)
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+            raise Refused(
+                f"model: {source}: the vae's scaling_factor is {documents.quote(scale)}, expected a number above 0",
+                DAMAGED,
+            )
+        if factor != PIXELS:
+            raise Refused(
+                f"model: {source}: a latent cell of the vae is {factor} x {factor} pixels, expected {PIXELS} x "
+                f"{PIXELS}; {SUPPORTED}",
+                ANOTHER,
+            )
+
+
+def check_configs(configs: Read, source: str) -> Read:
+    """The configs as diffusers' pipeline takes them, refused where they are of another kind of model."""
+    text, unet = configs["text_encoder"], configs["unet"]
+    configs = configs | {"text_encoder": {name: value for name, value in text.items() if name in TEXT_SETTINGS}}
+    for part in ("unet", "vae"):
+        check_network(part, configs[part], source)
+    side = unet.get("sample_size")
+    if not isinstance(side, int) or not 0 < side <= LARGEST_SIDE:
+        raise Refused(
+            f"model: {source}: the UNet's sample_size is {documents.quote(side)}, expected a number up to "
+            f"{LARGEST_SIDE}; {SUPPORTED}",
+            ANOTHER,
+        )
+    schedule = configs.get("scheduler") or _usual_schedule(source, unet)
+    scheduler = {key: value for key, value in schedule.items() if key not in UNREAD}
+    return configs | {"scheduler": scheduler | CORRECTED}
+
+
+def _usual_schedule(source: str, unet: Mapping[str, Any]) -> dict[str, Any]:
+    """The schedule of Stable Diffusion 1.x, for a folder that holds networks alone; those of 2.x have several."""
+    if unet.get("use_linear_projection"):
+        raise Refused(
+            f"model: {source} has no scheduler, and models like Stable Diffusion 2.x were trained with several",
+            "Add the folder scheduler of the same model.",
+        )
+    print(f"model: {source} has no scheduler, so the schedule of Stable Diffusion 1.x is taken", file=sys.stderr)
+    return dict(SD_SCHEDULER)
+
+
+def check_fit(model: LoadedModel) -> None:
+    """Refuses parts that belong to different models."""
+    text, width = model.configs["text_encoder"], model.configs["unet"].cross_attention_dim
+    if width != text.hidden_size:
+        raise Refused(
+            f"model: {model.name}: the UNet reads text of width {width}, the text encoder gives {text.hidden_size}, so "
+            "they belong to different models",
+            TOGETHER,
+        )
+    if (count := len(model.tokenizer)) > text.vocab_size:
+        raise Refused(
+            f"model: {model.name}: the tokenizer has {count} entries, the text encoder knows {text.vocab_size}",
+            TOGETHER,
+        )
+
+
+def heads_per_block(unet: Mapping[str, Any]) -> tuple[int, ...]:
+    """Attention heads of the four down blocks; diffusers calls this number attention_head_dim."""
+    heads = unet.get("num_attention_heads") or unet["attention_head_dim"]
+    return (heads,) * 4 if isinstance(heads, int) else tuple(heads)
+
+
+def levels(unet: Mapping[str, Any], tokens: int, size: int) -> tuple[Level, ...]:
+    """The four levels a UNet of this diffusers config yields at size x size pixels, low to highest."""
+    width, count, heads = unet["block_out_channels"], unet["layers_per_block"], heads_per_block(unet)
+    side = size // PIXELS
+    low = Level(
+        "low",
+        side // 8,
+        (width[2],) + (width[3],) * count + (width[3],) + (width[3],) * (count + 1),
+        (heads[3],),
+        tokens,
+    )
+    rest = []
+    for depth, name in ((2, "mid"), (1, "high"), (0, "highest")):
+        entry = width[depth] if depth == 0 else width[depth - 1]  # conv_in, or the downsampler of the block above
+        features = (entry,) + (width[depth],) * count + (width[depth + 1],) + (width[depth],) * (count + 1)
+        rest.append(Level(name, side >> depth, features, (heads[depth],) * (2 * count + 1), tokens))
+    return (low, *rest)
+
+
+def _guidance(configs: Configs) -> Guidance:
+    return "cfg"
+
+
+def _latents(configs: Configs) -> Latents:
+    return Latents(channels=4, pixels=PIXELS, scale=configs["vae"].scaling_factor)
+
+
+def _text(configs: Configs) -> tuple[int, int]:
+    text = configs["text_encoder"]
+    return text.max_position_embeddings, text.hidden_size
+
+
+def _levels(configs: Configs, size: int, halves: int) -> tuple[Level, ...]:
+    assert halves == 2, "a call of Stable Diffusion has two halves"
+    return levels(configs["unet"], _text(configs)[0], size)
+
+
+def _defaults(configs: Configs) -> Defaults:
+    unet = configs["unet"]
+    side = max(unet.sample_size, LEAST_SIDE if OLD.match(str(unet.get("_diffusers_version"))) else 0)
+    return Defaults(side * PIXELS, SD_DEFAULTS.steps, SD_DEFAULTS.guidance)
+
+
+SD = Backbone(
+    name="sd",
+    title="Stable Diffusion 1.x and 2.x",
+    parts={
+        "tokenizer": Part("tokenizer", ("transformers:CLIPTokenizer", "transformers:CLIPTokenizerFast")),
+        "text_encoder": Part("text_encoder", ("transformers:CLIPTextModel",)),
+        "unet": Part("denoiser", ("diffusers:UNet2DConditionModel",)),
+        "vae": Part("vae", ("diffusers:AutoencoderKL",)),
+    },
+    denoiser="unet",
+    guidance=_guidance,
+    latents=_latents,
+    text=_text,
+    multiple=64,
+    flow=None,
+    levels=_levels,
+    defaults=_defaults,
+    reference="datasetdm_fast.engine.backbones.sd_reference:SDReference",
+    network="datasetdm_fast.engine.models.unet:UNet",
+    is_exported=True,
+    has_averages=True,
+    check=check_configs,
+    check_fit=check_fit,
+)
