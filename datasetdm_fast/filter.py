@@ -24,7 +24,7 @@ EXAMPLES = ("runs/demo", 'runs/demo --where "score >= 0.6 and duplicate == 0"')
 
 @dataclass(frozen=True)
 class FilterConfig(OutputSettings):
-    FLAGS = "run where undo dry_run clip stability threads json quiet".split()
+    FLAGS = "run where undo dry_run clip threads json quiet".split()
 
     run: str = setting("", "run folder", metavar="RUN", positional=True)
     where: str = setting(
@@ -32,7 +32,6 @@ class FilterConfig(OutputSettings):
     )
     undo: bool = setting(False, "keep all samples again")
     clip: str = setting("", "folder of a CLIP model, which adds the score clip", metavar="DIR")
-    stability: bool = setting(False, "adds the score stability, with the model and the decoders of the run")
     threads: int = setting(0, "samples scored at once, 0 = all cores", metavar="N", least=0)
 
 
@@ -41,13 +40,13 @@ def main(arguments: Sequence[str]) -> int:
     config, flags = parse(arguments, FilterConfig, PROG, __doc__, EXAMPLES)
     if not config.run:
         raise Refused(f"{PROG}: RUN is missing", "Name the run folder, for example runs/demo.")
-    if config.undo and flags & {"where", "clip", "stability"}:
+    if config.undo and flags & {"where", "clip"}:
         raise Refused("--undo: it removes the filter, and takes no other flags", "Give only --undo, or drop it.")
     for name, noun in (("where", "condition"), ("clip", "folder")):
         if name in flags and not getattr(config, name).strip():
             raise Refused(f"--{name}: no {noun} was given", f"Give a {noun}, or drop the flag.")
-    from datasetdm_fast.runs.curation import clip, filtering, histograms, stability
-    from datasetdm_fast.runs.run_folder.scores import OF_NETWORKS, SCORES, read_scores
+    from datasetdm_fast.runs.curation import clip, filtering, histograms
+    from datasetdm_fast.runs.run_folder.scores import SCORES, read_scores
 
     path, verb = Path(config.run), "would be" if config.dry_run else "are"
     run = filtering.open_run(path)
@@ -56,22 +55,20 @@ def main(arguments: Sequence[str]) -> int:
         left_out = "are left out" if config.dry_run else "had been left out"
         line = f"{path}: all samples {verb} kept again, {count} {left_out}"
         return print_end(config, {"path": config.run, "restored": count}, config.run, line)
-    names = [name for name in OF_NETWORKS if getattr(config, name)]
     if config.where:
-        filtering.check_condition(run, config.where, names)  # before hours of scoring
+        filtering.check_condition(run, config.where, has_clip=bool(config.clip))  # before hours of scoring
     digest = clip.digest_of(Path(config.clip)) if config.clip else ""
-    if missing := filtering.count_missing(run, names, digest):
+    if missing := filtering.count_missing(run, digest):
         if config.dry_run and config.where:
             remedy = "Score them first: run the command without --where."
             raise Refused(f"--dry-run: {missing} samples have no scores yet", remedy)
         if config.dry_run:
             line = f"{path}: {count_noun(missing, 'sample')} would be scored"
             return print_end(config, {"path": config.run, "scored": missing}, config.run, line)
-        networks = {"clip": clip.Clip(Path(config.clip), digest)} if config.clip else {}
-        networks |= {"stability": stability.Stability(run, config.threads)} if config.stability else {}
+        network = clip.Clip(Path(config.clip), digest) if config.clip else None
         with Interruption(config.quiet) as interruption, ImageProgress(missing, config.quiet) as progress:
             threads = config.threads or count_cores()
-            filtering.score_missing(run, networks, threads, progress.on_commit, interruption.is_stopping)
+            filtering.score_missing(run, network, threads, progress.on_commit, interruption.is_stopping)
         if interruption.signal:
             print("not all samples are scored; the same command resumes", file=sys.stderr)
             return interruption.exit_code(0)

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from itertools import combinations
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -237,7 +236,7 @@ def test_splice_takes_only_what_is_kept(run, tmp_path, capsys):
 def test_histograms_count_every_sample_and_class(run, capsys):
     assert filter.main([str(run), "--json", "--quiet"]) == 0
     shown = json.loads(capsys.readouterr().out)
-    assert set(shown) == set(SCORES) and shown.pop("clip") == shown.pop("stability") == []
+    assert set(shown) == set(SCORES) and shown.pop("clip") == []
     for bins in shown.values():
         assert sum(each["samples"] for each in bins) == NUMBER == bins[0]["left"]
     words = [word for sample in open_run(run) for word in sample.classes]
@@ -387,69 +386,6 @@ def test_clip_scores_come_from_a_local_folder(run, tmp_path, capsys):
     assert filter.main([str(run), "--clip", str(folder), "--quiet"]) == 3
     assert "tensors of a CLIP are missing, such as vision_model." in capsys.readouterr().err
     assert len(open_run(run, kept=True)) == NUMBER and audit(run).findings == []
-
-
-def test_stability_asks_the_model_of_the_run_again(tmp_path, monkeypatch, capsys):
-    from stub_engine import CONFIGS, StubEngine
-
-    from datasetdm_fast.engine.engines import opening
-    from datasetdm_fast.engine.sampling.times import initial_noise
-    from datasetdm_fast.runs.curation.stability import OTHER_NOISE
-
-    digests = {"digest": "stub", "licence": "none"}
-
-    def open_engine(model, decoder, tasks, **choices):
-        return StubEngine(64, CONFIGS, tuple(tasks)), {task: digests for task in tasks}
-
-    monkeypatch.setattr(opening, "open_engine", open_engine)
-    path = tmp_path / "run"
-    assert generate.main(["--number", "3", "--out", str(path), "--quiet"]) == 0
-    assert filter.main([str(path), "--where", "stability >= 0", "--quiet"]) == 2 and not (path / FILTER).exists()
-    assert "Add --stability" in capsys.readouterr().err
-    assert filter.main([str(path), "--stability", "--where", "stability >= 0", "--quiet"]) == 0
-    with Ledger(path / "state" / "ledger.sqlite", read_only=True) as ledger:
-        found = [value for _, value in ledger.scores("stability")]
-    assert len(found) == 3 and all(0 <= value <= 1 for value in found) and audit(path).findings == []
-    assert len(open_run(path, kept=True)) == 3
-    noise = [initial_noise(shift, 4, 8, 8) for shift in (0, *OTHER_NOISE)]
-    assert not any((a == b).any() for a, b in combinations(noise, 2))
-    digests = {"digest": "other", "licence": "none"}
-    assert filter.main([str(path), "--stability", "--quiet"]) == 0, "all of them have the score"
-    with RunFolder(path, open_run(path).document) as folder:
-        folder.ledger._database.execute("DELETE FROM scores WHERE name = 'stability'")
-    assert filter.main([str(path), "--stability", "--quiet"]) == 2
-
-
-def test_stability_opens_what_the_run_was_made_with(run, monkeypatch):
-    from datasetdm_fast.engine.engines import opening
-    from datasetdm_fast.runs.curation.stability import Stability
-
-    seen = {}
-
-    def open_engine(model, decoder, tasks, **choices):
-        seen.update(tasks=tasks, lora=choices["lora"])
-        raise Refused("enough", "")
-
-    monkeypatch.setattr(opening, "open_engine", open_engine)
-    found = open_run(run)
-    found.document["config"] |= {"task": ["semantic", "attention"], "lora": ["style.safetensors:0.8"]}
-    found.document["decoders"] = {"semantic": found.document["decoders"]["semantic"]}
-    with pytest.raises(Refused, match="enough"):
-        Stability(found, 1)
-    assert seen == {"tasks": ("semantic",), "lora": ("style.safetensors:0.8",)}
-
-
-@pytest.mark.parametrize(
-    ("command", "remedy"), [("label", "Drop the flag."), ("splice", "Score the run that it was made from.")]
-)
-def test_stability_of_images_that_no_model_drew_is_refused_with_what_can_be_done(run, command, remedy):
-    from datasetdm_fast.runs.curation.stability import Stability
-
-    found = open_run(run)
-    found.document["command"] = command
-    with pytest.raises(Refused) as stop:
-        Stability(found, 1)
-    assert stop.value.remedy == remedy
 
 
 def test_filtering_needs_no_torch(made):

@@ -1,7 +1,7 @@
 """The scores of a run are completed, and decide which of its samples are kept."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -11,7 +11,6 @@ from datasetdm_fast.disk import locks
 from datasetdm_fast.errors import Refused, quote
 from datasetdm_fast.runs.curation.clip import Clip
 from datasetdm_fast.runs.curation.scores import score_sample
-from datasetdm_fast.runs.curation.stability import Stability
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder.document import LEDGER, LOCK, table_of
 from datasetdm_fast.runs.run_folder.folder import RunFolder
@@ -20,7 +19,6 @@ from datasetdm_fast.runs.run_folder.object_store import refuse_stored
 from datasetdm_fast.runs.run_folder.reader import Run, StoredSample
 from datasetdm_fast.runs.run_folder.scores import (
     HASH,
-    OF_NETWORKS,
     SCORES,
     absent,
     add_distances,
@@ -45,27 +43,27 @@ def open_run(path: Path) -> Run:
     return run
 
 
-def check_condition(run: Run, where: str, new: Sequence[str]) -> None:
-    """Refuses a condition on scores of networks that no sample has and that are not among the `new` ones."""
+def check_condition(run: Run, where: str, *, has_clip: bool) -> None:
+    """Refuses a condition on the score of a CLIP that no sample has and that is not about to be computed."""
     with Ledger(run.path / LEDGER, read_only=True) as ledger:
-        for name in parse_where(where, tuple(SCORES))[1]:
-            if name in OF_NETWORKS and name not in new and not ledger.scores(name):
-                raise absent(run.path, name)
+        if CLIP in parse_where(where, tuple(SCORES))[1] and not has_clip and not ledger.scores(CLIP):
+            raise absent(run.path, CLIP)
 
 
-def count_missing(run: Run, networks: Sequence[str], clip: str = "") -> int:
-    """Missing scores, all that need no network counted as one; `clip` is the digest of the CLIP among `networks`."""
+def count_missing(run: Run, clip: str = "") -> int:
+    """Missing scores, all that need no network counted as one; `clip` is the digest of the requested CLIP."""
     with Ledger(run.path / LEDGER, read_only=True) as ledger:
-        samples, missing = set(ledger.indices()), 0
-        for name in ("distance", *networks):
-            is_of_another = name == CLIP and ledger.read_note(CLIP) != clip
-            missing += len(samples - (set() if is_of_another else {index for index, _ in ledger.scores(name)}))
+        samples = set(ledger.indices())
+        missing = len(samples - {index for index, _ in ledger.scores("distance")})
+        if clip:
+            known = ledger.scores(CLIP) if ledger.read_note(CLIP) == clip else ()
+            missing += len(samples - {index for index, _ in known})
         return missing
 
 
 def check_all_scored(run: Run) -> None:
     """Refuses a condition on scores where samples have none yet, such as those made after the run was scored."""
-    if count_missing(run, ()):
+    if count_missing(run):
         raise Refused(
             f"--where: samples of {run.path} are not scored",
             f"Score them with: python -m datasetdm_fast.filter {quote(run.path)}",
@@ -80,20 +78,20 @@ def select(path: Path, where: str) -> list[int]:
 
 def score_missing(
     run: Run,
-    networks: Mapping[str, Clip | Stability],
+    clip: Clip | None,
     threads: int,
     on_commit: Callable[[int], None] = lambda count: None,
     is_stopping: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Gives every sample its missing scores, those of `networks` among them; scores of another CLIP are replaced."""
+    """Gives every sample its missing scores, that of a CLIP among them; scores of another CLIP are replaced."""
     run.close()  # its ledger is about to change
     table = table_of(run.document)
     read_filter(run.path)  # the gallery is written anew with it: a damaged file is refused before any scoring
     with RunFolder(run.path, run.document) as folder, ThreadPoolExecutor(threads) as pool:
         folder.unseal()
         ledger = folder.ledger
-        if CLIP in networks and ledger.read_note(CLIP) != networks[CLIP].digest:
-            ledger.forget_scores(CLIP, (CLIP, networks[CLIP].digest))
+        if clip and ledger.read_note(CLIP) != clip.digest:
+            ledger.forget_scores(CLIP, (CLIP, clip.digest))
 
         def missing(name: str) -> Iterator[list[StoredSample]]:
             present = {index for index, _ in ledger.scores(name)}
@@ -101,11 +99,10 @@ def score_missing(
             while (block := list(islice(indices, BLOCK))) and not is_stopping():
                 yield [StoredSample(ledger.row(index), run.path, run.document, class_table=table) for index in block]
 
-        for name, network in networks.items():
-            for samples in missing(name):
-                scores = zip(samples, network.scores(samples), strict=True)
-                ledger.add_scores((sample.row.request.index, name, value) for sample, value in scores)
-                on_commit(len(samples))
+        for samples in missing(CLIP) if clip else ():
+            scores = zip(samples, clip.scores(samples), strict=True)
+            ledger.add_scores((sample.row.request.index, CLIP, value) for sample, value in scores)
+            on_commit(len(samples))
         for samples in missing(HASH):
             rows = zip(samples, pool.map(score_sample, samples), strict=True)
             ledger.add_scores(
@@ -126,7 +123,7 @@ def finish_scored(run: Run) -> None:
     with Ledger(run.path / LEDGER, read_only=True) as ledger:
         is_finished = is_indexed(run.path, run.document, ledger)
     if not is_finished and not locks.is_locked(run.path / LOCK):
-        score_missing(run, {}, 1)
+        score_missing(run, None, 1)
 
 
 def keep_all(run: Run, *, is_dry: bool = False) -> int:

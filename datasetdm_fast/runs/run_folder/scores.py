@@ -30,13 +30,10 @@ SCORES = {  # name -> meaning
     "sharpness": "variance of the Laplacian of the image's brightness (of 0 to 255)",
     "distance": f"bits of the image's {BITS}-bit hash that differ from the nearest earlier sample",
     "duplicate": f"1 if that distance is at most {NEAR}, else 0",
-    "stability": "share of the pixels of things whose class stays the same with two other noises, 0 to 1",
     "clip": "cosine similarity of image and prompt by the CLIP model of --clip",
 }
-OF_NETWORKS = ("clip", "stability")  # scores that are only made where a flag of their name asks for them
 ABSENT = {  # a score that no sample has -> what to do about it
     "agreement": "It needs two kinds of labels that name the same classes, such as semantic and instance.",
-    "stability": "Add --stability: the model of the run then computes it.",
     "clip": "Add --clip DIR, the folder of a CLIP model, to compute it.",
 }
 LEAST_SHARE = 1 / 500  # of the pixels: a class that fills less of a map is not shown
