@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,21 +11,20 @@ from pathlib import Path
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.output import print_lines, print_plan, print_result
-from datasetdm_fast.errors import GateFailed, Missing, Refused
+from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.settings import ModelSettings, OutputSettings, setting
 
 PROG = "python -m datasetdm_fast.export"
 EXAMPLES = (
     "--model MODEL --decoder decoder --out graphs",
     "--to tensorrt --precision fp16 --batch 1,8 --model MODEL --out engines",
-    "--list",
 )
 
 
 @dataclass(frozen=True)
 class ExportConfig(ModelSettings, OutputSettings):
     FLAGS = (
-        "out to model decoder precision batch capability raw_capture size dry_run allow_download list prune json quiet"
+        "out to model decoder precision batch capability raw_capture size dry_run allow_download json quiet"
     ).split()
 
     out: str = setting("", "output folder", metavar="ENGINES", output="folder")
@@ -42,18 +40,12 @@ class ExportConfig(ModelSettings, OutputSettings):
         (), "GPUs to build plans for, such as sm86,sm120; default: this machine's, or portable", metavar="LIST"
     )
     raw_capture: bool = setting(False, "also export a stage that returns every feature and attention map")
-    list: bool = setting(False, "show the plans of --out, or of the cache")
-    prune: bool = setting(False, "delete plans of --out, or of the cache, that are out of date or unusable")
     json: bool = setting(False, "the manifest, or the list of plans, as JSON on stdout")
 
 
 @command
 def main(arguments: Sequence[str]) -> int:
     config, flags = parse(arguments, ExportConfig, PROG, __doc__, EXAMPLES)
-    if config.list and config.prune:
-        raise Refused("--prune: --list was given, too", "Drop one of the two flags.")
-    if config.list or config.prune:
-        return show_plans(config)
     if config.to == "onnx" and (unused := sorted({"batch", "capability"} & flags)):
         raise Refused(f"--{unused[0]}: graphs fit every GPU and batch", "Drop the flag, or add --to tensorrt-rtx.")
     if not config.out:
@@ -96,18 +88,4 @@ def export_stages(config: ExportConfig) -> int:
     rows = build_plans(Path(config.out), manifest, target, batches, golden, print_progress)
     facts = {"flavour": target.flavour.title, "capabilities": list(target.capabilities), "plans": rows}
     print_result(config, {"path": config.out, **facts}, config.out)
-    return 0
-
-
-def show_plans(config: ExportConfig) -> int:
-    """Lists the plans of --out, or of the cache, or deletes those that would not be used."""
-    from datasetdm_fast.export.tensorrt import listing
-
-    rows = listing.prune_plans(config.out, is_dry=config.dry_run) if config.prune else listing.list_plans(config.out)
-    print(json.dumps(rows) if config.json else "\n".join(map(listing.describe_row, rows)) or "no plans")
-    if config.list and (faulty := sum(bool(row["fault"]) for row in rows)):
-        raise GateFailed(
-            f"--list: {faulty} of {len(rows)} plans would not be used",
-            "Delete them with --prune; they are rebuilt when they are needed.",
-        )
     return 0

@@ -213,16 +213,6 @@ def test_the_manifest_of_an_engine_folder(tmp_path, name):
         Manifest.read(tmp_path)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in PLACES if kind != "a loop"])
-def test_plans_of_an_engine_folder(tmp_path, capsys, kind):
-    (tmp_path / "unet.plan").write_bytes(b"x")
-    PLACES[kind](tmp_path / "unet.plan")
-    for flag in ("--list", "--prune"):
-        with in_time():
-            code = export.main([flag, "--out", str(tmp_path)])
-        check_end(code, capsys.readouterr().err, (0, 2, 3, 4))
-
-
 OUTPUTS = {
     "a/" + "n" * 300: 2,
     "n" * 300: 2,

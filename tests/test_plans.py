@@ -4,13 +4,12 @@ import dataclasses
 import multiprocessing
 import os
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.export.tensorrt import flavours, listing, plans
+from datasetdm_fast.export.tensorrt import flavours, plans
 
 pytestmark = pytest.mark.core
 
@@ -220,29 +219,24 @@ def test_a_builder_that_was_killed_does_not_block_the_next(folder):
 # What lies in a folder ------------------------------------------------------------------------------------------------
 
 
-def faults(folder) -> dict:
-    return {Path(row["path"]): row["fault"] for row in listing.list_plans(str(folder.folder))}
-
-
-def test_a_list_says_what_each_plan_is_and_what_is_wrong_with_it(folder):
-    good = folder.open_or_build(ORDER, Builder()).path
+def test_what_is_wrong_with_a_plan_is_told(folder):
     broken = folder.open_or_build(dataclasses.replace(ORDER, stage="encode_text"), Builder()).path
     broken.write_bytes(broken.read_bytes()[:-1])
     moved = dataclasses.replace(ORDER, graph="c" * 64)
     folder.open_or_build(moved, Builder())
     wrong = dataclasses.replace(ORDER, graph="d" * 64)
     rename_plan(folder, moved, wrong)
-    rows = {row["path"]: row for row in listing.list_plans(str(folder.folder))}
-    assert rows[str(good)]["capabilities"] == ["sm89"] and rows[str(good)]["layers"] == 7
-    assert "truncated" in faults(folder)[broken]
-    assert "its manifest is that of another plan" in faults(folder)[folder.path(wrong)]
+    for path, told in ((broken, "truncated"), (folder.path(wrong), "its manifest is that of another plan")):
+        with pytest.raises(Refused, match=told):
+            plans.read_plan(path)
 
 
 def test_links_and_pipes_in_the_place_of_plans_are_neither_waited_for_nor_used(folder):
     path = folder.open_or_build(ORDER, Builder()).path
     beside = path.with_name("encode_text-0123456789abcdef.plan")
     beside.symlink_to("nowhere")
-    assert faults(folder)[beside] == f"{beside}: its manifest is missing"
+    with pytest.raises(Missing, match="its manifest is missing"):
+        plans.read_plan(beside)
     path.unlink()
     os.mkfifo(path)
     builder = Builder()
@@ -251,35 +245,3 @@ def test_links_and_pipes_in_the_place_of_plans_are_neither_waited_for_nor_used(f
     real = path.rename(folder.folder / "elsewhere")
     path.symlink_to(real)
     assert folder.open_or_build(ORDER, builder).content == CONTENT and builder.built == 1  # where it lies is all one
-    assert str(beside) in [row["path"] for row in listing.prune_plans(str(folder.folder))]
-    assert not beside.is_symlink()
-
-
-def test_prune_removes_what_cannot_be_used(folder):
-    made = [folder.open_or_build(dataclasses.replace(ORDER, graph=letter * 64), Builder()).path for letter in "ab"]
-    made[0].write_bytes(b"")
-    orphan = folder.folder / "denoise-0123456789abcdef.golden.safetensors"
-    left = folder.folder / "denoise-0123456789abcdef.plan.json"
-    for path in (orphan, left):
-        path.write_bytes(b"")
-    before = set(folder.folder.iterdir())
-    removed = {row["path"]: row["fault"] for row in listing.prune_plans(str(folder.folder), is_dry=True)}
-    assert set(folder.folder.iterdir()) == before
-    assert "truncated" in removed.pop(str(made[0]))
-    assert removed == dict.fromkeys(map(str, (orphan, left)), "belongs to no plan")
-    listing.prune_plans(str(folder.folder))
-    assert {path.name for path in folder.folder.iterdir()} == {
-        ".lock",
-        *(plans.sibling(made[1], suffix).name for suffix in plans.SUFFIXES),
-    }
-
-
-def test_files_of_other_programs_are_neither_shown_nor_deleted(folder):
-    """`terraform plan -out x.plan` writes such files, too."""
-    mine = folder.open_or_build(ORDER, Builder()).path
-    theirs = [folder.folder / name for name in ("x.plan", "denoise-1.plan", "y.plan.json", "z.golden.safetensors")]
-    for path in theirs:
-        path.write_bytes(b"of another program")
-    (folder.folder / "folder.plan").mkdir()
-    assert list(faults(folder)) == [mine] and not listing.prune_plans(str(folder.folder))
-    assert all(path.exists() for path in theirs)

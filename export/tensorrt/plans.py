@@ -157,10 +157,6 @@ class PlanFolder:
         finally:
             storage.forget(part)
 
-    def plan_files(self) -> list[Path]:
-        """Every file with a name that this module gives: a user's own x.plan is none."""
-        return sorted(path for path in self.folder.iterdir() if FILE_NAME.fullmatch(path.name))
-
 
 def read_plan(path: Path, expected: Facts | None = None) -> PlanFile:
     """The plan of a file, with the very bytes whose digest was checked; refuses one that is truncated, modified or
