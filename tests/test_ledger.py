@@ -20,7 +20,7 @@ from datasetdm_fast.data import DepthMap, Instances, Keypoints, Quarantined, Req
 from datasetdm_fast.disk import sqlite, storage
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.engine.labels import label_files
-from datasetdm_fast.engine.labels.numbering import as_stored_layout, check_numbers, number_classes
+from datasetdm_fast.engine.labels.numbering import check_numbers, number_classes
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.runs.gallery.closing import finish_run
@@ -375,35 +375,6 @@ def test_class_numbers_begin_with_what_is_no_thing_and_fit_label_maps():
             check_numbers(classes, {label: found["labels"][label] for label in ("instance", "pose")})
 
 
-def test_a_run_folder_of_format_2_is_read_audited_and_goes_on_as_it_was_begun(tmp_path):
-    """Its labels number their classes each on its own, and joints count from the edge of the first pixel."""
-    old = document(3)
-    del old["classes"]
-    old["format"], old["labels"] = 2, as_stored_layout(old["labels"], dict.fromkeys(old["labels"], {}))
-    assert old["labels"]["pose"].keys() == {"joints", "limbs"} and old["labels"]["depth"].keys() == {"max_depth"}
-    for number in (2, 3):  # opened twice, as where a run goes on
-        with RunFolder(tmp_path / "run", old) as folder:
-            folder.add([rendered(number - 1)] if number == 3 else [rendered(0), rendered(1)], {"batch_size": 4})
-            finish_run(folder)
-    assert read_document(tmp_path / "run")["format"] == 2 and audit(tmp_path / "run").findings == []
-    assert as_stored_layout(document(3)["labels"], old["labels"]) == old["labels"]
-    with open_run(tmp_path / "run") as run:
-        for k, sample in enumerate(run):
-            made = rendered(k).annotations
-            assert (sample.open_vocabulary.labels == made["open-vocabulary"].labels).all()
-            stored = np.array(Image.open(tmp_path / "run" / "open_vocabulary" / f"{sample.id}.png"))
-            assert (stored == made["open-vocabulary"].labels).all()
-            assert (sample.instances.class_ids == made["instance"].class_ids).all()
-            assert [item["category_id"] - 1 for item in sample.row.labels["instance"]] == list(
-                made["instance"].class_ids
-            )
-            seen = made["pose"].visibility > 0
-            assert np.allclose(sample.keypoints.points[seen], made["pose"].points[seen], atol=1e-4)
-    people = json.loads((tmp_path / "run" / "keypoints.json").read_text())
-    assert [category["id"] for category in people["categories"]] == [1]
-    assert [item["id"] for item in people["annotations"]] == list(range(1, 1 + len(people["annotations"])))
-
-
 def test_the_card_counts_what_is_there(tmp_path):
     with RunFolder(tmp_path / "run", document(5)) as folder:
         folder.add([rendered(0), rendered(1), Quarantined(Request(2, "a ball", 2), "NaN")], {})
@@ -661,37 +632,10 @@ def test_a_queue_that_cannot_be_removed_is_refused(tmp_path, monkeypatch):
         seal.remove_queue(tmp_path)
 
 
-EARLIER_SCHEMA = """
-CREATE TABLE samples (
-    "index" INTEGER PRIMARY KEY, prompt TEXT NOT NULL, seed INTEGER NOT NULL, classes TEXT NOT NULL,
-    status TEXT NOT NULL CHECK (status IN ('done', 'set-aside')), reason TEXT NOT NULL,
-    recipe TEXT NOT NULL, files TEXT NOT NULL, labels TEXT NOT NULL
-);
-CREATE TABLE notes (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-"""
 LONG_RECIPE = {"batch_size": 4, "model": {f"part {k}": "ab" * 32 for k in range(16)}}
 
 
-def test_a_folder_of_format_1_opens_audits_and_resumes_in_its_form(tmp_path, run_path):
-    path = tmp_path / "run"
-    (path / "state").mkdir(parents=True)
-    with sqlite3.connect(path / "state" / "ledger.sqlite") as connection:
-        connection.executescript(EARLIER_SCHEMA)
-    with RunFolder(path, document(12) | {"format": 1}) as folder:
-        folder.add([rendered(k) for k in range(7)], LONG_RECIPE)
-    with sqlite3.connect(path / "state" / "ledger.sqlite") as connection:
-        recipe, files = connection.execute("SELECT recipe, files FROM samples").fetchone()
-    assert json.loads(recipe) == LONG_RECIPE and set(json.loads(files)["depth"]) == {"path", "sha256", "bytes"}
-    assert len(open_run(path)) == 7 and audit(path).findings == []
-    with RunFolder(path, read_document(path)) as folder:
-        folder.add([rendered(k) for k in range(7, 12)], LONG_RECIPE)
-        finish_run(folder)
-    assert audit(path).findings == [] and open_run(path)[11].meta == LONG_RECIPE
-    changed = {name for name, content in tree(path).items() if content != tree(run_path)[name]}
-    assert changed == {"run.json"} and len(tree(path)) == len(tree(run_path))
-
-
-def test_digests_and_trust_are_short_and_earlier_rows_still_read(tmp_path):
+def test_digests_and_trust_are_short(tmp_path):
     digest, trust = "0123456789abcdef" * 4, Trust(confidence=0.9)
     files = {"depth": ("depth/00000001.png", StoredFile(digest, 5))}
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
@@ -701,9 +645,6 @@ def test_digests_and_trust_are_short_and_earlier_rows_still_read(tmp_path):
             assert ledger.count_doubtful() == (given is not None and not given.is_trusted)
         ledger.commit([Row(Request(1, "a ball", 1), {}, files, trust=trust)])
         assert ledger._database.execute("SELECT length(files), length(trust) FROM samples") == [(59, 36)]
-        said = '{"confidence":0.9,"disagreeing":0.0,"missing":[],"reasons":[],"unnamed":[]}'
-        ledger._database.execute("UPDATE samples SET files = ?, trust = ?", (f'{{"depth":["{digest}",5]}}', said))
-        assert ledger.row(1).files == files and ledger.row(1).trust == trust
         ledger.commit([Row(Request(1, "a ball", 1), {}, tracings={"instance": ["M0 0"] * 99})])
         assert ledger._database.execute("SELECT length(tracings) FROM tracings") < [(60,)]
         bomb = zlib.compress(b'{"instance":["' + b"M" * 2**24 + b'"]}')

@@ -1,7 +1,6 @@
-"""The schemas of the package describe every file that is written, and folders of every earlier format still open."""
+"""The schemas of the package describe every file that is written."""
 
 import json
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +10,14 @@ from pages import SCHEMAS, schema
 from PIL import Image
 from rendered import write_run
 
-from datasetdm_fast import convert, filter, generate, label, open_run, splice, split
+from datasetdm_fast import convert, filter, generate, label, splice, split
 from datasetdm_fast.engine.decoders.config import DecoderConfig, upstream
 from datasetdm_fast.engine.loading.presets import DEMO
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.exporting import export_folder
 from datasetdm_fast.runs.run_folder import document, events
-from datasetdm_fast.runs.run_folder.audit import audit
 
 pytestmark = pytest.mark.core
-
-STORED = Path(__file__).parent / "golden" / "formats"
 
 
 def faults(name: str, value) -> list[str]:
@@ -52,7 +48,7 @@ def test_the_schemas_have_the_formats_of_the_code():
     }
     for name, number in numbers.items():
         assert schema(name)["$id"] == f"urn:datasetdm-fast:{name}:{number}"
-    assert set(schema("run")["properties"]["format"]["enum"]) == set(document.READ_FORMATS)
+    assert schema("run")["properties"]["format"]["enum"] == [document.FORMAT]
     assert set(schema("run")["properties"]["command"]["enum"]) == set(document.COMMANDS)
 
 
@@ -113,18 +109,3 @@ def test_what_is_not_described_is_noticed(tmp_path):
     assert faults("run", described | {"colour": 1}) and faults("run", described | {"format": 4})
     described["labels"]["depth"]["unit"] = "inch"
     assert faults("run", described)
-
-
-@pytest.mark.parametrize("number", [1, 2])
-def test_a_folder_of_an_earlier_format_opens(number, tmp_path):
-    """Made by the last commit that wrote this format: one image of the demo model at 64 pixels, three labels."""
-    with tarfile.open(STORED / f"format-{number}.tar.xz") as packed:
-        packed.extractall(tmp_path, filter="data")
-    run = tmp_path / f"format-{number}"
-    check_run(run)
-    assert json.loads((run / "run.json").read_text())["format"] == number
-    assert audit(run).findings == [] and audit(run).is_complete
-    with open_run(run) as opened:
-        (sample,) = opened
-        assert sample.image.shape == (64, 64, 3) and sample.semantic.labels.max() > 0 and sample.depth.metres.max() > 0
-    assert convert.main([str(run), "--to", "coco", "--out", str(tmp_path / "export"), "--quiet"]) == 0

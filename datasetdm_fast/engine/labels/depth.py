@@ -64,7 +64,6 @@ class DepthKind(LabelKind):
     )
     gates = Gates(exact=(1e-4, 4e-4), free_exact=(1e-3, 1e-2), rounded=(5e-3, 2e-2), free_rounded=(2e-2, 0.1))
     table_form = {"max_depth": float}
-    layout = ("unit",)
     pixel_bytes = 3
 
     def encode(self, label: DepthMap, _: Mapping[str, Any], table: Table) -> tuple[dict[str, bytes], dict[str, Any]]:

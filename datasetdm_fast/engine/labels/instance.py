@@ -75,9 +75,8 @@ class InstanceKind(LabelKind):
     contents = "`instances.json`: COCO instances, compressed RLE with all parts and holes, scores"
     layers = (GalleryLayer("instance", "Instances", "outlines", values=outline_values, trace=trace_outlines),)
     gates = Gates(exact=(1e-3, 1e-2), free_exact=(1e-2, 1e-1), rounded=(2e-2, 0.1), free_rounded=(5e-2, 0.4))
-    table_form = {"classes": [str], "size": [int]}
-    layout = ("numbers",)
     first_number = 1
+    table_form = {"classes": [str], "size": [int]}
     pixel_bytes = 0.5
     can_mask = can_be_masked = True
     coco_file = "instances.json"

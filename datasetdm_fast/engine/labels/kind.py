@@ -93,9 +93,8 @@ class LabelKind(ABC):
     can_mask: bool = False  # whether it has `mask_of`, the pixels of a class
     can_be_masked: bool = False  # whether `within` can cut a label to such a mask
     coco_file: str = ""  # an index file in COCO's form, whose annotations are the records
-    layout: tuple[str, ...] = ()  # what of the table says how files are written; earlier versions wrote some otherwise
+    first_number = 0  # of the classes of a table that stands for itself, outside of a run
     only_class: str = ""  # of all its things, for a kind whose table lists no classes
-    first_number = 0  # of the classes of a run that was made before all its labels had one table
 
     def for_decoder(self, decoder: str) -> "LabelKind":
         """This kind for a decoder that `--task` gives by name: files, layers and sections carry that name."""
@@ -195,7 +194,7 @@ class LabelKind(ABC):
         raise NotImplementedError(f"{type(self).__name__}: labels that can be masked need a method `within`")
 
     def files(self, table: Table) -> tuple[str, ...]:
-        """The roles of the files of one label of a run; earlier versions wrote fewer of some."""
+        """The roles of the files of one label of a run."""
         return self.roles
 
     def numbers(self, table: Table) -> list[int]:

@@ -73,8 +73,6 @@ def check_palette(table: Table) -> None:
 
 def check_numbers(classes: Any, tables: Mapping[str, Table]) -> None:
     """A ValueError where run.json gives a class of a label another number than its table of all classes."""
-    if classes is None:
-        return
     documents.check_form(classes, [str], "classes")
     order = {name: number for number, name in enumerate(classes)}
     if len(order) < len(classes):
@@ -86,15 +84,3 @@ def check_numbers(classes: Any, tables: Mapping[str, Table]) -> None:
             raise ValueError(f"classes lacks {documents.quote(error.args[0])}, which labels.{label} names") from error
         if expected != table:
             raise ValueError(f"labels.{label} numbers its classes otherwise than classes")
-
-
-def as_stored_layout(current: Mapping[str, Table], stored: Mapping[str, Table]) -> dict[str, Table]:
-    """The tables of a run as an earlier version would have written them to the run folder that it began."""
-    return {
-        label: {
-            name: value
-            for name, value in table.items()
-            if name not in kind_of(label).layout or name in stored.get(label, {})
-        }
-        for label, table in current.items()
-    }

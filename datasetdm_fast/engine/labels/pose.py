@@ -29,6 +29,7 @@ from datasetdm_fast.engine.labels.pictures import draw_skeletons
 PERSON = "person"  # the class of every figure
 MIDDLE = "middle of the first pixel"
 TO_EDGE = 0.5  # pixels from there to its outer edge
+FROM_EDGE = (TO_EDGE, TO_EDGE, 0)  # added to a joint as files have it
 ROUNDING = 0.0015  # of boxes, which the ledger rounds to three digits, and of a difference of two such numbers
 WIDENED = 0.125  # of its longer side: by so much the box of a person's joints is moved out at every side,
 LEAST_WIDENED = 2.0  # and by so many pixels at least, so that it is never empty
@@ -123,16 +124,10 @@ def _people(like: Keypoints, people: Sequence[tuple[np.ndarray, np.ndarray, floa
     )
 
 
-def _to_edge(table: Table) -> float:
-    """What is added to places of a run's files; runs made before files had an origin counted from the edge."""
-    return TO_EDGE if table.get("origin") == MIDDLE else 0.0
-
-
 def people(record: Any, table: Table, traced: Any) -> list[list[float]]:
     """Places and visibility of each person's joints, in pixels of the picture."""
-    added = np.array([_to_edge(table), _to_edge(table), 0])
     places = [np.array(item["keypoints"], np.float64).reshape(-1, 3) for item in record if item["num_keypoints"]]
-    return [[round(value, 1) for value in (joints + added).flatten().tolist()] for joints in places]
+    return [[round(value, 1) for value in (joints + FROM_EDGE).flatten().tolist()] for joints in places]
 
 
 class PoseKind(LabelKind):
@@ -144,7 +139,6 @@ class PoseKind(LabelKind):
     layers = (GalleryLayer("pose", "Pose", "skeletons", values=people),)
     gates = Gates(exact=(1e-2, 1e-1), free_exact=(5e-2, 0.5), rounded=(0.5, 2.0), free_rounded=(1.0, 8.0))
     table_form = {"joints": [str], "limbs": [[int]]}
-    layout = ("category", "origin", "size", "widened")
     pixel_bytes = 0
     coco_file = "keypoints.json"
     only_class = PERSON
@@ -153,10 +147,9 @@ class PoseKind(LabelKind):
         self, label: Keypoints, labels: Mapping[str, Any], table: Table
     ) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
         people = []
-        from_middle = label.points.astype(np.float64) - [_to_edge(table), _to_edge(table), 0]
-        masks = _masks_of(label, labels) if "widened" in table else {}
+        from_middle, masks = label.points.astype(np.float64) - FROM_EDGE, _masks_of(label, labels)
         for k, (points, visibility, score) in enumerate(zip(from_middle, label.visibility, label.scores, strict=True)):
-            if "widened" in table and not visibility.any():  # the place of that person is unknown
+            if not visibility.any():  # the place of that person is unknown
                 continue
             flat = [
                 value
@@ -169,7 +162,7 @@ class PoseKind(LabelKind):
                     "keypoint_scores": [round_float(value, 6) for value in points[:, 2]],
                     "num_keypoints": int((visibility > 0).sum()),
                     "score": round_float(score, 6),
-                    **self._extent(points + [_to_edge(table), _to_edge(table), 0], visibility > 0, table, masks.get(k)),
+                    **self._extent(points + FROM_EDGE, visibility > 0, table, masks.get(k)),
                 }
             )
         return {}, people
@@ -180,9 +173,6 @@ class PoseKind(LabelKind):
         """Box and area of a person and what they were taken from: the mask of the instance, or else the joints, whose
         places are counted from the edge of the first pixel.
         """
-        if "widened" not in table:  # runs made before persons had more than the box of their joints
-            low, sides = _box(points - [_to_edge(table), _to_edge(table), 0], seen)
-            return {"bbox": [round_float(value) for value in (*low, *sides)], "area": round_float(sides[0] * sides[1])}
         if mask is not None:
             encoded = mask_rle.encode(mask[None])
             box = encoded.boxes[0].tolist()
@@ -201,7 +191,7 @@ class PoseKind(LabelKind):
         flat = np.array([item["keypoints"] for item in record], np.float32).reshape(-1, len(joints), 3)
         sure = np.array([item["keypoint_scores"] for item in record], np.float32).reshape(-1, len(joints), 1)
         seen = flat[..., 2:] > 0
-        points = np.concatenate([np.where(seen, flat[..., :2] + np.float32(_to_edge(table)), 0), sure], -1)
+        points = np.concatenate([np.where(seen, flat[..., :2] + np.float32(TO_EDGE), 0), sure], -1)
         return Keypoints(
             points,
             flat[..., 2].astype(np.int64),
@@ -233,8 +223,7 @@ class PoseKind(LabelKind):
             if person.get("box_from") == "instance":
                 yield from self._check_box(k, person, sides)
                 continue
-            from_edge = points + [_to_edge(table), _to_edge(table), 0]
-            extent = self._extent(from_edge, seen, {**table, "size": sides})
+            extent = self._extent(points + FROM_EDGE, seen, {**table, "size": sides})
             box, area = np.array(extent["bbox"]), extent["area"]
             is_near = np.abs(box - person["bbox"]).max() <= ROUNDING and abs(area - person["area"]) <= ROUNDING * (
                 box[2] + box[3] + 1
@@ -266,15 +255,14 @@ class PoseKind(LabelKind):
         self, item: Mapping[str, Any], points: np.ndarray, seen: np.ndarray, place: Placement, scale: np.ndarray
     ) -> dict[str, Any]:
         if item.get("box_from") != "instance":
-            table = {"origin": MIDDLE, "size": place.sides, "widened": WIDENED} if "box_from" in item else {}
-            return self._extent(points + ([TO_EDGE, TO_EDGE, 0] if table else [0, 0, 0]), seen, table)
+            return self._extent(points + FROM_EDGE, seen, {"size": place.sides, "widened": WIDENED})
         x, y, width, height = item["bbox"]
         corner = np.array([x, y]) * scale + [place.left, place.top]
         box = [round_float(value) for value in (*corner, *(np.array([width, height]) * scale))]
         return {"bbox": box, "area": round_float(item["area"] * scale.prod())}
 
     def rewritten(self, table: Table) -> Table:
-        return {**table, "widened": WIDENED} if "widened" in table else table
+        return {**table, "widened": WIDENED}
 
     def figures(self, record: Any) -> dict[str, float]:
         return self.count(record)
@@ -333,5 +321,12 @@ class PoseKind(LabelKind):
 
     def categories(self, table: Table) -> list[dict[str, Any]]:
         skeleton = [[a + 1, b + 1] for a, b in table["limbs"]]  # COCO counts joints from 1
-        number = table.get("category", 1)
-        return [{"id": number, "name": PERSON, "supercategory": "", "keypoints": table["joints"], "skeleton": skeleton}]
+        return [
+            {
+                "id": table["category"],
+                "name": PERSON,
+                "supercategory": "",
+                "keypoints": table["joints"],
+                "skeleton": skeleton,
+            }
+        ]

@@ -51,7 +51,6 @@ class ClassMap(LabelKind):
     is_map = can_mask = can_be_masked = True
     gates = Gates(exact=(1e-4, 1e-3), free_exact=(1e-3, 1e-2), rounded=(5e-3, 2e-2), free_rounded=(2e-2, 0.1))
     table_form = {"classes": [str]}
-    layout: tuple[str, ...] = ("numbers",)
     pixel_bytes = 2
 
     def file_numbers(self, labels: np.ndarray, table: Table) -> np.ndarray:

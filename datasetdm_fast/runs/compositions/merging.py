@@ -32,9 +32,9 @@ class Merging(Composition):
         self.sources = sources
         self._check_alike()
         self.labels = {task: self._merge_table(task) for task in sources[0].document["config"]["task"]}
-        self.classes = max((source.document.get("classes", []) for source in sources), key=len)
+        self.classes = max((source.document["classes"] for source in sources), key=len)
         try:
-            check_numbers(self.classes or None, self.labels)
+            check_numbers(self.classes, self.labels)
         except ValueError as error:
             raise Refused(
                 f"{sources[0].path} and the others: their labels number the classes differently ({error})", CONVERT
@@ -118,7 +118,7 @@ class Merging(Composition):
                 lambda engines: {"engine": _join(engine.get("engine", "") for engine in engines)},
             ),
             "labels": self.labels,
-            **({"classes": self.classes} if self.classes else {}),
+            "classes": self.classes,
             **({"class_table": tables[0]} if tables[0] and all(table == tables[0] for table in tables) else {}),
             **({"packages": packages[0]} if packages else {}),
             "composition": {

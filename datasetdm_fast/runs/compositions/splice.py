@@ -58,7 +58,8 @@ class Splicing(Composition):
         return {
             **{part: source[part] for part in PARTS},
             "labels": self.tables,
-            **{part: source[part] for part in ("classes", "class_table", "packages", "mixed") if part in source},
+            "classes": source["classes"],
+            **{part: source[part] for part in ("class_table", "packages", "mixed") if part in source},
             "format": FORMAT,
             "command": "splice",
             "versions": {"datasetdm_fast": __version__},

@@ -17,7 +17,7 @@ from datasetdm_fast.engine.labels.depth import DEFAULT_UNIT, LARGEST_STEP, UNITS
 from datasetdm_fast.engine.labels.image_files import image_bytes
 from datasetdm_fast.engine.labels.kind import Placement
 from datasetdm_fast.engine.labels.names import LabelName
-from datasetdm_fast.engine.labels.pose import MIDDLE, TO_EDGE
+from datasetdm_fast.engine.labels.pose import TO_EDGE
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.runs.exporting.classes import (
     BACKGROUND,
@@ -222,15 +222,12 @@ class SampleView:
     def people(self) -> tuple[ExportedPerson, ...]:
         """Persons with at least one joint, in the order of the run."""
         label, people, name = self.run.labels["pose"], [], self.run.person
-        is_from_middle = self.stored.document["labels"][label].get("origin") == MIDDLE
         right, down = self.width / self.place.width, self.height / self.place.height
         for item in self.stored.row.labels[label]:
             if not (name and item["num_keypoints"] and item["score"] >= self.pictures.least_score):
                 continue
             joints = np.array(item["keypoints"], np.float64).reshape(-1, 3)
             is_present = joints[:, 2] > 0
-            if not is_from_middle:
-                joints[is_present, :2] -= TO_EDGE
             if self.place.is_scaled:
                 joints[is_present, :2] = (joints[is_present, :2] + TO_EDGE) * (right, down) - TO_EDGE
             x, y, width, height = item["bbox"]

@@ -192,10 +192,8 @@ class RunFacts:
 
 
 def _trace(layer: GalleryLayer, row: Row, task: str) -> Any:
-    """What was traced of a label when its sample was written; earlier versions traced nothing."""
-    if layer.trace is None or not row.labels[task]:
-        return []
-    return row.tracings[layer.name] if layer.name in row.tracings else layer.trace(row.labels[task])
+    """What was traced of a label when its sample was written."""
+    return row.tracings.get(layer.name, []) if layer.trace else []
 
 
 def key_of(document: Mapping[str, Any]) -> str:

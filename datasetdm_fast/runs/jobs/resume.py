@@ -9,7 +9,6 @@ from typing import Any
 
 from datasetdm_fast.engine.decoders.folders import DecoderFolders, find_decoders, parts_of
 from datasetdm_fast.engine.engines import opening
-from datasetdm_fast.engine.labels.numbering import as_stored_layout
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.jobs.job import Job, build_job, check_room
 from datasetdm_fast.runs.run_folder.document import (
@@ -49,7 +48,7 @@ def merge_with_stored(job: Job, stored: Mapping[str, Any], *, mixes: bool = Fals
     byte.
     """
     config = job.document["config"]
-    document = job.document | {"labels": as_stored_layout(job.document["labels"], stored["labels"])}
+    document = job.document
     # A batch size as the run was started with stands for what its plan made of it: batches of equal size.
     other = job.batch_size if job.may_mix and job.batch_size != stored["config"].get("batch_size") else 0
     if grows(stored["config"], config):

@@ -15,9 +15,6 @@ from datasetdm_fast.errors import GateFailed, Missing, Refused, quote
 from datasetdm_fast.untrusted import documents, images
 
 FORMAT = 3  # of the folder's layout; a reader refuses what it does not know
-# In the first each row of the ledger holds its whole recipe, and no outline; before the third every label numbers its
-# classes on its own.
-READ_FORMATS = (1, 2, FORMAT)
 DOCUMENT, LEDGER, LOCK = "run.json", "state/ledger.sqlite", "state/lock"
 DROPPED = "state/dropped/"  # where the files of samples lie that were dropped
 EXPORTS = "exports"  # where convert writes the exports of a run by default
@@ -40,6 +37,7 @@ FORM = {
     "decoders": dict,
     "engine": dict,
     "labels": dict,
+    "classes": [str],
 }
 GROWING = ("number", "per_class", "prompts")  # settings that may differ where a run is to have more images
 LARGEST_DOCUMENT = 2**26  # bytes; that of a merged run has the settings of all its parts
@@ -84,10 +82,9 @@ def read_document(folder: Path) -> dict[str, Any] | None:
         document = documents.read_object(path, most=LARGEST_DOCUMENT)
     except Refused as stop:
         raise Refused(stop.cause, RESTORE) from stop
-    if document.get("format") not in READ_FORMATS:
-        known = ", ".join(map(str, READ_FORMATS))
+    if document.get("format") != FORMAT:
         raise Refused(
-            f"{path}: format {documents.quote(document.get('format'))}, this version reads {known}",
+            f"{path}: format {documents.quote(document.get('format'))}, this version reads {FORMAT}",
             "Read it with the version that wrote it.",
         )
     try:
@@ -134,7 +131,7 @@ def check_document(document: Mapping[str, Any]) -> None:
             check_palette(document["labels"][task])
         except ValueError as error:
             raise ValueError(f"labels.{task}: {error}") from error
-    check_numbers(document.get("classes"), {task: document["labels"][task] for task in tasks})
+    check_numbers(document["classes"], {task: document["labels"][task] for task in tasks})
     documents.check_form(document.get("mixed", []), [{"engine": dict, "number": int}], "mixed")
     documents.check_form(document["config"].get("combine", []), [str], "config.combine")
     if made_by(document) not in COMMANDS:

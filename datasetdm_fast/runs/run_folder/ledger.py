@@ -33,8 +33,7 @@ CREATE TABLE IF NOT EXISTS notes (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS recipes (digest TEXT PRIMARY KEY, recipe TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS tracings ("index" INTEGER PRIMARY KEY, tracings TEXT NOT NULL);
 """
-NEEDED = {("table", "samples"), ("table", "notes")}
-ADDED = {("table", "recipes"), ("table", "tracings")}  # which ledgers of format 1 have not, and do not get
+NEEDED = {("table", name) for name in ("samples", "notes", "recipes", "tracings")}
 SHARED_BYTES = 64  # from which on a recipe is stored once, and its rows name it by its digest
 BLOCK = 32  # rows read at once
 CACHED_RECIPES = 64  # in memory, as they were read
@@ -60,7 +59,7 @@ _FORM = {"prompt": str, "seed": int, "reason": str, "recipe": dict, "files": dic
 _FORM |= {"tracings": dict}
 _TRUST_FORM = {"missing": [str], "unnamed": [str], "disagreeing": float, "reasons": [str]}
 _NOTHING = {"missing": (), "unnamed": (), "reasons": ()}  # what rows leave out of a trust
-HEX_DIGITS = 64  # of a SHA-256 in rows of earlier versions
+HEX_DIGITS = 64  # of a SHA-256
 FOLDERS = {"image": "images"}  # of roles that have another name than their folder
 LARGEST_TRACINGS = 2**24  # bytes
 _COLUMNS = '"index", prompt, seed, classes, status, reason, recipe, files, labels, trust'
@@ -116,9 +115,7 @@ class Ledger(AbstractContextManager):
         """Refuses what a stranger may have put beside or in place of the tables: a view can take for ever."""
         statement = "SELECT type, name FROM sqlite_master WHERE sql IS NOT NULL LIMIT 9"
         entries = self._database.execute(statement)
-        self._is_compact = ADDED <= set(entries)
-        self._columns = _COLUMNS if self._is_compact else _COLUMNS.removesuffix(", trust")
-        known = NEEDED | ADDED | {("table", "scores"), ("table", "dropped")}
+        known = NEEDED | {("table", "scores"), ("table", "dropped")}
         faults = [f"no such table: {name}" for _, name in sorted(NEEDED - set(entries))]
         faults += [f"it holds a {kind} {documents.quote(name)}" for kind, name in entries if (kind, name) not in known]
         if faults:
@@ -128,7 +125,7 @@ class Ledger(AbstractContextManager):
         """Adds all rows or none, and returns once they would survive a loss of power."""
         rows = list(rows)
         recipes = [canonical(row.recipe) for row in rows]
-        shared = {digest_of(recipe): recipe for recipe in recipes if self._is_shared(recipe)}
+        shared = {digest_of(recipe): recipe for recipe in recipes if len(recipe) >= SHARED_BYTES}
         values = [
             (
                 row.request.index,
@@ -137,35 +134,20 @@ class Ledger(AbstractContextManager):
                 canonical(row.request.classes),
                 row.status,
                 row.reason,
-                self._encode_recipe(row, recipe),
-                canonical({role: self._encode_file(row.request.id, role, *file) for role, file in row.files.items()}),
+                _encode_recipe(row, recipe),
+                canonical({role: _encode_file(row.request.id, role, *file) for role, file in row.files.items()}),
                 canonical(row.labels),
-                *([_encode_trust(row.trust)] if self._is_compact else []),
+                _encode_trust(row.trust),
             )
             for row, recipe in zip(rows, recipes, strict=True)
         ]
         tracings = [(row.request.index, _pack(row.tracings)) for row in rows if row.tracings]
-        places = ",".join("?" * len(self._columns.split(",")))
+        places = ",".join("?" * len(_COLUMNS.split(",")))
         with self._database.transaction():
-            self._database.execute_many(f"INSERT OR REPLACE INTO samples ({self._columns}) VALUES ({places})", values)
-            if self._is_compact:
-                self._database.execute_many("INSERT OR IGNORE INTO recipes VALUES (?, ?)", shared.items())
-                self._database.execute_many("INSERT OR REPLACE INTO tracings VALUES (?, ?)", tracings)
+            self._database.execute_many(f"INSERT OR REPLACE INTO samples ({_COLUMNS}) VALUES ({places})", values)
+            self._database.execute_many("INSERT OR IGNORE INTO recipes VALUES (?, ?)", shared.items())
+            self._database.execute_many("INSERT OR REPLACE INTO tracings VALUES (?, ?)", tracings)
             self._database.execute(_OUTDATE)
-
-    def _is_shared(self, recipe: str) -> bool:
-        return self._is_compact and len(recipe) >= SHARED_BYTES
-
-    def _encode_recipe(self, row: Row, recipe: str) -> str:
-        """What a row holds of its recipe, all of it or its digest, beside the texts of its request."""
-        texts = {name: text for name, field in TEXTS.items() if (text := getattr(row.request, field))}
-        return canonical({**({DIGEST: digest_of(recipe)} if self._is_shared(recipe) else row.recipe), **texts})
-
-    def _encode_file(self, id: str, role: str, path: str, stored: StoredFile) -> list[Any] | dict[str, Any]:
-        """What a row holds of a file; its path where that is not the usual one of its role."""
-        if self._is_compact:
-            return [_shorten(stored.sha256), stored.size, *([path] if path != usual_path(role, id) else [])]
-        return {"path": path, "sha256": stored.sha256, "bytes": stored.size}
 
     def add_scores(self, scores: Iterable[tuple[int, str, float | int | None]], *, replaces: bool = False) -> None:
         """Adds scores of samples: index, name and value; an existing one stays, unless it `replaces` that."""
@@ -211,7 +193,7 @@ class Ledger(AbstractContextManager):
         with self._database.transaction():
             if schema:
                 self._database.execute(schema)
-            copy = f'INSERT INTO {target} ({self._columns}) SELECT {self._columns} FROM {source} WHERE "index" = ?'
+            copy = f'INSERT INTO {target} ({_COLUMNS}) SELECT {_COLUMNS} FROM {source} WHERE "index" = ?'
             self._database.execute_many(copy, parameters)
             self._database.execute_many(f'DELETE FROM {source} WHERE "index" = ?', parameters)
             self._database.execute(_OUTDATE)
@@ -220,7 +202,7 @@ class Ledger(AbstractContextManager):
         """Takes samples out of the run as if they had never been made."""
         parameters = [(index,) for index in indices]
         with self._database.transaction():
-            for table in ("samples", *(["tracings"] if self._is_compact else [])):
+            for table in ("samples", "tracings"):
                 self._database.execute_many(f'DELETE FROM {table} WHERE "index" = ?', parameters)
             self._database.execute(_OUTDATE)
 
@@ -228,7 +210,7 @@ class Ledger(AbstractContextManager):
         """The rows of the samples that were dropped, by index."""
         if not self._has_table("dropped"):
             return []
-        rows = self._database.execute(f'SELECT {self._columns} FROM dropped ORDER BY "index"')
+        rows = self._database.execute(f'SELECT {_COLUMNS} FROM dropped ORDER BY "index"')
         return [self._decode_row(*values) for values in rows]
 
     def count_dropped(self) -> int:
@@ -319,23 +301,20 @@ class Ledger(AbstractContextManager):
 
     def count_doubtful(self) -> int:
         """Samples that are doubtful, in the data set or beside it."""
-        if not self._is_compact:
-            return 0
         where = "json_array_length(trust, '$.reasons') > 0"
         return self._database.execute(f"SELECT count(*) FROM samples WHERE {where}")[0][0]
 
     def row(self, index: int) -> Row | None:
-        rows = self._database.execute(f'SELECT {self._columns} FROM samples WHERE "index" = ?', (index,))
+        rows = self._database.execute(f'SELECT {_COLUMNS} FROM samples WHERE "index" = ?', (index,))
         return self._decode_row(*rows[0]) if rows else None
 
     def rows(self, *statuses: str, parts: Sequence[str] = PARTS) -> Iterator[Row]:
         """Rows of these statuses, or of the data set, by index, read as they are requested; of PARTS and `tracings`
         only these, the others are empty.
         """
-        names = self._columns.split(", ")
-        columns = ", ".join("NULL" if name in PARTS and name not in parts else name for name in names)
+        columns = ", ".join("NULL" if name in PARTS and name not in parts else name for name in _COLUMNS.split(", "))
         source = "samples"
-        if "tracings" in parts and self._is_compact:
+        if "tracings" in parts:
             columns, source = f"{columns}, tracings", 'samples LEFT JOIN tracings USING ("index")'
         where, parameters = _where_status(statuses)
         statement = f'SELECT {columns} FROM {source} WHERE {where} ORDER BY "index"'
@@ -375,7 +354,7 @@ class Ledger(AbstractContextManager):
 
     def _decode_recipe(self, value: dict[str, Any]) -> dict[str, Any]:
         """The recipe, from what a row holds of it."""
-        if not self._is_compact or DIGEST not in value:
+        if DIGEST not in value:
             return value
         digest = value.pop(DIGEST)
         if digest not in self._recipes:
@@ -400,6 +379,17 @@ def _where_status(statuses: Sequence[str]) -> tuple[str, Sequence[str]]:
     return f"status IN ({', '.join('?' * len(statuses))})", statuses
 
 
+def _encode_recipe(row: Row, recipe: str) -> str:
+    """What a row holds of its recipe, all of it or its digest, beside the texts of its request."""
+    texts = {name: text for name, field in TEXTS.items() if (text := getattr(row.request, field))}
+    return canonical({**({DIGEST: digest_of(recipe)} if len(recipe) >= SHARED_BYTES else row.recipe), **texts})
+
+
+def _encode_file(id: str, role: str, path: str, stored: StoredFile) -> list[Any]:
+    """What a row holds of a file; its path where that is not the usual one of its role."""
+    return [_shorten(stored.sha256), stored.size, *([path] if path != usual_path(role, id) else [])]
+
+
 def _encode_trust(trust: Trust | None) -> str | None:
     """What a row holds of a trust: not what there is none of."""
     if trust is None:
@@ -422,8 +412,8 @@ def _shorten(sha256: str) -> str:
 
 
 def _lengthen(digest: str) -> str:
-    """The digest in base 16, from either form."""
-    sha256 = digest if len(digest) == HEX_DIGITS else urlsafe_b64decode(digest + "=").hex()
+    """The digest in base 16."""
+    sha256 = urlsafe_b64decode(digest + "=").hex()
     if len(sha256) != HEX_DIGITS:
         raise ValueError(f"{documents.quote(digest)} is no SHA-256")
     return sha256
@@ -449,7 +439,5 @@ def usual_path(role: str, id: str) -> str:
 
 def _decode_file(id: str, role: str, file: Any) -> tuple[str, StoredFile]:
     """Path, and what was written, from what a row holds of a file."""
-    if isinstance(file, list):
-        sha256, size, *path = file
-        return documents.check_inside(*path or [usual_path(role, id)]), StoredFile(_lengthen(sha256), size)
-    return documents.check_inside(file["path"]), StoredFile(file["sha256"], file["bytes"])
+    sha256, size, *path = file
+    return documents.check_inside(*path or [usual_path(role, id)]), StoredFile(_lengthen(sha256), size)

@@ -195,10 +195,8 @@ class Run(AbstractContextManager["Run"]):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The classes of all labels, each at the place of its number; empty in runs made before labels shared one
-        table.
-        """
-        return tuple(self.document.get("classes", ()))
+        """The classes of all labels, each at the place of its number."""
+        return tuple(self.document["classes"])
 
     @cached_property
     def _class_table(self) -> ClassTable | None:  # one for all samples, as matchers are kept by their table

@@ -61,7 +61,7 @@ class AnnotationList(IndexFile):
 def first_number(label: str, run: Mapping[str, Any], ledger: Ledger) -> int:
     """The annotations that stand in the run's other files in COCO's form: these go on after them, to be merged."""
     number = 0  # pycocotools takes annotation 0 for "no match", so ids start at 1
-    for other in by_kind(run["labels"]) if "classes" in run else ():
+    for other in by_kind(run["labels"]):
         if other == label:
             break
         if kind_of(other).coco_file:
