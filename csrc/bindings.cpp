@@ -144,5 +144,5 @@ PYBIND11_MODULE(_C, m) {
     m.def("guided_step", &datasetdm::guided_step, "output"_a.noconvert(), "latents"_a.noconvert(),
           "history"_a.noconvert(), "numbers"_a.noconvert());
     m.def("guided_step_cuda", &datasetdm::guided_step_cuda, "output"_a, "output_bytes"_a, "is_bfloat"_a, "latents"_a,
-          "history"_a, "slots"_a, "numbers"_a, "next"_a, "size"_a, "stream"_a);
+          "history"_a, "slots"_a, "numbers"_a, "next"_a, "size"_a, "stream"_a, "rows"_a = 2);
 }

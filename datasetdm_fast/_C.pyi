@@ -36,6 +36,7 @@ def guided_step_cuda(
     next: int,
     size: int,
     stream: int,
+    rows: int = 2,
 ) -> None: ...
 def depth_head_vector_bytes() -> list[int]: ...
 @overload

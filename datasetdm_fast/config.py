@@ -146,10 +146,24 @@ OWN_SAMPLERS = {  # name -> module that ends with its SAMPLER
     "pndm": "datasetdm_fast.engine.sampling.multistep",
     "ddim": "datasetdm_fast.engine.sampling.ddim",
     "dpm-solver++": "datasetdm_fast.engine.sampling.dpm_solver",
+    "euler": "datasetdm_fast.engine.sampling.euler",
+    "euler-ancestral": "datasetdm_fast.engine.sampling.euler_ancestral",
+    "lcm": "datasetdm_fast.engine.sampling.lcm",
+    "heun": "datasetdm_fast.engine.sampling.heun",
+    "unipc": "datasetdm_fast.engine.sampling.unipc",
 }
 SAMPLERS = Registry("samplers", OWN_SAMPLERS)  # of other packages, the records themselves
-# diffusers' class -> sampler
-SCHEDULERS = {"PNDMScheduler": "pndm", "DDIMScheduler": "ddim", "DPMSolverMultistepScheduler": "dpm-solver++"}
+SCHEDULERS = {  # diffusers' class -> sampler
+    "PNDMScheduler": "pndm",
+    "DDIMScheduler": "ddim",
+    "DPMSolverMultistepScheduler": "dpm-solver++",
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler-ancestral",
+    "LCMScheduler": "lcm",
+    "FlowMatchEulerDiscreteScheduler": "euler",
+    "FlowMatchHeunDiscreteScheduler": "heun",
+    "UniPCMultistepScheduler": "unipc",
+}
 INVERSION = "inversion"  # the sampler of runs of label, whose pictures were given
 PROFILES = ("0.3.0", "0.14.0")
 OWN_FORMATS = {  # name -> module:format

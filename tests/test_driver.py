@@ -461,7 +461,7 @@ def test_making_again_checks_what_was_given(engines, tmp_path):
     ("flag", "value", "message"),
     [
         ("--engine", "warp", "'warp' is not one of"),
-        ("--sampler", "euler", "'euler' is not one of"),
+        ("--sampler", "plms", "'plms' is not one of"),
         ("--number", "0", "--number 0: expected 1 or more"),
         ("--number", "-3", "--number -3"),
         ("--batch-size", "-1", "--batch-size -1"),

@@ -64,7 +64,7 @@ def inputs() -> list[np.ndarray]:
 def test_sizes_that_do_not_fit_are_refused():
     output, latents, history, weights = inputs()
     for arguments, said in [
-        ((output[:1].copy(), latents, history, weights), "output is"),
+        ((output[[0, 1, 1]], latents, history, weights), "output is"),
         ((output, latents, history[:, :7].copy(), weights), "history has 7 values"),
         ((output, latents, history, weights[:7].copy()), "7 numbers, expected 8"),
     ]:
@@ -72,11 +72,18 @@ def test_sizes_that_do_not_fit_are_refused():
             _C.guided_step(*arguments)
 
 
+def test_without_guidance_there_is_one_row():
+    output, latents, history, weights = inputs()
+    twice = _C.guided_step(output[[0, 0]], latents, history, weights)
+    np.testing.assert_array_equal(_C.guided_step(output[:1].copy(), latents, history, weights), twice)
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_the_gpu_says_the_same(dtype):
+def test_the_gpu_says_the_same(dtype, rows):
     output, latents, history, weights = (torch.from_numpy(one) for one in inputs())
-    output = output.to(dtype)
+    output = output[:rows].to(dtype)
     expected = _C.guided_step(*(one.numpy() for one in (output.float(), latents, history, weights)))
     device = [one.cuda() for one in (output, latents, history, weights)]
     following = torch.full((2, 515), float("nan"), device="cuda")
@@ -93,6 +100,7 @@ def test_the_gpu_says_the_same(dtype):
         following.data_ptr(),
         515,
         stream,
+        rows,
     )
     np.testing.assert_allclose(following.cpu().numpy(), expected, rtol=1e-5, atol=1e-5)
 

@@ -20,7 +20,6 @@ from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.loading import load_model, presets, provenance, tokenizer
 from datasetdm_fast.engine.loading.provenance import UNKNOWN_LICENCE
 from datasetdm_fast.engine.loading.single_file import predicts_noise
-from datasetdm_fast.engine.loop.diffusing import sampler_of
 from datasetdm_fast.engine.sampling import make_schedule
 from datasetdm_fast.errors import Missing, Refused
 
@@ -217,7 +216,7 @@ def test_the_scheduler_of_an_old_folder_is_put_right_as_diffusers_does(folder, k
     theirs, model = StableDiffusionPipeline.from_pretrained(folder).scheduler, load_model(str(folder))
     theirs.set_timesteps(10)
     assert model.scheduler["steps_offset"] == theirs.config.steps_offset == 1
-    schedule = make_schedule(model.scheduler, sampler_of(model), 10, "0.14.0")
+    schedule = make_schedule(model.scheduler, "auto", 10, "0.14.0")
     assert list(schedule.timesteps) == theirs.timesteps.tolist()
 
 

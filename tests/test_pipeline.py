@@ -16,7 +16,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 from PIL import Image
 from safetensors.torch import save_file
 from stub_engine import StubEngine
@@ -626,6 +634,13 @@ def test_the_arguments_of_diffusers_give_its_images(pipe):
         (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}, "use_karras_sigmas=True"),
         (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}, "algorithm_type='sde-dpmsolver"),
         (DPMSolverMultistepScheduler, {"solver_order": 3}, "solver_order=3"),
+        (EulerDiscreteScheduler, {"timestep_spacing": "linspace"}, ""),
+        (EulerDiscreteScheduler, {"use_karras_sigmas": True}, ""),
+        (EulerDiscreteScheduler, {"use_beta_sigmas": True}, "use_beta_sigmas"),
+        (EulerAncestralDiscreteScheduler, {"timestep_spacing": "trailing"}, ""),
+        (LCMScheduler, {}, ""),
+        (LCMScheduler, {"clip_sample": True}, "clip_sample=True"),
+        (UniPCMultistepScheduler, {}, "unipc samples flows alone"),
     ],
 )
 def test_a_scheduler_gives_the_images_of_diffusers_or_is_refused(kind, settings, refused):
@@ -639,8 +654,14 @@ def test_a_scheduler_gives_the_images_of_diffusers_or_is_refused(kind, settings,
         with pytest.raises(Refused, match=refused):
             mine.diffuse(**given)
         return
-    images = [each(**given, generator=torch.Generator().manual_seed(1)).images for each in (theirs, mine.diffuse)]
-    torch.testing.assert_close(*images, atol=1e-3, rtol=1e-3)
+    given["prompt"] = ["a ball", "a cube", "a tree"]
+    for seeds in ([1], [7, 2, 7]):
+        images = []
+        for each, choices in ((theirs, {}), (mine.diffuse, {"batch_size": 2})):
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            one_or_several = generators[0] if len(seeds) == 1 else generators
+            images.append(each(**given, **choices, generator=one_or_several).images)
+        torch.testing.assert_close(*images, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize(

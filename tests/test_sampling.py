@@ -202,7 +202,7 @@ def test_noised_latents_are_those_of_diffusers():
 @pytest.mark.parametrize(
     ("change", "arguments", "word"),
     [
-        ({}, ("euler", 50), "sampler"),
+        ({}, ("eular", 50), "sampler"),
         ({}, ("pndm", 50, "0.9"), "profile"),
         ({}, ("pndm", 1), "steps"),  # it would start at t=0 and denoise nothing
         ({}, ("ddim", 0), "steps"),

@@ -12,6 +12,7 @@ from datasetdm_fast.data import Batch, Quarantined, Request, Sample, join_texts
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.loop.driver import generate
+from datasetdm_fast.engine.loop.origin import fresh_noise
 from datasetdm_fast.engine.sampling.walk import SamplerState
 from datasetdm_fast.errors import GateFailed
 
@@ -38,7 +39,9 @@ class EnginePeer:
         engine, recipe = self.engine, self.recipe
         texts = engine.encode_text([request.prompt for request in requests])
         context = join_texts([engine.encode_text([""]).expand(len(requests)), texts])
-        state = SamplerState(recipe.schedule, recipe.guidance, noise_of(requests, recipe).to(engine.device))
+        latents = noise_of(requests, recipe).to(engine.device) * recipe.schedule.noise_scale
+        noise = fresh_noise(recipe.schedule, requests, latents)
+        state = SamplerState(recipe.schedule, recipe.guidance, latents, noise)
         for call, timestep in enumerate(recipe.schedule.timesteps):
             state.step(call, engine.denoise(state.latents, timestep, context))
         return engine.decode_image(state.latents).cpu().numpy()

@@ -32,6 +32,7 @@ from datasetdm_fast.engine.loop import driver, inverting
 from datasetdm_fast.engine.loop import recipe as recipes
 from datasetdm_fast.engine.pictures.in_memory import pictures_in_memory
 from datasetdm_fast.engine.pipeline import Pipeline
+from datasetdm_fast.engine.sampling import open_sampler
 from datasetdm_fast.engine.tasks.labeller import Labeller, LabellerInput
 from datasetdm_fast.engine.tasks.to_host import to_host
 from datasetdm_fast.plugins import GROUP
@@ -187,7 +188,7 @@ def features(machine: Machine) -> int:
 def samplers(machine: Machine) -> int:
     """Images without labels by every sampler, without guidance and by a part of the schedule."""
     engine, found = machine.engine(), 0
-    for sampler in SAMPLERS:
+    for sampler in (name for name in SAMPLERS if open_sampler(name).calls):
         for choices in ({"guidance": 1.0}, {"strength": 0.6, "profile": "0.3.0"}):
             recipe = machine.recipe(engine, (), sampler=sampler, **{"steps": machine.steps + 1, **choices})
             found += machine.made(engine, recipe)

@@ -277,7 +277,7 @@ class Pipeline:
         recipe, words = self._recipe(
             tasks,
             classes,
-            sampler=sampler or diffusing.sampler_of(self.engine.model),
+            sampler=sampler or "auto",
             steps=num_inference_steps,
             guidance=max(guidance_scale, 1.0),  # up to 1 the text alone decides, as in diffusers
             **{"profile": diffusing.PROFILE, **choices},
@@ -286,7 +286,8 @@ class Pipeline:
             recipe.check_request(request, self.engine.model.tokenizer)
             for request in self._requests(texts, [0] * len(texts), words, truncate, negatives, recipe.table)
         ]
-        noise, seeds = diffusing.draw_noise(generator, len(texts), self.engine.model.latent_shape())
+        draws = 1 + recipe.schedule.noisy_calls
+        noise, seeds = diffusing.draw_noise(generator, len(texts), self.engine.model.latent_shape(), draws)
         on_step_end = None if callback_on_step_end is None else partial(callback_on_step_end, self)
         facts = {**recipe.facts, "noise": "of the caller's generators"}
         recipe = replace(recipe, facts=facts, origin=diffusing.NoiseOfCaller(noise, on_step_end))

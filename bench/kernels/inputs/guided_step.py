@@ -19,12 +19,12 @@ def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:
 
 
 def cases() -> list[Case]:
-    def step(batch, side, weights, sample=0.9, entry=(0.0, 1.0), unread=()):
+    def step(batch, side, weights, sample=0.9, entry=(0.0, 1.0), unread=(), rows=2):
         history = noise(len(weights) - 1, batch, 4, side, side)
         for slot in unread:
             history[slot] = float("nan")
         numbers = torch.tensor([7.5, sample, *entry, *weights])
-        return noise(2 * batch, 4, side, side), noise(batch, 4, side, side), history, numbers
+        return noise(rows * batch, 4, side, side), noise(batch, 4, side, side), history, numbers
 
     return [
         Case("smallest, no memory: DDIM", step(1, 1, (-0.3,)), (2, 1, 4, 1, 1)),
@@ -38,5 +38,7 @@ def cases() -> list[Case]:
             step(2, 9, (-0.5, -0.5, 0.0, 0.0), unread=(1, 2)),
             (2, 2, 4, 9, 9),
         ),
+        Case("odd side, no guidance: Euler of a flow", step(3, 7, (-0.04,), 1.0, rows=1), (2, 3, 4, 7, 7)),
+        Case("no guidance, an earlier entry: Heun", step(1, 2, (0.1, -0.1), 1.0, rows=1), (2, 1, 4, 2, 2)),
         Case("PLMS at 512 pixels", step(2, 64, (-0.12, 0.13, -0.08, 0.02)), (2, 2, 4, 64, 64)),
     ]

@@ -5,12 +5,11 @@ in a caller's form.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
-from datasetdm_fast.config import SCHEDULERS
 from datasetdm_fast.data import Batch, Request, Sample
 from datasetdm_fast.engine.loop import driver, labelling
 from datasetdm_fast.engine.loop.checks import as_texts
@@ -22,34 +21,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from datasetdm_fast.engine.engines.engine import Engine
-    from datasetdm_fast.engine.loading.model import Model
     from datasetdm_fast.engine.sampling.schedule import Schedule
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 PROFILE = "0.14.0"  # whose timesteps later versions of diffusers have, too
-# Settings of a scheduler that change its images: what the samplers here follow, then what diffusers takes where a
-# config does not say. Its pipeline of Stable Diffusion turns clip_sample off where it is not given.
-FOLLOWED: Mapping[str, Mapping[str, tuple[Any, Any]]] = {
-    "PNDMScheduler": {"skip_prk_steps": (True, False)},
-    "DDIMScheduler": {"clip_sample": (False, False), "thresholding": (False, False)},
-    "DPMSolverMultistepScheduler": {
-        "algorithm_type": ("dpmsolver++", "dpmsolver++"),
-        "solver_order": (2, 2),
-        "solver_type": ("midpoint", "midpoint"),
-        "final_sigmas_type": ("zero", "zero"),
-        **dict.fromkeys(
-            (
-                "thresholding",
-                "use_karras_sigmas",
-                "use_exponential_sigmas",
-                "use_beta_sigmas",
-                "use_lu_lambdas",
-                "use_flow_sigmas",
-            ),
-            (False, False),
-        ),
-    },
-}
 OnStepEnd = Callable[[int, "Tensor", dict[str, "Tensor"]], "dict[str, Tensor] | None"]
 
 
@@ -84,15 +59,19 @@ def repeat_prompts(
 
 
 def draw_noise(
-    generator: torch.Generator | Sequence[torch.Generator] | None, count: int, shape: tuple[int, int, int]
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    count: int,
+    shape: tuple[int, int, int],
+    draws: int = 1,
 ) -> tuple[Tensor, list[int]]:
-    """[count, C, h, w] fp32 noise on the CPU as diffusers draws it, and the seed of each image's generator: one
+    """[draws, count, C, h, w] fp32 noise on the CPU as diffusers draws it, and the seed of each image's generator: one
     generator, or None for PyTorch's own, draws all images at once, several draw one each.
     """
     import torch
 
     def draw(source: torch.Generator, images: int) -> Tensor:
-        return torch.randn((images, *shape), generator=source, dtype=torch.float32, device=source.device).cpu()
+        form = {"generator": source, "dtype": torch.float32, "device": source.device}
+        return torch.stack([torch.randn((images, *shape), **form).cpu() for _ in range(draws)])
 
     if generator is None or isinstance(generator, torch.Generator):
         source = torch.default_generator if generator is None else generator
@@ -103,43 +82,25 @@ def draw_noise(
             raise Refused(f"generator: {source!r} is no generator of torch", "Give torch.Generator().manual_seed(7).")
     if len(sources) != count:
         raise Refused(f"generator: {len(sources)} were given for {count} images", "Give one, or one per image.")
-    return torch.cat([draw(source, 1) for source in sources]), [source.initial_seed() % 2**63 for source in sources]
-
-
-def sampler_of(model: Model) -> str:
-    """The sampler that a model's scheduler is of; refused where a setting would give it other images than here."""
-    named = model.scheduler.get("_class_name", "PNDMScheduler")
-    if named not in SCHEDULERS:
-        raise Refused(
-            f"scheduler: the model's own, {named}, is none of {', '.join(SCHEDULERS)}",
-            "Name another: sampler='ddim'.",
-        )
-    for name, (followed, default) in FOLLOWED[named].items():
-        value = model.scheduler.get(name, default)
-        if (default if value is None else value) != followed:
-            raise Refused(
-                f"scheduler: the model's {named} has {name}={value!r}, which the sampler here does not follow, so its "
-                f"images would differ; expected {followed!r}",
-                f"Change it, or take the images of sampler={SCHEDULERS[named]!r}.",
-            )
-    return SCHEDULERS[named]
+    return torch.cat([draw(source, 1) for source in sources], 1), [source.initial_seed() % 2**63 for source in sources]
 
 
 @dataclass(frozen=True)
 class NoiseOfCaller(FromNoise):
     """Images from noise of the caller, who may replace the latents of a batch after every call."""
 
-    noise: Tensor  # [N, C, h, w] fp32, by the index of a request
+    noise: Tensor  # [1 + calls that add noise, N, C, h, w] fp32, by the index of a request
     on_step_end: OnStepEnd | None = None
 
     def begin(self, engine: Engine, schedule: Schedule, requests: Sequence[Request]) -> Beginning:
         from datasetdm_fast.kernels.to_device import to_device
 
-        latents = to_device(self.noise[[request.index for request in requests]], engine.device)
+        first, *fresh = to_device(self.noise[:, [request.index for request in requests]], engine.device)
+        beginning = Beginning(first * schedule.noise_scale, noise=iter(fresh).__next__ if fresh else None)
         if self.on_step_end is None:
-            return Beginning(latents)
+            return beginning
         count = len({request.index for request in requests})  # the rest are repeats of the last
-        return Beginning(latents, partial(_after, self.on_step_end, schedule, count))
+        return replace(beginning, after=partial(_after, self.on_step_end, schedule, count))
 
 
 def _after(on_step_end: OnStepEnd, schedule: Schedule, count: int, call: int, latents: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from datasetdm_fast.engine.engines.start import in_own_precision
 from datasetdm_fast.engine.loop.call_text import call_text
 from datasetdm_fast.engine.loop.label_stream import FinishedCalls, LabelStream
 from datasetdm_fast.engine.loop.labelling import SampledBatch, WordTable, collect_results
+from datasetdm_fast.engine.loop.origin import fresh_noise
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,7 +108,8 @@ class BatchGenerator:
         text, class_text = self.encode_prompts(requests)
         sums = self.zero_attention_sums(len(requests))
         beginning = recipe.origin.begin(engine, recipe.schedule, requests)
-        state = SamplerState(recipe.schedule, recipe.guidance, beginning.latents)
+        noise = beginning.noise or fresh_noise(recipe.schedule, requests, beginning.latents)
+        state = SamplerState(recipe.schedule, recipe.guidance, beginning.latents, noise)
 
         captures = {}
         for call, timestep in enumerate(recipe.schedule.timesteps):

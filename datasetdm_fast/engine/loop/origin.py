@@ -25,6 +25,7 @@ class Beginning:
 
     latents: Tensor  # [B, C, h, w] on the engine's device
     after: Callable[[int, Tensor], Tensor] = keep_latents  # (call, latents after it) -> latents the next call gets
+    noise: Callable[[], Tensor] | None = None  # draws what a call adds; None = from the images' own seeds
 
 
 class Origin(Protocol):
@@ -43,7 +44,8 @@ class FromNoise:
     def begin(self, engine: Engine, schedule: Schedule, requests: Sequence[Request]) -> Beginning:
         from datasetdm_fast.kernels.to_device import to_device
 
-        return Beginning(to_device(initial_latents(requests, engine.model.latent_shape()), engine.device))
+        noise = to_device(initial_latents(requests, engine.model.latent_shape()), engine.device)
+        return Beginning(noise * schedule.noise_scale)
 
     def finish(self, sample: Sample) -> Sample:
         return sample
@@ -58,6 +60,21 @@ def initial_latents(requests: Sequence[Request], shape: tuple[int, int, int]) ->
     return torch.stack([initial_noise(request.seed, *shape) for request in requests])
 
 
+def fresh_noise(schedule: Schedule, requests: Sequence[Request], latents: Tensor) -> Callable[[], Tensor] | None:
+    """What draws the noise that calls of a schedule add, [B, C, h, w]: for every image what its seed draws after its
+    first latents, call after call; None where no call adds any.
+    """
+    from datasetdm_fast.engine.sampling.times import ImageNoise
+    from datasetdm_fast.kernels.to_device import to_device
+
+    if not schedule.noisy_calls:
+        return None
+    _, channels, height, width = latents.shape
+    source = ImageNoise([request.seed for request in requests], (channels, height, width))
+    source.draw()
+    return lambda: to_device(source.draw(), latents.device)
+
+
 class FromOneGenerator(FromNoise):
     """Images from the noise that one generator draws for the whole run, seeded with the run's seed."""
 
@@ -69,7 +86,7 @@ class FromOneGenerator(FromNoise):
 
         shape, generator = engine.model.latent_shape(), OneGenerator()
         noise = [generator.draw(request.seed - request.index, request.index, shape) for request in requests]
-        return Beginning(to_device(torch.stack(noise), engine.device))
+        return Beginning(to_device(torch.stack(noise), engine.device) * schedule.noise_scale)
 
 
 FROM_NOISE, ONE_GENERATOR = FromNoise(), FromOneGenerator()

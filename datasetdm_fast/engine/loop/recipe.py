@@ -112,8 +112,10 @@ def make_recipe(
     schedule. `attention` are settings of attention_recipe.
     """
     from datasetdm_fast.engine.sampling import make_schedule
+    from datasetdm_fast.engine.sampling.scheduler import choose_sampler
 
     model = engine.model
+    sampler = choose_sampler(model.scheduler, sampler)
     labellers = labellers_of(engine, tasks)
     schedule = make_schedule(model.scheduler, sampler, steps or model.defaults.steps, profile, strength)
     configs = {task: engine.decoders[task].config for task in tasks if task not in UNDECODED}
@@ -147,6 +149,11 @@ def make_recipe(
         if len(set(times.values())) > 1
         else next(iter(times.values()), schedule.timesteps[-1]),
     }
+    if schedule.noisy_calls and numbers and numbers.parity:
+        raise Refused(
+            f"sampler: {sampler} adds noise at every call, and with --parity one generator draws that of all images",
+            "Choose another with --sampler.",
+        )
     if sampler in SAMPLERS.others:
         facts["sampler_package"] = SAMPLERS.package(sampler)
     if numbers is not None:

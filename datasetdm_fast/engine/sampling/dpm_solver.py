@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from datasetdm_fast.engine.sampling.schedule import Sampler, Update
+from datasetdm_fast.engine.sampling.flow import dpm_solver_levels
+from datasetdm_fast.engine.sampling.schedule import FlowSampler, Sampler, Update
 from datasetdm_fast.engine.sampling.times import SPACING, check_times, trailing
 from datasetdm_fast.errors import Refused
 
@@ -29,19 +30,34 @@ def dpm_solver(
             f"timestep_spacing: the scheduler config says {spacing!r}, supported are leading, linspace and trailing",
             SPACING,
         )
-    times, updates = check_times(falling, count), []
+    times = check_times(falling, count)
+    pairs = [(math.sqrt(values[time]), math.sqrt(1 - values[time])) for time in times]
     log_ratio = [0.5 * math.log(values[t] / (1 - values[t])) for t in times]  # lambda of the paper
-    for k, time in enumerate(times):
-        signal, noisy = math.sqrt(values[time]), math.sqrt(1 - values[time])
-        entry = (1 / signal, -noisy / signal) if prediction == "epsilon" else (signal, -noisy)
-        if k == len(times) - 1:
-            updates.append(Update(0.0, (1.0,), entry))
-            continue
-        h, target = log_ratio[k + 1] - log_ratio[k], values[times[k + 1]]
-        sample, weight = math.sqrt(1 - target) / noisy, -math.sqrt(target) * math.expm1(-h)
+    entries = [
+        (1 / signal, -noisy / signal) if prediction == "epsilon" else (signal, -noisy) for signal, noisy in pairs
+    ]
+    return times, _updates(pairs, log_ratio, entries)
+
+
+def _updates(
+    pairs: list[tuple[float, float]], log_ratio: list[float], entries: list[tuple[float, float]]
+) -> list[Update]:
+    """Updates between latents of these shares of image and noise, the last to the image alone."""
+    updates = []
+    for k, (_, noisy) in enumerate(pairs[:-1]):
+        signal, following = pairs[k + 1]
+        h = log_ratio[k + 1] - log_ratio[k]
+        sample, weight = following / noisy, -signal * math.expm1(-h)
         share = 0.0 if k == 0 else 0.5 * h / (log_ratio[k] - log_ratio[k - 1])
-        updates.append(Update(sample, (weight,) if k == 0 else (weight * (1 + share), -weight * share), entry))
-    return times, updates
+        weights = (weight,) if k == 0 else (weight * (1 + share), -weight * share)
+        updates.append(Update(sample, weights, entries[k]))
+    return [*updates, Update(0.0, (1.0,), entries[-1])]
 
 
-SAMPLER = Sampler(dpm_solver, memory=1, orders=((1.0,),))
+def flow_updates(scheduler: Mapping[str, Any], sigmas: list[float]) -> list[Update]:
+    pairs = [(1 - sigma, sigma) for sigma in sigmas[:-1]]
+    log_ratio = [math.log(signal / noisy) for signal, noisy in pairs]
+    return _updates(pairs, log_ratio, [(1.0, -sigma) for sigma in sigmas[:-1]])
+
+
+SAMPLER = Sampler(dpm_solver, memory=1, orders=((1.0,),), flow=FlowSampler(dpm_solver_levels, flow_updates))

@@ -3,10 +3,11 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from operator import index
 from typing import Any
 
 from torch import Tensor
+
+from datasetdm_fast.config import FlowRule
 
 
 @dataclass(frozen=True)
@@ -18,44 +19,67 @@ class Update:
     entry: tuple[float, float] = (0.0, 1.0)  # entry = entry[0] * x + entry[1] * output
     restarts: bool = False  # x is the sample of call 0: the warm-up correction of PLMS
     is_kept: bool = True  # whether later calls read this call's entry
+    noise: float = 0.0  # of the fresh noise that is added
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Timesteps and coefficients of every UNet call of one image."""
+    """Timesteps and coefficients of every call of the network for one image."""
 
     memory: int  # earlier entries that its updates read
     prediction_type: str
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
     updates: tuple[Update, ...]
     shift: int = 0  # training steps by which the noise of the latents is ahead of the timestep they are called with
+    noise_scale: float = 1.0  # of the first latents that are nothing but noise
 
     def __len__(self) -> int:
         return len(self.timesteps)
 
-    def noise_step(self, call: int) -> int:
+    def noise_step(self, call: int) -> float:
         """The training step whose noise the latents of a call hold."""
         return self.timesteps[call] + self.shift
+
+    @property
+    def noisy_calls(self) -> int:
+        """How many calls add fresh noise."""
+        return sum(update.noise != 0 for update in self.updates)
+
+
+@dataclass(frozen=True)
+class FlowSampler:
+    """What a sampler does with a flow, whose latents at sigma are (1 - sigma) * image + sigma * noise."""
+
+    # (scheduler config, steps, rule of the family, tokens of an image) -> a timestep a step, and sigmas, one more
+    levels: Callable[[Mapping[str, Any], int, FlowRule, int], tuple[list[float], list[float]]]
+    updates: Callable[[Mapping[str, Any], list[float]], list[Update]]  # (scheduler config, sigmas) -> one a call
+    calls_per_step: int = 1  # of every step but the first
 
 
 @dataclass(frozen=True)
 class Sampler:
     """What the rest must know of a sampler."""
 
-    # (scheduler config, cumulative alphas, steps, prediction type, profile) -> timesteps and updates
-    calls: Callable[[Mapping[str, Any], Tensor, int, str, str], tuple[list[int], list[Update]]]
+    # (scheduler config, cumulative alphas, steps, prediction type, profile) -> timesteps and updates; None where it
+    # samples flows alone
+    calls: Callable[[Mapping[str, Any], Tensor, int, str, str], tuple[list[Any], list[Update]]] | None
     memory: int  # earlier entries it reads
     least_steps: int = 1
     orders: tuple[tuple[float, ...], ...] = ()  # weights of one entry, of two, ...: those of its first calls
     shifts: Mapping[str, int] = field(default_factory=dict)  # profile -> shift of its schedules
+    # (scheduler config, cumulative alphas, steps) -> noise_scale of its schedules
+    noise_scale: Callable[[Mapping[str, Any], Tensor, int], float] | None = None
+    flow: FlowSampler | None = None  # None where it does not sample flows
 
 
 def checked_calls(
     sampler: Sampler, scheduler: Mapping[str, Any], alphas: Tensor, steps: int, prediction: str, profile: str
-) -> tuple[list[int], list[Update]]:
+) -> tuple[list[float], list[Update]]:
     """Timesteps and updates of a sampler; a ValueError where they are no schedule."""
+    if sampler.calls is None:
+        raise ValueError("it has no calls")
     times, updates = sampler.calls(scheduler, alphas, steps, prediction, profile)
-    times, updates = list(map(index, times)), list(updates)
+    times, updates = list(map(_number, times)), list(updates)
     if not times or len(times) != len(updates):
         raise ValueError(f"{len(times)} timesteps for {len(updates)} updates")
     if beyond := [time for time in times if not 0 <= time < len(alphas)]:
@@ -64,9 +88,15 @@ def checked_calls(
         most = min(call, sampler.memory) + 1
         if not 1 <= len(update.weights) <= most:
             raise ValueError(f"the update of call {call} has {len(update.weights)} weights, expected 1 to {most}")
-        if not all(map(math.isfinite, (update.sample, *update.weights, *update.entry))):
+        if not all(map(math.isfinite, (update.sample, *update.weights, *update.entry, update.noise))):
             raise ValueError(f"the update of call {call} has a coefficient that is not finite")
     return times, updates
+
+
+def _number(time: Any) -> float:
+    """A timestep as a number of Python, whole where it is."""
+    value = float(time)
+    return int(value) if value.is_integer() else value
 
 
 def last_calls(schedule: Schedule, count: int, orders: Sequence[Sequence[float]]) -> Schedule:

@@ -1,13 +1,14 @@
 """Timesteps, noise levels and initial noise."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from datasetdm_fast.engine.sampling.scheduler import is_flow
 from datasetdm_fast.errors import Refused
 
 ANOTHER = "Name another model with --model."
@@ -46,6 +47,18 @@ def initial_noise(seed: int, channels: int, height: int, width: int) -> Tensor:
     return torch.randn((channels, height, width), generator=torch.Generator("cpu").manual_seed(seed))
 
 
+class ImageNoise:
+    """Noise of the images of a batch, each from a generator with its own seed: draw after draw what a pipeline of
+    diffusers draws from it, first the latents, then the noise of one call after another.
+    """
+
+    def __init__(self, seeds: Sequence[int], shape: tuple[int, int, int]):
+        self.shape, self.generators = shape, [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+
+    def draw(self) -> Tensor:  # [B, channels, height, width] fp32
+        return torch.stack([torch.randn(self.shape, generator=generator) for generator in self.generators])
+
+
 class OneGenerator:
     """Noise of image after image from one generator, as a run of diffusers draws it; an earlier one starts it anew."""
 
@@ -63,11 +76,40 @@ class OneGenerator:
         return noise
 
 
-def add_noise(scheduler: Mapping[str, Any], latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
+def add_noise(scheduler: Mapping[str, Any], latents: Tensor, noise: Tensor, timestep: float) -> Tensor:
     """`latents` as they would be at `timestep` of the forward process."""
-    alphas = alphas_cumprod(scheduler)
-    alpha = float(alphas[min(timestep, len(alphas) - 1)])
+    if is_flow(scheduler):
+        sigma = timestep / scheduler.get("num_train_timesteps", 1000)
+        return (1 - sigma) * latents + sigma * noise
+    alpha = alpha_at(alphas_cumprod(scheduler), timestep)
     return math.sqrt(alpha) * latents + math.sqrt(1 - alpha) * noise
+
+
+def alpha_at(alphas: Tensor, timestep: float) -> float:
+    """The cumulative alpha of a timestep, between whole ones by their ratio of noise to signal."""
+    if timestep >= len(alphas) - 1 or float(timestep).is_integer():
+        return float(alphas[min(int(timestep), len(alphas) - 1)])
+    sigma = float(np.interp(timestep, np.arange(len(alphas)), noise_ratios(alphas)))
+    return 1 / (sigma**2 + 1)
+
+
+def noise_ratios(alphas: Tensor) -> np.ndarray:
+    """[training steps] fp32 noise over signal, the sigma of diffusers."""
+    ratios: np.ndarray = (((1 - alphas) / alphas) ** 0.5).numpy()
+    return ratios
+
+
+def respace(scheduler: Mapping[str, Any], sigmas: np.ndarray) -> np.ndarray:
+    """Falling sigmas, spaced anew between their ends where the config asks for it (arXiv 2206.00364, equation 5)."""
+    least, most = (scheduler.get(name) for name in ("sigma_min", "sigma_max"))
+    least = sigmas[-1].item() if least is None else least
+    most = sigmas[0].item() if most is None else most
+    if scheduler.get("use_karras_sigmas"):
+        ends, rho = (most ** (1 / 7.0), least ** (1 / 7.0)), 7.0
+        return (ends[0] + np.linspace(0, 1, len(sigmas)) * (ends[1] - ends[0])) ** rho
+    if scheduler.get("use_exponential_sigmas"):
+        return np.exp(np.linspace(math.log(most), math.log(least), len(sigmas)))
+    return sigmas
 
 
 def space_steps(scheduler: Mapping[str, Any], count: int, steps: int) -> list[int]:

@@ -1,5 +1,6 @@
 """Latents on their way through a schedule, with classifier-free guidance."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -29,8 +30,8 @@ def guide(noise: Tensor, guidance: float) -> Tensor:
     return without + guidance * (with_text - without)
 
 
-def step(schedule: Schedule, k: int, state: State, output: Tensor) -> State:
-    """The state after call k, whose guided UNet output is `output`."""
+def step(schedule: Schedule, k: int, state: State, output: Tensor, noise: Tensor | None = None) -> State:
+    """The state after call k, whose guided output is `output`; `noise` is fresh, for calls that add it."""
     update = schedule.updates[k]
     sample = state.origin if update.restarts else state.latents
     entry = output.to(sample.dtype)
@@ -40,6 +41,8 @@ def step(schedule: Schedule, k: int, state: State, output: Tensor) -> State:
     latents = update.sample * sample
     for weight, value in zip(update.weights, entries):
         latents = latents + weight * value
+    if update.noise and noise is not None:
+        latents = latents + update.noise * noise
     history = entries[: schedule.memory] if update.is_kept else state.history
     return State(latents, history, state.origin)
 
@@ -48,21 +51,28 @@ class SamplerState:
     """A batch on its way through a schedule: `guide` and `step` in one operation per call.
 
     Earlier entries lie in a ring that is written in place; which of its slots a call reads, and with what weight, is in
-    its row of numbers, computed once per run, so nothing here waits for a device.
+    its row of numbers, computed once per run, so nothing here waits for a device. Calls that add fresh noise take it
+    from `noise`, [B, C, h, w].
     """
 
-    def __init__(self, schedule: Schedule, guidance: float, latents: Tensor):
+    def __init__(self, schedule: Schedule, guidance: float, latents: Tensor, noise: Callable[[], Tensor] | None = None):
+        assert noise or not schedule.noisy_calls
+        self.noise = noise
         self.schedule, self.latents, self.origin = schedule, latents, latents
         self.ring = latents.new_zeros((schedule.memory, *latents.shape))
         self.numbers, self.places = _walk_numbers(schedule, guidance, latents.device)
         self.guided_step = form_of("guided_step", latents.device)
 
     def step(self, k: int, output: Tensor) -> Tensor:
-        """The latents after call k, whose UNet output for both CFG halves is `output`."""
+        """The latents after call k, whose output is `output`, [2B, C, h, w] without and with the text, or [B, C, h, w]
+        where there is no guidance.
+        """
         latents = self.origin if self.schedule.updates[k].restarts else self.latents
         self.latents, entry = self.guided_step(output, latents, self.ring, self.numbers[k]).unbind()
         if self.places[k] is not None:
             self.ring[self.places[k]].copy_(entry)
+        if self.noise and (weight := self.schedule.updates[k].noise):
+            self.latents.add_(self.noise(), alpha=weight)
         return self.latents
 
 

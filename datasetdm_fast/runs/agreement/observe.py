@@ -17,6 +17,7 @@ from datasetdm_fast.data import Annotation, AttentionSums, Capture, ProjectedCap
 from datasetdm_fast.engine.engines.torch import TorchEngine
 from datasetdm_fast.engine.loop.driver import BatchGenerator
 from datasetdm_fast.engine.loop.labelling import attention_labels, decoder_labels
+from datasetdm_fast.engine.loop.origin import fresh_noise
 from datasetdm_fast.engine.loop.recipe import Recipe
 from datasetdm_fast.engine.sampling import times, walk
 from datasetdm_fast.engine.sampling.schedule import Schedule
@@ -49,15 +50,17 @@ class Observation:
 class ReferenceSampler:
     """What SamplerState does in one operation per call, step by step."""
 
-    def __init__(self, schedule: Schedule, guidance: float, latents: Tensor):
-        self.schedule, self.guidance, self.state = schedule, guidance, walk.start(latents)
+    def __init__(self, schedule: Schedule, guidance: float, latents: Tensor, noise: Callable[[], Tensor] | None = None):
+        self.schedule, self.guidance, self.state, self.noise = schedule, guidance, walk.start(latents), noise
 
     @property
     def latents(self) -> Tensor:
         return self.state.latents
 
     def step(self, k: int, output: Tensor) -> Tensor:
-        self.state = walk.step(self.schedule, k, self.state, walk.guide(output, self.guidance))
+        guided = output if len(output) == len(self.latents) else walk.guide(output, self.guidance)
+        noise = self.noise() if self.noise and self.schedule.updates[k].noise else None
+        self.state = walk.step(self.schedule, k, self.state, guided, noise)
         return self.latents
 
 
@@ -84,7 +87,8 @@ def observe(
         text, noise = truth.text.map(copy_here), truth.seen[0]
         class_text = truth.class_text and truth.class_text.map(copy_here)
     sums = generator.zero_attention_sums(len(requests))
-    state = sampler(recipe.schedule, recipe.guidance, noise.to(engine.device))
+    latents = noise.to(engine.device) * (recipe.schedule.noise_scale if truth is None else 1.0)
+    state = sampler(recipe.schedule, recipe.guidance, latents, fresh_noise(recipe.schedule, requests, latents))
     seen, outputs, sampler_latents, captures = [], [], [], {}
     for call, timestep in enumerate(recipe.schedule.timesteps):
         latents = state.latents if truth is None else truth.seen[call].to(engine.device)

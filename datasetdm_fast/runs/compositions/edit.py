@@ -153,7 +153,7 @@ class Edits(Redrawing):
         cells = np.stack([regions.to_cells(self.region_of(self.tile(request.index)), pixels) for request in requests])
         is_new = to_device(torch.from_numpy(cells)[:, None], source.clean.device)
         outside = source.add_noise(schedule.noise_step(0))
-        inside = source.noise if self.choice.strength == 1 else outside
+        inside = source.noise * schedule.noise_scale if self.choice.strength == 1 else outside
 
         def blend(call: int, latents: Tensor) -> Tensor:
             known = source.clean if call == last else source.add_noise(schedule.noise_step(call + 1))

@@ -58,7 +58,7 @@ class SourceLatents:
     clean: Tensor  # [B, C, h, w]
     noise: Tensor
 
-    def add_noise(self, step: int) -> Tensor:
+    def add_noise(self, step: float) -> Tensor:
         """The latents at a training step of the forward process."""
         from datasetdm_fast.engine.sampling.times import add_noise
 
