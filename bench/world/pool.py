@@ -35,10 +35,10 @@ def render_chunk(name: str, tokenizer: CLIPTokenizer, number: int) -> Chunk:
     return np.stack(images), tokenise(tokenizer, captions).reshape(CHUNK, TELLINGS, TOKENS)
 
 
-def render_forever(name: str, tokenizer: Path, numbers: range, chunks: "Queue[Chunk]") -> None:
+def render_forever(name: str, tokenizer: Path, numbers: range, chunks: "Queue[Chunk]", parent: int) -> None:
     """Puts chunks into the queue until all are rendered or the process that takes them has ended."""
     os.nice(10)
-    words, parent = CLIPTokenizer.from_pretrained(tokenizer), os.getppid()
+    words = CLIPTokenizer.from_pretrained(tokenizer)
     for number in numbers:
         chunk = render_chunk(name, words, number)
         while True:
@@ -61,7 +61,9 @@ class Renderers:
         self.expected = last - first
         self.processes = [
             context.Process(
-                target=render_forever, args=(name, tokenizer, range(first + k, last, workers), self.chunks), daemon=True
+                target=render_forever,
+                args=(name, tokenizer, range(first + k, last, workers), self.chunks, os.getpid()),
+                daemon=True,
             )
             for k in range(workers)
         ]
