@@ -22,6 +22,7 @@ COMMANDS = {
     "convert": ("datasetdm_fast.convert", "write samples of runs in the layouts that trainers read"),
     "drop": ("datasetdm_fast.drop", "remove samples from a run folder"),
     "restore": ("datasetdm_fast.restore", "bring back dropped samples"),
+    "example": ("datasetdm_fast.example", "lay out forty small labelled pictures, to train a first decoder on"),
     "train": ("datasetdm_fast.train", "train decoders on labelled images"),
     "evaluate": ("datasetdm_fast.evaluate", "measure the labels of trained decoders against ground truth"),
     "gallery": ("datasetdm_fast.gallery", "show the samples of a run in a browser, also while it is in progress"),

@@ -29,6 +29,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import mask_rle
 from datasetdm_fast.engine.labels.numbering import number_classes
 from datasetdm_fast.runs.exporting import hf
+from datasetdm_fast.runs.exporting.rings import editable_parts, rings
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.training.readers import open_data
@@ -224,6 +225,31 @@ def test_yolo_seg_read_back_is_the_run(run, tmp_path, parts):
             continue
         assert (masks == truth.masks).all()
         assert [source.thing_classes[k] for k in item.mask_classes] == [truth.classes[k] for k in truth.class_ids]
+
+
+@pytest.mark.parametrize("kind", ["labelme", "cvat"])
+def test_what_annotation_tools_open_read_back_is_the_run(run, tmp_path, kind):
+    """Borders for a person to correct have few corners, at most a pixel away from the mask's."""
+    from PIL import ImageFilter
+
+    out = converted(run, tmp_path / "out", "--to", kind) / kind
+    source = open_data(f"{kind}:{out}", SIZE, tasks=["instance"])
+    for item, sample in zip(source, open_run(run), strict=True):
+        truth = sample.instances
+        assert [source.thing_classes[k] for k in item.mask_classes] == [truth.classes[k] for k in truth.class_ids]
+        for mask, whole in zip(item.masks, truth.masks, strict=True):
+            picture = Image.fromarray(whole.astype(np.uint8) * 255)
+            inner, outer = (
+                np.asarray(picture.filter(each(3))) > 0 for each in (ImageFilter.MinFilter, ImageFilter.MaxFilter)
+            )
+            assert not (mask & ~outer).any() and not (inner & ~mask).any()
+
+
+def test_borders_for_a_person_have_few_corners():
+    down, across = np.mgrid[:100, :100]
+    disc = (down - 50) ** 2 + (across - 50) ** 2 < 40**2
+    (line,) = editable_parts(disc & ~((down - 50) ** 2 + (across - 50) ** 2 < 10**2))
+    assert len(rings(disc)[0]) > 100 and len(line) < 60
 
 
 def test_boxes_and_joints_of_yolo_are_those_of_the_run(run, tmp_path):

@@ -408,6 +408,55 @@ def test_records_of_hf_parquet_and_wds(exported):
     assert table["depth_steps_of_a_metre"] == 256 and table["id2label"]["3"] == "car"
 
 
+def points(x: int, y: int, width: int, height: int) -> list[list[int]]:
+    """The corners of a rectangle, clockwise from the upper left one."""
+    return np.array(rectangle(x, y, width, height)).reshape(4, 2).tolist()
+
+
+def test_labelme(exported):
+    out = exported("labelme")
+    held = read(out / "train/00000000.json")
+    assert (held["imagePath"], held["imageHeight"], held["imageWidth"]) == ("00000000.png", HEIGHT, WIDTH)
+    assert [shape["label"] for shape in held["shapes"]] == ["person", "car", "car"]
+    assert [shape["points"] for shape in held["shapes"]] == [points(*box) for box in BOXES]
+    assert {(shape["shape_type"], shape["group_id"]) for shape in held["shapes"]} == {("polygon", None)}
+    assert (out / "labels.txt").read_text() == "car\nperson\nbicycle\n"
+
+
+def test_cvat(exported):
+    root = ElementTree.parse(exported("cvat") / "train/annotations.xml").getroot()
+    (image,) = root.iterfind("image")
+    assert (image.get("id"), image.get("name"), image.get("width"), image.get("height")) == (
+        "0",
+        "00000000.png",
+        "6",
+        "4",
+    )
+    shapes = [(shape.get("label"), shape.get("z_order"), shape.get("points")) for shape in image]
+    assert shapes == [
+        ("person", "1", "3,0;5,0;5,4;3,4"),
+        ("car", "2", "1,1;4,1;4,3;1,3"),  # in front of all
+        ("car", "0", "0,2;2,2;2,4;0,4"),
+    ]
+    assert [label.text for label in root.iterfind("meta/task/labels/label/name")] == list(THINGS)
+
+
+def test_label_studio(exported):
+    out = exported("label-studio")
+    (task,) = read(out / "tasks.json")
+    assert task["data"]["image"] == "/data/local-files/?d=images/train/00000000.png"
+    (prediction,) = task["predictions"]
+    assert prediction["score"] == 0.6  # of the least sure instance
+    first = prediction["result"][0]
+    left, right = 50.0, 83.333333  # 3 and 5 of 6 pixels, in per cent
+    assert first["value"]["points"] == [[left, 0], [right, 0], [right, 100], [left, 100]]
+    assert first["value"]["polygonlabels"] == ["person"] and first["score"] == 0.8
+    assert (first["original_width"], first["original_height"]) == (WIDTH, HEIGHT)
+    interface = ElementTree.parse(out / "config.xml")
+    assert [label.get("value") for label in interface.iter("Label")] == list(THINGS)
+    assert {first["from_name"], first["to_name"]} == {part.get("name") for part in interface.getroot()}
+
+
 def test_mmseg(exported):
     out = exported("mmseg")
     assert pixels(out / "annotations/train/00000000.png") == LABELS

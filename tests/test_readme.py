@@ -111,7 +111,8 @@ def test_generate_lines_of_the_readme_can_be_planned(line, tmp_path, monkeypatch
     words = shlex.split(line, comments=True)[3:]
     for flag in {"--model", "--decoder"} & set(words):  # the line's own folders are the reader's
         words[words.index(flag) + 1] = "demo"
-    (tmp_path / "prompts.txt").write_text("a red ball\n")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "prompts.txt").write_text("a red ball\n")
     assert main([*words, "--dry-run"]) == 0
     assert capsys.readouterr().out and not (tmp_path / "runs").exists()
 
@@ -219,8 +220,9 @@ SMALL = {
     "splice": ("--number", "4"),
     "vary": ("--steps", "4"),
     "edit": ("--steps", "4"),
+    "train": ("--steps", "2"),
 }
-RUN_AS_WRITTEN = ("attention", "compositions", "data-set", "filtering", "formats", "gallery", "prompts")
+RUN_AS_WRITTEN = ("attention", "compositions", "correcting", "data-set", "filtering", "formats", "gallery", "prompts")
 
 
 @pytest.fixture(scope="module")

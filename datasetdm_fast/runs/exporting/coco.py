@@ -180,11 +180,17 @@ def json_document(fields: Mapping[str, Any], **lists: Iterable[Any]) -> Iterator
     for k, (name, value) in enumerate(fields.items()):
         yield f"{',' if k else ''}\n{canonical(name)}:{canonical(value)}".encode()
     for k, (name, items) in enumerate(lists.items()):
-        yield f"{',' if k or fields else ''}\n{canonical(name)}:[".encode()
-        for place, item in enumerate(items):
-            yield f"{',' if place else ''}\n{canonical(item)}".encode()
-        yield b"]"
+        yield f"{',' if k or fields else ''}\n{canonical(name)}:".encode()
+        yield from json_list(items)
     yield b"}\n"
+
+
+def json_list(items: Iterable[Any]) -> Iterator[bytes]:
+    """A JSON list in chunks, an item per line."""
+    yield b"["
+    for place, item in enumerate(items):
+        yield f"{',' if place else ''}\n{canonical(item)}".encode()
+    yield b"]"
 
 
 def number_annotations(plan: ExportPlan, samples: AllSamples, kind: str, split: str) -> Iterator[dict[str, Any]]:

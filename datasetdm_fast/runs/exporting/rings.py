@@ -1,8 +1,11 @@
-"""Masks as polygons along the edges of their pixels, and as one closed line each."""
+"""Masks as polygons along the edges of their pixels, as one closed line each, and with few corners for a person."""
 
 import numpy as np
 
 from datasetdm_fast.engine.labels.pictures import borders
+
+EDITABLE = 1.0  # pixels that a border for a person to correct may be away from the mask's
+FEWEST = 8  # corners of a ring that is left as it is
 
 
 def rings(mask: np.ndarray) -> list[np.ndarray]:
@@ -52,6 +55,31 @@ def group_parts(outline: list[np.ndarray]) -> list[list[np.ndarray]]:
         # of parts within each other, the one that the hole is cut from is the smallest
         parts[min(inside, key=lambda k: float(np.ptp(outer[k], axis=0).prod()))].append(hole)
     return parts
+
+
+def editable_parts(mask: np.ndarray) -> list[np.ndarray]:
+    """A closed line [n, 2] of x, y for each part of a mask, its holes joined to it, within EDITABLE pixels of it."""
+    return [join_rings([simplify(ring, EDITABLE) for ring in part]) for part in group_parts(rings(mask))]
+
+
+def simplify(ring: np.ndarray, most: float) -> np.ndarray:
+    """A ring without corners that lie at most so many pixels from the line between others (Douglas and Peucker)."""
+    if len(ring) <= FEWEST:
+        return ring
+    far = int(np.abs(ring - ring[0]).sum(1).argmax())
+    line, keeps, stretches = np.concatenate([ring, ring[:1]]), {0, far}, [(0, far), (far, len(ring))]
+    while stretches:
+        first, last = stretches.pop()
+        inner = line[first + 1 : last] - line[first]
+        if not len(inner):
+            continue
+        way = line[last] - line[first]
+        distances = np.abs(inner[:, 0] * way[1] - inner[:, 1] * way[0]) / max(float(np.hypot(*way)), 1.0)
+        if distances.max() > most:
+            corner = first + 1 + int(distances.argmax())
+            keeps.add(corner)
+            stretches += [(first, corner), (corner, last)]
+    return ring[sorted(keeps)] if len(keeps) > 2 else ring
 
 
 def _holds(ring: np.ndarray, hole: np.ndarray) -> bool:

@@ -82,7 +82,7 @@ def find_layout(path: Path, split: str) -> CocoLayout:
         return _of_file(file, (reading.first_there(pictures),))
     if path.is_file():
         return _of_file(path, _picture_folders(path, path.parent))
-    return _published(path, split) or _exported(path, split)
+    return _find_published(path, split) or _find_exported(path, split)
 
 
 def _of_file(file: Path, folders: Sequence[Path]) -> CocoLayout:
@@ -90,7 +90,7 @@ def _of_file(file: Path, folders: Sequence[Path]) -> CocoLayout:
     return CocoLayout(None if is_of_persons else file, file if is_of_persons else None, tuple(folders))
 
 
-def _published(path: Path, split: str) -> CocoLayout | None:
+def _find_published(path: Path, split: str) -> CocoLayout | None:
     """COCO's own: annotations/instances_SPLIT2017.json and more, with or without the year."""
     for stem in (split,) if any(letter.isdigit() for letter in split) else (f"{split}2017", split):
         files = [path / "annotations" / f"{kind}_{stem}.json" for kind in KINDS]
@@ -102,7 +102,7 @@ def _published(path: Path, split: str) -> CocoLayout | None:
     return None
 
 
-def _exported(path: Path, split: str) -> CocoLayout:
+def _find_exported(path: Path, split: str) -> CocoLayout:
     """The annotation file of a split among all below a folder; a data set of one file is its split train."""
     files = [file for file in _annotation_files(path) if not file.stem.startswith("panoptic")]
     by_split: dict[str, list[Path]] = {}
@@ -113,10 +113,10 @@ def _exported(path: Path, split: str) -> CocoLayout:
     if chosen is None and split == "train" and len(by_split) == 1:
         (chosen,) = by_split.values()
     if chosen is None:
-        there = ", ".join(sorted(by_split))
+        existing = ", ".join(sorted(by_split))
         raise Refused(
-            f"{path}: no COCO annotations of the split {split!r}{f', but of {there}' if there else ''}",
-            f"Name one of them as [SPLIT]. {KNOWN}" if there else KNOWN,
+            f"{path}: no COCO annotations of the split {split!r}{f', but of {existing}' if existing else ''}",
+            f"Name one of them as [SPLIT]. {KNOWN}" if existing else KNOWN,
         )
     things = [file for file in chosen if not file.stem.startswith(PERSONS)]
     persons = [file for file in chosen if file.stem.startswith(PERSONS)]
