@@ -1,6 +1,7 @@
 """Samplers of flows, of Euler's kind and with fresh noise, against the schedulers and pipelines of diffusers."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -11,6 +12,9 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
 
 from datasetdm_fast.config import FlowRule
+from datasetdm_fast.data import Request
+from datasetdm_fast.engine.loop.inversion import ddim_latents
+from datasetdm_fast.engine.loop.origin import fresh_noise
 from datasetdm_fast.engine.sampling import make_schedule, schedule, times
 from datasetdm_fast.engine.sampling.walk import SamplerState, start, step
 from datasetdm_fast.errors import Refused
@@ -225,6 +229,40 @@ def test_the_last_steps_are_those_of_diffusers_from_there(sampler):
         output = torch.randn((2, 4, 3, 3), generator=generator)
         latents = whole.step(output, time, latents).prev_sample
         assert relative(walk.step(k, output), latents) < 1e-5, k
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpm-solver++", "unipc"])
+def test_a_walk_takes_away_exactly_the_noise_that_was_added(sampler):
+    """With the true direction for the network's answer it ends at the image, wherever it begins."""
+    image, noise = torch.randn(2, 1, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    config = {"_class_name": EULER, "shift": 3.0}
+    for strength in (0.0, 0.3, 0.7, 1.0):
+        levels = make_schedule(config, sampler, 10, strength=strength, flow=FlowRule())
+        state = start(times.add_noise(config, image, noise, levels.noise_step(0)))
+        for k in range(len(levels)):
+            known = times.add_noise(config, image, noise, levels.noise_step(k))
+            assert sampler == "heun" or (state.latents - known).abs().max() < 1e-6, k
+            state = step(levels, k, state, noise - image)
+        assert (state.latents - image).abs().max() < 1e-6, strength
+
+
+def test_a_flow_runs_back_from_its_image_to_noise():
+    clean, direction = torch.randn((2, 2, 4, 8, 8), generator=torch.Generator().manual_seed(1))
+    engine = SimpleNamespace(
+        model=SimpleNamespace(scheduler={"_class_name": EULER}), denoise=lambda *_: torch.cat([clean, direction])
+    )
+    assert relative(ddim_latents(engine, clean, None, 700, 9), clean + 0.7 * direction) < 1e-6
+
+
+def test_noise_of_a_call_is_what_the_seed_of_an_image_draws_next():
+    requests = [Request(k, "", seed) for k, seed in enumerate((5, 9))]
+    levels = make_schedule({**BETAS, "_class_name": "LCMScheduler"}, "auto", 3)
+    assert levels.noisy_calls == 2
+    draw = fresh_noise(levels, requests, torch.zeros(2, 4, 3, 5))
+    own = torch.Generator().manual_seed(9)
+    expected = [torch.randn((1, 4, 3, 5), generator=own)[0] for _ in range(3)]
+    assert all(torch.equal(draw()[1], each) for each in expected[1:])
+    assert fresh_noise(make_schedule(BETAS, "euler", 3), requests, torch.zeros(2, 4, 3, 5)) is None
 
 
 def test_noise_of_a_flow_is_added_as_diffusers_adds_it():

@@ -331,7 +331,7 @@ def test_labels_that_the_run_lacks_are_told(source, tmp_path, capsys):
     assert "it holds a run of generate, not of vary" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("sampler", ["pndm", "ddim", "dpm-solver++"])
+@pytest.mark.parametrize("sampler", ["pndm", "ddim", "dpm-solver++", "euler"])
 @pytest.mark.parametrize("profile", ["0.3.0", "0.14.0"])
 def test_the_last_calls_of_a_schedule_take_away_exactly_the_noise_that_was_added(sampler, profile):
     """With the true noise for the network's answer every sampler ends at the image, wherever it begins."""

@@ -1,7 +1,6 @@
 """A real image back into the network: encode, noise to the capture timestep, one CFG call, capture."""
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from datasetdm_fast.data import Capture, ProjectedCapture, Text
 from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.loop.call_text import call_text
 from datasetdm_fast.engine.sampling import times
+from datasetdm_fast.engine.sampling.scheduler import is_flow
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.kernels.to_device import to_device
 
@@ -59,19 +59,21 @@ def posterior_generator(seed: int) -> torch.Generator:
 
 
 def ddim_latents(engine: Engine, clean: Tensor, text: Text, timestep: int, steps: int) -> Tensor:
-    """Clean latents brought to `timestep` by DDIM run backwards without guidance (Song et al. 2020, 4.3)."""
+    """Clean latents brought to `timestep` by DDIM run backwards without guidance (Song et al. 2020, 4.3); for a flow
+    that is Euler's method.
+    """
     scheduler = engine.model.scheduler
-    alphas = times.alphas_cumprod(scheduler).double().tolist()
-    latents, alpha, time = clean.clone(), 1.0, 0
+    latents, time, signal, noisy = clean.clone(), 0, 1.0, 0.0
     for target in np.unique(np.linspace(0, timestep, steps + 1).round().astype(int)[1:] if timestep else [0]).tolist():
         output = engine.denoise(latents, time, text)[-len(latents) :].to(latents)
-        signal, noisy = math.sqrt(alpha), math.sqrt(1 - alpha)
-        if scheduler.get("prediction_type", "epsilon") == "v_prediction":
+        if is_flow(scheduler):
+            image, noise = latents - noisy * output, latents + signal * output
+        elif scheduler.get("prediction_type", "epsilon") == "v_prediction":
             image, noise = signal * latents - noisy * output, signal * output + noisy * latents
         else:
             image, noise = (latents - noisy * output) / signal, output
-        alpha, time = alphas[target], target
-        latents = math.sqrt(alpha) * image + math.sqrt(1 - alpha) * noise
+        time, (signal, noisy) = target, times.shares_at(scheduler, target)
+        latents = signal * image + noisy * noise
     return latents
 
 

@@ -95,8 +95,15 @@ def _flow_schedule(
     assert sampler.flow is not None
     times, sigmas = sampler.flow.levels(scheduler, steps, rule, tokens)
     times, sigmas = times[-count:], sigmas[-count - 1 :]
-    calls = [times[0], *(time for time in times[1:] for _ in range(sampler.flow.calls_per_step))]
-    return Schedule(sampler.memory, "flow", tuple(calls), tuple(sampler.flow.updates(scheduler, sigmas)))
+    steps_of_calls = [0, *(step for step in range(1, count) for _ in range(sampler.flow.calls_per_step))]
+    levels = [sigma * scheduler.get("num_train_timesteps", 1000) for sigma in sigmas]
+    return Schedule(
+        sampler.memory,
+        "flow",
+        tuple(times[step] for step in steps_of_calls),
+        tuple(sampler.flow.updates(scheduler, sigmas)),
+        noise_steps=tuple(levels[step] for step in steps_of_calls),
+    )
 
 
 def open_sampler(name: str) -> Sampler:

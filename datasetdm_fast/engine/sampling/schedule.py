@@ -32,13 +32,14 @@ class Schedule:
     updates: tuple[Update, ...]
     shift: int = 0  # training steps by which the noise of the latents is ahead of the timestep they are called with
     noise_scale: float = 1.0  # of the first latents that are nothing but noise
+    noise_steps: tuple[float, ...] = ()  # noise_step of each call, where its timestep does not tell it
 
     def __len__(self) -> int:
         return len(self.timesteps)
 
     def noise_step(self, call: int) -> float:
         """The training step whose noise the latents of a call hold."""
-        return self.timesteps[call] + self.shift
+        return self.noise_steps[call] if self.noise_steps else self.timesteps[call] + self.shift
 
     @property
     def noisy_calls(self) -> int:

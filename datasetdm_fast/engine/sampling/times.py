@@ -78,14 +78,20 @@ class OneGenerator:
 
 def add_noise(scheduler: Mapping[str, Any], latents: Tensor, noise: Tensor, timestep: float) -> Tensor:
     """`latents` as they would be at `timestep` of the forward process."""
+    signal, noisy = shares_at(scheduler, timestep)
+    return signal * latents + noisy * noise
+
+
+def shares_at(scheduler: Mapping[str, Any], timestep: float) -> tuple[float, float]:
+    """The shares of image and noise in the latents of a timestep."""
     if is_flow(scheduler):
         sigma = timestep / scheduler.get("num_train_timesteps", 1000)
-        return (1 - sigma) * latents + sigma * noise
-    alpha = alpha_at(alphas_cumprod(scheduler), timestep)
-    return math.sqrt(alpha) * latents + math.sqrt(1 - alpha) * noise
+        return 1 - sigma, sigma
+    alpha = _alpha_at(alphas_cumprod(scheduler), timestep)
+    return math.sqrt(alpha), math.sqrt(1 - alpha)
 
 
-def alpha_at(alphas: Tensor, timestep: float) -> float:
+def _alpha_at(alphas: Tensor, timestep: float) -> float:
     """The cumulative alpha of a timestep, between whole ones by their ratio of noise to signal."""
     if timestep >= len(alphas) - 1 or float(timestep).is_integer():
         return float(alphas[min(int(timestep), len(alphas) - 1)])
