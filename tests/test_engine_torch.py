@@ -10,7 +10,7 @@ from diffusers import PNDMScheduler, StableDiffusionPipeline
 
 from datasetdm_fast.config import ENGINES, EngineKind
 from datasetdm_fast.data import Capture, join_texts
-from datasetdm_fast.engine.backbones.sd_reference import capturing
+from datasetdm_fast.engine.backbones.sd_reference import capturing_levels, feature_modules, transformers_of
 from datasetdm_fast.engine.engines import build_engine, check_engine
 from datasetdm_fast.engine.engines.device import engine_call
 from datasetdm_fast.engine.engines.torch import TorchEngine
@@ -150,7 +150,10 @@ def test_plain_calls_are_not_observed(engine):
     latents, context = initial_noise(0, 4, 16, 16)[None], engine.encode_text(["", "a cube"])
     captured, _ = engine.denoise_and_capture(latents, 1, context)
     assert relative(engine.denoise(latents, 1, context), captured) <= 1e-5
-    with pytest.raises(KeyError), capturing(unet):  # a forward that never came leaves nothing behind either
+    with (
+        pytest.raises(KeyError),
+        capturing_levels(feature_modules(unet), transformers_of(unet)),
+    ):  # a forward that never came leaves nothing behind either
         pass
     assert {name: type(processor) for name, processor in unet.attn_processors.items()} == kinds
     assert not any(module._forward_hooks for module in unet.modules())

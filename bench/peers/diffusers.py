@@ -15,7 +15,7 @@ from bench.peers.samples import noise_of, samples_of
 from bench.peers.upstream import arithmetic, lean_decoders, stored
 from bench.setting import Setting
 from datasetdm_fast.data import Capture, Request, Sample, Text
-from datasetdm_fast.engine.backbones.sd_reference import capturing
+from datasetdm_fast.engine.backbones.sd_reference import capturing_levels, feature_modules, transformers_of
 from datasetdm_fast.engine.decoders.trunk import Decoder, copy_for_gpu
 from datasetdm_fast.kernels.choice import operations
 
@@ -124,7 +124,8 @@ class CapturedCall:
     def before(self, call: int) -> None:
         if call == self.call:
             self._usual, self.peer.pipe.unet = self.peer.pipe.unet, self.peer.unet
-            self._found = self._hooks.enter_context(capturing(self.peer.unet))
+            layers = feature_modules(self.peer.unet), transformers_of(self.peer.unet)
+            self._found = self._hooks.enter_context(capturing_levels(*layers))
 
     def after(self, call: int) -> Capture | None:
         if call == self.call:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from bench.peers.samples import noise_of, samples_of
 from bench.setting import Setting
 from datasetdm_fast.data import Capture, Request, Sample, Text, join_texts
-from datasetdm_fast.engine.backbones.sd_reference import capturing, feature_modules
+from datasetdm_fast.engine.backbones.sd_reference import capturing_levels, feature_modules, transformers_of
 from datasetdm_fast.engine.decoders.checkpoint import Decoder
 from datasetdm_fast.engine.decoders.trunk import with_ops
 from datasetdm_fast.kernels import native, plain
@@ -157,7 +157,7 @@ class Upstream:
 
     def captured(self, latents: Tensor, timestep: float | Tensor, text: Text) -> Tensor:
         if not self.forms_maps:
-            with capturing(self.unet) as captures:
+            with capturing_levels(feature_modules(self.unet), transformers_of(self.unet)) as captures:
                 noise = self.denoise(latents, timestep, text)
             (self._capture,) = captures
             return noise

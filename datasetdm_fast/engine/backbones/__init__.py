@@ -11,6 +11,12 @@ PIPELINES: dict[str, str] = {  # diffusers' pipeline class, as model_index.json 
     "StableDiffusionPipeline": _SD,
     "StableDiffusionImg2ImgPipeline": _SD,
     "StableDiffusionInpaintPipeline": _SD,
+    "StableDiffusionXLPipeline": "datasetdm_fast.engine.backbones.sdxl:SDXL",
+    "StableDiffusion3Pipeline": "datasetdm_fast.engine.backbones.sd3:SD3",
+    "FluxPipeline": "datasetdm_fast.engine.backbones.flux1:FLUX1",
+    "Flux2KleinPipeline": "datasetdm_fast.engine.backbones.flux2_klein:FLUX2_KLEIN",
+    "ZImagePipeline": "datasetdm_fast.engine.backbones.z_image:Z_IMAGE",
+    "QwenImagePipeline": "datasetdm_fast.engine.backbones.qwen_image:QWEN_IMAGE",
 }
 
 

@@ -141,7 +141,9 @@ class BackboneReference(Protocol):
         """What the stock pipeline makes of the prompts, one row each."""
 
     def predict(self, latents: Tensor, timestep: float, text: Text) -> Tensor:
-        """[R, C, h, w] outputs for latents [B, C, h, w] and rows of text: [uncond | cond] with cfg, or R = B."""
+        """[R, C, h, w] outputs for latents [B, C, h, w] and rows of text: [uncond | cond] with cfg, or R = B. Where
+        `text.guidance` is given, a family that guides in a way of its own returns the B guided rows.
+        """
 
     def capturing(self) -> AbstractContextManager[list[Capture]]:
         """Within the block one `predict` is captured; its Capture is appended to the list on leaving."""

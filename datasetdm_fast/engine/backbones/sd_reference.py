@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from datasetdm_fast.data import AttentionSums, Capture, Text
+from datasetdm_fast.engine.backbones.latent_space import decode_latents, encode_pixels
 from datasetdm_fast.engine.backbones.record import LoadedModel
 
 
@@ -23,22 +24,18 @@ def feature_modules(unet: nn.Module) -> tuple[tuple[nn.Module, ...], ...]:
     return tuple(levels)
 
 
-def transformers_of(unet: nn.Module) -> tuple[tuple[nn.Module, ...], ...]:
-    """Per level the transformers: up blocks first, then down; the middle block alone for low."""
+def transformers_of(unet: nn.Module) -> tuple[tuple[nn.ModuleList, ...], ...]:
+    """Per level the transformers, each as its blocks: up blocks first, then down; the middle block alone for low."""
     levels = [unet.mid_block.attentions]
     levels += [(*unet.up_blocks[3 - depth].attentions, *unet.down_blocks[depth].attentions) for depth in (2, 1, 0)]
-    return tuple(tuple(block.transformer_blocks[0] for block in blocks) for blocks in levels)
-
-
-def map_modules(unet: nn.Module) -> tuple[tuple[nn.Module, ...], ...]:
-    """Per level the cross-attention layers, in the order of its transformers."""
-    return tuple(tuple(block.attn2 for block in level) for level in transformers_of(unet))
+    return tuple(tuple(transformer.transformer_blocks for transformer in level) for level in levels)
 
 
 class CapturingAttention:
-    """Attention processor that forms the probabilities explicitly and keeps those of the conditional half."""
+    """Attention processor that forms the probabilities explicitly and keeps those of the last half of so many."""
 
-    def __init__(self) -> None:
+    def __init__(self, halves: int = 2) -> None:
+        self.halves = halves
         self.map: Tensor | None = None  # [B, heads, h*w, T]
 
     def __call__(
@@ -53,8 +50,8 @@ class CapturingAttention:
         key = attn.head_to_batch_dim(attn.to_k(encoder_hidden_states))
         value = attn.head_to_batch_dim(attn.to_v(encoder_hidden_states))
         probabilities = attn.get_attention_scores(query, key, attention_mask)
-        # A view would keep both halves alive.
-        self.map = probabilities.unflatten(0, (-1, attn.heads)).chunk(2)[1].clone()
+        # A view would keep every half alive.
+        self.map = probabilities.unflatten(0, (-1, attn.heads)).chunk(self.halves)[-1].clone()
         output = attn.to_out[0](attn.batch_to_head_dim(torch.bmm(probabilities, value)))
         return attn.to_out[1](output) / attn.rescale_output_factor
 
@@ -90,24 +87,36 @@ def set_processors(processors: Mapping[nn.Module, object]) -> Iterator[None]:
 
 
 @contextmanager
-def capturing(unet: nn.Module) -> Iterator[list[Capture]]:
-    """Within the block one forward of `unet` is captured; the Capture is appended to the list on leaving."""
-    layers, attentions = feature_modules(unet), map_modules(unet)
+def capturing_levels(
+    features: Sequence[Sequence[nn.Module]], transformers: Sequence[Sequence[nn.ModuleList]], halves: int = 2
+) -> Iterator[list[Capture]]:
+    """Within the block one forward of a U-Net is captured, the outputs of `features` and the maps of `transformers` of
+    each level; the Capture is appended to the list on leaving.
+    """
+    attentions = [[[block.attn2 for block in blocks] for blocks in level] for level in transformers]
     captures: list[Capture] = []
     outputs: dict[nn.Module, Tensor] = {}
 
     def store(module: nn.Module, _: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
         # [B, 2C, h, w]: for each image the unconditional half, then its conditional half
-        outputs[module] = torch.cat(hidden.chunk(2), dim=1)
+        outputs[module] = torch.cat(hidden.chunk(halves), dim=1)
 
-    hooks = [module.register_forward_hook(store) for level in layers for module in level]
+    def mean_map(layers: Sequence[nn.Module]) -> Tensor:
+        maps = [layer.processor.map for layer in layers]
+        return maps[0] if len(maps) == 1 else torch.stack(maps).mean(0)
+
+    layers = [layer for level in attentions for blocks in level for layer in blocks]
+    hooks = [module.register_forward_hook(store) for level in features for module in level]
     try:
-        with set_processors({attention: CapturingAttention() for level in attentions for attention in level}):
+        with set_processors({layer: CapturingAttention(halves) for layer in layers}):
             yield captures
-            features = tuple(tuple(outputs[module] for module in level) for level in layers)
-            maps = tuple(tuple(attention.processor.map for attention in level) for level in attentions)
-            captures.append(Capture(features, maps))
+            captures.append(
+                Capture(
+                    tuple(tuple(outputs[module] for module in level) for level in features),
+                    tuple(tuple(mean_map(blocks) for blocks in level) for level in attentions),
+                )
+            )
     finally:
         for hook in hooks:
             hook.remove()
@@ -118,23 +127,24 @@ class SDReference:
 
     def __init__(self, model: LoadedModel):
         self.model, self.unet, self.vae = model, model.modules["unet"], model.modules["vae"]
-        self.text_encoder, self.tokenizer = model.modules["text_encoder"], model.tokenizers["tokenizer"]
+        self.features, self.transformers = feature_modules(self.unet), transformers_of(self.unet)
 
     def encode(self, prompts: Sequence[str]) -> Text:
-        tokens = self.tokenizer(
+        encoder = self.model.modules["text_encoder"]
+        tokens = self.model.tokenizers["tokenizer"](
             list(prompts),
             padding="max_length",
             max_length=self.model.text_length,
             truncation=True,
             return_tensors="pt",
         )
-        return Text(self.text_encoder(tokens.input_ids.to(self.text_encoder.device)).last_hidden_state)
+        return Text(encoder(tokens.input_ids.to(encoder.device)).last_hidden_state)
 
     def predict(self, latents: Tensor, timestep: float, text: Text) -> Tensor:
         return self.unet(torch.cat([latents, latents]), timestep, text.context, return_dict=False)[0]
 
     def capturing(self) -> AbstractContextManager[list[Capture]]:
-        return capturing(self.unet)
+        return capturing_levels(self.features, self.transformers, self.model.levels[0].halves)
 
     def predict_and_average(
         self, latents: Tensor, timestep: float, text: Text, class_text: Text, sums: AttentionSums
@@ -142,8 +152,8 @@ class SDReference:
         """The output of `predict`, and the sums with the attention of this call."""
         cells: dict[nn.Module, SummingAttention] = {}
         tokens: dict[nn.Module, SummingAttention] = {}
-        for level, blocks in zip(self.model.levels, transformers_of(self.unet)):
-            for block in blocks:
+        for level, transformers in zip(self.model.levels, self.transformers):
+            for block in (block for blocks in transformers for block in blocks):
                 if level.side**2 == sums.cells.shape[1]:
                     cells[block.attn1] = SummingAttention(block.attn1.processor, len(latents))
                 if level.side**2 == sums.tokens.shape[1]:
@@ -154,12 +164,7 @@ class SDReference:
         return output, AttentionSums(sums.cells + means[0], sums.tokens + means[1])
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
+        return decode_latents(self.vae, self.model.latents, latents)
 
     def encode_image(self, pixels: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
-        posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
-        latents = posterior.mean.float()
-        if generators is not None:
-            noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
-            latents = latents + posterior.std * noise.to(latents.device)
-        return latents * self.vae.config.scaling_factor
+        return encode_pixels(self.vae, self.model.latents, pixels, generators)

@@ -1,0 +1,34 @@
+"""What the records of flow models have in common: their levels and latents."""
+
+from typing import Any
+
+from datasetdm_fast.engine.backbones.record import Latents
+from datasetdm_fast.stages import Level
+
+EIGHTHS = {"low": (3, 4), "mid": (2,), "high": (6,)}  # of its depth: the blocks whose input a level is
+CAPTURE = 500  # the timestep whose call tells most of what is where
+
+
+def blocks_read(depth: int) -> tuple[tuple[int, ...], ...]:
+    """Per level low, mid and high, the blocks of so many that it reads."""
+    return tuple(tuple(sorted({depth * eighth // 8 for eighth in level})) for level in EIGHTHS.values())
+
+
+def joint_levels(
+    depth: int, width: int, heads: int, tokens: int, size: int, channels: int, stride: int = 16
+) -> tuple[Level, ...]:
+    """The levels of a transformer whose image and text tokens attend to one another: the input of some blocks of the
+    conditional half, with their attention to text, at `stride` pixels a token; and as highest the image that the call
+    points to, of so many channels at 8 pixels a cell.
+    """
+    coarse = [
+        Level(name, size // stride, (width,) * len(blocks), (heads,) * len(blocks), tokens, 1)
+        for name, blocks in zip(EIGHTHS, blocks_read(depth))
+    ]
+    return (*coarse, Level("highest", size // 8, (channels,), (), tokens, 1))
+
+
+def scaled_latents(vae: Any) -> Latents:
+    """The space of an autoencoder that has a scale and a shift."""
+    pixels = 2 ** (len(vae.block_out_channels) - 1)
+    return Latents(vae.latent_channels, pixels, vae.scaling_factor, vae.shift_factor or 0.0)

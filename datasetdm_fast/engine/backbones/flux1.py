@@ -1,0 +1,71 @@
+"""FLUX.1 dev, schnell and Krea-dev: blocks of two streams, then of one; CLIP's pooled text and T5."""
+
+from datasetdm_fast.config import Defaults, FlowRule
+from datasetdm_fast.engine.backbones.fitting import check_channels, check_vocabularies, check_widths
+from datasetdm_fast.engine.backbones.flow_models import CAPTURE, joint_levels, scaled_latents
+from datasetdm_fast.engine.backbones.record import Backbone, Configs, LoadedModel, Part, Read
+from datasetdm_fast.stages import Level
+
+
+def _text(configs: Configs) -> tuple[int, int]:
+    """Dev was trained with 512 tokens, schnell with 256."""
+    network = configs["transformer"]
+    return 512 if network.guidance_embeds else 256, network.joint_attention_dim
+
+
+def _levels(configs: Configs, size: int, halves: int) -> tuple[Level, ...]:
+    network = configs["transformer"]
+    depth, heads = network.num_layers + network.num_single_layers, network.num_attention_heads
+    width = heads * network.attention_head_dim
+    return joint_levels(depth, width, heads, _text(configs)[0], size, network.in_channels // 4)
+
+
+def _defaults(configs: Configs) -> Defaults:
+    steps, guidance = (28, 3.5) if configs["transformer"].guidance_embeds else (4, 0.0)
+    return Defaults(1024, steps, guidance, CAPTURE)
+
+
+def _check(configs: Read, source: str) -> Read:
+    check_channels(source, configs["transformer"].get("in_channels", 64), 4 * configs["vae"]["latent_channels"])
+    return configs
+
+
+def _check_fit(model: LoadedModel) -> None:
+    configs = model.configs
+    network = configs["transformer"]
+    check_widths(
+        model,
+        {
+            "text": (network.joint_attention_dim, configs["text_encoder_2"].d_model),
+            "pooled text": (network.pooled_projection_dim, configs["text_encoder"].hidden_size),
+        },
+    )
+    check_vocabularies(model)
+
+
+FLUX1 = Backbone(
+    name="flux1",
+    title="FLUX.1",
+    parts={
+        "tokenizer": Part("tokenizer", ("transformers:CLIPTokenizer",)),
+        "tokenizer_2": Part("tokenizer", ("transformers:T5TokenizerFast", "transformers:T5Tokenizer")),
+        "text_encoder": Part("text_encoder", ("transformers:CLIPTextModel",)),
+        "text_encoder_2": Part("text_encoder", ("transformers:T5EncoderModel",)),
+        "transformer": Part("denoiser", ("diffusers:FluxTransformer2DModel",)),
+        "vae": Part("vae", ("diffusers:AutoencoderKL",)),
+    },
+    denoiser="transformer",
+    guidance=lambda configs: "embedded" if configs["transformer"].guidance_embeds else "none",
+    latents=lambda configs: scaled_latents(configs["vae"]),
+    text=_text,
+    multiple=16,
+    flow=FlowRule("uniform"),
+    levels=_levels,
+    defaults=_defaults,
+    tokenizer="tokenizer_2",
+    reference="datasetdm_fast.engine.backbones.flux1_reference:Flux1Reference",
+    check=_check,
+    check_fit=_check_fit,
+    licence="Apache-2.0 (schnell), or FLUX.1 [dev] Non-Commercial License (dev, Krea-dev)",
+    noncommercial=("non-commercial",),
+)

@@ -1,0 +1,80 @@
+"""FLUX.2 klein, distilled and base: blocks of two streams, then of one; states of three layers of Qwen3 as text."""
+
+from datasetdm_fast.config import Defaults, FlowRule
+from datasetdm_fast.engine.backbones.fitting import (
+    TOGETHER,
+    check_channels,
+    check_settings,
+    check_vocabularies,
+    check_widths,
+)
+from datasetdm_fast.engine.backbones.flow_models import CAPTURE, joint_levels
+from datasetdm_fast.engine.backbones.record import Backbone, Configs, Latents, LoadedModel, Part, Read
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.stages import Level
+
+LENGTH = 512  # tokens of a text
+READ_LAYERS = (9, 18, 27)  # of the text encoder
+
+
+def _is_distilled(configs: Configs) -> bool:
+    return bool(configs["model_index"].get("is_distilled"))
+
+
+def _text(configs: Configs) -> tuple[int, int]:
+    return LENGTH, configs["transformer"].joint_attention_dim
+
+
+def _levels(configs: Configs, size: int, halves: int) -> tuple[Level, ...]:
+    network = configs["transformer"]
+    depth, heads = network.num_layers + network.num_single_layers, network.num_attention_heads
+    return joint_levels(depth, heads * network.attention_head_dim, heads, LENGTH, size, network.in_channels // 4)
+
+
+def _defaults(configs: Configs) -> Defaults:
+    steps, guidance = (4, 1.0) if _is_distilled(configs) else (50, 4.0)
+    return Defaults(1024, steps, guidance, CAPTURE)
+
+
+def _check(configs: Read, source: str) -> Read:
+    check_channels(source, configs["transformer"].get("in_channels", 128), 4 * configs["vae"]["latent_channels"])
+    check_settings(configs, source, "transformer", {"guidance_embeds": (False,)})
+    return configs
+
+
+def _check_fit(model: LoadedModel) -> None:
+    encoder, width = model.configs["text_encoder"], model.configs["transformer"].joint_attention_dim
+    check_widths(model, {"text": (width, len(READ_LAYERS) * encoder.hidden_size)})
+    if encoder.num_hidden_layers < max(READ_LAYERS):
+        raise Refused(
+            f"model: {model.name}: the text encoder has {encoder.num_hidden_layers} layers, and the states of layer "
+            f"{max(READ_LAYERS)} are read",
+            TOGETHER,
+        )
+    check_vocabularies(model)
+
+
+FLUX2_KLEIN = Backbone(
+    name="flux2-klein",
+    title="FLUX.2 klein",
+    parts={
+        "tokenizer": Part("tokenizer", ("transformers:Qwen2TokenizerFast", "transformers:Qwen2Tokenizer")),
+        "text_encoder": Part("text_encoder", ("transformers:Qwen3ForCausalLM",)),
+        "transformer": Part("denoiser", ("diffusers:Flux2Transformer2DModel",)),
+        "vae": Part("vae", ("diffusers:AutoencoderKLFlux2",)),
+    },
+    denoiser="transformer",
+    guidance=lambda configs: "none" if _is_distilled(configs) else "cfg",
+    latents=lambda configs: Latents(configs["transformer"].in_channels, 16),
+    text=_text,
+    multiple=16,
+    flow=FlowRule("uniform", "empirical"),
+    patch=1,
+    levels=_levels,
+    defaults=_defaults,
+    reference="datasetdm_fast.engine.backbones.flux2_klein_reference:Flux2KleinReference",
+    check=_check,
+    check_fit=_check_fit,
+    licence="Apache-2.0 (4B), or FLUX Non-Commercial License (9B)",
+    noncommercial=("non-commercial",),
+)

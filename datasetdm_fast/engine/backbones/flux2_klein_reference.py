@@ -1,0 +1,65 @@
+"""The oracle of FLUX.2 klein."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from datasetdm_fast.data import Text
+from datasetdm_fast.engine.backbones import joint_attention
+from datasetdm_fast.engine.backbones.flux2_klein import LENGTH, READ_LAYERS
+from datasetdm_fast.engine.backbones.latent_space import sample_posterior
+from datasetdm_fast.engine.backbones.prompt_encoders import chat_states
+
+
+class Flux2KleinReference(joint_attention.JointReference):
+    """See record.BackboneReference; latents have 16 pixels a cell, as the pipeline draws their noise."""
+
+    def attentions(self) -> list[nn.Module]:
+        network = self.network
+        return [block.attn for block in (*network.transformer_blocks, *network.single_transformer_blocks)]
+
+    def cells(self, latents: Tensor) -> Tensor:
+        return F.pixel_shuffle(latents, 2)
+
+    def encode(self, prompts: Sequence[str]) -> Text:
+        states, _ = chat_states(
+            self.model.modules["text_encoder"],
+            self.model.tokenizers["tokenizer"],
+            prompts,
+            LENGTH,
+            thinks=False,
+        )
+        return Text(torch.cat([states[layer] for layer in READ_LAYERS], -1))
+
+    def call(self, latents: Tensor, timestep: float, text: Text) -> Tensor:
+        device, side = latents.device, latents.shape[-1]
+        texts = torch.zeros(text.context.shape[1], 4, device=device)
+        texts[:, 3] = torch.arange(len(texts))
+        output: Tensor = self.network(
+            hidden_states=latents.flatten(2).mT,
+            timestep=torch.full((len(latents),), timestep, device=device) / 1000,
+            encoder_hidden_states=text.context,
+            txt_ids=texts,
+            img_ids=joint_attention.grid(side, 4, device),
+            return_dict=False,
+        )[0]
+        return output.mT.unflatten(2, (side, side))
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each channel of latents, which lie among the autoencoder's weights."""
+        normalisation = self.vae.bn
+        variance = normalisation.running_var + self.vae.config.batch_norm_eps
+        return normalisation.running_mean[:, None, None], variance.sqrt()[:, None, None]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        mean, deviation = self._statistics()
+        pixels: Tensor = self.vae.decode(F.pixel_shuffle(latents * deviation + mean, 2), return_dict=False)[0]
+        return pixels
+
+    def encode_image(self, pixels: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
+        mean, deviation = self._statistics()
+        return (
+            F.pixel_unshuffle(sample_posterior(self.vae.encode(pixels).latent_dist, generators), 2) - mean
+        ) / deviation

@@ -1,0 +1,169 @@
+"""What is alike in the references of families whose image and text tokens attend to one another: packed latents, and
+the captures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from datasetdm_fast.data import Capture, Text
+from datasetdm_fast.engine.backbones.flow_models import blocks_read
+from datasetdm_fast.engine.backbones.latent_space import decode_latents, encode_pixels
+from datasetdm_fast.engine.backbones.record import LoadedModel
+
+
+def pack(latents: Tensor) -> Tensor:
+    """[B, S, 4C]: a token for 2 x 2 cells of latents [B, C, h, w]."""
+    return F.pixel_unshuffle(latents, 2).flatten(2).mT
+
+
+def unpack(tokens: Tensor, side: int) -> Tensor:
+    """[B, C, h, w] of `side` cells: the latents of packed tokens."""
+    return F.pixel_shuffle(tokens.mT.unflatten(2, (side // 2, side // 2)), 2)
+
+
+def grid(side: int, columns: int, device: torch.device) -> Tensor:
+    """[side * side, columns] positions of the tokens of an image: row and column in the second and third, else 0."""
+    positions = torch.zeros(side, side, columns, device=device)
+    positions[..., 1], positions[..., 2] = torch.arange(side)[:, None], torch.arange(side)[None]
+    return positions.flatten(0, 1)
+
+
+class AttentionReader(TorchFunctionMode):
+    """Keeps the input of some attentions and the probabilities that they give to text, of the last `images` rows; it
+    sees the queries and keys that the library hands to the product, rotated and normalised as they are.
+    """
+
+    def __init__(self, attentions: Sequence[nn.Module]):
+        super().__init__()
+        self.attentions = attentions
+        self.images, self.image, self.text = 0, slice(0), slice(0)  # rows, and places of the tokens in the attention
+        self.inputs: dict[nn.Module, Tensor] = {}
+        self.maps: dict[nn.Module, Tensor] = {}
+        self._running: nn.Module | None = None
+
+    def _begin(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        hidden = options["hidden_states"] if "hidden_states" in options else arguments[0]
+        cells = self.image.stop - self.image.start
+        self.inputs[module] = hidden[-self.images :] if hidden.shape[1] == cells else hidden[-self.images :, self.image]
+        self._running = module
+
+    def _end(self, *_: Any) -> None:
+        self._running = None
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if self._running is not None and function is F.scaled_dot_product_attention:
+            self.maps[self._running] = self._image_to_text(*args, **kwargs or {})
+        return function(*args, **kwargs or {})
+
+    def _image_to_text(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any
+    ) -> Tensor:
+        """[B, heads, S, T] the share of its attention that each cell gives to each token of the text."""
+        query, key = query[-self.images :, :, self.image], key[-self.images :]
+        scores = query @ key.mT / query.shape[-1] ** 0.5
+        if attn_mask is not None:
+            scores = scores.masked_fill(~attn_mask[-self.images :], -torch.inf)
+        return scores.softmax(-1)[..., self.text].clone()
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Within the block the attentions are read."""
+        hooks = [attention.register_forward_pre_hook(self._begin, with_kwargs=True) for attention in self.attentions]
+        hooks += [attention.register_forward_hook(self._end) for attention in self.attentions]
+        try:
+            with self:
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+class JointReference:
+    """See record.Reference; a family adds how its prompts are encoded and how its network is called."""
+
+    network: nn.Module
+
+    def __init__(self, model: LoadedModel):
+        self.model, self.network, self.vae = model, model.modules["transformer"], model.modules["vae"]
+        self._reader: AttentionReader | None = None
+        self._clean: Tensor | None = None  # the image that the captured call points to, in cells of 8 pixels
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    def attentions(self) -> list[nn.Module]:
+        """The joint attention of every block, in order."""
+        return [block.attn for block in self.network.transformer_blocks]
+
+    def places(self, cells: int, text: int) -> tuple[slice, slice]:
+        """Where the tokens of image and text lie in the attention."""
+        return slice(text, text + cells), slice(0, text)
+
+    def call(self, latents: Tensor, timestep: float, text: Text) -> Tensor:
+        """[R, C, h, w] the network's output for as many rows of latents as of text, d latents / d sigma."""
+        raise NotImplementedError
+
+    def guide(self, output: Tensor, guidance: float) -> Tensor:
+        """The rows of a call with classifier-free guidance as they are; a family that does not guide by uncond + g
+        (cond - uncond) returns the guided ones.
+        """
+        return output
+
+    def cells(self, latents: Tensor) -> Tensor:
+        """The latents in cells of 8 pixels."""
+        return latents
+
+    def predict(self, latents: Tensor, timestep: float, text: Text) -> Tensor:
+        if self._reader is not None:
+            side = self.model.levels[0].side
+            self._reader.images = len(latents)
+            self._reader.image, self._reader.text = self.places(side * side, text.context.shape[1])
+        halves = len(text) // len(latents)
+        output = self.call(latents.repeat(halves, 1, 1, 1), timestep, text)
+        if self._reader is not None:
+            self._clean = self.cells(latents - timestep / 1000 * output[-len(latents) :])
+        return output if halves == 1 or text.guidance is None else self.guide(output, text.guidance)
+
+    @contextmanager
+    def capturing(self) -> Iterator[list[Capture]]:
+        blocks, attentions = blocks_read(len(self.attentions())), self.attentions()
+        levels = [[attentions[block] for block in level] for level in blocks]
+        captures: list[Capture] = []
+        reader = AttentionReader([*dict.fromkeys(attention for level in levels for attention in level)])
+        self._reader = reader
+        try:
+            with reader.reading():
+                yield captures
+        finally:
+            self._reader = None
+        captures.append(self._capture(reader, levels))
+
+    def _capture(self, reader: AttentionReader, levels: Sequence[Sequence[nn.Module]]) -> Capture:
+        tokens, side = self.model.levels[0].tokens, self.model.levels[0].side
+
+        def pad(maps: Tensor) -> Tensor:
+            return F.pad(maps, (0, tokens - maps.shape[-1]))[..., :tokens]
+
+        features = [
+            tuple(reader.inputs[attention].mT.unflatten(2, (side, side)) for attention in level) for level in levels
+        ]
+        maps = [tuple(pad(reader.maps[attention]) for attention in level) for level in levels]
+        assert self._clean is not None
+        return Capture((*features, (self._clean,)), (*maps, ()))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return decode_latents(self.vae, self.model.latents, latents)
+
+    def encode_image(self, pixels: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
+        return encode_pixels(self.vae, self.model.latents, pixels, generators)

@@ -1,0 +1,51 @@
+"""From an autoencoder's own numbers to the latents that a model draws, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from datasetdm_fast.engine.backbones.record import Latents
+
+
+def sample_posterior(posterior: Any, generators: Sequence[torch.Generator] | None) -> Tensor:
+    """[B, C, ...] the means of a posterior, or a sample of each image by its generator on the CPU."""
+    mean: Tensor = posterior.mean.float()
+    if generators is None:
+        return mean
+    noise = torch.stack([torch.randn(mean.shape[1:], generator=generator) for generator in generators])
+    return mean + posterior.std * noise.to(mean.device)
+
+
+def unscale(space: Latents, latents: Tensor) -> Tensor:
+    """The autoencoder's numbers of latents [B, C, ...]."""
+    if not space.mean:
+        return latents / space.scale + space.shift
+    mean, std = (
+        torch.tensor(part).to(latents).view(-1, *(1,) * (latents.dim() - 2)) for part in (space.mean, space.std)
+    )
+    return latents * std + mean
+
+
+def scale(space: Latents, numbers: Tensor) -> Tensor:
+    """The latents of an autoencoder's numbers [B, C, ...]."""
+    if not space.mean:
+        return (numbers - space.shift) * space.scale
+    mean, std = (
+        torch.tensor(part).to(numbers).view(-1, *(1,) * (numbers.dim() - 2)) for part in (space.mean, space.std)
+    )
+    return (numbers - mean) / std
+
+
+def decode_latents(vae: Any, space: Latents, latents: Tensor) -> Tensor:
+    """[B, 3, H, W] pixels about -1 .. 1."""
+    pixels: Tensor = vae.decode(unscale(space, latents), return_dict=False)[0]
+    return pixels
+
+
+def encode_pixels(vae: Any, space: Latents, pixels: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
+    """[B, C, h, w] latents of pixels [B, 3, H, W] in -1 .. 1."""
+    return scale(space, sample_posterior(vae.encode(pixels).latent_dist, generators))

@@ -1,0 +1,65 @@
+"""Qwen-Image: a transformer of two streams that reads the states of Qwen2.5-VL, and an autoencoder made for video."""
+
+from typing import Any
+
+from datasetdm_fast.config import Defaults, FlowRule
+from datasetdm_fast.engine.backbones.fitting import check_channels, check_settings, check_vocabularies, check_widths
+from datasetdm_fast.engine.backbones.flow_models import CAPTURE, joint_levels
+from datasetdm_fast.engine.backbones.record import Backbone, Configs, Latents, LoadedModel, Part, Read
+from datasetdm_fast.stages import Level
+
+LENGTH = 512  # tokens of a text at most
+
+
+def _text(configs: Configs) -> tuple[int, int]:
+    return LENGTH, configs["transformer"].joint_attention_dim
+
+
+def _levels(configs: Configs, size: int, halves: int) -> tuple[Level, ...]:
+    network = configs["transformer"]
+    heads = network.num_attention_heads
+    width = heads * network.attention_head_dim
+    return joint_levels(network.num_layers, width, heads, LENGTH, size, network.in_channels // 4)
+
+
+def _latents(configs: Configs) -> Latents:
+    vae = configs["vae"]
+    pixels = 2 ** len(vae.temperal_downsample)
+    return Latents(vae.z_dim, pixels, mean=tuple(vae.latents_mean), std=tuple(vae.latents_std))
+
+
+def _check(configs: Read, source: str) -> Read:
+    check_channels(source, configs["transformer"].get("in_channels", 64), 4 * configs["vae"]["z_dim"])
+    check_settings(configs, source, "transformer", {"guidance_embeds": (False,), "zero_cond_t": (False,)})
+    return configs
+
+
+def _check_fit(model: LoadedModel) -> None:
+    encoder: Any = model.configs["text_encoder"]
+    width = getattr(encoder, "text_config", encoder).hidden_size
+    check_widths(model, {"text": (model.configs["transformer"].joint_attention_dim, width)})
+    check_vocabularies(model)
+
+
+QWEN_IMAGE = Backbone(
+    name="qwen-image",
+    title="Qwen-Image",
+    parts={
+        "tokenizer": Part("tokenizer", ("transformers:Qwen2Tokenizer", "transformers:Qwen2TokenizerFast")),
+        "text_encoder": Part("text_encoder", ("transformers:Qwen2_5_VLForConditionalGeneration",)),
+        "transformer": Part("denoiser", ("diffusers:QwenImageTransformer2DModel",)),
+        "vae": Part("vae", ("diffusers:AutoencoderKLQwenImage",)),
+    },
+    denoiser="transformer",
+    guidance=lambda configs: "cfg",
+    latents=_latents,
+    text=_text,
+    multiple=16,
+    flow=FlowRule("uniform"),
+    levels=_levels,
+    defaults=lambda configs: Defaults(1024, 50, 4.0, CAPTURE),
+    reference="datasetdm_fast.engine.backbones.qwen_image_reference:QwenImageReference",
+    check=_check,
+    check_fit=_check_fit,
+    licence="Apache-2.0",
+)

@@ -1,0 +1,65 @@
+"""Stable Diffusion 3 and 3.5: a transformer of two streams, two CLIP text encoders and T5, or zeros in its place."""
+
+from datasetdm_fast.config import Defaults, FlowRule
+from datasetdm_fast.engine.backbones.fitting import check_channels, check_vocabularies, check_widths
+from datasetdm_fast.engine.backbones.flow_models import CAPTURE, joint_levels, scaled_latents
+from datasetdm_fast.engine.backbones.record import Backbone, Configs, LoadedModel, Part, Read
+from datasetdm_fast.stages import Level
+
+T5_LENGTH = 256  # tokens of T5 that the pipeline pads to, and of the zeros where there is no T5
+
+
+def _text(configs: Configs) -> tuple[int, int]:
+    return configs["text_encoder"].max_position_embeddings + T5_LENGTH, configs["transformer"].joint_attention_dim
+
+
+def _levels(configs: Configs, size: int, halves: int) -> tuple[Level, ...]:
+    network = configs["transformer"]
+    heads = network.num_attention_heads
+    width, stride = heads * network.attention_head_dim, 8 * network.patch_size
+    return joint_levels(network.num_layers, width, heads, _text(configs)[0], size, network.in_channels, stride)
+
+
+def _check(configs: Read, source: str) -> Read:
+    check_channels(source, configs["transformer"].get("in_channels", 16), configs["vae"]["latent_channels"])
+    return configs
+
+
+def _check_fit(model: LoadedModel) -> None:
+    configs = model.configs
+    network, clips = configs["transformer"], (configs["text_encoder"], configs["text_encoder_2"])
+    widths = {"pooled text": (network.pooled_projection_dim, sum(clip.projection_dim for clip in clips))}
+    if "text_encoder_3" in configs:
+        widths["text"] = network.joint_attention_dim, configs["text_encoder_3"].d_model
+    check_widths(model, widths)
+    check_vocabularies(model)
+
+
+SD3 = Backbone(
+    name="sd3",
+    title="Stable Diffusion 3 and 3.5",
+    parts={
+        "tokenizer": Part("tokenizer", ("transformers:CLIPTokenizer",)),
+        "tokenizer_2": Part("tokenizer", ("transformers:CLIPTokenizer",)),
+        "tokenizer_3": Part(
+            "tokenizer", ("transformers:T5TokenizerFast", "transformers:T5Tokenizer"), is_optional=True
+        ),
+        "text_encoder": Part("text_encoder", ("transformers:CLIPTextModelWithProjection",)),
+        "text_encoder_2": Part("text_encoder", ("transformers:CLIPTextModelWithProjection",)),
+        "text_encoder_3": Part("text_encoder", ("transformers:T5EncoderModel",), is_optional=True),
+        "transformer": Part("denoiser", ("diffusers:SD3Transformer2DModel",)),
+        "vae": Part("vae", ("diffusers:AutoencoderKL",)),
+    },
+    denoiser="transformer",
+    guidance=lambda configs: "cfg",
+    latents=lambda configs: scaled_latents(configs["vae"]),
+    text=_text,
+    multiple=16,
+    flow=FlowRule(max_shift=1.16),
+    levels=_levels,
+    defaults=lambda configs: Defaults(configs["transformer"].sample_size * 8, 28, 7.0, CAPTURE),
+    reference="datasetdm_fast.engine.backbones.sd3_reference:SD3Reference",
+    check=_check,
+    check_fit=_check_fit,
+    licence="Stability AI Community License",
+)

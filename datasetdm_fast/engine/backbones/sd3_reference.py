@@ -1,0 +1,43 @@
+"""The oracle of Stable Diffusion 3 and 3.5."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from datasetdm_fast.data import Text
+from datasetdm_fast.engine.backbones import joint_attention
+from datasetdm_fast.engine.backbones.prompt_encoders import clip_states, t5_states
+from datasetdm_fast.engine.backbones.sd3 import T5_LENGTH
+
+
+class SD3Reference(joint_attention.JointReference):
+    """See record.BackboneReference."""
+
+    def places(self, cells: int, text: int) -> tuple[slice, slice]:
+        return slice(0, cells), slice(cells, cells + text)
+
+    def encode(self, prompts: Sequence[str]) -> Text:
+        modules, tokenizers = self.model.modules, self.model.tokenizers
+        pairs = [
+            clip_states(modules[f"text_encoder{number}"], tokenizers[f"tokenizer{number}"], prompts)
+            for number in ("", "_2")
+        ]
+        clip, pooled = (torch.cat(part, -1) for part in zip(*pairs))
+        width = self.model.configs["transformer"].joint_attention_dim
+        if "text_encoder_3" in modules:
+            t5 = t5_states(modules["text_encoder_3"], tokenizers["tokenizer_3"], prompts, T5_LENGTH)
+        else:
+            t5 = clip.new_zeros(len(prompts), T5_LENGTH, width)
+        return Text(torch.cat([F.pad(clip, (0, width - clip.shape[-1])), t5], 1), pooled)
+
+    def call(self, latents: Tensor, timestep: float, text: Text) -> Tensor:
+        output: Tensor = self.network(
+            hidden_states=latents,
+            timestep=torch.full((len(latents),), timestep, device=latents.device),
+            encoder_hidden_states=text.context,
+            pooled_projections=text.pooled,
+            return_dict=False,
+        )[0]
+        return output

@@ -1,0 +1,123 @@
+"""Stable Diffusion XL, with Turbo, Lightning and LCM: a U-Net of three levels whose transformers have several blocks,
+and two CLIP text encoders.
+"""
+
+from typing import Any
+
+from datasetdm_fast.config import Defaults
+from datasetdm_fast.engine.backbones.fitting import check_channels, check_settings, check_vocabularies, check_widths
+from datasetdm_fast.engine.backbones.record import Backbone, Configs, Guidance, Latents, LoadedModel, Part, Read
+from datasetdm_fast.stages import Level
+
+TIME_IDS = ("height", "width", "top", "left", "target height", "target width")  # that the U-Net reads beside a text
+UNET: dict[str, tuple[Any, ...]] = {  # settings -> what is supported, first what a missing one means
+    "down_block_types": (["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],),
+    "up_block_types": (["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "addition_embed_type": ("text_time",),
+    **dict.fromkeys(("class_embed_type", "encoder_hid_dim", "encoder_hid_dim_type", "num_class_embeds"), (None,)),
+}
+
+
+def _latents(configs: Configs) -> Latents:
+    vae = configs["vae"]
+    pixels = 2 ** (len(vae.block_out_channels) - 1)
+    if getattr(vae, "latents_mean", None) is None or getattr(vae, "latents_std", None) is None:
+        return Latents(vae.latent_channels, pixels, vae.scaling_factor)
+    std = tuple(value / vae.scaling_factor for value in vae.latents_std)
+    return Latents(vae.latent_channels, pixels, mean=tuple(vae.latents_mean), std=std)
+
+
+def _text(configs: Configs) -> tuple[int, int]:
+    return configs["text_encoder_2"].max_position_embeddings, configs["unet"].cross_attention_dim
+
+
+def _heads(unet: Any) -> tuple[int, ...]:
+    """Of the three down blocks; diffusers calls this number attention_head_dim."""
+    heads = unet.num_attention_heads or unet.attention_head_dim
+    return (heads,) * 3 if isinstance(heads, int) else tuple(heads)
+
+
+def _levels(configs: Configs, size: int, halves: int) -> tuple[Level, ...]:
+    """The middle block as low; down and up blocks of one size as mid, high and highest, which has no attention to
+    text. A transformer has one map, the mean over its blocks.
+    """
+    unet = configs["unet"]
+    width, count, heads = unet.block_out_channels, unet.layers_per_block, _heads(unet)
+    tokens, side = _text(configs)[0], size // 8
+    maps, last = 2 * count + 1, (width[2],) * (count + 1)
+    return (
+        Level("low", side // 4, (width[2],), (heads[2],), tokens, halves),
+        Level("mid", side // 4, (width[1], *(width[2],) * count, *last), (heads[2],) * maps, tokens, halves),
+        Level(
+            "high",
+            side // 2,
+            (width[0], *(width[1],) * count, width[2], *(width[1],) * (count + 1)),
+            (heads[1],) * maps,
+            tokens,
+            halves,
+        ),
+        Level(
+            "highest", side, (width[0], *(width[0],) * count, width[1], *(width[0],) * (count + 1)), (), tokens, halves
+        ),
+    )
+
+
+def _guidance(configs: Configs) -> Guidance:
+    """Models distilled to read their guidance have an embedding of it."""
+    return "cfg" if configs["unet"].time_cond_proj_dim is None else "embedded"
+
+
+def _defaults(configs: Configs) -> Defaults:
+    """Turbo, Lightning and LCM come with a schedule of few steps, by which they are told from the base model."""
+    schedule, size = configs["scheduler"], configs["unet"].sample_size * 8
+    is_few = schedule.get("_class_name") == "LCMScheduler" or schedule.get("timestep_spacing") == "trailing"
+    return Defaults(size, 4, 1.0) if is_few else Defaults(size, 50, 5.0)
+
+
+def _check(configs: Read, source: str) -> Read:
+    check_settings(configs, source, "unet", UNET)
+    check_channels(source, configs["unet"].get("in_channels", 4), configs["vae"]["latent_channels"])
+    return configs
+
+
+def _check_fit(model: LoadedModel) -> None:
+    configs = model.configs
+    unet, first, second = configs["unet"], configs["text_encoder"], configs["text_encoder_2"]
+    added = unet.projection_class_embeddings_input_dim - len(TIME_IDS) * unet.addition_time_embed_dim
+    check_widths(
+        model,
+        {
+            "text": (unet.cross_attention_dim, first.hidden_size + second.hidden_size),
+            "pooled text": (added, second.projection_dim),
+        },
+    )
+    check_vocabularies(model)
+
+
+SDXL = Backbone(
+    name="sdxl",
+    title="Stable Diffusion XL",
+    parts={
+        "tokenizer": Part("tokenizer", ("transformers:CLIPTokenizer", "transformers:CLIPTokenizerFast")),
+        "tokenizer_2": Part("tokenizer", ("transformers:CLIPTokenizer", "transformers:CLIPTokenizerFast")),
+        "text_encoder": Part("text_encoder", ("transformers:CLIPTextModel",)),
+        "text_encoder_2": Part("text_encoder", ("transformers:CLIPTextModelWithProjection",)),
+        "unet": Part("denoiser", ("diffusers:UNet2DConditionModel",)),
+        "vae": Part("vae", ("diffusers:AutoencoderKL",)),
+    },
+    denoiser="unet",
+    guidance=_guidance,
+    latents=_latents,
+    text=_text,
+    multiple=32,
+    flow=None,
+    levels=_levels,
+    defaults=_defaults,
+    reference="datasetdm_fast.engine.backbones.sdxl_reference:SDXLReference",
+    has_averages=True,
+    check=_check,
+    check_fit=_check_fit,
+    licence="CreativeML Open RAIL++-M (base), or Stability AI's non-commercial one (Turbo)",
+    noncommercial=("non-commercial", "nc-community"),
+)

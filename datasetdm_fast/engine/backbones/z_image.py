@@ -1,0 +1,63 @@
+"""Z-Image and Z-Image-Turbo: one stream of image and text tokens, as many of these as a prompt has; Qwen3 as text
+encoder.
+"""
+
+from datasetdm_fast.config import Defaults, FlowRule
+from datasetdm_fast.engine.backbones.fitting import check_channels, check_settings, check_vocabularies, check_widths
+from datasetdm_fast.engine.backbones.flow_models import CAPTURE, joint_levels, scaled_latents
+from datasetdm_fast.engine.backbones.record import Backbone, Configs, LoadedModel, Part, Read
+from datasetdm_fast.stages import Level
+
+LENGTH = 512  # tokens of a text at most
+TURBO_SHIFT = 3.0  # of the schedule; the base model has 6
+
+
+def _text(configs: Configs) -> tuple[int, int]:
+    return LENGTH, configs["transformer"].cap_feat_dim
+
+
+def _levels(configs: Configs, size: int, halves: int) -> tuple[Level, ...]:
+    network = configs["transformer"]
+    return joint_levels(network.n_layers, network.dim, network.n_heads, LENGTH, size, network.in_channels)
+
+
+def _defaults(configs: Configs) -> Defaults:
+    """Turbo has another shift, by which it is told from the base model."""
+    steps, guidance = (8, 0.0) if configs["scheduler"].get("shift", 1.0) <= TURBO_SHIFT else (50, 5.0)
+    return Defaults(1024, steps, guidance, CAPTURE)
+
+
+def _check(configs: Read, source: str) -> Read:
+    check_channels(source, configs["transformer"].get("in_channels", 16), configs["vae"]["latent_channels"])
+    check_settings(configs, source, "transformer", {"all_patch_size": ([2],), "siglip_feat_dim": (None,)})
+    return configs
+
+
+def _check_fit(model: LoadedModel) -> None:
+    widths = model.configs["transformer"].cap_feat_dim, model.configs["text_encoder"].hidden_size
+    check_widths(model, {"text": widths})
+    check_vocabularies(model)
+
+
+Z_IMAGE = Backbone(
+    name="z-image",
+    title="Z-Image",
+    parts={
+        "tokenizer": Part("tokenizer", ("transformers:Qwen2Tokenizer", "transformers:Qwen2TokenizerFast")),
+        "text_encoder": Part("text_encoder", ("transformers:Qwen3Model", "transformers:Qwen3ForCausalLM")),
+        "transformer": Part("denoiser", ("diffusers:ZImageTransformer2DModel",)),
+        "vae": Part("vae", ("diffusers:AutoencoderKL",)),
+    },
+    denoiser="transformer",
+    guidance=lambda configs: "cfg",
+    latents=lambda configs: scaled_latents(configs["vae"]),
+    text=_text,
+    multiple=16,
+    flow=FlowRule("uniform-fp32"),
+    levels=_levels,
+    defaults=_defaults,
+    reference="datasetdm_fast.engine.backbones.z_image_reference:ZImageReference",
+    check=_check,
+    check_fit=_check_fit,
+    licence="Apache-2.0",
+)
