@@ -66,7 +66,7 @@ KINDS = {
     "pose": ("simcc", {"joints": ("head", "hand")}),
     "instance": ("segmentation", {"classes": ("ball",), "normalisation": "running"}),
 }
-EXACT = 5e-6  # relative L2 of one stage in fp32, a few roundings
+EXACT = 6e-6  # relative L2 of one stage in fp32, a few roundings
 
 
 def relative(value, truth) -> float:

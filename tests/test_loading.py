@@ -749,3 +749,21 @@ def test_a_seeded_model_is_opened_without_the_libraries_of_its_modules():
         "sys.exit(bool({'transformers', 'diffusers'} & set(sys.modules)))"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+SHARED = {  # numbers of the tiny model that are Stable Diffusion's, too
+    *("in_channels", "out_channels", "latent_channels", "freq_shift"),  # of all models of these families
+    "max_position_embeddings",  # test_models.py has a model of 48 tokens,
+    "layers_per_block",  # and one of 1
+}
+
+
+def test_a_number_of_stable_diffusion_written_as_a_constant_is_wrong_for_the_model_of_tests():
+    tiny = load_model("tiny")
+    shared = {
+        name
+        for part, settings in presets.SD14.items()
+        for name, value in settings.items()
+        if type(value) in (int, float) and value == tiny.networks[part].config[name]
+    }
+    assert shared <= SHARED

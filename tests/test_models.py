@@ -44,7 +44,7 @@ KINDS = {"semantic": "segmentation", "open-vocabulary": "open-vocabulary", "dept
 
 def second_generation(tiny):
     """The tiny model with heads per level, linear projections, one layer a block and v-prediction, as SD 2.x has
-    them.
+    them, and prompts of 48 tokens instead of the 77 of all others.
     """
     config = dict(
         sample_size=16,
@@ -57,7 +57,9 @@ def second_generation(tiny):
     )
     unet = seed_network("unet", config, seed=3)
     scheduler = {**tiny.scheduler, "prediction_type": "v_prediction"}
-    return replace(tiny, networks={**tiny.networks, "unet": unet}, scheduler=scheduler)
+    known = tiny.networks["text_encoder"].config
+    text = seed_network("text_encoder", {**known, "max_position_embeddings": 48}, seed=4)
+    return replace(tiny, networks={**tiny.networks, "unet": unet, "text_encoder": text}, scheduler=scheduler)
 
 
 def decoders_for(model) -> dict:
@@ -148,6 +150,11 @@ def test_image_stages(pair):
         for engine in (pair.fast, pair.torch)
     ]
     assert relative(*drawn) <= STAGE
+
+
+def test_a_prompt_has_as_many_tokens_as_the_model(pair):
+    tokens = pair.model.networks["text_encoder"].config.max_position_embeddings
+    assert pair.fast.encode_text(PROMPTS).context.shape[1] == pair.model.levels[0].tokens == tokens
 
 
 def test_text_stages(pair):

@@ -129,6 +129,7 @@ def load_tiny(size: int) -> Model:
         "intermediate_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
+        "layer_norm_eps": 2e-5,
         "bos_token_id": len(tokenizer) - 2,
         "eos_token_id": len(tokenizer) - 1,
         "pad_token_id": len(tokenizer) - 1,
@@ -139,8 +140,15 @@ def load_tiny(size: int) -> Model:
         "attention_head_dim": 2,  # diffusers' name for the number of heads
         "cross_attention_dim": 32,
         "norm_num_groups": 8,
+        "norm_eps": 2e-5,
     }
-    vae = {"block_out_channels": (8, 16, 16, 16), "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 128}
+    vae = {
+        "block_out_channels": (8, 16, 16, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "sample_size": 128,
+        "scaling_factor": 0.37,
+    }
     parts: dict[str, dict[str, Any]] = {"text_encoder": text, "unet": unet, "vae": vae}
     return preset("tiny", parts, Defaults(128, 4, SD_DEFAULTS.guidance), size, seed=1)
 
