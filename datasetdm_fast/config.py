@@ -164,6 +164,7 @@ SCHEDULERS = {  # diffusers' class -> sampler
     "FlowMatchHeunDiscreteScheduler": "heun",
     "UniPCMultistepScheduler": "unipc",
 }
+USUAL_SAMPLER = "pndm"  # of runs that name none
 INVERSION = "inversion"  # the sampler of runs of label, whose pictures were given
 PROFILES = ("0.3.0", "0.14.0")
 OWN_FORMATS = {  # name -> module:format
@@ -226,18 +227,20 @@ class Defaults:
     size: int
     steps: int
     guidance: float
-    capture: int = 0  # UNet timestep at which decoders are trained by default
+    capture: int = 0  # timestep at which decoders are trained by default
     attention: AttentionDefaults = AttentionDefaults()
+    sampler: str = "auto"  # what stands for USUAL_SAMPLER; auto: the sampler that the scheduler config is of
 
 
 # Upstream draws with 50 PLMS steps at guidance 5; the demo model was judged with the figures of its model card.
-SD_DEFAULTS = Defaults(size=512, steps=50, guidance=5.0)
+SD_DEFAULTS = Defaults(size=512, steps=50, guidance=5.0, sampler=USUAL_SAMPLER)
 # Its features say most at timestep 100: at the last calls a v-prediction is nearly the noise alone.
 DEMO_DEFAULTS = Defaults(
     size=128,
     steps=50,
     guidance=3.0,
     capture=100,
+    sampler=USUAL_SAMPLER,
     attention=AttentionDefaults(
         1, 0.45, 0.35, self_divisor=1, cross_divisor=2, appends=False, start="a ", between=" and a "
     ),

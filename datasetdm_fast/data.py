@@ -96,7 +96,7 @@ def join_texts(texts: Sequence[Text]) -> Text:
 class Capture:
     """What the decoders read, taken at one UNet call: levels low, mid, high, highest (stages.LEVELS)."""
 
-    features: tuple[tuple[Tensor, ...], ...]  # per level: [B, 2C, h, w], halves joined per image: [uncond_b | cond_b]
+    features: tuple[tuple[Tensor, ...], ...]  # per level: [B, halves * C, h, w], joined per image: [uncond_b | cond_b]
     maps: tuple[tuple[Tensor, ...], ...]  # per level: [B, heads, h*w, T], conditional half, up before down layers
 
     def to(self, dtype: torch.dtype) -> Capture:

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, TypeVar
 
-from datasetdm_fast.config import ENGINE_NAMES, FLAVOURS, OUTLINES, PROFILES, PROVIDERS, SAMPLERS
+from datasetdm_fast.config import ENGINE_NAMES, FLAVOURS, OUTLINES, PROFILES, PROVIDERS, SAMPLERS, USUAL_SAMPLER
 
 MOST_THREADS = 1024
 Group = TypeVar("Group")
@@ -147,7 +147,9 @@ class SamplingSettings:
 
     steps: int = setting(0, "sampling steps, 0 = what the model was made for", metavar="N")
     guidance: float = setting(0.0, "guidance scale, 0 = what the model was made for", metavar="G")
-    sampler: str = setting("pndm", "sampler", choices=SAMPLERS.names)
+    sampler: str = setting(
+        USUAL_SAMPLER, "sampler; the default stands for what a model was published with", choices=SAMPLERS.names
+    )
     profile: str = setting("0.3.0", "diffusers version whose PNDM timesteps are used", choices=PROFILES)
 
 

@@ -53,7 +53,7 @@ class StubEngine:
             source="",
             tokenizer=Tokenizer(),
             scheduler=SCHEDULER,
-            defaults=Defaults(size=size, steps=4, guidance=2.0),
+            defaults=Defaults(size=size, steps=4, guidance=2.0, sampler="pndm"),
             size=size,
             digests={"unet": "stub"},
             licence="none",
@@ -61,6 +61,7 @@ class StubEngine:
             guidance="cfg",
             halves=2,
             latents=Latents(4, 8),
+            flow={},
             latent_shape=lambda: (4, size // 8, size // 8),
         )
         self.decoders = {task: SimpleNamespace(config=configs[task.partition(":")[0]]) for task in tasks}

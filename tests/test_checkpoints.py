@@ -289,7 +289,7 @@ def test_a_folder_of_networks_alone_takes_the_usual_schedule_and_says_so(folder,
     assert model.scheduler == SD_SCHEDULER and model.digests["scheduler"] == USUAL
     assert "has no scheduler, so the schedule of Stable Diffusion 1.x is taken" in capsys.readouterr().err
     (folder / "vae" / "config.json").unlink()
-    with pytest.raises(Refused, match="these parts are needed: tokenizer, text_encoder, unet, vae\n"):
+    with pytest.raises(Refused, match="are needed: tokenizer, text_encoder, unet, vae\n"):
         load_model(str(folder))
 
 

@@ -20,6 +20,7 @@ from bench.rows import limits as limit_rows
 from bench.rows.measurement import BenchRun
 from bench.setting import open_setting
 from datasetdm_fast import _C, kernels
+from datasetdm_fast.data import Text
 from datasetdm_fast.engine.engines.fast import FastEngine
 from datasetdm_fast.errors import GateFailed
 
@@ -151,7 +152,7 @@ def test_upstream_forms_its_maps_at_every_call(setting, monkeypatch):
         lambda store, probabilities, place, is_text: seen.append((place, is_text, probabilities.shape[-1])),
     )
     peer = upstream.Upstream(setting)
-    peer.denoise(torch.zeros(1, 4, 16, 16), 500, torch.zeros(2, 77, 32))
+    peer.denoise(torch.zeros(1, 4, 16, 16), 500, Text(torch.zeros(2, 77, 32)))
     assert len(seen) == 32 and sum(is_text for _, is_text, _ in seen) == 16 and max(width for *_, width in seen) == 256
 
 
@@ -328,9 +329,12 @@ def test_the_count_of_stable_diffusion_is_the_published_one():
         text = CLIPTextModel(
             CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
         )
-        model = SimpleNamespace(
-            unet=unet, vae=AutoencoderKL(**vae, layers_per_block=2, latent_channels=4), text_encoder=text, size=512
-        )
+        networks = {
+            "unet": unet,
+            "vae": AutoencoderKL(**vae, layers_per_block=2, latent_channels=4),
+            "text_encoder": text,
+        }
+        model = SimpleNamespace(modules=networks, networks=networks, size=512)
     stages = stage_flops(model)
     assert stages["call"] / 2e9 == pytest.approx(401.6, rel=1e-3) and stages["image"] / 2e9 == pytest.approx(
         1257, rel=1e-3

@@ -409,7 +409,7 @@ def test_regions_are_grown_by_squares_and_feathered_inside():
     assert regions.grow(region, 2).sum() == 7 * 11
     share = regions.weights(region, 1)
     assert (share[~region] == 0).all() and share[0, 6] == 1 and share[4, 6] == share[0, 5] == 0.5
-    assert regions.to_cells(region).tolist() == [[True, True], [False, False]]
+    assert regions.to_cells(region, 8).tolist() == [[True, True], [False, False]]
 
 
 def test_labels_are_merged_and_agree():

@@ -27,10 +27,8 @@ def stage_flops(model: Model) -> dict[str, int]:
     """Operations of the text encoder and of one UNet call for one prompt, and of the decoding of one image."""
     side = model.size // FACTOR
     with torch.device("meta"):  # shapes without numbers: full size costs nothing
-        unet, vae = (
-            UNet2DConditionModel.from_config(model.modules["unet"].config),
-            AutoencoderKL.from_config(model.modules["vae"].config),
-        )
+        unet = UNet2DConditionModel.from_config(model.networks["unet"].config)
+        vae = AutoencoderKL.from_config(model.networks["vae"].config)
         text = CLIPTextModel(model.modules["text_encoder"].config)
         tokens = text.config.max_position_embeddings
         latents, context = torch.empty(1, 4, side, side), torch.empty(1, tokens, text.config.hidden_size)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from datasetdm_fast.config import LABELS, UNDECODED
+from datasetdm_fast.config import LABELS, UNDECODED, USUAL_SAMPLER
 from datasetdm_fast.data import Batch, Capture, ProjectedCapture, Quarantined, Request, Sample
 from datasetdm_fast.engine.engines import opening
 from datasetdm_fast.engine.engines.start import in_own_precision
@@ -194,7 +194,7 @@ class Pipeline:
         combine: Sequence[str] = (),
         steps: int = 0,
         guidance: float = 0.0,
-        sampler: str = "pndm",
+        sampler: str = USUAL_SAMPLER,
         profile: str = "0.3.0",
         batch_size: int = 0,
         truncate: bool = False,
@@ -374,7 +374,7 @@ class Pipeline:
         negative: Iterable[str],
         table: ClassTable | None,
     ) -> Iterator[Request]:
-        tokenizer = self.engine.model.tokenizer
+        model, tokenizer = self.engine.model, self.engine.model.tokenizer
 
         @lru_cache(1024)
         def fit_negative(text: str, where: str) -> str:
@@ -390,6 +390,7 @@ class Pipeline:
             _check_text(prompt, where)
             (line,) = prompts.split_prompts(" ".join(prompt.splitlines()), where, truncate=truncate)
             text = prompts.fit_prompt(line.text, tokenizer, where, words, truncate=truncate, table=table)
+            prompts.check_negative([unwanted], model.guidance, model.backbone.title)
             unwanted = fit_negative(unwanted, "negative_prompt" if is_one else f"negative_prompt of {where}")
             yield Request(index, text, checks.check_seed(seed), find_classes(text, words, table), unwanted)
 
@@ -486,7 +487,9 @@ class Pipeline:
         from datasetdm_fast.kernels.to_device import to_device
 
         engine = self.engine
-        schedule = make_schedule(engine.model.scheduler, "pndm", steps or engine.model.defaults.steps, "0.3.0")
+        model = engine.model
+        sampler, count = model.defaults.sampler, steps or model.defaults.steps
+        schedule = make_schedule(model.scheduler, sampler, count, "0.3.0", **model.flow)
         last = capture_calls(schedule, {"": timestep})[""]
         text = call_text(engine, [prompt], guidance)
         noise = to_device(initial_noise(seed, *engine.model.latent_shape())[None], engine.device)

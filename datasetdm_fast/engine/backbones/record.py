@@ -79,11 +79,16 @@ class Backbone:
     is_exported: bool = False  # whether its stages can be written as graphs
     patch: int = 2  # latent cells of a side of one image token, for shifts that depend on the size
     has_averages: bool = False  # whether labels can be read from the average of its calls' attention
-    tokenizer: str = "tokenizer"  # the part by whose tokens the length of a prompt is told
+    is_guided_above_one: bool = False  # whether a guidance up to 1 leaves out the unconditional half of a cfg model
+    tokenizer: str = "tokenizer"  # the part by whose tokens the length of a prompt is told; where absent, the first
     check: Callable[[Read, str], Read] = keep_configs  # (configs, where they are from) -> as they are used; or Refused
     check_fit: Callable[[LoadedModel], None] = accept  # raises Refused where the parts are not of one model
     licence: str = ""  # of weights whose own card says nothing
     noncommercial: tuple[str, ...] = ()  # what a licence of its weights says where they are not for commercial use
+
+    def served_by(self, need: str) -> bool:
+        """Whether an engine with this need (EngineKind.needs) runs the family."""
+        return {"network": self.network is not None, "export": self.is_exported}.get(need, True)
 
     def of_kind(self, kind: str) -> tuple[str, ...]:
         """The names of its parts of a kind, in their order."""

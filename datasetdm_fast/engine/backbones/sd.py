@@ -4,6 +4,7 @@ import math
 import re
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +203,7 @@ def _levels(configs: Configs, size: int, halves: int) -> tuple[Level, ...]:
 def _defaults(configs: Configs) -> Defaults:
     unet = configs["unet"]
     side = max(unet.sample_size, LEAST_SIDE if OLD.match(str(unet.get("_diffusers_version"))) else 0)
-    return Defaults(side * PIXELS, SD_DEFAULTS.steps, SD_DEFAULTS.guidance)
+    return replace(SD_DEFAULTS, size=side * PIXELS)
 
 
 SD = Backbone(

@@ -116,7 +116,9 @@ def token_rows(level: Level, shares: Sequence[Sequence[float]]) -> Tensor:
     """[T, channels, 1, 1]: of a level's features nothing, and of its maps the attention to each token, by heads."""
     heads = torch.tensor([share for part in shares for share in part])
     maps = heads[None, :, None] * torch.eye(level.tokens)[:, None]  # [T, heads, T]
-    return torch.cat([torch.zeros(level.tokens, 2 * sum(level.features)), maps.flatten(1)], 1)[..., None, None]
+    return torch.cat([torch.zeros(level.tokens, level.halves * sum(level.features)), maps.flatten(1)], 1)[
+        ..., None, None
+    ]
 
 
 def wide_mixes(width: int) -> dict[str, tuple[int, int]]:

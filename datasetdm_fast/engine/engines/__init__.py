@@ -62,13 +62,11 @@ def choose_engine(name: str, model: Model) -> str:
     """
     if name not in ENGINE_NAMES:
         raise Refused(f"engine: {name!r} is none of {', '.join(ENGINE_NAMES)}", "Choose one of these with --engine.")
-    backbone = model.backbone
     if name == "auto":
-        return "fast" if backbone.network else REFERENCE
-    need = ENGINES[name].needs
-    if (need == "network" and backbone.network is None) or (need == "export" and not backbone.is_exported):
+        return "fast" if model.backbone.served_by(ENGINES["fast"].needs) else REFERENCE
+    if not model.backbone.served_by(ENGINES[name].needs):
         raise Refused(
-            f"engine: {name} does not run {backbone.title}, {REFERENCE} does",
+            f"engine: {name} does not run {model.backbone.title}, {REFERENCE} does",
             f"Use --engine {REFERENCE}, which runs the modules of diffusers in fp32.",
         )
     return name

@@ -32,13 +32,15 @@ def open_engine(
     lora: Sequence[str] = (),
     loaded: Model | None = None,
     outlines: str = "auto",
+    guidance: float = 0.0,
     **options: Any,
 ) -> tuple[Engine, dict[str, Any]]:
     """An engine with the decoders of `tasks` (None: all), and their description; options as in EngineSettings. The
     dtype "half" is that of a long run in which --dtype auto measures, or auto where engine and device have none.
 
     A task stands for its own decoder, TASK:NAME for the one in the folder NAME. `lora` are adapters to fuse into the
-    model, which may be `loaded` already; `outlines` are those of the labels.
+    model, which may be `loaded` already; `outlines` are those of the labels. `guidance` is that of the images, 0 the
+    model's own: some families make one call of two rows of it, and of 1 one of one row.
     """
     check_engine(engine, **options)
     before_torch()
@@ -54,6 +56,8 @@ def open_engine(
         dtype = half if half in ENGINES["fast" if engine == "auto" else engine].halves else "auto"
     if loaded is None:
         loaded = load_model(model, size=size, allow_download=allow_download)
+    if guidance:
+        loaded = replace(loaded, scale=guidance)
     if lora:
         from datasetdm_fast.engine.loading.lora import fuse_adapters  # which few runs need
 

@@ -41,7 +41,8 @@ def model_of(pipe: Any, size: int = 0) -> Model:
     tokenizers = {name: present[name] for name in backbone.of_kind("tokenizer") if name in present}
     for tokenizer in tokenizers.values():
         _check_vectors(tokenizer)
-    configs = backbone.check({name: _config_of(part) for name, part in present.items()} | _index_of(pipe), origin)
+    read = {name: _config_of(part) for name, part in present.items()}
+    configs = backbone.check(read | _index_of(pipe), origin) | {SCHEDULER: read[SCHEDULER]}
     if backbone.flow is None:
         check_scheduler(configs[SCHEDULER], origin)
     states = {name: state_of(present[name], name) for name in backbone.networks if name in present}

@@ -14,7 +14,7 @@ from datasetdm_fast.config import Defaults
 from datasetdm_fast.engine.backbones.record import Backbone, Configs, Guidance, Latents
 from datasetdm_fast.engine.loading.checks import check_size
 from datasetdm_fast.engine.loading.network import Network
-from datasetdm_fast.engine.loading.tokenizer import OwnTokenizer, load_tokenizer
+from datasetdm_fast.engine.loading.tokenizer import LimitedTokenizer, OwnTokenizer, load_tokenizer
 from datasetdm_fast.stages import Level
 from datasetdm_fast.untrusted.tensors import check_finite
 
@@ -50,6 +50,7 @@ class Model:
     digests: dict[str, str]  # part -> SHA-256 of its files, or the recipe of seeded weights
     licence: str
     index: Mapping[str, Any] = field(default_factory=dict)  # of its model_index.json
+    scale: float = 0.0  # the guidance that it is sampled with; 0: its default
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
@@ -61,10 +62,13 @@ class Model:
         """What is called at each step."""
         return self.networks[self.backbone.denoiser]
 
-    @property
+    @cached_property
     def tokenizer(self) -> Any:
         """The one by whose tokens the length of a prompt is told."""
-        return self.loaded_tokenizers[self.backbone.tokenizer]
+        present = self.loaded_tokenizers
+        tokenizer = present.get(self.backbone.tokenizer) or next(iter(present.values()))
+        most = self.backbone.text(self.configs)[0]
+        return tokenizer if tokenizer.model_max_length <= most else LimitedTokenizer(tokenizer, most)
 
     @cached_property
     def tokenizers(self) -> Mapping[str, Any]:
@@ -85,7 +89,8 @@ class Model:
 
     @cached_property
     def guidance(self) -> Guidance:
-        return self.backbone.guidance(self.configs)
+        kind, scale = self.backbone.guidance(self.configs), self.scale or self.defaults.guidance
+        return "none" if kind == "cfg" and self.backbone.is_guided_above_one and scale <= 1 else kind
 
     @property
     def halves(self) -> int:
@@ -96,6 +101,11 @@ class Model:
     def image_tokens(self) -> int:
         """Tokens of an image in a transformer."""
         return int((self.latent_shape()[1] // self.backbone.patch) ** 2)
+
+    @property
+    def flow(self) -> dict[str, Any]:
+        """What makes its schedule one of a flow, as make_schedule takes it."""
+        return {} if self.backbone.flow is None else {"flow": self.backbone.flow, "tokens": self.image_tokens}
 
     def latent_shape(self, size: int = 0) -> tuple[int, int, int]:  # C, h, w
         """Of the latents of a square image, by default of the model's size."""
@@ -121,7 +131,7 @@ class Model:
     @property
     def text_length(self) -> int:
         """Tokens of a prompt, padding included."""
-        return int(min(self.tokenizer.model_max_length, self.backbone.text(self.configs)[0]))
+        return int(self.tokenizer.model_max_length)
 
     @property
     def text_width(self) -> int:

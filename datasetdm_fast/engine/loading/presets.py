@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +151,7 @@ def load_tiny(size: int) -> Model:
         "scaling_factor": 0.37,
     }
     parts: dict[str, dict[str, Any]] = {"text_encoder": text, "unet": unet, "vae": vae}
-    return preset("tiny", parts, Defaults(128, 4, SD_DEFAULTS.guidance), size, seed=1)
+    return preset("tiny", parts, replace(SD_DEFAULTS, size=128, steps=4), size, seed=1)
 
 
 def load_random_sd14(size: int) -> Model:

@@ -76,6 +76,19 @@ class OwnTokenizer:
         return SimpleNamespace(input_ids=torch.tensor(ids) if return_tensors else ids)
 
 
+class LimitedTokenizer:
+    """A tokenizer of a text encoder that reads fewer tokens than its own settings say."""
+
+    def __init__(self, tokenizer: Any, most: int):
+        self.tokenizer, self.model_max_length = tokenizer, most
+
+    def __len__(self) -> int:
+        return len(self.tokenizer)
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return self.tokenizer(*arguments, **options)
+
+
 def load_tokenizer(folder: Path, classes: Sequence[str] = ("transformers:CLIPTokenizer",)) -> Any:
     """The tokenizer of a folder, as the first of these classes of transformers has it."""
     if not any(all((folder / name).is_file() for name in names) for names in VOCABULARIES):

@@ -8,7 +8,7 @@ from datasetdm_fast.config import AttentionDefaults
 from datasetdm_fast.data import Request
 from datasetdm_fast.engine.labels.class_tables import ClassTable, look_up, spoken
 from datasetdm_fast.engine.labels.words import classes_in_order
-from datasetdm_fast.engine.loop.prompts import Tokenizer, count_tokens, shorten, token_limit
+from datasetdm_fast.engine.loop.prompts import Tokenizer, count_tokens, shorten
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import LEVELS
 
@@ -104,7 +104,7 @@ def check_class_prompt(
     """Refuses texts that do not fit into the text encoder, unless its tokenizer is to cut them, and query words that
     the class prompt does not name or that have no place among its tokens.
     """
-    class_prompt, limit = recipe.class_prompt(request, words, table), token_limit(tokenizer)
+    class_prompt, limit = recipe.class_prompt(request, words, table), tokenizer.model_max_length
     for text in () if tokenizer_cuts else (class_prompt, recipe.text(request, class_prompt)):
         if (count := count_tokens(text, tokenizer)) > limit:
             raise Refused(

@@ -14,7 +14,6 @@ from datasetdm_fast.engine.loop.prompts import (
     fit_negative,
     fit_prompt,
     shorten,
-    token_limit,
 )
 from datasetdm_fast.engine.scenes.world import sample_scene
 from datasetdm_fast.errors import Refused
@@ -86,7 +85,7 @@ def make_plan(
         number = source.per_class * len(source.classes)
         longest = f"{max(OPENINGS, key=len)} an {{}}{max(SURROUNDINGS, key=len)}"
         for word in spoken(source.classes, source.table):
-            if (count := count_tokens(longest.format(word), tokenizer)) > (most := token_limit(tokenizer)):
+            if (count := count_tokens(longest.format(word), tokenizer)) > (most := tokenizer.model_max_length):
                 raise Refused(
                     f"--classes: {shorten(word)} makes a prompt of {count} tokens, at most {most} fit",
                     "Use a shorter name for the class.",

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -139,6 +139,16 @@ def check_line(text: str, where: str) -> str:
     return line.strip()
 
 
+def check_negative(texts: Iterable[str], guidance: str, title: str) -> None:
+    """Refuses a negative prompt for a model that reads none."""
+    if guidance != "cfg" and (text := next(filter(None, texts), "")):
+        raise Refused(
+            f"--negative-prompt {shorten(text)}: {title} is sampled without classifier-free guidance here, so it reads "
+            "no negative prompt",
+            "Drop it, or take a model that is guided.",
+        )
+
+
 def fit_negative(negative: str, tokenizer: Tokenizer, where: str, *, truncate: bool = False) -> str:
     """The text of the unconditional half, which may be a name in NEGATIVE_PROMPTS. It must fit; one with a name stays
     whole, as its author leaves it to the tokenizer to cut it.
@@ -150,15 +160,11 @@ def fit_negative(negative: str, tokenizer: Tokenizer, where: str, *, truncate: b
 def check_class_lengths(classes: Sequence[str], tokenizer: Tokenizer, table: ClassTable | None = None) -> None:
     for word in spoken(classes, table):
         count = count_tokens(word, tokenizer)
-        if count > token_limit(tokenizer):
+        if count > tokenizer.model_max_length:
             raise Refused(
-                f"--classes: {shorten(word)} has {count} tokens, at most {token_limit(tokenizer)} fit",
+                f"--classes: {shorten(word)} has {count} tokens, at most {tokenizer.model_max_length} fit",
                 "Use a shorter name for the class.",
             )
-
-
-def token_limit(tokenizer: Tokenizer) -> int:
-    return min(tokenizer.model_max_length, 77)
 
 
 def count_tokens(prompt: str, tokenizer: Tokenizer) -> int:
@@ -178,7 +184,7 @@ def fit_prompt(
     """The prompt where the text encoder takes it whole; with `truncate` its longest beginning, cut between words. None
     stands for a command without that flag.
     """
-    limit = token_limit(tokenizer)
+    limit = tokenizer.model_max_length
     head = prompt[:LONGEST_LINE]
     count = count_tokens(head, tokenizer)
     if count <= limit and head == prompt:

@@ -8,7 +8,7 @@ from functools import partial
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
-from datasetdm_fast.config import ATTENTION, LABELLER_KINDS, SAMPLERS, UNDECODED
+from datasetdm_fast.config import ATTENTION, LABELLER_KINDS, SAMPLERS, UNDECODED, USUAL_SAMPLER
 from datasetdm_fast.data import Request
 from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.labels import kind_of
@@ -23,7 +23,6 @@ from datasetdm_fast.engine.loop.combining import Combination, check_mask_words, 
 from datasetdm_fast.engine.loop.origin import FROM_NOISE, ONE_GENERATOR, Origin
 from datasetdm_fast.engine.loop.prompts import Tokenizer, check_class_lengths
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.stages import FACTOR
 
 if TYPE_CHECKING:
     from datasetdm_fast.engine.sampling.schedule import Schedule
@@ -115,9 +114,9 @@ def make_recipe(
     from datasetdm_fast.engine.sampling.scheduler import choose_sampler
 
     model = engine.model
-    sampler = choose_sampler(model.scheduler, sampler)
+    sampler = choose_sampler(model.scheduler, model.defaults.sampler if sampler == USUAL_SAMPLER else sampler)
     labellers = labellers_of(engine, tasks)
-    schedule = make_schedule(model.scheduler, sampler, steps or model.defaults.steps, profile, strength)
+    schedule = make_schedule(model.scheduler, sampler, steps or model.defaults.steps, profile, strength, **model.flow)
     configs = {task: engine.decoders[task].config for task in tasks if task not in UNDECODED}
     trained = dict.fromkeys(word for config in configs.values() for word in config.class_words)
     if table is None and trained:
@@ -131,9 +130,19 @@ def make_recipe(
     readers = {**configs, **{task: labeller for task, labeller in labellers.items() if labeller.reads_capture}}
     captures = capture_calls(schedule, {task: reader.capture_timestep for task, reader in readers.items()})
     times = {task: schedule.timesteps[call] for task, call in captures.items()}
+    if model.guidance == "none" and guidance > 1:
+        raise Refused(
+            f"--guidance {guidance:g}: {model.backbone.title} is sampled without guidance here, expected at most 1",
+            "Drop it.",
+        )
     numbers = None
     if ATTENTION in tasks:
-        numbers = attention_recipe(model.defaults.attention, model.size // FACTOR, **attention)
+        if not model.backbone.has_averages:
+            raise Refused(
+                f"--labeller {ATTENTION}: labels are not read from the attention of {model.backbone.title} yet",
+                "Name a decoder that was trained for this model: --decoder DIR",
+            )
+        numbers = attention_recipe(model.defaults.attention, model.levels[-1].side, **attention)
     elif attention:
         name, known = next(iter(attention)), signature(attention_recipe).parameters
         raise TypeError(f"{name!r} is no choice here" + f"; it needs the task {ATTENTION}" * (name in known))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from datasetdm_fast.data import AttentionSums, Capture
 from datasetdm_fast.engine.models.layers import frozen, tokens
 from datasetdm_fast.kernels.attention import probabilities
-from datasetdm_fast.stages import LEVELS, Level
+from datasetdm_fast.stages import Level
 
 Slot = tuple[int, int]  # level, place within it
 
@@ -105,6 +105,7 @@ class Projection(nn.Module):
         is_held = sum(weight.numel() for named in read for weight in named.values()) <= largest_held
         stacked = _Held if is_held else _ReadAtNeed
         self.features, self.maps, self.widths = nn.ModuleList(), nn.ModuleList(), []
+        self.sides = [level.side for level in levels]
         for level in levels:
             empty = torch.zeros(0, level.channels)
             weights = [named.get(level.name, empty).flatten(1).cpu() for named in read]
@@ -112,14 +113,15 @@ class Projection(nn.Module):
             for task, start, stop in zip(decoders, stops, stops[1:]):
                 self.tasks[task] += (slice(start, stop),)
             self.widths.append(stops[-1])
-            rows = [2] * len(level.features) + list(level.heads)
-            widths = [2 * channels for channels in level.features] + [heads * level.tokens for heads in level.heads]
+            rows = [level.halves] * len(level.features) + list(level.heads)
+            widths = [level.halves * channels for channels in level.features]
+            widths += [heads * level.tokens for heads in level.heads]
             parts = list(zip(*(weight.split(widths, 1) for weight in (empty, *weights))))
             matrices = [
                 [part.unflatten(1, (count, -1)).permute(1, 2, 0) for part in row] for count, row in zip(rows, parts)
             ]
             count = len(level.features)
-            self.features.append(stacked(matrices[:count]))  # [2, C, F], a matrix for each CFG half
+            self.features.append(stacked(matrices[:count]))  # [halves, C, F], a matrix for each half of a call
             self.maps.append(stacked(matrices[count:]))  # [heads, T, F]
 
 
@@ -147,11 +149,9 @@ class ProjectedSums(CaptureHook):
     def __init__(self, projection: Projection, latents: Tensor, ops: SimpleNamespace):
         super().__init__(ops)
         self.projection, self.batch = projection, len(latents)
-        height, width = latents.shape[-2:]
-        self.sizes = [(height >> depth, width >> depth) for depth in reversed(range(len(LEVELS)))]
         self.sums = [
-            torch.zeros(self.batch * h * w, width, device=latents.device)
-            for (h, w), width in zip(self.sizes, projection.widths)
+            torch.zeros(self.batch * side**2, width, device=latents.device)
+            for side, width in zip(projection.sides, projection.widths)
         ]
 
     def feature(self, slot: Slot | None, x: Tensor) -> None:
@@ -183,7 +183,8 @@ class ProjectedSums(CaptureHook):
     def result(self) -> tuple[Tensor, ...]:
         """Per level the sums [B, F, h, w] of all tasks."""
         return tuple(
-            total.unflatten(0, (self.batch, h, w)).permute(0, 3, 1, 2) for total, (h, w) in zip(self.sums, self.sizes)
+            total.unflatten(0, (self.batch, side, side)).permute(0, 3, 1, 2)
+            for total, side in zip(self.sums, self.projection.sides)
         )
 
 

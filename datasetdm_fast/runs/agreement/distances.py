@@ -13,7 +13,6 @@ from datasetdm_fast.engine.loop.class_prompts import attention_recipe
 from datasetdm_fast.engine.loop.driver import BatchGenerator
 from datasetdm_fast.engine.loop.recipe import Recipe
 from datasetdm_fast.runs.agreement.observe import Observation
-from datasetdm_fast.stages import FACTOR
 
 TINY = 1e-30
 AVERAGES = "averages of attention"
@@ -118,7 +117,7 @@ def averaged_distance(engine, reference, truth: Observation, recipe: Recipe) -> 
     """Of the averages that both make of the attention in the last call, as labels without decoders need them; the
     prompts stand for the class prompts.
     """
-    settings = attention_recipe(reference.model.defaults.attention, recipe.size // FACTOR)
+    settings = attention_recipe(reference.model.defaults.attention, reference.model.levels[-1].side)
     wordless = replace(recipe, attention=settings, words=())  # the class words are not asked for
 
     def averages(compared) -> AttentionSums:

@@ -83,7 +83,8 @@ def verify(
         if not is_whole:
             return {}
         has_averages = recipe.attention is not None or getattr(compared, "exports_averages", False)
-        averages = {} if has_averages else averaged_distance(compared, reference, truth, recipe)
+        is_averaged = reference.model.backbone.has_averages and not has_averages
+        averages = averaged_distance(compared, reference, truth, recipe) if is_averaged else {}
         return averages | encoded_distance(compared, reference, truth.images)
 
     dtype = engine.fingerprint()["dtype"]

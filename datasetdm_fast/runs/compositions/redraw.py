@@ -179,12 +179,12 @@ def prepare(redrawing: Redrawing, folder: Path, machine: RedrawMachine) -> Job:
     stored, source, choice = redrawing.check_folder(folder), redrawing.source.document, redrawing.choice
     config = _run_config(redrawing, folder, machine)
     model, engine_settings = config.group(ModelSettings), config.group(EngineSettings)
-    engine, decoders = open_engine(model, engine_settings, config.task, stored)
+    sampling, labels = config.group(SamplingSettings), config.group(LabelSettings)
+    engine, decoders = open_engine(model, engine_settings, config.task, stored, guidance=sampling.guidance)
     _check_weights(redrawing.source, engine, decoders)
     words = tuple(source["plan"].get("words", ()))
     # Labels of other packages do not list the requested words; the plan of the run does.
     requested = [table["classes"][1:] for label, table in source["labels"].items() if _has_words(label)]
-    sampling, labels = config.group(SamplingSettings), config.group(LabelSettings)
     query_words = requested[0] if requested else words
     recipe = recipe_of(sampling, labels, engine, query_words, choice.strength, table_of(source))
     redrawing.check_words(engine)

@@ -90,7 +90,7 @@ class Job:
 def build_job(spec: RunSpec, stored: Mapping[str, Any] | None, *, races: bool = False, dtype: str = "") -> Job:
     """The job as the settings describe it, not yet merged with the run folder; `stored` is its run.json, if any."""
     source, labels = spec.source, spec.labels
-    engine, decoders = open_engine(spec.model, spec.engine, labels.task, stored, dtype)
+    engine, decoders = open_engine(spec.model, spec.engine, labels.task, stored, dtype, spec.sampling.guidance)
     recipe = recipe_of(spec.sampling, labels, engine, source.classes or source.listed, table=source.table)
     words = recipe.words or prompt_words(engine, labels.task, source.classes)
     # The run folder's size does not change with the memory that happens to be free; a run that grows may have had too
@@ -110,6 +110,8 @@ def build_job(spec: RunSpec, stored: Mapping[str, Any] | None, *, races: bool = 
         turns=most_samples(spec.identity, 1),
         is_by_class=counts_by_class(spec.identity),
     )
+    negatives = [plan.negative, *(line.negative or "" for line in source.lines)]
+    prompts.check_negative(negatives, engine.model.guidance, engine.model.backbone.title)
     requests = _first_requests(source, plan) if source.lines and words else []
     unnamed = [request.prompt for request in requests if not request.classes]
     if unnamed and recipe.words and not spec.prompts.allow_unnamed and not recipe.asks_all:
@@ -178,10 +180,11 @@ def open_engine(
     labels: Sequence[str],
     stored: Mapping[str, Any] | None,
     dtype: str = "",
+    guidance: float = 0.0,
 ) -> tuple[Engine, dict[str, Any]]:
     """The engine and its decoders; a run folder keeps what `--engine auto` and `--dtype auto` chose for it."""
     options = {name: getattr(model, name) for name in ("outlines", "size", "allow_download", "lora")}
-    options |= engine.engine_choices()
+    options |= {"guidance": guidance, **engine.engine_choices()}
     before = stored["engine"].get("engine") if stored and engine.engine == "auto" else None
     if before in ENGINES and ENGINES[before].races:
         options["engine"] = before

@@ -51,7 +51,7 @@ def prepare_remake(
     """The sample of a row, by the settings of the run folder; other weights are refused."""
     if row.status == QUARANTINED:
         refuse_stored(folder)
-    opened, decoders = open_engine(model, engine, labels.task, stored)
+    opened, decoders = open_engine(model, engine, labels.task, stored, guidance=sampling.guidance)
     weights = {"model": {"digests": dict(opened.model.digests)}, "decoders": decoders}
     check_same(folder, {"model": {"digests": stored["model"]["digests"]}, "decoders": stored["decoders"]}, weights)
     words = tuple(stored["plan"].get("words", ())) or classes

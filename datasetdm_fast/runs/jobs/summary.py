@@ -1,11 +1,20 @@
 """What a run is about to do, in lines for a person."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from datasetdm_fast.disk.storage import free_bytes
+from datasetdm_fast.engine.loop.prompts import shorten
 from datasetdm_fast.messages import count_noun, format_duration
 from datasetdm_fast.runs.jobs.job import Job
+from datasetdm_fast.runs.run_folder.indexes.licences import licence_of
 
+if TYPE_CHECKING:
+    from datasetdm_fast.engine.loading.model import Model
+
+GUIDANCE = {"cfg": "guidance {:g}", "embedded": "guidance {:g}, read by the model", "none": "no guidance"}
 MOST_WORDS = 10  # class words that are listed
 OVERHEAD = 1.15  # time of a run over that of its UNet calls: text, image decoder, labels, files
 
@@ -27,7 +36,8 @@ def describe_job(job: Job, call: float = 0.0) -> list[str]:
     rows = {
         "images": f"{left} of {plan.number}, {facts['size']} x {facts['size']} pixels, {seeds}",
         "prompts": count_unnamed(job),
-        "sampler": f"{facts['sampler']}, {steps}, guidance {facts['guidance']:g}",
+        "model": describe_model(job.engine.model),
+        "sampler": f"{facts['sampler']}, {steps}, {GUIDANCE[job.engine.model.guidance].format(facts['guidance'])}",
         "labels": ", ".join(job.recipe.tasks),
         "engine": f"{name}, {count_noun(batches, 'batch', 'batches')} of {plan.batch_size}",
         "race": job.race,
@@ -37,6 +47,15 @@ def describe_job(job: Job, call: float = 0.0) -> list[str]:
         "run folder": str(job.folder),
     }
     return [f"{name:<11}{value}" for name, value in rows.items() if value]
+
+
+def describe_model(model: Model) -> str:
+    """Its name and family, and that its licence forbids commercial use where it does."""
+    known, text = licence_of(model.licence), model.licence.lower()
+    is_free = known is None or known.is_commercial
+    is_free = is_free and not any(words in text for words in model.backbone.noncommercial)
+    terms = "" if is_free else f"; NOT FOR COMMERCIAL USE by its licence: {shorten(model.licence.splitlines()[0])}"
+    return f"{model.name}, {model.backbone.title}{terms}"
 
 
 def count_unnamed(job: Job) -> str:

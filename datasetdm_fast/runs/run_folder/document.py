@@ -256,7 +256,8 @@ def sampler_in_words(document: Mapping[str, Any]) -> str:
 
 
 def _sampler_in_words(document: Mapping[str, Any]) -> str:
-    name, sampling = document["config"]["sampler"], document["sampling"]
+    sampling = document["sampling"]
+    name = sampling.get("sampler", document["config"]["sampler"])
     steps, calls = (f"{sampling[kind]} {kind.removesuffix('s' * (sampling[kind] == 1))}" for kind in ("steps", "calls"))
     return f"{name}, {steps} in {calls}" + (f", guidance {sampling['guidance']:g}" * (name != INVERSION))
 
