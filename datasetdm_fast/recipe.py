@@ -1,27 +1,23 @@
-"""python -m datasetdm_fast.recipe NAME --root DATA: run the steps of a published experiment, one after the other."""
+"""python -m datasetdm_fast.recipe NAME --root DATA | sh -e: the command lines of a published experiment."""
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.disk import locks, storage
-from datasetdm_fast.errors import Missing, Refused, nearest
-from datasetdm_fast.settings import dry_run_setting, setting
+from datasetdm_fast.errors import Refused, nearest
+from datasetdm_fast.settings import setting
 from datasetdm_fast.untrusted import documents
 
 PROG = "python -m datasetdm_fast.recipe"
-EXAMPLES = ("voc-semantic --root DATA --dry-run", "nyu-depth --root DATA --model SD --out runs/nyu")
+EXAMPLES = ("voc-semantic --root DATA", "nyu-depth --root DATA --model SD --out runs/nyu | sh -e")
 FOLDER = Path(__file__).parent / "recipes"
-DONE = "recipe.json"  # in the folder of a recipe: the lines that are finished
 WITH_DEVICE = ("train", "generate", "evaluate", "compat.vinai")
 
 
@@ -33,7 +29,6 @@ class RecipeConfig:
     out: str = setting("", "folder of decoders, runs and figures; default: runs/NAME", metavar="OUT", output="folder")
     real: int = setting(0, "labelled images, 0 = as published", metavar="N", least=0)
     device: str = setting("auto", "cpu, cuda or cuda:N", metavar="DEVICE")
-    dry_run: bool = dry_run_setting()
 
     @property
     def folder(self) -> Path:
@@ -44,7 +39,6 @@ class RecipeConfig:
 class Step:
     """One command line of a recipe, and the files and folders that it needs."""
 
-    name: str
     words: tuple[str, ...]
     needs: Mapping[Path, str]  # path -> what it is
 
@@ -70,44 +64,10 @@ def main(arguments: Sequence[str]) -> int:
             f"{PROG}: there is no recipe {config.name!r}{nearest(config.name, names)}", f"{', '.join(names)}."
         )
     recipe = read(config.name)
-    steps = steps_of(recipe, config)
-    if config.dry_run:
-        for step in steps:
-            print(f"{step.name + ':':10}{step.line}")
-            for path, what in step.missing:
-                print(f"{'':10}missing: {path} ({what})")
-    elif code := run(config.folder, steps):
-        return code
+    for step in steps_of(recipe, config):
+        print(*(f"# missing: {path} ({what})" for path, what in step.missing), step.line, sep="\n")
     for figure in recipe["published"] or ["no figure to compare with"]:
-        print(f"published: {figure}", file=sys.stdout if config.dry_run else sys.stderr)
-    if not config.dry_run:
-        print(config.folder)
-    return 0
-
-
-def run(out: Path, steps: Sequence[Step]) -> int:
-    """Runs the steps that are not finished, and records each in the folder."""
-    done = documents.read_object(out / DONE) if (out / DONE).exists() else {}
-    remaining = [step for step in steps if done.get(step.name) != step.line]
-    for step in remaining:
-        if step.name in done:
-            raise Refused(
-                f"{out}: its step {step.name} was run with other flags: {done[step.name]}",
-                "Choose another --out, or give the flags that it was started with.",
-            )
-        for path, what in step.missing:
-            raise Missing(
-                f"{path}: {what} is not there, and step {step.name} needs it",
-                "Put it there, or name the folders of data and model with --root and --model; --dry-run lists all.",
-            )
-    storage.make_folder(out)
-    with locks.hold_lock(out / "recipe.lock"):
-        for step in remaining:
-            print(f"{step.name + ':':10}{step.line}", file=sys.stderr, flush=True)
-            if code := import_module(f"datasetdm_fast.{step.words[0]}").main(list(step.words[1:])):
-                return code
-            done[step.name] = step.line
-            storage.publish({out / DONE: (json.dumps(done, indent=1) + "\n").encode()})
+        print(f"# published: {figure}")
     return 0
 
 
@@ -122,7 +82,7 @@ def steps_of(recipe: Mapping[str, Any], config: RecipeConfig) -> list[Step]:
     values = {"root": str(root), "model": model, "out": str(config.folder)}
     values |= {"real": str(config.real or recipe.get("real", 0)), "synthetic": str(recipe.get("synthetic", 0))}
     steps = []
-    for name, line in recipe["steps"].items():
+    for line in recipe["steps"].values():
         words = [word.format(**values) for word in line.split()]
         needs = {
             root / path: what for path, what in recipe["needs"].items() if f"{{root}}/{path.split('/')[0]}" in line
@@ -131,7 +91,7 @@ def steps_of(recipe: Mapping[str, Any], config: RecipeConfig) -> list[Step]:
             needs[Path(model)] = "Stable Diffusion 1.4 as a diffusers folder"
         if config.device != "auto" and words[0] in WITH_DEVICE:
             words += ["--device", config.device]
-        steps.append(Step(name, tuple(words), needs))
+        steps.append(Step(tuple(words), needs))
     return steps
 
 
