@@ -98,10 +98,8 @@ def test_a_training_leaves_decoder_figures_page_and_log(run, tmp_path, capsys):
     assert page.count('<img src="data:image/png;base64,') == 3 and "AbsRel" in page and "absrel" not in page
     assert 'src="http' not in page
     assert f"outlines of labels</th><td>of the {result['depth']['outlines']}<" in page
-    assert "too few for a figure" in page and page.count("<svg") == 2 and 'name="viewport"' in page
+    assert "too few for a figure" in page and 'name="viewport"' in page
     assert "datasetdm_fast.train --model tiny" in page
-    assert ">step 1<" in page and ">step 6<" in page and ">step 2<" in page  # ends of the loss and of the figure
-    assert re.search(r"<figcaption>loss: [\d.]+ at step 1, [\d.]+ at step 6</figcaption>", page)
     lines = [json.loads(line) for line in (state / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in lines if "held_out_absrel" in line] == [2, 4, 6] and not (
@@ -343,18 +341,11 @@ def test_pictures_cut_to_the_models_square_are_told_and_folds_without_held_out_i
     assert '<th scope="row">mIoU</th>' in page and "miou" not in page and page.count('alt="answer"') == 1
 
 
-def test_only_what_falls_has_a_logarithmic_scale_on_the_page():
-    log = [{"step": k, "loss": 8.0 / 4**k, "held_out_miou": 0.05 * 3**k} for k in range(3)]
-    loss, miou = re.findall("<figcaption>(.*?)</figcaption>", page._curves(log, False)[1])
-    assert "logarithmic" in loss and miou == "mIoU, held out: 0.05 at step 0, 0.45 at step 2"
-    assert page._curves(log, True)[1].count("logarithmic scale</figcaption>") == 2
-
-
 def test_long_names_of_classes_break_on_the_page_beside_their_figures(tmp_path):
     names = ["ball", "a name of many words " * 9, "a_name_without_any_blank_" * 7]
     result = {"held_out": {"miou": 0.5, "per_class": dict.fromkeys(names, 0.25)}}
     source = types.SimpleNamespace(classes=names, thing_classes=names)
-    (tmp_path / "page.html").write_bytes(page.page("semantic", source, {"data": "folder:photos"}, result, []))
+    (tmp_path / "page.html").write_bytes(page.page("semantic", source, {"data": "folder:photos"}, result))
     with browser() as running:
         shown = Watched(running, width=390).page
         shown.goto((tmp_path / "page.html").as_uri())

@@ -58,12 +58,6 @@ class Log(AbstractContextManager):
             self._board.close()
 
 
-def log_lines(folder: Path) -> list[dict]:
-    """The lines of the log of a folder."""
-    lines = storage.read(folder / NAME, LARGEST_LOG).splitlines()
-    return [json.loads(line) for line in lines if _step(line) < float("inf")]
-
-
 def _step(line: bytes) -> float:
     """The step of a line, infinity for a line that was cut short."""
     try:

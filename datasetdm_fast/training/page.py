@@ -1,4 +1,4 @@
-"""The page of a training: its figures and curves, and held-out images with the truth and the decoder's labels."""
+"""The page of a training: its figures, and held-out images with the truth and the decoder's labels."""
 
 import base64
 import html
@@ -26,13 +26,9 @@ from datasetdm_fast.training.report import format_figure
 SHOWN = 12  # images of the page
 FLAG, FLAG_SPAN = re.compile(r"--[a-z-]+"), r"<span>\g<0></span>"
 COMMAND = "command"  # the fact that has a line of its own
-WIDTH, HEIGHT = 440, 170  # pixels of a chart
-LEFT, RIGHT, TOP, BOTTOM = 54, 12, 10, 24  # pixels between its sides and the curve
-POINTS = 200  # of a curve
-STEEP = 5  # a curve whose values differ by a larger factor has a logarithmic scale
 STYLE = """
-:root{color-scheme:light dark;--ink:#222;--dim:#666;--back:#fff;--line:#d5d5d5;--curve:#2563c4}
-@media(prefers-color-scheme:dark){:root{--ink:#eee;--dim:#aaa;--back:#161616;--line:#444;--curve:#7cb0ff}}
+:root{color-scheme:light dark;--ink:#222;--dim:#666;--back:#fff;--line:#d5d5d5}
+@media(prefers-color-scheme:dark){:root{--ink:#eee;--dim:#aaa;--back:#161616;--line:#444}}
 body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:60rem;padding:0 1rem;background:var(--back);
 color:var(--ink)}
 h1,h2,h3{line-height:1.2}h2{font-size:1.15rem;margin-top:2rem}
@@ -41,13 +37,10 @@ td{overflow-wrap:anywhere}p span{white-space:nowrap}
 code{color:var(--ink);overflow-wrap:anywhere}
 th{font-weight:normal;color:var(--dim);overflow-wrap:anywhere;min-width:min(6rem,25vw)}td{min-width:min(9rem,40vw)}
 figure{margin:0 0 1.5rem}figcaption,.dim{color:var(--dim)}
-.curves{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(420px,100%),1fr));gap:0 2rem}
 .views{display:grid;grid-template-columns:repeat(3,1fr);gap:.4rem}.views img{width:100%;image-rendering:pixelated}
 p.legend span{white-space:normal;display:inline-block;margin-right:1rem;overflow-wrap:anywhere}
 .legend i{display:inline-block;width:.9rem;height:.9rem;margin-right:.35rem;vertical-align:-.1rem;
 border:1px solid var(--line)}
-svg{max-width:100%;height:auto}polyline{fill:none;stroke:var(--curve);stroke-width:1.5}
-rect{fill:none;stroke:var(--line)}.end{text-anchor:end}text{font-size:11px;fill:var(--dim)}circle{fill:var(--curve)}
 """
 
 
@@ -56,7 +49,6 @@ def page(
     source: LabelledSource,
     facts: Mapping[str, object],
     result: Mapping[str, Any],
-    log: Sequence[Mapping[str, float]],
     cautions: Sequence[str] = (),
     folds: Mapping[str, Any] | None = None,
     views: TrainingViews | None = None,
@@ -64,7 +56,7 @@ def page(
     shown: str = "",
 ) -> bytes:
     """One HTML file that needs nothing else: what was trained and how, the figures with their intervals of 95 %, those
-    of each class, the curves of the log, and image, truth and answer of some images, which `shown` describes.
+    of each class, and image, truth and answer of some images, which `shown` describes.
     """
     body = [f"<h1>{html.escape(task)} decoder</h1>", _facts(facts)]
     notes = [f"<p><b>Note:</b> {FLAG.sub(FLAG_SPAN, html.escape(note))}.</p>" for note in cautions]
@@ -79,7 +71,6 @@ def page(
             "that has learnt from others only.</p>"
         )
         body += _figures(task, source, folds)
-    body += _curves(log, METRICS[task].less_is_better)
     if views is not None:
         body.append(f"<h2>{html.escape(shown)}: image, truth and answer</h2>")
         body += _legend(task, source)
@@ -134,47 +125,6 @@ def _figures(task: str, source: LabelledSource, result: Mapping[str, Any], notes
     if absent := meter.not_shown(figures):
         parts.append(f'<p class="dim">In none of these images: {html.escape(", ".join(absent))}.</p>')
     return parts
-
-
-def _curves(log: Sequence[Mapping[str, float]], less_is_better: bool) -> list[str]:
-    """The loss and the held-out figure over the steps; of what falls by orders of magnitude, the logarithm."""
-    names = dict.fromkeys(name for line in log for name in line if name == "loss" or name.startswith("held_out_"))
-    curves = []
-    for name in names:
-        points = [(line["step"], line[name]) for line in log if name in line]
-        title = "loss" if name == "loss" else f"{figure_name(name.removeprefix('held_out_'))}, held out"
-        curves.append(_curve(title, points, name == "loss" or less_is_better))
-    return ["<h2>Curves</h2>", f'<div class="curves">{"".join(curves)}</div>'] if any(curves) else []
-
-
-def _curve(name: str, points: Sequence[tuple[float, float]], may_be_steep: bool) -> str:
-    """Means over equal numbers of steps, so that a long training stays a small picture."""
-    parts = np.array_split(np.array(points, np.float64), min(POINTS, len(points)))
-    means = np.array([part.mean(0) for part in parts])
-    means = means[np.isfinite(means).all(1)]
-    if not len(means):
-        return ""
-    (first, low), (last, high) = means.min(0), means.max(0)
-    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
-    x = LEFT + (means[:, 0] - first) / max(last - first, 1e-9) * (right - LEFT)
-    is_wide = may_be_steep and 0 < STEEP * low < high
-    heights, floor, top = (np.log(values) if is_wide else values for values in (means[:, 1], low, high))
-    y = bottom - (heights - floor) / max(top - floor, 1e-12) * (bottom - TOP)
-    path = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y))
-    dots = "".join(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2"/>' for a, b in zip(x, y)) if len(means) <= 30 else ""
-    scale = [(LEFT - 8, bottom + 4, f"{low:.3g}", "end"), (LEFT, HEIGHT - 6, f"step {first:.0f}", "")]
-    scale += [(LEFT - 8, TOP + 4, f"{high:.3g}", "end")] if high > low else []
-    scale += [(right, HEIGHT - 6, f"step {last:.0f}", "end")] if last > first else []
-    words = "".join(f'<text x="{a}" y="{b}" class="{kind}">{text}</text>' for a, b, text, kind in scale)
-    ends = [means[0], means[-1]] if last > first else [means[0]]
-    caption = f"{name}: " + ", ".join(f"{value:.4g} at step {step:.0f}" for step, value in ends)
-    caption += "; logarithmic scale" if is_wide else ""
-    return (
-        f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img" '
-        f'aria-label="{html.escape(caption)}"><rect x="{LEFT - 4}" y="{TOP - 4}" width="{right - LEFT + 8}" '
-        f'height="{bottom - TOP + 8}"/><polyline points="{path}"/>{dots}{words}</svg>'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-    )
 
 
 def _legend(task: str, source: LabelledSource) -> list[str]:

@@ -11,7 +11,6 @@ from datasetdm_fast.engine.decoders.checkpoint import load_decoder
 from datasetdm_fast.engine.engines.device import slow_in_fp16
 from datasetdm_fast.training import checkpoint, page, report
 from datasetdm_fast.training.cross_validation import cross_validate, fold_folder, read_folds
-from datasetdm_fast.training.log import log_lines
 from datasetdm_fast.training.session import TrainingSession
 from datasetdm_fast.training.splits import count_folds, split_folds
 from datasetdm_fast.training.task_training import (
@@ -142,6 +141,6 @@ class Workflow:
             page.COMMAND: command,
         }
         facts = {name: value for name, value in facts.items() if value != ""}
-        cautions, lines = report.cautions(result, bool(folds)), log_lines(folder / "training")
-        arguments = (session.source, facts, result, lines, cautions, folds, views, labels, title)
+        cautions = report.cautions(result, bool(folds))
+        arguments = (session.source, facts, result, cautions, folds, views, labels, title)
         storage.publish({folder / "training" / PAGE: page.page(task, *arguments)})
