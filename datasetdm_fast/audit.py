@@ -25,7 +25,7 @@ SHOWN = 100  # findings on a terminal
 
 @dataclass(frozen=True)
 class AuditConfig:
-    run: str = setting("", "run folder, or the folder of an export", metavar="RUN", positional=True)
+    run: str = setting("", "run folder, or the folder of an export", metavar="RUN", positional=True, required=True)
     threads: int = setting(0, "files checked at once, 0 = all cores", metavar="N")
     repair: bool = setting(False, "take damaged samples out of the run, so that the line that made it makes them again")
     json: bool = setting(False, "the report as one JSON object on stdout")
@@ -35,8 +35,6 @@ class AuditConfig:
 @command
 def main(arguments: Sequence[str]) -> int:
     config, _ = parse(arguments, AuditConfig, PROG, __doc__, EXAMPLES)
-    if not config.run:
-        raise Refused(f"{PROG}: RUN is missing", "Name the run folder, for example runs/demo.")
     if config.threads < 0:
         raise Refused(f"--threads {config.threads}: expected a number of 0 or more", "Choose another number.")
     with tqdm(unit="sample", file=sys.stderr, disable=not shows_bar(config.quiet)) as bar:

@@ -41,10 +41,6 @@ def main(arguments: Sequence[str]) -> int:
     if is_of_checkpoints(arguments):
         return convert_checkpoint(arguments)
     settings, flags = parse(arguments, ExportSettings, PROG, __doc__, EXAMPLES)
-    if not settings.runs:
-        raise Refused(f"{PROG}: RUN is missing", "Name the run folder, for example runs/demo.")
-    if not settings.to:
-        raise Refused(f"{PROG}: --to is missing", "Name one or more formats, for example --to coco.")
     if not settings.out and (len(settings.runs) > 1 or is_url(settings.runs[0])):
         raise Refused(f"{PROG}: --out is missing", "Name a folder for the export of several runs, or of a remote one.")
     if "quality" in flags and settings.image_format == "png":

@@ -19,7 +19,7 @@ EXAMPLES = ("runs/demo 00000003 00000007", 'runs/demo --where "score < 0.4" --dr
 class DropConfig(OutputSettings):
     FLAGS = "run ids file where dry_run json quiet".split()
 
-    run: str = setting("", "run folder", metavar="RUN", positional=True)
+    run: str = setting("", "run folder", metavar="RUN", positional=True, required=True)
     ids: tuple[str, ...] = setting((), "ids of samples, such as 00000003", metavar="ID", positional=True)
     file: str = setting("", "file with one id per line", metavar="FILE")
     where: str = setting(
@@ -30,8 +30,6 @@ class DropConfig(OutputSettings):
 @command
 def main(arguments: Sequence[str]) -> int:
     config, flags = parse(arguments, DropConfig, PROG, __doc__, EXAMPLES)
-    if not config.run:
-        raise Refused(f"{PROG}: RUN is missing", "Name the run folder, for example runs/demo.")
     for name in ("file", "where"):
         if name in flags and not getattr(config, name).strip():
             raise Refused(f"--{name}: no value was given", "Give a value, or drop the flag.")

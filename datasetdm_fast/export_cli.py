@@ -27,7 +27,7 @@ class ExportConfig(ModelSettings, OutputSettings):
         "out to model decoder precision batch capability raw_capture size dry_run allow_download json quiet"
     ).split()
 
-    out: str = setting("", "output folder", metavar="ENGINES", output="folder")
+    out: str = setting("", "output folder", metavar="ENGINES", output="folder", required=True)
     to: str = setting("onnx", "ONNX graphs, or TensorRT plans of them", choices=("onnx", "tensorrt", "tensorrt-rtx"))
     decoder: str = setting("demo", "folder of trained decoders, or none", metavar="DIR")
     precision: str = setting(
@@ -48,8 +48,6 @@ def main(arguments: Sequence[str]) -> int:
     config, flags = parse(arguments, ExportConfig, PROG, __doc__, EXAMPLES)
     if config.to == "onnx" and (unused := sorted({"batch", "capability"} & flags)):
         raise Refused(f"--{unused[0]}: graphs fit every GPU and batch", "Drop the flag, or add --to tensorrt-rtx.")
-    if not config.out:
-        raise Refused("--out: no folder was given", "Add --out ENGINES.")
     if find_spec("onnx") is None:
         raise Missing("export: the library onnx is not installed", "Install it with: pip install 'datasetdm-fast[ort]'")
     return export_stages(config)

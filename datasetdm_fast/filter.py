@@ -26,7 +26,7 @@ EXAMPLES = ("runs/demo", 'runs/demo --where "score >= 0.6 and duplicate == 0"')
 class FilterConfig(OutputSettings):
     FLAGS = "run where undo dry_run clip threads json quiet".split()
 
-    run: str = setting("", "run folder", metavar="RUN", positional=True)
+    run: str = setting("", "run folder", metavar="RUN", positional=True, required=True)
     where: str = setting(
         "", "keep the samples for which this holds, such as 'score>=0.6 and duplicate==0'", metavar="CONDITION"
     )
@@ -38,8 +38,6 @@ class FilterConfig(OutputSettings):
 @command
 def main(arguments: Sequence[str]) -> int:
     config, flags = parse(arguments, FilterConfig, PROG, __doc__, EXAMPLES)
-    if not config.run:
-        raise Refused(f"{PROG}: RUN is missing", "Name the run folder, for example runs/demo.")
     if config.undo and flags & {"where", "clip"}:
         raise Refused("--undo: it removes the filter, and takes no other flags", "Give only --undo, or drop it.")
     for name, noun in (("where", "condition"), ("clip", "folder")):

@@ -33,6 +33,7 @@ class GalleryConfig:
         "run folder, finished, stopped or in progress, or URL such as s3://bucket/run",
         metavar="RUN",
         positional=True,
+        required=True,
     )
     serve: bool = setting(
         False, "serve the page to browsers on this machine until Ctrl-C, and store the marks of a review"
@@ -50,8 +51,6 @@ class GalleryConfig:
 @command
 def main(arguments: Sequence[str]) -> int:
     config, _ = parse(arguments, GalleryConfig, PROG, __doc__, EXAMPLES)
-    if not config.run:
-        raise Refused(f"{PROG}: RUN is missing", "Name the run folder, for example runs/demo.")
     if not 0 < config.port < 2**16:
         raise Refused(f"--port {config.port}: expected a number from 1 to 65535", "Choose another number.")
     if config.against and not config.serve:

@@ -28,7 +28,7 @@ class MergeConfig(OutputSettings):
     runs: tuple[str, ...] = setting(
         (), "finished run folders, in the order of their samples", metavar="RUN", positional=True
     )
-    out: str = setting("", "run folder", metavar="RUN", output="folder")
+    out: str = setting("", "run folder", metavar="RUN", output="folder", required=True)
     kept: bool = setting(False, "take only the samples that filter keeps")
     copy: bool = setting(False, "copy files instead of linking to them")
 
@@ -36,8 +36,6 @@ class MergeConfig(OutputSettings):
 @command
 def main(arguments: Sequence[str]) -> int:
     config, _ = parse(arguments, MergeConfig, PROG, __doc__, EXAMPLES)
-    if not config.out:
-        raise Refused(f"{PROG}: --out is missing", "Name the run folder that is to be written.")
     from datasetdm_fast.runs.compositions.composition import count_existing, write_missing
     from datasetdm_fast.runs.compositions.merging import Merging
     from datasetdm_fast.runs.compositions.source import Source

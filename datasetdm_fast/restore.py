@@ -20,7 +20,7 @@ EXAMPLES = ("runs/demo 00000003", "runs/demo --all")
 class RestoreConfig(OutputSettings):
     FLAGS = "run ids file all dry_run json quiet".split()
 
-    run: str = setting("", "run folder", metavar="RUN", positional=True)
+    run: str = setting("", "run folder", metavar="RUN", positional=True, required=True)
     ids: tuple[str, ...] = setting((), "ids of samples, such as 00000003", metavar="ID", positional=True)
     file: str = setting("", "file with one id per line", metavar="FILE")
     all: bool = setting(False, "bring back all dropped samples")
@@ -29,8 +29,6 @@ class RestoreConfig(OutputSettings):
 @command
 def main(arguments: Sequence[str]) -> int:
     config, flags = parse(arguments, RestoreConfig, PROG, __doc__, EXAMPLES)
-    if not config.run:
-        raise Refused(f"{PROG}: RUN is missing", "Name the run folder, for example runs/demo.")
     if "file" in flags and not config.file.strip():
         raise Refused("--file: no file was given", "Give a value, or drop the flag.")
     if bool(config.ids or config.file) == config.all:

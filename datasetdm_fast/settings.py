@@ -20,14 +20,15 @@ def setting(
     positional: bool = False,
     output: str = "",
     has_names: bool = False,
+    required: bool = False,
     least: float | None = None,
     most: float | None = None,
 ):
     """The field of a setting; `identity` fields decide the bytes of the data set, the others only how it is made.
     With identity="if given" a setting counts only where it is not its default, so that runs made before there was such
     a setting can be resumed. `positional` needs no flag before it; `output` is "file" or "folder" where the setting
-    names what is written. With `has_names` a choice may be followed by a colon and a name. A number below `least`
-    or beyond `most` is refused.
+    names what is written. With `has_names` a choice may be followed by a colon and a name. A `required` setting that is
+    missing or empty is refused, and so is a number below `least` or beyond `most`.
     """
     return field(
         default=default,
@@ -39,6 +40,7 @@ def setting(
             "positional": positional,
             "output": output,
             "has_names": has_names,
+            "required": required,
             "least": least,
             "most": most,
         },

@@ -18,7 +18,6 @@ from datasetdm_fast.command_line.output import print_lines, print_plan, print_re
 from datasetdm_fast.command_line.progress import ImageProgress
 from datasetdm_fast.config import SEEDS
 from datasetdm_fast.cores import count_cores
-from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun, format_duration
 from datasetdm_fast.settings import OutputSettings, setting
 
@@ -31,7 +30,7 @@ MOST = 2**31 - 1  # samples of a run
 class SpliceConfig(OutputSettings):
     FLAGS = "run grids number seed resize kept out limit dry_run threads json quiet".split()
 
-    run: str = setting("", "run folder whose samples are spliced", metavar="RUN", positional=True)
+    run: str = setting("", "run folder whose samples are spliced", metavar="RUN", positional=True, required=True)
     grids: tuple[str, ...] = setting(
         ("2",), "grids, taken in turn: 3 is 3x3, 1x2 one row of two pictures, at most 8x8", metavar="LIST"
     )
@@ -59,8 +58,6 @@ def main(arguments: Sequence[str]) -> int:
     from datasetdm_fast.runs.compositions.splice import Splicing
 
     folder = Path(config.out)
-    if not config.run:
-        raise Refused(f"{PROG}: RUN is missing", "Name the run folder whose samples are spliced, such as runs/demo.")
     grids, source = parse_grids(config.grids), TileSource(Path(config.run), only_kept=config.kept)
     splicing, start = Splicing(source, grids, config.number, config.seed, config.resize), time.perf_counter()
     existing = count_existing(folder, splicing.document)

@@ -21,7 +21,7 @@ EXAMPLES = ("runs/demo --shares 80,10,10", "runs/demo --shares 90,10 --names tra
 class SplitConfig(OutputSettings):
     FLAGS = "run shares names by_source seed undo dry_run json quiet".split()
 
-    run: str = setting("", "run folder", metavar="RUN", positional=True)
+    run: str = setting("", "run folder", metavar="RUN", positional=True, required=True)
     shares: str = setting("80,10,10", "shares of the samples in per cent, in the order of --names", metavar="LIST")
     names: tuple[str, ...] = setting(("train", "val", "test"), "names of the parts", metavar="LIST")
     by_source: bool = setting(True, "never separate samples made from the same picture: variants, edits, splices")
@@ -32,8 +32,6 @@ class SplitConfig(OutputSettings):
 @command
 def main(arguments: Sequence[str]) -> int:
     config, flags = parse(arguments, SplitConfig, PROG, __doc__, EXAMPLES)
-    if not config.run:
-        raise Refused(f"{PROG}: RUN is missing", "Name the run folder, for example runs/demo.")
     if config.undo and flags & {"shares", "names", "by_source", "seed"}:
         raise Refused("--undo: it removes the split, and takes no other flags", "Give only --undo, or drop it.")
     from datasetdm_fast.runs.curation.splitting import parse_shares, split_run

@@ -278,7 +278,7 @@ def test_a_mask_from_a_file_a_box_and_an_instance(source, tmp_path):
 
 
 WRONG = [
-    (vary, [], "no domain was named"),
+    (vary, [], "--domain is missing"),
     (vary, ["--domain", "nihgt"], "unknown domain (did you mean night?)"),
     (vary, ["--domain", "snow"], "the model demo does not know this domain"),
     (vary, ["--domain", "fog", "--strength", "1.5"], "--strength 1.5: expected 0 to 1"),

@@ -28,12 +28,17 @@ class CheckpointConfig(OutputSettings):
     FLAGS = "source to kind model ema allow_download out dry_run json quiet".split()
 
     source: str = setting(
-        "", "a checkpoint FILE.pth, a decoder's folder, or a model FILE.ckpt", metavar="FILE", positional=True
+        "",
+        "a checkpoint FILE.pth, a decoder's folder, or a model FILE.ckpt",
+        metavar="FILE",
+        positional=True,
+        required=True,
     )
     to: str = setting(
         "",
         "what to write: decoder, a folder for --decoder; pth, a checkpoint of DatasetDM; diffusers, a model folder",
         choices=tuple(WRITERS),
+        required=True,
     )
     kind: str = setting(
         "",
@@ -45,7 +50,7 @@ class CheckpointConfig(OutputSettings):
     )
     ema: bool = setting(False, "with --to diffusers: take the averaged weights of the U-Net")
     allow_download: bool = setting(False, "with --to diffusers: fetch the tokenizer's vocabulary where it is not here")
-    out: str = setting("", "folder to write, or the file of --to pth", metavar="OUT")
+    out: str = setting("", "folder to write, or the file of --to pth", metavar="OUT", required=True)
 
 
 def is_of_checkpoints(arguments: Sequence[str]) -> bool:
@@ -58,9 +63,6 @@ def is_of_checkpoints(arguments: Sequence[str]) -> bool:
 def convert_checkpoint(arguments: Sequence[str]) -> int:
     """The exit code of convert for a checkpoint."""
     config, _ = parse(arguments, CheckpointConfig, PROG, __doc__, EXAMPLES)
-    for name, flag in (("source", "FILE"), ("to", "--to"), ("out", "--out")):
-        if not getattr(config, name):
-            raise Refused(f"{PROG}: {flag} is missing", f"For example: {PROG} {EXAMPLES[0]}")
     for target, names in OPTIONS.items():
         if target != config.to and (used := [name for name in names if getattr(config, name)]):
             flag = "--" + used[0].replace("_", "-")

@@ -44,10 +44,10 @@ def parse(
     flags = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(options).items()}
     values = ({} if path is None else _read_yaml(Path(path), hints, converters)) | flags
     for field in fields:
-        if field.name not in values and field.default is MISSING:
-            raise Refused(
-                f"{prog}: {_flag(field.name)} is missing", f"Add {_flag(field.name)}: {field.metadata['help']}."
-            )
+        is_empty = field.metadata.get("required") and not values.get(field.name)
+        if is_empty or (field.default is MISSING and field.name not in values):
+            name = field.metadata["metavar"] if field.metadata.get("positional") else _flag(field.name)
+            raise Refused(f"{prog}: {name} is missing", f"Add {name}: {field.metadata['help']}.")
     config = cls(**values)
     for field in fields:
         flag, value = _flag(field.name), getattr(config, field.name)

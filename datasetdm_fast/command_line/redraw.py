@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.output import print_lines, print_plan, print_result, print_unfinished
 from datasetdm_fast.command_line.progress import ImageProgress
-from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun, format_duration
 from datasetdm_fast.runs.compositions.settings import RedrawSettings
 
@@ -24,8 +23,6 @@ def redraw(cls: type[Redrawing], settings: RedrawSettings, prog: str, arguments:
     from datasetdm_fast.runs.compositions.redraw import find_result, open_source, prepare
     from datasetdm_fast.runs.jobs.writing import write_missing
 
-    if not settings.run:
-        raise Refused(f"{prog}: RUN is missing", "Name the run folder whose samples are taken, such as runs/demo.")
     folder = Path(settings.out)
     redrawing = cls(open_source(Path(settings.run), only_kept=settings.kept), settings)
     if result := find_result(redrawing, folder, is_dry=settings.dry_run):

@@ -339,7 +339,9 @@ class LabelConfig(RunConfig):
         "allow_download json quiet threads dtype compile device"
     ).split()
 
-    images: str = setting("", "folder of PNG and JPEG files", identity=False, metavar="IMAGES", positional=True)
+    images: str = setting(
+        "", "folder of PNG and JPEG files", identity=False, metavar="IMAGES", positional=True, required=True
+    )
     captions: str = setting(
         "",
         'JSON file {"a.jpg": "a dog on a sofa"}: what the pictures show; without it every picture is searched for '

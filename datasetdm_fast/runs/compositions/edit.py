@@ -40,8 +40,6 @@ class Edits(Redrawing):
     choice: EditChoice
 
     def __init__(self, source: TileSource, choice: EditChoice):
-        if not choice.prompt.strip():
-            raise Refused("--prompt is missing", "Describe the edited image: --prompt TEXT.")
         check_line(choice.prompt, "--prompt")
         for name, value, least in (("grow", choice.grow, 0), ("feather", choice.feather, -1)):
             if not least <= value <= source.side:

@@ -52,7 +52,9 @@ class RedrawMachine(EngineSettings):
 class RedrawSettings(RedrawMachine, RedrawChoice, OutputSettings):
     """Settings that edit and vary share."""
 
-    run: str = setting("", "run folder whose samples are taken", identity=False, metavar="RUN", positional=True)
+    run: str = setting(
+        "", "run folder whose samples are taken", identity=False, metavar="RUN", positional=True, required=True
+    )
     out: str = setting("", "run folder", identity=False, metavar="RUN", output="folder")
     kept: bool = setting(False, "use only the samples that filter keeps", identity=False)
 
@@ -62,7 +64,7 @@ class VaryChoice(RedrawChoice):
     """The variants of a sample."""
 
     domain: tuple[str, ...] = setting(
-        (), "domains, comma-separated; one image per sample and domain: night,fog", metavar="LIST"
+        (), "domains, comma-separated; one image per sample and domain: night,fog", metavar="LIST", required=True
     )
     labels: str = setting(
         "source",
@@ -83,7 +85,9 @@ class VarySettings(RedrawSettings, VaryChoice):
 class EditChoice(RedrawChoice):
     """The region of a sample that is made again, and what is drawn there."""
 
-    prompt: str = setting("", "what to draw; it replaces the class in the sample's own prompt", metavar="TEXT")
+    prompt: str = setting(
+        "", "what to draw; it replaces the class in the sample's own prompt", metavar="TEXT", required=True
+    )
     alone: bool = setting(False, "give the model only --prompt, as when no class is named")
     class_: str = setting("", "regenerate the pixels of this class", metavar="CLASS")
     instance: int = setting(0, "regenerate this instance: the id of its annotation in instances.json", metavar="ID")

@@ -54,8 +54,6 @@ class Variants(Redrawing):
 
     def __init__(self, source: TileSource, choice: VaryChoice):
         names = ", ".join(DOMAINS)
-        if not choice.domain:
-            raise Refused("--domain: no domain was named", f"Choose from {names}.")
         for name in choice.domain:
             if name not in DOMAINS:
                 raise Refused(f"--domain {name}: unknown domain{nearest(name, DOMAINS)}", f"Choose from {names}.")

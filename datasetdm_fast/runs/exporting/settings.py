@@ -60,10 +60,19 @@ class ExportSettings(PictureSettings, LayoutSettings, OutputSettings, CommandSet
     ).split()
 
     runs: tuple[str, ...] = setting(
-        (), "run folders, whose samples are numbered in this order", metavar="RUN", positional=True, identity=False
+        (),
+        "run folders, whose samples are numbered in this order",
+        metavar="RUN",
+        positional=True,
+        identity=False,
+        required=True,
     )
     to: tuple[str, ...] = setting(
-        (), f"formats, comma-separated: {', '.join(EXPORT_FORMATS.names)}", choices=EXPORT_FORMATS.names, metavar="LIST"
+        (),
+        f"formats, comma-separated: {', '.join(EXPORT_FORMATS.names)}",
+        choices=EXPORT_FORMATS.names,
+        metavar="LIST",
+        required=True,
     )
     out: str = setting(
         "",

@@ -108,8 +108,6 @@ def _to_be_mended() -> Iterator[None]:
 def open_pictures(folder: str, captions: str) -> Pictures:
     """The pictures of a folder and its sub-folders; `captions` is a JSON object, name or file name -> what it shows."""
     root = Path(folder)
-    if not folder:
-        raise Refused("IMAGES is missing", NAME_PICTURES)
     if not root.is_dir():
         alike = storage.named_alike(root) if not root.exists() else ""
         raise Refused(f"IMAGES: {documents.quote(folder)} is not a folder{alike}", NAME_PICTURES)
