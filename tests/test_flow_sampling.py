@@ -254,6 +254,12 @@ def test_a_flow_runs_back_from_its_image_to_noise():
     assert relative(ddim_latents(engine, clean, None, 700, 9), clean + 0.7 * direction) < 1e-6
 
 
+def test_an_output_of_too_few_rows_is_no_guided_one():
+    walk = SamplerState(make_schedule(BETAS, "euler", 3), 4.0, torch.zeros(1, 4, 2, 2), rows=2)
+    with pytest.raises(ValueError, match="the output of call 0 has 1 rows, expected 2"):
+        walk.step(0, torch.zeros(1, 4, 2, 2))
+
+
 def test_noise_of_a_call_is_what_the_seed_of_an_image_draws_next():
     requests = [Request(k, "", seed) for k, seed in enumerate((5, 9))]
     levels = make_schedule({**BETAS, "_class_name": "LCMScheduler"}, "auto", 3)

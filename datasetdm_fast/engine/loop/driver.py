@@ -109,7 +109,8 @@ class BatchGenerator:
         sums = self.zero_attention_sums(len(requests))
         beginning = recipe.origin.begin(engine, recipe.schedule, requests)
         noise = beginning.noise or fresh_noise(recipe.schedule, requests, beginning.latents)
-        state = SamplerState(recipe.schedule, recipe.guidance, beginning.latents, noise)
+        rows = len(text) if text.guidance is None else len(requests)
+        state = SamplerState(recipe.schedule, recipe.guidance, beginning.latents, noise, rows)
 
         captures = {}
         for call, timestep in enumerate(recipe.schedule.timesteps):

@@ -52,12 +52,19 @@ class SamplerState:
 
     Earlier entries lie in a ring that is written in place; which of its slots a call reads, and with what weight, is in
     its row of numbers, computed once per run, so nothing here waits for a device. Calls that add fresh noise take it
-    from `noise`, [B, C, h, w].
+    from `noise`, [B, C, h, w]. Where `rows` is given, every output must have so many.
     """
 
-    def __init__(self, schedule: Schedule, guidance: float, latents: Tensor, noise: Callable[[], Tensor] | None = None):
+    def __init__(
+        self,
+        schedule: Schedule,
+        guidance: float,
+        latents: Tensor,
+        noise: Callable[[], Tensor] | None = None,
+        rows: int = 0,
+    ):
         assert noise or not schedule.noisy_calls
-        self.noise = noise
+        self.noise, self.rows = noise, rows
         self.schedule, self.latents, self.origin = schedule, latents, latents
         self.ring = latents.new_zeros((schedule.memory, *latents.shape))
         self.numbers, self.places = _walk_numbers(schedule, guidance, latents.device)
@@ -67,6 +74,8 @@ class SamplerState:
         """The latents after call k, whose output is `output`, [2B, C, h, w] without and with the text, or [B, C, h, w]
         where there is no guidance.
         """
+        if self.rows and len(output) != self.rows:
+            raise ValueError(f"the output of call {k} has {len(output)} rows, expected {self.rows}")
         latents = self.origin if self.schedule.updates[k].restarts else self.latents
         self.latents, entry = self.guided_step(output, latents, self.ring, self.numbers[k]).unbind()
         if self.places[k] is not None:
