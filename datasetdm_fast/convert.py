@@ -47,6 +47,10 @@ def main(arguments: Sequence[str]) -> int:
         raise Refused("--quality: PNG files have none", "Drop it, or give --image-format jpg.")
     if "where" in flags and not settings.where.strip():
         raise Refused("--where: no condition was given", "Write a condition, or drop the flag.")
+    if settings.push_to_hub:
+        from datasetdm_fast.runs.exporting.hub import check_hub
+
+        check_hub(settings.push_to_hub)
     folder = Path(settings.out) if settings.out else Path(settings.runs[0]) / EXPORTS
     conversion = _open_conversion(settings, folder)
     print_lines(settings, *conversion.notes())
@@ -55,6 +59,7 @@ def main(arguments: Sequence[str]) -> int:
         plan = f"{count_noun(conversion.samples, 'sample')} would be written as {formats}"
         conversion.close()
         plan = "complete, nothing to do" if conversion.is_complete else plan
+        plan += f", and be uploaded to {settings.push_to_hub}" if settings.push_to_hub else ""
         return print_plan(settings, {**facts, "splits": conversion.splits}, str(folder), f"{folder}: {plan}")
     with (
         Interruption(settings.quiet) as interruption,
@@ -72,6 +77,11 @@ def main(arguments: Sequence[str]) -> int:
         summary = f"complete, {summary}; nothing to do"
     print_lines(settings, f"{folder}: {summary}")
     facts |= {"made": result.made, "files": result.files, "splits": conversion.splits}
+    if settings.push_to_hub:
+        from datasetdm_fast.runs.exporting.hub import push_to_hub
+
+        facts["url"] = push_to_hub(folder, settings.push_to_hub)
+        print_lines(settings, f"{folder}: uploaded to {facts['url']}")
     print_result(settings, facts, str(folder))
     return interruption.exit_code(0)
 

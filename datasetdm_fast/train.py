@@ -17,6 +17,7 @@ from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.output import NOTHING_WRITTEN, print_lines, print_result
 from datasetdm_fast.command_line.progress import StepProgress
 from datasetdm_fast.training.settings import TrainConfig
+from datasetdm_fast.training.trackers import check_trackers
 
 if TYPE_CHECKING:
     from datasetdm_fast.training.processes import Ranks
@@ -34,6 +35,7 @@ EXAMPLES = (
 def main(arguments: Sequence[str]) -> int:
     config, _ = parse(arguments, TrainConfig, PROG, __doc__, EXAMPLES)
     config.check()
+    check_trackers(config.log)
     import torch
 
     from datasetdm_fast.training.processes import join_processes, leave_processes

@@ -806,6 +806,45 @@ def test_several_runs_are_one_export_with_one_class_table(run, tmp_path):
         assert (item.image == sample.image).all() and (item.masks == sample.instances.masks).all()
 
 
+class FakeHub:
+    """What is uploaded where, in place of huggingface_hub's client."""
+
+    calls: list = []
+
+    def create_repo(self, name, **facts):
+        self.calls.append(("create", name, facts["repo_type"], facts["private"]))
+        return f"https://huggingface.co/datasets/{name}"
+
+    def upload_folder(self, **facts):
+        self.calls.append(("folder", facts["repo_id"], Path(facts["folder_path"])))
+
+    def upload_file(self, **facts):
+        self.calls.append((facts["path_in_repo"], facts["path_or_fileobj"].decode()))
+
+
+def test_an_export_is_uploaded_where_it_is_asked_for(run, tmp_path, monkeypatch, capsys):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", FakeHub)
+    line = [str(run), "--to", "hf-parquet", "--out", str(tmp_path / "out"), "--push-to-hub", "me/balls"]
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    assert main(line) == 3 and "no account is logged in" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "secret")
+    assert main([*line, "--dry-run"]) == 0 and not FakeHub.calls and "uploaded to me/balls" in capsys.readouterr().err
+    assert main(line) == 0
+    create, folder, (name, card) = FakeHub.calls
+    assert create == ("create", "me/balls", "dataset", True) and folder == ("folder", "me/balls", tmp_path / "out")
+    assert name == "README.md" and "{split: train, path: 'hf-parquet/data/train-*'}" in card and "# balls" in card
+    told = capsys.readouterr()
+    assert "uploaded to https://huggingface.co/datasets/me/balls" in told.err and "secret" not in told.err + told.out
+    monkeypatch.setattr(FakeHub, "create_repo", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("no network")))
+    assert main(line) == 3 and "the upload failed (ConnectionError: no network)" in capsys.readouterr().err
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(line) == 3 and "HF_HUB_OFFLINE forbids the network" in capsys.readouterr().err
+    assert main([*line[:-1], "balls"]) == 2 and "Write OWNER/NAME" in capsys.readouterr().err
+
+
 def test_hostile_class_names_are_harmless(tmp_path):
     run = tmp_path / "run"
     described = document(2, SIZE)

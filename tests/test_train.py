@@ -30,7 +30,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels.colours import colour
 from datasetdm_fast.engine.labels.words import find_classes
 from datasetdm_fast.engine.scenes import world
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.training import (
     checkpoint,
     cross_validation,
@@ -501,7 +501,7 @@ def test_copies_of_one_image_are_not_told_to_be_cross_validated(run, tmp_path, c
     assert "12 folds of 11 images" in capsys.readouterr().err
 
 
-def test_tensorboard_is_written_where_it_is_installed(monkeypatch, tmp_path):
+def test_tensorboard_is_written_where_it_is_asked_for(monkeypatch, tmp_path):
     from datasetdm_fast.training import log
 
     written = []
@@ -516,9 +516,11 @@ def test_tensorboard_is_written_where_it_is_installed(monkeypatch, tmp_path):
         def close(self):
             written.append("closed")
 
-    monkeypatch.setattr(log, "find_spec", lambda name: name == "tensorboard")
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
     with log.Log(tmp_path, 3) as one:
+        one.step(4, 10, 0.5, 0.1)
+    assert not written
+    with log.Log(tmp_path, 3, ["tensorboard"]) as one:
         one.step(4, 10, 0.5, 0.1)
         one.figure(4, "miou", 0.25)
     assert written == [
@@ -528,6 +530,46 @@ def test_tensorboard_is_written_where_it_is_installed(monkeypatch, tmp_path):
         ("held_out_miou", 0.25, 4),
         "closed",
     ]
+
+
+def test_wandb_and_mlflow_are_told_by_their_own_means(monkeypatch, tmp_path):
+    from datasetdm_fast.training.log import Log
+
+    told, folder = [], tmp_path / "decoder" / "depth" / "training"
+    folder.mkdir(parents=True)
+    run = types.SimpleNamespace(
+        log=lambda values, step: told.append(("wandb", values, step)), finish=lambda: told.append("finished")
+    )
+    starts = {}
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **facts: starts.update(facts) or run))
+    mlflow = types.SimpleNamespace(
+        set_experiment=lambda name: told.append(name),
+        start_run=lambda run_name, tags: told.append(run_name),
+        log_metrics=lambda values, step: told.append(("mlflow", values, step)),
+        end_run=lambda: told.append("ended"),
+    )
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    with Log(folder, 0, ["wandb", "mlflow"]) as log:
+        log.step(1, 10, 0.5, 0.1)
+        log.figure(1, "absrel", 0.25)
+    assert (starts["project"], starts["name"], starts["resume"]) == ("datasetdm_fast", "decoder-depth", "allow")
+    both = [{"loss": 0.5, "rate": 0.1}, {"held_out_absrel": 0.25}]
+    assert [entry for entry in told if entry[0] == "wandb"] == [("wandb", values, 1) for values in both]
+    assert [entry for entry in told if entry[0] == "mlflow"] == [("mlflow", values, 1) for values in both]
+    assert told[:2] == ["datasetdm_fast", "decoder-depth"] and told[-2:] == ["finished", "ended"]
+
+
+def test_a_tracker_that_is_missing_or_has_no_network_is_named(run, monkeypatch, tmp_path, capsys):
+    from datasetdm_fast.training.log import Log
+
+    def refuse(**facts):
+        raise ConnectionError("api.wandb.ai cannot be reached")
+
+    assert run("--data", "demo:4", "--log", "wandb") == 3
+    assert "--log wandb: wandb is not installed" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=refuse))
+    with pytest.raises(Missing, match="it cannot begin a run .ConnectionError: api.wandb.ai cannot be reached"):
+        Log(tmp_path, 0, ["wandb"])
 
 
 def test_a_log_goes_on_after_the_last_kept_step(tmp_path):

@@ -1,12 +1,13 @@
-"""Losses and figures of a training: one JSON object a line, and TensorBoard's files where TensorBoard is installed."""
+"""Losses and figures of a training: one JSON object a line, and what trackers are told."""
 
 import json
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from importlib.util import find_spec
 from pathlib import Path
 
 from datasetdm_fast.disk import storage
+from datasetdm_fast.training.trackers import Tracker, open_trackers
 
 NAME = "log.jsonl"
 MOST_STEPS = 5000  # lines of losses a training writes at most
@@ -16,9 +17,10 @@ LARGEST_LOG = 2**28  # bytes
 class Log(AbstractContextManager):
     """Appends to the log of a folder, after it removed the lines of steps after `done`."""
 
-    def __init__(self, folder: Path, done: int, is_writing: bool = True):
+    def __init__(self, folder: Path, done: int, trackers: Sequence[str] = (), is_writing: bool = True):
         self.path, self.began = folder / NAME, time.monotonic()
-        self._file = self._board = None
+        self._file = None
+        self._trackers: list[Tracker] = []
         if not is_writing:
             return
         lines = storage.read(self.path, LARGEST_LOG).splitlines() if self.path.exists() else []
@@ -26,10 +28,7 @@ class Log(AbstractContextManager):
         storage.publish({self.path: b"".join(line + b"\n" for line in before)})
         with storage.refusing(self.path):
             self._file = storage.syscall("open", open, self.path, "a")
-        if find_spec("tensorboard"):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+        self._trackers = open_trackers(trackers, folder, done)
 
     def step(self, step: int, steps: int, loss: float, rate: float) -> None:
         """The loss and the learning rate of a step of `steps`."""
@@ -45,17 +44,16 @@ class Log(AbstractContextManager):
         with storage.refusing(self.path):
             storage.syscall("write", self._file.write, json.dumps(values) + "\n")
             self._file.flush()
-        if self._board:
-            for name, value in values.items():
-                if name not in ("step", "seconds"):
-                    self._board.add_scalar(name, value, values["step"])
+        for tracker in self._trackers:
+            shown = {name: value for name, value in values.items() if name not in ("step", "seconds")}
+            tracker.log(shown, values["step"])
 
     def __exit__(self, *_: object) -> None:
         if self._file:
             with storage.refusing(self.path):
                 self._file.close()
-        if self._board:
-            self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def _step(line: bytes) -> float:

@@ -28,6 +28,7 @@ QUIRKS = {
 }  # upstream's mistakes
 
 MOST_FOLDS = 100
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
         "data task out model size select images limit_per_class min_area limit_images only_classes framing skip_bad "
         "allow_download held_out folds preset quirks pose_head steps batch_size accumulate rate patience checks draws "
         "augment captions class_table by_name by_word outlines timestep latent inversion ddim_steps cache cache_dir "
-        "cache_gb storage engine dtype device seed save_every threads dry_run json quiet"
+        "cache_gb storage engine dtype device seed save_every log threads dry_run json quiet"
     ).split()
 
     data: str = setting(
@@ -167,6 +168,14 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
     )
     seed: int = setting(0, "seed of weights, noise, order and sampled points", metavar="N")
     save_every: float = setting(60.0, "seconds between checkpoints", identity=False, metavar="S")
+    log: tuple[str, ...] = setting(
+        (),
+        "libraries that losses and figures are reported to, as each is set up, beside log.jsonl: "
+        + ", ".join(TRACKERS),
+        choices=TRACKERS,
+        identity=False,
+        metavar="LIST",
+    )
     json: bool = setting(False, "the results as one JSON object on stdout", identity=False)
 
     def check(self) -> None:
@@ -243,6 +252,7 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
             dtype=self.dtype,
             by_word=self.by_word == "auto",
             outlines="" if self.outlines == "auto" and self.preset == "upstream" else self.outlines,
+            trackers=self.log,
         )
 
     def session_settings(self) -> dict[str, Any]:

@@ -67,6 +67,7 @@ class TaskSettings:
     dtype: str = "auto"
     by_word: bool = True  # whether things are named by the attention to words where training images show it can
     outlines: str = "auto"  # empty: those of the decoder's configuration
+    trackers: tuple[str, ...] = ()  # libraries that losses and figures are reported to
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,8 @@ def run_training(
     trainer = Trainer(plan.decoder, plan.schedule, training.views, plan.words, **options)
     try:
         run = _TrainingRun(training, trainer, ranks)
-        with Log(training.state_folder, trainer.state.step, is_writing=ranks.is_first) as log:
+        trackers = training.settings.trackers
+        with Log(training.state_folder, trainer.state.step, trackers, is_writing=ranks.is_first) as log:
             if not run.train(log, on_step, is_stopping):
                 return None
         return ranks.broadcast(run.finish() if ranks.is_first else None)

@@ -56,7 +56,7 @@ class LayoutSettings:
 class ExportSettings(PictureSettings, LayoutSettings, OutputSettings, CommandSettings):
     FLAGS = (
         "runs to out task classes where kept least_score image_format quality resize polygons parts border shard copy "
-        "dry_run threads json quiet"
+        "push_to_hub dry_run threads json quiet"
     ).split()
 
     runs: tuple[str, ...] = setting(
@@ -96,6 +96,12 @@ class ExportSettings(PictureSettings, LayoutSettings, OutputSettings, CommandSet
     )
     kept: bool = setting(False, "take only the samples that filter keeps")
     copy: bool = setting(False, "copy files that need no change, instead of linking to them", identity=False)
+    push_to_hub: str = setting(
+        "",
+        "upload the export to this data set of the Hugging Face Hub, OWNER/NAME; a new one is private",
+        metavar="REPO",
+        identity=False,
+    )
     threads: int = setting(
         0, "samples worked on at once, 0 = all cores", metavar="N", identity=False, least=0, most=1024
     )

@@ -1,0 +1,101 @@
+"""Experiment trackers that a training reports to where they are asked for: TensorBoard, Weights & Biases, MLflow.
+
+Where they write or send, and with which account, is decided by their own settings, such as MLFLOW_TRACKING_URI.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from datasetdm_fast.errors import Missing
+from datasetdm_fast.untrusted import documents
+
+PROJECT = "datasetdm_fast"
+
+
+class Tracker(Protocol):
+    def log(self, values: Mapping[str, float], step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in the training's folder, without those of steps after `done`."""
+
+    def __init__(self, folder: Path, done: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of wandb; a training that resumes goes on with its own, whose name is its folder's."""
+
+    def __init__(self, folder: Path, done: int):
+        wandb: Any = import_module("wandb")
+        name = "-".join(folder.resolve().parts[-3:-1])  # DECODER/TASK/training
+        self._run: Any = wandb.init(project=PROJECT, name=name, id=run_id(folder), dir=str(folder), resume="allow")
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class MlFlow:
+    """A run of MLflow in the experiment datasetdm_fast."""
+
+    def __init__(self, folder: Path, done: int):
+        self._mlflow = mlflow = import_module("mlflow")
+        mlflow.set_experiment(PROJECT)
+        mlflow.start_run(run_name="-".join(folder.resolve().parts[-3:-1]), tags={"folder": run_id(folder)})
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._mlflow.log_metrics(dict(values), step=step)
+
+    def close(self) -> None:
+        self._mlflow.end_run()
+
+
+TRACKERS: dict[str, Callable[[Path, int], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WeightsAndBiases,
+    "mlflow": MlFlow,
+}
+
+
+def run_id(folder: Path) -> str:
+    """A name for a training that is the same when it resumes."""
+    return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuses trackers whose library is missing, before a model is loaded."""
+    for name in names:
+        if find_spec(name) is None:
+            raise Missing(f"--log {name}: {name} is not installed", f"pip install {name}, or drop it from --log.")
+
+
+def open_trackers(names: Sequence[str], folder: Path, done: int) -> list[Tracker]:
+    """The trackers of a training in a folder that has done so many steps; one that cannot begin is named."""
+    trackers: list[Tracker] = []
+    for name in names:
+        try:
+            trackers.append(TRACKERS[name](folder, done))
+        except Exception as error:  # their libraries raise nearly anything without a network or an account
+            for tracker in trackers:
+                tracker.close()
+            cause = f"--log {name}: it cannot begin a run ({documents.one_line(f'{type(error).__name__}: {error}')})"
+            raise Missing(cause, f"Set {name} up, or drop it from --log; log.jsonl is written in any case.") from error
+    return trackers
