@@ -26,8 +26,8 @@ _BY_FILE = {
     "engine/loop/origin.py": (
         "test_driver.py",
         (
-            "initial_noise(request.seed, 4, side, side)",
-            "initial_noise(request.index, 4, side, side)",
+            "initial_noise(request.seed, *shape)",
+            "initial_noise(request.index, *shape)",
             "the seed decides nothing",
         ),
     ),
@@ -124,7 +124,27 @@ _BY_FILE = {
     "engine/sampling/dpm_solver.py": (
         _SAMPLING,
         ("0.5 * h /", "h /", "the second order is counted twice"),
-        ("if k == len(times) - 1", "if k == len(times)", "the last step does not end at a clean image"),
+        ("Update(0.0, (1.0,), entries[-1])", "Update(0.0, (1.0,))", "the last step does not end at a clean image"),
+    ),
+    "engine/sampling/euler.py": (
+        "test_flow_sampling.py",
+        ("change / before", "change", "a network that predicts v is read as one that predicts noise"),
+        (
+            "return first / math.hypot(first, 1)",
+            "return 1.0",
+            "the first latents have another size than those of diffusers",
+        ),
+        ("((target - 1) * sigma,), noise=target", "((target - 1) * sigma,)", "no fresh noise"),
+    ),
+    "engine/sampling/flow.py": (
+        "test_flow_sampling.py",
+        ("low - slope * least", "low", "another shift for the size of the image"),
+        ("[*sigmas.tolist(), 0.0]", "[*sigmas.tolist(), 0.001]", "some noise is left"),
+    ),
+    "engine/sampling/heun.py": ("test_flow_sampling.py", ("(half, -half)", "(half, half)", "a step is made twice")),
+    "engine/sampling/unipc.py": (
+        "test_flow_sampling.py",
+        ("if k > 0", "if k > 1", "the first step is not corrected"),
     ),
     "engine/sampling/times.py": (
         f"{_SAMPLING} test_sampling.py::test_noise_of_large_seeds_is_that_of_torch",
@@ -134,7 +154,7 @@ _BY_FILE = {
     ),
     "engine/sampling/__init__.py": (
         _SAMPLING,
-        ("steps <= len(alphas)", "steps < len(alphas)", "the largest number of steps is refused"),
+        ("steps <= most", "steps < most", "the largest number of steps is refused"),
     ),
     "engine/models/capture.py": (
         "test_models.py",
