@@ -71,7 +71,8 @@ def _write(
         job = admit_job(run, spec, screen, verify=config.verify, races=launch.is_here)
     if launch.is_here:
         seconds = job.call_seconds or probe(job.engine, job.plan.batch_size, job.calls_left)
-        print_lines(config, *describe_job(job, seconds))
+        if not config.quiet:
+            print_lines(config, *describe_job(job, seconds))
         counted = {"images": job.images_left, "batch": job.plan.batch_size, "calls": len(job.recipe.schedule)}
     elif job:
         begin_run(job)

@@ -1,18 +1,15 @@
 """The data set card: its header, command, verdict, licences and pictures."""
 
-import io
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
-from PIL import Image
-from rendered import document, rendered, write_run
+from rendered import document, write_run
 
 from datasetdm_fast.engine.loop import prompts
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder.folder import RunFolder
-from datasetdm_fast.runs.run_folder.indexes import card, statistics
+from datasetdm_fast.runs.run_folder.indexes import card
 from datasetdm_fast.runs.run_folder.indexes.licences import KNOWN, conflicts, hub_names, licence_of
 from datasetdm_fast.runs.run_folder.ledger import Ledger
 
@@ -190,35 +187,7 @@ def test_the_text_of_a_licence_is_known_by_its_title():
     assert licence_of((ROOT / "LICENSE").read_text()) is KNOWN["apache-2.0"]
 
 
-def test_the_picture_shows_what_the_ledger_holds(run):
-    with Ledger(run / "state/ledger.sqlite", read_only=True) as ledger:
-        figures = given(statistics.StatisticsPicture(document(12), ledger)).figures
-    views = [rendered(k).annotations["instance"] for k in range(12)]
-    assert len(figures.areas) == len(figures.scores) == sum(len(view.masks) for view in views)
-    assert max(figures.areas) == pytest.approx(max(view.masks.mean((1, 2)).max() for view in views if len(view.masks)))
-    assert len(figures.depths) == 12 and figures.images["table"] == 12
-    picture = Image.open(run / statistics.STATISTICS)
-    assert picture.format == "PNG" and picture.size == (2 * statistics.PANEL[0], 2 * statistics.PANEL[1])
-    assert len(np.unique(np.array(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 3
-
-
-def test_bars_are_as_long_as_their_numbers():
-    figures = statistics.Figures(scores=[0.02] * 10 + [0.99] * 5 + [1.0] * 5)
-    bars = np.array(Image.open(io.BytesIO(statistics.draw_panels(figures))).convert("RGB")) == statistics.BAR
-    columns = bars.all(2).sum(0)
-    heights = [run.max() for run in np.split(columns, np.flatnonzero(np.diff(columns > 0)) + 1) if run.max()]
-    assert len(heights) == 2 and heights[0] == heights[1]
-
-
 def test_a_run_without_labels_to_count_has_a_card(tmp_path):
     with RunFolder(tmp_path / "run", document(1)) as folder:
         finish_run(folder)
-    assert (tmp_path / "run" / "statistics.png").stat().st_size and "0 of 1 images" in (
-        tmp_path / "run" / "README.md"
-    ).read_text()
-
-
-def test_many_classes_and_hostile_names_are_drawn():
-    figures = statistics.Figures(images={f"{k} \u202e<b>🎈{'x' * k}": k + 1 for k in range(40)})
-    title, bars, _ = next(statistics.panels_of(figures))
-    assert "24 most frequent of 40" in title and bars[0][1] == 40 and statistics.draw_panels(figures)
+    assert "0 of 1 images" in (tmp_path / "run" / "README.md").read_text()

@@ -134,11 +134,11 @@ def test_a_damaged_split_can_be_undone(run, content, capsys):
 
 def test_a_damaged_file_is_still_noticed_once_the_run_is_split(run):
     (run / "samples.jsonl").write_bytes((run / "samples.jsonl").read_bytes()[:-1] + b" ")
-    (run / "statistics.png").unlink()
+    (run / "gallery/gallery.css").unlink()
     assert main([str(run), "--quiet"]) == 0
-    assert [finding.place for finding in audit(run).findings] == ["samples.jsonl", "statistics.png"]
+    assert [finding.place for finding in audit(run).findings] == ["gallery/gallery.css", "samples.jsonl"]
     assert main([str(run), "--undo", "--quiet"]) == 0
-    assert [finding.place for finding in audit(run).findings] == ["samples.jsonl", "statistics.png"]
+    assert [finding.place for finding in audit(run).findings] == ["gallery/gallery.css", "samples.jsonl"]
 
 
 def test_variants_of_a_picture_stay_with_it(tmp_path):

@@ -32,7 +32,8 @@ def finish_run(run: RunFolder) -> None:
             run.remove_leftovers()
             with refusing_rows(run.path):
                 write_indexes(run.path, run.document, run.ledger)
-            shutil.rmtree(run.path / "gallery/thumbnails", ignore_errors=True)  # of runs that an earlier version began
+            shutil.rmtree(run.path / "gallery/thumbnails", ignore_errors=True)  # of runs that an earlier version began,
+            storage.remove(run.path / "statistics.png")  # and so is this
             run.ledger.note("indexed", "yes")
         elif not is_sealed(run.path):  # a filter may have been killed before it marked the page
             page_files.mark_left_out(run.path, read_filter(run.path))

@@ -49,8 +49,12 @@ def layer_with_picture(role: str) -> GalleryLayer | None:
 
 def picture_roles(document: Mapping[str, Any]) -> list[str]:
     """The roles of a run's files in whose place the page shows pictures."""
-    roles = (role for label in document["config"]["task"] for role in kind_of(label).files(document["labels"][label]))
-    return [role for role in roles if layer_with_picture(role)]
+    return [
+        role
+        for label in document["config"]["task"]
+        for role in kind_of(label).files(document["labels"][label])
+        if any(layer.picture and layer.role == role for layer in kind_of(label).layers)
+    ]
 
 
 def page_folders(roles: list[str]) -> list[str]:

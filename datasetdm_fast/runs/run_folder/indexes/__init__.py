@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from datasetdm_fast.engine.labels import by_kind, kind_of
-from datasetdm_fast.runs.run_folder.indexes import card, coco, samples, statistics
+from datasetdm_fast.runs.run_folder.indexes import card, coco, samples
 from datasetdm_fast.runs.run_folder.indexes.index_file import IndexFile
 from datasetdm_fast.runs.run_folder.ledger import Ledger
 
@@ -13,7 +13,6 @@ IndexWriter = Callable[[Mapping[str, Any], Ledger], IndexFile]
 INDEXES: dict[str, IndexWriter] = {  # of every run
     "samples.jsonl": samples.Lines,
     "README.md": card.Card,
-    statistics.STATISTICS: statistics.StatisticsPicture,
 }
 
 

@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any
 
 from datasetdm_fast.config import ATTENTION, DEMO_PROMPTS, INVERSION
-from datasetdm_fast.engine.labels import by_kind, kind_of, task_of
+from datasetdm_fast.engine.labels import by_kind, kind_of
 from datasetdm_fast.engine.labels.kind import markdown_cell
 from datasetdm_fast.engine.labels.names import tasks_of
 from datasetdm_fast.runs.run_folder.document import (
@@ -25,7 +25,6 @@ from datasetdm_fast.runs.run_folder.document import (
 )
 from datasetdm_fast.runs.run_folder.indexes.index_file import IndexFile
 from datasetdm_fast.runs.run_folder.indexes.licences import DERIVED, conflicts, hub_names, licence_of
-from datasetdm_fast.runs.run_folder.indexes.statistics import STATISTICS
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger, Row
 from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.settings import flags_of
@@ -137,7 +136,6 @@ def text(document: Mapping[str, Any], ledger: Ledger, counts: Mapping[str, Count
         "- `gallery/index.html`: a page that shows them; `run.json`: settings, versions and digests; "
         "`state/ledger.sqlite`: one row per sample; `state/events.jsonl`: log of the run\n",
         *_trust(document, ledger),
-        f"## Statistics\n\n![Classes, areas, scores and depths of this data set]({STATISTICS})\n",
         *_sections(document, counts),
         *_left_out(ledger),
         "## How it was made\n",
@@ -283,7 +281,7 @@ def _citations(document: Mapping[str, Any]) -> Iterator[str]:
 def _attributes(labels: Sequence[str]) -> str:
     """What a sample of these labels offers."""
     names = {label: kind_of(label).attribute for label in labels}
-    accesses = (f".{name}" if task_of(name) == label else f'.label("{label}")' for label, name in names.items())
+    accesses = (f'.label("{label}")' if ":" in label else f".{name}" for label, name in names.items())
     return " ".join((".image", *accesses, ".prompt .seed"))
 
 
