@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
         plan = "\n".join(f"{name:24} {count:8,}" for name, count in counts.items())
         return print_plan(config, {"out": config.out, "classes": counts, "asked_for": total}, plan)
     key, rejected = read_key(os.environ), Counter()
-    if model := open_model(config.llm_url, config.llm_model, config.llm_command, key):
+    if model := open_model(config.llm_url, config.llm_model, key):
         replies = language_model.Replies(Path(f"{config.out}.replies"), model, config.llm_requests, key)
         classes = list(balance.plan_classes(counts, config.pairs, config.seed))
         with PromptProgress(len(classes), config.quiet) as progress:

@@ -243,7 +243,7 @@ def test_commands_of_a_page_run_in_its_order(name, demo_run, tmp_path, monkeypat
     Image.new("L", (128, 128), 255).save("mask.png")
     for words in shell_lines(ROOT / "docs" / f"{name}.md"):
         program, rest = words[2].removeprefix("datasetdm_fast."), words[3:]
-        if program.startswith("bench.") or {"--serve", "--balance", "--llm-url", "--llm-command"} & {*rest}:
+        if program.startswith("bench.") or {"--serve", "--balance", "--llm-url"} & {*rest}:
             continue  # these need a browser, minutes of training, another's data or a language model
         code = run_module(f"datasetdm_fast.{program}", [*rest, *SMALL.get(program, ())])
         assert code == 0, f"{' '.join(words)}: {capsys.readouterr().err}"

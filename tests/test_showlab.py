@@ -214,14 +214,6 @@ def test_every_process_draws_the_same_prompts_and_has_seeds_of_its_own(root):
     assert found[0].stem == "aeroplane_200000" and len({item.stem for item in found}) == len(found)
 
 
-def test_what_is_left_over_is_made_where_it_is_asked_for(root):
-    line = ("Semantic_VOC_AnyClass", "--n_each_class", "7", "--thread_num", "3")
-    plain, whole = ordered(root, *line).items, ordered(root, *line, "--all").items
-    assert whole[: len(plain)] == plain and len(whole) == 7 * 20 == len({item.stem for item in whole})
-    apart = ordered(root, *line, "--fixed").items
-    assert [item.prompt for item in apart[:40]] != [item.prompt for item in apart[40:80]]
-
-
 @pytest.mark.parametrize(
     "script, flags, first, count",
     [
@@ -284,13 +276,10 @@ def test_files_follow_upstreams_rules():
     points, is_written = upstream_rules.keypoints(maps[None], 64)
     line = files.write_heatmap_joints(answer({"heatmaps": maps}, "pose"))["txt"].decode()
     assert np.allclose([float(x) for x in line.split(",")], points[0][is_written[0]].flatten())
-    assert len(files.write_heatmap_joints(answer({"heatmaps": maps}, "pose", is_fixed=True))["txt"].split(b",")) == 51
     assert files.write_heatmap_joints(answer({"heatmaps": -torch.ones(17, 8, 8)}, "pose"))["txt"] == b"\n"
     metres = 12 * torch.rand(1, 64, 64, generator=numbers)
     coarse = decoded(files.write_depth(answer({"depth": metres}, "nyu"))["png"])
     assert (coarse == upstream_rules.depth_bytes(metres[0].numpy(), 10)).all() and coarse.max() == 255
-    fine = decoded(files.write_depth(answer({"depth": metres}, "nyu", is_fixed=True))["png"])
-    assert fine.dtype == np.uint16 and (fine == np.rint(metres[0].numpy() * 1000)).all()
 
 
 def test_contour_lines():
@@ -303,12 +292,6 @@ def test_contour_lines():
     # sorted, as PyTorch's topk promises no order
     assert sorted(line.rpartition(",")[0] for line in lines) == ["5,40,5,49,29,49,29,40,4", "7,3,0"]
     assert all(0.4 <= float(line.rpartition(",")[2]) <= 1 for line in lines)
-    mended = files.write_contours(answer(raw, class_id=3, is_fixed=True))["txt"].decode().splitlines()
-    assert sorted(line.rpartition(",")[0] for line in mended) == [
-        "5,10,5,19,29,19,29,10,2",
-        "5,40,5,49,29,49,29,40,2",
-        "7,3,2",
-    ]
     assert files.write_contours(answer({**raw, "pred_logits": torch.zeros(3, 81)}))["txt"] == b""
 
 
@@ -370,12 +353,10 @@ def test_a_line_resumes_to_the_same_bytes_and_leaves_a_run_folder(run, root, tmp
     monkeypatch.setattr(
         FastEngine, "denoise_and_capture", lambda self, x, *given: sizes.append(len(x)) or denoise(self, x, *given)
     )
-    run(*line, "--batch_size", "3", "--together", "--limit", "1", "--outdir", tmp_path / "fast")
-    assert sizes == [3]
     run(*line, "--batch_size", "3", "--outdir", tmp_path / "other")
-    assert sizes[1:] == [1] * 4 and tree(tmp_path / "other") == whole
+    assert sizes == [1] * 4 and tree(tmp_path / "other") == whole
 
-    for other in (("--thread_num", "1"), ("--seed", "7"), ("--fixed",), ("--together",), ("--profile", "0.14.0")):
+    for other in (("--thread_num", "1"), ("--seed", "7"), ("--profile", "0.14.0")):
         assert "holds a run with other" in run(*line, *other, "--outdir", tmp_path / "parts", code=2).err
     assert tree(tmp_path / "parts") == whole
 
@@ -497,10 +478,9 @@ def test_the_table_counts_processes_and_what_they_leave_over(root):
     engine = types.SimpleNamespace(name="fast", model=types.SimpleNamespace(name="demo"))
     job = types.SimpleNamespace(engine=engine, plan=types.SimpleNamespace(batch_size=4))
     flags = ("Depth_NYU", "--number_data", "7", "--thread_num", "3", "--prompt_root", f"{PROMPTS}/NYU")
-    plain, whole = ("\n".join(summary.rows(ordered(root, *flags, *more), job)) for more in ((), ("--all",)))
+    plain = "\n".join(summary.rows(ordered(root, *flags), job))
     assert "6 images, seeds 200000 to 200009: those of --thread_num 3 processes" in plain
-    assert "--number_data 7: 1 left over by 3 processes; --all makes them" in plain and "guidance 5;" in plain
-    assert "7 images, seeds 200000 to 200012: those of --thread_num 3 processes" in whole and "left over" not in whole
+    assert "--number_data 7: 1 left over by 3 processes" in plain and "guidance 5;" in plain
 
 
 def test_an_output_that_holds_something_else_is_refused(run, tmp_path):

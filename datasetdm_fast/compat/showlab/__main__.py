@@ -58,10 +58,10 @@ def generate(script: Generator, line: Line, same_command: str) -> int:
         for item in order.items:
             print(f"{item.stem}  seed {item.seed}  {item.prompt!r}")
         return 0
-    left, batch = job.plan.number - job.done, job.plan.batch_size if line["together"] else 1
+    left = job.plan.number - job.done
     with (
         Interruption(line["quiet"]) as interruption,
-        ImageProgress(min(left, line["limit"] or left), line["quiet"], batch, len(job.recipe.schedule)) as progress,
+        ImageProgress(min(left, line["limit"] or left), line["quiet"], 1, len(job.recipe.schedule)) as progress,
     ):
         result = generating.make(
             order,

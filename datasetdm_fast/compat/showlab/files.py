@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from datasetdm_fast.compat.showlab.contours import external_contours, largest_contour
+from datasetdm_fast.compat.showlab.contours import largest_contour
 from datasetdm_fast.engine.tasks.semantic import AREA_SIDE
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ SMALLEST_AREA = 5000  # evidence of a class at 512 x 512 pixels below which it i
 CANDIDATES = {"voc": 3, "coco": 100}  # most probable pairs of query and class that are considered
 MOST_WRITTEN, LEAST_SCORE = 20, 0.4  # instances of an image
 STEPS = 256  # of 8-bit depth from 0 to the farthest
-MILLIMETRES = 1000  # steps of a metre in 16-bit depth of rooms
-KITTI_STEPS = 256  # and of streets
 SOFTEST = 0.25  # of a pixel, by which a joint is moved uphill
 
 
@@ -41,7 +39,6 @@ class DecodedImage:
     raw: Mapping[str, Tensor]  # of the image's decoder, without the batch
     config: DecoderConfig
     class_id: int = 0  # of the requested class, as the masks number it
-    is_fixed: bool = False  # whether losses of DatasetDM's files are corrected
 
     @property
     def size(self) -> int:
@@ -113,28 +110,20 @@ def write_class_mask(output: DecodedImage) -> dict[str, bytes]:
 
 
 def write_contours(output: DecodedImage) -> dict[str, bytes]:
-    """A line of each instance: its contour, class and score; corrected, a line of each of its parts with the requested
-    class.
-    """
+    """A line of each instance: its contour, class and score."""
     masks, classes, scores = candidates(output, CANDIDATES["coco"])
     among, lines = best_indices(scores, MOST_WRITTEN), []
     for k, (mask, number) in enumerate(zip(masks, classes)):
         if k not in among or scores[k] < LEAST_SCORE:
             continue
-        largest = None if output.is_fixed else largest_contour(mask)
-        for contour in external_contours(mask) if output.is_fixed else [] if largest is None else [largest]:
-            class_id = output.class_id - 1 if output.is_fixed else number
-            score = str(scores[k].cpu().numpy())
-            lines.append(f"{','.join(map(str, contour.reshape(-1)))},{class_id},{score}\n")
+        if (contour := largest_contour(mask)) is not None:
+            lines.append(f"{','.join(map(str, contour.reshape(-1)))},{number},{scores[k].cpu().numpy()}\n")
     return {"txt": "".join(lines).encode()}
 
 
 def write_depth(output: DecodedImage) -> dict[str, bytes]:
-    """Depth in 256 steps up to the farthest, rounded half to even; corrected, 16 bits in the steps of the data set."""
+    """Depth in 256 steps up to the farthest, rounded half to even."""
     metres = output.raw["depth"][0].float().cpu().numpy()
-    if output.is_fixed:
-        steps = MILLIMETRES if output.config.max_depth < 2**16 / MILLIMETRES else KITTI_STEPS
-        return {"png": png(np.rint(metres * steps).clip(0, 2**16 - 1).astype(np.uint16))}
     return {"png": png(np.rint(metres / output.config.max_depth * STEPS).clip(0, 255).astype(np.uint8))}
 
 
@@ -159,24 +148,21 @@ def joints(output: DecodedImage) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def write_heatmap_joints(output: DecodedImage) -> dict[str, bytes]:
-    """x, y and height of every joint that is not at the border; corrected, of all joints."""
+    """x, y and height of every joint that is not at the border."""
     places, heights, is_inside = joints(output)
     numbers = [
         str(value)
         for (x, y), height, is_written in zip(places, heights, is_inside)
-        if is_written or output.is_fixed
+        if is_written
         for value in (x, y, height)
     ]
     return {"txt": f"{','.join(numbers)}\n".encode()}
 
 
 def write_bin_joints(output: DecodedImage) -> dict[str, bytes]:
-    """The picture with its joints, all that DatasetDM stores of them; corrected, their places too."""
+    """The picture with its joints, all that DatasetDM stores of them."""
     from datasetdm_fast.engine.labels.pictures import draw_skeletons
 
     places = np.stack([output.raw[axis].float().softmax(-1).argmax(-1).cpu().numpy() for axis in "xy"], 1)
     picture = draw_skeletons(output.pixels, [(places, np.ones(len(places), bool))], output.config.limbs)
-    contents = {"png": encode(picture, "PNG")}
-    if output.is_fixed:
-        contents["txt"] = f"{','.join(str(float(value)) for value in places.reshape(-1))}\n".encode()
-    return contents
+    return {"png": encode(picture, "PNG")}

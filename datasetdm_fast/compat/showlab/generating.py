@@ -43,13 +43,23 @@ class FiledSample(Sample):
 
 
 class FilingGenerator(driver.BatchGenerator):
-    """Makes DatasetDM's files of every sample from the raw outputs that its labels are made of."""
+    """Makes DatasetDM's files of every sample from the raw outputs that its labels are made of. It samples and labels
+    each image of a batch by itself, so that results do not depend on the batch size.
+    """
 
     def __init__(self, *arguments: Any, order: Order):
         super().__init__(*arguments)
         self.order = order
         if self.words.embeddings is not None:  # of the very names, where ours are of names as they are spoken
             self.words.embeddings = self.engine.encode_classes(list(self.recipe.words))
+
+    def sample(self, batch: Batch) -> list[labelling.SampledBatch]:
+        sample = super().sample
+        return [sample(single) for single in split_batch(batch)]
+
+    def label(self, batch: Batch, sampled: list[labelling.SampledBatch]) -> list[Sample | Quarantined]:
+        label = super().label
+        return [result for pair in zip(split_batch(batch), sampled, strict=True) for result in label(*pair)]
 
     def collect(
         self,
@@ -73,18 +83,6 @@ class FilingGenerator(driver.BatchGenerator):
         return FiledSample(**{each.name: getattr(sample, each.name) for each in fields(sample)}, files=contents)
 
 
-class SingleGenerator(FilingGenerator):
-    """Samples and labels each image of a batch by itself, so that results do not depend on the batch size."""
-
-    def sample(self, batch: Batch) -> list[labelling.SampledBatch]:
-        sample = super().sample
-        return [sample(single) for single in split_batch(batch)]
-
-    def label(self, batch: Batch, sampled: list[labelling.SampledBatch]) -> list[Sample | Quarantined]:
-        label = super().label
-        return [result for pair in zip(split_batch(batch), sampled, strict=True) for result in label(*pair)]
-
-
 def split_batch(batch: Batch) -> list[Batch]:
     """A batch as batches of one, without its padding."""
     return [Batch(batch.index, (request,)) for request in batch.requests]
@@ -93,11 +91,11 @@ def split_batch(batch: Batch) -> list[Batch]:
 def spec_of(order: Order, stored: Mapping[str, Any] | None) -> RunSpec:
     """The run of an order; its files and its prompts decide which run folders it may resume."""
     line, spec = order.line, read_spec(order.config, order.source)
-    choices = {"script": line.script} | {name: line[name] for name in ("thread_num", "seed", "all", "fixed")}
-    choices |= {"strict": False} | ({"together": True} if line["together"] else {})  # a mode of earlier versions
+    choices = {"script": line.script} | {name: line[name] for name in ("thread_num", "seed")}
+    choices |= dict.fromkeys(("all", "fixed", "strict"), False)  # modes of earlier versions
     names = json.dumps([[item.stem, item.seed] for item in order.items]).encode()
     identity = {**spec.identity, "showlab": {"names": f"sha256:{hashlib.sha256(names).hexdigest()}", **choices}}
-    if stored is not None and not line["together"]:  # the networks process one image at a time: results are equal
+    if stored is not None:  # the networks process one image at a time: results are equal
         identity["batch_size"] = stored["config"]["batch_size"]
     return replace(spec, identity=identity, may_mix=False)
 
@@ -127,11 +125,10 @@ def prepare(order: Order, spec: RunSpec, run: RunQueue) -> Job:
     check_present(order.line.path("grounding_ckpt"), "--grounding_ckpt", remedy)
     job = prepare_job(spec, run.stored)
     line = {"script": order.line.script, "values": dict(order.line.values)}
-    kind = FilingGenerator if order.line["together"] else SingleGenerator
     return replace(
         job,
         document=job.document | {"command": COMMAND, "line": line},
-        generator=partial(kind, order=order),
+        generator=partial(FilingGenerator, order=order),
     )
 
 

@@ -79,7 +79,7 @@ class Generator:
         samplers = [
             (each.file, self.sampler(source, each.file, each.spoken)) for each in classes or (ClassName("", "", ""),)
         ]
-        items = prompts.make_items(samplers, counts, line["seed"], whole=line["all"], apart=line["fixed"])
+        items = prompts.make_items(samplers, counts, line["seed"])
         return Order(self, line, self._kind(line), tuple(items), classes)
 
     def _class_names(self) -> tuple[ClassName, ...]:
@@ -115,9 +115,7 @@ class Generator:
         images, labels = self.folders
         item = order.items[index]
         ids = {each.file: number for number, each in enumerate(order.classes, 1)}
-        output = files.DecodedImage(
-            pixels, raw[self.task], configs[self.task], ids.get(item.name, 0), order.line["fixed"]
-        )
+        output = files.DecodedImage(pixels, raw[self.task], configs[self.task], ids.get(item.name, 0))
         contents = {f"{labels}/{item.stem}.{suffix}": content for suffix, content in self.write(output).items()}
         return {f"{images}/{item.stem}.jpg": files.jpeg(pixels)} | contents
 

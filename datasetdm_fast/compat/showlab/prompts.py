@@ -141,19 +141,12 @@ class Counts:
         """Images of a class that a process makes; the remainder is dropped."""
         return self.total // self.processes
 
-    def shares(self, *, whole: bool) -> list[tuple[int, int]]:
-        """Every process and its images of a class; with `whole` one more process makes the remainder."""
-        rest = self.total - self.each * self.processes
-        return [(k, self.each) for k in range(self.processes)] + ([(self.processes, rest)] if whole and rest else [])
 
-
-def make_items(
-    samplers: Sequence[tuple[str, Sampler]], counts: Counts, seed: int, *, whole: bool, apart: bool
-) -> Iterator[Item]:
-    """The images of a run, process after process; all processes sample the same prompts, unless they are `apart`."""
-    for process, count in counts.shares(whole=whole):
-        generator = random.Random(seed + process if apart else seed)
+def make_items(samplers: Sequence[tuple[str, Sampler]], counts: Counts, seed: int) -> Iterator[Item]:
+    """The images of a run, process after process; all processes sample the same prompts."""
+    for process in range(counts.processes):
+        generator = random.Random(seed)
         first = FIRST_SEED + 2 * process * counts.each
         for k, (name, sample) in enumerate(samplers):
-            for n in range(count):
+            for n in range(counts.each):
                 yield Item(process, first + k * counts.each + n, sample(generator), name)

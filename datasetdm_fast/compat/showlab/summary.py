@@ -16,11 +16,11 @@ def rows(order: Order, job: Job) -> Iterator[str]:
     processes = f"--thread_num {line['thread_num']} processes"
     yield _row("settings", f"{len(items)} images, seeds {seeds[0]} to {seeds[-1]}: those of {processes}")
     count = next(name for name in COUNTS if name in line.values)
-    if not line["all"] and (left := line[count] % line["thread_num"]):
-        yield _row("", f"--{count} {line[count]}: {left} left over by {line['thread_num']} processes; --all makes them")
+    if left := line[count] % line["thread_num"]:
+        yield _row("", f"--{count} {line[count]}: {left} left over by {line['thread_num']} processes")
     yield _row("", f"{line.path('grounding_ckpt')}: {order.script.task} by a decoder of {order.kind}")
-    networks = "batches" if line["together"] else "one image at a time in the networks, batches"
-    yield _row("", f"model {job.engine.model.name}, engine {job.engine.name}, {networks} of {job.plan.batch_size}")
+    networks = f"one image at a time in the networks, batches of {job.plan.batch_size}"
+    yield _row("", f"model {job.engine.model.name}, engine {job.engine.name}, {networks}")
     yield _row("", f"guidance {order.config.guidance:g}; timesteps of diffusers {line['profile']} (--profile)")
     yield from rows_of_ignored(line)
     yield _row("run", f"{order.run_folder}: for gallery, audit and convert")

@@ -1,13 +1,9 @@
-"""Where a language model is reached: an OpenAI-compatible endpoint, or a local program."""
+"""Where a language model is reached: an OpenAI-compatible endpoint."""
 
 import asyncio
 import ipaddress
 import json
-import os
 import re
-import shlex
-import signal
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from urllib.parse import urlsplit
@@ -87,15 +83,13 @@ class Endpoint:
             return reply.status_code, reply.headers, content
 
 
-def open_model(url: str, model: str, line: str, key: str) -> Ask | None:
-    """The language model of an endpoint, or the program of a command line; None where neither is given."""
-    if url and line:
-        raise Refused("--llm-url and --llm-command: two ways to ask a language model", "Keep one of them.")
+def open_model(url: str, model: str, key: str) -> Endpoint | None:
+    """The language model of an endpoint; None where none is named."""
     if bool(url) != bool(model):
         raise Refused(
             "--llm-url and --llm-model: one needs the other", "Add --llm-url https://HOST/v1 --llm-model NAME."
         )
-    return Endpoint(url, model, key) if url else Program(line) if line else None
+    return Endpoint(url, model, key) if url else None
 
 
 def check_url(url: str, key: str) -> str:
@@ -133,50 +127,3 @@ def _content(body: bytes) -> str:
     if not isinstance(content, str):
         raise UnusableReply("the endpoint's answer has another form than OpenAI's")
     return content
-
-
-class Program:
-    """A local program that reads a request on stdin and writes the reply to stdout."""
-
-    def __init__(self, line: str):
-        try:
-            self.arguments = shlex.split(line)
-        except ValueError as error:
-            raise Refused(
-                f"--llm-command: {error}", 'Quote it as a shell would: --llm-command "my-model --short".'
-            ) from None
-        if not self.arguments:
-            raise Refused("--llm-command: names no program", 'For example --llm-command "my-model --short".')
-
-    def __call__(self, text: str) -> str:
-        try:
-            process = subprocess.Popen(
-                self.arguments,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-                env={name: value for name, value in os.environ.items() if name not in KEY_VARIABLES},
-            )
-        except OSError as error:
-            raise Missing(
-                f"--llm-command {self.arguments[0]}: cannot be started ({error.strerror})",
-                "Name a program that is installed.",
-            ) from error
-        try:
-            reply, errors = process.communicate(text.encode(), timeout=SECONDS)
-        except subprocess.TimeoutExpired:
-            raise self._failure(f"did not answer within {SECONDS:g} s") from None
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        if process.returncode:
-            last = one_line(errors.decode(errors="replace").strip().rpartition("\n")[2])
-            raise self._failure(f"ended with an error{f' ({last})' if last else ''}")
-        if len(reply) > LARGEST_REPLY:
-            raise UnusableReply("the reply is longer than 1 MiB")
-        return reply.decode(errors="replace")
-
-    def _failure(self, how: str) -> Missing:
-        return Missing(f"--llm-command {self.arguments[0]}: {how}", f"Try the program by hand, {REMEDY}")

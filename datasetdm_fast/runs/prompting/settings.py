@@ -37,7 +37,6 @@ class PromptsConfig:
     )
     llm_url: str = setting("", "ask the language model of an OpenAI-compatible endpoint", metavar="URL")
     llm_model: str = setting("", "name of the model at that endpoint", metavar="NAME")
-    llm_command: str = setting("", "ask a program that reads a request on stdin and writes its reply", metavar="LINE")
     llm_requests: int = setting(
         1000, "maximum number of requests to the language model", metavar="N", least=0, most=10**6
     )
