@@ -1,4 +1,4 @@
-"""python -m datasetdm_fast.edit RUN --only ID --class ball --prompt "a red star": regenerate regions of samples, with
+"""python -m datasetdm_fast.edit RUN ID --class ball --prompt "a red star": regenerate regions of samples, with
 their labels.
 """
 
@@ -11,7 +11,7 @@ from datasetdm_fast.command_line.redraw import redraw
 from datasetdm_fast.runs.compositions.settings import EditSettings
 
 PROG = "python -m datasetdm_fast.edit"
-EXAMPLES = ('runs/demo --only 00000003 --class ball --prompt "a red star"',)
+EXAMPLES = ('runs/demo 00000003 --class ball --prompt "a red star"',)
 
 
 @command

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import Field, dataclass, field, fields
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from datasetdm_fast.config import ENGINE_NAMES, FLAVOURS, OUTLINES, PROFILES, PROVIDERS, SAMPLERS, USUAL_SAMPLER
@@ -23,12 +24,14 @@ def setting(
     required: bool = False,
     least: float | None = None,
     most: float | None = None,
+    other_names: Mapping[str, str] = MappingProxyType({}),
 ):
     """The field of a setting; `identity` fields decide the bytes of the data set, the others only how it is made.
     With identity="if given" a setting counts only where it is not its default, so that runs made before there was such
     a setting can be resumed. `positional` needs no flag before it; `output` is "file" or "folder" where the setting
     names what is written. With `has_names` a choice may be followed by a colon and a name. A `required` setting that is
-    missing or empty is refused, and so is a number below `least` or beyond `most`.
+    missing or empty is refused, and so is a number below `least` or beyond `most`. `other_names` are what others call a
+    choice, which a refusal suggests then.
     """
     return field(
         default=default,
@@ -43,6 +46,7 @@ def setting(
             "required": required,
             "least": least,
             "most": most,
+            "other_names": other_names,
         },
     )
 

@@ -9,7 +9,7 @@ from datasetdm_fast.command_line.redraw import redraw
 from datasetdm_fast.runs.compositions.settings import VarySettings
 
 PROG = "python -m datasetdm_fast.vary"
-EXAMPLES = ("runs/demo --domain night,fog",)
+EXAMPLES = ("runs/demo --domain night,fog", "runs/demo --domain night --number 4 --out runs/night")
 
 
 @command

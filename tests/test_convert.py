@@ -715,6 +715,7 @@ def test_a_complete_export_is_left_alone_and_another_is_never_overwritten(run, t
     "flags, said",
     [
         (("--to", "nothing"), "is not one of"),
+        (("--to", "WebDataset"), "did you mean wds?"),
         (("--classes", "bal=x"), "did you mean ball"),
         (("--classes", "ball"), "expected OLD=NEW"),
         (("--task", "semantic:other"), "no such labels"),

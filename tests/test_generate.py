@@ -24,6 +24,7 @@ from datasetdm_fast.runs.run_folder.document import LEDGER, read_document
 from datasetdm_fast.runs.run_folder.ledger import Ledger
 from datasetdm_fast.runs.run_folder.reader import open_run
 from datasetdm_fast.runs.run_settings import RunConfig
+from datasetdm_fast.runs.workers import devices
 
 
 @pytest.fixture
@@ -463,3 +464,15 @@ def test_a_model_of_seeded_weights_has_seeded_decoders(tmp_path, capsys):
     assert run("--only", "00000000", "--quiet", out=tmp_path / "run") == 0
     assert run(*line, "--task", "open-vocabulary", out=tmp_path / "none") == 3
     assert "holds no decoder for it, only for semantic, instance, depth, pose" in capsys.readouterr().err
+
+
+def test_a_folder_that_takes_no_files_is_not_called_full(tmp_path, capsys):
+    assert generate.main(["--number", "1", "--prompts", "a ball", "--out", "/proc/foo", "--dry-run"]) == 3
+    said = capsys.readouterr().err
+    assert "--out /proc/foo: /proc cannot be written to" in said and "MB" not in said
+
+
+def test_a_dry_run_says_that_there_are_no_gpus(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(devices, "visible_gpus", lambda: [])
+    line = ["--number", "1", "--prompts", "a ball", "--gpus", "8", "--out", str(tmp_path / "run"), "--dry-run"]
+    assert generate.main(line) == 3 and "--gpus 8: there are 0 GPUs here" in capsys.readouterr().err

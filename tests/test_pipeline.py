@@ -37,6 +37,7 @@ from datasetdm_fast.engine.engines import opening
 from datasetdm_fast.engine.loading import load_model, lora
 from datasetdm_fast.engine.loop.driver import sample_and_label
 from datasetdm_fast.engine.loop.label_stream import LabelStream
+from datasetdm_fast.engine.pictures.in_memory import pictures_in_memory
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.settings import EngineSettings
@@ -336,7 +337,7 @@ def test_a_stream_has_a_seed_for_each_prompt_or_says_which_has_none():
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (np.zeros((64, 64, 3), np.uint8), "64, 64, 3"),
+        (np.zeros((8, 64, 3), np.uint8), "8, 64, 3"),
         (np.zeros((128, 128, 3), np.float32), "float32"),
         (np.zeros((128, 128), np.uint8), "128, 128"),
     ],
@@ -344,6 +345,38 @@ def test_a_stream_has_a_seed_for_each_prompt_or_says_which_has_none():
 def test_wrong_images_are_refused(pipe, image, message):
     with pytest.raises(Refused, match=message):
         pipe.features(image)
+
+
+def test_features_of_an_image_of_any_size_are_those_of_its_square(pipe):
+    image = world.view(1, 192).image
+    wide = np.concatenate([image[:, :40], image, image[:, :40]], 1)
+    expected = pipe.features(pictures_in_memory([image]).load(0, 128))["low"]
+    assert all(pipe.features(given)["low"].equal(expected) for given in (image, wide, Image.fromarray(wide)))
+
+
+def test_names_of_diffusers_are_told_the_names_of_here():
+    stub = Pipeline(StubEngine(tasks=("depth",)))
+    with pytest.raises(TypeError, match="'num_inference_steps' is no choice here; write steps=, or call diffuse"):
+        stub("a ball", num_inference_steps=3)
+    with pytest.raises(TypeError, match="write guidance="):
+        stub.stream(["a ball"], guidance_scale=3)
+
+
+def test_a_pipeline_without_decoders_says_that_there_are_no_labels(recwarn):
+    stub = Pipeline(StubEngine(tasks=()))
+    with pytest.warns(UserWarning, match="has no decoder, so its outputs have no labels; give decoder=DIR"):
+        stub("a ball")
+    recwarn.clear()
+    stub("a ball", tasks=())
+    assert not recwarn.list
+
+
+def test_saving_an_output_names_what_does():
+    out = Pipeline(StubEngine(tasks=("depth",)))("a ball")
+    with pytest.raises(AttributeError, match="PIL.Image.fromarray.* and the command generate a run folder"):
+        out.save("folder")
+    with pytest.raises(AttributeError, match="no label is called 'dept'"):
+        out.dept  # noqa: B018
 
 
 def test_streams_are_lazy_and_hold_one_batch():

@@ -159,6 +159,18 @@ def test_things_of_an_edit_have_an_id_in_every_domain(edited, tmp_path):
     ).all()
 
 
+def test_ids_and_the_number_of_samples_are_given_as_everywhere(source, tmp_path, capsys):
+    folder = tmp_path / "run"
+    for command, line in (
+        (vary, [str(source), "00000001", "--domain", "fog"]),
+        (vary, [str(source), "--domain", "fog", "--number", "1"]),
+        (edit, [str(source), "00000000", "--box", "0,0,64,64", "--prompt", "a cube"]),
+        (edit, [str(source), "--number", "1", "--box", "0,0,64,64", "--prompt", "a cube"]),
+    ):
+        assert command.main([*line, "--out", str(folder), "--dry-run", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["number"] == 1
+
+
 def test_a_variant_keeps_the_geometry_and_tells_its_source(source, varied):
     run, new = open_run(source), open_run(varied)
     assert [(each.meta["source"], each.meta["domain"]) for each in new][:3] == [

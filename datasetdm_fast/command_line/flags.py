@@ -185,7 +185,9 @@ def _converter(field: Field[Any], hint: Any) -> Converter:
         choice = text.partition(":")[0] if field.metadata.get("has_names") else text
         if choices and choice not in choices:
             known = [each for each in choices if each]  # "" is the default of a flag
-            raise argparse.ArgumentTypeError(f"{choice!r} is not one of {', '.join(known)}{nearest(choice, known)}")
+            other = field.metadata.get("other_names", {}).get(choice.lower())
+            suggestion = f" (did you mean {other}?)" if other else nearest(choice, known)
+            raise argparse.ArgumentTypeError(f"{choice!r} is not one of {', '.join(known)}{suggestion}")
         return text
 
     def split_list(text: str) -> tuple[str, ...]:

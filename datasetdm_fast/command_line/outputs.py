@@ -54,5 +54,5 @@ def _check_place(flag: str, path: Path, kind: str) -> None:
     above = next(parent for parent in path.absolute().parents if parent.exists())
     if not above.is_dir():
         raise Refused(f"{flag} {path}: {above} is a file, expected a folder", f"Choose another {flag}.")
-    if not os.access(above, os.W_OK | os.X_OK):
+    if not os.access(above, os.W_OK | os.X_OK) or not os.statvfs(above).f_blocks:  # /proc and /sys take no files
         raise Missing(f"{flag} {path}: {above} cannot be written to", "Check its permissions, or choose another.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ def redraw(cls: type[Redrawing], settings: RedrawSettings, prog: str, arguments:
     from datasetdm_fast.runs.compositions.redraw import find_result, open_source, prepare
     from datasetdm_fast.runs.jobs.writing import write_missing
 
+    settings = replace(settings, only=(*settings.only, *settings.ids), ids=())
     folder = Path(settings.out)
     redrawing = cls(open_source(Path(settings.run), only_kept=settings.kept), settings)
     if result := find_result(redrawing, folder, is_dry=settings.dry_run):

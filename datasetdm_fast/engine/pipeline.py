@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -38,6 +39,16 @@ if TYPE_CHECKING:
     from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
     from datasetdm_fast.engine.engines.engine import Engine
     from datasetdm_fast.engine.labels.class_tables import ClassTable
+
+
+DIFFUSERS_NAMES = {  # argument of diffusers' pipelines -> what it is called by `__call__` and `stream`
+    "num_inference_steps": "steps=",
+    "guidance_scale": "guidance=",
+    "generator": "seeds=",
+    "num_images_per_prompt": "a prompt more than once",
+    "height": "size= of from_pretrained",
+    "width": "size= of from_pretrained",
+}
 
 
 @dataclass(frozen=True, repr=False)
@@ -82,6 +93,11 @@ class Output:
 
     def __getattr__(self, name: str) -> list[Any]:
         """`semantic`, `instances`, `depth`, `keypoints`, `open_vocabulary`: the labels of every sample."""
+        if name.startswith("save"):
+            raise AttributeError(
+                "an Output is in memory: PIL.Image.fromarray(out.images[0]).save(FILE) writes an image, "
+                "and the command generate a run folder with all labels"
+            )
         return self.labels(task_of(name))
 
     def labels(self, label: str) -> list[Any]:
@@ -355,6 +371,10 @@ class Pipeline:
                 f"tasks: this pipeline has no decoder for {missing[0]!r}, it has {', '.join(self.tasks) or 'none'}",
                 "Name a folder with one: decoder=DIR.",
             )
+        if names is None and not tasks:
+            warnings.warn("this pipeline has no decoder, so its outputs have no labels; give decoder=DIR", stacklevel=4)
+        for name in DIFFUSERS_NAMES.keys() & choices.keys():
+            raise TypeError(f"{name!r} is no choice here; write {DIFFUSERS_NAMES[name]}, or call diffuse({name}=...)")
         words = check_classes(_several("classes", classes, "words"))
         if "combine" in choices:
             choices["combine"] = _several("combine", choices["combine"], "combinations")
@@ -435,9 +455,9 @@ class Pipeline:
         """The levels low, mid, high and highest [1, C, h, w] of a real image or, without one, of the image that a
         prompt gives: features, then maps by head and token. With `projected`, the projections of each decoder by label.
 
-        A real image is encoded, noised to `timestep` (None: the one the decoders were trained at) with the seed's
-        noise, and passed through one call. The image of a prompt is sampled, in `steps` with this `guidance`, up to
-        the call nearest to `timestep`.
+        A real image of any size is cropped to the square in its centre, as by `label`, encoded, noised to `timestep`
+        (None: the one the decoders were trained at) with the seed's noise, and passed through one call. The image of a
+        prompt is sampled, in `steps` with this `guidance`, up to the call nearest to `timestep`.
         """
         import torch
 
@@ -463,13 +483,7 @@ class Pipeline:
             with self._turn:
                 capture = self._sampled_capture(words, timestep, seed, steps, guidance, is_raw=not projected)
         else:
-            pixels = np.array(image)
-            if pixels.shape != (size, size, 3) or pixels.dtype != np.uint8:
-                raise Refused(
-                    f"image: {pixels.dtype} of shape {list(pixels.shape)}, expected uint8 of shape [{size}, {size}, 3]",
-                    "Convert it to RGB and resize it first.",
-                )
-            shown = torch.from_numpy(pixels)[None]
+            shown = torch.from_numpy(pictures_in_memory([image]).load(0, size))[None]
             with self._turn:
                 capture = invert(self.engine, shown, [words], timestep, [seed], is_raw=not projected)
         if not projected:

@@ -142,17 +142,17 @@ class Redrawing(ABC):
     def _find_positions(self) -> list[int]:
         """Positions in the source of the requested samples."""
         if not self.choice.only:
-            return list(range(len(self.source.run)))
+            return list(range(min(len(self.source.run), self.choice.number or len(self.source.run))))
         positions = []
         for id in self.choice.only:
             try:
                 positions.append(self.source.run.position(id))
             except KeyError:
                 raise Refused(
-                    f"--only {id}: no sample of {self.source.path} has this id",
+                    f"{id}: no sample of {self.source.path} has this id",
                     "Use an id from samples.jsonl, for example 00000003.",
                 ) from None
-        return sorted(set(positions))
+        return sorted(set(positions))[: self.choice.number or None]
 
     def check_folder(self, folder: Path) -> Mapping[str, Any] | None:
         """run.json of the run folder, None where there is none yet; refuses other settings and another source."""

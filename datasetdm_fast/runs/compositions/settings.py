@@ -9,7 +9,7 @@ from datasetdm_fast.engine.loop.checks import LARGEST_BATCH
 from datasetdm_fast.settings import CommandSettings, EngineSettings, OutputSettings, setting
 
 LABEL_CHOICES = ("source", "predicted", "agreeing")
-OF_EDIT = "run prompt alone class_ instance mask box grow feather strength seed only".split()
+OF_EDIT = "run ids prompt alone class_ instance mask box grow feather strength seed only number".split()
 SHARED = (
     "steps guidance batch_size out limit kept dry_run engine dtype device model decoder allow_download threads compile "
     "provider streams engines trt_flavour json quiet"
@@ -26,6 +26,7 @@ class RedrawChoice(CommandSettings):
     """Which samples are made again, and in which steps; zeros stand for what the source was made with."""
 
     only: tuple[str, ...] = setting((), "take only these samples of RUN", metavar="LIST")
+    number: int = setting(0, "take the first N samples, 0 = all", identity="if given", metavar="N", least=0)
     strength: float = strength_setting(1.0, "")
     steps: int = setting(0, "sampling steps of a whole image, 0 = those of RUN", metavar="N", least=0)
     guidance: float = setting(0.0, "guidance scale, 0 = that of RUN", metavar="G", least=0)
@@ -56,6 +57,9 @@ class RedrawSettings(RedrawMachine, RedrawChoice, OutputSettings):
         "", "run folder whose samples are taken", identity=False, metavar="RUN", positional=True, required=True
     )
     out: str = setting("", "run folder", identity=False, metavar="RUN", output="folder")
+    ids: tuple[str, ...] = setting(
+        (), "ids of samples to take, such as 00000003; default: all", metavar="ID", positional=True, identity=False
+    )
     kept: bool = setting(False, "use only the samples that filter keeps", identity=False)
 
 
@@ -76,7 +80,7 @@ class VaryChoice(RedrawChoice):
 
 @dataclass(frozen=True)
 class VarySettings(RedrawSettings, VaryChoice):
-    FLAGS = ["run", "domain", "strength", "labels", "only", *SHARED]
+    FLAGS = ["run", "ids", "domain", "number", "strength", "labels", "only", *SHARED]
 
     out: str = setting("runs/varied", "run folder", identity=False, metavar="RUN", output="folder")
 

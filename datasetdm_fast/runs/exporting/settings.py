@@ -6,6 +6,17 @@ from datasetdm_fast.config import EXPORT_FORMATS, LABELS
 from datasetdm_fast.settings import CommandSettings, OutputSettings, setting
 
 LEAST_QUALITY, BEST_QUALITY = 75, 100
+OTHER_NAMES = {  # of formats, as their libraries call themselves
+    "webdataset": "wds",
+    "huggingface": "hf",
+    "imagefolder": "hf",
+    "datasets": "hf-parquet",
+    "parquet": "hf-parquet",
+    "pascal": "voc",
+    "mmsegmentation": "mmseg",
+    "mmpose": "simcc",
+    "labelstudio": "label-studio",
+}
 
 
 @dataclass(frozen=True)
@@ -73,6 +84,7 @@ class ExportSettings(PictureSettings, LayoutSettings, OutputSettings, CommandSet
         choices=EXPORT_FORMATS.names,
         metavar="LIST",
         required=True,
+        other_names=OTHER_NAMES,
     )
     out: str = setting(
         "",

@@ -52,6 +52,12 @@ def choose_launch(
     return spec, Launch(run_here, is_here=True, may_compare=True)
 
 
+def check_places(spec: RunSpec, workers: WorkerSettings) -> None:
+    """Refuses GPUs that this machine does not have, as a run would; those of a cluster are known when it is joined."""
+    if not workers.cluster:
+        find_places(workers, spec.engine.device, spec.engine.threads)
+
+
 def begin_run(job: Job) -> None:
     """Writes the run.json of a job whose samples other processes will make."""
     with RunFolder(job.folder, job.document):
