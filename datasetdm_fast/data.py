@@ -212,6 +212,16 @@ Annotation = SemanticMap | Instances | DepthMap | Keypoints
 
 
 @dataclass(frozen=True)
+class DomainDistance:
+    """How far a picture, and each class it shows, are from what a decoder was trained on; above 1 they are out of its
+    domain.
+    """
+
+    picture: float
+    things: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Trust:
     """Whether the labels of a sample fit its prompt and one another; what is doubtful has its reasons."""
 
@@ -220,6 +230,7 @@ class Trust:
     disagreeing: float = 0.0  # share of the pixels of things that two labels call by different names
     confidence: float | None = None  # mean over the decoders that tell one
     reasons: tuple[str, ...] = ()
+    domain: float | None = None  # distance from what its decoders were trained on; above 1 it is out of their domain
 
     @property
     def is_trusted(self) -> bool:

@@ -65,6 +65,16 @@ def test_the_rule():
     assert found.disagreeing == 1 and found.reasons == ("100% of the pixels of things have two names",)
 
 
+def test_instances_are_counted_against_the_things_that_a_prompt_names():
+    two = {"instance": scene([0] * 10, (0, slice(0, 3)), (0, slice(5, 8)))["instance"]}
+    assert trust_of(("ball",), two, "a red ball on a table").reasons == (
+        "instance has 2 instances of ball, the prompt names 1",
+    )
+    for text in ("two balls", "a ball and a blue ball", "balls", "a row of balls", "the ball"):
+        assert trust_of(("ball",), two, text).is_trusted, text
+    assert not trust_of(("ball",), two, "a ball and two blue balls").is_trusted
+
+
 def test_doubtful_pixels():
     def row(*said):
         return without_doubtful(*said)["semantic"].labels[0].tolist()

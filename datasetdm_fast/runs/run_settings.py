@@ -187,6 +187,11 @@ class KeepSettings:
         identity="if given",
     )
     limit: int = setting(0, "stop after N new images; the same command resumes", identity=False, metavar="N", least=0)
+    force_domain: bool = setting(
+        False,
+        "make the run even if most pictures of its first batch are unlike those that the decoders were trained on",
+        identity=False,
+    )
 
 
 @dataclass(frozen=True)
@@ -292,7 +297,7 @@ class RunConfig(
         "model lora decoder outlines task combine labeller classes class_table ask exponent threshold uncertainty "
         "self_cells cross_cells parity engine prompts negative_prompt allow_unnamed truncate_prompts number "
         "per_class keep accept most_tries ignore ignore_below seed steps guidance sampler profile size "
-        "batch_size image_format palette out only mixed limit page_every verify "
+        "batch_size image_format palette out only mixed limit force_domain page_every verify "
         "dry_run allow_download json quiet threads gpus ranks cluster store make_bucket dtype compile "
         "device provider streams engines trt_flavour"
     ).split()
@@ -329,6 +334,7 @@ class RunSpec:
     batch_size: int = 0  # 0: as many as fit into memory
     limit: int = 0  # samples that this command makes; 0: all
     may_mix: bool = True  # whether another engine may continue the run
+    force_domain: bool = False  # whether its first batch is not judged
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.disk import storage
+from datasetdm_fast.engine.decoders import domain
 from datasetdm_fast.engine.decoders.checkpoint import load_decoder
 from datasetdm_fast.engine.engines.device import slow_in_fp16
 from datasetdm_fast.training import checkpoint, page, report
 from datasetdm_fast.training.cross_validation import cross_validate, fold_folder, read_folds
+from datasetdm_fast.training.domains import measure_domain
 from datasetdm_fast.training.session import TrainingSession
 from datasetdm_fast.training.splits import count_folds, split_folds
 from datasetdm_fast.training.task_training import (
@@ -107,10 +109,20 @@ class Workflow:
             if result is None:
                 return TrainingOutcome(None, folds)
             del training
+            self._measure_domain(folder)
             self._write_page(task, plan, result, folds, command)
         elif not ranks.broadcast(ranks.is_first and page.shows_folds(folder / "training" / PAGE, folds)):
+            self._measure_domain(folder)
             self._write_page(task, plan, result, folds, command)
         return TrainingOutcome(result, folds)
+
+    def _measure_domain(self, folder: Path) -> None:
+        """Writes the domain of a trained decoder beside it, if that is not there and its pictures are enough."""
+        if self.session.ranks.broadcast((folder / domain.FILE).exists()):
+            return
+        measured = measure_domain(self.session, load_decoder(folder))
+        if measured:
+            domain.write_domain(folder, measured)
 
     def _write_page(
         self, task: str, plan: TaskPlan, result: Mapping[str, Any], folds: Mapping[str, Any] | None, command: str

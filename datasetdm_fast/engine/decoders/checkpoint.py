@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from datasetdm_fast.disk import storage as files  # save_decoder has a parameter of that name
 from datasetdm_fast.engine.decoders.config import DecoderConfig, upstream
 from datasetdm_fast.engine.decoders.depth import DepthDecoder
+from datasetdm_fast.engine.decoders.domain import read_domain
 from datasetdm_fast.engine.decoders.folders import read_config
 from datasetdm_fast.engine.decoders.layers import SpectralConv2d
 from datasetdm_fast.engine.decoders.pose import HeatmapDecoder, SimccDecoder
@@ -110,6 +111,7 @@ def load_decoder(folder: str | Path, *, strict: bool = False, ops: SimpleNamespa
     with torch.device("meta"), Undrawn():  # before memory is taken for what the configuration asks for
         decoder = build_decoder(config, ops)
     fill(decoder, state, str(folder))
+    decoder.domain = read_domain(folder, decoder.sketch_width)
     return for_inference(decoder, strict)
 
 

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datasetdm_fast.data import Capture, ProjectedCapture
 from datasetdm_fast.engine.decoders.config import DecoderConfig
+from datasetdm_fast.engine.decoders.domain import LARGEST_SIDE, Domain, mixtures
 from datasetdm_fast.engine.decoders.layers import SegBlock, SpectralConv2d, Upscale
 from datasetdm_fast.engine.decoders.stacked import StackedSegBlock
 from datasetdm_fast.engine.models.packed import PackedConvolution, is_held
@@ -26,6 +28,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig, ops: SimpleNamespace, mixes: dict[str, tuple[int, int]]):
         super().__init__()
         self.config, self.ops = config, ops
+        self.domain: Domain | None = None  # of a decoder in a folder, where its training has measured it
         for level in config.levels:
             if level.name in mixes or level.name == "low":
                 self.add_module(
@@ -38,11 +41,7 @@ class Decoder(nn.Module):
         """Level -> weight [F, channels, 1, 1] of the first layer, for the levels this decoder reads; where words are
         told apart, T further rows give the attention of each token.
         """
-        rows = {
-            name: [self.get_submodule(f"{name}_feature_conv.0").weight]
-            for name in LEVELS
-            if hasattr(self, f"{name}_feature_conv")
-        }
+        rows = {name: [self.get_submodule(f"{name}_feature_conv.0").weight] for name in self.levels_read}
         for level in self.config.levels:
             if shares := self.config.word_levels().get(level.name):
                 some = next(self.parameters())
@@ -95,6 +94,25 @@ class Decoder(nn.Module):
             total = maps if total is None else total + maps
         return total
 
+    def sketch(self, capture: Capture | ProjectedCapture) -> Tensor:
+        """[B, D, h, w] mixtures of the channels of every level that is read, on one grid, for its domain."""
+        side, parts = min(capture.side, LARGEST_SIDE), []
+        for name in self.levels_read:
+            level = self.level(capture, name, capture.side).float()
+            weight = torch.from_numpy(mixtures(level.shape[1])).to(level.device)
+            mixed = torch.einsum("mc,bchw->bmhw", weight, level)
+            pooled = F.adaptive_avg_pool2d(mixed, side) if mixed.shape[-1] > side else mixed
+            parts.append(F.interpolate(pooled, size=(side, side)))
+        return torch.cat(parts, 1)
+
+    @property
+    def levels_read(self) -> list[str]:
+        return [name for name in LEVELS if hasattr(self, f"{name}_feature_conv")]
+
+    @property
+    def sketch_width(self) -> int:
+        return len(self.levels_read) * len(mixtures(self.config.width))
+
     def lowest(self, capture: Capture | ProjectedCapture) -> Tensor:
         """The level `low` at a quarter of the side of the highest."""
         side = capture.side // 4
@@ -132,7 +150,7 @@ def with_ops(decoder: Decoder, ops: SimpleNamespace) -> Decoder:
         id(parameter): nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
         for parameter in decoder.parameters()
     }
-    shared[id(decoder.config)] = decoder.config
+    shared |= {id(decoder.config): decoder.config, id(decoder.domain): decoder.domain}
     copied = copy.deepcopy(decoder, shared)
     for module in copied.modules():
         if hasattr(module, "ops"):

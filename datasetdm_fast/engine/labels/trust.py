@@ -11,11 +11,12 @@ from itertools import combinations, product
 
 import numpy as np
 
-from datasetdm_fast.data import IGNORE, Annotation, Instances, SemanticMap, Trust
+from datasetdm_fast.data import IGNORE, Annotation, DomainDistance, Instances, SemanticMap, Trust
 from datasetdm_fast.engine.labels.class_tables import ClassTable
 from datasetdm_fast.engine.labels.kind import SHOWN_SCORE
 from datasetdm_fast.engine.labels.names import LabelName
-from datasetdm_fast.engine.labels.words import find_classes
+from datasetdm_fast.engine.labels.words import count_named, find_classes
+from datasetdm_fast.messages import count_noun
 
 LEAST_SHARE = 1 / 250  # of the pixels: a class that fills less of a map is not shown
 MOST_DISAGREEING = 0.1  # of the pixels of things
@@ -81,6 +82,7 @@ def trust_of(
         if shown := [task for task, by_name in shares.items() if by_name.get(name, 0) >= LEAST_SHARE]:
             unnamed.append(name)
             reasons.append(f"{name} is in {' and '.join(shown)}, but not in the prompt")
+    reasons += _count_mismatches(named, labels, prompt, table)
     confidences = [value for label in labels.values() if (value := _confidence(label)) is not None]
     confidence = round(sum(confidences) / len(confidences), 4) if confidences else None
     disagreeing = _disagreeing(maps)
@@ -89,6 +91,26 @@ def trust_of(
     else:
         reasons += _apart([name for name in named if name not in missing], maps)
     return Trust(tuple(missing), tuple(unnamed), round(disagreeing, 4), confidence, tuple(reasons))
+
+
+def with_domain(trust: Trust, distances: Mapping[str, DomainDistance]) -> Trust:
+    """A trust with the largest distance from the domains of a sample's decoders, and what is out of them as the first
+    reasons.
+    """
+    if not distances:
+        return trust
+    farthest = max(max(each.picture, *each.things.values(), 0.0) for each in distances.values())
+    reasons = []
+    if tasks := [task for task, each in distances.items() if each.picture > 1]:
+        reasons.append(f"the picture is unlike those that {' and '.join(tasks)} learned from")
+    else:
+        for task, each in distances.items():
+            reasons += [
+                f"{name} in {task} is unlike those in the pictures it learned from"
+                for name, distance in each.things.items()
+                if distance > 1
+            ]
+    return replace(trust, domain=round(farthest, 3), reasons=(*reasons, *trust.reasons))
 
 
 def _is_missing(shown_map: NamedMap, shares: Mapping[str, float], name: str) -> bool:
@@ -105,6 +127,20 @@ def _apart(named: Sequence[str], maps: Mapping[str, NamedMap]) -> Iterator[str]:
                 overlap = np.count_nonzero(first_mask & second_mask) / np.count_nonzero(first_mask | second_mask)
                 if overlap < LEAST_OVERLAP:
                     yield f"{name} in {first} overlaps {name} in {second} with an IoU of {overlap:.2f}"
+
+
+def _count_mismatches(
+    named: Sequence[str], labels: Mapping[str, Annotation], prompt: str, table: ClassTable | None
+) -> Iterator[str]:
+    """Which of the named classes have more or fewer instances than the prompt names things, in words."""
+    for task, label in labels.items():
+        if not isinstance(label, Instances):
+            continue
+        shown = label.class_ids[label.scores >= SHOWN_SCORE].tolist()
+        for name, count in count_named(prompt, label.classes, table).items():
+            instances = shown.count(label.classes.index(name))
+            if name in named and instances not in (0, count):
+                yield f"{task} has {count_noun(instances, 'instance')} of {name}, the prompt names {count}"
 
 
 def _faintly(label: Annotation, name: str) -> str:

@@ -41,6 +41,11 @@ AFTER_A_NOUN = frozenset(
 DESCRIBED = re.compile(
     rf"\b(?:an?|the)\s+(?:(?!(?:{'|'.join(sorted(AFTER_A_NOUN))})\b)[\w-]+\s+){{0,3}}?$", re.IGNORECASE
 )
+NUMBERS = {word: k for k, word in enumerate("one two three four five six seven eight nine ten".split(), 1)}
+# "a", "an" or a number, and up to three words that describe the noun after it
+COUNTED = re.compile(
+    rf"\b(an?|\d{{1,3}}|{'|'.join(NUMBERS)})\s+(?:(?!(?:{'|'.join(sorted(AFTER_A_NOUN))})\b)[\w-]+\s+){{0,3}}?$"
+)
 SIDE_WORD = re.compile(r"(?:(?<![A-Za-z])(?:left|right)|Left|Right|LEFT|RIGHT)(?![a-z])")
 SIDE = re.compile(r"left|right|Left|Right|LEFT|RIGHT")  # also inside of a word: lefthip, eyeright, but bright as well
 OTHER_SIDE = {"left": "right", "Left": "Right", "LEFT": "RIGHT"}
@@ -110,6 +115,17 @@ def matcher(classes: tuple[str, ...], table: ClassTable | None = None) -> ClassM
 def find_classes(prompt: str, classes: Sequence[str], table: ClassTable | None = None) -> tuple[str, ...]:
     """The classes a prompt names, in the order of `classes`: by name, plural, or a word that means the class."""
     return matcher(tuple(classes), table).find(prompt)
+
+
+def count_named(prompt: str, classes: Sequence[str], table: ClassTable | None = None) -> dict[str, int]:
+    """How many things of each class a prompt names, without classes of which it does not say how many."""
+    text, counts = _lower(prompt), {}
+    for name, spans in matcher(tuple(classes), table).spans(prompt).items():
+        matches = [COUNTED.search(text, 0, begin) for begin, _ in spans]
+        words = [match[1] for match in matches if match]
+        if len(words) == len(spans):
+            counts[name] = sum(1 if word in ("a", "an") else NUMBERS.get(word) or int(word) for word in words)
+    return counts
 
 
 def classes_in_order(prompt: str, classes: Sequence[str], table: ClassTable | None = None) -> tuple[str, ...]:

@@ -174,6 +174,7 @@ class BatchGenerator:
         raw = dict(zip(recipe.decoded, outputs, strict=True))
         checks = {"latents": is_finite(sampled.latents)}
         if sampled.captures:
+            sampled.sketches = sketches_of(engine, recipe, sampled)
             checks["features"] = all_of(capture_is_finite(capture) for capture in sampled.captures.values())
         release(value for capture in sampled.captures.values() for value in tensors_of(capture))
         if sampled.averages is not None:
@@ -241,6 +242,16 @@ def merge_retry(first: Quarantined, retry: Sample | Quarantined) -> Sample | Qua
     if isinstance(retry, Quarantined):
         return Quarantined(retry.request, f"{retry.reason}, in fp32 too")
     return replace(retry, provenance={**retry.provenance, "retried": f"fp32 after {first.reason}"})
+
+
+def sketches_of(engine: Engine, recipe: Recipe, sampled: SampledBatch) -> dict[str, Tensor]:
+    """What the domains of decoders are measured by, for those that have one."""
+    sketches = {}
+    for task in recipe.decoded:
+        capture, decoder = sampled.captures[recipe.captures[task]], engine.decoders[task]
+        if getattr(decoder, "domain", None):
+            sketches[task] = decoder.sketch(capture.of(task) if isinstance(capture, ProjectedCapture) else capture)
+    return sketches
 
 
 def is_finite(values: Tensor) -> Tensor:

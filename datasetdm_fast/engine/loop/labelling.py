@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from datasetdm_fast.data import (
     AttentionSums,
     Batch,
     Capture,
+    DomainDistance,
     Instances,
     ProjectedCapture,
     Quarantined,
@@ -21,7 +22,7 @@ from datasetdm_fast.data import (
     SemanticMap,
 )
 from datasetdm_fast.engine.labels.class_tables import spoken
-from datasetdm_fast.engine.labels.trust import trust_of, without_doubtful, without_unsure
+from datasetdm_fast.engine.labels.trust import trust_of, with_domain, without_doubtful, without_unsure
 from datasetdm_fast.engine.labels.words import classes_in_order
 from datasetdm_fast.engine.loop.combining import apply_combinations
 
@@ -46,6 +47,7 @@ class SampledBatch:
     latents: Tensor
     captures: dict[int, Capture | ProjectedCapture]  # by the call they were taken at
     averages: AttentionSums | None = None
+    sketches: dict[str, Tensor] = field(default_factory=dict)  # task -> what its decoder's domain is measured by
     pixels: Tensor | None = None  # of pictures that need not be decoded
 
 
@@ -72,7 +74,10 @@ def collect_results(
     from datasetdm_fast.engine.tasks.to_host import to_host
 
     count = len(batch.requests)
-    passed, pixels = to_host(torch.stack(list(checks.values()))[:, :count], images[:count])
+    passed, pixels, *arrays = to_host(
+        torch.stack(list(checks.values()))[:, :count], images[:count], *(x[:count] for x in sampled.sketches.values())
+    )
+    sketches = dict(zip(sampled.sketches, arrays, strict=True))
 
     def read(task: str, part: slice) -> list[Annotation]:
         outputs = {name: value[part].nan_to_num() for name, value in raw[task].items()}
@@ -101,16 +106,22 @@ def collect_results(
         else:
             annotations = apply_combinations({task: labels[task][b] for task in recipe.tasks}, recipe.combinations)
             sample = Sample(request, pixels[b], annotations, {**recipe.facts, **engine.adjustments})
-            results.append(with_trust(recipe.origin.finish(sample), recipe))
+            distances = {
+                task: engine.decoders[task].domain.measure(sketches[task][b], labels[task][b]) for task in sketches
+            }
+            results.append(with_trust(recipe.origin.finish(sample), recipe, distances))
     return results
 
 
-def with_trust(sample: Sample, recipe: Recipe) -> Sample:
-    """A sample with the reasons to doubt its labels, and 255 where the run ignores pixels."""
+def with_trust(sample: Sample, recipe: Recipe, distances: Mapping[str, DomainDistance] | None = None) -> Sample:
+    """A sample with the reasons to doubt its labels, and 255 where the run ignores pixels; `distances` are those from
+    the domains of its decoders.
+    """
     evidence = (sample.request.classes, sample.annotations, sample.request.prompt, recipe.table)
     labels = without_doubtful(*evidence) if recipe.ignores_doubtful else sample.annotations
     labels = without_unsure(labels, recipe.least_confidence) if recipe.least_confidence else labels
-    return replace(sample, annotations=labels, trust=trust_of(*evidence))
+    trust = with_domain(trust_of(*evidence), distances or {})
+    return replace(sample, annotations=labels, trust=trust)
 
 
 def postprocess(

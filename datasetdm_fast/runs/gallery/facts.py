@@ -73,6 +73,7 @@ class RunFacts:
         certainty = mean_certainty(row.labels)
         figures |= {} if certainty is None else {"score": round(certainty, 4)}
         figures |= {"disagreeing": row.trust.disagreeing} if row.trust else {}
+        figures |= {"domain": row.trust.domain} if row.trust and row.trust.domain is not None else {}
         figures |= {name: each[request.index] for name, each in self.scores.items() if request.index in each}
         self.figures |= dict.fromkeys(figures)
         visible = [word for word in shown if word not in NO_CLASS]

@@ -26,7 +26,7 @@ function samplesOf(columns, leftOut) {
   }));
 }
 
-const HIGH_IS_BAD = new Set(["doubts", "disagreeing", "missing classes"]);
+const HIGH_IS_BAD = new Set(["doubts", "disagreeing", "domain", "missing classes"]);
 const UNRANKED = new Set(["number", "seed", "things", "people", "prompt letters", "nearest, m", "farthest, m", "largest thing, %"]);
 
 // What samples are sorted by and limited to: name -> the value of a sample, null where it has none.

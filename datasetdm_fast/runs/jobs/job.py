@@ -53,6 +53,7 @@ class Job:
     pixels: int = 0  # of an image on average, where images have sizes of their own
     calls: int = 0  # UNet calls of a batch on average, where the recipe does not state them
     differing: tuple[str, ...] = ()  # in what the engine is none of those that made the run folder's samples
+    stops_outside: bool = False  # whether the run stops if the first batch is out of the domain of the decoders
     unnamed: tuple[int, int] = (0, 0)  # prompts that name none of the class words, of how many
 
     @property
@@ -135,6 +136,7 @@ def build_job(spec: RunSpec, stored: Mapping[str, Any] | None, *, races: bool = 
         replace(recipe, facts=row_facts(document)),
         document,
         limit=spec.limit,
+        stops_outside=not spec.force_domain,
         batch_size=spec.batch_size,
         may_mix=spec.may_mix,
         race=race.summary,

@@ -30,6 +30,7 @@ class Result:
     seconds: float = 0.0  # of this process's work, its closing included
     closing_seconds: float = 0.0  # of these, for the index files and the gallery
     doubtful: int = 0  # of those done, or where they are quarantined, of those beside them
+    outside: int = 0  # of these, out of the domain of the decoders
     goal: Goal | None = None  # None before there is a run folder
     is_complete: bool = False  # whether nothing more is to be made
     missing: Mapping[str, int] = field(default_factory=dict)  # class -> samples it has, where it can have no more
@@ -55,13 +56,19 @@ class Result:
             done = count_noun(self.done, "sample")
             return f"accepted: {done}; not accepted, in {self.path}/{QUARANTINE}: {self.doubtful}"
         if self.goal and self.goal.most > self.goal.number:
-            return f"trusted: {count_noun(self.done, 'sample')}; doubtful, in {self.path}/{QUARANTINE}: {self.doubtful}"
+            done, place = count_noun(self.done, "sample"), f"{self.path}/{QUARANTINE}"
+            return f"trusted: {done}; doubtful, in {place}: {self.doubtful}{self._foreign}"
         return f"{self.doubts}: filter --where 'trust == 1' leaves {'it' if self.doubtful == 1 else 'them'} out"
 
     @property
     def doubts(self) -> str:
         """How many samples are doubtful, of a run that keeps them all."""
-        return f"{self.doubtful} of {self.done} samples {'is' if self.doubtful == 1 else 'are'} doubtful"
+        verb = "is" if self.doubtful == 1 else "are"
+        return f"{self.doubtful} of {self.done} samples {verb} doubtful{self._foreign}"
+
+    @property
+    def _foreign(self) -> str:
+        return f" ({self.outside} out of the domain of the decoders)" if self.outside else ""
 
     def check(self) -> None:
         """Raises GateFailed where samples were quarantined, or too few can be trusted."""
@@ -96,6 +103,7 @@ def result_of(
         made,
         sum(map(len, quarantined.values())),
         doubtful=ledger.count(DOUBTFUL) if accept else ledger.count_doubtful(),
+        outside=ledger.count_out_of_domain()[0],
         goal=goal,
         is_complete=goal.is_reached(tally),
         missing=goal.missing(tally) if quarantines(config) else {},

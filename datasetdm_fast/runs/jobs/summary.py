@@ -39,6 +39,7 @@ def describe_job(job: Job, call: float = 0.0) -> list[str]:
         "model": describe_model(job.engine.model),
         "sampler": f"{facts['sampler']}, {steps}, {GUIDANCE[job.engine.model.guidance].format(facts['guidance'])}",
         "labels": ", ".join(job.recipe.tasks),
+        "domain": _describe_domain(job),
         "engine": f"{name}, {count_noun(batches, 'batch', 'batches')} of {plan.batch_size}",
         "race": job.race,
         "precision": job.precision or promised or _warning(engine),
@@ -65,6 +66,18 @@ def count_unnamed(job: Job) -> str:
         return ""
     words = ", ".join(job.plan.words[:MOST_WORDS]) + (" ..." if len(job.plan.words) > MOST_WORDS else "")
     return f"{count} of {total} {'names' if count == 1 else 'name'} none of the classes of the labels: {words}"
+
+
+def _describe_domain(job: Job) -> str:
+    """With which decoders' training pictures samples are compared, in words."""
+    decoders = {task: getattr(job.engine.decoders[task], "domain", None) for task in job.recipe.decoded}
+    known = [task for task, domain in decoders.items() if domain]
+    others = [task for task, domain in decoders.items() if not domain]
+    if not decoders:
+        return ""
+    unknown = f"{', '.join(others)}: unknown, trained by 0.2.0 or earlier" if others else ""
+    compared = f"samples are compared with what {', '.join(known)} learned from" if known else ""
+    return "; ".join(filter(None, (compared, unknown)))
 
 
 def _warning(engine: Mapping[str, object]) -> str:

@@ -14,6 +14,7 @@ from datasetdm_fast.data import Batch, Quarantined, Sample
 from datasetdm_fast.engine.loop import driver
 from datasetdm_fast.engine.loop.labelling import word_slots
 from datasetdm_fast.engine.loop.recipe import Recipe
+from datasetdm_fast.runs.jobs.domain_gate import DomainGate
 from datasetdm_fast.runs.jobs.job import Job
 from datasetdm_fast.runs.jobs.result import Result, close_run
 from datasetdm_fast.runs.run_folder.acceptance import acceptance_of
@@ -43,17 +44,25 @@ def write_missing(
         on_commit(sum(row.status != DOUBTFUL for row in rows))
 
     with RunFolder(job.folder, job.document) as folder:
-        quota = Quota(job, folder.ledger)
+        quota, gate = Quota(job, folder.ledger), DomainGate(job)
+        gate.evaluate_stored(folder.ledger)
+
+        def ends() -> bool:
+            return gate.is_closed or is_stopping()
+
         with BackgroundWriter(folder, on_rows) as writer:
             while missing := quota.missing():
                 batches = (job.plan.batch(k) for k in batches_of(missing, job.plan.batch_size))
-                for batch, results in make_samples(job, _until(is_stopping, batches), on_unet_call):
+                for batch, results in make_samples(job, _until(ends, batches), on_unet_call):
                     taken = quota.take(results)
                     before_commit(taken)
+                    gate.evaluate(taken)
                     writer.put(taken, batch_facts(job.recipe, batch))
-                if is_stopping():
+                if ends():
                     break
-        return close_run(folder, job.plan.number, new, begin)
+        result = close_run(folder, job.plan.number, new, begin)
+    gate.check()
+    return result
 
 
 def make_samples(

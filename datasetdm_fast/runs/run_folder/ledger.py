@@ -58,7 +58,7 @@ _NOTE = "INSERT INTO notes VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value 
 _FORM = {"prompt": str, "seed": int, "reason": str, "recipe": dict, "files": dict, "labels": dict, "trust": dict}
 _FORM |= {"tracings": dict}
 _TRUST_FORM = {"missing": [str], "unnamed": [str], "disagreeing": float, "reasons": [str]}
-_NOTHING = {"missing": (), "unnamed": (), "reasons": ()}  # what rows leave out of a trust
+_NOTHING = {"missing": (), "unnamed": (), "domain": None, "reasons": ()}  # what rows leave out of a trust
 HEX_DIGITS = 64  # of a SHA-256
 FOLDERS = {"image": "images"}  # of roles that have another name than their folder
 LARGEST_TRACINGS = 2**24  # bytes
@@ -304,6 +304,12 @@ class Ledger(AbstractContextManager):
         where = "json_array_length(trust, '$.reasons') > 0"
         return self._database.execute(f"SELECT count(*) FROM samples WHERE {where}")[0][0]
 
+    def count_out_of_domain(self) -> tuple[int, int]:
+        """Samples that are out of the domain of their decoders, and those that were measured."""
+        domain = "json_extract(trust, '$.domain')"
+        outside, measured = self._database.execute(f"SELECT sum({domain} > 1), count({domain}) FROM samples")[0]
+        return outside or 0, measured
+
     def row(self, index: int) -> Row | None:
         rows = self._database.execute(f'SELECT {_COLUMNS} FROM samples WHERE "index" = ?', (index,))
         return self._decode_row(*rows[0]) if rows else None
@@ -400,9 +406,10 @@ def _encode_trust(trust: Trust | None) -> str | None:
 def _decode_trust(value: Any) -> Trust | None:
     if not value:
         return None
-    value = {**{name: list(part) for name, part in _NOTHING.items()}, **value}
+    value = {**{name: part if part is None else list(part) for name, part in _NOTHING.items()}, **value}
     documents.check_form(value, _TRUST_FORM)
-    documents.check_form(value.get("confidence") or 0.0, float)
+    for name in ("confidence", "domain"):
+        documents.check_form(value.get(name) or 0.0, float)
     return Trust(**{name: tuple(part) if isinstance(part, list) else part for name, part in value.items()})
 
 

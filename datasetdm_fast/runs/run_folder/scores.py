@@ -25,6 +25,7 @@ BITS = 64  # of a hash
 SCORES = {  # name -> meaning
     "score": "mean confidence of the decoders in their labels, 0 to 1",
     "trust": "1 if the labels agree with the prompt and with one another, 0 if the sample is doubtful",
+    "domain": "distance from the pictures that the decoders learned from; above 1 the sample is out of their domain",
     "agreement": "share of the pixels of things to which two kinds of labels give the same class, 0 to 1",
     "presence": "share of the classes named in the prompt that the labels show, 0 to 1",
     "sharpness": "variance of the Laplacian of the image's brightness (of 0 to 255)",
@@ -33,6 +34,7 @@ SCORES = {  # name -> meaning
     "clip": "cosine similarity of image and prompt by the CLIP model of --clip",
 }
 ABSENT = {  # a score that no sample has -> what to do about it
+    "domain": "Decoders that were trained by 0.2.0 or earlier have no domain; train them again.",
     "agreement": "It needs two kinds of labels that name the same classes, such as semantic and instance.",
     "clip": "Add --clip DIR, the folder of a CLIP model, to compute it.",
 }
@@ -96,6 +98,7 @@ def sharpness(image: Image.Image) -> float:
 SCORERS: dict[str, Callable[[Scored], float | None]] = {
     "score": lambda made: mean_certainty(made.records),
     "trust": lambda made: float(made.trust.is_trusted),
+    "domain": lambda made: made.trust.domain,
     "agreement": lambda made: agreement([names for task in made.records if (names := named_map(made.label(task)))]),
     "presence": presence,
     "sharpness": lambda made: sharpness(Image.fromarray(made.image)),

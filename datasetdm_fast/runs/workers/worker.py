@@ -11,6 +11,7 @@ from itertools import chain
 
 from datasetdm_fast.data import Batch, Quarantined, Sample
 from datasetdm_fast.disk import sqlite
+from datasetdm_fast.runs.jobs.domain_gate import DomainGate
 from datasetdm_fast.runs.jobs.job import Job
 from datasetdm_fast.runs.jobs.resume import merge_with_stored
 from datasetdm_fast.runs.jobs.writing import BackgroundWriter, Quota, batch_facts, batches_of, make_samples
@@ -78,6 +79,7 @@ class Worker:
         has_ledger: bool = True,
     ):
         self.job, self.folder, self.queue, self.owner = job, folder, queue, owner
+        self.has_ledger, self.gate = has_ledger, DomainGate(job)
         self.replaces_quarantined = job.replaces_quarantined and has_ledger
         self.counts_by_class = counts_by_class(job.document["config"]) and has_ledger
         self.on_commit, self.on_idle, self.is_stopping = on_commit, on_idle, is_stopping
@@ -87,6 +89,8 @@ class Worker:
     def work(self) -> None:
         """Makes batches until none is left, or until it is to stop, and then leaves the queue."""
         self.queue.enter(self.owner)
+        if self.has_ledger:
+            self.gate.evaluate_stored(self.folder.ledger)
         while not self.is_stopping() and self._turn():
             pass
         self.queue.leave(self.owner)
@@ -147,7 +151,11 @@ class Worker:
                 if self._is_doubtful(batch.index, results):
                     self.queue.give_back(batch.index, self.owner, NOT_FINITE)
                 else:
+                    self.gate.evaluate(results)
                     self._put(writer, batch, results)
+                if self.gate.is_closed:
+                    break
+        self.gate.check()
 
     def _put(self, writer: BackgroundWriter, batch: Batch, results: list[Sample | Quarantined]) -> None:
         if missing := self._missing(batch.index, results):

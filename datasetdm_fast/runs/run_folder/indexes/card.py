@@ -287,6 +287,7 @@ def _attributes(labels: Sequence[str]) -> str:
 
 def _trust(document: Mapping[str, Any], ledger: Ledger) -> Iterator[str]:
     """How many samples are doubtful, where that was judged."""
+    outside, measured = ledger.count_out_of_domain()
     if where := document["config"].get("accept"):
         yield f"Samples with {_code(where)}, the condition of `--accept`; set aside in `{QUARANTINE}`:"
         yield f"{ledger.count(DOUBTFUL)}.\n"
@@ -295,11 +296,16 @@ def _trust(document: Mapping[str, Any], ledger: Ledger) -> Iterator[str]:
         yield f"{ledger.count(DOUBTFUL)}.\n"
     elif any(row.trust for row in islice(ledger.rows(parts=("trust",)), 1)):
         if not (count := ledger.count_doubtful()):
-            yield "None of the samples is doubtful: their labels agree with their prompts and with one another.\n"
+            agree = "None of the samples is doubtful: their labels agree with their prompts and with one another"
+            like = "and their pictures are like those that the decoders learned from.\n"
+            yield from (f"{agree},", like) if measured else (f"{agree}.\n",)
             return
         is_or_are, their = ("is", "its") if count == 1 else ("are", "their")
         yield f"{count} of the samples {is_or_are} doubtful, as {their} labels contradict {their} prompt or one"
         yield "another; `trust` in `samples.jsonl` gives the reasons.\n"
+        if outside:
+            yield f"{outside} of these show what the decoders were not trained on: labels of such pictures mean little."
+            yield "`trust.domain` is their distance from the training pictures, and above 1 for them.\n"
 
 
 def _describe_mixed(document: Mapping[str, Any]) -> Iterator[str]:

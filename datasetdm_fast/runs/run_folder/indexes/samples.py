@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from typing import Any
 
+from datasetdm_fast.data import Trust
 from datasetdm_fast.runs.run_folder.indexes.index_file import IndexFile
 from datasetdm_fast.runs.run_folder.ledger import Row, canonical
 
@@ -36,7 +38,12 @@ def line_of(row: Row) -> bytes:
         **({"picture": row.recipe["picture"]} if "picture" in row.recipe else {}),
         "files": files,
         "labels": labels,
-        **({"trust": asdict(row.trust)} if row.trust else {}),
+        **({"trust": _trust_of(row.trust)} if row.trust else {}),
     }
     line |= {name: row.recipe[name] for name in OF_SOURCE if name in row.recipe}
     return (canonical(line) + "\n").encode()
+
+
+def _trust_of(trust: Trust) -> dict[str, Any]:
+    """A trust as JSON, without a distance where no decoder of the run has a domain."""
+    return {name: value for name, value in asdict(trust).items() if name != "domain" or value is not None}

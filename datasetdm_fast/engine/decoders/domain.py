@@ -1,0 +1,214 @@
+"""The domain of a decoder: what the captures of its training pictures look like, and how far a sample is from them.
+
+A picture and each thing in it are described by means of the decoder's projected levels. Their distance is that of
+Mahalanobis (Lee et al. 2018), over the distance that 99 % of held-out pictures keep to: above 1 is out of domain.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from datasetdm_fast.data import Annotation, DomainDistance, Instances, SemanticMap
+from datasetdm_fast.disk import storage
+from datasetdm_fast.engine.labels.kind import SHOWN_SCORE
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.untrusted import documents, tensors
+
+FILE = "domain.safetensors"
+MIXTURES = 16  # of the channels of each level, which alone are compared
+LARGEST_SIDE = 32  # cells of a side at which things are described
+SHRINKAGE = 0.1  # of correlations towards none, as there are few pictures
+QUANTILE = 2.326  # standard deviations of the logarithm of a distance below which 99 % of them lie
+MARGIN = 1.15  # generated pictures of a domain vary more than its photos,
+MARGIN_OF_THINGS = 1.3  # and predicted masks more than those of the truth
+LEAST_IMAGES = 8  # pictures below which their spread is unknown
+LEAST_SHOWN = 4  # pictures that show a class, below which its mean is that of all classes
+FOLDS = 5
+LEAST_SHARE = 1 / 100  # of the picture: smaller things are not described
+NO_THING = ("", "none", "background")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Means of descriptors, one of each class or a single one, and their covariance; in units of `scale`."""
+
+    means: np.ndarray  # [K, D]
+    scale: np.ndarray  # [D]
+    correlations: np.ndarray  # [D, D]
+    limit: float = 1.0
+
+    @cached_property
+    def _whitening(self) -> np.ndarray:
+        """[D, D] after which typical descriptors have the length 1."""
+        width = len(self.scale)
+        values, vectors = np.linalg.eigh((1 - SHRINKAGE) * self.correlations + SHRINKAGE * np.eye(width))
+        return np.asarray(vectors / np.sqrt(values * width))
+
+    def distances(self, descriptors: np.ndarray, classes: np.ndarray | int = 0) -> np.ndarray:
+        """[N] over the limit."""
+        offsets = (descriptors - self.means[classes]) / self.scale
+        return np.linalg.norm(offsets @ self._whitening, axis=-1) / self.limit
+
+
+@dataclass(frozen=True)
+class Domain:
+    pictures: Spread
+    things: Spread | None  # None for labels without classes
+    classes: tuple[str, ...]  # of the means of things but the last, which is that of all
+
+    def measure(self, sketch: np.ndarray, label: Annotation) -> DomainDistance:
+        """The distance of a picture by its sketch [D, h, w], and of each class that its label shows."""
+        picture = float(self.pictures.distances(sketch.mean((1, 2))[None])[0])
+        farthest: dict[str, float] = {}
+        for name, descriptor in describe_things(sketch, label) if self.things else ():
+            assert self.things
+            place = self.classes.index(name) if name in self.classes else len(self.classes)
+            distance = float(self.things.distances(descriptor[None], place)[0])
+            farthest[name] = max(distance, farthest.get(name, 0.0))
+        return DomainDistance(picture, farthest)
+
+
+def mixtures(channels: int) -> np.ndarray:
+    """[M, C] orthogonal rows, the first of a cosine transform: channels have no order, so these are any mixtures."""
+    rows, places = np.arange(min(MIXTURES, channels))[:, None], np.arange(channels)[None] + 0.5
+    return np.cos(math.pi * rows * places / channels).astype(np.float32)
+
+
+def describe_things(sketch: np.ndarray, label: Annotation) -> Iterator[tuple[str, np.ndarray]]:
+    """Class and descriptor [D] of every region that a label gives a class."""
+    cells = sketch.shape[-1]
+    for name, mask in _regions(label):
+        rows, columns = (np.arange(cells + 1) * side // cells for side in mask.shape)
+        sums = np.add.reduceat(np.add.reduceat(mask, rows[:-1], 0, dtype=np.float32), columns[:-1], 1)
+        yield name, np.einsum("dhw,hw->d", sketch, sums) / sums.sum()
+
+
+def _regions(label: Annotation) -> Iterator[tuple[str, np.ndarray]]:
+    if isinstance(label, SemanticMap):
+        names = ((k, name) for k, name in enumerate(label.classes) if name not in NO_THING)
+        regions = ((name, label.labels == k) for k, name in names)
+    elif isinstance(label, Instances):
+        chosen = zip(label.class_ids, label.scores, label.masks)
+        regions = ((label.classes[k], mask) for k, score, mask in chosen if score >= SHOWN_SCORE)
+    else:
+        return
+    yield from ((name, mask) for name, mask in regions if np.count_nonzero(mask) >= LEAST_SHARE * mask.size)
+
+
+def learn_domain(sketches: np.ndarray, labels: Sequence[Annotation], pictures: Sequence[int]) -> Domain | None:
+    """The domain of the sketches [N, D, h, w] of labelled views, by the pictures that these are of; None where they are
+    too few.
+    """
+    of_picture = np.unique(np.asarray(pictures), return_inverse=True)[1]
+    if of_picture.max(initial=-1) + 1 < LEAST_IMAGES:
+        return None
+    whole = _fit(sketches.mean((2, 3)), of_picture, np.zeros(len(sketches), np.int64), 1, np.arange(len(sketches)))
+    whole = replace(whole, limit=MARGIN * whole.limit)
+    things_shown = [
+        (view, *thing) for view, label in enumerate(labels) for thing in describe_things(sketches[view], label)
+    ]
+    views = np.array([view for view, _, _ in things_shown], np.int64)
+    shown: dict[str, set[int]] = {}
+    for view, name, _ in things_shown:
+        shown.setdefault(name, set()).add(of_picture[view])
+    classes = tuple(sorted(name for name, where in shown.items() if len(where) >= LEAST_SHOWN))
+    if len(set(of_picture[views])) < LEAST_IMAGES:
+        return Domain(whole, None, ())
+    numbers = np.array([classes.index(name) if name in classes else len(classes) for _, name, _ in things_shown])
+    descriptors = np.stack([descriptor for *_, descriptor in things_shown])
+    things = _fit(descriptors, of_picture[views], numbers, len(classes) + 1, views)
+    return Domain(whole, replace(things, limit=MARGIN_OF_THINGS * things.limit), classes)
+
+
+def _fit(descriptors: np.ndarray, pictures: np.ndarray, classes: np.ndarray, count: int, views: np.ndarray) -> Spread:
+    """The spread of descriptors, with the limit that 99 % of views keep to with all they show, each measured against
+    the other pictures.
+    """
+    folds, held_out = pictures % FOLDS, np.zeros(len(descriptors))
+    for fold in range(FOLDS):
+        inside = folds == fold
+        spread = _spread(descriptors[~inside], classes[~inside], count)
+        held_out[inside] = spread.distances(descriptors[inside], classes[inside])
+    farthest = np.array([held_out[views == view].max() for view in np.unique(views)])
+    logarithms = np.log(farthest)
+    limit = max(float(np.exp(logarithms.mean() + QUANTILE * logarithms.std())), float(np.quantile(farthest, 0.99)))
+    spread = _spread(descriptors, classes, count)
+    return replace(spread, limit=limit)
+
+
+def _spread(descriptors: np.ndarray, classes: np.ndarray, count: int) -> Spread:
+    """The spread around the mean of each class, of all where none is of it; the limit is 1."""
+    means = np.repeat(descriptors.mean(0)[None], count, 0)
+    for k in np.unique(classes):
+        means[k] = descriptors[classes == k].mean(0)
+    residuals = descriptors - means[classes]
+    scale = residuals.std(0) + 1e-6
+    return Spread(means, scale, np.cov((residuals / scale).T))
+
+
+def write_domain(folder: Path, domain: Domain) -> None:
+    """Writes a domain into the folder of its decoder."""
+    from safetensors.numpy import save
+
+    arrays: dict[str, np.ndarray] = {}
+    for part, spread in (("pictures", domain.pictures), ("things", domain.things)):
+        if spread:
+            arrays |= {
+                f"{part}.means": spread.means.astype(np.float32),
+                f"{part}.scale": spread.scale.astype(np.float32),
+            }
+            arrays[f"{part}.correlations"] = spread.correlations[np.triu_indices(len(spread.scale))].astype(np.float16)
+            arrays[f"{part}.limit"] = np.array([spread.limit], np.float32)
+    storage.publish({folder / FILE: save(arrays, {"classes": json.dumps(domain.classes)})})
+
+
+def read_domain(folder: Path, width: int) -> Domain | None:
+    """The domain of descriptors of this width in a decoder's folder, None where an earlier version trained it."""
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    from safetensors import safe_open
+
+    tensors.check_safetensors(path)
+    with safe_open(path, "numpy") as file:
+        arrays = {name: file.get_tensor(name).astype(np.float64) for name in file.keys()}
+        names = documents.parse_json((file.metadata() or {}).get("classes", "[]"), f"{path}: classes")
+    try:
+        documents.check_form({"classes": names}, {"classes": [str]})
+        domain = Domain(
+            _unpack(arrays, "pictures"), _unpack(arrays, "things") if "things.means" in arrays else None, tuple(names)
+        )
+        _check(domain, width)
+    except (KeyError, ValueError) as error:
+        remedy = "Get the file again, or remove it: then no sample is judged by it."
+        raise Refused(f"{path}: not the domain of this decoder ({error})", remedy) from None
+    return domain
+
+
+def _unpack(arrays: Mapping[str, np.ndarray], part: str) -> Spread:
+    means, scale, upper, limit = (arrays[f"{part}.{name}"] for name in ("means", "scale", "correlations", "limit"))
+    correlations = np.zeros((len(scale), len(scale)))
+    correlations[np.triu_indices(len(scale))] = upper
+    correlations += np.triu(correlations, 1).T
+    return Spread(means, scale, correlations, float(limit.reshape(-1)[0]))
+
+
+def _check(domain: Domain, width: int) -> None:
+    """A ValueError where the numbers of a file do not fit together, or not the decoder."""
+    for spread, count in ((domain.pictures, 1), (domain.things, len(domain.classes) + 1)):
+        if spread is None:
+            continue
+        shapes = spread.means.shape, spread.scale.shape
+        if shapes != ((count, width), (width,)):
+            raise ValueError(f"its tensors are {', '.join(map(str, shapes))}, expected {count} means of {width}")
+        numbers = spread.means, spread.scale, spread.correlations, spread.limit
+        finite = all(np.isfinite(part).all() for part in numbers)
+        if not (finite and (spread.scale > 0).all() and spread.limit > 0):
+            raise ValueError("a value is NaN, infinite, or no spread")

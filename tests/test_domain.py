@@ -1,0 +1,145 @@
+"""Samples of what a decoder was not trained on are doubtful, and a run of them stops after its first batch."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from datasetdm_fast import Pipeline, filter, generate, open_run, train
+from datasetdm_fast.data import DomainDistance, Instances, SemanticMap, Trust
+from datasetdm_fast.engine.decoders import domain
+from datasetdm_fast.engine.decoders.checkpoint import load_decoder
+from datasetdm_fast.engine.decoders.folders import DEMO
+from datasetdm_fast.engine.labels.trust import with_domain
+from datasetdm_fast.errors import Refused
+
+D, SIDE = 8, 4  # numbers of a descriptor, cells of a side
+CAPTION = "a red ball beside a cube"
+
+
+def sketches(count, seed=0, shift=0.0):
+    """Pictures whose left half is a thing of class a and whose right half is one of class b."""
+    rng = np.random.default_rng(seed)
+    mixing = np.random.default_rng(1).normal(size=(D, D))
+    cells = (rng.normal(size=(count, D)) @ mixing)[:, :, None, None] + 0.1 * rng.normal(size=(count, D, SIDE, SIDE))
+    cells[..., : SIDE // 2] += 3
+    return (cells + shift).astype(np.float32)
+
+
+def label():
+    labels = np.repeat(np.array([[1, 1, 2, 2]], np.uint8), 4, 0).repeat(4, 0).repeat(4, 1)
+    return SemanticMap(labels, np.ones(labels.shape, np.float32), ("background", "a", "b"))
+
+
+def learn(count=40):
+    return domain.learn_domain(sketches(count), [label()] * count, range(count))
+
+
+def test_pictures_like_those_are_inside_and_others_outside():
+    learned = learn()
+    distances = [learned.measure(each, label()) for each in sketches(200, seed=2)]
+    assert np.mean([each.picture <= 1 for each in distances]) >= 0.97
+    assert np.mean([max(each.things.values()) <= 1 for each in distances]) >= 0.97
+    assert min(learned.measure(each, label()).picture for each in sketches(50, seed=3, shift=12.0)) > 1
+    swapped = [learned.measure(each[..., ::-1].copy(), label()) for each in sketches(50, seed=4)]
+    assert (
+        np.mean([max(each.things.values()) > max(inside.things.values()) for each, inside in zip(swapped, distances)])
+        > 0.8
+    )
+    assert learn(domain.LEAST_IMAGES - 1) is None, "too few pictures tell no spread"
+
+
+def test_the_file_of_a_domain(tmp_path):
+    learned = learn()
+    domain.write_domain(tmp_path, learned)
+    assert (tmp_path / domain.FILE).stat().st_size < 16_000
+    read, sketch = domain.read_domain(tmp_path, D), sketches(1, seed=5)[0]
+    before, after = learned.measure(sketch, label()), read.measure(sketch, label())
+    assert read.classes == ("a", "b") and before.picture == pytest.approx(after.picture, rel=0.01)
+    assert before.things == pytest.approx(after.things, rel=0.01)
+    assert domain.read_domain(tmp_path / "other", D) is None, "decoders of earlier versions have none"
+    with pytest.raises(Refused, match="not the domain of this decoder"):
+        domain.read_domain(tmp_path, 2 * D)
+    (tmp_path / domain.FILE).write_bytes((tmp_path / domain.FILE).read_bytes()[:-8])
+    with pytest.raises(Refused):
+        domain.read_domain(tmp_path, D)
+
+
+def test_things_are_the_shown_regions_of_a_label():
+    masks = np.zeros((2, 8, 8), bool)
+    masks[:, :4] = True
+    few = Instances(masks, np.array([0, 0]), np.float32([0.9, 0.3]), ("a",))
+    described = list(domain.describe_things(np.arange(SIDE * SIDE, dtype=np.float32).reshape(1, SIDE, SIDE), few))
+    assert [(name, float(value[0])) for name, value in described] == [("a", 3.5)], "the faint one is not described"
+
+
+def test_the_reasons():
+    near = {"semantic": DomainDistance(0.4, {"ball": 0.9}), "depth": DomainDistance(0.6)}
+    assert with_domain(Trust(), near) == Trust(domain=0.9)
+    thing = {"semantic": DomainDistance(0.4, {"ball": 1.2, "cube": 0.3})}
+    told = with_domain(Trust(reasons=("another",)), thing)
+    assert told.reasons == ("ball in semantic is unlike those in the pictures it learned from", "another")
+    far = with_domain(Trust(), {"semantic": DomainDistance(1.9, {"ball": 1.2}), "depth": DomainDistance(1.1)})
+    assert far.domain == 1.9 and far.reasons == ("the picture is unlike those that semantic and depth learned from",)
+    assert with_domain(Trust(), {}) == Trust(), "decoders without a domain judge nothing"
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    """The demo's decoder of label maps, taught on other pictures as far as its domain says."""
+    folder = tmp_path_factory.mktemp("foreign")
+    shutil.copytree(DEMO / "semantic", folder / "semantic")
+    own = load_decoder(folder / "semantic").domain
+    own.pictures.means[:] += 20 * own.pictures.scale
+    domain.write_domain(folder / "semantic", own)
+    return folder
+
+
+def run(out, *flags):
+    line = ["--prompts", CAPTION, "--number", "4", "--batch-size", "2", "--steps", "8", "--engine", "fast"]
+    return generate.main([*line, "--task", "semantic", "--device", "cpu", "--out", str(out), "--quiet", *flags])
+
+
+def test_the_demo_is_in_its_own_domain(tmp_path):
+    assert run(tmp_path / "own") == 0
+    with open_run(tmp_path / "own") as own:
+        assert all(0 < sample.trust.domain < 1 for sample in own)
+    pipe = Pipeline.from_pretrained("demo", engine="torch", device="cpu")
+    (sample,) = pipe([CAPTION], seeds=[0], tasks=("semantic",), steps=8).samples
+    with open_run(tmp_path / "own") as own:
+        assert sample.trust.domain == pytest.approx(own[0].trust.domain, abs=0.01), "as every engine measures it"
+
+
+def test_a_run_out_of_the_domain_stops_after_its_first_batch(foreign, tmp_path, capsys):
+    out, flags = tmp_path / "run", ("--decoder", str(foreign))
+    assert run(out, *flags) == 4
+    told = capsys.readouterr().err
+    assert "2 of the first 2 samples are out of the domain of the decoders" in told and "--force-domain" in told
+    rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and all(row["trust"]["domain"] > 1 for row in rows), "they can be looked at"
+    assert run(out, *flags) == 4 and len(open_run(out)) == 2, "and is not resumed by accident"
+    assert run(out, *flags, "--force-domain") == 0
+    assert "4 of 4 samples are doubtful (4 out of the domain of the decoders)" in _report(out, capsys)
+    assert "4 of these show what the decoders were not trained on" in (out / "README.md").read_text()
+    assert '"domain"' in (out / "gallery" / "run.js").read_text(), "samples can be sorted by it"
+    assert filter.main([str(out), "--where", "domain <= 1", "--quiet"]) == 0
+    assert len(open_run(out, kept=True)) == 0
+
+
+def _report(out, capsys):
+    capsys.readouterr()
+    from datasetdm_fast.runs.jobs.result import result_of
+    from datasetdm_fast.runs.run_folder.document import LEDGER, read_document
+    from datasetdm_fast.runs.run_folder.ledger import Ledger
+
+    with Ledger(out / LEDGER, read_only=True) as ledger:
+        return result_of(out, read_document(out), 4, ledger).trust_message
+
+
+def test_a_training_writes_the_domain_of_its_decoder(tmp_path):
+    line = ["--model", "tiny", "--size", "64", "--draws", "1", "--batch-size", "4", "--engine", "torch", "--quiet"]
+    line += ["--data", "demo:12@1000", "--task", "semantic", "--steps", "1", "--threads", "1", "--storage", "fp16"]
+    assert train.main([*line, "--cache-dir", str(tmp_path / "cache"), "--out", str(tmp_path / "decoder")]) == 0
+    decoder = load_decoder(tmp_path / "decoder" / "semantic")
+    assert decoder.domain is not None and decoder.domain.pictures.limit > 0
