@@ -11,7 +11,7 @@ from datasetdm_fast.data import DomainDistance, Instances, SemanticMap, Trust
 from datasetdm_fast.engine.decoders import domain
 from datasetdm_fast.engine.decoders.checkpoint import load_decoder
 from datasetdm_fast.engine.decoders.folders import DEMO
-from datasetdm_fast.engine.labels.trust import with_domain
+from datasetdm_fast.engine.labels.trust import with_domain, with_undrawn
 from datasetdm_fast.errors import Refused
 
 D, SIDE = 8, 4  # numbers of a descriptor, cells of a side
@@ -125,6 +125,29 @@ def test_a_run_out_of_the_domain_stops_after_its_first_batch(foreign, tmp_path, 
     assert '"domain"' in (out / "gallery" / "run.js").read_text(), "samples can be sorted by it"
     assert filter.main([str(out), "--where", "domain <= 1", "--quiet"]) == 0
     assert len(open_run(out, kept=True)) == 0
+
+
+def test_what_the_model_cannot_draw_is_told_before_the_first_image(tmp_path, capsys):
+    line = ["--prompts", "a photo of a penguin", "--number", "4", "--task", "open-vocabulary", "--allow-unnamed"]
+    line += ["--classes", "fire hydrant,ball", "--dry-run", "--out", str(tmp_path / "run"), "--engine", "fast"]
+    assert generate.main([*line, "--device", "cpu"]) == 0
+    told = capsys.readouterr().err
+    assert "alone, not fire hydrant, and 4 of the first 4 prompts name none of these" in told
+    assert generate.main(["--classes", "owl", "--task", "semantic", "--dry-run", "--out", str(tmp_path / "run")]) == 2
+    told = capsys.readouterr().err
+    assert "the model draws nothing else" in told and "any word" not in told
+
+
+def test_samples_of_what_the_model_cannot_draw_are_doubtful():
+    draws = ("ball", "cube")
+    assert with_undrawn(Trust(), ("ball",), "a ball", draws).is_trusted
+    assert with_undrawn(Trust(), ("owl",), "an owl", ()).is_trusted, "a card that lists nothing"
+    assert with_undrawn(Trust(), ("owl",), "an owl on a cube", draws).reasons == (
+        "the model draws ball, cube alone, not owl",
+    )
+    assert with_undrawn(Trust(), (), "a penguin", draws).reasons == (
+        "the model draws ball, cube alone, and the prompt names none of these",
+    )
 
 
 def _report(out, capsys):

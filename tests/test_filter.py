@@ -236,7 +236,7 @@ def test_splice_takes_only_what_is_kept(run, tmp_path, capsys):
 def test_histograms_count_every_sample_and_class(run, capsys):
     assert filter.main([str(run), "--json", "--quiet"]) == 0
     shown = json.loads(capsys.readouterr().out)
-    assert set(shown) == set(SCORES) and shown.pop("clip") == []
+    assert set(shown) == set(SCORES) and shown.pop("clip") == shown.pop("domain") == []
     for bins in shown.values():
         assert sum(each["samples"] for each in bins) == NUMBER == bins[0]["left"]
     words = [word for sample in open_run(run) for word in sample.classes]

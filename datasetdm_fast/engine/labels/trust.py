@@ -113,6 +113,22 @@ def with_domain(trust: Trust, distances: Mapping[str, DomainDistance]) -> Trust:
     return replace(trust, domain=round(farthest, 3), reasons=(*reasons, *trust.reasons))
 
 
+def with_undrawn(trust: Trust, named: Sequence[str], prompt: str, draws: Sequence[str]) -> Trust:
+    """A trust with what a prompt or its classes name that the model cannot draw, where its card lists what it can."""
+    if not draws:
+        return trust
+    listed = f"the model draws {', '.join(draws)} alone"
+    reasons = [f"{listed}, not {word}" for word in undrawn_words(named, draws)]
+    if not find_classes(prompt, draws):
+        reasons.append(f"{listed}, and the prompt names none of these")
+    return replace(trust, reasons=(*reasons, *trust.reasons))
+
+
+def undrawn_words(words: Sequence[str], draws: Sequence[str]) -> list[str]:
+    """Those class words that are none of the things a model draws."""
+    return [word for word in words if not find_classes(word, draws)]
+
+
 def _is_missing(shown_map: NamedMap, shares: Mapping[str, float], name: str) -> bool:
     return name in shown_map.names and shares.get(name, 0) < LEAST_SHARE
 

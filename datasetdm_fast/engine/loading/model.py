@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from datasetdm_fast.config import Defaults
 from datasetdm_fast.engine.backbones.record import Backbone, Configs, Guidance, Latents
 from datasetdm_fast.engine.loading.checks import check_size
 from datasetdm_fast.engine.loading.network import Network
+from datasetdm_fast.engine.loading.provenance import drawable_things
 from datasetdm_fast.engine.loading.tokenizer import LimitedTokenizer, OwnTokenizer, load_tokenizer
 from datasetdm_fast.stages import Level
 from datasetdm_fast.untrusted.tensors import check_finite
@@ -51,6 +53,11 @@ class Model:
     licence: str
     index: Mapping[str, Any] = field(default_factory=dict)  # of its model_index.json
     scale: float = 0.0  # the guidance that it is sampled with; 0: its default
+
+    @cached_property
+    def draws(self) -> tuple[str, ...]:
+        """The things that it can draw, if its card lists them."""
+        return drawable_things(Path(self.source)) if self.source else ()
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:

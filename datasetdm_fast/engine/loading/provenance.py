@@ -22,6 +22,12 @@ def digest(files: list[Path]) -> str:
     return f"sha256:{total.hexdigest()}"
 
 
+def drawable_things(folder: Path) -> tuple[str, ...]:
+    """What the card of a model folder lists that the model can draw, as `draws: [ball, cube]`; empty without a list."""
+    listed = re.search(r"^draws:\s*\[(.*)\]\s*$", _front_matter(folder), re.MULTILINE)
+    return tuple(filter(None, (word.strip().strip("\"'") for word in listed[1].split(",")))) if listed else ()
+
+
 def folder_licence(folder: Path) -> str:
     """Licence text of a model folder, else the licence its card names, else a line saying that it is unknown."""
     texts = sorted(
@@ -29,11 +35,14 @@ def folder_licence(folder: Path) -> str:
     )
     if texts:
         return texts[0].read_text(encoding="utf-8", errors="replace").strip()
-    card = folder / "README.md"
-    front = (
-        re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-        if card.is_file()
-        else None
-    )
-    named = re.search(r"^licen[sc]e:\s*(\S.*)$", front[1], re.MULTILINE) if front else None
+    named = re.search(r"^licen[sc]e:\s*(\S.*)$", _front_matter(folder), re.MULTILINE)
     return named[1].strip().strip("\"'") if named else UNKNOWN_LICENCE
+
+
+def _front_matter(folder: Path) -> str:
+    """The YAML at the head of a folder's card, empty where there is none."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return ""
+    front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    return front[1] if front else ""

@@ -187,7 +187,7 @@ def inversion_recipe(recipe: Recipe, engine: Engine, timesteps: Sequence[int]) -
         "capture_timestep": capture_timestep(read) if read else 0,
         "timesteps": timesteps,
     }
-    return replace(recipe, facts=facts)
+    return replace(recipe, facts=facts, draws=())
 
 
 def inversion_generator(

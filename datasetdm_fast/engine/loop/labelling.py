@@ -22,7 +22,7 @@ from datasetdm_fast.data import (
     SemanticMap,
 )
 from datasetdm_fast.engine.labels.class_tables import spoken
-from datasetdm_fast.engine.labels.trust import trust_of, with_domain, without_doubtful, without_unsure
+from datasetdm_fast.engine.labels.trust import trust_of, with_domain, with_undrawn, without_doubtful, without_unsure
 from datasetdm_fast.engine.labels.words import classes_in_order
 from datasetdm_fast.engine.loop.combining import apply_combinations
 
@@ -120,8 +120,8 @@ def with_trust(sample: Sample, recipe: Recipe, distances: Mapping[str, DomainDis
     evidence = (sample.request.classes, sample.annotations, sample.request.prompt, recipe.table)
     labels = without_doubtful(*evidence) if recipe.ignores_doubtful else sample.annotations
     labels = without_unsure(labels, recipe.least_confidence) if recipe.least_confidence else labels
-    trust = with_domain(trust_of(*evidence), distances or {})
-    return replace(sample, annotations=labels, trust=trust)
+    trust = with_undrawn(trust_of(*evidence), sample.request.classes, sample.request.prompt, recipe.draws)
+    return replace(sample, annotations=labels, trust=with_domain(trust, distances or {}))
 
 
 def postprocess(

@@ -46,6 +46,7 @@ class Recipe:
     attention: AttentionRecipe | None = None  # of labels that need no decoder
     asks_all: bool = False  # whether all words are looked for in every image
     table: ClassTable | None = None  # of the user's own words
+    draws: tuple[str, ...] = ()  # the things that the model can draw, where its card lists them
 
     @property
     def captured(self) -> tuple[int, ...]:
@@ -184,6 +185,7 @@ def make_recipe(
         attention=numbers,
         asks_all=ask == "all",
         table=table,
+        draws=getattr(model, "draws", ()),
     )
     check_mask_words(recipe.combinations, label_tables(engine, recipe))
     return recipe
@@ -251,8 +253,10 @@ def prompt_words(engine: Engine, tasks: Sequence[str], classes: Sequence[str]) -
     if classes and known and not any(engine.decoders[task].config.has_text for task in tasks):
         for word in classes:
             if word not in known:
+                is_limited = bool(getattr(engine.model, "draws", ()))
+                others = ", or add --task open-vocabulary, which takes any word"
                 raise Refused(
                     f"--classes: no decoder of this run knows {word!r}, they know {', '.join(known)}",
-                    "Choose from these, or add --task open-vocabulary, which takes any word.",
+                    f"Choose from these{'; the model draws nothing else' if is_limited else others}.",
                 )
     return tuple(classes) or tuple(known)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from datasetdm_fast.disk.storage import free_bytes
+from datasetdm_fast.engine.labels.trust import undrawn_words
+from datasetdm_fast.engine.labels.words import find_classes
 from datasetdm_fast.engine.loop.prompts import shorten
 from datasetdm_fast.messages import count_noun, format_duration
 from datasetdm_fast.runs.jobs.job import Job
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
 GUIDANCE = {"cfg": "guidance {:g}", "embedded": "guidance {:g}, read by the model", "none": "no guidance"}
 MOST_WORDS = 10  # class words that are listed
+MOST_PROMPTS = 100  # that are compared with what the model can draw
 OVERHEAD = 1.15  # time of a run over that of its UNet calls: text, image decoder, labels, files
 
 
@@ -40,6 +43,7 @@ def describe_job(job: Job, call: float = 0.0) -> list[str]:
         "sampler": f"{facts['sampler']}, {steps}, {GUIDANCE[job.engine.model.guidance].format(facts['guidance'])}",
         "labels": ", ".join(job.recipe.tasks),
         "domain": _describe_domain(job),
+        "draws": _describe_undrawn(job),
         "engine": f"{name}, {count_noun(batches, 'batch', 'batches')} of {plan.batch_size}",
         "race": job.race,
         "precision": job.precision or promised or _warning(engine),
@@ -66,6 +70,18 @@ def count_unnamed(job: Job) -> str:
         return ""
     words = ", ".join(job.plan.words[:MOST_WORDS]) + (" ..." if len(job.plan.words) > MOST_WORDS else "")
     return f"{count} of {total} {'names' if count == 1 else 'name'} none of the classes of the labels: {words}"
+
+
+def _describe_undrawn(job: Job) -> str:
+    """Which classes and how many prompts the model cannot draw, where its card lists what it can, in words."""
+    if not (draws := job.recipe.draws):
+        return ""
+    words = undrawn_words(job.plan.words, draws)
+    requests = [job.plan.request(index) for index in range(min(job.plan.number, MOST_PROMPTS))]
+    count = sum(not find_classes(request.prompt, draws) for request in requests)
+    what = [f"not {', '.join(words[:MOST_WORDS])}{' ...' if len(words) > MOST_WORDS else ''}"] if words else []
+    what += [f"and {count} of the first {len(requests)} prompts name none of these"] if count else []
+    return f"{', '.join(draws)} alone, {', '.join(what)}" if what else ""
 
 
 def _describe_domain(job: Job) -> str:
