@@ -110,6 +110,33 @@ def test_focus_stays_where_it_was(chromium, run):
     page.close()
 
 
+def test_escape_leaves_the_search_and_arrows_work_at_once(chromium, run):
+    page = Watched(chromium).open(address(run))
+    page.keyboard.press("ArrowRight")
+    assert focused(page) == "00000000"
+    page.keyboard.press("ArrowRight")
+    assert focused(page) == "00000001"
+    page.keyboard.press("/")
+    page.keyboard.type("ball")
+    assert focused(page) == "search"
+    page.keyboard.press("Escape")
+    assert focused(page) == "grid" and page.input_value("#search") == "ball"
+    page.keyboard.press("ArrowDown")
+    assert focused(page) == shown(page)[0]
+    page.close()
+
+
+def test_a_layer_of_an_address_that_the_run_lacks_is_named(chromium, run):
+    page = Watched(chromium).open(address(run, "#layer=semantic,dept"))
+    said = page.locator("#summary").inner_text()
+    assert "No layer is called dept; there are semantic, confidence, instance" in said
+    assert page.evaluate("layersOn") == ["semantic"]
+    page.evaluate("location.hash = 'layer=depth'")
+    until(page, "layersOn[0] === 'depth'")
+    assert "No layer" not in page.locator("#summary").inner_text()
+    page.close()
+
+
 def test_layers_by_key_and_inside_the_viewer(chromium, run):
     page = Watched(chromium).open(address(run))
     before = page.evaluate("layersOn.join()")

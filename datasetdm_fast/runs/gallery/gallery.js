@@ -908,6 +908,8 @@ function applyAddress() {
   if (!quantities.has(wish.sort)) wish = { ...wish, sort: EMPTY.sort };
   wanted = found.id;
   const known = run.layers.map(layer => layer.name), before = found.layers ?? remembered("layers")?.filter(name => known.includes(name));
+  const unknown = (found.layers ?? []).filter(name => !known.includes(name));
+  trouble("layer", unknown.length ? `No layer is called ${unknown.join(", ")}; there are ${known.join(", ")}` : "");
   layersOn = before?.length || found.layers ? before.filter(name => known.includes(name)) : [run.first].filter(Boolean);
   showLayers();
   showFilters();
@@ -915,6 +917,10 @@ function applyAddress() {
 function keys(event) {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   const isTyping = event.target.matches?.("input:not([type=range]), select, textarea");
+  if (event.key === "Escape" && event.target === by("search")) {
+    event.preventDefault(); // which would empty it
+    grid.focus({ preventScroll: true });
+  }
   if (isTyping || by("statistics").open) return;
   const isSliding = event.target.matches?.("input[type=range]");
   if (event.key === "/" && !viewer.open) {
@@ -938,6 +944,12 @@ function keys(event) {
   if (place !== undefined && event.key in ways) {
     event.preventDefault();
     reveal(Math.min(Math.max(place + ways[event.key], 0), shown.length - 1))?.focus({ preventScroll: true });
+  } else if (event.key.startsWith("Arrow") && [document.body, grid].includes(event.target)) {
+    const inView = [...cards].filter(([, element]) => element.getBoundingClientRect().bottom > 0).map(([each]) => each);
+    if (inView.length) {
+      event.preventDefault();
+      cards.get(Math.min(...inView)).focus({ preventScroll: true });
+    }
   }
 }
 
