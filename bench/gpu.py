@@ -33,6 +33,7 @@ class GpuConfig(SuiteConfig):
     lock: str = setting(
         "", "file that other processes lock while they use the GPU; nothing is timed meanwhile", metavar="FILE"
     )
+    raced: tuple[str, ...] = setting((), "peers of the one race, all of them by default", metavar="LIST")
     device: str = setting("cuda", "cuda or cuda:N; cpu tests the parts on a small model", metavar="DEVICE")
 
 
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     race, whole = one_race.MEASUREMENT, whole_run.MEASUREMENT
     parts = {race.name: race, whole.name: whole, **usual}  # the race measures the limits when no other process runs
     wanted = chosen("parts", config.parts, tuple(parts), tuple(usual))
+    raced = chosen("raced", config.raced, one_race.RACED, one_race.RACED)
     if config.left:
         return print_left(config, ["limits", *(name for name in parts if name in wanted and name != "limits")])
     import torch
@@ -63,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
     options = {"seconds": config.seconds or SECONDS[config.quick], "judged": JUDGED}
     session = suite.open_run(command, config, config.device, config.steps, goes_on=True, **options)
     session.batches.update(results.batches_of(session.file.document))
-    session.lock = config.lock
+    session.lock, session.raced = config.lock, raced
     session.end, session.race_end = end, end - (whole.least_seconds if whole.name in wanted else 0.0)
     return suite.measure_and_show(session, parts, wanted, is_json=config.json, end=end)
 

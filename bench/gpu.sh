@@ -15,7 +15,9 @@
 #   OUT=bench/results         where the log of each call and the result files go, at most six after each call
 #   ONLY="probe tune"         only these of: environment build tests verify twice race probe bench tune memcheck counters
 #   SECONDS_ALL=540           of one call
+#   COMMIT=abc1234            what the files name as measured, for a copy without history
 #   NAME=DATE-gpu-COMMIT      how the result files begin
+#   PEERS=LIST                peers of the race in call 0, such as diffusers,ours,diffusers-compiled
 #   PARTS=LIST                parts of `python -m bench gpu` in call 2
 #   DEVICE=cuda MODEL=random-sd14    DEVICE=cpu MODEL=tiny tries the script out
 # Exit codes: 0 done, 2 wrong usage, 3 something is missing, 4 a step failed or was left, 143 interrupted.
@@ -44,7 +46,7 @@ done
 PYTHON=$(command -v "${PYTHON:-python3}") || refuse 3 "PYTHON=$PYTHON is no interpreter"
 VENV=${VENV:-.venv-gpu} OUT=${OUT:-bench/results} DEVICE=${DEVICE:-cuda} MODEL=${MODEL:-random-sd14}
 SECONDS_ALL=${SECONDS_ALL:-540} PARTS=${PARTS:-"limits,peers diffusers,peers upstream-tf32,stages,layers,profile,chunks"}
-NAME=${NAME:-$(date -u +%Y-%m-%d)-gpu-$(git rev-parse --short=7 HEAD 2>/dev/null || echo unknown)}
+NAME=${NAME:-$(date -u +%Y-%m-%d)-gpu-${COMMIT:-$(git rev-parse --short=7 HEAD 2>/dev/null || echo unknown)}}
 LOG=$OUT/$NAME-log-$CALL.txt
 export OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 PYTHONUNBUFFERED=1
 
@@ -196,6 +198,7 @@ case $CALL in
     SHARED=()
     flags=(--device "$DEVICE" --model "$MODEL" --out "$OUT/$NAME.json" --parts "peers,limits,peers run")
     [ "$IS_DRY" = 1 ] || flags+=(--lock "$WORK/race")
+    [ -z "${PEERS:-}" ] || flags+=(--raced "$PEERS")
     [ "$DEVICE" = cpu ] && flags+=(--quick --steps 2)
     for round in 1 2; do # a process that ended before its time is started again
       [ "$(left)" -gt 60 ] || [ "$round" = 1 ] || break

@@ -14,9 +14,9 @@ from test_bench import script
 
 from bench import __main__ as bench
 from bench import suite
-from bench.machine import limits
+from bench.machine import limits, machine
 from bench.peers import PEERS
-from bench.report import results
+from bench.report import report, results
 from bench.rows import layers, one_race, race, whole_run
 from bench.rows.measurement import BenchRun
 
@@ -66,7 +66,7 @@ def race_of_fakes(tmp_path, monkeypatch, *, slow=(), broken=(), dies=""):
     monkeypatch.setattr(one_race, "prepare", prepare)
     monkeypatch.setattr(one_race, "to_files", to_files)
     monkeypatch.setattr(one_race.limits, "rows", lambda run: [{"tflops": {"fp32": 1.0}}])
-    monkeypatch.setitem(one_race.TIMED, True, 0.7)
+    monkeypatch.setitem(one_race.TIMED, True, 0.14)
     return run
 
 
@@ -79,6 +79,26 @@ def test_a_peer_that_is_not_ready_in_time_is_left_and_the_others_race(tmp_path, 
     assert all(len(rows[name]["seconds_per_image"]["rounds"]) == one_race.ROUNDS for name in ("ours", "diffusers"))
     assert len(rows["diffusers"]["ours_over"]["rounds"]) == one_race.ROUNDS
     assert not results.is_settled(stored, "peers") and results.is_settled(stored, "limits")
+
+
+def test_only_the_peers_that_were_named_race(tmp_path, monkeypatch):
+    run = race_of_fakes(tmp_path, monkeypatch, slow=("upstream-tf32", "diffusers-compiled", "ours-bf16"))
+    run.raced = ("diffusers", "ours")
+    assert suite.measure(run, [one_race.MEASUREMENT], run.race_end) == []
+    assert [row["peer"] for row in run.file.rows("peers")] == list(run.raced)
+
+
+def test_a_peer_that_fails_without_a_comparison_is_no_disagreement():
+    agrees, differs = ({"passed": True}, {"passed": False})
+    cases = {"pass": {"status": "ok", "parity": [agrees]}, "incomplete": {"status": "failed", "peer": "ours-run"}}
+    cases["fail"] = {"status": "failed", "peer": "ours", "parity": [agrees, differs]}
+    for said, row in cases.items():
+        assert report.parity({"parts": {"peers": {"rows": [row]}}}) == said
+
+
+def test_a_copy_without_history_names_its_commit(monkeypatch):
+    monkeypatch.setenv("COMMIT", "abc1234")
+    assert machine.commit() == "abc1234"
 
 
 def test_a_peer_that_fails_in_its_turn_leaves_the_race_to_the_others(tmp_path, monkeypatch):

@@ -48,7 +48,11 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit of this checkout, with `-changed` where files differ from it; `unknown` outside of one."""
+    """What COMMIT names, for a copy without history, or the commit of this checkout, with `-changed` where files differ
+    from it; `unknown` outside of one.
+    """
+    if named := os.environ.get("COMMIT"):
+        return named
     if not (head := _git("rev-parse", "--short=7", "HEAD")):
         return "unknown"
     return head + ("-changed" if _git("status", "--porcelain", "--untracked-files=no") else "")

@@ -262,8 +262,12 @@ def terminal(document: Document, is_coloured: bool = False) -> str:
 
 
 def parity(document: Document) -> str:
-    statuses = [row.get("status") for part in document["parts"].values() for row in part.get("rows", [])]
-    return "fail" if "failed" in statuses else "pass"
+    """`fail` where outputs differ, `incomplete` where a peer failed before or after they were compared."""
+    rows = [row for part in document["parts"].values() for row in part.get("rows", [])]
+    failed = [row for row in rows if row.get("status") == "failed"]
+    if any("peer" not in row or not all(one["passed"] for one in row.get("parity", ())) for row in failed):
+        return "fail"
+    return "incomplete" if failed else "pass"
 
 
 def paper(found: Documents, charts: str) -> str:

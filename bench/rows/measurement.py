@@ -29,6 +29,7 @@ class BenchRun:
     ladder: Rows = field(default_factory=list)  # the rows of the ladder from that race
     end: float = math.inf  # of what may be measured, by time.monotonic()
     race_end: float = math.inf  # of the race, where more is to follow it
+    raced: tuple[str, ...] = ()  # peers of the one race, all of them where empty
     lock: str = ""  # a file that other processes lock while they use the device
     owned: list[TextIO] = field(default_factory=list)  # that file, once it is locked for this process alone
 

@@ -19,6 +19,7 @@ from bench.machine.measure import mib
 from bench.rows import peers
 from bench.rows.measurement import BenchRun, Measurement, Rows
 from bench.rows.one_race import own_the_device
+from datasetdm_fast.engine.engines.device import half_of
 
 PEER = "ours-run"
 TITLE = "datasetdm_fast, a whole run of `generate`"
@@ -44,6 +45,8 @@ def rows(run: BenchRun) -> Rows:
         command += ["--number", str(NUMBER[quick]), "--batch-size", str(batch), "--device", str(run.setting.device)]
         command += ["--prompts", str(prompts), "--allow-unnamed"]
         command += ["--steps", str(recipe.facts["steps"]), "--task", ",".join(recipe.tasks), "--quiet", "--json"]
+        if run.setting.device.type == "cuda":  # `auto` would first make samples with the fp32 reference
+            command += ["--dtype", half_of(run.setting.device)]
         begin = time.monotonic()
         with said.open("w") as log:
             process = subprocess.Popen([*command, "--out", str(out)], stdout=log, stderr=subprocess.STDOUT)
