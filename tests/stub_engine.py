@@ -60,6 +60,7 @@ class StubEngine:
             backbone=SD,
             guidance="cfg",
             halves=2,
+            has_negative=lambda guidance: True,
             latents=Latents(4, 8),
             flow={},
             latent_shape=lambda: (4, size // 8, size // 8),

@@ -622,7 +622,7 @@ def test_pickles_may_hold_tensors_only(tmp_path, capsys):
 
 def test_levels_of_another_unet():
     check_fits(build_decoder(small("heatmap")), DEMO_LEVELS, "pose")
-    with pytest.raises(Refused, match="trained on a UNet whose level low"):
+    with pytest.raises(Refused, match="trained on a model whose level low"):
         check_fits(build_decoder(small("heatmap")), SD1_LEVELS, "pose")
     larger = levels(
         {"block_out_channels": (24, 48, 48, 48), "layers_per_block": 1, "attention_head_dim": 3}, tokens=7, size=256

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 
     from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
     from datasetdm_fast.engine.engines.engine import Engine
-    from datasetdm_fast.engine.labels.class_tables import ClassTable
 
 
 DIFFUSERS_NAMES = {  # argument of diffusers' pipelines -> what it is called by `__call__` and `stream`
@@ -246,7 +246,7 @@ class Pipeline:
         texts = checks.as_texts("prompts", prompts)
         negatives = _negatives(negative_prompt)
         each_seed = count(seed) if seeds is None else checks.check_iterable("seeds", seeds, "one per prompt")
-        requests = self._requests(texts, each_seed, words, truncate, negatives, recipe.table)
+        requests = self._requests(texts, each_seed, words, truncate, negatives, recipe)
         requests = map(partial(recipe.check_request, tokenizer=self.engine.model.tokenizer), requests)
         if isinstance(prompts, _CheckedFirst):
             requests = iter(list(requests))
@@ -295,12 +295,13 @@ class Pipeline:
             classes,
             sampler=sampler or "auto",
             steps=num_inference_steps,
-            guidance=max(guidance_scale, 1.0),  # up to 1 the text alone decides, as in diffusers
+            # up to 1, of most models, the text alone decides, as in diffusers; 0 would be the model's own guidance
+            guidance=max(guidance_scale, self.engine.model.backbone.unguided or sys.float_info.min),
             **{"profile": diffusing.PROFILE, **choices},
         )
         fitting = [
             recipe.check_request(request, self.engine.model.tokenizer)
-            for request in self._requests(texts, [0] * len(texts), words, truncate, negatives, recipe.table)
+            for request in self._requests(texts, [0] * len(texts), words, truncate, negatives, recipe)
         ]
         draws = 1 + recipe.schedule.noisy_calls
         noise, seeds = diffusing.draw_noise(generator, len(texts), self.engine.model.latent_shape(), draws)
@@ -392,7 +393,7 @@ class Pipeline:
         words: tuple[str, ...],
         truncate: bool,
         negative: Iterable[str],
-        table: ClassTable | None,
+        recipe: Recipe,
     ) -> Iterator[Request]:
         model, tokenizer = self.engine.model, self.engine.model.tokenizer
 
@@ -409,10 +410,10 @@ class Pipeline:
                 raise Refused(f"negative_prompt: there is none for {where}", "Give one, or one per prompt.")
             _check_text(prompt, where)
             (line,) = prompts.split_prompts(" ".join(prompt.splitlines()), where, truncate=truncate)
-            text = prompts.fit_prompt(line.text, tokenizer, where, words, truncate=truncate, table=table)
-            prompts.check_negative([unwanted], model.guidance, model.backbone.title)
+            text = prompts.fit_prompt(line.text, tokenizer, where, words, truncate=truncate, table=recipe.table)
+            prompts.check_negative([unwanted], recipe.has_negative, model.backbone.title)
             unwanted = fit_negative(unwanted, "negative_prompt" if is_one else f"negative_prompt of {where}")
-            yield Request(index, text, checks.check_seed(seed), find_classes(text, words, table), unwanted)
+            yield Request(index, text, checks.check_seed(seed), find_classes(text, words, recipe.table), unwanted)
 
     def _samples(
         self, batches: Iterator[Batch], recipe: Recipe, make: Callable[..., driver.BatchGenerator] | None = None
@@ -505,7 +506,7 @@ class Pipeline:
         sampler, count = model.defaults.sampler, steps or model.defaults.steps
         schedule = make_schedule(model.scheduler, sampler, count, "0.3.0", **model.flow)
         last = capture_calls(schedule, {"": timestep})[""]
-        text = call_text(engine, [prompt], guidance)
+        text = call_text(engine, [prompt], guidance or engine.model.defaults.guidance)
         noise = to_device(initial_noise(seed, *engine.model.latent_shape())[None], engine.device)
         state = SamplerState(schedule, guidance or engine.model.defaults.guidance, noise)
         for call, time in enumerate(schedule.timesteps[:last]):

@@ -6,6 +6,8 @@ from datasetdm_fast.engine.backbones.flow_models import CAPTURE, joint_levels, s
 from datasetdm_fast.engine.backbones.record import Backbone, Configs, LoadedModel, Part, Read
 from datasetdm_fast.stages import Level
 
+DEV_LICENCE = "flux-1-dev-non-commercial-license"  # of Krea-dev, too
+
 
 def _text(configs: Configs) -> tuple[int, int]:
     """Dev was trained with 512 tokens, schnell with 256."""
@@ -66,6 +68,5 @@ FLUX1 = Backbone(
     reference="datasetdm_fast.engine.backbones.flux1_reference:Flux1Reference",
     check=_check,
     check_fit=_check_fit,
-    licence="Apache-2.0 (schnell), or FLUX.1 [dev] Non-Commercial License (dev, Krea-dev)",
-    noncommercial=("non-commercial",),
+    licence=lambda configs: DEV_LICENCE if configs["transformer"].guidance_embeds else "apache-2.0",
 )

@@ -14,6 +14,7 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import Level
 
 LENGTH = 512  # tokens of a text
+HEADS_OF_4B = 24  # of the transformer; 9B has 32
 READ_LAYERS = (9, 18, 27)  # of the text encoder
 
 
@@ -34,6 +35,11 @@ def _levels(configs: Configs, size: int, halves: int) -> tuple[Level, ...]:
 def _defaults(configs: Configs) -> Defaults:
     steps, guidance = (4, 1.0) if _is_distilled(configs) else (50, 4.0)
     return Defaults(1024, steps, guidance, CAPTURE)
+
+
+def _licence(configs: Configs) -> str:
+    heads = configs["transformer"].num_attention_heads
+    return "apache-2.0" if heads <= HEADS_OF_4B else "flux-non-commercial-license"
 
 
 def _check(configs: Read, source: str) -> Read:
@@ -75,6 +81,5 @@ FLUX2_KLEIN = Backbone(
     reference="datasetdm_fast.engine.backbones.flux2_klein_reference:Flux2KleinReference",
     check=_check,
     check_fit=_check_fit,
-    licence="Apache-2.0 (4B), or FLUX Non-Commercial License (9B)",
-    noncommercial=("non-commercial",),
+    licence=_licence,
 )

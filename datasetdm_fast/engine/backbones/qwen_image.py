@@ -58,8 +58,9 @@ QWEN_IMAGE = Backbone(
     flow=FlowRule("uniform"),
     levels=_levels,
     defaults=lambda configs: Defaults(1024, 50, 4.0, CAPTURE),
+    guides_itself=True,
     reference="datasetdm_fast.engine.backbones.qwen_image_reference:QwenImageReference",
     check=_check,
     check_fit=_check_fit,
-    licence="Apache-2.0",
+    licence=lambda configs: "apache-2.0",
 )

@@ -52,6 +52,10 @@ def accept(model: LoadedModel) -> None:
     """Refuses nothing."""
 
 
+def name_no_licence(configs: Configs) -> str:
+    return ""
+
+
 def keep_configs(configs: Read, source: str) -> Read:
     return configs
 
@@ -76,6 +80,8 @@ class Backbone:
     defaults: Callable[[Configs], Defaults]
     reference: str  # module:class, a BackboneReference of a name of its own, such as SD3Reference
     network: str | None = None  # module:class of our own network; None: only the reference engine serves this family
+    guides_itself: bool = False  # whether it guides otherwise than by uncond + g (cond - uncond), in its reference
+    unguided: float = 1.0  # the guidance with cfg at which, and below, the prompt alone counts
     is_exported: bool = False  # whether its stages can be written as graphs
     patch: int = 2  # latent cells of a side of one image token, for shifts that depend on the size
     has_averages: bool = False  # whether labels can be read from the average of its calls' attention
@@ -83,8 +89,7 @@ class Backbone:
     tokenizer: str = "tokenizer"  # the part by whose tokens the length of a prompt is told; where absent, the first
     check: Callable[[Read, str], Read] = keep_configs  # (configs, where they are from) -> as they are used; or Refused
     check_fit: Callable[[LoadedModel], None] = accept  # raises Refused where the parts are not of one model
-    licence: str = ""  # of weights whose own card says nothing
-    noncommercial: tuple[str, ...] = ()  # what a licence of its weights says where they are not for commercial use
+    licence: Callable[[Configs], str] = name_no_licence  # of weights whose own card says nothing, by its name on hubs
 
     def served_by(self, need: str) -> bool:
         """Whether an engine with this need (EngineKind.needs) runs the family."""

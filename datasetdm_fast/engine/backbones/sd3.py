@@ -61,5 +61,5 @@ SD3 = Backbone(
     reference="datasetdm_fast.engine.backbones.sd3_reference:SD3Reference",
     check=_check,
     check_fit=_check_fit,
-    licence="Stability AI Community License",
+    licence=lambda configs: "stabilityai-ai-community",
 )

@@ -65,6 +65,12 @@ class SDXLReference(SDReference):
         return embedding.to(text.context).expand(len(text), -1)
 
     def predict(self, latents: Tensor, timestep: float, text: Text) -> Tensor:
+        if len(text) > len(latents) and self.model.levels[-1].halves == 1:  # the last call is the one that is captured
+            halves = text[: len(latents)], text[len(latents) :]
+            return torch.cat([self._call(latents, timestep, half) for half in halves])
+        return self._call(latents, timestep, text)
+
+    def _call(self, latents: Tensor, timestep: float, text: Text) -> Tensor:
         rows, size = len(text), self.model.size
         output: Tensor = self.unet(
             latents.repeat(rows // len(latents), 1, 1, 1),

@@ -56,8 +56,10 @@ Z_IMAGE = Backbone(
     flow=FlowRule("uniform-fp32"),
     levels=_levels,
     defaults=_defaults,
+    guides_itself=True,
+    unguided=0.0,
     reference="datasetdm_fast.engine.backbones.z_image_reference:ZImageReference",
     check=_check,
     check_fit=_check_fit,
-    licence="Apache-2.0",
+    licence=lambda configs: "apache-2.0",
 )

@@ -1,6 +1,7 @@
 """P-Decoders by configuration: built, saved, loaded, and filled from DatasetDM's own checkpoints."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -127,10 +128,10 @@ def check_fits(decoder: Decoder, levels: tuple[Level, ...], label: str, text_wid
             "Use the decoder made for this model, or train one on it.",
         )
     for ours, theirs in zip(config.levels, levels, strict=True):
-        if (ours.features, ours.heads, ours.tokens) != (theirs.features, theirs.heads, theirs.tokens):
+        if replace(ours, side=theirs.side) != theirs:
             raise Refused(
-                f"{label} decoder: trained on a UNet whose level {ours.name} has {ours.channels} channels, but "
-                f"the model's has {theirs.channels}",
+                f"{label} decoder: trained on a model whose level {ours.name} has {ours.channels} channels, but this "
+                f"model's has {theirs.channels}",
                 "Use the decoder made for this model, or train one on it.",
             )
     if config.kind == "simcc" and config.side != levels[-1].side:

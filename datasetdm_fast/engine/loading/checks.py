@@ -14,7 +14,7 @@ ADAPTER = "Name its base model with --model, and the LoRA with --lora."
 SCHEDULE = "Correct the model's scheduler_config.json, or get that file again."
 LARGEST_VOCABULARY = 64 * 2**20  # bytes of a tokenizer's files; CLIP's have 3 MB
 # of a config: any number, layers, entries of a list, steps
-LARGEST_NUMBER, MOST_LAYERS, MOST_ENTRIES, MOST_TIMESTEPS = 2**20, 64, 128, 100_000
+LARGEST_NUMBER, MOST_LAYERS, MOST_ENTRIES, MOST_TIMESTEPS = 2**20, 128, 128, 100_000
 # What is read of a tokenizer's config; other settings may name code that a library would fetch and run.
 TOKENIZER_SETTINGS = set(
     "bos_token eos_token pad_token unk_token model_max_length added_tokens_decoder add_prefix_space do_lower_case "

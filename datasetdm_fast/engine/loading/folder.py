@@ -66,7 +66,8 @@ def load_folder(
         configs = backbone.check(configs, str(folder))
         if SCHEDULER not in configs:
             raise Refused(f"model: {folder} has no scheduler", "Add the folder scheduler of the same model.")
-        defaults = defaults or backbone.defaults({part: ConfigFile(config) for part, config in configs.items()})
+        parts = {part: ConfigFile(config) for part, config in configs.items()}
+        defaults, usual_licence = defaults or backbone.defaults(parts), backbone.licence(parts)
     present = [part for part in backbone.parts if part in configs]
     weights = {part: _weight_files(folder / part) for part in backbone.networks if part in configs}
     tokenizers = {
@@ -90,7 +91,7 @@ def load_folder(
             defaults,
             size or defaults.size,
             folder_digests(folder, backbone, weights),
-            backbone.licence or licence if licence == UNKNOWN_LICENCE else licence,
+            usual_licence or licence if licence == UNKNOWN_LICENCE else licence,
             {key: value for key, value in index.items() if key not in backbone.parts and not key.startswith("_")},
         )
     )

@@ -51,7 +51,8 @@ def model_of(pipe: Any, size: int = 0) -> Model:
     serialised = json.dumps(configs[SCHEDULER], sort_keys=True, default=str).encode()
     digests |= {name: _words(tokenizer) for name, tokenizer in tokenizers.items()}
     digests |= {SCHEDULER: f"sha256:{hashlib.sha256(serialised).hexdigest()}"}
-    defaults = backbone.defaults({name: ConfigFile(config) for name, config in configs.items()})
+    parts = {name: ConfigFile(config) for name, config in configs.items()}
+    defaults = backbone.defaults(parts)
     model = Model(
         str(getattr(pipe, "name_or_path", "") or origin),
         origin,
@@ -62,7 +63,7 @@ def model_of(pipe: Any, size: int = 0) -> Model:
         defaults,
         size or defaults.size,
         digests,
-        backbone.licence or UNKNOWN_LICENCE,
+        backbone.licence(parts) or UNKNOWN_LICENCE,
         configs["model_index"],
     )
     return check_model(model)

@@ -101,8 +101,16 @@ class Model:
 
     @property
     def halves(self) -> int:
-        """Rows of a call for each image: two with classifier-free guidance."""
-        return 2 if self.guidance == "cfg" else 1
+        """Rows of a call for each image at the model's own guidance: two with classifier-free guidance."""
+        return 2 if self.guidance_at(self.defaults.guidance) == "cfg" else 1
+
+    def guidance_at(self, guidance: float) -> Guidance:
+        """How calls are guided by so much."""
+        return "none" if self.guidance == "cfg" and guidance <= self.backbone.unguided else self.guidance
+
+    def has_negative(self, guidance: float) -> bool:
+        """Whether a call at this guidance has rows of negative prompts, for its output or for what decoders read."""
+        return self.guidance_at(guidance) == "cfg" or self.levels[-1].halves == 2
 
     @property
     def image_tokens(self) -> int:

@@ -35,8 +35,9 @@ def folder_licence(folder: Path) -> str:
     )
     if texts:
         return texts[0].read_text(encoding="utf-8", errors="replace").strip()
-    named = re.search(r"^licen[sc]e:\s*(\S.*)$", _front_matter(folder), re.MULTILINE)
-    return named[1].strip().strip("\"'") if named else UNKNOWN_LICENCE
+    named = dict(re.findall(r"^(licen[sc]e(?:_name)?):\s*(\S.*)$", _front_matter(folder), re.MULTILINE))
+    name: str = named.get("licence") or named.get("license") or UNKNOWN_LICENCE
+    return (named.get("license_name", name) if name == "other" else name).strip().strip("\"'")
 
 
 def _front_matter(folder: Path) -> str:

@@ -16,11 +16,13 @@ def call_text(
     engine: Engine, prompts: Sequence[str], guidance: float = 0.0, negatives: Callable[[], Text] | None = None
 ) -> Text:
     """The rows of a call for these prompts: of the negative prompts, by default empty ones, and of the prompts with
-    classifier-free guidance, otherwise of the prompts alone. A guidance of 0 is the model's own.
+    classifier-free guidance, otherwise of the prompts alone. A guidance of 0 is the model's own; a family that guides
+    itself then returns both halves.
     """
-    model = engine.model
-    if model.guidance == "cfg":
+    model, usual = engine.model, engine.model.defaults.guidance
+    if model.has_negative(guidance or usual):
         negative = negatives() if negatives else engine.encode_text([""] * len(prompts))
-        return join_texts([negative, engine.encode_text(list(prompts))])
+        text = join_texts([negative, engine.encode_text(list(prompts))])
+        return replace(text, guidance=guidance or None) if model.backbone.guides_itself else text
     text = engine.encode_text(list(prompts))
-    return replace(text, guidance=guidance or model.defaults.guidance) if model.guidance == "embedded" else text
+    return replace(text, guidance=guidance or usual) if model.guidance == "embedded" else text

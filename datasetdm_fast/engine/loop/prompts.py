@@ -139,13 +139,13 @@ def check_line(text: str, where: str) -> str:
     return line.strip()
 
 
-def check_negative(texts: Iterable[str], guidance: str, title: str) -> None:
-    """Refuses a negative prompt for a model that reads none."""
-    if guidance != "cfg" and (text := next(filter(None, texts), "")):
+def check_negative(texts: Iterable[str], has_negative: bool, title: str) -> None:
+    """Refuses a negative prompt where no call reads one."""
+    if not has_negative and (text := next(filter(None, texts), "")):
         raise Refused(
             f"--negative-prompt {shorten(text)}: {title} is sampled without classifier-free guidance here, so it reads "
             "no negative prompt",
-            "Drop it, or take a model that is guided.",
+            "Drop it, or raise --guidance if the model was made for guidance.",
         )
 
 

@@ -47,6 +47,7 @@ class Recipe:
     asks_all: bool = False  # whether all words are looked for in every image
     table: ClassTable | None = None  # of the user's own words
     draws: tuple[str, ...] = ()  # the things that the model can draw, where its card lists them
+    has_negative: bool = True  # whether its calls read negative prompts
 
     @property
     def captured(self) -> tuple[int, ...]:
@@ -186,6 +187,7 @@ def make_recipe(
         asks_all=ask == "all",
         table=table,
         draws=getattr(model, "draws", ()),
+        has_negative=model.has_negative(facts["guidance"]),
     )
     check_mask_words(recipe.combinations, label_tables(engine, recipe))
     return recipe

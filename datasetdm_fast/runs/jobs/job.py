@@ -112,7 +112,7 @@ def build_job(spec: RunSpec, stored: Mapping[str, Any] | None, *, races: bool = 
         is_by_class=counts_by_class(spec.identity),
     )
     negatives = [plan.negative, *(line.negative or "" for line in source.lines)]
-    prompts.check_negative(negatives, engine.model.guidance, engine.model.backbone.title)
+    prompts.check_negative(negatives, recipe.has_negative, engine.model.backbone.title)
     requests = _first_requests(source, plan) if source.lines and words else []
     unnamed = [request.prompt for request in requests if not request.classes]
     if unnamed and recipe.words and not spec.prompts.allow_unnamed and not recipe.asks_all:

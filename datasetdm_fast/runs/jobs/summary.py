@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from datasetdm_fast.disk.storage import free_bytes
 from datasetdm_fast.engine.labels.trust import undrawn_words
 from datasetdm_fast.engine.labels.words import find_classes
-from datasetdm_fast.engine.loop.prompts import shorten
 from datasetdm_fast.messages import count_noun, format_duration
 from datasetdm_fast.runs.jobs.job import Job
 from datasetdm_fast.runs.run_folder.indexes.licences import licence_of
@@ -40,7 +39,7 @@ def describe_job(job: Job, call: float = 0.0) -> list[str]:
         "images": f"{left} of {plan.number}, {facts['size']} x {facts['size']} pixels, {seeds}",
         "prompts": count_unnamed(job),
         "model": describe_model(job.engine.model),
-        "sampler": f"{facts['sampler']}, {steps}, {GUIDANCE[job.engine.model.guidance].format(facts['guidance'])}",
+        "sampler": f"{facts['sampler']}, {steps}, {describe_guidance(job)}",
         "labels": ", ".join(job.recipe.tasks),
         "domain": _describe_domain(job),
         "draws": _describe_undrawn(job),
@@ -54,12 +53,15 @@ def describe_job(job: Job, call: float = 0.0) -> list[str]:
     return [f"{name:<11}{value}" for name, value in rows.items() if value]
 
 
+def describe_guidance(job: Job) -> str:
+    guidance = job.recipe.facts["guidance"]
+    return GUIDANCE[job.engine.model.guidance_at(guidance)].format(guidance)
+
+
 def describe_model(model: Model) -> str:
     """Its name and family, and that its licence forbids commercial use where it does."""
-    known, text = licence_of(model.licence), model.licence.lower()
-    is_free = known is None or known.is_commercial
-    is_free = is_free and not any(words in text for words in model.backbone.noncommercial)
-    terms = "" if is_free else f"; NOT FOR COMMERCIAL USE by its licence: {shorten(model.licence.splitlines()[0])}"
+    licence = licence_of(model.licence)
+    terms = "" if licence is None or licence.is_commercial else f"; NOT FOR COMMERCIAL USE ({licence.name})"
     return f"{model.name}, {model.backbone.title}{terms}"
 
 

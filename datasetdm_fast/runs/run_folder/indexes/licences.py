@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import combinations
 
-UNKNOWN = "unknown"  # as model hubs call it
+UNKNOWN, OTHER = "unknown", "other"  # as model hubs call them
 DERIVED = "Whether the licence of weights also covers their outputs is disputed; this table assumes that it does."
 
 
@@ -54,6 +54,24 @@ KNOWN = {
         Licence("agpl-3.0", "GNU AGPL 3.0", keeps_licence=True, asks="licence text and source, over a network too"),
     )
 }
+# Of weights alone, by the names that their cards give them beside a licence "other".
+KNOWN |= {
+    "flux-1-dev-non-commercial-license": Licence(
+        OTHER, "FLUX.1 [dev] Non-Commercial", is_commercial=False, restricts_use=True, asks=RULES
+    ),
+    "flux-non-commercial-license": Licence(
+        OTHER, "FLUX Non-Commercial", is_commercial=False, restricts_use=True, asks=RULES
+    ),
+    "sai-nc-community": Licence(
+        OTHER, "Stability AI Non-Commercial", is_commercial=False, restricts_use=True, asks=RULES
+    ),
+    "stabilityai-ai-community": Licence(
+        OTHER,
+        "Stability AI Community",
+        restricts_use=True,
+        asks="registration, and a licence of its own from a yearly revenue of 1,000,000 $ on",
+    ),
+}
 OTHER_NAMES = {
     "apache license 2.0": "apache-2.0",
     "apache 2.0": "apache-2.0",
@@ -85,6 +103,10 @@ TITLES = (  # in such texts; what another one contains stands after it
     ("attribution-noncommercial 4.0", "cc-by-nc-4.0"),
     ("attribution-sharealike 4.0", "cc-by-sa-4.0"),
     ("attribution 4.0 international", "cc-by-4.0"),
+    ("flux.1 [dev] non-commercial license", "flux-1-dev-non-commercial-license"),
+    ("flux non-commercial license", "flux-non-commercial-license"),
+    ("stability ai community license", "stabilityai-ai-community"),
+    ("stability ai non-commercial", "sai-nc-community"),
 )
 
 
@@ -108,7 +130,7 @@ def conflicts(texts: Iterable[str]) -> Iterator[str]:
     >>> list(conflicts(["cc-by-sa-4.0", "CC BY-NC-SA 4.0"]))
     ['CC BY-SA 4.0 and CC BY-NC-SA 4.0 conflict: each asks that what is derived carries it alone.']
     """
-    licences = {licence.hub: licence for text in texts if (licence := licence_of(text))}
+    licences = {licence.name: licence for text in texts if (licence := licence_of(text))}
     for licence in licences.values():
         if not licence.allows_changes:
             yield f"{licence.name} does not allow to pass on what is derived from it."

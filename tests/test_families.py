@@ -1,0 +1,213 @@
+"""Folders of every family through the commands: generating with decoders, resuming, licences, refusals."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tiny_pipelines
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from tiny_pipelines import SIZE
+
+from datasetdm_fast import generate
+from datasetdm_fast.engine.decoders.checkpoint import save_decoder
+from datasetdm_fast.engine.decoders.seeded import seeded_decoders
+from datasetdm_fast.engine.loading import load_model
+from datasetdm_fast.engine.loading.folder import load_folder
+from datasetdm_fast.errors import Missing, Refused
+
+STEPS, NUMBER, PROMPT = 3, 3, "a photo of the cat"
+# family -> sizes of its tiny pipeline, flags of generate, options of the stock pipeline's call
+FAMILIES = {
+    "sdxl": ({}, ["--guidance", "4"], {"guidance_scale": 4.0}),
+    "sd3": ({}, ["--guidance", "4"], {"guidance_scale": 4.0}),
+    "flux1": ({"is_dev": False}, [], {"max_sequence_length": 256}),
+    "flux2-klein": ({}, [], {}),
+    "z-image": ({}, ["--guidance", "2"], {"guidance_scale": 2.0}),
+    "qwen-image": ({}, ["--guidance", "3"], {"true_cfg_scale": 3.0, "negative_prompt": ""}),
+}
+
+
+@pytest.fixture(params=FAMILIES, scope="module")
+def family(request, tmp_path_factory):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folders(family, tmp_path_factory):
+    """A model and decoders that fit it."""
+    root = tmp_path_factory.mktemp(family)
+    tiny_pipelines.save(root / "model", family, **FAMILIES[family][0])
+    model = load_model(str(root / "model"), size=SIZE)
+    for task, decoder in seeded_decoders(model.levels, model.text_width).items():
+        save_decoder(decoder, root / "decoders" / task)
+    return root
+
+
+def run(folders, family, name, *flags):
+    out = folders / name
+    line = ["--model", str(folders / "model"), "--decoder", str(folders / "decoders"), "--engine", "torch"]
+    line += ["--size", str(SIZE), "--steps", str(STEPS), "--number", str(NUMBER), "--prompts", PROMPT, "--quiet"]
+    assert generate.main([*line, *FAMILIES[family][1], *flags, "--out", str(out)]) == 0
+    return out
+
+
+def pictures(out):
+    return [np.asarray(Image.open(out / "images" / f"{index:08d}.png")).astype(int) for index in range(NUMBER)]
+
+
+def test_a_run_makes_the_images_of_the_stock_pipeline_and_goes_on_where_it_ended(folders, family):
+    whole = run(folders, family, "whole", "--batch-size", "2")
+    run(folders, family, "cut", "--batch-size", "2", "--limit", "2")
+    cut = run(folders, family, "cut", "--batch-size", "2")
+    files = sorted(path.relative_to(whole) for path in whole.glob("*/*.png"))
+    assert len(files) > 2 * NUMBER
+    for path in files:
+        assert (whole / path).read_bytes() == (cut / path).read_bytes(), path
+
+    alone = run(folders, family, "alone", "--batch-size", "1")
+    for one, other in zip(pictures(whole), pictures(alone), strict=True):
+        assert np.abs(one - other).max() <= 1
+
+    pipeline = DiffusionPipeline.from_pretrained(folders / "model")
+    pipeline.set_progress_bar_config(disable=True)
+    sizes = {"height": SIZE, "width": SIZE, "num_inference_steps": STEPS}
+    options = sizes | FAMILIES[family][2]
+    sampler = json.loads((whole / "run.json").read_text())["sampling"]["sampler"]
+    assert sampler == ("ddim" if family == "sdxl" else "euler")
+    for seed, picture in enumerate(pictures(whole)):
+        generator = torch.Generator().manual_seed(seed)
+        stock = pipeline(prompt=PROMPT, generator=generator, output_type="np", **options).images[0]
+        assert np.abs(stock * 255 - picture).max() <= 1.01
+
+
+def test_a_decoder_of_another_family_is_refused(folders, family, tmp_path, capsys):
+    other = "sd3" if family != "sd3" else "sdxl"
+    model = load_model(str(tiny_pipelines.save(tmp_path / "other", other, width=64)), size=SIZE)
+    decoders = seeded_decoders(model.levels, model.text_width)
+    save_decoder(decoders["depth"], tmp_path / "decoders" / "depth")
+    line = ["--model", str(folders / "model"), "--engine", "torch", "--size", str(SIZE), "--task", "depth"]
+    line += ["--prompts", PROMPT]
+    assert generate.main([*line, "--decoder", str(tmp_path / "decoders"), "--out", str(tmp_path / "run")]) == 2
+    message = capsys.readouterr().err.splitlines()
+    assert "depth decoder" in message[-2] and "channels" in message[-2]
+    assert message[-1] == "Use the decoder made for this model, or train one on it."
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Folders of models by family and sizes, written once."""
+    root, made = tmp_path_factory.mktemp("models"), {}
+
+    def save(family, **sizes):
+        key = family, *sorted(sizes.items())
+        if key not in made:
+            made[key] = tiny_pipelines.save(root / str(len(made)), family, **sizes)
+        return made[key]
+
+    return save
+
+
+def copy_of(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "model")
+
+
+def change(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def refused(folder, kind=Refused):
+    with pytest.raises(kind) as caught:
+        load_folder(folder, size=SIZE)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "family, sizes, licence, is_commercial",
+    [
+        ("sdxl", {}, "sai-nc-community", False),
+        ("sd3", {}, "stabilityai-ai-community", True),
+        ("flux1", {"is_dev": True}, "flux-1-dev-non-commercial-license", False),
+        ("flux1", {"is_dev": False}, "apache-2.0", True),
+        ("flux2-klein", {}, "apache-2.0", True),
+        ("z-image", {}, "apache-2.0", True),
+        ("qwen-image", {}, "apache-2.0", True),
+    ],
+)
+def test_a_licence_that_forbids_commercial_use_is_named_before_the_first_image(
+    saved, family, sizes, licence, is_commercial
+):
+    from datasetdm_fast.runs.jobs.summary import describe_model
+
+    model = load_folder(saved(family, **sizes), size=SIZE)
+    assert model.licence == licence
+    assert ("NOT FOR COMMERCIAL USE" in describe_model(model)) != is_commercial
+
+
+def test_the_card_of_a_folder_tells_its_licence(saved, tmp_path):
+    folder = copy_of(saved("flux1", is_dev=False), tmp_path)
+    (folder / "README.md").write_text("---\nlicense: other\nlicense_name: flux-1-dev-non-commercial-license\n---\n")
+    assert load_folder(folder, size=SIZE).licence == "flux-1-dev-non-commercial-license"
+
+
+def test_a_missing_second_text_encoder_is_refused(saved, tmp_path):
+    folder = copy_of(saved("sdxl"), tmp_path)
+    shutil.rmtree(folder / "text_encoder_2")
+    assert "no text_encoder_2" in refused(folder) and "Stable Diffusion XL" in refused(folder)
+
+
+def test_pipelines_that_are_not_served_are_refused(saved, tmp_path):
+    folder = copy_of(saved("sd3"), tmp_path)
+    for name in ("FluxKontextPipeline", "KolorsPipeline", "StableDiffusionXLInpaintPipeline"):
+        change(folder / "model_index.json", _class_name=name)
+        assert f"holds a {name}" in refused(folder) and "supported are" in refused(folder)
+
+
+def test_parts_of_other_kinds_of_models_are_refused(saved, tmp_path):
+    folder = copy_of(saved("flux1", is_dev=True), tmp_path)
+    change(folder / "transformer" / "config.json", in_channels=96)
+    assert "edits images" in refused(folder)
+    folder = shutil.copytree(saved("sdxl"), tmp_path / "other")
+    change(folder / "unet" / "config.json", down_block_types=["CrossAttnDownBlock2D"] * 3)
+    assert "down_block_types" in refused(folder)
+
+
+def test_parts_of_different_models_are_refused(saved, tmp_path):
+    folder = copy_of(saved("sd3"), tmp_path)
+    for name in ("text_encoder", "text_encoder_2"):
+        shutil.rmtree(folder / name)
+        shutil.copytree(saved("sd3", text=64) / name, folder / name)
+    assert "pooled text of width" in refused(folder)
+
+
+def test_code_of_a_model_is_not_run(saved, tmp_path):
+    folder = copy_of(saved("z-image"), tmp_path)
+    change(folder / "text_encoder" / "config.json", auto_map={"AutoModel": "evil.Model"})
+    assert "auto_map" in refused(folder)
+
+
+def test_requests_that_a_family_cannot_serve_are_refused_in_a_sentence(folders, family, tmp_path, capsys):
+    line = ["--model", str(folders / "model"), "--decoder", str(folders / "decoders"), "--size", str(SIZE)]
+    line += ["--prompts", PROMPT, "--task", "depth", "--out", str(tmp_path / "run")]
+    for flags, code, words in (
+        (["--engine", "torch", "--dtype", "fp16"], 2, ("fp32 reference", "another engine")),
+        (["--engine", "fast", "--dtype", "fp16"], 2, ("--engine torch",)),
+        (["--engine", "ort"], 2, ("--engine torch",)),
+        (["--engine", "torch", "--size", "72"], 2, ("multiple of",)),
+        (["--engine", "torch", "--labeller", "attention", "--classes", "cat"], 2, ("attention",)),
+        (["--engine", "torch", "--guidance", "1", "--negative-prompt", "rain"], 2, ("no negative prompt", "Drop it")),
+    ):
+        if family == "sdxl" and flags[-1] in ("cat", "rain") or family == "z-image" and flags[-1] == "rain":
+            continue  # what they serve
+        assert generate.main([*line, *flags]) == code, flags
+        message = capsys.readouterr().err
+        assert all(word in message for word in words), message
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_gated_model_is_not_downloaded_unasked():
+    with pytest.raises((Missing, Refused)) as caught:
+        load_model("black-forest-labs/FLUX.1-dev")
+    assert "--allow-download" in str(caught.value)
