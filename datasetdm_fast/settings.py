@@ -91,7 +91,7 @@ class ModelSettings:
     decoder: str = setting(
         "demo",
         "folder of trained decoders, one sub-folder each, a checkpoint FILE.pth of DatasetDM, or several with commas "
-        "between them; random-sd14 and tiny have decoders of random weights",
+        "between them; random: untrained ones, as random-sd14 and tiny have them",
         metavar="DIR",
     )
     outlines: str = setting(

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from datasetdm_fast.engine.loading.model import Model
 
 
+RANDOM = "random"  # as --decoder: untrained ones of seeded weights, for tests and measurements
+
+
 def open_engine(
     model: str = "demo",
     decoder: str | None = "demo",
@@ -81,9 +84,9 @@ def load_decoders(
 
     decoders: dict[str, Decoder] = {}
     descriptions: dict[str, Any] = {}
-    if decoder == "demo" and model.licence == SEEDED_LICENCE:  # what was trained for the demo model fits none
-        seeded = _make_seeded(model)
-        holder = f"{model.name}, a model of seeded weights,"
+    is_seeded = decoder == "demo" and model.licence == SEEDED_LICENCE  # what was trained for the demo model fits none
+    if is_seeded or decoder == RANDOM:
+        seeded, holder = _make_seeded(model), f"--decoder {RANDOM}, of seeded weights,"
         for label in check_known(tasks, seeded, list(seeded), list(seeded), holder):
             decoders[label] = seeded[label]
             descriptions[label] = {"digest": f"seeded: {label}", "licence": SEEDED_LICENCE}

@@ -38,7 +38,7 @@ ENDINGS = {  # of the names of one adapter's tensors -> which of them it is
     ".lora_linear_layer.up.weight": "up",
 }
 NOTES = "lora_adapter_metadata"  # under which diffusers writes how a file's adapters are scaled
-FORM = "Give an adapter of Stable Diffusion 1.x or 2.x in .safetensors, as kohya's scripts or diffusers save them."
+FORM = "Give an adapter of this model's family in .safetensors, as kohya's scripts or diffusers save them."
 LARGEST_SCALE = 100.0
 
 

@@ -1,0 +1,52 @@
+"""Weights in several files, rows of text of different lengths, and records whose classes exist."""
+
+import pytest
+import tiny_pipelines
+import torch
+
+from datasetdm_fast import generate
+from datasetdm_fast.data import Text, join_texts
+from datasetdm_fast.engine.backbones import every_backbone
+from datasetdm_fast.engine.loading import load_model
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.plugins import load_place
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tiny_pipelines.save(tmp_path / "model", "flux1")
+
+
+def test_weights_in_several_files_are_read_by_their_index(folder):
+    whole = load_model(str(folder), size=64)
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    whole.modules["transformer"].save_pretrained(folder / "transformer", max_shard_size="20KB")
+    assert len(list((folder / "transformer").glob("*.safetensors"))) > 1
+    theirs, ours = (model.modules["transformer"].state_dict() for model in (whole, load_model(str(folder), size=64)))
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    next((folder / "transformer").glob("*-00002-*")).unlink()
+    with pytest.raises(Refused, match="lacks 1 of its .* weight files"):
+        load_model(str(folder))
+
+
+def test_random_decoders_serve_a_family_and_engines_without_a_network_for_it_say_so(folder, tmp_path, capsys):
+    line = ["--model", str(folder), "--decoder", "random", "--task", "depth", "--steps", "1", "--number", "1"]
+    line += ["--size", "64", "--prompts", "a red ball", "--quiet", "--out"]
+    assert generate.main([*line, str(tmp_path / "run")]) == 0
+    assert len(list((tmp_path / "run" / "depth").iterdir())) == 1
+    assert generate.main([*line, str(tmp_path / "other"), "--engine", "openvino"]) == 2
+    assert "engine: openvino does not run FLUX.1, torch does" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("backbone", every_backbone(), ids=lambda backbone: backbone.name)
+def test_the_parts_of_a_record_are_classes_of_the_libraries(backbone):
+    assert backbone.parts[backbone.denoiser].kind == "denoiser"
+    for part in backbone.parts.values():
+        assert load_place(part.classes[0])
+
+
+def test_texts_of_different_lengths_are_padded_and_masked():
+    short, long = Text(torch.ones(1, 2, 3)), Text(torch.ones(2, 4, 3))
+    both = join_texts([short, long])
+    assert both.context.shape == (3, 4, 3) and both.mask.tolist() == [[True] * 2 + [False] * 2, *[[True] * 4] * 2]
+    assert join_texts([long, long]).mask is None and len(both[1:]) == 2 and len(short.expand(5)) == 5
