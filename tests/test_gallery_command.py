@@ -132,7 +132,12 @@ def test_marks_come_from_the_page_alone(run, ask):
     assert (run / "review" / "bad.txt").read_text() == "00000000\n00000001\n"
     assert (run / "review" / "good.txt").read_text() == "" and review.FolderReview(run).read()["00000001"] == "bad"
     told = json.loads(ask(f"{HOME}review")[2])
-    assert told == {"path": str(run.resolve()), "marks": [["00000000", "bad"], ["00000001", "bad"]], "against": ""}
+    assert told == {
+        "path": str(run.resolve()),
+        "marks": [["00000000", "bad"], ["00000001", "bad"]],
+        "against": "",
+        "corrections": {},
+    }
 
 
 def test_no_mark_is_lost_where_two_reviewers_serve_the_same_run(tmp_path):

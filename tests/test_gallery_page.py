@@ -1,5 +1,6 @@
 """The gallery's page in a browser: opened from the disk, as most people open it."""
 
+import json
 import shlex
 import threading
 import time
@@ -392,6 +393,41 @@ def test_a_served_page_writes_marks_and_tells_values(chromium, run):
         page.evaluate("dispatchEvent(new Event('focus'))")
         until(page, "marks.get('00000002') === 'good' && !marks.has('00000001')")
         assert page.locator("[data-mark=bad]").get_attribute("aria-pressed") == "false"
+        page.close()
+
+
+@pytest.mark.loopback
+def test_labels_are_corrected_on_a_served_page(chromium, tmp_path):
+    """The second instance is deleted, the first renamed, and a region of the picture ignored."""
+    write_run(tmp_path / "run", 4, 48)
+    run = tmp_path / "run"
+    with at_work(served(run), 18765, print) as serving:
+        watched = Watched(chromium)
+        page = watched.open(serving.address + "#id=00000003&layer=instance")
+        until(page, "served && document.querySelectorAll('#correcting select').length > 1")
+        count = page.locator("#correcting select").count()
+        assert page.locator("#frame .shape").count() == count
+        page.locator("#correcting button", has_text="Delete").nth(1).click()
+        assert page.locator("#frame .shape").count() == count - 1
+        page.locator("#correcting select").first.select_option("ring")
+        page.click("#correcting button:has-text('Ignore a region')")
+        box = page.locator("#frame .stack").bounding_box()
+        unit = box["width"] / 48
+        page.mouse.move(box["x"] + 6 * unit, box["y"] + 12 * unit)
+        page.mouse.down()
+        page.mouse.move(box["x"] + 18 * unit, box["y"] + 24 * unit, steps=3)
+        page.mouse.up()
+        until(page, "!isSending && !uncorrected.size && correctionOf(opened).ignored.length === 1")
+        assert page.locator("#frame .unjudged").count() == 1 and watched.errors == []
+        expected = {"removed": [["instance", 1]], "renamed": [["instance", 0, "ring"]], "ignored": [[6, 12, 18, 24]]}
+        assert json.loads((run / "review/corrections.json").read_text()) == {"00000003": expected}
+        page.reload()
+        until(page, "filled && served && correctionOf(opened).removed.length === 1")
+        for name in ("Restore", "Remove"):
+            page.locator("#correcting button", has_text=name).click()
+        page.locator("#correcting select").first.select_option(page.evaluate("detailsOf(opened).instance[0][0]"))
+        until(page, "!isSending && !uncorrected.size && !correctionOf(opened).renamed.length")
+        assert json.loads((run / "review/corrections.json").read_text()) == {}
         page.close()
 
 

@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from datasetdm_fast.config import EXPORT_FORMATS
 from datasetdm_fast.disk.blocks import in_threads
 from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.messages import count_noun
 from datasetdm_fast.plugins import load_place
 from datasetdm_fast.runs.exporting import export_folder, plugin_formats
 from datasetdm_fast.runs.exporting.classes import PERSON, Renaming, join_classes
@@ -127,6 +128,8 @@ class Conversion:
             for row in source.rows():
                 split, files = source.split_of(row), {role: stored.sha256 for role, (_, stored) in row.files.items()}
                 identity = [row.request.index, row.request.prompt, files, row.labels]
+                correction = source.corrections.get(row.request.index)
+                identity += [correction.ignored] if correction and correction.ignored else []
                 digest.update(canonical(identity if source.splits is None else [*identity, split]).encode())
                 counts[split] += 1
                 for name in origins(source.run.document, row) if is_split else ():
@@ -155,6 +158,8 @@ class Conversion:
     def notes(self) -> Iterator[str]:
         """What a user should know of the runs and formats before their samples are converted."""
         for source in self.sources:
+            if source.corrections:
+                yield f"{source.run.path}: corrections of {count_noun(len(source.corrections), 'sample')} are applied"
             if not source.run.is_complete:
                 yield f"{source.run.path}: not finished; converted so far: {len(source.run)} samples"
             if source.splits is None and any(other.splits is not None for other in self.sources):
@@ -206,14 +211,17 @@ class Conversion:
             run, table = source.run, table_of(source.run.document)
             for row in source.rows():
                 stored = StoredSample(row, run.path, run.document, run.copies, table)
-                yield SampleView(stored, offset + row.request.index, source.split_of(row), view, self.plan.pictures)
+                number, correction = offset + row.request.index, source.corrections.get(row.request.index)
+                yield SampleView(stored, number, source.split_of(row), view, self.plan.pictures, correction)
 
     def view(self, number: int) -> SampleView:
         """The sample of a number."""
         place = max(k for k, offset in enumerate(self.offsets) if offset <= number)
         source = self.sources[place]
         stored = source.run[f"{number - self.offsets[place]:08d}"]
-        return SampleView(stored, number, source.split_of(stored.row), self.views[place], self.plan.pictures)
+        stored = replace(stored, row=source.correct(stored.row))
+        options = self.views[place], self.plan.pictures, source.corrections.get(stored.row.request.index)
+        return SampleView(stored, number, source.split_of(stored.row), *options)
 
     def _write(self, opened: ExportFolder, block: Sequence[SampleView]) -> list[DoneSample]:
         contents: list[dict[str, Content]] = []

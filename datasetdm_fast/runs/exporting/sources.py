@@ -7,6 +7,7 @@ from pathlib import Path
 from datasetdm_fast.engine.labels import LABEL_KINDS
 from datasetdm_fast.engine.labels.names import task_of_label
 from datasetdm_fast.errors import GateFailed, Refused
+from datasetdm_fast.runs.run_folder.corrections import Correction, read_corrections
 from datasetdm_fast.runs.run_folder.document import to_see_damage
 from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.runs.run_folder.reader import Run
@@ -31,17 +32,23 @@ class ExportSource:
     labels: Mapping[str, str]  # task of the export -> label of the run
     chosen: Collection[int] | None  # indices, None = all
     splits: Mapping[int, str] | None  # index -> part of the data set
+    corrections: Mapping[int, Correction]  # index -> what a reviewer corrected
 
     def split_of(self, row: Row) -> str:
         """The part of the data set that a sample belongs to."""
         return TRAIN if self.splits is None else part_of(self.run.path, self.splits, row)
+
+    def correct(self, row: Row) -> Row:
+        """The row with what a reviewer corrected of its labels."""
+        correction = self.corrections.get(row.request.index)
+        return correction.correct_row(row, self.run.document["labels"]) if correction else row
 
     def rows(self) -> Iterator[Row]:
         """The rows of the samples; a damaged ledger is a failed check."""
         try:
             for row in self.run.rows(PARTS):
                 if self.chosen is None or row.request.index in self.chosen:
-                    yield row
+                    yield self.correct(row)
         except Refused as error:
             path, copies = str(self.run.path), self.run.copies
             name = copies.store.url if copies else path  # rather than a copy that is deleted at the end
@@ -64,7 +71,7 @@ def open_source(
     if only_kept:
         check_filtered(path)
     split = read_split(path)
-    return ExportSource(run, choose_labels(run, tasks), chosen, split and split.names())
+    return ExportSource(run, choose_labels(run, tasks), chosen, split and split.names(), read_corrections(path))
 
 
 def labels_by_task(labels: Sequence[str]) -> dict[str, list[str]]:

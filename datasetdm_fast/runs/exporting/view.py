@@ -29,6 +29,7 @@ from datasetdm_fast.runs.exporting.classes import (
     number_lookup,
 )
 from datasetdm_fast.runs.exporting.settings import PictureSettings
+from datasetdm_fast.runs.run_folder.corrections import Correction
 from datasetdm_fast.runs.run_folder.document import runs_of, sides, to_see_damage
 from datasetdm_fast.runs.run_folder.reader import StoredSample
 from datasetdm_fast.untrusted import images
@@ -107,8 +108,17 @@ class ExportedPerson:
 class SampleView:
     """One sample of an export; pixels are read on first use, and compared with their digests."""
 
-    def __init__(self, stored: StoredSample, number: int, split: str, run: RunView, pictures: PictureSettings):
+    def __init__(
+        self,
+        stored: StoredSample,
+        number: int,
+        split: str,
+        run: RunView,
+        pictures: PictureSettings,
+        correction: Correction | None = None,
+    ):
         self.stored, self.number, self.split, self.run, self.pictures = stored, number, split, run, pictures
+        self._correction = correction
         self.name = f"{number:08d}"
         height, width = sides(stored.document, stored.row.recipe)
         longest = pictures.resize or max(height, width)
@@ -174,14 +184,26 @@ class SampleView:
     @property
     def semantic(self) -> np.ndarray:  # [H, W] uint8
         """Class numbers of the export, 0 = background, 255 = ignored."""
-        return self.run.numbers[self._map]
+        numbers = self.run.numbers[self._map]
+        if self._correction:
+            numbers[self._unjudged] = IGNORED
+        return numbers
+
+    @cached_property
+    def _unjudged(self) -> np.ndarray:  # [H, W] bool
+        """The regions that a reviewer marked as ones that nobody can judge."""
+        region = np.zeros((self.place.height, self.place.width), bool)
+        if self._correction:
+            region = self._correction.region(region.shape)
+        return self.place.scale(region)
 
     @property
     def ignored(self) -> np.ndarray:  # [H, W] bool
         """Where the label map of the run is ignored: not classes that the export leaves out, nor what lies outside."""
         if "semantic" not in self.run.labels or self.run.is_partial:
-            return np.zeros((self.height, self.width), bool)
-        return self._map == IGNORED
+            return self._unjudged
+        ignored = self._map == IGNORED
+        return ignored | self._unjudged if self._correction else ignored
 
     def depth_file(self, steps: float) -> bytes | Linked:
         """A 16-bit PNG with so many steps to the metre; depths that it has no number for are 0, as unknown ones."""

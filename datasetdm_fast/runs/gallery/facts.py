@@ -128,6 +128,7 @@ class RunFacts:
         layers = [
             {
                 "name": layer.name,
+                "label": task,
                 "title": layer.title,
                 "drawing": layer.drawing,
                 "file": layer.role and f"{layer.role}/ID.png",

@@ -170,7 +170,7 @@ const DRAWINGS = {
   uncertainty: file,
   outlines: (layer, sample, values) => {
     const svg = canvas(sample), before = new Map();
-    for (const [word, score, path] of values) {
+    for (const [word, score, path] of correctedThings(layer, sample, values)) {
       const number = before.get(word) ?? 0, colour = shade(run.colours[run.words.indexOf(word)], number);
       before.set(word, number + 1);
       svg.append(draw("path", { class: "halo", d: path }));
@@ -208,6 +208,7 @@ function overlay(element, sample) {
   if (element === frame && beside === "difference") return;
   for (const old of box.querySelectorAll(".layer")) old.remove();
   for (const layer of active()) box.append(...drawn(layer, sample));
+  if (correctionOf(sample).ignored.length) box.append(unjudged(sample));
 }
 function thumbnail(sample) {
   const place = thumbnailOf(sample, run.sheet), { side, columns, rows } = run.sheet, element = make("span", "thumbnail");
@@ -218,6 +219,76 @@ function thumbnail(sample) {
   element.style.backgroundSize = `${(100 * columns * side) / place.width}% ${(100 * rows * side) / place.height}%`;
   element.style.backgroundPosition = `${share(place.x, columns * side - place.width)} ${share(place.y, rows * side - place.height)}`;
   return element;
+}
+
+// ---- corrections of labels, where the page is served: instances removed or renamed, regions that nobody can judge
+
+const corrections = new Map(), uncorrected = new Map(); // by id; those that are not sent yet
+let isMarking = false, corner = null; // of a region that is being drawn
+function correctionOf(sample) { return { removed: [], renamed: [], ignored: [], ...corrections.get(sample.id) }; }
+function isOf(layer, place) { return ([label, other]) => label === layer.label && other === place; }
+// The instances of a layer as they were corrected: class, score and outline.
+function correctedThings(layer, sample, values) {
+  const { removed, renamed } = correctionOf(sample);
+  return values
+    .map(([word, score, path], place) => [renamed.find(isOf(layer, place))?.[2] ?? word, score, path, place])
+    .filter(thing => !removed.some(isOf(layer, thing[3])));
+}
+function unjudged(sample, boxes = correctionOf(sample).ignored) {
+  const svg = canvas(sample);
+  for (const [x0, y0, x1, y1] of boxes) svg.append(draw("rect", { class: "unjudged", x: x0, y: y0, width: x1 - x0, height: y1 - y0 }));
+  return svg;
+}
+function correct(change) {
+  changes++;
+  const found = { ...correctionOf(opened), ...change };
+  corrections.set(opened.id, found);
+  uncorrected.set(opened.id, found);
+  send();
+  for (const [place, element] of cards) if (shown[place] === opened) overlay(element, opened);
+  drawOpened();
+}
+function correctingRow(name, isRemoved, ...actions) {
+  const row = make("div", "correcting");
+  row.append(make("span", isRemoved ? "removed" : "", name), ...actions);
+  return row;
+}
+function showCorrecting() {
+  const rows = [], found = correctionOf(opened), details = detailsOf(opened) ?? {};
+  for (const layer of run.layers.filter(each => each.drawing === "outlines" && details[each.name])) {
+    details[layer.name].forEach(([word, score], place) => {
+      const isThis = isOf(layer, place), isRemoved = found.removed.some(isThis), others = list => list.filter(each => !isThis(each));
+      const remove = button(isRemoved ? "Restore" : "Delete", () => correct({ removed: isRemoved ? others(found.removed) : [...found.removed, [layer.label, place]] }));
+      const select = make("select");
+      for (const name of new Set(Object.values(layer.classes).map(number => run.words[number]))) select.append(new Option(name, name));
+      select.value = found.renamed.find(isThis)?.[2] ?? word;
+      select.setAttribute("aria-label", `Class of instance ${place + 1}`);
+      select.addEventListener("change", () => correct({ renamed: [...others(found.renamed), ...(select.value === word ? [] : [[layer.label, place, select.value]])] }));
+      rows.push(correctingRow(`${place + 1}: ${word} ${percent(score)}`, isRemoved, select, remove));
+    });
+  }
+  for (const box of found.ignored) rows.push(correctingRow(`Ignored: ${box.join(", ")}`, false, button("Remove", () => correct({ ignored: found.ignored.filter(each => each !== box) }))));
+  const region = button("Ignore a region", () => { isMarking = !isMarking; showCorrecting(); });
+  press(region, isMarking);
+  region.title = "Then drag a box over what nobody can judge";
+  frame.classList.toggle("marking", isMarking);
+  by("correcting").hidden = !served;
+  by("correcting").replaceChildren(...rows, region);
+}
+function placeIn(event) {
+  const box = frame.firstChild.getBoundingClientRect(), [height, width] = opened.sides, within = (value, most) => Math.round(Math.min(Math.max(value, 0), most));
+  return [within((event.clientX - box.left) / box.width * width, width), within((event.clientY - box.top) / box.height * height, height)];
+}
+function regionTo(event) {
+  const [x, y] = placeIn(event);
+  return [Math.min(corner[0], x), Math.min(corner[1], y), Math.max(corner[0], x), Math.max(corner[1], y)];
+}
+function endRegion(event) {
+  const box = regionTo(event);
+  corner = null;
+  isMarking = false;
+  if (box[0] < box[2] && box[1] < box[3]) correct({ ignored: [...correctionOf(opened).ignored, box] });
+  else showCorrecting();
 }
 
 // ---- review: marks of samples, kept by the browser or, where the page is served, written into the run folder
@@ -238,6 +309,7 @@ async function startReview() {
   served = await askServer();
   startComparing();
   takeMarks(served ? served.marks : Object.entries(remembered(run.key) ?? {}));
+  takeCorrections();
   if (opened) open(opened);
 }
 function takeMarks(found) {
@@ -247,12 +319,22 @@ function takeMarks(found) {
   if (wish.flags.some(flag => ["good", "bad", "unmarked"].includes(flag))) refresh();
   for (const [place, element] of cards) showMark(element, shown[place]);
 }
+function takeCorrections() {
+  corrections.clear();
+  for (const [id, found] of Object.entries(served?.corrections ?? {})) corrections.set(id, found);
+  for (const [place, element] of cards) overlay(element, shown[place]);
+}
 // Takes over the marks of others who review the same run, unless one was set here in the meantime.
 async function renewMarks() {
   const before = changes, answer = served && (await askServer());
-  if (!answer || changes !== before || isSending || unsent.size) return;
+  if (!answer || changes !== before || isSending || unsent.size || uncorrected.size) return;
+  served.corrections = answer.corrections;
   takeMarks(answer.marks);
-  if (opened) showOpenedMark();
+  takeCorrections();
+  if (opened) {
+    showOpenedMark();
+    drawOpened();
+  }
 }
 function mark(sample, name) {
   changes++;
@@ -270,16 +352,18 @@ function mark(sample, name) {
 async function send() {
   if (isSending) return;
   isSending = true;
-  while (unsent.size) {
-    const some = [...unsent].slice(0, 5000);
+  while (unsent.size || uncorrected.size) {
+    const some = [...unsent].slice(0, 5000), corrected = [...uncorrected];
     for (const [id] of some) unsent.delete(id);
+    uncorrected.clear();
     try {
-      const answer = await fetch("../review", { method: "PUT", body: JSON.stringify({ marks: some }), headers: { "Content-Type": "application/json" } });
+      const answer = await fetch("../review", { method: "PUT", body: JSON.stringify({ marks: some, corrections: Object.fromEntries(corrected) }), headers: { "Content-Type": "application/json" } });
       if (!answer.ok) throw new Error(String(answer.status));
       trouble("marks", "");
     } catch {
       for (const [id, name] of some) if (!unsent.has(id)) unsent.set(id, name);
-      trouble("marks", `${several(unsent.size, "mark")} could not be written; the next one tries again`);
+      for (const [id, found] of corrected) if (!uncorrected.has(id)) uncorrected.set(id, found);
+      trouble("marks", `${several(unsent.size + uncorrected.size, "mark")} could not be written; the next one tries again`);
       break;
     }
   }
@@ -572,6 +656,7 @@ function open(sample) {
 function drawOpened() {
   overlay(frame, opened);
   tellFacts();
+  showCorrecting();
   const strip = [null, ...run.layers].map(layer => {
     const figure = make("figure"), box = make("span", "stack");
     box.append(imageOf(opened), ...(layer ? drawn(layer, opened) : []));
@@ -1023,10 +1108,18 @@ frame.addEventListener("wheel", event => {
   zoomed(Math.exp(-event.deltaY * .0015), event.clientX, event.clientY);
 }, { passive: false });
 frame.addEventListener("pointerdown", event => {
-  pointers.set(event.pointerId, event);
   frame.setPointerCapture(event.pointerId);
+  if (isMarking) corner = placeIn(event);
+  else pointers.set(event.pointerId, event);
 });
+frame.addEventListener("pointerup", event => { if (corner) endRegion(event); });
 frame.addEventListener("pointermove", event => {
+  if (corner) {
+    frame.firstChild.querySelector(".layer.drawing")?.remove();
+    const svg = unjudged(opened, [regionTo(event)]);
+    svg.classList.add("drawing");
+    frame.firstChild.append(svg);
+  }
   const before = pointers.get(event.pointerId);
   if (before && pointers.size === 1) look({ ...zoom, x: zoom.x + event.clientX - before.clientX, y: zoom.y + event.clientY - before.clientY });
   if (before && pointers.size === 2) {

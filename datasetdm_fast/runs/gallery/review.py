@@ -9,6 +9,14 @@ from typing import Any, Protocol
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.locks import in_turn
 from datasetdm_fast.errors import Missing
+from datasetdm_fast.runs.run_folder.corrections import (
+    CORRECTIONS,
+    Correction,
+    change_corrections,
+    format_corrections,
+    parse_corrections,
+    read_corrections,
+)
 from datasetdm_fast.runs.run_folder.object_store import ObjectStore
 from datasetdm_fast.untrusted import documents
 
@@ -18,10 +26,14 @@ ID = re.compile(r"\d{8,15}")
 
 
 class Review(Protocol):
-    """The marks of a run; `change` writes them beside the existing ones, an empty mark removes that of a sample."""
+    """The marks and corrections of a run; `change` and `correct` write them beside the existing ones, an empty one
+    removes that of a sample.
+    """
 
     def read(self) -> dict[str, str]: ...
     def change(self, marks: Mapping[str, str]) -> None: ...
+    def read_corrections(self) -> dict[int, Correction]: ...
+    def correct(self, corrections: Mapping[int, Correction]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -35,11 +47,22 @@ class FolderReview:
         return parse_lists({mark: storage.read(path, LARGEST_LIST) for mark, path in paths.items() if path.exists()})
 
     def change(self, marks: Mapping[str, str]) -> None:
-        if not self.folder.is_dir():  # moved or deleted: the marks would be in a new folder of its name
-            raise Missing(f"{self.folder}: no such folder", "Serve the run where it is now.")
+        self._check()
         with in_turn(self.folder):
             lists = format_lists({**self.read(), **marks})
             storage.publish({self.folder / name: content for name, content in lists.items()})
+
+    def read_corrections(self) -> dict[int, Correction]:
+        return read_corrections(self.folder)
+
+    def correct(self, corrections: Mapping[int, Correction]) -> None:
+        self._check()
+        with in_turn(self.folder):
+            change_corrections(self.folder, corrections)
+
+    def _check(self) -> None:
+        if not self.folder.is_dir():  # moved or deleted: the marks would be in a new folder of its name
+            raise Missing(f"{self.folder}: no such folder", "Serve the run where it is now.")
 
 
 @dataclass(frozen=True)
@@ -54,6 +77,13 @@ class StoredReview:
     def change(self, marks: Mapping[str, str]) -> None:
         self.store.publish(format_lists({**self.read(), **marks}))
 
+    def read_corrections(self) -> dict[int, Correction]:
+        content = self.store.read(CORRECTIONS)
+        return parse_corrections(documents.parse_json(content.decode(), CORRECTIONS)) if content else {}
+
+    def correct(self, corrections: Mapping[int, Correction]) -> None:
+        self.store.publish({CORRECTIONS: format_corrections({**self.read_corrections(), **corrections})})
+
 
 def parse_lists(contents: Mapping[str, bytes]) -> dict[str, str]:
     """Id -> mark, from the lists of the marks."""
@@ -65,6 +95,14 @@ def format_lists(marks: Mapping[str, str]) -> dict[str, bytes]:
     """The files of the lists, from id -> mark."""
     ids = {mark: sorted(id for id, other in marks.items() if other == mark) for mark in LISTS}
     return {LISTS[mark]: "".join(f"{id}\n" for id in ids[mark]).encode() for mark in LISTS}
+
+
+def parse_sent_corrections(value: Any) -> dict[int, Correction]:
+    """The corrections that a page sends beside its marks, none where it sends none."""
+    sent = value.get("corrections", {}) if isinstance(value, dict) else {}
+    if not isinstance(sent, dict) or not all(ID.fullmatch(id) for id in sent):
+        raise ValueError(f"{documents.quote(sent)} are no corrections")
+    return parse_corrections(sent)
 
 
 def parse_marks(value: Any) -> dict[str, str]:

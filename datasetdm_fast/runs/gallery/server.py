@@ -113,7 +113,7 @@ def open_server(
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Answers one browser: GET and HEAD of the run's files, and GET and PUT of its review."""
+    """Answers one browser: GET and HEAD of the run's files, and GET and PUT of its marks and corrections."""
 
     server: RunServer
     protocol_version = "HTTP/1.1"
@@ -151,9 +151,10 @@ class Handler(SimpleHTTPRequestHandler):
         run = self.server.run
         try:
             marks = sorted(run.review.read().items())
-        except (Missing, Refused):  # the lists of marks cannot be read
+            corrections = {f"{k:08d}": each.facts() for k, each in run.review.read_corrections().items()}
+        except (Missing, Refused, ValueError):  # the lists of marks cannot be read
             return self.send_error(500)
-        content = {"path": run.command_path, "marks": marks, "against": self.server.against}
+        content = {"path": run.command_path, "marks": marks, "against": self.server.against, "corrections": corrections}
         self._send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
 
     def do_PUT(self) -> None:
@@ -167,9 +168,13 @@ class Handler(SimpleHTTPRequestHandler):
         if _path_of(self.path) != f"{self.server.prefix}review":
             return self.send_error(404)
         try:
-            marks = review.parse_marks(documents.parse_json(content.decode(), "the marks"))
+            sent = documents.parse_json(content.decode(), "the marks")
+            marks, corrections = review.parse_marks(sent), review.parse_sent_corrections(sent)
             with self.server.marking:
-                self.server.run.review.change(marks)
+                if marks:
+                    self.server.run.review.change(marks)
+                if corrections:
+                    self.server.run.review.correct(corrections)
         except (ValueError, Refused):
             return self.send_error(400)
         except Missing:

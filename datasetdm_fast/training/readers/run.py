@@ -1,6 +1,7 @@
 """run:RUN[SPLIT,LABEL]: the samples of a run folder, with the labels that were made with them taken for truth."""
 
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,15 @@ from typing import Any
 import numpy as np
 
 from datasetdm_fast.config import ATTENTION
-from datasetdm_fast.data import Instances, SemanticMap
+from datasetdm_fast.data import IGNORE, Instances, SemanticMap
 from datasetdm_fast.engine.labels.kind import SHOWN_SCORE
 from datasetdm_fast.engine.labels.names import LabelName, task_of_label
 from datasetdm_fast.engine.labels.trust import without_doubtful
 from datasetdm_fast.engine.pictures import reading
-from datasetdm_fast.engine.pictures.labelled import Picture
+from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS, Picture
 from datasetdm_fast.errors import Refused, quote
+from datasetdm_fast.runs.gallery.review import FolderReview
+from datasetdm_fast.runs.run_folder.corrections import read_corrections
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER
 from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.runs.run_folder.reader import Run, StoredSample
@@ -27,7 +30,7 @@ from datasetdm_fast.untrusted import documents
 
 # the first that a run has is the class map, where LABEL names none
 MAPS = ("semantic", "open-vocabulary", ATTENTION)
-ALL, TRAIN = "all", "train"
+ALL, TRAIN, CORRECTED = "all", "train", "corrected"
 
 
 def _split_and_label(text: str) -> tuple[str, str]:
@@ -45,9 +48,19 @@ def _split_and_label(text: str) -> tuple[str, str]:
     return "".join(words) or TRAIN, label
 
 
+def _ignore_region(fields: dict[str, Any], region: np.ndarray) -> None:
+    """Takes a region out of the truth of an image: 255 in its map, a crowd of every class among its things."""
+    if "semantic" in fields:
+        fields["semantic"] = np.where(region, IGNORE, fields["semantic"]).astype(np.uint8)
+    if "masks" in fields:
+        fields["crowds"] = [*fields["crowds"], partial(np.array, region)]
+        fields["crowd_classes"] = [*fields["crowd_classes"], EVERY_CLASS]
+
+
 class RunSamples(PictureSource):
     """The samples that the last filter keeps and that are not doubtful, with doubtful pixels ignored; with [all], every
-    sample as it is stored. Where the run is split, SPLIT is one of its parts. LABEL is the class map to take; of
+    sample as it is stored, and with [corrected] those that a reviewer corrected or marked as good, whose corrected
+    labels are the truth. Where the run is split, SPLIT is one of its parts. LABEL is the class map to take; of
     several decoders of another task, the first of the run is the truth. Instances of low score are ignored.
     """
 
@@ -55,15 +68,18 @@ class RunSamples(PictureSource):
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         split, chosen = _split_and_label(split)
-        self.path, self.is_all = path, split == ALL
+        self.path, self.is_all = path, split in (ALL, CORRECTED)
         self.run = Run(path, kept=not self.is_all)
         parts = None if self.is_all else read_split(path)
+        self.is_corrected = split == CORRECTED  # and so the truth, however sure the decoder was
+        self.corrections = read_corrections(path) if self.is_corrected else {}
+        reviewed = {int(id) for id, mark in FolderReview(path).read().items() if mark == "good"} | {*self.corrections}
         if parts and split not in (ALL, *parts.parts):
             raise Refused(
                 f"{path}: no part {split!r}, it is split into {', '.join(parts.parts)}",
                 f"Name one of these, as in run:{path}[{next(iter(parts.parts))}], or [all] for every sample.",
             )
-        if not parts and split not in (ALL, TRAIN):
+        if not parts and split not in (ALL, TRAIN, CORRECTED):
             raise Refused(
                 f"{path}: no split {split!r}",
                 f"Leave the brackets out, or split it first with: python -m datasetdm_fast.split {quote(path)}",
@@ -85,10 +101,17 @@ class RunSamples(PictureSource):
         for position, row in enumerate(self.run.rows(("files", "trust"))):
             if parts and part_of(path, part_names, row) != split:
                 continue
+            if self.is_corrected and row.request.index not in reviewed:
+                continue
             count += 1
             if self.is_all or self._is_trusted(position, row):
                 self.records.append((position, row.request.id, self._origins(row)))
         part = f"[{split}]" if parts or self.is_all else ""
+        if not count and self.is_corrected:
+            raise Refused(
+                f"--data run:{path}[{CORRECTED}]: no sample was corrected or marked as good",
+                f"Correct some with: python -m datasetdm_fast.gallery {quote(path)} --serve",
+            )
         if not count:
             raise Refused(
                 f"--data run:{path}{part}: no sample is left",
@@ -153,6 +176,9 @@ class RunSamples(PictureSource):
 
     def picture(self, record: int) -> Picture:
         sample = self.run[self.records[record][0]]
+        correction = self.corrections.get(sample.row.request.index)
+        if correction:
+            sample = replace(sample, row=correction.correct_row(sample.row, self.run.document["labels"]))
         fields: dict[str, Any] = {}
         labels = self._class_labels(sample)
         if not self.is_all:
@@ -160,6 +186,8 @@ class RunSamples(PictureSource):
         image = sample.image
         for label in labels.values():
             fields |= self._class_fields(label, record, image.shape[:2])
+        if correction and correction.ignored:
+            _ignore_region(fields, correction.region(image.shape))
         if "depth" in self.requested:
             fields["depth"] = sample.label(self.labels["depth"]).metres
             self._check_sides(record, fields["depth"].shape, image.shape[:2])
@@ -185,7 +213,8 @@ class RunSamples(PictureSource):
         for mask, class_id, score in zip(label.masks, label.class_ids.tolist(), label.scores, strict=True):
             if not 0 <= class_id < len(self.thing_classes):
                 raise reading.bad(self.name(record), f"an instance of the unknown category {class_id + 1}")
-            things.add(partial(np.array, mask), class_id, is_crowd=score < SHOWN_SCORE)
+            is_unsure = score < SHOWN_SCORE and not self.is_corrected
+            things.add(partial(np.array, mask), class_id, is_crowd=is_unsure)
         return things.fields
 
     def _check_sides(self, record: int, shape: tuple[int, ...], sides: tuple[int, ...]) -> None:

@@ -1,0 +1,93 @@
+"""What a reviewer corrects in the gallery: exports and trainings read it, the run itself stays as it is."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from rendered import write_run
+
+from datasetdm_fast import open_run
+from datasetdm_fast.convert import main as convert
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.runs.gallery.review import FolderReview
+from datasetdm_fast.runs.run_folder.audit import audit
+from datasetdm_fast.runs.run_folder.corrections import CORRECTIONS, Correction, read_corrections
+from datasetdm_fast.training.readers import open_data
+
+SIZE = 48
+BOX = (6, 12, 30, 40)  # x0, y0, x1, y1
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of four samples. Of the last (a person, a cone, a cube) the cone is deleted and the person called a ring;
+    of the third a region is ignored.
+    """
+    write_run(tmp_path / "run", 4, SIZE)
+    corrections = {
+        3: Correction(removed=(("instance", 1),), renamed=(("instance", 0, "ring"),)),
+        2: Correction(ignored=(BOX,)),
+    }
+    FolderReview(tmp_path / "run").correct(corrections)
+    assert read_corrections(tmp_path / "run") == corrections
+    return tmp_path / "run"
+
+
+def corrected(run) -> tuple[list, np.ndarray]:
+    """Classes of the last sample as they should be, and the instances of the third that the region leaves."""
+    third = open_run(run)[2].instances
+    x0, y0, x1, y1 = BOX
+    shares = third.masks[:, y0:y1, x0:x1].sum((1, 2)) / third.masks.sum((1, 2))
+    return ["ring", "cube"], shares <= 0.5
+
+
+def test_exports_have_the_corrected_labels(run, tmp_path, capsys):
+    names, is_left = corrected(run)
+    assert convert([str(run), "--to", "coco,voc", "--out", str(tmp_path / "out")]) == 0
+    assert "corrections of 2 samples are applied" in capsys.readouterr().err
+    source = open_data(f"coco:{tmp_path / 'out/coco'}", SIZE, tasks=["instance"])
+    assert [source.thing_classes[k] for k in source[3].mask_classes] == names
+    assert (source[2].masks == open_run(run)[2].instances.masks[is_left]).all() and not is_left.all()
+    maps = tmp_path / "out/voc/VOCdevkit/VOC2012/SegmentationClass"
+    x0, y0, x1, y1 = BOX
+    labels = np.asarray(Image.open(maps / "00000002.png"))
+    assert (labels[y0:y1, x0:x1] == 255).all() and (labels != 255).sum() == SIZE * SIZE - (x1 - x0) * (y1 - y0)
+    assert 255 not in np.asarray(Image.open(maps / "00000001.png"))
+    assert audit(run).findings == []  # the run has not changed
+
+
+def test_corrected_samples_are_truth_for_a_training(run):
+    FolderReview(run).change({"00000001": "good"})
+    names, is_left = corrected(run)
+    source = open_data(f"run:{run}[corrected]", SIZE)
+    assert [item.id for item in source] == ["00000001", "00000002", "00000003"]
+    assert [source.thing_classes[k] for k in source[2].mask_classes] == names
+    x0, y0, x1, y1 = BOX
+    third = source[1]
+    assert (third.semantic[y0:y1, x0:x1] == 255).all() and len(third.masks) == is_left.sum()
+    assert third.crowds[-1][y0:y1, x0:x1].all() and third.crowds[-1].sum() == (x1 - x0) * (y1 - y0)
+    assert (source[0].masks == open_run(run)[1].instances.masks).all()  # whatever their scores
+
+
+def test_a_run_that_nobody_corrected_is_refused_as_truth(run):
+    shutil.rmtree(run / "review")
+    with pytest.raises(Refused, match="no sample was corrected or marked as good") as stop:
+        open_data(f"run:{run}[corrected]", SIZE)
+    assert "--serve" in stop.value.remedy
+
+
+@pytest.mark.parametrize("value", [{"removed": [["instance", "1"]]}, {"ignored": [[5, 5, 5, 9]]}, {"other": []}, []])
+def test_what_is_no_correction_is_refused(run, value):
+    (run / CORRECTIONS).write_text(json.dumps({"00000000": value}))
+    with pytest.raises(Refused, match="corrections"):
+        read_corrections(run)
+
+
+def test_an_export_from_before_a_correction_is_another(run, tmp_path, capsys):
+    line = [str(run), "--to", "coco", "--out", str(tmp_path / "out")]
+    assert convert(line) == 0 and convert(line) == 0
+    FolderReview(run).correct({2: Correction()})
+    capsys.readouterr()
+    assert convert(line) == 2 and "another split" in capsys.readouterr().err
