@@ -84,6 +84,7 @@ class Backbone:
     unguided: float = 1.0  # the guidance with cfg at which, and below, the prompt alone counts
     is_exported: bool = False  # whether its stages can be written as graphs
     patch: int = 2  # latent cells of a side of one image token, for shifts that depend on the size
+    takes_adapters: bool = False  # whether the names of an adapter's layers are known
     has_averages: bool = False  # whether labels can be read from the average of its calls' attention
     is_guided_above_one: bool = False  # whether a guidance up to 1 leaves out the unconditional half of a cfg model
     tokenizer: str = "tokenizer"  # the part by whose tokens the length of a prompt is told; where absent, the first

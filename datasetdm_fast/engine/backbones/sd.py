@@ -226,6 +226,7 @@ SD = Backbone(
     reference="datasetdm_fast.engine.backbones.sd_reference:SDReference",
     network="datasetdm_fast.engine.models.unet:UNet",
     is_exported=True,
+    takes_adapters=True,
     has_averages=True,
     check=check_configs,
     check_fit=check_fit,

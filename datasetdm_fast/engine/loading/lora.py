@@ -44,6 +44,11 @@ LARGEST_SCALE = 100.0
 
 def fuse_adapters(model: Model, adapters: Sequence[str]) -> Model:
     """The model with every adapter FILE[:SCALE] fused into copies of its networks, and their digests."""
+    if adapters and not model.backbone.takes_adapters:
+        raise Refused(
+            f"--lora {adapters[0]}: the layers of adapters are not known for {model.backbone.title} yet",
+            "Fuse it with diffusers' load_lora_weights and fuse_lora, and name the folder that save_pretrained writes.",
+        )
     for text in adapters:
         model = _with_one(model, text)
     return model
