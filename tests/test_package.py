@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -55,6 +56,20 @@ def test_importing_the_package_loads_no_torch_and_the_names_are_there_on_demand(
     assert result.stdout == "False False\n"
     assert "AttributeError: module 'datasetdm_fast' has no attribute 'nothing'" in result.stderr
     assert callable(datasetdm_fast.Pipeline) and callable(datasetdm_fast.open_run)
+
+
+def test_the_image_installs_the_locked_libraries(tmp_path):
+    """Its one make target builds the extension, and installs torch by itself and the rest by their digests."""
+    lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    (line,) = [line.removeprefix("RUN ") for line in lines if line.startswith("RUN make")]
+    words = shlex.split(
+        line.replace("/opt/venv", str(tmp_path)).replace("$TORCH", "torch==2").replace("$PIP_FLAGS", "")
+    )
+    assert "ARG TORCH=torch==2.13.0" in lines and "TORCH ?= torch==2.13.0" in (ROOT / "Makefile").read_text()
+    plan = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert plan.returncode == 0, plan.stderr
+    assert "--no-cache-dir  torch==2\n" in plan.stdout and "--no-deps --require-hashes" in plan.stdout
+    assert "--no-build-isolation --no-deps -e ." in plan.stdout
 
 
 def commands():

@@ -91,6 +91,15 @@ def test_the_library_example_runs_as_it_stands(tmp_path, monkeypatch):
     assert list(names["pyramid"]) == ["low", "mid", "high", "highest"]
 
 
+def test_the_notebook_stores_what_its_cells_show():
+    notebook = json.loads((ROOT / "docs" / "tour.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    shown = [output["data"] for cell in cells for output in cell["outputs"]]
+    assert len(shown) == len(cells) and sum("<img" in "".join(data.get("text/html", ())) for data in shown) == 2
+    assert "pip" in "".join(cells[0]["source"])  # where the package is missing, as on Colab
+
+
 def test_times_of_five_thousand_images_are_those_of_the_budget():
     """Estimated from the bytes and operations of every call; the share of a slower card is that of its tensor cores."""
     page = (ROOT / "docs" / "five-thousand.md").read_text(encoding="utf-8")
