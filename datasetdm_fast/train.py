@@ -7,7 +7,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,6 @@ from datasetdm_fast.training.settings import TrainConfig
 from datasetdm_fast.training.trackers import check_trackers
 
 if TYPE_CHECKING:
-    from datasetdm_fast.training.processes import Ranks
     from datasetdm_fast.training.workflow import Workflow
 
 PROG = "python -m datasetdm_fast.train"
@@ -38,47 +37,34 @@ def main(arguments: Sequence[str]) -> int:
     check_trackers(config.log)
     import torch
 
-    from datasetdm_fast.training.processes import join_processes, leave_processes
-
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    ranks, device = join_processes(config.device)
-    config = replace(config, device=device)
-    try:
-        return _train(config, ranks, f"{PROG} {shlex.join(arguments)}".rstrip())
-    finally:
-        leave_processes(ranks)
-
-
-def _train(config: TrainConfig, ranks: Ranks, line: str) -> int:
     from datasetdm_fast.training.evaluation.meter import figure_name
     from datasetdm_fast.training.evaluation.metrics import METRICS
     from datasetdm_fast.training.report import describe_result
 
-    is_quiet = config.quiet or not ranks.is_first
-    workflow = open_workflow(config, ranks)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    line, workflow = f"{PROG} {shlex.join(arguments)}".rstrip(), open_workflow(config)
     plans = workflow.prepare()
     if config.dry_run:
-        print_lines(replace(config, quiet=is_quiet), NOTHING_WRITTEN)
+        print_lines(config, NOTHING_WRITTEN)
         return 0
 
     def progress(task: str, title: str, steps: int, later: int) -> StepProgress:
-        return StepProgress(title, figure_name(METRICS[task].held_out_figure), steps, is_quiet, later)
+        return StepProgress(title, figure_name(METRICS[task].held_out_figure), steps, config.quiet, later)
 
-    with Interruption(is_quiet) as interruption:
+    with Interruption(config.quiet) as interruption:
         outcomes = workflow.run(plans, line, progress, interruption.is_stopping)
-    if ranks.is_first:
-        documents = {task: outcome.document for task, outcome in outcomes.items()}
-        print_result(config, {"path": config.out, "tasks": documents}, config.out)
-        for task, outcome in outcomes.items():
-            if outcome.result:
-                print_lines(config, *describe_result(workflow.out, task, outcome.result, outcome.folds))
-        if None in documents.values():
-            print(f"stopped; resume with: {line}", file=sys.stderr)
+    documents = {task: outcome.document for task, outcome in outcomes.items()}
+    print_result(config, {"path": config.out, "tasks": documents}, config.out)
+    for task, outcome in outcomes.items():
+        if outcome.result:
+            print_lines(config, *describe_result(workflow.out, task, outcome.result, outcome.folds))
+    if None in documents.values():
+        print(f"stopped; resume with: {line}", file=sys.stderr)
     return interruption.exit_code(0)
 
 
-def open_workflow(config: TrainConfig, ranks: Ranks) -> Workflow:
+def open_workflow(config: TrainConfig) -> Workflow:
     """The trainings of these settings, with their model and data opened."""
     from datasetdm_fast.training.session import check_apart, open_session
     from datasetdm_fast.training.workflow import Workflow
@@ -86,13 +72,9 @@ def open_workflow(config: TrainConfig, ranks: Ranks) -> Workflow:
     out = Path(config.out)
     check_apart(out, config.task, config.data)
 
-    def on_message(text: str) -> None:
-        if ranks.is_first:
-            print_lines(config, text)
-
     data, choice, inversion = config.training_data(), config.model_choice(), config.capture_settings()
     settings = config.session_settings()
-    session = open_session(data, choice, config.task, inversion, ranks, on_message, **settings)
+    session = open_session(data, choice, config.task, inversion, partial(print_lines, config), **settings)
     return Workflow(session, out, config.task, config.task_settings(), config.folds)
 
 

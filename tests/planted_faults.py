@@ -372,12 +372,6 @@ FAULTS = {
         "noises.to(clean.device)",
         {"scenario": "recomputed"},
     ),
-    "totals of all processes on the GPU": Fault(
-        "datasetdm_fast.training.trainer:Trainer._totals",
-        "dtype=torch.float32)",
-        "dtype=torch.float32, device=self.device)",
-        {"scenario": "ranks"},
-    ),
     "words of a prompt copied while the host waits": Fault(
         "datasetdm_fast.training.evaluation.measure:measure",
         "text = words[label][None].expand",

@@ -18,7 +18,7 @@ from skips import long_test
 
 from bench.kernels.audit import name_of
 from bench.kernels.files import FILES
-from bench.rehearsal import budget, carried, command, compiled, cuda, operations, run, scenarios, teaching
+from bench.rehearsal import budget, carried, command, compiled, cuda, operations, run, scenarios
 from bench.rehearsal.command import GRADIENTS, SCENARIOS, RehearsalConfig, possible
 from bench.rehearsal.compiled import IMAGE, TILES, gpus, loads_wide
 from bench.rehearsal.kernels import (
@@ -35,7 +35,6 @@ from bench.rehearsal.kernels import (
     strided,
     written,
 )
-from bench.rehearsal.machine import Machine
 from bench.rehearsal.operations import adds_in_any_order, by_chance
 from bench.rehearsal.page_locked import PageLocked, filled
 from bench.rehearsal.roofline import Reckoning
@@ -55,7 +54,7 @@ needs_cpu_build = pytest.mark.skipif(torch.backends.cuda.is_built(), reason="thi
 # Of two batches of four samples, where it is not eight: several runs, two pictures, or answers of another kind.
 SAMPLES = {"attention": 24, "tiles": 2, "labeller": 16, "files": 24, "library": 7, "features": 10, "samplers": 48}
 SAMPLES |= {"between": 10, "cards": 16, "verify": 13}
-SAMPLES |= {"training": 4, "losses": 6, "bins": 2, "recomputed": 2, "ranks": 2, "students": 4}  # steps
+SAMPLES |= {"training": 4, "losses": 6, "bins": 2, "recomputed": 2, "students": 4}  # steps
 
 # What is planted -> the rule that finds it, and the file whose line is named.
 EXPECTED = {
@@ -606,15 +605,6 @@ def test_a_graph_is_replayed_between_its_inputs_and_its_answers():
     assert found("input", "output", "answer") == []
     for order in ("input answer output", "output input answer", "output answer input", "input answer"):
         assert found(*order.split()) == ["stale"], order
-
-
-def test_one_of_two_processes_has_its_own_gpu_and_is_never_told_to_stop(monkeypatch):
-    monkeypatch.setattr(teaching, "taught", lambda machine, tasks, own, *, device, **_: (own, device, own.any(False)))
-    with stage(timeline := Timeline()) as operations:
-        own, device, is_stopping = teaching.ranks(
-            Machine(timeline, operations, "tiny", 1, 1, 1, dtype="auto", device="cuda")
-        )
-    assert (own.rank, own.world, device, is_stopping) == (0, 2, "cuda:1", False)
 
 
 def test_threads_that_run_in_one_have_values_of_their_own():

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -36,7 +35,6 @@ from datasetdm_fast.training import (
     cross_validation,
     page,
     predictions,
-    session,
     splits,
     task_training,
     workflow,
@@ -690,33 +688,6 @@ def test_killed_and_interrupted_it_ends_with_the_same_bits(run, captures, tmp_pa
     ).read_bytes()
 
 
-@long_test
-@pytest.mark.loopback
-def test_two_processes_follow_the_curve_of_one(run, captures, tmp_path):
-    arguments = ["--data", "demo:10@1000", "--task", "depth,semantic", "--steps", "4", "--checks", "2"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    out = tmp_path / "two"
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    both = [
-        subprocess.Popen(
-            command(captures, out, *arguments),
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **shared),
-        )
-        for rank in (0, 1)
-    ]
-    errors = [process.communicate(timeout=240)[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0], errors
-    assert run(*arguments, "--quiet", out="one") == 0
-    assert losses(out, "depth") == losses(tmp_path / "one", "depth") and losses(out, "semantic") == losses(
-        tmp_path / "one", "semantic"
-    )
-    assert weights(out) == weights(tmp_path / "one")
-
-
 def test_every_image_is_judged_by_a_fold_that_has_not_seen_it(run, tmp_path, capsys, monkeypatch):
     arguments = ["--data", "demo:10@1000", "--task", "semantic", "--steps", "6", "--checks", "2", "--folds", "3"]
     state, judged = tmp_path / "decoder" / "semantic" / "training", []
@@ -775,7 +746,7 @@ def test_the_page_says_why_a_class_has_no_interval():
 @pytest.mark.parametrize(("images", "held"), [(40, 0), (400, 32)])
 def test_a_fold_holds_out_images_only_where_they_are_enough_to_choose_a_step_by(images, held):
     config = TrainConfig(data=f"demo:{images}@1000", task=("depth",), model="tiny", size=64, engine="torch", quiet=True)
-    opened = train.open_workflow(config, session.SOLO).session
+    opened = train.open_workflow(config).session
     fold = splits.split_folds(opened.source, opened.numbers, 5, 0)[0]
     learnt, others = cross_validation.without_fold(opened, fold).split
     assert len(others) == held and sorted([*learnt, *others, *fold]) == list(range(images))
@@ -941,7 +912,7 @@ def test_copies_of_an_image_are_held_out_together(run, tmp_path):
     line = ["--data", f"folder:{tmp_path / 'data'}", "--task", "depth", "--steps", "1", "--held-out", "0.3"]
     assert run(*line, "--folds", "2", "--quiet") == 0
     config = TrainConfig(data=line[1], task=("depth",), model="tiny", size=64, engine="torch", held_out=0.3)
-    opened = train.open_workflow(config, session.SOLO).session
+    opened = train.open_workflow(config).session
     for parts in (opened.split, splits.split_folds(opened.source, opened.numbers, 2, 0)):
         sides = [{number % 4 for number in part} for part in parts]
         assert sides[0] and sides[1] and not sides[0] & sides[1]

@@ -4,15 +4,12 @@ import copy
 import json
 import math
 import os
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from bench.proof.decoders import fit
 from datasetdm_fast.data import join_texts
@@ -32,7 +29,6 @@ from datasetdm_fast.training.captures.targets import TargetMemory, target_of
 from datasetdm_fast.training.captures.views import TrainingViews, ViewSettings
 from datasetdm_fast.training.losses import losses
 from datasetdm_fast.training.losses.objective import loss_of, sample_word
-from datasetdm_fast.training.processes import Ranks, join_processes
 from datasetdm_fast.training.readers import open_data
 from datasetdm_fast.training.recipes import TrainingSchedule, recipe
 from datasetdm_fast.training.splits import split
@@ -660,69 +656,6 @@ def test_a_batch_in_parts_is_the_same_batch(engine, source, folder, task):
     assert curves[0] == pytest.approx(curves[1], rel=1e-3)  # rounding, which the matching of queries amplifies
 
 
-@dataclass(frozen=True)
-class ThreadRanks(Ranks):
-    """Processes played by threads, which add up on one board."""
-
-    board: list | None = None
-    meeting: threading.Barrier | None = None
-
-    def total(self, tensors):
-        self.board[self.rank] = torch.cat([tensor.detach().flatten().clone() for tensor in tensors])
-        self.meeting.wait(60)
-        assert len({len(own) for own in self.board}) == 1, "the processes add up other tensors"
-        flat = sum(self.board)
-        self.meeting.wait(60)
-        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-            tensor.detach().copy_(part.view_as(tensor))
-
-
-@pytest.mark.parametrize("task", ["instance", "open-vocabulary"])
-def test_processes_learn_together_where_only_some_of_them_see_things(engine, source, folder, monkeypatch, task):
-    held, config = training_views(engine, source, task, folder), config_of(engine, source, task)
-    words, inner = words_of(engine, source, task), TrainingViews.target
-
-    def emptied(views, view):
-        found = inner(views, view)
-        return found if view % 2 else replace(found, classes=found.classes[:0], masks=found.masks[:0])
-
-    monkeypatch.setattr(TrainingViews, "target", emptied)
-    schedule, given = TrainingSchedule(steps=4, batch_size=2, points=64), {"reads_ahead": False}
-    alone = Trainer(config, schedule, held, words, **given)
-    board, meeting = [None, None], threading.Barrier(2)
-    both = [Trainer(config, schedule, held, words, ranks=ThreadRanks(k, 2, board, meeting), **given) for k in (0, 1)]
-    with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda one: [one.step() for _ in range(4)], both))
-    assert found[0] == found[1] == [alone.step() for _ in range(4)]
-    for one in both:
-        assert all(
-            map(
-                torch.equal,
-                one.state.averaged_decoder().state_dict().values(),
-                alone.state.averaged_decoder().state_dict().values(),
-            )
-        )
-
-
-def test_processes_stop_together_while_captures_are_made(engine, source, tmp_path):
-    board, meeting = [None, None], threading.Barrier(2)
-    made = session.TrainingSession("demo:4", engine, source, tuple(range(4)), ViewSettings(draws=2))
-    plan = cache.plan(tmp_path, engine.model.levels, 8, "disk")
-    made.views("depth", range(4), plan=plan)
-
-    def stopped(views):
-        raise session.Stopped
-
-    def asked(rank):
-        own = replace(made, ranks=ThreadRanks(rank, 2, board, meeting))
-        with pytest.raises(session.Stopped):
-            own.views("depth", range(4), plan=plan, **({} if rank else {"on_views": stopped}))
-        return True
-
-    with ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(asked, (0, 1))) == [True, True]
-
-
 @pytest.mark.parametrize("task", ["semantic", "pose"])
 def test_a_saved_state_resumes_to_the_same_bits(engine, source, folder, tmp_path, task):
     held, config, schedule = (
@@ -875,40 +808,6 @@ def test_a_step_that_memory_does_not_suffice_for_says_what_to_change(engine, sou
 def test_gpus_that_only_emulate_bf16_teach_in_fp32(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert resolve_dtype("auto", torch.device("cuda:1")) == dtype
-
-
-@pytest.fixture
-def two_gpus(monkeypatch):
-    """A machine with two GPUs on which torchrun has started several processes; what is asked of PyTorch."""
-    asked = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", asked.append)
-    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: asked.append(backend))
-    monkeypatch.setattr(dist, "get_rank", lambda: 1)
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    return asked
-
-
-@pytest.mark.parametrize("device", ["auto", "cuda"])
-def test_each_process_has_a_gpu_and_the_hosts_talk_by_themselves(two_gpus, monkeypatch, device):
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert join_processes(device) == (Ranks(1, 3), "cuda:1")
-    assert two_gpus == ["cuda:1", "cpu:gloo,cuda:nccl"]
-
-
-def test_more_processes_than_gpus_are_refused(two_gpus, monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(Missing, match="process 2 of this machine has no GPU of its own, there are 2"):
-        join_processes("auto")
-    assert not two_gpus
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
-def test_processes_that_ask_for_a_gpu_never_train_on_the_cpu_instead(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(Missing, match="device: cuda is not available"):
-        join_processes("cuda")
 
 
 def test_a_share_is_held_out_by_seed_and_none_of_few():

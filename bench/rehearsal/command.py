@@ -27,11 +27,11 @@ PROG, ALL = "python -m bench rehearse", "all"
 TARGETS = ("80", "90", "100", "120")
 SCENARIOS = (  # functions of scenarios.py and teaching.py
     "decoders", "attention", "words", "label", "tiles", "labeller", "files", "library", "features", "samplers",
-    "retry", "between", "memory", "cards", "verify", "training", "losses", "bins", "recomputed", "ranks", "evaluation",
+    "retry", "between", "memory", "cards", "verify", "training", "losses", "bins", "recomputed", "evaluation",
     "students",
 )  # fmt: skip
 
-GRADIENTS = ("training", "losses", "bins", "recomputed", "ranks", "students")  # scenarios that compute some
+GRADIENTS = ("training", "losses", "bins", "recomputed", "students")  # scenarios that compute some
 
 
 @dataclass(frozen=True)

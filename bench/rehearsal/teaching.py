@@ -1,8 +1,7 @@
-"""Scenarios of teaching: decoders of every loss, alone and among several processes, their figures, and students."""
+"""Scenarios of teaching: decoders of every loss, their figures, and students."""
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,7 +11,6 @@ from unittest import mock
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors.torch import save
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
@@ -28,7 +26,6 @@ from datasetdm_fast.training import checkpoint as states
 from datasetdm_fast.training import splits
 from datasetdm_fast.training.captures import cache
 from datasetdm_fast.training.evaluation.measure import ScoreSettings, measure
-from datasetdm_fast.training.processes import SOLO, Ranks, join_processes
 from datasetdm_fast.training.readers import open_data
 from datasetdm_fast.training.settings import TrainConfig
 from datasetdm_fast.training.task_training import run_training
@@ -59,33 +56,6 @@ def bins(machine: Machine) -> int:
 def recomputed(machine: Machine) -> int:
     """Captures made anew at every step, and losses in fp16, whose gradients are scaled, unless another is asked for."""
     return taught(machine, ("depth",), cache="off", **({"dtype": "fp16"} if machine.dtype == "auto" else {}))
-
-
-def ranks(machine: Machine) -> int:
-    """The first of two processes that torchrun started, on the second GPU."""
-
-    def reduced(value: Tensor) -> None:
-        """NCCL adds up what lies on a GPU, in the order of its stream; Gloo what the host holds."""
-        if value.device.type == "cuda":
-            machine.timeline.launch("all_reduce", value.device.index, [value], [value])
-        else:
-            machine.timeline.written_by_host(value)
-
-    process = {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(os.environ, process))
-        for name, function in (
-            ("init_process_group", lambda *arguments, **named: None),
-            ("get_rank", lambda: 0),
-            ("all_reduce", reduced),
-            ("broadcast_object_list", lambda values, source: None),
-            ("barrier", lambda: None),
-        ):
-            stack.enter_context(mock.patch.object(dist, name, function))
-        ask = Ranks.any  # of numbers that have no memory, which read as 1
-        stack.enter_context(mock.patch.object(Ranks, "any", lambda *own: ask(*own) and False))
-        own, device = join_processes(machine.device.partition(":")[0])
-        return taught(machine, ("semantic",), own, device=device, cache="off")
 
 
 def evaluation(machine: Machine) -> int:
@@ -132,9 +102,7 @@ def students(machine: Machine) -> int:
     return SEEDS * machine.batches
 
 
-def taught(
-    machine: Machine, tasks: Sequence[str], own: Ranks = SOLO, *, is_stopped: bool = False, **choices: Any
-) -> int:
+def taught(machine: Machine, tasks: Sequence[str], *, is_stopped: bool = False, **choices: Any) -> int:
     """Steps that the trainings of these tasks came to, as the command train runs them."""
     timeline, found = machine.timeline, 0
     with tempfile.TemporaryDirectory() as place, in_phases(machine):
@@ -149,15 +117,15 @@ def taught(
         machine.operations.judge("auto")  # which the engine of a training is
         machine.operations.is_exact = given["dtype"] == "fp32"
         machine.operations.taught = DTYPES.get(given["dtype"], torch.bfloat16)
-        opened = train.open_workflow(config, own).session
+        opened = train.open_workflow(config).session
         machine.engines.append(opened.engine)
         for task in tasks:
             timeline.phase, timeline.thread.work = FIRST, ""
             begun = opened.open_training(folder / task, opened.plan(task), config.task_settings(), lambda: False)
             timeline.phase = LOAD
-            if is_stopped and run_training(begun, own, is_stopping=iter((False, True)).__next__) is None:
+            if is_stopped and run_training(begun, is_stopping=iter((False, True)).__next__) is None:
                 timeline.phase = LOAD
-            found += run_training(begun, own)["steps"]
+            found += run_training(begun)["steps"]
     return found
 
 
@@ -230,7 +198,6 @@ SCENARIOS: Mapping[str, Callable[[Machine], int]] = {
     "losses": losses,
     "bins": bins,
     "recomputed": recomputed,
-    "ranks": ranks,
     "evaluation": evaluation,
     "students": students,
 }

@@ -33,7 +33,6 @@ def learn_words(folder: Path) -> None:
     from datasetdm_fast.disk import storage
     from datasetdm_fast.engine.decoders.folders import find_decoders, read_config
     from datasetdm_fast.train import open_workflow
-    from datasetdm_fast.training.processes import SOLO
     from datasetdm_fast.training.settings import TrainConfig
     from datasetdm_fast.training.word_heads import learn_heads
 
@@ -41,7 +40,7 @@ def learn_words(folder: Path) -> None:
     configs = {path: read_config(path) for path in map(found.__getitem__, found.labels)}
     configs = {path: config for path, config in configs.items() if config.kind == "segmentation" and config.named}
     config = TrainConfig(model=SETTINGS["--model"], data=SETTINGS["--data"], held_out=0, quiet=True)
-    session = open_workflow(config, SOLO).session
+    session = open_workflow(config).session
     for path, own in configs.items():
         heads = learn_heads(session.views(own.task, session.numbers, 1), own, session.engine.model.tokenizer)
         storage.publish({path / "config.json": heads.add_to(own).to_json().encode()})

@@ -36,7 +36,7 @@ def cross_validate(
     """The figures, or None where it was stopped; the same call then resumes. `progress` gets the number and the steps
     of a fold, and returns a context with `on_step`.
     """
-    path, ranks, has_changed = folder / "training" / NAME, session.ranks, False
+    path, has_changed = folder / "training" / NAME, False
     folds = split_folds(session.source, session.numbers, count, session.view_settings.seed)
     for number, fold in enumerate(folds, 1):
         inner, place = without_fold(session, fold), fold_folder(folder, count, number)
@@ -46,32 +46,29 @@ def cross_validate(
             has_changed = True
             with progress(number, plan.schedule.steps) as shown:
                 training = inner.open_training(place, plan, settings, is_stopping)
-                if training is None or run_training(training, ranks, shown.on_step, is_stopping) is None:
+                if training is None or run_training(training, shown.on_step, is_stopping) is None:
                     return None
             del training
             gc.collect()  # a trainer refers to itself, and so to its captures and targets
-        elif ranks.is_first:
+        else:
             checkpoint.remove(place / "training")
     if not has_changed and (stored := read_folds(folder)) is not None and stored["folds"] == count:
         return stored
     meter = METRICS[task](session.source)
     for number, fold in enumerate(folds, 1):
         views = session.views(task, fold, 1)
-        if ranks.is_first:
-            decoder = load_decoder(fold_folder(folder, count, number))
-            for view, label in enumerate(session.predictor(plan).predict(decoder, views)):
-                meter.add(views.item(view), label)
-    document = None
-    if ranks.is_first:
-        document = {
-            "task": task,
-            "folds": count,
-            "images": meter.count,
-            "held_out": meter.result(),
-            "held_out_intervals": intervals(meter, folds=count),
-        }
-        storage.publish({path: (json.dumps(document, indent=2) + "\n").encode()})
-    return ranks.broadcast(document)
+        decoder = load_decoder(fold_folder(folder, count, number))
+        for view, label in enumerate(session.predictor(plan).predict(decoder, views)):
+            meter.add(views.item(view), label)
+    document = {
+        "task": task,
+        "folds": count,
+        "images": meter.count,
+        "held_out": meter.result(),
+        "held_out_intervals": intervals(meter, folds=count),
+    }
+    storage.publish({path: (json.dumps(document, indent=2) + "\n").encode()})
+    return document
 
 
 def without_fold(session: TrainingSession, fold: Sequence[int]) -> TrainingSession:

@@ -16,14 +16,12 @@ DRAWS = 4  # noises of each
 
 def measure_domain(session: TrainingSession, decoder: Decoder) -> Domain | None:
     """The domain of the session's pictures as this decoder, which was loaded for inference, reads them; None where they
-    are too few, and in all processes but the first.
+    are too few.
     """
     task, numbers = decoder.config.task, session.numbers
     count = min(len(numbers), MOST_IMAGES)
     chosen = [numbers[k * len(numbers) // count] for k in range(count)]
     views = session.views(task, chosen, DRAWS)
-    if not session.ranks.is_first:
-        return None
     sketches, labels = [], []
     decoder = decoder.to(session.engine.device)
     with torch.inference_mode():

@@ -17,18 +17,14 @@ LARGEST_LOG = 2**28  # bytes
 class Log(AbstractContextManager):
     """Appends to the log of a folder, after it removed the lines of steps after `done`."""
 
-    def __init__(self, folder: Path, done: int, trackers: Sequence[str] = (), is_writing: bool = True):
+    def __init__(self, folder: Path, done: int, trackers: Sequence[str] = ()):
         self.path, self.began = folder / NAME, time.monotonic()
-        self._file = None
-        self._trackers: list[Tracker] = []
-        if not is_writing:
-            return
         lines = storage.read(self.path, LARGEST_LOG).splitlines() if self.path.exists() else []
         before = [line for line in lines if _step(line) <= done]
         storage.publish({self.path: b"".join(line + b"\n" for line in before)})
         with storage.refusing(self.path):
             self._file = storage.syscall("open", open, self.path, "a")
-        self._trackers = open_trackers(trackers, folder, done)
+        self._trackers: list[Tracker] = open_trackers(trackers, folder, done)
 
     def step(self, step: int, steps: int, loss: float, rate: float) -> None:
         """The loss and the learning rate of a step of `steps`."""
@@ -39,8 +35,6 @@ class Log(AbstractContextManager):
         self._put({"step": step, f"held_out_{name}": value})
 
     def _put(self, values: dict) -> None:
-        if self._file is None:
-            return
         with storage.refusing(self.path):
             storage.syscall("write", self._file.write, json.dumps(values) + "\n")
             self._file.flush()
@@ -49,9 +43,8 @@ class Log(AbstractContextManager):
             tracker.log(shown, values["step"])
 
     def __exit__(self, *_: object) -> None:
-        if self._file:
-            with storage.refusing(self.path):
-                self._file.close()
+        with storage.refusing(self.path):
+            self._file.close()
         for tracker in self._trackers:
             tracker.close()
 

@@ -27,7 +27,6 @@ from datasetdm_fast.training.captures.targets import check_truth
 from datasetdm_fast.training.captures.views import TrainingViews, ViewSettings, check_quirks
 from datasetdm_fast.training.evaluation import naming
 from datasetdm_fast.training.predictions import Predictor
-from datasetdm_fast.training.processes import SOLO, Ranks
 from datasetdm_fast.training.readers import is_read, open_data
 from datasetdm_fast.training.recipes import RecipeSettings, TrainingRecipe, recipe
 from datasetdm_fast.training.splits import split
@@ -77,7 +76,6 @@ class TrainingSession:
     held_out: float = 0.0  # share
     identity: Mapping[str, Any] = field(default_factory=dict)  # settings of the command that decide the weights
     data: Mapping[str, Any] = field(default_factory=lambda: {"items": []})  # the data record
-    ranks: Ranks = SOLO
     on_message: Callable[[str], None] = lambda line: None
 
     @cached_property
@@ -122,7 +120,7 @@ class TrainingSession:
             return sum(cache.cached_bytes(self.engine, views, self.inversion, folder) for views in parts)
 
         room = settings.mode, settings.gigabytes
-        return self.ranks.broadcast(cache.plan(folder, levels, sum(map(len, parts)), *room, cached_bytes))
+        return cache.plan(folder, levels, sum(map(len, parts)), *room, cached_bytes)
 
     def views(
         self,
@@ -133,19 +131,13 @@ class TrainingSession:
         on_views: Callable[[int], None] = lambda count: None,
     ) -> TrainingViews:
         """Views of some items with their captures, which are computed now where they are cached."""
-        views, ranks = self._views(task, numbers, draws), self.ranks
+        views = self._views(task, numbers, draws)
         plan = plan or self._cache_plan(views)
         if not plan.is_stored:
             return views.with_captures(cache.RecomputedCaptures(self.engine, views, self.inversion))
-        captures = None
-        try:
-            share = (ranks.rank, ranks.world)
-            captures = cache.cache_captures(self.engine, views, self.inversion, plan.folder, share, on_views=on_views)
-        except Stopped:
-            pass  # the other processes, which wait for this share, hear of it below
-        if ranks.any(captures is None):
-            raise Stopped
-        return views.with_captures(captures)
+        return views.with_captures(
+            cache.cache_captures(self.engine, views, self.inversion, plan.folder, on_views=on_views)
+        )
 
     def recipe(self, task: str) -> TrainingRecipe:
         """Decoder and schedule of a task."""
@@ -160,13 +152,7 @@ class TrainingSession:
         decoder = replace(base.config, named=self._named_classes(base.config.classes))
         if table is not None and (decoder.named or decoder.has_text):
             decoder = replace(decoder, class_words=words_of(table, self.source.thing_classes))
-        schedule = settings.adjust(base.schedule)
-        if schedule.batch_size < self.ranks.world:
-            raise Refused(
-                f"--batch-size: {schedule.batch_size} views cannot be shared by {self.ranks.world} processes",
-                "Start fewer, or raise --batch-size.",
-            )
-        return TrainingRecipe(decoder, schedule)
+        return TrainingRecipe(decoder, settings.adjust(base.schedule))
 
     def _named_classes(self, classes: Sequence[str]) -> tuple[str, ...]:
         """The classes that a decoder predicts only where a prompt names them."""
@@ -231,7 +217,7 @@ class TrainingSession:
                 raise Stopped
             if time.monotonic() - last_line >= SECONDS_PER_LINE:
                 last_line = time.monotonic()
-                share = done * self.ranks.world / count
+                share = done / count
                 left = format_duration((last_line - begin) * max(1 / share - 1, 0))
                 self.on_message(f"captures {min(share, 1):.0%}, about {left} left")
 
@@ -248,9 +234,8 @@ class TrainingSession:
         """
         plan, path = self.cache_plan(task), folder / "training" / "captures.json"
         has_begun = storage.is_there(path.with_name("settings.json"))
-        if self.ranks.is_first and not (has_begun and path.exists()):
+        if not (has_begun and path.exists()):
             storage.publish({path: json.dumps({"are_kept": plan.is_stored}).encode()})
-        self.ranks.wait()
         is_stored = read_state(path, {"are_kept": bool})["are_kept"]
         if self.cache_settings.mode != "auto" and is_stored != plan.is_stored:
             raise Refused(
@@ -277,7 +262,6 @@ def open_session(
     choice: ModelChoice,
     tasks: Sequence[str],
     inversion: Inversion,
-    ranks: Ranks = SOLO,
     on_message: Callable[[str], None] = lambda line: None,
     **settings: Any,
 ) -> TrainingSession:
@@ -314,11 +298,11 @@ def open_session(
             last_line = time.monotonic()
             on_message(f"data       {done} of {len(source)} images read")
 
-    record = ranks.broadcast(data_record.record_data(source, on_item) if ranks.is_first else None)
+    record = data_record.record_data(source, on_item)
     if shown and (line := naming.describe_absent((*source.classes, *source.thing_classes), shown)):
         on_message(f"classes    {line}")
     source.digests = {source.order[k]: item["image"] for k, item in enumerate(record["items"])}
-    common = {"inversion": inversion, "data": record, "ranks": ranks, "on_message": on_message}
+    common = {"inversion": inversion, "data": record, "on_message": on_message}
     return TrainingSession(data.address, engine, source, tuple(range(len(source))), **common, **settings)
 
 

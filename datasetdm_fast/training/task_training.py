@@ -33,7 +33,6 @@ from datasetdm_fast.training.evaluation.meter import Meter
 from datasetdm_fast.training.evaluation.metrics import METRICS
 from datasetdm_fast.training.log import Log
 from datasetdm_fast.training.predictions import Predictor
-from datasetdm_fast.training.processes import SOLO, Ranks
 from datasetdm_fast.training.readers import parse_address
 from datasetdm_fast.training.recipes import TrainingSchedule
 from datasetdm_fast.training.splits import are_enough, count_unrelated
@@ -168,26 +167,24 @@ def read_state(path: Path, form: Mapping[str, Any], most: int = LARGEST_STATE) -
 
 def run_training(
     training: TaskTraining,
-    ranks: Ranks = SOLO,
     on_step: Callable[[int, float, float | None], None] = lambda step, loss, figure: None,
     is_stopping: Callable[[], bool] = lambda: False,
 ) -> dict | None:
     """The result of the training, or None where it was stopped; the same call then resumes, to the same bits."""
     plan = training.plan
     retain_freed()
-    if ranks.is_first and not (settings := training.state_folder / "settings.json").exists():
+    if not (settings := training.state_folder / "settings.json").exists():
         record = {training.state_folder / data_record.NAME: data_record.as_json(plan.data)}
         storage.publish(record | {settings: (json.dumps(plan.settings, indent=2) + "\n").encode()})  # which come last
     dtype = resolve_dtype(training.settings.dtype, training.predictor.device)
-    options = {"device": training.predictor.device, "dtype": dtype, "ranks": ranks}
+    options = {"device": training.predictor.device, "dtype": dtype}
     trainer = Trainer(plan.decoder, plan.schedule, training.views, plan.words, **options)
     try:
-        run = _TrainingRun(training, trainer, ranks)
-        trackers = training.settings.trackers
-        with Log(training.state_folder, trainer.state.step, trackers, is_writing=ranks.is_first) as log:
+        run = _TrainingRun(training, trainer)
+        with Log(training.state_folder, trainer.state.step, training.settings.trackers) as log:
             if not run.train(log, on_step, is_stopping):
                 return None
-        return ranks.broadcast(run.finish() if ranks.is_first else None)
+        return run.finish()
     finally:
         trainer.close()
 
@@ -201,10 +198,10 @@ def resolve_dtype(requested: str, device: torch.device) -> str:
 class _TrainingRun:
     """A trainer with the evaluations and checkpoints between its steps."""
 
-    def __init__(self, training: TaskTraining, trainer: Trainer, ranks: Ranks):
-        self.training, self.trainer, self.ranks = training, trainer, ranks
+    def __init__(self, training: TaskTraining, trainer: Trainer):
+        self.training, self.trainer = training, trainer
         self.saved, self.heads = time.monotonic(), WordHeads()
-        if ranks.is_first and training.settings.by_word:
+        if training.settings.by_word:
             tokenizer = training.predictor.tokenizer
             self.heads = word_heads.learn_heads(training.views, training.plan.decoder, tokenizer)
         self.state.resume(training.state_folder)
@@ -224,7 +221,7 @@ class _TrainingRun:
         settings, steps, state = self.training.settings, self.training.plan.schedule.steps, self.state
         patience = settings.early_stopping_patience
         while state.step < steps and not state.early_stopping.has_stopped(patience):
-            if self.ranks.any(is_stopping()):
+            if is_stopping():
                 self.save()
                 return False
             rate, loss, figure = self.trainer.rate(state.step), self.trainer.step(), None
@@ -234,16 +231,14 @@ class _TrainingRun:
                 if figure is not None:
                     log.figure(step, METRICS[self.training.task].held_out_figure, figure)
             on_step(step, loss, figure)
-            if self.ranks.is_first and time.monotonic() - self.saved >= settings.save_every:
+            if time.monotonic() - self.saved >= settings.save_every:
                 self.save()
         return True
 
     def evaluate(self) -> float | None:
         """The held-out figure, None if all truth of these images is ignored; counts towards early stopping."""
-        task, decoder, figure = self.training.task, self._decoder(), None
-        if self.ranks.is_first:
-            figure = self._score(decoder).result().get(METRICS[task].held_out_figure)
-        figure = self.ranks.broadcast(figure)
+        task, decoder = self.training.task, self._decoder()
+        figure = self._score(decoder).result().get(METRICS[task].held_out_figure)
         self.state.early_stopping.evaluations += 1
         if figure is not None and self.has_early_stopping:
             is_improvement = predictions.is_better(task, figure, self.state.early_stopping.best_figure)
@@ -261,8 +256,7 @@ class _TrainingRun:
         return decoder
 
     def save(self) -> None:
-        if self.ranks.is_first:
-            self.state.save(self.training.state_folder)
+        self.state.save(self.training.state_folder)
         self.saved = time.monotonic()
 
     def finish(self) -> dict:

@@ -1,14 +1,13 @@
 """The training loop: batches of captures against their targets.
 
 Whatever is random in a step is sampled from the step's number and the place in its batch. So neither an interruption
-nor the number of processes or of gradient accumulation steps changes what is sampled.
+nor the number of gradient accumulation steps changes what is sampled.
 """
 
 import hashlib
 import math
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import astuple
 from functools import lru_cache
 
 import numpy as np
@@ -27,7 +26,6 @@ from datasetdm_fast.training.captures.targets import TrainingTarget
 from datasetdm_fast.training.captures.views import TrainingViews
 from datasetdm_fast.training.losses import losses
 from datasetdm_fast.training.losses.objective import loss_of, query_target, sample_word
-from datasetdm_fast.training.processes import SOLO, Ranks
 from datasetdm_fast.training.recipes import TrainingSchedule
 from datasetdm_fast.training.state import TrainingState
 
@@ -45,10 +43,9 @@ class Trainer:
         words: Tensor | None = None,
         device: torch.device | str = "cpu",
         dtype: str = "fp32",
-        ranks: Ranks = SOLO,
         reads_ahead: bool | None = None,  # whether a thread reads the next step's captures; None: if they are stored
     ):
-        self.schedule, self.views, self.ranks = schedule, views, ranks
+        self.schedule, self.views = schedule, views
         self.device, self.dtype = torch.device(device), DTYPES[dtype]
         self.words = None if words is None else words.clone().float().to(device)
         self.state = TrainingState(config, schedule, self.words, self.device, self.dtype)
@@ -57,39 +54,33 @@ class Trainer:
         self._reader = ThreadPoolExecutor(1, "captures") if reads_ahead else None
         self._next: tuple[int, Future] | None = None
 
-    def batch_views(self, step: int) -> list[tuple[int, int]]:
-        """Place in the batch and view of this process's share of a step; each epoch has all views in a new order."""
-        places = np.array_split(np.arange(self.schedule.batch_size), self.ranks.world)[self.ranks.rank].tolist()
+    def batch_views(self, step: int) -> list[int]:
+        """The views of a step; each epoch has all views in a new order."""
         batch = []
-        for place in places:
+        for place in range(self.schedule.batch_size):
             epoch, position = divmod(step * self.schedule.batch_size + place, len(self.views))
-            batch.append((place, int(self._order(epoch)[position])))
+            batch.append(int(self._order(epoch)[position]))
         return batch
 
     def _permutation(self, epoch: int) -> Tensor:
         return torch.randperm(len(self.views), generator=generator(self.schedule.seed, "turn", epoch))
 
-    def _accumulation_steps(self, batch: Sequence[tuple[int, int]]) -> list[Sequence[tuple[int, int]]]:
-        """The batch in the gradient accumulation steps of this process."""
-        parts = -(-self.schedule.gradient_accumulation_steps // self.ranks.world)
-        cuts = np.array_split(np.arange(len(batch)), min(parts, max(len(batch), 1)))
-        return [[batch[k] for k in cut] for cut in cuts if len(cut)]
+    def _read(self, batch: Sequence[int]) -> tuple[list[tuple[Tensor, ...]], list[TrainingTarget]]:
+        """The captures of a batch in its gradient accumulation steps, and the targets."""
+        parts = np.array_split(batch, min(self.schedule.gradient_accumulation_steps, len(batch)))
+        return [self.views.captures.batch(part.tolist()) for part in parts], [self.views.target(view) for view in batch]
 
-    def _read(self, batch: Sequence[tuple[int, int]]) -> tuple[list[tuple[Tensor, ...]], list[TrainingTarget]]:
-        parts = [[view for _, view in part] for part in self._accumulation_steps(batch)]
-        return [self.views.captures.batch(part) for part in parts], [self.views.target(view) for _, view in batch]
-
-    def _batch(self, step: int) -> tuple[list[tuple[int, int]], list[tuple[Tensor, ...]], list[TrainingTarget]]:
+    def _batch(self, step: int) -> tuple[list[tuple[Tensor, ...]], list[TrainingTarget]]:
         """The step's batch, read ahead during the step before where that helps."""
         batch = self.batch_views(step)
         if self._reader is None:
-            return batch, *self._read(batch)
+            return self._read(batch)
         if self._next is None or self._next[0] != step:
             self._next = (step, self._reader.submit(self._read, batch))
-        captures, targets = self._next[1].result()
+        found = self._next[1].result()
         if step + 1 < self.schedule.steps:
             self._next = (step + 1, self._reader.submit(self._read, self.batch_views(step + 1)))
-        return batch, captures, targets
+        return found
 
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
@@ -113,10 +104,10 @@ class Trainer:
     def _step(self) -> float:
         schedule, state, step = self.schedule, self.state, self.state.step
         decoder = state.decoder
-        batch, captures, targets = self._batch(step)
+        captures, targets = self._batch(step)
         allow_tf32(self.device, self.dtype is not torch.float32)  # what an engine of another precision has just set
         choose_by_shape(self.device)
-        generators = [generator(schedule.seed, step, place) for place, _ in batch]
+        generators = [generator(schedule.seed, step, place) for place in range(schedule.batch_size)]
         layout, dropout = self.views.captures.layout, schedule.dropout
         # which feature channels of all levels are hidden from each view
         hidden = [torch.rand(sum(layout.features), generator=random) < dropout for random in generators if dropout]
@@ -151,7 +142,6 @@ class Trainer:
             total += loss.detach()
             for mean, buffer in zip(means, statistics):
                 mean += buffer / len(captures)
-        self._reduce(total, means)
         for buffer, mean in zip(statistics, means):
             buffer.copy_(mean)
         state.scaler.unscale_(state.optimiser)
@@ -182,25 +172,7 @@ class Trainer:
 
     def _totals(self, truths: Sequence[tuple[Tensor, Tensor]]) -> losses.Totals:
         config = self.state.decoder.config
-        local = losses.totals([len(ids) for ids, _ in truths], config.queries if config.has_queries else 0)
-        numbers = torch.tensor(astuple(local), dtype=torch.float32)  # of the host, which needs them immediately
-        self.ranks.total([numbers])
-        return losses.Totals(*map(int, numbers.tolist()))
-
-    def _reduce(self, total: Tensor, means: Sequence[Tensor]) -> None:
-        """Adds up loss and gradients over all processes; running statistics become their mean."""
-        if self.ranks.world == 1:
-            return
-        for mean in means:
-            mean /= self.ranks.world
-        # Views without things give the layers of masks no gradient, those of another process may; the hosts compare.
-        reached = torch.tensor([float(parameter.grad is not None) for parameter in self.state.parameters])
-        self.ranks.total([reached])
-        shared = [parameter for parameter, count in zip(self.state.parameters, reached.tolist()) if count]
-        for parameter in shared:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        self.ranks.total([total, *means, *(parameter.grad for parameter in shared)])
+        return losses.totals([len(ids) for ids, _ in truths], config.queries if config.has_queries else 0)
 
     def close(self) -> None:
         if self._reader is not None:

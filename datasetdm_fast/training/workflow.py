@@ -1,7 +1,6 @@
 """The trainings of one command: each task's cross-validation, decoder and page, one task after the other."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,15 +68,14 @@ class Workflow:
         """Trains every task, and resumes or skips those that have begun; stops after the first that is stopped."""
         outcomes = {}
         for task, plan in plans.items():
-            folder, is_first = self.out / task, self.session.ranks.is_first
+            folder = self.out / task
             result = find_result(folder, plan)
-            if result is not None and is_first:  # killed in its last moment
+            if result is not None:  # killed in its last moment
                 checkpoint.remove(folder / "training")
-            is_done = result is not None and not self._fold_count and (folder / "training" / PAGE).exists()
-            if self.session.ranks.broadcast(is_done):
+            if result is not None and not self._fold_count and (folder / "training" / PAGE).exists():
                 outcomes[task] = TrainingOutcome(result, read_folds(folder))
                 continue
-            with lock_folder(folder) if is_first else nullcontext():
+            with lock_folder(folder):
                 outcomes[task] = self._run_task(task, plan, command, progress, is_stopping)
             if outcomes[task].result is None:
                 break
@@ -87,9 +85,7 @@ class Workflow:
         self, task: str, plan: TaskPlan, command: str, progress: Progress, is_stopping: Callable[[], bool]
     ) -> TrainingOutcome:
         session, folder, count = self.session, self.out / task, self._fold_count
-        ranks, steps = session.ranks, plan.schedule.steps
-        # Another training may have written to this folder before it was locked.
-        result = ranks.broadcast(find_result(folder, plan) if ranks.is_first else None)
+        steps, result = plan.schedule.steps, find_result(folder, plan)  # which may have come before it was locked
         left = 0 if result else steps
         folds = read_folds(folder)
         if count:
@@ -105,20 +101,20 @@ class Workflow:
             training = session.open_training(folder, plan, self.settings, is_stopping)
             if training is not None:
                 with progress(task, task, steps, 0) as shown:
-                    result = run_training(training, ranks, shown.on_step, is_stopping)
+                    result = run_training(training, shown.on_step, is_stopping)
             if result is None:
                 return TrainingOutcome(None, folds)
             del training
             self._measure_domain(folder)
             self._write_page(task, plan, result, folds, command)
-        elif not ranks.broadcast(ranks.is_first and page.shows_folds(folder / "training" / PAGE, folds)):
+        elif not page.shows_folds(folder / "training" / PAGE, folds):
             self._measure_domain(folder)
             self._write_page(task, plan, result, folds, command)
         return TrainingOutcome(result, folds)
 
     def _measure_domain(self, folder: Path) -> None:
         """Writes the domain of a trained decoder beside it, if that is not there and its pictures are enough."""
-        if self.session.ranks.broadcast((folder / domain.FILE).exists()):
+        if (folder / domain.FILE).exists():
             return
         measured = measure_domain(self.session, load_decoder(folder))
         if measured:
@@ -135,8 +131,6 @@ class Workflow:
             shown, title = first, "Images that the decoder of the first fold has not seen"
             decoder_folder = fold_folder(folder, folds["folds"], 1)
         views = session.views(task, shown[: page.SHOWN], 1) if shown else None
-        if not session.ranks.is_first:
-            return
         labels = session.predictor(plan).predict(load_decoder(decoder_folder), views) if views else []
         steps, framing = str(result["steps"]), report.describe_framing(session.framing)
         if result.get("stopped_early"):

@@ -199,22 +199,18 @@ def cache_captures(
     views: TrainingViews,
     inversion: Inversion,
     folder: Path,
-    share: tuple[int, int] = (0, 1),
     batch_size: int = 12,
     on_views: Callable[[int], None] = lambda count: None,
 ) -> StoredCaptures:
-    """The captures of all views; missing or damaged ones are computed now, by process `share[0]` of `share[1]` its
-    share.
-    """
+    """The captures of all views; missing or damaged ones are computed now."""
     layout, draws, paths = Layout.of(engine.model.levels), views.settings.draws, []
-    for image, (path, items, seeds) in enumerate(_shards(engine, views, inversion, folder)):
+    for path, items, seeds in _shards(engine, views, inversion, folder):
         paths.append(path)
         _mark_used(path)
-        if image % share[1] == share[0]:
-            if not _is_whole(path, draws * layout.numbers * 2):
-                content = _compute(engine, views, items, seeds, inversion, layout, batch_size).tobytes()
-                storage.publish({path: [content, hashlib.sha256(content).digest()]})
-            on_views(draws)
+        if not _is_whole(path, draws * layout.numbers * 2):
+            content = _compute(engine, views, items, seeds, inversion, layout, batch_size).tobytes()
+            storage.publish({path: [content, hashlib.sha256(content).digest()]})
+        on_views(draws)
     _sweep(folder)
     return StoredCaptures(paths, layout, draws, engine.device)
 
