@@ -472,6 +472,33 @@ def test_a_folder_that_takes_no_files_is_not_called_full(tmp_path, capsys):
     assert "--out /proc/foo: /proc cannot be written to" in said and "MB" not in said
 
 
+def test_a_plan_says_what_memory_a_large_batch_takes(tmp_path, capsys):
+    """Of the demo's 128 x 128 pixels the image decoder has three maps of 16 channels, in fp32: 3.1 MB an image."""
+    line = [
+        "--number",
+        "2000",
+        "--prompts",
+        "a red ball",
+        "--dtype",
+        "fp32",
+        "--out",
+        str(tmp_path / "run"),
+        "--dry-run",
+    ]
+    assert generate.main([*line, "--batch-size", "1000", "--json"]) == 0
+    assert "memory     at least 3.1 GB for 1000 images, of " in capsys.readouterr().err
+    assert generate.main([*line, "--json"]) == 0 and "memory " not in capsys.readouterr().err
+
+
+def test_a_missing_list_of_prompts_is_said_before_anything_is_loaded(tmp_path):
+    code = (
+        "import sys; from datasetdm_fast.generate import main; "
+        "code = main(['--prompts', 'nowhere.txt', '--out', 'run']); sys.exit(code + 10 * ('torch' in sys.modules))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 2 and "nowhere.txt: the prompt file cannot be read" in ended.stderr
+
+
 def test_a_dry_run_says_that_there_are_no_gpus(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(devices, "visible_gpus", lambda: [])
     line = ["--number", "1", "--prompts", "a ball", "--gpus", "8", "--out", str(tmp_path / "run"), "--dry-run"]

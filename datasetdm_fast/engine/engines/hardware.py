@@ -1,11 +1,24 @@
-"""GPUs that this process may use."""
+"""GPUs that this process may use, and the memory of a device."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from datasetdm_fast.errors import Missing, Refused
+
+if TYPE_CHECKING:
+    import torch
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of a GPU, or of this machine."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def select_gpus(selection: str, visible: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from datasetdm_fast.disk.storage import free_bytes
+from datasetdm_fast.engine.engines.hardware import device_memory
 from datasetdm_fast.engine.labels.trust import undrawn_words
 from datasetdm_fast.engine.labels.words import find_classes
 from datasetdm_fast.messages import count_noun, format_duration
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 GUIDANCE = {"cfg": "guidance {:g}", "embedded": "guidance {:g}, read by the model", "none": "no guidance"}
 MOST_WORDS = 10  # class words that are listed
 MOST_PROMPTS = 100  # that are compared with what the model can draw
+DECODER_MAPS = 3  # of the image decoder's first width that an image has at once
+BYTES = {"fp16": 2, "bf16": 2}
 OVERHEAD = 1.15  # time of a run over that of its UNet calls: text, image decoder, labels, files
 
 
@@ -44,6 +47,7 @@ def describe_job(job: Job, call: float = 0.0) -> list[str]:
         "domain": _describe_domain(job),
         "draws": _describe_undrawn(job),
         "engine": f"{name}, {count_noun(batches, 'batch', 'batches')} of {plan.batch_size}",
+        "memory": describe_memory(job),
         "race": job.race,
         "precision": job.precision or promised or _warning(engine),
         "time": f"about {format_duration(call * job.calls_left * OVERHEAD)}, at {call:.3g} s a call" if call else "",
@@ -56,6 +60,16 @@ def describe_job(job: Job, call: float = 0.0) -> list[str]:
 def describe_guidance(job: Job) -> str:
     guidance = job.recipe.facts["guidance"]
     return GUIDANCE[job.engine.model.guidance_at(guidance)].format(guidance)
+
+
+def describe_memory(job: Job) -> str:
+    """What a batch larger than the usual one takes at least, beside what the device has; empty for others."""
+    engine, size = job.engine, job.plan.batch_size
+    if size <= engine.suggested_batch():
+        return ""
+    width = engine.model.networks["vae"].config.block_out_channels[0]
+    needed = size * DECODER_MAPS * width * job.recipe.facts["size"] ** 2 * BYTES.get(engine.fingerprint()["dtype"], 4)
+    return f"at least {needed / 1e9:.2g} GB for {size} images, of {device_memory(engine.device) / 1e9:.3g} GB in all"
 
 
 def describe_model(model: Model) -> str:
