@@ -103,7 +103,7 @@ def drawn(request: Request, tasks) -> Sample | Quarantined:
 def install(patch=setattr) -> None:
     """Puts the arithmetic in its place; `patch` is setattr, or a test's monkeypatch.setattr."""
 
-    def open_engine(model, engine, labels, stored, dtype=""):
+    def open_engine(model, engine, labels, stored, dtype="", guidance=None):
         return Engine(labels), {task: {"digest": "arithmetic", "licence": "none"} for task in labels}
 
     def recipe_of(sampling, labels, engine, classes, table=None):
