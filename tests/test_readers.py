@@ -590,6 +590,19 @@ def as_cvat(root: Path, place) -> None:
     place("annotations/instances_default.json", "images/default")
 
 
+def as_cvat_with_masks(root: Path, place) -> None:
+    """Painted masks are marked as crowds; facts of an image are empty."""
+
+    def change(document):
+        for image in document["images"]:
+            image |= {"flickr_url": "", "coco_url": "", "date_captured": 0, "license": 0}
+        document["annotations"] = [row for row in document["annotations"] if not row["iscrowd"]]
+        for row in document["annotations"]:
+            row["iscrowd"] = int(isinstance(row["segmentation"], dict))
+
+    rewrite(place("annotations/instances_default.json", "images/default"), change)
+
+
 def as_label_studio(root: Path, place) -> None:
     def change(document):
         for number, image in enumerate(document["images"]):  # as it does where pictures were uploaded
@@ -623,7 +636,7 @@ def as_splits(root: Path, place) -> None:
     (root / "val.json").write_text("{}")
 
 
-EXPORTS_OF_TOOLS = (as_cvat, as_label_studio, as_roboflow, as_fiftyone, as_one_folder, as_splits)
+EXPORTS_OF_TOOLS = (as_cvat, as_cvat_with_masks, as_label_studio, as_roboflow, as_fiftyone, as_one_folder, as_splits)
 
 
 @pytest.fixture

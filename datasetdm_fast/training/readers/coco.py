@@ -24,6 +24,7 @@ from datasetdm_fast.untrusted.json_stream import JsonStream
 IMAGE_FORM = {"id": int, "height": int, "width": int}
 SEARCHED = ("neg_category_ids", "not_exhaustive_category_ids")  # of LVIS: which classes an image was searched for
 IMAGE_FIELDS = ("file_name", "coco_url", "height", "width")
+DATUMARO = {"flickr_url": "", "coco_url": "", "date_captured": 0}  # of an image as CVAT, which uses it, writes it
 ANNOTATION_FORM = {"id": int, "image_id": int, "category_id": int}
 
 
@@ -40,6 +41,7 @@ class Annotations:
         self.joints: tuple[str, ...] = ()
         self.limbs: tuple[tuple[int, int], ...] = ()
         self.bad: dict[int, str] = {}  # image id -> the fault of one of its annotations
+        self.marks_masks = False  # whether iscrowd says that a mask was painted, as in exports of Datumaro and CVAT
         rows = {name: array("q") for name in ("id", "image", "category", "start", "end", "count")}
         areas, crowds = array("d"), array("b")
         for key, value, start, end in self.stream:
@@ -51,6 +53,7 @@ class Annotations:
                     )
                     if value["id"] in self.images:
                         raise ValueError(f"the id {value['id']} occurs twice")
+                    self.marks_masks = self.marks_masks or DATUMARO.items() <= value.items()
                     self.images[value["id"]] = {name: value[name] for name in IMAGE_FIELDS if name in value}
                     for name in SEARCHED:  # which may be long lists
                         if name in value:
@@ -79,7 +82,7 @@ class Annotations:
             name: np.frombuffer(column, np.int64) if len(column) else np.zeros(0, np.int64)
             for name, column in rows.items()
         }
-        self.areas, self.crowds = np.array(areas), np.array(crowds, bool)
+        self.areas, self.crowds = np.array(areas), np.array(crowds, bool) & (not self.marks_masks)
         self.order = np.argsort(self.rows["image"], kind="stable")
         self.sorted_images = self.rows["image"][self.order]
         self._check_ids()
