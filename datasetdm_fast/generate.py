@@ -15,6 +15,7 @@ from datasetdm_fast.command_line.output import print_lines, print_unfinished
 from datasetdm_fast.command_line.progress import ImageProgress
 from datasetdm_fast.runs.agreement.admission import Screen, admit_job
 from datasetdm_fast.runs.gallery.showing import ShownSoFar
+from datasetdm_fast.runs.jobs.domain_gate import count_outside
 from datasetdm_fast.runs.jobs.racing import probe
 from datasetdm_fast.runs.jobs.result import Result
 from datasetdm_fast.runs.jobs.run import Decision, Outcome, RunQueue
@@ -82,7 +83,7 @@ def _write(
     minutes = config.page_every if launch.writes_page else 0.0
     with (
         interruption,
-        ImageProgress(is_quiet=config.quiet, **counted) as progress,
+        ImageProgress(is_quiet=config.quiet, count_outside=partial(count_outside, spec.folder), **counted) as progress,
         ShownSoFar(spec.folder, minutes, progress.print),
     ):
         signals = {"on_unet_call": progress.on_unet_call, "is_stopping": interruption.is_stopping}

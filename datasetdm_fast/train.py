@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
     print_result(config, {"path": config.out, "tasks": documents}, config.out)
     for task, outcome in outcomes.items():
         if outcome.result:
-            print_lines(config, *describe_result(workflow.out, task, outcome.result, outcome.folds))
+            print_lines(config, *describe_result(workflow.out, task, outcome.result, outcome.folds, outcome.check))
     if None in documents.values():
         print(f"stopped; resume with: {line}", file=sys.stderr)
     return interruption.exit_code(0)

@@ -2,19 +2,28 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import skips
+from foreign_domains import DOMAINS, write_domain
 
 from datasetdm_fast import Pipeline, filter, generate, open_run, train
+from datasetdm_fast.command_line import progress
 from datasetdm_fast.data import DomainDistance, Instances, SemanticMap, Trust
 from datasetdm_fast.engine.decoders import domain
 from datasetdm_fast.engine.decoders.checkpoint import load_decoder
 from datasetdm_fast.engine.decoders.folders import DEMO
 from datasetdm_fast.engine.labels.trust import with_domain, with_undrawn
+from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.training.final_decoder import bound_of
+from datasetdm_fast.training.report import describe_result
+from datasetdm_fast.training.self_check import read_check
 
 D, SIDE = 8, 4  # numbers of a descriptor, cells of a side
+RESULT = {"steps": 1, "images": 36, "held_out_images": 4, "held_out": {}}
 CAPTION = "a red ball beside a cube"
 
 
@@ -127,6 +136,13 @@ def test_a_run_out_of_the_domain_stops_after_its_first_batch(foreign, tmp_path, 
     assert len(open_run(out, kept=True)) == 0
 
 
+def test_the_progress_tells_samples_out_of_the_domain(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "SECONDS_PER_LINE", 0.0)
+    with progress.ImageProgress(8, is_quiet=False, count_outside=lambda: 3) as shown:
+        shown.on_commit(4)
+    assert "4/8 images, 3 out of domain, " in capsys.readouterr().err
+
+
 def test_what_the_model_cannot_draw_is_told_before_the_first_image(tmp_path, capsys):
     line = ["--prompts", "a photo of a penguin", "--number", "4", "--task", "open-vocabulary", "--allow-unnamed"]
     line += ["--classes", "fire hydrant,ball", "--dry-run", "--out", str(tmp_path / "run"), "--engine", "fast"]
@@ -162,7 +178,59 @@ def _report(out, capsys):
 
 def test_a_training_writes_the_domain_of_its_decoder(tmp_path):
     line = ["--model", "tiny", "--size", "64", "--draws", "1", "--batch-size", "4", "--engine", "torch", "--quiet"]
-    line += ["--data", "demo:12@1000", "--task", "semantic", "--steps", "1", "--threads", "1", "--storage", "fp16"]
+    line += ["--data", "demo:12@1000", "--task", "semantic", "--steps", "1", "--threads", "1", "--folds", "no"]
     assert train.main([*line, "--cache-dir", str(tmp_path / "cache"), "--out", str(tmp_path / "decoder")]) == 0
-    decoder = load_decoder(tmp_path / "decoder" / "semantic")
-    assert decoder.domain is not None and decoder.domain.pictures.limit > 0
+    folder = tmp_path / "decoder" / "semantic"
+    assert load_decoder(folder).domain.pictures.limit > 0
+    check, page = read_check(folder), (folder / "training" / "page.html").read_text()
+    assert check["samples"] == 8 and page.count(" &middot; distance ") == 8
+    told = "\n".join(describe_result(tmp_path, "semantic", {**RESULT}, None, {"samples": 8, "out_of_domain": 7}))
+    assert told.splitlines()[-1].startswith("semantic: 7 of 8 samples generated from its captions are unlike")
+
+
+def test_a_training_that_ended_badly_tells_so_in_its_last_line():
+    figures = [0.352, 0.371, 0.382, 0.397, 0.404]
+    bound = bound_of("semantic", figures)
+    assert 0.2 < bound < 0.35
+    for value, is_bad in ((0.36, False), (0.174, True)):
+        final = {"figure": "mIoU", "value": value, "folds": figures, "bound": bound}
+        folds = {"folds": 5, "images": 40, "held_out": {}, "held_out_intervals": {}, "final": final}
+        last = list(describe_result(Path("out"), "semantic", RESULT, folds))[-1]
+        assert last.startswith("semantic: the training ended badly: ") == is_bad
+    assert bound_of("depth", [0.10, 0.11, 0.12]) > 0.12, "of errors, less is better"
+
+
+def teach(name, out, *flags, images=40):
+    """The decoder of a domain that the demo model cannot draw."""
+    data = write_domain(name, out / "pictures", images)
+    line = ["--model", "demo", "--data", f"folder:{data}", "--task", "semantic", "--folds", "no", "--held-out", "0"]
+    line += ["--engine", "fast", "--device", "cpu", "--cache-dir", str(out / "cache"), "--out", str(out / "decoder")]
+    assert train.main([*line, *flags, "--quiet"]) == 0
+    return out / "decoder"
+
+
+def draw_by(decoder, captions, **options):
+    pipe = Pipeline.from_pretrained("demo", decoder=str(decoder), engine="fast", device="cpu")
+    return pipe(captions, tasks=("semantic",), batch_size=8, **options).samples
+
+
+def test_samples_of_a_foreign_domain_are_marked(tmp_path, capsys):
+    decoder = teach("letters", tmp_path, "--steps", "2", "--draws", "1", "--batch-size", "4", images=12)
+    assert "8 of 8 samples generated from its captions" in (decoder / "semantic/training/page.html").read_text()
+    samples = draw_by(decoder, ["a photo of a word, a stamp"] * 4, steps=8)
+    assert all(sample.trust.domain > 1 for sample in samples)
+
+
+@skips.long_test
+@pytest.mark.parametrize("name", DOMAINS)
+def test_nearly_all_samples_of_foreign_domains_are_marked(name, tmp_path):
+    decoder = teach(name, tmp_path, "--steps", "80", "--draws", "4")
+    captions = [f"a photo of {', '.join(f'a {thing}' for thing in [*DOMAINS[name][1]][k % 2 :])}" for k in range(24)]
+    assert np.mean([sample.trust.domain > 1 for sample in draw_by(decoder, captions)]) >= 0.95
+
+
+@skips.long_test
+def test_few_right_samples_of_the_demo_are_marked():
+    samples = draw_by("demo", [world.sample_scene(700_000 + k).caption for k in range(100)])
+    right = [sample for sample in samples if all("unlike" in reason for reason in sample.trust.reasons)]
+    assert len(right) >= 90 and np.mean([sample.trust.domain > 1 for sample in right]) <= 0.03

@@ -20,6 +20,7 @@ SETTINGS = {
     "--data": "demo:100@1000",
     "--task": ",".join(TASKS),
     "--held-out": "0",
+    "--folds": "no",
     "--augment": "strong",
     "--captions": "mixed",
     "--draws": "64",

@@ -1,8 +1,10 @@
 """Progress on a terminal as a bar, elsewhere as a line every ten seconds."""
 
+import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -46,16 +48,22 @@ class Progress(AbstractContextManager[Any]):
 
 
 class ImageProgress(Progress):
-    """Progress of a run; it counts UNet calls, or images where nobody reports the calls."""
+    """Progress of a run; it counts UNet calls, or images where nobody reports the calls. `count_outside` counts the
+    samples so far that are out of the domain of their decoders, which takes a moment.
+    """
 
-    def __init__(self, images: int, is_quiet: bool, batch: int = 1, calls: int = 0):
+    def __init__(
+        self, images: int, is_quiet: bool, batch: int = 1, calls: int = 0, count_outside: Callable[[], int] = lambda: 0
+    ):
         self._images, self._calls = images, calls
+        self._count_outside, self._outside, self._counted = count_outside, 0, -math.inf
         self._images_done = self._calls_done = 0
         super().__init__(-(-images // batch) * (calls or 1), "call" if calls else "image", self._title, is_quiet)
 
     @property
     def _title(self) -> str:
-        return f"{self._images_done}/{count_noun(self._images, 'image')}"
+        outside = f", {self._outside} out of domain" if self._outside else ""
+        return f"{self._images_done}/{count_noun(self._images, 'image')}{outside}"
 
     def on_unet_call(self, count: int = 1) -> None:
         self._calls_done += count
@@ -70,6 +78,8 @@ class ImageProgress(Progress):
 
     def on_commit(self, count: int) -> None:
         self._images_done += count
+        if not self.is_quiet and time.monotonic() - self._counted >= SECONDS_PER_LINE:
+            self._outside, self._counted = self._count_outside(), time.monotonic()
         if self._bar:
             self._bar.set_description(self._title)
         if not self._calls:

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from datasetdm_fast.engine.decoders.domain import Domain, learn_domain
+from datasetdm_fast.engine.decoders.domain import LEAST_IMAGES, Domain, learn_domain
 from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.training.predictions import BATCH_SIZE
@@ -19,6 +19,8 @@ def measure_domain(session: TrainingSession, decoder: Decoder) -> Domain | None:
     are too few.
     """
     task, numbers = decoder.config.task, session.numbers
+    if len(numbers) < LEAST_IMAGES:
+        return None
     count = min(len(numbers), MOST_IMAGES)
     chosen = [numbers[k * len(numbers) // count] for k in range(count)]
     views = session.views(task, chosen, DRAWS)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from datasetdm_fast.data import IGNORE, Annotation, Instances, SemanticMap
+from datasetdm_fast.data import IGNORE, Annotation, Instances, Sample, SemanticMap
 from datasetdm_fast.engine.labels import LABEL_KINDS
 from datasetdm_fast.engine.labels.colours import colour
 from datasetdm_fast.engine.labels.semantic import BACKGROUND
@@ -54,9 +54,10 @@ def page(
     views: TrainingViews | None = None,
     labels: Sequence[Annotation] = (),
     shown: str = "",
+    samples: Sequence[Sample] = (),
 ) -> bytes:
     """One HTML file that needs nothing else: what was trained and how, the figures with their intervals of 95 %, those
-    of each class, and image, truth and answer of some images, which `shown` describes.
+    of each class, image, truth and answer of some images, which `shown` describes, and generated samples.
     """
     body = [f"<h1>{html.escape(task)} decoder</h1>", _facts(facts)]
     notes = [f"<p><b>Note:</b> {FLAG.sub(FLAG_SPAN, html.escape(note))}.</p>" for note in cautions]
@@ -75,6 +76,9 @@ def page(
         body.append(f"<h2>{html.escape(shown)}: image, truth and answer</h2>")
         body += _legend(task, source)
         body += [_views(task, source, views.item(view), labels[view]) for view in range(min(len(views), SHOWN))]
+    if samples:
+        body.append("<h2>Generated from captions of training images: image and answer</h2>")
+        body += [_sample(task, source, sample) for sample in samples]
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -163,6 +167,20 @@ def _views(task: str, source: LabelledSource, item: Any, answer: Annotation) -> 
         f'<img src="{_address(picture)}" alt="{what}">' for picture, what in zip(pictures, ("image", "truth", "answer"))
     )
     caption = f"{html.escape(item.id)} &middot; {html.escape(item.caption)}"
+    return f'<figure><div class="views">{cells}</div><figcaption>{caption}</figcaption></figure>'
+
+
+def _sample(task: str, source: LabelledSource, sample: Sample) -> str:
+    """A generated sample, and how far it is from the domain of the decoder."""
+    answer = LABEL_KINDS[task].picture(_recolour(source, sample.annotations[task]), sample.image)
+    cells = "".join(
+        f'<img src="{_address(each)}" alt="{what}">' for each, what in ((sample.image, "image"), (answer, "answer"))
+    )
+    distance = sample.trust.domain if sample.trust else None
+    what = (
+        "" if distance is None else f" &middot; distance {distance:.2f}{', out of the domain' if distance > 1 else ''}"
+    )
+    caption = f"{html.escape(sample.request.prompt)}{what}"
     return f'<figure><div class="views">{cells}</div><figcaption>{caption}</figcaption></figure>'
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from datasetdm_fast.config import FROM_IMAGE
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.training.evaluation.meter import figure_name
+from datasetdm_fast.training.final_decoder import is_worse
 from datasetdm_fast.training.session import PERSON, TrainingSession
 from datasetdm_fast.training.settings import QUIRKS
 from datasetdm_fast.training.splits import AUTO_FOLDS, ENOUGH_IMAGES, LEAST_IMAGES, are_enough
@@ -66,8 +67,14 @@ def describe_framing(framing: Mapping[str, Any]) -> str:
     return f"{which} scaled to that{f' and cut to {square}' if cut == scaled else some}"
 
 
-def describe_result(out: Path, task: str, result: Mapping[str, Any], folds: Mapping[str, Any] | None) -> Iterator[str]:
-    """The lines after a training: its figures, the most reliable first."""
+def describe_result(
+    out: Path,
+    task: str,
+    result: Mapping[str, Any],
+    folds: Mapping[str, Any] | None,
+    check: Mapping[str, Any] | None = None,
+) -> Iterator[str]:
+    """The lines after a training: its figures, the most reliable first, and at last what is wrong with the decoder."""
     if folds:
         images = count_noun(folds["images"], "image")
         yield f"{task}: {folds['folds']}-fold {_figures(images, folds['held_out'], folds['held_out_intervals'])}"
@@ -77,7 +84,30 @@ def describe_result(out: Path, task: str, result: Mapping[str, Any], folds: Mapp
     figures = _figures(held_out, result["held_out"], result.get("held_out_intervals", {}))
     yield f"{task}: {steps}; {figures}" if result["held_out"] else f"{task}: {steps}"
     yield from (f"  {note}" for note in cautions(result, bool(folds)))
+    if check:
+        inside = check["samples"] - check["out_of_domain"]
+        yield f"  {inside} of {check['samples']} samples generated from its captions are like its pictures"
     yield f"  look at {out}/{task}/training/page.html"
+    yield from (f"{task}: {warning}" for warning in describe_warnings(task, folds, check))
+
+
+def describe_warnings(task: str, folds: Mapping[str, Any] | None, check: Mapping[str, Any] | None) -> list[str]:
+    """What is wrong with a decoder: its training ended worse than those of the folds, or its model does not draw what
+    it was trained on.
+    """
+    warnings = []
+    if folds and (final := folds.get("final")) and is_worse(task, final):
+        values = ", ".join(f"{value:.3f}" for value in sorted(final["folds"]))
+        warnings.append(
+            f"the training ended badly: {figure_name(final['figure'])} {final['value']:.3f} on images on which the "
+            f"decoders of the folds have {values}; train again with another --seed and --out"
+        )
+    if check and 2 * check["out_of_domain"] > check["samples"]:
+        warnings.append(
+            f"{check['out_of_domain']} of {check['samples']} samples generated from its captions are unlike its "
+            "pictures: the model does not draw what the decoder was trained on; name another --model"
+        )
+    return warnings
 
 
 def _figures(images: str, figures: Mapping[str, Any], bounds: Mapping[str, list[float]]) -> str:

@@ -58,9 +58,9 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
         0.1, "share of images held out for evaluation; none of fewer than 10 images", metavar="SHARE"
     )
     folds: str = setting(
-        "no",
-        "k-fold cross-validation: train N more decoders, so that every image is evaluated by one not trained on it; "
-        "auto: 5 if fewer than 30 images are held out",
+        "auto",
+        "k-fold cross-validation: train N more decoders, so that every image is evaluated by one not trained on it, "
+        "and the final decoder compared with them; auto: 5 if fewer than 30 images are held out",
         identity=False,
         metavar="N|auto|no",
     )

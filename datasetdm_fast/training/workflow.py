@@ -12,6 +12,8 @@ from datasetdm_fast.engine.engines.device import slow_in_fp16
 from datasetdm_fast.training import checkpoint, page, report
 from datasetdm_fast.training.cross_validation import cross_validate, fold_folder, read_folds
 from datasetdm_fast.training.domains import measure_domain
+from datasetdm_fast.training.final_decoder import compare_with_folds
+from datasetdm_fast.training.self_check import check_itself, read_check
 from datasetdm_fast.training.session import TrainingSession
 from datasetdm_fast.training.splits import count_folds, split_folds
 from datasetdm_fast.training.task_training import (
@@ -31,12 +33,14 @@ class TrainingOutcome:
     """The result of a task's training, None where it was stopped, and the figures of its cross-validation."""
 
     result: dict[str, Any] | None
-    folds: dict[str, Any] | None
+    folds: Mapping[str, Any] | None
+    check: Mapping[str, Any] | None = None  # counts of the self-check
 
     @property
     def document(self) -> dict[str, Any] | None:
         """Both as one object."""
-        return self.result and self.result | ({"folds": self.folds} if self.folds else {})
+        parts = {"folds": self.folds, "self_check": self.check}
+        return self.result and self.result | {name: part for name, part in parts.items() if part}
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Workflow:
             if result is not None:  # killed in its last moment
                 checkpoint.remove(folder / "training")
             if result is not None and not self._fold_count and (folder / "training" / PAGE).exists():
-                outcomes[task] = TrainingOutcome(result, read_folds(folder))
+                outcomes[task] = TrainingOutcome(result, read_folds(folder), read_check(folder))
                 continue
             with lock_folder(folder):
                 outcomes[task] = self._run_task(task, plan, command, progress, is_stopping)
@@ -87,7 +91,7 @@ class Workflow:
         session, folder, count = self.session, self.out / task, self._fold_count
         steps, result = plan.schedule.steps, find_result(folder, plan)  # which may have come before it was locked
         left = 0 if result else steps
-        folds = read_folds(folder)
+        folds: Mapping[str, Any] | None = read_folds(folder)
         if count:
 
             def fold_progress(number: int, steps: int) -> Any:
@@ -105,12 +109,14 @@ class Workflow:
             if result is None:
                 return TrainingOutcome(None, folds)
             del training
+            is_shown = False
+        else:
+            is_shown = page.shows_folds(folder / "training" / PAGE, folds)
+        if not is_shown:
             self._measure_domain(folder)
+            folds = folds and compare_with_folds(session, plan, folder, folds)
             self._write_page(task, plan, result, folds, command)
-        elif not page.shows_folds(folder / "training" / PAGE, folds):
-            self._measure_domain(folder)
-            self._write_page(task, plan, result, folds, command)
-        return TrainingOutcome(result, folds)
+        return TrainingOutcome(result, folds, read_check(folder))
 
     def _measure_domain(self, folder: Path) -> None:
         """Writes the domain of a trained decoder beside it, if that is not there and its pictures are enough."""
@@ -147,6 +153,18 @@ class Workflow:
             page.COMMAND: command,
         }
         facts = {name: value for name, value in facts.items() if value != ""}
-        cautions = report.cautions(result, bool(folds))
-        arguments = (session.source, facts, result, cautions, folds, views, labels, title)
+        check = check_itself(session, load_decoder(folder), folder)
+        warnings = report.describe_warnings(task, folds, check.document if check else None)
+        cautions = [*warnings, *report.cautions(result, bool(folds))]
+        arguments = (
+            session.source,
+            facts,
+            result,
+            cautions,
+            folds,
+            views,
+            labels,
+            title,
+            check.samples if check else (),
+        )
         storage.publish({folder / "training" / PAGE: page.page(task, *arguments)})

@@ -92,7 +92,20 @@ def line_of_train(trainer: TrainingScript, line: Line) -> list[str]:
     data = DATA[_data_of(trainer, line)]
     folder = check_present(line.root / "data" / data.folder, "data", f"Put {data.folder} there, as DatasetDM has it.")
     words = ["--data", f"{data.reader}:{folder}", "--select", data.select, "--task", trainer.task]
-    words += ["--preset", "upstream", "--timestep", "0", "--held-out", "0", "--accumulate", "1", "--by-name", "no"]
+    words += [
+        "--preset",
+        "upstream",
+        "--timestep",
+        "0",
+        "--held-out",
+        "0",
+        "--folds",
+        "no",
+        "--accumulate",
+        "1",
+        "--by-name",
+        "no",
+    ]
     words += ["--seed", str(line["seed"]), "--model", model_of(line), "--out", str(out_of(line) / RUN)]
     words += [f"--{data.limit}", str(line["image_limitation"])] if data.limit else []
     words += ["--quirks", trainer.quirk] if trainer.quirk else []

@@ -1,13 +1,23 @@
 """Stops a run whose first batch shows what its decoders were not trained on."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from datasetdm_fast.data import Quarantined, Sample
 from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.runs.jobs.job import Job
+from datasetdm_fast.runs.run_folder.document import LEDGER
 from datasetdm_fast.runs.run_folder.ledger import Ledger
 
 MOST_OUTSIDE = 0.5  # share of the samples
+
+
+def count_outside(folder: Path) -> int:
+    """The samples of a run so far that are out of the domain of their decoders."""
+    if not (folder / LEDGER).exists():
+        return 0
+    with Ledger(folder / LEDGER, read_only=True) as ledger:
+        return ledger.count_out_of_domain()[0]
 
 
 class DomainGate:
