@@ -47,6 +47,8 @@ class Engine:
         tokenizer = SimpleNamespace(model_max_length=77)
         self.model = SimpleNamespace(
             name="torchless",
+            backbone=SimpleNamespace(title="arithmetic"),
+            guidance_at=lambda guidance: "cfg",
             source="",
             tokenizer=lambda prompt, truncation=False: SimpleNamespace(input_ids=[0, *prompt.split(), 1]),
             defaults=Defaults(size=SIDE, steps=2, guidance=2.0),
