@@ -81,7 +81,11 @@ _BY_FILE = {
         ),
         ("sort_keys=True", "sort_keys=False", "equal runs differ in bytes"),
         ("allow_nan=False", "allow_nan=True", "files that no JSON reader takes"),
-        ('documents.check_inside(file["path"])', 'file["path"]', "a foreign ledger names files outside its folder"),
+        (
+            "documents.check_inside(*path or [usual_path(role, id)])",
+            "(path or [usual_path(role, id)])[0]",
+            "a foreign ledger names files outside its folder",
+        ),
         ('if line != "ok"', 'if line == "ok"', "damage is not found"),
     ),
     "runs/run_folder/indexes/coco.py": (

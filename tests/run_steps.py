@@ -24,7 +24,7 @@ def prepare(config: RunConfig, **options: Any) -> Job:
 
 def prepare_remake(config: RunConfig, provided: Collection[str] = ()) -> Remake:
     """The sample `config.only`; settings that were `provided` must be those of the run folder."""
-    stored, row = find_remake_row("", Path(config.out), config.only)
+    stored, row = find_remake_row(Path(config.out), config.only)
     restored = restore_settings(config, provided, stored, row)
     groups = map(restored.group, (ModelSettings, EngineSettings, SamplingSettings, LabelSettings))
     return remake.prepare_remake(Path(config.out), stored, row, *groups, restored.classes)

@@ -222,7 +222,7 @@ def _(folder: Path) -> Ending:
 def _(folder: Path) -> Ending:
     def spoil(path: Path) -> None:
         with contextlib.closing(sqlite3.connect(path / "state" / "ledger.sqlite")) as connection, connection:
-            files = json.dumps({"image": {"path": "../evil", "sha256": "", "bytes": 1}})
+            files = json.dumps({"image": ["", 1, "../evil"]})
             connection.execute("UPDATE samples SET files = ?", (files,))
 
     return audited(folder, spoil, "leads out of its folder")

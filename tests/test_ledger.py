@@ -155,9 +155,9 @@ def test_one_value_has_one_spelling():
 @pytest.mark.parametrize(
     ("column", "value"),
     [
-        ("files", '{"image":{"path":"../../etc/passwd","sha256":"","bytes":1}}'),
-        ("files", '{"image":{"path":"/etc/passwd","sha256":"","bytes":1}}'),
-        ("files", '{"image":{"sha256":"","bytes":1}}'),
+        ("files", '{"image":["%s",1,"../../etc/passwd"]}' % ("A" * 43)),
+        ("files", '{"image":["%s",1,"/etc/passwd"]}' % ("A" * 43)),
+        ("files", '{"image":["",1]}'),
         ("files", "[]"),
         ("labels", "[]"),
         ("recipe", "nothing"),

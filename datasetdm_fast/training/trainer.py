@@ -77,10 +77,10 @@ class Trainer:
             return self._read(batch)
         if self._next is None or self._next[0] != step:
             self._next = (step, self._reader.submit(self._read, batch))
-        found = self._next[1].result()
+        read = self._next[1].result()
         if step + 1 < self.schedule.steps:
             self._next = (step + 1, self._reader.submit(self._read, self.batch_views(step + 1)))
-        return found
+        return read
 
     def rate(self, step: int) -> float:
         """The learning rate of a step."""

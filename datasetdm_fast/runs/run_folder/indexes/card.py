@@ -200,8 +200,8 @@ def _making(document: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"- Labels {_code(name)}: made by the package {_code(package)}" for name, package in foreign)
     yield from (f"- Combined: {_code(text)}" for text in config.get("combine", ()))
     yield from _describe_verification(document)
-    again = f"; `{maker(document)} --out THIS_FOLDER --only ID` makes a sample again, byte for byte"
-    yield f"- {_seeds(document)}" + again * (made_by(document) == COMMANDS[0])
+    remake = f"; `{maker(document)} --out THIS_FOLDER --only ID` makes a sample again, byte for byte"
+    yield f"- {_seeds(document)}" + remake * (made_by(document) == COMMANDS[0])
     if (line := command_line(document)) is None:
         yield "- Its settings are `config` in `run.json`"
     else:
