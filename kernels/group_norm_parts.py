@@ -34,21 +34,21 @@ def reference(
     eps: float,
     has_silu: bool = True,
 ) -> Tensor:
-    """SiLU of the normalised concatenation [B, C, h, w] of `parts` plus `shift` [C]; its mean and variance are those of
-    `statistics`, one statistics [2, B, chunks, C_i] a part, or where that is empty its own.
+    """SiLU of the normalised concatenation [B, C, h, w] of `parts` plus `shift` [C] or [B, C]; its mean and variance
+    are those of `statistics`, one statistics [2, B, chunks, C_i] a part, or where that is empty its own.
     """
     x = torch.cat(list(parts), 1)
     exact = torch.promote_types(x.dtype, torch.float32)
     means, spreads = (torch.cat(list(statistics), 3) if statistics else take_statistics(x)).to(exact)
-    shift = x.new_zeros(x.shape[1], dtype=exact) if shift is None else shift.to(exact)
+    shift = (x.new_zeros(x.shape[1], dtype=exact) if shift is None else shift.to(exact)).expand(len(x), -1)
     cells, chunks = x.shape[2] * x.shape[3], means.shape[1]
     counts = torch.full((chunks, 1), float(CHUNK), dtype=exact, device=x.device)
     counts[-1] = cells - CHUNK * (chunks - 1)
-    means, size = (means + shift).unflatten(2, (groups, -1)), cells * x.shape[1] // groups
+    means, size = (means + shift[:, None]).unflatten(2, (groups, -1)), cells * x.shape[1] // groups
     counts = counts[..., None]
     centre = (means * counts).sum((1, 3), keepdim=True) / size
     variance = (spreads.unflatten(2, (groups, -1)) + counts * (means - centre) ** 2).sum((1, 3)) / size
-    y = (x.to(exact) + shift[:, None, None]).unflatten(1, (groups, -1)) - centre.reshape(len(x), groups, 1, 1, 1)
+    y = (x.to(exact) + shift[:, :, None, None]).unflatten(1, (groups, -1)) - centre.reshape(len(x), groups, 1, 1, 1)
     y = (y * torch.rsqrt(variance + eps)[..., None, None, None]).flatten(1, 2)
     y = (y * weight.to(exact)[:, None, None] + bias.to(exact)[:, None, None]).to(x.dtype)
     return F.silu(y) if has_silu else y
@@ -71,7 +71,7 @@ def _group_norm_parts_kernel(
     second_ptr,  # [B, S, D], or None
     second_mean_ptr,  # [B, chunks, D], or None
     second_spread_ptr,  # [B, chunks, D], or None
-    shift_ptr,  # [C + D], or None
+    shift_ptr,  # [C + D] or [B, C + D], or None
     weight_ptr,  # [C + D]
     bias_ptr,  # [C + D]
     out_ptr,  # [B, S, C + D]
@@ -81,6 +81,7 @@ def _group_norm_parts_kernel(
     chunks,
     chunk_cells,
     width,  # channels of a group
+    shift_stride,  # of an image; 0 where all have one
     eps,
     HAS_SILU: tl.constexpr,
     GROUPS: tl.constexpr,  # of a block
@@ -114,6 +115,7 @@ def _group_norm_parts_kernel(
     is_second = ((member < width)[None, :] & (channel >= first_channels))[None, :, :]
     shift = tl.zeros([GROUPS, BLOCK_W], tl.float32)
     if shift_ptr is not None:
+        shift_ptr += image * shift_stride
         inside = (member < width)[None, :] & (channel < channels)
         shift = tl.load(shift_ptr + channel, mask=inside, other=0.0).to(tl.float32)
 
@@ -185,20 +187,21 @@ def fused(
     """The result of `reference`, channels-last; missing statistics are taken first."""
     channels, x = sum(part.shape[1] for part in parts), parts[0]
     fits = len(parts) in (1, 2) and channels % groups == 0 and len(statistics) in (0, len(parts))
-    fits = fits and all(x is None or len(x) == channels for x in (weight, bias, shift))
+    fits = fits and len(weight) == len(bias) == channels
+    fits = fits and (shift is None or shift.shape in ((channels,), (len(parts[0]), channels)))
     if not is_served("group_norm_parts", *parts, *statistics, weight, bias, fits=fits):
         return reference(parts, statistics, shift, weight, bias, groups, eps, has_silu)
     (batch, _, height, width), members = x.shape, channels // groups
     cells = height * width
     is_plane = not statistics and len(parts) == 1 and round_up(cells) * max(round_up(members), PLANE_LANES) <= PLANE
     together = groups_of_block(groups, members, PLANE_LANES if is_plane else LANES)
-    sides = [rows(part) for part in parts]
+    sides, shift_stride = [rows(part) for part in parts], shift.stride(0) if shift is not None and shift.ndim > 1 else 0
     out = x.new_empty((batch, cells, channels))
     common = {"HAS_SILU": has_silu, "GROUPS": together, "TAKEN": together * members}
     common["BLOCK_C"] = round_up(together * members)
     with torch.cuda.device_of(x):  # Triton launches on the current device of the thread
         if is_plane:
-            normalise_plane(sides[0], shift, weight, bias, out, members, eps, **common)
+            normalise_plane(sides[0], shift, shift_stride, weight, bias, out, members, eps, **common)
         else:
             statistics = statistics or [add_statistics.fused(part, None, None)[1] for part in parts]
             chunks = statistics[0].shape[2]
@@ -220,6 +223,7 @@ def fused(
                 statistics[0].shape[2],
                 cells if is_merged else CHUNK,
                 members,
+                shift_stride,
                 eps,
                 SPAN=min(SPAN, ceil_divide(cells, sizes["BLOCK_S"]) * sizes["BLOCK_S"]),
                 BLOCK_W=round_up(members, 1),

@@ -13,13 +13,14 @@ PLANE, PLANE_LANES = 2**14, 64  # values that one block holds, and channels of i
 @jit
 def _group_norm_parts_plane_kernel(
     x_ptr,  # [B, S, C]
-    shift_ptr,  # [C], or None
+    shift_ptr,  # [C] or [B, C], or None
     weight_ptr,  # [C]
     bias_ptr,  # [C]
     out_ptr,  # [B, S, C]
     channels,
     cells,
     width,  # channels of a group
+    shift_stride,  # of an image; 0 where all have one
     eps,
     HAS_SILU: tl.constexpr,
     GROUPS: tl.constexpr,  # of a block
@@ -37,6 +38,7 @@ def _group_norm_parts_plane_kernel(
     place = cell[:, None] * channels + channel[None, :]  # inside an image, where 32 bits are enough
     x = tl.load(x_ptr + image + place, mask=inside, other=0.0).to(tl.float32)
     if shift_ptr is not None:
+        shift_ptr += tl.program_id(1).to(tl.int64) * shift_stride
         x += tl.load(shift_ptr + channel, mask=is_ours, other=0.0).to(tl.float32)[None, :]
         x = tl.where(inside, x, 0.0)
 
@@ -59,6 +61,7 @@ def _group_norm_parts_plane_kernel(
 def normalise_plane(
     x: Tensor,
     shift: Tensor | None,
+    shift_stride: int,
     weight: Tensor,
     bias: Tensor,
     out: Tensor,
@@ -77,6 +80,7 @@ def normalise_plane(
         channels,
         cells,
         width,
+        shift_stride,
         eps,
         BLOCK_S=round_up(cells),
         **block,

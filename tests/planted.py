@@ -179,9 +179,9 @@ _BY_FILE = {
     "engine/models/unet_block.py": (
         "test_blocks.py",
         ("BlockStep(resnet, slot, joins, keeps)", "BlockStep(resnet, slot, False, keeps)", "skips are left out"),
-        ("hook.feature(self.entry, self.doubled(entry))", "pass", "a level lacks its first feature"),
+        ("hook.feature(self.entry, double_halves(entry))", "pass", "a level lacks its first feature"),
         ("if x is not None:", "if False:", "levels lack their features"),
-        ("hook.on_queries(block.layer, q, k)", "pass", "levels lack their maps"),
+        ("hook.on_queries(block.slot, q, k)", "pass", "levels lack their maps"),
     ),
     "engine/decoders/packed.py": (
         "test_decoders.py",

@@ -13,7 +13,7 @@ from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.models.blocks import BLOCKS, Packing, blockwise
 from datasetdm_fast.engine.models.capture import CaptureHook
 from datasetdm_fast.engine.models.layers import Convolution, Layers, Resnet, Upsample, Weights
-from datasetdm_fast.engine.models.unet import TextTable, TimeTable, Transformer, UNet, double_halves
+from datasetdm_fast.engine.models.unet import TextTable, TimeTable, Transformer, UNet
 from datasetdm_fast.engine.models.unet_block import UNetBlock, with_blocks
 from datasetdm_fast.kernels import plain
 from datasetdm_fast.kernels.noise import noise
@@ -43,7 +43,7 @@ def resnet(channels: int, outputs: int) -> Resnet:
     return Resnet(state(shapes), 4, 1e-5, plain)
 
 
-def transformer(channels: int, spread) -> Transformer:
+def transformer(channels: int) -> Transformer:
     size, block = torch.Size, "transformer_blocks.0."
     square = size([channels, channels])
     shapes = {"norm": square[:1], "proj_in": square, "proj_out": square}
@@ -51,7 +51,7 @@ def transformer(channels: int, spread) -> Transformer:
     shapes |= {f"{block}attn{k}.to_{name}": square for k in (1, 2) for name in ("q", "k", "v", "out.0")}
     shapes |= {f"{block}ff.net.0.proj": size([8 * channels, channels])}
     shapes |= {f"{block}ff.net.2": size([channels, 4 * channels])}
-    return Transformer(state(shapes), Layers(4, 1e-5, plain), HEADS, None, (0, 0), spread)
+    return Transformer(state(shapes), Layers(4, 1e-5, plain), HEADS, None, (0, 0))
 
 
 def case(kind: str) -> tuple[torch.nn.Module, list]:
@@ -66,9 +66,9 @@ def case(kind: str) -> tuple[torch.nn.Module, list]:
         return Upsample(state({"": torch.Size([48, 32, 3, 3])}) / ""), [image(3, 32, side, side + 1)]
     if kind == "convolution of few channels":
         return Convolution(state({"": torch.Size([4, 16, 3, 3])}) / "", stride=1), [image(5, 16, 8, 8)]
-    batch, spread = (2, double_halves) if kind == "transformer where the halves part" else (3, lambda x: x)
-    text = tuple(noise(len(spread(torch.zeros(batch))), HEADS, TEXT, 8) for _ in range(2))
-    return transformer(24, spread), [image(batch, 24, 3, 3), text, CaptureHook(plain)]
+    batch, rows = (2, 4) if kind == "transformer where the halves part" else (3, 3)
+    text = tuple(noise(rows, HEADS, TEXT, 8) for _ in range(2))
+    return transformer(24), [image(batch, 24, 3, 3), (text,), CaptureHook(plain)]
 
 
 CASES = (

@@ -310,6 +310,9 @@ REFUSED = {
     "group_norm_parts: weight": lambda: fused.group_norm_parts(
         [torch.ones(1, 4, 2, 2)], [], None, torch.ones(3), torch.ones(4), 2, 1e-5
     ),
+    "group_norm_parts: shift": lambda: fused.group_norm_parts(
+        [torch.ones(3, 4, 2, 2)], [], torch.ones(2, 4), *torch.ones(2, 4), 2, 1e-5
+    ),
     "guided_step: output": lambda: fused.guided_step(
         torch.ones(3, 4, 2, 2), torch.ones(1, 4, 2, 2), torch.ones(0, 1, 4, 2, 2), torch.ones(5)
     ),

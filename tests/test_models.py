@@ -15,7 +15,7 @@ from datasetdm_fast.engine.engines.fast import FastEngine, base, on_gpu
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loading.presets import seed_network
 from datasetdm_fast.engine.models import fused
-from datasetdm_fast.engine.models.capture import ProjectedSums, Projection, RawCapture
+from datasetdm_fast.engine.models.capture import AttentionSlot, ProjectedSums, Projection, RawCapture
 from datasetdm_fast.engine.models.layers import Upsample, Weights
 from datasetdm_fast.engine.models.unet import TextTable, TimeTable, UNet
 from datasetdm_fast.engine.models.vae import ImageDecoder
@@ -345,7 +345,7 @@ def test_summing_is_exact(pair):
             q, k = (
                 torch.randn(4, heads, cells, 4, generator=generator).double() for cells in (level.side**2, level.tokens)
             )
-            assert relative(hook.attend((place, number), q, k, k), attention.plain(q, k, k)) <= 1e-12
+            assert relative(hook.attend(AttentionSlot(place, number), q, k, k), attention.plain(q, k, k)) <= 1e-12
             kept[place][1].append(probabilities(q[2:], k[2:]))
     sums = ProjectedCapture(hook.result(), projection.tasks)
     for task, decoder in pair.torch.decoders.items():
@@ -399,9 +399,7 @@ def test_graphs_say_what_eager_calls_say(pair, dtype):
             noise, sums = engine.denoise_and_capture(latents, time, text)
             plain = engine.denoise(latents, time, text)
             with torch.inference_mode():
-                expected, *levels = engine._capture_projected(
-                    engine._latents(latents), engine._row(time), *engine._encode_keys_values(text.context)
-                )
+                expected, *levels = engine._capture_projected(*engine._inputs(latents, time, text))
             budget = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}[dtype]
             assert relative(noise, expected) <= budget and relative(plain, expected) <= budget
             assert all(relative(value, truth) <= budget for value, truth in zip(sums.sums, levels))

@@ -135,8 +135,8 @@ def one_head_of_the_maps(engine: FastEngine) -> None:
 
 def one_head_of_the_network(engine: FastEngine) -> None:
     transformer = engine.unet.up[2].transformers[0]
-    width = transformer.text_out.weight.shape[1] // transformer.heads
-    transformer.text_out.weight[:, :width].zero_()
+    layer = transformer.blocks[0].text_out.weight
+    layer[:, : layer.shape[1] // transformer.heads].zero_()
 
 
 def one_weight_of_a_decoder(engine: FastEngine) -> None:
@@ -155,7 +155,7 @@ def averages_of_attention(engine: FastEngine) -> None:
 
 def halves(engine: FastEngine) -> None:
     inner = engine._encode_keys_values
-    engine._encode_keys_values = lambda context: inner(torch.cat(context.chunk(2)[::-1]))
+    engine._encode_keys_values = lambda context, images: inner(torch.cat(context.chunk(2)[::-1]), images)
 
 
 PLANTED = {
@@ -215,7 +215,7 @@ def test_a_wrong_step_of_the_sampler_is_noticed(engine, reference, monkeypatch):
 
 
 def test_a_weight_that_is_no_number_is_noticed_where_no_prompt_reads_it(engine, reference):
-    engine.text_encoder.words[-1, 0] = float("nan")
+    engine.text_encoder.encoder.words[-1, 0] = float("nan")
     row = verify.weights_row(engine, reference)
     assert not row.is_passed and json.loads(json.dumps(row.median)) == row.median
 

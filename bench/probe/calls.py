@@ -133,7 +133,7 @@ def once(engine: FastEngine) -> Rows:
     """One call without a graph, for tools that look at each kernel."""
     latents, text = given(engine, BATCH if engine.device.type == "cuda" else 1)
     with torch.inference_mode():
-        engine._plain(engine._latents(latents), engine._row(TIMESTEP), *engine._encode_keys_values(text.context))
+        engine._plain(*engine._inputs(latents, TIMESTEP, text))
     wait(engine.device)
     yield {"what": "one call without a graph", "ms": {}}
 

@@ -86,11 +86,7 @@ def recorded(engine: FastEngine, names: Iterable[str]) -> list:
 def unet_call(engine: FastEngine, batch: int, step: str) -> Callable[[], Any]:
     """What the graph of one call holds; the tables of timestep and texts are made once, before."""
     with torch.inference_mode():
-        inputs = (
-            engine._latents(_latents(engine, batch)),
-            engine._row(1.0),
-            *engine._encode_keys_values(_text(engine, batch).context),
-        )
+        inputs = engine._inputs(_latents(engine, batch), 1.0, _text(engine, batch))
     return lambda: getattr(engine, step)(*inputs)
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 from torch import nn
 
-from datasetdm_fast.engine.models.capture import CaptureHook, Projection, RawCapture, Slot
+from datasetdm_fast.engine.models.capture import AttentionSlot, CaptureHook, Projection, RawCapture, Slot
 from datasetdm_fast.export.onnx.graph import BATCH, Value
 from datasetdm_fast.export.onnx.operations import probabilities
 from datasetdm_fast.stages import LEVELS, Level
@@ -40,8 +40,8 @@ class ProjectingHook(ExportHook):
             planes = nn.functional.conv2d(half, weight.transpose(0, 1).unsqueeze(2).unsqueeze(3))
             self._add(f"sums_{LEVELS[level]}", planes.float())
 
-    def attend(self, slot: Slot, q: Value, k: Value, v: Value) -> Value:
-        level, place = slot
+    def attend(self, slot: AttentionSlot, q: Value, k: Value, v: Value) -> Value:
+        level, place = slot.map
         if not self.projection.widths[level]:
             return self.ops.attention(q, k, v)
         output, maps = self.ops.attention_maps(q, k, v)
@@ -59,24 +59,28 @@ class AveragingHook(ExportHook):
     """
 
     def __init__(
-        self, levels: Sequence[Level], sides: Sequence[int], class_keys: Mapping[Slot, Value], ops: SimpleNamespace
+        self,
+        levels: Sequence[Level],
+        sides: Sequence[int],
+        class_keys: Mapping[AttentionSlot, Value],
+        ops: SimpleNamespace,
     ):
         super().__init__(ops)
         self.self_count, self.cross_count = (side**2 for side in sides)
         self.class_keys = class_keys
         self.shares = [1 / len(level.heads) for level in levels]  # of a layer in the mean of its level
 
-    def attend_self(self, slot: Slot, q: Value, k: Value, v: Value) -> Value:
+    def attend_self(self, slot: AttentionSlot, q: Value, k: Value, v: Value) -> Value:
         if q.shape[2] == self.self_count:
             self._average("cells", slot, q, _select_conditional(k))
         return self.ops.attention(q, k, v)
 
-    def attend(self, slot: Slot, q: Value, k: Value, v: Value) -> Value:
+    def attend(self, slot: AttentionSlot, q: Value, k: Value, v: Value) -> Value:
         if q.shape[2] == self.cross_count:
             self._average("tokens", slot, q, self.class_keys[slot])
         return self.ops.attention(q, k, v)
 
-    def _average(self, name: str, slot: Slot, q: Value, k: Value) -> None:
+    def _average(self, name: str, slot: AttentionSlot, q: Value, k: Value) -> None:
         maps = probabilities(_select_conditional(q), k, q.shape[-1] ** -0.5)
         self._add(name, maps.float().mean(1) * self.shares[slot[0]])
 
@@ -89,9 +93,9 @@ def _select_conditional(x: Value) -> Value:
 class RawHook(RawCapture, ExportHook):
     """Keeps every feature, and the maps that the attention itself uses."""
 
-    def attend(self, slot: Slot, q: Value, k: Value, v: Value) -> Value:
+    def attend(self, slot: AttentionSlot, q: Value, k: Value, v: Value) -> Value:
         output, maps = self.ops.attention_maps(q, k, v)
-        self.maps[slot] = maps.chunk(2)[1]
+        self.add_map(slot, maps.chunk(2)[1])
         return output
 
     def outputs(self) -> dict[str, Value]:

@@ -25,11 +25,13 @@ def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:
 
 
 def cases() -> list[Case]:
-    def norm(batch, channels, groups, height, width, *, is_measured=True, has_shift=True, offset=0, has_silu=True):
+    def norm(
+        batch, channels, groups, height, width, *, is_measured=True, has_shift=True, offset=0, has_silu=True, rows=()
+    ):
         parts = [noise(batch, count, height, width) + offset for count in channels]
         statistics = [take_statistics(part) for part in parts] if is_measured else []
         whole = sum(channels)
-        shift = noise(whole + 2)[2:] if has_shift else None
+        shift = noise(*rows, whole + 2)[..., 2:] if has_shift else None
         affine = noise(whole) + 1, noise(whole + 1)[1:]
         return (parts, statistics, shift, *affine, groups, 1e-5, has_silu), (batch, whole, height, width)
 
@@ -39,6 +41,8 @@ def cases() -> list[Case]:
         Case("a small plane in one launch", *norm(2, (60,), 4, 7, 11, is_measured=False)),
         Case("a large one, its statistics taken here", *norm(1, (6,), 2, 17, 19, is_measured=False, has_silu=False)),
         Case("more chunks than a block reads", *norm(1, (4,), 2, 70, 61, has_shift=False)),
+        Case("a shift for each image, ragged chunks", *norm(3, (21, 12), 3, 13, 15, rows=(3,))),
+        Case("a shift for each image of a small plane", *norm(2, (60,), 4, 7, 11, is_measured=False, rows=(2,))),
         Case("far from zero", *norm(1, (64,), 32, 16, 16, offset=15, is_measured=False)),
         Case("SD 1.x third level, the skip beside it", *norm(1, (1280, 640), 32, 12, 12)),
     ]

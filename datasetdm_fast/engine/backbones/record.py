@@ -82,6 +82,7 @@ class Backbone:
     network: str | None = None  # module:class of our own network; None: only the reference engine serves this family
     guides_itself: bool = False  # whether it guides otherwise than by uncond + g (cond - uncond), in its reference
     unguided: float = 1.0  # the guidance with cfg at which, and below, the prompt alone counts
+    text_network: str | None = None  # module:class of our own text encoders, see models.text_encoder.PromptEncoder
     is_exported: bool = False  # whether its stages can be written as graphs
     patch: int = 2  # latent cells of a side of one image token, for shifts that depend on the size
     takes_adapters: bool = False  # whether the names of an adapter's layers are known
@@ -141,6 +142,8 @@ class LoadedModel(Protocol):
 
     @property
     def text_length(self) -> int: ...  # tokens that a prompt is padded to or cut off at
+
+    def token_ids(self, prompts: Sequence[str], part: str = "") -> Tensor: ...  # [B, T] of a tokenizer
 
 
 class BackboneReference(Protocol):

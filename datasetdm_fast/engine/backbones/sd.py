@@ -158,9 +158,9 @@ def check_fit(model: LoadedModel) -> None:
 
 
 def heads_per_block(unet: Mapping[str, Any]) -> tuple[int, ...]:
-    """Attention heads of the four down blocks; diffusers calls this number attention_head_dim."""
+    """Attention heads of the down blocks; diffusers calls this number attention_head_dim."""
     heads = unet.get("num_attention_heads") or unet["attention_head_dim"]
-    return (heads,) * 4 if isinstance(heads, int) else tuple(heads)
+    return (heads,) * len(unet["block_out_channels"]) if isinstance(heads, int) else tuple(heads)
 
 
 def levels(unet: Mapping[str, Any], tokens: int, size: int) -> tuple[Level, ...]:
@@ -225,6 +225,7 @@ SD = Backbone(
     defaults=_defaults,
     reference="datasetdm_fast.engine.backbones.sd_reference:SDReference",
     network="datasetdm_fast.engine.models.unet:UNet",
+    text_network="datasetdm_fast.engine.models.text_encoder:PromptEncoder",
     is_exported=True,
     takes_adapters=True,
     has_averages=True,

@@ -158,9 +158,11 @@ class Model:
         """The levels of its captures, low to highest."""
         return self.backbone.levels(self.configs, self.size, self.halves)
 
-    def token_ids(self, prompts: Sequence[str]) -> Tensor:  # [B, T] int64
-        """The padded tokens of each prompt, cut off where the text encoder's positions end."""
-        ids: Tensor = self.tokenizer(
+    def token_ids(self, prompts: Sequence[str], part: str = "") -> Tensor:  # [B, T] int64
+        """The padded tokens of each prompt, cut off where the text encoder's positions end; of the tokenizer `part`, or
+        of the one by which the length of a prompt is told.
+        """
+        ids: Tensor = (self.loaded_tokenizers[part] if part else self.tokenizer)(
             list(prompts), padding="max_length", max_length=self.text_length, truncation=True, return_tensors="pt"
         ).input_ids
         return ids

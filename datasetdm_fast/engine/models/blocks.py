@@ -5,6 +5,7 @@ operation than its arithmetic takes.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from datasetdm_fast.engine.models.layers import (
     split_heads,
     tokens,
 )
-from datasetdm_fast.engine.models.unet import Transformer
+from datasetdm_fast.engine.models.unet import Transformer, double_halves
 from datasetdm_fast.kernels import products, winograd
 
 LARGEST_BLOCK = 1 << 20  # weights; larger ones would be held twice for a gain that is small beside their arithmetic
@@ -146,26 +147,36 @@ class TransformerBlock(Block):
 
     def __init__(self, plain: Transformer):
         super().__init__(plain)
-        self.heads, self.feature, self.layer, self.spread = plain.heads, plain.feature, plain.layer, plain.spread
+        (block,) = plain.blocks
+        self.feature, self.heads, self.slot = plain.feature, block.heads, block.slot
+        self.width = len(plain.exit.weight)
+
+    @property
+    def inner(self) -> nn.Module:
+        """Its one attention block."""
+        return self.blocks[0]
 
     def pack(self, packing: Packing) -> _C.Transformer:
-        before, after = (self.self_qkv, self.self_out, self.text_q), (self.text_out, self.wide, self.narrow)
-        packed: list[Any] = list(map(packing.norm, (self.norm, self.norm1, self.norm2, self.norm3)))
+        inner = self.inner
+        before, after = (inner.self_qkv, inner.self_out, inner.text_q), (inner.text_out, inner.wide, inner.narrow)
+        packed: list[Any] = list(map(packing.norm, (self.norm, inner.norm1, inner.norm2, inner.norm3)))
         packed += map(packing.linear, (self.entry, *before, *after, self.exit))
         packed.append(self.heads)
         return _C.Transformer(*packed)
 
-    def forward(self, x: Tensor, text: tuple[Tensor, Tensor], hook: CaptureHook) -> Tensor:
+    def forward(self, x: Tensor, texts: Sequence[Tensor], hook: CaptureHook) -> Tensor:
         x, threads = x.contiguous(memory_format=torch.channels_last), torch.get_num_threads()
         batch, _, height, width = x.shape
         if hook.reads_self(height * width):  # its answer is the block's own
-            qkv = self.self_qkv(self.norm1(self.entry(tokens(self.norm(x)))))
-            hook.attend_self(self.layer, *split_heads(qkv, 3, self.heads))
-        h, q = torch.empty((2, batch, height * width, len(self.norm1.weight)))
+            qkv = self.inner.self_qkv(self.inner.norm1(self.entry(tokens(self.norm(x)))))
+            hook.attend_self(self.slot, *split_heads(qkv, 3, self.heads))
+        h, q = torch.empty((2, batch, height * width, self.width))
         self.native().before(x.data_ptr(), h.data_ptr(), q.data_ptr(), batch, height * width, threads)
-        x, h, q = self.spread(x), self.spread(h), self.spread(q)
-        (q,), (k, v) = split_heads(q, 1, self.heads), text
-        attended = join_heads(hook.attend(self.layer, q, k, v)).contiguous()
+        ((k, v),) = texts
+        if len(k) != batch:
+            x, h, q = double_halves(x), double_halves(h), double_halves(q)
+        (q,) = split_heads(q, 1, self.heads)
+        attended = join_heads(hook.attend(self.slot, q, k, v)).contiguous()
         out = torch.empty_like(x)
         places = x.data_ptr(), h.data_ptr(), attended.data_ptr(), out.data_ptr()
         self.native().after(*places, len(x), height * width, threads)

@@ -5,10 +5,11 @@ its slice of the weight and added to the level's sum, so that the concatenated l
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from types import SimpleNamespace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,24 @@ from datasetdm_fast.kernels.attention import probabilities
 from datasetdm_fast.stages import Level
 
 Slot = tuple[int, int]  # level, place within it
+
+
+class AttentionSlot(NamedTuple):
+    """An attention layer, by the map that it is part of: the mean over the blocks of a transformer."""
+
+    level: int
+    place: int  # of the map within its level
+    block: int = 0
+    blocks: int = 1  # of the transformer
+
+    @property
+    def map(self) -> Slot:
+        return self.level, self.place
+
+    @property
+    def share(self) -> float:
+        """Its part in the map."""
+        return 1 / self.blocks
 
 
 class CaptureHook:
@@ -33,18 +52,18 @@ class CaptureHook:
         return type(self) is CaptureHook
 
     def feature(self, slot: Slot | None, x: Tensor) -> None:
-        """Reads the output [2B, C, h, w] that is the feature `slot`, None where it is none."""
+        """Reads the output [R, C, h, w] that is the feature `slot`, None where it is none."""
 
-    def attend(self, slot: Slot, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The output [2B, heads, S, d] of the cross-attention whose map is `slot`."""
+    def attend(self, slot: AttentionSlot, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The output [R, heads, S, d] of that cross-attention."""
         self.on_queries(slot, q, k)
         return self.ops.attention(q, k, v)
 
-    def on_queries(self, slot: Slot, q: Tensor, k: Tensor) -> None:
+    def on_queries(self, slot: AttentionSlot, q: Tensor, k: Tensor) -> None:
         """Reads the queries and keys of that cross-attention where its output is already known."""
 
-    def attend_self(self, slot: Slot, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The output of the self-attention of that layer: [2B, heads, S, d], or [B, heads, S, d] before the halves
+    def attend_self(self, slot: AttentionSlot, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The output of the self-attention of that layer: [R, heads, S, d], or [B, heads, S, d] before the halves
         differ.
         """
         return self.ops.attention(q, k, v)
@@ -54,26 +73,27 @@ class CaptureHook:
         return False
 
 
-def conditional_maps(q: Tensor, k: Tensor) -> Tensor:
-    """The attention probabilities [B, heads, S, T] of the half that sees the prompt."""
-    return probabilities(q.chunk(2)[1], k.chunk(2)[1])
-
-
 class RawCapture(CaptureHook):
-    """Keeps every feature and map as the reference engine does."""
+    """Keeps every feature and map as the reference engine does, of a call of so many rows an image: of the features the
+    last ones that a level reads, of the maps the last one, which sees the prompt.
+    """
 
-    def __init__(self, levels: Sequence[Level], ops: SimpleNamespace):
+    def __init__(self, levels: Sequence[Level], ops: SimpleNamespace, rows: int = 2):
         super().__init__(ops)
-        self.levels = levels
+        self.levels, self.rows = levels, rows
         self.features: dict[Slot, Tensor] = {}
         self.maps: dict[Slot, Tensor] = {}
 
     def feature(self, slot: Slot | None, x: Tensor) -> None:
         if slot is not None:
-            self.features[slot] = torch.cat(x.chunk(2), 1)
+            self.features[slot] = torch.cat(x.chunk(self.rows)[-self.levels[slot[0]].halves :], 1)
 
-    def on_queries(self, slot: Slot, q: Tensor, k: Tensor) -> None:
-        self.maps[slot] = conditional_maps(q, k)
+    def on_queries(self, slot: AttentionSlot, q: Tensor, k: Tensor) -> None:
+        self.add_map(slot, probabilities(q.chunk(self.rows)[-1], k.chunk(self.rows)[-1]))
+
+    def add_map(self, slot: AttentionSlot, maps: Tensor) -> None:
+        part = maps if slot.blocks == 1 else maps * slot.share
+        self.maps[slot.map] = self.maps[slot.map] + part if slot.block else part
 
     def result(self) -> Capture:
         def order_values(values: Mapping[Slot, Tensor], counts: Sequence[int]) -> tuple[tuple[Tensor, ...], ...]:
@@ -157,28 +177,30 @@ class ProjectedSums(CaptureHook):
     def feature(self, slot: Slot | None, x: Tensor) -> None:
         if slot is not None and self.projection.widths[slot[0]]:
             (level, place), total = slot, self.sums[slot[0]]
-            for half, weight in zip(tokens(x).chunk(2), self.projection.features[level][place].to(x.dtype)):
+            matrices = self.projection.features[level][place].to(x.dtype)
+            for half, weight in zip(tokens(x).chunk(len(x) // self.batch)[-len(matrices) :], matrices):
                 cells = half.flatten(0, 1)
                 if total.dtype == cells.dtype:
                     total.addmm_(cells, weight)
                 else:
                     total.add_(cells @ weight)
 
-    def attend(self, slot: Slot, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        level, place = slot
+    def attend(self, slot: AttentionSlot, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        level, place = slot.map
         if not self.projection.widths[level]:
             return self.ops.attention(q, k, v)
-        (plain_q, q), (plain_k, k), (plain_v, v) = q.chunk(2), k.chunk(2), v.chunk(2)
         weight = self.projection.maps[level][place].to(q.dtype)
-        output, projected = self.ops.attention_capture(q, k, v, weight)
-        self.sums[level].add_(projected.flatten(0, 1))
-        return torch.cat([self.ops.attention(plain_q, plain_k, plain_v), output])
+        output, projected = self.ops.attention_capture(*(part[-self.batch :] for part in (q, k, v)), weight)
+        self.sums[level].add_(projected.flatten(0, 1), alpha=slot.share)
+        if len(q) == self.batch:
+            return output
+        return torch.cat([self.ops.attention(*(part[: -self.batch] for part in (q, k, v))), output])
 
-    def on_queries(self, slot: Slot, q: Tensor, k: Tensor) -> None:
-        level, place = slot
+    def on_queries(self, slot: AttentionSlot, q: Tensor, k: Tensor) -> None:
+        level, place = slot.map
         if self.projection.widths[level]:
-            maps = conditional_maps(q, k).transpose(1, 2).flatten(2).flatten(0, 1)
-            self.sums[level].addmm_(maps, self.projection.maps[level][place].flatten(0, 1))
+            maps = probabilities(q[-self.batch :], k[-self.batch :]).transpose(1, 2).flatten(2).flatten(0, 1)
+            self.sums[level].addmm_(maps, self.projection.maps[level][place].flatten(0, 1), alpha=slot.share)
 
     def result(self) -> tuple[Tensor, ...]:
         """Per level the sums [B, F, h, w] of all tasks."""
@@ -195,29 +217,33 @@ class SummedAttention(CaptureHook):
     """
 
     def __init__(
-        self, levels: Sequence[Level], sums: AttentionSums, class_keys: Mapping[Slot, Tensor], ops: SimpleNamespace
+        self,
+        sides: Sequence[int],
+        sums: AttentionSums,
+        class_keys: Mapping[AttentionSlot, Tensor],
+        ops: SimpleNamespace,
     ):
         super().__init__(ops)
         self.cells, self.tokens, self.class_keys = sums.cells, sums.tokens, class_keys
-        self.shares = [1 / len(level.heads) for level in levels]  # of a layer in the mean of its level
+        self.layers = Counter(side**2 for side in sides)  # cells -> how many layers have so many
 
     def reads_self(self, cells: int) -> bool:
         return cells == self.cells.shape[1]
 
-    def attend_self(self, slot: Slot, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend_self(self, slot: AttentionSlot, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         batch = len(self.cells)
         if q.shape[2] != self.cells.shape[1]:
             return self.ops.attention(q, k, v)
         conditional = (part[-batch:] for part in (q, k, v))
-        answer, self.cells = self.ops.attention_average(*conditional, self.cells, self.shares[slot[0]])
+        answer, self.cells = self.ops.attention_average(*conditional, self.cells, 1 / self.layers[q.shape[2]])
         if len(q) == batch:
             return answer
         return torch.cat([self.ops.attention(*(part[:-batch] for part in (q, k, v))), answer])
 
-    def on_queries(self, slot: Slot, q: Tensor, k: Tensor) -> None:
+    def on_queries(self, slot: AttentionSlot, q: Tensor, k: Tensor) -> None:
         if q.shape[2] == self.tokens.shape[1]:
             keys = self.class_keys[slot]
             conditional = q[-len(keys) :]
             _, self.tokens = self.ops.attention_average(
-                conditional, keys, keys[..., :0], self.tokens, self.shares[slot[0]]
+                conditional, keys, keys[..., :0], self.tokens, 1 / self.layers[q.shape[2]]
             )

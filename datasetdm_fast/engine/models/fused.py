@@ -30,7 +30,7 @@ from datasetdm_fast.engine.models.layers import (
     split_heads,
     tokens,
 )
-from datasetdm_fast.engine.models.unet import CapturePlan, Transformer, UNet, double_halves
+from datasetdm_fast.engine.models.unet import AttentionBlock, CapturePlan, Transformer, UNet, double_halves
 from datasetdm_fast.engine.models.vae import BlockLayers, ImageDecoder, SpatialAttention
 
 
@@ -110,28 +110,49 @@ def add_linear(h: Tensor, x: Tensor, linear: Linear) -> None:
     h.flatten(0, 1).addmm_(x.flatten(0, 1), linear.weight.T)
 
 
-class MeasuredTransformer(Transformer):
-    """Its tokens lack the biases of the products that were added to them: norms shift by these, and the last product,
-    which is linear, has them in its own bias.
+class ShiftedBlock(AttentionBlock):
+    """Its tokens lack the biases of the products that were added to them, in this block and in those before: norms
+    shift by these.
     """
 
-    def __init__(self, weights: Weights, layers: Layers, heads: int, feature: Slot | None, layer: Slot, *rest: Any):
-        super().__init__(weights, layers, heads, feature, layer, *rest)
-        biases: list[Any] = [self.self_out.bias, self.text_out.bias, self.narrow.bias, self.exit.bias]
-        after_text = biases[0] + biases[1]
-        self.shift2, self.shift3 = frozen(biases[0]), frozen(after_text)
-        self.bias = frozen(biases[3] + self.exit.weight @ (after_text + biases[2]))
+    def shift_norms(self, missing: Tensor | None) -> Tensor:
+        """Takes what its input lacks, and returns what its output lacks."""
+        biases: list[Any] = [self.self_out.bias, self.text_out.bias, self.narrow.bias]
+        after_self = biases[0] if missing is None else missing + biases[0]
+        self.shift1 = None if missing is None else frozen(missing)
+        self.shift2, self.shift3 = frozen(after_self), frozen(after_self + biases[1])
+        return self.shift3 + biases[2]
 
-    def forward(self, x: Measured, text: Tensor, hook: CaptureHook) -> Measured:
-        h = self.entry(tokens(self.norm(x)))
-        q, k, v = split_heads(self.self_qkv(self.norm1(h)), 3, self.heads)
-        add_linear(h, join_heads(hook.attend_self(self.layer, q, k, v)), self.self_out)
+    def forward(self, h: Tensor, text: Tensor, hook: CaptureHook) -> Tensor:
+        q, k, v = split_heads(self.self_qkv(self.norm1(h, self.shift1)), 3, self.heads)
+        add_linear(h, join_heads(hook.attend_self(self.slot, q, k, v)), self.self_out)
         (q,) = split_heads(self.text_q(self.norm2(h, self.shift2)), 1, self.heads)
-        residual, h, q = self.spread(x.image), self.spread(h), self.spread(q)
         k, v = text
-        add_linear(h, join_heads(hook.attend(self.layer, q, k, v)), self.text_out)
+        if k.shape[0] != h.shape[0]:
+            h, q = double_halves(h), double_halves(q)
+        add_linear(h, join_heads(hook.attend(self.slot, q, k, v)), self.text_out)
         gated = self.ops.linear_geglu(self.norm3(h, self.shift3), self.wide.weight, self.wide.bias)
         add_linear(h, gated, self.narrow)
+        return h
+
+
+class MeasuredTransformer(Transformer):
+    """The last product, which is linear, has in its own bias the biases that the tokens lack."""
+
+    block = ShiftedBlock
+
+    def __init__(self, weights: Weights, layers: Layers, heads: int, feature: Slot | None, place: Slot):
+        super().__init__(weights, layers, heads, feature, place)
+        missing, bias = None, self.exit.bias
+        for block in self.blocks:
+            missing = block.shift_norms(missing)
+        self.bias = frozen(bias + self.exit.weight @ missing)
+
+    def forward(self, x: Measured, texts: Sequence[Tensor], hook: CaptureHook) -> Measured:
+        h = self.entry(tokens(self.norm(x)))
+        for block, text in zip(self.blocks, texts, strict=True):
+            h = block(h, text, hook)
+        residual = x.image if len(x.image) == len(h) else double_halves(x.image)
         x = added_product(self.ops, [h], self.exit.weight, self.bias, residual)
         hook.feature(self.feature, x)
         return x

@@ -140,7 +140,7 @@ class LayerNorm(nn.Module):
 
 
 class Resnet(nn.Module):
-    """Two normalised convolutions and a shortcut; a timestep's bias of the first is an argument."""
+    """Two normalised convolutions and a shortcut; a timestep's bias [C] or [B, C] of the first is an argument."""
 
     def __init__(self, weights: Weights, groups: int, eps: float, ops: SimpleNamespace):
         super().__init__()
@@ -154,7 +154,10 @@ class Resnet(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
         x = x if skip is None else torch.cat([x, skip], 1)
-        h = self.conv1(self.norm1(x), bias)
+        if bias is None or bias.ndim == 1:
+            h = self.conv1(self.norm1(x), bias)
+        else:  # a row for each image
+            h = self.conv1(self.norm1(x), torch.zeros_like(bias[0])).add_(bias[:, :, None, None])
         h = self.norm2(h)  # under one name, as two large images would be held
         return self.conv2(h, residual=self.shortcut(x))
 

@@ -17,7 +17,7 @@ from datasetdm_fast.engine.models.layers import (
     Upsample,
     upsample_image,
 )
-from datasetdm_fast.engine.models.unet import Transformer
+from datasetdm_fast.engine.models.unet import AttentionBlock
 from datasetdm_fast.engine.models.vae import ImageDecoder
 from datasetdm_fast.kernels import group_norm_silu, winograd
 
@@ -164,7 +164,7 @@ def pack_layers(module: nn.Module) -> nn.Module:
     for name, child in module.named_children():
         if isinstance(child, Block):
             continue
-        if isinstance(child, Transformer):
+        if isinstance(child, AttentionBlock):
             child.rows = FED_ROWS
         if isinstance(child, Resnet) and child.norm2.op is group_norm_silu.native:
             child.norm2 = SpendingNorm(child.norm2)

@@ -1,13 +1,18 @@
-"""CLIP's text encoder."""
+"""CLIP's text encoder, and the prompts of models that read one or two of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from datasetdm_fast.data import Text
+from datasetdm_fast.engine.backbones.record import LoadedModel
 from datasetdm_fast.engine.models.layers import LayerNorm, Linear, Weights, frozen, join_heads, sigmoid, split_heads
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.kernels.to_device import to_device
 
 ACTIVATIONS = {"quick_gelu": lambda x: x * sigmoid(1.702 * x), "gelu": F.gelu}
 
@@ -56,7 +61,52 @@ class TextEncoder(nn.Module):
         self.norm = LayerNorm(weights / "final_layer_norm", config.layer_norm_eps, ops)
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = F.embedding(ids, self.words) + self.places[: ids.shape[1]]
+        return self.states(ids)[1]
+
+    def states(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The states [B, T, D] that the last layer reads, and its own, which are normed."""
+        x = before = F.embedding(ids, self.words) + self.places[: ids.shape[1]]
         for layer in self.layers:
-            x = layer(x)
-        return self.norm(x)
+            before, x = x, layer(x)
+        return before, self.norm(x)
+
+    def encode(self, model: LoadedModel, prompts: Sequence[str], part: str) -> tuple[Tensor, Tensor, Tensor]:
+        """The tokens [B, T] of prompts, and their `states`."""
+        ids = to_device(model.token_ids(prompts, part), self.words.device)
+        return ids, *self.states(ids)
+
+
+class PromptEncoder(nn.Module):
+    """Prompts as the last states of one encoder."""
+
+    def __init__(self, sources: Mapping[str, Any], ops: SimpleNamespace):
+        super().__init__()
+        self.encoder = TextEncoder(sources["text_encoder"], ops)
+
+    def forward(self, model: LoadedModel, prompts: Sequence[str]) -> Text:
+        return Text(self.encoder.encode(model, prompts, "tokenizer")[2])
+
+
+class PairedPromptEncoder(nn.Module):
+    """Prompts as the states before the last layer of two encoders, side by side, and the pooled text of the second; an
+    empty one is zeros where the model was trained so.
+    """
+
+    def __init__(self, sources: Mapping[str, Any], ops: SimpleNamespace):
+        super().__init__()
+        first, second = sources["text_encoder"], sources["text_encoder_2"]
+        self.first, self.second = TextEncoder(first, ops), TextEncoder(second, ops)
+        self.projection = Linear(Weights(second.state_dict()) / "text_projection")
+        self.end = second.config.eos_token_id
+
+    def forward(self, model: LoadedModel, prompts: Sequence[str]) -> Text:
+        _, first, _ = self.first.encode(model, prompts, "tokenizer")
+        ids, second, last = self.second.encode(model, prompts, "tokenizer_2")
+        # CLIP's first configs have 2, and their end is the token with the largest id.
+        ends = (ids if self.end == 2 else (ids == self.end).int()).argmax(1)
+        pooled = self.projection(last[torch.arange(len(ids), device=ids.device), ends])
+        context = torch.cat([first, second], -1)
+        if model.configs["model_index"].get("force_zeros_for_empty_prompt", True):
+            has_text = to_device(torch.tensor([float(bool(prompt)) for prompt in prompts]), ids.device)[:, None]
+            context, pooled = context * has_text[..., None], pooled * has_text
+        return Text(context, pooled)

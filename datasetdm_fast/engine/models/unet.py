@@ -1,11 +1,13 @@
-"""The UNet of Stable Diffusion 1.x and 2.x without work done twice.
+"""The UNet of Stable Diffusion 1.x, 2.x and XL without work done twice.
 
-`TimeTable` runs once per timestep, `TextTable` once per prompt, `UNet` at every call: on B latents, doubled at the
-first text attention, as both halves of a CFG batch are equal until then. A hook of capture.py reads along.
+`TimeTable` runs once per timestep, `TextTable` once per prompt, `UNet` at every call: on B latents, doubled for the
+halves of a CFG batch where they begin to differ. How many levels and blocks there are is read off the weights. A hook
+of capture.py reads along.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datasetdm_fast.engine.backbones.sd import heads_per_block
-from datasetdm_fast.engine.models.capture import CaptureHook, Slot
+from datasetdm_fast.engine.models.capture import AttentionSlot, CaptureHook, Slot
 from datasetdm_fast.engine.models.layers import (
     Convolution,
     LayerNorm,
@@ -27,49 +29,90 @@ from datasetdm_fast.engine.models.layers import (
     split_heads,
     tokens,
 )
+from datasetdm_fast.stages import LEVELS
 
 TRANSFORMER_EPS = 1e-6
 LAYER_EPS = 1e-5
-DEPTHS = 4
+LONGEST_WAVE = 10000
 
 
-def _resnet_places(unet: Weights, count: int) -> list[Weights]:
-    """Every resnet in the order of the forward pass."""
-    down = [unet / "down_blocks" / depth / "resnets" / i for depth in range(DEPTHS) for i in range(count)]
-    middle = [unet / "mid_block" / "resnets" / i for i in (0, 1)]
-    return [*down, *middle, *(unet / "up_blocks" / k / "resnets" / i for k in range(DEPTHS) for i in range(count + 1))]
+def _list_parts(weights: Weights, least: str) -> list[Weights]:
+    """The numbered parts of a module, each of which has the tensor `least`."""
+    places = (weights / i for i in count())
+    parts = []
+    while least in (place := next(places)):
+        parts.append(place)
+    return parts
 
 
-def _transformer_places(unet: Weights, count: int) -> list[tuple[Weights, int]]:
-    """Every transformer in the order of the forward pass, with the depth of its block."""
-    lowest = DEPTHS - 1
-    down = [(unet / "down_blocks" / depth / "attentions" / i, depth) for depth in range(lowest) for i in range(count)]
-    up = [(unet / "up_blocks" / k / "attentions" / i, lowest - k) for k in range(1, DEPTHS) for i in range(count + 1)]
-    return [*down, (unet / "mid_block" / "attentions" / 0, lowest), *up]
+def list_blocks(transformer: Weights) -> list[Weights]:
+    return _list_parts(transformer / "transformer_blocks", "norm1.weight")
+
+
+def _list_down_mid_up(unet: Weights, depths: int, kind: str, least: str) -> list[tuple[Weights, int]]:
+    """Every resnet or transformer in the order of the forward pass, with the depth of its block."""
+    blocks = [(unet / "down_blocks" / depth, depth) for depth in range(depths)]
+    blocks += [(unet / "mid_block", depths - 1)]
+    blocks += [(unet / "up_blocks" / k, depths - 1 - k) for k in range(depths)]
+    return [(place, depth) for block, depth in blocks for place in _list_parts(block / kind, least)]
+
+
+def _list_resnets(unet: Weights, depths: int) -> list[Weights]:
+    return [place for place, _ in _list_down_mid_up(unet, depths, "resnets", "conv1.bias")]
+
+
+def make_waves(values: Tensor, channels: int, shift: float, is_flipped: bool) -> Tensor:
+    """The sines and cosines [..., channels] of one number or of numbers [..., 1], at half as many wave lengths."""
+    half = channels // 2
+    exponent = -math.log(LONGEST_WAVE) * torch.arange(half, dtype=torch.float32, device=values.device) / (half - shift)
+    angles = values * exponent.exp()
+    waves = [angles.cos(), angles.sin()] if is_flipped else [angles.sin(), angles.cos()]
+    return torch.cat(waves, -1)
+
+
+class SizedText(nn.Module):
+    """[R, E] what pooled texts [R, P] and the size of the image add to the embedding of a timestep."""
+
+    def __init__(self, weights: Weights, config: Any, size: int):
+        super().__init__()
+        self.first, self.second = Linear(weights / "linear_1"), Linear(weights / "linear_2")
+        sides = torch.tensor([size, size, 0.0, 0.0, size, size])  # of the image, where it was cut, and as wanted
+        width, shift, is_flipped = config.addition_time_embed_dim, config.freq_shift, config.flip_sin_to_cos
+        waves = make_waves(sides[:, None], width, shift, is_flipped).flatten()
+        pooled, of_size = self.first.weight.split([self.first.weight.shape[1] - len(waves), len(waves)], 1)
+        self.first.bias = frozen(self.first.bias + of_size @ waves)
+        self.first.weight = frozen(pooled)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return self.second(F.silu(self.first(pooled)))
 
 
 class TimeTable(nn.Module):
-    """What a timestep adds in every resnet: the biases of their first convolutions end to end, kept in fp32."""
+    """What a timestep adds in every resnet: the biases of their first convolutions end to end, kept in fp32; with a
+    pooled text a row of them for each.
+    """
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module, size: int = 0):
         super().__init__()
         config, weights = module.config, Weights(module.state_dict())
-        places = _resnet_places(weights, config.layers_per_block)
+        places, time = _list_resnets(weights, len(config.block_out_channels)), weights / "time_embedding"
         self.channels, self.shift = config.block_out_channels[0], config.freq_shift
         self.is_flipped = config.flip_sin_to_cos
-        self.first = Linear(weights / "time_embedding" / "linear_1")
-        self.second = Linear(weights / "time_embedding" / "linear_2")
+        self.first, self.second = Linear(time / "linear_1"), Linear(time / "linear_2")
         self.rest = Linear(*(place / "time_emb_proj" for place in places))
         self.rest.bias = frozen(self.rest.bias + torch.cat([place["conv1.bias"] for place in places]))
+        has_text, is_distilled = "add_embedding.linear_1.weight" in weights, "cond_proj.weight" in time
+        self.added = SizedText(weights / "add_embedding", config, size) if has_text else None
+        self.guided = Linear(time / "cond_proj") if is_distilled else None
 
-    def forward(self, timestep: Tensor) -> Tensor:
-        half = self.channels // 2
-        exponent = (
-            -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timestep.device) / (half - self.shift)
-        )
-        angles = timestep * exponent.exp()
-        waves = torch.cat([angles.cos(), angles.sin()] if self.is_flipped else [angles.sin(), angles.cos()])
-        return self.rest(F.silu(self.second(F.silu(self.first(waves)))))
+    def forward(self, timestep: Tensor, pooled: Tensor | None = None, guidance: float | None = None) -> Tensor:
+        waves = make_waves(timestep, self.channels, self.shift, self.is_flipped)
+        if self.guided is not None:
+            assert guidance is not None
+            scale = torch.full((), 1000 * (guidance - 1), device=waves.device)
+            waves = waves + self.guided(make_waves(scale, self.guided.weight.shape[1], 1, False))
+        embedded = self.second(F.silu(self.first(waves)))
+        return self.rest(F.silu(embedded if self.added is None else embedded + self.added(pooled)))
 
 
 class TextTable(nn.Module):
@@ -77,13 +120,13 @@ class TextTable(nn.Module):
 
     def __init__(self, module: nn.Module):
         super().__init__()
-        config = module.config
-        places = _transformer_places(Weights(module.state_dict()), config.layers_per_block)
-        layers = [place / "transformer_blocks" / 0 / "attn2" for place, _ in places]
-        heads = heads_per_block(config)
-        self.heads = [heads[depth] for _, depth in places]
-        self.packed = Linear(*(layer / name for layer in layers for name in ("to_k", "to_v")))
-        self.widths = [2 * config.block_out_channels[depth] for _, depth in places]
+        weights, widths = Weights(module.state_dict()), module.config.block_out_channels
+        transformers = _list_down_mid_up(weights, len(widths), "attentions", "norm.weight")
+        blocks = [(block / "attn2", depth) for place, depth in transformers for block in list_blocks(place)]
+        heads = heads_per_block(module.config)
+        self.heads = [heads[depth] for _, depth in blocks]
+        self.packed = Linear(*(layer / name for layer, _ in blocks for name in ("to_k", "to_v")))
+        self.widths = [2 * widths[depth] for _, depth in blocks]
 
     def forward(self, text: Tensor) -> tuple[Tensor, ...]:
         parts = self.packed(text).split(self.widths, -1)
@@ -93,66 +136,75 @@ class TextTable(nn.Module):
         )
 
 
-Spread = Callable[[Any], Any]  # of a tensor, or of one with its statistics
-
-
-def keep_as_is(x: Tensor) -> Tensor:
-    return x
-
-
 def double_halves(x: Tensor) -> Tensor:
     """The two halves of a CFG batch, still equal."""
     return torch.cat([x, x])
 
 
-class Transformer(nn.Module):
-    def __init__(
-        self,
-        weights: Weights,
-        layers: Layers,
-        heads: int,
-        feature: Slot | None,
-        layer: Slot,
-        spread: Spread = keep_as_is,
-    ):
+class AttentionBlock(nn.Module):
+    """Self-attention, attention to the text and feed-forward layers, each added to the tokens [R, S, C]."""
+
+    def __init__(self, weights: Weights, heads: int, slot: AttentionSlot, ops: SimpleNamespace):
         super().__init__()
-        ops = layers.ops
-        block = weights / "transformer_blocks" / 0
-        itself, text = block / "attn1", block / "attn2"
-        self.heads, self.feature, self.layer, self.ops = heads, feature, layer, ops
+        itself, text = weights / "attn1", weights / "attn2"
+        self.heads, self.slot, self.ops = heads, slot, ops
         self.rows: int | None = None  # that go through the feed-forward layers at once; None is all
-        self.spread = spread  # `double_halves` in the first transformer, where the CFG halves part
-        self.norm = layers.norm(weights / "norm", TRANSFORMER_EPS, has_silu=False)
-        self.entry, self.exit = Linear(weights / "proj_in"), Linear(weights / "proj_out")
-        self.norm1, self.norm2, self.norm3 = (LayerNorm(block / f"norm{k}", LAYER_EPS, ops) for k in (1, 2, 3))
+        self.norm1, self.norm2, self.norm3 = (LayerNorm(weights / f"norm{k}", LAYER_EPS, ops) for k in (1, 2, 3))
         self.self_qkv = Linear(itself / "to_q", itself / "to_k", itself / "to_v")
         self.self_out = Linear(itself / "to_out" / 0)
         self.text_q, self.text_out = Linear(text / "to_q"), Linear(text / "to_out" / 0)
-        self.wide, self.narrow = Linear(block / "ff" / "net" / 0 / "proj"), Linear(block / "ff" / "net" / 2)
+        self.wide, self.narrow = Linear(weights / "ff" / "net" / 0 / "proj"), Linear(weights / "ff" / "net" / 2)
 
-    def forward(self, x: Tensor, text: Tensor, hook: CaptureHook) -> Tensor:
-        h = self.entry(tokens(self.norm(x)))
+    def forward(self, h: Tensor, text: Tensor, hook: CaptureHook) -> Tensor:
         q, k, v = split_heads(self.self_qkv(self.norm1(h)), 3, self.heads)
-        h = self.self_out(join_heads(hook.attend_self(self.layer, q, k, v))).add_(h)
+        h = self.self_out(join_heads(hook.attend_self(self.slot, q, k, v))).add_(h)
         (q,) = split_heads(self.text_q(self.norm2(h)), 1, self.heads)
-        x, h, q = self.spread(x), self.spread(h), self.spread(q)
         k, v = text
-        h = self.text_out(join_heads(hook.attend(self.layer, q, k, v))).add_(h)
+        if k.shape[0] != h.shape[0]:
+            h, q = double_halves(h), double_halves(q)
+        h = self.text_out(join_heads(hook.attend(self.slot, q, k, v))).add_(h)
         if self.rows is None:
-            h = self.fed_forward(h).add_(h)
-        else:
-            for part in h.flatten(0, 1).split(self.rows):
-                part.add_(self.fed_forward(part))
-        x = image(self.exit(h), *x.shape[-2:]).add_(x)
-        hook.feature(self.feature, x)
-        return x
+            return self.fed_forward(h).add_(h)
+        for part in h.flatten(0, 1).split(self.rows):
+            part.add_(self.fed_forward(part))
+        return h
 
     def fed_forward(self, h: Tensor) -> Tensor:
         return self.narrow(self.ops.geglu(self.wide(self.norm3(h))))
 
 
+class Transformer(nn.Module):
+    """Attention blocks between two linear layers, added to an image; where the text has a row for each half of a CFG
+    batch and the image is that of both still, the halves part.
+    """
+
+    block: Any = AttentionBlock
+
+    def __init__(self, weights: Weights, layers: Layers, heads: int, feature: Slot | None, place: Slot):
+        super().__init__()
+        self.feature, self.ops = feature, layers.ops
+        self.norm = layers.norm(weights / "norm", TRANSFORMER_EPS, has_silu=False)
+        self.entry, self.exit = Linear(weights / "proj_in"), Linear(weights / "proj_out")
+        blocks = list_blocks(weights)
+        self.blocks = nn.ModuleList(
+            self.block(block, heads, AttentionSlot(*place, k, len(blocks)), layers.ops)
+            for k, block in enumerate(blocks)
+        )
+
+    def forward(self, x: Tensor, texts: Sequence[Tensor], hook: CaptureHook) -> Tensor:
+        h = self.entry(tokens(self.norm(x)))
+        for block, text in zip(self.blocks, texts, strict=True):
+            h = block(h, text, hook)
+        x = x if x.shape[0] == h.shape[0] else double_halves(x)
+        x = image(self.exit(h), *x.shape[-2:]).add_(x)
+        hook.feature(self.feature, x)
+        return x
+
+
 class CapturePlan(Layers):
-    """Where the blocks of one UNet lie: depth 0 is the highest level, 3 the lowest."""
+    """Where the blocks of one UNet lie, and what is captured of them: depth 0 is the highest level, and the middle
+    block belongs to the lowest. The features of a level are numbered in the order of the forward pass.
+    """
 
     block: Any = Transformer
     doubled = staticmethod(double_halves)
@@ -160,45 +212,54 @@ class CapturePlan(Layers):
     def __init__(self, module: nn.Module, ops: SimpleNamespace):
         config = module.config
         super().__init__(config.norm_num_groups, config.norm_eps, ops)
-        self.weights, self.count = Weights(module.state_dict()), config.layers_per_block
-        self.heads = heads_per_block(config)
+        self.weights, self.heads = Weights(module.state_dict()), heads_per_block(config)
+        self.depths = len(config.block_out_channels)
+        self._places = [count() for _ in LEVELS]
 
-    def feature(self, depth: int, place: int) -> Slot:
-        """Per level: the entry, the down blocks, the middle block or the upsampler, then the up blocks."""
-        return DEPTHS - 1 - depth, place
+    def level(self, depth: int) -> int:
+        return len(LEVELS) - 1 - depth
 
-    def transformer(
-        self, place: Weights, depth: int, feature: int | None, layer: int, spread: Spread = keep_as_is
-    ) -> Transformer:
-        slot = None if feature is None else self.feature(depth, feature)
-        return self.block(place, self, self.heads[depth], slot, (DEPTHS - 1 - depth, layer), spread)
+    def feature(self, level: int) -> Slot:
+        return level, next(self._places[level])
+
+    def resnets(self, block: Weights) -> nn.ModuleList:
+        return nn.ModuleList(map(self.resnet, _list_parts(block / "resnets", "conv1.bias")))
+
+    def transformers(self, block: Weights, depth: int, features: Sequence[Slot], first: int) -> nn.ModuleList:
+        """Those of a block, whose maps are numbered from `first`."""
+        return nn.ModuleList(
+            self.block(place, self, self.heads[depth], feature, (self.level(depth), first + i))
+            for i, (place, feature) in enumerate(zip(_list_parts(block / "attentions", "norm.weight"), features))
+        )
+
+
+def take_texts(text: Iterator[Tensor], transformer: Any) -> list[Tensor]:
+    """The keys and values of its layers."""
+    return [table for _, table in zip(transformer.blocks, text)]
 
 
 class Down(nn.Module):
     def __init__(self, plan: CapturePlan, depth: int):
         super().__init__()
-        weights, count = plan.weights / "down_blocks" / depth, plan.count
-        self.resnets = nn.ModuleList(plan.resnet(weights / "resnets" / i) for i in range(count))
-        self.features = [plan.feature(depth, 1 + i) for i in range(count)]
-        self.transformers, self.shrink = nn.ModuleList(), None
-        if depth < DEPTHS - 1:
-            spreads = [double_halves if depth == i == 0 else keep_as_is for i in range(count)]
-            self.transformers.extend(
-                plan.transformer(weights / "attentions" / i, depth, 1 + i, count + 1 + i, spread)
-                for i, spread in enumerate(spreads)
-            )
+        weights = plan.weights / "down_blocks" / depth
+        beside = plan.weights / "up_blocks" / (plan.depths - 1 - depth)
+        self.resnets = plan.resnets(weights)
+        self.features = [plan.feature(plan.level(depth)) for _ in self.resnets]
+        maps = len(_list_parts(beside / "attentions", "norm.weight"))  # those of the up block come first
+        self.transformers, self.shrink = plan.transformers(weights, depth, self.features, maps), None
+        if depth < plan.depths - 1:
             self.shrink = plan.convolution(weights / "downsamplers" / 0 / "conv", stride=2)
-            self.entry = plan.feature(depth + 1, 0)
+            self.entry = plan.feature(plan.level(depth + 1))
 
     def forward(
         self, x: Tensor, time: Iterator[Tensor], text: Iterator[Tensor], skips: list[Tensor], hook: CaptureHook
     ) -> Tensor:
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, next(time))
-            if self.shrink is None:
-                hook.feature(self.features[i], x)
+            if self.transformers:
+                x = self.transformers[i](x, take_texts(text, self.transformers[i]), hook)
             else:
-                x = self.transformers[i](x, next(text), hook)
+                hook.feature(self.features[i], x)
             skips.append(x)
         if self.shrink is not None:
             x = self.shrink(x)
@@ -211,13 +272,14 @@ class Middle(nn.Module):
     def __init__(self, plan: CapturePlan):
         super().__init__()
         weights = plan.weights / "mid_block"
-        self.first, self.last = plan.resnet(weights / "resnets" / 0), plan.resnet(weights / "resnets" / 1)
-        self.slot = plan.feature(DEPTHS - 1, 1 + plan.count)
+        self.first, self.last = plan.resnets(weights)
+        self.slot = plan.feature(0)
         # without a feature: the level reads the block's own output
-        self.transformer = plan.transformer(weights / "attentions" / 0, DEPTHS - 1, None, 0)
+        place = weights / "attentions" / 0
+        self.transformer = plan.block(place, plan, plan.heads[-1], None, (0, 0))
 
     def forward(self, x: Tensor, time: Iterator[Tensor], text: Iterator[Tensor], hook: CaptureHook) -> Tensor:
-        x = self.transformer(self.first(x, next(time)), next(text), hook)
+        x = self.transformer(self.first(x, next(time)), take_texts(text, self.transformer), hook)
         x = self.last(x, next(time))
         hook.feature(self.slot, x)
         return x
@@ -226,17 +288,13 @@ class Middle(nn.Module):
 class Up(nn.Module):
     def __init__(self, plan: CapturePlan, depth: int):
         super().__init__()
-        weights, count = plan.weights / "up_blocks" / (DEPTHS - 1 - depth), plan.count
-        self.resnets = nn.ModuleList(plan.resnet(weights / "resnets" / i) for i in range(count + 1))
-        self.features = [plan.feature(depth, 2 + count + i) for i in range(count + 1)]
-        self.transformers, self.grow = nn.ModuleList(), None
-        if depth < DEPTHS - 1:
-            self.transformers.extend(
-                plan.transformer(weights / "attentions" / i, depth, 2 + count + i, i) for i in range(count + 1)
-            )
+        weights = plan.weights / "up_blocks" / (plan.depths - 1 - depth)
+        self.resnets = plan.resnets(weights)
+        self.features = [plan.feature(plan.level(depth)) for _ in self.resnets]
+        self.transformers, self.grow = plan.transformers(weights, depth, self.features, 0), None
         if depth:
             self.grow = plan.upsample(weights / "upsamplers" / 0 / "conv")
-            self.grown = plan.feature(depth - 1, 1 + count)
+            self.grown = plan.feature(plan.level(depth - 1))
 
     def forward(
         self, x: Tensor, time: Iterator[Tensor], text: Iterator[Tensor], skips: list[Tensor], hook: CaptureHook
@@ -244,7 +302,7 @@ class Up(nn.Module):
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, next(time), skips.pop())
             if self.transformers:
-                x = self.transformers[i](x, next(text), hook)
+                x = self.transformers[i](x, take_texts(text, self.transformers[i]), hook)
             else:
                 hook.feature(self.features[i], x)
         if self.grow is not None:
@@ -254,29 +312,34 @@ class Up(nn.Module):
 
 
 class UNet(nn.Module):
-    """UNet output [2B, 4, h, w] for latents [B, 4, h, w], a row of TimeTable, and TextTable of [2B, T, D]."""
+    """UNet output [R, C, h, w] for latents [B, C, h, w], a row of TimeTable or one for each text, and TextTable of
+    R = B or 2B texts.
+    """
 
     plan = CapturePlan
 
     def __init__(self, module: nn.Module, ops: SimpleNamespace):
         super().__init__()
         plan = self.plan(module, ops)
-        self.doubled = plan.doubled
-        self.widths = [len(place["conv1.bias"]) for place in _resnet_places(plan.weights, plan.count)]
-        self.conv_in, self.entry = plan.convolution(plan.weights / "conv_in"), plan.feature(0, 0)
-        self.down = nn.ModuleList(Down(plan, depth) for depth in range(DEPTHS))
+        self.doubled, depths = plan.doubled, range(plan.depths)
+        self.widths = [len(place["conv1.bias"]) for place in _list_resnets(plan.weights, plan.depths)]
+        self.conv_in = plan.convolution(plan.weights / "conv_in")
+        self.entry = plan.feature(plan.level(0))
+        self.down = nn.ModuleList(Down(plan, depth) for depth in depths)
         self.middle = Middle(plan)
-        self.up = nn.ModuleList(Up(plan, depth) for depth in reversed(range(DEPTHS)))
+        self.up = nn.ModuleList(Up(plan, depth) for depth in reversed(depths))
         self.norm_out = plan.norm(plan.weights / "conv_norm_out")
         self.conv_out = Convolution(plan.weights / "conv_out")
-        # the slots of its text attentions, in the order of TextTable
-        self.text_layers = [module.layer for module in self.modules() if isinstance(module, Transformer)]
+        # its text attentions, in the order of TextTable
+        self.text_layers = [module.slot for module in self.modules() if isinstance(module, AttentionBlock)]
 
     def forward(self, latents: Tensor, biases: Tensor, text: Sequence[Tensor], hook: CaptureHook) -> Tensor:
-        time, texts = iter(biases.split(self.widths)), iter(text)
+        time, texts = iter(biases.split(self.widths, -1)), iter(text)
         x = self.conv_in(latents)
-        skips = [self.doubled(x)]
+        skips = [x if latents.shape[0] == text[0].shape[1] else self.doubled(x)]
         hook.feature(self.entry, skips[0])
+        if biases.ndim == 2:  # the first resnet already differs
+            x = skips[0]
         for block in self.down:
             x = block(x, time, texts, skips, hook)
         x = self.middle(x, time, texts, hook)

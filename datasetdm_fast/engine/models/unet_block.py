@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,17 @@ from datasetdm_fast import _C
 from datasetdm_fast.engine.models.blocks import LARGEST_BLOCK, Block, Packing, TransformerBlock, blockwise, empty_image
 from datasetdm_fast.engine.models.capture import CaptureHook, Slot
 from datasetdm_fast.engine.models.layers import split_heads
-from datasetdm_fast.engine.models.unet import DEPTHS, UNet
+from datasetdm_fast.engine.models.unet import UNet, double_halves
 
 
-def is_narrow(channels: Sequence[int]) -> bool:
-    """Whether a UNet of so many channels a level is one block: its largest layer is a resnet that reads a skip."""
-    return 29 * max(channels) ** 2 <= LARGEST_BLOCK
+def has_blocks(config: Mapping[str, Any]) -> bool:
+    """Whether csrc has blocks of a UNet: where a pooled text adds to the timestep they are of another kind."""
+    return not config.get("addition_embed_type")
+
+
+def is_narrow(config: Mapping[str, Any]) -> bool:
+    """Whether a UNet is one block: its largest layer is a resnet that reads a skip."""
+    return has_blocks(config) and 29 * max(config["block_out_channels"]) ** 2 <= LARGEST_BLOCK
 
 
 def with_blocks(unet: UNet, in_pairs: bool = False) -> nn.Module:
@@ -42,14 +47,12 @@ class UNetBlock(Block):
     def __init__(self, plain: UNet):
         super().__init__(plain)
         self.plain = [plain]  # in a list, as its layers are this module's own
-        self.text_layers, self.doubled, self.entry = plain.text_layers, plain.doubled, plain.entry
-        self.sides = [2**depth for depth in range(DEPTHS)]
+        self.text_layers, self.entry = plain.text_layers, plain.entry
+        self.sides = [2**depth for depth in range(len(plain.down))]
 
     def pack(self, packing: Packing) -> _C.UNet:
-        steps = [
-            _C.Step(step.block.native(), step.joins, step.keeps, getattr(step.block, "spread", None) is self.doubled)
-            for step in steps_of(self)
-        ]
+        parting = next(step.block for step in steps_of(self) if isinstance(step.block, TransformerBlock))
+        steps = [_C.Step(step.block.native(), step.joins, step.keeps, step.block is parting) for step in steps_of(self)]
         return _C.UNet(self.conv_in.native(), steps, packing.norm(self.norm_out), self.conv_out.native())
 
     def forward(self, latents: Tensor, biases: Tensor, text: Sequence[Tensor], hook: CaptureHook) -> Tensor:
@@ -93,9 +96,7 @@ class UNetBlock(Block):
         queries: list[Tensor] = []
         for step, (_, height, width) in zip(steps, sizes):
             if isinstance(step.block, TransformerBlock):
-                queries.append(
-                    torch.empty(2 * batch if queries else batch, height * width, len(step.block.norm1.weight))
-                )
+                queries.append(torch.empty(2 * batch if queries else batch, height * width, step.block.width))
         return queries
 
     def notify(
@@ -108,14 +109,14 @@ class UNetBlock(Block):
         text: Sequence[Tensor],
     ) -> None:
         """Calls a hook as single blocks do."""
-        hook.feature(self.entry, self.doubled(entry))
+        hook.feature(self.entry, double_halves(entry))
         for step, x in zip(steps, outputs):
             if x is not None:
                 hook.feature(step.slot, x)
         blocks = [step.block for step in steps if isinstance(step.block, TransformerBlock)]
         for block, q, (k, _) in zip(blocks, queries, text):
-            (q,) = split_heads(block.spread(q), 1, block.heads)
-            hook.on_queries(block.layer, q, k)
+            (q,) = split_heads(q if len(q) == len(k) else double_halves(q), 1, block.heads)
+            hook.on_queries(block.slot, q, k)
 
 
 class BlockStep(NamedTuple):

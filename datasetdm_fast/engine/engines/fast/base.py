@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from datasetdm_fast.data import AttentionSums, Capture, ProjectedCapture, Text
+from datasetdm_fast.engine.backbones.latent_space import scale
 from datasetdm_fast.engine.decoders.trunk import Decoder, with_ops
 from datasetdm_fast.engine.engines.derived_calls import BaseEngine
 from datasetdm_fast.engine.engines.device import engine_call, resolve_device, slow_in_fp16
@@ -21,15 +22,14 @@ from datasetdm_fast.engine.engines.memory import suggest_batch
 from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.engine.loading.network import Weighted
 from datasetdm_fast.engine.models.capture import (
+    AttentionSlot,
     CaptureHook,
     ProjectedSums,
     Projection,
     RawCapture,
-    Slot,
     SummedAttention,
 )
 from datasetdm_fast.engine.models.packed import weights_of
-from datasetdm_fast.engine.models.text_encoder import TextEncoder
 from datasetdm_fast.engine.models.unet import TextTable, TimeTable
 from datasetdm_fast.engine.models.vae import ImageEncoder
 from datasetdm_fast.errors import Refused
@@ -54,7 +54,7 @@ CACHED_TIMESTEPS = 2048  # whose biases are cached
 WIDEST_SLICE = 8  # images per core of a CPU: more would leave its caches
 
 Inputs = tuple[Tensor, ...]
-Step = Callable[..., tuple[Tensor, ...]]  # one call of the UNet: noise [2B, 4, h, w], and what it captures
+Step = Callable[..., tuple[Tensor, ...]]  # one call of the UNet: noise [R, C, h, w], and what it captures
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
@@ -167,7 +167,8 @@ class FastEngine(BaseEngine):
         self._rows: dict[float, Tensor] = {}
         self._text: tuple[Tensor, int, int] | None = None
         self._keys_values: list[Inputs] = []  # of every slice of the batch
-        self._class_keys: tuple[Tensor, int, dict[Slot, Tensor]] | None = None  # class prompts, cells, keys by layer
+        # class prompts, cells, keys by layer
+        self._class_keys: tuple[Tensor, int, dict[AttentionSlot, Tensor]] | None = None
 
     @property
     def _step(self) -> Step:
@@ -178,7 +179,7 @@ class FastEngine(BaseEngine):
         """One of the networks, from the weights of the model."""
         match name:
             case "times":
-                module, dtype = TimeTable(sources["unet"]), torch.float32
+                module, dtype = TimeTable(sources["unet"], self.model.size), torch.float32
             case "texts":
                 module, dtype = TextTable(sources["unet"]), self.unet_dtype
             case "unet":
@@ -187,7 +188,8 @@ class FastEngine(BaseEngine):
                 module = Projection(self.model.levels, self.decoders, largest_held=self.largest_stacked)
                 dtype = self.unet_dtype
             case "text_encoder":
-                module, dtype = TextEncoder(sources["text_encoder"], self.ops), torch.float32
+                assert self.model.backbone.text_network
+                module, dtype = load_place(self.model.backbone.text_network)(sources, self.ops), torch.float32
             case "image_decoder":
                 module, dtype = self.kinds[1](sources["vae"], self.ops), self.dtype
             case _:
@@ -196,7 +198,7 @@ class FastEngine(BaseEngine):
 
     @functools.cached_property
     def text_encoder(self) -> nn.Module:
-        return self._load_lazily("text_encoder", "text_encoder")
+        return self._load_lazily("text_encoder", *self.model.backbone.of_kind("text_encoder"))
 
     @functools.cached_property
     def image_decoder(self) -> nn.Module:
@@ -206,8 +208,8 @@ class FastEngine(BaseEngine):
     def image_encoder(self) -> nn.Module:
         return self._load_lazily("image_encoder", "vae")
 
-    def _load_lazily(self, name: str, source: str) -> nn.Module:
-        return self._build_network(name, self._sources(source))
+    def _load_lazily(self, name: str, *sources: str) -> nn.Module:
+        return self._build_network(name, self._sources(*sources))
 
     def weight_distance(self) -> float:
         """How far a weight of the engine lies from that of its model, as a share of the largest number in its tensor:
@@ -238,11 +240,12 @@ class FastEngine(BaseEngine):
     def encode_text(self, prompts: Sequence[str]) -> Text:
         self._refresh()
         self._unload_except("text_encoder")
-        return Text(self.text_encoder(to_device(self.model.token_ids(prompts), self.device)))
+        text: Text = self.text_encoder(self.model, prompts)
+        return text
 
     @engine_call
     def denoise(self, latents: Tensor, timestep: float, text: Text) -> Tensor:
-        return self._call(self._step, latents, timestep, text.context)[0]
+        return self._call(self._step, latents, timestep, text)[0]
 
     @engine_call
     def denoise_and_capture(
@@ -253,17 +256,15 @@ class FastEngine(BaseEngine):
         """
         if not self.decoders:
             return self.denoise_and_capture_raw(latents, timestep, text)
-        noise, *sums = self._call(self._capture_projected, latents, timestep, text.context)
+        noise, *sums = self._call(self._capture_projected, latents, timestep, text)
         return noise, ProjectedCapture(tuple(sums), self.projection.tasks)
 
     @engine_call
     def denoise_and_capture_raw(self, latents: Tensor, timestep: float, text: Text) -> tuple[Tensor, Capture]:
         """The noise and every captured feature and map as the reference engine gives them."""
         self._refresh()
-        hook = RawCapture(self.model.levels, self.ops)
-        noise = self._run(
-            hook, self._latents(latents), self._row(timestep), *self._encode_keys_values(text.context.to(self.device))
-        )
+        hook = RawCapture(self.model.levels, self.ops, len(text) // len(latents))
+        noise = self._run(hook, *self._inputs(latents, timestep, text))
         return noise, hook.result()
 
     @engine_call
@@ -273,41 +274,58 @@ class FastEngine(BaseEngine):
         self._refresh_for(text.context)
         class_keys = self._encode_class_keys(class_text.context, sums.tokens.shape[1])
         others = (sums.cells, sums.tokens, *class_keys.values())
-        noise, cells, tokens = self._call(self._capture_average, latents, timestep, text.context, others)
+        noise, cells, tokens = self._call(self._capture_average, latents, timestep, text, others)
         return noise, AttentionSums(cells, tokens)
 
-    def _encode_class_keys(self, class_context: Tensor, cells: int) -> dict[Slot, Tensor]:
+    def _encode_class_keys(self, class_context: Tensor, cells: int) -> dict[AttentionSlot, Tensor]:
         """Keys [B, heads, T, d] of the class prompts, of every cross-attention with so many cells."""
         if self._class_keys is None or self._class_keys[0] is not class_context or self._class_keys[1] != cells:
             tables = self.texts(class_context.to(self.device, self.unet_dtype))
             slots = self.unet.text_layers
             keys = {
-                slot: table[0] for slot, table in zip(slots, tables) if self.model.levels[slot[0]].side ** 2 == cells
+                slot: table[0] for slot, table in zip(slots, tables) if self.model.levels[slot.level].side ** 2 == cells
             }
             self._class_keys = (class_context, cells, keys)
         return self._class_keys[2]
 
     def _call(
-        self, step: Step, latents: Tensor, timestep: float, context: Tensor, others: Inputs = ()
+        self, step: Step, latents: Tensor, timestep: float, text: Text, others: Inputs = ()
     ) -> tuple[Tensor, ...]:
-        """The noise [2B, 4, h, w], and whatever [B, ...] `step` returns besides, from the UNet's inputs: latents, the
+        """The noise [R, C, h, w], and whatever [B, ...] `step` returns besides, from the UNet's inputs: latents, the
         timestep's biases, `others` with a row for every image, and the keys and values of every text layer.
         """
-        self._refresh_for(context)
-        row, latents = self._row(timestep), self._latents(latents)
+        self._refresh_for(text.context)
+        biases, latents = self._biases(timestep, text), self._latents(latents)
+        images = len(latents)
 
         def slices(size: int) -> list[Inputs]:
-            tables = self._text_layers(context, size)
+            tables = self._text_layers(text.context, images, size)
             parts = zip(*(value.split(size) for value in (latents, *others)))
-            return [(part, row, *more, *table) for (part, *more), table in zip(parts, tables)]
+            rows = (
+                biases if biases.ndim == 1 else _select_rows(biases, 0, images, start, size)
+                for start in range(0, images, size)
+            )
+            return [(part, row, *more, *table) for (part, *more), row, table in zip(parts, rows, tables)]
 
         self._unload_except()
-        noise, *captured = zip(*self._parts(step, slices, len(latents)))
-        unconditional, conditional = zip(*(part.chunk(2) for part in noise))
-        return torch.cat([*unconditional, *conditional]), *(torch.cat(value) for value in captured)
+        noise, *captured = zip(*self._parts(step, slices, images))
+        halves = zip(*(part.chunk(len(text) // images) for part in noise))
+        return torch.cat([part for half in halves for part in half]), *(torch.cat(value) for value in captured)
+
+    def _inputs(self, latents: Tensor, timestep: float, text: Text) -> Inputs:
+        """What `_step` reads of a call that is not sliced."""
+        keys_values = self._encode_keys_values(text.context.to(self.device), len(latents))
+        return self._latents(latents), self._biases(timestep, text), *keys_values
 
     def _latents(self, latents: Tensor) -> Tensor:
         return latents.to(self.device, self.unet_dtype).contiguous(memory_format=torch.channels_last)
+
+    def _biases(self, timestep: float, text: Text) -> Tensor:
+        """What the timestep adds in every resnet, to all rows or with a pooled text to each its own."""
+        if text.pooled is None:
+            return self._row(timestep)
+        time = torch.full((), float(timestep), device=self.device)
+        return self.times(time, text.pooled.to(self.device), text.guidance).to(self.unet_dtype)
 
     def _row(self, timestep: float) -> Tensor:
         if (row := self._rows.get(float(timestep))) is None:
@@ -327,18 +345,19 @@ class FastEngine(BaseEngine):
         if not self._is_cached(context):
             self._refresh()
 
-    def _text_layers(self, context: Tensor, size: int) -> list[Inputs]:
+    def _text_layers(self, context: Tensor, images: int, size: int) -> list[Inputs]:
         """Keys and values of the texts of every slice, computed where they are not those of the previous call."""
         if self._text is None or not self._is_cached(context) or self._text[2] != size:
-            tables, batch = self._encode_keys_values(context.to(self.device)), len(context) // 2
+            tables = self._encode_keys_values(context.to(self.device), images)
             self._keys_values = [
-                tuple(_select_rows(table, batch, start, size) for table in tables) for start in range(0, batch, size)
+                tuple(_select_rows(table, 1, images, start, size) for table in tables)
+                for start in range(0, images, size)
             ]
             self._text = (context, _version_of(context), size)
         return self._keys_values
 
-    def _encode_keys_values(self, context: Tensor) -> tuple[Tensor, ...]:
-        """Keys and values of every layer."""
+    def _encode_keys_values(self, context: Tensor, images: int) -> tuple[Tensor, ...]:
+        """Keys and values of every layer, for the rows of text of so many images."""
         return self.texts(context.to(self.unet_dtype))
 
     def _run(self, hook: CaptureHook, latents: Tensor, row: Tensor, *keys_values: Tensor) -> Tensor:
@@ -358,7 +377,8 @@ class FastEngine(BaseEngine):
         slots = list(self._class_keys[2])
         keys, keys_values = others[: len(slots)], others[len(slots) :]
         sums = AttentionSums(cells, tokens)
-        hook = SummedAttention(self.model.levels, sums, dict(zip(slots, keys)), self.ops)
+        sides = [self.model.levels[slot.level].side for slot in self.unet.text_layers]
+        hook = SummedAttention(sides, sums, dict(zip(slots, keys)), self.ops)
         noise = self._run(hook, latents, row, *keys_values)
         return noise, hook.cells, hook.tokens
 
@@ -388,7 +408,7 @@ class FastEngine(BaseEngine):
     @engine_call
     def encode_image(
         self, images: Tensor, generators: Sequence[torch.Generator] | None = None
-    ) -> Tensor:  # [B, 4, h, w]
+    ) -> Tensor:  # [B, C, h, w]
         self._refresh()
         self._unload_except("image_encoder")
         parts = to_device(images, self.device).split(self._chunk(images.shape[2]))
@@ -398,7 +418,7 @@ class FastEngine(BaseEngine):
                 for part in parts
             ]
         )
-        return sample_moments(moments.contiguous(), generators) * self.model.latents.scale
+        return scale(self.model.latents, sample_moments(moments.contiguous(), generators))
 
     def _chunk(self, side: int) -> int:
         return max(CHUNK_PIXELS[self.device.type] // side**2, 1)
@@ -443,11 +463,12 @@ def slice_of(batch: int) -> int:
     return min(-(-batch // 2), WIDEST_SLICE)
 
 
-def _select_rows(table: Tensor, batch: int, start: int, count: int) -> Tensor:
-    """The part of a TextTable's [2, 2B, heads, T, d] that belongs to images start .. start + count."""
+def _select_rows(table: Tensor, axis: int, batch: int, start: int, count: int) -> Tensor:
+    """The rows along `axis` of a table of all rows of text that belong to images start .. start + count."""
     if batch <= count:
         return table
-    return table.unflatten(1, (2, batch))[:, :, start : start + count].flatten(1, 2)
+    images = table.unflatten(axis, (-1, batch))
+    return images.narrow(axis + 1, start, min(count, batch - start)).flatten(axis, axis + 1)
 
 
 def as_images(pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,13 +25,13 @@ from datasetdm_fast.engine.engines.memory import trim
 from datasetdm_fast.engine.loading.network import Weighted, as_widest
 from datasetdm_fast.engine.models.packed import pack_layers, spending
 from datasetdm_fast.engine.models.unet import UNet
-from datasetdm_fast.engine.models.unet_block import is_narrow, with_blocks
+from datasetdm_fast.engine.models.unet_block import has_blocks, is_narrow, with_blocks
 from datasetdm_fast.engine.models.vae import ImageDecoder
 from datasetdm_fast.kernels import winograd
 from datasetdm_fast.stages import FACTOR
 
 # weights that are computed with before they are stored, or stay in fp32: of timesteps, and of doubled cells
-COMPUTED = ("time_emb", "upsamplers")
+COMPUTED = ("time_emb", "add_embedding", "upsamplers")
 LARGEST_IDLE = 2**27  # bytes; larger networks of LAZY_NETWORKS are unloaded while others compute, and read again
 
 
@@ -57,7 +57,7 @@ class CpuEngine(FastEngine):
 
     def _forms(self) -> tuple[torch.dtype, tuple[type[nn.Module], type[nn.Module]]]:
         is_block = self._has_usual_ops and not self.is_compiled
-        is_small = is_narrow(self.model.denoiser.config.block_out_channels)
+        is_small = is_narrow(self.model.denoiser.config)
         return torch.float32 if is_block and is_small else self.dtype, (UNet, ImageDecoder)
 
     def _sources(self, *names: str) -> dict[str, Weighted]:
@@ -71,7 +71,7 @@ class CpuEngine(FastEngine):
         dtypes = {name: self.unet_dtype if name == "unet" else self.dtype for name in networks}
         return {
             name: network.read()
-            if name == "text_encoder"
+            if name in self.model.backbone.of_kind("text_encoder")
             else network.read(functools.partial(choose_dtype, dtypes[name]), dtypes[name])
             for name, network in networks.items()
         }
@@ -81,17 +81,18 @@ class CpuEngine(FastEngine):
         self.label_dtype, self._stored_decoders = torch.float32, self.decoders
         if not self.is_compiled:
             in_pairs = self.dtype == torch.bfloat16
-            self.unet = pack_layers(with_blocks(self.unet, in_pairs) if self._has_usual_ops else self.unet)
+            is_block = self._has_usual_ops and has_blocks(self.model.denoiser.config)
+            self.unet = pack_layers(with_blocks(self.unet, in_pairs) if is_block else self.unet)
             if self._has_usual_ops:
                 self._stored_decoders = {task: packed_decoder(decoder) for task, decoder in self.decoders.items()}
         trim()
         # the text of the unconditional rows, its keys and values
         self._empty: tuple[Tensor, tuple[Tensor, ...]] | None = None
 
-    def _load_lazily(self, name: str, source: str) -> nn.Module:
+    def _load_lazily(self, name: str, *sources: str) -> nn.Module:
         is_packed = name != "text_encoder" and not self.is_compiled
         free_memory()
-        module = super()._load_lazily(name, source)
+        module = super()._load_lazily(name, *sources)
         module = pack_layers(module) if is_packed else module
         trim()  # what reading left behind
         return spending(module) if is_packed and name == "image_decoder" and self._has_usual_ops else module
@@ -101,11 +102,13 @@ class CpuEngine(FastEngine):
             if name not in needed and (module := self.__dict__.get(name)) is not None and is_large(module):
                 self.__dict__.pop(name, None)
 
-    def _encode_keys_values(self, context: Tensor) -> tuple[Tensor, ...]:
+    def _encode_keys_values(self, context: Tensor, images: int) -> tuple[Tensor, ...]:
         """Keys and values of the unconditional rows are cached from batch to batch where all are one text; otherwise
         each is computed alone, so that the batch changes no rounding.
         """
-        batch, text = len(context) // 2, context.to(self.unet_dtype)
+        batch, text = len(context) - images, context.to(self.unet_dtype)  # unconditional rows
+        if not batch:
+            return tuple(self.texts(text))
         if not torch.equal(context[:batch], context[:1].expand(batch, -1, -1)):
             rows = [self.texts(row) for row in text[:batch].split(1)]
             return tuple(torch.cat(parts, 1) for parts in zip(*rows, self.texts(text[batch:])))

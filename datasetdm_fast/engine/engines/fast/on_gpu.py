@@ -163,8 +163,8 @@ class GpuEngine(FastEngine):
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
         latents = torch.zeros(batch, *self.model.latent_shape(), device=self.device)
-        context = self.encode_text([""]).expand(2 * batch).context
-        self._capture_projected(self._latents(latents), self._row(1), *self._encode_keys_values(context))
+        text = self.encode_text([""]).expand(self.model.levels[0].halves * batch)
+        self._capture_projected(*self._inputs(latents, 1.0, text))
         return torch.cuda.max_memory_allocated(self.device) - before
 
     def _versions(self) -> dict[str, str]:

@@ -1,0 +1,75 @@
+"""Stable Diffusion XL by the fast engine, against its oracle: blocks of several depths, one row an image and two."""
+
+from dataclasses import replace
+
+import pytest
+import tiny_pipelines
+import torch
+
+from datasetdm_fast.config import ATTENTION
+from datasetdm_fast.data import Request
+from datasetdm_fast.engine.decoders.checkpoint import for_inference
+from datasetdm_fast.engine.decoders.seeded import seeded_decoders
+from datasetdm_fast.engine.engines import build_engine
+from datasetdm_fast.engine.loading.in_memory import model_of
+from datasetdm_fast.engine.loop.call_text import call_text
+from datasetdm_fast.engine.loop.recipe import make_recipe
+from datasetdm_fast.engine.models.capture import RawCapture
+from datasetdm_fast.engine.models.fused import FusedUNet
+from datasetdm_fast.engine.models.unet import TextTable, TimeTable, UNet
+from datasetdm_fast.kernels import plain
+from datasetdm_fast.runs.agreement.verify import verify
+
+PROMPTS = ("a red car", "", "two dogs and a long text", "x", "a cat")
+CASES = {  # sizes of the pipeline, guidance of its images
+    "guided": ({}, 5.0),
+    "of one half": ({"depths": (0, 2, 3), "width": 48, "text": 24}, 1.0),
+    "distilled": ({"guidance_embedding": 16}, 3.0),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def model(request):
+    sizes, guidance = CASES[request.param]
+    torch.manual_seed(0)
+    found = model_of(tiny_pipelines.build("sdxl", **sizes), tiny_pipelines.SIZE)
+    return replace(found, defaults=replace(found.defaults, guidance=guidance), scale=guidance)
+
+
+def engines(model, has_decoders=True):
+    decoders = seeded_decoders(model.levels, model.text_width) if has_decoders else {}
+    decoders = {task: for_inference(decoder, strict=False) for task, decoder in decoders.items()}
+    return [build_engine(name, model, decoders, device="cpu") for name in ("fast", "torch")]
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_the_fast_engine_agrees_with_the_oracle(model, batch):
+    fast, reference = engines(model)
+    recipe = make_recipe(reference, tuple(fast.decoders), steps=2, sampler="ddim")
+    requests = [Request(number, prompt, number) for number, prompt in enumerate(PROMPTS[:batch])]
+    verdict = verify(fast, reference, requests, recipe, batch, is_whole=True)
+    assert verdict.agrees, verdict.table()
+    assert {"averages of attention", "level low", "level highest"} <= {row.measure for row in verdict.rows}
+
+
+def test_features_and_maps_are_those_of_the_oracle(model):
+    fast, reference = engines(model, has_decoders=False)
+    recipe = make_recipe(reference, (), steps=2, sampler="ddim")
+    verdict = verify(fast, reference, [Request(0, PROMPTS[0], 7)], recipe, 1)
+    assert verdict.agrees and ATTENTION not in verdict.facts["decoders"], verdict.table()
+
+
+@torch.inference_mode()
+def test_the_network_for_a_gpu_is_exact(model):
+    """A bias for each image as shift, and what the tokens of several blocks lack, in fp64."""
+    (fast, _), unet = engines(model, has_decoders=False), model.modules["unet"]
+    latents = torch.randn(2, *model.latent_shape()).double()
+    text = call_text(fast, PROMPTS[:2])
+    rows = TimeTable(unet, model.size)(torch.tensor(500.0), text.pooled, text.guidance).double()
+    tables, hooks, found = TextTable(unet).double()(text.context.double()), [], []
+    for kind in (UNet, FusedUNet):
+        hooks.append(RawCapture(model.levels, plain, len(text) // 2))
+        found.append(kind(unet, plain).double()(latents, rows, tables, hooks[-1]))
+    pairs = [(found[1], found[0]), *((hooks[1].features[slot], right) for slot, right in hooks[0].features.items())]
+    pairs += [(hooks[1].maps[slot], right) for slot, right in hooks[0].maps.items()]
+    assert all((ours - right).norm() <= 1e-6 * right.norm() for ours, right in pairs)
