@@ -142,8 +142,8 @@ def test_a_whole_run_is_timed_from_its_first_image_to_the_last():
     assert whole_run.rate(made, batch=4) == 2.0
     samples = [(9.0, {"watts": 100.0, "mhz": 300, "used": 5 * 2**20})]
     samples += [(11.0, {"watts": 600.0, "mhz": 1900, "used": 9 * 2**20}), (13.0, {"watts": 700.0, "mhz": 1800})]
-    found = whole_run.figures(samples, {"used": 2 * 2**20}, made)
-    assert found == {"peak_mib": 7.0, "watts": 650, "mhz": 1850, "joules_per_image": 236.36}
+    found = whole_run.figures(samples, {"used": 2 * 2**20}, made, batch=4)
+    assert found == {"peak_mib": 7.0, "watts": 650, "mhz": 1850, "joules_per_image": 325.0}
 
 
 def test_the_race_and_the_whole_run_of_a_small_model(tmp_path, monkeypatch, known_limits, capsys):

@@ -170,7 +170,8 @@ def test_ratios_of_peers_that_raced_one_by_one_come_from_their_own_pairs(documen
 
 
 def test_a_failed_row_says_so_everywhere(document):
-    document["parts"]["peers"]["rows"][1] |= {"status": "failed", "why": "does not match"}
+    differs = {"status": "failed", "why": "does not match", "parity": [{"passed": False}]}
+    document["parts"]["peers"]["rows"][1] |= differs
     assert report.parity(document) == "fail"
     assert "FAILED: does not match" in report.terminal(document)
     assert "fast_vs_torch" not in peers.ratios(document) and charts.peers(document).count('class="bad">failed') == 1
@@ -247,8 +248,7 @@ def checkout(tmp_path, document):
     return tmp_path
 
 
-def test_marked_sections_are_written_and_the_rest_is_left(checkout, monkeypatch):
-    monkeypatch.setattr(report.reckoned, "images_per_second", lambda: 4.5)
+def test_marked_sections_are_written_and_the_rest_is_left(checkout):
     files = report.wanted(checkout)
     front = files[checkout / "README.md"]
     assert front.startswith(
@@ -260,10 +260,36 @@ def test_marked_sections_are_written_and_the_rest_is_left(checkout, monkeypatch)
     assert "No race of ours has been measured on a GPU yet." in whole
     assert "not here: a CPU has no such arithmetic" in whole
     assert "](charts/cpu-peers.svg)" in whole  # as seen from the page's own folder
-    assert "One GPU makes 4.5 images per second (estimated" in whole  # as none was measured
-    # 4,500 a second at 0.4 + 2.0 * 4 ms of a core, four files each, in batches of 16 that are committed in 3 ms
-    assert "| 1,000 | 4,500.0 | 37.80 | 18,000 | 84 % | 12.0 min |" in whole  # and closed in 0.5 ms each
     assert (checkout / "bench" / "charts" / "cpu-ladder.svg") in files
+
+
+def test_many_gpus_are_computed_from_the_race_of_one(document):
+    gpu = document | {"machine": {"device": "Some GPU"}, "parts": {"peers": {"rows": [peer("ours", (1 / 4.5,) * 3)]}}}
+    text = report.paper({"cpu": document, "gpu": gpu}, "charts")
+    assert text.startswith("One Some GPU makes 4.5 images per second. ")
+    # 4,500 a second at 0.4 + 2.0 * 4 ms of a core, four files each, in batches of 16 that are committed in 3 ms
+    assert "| 1,000 | 4,500.0 | 37.80 | 18,000 | 84 % | 12.0 min |" in text  # and closed in 0.5 ms each
+
+
+def test_the_table_of_a_gpu_says_what_a_cut_run_covers_and_who_raced_before(document):
+    clocks = {"power_limit_w": 700, "graphics_most_mhz": 1980}
+    machine = {"device": "Some GPU", "commit": "abc1234", "driver": "580.1", "clocks": clocks}
+    machine["versions"] = {"torch": "2.11.0", "cuda": "13.0"}
+    whole = {"peer": "ours-run", "title": "a whole run", "status": "ok", "images": 96, "batch": 32, "is_left": True}
+    whole |= {"images_per_second": 5.0, "watts": 690, "mhz": 1622}
+    raced = [peer("ours", (0.25,) * 3), peer("compiled", (1.0,), status="absent", why="no time", is_left=True)]
+    parts = {"peers": {"rows": raced}, "peers run": {"rows": [whole]}}
+    now = document | {"machine": machine, "parts": parts}
+    before = now | {"parts": {"peers": {"rows": [peer("ours", (0.5,) * 3), peer("upstream", (2.0,) * 3)]}}}
+    text = report.gpu_front({"gpu": now, "gpu before": before}, "charts")
+    assert "had made 96 images when its time was up, and the 64 after its first batch count, at 690 W" in text
+    assert [line.split(" | ")[0] for line in text.splitlines()[2:5]] == [
+        "| title of upstream <&>",
+        "| title of ours <&>",
+        "| a whole run",
+    ]
+    assert "driver 580.1, 700 W and 1980 MHz at most" in text and "compiled" not in text
+    assert "title of upstream <&>, in turn with ours in an earlier race: `python -m bench`" in text
 
 
 def test_the_bench_page_keeps_the_rows_that_were_changed():
@@ -308,7 +334,7 @@ def test_the_front_page_says_in_which_precision_ours_is_faster(document):
     assert "speed-up of datasetdm_fast in fp32, 4 images |" in report.summary({"cpu": document}, "charts")
     for row in document["parts"]["peers"]["rows"]:
         row["dtype"] = "fp16"
-    assert "speed-up of datasetdm_fast in fp16, 4 images |" in report.summary({"gpu": document}, "charts")
+    assert "speed-up of datasetdm_fast in fp16, 4 images |" in report.summary({"cpu": document}, "charts")
 
 
 def test_prose_is_broken_into_lines_and_nothing_else():
@@ -334,24 +360,35 @@ def test_an_unknown_section_and_an_empty_folder_are_refused(checkout):
         report.wanted(checkout)
 
 
+def gpu_rows(commit: str) -> list[dict]:
+    path = ROOT / "bench" / "results" / f"2026-11-27-nvidia-h200-{commit}.json"
+    return results.rows_of(json.loads(path.read_text()), "peers")
+
+
+def gpu_row(name: str) -> dict:
+    """A peer as it raced last."""
+    return next(row for commit in ("16c7755", "b4862ba") for row in gpu_rows(commit) if row["peer"] == name)
+
+
 def prose_figures() -> Iterator[tuple[str, str]]:
     """A page and a sentence on it, with the figures of the files that they come from."""
     folder = ROOT / "bench" / "results"
-    probe = json.loads((folder / "2026-11-26-nvidia-h200-f8d9094-probe.json").read_text())
-    whole = {row[0]: row[-1] for row in report.probed.stages(probe)[1]}
-    yield "README.md", f"the stages of an image on an H200 ({whole['8']} ms in all)"
     page, name = "docs/benchmarks.md", "2026-11-26-nvidia-h200-7a35297"
     (passed,) = re.findall(r"(283) passed, 1 skipped", (folder / f"{name}-log-1.txt").read_text())
     yield page, f"{passed} GPU tests passed"
-    raced = json.loads((folder / "incomplete" / f"{name}.json").read_text())["parts"]
-    rates = {
-        row["peer"]: row["images_per_second"]
-        for part in raced.values()
-        for row in part.get("rows", [])
-        if "images_per_second" in row and row.get("status") == "ok"
-    }
-    diffusers, upstream = rates["diffusers"], rates["upstream-tf32"]
-    yield page, f"made {diffusers:.2f} labelled images a second, DatasetDM as written in TF32 {upstream:.2f}"
+    ours, other, upstream = (gpu_row(name) for name in ("ours", "diffusers", "upstream-tf32"))
+    (run,) = (row for row in gpu_rows("16c7755") if row["peer"] == "ours-run")
+    yield (
+        "docs/gpu.md",
+        (
+            f"ours {ours['images_per_second']:.2f}, diffusers in fp16 at its batch of 32 "
+            f"{other['images_per_second']:.2f}, so {other['ours_over']['median']:.2f} times as many "
+            f"({other['ours_over']['least']:.2f} to {other['ours_over']['most']:.2f} over three rounds"
+        ),
+    )
+    yield "docs/gpu.md", f"in TF32, {upstream['images_per_second']:.3f}: {upstream['ours_over']['median']:.1f} times"
+    yield "docs/gpu.md", f"{run['images_per_second']:.2f} a second: {run['images']} of 256 images"
+    yield "docs/gpu.md", f"{run['joules_per_image']:.0f} J an image, {run['peak_mib']:,.0f} MiB. At {run['watts']} of"
     table = (ROOT / "bench" / "world" / "hard" / "README.md").read_text()
     (first,) = re.findall(r"100 labelled scenes, three students \| ([\d., ]+) \|", table)
     labelled, generated = re.findall(r"labelled by the decoder.* (\S+) \|\n.*generated pictures.* (\S+) \|", table)[0]

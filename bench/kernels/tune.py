@@ -22,8 +22,7 @@ from bench.machine.measure import distance
 from bench.options import say
 from bench.peers.upstream import arithmetic
 from bench.report import results
-from bench.report.reckoned import BUDGET
-from bench.report.results import ResultFile, is_settled, rows_of
+from bench.report.results import BUDGET, ResultFile, is_settled, rows_of
 from bench.rows.ops import RandomInputs, limit_of, outputs, placed
 from datasetdm_fast.engine.engines.fast import DTYPES
 from datasetdm_fast.kernels import OPS, fused, plain

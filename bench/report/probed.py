@@ -5,17 +5,16 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from bench.report.reckoned import CALLS
 from bench.report.results import rows_of
 from bench.report.tables import Cells, markdown, number
 
+CALLS = 50  # of an image besides the captured one
 NONE = "No GPU has been probed yet: `python -m bench probe`."
 BATCH_OF = re.compile(r"batch of (\d+), (\w+)")
 STAGES = ["images in a batch", "UNet call", "captured call", "label decoders", "image decoder"]
 IN_ALL = [f"an image of {CALLS + 1} calls"]
 LISTS = {8: "longest", 32: "longest_32"}  # images of a call -> the part that lists its kernels
 SHOWN = 12  # kernels
-FRONT = ("1", "8", "32")  # images in a batch, of which the front page tells
 LIBRARY = re.compile(r"_implicit_gemm_\w+?_tilesize")  # of cuDNN's names, what all of its convolutions have
 
 
@@ -40,23 +39,17 @@ def longest(document: dict[str, Any], part: str) -> Cells:
     ]
 
 
-def source(document: dict[str, Any], command: str) -> str:
+def source(document: dict[str, Any]) -> str:
     machine, precision = document["machine"], BATCH_OF.search(rows_of(document, "batches")[0]["what"])[2]
     versions = ", ".join(f"{name} {machine['versions'][name]}" for name in ("torch", "cuda"))
     return (
-        f"`{command}`, {document['date'][:10]}, {machine['device']}, {versions}, commit {machine['commit']}; SD 1.4's "
-        f"size, 512 pixels, {precision}; ms an image"
+        f"`{document['command']}`, {document['date'][:10]}, {machine['device']}, {versions}, commit "
+        f"{machine['commit']}; SD 1.4's size, 512 pixels, {precision}; ms an image; an image is the sum of its stages"
     )
 
 
-def front(document: dict[str, Any]) -> str:
-    head, rows = stages(document)
-    told = f"**Measured** ({source(document, 'python -m bench probe')}; an image is the sum of its stages).\n\n"
-    return told + markdown((head, [row for row in rows if row[0] in FRONT]))
-
-
 def section(document: dict[str, Any]) -> str:
-    parts = [f"{source(document, document['command'])}.", markdown(stages(document))]
+    parts = [f"{source(document)}.", markdown(stages(document))]
     for batch, part in LISTS.items():
         if rows_of(document, part):
             parts += [f"### Kernels of a UNet call of {batch} images", markdown(longest(document, part))]

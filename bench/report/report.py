@@ -15,7 +15,7 @@ from bench.options import FULL_SIZE_MODEL
 from bench.peers import OURS
 from bench.proof.claims import page as claims
 from bench.proof.claims import training_free, tuned_page
-from bench.report import probed, reckoned
+from bench.report import probed
 from bench.report.results import (
     FEWER,
     PEERLESS,
@@ -29,7 +29,7 @@ from bench.report.results import (
     rows_of,
 )
 from bench.report.tables import Cells, Table, aligned, markdown, number, percent, unsteady
-from bench.rows import MEASUREMENTS
+from bench.rows import MEASUREMENTS, whole_run
 from bench.rows.peers import ratios
 from bench.rows.race import ratio
 from datasetdm_fast.command_line.flags import parse
@@ -108,6 +108,8 @@ def wanted(root: Path) -> dict[Path, str]:
     """Every page and chart as the newest result files of `root` would have it."""
     folder = root / "bench" / "results"
     found = {suite: read(path) for suite in (*SUITES, *PEERLESS) if (path := newest(suite, folder))}
+    if earlier := measured("gpu", folder)[:-1]:
+        found["gpu before"] = read(earlier[-1])
     found |= {f"{FULL_SIZE} {k}": read(path) for k, path in enumerate(newest_of_each_machine(FULL_SIZE, folder))}
     of_claims = [read(path) for path in measured("claims", folder)]
     if before := [one for one in of_claims if one["scale"]["steps"] != of_claims[-1]["scale"]["steps"]]:
@@ -159,27 +161,23 @@ def wrapped(text: str) -> str:
 
 
 def summary(found: Documents, charts: str) -> str:
-    """What the front page says of speed: the peers of every suite in short."""
-    parts = []
-    for suite in SUITES:
-        if suite in found:
-            rows = [row for row in rows_of(found[suite], "peers") if row["status"] != "absent"]
-            steady = [row for row in rows if not unsteady(row)]
-            counts = [len(row["seconds_per_image"]["rounds"]) for row in steady if row["status"] == "ok"]
-            facts = (
-                f"{source(found[suite])}; {setting_line(found[suite])}. Speed-ups are medians (and ranges) over pairs "
-            )
-            facts += f"of neighbouring rounds, at least {min(counts, default=0)}."
-            if len(steady) < len(rows):
-                left = count_noun(len(rows) - len(steady), "row")
-                facts += f" Omitted because the machine was busy or the rounds differed: {left}."
-            calls = found[suite]["setting"]["calls"]
-            ours = next((row for row in rows if row["peer"] == OURS), {})
-            headings = SHORT | {"images/s": f"images/s, {calls} UNet calls each"}
-            headings["our speed-up"] += f" in {ours.get('dtype', 'fp32')}, {count_noun(ours.get('batch', 1), 'image')}"
-            table = narrowed(with_single_images(MEASUREMENTS["peers"].tables[0], rows), headings)
-            parts += [picture(suite, "peers", charts), facts, markdown(table.cells(steady))]
-    return "\n\n".join(parts)
+    """The peers of the suite on a CPU in short."""
+    if "cpu" not in found:
+        return ""
+    document = found["cpu"]
+    rows = [row for row in rows_of(document, "peers") if row["status"] != "absent"]
+    steady = [row for row in rows if not unsteady(row)]
+    counts = [len(row["seconds_per_image"]["rounds"]) for row in steady if row["status"] == "ok"]
+    facts = f"{source(document)}; {setting_line(document)}. Speed-ups are medians (and ranges) over pairs "
+    facts += f"of neighbouring rounds, at least {min(counts, default=0)}."
+    if len(steady) < len(rows):
+        left = count_noun(len(rows) - len(steady), "row")
+        facts += f" Omitted because the machine was busy or the rounds differed: {left}."
+    ours = next((row for row in rows if row["peer"] == OURS), {})
+    headings = SHORT | {"images/s": f"images/s, {document['setting']['calls']} UNet calls each"}
+    headings["our speed-up"] += f" in {ours.get('dtype', 'fp32')}, {count_noun(ours.get('batch', 1), 'image')}"
+    table = narrowed(with_single_images(MEASUREMENTS["peers"].tables[0], rows), headings)
+    return "\n\n".join([picture("cpu", "peers", charts), facts, markdown(table.cells(steady))])
 
 
 def source(document: Document) -> str:
@@ -273,8 +271,11 @@ def parity(document: Document) -> str:
 def paper(found: Documents, charts: str) -> str:
     """What many GPUs would need, computed from the costs that were measured."""
     cpu = found.get("cpu") or found["gpu"]
-    raced = {row["peer"]: row for row in rows_of(found["gpu"], "peers")} if "gpu" in found else {"ours": {}}
-    rate = raced.get("ours", {}).get("images_per_second")
+    raced = rows_of(found["gpu"], "peers") if "gpu" in found else []
+    rate = next((row["images_per_second"] for row in raced if row["peer"] == OURS and row["status"] == "ok"), None)
+    if rate is None:
+        return NO_GPU
+    device = found["gpu"]["machine"]["device"]
     scale = {name: [row for row in rows_of(cpu, "scale") if name in row] for name in ("ms", "written", "commit_ms")}
     if not all(scale.values()):
         return "The part `scale` has not been measured yet."
@@ -282,18 +283,15 @@ def paper(found: Documents, charts: str) -> str:
     own, disk = scale["ms"][-1]["ms"]["own"], scale["commit_ms"][0]
     scene = min(scale["written"], key=lambda row: abs(row["pixels"] - PAPER_SIDE))
     written = scene["core_ms"] * (PAPER_SIDE / scene["pixels"]) ** 2
-    each, source = (
-        (rate, "measured") if rate else (reckoned.images_per_second(), "estimated for an H200, see the README")
-    )
     rows = []
     for count in PAPER_GPUS:
-        total = each * count
+        total = rate * count
         hours, busy = (1e6 / total + 1e3 * (closed or 0)) / 3600, total / PAPER_BATCH * disk["commit_ms"] / 1e3
         took = f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
         rates = [f"{total:,.1f}", f"{total * (own + written) / 1e3:,.2f}", f"{total * disk['files']:,.0f}"]
         rows.append([f"{count:,}", *rates, percent(busy), took])
     return (
-        f"One GPU makes {number(each)} images per second ({source}). Measured on this CPU: the generation loop's own "
+        f"One {device} makes {number(rate)} images per second. Measured on this CPU: the generation loop's own "
         f"work is {number(own)} ms of one core per image, encoding and writing {number(written)} ms for {PAPER_SIDE} "
         f"pixels and four kinds of labels; one commit of a batch takes {number(disk['commit_ms'])} ms. Ranks do not "
         "communicate, so throughput grows with the number of GPUs as long as there are the cores of the third column, "
@@ -338,17 +336,48 @@ def front(found: Documents, charts: str) -> str:
     return "\n\n".join([markdown((["CPU", *head], rows)), *sources]) if rows else NO_FULL_SIZE
 
 
-def gpu_front(document: Document) -> str:
-    """The race and the whole run on a GPU in one table, with what the card was set to and drew."""
-    table = narrowed(MEASUREMENTS["peers"].tables[0], {name: name for name in GPU_COLUMNS})
-    rows = [row for row in rows_of(document, "peers") if row["status"] != "absent"]
-    machine = document["machine"]
-    card = f"driver {machine['driver']}, {machine['clocks']['power_limit_w']} W at most"
-    drawn_by = [
-        f"a whole run drew {row['watts']} W at {row['mhz']} MHz" for row in rows if "watts" in row and "mhz" in row
+def gpu_front(found: Documents, charts: str) -> str:
+    """The race and the whole run on a GPU in one table, with what the card was set to and drew; peers that raced before
+    on such a card are beside their own source.
+    """
+    if "gpu" not in found:
+        return NO_GPU
+    document, rows = found["gpu"], {row["peer"]: row for row in timed_on_gpu(found["gpu"])}
+    sources = [
+        f"{source(document)}, {card_line(document)}{run_line(rows.get(whole_run.PEER))}; {setting_line(document)}."
     ]
-    facts = ", ".join([f"CUDA {machine['versions']['cuda']}", card, *drawn_by])
-    return f"{markdown(table.cells(rows))}\n\n{source(document)}, {facts}; {setting_line(document)}."
+    before = found.get("gpu before", {"machine": {}})
+    if before["machine"].get("device") == document["machine"]["device"]:
+        others = [row for row in timed_on_gpu(before) if row["peer"] not in rows]
+        rows |= {row["peer"]: row for row in others}
+        titles = " and ".join(row["title"] for row in others)
+        sources += [f"{titles}, in turn with ours in an earlier race: {source(before)}."] if others else []
+    table = narrowed(MEASUREMENTS["peers"].tables[0], {name: name for name in GPU_COLUMNS})
+    slowest_first = sorted(rows.values(), key=lambda row: row["images_per_second"])
+    return "\n\n".join([markdown(table.cells(slowest_first)), *sources])
+
+
+def timed_on_gpu(document: Document) -> list[dict[str, Any]]:
+    return [row for row in rows_of(document, "peers") if row["status"] == "ok" and "images_per_second" in row]
+
+
+def card_line(document: Document) -> str:
+    """Versions of CUDA and the driver, and what the card may draw."""
+    machine = document["machine"]
+    return (
+        f"CUDA {machine['versions']['cuda']}, driver {machine['driver']}, {machine['clocks']['power_limit_w']} W and "
+        f"{machine['clocks']['graphics_most_mhz']} MHz at most"
+    )
+
+
+def run_line(row: Mapping[str, Any] | None) -> str:
+    """What the row of a whole run covers, and what the card drew meanwhile."""
+    if row is None:
+        return ""
+    cut = " when its time was up" if row.get("is_left") else ""
+    drew = f", at {row['watts']} W and {row['mhz']} MHz" if "watts" in row and "mhz" in row else ""
+    counted = row["images"] - row["batch"]
+    return f"; the whole run had made {row['images']} images{cut}, and the {counted} after its first batch count{drew}"
 
 
 def tuned_front(found: Documents, charts: str) -> str:
@@ -383,9 +412,7 @@ SECTIONS: dict[str, Callable[[Documents, str], str]] = {
     "summary": summary,
     "cpu": whole("cpu"),
     "gpu": whole("gpu"),
-    "gpu-front": lambda found, charts: gpu_front(found["gpu"]) if "gpu" in found else NO_GPU,
-    "reckoned": lambda found, charts: reckoned.section(),
-    "probed-front": lambda found, charts: probed.front(found["probe"]) if "probe" in found else probed.NONE,
+    "gpu-front": gpu_front,
     "probed": lambda found, charts: probed.section(found["probe"]) if "probe" in found else probed.NONE,
     "full-size": full_size,
     "paper": paper,

@@ -16,6 +16,7 @@ from datasetdm_fast.errors import Missing, Refused
 
 FORMAT = 1
 FOLDER = ROOT / "bench" / "results"
+BUDGET = ROOT / "bench" / "gpu_budget.json"  # what calls cost, reckoned
 BEGUN, DONE, BROKEN = "begun", "done", "broken"
 SUITES = ("cpu", "gpu")
 FEWER = "tuned-fewer"

@@ -66,7 +66,7 @@ def rows(run: BenchRun) -> Rows:
     row |= {"is_left": True} if is_cut else {}
     row |= {"status": "ok", "images_per_second": round(rate(made, batch), 4)}
     row["tflops"] = float(f"{row['images_per_second'] * run.setting.flops / 1e12:.4g}")
-    return [row | figures(samples, before, made)] if samples else [row]
+    return [row | figures(samples, before, made, batch)] if samples else [row]
 
 
 def rate(made: Sequence[float], batch: int) -> float:
@@ -93,7 +93,7 @@ def watch(run: BenchRun, process: subprocess.Popen[bytes]) -> list[tuple[float, 
     return found
 
 
-def figures(samples: Sequence[tuple[float, State]], before: State, made: Sequence[float]) -> dict[str, Any]:
+def figures(samples: Sequence[tuple[float, State]], before: State, made: Sequence[float], batch: int) -> dict[str, Any]:
     """Memory at most, and power and clock on average while images were made."""
     busy = [one for moment, one in samples if made[0] <= moment <= made[-1]]
     found: dict[str, Any] = {}
@@ -103,8 +103,7 @@ def figures(samples: Sequence[tuple[float, State]], before: State, made: Sequenc
         if values := [one[name] for one in busy if name in one]:
             found[name] = round(statistics.fmean(values))
     if "watts" in found:
-        seconds = (made[-1] - made[0]) / max(len(made) - 1, 1)
-        found["joules_per_image"] = round(found["watts"] * seconds, 2)
+        found["joules_per_image"] = round(found["watts"] / rate(made, batch), 2)
     return found
 
 
