@@ -288,8 +288,8 @@ def test_the_table_of_a_gpu_says_what_a_cut_run_covers_and_who_raced_before(docu
         "| title of ours <&>",
         "| a whole run",
     ]
-    assert "driver 580.1, 700 W and 1980 MHz at most" in text and "compiled" not in text
-    assert "title of upstream <&>, in turn with ours in an earlier race: `python -m bench`" in text
+    assert "Some GPU (700 W and 1980 MHz at most), driver 580.1, CUDA 13.0" in text and "compiled" not in text
+    assert "title of upstream <&>: an earlier race with ours, commit abc1234." in text
 
 
 def test_the_bench_page_keeps_the_rows_that_were_changed():

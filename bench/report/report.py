@@ -333,7 +333,7 @@ def front(found: Documents, charts: str) -> str:
         device = " ".join(document["machine"]["device"].replace("(R)", "").split()[:2]).strip(",")
         rows += [[device, *line] for line in lines]
         sources.append(f"{source(document)}.")
-    return "\n\n".join([markdown((["CPU", *head], rows)), *sources]) if rows else NO_FULL_SIZE
+    return markdown((["CPU", *head], rows)) + "\n\n" + " ".join(sources) if rows else NO_FULL_SIZE
 
 
 def gpu_front(found: Documents, charts: str) -> str:
@@ -343,18 +343,17 @@ def gpu_front(found: Documents, charts: str) -> str:
     if "gpu" not in found:
         return NO_GPU
     document, rows = found["gpu"], {row["peer"]: row for row in timed_on_gpu(found["gpu"])}
-    sources = [
-        f"{source(document)}, {card_line(document)}{run_line(rows.get(whole_run.PEER))}; {setting_line(document)}."
-    ]
+    what = f"{document['setting']['model']}, {document['setting']['calls']} UNet calls an image with all labels"
+    sources = [f"{what}, {card_line(document)}{run_line(rows.get(whole_run.PEER))}."]
     before = found.get("gpu before", {"machine": {}})
     if before["machine"].get("device") == document["machine"]["device"]:
         others = [row for row in timed_on_gpu(before) if row["peer"] not in rows]
         rows |= {row["peer"]: row for row in others}
         titles = " and ".join(row["title"] for row in others)
-        sources += [f"{titles}, in turn with ours in an earlier race: {source(before)}."] if others else []
+        sources += [f"{titles}: an earlier race with ours, commit {before['machine']['commit']}."] if others else []
     table = narrowed(MEASUREMENTS["peers"].tables[0], {name: name for name in GPU_COLUMNS})
     slowest_first = sorted(rows.values(), key=lambda row: row["images_per_second"])
-    return "\n\n".join([markdown(table.cells(slowest_first)), *sources])
+    return markdown(table.cells(slowest_first)) + "\n\n" + " ".join(sources)
 
 
 def timed_on_gpu(document: Document) -> list[dict[str, Any]]:
@@ -362,11 +361,14 @@ def timed_on_gpu(document: Document) -> list[dict[str, Any]]:
 
 
 def card_line(document: Document) -> str:
-    """Versions of CUDA and the driver, and what the card may draw."""
-    machine = document["machine"]
+    """Day, card with what it may draw, versions and commit."""
+    machine, clocks = document["machine"], document["machine"]["clocks"]
+    names = [name for name in ("torch", "diffusers") if name in machine["versions"]]
+    versions = "".join(f", {name} {machine['versions'][name]}" for name in names)
     return (
-        f"CUDA {machine['versions']['cuda']}, driver {machine['driver']}, {machine['clocks']['power_limit_w']} W and "
-        f"{machine['clocks']['graphics_most_mhz']} MHz at most"
+        f"{document['date'][:10]}, {machine['device']} ({clocks['power_limit_w']} W and {clocks['graphics_most_mhz']} "
+        f"MHz at most), driver {machine['driver']}, CUDA {machine['versions']['cuda']}{versions}, commit "
+        f"{machine['commit']}"
     )
 
 
