@@ -86,7 +86,7 @@ class CommandSettings:
 @dataclass(frozen=True)
 class ModelSettings:
     model: str = setting(
-        "demo", "demo, random-sd14, tiny, a diffusers folder or a .safetensors/.ckpt file", metavar="MODEL"
+        "demo", "demo, demo-dit, random-sd14, tiny, a diffusers folder or a .safetensors/.ckpt file", metavar="MODEL"
     )
     decoder: str = setting(
         "demo",

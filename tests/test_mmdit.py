@@ -1,13 +1,24 @@
-"""bench.world.mmdit: the transformer that is trained, and its files, are those of the stock pipeline."""
+"""bench.world.mmdit: the transformer that is trained, and its files, are those of the stock pipeline;
+and what was trained so and ships as demo-dit.
+"""
+
+import json
 
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from skips import long_test
 
 from bench.world import mmdit
 from bench.world.pool import CHUNK, TELLINGS, ScenePool, render_chunk
 from bench.world.tokenizer import TOKENS, build_tokenizer
+from datasetdm_fast import evaluate, generate, open_run
+from datasetdm_fast.engine.engines import build_engine
+from datasetdm_fast.engine.loading import load_model
+from datasetdm_fast.engine.loading.presets import DEMO_DIT
+from datasetdm_fast.engine.pipeline import Pipeline
+from datasetdm_fast.errors import Refused
 
 WIDTH = 64  # of the demo's text encoder
 
@@ -83,3 +94,47 @@ def test_pool_draws_scenes_with_captions_of_theirs(tmp_path):
     first = [one.tolist() in tokens[value].tolist() for value, one in zip(values[:, 0].tolist(), drawn)]
     assert all(first) and len({*values[:, 0].tolist()}) > 40
     assert (drawn == torch.from_numpy(tokens[values[:, 0], 0]).long()).all(1).float().mean() > 0.5
+
+
+def test_zeros_in_place_of_t5_are_as_many_as_the_index_says(parts, tmp_path):
+    mmdit.assemble(parts, tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    for entry, tokens in (({}, 77 + 256), ({"max_sequence_length": 0}, 77), ({"max_sequence_length": 9}, 86)):
+        (tmp_path / "model_index.json").write_text(json.dumps(index | entry))
+        engine = build_engine("torch", load_model(str(tmp_path)), {})
+        assert engine.encode_text(["a red ball"]).context.shape == (1, tokens, 2 * WIDTH)
+        assert engine.model.levels[0].tokens == tokens
+    for wrong in (-1, 513, "many", None):
+        (tmp_path / "model_index.json").write_text(json.dumps(index | {"max_sequence_length": wrong}))
+        with pytest.raises(Refused, match="max_sequence_length is .*, expected 0 to 512 tokens"):
+            load_model(str(tmp_path))
+
+
+def test_demo_dit_makes_images_and_labels(tmp_path):
+    line = ["--model", "demo-dit", "--number", "2", "--steps", "2", "--out", str(tmp_path / "run"), "--quiet"]
+    assert generate.main(line) == 0
+    samples = list(open_run(tmp_path / "run"))
+    assert len(samples) == 2 and all(sample.image.shape == (128, 128, 3) for sample in samples)
+    assert {*open_run(tmp_path / "run").tasks} == {"semantic", "instance", "depth", "pose"}
+    assert all(np.isfinite(sample.depth.metres).all() for sample in samples)
+
+
+def test_demo_dit_draws_what_the_stock_pipeline_draws():
+    prompt = "a red ball and a blue cube on a pink table"
+    ours = Pipeline.from_pretrained("demo-dit")(prompt, seeds=[1], steps=2)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(DEMO_DIT, **mmdit.WITHOUT_T5)
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        prompt, num_inference_steps=2, guidance_scale=2.5, max_sequence_length=0,
+        generator=torch.Generator().manual_seed(1),
+    )  # fmt: skip
+    difference = np.asarray(ours.images[0], int) - np.asarray(theirs.images[0], int)
+    assert np.abs(difference).max() <= 1
+
+
+@long_test
+def test_decoders_of_demo_dit_label_unseen_scenes(tmp_path, capsys):
+    assert evaluate.main(["--model", "demo-dit", "--data", "demo:24@900000", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["semantic"]["miou"] > 0.93 and figures["instance"]["ap50"] > 0.95
+    assert figures["depth"]["absrel"] < 0.05 and figures["open-vocabulary"]["miou"] > 0.8

@@ -15,7 +15,7 @@ from typing import Any
 
 from datasetdm_fast.command_line.output import remake_sample
 from datasetdm_fast.config import ATTENTION, DECODER, LABELLER_KINDS, LABELS, PARITIES, UNDECODED
-from datasetdm_fast.engine.decoders.folders import find_decoders, parts_of
+from datasetdm_fast.engine.decoders.folders import SHIPPED, find_decoders, parts_of
 from datasetdm_fast.engine.labels import class_tables, kind_of
 from datasetdm_fast.engine.labels.names import by_task, task_of_label
 from datasetdm_fast.engine.labels.semantic import BACKGROUND
@@ -52,7 +52,7 @@ def complete_settings(config: RunConfig, provided: Collection[str]) -> RunConfig
         if name in provided and not getattr(config, name):
             raise Refused(f"--{name}: no value was given", "Drop the flag, or see --help.")
     folders = parts_of(config.decoder)
-    if "task" not in provided and config.decoder != "demo" and all(path.is_dir() for path in folders):
+    if "task" not in provided and config.decoder not in SHIPPED and all(path.is_dir() for path in folders):
         config = replace(config, task=tuple(by_task(find_decoders(folders).labels)))
     config = expand_names(config, provided)
     return config if "out" in provided else replace(config, out=name_folder(config))
@@ -149,7 +149,7 @@ def read_spec(config: RunConfig, source: PromptSource | None = None) -> RunSpec:
     """The run that the settings describe, checked, its prompts read; `source` has prompts that no file has."""
     check_settings(config)
     prompts = config.group(PromptSettings)
-    source = source or read_source(prompts, has_captions=config.model == "demo")
+    source = source or read_source(prompts, has_captions=config.model in SHIPPED)
     return _spec(config, source, describe_run_settings(config, source))
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from datasetdm_fast.config import LABELS, UNDECODED, USUAL_SAMPLER
 from datasetdm_fast.data import Batch, Capture, ProjectedCapture, Quarantined, Request, Sample
+from datasetdm_fast.engine.decoders.folders import SHIPPED
 from datasetdm_fast.engine.engines import opening
 from datasetdm_fast.engine.engines.start import in_own_precision
 from datasetdm_fast.engine.labels import kind_of, task_of
@@ -151,15 +152,15 @@ class Pipeline:
         lora: Sequence[str] = (),
         **options: Any,
     ) -> Pipeline:
-        """A model (demo, a folder, a file) and the folder of its decoders; None means the demo's own for the demo
-        model, and no labels for others.
+        """A model (demo, a folder, a file) and the folder of its decoders; None means their own for the demo
+        models, and no labels for others.
 
         `lora` are adapters FILE or FILE:SCALE, which are fused into the model. The options are those of `generate` for
         engines (engine, dtype, device, threads, compile, provider, streams, engines and trt_flavour), and outlines.
         """
         _check_options(size, options)
         adapters = tuple(map(str, _several("lora", lora, "files", (str, os.PathLike))))
-        decoder = "demo" if decoder is None and model == "demo" else decoder
+        decoder = model if decoder is None and model in SHIPPED else decoder
         engine, _ = opening.open_engine(
             str(model), decoder, size=size, allow_download=allow_download, lora=adapters, **options
         )

@@ -3,14 +3,21 @@
 from datasetdm_fast.config import Defaults, FlowRule
 from datasetdm_fast.engine.backbones.fitting import check_channels, check_vocabularies, check_widths
 from datasetdm_fast.engine.backbones.flow_models import CAPTURE, joint_levels, scaled_latents
-from datasetdm_fast.engine.backbones.record import Backbone, Configs, LoadedModel, Part, Read
+from datasetdm_fast.engine.backbones.record import DAMAGED, Backbone, Configs, LoadedModel, Part, Read
+from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import Level
 
 T5_LENGTH = 256  # tokens of T5 that the pipeline pads to, and of the zeros where there is no T5
+LENGTH = "max_sequence_length"  # the pipeline's name of another such number, which a model_index.json may hold
+
+
+def t5_length(configs: Configs) -> int:
+    return int(configs["model_index"].get(LENGTH, T5_LENGTH))
 
 
 def _text(configs: Configs) -> tuple[int, int]:
-    return configs["text_encoder"].max_position_embeddings + T5_LENGTH, configs["transformer"].joint_attention_dim
+    tokens = configs["text_encoder"].max_position_embeddings + t5_length(configs)
+    return tokens, configs["transformer"].joint_attention_dim
 
 
 def _levels(configs: Configs, size: int, halves: int) -> tuple[Level, ...]:
@@ -22,6 +29,8 @@ def _levels(configs: Configs, size: int, halves: int) -> tuple[Level, ...]:
 
 def _check(configs: Read, source: str) -> Read:
     check_channels(source, configs["transformer"].get("in_channels", 16), configs["vae"]["latent_channels"])
+    if (length := configs["model_index"].get(LENGTH, 0)) not in range(513):
+        raise Refused(f"model: {source}: {LENGTH} is {length!r}, expected 0 to 512 tokens", DAMAGED)
     return configs
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from datasetdm_fast.data import Text
 from datasetdm_fast.engine.backbones import joint_attention
 from datasetdm_fast.engine.backbones.prompt_encoders import clip_states, t5_states
-from datasetdm_fast.engine.backbones.sd3 import T5_LENGTH
+from datasetdm_fast.engine.backbones.sd3 import t5_length
 
 
 class SD3Reference(joint_attention.JointReference):
@@ -25,11 +25,11 @@ class SD3Reference(joint_attention.JointReference):
             for number in ("", "_2")
         ]
         clip, pooled = (torch.cat(part, -1) for part in zip(*pairs))
-        width = self.model.configs["transformer"].joint_attention_dim
+        width, length = self.model.configs["transformer"].joint_attention_dim, t5_length(self.model.configs)
         if "text_encoder_3" in modules:
-            t5 = t5_states(modules["text_encoder_3"], tokenizers["tokenizer_3"], prompts, T5_LENGTH)
+            t5 = t5_states(modules["text_encoder_3"], tokenizers["tokenizer_3"], prompts, length)
         else:
-            t5 = clip.new_zeros(len(prompts), T5_LENGTH, width)
+            t5 = clip.new_zeros(len(prompts), length, width)
         return Text(torch.cat([F.pad(clip, (0, width - clip.shape[-1])), t5], 1), pooled)
 
     def call(self, latents: Tensor, timestep: float, text: Text) -> Tensor:

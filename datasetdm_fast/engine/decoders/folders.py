@@ -11,6 +11,7 @@ from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.untrusted import documents
 
 DEMO = Path(__file__).parents[2] / "demo" / "decoders"
+SHIPPED = {"demo": DEMO, "demo-dit": DEMO.with_name("decoders-dit")}  # by the model that they read
 FORM = "Give a folder with one sub-folder per trained decoder, or a DatasetDM checkpoint FILE.pth."
 
 
@@ -84,15 +85,15 @@ def find_decoders(source: str | Path | Iterable[Path]) -> DecoderFolders:
 
 
 def parts_of(source: str | Path) -> list[Path]:
-    """The paths of one text, with commas between them; `demo` names the decoders shipped with the package. A comma
-    belongs to a path where that is there, with KIND: before it or not.
+    """The paths of one text, with commas between them; demo and demo-dit name the decoders shipped with the package. A
+    comma belongs to a path where that is there, with KIND: before it or not.
     """
     words, folders = str(source).split(","), []
     while words:
         joined = (",".join(words[:count]) for count in range(len(words), 0, -1))
-        part = next((text for text in joined if text != "demo" and _is_there(text)), words[0].strip())
+        part = next((text for text in joined if text not in SHIPPED and _is_there(text)), words[0].strip())
         words = words[part.count(",") + 1 :]
-        folders += [DEMO if part == "demo" else Path(part)] if part else []
+        folders += [SHIPPED.get(part, Path(part))] if part else []
     return folders or [Path(source)]
 
 

@@ -78,7 +78,7 @@ def load_decoders(
 ) -> tuple[dict[str, Decoder], dict[str, Any]]:
     """The decoders of `tasks` (None: all) that --decoder names, checked against the model, and their descriptions."""
     from datasetdm_fast.engine.decoders.checkpoint import check_fits, load_decoder
-    from datasetdm_fast.engine.decoders.folders import find_decoders
+    from datasetdm_fast.engine.decoders.folders import SHIPPED, find_decoders
     from datasetdm_fast.engine.decoders.upstream import unpack_decoders
     from datasetdm_fast.engine.loading.presets import SEEDED_LICENCE
 
@@ -91,7 +91,8 @@ def load_decoders(
             decoders[label] = seeded[label]
             descriptions[label] = {"digest": f"seeded: {label}", "licence": SEEDED_LICENCE}
     elif decoder is not None:
-        folders = find_decoders(unpack_decoders(decoder, model.levels))
+        source = model.name if decoder == "demo" and model.name in SHIPPED else decoder
+        folders = find_decoders(unpack_decoders(source, model.levels))
         labels = check_known(tasks, folders, folders.labels, list(map(str, folders.named)), decoder)
         decoders = {label: load_decoder(folders[label]) for label in labels}
         descriptions = describe_decoders(folders, labels)

@@ -7,15 +7,15 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.backbones import list_supported
 from datasetdm_fast.engine.loading.folder import download_model, load_folder
 from datasetdm_fast.engine.loading.model import Model
-from datasetdm_fast.engine.loading.presets import load_demo, load_random_sd14, load_tiny
+from datasetdm_fast.engine.loading.presets import load_demo, load_demo_dit, load_random_sd14, load_tiny
 from datasetdm_fast.errors import Refused, nearest
 
-PRESETS = {"demo": load_demo, "tiny": load_tiny, "random-sd14": load_random_sd14}
+PRESETS = {"demo": load_demo, "demo-dit": load_demo_dit, "tiny": load_tiny, "random-sd14": load_random_sd14}
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def load_model(name: str, *, size: int = 0, allow_download: bool = False) -> Model:
-    """The model `name`: demo, tiny, random-sd14, a diffusers folder, a file, or a hub repository where allowed."""
+    """The model `name`: a preset, a diffusers folder, a file, or a hub repository where allowed."""
     path = Path(name)
     if name in PRESETS:
         return PRESETS[name](size)

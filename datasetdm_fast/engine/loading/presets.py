@@ -1,4 +1,4 @@
-"""Models that need no download: the demo model, and seeded random weights in two sizes."""
+"""Models that need no download: the demo models, and seeded random weights in two sizes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from datasetdm_fast.config import DEMO_DEFAULTS, SD_DEFAULTS, Defaults
+from datasetdm_fast.config import DEMO_DEFAULTS, DEMO_DIT_DEFAULTS, SD_DEFAULTS, Defaults
 from datasetdm_fast.engine.backbones.sd import DOWN_BLOCKS, SD, SD_SCHEDULER, UP_BLOCKS
 from datasetdm_fast.engine.loading import shapes
 from datasetdm_fast.engine.loading.folder import class_of, load_folder
@@ -21,6 +21,7 @@ from datasetdm_fast.engine.loading.tokenizer import OwnTokenizer
 from datasetdm_fast.errors import Missing
 
 DEMO = Path(__file__).parents[2] / "demo" / "model"
+DEMO_DIT = DEMO.with_name("model-dit")
 SEEDED_LICENCE = "none: seeded random weights, nothing was trained"
 SHAPES = {"text_encoder": shapes.of_text_encoder, "unet": shapes.of_unet, "vae": shapes.of_vae}
 SD14: dict[str, dict[str, Any]] = {
@@ -118,7 +119,12 @@ def build_empty(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def load_demo(size: int) -> Model:
-    return load_folder(_demo(), size=size, name="demo", defaults=DEMO_DEFAULTS, is_own=True)
+    return load_folder(check_shipped(DEMO), size=size, name="demo", defaults=DEMO_DEFAULTS, is_own=True)
+
+
+def load_demo_dit(size: int) -> Model:
+    """Stable Diffusion 3 in form, without T5."""
+    return load_folder(check_shipped(DEMO_DIT), size=size, name="demo-dit", defaults=DEMO_DIT_DEFAULTS, is_own=True)
 
 
 def load_tiny(size: int) -> Model:
@@ -173,14 +179,14 @@ def preset(name: str, parts: Mapping[str, Mapping[str, Any]], defaults: Defaults
 
 def _tokenizer() -> OwnTokenizer:
     """The demo world's byte-pair tokenizer: any text works, words it does not know become pieces of bytes."""
-    return OwnTokenizer(_demo("tokenizer"))
+    return OwnTokenizer(check_shipped(DEMO) / "tokenizer")
 
 
-def _demo(part: str = "") -> Path:
-    """The demo model's folder, or a folder in it."""
-    if not DEMO.is_dir():
+def check_shipped(folder: Path) -> Path:
+    """The folder of a demo model, which must be there."""
+    if not folder.is_dir():
         raise Missing(
-            f"model: the demo model is not there, {DEMO} does not exist",
+            f"model: the demo model is not there, {folder} does not exist",
             "Install the package again, or name another model with --model.",
         )
-    return DEMO / part
+    return folder
