@@ -46,7 +46,7 @@ class Reference:
         engine, call = self._engine, self._call
         if stage == "encode_text":
             ids = engine.model.token_ids([PROMPT])
-            return {"tokens": ids}, {"context": engine.text_encoder(ids)}
+            return {"tokens": ids}, {"context": engine.text_encoder.encoder(ids)}
         if stage == "decode_image":
             image, is_finite = engine.decode_and_check(call["latents"])
             return {"latents": call["latents"]}, {"image": image, "is_finite": is_finite}

@@ -59,6 +59,7 @@ class StubEngine:
             licence="none",
             backbone=SD,
             guidance="cfg",
+            guidance_at=lambda guidance: "cfg",
             halves=2,
             has_negative=lambda guidance: True,
             latents=Latents(4, 8),

@@ -242,7 +242,7 @@ def test_the_labeller_reaches_its_kernel_through_the_table_of_forms(prompts, tmp
 def test_a_run_of_both_labellers(prompts, tmp_path, capsys):
     run = tmp_path / "run"
     line = ["--labeller", "decoder,attention", "--task", "semantic", "--classes", "ball,cube,cone", "--steps", "3"]
-    line += ["--prompts", str(prompts), "--number", "2", "--quiet", "--out", str(run)]
+    line += ["--prompts", str(prompts), "--number", "2", "--quiet", "--force-domain", "--out", str(run)]
     assert generate.main([*line, "--limit", "1", "--batch-size", "1"]) == 0
     assert generate.main([*line, "--batch-size", "1"]) == 0
     assert not audit(run).findings

@@ -254,6 +254,7 @@ def test_decoders_may_be_moved(tmp_path, capsys):
     decoders, moved, path = tmp_path / "decoders", tmp_path / "moved", tmp_path / "run"
     shutil.copytree(DEMO / "depth", decoders / "depth")
     line = ("--task", "depth", "--number", "2", "--steps", "2", "--batch-size", "1", "--device", "cpu", "--quiet")
+    line += ("--force-domain",)  # its pictures are made in two steps
     assert run(*line, "--decoder", str(decoders), "--limit", "1", out=path) == 0
     decoders.rename(moved)
     for _ in range(2):  # resumed and finished
@@ -272,7 +273,7 @@ def test_the_model_may_be_moved(tmp_path, capsys):
     model, moved, path = tmp_path / "model", tmp_path / "moved", tmp_path / "run"
     shutil.copytree(presets.DEMO, model)
     line = ("--task", "depth", "--number", "2", "--steps", "2", "--batch-size", "1", "--device", "cpu", "--quiet")
-    line += ("--prompts", "a red ball")
+    line += ("--prompts", "a red ball", "--force-domain")
     assert run(*line, "--model", str(model), "--limit", "1", out=path) == 0
     model.rename(moved)
     for _ in range(2):  # resumed and finished

@@ -48,4 +48,4 @@ def decode_latents(vae: Any, space: Latents, latents: Tensor) -> Tensor:
 
 def encode_pixels(vae: Any, space: Latents, pixels: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
     """[B, C, h, w] latents of pixels [B, 3, H, W] in -1 .. 1."""
-    return scale(space, sample_posterior(vae.encode(pixels).latent_dist, generators))
+    return scale(space, sample_posterior(vae.encode(pixels.to(vae.dtype)).latent_dist, generators))

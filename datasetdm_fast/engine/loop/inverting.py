@@ -83,7 +83,7 @@ class InvertingGenerator(driver.BatchGenerator):
             latents = times.add_noise(engine.model.scheduler, clean, noise, timestep)
             _, sums = engine.denoise_and_average(latents, timestep, text, words, sums)
             self.on_unet_call()
-        return labelling.SampledBatch(clean, captures, sums and sums.over(len(self.timesteps)), pixels)
+        return labelling.SampledBatch(clean, captures, sums and sums.over(len(self.timesteps)), pixels=pixels)
 
     def label(self, batch: Batch, sampled: Any) -> list[Sample | Quarantined]:
         names = self.pictures.names
