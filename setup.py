@@ -11,6 +11,8 @@ import subprocess
 import tarfile
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
@@ -25,8 +27,17 @@ DATA = [
     "*.pyi",
     *(f"**/*.{suffix}" for suffix in ("json", "csv", "safetensors", "txt", "md", "html", "css", "js", "yaml")),
 ]
-# Seconds since 1970 of every file in a wheel or sdist; one date for all builds, as not every copy of a commit has git.
-DATE = int(os.environ.get("SOURCE_DATE_EPOCH", 1_577_836_800))  # 2020-01-01
+
+
+def date() -> int:
+    """Seconds since 1970 of every file in a wheel or sdist; one date for all builds, as not every copy has git."""
+    text = os.environ.get("SOURCE_DATE_EPOCH") or "1577836800"  # 2020-01-01
+    if not re.fullmatch(r"\d{1,10}", text):
+        raise SystemExit(f"SOURCE_DATE_EPOCH is {text!r}; it must be whole seconds since 1970, or unset")
+    return int(text)
+
+
+DATE = date()
 NO_FOLDERS = f"-ffile-prefix-map={Path.cwd()}=."  # wherever it is compiled, the same machine code and no path in it
 
 
@@ -78,10 +89,14 @@ class BuildWithCuda(build_ext):
     """build_ext that has nvcc compile csrc/*.cu and links the runtime statically: importing needs no driver."""
 
     def build_extension(self, ext):
-        nvcc = find_nvcc()
+        nvcc, sources = find_nvcc(), sorted(Path("csrc").glob("*.cu"))
+        of_cuda = f"{len(sources)} of CUDA by {nvcc}" if nvcc else "none of CUDA"
+        cores = os.cpu_count() or 1
+        print(f"compiling {len(ext.sources)} units of C++ and {of_cuda}, {cores} at a time", flush=True)
         if nvcc:
             ext.define_macros.append(("DATASETDM_WITH_CUDA", "1"))
-            ext.extra_objects += [self.compile_cuda(nvcc, source) for source in sorted(Path("csrc").glob("*.cu"))]
+            with ThreadPoolExecutor(cores) as pool:
+                ext.extra_objects += pool.map(partial(self.compile_cuda, nvcc), sources)
             ext.library_dirs += library_folders(nvcc)
             ext.libraries += ["cudart_static", "rt", "dl", "pthread"]
         super().build_extension(ext)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -11,12 +12,13 @@ from pathlib import Path
 import pytest
 from rendered import write_run
 
-from datasetdm_fast import audit, generate, verify
+from datasetdm_fast import audit, convert, generate, verify
+from datasetdm_fast.engine.labels import class_tables
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export import __main__ as export
 from datasetdm_fast.export.manifest import NAME as MANIFEST
 from datasetdm_fast.export.manifest import Manifest
-from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER
+from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER, engines_of
 from datasetdm_fast.runs.run_folder.reader import open_run
 from datasetdm_fast.runs.run_folder.seal import SEAL
 
@@ -113,6 +115,9 @@ DOCUMENTS = PLACES | {
     "twice": put(b'{"format": 1, "format": 1}'),
     "text for tasks": edit(config={"task": "semantic", "image_format": "png", "sampler": "pndm", "seed": 0}),
     "an unknown task": edit(config={"task": ["x"], "image_format": "png", "sampler": "pndm", "seed": 0}),
+    "a label many times": edit(
+        config={"task": ["semantic"] * 100_000, "image_format": "png", "sampler": "pndm", "seed": 0}
+    ),
     "no plan": edit(plan=None),
     "a huge plan": edit(plan={"number": 10**30, "batch_size": 4}),
     "a huge size": edit(sampling={"size": 10**9, "steps": 50, "calls": 51, "guidance": 3.0}),
@@ -195,6 +200,27 @@ def test_a_run_that_is_opened_is_refused_in_one_sentence(whole, tmp_path, name):
                 assert sample.label(task) is not None
         opened._rows().read_note("run")
     assert "checksum" not in caught.value.remedy
+
+
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "1e999"])
+def test_a_number_that_is_none_is_refused_at_its_row(whole, tmp_path, capsys, value):
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    with closing(sqlite3.connect(run / LEDGER, isolation_level=None)) as rows:
+        (labels,) = rows.execute('SELECT labels FROM samples WHERE "index" = 1').fetchone()
+        labels = re.sub('"score":[0-9.]+', f'"score":{value}', labels, count=1)
+        rows.execute('UPDATE samples SET labels = ? WHERE "index" = 1', (labels,))
+    assert audit.main([str(run), "--quiet"]) == 4 and "sample 00000001, instance: " in capsys.readouterr().out
+    for form in ("coco", "labelme"):
+        assert convert.main([str(run), "--to", form, "--out", str(tmp_path / form), "--quiet"]) == 4
+        assert "sample 00000001 is damaged (its labels hold NaN or an infinite number)" in capsys.readouterr().err
+
+
+def test_long_lists_of_a_stranger_take_no_more_than_their_length():
+    engines = [{"engine": {"engine": str(k)}, "number": 1} for k in range(50_000)]
+    words = "\n".join(f"word{k}" for k in range(50_000))
+    with in_time(10):
+        assert len(engines_of({"engine": {}, "config": {}, "mixed": engines})) == 50_001
+        assert len(class_tables.parse(f"name\n{words}\n", "words").classes) == 50_000
 
 
 @pytest.mark.parametrize("name", [name for name in DAMAGES if DOCUMENT in name])

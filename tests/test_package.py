@@ -236,7 +236,7 @@ case "$2" in *.so) cp "$BUILT" "$2" ;; *) : > "$2" ;; esac
 
 def build_wheel(sources, target):
     """The wheel that pip builds of a folder."""
-    options = ["--no-build-isolation", "--no-deps", "--no-cache-dir", "--disable-pip-version-check"]
+    options = ["--no-build-isolation", "--no-deps", "--no-cache-dir", "--disable-pip-version-check", "-v"]
     environment = {**os.environ, "DATASETDM_CUDA": "0"}
     if not LONG:
         compiler = sources.parent / "compiler"
@@ -245,7 +245,16 @@ def build_wheel(sources, target):
         environment |= {"CC": str(compiler), "CXX": str(compiler), "BUILT": _C.__file__}
     result = python("-m", "pip", "wheel", ".", *options, "-w", str(target), cwd=sources, env=environment)
     assert result.returncode == 0, result.stderr
+    assert re.search(r"compiling \d+ units of C\+\+ and none of CUDA, \d+ at a time", result.stderr)
     return next(target.glob("*.whl"))
+
+
+@pytest.mark.parametrize(("date", "said"), [("", ""), ("yesterday", "SOURCE_DATE_EPOCH is 'yesterday'; it must be")])
+def test_the_date_of_a_build_is_a_number_or_the_usual_one(date, said):
+    environment = {**os.environ, "SOURCE_DATE_EPOCH": date}
+    result = python("setup.py", "-q", "--version", cwd=ROOT, env=environment)
+    assert result.returncode == bool(said), result.stderr
+    assert said in result.stderr and "Traceback" not in result.stderr
 
 
 def build_sdist(sources):

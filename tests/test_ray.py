@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -312,6 +313,21 @@ def test_a_ray_of_its_own_fills_a_store_and_replaces_workers_that_hang(command, 
     with pytest.raises(Refused, match="--store not given: the samples of .* are at 'file://"):
         object_store.check_store(tmp_path / "run", "")
     assert still_running(started) == [], "Ray outlived its driver"
+
+
+@pytest.mark.parametrize(
+    ("version", "mode", "said"),
+    [
+        ("2.51.3", "token", "Ray 2.51.3 would take commands from everybody"),
+        ("2.60.0", "disabled", "RAY_AUTH_MODE is 'disabled'"),
+        ("2.52.0", "token", None),
+    ],
+)
+def test_a_ray_of_its_own_asks_for_a_token(monkeypatch, version, mode, said):
+    """It listens on all addresses of the machine."""
+    monkeypatch.setenv("RAY_AUTH_MODE", mode)
+    with pytest.raises((Missing, Refused), match=said) if said else nullcontext():
+        ray_connection._require_token("ray", version)
 
 
 @pytest.mark.loopback

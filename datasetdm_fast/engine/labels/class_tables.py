@@ -6,6 +6,7 @@ import io
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -72,7 +73,8 @@ def parse(text: str, name: str) -> ClassTable:
             other += words
     for column in ("name", "number"):
         values = [value for word in classes if (value := getattr(word, column)) is not None]
-        if twice := next((value for k, value in enumerate(values) if value in values[:k]), None):
+        if len(set(values)) < len(values):
+            (twice, _), *_ = Counter(values).most_common(1)
             raise ValueError(f"the {column} {twice!r} occurs twice")
     return ClassTable(name, tuple(classes), tuple(other))
 

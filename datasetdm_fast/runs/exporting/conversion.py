@@ -130,7 +130,11 @@ class Conversion:
                 identity = [row.request.index, row.request.prompt, files, row.labels]
                 correction = source.corrections.get(row.request.index)
                 identity += [correction.ignored] if correction and correction.ignored else []
-                digest.update(canonical(identity if source.splits is None else [*identity, split]).encode())
+                try:
+                    digest.update(canonical(identity if source.splits is None else [*identity, split]).encode())
+                except ValueError as error:
+                    text = f"sample {row.request.id} is damaged (its labels hold NaN or an infinite number)"
+                    raise damage_of(source.run.path, text) from error
                 counts[split] += 1
                 for name in origins(source.run.document, row) if is_split else ():
                     if splits.setdefault(name, split) != split:

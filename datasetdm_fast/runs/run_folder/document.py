@@ -114,6 +114,8 @@ def check_document(document: Mapping[str, Any]) -> None:
     """A ValueError where it is not the content of a run.json, NotInstalled where a package that it needs is not."""
     documents.check_form(document, FORM)
     tasks, size = document["config"]["task"], document["sampling"]["size"]
+    if len(set(tasks)) < len(tasks):
+        raise ValueError("config.task names a label twice")
     _check_installed(document)
     for name, entry in document["decoders"].items():
         documents.check_form(entry, DECODER_FORM, f"decoders.{name}")
@@ -236,10 +238,11 @@ def engines_of(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The engines that computed the samples of a run, each once: also those that continued it, and of a merged run
     those of all its runs.
     """
-    engines = []
+    engines = {}
     for run in runs_of(document):
-        engines += [run.get("engine", document["engine"]), *(entry["engine"] for entry in run.get("mixed", ()))]
-    return [engine for k, engine in enumerate(engines) if engine not in engines[:k]]
+        for engine in (run.get("engine", document["engine"]), *(entry["engine"] for entry in run.get("mixed", ()))):
+            engines.setdefault(json.dumps(engine, sort_keys=True), engine)
+    return list(engines.values())
 
 
 def engine_names(document: Mapping[str, Any]) -> list[str]:

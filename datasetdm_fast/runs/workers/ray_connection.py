@@ -21,6 +21,7 @@ CONNECT_SECONDS = 10.0
 HTTP2_SETTINGS = b"\0\0\0\4\0\0\0\0\0"  # an empty frame; its fourth byte is its type, and each side begins with one
 HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + HTTP2_SETTINGS
 TOKEN, TOKEN_FILE = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"), Path.home() / ".ray" / "auth_token"
+FIRST_WITH_TOKEN = (2, 52)  # version of Ray
 STORE_BYTES = 2**28  # of shared memory for a Ray of our own: only rows travel through it
 
 
@@ -52,20 +53,23 @@ def join_cluster(cluster: str, ranks: int, out: Path) -> Iterator[list[dict[str,
     if address:
         _knock(cluster, address)
     # Read by Ray when it is imported or started: nothing is reported to anybody, a head that does not answer is not
-    # waited for long, and a call that comes too late does not start a Ray of its own.
+    # waited for long, a call that comes too late does not start a Ray of its own, and a signal prints no stack.
     os.environ.update(RAY_ENABLE_AUTO_CONNECT="0", RAY_USAGE_STATS_ENABLED="0", RAY_BACKEND_LOG_LEVEL="fatal")
+    os.environ["RAY_DISABLE_FAILURE_SIGNAL_HANDLER"] = "1"
     os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "5")
     # a Ray of our own would give its workers what every other process leaves over
     os.environ.setdefault("RAY_worker_niceness", "0")
-    if address and (any(name in os.environ for name in TOKEN) or TOKEN_FILE.exists()):
-        # `ray start` asks for it by default, but Ray itself looks only where no address is given
+    if not address or any(name in os.environ for name in TOKEN) or TOKEN_FILE.exists():
+        # a Ray of our own listens on all addresses of the machine; `ray start` asks for a token by default
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         import ray
     except ImportError as error:
         raise Missing(f"--cluster {cluster}: {error}", "Install it with: pip install 'datasetdm-fast[ray]'") from error
+    if not address:
+        _require_token(cluster, ray.__version__)
     options = {"num_cpus": max(count_cores(), ranks), "object_store_memory": STORE_BYTES, "include_dashboard": False}
-    options = {} if address else {**options, "_node_ip_address": "127.0.0.1"}
+    options = {} if address else options
     try:
         try:
             with mute_stderr():
@@ -82,6 +86,21 @@ def join_cluster(cluster: str, ranks: int, out: Path) -> Iterator[list[dict[str,
         ) from error
     finally:
         ray.shutdown()
+
+
+def _require_token(cluster: str, version: str) -> None:
+    """Refuses to start a Ray that anybody in the network could send commands to."""
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < FIRST_WITH_TOKEN:
+        raise Missing(
+            f"--cluster {cluster}: Ray {version} would take commands from everybody in the network",
+            "Install Ray 2.52 or newer, which asks for a token: pip install 'datasetdm-fast[ray]'",
+        )
+    if os.environ["RAY_AUTH_MODE"] != "token":
+        raise Refused(
+            f"--cluster {cluster}: RAY_AUTH_MODE is {os.environ['RAY_AUTH_MODE']!r}, so that everybody in the network "
+            "could send commands",
+            "Unset it, or start a cluster with `ray start --head` and name its address.",
+        )
 
 
 def _refusal(cluster: str, address: str | None, error: Exception) -> Missing:
