@@ -163,13 +163,17 @@ _BY_FILE = {
     "engine/models/capture.py": (
         "test_models.py",
         (
-            "probabilities(q.chunk(2)[1], k.chunk(2)[1])",
-            "probabilities(q.chunk(2)[0], k.chunk(2)[0])",
+            "probabilities(q.chunk(self.rows)[-1], k.chunk(self.rows)[-1])",
+            "probabilities(q.chunk(self.rows)[0], k.chunk(self.rows)[0])",
             "empty prompt's maps",
         ),
-        ("self.sums[level].add_(projected.flatten(0, 1))", "pass", "attention maps count for nothing on a GPU"),
+        ("self.sums[level].add_(projected.flatten(0, 1), alpha=slot.share)", "pass", "no attention maps on a GPU"),
         ("self.sums[level].addmm_(maps,", "torch.addmm(self.sums[level], maps,", "nor on a CPU"),
-        ("plain_q, plain_k, plain_v), output", "q, k, v), output", "the halves of guidance are the same"),
+        (
+            "[: -self.batch] for part in (q, k, v))), output",
+            "[-self.batch :] for part in (q, k, v))), output",
+            "equal halves",
+        ),
         (
             "zip(decoders, stops, stops[1:])",
             "zip(decoders, [0] * len(stops), stops[1:])",

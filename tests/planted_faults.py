@@ -149,8 +149,8 @@ FAULTS = {
     ),
     "sums of attention in fp16": Fault(
         "datasetdm_fast.engine.models.capture:SummedAttention.attend_self",
-        "self.cells, self.shares",
-        "self.cells.half(), self.shares",
+        "*conditional, self.cells,",
+        "*conditional, self.cells.half(),",
         {"scenario": "attention"},
     ),
     "columns as a list": Fault(
@@ -238,8 +238,8 @@ FAULTS = {
     ),
     "one of two texts on the host": Fault(
         "datasetdm_fast.engine.loop.call_text:call_text",
-        "return join_texts([negative, engine.encode_text(list(prompts))])",
-        "return join_texts([negative, engine.encode_text(list(prompts)).to('cpu')])",
+        "text = join_texts([negative, engine.encode_text(list(prompts))])",
+        "text = join_texts([negative, engine.encode_text(list(prompts)).to('cpu')])",
         {"scenario": "features"},
     ),
     "earlier outputs of a sampler in fp16": Fault(
@@ -326,7 +326,7 @@ FAULTS = {
     ),
     "the reference's tokens on the host": Fault(
         "datasetdm_fast.engine.backbones.sd_reference:SDReference.encode",
-        "tokens.input_ids.to(self.text_encoder.device)",
+        "tokens.input_ids.to(encoder.device)",
         "tokens.input_ids",
         {"scenario": "verify"},
     ),
@@ -385,7 +385,7 @@ FAULTS = {
     ),
     "sums of a level added in any order": Fault(
         "datasetdm_fast.engine.models.capture:ProjectedSums.attend",
-        "self.sums[level].add_(projected.flatten(0, 1))",
+        "self.sums[level].add_(projected.flatten(0, 1), alpha=slot.share)",
         "self.sums[level].index_add_(0, torch.arange(len(self.sums[level]), device=q.device), projected.flatten(0, 1))",
     ),
     "a kernel that adds in any order": Fault(

@@ -196,6 +196,7 @@ def test_a_configuration_says_where_outlines_are_from():
 
 def test_a_run_and_pictures_that_exist_get_the_outlines_that_are_asked_for(tmp_path, capsys):
     line = ["--task", "semantic,instance,depth", "--number", "2", "--steps", "3", "--batch-size", "1", "--quiet"]
+    line += ["--force-domain"]  # pictures of three steps
     plain, ours = tmp_path / "plain", tmp_path / "ours"
     assert generate.main([*line, "--outlines", "decoder", "--out", str(plain)]) == 0
     assert generate.main([*line, "--out", str(ours)]) == 0  # as the demo decoders say

@@ -507,7 +507,7 @@ def test_the_step_in_cpp_is_given_the_current_stream_of_its_gpu(monkeypatch):
         output, numbers = torch.empty(4, 4, 8, 8, device="cuda:1"), torch.empty(8, device="cuda:1")
         with torch.cuda.stream(stream := torch.cuda.Stream(1)), torch.cuda.device(0):
             OPS["guided_step"].native(output, latents, history, numbers)
-    assert [one[-2:] for one in given] == [(latents.numel(), stream.cuda_stream)]
+    assert [one[-3:] for one in given] == [(latents.numel(), stream.cuda_stream, 2)]
 
 
 def test_a_loop_that_asks_is_a_wait_and_ends():

@@ -1,7 +1,5 @@
 """Families of diffusion models, one record and one file each."""
 
-from collections.abc import Iterable
-
 from datasetdm_fast.engine.backbones.record import ANOTHER, Backbone
 from datasetdm_fast.errors import Refused, nearest
 from datasetdm_fast.plugins import load_place
@@ -40,10 +38,3 @@ def open_backbone(pipeline: str, source: object) -> Backbone:
         )
     record: Backbone = load_place(PIPELINES[pipeline])
     return record
-
-
-def recognise(parts: Iterable[str]) -> Backbone | None:
-    """The family whose parts these are, for what names no pipeline; None where it has parts that no family has."""
-    present = set(parts)
-    fitting = [backbone for backbone in every_backbone() if present & set(backbone.networks)]
-    return max(fitting, key=lambda backbone: len(present & set(backbone.parts)), default=None)

@@ -242,10 +242,10 @@ class Down(nn.Module):
     def __init__(self, plan: CapturePlan, depth: int):
         super().__init__()
         weights = plan.weights / "down_blocks" / depth
-        beside = plan.weights / "up_blocks" / (plan.depths - 1 - depth)
+        sibling = plan.weights / "up_blocks" / (plan.depths - 1 - depth)
         self.resnets = plan.resnets(weights)
         self.features = [plan.feature(plan.level(depth)) for _ in self.resnets]
-        maps = len(_list_parts(beside / "attentions", "norm.weight"))  # those of the up block come first
+        maps = len(_list_parts(sibling / "attentions", "norm.weight"))  # those of the up block come first
         self.transformers, self.shrink = plan.transformers(weights, depth, self.features, maps), None
         if depth < plan.depths - 1:
             self.shrink = plan.convolution(weights / "downsamplers" / 0 / "conv", stride=2)
