@@ -173,11 +173,23 @@ def test_masks_are_resized_a_few_at_a_time_to_the_same_bytes(monkeypatch):
 
 def test_suppression_follows_the_order_of_scores():
     """b is hidden by a, so c, which only b overlaps, stays."""
-    masks = planes((0, 0, 1, 10), (0, 4, 1, 14), (0, 8, 1, 18))[0].flatten(1)[None] > 0
-    everything = torch.ones(1, 3, dtype=torch.bool)
-    assert instance.not_overlapping(masks, everything, 0.4).tolist() == [[True, False, True]]
-    assert instance.not_overlapping(masks, everything, 0.5).tolist() == [[True, True, True]]
-    assert instance.not_overlapping(masks, torch.tensor([[False, True, True]]), 0.4).tolist() == [[False, True, False]]
+    masks = planes((0, 0, 1, 10), (0, 4, 1, 14), (0, 8, 1, 18)) > 0
+    everything, classes = torch.ones(1, 3, dtype=torch.bool), torch.zeros(1, 3, dtype=torch.int64)
+    assert instance.not_overlapping(masks, classes, everything, 0.4).tolist() == [[True, False, True]]
+    assert instance.not_overlapping(masks, classes, everything, 0.5).tolist() == [[True, True, True]]
+    others = torch.tensor([[False, True, True]])
+    assert instance.not_overlapping(masks, classes, others, 0.4).tolist() == [[False, True, False]]
+
+
+def test_fragments_of_a_thing_are_no_things():
+    """A piece of its mask, or of its edge, of the same class and less sure; not what lies apart or is as large."""
+    masks = planes((0, 0, 12, 12), (4, 4, 8, 12), (0, 12, 12, 13), (0, 14, 3, 17), (13, 0, 25, 12))
+    logits = torch.cat([sure(1, height=height) for height in (6.0, 5.0, 4.0, 3.0, 2.0)], 1)
+    assert things(logits, masks).masks.sum((1, 2)).tolist() == [144, 9, 144]
+    other = torch.cat([sure(1, height=6.0), sure(2, height=5.0)], 1)
+    assert len(things(other, masks[:, :2]).masks) == 2, "a thing before one of another class"
+    surer = torch.cat([sure(1, height=5.0), sure(1, height=6.0)], 1)
+    assert len(things(surer, masks[:, :2]).masks) == 2, "the surer one is no fragment"
 
 
 def test_no_instances():

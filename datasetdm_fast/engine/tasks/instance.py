@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from datasetdm_fast.data import Instances
@@ -17,6 +18,9 @@ from datasetdm_fast.kernels.bilinear import resize
 
 MOST_INSTANCES = 100  # instances of an image
 NOTHING = 1e-6  # pixels added to an area before dividing by it
+# A mask is a fragment of a thing if this share of it lies within a cell of a better mask of its class, and it has at
+# most this share of that one's area.
+INSIDE, LARGEST_PART = 0.7, 0.5
 MOST_PIXELS = 2**26  # of masks that are resized together: 256 MiB in fp32
 
 
@@ -32,13 +36,18 @@ def candidates(probability: Tensor, mask_logits: Tensor, count: int) -> tuple[Te
     return queries, flat % classes, best * mean.gather(1, queries)
 
 
-def not_overlapping(inside: Tensor, is_candidate: Tensor, threshold: float) -> Tensor:
-    """Which wanted masks [B, k, S], given best first, overlap no better kept one by more than `threshold` of IoU."""
-    pixels = inside.float()
+def not_overlapping(inside: Tensor, classes: Tensor, is_candidate: Tensor, threshold: float) -> Tensor:
+    """Which wanted masks [B, k, m, m], given best first, overlap no better kept one by more than `threshold` of IoU,
+    and are no part of a better one of their class.
+    """
+    masks = inside.float()
+    pixels, grown = masks.flatten(2), F.max_pool2d(masks, 3, 1, 1).flatten(2)
     common = pixels @ pixels.transpose(1, 2)
     areas = pixels.sum(2)
     iou = common / (areas[:, :, None] + areas[:, None] - common).clamp(min=1)
-    is_hidden_by = (iou > threshold).tril(-1)  # [B, worse, better]
+    is_part = pixels @ grown.transpose(1, 2) >= INSIDE * areas[:, :, None].clamp(min=1)
+    is_part &= (areas[:, :, None] <= LARGEST_PART * areas[:, None]) & (classes[:, :, None] == classes[:, None])
+    is_hidden_by = ((iou > threshold) | is_part).tril(-1)  # [B, worse, better]
     selected = is_candidate
     while True:  # settles after as many rounds as the longest chain of masks hiding one another
         next_selected = is_candidate & ~(is_hidden_by & selected[:, None]).any(2)
@@ -80,9 +89,7 @@ class InstanceTask(Task):
         queries, classes = queries.gather(1, order), classes.gather(1, order)
         images = torch.arange(len(queries), device=queries.device)[:, None].expand_as(queries)
         chosen = mask_logits[images, queries]  # [B, k, m, m]
-        is_selected = not_overlapping(
-            (chosen > 0).flatten(2), scores >= config.score_threshold, config.overlap_threshold
-        )
+        is_selected = not_overlapping(chosen > 0, classes, scores >= config.score_threshold, config.overlap_threshold)
         masks = large_masks(chosen[is_selected], size) if is_selected.any() else is_selected.new_zeros(0, size, size)
         is_large = masks.sum((1, 2)) >= max(1, scaled_area(config.min_area, size))
         values = images[is_selected], masks, classes[is_selected], scores[is_selected]
