@@ -392,10 +392,11 @@ def test_the_gpu_script_cut_in_the_middle_keeps_what_it_had_and_goes_on(tmp_path
     assert "== bench-1 ended with 0" in log.read_text() and len(list(tmp_path.iterdir())) == 2
 
 
+@long_test
 @pytest.mark.parametrize(
     ("call", "variables", "said"),
     [
-        pytest.param(2, {"ONLY": "bench", "PARTS": "nonsense"}, r"failed: bench-1\(2\)", marks=long_test),
+        (2, {"ONLY": "bench", "PARTS": "nonsense"}, r"failed: bench-1\(2\)"),
         (1, {"ONLY": "verify", "SECONDS_ALL": "7"}, r"verify-demo-bf16\((124|137|no time)\)"),
     ],
     ids=["a wrong part", "no time"],

@@ -389,15 +389,14 @@ def test_streams_are_lazy_and_hold_one_batch():
 def test_threads_that_share_a_pipeline_get_what_each_would_get_alone(pipe):
     def made(seed):
         features = pipe.features(world.view(seed).image, "a red ball")
-        sample = next(iter(pipe.stream(["a red ball"], seed=seed, tasks=("semantic", "depth"), steps=3)))
+        sample = next(iter(pipe.stream(["a red ball"], seed=seed, tasks=("semantic", "depth"), steps=2)))
         labels = sample.annotations
         return [sample.image, labels["semantic"].labels, labels["depth"].metres, *map(np.asarray, features.values())]
 
-    alone = [made(seed) for seed in range(4)]
-    with ThreadPoolExecutor(4) as threads:
-        for _ in range(3):
-            for found, truth in zip(threads.map(made, range(4)), alone, strict=True):
-                assert all(map(np.array_equal, found, truth))
+    alone = [made(seed) for seed in range(3)]
+    with ThreadPoolExecutor(3) as threads:
+        for found, truth in zip(threads.map(made, range(3)), alone, strict=True):
+            assert all(map(np.array_equal, found, truth))
 
 
 def test_a_prompt_that_is_long_in_coming_keeps_no_thread_waiting(pipe):

@@ -71,7 +71,7 @@ def check_equal(out: Path, alone: Path) -> None:
     assert tree(out) == tree(alone) and audit(out, threads=1).findings == []
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 8] if IS_LONG else [1, 3])
+@pytest.mark.parametrize("count", [1, 2, 3, 8] if IS_LONG else [3])
 def test_any_number_of_ranks_makes_the_same_bytes(alone, tmp_path, count, capfd):
     heard = []
     result = shared(config(tmp_path / "run"), [{}] * count, on_commit=heard.append)
@@ -167,7 +167,7 @@ def test_a_refusal_is_told_once_and_ends_the_run(tmp_path):
         shared(config(tmp_path / "run"), [{}])
         find_result(config(tmp_path / "run", seed=5))
     with pytest.raises(Refused, match="92 tokens"):
-        shared(config(tmp_path / "run", number=SAMPLES + 1, prompts="x " * 90), [{}] * 2)
+        shared(config(tmp_path / "run", number=SAMPLES + 1, prompts="x " * 90), [{}])
     assert not (tmp_path / "run" / QUEUE).exists() and audit(tmp_path / "run", threads=1).findings == []
     (tmp_path / "run" / QUEUE).write_bytes(b"of a process that was killed")
     assert audit(tmp_path / "run", threads=1).findings == []
@@ -313,10 +313,10 @@ def still_running(processes: list[psutil.Process]) -> list[psutil.Process]:
 
 
 def test_no_rank_outlives_its_parent(alone, command, tmp_path):
-    process = command("--ranks", "3", seconds="0.5")
+    process = command("--ranks", "2", seconds="0.5")
     wait_for_rows(tmp_path / "run", 2)
     children = psutil.Process(process.pid).children(recursive=True)
-    assert len([child for child in children if "datasetdm_fast.runs.workers.spawn" in " ".join(child.cmdline())]) >= 3
+    assert len([child for child in children if "datasetdm_fast.runs.workers.spawn" in " ".join(child.cmdline())]) >= 2
     process.kill()
     process.wait()
     assert still_running(children) == []

@@ -192,8 +192,9 @@ def test_so_are_labels_of_pictures_that_exist():
     assert found["samples"] == 4 and found["replays"] == 8
 
 
+@long_test
 @needs_cpu_build
-@pytest.mark.parametrize("dtype", ["auto", pytest.param("fp32", marks=long_test)])
+@pytest.mark.parametrize("dtype", ["auto", "fp32"])
 def test_so_is_a_training(dtype):
     """Captures made anew, a step in fp16 or fp32 with its gradients, a look at a held-out image, what is stored."""
     flags = "--dtype", dtype, "--scenario", "recomputed"

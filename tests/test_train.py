@@ -44,6 +44,7 @@ from datasetdm_fast.training.captures import cache
 from datasetdm_fast.training.data_record import find_changes
 from datasetdm_fast.training.readers import open_data
 from datasetdm_fast.training.settings import QUIRKS, TrainConfig
+from datasetdm_fast.training.trainer import Trainer
 
 SMALL = ["--model", "tiny", "--size", "64", "--draws", "2", "--batch-size", "4", "--engine", "torch", "--threads", "1"]
 
@@ -645,16 +646,16 @@ def command(captures, out, *arguments):
     ]
 
 
-def stopped(line, out, number, steps):
-    """The finished process that got a signal when it had logged so many steps."""
+def killed(line, out, steps):
+    """The process that was killed when it had logged so many steps."""
     process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=environment())
     log = out / "depth" / "training" / "log.jsonl"
     until = time.monotonic() + 120
     while not (log.exists() and len(log.read_bytes().splitlines()) >= steps):
         assert process.poll() is None and time.monotonic() < until, process.stderr.read()
         time.sleep(0.005)
-    process.send_signal(number)
-    process.err = process.communicate()[1]
+    process.kill()
+    process.communicate()
     return process
 
 
@@ -673,16 +674,24 @@ def test_a_decoder_that_another_training_finished_in_the_meantime_is_left_alone(
     assert "was trained with other settings (steps 2 there, 3 now)" in capsys.readouterr().err
 
 
-def test_killed_and_interrupted_it_ends_with_the_same_bits(run, captures, tmp_path):
-    arguments = ["--data", "demo:10@1000", "--task", "depth", "--steps", "36", "--checks", "2", "--save-every", "0.05"]
+def test_killed_and_interrupted_it_ends_with_the_same_bits(run, captures, tmp_path, monkeypatch, capsys):
+    arguments = ["--data", "demo:10@1000", "--task", "depth", "--steps", "12", "--checks", "2", "--save-every", "0.05"]
     out = tmp_path / "troubled"
     line = command(captures, out, *arguments)
-    killed = stopped(line, out, signal.SIGKILL, 10)
-    assert killed.returncode == -signal.SIGKILL and not (out / "depth" / "config.json").exists()
+    assert killed(line, out, 3).returncode == -signal.SIGKILL and not (out / "depth" / "config.json").exists()
     half = out / "depth" / "training" / f".{checkpoint.NAME}.1.part"  # of a process killed while it wrote
     half.touch()
-    interrupted = stopped(line, out, signal.SIGINT, 20)
-    assert interrupted.returncode == 130 and "stopped; resume with: python -m datasetdm_fast.train" in interrupted.err
+    step, places = Trainer.step, iter(range(5))
+
+    def interrupted(trainer):
+        if next(places, None) == 4:
+            signal.raise_signal(signal.SIGINT)
+        return step(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", interrupted)
+        assert train.main(line[3:]) == 130
+    assert "stopped; resume with: python -m datasetdm_fast.train" in capsys.readouterr().err
     assert (out / "depth" / "training" / checkpoint.NAME).exists()
     assert train.main(line[3:]) == 0 and not half.exists()
     assert run(*arguments, out="calm") == 0
