@@ -23,7 +23,6 @@ from datasetdm_fast.runs.compositions.source import Source
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder import audit
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER, read_document
-from datasetdm_fast.runs.run_folder.events import EVENTS
 from datasetdm_fast.runs.run_folder.folder import RunFolder, note
 from datasetdm_fast.runs.run_folder.ledger import Ledger
 from datasetdm_fast.runs.run_folder.seal import SEAL, THIS, encode_seal
@@ -61,8 +60,8 @@ def test_a_whole_run_has_no_findings(whole):
 
 
 def damage(path: Path, dice: random.Random) -> tuple[str, set[str]]:
-    """One flip, truncation, swap or deletion, not of the log; what was done, and the files that were hit."""
-    files = sorted(file for file in path.rglob("*") if file.is_file() and file != path / EVENTS)
+    """One flip, truncation, swap or deletion; what was done, and the files that were hit."""
+    files = sorted(file for file in path.rglob("*") if file.is_file())
     kind = dice.choice(("flip", "cut", "swap", "delete"))
     chosen = dice.choice([file for file in files if file.stat().st_size] if kind != "delete" else files)
     name = chosen.relative_to(path).as_posix()

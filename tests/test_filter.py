@@ -26,7 +26,6 @@ from datasetdm_fast.runs.run_folder import scores as run_scores
 from datasetdm_fast.runs.run_folder import where
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.document import LEDGER
-from datasetdm_fast.runs.run_folder.events import EVENTS
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.ledger import Ledger, Row
 from datasetdm_fast.runs.run_folder.reader import open_run
@@ -50,8 +49,8 @@ def run(made, tmp_path) -> Path:
 
 
 def state(path: Path) -> dict[str, bytes]:
-    """The files of a run folder's state with their bytes; not the log, whose lines have times."""
-    return {file.name: file.read_bytes() for file in sorted((path / "state").iterdir()) if file != path / EVENTS}
+    """The files of a run folder's state with their bytes."""
+    return {file.name: file.read_bytes() for file in sorted((path / "state").iterdir())}
 
 
 def test_a_condition_keeps_some_and_deletes_nothing(run, capsys):

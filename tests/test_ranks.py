@@ -23,7 +23,6 @@ from datasetdm_fast.runs.jobs.summary import describe_job
 from datasetdm_fast.runs.jobs.writing import batches_of, write_missing
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.document import LEDGER
-from datasetdm_fast.runs.run_folder.events import EVENTS
 from datasetdm_fast.runs.run_folder.seal import QUEUE
 from datasetdm_fast.runs.run_settings import RunConfig, WorkerSettings
 from datasetdm_fast.runs.workers import devices, spawn
@@ -40,9 +39,8 @@ def config(out: Path, **changes) -> RunConfig:
 
 
 def tree(path: Path) -> dict[str, bytes]:
-    """Every file of a run folder, the ledger among them, with its bytes; not the log, whose lines have times."""
-    files = {file.relative_to(path).as_posix(): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
-    return {name: content for name, content in files.items() if name != EVENTS}
+    """Every file of a run folder, the ledger among them, with its bytes."""
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
 
 
 def shared(settings: RunConfig, environments: list[dict[str, str]], **options):

@@ -15,7 +15,7 @@ from datasetdm_fast.engine.decoders.config import DecoderConfig, upstream
 from datasetdm_fast.engine.loading.presets import DEMO
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.exporting import export_folder
-from datasetdm_fast.runs.run_folder import document, events
+from datasetdm_fast.runs.run_folder import document
 
 pytestmark = pytest.mark.core
 
@@ -28,10 +28,8 @@ def faults(name: str, value) -> list[str]:
 
 def check_run(run: Path) -> None:
     assert faults("run", json.loads((run / "run.json").read_text())) == []
-    for name, path in (("sample", "samples.jsonl"), ("event", events.EVENTS)):
-        lines = (run / path).read_text().splitlines() if (run / path).exists() else []
-        assert [fault for line in lines for fault in faults(name, json.loads(line))] == [], path
-        assert lines or name == "event"
+    lines = (run / "samples.jsonl").read_text().splitlines()
+    assert lines and [fault for line in lines for fault in faults("sample", json.loads(line))] == []
 
 
 @pytest.mark.parametrize("path", sorted(SCHEMAS.glob("*.json")), ids=lambda path: path.stem)
@@ -43,7 +41,6 @@ def test_the_schemas_have_the_formats_of_the_code():
     numbers = {
         "run": document.FORMAT,
         "sample": document.FORMAT,
-        "event": events.FORMAT,
         "export": export_folder.FORMAT,
     }
     for name, number in numbers.items():

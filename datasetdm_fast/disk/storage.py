@@ -1,7 +1,6 @@
 """Files that appear whole or not at all: written beside their place, synced, renamed; a full disk is refused."""
 
 import errno
-import fcntl
 import hashlib
 import os
 import re
@@ -132,21 +131,6 @@ def _write_all(handle: int, chunk: bytes) -> None:
         if not count:
             raise OSError(errno.EIO, "the disk took no byte")
         rest = rest[count:]
-
-
-def append(path: Path, line: bytes) -> None:
-    """Adds a line to a file of lines in one piece, while no other process does; after half a line, which a full disk
-    leaves, it begins a new one.
-    """
-    with refusing(path):
-        handle = syscall("open", os.open, path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
-        try:
-            syscall("lock", fcntl.flock, handle, fcntl.LOCK_EX)
-            if (size := os.fstat(handle).st_size) and os.pread(handle, 1, size - 1) != b"\n":
-                line = b"\n" + line
-            _write_all(handle, line)
-        finally:
-            os.close(handle)
 
 
 def link(source: Path, path: Path) -> bool:

@@ -23,7 +23,7 @@ data set](data-set.md) describes what else a run folder holds; `instances.json`,
 [`convert`](formats.md) have the formats of the projects they are for.
 
 """
-ORDER = ("run", "sample", "event", "split", "kept", "decoder", "export", "classes")
+ORDER = ("run", "sample", "split", "kept", "decoder", "export", "classes")
 
 
 def schema(name: str) -> dict[str, Any]:
@@ -68,9 +68,6 @@ def files_page() -> str:
         parts.append(
             f"## {one['title']}\n\n{wrapped(one['description'])}\n\nFormat {number}, `schemas/{name}.json`.\n\n"
         )
-        for event in one.get("oneOf", ()):
-            parts.append(f"### {event['title']}\n\n{event['description']}\n\n")
-            parts.append(table(event))
         if "properties" in one:
             parts.append(table(one))
     return "".join(parts).rstrip() + "\n"

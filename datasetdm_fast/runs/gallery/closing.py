@@ -39,7 +39,6 @@ def finish_run(run: RunFolder) -> None:
             page_files.mark_left_out(run.path, read_filter(run.path))
         if not is_sealed(run.path) and run.ledger.settle():
             seal(run.path, run.document)
-    run.log.end(run.ledger)
 
 
 def write_indexes(folder: Path, document: Mapping[str, Any], ledger: Ledger, *, is_in_progress: bool = False) -> None:

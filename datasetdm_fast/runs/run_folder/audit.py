@@ -34,7 +34,6 @@ from datasetdm_fast.runs.run_folder.document import (
     require_document,
     sides,
 )
-from datasetdm_fast.runs.run_folder.events import EVENTS
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.ledger import BLOCK, DONE, DOUBTFUL, QUARANTINED, Ledger, Row
 from datasetdm_fast.runs.run_folder.selections import FILTER
@@ -48,6 +47,7 @@ RESTORE_LEDGER = (
     f"Restore {LEDGER} from a copy, or make the run again in another folder: the same command gives the same bytes."
 )
 CHANGED, MISSING = "its bytes are not those that were written", "is not there"
+LOG_OF_0_1 = "state/events.jsonl"  # which earlier versions wrote
 NAME_A_RUN = "Name a run folder, or an export of convert."
 
 
@@ -261,7 +261,7 @@ def _check_strangers(folder: Path, folders: Iterable[str], known: set[str]) -> I
     """Files in our folders that no sample has; a run that is in progress or was killed has some that the same line
     again writes over.
     """
-    state = {LEDGER, LOCK, seal.SEAL, FILTER, EVENTS, *(f"{LEDGER}-{kind}" for kind in ("wal", "shm", "journal"))}
+    state = {LEDGER, LOCK, seal.SEAL, FILTER, LOG_OF_0_1, *(f"{LEDGER}-{kind}" for kind in ("wal", "shm", "journal"))}
     state |= {DROPPED.rstrip("/"), seal.QUEUE, f"{seal.QUEUE}-journal"}  # the queue of a process that was killed
     allowed = known | state
     paths = (path for name in folders if (folder / name).is_dir() for path in sorted((folder / name).iterdir()))

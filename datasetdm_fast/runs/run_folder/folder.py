@@ -28,7 +28,6 @@ from datasetdm_fast.runs.run_folder.document import (
     require_document,
     to_see_damage,
 )
-from datasetdm_fast.runs.run_folder.events import EventLog
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, QUARANTINED, Ledger, Row
 from datasetdm_fast.runs.run_folder.seal import SEAL, is_sealed, unseal
 from datasetdm_fast.untrusted import documents
@@ -51,7 +50,7 @@ class RunFolder(AbstractContextManager):
     ):
         self.path = path
         self.document: dict[str, Any] = json.loads(pretty(document))  # in the order of the file
-        self._closing, self.log = ExitStack(), EventLog(path)
+        self._closing = ExitStack()
         storage.make_folder(path / "state")
         if not is_member:
             self._closing.enter_context(locks.hold_lock(path / LOCK))
@@ -85,12 +84,10 @@ class RunFolder(AbstractContextManager):
     def unseal(self) -> None:
         """To be called before the first change."""
         unseal(self.path)
-        self.log.begin(self.document, self.ledger)
 
     def commit(self, rows: Sequence[Row]) -> None:
         """Makes rows whose files are written part of the data set, all or none."""
         self.ledger.commit(rows)
-        self.log.add_rows(rows)
 
     def write(self, results: Sequence[Sample | Quarantined], recipe: Mapping[str, Any]) -> list[Row]:
         """Publishes the files of the results, which are samples once their rows are committed; threads may share it."""

@@ -134,7 +134,7 @@ def text(document: Mapping[str, Any], ledger: Ledger, counts: Mapping[str, Count
         "each sample",
         *(f"- {kind_of(task).contents}" for task in config["task"]),
         "- `gallery/index.html`: a page that shows them; `run.json`: settings, versions and digests; "
-        "`state/ledger.sqlite`: one row per sample; `state/events.jsonl`: log of the run\n",
+        "`state/ledger.sqlite`: one row per sample\n",
         *_trust(document, ledger),
         *_sections(document, counts),
         *_left_out(ledger),
