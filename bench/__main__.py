@@ -28,6 +28,7 @@ BENCHES = {
         "images with labels from attention on this CPU, compared with Dataset Diffusion based on diffusers",
     ),
     "epochs": ("bench.rows.epochs", "an epoch of training with stored captures, compared with recomputed ones"),
+    "serving": ("bench.rows.serving", "images a second of the service under many clients, compared with generate"),
     "kernels": (
         "bench.kernels.audit",
         "registers, spills, shared memory of Triton kernels (--audit); their tuning (--tune)",

@@ -12,6 +12,7 @@ from datasetdm_fast.version import __version__
 COMMANDS = {
     "prompts": ("datasetdm_fast.prompts", "write a list of prompts, balanced over classes"),
     "generate": ("datasetdm_fast.generate", "generate images and their labels from prompts"),
+    "serve": ("datasetdm_fast.serve", "answer prompts with images and labels over HTTP"),
     "label": ("datasetdm_fast.label", "label existing pictures, as generate labels its images"),
     "edit": ("datasetdm_fast.edit", "regenerate a region of samples, with its labels"),
     "vary": ("datasetdm_fast.vary", "change the time of day or weather of samples, with their labels"),

@@ -26,6 +26,7 @@ REASONS = {
     "Playwright is not installed": "until `make consumers` installs the libraries of our users",
     "Chromium is not installed": "machines without that browser",
     "ray is not installed": "platforms without Ray",
+    "uvicorn is not installed": "environments without the extra `serve`",
     "triton is not installed; pip install 'datasetdm-fast[triton]'": "platforms without Triton",
     "OpenVINO is not installed": "platforms without OpenVINO",
     "this CPU has no instructions for bf16": "where OpenVINO has no bf16 to compute in",

@@ -26,7 +26,16 @@ MAPPED = {"kernels": f"{PACKAGE}.kernels", "export": f"{PACKAGE}.export"}
 NATIVE = f"{PACKAGE}._C"
 SURFACE = ("data", "config", "errors")  # modules whose every public name is for users of the library
 FORM_NAMES = ("reference", "plain", "compiled", "native", "fused")  # of an operation in kernels/
-SCOPES = (ast.FunctionDef, ast.ClassDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+SCOPES = (
+    ast.FunctionDef,
+    ast.AsyncFunctionDef,
+    ast.ClassDef,
+    ast.Lambda,
+    ast.ListComp,
+    ast.SetComp,
+    ast.DictComp,
+    ast.GeneratorExp,
+)
 MOST_ALLOWED = 10
 
 # What nothing reaches and why it stays: a pattern of full names -> the reason.
@@ -156,7 +165,7 @@ def bound(node: ast.AST, module: str) -> dict[str, str]:
             found |= {alias.asname or alias.name: f"{each.module}.{alias.name}" for alias in each.names}
         elif isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store):
             found.setdefault(each.id, "")
-        elif isinstance(each, (ast.FunctionDef, ast.ClassDef)):
+        elif isinstance(each, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             found[each.name] = ""
         elif isinstance(each, ast.ExceptHandler) and each.name:
             found[each.name] = ""

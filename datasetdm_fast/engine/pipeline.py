@@ -233,9 +233,14 @@ class Pipeline:
             raise Refused(f"seeds: {seeds} is one number, expected one per prompt", f"Write seed={seeds}.")
         checks.check_numbers(seed=seed)
         size = self._batch_size(batch_size)
-        recipe, words = self._recipe(
-            tasks,
-            classes,
+        each_seed = count(seed) if seeds is None else checks.check_iterable("seeds", seeds, "one per prompt")
+        recipe, requests = self.prepare(
+            checks.as_texts("prompts", prompts),
+            each_seed,
+            negative_prompt=negative_prompt,
+            truncate=truncate,
+            tasks=tasks,
+            classes=classes,
             sampler=sampler,
             steps=steps,
             guidance=guidance,
@@ -244,15 +249,28 @@ class Pipeline:
             ask=ask,
             **attention,
         )
-        texts = checks.as_texts("prompts", prompts)
-        negatives = _negatives(negative_prompt)
-        each_seed = count(seed) if seeds is None else checks.check_iterable("seeds", seeds, "one per prompt")
-        requests = self._requests(texts, each_seed, words, truncate, negatives, recipe)
-        requests = map(partial(recipe.check_request, tokenizer=self.engine.model.tokenizer), requests)
         if isinstance(prompts, _CheckedFirst):
             requests = iter(list(requests))
         make = None if callback is None else partial(driver.BatchGenerator, on_step=callback)
         return self._samples(_batches(requests, size), recipe, make)
+
+    def prepare(
+        self,
+        prompts: Iterable[str],
+        seeds: Iterable[int],
+        *,
+        negative_prompt: str | Iterable[str] | None = "",
+        truncate: bool = False,
+        tasks: Sequence[str] | None = None,
+        classes: Sequence[str] = (),
+        **choices: Any,
+    ) -> tuple[Recipe, Iterator[Request]]:
+        """The recipe of these choices, which are those of `stream`, and the requests of prompts, each checked when it
+        is read: what `generate_batches` takes.
+        """
+        recipe, words = self._recipe(tasks, classes, **choices)
+        requests = self._requests(prompts, seeds, words, truncate, _negatives(negative_prompt), recipe)
+        return recipe, map(partial(recipe.check_request, tokenizer=self.engine.model.tokenizer), requests)
 
     def diffuse(
         self,
@@ -419,16 +437,25 @@ class Pipeline:
     def _samples(
         self, batches: Iterator[Batch], recipe: Recipe, make: Callable[..., driver.BatchGenerator] | None = None
     ) -> Iterator[Sample]:
-        made = driver.generate(self._between_turns(batches), self.engine, recipe, make=make)
+        for results in self.generate_batches(batches, recipe, make):
+            for result in results:
+                if isinstance(result, Quarantined):
+                    raise GateFailed(f"prompt {result.request.index}: {result.reason}", "Try another dtype.")
+                yield result
+
+    def generate_batches(
+        self, batches: Iterable[Batch], recipe: Recipe, make: Callable[..., driver.BatchGenerator] | None = None
+    ) -> Iterator[list[Sample | Quarantined]]:
+        """The results of every batch, in order; on a GPU a batch is sampled while the labels of the one before are
+        made.
+        """
+        made = driver.generate(self._between_turns(iter(batches)), self.engine, recipe, make=make)
         while True:
             with self._turn:
                 _, results = next(made, (None, None))
             if results is None:
                 return
-            for result in results:
-                if isinstance(result, Quarantined):
-                    raise GateFailed(f"prompt {result.request.index}: {result.reason}", "Try another dtype.")
-                yield result
+            yield results
 
     def _between_turns(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches, for whose prompts no other thread has to wait."""

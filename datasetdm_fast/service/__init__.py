@@ -1,0 +1,1 @@
+"""A service: the images and labels of one model over HTTP, several clients sharing its batches."""

@@ -1,0 +1,45 @@
+"""Samples as the answers of the service hold them."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping
+from typing import Any
+
+from datasetdm_fast.data import Sample
+from datasetdm_fast.engine.labels import kind_of, label_files
+
+
+def encode_sample(sample: Sample, tables: Mapping[str, Any], has_previews: bool) -> dict[str, Any]:
+    """The image as OpenAI's clients read it, and each label with the bytes and records of a run folder."""
+    files, records = label_files.encode(sample, "png", tables)
+    request = sample.request
+    answer = {"b64_json": _base64(files["image"][1]), "seed": request.seed, "prompt": request.prompt, "labels": {}}
+    if sample.trust is not None:
+        answer["doubts"] = list(sample.trust.reasons)
+    for task, record in records.items():
+        kind, table = kind_of(task), tables[task]
+        label = answer["labels"][task] = {}
+        label["files"] = {role: _base64(files[role][1]) for role in kind.files(table)}
+        if kind.coco_file:
+            label["coco"] = _coco(sample, record, kind.categories(table))
+        else:
+            label |= {"classes": {str(number): name for number, name in kind.names(table).items()}, "record": record}
+        if has_previews:
+            buffer = io.BytesIO()
+            kind.picture(sample.annotations[task], sample.image).save(buffer, "PNG")
+            label["preview"] = _base64(buffer.getvalue())
+    return answer
+
+
+def _coco(sample: Sample, record: list[dict[str, Any]], categories: list[dict[str, Any]]) -> dict[str, Any]:
+    """A file in COCO's form of this image alone."""
+    height, width, _ = sample.image.shape
+    annotations = [{"id": number, "image_id": 1, "iscrowd": 0, **each} for number, each in enumerate(record, 1)]
+    image = {"id": 1, "width": width, "height": height, "file_name": f"{sample.request.id}.png"}
+    return {"images": [image], "annotations": annotations, "categories": categories}
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()

@@ -1,0 +1,374 @@
+"""The service: what clients get, what shares a batch, and what is refused, over HTTP on this machine."""
+
+import base64
+import http.client
+import io
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from browser import Watched, browser
+from PIL import Image
+
+from datasetdm_fast import Pipeline, generate
+from datasetdm_fast import serve as command
+from datasetdm_fast.data import Request
+
+uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed")
+pytest.importorskip("starlette", reason="uvicorn is not installed")
+
+from datasetdm_fast.service import app as http_side  # noqa: E402
+from datasetdm_fast.service.batching import Batcher, PendingImage, QueueFull  # noqa: E402
+
+pytestmark = pytest.mark.loopback
+PROMPT = "a red ball on a table"
+IMAGES, LABEL = "/v1/images/generations", "/v1/label"
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return Pipeline.from_pretrained("demo")
+
+
+@contextmanager
+def serving(pipeline, *, size=8, wait=0.02, most=64, token="", hosts=()):
+    """A running service; its port and its batcher."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    with Batcher(pipeline, size, wait, most) as batcher:
+        app = http_side.Service(batcher, 50).app(hosts, token)
+        settings = uvicorn.Config(app, http=http_side.TimedProtocol, lifespan="off", ws="none", log_level="critical")
+        server = uvicorn.Server(settings)
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        try:
+            yield SimpleNamespace(port=listening.getsockname()[1], batcher=batcher)
+        finally:
+            server.should_exit = True
+            thread.join()
+            listening.close()
+
+
+@pytest.fixture(scope="module")
+def service(pipeline):
+    with serving(pipeline) as running:
+        yield running
+
+
+def ask(service, path, body=None, method=None, **headers):
+    """Status and content of an answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=60)
+    content = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
+    connection.request(method or ("POST" if body is not None else "GET"), path, content, headers)
+    answer = connection.getresponse()
+    text = answer.read()
+    connection.close()
+    is_json = answer.headers.get("Content-Type", "") == "application/json"
+    return SimpleNamespace(
+        status=answer.status, text=text, headers=answer.headers, json=json.loads(text) if is_json else None
+    )
+
+
+def pixels(entry):
+    return np.array(Image.open(io.BytesIO(base64.b64decode(entry["b64_json"]))))
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """The run folder of `generate --batch-size 1`."""
+    out = tmp_path_factory.mktemp("stored") / "run"
+    line = ["--prompts", PROMPT, "--number", "2", "--seed", "7", "--steps", "2", "--batch-size", "1", "--quiet"]
+    assert generate.main([*line, "--force-domain", "--out", str(out)]) == 0
+    return out
+
+
+def test_alone_an_image_and_its_labels_have_the_bytes_of_generate(service, stored):
+    body = {"model": "demo", "prompt": PROMPT, "n": 2, "seed": 7, "steps": 2, "deterministic": True}
+    answer = ask(service, IMAGES, body | {"labels": ["semantic", "instance", "depth", "pose"]})
+    assert answer.status == 200, answer.text
+    coco = json.loads((stored / "instances.json").read_text())
+    for index, entry in enumerate(answer.json["data"]):
+        id = f"{index:08d}"
+        assert base64.b64decode(entry["b64_json"]) == (stored / "images" / f"{id}.png").read_bytes()
+        files = [item for label in entry["labels"].values() for item in label["files"].items()]
+        assert {role for role, _ in files} == {"semantic", "confidence", "depth"}
+        for role, content in files:
+            assert base64.b64decode(content) == (stored / role / f"{id}.png").read_bytes()
+        (image,) = [image["id"] for image in coco["images"] if id in image["file_name"]]
+        parts = ("category_id", "segmentation", "bbox", "score")
+        expected = [[each[part] for part in parts] for each in coco["annotations"] if each["image_id"] == image]
+        made = entry["labels"]["instance"]["coco"]
+        assert [[each[part] for part in parts] for each in made["annotations"]] == expected
+        assert {each["category_id"] for each in made["annotations"]} <= {each["id"] for each in made["categories"]}
+
+
+def test_requests_of_many_clients_share_batches_and_none_is_lost_or_swapped(service, pipeline):
+    begin = service.batcher.batches
+    prompts = [f"a {colour} {thing}" for colour in ("red", "blue") for thing in ("ball", "cube", "cone", "star")] * 2
+
+    def image(k):
+        body = {
+            "prompt": prompts[k],
+            "seed": k,
+            "steps": 2,
+            "labels": ["semantic"],
+            "negative_prompt": "grey" * (k % 2),
+        }
+        entry = ask(service, IMAGES, body).json["data"][0]
+        assert (entry["prompt"], entry["seed"]) == (prompts[k], k)
+        return pixels(entry)
+
+    with ThreadPoolExecutor(16) as pool:
+        made = list(pool.map(image, range(16)))
+    assert service.batcher.batches - begin < 16
+    negatives = ["grey" * (k % 2) for k in range(16)]
+    alone = pipeline(prompts, seeds=range(16), steps=2, tasks=["semantic"], negative_prompt=negatives, batch_size=1)
+    for got, expected in zip(made, alone.images):
+        assert 10 * np.log10(255**2 / max(np.square(got.astype(float) - expected).mean(), 1e-9)) > 45
+
+
+def test_lines_come_one_by_one(service):
+    answer = ask(
+        service, IMAGES, {"prompt": PROMPT, "n": 3, "seeds": [4, 9, 1], "steps": 2, "labels": [], "stream": True}
+    )
+    lines = [json.loads(line) for line in answer.text.splitlines()]
+    assert answer.headers["Content-Type"].startswith("application/x-ndjson")
+    assert [(line["index"], line["seed"], line["labels"]) for line in lines] == [(0, 4, {}), (1, 9, {}), (2, 1, {})]
+
+
+def test_an_existing_picture_is_labelled(service, stored, pipeline):
+    path = stored / "images" / "00000000.png"
+    body = {"image": base64.b64encode(path.read_bytes()).decode(), "prompt": PROMPT, "preview": True}
+    (entry,) = ask(service, LABEL, body).json["data"]
+    expected = pipeline.label(Image.open(path), PROMPT)
+    assert (pixels(entry) == expected.images[0]).all()
+    shown = np.array(Image.open(io.BytesIO(base64.b64decode(entry["labels"]["semantic"]["files"]["semantic"]))))
+    assert (shown == expected.semantic[0].labels).all()
+    assert Image.open(io.BytesIO(base64.b64decode(entry["labels"]["depth"]["preview"]))).size == (128, 128)
+
+
+BAD = {
+    "no object": ([], 400, "expected an object"),
+    "no prompt": ({"n": 1}, 400, "prompt is missing"),
+    "a number for a prompt": ({"prompt": 1}, 400, "expected text"),
+    "an unknown field": ({"prompt": "a", "lables": []}, 400, "did you mean labels?"),
+    "an unknown label": ({"prompt": "a", "labels": ["depht"]}, 400, "labels: depht"),
+    "a label twice": ({"prompt": "a", "labels": ["depth", "depth"]}, 400, "labels: "),
+    "a label without a decoder": ({"prompt": "a", "labels": ["semantic:other"]}, 400, "semantic:other"),
+    "another model": ({"prompt": "a", "model": "dall-e-3"}, 400, "model: 'dall-e-3' is not served, 'demo' is"),
+    "a URL": ({"prompt": "a", "response_format": "url"}, 400, "is not b64_json"),
+    "another size": ({"prompt": "a", "size": "512x512"}, 400, "is not auto or 128x128"),
+    "many images": ({"prompt": "a", "n": 11}, 400, "n: 11 is not within 1 .. 10"),
+    "many steps": ({"prompt": "a", "steps": 51}, 400, "steps: 51 is not within 1 .. 50"),
+    "a negative seed": ({"prompt": "a", "seed": -1}, 400, "seed -1"),
+    "other seeds than images": ({"prompt": "a", "n": 2, "seeds": [1]}, 400, "1 were sent for 2"),
+    "many tokens": ({"prompt": "word " * 200}, 400, "tokens, at most 77 fit"),
+    "10 MB": (b'{"prompt": "' + b"a" * 10**7 + b'"}', 413, "more than 65536 bytes"),
+    "brackets": (b"[" * 60_000, 400, "not readable as JSON"),
+    "twice": (b'{"prompt": "a", "prompt": "b"}', 400, "occurs twice"),
+    "NaN": (b'{"prompt": "a", "guidance": NaN}', 400, "NaN"),
+    "no JSON": (b"hello", 400, "not readable as JSON"),
+    "nothing": (b"", 400, "empty"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_made_is_refused_in_one_sentence(service, name):
+    body, status, said = BAD[name]
+    answer = ask(service, IMAGES, body)
+    assert answer.status == status and said in answer.json["error"]["message"], answer.text
+    assert service.batcher.waiting == 0
+
+
+@pytest.mark.parametrize("image", ["%%", "AAAA", "", "iVBORw0KGgo="])
+def test_what_is_no_picture_is_refused(service, image):
+    answer = ask(service, LABEL, {"image": image})
+    assert answer.status == 400 and answer.json["error"]["message"].startswith("image: ")
+
+
+def test_other_paths_methods_kinds_and_names(pipeline):
+    with serving(pipeline, hosts=("localhost",)) as named:
+        assert ask(named, "/healthz").status == 403
+        assert ask(named, "/healthz", Host="localhost").json["labels"] == list(pipeline.tasks)
+        assert ask(named, "/nothing", Host="localhost").status == 404
+        assert ask(named, IMAGES, Host="localhost").status == 405
+        assert ask(named, IMAGES, {"prompt": "a"}, Host="localhost", Content_Type="text/plain").status == 415
+
+
+def test_who_has_no_token_sees_the_page_alone(pipeline):
+    with serving(pipeline, token="secret") as closed:
+        body = {"prompt": PROMPT, "steps": 2, "labels": []}
+        assert ask(closed, IMAGES, body).status == ask(closed, "/metrics").status == 401
+        assert ask(closed, IMAGES, body, Authorization="Bearer other").status == 401
+        assert ask(closed, IMAGES, body, Authorization="Bearer secret").status == 200
+        page = ask(closed, "/")
+        assert page.status == 200 and "default-src 'none'" in page.headers["Content-Security-Policy"]
+        assert ask(closed, "/page.js").status == ask(closed, "/page.css").status == 200
+
+
+def test_slow_clients_are_closed(pipeline, monkeypatch):
+    monkeypatch.setattr(http_side, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(http_side, "BODY_SECONDS", 0.3)
+    with serving(pipeline) as service:
+        for head in (b"", b"POST /v1/images/generations HTTP/1.1\r\nHost: a\r\n"):
+            with socket.create_connection(("127.0.0.1", service.port), 10) as slow:
+                slow.sendall(head)
+                assert slow.recv(100) == b""
+        with socket.create_connection(("127.0.0.1", service.port), 10) as slow:
+            slow.sendall(head + b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
+            assert b" 408 " in slow.recv(100)
+        assert ask(service, "/healthz").status == 200
+
+
+class Blocked:
+    """A pipeline that waits before every batch, and keeps what it made."""
+
+    def __init__(self):
+        self.engine = SimpleNamespace(device=SimpleNamespace(type="cuda"), model=SimpleNamespace(name="demo", size=128))
+        self.go, self.made = threading.Semaphore(0), []
+
+    def generate_batches(self, batches, recipe):
+        for batch in batches:
+            assert self.go.acquire(timeout=20)
+            if batch.requests[0].prompt == "broken":
+                raise ZeroDivisionError
+            self.made.append(([request.prompt for request in batch.requests], batch.padding))
+            yield [request.prompt for request in batch.requests]
+
+
+def item(prompt, group="", **options):
+    return PendingImage(None, Request(0, prompt, 0), group, **options)
+
+
+def wait_until(condition):
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_batches_hold_one_recipe_and_nobody_who_left():
+    blocked = Blocked()
+    with Batcher(blocked, 3, 0.0, 8) as batcher:
+        batcher.submit([item("first")])
+        wait_until(lambda: batcher.batches == 1)
+        gone = item("gone")
+        items = [
+            item("a"),
+            item("b"),
+            gone,
+            item("other", "x"),
+            item("c"),
+            item("alone", "y", is_alone=True),
+            item("d"),
+        ]
+        batcher.submit(items)
+        with pytest.raises(QueueFull) as full:
+            batcher.submit([item("e"), item("f")])
+        assert full.value.seconds >= 1 and batcher.waiting == 7
+        assert gone.future.cancel() and batcher.waiting == 6
+        for _ in range(9):
+            blocked.go.release()
+        assert [each.future.result(20) for each in items if each is not gone] == ["a", "b", "other", "c", "alone", "d"]
+    assert blocked.made == [(["first"], 0), (["a", "b", "c"], 0), (["other"], 0), (["alone"], 0), (["d"], 0)]
+
+
+def test_a_batch_waits_for_others_until_it_is_full():
+    blocked = Blocked()
+    blocked.go.release(9)
+    with Batcher(blocked, 4, 0.4, 8) as batcher:
+        batcher.submit([item("a"), item("b")])
+        time.sleep(0.05)
+        batcher.submit([item("c")])
+        begin = time.monotonic()
+        batcher.submit([late := item("d")])
+        assert late.future.result(20) == "d" and time.monotonic() - begin < 0.3
+        batcher.submit(few := [item("e"), item("f"), item("g")])
+        few[0].future.result(20)
+    assert blocked.made == [(["a", "b", "c", "d"], 0), (["e", "f", "g"], 1)]  # sizes of graphs are powers of two
+
+
+def test_a_failure_of_the_engine_is_told_and_the_next_batch_is_made(capsys):
+    blocked = Blocked()
+    blocked.go.release(9)
+    with Batcher(blocked, 4, 0.0, 8) as batcher:
+        batcher.submit([broken := item("broken")])
+        with pytest.raises(RuntimeError, match="the engine failed .ZeroDivisionError."):
+            broken.future.result(20)
+        assert batcher.failure and "ZeroDivisionError" in capsys.readouterr().err
+        batcher.submit([good := item("good")])
+        assert good.future.result(20) == "good"
+    assert not batcher.failure
+
+
+def test_a_full_queue_and_a_client_that_leaves(pipeline, monkeypatch):
+    free, undisturbed = threading.Event(), pipeline.generate_batches
+
+    def held(batches, recipe):
+        assert free.wait(20)
+        return undisturbed(batches, recipe)
+
+    monkeypatch.setattr(pipeline, "generate_batches", held)
+    body = {"prompt": PROMPT, "steps": 2, "labels": []}
+    with serving(pipeline, most=2) as service, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(ask, service, IMAGES, body)
+        wait_until(lambda: not service.batcher._waiting and not first.done() and first.running())
+        time.sleep(0.2)
+        connection = http.client.HTTPConnection("127.0.0.1", service.port)
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", IMAGES, json.dumps({**body, "n": 2}), headers)
+        wait_until(lambda: service.batcher.waiting == 2)
+        full = ask(service, IMAGES, body)
+        assert full.status == 429 and int(full.headers["Retry-After"]) >= 1
+        connection.close()
+        wait_until(lambda: service.batcher.waiting == 0)
+        free.set()
+        assert first.result(20).status == 200
+        assert service.batcher.images == 1
+        figures = ask(service, "/metrics").text.decode()
+    assert f'datasetdm_requests_total{{path="{IMAGES}",status="429"}} 1' in figures
+    assert "\ndatasetdm_images_total 1\n" in figures and "datasetdm_request_seconds_count" in figures
+
+
+def test_the_page_shows_an_image_and_its_labels(service):
+    with browser() as running:
+        page = Watched(running)
+        page.page.goto(f"http://127.0.0.1:{service.port}/")
+        page.page.wait_for_selector("#labels input")
+        page.page.fill("#seed", "4")
+        page.page.click("button")
+        page.page.wait_for_selector("figure img", timeout=60_000)
+        assert page.page.locator("figure").count() == 1 + len(service.batcher.pipeline.tasks)
+        sizes = [image.evaluate("image => image.naturalWidth") for image in page.page.locator("img").all()]
+        assert set(sizes) == {128} and not page.errors
+        page.page.fill("#prompt", "word " * 150)
+        page.page.click("button")
+        page.page.wait_for_selector("#status:has-text('at most 77 fit')")
+
+
+def test_the_command_serves_until_a_signal_and_answers_what_was_asked(tmp_path):
+    line = [sys.executable, "-m", "datasetdm_fast.serve", "--port", "0", "--quiet"]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        address = process.stdout.readline().strip()
+        running = SimpleNamespace(port=int(address.rpartition(":")[2]))
+        assert ask(running, "/healthz").json["status"] == "ok"
+        process.terminate()
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143 and "Traceback" not in errors
+
+
+def test_other_addresses_need_a_token(monkeypatch, capsys):
+    monkeypatch.delenv(command.TOKEN, raising=False)
+    assert command.main(["--host", "0.0.0.0"]) == 2
+    assert "DATASETDM_TOKEN holds no token" in capsys.readouterr().err
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert command.main(["--port", str(taken.getsockname()[1])]) == 2
+    assert "Address already in use" in capsys.readouterr().err
