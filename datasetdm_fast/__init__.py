@@ -11,16 +11,19 @@ from datasetdm_fast.version import __version__
 if TYPE_CHECKING:
     from datasetdm_fast.data import Sample
     from datasetdm_fast.engine.pipeline import Output, Pipeline
+    from datasetdm_fast.engine.sample_stream import MakeSamples, SampleStream
     from datasetdm_fast.runs.run_folder.reader import Run, StoredSample, TaskDataset, open_run
 
 __all__ = [
     "GateFailed",
+    "MakeSamples",
     "Missing",
     "Output",
     "Pipeline",
     "Refused",
     "Run",
     "Sample",
+    "SampleStream",
     "StoredSample",
     "TaskDataset",
     "__version__",
@@ -28,10 +31,12 @@ __all__ = [
 ]
 
 PLACES = {
+    "MakeSamples": "engine.sample_stream",
     "Output": "engine.pipeline",
     "Pipeline": "engine.pipeline",
     "Run": "runs.run_folder.reader",
     "Sample": "data",
+    "SampleStream": "engine.sample_stream",
     "StoredSample": "runs.run_folder.reader",
     "TaskDataset": "runs.run_folder.reader",
     "open_run": "runs.run_folder.reader",

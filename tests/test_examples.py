@@ -27,5 +27,5 @@ def test_the_example_runs(path, demo_run, monkeypatch, capsys):
     assert capsys.readouterr().out.strip()
 
 
-def test_there_are_eight():
-    assert len(EXAMPLES) == 8
+def test_there_are_nine():
+    assert len(EXAMPLES) == 9

@@ -19,6 +19,7 @@ from datasetdm_fast.engine.labels import kind_of, label_files, task_of
 from datasetdm_fast.engine.labels.class_tables import ClassTable
 from datasetdm_fast.engine.labels.names import check_label
 from datasetdm_fast.engine.labels.pictures import PREVIEW_SAMPLES, preview
+from datasetdm_fast.engine.labels.tensors import image_tensor, label_tensors, stack
 from datasetdm_fast.engine.labels.trust import trust_of
 from datasetdm_fast.errors import Missing, Refused, nearest
 from datasetdm_fast.runs.run_folder.document import (
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 
     from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 
-OF_THINGS = "scores"  # what labels of things have, and labels of pixels have not
 Transform = Callable[[Any, Any], Any]  # image and label -> what the data set gives
 
 
@@ -348,12 +348,10 @@ class TaskDataset:
 
     def __getitem__(self, position: int | str | slice) -> Any:
         """The pair at a position or of an id; of a slice, the data set of these samples."""
-        import torch
-
         if isinstance(position, slice):
             return replace(self, run=self.run[position])
         sample = self.run[position]
-        image = torch.from_numpy(sample.image).permute(2, 0, 1).float() / 255
+        image = image_tensor(sample.image)
         labels = {task: _tensors(sample, task) for task in ((self.task,) if isinstance(self.task, str) else self.task)}
         label = labels[self.task] if isinstance(self.task, str) else labels
         return (image, label) if self.transform is None else self.transform(image, label)
@@ -363,34 +361,14 @@ class TaskDataset:
         """A batch: what has one shape in all pairs is stacked, what has not, such as the masks of instances, is a list
         of one a pair; to be given to a DataLoader as `collate_fn`.
         """
-        return _stack(list(pairs))
+        return stack(pairs)
 
 
 def _tensors(sample: StoredSample, task: str) -> Tensor | dict[str, Tensor]:
-    import torch
-
     label = sample.label(task)
     if label is None:
         raise Refused(f"{sample.folder}: sample {sample.id} has no label {task!r}", "Leave it out with Run.where.")
-    parts = kind_of(task).arrays(label, sample.document["labels"][task])
-    if isinstance(parts, np.ndarray):
-        return torch.from_numpy(parts)
-    return {name: torch.from_numpy(value) for name, value in parts.items()}
-
-
-def _stack(values: list[Any]) -> Any:
-    import torch
-
-    first = values[0]
-    if isinstance(first, dict) and OF_THINGS in first:
-        return values  # images have different numbers of them
-    if isinstance(first, dict):
-        return {name: _stack([value[name] for value in values]) for name in first}
-    if isinstance(first, tuple):
-        return tuple(_stack(list(column)) for column in zip(*values, strict=True))
-    if isinstance(first, torch.Tensor) and len({value.shape for value in values}) == 1:
-        return torch.stack(values)
-    return values
+    return label_tensors(task, label, sample.document["labels"][task])
 
 
 def open_run(path: str | Path, *, kept: bool = False, doubtful: bool = False) -> Run:

@@ -1,0 +1,188 @@
+"""Samples made while a trainer reads them: a data set for torch, and a class for Ray Data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import count, islice
+from queue import Full, Queue
+from threading import Event, Thread
+from typing import Any
+
+import numpy as np
+from torch.utils.data import IterableDataset, get_worker_info
+
+from datasetdm_fast.config import MOST_TRIES
+from datasetdm_fast.data import Sample
+from datasetdm_fast.engine.labels import kind_of
+from datasetdm_fast.engine.labels.numbering import number_classes
+from datasetdm_fast.engine.labels.tensors import image_tensor, label_tensors, stack
+from datasetdm_fast.engine.loop.recipe import label_tables
+from datasetdm_fast.engine.pipeline import Pipeline
+from datasetdm_fast.errors import GateFailed, Refused
+
+POLL_SECONDS = 0.1  # in which a thread whose samples nobody reads any more ends
+
+
+class SampleStream(IterableDataset[Any]):
+    """Pairs of image and label, as `Run.as_dataset` gives them, each made shortly before it is read.
+
+    Sample k has the seed `seed` + k and the prompt k of `prompts`, which repeat; every rank and loader worker makes its
+    own share of them, `prefetch` samples ahead in a thread. `number` is the length of an epoch over all shares, 0 means
+    no end; with `trusted`, doubtful samples do not count and others are made in their place. `pipeline` is a Pipeline,
+    or a function that opens one, as the worker processes of a DataLoader need it. Other choices are those of
+    `Pipeline.stream`.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline | Callable[[], Pipeline],
+        prompts: Sequence[str],
+        task: str | Sequence[str],
+        *,
+        number: int = 0,
+        seed: int = 0,
+        trusted: bool = False,
+        prefetch: int = 8,
+        transform: Callable[[Any, Any], Any] | None = None,
+        **choices: Any,
+    ):
+        if isinstance(prompts, str) or not prompts:
+            raise Refused("prompts: expected a sequence of texts", "Write (prompt,) for one.")
+        if number < 0 or prefetch < 1:
+            raise Refused(f"number {number}, prefetch {prefetch}: expected at least 0 and 1", "Choose other numbers.")
+        self.prompts, self.task, self.number, self.seed = prompts, task, number, seed
+        self.trusted, self.prefetch, self.transform, self.choices = trusted, prefetch, transform, choices
+        self.epoch = 0
+        self._given = pipeline
+
+    collate = staticmethod(stack)
+
+    @cached_property
+    def pipeline(self) -> Pipeline:
+        if not isinstance(self._given, Pipeline):
+            return self._given()
+        if get_worker_info() is not None:
+            raise Refused(
+                "pipeline: an engine cannot be shared with the worker processes of a DataLoader",
+                "Give a function that opens it, such as functools.partial(Pipeline.from_pretrained, 'demo').",
+            )
+        return self._given
+
+    @cached_property
+    def tables(self) -> Mapping[str, Any]:
+        return number_tables(self.pipeline, self._tasks, self.choices)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes of all labels, each at the place of its number."""
+        return tuple(self.tables["classes"])
+
+    @property
+    def _tasks(self) -> tuple[str, ...]:
+        return (self.task,) if isinstance(self.task, str) else tuple(self.task)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Has the next iteration make the samples that follow those of `epoch` epochs."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        """The share of this rank and loader worker."""
+        samples: Queue[Any] = Queue(self.prefetch)
+        over, share = Event(), _share()
+        thread = Thread(target=self._fill, args=(samples, over, *share), name="samples", daemon=True)
+        thread.start()
+        try:
+            while (sample := samples.get()) is not None:
+                if isinstance(sample, Exception):
+                    raise sample
+                yield self._pair(sample)
+        finally:
+            over.set()
+            thread.join()
+
+    def _fill(self, samples: Queue[Any], over: Event, share: int, shares: int) -> None:
+        """Puts samples, and at their end None or what went wrong, into a queue that another thread empties."""
+
+        def put(item: Any) -> None:
+            while not over.is_set():
+                try:
+                    return samples.put(item, timeout=POLL_SECONDS)
+                except Full:
+                    continue
+
+        try:
+            for sample in self._made(share, shares):
+                put(sample)
+                if over.is_set():
+                    return
+            put(None)
+        except Exception as error:
+            put(error)
+
+    def _made(self, share: int, shares: int) -> Iterator[Sample]:
+        tries = MOST_TRIES if self.trusted else 1
+        wanted = len(range(share, self.number, shares)) if self.number else None
+        if wanted == 0:
+            return
+        first = self.epoch * self.number * tries + share
+        indices = list(range(first, first + wanted * tries * shares, shares)) if wanted else None
+        prompts = (self.prompts[k % len(self.prompts)] for k in indices or count(first, shares))
+        seeds = (self.seed + k for k in indices or count(first, shares))
+        made = self.pipeline.stream(prompts, seeds=seeds, tasks=self._tasks, **self.choices)
+        passing = (sample for sample in made if not (self.trusted and sample.is_doubtful))
+        number = 0
+        for sample in islice(passing, wanted):
+            number += 1
+            yield sample
+        if wanted is not None and number < wanted:
+            raise GateFailed(f"trusted: {number} of {wanted * tries} samples are", "Use other prompts.")
+
+    def _pair(self, sample: Sample) -> Any:
+        image, tables = image_tensor(sample.image), self.tables["labels"]
+        labels = {task: label_tensors(task, sample.annotations[task], tables[task]) for task in self._tasks}
+        label = labels[self.task] if isinstance(self.task, str) else labels
+        return (image, label) if self.transform is None else self.transform(image, label)
+
+
+class MakeSamples:
+    """A class for `ray.data.Dataset.map_batches`: rows with a prompt and a seed get an image and labels."""
+
+    def __init__(self, model: str = "demo", tasks: Sequence[str] = ("semantic",), choices: Any = None, **options: Any):
+        """`choices` are those of `Pipeline.stream`, `options` those of `Pipeline.from_pretrained`."""
+        self.tasks, self.choices = tuple(tasks), dict(choices or {})
+        self.pipeline = Pipeline.from_pretrained(model, **options)
+        self.tables = number_tables(self.pipeline, self.tasks, self.choices)["labels"]
+
+    def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The rows with `image`, `trusted`, and each label: maps as arrays, things as the records of a run in JSON."""
+        seeds = [int(seed) for seed in rows["seed"]]
+        samples = self.pipeline(list(map(str, rows["prompt"])), seeds, tasks=self.tasks, **self.choices).samples
+        columns = {"image": np.stack([sample.image for sample in samples])}
+        columns["trusted"] = np.array([not sample.is_doubtful for sample in samples])
+        for task in self.tasks:
+            kind, table, labels = kind_of(task), self.tables[task], [sample.annotations for sample in samples]
+            if kind.coco_file:
+                columns[task] = np.array([json.dumps(kind.encode(each[task], each, table)[1]) for each in labels])
+            else:
+                columns[task] = np.stack([kind.arrays(each[task], table) for each in labels])
+        return {**rows, **columns}
+
+
+def number_tables(pipeline: Pipeline, tasks: Sequence[str], choices: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The classes of these labels and the table of each, as run.json has them."""
+    choices = {name: value for name, value in choices.items() if name != "batch_size"}
+    recipe, _ = pipeline.prepare([], [], tasks=tasks, **choices)
+    return number_classes(label_tables(pipeline.engine, recipe))
+
+
+def _share() -> tuple[int, int]:
+    """The number of this rank's loader worker among all, and how many there are."""
+    import torch
+
+    is_one_of_many = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank, ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if is_one_of_many else (0, 1)
+    worker = get_worker_info()
+    number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+    return rank * workers + number, ranks * workers

@@ -1,0 +1,163 @@
+"""Training straight from the model: the samples of a stream are those of a stored run, whoever reads which share."""
+
+import importlib.util
+import threading
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from stub_engine import StubEngine
+from torch.utils.data import DataLoader
+from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+from datasetdm_fast import GateFailed, MakeSamples, Pipeline, Refused, SampleStream, generate, open_run
+from datasetdm_fast.engine import sample_stream
+
+PROMPTS = ("a red ball on a table", "a blue cube", "a star beside a cone")
+SIZES = {"number": 8, "seed": 5, "steps": 2, "batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return Pipeline.from_pretrained("demo")
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """A run folder of the same prompts and seeds."""
+    out = tmp_path_factory.mktemp("stored")
+    (out / "prompts.txt").write_text("\n".join(PROMPTS))
+    flags = [part for name, value in SIZES.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    line = ["--prompts", str(out / "prompts.txt"), "--task", "semantic,depth", "--out", str(out / "run"), *flags]
+    assert generate.main([*line, "--force-domain", "--quiet"]) == 0
+    return open_run(out / "run")
+
+
+def losses(data, classes):
+    """Of a small SegFormer that is trained on a data set."""
+    torch.manual_seed(0)
+    config = SegformerConfig(num_labels=classes, depths=[1] * 4, hidden_sizes=[8] * 4, decoder_hidden_size=16)
+    config.num_attention_heads = [1] * 4
+    network = SegformerForSemanticSegmentation(config)
+    optimiser = torch.optim.SGD(network.parameters(), 0.1)
+    for images, labels in DataLoader(data, batch_size=4):
+        loss = network(pixel_values=images, labels=labels["semantic"]).loss
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        yield loss.item()
+
+
+def test_a_stream_trains_as_the_stored_run_of_the_same_seeds(pipe, stored):
+    stream = SampleStream(pipe, PROMPTS, ("semantic", "depth"), **SIZES)
+    assert stream.classes == stored.classes
+    of_stream = list(losses(stream, len(stream.classes)))
+    assert of_stream == list(losses(stored.as_dataset(("semantic", "depth")), len(stored.classes)))
+    assert len(of_stream) == 2 and of_stream[0] != of_stream[1]
+
+
+def stub():
+    return Pipeline(StubEngine())
+
+
+def keyed(data):
+    """The samples of a data set by their bytes."""
+    return sorted(image.numpy().tobytes() + label.numpy().tobytes() for image, label in data)
+
+
+def test_loader_workers_and_ranks_share_the_samples(monkeypatch):
+    """A function opens the engine in each worker process; none makes a sample of another."""
+    options = {"number": 7, "steps": 2, "batch_size": 2}
+    whole = keyed(SampleStream(stub(), PROMPTS, "depth", **options))
+    assert len(set(whole)) == 7
+    loader = DataLoader(SampleStream(stub, PROMPTS, "depth", **options), batch_size=None, num_workers=2)
+    assert keyed(loader) == whole
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(sample_stream, "_share", lambda rank=rank: (rank, 3))
+        shares.append(keyed(SampleStream(stub(), PROMPTS, "depth", **options)))
+    assert [len(share) for share in shares] == [3, 2, 2] and sorted(sum(shares, [])) == whole
+
+
+def test_an_engine_in_memory_is_not_shared_with_worker_processes(monkeypatch):
+    monkeypatch.setattr(sample_stream, "get_worker_info", lambda: SimpleNamespace(id=0, num_workers=2))
+    with pytest.raises(Refused, match="cannot be shared with the worker processes"):
+        next(iter(SampleStream(stub(), PROMPTS, "depth")))
+
+
+def test_epochs_differ_and_an_endless_stream_stays_bounded():
+    stream = SampleStream(stub(), PROMPTS, "depth", number=4, steps=2)
+    first = keyed(stream)
+    assert keyed(stream) == first
+    stream.set_epoch(1)
+    assert not set(keyed(stream)) & set(first)
+    pipeline, made = stub(), []
+    batches = pipeline.generate_batches
+    pipeline.generate_batches = lambda *options: (made.append(1) or results for results in batches(*options))
+    endless = iter(SampleStream(pipeline, PROMPTS, "depth", steps=2, batch_size=1, prefetch=3))
+    for _ in range(5):
+        next(endless)
+    sample_stream.Event().wait(0.3)
+    assert 5 <= len(made) <= 5 + 3 + 2
+    endless.close()
+    assert "samples" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_doubtful_samples_are_replaced(monkeypatch, pipe):
+    """Of the demo's first samples some are; an epoch has its length all the same."""
+    options = {"number": 3, "steps": 2, "batch_size": 2}
+    doubtful = iter([True, False, True, True, False, False] * 20)
+    monkeypatch.setattr(sample_stream.Sample, "is_doubtful", property(lambda sample: next(doubtful)))
+    assert len(list(SampleStream(stub(), PROMPTS, "depth", trusted=True, **options))) == 3
+    monkeypatch.setattr(sample_stream.Sample, "is_doubtful", True)
+    with pytest.raises(GateFailed, match="0 of .* samples are"):
+        list(SampleStream(stub(), PROMPTS, "depth", trusted=True, **options))
+
+
+@pytest.mark.parametrize("bad", [{"prompts": "a ball"}, {"prompts": ()}, {"number": -1}, {"prefetch": 0}])
+def test_what_is_no_stream_is_refused(bad):
+    with pytest.raises(Refused):
+        SampleStream(stub, **{"prompts": PROMPTS, "task": "depth", **bad})
+
+
+def test_a_refusal_of_the_thread_reaches_the_reader():
+    with pytest.raises(Refused, match="holds no prompt"):
+        list(SampleStream(stub(), ["a ball", ""], "depth", number=2, steps=2))
+
+
+def rows(number):
+    return [{"prompt": PROMPTS[k % 3], "seed": k} for k in range(number)]
+
+
+def test_rows_get_images_and_labels(pipe):
+    tasks = ("semantic", "instance", "depth")
+    make = MakeSamples("demo", tasks, {"steps": 2})
+    columns = {name: np.array([row[name] for row in rows(2)]) for name in ("prompt", "seed")}
+    made, expected = make(columns), pipe(list(PROMPTS[:2]), [0, 1], tasks=tasks, steps=2)
+    assert (made["image"] == np.stack(expected.images)).all() and made["depth"].shape == (2, 128, 128)
+    assert (made["semantic"] == np.stack([label.labels for label in expected.semantic])).all()
+    assert made["instance"][0].startswith('[{"category_id": ') and made["trusted"].dtype == bool
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
+@pytest.mark.loopback
+def test_ray_data_makes_samples(monkeypatch):
+    import ray
+
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init("local", num_cpus=2, object_store_memory=2**28, include_dashboard=False, log_to_driver=False)
+    try:
+        options = {"fn_constructor_kwargs": {"choices": {"steps": 2}}, "batch_size": 2, "concurrency": 1}
+        made = ray.data.from_items(rows(4)).map_batches(MakeSamples, **options).take_all()
+    finally:
+        ray.shutdown()
+    assert sorted(row["seed"] for row in made) == [0, 1, 2, 3]
+    assert all(row["image"].shape == (128, 128, 3) and row["semantic"].shape == (128, 128) for row in made)
+
+
+def test_a_function_opens_the_engine_once():
+    opened = []
+    stream = SampleStream(partial(lambda: opened.append(1) or stub()), PROMPTS, "depth", number=2, steps=2)
+    assert len(list(stream)) == len(list(stream)) == 2 and opened == [1]
