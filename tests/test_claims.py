@@ -257,7 +257,7 @@ def test_joints_come_along():
     found = Keypoints(points, np.full((1, 7), 2), np.array([0.9], np.float32), world.JOINTS)
     _, _, _, _, joints = student_data.of_sample(trusted(("ball", "person"), keypoints=found), VOCABULARY)
     assert joints[0, 2] == 0 and (joints[1:] == [CELLS / 2, CELLS / 2, 1]).all()
-    found.visibility[0, 1] = 0  # as `vary --labels agreeing` and `edit` leave a joint without a place, not a score
+    found.visibility[0, 1] = 0  # as `edit` leaves a joint without a place, not a score
     _, _, _, _, joints = student_data.of_sample(trusted(("ball", "person"), keypoints=found), VOCABULARY)
     assert joints[1, 2] == 0 and joints[2:, 2].all()
 

@@ -415,7 +415,7 @@ def test_commands_run_them_by_name(installed, tmp_path):
         ([*run, "--task", "semantic", "--out", "slo", "--engine", "slo"], 2, "did you mean slow?"),
         ([*run, "--labeller", "decoder,bright", "--task", "semantic", "--out", "both"], 0, ""),
         ([*run, "--labeller", "words", "--classes", "cube,ball", "--out", "words"], 0, ""),
-        ("vary words --domain night --labels agreeing --out varied --quiet".split(), 0, ""),
+        ("vary words --domain night --out varied --quiet".split(), 0, ""),
         (["audit", "both"], 0, ""),
         (["label", "both/images", "--labeller", "bright", "--model", "tiny", "--out", "seen", *few], 0, ""),
         (["label", "both/images", "--labeller", "bright", "--tiles", "--out", "none"], 2, "bright needs the whole"),

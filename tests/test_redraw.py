@@ -81,7 +81,7 @@ def edited(source) -> Path:
 @pytest.fixture(scope="module")
 def varied(source) -> Path:
     out = source.parent / "varied"
-    assert vary.main([str(source), *VARY, "--labels", "agreeing", "--out", str(out), "--quiet"]) == 0
+    assert vary.main([str(source), *VARY, "--out", str(out), "--quiet"]) == 0
     return out
 
 
@@ -102,7 +102,7 @@ def test_dry_runs_write_nothing(source, edited, tmp_path, capsys):
 
 def test_doubtful_samples_are_counted(source, edited, varied, monkeypatch, capsys):
     monkeypatch.setattr(Ledger, "count_doubtful", lambda ledger: 1)
-    for command, flags, out in ((edit, EDIT, edited), (vary, [*VARY, "--labels", "agreeing"], varied)):
+    for command, flags, out in ((edit, EDIT, edited), (vary, VARY, varied)):
         line, number = [str(source), *flags, "--out", str(out)], len(open_run(out))
         assert command.main(line) == 0
         assert capsys.readouterr().err.endswith(f"1 of {number} samples is doubtful\n")
@@ -203,20 +203,19 @@ def test_a_variant_is_asked_by_the_class_prompt_of_its_source(tmp_path):
     assert "night" in row.request.prompt
 
 
-def test_source_labels_are_taken_over_and_predicted_ones_are_not(source, tmp_path):
-    old = open_run(source)["00000001"]
-    for labels in ("source", "predicted"):
-        line = [str(source), "--domain", "fog", "--only", "1", "--labels", labels, "--out", str(tmp_path / labels)]
-        assert vary.main([*line, "--engine", "torch", "--strength", "0.6", "--quiet"]) == 0
-        (sample,) = open_run(tmp_path / labels)
-        is_same = {role: stored == old.row.files[role][1] for role, (_, stored) in sample.row.files.items()}
-        assert not is_same.pop("image") and is_same["depth"] == (labels == "source")
-        assert audit(tmp_path / labels).findings == []
+def test_source_labels_are_taken_over(source, tmp_path):
+    old, out = open_run(source)["00000001"], tmp_path / "run"
+    line = [str(source), "--domain", "fog", "--only", "1", "--engine", "torch", "--strength", "0.6"]
+    assert vary.main([*line, "--out", str(out), "--quiet"]) == 0
+    (sample,) = open_run(out)
+    is_same = {role: stored == old.row.files[role][1] for role, (_, stored) in sample.row.files.items()}
+    assert not is_same.pop("image") and is_same["depth"]
+    assert audit(out).findings == []
 
 
 def test_kill_9_and_the_same_line_give_the_same_bytes(source, varied, tmp_path):
     out = tmp_path / "out"
-    line = [str(source), *VARY, "--labels", "agreeing", "--out", str(out), "--quiet"]
+    line = [str(source), *VARY, "--out", str(out), "--quiet"]
     process = subprocess.Popen([sys.executable, "-m", "datasetdm_fast.vary", *line])
     while process.poll() is None and not (out / "images").exists():
         time.sleep(0.01)
@@ -424,7 +423,7 @@ def test_regions_are_grown_by_squares_and_feathered_inside():
     assert regions.to_cells(region, 8).tolist() == [[True, True], [False, False]]
 
 
-def test_labels_are_merged_and_agree():
+def test_labels_are_merged():
     region = np.zeros((8, 8), bool)
     region[:, 4:] = True
     first, second = np.zeros((2, 1, 8, 8), bool)
@@ -434,22 +433,21 @@ def test_labels_are_merged_and_agree():
     kind = LABEL_KINDS["instance"]
     new = kind.merge(kept, other, region)  # another class: the old one keeps its part, the new one is added
     assert new.ids.tolist() == [7, 0] and new.masks.sum((1, 2)).tolist() == [16, 24]
-    assert len(kind.agreeing(kept, other).masks) == 0 and kind.overlap(other, kept) == 0
+    assert kind.overlap(other, kept) == 0
     near = Instances(np.roll(first, 1, 2), np.array([1]), np.ones(1, np.float32), ("a", "b"))
     again = kind.merge(kept, near, region)  # the same thing goes on inside
-    assert again.ids.tolist() == [7] and again.masks.sum() == 16 + 16 and len(kind.agreeing(kept, near).masks) == 1
+    assert again.ids.tolist() == [7] and again.masks.sum() == 16 + 16
     assert kind.merge(kept, kept, ~np.zeros_like(region)).ids.tolist() == [7]
     nothing = Instances(first[:0], kept.class_ids[:0], kept.scores[:0], ("a", "b"))
     assert len(kind.merge(kept, nothing, region | first[0]).masks) == 0
     metres = DepthMap(np.full((8, 8), 2.0, np.float32), 4.0), DepthMap(np.full((8, 8), 3.0, np.float32), 4.0)
     assert LABEL_KINDS["depth"].merge(*metres, region).metres.mean() == 2.5
-    assert (LABEL_KINDS["depth"].agreeing(*metres).metres == 0).all()
-    half = DepthMap(np.where(region, 2.0, 3.0).astype(np.float32), 4.0)
+    half = DepthMap(np.where(region, 0.0, 2.0).astype(np.float32), 4.0)  # unknown in the region
     depth, table = LABEL_KINDS["depth"], {"max_depth": 4.0, "unit": "millimetre"}
-    agreed = depth.agreeing(metres[0], half)  # unknown where it is 3 m in one of them
-    assert depth.encode(agreed, {}, table)[1] == {"min": 2.0, "mean": 2.0, "max": 2.0}
-    assert depth.encode(depth.agreeing(*metres), {}, table)[1] == {"min": 0.0, "mean": 0.0, "max": 0.0}
-    pixels = {"depth": (agreed.metres * 1000).astype(np.uint16)}
+    assert depth.encode(half, {}, table)[1] == {"min": 2.0, "mean": 2.0, "max": 2.0}
+    nowhere = DepthMap(np.zeros((8, 8), np.float32), 4.0)
+    assert depth.encode(nowhere, {}, table)[1] == {"min": 0.0, "mean": 0.0, "max": 0.0}
+    pixels = {"depth": (half.metres * 1000).astype(np.uint16)}
     for record, said in (({"min": 2.0, "mean": 2.0, "max": 2.0}, 0), ({"min": 1.0, "mean": 2.0, "max": 2.0}, 1)):
         assert len(list(depth.check(record, pixels, table, (8, 8)))) == said
     points = np.array([[[1, 1, 0.9], [1, 6, 0.9], [6, 6, 0.9]]], np.float32)
@@ -460,8 +458,6 @@ def test_labels_are_merged_and_agree():
     nobody = Keypoints(points[:0], np.zeros((0, 3), int), np.ones(0, np.float32), ("x", "y", "z"))
     assert pose.merge(person, nobody, region).visibility.tolist() == [[2, 2, 0]]
     assert pose.merge(nobody, person, region).points.shape[0] == 0
-    assert pose.agreeing(person, moved).visibility.tolist() == [[2, 2, 2]]
-    assert len(pose.agreeing(person, nobody).points) == 0
     sure = np.ones((2, 2), np.float32)
     truth, guess = (SemanticMap(np.uint8([[0, 1], last]), sure, ("a", "b")) for last in ([1, 255], [0, 1]))
     assert LABEL_KINDS["semantic"].overlap(guess, truth) == 0.5

@@ -18,7 +18,6 @@ from datasetdm_fast.untrusted.documents import quote
 MILLIMETRES = 1000.0
 UNITS = {"millimetre": MILLIMETRES, "1/256 metre": 256.0, "centimetre": 100.0, "metre": 1.0}  # name -> steps of a metre
 DEFAULT_UNIT = "millimetre"  # of runs that name none
-SAME_DEPTH = 1.25  # factor up to which two depths are taken for one, that of the usual delta < 1.25
 
 
 def unit_of(max_depth: float) -> str:
@@ -97,11 +96,6 @@ class DepthKind(LabelKind):
 
     def merge(self, old: DepthMap, new: DepthMap, region: np.ndarray) -> DepthMap:
         return replace(old, metres=np.where(region, new.metres, old.metres))
-
-    def agreeing(self, first: DepthMap, second: DepthMap) -> DepthMap:
-        """The first map, 0 m where the two differ by more than a factor of 1.25, or where one of them is 0."""
-        low, high = np.minimum(first.metres, second.metres), np.maximum(first.metres, second.metres)
-        return replace(first, metres=np.where(high <= SAME_DEPTH * low, first.metres, 0))
 
     def figures(self, record: Any) -> dict[str, float]:
         return {"nearest, m": record["min"], "farthest, m": record["max"]}

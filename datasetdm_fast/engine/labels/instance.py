@@ -48,13 +48,6 @@ def _corners(mask: np.ndarray) -> tuple[int, int, int, int]:
     return (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1) if len(rows) else (0, 0, 0, 0)
 
 
-def _select(label: Instances, chosen: Sequence[int]) -> Instances:
-    """Some of the instances, in this order."""
-    order = np.array(chosen, np.int64)
-    ids = None if label.ids is None else label.ids[order]
-    return Instances(label.masks[order], label.class_ids[order], label.scores[order], label.classes, ids)
-
-
 def _matches(first: Instances, second: Instances, least: float = SAME) -> dict[int, int]:
     """Place of an instance in the first label -> place of the same thing in the second, the most alike pairs first."""
     pairs = [
@@ -246,9 +239,6 @@ class InstanceKind(LabelKind):
             old.classes,
             ids,
         )
-
-    def agreeing(self, first: Instances, second: Instances) -> Instances:
-        return _select(first, sorted(_matches(first, second)))
 
     def table(self, config: Any, size: int, words: Sequence[str]) -> dict[str, Any]:
         return {"classes": list(words if config.is_open else config.classes), "size": [size, size]}

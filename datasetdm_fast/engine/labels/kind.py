@@ -159,10 +159,6 @@ class LabelKind(ABC):
     def merge(self, old: Any, new: Any, region: np.ndarray) -> Any:
         """The label `old` with the content of `new` inside of a region [H, W] bool."""
 
-    @abstractmethod
-    def agreeing(self, first: Any, second: Any) -> Any:
-        """The part of the first label that the second agrees with; the rest is unknown."""
-
     def certainty(self, record: Any) -> float | None:
         """Mean confidence of a record, 0..1; None if it has none."""
         return None

@@ -34,7 +34,6 @@ ROUNDING = 0.0015  # of boxes, which the ledger rounds to three digits, and of a
 WIDENED = 0.125  # of its longer side: by so much the box of a person's joints is moved out at every side,
 LEAST_WIDENED = 2.0  # and by so many pixels at least, so that it is never empty
 MOST_JOINTS = 0.5  # share of a person's joints that must lie on an instance for it to be that person's
-SAME_JOINT = 0.1  # distance at which two joints are taken for one, in diagonals of the person's box
 
 
 def _box(points: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -300,16 +299,6 @@ class PoseKind(LabelKind):
             if 2 * inside.sum() >= (new.visibility[k] > 0).sum():
                 people.append((new.points[k], np.where(inside, new.visibility[k], 0), new.scores[k]))
         return _people(old, people)
-
-    def agreeing(self, first: Keypoints, second: Keypoints) -> Keypoints:
-        """The joints of the first label that the second has nearly there, on the same person."""
-        people = []
-        for k, match in sorted(_matches(first, second).items()):
-            _, sides = _box(first.points[k], first.visibility[k] > 0)
-            apart = np.linalg.norm(first.points[k, :, :2] - second.points[match, :, :2], axis=1)
-            is_same = (apart <= SAME_JOINT * np.linalg.norm(sides)) & (second.visibility[match] > 0)
-            people.append((first.points[k], np.where(is_same, first.visibility[k], 0), first.scores[k]))
-        return _people(first, people)
 
     def table(self, config: Any, size: int, _: Sequence[str]) -> dict[str, Any]:
         limbs = [list(limb) for limb in config.limbs]

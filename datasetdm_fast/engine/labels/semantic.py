@@ -152,9 +152,6 @@ class ClassMap(LabelKind):
         labels = np.where(region, new.labels, old.labels)
         return replace(old, labels=labels, confidence=np.where(region, new.confidence, old.confidence))
 
-    def agreeing(self, first: SemanticMap, second: SemanticMap) -> SemanticMap:
-        return replace(first, labels=np.where(first.labels == second.labels, first.labels, IGNORE).astype(np.uint8))
-
     def count(self, record: Any) -> Mapping[Any, float]:
         return {int(value): count for value, count in record.get("pixels", {}).items()}
 

@@ -8,7 +8,6 @@ from typing import Any
 from datasetdm_fast.engine.loop.checks import LARGEST_BATCH
 from datasetdm_fast.settings import CommandSettings, EngineSettings, OutputSettings, setting
 
-LABEL_CHOICES = ("source", "predicted", "agreeing")
 OF_EDIT = "run ids prompt alone class_ instance mask box grow feather strength seed only number".split()
 SHARED = (
     "steps guidance batch_size out limit kept dry_run engine dtype device model decoder allow_download threads compile "
@@ -70,17 +69,12 @@ class VaryChoice(RedrawChoice):
     domain: tuple[str, ...] = setting(
         (), "domains, comma-separated; one image per sample and domain: night,fog", metavar="LIST", required=True
     )
-    labels: str = setting(
-        "source",
-        "labels of the images: the source's, those predicted on the image, or what both agree on",
-        choices=LABEL_CHOICES,
-    )
     strength: float = strength_setting(0.4, ": a larger share changes more")
 
 
 @dataclass(frozen=True)
 class VarySettings(RedrawSettings, VaryChoice):
-    FLAGS = ["run", "ids", "domain", "number", "strength", "labels", "only", *SHARED]
+    FLAGS = ["run", "ids", "domain", "number", "strength", "only", *SHARED]
 
     out: str = setting("runs/varied", "run folder", identity=False, metavar="RUN", output="folder")
 

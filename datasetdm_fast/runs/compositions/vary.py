@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.data import Annotation, Instances, Request, Sample
 from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.labels import by_kind, kind_of
-from datasetdm_fast.engine.labels.kind import LabelKind
 from datasetdm_fast.engine.loop.origin import Beginning
 from datasetdm_fast.engine.loop.prompts import PromptLine, count_tokens
 from datasetdm_fast.engine.scenes.world import WHERE
@@ -34,11 +33,6 @@ DOMAINS = {  # name -> what a prompt ends with
 _WORDS = "|".join(re.escape(words.strip()) for words in DOMAINS.values() if words)
 DOMAIN_WORDS = re.compile(rf"\s+(?:{_WORDS})\b")
 TOKENS_OF_A_WORD = 3  # with its start and end marks, where a tokenizer knows it
-CHOSEN: dict[str, Callable[[LabelKind, Any, Any], Any]] = {  # --labels -> (kind, label of the source, predicted label)
-    "source": lambda kind, source, predicted: source,
-    "predicted": lambda kind, source, predicted: predicted,
-    "agreeing": lambda kind, source, predicted: kind.agreeing(source, predicted),
-}
 
 
 def move_prompt(prompt: str, domain: str) -> str:
@@ -63,7 +57,11 @@ class Variants(Redrawing):
     @property
     def summary(self) -> str:
         where = f"{', '.join(self.choice.domain)}, strength {self.choice.strength:g}"
-        return f"Varied from the run {self.source.path.resolve().name}: {where}, {self.choice.labels} labels"
+        return f"Varied from the run {self.source.path.resolve().name}: {where}, source labels"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return super().config | {"labels": "source"}  # earlier versions had a choice, and their runs go on
 
     def domain(self, index: int) -> str:
         return self.choice.domain[index % self.copies]
@@ -97,13 +95,9 @@ class Variants(Redrawing):
         index = sample.request.index
         tile = self.tile(index)
         truth = {task: _remove_ids(self.source.label(tile, task)) for task in sample.annotations}
-        labels = {
-            task: CHOSEN[self.choice.labels](kind_of(task), truth[task], predicted)
-            for task, predicted in sample.annotations.items()
-        }
         facts = {"domain": self.domain(index), "consistency": measure_consistency(sample.annotations, truth)}
         provenance = {**sample.provenance, **self.provenance(index), **facts}
-        return Sample(sample.request, sample.image, labels, provenance)
+        return Sample(sample.request, sample.image, truth, provenance)
 
 
 def _remove_ids(label: Annotation) -> Annotation:
