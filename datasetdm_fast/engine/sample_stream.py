@@ -55,20 +55,20 @@ class SampleStream(IterableDataset[Any]):
         self.prompts, self.task, self.number, self.seed = prompts, task, number, seed
         self.trusted, self.prefetch, self.transform, self.choices = trusted, prefetch, transform, choices
         self.epoch = 0
-        self._given = pipeline
+        self._opener = pipeline
 
     collate = staticmethod(stack)
 
     @cached_property
     def pipeline(self) -> Pipeline:
-        if not isinstance(self._given, Pipeline):
-            return self._given()
+        if not isinstance(self._opener, Pipeline):
+            return self._opener()
         if get_worker_info() is not None:
             raise Refused(
                 "pipeline: an engine cannot be shared with the worker processes of a DataLoader",
                 "Give a function that opens it, such as functools.partial(Pipeline.from_pretrained, 'demo').",
             )
-        return self._given
+        return self._opener
 
     @cached_property
     def tables(self) -> Mapping[str, Any]:
@@ -113,7 +113,7 @@ class SampleStream(IterableDataset[Any]):
                     continue
 
         try:
-            for sample in self._made(share, shares):
+            for sample in self._make_samples(share, shares):
                 put(sample)
                 if over.is_set():
                     return
@@ -121,23 +121,23 @@ class SampleStream(IterableDataset[Any]):
         except Exception as error:
             put(error)
 
-    def _made(self, share: int, shares: int) -> Iterator[Sample]:
+    def _make_samples(self, share: int, shares: int) -> Iterator[Sample]:
         tries = MOST_TRIES if self.trusted else 1
-        wanted = len(range(share, self.number, shares)) if self.number else None
-        if wanted == 0:
+        requested = len(range(share, self.number, shares)) if self.number else None
+        if requested == 0:
             return
         first = self.epoch * self.number * tries + share
-        indices = list(range(first, first + wanted * tries * shares, shares)) if wanted else None
+        indices = list(range(first, first + requested * tries * shares, shares)) if requested else None
         prompts = (self.prompts[k % len(self.prompts)] for k in indices or count(first, shares))
         seeds = (self.seed + k for k in indices or count(first, shares))
-        made = self.pipeline.stream(prompts, seeds=seeds, tasks=self._tasks, **self.choices)
-        passing = (sample for sample in made if not (self.trusted and sample.is_doubtful))
+        stream = self.pipeline.stream(prompts, seeds=seeds, tasks=self._tasks, **self.choices)
+        passing = (sample for sample in stream if not (self.trusted and sample.is_doubtful))
         number = 0
-        for sample in islice(passing, wanted):
+        for sample in islice(passing, requested):
             number += 1
             yield sample
-        if wanted is not None and number < wanted:
-            raise GateFailed(f"trusted: {number} of {wanted * tries} samples are", "Use other prompts.")
+        if requested is not None and number < requested:
+            raise GateFailed(f"trusted: {number} of {requested * tries} samples are", "Use other prompts.")
 
     def _pair(self, sample: Sample) -> Any:
         image, tables = image_tensor(sample.image), self.tables["labels"]
