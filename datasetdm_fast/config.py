@@ -209,6 +209,14 @@ class AttentionDefaults:
     appends: bool = True  # whether the class words are added to the prompt
     start: str = ""  # of a class prompt, and what stands between its words: as the model's captions have them
     between: str = " "
+    # Seg4Diff instead: the blocks whose attention from the image to the words of the prompt is averaged, at one call
+    blocks: tuple[int, ...] = ()
+    timestep: int = 500
+
+
+def seg4diff(*blocks: int, timestep: int = 500, threshold: float = 0.5, uncertainty: float = 0.4) -> AttentionDefaults:
+    """The numbers with which labels are read from some blocks of a joint attention at one call."""
+    return AttentionDefaults(0, threshold, uncertainty, 1, 1, appends=False, blocks=blocks, timestep=timestep)
 
 
 @dataclass(frozen=True)
@@ -246,4 +254,4 @@ DEMO_DEFAULTS = Defaults(
     ),
 )
 # More steps give the same pictures; up to timestep 300 its features tell of kinds and depth alike, and less after it.
-DEMO_DIT_DEFAULTS = Defaults(size=128, steps=16, guidance=2.5, capture=200)
+DEMO_DIT_DEFAULTS = Defaults(size=128, steps=16, guidance=2.5, capture=200, attention=seg4diff(1, timestep=300))

@@ -1,6 +1,6 @@
 """FLUX.1 dev, schnell and Krea-dev: blocks of two streams, then of one; CLIP's pooled text and T5."""
 
-from datasetdm_fast.config import Defaults, FlowRule
+from datasetdm_fast.config import Defaults, FlowRule, seg4diff
 from datasetdm_fast.engine.backbones.fitting import check_channels, check_vocabularies, check_widths
 from datasetdm_fast.engine.backbones.flow_models import CAPTURE, joint_levels, scaled_latents
 from datasetdm_fast.engine.backbones.record import Backbone, Configs, LoadedModel, Part, Read
@@ -23,8 +23,10 @@ def _levels(configs: Configs, size: int, halves: int) -> tuple[Level, ...]:
 
 
 def _defaults(configs: Configs) -> Defaults:
-    steps, guidance = (28, 3.5) if configs["transformer"].guidance_embeds else (4, 0.0)
-    return Defaults(1024, steps, guidance, CAPTURE)
+    network = configs["transformer"]
+    steps, guidance = (28, 3.5) if network.guidance_embeds else (4, 0.0)
+    reads = seg4diff(*sorted({network.num_layers * block // 19 for block in (12, 17)}))  # of the 19 of two streams
+    return Defaults(1024, steps, guidance, CAPTURE, reads)
 
 
 def _check(configs: Read, source: str) -> Read:
@@ -64,6 +66,7 @@ FLUX1 = Backbone(
     flow=FlowRule("uniform"),
     levels=_levels,
     defaults=_defaults,
+    has_text_maps=True,
     tokenizer="tokenizer_2",
     reference="datasetdm_fast.engine.backbones.flux1_reference:Flux1Reference",
     check=_check,

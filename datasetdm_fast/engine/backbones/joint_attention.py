@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from datasetdm_fast.data import Capture, Text
+from datasetdm_fast.data import AttentionSums, Capture, Text
 from datasetdm_fast.engine.backbones.flow_models import blocks_read
 from datasetdm_fast.engine.backbones.latent_space import decode_latents, encode_pixels
 from datasetdm_fast.engine.backbones.record import LoadedModel
@@ -161,6 +161,23 @@ class JointReference:
         maps = [tuple(pad(reader.maps[attention]) for attention in level) for level in levels]
         assert self._clean is not None
         return Capture((*features, (self._clean,)), (*maps, ()))
+
+    def predict_and_average(
+        self, latents: Tensor, timestep: float, text: Text, class_text: Text, sums: AttentionSums
+    ) -> tuple[Tensor, AttentionSums]:
+        """The output of `predict`, and the sums with the share of attention that each cell gives to each token of the
+        prompt in this call, a mean over heads and blocks (Seg4Diff, Kim et al. 2025).
+        """
+        attentions = self.attentions()
+        read = [attentions[block] for block in self.model.defaults.attention.blocks]
+        self._reader = reader = AttentionReader(read)
+        try:
+            with reader.reading():
+                output = self.predict(latents, timestep, text)
+        finally:
+            self._reader = None
+        maps = torch.stack([reader.maps[attention].mean(1) for attention in read]).mean(0)
+        return output, AttentionSums(sums.cells, sums.tokens + F.pad(maps, (0, sums.tokens.shape[2] - maps.shape[2])))
 
     def decode(self, latents: Tensor) -> Tensor:
         return decode_latents(self.vae, self.model.latents, latents)

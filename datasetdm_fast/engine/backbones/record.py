@@ -87,6 +87,7 @@ class Backbone:
     patch: int = 2  # latent cells of a side of one image token, for shifts that depend on the size
     takes_adapters: bool = False  # whether the names of an adapter's layers are known
     has_averages: bool = False  # whether labels can be read from the average of its calls' attention
+    has_text_maps: bool = False  # whether they can be read from its attention to the prompt, as defaults.attention says
     is_guided_above_one: bool = False  # whether a guidance up to 1 leaves out the unconditional half of a cfg model
     tokenizer: str = "tokenizer"  # the part by whose tokens the length of a prompt is told; where absent, the first
     check: Callable[[Read, str], Read] = keep_configs  # (configs, where they are from) -> as they are used; or Refused
@@ -141,6 +142,9 @@ class LoadedModel(Protocol):
     def size(self) -> int: ...  # pixels of a side
 
     @property
+    def defaults(self) -> Defaults: ...
+
+    @property
     def text_length(self) -> int: ...  # tokens that a prompt is padded to or cut off at
 
     def token_ids(self, prompts: Sequence[str], part: str = "") -> Tensor: ...  # [B, T] of a tokenizer
@@ -166,7 +170,7 @@ class BackboneReference(Protocol):
         self, latents: Tensor, timestep: float, text: Text, class_text: Text, sums: AttentionSums
     ) -> tuple[Tensor, AttentionSums]:
         """The outputs of `predict`, and the sums with the attention of this call; asked for where a family
-        `has_averages`.
+        `has_averages`, or `has_text_maps`: then the tokens are those of the prompt, and the class text is not read.
         """
 
     def decode(self, latents: Tensor) -> Tensor:

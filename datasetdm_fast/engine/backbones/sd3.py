@@ -1,6 +1,6 @@
 """Stable Diffusion 3 and 3.5: a transformer of two streams, two CLIP text encoders and T5, or zeros in its place."""
 
-from datasetdm_fast.config import Defaults, FlowRule
+from datasetdm_fast.config import Defaults, FlowRule, seg4diff
 from datasetdm_fast.engine.backbones.fitting import check_channels, check_vocabularies, check_widths
 from datasetdm_fast.engine.backbones.flow_models import CAPTURE, joint_levels, scaled_latents
 from datasetdm_fast.engine.backbones.record import DAMAGED, Backbone, Configs, LoadedModel, Part, Read
@@ -25,6 +25,12 @@ def _levels(configs: Configs, size: int, halves: int) -> tuple[Level, ...]:
     heads = network.num_attention_heads
     width, stride = heads * network.attention_head_dim, 8 * network.patch_size
     return joint_levels(network.num_layers, width, heads, _text(configs)[0], size, network.in_channels, stride)
+
+
+def _defaults(configs: Configs) -> Defaults:
+    network = configs["transformer"]
+    reads = seg4diff(network.num_layers * 3 // 8)  # block 9 of 24
+    return Defaults(network.sample_size * 8, 28, 7.0, CAPTURE, reads)
 
 
 def _check(configs: Read, source: str) -> Read:
@@ -66,7 +72,8 @@ SD3 = Backbone(
     multiple=16,
     flow=FlowRule(max_shift=1.16),
     levels=_levels,
-    defaults=lambda configs: Defaults(configs["transformer"].sample_size * 8, 28, 7.0, CAPTURE),
+    defaults=_defaults,
+    has_text_maps=True,
     reference="datasetdm_fast.engine.backbones.sd3_reference:SD3Reference",
     check=_check,
     check_fit=_check_fit,

@@ -28,11 +28,15 @@ class AttentionRecipe:
     parity: str = ""
     start: str = ""  # of a class prompt
     between: str = " "  # its words
+    blocks: tuple[int, ...] = ()  # whose attention to the prompt is read, at the call nearest to `timestep`; none: all
+    timestep: int = 0
 
     def class_prompt(self, request: Request, words: Sequence[str], table: ClassTable | None = None) -> str:
         """The text whose tokens the labels are read from: the query words of an image in the order in which its prompt
-        names them, with `parity` in the order of the classes.
+        names them, with `parity` in the order of the classes. Of some `blocks` it is the prompt itself.
         """
+        if self.blocks:
+            return request.prompt
         if request.class_prompt or not words:
             return request.class_prompt
         ordered = words if self.parity else dict.fromkeys((*classes_in_order(request.prompt, words, table), *words))
@@ -59,7 +63,9 @@ def attention_recipe(
     cross_cells: int = 0,
     parity: str = "",
 ) -> AttentionRecipe:
-    """The settings of a run, by default those of the model, whose latents have `side` cells."""
+    """The settings of a run, by default those of the model, whose latents have `side` cells, or so many image tokens
+    where it reads some blocks.
+    """
     recipe = AttentionRecipe(
         defaults.exponent if exponent < 0 else exponent,
         threshold or defaults.threshold,
@@ -70,8 +76,13 @@ def attention_recipe(
         parity,
         "" if parity else defaults.start,
         " " if parity else defaults.between,
+        defaults.blocks,
+        defaults.timestep,
     )
-    sides = [side >> depth for depth in range(len(LEVELS))]
+    if recipe.blocks and (parity or recipe.exponent):
+        flag = f"--parity {parity}" if parity else f"--exponent {recipe.exponent}"
+        raise Refused(f"{flag}: of this model the attention to the prompt alone is read, at one call", "Drop it.")
+    sides = [side >> depth for depth in range(1 if recipe.blocks else len(LEVELS))]
     for flag, cells in (("--self-cells", recipe.self_cells), ("--cross-cells", recipe.cross_cells)):
         if cells not in sides:
             raise Refused(
@@ -132,8 +143,10 @@ def class_columns(
     each time that it is listed.
     """
 
+    start = 1 if by_words else len(tokenizer("", truncation=False).input_ids) - 1  # marks before the text
+
     def split(text: str) -> list[Any]:
-        return text.lower().split() if by_words else tokenizer(text, truncation=False).input_ids[1:-1]
+        return text.lower().split() if by_words else tokenizer(text, truncation=False).input_ids[start:-1]
 
     def missing(matches: Sequence[tuple[str, int, int]]) -> list[str]:
         return [name for name in words if name not in {name for name, _, _ in matches}]
@@ -147,13 +160,13 @@ def class_columns(
     if names := missing(matches):
         raise Refused(
             f"class prompt {shorten(class_prompt)}: does not hold the class word {shorten(spoken(names, table)[0])}",
-            "Name every class of the prompt in it.",
+            "Name every class in it, or ask for fewer: --ask named.",
         )
     if by_words:
         matches = [(name, at, 1 if name in FIRST_WORD_ALONE else length) for name, at, length in matches]
     else:
         matches = [next(match for match in matches if match[0] == name) for name in words]
-    return [(name, tuple(range(1 + at, 1 + at + length))) for name, at, length in matches]  # after the start mark
+    return [(name, tuple(range(start + at, start + at + length))) for name, at, length in matches]
 
 
 def further_words(name: str, table: ClassTable | None) -> list[str]:

@@ -112,19 +112,21 @@ class BatchGenerator:
         rows = len(text) if text.guidance is None else len(requests)
         state = SamplerState(recipe.schedule, recipe.guidance, beginning.latents, noise, rows)
 
-        captures = {}
+        captures: dict[int, Any] = {}
+        averaged = set(recipe.averaged)
         for call, timestep in enumerate(recipe.schedule.timesteps):
             if call in recipe.captured:
                 capture = engine.denoise_and_capture_raw if call in recipe.raw else engine.denoise_and_capture
                 output, captures[call] = capture(state.latents, timestep, text)
-            if sums is not None and class_text is not None:
-                averaged, sums = engine.denoise_and_average(state.latents, timestep, text, class_text, sums)
+            plain = None
+            if sums is not None and class_text is not None and call in averaged:
+                plain, sums = engine.denoise_and_average(state.latents, timestep, text, class_text, sums)
             if call not in recipe.captured[-1:]:
-                output = averaged if sums is not None else engine.denoise(state.latents, timestep, text)
+                output = engine.denoise(state.latents, timestep, text) if plain is None else plain
             state.latents = beginning.after(call, state.step(call, output))
             self.on_unet_call()
             self.on_step(call, state.latents[: len(batch.requests)])
-        return SampledBatch(state.latents, captures, sums and sums.over(len(recipe.schedule)))
+        return SampledBatch(state.latents, captures, sums and sums.over(len(averaged)))
 
     def encode_prompts(self, requests: Sequence[Request]) -> tuple[Text, Text | None]:
         """The rows of a call, and those of the class prompts, if any."""
@@ -133,7 +135,9 @@ class BatchGenerator:
         if settings:
             texts = list(map(settings.text, requests, words))
         text = call_text(self.engine, texts, self.recipe.guidance, partial(self._encode_negatives, requests))
-        return text, self.engine.encode_text(words) if settings else None
+        if settings is None or settings.blocks:
+            return text, text if settings else None
+        return text, self.engine.encode_text(words)
 
     def _encode_negatives(self, requests: Sequence[Request]) -> Text:
         """A row of each negative prompt, each encoded on its own, so that no batch changes its rounding."""
@@ -155,7 +159,7 @@ class BatchGenerator:
             return None
         cells, queries = self.recipe.attention.self_cells**2, self.recipe.attention.cross_cells**2
         tokens = self.engine.model.levels[0].tokens
-        shapes = (batch, cells, cells), (batch, queries, tokens)
+        shapes = (batch, cells, 0 if self.recipe.attention.blocks else cells), (batch, queries, tokens)
         return AttentionSums(*(torch.zeros(shape, device=self.engine.device) for shape in shapes))
 
     def label(self, batch: Batch, sampled: Any) -> list[Sample | Quarantined]:

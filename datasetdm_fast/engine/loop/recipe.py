@@ -56,6 +56,15 @@ class Recipe:
         return tuple(sorted(set(self.captures.values()))) or last
 
     @property
+    def averaged(self) -> tuple[int, ...]:
+        """The calls whose attention labels are read from."""
+        if self.attention is None:
+            return ()
+        if not self.attention.blocks:
+            return tuple(range(len(self.schedule)))
+        return (capture_calls(self.schedule, {ATTENTION: self.attention.timestep})[ATTENTION],)
+
+    @property
     def decoded(self) -> tuple[str, ...]:
         """The labels that decoders read."""
         return tuple(task for task in self.tasks if task not in UNDECODED)
@@ -139,12 +148,13 @@ def make_recipe(
         )
     numbers = None
     if ATTENTION in tasks:
-        if not model.backbone.has_averages:
+        if not (model.backbone.has_averages or model.backbone.has_text_maps):
             raise Refused(
                 f"--labeller {ATTENTION}: labels are not read from the attention of {model.backbone.title} yet",
                 "Name a decoder that was trained for this model: --decoder DIR",
             )
-        numbers = attention_recipe(model.defaults.attention, model.levels[-1].side, **attention)
+        side = model.levels[0 if model.backbone.has_text_maps else -1].side
+        numbers = attention_recipe(model.defaults.attention, side, **attention)
     elif attention:
         name, known = next(iter(attention)), signature(attention_recipe).parameters
         raise TypeError(f"{name!r} is no choice here" + f"; it needs the task {ATTENTION}" * (name in known))
@@ -168,7 +178,8 @@ def make_recipe(
     if sampler in SAMPLERS.others:
         facts["sampler_package"] = SAMPLERS.package(sampler)
     if numbers is not None:
-        facts["attention"] = asdict(numbers)
+        unread = () if numbers.blocks else ("blocks", "timestep")
+        facts["attention"] = {name: value for name, value in asdict(numbers).items() if name not in unread}
     if labellers:
         facts["labellers"] = {name: LABELLER_KINDS.package(name) for name in labellers}
     recipe = Recipe(
