@@ -5,8 +5,8 @@ import socket
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
@@ -14,9 +14,13 @@ from datasetdm_fast.command_line.output import print_lines, print_result
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.settings import CommandSettings, EngineSettings, ModelSettings, setting
 
+if TYPE_CHECKING:
+    from datasetdm_fast.service.batching import Batcher
+
 PROG = "python -m datasetdm_fast.serve"
 EXAMPLES = ("--port 8000", "--model MODEL --decoder DIR --wait 50")
 TOKEN = "DATASETDM_TOKEN"
+LOCAL = ("127.0.0.1", "localhost")
 MOST_CONNECTIONS = 1000
 
 
@@ -39,7 +43,7 @@ class ServeConfig(ModelSettings, EngineSettings, CommandSettings):
 @command
 def main(arguments: Sequence[str]) -> int:
     config, _ = parse(arguments, ServeConfig, PROG, __doc__, EXAMPLES)
-    token, is_local = os.environ.get(TOKEN, ""), config.host in ("127.0.0.1", "localhost", "::1")
+    token, is_local = os.environ.get(TOKEN, ""), config.host in LOCAL
     if not token and not is_local:
         raise Refused(f"--host {config.host}: others may connect, and {TOKEN} holds no token", f"Set {TOKEN}.")
     try:
@@ -48,54 +52,53 @@ def main(arguments: Sequence[str]) -> int:
         from datasetdm_fast.service.app import Service, TimedProtocol
     except ImportError as error:
         raise Missing(f"serve: {error}", "Install it with: pip install 'datasetdm-fast[serve]'") from error
+    try:
+        listening = socket.create_server((config.host, config.port), backlog=MOST_CONNECTIONS)
+    except OSError as error:
+        cause = f"--host {config.host} --port {config.port}: {error.strerror or error}"
+        raise Refused(cause, "Choose another address.") from error
+    with listening, open_batcher(config) as batcher:
+        port, pipeline = listening.getsockname()[1], batcher.pipeline
+        app = Service(batcher, config.most_steps).app([f"{name}:{port}" for name in LOCAL if not token], token)
+        options = {"log_level": "critical", "access_log": False, "limit_concurrency": MOST_CONNECTIONS}
+        server = uvicorn.Server(uvicorn.Config(app, http=TimedProtocol, lifespan="off", ws="none", **options))
+        address = f"http://{config.host}:{port}"
+        print_result(config, {"address": address, "batch_size": batcher.size, "labels": pipeline.tasks}, address)
+        print_lines(config, f"{pipeline.engine.model.name}, batches of {batcher.size}; Ctrl-C ends the service")
+        with ThreadPoolExecutor(1, "http") as thread:  # so that signals stay ours; what was asked is still answered
+            try:
+                thread.submit(server.run, [listening]).result()
+            except (KeyboardInterrupt, SystemExit) as stop:
+                return 130 if isinstance(stop, KeyboardInterrupt) else int(stop.code or 0)
+            finally:
+                server.should_exit = True
+    return 0
+
+
+def open_batcher(config: ServeConfig) -> "Batcher":
     from datasetdm_fast.engine.pipeline import Pipeline
     from datasetdm_fast.service.batching import Batcher
 
-    with closing(_listen(config.host, config.port)) as listening:
-        port = listening.getsockname()[1]
-        pipeline = Pipeline.from_pretrained(
-            config.model,
-            decoder=config.decoder,
-            size=config.size,
-            lora=config.lora,
-            allow_download=config.allow_download,
-            outlines=config.outlines,
-            **config.engine_choices(),
-        )
-        size = config.batch_size or pipeline.engine.suggested_batch()
-        hosts = [f"{name}:{port}" for name in ("127.0.0.1", "localhost", "[::1]")] if is_local and not token else []
-        with Batcher(pipeline, size, config.wait / 1000, config.queue) as batcher:
-            app = Service(batcher, config.most_steps).app(hosts, token)
-            options = {"log_level": "critical", "access_log": False, "limit_concurrency": MOST_CONNECTIONS}
-            server = uvicorn.Server(uvicorn.Config(app, http=TimedProtocol, lifespan="off", ws="none", **options))
-            address = f"http://{config.host}:{port}"
-            print_result(config, {"address": address, "batch_size": size, "labels": pipeline.tasks}, address)
-            print_lines(config, f"{pipeline.engine.model.name}, batches of {size}; Ctrl-C ends the service")
-            return _serve(server, listening)
+    model = {flag.name: getattr(config, flag.name) for flag in fields(ModelSettings) if flag.name != "model"}
+    pipeline = Pipeline.from_pretrained(config.model, **model, **config.engine_choices())
+    size = config.batch_size or pipeline.engine.suggested_batch()
+    return Batcher(pipeline, size, config.wait / 1000, config.queue)
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        return socket.create_server(
-            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024
-        )
-    except OSError as error:
-        raise Refused(f"--host {host} --port {port}: {error.strerror or error}", "Choose another address.") from error
+def build(arguments: dict[str, Any]) -> Any:
+    """The deployment for Ray Serve that docs/serve.yaml names; `arguments` are settings of this command."""
+    from ray import serve
 
+    config = ServeConfig(**arguments)
 
-def _serve(server: "uvicorn.Server", listening: socket.socket) -> int:  # noqa: F821
-    """Serves until a signal comes, and answers what was asked before it; in a thread, so that signals stay ours."""
-    code = 0
-    with ThreadPoolExecutor(1, "http") as thread:
-        serving = thread.submit(server.run, [listening])
-        try:
-            serving.result()
-        except KeyboardInterrupt:
-            code = 130
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        server.should_exit = True
-    return code
+    def build_replica() -> Any:
+        from datasetdm_fast.service.app import Service
+
+        if not (token := os.environ.get(TOKEN)):
+            raise Refused(f"{TOKEN} holds no token", "Set it under runtime_env of the application.")
+        return Service(open_batcher(config).__enter__(), config.most_steps).app([], token)
+
+    return serve.deployment(serve.ingress(build_replica)(), name="service").bind()
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ REASONS = {
     "pyarrow is not installed": "platforms without it",
     "Playwright is not installed": "until `make consumers` installs the libraries of our users",
     "Chromium is not installed": "machines without that browser",
+    "Ray Serve is not installed": "until somebody installs ray[serve]",
     "ray is not installed": "platforms without Ray",
     "uvicorn is not installed": "environments without the extra `serve`",
     "triton is not installed; pip install 'datasetdm-fast[triton]'": "platforms without Triton",

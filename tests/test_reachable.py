@@ -42,6 +42,7 @@ MOST_ALLOWED = 10
 ALLOWED = {
     f"{PACKAGE}._C.depth_head_vector_bytes": "tests compare every vector width that this CPU has",
     f"{PACKAGE}._C.take_times": "the bench tells by it what a call spends its time on",
+    f"{PACKAGE}.serve.build": "docs/serve.yaml names it for Ray Serve",
     f"{PACKAGE}.*._repr_html_": "notebooks show values by it",
     f"{PACKAGE}.runs.gallery.server.Handler.do_*": "the library's server calls them by the method of a request",
 }

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from skips import long_test
 from stub_engine import StubEngine
 from torch.utils.data import DataLoader
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
@@ -141,6 +142,7 @@ def test_rows_get_images_and_labels(pipe):
     assert made["instance"][0].startswith('[{"category_id": ') and made["trusted"].dtype == bool
 
 
+@long_test
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
 @pytest.mark.loopback
 def test_ray_data_makes_samples(monkeypatch):

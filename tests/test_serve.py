@@ -1,7 +1,9 @@
 """The service: what clients get, what shares a batch, and what is refused, over HTTP on this machine."""
 
 import base64
+import gc
 import http.client
+import importlib
 import io
 import json
 import socket
@@ -11,10 +13,12 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import yaml
 from browser import Watched, browser
 from PIL import Image
 
@@ -29,6 +33,7 @@ from datasetdm_fast.service import app as http_side  # noqa: E402
 from datasetdm_fast.service.batching import Batcher, PendingImage, QueueFull  # noqa: E402
 
 pytestmark = pytest.mark.loopback
+ROOT = Path(__file__).parents[1]
 PROMPT = "a red ball on a table"
 IMAGES, LABEL = "/v1/images/generations", "/v1/label"
 
@@ -309,7 +314,7 @@ def test_a_failure_of_the_engine_is_told_and_the_next_batch_is_made(capsys):
     assert not batcher.failure
 
 
-def test_a_full_queue_and_a_client_that_leaves(pipeline, monkeypatch):
+def test_a_full_queue_and_a_client_that_leaves(pipeline, monkeypatch, caplog):
     free, undisturbed = threading.Event(), pipeline.generate_batches
 
     def held(batches, recipe):
@@ -334,6 +339,8 @@ def test_a_full_queue_and_a_client_that_leaves(pipeline, monkeypatch):
         assert first.result(20).status == 200
         assert service.batcher.images == 1
         figures = ask(service, "/metrics").text.decode()
+    gc.collect()
+    assert not caplog.records  # of exceptions that nobody retrieved
     assert f'datasetdm_requests_total{{path="{IMAGES}",status="429"}} 1' in figures
     assert "\ndatasetdm_images_total 1\n" in figures and "datasetdm_request_seconds_count" in figures
 
@@ -372,3 +379,36 @@ def test_other_addresses_need_a_token(monkeypatch, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert command.main(["--port", str(taken.getsockname()[1])]) == 2
     assert "Address already in use" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("grpc_reflection") is None, reason="Ray Serve is not installed")
+def test_ray_serve_runs_the_deployment_of_the_page(tmp_path, monkeypatch):
+    """One replica without a GPU, as this machine may have none; all else is as docs/serve.yaml says."""
+    import ray
+    from ray import serve
+    from ray.serve.schema import ServeDeploySchema
+
+    told = yaml.safe_load((ROOT / "docs" / "serve.yaml").read_text())
+    (application,) = ServeDeploySchema(**told).applications
+    module, _, name = application.import_path.partition(":")
+    deployment = getattr(importlib.import_module(module), name)(application.args)
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    environment = {
+        **application.runtime_env,
+        "env_vars": {**application.runtime_env["env_vars"], "OMP_NUM_THREADS": "1"},
+    }
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=environment)
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.run(deployment, name=application.name, route_prefix=application.route_prefix)
+        running = SimpleNamespace(port=port)
+        body = {"prompt": PROMPT, "steps": 2, "labels": ["semantic"]}
+        token = application.runtime_env["env_vars"]["DATASETDM_TOKEN"]
+        assert ask(running, "/healthz").json["status"] == "ok" and ask(running, IMAGES, body).status == 401
+        answer = ask(running, IMAGES, body, Authorization=f"Bearer {token}")
+        assert answer.status == 200 and pixels(answer.json["data"][0]).shape == (128, 128, 3)
+    finally:
+        serve.shutdown()
+        ray.shutdown()

@@ -75,7 +75,7 @@ class Service:
 
     async def _answer(self, request: Request, work: Work) -> Response:
         """All images of a request; they leave the queue where the client goes."""
-        made = asyncio.gather(*(self._entry(work, place) for place in range(len(work.items))))
+        made = asyncio.ensure_future(self._entries(work))
         gone = asyncio.ensure_future(_wait_for_disconnect(request))
         try:
             await asyncio.wait({made, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -100,6 +100,9 @@ class Service:
                 yield json.dumps(entry).encode() + b"\n"
         finally:
             _cancel(work)
+
+    async def _entries(self, work: Work) -> list[dict[str, Any]]:
+        return [await self._entry(work, place) for place in range(len(work.items))]
 
     async def _entry(self, work: Work, place: int) -> dict[str, Any]:
         sample = await asyncio.wrap_future(work.items[place].future)
