@@ -18,7 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_pipelines
+import torch
+from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from PIL import Image
+from transformers import UMT5Config, UMT5EncoderModel
 
 from datasetdm_fast import _C
 
@@ -117,6 +121,22 @@ RECIPES = {
                 ),
             )
         },
+    ),
+    "A backbone": Recipe(
+        files=(
+            "datasetdm_fast/engine/backbones/aura_flow.py",
+            "datasetdm_fast/engine/backbones/aura_flow_reference.py",
+        ),
+        edits={
+            "datasetdm_fast/engine/backbones/__init__.py": (
+                (
+                    '    "FluxPipeline": "',
+                    '    "AuraFlowPipeline": "datasetdm_fast.engine.backbones.aura_flow:AURA_FLOW",\n'
+                    '    "FluxPipeline": "',
+                ),
+            )
+        },
+        most_files=3,
     ),
     "A sampler": Recipe(
         files=("datasetdm_fast/engine/sampling/trailing.py",),
@@ -263,16 +283,37 @@ def written_pairs(folder: Path) -> None:
     Image.fromarray(np.repeat(labels[..., None] * 200, 3, 2)).save(folder / "val" / "a.png")
 
 
+def aura_flow(folder: Path) -> AuraFlowPipeline:
+    """A tiny pipeline of the family that the recipe adds, saved there, with seeded weights."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    width = {"num_attention_heads": 4, "attention_head_dim": 8, "joint_attention_dim": 32, "caption_projection_dim": 32}
+    layers = {"num_mmdit_layers": 2, "num_single_dit_layers": 2, "sample_size": 8, "pos_embed_max_size": 256}
+    pipeline = AuraFlowPipeline(
+        tiny_pipelines.t5_tokenizer(),
+        UMT5EncoderModel(UMT5Config(vocab_size=64, feed_forward_proj="gated-gelu", **sizes)),
+        tiny_pipelines.vae(4, scaling_factor=0.7),
+        AuraFlowTransformer2DModel(**width, **layers),
+        FlowMatchEulerDiscreteScheduler(shift=1.73),
+    )
+    pipeline.save_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def test_everything_the_recipes_add_is_used_by_the_commands(tmp_path):
     root = tmp_path / "copy"
     copy_with_all(root)
     written_pairs(tmp_path / "pairs")
+    stock = aura_flow(tmp_path / "aura")
     same, taught = ["--size", "64", "--threads", "1", "--quiet"], ["--decoder", "decoder", "--task", "edges"]
     few = ["--number", "2", "--steps", "2", *same]
     lines = {
         "train": "train --data demo:4 --task edges --steps 8 --batch-size 4 --draws 1 --out decoder".split() + same,
         "generate": ["generate", *taught, "--out", "run", *few],
         "generate otherwise": "generate --task semantic --engine halves --sampler trailing --out other".split() + few,
+        "generate aura": "generate --model aura --decoder random --task depth --prompts photo --out drawn".split()
+        + few,
         "audit": ["audit", "run"],
         "audit otherwise": ["audit", "other"],
         "evaluate": ["evaluate", *taught, "--data", "demo:2@100", "--json", "--quiet"],
@@ -312,3 +353,11 @@ def test_everything_the_recipes_add_is_used_by_the_commands(tmp_path):
     document = json.loads((tmp_path / "other" / "run.json").read_text())
     assert (document["engine"]["engine"], document["config"]["sampler"]) == ("halves", "trailing")
     assert any("edges" in path.name for path in (tmp_path / "graphs").rglob("*.onnx"))
+
+    for seed in range(2):
+        generator = torch.Generator().manual_seed(seed)
+        (wanted,) = stock("photo", generator=generator, num_inference_steps=2, height=64, width=64).images
+        drawn = Image.open(tmp_path / "drawn" / "images" / f"{seed:08d}.png")
+        assert np.abs(np.asarray(wanted, int) - np.asarray(drawn, int)).max() <= 1
+        assert (tmp_path / "drawn" / "depth" / f"{seed:08d}.png").exists()
+    assert json.loads((tmp_path / "drawn" / "run.json").read_text())["model"]["licence"] == "apache-2.0"

@@ -7,16 +7,20 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_pipelines
 from rendered import document, rendered
 from skips import IS_LONG
 
 from datasetdm_fast import merge, open_run, splice
 from datasetdm_fast.config import TASK_KINDS, EngineKind
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
+from datasetdm_fast.engine.backbones import PIPELINES
+from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.tasks.labeller import check_label
 from datasetdm_fast.errors import Missing
 from datasetdm_fast.plugins import Registry
@@ -505,3 +509,24 @@ def test_commands_run_them_by_name(installed, tmp_path):
     for read in (open_run, audit):  # here, where the package is not installed
         with pytest.raises(Missing, match="'bright' is made by the package 'foreign-things 1.0', which is not"):
             read(tmp_path / "both")
+
+
+def test_a_family_of_another_package_is_opened_by_its_pipeline(tmp_path, monkeypatch):
+    place = tmp_path / "foreign_family.py"
+    record = 'replace(SD3, name="mine", title="My model", has_text_maps=False)'
+    imports = "from dataclasses import replace\nfrom datasetdm_fast.engine.backbones.sd3 import SD3\n"
+    place.write_text(f"{imports}MINE, OTHER = {record}, 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, value in (("MinePipeline", "MINE"), ("OtherPipeline", "OTHER"), ("LostPipeline", "NONE")):
+        entry = EntryPoint(name, f"foreign_family:{value}", "datasetdm_fast.backbones")
+        monkeypatch.setitem(PIPELINES.others, name, entry)
+    folder = tiny_pipelines.save(tmp_path / "model", "sd3")
+    index = json.loads((folder / "model_index.json").read_text())
+    named = index | {"_class_name": "MinePipeline"}
+    (folder / "model_index.json").write_text(json.dumps(named))
+    model = load_model(str(folder), size=tiny_pipelines.SIZE)
+    assert model.backbone.title == "My model" and not model.backbone.has_text_maps
+    for name, words in (("OtherPipeline", "is a int, expected a Backbone"), ("LostPipeline", "does not load")):
+        (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": name}))
+        with pytest.raises(Missing, match=words):
+            load_model(str(folder), size=tiny_pipelines.SIZE)

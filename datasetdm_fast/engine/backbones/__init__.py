@@ -2,10 +2,10 @@
 
 from datasetdm_fast.engine.backbones.record import ANOTHER, Backbone
 from datasetdm_fast.errors import Refused, nearest
-from datasetdm_fast.plugins import load_place
+from datasetdm_fast.plugins import Registry, load_place
 
 _SD = "datasetdm_fast.engine.backbones.sd:SD"
-PIPELINES: dict[str, str] = {  # diffusers' pipeline class, as model_index.json names it -> module:record
+OWN_PIPELINES = {  # diffusers' pipeline class, as model_index.json names it -> module:record
     "StableDiffusionPipeline": _SD,
     "StableDiffusionImg2ImgPipeline": _SD,
     "StableDiffusionInpaintPipeline": _SD,
@@ -16,11 +16,12 @@ PIPELINES: dict[str, str] = {  # diffusers' pipeline class, as model_index.json 
     "ZImagePipeline": "datasetdm_fast.engine.backbones.z_image:Z_IMAGE",
     "QwenImagePipeline": "datasetdm_fast.engine.backbones.qwen_image:QWEN_IMAGE",
 }
+PIPELINES = Registry("backbones", OWN_PIPELINES, Backbone)
 
 
 def every_backbone() -> list[Backbone]:
-    """The records of all families."""
-    return [load_place(place) for place in dict.fromkeys(PIPELINES.values())]
+    """The records of all families of this package."""
+    return [load_place(place) for place in dict.fromkeys(OWN_PIPELINES.values())]
 
 
 def list_supported() -> str:
@@ -36,5 +37,6 @@ def open_backbone(pipeline: str, source: object) -> Backbone:
             f"model: {source} holds a {pipeline}{nearest(pipeline, PIPELINES)}; {list_supported()}",
             ANOTHER,
         )
-    record: Backbone = load_place(PIPELINES[pipeline])
+    entry: str | Backbone = PIPELINES[pipeline]
+    record: Backbone = load_place(entry) if isinstance(entry, str) else entry
     return record
