@@ -1,5 +1,4 @@
-"""python -m datasetdm_fast.convert RUN... --to coco,yolo-seg: write samples of run folders in the layouts that trainers
-read.
+"""python -m datasetdm_fast.convert RUN --to coco,yolo-seg: write samples of a run in the layouts that trainers read.
 
 With --to decoder, pth or diffusers it converts checkpoints: `convert FILE --to decoder --help` shows these flags.
 """
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 PROG = "python -m datasetdm_fast.convert"
 EXAMPLES = (
     "runs/demo --to coco,yolo-seg",
-    "runs/day runs/night --to voc --border 5 --classes person=human --out exports",
+    "runs/demo --to voc --border 5 --classes person=human --out exports",
 )
 
 
@@ -41,8 +40,8 @@ def main(arguments: Sequence[str]) -> int:
     if is_of_checkpoints(arguments):
         return convert_checkpoint(arguments)
     settings, flags = parse(arguments, ExportSettings, PROG, __doc__, EXAMPLES)
-    if not settings.out and (len(settings.runs) > 1 or is_url(settings.runs[0])):
-        raise Refused(f"{PROG}: --out is missing", "Name a folder for the export of several runs, or of a remote one.")
+    if not settings.out and is_url(settings.run):
+        raise Refused(f"{PROG}: --out is missing", "Name a folder for the export of a remote run.")
     if "quality" in flags and settings.image_format == "png":
         raise Refused("--quality: PNG files have none", "Drop it, or give --image-format jpg.")
     if "where" in flags and not settings.where.strip():
@@ -51,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
         from datasetdm_fast.runs.exporting.hub import check_hub
 
         check_hub(settings.push_to_hub)
-    folder = Path(settings.out) if settings.out else Path(settings.runs[0]) / EXPORTS
+    folder = Path(settings.out) if settings.out else Path(settings.run) / EXPORTS
     conversion = _open_conversion(settings, folder)
     print_lines(settings, *conversion.notes())
     formats, facts = ", ".join(settings.to), {"path": str(folder), "samples": conversion.samples}
@@ -91,15 +90,11 @@ def _open_conversion(settings: ExportSettings, folder: Path) -> Conversion:
     from datasetdm_fast.runs.exporting.conversion import Conversion
     from datasetdm_fast.runs.exporting.sources import open_source
 
-    places = [place if is_url(place) else str(Path(place).resolve()) for place in settings.runs]
-    if repeated := [place for k, place in enumerate(settings.runs) if places[k] in places[:k]]:
-        raise Refused(f"{repeated[0]}: was named twice, so its samples would be, too", "Name each run once.")
-    selected = [select(Path(place), settings.where) if settings.where else None for place in settings.runs]
-    options = {"tasks": settings.task, "only_kept": settings.kept}
-    sources = [open_source(place, chosen=chosen, **options) for place, chosen in zip(settings.runs, selected)]
+    chosen = select(Path(settings.run), settings.where) if settings.where else None
+    source = open_source(settings.run, tasks=settings.task, only_kept=settings.kept, chosen=chosen)
     renaming, identity = settings.classes, json_values(settings.identity())
     options = {"renaming": renaming, "pictures": settings, "layout": settings, "is_copied": settings.copy}
-    return Conversion(sources, settings.to, folder, identity, **options)
+    return Conversion(source, settings.to, folder, identity, **options)
 
 
 if __name__ == "__main__":

@@ -425,18 +425,6 @@ def test_label_maps_of_ade_and_deepfashion_are_those_of_the_run(run, tmp_path):
         assert (item.semantic == wanted).all() and item.caption == sample.prompt
 
 
-def test_images_of_two_kinds_are_two_datasets_of_mmseg(tmp_path):
-    for name, form in (("one", "png"), ("other", "jpg")):
-        with RunFolder(tmp_path / name, document(2, SIZE, image_format=form)) as folder:
-            folder.add([rendered(k, SIZE) for k in range(2)], {})
-            finish_run(folder)
-    runs, out = [str(tmp_path / name) for name in ("one", "other")], tmp_path / "out"
-    assert main([*runs, "--to", "mmseg", "--out", str(out), "--quiet"]) == 0
-    found = runpy.run_path(str(out / "mmseg" / "dataset.py"))["datasets"]
-    assert {name: each["img_suffix"] for name, each in found.items()} == {"train_jpg": ".jpg", "train_png": ".png"}
-    assert len({json.dumps(each["data_prefix"]) for each in found.values()}) == 1
-
-
 def test_marks_of_a_label_map_may_stand_in_names_of_classes(run, tmp_path):
     flags = ("--to", "voc", "--classes", "ball=#1 ball,cube=cube: red")
     source = open_data(f"voc:{converted(run, tmp_path / 'out', *flags)}/voc", SIZE, tasks=["instance"])
@@ -594,19 +582,6 @@ def test_three_hundred_classes_are_for_formats_without_label_maps(tmp_path, caps
     for flags in (("--to", "voc"), ("--to", "cityscapes", "--classes", "class 7=car")):
         converted(run, tmp_path / "no", *flags, code=2)
         assert "its label maps hold 254" in capsys.readouterr().err
-
-
-def test_label_maps_that_show_too_many_classes_together_are_refused(tmp_path, capsys):
-    for name in ("one", "other"):
-        described = document(1, SIZE)
-        described["labels"]["semantic"]["classes"] = [f"{name} {k}" for k in range(200)]
-        described |= number_classes(described["labels"])
-        with RunFolder(tmp_path / name, described) as folder:
-            folder.add([rendered(0, SIZE)], {})
-            finish_run(folder)
-    for kind in ("coco", "voc"):
-        assert main([str(tmp_path / "one"), str(tmp_path / "other"), "--to", kind, "--out", str(tmp_path / "no")]) == 2
-        assert "show 400 classes in all, those of an export hold 254" in capsys.readouterr().err
 
 
 def test_files_that_need_no_change_are_links_and_copies_have_the_same_bytes(run, tmp_path):
@@ -770,12 +745,6 @@ def test_a_target_inside_of_the_run_is_refused_but_for_its_exports(run, tmp_path
     assert main([str(copy), "--to", "coco", "--quiet"]) == 0 and (copy / "exports" / "coco").is_dir()
 
 
-def test_a_run_that_is_named_twice_is_refused(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(run.parent)
-    assert main([str(run), run.name, "--to", "coco", "--out", str(tmp_path / "out")]) == 2
-    assert f"{run.name}: was named twice" in capsys.readouterr().err and not (tmp_path / "out").exists()
-
-
 def test_a_damaged_run_is_a_failed_check_that_names_audit(run, tmp_path, capsys):
     copy = tmp_path / "my run"
     shutil.copytree(run, copy)
@@ -795,16 +764,6 @@ def test_classes_are_renamed_joined_and_left_out(run, tmp_path):
     assert truth.count("cone") and "cone" not in counts and "background" not in counts
     stuff = json.loads((out / "stuff_train2017.json").read_text())
     assert "wall" not in {category["name"] for category in stuff["categories"]}
-
-
-def test_several_runs_are_one_export_with_one_class_table(run, tmp_path):
-    write_run(tmp_path / "other", 3, SIZE)
-    out = tmp_path / "out"
-    assert main([str(run), str(tmp_path / "other"), "--to", "coco", "--out", str(out), "--quiet"]) == 0
-    source = open_data(f"coco:{out}/coco", SIZE)
-    both = [*open_run(run), *open_run(tmp_path / "other")]
-    for item, sample in zip(source, both, strict=True):
-        assert (item.image == sample.image).all() and (item.masks == sample.instances.masks).all()
 
 
 class FakeHub:

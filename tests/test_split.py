@@ -195,16 +195,3 @@ def test_a_run_that_has_grown_is_to_be_split_again(tmp_path, capsys):
         folder.add([rendered(k, 32) for k in range(2, 4)], {})
     assert convert.main([str(run), "--to", "coco", "--out", str(tmp_path / "out"), "--quiet"]) == 2
     assert "Split the run again" in capsys.readouterr().err and not (tmp_path / "out").exists()
-
-
-def test_a_run_without_a_split_beside_a_split_one_is_named(run, tmp_path, capsys):
-    other = tmp_path / "other"
-    with RunFolder(other, document(NUMBER + 2, 32)) as folder:
-        folder.add([rendered(k, 32) for k in range(NUMBER, NUMBER + 2)], {})
-    line = [str(run), str(other), "--to", "coco", "--out", str(tmp_path / "out"), "--dry-run"]
-    assert convert.main(line) == 0 and "not split" not in capsys.readouterr().err
-    assert main([str(run), "--shares", "50,50", "--quiet"]) == 0
-    assert convert.main(line) == 0
-    assert f"{other}: not split as the other runs are, so that all of its samples are in train" in (
-        capsys.readouterr().err
-    )

@@ -1,4 +1,4 @@
-"""The classes of an export: one number each, the same in all of its files, and how classes of its runs become them."""
+"""The classes of an export: one number each, the same in all of its files, and how classes of a run become them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class Renaming:
         return self.names.get(name, name)
 
     def check(self, known: Sequence[str]) -> None:
-        """Refuses a name that no run has."""
+        """Refuses a name that the run lacks."""
         for old in self.names:
             if old not in known:
                 raise Refused(
@@ -78,30 +78,21 @@ def class_names(document: Mapping[str, Any], label: str) -> dict[int, str]:
     return dict(zip(table.get("numbers") or range(first, first + len(names)), names, strict=True))
 
 
-def join_classes(runs: Sequence[tuple[Mapping[str, Any], Mapping[str, str]]], renamed: Renaming) -> Classes:
-    """The classes of several runs by name, in the order in which they come; `runs` are run.json and label by task.
-
-    Those of maps come first, as they hold the things as well where a run has both.
-    """
-    maps, things, people, known = {}, {}, {}, {}
-    for document, labels in runs:
-        for task, into in (("semantic", maps), ("instance", things)):
-            if task in labels:
-                names = [name for _, name in sorted(class_names(document, labels[task]).items())]
-                known |= dict.fromkeys(names)
-                into |= dict.fromkeys(map(renamed, names))
-        if "pose" in labels:
-            known[PERSON] = None
-            people[renamed(PERSON)] = None
+def collect_classes(document: Mapping[str, Any], labels: Mapping[str, str], renamed: Renaming) -> Classes:
+    """The classes of a run by name, of `labels` by task; those of maps come first, as they hold the things as well."""
+    tables = {
+        task: [name for _, name in sorted(class_names(document, labels[task]).items())]
+        for task in ("semantic", "instance")
+        if task in labels
+    }
+    people = [PERSON] if "pose" in labels else []
+    known = dict.fromkeys([*tables.get("semantic", ()), *tables.get("instance", ()), *people])
     renamed.check([name for name in known if name != BACKGROUND])
-    names = tuple(name for name in maps | things | people if name and name != BACKGROUND)
+    maps, things = (list(map(renamed, tables.get(task, ()))) for task in ("semantic", "instance"))
+    exported = dict.fromkeys([*maps, *things, *map(renamed, people)])
+    names = tuple(name for name in exported if name and name != BACKGROUND)
     if not names and known:
         raise Refused("--classes: no class is left", "Leave fewer out.")
-    if (count := len([name for name in names if name in maps])) > MOST_IN_A_MAP:
-        raise Refused(
-            f"the label maps of these runs show {count} classes in all, those of an export hold {MOST_IN_A_MAP}",
-            "Convert the runs separately, or leave classes out with --classes OLD=.",
-        )
     stuff = tuple(name for name in names if name in maps and name not in things)
     return Classes(names, tuple(name for name in names if name in things), stuff)
 

@@ -41,19 +41,16 @@ class MmsegFormat(Format):
         return {"dataset.py": self._config(plan, samples)}
 
     def _config(self, plan: ExportPlan, samples: AllSamples) -> Iterable[bytes]:
-        # a dataset has images of one ending
-        endings = {split: sorted({entry["ending"] for entry in samples.entries(split)}) for split in plan.splits}
         names = ("background", *plan.classes.names)
         loaders = {
-            f"{split}_{ending}" if len(forms) > 1 else split: {
+            split: {
                 "type": "BaseSegDataset",
                 "data_prefix": {"img_path": f"images/{split}", "seg_map_path": f"annotations/{split}"},
-                "img_suffix": f".{ending}",
+                "img_suffix": f".{next(iter(samples.entries(split)))['ending']}",
                 "seg_map_suffix": ".png",
                 "reduce_zero_label": False,
             }
-            for split, forms in endings.items()
-            for ending in forms
+            for split in plan.splits
         }
         yield from python(
             "For an mmsegmentation config: add metainfo, data_root and a pipeline to the dataset of each dataloader.",

@@ -1,11 +1,10 @@
-"""Samples of runs become an export: one pass over them, then the files that they share."""
+"""Samples of a run become an export: one pass over them, then the files that they share."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.plugins import load_place
 from datasetdm_fast.runs.exporting import export_folder, plugin_formats
-from datasetdm_fast.runs.exporting.classes import PERSON, Renaming, join_classes
+from datasetdm_fast.runs.exporting.classes import PERSON, Renaming, collect_classes
 from datasetdm_fast.runs.exporting.export_folder import DoneSample, ExportFolder
 from datasetdm_fast.runs.exporting.format import AllSamples, Content, Entry, ExportPlan, Files, Format
 from datasetdm_fast.runs.exporting.settings import LayoutSettings, PictureSettings
@@ -26,7 +25,6 @@ from datasetdm_fast.runs.exporting.view import RunView, SampleView
 from datasetdm_fast.runs.run_folder.document import table_of
 from datasetdm_fast.runs.run_folder.ledger import canonical
 from datasetdm_fast.runs.run_folder.reader import StoredSample
-from datasetdm_fast.runs.run_folder.split import origins
 from datasetdm_fast.untrusted import documents
 from datasetdm_fast.version import __version__
 
@@ -54,7 +52,7 @@ class Conversion:
 
     def __init__(
         self,
-        sources: Sequence[ExportSource],
+        source: ExportSource,
         formats: Sequence[str],
         folder: Path,
         identity: Mapping[str, Any],
@@ -64,31 +62,24 @@ class Conversion:
         layout: LayoutSettings = LAYOUT,
         is_copied: bool = False,
     ):
-        self.sources, self.folder, self.is_copied = sources, folder, is_copied
+        self.source, self.folder, self.is_copied = source, folder, is_copied
         self.formats: dict[str, Format] = {name: open_format(name) for name in formats}
-        first = sources[0]
-        for other in sources[1:]:
-            if apart := set(first.labels) ^ set(other.labels):
-                raise Refused(
-                    f"{other.run.path}: only one of it and {first.run.path} has labels for {', '.join(sorted(apart))}",
-                    "Name the labels that both have with --task.",
-                )
-        renamed = Renaming.parse(renaming)
-        classes = join_classes([(source.run.document, source.labels) for source in sources], renamed)
-        self.views = [RunView.of(each.run.document, each.labels, classes, renamed) for each in sources]
-        self._read_samples()
-        tasks, tables = frozenset(first.labels), self._merge_tables(renamed(PERSON))
-        self.plan = ExportPlan(classes, self.splits, tasks, **tables, pictures=pictures, layout=layout)
+        document, renamed = source.run.document, Renaming.parse(renaming)
+        classes = collect_classes(document, source.labels, renamed)
+        self.run_view = RunView.of(document, source.labels, classes, renamed)
+        self.splits, digest = self._read_samples()
+        tables = self._read_tables(renamed(PERSON))
+        self.plan = ExportPlan(
+            classes, self.splits, frozenset(source.labels), **tables, pictures=pictures, layout=layout
+        )
         for name, format in self.formats.items():
             format.check(name, self.plan)
-        run_documents = [source.run.document for source in sources]
-        licences = {document["model"]["licence"] for document in run_documents}
-        licences |= {entry["licence"] for document in run_documents for entry in document["decoders"].values()}
+        licences = {document["model"]["licence"], *(entry["licence"] for entry in document["decoders"].values())}
         self.description = {  # of export.json
             "format": export_folder.FORMAT,
             "versions": {"datasetdm_fast": __version__},
             "settings": identity,
-            "runs": self.runs,
+            "runs": [{"name": source.run.path.resolve().name, "samples": self.samples, "sha256": digest}],
             "samples": self.samples,
             "splits": self.splits,
             "classes": list(classes.names),
@@ -96,78 +87,50 @@ class Conversion:
         }
         self.is_complete = export_folder.check_target(folder, self.description)
 
-    def _merge_tables(self, person: str) -> dict[str, Any]:
-        """Joints, limbs and the farthest depth of all runs."""
-        people, depths = [], [0.0]
-        for source in self.sources:
-            tables = {task: source.run.document["labels"][label] for task, label in source.labels.items()}
-            depths += [float(tables["depth"]["max_depth"])] if "depth" in tables else []
-            people += [tables["pose"]] if "pose" in tables else []
-            if people and people[-1]["joints"] != people[0]["joints"]:
-                raise Refused(
-                    f"{source.run.path}: its joints are not those of {self.sources[0].run.path}",
-                    "Convert them separately, or leave pose out with --task.",
-                )
+    def _read_tables(self, person: str) -> dict[str, Any]:
+        """Joints, limbs and the farthest depth of the run."""
+        tables = {task: self.source.run.document["labels"][label] for task, label in self.source.labels.items()}
+        people = tables.get("pose")
         return {
             "people": (person,) if people and person else (),
-            "joints": tuple(people[0]["joints"]) if people else (),
-            "limbs": tuple((int(a), int(b)) for a, b in people[0]["limbs"]) if people else (),
-            "max_depth": max(depths),
+            "joints": tuple(people["joints"]) if people else (),
+            "limbs": tuple((int(a), int(b)) for a, b in people["limbs"]) if people else (),
+            "max_depth": float(tables["depth"]["max_depth"]) if "depth" in tables else 0.0,
         }
 
-    def _read_samples(self) -> None:
-        """Counts the samples of each split, numbers them and takes their digest; refuses samples of one picture in
-        several splits.
-        """
-        counts: Counter[str] = Counter()
-        splits: dict[str, str] = {}  # origin of samples -> split
-        is_split = len(self.sources) > 1 and any(source.splits for source in self.sources)
-        self.runs, self.offsets, offset = [], [], 0
-        for source in self.sources:
-            digest, count, last = hashlib.sha256(), 0, -1
-            for row in source.rows():
-                split, files = source.split_of(row), {role: stored.sha256 for role, (_, stored) in row.files.items()}
-                identity = [row.request.index, row.request.prompt, files, row.labels]
-                correction = source.corrections.get(row.request.index)
-                identity += [correction.ignored] if correction and correction.ignored else []
-                try:
-                    digest.update(canonical(identity if source.splits is None else [*identity, split]).encode())
-                except ValueError as error:
-                    text = f"sample {row.request.id} is damaged (its labels hold NaN or an infinite number)"
-                    raise damage_of(source.run.path, text) from error
-                counts[split] += 1
-                for name in origins(source.run.document, row) if is_split else ():
-                    if splits.setdefault(name, split) != split:
-                        raise Refused(
-                            f"{source.run.path}: sample {row.request.id} is for {split}, and one made of the same "
-                            f"picture for {splits[name]}",
-                            "Merge the runs, then split the result.",
-                        )
-                count, last = count + 1, row.request.index
-            self.runs.append({"name": source.run.path.resolve().name, "samples": count, "sha256": digest.hexdigest()})
-            self.offsets.append(offset)
-            offset += last + 1
+    def _read_samples(self) -> tuple[dict[str, int], str]:
+        """The number of samples in each split, and the digest of all samples."""
+        source, counts, digest = self.source, Counter[str](), hashlib.sha256()
+        for row in source.rows():
+            split, files = source.split_of(row), {role: stored.sha256 for role, (_, stored) in row.files.items()}
+            identity = [row.request.index, row.request.prompt, files, row.labels]
+            correction = source.corrections.get(row.request.index)
+            identity += [correction.ignored] if correction and correction.ignored else []
+            try:
+                digest.update(canonical(identity if source.splits is None else [*identity, split]).encode())
+            except ValueError as error:
+                text = f"sample {row.request.id} is damaged (its labels hold NaN or an infinite number)"
+                raise damage_of(source.run.path, text) from error
+            counts[split] += 1
         if not counts:
             raise Refused(
-                f"{self.sources[0].run.path}: no sample to convert",
+                f"{source.run.path}: no sample to convert",
                 "Name a run folder with samples, let more pass --kept and --where, or restore dropped ones.",
             )
         order = dict.fromkeys((*USUAL_SPLITS, *sorted(counts)))
-        self.splits = {name: counts[name] for name in order if name in counts}
+        return {name: counts[name] for name in order if name in counts}, digest.hexdigest()
 
     @property
     def samples(self) -> int:
         return sum(self.splits.values())
 
     def notes(self) -> Iterator[str]:
-        """What a user should know of the runs and formats before their samples are converted."""
-        for source in self.sources:
-            if source.corrections:
-                yield f"{source.run.path}: corrections of {count_noun(len(source.corrections), 'sample')} are applied"
-            if not source.run.is_complete:
-                yield f"{source.run.path}: not finished; converted so far: {len(source.run)} samples"
-            if source.splits is None and any(other.splits is not None for other in self.sources):
-                yield f"{source.run.path}: not split as the other runs are, so that all of its samples are in train"
+        """What a user should know of the run and the formats before the samples are converted."""
+        run = self.source.run
+        if self.source.corrections:
+            yield f"{run.path}: corrections of {count_noun(len(self.source.corrections), 'sample')} are applied"
+        if not run.is_complete:
+            yield f"{run.path}: not finished; converted so far: {len(run)} samples"
         for name, format in self.formats.items():
             if unknown := format.unknown_classes(self.plan):
                 yield f"{name}: it has no class {', '.join(unknown)}, which --classes can rename"
@@ -211,21 +174,20 @@ class Conversion:
             opened.share(f"{name}/{path}", chunks)
 
     def _views(self) -> Iterator[SampleView]:
-        for source, view, offset in zip(self.sources, self.views, self.offsets):
-            run, table = source.run, table_of(source.run.document)
-            for row in source.rows():
-                stored = StoredSample(row, run.path, run.document, run.copies, table)
-                number, correction = offset + row.request.index, source.corrections.get(row.request.index)
-                yield SampleView(stored, number, source.split_of(row), view, self.plan.pictures, correction)
+        run = self.source.run
+        table = table_of(run.document)
+        for row in self.source.rows():
+            yield self._view(StoredSample(row, run.path, run.document, run.copies, table))
 
     def view(self, number: int) -> SampleView:
         """The sample of a number."""
-        place = max(k for k, offset in enumerate(self.offsets) if offset <= number)
-        source = self.sources[place]
-        stored = source.run[f"{number - self.offsets[place]:08d}"]
-        stored = replace(stored, row=source.correct(stored.row))
-        options = self.views[place], self.plan.pictures, source.corrections.get(stored.row.request.index)
-        return SampleView(stored, number, source.split_of(stored.row), *options)
+        stored = self.source.run[f"{number:08d}"]
+        return self._view(replace(stored, row=self.source.correct(stored.row)))
+
+    def _view(self, stored: StoredSample) -> SampleView:
+        number, split = stored.row.request.index, self.source.split_of(stored.row)
+        correction = self.source.corrections.get(number)
+        return SampleView(stored, number, split, self.run_view, self.plan.pictures, correction)
 
     def _write(self, opened: ExportFolder, block: Sequence[SampleView]) -> list[DoneSample]:
         contents: list[dict[str, Content]] = []
@@ -244,9 +206,7 @@ class Conversion:
         ]
 
     def close(self) -> None:
-        with ExitStack() as closing:
-            for source in self.sources:
-                closing.callback(source.run.close)
+        self.source.run.close()
 
 
 def _convert_sample(name: str, format: Format, view: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:

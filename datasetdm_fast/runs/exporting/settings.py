@@ -66,17 +66,12 @@ class LayoutSettings:
 @dataclass(frozen=True)
 class ExportSettings(PictureSettings, LayoutSettings, OutputSettings, CommandSettings):
     FLAGS = (
-        "runs to out task classes where kept least_score image_format quality resize polygons parts border shard copy "
+        "run to out task classes where kept least_score image_format quality resize polygons parts border shard copy "
         "push_to_hub dry_run threads json quiet"
     ).split()
 
-    runs: tuple[str, ...] = setting(
-        (),
-        "run folders, whose samples are numbered in this order",
-        metavar="RUN",
-        positional=True,
-        identity=False,
-        required=True,
+    run: str = setting(
+        "", "run folder whose samples are written", metavar="RUN", positional=True, identity=False, required=True
     )
     to: tuple[str, ...] = setting(
         (),
@@ -88,7 +83,7 @@ class ExportSettings(PictureSettings, LayoutSettings, OutputSettings, CommandSet
     )
     out: str = setting(
         "",
-        "folder of the export, with a sub-folder for each format; default: exports in RUN, for a single RUN",
+        "folder of the export, with a sub-folder for each format; default: exports in RUN",
         metavar="DIR",
         output="folder",
         identity=False,
