@@ -289,6 +289,7 @@ def test_a_ray_of_its_own_fills_a_store_and_replaces_workers_that_hang(command, 
         process.returncode == 4
         and "rank 0 has given no sign of life for" in errors
         and "rank 1 has given no sign of life for" in errors
+        and "Ray listens on all addresses of this machine" in errors
         and f"1 of {SAMPLES} samples were quarantined" in errors
         and "look at them with: python -m datasetdm_fast.gallery " in errors
     ), errors

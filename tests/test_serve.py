@@ -367,8 +367,12 @@ def test_the_command_serves_until_a_signal_and_answers_what_was_asked(tmp_path):
         address = process.stdout.readline().strip()
         running = SimpleNamespace(port=int(address.rpartition(":")[2]))
         assert ask(running, "/healthz").json["status"] == "ok"
-        process.terminate()
-        _, errors = process.communicate(timeout=60)
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(ask, running, IMAGES, {"prompt": PROMPT, "steps": 20, "labels": []})
+            wait_until(lambda: b"\ndatasetdm_batches_total 1" in ask(running, "/metrics").text)
+            process.terminate()
+            _, errors = process.communicate(timeout=60)
+        assert asked.result().status == 200
     assert process.returncode == 143 and "Traceback" not in errors
 
 

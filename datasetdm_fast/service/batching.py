@@ -29,7 +29,7 @@ class QueueFull(Exception):
 
 @dataclass(eq=False)
 class PendingImage:
-    """One image that a client waits for; items of one `group` have one recipe and may share a batch."""
+    """One image that a client waits for; those of one `group` have one recipe and may share a batch."""
 
     recipe: Recipe
     request: Request
@@ -55,7 +55,7 @@ class Batcher(AbstractContextManager["Batcher"]):
         self.pipeline, self.size, self.wait, self.most_waiting = pipeline, size, wait, most_waiting
         self.images, self.batches = 0, 0
         self.failure = ""  # of the last batch, where the engine could not make it
-        self._waiting: deque[PendingImage] = deque()
+        self._waiting: list[PendingImage] = []
         self._seconds = 1.0  # that the last batch took
         self._changed, self._is_closed = Condition(), False
         self._thread = Thread(target=self._work, name="batches", daemon=True)
@@ -87,8 +87,7 @@ class Batcher(AbstractContextManager["Batcher"]):
             under_way: deque[list[PendingImage]] = deque()
             try:
                 if items[0].label is not None:
-                    under_way.append(items)
-                    self._count(items)
+                    under_way.append(self._begin(items))
                     items[0].finish(items[0].label())
                 else:
                     for results in self.pipeline.generate_batches(self._batches(items, under_way), items[0].recipe):
@@ -106,41 +105,38 @@ class Batcher(AbstractContextManager["Batcher"]):
 
     def _batches(self, items: list[PendingImage], under_way: deque[list[PendingImage]]) -> Iterator[Batch]:
         """Batches of one group as long as it has the oldest item; the engine is not kept waiting for the next."""
-        group = items[0].group
+        first, begin = items[0], time.monotonic()
         for index in count():
-            under_way.append(items)
-            self._count(items)
-            begin, requests = time.monotonic(), tuple(item.request for item in items)
-            yield Batch(index, requests, self._padding(len(items)))
-            self._seconds = time.monotonic() - begin
-            if not (items := self._take(group)):
+            under_way.append(self._begin(items))
+            padding = 0  # on a GPU, whose graphs are recorded for each batch size, sizes are powers of two, or full
+            if len(items) > 1 and self.pipeline.engine.device.type != "cpu":
+                padding = min(1 << (len(items) - 1).bit_length(), self.size) - len(items)
+            yield Batch(index, tuple(item.request for item in items), padding)
+            self._seconds, begin = time.monotonic() - begin, time.monotonic()
+            if first.is_alone or not (items := self._take(first.group)):
                 return
 
-    def _count(self, items: list[PendingImage]) -> None:
+    def _begin(self, items: list[PendingImage]) -> list[PendingImage]:
         self.images, self.batches = self.images + len(items), self.batches + 1
-
-    def _padding(self, count: int) -> int:
-        """On a GPU, whose graphs are recorded for each batch size, sizes are powers of two, or full."""
-        if count == 1 or self.pipeline.engine.device.type == "cpu":
-            return 0
-        return min(1 << (count - 1).bit_length(), self.size) - count
+        return items
 
     def _take(self, group: str | None = None) -> list[PendingImage]:
         """The next batch, once it may leave; of a `group` only if that is due now. Nothing once the service ends."""
         with self._changed:
             while True:
-                self._waiting = deque(item for item in self._waiting if not item.future.cancelled())
+                self._waiting = [item for item in self._waiting if not item.future.cancelled()]
                 seconds = None
                 if self._waiting:
-                    oldest = self._waiting[0]
-                    if group not in (None, oldest.group):
+                    first = self._waiting[0]
+                    items = [first]
+                    if not first.is_alone:
+                        items = [each for each in self._waiting if each.group == first.group and not each.is_alone]
+                    items = items[: self.size]
+                    if group is not None and (first.is_alone or first.group != group):
                         return []
-                    items = [item for item in self._waiting if item.group == oldest.group]
-                    items = items[: 1 if oldest.is_alone else self.size]
-                    seconds = oldest.arrived + self.wait - time.monotonic()
-                    if seconds <= 0 or oldest.is_alone or len(items) == self.size or self._is_closed:
-                        for item in items:
-                            self._waiting.remove(item)
+                    seconds = first.arrived + self.wait - time.monotonic()
+                    if seconds <= 0 or first.is_alone or len(items) == self.size or self._is_closed:
+                        self._waiting = [each for each in self._waiting if each not in items]
                         if items := [item for item in items if item.future.set_running_or_notify_cancel()]:
                             return items
                         continue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-from bisect import bisect_left
 from collections import Counter
 
 from datasetdm_fast.service.batching import Batcher
@@ -12,42 +11,41 @@ SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)  # upper ends 
 
 
 class Metrics:
-    """Counts answers by status, and their latencies."""
+    """Counts replies by path and status, and their latencies."""
 
     def __init__(self, batcher: Batcher):
-        self.batcher = batcher
-        self.replies: Counter[tuple[str, int]] = Counter()  # by path and status
-        self._buckets, self._seconds = [0] * (len(SECONDS) + 1), 0.0
+        self.batcher, self.seconds = batcher, 0.0
+        self.replies: Counter[tuple[str, int]] = Counter()
+        self.buckets: Counter[float] = Counter()
 
     def add(self, path: str, status: int, seconds: float) -> None:
         self.replies[path, status] += 1
-        self._buckets[bisect_left(SECONDS, seconds)] += 1
-        self._seconds += seconds
+        self.buckets.update(end for end in SECONDS if seconds <= end)
+        self.seconds += seconds
 
     def text(self) -> str:
-        batcher, lines, total = self.batcher, [], 0
-
-        def add(name: str, kind: str, values: dict[str, float]) -> None:
-            lines.append(f"# TYPE datasetdm_{name} {kind}")
-            lines.extend(f"datasetdm_{name}{labels} {value:.9g}" for labels, value in values.items())
-
-        replies = {f'{{path="{path}",status="{status}"}}': n for (path, status), n in sorted(self.replies.items())}
-        add("requests_total", "counter", replies)
-        add("images_total", "counter", {"": batcher.images})
-        add("batches_total", "counter", {"": batcher.batches})
-        add("batch_size_mean", "gauge", {"": batcher.images / max(batcher.batches, 1)})
-        add("queue_images", "gauge", {"": batcher.waiting})
-        add("memory_bytes", "gauge", {"": memory_bytes(batcher)})
-        buckets = {}
-        for end, count in zip((*SECONDS, "+Inf"), self._buckets, strict=True):
-            total += count
-            buckets[f'_bucket{{le="{end}"}}'] = total
-        add("request_seconds", "histogram", {**buckets, "_sum": self._seconds, "_count": total})
+        batcher, replies = self.batcher, sorted(self.replies.items())
+        total = sum(self.replies.values())
+        families = {
+            "images_total counter": {"": batcher.images},
+            "batches_total counter": {"": batcher.batches},
+            "queue_images gauge": {"": batcher.waiting},
+            "peak_memory_bytes gauge": {"": peak_memory(batcher)},
+            "requests_total counter": {f'{{path="{path}",status="{code}"}}': n for (path, code), n in replies},
+            "request_seconds histogram": {
+                **{f'_bucket{{le="{end}"}}': self.buckets[end] for end in SECONDS},
+                **{'_bucket{le="+Inf"}': total, "_sum": self.seconds, "_count": total},
+            },
+        }
+        lines = []
+        for family, values in families.items():
+            lines.append(f"# TYPE datasetdm_{family}")
+            lines += [f"datasetdm_{family.split()[0]}{labels} {value:.12g}" for labels, value in values.items()]
         return "\n".join(lines) + "\n"
 
 
-def memory_bytes(batcher: Batcher) -> int:
-    """Peak memory of the GPU that the engine uses, or of this process."""
+def peak_memory(batcher: Batcher) -> int:
+    """Bytes of the GPU that the engine uses, or of this process."""
     device = batcher.pipeline.engine.device
     if device.type == "cuda":
         import torch

@@ -45,13 +45,10 @@ def read_generation(body: Mapping[str, Any], pipeline: Pipeline, most_steps: int
     """The images of POST /v1/images/generations."""
     _check_fields(body, GENERATION, "prompt", pipeline)
     side = pipeline.engine.model.size
-    for name, allowed in {
-        "response_format": ("b64_json",),
-        "output_format": ("png",),
-        "size": ("auto", f"{side}x{side}"),
-    }.items():
-        if body.get(name, allowed[0]) not in allowed:
-            raise Refused(f"{name}: {documents.quote(body[name])} is not {' or '.join(allowed)}", "Leave it out.")
+    allowed = {"response_format": ["b64_json"], "output_format": ["png"], "size": ["auto", f"{side}x{side}"]}
+    for name, values in allowed.items():
+        if body.get(name, values[0]) not in values:
+            raise Refused(f"{name}: {documents.quote(body[name])} is not {' or '.join(values)}", "Leave it out.")
     number, seeds = body.get("n", len(body.get("seeds", [0]))), body.get("seeds")
     for name, value, most in (("n", number, MOST_IMAGES), ("steps", body.get("steps", 1), most_steps)):
         if not 1 <= value <= most:
@@ -68,11 +65,8 @@ def read_generation(body: Mapping[str, Any], pipeline: Pipeline, most_steps: int
         tasks=body.get("labels"),
         **{name: body[name] for name in RECIPE if name in body and name != "labels"},
     )
-    is_alone = body.get("deterministic", False)
-    group = json.dumps([body.get(name) for name in RECIPE])
-    items = [
-        PendingImage(recipe, request, secrets.token_hex() if is_alone else group, is_alone) for request in requests
-    ]
+    group, is_alone = json.dumps([body.get(name) for name in RECIPE]), body.get("deterministic", False)
+    items = [PendingImage(recipe, request, group, is_alone) for request in requests]
     return Work(items, _tables(pipeline, recipe), body.get("preview", False), body.get("stream", False))
 
 
@@ -87,7 +81,7 @@ def read_labelling(body: Mapping[str, Any], pipeline: Pipeline) -> Work:
     recipe, _ = pipeline.prepare([], [], **choices)
     seed = body.get("seed", 0)
     label = partial(_label, pipeline, picture, prompts=body.get("prompt", ""), seed=seed, **choices)
-    item = PendingImage(recipe, None, secrets.token_hex(), True, label)
+    item = PendingImage(recipe, None, "", True, label)
     return Work([item], _tables(pipeline, recipe), body.get("preview", False))
 
 

@@ -23,12 +23,13 @@ from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL
 from datasetdm_fast.runs.run_settings import RunSpec, WorkerSettings
 from datasetdm_fast.runs.workers.devices import pool_of
 from datasetdm_fast.runs.workers.queue import Owner
-from datasetdm_fast.runs.workers.ray_connection import first_line, join_cluster
+from datasetdm_fast.runs.workers.ray_connection import address_of, first_line, join_cluster
 from datasetdm_fast.runs.workers.ray_worker import Coordinator, RayWorker, RayWorkerSetup, RemoteQueue
 from datasetdm_fast.runs.workers.spawn import Rank, Supervisor
 from datasetdm_fast.runs.workers.worker import Callbacks
 from datasetdm_fast.version import __version__
 
+ALL_ADDRESSES = "Ray listens on all addresses of this machine until the run ends, and obeys only who has its token"
 NOTHING_HERE = "Install it on every machine of the cluster: pip install 'datasetdm-fast[ray]'"
 
 
@@ -45,6 +46,8 @@ def _run(cluster: Cluster, spec: RunSpec, callbacks: Callbacks) -> Result:
     with closing(RayDriver(cluster, spec, callbacks)) as driver:
         try:
             with join_cluster(cluster.workers.cluster, cluster.workers.ranks, spec.folder) as nodes:
+                if address_of(cluster.workers.cluster) is None:
+                    callbacks.on_message(ALL_ADDRESSES)
                 driver.lead(nodes)
         except tuple(REFUSALS.values()):
             if not callbacks.is_stopping():
