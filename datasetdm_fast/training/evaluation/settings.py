@@ -25,7 +25,7 @@ ANY_SIZE = 64  # pixels per side, where no image is read yet
 class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings):
     FLAGS = (
         "decoder outlines data task model select images limit_per_class min_area limit_images only_classes framing "
-        "skip_bad allow_download class_names unseen captions bootstrap level "
+        "skip_bad size allow_download class_names unseen captions bootstrap level "
         "engine dtype device batch_size seed threads dry_run json quiet"
     ).split()
 
@@ -104,8 +104,8 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
     def open_engine(self, decoder: str | None = None) -> Any:
         from datasetdm_fast.engine.engines.opening import open_engine
 
-        options = {"allow_download": self.allow_download, "outlines": self.outlines, **self.engine_choices()}
-        return open_engine(self.model, decoder, **options)[0]
+        options = {"size": self.size, "allow_download": self.allow_download, "outlines": self.outlines}
+        return open_engine(self.model, decoder, **options, **self.engine_choices())[0]
 
     def score_settings(self) -> ScoreSettings:
         from datasetdm_fast.training.evaluation.measure import ScoreSettings
