@@ -146,6 +146,7 @@ def test_a_whole_run_is_timed_from_its_first_image_to_the_last():
     assert found == {"peak_mib": 7.0, "watts": 650, "mhz": 1850, "joules_per_image": 325.0}
 
 
+@long_test
 def test_the_race_and_the_whole_run_of_a_small_model(tmp_path, monkeypatch, known_limits, capsys):
     monkeypatch.setattr(one_race, "RACED", ("diffusers", "ours"))
     out = tmp_path / "one.json"

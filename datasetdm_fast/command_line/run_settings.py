@@ -25,12 +25,11 @@ from datasetdm_fast.engine.loop.prompts import PromptSource, check_classes
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.jobs.class_file import listed_words, own_table
 from datasetdm_fast.runs.jobs.prompt_files import read_source
-from datasetdm_fast.runs.jobs.remake import prepare_remake, remake
+from datasetdm_fast.runs.jobs.remake import check_provided, find_remake_row, prepare_remake, remake
 from datasetdm_fast.runs.run_folder.acceptance import check_accept
 from datasetdm_fast.runs.run_folder.document import GROWING, most_samples, quarantines
 from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.runs.run_folder.object_store import check_store
-from datasetdm_fast.runs.run_folder.remaking import check_provided, find_remake_row
 from datasetdm_fast.runs.run_settings import (
     LabelConfig,
     LabelSettings,
