@@ -487,7 +487,7 @@ def work(made: Job, queue: Coordinator, out: Path, slot: int = 0, present: set[i
     folder = PublishingFolder(out, "", made.document, lambda *ends: queue.required_indices(*ends) - present, rows)
     owner = Owner(f"rank {slot}", slot)
     callbacks = {"on_idle": lambda: idle.append(True), "is_stopping": lambda: bool(idle)}
-    Worker(made, folder, queue, owner, **callbacks).work()
+    Worker(made, folder, queue, owner, **callbacks, has_ledger=False).work()
     assert owner not in queue.owners()
     return [row for _, kind, rows in queue.reports() if kind == "rows" for row in rows]
 
