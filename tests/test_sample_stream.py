@@ -1,6 +1,7 @@
 """Training straight from the model: the samples of a stream are those of a stored run, whoever reads which share."""
 
 import importlib.util
+import pickle
 import threading
 from functools import partial
 from types import SimpleNamespace
@@ -73,8 +74,10 @@ def test_loader_workers_and_ranks_share_the_samples(monkeypatch):
     options = {"number": 7, "steps": 2, "batch_size": 2}
     whole = keyed(SampleStream(stub(), PROMPTS, "depth", **options))
     assert len(set(whole)) == 7
-    loader = DataLoader(SampleStream(stub, PROMPTS, "depth", **options), batch_size=None, num_workers=2)
-    assert keyed(loader) == whole
+    stream = SampleStream(stub, PROMPTS, "depth", **options)
+    here = stream.pipeline
+    assert keyed(DataLoader(stream, batch_size=None, num_workers=2)) == whole
+    assert stream.pipeline is here and pickle.loads(pickle.dumps(stream))._opened is None
     shares = []
     for rank in range(3):
         monkeypatch.setattr(sample_stream, "_share", lambda rank=rank: (rank, 3))
@@ -86,6 +89,8 @@ def test_an_engine_in_memory_is_not_shared_with_worker_processes(monkeypatch):
     monkeypatch.setattr(sample_stream, "get_worker_info", lambda: SimpleNamespace(id=0, num_workers=2))
     with pytest.raises(Refused, match="cannot be shared with the worker processes"):
         next(iter(SampleStream(stub(), PROMPTS, "depth")))
+    with pytest.raises(Refused, match="cannot be shared with the worker processes"):
+        pickle.dumps(SampleStream(stub(), PROMPTS, "depth"))
 
 
 def test_epochs_differ_and_an_endless_stream_stays_bounded():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from itertools import count, islice
 from queue import Full, Queue
@@ -56,19 +58,24 @@ class SampleStream(IterableDataset[Any]):
         self.trusted, self.prefetch, self.transform, self.choices = trusted, prefetch, transform, choices
         self.epoch = 0
         self._opener = pipeline
+        self._opened: tuple[int, Pipeline] | None = None  # by which process, as none survives a fork or a pickle
 
     collate = staticmethod(stack)
 
-    @cached_property
+    def __getstate__(self) -> dict[str, Any]:
+        if isinstance(self._opener, Pipeline):
+            raise _no_sharing()
+        return self.__dict__ | {"_opened": None}
+
+    @property
     def pipeline(self) -> Pipeline:
-        if not isinstance(self._opener, Pipeline):
-            return self._opener()
-        if get_worker_info() is not None:
-            raise Refused(
-                "pipeline: an engine cannot be shared with the worker processes of a DataLoader",
-                "Give a function that opens it, such as functools.partial(Pipeline.from_pretrained, 'demo').",
-            )
-        return self._opener
+        if isinstance(self._opener, Pipeline):
+            if get_worker_info() is not None:
+                raise _no_sharing()
+            return self._opener
+        if self._opened is None or self._opened[0] != os.getpid():
+            self._opened = os.getpid(), self._opener()
+        return self._opened[1]
 
     @cached_property
     def tables(self) -> Mapping[str, Any]:
@@ -107,10 +114,8 @@ class SampleStream(IterableDataset[Any]):
 
         def put(item: Any) -> None:
             while not over.is_set():
-                try:
+                with suppress(Full):
                     return samples.put(item, timeout=POLL_SECONDS)
-                except Full:
-                    continue
 
         try:
             for sample in self._make_samples(share, shares):
@@ -175,6 +180,13 @@ def number_tables(pipeline: Pipeline, tasks: Sequence[str], choices: Mapping[str
     choices = {name: value for name, value in choices.items() if name != "batch_size"}
     recipe, _ = pipeline.prepare([], [], tasks=tasks, **choices)
     return number_classes(label_tables(pipeline.engine, recipe))
+
+
+def _no_sharing() -> Refused:
+    return Refused(
+        "pipeline: an engine cannot be shared with the worker processes of a DataLoader",
+        "Give a function that opens it, such as functools.partial(Pipeline.from_pretrained, 'demo').",
+    )
 
 
 def _share() -> tuple[int, int]:
