@@ -29,7 +29,6 @@ COMMANDS = {
     "gallery": ("datasetdm_fast.gallery", "show the samples of a run in a browser, also while it is in progress"),
     "audit": ("datasetdm_fast.audit", "check a run folder and name what is damaged"),
     "doctor": ("datasetdm_fast.doctor", "report what is installed, which engines can run and why others cannot"),
-    "recipe": ("datasetdm_fast.recipe", "print the command lines of a published experiment"),
     "verify": ("datasetdm_fast.verify", "compare the outputs of two engines"),
     "export": ("datasetdm_fast.export.__main__", "write a model and its decoders as ONNX graphs or TensorRT plans"),
 }

@@ -11,7 +11,7 @@ from datasetdm_fast import drop, filter, splice
 from datasetdm_fast.cli import COMMANDS
 from datasetdm_fast.command_line.completion import describe_flags
 
-ONLY_READ = {"recipe", "audit", "doctor", "serve"}
+ONLY_READ = {"audit", "doctor", "serve"}
 ELSEWHERE = {  # command -> the test file that has its dry run
     "generate": "test_generate.py",
     "train": "test_train.py",
