@@ -162,6 +162,8 @@ def check(words: list[str]) -> None:
         assert cli_main(rest) in (0, 3)  # its library is optional
     elif program == "datasetdm-fast":
         check(["python", "-m", f"datasetdm_fast.{rest[0]}", *rest[1:]])
+    elif program == "source":
+        assert rest == [".venv/bin/activate"]  # of `make demo`
     elif program == "torchrun":
         check(["python", *rest[rest.index("-m") :]])
     elif program == "srun":
