@@ -5,7 +5,8 @@
 # make venv   installs what tests need, too: optional engines and formats, 1.5 GB more
 # make consumers  exports read by pycocotools, supervision, datumaro, cityscapesScripts, datasets and webdataset, learnt from by
 #                 models of transformers, and the gallery in Chromium: 8 minutes
-# make soak   kills, faults, planted damage, hostile input and long runs in full: up to an hour on two cores, figures at the end
+# make soak   kills, faults, planted damage, hostile input and long runs in full: up to an hour on two cores, figures at the end;
+#             then 300 faults that are drawn at random, one at a time: two hours more
 # make mutants  97 planted faults, one at a time: 5 minutes on two cores; 95 % have to be noticed
 # Variables: PYTHON=python3.12, TORCH=torch==2.11.0 and PIP_FLAGS=... choose another interpreter, torch and pip options.
 # VENV=/path/of/environment TORCH= installs the locked versions into an environment that has its own torch, which stays.
@@ -91,6 +92,7 @@ trainers domain mmdit openvino sample_stream))
 soak: venv
 	$(QUIET_CORES) OMP_NUM_THREADS=1 DATASETDM_LONG_TESTS=1 \
 	timeout --kill-after=60 3600 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -rA --durations=25 $(SOAKED)
+	$(QUIET_CORES) $(BIN)/python tests/drawn_mutants.py --number 300 --workers $(WORKERS)
 
 mutants: venv
 	$(QUIET_CORES) $(BIN)/python tests/mutants.py --workers $(WORKERS)

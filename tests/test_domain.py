@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import skips
 from foreign_domains import DOMAINS, write_domain
+from safetensors.torch import load_file, save_file
 
 from datasetdm_fast import Pipeline, filter, generate, open_run, train
 from datasetdm_fast.command_line import progress
@@ -198,6 +199,24 @@ def test_a_training_that_ended_badly_tells_so_in_its_last_line():
         last = list(describe_result(Path("out"), "semantic", RESULT, folds))[-1]
         assert last.startswith("semantic: the training ended badly: ") == is_bad
     assert bound_of("depth", [0.10, 0.11, 0.12]) > 0.12, "of errors, less is better"
+
+
+@skips.long_test
+def test_a_decoder_that_is_worse_than_those_of_its_folds_is_told(tmp_path, capsys):
+    line = ["--data", "demo:12@1000", "--task", "semantic", "--folds", "5", "--held-out", "0", "--steps", "80"]
+    line += ["--draws", "1", "--batch-size", "4", "--engine", "fast", "--device", "cpu", "--threads", "1"]
+    line += ["--cache-dir", str(tmp_path / "cache"), "--out", str(tmp_path / "decoder")]
+    assert train.main(line) == 0
+    told = capsys.readouterr().err
+    assert "5-fold" in told and "ended badly" not in told
+    folder = tmp_path / "decoder" / "semantic"
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: -value for name, value in weights.items()}, folder / "model.safetensors")
+    (folder / "training" / "page.html").unlink()
+    assert train.main(line) == 0, "which only measures and shows what is there"
+    told = [line for line in capsys.readouterr().err.splitlines() if "the training ended badly: mIoU 0." in line]
+    assert len(told) == 1 and "--seed" in told[0]
+    assert "the training ended badly" in (folder / "training" / "page.html").read_text()
 
 
 def teach(name, out, *flags, images=40):

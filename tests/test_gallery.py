@@ -274,6 +274,16 @@ def test_borders_enclose_the_mask(name):
     assert (pictures.outline(mask) == "") == (name == "empty")
 
 
+def test_an_outline_is_a_path_of_svg_around_the_mask():
+    mask = np.zeros((128, 128), bool)
+    mask[20:40, 30:70] = True
+    begin, ways = re.fullmatch(r"M(.+)l(.+)z", pictures.outline(mask)).groups()
+    numbers = [float(number) for text in (begin, ways) for number in re.findall(r"-?\d+(?:\.\d+)?", text)]
+    x, y = np.cumsum(np.reshape(numbers, (-1, 2)), axis=0).T
+    assert (x.min(), y.min(), x.max(), y.max()) == (30, 20, 70, 40)
+    assert (x * np.roll(y, -1) - np.roll(x, -1) * y).sum() / 2 == pytest.approx(40 * 20, rel=0.02)
+
+
 def test_simplified_rings_stay_within_the_tolerance():
     y, x = np.mgrid[:64, :64]
     (ring,) = pictures.borders(np.hypot(x - 32, y - 30) < 20)

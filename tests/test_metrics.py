@@ -519,6 +519,8 @@ def test_what_to_know_of_a_figure():
     assert len(cautions(three)) == 1 and "--folds 3 measures" in cautions(three)[0]
     assert "(3 more trainings)" in cautions(three | {"held_out_images": 4})[0]
     assert "--captions unread" in cautions(three, has_folds=True)[1]
+    assert cautions(three, has_folds=True)[0].endswith("held out to measure it: see the figures of cross-validation")
+    assert cautions(three | {"held_out_images": 4}, True)[0].endswith("rely on: see those of cross-validation")
     told = cautions({"images": 90, "held_out_images": 30, "outlines": "image"})
     assert len(told) == 1 and "figures of single steps were measured without them" in told[0]
     many = cautions({"images": 90, "held_out_images": 30, "not_shown": list("abcdefg")})

@@ -1,5 +1,8 @@
 """The list of planted faults stays true, and their run tells what is noticed from what is not."""
 
+import random
+
+import drawn_mutants
 import mutants
 import pytest
 from mutants import BROKEN, HERE, MISSED, NOTICED, Mutant, copied, outcome, planted
@@ -51,3 +54,45 @@ def test_what_the_tests_say_of_a_fault(tmp_path, monkeypatch):
     monkeypatch.setattr(mutants, "LONGEST", 3)
     assert outcome(copy, fault("return a + b", "__import__('time').sleep(60)")) == mutants.HANGS
     assert (copy / "sums.py").read_text() == (root / "sums.py").read_text()
+
+
+SOURCE = """
+LIMIT = 0.5
+
+def total(a: int = 2, *, sure=True):
+    \"\"\"Texts are no code: 3 < 4.\"\"\"
+    if sure and not a:
+        raise ValueError(f"{a + 1}")
+    return join(a, a - 1) if a < 3 else other / "2"
+"""
+
+
+def test_faults_that_can_be_drawn():
+    drawn = list(drawn_mutants.drawn_from("sums.py", SOURCE, "test_sums.py"))
+    told = sorted(mutant.harm for mutant in drawn)
+    assert told == sorted(
+        [
+            "2: 0.5 -> 1.0",
+            "4: 2 -> 1",
+            "4: True -> False",
+            "6: sure and not a -> (sure or not a)",
+            "6: not a -> (a)",
+            "8: a < 3 -> (a <= 3)",
+            "8: 3 -> 2",
+            "8: join(a, a - 1) -> (join(a - 1, a))",
+            "8: a - 1 -> (a)",
+            "8: 1 -> 2",
+        ]
+    )
+    changed = planted(SOURCE, next(mutant for mutant in drawn if mutant.harm == "8: a - 1 -> (a)"))
+    assert "join(a, (a)) if a < 3" in changed and changed.count("\n") == SOURCE.count("\n")
+
+
+def test_drawn_faults_can_be_planted_and_reasons_are_of_code_that_is_there():
+    every = drawn_mutants.all_faults()
+    for mutant in random.Random(0).sample(every, 12):
+        planted((HERE / mutant.file).read_text(), mutant)
+    told = {(mutant.file.removeprefix("datasetdm_fast/"), mutant.harm.split(": ", 1)[1]) for mutant in every}
+    assert not set(drawn_mutants.known_survivors()) - told
+    tests = {name for names in drawn_mutants.ROOMS.values() for name in names.split()}
+    assert all((HERE / "tests" / f"test_{name}.py").is_file() for name in tests)

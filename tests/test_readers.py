@@ -461,6 +461,20 @@ def test_coco_asked_for_pose_gives_one_person_each(made):
         assert item.keypoints[0, k, :2] == pytest.approx((joints[k, :2] + 0.5 - middle) * scale + SIZE / 2, abs=0.02)
 
 
+# The similarity exp(-(d / side)^2 / (2 * 0.2^2)) is compared with 0.45 for one joint and 0.65 for seventeen.
+@pytest.mark.parametrize(("joints", "nearest", "farthest"), [(1, 30.5, 32.5), (17, 22.5, 24.5)])
+def test_a_person_is_centred_whose_mean_joint_is_near_the_middle_of_its_box(copied, joints, nearest, farthest):
+    root, address = copied("coco")
+    for away in (nearest, farthest):
+
+        def move(document, away=away):
+            seen = [150 + away - 0.5, 149.5, 2] * joints + [0, 0, 0] * (17 - joints)
+            document["annotations"][0].update(bbox=[100, 120, 100, 60], keypoints=seen, num_keypoints=joints)
+
+        rewrite(root / "annotations/person_keypoints_train2017.json", move)
+        assert open_data(address, SIZE, tasks=["pose"]).is_centred(0) == (away == nearest)
+
+
 def test_persons_of_one_image_of_coco_are_held_out_together(copied):
     root, address = copied("coco")
 

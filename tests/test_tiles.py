@@ -80,6 +80,18 @@ def test_a_thing_of_several_tiles_is_one():
     assert empty.masks.shape == (0, 60, 100)
 
 
+def test_two_things_that_two_tiles_show_stay_two():
+    tiling = Tiling.of((32, 56), SIZE)
+    masks = np.zeros((2, 32, 56), bool)
+    masks[0, 4:9, 26:30] = masks[1, 16:21, 26:30] = True  # both within the columns that the tiles share
+    tiles = [
+        Instances(np.array([first, second]), np.array([0, 0]), np.float32([0.9, 0.8]), ("ball",))
+        for first, second in zip(*(cut(tiling, mask) for mask in masks), strict=True)
+    ]
+    assert len(tiles) == 2 and all(one.masks.any((1, 2)).all() for one in tiles)
+    assert np.array_equal(joined_instances(tiling, tiles).masks, masks)
+
+
 def test_a_tile_without_a_class_shows_none_of_it():
     """Attention is scaled over the picture: what is largest in a tile may be little beside another tile's."""
     tiling = Tiling.of((32, 80), SIZE)

@@ -1,0 +1,204 @@
+"""Faults drawn at random into copies of this checkout, one at a time: `python tests/drawn_mutants.py --number 300`.
+
+Every comparison, number, truth value, sum, product, order of two arguments, condition, `and` and `or` of the rooms
+below is a place for a fault. The tests of its room are run on each that is drawn; the program lists those that no test
+notices, and ends with 1 where fewer than 95 of a hundred are noticed. Those that change nothing a user could see are
+listed in survivors.toml with the reason, and are not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import random
+import sys
+import time
+import tomllib
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import mutants
+from mutants import BROKEN, HANGS, HERE, LEAST_NOTICED, MISSED, NOTICED, Mutant
+
+PACKAGE = "datasetdm_fast"
+HARMLESS = "changes nothing"
+SURVIVORS = HERE / "tests" / "survivors.toml"
+LONGEST = 600  # seconds of the tests of a room on a busy machine
+DECIDING = 1000  # a whole number beyond it is a limit or a size, where one more or less is no fault
+
+# room -> its quick tests, those that notice most first
+ROOMS = {
+    "engine/labels": "mask_rle label_files tiles png class_words tasks export_values gallery trust",
+    "engine/loading": "loading",
+    "engine/sampling": "guided_step sampling flow_sampling",
+    "engine/tasks": "tasks outlines many_labels attention",
+    "runs/exporting": "export_values plugins convert",
+    "runs/run_folder": "ledger audit card split corrections interface drop trust hostile_folders generate",
+    "training/evaluation": "metrics evaluate",
+    "training/readers": "export_values label_files readers",
+    "training": "metrics training curve domain",
+}
+COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+}
+PRODUCTS: dict[type[ast.operator], type[ast.operator]] = {
+    ast.Mult: ast.FloorDiv,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+}
+TOLD = ("setting", "print", "Refused", "GateFailed", "warn")  # their arguments are texts, or what a text says
+
+
+def faults(node: ast.AST) -> Iterator[ast.AST]:
+    """What may stand in place of this node by mistake."""
+    wrong = copy.deepcopy(node)
+    match wrong:
+        case ast.Compare(ops=[op, *_]) if type(op) in COMPARISONS:
+            wrong.ops[0] = COMPARISONS[type(op)]()
+        case ast.Constant(value=bool()):
+            wrong.value = not wrong.value
+        case ast.Constant(value=int()) if abs(wrong.value) <= DECIDING:
+            wrong.value += -1 if wrong.value > 1 else 1
+        case ast.Constant(value=float()):
+            wrong.value = 2 * wrong.value + (wrong.value == 0)
+        case ast.BinOp(op=ast.Add() | ast.Sub() | ast.BitAnd() | ast.BitOr()) if not _is_text(wrong):
+            yield wrong.left
+            return
+        case ast.BinOp(op=op) if type(op) in PRODUCTS and not _is_text(wrong):
+            wrong.op = PRODUCTS[type(op)]()
+        case ast.BoolOp():
+            wrong.op = ast.And() if isinstance(wrong.op, ast.Or) else ast.Or()
+        case ast.UnaryOp(op=ast.Not()):
+            yield wrong.operand
+            return
+        case ast.IfExp() | ast.If() | ast.While() | ast.comprehension():
+            return  # by its condition
+        case ast.Call(args=[ast.Name() | ast.Attribute() as first, second, *_]) if not isinstance(second, ast.Starred):
+            wrong.args[:2] = [second, first]
+        case _:
+            return
+    yield wrong
+
+
+def _is_text(node: ast.BinOp) -> bool:
+    sides = (node.left, node.right)
+    return any(isinstance(side, ast.JoinedStr) or isinstance(getattr(side, "value", 0), str) for side in sides)
+
+
+def _conditions(node: ast.AST) -> list[ast.expr]:
+    if isinstance(node, ast.If | ast.IfExp | ast.While):
+        return [node.test]
+    return node.ifs if isinstance(node, ast.comprehension) else []
+
+
+def _places(node: ast.AST) -> Iterator[tuple[ast.expr, list[ast.AST]]]:
+    """Every expression that decides something, with what may stand there by mistake; no texts, types and messages."""
+    called = node.func if isinstance(node, ast.Call) else None
+    name = getattr(called, "id", getattr(called, "attr", ""))
+    if isinstance(node, ast.JoinedStr | ast.Raise | ast.Assert) or name in TOLD:
+        return
+    conditions = _conditions(node)
+    for condition in conditions:
+        if isinstance(condition, ast.Name | ast.Attribute | ast.Call):
+            yield condition, [ast.UnaryOp(ast.Not(), condition)]
+    if isinstance(node, ast.expr) and (found := list(faults(node))):
+        yield node, found
+    for field, value in ast.iter_fields(node):
+        if field not in ("annotation", "returns", "decorator_list"):
+            for child in value if isinstance(value, list) else [value]:
+                if isinstance(child, ast.AST):
+                    yield from _places(child)
+
+
+def drawn_from(file: str, source: str, tests: str) -> Iterator[Mutant]:
+    """Every fault of a file: the top-level statement that holds it, whole and with the fault."""
+    starts = [0]
+    for line in source.encode().splitlines(keepends=True):
+        starts.append(starts[-1] + len(line))
+
+    def offset(line: int | None, column: int | None) -> int:
+        assert line is not None and column is not None
+        return starts[line - 1] + column
+
+    code = source.encode()
+    for statement in ast.parse(source).body:
+        begin, end = (
+            offset(statement.lineno, statement.col_offset),
+            offset(statement.end_lineno, statement.end_col_offset),
+        )
+        if isinstance(statement, ast.Import | ast.ImportFrom):
+            continue
+        for place, wrongs in _places(statement):
+            first, last = offset(place.lineno, place.col_offset), offset(place.end_lineno, place.end_col_offset)
+            old = code[first:last].decode()
+            for wrong in wrongs:
+                new = f"({ast.unparse(ast.fix_missing_locations(wrong))})"
+                new = new[1:-1] if isinstance(wrong, ast.Constant) else new
+                changed = code[begin:first] + new.encode() + code[last:end]
+                told = f"{place.lineno}: {' '.join(old.split())} -> {' '.join(new.split())}"
+                yield Mutant(file, code[begin:end].decode(), changed.decode(), told, tests)
+
+
+def all_faults() -> list[Mutant]:
+    """Every fault that can be drawn."""
+    found, seen = [], set()
+    for room, names in ROOMS.items():
+        tests = " ".join(f"test_{name}.py" for name in names.split())
+        for path in sorted((HERE / PACKAGE / room).rglob("*.py")):
+            file = str(path.relative_to(HERE))
+            if file not in seen:
+                seen.add(file)
+                found += list(drawn_from(file, path.read_text(), tests))
+    return found
+
+
+def known_survivors() -> dict[tuple[str, str], str]:
+    """File and fault, without its line -> why nobody can see it."""
+    listed = tomllib.loads(SURVIVORS.read_text())
+    return {(file, fault): reason for file, reasons in listed.items() for fault, reason in reasons.items()}
+
+
+def run(drawn: list[Mutant], workers: int, write: Callable[[str], object]) -> Counter[str]:
+    """How many of the faults had which outcome."""
+    known, counts = known_survivors(), Counter[str]()
+    for mutant, said, seconds in mutants.outcomes(HERE, drawn, workers):
+        file = mutant.file.removeprefix(f"{PACKAGE}/")
+        reason = known.get((file, mutant.harm.split(": ", 1)[1]), "")
+        said = HARMLESS if said == MISSED and reason else said
+        counts[said] += 1
+        write(f"{said:15} {seconds:4.0f} s  {file}:{mutant.harm}{f'  ({reason})' if reason else ''}")
+    return counts
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--number", type=int, default=20, help="faults that are drawn")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw")
+    parser.add_argument("--room", default="", help="only files with this in their path")
+    parser.add_argument("--workers", type=int, default=2, help="faults tested at the same time")
+    chosen = parser.parse_args(arguments)
+    every = [mutant for mutant in all_faults() if chosen.room in mutant.file]
+    drawn = random.Random(chosen.seed).sample(every, min(chosen.number, len(every)))
+    mutants.LONGEST, begun = LONGEST, time.monotonic()
+    counts = run(drawn, chosen.workers, lambda line: print(line, flush=True))
+    noticed, counted = counts[NOTICED] + counts[HANGS], len(drawn) - counts[HARMLESS]
+    share = noticed / max(counted, 1)
+    print(
+        f"{noticed} of {counted} faults noticed ({share:.1%}), {counts[HARMLESS]} more change nothing a user can see;"
+    )
+    print(f"drawn from {len(every)} places with seed {chosen.seed}, in {time.monotonic() - begun:.0f} s")
+    return int(counts[BROKEN] > 0 or share < LEAST_NOTICED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
