@@ -142,7 +142,16 @@ LEDGERS = PLACES | {
     "deep": statement(f"UPDATE samples SET labels = '{'[' * 100_000}'"),
     "a number for text": statement("UPDATE samples SET prompt = x'ff', classes = 7"),
 }
+
+
+def limb_of_three(path: Path):
+    document = json.loads(path.read_text())
+    document["labels"]["pose"]["limbs"][0] = [0, 1, 2]
+    put(document)(path)
+
+
 DAMAGES = {
+    f"{DOCUMENT}: a limb of three joints": (DOCUMENT, limb_of_three),
     **{f"{DOCUMENT}: {name}": (DOCUMENT, change) for name, change in DOCUMENTS.items()},
     **{f"{LEDGER}: {name}": (LEDGER, change) for name, change in LEDGERS.items()},
     **{

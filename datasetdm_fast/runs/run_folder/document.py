@@ -128,7 +128,10 @@ def check_document(document: Mapping[str, Any]) -> None:
             kind = kind_of(task)
         except ValueError as error:
             raise ValueError(f"config.task names {documents.quote(task)}: {error}") from error
-        documents.check_form(document["labels"].get(task), kind.table_form, f"labels.{task}")
+        documents.check_form(table := document["labels"].get(task), kind.table_form, f"labels.{task}")
+        joints = range(len(table.get("joints", ())))
+        if any(len(limb) != 2 or not all(joint in joints for joint in limb) for limb in table.get("limbs", ())):
+            raise ValueError(f"labels.{task}.limbs are not pairs of its {len(joints)} joints")
         try:
             check_palette(document["labels"][task])
         except ValueError as error:
