@@ -171,7 +171,7 @@ class MakeSamples:
             if kind.coco_file:
                 columns[task] = np.array([json.dumps(kind.encode(each[task], each, table)[1]) for each in labels])
             else:
-                columns[task] = np.stack([kind.arrays(each[task], table) for each in labels])
+                columns[task] = np.stack([np.asarray(kind.arrays(each[task], table)) for each in labels])
         return {**rows, **columns}
 
 

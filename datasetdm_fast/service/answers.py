@@ -15,13 +15,14 @@ def encode_sample(sample: Sample, tables: Mapping[str, Any], has_previews: bool)
     """The image as OpenAI's clients read it, and each label with the bytes and records of a run folder."""
     files, records = label_files.encode(sample, "png", tables)
     request = sample.request
-    answer = {"b64_json": _base64(files["image"][1]), "seed": request.seed, "prompt": request.prompt, "labels": {}}
+    labels: dict[str, Any] = {}
+    answer = {"b64_json": _base64(files["image"][1]), "seed": request.seed, "prompt": request.prompt, "labels": labels}
     if sample.trust is not None:
         answer["doubts"] = list(sample.trust.reasons)
     for task, record in records.items():
         kind, table = kind_of(task), tables[task]
-        label = answer["labels"][task] = {}
-        label["files"] = {role: _base64(files[role][1]) for role in kind.files(table)}
+        label: dict[str, Any] = {"files": {role: _base64(files[role][1]) for role in kind.files(table)}}
+        labels[task] = label
         if kind.coco_file:
             label["coco"] = _coco(sample, record, kind.categories(table))
         else:

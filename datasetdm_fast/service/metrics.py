@@ -26,7 +26,7 @@ class Metrics:
     def text(self) -> str:
         batcher, replies = self.batcher, sorted(self.replies.items())
         total = sum(self.replies.values())
-        families = {
+        families: dict[str, dict[str, float]] = {
             "images_total counter": {"": batcher.images},
             "batches_total counter": {"": batcher.batches},
             "queue_images gauge": {"": batcher.waiting},

@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL import Image
 
+from datasetdm_fast.data import Request
 from datasetdm_fast.engine.labels.numbering import number_classes
 from datasetdm_fast.engine.loop.recipe import Recipe, label_tables
 from datasetdm_fast.engine.pipeline import Pipeline
@@ -81,7 +82,7 @@ def read_labelling(body: Mapping[str, Any], pipeline: Pipeline) -> Work:
     recipe, _ = pipeline.prepare([], [], **choices)
     seed = body.get("seed", 0)
     label = partial(_label, pipeline, picture, prompts=body.get("prompt", ""), seed=seed, **choices)
-    item = PendingImage(recipe, None, "", True, label)
+    item = PendingImage(recipe, Request(0, "", 0), "", True, label)
     return Work([item], _tables(pipeline, recipe), body.get("preview", False))
 
 
