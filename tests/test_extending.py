@@ -309,7 +309,8 @@ def test_everything_the_recipes_add_is_used_by_the_commands(tmp_path):
     same, taught = ["--size", "64", "--threads", "1", "--quiet"], ["--decoder", "decoder", "--task", "edges"]
     few = ["--number", "2", "--steps", "2", *same]
     lines = {
-        "train": "train --data demo:4 --task edges --steps 8 --batch-size 4 --draws 1 --out decoder".split() + same,
+        "train": "train --data demo:4 --task edges --steps 8 --batch-size 4 --draws 1 --folds no --out decoder".split()
+        + same,
         "generate": ["generate", *taught, "--out", "run", *few],
         "generate otherwise": "generate --task semantic --engine halves --sampler trailing --out other".split() + few,
         "generate aura": "generate --model aura --decoder random --task depth --prompts photo --out drawn".split()

@@ -381,7 +381,7 @@ def test_commands_run_them_by_name(installed, tmp_path):
     paths = os.pathsep.join([str(installed), *filter(None, [os.environ.get("PYTHONPATH")])])
     few = "--size 64 --threads 1 --quiet".split()
     run = ["generate", "--model", "tiny", "--steps", "2", "--number", "1", "--prompts", "ball", *few]
-    teach = "train --data demo:2 --steps 1 --batch-size 1 --draws 1 --out".split()
+    teach = "train --data demo:2 --steps 1 --batch-size 1 --draws 1 --folds no --out".split()
     lines = [
         ([*run, "--task", "semantic", "--out", "torn", "--engine", "torn"], 3, "'torn' of the package foreign-things"),
         (

@@ -232,7 +232,7 @@ SMALL = {
     "splice": ("--number", "4"),
     "vary": ("--steps", "4"),
     "edit": ("--steps", "4"),
-    "train": ("--steps", "2"),
+    "train": ("--steps", "2", "--folds", "no"),
 }
 RUN_AS_WRITTEN = ("attention", "compositions", "correcting", "data-set", "filtering", "formats", "gallery", "prompts")
 

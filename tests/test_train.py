@@ -46,7 +46,9 @@ from datasetdm_fast.training.readers import open_data
 from datasetdm_fast.training.settings import QUIRKS, TrainConfig
 from datasetdm_fast.training.trainer import Trainer
 
-SMALL = ["--model", "tiny", "--size", "64", "--draws", "2", "--batch-size", "4", "--engine", "torch", "--threads", "1"]
+SMALL = (
+    "--model tiny --size 64 --draws 2 --batch-size 4 --engine torch --threads 1 --folds no".split()
+)  # else five more
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +61,7 @@ def run(captures, tmp_path, monkeypatch):
     monkeypatch.setattr(self_check, "STEPS", 2)
 
     def command(*arguments, out="decoder", cache=captures):
-        folds = [] if "--folds" in arguments else ["--folds", "no"]  # five more trainings by default
-        return train.main([*SMALL, *folds, "--cache-dir", str(cache), "--out", str(tmp_path / out), *arguments])
+        return train.main([*SMALL, "--cache-dir", str(cache), "--out", str(tmp_path / out), *arguments])
 
     return command
 
