@@ -29,12 +29,12 @@ DECIDING = 1000  # a whole number beyond it is a limit or a size, where one more
 
 # room -> its quick tests, those that notice most first
 ROOMS = {
-    "engine/labels": "mask_rle label_files tiles png class_words tasks export_values gallery trust",
+    "engine/labels": "mask_rle label_files tiles tasks export_values gallery trust named_words attention redraw",
     "engine/loading": "loading",
     "engine/sampling": "guided_step sampling flow_sampling",
     "engine/tasks": "tasks outlines many_labels attention",
     "runs/exporting": "export_values plugins convert",
-    "runs/run_folder": "ledger audit card split corrections interface drop trust hostile_folders generate",
+    "runs/run_folder": "ledger audit card split corrections drop trust hostile_folders filter generate gallery_command",
     "training/evaluation": "metrics evaluate",
     "training/readers": "export_values label_files readers",
     "training": "metrics training curve domain",

@@ -80,6 +80,7 @@ def test_levels_are_those_of_diffusers_to_the_last_bit(family, tokens):
         {"use_karras_sigmas": True},
         {"use_exponential_sigmas": True},
         {"shift": 1.15},
+        {"num_train_timesteps": 600},
         {"use_dynamic_shifting": True, "time_shift_type": "linear", "shift_terminal": 0.1},
     ],
 )
@@ -209,6 +210,22 @@ def test_lcm_is_diffusers(prediction, steps):
     compare(make_schedule(config, "auto", steps), scheduler)
     with pytest.raises(Refused, match="distilled for at most 50"):
         make_schedule(config, "lcm", 51)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "kind"), [("dpm-solver++", "DPMSolverMultistepScheduler"), ("unipc", "UniPCMultistepScheduler")]
+)
+def test_training_steps_of_a_flow_are_those_of_its_scheduler(sampler, kind):
+    config = {"_class_name": EULER, "shift": 3.0, "num_train_timesteps": 600}
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+    scheduler = getattr(diffusers, kind)(num_train_timesteps=600, **flow)
+    scheduler.set_timesteps(9)
+    levels = make_schedule(config, sampler, 9, flow=FlowRule(), tokens=256)
+    assert list(levels.timesteps) == scheduler.timesteps.tolist()
+    assert levels.noise_steps == pytest.approx([600 * float(sigma) for sigma in scheduler.sigmas[:9]], rel=1e-5)
+    assert times.shares_at(config, 150) == (0.75, 0.25)
+    with pytest.raises(Refused, match=r"601 is not within . \.\. 600"):
+        make_schedule(config, sampler, 601, flow=FlowRule(), tokens=256)
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun", "dpm-solver++", "unipc"])

@@ -366,7 +366,7 @@ def test_people_differ_by_the_mean_distance_of_their_joints():
     distance = LABEL_KINDS["pose"].distance
     here, there = person((1, 1), (2, 2), (3, 3)), person((1, 1), (2, 2), (6, 7))
     nobody = Keypoints(here.points[:0], here.visibility[:0], here.scores[:0], here.joints, here.limbs)
-    assert distance(here, here) == 0 and distance(there, here) == pytest.approx(5 / 3)
+    assert distance(here, here) == 0 and distance(there, here) == distance(here, there) == pytest.approx(5 / 3)
     assert distance(nobody, here) == distance(here, nobody) == float("inf") and distance(nobody, nobody) == 0
 
 

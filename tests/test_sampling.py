@@ -60,6 +60,17 @@ def test_pndm_of_today_is_diffusers_pndm(prediction, steps, to_one, offset):
     compare(make_schedule(config, "pndm", steps, "0.14.0"), scheduler, steps + 1)
 
 
+@pytest.mark.parametrize("kind", [PNDMScheduler, DDIMScheduler])
+def test_numbers_of_training_are_those_of_the_scheduler(kind):
+    """No model at hand differs from Stable Diffusion in them, so a constant in their place would go unnoticed."""
+    config = {"num_train_timesteps": 600, "beta_start": 0.001, "beta_end": 0.02, "beta_schedule": "scaled_linear"}
+    config |= {"steps_offset": 1, "set_alpha_to_one": False}
+    scheduler = kind(**config, **({"skip_prk_steps": True} if kind is PNDMScheduler else {"clip_sample": False}))
+    scheduler.set_timesteps(20)
+    name, calls = ("pndm", 21) if kind is PNDMScheduler else ("ddim", 20)
+    compare(make_schedule(config, name, 20, "0.14.0"), scheduler, calls)
+
+
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("spacing", ["linspace", "trailing"])
 def test_pndm_follows_timestep_spacing(prediction, spacing):
