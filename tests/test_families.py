@@ -193,7 +193,7 @@ def test_requests_that_a_family_cannot_serve_are_refused_in_a_sentence(folders, 
     line += ["--prompts", PROMPT, "--task", "depth", "--out", str(tmp_path / "run")]
     for flags, code, words in (
         (["--engine", "torch", "--dtype", "fp16"], 2, ("fp32 reference", "another engine")),
-        (["--engine", "fast", "--dtype", "fp16"], 2, ("--engine torch",)),
+        (["--engine", "fast", "--dtype", "fp16"], 2, ("fp16", "--dtype bf16")),
         (["--engine", "ort"], 2, ("--engine torch",)),
         (["--engine", "torch", "--size", "72"], 2, ("multiple of",)),
         (["--engine", "torch", "--lora", "adapter.safetensors"], 2, ("not known for", "fuse_lora")),
@@ -203,8 +203,6 @@ def test_requests_that_a_family_cannot_serve_are_refused_in_a_sentence(folders, 
         serves_attention = family in ("sdxl", "sd3", "flux1") and flags[-1] == "cat"
         if serves_attention or family in ("sdxl", "z-image") and flags[-1] == "rain":
             continue  # what they serve
-        if family == "sdxl" and flags[1] == "fast":
-            words = ("--dtype bf16",)
         assert generate.main([*line, *flags]) == code, flags
         message = capsys.readouterr().err
         assert all(word in message for word in words), message

@@ -6,6 +6,7 @@ from datasetdm_fast.engine.backbones.record import Latents
 from datasetdm_fast.stages import Level
 
 EIGHTHS = {"low": (3, 4), "mid": (2,), "high": (6,)}  # of its depth: the blocks whose input a level is
+JOINT_ENGINE = "datasetdm_fast.engine.engines.fast.joint:JointEngine"
 CAPTURE = 500  # the timestep whose call tells most of what is where
 
 

@@ -2,7 +2,7 @@
 
 from datasetdm_fast.config import Defaults, FlowRule, seg4diff
 from datasetdm_fast.engine.backbones.fitting import check_channels, check_vocabularies, check_widths
-from datasetdm_fast.engine.backbones.flow_models import CAPTURE, joint_levels, scaled_latents
+from datasetdm_fast.engine.backbones.flow_models import CAPTURE, JOINT_ENGINE, joint_levels, scaled_latents
 from datasetdm_fast.engine.backbones.record import Backbone, Configs, LoadedModel, Part, Read
 from datasetdm_fast.stages import Level
 
@@ -69,6 +69,8 @@ FLUX1 = Backbone(
     has_text_maps=True,
     tokenizer="tokenizer_2",
     reference="datasetdm_fast.engine.backbones.flux1_reference:Flux1Reference",
+    fast=JOINT_ENGINE,
+    halves=("bf16",),
     check=_check,
     check_fit=_check_fit,
     licence=lambda configs: DEV_LICENCE if configs["transformer"].guidance_embeds else "apache-2.0",

@@ -55,11 +55,11 @@ class Flux2KleinReference(joint_attention.JointReference):
 
     def decode(self, latents: Tensor) -> Tensor:
         mean, deviation = self._statistics()
-        pixels: Tensor = self.vae.decode(F.pixel_shuffle(latents * deviation + mean, 2), return_dict=False)[0]
+        numbers = F.pixel_shuffle(latents * deviation + mean, 2).to(self.vae.dtype)
+        pixels: Tensor = self.vae.decode(numbers, return_dict=False)[0]
         return pixels
 
     def encode_image(self, pixels: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
         mean, deviation = self._statistics()
-        return (
-            F.pixel_unshuffle(sample_posterior(self.vae.encode(pixels).latent_dist, generators), 2) - mean
-        ) / deviation
+        numbers = sample_posterior(self.vae.encode(pixels.to(self.vae.dtype)).latent_dist, generators)
+        return (F.pixel_unshuffle(numbers, 2) - mean) / deviation

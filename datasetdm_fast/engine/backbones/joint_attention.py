@@ -92,11 +92,12 @@ class JointReference:
     """See record.Reference; a family adds how its prompts are encoded and how its network is called."""
 
     network: nn.Module
+    reader: type[AttentionReader] = AttentionReader
 
     def __init__(self, model: LoadedModel):
         self.model, self.network, self.vae = model, model.modules["transformer"], model.modules["vae"]
+        self.clean: Tensor | None = None  # the image that the last read call points to, in cells of 8 pixels
         self._reader: AttentionReader | None = None
-        self._clean: Tensor | None = None  # the image that the captured call points to, in cells of 8 pixels
 
     @property
     def device(self) -> torch.device:
@@ -132,21 +133,31 @@ class JointReference:
         halves = len(text) // len(latents)
         output = self.call(latents.repeat(halves, 1, 1, 1), timestep, text)
         if self._reader is not None:
-            self._clean = self.cells(latents - timestep / 1000 * output[-len(latents) :])
+            self.clean = self.cells(latents - timestep / 1000 * output[-len(latents) :])
         return output if halves == 1 or text.guidance is None else self.guide(output, text.guidance)
 
+    def levels(self) -> list[list[nn.Module]]:
+        """The attentions that the levels low, mid and high read."""
+        attentions = self.attentions()
+        return [[attentions[block] for block in level] for level in blocks_read(len(attentions))]
+
     @contextmanager
-    def capturing(self) -> Iterator[list[Capture]]:
-        blocks, attentions = blocks_read(len(self.attentions())), self.attentions()
-        levels = [[attentions[block] for block in level] for level in blocks]
-        captures: list[Capture] = []
-        reader = AttentionReader([*dict.fromkeys(attention for level in levels for attention in level)])
+    def reading(self, reader: AttentionReader) -> Iterator[None]:
+        """Within the block calls are read by it."""
         self._reader = reader
         try:
             with reader.reading():
-                yield captures
+                yield
         finally:
             self._reader = None
+
+    @contextmanager
+    def capturing(self) -> Iterator[list[Capture]]:
+        levels = self.levels()
+        captures: list[Capture] = []
+        reader = self.reader([*dict.fromkeys(attention for level in levels for attention in level)])
+        with self.reading(reader):
+            yield captures
         captures.append(self._capture(reader, levels))
 
     def _capture(self, reader: AttentionReader, levels: Sequence[Sequence[nn.Module]]) -> Capture:
@@ -159,8 +170,8 @@ class JointReference:
             tuple(reader.inputs[attention].mT.unflatten(2, (side, side)) for attention in level) for level in levels
         ]
         maps = [tuple(pad(reader.maps[attention]) for attention in level) for level in levels]
-        assert self._clean is not None
-        return Capture((*features, (self._clean,)), (*maps, ()))
+        assert self.clean is not None
+        return Capture((*features, (self.clean,)), (*maps, ()))
 
     def predict_and_average(
         self, latents: Tensor, timestep: float, text: Text, class_text: Text, sums: AttentionSums
@@ -170,12 +181,9 @@ class JointReference:
         """
         attentions = self.attentions()
         read = [attentions[block] for block in self.model.defaults.attention.blocks]
-        self._reader = reader = AttentionReader(read)
-        try:
-            with reader.reading():
-                output = self.predict(latents, timestep, text)
-        finally:
-            self._reader = None
+        reader = self.reader(read)
+        with self.reading(reader):
+            output = self.predict(latents, timestep, text)
         maps = torch.stack([reader.maps[attention].mean(1) for attention in read]).mean(0)
         return output, AttentionSums(sums.cells, sums.tokens + F.pad(maps, (0, sums.tokens.shape[2] - maps.shape[2])))
 

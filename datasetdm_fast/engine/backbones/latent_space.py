@@ -42,7 +42,7 @@ def scale(space: Latents, numbers: Tensor) -> Tensor:
 
 def decode_latents(vae: Any, space: Latents, latents: Tensor) -> Tensor:
     """[B, 3, H, W] pixels about -1 .. 1."""
-    pixels: Tensor = vae.decode(unscale(space, latents), return_dict=False)[0]
+    pixels: Tensor = vae.decode(unscale(space, latents).to(vae.dtype), return_dict=False)[0]
     return pixels
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from datasetdm_fast.config import Defaults, FlowRule
 from datasetdm_fast.engine.backbones.fitting import check_channels, check_settings, check_vocabularies, check_widths
-from datasetdm_fast.engine.backbones.flow_models import CAPTURE, joint_levels
+from datasetdm_fast.engine.backbones.flow_models import CAPTURE, JOINT_ENGINE, joint_levels
 from datasetdm_fast.engine.backbones.record import Backbone, Configs, Latents, LoadedModel, Part, Read
 from datasetdm_fast.stages import Level
 
@@ -60,6 +60,8 @@ QWEN_IMAGE = Backbone(
     defaults=lambda configs: Defaults(1024, 50, 4.0, CAPTURE),
     guides_itself=True,
     reference="datasetdm_fast.engine.backbones.qwen_image_reference:QwenImageReference",
+    fast=JOINT_ENGINE,
+    halves=("bf16",),
     check=_check,
     check_fit=_check_fit,
     licence=lambda configs: "apache-2.0",

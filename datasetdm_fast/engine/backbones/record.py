@@ -79,7 +79,8 @@ class Backbone:
     levels: Callable[[Configs, int, int], tuple[Level, ...]]
     defaults: Callable[[Configs], Defaults]
     reference: str  # module:class, a BackboneReference of a name of its own, such as SD3Reference
-    network: str | None = None  # module:class of our own network; None: only the reference engine serves this family
+    fast: str | None = None  # module:class of its fast engine; None: only the reference serves this family
+    halves: tuple[str, ...] = ("bf16", "fp16")  # precisions with half the bits that its activations fit into
     guides_itself: bool = False  # whether it guides otherwise than by uncond + g (cond - uncond), in its reference
     unguided: float = 1.0  # the guidance with cfg at which, and below, the prompt alone counts
     text_network: str | None = None  # module:class of our own text encoders, see models.text_encoder.PromptEncoder
@@ -96,7 +97,7 @@ class Backbone:
 
     def served_by(self, need: str) -> bool:
         """Whether an engine with this need (EngineKind.needs) runs the family."""
-        return {"network": self.network is not None, "export": self.is_exported}.get(need, True)
+        return {"network": self.fast is not None, "export": self.is_exported}.get(need, True)
 
     def of_kind(self, kind: str) -> tuple[str, ...]:
         """The names of its parts of a kind, in their order."""

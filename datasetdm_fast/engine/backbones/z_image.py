@@ -4,7 +4,7 @@ encoder.
 
 from datasetdm_fast.config import Defaults, FlowRule
 from datasetdm_fast.engine.backbones.fitting import check_channels, check_settings, check_vocabularies, check_widths
-from datasetdm_fast.engine.backbones.flow_models import CAPTURE, joint_levels, scaled_latents
+from datasetdm_fast.engine.backbones.flow_models import CAPTURE, JOINT_ENGINE, joint_levels, scaled_latents
 from datasetdm_fast.engine.backbones.record import Backbone, Configs, LoadedModel, Part, Read
 from datasetdm_fast.stages import Level
 
@@ -59,6 +59,8 @@ Z_IMAGE = Backbone(
     guides_itself=True,
     unguided=0.0,
     reference="datasetdm_fast.engine.backbones.z_image_reference:ZImageReference",
+    fast=JOINT_ENGINE,
+    halves=("bf16",),
     check=_check,
     check_fit=_check_fit,
     licence=lambda configs: "apache-2.0",

@@ -50,9 +50,8 @@ def build_engine(
     """
     name = choose_engine(name, model)
     kind, values = _select_options(name, options)
-    built: Engine = _of(
-        name, lambda: load_place(kind.engine)(model, decoders or {}, dtype=dtype, device=device, **values)
-    )
+    place = (model.backbone.fast if name == "fast" else None) or kind.engine
+    built: Engine = _of(name, lambda: load_place(place)(model, decoders or {}, dtype=dtype, device=device, **values))
     return built
 
 

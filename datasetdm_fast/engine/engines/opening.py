@@ -54,11 +54,11 @@ def open_engine(
 
     if threads:
         torch.set_num_threads(threads)
-    if dtype == HALF:
-        half = half_of(resolve_device(device))
-        dtype = half if half in ENGINES["fast" if engine == "auto" else engine].halves else "auto"
     if loaded is None:
         loaded = load_model(model, size=size, allow_download=allow_download)
+    if dtype == HALF:
+        half, fitting = half_of(resolve_device(device)), ENGINES["fast" if engine == "auto" else engine].halves
+        dtype = half if half in fitting and half in loaded.backbone.halves else "auto"
     if guidance:
         loaded = replace(loaded, scale=guidance)
     if lora:

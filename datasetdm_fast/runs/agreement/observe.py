@@ -186,9 +186,14 @@ class Rounded(TorchEngine):
     def __init__(self, engine: TorchEngine, dtype: torch.dtype):
         model, self.dtype = engine.model, dtype
         # not by diffusers' own `to`, which warns of modules to be kept in fp32 where there are none
-        names = (model.backbone.denoiser, *model.backbone.of_kind("vae"))
+        names = [model.backbone.denoiser, *model.backbone.of_kind("vae")]
+        if "fp16" not in model.backbone.halves:  # then the fast engine stores all parts so
+            names += [name for name in model.backbone.of_kind("text_encoder") if name in model.networks]
         parts = {name: nn.Module.to(copy.deepcopy(model.networks[name].module), dtype) for name in names}
         super().__init__(model.with_modules(**parts), engine.decoders, device=str(engine.device))
+
+    def encode_text(self, prompts: Sequence[str]) -> Text:
+        return super().encode_text(prompts).map(lambda part: part.float() if part.is_floating_point() else part)
 
     def denoise(self, latents: Tensor, timestep: float, text: Text) -> Tensor:
         return super().denoise(latents.to(self.dtype), timestep, self._round(text)).float()

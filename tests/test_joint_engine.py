@@ -1,0 +1,127 @@
+"""The fast engine of models whose image and text attend to one another, against the reference."""
+
+import json
+
+import pytest
+import tiny_pipelines
+import torch
+from tiny_pipelines import SIZE
+
+from datasetdm_fast import generate, verify
+from datasetdm_fast.data import AttentionSums, ProjectedCapture
+from datasetdm_fast.engine.decoders.seeded import seeded_decoders
+from datasetdm_fast.engine.engines import build_engine
+from datasetdm_fast.engine.loading import load_model
+from datasetdm_fast.engine.loop.call_text import call_text
+from datasetdm_fast.errors import Refused
+
+# none of them the sizes of other tests; the guidance of a call
+FAMILIES = {
+    "sd3": ({"layers": 4, "width": 48}, 4.0),
+    "flux1": ({"layers": 3, "singles": 1, "width": 64}, 3.0),
+    "flux2-klein": ({"layers": 2, "singles": 2, "width": 64}, 0.0),
+    "z-image": ({"layers": 5}, 2.0),
+    "qwen-image": ({"layers": 3}, 3.0),
+}
+PROMPTS = ["a photo of the cat", "a", "the house, a photo of the house"]
+
+
+@pytest.fixture(params=FAMILIES, scope="module")
+def opened(request, tmp_path_factory):
+    """A model, its decoders, the reference, and latents of three images with their text."""
+    sizes, guidance = FAMILIES[request.param]
+    folder = tiny_pipelines.save(tmp_path_factory.mktemp(request.param) / "model", request.param, **sizes)
+    model = load_model(str(folder), size=SIZE)
+    decoders = {task: decoder.eval() for task, decoder in seeded_decoders(model.levels, model.text_width).items()}
+    reference = build_engine("torch", model, decoders, device="cpu")
+    latents = torch.randn(3, *model.latent_shape(), generator=torch.Generator().manual_seed(0))
+    return model, decoders, reference, latents, call_text(reference, PROMPTS, guidance), guidance
+
+
+def distance(ours, truth):
+    return float((ours.double() - truth.double()).abs().max() / truth.double().abs().max())
+
+
+def flat(capture):
+    return [value for kind in (capture.features, capture.maps) for level in kind for value in level]
+
+
+def test_in_fp32_it_is_the_reference(opened):
+    model, decoders, reference, latents, text, guidance = opened
+    engine = build_engine("fast", model, decoders, device="cpu")
+    assert engine.name == "fast" and engine.precision == "fp32" and engine.weight_distance() == 0
+    ours = call_text(engine, PROMPTS, guidance)
+    assert torch.equal(ours.context, text.context)
+    output, capture = reference.denoise_and_capture(latents, 412.0, text)
+    found, projected = engine.denoise_and_capture(latents, 412.0, ours)
+    plain, raw = engine.denoise_and_capture_raw(latents, 412.0, ours)
+    assert isinstance(projected, ProjectedCapture)
+    for value in (found, plain, engine.denoise(latents, 412.0, ours)):
+        assert distance(value, output) < 1e-6
+    for value, truth in zip(flat(raw), flat(capture), strict=True):
+        torch.testing.assert_close(value, truth, rtol=1e-4, atol=1e-7)
+    words = reference.encode_classes(["cat", "house"])
+    for task, decoder in decoders.items():
+        given = words if decoder.config.is_open else None
+        ours, truth = engine.annotate(task, projected, given), reference.annotate(task, capture, given)
+        assert all(distance(ours[name], truth[name]) < 1e-4 for name in truth), task
+    assert torch.equal(engine.decode_image(latents), reference.decode_image(latents))
+
+
+def test_a_batch_changes_roundings_alone(opened):
+    model, decoders, _, latents, _, guidance = opened
+    engine = build_engine("fast", model, decoders, device="cpu")
+    output, capture = engine.denoise_and_capture(latents, 300.0, call_text(engine, PROMPTS, guidance))
+    halves = len(output) // len(latents)
+    for place, prompt in enumerate(PROMPTS):
+        one, alone = engine.denoise_and_capture(
+            latents[place : place + 1], 300.0, call_text(engine, [prompt], guidance)
+        )
+        assert distance(one, output.unflatten(0, (halves, -1))[:, place]) < 1e-5
+        for level, total in zip(alone.sums, capture.sums, strict=True):
+            torch.testing.assert_close(level[0], total[place], rtol=1e-4, atol=1e-4)
+
+
+def test_in_bf16_it_is_near(opened):
+    model, decoders, reference, latents, text, guidance = opened
+    engine = build_engine("fast", model, decoders, device="cpu", dtype="bf16")
+    assert engine.weight_distance() == 0
+    ours = call_text(engine, PROMPTS, guidance)
+    assert ours.context.dtype == torch.float32
+    found, projected = engine.denoise_and_capture(latents, 500.0, ours)
+    assert found.dtype == torch.float32 and distance(found, reference.denoise(latents, 500.0, text)) < 0.1
+    assert all(total.dtype == torch.float32 and total.isfinite().all() for total in projected.sums)
+    images = engine.decode_image(latents).int() - reference.decode_image(latents).int()
+    assert images.abs().float().mean() < 3
+    with torch.no_grad():
+        next(engine.held.modules["transformer"].parameters()).view(-1)[0] += 1
+    assert engine.weight_distance() > 0
+    with pytest.raises(Refused, match="fp16"):
+        build_engine("fast", model, decoders, device="cpu", dtype="fp16")
+
+
+def test_averages_of_attention_are_the_references(opened):
+    model, decoders, reference, latents, text, _ = opened
+    if not model.backbone.has_text_maps:
+        return
+    engine = build_engine("fast", model, decoders, device="cpu")
+    zero = AttentionSums(torch.zeros(3, model.levels[0].side ** 2, 0), torch.zeros(3, model.levels[0].side ** 2, 512))
+    (_, ours), (_, truth) = (each.denoise_and_average(latents, 500.0, text, text, zero) for each in (engine, reference))
+    torch.testing.assert_close(ours.tokens, truth.tokens, rtol=1e-4, atol=1e-7)
+
+
+def test_verify_and_generate_take_it(tmp_path, capsys):
+    folder = str(tiny_pipelines.save(tmp_path / "model", "sd3", layers=3))
+    line = ["--model", folder, "--size", str(SIZE), "--decoder", "random", "--task", "semantic,depth", "--steps", "2"]
+    line += ["--guidance", "4", "--prompts", "a photo of the cat", "--number", "2", "--quiet"]
+    compared = [word for word in line if word not in ("--guidance", "4")]
+    for dtype in ("fp32", "bf16"):
+        assert verify.main([*compared, "--engine", "fast", "--dtype", dtype, "--json"]) == 0, capsys.readouterr()
+    runs = [tmp_path / "fast", tmp_path / "torch"]
+    for run in runs:
+        assert generate.main([*line, "--engine", run.name, "--force-domain", "--out", str(run)]) == 0
+    assert json.loads((runs[0] / "run.json").read_text())["engine"]["engine"] == "fast"
+    for path in runs[0].glob("images/*.png"):
+        assert path.read_bytes() == (runs[1] / path.relative_to(runs[0])).read_bytes()
+    assert generate.main([*line, "--out", str(tmp_path / "auto")]) == 0
+    assert json.loads((tmp_path / "auto" / "run.json").read_text())["engine"]["engine"] == "fast"
