@@ -86,7 +86,9 @@ class CommandSettings:
 @dataclass(frozen=True)
 class ModelSettings:
     model: str = setting(
-        "demo", "demo, demo-dit, random-sd14, tiny, a diffusers folder or a .safetensors/.ckpt file", metavar="MODEL"
+        "demo",
+        "demo, demo-dit, random-sd14, random-sdxl, tiny, a diffusers folder or a .safetensors/.ckpt file",
+        metavar="MODEL",
     )
     decoder: str = setting(
         "demo",

@@ -673,6 +673,7 @@ def test_deferred_weights_are_those_of_the_models_without_a_copy():
     ):
         for kind in classes:
             more = () if kind in (TimeTable, TextTable) else (plain,)
+            more += (model.latents,) if kind is ImageDecoder else ()
             lazy, real = (
                 dict(kind(defer_weights(part), *more).named_parameters()),
                 dict(kind(part, *more).named_parameters()),

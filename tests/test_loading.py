@@ -16,6 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.engine.backbones.sd import DOWN_BLOCKS, SD, SD_SCHEDULER, UP_BLOCKS
+from datasetdm_fast.engine.backbones.sdxl import SDXL
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.loading import load_model, presets, provenance, tokenizer
 from datasetdm_fast.engine.loading.provenance import UNKNOWN_LICENCE
@@ -728,17 +729,17 @@ LINEAR = {
 }
 
 
-@pytest.mark.parametrize("source", ["tiny", "random-sd14", "linear"])
+@pytest.mark.parametrize("source", ["tiny", "random-sd14", "random-sdxl", "linear"])
 def test_seeded_networks_have_the_tensors_and_settings_of_their_modules(source):
     """Their own tables of shapes and settings are what the libraries would have told."""
     networks = load_model(source).networks if source != "linear" else {"unet": presets.seed_network("unet", LINEAR, 3)}
     for part, network in networks.items():
-        kind = presets.class_of(SD.parts[part])
+        kind, is_text = presets.class_of((SDXL if source == "random-sdxl" else SD).parts[part]), "text" in part
         with torch.device("meta"):
-            module = kind(CLIPTextConfig(**network.config)) if part == "text_encoder" else kind(**network.config)
+            module = kind(CLIPTextConfig(**network.config)) if is_text else kind(**network.config)
         theirs = {name.removeprefix("text_model."): tuple(value.shape) for name, value in module.state_dict().items()}
-        assert presets.SHAPES[part](network.config) == theirs
-        known = module.config.to_dict() if part == "text_encoder" else module.config
+        assert presets.SHAPES[SDXL.parts[part].kind](network.config) == theirs
+        known = module.config.to_dict() if is_text else module.config
         assert {name: known[name] for name in network.config} == network.config
 
 
@@ -762,7 +763,8 @@ def test_a_number_of_stable_diffusion_written_as_a_constant_is_wrong_for_the_mod
     tiny = load_model("tiny")
     shared = {
         name
-        for part, settings in presets.SD14.items()
+        for part, settings in SD.full_size.items()
+        if part in SD.networks
         for name, value in settings.items()
         if type(value) in (int, float) and value == tiny.networks[part].config[name]
     }

@@ -370,7 +370,10 @@ def test_networks_for_a_gpu_are_exact(pair):
     assert relative(found[1], found[0]) <= 1e-6
     for ours, plainly in zip(hooks[1].features.values(), hooks[0].features.values(), strict=True):
         assert relative(ours, plainly) <= 1e-6
-    images = [kind(model.modules["vae"], plain).double()(latents) for kind in (ImageDecoder, fused.FusedImageDecoder)]
+    images = [
+        kind(model.modules["vae"], plain, model.latents).double()(latents)
+        for kind in (ImageDecoder, fused.FusedImageDecoder)
+    ]
     assert relative(images[1], images[0]) <= 1e-6
 
 

@@ -8,10 +8,13 @@ import torch
 
 from datasetdm_fast.config import ATTENTION
 from datasetdm_fast.data import Request
+from datasetdm_fast.engine.backbones.sdxl import SDXL
 from datasetdm_fast.engine.decoders.checkpoint import for_inference
 from datasetdm_fast.engine.decoders.seeded import seeded_decoders
 from datasetdm_fast.engine.engines import build_engine
+from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loading.in_memory import model_of
+from datasetdm_fast.engine.loading.network import ConfigFile
 from datasetdm_fast.engine.loop.call_text import call_text
 from datasetdm_fast.engine.loop.recipe import make_recipe
 from datasetdm_fast.engine.models.capture import RawCapture
@@ -73,3 +76,23 @@ def test_the_network_for_a_gpu_is_exact(model):
     pairs = [(found[1], found[0]), *((hooks[1].features[slot], right) for slot, right in hooks[0].features.items())]
     pairs += [(hooks[1].maps[slot], right) for slot, right in hooks[0].maps.items()]
     assert all((ours - right).norm() <= 1e-6 * right.norm() for ours, right in pairs)
+
+
+def test_an_autoencoder_that_leaves_fp16_is_stored_in_fp32(model):
+    """As diffusers' pipeline does where `force_upcast` is set; that of Stable Diffusion 1.x ignores it."""
+    engine = engines(model, has_decoders=False)[0]
+    assert model.latents.leaves_fp16 and engine.image_dtype == torch.float32
+    assert not load_model("demo").latents.leaves_fp16
+    engine.dtype = torch.float16  # as on a GPU
+    assert engine.image_dtype == torch.float32
+    assert not SDXL.latents({"vae": ConfigFile({**model.configs["vae"], "force_upcast": False})}).leaves_fp16
+
+
+def test_latents_of_channels_with_their_own_mean_and_spread_are_decoded():
+    pipeline = tiny_pipelines.build("sdxl")
+    numbers = {"latents_mean": [0.5, -1.0, 0.2, 2.0], "latents_std": [3.0, 1.0, 0.5, 2.0]}
+    pipeline.vae = tiny_pipelines.vae(4, scaling_factor=0.5, **numbers)
+    model = model_of(pipeline, tiny_pipelines.SIZE)
+    latents = torch.randn(2, *model.latent_shape())
+    fast, truth = (build_engine(name, model, device="cpu").decode_image(latents).int() for name in ("fast", "torch"))
+    assert model.latents.mean and (fast - truth).abs().max() <= 1

@@ -36,7 +36,7 @@ GRADIENTS = ("training", "losses", "bins", "recomputed", "students")  # scenario
 
 @dataclass(frozen=True)
 class RehearsalConfig:
-    model: str = setting("tiny", "the sizes to rehearse at", choices=("tiny", "random-sd14"))
+    model: str = setting("tiny", "the sizes to rehearse at", choices=("tiny", "random-sd14", "random-sdxl"))
     batch: int = setting(4, "images per batch", metavar="N")
     batches: int = setting(2, "batches of the run", metavar="N")
     dtype: str = setting("auto", "precision of the engine", choices=("auto", "fp32", "tf32", "fp16", "bf16"))

@@ -77,6 +77,7 @@ class Machine:
         self.operations.judge(self.dtype)
         engine = open_engine(self.model, self.dtype, device, labels)
         self.engines.append(engine)
+        self.operations.autoencoder = None if engine.image_dtype == engine.dtype else engine.image_dtype
         fast.CHUNK_PIXELS["cuda"] = -(-self.batch // 2) * engine.model.size**2
         return engine
 

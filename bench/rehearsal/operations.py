@@ -45,6 +45,7 @@ INDEXED = ("index", "index_put_", "index_put")
 RANDOM = {"rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "randperm", "normal", "normal_",
           "uniform_", "bernoulli", "bernoulli_", "multinomial", "exponential_", "random_"}  # fmt: skip
 ENGINE = "datasetdm_fast/engine/engines/fast/base.py"
+AUTOENCODER = {(ENGINE, "_pixels"), (ENGINE, "encode_image")}
 TAUGHT = {
     ("datasetdm_fast/training/trainer.py", "_step"),
     ("bench/proof/students/course.py", "step"),
@@ -71,13 +72,15 @@ FOUND = 7  # rows that an operation finds whose result depends on data
 
 
 class Operations(TorchDispatchMode):
-    """Lies above a FakeTensorMode. `storage` holds the dtypes of the networks whose calls are recorded as graphs,
-    `is_exact` whether convolutions in fp32 have to be, `has_dropout` whether a network in training draws numbers.
+    """Lies above a FakeTensorMode. `stored` holds the dtypes of the networks whose calls are recorded as graphs,
+    `autoencoder` that of one which leaves the range of fp16, `is_exact` whether convolutions in fp32 have to be,
+    `has_dropout` whether a network in training draws numbers.
     """
 
     def __init__(self, timeline: Timeline):
         super().__init__()
-        self.timeline, self.storage, self.is_exact = timeline, set(), False
+        self.timeline, self.stored, self.is_exact = timeline, set(), False
+        self.autoencoder: torch.dtype | None = None
         self.pinned: list[StorageWeakRef] = []
         self.truths: deque[bool] = deque()  # what the host reads of single flags; all others are true
         self.flags: deque[bool] = deque()  # and of arrays of flags
@@ -97,7 +100,15 @@ class Operations(TorchDispatchMode):
 
     def judge(self, precision: str) -> None:
         """Judges what comes next by the precision that an engine was asked for."""
-        self.storage, self.is_exact = STORED[precision], precision == "fp32"
+        self.stored, self.is_exact = STORED[precision], precision == "fp32"
+
+    @property
+    def storage(self) -> set[torch.dtype]:
+        """The dtypes of the network that is called now."""
+        if self.autoencoder is None:
+            return self.stored
+        calls = {(file, function) for file, _, function in frames_of_ours(sys._getframe(1))}
+        return {self.autoencoder} if calls & AUTOENCODER else self.stored
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, (room, name) = kwargs or {}, func._schema.name.split("::")

@@ -241,7 +241,8 @@ class StageExport:
         if group == "encode_text":
             return {"text_encoder": TextEncoder(defer_weights(modules["text_encoder"]), self.ops)}
         if group == "decode_image":
-            return {"image_decoder": exportable(ImageDecoder(defer_weights(modules["vae"]), self.ops))}
+            decoder = ImageDecoder(defer_weights(modules["vae"]), self.ops, self.model.latents)
+            return {"image_decoder": exportable(decoder)}
         if group == "encode_image":
             return {"image_encoder": ImageEncoder(defer_weights(modules["vae"]), self.ops)}
         return {"decoder": _copy_structure(self.decoders[label_of(group)], self.ops)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from datasetdm_fast.config import Defaults, FlowRule
@@ -46,6 +46,7 @@ class Latents:
     shift: float = 0.0
     mean: tuple[float, ...] = ()  # of each channel; empty: scale and shift say it all
     std: tuple[float, ...] = ()
+    leaves_fp16: bool = False  # whether numbers of the autoencoder are too large for fp16
 
 
 def accept(model: LoadedModel) -> None:
@@ -94,6 +95,7 @@ class Backbone:
     check: Callable[[Read, str], Read] = keep_configs  # (configs, where they are from) -> as they are used; or Refused
     check_fit: Callable[[LoadedModel], None] = accept  # raises Refused where the parts are not of one model
     licence: Callable[[Configs], str] = name_no_licence  # of weights whose own card says nothing, by its name on hubs
+    full_size: Read = field(default_factory=dict)  # configs of its largest usual model, for random weights of its size
 
     def served_by(self, need: str) -> bool:
         """Whether an engine with this need (EngineKind.needs) runs the family."""

@@ -38,6 +38,50 @@ SD_SCHEDULER = {
     "set_alpha_to_one": False,
     "prediction_type": "epsilon",
 }
+FULL_SIZE: Read = {  # of Stable Diffusion 1.4
+    "text_encoder": {
+        "vocab_size": 49408,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 77,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+        "bos_token_id": 49406,
+        "eos_token_id": 49407,
+        "pad_token_id": 1,
+    },
+    "unet": {
+        "sample_size": 64,
+        "in_channels": 4,
+        "out_channels": 4,
+        "down_block_types": DOWN_BLOCKS,
+        "up_block_types": UP_BLOCKS,
+        "block_out_channels": (320, 640, 1280, 1280),
+        "layers_per_block": 2,
+        "attention_head_dim": 8,
+        "num_attention_heads": None,
+        "cross_attention_dim": 768,
+        "use_linear_projection": False,
+        "norm_num_groups": 32,
+        "norm_eps": 1e-5,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+    },
+    "vae": {
+        "sample_size": 512,
+        "in_channels": 3,
+        "out_channels": 3,
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (128, 256, 512, 512),
+        "layers_per_block": 2,
+        "latent_channels": 4,
+        "norm_num_groups": 32,
+        "scaling_factor": 0.18215,
+    },
+}
 # diffusers' pipeline puts these right in the scheduler of old folders: the offset is 1, and samples are not clipped.
 CORRECTED = {"steps_offset": 1}
 UNREAD = ("_diffusers_version", "clip_sample")
@@ -231,4 +275,5 @@ SD = Backbone(
     has_averages=True,
     check=check_configs,
     check_fit=check_fit,
+    full_size={**FULL_SIZE, "scheduler": SD_SCHEDULER},
 )

@@ -2,11 +2,13 @@
 and two CLIP text encoders.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from datasetdm_fast.config import Defaults
 from datasetdm_fast.engine.backbones.fitting import check_channels, check_settings, check_vocabularies, check_widths
 from datasetdm_fast.engine.backbones.record import Backbone, Configs, Guidance, Latents, LoadedModel, Part, Read
+from datasetdm_fast.engine.backbones.sd import FULL_SIZE as SD_FULL_SIZE
 from datasetdm_fast.stages import Level
 
 TIME_IDS = ("height", "width", "top", "left", "target height", "target width")  # that the U-Net reads beside a text
@@ -17,15 +19,56 @@ UNET: dict[str, tuple[Any, ...]] = {  # settings -> what is supported, first wha
     "addition_embed_type": ("text_time",),
     **dict.fromkeys(("class_embed_type", "encoder_hid_dim", "encoder_hid_dim_type", "num_class_embeds"), (None,)),
 }
+SDXL_DEFAULTS = Defaults(1024, 50, 5.0)
+FULL_SIZE: Read = {  # of the base model
+    "text_encoder": {**SD_FULL_SIZE["text_encoder"], "bos_token_id": 0, "eos_token_id": 2},
+    "text_encoder_2": {
+        **SD_FULL_SIZE["text_encoder"],
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 20,
+        "hidden_act": "gelu",
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "projection_dim": 1280,
+    },
+    "unet": {
+        **SD_FULL_SIZE["unet"],
+        "sample_size": 128,
+        "down_block_types": tuple(UNET["down_block_types"][0]),
+        "up_block_types": tuple(UNET["up_block_types"][0]),
+        "block_out_channels": (320, 640, 1280),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": 2048,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+        "time_cond_proj_dim": None,
+    },
+    "vae": {**SD_FULL_SIZE["vae"], "sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True},
+    "scheduler": {
+        "_class_name": "EulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "steps_offset": 1,
+        "timestep_spacing": "leading",
+        "prediction_type": "epsilon",
+    },
+}
 
 
 def _latents(configs: Configs) -> Latents:
     vae = configs["vae"]
-    pixels = 2 ** (len(vae.block_out_channels) - 1)
+    pixels, is_wide = 2 ** (len(vae.block_out_channels) - 1), getattr(vae, "force_upcast", True)
     if getattr(vae, "latents_mean", None) is None or getattr(vae, "latents_std", None) is None:
-        return Latents(vae.latent_channels, pixels, vae.scaling_factor)
+        return Latents(vae.latent_channels, pixels, vae.scaling_factor, leaves_fp16=is_wide)
     std = tuple(value / vae.scaling_factor for value in vae.latents_std)
-    return Latents(vae.latent_channels, pixels, mean=tuple(vae.latents_mean), std=std)
+    return Latents(vae.latent_channels, pixels, mean=tuple(vae.latents_mean), std=std, leaves_fp16=is_wide)
 
 
 def _text(configs: Configs) -> tuple[int, int]:
@@ -72,7 +115,7 @@ def _defaults(configs: Configs) -> Defaults:
     """Turbo, Lightning and LCM come with a schedule of few steps, by which they are told from the base model."""
     schedule, size = configs["scheduler"], configs["unet"].sample_size * 8
     is_few = schedule.get("_class_name") == "LCMScheduler" or schedule.get("timestep_spacing") == "trailing"
-    return Defaults(size, 4, 1.0) if is_few else Defaults(size, 50, 5.0)
+    return Defaults(size, 4, 1.0) if is_few else replace(SDXL_DEFAULTS, size=size)
 
 
 def _licence(configs: Configs) -> str:
@@ -126,4 +169,5 @@ SDXL = Backbone(
     check=_check,
     check_fit=_check_fit,
     licence=_licence,
+    full_size=FULL_SIZE,
 )

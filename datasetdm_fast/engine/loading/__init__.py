@@ -5,12 +5,18 @@ from pathlib import Path
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.backbones import list_supported
+from datasetdm_fast.engine.loading import presets
 from datasetdm_fast.engine.loading.folder import download_model, load_folder
 from datasetdm_fast.engine.loading.model import Model
-from datasetdm_fast.engine.loading.presets import load_demo, load_demo_dit, load_random_sd14, load_tiny
 from datasetdm_fast.errors import Refused, nearest
 
-PRESETS = {"demo": load_demo, "demo-dit": load_demo_dit, "tiny": load_tiny, "random-sd14": load_random_sd14}
+PRESETS = {
+    "demo": presets.load_demo,
+    "demo-dit": presets.load_demo_dit,
+    "tiny": presets.load_tiny,
+    "random-sd14": presets.load_random_sd14,
+    "random-sdxl": presets.load_random_sdxl,
+}
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 

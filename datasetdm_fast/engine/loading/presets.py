@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from datasetdm_fast.config import DEMO_DEFAULTS, DEMO_DIT_DEFAULTS, SD_DEFAULTS, Defaults
-from datasetdm_fast.engine.backbones.sd import DOWN_BLOCKS, SD, SD_SCHEDULER, UP_BLOCKS
+from datasetdm_fast.engine.backbones.record import Backbone
+from datasetdm_fast.engine.backbones.sd import SD
+from datasetdm_fast.engine.backbones.sdxl import SDXL, SDXL_DEFAULTS
 from datasetdm_fast.engine.loading import shapes
 from datasetdm_fast.engine.loading.folder import class_of, load_folder
 from datasetdm_fast.engine.loading.model import Model, check_model
@@ -23,51 +25,7 @@ from datasetdm_fast.errors import Missing
 DEMO = Path(__file__).parents[2] / "demo" / "model"
 DEMO_DIT = DEMO.with_name("model-dit")
 SEEDED_LICENCE = "none: seeded random weights, nothing was trained"
-SHAPES = {"text_encoder": shapes.of_text_encoder, "unet": shapes.of_unet, "vae": shapes.of_vae}
-SD14: dict[str, dict[str, Any]] = {
-    "text_encoder": {
-        "vocab_size": 49408,
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "max_position_embeddings": 77,
-        "hidden_act": "quick_gelu",
-        "layer_norm_eps": 1e-5,
-        "bos_token_id": 49406,
-        "eos_token_id": 49407,
-        "pad_token_id": 1,
-    },
-    "unet": {
-        "sample_size": 64,
-        "in_channels": 4,
-        "out_channels": 4,
-        "down_block_types": DOWN_BLOCKS,
-        "up_block_types": UP_BLOCKS,
-        "block_out_channels": (320, 640, 1280, 1280),
-        "layers_per_block": 2,
-        "attention_head_dim": 8,
-        "num_attention_heads": None,
-        "cross_attention_dim": 768,
-        "use_linear_projection": False,
-        "norm_num_groups": 32,
-        "norm_eps": 1e-5,
-        "flip_sin_to_cos": True,
-        "freq_shift": 0,
-    },
-    "vae": {
-        "sample_size": 512,
-        "in_channels": 3,
-        "out_channels": 3,
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-        "block_out_channels": (128, 256, 512, 512),
-        "layers_per_block": 2,
-        "latent_channels": 4,
-        "norm_num_groups": 32,
-        "scaling_factor": 0.18215,
-    },
-}
+SHAPES = {"text_encoder": shapes.of_text_encoder, "denoiser": shapes.of_unet, "vae": shapes.of_vae}  # by kind of part
 
 
 class Seeded:
@@ -84,19 +42,19 @@ class Seeded:
         return value.mul_(0.02).add_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
 
 
-def seed_network(part: str, settings: Mapping[str, Any], seed: int) -> Network:
-    """A network of Stable Diffusion 1.4's form but for these settings, with seeded weights; the library of its module
-    takes seconds and 0.2 GiB to be imported, and is not asked before the module is.
+def seed_network(part: str, settings: Mapping[str, Any], seed: int, backbone: Backbone = SD) -> Network:
+    """A network of the family's full size but for these settings, with seeded weights; the library of its module takes
+    seconds and 0.2 GiB to be imported, and is not asked before the module is.
     """
-    config = ConfigFile({**SD14[part], **settings})
-    shapes = SHAPES[part](config)
+    config, kind = ConfigFile({**backbone.full_size[part], **settings}), backbone.parts[part].kind
+    shapes = SHAPES[kind](config)
 
     def build() -> nn.Module:
-        if part == "text_encoder":
+        if kind == "text_encoder":
             from transformers import CLIPTextConfig
 
-            return class_of(SD.parts[part])(CLIPTextConfig(**config))
-        return class_of(SD.parts[part])(**config)
+            return class_of(backbone.parts[part])(CLIPTextConfig(**config))
+        return class_of(backbone.parts[part])(**config)
 
     def build_filled() -> nn.Module:
         module, draw = build_empty(build), Seeded(seed)
@@ -162,18 +120,31 @@ def load_tiny(size: int) -> Model:
 
 def load_random_sd14(size: int) -> Model:
     """Stable Diffusion 1.4 at full size with seeded random weights: about 4.3 GB in fp32."""
-    return preset("random-sd14", {part: {} for part in SD14}, SD_DEFAULTS, size, seed=14)
+    return preset("random-sd14", {part: {} for part in SD.networks}, SD_DEFAULTS, size, seed=14)
 
 
-def preset(name: str, parts: Mapping[str, Mapping[str, Any]], defaults: Defaults, size: int, seed: int) -> Model:
+def load_random_sdxl(size: int) -> Model:
+    """Stable Diffusion XL at full size with seeded random weights: about 14 GB in fp32."""
+    return preset("random-sdxl", {part: {} for part in SDXL.networks}, SDXL_DEFAULTS, size, seed=10, backbone=SDXL)
+
+
+def preset(
+    name: str,
+    parts: Mapping[str, Mapping[str, Any]],
+    defaults: Defaults,
+    size: int,
+    seed: int,
+    backbone: Backbone = SD,
+) -> Model:
     """A model whose networks have these settings and seeded weights.
 
     The tokenizer is the demo world's, as CLIP's is not shipped; its ids lie within CLIP's 49408.
     """
-    networks = {part: seed_network(part, settings, seed + k) for k, (part, settings) in enumerate(parts.items())}
+    networks = {part: seed_network(part, parts[part], seed + k, backbone) for k, part in enumerate(parts)}
     digests = {part: f"seeded: {name}, seed {seed + k}" for k, part in enumerate(networks)}
-    numbers = SD_SCHEDULER, defaults, size or defaults.size
-    model = Model(name, f"preset {name}", SD, {"tokenizer": _tokenizer()}, networks, *numbers, digests, SEEDED_LICENCE)
+    numbers = backbone.full_size["scheduler"], defaults, size or defaults.size
+    tokenizers = {part: _tokenizer() for part in backbone.of_kind("tokenizer")}
+    model = Model(name, f"preset {name}", backbone, tokenizers, networks, *numbers, digests, SEEDED_LICENCE)
     return check_model(model, is_seeded=True)
 
 

@@ -7,7 +7,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def of_text_encoder(config: Mapping[str, Any]) -> Shapes:
-    """The tensors of CLIP's text encoder."""
+    """The tensors of CLIP's text encoder, and with a `projection_dim` of the projection of the second one's."""
     width, inner = config["hidden_size"], config["intermediate_size"]
     shapes: Shapes = {
         "embeddings.token_embedding.weight": (config["vocab_size"], width),
@@ -19,22 +19,27 @@ def of_text_encoder(config: Mapping[str, Any]) -> Shapes:
             shapes |= _linear(f"{place}self_attn.{name}", width, width)
         shapes |= _norm(f"{place}layer_norm1", width) | _norm(f"{place}layer_norm2", width)
         shapes |= _linear(f"{place}mlp.fc1", width, inner) | _linear(f"{place}mlp.fc2", inner, width)
+    if "projection_dim" in config:
+        shapes["text_projection.weight"] = (config["projection_dim"], width)
     return shapes | _norm("final_layer_norm", width)
 
 
 def of_unet(config: Mapping[str, Any]) -> Shapes:
-    """The tensors of a UNet whose blocks have cross-attention in all levels but the lowest."""
+    """The tensors of a UNet."""
     widths, count = config["block_out_channels"], config["layers_per_block"]
     read = config["cross_attention_dim"], config["use_linear_projection"]
-    first, lowest, time = widths[0], len(widths) - 1, 4 * widths[0]
+    depths, first, lowest, time = _depths(config), widths[0], len(widths) - 1, 4 * widths[0]
     shapes = _convolution("conv_in", config["in_channels"], first)
     shapes |= _linear("time_embedding.linear_1", first, time) | _linear("time_embedding.linear_2", time, time)
+    if config.get("addition_embed_type"):
+        shapes |= _linear("add_embedding.linear_1", config["projection_class_embeddings_input_dim"], time)
+        shapes |= _linear("add_embedding.linear_2", time, time)
     skips, width = [first], first
     for depth, wide in enumerate(widths):
         block = f"down_blocks.{depth}."
         for k in range(count):
             shapes |= _resnet(f"{block}resnets.{k}.", width, wide, time)
-            shapes |= _transformer(f"{block}attentions.{k}.", wide, *read) if depth < lowest else {}
+            shapes |= _transformer(f"{block}attentions.{k}.", wide, depths[depth], *read)
             width = wide
             skips.append(width)
         if depth < lowest:
@@ -42,15 +47,23 @@ def of_unet(config: Mapping[str, Any]) -> Shapes:
             skips.append(width)
     for k in (0, 1):
         shapes |= _resnet(f"mid_block.resnets.{k}.", width, width, time)
-    shapes |= _transformer("mid_block.attentions.0.", width, *read)
+    shapes |= _transformer("mid_block.attentions.0.", width, depths[-1] or 1, *read)
     for level, wide in enumerate(reversed(widths)):
         block = f"up_blocks.{level}."
         for k in range(count + 1):
             shapes |= _resnet(f"{block}resnets.{k}.", width + skips.pop(), wide, time)
-            shapes |= _transformer(f"{block}attentions.{k}.", wide, *read) if level else {}
+            shapes |= _transformer(f"{block}attentions.{k}.", wide, depths[lowest - level], *read)
             width = wide
         shapes |= _convolution(f"{block}upsamplers.0.conv", width, width) if level < lowest else {}
     return shapes | _norm("conv_norm_out", first) | _convolution("conv_out", first, config["out_channels"])
+
+
+def _depths(config: Mapping[str, Any]) -> list[int]:
+    """The blocks of a transformer of each down block; none where it has no attention."""
+    blocks = config.get("transformer_layers_per_block", 1)
+    kinds = config["down_block_types"]
+    each = [blocks] * len(kinds) if isinstance(blocks, int) else blocks
+    return [depth if kind.startswith("CrossAttn") else 0 for kind, depth in zip(kinds, each, strict=True)]
 
 
 def of_vae(config: Mapping[str, Any]) -> Shapes:
@@ -93,18 +106,22 @@ def _resnet(place: str, inputs: int, outputs: int, time: int = 0) -> Shapes:
     return shapes | (_pointwise(f"{place}conv_shortcut", inputs, outputs) if inputs != outputs else {})
 
 
-def _transformer(place: str, width: int, text: int, is_linear: bool) -> Shapes:
-    block = f"{place}transformer_blocks.0."
+def _transformer(place: str, width: int, depth: int, text: int, is_linear: bool) -> Shapes:
+    if not depth:
+        return {}
     shapes = _norm(f"{place}norm", width)
     for name in ("proj_in", "proj_out"):
         shapes |= _linear(f"{place}{name}", width, width) if is_linear else _pointwise(f"{place}{name}", width, width)
-    for name in ("norm1", "norm2", "norm3"):
-        shapes |= _norm(f"{block}{name}", width)
-    for name, read in (("attn1", width), ("attn2", text)):
-        for part, inputs in (("to_q", width), ("to_k", read), ("to_v", read)):
-            shapes[f"{block}{name}.{part}.weight"] = (width, inputs)
-        shapes |= _linear(f"{block}{name}.to_out.0", width, width)
-    return shapes | _linear(f"{block}ff.net.0.proj", width, 8 * width) | _linear(f"{block}ff.net.2", 4 * width, width)
+    for k in range(depth):
+        block = f"{place}transformer_blocks.{k}."
+        for name in ("norm1", "norm2", "norm3"):
+            shapes |= _norm(f"{block}{name}", width)
+        for name, read in (("attn1", width), ("attn2", text)):
+            for part, inputs in (("to_q", width), ("to_k", read), ("to_v", read)):
+                shapes[f"{block}{name}.{part}.weight"] = (width, inputs)
+            shapes |= _linear(f"{block}{name}.to_out.0", width, width)
+        shapes |= _linear(f"{block}ff.net.0.proj", width, 8 * width) | _linear(f"{block}ff.net.2", 4 * width, width)
+    return shapes
 
 
 def _convolution(place: str, inputs: int, outputs: int) -> Shapes:

@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from types import SimpleNamespace
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from datasetdm_fast.engine.backbones.record import Latents
 from datasetdm_fast.engine.models.layers import (
     Convolution,
     Layers,
@@ -70,11 +72,11 @@ class ImageDecoder(nn.Module):
 
     plan = BlockLayers
 
-    def __init__(self, module: nn.Module, ops: SimpleNamespace):
+    def __init__(self, module: nn.Module, ops: SimpleNamespace, latents: Latents):
         super().__init__()
         state, config, plan = Weights(module.state_dict()), module.config, self.plan(module, ops)
         weights = state / "decoder"
-        self.scale = 1 / config.scaling_factor
+        self.scale, self.mean, self.std = 1 / latents.scale, latents.mean, latents.std
         entry = [Pointwise(state / "post_quant_conv")] if "post_quant_conv.weight" in state else []
         blocks: list[nn.Module] = []
         for k in range(len(config.block_out_channels)):
@@ -90,11 +92,17 @@ class ImageDecoder(nn.Module):
         )
 
     def forward(self, latents: Tensor) -> Tensor:
-        return self.layers(latents * self.scale)
+        return self.layers(self._unscale(latents))
+
+    def _unscale(self, latents: Tensor) -> Tensor:
+        if not self.mean:
+            return latents * self.scale
+        channels = zip(latents.split(1, 1), self.mean, self.std, strict=True)
+        return torch.cat([part * std + mean for part, mean, std in channels], 1)
 
     def decode_and_release(self, latents: Tensor, make_room: Callable[[], None]) -> Tensor:
         """Image of the latents; each layer is freed once it is done, and memory is made where images have grown."""
-        x, layers = latents * self.scale, list(self.layers)
+        x, layers = self._unscale(latents), list(self.layers)
         del self.layers
         while layers:
             width = x.shape[-1]

@@ -75,10 +75,10 @@ class FastEngine(BaseEngine):
     at construction and left as they are; where no module holds them, they are not held twice.
 
     Text encoder, timestep table and level sums are stored in fp32 in every precision: they cost little, and labels hang
-    on them. The UNet and the autoencoder are stored as `dtype`, but a small UNet on a CPU as fp32, where its products
-    alone are in bf16; on a GPU the decoders are stored as fp16 where `dtype` is narrow. Norms and softmax add up in
-    fp32 inside their operations. On a GPU fp32 is exact; in any other precision convolutions of fp32 round their
-    factors to TF32.
+    on them. The UNet and the autoencoder are stored as `dtype`, but in fp32 an autoencoder that leaves the range of
+    fp16, and a small UNet on a CPU, where its products alone are in bf16; on a GPU the decoders are stored as fp16
+    where `dtype` is narrow. Norms and softmax add up in fp32 inside their operations. On a GPU fp32 is exact; in any
+    other precision convolutions of fp32 round their factors to TF32.
     """
 
     name = "fast"
@@ -191,10 +191,18 @@ class FastEngine(BaseEngine):
                 assert self.model.backbone.text_network
                 module, dtype = load_place(self.model.backbone.text_network)(sources, self.ops), torch.float32
             case "image_decoder":
-                module, dtype = self.kinds[1](sources["vae"], self.ops), self.dtype
+                module, dtype = self._image_decoder(sources["vae"]), self.image_dtype
             case _:
-                module, dtype = ImageEncoder(sources["vae"], self.ops), self.dtype
+                module, dtype = ImageEncoder(sources["vae"], self.ops), self.image_dtype
         return place_module(module, self.device, dtype)
+
+    def _image_decoder(self, source: Weighted) -> nn.Module:
+        return self.kinds[1](source, self.ops, self.model.latents)
+
+    @property
+    def image_dtype(self) -> torch.dtype:
+        """Of the autoencoder."""
+        return torch.float32 if self.model.latents.leaves_fp16 and self.dtype == torch.float16 else self.dtype
 
     @functools.cached_property
     def text_encoder(self) -> nn.Module:
@@ -391,9 +399,9 @@ class FastEngine(BaseEngine):
         return tuple(torch.cat(part) for part in zip(*self._images(latents.to(self.device))))
 
     def _decode_part(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        images, is_finite = self._run_labels("image", self._pixels, (channels_last(latents, self.dtype),))
+        images, is_finite = self._run_labels("image", self._pixels, (channels_last(latents, self.image_dtype),))
         # Some autoencoders leave the range of fp16.
-        if self.dtype != torch.float16 or bool(is_finite.all()):
+        if self.image_dtype != torch.float16 or bool(is_finite.all()):
             return images, is_finite
         return as_images(self._wide_image_decoder(channels_last(latents, torch.float32)))
 
@@ -402,8 +410,7 @@ class FastEngine(BaseEngine):
 
     @functools.cached_property
     def _wide_image_decoder(self) -> nn.Module:
-        decoder = self.kinds[1](self.model.networks["vae"].read(), self.ops)
-        return place_module(decoder, self.device, torch.float32)
+        return place_module(self._image_decoder(self.model.networks["vae"].read()), self.device, torch.float32)
 
     @engine_call
     def encode_image(
@@ -412,12 +419,8 @@ class FastEngine(BaseEngine):
         self._refresh()
         self._unload_except("image_encoder")
         parts = to_device(images, self.device).split(self._chunk(images.shape[2]))
-        moments = torch.cat(
-            [
-                self.image_encoder(channels_last(part.permute(0, 3, 1, 2).float() / 127.5 - 1, self.dtype)).float()
-                for part in parts
-            ]
-        )
+        pixels = (part.permute(0, 3, 1, 2).float() / 127.5 - 1 for part in parts)
+        moments = torch.cat([self.image_encoder(channels_last(part, self.image_dtype)).float() for part in pixels])
         return scale(self.model.latents, sample_moments(moments.contiguous(), generators))
 
     def _chunk(self, side: int) -> int:
