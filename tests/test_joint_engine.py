@@ -11,6 +11,7 @@ from datasetdm_fast import generate, verify
 from datasetdm_fast.data import AttentionSums, ProjectedCapture
 from datasetdm_fast.engine.decoders.seeded import seeded_decoders
 from datasetdm_fast.engine.engines import build_engine
+from datasetdm_fast.engine.engines.fast.joint import as_bias, attend_and_sum, sum_exponentials
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop.call_text import call_text
 from datasetdm_fast.errors import Refused
@@ -125,3 +126,30 @@ def test_verify_and_generate_take_it(tmp_path, capsys):
         assert path.read_bytes() == (runs[1] / path.relative_to(runs[0])).read_bytes()
     assert generate.main([*line, "--out", str(tmp_path / "auto")]) == 0
     assert json.loads((tmp_path / "auto" / "run.json").read_text())["engine"]["engine"] == "fast"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [8, 12, 64])
+@pytest.mark.parametrize("is_masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_of_an_attention_on_a_gpu(width, is_masked, dtype):
+    query, key, value = torch.randn(3, 2, 4, 40, width, device="cuda", dtype=dtype)
+    mask = torch.arange(40, device="cuda") < 33 if is_masked else torch.ones(40, device="cuda", dtype=torch.bool)
+    mask = mask.expand(2, 1, 1, 40)
+    output, sums = attend_and_sum(query, key, value, mask if is_masked else None)
+    scores = (query.double() @ key.double().mT / width**0.5).masked_fill(~mask, -torch.inf)
+    torch.testing.assert_close(sums.double(), scores.logsumexp(-1), rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(output.double(), scores.softmax(-1) @ value.double(), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_sums_of_an_attention(is_masked):
+    query, key, value = torch.randn(3, 2, 4, 40, 16, generator=torch.Generator().manual_seed(3))
+    mask = torch.arange(40) < (33 if is_masked else 40)
+    scores = (query.double() @ key.double().mT / 4).masked_fill(~mask, -torch.inf)
+    mask = mask.expand(2, 1, 1, 40)
+    given = mask if is_masked else None
+    output, sums = attend_and_sum(query, key, value, given)
+    torch.testing.assert_close(output.double(), scores.softmax(-1) @ value.double(), rtol=1e-5, atol=1e-5)
+    for found in (sums, sum_exponentials(query, key, as_bias(given, query.dtype))):
+        torch.testing.assert_close(found.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from datasetdm_fast.data import AttentionSums, Capture, ProjectedCapture, Text
 from datasetdm_fast.engine.backbones.joint_attention import AttentionReader, JointReference
 from datasetdm_fast.engine.decoders.trunk import Decoder
-from datasetdm_fast.engine.engines.device import engine_call, resolve_device
+from datasetdm_fast.engine.engines.device import engine_call, multiplies_bf16, resolve_device
 from datasetdm_fast.engine.engines.engine import check_task
 from datasetdm_fast.engine.engines.fast.base import CHUNK_PIXELS, DTYPES
 from datasetdm_fast.engine.engines.fast.weights import state_distance
@@ -34,27 +34,31 @@ def _bind_arguments(
 
 def attend_and_sum(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """The output [R, heads, S, d] of an attention, and the logarithm [R, heads, S] of the sum of each softmax."""
-    operations, is_half = torch.ops.aten, query.dtype != torch.float32
-    bias = None
-    if mask is not None:
-        bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
+    operations, width = torch.ops.aten, query.shape[-1]
+    is_flash = query.dtype != torch.float32 and width % 8 == 0 and width <= 256 and multiplies_bf16(query.device)
+    bias = as_bias(mask, query.dtype)
     if query.device.type == "cpu":
         output, sums = operations._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=bias)
-    elif bias is None and is_half:
+    elif bias is None and is_flash:
         output, sums = operations._scaled_dot_product_flash_attention(query, key, value)[:2]
     else:
         output = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        sums = torch.cat([_sum(*row) for row in zip(query.split(1), key.split(1), _rows(bias, len(query)))])
+        sums = sum_exponentials(query, key, bias)
     return output, sums[..., : query.shape[2]].float()
 
 
-def _rows(bias: Tensor | None, count: int) -> Sequence[Tensor | None]:
-    return [None] * count if bias is None else bias.expand(count, *bias.shape[1:]).split(1)
+def as_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What hides the masked keys when it is added to scores."""
+    return None if mask is None else torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
 
 
-def _sum(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
-    scores = query.float() @ key.float().mT / query.shape[-1] ** 0.5
-    return (scores if bias is None else scores + bias).logsumexp(-1)
+def sum_exponentials(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
+    """The logarithms of the sums, where no attention returns them: the scores of one image at a time are held."""
+    parts = []
+    for row in range(len(query)):
+        scores = query[row].float() @ key[row].float().mT / query.shape[-1] ** 0.5
+        parts.append((scores if bias is None else scores + bias[row % len(bias)]).logsumexp(-1))
+    return torch.stack(parts)
 
 
 class SharesReader(AttentionReader):
