@@ -81,6 +81,11 @@ PARITIES = {  # name -> settings that a work was made with, where others are not
 }
 
 
+SPEEDS = ("exact", "fast25", "cache3")  # the first changes no image; the others must pass the gate of labels
+EXACT, FAST, CACHED = SPEEDS
+FAST_SAMPLER, FAST_STEPS = "dpm-solver++", 25  # of fast25
+
+
 @dataclass(frozen=True)
 class EngineKind:
     """What the rest must know of an engine before any of its libraries is imported."""

@@ -13,6 +13,7 @@ from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.output import print_lines, print_unfinished
 from datasetdm_fast.command_line.progress import ImageProgress
+from datasetdm_fast.config import EXACT
 from datasetdm_fast.runs.agreement.admission import Screen, admit_job
 from datasetdm_fast.runs.gallery.showing import ShownSoFar
 from datasetdm_fast.runs.jobs.domain_gate import count_outside
@@ -69,7 +70,9 @@ def _write(
 ) -> Result:
     """The result of a run, once its missing samples are made and written."""
     job, counted = None, {"images": -(-min(decision.missing, config.limit or decision.missing) // launch.processes)}
-    if launch.is_here or launch.may_compare and (config.verify or run.tries_half(spec) or run.may_differ(spec)):
+    is_judged = run.stored is None and config.speed != EXACT
+    compares = config.verify or is_judged or run.tries_half(spec) or run.may_differ(spec)
+    if launch.is_here or launch.may_compare and compares:
         screen = Screen(partial(print_lines, config), partial(run_report.show_calls, config.quiet))
         job = admit_job(run, spec, screen, verify=config.verify, races=launch.is_here)
     if launch.is_here:

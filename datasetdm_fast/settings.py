@@ -5,7 +5,7 @@ from dataclasses import Field, dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from datasetdm_fast.config import ENGINE_NAMES, FLAVOURS, OUTLINES, PROFILES, PROVIDERS, SAMPLERS, USUAL_SAMPLER
+from datasetdm_fast.config import ENGINE_NAMES, FLAVOURS, OUTLINES, PROFILES, PROVIDERS, SAMPLERS, SPEEDS, USUAL_SAMPLER
 
 MOST_THREADS = 1024
 Group = TypeVar("Group")
@@ -159,6 +159,13 @@ class SamplingSettings:
         USUAL_SAMPLER, "sampler; the default stands for what a model was published with", choices=SAMPLERS.names
     )
     profile: str = setting("0.3.0", "diffusers version whose PNDM timesteps are used", choices=PROFILES)
+    speed: str = setting(
+        SPEEDS[0],
+        "exact, or an approximation that is refused where it makes labels worse: fast25, DPM-Solver++ in 25 calls; "
+        "cache3, the deep features of a U-Net kept for two of three calls",
+        identity="if given",
+        choices=SPEEDS,
+    )
 
 
 def dry_run_setting() -> Any:

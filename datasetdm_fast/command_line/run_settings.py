@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.command_line.output import remake_sample
-from datasetdm_fast.config import ATTENTION, DECODER, LABELLER_KINDS, LABELS, PARITIES, UNDECODED
+from datasetdm_fast.config import ATTENTION, DECODER, EXACT, LABELLER_KINDS, LABELS, PARITIES, UNDECODED
 from datasetdm_fast.engine.decoders.folders import SHIPPED, find_decoders, parts_of
 from datasetdm_fast.engine.labels import class_tables, kind_of
 from datasetdm_fast.engine.labels.names import by_task, task_of_label
@@ -201,10 +201,18 @@ def check_together(config: RunConfig, is_begun: bool, processes: int) -> None:
     together = f"this is one of {processes} processes that were started together"
     if processes > 1 and config.cluster:
         raise Refused(f"--cluster {config.cluster}: {together}", "Start one process alone.")
-    if config.verify and not config.dry_run and (processes > 1 or config.cluster):
+    several = "several machines or processes that were started together make this run"
+    if config.dry_run or not (processes > 1 or config.cluster):
+        return
+    if config.verify:
         raise Refused(
-            f"--verify {config.verify}: several machines or processes that were started together make this run",
+            f"--verify {config.verify}: {several}",
             "Run the command once alone with --limit 1, then start them without --verify: run.json keeps the verdict.",
+        )
+    if config.speed != EXACT and not is_begun:
+        raise Refused(
+            f"--speed {config.speed}: {several}, and one must judge its labels first",
+            "Run the command once alone with --limit 1: run.json keeps the verdict.",
         )
 
 

@@ -296,7 +296,7 @@ class RunConfig(
     FLAGS = (
         "model lora decoder outlines task combine labeller classes class_table ask exponent threshold uncertainty "
         "self_cells cross_cells parity engine prompts negative_prompt allow_unnamed truncate_prompts number "
-        "per_class keep accept most_tries ignore ignore_below seed steps guidance sampler profile size "
+        "per_class keep accept most_tries ignore ignore_below seed steps guidance sampler profile speed size "
         "batch_size image_format palette out only mixed limit force_domain page_every verify "
         "dry_run allow_download json quiet threads gpus ranks cluster store make_bucket dtype compile "
         "device provider streams engines trt_flavour"

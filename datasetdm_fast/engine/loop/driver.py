@@ -113,6 +113,8 @@ class BatchGenerator:
         state = SamplerState(recipe.schedule, recipe.guidance, beginning.latents, noise, rows)
 
         captures: dict[int, Any] = {}
+        caching: Any = engine  # which has more calls than Engine where the recipe has cached ones
+        deep: Any = None  # features that these start from
         averaged = set(recipe.averaged)
         for call, timestep in enumerate(recipe.schedule.timesteps):
             if call in recipe.captured:
@@ -121,8 +123,14 @@ class BatchGenerator:
             plain = None
             if sums is not None and class_text is not None and call in averaged:
                 plain, sums = engine.denoise_and_average(state.latents, timestep, text, class_text, sums)
-            if call not in recipe.captured[-1:]:
-                output = engine.denoise(state.latents, timestep, text) if plain is None else plain
+            if plain is not None or call in recipe.captured[-1:]:
+                output = output if plain is None else plain
+            elif call in recipe.cached:
+                output = caching.denoise_from(deep, state.latents, timestep, text)
+            elif recipe.cached:
+                output, deep = caching.denoise_and_keep(state.latents, timestep, text)
+            else:
+                output = engine.denoise(state.latents, timestep, text)
             state.latents = beginning.after(call, state.step(call, output))
             self.on_unet_call()
             self.on_step(call, state.latents[: len(batch.requests)])

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
-from datasetdm_fast.config import ATTENTION, LABELLER_KINDS, SAMPLERS, UNDECODED, USUAL_SAMPLER
+from datasetdm_fast.config import ATTENTION, CACHED, EXACT, FAST, LABELLER_KINDS, SAMPLERS, UNDECODED, USUAL_SAMPLER
 from datasetdm_fast.data import Request
 from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.labels import kind_of
@@ -22,6 +22,7 @@ from datasetdm_fast.engine.loop.class_prompts import (
 from datasetdm_fast.engine.loop.combining import Combination, check_mask_words, parse_combinations
 from datasetdm_fast.engine.loop.origin import FROM_NOISE, ONE_GENERATOR, Origin
 from datasetdm_fast.engine.loop.prompts import Tokenizer, check_class_lengths
+from datasetdm_fast.engine.loop.speed import cached_calls, check_cached, fast_sampling
 from datasetdm_fast.errors import Refused
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class Recipe:
     table: ClassTable | None = None  # of the user's own words
     draws: tuple[str, ...] = ()  # the things that the model can draw, where its card lists them
     has_negative: bool = True  # whether its calls read negative prompts
+    cached: frozenset[int] = frozenset()  # calls that start from the deep features of an earlier one
 
     @property
     def captured(self) -> tuple[int, ...]:
@@ -114,6 +116,7 @@ def make_recipe(
     ignore: str = "nothing",
     ignore_below: float = 0.0,
     strength: float = 1.0,
+    speed: str = EXACT,
     ask: str = "named",
     table: ClassTable | None = None,
     **attention: Any,
@@ -125,6 +128,8 @@ def make_recipe(
     from datasetdm_fast.engine.sampling.scheduler import choose_sampler
 
     model = engine.model
+    if speed == FAST:
+        sampler, steps = fast_sampling(engine, sampler, steps)
     sampler = choose_sampler(model.scheduler, model.defaults.sampler if sampler == USUAL_SAMPLER else sampler)
     labellers = labellers_of(engine, tasks)
     schedule = make_schedule(model.scheduler, sampler, steps or model.defaults.steps, profile, strength, **model.flow)
@@ -175,6 +180,8 @@ def make_recipe(
             f"sampler: {sampler} adds noise at every call, and with --parity one generator draws that of all images",
             "Choose another with --sampler.",
         )
+    if speed != EXACT:
+        facts["speed"] = speed
     if sampler in SAMPLERS.others:
         facts["sampler_package"] = SAMPLERS.package(sampler)
     if numbers is not None:
@@ -200,6 +207,11 @@ def make_recipe(
         draws=getattr(model, "draws", ()),
         has_negative=model.has_negative(facts["guidance"]),
     )
+    if speed == CACHED:
+        check_cached(engine, numbers is not None and not numbers.blocks)
+        cached = cached_calls(len(schedule), recipe.captured)
+        facts["whole_calls"] = len(schedule) - len(cached)
+        recipe = replace(recipe, cached=cached)
     check_mask_words(recipe.combinations, label_tables(engine, recipe))
     return recipe
 

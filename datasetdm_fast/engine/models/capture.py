@@ -73,6 +73,19 @@ class CaptureHook:
         return False
 
 
+class KeptFeature(CaptureHook):
+    """Keeps one feature [R, C, h, w]."""
+
+    def __init__(self, slot: Slot, ops: SimpleNamespace):
+        super().__init__(ops)
+        self.slot = slot
+        self.value: Tensor | None = None
+
+    def feature(self, slot: Slot | None, x: Tensor) -> None:
+        if slot == self.slot:
+            self.value = x
+
+
 class RawCapture(CaptureHook):
     """Keeps every feature and map as the reference engine does, of a call of so many rows an image: of the features the
     last ones that a level reads, of the maps the last one, which sees the prompt.

@@ -205,6 +205,14 @@ class FusedUNet(UNet):
         images: Any = ImagesOnly(hook)
         return super().forward(latents, biases, text, images)
 
+    def forward_from(
+        self, latents: Tensor, biases: Tensor, text: Sequence[Tensor], deep: Any, hook: CaptureHook
+    ) -> Tensor:
+        images: Any = ImagesOnly(hook)
+        nothing = deep.new_zeros(deep.shape[1])
+        deep = Measured(*self.conv_in.ops.add_statistics(deep, None, nothing))
+        return super().forward_from(latents, biases, text, deep, images)
+
 
 class FusedImageDecoder(ImageDecoder):
     plan = MeasuredBlockLayers

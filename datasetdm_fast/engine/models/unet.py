@@ -346,3 +346,21 @@ class UNet(nn.Module):
         for block in self.up:
             x = block(x, time, texts, skips, hook)
         return self.conv_out(self.norm_out(x))
+
+    @property
+    def deep(self) -> Slot:
+        """The feature before the last resnet of the highest level: all that lies below the first skip ends in it."""
+        slot: Slot = self.up[-1].features[-2]
+        return slot
+
+    def forward_from(
+        self, latents: Tensor, biases: Tensor, text: Sequence[Tensor], deep: Any, hook: CaptureHook
+    ) -> Tensor:
+        """The output where the feature `deep` is that of an earlier call (DeepCache, Ma et al. 2023)."""
+        up, x = self.up[-1], self.conv_in(latents)
+        skip = x if latents.shape[0] == text[0].shape[1] else self.doubled(x)
+        x = up.resnets[-1](deep, biases.split(self.widths, -1)[-1], skip)
+        if up.transformers:
+            last = up.transformers[-1]
+            x = last(x, text[-len(last.blocks) :], hook)
+        return self.conv_out(self.norm_out(x))

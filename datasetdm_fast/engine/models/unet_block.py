@@ -89,6 +89,15 @@ class UNetBlock(Block):
             self.notify(hook, steps, entry, outputs, queries, text)
         return out
 
+    @property
+    def deep(self) -> Slot:
+        return self.plain[0].deep
+
+    def forward_from(
+        self, latents: Tensor, biases: Tensor, text: Sequence[Tensor], deep: Tensor, hook: CaptureHook
+    ) -> Tensor:
+        return self.plain[0].forward_from(latents, biases, text, deep, hook)
+
     def room_for_queries(
         self, batch: int, steps: Sequence[BlockStep], sizes: Sequence[tuple[int, int, int]]
     ) -> list[Tensor]:

@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from datasetdm_fast.config import HALF, REFERENCE
+from datasetdm_fast.config import EXACT, HALF, REFERENCE
 from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.messages import count_noun
-from datasetdm_fast.runs.jobs.job import Job
+from datasetdm_fast.runs.jobs.job import Job, recipe_of
 from datasetdm_fast.runs.jobs.resume import prepare_job
 from datasetdm_fast.runs.jobs.run import RunQueue
 from datasetdm_fast.runs.run_folder.folder import note
@@ -30,13 +30,35 @@ class Screen:
 
 def admit_job(run: RunQueue, spec: RunSpec, screen: Screen, *, verify: int = 0, races: bool = False) -> Job:
     """The job in the precision that `--dtype auto` takes, once its engine is known to reproduce the samples of the run
-    folder, or made by the engine of the run folder; with `verify`, once so many samples match the reference.
+    folder, or made by the engine of the run folder; with `verify`, once so many samples match the reference. An
+    approximate speed is judged before the first sample.
     """
     if run.tries_half(spec):
         job = _choose_precision(spec, screen, races=races)
     else:
         job = _check_engine(prepare_job(spec, run.stored, races=races, mixes=True), screen)
-    return _verify(job, run, min(verify, job.plan.number), screen) if verify else job
+    job = _verify(job, run, min(verify, job.plan.number), screen) if verify else job
+    return job if spec.sampling.speed == EXACT or "speed" in job.document else _judge_speed(job, spec, screen)
+
+
+def _judge_speed(job: Job, spec: RunSpec, screen: Screen) -> Job:
+    """The job with the verdict on its approximate speed; refused where that makes labels worse."""
+    from datasetdm_fast.runs.agreement.speed_gate import count_calls, figures_in_words, judge_speed
+
+    source, speed = spec.source, spec.sampling.speed
+    sampling = replace(spec.sampling, speed=EXACT)
+    exact = recipe_of(sampling, spec.labels, job.engine, source.classes or source.listed, table=source.table)
+    with screen.show_calls(speed, count_calls(job, exact)) as on_unet_call:
+        verdict = judge_speed(job, exact, on_unet_call)
+    images = count_noun(verdict["number"], "image")
+    if not verdict["passed"]:
+        raise GateFailed(
+            f"--speed {speed}: labels of {images} fit worse than those of exact images: "
+            f"{figures_in_words(verdict, failed=True)}; nothing was written",
+            "Drop --speed, or try another.",
+        )
+    screen.on_message(f"speed      {speed}, as labels of {images} fit as exact ones do: {figures_in_words(verdict)}")
+    return replace(job, document=job.document | {"speed": verdict})
 
 
 def _choose_precision(spec: RunSpec, screen: Screen, *, races: bool) -> Job:

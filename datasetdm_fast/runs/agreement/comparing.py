@@ -49,10 +49,10 @@ def count_calls(job: Job, number: int) -> int:
 
 
 def _builtin_recipe(recipe: Recipe) -> Recipe:
-    """The recipe with every sample from its own noise and without the labels of other packages."""
+    """The recipe with every sample from its own noise, every call whole, and without the labels of other packages."""
     tasks = tuple(task for task in recipe.tasks if task not in recipe.labellers)
     captures = {task: call for task, call in recipe.captures.items() if task in tasks}
-    return replace(recipe, tasks=tasks, captures=captures, origin=FROM_NOISE)
+    return replace(recipe, tasks=tasks, captures=captures, origin=FROM_NOISE, cached=frozenset())
 
 
 def describe_verdict(verdict: Verdict, engine: Engine) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from datasetdm_fast.config import EXACT
 from datasetdm_fast.data import Request, Sample
 from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.labels.names import LabelName
@@ -179,7 +180,7 @@ def prepare(redrawing: Redrawing, folder: Path, machine: RedrawMachine) -> Job:
     stored, source, choice = redrawing.check_folder(folder), redrawing.source.document, redrawing.choice
     config = _run_config(redrawing, folder, machine)
     model, engine_settings = config.group(ModelSettings), config.group(EngineSettings)
-    sampling, labels = config.group(SamplingSettings), config.group(LabelSettings)
+    sampling, labels = replace(config.group(SamplingSettings), speed=EXACT), config.group(LabelSettings)
     engine, decoders = open_engine(model, engine_settings, config.task, stored, guidance=sampling.guidance)
     _check_weights(redrawing.source, engine, decoders)
     words = tuple(source["plan"].get("words", ()))

@@ -18,6 +18,7 @@ from datasetdm_fast.runs.run_folder.document import (
     sampler_in_words,
     sides,
     size_in_words,
+    speed_in_words,
 )
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger, Row, canonical
 from datasetdm_fast.runs.run_folder.page_files import SHEET_SAMPLES
@@ -167,6 +168,7 @@ class RunFacts:
             "facts": [
                 ["Model", document["model"]["name"]],
                 ["Sampler", sampler_in_words(document)],
+                *([["Speed", speed]] if (speed := speed_in_words(document)) else []),
                 ["Engine", ", ".join(engine_names(document))],
                 *([["Composition", composition["told"]]] if (composition := document.get("composition")) else []),
             ],

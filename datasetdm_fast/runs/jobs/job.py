@@ -121,8 +121,8 @@ def build_job(spec: RunSpec, stored: Mapping[str, Any] | None, *, races: bool = 
         for request in _first_requests(source, plan):
             recipe.check_request(request, engine.model.tokenizer, tokenizer_cuts=source.tokenizer_cuts)
     race = racing.Race(engine)
-    is_decoded = recipe.decoded == recipe.tasks
-    if races and stored is None and spec.engine.engine == "auto" and not spec.engine.compile and is_decoded:
+    can_race = recipe.decoded == recipe.tasks and not recipe.cached and not spec.engine.compile
+    if races and stored is None and spec.engine.engine == "auto" and can_race:
         images = min(spec.limit or plan.number, plan.number)
         race = racing.fastest(engine, size, -(-images // size) * len(recipe.schedule))
         engine = race.engine
@@ -213,7 +213,7 @@ def recipe_of(
 ) -> Recipe:
     names = ["combine", "ignore", "ignore_below", "ask", *(ATTENTION_SETTINGS if ATTENTION in labels.task else ())]
     options = {name: getattr(labels, name) for name in names}
-    options |= {name: getattr(sampling, name) for name in ("sampler", "steps", "guidance", "profile")}
+    options |= {name: getattr(sampling, name) for name in ("sampler", "steps", "guidance", "profile", "speed")}
     return make_recipe(engine, labels.task, classes=classes, strength=strength, table=table, **options)
 
 

@@ -268,6 +268,14 @@ def _sampler_in_words(document: Mapping[str, Any]) -> str:
     return f"{name}, {steps} in {calls}" + (f", guidance {sampling['guidance']:g}" * (name != INVERSION))
 
 
+def speed_in_words(document: Mapping[str, Any]) -> str:
+    """The approximation by which a run was made, and how its labels were judged; empty of an exact run."""
+    if not (verdict := document.get("speed")):
+        return ""
+    figures = ", ".join(f"{row['measure']} {row['speed']:.4f} for {row['exact']:.4f}" for row in verdict["measures"])
+    return f"{verdict['name']}, approximate; labels of {verdict['number']} images against exact ones: {figures}"
+
+
 def differences(stored: Any, requested: Any, name: str = "") -> list[str]:
     """One line per setting that differs, with both values where a reader can tell them apart."""
     if isinstance(stored, Mapping) and isinstance(requested, Mapping):

@@ -24,6 +24,7 @@ from datasetdm_fast.engine.loading.network import Weighted
 from datasetdm_fast.engine.models.capture import (
     AttentionSlot,
     CaptureHook,
+    KeptFeature,
     ProjectedSums,
     Projection,
     RawCapture,
@@ -276,6 +277,17 @@ class FastEngine(BaseEngine):
         return noise, hook.result()
 
     @engine_call
+    def denoise_and_keep(self, latents: Tensor, timestep: float, text: Text) -> tuple[Tensor, Tensor]:
+        """The noise of a U-Net, and the deep feature that later calls may start from, [B, R / B * C, h, w]."""
+        noise, deep = self._call(self._keep_deep, latents, timestep, text)
+        return noise, deep
+
+    @engine_call
+    def denoise_from(self, deep: Tensor, latents: Tensor, timestep: float, text: Text) -> Tensor:
+        """The noise where the deep feature is that of an earlier call."""
+        return self._call(self._start_deep, latents, timestep, text, (deep,))[0]
+
+    @engine_call
     def denoise_and_average(
         self, latents: Tensor, timestep: float, text: Text, class_text: Text, sums: AttentionSums
     ) -> tuple[Tensor, AttentionSums]:
@@ -373,6 +385,18 @@ class FastEngine(BaseEngine):
 
     def _plain(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         return (self._run(CaptureHook(self.ops), *inputs),)
+
+    def _keep_deep(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        hook = KeptFeature(self.unet.deep, self.ops)
+        noise = self._run(hook, *inputs)
+        assert hook.value is not None
+        return noise, torch.cat(hook.value.chunk(len(noise) // len(inputs[0])), 1)
+
+    def _start_deep(self, latents: Tensor, row: Tensor, deep: Tensor, *keys_values: Tensor) -> tuple[Tensor, ...]:
+        rows = torch.cat(deep.chunk(keys_values[0].shape[1] // len(latents), 1))
+        rows = rows.contiguous(memory_format=torch.channels_last)
+        noise = self.unet.forward_from(latents, row, keys_values, rows, CaptureHook(self.ops))
+        return (noise.float().contiguous(),)
 
     def _capture_projected(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         hook = ProjectedSums(self.projection, inputs[0], self.ops)

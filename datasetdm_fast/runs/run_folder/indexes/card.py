@@ -22,6 +22,7 @@ from datasetdm_fast.runs.run_folder.document import (
     runs_of,
     sampler_in_words,
     size_in_words,
+    speed_in_words,
 )
 from datasetdm_fast.runs.run_folder.indexes.index_file import IndexFile
 from datasetdm_fast.runs.run_folder.indexes.licences import DERIVED, conflicts, hub_names, licence_of
@@ -194,6 +195,8 @@ def _making(document: Mapping[str, Any]) -> Iterator[str]:
     yield f"- Versions and device: {_values({**document['versions'], **_without_name(engine)})}"
     yield from _describe_mixed(document) if "mixed" in document else _describe_engines(document)
     yield f"- Sampler {sampler_in_words(document)}"
+    if speed := speed_in_words(document):
+        yield f"- Speed {_code(speed)}"
     if package := sampling.get("sampler_package"):
         yield f"- The sampler is that of the package {_code(package)}"
     foreign = sampling.get("labellers", {}).items()

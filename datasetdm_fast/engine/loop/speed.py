@@ -1,0 +1,53 @@
+"""Approximate ways to sample: fewer calls, or calls that start from the deep features of an earlier one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from datasetdm_fast.config import CACHED, FAST, FAST_SAMPLER, FAST_STEPS, USUAL_SAMPLER
+from datasetdm_fast.engine.sampling.scheduler import is_flow
+from datasetdm_fast.errors import Refused
+
+if TYPE_CHECKING:
+    from datasetdm_fast.engine.engines.engine import Engine
+
+FIRST_WHOLE = 3  # calls, where an image finds its composition
+INTERVAL = 3  # calls from one whole call to the next
+
+
+def fast_sampling(engine: Engine, sampler: str, steps: int) -> tuple[str, int]:
+    """Sampler and steps of fast25; refused where others were given, or the model is made for as few calls."""
+    usual = engine.model.defaults.steps
+    if sampler != USUAL_SAMPLER or steps:
+        raise Refused(f"--speed {FAST}: it has a sampler and steps of its own", "Drop --sampler and --steps.")
+    if is_flow(engine.model.scheduler) or usual <= FAST_STEPS:
+        title = engine.model.backbone.title
+        raise Refused(f"--speed {FAST}: {title} is sampled in {usual} steps as it is", "Drop --speed.")
+    return FAST_SAMPLER, FAST_STEPS
+
+
+def check_cached(engine: Engine, reads_every_call: bool) -> None:
+    """Refuses cache3 where the engine keeps no deep features, or labels are read from every call."""
+    if not hasattr(getattr(engine, "unet", None), "deep"):
+        raise Refused(
+            f"--speed {CACHED}: the engine {engine.name} keeps no deep features of {engine.model.backbone.title}",
+            "Use --engine fast with Stable Diffusion 1.x, 2.x or XL, or drop --speed.",
+        )
+    if reads_every_call:
+        raise Refused(f"--speed {CACHED}: labels from attention are read from every call", f"Use --speed {FAST}.")
+
+
+def cached_calls(count: int, captured: Collection[int]) -> frozenset[int]:
+    """Which of `count` calls start from deep features: none of the first, of those that are captured, or of those
+    whose last whole call lies INTERVAL calls back. The last captured call keeps no features.
+    """
+    cached, last = set(), 0
+    for call in range(count):
+        if call in captured and call == max(captured):
+            continue
+        if call in captured or call < FIRST_WHOLE or call - last >= INTERVAL:
+            last = call
+        else:
+            cached.add(call)
+    return frozenset(cached)

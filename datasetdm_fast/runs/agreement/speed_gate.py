@@ -1,0 +1,206 @@
+"""The gate of an approximate speed: whether labels fit the images that it makes as they fit exact images.
+
+Each image is labelled as it is sampled, and once more by the exact engine as a picture that exists. The agreement of
+the two on exact images is the noise floor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from datasetdm_fast.config import CACHED, FAST
+from datasetdm_fast.data import Annotation, Batch, DepthMap, Keypoints, Quarantined, Sample
+from datasetdm_fast.disk import storage
+from datasetdm_fast.disk.locks import cache_folder
+from datasetdm_fast.engine import loop
+from datasetdm_fast.engine.decoders.folders import SHIPPED
+from datasetdm_fast.engine.labels import kind_of
+from datasetdm_fast.engine.loading.provenance import digest
+from datasetdm_fast.engine.loop import driver
+from datasetdm_fast.engine.loop.inverting import TIMESTEPS, inversion_generator, inversion_recipe
+from datasetdm_fast.engine.pictures.in_memory import PicturesInMemory
+from datasetdm_fast.errors import GateFailed, Refused
+from datasetdm_fast.runs.run_folder.document import pretty
+from datasetdm_fast.untrusted import documents
+
+if TYPE_CHECKING:
+    from datasetdm_fast.engine.loop.recipe import Recipe
+    from datasetdm_fast.runs.jobs.job import Job
+
+IMAGES, DEMO_IMAGES = 200, 64  # that are compared, of any model and of one that is shipped
+MOST_LOST = {"IoU": 0.01, "PCK": 0.01, "REL": 0.002, "doubtful": 0.01}
+ERRORS = ("REL", "doubtful")  # which are better where they are less
+NEAR = 0.1  # of a person's longer side: a joint as near as this is found, as in PCK@0.1
+REPORT = "This is a mistake of the program: drop --speed, and report it."
+LARGEST_VERDICT = 2**20  # bytes
+# settings that a verdict does not hang on, or that digests stand for
+UNREAD = ("number", "per_class", "seed", "batch_size", "image_format", "model", "decoder")
+
+
+@dataclass(frozen=True)
+class LabelFigure:
+    """One figure of the agreement, on exact images and on those of the speed."""
+
+    measure: str  # "IoU semantic"
+    exact: float
+    speed: float
+    limit: float  # that it may be worse by
+
+    @property
+    def is_passed(self) -> bool:
+        worse = self.speed - self.exact if self.measure.split()[0] in ERRORS else self.exact - self.speed
+        return bool(worse <= self.limit)
+
+    def __str__(self) -> str:
+        return f"{self.measure} {self.speed:.4f} for {self.exact:.4f}"
+
+
+def count_images(job: Job) -> int:
+    """How many images are compared: other seeds of the same prompts where the run has fewer."""
+    most = DEMO_IMAGES if job.document["config"].get("model") in SHIPPED else IMAGES
+    return min(most, job.plan.number) if job.plan.has_seeds else most
+
+
+def count_calls(job: Job, exact: Recipe) -> int:
+    batches = -(-count_images(job) // job.plan.batch_size)
+    labels = 2 * (bool(exact.captures) + bool(exact.attention) * len(TIMESTEPS))
+    return batches * (len(exact.schedule) + len(job.recipe.schedule) + labels)
+
+
+def judge_speed(job: Job, exact: Recipe, on_unet_call: Callable[[], None]) -> dict[str, Any]:
+    """The verdict on the recipe of a job as run.json has it; `exact` is the recipe without its speed. A verdict on the
+    same model, decoders, settings, prompts, engine and code is read from the cache.
+    """
+    check_promise(job.recipe)
+    path = cache_folder() / "speed" / f"{_key(job, exact)}.json"
+    if (stored := _read_verdict(path)) is not None:
+        return stored
+    speed_figures = _figures(job, job.recipe, exact, on_unet_call)
+    exact_figures = _figures(job, exact, exact, on_unet_call)
+    figures = [
+        LabelFigure(name, exact_figures[name], value, MOST_LOST[name.split()[0]])
+        for name, value in speed_figures.items()
+    ]
+    verdict = {
+        "name": job.recipe.facts["speed"],
+        "number": count_images(job),
+        "passed": all(figure.is_passed for figure in figures),
+        "measures": [asdict(figure) | {"passed": figure.is_passed} for figure in figures],
+    }
+    storage.make_folder(path.parent)
+    storage.publish({path: pretty(verdict)})
+    return verdict
+
+
+def check_promise(recipe: Recipe) -> None:
+    """Refuses a recipe that is not what its speed is called: labels may fit images of far fewer calls as well."""
+    name, calls = recipe.facts["speed"], len(recipe.schedule)
+    if name == FAST and calls != 25:
+        raise GateFailed(f"--speed {name}: it makes {calls} calls, not 25; nothing was written", REPORT)
+    whole = [call for call in range(calls) if call not in recipe.cached and call != recipe.captured[-1]]
+    late = [call for call in recipe.cached if min(call - other for other in whole if other <= call) > 2]
+    if name == CACHED and (late or recipe.cached & {0, 1, 2, *recipe.captured}):
+        raise GateFailed(f"--speed {name}: not every third call is whole; nothing was written", REPORT)
+
+
+def figures_in_words(verdict: Mapping[str, Any], *, failed: bool = False) -> str:
+    """The figures of a verdict, or those that failed, each with that of exact images."""
+    names = ("measure", "exact", "speed", "limit")
+    rows = [row for row in verdict["measures"] if not (failed and row["passed"])]
+    return ", ".join(str(LabelFigure(*(row[name] for name in names))) for row in rows)
+
+
+def _read_verdict(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        return documents.read_object(path, most=LARGEST_VERDICT)
+    except Refused:  # it is measured again
+        return None
+
+
+def _key(job: Job, exact: Recipe) -> str:
+    document = job.document
+    parts = {
+        "recipes": [dict(exact.facts), document["sampling"]],
+        "model": document["model"]["digests"],
+        "decoders": {name: entry["digest"] for name, entry in document["decoders"].items()},
+        "config": {name: value for name, value in document["config"].items() if name not in UNREAD},
+        "images": count_images(job),
+        "engine": document["engine"],
+        "limits": MOST_LOST,
+        "code": digest([*sorted(Path(loop.__file__).parents[1].rglob("*.py")), Path(__file__)]),
+    }
+    return hashlib.sha256(pretty(parts)).hexdigest()[:32]
+
+
+def _figures(job: Job, recipe: Recipe, exact: Recipe, on_unet_call: Callable[[], None]) -> dict[str, float]:
+    """The agreement of the labels of images that `recipe` makes with those that the exact engine makes of the same
+    images.
+    """
+    results = list(_results(job, recipe, on_unet_call))
+    size = recipe.size
+    images = [result.image if isinstance(result, Sample) else np.zeros((size, size, 3), np.uint8) for result in results]
+    inverted = inversion_recipe(exact, job.engine, TIMESTEPS)
+    make = inversion_generator(inverted, PicturesInMemory(images))
+    truths = list(_results(job, inverted, on_unet_call, make))
+    pairs = [
+        (first, second)
+        for first, second in zip(results, truths, strict=True)
+        if isinstance(first, Sample) and isinstance(second, Sample)
+    ]
+    figures: dict[str, float] = {}
+    for task in recipe.tasks:
+        values = [_agreement(task, first.annotations[task], second.annotations[task]) for first, second in pairs]
+        for name in dict.fromkeys(name for name, _ in filter(None, values)):
+            known = [value[1] for value in values if value is not None and not np.isnan(value[1])]
+            figures[f"{name} {task}"] = float(np.mean(known)) if known else 1.0
+    doubtful = sum(isinstance(result, Quarantined) or result.is_doubtful for result in results)
+    return figures | {"doubtful": doubtful / len(results)}
+
+
+def _results(
+    job: Job, recipe: Recipe, on_unet_call: Callable[[], None], make: Callable[..., Any] | None = None
+) -> Iterator[Sample | Quarantined]:
+    for _, results in driver.generate(_batches(job), job.engine, recipe, on_unet_call, make):
+        yield from results
+
+
+def _batches(job: Job) -> Iterable[Batch]:
+    number, size = count_images(job), job.plan.batch_size
+    requests = [job.plan.request(index) for index in range(number)]
+    for index, start in enumerate(range(0, number, size)):
+        part: Sequence[Any] = requests[start : start + size]
+        yield Batch(index, tuple(part), size - len(part))
+
+
+def _agreement(task: str, label: Annotation, truth: Annotation) -> tuple[str, float] | None:
+    """A figure's name and its value for one image; None for labels that cannot be compared so."""
+    if isinstance(truth, Keypoints):
+        return "PCK", _share_of_joints(label, truth)
+    if isinstance(truth, DepthMap):
+        return "REL", kind_of(task).distance(label, truth)
+    overlap = kind_of(task).overlap(label, truth)
+    return None if overlap is None else ("IoU", overlap)
+
+
+def _share_of_joints(label: Any, truth: Keypoints) -> float:
+    """The share of the seen joints of `truth` that a person of `label` has near; NaN where it shows none."""
+    hits = seen = 0
+    for points, visibility in zip(truth.points[..., :2], truth.visibility):
+        shown = points[visibility > 0]
+        if not len(shown):
+            continue
+        side = max(float(np.ptp(shown, axis=0).max()), 1.0)
+        near = [
+            (np.linalg.norm(other[visibility > 0] - shown, axis=-1) <= NEAR * side).sum()
+            for other in label.points[..., :2]
+        ]
+        hits, seen = hits + max(near, default=0), seen + len(shown)
+    return hits / seen if seen else float("nan")

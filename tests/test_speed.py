@@ -1,0 +1,148 @@
+"""Approximate speeds: which calls they save, and the gate of labels that refuses what makes these worse."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from run_steps import prepare
+from stub_engine import StubEngine
+
+from datasetdm_fast import generate
+from datasetdm_fast.config import EXACT
+from datasetdm_fast.data import Keypoints
+from datasetdm_fast.engine.engines.fast import FastEngine
+from datasetdm_fast.engine.loading import load_model
+from datasetdm_fast.engine.loop import speed
+from datasetdm_fast.engine.loop.call_text import call_text
+from datasetdm_fast.engine.loop.recipe import make_recipe
+from datasetdm_fast.engine.models.fused import FusedUNet
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.runs.agreement import speed_gate
+from datasetdm_fast.runs.agreement.speed_gate import LabelFigure
+from datasetdm_fast.runs.run_settings import RunConfig
+
+pytestmark = pytest.mark.core
+
+
+@pytest.mark.parametrize("captured", [(45,), (50,), (20, 45)])
+def test_cached_calls_follow_a_whole_one(captured):
+    cached = speed.cached_calls(51, captured)
+    keeping = [call for call in range(51) if call not in cached and call != captured[-1]]
+    assert cached.isdisjoint({0, 1, 2, *captured}) and 30 <= len(cached) <= 32
+    assert all(min(call - whole for whole in keeping if whole < call) < speed.INTERVAL for call in cached)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return FastEngine(load_model("tiny"), device="cpu")
+
+
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_a_call_from_its_own_deep_features_is_that_call(tiny, is_fused, monkeypatch):
+    if is_fused:  # as on a GPU, with the plain operations
+        network = tiny.model.networks["unet"].read()
+        monkeypatch.setattr(tiny, "unet", FusedUNet(network, tiny.ops))
+    latents = torch.randn(3, *tiny.model.latent_shape(), generator=torch.Generator().manual_seed(0))
+    text = call_text(tiny, ["a ball", "a cube", "two cones"])
+    noise, deep = tiny.denoise_and_keep(latents, 500, text)
+    assert len(deep) == 3 and torch.equal(noise, tiny.denoise(latents, 500, text))
+    torch.testing.assert_close(tiny.denoise_from(deep, latents, 500, text), noise, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(tiny.denoise_from(0 * deep, latents, 500, text), noise, atol=1e-3)
+
+
+def test_what_a_speed_does_not_go_with_is_refused():
+    with pytest.raises(Refused, match="a sampler and steps of its own"):
+        make_recipe(StubEngine(64), ("semantic",), steps=6, speed="fast25")
+    with pytest.raises(Refused, match="keeps no deep features"):
+        make_recipe(StubEngine(64), ("semantic",), speed="cache3")
+
+
+@pytest.mark.parametrize(
+    ("measure", "exact", "value", "passes"),
+    [
+        ("IoU semantic", 0.95, 0.941, True),
+        ("IoU semantic", 0.95, 0.939, False),
+        ("PCK pose", 0.9, 0.95, True),
+        ("PCK pose", 0.9, 0.88, False),
+        ("REL depth", 0.005, 0.0069, True),
+        ("REL depth", 0.005, 0.0071, False),
+        ("doubtful", 0.1, 0.12, False),
+        ("IoU semantic", 0.95, float("nan"), False),
+    ],
+)
+def test_a_figure_may_be_worse_by_its_limit_alone(measure, exact, value, passes):
+    assert LabelFigure(measure, exact, value, speed_gate.MOST_LOST[measure.split()[0]]).is_passed is passes
+
+
+def test_joints_are_found_near_theirs():
+    points = np.zeros((1, 3, 3), np.float32)
+    points[0, 1, :2], points[0, 2, :2] = (0, 100), (50, 50)
+    truth = Keypoints(points, np.array([[2, 2, 0]]), np.ones(1), ("a", "b", "c"))
+    moved = points.copy()
+    moved[0, 1, 0] += 11  # of a person 100 pixels tall
+    assert speed_gate._share_of_joints(truth, truth) == 1
+    assert speed_gate._share_of_joints(replace(truth, points=moved), truth) == 0.5
+    assert speed_gate._share_of_joints(replace(truth, points=points[:0]), truth) == 0
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setenv("DATASETDM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(speed_gate, "DEMO_IMAGES", 8)
+    line = ["--out", str(tmp_path / "run"), "--number", "2", "--task", "semantic,depth", "--quiet"]
+    return tmp_path / "run", lambda *flags: generate.main([*line, *flags])
+
+
+@pytest.mark.parametrize(
+    ("name", "constant", "value", "reason"),
+    [("fast25", "FAST_STEPS", 6, "6 calls, not 25"), ("cache3", "INTERVAL", 12, "not every third call")],
+)
+def test_a_speed_that_is_not_what_it_is_called_is_refused(run, name, constant, value, reason, monkeypatch, capsys):
+    folder, make = run
+    monkeypatch.setattr(speed, constant, value)
+    assert make("--speed", name) == 4 and not folder.exists()
+    assert reason in capsys.readouterr().err
+
+
+def test_deep_features_of_another_call_are_refused_by_the_labels(run, monkeypatch, capsys):
+    folder, make = run
+    denoise_from, first = FastEngine.denoise_from, {}
+
+    def from_the_first(self, deep, *inputs):
+        return denoise_from(self, first.setdefault(len(first) // 99, deep), *inputs)
+
+    monkeypatch.setattr(FastEngine, "denoise_from", from_the_first)
+    assert make("--speed", "cache3") == 4 and not folder.exists()
+    assert "--speed cache3: labels of 8 images fit worse" in capsys.readouterr().err
+
+
+def test_a_run_is_judged_once_and_says_so(run, monkeypatch, capsys):
+    folder, make = run
+    monkeypatch.setattr(speed_gate, "MOST_LOST", dict.fromkeys(speed_gate.MOST_LOST, 0.1))  # of 8 images
+    assert make("--speed", "fast25", "--limit", "1") == 0
+    document = json.loads((folder / "run.json").read_text())
+    assert document["config"]["speed"] == document["sampling"]["speed"] == "fast25"
+    assert document["sampling"]["calls"] == 25 and document["speed"]["passed"] is True
+    assert {row["measure"] for row in document["speed"]["measures"]} == {"IoU semantic", "REL depth", "doubtful"}
+    assert "fast25, approximate" in (folder / "README.md").read_text()
+
+    def refuse(*_):
+        raise AssertionError("it was judged again")
+
+    monkeypatch.setattr(speed_gate, "_figures", refuse)
+    assert make("--speed", "fast25") == 0  # resumed, and another run of the same settings
+    assert make("--speed", "fast25", "--out", f"{folder}-other", "--seed", "5") == 0
+    assert make("--speed", "cache3") == 2 and make() == 2
+    assert "speed" in capsys.readouterr().err
+
+
+def test_a_verdict_is_of_its_settings(tmp_path, monkeypatch):
+    config = RunConfig(out=str(tmp_path / "run"), number=2, task=("depth",))
+    keys = set()
+    for changes in ({}, {"guidance": 2.0}, {"speed": "cache3"}, {"task": ("semantic",)}):
+        job = prepare(replace(config, **{"speed": "fast25", **changes}))
+        exact = make_recipe(job.engine, job.recipe.tasks, speed=EXACT, guidance=changes.get("guidance", 0.0))
+        keys.add(speed_gate._key(job, exact))
+    assert len(keys) == 4
