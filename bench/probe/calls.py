@@ -39,9 +39,9 @@ def engine_of(model: Model, device: torch.device) -> FastEngine:
 def given(engine: FastEngine, batch: int) -> tuple[Tensor, Text]:
     """Latents and text of a batch."""
     model = engine.model
-    shapes = (batch, *model.latent_shape()), (2 * batch, model.levels[0].tokens, model.text_width)
-    latents, context = (torch.randn(shape, device=engine.device) for shape in shapes)
-    return latents, Text(context)
+    latents = torch.randn(batch, *model.latent_shape(), device=engine.device)
+    text = engine.encode_text([""]).expand(model.halves * batch)
+    return latents, text.map(torch.randn_like)
 
 
 def milliseconds(call: Callable[[], object], device: torch.device, rounds: int = ROUNDS) -> float:

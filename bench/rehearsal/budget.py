@@ -1,4 +1,6 @@
-"""The ratchet: what the calls of SD 1.4 cost a GPU, reckoned, and bench/gpu_budget.json, above which none may rise."""
+"""The ratchet: what the calls of SD 1.4 and SDXL cost a GPU, reckoned, and bench/gpu_budget.json, above which none may
+rise.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +25,7 @@ from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.runs.run_settings import RunConfig
 
 MODEL, BATCHES, USUAL = "random-sd14", (1, 8, 32), 8
+LARGER, LARGER_BATCHES = "random-sdxl", (1, 8)
 COPIED = ("UNet call", "label decoders and autoencoder")
 AROUND = "around the"  # begins the names of what is launched beside the graphs of calls: copies, steps, post-processing
 SLACK = 1.0005  # of rounding
@@ -62,7 +65,15 @@ def reckoned() -> Reckoned:
             found[f"{AROUND} {name}, {USUAL} images"] = reckon(launched(timeline, call))
         found[f"label decoders, {USUAL} images"] = reckon(recorded(engine, engine.decoders))
         found[f"autoencoder, {USUAL} images"] = reckon(recorded(engine, ["image"]))
-        return Reckoned(found, storages(timeline.kernels))
+        kernels = storages(timeline.kernels)
+        larger = open_engine(LARGER, "auto", "cuda")
+        calls = {
+            f"SDXL UNet call, {batch} image{'s' * (batch > 1)}": unet_call(larger, batch, "_plain")
+            for batch in LARGER_BATCHES
+        }
+        calls["SDXL captured call, 1 image"] = unet_call(larger, 1, "_capture_projected")
+        found |= {name: reckon(launched(timeline, call)) for name, call in calls.items()}
+        return Reckoned(found, kernels)
 
 
 def sampler_state(engine: FastEngine, latents: torch.Tensor) -> SamplerState:
@@ -102,8 +113,10 @@ def _latents(engine: FastEngine, batch: int) -> torch.Tensor:
 
 
 def _text(engine: FastEngine, batch: int) -> Text:
-    level, width = engine.model.levels[0], engine.model.text_width
-    return Text(torch.empty(2 * batch, level.tokens, width, device=engine.device))
+    model, rows = engine.model, engine.model.halves * batch
+    second = model.configs.get("text_encoder_2")
+    pooled = None if second is None else torch.empty(rows, second.projection_dim, device=engine.device)
+    return Text(torch.empty(rows, model.levels[0].tokens, model.text_width, device=engine.device), pooled)
 
 
 def stored() -> Reckoned:

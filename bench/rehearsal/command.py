@@ -61,7 +61,7 @@ class RehearsalConfig:
         "", "with --compile: folder for the compiled kernels, for another machine", metavar="DIR", output="folder"
     )
     adopt: str = setting("", "make the kernels of a folder that came from another machine usable here", metavar="DIR")
-    budget: bool = setting(False, "instead: compare the estimated cost of SD 1.4 with bench/gpu_budget.json")
+    budget: bool = setting(False, "instead: compare the estimated cost of SD 1.4 and SDXL with bench/gpu_budget.json")
     update: bool = setting(False, "with --budget: write the estimate into that file")
     json: bool = setting(False, "one JSON object on standard output")
 
