@@ -12,6 +12,7 @@ import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -28,8 +29,10 @@ from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample,
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import mask_rle
 from datasetdm_fast.engine.labels.numbering import number_classes
-from datasetdm_fast.runs.exporting import hf
+from datasetdm_fast.errors import GateFailed, Refused
+from datasetdm_fast.runs.exporting import conversion, hf
 from datasetdm_fast.runs.exporting.rings import editable_parts, rings
+from datasetdm_fast.runs.exporting.voc import borders
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.training.readers import open_data
@@ -243,6 +246,27 @@ def test_what_annotation_tools_open_read_back_is_the_run(run, tmp_path, kind):
                 np.asarray(picture.filter(each(3))) > 0 for each in (ImageFilter.MinFilter, ImageFilter.MaxFilter)
             )
             assert not (mask & ~outer).any() and not (inner & ~mask).any()
+
+
+@pytest.mark.parametrize(
+    ("error", "told"), [(Refused("no PNG", ""), "(no PNG)"), (KeyError("counts"), "(KeyError: 'counts')")]
+)
+def test_a_sample_that_a_format_cannot_read_is_a_failed_check(error, told):
+    def convert_sample(view, plan):
+        raise error
+
+    view = SimpleNamespace(stored=SimpleNamespace(id="00000007", run="runs/x"))
+    with pytest.raises(GateFailed) as failed:
+        conversion._convert_sample("coco", SimpleNamespace(convert_sample=convert_sample), view, None)
+    assert failed.value.cause == f"runs/x: sample 00000007 is damaged {told}"
+
+
+def test_a_border_of_voc_lies_half_inside():
+    objects = np.zeros((40, 40), np.uint8)
+    objects[10:30, 10:30] = 7
+    ring = np.zeros((40, 40), bool)
+    ring[7:33, 7:33], ring[12:28, 12:28] = True, False  # three pixels outside and two inside of 5
+    assert np.array_equal(borders(objects, 5), ring)
 
 
 def test_borders_for_a_person_have_few_corners():

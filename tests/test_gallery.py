@@ -9,6 +9,7 @@ from rendered import document, rendered, write_run
 
 from datasetdm_fast.data import Request, Sample, SemanticMap
 from datasetdm_fast.engine.labels import LABEL_KINDS, pictures
+from datasetdm_fast.engine.labels.colours import colour
 from datasetdm_fast.engine.labels.numbering import number_classes
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.runs.gallery import page, sheets, showing
@@ -274,13 +275,24 @@ def test_borders_enclose_the_mask(name):
     assert (pictures.outline(mask) == "") == (name == "empty")
 
 
-def test_an_outline_is_a_path_of_svg_around_the_mask():
+def test_things_of_a_training_page_are_tinted_within_a_white_outline():
+    mask = np.zeros((5, 5), bool)
+    mask[1:4, 1:4] = True
+    shown = np.array(pictures.paint_masks(np.full((5, 5, 3), 100, np.uint8), mask[None], np.array([2])))
+    tint = [int(40 + 0.6 * value) for value in colour(3)]
+    assert shown[2, 2].tolist() == tint and (shown[0, 0] == 100).all() and (shown[1:4, 1:4] == 255).all(2).sum() == 8
+
+
+@pytest.mark.parametrize("scale", [1, 16])  # large masks are traced in steps
+def test_an_outline_is_a_path_of_svg_around_the_mask(scale):
     mask = np.zeros((128, 128), bool)
     mask[20:40, 30:70] = True
+    mask = mask.repeat(scale, 0).repeat(scale, 1)
     begin, ways = re.fullmatch(r"M(.+)l(.+)z", pictures.outline(mask)).groups()
     numbers = [float(number) for text in (begin, ways) for number in re.findall(r"-?\d+(?:\.\d+)?", text)]
     x, y = np.cumsum(np.reshape(numbers, (-1, 2)), axis=0).T
-    assert (x.min(), y.min(), x.max(), y.max()) == (30, 20, 70, 40)
+    x, y = x / scale, y / scale
+    assert (x.min(), y.min(), x.max(), y.max()) == pytest.approx((30, 20, 70, 40), abs=0.3)
     assert (x * np.roll(y, -1) - np.roll(x, -1) * y).sum() / 2 == pytest.approx(40 * 20, rel=0.02)
 
 

@@ -9,6 +9,7 @@ from PIL import Image
 
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.engine.labels import LABEL_KINDS, class_tables, kind
+from datasetdm_fast.engine.labels import instance as instance_labels
 from datasetdm_fast.engine.labels import pose as pose_labels
 from datasetdm_fast.engine.labels.colours import colour
 from datasetdm_fast.engine.labels.numbering import check_palette, number_classes, with_palette
@@ -355,11 +356,31 @@ def test_instances_differ_by_the_scores_that_their_masks_do_not_share():
     assert distance(instances(first, scores=doubtful), instances(first, scores=sure)) == pytest.approx(0.75 / 1.25)
 
 
+def test_instances_overlap_the_truth_by_the_best_of_their_class():
+    overlap, whole = LABEL_KINDS["instance"].overlap, instances((0, 0, 4, 4))
+    assert overlap(instances((0, 0, 1, 4), (0, 0, 2, 4)), whole) == 0.5 and overlap(instances(), whole) == 0
+    assert overlap(whole, instances()) == 1, "nothing is missed"
+    assert overlap(instances((0, 0, 4, 4), classes=[1]), whole) == 0
+
+
 def test_a_lost_instance_fails_verify_where_it_was_sure():
     gates = LABEL_KINDS["instance"].gates
     whole, nothing = instances((0, 0, 4, 4), scores=[0.9]), instances()
     lost = LABEL_KINDS["instance"].distance(nothing, whole)
     assert all(lost > limit for pair in (gates.free_rounded, gates.rounded, gates.free_exact) for limit in pair)
+
+
+def test_where_things_lie_in_a_picture_in_shares_of_its_sides():
+    (number, name), *_ = LABEL_KINDS["instance"].names(TABLES["instance"]).items()
+    record = [{"category_id": number, "score": 0.75, "area": 6, "bbox": [2, 1, 4, 2]}]
+    (thing,) = LABEL_KINDS["instance"].things(record, TABLES["instance"], (8, 16))
+    assert thing == (name, 0.75, 6 / 128, 4 / 16, 2 / 8)
+
+
+def test_the_corners_of_a_mask():
+    mask = np.zeros((6, 8), bool)
+    mask[2:5, 3:7] = True
+    assert instance_labels._corners(mask) == (3, 2, 7, 5) and instance_labels._corners(mask & False) == (0, 0, 0, 0)
 
 
 def test_people_differ_by_the_mean_distance_of_their_joints():

@@ -536,6 +536,7 @@ def test_run_is_a_torch_data_set(run_path):
         and labels.dtype == torch.int64
         and labels.shape == (4, 64, 64)
     )
+    assert torch.equal(batch[0], torch.from_numpy(run[0].image).permute(2, 0, 1) / 255)
     assert run.as_dataset("depth")[0][1].dtype == torch.float32
     assert run.as_dataset("instance")[3][1]["masks"].dtype == torch.bool and run.as_dataset("pose")[3][1][
         "keypoints"

@@ -16,6 +16,7 @@ from datasetdm_fast.engine.backbones.sd import SD, SD_SCHEDULER
 from datasetdm_fast.engine.engines.torch import TorchEngine
 from datasetdm_fast.engine.sampling import make_schedule
 from datasetdm_fast.engine.sampling.schedule import Sampler, Schedule, Update, checked_calls
+from datasetdm_fast.engine.sampling.scheduler import choose_sampler
 from datasetdm_fast.engine.sampling.times import add_noise, alphas_cumprod, initial_noise
 from datasetdm_fast.engine.sampling.walk import SamplerState, State, guide, start, step
 from datasetdm_fast.errors import Refused
@@ -174,6 +175,12 @@ def test_settings_left_out_are_those_of_diffusers():
     for sampler, theirs, calls in (("ddim", ddim, 20), ("pndm", pndm, 21)):
         theirs.set_timesteps(20)
         compare(make_schedule(BETAS, sampler, 20, PROFILES[-1]), theirs, calls)
+
+
+def test_warm_up_steps_that_diffusers_takes_where_a_config_does_not_say_are_refused():
+    assert choose_sampler({"_class_name": "PNDMScheduler", "skip_prk_steps": True}, "auto") == "pndm"
+    with pytest.raises(Refused, match="skip_prk_steps"):
+        choose_sampler({"_class_name": "PNDMScheduler"}, "auto")
 
 
 def test_the_range_of_steps_is_the_training_steps():

@@ -13,6 +13,7 @@ import torch
 
 from bench.proof.decoders import fit
 from datasetdm_fast.data import join_texts
+from datasetdm_fast.engine import tasks
 from datasetdm_fast.engine.decoders.checkpoint import DecoderConfig, build_decoder, save_decoder
 from datasetdm_fast.engine.decoders.layers import SpectralConv2d
 from datasetdm_fast.engine.engines import build_engine
@@ -872,3 +873,10 @@ def test_evaluate_refuses_bad_input(engine, tmp_path, capsys, flags, code, said)
     given = {"--model": "tiny", "--decoder": str(tmp_path), **dict(zip(flags[::2], flags[1::2]))}
     assert main([word for pair in given.items() for word in pair]) == code
     assert said in capsys.readouterr().err
+
+
+def test_recipes_hide_a_share_of_the_channels():
+    shares = [
+        part["dropout"] for task in tasks.TASKS.values() for part in (task.small, task.large) if "dropout" in part
+    ]
+    assert len(shares) > 4 and all(0 <= share < 1 for share in shares)
