@@ -154,7 +154,7 @@ class TimedProtocol(H11Protocol):
 
     _late: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override, unused-ignore]  # as its base
         super().connection_made(transport)
         self._late = self.loop.call_later(HEAD_SECONDS, transport.close)
 
