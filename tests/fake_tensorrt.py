@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime
 import torch
 
-from datasetdm_fast.export.tensorrt import to_tensorrt
+from datasetdm_fast.export.tensorrt import flavours, to_tensorrt
 
 NUMPY = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(uint8)": np.uint8, "tensor(bool)": np.bool_}
 HANDLE = 4711
@@ -162,6 +162,9 @@ class FakeFlavour:
         self.title = f"TensorRT-RTX {version}"
         self.capabilities = ("sm75", "sm86", "sm89") if name == "tensorrt-rtx" else ()
         self.is_portable = bool(self.capabilities)
+
+    def serves(self, capability):
+        return flavours.Flavour.serves(self, capability)
 
 
 class HostQueue:

@@ -426,6 +426,16 @@ def test_what_was_found_is_named(monkeypatch):
         flavours.require_gpu()
 
 
+def test_shapes_that_cannot_be_inferred_are_told(demo, tmp_path, monkeypatch):
+    def fail(self):
+        raise RuntimeError("a shape tensor is not set")
+
+    monkeypatch.setattr(fake_tensorrt.Context, "infer_shapes", fail)
+    with pytest.raises(Missing, match="failed at inferring shapes: a shape tensor is not set"):
+        prebuilt(demo, tmp_path, monkeypatch, (1,), ("sm86",))
+        make_engine(demo, tmp_path).encode_text([""])
+
+
 def test_a_gpu_the_flavour_does_not_serve_is_named_with_those_it_does(monkeypatch):
     monkeypatch.setattr(flavours, "gpu_capabilities", lambda: ["sm90"])
     monkeypatch.setattr(flavours, "find_flavour", lambda name: fake_tensorrt.FakeFlavour(fake_tensorrt))

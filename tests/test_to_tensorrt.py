@@ -197,10 +197,12 @@ def test_shapes_that_do_not_fit_the_graph_are_refused(tmp_path):
 
 
 def test_a_builder_that_crashes_takes_only_itself_along(tmp_path, monkeypatch):
-    (tmp_path / "tensorrt_that_crashes.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
+    (tmp_path / "tensorrt_that_crashes.py").write_text(
+        "import os, signal\nos.write(2, b'out of places')\nos.kill(os.getpid(), signal.SIGSEGV)\n"
+    )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setitem(to_tensorrt.MODULES, "tensorrt-rtx", "tensorrt_that_crashes")
-    with pytest.raises(Refused, match="its builder ended by SIGSEGV"):
+    with pytest.raises(Refused, match="its builder ended by SIGSEGV, saying: .*out of places"):
         run(tmp_path, RELU)
 
 

@@ -52,6 +52,10 @@ class Flavour:
     def is_portable(self) -> bool:
         return bool(self.capabilities)
 
+    def serves(self, capability: str) -> bool:
+        """Whether it runs plans on a GPU of that capability."""
+        return not self.is_portable or capability in self.capabilities
+
 
 def find_flavour(name: str = "auto", asker: str = "engine trt") -> Flavour:
     """The flavour of that name, or the first installed one; raises Missing, for `asker`, where none is installed."""
@@ -129,7 +133,7 @@ def require_gpu(name: str = "auto") -> Flavour:
             "Run it on a machine with one, or use --engine fast; `python -m datasetdm_fast.export --to tensorrt-rtx` "
             "builds plans here for such a machine.",
         )
-    if flavour.is_portable and not set(gpus) & set(flavour.capabilities):
+    if not any(map(flavour.serves, gpus)):
         raise Missing(
             f"engine trt: {flavour.title} serves {', '.join(flavour.capabilities)}, and this machine has "
             f"{', '.join(gpus)}; {describe_driver()}",

@@ -144,15 +144,19 @@ def open_plan(
     return opened.open_or_build(order, build, accepts)
 
 
+LONGEST_REASON = 1000  # bytes of what a builder that failed wrote last
+
+
 def run_builder(graph: Path, order: PlanOrder, part: Path, flavour: Flavour) -> dict[str, Any]:
     """Layers, fused attentions and seconds of the plan written to `part`; refuses what TensorRT refuses."""
     job = {"module": MODULES[flavour.name], "graph": str(graph), "plan": str(part), "shapes": order.facts()["shapes"]}
     job["capabilities"] = list(order.capabilities) if flavour.is_portable else []
     command = [sys.executable, "-m", "datasetdm_fast.export.tensorrt.plan_builder"]
-    process = subprocess.run(command, input=json.dumps(job).encode(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process = subprocess.run(command, input=json.dumps(job).encode(), capture_output=True)
     code = process.returncode
     ending = f"by {signal.Signals(-code).name}" if code < 0 else f"with {code}"
-    result: dict[str, Any] = {"refusal": f"its builder ended {ending}"}
+    words = " ".join(process.stderr[-LONGEST_REASON:].decode(errors="replace").split())
+    result: dict[str, Any] = {"refusal": f"its builder ended {ending}" + (f", saying: {words}" if words else "")}
     if code == 0:
         result = json.loads(process.stdout.splitlines()[-1])
     if "refusal" in result:

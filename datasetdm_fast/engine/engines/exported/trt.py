@@ -24,8 +24,6 @@ from datasetdm_fast.export.tensorrt import flavours
 from datasetdm_fast.export.tensorrt.plans import Facts, PlanFolder, cached_plans
 from datasetdm_fast.export.tensorrt.to_tensorrt import WORDS, Target, call_size, make_order, open_plan
 
-PORTABLE_FROM = 80  # a plan for no GPU in particular serves these capabilities and later ones
-
 
 class TrtEngine(GraphEngine):
     """See GraphEngine; plans are built at the first call of a batch size or read from `engines`; one stream."""
@@ -136,13 +134,10 @@ class TrtStage:
             flavour, queue, golden = self.engine.flavour, self.engine.queue, self.engine.golden
 
             def runs_here(facts: Facts) -> bool:
-                capabilities = facts["capabilities"]
-                is_recent = int(queue.capability.removeprefix("sm")) >= PORTABLE_FROM
-                return queue.capability in capabilities or (not capabilities and is_recent)
+                is_listed = queue.capability in facts["capabilities"]
+                return is_listed or (not facts["capabilities"] and flavour.serves(queue.capability))
 
-            is_known = not flavour.is_portable or queue.capability in flavour.capabilities
-            capabilities = (queue.capability,) if is_known else ()
-            target = Target(flavour, capabilities, "" if flavour.is_portable else queue.gpu)
+            target = Target(flavour, (queue.capability,), "" if flavour.is_portable else queue.gpu)
             order = make_order(self.stage, self.manifest, target, batch)
             plan = open_plan(self.folder, order, self.manifest, flavour, golden, runs_here)
             loaded = LoadedPlan(plan, self.tensors, flavour, queue)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasetdm_fast.engine.engines.cuda_graph import InOrder
+from datasetdm_fast.engine.engines.cuda_graph import TURN, InOrder
 from datasetdm_fast.errors import GateFailed, Missing
 from datasetdm_fast.export import golden
 from datasetdm_fast.export.tensorrt.flavours import Flavour
@@ -39,7 +38,7 @@ class Queue(InOrder):
     """
 
     def __init__(self, device: torch.device):
-        self.device, self.stream, self._turn = device, torch.cuda.Stream(device), threading.RLock()
+        self.device, self.stream = device, torch.cuda.Stream(device)
         self.gpu = torch.cuda.get_device_name(device)
         self.capability = "sm{}{}".format(*torch.cuda.get_device_capability(device))
         self.handle = self.stream.cuda_stream
@@ -47,7 +46,7 @@ class Queue(InOrder):
     def run(self, work: Callable[[], None]) -> None:
         """`work` on this stream: after what its caller has queued, before what the caller queues next."""
         current = torch.cuda.current_stream(self.device)
-        with self._turn:
+        with TURN:
             self.stream.wait_stream(current)
             with torch.cuda.stream(self.stream):
                 work()
@@ -64,7 +63,7 @@ class Queue(InOrder):
     @contextmanager
     def take_turn(self) -> Iterator[None]:
         """What this thread queues within this block comes after what others have queued in theirs."""
-        with self._turn:
+        with TURN:
             self.follow(torch.cuda.current_stream(self.device))
             yield
 
@@ -73,7 +72,7 @@ class Queue(InOrder):
         """Within this block the GPU is the current one, as TensorRT expects when it loads a plan, and the stream this
         thread's alone.
         """
-        with self._turn, torch.cuda.device(self.device):
+        with TURN, torch.cuda.device(self.device):
             yield
 
 
@@ -152,7 +151,11 @@ class LoadedPlan:
             raise self._unfit(self.log.last)
         for name in self.plan.facts["shapes"]:
             self._must(context.set_input_shape(name, tuple(self.inputs[name].shape)), f"the shape of {name}")
-        self._must(not context.infer_shapes(), "inferring shapes")
+        try:
+            missing = context.infer_shapes()
+        except RuntimeError as error:
+            raise self._failure(f"inferring shapes: {error}") from error
+        self._must(not missing, f"inferring shapes, without {', '.join(missing)}")
         for name, buffer in self.outputs.items():
             self._must(tuple(context.get_tensor_shape(name)) == tuple(buffer.shape), f"the shape of {name}")
         for name, buffer in (self.inputs | self.outputs).items():
@@ -166,10 +169,13 @@ class LoadedPlan:
 
     def _must(self, is_done: bool, step: str) -> None:
         if not is_done:
-            raise Missing(
-                f"{self.plan.path}: TensorRT failed at {step}: {self.log.last}",
-                "Delete the plan so that it is rebuilt, or use --engine fast.",
-            )
+            raise self._failure(step)
+
+    def _failure(self, step: str) -> Missing:
+        return Missing(
+            f"{self.plan.path}: TensorRT failed at {step}: {self.log.last}",
+            "Delete the plan so that it is rebuilt, or use --engine fast.",
+        )
 
     def _execute(self) -> None:
         self._must(self.context.execute_async_v3(self.queue.handle), "running it")
