@@ -221,6 +221,7 @@ def test_so_is_every_other_use_of_an_engine(scenario, device):
     [
         *(("--model", "random-sd14", "--batch", str(batch)) for batch in (1, 8, 32)),
         ("--model", "random-sd14", "--scenario", "attention", "--batches", "1"),
+        *(("--model", "random-sdxl", "--batches", "1", "--scenario", name) for name in ("decoders", "attention")),
         *(("--model", "tiny", "--dtype", dtype) for dtype in ("fp32", "tf32", "bf16")),
         *(("--model", "tiny", "--dtype", dtype, "--scenario", "label") for dtype in ("fp32", "bf16")),
     ],
@@ -254,7 +255,7 @@ def test_gradients_are_left_out_or_refused_where_pytorch_has_cuda(monkeypatch, c
 
 @long_test
 @needs_triton
-@pytest.mark.parametrize("model", ["tiny", "random-sd14"])
+@pytest.mark.parametrize("model", ["tiny", "random-sd14", "random-sdxl"])
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
 def test_every_kernel_of_a_run_fits_every_gpu(model, dtype):
     """No spills, loads of 16 bytes, tensor cores where there is a product."""
