@@ -121,6 +121,14 @@ def test_the_demo_is_in_its_own_domain(tmp_path):
         assert sample.trust.domain == pytest.approx(own[0].trust.domain, abs=0.01), "as every engine measures it"
 
 
+def test_a_single_sample_stops_no_run(foreign, tmp_path, capsys):
+    """One in a hundred right ones is out of the domain."""
+    out, flags = tmp_path / "run", ("--decoder", str(foreign), "--batch-size", "1")
+    assert run(out, *flags, "--limit", "1") == 0
+    assert run(out, *flags) == 4 and len(open_run(out)) == 2
+    assert "2 of the first 2 samples" in capsys.readouterr().err
+
+
 def test_a_run_out_of_the_domain_stops_after_its_first_batch(foreign, tmp_path, capsys):
     out, flags = tmp_path / "run", ("--decoder", str(foreign))
     assert run(out, *flags) == 4

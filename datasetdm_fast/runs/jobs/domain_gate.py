@@ -10,6 +10,7 @@ from datasetdm_fast.runs.run_folder.document import LEDGER
 from datasetdm_fast.runs.run_folder.ledger import Ledger
 
 MOST_OUTSIDE = 0.5  # share of the samples
+FEWEST = 2  # samples that are evaluated: of right ones, one in a hundred is out of the domain
 
 
 def count_outside(folder: Path) -> int:
@@ -21,7 +22,7 @@ def count_outside(folder: Path) -> int:
 
 
 class DomainGate:
-    """Evaluates the samples that a run has, or else its first batch; a run of a single batch spares none."""
+    """Evaluates the samples that a run has, or else those of its first batches; a run of a single batch spares none."""
 
     def __init__(self, job: Job):
         self._folder, self._is_open = job.folder, not job.stops_outside
@@ -30,23 +31,24 @@ class DomainGate:
 
     @property
     def is_closed(self) -> bool:
-        return self.outside > MOST_OUTSIDE * self.measured
+        return self.measured >= FEWEST and self.outside > MOST_OUTSIDE * self.measured
 
     def evaluate_stored(self, ledger: Ledger) -> None:
         """Raises GateFailed where most stored samples are out of the domain of the decoders."""
         outside, measured = ledger.count_out_of_domain()
-        if measured and not self._is_open:
-            self._is_open = True
+        if not self._is_open:
             self.outside, self.measured = outside, measured
+            self._is_open = measured >= FEWEST
             self.check()
 
     def evaluate(self, results: Sequence[Sample | Quarantined]) -> None:
-        """Evaluates a batch, if none was evaluated before."""
+        """Evaluates a batch, until there are enough samples."""
         trusts = [result.trust for result in results if isinstance(result, Sample) and result.trust]
         distances = [trust.domain for trust in trusts if trust.domain is not None]
         if distances and self._has_later and not self._is_open:
-            self._is_open = True
-            self.outside, self.measured = sum(distance > 1 for distance in distances), len(distances)
+            self.outside += sum(distance > 1 for distance in distances)
+            self.measured += len(distances)
+            self._is_open = self.measured >= FEWEST
 
     def check(self) -> None:
         """Raises GateFailed where it is closed."""
