@@ -16,6 +16,7 @@ from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.runs.exporting.auditing import audit_place
 from datasetdm_fast.runs.run_folder.audit import repair
+from datasetdm_fast.runs.run_folder.shard_audit import find_sharded, repair_shards
 from datasetdm_fast.settings import setting
 
 PROG = "python -m datasetdm_fast.audit"
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
 
         report = audit_place(config.run, config.threads, show)
     if config.repair and report.damaged:
-        repair(report)
+        (repair if find_sharded(config.run) is None else repair_shards)(report)
     if config.json:
         fields = {"set_aside" if name == "quarantined" else name: value for name, value in asdict(report).items()}
         print(json.dumps({**fields, "complete": report.is_complete}))

@@ -260,3 +260,4 @@ DEMO_DEFAULTS = Defaults(
 )
 # More steps give the same pictures; up to timestep 300 its features tell of kinds and depth alike, and less after it.
 DEMO_DIT_DEFAULTS = Defaults(size=128, steps=16, guidance=2.5, capture=200, attention=seg4diff(1, timestep=300))
+SHARD_SIZE = 1000  # samples of a shard where run.json names no other number

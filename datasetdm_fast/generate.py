@@ -13,6 +13,7 @@ from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.output import print_lines, print_unfinished
 from datasetdm_fast.command_line.progress import ImageProgress
+from datasetdm_fast.command_line.sharded_run import check_shard_settings, generate_shards
 from datasetdm_fast.config import EXACT
 from datasetdm_fast.runs.agreement.admission import Screen, admit_job
 from datasetdm_fast.runs.gallery.showing import ShownSoFar
@@ -40,7 +41,10 @@ def main(arguments: Sequence[str]) -> int:
     config = run_settings.complete_settings(config, provided)
     if config.only:
         return run_settings.remake_from(config, provided)
+    check_shard_settings(config)
     peer = None if config.dry_run else find_peer()
+    if config.layout == "shards":
+        return generate_shards(config, run_settings.read_spec(config), peer, PROG, arguments)
     spec, run = run_settings.read_spec(config), RunQueue.open(Path(config.out))
     run_settings.check_together(config, run.stored is not None, peer.world if peer else 1)
     is_reporting = not (peer and peer.rank)

@@ -478,7 +478,7 @@ def test_remedies_with_the_url_of_a_run_can_be_pasted(run, bucket, tmp_path):
     fill(bucket, run)
     bucket.files.rm(f"{bucket.root}/images/00000001.png")
     with pytest.raises(Missing, match="is not there") as stop, open_run(bucket.url) as opened:
-        object_store.StoreCopy(bucket.url, tmp_path / "copy").fetch_samples([opened[1].row])
+        object_store.StoreCopy(bucket.url, tmp_path / "copy").read(opened[1].row.files["image"][0])
     assert stop.value.remedy.endswith(f"audit '{bucket.url}'")
 
 

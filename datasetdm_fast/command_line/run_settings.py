@@ -194,7 +194,8 @@ def check_together(config: RunConfig, is_begun: bool, processes: int) -> None:
     """Refuses flags that do not go together, or not in one of several processes that were started together."""
     if config.store and not config.cluster:
         raise Refused(
-            f"--store {config.store}: only the workers of a cluster write there", "Add --cluster ray, or drop it."
+            f"--store {config.store}: only the workers of a cluster write there, or a run in shards",
+            "Add --layout shards or --cluster ray, or drop it.",
         )
     if is_begun:
         check_store(Path(config.out), config.store)

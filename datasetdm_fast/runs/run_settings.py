@@ -13,6 +13,7 @@ from datasetdm_fast.config import (
     LABELS,
     MOST_TRIES,
     PARITIES,
+    SHARD_SIZE,
 )
 from datasetdm_fast.engine.loop.checks import LARGEST_BATCH
 from datasetdm_fast.engine.loop.prompts import PromptSource
@@ -230,9 +231,20 @@ class FileSettings:
         least=0,
         most=MOST_MINUTES,
     )
+    layout: str = setting(
+        "folder",
+        "folder: a file for each image and label; shards: tar files that WebDataset reads, each with a Parquet index, "
+        "for runs of many samples or in an object store",
+        choices=("folder", "shards"),
+        identity="if given",
+    )
+    shard_size: int = setting(
+        SHARD_SIZE, "with --layout shards: samples of a shard", metavar="N", least=1, identity="if given"
+    )
     store: str = setting(
         "",
-        "with --cluster: fsspec URL for the data set, such as s3://bucket/run; --out keeps the ledger",
+        "fsspec URL for the data set, such as s3://bucket/run; with --layout shards it takes the place of --out, with "
+        "--cluster --out keeps the ledger",
         identity=False,
         metavar="URL",
     )
@@ -297,7 +309,7 @@ class RunConfig(
         "model lora decoder outlines task combine labeller classes class_table ask exponent threshold uncertainty "
         "self_cells cross_cells parity engine prompts negative_prompt allow_unnamed truncate_prompts number "
         "per_class keep accept most_tries ignore ignore_below seed steps guidance sampler profile speed size "
-        "batch_size image_format palette out only mixed limit force_domain page_every verify "
+        "batch_size image_format palette out layout shard_size only mixed limit force_domain page_every verify "
         "dry_run allow_download json quiet threads gpus ranks cluster store make_bucket dtype compile "
         "device provider streams engines trt_flavour"
     ).split()

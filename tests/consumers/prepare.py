@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import torchless
 from rendered import write_run
 
-from datasetdm_fast import convert, open_run, split
+from datasetdm_fast import convert, generate, open_run, split
 
 NUMBER, SIZE = 24, 128
 FORMATS = "coco,yolo-detect,yolo-seg,yolo-pose,voc,cityscapes,hf,hf-parquet,wds,mask2former"
@@ -46,5 +47,14 @@ def main(folder: Path) -> None:
     (folder / "truth.json").write_text(json.dumps({"things": names, "classes": classes, "parts": parts}))
 
 
+def make_shards(folder: Path) -> None:
+    """A run in shards, of arithmetic in the place of networks."""
+    torchless.install()
+    line = ["--layout", "shards", "--shard-size", "5", "--number", "12", "--out", str(folder / "shards"), "--quiet"]
+    if code := generate.main(line):
+        sys.exit(code)
+
+
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    make_shards(Path(sys.argv[1]))

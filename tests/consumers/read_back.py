@@ -188,6 +188,21 @@ def test_webdataset_reads_every_sample():
         assert [names[str(k)] for k in np.unique(shown)] == [CLASSES[k] for k in np.unique(truth)]
 
 
+def test_webdataset_and_datasets_read_a_run_in_shards_as_it_is():
+    import datasets
+    import webdataset
+
+    shards = sorted(map(str, (OUT.parent / "shards" / "shards").glob("*.tar")))
+    found = list(webdataset.WebDataset(shards, shardshuffle=False).decode("pil"))
+    streamed = list(datasets.load_dataset("webdataset", data_files={"train": shards}, streaming=True)["train"])
+    assert [sample["__key__"] for sample in found] == [f"{k:08d}" for k in range(12)]
+    for one, two in zip(found, streamed, strict=True):
+        assert one["json"]["seed"] == two["json"]["seed"] == int(one["__key__"])
+        assert (np.asarray(one["png"]) == np.asarray(two["png"].convert("RGB"))).all()
+    index = datasets.load_dataset("parquet", data_files=[each.replace(".tar", ".parquet") for each in shards])["train"]
+    assert list(index["id"]) == [sample["__key__"] for sample in found]
+
+
 def test_voc_is_laid_out_as_torchvision_reads_it():
     """VOCSegmentation and VOCDetection: the files named by ImageSets of VOCdevkit/VOC2012."""
     root = OUT / "voc/VOCdevkit/VOC2012"

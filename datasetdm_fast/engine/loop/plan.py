@@ -60,6 +60,12 @@ class Plan:
         requests = tuple(self.request(k) for k in range(first, stop))
         return Batch(index, requests, self.batch_size - len(requests))
 
+    def batches_between(self, first: int, stop: int) -> Iterator[Batch]:
+        """The requests from `first` to before `stop`, of which the last batch is filled up."""
+        for index, begin in enumerate(range(first, stop, self.batch_size)):
+            requests = tuple(self.request(k) for k in range(begin, min(begin + self.batch_size, stop)))
+            yield Batch(index, requests, self.batch_size - len(requests))
+
     def __iter__(self) -> Iterator[Request]:
         return (self.request(index) for index in range(self.number))
 

@@ -10,12 +10,15 @@ from datasetdm_fast.runs.exporting.export_folder import audit_export, exports_of
 from datasetdm_fast.runs.run_folder.audit import Report, audit
 from datasetdm_fast.runs.run_folder.document import DOCUMENT
 from datasetdm_fast.runs.run_folder.object_store import StoreCopy, copy_of, is_url
+from datasetdm_fast.runs.run_folder.shard_audit import audit_shards, find_sharded
 
 LEDGER_FOLDER = "DIR"  # of a run in an object store, which the URL does not name
 
 
 def audit_place(place: str, threads: int, on_progress: Callable[[int, int], None]) -> Report:
     """The report on what lies at a path or URL; `on_progress` gets the number of checked samples and that of all."""
+    if find_sharded(place) is not None:
+        return audit_shards(place, threads, on_progress)
     if (copies := copy_of(place)) is not None:
         return _audit_store(place, copies, threads, on_progress)
     folder = Path(place)

@@ -22,7 +22,6 @@ from datasetdm_fast.runs.exporting.format import AllSamples, Content, Entry, Exp
 from datasetdm_fast.runs.exporting.settings import LayoutSettings, PictureSettings
 from datasetdm_fast.runs.exporting.sources import TRAIN, ExportSource, damage_of
 from datasetdm_fast.runs.exporting.view import RunView, SampleView
-from datasetdm_fast.runs.run_folder.document import table_of
 from datasetdm_fast.runs.run_folder.ledger import canonical
 from datasetdm_fast.runs.run_folder.reader import StoredSample
 from datasetdm_fast.untrusted import documents
@@ -175,9 +174,8 @@ class Conversion:
 
     def _views(self) -> Iterator[SampleView]:
         run = self.source.run
-        table = table_of(run.document)
         for row in self.source.rows():
-            yield self._view(StoredSample(row, run.path, run.document, run.copies, table))
+            yield self._view(run.sample_of(row))
 
     def view(self, number: int) -> SampleView:
         """The sample of a number."""

@@ -10,9 +10,8 @@ import numpy as np
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.exporting.classes import Classes
 from datasetdm_fast.runs.exporting.settings import LayoutSettings, PictureSettings
-from datasetdm_fast.runs.exporting.view import Linked, SampleView
+from datasetdm_fast.runs.exporting.view import Content, SampleView
 
-Content = bytes | Linked
 Files = dict[str, Content]  # path inside the format's folder, content
 Entry = dict[str, Any]  # what the files of all samples need of one, as JSON
 

@@ -67,7 +67,7 @@ def open_source(
     kind, and `chosen` the indices of samples that a condition lets through.
     """
     run = Run(place, kept=only_kept)
-    path = run.path = run.copies.fetch_all() if run.copies else run.path
+    path = run.path
     if only_kept:
         check_filtered(path)
     split = read_split(path)

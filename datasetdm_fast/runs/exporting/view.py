@@ -1,5 +1,6 @@
 """A sample as an export shows it: chosen labels, classes by the export's numbers, at the requested size."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,6 +45,9 @@ class Linked:
 
     def read(self) -> bytes:
         return storage.read(self.path, self.stored.size)
+
+
+Content = bytes | Linked
 
 
 @dataclass(frozen=True)
@@ -141,10 +145,14 @@ class SampleView:
         """The bytes of a file of the run; refuses others than were written."""
         name, written = self.stored.row.files[role]
         try:
-            data = storage.read_written(self.stored.folder / name, written, images.LARGEST_IMAGE_FILE)
-        except (Missing, Refused) as error:
+            data = self.stored.read(role)
+        except Missing as error:
+            if (self.stored.folder / name).exists():
+                raise GateFailed(error.cause, to_see_damage(self.stored.run)) from error
+            data = b""
+        except Refused as error:
             raise GateFailed(error.cause, to_see_damage(self.stored.run)) from error
-        if data is None:
+        if len(data) != written.size or hashlib.sha256(data).hexdigest() != written.sha256:
             cause = f"{self.stored.run}/{name}: it is missing or has changed since it was written"
             raise GateFailed(cause, to_see_damage(self.stored.run))
         return data
@@ -160,7 +168,7 @@ class SampleView:
             pixels = np.asarray(resized)
         return pixels
 
-    def picture(self, forms: Sequence[str]) -> tuple[str, bytes | Linked]:
+    def picture(self, forms: Sequence[str]) -> tuple[str, Content]:
         """The image as a file of one of these forms, png or jpg, and its ending."""
         stored = self.stored.row.files["image"][0].rpartition(".")[2]
         form = stored if self.pictures.image_format == "same" else self.pictures.image_format
@@ -170,9 +178,11 @@ class SampleView:
             return form, self.link_file("image")
         return form, image_bytes(self.image, form, self.pictures.quality)
 
-    def link_file(self, role: str) -> Linked:
-        """A file of the run, as it is."""
-        self.read(role)
+    def link_file(self, role: str) -> Content:
+        """A file of the run, as it is; of one that is in a shard or an object store its bytes."""
+        data = self.read(role)
+        if self.stored.shards or self.stored.copies:
+            return data
         name, written = self.stored.row.files[role]
         return Linked(self.stored.folder / name, written)
 
@@ -205,7 +215,7 @@ class SampleView:
         ignored = self._map == IGNORED
         return ignored | self._unjudged if self._correction else ignored
 
-    def depth_file(self, steps: float) -> bytes | Linked:
+    def depth_file(self, steps: float) -> Content:
         """A 16-bit PNG with so many steps to the metre; depths that it has no number for are 0, as unknown ones."""
         label = self.run.labels["depth"]
         kind, table = kind_of(label), self.stored.document["labels"][label]

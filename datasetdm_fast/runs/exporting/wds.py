@@ -1,12 +1,12 @@
 """wds: tar shards for WebDataset, equal bytes for equal samples, and tables of their numbers."""
 
 import json
-import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 
 from datasetdm_fast.runs.exporting.described import describe_sample, map_files, table_files
 from datasetdm_fast.runs.exporting.format import AllSamples, Content, Entry, ExportPlan, Files, Format
 from datasetdm_fast.runs.exporting.view import SampleView
+from datasetdm_fast.runs.run_folder.shards import end_of, member
 
 
 class WebDatasetFormat(Format):
@@ -39,19 +39,12 @@ def _shard(plan: ExportPlan, samples: AllSamples, split: str, first: int) -> Ite
             data = member(f"{sample.name}.{name}", read_content(content))
             size += len(data)
             yield data
-    yield b"\0" * (2 * tarfile.BLOCKSIZE + -(size + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE)
+    yield end_of(size)
 
 
 def read_content(content: Content) -> bytes:
     """The bytes of a file."""
     return content if isinstance(content, bytes) else content.read()
-
-
-def member(name: str, data: bytes) -> bytes:
-    """A file in a tar archive, without time and owner."""
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    return info.tobuf(tarfile.USTAR_FORMAT) + data + b"\0" * (-len(data) % tarfile.BLOCKSIZE)
 
 
 WDS = WebDatasetFormat()

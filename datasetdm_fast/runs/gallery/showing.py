@@ -15,7 +15,14 @@ from datasetdm_fast.runs.gallery.closing import finish_run, lock_page, write_ind
 from datasetdm_fast.runs.gallery.pictures import fetch_or_draw
 from datasetdm_fast.runs.gallery.review import StoredReview
 from datasetdm_fast.runs.gallery.server import ServedRun
-from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER, LOCK, require_document, without_ledger
+from datasetdm_fast.runs.run_folder.document import (
+    DOCUMENT,
+    LEDGER,
+    LOCK,
+    refuse_shards,
+    require_document,
+    without_ledger,
+)
 from datasetdm_fast.runs.run_folder.folder import RunFolder, refusing_rows
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger
 from datasetdm_fast.runs.run_folder.object_store import StoreCopy, copy_of, is_url, unfinished_run
@@ -76,6 +83,7 @@ def show(place: str | Path, *, is_served: bool = False, is_dry: bool = False) ->
 def _write_page(folder: Path, *, is_dry: bool) -> dict[str, Any]:
     """run.json of a run folder that has its page now, unless the run is dry."""
     document = require_document(folder)
+    refuse_shards(folder)
     if not (folder / LEDGER).exists():
         if is_sealed(folder):
             raise without_ledger(folder, document)

@@ -15,6 +15,7 @@ from datasetdm_fast.runs.run_folder.document import LEDGER, QUARANTINE, quaranti
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.goal import Goal, goal_of
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger
+from datasetdm_fast.runs.run_folder.shards import ShardLedger
 
 LOOK = "Look at the others in its gallery; other prompts or decoders may help."
 MOST_REASONS = 3  # of quarantined samples that a message has
@@ -90,7 +91,12 @@ class Result:
 
 
 def result_of(
-    folder: Path, document: Mapping[str, Any], number: int, ledger: Ledger, made: int = 0, **seconds: float
+    folder: Path,
+    document: Mapping[str, Any],
+    number: int,
+    ledger: Ledger | ShardLedger,
+    made: int = 0,
+    **seconds: float,
 ) -> Result:
     number = max(number, document["plan"]["number"])  # more where others take the place of dropped ones
     config, goal = document["config"], goal_of(document["config"], number)

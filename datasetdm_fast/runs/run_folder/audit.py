@@ -275,11 +275,19 @@ def _check_strangers(folder: Path, folders: Iterable[str], known: set[str]) -> I
 
 
 def _check_samples(folder: Path, document: Mapping[str, Any], rows: Sequence[Row]) -> list[CheckedSample]:
-    return [check_sample(folder, document, row) for row in rows]
+    def read(row: Row, role: str) -> bytes:
+        path = folder / row.files[role][0]
+        if not path.exists():
+            raise ValueError(MISSING)
+        return storage.read(path, images.LARGEST_IMAGE_FILE)
+
+    return [check_sample(folder, document, row, read) for row in rows]
 
 
-def check_sample(folder: Path, document: Mapping[str, Any], row: Row) -> CheckedSample:
-    """Checks files and labels of one row."""
+def check_sample(
+    folder: Path, document: Mapping[str, Any], row: Row, read: Callable[[Row, str], bytes]
+) -> CheckedSample:
+    """Checks files and labels of one row; `read` gives the bytes of a file of a role."""
     id, config = row.request.id, document["config"]
     most = most_samples(config, document["plan"]["number"])
     if not 0 <= row.request.index < most:
@@ -301,9 +309,7 @@ def check_sample(folder: Path, document: Mapping[str, Any], row: Row) -> Checked
         remedy = "Take it out with --repair; the line that made the run then makes it again."
     for role, (name, stored) in row.files.items():
         try:
-            if not (folder / name).exists():
-                raise ValueError(MISSING)
-            data = storage.read(folder / name, images.LARGEST_IMAGE_FILE)
+            data = read(row, role)
             total += len(data)
             if len(data) != stored.size:
                 raise ValueError(f"has {len(data)} bytes, {stored.size} were written")

@@ -17,6 +17,7 @@ from datasetdm_fast.untrusted import documents, images
 FORMAT = 3  # of the folder's layout; a reader refuses what it does not know
 DOCUMENT, LEDGER, LOCK = "run.json", "state/ledger.sqlite", "state/lock"
 DROPPED = "state/dropped/"  # where the files of samples lie that were dropped
+MANIFEST = "manifest"  # folder of a run in shards, with an entry for each that is complete
 EXPORTS = "exports"  # where convert writes the exports of a run by default
 QUARANTINE = "doubtful/"  # files of samples that --keep trusted or --accept quarantines
 COMMANDS = (
@@ -108,6 +109,15 @@ def require_document(folder: Path) -> dict[str, Any]:
         alike = "" if folder.exists() else storage.named_alike(folder)
         raise Refused(f"{folder}: holds no {DOCUMENT}, so it is not a run folder{alike}", "Name the folder of a run.")
     return document
+
+
+def refuse_shards(folder: Path) -> None:
+    """Refuses a run in shards, for commands that read or change the ledger of a run folder."""
+    if (folder / MANIFEST).is_dir():
+        raise Refused(
+            f"{folder}: its samples are in shards, which only open_run, audit and convert read",
+            "Write the samples in another layout with convert, or make the run without --layout shards.",
+        )
 
 
 def check_document(document: Mapping[str, Any]) -> None:

@@ -25,6 +25,7 @@ from datasetdm_fast.runs.run_folder.document import (
     RESTORE_DOCUMENT,
     pretty,
     read_document,
+    refuse_shards,
     require_document,
     to_see_damage,
 )
@@ -48,6 +49,7 @@ class RunFolder(AbstractContextManager):
     def __init__(
         self, path: Path, document: Mapping[str, Any], *, is_member: bool = False, journal: str = sqlite.WRITE_AHEAD
     ):
+        refuse_shards(path)
         self.path = path
         self.document: dict[str, Any] = json.loads(pretty(document))  # in the order of the file
         self._closing = ExitStack()

@@ -7,6 +7,7 @@ from typing import Any
 from datasetdm_fast.engine.loop.plan import class_and_turn
 from datasetdm_fast.runs.run_folder.document import most_samples
 from datasetdm_fast.runs.run_folder.ledger import Ledger
+from datasetdm_fast.runs.run_folder.shards import ShardLedger
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Goal:
             count = min(self.number, self.stop(quarantined[kind]) - turn * self.number)
             yield from range(block * self.number, block * self.number + count)
 
-    def tally(self, ledger: Ledger) -> Tally:
+    def tally(self, ledger: Ledger | ShardLedger) -> Tally:
         return Tally(*ledger.tally(self.number, len(self.names)))
 
     def is_reached(self, tally: Tally) -> bool:

@@ -14,6 +14,7 @@ from datasetdm_fast.data import Request, Trust
 from datasetdm_fast.disk import sqlite, storage
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.runs.run_folder.document import refuse_shards
 from datasetdm_fast.untrusted import documents
 
 TEXTS = {  # where a row's recipe holds texts of its request
@@ -102,6 +103,7 @@ class Ledger(AbstractContextManager):
     """The rows of a run, in SQLite; threads may share it."""
 
     def __init__(self, path: Path, *, read_only: bool = False, journal: str = sqlite.WRITE_AHEAD):
+        refuse_shards(path.parents[1])
         self.path, self._journal = path, journal
         self._recipes: dict[str, dict[str, Any]] = {}  # by digest, as they were read
         self._database = sqlite.connect_to_read(path) if read_only else sqlite.connect(path, _SCHEMA, journal)
@@ -137,7 +139,7 @@ class Ledger(AbstractContextManager):
                 _encode_recipe(row, recipe),
                 canonical({role: _encode_file(row.request.id, role, *file) for role, file in row.files.items()}),
                 canonical(row.labels),
-                _encode_trust(row.trust),
+                encode_trust(row.trust),
             )
             for row, recipe in zip(rows, recipes, strict=True)
         ]
@@ -352,7 +354,7 @@ class Ledger(AbstractContextManager):
                 documents.check_form(list(words), [str], "classes")
             request = Request(index, prompt, seed, words, **request_texts)
             files = {role: _decode_file(request.id, role, file) for role, file in fields["files"].items()}
-            trust, tracings = _decode_trust(fields.get("trust")), fields.get("tracings", {})
+            trust, tracings = decode_trust(fields.get("trust")), fields.get("tracings", {})
             return Row(request, recipe, files, fields["labels"], status, reason, trust, tracings)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, zlib.error) as error:
             cause = f"the row of sample {index!r} is damaged ({type(error).__name__}: {error})"
@@ -396,14 +398,14 @@ def _encode_file(id: str, role: str, path: str, stored: StoredFile) -> list[Any]
     return [_shorten(stored.sha256), stored.size, *([path] if path != usual_path(role, id) else [])]
 
 
-def _encode_trust(trust: Trust | None) -> str | None:
+def encode_trust(trust: Trust | None) -> str | None:
     """What a row holds of a trust: not what there is none of."""
     if trust is None:
         return None
     return canonical({name: part for name, part in asdict(trust).items() if name not in _NOTHING or part})
 
 
-def _decode_trust(value: Any) -> Trust | None:
+def decode_trust(value: Any) -> Trust | None:
     if not value:
         return None
     value = {**{name: part if part is None else list(part) for name, part in _NOTHING.items()}, **value}

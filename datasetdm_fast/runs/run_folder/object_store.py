@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,12 +18,14 @@ from datasetdm_fast.data import Quarantined, Sample
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import Missing, Refused, quote
+from datasetdm_fast.runs.run_folder.corrections import CORRECTIONS
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER, LOCK, read_document, to_see_damage
 from datasetdm_fast.runs.run_folder.folder import RunFolder, into, write_samples
 from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.runs.run_folder.seal import ELSEWHERE, SEAL, rebuilt_files
 from datasetdm_fast.runs.run_folder.selections import FILTER, SPLIT
 from datasetdm_fast.untrusted import documents
+from datasetdm_fast.untrusted.images import LARGEST_IMAGE_FILE
 
 PIECE = 1 << 20  # bytes of a file copied at once
 LONGEST = 4096  # bytes of a URL
@@ -112,7 +114,7 @@ class ObjectStore:
         return Path(self.root) if "file" in self._protocols else None
 
     @contextmanager
-    def _translate_errors(self) -> Iterator[None]:
+    def translate_errors(self) -> Iterator[None]:
         try:
             yield
         except Missing:
@@ -128,7 +130,7 @@ class ObjectStore:
         if "file" in self._protocols:
             return
         bucket = self.root.strip("/").split("/")[0]
-        with self._translate_errors():
+        with self.translate_errors():
             is_missing = not self.files.exists(bucket)
             if is_missing and is_made:
                 self.files.mkdir(bucket)
@@ -140,7 +142,7 @@ class ObjectStore:
 
     def require_empty(self) -> None:
         """Refuses a folder with files of another run, which a new one would replace."""
-        with self._translate_errors():
+        with self.translate_errors():
             try:
                 paths = [path.strip("/") for path in self.files.ls(self.root, detail=False)]
             except FileNotFoundError:
@@ -156,7 +158,7 @@ class ObjectStore:
         """Digests and sizes of the files, once all are written."""
         if "file" in self._protocols:  # where a file is only whole at once if it is renamed
             return into(Path(self.root))(files)
-        with self._translate_errors():
+        with self.translate_errors():
             for folder in sorted({name.rpartition("/")[0] for name in files}):
                 self.files.makedirs(f"{self.root}/{folder}".rstrip("/"), exist_ok=True)
             self.files.pipe({f"{self.root}/{name}": content for name, content in files.items()})
@@ -170,7 +172,7 @@ class ObjectStore:
 
     def read(self, name: str) -> bytes | None:
         """The content of a file, None where it is missing."""
-        with self._translate_errors():
+        with self.translate_errors():
             try:
                 return self.files.cat_file(f"{self.root}/{name}")
             except FileNotFoundError:
@@ -178,7 +180,7 @@ class ObjectStore:
 
     def sizes(self) -> dict[str, int]:
         """Path inside the run -> bytes, of its files."""
-        with self._translate_errors():
+        with self.translate_errors():
             details = self.files.find(self.root, detail=True)
         inside = {name[name.index(self.root) + len(self.root) :].strip("/"): each for name, each in details.items()}
         try:
@@ -193,7 +195,7 @@ class ObjectStore:
     def fetch(self, name: str, path: Path) -> bool:
         """Copies a file of any size here; False where the store has none of that name."""
         storage.make_folder(path.parent)
-        with self._translate_errors():
+        with self.translate_errors():
             try:
                 self.files.get_file(f"{self.root}/{name}", str(path))
             except FileNotFoundError:
@@ -222,7 +224,7 @@ class ObjectStore:
             with path.open("rb") as file:
                 storage.publish({Path(self.root) / name: iter(lambda: file.read(PIECE), b"")})
             return
-        with self._translate_errors():
+        with self.translate_errors():
             self.files.makedirs(f"{self.root}/{name}".rpartition("/")[0], exist_ok=True)
             self.files.put_file(str(path), f"{self.root}/{name}")
 
@@ -267,17 +269,19 @@ class StoreCopy:
 
     def fetch_state(self) -> Path:
         """The folder, once it has the files that describe the samples."""
-        for name in (DOCUMENT, LEDGER, SEAL, FILTER, SPLIT):
+        for name in (DOCUMENT, LEDGER, SEAL, FILTER, SPLIT, CORRECTIONS):
             content = self.store.read(name)
             if content is not None:
                 storage.publish({self.folder / name: content})
         return self.folder
 
-    def fetch_samples(self, rows: Iterable[Row]) -> Path:
-        """The folder, once it has the files of these rows."""
-        for name in sorted({name for row in rows for name, _ in row.files.values()}):
-            self._require(name)
-        return self.folder
+    def read(self, name: str) -> bytes:
+        """The bytes of a file of a sample, which is not copied."""
+        path = self.folder / name
+        content = storage.read(path, LARGEST_IMAGE_FILE) if path.exists() else self.store.read(name)
+        if content is None:
+            raise Missing(f"{self.store.url}: {documents.quote(name)} is not there", to_see_damage(self.store.url))
+        return content
 
     def fetch_all(
         self, on_begin: Callable[[int], object] = lambda number: None, on_file: Callable[[], object] = lambda: None

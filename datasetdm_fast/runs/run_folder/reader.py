@@ -10,12 +10,13 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
 from datasetdm_fast.data import Trust
-from datasetdm_fast.engine.labels import kind_of, label_files, task_of
+from datasetdm_fast.disk import storage
+from datasetdm_fast.engine.labels import kind_of, task_of
 from datasetdm_fast.engine.labels.class_tables import ClassTable
 from datasetdm_fast.engine.labels.names import check_label
 from datasetdm_fast.engine.labels.pictures import PREVIEW_SAMPLES, preview
@@ -35,6 +36,8 @@ from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, PARTS, Ledger,
 from datasetdm_fast.runs.run_folder.object_store import StoreCopy, copy_of, is_url
 from datasetdm_fast.runs.run_folder.scores import passing
 from datasetdm_fast.runs.run_folder.selections import read_filter
+from datasetdm_fast.runs.run_folder.shard_places import shard_place
+from datasetdm_fast.runs.run_folder.shards import ShardLedger, is_sharded, shard_size
 from datasetdm_fast.untrusted import documents, images
 
 if TYPE_CHECKING:
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
+    from datasetdm_fast.runs.run_folder.shard_stream import ShardStream
 
 Transform = Callable[[Any, Any], Any]  # image and label -> what the data set gives
 
@@ -55,6 +59,7 @@ class StoredSample:
     document: Mapping[str, Any]
     copies: StoreCopy | None = None  # of files that are in an object store
     class_table: ClassTable | None = None  # the words of --class-table that its run was made with
+    shards: ShardLedger | None = None  # where its files are in a shard
 
     @property
     def id(self) -> str:
@@ -95,7 +100,19 @@ class StoredSample:
     @property
     def image(self) -> np.ndarray:  # [H, W, 3] uint8
         with self._naming_damage():
-            return np.array(images.read_image(self._place() / self.row.files["image"][0]))
+            return np.array(self._read_image("image"))
+
+    def read(self, role: str) -> bytes:
+        """The bytes of one of its files."""
+        name = self.row.files[role][0]
+        if self.shards:
+            return self.shards.read_file(self.row, role)
+        if self.copies:
+            return self.copies.read(name)
+        return storage.read(self.folder / name, images.LARGEST_IMAGE_FILE)
+
+    def _read_image(self, role: str) -> Image.Image:
+        return images.decode_image(self.read(role), str(self.folder / self.row.files[role][0]))
 
     def __repr__(self) -> str:
         labels = ", ".join(self.row.labels)
@@ -112,7 +129,7 @@ class StoredSample:
         if not kind.is_map:
             return kind.picture(self.label(task), image)
         with self._naming_damage():
-            return images.read_image(self._place() / self.row.files[kind.roles[0]][0])
+            return self._read_image(kind.roles[0])
 
     if TYPE_CHECKING:  # what `__getattr__` gives
 
@@ -140,14 +157,11 @@ class StoredSample:
         if task not in self.row.labels:
             check_label(task)
             return None
-        files = {role: name for role, (name, _) in self.row.files.items()}
+        kind = kind_of(task)
         with self._naming_damage():
             table = {**self.document["labels"][task], "size": sides(self.document, self.row.recipe)}
-            return label_files.decode(task, self._place(), files, self.row.labels[task], table)
-
-    def _place(self) -> Path:
-        """The folder in which the files of the sample are."""
-        return self.copies.fetch_samples([self.row]) if self.copies else self.folder
+            pixels = {role: np.array(self._read_image(role)) for role in kind.files(table)}
+            return kind.decode(pixels, self.row.labels[task], table)
 
     @contextmanager
     def _naming_damage(self) -> Iterator[None]:
@@ -171,7 +185,8 @@ class Run(AbstractContextManager["Run"]):
         self.copies = copy_of(path)
         self.path = self.copies.fetch_state() if self.copies and is_url(path) else Path(path)
         self.document = require_document(self.path)
-        if not (self.path / LEDGER).exists():
+        self.shards = ShardLedger(shard_place(path), self.document) if is_sharded(self.document) else None
+        if self.shards is None and not (self.path / LEDGER).exists():
             raise without_ledger(self.path, self.document)
         self._ledger: Ledger | None = None
         self._owner = os.getpid()
@@ -179,7 +194,9 @@ class Run(AbstractContextManager["Run"]):
         if kept and (decided := read_filter(self.path)) is not None:
             self._indices = sorted(set(self._indices) & set(decided.remaining))
 
-    def _rows(self) -> Ledger:
+    def _rows(self) -> Ledger | ShardLedger:
+        if self.shards is not None:
+            return self.shards
         # SQLite connections do not survive a fork or a pickle, so each worker of a data loader opens its own; and
         # another process may have dropped samples or made more, which a connection to a finished run does not notice.
         if self._ledger is None or self._owner != os.getpid() or self._ledger.is_outdated():
@@ -235,7 +252,11 @@ class Run(AbstractContextManager["Run"]):
         row = self._rows().row(index)
         if row is None:
             raise IndexError(f"{self.path}: sample {index:08d} is no longer in the ledger")
-        return StoredSample(row, self.path, self.document, self.copies, self._class_table)
+        return self.sample_of(row)
+
+    def sample_of(self, row: Row) -> StoredSample:
+        """The sample of a row."""
+        return StoredSample(row, self.path, self.document, self.copies, self._class_table, self.shards)
 
     def _select(self, indices: Sequence[int]) -> Run:
         """This run with only these samples; it has another connection to the ledger."""
@@ -304,10 +325,41 @@ class Run(AbstractContextManager["Run"]):
         except IndexError:
             raise IndexError(f"{self.path}: position {key} is outside of {len(self)} samples") from None
 
-    def as_dataset(self, task: str | Sequence[str], transform: Transform | None = None) -> TaskDataset:
+    def _indices_by_shard(self) -> dict[int, list[int]]:
+        """Shard -> the samples of this run that are in it."""
+        shards: dict[int, list[int]] = {}
+        size = shard_size(self.document["config"])
+        for index in self._indices:
+            shards.setdefault(index // size, []).append(index)
+        return shards
+
+    @overload
+    def as_dataset(
+        self, task: str | Sequence[str], transform: Transform | None = None, *, streaming: Literal[False] = False
+    ) -> TaskDataset: ...
+
+    @overload
+    def as_dataset(
+        self,
+        task: str | Sequence[str],
+        transform: Transform | None = None,
+        *,
+        streaming: Literal[True],
+        seed: int | None = None,
+    ) -> ShardStream: ...
+
+    def as_dataset(
+        self,
+        task: str | Sequence[str],
+        transform: Transform | None = None,
+        *,
+        streaming: bool = False,
+        seed: int | None = None,
+    ) -> TaskDataset | ShardStream:
         """The run as a map-style torch data set: (image, label) for one task, (image, {task: label}) for several.
 
-        `transform` takes both and gives what the data set gives of them.
+        `transform` takes both and gives what the data set gives of them. With `streaming` a run in shards is an
+        iterable data set, which reads whole shards and shuffles them where there is a `seed`.
         """
         if not isinstance(task, Collection):
             raise Refused(
@@ -318,9 +370,18 @@ class Run(AbstractContextManager["Run"]):
                 raise Refused(
                     f"{self.path}: has no labels for {label!r}, it has {', '.join(self.tasks)}", "Ask for one of these."
                 )
-        return TaskDataset(self, task if isinstance(task, str) else tuple(task), transform)
+        dataset = TaskDataset(self, task if isinstance(task, str) else tuple(task), transform)
+        if not streaming:
+            return dataset
+        if self.shards is None:
+            raise Refused(f"{self.path}: it is not a run in shards, which streaming reads", "Drop streaming=True.")
+        from datasetdm_fast.runs.run_folder.shard_stream import ShardStream
+
+        return ShardStream(self._indices_by_shard(), dataset.pair_of, seed)
 
     def close(self) -> None:
+        if self.shards is not None:
+            self.shards.close()
         if self._ledger is not None:
             self._ledger.close()
             self._ledger = None
@@ -350,7 +411,13 @@ class TaskDataset:
         """The pair at a position or of an id; of a slice, the data set of these samples."""
         if isinstance(position, slice):
             return replace(self, run=self.run[position])
-        sample = self.run[position]
+        return self._pair(self.run[position])
+
+    def pair_of(self, index: int) -> Any:
+        """The pair of the sample of an index."""
+        return self._pair(self.run[f"{index:08d}"])
+
+    def _pair(self, sample: StoredSample) -> Any:
         image = image_tensor(sample.image)
         labels = {task: _tensors(sample, task) for task in ((self.task,) if isinstance(self.task, str) else self.task)}
         label = labels[self.task] if isinstance(self.task, str) else labels

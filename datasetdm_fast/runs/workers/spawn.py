@@ -39,8 +39,8 @@ LONGEST_WAIT = 30.0  # seconds before a process that has just died again is repl
 SECONDS_BETWEEN_POLLS = 0.1  # of queue and processes
 SECONDS_TO_END = 1.0  # processes have once everything is committed
 # The kernel is asked first to end the process with its parent (PR_SET_PDEATHSIG = 1, SIGKILL = 9).
-_WITH_PARENT = "import ctypes; ctypes.CDLL(None).prctl(1, 9, 0, 0, 0); " if sys.platform == "linux" else ""
-_BOOT = _WITH_PARENT + "from datasetdm_fast.runs.workers.spawn import enter; enter()"
+WITH_PARENT = "import ctypes; ctypes.CDLL(None).prctl(1, 9, 0, 0, 0); " if sys.platform == "linux" else ""
+_BOOT = WITH_PARENT + "from datasetdm_fast.runs.workers.spawn import enter; enter()"
 
 
 def run_spawned(places: Sequence[Place], spec: RunSpec, job: Job | None, callbacks: Callbacks) -> Result:
@@ -258,7 +258,7 @@ def enter() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     spec, owner, describe, on_start = pickle.load(sys.stdin.buffer)
-    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    end_with_parent()
     if on_start:
         on_start()
     with closing(WorkQueue(spec.folder / seal.QUEUE)) as queue, reporting(queue, owner):
@@ -268,6 +268,11 @@ def enter() -> None:
             Worker(job, folder, queue, owner, partial(queue.report, owner.slot, "committed")).work()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Ends this process once its standard input is closed, as by the end of its parent."""
+    threading.Thread(target=_wait_for_parent, name="parent", daemon=True).start()
+
+
+def _wait_for_parent() -> None:
     os.read(0, 1)  # not through sys.stdin, whose lock would be held when the interpreter ends
     os._exit(1)

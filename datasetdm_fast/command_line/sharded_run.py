@@ -1,0 +1,108 @@
+"""generate --layout shards: what it refuses, the processes that make the shards, and what it prints."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from datasetdm_fast.command_line.interruption import Interruption
+from datasetdm_fast.command_line.output import print_lines, print_result, print_unfinished
+from datasetdm_fast.command_line.progress import ImageProgress
+from datasetdm_fast.command_line.run_report import print_run_plan
+from datasetdm_fast.config import EXACT
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.messages import count_noun, format_duration
+from datasetdm_fast.runs.jobs.job import build_job
+from datasetdm_fast.runs.jobs.result import result_of
+from datasetdm_fast.runs.jobs.summary import describe_job
+from datasetdm_fast.runs.run_folder.object_store import ObjectStore
+from datasetdm_fast.runs.run_folder.shard_places import ShardPlace, shard_place
+from datasetdm_fast.runs.run_folder.shards import ShardLedger
+from datasetdm_fast.runs.run_settings import RunConfig, RunSpec, WorkerSettings
+from datasetdm_fast.runs.workers.devices import LaunchedProcess, find_places, take_share
+from datasetdm_fast.runs.workers.shard_ranks import run_ranks
+from datasetdm_fast.runs.workers.shard_worker import ShardRank, read_stored, work_on_shards
+from datasetdm_fast.runs.workers.worker import Callbacks
+
+
+def check_shard_settings(config: RunConfig) -> None:
+    """Refuses flags that do not go together with the layout."""
+    if config.layout != "shards":
+        if config.shard_size != RunConfig.shard_size:
+            raise Refused(f"--shard-size {config.shard_size}: the run is not in shards", "Add --layout shards.")
+        return
+    for flag, is_given in (
+        ("--keep trusted", config.keep != "all"),
+        ("--accept", bool(config.accept)),
+        ("--verify", bool(config.verify)),
+        ("--cluster", bool(config.cluster)),
+        (f"--speed {config.speed}", config.speed != EXACT),
+    ):
+        if is_given:
+            raise Refused(f"{flag}: not with --layout shards, whose shards know nothing of one another", "Drop one.")
+
+
+def generate_shards(
+    config: RunConfig, spec: RunSpec, peer: LaunchedProcess | None, prog: str, arguments: Sequence[str]
+) -> int:
+    """The exit code of a run in shards."""
+    where, workers, begin = config.store or config.out, config.group(WorkerSettings), time.perf_counter()
+    spec = replace(spec, folder=Path(where), may_mix=False)
+    if config.dry_run:
+        return print_run_plan(config, build_job(spec, None))
+    if config.store:
+        ObjectStore(config.store).require_bucket(is_made=config.make_bucket)
+    place, is_reporting = shard_place(where), not (peer and peer.rank)
+    config = replace(config, quiet=config.quiet or not is_reporting)
+    interruption, made = Interruption(config.quiet), 0
+
+    def on_commit(count: int) -> None:
+        nonlocal made
+        made += count
+        progress.on_commit(count)
+
+    places = [] if peer else find_places(workers, spec.engine.device, spec.engine.threads)
+    done = _count_done(place)
+    with interruption, ImageProgress(max(spec.number - done, 0), config.quiet) as progress:
+        callbacks = Callbacks(describe_job, progress.print, on_commit, is_stopping=interruption.is_stopping)
+        if places:
+            run_ranks(places, spec, where, callbacks)
+        else:
+            if peer:
+                threads = take_share(peer, workers, spec.engine.device, spec.engine.threads)
+                spec = replace(spec, engine=replace(spec.engine, threads=threads))
+            rank = ShardRank(peer.rank, peer.world) if peer else ShardRank()
+            work_on_shards(spec, place, rank, callbacks)
+    if is_reporting:
+        _report(config, spec, place, made, begin, f"resume with: {prog} {shlex.join(arguments)}")
+    return interruption.exit_code(0)
+
+
+def _count_done(place: ShardPlace) -> int:
+    document = read_stored(place)
+    return sum(entry.stop - entry.first for entry in ShardLedger(place, document).entries.values()) if document else 0
+
+
+def _report(config: RunConfig, spec: RunSpec, place: ShardPlace, made: int, begin: float, remedy: str) -> None:
+    """Prints the result of the run, and fails where samples were quarantined."""
+    document = read_stored(place)
+    if document is None:
+        return
+    seconds = time.perf_counter() - begin
+    result = result_of(Path(place.name), document, spec.number, ShardLedger(place, document), made, seconds=seconds)
+    rate = made / seconds
+    facts = result.facts() | {"doubtful": result.doubtful, "images_per_second": round(rate, 4)}
+    print_result(config, {"path": place.name, **facts}, place.name)
+    if made:
+        images = f"{count_noun(made, 'image')} in {format_duration(seconds)}, {rate:.3g} images per second"
+        print_lines(config, images)
+    elif result.is_complete:
+        print_lines(config, f"{place.name}: complete with {count_noun(result.done, 'sample')}, nothing to do")
+    if not result.is_complete:
+        print_unfinished(result.done, result.number, remedy)
+    if result.trust_message:
+        print_lines(config, result.doubts)
+    result.check()

@@ -1,0 +1,203 @@
+"""Where the files of a run in shards lie: a folder, or a store of fsspec's. Each appears whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from datasetdm_fast.disk import storage
+from datasetdm_fast.disk.storage import StoredFile
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.runs.run_folder.object_store import ObjectStore, is_url
+
+LARGEST_FILE = 2**28  # bytes of a file that is read as a whole
+READ_AHEAD = 2**20  # bytes fetched beyond those that were asked for
+
+
+class ShardPlace(ABC):
+    """The place of a run in shards; names are paths inside it."""
+
+    name: str  # for messages
+
+    @abstractmethod
+    def read(self, name: str) -> bytes | None:
+        """The content of a file, None where it is missing."""
+
+    @abstractmethod
+    def create(self, name: str, content: bytes) -> bool:
+        """Whether this call wrote the file; False where there was one of that name."""
+
+    @abstractmethod
+    def replace(self, name: str, content: bytes) -> None:
+        """Writes a file, whatever was there."""
+
+    @abstractmethod
+    def write(self, name: str, chunks: Iterable[bytes]) -> StoredFile:
+        """Writes a file of any size; nothing where the chunks end in an error."""
+
+    @abstractmethod
+    def remove(self, name: str) -> None:
+        """Removes a file, if it is there."""
+
+    @abstractmethod
+    def remove_parts(self, *names: str) -> None:
+        """Removes what a process that was killed has half-written of these files."""
+
+    @abstractmethod
+    def names(self, folder: str = "") -> list[str]:
+        """The names of what lies in a folder, sorted; of one that is missing none."""
+
+    @abstractmethod
+    def open(self, name: str) -> BinaryIO:
+        """The file, for reading at any place."""
+
+    @abstractmethod
+    def refusing(self, name: str) -> AbstractContextManager[None]:
+        """Within the block, an error of a file that is open becomes a refusal."""
+
+
+class ShardFolder(ShardPlace):
+    """A folder on a disk that all processes of the run reach."""
+
+    def __init__(self, path: Path):
+        self.path, self.name = path, str(path)
+
+    def read(self, name: str) -> bytes | None:
+        path = self.path / name
+        try:
+            return storage.read(path, LARGEST_FILE)
+        except Missing:
+            if storage.is_there(path):
+                raise
+            return None
+
+    def create(self, name: str, content: bytes) -> bool:
+        path = self.path / name
+        part = storage.part_of(path)  # a name that only this process writes, and the next start removes
+        storage.publish({part: content})
+        try:
+            storage.syscall("link", os.link, part, path)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise storage.refusal(error, path) from error
+        finally:
+            storage.forget(part)
+        with storage.refusing(path):
+            storage.sync_folder(path.parent)
+        return True
+
+    def replace(self, name: str, content: bytes) -> None:
+        storage.publish({self.path / name: content})
+
+    def write(self, name: str, chunks: Iterable[bytes]) -> StoredFile:
+        return storage.publish({self.path / name: chunks})[self.path / name]
+
+    def remove(self, name: str) -> None:
+        storage.forget(self.path / name)
+
+    def remove_parts(self, *names: str) -> None:
+        storage.remove_parts_of(self.path / name for name in names)
+
+    def names(self, folder: str = "") -> list[str]:
+        try:
+            with os.scandir(self.path / folder) as entries:
+                return sorted(entry.name for entry in entries if not storage.is_temporary(Path(entry.name)))
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise storage.refusal(error, self.path / folder) from error
+
+    def open(self, name: str) -> BinaryIO:
+        with storage.refusing(self.path / name):
+            return (self.path / name).open("rb")
+
+    def refusing(self, name: str) -> AbstractContextManager[None]:
+        return storage.refusing(self.path / name)
+
+
+class ShardBucket(ShardPlace):
+    """A folder of an object store."""
+
+    def __init__(self, store: ObjectStore):
+        self.store, self.name = store, store.url
+
+    def _path(self, name: str) -> str:
+        return f"{self.store.root}/{name}".rstrip("/")
+
+    def read(self, name: str) -> bytes | None:
+        return self.store.read(name)
+
+    def create(self, name: str, content: bytes) -> bool:
+        with self.store.translate_errors():
+            try:
+                self.store.files.pipe_file(self._path(name), content, mode="create")
+            except FileExistsError:
+                return False
+        return True
+
+    def replace(self, name: str, content: bytes) -> None:
+        with self.store.translate_errors():
+            self.store.files.pipe_file(self._path(name), content)
+
+    def write(self, name: str, chunks: Iterable[bytes]) -> StoredFile:
+        digest, size = hashlib.sha256(), 0
+        with tempfile.NamedTemporaryFile(prefix="datasetdm-") as file:
+            for chunk in chunks:
+                digest.update(chunk)
+                size += len(chunk)
+                with storage.refusing(file.name):
+                    file.write(chunk)
+            with storage.refusing(file.name):
+                file.flush()
+            with self.store.translate_errors():
+                self.store.files.put_file(file.name, self._path(name))
+                is_whole = self.store.files.info(self._path(name))["size"] == size
+        if not is_whole:
+            raise Missing(f"{self.name}/{name}: it is incomplete", "Run the same command again: it resumes.")
+        return StoredFile(digest.hexdigest(), size)
+
+    def remove(self, name: str) -> None:
+        with self.store.translate_errors():
+            try:
+                self.store.files.rm_file(self._path(name))
+            except FileNotFoundError:
+                pass
+
+    def remove_parts(self, *names: str) -> None:
+        """A store shows a file only once it is whole."""
+
+    def names(self, folder: str = "") -> list[str]:
+        with self.store.translate_errors():
+            self.store.files.invalidate_cache()
+            try:
+                paths = self.store.files.ls(self._path(folder), detail=False)
+            except FileNotFoundError:
+                return []
+        names = {path.rstrip("/").rpartition("/")[2] for path in paths}
+        return sorted(names - {self._path(folder).rpartition("/")[2], ""})
+
+    def open(self, name: str) -> BinaryIO:
+        with self.store.translate_errors():
+            options: dict[str, Any] = {"block_size": READ_AHEAD, "cache_type": "readahead"}
+            file: BinaryIO = self.store.files.open(self._path(name), "rb", **options)
+            return file
+
+    def refusing(self, name: str) -> AbstractContextManager[None]:
+        return self.store.translate_errors()
+
+
+def shard_place(place: str | Path) -> ShardPlace:
+    """The place that a path or a URL names."""
+    if not is_url(place):
+        if Path(place).exists() and not Path(place).is_dir():
+            raise Refused(f"{place}: a file has this name, expected a folder", "Choose another --out.")
+        return ShardFolder(Path(place))
+    store = ObjectStore(str(place))
+    return ShardFolder(store.disk) if store.disk else ShardBucket(store)

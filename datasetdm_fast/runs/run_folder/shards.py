@@ -1,0 +1,387 @@
+"""A run in shards: tar files as WebDataset reads them, a Parquet index beside each, and an entry of the manifest for
+each that is complete. No file names all samples, so none is written at the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, BinaryIO
+
+from datasetdm_fast.config import SHARD_SIZE
+from datasetdm_fast.data import Request
+from datasetdm_fast.disk.storage import StoredFile
+from datasetdm_fast.engine.labels import kind_of
+from datasetdm_fast.engine.labels.instance import InstanceKind
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.runs.run_folder.document import MANIFEST, to_see_damage
+from datasetdm_fast.runs.run_folder.ledger import (
+    DONE,
+    PARTS,
+    QUARANTINED,
+    Row,
+    canonical,
+    decode_trust,
+    digest_of,
+    encode_trust,
+)
+from datasetdm_fast.runs.run_folder.shard_places import ShardPlace
+from datasetdm_fast.untrusted import documents
+from datasetdm_fast.untrusted.images import LARGEST_IMAGE_FILE
+
+SHARDS = "shards"  # their folder
+PARALLEL_READS = 16  # of entries of the manifest
+OPEN_SHARDS = 4  # whose index and file are kept
+LARGEST_RECORD = 2**26  # bytes of the JSON file of a sample
+RECORD = "json"  # the role of a sample's record among its files in a shard
+ENTRY_FORM = {
+    "first": int,
+    "stop": int,
+    "doubtful": int,
+    "outside": int,
+    "measured": int,
+    "quarantined": dict,
+    "classes": dict,
+    "files": dict,
+}
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """What the manifest says of a complete shard."""
+
+    first: int  # index of its first sample
+    stop: int  # and of the one after its last
+    doubtful: int  # samples
+    outside: int  # samples out of the domain of the decoders
+    measured: int  # samples for which that is known
+    quarantined: Mapping[str, Sequence[int]]  # reason -> indices of samples that were quarantined
+    classes: Mapping[str, int]  # class -> instances
+    files: Mapping[str, StoredFile]  # name -> what was written
+
+    @cached_property
+    def indices(self) -> list[int]:
+        """The samples of the data set."""
+        absent = {index for indices in self.quarantined.values() for index in indices}
+        return [index for index in range(self.first, self.stop) if index not in absent]
+
+    def encode(self) -> bytes:
+        value = {name: getattr(self, name) for name in ENTRY_FORM}
+        return canonical(value | {"files": {name: asdict(file) for name, file in self.files.items()}}).encode()
+
+
+def shard_size(config: Mapping[str, Any]) -> int:
+    """Samples of a shard of a run of these settings."""
+    size = config.get("shard_size", SHARD_SIZE)
+    if not isinstance(size, int) or size < 1:
+        raise Refused(f"run.json: shard_size is {documents.quote(size)}", "Restore it from a copy.")
+    return size
+
+
+def is_sharded(document: Mapping[str, Any]) -> bool:
+    return document["config"].get("layout") == SHARDS
+
+
+def list_shards(place: ShardPlace) -> list[int]:
+    """The shards that have an entry in the manifest."""
+    numbers = (name.removesuffix(".json") for name in place.names(MANIFEST))
+    return sorted(int(number) for number in numbers if number.isascii() and number.isdecimal() and len(number) < 12)
+
+
+def entry_name(shard: int) -> str:
+    return f"{MANIFEST}/{shard:05d}.json"
+
+
+def tar_name(shard: int) -> str:
+    return f"{SHARDS}/{shard:05d}.tar"
+
+
+def index_name(shard: int) -> str:
+    return f"{SHARDS}/{shard:05d}.parquet"
+
+
+def member(name: str, data: bytes) -> bytes:
+    """A file in a tar archive, without time and owner."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    return info.tobuf(tarfile.USTAR_FORMAT) + data + b"\0" * (-len(data) % tarfile.BLOCKSIZE)
+
+
+def end_of(size: int) -> bytes:
+    """The end of a tar archive whose members take so many bytes."""
+    return b"\0" * (2 * tarfile.BLOCKSIZE + -(size + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE)
+
+
+def sample_record(row: Row) -> bytes:
+    """The JSON file of a sample: its request, the labels that are no maps, and how far they can be trusted."""
+    request, trust = row.request, encode_trust(row.trust)
+    record = {"id": request.id, "prompt": request.prompt, "seed": request.seed, "classes": list(request.classes)}
+    record |= {"labels": row.labels, "trust": trust and json.loads(trust)}
+    return canonical(record).encode()
+
+
+def require_pyarrow() -> Any:
+    """The library of Parquet files."""
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise Missing("runs in shards need pyarrow, which is not installed", "pip install '.[hf]'") from error
+    return pyarrow
+
+
+def _schema() -> Any:
+    arrow = require_pyarrow()
+    texts = {name: arrow.string() for name in ("id", "prompt", "negative", "class_prompt", "status", "reason")}
+    file = {name: arrow.string() for name in ("role", "path", "sha256")} | {
+        "offset": arrow.int64(),
+        "size": arrow.int64(),
+    }
+    return arrow.schema(
+        {
+            "index": arrow.int64(),
+            "seed": arrow.int64(),
+            **texts,
+            "classes": arrow.list_(arrow.string()),
+            "class_counts": arrow.list_(arrow.struct({"class": arrow.string(), "count": arrow.int32()})),
+            "trust": arrow.string(),
+            "recipe": arrow.string(),
+            "record_offset": arrow.int64(),
+            "record_size": arrow.int64(),
+            "files": arrow.list_(arrow.struct(file)),
+        }
+    )
+
+
+def instance_classes(document: Mapping[str, Any]) -> dict[str, dict[int, str]]:
+    """Label -> class names by number, of the labels that are instances."""
+    labels = [label for label in document["config"]["task"] if isinstance(kind_of(label), InstanceKind)]
+    tables = {label: document["labels"][label] for label in labels}
+    return {
+        label: dict(zip(table.get("numbers") or range(1, 1 + len(table["classes"])), table["classes"], strict=True))
+        for label, table in tables.items()
+    }
+
+
+def count_classes(row: Row, names: Mapping[str, Mapping[int, str]]) -> Counter[str]:
+    """Instances of each class; `names` are the classes of labels by their numbers."""
+    labels = ((names[label], row.labels.get(label) or ()) for label in names)
+    return Counter(classes[record["category_id"]] for classes, records in labels for record in records)
+
+
+Places = Mapping[str, tuple[int, int]]  # role of a file of a sample, the record among them -> offset in the tar, bytes
+
+
+def encode_index(rows: Sequence[Row], places: Sequence[Places], counts: Sequence[Counter[str]]) -> bytes:
+    """The Parquet index of a shard: its rows, where their files lie in the tar file, and their instances by class."""
+    arrow = require_pyarrow()
+    recipes: dict[str, str] = {}
+    lines = []
+    for row, of_files, of_classes in zip(rows, places, counts, strict=True):
+        recipe = canonical(row.recipe)
+        recipes[digest_of(recipe)] = recipe
+        files = [
+            {"role": role, "path": path, "sha256": stored.sha256, "size": stored.size, "offset": of_files[role][0]}
+            for role, (path, stored) in row.files.items()
+        ]
+        request = {name: value for name, value in asdict(row.request).items()} | {"id": row.request.id}
+        outcome = {"status": row.status, "reason": row.reason, "trust": encode_trust(row.trust)}
+        counted = [{"class": name, "count": count} for name, count in sorted(of_classes.items())]
+        outcome |= {"class_counts": counted, "recipe": digest_of(recipe), "files": files}
+        offset, size = of_files.get(RECORD, (0, 0))
+        lines.append(request | outcome | {"record_offset": offset, "record_size": size})
+    schema = _schema().with_metadata({"recipes": canonical(recipes)})
+    table, sink = arrow.Table.from_pylist(lines, schema=schema), arrow.BufferOutputStream()
+    arrow.parquet.write_table(table, sink, compression="zstd")
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """The rows of a shard without their labels, and where their files lie in the tar file."""
+
+    rows: Mapping[int, Row]
+    places: Mapping[int, Places]
+
+    @classmethod
+    def decode(cls, content: bytes) -> ShardIndex:
+        arrow = require_pyarrow()
+        table = arrow.parquet.read_table(arrow.BufferReader(content))
+        recipes = {name: json.loads(text) for name, text in json.loads(table.schema.metadata[b"recipes"]).items()}
+        rows: dict[int, Row] = {}
+        places: dict[int, dict[str, tuple[int, int]]] = {}
+        for line in table.to_pylist():
+            texts = (line["negative"] or "", line["class_prompt"] or "")
+            request = Request(line["index"], line["prompt"], line["seed"], tuple(line["classes"]), *texts)
+            files, trust = line["files"], json.loads(line["trust"]) if line["trust"] else None
+            places[request.index] = {file["role"]: (file["offset"], file["size"]) for file in files}
+            places[request.index][RECORD] = (line["record_offset"], line["record_size"])
+            stored = {
+                file["role"]: (documents.check_inside(file["path"]), StoredFile(file["sha256"], file["size"]))
+                for file in files
+            }
+            outcome = (line["status"], line["reason"], decode_trust(trust))
+            rows[request.index] = Row(request, dict(recipes[line["recipe"]]), stored, {}, *outcome)
+        return cls(rows, places)
+
+
+class ShardLedger:
+    """The rows of a run in shards that are complete, read as those of a ledger are."""
+
+    def __init__(self, place: ShardPlace, document: Mapping[str, Any], shards: Collection[int] | None = None):
+        """Of all shards, or of these."""
+        self.place, self._size = place, shard_size(document["config"])
+        self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
+        self._open: OrderedDict[int, BinaryIO] = OrderedDict()
+        self._lock, self._process = threading.RLock(), os.getpid()
+        known = list_shards(place) if shards is None else list(shards)
+        with ThreadPoolExecutor(PARALLEL_READS) as pool:
+            self.entries: dict[int, ShardEntry] = dict(zip(known, pool.map(self._read_entry, known)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": OrderedDict(), "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"_lock": threading.RLock()}
+
+    def _damage(self, name: str, cause: object) -> Refused:
+        return Refused(f"{self.place.name}/{name}: {cause}", to_see_damage(self.place.name))
+
+    def _read_entry(self, shard: int) -> ShardEntry:
+        name = entry_name(shard)
+        try:
+            value = documents.parse_json((self.place.read(name) or b"").decode(), "it")
+            documents.check_form(value, ENTRY_FORM)
+            documents.check_form(list(value["quarantined"].values()), [[int]])
+            files = {documents.check_inside(path): StoredFile(**file) for path, file in value["files"].items()}
+            entry = ShardEntry(**{**{part: value[part] for part in ENTRY_FORM}, "files": files})
+            if set(files) != {tar_name(shard), index_name(shard)}:
+                raise ValueError("it names other files than those of its shard")
+            if not shard * self._size == entry.first < entry.stop <= entry.first + self._size:
+                raise ValueError("it has other samples than its shard")
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise self._damage(name, f"not an entry of the manifest ({error})") from error
+        return entry
+
+    def indices(self, *statuses: str) -> list[int]:
+        statuses = statuses or (DONE,)
+        entries = [self.entries[shard] for shard in sorted(self.entries)]
+        results = [index for entry in entries for index in entry.indices] if DONE in statuses else []
+        if QUARANTINED in statuses:
+            results += [index for entry in entries for indices in entry.quarantined.values() for index in indices]
+        return sorted(results) if len(statuses) > 1 else results
+
+    def count(self, status: str = DONE) -> int:
+        return len(self.indices(status))
+
+    def count_doubtful(self) -> int:
+        return sum(entry.doubtful for entry in self.entries.values())
+
+    def count_out_of_domain(self) -> tuple[int, int]:
+        entries = self.entries.values()
+        return sum(entry.outside for entry in entries), sum(entry.measured for entry in entries)
+
+    def quarantined_by_reason(self) -> dict[str, list[int]]:
+        results: dict[str, list[int]] = {}
+        for entry in self.entries.values():
+            for reason, indices in entry.quarantined.items():
+                results.setdefault(reason, []).extend(indices)
+        return results
+
+    def tally(self, number: int, classes: int) -> tuple[list[int], list[int]]:
+        return [sum(entry.stop - entry.first for entry in self.entries.values())], [0]
+
+    def is_outdated(self) -> bool:
+        return False
+
+    def row(self, index: int) -> Row | None:
+        if index // self._size not in self.entries:
+            return None
+        row = self.index_of(index // self._size).rows.get(index)
+        return row and self._with_labels(row)
+
+    def rows(self, *statuses: str, parts: Sequence[str] = PARTS) -> Iterator[Row]:
+        for shard in sorted(self.entries):
+            for row in self.index_of(shard).rows.values():
+                if row.status in (statuses or (DONE,)):
+                    yield self._with_labels(row) if "labels" in parts else row
+
+    def index_of(self, shard: int) -> ShardIndex:
+        """The index of a shard; other bytes than were written are refused."""
+        with self._lock:
+            if (index := self._indexes.pop(shard, None)) is None:
+                index = self._read_index(shard)
+            self._indexes[shard] = index
+            while len(self._indexes) > OPEN_SHARDS:
+                self._indexes.popitem(last=False)
+            return index
+
+    def _read_index(self, shard: int) -> ShardIndex:
+        name = index_name(shard)
+        content, written = self.place.read(name), self.entries[shard].files[name]
+        if content is None or hashlib.sha256(content).hexdigest() != written.sha256:
+            raise self._damage(name, "it is missing or has changed since it was written")
+        try:
+            return ShardIndex.decode(content)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise self._damage(name, f"not the index of a shard ({error})") from error
+
+    def _with_labels(self, row: Row) -> Row:
+        if row.status != DONE:
+            return row
+        try:
+            record = documents.parse_json(self.read_file(row, RECORD).decode(), "its record")
+            documents.check_form(record, {"id": str, "labels": dict})
+            if record["id"] != row.request.id:
+                raise ValueError(f"it is that of sample {documents.quote(record['id'])}")
+        except (ValueError, TypeError) as error:
+            name = tar_name(row.request.index // self._size)
+            raise self._damage(name, f"the record of sample {row.request.id} is damaged ({error})") from error
+        return Row(row.request, dict(row.recipe), row.files, record["labels"], row.status, row.reason, row.trust)
+
+    def read_file(self, row: Row, role: str) -> bytes:
+        """The bytes of a file of a sample, as they are in its shard."""
+        shard = row.request.index // self._size
+        offset, size = self.index_of(shard).places[row.request.index][role]
+        if not 0 <= size <= max(LARGEST_IMAGE_FILE, LARGEST_RECORD):
+            raise self._damage(index_name(shard), f"a file of sample {row.request.id} has {size} bytes")
+        with self._lock, self.place.refusing(tar_name(shard)):
+            file = self._file(shard)
+            file.seek(offset)
+            return file.read(size)
+
+    def _file(self, shard: int) -> BinaryIO:
+        if self._process != os.getpid():  # a fork shares the places in files with its parent
+            self._open, self._process = OrderedDict(), os.getpid()
+        if (file := self._open.pop(shard, None)) is None:
+            file = self.place.open(tar_name(shard))
+        self._open[shard] = file
+        while len(self._open) > OPEN_SHARDS:
+            self._open.popitem(last=False)[1].close()
+        return file
+
+    def close(self) -> None:
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+
+
+def digest_of_shard(place: ShardPlace, name: str) -> StoredFile | None:
+    """Digest and size of a file of a run as it is now, None where it is missing."""
+    digest, size = hashlib.sha256(), 0
+    try:
+        with place.refusing(name), place.open(name) as file:
+            while block := file.read(2**20):
+                digest.update(block)
+                size += len(block)
+    except (Missing, FileNotFoundError):
+        return None
+    return StoredFile(digest.hexdigest(), size)

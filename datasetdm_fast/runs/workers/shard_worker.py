@@ -1,0 +1,303 @@
+"""The work of one process of a run in shards: it claims shards that are missing, makes them and commits each by an
+entry of the manifest. Processes meet only in the place of the run; a shard that two of them make has equal bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasetdm_fast.data import Quarantined, Sample
+from datasetdm_fast.disk.storage import StoredFile
+from datasetdm_fast.errors import GateFailed, Refused
+from datasetdm_fast.runs.jobs.domain_gate import DomainGate
+from datasetdm_fast.runs.jobs.job import Job, build_job, check_room
+from datasetdm_fast.runs.jobs.resume import merge_with_stored
+from datasetdm_fast.runs.jobs.writing import WRITERS, batch_facts, make_samples
+from datasetdm_fast.runs.run_folder.document import DOCUMENT, MANIFEST, check_config, check_document, grows, pretty
+from datasetdm_fast.runs.run_folder.folder import write_samples
+from datasetdm_fast.runs.run_folder.ledger import QUARANTINED, Row
+from datasetdm_fast.runs.run_folder.shard_places import ShardFolder, ShardPlace
+from datasetdm_fast.runs.run_folder.shards import (
+    RECORD,
+    SHARDS,
+    ShardEntry,
+    count_classes,
+    encode_index,
+    end_of,
+    entry_name,
+    index_name,
+    instance_classes,
+    member,
+    require_pyarrow,
+    sample_record,
+    shard_size,
+    tar_name,
+)
+from datasetdm_fast.runs.run_settings import RunSpec
+from datasetdm_fast.runs.workers.heartbeat import host, is_over
+from datasetdm_fast.runs.workers.queue import Owner
+from datasetdm_fast.runs.workers.worker import Callbacks
+from datasetdm_fast.untrusted import documents
+
+CLAIMS = "claims"
+SECONDS_BETWEEN_BEATS = 15.0  # renewals of a claim
+LEASE_SECONDS = 180.0  # without a renewal, after which others may take a shard
+SECONDS_BETWEEN_TRIES = 2.0  # to take a shard where all that are missing are claimed
+Encoded = tuple[Row, Mapping[str, bytes]]  # a row and its files by role
+
+
+class ShardAbandoned(Exception):
+    """A shard that is not to be completed here: another process has committed it, or the run is to stop."""
+
+
+@dataclass(frozen=True)
+class ShardRank:
+    """Which of the processes that were started together this one is."""
+
+    rank: int = 0
+    world: int = 1
+
+
+def open_shards(spec: RunSpec, place: ShardPlace) -> Job:
+    """The job of a run in shards; the first process writes its run.json, and other settings than its are refused."""
+    require_pyarrow()
+    stored = read_stored(place)
+    if stored is not None:
+        check_settings(spec, place, stored)
+    elif others := [name for name in place.names() if name not in (MANIFEST, SHARDS, CLAIMS)]:
+        raise Refused(
+            f"{place.name}: it holds something other than a run in shards ({documents.quote(others[0])})",
+            "Choose another --out or --store; nothing is ever overwritten.",
+        )
+    job = build_job(spec, stored)
+    if isinstance(place, ShardFolder):
+        check_room(job)
+    if stored is None and not place.create(DOCUMENT, pretty(job.document)):
+        stored = read_stored(place)
+    if stored is None:
+        stored = json.loads(pretty(job.document))
+    else:
+        check_settings(spec, place, stored)
+    return merge_with_stored(job, stored)
+
+
+def read_stored(place: ShardPlace) -> dict[str, Any] | None:
+    """run.json, None where there is none."""
+    if (content := place.read(DOCUMENT)) is None:
+        return None
+    try:
+        document: dict[str, Any] = documents.parse_json(content.decode(), DOCUMENT)
+        check_document(document)
+    except ValueError as error:
+        raise Refused(
+            f"{place.name}/{DOCUMENT}: not the description of a run ({error})", "Restore it from a copy."
+        ) from error
+    return document
+
+
+def check_settings(spec: RunSpec, place: ShardPlace, stored: Mapping[str, Any]) -> None:
+    """Refuses other settings than those of the run, a larger number of samples among them."""
+    check_config(Path(place.name), stored, spec.identity)
+    if grows(stored["config"], spec.identity):
+        raise Refused(
+            f"{place.name}: a run in shards keeps its number of samples ({stored['config']['number']})",
+            "Give that one, or make the further samples as a run of their own with another --seed.",
+        )
+
+
+class Claims:
+    """Which process makes which shard, told by files that are renewed; one that is not may be taken by others."""
+
+    def __init__(self, place: ShardPlace):
+        self._place, self._beats, self._last = place, 0, time.monotonic()
+        self._seen: dict[int, tuple[bytes, float]] = {}  # what a claim of another was, and since when
+
+    def _content(self) -> bytes:
+        return json.dumps({"host": host(), "process": os.getpid(), "beats": self._beats}).encode()
+
+    def take(self, shard: int) -> bool:
+        """Whether the shard is this process's to make."""
+        name, content = f"{CLAIMS}/{shard:05d}", self._content()
+        if self._place.create(name, content):
+            return True
+        other = self._place.read(name)
+        if other is not None and not self._is_over(shard, other):
+            return False
+        self._place.replace(name, content)
+        self._place.remove_parts(tar_name(shard), index_name(shard), entry_name(shard), name)
+        return True
+
+    def _is_over(self, shard: int, claim: bytes) -> bool:
+        """Whether the process of a claim has ended, or has not renewed it for the lease."""
+        content, since = self._seen.get(shard, (b"", 0.0))
+        if content != claim:
+            self._seen[shard] = claim, time.monotonic()
+        elif time.monotonic() - since > LEASE_SECONDS:
+            return True
+        try:
+            value = json.loads(claim)
+            return is_over(Owner("", 0, value["host"], int(value["process"])))
+        except (ValueError, TypeError, KeyError):
+            return False
+
+    def renew(self, shard: int) -> None:
+        """A sign of life, to be given often."""
+        if time.monotonic() - self._last > SECONDS_BETWEEN_BEATS:
+            self._last, self._beats = time.monotonic(), self._beats + 1
+            self._place.replace(f"{CLAIMS}/{shard:05d}", self._content())
+
+    def release(self, shard: int) -> None:
+        self._place.remove(f"{CLAIMS}/{shard:05d}")
+
+
+class ShardWorker:
+    """Makes the missing shards of a run, beginning with those of its rank."""
+
+    def __init__(self, job: Job, place: ShardPlace, rank: ShardRank, callbacks: Callbacks):
+        self.job, self.place, self.callbacks = job, place, callbacks
+        self.size = shard_size(job.document["config"])
+        self.gate, self.claims, self.made = DomainGate(job), Claims(place), 0
+        count = -(-job.plan.number // self.size)
+        self.order = sorted(range(count), key=lambda shard: ((shard - rank.rank) % rank.world, shard))
+        self.names = instance_classes(job.document)
+
+    def work(self) -> None:
+        """Makes shards until none is missing, or until it is to stop."""
+        while missing := self._missing():
+            made = 0
+            for shard in missing:
+                if self._is_ending():
+                    return
+                if self.claims.take(shard):
+                    made += self._make(shard)
+            if not made:
+                time.sleep(SECONDS_BETWEEN_TRIES)
+
+    def _missing(self) -> list[int]:
+        done = {name.removesuffix(".json") for name in self.place.names(MANIFEST)}
+        return [shard for shard in self.order if f"{shard:05d}" not in done]
+
+    def _is_ending(self) -> bool:
+        return self.callbacks.is_stopping() or bool(self.job.limit and self.made >= self.job.limit)
+
+    def _make(self, shard: int) -> bool:
+        """Whether this process made the shard, which another may have committed before."""
+        try:
+            if self.place.read(entry_name(shard)) is not None:
+                return False
+            entry = self._write(shard)
+            if not self.place.create(entry_name(shard), entry.encode()):
+                if self.place.read(entry_name(shard)) != entry.encode():
+                    raise GateFailed(
+                        f"{self.place.name}: two processes made shard {shard:05d} with other bytes",
+                        "Check the run with audit; processes of one run need the same device and versions.",
+                    )
+                return False
+        except ShardAbandoned:
+            return False
+        finally:
+            self.claims.release(shard)
+        self.made += entry.stop - entry.first
+        self.callbacks.on_commit(entry.stop - entry.first)
+        return True
+
+    def _write(self, shard: int) -> ShardEntry:
+        """The entry of a shard whose files are written."""
+        first = shard * self.size
+        stop = min(first + self.size, self.job.plan.number)
+        rows: list[Row] = []
+        places: list[dict[str, tuple[int, int]]] = []
+        tar = self.place.write(tar_name(shard), self._members(shard, first, stop, rows, places))
+        counts = [count_classes(row, self.names) for row in rows]
+        index = self.place.write(index_name(shard), [encode_index(rows, places, counts)])
+        reasons: dict[str, list[int]] = {}
+        for row in rows:
+            if row.status == QUARANTINED:
+                reasons.setdefault(row.reason, []).append(row.request.index)
+        trusts = [row.trust for row in rows if row.trust]
+        domains = [trust.domain for trust in trusts if trust.domain is not None]
+        return ShardEntry(
+            first,
+            stop,
+            doubtful=sum(not trust.is_trusted for trust in trusts),
+            outside=sum(domain > 1 for domain in domains),
+            measured=len(domains),
+            quarantined=reasons,
+            classes=dict(sum(counts, Counter())),
+            files={tar_name(shard): tar, index_name(shard): index},
+        )
+
+    def _members(
+        self, shard: int, first: int, stop: int, rows: list[Row], places: list[dict[str, tuple[int, int]]]
+    ) -> Iterator[bytes]:
+        """The bytes of a tar file; the rows of its samples and the places of their files are added to the lists."""
+        size = 0
+        for row, contents in self._encode_samples(shard, first, stop):
+            rows.append(row)
+            places.append({})
+            record = {RECORD: sample_record(row)} if row.files else {}
+            for role, content in {**contents, **record}.items():
+                ending = RECORD if role == RECORD else row.files[role][0].rpartition(".")[2]
+                ending = ending if role in ("image", RECORD) else f"{role}.{ending}"
+                data = member(f"{row.request.id}.{ending}", content)
+                places[-1][role] = size + tarfile.BLOCKSIZE, len(content)
+                size += len(data)
+                yield data
+        yield end_of(size)
+        if self.place.read(entry_name(shard)) is not None:
+            raise ShardAbandoned
+
+    def _encode_samples(self, shard: int, first: int, stop: int) -> Iterator[Encoded]:
+        """The samples of a shard in their order, encoded in threads while the next are made."""
+        job, waiting = self.job, deque[Future[list[Encoded]]]()
+
+        def on_unet_call() -> None:
+            self.callbacks.on_unet_call()
+            self.claims.renew(shard)
+
+        with ThreadPoolExecutor(WRITERS, "writer") as pool:
+            for batch, results in make_samples(job, job.plan.batches_between(first, stop), on_unet_call):
+                self.gate.evaluate(results)
+                if self.gate.is_closed:
+                    self.gate.check()
+                if self.callbacks.is_stopping():
+                    raise ShardAbandoned
+                waiting.append(pool.submit(encode_batch, results, batch_facts(job.recipe, batch), job.document))
+                while len(waiting) > WRITERS or waiting and waiting[0].done():
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
+
+
+def encode_batch(
+    results: Iterable[Sample | Quarantined], recipe: Mapping[str, Any], document: Mapping[str, Any]
+) -> list[Encoded]:
+    """Rows of the results with their files by role, as those of a run folder are encoded."""
+    written: dict[str, bytes] = {}
+
+    def collect(files: Mapping[str, bytes]) -> dict[str, StoredFile]:
+        written.update(files)
+        return {name: StoredFile(hashlib.sha256(each).hexdigest(), len(each)) for name, each in files.items()}
+
+    rows = write_samples(list(results), recipe, document, collect)
+    return [(row, {role: written[name] for role, (name, _) in row.files.items()}) for row in rows]
+
+
+def work_on_shards(spec: RunSpec, place: ShardPlace, rank: ShardRank, callbacks: Callbacks) -> ShardWorker:
+    """The worker of this process, once no shard is missing or it was to stop."""
+    job = open_shards(spec, place)
+    for line in callbacks.describe(job):
+        callbacks.on_message(line)
+    worker = ShardWorker(job, place, rank, callbacks)
+    worker.work()
+    return worker

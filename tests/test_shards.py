@@ -1,0 +1,326 @@
+"""Runs in shards: the bytes of a shard follow from the settings and its number alone, whatever happens to the processes
+that make it, and readers find in it what a run folder has.
+"""
+
+import json
+import random
+import tarfile
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+import torchless
+import troubled
+from skips import IS_LONG
+from test_ranks import tree
+
+import datasetdm_fast
+from datasetdm_fast import audit, convert, drop, gallery, generate
+from datasetdm_fast.command_line.run_settings import read_spec
+from datasetdm_fast.errors import GateFailed, Missing, Refused
+from datasetdm_fast.runs.run_folder.object_store import ObjectStore
+from datasetdm_fast.runs.run_folder.shard_places import ShardBucket, ShardFolder, shard_place
+from datasetdm_fast.runs.run_folder.shards import entry_name, index_name, tar_name
+from datasetdm_fast.runs.run_settings import RunConfig
+from datasetdm_fast.runs.workers import shard_ranks, shard_worker
+from datasetdm_fast.runs.workers.devices import Place
+from datasetdm_fast.runs.workers.shard_worker import CLAIMS, Claims, ShardRank, work_on_shards
+from datasetdm_fast.runs.workers.worker import Callbacks
+
+pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+SAMPLES, SIZE, BATCH = 26, 5, 2  # six shards, the last of one sample; no batch fits five samples
+ALONE = ShardRank()
+LINE = f"--layout shards --shard-size {SIZE} --number {SAMPLES} --batch-size {BATCH} --quiet".split()
+
+
+def describe(job):
+    return []
+
+
+def spec_of(out, **changes):
+    config = RunConfig(out=str(out), layout="shards", shard_size=SIZE, number=SAMPLES, batch_size=BATCH, quiet=True)
+    return replace(read_spec(replace(config, **changes)), may_mix=False)
+
+
+def make(out, place=None, rank=ALONE, **options):
+    return work_on_shards(spec_of(out), place or shard_place(out), rank, Callbacks(describe, **options))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def arithmetic():
+    with pytest.MonkeyPatch.context() as patch:
+        torchless.install(patch.setattr)
+        yield
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The run of a single process."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    make(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The same samples in a run folder."""
+    out = tmp_path_factory.mktemp("folder") / "run"
+    assert generate.main(["--number", str(SAMPLES), "--batch-size", "1", "--quiet", "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    fsspec = pytest.importorskip("fsspec")
+    monkeypatch.setattr(ObjectStore, "_protocols", ("bucket",))
+    files = fsspec.filesystem("memory")
+    files.makedirs("/bucket", exist_ok=True)
+    yield ShardBucket(ObjectStore("memory://bucket/run"))
+    files.rm("/bucket", recursive=True)
+
+
+def contents(place):
+    return {
+        f"{part}/{name}": place.read(f"{part}/{name}") for part in ("manifest", "shards") for name in place.names(part)
+    }
+
+
+def test_a_shard_holds_what_webdataset_reads(alone):
+    assert sorted(tree(alone)) == sorted(
+        ["run.json", *(name(k) for name in (entry_name, tar_name, index_name) for k in range(6))]
+    )
+    with tarfile.open(alone / tar_name(1)) as tar:
+        names = tar.getnames()
+        record = json.load(tar.extractfile("00000007.json"))
+    assert {name.partition(".")[2] for name in names} == {*"png depth.png semantic.png confidence.png json".split()}
+    assert record["seed"] == 7 and record["id"] == "00000007" and {"instance", "pose"} <= record["labels"].keys()
+
+
+def test_any_rank_and_any_number_of_processes_makes_the_same_bytes(alone, tmp_path):
+    for rank in (2, 0, 1):
+        made = []
+        make(
+            tmp_path / "run",
+            rank=ShardRank(rank, 3),
+            on_commit=made.append,
+            is_stopping=lambda made=made: len(made) == 2,
+        )
+    assert tree(tmp_path / "run") == tree(alone)
+
+
+def test_a_run_that_was_stopped_resumes_to_the_same_bytes(alone, tmp_path):
+    seen = []
+    make(tmp_path / "run", on_commit=seen.append, is_stopping=lambda: len(seen) == 2)
+    assert len(ShardFolder(tmp_path / "run").names("manifest")) == 2
+    assert datasetdm_fast.open_run(tmp_path / "run").is_complete is False  # a run can be read while it is made
+    make(tmp_path / "run")
+    assert tree(tmp_path / "run") == tree(alone)
+
+
+@pytest.mark.parametrize("seed", range(8 if IS_LONG else 1))
+def test_kills_of_four_processes_change_no_byte(alone, tmp_path, monkeypatch, seed):
+    started, begin, dice = [], shard_ranks.start, random.Random(seed)
+
+    def start(*arguments):
+        started.append(begin(*arguments))
+        return started[-1]
+
+    def kill():
+        for _ in range(4):
+            time.sleep(dice.uniform(0.5, 2.0))
+            running = [process for process in started if process.poll() is None]
+            if running:
+                dice.choice(running).kill()
+
+    monkeypatch.setattr(shard_ranks, "start", start)
+    killer = threading.Thread(target=kill)
+    killer.start()
+    places = [Place({"OMP_NUM_THREADS": "1", troubled.SECONDS: "0.3"}, 1)] * (4 if IS_LONG else 2)
+    counts = []
+    callbacks = Callbacks(describe, on_start=troubled.install, on_commit=counts.append)
+    shard_ranks.run_ranks(places, spec_of(tmp_path / "run"), str(tmp_path / "run"), callbacks)
+    killer.join()
+    make(tmp_path / "run")
+    assert {name: data for name, data in tree(tmp_path / "run").items() if not name.startswith(CLAIMS)} == tree(alone)
+    assert sum(counts) == SAMPLES
+
+
+def test_what_a_process_refuses_ends_the_others(alone, tmp_path):
+    spec = spec_of(alone, seed=3)
+    with pytest.raises(Refused, match="seed: 0 there, 3 asked for"):
+        shard_ranks.run_ranks([Place()], spec, str(alone), Callbacks(describe, on_start=troubled.install))
+
+
+def test_a_shard_that_is_made_twice_is_committed_once(alone, tmp_path, monkeypatch):
+    run, place = copy(alone, tmp_path), ShardFolder(tmp_path / "run")
+    job = shard_worker.open_shards(spec_of(run), place)
+    worker = shard_worker.ShardWorker(job, place, ALONE, Callbacks(describe))
+    monkeypatch.setattr(place, "read", lambda name: None)
+    with pytest.raises(GateFailed, match="with other bytes"):  # what the first committed can no longer be read
+        worker._make(2)
+    entry, reads = (run / entry_name(2)).read_bytes(), []
+    monkeypatch.setattr(place, "read", lambda name: reads.append(name) or (entry if len(reads) > 2 else None))
+    assert worker._make(2) is False and worker.made == 0
+    assert tree(run) == tree(alone)
+
+
+def test_the_claim_of_a_process_that_has_ended_or_is_silent_is_taken(tmp_path, monkeypatch):
+    place = ShardFolder(tmp_path)
+    one, other = Claims(place), Claims(place)
+    assert one.take(3) and not other.take(3)
+    monkeypatch.setattr(shard_worker, "LEASE_SECONDS", 0.0)
+    assert other.take(3)
+    place.replace(f"{CLAIMS}/4", b"")
+    place.replace(f"{CLAIMS}/00004", json.dumps({"host": shard_worker.host(), "process": 2**22 + 1}).encode())
+    assert one.take(4)
+    one.release(4)
+    assert place.names(CLAIMS) == ["00003", "4"]
+
+
+def test_a_store_holds_the_bytes_of_a_disk(alone, bucket):
+    make("run", bucket)
+    assert contents(bucket) == contents(ShardFolder(alone))
+    run = datasetdm_fast.open_run("memory://bucket/run")
+    assert len(run) == SAMPLES and run.is_complete
+    assert (run["00000007"].image == datasetdm_fast.open_run(alone)["00000007"].image).all()
+    assert audit.main(["memory://bucket/run", "--quiet"]) == 0
+
+
+def test_a_store_that_answers_503_ends_in_a_sentence_and_resumes(alone, bucket, monkeypatch):
+    files, calls, dice = type(bucket.store.files), [], random.Random(0)
+    real = files.pipe_file
+
+    def pipe_file(self, *arguments, **options):
+        calls.append(1)
+        if dice.random() < 0.3:
+            raise OSError("503 Slow Down")
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(files, "pipe_file", pipe_file)
+    failures = 0
+    while len(bucket.names("manifest")) < 6:
+        try:
+            make("run", bucket)
+        except Missing as stop:
+            failures += "503 Slow Down" in stop.cause
+    assert failures and contents(bucket) == contents(ShardFolder(alone))
+
+
+def copy(alone, tmp_path):
+    for name, content in tree(alone).items():
+        ShardFolder(tmp_path / "run").replace(name, content)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("damage", ["torn", "missing", "index", "entry"])
+def test_damage_is_named_and_repaired_to_the_same_bytes(alone, tmp_path, capsys, damage):
+    run = copy(alone, tmp_path)
+    match damage:
+        case "torn":
+            (run / tar_name(2)).write_bytes((run / tar_name(2)).read_bytes()[:5000])
+        case "missing":
+            (run / tar_name(2)).unlink()
+        case "index":
+            (run / index_name(2)).write_bytes(b"PAR1")
+        case "entry":
+            (run / entry_name(2)).write_bytes(b'{"first": 10}')
+    assert audit.main([str(run), "--quiet", "--repair"]) == 4
+    assert "00002" in capsys.readouterr().out
+    make(run)
+    assert tree(run) == tree(alone) and audit.main([str(run), "--quiet"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "cause"),
+    [
+        (["--shard-size", "0"], "expected 1 or more"),
+        (["--shard-size", "7"], "shard_size: 5 there, 7 asked for"),
+        (["--layout", "folder", "--shard-size", "1000"], "layout"),
+        (["--number", "60"], "keeps its number of samples"),
+        (["--keep", "trusted"], "not with --layout shards"),
+        (["--speed", "fast25"], "not with --layout shards"),
+        (["--cluster", "ray"], "not with --layout shards"),
+        (["--layout", "folder"], "the run is not in shards"),
+    ],
+)
+def test_other_settings_are_refused_in_a_sentence(alone, tmp_path, capsys, flags, cause):
+    before = tree(alone)
+    assert generate.main([*LINE, "--out", str(alone), *flags]) == 2
+    assert cause in capsys.readouterr().err and tree(alone) == before
+
+
+def test_a_place_that_holds_something_else_is_refused(folder, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert generate.main([*LINE, "--out", str(tmp_path)]) == 2
+    assert "something other than a run in shards ('notes.txt')" in capsys.readouterr().err
+    assert generate.main([*LINE, "--out", str(folder)]) == 2
+    assert "other settings" in capsys.readouterr().err
+
+
+def test_the_command_resumes_and_reports(alone, tmp_path, capsys):
+    out = str(tmp_path / "run")
+    assert generate.main([*LINE, "--out", out, "--limit", "7"]) == 0
+    assert "10 of 26 samples are there; resume with" in capsys.readouterr().err
+    assert generate.main([*LINE, "--out", out, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["complete"] and (facts["done"], facts["made"]) == (SAMPLES, 16)
+    assert tree(tmp_path / "run") == tree(alone)
+
+
+@pytest.mark.parametrize("command", [drop.main, gallery.main])
+def test_commands_that_read_a_ledger_refuse_shards(alone, capsys, command):
+    before = tree(alone)
+    assert command([str(alone), *(["00000001"] if command is drop.main else [])]) == 2
+    assert "its samples are in shards" in capsys.readouterr().err and tree(alone) == before
+
+
+def test_open_run_reads_what_a_run_folder_has(alone, folder):
+    run, other = datasetdm_fast.open_run(alone), datasetdm_fast.open_run(folder)
+    assert [sample.id for sample in run] == [sample.id for sample in other]
+    for one, two in zip(run, other):
+        assert (one.image == two.image).all() and one.row.labels == two.row.labels and one.trust == two.trust
+        assert (one.semantic.labels == two.semantic.labels).all() and one.row.files == two.row.files
+    assert len(run.where(classes=("ball",))) == len(other.where(classes=("ball",)))
+
+
+def test_an_export_has_the_bytes_of_that_of_a_run_folder(alone, folder, tmp_path):
+    for name, run in (("a", alone), ("b", folder)):
+        assert convert.main([str(run), "--to", "coco,wds", "--out", str(tmp_path / name), "--quiet"]) == 0
+    trees = [{k: v for k, v in tree(tmp_path / name).items() if "export.json" not in k} for name in "ab"]
+    assert trees[0] == trees[1]
+
+
+def test_a_stream_reads_every_sample_once_and_resumes(alone):
+    run = datasetdm_fast.open_run(alone)
+    stream = run.as_dataset("semantic", streaming=True, seed=1)
+    plain = [pair[0] for pair in run.as_dataset("semantic")]
+
+    def keys(loader):
+        return [next(k for k, each in enumerate(plain) if torch.equal(each, pair[0])) for pair in loader]
+
+    first = keys(stream)
+    assert sorted(first) == sorted(keys(plain and run.as_dataset("semantic", streaming=True)))
+    assert keys(stream) == first
+    loader = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=2)
+    assert sorted(keys(loader)) == sorted(first)
+    half = iter(stream)
+    for _ in range(11):
+        next(half)
+    state = stream.state_dict()
+    resumed = datasetdm_fast.open_run(alone).as_dataset("semantic", streaming=True, seed=1)
+    resumed.load_state_dict(state)
+    assert keys(resumed) == first[11:]
+    stream.set_epoch(1)
+    assert keys(stream) != first
+
+
+def test_ranks_read_shares_of_their_own(alone, monkeypatch):
+    seen = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        stream = datasetdm_fast.open_run(alone).as_dataset("semantic", streaming=True, seed=5)
+        seen += [index for share in stream._shares() for index in share]
+    assert sorted(seen) == list(range(SAMPLES))
