@@ -161,7 +161,7 @@ def test_plain_calls_are_not_observed(engine):
 
 def test_pixels_are_cut_not_rounded(engine):
     class Flat(torch.nn.Module):
-        config = engine.model.modules["vae"].config
+        config, dtype = engine.model.modules["vae"].config, torch.float32
 
         def decode(self, latents, return_dict):
             return (latents.new_tensor([-2.0, -1.0, 0.0, 0.999, 2.0]).expand(1, 3, 1, 5),)

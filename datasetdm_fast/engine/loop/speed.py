@@ -6,7 +6,6 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from datasetdm_fast.config import CACHED, FAST, FAST_SAMPLER, FAST_STEPS, USUAL_SAMPLER
-from datasetdm_fast.engine.sampling.scheduler import is_flow
 from datasetdm_fast.errors import Refused
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ def fast_sampling(engine: Engine, sampler: str, steps: int) -> tuple[str, int]:
     usual = engine.model.defaults.steps
     if sampler != USUAL_SAMPLER or steps:
         raise Refused(f"--speed {FAST}: it has a sampler and steps of its own", "Drop --sampler and --steps.")
-    if is_flow(engine.model.scheduler) or usual <= FAST_STEPS:
+    if engine.model.backbone.flow is not None or usual <= FAST_STEPS:
         title = engine.model.backbone.title
         raise Refused(f"--speed {FAST}: {title} is sampled in {usual} steps as it is", "Drop --speed.")
     return FAST_SAMPLER, FAST_STEPS
