@@ -73,7 +73,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def bucket(monkeypatch):
-    fsspec = pytest.importorskip("fsspec")
+    import fsspec
+
     monkeypatch.setattr(ObjectStore, "_protocols", ("bucket",))
     files = fsspec.filesystem("memory")
     files.makedirs("/bucket", exist_ok=True)
