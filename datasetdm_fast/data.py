@@ -68,6 +68,10 @@ class Text:
         """One row, `count` times."""
         return self.map(lambda part: part.expand(count, *part.shape[1:]))
 
+    def cast(self, dtype: torch.dtype) -> Text:
+        """The text with its numbers, but not its mask, in this precision."""
+        return self.map(lambda part: part.to(dtype) if part.is_floating_point() else part)
+
     def to(self, device: torch.device | str) -> Text:
         return self.map(lambda part: part.to(device))
 

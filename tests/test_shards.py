@@ -122,10 +122,10 @@ def test_a_run_that_was_stopped_resumes_to_the_same_bytes(alone, tmp_path):
 
 @pytest.mark.parametrize("seed", range(8 if IS_LONG else 1))
 def test_kills_of_four_processes_change_no_byte(alone, tmp_path, monkeypatch, seed):
-    started, begin, dice = [], shard_ranks.start, random.Random(seed)
+    started, begin, dice = [], shard_ranks.start_process, random.Random(seed)
 
-    def start(*arguments):
-        started.append(begin(*arguments))
+    def start(*arguments, **options):
+        started.append(begin(*arguments, **options))
         return started[-1]
 
     def kill():
@@ -135,7 +135,7 @@ def test_kills_of_four_processes_change_no_byte(alone, tmp_path, monkeypatch, se
             if running:
                 dice.choice(running).kill()
 
-    monkeypatch.setattr(shard_ranks, "start", start)
+    monkeypatch.setattr(shard_ranks, "start_process", start)
     killer = threading.Thread(target=kill)
     killer.start()
     places = [Place({"OMP_NUM_THREADS": "1", troubled.SECONDS: "0.3"}, 1)] * (4 if IS_LONG else 2)

@@ -193,30 +193,21 @@ class Rounded(TorchEngine):
         super().__init__(model.with_modules(**parts), engine.decoders, device=str(engine.device))
 
     def encode_text(self, prompts: Sequence[str]) -> Text:
-        return super().encode_text(prompts).map(lambda part: part.float() if part.is_floating_point() else part)
+        return super().encode_text(prompts).cast(torch.float32)
 
     def denoise(self, latents: Tensor, timestep: float, text: Text) -> Tensor:
-        return super().denoise(latents.to(self.dtype), timestep, self._round(text)).float()
+        return super().denoise(latents.to(self.dtype), timestep, text.cast(self.dtype)).float()
 
     def denoise_and_capture(self, latents: Tensor, timestep: float, text: Text) -> tuple[Tensor, Capture]:
-        noise, capture = super().denoise_and_capture(latents.to(self.dtype), timestep, self._round(text))
-        noise = noise.float()
-        return noise, Capture(
-            *(
-                tuple(tuple(value.float() for value in level) for level in kind)
-                for kind in (capture.features, capture.maps)
-            )
-        )
+        noise, capture = super().denoise_and_capture(latents.to(self.dtype), timestep, text.cast(self.dtype))
+        return noise.float(), capture.to(torch.float32)
 
     def denoise_and_average(
         self, latents: Tensor, timestep: float, text: Text, class_text: Text, sums: AttentionSums
     ) -> tuple[Tensor, AttentionSums]:
-        rounded, class_rounded = self._round(text), self._round(class_text)
+        rounded, class_rounded = text.cast(self.dtype), class_text.cast(self.dtype)
         noise, sums = super().denoise_and_average(latents.to(self.dtype), timestep, rounded, class_rounded, sums)
         return noise.float(), sums
-
-    def _round(self, text: Text) -> Text:
-        return text.map(lambda part: part.to(self.dtype) if part.is_floating_point() else part)
 
     def decode_image(self, latents: Tensor) -> Tensor:
         with torch.inference_mode():

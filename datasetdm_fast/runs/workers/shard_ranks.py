@@ -11,8 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from datasetdm_fast.bug_report import report_bug
@@ -23,7 +23,13 @@ from datasetdm_fast.runs.run_folder.shards import shard_size
 from datasetdm_fast.runs.run_settings import RunSpec
 from datasetdm_fast.runs.workers.devices import Place
 from datasetdm_fast.runs.workers.shard_worker import ShardRank, work_on_shards
-from datasetdm_fast.runs.workers.spawn import MOST_DEATHS, WITH_PARENT, end_with_parent
+from datasetdm_fast.runs.workers.spawn import (
+    MOST_DEATHS,
+    WITH_PARENT,
+    SpawnedProcess,
+    end_with_parent,
+    start_process,
+)
 from datasetdm_fast.runs.workers.worker import Callbacks
 
 SECONDS_BETWEEN_POLLS = 0.5  # of processes and manifest
@@ -34,7 +40,7 @@ _BOOT = WITH_PARENT + "from datasetdm_fast.runs.workers.shard_ranks import enter
 class ShardProcess:
     """A rank and the process that fills it now."""
 
-    process: subprocess.Popen[bytes]
+    process: SpawnedProcess
     deaths: int = 0  # since the last shard that was committed
 
 
@@ -43,8 +49,9 @@ def run_ranks(places: Sequence[Place], spec: RunSpec, place: str, callbacks: Cal
     opened = shard_place(place)
     known = set(opened.names(MANIFEST))
 
-    def begin(rank: int) -> subprocess.Popen[bytes]:
-        return start(places[rank], (spec, place, ShardRank(rank, len(places)), callbacks.on_start))
+    def begin(rank: int) -> SpawnedProcess:
+        work = place, ShardRank(rank, len(places)), callbacks.on_start
+        return start_process(_BOOT, places[rank], spec, work, stdout=subprocess.PIPE)
 
     ranks = [ShardProcess(begin(rank)) for rank in range(len(places))]
     try:
@@ -59,7 +66,6 @@ def run_ranks(places: Sequence[Place], spec: RunSpec, place: str, callbacks: Cal
     finally:
         for each in ranks:
             each.process.kill()
-            each.process.wait()
     _count_new(opened, spec, known, ranks, callbacks)
 
 
@@ -78,41 +84,19 @@ def _count_new(
 
 def _raise_refusal(each: ShardProcess, rank: int, place: str, callbacks: Callbacks) -> None:
     """Raises what a process that ended has refused; another one is said to be replaced, unless it died too often."""
-    code = each.process.returncode
     assert each.process.stdout is not None
     report = each.process.stdout.read()
     if report:
         name, cause, remedy = json.loads(report)
         if name != "Missing" or each.deaths == MOST_DEATHS:
             raise REFUSALS[name](cause, remedy)
-    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    how = each.process.ending()
     if each.deaths == MOST_DEATHS:
         raise Missing(
             f"{place}: a process of the run ended {MOST_DEATHS} times in a row ({how})",
             "Fix that and run the same command again: it resumes.",
         )
     callbacks.on_message(f"rank {rank} {how}, it is replaced")
-
-
-def start(at: Place, work: tuple[RunSpec, str, ShardRank, Callable[[], None] | None]) -> subprocess.Popen[bytes]:
-    """A process that makes shards."""
-    spec, *others = work
-    spec = replace(spec, engine=replace(spec.engine, threads=at.threads))
-    environment: Mapping[str, str] = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        **at.environment,
-    }
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-c", _BOOT], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    assert process.stdin is not None
-    try:
-        pickle.dump((spec, *others), process.stdin)
-        process.stdin.flush()
-    except BrokenPipeError:  # it has just ended
-        pass
-    return process
 
 
 def enter() -> None:

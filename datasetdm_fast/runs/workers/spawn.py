@@ -236,20 +236,25 @@ class SpawningSupervisor(Supervisor):
         self.spec, self.places = spec, places
 
     def start(self, owner: Owner) -> SpawnedProcess:
-        place = self.places[owner.slot]
-        spec = replace(self.spec, engine=replace(self.spec.engine, threads=place.threads))
-        path = os.pathsep.join(path for path in sys.path if path)
-        process = SpawnedProcess(
-            [sys.executable, "-P", "-c", _BOOT],
-            env={**os.environ, "PYTHONPATH": path, **place.environment},
-            stdin=subprocess.PIPE,
-            stdout=2,  # the standard output of a command holds its result alone
-        )
-        with suppress(BrokenPipeError):  # it has just ended
-            callbacks = self.callbacks
-            pickle.dump((spec, owner, callbacks.describe, callbacks.on_start), process.stdin)
-            process.stdin.flush()
-        return process
+        work = owner, self.callbacks.describe, self.callbacks.on_start
+        # the standard output of a command holds its result alone
+        return start_process(_BOOT, self.places[owner.slot], self.spec, work, stdout=2)
+
+
+def start_process(boot: str, place: Place, spec: RunSpec, work: tuple[Any, ...], *, stdout: int) -> SpawnedProcess:
+    """A process at a place of this machine that runs `boot`, and reads the run and its work from standard input."""
+    spec = replace(spec, engine=replace(spec.engine, threads=place.threads))
+    path = os.pathsep.join(path for path in sys.path if path)
+    process = SpawnedProcess(
+        [sys.executable, "-P", "-c", boot],
+        env={**os.environ, "PYTHONPATH": path, **place.environment},
+        stdin=subprocess.PIPE,
+        stdout=stdout,
+    )
+    with suppress(BrokenPipeError):  # it has just ended
+        pickle.dump((spec, *work), process.stdin)
+        process.stdin.flush()
+    return process
 
 
 def enter() -> None:

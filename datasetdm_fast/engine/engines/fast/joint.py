@@ -156,7 +156,7 @@ class JointEngine(TorchEngine):
         self.projection = Projection(model.levels, self.decoders).to(self.device)
 
     def _narrow(self, text: Text) -> Text:
-        return text.map(lambda part: part.to(self.device, self.dtype if part.is_floating_point() else part.dtype))
+        return text.to(self.device).cast(self.dtype)
 
     def weight_distance(self) -> float:
         """How far a weight of the engine lies from that of its model, as a share of the largest in its tensor."""
@@ -171,7 +171,7 @@ class JointEngine(TorchEngine):
 
     @engine_call
     def encode_text(self, prompts: Sequence[str]) -> Text:
-        return super().encode_text(prompts).map(lambda part: part.float() if part.is_floating_point() else part)
+        return super().encode_text(prompts).cast(torch.float32)
 
     @engine_call
     def denoise(self, latents: Tensor, timestep: float, text: Text) -> Tensor:
@@ -204,8 +204,7 @@ class JointEngine(TorchEngine):
         self.joint.network = self._eager
         with self.joint.capturing() as captures:
             output = self.joint.predict(latents.to(self.device, self.dtype), timestep, self._narrow(text)).float()
-        kinds = (captures[0].features, captures[0].maps)
-        return output, Capture(*(tuple(tuple(value.float() for value in level) for level in kind) for kind in kinds))
+        return output, captures[0].to(torch.float32)
 
     @engine_call
     def denoise_and_average(
