@@ -93,6 +93,7 @@ class Engine:
         self.tensors = {one.name: one for one in (*self.inputs, *self.outputs)}
         self.contexts = []
 
+    device_memory_size_v2 = 1_000_000
     num_io_tensors = property(lambda self: len(self.tensors))
 
     def get_tensor_name(self, place):
@@ -184,6 +185,9 @@ class HostQueue:
 
     def take_turn(self):
         return nullcontext()
+
+    def free_memory(self):
+        return 8_000_000_000
 
     def use_device(self):
         return torch.inference_mode()

@@ -21,6 +21,7 @@ from datasetdm_fast.config import TASKS
 from datasetdm_fast.data import Request
 from datasetdm_fast.engine.engines.exported.trt import TrtEngine
 from datasetdm_fast.engine.engines.exported.trt_plan import Queue
+from datasetdm_fast.engine.engines.memory import is_out_of_memory
 from datasetdm_fast.engine.engines.torch import TorchEngine
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop import driver
@@ -402,6 +403,18 @@ def test_a_run_makes_samples_with_every_label(demo, folder, built):
     }
 
 
+def test_every_plan_of_a_run_is_built_before_its_first_image(demo, folder, built, tmp_path, monkeypatch):
+    from datasetdm_fast.data import Batch
+
+    engine = make_engine(demo, tmp_path)
+    sampled, denoise = [], engine.denoise
+    monkeypatch.setattr(engine, "denoise", lambda *call: sampled.append(len(built)) or denoise(*call))
+    list(driver.generate([Batch(0, tuple(REQUESTS[:2]))], engine, make_recipe(engine, TASKS, steps=3)))
+    assert set(sampled) == {len(built)} and len(built) == len(engine.manifest.stages) - 1
+    assert sum(line.startswith("built ") for line in engine.told) == len(built)
+    assert engine.told[-1].startswith(f"built {len(built)} of {len(built)}: ")
+
+
 # What is missing ------------------------------------------------------------------------------------------------------
 
 
@@ -424,6 +437,13 @@ def test_what_was_found_is_named(monkeypatch):
     monkeypatch.setattr(flavours, "find_flavour", lambda name: flavours.Flavour("tensorrt-rtx", "1.7.1.116", "13"))
     with pytest.raises(Missing, match="found the module tensorrt_rtx 1.7.1.116, "):
         flavours.require_gpu()
+
+
+def test_a_plan_without_room_on_the_gpu_tells_how_much_it_takes(demo, folder, built, monkeypatch):
+    monkeypatch.setattr(fake_tensorrt.Engine, "device_memory_size_v2", 9_500_000_000)
+    with pytest.raises(Missing, match="for denoise in batches of 2: it takes 9.5 GB, and 8.0 GB are free") as caught:
+        make_engine(demo, folder).prepare(2)
+    assert is_out_of_memory(caught.value)
 
 
 def test_shapes_that_cannot_be_inferred_are_told(demo, tmp_path, monkeypatch):

@@ -206,6 +206,12 @@ def test_a_builder_that_crashes_takes_only_itself_along(tmp_path, monkeypatch):
         run(tmp_path, RELU)
 
 
+def test_a_builder_that_does_not_end_is_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(to_tensorrt, "LONGEST_BUILD", 0.01)
+    with pytest.raises(Refused, match="denoise: TensorRT-RTX .* gave no plan within "):
+        run(tmp_path, RELU)
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "said"),
     [

@@ -19,7 +19,8 @@ MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 DATA_CENTRE = {"sm90", "sm100", "sm103"}
 INSTALL = {
-    "tensorrt": "Install it with: pip install 'datasetdm-fast[trt-full]', on a machine with an NVIDIA driver.",
+    "tensorrt": "Install NVIDIA's package tensorrt-cu13, which fetches its libraries from NVIDIA's own index: "
+    "pip install 'datasetdm-fast[trt-full]', on a machine with an NVIDIA driver.",
     "tensorrt-rtx": "Install it with: pip install 'datasetdm-fast[trt]'.",
 }
 CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_...
@@ -137,8 +138,7 @@ def require_gpu(name: str = "auto") -> Flavour:
         raise Missing(
             f"engine trt: {flavour.title} serves {', '.join(flavour.capabilities)}, and this machine has "
             f"{', '.join(gpus)}; {describe_driver()}",
-            "Install the full TensorRT, which serves this GPU: pip install 'datasetdm-fast[trt-full]'; then "
-            "--trt-flavour tensorrt.",
+            f"The full TensorRT serves this GPU. {INSTALL['tensorrt']} Then choose --trt-flavour tensorrt.",
         )
     return flavour
 

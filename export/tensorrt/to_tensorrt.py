@@ -145,6 +145,7 @@ def open_plan(
 
 
 LONGEST_REASON = 1000  # bytes of what a builder that failed wrote last
+LONGEST_BUILD = 3600  # seconds for one plan; the largest known, a UNet of Stable Diffusion, takes minutes
 
 
 def run_builder(graph: Path, order: PlanOrder, part: Path, flavour: Flavour) -> dict[str, Any]:
@@ -152,7 +153,13 @@ def run_builder(graph: Path, order: PlanOrder, part: Path, flavour: Flavour) -> 
     job = {"module": MODULES[flavour.name], "graph": str(graph), "plan": str(part), "shapes": order.facts()["shapes"]}
     job["capabilities"] = list(order.capabilities) if flavour.is_portable else []
     command = [sys.executable, "-m", "datasetdm_fast.export.tensorrt.plan_builder"]
-    process = subprocess.run(command, input=json.dumps(job).encode(), capture_output=True)
+    try:
+        process = subprocess.run(command, input=json.dumps(job).encode(), capture_output=True, timeout=LONGEST_BUILD)
+    except subprocess.TimeoutExpired:
+        raise Refused(
+            f"{order.stage}: {flavour.title} gave no plan within {LONGEST_BUILD / 60:g} minutes",
+            "Build on a machine with nothing else running, or use --engine fast.",
+        ) from None
     code = process.returncode
     ending = f"by {signal.Signals(-code).name}" if code < 0 else f"with {code}"
     words = " ".join(process.stderr[-LONGEST_REASON:].decode(errors="replace").split())

@@ -49,6 +49,9 @@ class BaseEngine:
     def decode_image(self, latents: Tensor) -> Tensor:  # [B, H, W, 3] uint8
         return self.decode_and_check(latents)[0]
 
+    def prepare(self, batch: int) -> None:
+        """Makes ready what calls of `batch` images would otherwise make at the first of them."""
+
     def suggested_batch(self) -> int:
         return BATCH if self.device.type == "cuda" else suggest_batch(self.model.size // FACTOR, self.device)
 

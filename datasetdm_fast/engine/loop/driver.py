@@ -64,6 +64,7 @@ def sample_and_label(
     refused, the pending results come first.
     """
     sample, label = in_own_precision()(generator.sample), in_own_precision()(generator.label)
+    prepare = getattr(generator.engine, "prepare", None) or (lambda images: None)  # of packages' own engines, too
     remaining = iter(batches)
     while True:
         try:
@@ -73,6 +74,7 @@ def sample_and_label(
             raise
         if batch is None:
             break
+        prepare(len(batch.padded))
         label_stream.put(batch, label, batch, sample(batch))
         yield from label_stream.ready()
     yield from label_stream.rest()

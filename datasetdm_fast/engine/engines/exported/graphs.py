@@ -73,11 +73,14 @@ class GraphEngine(BaseEngine):
 
     def _run(self, stage: str, size: int, **inputs: Tensor) -> dict[str, Tensor]:
         """The stage's outputs, computed `size` images at a time."""
+        return join_parts(self._opened(stage)(split_batch(inputs, size)))
+
+    def _opened(self, stage: str) -> OpenedGraph:
         if stage not in self._stages:
             options = {} if stage in self.manifest.stages else separate_options(stage)
             folder, manifest = self._export(**options) if options else (self.folder, self.manifest)
             self._stages[stage] = self._open(folder, manifest, stage)
-        return join_parts(self._stages[stage](split_batch(inputs, size)))
+        return self._stages[stage]
 
     @torch.inference_mode()
     def encode_text(self, prompts: Sequence[str]) -> Text:

@@ -57,6 +57,7 @@ class TrtEngine(GraphEngine):
         )
         super().__init__(model, decoders, on_message)
         self._timesteps: dict[float, Tensor] = {}
+        self._prepared: set[int] = set()
         self.golden = Reference(lambda: FastEngine(model, self.decoders, dtype="fp32", device="cpu"))
 
     def _export(self, **options: Any) -> tuple[Path, Manifest]:
@@ -79,6 +80,11 @@ class TrtEngine(GraphEngine):
             )
         self.on_message(f"exporting the stages to {folder}")
         return folder, export(self.model, self.decoders, folder, precision=self.precision, **options)
+
+    def _opened(self, stage: str) -> TrtStage:
+        opened = super()._opened(stage)
+        assert isinstance(opened, TrtStage)
+        return opened
 
     def _open(self, folder: Path, manifest: Manifest, stage: str) -> TrtStage:
         if stage not in manifest.stages:
@@ -103,6 +109,18 @@ class TrtEngine(GraphEngine):
         parts = [call(task, batch, sums, pad_to(part, WORDS, 1)) for part in words.split(WORDS, 1)]
         return {name: torch.cat([part[name] for part in parts], 1)[:, : words.shape[1]] for name in parts[0]}
 
+    @torch.inference_mode()
+    def prepare(self, batch: int) -> None:
+        """Builds and loads the plans that images from prompts need: a build takes minutes, and chooses kernels by their
+        time, which calls of other threads would disturb.
+        """
+        stages = [stage for stage in self.manifest.stages if stage != "encode_image"]
+        for place, stage in enumerate(stages, 1):
+            plan = self._opened(stage).plan(batch).plan
+            if plan.is_new and batch not in self._prepared:
+                self.on_message(f"built {place} of {len(stages)}: {stage}, in {plan.notes['seconds']:.0f} s")
+        self._prepared.add(batch)
+
     def fingerprint(self) -> dict[str, str]:
         return super().fingerprint() | {"device_name": self.queue.gpu}
 
@@ -123,14 +141,18 @@ class TrtStage:
         outputs = []
         for inputs in parts:
             count = len(next(iter(inputs.values())))
-            size = call_size(self.stage, self.manifest.size, len(next(iter(parts[0].values()))))
+            size = self._size(len(next(iter(parts[0].values()))))
             padded = {name: pad_to(value, size) for name, value in inputs.items()} if count < size else inputs
-            result = self._plan(size)(padded)
+            result = self.plan(size)(padded)
             outputs.append({name: value[:count] for name, value in result.items()} if count < size else result)
         return outputs
 
-    def _plan(self, batch: int) -> LoadedPlan:
-        if batch not in self.plans:
+    def _size(self, batch: int) -> int:
+        return call_size(self.stage, self.manifest.size, batch)
+
+    def plan(self, batch: int) -> LoadedPlan:
+        """The plan of calls for a batch of that many images."""
+        if (batch := self._size(batch)) not in self.plans:
             flavour, queue, golden = self.engine.flavour, self.engine.queue, self.engine.golden
 
             def runs_here(facts: Facts) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -60,6 +61,11 @@ class Queue(InOrder):
             work()
         return graph.replay
 
+    def free_memory(self) -> int:
+        """Bytes that neither PyTorch nor another process holds."""
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(self.device)[0]
+
     @contextmanager
     def take_turn(self) -> Iterator[None]:
         """What this thread queues within this block comes after what others have queued in theirs."""
@@ -86,6 +92,7 @@ class LoadedPlan:
         with queue.use_device():
             self.runtime = flavour.module.Runtime(self.log)
             self.engine = self._deserialise()
+            self.plan = replace(plan, content=b"")  # which the GPU holds now
             self._check_tensors()
             self.inputs, self.outputs = (self._make_buffers(infos) for infos in (tensors.inputs, tensors.outputs))
             self.context = self._make_context()
@@ -146,6 +153,7 @@ class LoadedPlan:
                 self.settings.dynamic_shapes_kernel_specialization_strategy = eager
             if self.records_itself:
                 self.settings.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        self._check_memory()
         context = self.engine.create_execution_context(*([] if self.settings is None else [self.settings]))
         if context is None:
             raise self._unfit(self.log.last)
@@ -161,6 +169,16 @@ class LoadedPlan:
         for name, buffer in (self.inputs | self.outputs).items():
             self._must(context.set_tensor_address(name, buffer.data_ptr()), f"the address of {name}")
         return context
+
+    def _check_memory(self) -> None:
+        """Refuses what would not fit: TensorRT's own message about it names bytes and nothing to change."""
+        needed, free = self.engine.device_memory_size_v2, self.queue.free_memory()
+        if needed > free:
+            raise Missing(
+                f"memory: the GPU does not have enough memory for {self.plan.facts['stage']} in batches of "
+                f"{self.batch}: it takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
+                "Choose a smaller --batch-size or --size, or free its memory.",
+            )
 
     @property
     def records_itself(self) -> bool:
