@@ -441,7 +441,7 @@ def test_what_was_found_is_named(monkeypatch):
 
 def test_a_plan_without_room_on_the_gpu_tells_how_much_it_takes(demo, folder, built, monkeypatch):
     monkeypatch.setattr(fake_tensorrt.Engine, "device_memory_size_v2", 9_500_000_000)
-    with pytest.raises(Missing, match="for denoise in batches of 2: it takes 9.5 GB, and 8.0 GB are free") as caught:
+    with pytest.raises(Missing, match="for encode_text in batches of 8: it takes 9.5 GB, and 8.0 GB") as caught:
         make_engine(demo, folder).prepare(2)
     assert is_out_of_memory(caught.value)
 

@@ -73,9 +73,9 @@ class GraphEngine(BaseEngine):
 
     def _run(self, stage: str, size: int, **inputs: Tensor) -> dict[str, Tensor]:
         """The stage's outputs, computed `size` images at a time."""
-        return join_parts(self._opened(stage)(split_batch(inputs, size)))
+        return join_parts(self._open_once(stage)(split_batch(inputs, size)))
 
-    def _opened(self, stage: str) -> OpenedGraph:
+    def _open_once(self, stage: str) -> OpenedGraph:
         if stage not in self._stages:
             options = {} if stage in self.manifest.stages else separate_options(stage)
             folder, manifest = self._export(**options) if options else (self.folder, self.manifest)

@@ -81,8 +81,8 @@ class TrtEngine(GraphEngine):
         self.on_message(f"exporting the stages to {folder}")
         return folder, export(self.model, self.decoders, folder, precision=self.precision, **options)
 
-    def _opened(self, stage: str) -> TrtStage:
-        opened = super()._opened(stage)
+    def _open_once(self, stage: str) -> TrtStage:
+        opened = super()._open_once(stage)
         assert isinstance(opened, TrtStage)
         return opened
 
@@ -116,7 +116,7 @@ class TrtEngine(GraphEngine):
         """
         stages = [stage for stage in self.manifest.stages if stage != "encode_image"]
         for place, stage in enumerate(stages, 1):
-            plan = self._opened(stage).plan(batch).plan
+            plan = self._open_once(stage).plan(batch).plan
             if plan.is_new and batch not in self._prepared:
                 self.on_message(f"built {place} of {len(stages)}: {stage}, in {plan.notes['seconds']:.0f} s")
         self._prepared.add(batch)
