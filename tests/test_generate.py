@@ -250,6 +250,12 @@ def test_dry_run_shows_the_plan_and_writes_nothing(engines, tmp_path, capsys):
     ]
 
 
+def test_a_dry_run_of_many_lists_the_first(engines, tmp_path, capsys):
+    assert run("--number", "50", "--prompts", "a ball", "--dry-run", out=tmp_path / "run") == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[39].startswith("00000039  seed 39") and printed[40:] == ["and 10 more, which --json lists"]
+
+
 def test_decoders_may_be_moved(tmp_path, capsys):
     decoders, moved, path = tmp_path / "decoders", tmp_path / "moved", tmp_path / "run"
     shutil.copytree(DEMO / "depth", decoders / "depth")

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.command_line.output import NOTHING_WRITTEN, print_lines, print_result
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from datasetdm_fast.runs.jobs.result import Result
     from datasetdm_fast.runs.run_settings import RunConfig
 
+MOST_REQUESTS = 40  # that a plan for the eye lists
+
 
 def print_run_plan(config: RunConfig, job: Job) -> int:
     """The exit code of a dry run, which prints what a run would make."""
@@ -29,8 +32,10 @@ def print_run_plan(config: RunConfig, job: Job) -> int:
         requests = [{name: getattr(request, name) for name in names} for request in job.plan]
         print(json.dumps({**facts, "bytes": job.bytes_needed, "requests": requests}))
     else:
-        for request in job.plan:
+        for request in islice(job.plan, MOST_REQUESTS):
             print(f"{request.id}  seed {request.seed}  {request.prompt!r}")
+        if (rest := job.plan.number - MOST_REQUESTS) > 0:
+            print(f"and {rest:,} more, which --json lists")
     print_lines(config, NOTHING_WRITTEN)
     return 0
 
