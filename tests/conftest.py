@@ -5,6 +5,7 @@ skipped for a reason that is not listed, and figures at the end.
 import fcntl
 import gc
 import os
+import signal
 import socket
 import struct
 import sys
@@ -16,6 +17,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+# Ctrl-C is ignored where a shell started the tests in the background, and by all processes that they would start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Libraries are installed without bytecode; where none may be written, every process that imports diffusers takes ten
 # seconds more.
