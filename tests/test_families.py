@@ -196,7 +196,7 @@ def test_requests_that_a_family_cannot_serve_are_refused_in_a_sentence(folders, 
         (["--engine", "fast", "--dtype", "fp16"], 2, ("fp16", "--dtype bf16")),
         (["--engine", "ort"], 2, ("--engine torch",)),
         (["--engine", "torch", "--size", "72"], 2, ("multiple of",)),
-        (["--engine", "torch", "--lora", "adapter.safetensors"], 2, ("not known for", "fuse_lora")),
+        (["--engine", "torch", "--lora", "adapter.safetensors"], 3, ("no such file",)),
         (["--engine", "torch", "--labeller", "attention", "--classes", "cat"], 2, ("attention",)),
         (["--engine", "torch", "--guidance", "1", "--negative-prompt", "rain"], 2, ("no negative prompt", "Drop it")),
     ):

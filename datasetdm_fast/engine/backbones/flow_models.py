@@ -1,9 +1,14 @@
-"""What the records of flow models have in common: their levels and latents."""
+"""What the records of flow models have in common: their levels and latents, and how adapters name their layers."""
 
-from typing import Any
+from __future__ import annotations
 
-from datasetdm_fast.engine.backbones.record import Latents
+from typing import TYPE_CHECKING, Any
+
+from datasetdm_fast.engine.backbones.record import Configs, Latents, NameAdapter
 from datasetdm_fast.stages import Level
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EIGHTHS = {"low": (3, 4), "mid": (2,), "high": (6,)}  # of its depth: the blocks whose input a level is
 JOINT_ENGINE = "datasetdm_fast.engine.engines.fast.joint:JointEngine"
@@ -33,3 +38,15 @@ def scaled_latents(vae: Any) -> Latents:
     """The space of an autoencoder that has a scale and a shift."""
     pixels = 2 ** (len(vae.block_out_channels) - 1)
     return Latents(vae.latent_channels, pixels, vae.scaling_factor, vae.shift_factor or 0.0)
+
+
+def names_of(pipeline: str) -> NameAdapter:
+    """Names the layers of adapters as this pipeline of diffusers does when it loads them."""
+
+    def name_adapter(state: dict[str, Tensor], configs: Configs) -> dict[str, Tensor]:
+        import diffusers
+
+        named: Any = getattr(diffusers, pipeline).lora_state_dict(dict(state), return_alphas=True)
+        return {**named[0], **(named[1] or {})} if isinstance(named, tuple) else dict(named)
+
+    return name_adapter

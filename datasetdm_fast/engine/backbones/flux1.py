@@ -2,7 +2,7 @@
 
 from datasetdm_fast.config import Defaults, FlowRule, seg4diff
 from datasetdm_fast.engine.backbones.fitting import check_channels, check_vocabularies, check_widths
-from datasetdm_fast.engine.backbones.flow_models import CAPTURE, JOINT_ENGINE, joint_levels, scaled_latents
+from datasetdm_fast.engine.backbones.flow_models import CAPTURE, JOINT_ENGINE, joint_levels, names_of, scaled_latents
 from datasetdm_fast.engine.backbones.record import Backbone, Configs, LoadedModel, Part, Read
 from datasetdm_fast.stages import Level
 
@@ -71,6 +71,7 @@ FLUX1 = Backbone(
     reference="datasetdm_fast.engine.backbones.flux1_reference:Flux1Reference",
     fast=JOINT_ENGINE,
     halves=("bf16",),
+    name_adapter=names_of("FluxPipeline"),
     check=_check,
     check_fit=_check_fit,
     licence=lambda configs: DEV_LICENCE if configs["transformer"].guidance_embeds else "apache-2.0",

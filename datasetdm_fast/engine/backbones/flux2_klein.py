@@ -8,7 +8,7 @@ from datasetdm_fast.engine.backbones.fitting import (
     check_vocabularies,
     check_widths,
 )
-from datasetdm_fast.engine.backbones.flow_models import CAPTURE, JOINT_ENGINE, joint_levels
+from datasetdm_fast.engine.backbones.flow_models import CAPTURE, JOINT_ENGINE, joint_levels, names_of
 from datasetdm_fast.engine.backbones.record import Backbone, Configs, Latents, LoadedModel, Part, Read
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import Level
@@ -81,6 +81,7 @@ FLUX2_KLEIN = Backbone(
     reference="datasetdm_fast.engine.backbones.flux2_klein_reference:Flux2KleinReference",
     fast=JOINT_ENGINE,
     halves=("bf16",),
+    name_adapter=names_of("Flux2KleinPipeline"),
     check=_check,
     check_fit=_check_fit,
     licence=_licence,

@@ -4,7 +4,7 @@ from typing import Any
 
 from datasetdm_fast.config import Defaults, FlowRule
 from datasetdm_fast.engine.backbones.fitting import check_channels, check_settings, check_vocabularies, check_widths
-from datasetdm_fast.engine.backbones.flow_models import CAPTURE, JOINT_ENGINE, joint_levels
+from datasetdm_fast.engine.backbones.flow_models import CAPTURE, JOINT_ENGINE, joint_levels, names_of
 from datasetdm_fast.engine.backbones.record import Backbone, Configs, Latents, LoadedModel, Part, Read
 from datasetdm_fast.stages import Level
 
@@ -62,6 +62,7 @@ QWEN_IMAGE = Backbone(
     reference="datasetdm_fast.engine.backbones.qwen_image_reference:QwenImageReference",
     fast=JOINT_ENGINE,
     halves=("bf16",),
+    name_adapter=names_of("QwenImagePipeline"),
     check=_check,
     check_fit=_check_fit,
     licence=lambda configs: "apache-2.0",

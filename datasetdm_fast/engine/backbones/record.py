@@ -21,6 +21,7 @@ DAMAGED = "Get the model's files again and compare their checksums, or name anot
 Guidance = Literal["cfg", "embedded", "none"]
 # Of a loaded model: part -> its config, whose entries are attributes; "scheduler" and "model_index" are mappings.
 Configs = Mapping[str, Any]
+NameAdapter = Callable[[dict[str, "Tensor"], Configs], dict[str, "Tensor"]]
 Read = dict[str, dict[str, Any]]  # the same as a folder's files have them
 
 
@@ -87,7 +88,8 @@ class Backbone:
     text_network: str | None = None  # module:class of our own text encoders, see models.text_encoder.PromptEncoder
     is_exported: bool = False  # whether its stages can be written as graphs
     patch: int = 2  # latent cells of a side of one image token, for shifts that depend on the size
-    takes_adapters: bool = False  # whether the names of an adapter's layers are known
+    # (tensors of a low-rank adapter, configs) -> these under "part.layer" and an ending, or in kohya's form
+    name_adapter: NameAdapter | None = None
     has_averages: bool = False  # whether labels can be read from the average of its calls' attention
     has_text_maps: bool = False  # whether they can be read from its attention to the prompt, as defaults.attention says
     is_guided_above_one: bool = False  # whether a guidance up to 1 leaves out the unconditional half of a cfg model

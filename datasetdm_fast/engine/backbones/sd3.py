@@ -2,7 +2,7 @@
 
 from datasetdm_fast.config import Defaults, FlowRule, seg4diff
 from datasetdm_fast.engine.backbones.fitting import check_channels, check_vocabularies, check_widths
-from datasetdm_fast.engine.backbones.flow_models import CAPTURE, JOINT_ENGINE, joint_levels, scaled_latents
+from datasetdm_fast.engine.backbones.flow_models import CAPTURE, JOINT_ENGINE, joint_levels, names_of, scaled_latents
 from datasetdm_fast.engine.backbones.record import DAMAGED, Backbone, Configs, LoadedModel, Part, Read
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import Level
@@ -77,6 +77,7 @@ SD3 = Backbone(
     reference="datasetdm_fast.engine.backbones.sd3_reference:SD3Reference",
     fast=JOINT_ENGINE,
     halves=("bf16",),
+    name_adapter=names_of("StableDiffusion3Pipeline"),
     check=_check,
     check_fit=_check_fit,
     licence=lambda configs: "stabilityai-ai-community",

@@ -2,14 +2,18 @@
 and two CLIP text encoders.
 """
 
+import re
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.config import Defaults
 from datasetdm_fast.engine.backbones.fitting import check_channels, check_settings, check_vocabularies, check_widths
 from datasetdm_fast.engine.backbones.record import Backbone, Configs, Guidance, Latents, LoadedModel, Part, Read
 from datasetdm_fast.engine.backbones.sd import FULL_SIZE as SD_FULL_SIZE
 from datasetdm_fast.stages import Level
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TIME_IDS = ("height", "width", "top", "left", "target height", "target width")  # that the U-Net reads beside a text
 UNET: dict[str, tuple[Any, ...]] = {  # settings -> what is supported, first what a missing one means
@@ -143,6 +147,22 @@ def _check_fit(model: LoadedModel) -> None:
     check_vocabularies(model)
 
 
+def _name_adapter(state: dict[str, "Tensor"], configs: Configs) -> dict[str, "Tensor"]:
+    """Kohya's scripts train the U-Net of the original code, whose layers diffusers knows the names of."""
+    from diffusers.loaders import lora_conversion_utils as names
+
+    if not any(block in key for key in state for block in ("input_blocks", "middle_block", "output_blocks")):
+        return state
+    named = {}
+    for key, value in names._maybe_map_sgm_blocks_to_diffusers(dict(state), configs["unet"]).items():
+        layer, _, ending = key.partition(".")
+        if key.startswith("lora_unet_"):
+            down = names._convert_unet_lora_key(f"{layer}.lora_down.weight")
+            layer = "unet." + re.sub(r"[._]lora\.down\.weight$", "", down)
+        named[f"{layer}.{ending}"] = value
+    return named
+
+
 SDXL = Backbone(
     name="sdxl",
     title="Stable Diffusion XL",
@@ -165,6 +185,7 @@ SDXL = Backbone(
     reference="datasetdm_fast.engine.backbones.sdxl_reference:SDXLReference",
     fast="datasetdm_fast.engine.engines.fast:FastEngine",
     text_network="datasetdm_fast.engine.models.text_encoder:PairedPromptEncoder",
+    name_adapter=_name_adapter,
     has_averages=True,
     check=_check,
     check_fit=_check_fit,

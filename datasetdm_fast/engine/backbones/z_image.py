@@ -4,7 +4,7 @@ encoder.
 
 from datasetdm_fast.config import Defaults, FlowRule
 from datasetdm_fast.engine.backbones.fitting import check_channels, check_settings, check_vocabularies, check_widths
-from datasetdm_fast.engine.backbones.flow_models import CAPTURE, JOINT_ENGINE, joint_levels, scaled_latents
+from datasetdm_fast.engine.backbones.flow_models import CAPTURE, JOINT_ENGINE, joint_levels, names_of, scaled_latents
 from datasetdm_fast.engine.backbones.record import Backbone, Configs, LoadedModel, Part, Read
 from datasetdm_fast.stages import Level
 
@@ -61,6 +61,7 @@ Z_IMAGE = Backbone(
     reference="datasetdm_fast.engine.backbones.z_image_reference:ZImageReference",
     fast=JOINT_ENGINE,
     halves=("bf16",),
+    name_adapter=names_of("ZImagePipeline"),
     check=_check,
     check_fit=_check_fit,
     licence=lambda configs: "apache-2.0",

@@ -6,7 +6,7 @@ import copy
 import math
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from datasetdm_fast.disk import storage
+from datasetdm_fast.engine.loading.checks import first_line, quiet_libraries
 from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.engine.loading.provenance import digest
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.untrusted import documents, tensors
 
-# how files begin the names of a network's layers -> the network
-NETWORKS = {"lora_unet_": "unet", "lora_te_": "text_encoder", "unet.": "unet", "text_encoder.": "text_encoder"}
+TEXT_ENCODERS = {"lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}  # of kohya
 ENDINGS = {  # of the names of one adapter's tensors -> which of them it is
     ".lora_down.weight": "down",
     ".lora_up.weight": "up",
@@ -44,7 +44,7 @@ LARGEST_SCALE = 100.0
 
 def fuse_adapters(model: Model, adapters: Sequence[str]) -> Model:
     """The model with every adapter FILE[:SCALE] fused into copies of its networks, and their digests."""
-    if adapters and not model.backbone.takes_adapters:
+    if adapters and model.backbone.name_adapter is None:
         raise Refused(
             f"--lora {adapters[0]}: the layers of adapters are not known for {model.backbone.title} yet",
             "Fuse it with diffusers' load_lora_weights and fuse_lora, and name the folder that save_pretrained writes.",
@@ -79,9 +79,10 @@ def _with_one(model: Model, text: str) -> Model:
             "Check the path; a scale follows the file: FILE:0.8",
         )
     tensors.check_safetensors(path)
-    notes = _notes(path)
+    notes = _notes(path, model.networks)
     changed: dict[str, nn.Module] = {}
-    for (network, layer), parts in sorted(_adapters(load_file(path), path).items()):
+    state = _named_as_layers(load_file(path), model, path)
+    for (network, layer), parts in sorted(_adapters(state, model, path).items()):
         if network not in changed:
             changed[network] = copy.deepcopy(model.networks[network].module)
         noted = _noted_scale(notes, network, layer, parts)
@@ -94,22 +95,51 @@ def _with_one(model: Model, text: str) -> Model:
     return replace(plain, digests={**model.digests, **fused_digests})
 
 
-def _adapters(state: dict[str, Tensor], path: Path) -> dict[tuple[str, str], dict[str, Tensor]]:
+def _named_as_layers(state: dict[str, Tensor], model: Model, path: Path) -> dict[str, Tensor]:
+    """The tensors under the names of the model's layers, refused where a part of one has none."""
+    assert model.backbone.name_adapter is not None
+    if any("dora_scale" in key for key in state):
+        raise Refused(f"--lora {path}: it is a DoRA, which scales the columns of weights, too", FORM)
+    try:
+        with quiet_libraries():
+            named = model.backbone.name_adapter(state, model.configs)
+    except Exception as error:  # of names and shapes that diffusers does not know
+        raise Refused(
+            f"--lora {path}: its names are not those of an adapter of {model.backbone.title} ({first_line(error)})",
+            FORM,
+        ) from error
+    rows, named_rows = (
+        sum(value.shape[0] for key, value in each.items() if _ending(key)[1] == "up" and value.ndim)
+        for each in (state, named)
+    )
+    if rows != named_rows:
+        raise Refused(f"--lora {path}: {rows - named_rows} of its {rows} rows are of layers that the model lacks", FORM)
+    return named
+
+
+def _ending(key: str) -> tuple[str, str]:
+    """How the name of an adapter's tensor ends, and which of its tensors it is; empty where it is none."""
+    return next(((ending, kind) for ending, kind in ENDINGS.items() if key.endswith(ending)), ("", ""))
+
+
+def _adapters(state: dict[str, Tensor], model: Model, path: Path) -> dict[tuple[str, str], dict[str, Tensor]]:
     """Network and layer -> the tensors of its adapter."""
+    starts = {f"{part}.": part for part in model.networks} | {"lora_unet_": model.backbone.denoiser}
+    starts |= {start: part for start, part in TEXT_ENCODERS.items() if part in model.networks}
     layers: dict[tuple[str, str], dict[str, Tensor]] = defaultdict(dict)
     for key, value in state.items():
-        ending = next((name for name in ENDINGS if key.endswith(name)), None)
-        start = next((name for name in NETWORKS if key.startswith(name)), None)
-        if ending is None or start is None:
+        ending, kind = _ending(key)
+        start = next((name for name in starts if key.startswith(name)), "")
+        if not ending or not start:
             raise Refused(f"--lora {path}: {documents.quote(key)} is not a tensor of a low-rank adapter", FORM)
         layer = key[len(start) : len(key) - len(ending)].replace(".processor.", ".")
-        layers[NETWORKS[start], layer][ENDINGS[ending]] = value
+        layers[starts[start], layer][kind] = value
     if not layers:
         raise Refused(f"--lora {path}: it holds no tensor", FORM)
     return layers
 
 
-def _notes(path: Path) -> dict[str, Any]:
+def _notes(path: Path, networks: Iterable[str]) -> dict[str, Any]:
     """What diffusers noted about the adapters of a file: settings such as `unet.lora_alpha`, checked; often none."""
     with safe_open(path, "pt") as file:
         text = (file.metadata() or {}).get(NOTES, "{}")
@@ -117,7 +147,7 @@ def _notes(path: Path) -> dict[str, Any]:
     forms = {"lora_alpha": float, "alpha_pattern": {}, "use_rslora": bool}
     try:
         documents.check_form(notes, {})
-        for network in sorted(set(NETWORKS.values())):
+        for network in networks:
             present = {name: form for name, form in forms.items() if notes.get(f"{network}.{name}") is not None}
             documents.check_form(notes, {f"{network}.{name}": form for name, form in present.items()})
             pattern = notes.get(f"{network}.alpha_pattern") or {}
