@@ -824,10 +824,21 @@ def test_what_a_square_cuts_away_is_named_by_given_captions_alone(tmp_path, capt
     if captions:
         (tmp_path / "captions.json").write_text(json.dumps(captions))
     source = open_data(f"folder:{tmp_path}", 64)
-    assert whole_item(source, 0).caption == ("a dog beside a cat" if captions else "a photo of a dog, a cat")
+    assert whole_item(source, 0).caption in (
+        (captions or {}).get("0"),
+        "a photo of a cat, a dog",
+        "a photo of a dog, a cat",
+    )
     assert source[0].caption == ("a dog beside a cat" if captions else "a photo of a cat")
     zoomed = [augment(source, 0, Augmentation(zoom=16), draw, 0, source.__getitem__).caption for draw in range(12)]
     assert {*zoomed} == ({"a dog beside a cat"} if captions else {"a photo of a cat", "a photo"})
+
+
+def test_captions_made_of_labels_name_the_classes_in_an_order_of_each_picture():
+    named = [Picture(f"{k:04d}", np.zeros((16, 16, 3), np.uint8), ("dog", "cat", "owl")).named for k in range(60)]
+    assert (
+        len({*named}) == 6 and named[0] == Picture("0000", np.zeros((16, 16, 3), np.uint8), ("dog", "cat", "owl")).named
+    )
 
 
 def test_captions_made_of_labels_follow_what_a_look_pastes_and_mirrors(tmp_path):
@@ -988,8 +999,8 @@ def test_small_instances_are_dropped_where_asked(made):
     least = 250  # pixels at the model's size; the cone of the first has fewer
     items = list(open_data(address, SIZE, selection=Selection(min_instance=least * (512 // SIZE) ** 2)))
     everything = list(open_data(address, SIZE))
-    said = [found[0].caption for found in (everything, items)]
-    assert said == ["a photo of a cube, a cone, a person", "a photo of a cube, a person"]
+    named = [{*found[0].named} for found in (everything, items)]
+    assert named == [{"cube", "cone", "person"}, {"cube", "person"}]
     assert (
         min(mask.sum() for item in items for mask in item.masks)
         >= least
@@ -1476,7 +1487,7 @@ def test_captions_go_by_file_name_or_name_and_those_of_other_images_are_refused(
 def test_a_folder_without_names_of_classes_is_told_how_to_give_them(copied):
     root, address = copied("folder")
     (root / "classes.txt").unlink()
-    with pytest.raises(Refused, match="classes.txt: not there") as stop:
+    with pytest.raises(Refused, match="found neither .*/folder/classes.txt nor .*/classes.txt") as stop:
         open_data(address, SIZE)
     assert stop.value.remedy.startswith("Write one class name per line there")
 
@@ -1585,6 +1596,9 @@ def test_the_segmentation_masks_of_cvat_are_read_by_their_colours(mugs):
     assert [int(make().sum()) for make in picture.masks] == [12 * 34, 16 * 26]
     (mugs.root / "labelmap.txt").write_text("background:0,0,0::\nmug:250,50,83::\n")
     with pytest.raises(Refused, match="the colour 51,221,255 is of no class in labelmap.txt"):
+        open_data(f"voc:{mugs.root}", SIZE)[0]
+    (mugs.root / "labelmap.txt").unlink()
+    with pytest.raises(Refused, match="is of no class of VOC, and no labelmap.txt beside JPEGImages names others"):
         open_data(f"voc:{mugs.root}", SIZE)[0]
 
 

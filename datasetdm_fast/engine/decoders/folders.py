@@ -59,11 +59,10 @@ def find_decoders(source: str | Path | Iterable[Path]) -> DecoderFolders:
         configs = sorted(path.parent for path in folder.glob("*/config.json"))
         if not configs:
             is_decoder = (folder / "config.json").exists()
-            lack = (
-                "no sub-folder holds a config.json"
-                if folder.exists()
-                else f"no such folder{storage.named_alike(folder)}"
-            )
+            lack = f"no such folder{storage.named_alike(folder)}"
+            if folder.exists():
+                is_begun = any(folder.glob("*/training"))
+                lack = "its training has not ended" if is_begun else "no sub-folder holds a config.json"
             raise Missing(
                 f"decoders {folder}: {lack}",
                 f"Give the folder above: {folder.parent}." if is_decoder else FORM,

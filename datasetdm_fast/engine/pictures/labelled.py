@@ -1,6 +1,7 @@
 """A labelled image as its data set stores it, the same at the model's size, and what every data set offers."""
 
 import copy
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
@@ -89,8 +90,11 @@ class Picture:
 
     @property
     def named(self) -> tuple[str, ...] | None:
-        """The classes that the caption is to be made of, None where it is stored."""
-        return None if isinstance(self.caption, str) else self.caption
+        """The classes that the caption is to be made of, None where it is stored. The order is drawn for each picture:
+        a decoder that always reads them in the order of their numbers learns a class by its place in the caption.
+        """
+        names = self.caption
+        return None if isinstance(names, str) else tuple(random.Random(ascii(self.id)).sample(names, len(names)))
 
 
 class LabelledSource:

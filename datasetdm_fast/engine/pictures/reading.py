@@ -37,7 +37,7 @@ Turning = Callable[[Path | str, Image.Image, Image.Image], Image.Image]  # of a 
 CAPTIONS = 'Write {"a.jpg": "a dog on a sofa"}.'
 AS_PUBLISHED = "Give the data set's own folder, laid out as it was published."
 OF_DATA = "Give the folder of the data set itself."
-REPAIR_FIRST = "Mend it first: every image of the data set rests on it."
+REPAIR_FIRST = "Correct this first: no image can be read without it."
 
 
 def bad(path: Path | str, reason: str) -> Refused:
@@ -254,8 +254,9 @@ def first_there(*paths: Path, remedy: str = AS_PUBLISHED) -> Path:
         if path.exists():
             return path
     alike = storage.named_alike(paths[0])
-    others = f", nor {', '.join(map(str, paths[1:]))}" if len(paths) > 1 else ""
-    raise Refused(f"{paths[0]}: not there{others}{alike}", remedy)
+    *first, last = map(str, paths)
+    cause = f"found neither {', '.join(first)} nor {last}" if first else f"{last}: not there"
+    raise Refused(f"{cause}{alike}", remedy)
 
 
 def class_file(path: Path) -> tuple[str, ...]:

@@ -43,7 +43,7 @@ def read_source(settings: PromptSettings, *, has_captions: bool) -> PromptSource
         name = "the demo world"
     else:
         raise Refused(
-            "--model: no prompts were given, and only the demo models have captions of their own",
+            "no prompts were given, and only the models demo and demo-dit have captions of their own",
             "Add --prompts FILE, or --classes with --per-class.",
         )
     negative = check_line(settings.negative_prompt, "--negative-prompt")

@@ -35,7 +35,7 @@ class Folder(PictureSource):
         self.depths = path / "depth"
         has_maps, has_depth = self.maps.is_dir(), self.depths.is_dir()
         if not has_maps and not has_depth:
-            raise reading.bad(path, "neither masks nor depth beside images")
+            raise reading.bad(path, "neither masks/ nor depth/ beside images/, where folder: reads labels")
         if has_maps:
             files = (folder / "classes.txt" for folder in (path, path.parent))
             self.classes = reading.class_file(reading.first_there(*files, remedy=CLASSES))

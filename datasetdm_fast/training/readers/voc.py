@@ -89,7 +89,9 @@ class Voc(PictureSource):
         self.images = [folder / f"{name}.jpg" for name in self.ids]
 
     def _read_classes(self) -> None:
+        self.named = "of VOC, and no labelmap.txt beside JPEGImages names others"
         if (file := self.path / "labelmap.txt").exists():
+            self.named = "in labelmap.txt"
             colours = read_label_map(file)
             names = reading.with_background(tuple(colours))
             if names != VOC_CLASSES:
@@ -122,7 +124,7 @@ class Voc(PictureSource):
         shown, places = np.unique(packed, return_inverse=True)
         if unknown := [value for value in shown.tolist() if value not in known]:
             colour = ",".join(str(unknown[0] >> shift & 255) for shift in (16, 8, 0))
-            raise reading.bad(path, f"the colour {colour} is of no class in labelmap.txt")
+            raise reading.bad(path, f"the colour {colour} is of no class {self.named}")
         return np.array([known[value] for value in shown.tolist()], np.uint8)[places].reshape(packed.shape)
 
     def _objects(self, name: str, labels: np.ndarray) -> tuple[list[Any], list[int]]:
