@@ -111,6 +111,14 @@ def cache_of_its_own(tmp_path_factory):
     os.environ["DATASETDM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(autouse=True)
+def signals_are_given_back():
+    """A command that a test ran as the last of its process would end a later test that sends a signal."""
+    yield
+    if interruption := sys.modules.get("datasetdm_fast.command_line.interruption"):
+        assert interruption.SignalWatch.active is None and not interruption.Interruption.blocks
+
+
 def pytest_terminal_summary(terminalreporter):
     """Figures that tests recorded under "told": what a passing test prints itself is not shown."""
     reports = [report for kind in terminalreporter.stats.values() for report in kind]

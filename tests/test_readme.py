@@ -183,7 +183,6 @@ def check(words: list[str]) -> None:
         subprocess.run([ROOT / program, *rest, "--dry-run"], check=True, capture_output=True)
 
 
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # bench.world.teach runs train as a program
 @pytest.mark.parametrize("page, line", LINES, ids=lambda value: str(value))
 def test_every_command_line_is_accepted(page, line, parse_only, capsys):
     check(shlex.split(re.split(" [>|] ", line)[0], comments=True))

@@ -6,13 +6,13 @@ scenes which cross-attention heads distinguish the words of a caption, for the d
 """
 
 import argparse
-import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from bench.world.hard.reader import register
 from bench.world.worlds import WORLDS
+from datasetdm_fast import train
 from datasetdm_fast.config import TASKS
 
 SETTINGS = {
@@ -73,12 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = SETTINGS | {"--data": SETTINGS["--data"].replace("demo", options.world)}
     settings |= {flag: value for flag, value in vars(options).items() if flag in SETTINGS}
     register()
-    sys.argv[1:] = [*(word for pair in settings.items() for word in pair), *given]
-    try:
-        runpy.run_module("datasetdm_fast.train", run_name="__main__", alter_sys=True)
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
+    return train.main([*(word for pair in settings.items() for word in pair), *given])
 
 
 if __name__ == "__main__":
