@@ -185,6 +185,7 @@ def test_a_run_on_a_gpu_is_in_order():
     assert found["samples"] == 12 and found["replays"] == 33 and found["kernels"] > 20
 
 
+@long_test
 def test_so_are_labels_of_pictures_that_exist():
     """A decoder and attention read them: encoder, noise, a captured call, two that add up attention."""
     found = rehearsed("--model", "tiny", "--batch", "2", "--scenario", "label")

@@ -90,7 +90,7 @@ def test_joints_are_found_near_theirs():
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     monkeypatch.setenv("DATASETDM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(speed_gate, "DEMO_IMAGES", 8)
+    monkeypatch.setattr(speed_gate, "DEMO_IMAGES", 4)
     line = ["--out", str(tmp_path / "run"), "--number", "2", "--task", "semantic,depth", "--quiet"]
     return tmp_path / "run", lambda *flags: generate.main([*line, *flags])
 
@@ -115,12 +115,12 @@ def test_deep_features_of_another_call_are_refused_by_the_labels(run, monkeypatc
 
     monkeypatch.setattr(FastEngine, "denoise_from", from_the_first)
     assert make("--speed", "cache3") == 4 and not folder.exists()
-    assert "--speed cache3: labels of 8 images fit worse" in capsys.readouterr().err
+    assert "--speed cache3: labels of 4 images fit worse" in capsys.readouterr().err
 
 
 def test_a_run_is_judged_once_and_says_so(run, monkeypatch, capsys):
     folder, make = run
-    monkeypatch.setattr(speed_gate, "MOST_LOST", dict.fromkeys(speed_gate.MOST_LOST, 0.1))  # of 8 images
+    monkeypatch.setattr(speed_gate, "MOST_LOST", dict.fromkeys(speed_gate.MOST_LOST, 0.1))  # of 4 images
     assert make("--speed", "fast25", "--limit", "1") == 0
     document = json.loads((folder / "run.json").read_text())
     assert document["config"]["speed"] == document["sampling"]["speed"] == "fast25"

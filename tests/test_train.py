@@ -327,7 +327,18 @@ def test_pictures_cut_to_the_models_square_are_told_and_folds_without_held_out_i
     run, tmp_path, capsys, monkeypatch
 ):
     LAYOUTS["folder"][1](tmp_path / "data")
-    line = ["--data", f"folder:{tmp_path / 'data'}", "--task", "semantic", "--steps", "2", "--held-out", "0"]
+    line = [
+        "--data",
+        f"folder:{tmp_path / 'data'}",
+        "--task",
+        "semantic",
+        "--steps",
+        "2",
+        "--held-out",
+        "0",
+        "--draws",
+        "1",
+    ]
     state, whole = tmp_path / "decoder/semantic/training", "scaled to that and cut to the square in the middle"
     assert run(*line) == 0 and "3-fold" not in (state / "page.html").read_text()
     assert f"64 pixels a side (all 3 pictures are {whole})" in (err := capsys.readouterr().err)
@@ -703,7 +714,20 @@ def test_killed_and_interrupted_it_ends_with_the_same_bits(run, captures, tmp_pa
 
 
 def test_every_image_is_judged_by_a_fold_that_has_not_seen_it(run, tmp_path, capsys, monkeypatch):
-    arguments = ["--data", "demo:10@1000", "--task", "semantic", "--steps", "6", "--checks", "2", "--folds", "3"]
+    arguments = [
+        "--data",
+        "demo:10@1000",
+        "--task",
+        "semantic",
+        "--steps",
+        "6",
+        "--checks",
+        "2",
+        "--draws",
+        "1",
+        "--folds",
+        "3",
+    ]
     state, judged = tmp_path / "decoder" / "semantic" / "training", []
     taught, kept, real = [], [], cross_validation.run_training
 
