@@ -61,7 +61,7 @@ def find_decoders(source: str | Path | Iterable[Path]) -> DecoderFolders:
             is_decoder = (folder / "config.json").exists()
             lack = f"no such folder{storage.named_alike(folder)}"
             if folder.exists():
-                is_begun = any(folder.glob("*/training"))
+                is_begun = any(folder.glob("*/training/**/log.jsonl"))
                 lack = "its training has not ended" if is_begun else "no sub-folder holds a config.json"
             raise Missing(
                 f"decoders {folder}: {lack}",
