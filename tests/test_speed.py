@@ -145,4 +145,7 @@ def test_a_verdict_is_of_its_settings(tmp_path, monkeypatch):
         job = prepare(replace(config, **{"speed": "fast25", **changes}))
         exact = make_recipe(job.engine, job.recipe.tasks, speed=EXACT, guidance=changes.get("guidance", 0.0))
         keys.add(speed_gate._key(job, exact))
+        if changes.get("speed"):  # the time told before a run counts what cached calls cost
+            cached = len(job.recipe.cached)
+            assert job.calls_left == round(job.batches_left * (51 - cached * (1 - speed.COST))) and cached > 25
     assert len(keys) == 4

@@ -19,6 +19,7 @@ from datasetdm_fast.engine.labels.numbering import number_classes, with_palette
 from datasetdm_fast.engine.loop import prompts
 from datasetdm_fast.engine.loop.plan import Plan, make_plan
 from datasetdm_fast.engine.loop.recipe import Recipe, label_tables, make_recipe, prompt_words
+from datasetdm_fast.engine.loop.speed import COST
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.jobs import racing
 from datasetdm_fast.runs.run_folder.acceptance import check_scored
@@ -77,8 +78,9 @@ class Job:
 
     @property
     def calls_left(self) -> int:
-        """UNet calls that this command is to make."""
-        return (self.calls or self.recipe.facts["calls"]) * self.batches_left
+        """UNet calls that this command is to make; of those from cached features, what they cost of a whole one."""
+        saved = (1 - COST) * len(self.recipe.cached)
+        return round(((self.calls or self.recipe.facts["calls"]) - saved) * self.batches_left)
 
     @property
     def bytes_needed(self) -> int:
