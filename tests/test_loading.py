@@ -658,8 +658,8 @@ class Payload:
 
 FILES = {
     "LoRA": ({"lora_unet_down.lora_up.weight": torch.zeros(2)}, "LoRA"),
-    "SDXL": ({"conditioner.embedders.1.model.ln_final.bias": torch.zeros(2)}, "SDXL"),
-    "Flux": ({"double_blocks.0.img_mod.lin.weight": torch.zeros(2)}, "Flux"),
+    "SDXL's refiner": ({"conditioner.embedders.0.model.ln_final.bias": torch.zeros(2)}, "another family"),
+    "Chroma": ({"double_blocks.0.img_mod.lin.weight": torch.zeros(2)}, "another family"),
     "ControlNet": ({"control_model.input_blocks.0.0.weight": torch.zeros(2)}, "ControlNet"),
     "a UNet in diffusers layout": ({"conv_in.weight": torch.zeros(2)}, "no unet .*conv_in.weight"),
     "nothing": ({}, "no tensor at all"),

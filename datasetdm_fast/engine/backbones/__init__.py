@@ -24,6 +24,11 @@ def every_backbone() -> list[Backbone]:
     return [load_place(place) for place in dict.fromkeys(OWN_PIPELINES.values())]
 
 
+def pipeline_of(backbone: Backbone) -> str:
+    """The class of diffusers' pipeline that a record of this package is of."""
+    return next(name for name, place in OWN_PIPELINES.items() if load_place(place) is backbone)
+
+
 def list_supported() -> str:
     """What can be loaded, as the end of a sentence."""
     titles = [backbone.title for backbone in every_backbone()]

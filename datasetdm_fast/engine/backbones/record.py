@@ -90,9 +90,13 @@ class Backbone:
     patch: int = 2  # latent cells of a side of one image token, for shifts that depend on the size
     # (tensors of a low-rank adapter, configs) -> these under "part.layer" and an ending, or in kohya's form
     name_adapter: NameAdapter | None = None
+    file_signs: tuple[str, ...] = ()  # in names of tensors in the original code's files, together in no other family's
+    file_parts: Mapping[str, str] = field(default_factory=dict)  # part -> how the names of its tensors in them begin
+    file_tokenizers: Mapping[str, bool] = field(default_factory=dict)  # CLIP's -> whether it pads as Open CLIP does
     has_averages: bool = False  # whether labels can be read from the average of its calls' attention
     has_text_maps: bool = False  # whether they can be read from its attention to the prompt, as defaults.attention says
     is_guided_above_one: bool = False  # whether a guidance up to 1 leaves out the unconditional half of a cfg model
+    index: Mapping[str, Any] = field(default_factory=dict)  # further entries of a model_index.json that is written
     tokenizer: str = "tokenizer"  # the part by whose tokens the length of a prompt is told; where absent, the first
     check: Callable[[Read, str], Read] = keep_configs  # (configs, where they are from) -> as they are used; or Refused
     check_fit: Callable[[LoadedModel], None] = accept  # raises Refused where the parts are not of one model

@@ -271,6 +271,7 @@ SD = Backbone(
     fast="datasetdm_fast.engine.engines.fast:FastEngine",
     text_network="datasetdm_fast.engine.models.text_encoder:PromptEncoder",
     is_exported=True,
+    index={"safety_checker": [None] * 2, "feature_extractor": [None] * 2, "requires_safety_checker": False},
     name_adapter=lambda state, configs: state,
     has_averages=True,
     check=check_configs,

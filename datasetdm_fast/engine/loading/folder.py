@@ -4,7 +4,7 @@ import inspect
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -43,19 +43,41 @@ USUAL = "the schedule of Stable Diffusion 1.x"  # in place of a digest where a f
 RUNS_CODE = ("auto_map", "custom_pipelines", "quantization_config")
 
 
+@dataclass(frozen=True)
+class FileParts:
+    """What a file beside a folder holds of a model, or what is known of it without one."""
+
+    backbone: Backbone
+    index: dict[str, Any]
+    configs: Read  # of parts that the folder may lack
+    fill: Mapping[str, Callable[[str, Mapping[str, Any]], nn.Module]]  # part -> its module from name and config
+    tokenizers: Mapping[str, Any]
+    digests: dict[str, str]
+    licence: str  # empty: as that of the folder
+
+
 def load_folder(
-    folder: Path, *, size: int = 0, name: str = "", defaults: Defaults | None = None, is_own: bool = False
+    folder: Path,
+    *,
+    size: int = 0,
+    name: str = "",
+    defaults: Defaults | None = None,
+    is_own: bool = False,
+    parts: FileParts | None = None,
 ) -> Model:
     """The model in a diffusers folder; every part, its form and each of its tensors is checked.
 
     A folder of this package (`is_own`) was written by today's diffusers: its parts are read without that library.
+    Parts that are among `parts` come from a file.
     """
     with _making_sense(folder):
-        index = read_config(folder / INDEX) if (folder / INDEX).exists() else {}
-        backbone = _backbone_of(folder, index)
+        if parts is None:
+            index = read_config(folder / INDEX) if (folder / INDEX).exists() else {}
+            parts = FileParts(_backbone_of(folder, index), index, {}, {}, {}, {}, "")
+        backbone, index = parts.backbone, parts.index
         if size:
             check_size(size, backbone.multiple)  # before seconds go into reading weights
-        configs = _folder_configs(folder, backbone, index)
+        configs = _folder_configs(folder, backbone, index, parts.configs)
         for part in backbone.networks:
             if part in configs:
                 if not is_own:
@@ -66,20 +88,23 @@ def load_folder(
         configs = backbone.check(configs, str(folder))
         if SCHEDULER not in configs:
             raise Refused(f"model: {folder} has no scheduler", "Add the folder scheduler of the same model.")
-        parts = {part: ConfigFile(config) for part, config in configs.items()}
-        defaults, usual_licence = defaults or backbone.defaults(parts), backbone.licence(parts)
+        read = {part: ConfigFile(config) for part, config in configs.items()}
+        defaults, usual_licence = defaults or backbone.defaults(read), backbone.licence(read)
     present = [part for part in backbone.parts if part in configs]
-    weights = {part: _weight_files(folder / part) for part in backbone.networks if part in configs}
-    tokenizers = {
+    networks_present = [part for part in backbone.networks if part in configs]
+    weights = {part: _weight_files(folder / part) for part in networks_present if part not in parts.fill}
+    tokenizers = dict(parts.tokenizers) | {
         part: OwnTokenizer(folder / part) if is_own else load_tokenizer(folder / part, backbone.parts[part].classes)
         for part in present
-        if part not in weights
+        if part not in (*networks_present, *parts.tokenizers)
     }
     networks = {
-        part: _network(folder / part, backbone.parts[part], files, configs[part], is_own)
-        for part, files in weights.items()
+        part: Network.of(parts.fill[part](part, configs[part]))
+        if part in parts.fill
+        else _network(folder / part, backbone.parts[part], weights[part], configs[part], is_own)
+        for part in networks_present
     }
-    licence = folder_licence(folder)
+    licence = parts.licence or folder_licence(folder)
     return check_model(
         Model(
             name or str(folder),
@@ -90,7 +115,7 @@ def load_folder(
             configs[SCHEDULER],
             defaults,
             size or defaults.size,
-            folder_digests(folder, backbone, weights),
+            folder_digests(folder, backbone, weights) | parts.digests,
             usual_licence or licence if licence == UNKNOWN_LICENCE else licence,
             {key: value for key, value in index.items() if key not in backbone.parts and not key.startswith("_")},
         )
@@ -133,13 +158,18 @@ def _could_be(folder: Path, backbone: Backbone) -> bool:
     return named is None or any(named == each.partition(":")[2] for each in classes)
 
 
-def _folder_configs(folder: Path, backbone: Backbone, index: Mapping[str, Any]) -> Read:
-    """The configs of the parts of a folder of this family, and of its schedule, whose absence the family judges."""
+def _folder_configs(folder: Path, backbone: Backbone, index: Mapping[str, Any], usual: Read) -> Read:
+    """The configs of the parts of a folder of this family, or usual ones in their place, and of its schedule, whose
+    absence the family judges.
+    """
     configs: Read = {"model_index": dict(index)}
     required = [name for name, part in backbone.parts.items() if not part.is_optional]
     for name, part in backbone.parts.items():
         library, class_name = (index.get(name) or [None, None])[:2]
         place = folder / name / ("tokenizer_config.json" if part.kind == "tokenizer" else "config.json")
+        if not place.is_file() and name in usual:
+            configs[name] = dict(usual[name])
+            continue
         if part.is_optional and class_name is None and (name in index or not place.is_file()):
             continue
         if not place.is_file():
@@ -157,6 +187,8 @@ def _folder_configs(folder: Path, backbone: Backbone, index: Mapping[str, Any]) 
         configs[name] = read_config(place)
     if (place := folder / SCHEDULER / "scheduler_config.json").is_file():
         configs[SCHEDULER] = read_config(place)
+    elif SCHEDULER in usual:
+        configs[SCHEDULER] = dict(usual[SCHEDULER])
     elif (folder / SCHEDULER).exists():
         raise Refused(
             f"model: {folder} has no scheduler (scheduler/{place.name} is missing)",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from datasetdm_fast.config import DEMO_DEFAULTS, DEMO_DIT_DEFAULTS, SD_DEFAULTS, Defaults
-from datasetdm_fast.engine.backbones.record import Backbone
+from datasetdm_fast.engine.backbones.record import Backbone, Part
 from datasetdm_fast.engine.backbones.sd import SD
 from datasetdm_fast.engine.backbones.sdxl import SDXL, SDXL_DEFAULTS
 from datasetdm_fast.engine.loading import shapes
@@ -49,21 +49,21 @@ def seed_network(part: str, settings: Mapping[str, Any], seed: int, backbone: Ba
     config, kind = ConfigFile({**backbone.full_size[part], **settings}), backbone.parts[part].kind
     shapes = SHAPES[kind](config)
 
-    def build() -> nn.Module:
-        if kind == "text_encoder":
-            from transformers import CLIPTextConfig
-
-            return class_of(backbone.parts[part])(CLIPTextConfig(**config))
-        return class_of(backbone.parts[part])(**config)
-
     def build_filled() -> nn.Module:
-        module, draw = build_empty(build), Seeded(seed)
+        module, draw = build_empty(lambda: build_module(backbone.parts[part], config)), Seeded(seed)
         state = module.state_dict()
         for name in sorted(state):
             draw(name, state[name])
         return module
 
     return Network(config, build_filled, lambda stored: as_filled(shapes, Seeded(seed), stored))
+
+
+def build_module(part: Part, config: Mapping[str, Any]) -> nn.Module:
+    """A module of this config whose weights are whatever its library begins with."""
+    kind = class_of(part)
+    built: nn.Module = kind(kind.config_class(**config)) if part.kind == "text_encoder" else kind(**config)
+    return built
 
 
 def build_empty(build: Callable[[], nn.Module]) -> nn.Module:

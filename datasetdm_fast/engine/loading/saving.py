@@ -7,33 +7,25 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from datasetdm_fast.disk import storage
-from datasetdm_fast.engine.backbones.sd import SD
+from datasetdm_fast.engine.backbones import every_backbone, pipeline_of
 from datasetdm_fast.engine.loading.checks import quiet_libraries
 from datasetdm_fast.engine.loading.folder import SCHEDULER
 from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.errors import Refused
 
-PARTS = (*SD.parts, SCHEDULER)
 INDEX = "model_index.json"  # is written last: a folder that has one is whole
-CLASSES = {
-    "scheduler": ["diffusers", "PNDMScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-    "safety_checker": [None, None],
-    "feature_extractor": [None, None],
-}
 
 
 def check_new(folder: Path) -> None:
     """Refuses a folder with files of another origin than a conversion that was interrupted."""
     if not folder.is_dir():
         return
+    parts = {SCHEDULER, *(part for backbone in every_backbone() for part in backbone.parts)}
     others = sorted(
-        path.name for path in folder.iterdir() if path.name not in PARTS and path not in set(_desks(folder))
+        path.name for path in folder.iterdir() if path.name not in parts and path not in set(_desks(folder))
     )
     if others:
         raise Refused(
@@ -56,13 +48,19 @@ def save_model(model: Model, folder: Path) -> Path:
             for part, module in (*model.modules.items(), *model.tokenizers.items()):
                 module.save_pretrained(desk / part)
             scheduler = {**model.scheduler, "_diffusers_version": diffusers.__version__}
-            index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": diffusers.__version__, **CLASSES}
-            index |= {"scheduler": ["diffusers", scheduler["_class_name"]], "requires_safety_checker": False}
-            for part in PARTS:
+            parts = (*model.modules, *model.tokenizers)
+            index: dict[str, Any] = {
+                "_class_name": pipeline_of(model.backbone),
+                "_diffusers_version": diffusers.__version__,
+            }
+            index |= {**dict.fromkeys(model.backbone.parts, [None, None]), **model.backbone.index, **model.index}
+            index |= {part: model.backbone.parts[part].classes[0].split(":") for part in parts}
+            index |= {SCHEDULER: ["diffusers", scheduler["_class_name"]]}
+            for part in parts:
                 for path in sorted((desk / part).glob("*")):
                     storage.make_folder(folder / part)
                     storage.move(path, folder / part / path.name)
-        files = {folder / "scheduler" / "scheduler_config.json": scheduler, folder / INDEX: index}
+        files = {folder / SCHEDULER / "scheduler_config.json": scheduler, folder / INDEX: index}
         storage.publish({path: (json.dumps(values, indent=2) + "\n").encode() for path, values in files.items()})
     finally:
         shutil.rmtree(desk, ignore_errors=True)

@@ -16,6 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from datasetdm_fast.engine.backbones.record import ANOTHER, DAMAGED
 from datasetdm_fast.engine.backbones.sd import DOWN_BLOCKS, SD, SD_SCHEDULER, SUPPORTED, UP_BLOCKS, check_network
 from datasetdm_fast.engine.loading.checks import ADAPTER, check_readable, quiet_libraries
+from datasetdm_fast.engine.loading.file_parts import LORA_MARKS, family_of, load_parts
 from datasetdm_fast.engine.loading.model import Model, check_model
 from datasetdm_fast.engine.loading.network import Network
 from datasetdm_fast.engine.loading.provenance import UNKNOWN_LICENCE, digest
@@ -30,6 +31,8 @@ def load_file(path: Path, *, size: int = 0, allow_download: bool = False, ema: b
     Such a file holds no vocabulary: it is read from a `tokenizer` folder beside the file, or from the local hub cache.
     """
     state, notes = _read_single_file(path)
+    if backbone := family_of(state):
+        return load_parts(path, state, notes, backbone, size=size, allow_download=allow_download)
     configured = _prediction_beside(path)
     _check_layout(state, path)
     unet_config, vae_config = _unet_config(state, path), _vae_config(state, path)
@@ -127,11 +130,9 @@ def with_averaged(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
 def _check_layout(state: Mapping[str, Tensor], path: Path) -> None:
     """Say what a file is that is not an SD 1.x or 2.x checkpoint in the original layout."""
     signs = {
-        LORA: ("lora_", ".lora.", "hada_", "lokr_"),
-        "an SDXL model (two text encoders)": ("conditioner.embedders.",),
+        LORA: LORA_MARKS,
         "a ControlNet": ("control_model.", "controlnet_"),
-        "an SD 3 model": ("joint_blocks.",),
-        "a Flux model": ("double_blocks.",),
+        "a model of another family": ("conditioner.embedders.", "joint_blocks.", "double_blocks."),
     }
     for kind, marks in signs.items():
         if any(mark in key for key in state for mark in marks):

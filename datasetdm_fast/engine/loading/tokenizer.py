@@ -132,10 +132,10 @@ def _only_vocabulary(folder: Path) -> Iterator[Path]:
         yield safe
 
 
-def tokenizer_beside(path: Path, is_second: bool, allow_download: bool) -> CLIPTokenizer:
+def tokenizer_beside(path: Path, is_second: bool, allow_download: bool, part: str = "tokenizer") -> CLIPTokenizer:
     from transformers import CLIPTokenizer
 
-    folder = path.parent / "tokenizer"
+    folder = path.parent / part
     if folder.is_dir():
         return load_tokenizer(folder)
     try:
@@ -149,5 +149,5 @@ def tokenizer_beside(path: Path, is_second: bool, allow_download: bool) -> CLIPT
             f"Put vocab.json and merges.txt of {VOCABULARY} into {folder}, or add --allow-download.",
         )
     if is_second:
-        tokenizer.pad_token = "!"  # SD 2.x pads with id 0
+        tokenizer.pad_token = "!"  # as Open CLIP does, with id 0
     return tokenizer

@@ -1,0 +1,155 @@
+"""Models of each family in one file in the layout of the original code, with folders of what it does not hold."""
+
+import shutil
+
+import pytest
+import tiny_pipelines
+import torch
+from diffusers import StableDiffusionXLPipeline
+from safetensors.torch import save_file
+from test_loading import original_open_clip, original_unet_key, original_vae
+
+from datasetdm_fast import convert
+from datasetdm_fast.engine.loading import load_model
+from datasetdm_fast.errors import Refused
+
+PREFIX = "model.diffusion_model."
+
+
+def write(folder, family, state, *held):
+    """A tiny pipeline's folder in which a file stands in the place of the weights of these parts."""
+    tiny_pipelines.save(folder, family)
+    for part in held:
+        for weights in (folder / part).glob("*.safetensors"):
+            weights.unlink()
+    save_file({name: value.contiguous().clone() for name, value in state.items()}, folder / "style.safetensors")
+    return folder / "style.safetensors"
+
+
+def check(path, family, seed=0):
+    """That each part of the file's model has the weights of the pipeline."""
+    model, pipeline = load_model(str(path), size=tiny_pipelines.SIZE), tiny_pipelines.build(family, seed)
+    assert model.backbone.name == family and "file" in model.digests
+    for part, module in model.modules.items():
+        theirs = getattr(pipeline, part).state_dict()
+        assert all(torch.equal(value, theirs[name]) for name, value in module.state_dict().items()), part
+
+
+def test_a_file_of_sdxl_with_two_text_encoders(tmp_path):
+    parts = tiny_pipelines.build("sdxl")
+    second = {name.removeprefix("text_model."): value for name, value in parts.text_encoder_2.state_dict().items()}
+    projection = second.pop("text_projection.weight")
+    state = {f"{PREFIX}{unet_key(name)}": value for name, value in parts.unet.state_dict().items()}
+    state |= {f"first_stage_model.{name}": value for name, value in original_vae(parts.vae.state_dict()).items()}
+    first = "conditioner.embedders.0.transformer.text_model."
+    state |= {f"{first}{name}": value for name, value in parts.text_encoder.state_dict().items()}
+    state[f"{first}embeddings.position_ids"] = torch.arange(77)[None]
+    clip = original_open_clip(second, 3)
+    clip = {name: value for name, value in clip.items() if "resblocks.3." not in name}
+    clip["text_projection"] = projection.T
+    state |= {f"conditioner.embedders.1.model.{name}": value for name, value in clip.items()}
+    path = write(tmp_path / "model", "sdxl", state, "unet", "vae", "text_encoder", "text_encoder_2")
+    check(path, "sdxl")
+    assert convert.main([str(path), "--to", "diffusers", "--out", str(tmp_path / "new"), "--quiet"]) == 0
+    StableDiffusionXLPipeline.from_pretrained(tmp_path / "new", local_files_only=True)
+    assert load_model(str(tmp_path / "new")).backbone.name == "sdxl"
+    shutil.rmtree(path.parent / "unet")
+    with pytest.raises(Refused, match="unet: .* tensors do not fit the config of Stable Diffusion XL"):
+        load_model(str(path))
+
+
+def unet_key(name):
+    for new, old in (("add_embedding.linear_1", "label_emb.0.0"), ("add_embedding.linear_2", "label_emb.0.2")):
+        name = name.replace(new, old)
+    return name if name.startswith("label_emb") else original_unet_key(name)
+
+
+def original_sd3(state, layers, dual):
+    """A transformer's tensors as the original code names them, which has one product for queries, keys and values."""
+    result = {"pos_embed": state["pos_embed.pos_embed"]}
+    ends = {
+        "x_embedder.proj": "pos_embed.proj",
+        "context_embedder": "context_embedder",
+        "final_layer.linear": "proj_out",
+        **{f"t_embedder.mlp.{2 * k}": f"time_text_embed.timestep_embedder.linear_{k + 1}" for k in (0, 1)},
+        **{f"y_embedder.mlp.{2 * k}": f"time_text_embed.text_embedder.linear_{k + 1}" for k in (0, 1)},
+    }
+    swapped = {"final_layer.adaLN_modulation.1": "norm_out.linear"}
+    fused, norms = {}, {}
+    for k in range(layers):
+        new, old, is_last = f"transformer_blocks.{k}.", f"joint_blocks.{k}.", k == layers - 1
+        for side, place, query, key, value, out in (
+            ("x_block.attn", "attn", "to_q", "to_k", "to_v", "to_out.0"),
+            ("context_block.attn", "attn", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+            *([("x_block.attn2", "attn2", "to_q", "to_k", "to_v", "to_out.0")] if k in dual else []),
+        ):
+            fused[f"{old}{side}.qkv"] = [f"{new}{place}.{name}" for name in (query, key, value)]
+            added = "added_" if side.startswith("context") else ""
+            norms |= {f"{old}{side}.ln_{n}.weight": f"{new}{place}.norm_{added}{n}.weight" for n in "qk"}
+            if not (is_last and added):
+                ends[f"{old}{side}.proj"] = f"{new}{place}.{out}"
+        ends[f"{old}x_block.adaLN_modulation.1"] = f"{new}norm1.linear"
+        (swapped if is_last else ends)[f"{old}context_block.adaLN_modulation.1"] = f"{new}norm1_context.linear"
+        for side, place in (("x_block", "ff"), *([] if is_last else [("context_block", "ff_context")])):
+            ends |= {f"{old}{side}.mlp.fc1": f"{new}{place}.net.0.proj", f"{old}{side}.mlp.fc2": f"{new}{place}.net.2"}
+    for kind in ("weight", "bias"):
+        result |= {f"{name}.{kind}": state[f"{place}.{kind}"] for name, place in ends.items()}
+        for name, place in swapped.items():
+            result[f"{name}.{kind}"] = torch.cat(state[f"{place}.{kind}"].chunk(2)[::-1])
+        for name, places in fused.items():
+            result[f"{name}.{kind}"] = torch.cat([state[f"{place}.{kind}"] for place in places])
+    return result | {name: state[place] for name, place in norms.items()}
+
+
+def test_a_file_of_sd3_with_its_clips(tmp_path):
+    parts = tiny_pipelines.build("sd3")
+    state = {f"{PREFIX}{name}": v for name, v in original_sd3(parts.transformer.state_dict(), 2, (0,)).items()}
+    state |= {f"first_stage_model.{name}": value for name, value in original_vae(parts.vae.state_dict()).items()}
+    for part, start in (("text_encoder", "clip_l"), ("text_encoder_2", "clip_g"), ("text_encoder_3", "t5xxl")):
+        module = getattr(parts, part).state_dict()
+        state |= {f"text_encoders.{start}.transformer.{name}": value for name, value in module.items()}
+    held = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+    path = write(tmp_path / "model", "sd3", state, *held)
+    check(path, "sd3")
+    shutil.rmtree(path.parent / "tokenizer_3")
+    with pytest.raises(Refused, match="needs also tokenizer_3") as caught:
+        load_model(str(path))
+    assert "\n" not in caught.value.cause
+
+
+def test_files_of_a_transformer_alone_are_read_with_the_folders_beside_them(tmp_path):
+    parts = tiny_pipelines.build("z-image")
+    names = {"all_final_layer.2-1": "final_layer", "all_x_embedder.2-1": "x_embedder", "to_out.0": "out"}
+    names |= {"norm_k": "k_norm", "norm_q": "q_norm"}
+    state = {}
+    for name, value in parts.transformer.state_dict().items():
+        for new, old in names.items():
+            name = name.replace(new, old)
+        state[name] = value
+    for name in [name for name in state if name.endswith("to_q.weight")]:
+        rows = [state.pop(name.replace("to_q", f"to_{each}")) for each in "qkv"]
+        state[name.replace("to_q", "qkv")] = torch.cat(rows)
+    path = write(tmp_path / "z-image", "z-image", state, "transformer")
+    check(path, "z-image")
+    state = tiny_pipelines.build("qwen-image").transformer.state_dict()
+    path = write(tmp_path / "qwen-image", "qwen-image", state, "transformer")
+    check(path, "qwen-image")
+    narrow = {name: value.to(torch.float8_e4m3fn) for name, value in state.items()}
+    save_file(narrow, path)
+    with pytest.raises(Refused, match="weights of 8 bits"):
+        load_model(str(path))
+
+
+@pytest.mark.parametrize(
+    ("title", "names"),
+    [
+        ("FLUX.1", ("double_blocks.0.img_mod.lin.weight", "vector_in.in_layer.weight")),
+        ("FLUX.2 klein", ("double_blocks.0.img_attn.qkv.weight", "single_stream_modulation.lin.weight")),
+        ("Stable Diffusion 3 and 3.5", ("joint_blocks.0.x_block.attn.qkv.weight", "context_embedder.weight")),
+    ],
+)
+def test_a_file_alone_is_refused_by_what_it_needs(tmp_path, title, names):
+    save_file({name: torch.zeros(2) for name in names}, tmp_path / "model.safetensors")
+    with pytest.raises(Refused, match=f"holds the transformer of {title}, and needs also .*vae") as caught:
+        load_model(str(tmp_path / "model.safetensors"))
+    assert "\n" not in caught.value.cause
