@@ -426,6 +426,7 @@ def test_what_an_image_was_not_searched_for_is_neither_right_nor_wrong(source):
 
 def test_a_word_that_an_image_was_not_searched_for_or_that_lies_in_a_crowd_costs_nothing(source):
     item = next(item for item in source if len(set(item.mask_classes)) >= 2)
+    item = replace(item, image=item.image[8:], masks=item.masks[:, 8:])  # no square
     kind, own = int(item.mask_classes[0]), item.mask_classes == item.mask_classes[0]
     labels = np.zeros(item.image.shape[:2], np.uint8)
     for mask, k in zip(item.masks, item.mask_classes):
