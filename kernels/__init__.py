@@ -20,16 +20,20 @@ if __name__ == "datasetdm_fast.kernels":
     from types import SimpleNamespace
 
     from datasetdm_fast.kernels import (
+        ada_norm,
         add_statistics,
         attention,
         attention_average,
         attention_capture,
+        attention_shares,
+        attention_sums,
         depth_head,
         geglu,
         group_norm_parts,
         group_norm_silu,
         guided_step,
         image_norm,
+        joint_qkv,
         layer_norm,
         linear_add,
         linear_geglu,
@@ -46,6 +50,8 @@ if __name__ == "datasetdm_fast.kernels":
     OPS = {
         "group_norm_silu": group_norm_silu,
         "layer_norm": layer_norm,
+        "ada_norm": ada_norm,
+        "joint_qkv": joint_qkv,
         "geglu": geglu,
         "linear_geglu": linear_geglu,
         "linear_add": linear_add,
@@ -55,6 +61,8 @@ if __name__ == "datasetdm_fast.kernels":
         "attention": attention,
         "guided_step": guided_step,
         "attention_capture": attention_capture,
+        "attention_sums": attention_sums,
+        "attention_shares": attention_shares,
         "attention_average": attention_average,
         "pyramid": pyramid,
         "upsample_concat": upsample_concat,

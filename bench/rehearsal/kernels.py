@@ -64,6 +64,10 @@ WIDE = {
 # Operations without a kernel on a GPU, and why.
 WITHOUT_KERNEL = {
     "geglu": "linear_geglu applies the gate before it is written; alone it is two launches a layer of a plain UNet",
+    "attention_sums": "the attention of libraries returns the sums",
+    "ada_norm": "its kernel is not written yet",
+    "joint_qkv": "its kernel is not written yet",
+    "attention_shares": "its kernel is not written yet",
     "pyramid": "it is one product for each captured tensor, by a library, and a resize",
     "masked_attention": "decoders of a run take query_attention",
     "mask_head": "it is a product, by a library, and a resize",

@@ -70,6 +70,7 @@ FLUX1 = Backbone(
     tokenizer="tokenizer_2",
     reference="datasetdm_fast.engine.backbones.flux1_reference:Flux1Reference",
     fast=JOINT_ENGINE,
+    network_plan="datasetdm_fast.engine.models.mmdit_plans:flux1",
     halves=("bf16",),
     file_signs=("double_blocks.", "vector_in."),
     file_parts={"transformer": "model.diffusion_model."},

@@ -80,6 +80,7 @@ FLUX2_KLEIN = Backbone(
     defaults=_defaults,
     reference="datasetdm_fast.engine.backbones.flux2_klein_reference:Flux2KleinReference",
     fast=JOINT_ENGINE,
+    network_plan="datasetdm_fast.engine.models.mmdit_plans:flux2",
     halves=("bf16",),
     file_signs=("double_blocks.", "single_stream_modulation."),
     file_parts={"transformer": "model.diffusion_model."},

@@ -61,6 +61,7 @@ QWEN_IMAGE = Backbone(
     guides_itself=True,
     reference="datasetdm_fast.engine.backbones.qwen_image_reference:QwenImageReference",
     fast=JOINT_ENGINE,
+    network_plan="datasetdm_fast.engine.models.mmdit_plans:qwen_image",
     halves=("bf16",),
     file_signs=("transformer_blocks.0.img_mod.", "txt_norm."),
     file_parts={"transformer": "model.diffusion_model."},

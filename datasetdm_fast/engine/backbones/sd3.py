@@ -76,6 +76,7 @@ SD3 = Backbone(
     has_text_maps=True,
     reference="datasetdm_fast.engine.backbones.sd3_reference:SD3Reference",
     fast=JOINT_ENGINE,
+    network_plan="datasetdm_fast.engine.models.mmdit_plans:sd3",
     halves=("bf16",),
     file_signs=("joint_blocks.", "context_embedder."),
     file_parts={

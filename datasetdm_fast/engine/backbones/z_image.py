@@ -60,6 +60,7 @@ Z_IMAGE = Backbone(
     unguided=0.0,
     reference="datasetdm_fast.engine.backbones.z_image_reference:ZImageReference",
     fast=JOINT_ENGINE,
+    network_plan="datasetdm_fast.engine.models.mmdit_plans:z_image",
     halves=("bf16",),
     file_signs=("cap_pad_token", "noise_refiner."),
     file_parts={"transformer": "model.diffusion_model."},

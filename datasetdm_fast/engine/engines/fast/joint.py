@@ -1,11 +1,12 @@
-"""The fast engine of models whose image and text tokens attend to one another: their own modules in bf16, and captures
-that cost one more product, as attention itself returns the logarithms of its sums.
+"""The fast engine of models whose image and text tokens attend to one another: our own transformer, in bf16 on a GPU,
+and captures that cost a few rows of products and what attention tells of its sums.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -13,113 +14,90 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datasetdm_fast.data import AttentionSums, Capture, ProjectedCapture, Text
-from datasetdm_fast.engine.backbones.joint_attention import AttentionReader, JointReference
+from datasetdm_fast.engine.backbones.flow_models import blocks_read
+from datasetdm_fast.engine.backbones.joint_attention import JointReference
 from datasetdm_fast.engine.decoders.trunk import Decoder
-from datasetdm_fast.engine.engines.device import engine_call, multiplies_bf16, resolve_device
+from datasetdm_fast.engine.engines.device import engine_call, resolve_device
 from datasetdm_fast.engine.engines.engine import check_task
 from datasetdm_fast.engine.engines.fast.base import CHUNK_PIXELS, DTYPES
-from datasetdm_fast.engine.engines.fast.weights import state_distance
+from datasetdm_fast.engine.engines.fast.weights import largest_distance
 from datasetdm_fast.engine.engines.torch import TorchEngine
 from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.engine.models.capture import Projection
+from datasetdm_fast.engine.models.mmdit import MMDiT
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.kernels import plain
+from datasetdm_fast.kernels.attention_shares import shares
+from datasetdm_fast.kernels.choice import operations
+from datasetdm_fast.plugins import load_place
 
 
-def _bind_arguments(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """What is read of the arguments of an attention."""
-    return query, key, value, attn_mask
+class CallReader:
+    """Reads some attentions of a call: of the last `images` rows, from the cells of the image to the text."""
+
+    def __init__(self, blocks: Sequence[int], images: int, cells: int, ops: SimpleNamespace):
+        self.blocks, self.images, self.cells, self.ops = frozenset(blocks), images, cells, ops
+        self.begin = 0
+
+    def reads(self, block: int) -> bool:
+        return block in self.blocks
+
+    def read(self, block: int, *seen: Tensor | None) -> None:
+        parts: list[Any] = [None if part is None else part[-self.images :] for part in seen]
+        (tokens, appended, query, key, sums, mask), cells = parts, slice(self.cells)
+        text = key[:, :, self.begin :], sums[:, :, cells], None if mask is None else mask[..., self.begin :]
+        self.keep(block, tokens[:, cells], appended[:, cells], (query[:, :, cells], *text))
+
+    def keep(self, block: int, tokens: Tensor, appended: Tensor, attention: tuple[Any, ...]) -> None:
+        """Reads the tokens [B, S, D], their product with the appended rows [B, S, F], and queries, keys, logarithms of
+        sums and mask of the attention to the text.
+        """
+        raise NotImplementedError
 
 
-def attend_and_sum(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The output [R, heads, S, d] of an attention, and the logarithm [R, heads, S] of the sum of each softmax."""
-    operations, width = torch.ops.aten, query.shape[-1]
-    is_flash = query.dtype != torch.float32 and width % 8 == 0 and width <= 256 and multiplies_bf16(query.device)
-    bias = as_bias(mask, query.dtype)
-    if query.device.type == "cpu":
-        output, sums = operations._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=bias)
-    elif bias is None and is_flash:
-        output, sums = operations._scaled_dot_product_flash_attention(query, key, value)[:2]
-    else:
-        output = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        sums = sum_exponentials(query, key, bias)
-    return output, sums[..., : query.shape[2]].float()
+class RawReader(CallReader):
+    """Keeps the tokens and every share."""
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        self.tokens: dict[int, Tensor] = {}
+        self.maps: dict[int, Tensor] = {}
+
+    def keep(self, block: int, tokens: Tensor, appended: Tensor, attention: tuple[Any, ...]) -> None:
+        self.tokens[block], self.maps[block] = tokens, shares(*attention)
 
 
-def as_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """What hides the masked keys when it is added to scores."""
-    return None if mask is None else torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
+class AverageReader(CallReader):
+    """Adds up the mean over heads of each attention [B, S, T]."""
+
+    total: Tensor | None = None
+
+    def keep(self, block: int, tokens: Tensor, appended: Tensor, attention: tuple[Any, ...]) -> None:
+        maps = self.ops.attention_shares(*attention, None)
+        self.total = maps if self.total is None else self.total + maps
 
 
-def sum_exponentials(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
-    """The logarithms of the sums, where no attention returns them: the scores of one image at a time are held."""
-    parts = []
-    for row in range(len(query)):
-        scores = query[row].float() @ key[row].float().mT / query.shape[-1] ** 0.5
-        parts.append((scores if bias is None else scores + bias[row % len(bias)]).logsumexp(-1))
-    return torch.stack(parts)
+class ProjectingReader(CallReader):
+    """Adds up what the first layers of the decoders make of tokens and attentions: [B, S, F] for each level."""
 
+    def __init__(self, slots: Mapping[int, list[tuple[int, int]]], projection: Projection, *arguments: Any):
+        super().__init__(tuple(slots), *arguments)
+        self.slots, self.projection = slots, projection
+        self.sums: dict[int, Tensor] = {}
 
-class SharesReader(AttentionReader):
-    """Computes the shares of attention that go to text from the sums that attention returns."""
-
-    def __torch_function__(
-        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if self._running is None or function is not F.scaled_dot_product_attention:
-            return function(*args, **kwargs or {})
-        query, key, value, mask = _bind_arguments(*args, **kwargs or {})
-        output, sums = attend_and_sum(query, key, value, mask)
-        query, key, sums = (part[-self.images :] for part in (query, key, sums))
-        if mask is not None:  # [R, 1, 1, keys] and the like
-            mask = mask.expand(len(output), *mask.shape[1:])[-self.images :, ..., self.text]
-        self._keep(self._running, query[:, :, self.image], key[:, :, self.text], sums[:, :, self.image], mask)
-        return output
-
-    def _keep(self, attention: nn.Module, query: Tensor, key: Tensor, sums: Tensor, mask: Tensor | None) -> None:
-        self.maps[attention] = shares(query, key, sums, mask)
-
-
-def shares(query: Tensor, key: Tensor, sums: Tensor, mask: Tensor | None) -> Tensor:
-    """[B, heads, S, T] exp(q k / sqrt(d) - log of the sum over all keys), 0 for keys that are masked."""
-    scores = query.float() @ key.float().mT / query.shape[-1] ** 0.5
-    parts = scores.sub_(sums[..., None]).exp_()
-    return parts if mask is None else parts * mask
-
-
-class ProjectingReader(SharesReader):
-    """Keeps what the first layers of the decoders make of attentions: [B, S, F] for each level."""
-
-    def __init__(self, levels: Sequence[Sequence[nn.Module]], projection: Projection):
-        super().__init__([*dict.fromkeys(attention for level in levels for attention in level)])
-        self.projection, self.sums = projection, cast(dict[int, Tensor], {})
-        self.slots: dict[nn.Module, list[tuple[int, int]]] = {attention: [] for attention in self.attentions}
-        for level, read in enumerate(levels):
-            for place, attention in enumerate(read):
-                self.slots[attention].append((level, place))
-
-    def _add(self, level: int, values: Tensor) -> None:
-        self.sums[level] = self.sums[level] + values if level in self.sums else values
-
-    def _keep(self, attention: nn.Module, query: Tensor, key: Tensor, sums: Tensor, mask: Tensor | None) -> None:
-        tokens = self.inputs[attention].float()
-        for level, place in self.slots[attention]:
-            if not self.projection.widths[level]:
-                continue
-            self._add(level, tokens @ self.projection.features[level][place][0])
+    def keep(self, block: int, tokens: Tensor, appended: Tensor, attention: tuple[Any, ...]) -> None:
+        query, key, sums, mask = attention
+        parts = appended.split([self.projection.widths[level] for level, _ in self.slots[block]], -1)
+        for (level, place), part in zip(self.slots[block], parts, strict=True):
             weight = self.projection.maps[level][place]  # [heads, T, F]
             count = min(weight.shape[1], key.shape[2])
-            weight, texts = weight[:, :count].flatten(0, 1), key[:, :, :count]
-            masks = [None] * len(key) if mask is None else mask[..., :count].split(1)
-            rows = []
-            for row in zip(query.split(1), texts.split(1), sums.split(1), masks, strict=True):  # one image at a time
-                rows.append(shares(*row).transpose(1, 2).flatten(2) @ weight)
-            self._add(level, torch.cat(rows))
+            texts = key[:, :, :count], sums, None if mask is None else mask[..., :count]
+            total = self.ops.attention_shares(query, *texts, weight[:, :count]) + part
+            self.sums[level] = self.sums[level] + total if level in self.sums else total
 
 
 class JointEngine(TorchEngine):
-    """See engines.Engine. On a CPU in fp32 the modules are those of the model; otherwise copies on the device."""
+    """See engines.Engine; text encoders and autoencoder are the model's own modules, or copies in bf16."""
 
     name = "fast"
 
@@ -139,44 +117,78 @@ class JointEngine(TorchEngine):
                 f"dtype: {precision}: {model.backbone.title} runs in bf16 and fp32, its activations leave fp16's range",
                 "Use --dtype bf16 or --dtype fp32.",
             )
-        self.dtype, narrow = DTYPES[precision], model
-        if precision != "fp32" or place.type != "cpu":
-            narrow = model.with_modules(
-                **{
-                    name: nn.Module.to(copy.deepcopy(network.module), place, self.dtype)
-                    for name, network in model.networks.items()
-                }
-            )
-        super().__init__(narrow, decoders, device=device)
-        self.held, self.model, self.precision, self.is_compiled = narrow, model, precision, compile
-        self.joint = cast(JointReference, self.reference)
-        self.joint.reader = SharesReader
-        self._eager = self.joint.network
-        self._called = cast(nn.Module, torch.compile(self._eager, dynamic=False)) if compile else self._eager
+        self.dtype, self.truth = DTYPES[precision], model
+        self.ops = plain if compile else operations(place, self.dtype)
+        is_copied = precision != "fp32" or place.type != "cpu"
+        others = {
+            name: nn.Module.to(copy.deepcopy(network.module), place, self.dtype)
+            for name, network in model.networks.items()
+            if is_copied and name != model.backbone.denoiser
+        }
+        network = self._build_network().eval().to(place)
+        self.held = model.with_modules(**others, **{model.backbone.denoiser: network})
+        super().__init__(self.held, decoders, device=device)
+        self.model, self.precision, self.is_compiled = model, precision, compile
+        self.joint, self.network = cast(JointReference, self.reference), network
+        self._called: Callable[..., Tensor] = torch.compile(network, dynamic=False) if compile else network
         self.projection = Projection(model.levels, self.decoders).to(self.device)
+        self._slots = self._append_rows()
 
-    def _narrow(self, text: Text) -> Text:
-        return text.to(self.device).cast(self.dtype)
+    def _build_network(self) -> MMDiT:
+        """Our transformer, with the weights of the model's."""
+        backbone, dtype = self.truth.backbone, self.dtype
+        source = self.truth.networks[backbone.denoiser].read(
+            lambda name, value: dtype if value.is_floating_point() else value.dtype
+        )
+        plan = load_place(backbone.network_plan)(source.config, source.state_dict())
+        return MMDiT(source.config, plan, self.ops).to(self.dtype)
+
+    def _append_rows(self) -> dict[int, list[tuple[int, int]]]:
+        """What the decoders read of each block: level and place; the rows that multiply its tokens are appended."""
+        slots: dict[int, list[tuple[int, int]]] = {}
+        for level, blocks in enumerate(blocks_read(len(self.network.blocks))):
+            for place, block in enumerate(blocks):
+                if self.projection.widths[level]:
+                    slots.setdefault(block, []).append((level, place))
+        for block, read in slots.items():
+            self.network.append(block, [self.projection.features[level][place][0].T for level, place in read])
+        return slots
 
     def weight_distance(self) -> float:
         """How far a weight of the engine lies from that of its model, as a share of the largest in its tensor."""
-        if self.held is self.model:
-            return 0.0
+        truth = {name: network.state_dict() for name, network in self.held.modules.items()}
+        fresh = self._build_network()
         farthest = 0.0
-        for name, module in self.held.modules.items():
-            truth = self.model.networks[name].module.state_dict()
-            for key, value in module.state_dict().items():
-                farthest = max(farthest, state_distance(value.cpu(), truth[key].to(value.dtype).cpu()))
+        for name, held in truth.items():
+            source = fresh if name == self.truth.backbone.denoiser else self.model.networks[name].module
+            expected = {key: value.to(held[key].dtype) for key, value in source.state_dict().items()}
+            placed = {key: value[: len(expected[key])].cpu() if value.ndim else value for key, value in held.items()}
+            farthest = max(farthest, largest_distance(placed, expected))
         return farthest
 
     @engine_call
     def encode_text(self, prompts: Sequence[str]) -> Text:
         return super().encode_text(prompts).cast(torch.float32)
 
+    def _call(
+        self, network: Callable[..., Tensor], latents: Tensor, timestep: float, text: Text, *reader: CallReader
+    ) -> tuple[Tensor, Tensor]:
+        """The output, and the image that the conditional half of it points to, in cells of 8 pixels."""
+        narrow, latents = text.to(self.device).cast(self.dtype), latents.to(self.device, self.dtype)
+        moment = torch.full((), timestep, device=self.device)
+        output = network(latents, moment, narrow, *reader)
+        clean = self.joint.cells(latents - timestep / 1000 * output[-len(latents) :])
+        if len(output) > len(latents) and text.guidance is not None:
+            output = self.joint.guide(output, text.guidance)
+        return output.float(), clean.float()
+
+    def _reads(self, latents: Tensor) -> tuple[int, int, SimpleNamespace]:
+        """What every reader is told: images, and cells of each."""
+        return len(latents), self.model.levels[0].side ** 2, self.ops
+
     @engine_call
     def denoise(self, latents: Tensor, timestep: float, text: Text) -> Tensor:
-        self.joint.network = self._called
-        return self.joint.predict(latents.to(self.device, self.dtype), timestep, self._narrow(text)).float()
+        return self._call(self._called, latents, timestep, text)[0]
 
     @engine_call
     def denoise_and_capture(  # type: ignore[override]
@@ -184,36 +196,44 @@ class JointEngine(TorchEngine):
     ) -> tuple[Tensor, Capture | ProjectedCapture]:
         if not self.decoders:
             return self.denoise_and_capture_raw(latents, timestep, text)
-        self.joint.network = self._eager
-        reader = ProjectingReader(self.joint.levels(), self.projection)
-        with self.joint.reading(reader):
-            output = self.joint.predict(latents.to(self.device, self.dtype), timestep, self._narrow(text)).float()
-        clean, last = self.joint.clean, len(self.projection.sides) - 1
-        assert clean is not None
+        reader = ProjectingReader(self._slots, self.projection, *self._reads(latents))
+        output, clean = self._call(self.network, latents, timestep, text, reader)
+        sides, last = self.projection.sides, len(self.projection.sides) - 1
         if self.projection.widths[last]:
-            weight = cast(Tensor, self.projection.features[last][0])[0]
-            reader.sums[last] = clean.float().flatten(2).mT @ weight
+            reader.sums[last] = clean.flatten(2).mT @ cast(Tensor, self.projection.features[last][0])[0]
         sums = []
-        for level, (side, width) in enumerate(zip(self.projection.sides, self.projection.widths)):
+        for level, (side, width) in enumerate(zip(sides, self.projection.widths)):
             total = reader.sums.get(level, torch.zeros(len(latents), side * side, width, device=self.device))
             sums.append(total.mT.unflatten(2, (side, side)))
         return output, ProjectedCapture(tuple(sums), self.projection.tasks)
 
     @engine_call
     def denoise_and_capture_raw(self, latents: Tensor, timestep: float, text: Text) -> tuple[Tensor, Capture]:
-        self.joint.network = self._eager
-        with self.joint.capturing() as captures:
-            output = self.joint.predict(latents.to(self.device, self.dtype), timestep, self._narrow(text)).float()
-        return output, captures[0].to(torch.float32)
+        levels, (low, *_) = blocks_read(len(self.network.blocks)), self.model.levels
+        reader = RawReader([block for level in levels for block in level], *self._reads(latents))
+        output, clean = self._call(self.network, latents, timestep, text, reader)
+        features = [
+            tuple(reader.tokens[block].float().mT.unflatten(2, (low.side, low.side)) for block in level)
+            for level in levels
+        ]
+        maps = {
+            block: F.pad(value, (0, low.tokens - value.shape[-1]))[..., : low.tokens]
+            for block, value in reader.maps.items()
+        }
+        return output, Capture(
+            (*features, (clean,)), (*(tuple(maps[block] for block in level) for level in levels), ())
+        )
 
     @engine_call
     def denoise_and_average(
         self, latents: Tensor, timestep: float, text: Text, class_text: Text, sums: AttentionSums
     ) -> tuple[Tensor, AttentionSums]:
-        self.joint.network = self._eager
-        narrow, words = latents.to(self.device, self.dtype), self._narrow(text)
-        output, sums = self.joint.predict_and_average(narrow, timestep, words, words, sums)
-        return output.float(), sums
+        blocks = self.model.defaults.attention.blocks
+        reader = AverageReader(blocks, *self._reads(latents))
+        output, _ = self._call(self.network, latents, timestep, text, reader)
+        assert reader.total is not None
+        maps = reader.total / len(blocks)
+        return output, AttentionSums(sums.cells, sums.tokens + F.pad(maps, (0, sums.tokens.shape[2] - maps.shape[2])))
 
     @engine_call
     def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:  # images, [B] bool

@@ -1,0 +1,26 @@
+"""Inputs of the operation attention_shares: those it is tested on, and those of a model's size."""
+
+from __future__ import annotations
+
+import torch
+
+from bench.kernels.inputs import Case
+from datasetdm_fast.kernels.noise import noise
+
+
+def cases() -> list[Case]:
+    def text(batch, heads, cells, tokens, width, features, hidden=0):
+        q, k = noise(batch, cells, heads, width).transpose(1, 2), noise(batch, heads, tokens, width)
+        sums = noise(batch, heads, cells) + 5
+        mask = (torch.arange(tokens) < tokens - hidden).expand(batch, 1, 1, tokens) if hidden else None
+        weight = noise(heads, tokens, features) if features else None
+        return (q, k, sums, mask, weight), (batch, cells, features or tokens)
+
+    return [
+        Case("smallest", *text(1, 1, 1, 1, 1, 1)),
+        Case("ragged in every size", *text(2, 3, 21, 13, 11, 9)),
+        Case("hidden tokens", *text(2, 2, 19, 40, 16, 17, hidden=7)),
+        Case("the mean of the heads", *text(2, 3, 21, 35, 16, 0)),
+        Case("more tokens than a block, hidden ones among them", *text(1, 2, 17, 150, 64, 70, hidden=3)),
+        Case("FLUX.1's heads, more features than a block", *text(1, 2, 33, 70, 128, 140)),
+    ]

@@ -1,0 +1,61 @@
+"""Attention that also returns the logarithm of the sum of each softmax, by which its shares are known afterwards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from datasetdm_fast.kernels.noise import noise
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T / sqrt(d)) v [R, heads, N, d] over the keys that `mask` [R, 1, 1, S] has, and the logarithms [R,
+    heads, N] of the sums of its exponentials.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.matmul(q * q.shape[-1] ** -0.5, k.mT).to(wide)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return torch.matmul(scores.softmax(-1).to(q.dtype), v), scores.logsumexp(-1)
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`reference` by PyTorch's own fused attention, where that returns the sums."""
+    operations, width, wide = torch.ops.aten, q.shape[-1], torch.promote_types(q.dtype, torch.float32)
+    bias = as_bias(mask, q.dtype)
+    if q.device.type == "cpu":
+        output, sums = operations._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
+    elif bias is None and is_flash(q) and width % 8 == 0 and width <= 256:
+        output, sums = operations._scaled_dot_product_flash_attention(q, k, v)[:2]
+    else:
+        output = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        sums = sum_exponentials(q, k, bias)
+    return output, sums[..., : q.shape[2]].to(wide)
+
+
+def is_flash(x: Tensor) -> bool:
+    """Whether a GPU runs flash attention in this precision; it takes one since Ampere."""
+    return x.dtype in (torch.float16, torch.bfloat16) and torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+def as_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What hides the masked keys when it is added to scores."""
+    return None if mask is None else torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
+
+
+def sum_exponentials(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+    """The logarithms of the sums, where no attention returns them: the scores of one image at a time are held."""
+    parts = []
+    for row in range(len(q)):
+        scores = q[row].float() @ k[row].float().mT / q.shape[-1] ** 0.5
+        parts.append((scores if bias is None else scores + bias[row % len(bias)]).logsumexp(-1))
+    return torch.stack(parts)
+
+
+def probe() -> tuple[Any, ...]:
+    """Inputs on which a device is checked against the reference."""
+    q, k, v = noise(3, 1, 2, 130, 64)
+    return q, k, v
