@@ -86,7 +86,7 @@ consumers: venv $(CONSUMERS)/.installed
 	$(BIN)/python -m pytest -q -n $(WORKERS) tests/test_trainers.py tests/test_gallery_page.py
 
 # Longest first, as they are dealt out in this order; what hangs is ended after the hour.
-SOAKED := $(addprefix tests/test_,$(addsuffix .py,long_runs faults ray_interrupted fuzz audit ranks rehearsal sampling launchers package \
+SOAKED := $(addprefix tests/test_,$(addsuffix .py,long_runs faults fuzz audit ranks rehearsal sampling launchers package \
 proofs to_tensorrt claims students judge bench gpu_race kernels ray readers train drop export verify plugins checkpoints \
 trainers domain mmdit openvino sample_stream))
 soak: venv

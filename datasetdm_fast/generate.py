@@ -23,8 +23,8 @@ from datasetdm_fast.runs.jobs.result import Result
 from datasetdm_fast.runs.jobs.run import Decision, Outcome, RunQueue
 from datasetdm_fast.runs.jobs.summary import describe_job
 from datasetdm_fast.runs.run_settings import RunConfig, RunSpec, WorkerSettings
-from datasetdm_fast.runs.workers.devices import find_peer
-from datasetdm_fast.runs.workers.launch import Launch, begin_run, check_places, choose_launch
+from datasetdm_fast.runs.workers.devices import find_peer, find_places
+from datasetdm_fast.runs.workers.launch import Launch, begin_run, choose_launch
 from datasetdm_fast.runs.workers.worker import Callbacks
 
 PROG = "python -m datasetdm_fast.generate"
@@ -57,9 +57,9 @@ def main(arguments: Sequence[str]) -> int:
         print_lines(config, f"loading    {config.model}")
     workers = config.group(WorkerSettings)
     if config.dry_run:
-        check_places(spec, workers)
+        find_places(workers, spec.engine.device, spec.engine.threads)  # refuses GPUs that are not there
         return run_report.print_run_plan(config, run.plan(spec))
-    spec, launch = choose_launch(spec, workers, peer, config.store, config.make_bucket)
+    spec, launch = choose_launch(spec, workers, peer)
     result = _write(config, spec, run, decision, launch, interruption)
     if is_reporting:
         run_report.print_run(config, result, by=" by this process" if peer else "")

@@ -22,7 +22,7 @@ from datasetdm_fast.command_line.run_settings import read_spec
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.runs.run_folder.object_store import ObjectStore
 from datasetdm_fast.runs.run_folder.shard_places import ShardBucket, ShardFolder, shard_place
-from datasetdm_fast.runs.run_folder.shards import entry_name, index_name, tar_name
+from datasetdm_fast.runs.run_folder.shards import ShardLedger, entry_name, index_name, tar_name
 from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.runs.workers import shard_ranks, shard_worker
 from datasetdm_fast.runs.workers.devices import Place
@@ -141,17 +141,20 @@ def test_kills_of_four_processes_change_no_byte(alone, tmp_path, monkeypatch, se
     places = [Place({"OMP_NUM_THREADS": "1", troubled.SECONDS: "0.3"}, 1)] * (4 if IS_LONG else 2)
     counts = []
     callbacks = Callbacks(describe, on_start=troubled.install, on_commit=counts.append)
-    shard_ranks.run_ranks(places, spec_of(tmp_path / "run"), str(tmp_path / "run"), callbacks)
+    shard_ranks.run_ranks(
+        places, spec_of(tmp_path / "run"), ShardLedger(shard_place(tmp_path / "run"), SIZE), callbacks
+    )
     killer.join()
     make(tmp_path / "run")
-    assert {name: data for name, data in tree(tmp_path / "run").items() if not name.startswith(CLAIMS)} == tree(alone)
+    assert tree(tmp_path / "run") == tree(alone)
     assert sum(counts) == SAMPLES
 
 
 def test_what_a_process_refuses_ends_the_others(alone, tmp_path):
     spec = spec_of(alone, seed=3)
     with pytest.raises(Refused, match="seed: 0 there, 3 asked for"):
-        shard_ranks.run_ranks([Place()], spec, str(alone), Callbacks(describe, on_start=troubled.install))
+        callbacks = Callbacks(describe, on_start=troubled.install)
+        shard_ranks.run_ranks([Place()], spec, ShardLedger(shard_place(alone), SIZE), callbacks)
 
 
 def test_a_shard_that_is_made_twice_is_committed_once(alone, tmp_path, monkeypatch):
@@ -242,7 +245,6 @@ def test_damage_is_named_and_repaired_to_the_same_bytes(alone, tmp_path, capsys,
         (["--number", "60"], "keeps its number of samples"),
         (["--keep", "trusted"], "not with --layout shards"),
         (["--speed", "fast25"], "not with --layout shards"),
-        (["--cluster", "ray"], "not with --layout shards"),
         (["--layout", "folder"], "the run is not in shards"),
     ],
 )
@@ -257,7 +259,7 @@ def test_a_place_that_holds_something_else_is_refused(folder, tmp_path, capsys):
     assert generate.main([*LINE, "--out", str(tmp_path)]) == 2
     assert "something other than a run in shards ('notes.txt')" in capsys.readouterr().err
     assert generate.main([*LINE, "--out", str(folder)]) == 2
-    assert "other settings" in capsys.readouterr().err
+    assert "it is a run folder, not a run in shards" in capsys.readouterr().err
 
 
 def test_the_command_resumes_and_reports(alone, tmp_path, capsys):

@@ -525,7 +525,7 @@ def test_engines_that_were_compared_before_several_processes_start_are_let_go(tm
 
     alive = []
     monkeypatch.setattr(opening, "open_engine", noted)
-    monkeypatch.setattr(spawn.SpawningSupervisor, "work", started)
+    monkeypatch.setattr(spawn.Supervisor, "work", started)
     flags = ["--number", "2", "--steps", "2", "--task", "depth", "--ranks", "2", "--verify", "1", "--quiet"]
     generate.main([*flags, "--out", str(tmp_path / "run")])
     assert alive == [None]

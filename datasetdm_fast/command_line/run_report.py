@@ -10,10 +10,8 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.command_line.output import NOTHING_WRITTEN, print_lines, print_result
-from datasetdm_fast.errors import quote
 from datasetdm_fast.messages import count_noun, format_duration
 from datasetdm_fast.runs.jobs.summary import describe_job
-from datasetdm_fast.runs.run_folder.object_store import ObjectStore
 
 if TYPE_CHECKING:
     from datasetdm_fast.runs.jobs.job import Job
@@ -42,8 +40,6 @@ def print_run_plan(config: RunConfig, job: Job) -> int:
 
 def print_finished_run(config: RunConfig, result: Result) -> int:
     """The exit code of a run with nothing left to do."""
-    if config.store and not config.dry_run:
-        ObjectStore(config.store).complete(result.path)
     print_lines(config, f"{result.path}: complete with {count_noun(result.done, 'sample')}, nothing to do")
     print_run(config, result)
     return 0
@@ -56,12 +52,9 @@ def print_run(config: RunConfig, result: Result, by: str = "") -> None:
     facts |= {"closing_seconds": round(result.closing_seconds, 3)}
     print_result(config, {"path": str(result.path), **facts}, str(result.path))
     if result.made:
-        page = f"{result.path}/gallery/index.html"
-        if config.store:
-            place = config.store if result.is_complete else str(result.path)
-            page = f"them with: python -m datasetdm_fast.gallery {quote(place)} --serve"
         closing = f"{format_duration(result.closing_seconds)} of it for index files and gallery"
         images = f"{count_noun(result.made, 'image')}{by} in {format_duration(result.seconds)}"
+        page = f"{result.path}/gallery/index.html"
         print_lines(config, f"{images} ({closing}), {rate:.3g} images per second; look at {page}")
     if result.trust_message:
         print_lines(config, result.trust_message)

@@ -29,7 +29,7 @@ from datasetdm_fast.runs.jobs.remake import check_provided, find_remake_row, pre
 from datasetdm_fast.runs.run_folder.acceptance import check_accept
 from datasetdm_fast.runs.run_folder.document import GROWING, most_samples, quarantines
 from datasetdm_fast.runs.run_folder.ledger import Row
-from datasetdm_fast.runs.run_folder.object_store import check_store
+from datasetdm_fast.runs.run_folder.object_store import refuse_stored
 from datasetdm_fast.runs.run_settings import (
     LabelConfig,
     LabelSettings,
@@ -50,6 +50,8 @@ def complete_settings(config: RunConfig, provided: Collection[str]) -> RunConfig
     for name in ("prompts", "classes", "accept"):
         if name in provided and not getattr(config, name):
             raise Refused(f"--{name}: no value was given", "Drop the flag, or see --help.")
+    if config.cluster and "layout" not in provided:
+        config = replace(config, layout="shards")
     folders = parts_of(config.decoder)
     if "task" not in provided and config.decoder not in SHIPPED and all(path.is_dir() for path in folders):
         config = replace(config, task=tuple(by_task(find_decoders(folders).labels)))
@@ -192,18 +194,11 @@ def _spec(config: RunConfig, source: PromptSource, identity: Mapping[str, Any]) 
 
 def check_together(config: RunConfig, is_begun: bool, processes: int) -> None:
     """Refuses flags that do not go together, or not in one of several processes that were started together."""
-    if config.store and not config.cluster:
-        raise Refused(
-            f"--store {config.store}: only the workers of a cluster write there, or a run in shards",
-            "Add --layout shards or --cluster ray, or drop it.",
-        )
-    if is_begun:
-        check_store(Path(config.out), config.store)
-    together = f"this is one of {processes} processes that were started together"
-    if processes > 1 and config.cluster:
-        raise Refused(f"--cluster {config.cluster}: {together}", "Start one process alone.")
+    if config.store:
+        raise Refused(f"--store {config.store}: only a run in shards is written there", "Add --layout shards.")
+    refuse_stored(Path(config.out))
     several = "several machines or processes that were started together make this run"
-    if config.dry_run or not (processes > 1 or config.cluster):
+    if config.dry_run or processes == 1:
         return
     if config.verify:
         raise Refused(

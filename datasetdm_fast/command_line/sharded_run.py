@@ -19,12 +19,13 @@ from datasetdm_fast.runs.jobs.job import build_job
 from datasetdm_fast.runs.jobs.result import result_of
 from datasetdm_fast.runs.jobs.summary import describe_job
 from datasetdm_fast.runs.run_folder.object_store import ObjectStore
-from datasetdm_fast.runs.run_folder.shard_places import ShardPlace, shard_place
-from datasetdm_fast.runs.run_folder.shards import ShardLedger
+from datasetdm_fast.runs.run_folder.shard_places import shard_place
+from datasetdm_fast.runs.run_folder.shards import ShardLedger, list_shards, shard_size
 from datasetdm_fast.runs.run_settings import RunConfig, RunSpec, WorkerSettings
 from datasetdm_fast.runs.workers.devices import LaunchedProcess, find_places, take_share
+from datasetdm_fast.runs.workers.ray_ranks import run_on_cluster
 from datasetdm_fast.runs.workers.shard_ranks import run_ranks
-from datasetdm_fast.runs.workers.shard_worker import ShardRank, read_stored, work_on_shards
+from datasetdm_fast.runs.workers.shard_worker import ShardRank, read_stored, require_shards, work_on_shards
 from datasetdm_fast.runs.workers.worker import Callbacks
 
 
@@ -33,12 +34,13 @@ def check_shard_settings(config: RunConfig) -> None:
     if config.layout != "shards":
         if config.shard_size != RunConfig.shard_size:
             raise Refused(f"--shard-size {config.shard_size}: the run is not in shards", "Add --layout shards.")
+        if config.cluster:
+            raise Refused(f"--cluster {config.cluster}: a cluster makes runs in shards", "Drop --layout folder.")
         return
     for flag, is_given in (
         ("--keep trusted", config.keep != "all"),
         ("--accept", bool(config.accept)),
         ("--verify", bool(config.verify)),
-        ("--cluster", bool(config.cluster)),
         (f"--speed {config.speed}", config.speed != EXACT),
     ):
         if is_given:
@@ -51,6 +53,9 @@ def generate_shards(
     """The exit code of a run in shards."""
     where, workers, begin = config.store or config.out, config.group(WorkerSettings), time.perf_counter()
     spec = replace(spec, folder=Path(where), may_mix=False)
+    if peer and workers.cluster:
+        started = f"this is one of {peer.world} processes that were started together"
+        raise Refused(f"--cluster {config.cluster}: {started}", "Start one process alone.")
     if config.dry_run:
         return print_run_plan(config, build_job(spec, None))
     if config.store:
@@ -64,12 +69,17 @@ def generate_shards(
         made += count
         progress.on_commit(count)
 
-    places = [] if peer else find_places(workers, spec.engine.device, spec.engine.threads)
-    done = _count_done(place)
-    with interruption, ImageProgress(max(spec.number - done, 0), config.quiet) as progress:
+    places = [] if peer or workers.cluster else find_places(workers, spec.engine.device, spec.engine.threads)
+    if (document := read_stored(place)) is not None:
+        require_shards(place, document)
+    ledger = ShardLedger(place, shard_size((document or {"config": spec.identity})["config"]))
+    missing = spec.number - sum(entry.stop - entry.first for entry in ledger.entries.values())
+    with interruption, ImageProgress(max(missing, 0), config.quiet) as progress:
         callbacks = Callbacks(describe_job, progress.print, on_commit, is_stopping=interruption.is_stopping)
-        if places:
-            run_ranks(places, spec, where, callbacks)
+        if workers.cluster:
+            run_on_cluster(workers, spec, ledger, callbacks)
+        elif places:
+            run_ranks(places, spec, ledger, callbacks)
         else:
             if peer:
                 threads = take_share(peer, workers, spec.engine.device, spec.engine.threads)
@@ -77,22 +87,18 @@ def generate_shards(
             rank = ShardRank(peer.rank, peer.world) if peer else ShardRank()
             work_on_shards(spec, place, rank, callbacks)
     if is_reporting:
-        _report(config, spec, place, made, begin, f"resume with: {prog} {shlex.join(arguments)}")
+        _report(config, spec, ledger, made, begin, f"resume with: {prog} {shlex.join(arguments)}")
     return interruption.exit_code(0)
 
 
-def _count_done(place: ShardPlace) -> int:
-    document = read_stored(place)
-    return sum(entry.stop - entry.first for entry in ShardLedger(place, document).entries.values()) if document else 0
-
-
-def _report(config: RunConfig, spec: RunSpec, place: ShardPlace, made: int, begin: float, remedy: str) -> None:
+def _report(config: RunConfig, spec: RunSpec, ledger: ShardLedger, made: int, begin: float, remedy: str) -> None:
     """Prints the result of the run, and fails where samples were quarantined."""
-    document = read_stored(place)
-    if document is None:
+    place = ledger.place
+    if (document := read_stored(place)) is None:
         return
+    ledger.read_entries(list_shards(place))
     seconds = time.perf_counter() - begin
-    result = result_of(Path(place.name), document, spec.number, ShardLedger(place, document), made, seconds=seconds)
+    result = result_of(Path(place.name), document, spec.number, ledger, made, seconds=seconds)
     rate = made / seconds
     facts = result.facts() | {"doubtful": result.doubtful, "images_per_second": round(rate, 4)}
     print_result(config, {"path": place.name, **facts}, place.name)

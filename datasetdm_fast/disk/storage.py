@@ -110,6 +110,31 @@ def publish(files: Mapping[Path, bytes | Iterable[bytes]]) -> dict[Path, StoredF
     return stored
 
 
+def create(path: Path, content: bytes) -> bool:
+    """Whether this call made the file; False where there was one of that name, or where whoever has that one removed
+    what this process was writing.
+    """
+    part = part_of(path)
+    if not path.parent.is_dir():
+        make_folder(path.parent)
+    try:
+        handle = _open_part(part)
+        try:
+            _write_all(handle, content)
+            syscall("fsync", os.fsync, handle)
+        finally:
+            os.close(handle)
+        syscall("link", os.link, part, path)
+        sync_folder(path.parent)
+    except (FileExistsError, FileNotFoundError):
+        return False
+    except OSError as error:
+        raise refusal(error, path) from error
+    finally:
+        forget(part)
+    return True
+
+
 def part_of(path: Path) -> Path:
     """Where this process writes a file before it gets its name: no other process has that place, on any machine."""
     return path.with_name(f".{path.name}.{os.getpid()}{_PROCESS:09}.part")

@@ -243,8 +243,7 @@ class FileSettings:
     )
     store: str = setting(
         "",
-        "fsspec URL for the data set, such as s3://bucket/run; with --layout shards it takes the place of --out, with "
-        "--cluster --out keeps the ledger",
+        "with --layout shards: fsspec URL in place of --out, such as s3://bucket/run",
         identity=False,
         metavar="URL",
     )
@@ -285,7 +284,7 @@ class WorkerSettings:
     ranks: int = setting(0, "processes that share the work on a CPU", identity=False, metavar="N", least=0)
     cluster: str = setting(
         "",
-        "run on a Ray cluster: ray starts one on this machine, ray://HEAD[:PORT] joins a running one",
+        "make a run in shards on a Ray cluster: ray starts one on this machine, ray://HEAD[:PORT] joins a running one",
         identity=False,
         metavar="ray[://HEAD]",
     )

@@ -9,10 +9,8 @@ from datasetdm_fast.runs.exporting.export_folder import DOCUMENT as EXPORT
 from datasetdm_fast.runs.exporting.export_folder import audit_export, exports_of
 from datasetdm_fast.runs.run_folder.audit import Report, audit
 from datasetdm_fast.runs.run_folder.document import DOCUMENT
-from datasetdm_fast.runs.run_folder.object_store import StoreCopy, copy_of, is_url
+from datasetdm_fast.runs.run_folder.object_store import StoreCopy, copy_of
 from datasetdm_fast.runs.run_folder.shard_audit import audit_shards, find_sharded
-
-LEDGER_FOLDER = "DIR"  # of a run in an object store, which the URL does not name
 
 
 def audit_place(place: str, threads: int, on_progress: Callable[[int, int], None]) -> Report:
@@ -33,15 +31,10 @@ def audit_place(place: str, threads: int, on_progress: Callable[[int, int], None
 
 
 def _audit_store(place: str, copies: StoreCopy, threads: int, on_progress: Callable[[int, int], None]) -> Report:
-    """The report on a temporary copy; its remedies name the folder that keeps the ledger instead."""
+    """The report on a temporary copy."""
     folder = copies.fetch_all()
     if not folder.is_dir():  # no file was fetched
         raise Refused(f"{place}: it is empty, so it is not a run", "Check the address.")
     report = audit_place(str(folder), threads, on_progress)
-    keeper = place if not is_url(place) else str(copies.store.disk or LEDGER_FOLDER)
-    note = f" ({LEDGER_FOLDER}: the --out of the run, which keeps its ledger)" if keeper == LEDGER_FOLDER else ""
-    findings = []
-    for finding in report.findings:
-        remedy = finding.remedy.replace(quote(folder), quote(keeper)).replace(str(folder), keeper)
-        findings.append(replace(finding, remedy=remedy + note * (f"--out {LEDGER_FOLDER}" in remedy)))
-    return replace(report, path=place, findings=findings)
+    remedy = f"Copy the run with: python -m datasetdm_fast.gallery {quote(place)} --out COPY; then audit COPY."
+    return replace(report, path=place, findings=[replace(finding, remedy=remedy) for finding in report.findings])

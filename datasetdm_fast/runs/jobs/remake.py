@@ -24,8 +24,9 @@ from datasetdm_fast.runs.run_folder.document import (
     read_document,
     table_of,
 )
+from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.ledger import QUARANTINED, Ledger, Row
-from datasetdm_fast.runs.run_folder.object_store import open_folder, refuse_stored
+from datasetdm_fast.runs.run_folder.object_store import refuse_stored
 from datasetdm_fast.runs.run_settings import LabelSettings
 from datasetdm_fast.settings import EngineSettings, ModelSettings, SamplingSettings
 
@@ -88,8 +89,7 @@ def prepare_remake(
     classes: tuple[str, ...],
 ) -> Remake:
     """The sample of a row, by the settings of the run folder; other weights are refused."""
-    if row.status == QUARANTINED:
-        refuse_stored(folder)
+    refuse_stored(folder)
     opened, decoders = open_engine(model, engine, labels.task, stored, guidance=sampling.guidance)
     weights = {"model": {"digests": dict(opened.model.digests)}, "decoders": decoders}
     check_same(folder, {"model": {"digests": stored["model"]["digests"]}, "decoders": stored["decoders"]}, weights)
@@ -110,7 +110,7 @@ def remake(task: Remake) -> list[str]:
             f"sample {result.request.id}: {result.reason}; nothing was written",
             "Try another --dtype in a run of its own.",
         )
-    with open_folder(task.folder, task.document) as folder:
+    with RunFolder(task.folder, task.document) as folder:
         if task.row.status == QUARANTINED:
             folder.add(acceptance_of(task.document).apply([result]), task.row.recipe)
             finish_run(folder)

@@ -115,17 +115,11 @@ class RunFolder(AbstractContextManager):
                 "was written",
                 "Compare versions and device with run.json: only the same ones give the same bytes.",
             )
-        damaged = {name: content for name, content in contents.items() if self.sha256_of(name) != expected[name]}
-        self.publish(damaged)
+        damaged = {
+            name: content for name, content in contents.items() if storage.sha256_of(self.path / name) != expected[name]
+        }
+        into(self.path)(damaged)
         return sorted(damaged)
-
-    def sha256_of(self, name: str) -> str:
-        """The digest of a file of a sample, empty where it is not there."""
-        return storage.sha256_of(self.path / name)
-
-    def publish(self, files: Mapping[str, bytes]) -> None:
-        """Writes files of samples."""
-        into(self.path)(files)
 
     def drop(self, indices: Sequence[int]) -> None:
         """Takes samples out of the data set: first their files are copied to where those of dropped samples lie, then

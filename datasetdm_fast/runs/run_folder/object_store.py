@@ -1,6 +1,4 @@
-"""Where the files of samples go, below the run folder or with --store to an object store of fsspec's, and how a run in
-such a store is read.
-"""
+"""Run folders in an object store of fsspec's, which are read there."""
 
 import hashlib
 import os
@@ -8,70 +6,23 @@ import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from datasetdm_fast.data import Quarantined, Sample
 from datasetdm_fast.disk import storage
-from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import Missing, Refused, quote
 from datasetdm_fast.runs.run_folder.corrections import CORRECTIONS
-from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER, LOCK, read_document, to_see_damage
-from datasetdm_fast.runs.run_folder.folder import RunFolder, into, write_samples
-from datasetdm_fast.runs.run_folder.ledger import Row
-from datasetdm_fast.runs.run_folder.seal import ELSEWHERE, SEAL, rebuilt_files
+from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER, to_see_damage
+from datasetdm_fast.runs.run_folder.seal import ELSEWHERE, SEAL
 from datasetdm_fast.runs.run_folder.selections import FILTER, SPLIT
 from datasetdm_fast.untrusted import documents
 from datasetdm_fast.untrusted.images import LARGEST_IMAGE_FILE
 
-PIECE = 1 << 20  # bytes of a file copied at once
 LONGEST = 4096  # bytes of a URL
 PARALLEL_FILES = 16  # files copied together
 COPYING = "state/copying"  # the URL of a run of which this folder does not have all files yet
-
-
-class PublishingFolder:
-    """The run folder of a process that only publishes the files of samples: `commit` sends their rows to the process
-    that has the ledger, and `missing` gives the samples of a range that this one still lacks.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        store: str,
-        document: Mapping[str, Any],
-        missing: Callable[[int, int], Set[int]],
-        commit: Callable[[list[Row]], object],
-    ):
-        self._document, self._missing, self.commit, self.ledger = document, missing, commit, self
-        self._publish = ObjectStore(store).publish if store else into(folder)
-
-    def unseal(self) -> None:
-        """Done by the process that has the ledger."""
-
-    def count_out_of_domain(self) -> tuple[int, int]:
-        """None of none: what is stored is counted by the process that has the ledger."""
-        return 0, 0
-
-    def write(self, results: Sequence[Sample | Quarantined], recipe: Mapping[str, Any]) -> list[Row]:
-        return write_samples(results, recipe, self._document, self._publish)
-
-    def indices_between(self, first: int, stop: int) -> set[int]:
-        return set(range(first, stop)) - self._missing(first, stop)
-
-
-def check_store(folder: Path, store: str) -> None:
-    """Refuses a run folder whose samples are in another place than --store names."""
-    url = stored_at(folder)
-    if url != store:
-        place = f"at {documents.quote(url)}" if url else "in the folder itself"
-        raise Refused(
-            f"--store {store or 'not given'}: the samples of {folder} are {place}",
-            "Give the one that it was started with, or choose another --out.",
-        )
 
 
 def stored_at(folder: Path) -> str:
@@ -140,35 +91,12 @@ class ObjectStore:
                 "Check its name, or add --make-bucket.",
             )
 
-    def require_empty(self) -> None:
-        """Refuses a folder with files of another run, which a new one would replace."""
-        with self.translate_errors():
-            try:
-                paths = [path.strip("/") for path in self.files.ls(self.root, detail=False)]
-            except FileNotFoundError:
-                return
-        names = sorted(path.rpartition("/")[2] for path in paths if path != self.root.strip("/"))
-        if others := [name for name in names if not storage.is_temporary(Path(name))]:
-            raise Refused(
-                f"--store {documents.quote(self.url)}: it holds files of another run ({documents.quote(others[0])})",
-                "Choose another --store, or give the --out that this one was started with.",
-            )
-
-    def publish(self, files: Mapping[str, bytes]) -> dict[str, StoredFile]:
-        """Digests and sizes of the files, once all are written."""
-        if "file" in self._protocols:  # where a file is only whole at once if it is renamed
-            return into(Path(self.root))(files)
+    def publish(self, files: Mapping[str, bytes]) -> None:
+        """Writes files of reviewers."""
         with self.translate_errors():
             for folder in sorted({name.rpartition("/")[0] for name in files}):
                 self.files.makedirs(f"{self.root}/{folder}".rstrip("/"), exist_ok=True)
             self.files.pipe({f"{self.root}/{name}": content for name, content in files.items()})
-            short = [name for name, content in files.items() if self.files.size(f"{self.root}/{name}") != len(content)]
-        if short:
-            raise Missing(
-                f"{self.url}/{short[0]}: it is incomplete",
-                "Run the same command again: it resumes.",
-            )
-        return {name: StoredFile(hashlib.sha256(content).hexdigest(), len(content)) for name, content in files.items()}
 
     def read(self, name: str) -> bytes | None:
         """The content of a file, None where it is missing."""
@@ -207,51 +135,9 @@ class ObjectStore:
                 raise
         return True
 
-    def complete(self, folder: Path) -> None:
-        """Uploads the other files of the run folder, the seal last; a store that has this seal is complete."""
-        seal = (folder / SEAL).read_bytes()
-        if "file" in self._protocols:  # elsewhere a file is there or not
-            storage.remove_temporaries(Path(self.root))  # what workers that were killed had half-written
-        if self.read(SEAL) == seal:
-            return
-        document: dict[str, Any] = read_document(folder)
-        for name in (DOCUMENT, LEDGER, LOCK, *rebuilt_files(folder, document), SEAL):
-            self._copy(folder / name, name)
-
-    def _copy(self, path: Path, name: str) -> None:
-        """A file of any size, in pieces."""
-        if "file" in self._protocols:
-            with path.open("rb") as file:
-                storage.publish({Path(self.root) / name: iter(lambda: file.read(PIECE), b"")})
-            return
-        with self.translate_errors():
-            self.files.makedirs(f"{self.root}/{name}".rpartition("/")[0], exist_ok=True)
-            self.files.put_file(str(path), f"{self.root}/{name}")
-
     def note(self, folder: Path) -> None:
         if stored_at(folder) != self.url:
             storage.publish({folder / ELSEWHERE: self.url.encode()})
-
-
-class StoredFolder(RunFolder):
-    """A run folder whose ledger is here and whose samples' files are in an object store."""
-
-    def __init__(self, path: Path, document: Mapping[str, Any], store: ObjectStore):
-        super().__init__(path, document)
-        self._store = store
-
-    def sha256_of(self, name: str) -> str:
-        content = self._store.read(name)
-        return "" if content is None else hashlib.sha256(content).hexdigest()
-
-    def publish(self, files: Mapping[str, bytes]) -> None:
-        self._store.publish(files)
-
-
-def open_folder(path: Path, document: Mapping[str, Any]) -> RunFolder:
-    """A run folder open for writing, wherever the files of its samples are."""
-    url = stored_at(path)
-    return StoredFolder(path, document, ObjectStore(url)) if url else RunFolder(path, document)
 
 
 class StoreCopy:

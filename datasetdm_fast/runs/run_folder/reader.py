@@ -185,7 +185,9 @@ class Run(AbstractContextManager["Run"]):
         self.copies = copy_of(path)
         self.path = self.copies.fetch_state() if self.copies and is_url(path) else Path(path)
         self.document = require_document(self.path)
-        self.shards = ShardLedger(shard_place(path), self.document) if is_sharded(self.document) else None
+        self.shards: ShardLedger | None = None
+        if is_sharded(self.document):
+            self.shards = ShardLedger(shard_place(path), shard_size(self.document["config"]))
         if self.shards is None and not (self.path / LEDGER).exists():
             raise without_ledger(self.path, self.document)
         self._ledger: Ledger | None = None

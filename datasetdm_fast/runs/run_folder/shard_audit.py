@@ -69,7 +69,7 @@ def _audit_shard(place: ShardPlace, document: Mapping[str, Any], shard: int) -> 
     """The entry of a shard, None where it is damaged, and what is not as it was written."""
     number, size = document["plan"]["number"], shard_size(document["config"])
     try:
-        ledger = ShardLedger(place, document, [shard])
+        ledger = ShardLedger(place, size, [shard])
         entry = ledger.entries[shard]
         if entry.stop != min((shard + 1) * size, number):
             raise Refused(f"{entry_name(shard)}: it ends with sample {entry.stop - 1}", REMAKE)

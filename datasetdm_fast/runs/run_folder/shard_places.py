@@ -78,20 +78,7 @@ class ShardFolder(ShardPlace):
             return None
 
     def create(self, name: str, content: bytes) -> bool:
-        path = self.path / name
-        part = storage.part_of(path)  # a name that only this process writes, and the next start removes
-        storage.publish({part: content})
-        try:
-            storage.syscall("link", os.link, part, path)
-        except FileExistsError:
-            return False
-        except OSError as error:
-            raise storage.refusal(error, path) from error
-        finally:
-            storage.forget(part)
-        with storage.refusing(path):
-            storage.sync_folder(path.parent)
-        return True
+        return storage.create(self.path / name, content)
 
     def replace(self, name: str, content: bytes) -> None:
         storage.publish({self.path / name: content})

@@ -236,15 +236,22 @@ class ShardIndex:
 class ShardLedger:
     """The rows of a run in shards that are complete, read as those of a ledger are."""
 
-    def __init__(self, place: ShardPlace, document: Mapping[str, Any], shards: Collection[int] | None = None):
-        """Of all shards, or of these."""
-        self.place, self._size = place, shard_size(document["config"])
+    def __init__(self, place: ShardPlace, size: int, shards: Collection[int] | None = None):
+        """Of all shards, or of these; each has `size` samples."""
+        self.place, self._size = place, size
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
         self._open: OrderedDict[int, BinaryIO] = OrderedDict()
         self._lock, self._process = threading.RLock(), os.getpid()
-        known = list_shards(place) if shards is None else list(shards)
+        self.entries: dict[int, ShardEntry] = {}
+        self.read_entries(list_shards(place) if shards is None else shards)
+
+    def read_entries(self, shards: Collection[int]) -> list[ShardEntry]:
+        """The entries of those of the shards that were not known before."""
+        new = [shard for shard in shards if shard not in self.entries]
         with ThreadPoolExecutor(PARALLEL_READS) as pool:
-            self.entries: dict[int, ShardEntry] = dict(zip(known, pool.map(self._read_entry, known)))
+            entries = list(pool.map(self._read_entry, new))
+        self.entries |= zip(new, entries)
+        return entries
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": OrderedDict(), "_lock": None}

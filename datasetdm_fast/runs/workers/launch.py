@@ -1,5 +1,5 @@
-"""The ways to make the samples of a run: in this process, in spawned ones, as one of several that torchrun or Slurm
-has started, or on a Ray cluster. All are called alike.
+"""The ways to make the samples of a run folder: in this process, in spawned ones, or as one of several that torchrun or
+Slurm has started. All are called alike.
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ class Launch:
     writes_page: bool = True  # whether this process writes the page of the samples so far
 
 
-def choose_launch(
-    spec: RunSpec, workers: WorkerSettings, peer: LaunchedProcess | None, store: str = "", makes_bucket: bool = False
-) -> tuple[RunSpec, Launch]:
+def choose_launch(spec: RunSpec, workers: WorkerSettings, peer: LaunchedProcess | None) -> tuple[RunSpec, Launch]:
     """The way that the flags and the environment ask for, and the run with the threads that each process has."""
     device, threads = spec.engine.device, spec.engine.threads
     if peer:
@@ -41,21 +39,11 @@ def choose_launch(
         threads = take_share(peer, workers, device, threads)
         spec = replace(spec, engine=replace(spec.engine, threads=threads))
         return spec, Launch(partial(run_launched, peer), peer.world, writes_page=writes_page)
-    if workers.cluster:
-        from datasetdm_fast.runs.workers.ray_driver import Cluster, run_on_cluster
-
-        return spec, Launch(partial(run_on_cluster, Cluster(workers, store, makes_bucket)))
     if places := find_places(workers, device, threads):
         from datasetdm_fast.runs.workers.spawn import run_spawned
 
         return spec, Launch(partial(run_spawned, places), may_compare=True)
     return spec, Launch(run_here, is_here=True, may_compare=True)
-
-
-def check_places(spec: RunSpec, workers: WorkerSettings) -> None:
-    """Refuses GPUs that this machine does not have, as a run would; those of a cluster are known when it is joined."""
-    if not workers.cluster:
-        find_places(workers, spec.engine.device, spec.engine.threads)
 
 
 def begin_run(job: Job) -> None:

@@ -9,7 +9,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 from datasetdm_fast.cores import count_cores
@@ -47,8 +47,16 @@ def address_of(text: str) -> str | None:
 
 
 @contextmanager
-def join_cluster(cluster: str, ranks: int, out: Path) -> Iterator[list[dict[str, float]]]:
-    """Within the block this process is a driver on the cluster; the resources of its machines."""
+def join_cluster(cluster: str, ranks: int, place: str) -> Iterator[None]:
+    """Within the block this process is a driver on the cluster, and nothing reaches standard output, where Ray's
+    threads write what they hear of other machines.
+    """
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), _connect(cluster, ranks, place):
+        yield
+
+
+@contextmanager
+def _connect(cluster: str, ranks: int, place: str) -> Iterator[None]:
     address = address_of(cluster)
     if address:
         _knock(cluster, address)
@@ -74,14 +82,13 @@ def join_cluster(cluster: str, ranks: int, out: Path) -> Iterator[list[dict[str,
         try:
             with mute_stderr():
                 ray.init(address or "local", logging_level=logging.CRITICAL, log_to_driver=False, **options)
-            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         except Exception as error:
             raise _refusal(cluster, address, error) from error
         logging.getLogger("ray").setLevel(logging.CRITICAL)
-        yield nodes
+        yield
     except ray.exceptions.RayError as error:
         raise Missing(
-            f"{out}: Ray ended the run ({type(error).__name__}: {first_line(error)})",
+            f"{place}: Ray ended the run ({type(error).__name__}: {first_line(error)})",
             "Run the same command again: it resumes.",
         ) from error
     finally:

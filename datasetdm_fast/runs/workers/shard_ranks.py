@@ -1,5 +1,5 @@
-"""Processes of a run in shards on this machine: a GPU each, or a share of the cores. Each claims shards by itself, so
-that one which ends is only started again.
+"""Processes of a run in shards: a GPU each, or a share of the cores. Each claims shards by itself, so that one which
+ends is only started again.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 from datasetdm_fast.bug_report import report_bug
 from datasetdm_fast.errors import REFUSALS, GateFailed, Missing, Refused
-from datasetdm_fast.runs.run_folder.document import MANIFEST
-from datasetdm_fast.runs.run_folder.shard_places import ShardPlace, shard_place
-from datasetdm_fast.runs.run_folder.shards import shard_size
+from datasetdm_fast.runs.run_folder.shard_places import shard_place
+from datasetdm_fast.runs.run_folder.shards import ShardLedger, list_shards, shard_size
 from datasetdm_fast.runs.run_settings import RunSpec
 from datasetdm_fast.runs.workers.devices import Place
-from datasetdm_fast.runs.workers.shard_worker import ShardRank, work_on_shards
+from datasetdm_fast.runs.workers.shard_worker import ShardRank, release_claims, work_on_shards
 from datasetdm_fast.runs.workers.spawn import (
     MOST_DEATHS,
     WITH_PARENT,
@@ -32,71 +32,117 @@ from datasetdm_fast.runs.workers.spawn import (
 )
 from datasetdm_fast.runs.workers.worker import Callbacks
 
-SECONDS_BETWEEN_POLLS = 0.5  # of processes and manifest
+SECONDS_BETWEEN_POLLS = 0.5  # of processes
+LOOKS_SHARE = 0.05  # of the time that is spent on reading the manifest
+SECONDS_TO_END = 1.0  # processes have once no shard is missing
 _BOOT = WITH_PARENT + "from datasetdm_fast.runs.workers.shard_ranks import enter; enter()"
+
+
+class RankProcess(Protocol):
+    """A process of the run, on whatever machine."""
+
+    def ending(self) -> str | None:
+        """How it has ended, empty where nothing was left to do; None while it runs."""
+
+    def refusal(self) -> list[str] | None:
+        """What a process that has ended refused: the kind, cause and remedy."""
+
+    def kill(self) -> None: ...
 
 
 @dataclass
 class ShardProcess:
     """A rank and the process that fills it now."""
 
-    process: SpawnedProcess
+    process: RankProcess
+    name: str
     deaths: int = 0  # since the last shard that was committed
 
 
-def run_ranks(places: Sequence[Place], spec: RunSpec, place: str, callbacks: Callbacks) -> None:
+def run_ranks(places: Sequence[Place], spec: RunSpec, ledger: ShardLedger, callbacks: Callbacks) -> None:
     """Returns once no shard is missing, or when the run is to stop; shards that are not complete are lost then."""
-    opened = shard_place(place)
-    known = set(opened.names(MANIFEST))
 
-    def begin(rank: int) -> SpawnedProcess:
-        work = place, ShardRank(rank, len(places)), callbacks.on_start
-        return start_process(_BOOT, places[rank], spec, work, stdout=subprocess.PIPE)
+    def begin(rank: ShardRank) -> SpawnedProcess:
+        work = ledger.place.name, rank, callbacks.on_start
+        return start_process(_BOOT, places[rank.rank], spec, work, stdout=subprocess.PIPE)
 
-    ranks = [ShardProcess(begin(rank)) for rank in range(len(places))]
-    try:
-        while any(each.process.poll() is None for each in ranks) and not callbacks.is_stopping():
-            time.sleep(SECONDS_BETWEEN_POLLS)
-            known = _count_new(opened, spec, known, ranks, callbacks)
-            for rank, each in enumerate(ranks):
-                if each.process.poll():
-                    each.deaths += 1
-                    _raise_refusal(each, rank, place, callbacks)
-                    each.process = begin(rank)
-    finally:
-        for each in ranks:
-            each.process.kill()
-    _count_new(opened, spec, known, ranks, callbacks)
+    ShardSupervisor(begin, lambda: len(places), spec, ledger, callbacks).work()
 
 
-def _count_new(
-    place: ShardPlace, spec: RunSpec, known: set[str], ranks: Sequence[ShardProcess], callbacks: Callbacks
-) -> set[str]:
-    """The entries of the manifest, after the samples of new ones were counted."""
-    names, size = set(place.names(MANIFEST)), shard_size(spec.identity)
-    for name in names - known:
-        first = int(name.removesuffix(".json")) * size
-        callbacks.on_commit(min(size, spec.number - first))
-        for each in ranks:
-            each.deaths = 0
-    return names
+class ShardSupervisor:
+    """Has `begin` start processes, as many as there is room for now, replaces those that end, and counts the entries of
+    the manifest.
+    """
 
+    def __init__(
+        self,
+        begin: Callable[[ShardRank], RankProcess],
+        count: Callable[[], int],
+        spec: RunSpec,
+        ledger: ShardLedger,
+        callbacks: Callbacks,
+    ):
+        self.begin, self.count, self.spec, self.ledger, self.callbacks = begin, count, spec, ledger, callbacks
+        self.ranks: list[ShardProcess] = []
+        self.next_look = 0.0
 
-def _raise_refusal(each: ShardProcess, rank: int, place: str, callbacks: Callbacks) -> None:
-    """Raises what a process that ended has refused; another one is said to be replaced, unless it died too often."""
-    assert each.process.stdout is not None
-    report = each.process.stdout.read()
-    if report:
-        name, cause, remedy = json.loads(report)
-        if name != "Missing" or each.deaths == MOST_DEATHS:
-            raise REFUSALS[name](cause, remedy)
-    how = each.process.ending()
-    if each.deaths == MOST_DEATHS:
-        raise Missing(
-            f"{place}: a process of the run ended {MOST_DEATHS} times in a row ({how})",
-            "Fix that and run the same command again: it resumes.",
-        )
-    callbacks.on_message(f"rank {rank} {how}, it is replaced")
+    def work(self) -> None:
+        was_complete = self._is_complete()  # then the processes check the settings
+        try:
+            while not self.callbacks.is_stopping() and (was_complete or not self._is_complete()):
+                for rank in range(len(self.ranks), self.count()):
+                    self.ranks.append(self._start(rank))
+                time.sleep(SECONDS_BETWEEN_POLLS)
+                if time.monotonic() > self.next_look:
+                    self._count_new()
+                endings = [each.process.ending() for each in self.ranks]
+                for rank, how in enumerate(endings):
+                    if how:
+                        self._replace(rank, how)
+                if all(how == "" for how in endings):
+                    break
+            end = time.monotonic() + SECONDS_TO_END * self._is_complete()
+            while any(each.process.ending() is None for each in self.ranks) and time.monotonic() < end:
+                time.sleep(SECONDS_BETWEEN_POLLS / 5)
+        finally:
+            running = [each for each in self.ranks if each.process.ending() is None]
+            for each in running:
+                each.process.kill()
+            for each in running:
+                release_claims(self.ledger.place, each.name)
+        self._count_new()
+
+    def _is_complete(self) -> bool:
+        return len(self.ledger.entries) == -(-self.spec.number // shard_size(self.spec.identity))
+
+    def _start(self, rank: int, deaths: int = 0) -> ShardProcess:
+        name = uuid.uuid4().hex
+        return ShardProcess(self.begin(ShardRank(rank, max(self.count(), rank + 1), name)), name, deaths)
+
+    def _count_new(self) -> None:
+        """Reads the entries that are new in the manifest and counts their samples."""
+        begin = time.monotonic()
+        for entry in self.ledger.read_entries(list_shards(self.ledger.place)):
+            self.callbacks.on_commit(entry.stop - entry.first)
+            for each in self.ranks:
+                each.deaths = 0
+        now = time.monotonic()
+        self.next_look = now + (now - begin) / LOOKS_SHARE
+
+    def _replace(self, rank: int, how: str) -> None:
+        """Raises what a process that ended has refused; another one is replaced, unless it died too often."""
+        each, place = self.ranks[rank], self.ledger.place
+        deaths, refusal = each.deaths + 1, each.process.refusal()
+        if refusal and (refusal[0] != "Missing" or deaths == MOST_DEATHS):
+            raise REFUSALS[refusal[0]](*refusal[1:])
+        if deaths == MOST_DEATHS:
+            raise Missing(
+                f"{place.name}: a process of the run ended {MOST_DEATHS} times in a row ({how})",
+                "Fix that and run the same command again: it resumes.",
+            )
+        self.callbacks.on_message(f"rank {rank} {how}, it is replaced")
+        release_claims(place, each.name)
+        self.ranks[rank] = self._start(rank, deaths)
 
 
 def enter() -> None:
@@ -110,14 +156,10 @@ def enter() -> None:
         if on_start:
             on_start()
         try:
-            work_on_shards(spec, shard_place(place), rank, Callbacks(_describe_nothing))
+            work_on_shards(spec, shard_place(place), rank, Callbacks(lambda job: []))
         except (Refused, Missing, GateFailed) as stop:
             json.dump([type(stop).__name__, stop.cause, stop.remedy], report)
             report.flush()
             sys.exit(stop.exit_code)
         except Exception as error:
             sys.exit(report_bug(error))
-
-
-def _describe_nothing(job: Any) -> list[str]:
-    return []

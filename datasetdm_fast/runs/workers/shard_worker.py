@@ -37,6 +37,7 @@ from datasetdm_fast.runs.run_folder.shards import (
     entry_name,
     index_name,
     instance_classes,
+    is_sharded,
     member,
     require_pyarrow,
     sample_record,
@@ -66,6 +67,7 @@ class ShardRank:
 
     rank: int = 0
     world: int = 1
+    name: str = ""  # by which whatever started it knows its claims
 
 
 def open_shards(spec: RunSpec, place: ShardPlace) -> Job:
@@ -105,8 +107,18 @@ def read_stored(place: ShardPlace) -> dict[str, Any] | None:
     return document
 
 
+def require_shards(place: ShardPlace, stored: Mapping[str, Any]) -> None:
+    """Refuses a run folder."""
+    if not is_sharded(stored):
+        raise Refused(
+            f"{place.name}: it is a run folder, not a run in shards",
+            "Continue it without --layout shards and --cluster, or choose another --out.",
+        )
+
+
 def check_settings(spec: RunSpec, place: ShardPlace, stored: Mapping[str, Any]) -> None:
     """Refuses other settings than those of the run, a larger number of samples among them."""
+    require_shards(place, stored)
     check_config(Path(place.name), stored, spec.identity)
     if grows(stored["config"], spec.identity):
         raise Refused(
@@ -118,12 +130,13 @@ def check_settings(spec: RunSpec, place: ShardPlace, stored: Mapping[str, Any]) 
 class Claims:
     """Which process makes which shard, told by files that are renewed; one that is not may be taken by others."""
 
-    def __init__(self, place: ShardPlace):
-        self._place, self._beats, self._last = place, 0, time.monotonic()
+    def __init__(self, place: ShardPlace, name: str = ""):
+        self._place, self._name, self._beats, self._last = place, name, 0, time.monotonic()
         self._seen: dict[int, tuple[bytes, float]] = {}  # what a claim of another was, and since when
 
     def _content(self) -> bytes:
-        return json.dumps({"host": host(), "process": os.getpid(), "beats": self._beats}).encode()
+        owner = {"name": self._name, "host": host(), "process": os.getpid()}
+        return json.dumps({**owner, "beats": self._beats}).encode()
 
     def take(self, shard: int) -> bool:
         """Whether the shard is this process's to make."""
@@ -134,7 +147,7 @@ class Claims:
         if other is not None and not self._is_over(shard, other):
             return False
         self._place.replace(name, content)
-        self._place.remove_parts(tar_name(shard), index_name(shard), entry_name(shard), name)
+        self._place.remove_parts(*_names_of(shard))
         return True
 
     def _is_over(self, shard: int, claim: bytes) -> bool:
@@ -157,7 +170,21 @@ class Claims:
             self._place.replace(f"{CLAIMS}/{shard:05d}", self._content())
 
     def release(self, shard: int) -> None:
+        self._place.remove_parts(f"{CLAIMS}/{shard:05d}")  # of processes that were killed while they claimed it
         self._place.remove(f"{CLAIMS}/{shard:05d}")
+
+
+def _names_of(shard: int) -> list[str]:
+    """The files of a shard, its claim among them."""
+    return [tar_name(shard), index_name(shard), entry_name(shard), f"{CLAIMS}/{shard:05d}"]
+
+
+def release_claims(place: ShardPlace, name: str) -> None:
+    """Frees the shards of a process that has ended, by the name that it was started under."""
+    for claim in place.names(CLAIMS):
+        if name.encode() in (place.read(f"{CLAIMS}/{claim}") or b""):
+            place.remove(f"{CLAIMS}/{claim}")
+            place.remove_parts(*_names_of(int(claim)))
 
 
 class ShardWorker:
@@ -166,7 +193,7 @@ class ShardWorker:
     def __init__(self, job: Job, place: ShardPlace, rank: ShardRank, callbacks: Callbacks):
         self.job, self.place, self.callbacks = job, place, callbacks
         self.size = shard_size(job.document["config"])
-        self.gate, self.claims, self.made = DomainGate(job), Claims(place), 0
+        self.gate, self.claims, self.made = DomainGate(job), Claims(place, rank.name), 0
         count = -(-job.plan.number // self.size)
         self.order = sorted(range(count), key=lambda shard: ((shard - rank.rank) % rank.world, shard))
         self.names = instance_classes(job.document)
@@ -179,7 +206,9 @@ class ShardWorker:
                 if self._is_ending():
                     return
                 if self.claims.take(shard):
-                    made += self._make(shard)
+                    made += 1
+                    if not self._make(shard):
+                        break  # others have made shards since, this one among them
             if not made:
                 time.sleep(SECONDS_BETWEEN_TRIES)
 

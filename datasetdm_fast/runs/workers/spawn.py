@@ -4,6 +4,7 @@ hangs is replaced alone.
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import signal
@@ -11,12 +12,10 @@ import subprocess
 import sys
 import threading
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.bug_report import report_bug
@@ -55,8 +54,8 @@ def run_spawned(places: Sequence[Place], spec: RunSpec, job: Job | None, callbac
         clean(folder)
         try:
             with closing(WorkQueue(folder / seal.QUEUE)) as queue:
-                supervisor = SpawningSupervisor(spec, places, callbacks)
-                supervisor.work(queue, len(places))
+                supervisor = Supervisor(spec, places, callbacks, queue)
+                supervisor.work()
         finally:  # a finished run that refuses other settings stays as it was
             clean(folder)
         return close_folder(folder, spec.number, supervisor.committed, begin)
@@ -88,28 +87,20 @@ class Rank:
     last_message: str = ""
 
 
-class Supervisor(ABC):
+class Supervisor:
     """Starts the processes of a run, receives what they report, replaces and ends them."""
 
-    queue: WorkQueue
-    ranks: list[Rank]
-
-    def __init__(self, out: Path, callbacks: Callbacks):
-        self.out, self.callbacks, self.silence = out, callbacks, Silence(callbacks.patience)
+    def __init__(self, spec: RunSpec, places: Sequence[Place], callbacks: Callbacks, queue: WorkQueue):
+        self.spec, self.places, self.callbacks, self.queue = spec, places, callbacks, queue
+        self.silence, self.ranks = Silence(callbacks.patience), [Rank(slot) for slot in range(len(places))]
         self.committed = 0
         self.was_ready = self.is_stopping = False
 
-    @abstractmethod
-    def start(self, owner: Owner) -> Any:
-        """A process that makes batches of the queue under this name. Its `ending()` is how it has ended, empty where it
-        was done, and None while it runs; `kill()` ends it at once.
+    def work(self) -> None:
+        """Has the processes work through the queue; returns once every batch is committed, or, when it is to stop, once
+        every process has finished what it had begun.
         """
-
-    def work(self, queue: WorkQueue, count: int) -> None:
-        """Has so many processes work through the queue; returns once every batch is committed, or, when it is to stop,
-        once every process has finished what it had begun.
-        """
-        self.queue, self.ranks = queue, [Rank(slot) for slot in range(count)]
+        queue = self.queue
         for rank in self.ranks:
             self._enter(rank)
         try:
@@ -132,6 +123,11 @@ class Supervisor(ABC):
         with suppress(*REFUSALS.values()):  # a commit may be reported after everything is committed
             self._read_reports()
 
+    def _start(self, rank: Rank) -> SpawnedProcess:
+        work = rank.owner, self.callbacks.describe, self.callbacks.on_start
+        # the standard output of a command holds its result alone
+        return start_process(_BOOT, self.places[rank.slot], self.spec, work, stdout=2)
+
     def _running(self) -> list[Rank]:
         return [rank for rank in self.ranks if rank.process]
 
@@ -145,12 +141,12 @@ class Supervisor(ABC):
         if all(rank.deaths == MOST_DEATHS for rank in self.ranks):
             words = "; ".join(dict.fromkeys(rank.last_message for rank in self.ranks))
             raise Missing(
-                f"{self.out}: every process of the run ended {MOST_DEATHS} times in a row ({words})",
+                f"{self.spec.folder}: every process of the run ended {MOST_DEATHS} times in a row ({words})",
                 "Fix that and run the same command again: it resumes.",
             )
         for rank in self.ranks:
             if not rank.process and rank.deaths < MOST_DEATHS and time.monotonic() >= rank.next_start:
-                rank.process = self.start(rank.owner)
+                rank.process = self._start(rank)
 
     def _stop(self) -> None:
         if not self.is_stopping:
@@ -223,22 +219,14 @@ class SpawnedProcess(subprocess.Popen):
             return None if code is None else ""
         return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
+    def refusal(self) -> list[str] | None:
+        """What it refused and wrote to its standard output: the kind, cause and remedy."""
+        assert self.stdout is not None
+        return json.loads(self.stdout.read() or b"null")  # type: ignore[no-any-return]
+
     def kill(self) -> None:
         super().kill()
         self.wait()
-
-
-class SpawningSupervisor(Supervisor):
-    """Starts the processes of a run on this machine."""
-
-    def __init__(self, spec: RunSpec, places: Sequence[Place], callbacks: Callbacks):
-        super().__init__(spec.folder, callbacks)
-        self.spec, self.places = spec, places
-
-    def start(self, owner: Owner) -> SpawnedProcess:
-        work = owner, self.callbacks.describe, self.callbacks.on_start
-        # the standard output of a command holds its result alone
-        return start_process(_BOOT, self.places[owner.slot], self.spec, work, stdout=2)
 
 
 def start_process(boot: str, place: Place, spec: RunSpec, work: tuple[Any, ...], *, stdout: int) -> SpawnedProcess:

@@ -60,10 +60,6 @@ def join_run(job: Job, queue: WorkQueue, journal: str = sqlite.WRITE_AHEAD) -> t
 class Worker:
     """Makes batches of a queue; `on_commit` is called with the samples that were committed here first, `on_idle` while
     there is nothing to take.
-
-    `folder` is the run folder, or what has its `write`, `unseal`, `commit` and `ledger` on a machine
-    that has none. There `has_ledger` is false, and the driver, which has the ledger, adds the batches that replace
-    quarantined samples.
     """
 
     def __init__(
@@ -75,13 +71,9 @@ class Worker:
         on_commit: Callable[[int], None] = lambda count: None,
         on_idle: Callable[[], object] = lambda: None,
         is_stopping: Callable[[], bool] = lambda: False,
-        *,
-        has_ledger: bool = True,
     ):
         self.job, self.folder, self.queue, self.owner = job, folder, queue, owner
-        self.has_ledger, self.gate = has_ledger, DomainGate(job)
-        self.replaces_quarantined = job.replaces_quarantined and has_ledger
-        self.counts_by_class = counts_by_class(job.document["config"]) and has_ledger
+        self.gate, self.counts_by_class = DomainGate(job), counts_by_class(job.document["config"])
         self.on_commit, self.on_idle, self.is_stopping = on_commit, on_idle, is_stopping
         self.last_beat, self.made = 0.0, 0
         self.seconds, self.count = 0.0, 0  # spent on batches, and how many these were
@@ -89,8 +81,7 @@ class Worker:
     def work(self) -> None:
         """Makes batches until none is left, or until it is to stop, and then leaves the queue."""
         self.queue.enter(self.owner)
-        if self.has_ledger:
-            self.gate.evaluate_stored(self.folder.ledger)
+        self.gate.evaluate_stored(self.folder.ledger)
         while not self.is_stopping() and self._turn():
             pass
         self.queue.leave(self.owner)
@@ -170,7 +161,7 @@ class Worker:
             self.on_commit(sum(row.status != DOUBTFUL for row in rows))
 
     def _finish(self, batch: int) -> bool:
-        return self.queue.finish(batch, self._more) if self.replaces_quarantined else self.queue.finish(batch)
+        return self.queue.finish(batch, self._more) if self.job.replaces_quarantined else self.queue.finish(batch)
 
     def _more(self) -> list[int]:
         return batches_of(Quota(self.job, self.folder.ledger).missing(), self.job.plan.batch_size)
@@ -179,7 +170,7 @@ class Worker:
         """The results of samples that are missing in the run."""
         size, ledger = self.job.plan.batch_size, self.folder.ledger
         first, stop = batch * size, (batch + 1) * size
-        if self.replaces_quarantined:
+        if self.job.replaces_quarantined:
             return Quota(self.job, ledger, first, stop).take(results)
         if self.counts_by_class:  # a batch holds samples of classes that have enough
             wants = Quota(self.job, ledger, first, stop).wants
