@@ -87,7 +87,7 @@ class CommandSettings:
 class ModelSettings:
     model: str = setting(
         "demo",
-        "demo, demo-dit, random-sd14, random-sdxl, tiny, a diffusers folder or a .safetensors/.ckpt file",
+        "demo, demo-dit, tiny, random-NAME, a diffusers folder or a .safetensors/.ckpt file",
         metavar="MODEL",
     )
     decoder: str = setting(

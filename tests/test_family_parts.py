@@ -1,5 +1,7 @@
 """Weights in several files, rows of text of different lengths, and records whose classes exist."""
 
+from dataclasses import replace
+
 import pytest
 import tiny_pipelines
 import torch
@@ -7,7 +9,8 @@ import torch
 from datasetdm_fast import generate
 from datasetdm_fast.data import Text, join_texts
 from datasetdm_fast.engine.backbones import every_backbone
-from datasetdm_fast.engine.loading import load_model
+from datasetdm_fast.engine.engines import build_engine
+from datasetdm_fast.engine.loading import load_model, presets
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.plugins import load_place
 
@@ -36,6 +39,41 @@ def test_random_decoders_serve_a_family_and_engines_without_a_network_for_it_say
     assert len(list((tmp_path / "run" / "depth").iterdir())) == 1
     assert generate.main([*line, str(tmp_path / "other"), "--engine", "openvino"]) == 2
     assert "engine: openvino does not run FLUX.1, torch does" in capsys.readouterr().err
+
+
+BILLIONS = {"random-sd35": 2.24, "random-flux": 11.9, "random-klein": 3.88, "random-zimage": 6.15, "random-sdxl": 2.57}
+
+
+@pytest.mark.parametrize("name", BILLIONS)
+def test_random_models_have_as_many_weights_as_the_published_ones(name):
+    """Of SD 3.5 medium 2.5 billion are told, 0.2 of them positions that are not trained."""
+    model = load_model(name)
+    with torch.device("meta"):
+        network = presets.build_module(model.backbone.parts[model.backbone.denoiser], model.denoiser.config)
+    assert sum(value.numel() for value in network.parameters()) / 1e9 == pytest.approx(BILLIONS[name], abs=0.01)
+    assert not any(network.is_built for network in model.networks.values()) and model.levels and model.size == 1024
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux1", "flux2-klein", "z-image"])
+def test_random_weights_of_a_family_make_images(family):
+    pipeline = tiny_pipelines.build(family, **({"is_dev": False} if family == "flux1" else {}))
+    backbone = next(each for each in every_backbone() if each.name == family)
+    configs = {}
+    for part in backbone.networks:
+        config = getattr(pipeline, part).config
+        if backbone.parts[part].kind == "text_encoder":
+            known = config.to_dict()
+            configs[part] = {name: known[name] for name in backbone.full_size[part]} | {"vocab_size": 1000}
+        else:
+            configs[part] = {name: value for name, value in config.items() if not name.startswith("_")}
+    small = replace(backbone, full_size=backbone.full_size | configs)
+    model = presets.load_random(small, tiny_pipelines.SIZE)
+    engine = build_engine("fast", model)
+    assert not any(network.is_built for network in model.networks.values())
+    text = engine.encode_text(["a red ball"] * model.halves)
+    output = engine.denoise(torch.randn(1, *model.latent_shape()), 500.0, text)
+    images, is_finite = engine.decode_and_check(output)
+    assert is_finite.all() and images.float().std() > 1
 
 
 @pytest.mark.parametrize("backbone", every_backbone(), ids=lambda backbone: backbone.name)

@@ -16,9 +16,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.engine.backbones.sd import DOWN_BLOCKS, SD, SD_SCHEDULER, UP_BLOCKS
-from datasetdm_fast.engine.backbones.sdxl import SDXL
 from datasetdm_fast.engine.engines import build_engine
-from datasetdm_fast.engine.loading import load_model, presets, provenance, tokenizer
+from datasetdm_fast.engine.loading import PRESETS, load_model, presets, provenance, tokenizer
 from datasetdm_fast.engine.loading.provenance import UNKNOWN_LICENCE
 from datasetdm_fast.engine.loading.single_file import predicts_noise
 from datasetdm_fast.engine.sampling import make_schedule
@@ -729,17 +728,19 @@ LINEAR = {
 }
 
 
-@pytest.mark.parametrize("source", ["tiny", "random-sd14", "random-sdxl", "linear"])
+@pytest.mark.parametrize("source", ["tiny", *(name for name in PRESETS if name.startswith("random-")), "linear"])
 def test_seeded_networks_have_the_tensors_and_settings_of_their_modules(source):
     """Their own tables of shapes and settings are what the libraries would have told."""
-    networks = load_model(source).networks if source != "linear" else {"unet": presets.seed_network("unet", LINEAR, 3)}
+    model = load_model(source if source != "linear" else "tiny")
+    networks = model.networks if source != "linear" else {"unet": presets.seed_network("unet", LINEAR, 3)}
     for part, network in networks.items():
-        kind, is_text = presets.class_of((SDXL if source == "random-sdxl" else SD).parts[part]), "text" in part
+        record = model.backbone.parts[part]
         with torch.device("meta"):
-            module = kind(CLIPTextConfig(**network.config)) if is_text else kind(**network.config)
+            module = presets.build_module(record, network.config)
         theirs = {name.removeprefix("text_model."): tuple(value.shape) for name, value in module.state_dict().items()}
-        assert presets.SHAPES[SDXL.parts[part].kind](network.config) == theirs
-        known = module.config.to_dict() if is_text else module.config
+        ours = presets.shapes_of(record, network.config)
+        assert {name.removeprefix("text_model."): shape for name, shape in ours.items()} == theirs
+        known = module.config.to_dict() if record.kind == "text_encoder" else module.config
         assert {name: known[name] for name in network.config} == network.config
 
 

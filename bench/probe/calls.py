@@ -6,7 +6,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -18,6 +18,7 @@ from bench.machine.measure import wait
 from bench.probe.forms import timed_choice
 from bench.setting import seeded_decoders
 from datasetdm_fast.data import Text
+from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.engines.fast import CHUNK_PIXELS, FastEngine
 from datasetdm_fast.engine.engines.memory import release
 from datasetdm_fast.engine.loading.model import Model
@@ -32,8 +33,9 @@ Rows = Iterator[dict[str, Any]]
 
 
 def engine_of(model: Model, device: torch.device) -> FastEngine:
+    """The fast engine of the model's family; of one that has its modules, `batches` and `longest` are measured."""
     decoders, _ = seeded_decoders(model)
-    return FastEngine(model, decoders, device=str(device))
+    return cast(FastEngine, build_engine("fast", model, decoders, device=str(device)))
 
 
 def given(engine: FastEngine, batch: int) -> tuple[Tensor, Text]:
@@ -67,6 +69,8 @@ def choices(engine: FastEngine) -> Rows:
     """Milliseconds an image of a call whose convolutions have the engine's algorithms, and those that timing chooses of
     all, which takes a while.
     """
+    if not isinstance(engine, FastEngine):
+        return
     batch, found = BATCH if engine.device.type == "cuda" else 1, {}
     for name, is_timed in {"cuDNN's choice": False, "timed choice": True}.items():
         with timed_choice(is_timed):
@@ -131,6 +135,8 @@ def longest(engine: FastEngine, batch: int = BATCH) -> Rows:
 
 def once(engine: FastEngine) -> Rows:
     """One call without a graph, for tools that look at each kernel."""
+    if not isinstance(engine, FastEngine):
+        return
     latents, text = given(engine, BATCH if engine.device.type == "cuda" else 1)
     with torch.inference_mode():
         engine._plain(*engine._inputs(latents, TIMESTEP, text))
@@ -142,6 +148,8 @@ def overlap(engine: FastEngine) -> Rows:
     """Images decoded beside the sampler in several parts, against the same decoded alone; the largest difference in
     grey levels, which has to be none.
     """
+    if not isinstance(engine, FastEngine):
+        return
     latents, text = given(engine, BATCH if engine.device.type == "cuda" else 2)
     alone = torch.cat([engine.decode_image(part) for part in latents.split(2)]).cpu()
     worst, chunk = 0, {engine.device.type: 2 * engine.model.size**2}

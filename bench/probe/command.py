@@ -25,7 +25,7 @@ USUAL = ("batches", "longest", "attention", "convolutions", "overlap", "products
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    model: str = setting("random-sd14", "demo, tiny, random-sd14, a diffusers folder or a file", metavar="MODEL")
+    model: str = setting("random-sd14", "demo, tiny, random-..., a diffusers folder or a file", metavar="MODEL")
     device: str = setting("cuda", "cuda or cuda:N; cpu tests the parts at small sizes", metavar="DEVICE")
     parts: tuple[str, ...] = setting(
         (),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.engine.backbones.record import Configs, Latents, NameAdapter
+from datasetdm_fast.engine.backbones.sdxl import FULL_SIZE as SDXL_FULL_SIZE
 from datasetdm_fast.stages import Level
 
 if TYPE_CHECKING:
@@ -13,6 +14,37 @@ if TYPE_CHECKING:
 EIGHTHS = {"low": (3, 4), "mid": (2,), "high": (6,)}  # of its depth: the blocks whose input a level is
 JOINT_ENGINE = "datasetdm_fast.engine.engines.fast.joint:JointEngine"
 CAPTURE = 500  # the timestep whose call tells most of what is where
+# Configs of parts that several families have.
+CLIP = SDXL_FULL_SIZE["text_encoder"]
+OPEN_CLIP = SDXL_FULL_SIZE["text_encoder_2"]
+T5 = {
+    "vocab_size": 32128,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}
+QWEN3_4B = {
+    "vocab_size": 151936,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": True,
+}
+VAE = {
+    **SDXL_FULL_SIZE["vae"],
+    "latent_channels": 16,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+FLOW_SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
 
 
 def blocks_read(depth: int) -> tuple[tuple[int, ...], ...]:

@@ -2,7 +2,17 @@
 
 from datasetdm_fast.config import Defaults, FlowRule, seg4diff
 from datasetdm_fast.engine.backbones.fitting import check_channels, check_vocabularies, check_widths
-from datasetdm_fast.engine.backbones.flow_models import CAPTURE, JOINT_ENGINE, joint_levels, names_of, scaled_latents
+from datasetdm_fast.engine.backbones.flow_models import (
+    CAPTURE,
+    CLIP,
+    FLOW_SCHEDULER,
+    JOINT_ENGINE,
+    T5,
+    VAE,
+    joint_levels,
+    names_of,
+    scaled_latents,
+)
 from datasetdm_fast.engine.backbones.record import Backbone, Configs, LoadedModel, Part, Read
 from datasetdm_fast.stages import Level
 
@@ -78,4 +88,23 @@ FLUX1 = Backbone(
     check=_check,
     check_fit=_check_fit,
     licence=lambda configs: DEV_LICENCE if configs["transformer"].guidance_embeds else "apache-2.0",
+    full_size={
+        "text_encoder": CLIP,
+        "text_encoder_2": T5,
+        "transformer": {  # of schnell
+            "in_channels": 64,
+            "num_layers": 19,
+            "num_single_layers": 38,
+            "attention_head_dim": 128,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 4096,
+            "pooled_projection_dim": 768,
+            "guidance_embeds": False,
+        },
+        "vae": VAE,
+        "scheduler": FLOW_SCHEDULER | {"shift": 1.0},
+        "model_index": {},
+    },
+    preset="random-flux",
+    seed=20,
 )

@@ -8,7 +8,14 @@ from datasetdm_fast.engine.backbones.fitting import (
     check_vocabularies,
     check_widths,
 )
-from datasetdm_fast.engine.backbones.flow_models import CAPTURE, JOINT_ENGINE, joint_levels, names_of
+from datasetdm_fast.engine.backbones.flow_models import (
+    CAPTURE,
+    FLOW_SCHEDULER,
+    JOINT_ENGINE,
+    QWEN3_4B,
+    joint_levels,
+    names_of,
+)
 from datasetdm_fast.engine.backbones.record import Backbone, Configs, Latents, LoadedModel, Part, Read
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import Level
@@ -88,4 +95,21 @@ FLUX2_KLEIN = Backbone(
     check=_check,
     check_fit=_check_fit,
     licence=_licence,
+    full_size={
+        "text_encoder": QWEN3_4B,
+        "transformer": {  # of klein 4B
+            "in_channels": 128,
+            "num_layers": 5,
+            "num_single_layers": 20,
+            "attention_head_dim": 128,
+            "num_attention_heads": HEADS_OF_4B,
+            "joint_attention_dim": 7680,
+            "guidance_embeds": False,
+        },
+        "vae": {"latent_channels": 32},
+        "scheduler": FLOW_SCHEDULER | {"shift": 3.0, "use_dynamic_shifting": True},
+        "model_index": {"is_distilled": True},
+    },
+    preset="random-klein",
+    seed=40,
 )

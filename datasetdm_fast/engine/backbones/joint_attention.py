@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -91,13 +92,20 @@ class AttentionReader(TorchFunctionMode):
 class JointReference:
     """See record.Reference; a family adds how its prompts are encoded and how its network is called."""
 
-    network: nn.Module
     reader: type[AttentionReader] = AttentionReader
 
     def __init__(self, model: LoadedModel):
-        self.model, self.network, self.vae = model, model.modules["transformer"], model.modules["vae"]
+        self.model = model
         self.clean: Tensor | None = None  # the image that the last read call points to, in cells of 8 pixels
         self._reader: AttentionReader | None = None
+
+    @cached_property
+    def network(self) -> nn.Module:
+        return self.model.modules["transformer"]
+
+    @cached_property
+    def vae(self) -> nn.Module:
+        return self.model.modules["vae"]
 
     @property
     def device(self) -> torch.device:

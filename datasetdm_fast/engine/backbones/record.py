@@ -102,7 +102,9 @@ class Backbone:
     check: Callable[[Read, str], Read] = keep_configs  # (configs, where they are from) -> as they are used; or Refused
     check_fit: Callable[[LoadedModel], None] = accept  # raises Refused where the parts are not of one model
     licence: Callable[[Configs], str] = name_no_licence  # of weights whose own card says nothing, by its name on hubs
-    full_size: Read = field(default_factory=dict)  # configs of its largest usual model, for random weights of its size
+    full_size: Read = field(default_factory=dict)  # configs of a usual model, of which files and presets are made
+    preset: str = ""  # the name of its model of full size with random weights, and from where these are drawn
+    seed: int = 0
 
     def served_by(self, need: str) -> bool:
         """Whether an engine with this need (EngineKind.needs) runs the family."""

@@ -2,7 +2,18 @@
 
 from datasetdm_fast.config import Defaults, FlowRule, seg4diff
 from datasetdm_fast.engine.backbones.fitting import check_channels, check_vocabularies, check_widths
-from datasetdm_fast.engine.backbones.flow_models import CAPTURE, JOINT_ENGINE, joint_levels, names_of, scaled_latents
+from datasetdm_fast.engine.backbones.flow_models import (
+    CAPTURE,
+    CLIP,
+    FLOW_SCHEDULER,
+    JOINT_ENGINE,
+    OPEN_CLIP,
+    T5,
+    VAE,
+    joint_levels,
+    names_of,
+    scaled_latents,
+)
 from datasetdm_fast.engine.backbones.record import DAMAGED, Backbone, Configs, LoadedModel, Part, Read
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import Level
@@ -91,4 +102,29 @@ SD3 = Backbone(
     check=_check,
     check_fit=_check_fit,
     licence=lambda configs: "stabilityai-ai-community",
+    full_size={
+        "text_encoder": {**CLIP, "projection_dim": 768},
+        "text_encoder_2": OPEN_CLIP,
+        "text_encoder_3": T5,
+        "transformer": {  # of SD 3.5 medium
+            "sample_size": 128,
+            "patch_size": 2,
+            "in_channels": 16,
+            "out_channels": 16,
+            "num_layers": 24,
+            "attention_head_dim": 64,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 4096,
+            "caption_projection_dim": 1536,
+            "pooled_projection_dim": 2048,
+            "pos_embed_max_size": 384,
+            "dual_attention_layers": tuple(range(13)),
+            "qk_norm": "rms_norm",
+        },
+        "vae": VAE | {"scaling_factor": 1.5305, "shift_factor": 0.0609},
+        "scheduler": FLOW_SCHEDULER | {"shift": 3.0},
+        "model_index": {},
+    },
+    preset="random-sd35",
+    seed=35,
 )

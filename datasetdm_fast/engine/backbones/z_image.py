@@ -4,7 +4,16 @@ encoder.
 
 from datasetdm_fast.config import Defaults, FlowRule
 from datasetdm_fast.engine.backbones.fitting import check_channels, check_settings, check_vocabularies, check_widths
-from datasetdm_fast.engine.backbones.flow_models import CAPTURE, JOINT_ENGINE, joint_levels, names_of, scaled_latents
+from datasetdm_fast.engine.backbones.flow_models import (
+    CAPTURE,
+    FLOW_SCHEDULER,
+    JOINT_ENGINE,
+    QWEN3_4B,
+    VAE,
+    joint_levels,
+    names_of,
+    scaled_latents,
+)
 from datasetdm_fast.engine.backbones.record import Backbone, Configs, LoadedModel, Part, Read
 from datasetdm_fast.stages import Level
 
@@ -68,4 +77,23 @@ Z_IMAGE = Backbone(
     check=_check,
     check_fit=_check_fit,
     licence=lambda configs: "apache-2.0",
+    full_size={
+        "text_encoder": QWEN3_4B,
+        "transformer": {  # of Turbo
+            "in_channels": 16,
+            "dim": 3840,
+            "n_layers": 30,
+            "n_refiner_layers": 2,
+            "n_heads": 30,
+            "n_kv_heads": 30,
+            "cap_feat_dim": 2560,
+            "axes_dims": [32, 48, 48],
+            "axes_lens": [1024, 512, 512],
+        },
+        "vae": VAE,
+        "scheduler": FLOW_SCHEDULER | {"shift": TURBO_SHIFT},
+        "model_index": {},
+    },
+    preset="random-zimage",
+    seed=60,
 )

@@ -43,8 +43,9 @@ class TorchEngine(BaseEngine):
             )
         self.model, self.device = model, resolve_device(device)
         self.decoders = {task: decoder.to(self.device) for task, decoder in (decoders or {}).items()}
-        for module in model.modules.values():
-            module.to(self.device)
+        for network in model.networks.values():
+            if network.is_built or self.device.type != "cpu":  # others are built there when they are first needed
+                network.module.to(self.device)
         self.reference: BackboneReference = load_place(model.backbone.reference)(model)
 
     @engine_call

@@ -1,21 +1,22 @@
 """Loads and checks a diffusion model from any source: a preset, a diffusers folder, a single file or a model hub."""
 
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from datasetdm_fast.disk import storage
-from datasetdm_fast.engine.backbones import list_supported
+from datasetdm_fast.engine.backbones import every_backbone, list_supported
 from datasetdm_fast.engine.loading import presets
 from datasetdm_fast.engine.loading.folder import download_model, load_folder
 from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.errors import Refused, nearest
 
-PRESETS = {
+PRESETS: dict[str, Callable[[int], Model]] = {
     "demo": presets.load_demo,
     "demo-dit": presets.load_demo_dit,
     "tiny": presets.load_tiny,
-    "random-sd14": presets.load_random_sd14,
-    "random-sdxl": presets.load_random_sdxl,
+    **{each.preset: partial(presets.load_random, each) for each in every_backbone() if each.preset},
 }
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 

@@ -16,7 +16,7 @@ from datasetdm_fast.engine.backbones.record import Backbone, Configs, Guidance, 
 from datasetdm_fast.engine.loading.checks import check_size
 from datasetdm_fast.engine.loading.network import Network
 from datasetdm_fast.engine.loading.provenance import drawable_things
-from datasetdm_fast.engine.loading.tokenizer import LimitedTokenizer, OwnTokenizer, load_tokenizer
+from datasetdm_fast.engine.loading.tokenizer import LimitedTokenizer, OwnTokenizer
 from datasetdm_fast.stages import Level
 from datasetdm_fast.untrusted.tensors import check_finite
 
@@ -81,7 +81,7 @@ class Model:
     def tokenizers(self) -> Mapping[str, Any]:
         """By part, as transformers have them."""
         return {
-            part: load_tokenizer(tokenizer.folder) if isinstance(tokenizer, OwnTokenizer) else tokenizer
+            part: tokenizer.load() if isinstance(tokenizer, OwnTokenizer) else tokenizer
             for part, tokenizer in self.loaded_tokenizers.items()
         }
 

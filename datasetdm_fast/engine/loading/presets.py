@@ -1,4 +1,4 @@
-"""Models that need no download: the demo models, and seeded random weights in two sizes."""
+"""Models that need no download: the demo models, a tiny one, and seeded random weights of each family's full size."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from datasetdm_fast.config import DEMO_DEFAULTS, DEMO_DIT_DEFAULTS, SD_DEFAULTS, Defaults
-from datasetdm_fast.engine.backbones.record import Backbone, Part
+from datasetdm_fast.engine.backbones.record import Backbone, Configs, Part
 from datasetdm_fast.engine.backbones.sd import SD
-from datasetdm_fast.engine.backbones.sdxl import SDXL, SDXL_DEFAULTS
 from datasetdm_fast.engine.loading import shapes
 from datasetdm_fast.engine.loading.folder import class_of, load_folder
 from datasetdm_fast.engine.loading.model import Model, check_model
@@ -25,7 +25,13 @@ from datasetdm_fast.errors import Missing
 DEMO = Path(__file__).parents[2] / "demo" / "model"
 DEMO_DIT = DEMO.with_name("model-dit")
 SEEDED_LICENCE = "none: seeded random weights, nothing was trained"
-SHAPES = {"text_encoder": shapes.of_text_encoder, "denoiser": shapes.of_unet, "vae": shapes.of_vae}  # by kind of part
+SHAPES = {  # class of a part -> names and shapes of its tensors, known without its library
+    "CLIPTextModel": shapes.of_text_encoder,
+    "CLIPTextModelWithProjection": shapes.of_text_encoder,
+    "UNet2DConditionModel": shapes.of_unet,
+    "AutoencoderKL": shapes.of_vae,
+}
+CHAT = "{% for message in messages %}{{ message.content }}{% endfor %}"  # a message as language models read it here
 
 
 class Seeded:
@@ -36,27 +42,37 @@ class Seeded:
 
     @torch.no_grad()
     def __call__(self, name: str, value: Tensor) -> Tensor:
+        if not value.is_floating_point():  # how many batches were seen
+            return value.zero_()
         value.normal_(generator=self.generator)
         if value.dim() >= 2:
             return value.div_(math.sqrt(value[0].numel()))
-        return value.mul_(0.02).add_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+        is_near_one = "norm" in name and name.endswith("weight") or name.endswith("running_var")
+        return value.mul_(0.02).add_(1.0 if is_near_one else 0.0)
 
 
 def seed_network(part: str, settings: Mapping[str, Any], seed: int, backbone: Backbone = SD) -> Network:
     """A network of the family's full size but for these settings, with seeded weights; the library of its module takes
     seconds and 0.2 GiB to be imported, and is not asked before the module is.
     """
-    config, kind = ConfigFile({**backbone.full_size[part], **settings}), backbone.parts[part].kind
-    shapes = SHAPES[kind](config)
+    config, record = ConfigFile({**backbone.full_size[part], **settings}), backbone.parts[part]
 
     def build_filled() -> nn.Module:
-        module, draw = build_empty(lambda: build_module(backbone.parts[part], config)), Seeded(seed)
+        module, draw = build_empty(lambda: build_module(record, config)), Seeded(seed)
         state = module.state_dict()
         for name in sorted(state):
             draw(name, state[name])
         return module
 
-    return Network(config, build_filled, lambda stored: as_filled(shapes, Seeded(seed), stored))
+    return Network(config, build_filled, lambda stored: as_filled(shapes_of(record, config), Seeded(seed), stored))
+
+
+def shapes_of(part: Part, config: Mapping[str, Any]) -> Mapping[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of a part."""
+    if known := SHAPES.get(part.classes[0].partition(":")[2]):
+        return known(config)
+    with torch.device("meta"):
+        return {name: tuple(value.shape) for name, value in build_module(part, config).state_dict().items()}
 
 
 def build_module(part: Part, config: Mapping[str, Any]) -> nn.Module:
@@ -66,14 +82,21 @@ def build_module(part: Part, config: Mapping[str, Any]) -> nn.Module:
     return built
 
 
+class _Uninitialised(TorchFunctionMode):
+    """Within its block modules are built with memory for their weights, which nothing is written into; buffers are."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(function, "__module__", "") == "torch.nn.init" or function in (Tensor.normal_, Tensor.uniform_):
+            return args[0] if args else (kwargs or {})["tensor"]
+        return function(*args, **kwargs or {})
+
+
 def build_empty(build: Callable[[], nn.Module]) -> nn.Module:
     """A module with memory for its weights, not yet filled, and the buffers it begins with."""
-    with torch.device("meta"):
-        module = build()
-    if list(module.buffers()):  # to_empty would lose what they hold
-        with torch.random.fork_rng(devices=[]):
-            return build()
-    return module.to_empty(device="cpu")
+    with _Uninitialised():
+        return build()
 
 
 def load_demo(size: int) -> Model:
@@ -87,7 +110,7 @@ def load_demo_dit(size: int) -> Model:
 
 def load_tiny(size: int) -> Model:
     """SD 1.x in form, small enough for tests: 28 features and 16 maps, 128 x 128 pixels, seeded random weights."""
-    tokenizer = _tokenizer()
+    tokenizer = OwnTokenizer(check_shipped(DEMO) / "tokenizer")
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": 32,
@@ -118,14 +141,11 @@ def load_tiny(size: int) -> Model:
     return preset("tiny", parts, replace(SD_DEFAULTS, size=128, steps=4), size, seed=1)
 
 
-def load_random_sd14(size: int) -> Model:
-    """Stable Diffusion 1.4 at full size with seeded random weights: about 4.3 GB in fp32."""
-    return preset("random-sd14", {part: {} for part in SD.networks}, SD_DEFAULTS, size, seed=14)
-
-
-def load_random_sdxl(size: int) -> Model:
-    """Stable Diffusion XL at full size with seeded random weights: about 14 GB in fp32."""
-    return preset("random-sdxl", {part: {} for part in SDXL.networks}, SDXL_DEFAULTS, size, seed=10, backbone=SDXL)
+def load_random(backbone: Backbone, size: int) -> Model:
+    """The family's model of full size with seeded random weights, which are drawn when a network is first needed."""
+    parts: dict[str, dict[str, Any]] = {part: {} for part in backbone.networks if part in backbone.full_size}
+    defaults = backbone.defaults({part: ConfigFile(config) for part, config in backbone.full_size.items()})
+    return preset(backbone.preset, parts, defaults, size, backbone.seed, backbone)
 
 
 def preset(
@@ -143,14 +163,18 @@ def preset(
     networks = {part: seed_network(part, parts[part], seed + k, backbone) for k, part in enumerate(parts)}
     digests = {part: f"seeded: {name}, seed {seed + k}" for k, part in enumerate(networks)}
     numbers = backbone.full_size["scheduler"], defaults, size or defaults.size
-    tokenizers = {part: _tokenizer() for part in backbone.of_kind("tokenizer")}
-    model = Model(name, f"preset {name}", backbone, tokenizers, networks, *numbers, digests, SEEDED_LICENCE)
-    return check_model(model, is_seeded=True)
+    index = backbone.full_size.get("model_index", {})
+    configs = {part: network.config for part, network in networks.items()} | {"model_index": index}
+    tokenizers = {part: _tokenizer(backbone, part, configs) for part in backbone.of_kind("tokenizer")}
+    proof = digests, SEEDED_LICENCE, index
+    return check_model(Model(name, f"preset {name}", backbone, tokenizers, networks, *numbers, *proof), is_seeded=True)
 
 
-def _tokenizer() -> OwnTokenizer:
+def _tokenizer(backbone: Backbone, part: str, configs: Configs) -> OwnTokenizer:
     """The demo world's byte-pair tokenizer: any text works, words it does not know become pieces of bytes."""
-    return OwnTokenizer(check_shipped(DEMO) / "tokenizer")
+    is_clip = "CLIP" in backbone.parts[part].classes[0]
+    length = 0 if is_clip else backbone.text(configs)[0]
+    return OwnTokenizer(check_shipped(DEMO) / "tokenizer", length, "" if is_clip else CHAT)
 
 
 def check_shipped(folder: Path) -> Path:

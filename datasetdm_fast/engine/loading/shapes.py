@@ -1,4 +1,4 @@
-"""Names and shapes of the tensors in networks of Stable Diffusion's form, from their configurations alone."""
+"""Names and shapes of the tensors of a U-Net, CLIP's text encoders and an autoencoder, from configurations alone."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -71,8 +71,10 @@ def of_vae(config: Mapping[str, Any]) -> Shapes:
     widths, count, latents = config["block_out_channels"], config["layers_per_block"], config["latent_channels"]
     shapes = dict(_half("encoder.", config["in_channels"], widths, count, 2 * latents, "down"))
     shapes |= dict(_half("decoder.", latents, widths[::-1], count + 1, config["out_channels"], "up"))
-    shapes |= _pointwise("quant_conv", 2 * latents, 2 * latents)
-    return shapes | _pointwise("post_quant_conv", latents, latents)
+    if config.get("use_quant_conv", True):
+        shapes |= _pointwise("quant_conv", 2 * latents, 2 * latents)
+        shapes |= _pointwise("post_quant_conv", latents, latents)
+    return shapes
 
 
 def _half(

@@ -47,12 +47,21 @@ class OwnTokenizer:
     transformers take a second to be imported, and this file is one of the library beneath them.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, length: int = 0, chat_template: str = ""):
         settings = read_config(folder / "tokenizer_config.json")
-        self.folder, self.model_max_length = folder, settings["model_max_length"]
+        self.folder, self.model_max_length = folder, length or settings["model_max_length"]
+        self._chat_template = chat_template
         with _refusing(folder):
             self._rows = Tokenizer.from_str(storage.read(folder / "tokenizer.json", LARGEST_VOCABULARY).decode())
             self._pad: Any = self._rows.token_to_id(settings["pad_token"])
+
+    def load(self) -> Any:
+        """As transformers have it."""
+        tokenizer = load_tokenizer(self.folder)
+        tokenizer.model_max_length = self.model_max_length
+        if self._chat_template:
+            tokenizer.chat_template = self._chat_template
+        return tokenizer
 
     def __len__(self) -> int:
         return self._rows.get_vocab_size()

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -23,6 +25,7 @@ from datasetdm_fast.engine.engines.fast.base import CHUNK_PIXELS, DTYPES
 from datasetdm_fast.engine.engines.fast.weights import largest_distance
 from datasetdm_fast.engine.engines.torch import TorchEngine
 from datasetdm_fast.engine.loading.model import Model
+from datasetdm_fast.engine.loading.network import Network
 from datasetdm_fast.engine.models.capture import Projection
 from datasetdm_fast.engine.models.mmdit import MMDiT
 from datasetdm_fast.errors import Refused
@@ -125,14 +128,25 @@ class JointEngine(TorchEngine):
             for name, network in model.networks.items()
             if is_copied and name != model.backbone.denoiser
         }
-        network = self._build_network().eval().to(place)
-        self.held = model.with_modules(**others, **{model.backbone.denoiser: network})
+        held = model.with_modules(**others)
+        network = Network(model.denoiser.config, lambda: self._build_network().to(place), lambda _: {})
+        self.held = replace(held, networks={**held.networks, model.backbone.denoiser: network})
         super().__init__(self.held, decoders, device=device)
         self.model, self.precision, self.is_compiled = model, precision, compile
-        self.joint, self.network = cast(JointReference, self.reference), network
-        self._called: Callable[..., Tensor] = torch.compile(network, dynamic=False) if compile else network
+        self.joint = cast(JointReference, self.reference)
         self.projection = Projection(model.levels, self.decoders).to(self.device)
-        self._slots = self._append_rows()
+
+    @cached_property
+    def network(self) -> MMDiT:
+        """Our transformer; the rows by which decoders multiply the tokens of a block are appended to its product."""
+        network = cast(MMDiT, self.held.denoiser.module)
+        for block, read in self._slots_of(network).items():
+            network.append(block, [self.projection.features[level][place][0].T for level, place in read])
+        return network
+
+    @cached_property
+    def _called(self) -> Callable[..., Tensor]:
+        return torch.compile(self.network, dynamic=False) if self.is_compiled else self.network
 
     def _build_network(self) -> MMDiT:
         """Our transformer, with the weights of the model's."""
@@ -143,15 +157,13 @@ class JointEngine(TorchEngine):
         plan = load_place(backbone.network_plan)(source.config, source.state_dict())
         return MMDiT(source.config, plan, self.ops).to(self.dtype)
 
-    def _append_rows(self) -> dict[int, list[tuple[int, int]]]:
-        """What the decoders read of each block: level and place; the rows that multiply its tokens are appended."""
+    def _slots_of(self, network: MMDiT) -> dict[int, list[tuple[int, int]]]:
+        """What the decoders read of each block: level and place."""
         slots: dict[int, list[tuple[int, int]]] = {}
-        for level, blocks in enumerate(blocks_read(len(self.network.blocks))):
+        for level, blocks in enumerate(blocks_read(len(network.blocks))):
             for place, block in enumerate(blocks):
                 if self.projection.widths[level]:
                     slots.setdefault(block, []).append((level, place))
-        for block, read in slots.items():
-            self.network.append(block, [self.projection.features[level][place][0].T for level, place in read])
         return slots
 
     def weight_distance(self) -> float:
@@ -196,7 +208,7 @@ class JointEngine(TorchEngine):
     ) -> tuple[Tensor, Capture | ProjectedCapture]:
         if not self.decoders:
             return self.denoise_and_capture_raw(latents, timestep, text)
-        reader = ProjectingReader(self._slots, self.projection, *self._reads(latents))
+        reader = ProjectingReader(self._slots_of(self.network), self.projection, *self._reads(latents))
         output, clean = self._call(self.network, latents, timestep, text, reader)
         sides, last = self.projection.sides, len(self.projection.sides) - 1
         if self.projection.widths[last]:
