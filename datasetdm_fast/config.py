@@ -143,6 +143,7 @@ ENGINES = Registry("engines", OWN_ENGINES, EngineKind)
 ENGINE_NAMES = ("auto", *ENGINES.names)  # auto is the fast one, unless a race in a long run on a CPU finds a faster
 PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")  # of ONNX Runtime
 SEEDS = 2**63  # a seed is one of so many from 0 on, which a generator and the ledger can hold
+MOST_CALLS = 16  # captured calls that a decoder reads
 MOST_TRIES = 10  # samples that a run makes for every one that is asked for, before it gives up
 DEMO_PROMPTS = "demo world"  # what stands for the prompts of a run that takes the captions of the demo world
 HALF = "half"  # a dtype: half precision where engine and device have it, see --dtype auto

@@ -45,7 +45,7 @@ FAULTS = {
     ),
     "sums given back too early": Fault(
         f"{DRIVER}:BatchGenerator.label",
-        "release(value for capture in sampled.captures.values() for value in tensors_of(capture))",
+        "release(value for capture in captures for value in tensors_of(capture))",
         "pass",
     ),
     "the label stream does not wait": Fault(f"{LABELS}:LabelStream._follow", "self._stream.wait_event(queued)", "pass"),

@@ -130,7 +130,7 @@ def test_a_repeated_timestep_is_captured_at_its_last_call():
     schedule = make_recipe(StubEngine(), ("depth",), steps=4).schedule
     repeated = schedule.timesteps.index(schedule.timesteps[1])
     assert schedule.timesteps[1] == schedule.timesteps[2]
-    assert capture_calls(schedule, {"depth": schedule.timesteps[1]}) == {"depth": repeated + 1}
+    assert capture_calls(schedule, {"depth": (schedule.timesteps[1],)}) == {"depth": (repeated + 1,)}
 
 
 def test_words_that_a_decoder_keeps_are_those_of_a_run():

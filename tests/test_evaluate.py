@@ -248,7 +248,7 @@ def test_classes_that_the_decoder_or_the_images_lack_are_told(decoders, tmp_path
 def test_a_training_tells_classes_that_no_image_shows(tmp_path):
     lines: list[str] = []
     data = TrainingData(as_voc(tmp_path, "background\nmug\nleaf\nbolt\nnut\nscrew\n"))
-    open_session(data, ModelChoice("tiny", device="cpu"), ("semantic",), Inversion(1), on_message=lines.append)
+    open_session(data, ModelChoice("tiny", device="cpu"), ("semantic",), Inversion((1,)), on_message=lines.append)
     assert "classes    no image shows nut, screw" in lines
 
 

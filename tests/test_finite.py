@@ -73,8 +73,7 @@ def made(request, tmp_path_factory) -> tuple[driver.BatchGenerator, labelling.Sa
 
 def capture_of(drawn: labelling.SampledBatch) -> ProjectedCapture:
     """The one capture that all decoders read."""
-    (capture,) = drawn.captures.values()
-    return capture
+    return next(iter(drawn.captures.values()))
 
 
 def at_latents(drawn: labelling.SampledBatch, value: float) -> None:
@@ -111,9 +110,9 @@ PLANTS = [
 )
 def test_what_is_no_number_sets_its_own_sample_aside(made, plant, value):
     studio, whole = made
-    ((call, capture),) = whole.captures.items()
+    capture = capture_of(whole)
     own = ProjectedCapture(tuple(total.clone() for total in capture.sums), capture.slices)
-    drawn = labelling.SampledBatch(whole.latents.clone(), {call: own})
+    drawn = labelling.SampledBatch(whole.latents.clone(), dict.fromkeys(whole.captures, own))
     plant(drawn, value)
     found = studio.label(BATCH, drawn)
     assert [type(result) for result in found] == [Sample, Quarantined, Sample]

@@ -51,7 +51,7 @@ def train_decoder(
             f"{task}: {count} images to learn from, expected 1 to {len(source)}, which the data set has",
             "Choose another number, or data with more images.",
         )
-    inversion = Inversion(engine.model.defaults.capture)
+    inversion = Inversion((engine.model.defaults.capture,))
     session = TrainingSession(address, engine, source, tuple(range(count)), inversion=inversion, **settings)
     plan, views = session.plan(task), session.views(task, range(count))
     decoder = fit(plan.decoder, views, plan.schedule, plan.words, device=engine.device)

@@ -46,11 +46,11 @@ def measure(config: EpochConfig) -> dict[str, Any]:
     engine = build_engine(config.engine, load_model(config.model), {})
     source = open_data(f"demo:{config.images}@1000", engine.model.size)
     views = TrainingViews(source, range(config.images), config.task, ViewSettings(draws=DRAWS))
-    inversion = cache.Inversion(engine.model.defaults.capture)
+    inversion = cache.Inversion((engine.model.defaults.capture,))
     is_open = config.task == "open-vocabulary"
     words = engine.encode_classes(spoken(source.thing_classes)).float().clone() if is_open else None
     width, levels = engine.model.text_width, engine.model.levels
-    found = recipe(config.task, source, levels, width, inversion.timestep, config.images)
+    found = recipe(config.task, source, levels, width, inversion.timesteps, config.images)
     size, calls = found.schedule.batch_size, {}
     batches = [range(first, min(first + size, len(views))) for first in range(0, len(views), size)]
     with tempfile.TemporaryDirectory() as folder:

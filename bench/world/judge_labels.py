@@ -24,7 +24,7 @@ from datasetdm_fast.engine.engines.opening import open_engine
 from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.engine.labels.trust import named_map, trust_of
 from datasetdm_fast.engine.labels.words import find_classes
-from datasetdm_fast.engine.loop.inversion import capture_timestep, invert
+from datasetdm_fast.engine.loop.inversion import invert_for
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.engine.tasks.captions import held_to
 from datasetdm_fast.engine.tasks.outlines import read_labels
@@ -129,14 +129,14 @@ def of_renders(count: int) -> list[JudgedPicture]:
     """Renders with the labels that the demo decoders give them, beside their truth."""
     engine, _ = open_engine("demo", "demo", KINDS)
     configs = {task: engine.decoders[task].config for task in KINDS}
-    timestep, source, pictures = capture_timestep(configs), DemoWorld(count, RENDERS, engine.model.size), []
+    source, pictures = DemoWorld(count, RENDERS, engine.model.size), []
     items = iter(source)
     while some := list(islice(items, BATCH)):
         captions, first = [item.caption for item in some], len(pictures)
         images = torch.from_numpy(np.stack([item.image for item in some]))
-        capture, labels = invert(engine, images, captions, timestep, range(first, first + len(some))), {}
+        captures, labels = invert_for(engine, KINDS, images, captions, range(first, first + len(some))), {}
         for task, config in configs.items():
-            raw = engine.annotate(task, capture, None)
+            raw = engine.annotate(task, captures[task], None)
             raw = held_to(raw, config, captions, tokenizer=engine.model.tokenizer)
             labels[task] = read_labels(raw, images.numpy(), config, engine.model.size)
         for k, item in enumerate(some):

@@ -533,7 +533,7 @@ class Pipeline:
         model = engine.model
         sampler, count = model.defaults.sampler, steps or model.defaults.steps
         schedule = make_schedule(model.scheduler, sampler, count, "0.3.0", **model.flow)
-        last = capture_calls(schedule, {"": timestep})[""]
+        (last,) = capture_calls(schedule, {"": (timestep,)})[""]
         text = call_text(engine, [prompt], guidance or engine.model.defaults.guidance)
         noise = to_device(initial_noise(seed, *engine.model.latent_shape())[None], engine.device)
         state = SamplerState(schedule, guidance or engine.model.defaults.guidance, noise)

@@ -72,7 +72,7 @@ def recipe(
     source: LabelledSource,
     levels: Sequence[Level],
     text_width: int,
-    timestep: int,
+    timesteps: Sequence[int],
     images: int,
     *,
     preset: str = "default",
@@ -88,7 +88,7 @@ def recipe(
         task=task,
         levels=tuple(levels),
         text_width=text_width,
-        capture_timestep=timestep or None,
+        capture_timestep=tuple(timesteps) if len(timesteps) > 1 else timesteps[0] or None,
         **TASKS[task].decoder(source, is_small, pose_head),
     )
     if preset == "upstream":

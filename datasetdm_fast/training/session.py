@@ -120,7 +120,8 @@ class TrainingSession:
             return sum(cache.cached_bytes(self.engine, views, self.inversion, folder) for views in parts)
 
         room = settings.mode, settings.gigabytes
-        return cache.plan(folder, levels, sum(map(len, parts)), *room, cached_bytes)
+        count = sum(map(len, parts)) * len(self.inversion.timesteps)
+        return cache.plan(folder, levels, count, *room, cached_bytes)
 
     def views(
         self,
@@ -143,7 +144,7 @@ class TrainingSession:
         """Decoder and schedule of a task."""
         settings, model, table = self.recipe_settings, self.engine.model, self.source.class_table
         base = recipe(
-            *(task, self.source, model.levels, model.text_width, self.inversion.timestep, len(self.split[0])),
+            *(task, self.source, model.levels, model.text_width, self.inversion.timesteps, len(self.split[0])),
             preset=settings.preset,
             pose_head=settings.pose_head,
             reader=self.address.partition(":")[0],
@@ -189,7 +190,7 @@ class TrainingSession:
             left_out = f"{len(source.skipped)} images, {hashlib.sha256(names).hexdigest()[:12]}"
         settings |= {
             "task": task,
-            "timestep": self.inversion.timestep,
+            "timestep": times if len(times := self.inversion.timesteps) > 1 else times[0],
             "model_digests": self.engine.model.digests,
             "images": len(training),
             "held_out": self.held_out,
@@ -272,13 +273,13 @@ def open_session(
     if "view_settings" in settings:
         check_quirks(settings["view_settings"].quirks, source, tasks)
     steps = model.scheduler.get("num_train_timesteps", 1000)
-    if inversion.timestep >= steps:
+    if (latest := max(inversion.timesteps)) >= steps:
         raise Refused(
-            f"--timestep: {inversion.timestep} is not one of the model's {steps}",
-            f"Give a number from 0 to {steps - 1}, or -1 for the model's default.",
+            f"--timestep: {latest} is not one of the model's {steps}",
+            f"Give numbers from 0 to {steps - 1}, or -1 for the model's default.",
         )
-    if inversion.timestep < 0:
-        inversion = replace(inversion, timestep=model.defaults.capture)
+    if latest < 0:
+        inversion = replace(inversion, timesteps=(model.defaults.capture,))
     is_auto = choice.engine == "torch" or (choice.engine in ("auto", "fast") and choice.device != "cpu")
     engine = build_engine(choice.engine, model, {}, dtype="auto" if is_auto else "fp32", device=choice.device)
     if source.layout:

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasetdm_fast.config import ENGINE_NAMES, OUTLINES, SEEDS, TASKS
+from datasetdm_fast.config import ENGINE_NAMES, MOST_CALLS, OUTLINES, SEEDS, TASKS
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.settings import CommandSettings, EngineSettings, ModelSettings, OutputSettings, setting
 from datasetdm_fast.training.truth.augment import AUGMENTATIONS
 from datasetdm_fast.training.truth.selection import DataSettings
+from datasetdm_fast.untrusted import documents
 
 if TYPE_CHECKING:  # these import torch, which --help does without
     from datasetdm_fast.training.captures.cache import CacheSettings, Inversion
@@ -130,8 +131,10 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
         identity="if given",
         choices=("auto", *OUTLINES),
     )
-    timestep: int = setting(
-        -1, "U-Net timestep at which captures are taken, -1 = the model's default; DatasetDM uses 0", metavar="T"
+    timestep: tuple[str, ...] = setting(
+        ("-1",),
+        "timesteps of the calls that the decoder reads, one or several; -1 = the model's default; DatasetDM uses 0",
+        metavar="LIST",
     )
     latent: str = setting(
         "auto",
@@ -179,7 +182,7 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
     json: bool = setting(False, "the results as one JSON object on stdout", identity=False)
 
     def check(self) -> None:
-        least = {"steps": 0, "batch_size": 0, "patience": 0, "seed": 0, "size": 0, "threads": 0, "timestep": -1}
+        least = {"steps": 0, "batch_size": 0, "patience": 0, "seed": 0, "size": 0, "threads": 0}
         least |= {"draws": 1, "accumulate": 1, "checks": 1, "ddim_steps": 1, "rate": 0, "cache_gb": 0, "save_every": 0}
         for name, bound in least.items():
             if getattr(self, name) < bound:
@@ -192,6 +195,7 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
             raise Refused(
                 f"--held-out: {self.held_out:g} is not between 0 and 0.5", "0.1 holds out a tenth of the images"
             )
+        self.timesteps()
         if self.folds not in ("auto", "no") and not (self.folds.isdecimal() and 2 <= int(self.folds) <= MOST_FOLDS):
             raise Refused(
                 f"--folds: {self.folds!r} is neither auto, no, nor a number from 2 to {MOST_FOLDS}",
@@ -199,6 +203,20 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
             )
         if not self.out.strip():
             raise Refused("--out: no folder named", "Give the folder the decoders are to be written to.")
+
+    def timesteps(self) -> tuple[int, ...]:
+        """The timesteps of --timestep, largest first, (-1,) for the model's default."""
+        texts = self.timestep
+        if (
+            texts != ("-1",)
+            and not all(text.isdecimal() and len(text) < 6 for text in texts)
+            or not 1 <= len(texts) <= MOST_CALLS
+        ):
+            raise Refused(
+                f"--timestep: {documents.quote(','.join(texts))} is neither -1 nor 1 to {MOST_CALLS} whole numbers",
+                "--timestep 780,520,260,1 reads four calls",
+            )
+        return tuple(sorted({int(text) for text in texts}, reverse=True))
 
     def training_data(self) -> TrainingData:
         from datasetdm_fast.training.session import TrainingData
@@ -219,7 +237,7 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
         from datasetdm_fast.training.captures.cache import Inversion
 
         latent = self.latent if self.latent != "auto" else "sample" if self.preset == "upstream" else "mean"
-        return Inversion(self.timestep, latent, self.ddim_steps if self.inversion == "ddim" else 0)
+        return Inversion(self.timesteps(), latent, self.ddim_steps if self.inversion == "ddim" else 0)
 
     def cache_settings(self) -> CacheSettings:
         from datasetdm_fast.training.captures.cache import CacheSettings

@@ -186,9 +186,14 @@ def generator(*key: object) -> torch.Generator:
 
 
 def project(decoder: Decoder, levels: Sequence[Tensor]) -> ProjectedCapture:
-    """The outputs of the decoder's first layers for levels [B, cells, channels]; gradients reach their weights."""
+    """The outputs of the decoder's first layers for levels [B, calls * cells, channels]; gradients reach their
+    weights, and those of the calls.
+    """
     weights, sums = decoder.projections(), []
-    for name, level in zip(LEVELS, levels):
+    shares = decoder.call_shares().unbind(1) if decoder.config.calls > 1 else [None] * len(levels)
+    for name, level, share in zip(LEVELS, levels, shares, strict=True):
+        if share is not None:
+            level = torch.einsum("bkcn,k->bcn", level.unflatten(1, (len(share), -1)), share)
         side = math.isqrt(level.shape[1])
         weight = weights[name].flatten(1) if name in weights else level.new_zeros(0, level.shape[2])
         sums.append((level.flatten(0, 1) @ weight.T).unflatten(0, (len(level), side, side)).permute(0, 3, 1, 2))

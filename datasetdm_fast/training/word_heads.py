@@ -85,11 +85,12 @@ def _masks(views: TrainingViews, config: DecoderConfig, tokenizer: Callable[...,
 
 
 def _attention(views: TrainingViews, config: DecoderConfig, view: int) -> list[Tensor]:
-    """Per level the attention [heads, cells, T] of a view."""
+    """Per level the attention [heads, cells, T] of a view, a mean over its calls."""
     captured, features = views.captures.batch([view]), views.captures.layout.features
+    maps = [level[0, :, width:].unflatten(0, (config.calls, -1)).mean(0) for level, width in zip(captured, features)]
     return [
-        level[0, :, width:].unflatten(1, (-1, config_level.tokens)).transpose(0, 1).float().cpu()
-        for level, width, config_level in zip(captured, features, config.levels, strict=True)
+        level.unflatten(1, (-1, config_level.tokens)).transpose(0, 1).float().cpu()
+        for level, config_level in zip(maps, config.levels, strict=True)
     ]
 
 

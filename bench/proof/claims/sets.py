@@ -20,7 +20,7 @@ from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.labels import LABEL_KINDS
 from datasetdm_fast.engine.labels.trust import trust_of
 from datasetdm_fast.engine.loading import load_model
-from datasetdm_fast.engine.loop.inversion import capture_timestep, invert
+from datasetdm_fast.engine.loop.inversion import invert_for
 from datasetdm_fast.engine.loop.plan import DEMO_SCENES
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.engine.tasks.captions import held_to
@@ -220,15 +220,16 @@ def relabelled(
     loaded = {task: decoder for task, decoder in load_decoders(decoders).items() if not decoder.config.has_text}
     engine = build_engine("fast", load_model("demo"), loaded)
     configs = {task: decoder.config for task, decoder in loaded.items()}
-    timestep = capture_timestep(configs)
     for start in range(0, len(positions), READ_TOGETHER):
         samples = [run[position] for position in positions[start : start + READ_TOGETHER]]
         prompts = [sample.prompt for sample in samples]
         images = torch.from_numpy(np.stack([sample.image for sample in samples]))
-        capture = invert(engine, images, prompts, timestep, [sample.seed for sample in samples])
+        captures = invert_for(engine, list(configs), images, prompts, [sample.seed for sample in samples])
         labels = {}
         for task, config in configs.items():
-            raw = held_to(engine.annotate(task, capture, None), config, prompts, tokenizer=engine.model.tokenizer)
+            raw = held_to(
+                engine.annotate(task, captures[task], None), config, prompts, tokenizer=engine.model.tokenizer
+            )
             labels[LABEL_KINDS[task].attribute] = read_labels(raw, images.numpy(), config, engine.model.size)
         for k, sample in enumerate(samples):
             found = {name: label[k] for name, label in labels.items()}

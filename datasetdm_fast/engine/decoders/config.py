@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from datasetdm_fast.config import FROM_DECODER, OUTLINES, TASKS
+from datasetdm_fast.config import FROM_DECODER, MOST_CALLS, OUTLINES, TASKS
 from datasetdm_fast.engine.backbones.sd import levels
 from datasetdm_fast.engine.labels.class_tables import ClassTable, ClassWord, of_words
 from datasetdm_fast.errors import Refused
@@ -89,7 +89,8 @@ class DecoderConfig:
     joints: tuple[str, ...] = ()
     limbs: tuple[tuple[int, int], ...] = ()  # pairs of joint indices, for drawing
     upscale: int = 0  # 0 = upstream: only bilinear resizes; r = r x r learnt sub-cells per cell of the highest level
-    capture_timestep: int | None = None  # UNet timestep it was trained at, None = that of the last sampler call
+    # denoiser timestep it was trained at, or those of several calls; None = that of the last sampler call
+    capture_timestep: int | tuple[int, ...] | None = None
     normalisation: str = "image"  # image = upstream: statistics of each image; running = the stored ones
     # instances and words below it are dropped; joints below it count as hidden, below half of it as absent
     score_threshold: float = 0.4
@@ -146,6 +147,11 @@ class DecoderConfig:
                 "label map",
                 "Choose data of fewer classes, or another --task.",
             )
+
+    @property
+    def calls(self) -> int:
+        """How many calls it reads."""
+        return len(self.capture_timestep) if isinstance(self.capture_timestep, tuple) else 1
 
     @property
     def has_queries(self) -> bool:
@@ -234,6 +240,8 @@ class DecoderConfig:
         )
         for name in ("classes", "named", "word_heads", "joints"):
             values[name] = tuple(values.get(name, ()))
+        if isinstance(several := values.get("capture_timestep"), list):
+            values["capture_timestep"] = tuple(several)
         values["class_words"] = tuple(
             ClassWord(word["name"], word["say"], tuple(word["words"])) for word in values.get("class_words", ())
         )
@@ -264,9 +272,15 @@ def _check_bounds(values: Mapping[str, Any]) -> None:
         least, largest = LEAST_NUMBERS.get(name, 1), LARGEST_NUMBERS.get(name, 65536)
         if FORM.get(name) in (int, float) and not least <= value <= largest:
             raise ValueError(f"{name} is {value}, expected {least} to {largest}")
-    timestep = values.get("capture_timestep")
-    if timestep is not None and not (type(timestep) is int and 0 <= timestep < 100_000):
-        raise ValueError(f"capture_timestep is {documents.quote(timestep)}, expected a timestep or null")
+    named = values.get("capture_timestep")
+    timesteps = named if isinstance(named, list) else [0 if named is None else named]
+    is_several = 2 <= len(timesteps) <= MOST_CALLS and len(set(map(str, timesteps))) == len(timesteps)
+    if not (
+        all(type(time) is int and 0 <= time < 100_000 for time in timesteps) and (timesteps != named or is_several)
+    ):
+        raise ValueError(
+            f"capture_timestep is {documents.quote(named)}, expected a timestep, 2 to {MOST_CALLS} of them, or null"
+        )
     for level in values["levels"]:
         numbers = (level["side"], level["tokens"], *level["features"], *level["heads"])
         if not all(1 <= number <= 65536 for number in numbers) or len(numbers) > 128:

@@ -21,6 +21,8 @@ from datasetdm_fast.kernels import pyramid, winograd
 from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.stages import LEVELS, Level
 
+CALL_RATE = 10.0  # of the weights of calls as a multiple of that of others, whose steps would hardly move them
+
 
 class Decoder(nn.Module):
     """A trunk; subclasses add what turns it into labels. `forward(capture, text=None)` returns named tensors."""
@@ -36,6 +38,8 @@ class Decoder(nn.Module):
                 )
         for name, (channels_in, channels_out) in mixes.items():
             self.add_module(f"{name}_feature_mix_conv", SegBlock(channels_in, channels_out, ops, config.normalisation))
+        if config.calls > 1:
+            self.call_weights = nn.Parameter(torch.zeros(config.calls, len(LEVELS)))
 
     def projections(self) -> dict[str, Tensor]:
         """Level -> weight [F, channels, 1, 1] of the first layer, for the levels this decoder reads; where words are
@@ -49,6 +53,10 @@ class Decoder(nn.Module):
         return {
             name: torch.cat(rows[name]) if len(rows[name]) > 1 else rows[name][0] for name in LEVELS if name in rows
         }
+
+    def call_shares(self) -> Tensor:
+        """[calls, levels] the share of each call in what this decoder of several reads of a level."""
+        return (CALL_RATE * self.call_weights).softmax(0)
 
     def level(self, capture: Capture | ProjectedCapture, name: str, side: int) -> Tensor:
         """The level `name` [B, F, h, w], yet to be resized to `side`; a ProjectedCapture must be this decoder's own."""

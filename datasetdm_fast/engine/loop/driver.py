@@ -21,6 +21,7 @@ from datasetdm_fast.data import (
 )
 from datasetdm_fast.engine.engines.start import in_own_precision
 from datasetdm_fast.engine.loop.call_text import call_text
+from datasetdm_fast.engine.loop.captured_calls import CapturedCalls
 from datasetdm_fast.engine.loop.label_stream import FinishedCalls, LabelStream
 from datasetdm_fast.engine.loop.labelling import SampledBatch, WordTable, collect_results
 from datasetdm_fast.engine.loop.origin import fresh_noise
@@ -100,9 +101,6 @@ class BatchGenerator:
     def sample(self, batch: Batch) -> Any:
         """A SampledBatch from the sampler loop, with captures at some of its calls; on a GPU the host queues the loop
         without waiting.
-
-        If several calls are captured, only the last one's output is used: the output of a captured call differs from
-        that of a plain one by rounding, and a run of the last one's decoders alone has plain calls before it.
         """
         from datasetdm_fast.engine.sampling.walk import SamplerState
 
@@ -114,18 +112,20 @@ class BatchGenerator:
         rows = len(text) if text.guidance is None else len(requests)
         state = SamplerState(recipe.schedule, recipe.guidance, beginning.latents, noise, rows)
 
-        captures: dict[int, Any] = {}
+        captures = CapturedCalls(engine, recipe.captures or {"": recipe.captured})
         caching: Any = engine  # which has more calls than Engine where the recipe has cached ones
         deep: Any = None  # features that these start from
         averaged = set(recipe.averaged)
         for call, timestep in enumerate(recipe.schedule.timesteps):
             if call in recipe.captured:
                 capture = engine.denoise_and_capture_raw if call in recipe.raw else engine.denoise_and_capture
-                output, captures[call] = capture(state.latents, timestep, text)
+                output, captured = capture(state.latents, timestep, text)
+                captures.add(call, captured)
+                del captured  # of several calls, only the sum is held
             plain = None
             if sums is not None and class_text is not None and call in averaged:
                 plain, sums = engine.denoise_and_average(state.latents, timestep, text, class_text, sums)
-            if plain is not None or call in recipe.captured[-1:]:
+            if plain is not None or call in recipe.taken_on:
                 output = output if plain is None else plain
             elif call in recipe.cached:
                 output = caching.denoise_from(deep, state.latents, timestep, text)
@@ -136,7 +136,7 @@ class BatchGenerator:
             state.latents = beginning.after(call, state.step(call, output))
             self.on_unet_call()
             self.on_step(call, state.latents[: len(batch.requests)])
-        return SampledBatch(state.latents, captures, sums and sums.over(len(averaged)))
+        return SampledBatch(state.latents, captures.read, sums and sums.over(len(averaged)))
 
     def encode_prompts(self, requests: Sequence[Request]) -> tuple[Text, Text | None]:
         """The rows of a call, and those of the class prompts, if any."""
@@ -187,15 +187,17 @@ class BatchGenerator:
         del calls  # which hold the captures
         raw = dict(zip(recipe.decoded, outputs, strict=True))
         checks = {"latents": is_finite(sampled.latents)}
-        if sampled.captures:
+        captures = list({id(capture): capture for capture in sampled.captures.values()}.values())
+        if captures:
             sampled.sketches = sketches_of(engine, recipe, sampled)
-            checks["features"] = all_of(capture_is_finite(capture) for capture in sampled.captures.values())
-        release(value for capture in sampled.captures.values() for value in tensors_of(capture))
+            checks["features"] = all_of(map(capture_is_finite, captures))
+        release(value for capture in captures for value in tensors_of(capture))
+        del captures
         if sampled.averages is not None:
             checks[ATTENTION] = is_finite(sampled.averages.cells) & is_finite(sampled.averages.tokens)
             release((sampled.averages.cells, sampled.averages.tokens))
         # as large as the rest of the batch together, and the image decoder needs room
-        sampled.captures = {call: capture for call, capture in sampled.captures.items() if call in recipe.raw}
+        sampled.captures = {label: sampled.captures[label] for label in recipe.labellers if label in sampled.captures}
         images = sampled.pixels
         if images is None:
             images, checks["image"] = decoded or engine.decode_and_check(sampled.latents)
@@ -207,7 +209,7 @@ class BatchGenerator:
     ) -> Callable[[], dict[str, Tensor]]:
         """The call that returns a decoder's raw outputs."""
         text = self.words.embeddings_of(task, requests)
-        return partial(self.engine.annotate, task, sampled.captures[self.recipe.captures[task]], text)
+        return partial(self.engine.annotate, task, sampled.captures[task], text)
 
     def collect(
         self,
@@ -262,7 +264,7 @@ def sketches_of(engine: Engine, recipe: Recipe, sampled: SampledBatch) -> dict[s
     """What the domains of decoders are measured by, for those that have one."""
     sketches = {}
     for task in recipe.decoded:
-        capture, decoder = sampled.captures[recipe.captures[task]], engine.decoders[task]
+        capture, decoder = sampled.captures[task], engine.decoders[task]
         if getattr(decoder, "domain", None):
             sketches[task] = decoder.sketch(capture.of(task) if isinstance(capture, ProjectedCapture) else capture)
     return sketches

@@ -1,7 +1,7 @@
 """A real image back into the network: encode, noise to the capture timestep, one CFG call, capture."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor
 from datasetdm_fast.data import Capture, ProjectedCapture, Text
 from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.loop.call_text import call_text
+from datasetdm_fast.engine.loop.captured_calls import CapturedCalls, timesteps_of
 from datasetdm_fast.engine.sampling import times
 from datasetdm_fast.engine.sampling.scheduler import is_flow
 from datasetdm_fast.errors import Refused
@@ -25,12 +26,38 @@ def invert(
     captions: Sequence[str],
     timestep: int,
     seeds: Sequence[int],
+    **how: Any,
+) -> Capture | ProjectedCapture:
+    """The capture of images at one timestep; see invert_at."""
+    return next(invert_at(engine, images, captions, [timestep], seeds, **how))
+
+
+def invert_for(
+    engine: Engine, labels: Sequence[str], images: Tensor, captions: Sequence[str], seeds: Sequence[int]
+) -> dict[str, Capture | ProjectedCapture]:
+    """Label -> what its decoder reads of images, at the timesteps that it was trained at; 0, upstream's, where it does
+    not say.
+    """
+    times = {label: tuple(time or 0 for time in timesteps_of(engine.decoders[label].config)) for label in labels}
+    calls = sorted({time for several in times.values() for time in several}, reverse=True)
+    captured = CapturedCalls(engine, {label: tuple(map(calls.index, several)) for label, several in times.items()})
+    for call, capture in enumerate(invert_at(engine, images, captions, calls, seeds)):
+        captured.add(call, capture)
+    return captured.read
+
+
+def invert_at(
+    engine: Engine,
+    images: Tensor,
+    captions: Sequence[str],
+    timesteps: Sequence[int],
+    seeds: Sequence[int],
     *,
     is_raw: bool = False,
     is_sampled: bool = False,
     ddim_steps: int = 0,
-) -> Capture | ProjectedCapture:
-    """The capture of images [B, H, W, 3] (0..255) at a UNet timestep; image b's noise comes from seeds[b] alone.
+) -> Iterator[Capture | ProjectedCapture]:
+    """The captures of images [B, H, W, 3] (0..255) at each timestep; image b's noise comes from seeds[b] alone.
 
     `is_raw` asks for the features and maps themselves, where an engine would give only what its decoders make of them.
     `is_sampled` draws the latents from the autoencoder's posterior instead of taking its mean. `ddim_steps` walks to
@@ -39,14 +66,15 @@ def invert(
     generators = [posterior_generator(seed) for seed in seeds] if is_sampled else None
     clean = engine.encode_image(images, generators)
     text = call_text(engine, captions)
-    if ddim_steps:
-        latents = ddim_latents(engine, clean, text, timestep, ddim_steps)
-    else:
-        noises = torch.stack([times.initial_noise(seed, *clean.shape[1:]) for seed in seeds])
-        noise = to_device(noises, clean.device).to(clean.dtype)
-        latents = times.add_noise(engine.model.scheduler, clean, noise, timestep)
     call = engine.denoise_and_capture_raw if is_raw else engine.denoise_and_capture
-    return call(latents, timestep, text)[1]
+    for timestep in timesteps:
+        if ddim_steps:
+            latents = ddim_latents(engine, clean, text, timestep, ddim_steps)
+        else:
+            noises = torch.stack([times.initial_noise(seed, *clean.shape[1:]) for seed in seeds])
+            noise = to_device(noises, clean.device).to(clean.dtype)
+            latents = times.add_noise(engine.model.scheduler, clean, noise, timestep)
+        yield call(latents, timestep, text)[1]
 
 
 def posterior_generator(seed: int) -> torch.Generator:
@@ -78,14 +106,12 @@ def ddim_latents(engine: Engine, clean: Tensor, text: Text, timestep: int, steps
 
 
 def capture_timestep(configs: Mapping[str, Any]) -> int:
-    """The one UNet timestep that the decoders of these configs, by label, were trained at; 0, upstream's, where they do
-    not say.
+    """The one timestep that the decoders of these configs, by label, were trained at; 0, upstream's, where they do not
+    say.
     """
-    named = {label: config.capture_timestep or 0 for label, config in configs.items()}
-    if len(set(named.values())) > 1:
-        raise Refused(
-            f"decoders: trained at different timesteps ({', '.join(f'{label} {t}' for label, t in named.items())}), "
-            "one capture cannot serve them",
-            "Run them separately.",
-        )
-    return next(iter(named.values()))
+    named = {label: [time or 0 for time in timesteps_of(config)] for label, config in configs.items()}
+    times = sorted({time for several in named.values() for time in several})
+    if len(times) > 1:
+        listed = ", ".join(f"{label} {' and '.join(map(str, several))}" for label, several in named.items())
+        raise Refused(f"decoders: trained at different timesteps ({listed})", "Name the one to read with timestep=T.")
+    return times[0]

@@ -14,8 +14,9 @@ from datasetdm_fast.engine.labels.class_tables import spoken
 from datasetdm_fast.engine.labels.tiles import Tiling, joined_instances, joined_map
 from datasetdm_fast.engine.labels.words import find_classes, photo_of
 from datasetdm_fast.engine.loop import driver, labelling
+from datasetdm_fast.engine.loop.captured_calls import CapturedCalls, timesteps_of
 from datasetdm_fast.engine.loop.prompts import PromptLine, fit_prompt
-from datasetdm_fast.engine.loop.recipe import Recipe, labellers_of
+from datasetdm_fast.engine.loop.recipe import Recipe, labellers_of, name_timesteps
 from datasetdm_fast.engine.pictures import framing
 from datasetdm_fast.engine.pictures.labelled import Picture
 from datasetdm_fast.errors import Refused
@@ -43,11 +44,11 @@ class InvertedPictures(Protocol):
 
 
 class InvertingGenerator(driver.BatchGenerator):
-    """Adds noise to pictures at the timestep of the decoders, and at several for labels from attention."""
+    """Adds noise to pictures at the timesteps of the decoders, and at several for labels from attention."""
 
-    def __init__(self, *arguments: Any, pictures: InvertedPictures, timesteps: Sequence[int], capture: int):
+    def __init__(self, *arguments: Any, pictures: InvertedPictures, timesteps: Sequence[int]):
         super().__init__(*arguments)
-        self.pictures, self.timesteps, self.capture = pictures, timesteps, capture
+        self.pictures, self.timesteps = pictures, timesteps
 
     def sample(self, batch: Batch) -> Any:
         import numpy as np
@@ -71,11 +72,11 @@ class InvertingGenerator(driver.BatchGenerator):
         noise = to_device(
             torch.stack([times.initial_noise(request.seed, *clean.shape[1:]) for request in requests]), clean.device
         )
-        captures = {}
-        if recipe.captures:
-            latents = times.add_noise(engine.model.scheduler, clean, noise, self.capture)
-            denoise = engine.denoise_and_capture_raw if recipe.raw else engine.denoise_and_capture
-            captures = dict.fromkeys(recipe.captured, denoise(latents, self.capture, text)[1])
+        captures = CapturedCalls(engine, recipe.captures)
+        for call, timestep in enumerate(recipe.inverted):
+            latents = times.add_noise(engine.model.scheduler, clean, noise, timestep)
+            denoise = engine.denoise_and_capture_raw if call in recipe.raw else engine.denoise_and_capture
+            captures.add(call, denoise(latents, timestep, text)[1])
             self.on_unet_call()
         for timestep in self.timesteps:
             if sums is None or words is None:
@@ -83,7 +84,7 @@ class InvertingGenerator(driver.BatchGenerator):
             latents = times.add_noise(engine.model.scheduler, clean, noise, timestep)
             _, sums = engine.denoise_and_average(latents, timestep, text, words, sums)
             self.on_unet_call()
-        return labelling.SampledBatch(clean, captures, sums and sums.over(len(self.timesteps)), pixels=pixels)
+        return labelling.SampledBatch(clean, captures.read, sums and sums.over(len(self.timesteps)), pixels=pixels)
 
     def label(self, batch: Batch, sampled: Any) -> list[Sample | Quarantined]:
         names = self.pictures.names
@@ -163,11 +164,9 @@ class TilingGenerator(InvertingGenerator):
 
 
 def inversion_recipe(recipe: Recipe, engine: Engine, timesteps: Sequence[int]) -> Recipe:
-    """The recipe for existing pictures: labels from attention are read at `timesteps`, others at the timestep of their
+    """The recipe for existing pictures: labels from attention are read at `timesteps`, others at the timesteps of their
     decoders.
     """
-    from datasetdm_fast.engine.loop.inversion import capture_timestep
-
     timesteps = list(timesteps) if recipe.attention else []
     training = int(engine.model.scheduler.get("num_train_timesteps", TRAINING_STEPS))
     is_whole = all(isinstance(time, Integral) and 0 <= time < training for time in timesteps)
@@ -178,25 +177,26 @@ def inversion_recipe(recipe: Recipe, engine: Engine, timesteps: Sequence[int]) -
         )
     timesteps = list(map(int, timesteps))
     configs = labellers_of(engine, recipe.tasks) | {task: engine.decoders[task].config for task in recipe.decoded}
-    read = {task: config for task, config in configs.items() if task in recipe.captures}
+    times = {task: tuple(time or 0 for time in timesteps_of(configs[task])) for task in recipe.captures}
+    inverted = tuple(sorted({time for several in times.values() for time in several}, reverse=True))
+    captures = {task: tuple(map(inverted.index, several)) for task, several in times.items()}
     facts = {
         **recipe.facts,
         "sampler": INVERSION,
         "steps": len(timesteps),
-        "calls": len(timesteps) + bool(read),
-        "capture_timestep": capture_timestep(read) if read else 0,
+        "calls": len(timesteps) + len(inverted),
+        "capture_timestep": name_timesteps(captures, inverted, 0),
         "timesteps": timesteps,
     }
-    return replace(recipe, facts=facts, draws=())
+    return replace(recipe, facts=facts, draws=(), captures=captures, inverted=inverted)
 
 
 def inversion_generator(
     recipe: Recipe, pictures: InvertedPictures, together: int = 0
 ) -> Callable[..., InvertingGenerator]:
     """The generator of these pictures' labels; with `together`, so many tiles of a picture at a time."""
-    timesteps, capture = tuple(recipe.facts["timesteps"]), recipe.facts["capture_timestep"]
     kind = partial(TilingGenerator, together=together) if together else InvertingGenerator
-    return partial(kind, pictures=pictures, timesteps=timesteps, capture=capture)
+    return partial(kind, pictures=pictures, timesteps=tuple(recipe.facts["timesteps"]))
 
 
 def picture_prompt(caption: str, recipe: Recipe, words: Sequence[str], engine: Engine, name: str) -> PromptLine:

@@ -45,7 +45,7 @@ class SampledBatch:
     """The latents of a batch after the last U-Net call, and what its labels are read from."""
 
     latents: Tensor
-    captures: dict[int, Capture | ProjectedCapture]  # by the call they were taken at
+    captures: dict[str, Capture | ProjectedCapture]  # label -> what it reads; under an empty name what no label reads
     averages: AttentionSums | None = None
     sketches: dict[str, Tensor] = field(default_factory=dict)  # task -> what its decoder's domain is measured by
     pixels: Tensor | None = None  # of pictures that need not be decoded
@@ -201,7 +201,7 @@ def labeller_labels(
     words = tuple(recipe.query_words(request) for request in batch.padded)
     labels = {}
     for task in recipe.labellers:
-        capture: Any = sampled.captures.get(recipe.captures.get(task, -1))
+        capture: Any = sampled.captures.get(task)
         inputs = LabellerInput(batch.padded, words, recipe.words, images, sampled.latents, capture)
         labels[task] = labels_of(task, engine.device, inputs)
     return labels

@@ -13,6 +13,7 @@ from datasetdm_fast.data import Request
 from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.engine.labels.class_tables import ClassTable, of_words
+from datasetdm_fast.engine.loop.captured_calls import timesteps_of
 from datasetdm_fast.engine.loop.class_prompts import (
     AttentionRecipe,
     attention_recipe,
@@ -37,7 +38,8 @@ class Recipe:
     guidance: float
     size: int  # pixels
     tasks: tuple[str, ...]
-    captures: Mapping[str, int]  # label -> the sampler call whose activations its decoder or labeller reads
+    # label -> the sampler calls whose activations its decoder or labeller reads, in the order of its timesteps
+    captures: Mapping[str, tuple[int, ...]]
     words: tuple[str, ...] = ()  # open-vocabulary classes; a label map holds 1 + the position here
     combinations: tuple[Combination, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)  # of how a sample was made, for its row
@@ -50,12 +52,23 @@ class Recipe:
     draws: tuple[str, ...] = ()  # the things that the model can draw, where its card lists them
     has_negative: bool = True  # whether its calls read negative prompts
     cached: frozenset[int] = frozenset()  # calls that start from the deep features of an earlier one
+    inverted: tuple[int, ...] = ()  # of existing pictures: the timesteps that are captured, whose places are calls
 
     @property
     def captured(self) -> tuple[int, ...]:
         """The calls that are captured, in their order; the last of the schedule where no label is read from any."""
         last = () if self.attention or self.labellers else (len(self.schedule) - 1,)
-        return tuple(sorted(set(self.captures.values()))) or last
+        return tuple(sorted({call for calls in self.captures.values() for call in calls})) or last
+
+    @property
+    def taken_on(self) -> frozenset[int]:
+        """The captured calls whose own output the sampler goes on with: the last, and those of labels of several.
+
+        Others are made plainly, too: the output of a captured call differs from that of a plain one by rounding, and
+        a run of the last one's decoders alone has plain calls before it.
+        """
+        several = [] if self.cached else [calls for calls in self.captures.values() if len(calls) > 1]
+        return frozenset((*self.captured[-1:], *(call for calls in several for call in calls)))
 
     @property
     def averaged(self) -> tuple[int, ...]:
@@ -64,7 +77,7 @@ class Recipe:
             return ()
         if not self.attention.blocks:
             return tuple(range(len(self.schedule)))
-        return (capture_calls(self.schedule, {ATTENTION: self.attention.timestep})[ATTENTION],)
+        return capture_calls(self.schedule, {ATTENTION: (self.attention.timestep,)})[ATTENTION]
 
     @property
     def decoded(self) -> tuple[str, ...]:
@@ -78,8 +91,10 @@ class Recipe:
 
     @property
     def raw(self) -> frozenset[int]:
-        """The captured calls of which labellers read features and maps themselves."""
-        return frozenset(self.captures[task] for task in self.labellers if task in self.captures)
+        """The captured calls of which features and maps themselves are kept, as labellers read them."""
+        read = frozenset(call for task in self.labellers for call in self.captures.get(task, ()))
+        has_sums = any(len(calls) > 1 for calls in self.captures.values())
+        return frozenset(self.captured) if read and has_sums else read  # sums are of one kind
 
     def query_words(self, request: Request) -> tuple[str, ...]:
         """The words looked for in an image."""
@@ -144,8 +159,7 @@ def make_recipe(
     ]
     words = class_words_of(engine, open_labels, classes, table) if open_labels else ()
     readers = {**configs, **{task: labeller for task, labeller in labellers.items() if labeller.reads_capture}}
-    captures = capture_calls(schedule, {task: reader.capture_timestep for task, reader in readers.items()})
-    times = {task: schedule.timesteps[call] for task, call in captures.items()}
+    captures = capture_calls(schedule, {task: timesteps_of(reader) for task, reader in readers.items()})
     if model.guidance == "none" and guidance > 1:
         raise Refused(
             f"--guidance {guidance:g}: {model.backbone.title} is sampled without guidance here, expected at most 1",
@@ -170,10 +184,7 @@ def make_recipe(
         "calls": len(schedule),
         "guidance": guidance or model.defaults.guidance,
         "size": model.size,
-        # by label if these differ
-        "capture_timestep": times
-        if len(set(times.values())) > 1
-        else next(iter(times.values()), schedule.timesteps[-1]),
+        "capture_timestep": name_timesteps(captures, schedule.timesteps, schedule.timesteps[-1]),
     }
     if schedule.noisy_calls and numbers and numbers.parity:
         raise Refused(
@@ -260,15 +271,23 @@ def class_words_of(
     return words
 
 
-def capture_calls(schedule: Schedule, timesteps: Mapping[str, int | None]) -> dict[str, int]:
-    """The call that the decoder of each label reads: the last, or the one nearest the timestep it was trained at."""
+def capture_calls(schedule: Schedule, timesteps: Mapping[str, Sequence[int | None]]) -> dict[str, tuple[int, ...]]:
+    """The calls that the decoder of each label reads: the last, or those nearest the timesteps it was trained at."""
     last = len(schedule) - 1
-    return {
-        label: last
-        if timestep is None
-        else min(range(last + 1), key=lambda k: (abs(schedule.timesteps[k] - timestep), -k))
-        for label, timestep in timesteps.items()
-    }
+
+    def nearest(timestep: int | None) -> int:
+        if timestep is None:
+            return last
+        return min(range(last + 1), key=lambda k: (abs(schedule.timesteps[k] - timestep), -k))
+
+    return {label: tuple(map(nearest, several)) for label, several in timesteps.items()}
+
+
+def name_timesteps(captures: Mapping[str, tuple[int, ...]], timesteps: Sequence[float], otherwise: float) -> Any:
+    """What a sample's row says of the timesteps of its captures: a number or several, by label if these differ."""
+    times = {label: tuple(timesteps[call] for call in calls) for label, calls in captures.items()}
+    named = {label: list(several) if len(several) > 1 else several[0] for label, several in times.items()}
+    return named if len(set(times.values())) > 1 else next(iter(named.values()), otherwise)
 
 
 def prompt_words(engine: Engine, tasks: Sequence[str], classes: Sequence[str]) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from datasetdm_fast.config import ATTENTION
 from datasetdm_fast.data import Annotation, AttentionSums, Capture, ProjectedCapture, Request, Text
 from datasetdm_fast.engine.engines.torch import TorchEngine
+from datasetdm_fast.engine.loop.captured_calls import CapturedCalls
 from datasetdm_fast.engine.loop.driver import BatchGenerator
 from datasetdm_fast.engine.loop.labelling import attention_labels, decoder_labels
 from datasetdm_fast.engine.loop.origin import fresh_noise
@@ -89,14 +90,17 @@ def observe(
     sums = generator.zero_attention_sums(len(requests))
     latents = noise.to(engine.device) * (recipe.schedule.noise_scale if truth is None else 1.0)
     state = sampler(recipe.schedule, recipe.guidance, latents, fresh_noise(recipe.schedule, requests, latents))
-    seen, outputs, sampler_latents, captures = [], [], [], {}
+    seen, outputs, sampler_latents, captures = [], [], [], []
+    read = CapturedCalls(engine, recipe.captures)
     for call, timestep in enumerate(recipe.schedule.timesteps):
         latents = state.latents if truth is None else truth.seen[call].to(engine.device)
         if call in recipe.captured:
-            output, captures[call] = engine.denoise_and_capture(latents, timestep, text)
+            output, capture = engine.denoise_and_capture(latents, timestep, text)
+            captures.append(capture)
+            read.add(call, capture)
         if sums is not None:
             averaged, sums = engine.denoise_and_average(latents, timestep, text, class_text, sums)
-        if call not in recipe.captured[-1:]:
+        if call not in recipe.taken_on:
             output = averaged if sums is not None else engine.denoise(latents, timestep, text)
         seen.append(latents.cpu())
         outputs.append(output.float().cpu())
@@ -108,12 +112,11 @@ def observe(
     def decode(task: str, capture: Capture | ProjectedCapture) -> dict[str, Tensor]:
         return engine.annotate(task, capture, generator.words.embeddings_of(task, requests))
 
-    read = {task: captures[recipe.captures[task]] for task in recipe.decoded}
-    raw = {task: decode(task, capture) for task, capture in read.items()}
+    raw = {task: decode(task, read.read[task]) for task in recipe.decoded}
     decoder_outputs = {task: _to_host(value) for task, value in raw.items()}
     perturbed = {
         task: [_to_host(decode(task, perturb_capture(capture, seed))) for seed in range(perturbations)]
-        for task, capture in read.items()
+        for task, capture in read.read.items()
     }
     latents = state.latents if truth is None else truth.latents.to(engine.device)
     images = engine.decode_image(latents).cpu().numpy()
@@ -130,7 +133,7 @@ def observe(
         tuple(outputs),
         tuple(sampler_latents),
         latents.cpu(),
-        level_tensors(engine, captures.values()),
+        level_tensors(engine, captures),
         decoder_outputs,
         labels,
         images,

@@ -69,7 +69,7 @@ def count_images(job: Job) -> int:
 
 def count_calls(job: Job, exact: Recipe) -> int:
     batches = -(-count_images(job) // job.plan.batch_size)
-    labels = 2 * (bool(exact.captures) + bool(exact.attention) * len(TIMESTEPS))
+    labels = 2 * (len(exact.captured) * bool(exact.captures) + bool(exact.attention) * len(TIMESTEPS))
     return batches * (len(exact.schedule) + len(job.recipe.schedule) + labels)
 
 

@@ -1,8 +1,8 @@
 """Captures cached on the disk in half precision, so that an epoch reads them instead of running the UNet.
 
-One shard holds the captures of all views of one image. Its name is a digest of everything that decides its content. So
-shards serve every training with the same views of an image, and an interrupted filling of the cache resumes. Its last
-32 bytes are the SHA-256 of the rest. Its time of access is when a training last needed it.
+One shard holds the captures of all views of one image at one call. Its name is a digest of everything that decides its
+content. So shards serve every training with the same views of an image, and an interrupted filling of the cache
+resumes. Its last 32 bytes are the SHA-256 of the rest. Its time of access is when a training last needed it.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Self
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from datasetdm_fast.data import Capture
 from datasetdm_fast.disk import storage
-from datasetdm_fast.engine.loop.inversion import POSTERIOR, invert
+from datasetdm_fast.engine.loop.inversion import POSTERIOR, invert_at
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.stages import Level
 from datasetdm_fast.training.captures.views import TrainingViews
@@ -39,7 +39,7 @@ SHARD = re.compile(r"[0-9a-f]{64}\.f16")
 class Inversion:
     """How an image is brought into the network."""
 
-    timestep: int = 0
+    timesteps: tuple[int, ...] = (0,)
     latent: str = "mean"  # or sample, of the autoencoder's posterior
     ddim_steps: int = 0  # 0 = drawn noise
 
@@ -94,6 +94,11 @@ class Layout:
         return tuple(part.float().unflatten(1, shape) for part, shape in zip(parts, self.shapes))
 
 
+def join_calls(calls: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Per level [B, calls * cells, channels] of the levels of each call."""
+    return calls[0] if len(calls) == 1 else tuple(torch.cat(level, 1) for level in zip(*calls, strict=True))
+
+
 class RecomputedCaptures:
     is_stored = False
 
@@ -102,39 +107,45 @@ class RecomputedCaptures:
         self.layout = Layout.of(engine.model.levels)
 
     def batch(self, views: Sequence[int]) -> tuple[Tensor, ...]:
-        """Per level [B, cells, channels]."""
+        """Per level [B, calls * cells, channels]."""
         items = [self.views.item(view) for view in views]
         seeds = [self.views.seed(view) for view in views]
-        return self.layout.join(capture(self.engine, self.views, items, seeds, self.inversion))
+        return join_calls(list(map(self.layout.join, captures(self.engine, self.views, items, seeds, self.inversion))))
 
 
 class StoredCaptures:
     is_stored = True
 
-    def __init__(self, paths: Sequence[Path], layout: Layout, draws: int, device: torch.device):
-        self.paths, self.layout, self.draws, self.device = tuple(paths), layout, draws, device
+    def __init__(self, paths: Sequence[Sequence[Path]], layout: Layout, draws: int, device: torch.device):
+        self.paths, self.layout, self.draws, self.device = tuple(paths), layout, draws, device  # of each image's calls
         self._cached_file = lru_cache(512)(self._open)
 
-    def _open(self, image: int) -> np.ndarray:
-        return np.memmap(self.paths[image], np.float16, "r", shape=(self.draws, self.layout.numbers))
+    def _open(self, path: Path) -> np.ndarray:
+        return np.memmap(path, np.float16, "r", shape=(self.draws, self.layout.numbers))
 
     def batch(self, views: Sequence[int]) -> tuple[Tensor, ...]:
         # Read where a GPU can fetch them from, so that the host goes on.
-        is_queued = self.device.type == "cuda"
-        rows = torch.empty(len(views), self.layout.numbers, dtype=torch.float16, pin_memory=is_queued)
+        is_queued, calls = self.device.type == "cuda", len(self.paths[0])
+        rows = torch.empty(calls, len(views), self.layout.numbers, dtype=torch.float16, pin_memory=is_queued)
         try:
-            np.stack([self._cached_file(view // self.draws)[view % self.draws] for view in views], out=rows.numpy())
+            for call, part in enumerate(rows.numpy()):
+                paths = [self.paths[view // self.draws][call] for view in views]
+                stored = zip(map(self._cached_file, paths), views, strict=True)
+                np.stack([file[view % self.draws] for file, view in stored], out=part)
         except OSError as error:
             raise storage.refusal(error, error.filename or "captures") from error
-        return self.layout.unpack(rows.to(self.device, non_blocking=is_queued))
+        return join_calls(list(map(self.layout.unpack, rows.to(self.device, non_blocking=is_queued))))
 
 
-def capture(engine, views: TrainingViews, items: Sequence, seeds: Sequence[int], inversion: Inversion) -> Capture:
-    return invert(
+def captures(
+    engine, views: TrainingViews, items: Sequence, seeds: Sequence[int], inversion: Inversion
+) -> Iterator[Capture]:
+    """The capture of each call."""
+    return invert_at(
         engine,
         views.pixels(items),
         views.captions(items),
-        inversion.timestep,
+        inversion.timesteps,
         seeds,
         is_raw=True,
         is_sampled=inversion.is_sampled,
@@ -164,12 +175,12 @@ class CachePlan:
 def plan(
     folder: Path,
     levels: Sequence[Level],
-    count: int,
+    count: int,  # of views, times the calls that are captured of each
     mode: str,
     gigabytes: float = 0.0,
     cached: Callable[[], int] = lambda: 0,
 ) -> CachePlan:
-    """Where `count` views go: `mode` is auto, disk or off; `gigabytes` 0 = half of the free space and the
+    """Where `count` captures go: `mode` is auto, disk or off; `gigabytes` 0 = half of the free space and the
     bytes that are cached of them. `cached` counts these bytes, which takes time, and is called only where it decides.
     """
     size = count * Layout.of(levels).numbers * 2
@@ -190,7 +201,7 @@ def plan(
 def cached_bytes(engine, views: TrainingViews, inversion: Inversion, folder: Path) -> int:
     """Bytes that the captures of these views take already."""
     size = views.settings.draws * Layout.of(engine.model.levels).numbers * 2 + DIGEST
-    paths = (path for path, _, _ in _shards(engine, views, inversion, folder))
+    paths = (path for paths, _, _ in _shards(engine, views, inversion, folder) for path in paths)
     return sum(size for path in paths if path.is_file() and path.stat().st_size == size)
 
 
@@ -203,30 +214,41 @@ def cache_captures(
     on_views: Callable[[int], None] = lambda count: None,
 ) -> StoredCaptures:
     """The captures of all views; missing or damaged ones are computed now."""
-    layout, draws, paths = Layout.of(engine.model.levels), views.settings.draws, []
-    for path, items, seeds in _shards(engine, views, inversion, folder):
-        paths.append(path)
-        _mark_used(path)
-        if not _is_whole(path, draws * layout.numbers * 2):
-            content = _compute(engine, views, items, seeds, inversion, layout, batch_size).tobytes()
-            storage.publish({path: [content, hashlib.sha256(content).digest()]})
+    layout, draws, shards = Layout.of(engine.model.levels), views.settings.draws, []
+    for paths, items, seeds in _shards(engine, views, inversion, folder):
+        shards.append(paths)
+        missing = {}
+        for path, timestep in zip(paths, inversion.timesteps, strict=True):
+            _mark_used(path)
+            if not _is_whole(path, draws * layout.numbers * 2):
+                missing[path] = timestep
+        if missing:
+            needed = replace(inversion, timesteps=tuple(missing.values()))
+            for path, rows in zip(
+                missing, _compute(engine, views, items, seeds, needed, layout, batch_size), strict=True
+            ):
+                content = rows.tobytes()
+                storage.publish({path: [content, hashlib.sha256(content).digest()]})
         on_views(draws)
     _sweep(folder)
-    return StoredCaptures(paths, layout, draws, engine.device)
+    return StoredCaptures(shards, layout, draws, engine.device)
 
 
-def _shards(engine, views: TrainingViews, inversion: Inversion, folder: Path) -> Iterator[tuple[Path, list, list[int]]]:
-    """The file of every image's captures, its views, and the seeds of their noise."""
+def _shards(
+    engine, views: TrainingViews, inversion: Inversion, folder: Path
+) -> Iterator[tuple[list[Path], list, list[int]]]:
+    """The file of each call of every image, its views, and the seeds of their noise."""
     draws = views.settings.draws
     numerics = {name: engine.fingerprint().get(name) for name in ("engine", "dtype")}
     layout = asdict(Layout.of(engine.model.levels))
-    common = {"model": engine.model.digests, **numerics, **asdict(inversion), "layout": layout}
-    common |= {"draw": POSTERIOR} if inversion.is_sampled else {}
-    identity = json.dumps(common, sort_keys=True, default=str)
+    common = {"model": engine.model.digests, **numerics, "latent": inversion.latent, "layout": layout}
+    common |= {"ddim_steps": inversion.ddim_steps} | ({"draw": POSTERIOR} if inversion.is_sampled else {})
+    calls = [common | {"timestep": timestep} for timestep in inversion.timesteps]
+    identities = [json.dumps(call, sort_keys=True, default=str) for call in calls]
     for image in range(len(views.numbers)):
         items = views.items(image)
         seeds = [views.seed(image * draws + draw) for draw in range(draws)]
-        yield folder / f"{_key(identity, views, items, seeds)}.f16", items, seeds
+        yield [folder / f"{key}.f16" for key in _keys(identities, views, items, seeds)], items, seeds
 
 
 def _compute(
@@ -238,12 +260,14 @@ def _compute(
     layout: Layout,
     batch_size: int,
 ) -> np.ndarray:
+    """[calls, views, numbers] fp16 of one image's views."""
     rows: list[np.ndarray] = []
-    while (start := sum(map(len, rows))) < len(items):
+    while (start := sum(part.shape[1] for part in rows)) < len(items):
         part = slice(start, start + batch_size)
         try:
-            levels = layout.join(capture(engine, views, items[part], seeds[part], inversion))
-            rows.append(torch.cat([level.half().flatten(1) for level in levels], 1).cpu().numpy())
+            calls = map(layout.join, captures(engine, views, items[part], seeds[part], inversion))
+            halves = [torch.cat([level.half().flatten(1) for level in levels], 1).cpu() for levels in calls]
+            rows.append(torch.stack(halves).numpy())
         except torch.OutOfMemoryError as error:
             if len(items[part]) == 1:
                 raise Missing(
@@ -251,20 +275,19 @@ def _compute(
                     "Choose a smaller --size, or free its memory.",
                 ) from error
             batch_size = -(-len(items[part]) // 2)
-    captures = np.concatenate(rows)
-    if not np.isfinite(captures).all():
+    captured = np.concatenate(rows, 1)
+    if not np.isfinite(captured).all():
         raise Refused(
-            f"image {items[0].id}: {int((~np.isfinite(captures)).sum())} captured values exceed half precision",
+            f"image {items[0].id}: {int((~np.isfinite(captured)).sum())} captured values exceed half precision",
             "Use --cache off, which keeps them in fp32.",
         )
-    return captures
+    return captured
 
 
-def _key(identity: str, views: TrainingViews, items: Sequence, seeds: Sequence[int]) -> str:
-    digest = hashlib.sha256(identity.encode())
-    digest.update(json.dumps([views.captions(items), list(seeds), items[0].image.shape]).encode())
-    digest.update(views.pixels(items).numpy().tobytes())
-    return digest.hexdigest()
+def _keys(identities: Sequence[str], views: TrainingViews, items: Sequence, seeds: Sequence[int]) -> list[str]:
+    texts = json.dumps([views.captions(items), list(seeds), items[0].image.shape]).encode()
+    pixels = views.pixels(items).numpy().tobytes()
+    return [hashlib.sha256(identity.encode() + texts + pixels).hexdigest() for identity in identities]
 
 
 def _is_whole(path: Path, size: int) -> bool:

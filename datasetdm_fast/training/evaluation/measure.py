@@ -11,7 +11,8 @@ import torch
 from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.labels.class_tables import spoken
 from datasetdm_fast.engine.labels.names import by_task, tasks_of
-from datasetdm_fast.engine.loop.inversion import capture_timestep, invert
+from datasetdm_fast.engine.loop.captured_calls import timesteps_of
+from datasetdm_fast.engine.loop.inversion import invert_for
 from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.engine.tasks.captions import held_to
 from datasetdm_fast.engine.tasks.outlines import read_labels
@@ -119,12 +120,10 @@ def measure(
     settings: ScoreSettings,
     on_images: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Meter]:
-    """{label: meter} of the engine's decoders after every image of the data set, read through the capture path; the
-    decoders were trained at one timestep.
-    """
+    """{label: meter} of the engine's decoders after every image of the data set, read through the capture path."""
     configs = {label: engine.decoders[label].config for label in labels}
     meters = {label: METRICS[config.task].judging(source, config, settings.unseen) for label, config in configs.items()}
-    timestep, start, images = capture_timestep(configs), 0, iter(source)
+    start, images = 0, iter(source)
     words = {
         label: engine.encode_classes(spoken(source.thing_classes, config.table))
         for label, config in configs.items()
@@ -134,12 +133,12 @@ def measure(
         captions = ["" if settings.captions == "none" else item.caption for item in items]
         pixels = torch.from_numpy(np.stack([item.image for item in items]))
         seeds = range(settings.seed + start, settings.seed + start + len(items))
-        capture = invert(engine, pixels, captions, timestep, seeds)
+        captures = invert_for(engine, labels, pixels, captions, seeds)
         for label, meter in meters.items():
             config = METRICS[configs[label].task].reading(configs[label])
             queries = source.thing_classes if config.has_text else ()
             text = words[label][None].expand(len(items), -1, -1) if label in words else None
-            raw = engine.annotate(label, capture, text)
+            raw = engine.annotate(label, captures[label], text)
             if settings.captions == "true":
                 raw = held_to(raw, config, captions, queries, tokenizer=engine.model.tokenizer)
             options = {"words": queries} if queries else {}
@@ -155,10 +154,10 @@ def measure(
 
 def passes(address: str, configs: Mapping[str, DecoderConfig]) -> list[tuple[str, ...]]:
     """The labels that share their images and their captures: a pose decoder sees one person of COCO at a time, the
-    others whole images, and each is read at the timestep it was trained at.
+    others whole images, and each is read at the timesteps it was trained at.
     """
-    groups: dict[tuple[bool, int], tuple[str, ...]] = {}
+    groups: dict[tuple[bool, tuple[int, ...]], tuple[str, ...]] = {}
     for label, config in configs.items():
-        place = TASKS[config.task].sees_one_person(address), config.capture_timestep or 0
+        place = TASKS[config.task].sees_one_person(address), tuple(time or 0 for time in timesteps_of(config))
         groups[place] = (*groups.get(place, ()), label)
     return [groups[place] for place in sorted(groups)]
