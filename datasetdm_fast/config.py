@@ -230,7 +230,7 @@ class FlowRule:
     """How the pipeline of a family of flows asks its scheduler for noise levels."""
 
     spacing: Literal["scheduler", "uniform", "uniform-fp32"] = "scheduler"  # its own, or from 1 to 1 / steps
-    mu: Literal["linear", "empirical"] = "linear"  # the logarithm of a dynamic shift: by the tokens, or FLUX.2's rule
+    mu: Literal["linear", "empirical"] = "linear"  # the logarithm of a dynamic shift: by the tokens, or by steps, too
     max_shift: float = 1.15  # where the scheduler config does not say
 
 

@@ -1,5 +1,8 @@
 """Every storey imports only storeys below it."""
 
+import re
+from pathlib import Path
+
 import pytest
 from layers import HERE, PACKAGE, House, survey
 
@@ -15,6 +18,22 @@ def test_every_room_imports_only_rooms_below_it(house, capsys):
     with capsys.disabled():
         print("\n" + ", ".join(f"{count} {name}" for name, count in house.figures.items()))
     assert house.faults == []
+
+
+FAMILIES = re.compile(r"sdxl|stable.?diffusion|flux|klein|z.?image|qwen|\bsd3\b", re.IGNORECASE)
+APART = [Path(PACKAGE) / place for place in ("engine/backbones", "compat", "runs/run_folder/indexes/licences.py")]
+
+
+def test_families_of_models_are_named_in_their_records_alone():
+    """Beside these, licences are called so, and programs of others have such flags."""
+    named = [
+        f"{path}:{number}"
+        for path in sorted((HERE / PACKAGE).rglob("*.py"))
+        if not any(path.is_relative_to(HERE / place) for place in APART)
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if FAMILIES.search(line)
+    ]
+    assert named == []
 
 
 TREE = {"runs/a.py": "", "engine/b.py": "", "disk/c.py": "", "disk/d.py": ""}

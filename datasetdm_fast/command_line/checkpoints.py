@@ -46,7 +46,9 @@ class CheckpointConfig(OutputSettings):
         choices=UPSTREAM_KINDS,
     )
     model: str = setting(
-        "", "with --to decoder: model whose U-Net it was trained on; default: Stable Diffusion 1.x", metavar="MODEL"
+        "",
+        "with --to decoder: model whose U-Net it was trained on; default: DatasetDM's",
+        metavar="MODEL",
     )
     ema: bool = setting(False, "with --to diffusers: take the averaged weights of the U-Net")
     allow_download: bool = setting(False, "with --to diffusers: fetch the tokenizer's vocabulary where it is not here")

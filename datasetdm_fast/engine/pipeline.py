@@ -169,7 +169,7 @@ class Pipeline:
     @classmethod
     @in_own_precision()
     def from_diffusers(cls, pipe: Any, *, decoder: str | None = None, size: int = 0, **options: Any) -> Pipeline:
-        """The model of a StableDiffusionPipeline in memory, with its fused adapters; `decoder` and
+        """The model of a text-to-image pipeline of diffusers in memory, with its fused adapters; `decoder` and
         options as in from_pretrained. The weights are copied.
         """
         from datasetdm_fast.engine.loading.in_memory import model_of
@@ -292,7 +292,7 @@ class Pipeline:
         truncate: bool = False,
         **choices: Any,
     ) -> DiffusionOutput:
-        """Images and labels, with arguments of diffusers' StableDiffusionPipeline; with the same generators, the images
+        """Images and labels, with arguments of diffusers' text-to-image pipelines; with the same generators, the images
         are the ones that it makes.
 
         One generator (or None, for PyTorch's own) draws the noise of all images; of several, each draws the noise of

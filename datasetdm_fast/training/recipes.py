@@ -8,7 +8,7 @@ from datasetdm_fast.engine.pictures.labelled import LabelledSource
 from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.stages import Level
 
-WIDE_UNET = 320  # channels of the first block of Stable Diffusion; such a UNet gets decoders of upstream's widths
+WIDE_UNET = 320  # channels of the first block of a U-Net of full size, which gets decoders of upstream's widths
 POINTS = 12544 / 512**2  # sampled on a mask, as a share of the image's pixels
 WHOLE_EPOCHS = 5000
 # For decoders of upstream's widths: its number of points, a rate their attention stands, and no more steps than pay.

@@ -95,6 +95,7 @@ TEXT_SETTINGS = set(
     "bos_token_id eos_token_id architectures model_type".split()
 )
 TOGETHER = "Take every part from the same model."
+USUAL_SCHEDULE = "the schedule of Stable Diffusion 1.x"  # in place of a digest where a folder holds none
 SUPPORTED = "supported are text-to-image models of Stable Diffusion 1.x and 2.x"
 NAMES = {"unet": "UNet", "vae": "vae"}
 OTHER_KINDS = {9: ", so it is an inpainting model", 8: ", so it is an image-editing model"}  # by channels of a UNet
@@ -181,7 +182,7 @@ def _usual_schedule(source: str, unet: Mapping[str, Any]) -> dict[str, Any]:
             f"model: {source} has no scheduler, and models like Stable Diffusion 2.x were trained with several",
             "Add the folder scheduler of the same model.",
         )
-    print(f"model: {source} has no scheduler, so the schedule of Stable Diffusion 1.x is taken", file=sys.stderr)
+    print(f"model: {source} has no scheduler, so {USUAL_SCHEDULE} is taken", file=sys.stderr)
     return dict(SD_SCHEDULER)
 
 

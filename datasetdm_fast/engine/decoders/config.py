@@ -296,7 +296,7 @@ def _check_bounds(values: Mapping[str, Any]) -> None:
 
 
 def upstream(kind: str, **changes: Any) -> DecoderConfig:
-    """DatasetDM's own decoder configuration of this kind on Stable Diffusion 1.x, with `changes`."""
+    """DatasetDM's own decoder configuration of this kind on the U-Net that it was published with, and `changes`."""
     presets: dict[str, dict[str, Any]] = {
         "segmentation": {"task": "semantic", "classes": tuple(str(k) for k in range(19)), "min_area": 5000},
         "open-vocabulary": {"task": "open-vocabulary", "queries": 20},

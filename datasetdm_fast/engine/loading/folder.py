@@ -17,6 +17,7 @@ from torch import nn
 from datasetdm_fast.config import Defaults
 from datasetdm_fast.engine.backbones import every_backbone, list_supported, open_backbone
 from datasetdm_fast.engine.backbones.record import ANOTHER, DAMAGED, Backbone, Part, Read
+from datasetdm_fast.engine.backbones.sd import USUAL_SCHEDULE
 from datasetdm_fast.engine.loading.checks import (
     ADAPTER,
     check_bounds,
@@ -38,7 +39,6 @@ from datasetdm_fast.untrusted import documents, pickles
 INDEX = "model_index.json"
 SCHEDULER = "scheduler"
 MATCHING = "Take config.json and weights from the same model."
-USUAL = "the schedule of Stable Diffusion 1.x"  # in place of a digest where a folder holds none
 # settings by which a library would fetch code, or import another library and run that
 RUNS_CODE = ("auto_map", "custom_pipelines", "quantization_config")
 
@@ -238,7 +238,7 @@ def folder_digests(
         for part in (*backbone.parts, SCHEDULER)
         if (folder / part).exists()
     }
-    return {part: digest(files[part]) if part in files else USUAL for part in (*files, SCHEDULER)}
+    return {part: digest(files[part]) if part in files else USUAL_SCHEDULE for part in (*files, SCHEDULER)}
 
 
 def _weight_files(part: Path) -> _Weights:

@@ -104,7 +104,7 @@ def load_demo(size: int) -> Model:
 
 
 def load_demo_dit(size: int) -> Model:
-    """Stable Diffusion 3 in form, without T5."""
+    """A small MM-DiT with two CLIP text encoders."""
     return load_folder(check_shipped(DEMO_DIT), size=size, name="demo-dit", defaults=DEMO_DIT_DEFAULTS, is_own=True)
 
 

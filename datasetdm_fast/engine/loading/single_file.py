@@ -1,4 +1,4 @@
-"""Models in one .safetensors or .ckpt file, in the original Stable Diffusion layout."""
+"""Models in one .safetensors or .ckpt file, in the layout of latent diffusion's own code."""
 
 import re
 from collections.abc import Mapping
@@ -149,9 +149,7 @@ def _check_layout(state: Mapping[str, Tensor], path: Path) -> None:
 
 def _shape(state: Mapping[str, Tensor], key: str, path: Path) -> torch.Size:
     if key not in state:
-        raise Refused(
-            f"model: {path} lacks the tensor {key}, which every Stable Diffusion 1.x and 2.x checkpoint has", DAMAGED
-        )
+        raise Refused(f"model: {path} lacks the tensor {key}, which every checkpoint of {SD.title} has", DAMAGED)
     return state[key].shape
 
 
@@ -231,7 +229,7 @@ def _text_config(state: Mapping[str, Tensor], path: Path) -> tuple[CLIPTextConfi
 
 def fill_module(module: nn.Module, state: Mapping[str, Tensor], name: str) -> nn.Module:
     """The module with converted weights, refused where a tensor is missing, unknown or of another shape."""
-    tensors.check_fit(module.state_dict(), state, f"model: {name}", "Stable Diffusion 1.x and 2.x", DAMAGED)
+    tensors.check_fit(module.state_dict(), state, f"model: {name}", SD.title, DAMAGED)
     module.load_state_dict(dict(state))
     return module
 

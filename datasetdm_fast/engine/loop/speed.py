@@ -32,7 +32,7 @@ def check_cached(engine: Engine, reads_every_call: bool) -> None:
     if not hasattr(getattr(engine, "unet", None), "deep"):
         raise Refused(
             f"--speed {CACHED}: the engine {engine.name} keeps no deep features of {engine.model.backbone.title}",
-            "Use --engine fast with Stable Diffusion 1.x, 2.x or XL, or drop --speed.",
+            "Use --engine fast with a model that has a U-Net, or drop --speed.",
         )
     if reads_every_call:
         raise Refused(f"--speed {CACHED}: labels from attention are read from every call", f"Use --speed {FAST}.")

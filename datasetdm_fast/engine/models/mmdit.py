@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datasetdm_fast.data import Text
+from datasetdm_fast.engine.backbones.mmdit_plans import PADDED_TOKENS, BlockPlan, JointPlan, StreamPlan
 from datasetdm_fast.engine.models.layers import Linear, Weights, frozen, join_heads
-from datasetdm_fast.engine.models.mmdit_plans import Z_IMAGE_PADDING, BlockPlan, JointPlan, StreamPlan
 from datasetdm_fast.engine.models.unet import make_waves
 
 LAST_EPS = 1e-6  # of the layer norm before the last product
@@ -311,15 +311,15 @@ class MMDiT(nn.Module):
         words, mask = self.text(words), text.mask
         if self.image_padding is None:
             return image, words, mask, None
-        image = torch.cat([image, self.image_padding.expand(len(image), -image.shape[1] % Z_IMAGE_PADDING, -1)], 1)
-        more = -words.shape[1] % Z_IMAGE_PADDING
+        image = torch.cat([image, self.image_padding.expand(len(image), -image.shape[1] % PADDED_TOKENS, -1)], 1)
+        more = -words.shape[1] % PADDED_TOKENS
         is_word = words.new_ones(words.shape[:2], dtype=torch.bool) if mask is None else mask
         is_word, words = F.pad(is_word, (0, more)), F.pad(words, (0, 0, 0, more))
         words = torch.where(is_word[..., None], words, self.text_padding)
         if mask is None:
             return image, words, None, None
         lengths = mask.sum(1)
-        lengths = lengths + -lengths % Z_IMAGE_PADDING
+        lengths = lengths + -lengths % PADDED_TOKENS
         return image, words, torch.arange(words.shape[1], device=mask.device) < lengths[:, None], lengths
 
     def _vectors(self, embedded: Tensor) -> Callable[[Any], list[Vectors]]:

@@ -1,4 +1,4 @@
-"""The UNet of Stable Diffusion 1.x, 2.x and XL without work done twice.
+"""A U-Net of cross attention without work done twice.
 
 `TimeTable` runs once per timestep, `TextTable` once per prompt, `UNet` at every call: on B latents, doubled for the
 halves of a CFG batch where they begin to differ. How many levels and blocks there are is read off the weights. A hook

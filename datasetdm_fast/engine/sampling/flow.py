@@ -101,7 +101,7 @@ def _shift_sigmas(
 
 def _mu(scheduler: Mapping[str, Any], steps: int, rule: FlowRule, tokens: int) -> float:
     """The logarithm of the shift of an image of so many tokens."""
-    if rule.mu == "empirical":  # as FLUX.2's pipeline has it: a line in tokens at 10 and 200 steps, and one between
+    if rule.mu == "empirical":  # a line in tokens at 10 and 200 steps, and one between
         many = 0.00016927 * tokens + 0.45666666
         if tokens > 4300:
             return many

@@ -8,7 +8,7 @@ from datasetdm_fast.errors import Refused
 
 FLOW_PREDICTION = "flow_prediction"
 # Settings that change images, for each class: what the samplers here follow, then what diffusers takes where a config
-# does not say. Its pipeline of Stable Diffusion turns clip_sample off where it is not given.
+# does not say. Its pipelines turn clip_sample off where it is not given.
 FOLLOWED: Mapping[str, Mapping[str, tuple[Any, Any]]] = {
     "PNDMScheduler": {"skip_prk_steps": (True, False)},
     "DDIMScheduler": {"clip_sample": (False, False), "thresholding": (False, False)},

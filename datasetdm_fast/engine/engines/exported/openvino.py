@@ -133,8 +133,8 @@ def split_graph(graph: openvino.Model, name: str) -> openvino.Model:
     """Takes what depends on the input `name` alone out of the graph, and returns it as a second graph, whose outputs
     are now inputs of the first by the same names.
 
-    In bf16 the phases of a timestep's sines, up to 1,000, would be rounded to whole numbers and more: at the size of
-    Stable Diffusion the noise of timestep 999 then lies 16 % from that of fp32, and 1.7 % with all that follows from
+    In bf16 the phases of a timestep's sines, up to 1,000, would be rounded to whole numbers and more: at full
+    size the noise of timestep 999 then lies 16 % from that of fp32, and 1.7 % with all that follows from
     the timestep in fp32.
     """
     (parameter,) = (value.get_node() for value in graph.inputs if value.any_name == name)

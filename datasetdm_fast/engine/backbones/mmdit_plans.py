@@ -78,7 +78,7 @@ class JointPlan:
     is_bounded: bool = False  # gates are hyperbolic tangents, and vectors are read from the embedding itself
 
 
-Z_IMAGE_PADDING = 32  # to a multiple of it Z-Image pads the tokens of an image, and those of a text
+PADDED_TOKENS = 32  # to a multiple of it Z-Image pads the tokens of an image, and those of a text
 
 
 def _pair(prefix: str) -> tuple[str, str]:
@@ -237,7 +237,7 @@ def _put_image_last(side: int, tokens: int, lengths: Tensor | None, device: torc
     image[..., 0] = ends[:, None] + 1
     text = torch.zeros(len(ends), tokens, 3, device=device)
     text[..., 0] = torch.arange(1, tokens + 1, device=device)
-    return torch.cat([F.pad(image, (0, 0, 0, -(side**2) % Z_IMAGE_PADDING)), text], 1)
+    return torch.cat([F.pad(image, (0, 0, 0, -(side**2) % PADDED_TOKENS)), text], 1)
 
 
 def z_image(config: Any, state: State) -> JointPlan:
