@@ -62,6 +62,8 @@ def main(arguments: Sequence[str]) -> int:
     print_result(config, {"path": config.out, **result.facts()}, config.out)
     images = f"{count_noun(result.made, 'picture')} in {format_duration(result.seconds)}"
     print_lines(config, f"{images}; look at {result.path}/gallery/index.html")
+    if result.trust_message:
+        print_lines(config, result.trust_message)
     result.check()
     if not result.is_complete:
         print_unfinished(result.done, result.number, f"resume with: {PROG} {shlex.join(arguments)}", "pictures")

@@ -89,7 +89,7 @@ def main(arguments: Sequence[str]) -> int:
         images = count_noun(len(requests), "image")
         plan = f"{images} of {config.engine} and {config.against}, {count_noun(calls, 'UNet call')}"
         return print_plan(config, facts, plan, *([f"the verdict would be written to run.json of {run}"] if run else []))
-    with show_calls(config.quiet, "", calls) as on_unet_call:
+    with show_calls(config.quiet, "verify", calls) as on_unet_call:
         verdict = verify(engine, reference, requests, recipe, config.batch_size, on_unet_call, is_whole=True)
     print(verdict.table(), file=sys.stderr if config.json else sys.stdout)
     if config.json:

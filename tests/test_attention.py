@@ -362,6 +362,13 @@ def test_pictures_that_exist_are_labelled_as_a_run_folder(photos, tmp_path, caps
     assert label.main([*line, "--seed", "5"]) == 2
 
 
+def test_pictures_that_the_decoders_do_not_know_are_told_as_doubtful(tmp_path, capsys):
+    (folder := tmp_path / "photos").mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (128, 128, 3), np.uint8)).save(folder / "a.png")
+    assert label.main([str(folder), "--task", "semantic", "--out", str(tmp_path / "run")]) == 0
+    assert "1 of 1 samples is doubtful (1 out of the domain of the decoders)" in capsys.readouterr().err
+
+
 def test_captions_of_other_pictures_are_refused(photos, tmp_path, capsys):
     (captions := tmp_path / "captions.json").write_text('{"photos/a.png": "a ball"}')
     line = [str(photos), "--captions", str(captions), "--out", str(tmp_path / "labelled")]

@@ -17,7 +17,9 @@ from datasetdm_fast import cli
 from datasetdm_fast.cli import COMMANDS
 from datasetdm_fast.command_line import flags, progress
 from datasetdm_fast.command_line.ending import run_command
+from datasetdm_fast.command_line.output import print_lines
 from datasetdm_fast.command_line.progress import shows_bar
+from datasetdm_fast.command_line.run_report import show_calls
 from datasetdm_fast.drop import DropConfig
 from datasetdm_fast.errors import REFUSALS, GateFailed, Missing, Refused
 from datasetdm_fast.export_cli import ExportConfig
@@ -304,6 +306,15 @@ def test_progress_is_never_more_than_all_of_it(monkeypatch, capsys):
         "0/4 images, 100%",
         "3/4 images, 75%",
     ]
+
+
+def test_comparisons_before_a_run_show_progress_without_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "SECONDS_PER_LINE", 0.0)
+    with show_calls(False, "fast25", 2) as on_call:
+        on_call()
+    assert capsys.readouterr().err.startswith("fast25, 1/2 calls, about")
+    print_lines(VerifyConfig())
+    assert capsys.readouterr().err == ""
 
 
 def test_a_training_counts_its_time_from_the_end_of_the_first_step(monkeypatch, capsys):

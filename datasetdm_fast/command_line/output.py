@@ -23,7 +23,7 @@ class OutputFlags(Protocol):
 
 def print_lines(settings: OutputFlags, *lines: str) -> None:
     """Prints lines on stderr, unless the command is quiet."""
-    if not settings.quiet:
+    if lines and not settings.quiet:
         print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 

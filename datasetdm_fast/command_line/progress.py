@@ -86,6 +86,22 @@ class ImageProgress(Progress):
             self.on_unet_call(count)
 
 
+class CallProgress(Progress):
+    """Progress of a comparison before a run, in U-Net calls."""
+
+    def __init__(self, calls: int, title: str, is_quiet: bool):
+        self._title, self._done = title, 0
+        super().__init__(calls, "call", title, is_quiet)
+
+    def on_call(self) -> None:
+        self._done += 1
+        if self._bar:
+            self._bar.update()
+        elif self.is_line_due():
+            left = format_duration(self.seconds_left(self._done))
+            self.print(f"{self._title}, {self._done}/{count_noun(self.total, 'call')}, about {left} left")
+
+
 class StepProgress(Progress):
     """Progress of a training, with its last figure on held-out images, of which `metric` is the name; `later` steps are
     taken in the trainings that follow it.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.command_line.output import NOTHING_WRITTEN, print_lines, print_result
+from datasetdm_fast.command_line.progress import CallProgress
 from datasetdm_fast.messages import count_noun, format_duration
 from datasetdm_fast.runs.jobs.summary import describe_job
 
@@ -63,8 +63,6 @@ def print_run(config: RunConfig, result: Result, by: str = "") -> None:
 
 @contextmanager
 def show_calls(is_quiet: bool, title: str, calls: int) -> Iterator[Callable[[], Any]]:
-    """A bar of so many U-Net calls, which is to be called after each."""
-    from tqdm import tqdm
-
-    with tqdm(total=calls, desc=title, unit="call", disable=is_quiet or None, file=sys.stderr) as bar:
-        yield bar.update
+    """The progress of so many U-Net calls, which is to be called after each."""
+    with CallProgress(calls, title, is_quiet) as progress:
+        yield progress.on_call
