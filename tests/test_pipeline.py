@@ -440,11 +440,14 @@ def test_samples_whose_labels_are_under_way_come_before_a_refusal():
         def ready(self):
             return iter(())
 
+    class Padded(str):
+        padded = ()
+
     def batches():
-        yield from "ab"
+        yield from map(Padded, "ab")
         raise Refused("prompt 2: too long", "Shorten it.")
 
-    generator = SimpleNamespace(sample=str, label=lambda batch, drawn: [drawn])
+    generator = SimpleNamespace(engine=None, sample=str, label=lambda batch, drawn: [drawn])
     found = sample_and_label(generator, batches(), Waiting(torch.device("cpu")))
     assert list(islice(found, 2)) == [("a", ["a"]), ("b", ["b"])]
     with pytest.raises(Refused, match="prompt 2: too long"):
@@ -482,8 +485,10 @@ def test_stream_refuses_before_it_is_read():
     ):
         with pytest.raises(Refused, match=message):
             stub.stream(["a ball"], **choices)
-    with pytest.raises(TypeError, match="'stepz' is no choice here$"):
+    with pytest.raises(TypeError, match=r"'stepz' is no choice here \(did you mean steps\?\)"):
         stub.stream(["a ball"], stepz=3)
+    with pytest.raises(TypeError, match=r"'torch_dtype' is no option here \(did you mean dtype\?\), expected engine"):
+        Pipeline.from_pretrained("demo", torch_dtype="fp16")
     with pytest.raises(TypeError, match="'exponent' is no choice here; it needs the task attention"):
         stub.stream(["a ball"], exponent=3)
     for prompt, message in (("x " * 90, "prompt 0: 92 tokens"), ("a\0", "NUL"), (" ", "holds no prompt")):

@@ -30,7 +30,8 @@ from datasetdm_fast.engine.loop.inverting import inversion_generator, inversion_
 from datasetdm_fast.engine.loop.prompts import check_classes, check_line
 from datasetdm_fast.engine.loop.recipe import Recipe, capture_calls, make_recipe, prompt_words
 from datasetdm_fast.engine.pictures.in_memory import pictures_in_memory
-from datasetdm_fast.errors import GateFailed, Refused
+from datasetdm_fast.errors import GateFailed, Refused, nearest
+from datasetdm_fast.settings import EngineSettings
 from datasetdm_fast.stages import LEVELS
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ DIFFUSERS_NAMES = {  # argument of diffusers' pipelines -> what it is called by 
     "height": "size= of from_pretrained",
     "width": "size= of from_pretrained",
 }
+ENGINE_OPTIONS = (*EngineSettings.__dataclass_fields__, "outlines", "guidance", "tasks")
 
 
 @dataclass(frozen=True, repr=False)
@@ -177,6 +179,11 @@ class Pipeline:
         _check_options(size, options)
         engine, _ = opening.open_engine("", decoder, loaded=model_of(pipe, size), **options)
         return cls(engine)
+
+    def __repr__(self) -> str:
+        model = self.engine.model
+        labels = ", ".join(self.tasks) or "none"
+        return f"<Pipeline of {model.name}: {model.size} x {model.size}, engine {self.engine.name}, labels {labels}>"
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -572,6 +579,9 @@ class _CheckedFirst(list[str]):
 
 def _check_options(size: int, options: dict[str, Any]) -> None:
     """Refuses a size and options of engines that are none, before anything is read."""
+    if unknown := [name for name in options if name not in ENGINE_OPTIONS]:
+        alike = nearest(unknown[0].removeprefix("torch_"), ENGINE_OPTIONS)
+        raise TypeError(f"{unknown[0]!r} is no option here{alike}, expected {', '.join(ENGINE_OPTIONS)}")
     checks.check_size(size)
     checks.check_choices(**{name: options[name] for name in ("outlines", "provider", "trt_flavour") if name in options})
     checks.check_numbers(**{name: options[name] for name in ("threads", "streams") if name in options})

@@ -24,7 +24,7 @@ from datasetdm_fast.engine.loop.combining import Combination, check_mask_words, 
 from datasetdm_fast.engine.loop.origin import FROM_NOISE, ONE_GENERATOR, Origin
 from datasetdm_fast.engine.loop.prompts import Tokenizer, check_class_lengths
 from datasetdm_fast.engine.loop.speed import cached_calls, check_cached, fast_sampling
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.errors import Refused, nearest
 
 if TYPE_CHECKING:
     from datasetdm_fast.engine.sampling.schedule import Schedule
@@ -176,7 +176,8 @@ def make_recipe(
         numbers = attention_recipe(model.defaults.attention, side, **attention)
     elif attention:
         name, known = next(iter(attention)), signature(attention_recipe).parameters
-        raise TypeError(f"{name!r} is no choice here" + f"; it needs the task {ATTENTION}" * (name in known))
+        hint = f"; it needs the task {ATTENTION}" if name in known else nearest(name, signature(make_recipe).parameters)
+        raise TypeError(f"{name!r} is no choice here{hint}")
     facts: dict[str, Any] = {
         "sampler": sampler,
         "profile": profile,

@@ -168,7 +168,7 @@ def check_room(job: Job) -> None:
     free = storage.free_bytes(job.folder.absolute())
     if job.bytes_needed > free:
         raise Missing(
-            f"{job.folder}: the run needs about {_format_bytes(job.bytes_needed)} of disk, {_format_bytes(free)} are "
+            f"{job.folder}: the run needs up to {_format_bytes(job.bytes_needed)} of disk, {_format_bytes(free)} are "
             "free",
             "Free some space, choose another --out, or make fewer images.",
         )
