@@ -31,7 +31,7 @@ class Fault(NamedTuple):
 FAST, GPU, DRIVER, LABELS = (
     f"datasetdm_fast.{name}"
     for name in (
-        "engine.engines.fast.base",
+        "engine.engines.fast.engine",
         "engine.engines.fast.on_gpu",
         "engine.loop.driver",
         "engine.loop.label_stream",

@@ -58,7 +58,7 @@ SAMPLES |= {"training": 4, "losses": 6, "bins": 2, "recomputed": 2, "students": 
 
 # What is planted -> the rule that finds it, and the file whose line is named.
 EXPECTED = {
-    "images decoded by other threads": ("freed too early", "engines/fast/base.py"),
+    "images decoded by other threads": ("freed too early", "engines/fast/engine.py"),
     "sums given back too early": ("freed too early", "engine/loop/driver.py"),
     "the label stream does not wait": ("race", "engines/fast/on_gpu.py"),  # what it should have waited for
     "a number is read in the loop": ("host wait", "engine/loop/driver.py"),
@@ -73,11 +73,11 @@ EXPECTED = {
     "a graph recorded at every call": ("host wait", "engines/cuda_graph.py"),
     "a recording that other threads can spoil": ("capture", "engines/cuda_graph.py"),
     "an array over memory that is used again": ("race", "tasks/to_host.py"),
-    "labels on the sampler's stream": ("wait for another thread", "engines/fast/base.py"),
+    "labels on the sampler's stream": ("wait for another thread", "engines/fast/engine.py"),
     "numbers of a schedule copied at every batch": ("host wait", "sampling/walk.py"),
     "a tensor printed in the loop": ("host wait", "engine/loop/driver.py"),
     "fp64 in the network": ("dtype", "models/fused.py"),
-    "fp32 that is TF32": ("precision", "engines/fast/base.py"),
+    "fp32 that is TF32": ("precision", "engines/fast/engine.py"),
     "sums of attention on the host": ("device", "engine/loop/driver.py"),  # where they were made
     "a graph for other shapes": ("error", "engines/cuda_graph.py"),
     "a ring of earlier outputs that nothing fills": ("unwritten", "sampling/walk.py"),
@@ -101,7 +101,7 @@ EXPECTED = {
     "page-locked memory written while it is copied": ("race", "kernels/to_device.py"),
     "one of two texts on the host": ("error", "datasetdm_fast/engine/pipeline.py"),
     "earlier outputs of a sampler in fp16": ("dtype", "sampling/walk.py"),
-    "numbers drawn by a GPU": ("random", "engines/fast/base.py"),
+    "numbers drawn by a GPU": ("random", "engines/fast/engine.py"),
     "fp32 between the products of the fp16 network": ("dtype", "models/fused.py"),
     "an input of a graph is written to": ("stale", "engines/fast/on_gpu.py"),
     "an input of a graph is not copied": ("stale", "engines/fast/on_gpu.py"),  # where the graph is called
@@ -111,7 +111,7 @@ EXPECTED = {
     "algorithms chosen by timing": ("choice", "models/fused.py"),
     "two threads record at once": ("capture", "engines/cuda_graph.py"),
     "graphs of a pool on two streams at once": ("race", "engines/cuda_graph.py"),
-    "an autoencoder of fp32 is given fp16": ("dtype", "engines/fast/base.py"),
+    "an autoencoder of fp32 is given fp16": ("dtype", "engines/fast/engine.py"),
     "a wait for the whole GPU where memory ran out": ("host wait", "engines/fast/on_gpu.py"),
     "one buffer for the threads of two GPUs": ("race", "tasks/to_host.py"),
     "memory given back at every batch": ("host wait", "engines/fast/on_gpu.py"),
@@ -142,13 +142,13 @@ EXPECTED = {
     "rows that are filled again while they are copied": ("race", "captures/cache.py"),
     "a call that is over by an event of another GPU": ("wrong GPU", "engine/loop/label_stream.py"),
     "an event that is never recorded": ("race", "engine/loop/label_stream.py"),
-    "latents by way of another GPU": ("wrong GPU", "engines/fast/base.py"),
+    "latents by way of another GPU": ("wrong GPU", "engines/fast/engine.py"),
     "free memory of another GPU": ("wrong GPU", "engines/memory.py"),
     "networks in fp32 where nobody asked for it": ("dtype", "models/fused.py"),
     "decoders in fp32": ("dtype", "decoders/stacked.py"),
     "an encoder of pictures in fp32": ("dtype", "models/layers.py"),
     "projections of a capture in fp32": ("dtype", "models/capture.py"),
-    "latents of pictures in fp16": ("dtype", "engines/fast/base.py"),
+    "latents of pictures in fp16": ("dtype", "engines/fast/engine.py"),
     "an inverse in the loop": ("host wait", "engine/loop/driver.py"),
     "a training whose products are in fp32": ("dtype", "kernels/winograd.py"),
     "a graph that reads another tensor than its input": ("stale", "engines/fast/on_gpu.py"),

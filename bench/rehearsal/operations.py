@@ -44,7 +44,7 @@ INDEXED = ("index", "index_put_", "index_put")
 # What draws numbers, which a run does on the host from the seed of each image; dropout draws nothing in these networks.
 RANDOM = {"rand", "randn", "randint", "rand_like", "randn_like", "randint_like", "randperm", "normal", "normal_",
           "uniform_", "bernoulli", "bernoulli_", "multinomial", "exponential_", "random_"}  # fmt: skip
-ENGINE = "datasetdm_fast/engine/engines/fast/base.py"
+ENGINE = "datasetdm_fast/engine/engines/fast/engine.py"
 AUTOENCODER = {(ENGINE, "_pixels"), (ENGINE, "encode_image")}
 TAUGHT = {
     ("datasetdm_fast/training/trainer.py", "_step"),
@@ -52,9 +52,9 @@ TAUGHT = {
 }  # steps
 # Where a recorded network of narrow storage computes in fp32, by file and function.
 IN_FP32 = {
-    ("datasetdm_fast/engine/engines/fast/base.py", "_run"),  # the answer of the U-Net,
+    ("datasetdm_fast/engine/engines/fast/engine.py", "_run"),  # the answer of the U-Net,
     ("datasetdm_fast/engine/engines/fast/on_gpu.py", "run"),  # and of a decoder
-    ("datasetdm_fast/engine/engines/fast/base.py", "as_images"),
+    ("datasetdm_fast/engine/engines/fast/engine.py", "as_images"),
     ("datasetdm_fast/engine/models/capture.py", "__init__"),  # sums over all layers of a level
     ("datasetdm_fast/engine/models/capture.py", "feature"),
     ("datasetdm_fast/engine/models/capture.py", "attend"),

@@ -72,7 +72,7 @@ WAITS = {
         ),
         (
             "labels",
-            "engine/engines/fast/base.py",
+            "engine/engines/fast/engine.py",
             "_decode_part",
             Allowed("an autoencoder that leaves fp16 retries", (FLAG,)),
         ),

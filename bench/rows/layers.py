@@ -19,7 +19,7 @@ from bench.report import charts
 from bench.report.tables import Table, figure, share, text
 from bench.rows.measurement import BenchRun, Measurement, Rows
 from bench.setting import Setting
-from datasetdm_fast.engine.engines.fast.base import DTYPES, resolve_precision
+from datasetdm_fast.engine.engines.fast.engine import DTYPES, resolve_precision
 from datasetdm_fast.stages import FACTOR
 
 UNCACHED, MOST_COPIES = 256 * 2**20, 64  # bytes no GPU's cache holds, and inputs that are made for it at most

@@ -21,7 +21,7 @@ from datasetdm_fast.engine.backbones.joint_attention import JointReference
 from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.engines.device import engine_call, resolve_device
 from datasetdm_fast.engine.engines.engine import check_task
-from datasetdm_fast.engine.engines.fast.base import CHUNK_PIXELS, DTYPES
+from datasetdm_fast.engine.engines.fast.engine import CHUNK_PIXELS, DTYPES
 from datasetdm_fast.engine.engines.fast.weights import largest_distance
 from datasetdm_fast.engine.engines.torch import TorchEngine
 from datasetdm_fast.engine.loading.model import Model

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from datasetdm_fast.data import Capture, ProjectedCapture
 from datasetdm_fast.engine.decoders.trunk import copy_for_cpu as packed_decoder
-from datasetdm_fast.engine.engines.fast.base import (
+from datasetdm_fast.engine.engines.fast.engine import (
     LAZY_NETWORKS,
     FastEngine,
     Inputs,
