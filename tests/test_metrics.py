@@ -1,6 +1,7 @@
 """Figures of merit: one on the truth itself, known values on known mistakes."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -87,6 +88,14 @@ def test_everything_called_wall_scores_the_share_of_wall(source):
     wall = np.mean([(item.semantic == 0).mean() for item in source])
     assert result["semantic"]["per_class"]["wall"] == pytest.approx(wall)
     assert result["semantic"]["per_class"]["table"] == 0
+
+
+def test_classes_that_the_data_lack_are_their_background(source):
+    item = source[0]
+    things = np.where(item.semantic > 1, item.semantic - 1, 0).astype(np.uint8)
+    meter = METRICS["semantic"](SimpleNamespace(classes=("background", *source.thing_classes)))
+    meter.add(replace(item, semantic=things), perfect(source, item)["semantic"])  # which tells wall from table
+    assert meter.result()["miou"] == 1
 
 
 def test_missing_everything_scores_nothing(source):

@@ -10,6 +10,7 @@ import numpy as np
 
 from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.pictures.labelled import LabelledSource
+from datasetdm_fast.engine.pictures.reading import is_background
 from datasetdm_fast.errors import Refused
 
 BLOCK = 256  # images whose figures are computed together
@@ -132,9 +133,12 @@ class Meter:
 
 
 def translation(predicted: Sequence[str], known: Sequence[str], length: int) -> np.ndarray:
-    """For each number that a decoder predicts, the number of that name in the data set, -1 where it has none."""
+    """For each number that a decoder predicts, the number of that name in the data set. A class that the data set does
+    not have is part of its background, or -1 where it has none.
+    """
     table = np.full(max(length, len(predicted)), -1, np.int64)
-    table[: len(predicted)] = [known.index(name) if name in known else -1 for name in predicted]
+    others = next((k for k, name in enumerate(known) if is_background(name)), -1)
+    table[: len(predicted)] = [known.index(name) if name in known else others for name in predicted]
     return table
 
 

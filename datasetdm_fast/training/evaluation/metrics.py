@@ -64,7 +64,7 @@ def _separate_unseen(known: Sequence[str], unseen: Sequence[str]) -> Sequence[st
 
 
 class Semantic(_Overlap):
-    """Mean intersection over union over all pixels; 255 in the truth is left out, an unnamed class never right."""
+    """Mean intersection over union over all pixels; 255 in the truth is left out, a class it lacks is background."""
 
     def __init__(self, source: LabelledSource, unseen: Collection[str] = ()):
         super().__init__(source.classes, unseen)
