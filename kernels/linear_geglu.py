@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datasetdm_fast.kernels import geglu
+from datasetdm_fast.kernels.geglu import times_gelu
 from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, tl
 from datasetdm_fast.kernels.noise import noise
 
@@ -22,17 +23,6 @@ BLOCKS = {
 def reference(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The first half of `x` [..., K] under `weight` [2C, K] and `bias` [2C], times the exact GELU of the second."""
     return geglu.reference(F.linear(x, weight, bias))
-
-
-@jit
-def times_gelu(hidden, gate):
-    """`hidden` times the exact GELU of `gate`, in fp32. How often a normal number exceeds `size` is formula 26.2.17 of
-    Abramowitz and Stegun, off by at most 7.5e-8; it takes a third of the instructions of a library's erf.
-    """
-    size = tl.abs(gate)
-    t = 1.0 / (1.0 + 0.2316419 * size)
-    tail = t * (0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145))))
-    return hidden * (tl.maximum(gate, 0.0) - size * tail * tl.exp2(size * size * -0.7213475204444817))
 
 
 @jit

@@ -601,4 +601,4 @@ def test_a_probe_by_timing_lets_cudnn_time(monkeypatch):
 def test_norms_are_probed_in_the_forms_that_there_are(monkeypatch):
     monkeypatch.setattr(forms, "row", lambda name, built, device: (name.split(",")[0], *built))
     found = set(forms.norms(SimpleNamespace(device=torch.device("cuda"), scale=1, rows=2)))
-    assert found == {("group_norm", "ours", "PyTorch"), ("layer_norm", "ours", "PyTorch"), ("geglu", "PyTorch")}
+    assert found == {("group_norm", "ours", "PyTorch"), ("layer_norm", "ours", "PyTorch"), ("geglu", "ours", "PyTorch")}

@@ -1,20 +1,28 @@
 """The fast engine of models whose image and text attend to one another, against the reference."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import tiny_pipelines
 import torch
+from skips import long_test
 from tiny_pipelines import SIZE
 
 from datasetdm_fast import generate, verify
-from datasetdm_fast.data import AttentionSums, ProjectedCapture
+from datasetdm_fast.data import AttentionSums, ProjectedCapture, Text
+from datasetdm_fast.engine.backbones import every_backbone
 from datasetdm_fast.engine.decoders.seeded import seeded_decoders
 from datasetdm_fast.engine.engines import build_engine
+from datasetdm_fast.engine.engines.fast.joint import AverageReader
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop.call_text import call_text
+from datasetdm_fast.engine.models.mmdit import MMDiT
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.kernels import fused, launch
+from datasetdm_fast.kernels import plain as plain_forms
 from datasetdm_fast.kernels.attention_sums import as_bias, plain, sum_exponentials
+from datasetdm_fast.plugins import load_place
 
 # none of them the sizes of other tests; the guidance of a call
 FAMILIES = {
@@ -24,6 +32,9 @@ FAMILIES = {
     "z-image": ({"layers": 5}, 2.0),
     "qwen-image": ({"layers": 3}, 3.0),
 }
+needs_triton = pytest.mark.skipif(
+    launch.triton is None, reason="triton is not installed; pip install 'datasetdm-fast[triton]'"
+)
 PROMPTS = ["a photo of the cat", "a", "the house, a photo of the house"]
 
 
@@ -153,3 +164,31 @@ def test_sums_of_an_attention(is_masked):
     torch.testing.assert_close(output.double(), scores.softmax(-1) @ value.double(), rtol=1e-5, atol=1e-5)
     for found in (sums, sum_exponentials(query, key, as_bias(given, query.dtype))):
         torch.testing.assert_close(found.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
+
+
+@needs_triton
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=long_test) if name == "z-image" else name for name in FAMILIES]
+)
+def test_kernels_of_the_network_are_its_plain_forms(family):
+    module = tiny_pipelines.build(family).transformer
+    backbone = next(record for record in every_backbone() if record.name == family)
+    networks = [
+        MMDiT(module.config, load_place(backbone.network_plan)(module.config, module.state_dict()), ops).eval()
+        for ops in (plain_forms, SimpleNamespace(**vars(plain_forms) | vars(fused)))
+    ]
+    channels, pooled = module.config.in_channels, getattr(module.config, "pooled_projection_dim", 1)
+    side, width = 8, networks[0].text.weight.shape[1]
+    draw = torch.Generator().manual_seed(5)
+    if family in ("flux1", "qwen-image"):
+        channels //= 4
+    latents = torch.randn(1, channels, side // 2, side // 2, generator=draw)
+    mask = torch.tensor([[True] * 3 + [False] * 4, [True] * 7]) if family in ("z-image", "qwen-image") else None
+    context, vector = torch.randn(2, 7, width, generator=draw), torch.randn(2, pooled, generator=draw)
+    text, outputs = Text(context, vector, mask, 3.0), []
+    for network in networks:
+        reader = AverageReader([1], 1, latents.shape[-1] ** 2 // networks[0].plan.patch ** 2, network.ops)
+        outputs.append((network(latents, torch.tensor(300.0), text, reader), reader.total))
+    for value, truth in zip(*outputs):
+        assert distance(value, truth) < 1e-5

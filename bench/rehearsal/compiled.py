@@ -26,13 +26,17 @@ WARP = 32  # threads
 IMAGE = ("channels",), (("BLOCK_S", "BLOCK_C"),)
 PRODUCT = ("width",), (("BLOCK_S", "BLOCK_K"), ("BLOCK_C", "BLOCK_K"))
 TILES: dict[str, tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]] = {
+    "ada_norm": (("channels",), (("BLOCK_C",),)),
     "attention": (("WIDTH",), (("BLOCK_N", "BLOCK_D"), ("BLOCK_S", "BLOCK_D"))),
     "attention_average": (("depth",), (("BLOCK_S", "BLOCK_D"), ("BLOCK_K", "BLOCK_D"))),
     "attention_capture": (("q_stride_head",), (("BLOCK_S", "BLOCK_D"),)),
     "attention_rows": (("depth",), (("BLOCK_S", "BLOCK_D"), ("BLOCK_K", "BLOCK_D"))),
+    "attention_shares": (("width",), (("BLOCK_S", "WIDTH"), ("BLOCK_T", "WIDTH"))),
     "depth_head": (("cells",), (("BLOCK_O", "BLOCK_S"),)),
+    "geglu": (("channels", "row_stride"), (("BLOCK_C",),)),
     "group_norm_parts": (("first_channels", "TAKEN"), IMAGE[1]),
     "group_norm_parts_plane": (("channels", "TAKEN"), IMAGE[1]),
+    "joint_qkv": (("width", "token_stride"), (("BLOCK_S", "BLOCK_D"),)),
     "linear_add": PRODUCT,
     "linear_geglu": PRODUCT,
     "linear_norm": PRODUCT,

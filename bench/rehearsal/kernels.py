@@ -38,6 +38,10 @@ FLOPS: dict[str, Callable[[dict[str, Any]], int]] = {
     ),
     "attention": lambda given: 4 * given["q_ptr"].shape.numel() * given["keys"],
     "attention_average": lambda given: 2 * given["q_ptr"].shape.numel() * given["keys"],
+    "attention_shares": lambda given: (
+        2 * given["q_ptr"].shape.numel() * given["tokens"]
+        + (0 if given["weight_ptr"] is None else 2 * given["out_ptr"].shape.numel() * given["heads"] * given["tokens"])
+    ),
     "attention_rows": lambda given: (
         2 * given["rows_ptr"].shape.numel() * given["keys"] * (given["depth"] + given["width"])
     ),
@@ -63,11 +67,7 @@ WIDE = {
 }
 # Operations without a kernel on a GPU, and why.
 WITHOUT_KERNEL = {
-    "geglu": "linear_geglu applies the gate before it is written; alone it is two launches a layer of a plain UNet",
     "attention_sums": "the attention of libraries returns the sums",
-    "ada_norm": "its kernel is not written yet",
-    "joint_qkv": "its kernel is not written yet",
-    "attention_shares": "its kernel is not written yet",
     "pyramid": "it is one product for each captured tensor, by a library, and a resize",
     "masked_attention": "decoders of a run take query_attention",
     "mask_head": "it is a product, by a library, and a resize",

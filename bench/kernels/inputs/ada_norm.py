@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 from bench.kernels.inputs import Case
 from datasetdm_fast.kernels.noise import noise
+
+
+def sizes(empty: Callable, batch: int = 2) -> Iterator[tuple[str, tuple]]:
+    for name, tokens, width in (("SD 3.5 medium", 4096, 1536), ("FLUX", 4608, 3072)):
+        gate, scale, shift = empty(batch, 3, width).unbind(1)
+        x, branch = empty(batch, tokens, width), empty(batch, tokens, width)
+        yield name, (x, branch, gate, None, scale, shift, None, 1e-6)
+        yield f"{name}, first norm", (x, None, None, None, scale, shift, None, 1e-6)
+    x, branch, weight, vectors = empty(batch, 4224, 3840), empty(batch, 4224, 3840), empty(3840), empty(1, 2, 3840)
+    yield "Z-Image", (x, branch, vectors[:, 0], weight, vectors[:, 1], None, weight, 1e-5)
 
 
 def cases() -> list[Case]:

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 
-from bench.kernels.inputs import Case
+from bench.kernels.inputs import FEATURES, Case
 from datasetdm_fast.kernels.noise import noise
+
+
+def sizes(empty: Callable, batch: int = 1) -> Iterator[tuple[str, tuple]]:
+    for name, tokens, heads, width in (("SD 3.5 medium", 333, 24, 64), ("FLUX", 512, 24, 128)):
+        q, k, _ = empty(batch, 4096 + tokens, 3, heads, width).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, sums = q[:, :, :4096], k[:, :, 4096:], empty(batch, heads, 4096 + tokens).float()[..., :4096]
+        yield name, (q, k, sums, None, empty(heads, tokens, FEATURES))
+        yield f"{name}, mean of the heads", (q, k, sums, None, None)
+        mask = empty(batch, 1, 1, tokens).bool()
+        yield f"{name}, masked", (q, k, sums, mask, empty(heads, tokens, FEATURES))
 
 
 def cases() -> list[Case]:

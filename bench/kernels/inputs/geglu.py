@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from bench.kernels.inputs import Case
+from collections.abc import Callable, Iterator
+
+from bench.kernels.inputs import BATCH, LEVELS, Case
 from datasetdm_fast.kernels.noise import noise
+
+
+def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:
+    side, width = LEVELS[0]
+    yield f"{width} channels", (empty(batch, side * side, 8 * width),)
+    yield "FLUX.2 klein, one stream", (empty(1, 4608, 9 * 3072)[..., 3 * 3072 :], True)
+    yield "Z-Image", (empty(2, 4224, 2 * 10240), True)
 
 
 def cases() -> list[Case]:

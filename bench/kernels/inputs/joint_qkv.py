@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 from bench.kernels.inputs import Case
 from datasetdm_fast.kernels.noise import noise
+
+
+def sizes(empty: Callable, batch: int = 2) -> Iterator[tuple[str, tuple]]:
+    for name, counts, heads, width, of in (
+        ("SD 3.5 medium", (4096, 333), 24, 64, 0),
+        ("FLUX, two streams", (4096, 512), 24, 128, 1),
+        ("Z-Image", (4224,), 30, 128, batch),
+    ):
+        packed = [empty(batch, count, 3 * heads * width) for count in counts]
+        norms = [(empty(width), empty(width)) for _ in counts]
+        turns = empty(of, sum(counts), width // 2, 2).float() if of else None
+        yield name, (packed, norms, turns, heads, width, 1e-6)
 
 
 def cases() -> list[Case]:
