@@ -20,6 +20,7 @@ from bench.setting import seeded_decoders
 from datasetdm_fast.data import Text
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.engines.fast import CHUNK_PIXELS, FastEngine
+from datasetdm_fast.engine.engines.fast.joint import JointEngine
 from datasetdm_fast.engine.engines.memory import release
 from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.engine.loop.label_stream import LabelStream
@@ -69,7 +70,7 @@ def choices(engine: FastEngine) -> Rows:
     """Milliseconds an image of a call whose convolutions have the engine's algorithms, and those that timing chooses of
     all, which takes a while.
     """
-    if not isinstance(engine, FastEngine):
+    if isinstance(engine, JointEngine):
         return
     batch, found = BATCH if engine.device.type == "cuda" else 1, {}
     for name, is_timed in {"cuDNN's choice": False, "timed choice": True}.items():
@@ -135,7 +136,7 @@ def longest(engine: FastEngine, batch: int = BATCH) -> Rows:
 
 def once(engine: FastEngine) -> Rows:
     """One call without a graph, for tools that look at each kernel."""
-    if not isinstance(engine, FastEngine):
+    if isinstance(engine, JointEngine):
         return
     latents, text = given(engine, BATCH if engine.device.type == "cuda" else 1)
     with torch.inference_mode():
@@ -148,7 +149,7 @@ def overlap(engine: FastEngine) -> Rows:
     """Images decoded beside the sampler in several parts, against the same decoded alone; the largest difference in
     grey levels, which has to be none.
     """
-    if not isinstance(engine, FastEngine):
+    if isinstance(engine, JointEngine):
         return
     latents, text = given(engine, BATCH if engine.device.type == "cuda" else 2)
     alone = torch.cat([engine.decode_image(part) for part in latents.split(2)]).cpu()

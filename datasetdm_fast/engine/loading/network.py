@@ -72,7 +72,8 @@ class Network:
     @property
     def module(self) -> nn.Module:
         if self._module is None:
-            self._module = self._build().eval().requires_grad_(False)
+            with torch.device("cpu"), torch.inference_mode(False):  # whoever asks first
+                self._module = self._build().eval().requires_grad_(False)
             self._built = _versions(self._module)
         return self._module
 
