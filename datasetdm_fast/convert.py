@@ -90,8 +90,10 @@ def _open_conversion(settings: ExportSettings, folder: Path) -> Conversion:
     from datasetdm_fast.runs.exporting.conversion import Conversion
     from datasetdm_fast.runs.exporting.sources import open_source
 
-    chosen = select(Path(settings.run), settings.where) if settings.where else None
+    chosen = select(settings.run, settings.where) if settings.where else None
     source = open_source(settings.run, tasks=settings.task, only_kept=settings.kept, chosen=chosen)
+    if settings.part:
+        source = source.take_part(settings.part)
     renaming, identity = settings.classes, json_values(settings.identity())
     options = {"renaming": renaming, "pictures": settings, "layout": settings, "is_copied": settings.copy}
     return Conversion(source, settings.to, folder, identity, **options)

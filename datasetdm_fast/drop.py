@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
@@ -36,8 +35,9 @@ def main(arguments: Sequence[str]) -> int:
     if not (config.ids or config.file or config.where):
         raise Refused(f"{PROG}: names no sample", "Give ids, --file FILE or --where CONDITION.")
     from datasetdm_fast.runs.curation import dropping
+    from datasetdm_fast.runs.run_folder.reader import open_changeable
 
-    run = dropping.open_folder(Path(config.run))
+    run = open_changeable(config.run)
     requested = dropping.read_ids(config.ids, config.file)
     requested |= dropping.match_samples(run, config.where) if config.where else set()
     total, doubtful = len(run), requested & dropping.find_doubtful(run)

@@ -46,12 +46,12 @@ def main(arguments: Sequence[str]) -> int:
     from datasetdm_fast.runs.curation import clip, filtering, histograms
     from datasetdm_fast.runs.run_folder.scores import SCORES, read_scores
 
-    path, verb = Path(config.run), "would be" if config.dry_run else "are"
-    run = filtering.open_run(path)
+    verb = "would be" if config.dry_run else "are"
+    run = filtering.open_run(config.run)
     if config.undo:
         count = filtering.keep_all(run, is_dry=config.dry_run)
         left_out = "are left out" if config.dry_run else "had been left out"
-        line = f"{path}: all samples {verb} kept again, {count} {left_out}"
+        line = f"{config.run}: all samples {verb} kept again, {count} {left_out}"
         return print_end(config, {"path": config.run, "restored": count}, config.run, line)
     if config.where:
         filtering.check_condition(run, config.where, has_clip=bool(config.clip))  # before hours of scoring
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
             remedy = "Score them first: run the command without --where."
             raise Refused(f"--dry-run: {missing} samples have no scores yet", remedy)
         if config.dry_run:
-            line = f"{path}: {count_noun(missing, 'sample')} would be scored"
+            line = f"{config.run}: {count_noun(missing, 'sample')} would be scored"
             return print_end(config, {"path": config.run, "scored": missing}, config.run, line)
         network = clip.Clip(Path(config.clip), digest) if config.clip else None
         with Interruption(config.quiet) as interruption, ImageProgress(missing, config.quiet) as progress:
@@ -73,13 +73,13 @@ def main(arguments: Sequence[str]) -> int:
     elif not config.dry_run:
         filtering.finish_scored(run)
     if not config.where:
-        table = read_scores(path)
+        table = read_scores(run.ledger)
         bins = {name: histograms.compute_histogram(table, name) for name in SCORES}
         records = {name: [asdict(each) for each in of_score] for name, of_score in bins.items()}
         print(json.dumps(records) if config.json else "\n".join(histograms.histogram_lines(table, bins)))
         return 0
     decision = filtering.apply_filter(run, config.where, is_dry=config.dry_run)
-    facts, lines = filtering.summarize(path, decision, verb)
+    facts, lines = filtering.summarize(run, decision, verb)
     return print_end(config, {"path": config.run, **facts}, config.run, *lines)
 
 

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
@@ -34,8 +33,9 @@ def main(arguments: Sequence[str]) -> int:
     if bool(config.ids or config.file) == config.all:
         raise Refused(f"{PROG}: expected either ids or --all", "Give ids, --file FILE or --all.")
     from datasetdm_fast.runs.curation import dropping
+    from datasetdm_fast.runs.run_folder.reader import open_changeable
 
-    run = dropping.open_folder(Path(config.run))
+    run = open_changeable(config.run)
     requested = None if config.all else dropping.read_ids(config.ids, config.file)
     doubtful = len(dropping.find_doubtful(run) & (requested or set()))
     ids = [f"{index:08d}" for index in dropping.restore(run, requested, is_dry=config.dry_run)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
@@ -35,25 +34,24 @@ def main(arguments: Sequence[str]) -> int:
     if config.undo and flags & {"shares", "names", "by_source", "seed"}:
         raise Refused("--undo: it removes the split, and takes no other flags", "Give only --undo, or drop it.")
     from datasetdm_fast.runs.curation.splitting import parse_shares, split_run
-    from datasetdm_fast.runs.run_folder.reader import Run
-    from datasetdm_fast.runs.run_folder.seal import replace_file
+    from datasetdm_fast.runs.run_folder.reader import open_changeable
     from datasetdm_fast.runs.run_folder.selections import SPLIT
 
-    path, split, counts = Path(config.run), None, {}
+    split, counts = None, {}
     shares = parse_shares(config.shares, config.names)
-    with Run(path) as run:
+    with open_changeable(config.run) as run:
         if not config.undo:
             split, problem = split_run(run, shares, config.seed, by_source=config.by_source)
             counts = {name: len(indices) for name, indices in split.parts.items()}
             line = ", ".join(f"{name} {count}" for name, count in counts.items())
             line += f"; {problem}" if problem else ""
-        elif (path / SPLIT).exists():
+        elif (run.path / SPLIT).exists():
             line = f"{'would be' if config.dry_run else 'is'} split no more"
         else:
-            raise Refused(f"--undo: {path} is not split", "Split it first with --shares.")
+            raise Refused(f"--undo: {config.run} is not split", "Split it first with --shares.")
     if not config.dry_run:
-        replace_file(path, run.document, SPLIT, split and split.content)
-    return print_end(config, {"path": config.run, "parts": counts}, config.run, f"{path}: {line}")
+        run.replace_file(SPLIT, split and split.content)
+    return print_end(config, {"path": config.run, "parts": counts}, config.run, f"{config.run}: {line}")
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def test_a_sample_is_no_duplicate_of_a_dropped_one(tmp_path):
         finish_run(folder)
 
     def duplicates():
-        return read_scores(run, ("duplicate",)).values["duplicate"].tolist()
+        return read_scores(open_run(run).ledger, ("duplicate",)).values["duplicate"].tolist()
 
     assert drop.main([str(run), "4", "--quiet"]) == filter.main([str(run), "--quiet"]) == 0
     assert duplicates() == [0, 1, 0, 1]
@@ -145,7 +145,7 @@ def test_a_list_may_name_samples_that_are_set_aside(tmp_path, capsys):
 
 
 def filter_score(path, id):
-    table = read_scores(path, ("sharpness",))
+    table = read_scores(open_run(path).ledger, ("sharpness",))
     return float(table.values["sharpness"][table.indices.index(int(id))])
 
 

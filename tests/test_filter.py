@@ -58,7 +58,7 @@ def test_a_condition_keeps_some_and_deletes_nothing(run, capsys):
     before = {name: content for name, content in tree(run).items() if not name.startswith(shown)}
     assert filter.main([str(run), "--where", "presence>=1", "--json", "--quiet"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    table = read_scores(run)
+    table = read_scores(open_run(run).ledger)
     passing = [index for index, value in zip(table.indices, table.values["presence"]) if value >= 1]
     assert facts["kept"] == len(passing) and facts["kept"] + facts["left_out"] == NUMBER
     assert [sample.row.request.index for sample in open_run(run, kept=True)] == passing

@@ -4,6 +4,7 @@ that make it, and readers find in it what a run folder has.
 
 import json
 import random
+import shutil
 import tarfile
 import threading
 import time
@@ -17,9 +18,11 @@ from skips import IS_LONG
 from test_ranks import tree
 
 import datasetdm_fast
-from datasetdm_fast import audit, convert, drop, gallery, generate
+from datasetdm_fast import audit, convert, drop, gallery, generate, merge, restore, split, vary
+from datasetdm_fast import filter as filtering
 from datasetdm_fast.command_line.run_settings import read_spec
 from datasetdm_fast.errors import GateFailed, Missing, Refused
+from datasetdm_fast.runs.gallery import showing
 from datasetdm_fast.runs.run_folder.object_store import ObjectStore
 from datasetdm_fast.runs.run_folder.shard_places import ShardBucket, ShardFolder, shard_place
 from datasetdm_fast.runs.run_folder.shards import ShardLedger, entry_name, index_name, tar_name
@@ -28,6 +31,7 @@ from datasetdm_fast.runs.workers import shard_ranks, shard_worker
 from datasetdm_fast.runs.workers.devices import Place
 from datasetdm_fast.runs.workers.shard_worker import CLAIMS, Claims, ShardRank, work_on_shards
 from datasetdm_fast.runs.workers.worker import Callbacks
+from datasetdm_fast.training.readers.run import RunSamples
 
 pytest.importorskip("pyarrow", reason="pyarrow is not installed")
 SAMPLES, SIZE, BATCH = 26, 5, 2  # six shards, the last of one sample; no batch fits five samples
@@ -129,7 +133,7 @@ def test_kills_of_four_processes_change_no_byte(alone, tmp_path, monkeypatch, se
         return started[-1]
 
     def kill():
-        for _ in range(4):
+        for _ in range(4 if IS_LONG else 2):
             time.sleep(dice.uniform(0.5, 2.0))
             running = [process for process in started if process.poll() is None]
             if running:
@@ -162,9 +166,11 @@ def test_a_shard_that_is_made_twice_is_committed_once(alone, tmp_path, monkeypat
     job = shard_worker.open_shards(spec_of(run), place)
     worker = shard_worker.ShardWorker(job, place, ALONE, Callbacks(describe))
     monkeypatch.setattr(place, "read", lambda name: None)
+    entry, reads = (run / entry_name(2)).read_bytes(), []
     with pytest.raises(GateFailed, match="with other bytes"):  # what the first committed can no longer be read
         worker._make(2)
-    entry, reads = (run / entry_name(2)).read_bytes(), []
+    assert not (run / entry_name(2)).exists()  # so that nobody reads the files of one as those of the other
+    (run / entry_name(2)).write_bytes(entry)
     monkeypatch.setattr(place, "read", lambda name: reads.append(name) or (entry if len(reads) > 2 else None))
     assert worker._make(2) is False and worker.made == 0
     assert tree(run) == tree(alone)
@@ -272,11 +278,64 @@ def test_the_command_resumes_and_reports(alone, tmp_path, capsys):
     assert tree(tmp_path / "run") == tree(alone)
 
 
-@pytest.mark.parametrize("command", [drop.main, gallery.main])
-def test_commands_that_read_a_ledger_refuse_shards(alone, capsys, command):
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [(merge.main, ["--out", "all"]), (gallery.main, []), (vary.main, ["--domain", "night", "--out", "other"])],
+)
+def test_what_cannot_be_done_with_shards_is_refused_in_a_sentence(alone, capsys, command, flags):
     before = tree(alone)
-    assert command([str(alone), *(["00000001"] if command is drop.main else [])]) == 2
-    assert "its samples are in shards" in capsys.readouterr().err and tree(alone) == before
+    assert command([str(alone), *([str(alone)] if command is merge.main else []), *flags]) == 2
+    told = "as it is looked at" if command is gallery.main else "its samples are in shards"
+    assert told in capsys.readouterr().err and tree(alone) == before
+
+
+def test_selections_are_small_files_beside_the_shards(alone, folder, tmp_path, capsys):
+    """Filter, split, drop and restore answer as for a run folder; convert and train follow them."""
+    run, answers = copy(alone, tmp_path), {}
+    shutil.copytree(folder, tmp_path / "folder")
+    lines = [
+        (filtering.main, "--where", "sharpness > 300 and trust == 1"),
+        (split.main, "--shares", "60,40", "--names", "train,val"),
+        (drop.main, "--where", "duplicate == 1"),
+        (drop.main, "00000003", "00000017"),
+        (restore.main, "00000017"),
+    ]
+    for place in (run, tmp_path / "folder"):
+        answers[place] = []
+        for command, *flags in lines:
+            assert command([str(place), *flags, "--json", "--quiet"]) == 0
+            answers[place].append(json.loads(capsys.readouterr().out) | {"path": ""})
+        samples = datasetdm_fast.open_run(place, kept=True)
+        source = RunSamples(place, "train", 64, ("semantic",))
+        answers[place] += [[sample.id for sample in samples], len(source)]
+        line = [str(place), "--to", "wds", "--kept", "--part", "2/2", "--out", str(tmp_path / f"{place.name}-export")]
+        assert convert.main([*line, "--quiet", "--json"]) == 0
+        answers[place].append(json.loads(capsys.readouterr().out)["samples"])
+    assert answers[run] == answers[tmp_path / "folder"]
+    assert audit.main([str(run), "--quiet"]) == 0
+    for command in (filtering.main, split.main):
+        assert command([str(run), "--undo", "--quiet"]) == 0
+    assert restore.main([str(run), "--all", "--quiet"]) == 0
+    assert {name: content for name, content in tree(run).items() if not name.startswith("scores/")} == tree(alone)
+
+
+@pytest.mark.parametrize("place", ["folder", "store"])
+def test_the_page_of_shards_is_made_as_it_is_asked_for(alone, bucket, tmp_path, place):
+    if place == "store":
+        for name, content in tree(alone).items():
+            bucket.replace(name, content)
+    url = "memory://bucket/run" if place == "store" else str(alone)
+    shown = showing.show(url, is_served=True)
+    served = shown.served_run(url)
+    assert (shown.samples, shown.planned) == (SAMPLES, SAMPLES)
+    page = json.loads(served.fetch("gallery/pages/000000.js").read_text().partition(",0,")[2].removesuffix(");\n"))
+    assert page["index"] == list(range(SAMPLES)) and any(page["shown"]) == (place == "folder")
+    image = datasetdm_fast.open_run(alone)["00000007"].read("image")
+    assert served.fetch("images/00000007.png").read_bytes() == image
+    for name in ("gallery/details/000000.js", "gallery/depth/00000007.png"):
+        assert served.fetch(name).stat().st_size > 100
+    for name in ("images/00000099.png", "gallery/pages/000009.js", "gallery/pages/a.js", "run.json"):
+        assert served.fetch(name) is None
 
 
 def test_open_run_reads_what_a_run_folder_has(alone, folder):

@@ -10,7 +10,7 @@ import numpy as np
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.run_folder.document import damage_failure, sides
+from datasetdm_fast.runs.run_folder.document import damage_failure, refuse_shards, sides
 from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.runs.run_folder.object_store import refuse_stored
 from datasetdm_fast.runs.run_folder.reader import Run
@@ -30,6 +30,7 @@ class Source:
         self.path, self.run = path, Run(path, kept=only_kept)
         self.document: dict[str, Any] = self.run.document
         refuse_stored(path)
+        refuse_shards(path)
         if only_kept:
             check_filtered(path)
         self.filter_digest = storage.sha256_of(path / FILTER) if only_kept else ""

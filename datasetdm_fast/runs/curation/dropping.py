@@ -13,20 +13,13 @@ from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder.document import DROPPED, EXPORTS, LEDGER
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger, Row
-from datasetdm_fast.runs.run_folder.object_store import refuse_stored
 from datasetdm_fast.runs.run_folder.reader import Run
 from datasetdm_fast.runs.run_folder.scores import add_distances
+from datasetdm_fast.runs.run_folder.shard_selections import DROPPED_IDS, encode_dropped
 from datasetdm_fast.untrusted import documents
 
 BLOCK = 64  # samples moved together
 LARGEST_LIST = 64 * 2**20  # bytes
-
-
-def open_folder(path: Path) -> Run:
-    """A run folder on this machine."""
-    run = Run(path)
-    refuse_stored(path)
-    return run
 
 
 def read_ids(ids: Sequence[str], file: str) -> set[int]:
@@ -56,8 +49,7 @@ def match_samples(run: Run, where: str) -> set[int]:
 
 def find_doubtful(run: Run) -> set[int]:
     """The indices of the samples beside the data set, which a list of a review may name as well."""
-    with Ledger(run.path / LEDGER, read_only=True) as ledger:
-        return set(ledger.indices(DOUBTFUL))
+    return set(run.ledger.indices(DOUBTFUL))
 
 
 def describe_doubtful(count: int) -> str:
@@ -78,7 +70,9 @@ def drop(run: Run, requested: Iterable[int], *, is_dry: bool = False) -> list[in
     _check_known(run.path, requested, known, "Use an id from samples.jsonl, for example 00000003.")
     chosen = sorted(present.intersection(requested))
     run.close()
-    if not is_dry:
+    if run.shards is not None and not is_dry:
+        run.replace_file(DROPPED_IDS, encode_dropped(run.shards.dropped.union(chosen)))
+    elif not is_dry:
         with RunFolder(run.path, run.document) as folder:
             _move_blocks(chosen, folder.drop)
             _finish(folder, requested)
@@ -92,6 +86,10 @@ def restore(run: Run, requested: Iterable[int] | None, *, is_dry: bool = False) 
     _check_known(run.path, requested or (), present | dropped.keys() | find_doubtful(run), remedy)
     run.close()
     chosen = sorted(dropped if requested is None else dropped.keys() & set(requested))
+    if run.shards is not None:
+        if not is_dry:
+            run.replace_file(DROPPED_IDS, encode_dropped(run.shards.dropped.difference(chosen)))
+        return chosen
     for index in chosen:
         _check_files(run.path, dropped[index])
     if not is_dry:
@@ -101,8 +99,10 @@ def restore(run: Run, requested: Iterable[int] | None, *, is_dry: bool = False) 
     return chosen
 
 
-def _read_dropped(run: Run) -> dict[int, Row]:
-    """The rows of dropped samples by index."""
+def _read_dropped(run: Run) -> dict[int, Any]:
+    """The rows of dropped samples by index; those of shards need none."""
+    if run.shards is not None:
+        return dict.fromkeys(run.shards.dropped)
     with Ledger(run.path / LEDGER, read_only=True) as ledger:
         return {row.request.index: row for row in ledger.dropped_rows()}
 

@@ -4,8 +4,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from datasetdm_fast.disk import locks
 from datasetdm_fast.errors import Refused, quote
@@ -15,18 +16,19 @@ from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder.document import LEDGER, LOCK, table_of
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.ledger import Ledger
-from datasetdm_fast.runs.run_folder.object_store import refuse_stored
-from datasetdm_fast.runs.run_folder.reader import Run, StoredSample
+from datasetdm_fast.runs.run_folder.reader import Run, StoredSample, open_changeable
 from datasetdm_fast.runs.run_folder.scores import (
     HASH,
     SCORES,
     absent,
     add_distances,
+    nearest,
     passing,
     read_scores,
 )
-from datasetdm_fast.runs.run_folder.seal import is_indexed, replace_file
+from datasetdm_fast.runs.run_folder.seal import is_indexed
 from datasetdm_fast.runs.run_folder.selections import FILTER, Filter, read_filter
+from datasetdm_fast.runs.run_folder.shards import ShardLedger
 from datasetdm_fast.runs.run_folder.where import parse_where
 
 BLOCK = 64  # samples whose scores are committed together
@@ -34,31 +36,31 @@ CLIP = "clip"  # the score, and the note of the digest of the CLIP that gave it
 DIGITS = 6  # of a score
 
 
-def open_run(path: Path) -> Run:
-    """A run folder with samples on this machine."""
-    run = Run(path)
-    refuse_stored(path)
+def open_run(place: str) -> Run:
+    """A run with samples that can be filtered."""
+    run = open_changeable(place)
     if not len(run):
-        raise Refused(f"{path}: holds no sample", "Name a run folder with samples.")
+        raise Refused(f"{place}: holds no sample", "Name a run with samples.")
     return run
 
 
 def check_condition(run: Run, where: str, *, has_clip: bool) -> None:
     """Refuses a condition on the score of a CLIP that no sample has and that is not about to be computed."""
-    with Ledger(run.path / LEDGER, read_only=True) as ledger:
-        if CLIP in parse_where(where, tuple(SCORES))[1] and not has_clip and not ledger.scores(CLIP):
-            raise absent(run.path, CLIP)
+    if CLIP in parse_where(where, tuple(SCORES))[1] and not has_clip and not run.ledger.scores(CLIP):
+        raise absent(run.path, CLIP)
+    if run.shards is not None and has_clip:
+        raise Refused(f"--clip: {run.path} is in shards, which have no such score", "Drop it.")
 
 
 def count_missing(run: Run, clip: str = "") -> int:
     """Missing scores, all that need no network counted as one; `clip` is the digest of the requested CLIP."""
-    with Ledger(run.path / LEDGER, read_only=True) as ledger:
-        samples = set(ledger.indices())
-        missing = len(samples - {index for index, _ in ledger.scores("distance")})
-        if clip:
-            known = ledger.scores(CLIP) if ledger.read_note(CLIP) == clip else ()
-            missing += len(samples - {index for index, _ in known})
-        return missing
+    ledger = run.ledger
+    samples = set(ledger.indices())
+    missing = len(samples - {index for index, _ in ledger.scores("distance")})
+    if clip:
+        known = ledger.scores(CLIP) if ledger.read_note(CLIP) == clip else ()
+        missing += len(samples - {index for index, _ in known})
+    return missing
 
 
 def check_all_scored(run: Run) -> None:
@@ -70,10 +72,11 @@ def check_all_scored(run: Run) -> None:
         )
 
 
-def select(path: Path, where: str) -> list[int]:
+def select(place: str, where: str) -> list[int]:
     """The indices of the samples of a run for which a condition on their scores holds."""
-    check_all_scored(open_run(path))
-    return list(passing(path, where).remaining)
+    run = open_run(place)
+    check_all_scored(run)
+    return list(passing(run.path, run.ledger, where).remaining)
 
 
 def score_missing(
@@ -84,6 +87,8 @@ def score_missing(
     is_stopping: Callable[[], bool] = lambda: False,
 ) -> None:
     """Gives every sample its missing scores, that of a CLIP among them; scores of another CLIP are replaced."""
+    if run.shards is not None:
+        return score_shards(run, run.shards, threads, on_commit, is_stopping)
     run.close()  # its ledger is about to change
     table = table_of(run.document)
     read_filter(run.path)  # the gallery is written anew with it: a damaged file is refused before any scoring
@@ -116,10 +121,37 @@ def score_missing(
         finish_run(folder)
 
 
+def score_shards(
+    run: Run, ledger: ShardLedger, threads: int, on_commit: Callable[[int], None], is_stopping: Callable[[], bool]
+) -> None:
+    """Gives the samples of a run in shards their scores, shard by shard."""
+    known = {index for index, _ in ledger.scores(HASH)}
+    with ThreadPoolExecutor(threads) as pool:
+        for shard, indices in ledger.by_shard(ledger.indices()).items():
+            if is_stopping():
+                return
+            if known.issuperset(indices):
+                continue
+            scores = pool.map(score_sample, run.select(indices))
+            rounded = [
+                {name: round(value, DIGITS) if isinstance(value, float) else value for name, value in each.items()}
+                for each in scores
+            ]
+            ledger.scored.write(shard, {name: dict(zip(indices, (e[name] for e in rounded))) for name in rounded[0]})
+            on_commit(len(indices))
+    hashes = ledger.scores(HASH)
+    bits = nearest(np.array([value for _, value in hashes], np.int64), 0).tolist()
+    distances = dict(zip((index for index, _ in hashes), bits, strict=True))
+    for shard, indices in ledger.by_shard(distances).items():
+        ledger.scored.write(shard, {"distance": {index: distances[index] for index in indices}})
+
+
 def finish_scored(run: Run) -> None:
     """Writes index files, page and seal of a scored run where a killed process has left them out of date; a run that
     another process holds is left alone.
     """
+    if run.shards is not None:
+        return
     with Ledger(run.path / LEDGER, read_only=True) as ledger:
         is_finished = is_indexed(run.path, run.document, ledger)
     if not is_finished and not locks.is_locked(run.path / LOCK):
@@ -131,35 +163,33 @@ def keep_all(run: Run, *, is_dry: bool = False) -> int:
     if not (run.path / FILTER).exists():
         raise Refused(f"--undo: {run.path} has not been filtered", "Filter it first with --where.")
     try:
-        with Run(run.path, kept=True) as filtered:
-            count = len(run) - len(filtered)
+        decided = read_filter(run.path)
+        count = len(run) - len(run.keep(decided)) if decided else 0
     except Refused:  # a damaged filter: its count is unknown
         count = 0
-    run.close()
     if not is_dry:
-        replace_file(run.path, run.document, FILTER, None)
+        run.replace_file(FILTER, None)
     return count
 
 
 def apply_filter(run: Run, where: str, *, is_dry: bool = False) -> Filter:
     """Stores which samples of a run the condition keeps, and why not the others; a dry run only decides."""
-    decision = passing(run.path, where)
-    run.close()
+    decision = passing(run.path, run.ledger, where)
     if not is_dry:
-        replace_file(run.path, run.document, FILTER, decision.content)
+        run.replace_file(FILTER, decision.content)
     return decision
 
 
-def summarize(path: Path, decision: Filter, verb: str) -> tuple[dict[str, Any], list[str]]:
+def summarize(run: Run, decision: Filter, verb: str) -> tuple[dict[str, Any], list[str]]:
     """How many samples, in all and of each class, a filter keeps: as facts and as lines for a reader; `verb` is "are"
     or "would be".
     """
-    table, indices = read_scores(path, ()), set(decision.remaining)
+    table, indices = read_scores(run.ledger, ()), set(decision.remaining)
     total = Counter(word for words in table.classes for word in words)
     rows = zip(table.indices, table.classes, strict=True)
     left = Counter(word for index, words in rows if index in indices for word in words)
     count, left_out = len(decision.remaining), len(decision.left_out)
-    more = f"; {path}/state/kept.json says why the others are not" if left_out and verb == "are" else ""
+    more = f"; {run.path}/state/kept.json says why the others are not" if left_out and verb == "are" else ""
     lines = [f"{count} of {count + left_out} samples {verb} kept{more}"]
     if total:
         shares = ", ".join(f"{word} {left[word]} of {total[word]}" for word, _ in total.most_common())

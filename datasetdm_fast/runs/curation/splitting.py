@@ -5,7 +5,6 @@ import re
 from collections.abc import Sequence
 
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.run_folder.object_store import refuse_stored
 from datasetdm_fast.runs.run_folder.reader import Run
 from datasetdm_fast.runs.run_folder.selections import Split
 from datasetdm_fast.runs.run_folder.split import assign_parts, groups, origins
@@ -38,7 +37,6 @@ def parse_shares(text: str, names: Sequence[str]) -> dict[str, float]:
 
 def split_run(run: Run, shares: dict[str, float], seed: int, *, by_source: bool) -> tuple[Split, str]:
     """The split of a run, and why parts are empty, if any is."""
-    refuse_stored(run.path)  # convert reads the split that is beside the samples
     if not len(run):
         raise Refused(f"{run.path}: holds no sample", "Name a run folder with samples.")
     indices, keys = [], []

@@ -66,8 +66,8 @@ class LayoutSettings:
 @dataclass(frozen=True)
 class ExportSettings(PictureSettings, LayoutSettings, OutputSettings, CommandSettings):
     FLAGS = (
-        "run to out task classes where kept least_score image_format quality resize polygons parts border shard copy "
-        "push_to_hub dry_run threads json quiet"
+        "run to out task classes where kept part least_score image_format quality resize polygons parts border shard "
+        "copy push_to_hub dry_run threads json quiet"
     ).split()
 
     run: str = setting(
@@ -97,6 +97,9 @@ class ExportSettings(PictureSettings, LayoutSettings, OutputSettings, CommandSet
     )
     classes: tuple[str, ...] = setting(
         (), "other names for classes, as old=new; old= leaves a class out", metavar="LIST"
+    )
+    part: str = setting(
+        "", "take only the k-th of n parts of the samples, so that n machines write n exports", metavar="K/N"
     )
     where: str = setting(
         "", "take the samples for which this holds, such as 'score>=0.6 and duplicate==0'", metavar="CONDITION"

@@ -1,8 +1,10 @@
 """Run folders that are converted: which of their samples, labels and splits an export takes."""
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 from datasetdm_fast.engine.labels import LABEL_KINDS
 from datasetdm_fast.engine.labels.names import task_of_label
@@ -13,6 +15,7 @@ from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.runs.run_folder.reader import Run
 from datasetdm_fast.runs.run_folder.selections import check_filtered, read_split
 from datasetdm_fast.runs.run_folder.split import part_of
+from datasetdm_fast.untrusted import documents
 
 PARTS = ("files", "labels")  # of a row that an export needs
 TASKS = {  # of an export -> those of a run that it may be made of, in order of preference
@@ -33,6 +36,14 @@ class ExportSource:
     chosen: Collection[int] | None  # indices, None = all
     splits: Mapping[int, str] | None  # index -> part of the data set
     corrections: Mapping[int, Correction]  # index -> what a reviewer corrected
+
+    def take_part(self, part: str) -> Self:
+        """The k-th of n parts of the samples, k/n; each sample is in one of them."""
+        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", part)
+        if not match or not 1 <= (k := int(match[1])) <= (n := int(match[2])):
+            raise Refused(f"--part {documents.quote(part)}: expected k/n with k from 1 to n", "For example 3/16.")
+        count = len(self.run)
+        return replace(self, run=self.run[count * (k - 1) // n : count * k // n])
 
     def split_of(self, row: Row) -> str:
         """The part of the data set that a sample belongs to."""

@@ -12,7 +12,7 @@ from datasetdm_fast.runs.run_folder import page_files
 from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, PARTS, Ledger, Row
 from datasetdm_fast.runs.run_folder.selections import read_filter
 
-HERE = Path(__file__).parent
+FIXED_FILES = {f"gallery/{name}": Path(__file__).with_name(name).read_bytes() for name in page_files.FIXED}
 
 
 class PageWriter:
@@ -49,7 +49,7 @@ class PageWriter:
         contents = {
             page_files.RUN: page_files.script("run", 0, run),
             page_files.LEFT_OUT: page_files.left_out_script(read_filter(self._folder)),
-            **{f"gallery/{name}": (HERE / name).read_bytes() for name in page_files.FIXED},
+            **FIXED_FILES,
         }
         storage.publish({self._folder / name: content for name, content in contents.items()})
 

@@ -15,11 +15,11 @@ from datasetdm_fast.runs.gallery.closing import finish_run, lock_page, write_ind
 from datasetdm_fast.runs.gallery.pictures import fetch_or_draw
 from datasetdm_fast.runs.gallery.review import StoredReview
 from datasetdm_fast.runs.gallery.server import ServedRun
+from datasetdm_fast.runs.gallery.shard_page import ShardPage, open_page
 from datasetdm_fast.runs.run_folder.document import (
     DOCUMENT,
     LEDGER,
     LOCK,
-    refuse_shards,
     require_document,
     without_ledger,
 )
@@ -27,6 +27,7 @@ from datasetdm_fast.runs.run_folder.folder import RunFolder, refusing_rows
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger
 from datasetdm_fast.runs.run_folder.object_store import StoreCopy, copy_of, is_url, unfinished_run
 from datasetdm_fast.runs.run_folder.seal import has_indexes, is_sealed
+from datasetdm_fast.runs.run_folder.shard_audit import find_sharded
 
 MOST_SHARE = 0.01  # of a run's time that is spent on pages of what it has so far
 
@@ -40,9 +41,12 @@ class ShownRun:
     doubtful: int  # beside it, which the page shows as well
     planned: int
     copies: StoreCopy | None = None  # what brings the samples' files there, where they are in an object store
+    shards: ShardPage | None = None
 
     def served_run(self, place: str) -> ServedRun:
         """What a server needs of the run at a path or URL."""
+        if self.shards is not None:
+            return self.shards.served_run()
         served = ServedRun.of_folder(self.folder)
         if self.copies is None:
             return served
@@ -57,6 +61,9 @@ def show(place: str | Path, *, is_served: bool = False, is_dry: bool = False) ->
     it lacks a committed sample. A run in progress is not disturbed: its page and index files are written, nothing else;
     a dry run writes nothing there. Where the samples are in an object store, the page is for a server alone.
     """
+    if (document := find_sharded(place)) is not None:
+        page = open_page(str(place), is_served=is_served)
+        return ShownRun(page.folder, page.samples, 0, document["plan"]["number"], shards=page)
     copies = copy_of(place)
     folder = Path(place)
     if copies and copies.store.disk and (copies.store.disk / DOCUMENT).exists():
@@ -83,7 +90,6 @@ def show(place: str | Path, *, is_served: bool = False, is_dry: bool = False) ->
 def _write_page(folder: Path, *, is_dry: bool) -> dict[str, Any]:
     """run.json of a run folder that has its page now, unless the run is dry."""
     document = require_document(folder)
-    refuse_shards(folder)
     if not (folder / LEDGER).exists():
         if is_sealed(folder):
             raise without_ledger(folder, document)

@@ -115,7 +115,7 @@ def refuse_shards(folder: Path) -> None:
     """Refuses a run in shards, for commands that read or change the ledger of a run folder."""
     if (folder / MANIFEST).is_dir():
         raise Refused(
-            f"{folder}: its samples are in shards, which only open_run, audit and convert read",
+            f"{folder}: its samples are in shards, which this command does not read",
             "Write the samples in another layout with convert, or make the run without --layout shards.",
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,7 +22,7 @@ from datasetdm_fast.engine.labels.names import check_label
 from datasetdm_fast.engine.labels.pictures import PREVIEW_SAMPLES, preview
 from datasetdm_fast.engine.labels.tensors import image_tensor, label_tensors, stack
 from datasetdm_fast.engine.labels.trust import trust_of
-from datasetdm_fast.errors import Missing, Refused, nearest
+from datasetdm_fast.errors import Missing, Refused, nearest, quote
 from datasetdm_fast.runs.run_folder.document import (
     LEDGER,
     require_document,
@@ -35,8 +35,10 @@ from datasetdm_fast.runs.run_folder.goal import goal_of
 from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, PARTS, Ledger, Row
 from datasetdm_fast.runs.run_folder.object_store import StoreCopy, copy_of, is_url
 from datasetdm_fast.runs.run_folder.scores import passing
-from datasetdm_fast.runs.run_folder.selections import read_filter
+from datasetdm_fast.runs.run_folder.seal import replace_file
+from datasetdm_fast.runs.run_folder.selections import Filter, read_filter
 from datasetdm_fast.runs.run_folder.shard_places import shard_place
+from datasetdm_fast.runs.run_folder.shard_selections import read_dropped
 from datasetdm_fast.runs.run_folder.shards import ShardLedger, is_sharded, shard_size
 from datasetdm_fast.untrusted import documents, images
 
@@ -187,16 +189,19 @@ class Run(AbstractContextManager["Run"]):
         self.document = require_document(self.path)
         self.shards: ShardLedger | None = None
         if is_sharded(self.document):
-            self.shards = ShardLedger(shard_place(path), shard_size(self.document["config"]))
+            place = shard_place(path)
+            self.shards = ShardLedger(place, shard_size(self.document["config"]), dropped=read_dropped(place))
         if self.shards is None and not (self.path / LEDGER).exists():
             raise without_ledger(self.path, self.document)
         self._ledger: Ledger | None = None
         self._owner = os.getpid()
-        self._indices = self._rows().indices(DOUBTFUL if doubtful else DONE)
+        self._indices = self.ledger.indices(DOUBTFUL if doubtful else DONE)
         if kept and (decided := read_filter(self.path)) is not None:
-            self._indices = sorted(set(self._indices) & set(decided.remaining))
+            self._indices = self.keep(decided)._indices
 
-    def _rows(self) -> Ledger | ShardLedger:
+    @property
+    def ledger(self) -> Ledger | ShardLedger:
+        """The rows of the run, with those of samples that are not in the data set."""
         if self.shards is not None:
             return self.shards
         # SQLite connections do not survive a fork or a pickle, so each worker of a data loader opens its own; and
@@ -225,7 +230,7 @@ class Run(AbstractContextManager["Run"]):
     def is_complete(self) -> bool:
         """Whether no sample of the plan is missing."""
         goal = goal_of(self.document["config"], self.document["plan"]["number"])
-        return goal.is_reached(goal.tally(self._rows()))
+        return goal.is_reached(goal.tally(self.ledger))
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -235,8 +240,10 @@ class Run(AbstractContextManager["Run"]):
 
     def rows(self, parts: Sequence[str] = PARTS) -> Iterator[Row]:
         """The rows of all samples in one pass, with these parts; see Ledger.rows."""
+        if self.shards is not None:
+            return self.shards.rows_of(self._indices, parts)
         indices = set(self._indices)
-        return (row for row in self._rows().rows(parts=parts) if row.request.index in indices)
+        return (row for row in self.ledger.rows(parts=parts) if row.request.index in indices)
 
     @overload
     def __getitem__(self, key: slice) -> Run: ...
@@ -249,9 +256,9 @@ class Run(AbstractContextManager["Run"]):
         if isinstance(key, slice):
             if key.step is not None and key.step < 0:
                 raise Refused(f"{self.path}: the samples of a run have one order", "Use reversed(run) for the other.")
-            return self._select(self._indices[key])
+            return self.select(self._indices[key])
         index = self._index(key)
-        row = self._rows().row(index)
+        row = self.ledger.row(index)
         if row is None:
             raise IndexError(f"{self.path}: sample {index:08d} is no longer in the ledger")
         return self.sample_of(row)
@@ -260,7 +267,11 @@ class Run(AbstractContextManager["Run"]):
         """The sample of a row."""
         return StoredSample(row, self.path, self.document, self.copies, self._class_table, self.shards)
 
-    def _select(self, indices: Sequence[int]) -> Run:
+    def keep(self, decided: Filter) -> Run:
+        """This run with only the samples that a filter keeps."""
+        return self.select(set(self._indices) & set(decided.remaining))
+
+    def select(self, indices: Iterable[int]) -> Run:
         """This run with only these samples; it has another connection to the ledger."""
         fewer = copy.copy(self)
         fewer._ledger, fewer._indices = None, sorted(indices)
@@ -289,12 +300,12 @@ class Run(AbstractContextManager["Run"]):
                 )
         chosen = self._indices
         if condition:
-            passes = set(passing(self.path, condition).remaining)
+            passes = set(passing(self.path, self.ledger, condition).remaining)
             chosen = [index for index in chosen if index in passes]
         if classes:
             naming = {row.request.index for row in self.rows(()) if set(classes) & set(row.request.classes)}
             chosen = [index for index in chosen if index in naming]
-        fewer = self._select(chosen)
+        fewer = self.select(chosen)
         if trusted is None and test is None:
             return fewer
         left = [
@@ -302,7 +313,7 @@ class Run(AbstractContextManager["Run"]):
             for sample in fewer
             if trusted in (None, sample.trust.is_trusted) and (test is None or test(sample))
         ]
-        return self._select(left)
+        return self.select(left)
 
     def __repr__(self) -> str:
         return f"<Run {self.path}: {len(self)} sample{'s' * (len(self) != 1)}, labels {', '.join(self.tasks)}>"
@@ -327,13 +338,15 @@ class Run(AbstractContextManager["Run"]):
         except IndexError:
             raise IndexError(f"{self.path}: position {key} is outside of {len(self)} samples") from None
 
-    def _indices_by_shard(self) -> dict[int, list[int]]:
-        """Shard -> the samples of this run that are in it."""
-        shards: dict[int, list[int]] = {}
-        size = shard_size(self.document["config"])
-        for index in self._indices:
-            shards.setdefault(index // size, []).append(index)
-        return shards
+    def replace_file(self, name: str, content: bytes | None) -> None:
+        """Replaces a small file beside the samples, such as that of a filter, or removes it."""
+        self.close()
+        if self.shards is None:
+            replace_file(self.path, self.document, name, content)
+        elif content is None:
+            self.shards.place.remove(name)
+        else:
+            self.shards.place.replace(name, content)
 
     @overload
     def as_dataset(
@@ -379,7 +392,7 @@ class Run(AbstractContextManager["Run"]):
             raise Refused(f"{self.path}: it is not a run in shards, which streaming reads", "Drop streaming=True.")
         from datasetdm_fast.runs.run_folder.shard_stream import ShardStream
 
-        return ShardStream(self._indices_by_shard(), dataset.pair_of, seed)
+        return ShardStream(self.shards.by_shard(self._indices), dataset.pair_of, seed)
 
     def close(self) -> None:
         if self.shards is not None:
@@ -438,6 +451,17 @@ def _tensors(sample: StoredSample, task: str) -> Tensor | dict[str, Tensor]:
     if label is None:
         raise Refused(f"{sample.folder}: sample {sample.id} has no label {task!r}", "Leave it out with Run.where.")
     return label_tensors(task, label, sample.document["labels"][task])
+
+
+def open_changeable(path: str | Path) -> Run:
+    """A run whose samples can be selected: in shards anywhere, in a run folder on this machine."""
+    run = Run(path)
+    if run.shards is None and run.copies is not None:
+        raise Refused(
+            f"{path}: its samples are in an object store",
+            f"Copy the run with: python -m datasetdm_fast.gallery {quote(path)} --out COPY",
+        )
+    return run
 
 
 def open_run(path: str | Path, *, kept: bool = False, doubtful: bool = False) -> Run:

@@ -14,9 +14,9 @@ from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.engine.labels.kind import Table
 from datasetdm_fast.engine.labels.trust import NamedMap, named_map, pairs
 from datasetdm_fast.errors import Refused, quote
-from datasetdm_fast.runs.run_folder.document import LEDGER
 from datasetdm_fast.runs.run_folder.ledger import Ledger
 from datasetdm_fast.runs.run_folder.selections import Filter
+from datasetdm_fast.runs.run_folder.shards import ShardLedger
 from datasetdm_fast.runs.run_folder.where import parse_where
 
 HASH = "hash"  # a score that no condition can use
@@ -114,19 +114,18 @@ class ScoreTable:
     values: dict[str, np.ndarray]  # score -> [N] float64, NaN where a sample has none
 
 
-def read_scores(folder: Path, names: Sequence[str] = tuple(SCORES)) -> ScoreTable:
-    """These scores of all samples of a run folder."""
-    with Ledger(folder / LEDGER, read_only=True) as ledger:
-        words = ledger.class_words()
-        indices, classes = [index for index, _ in words], [named for _, named in words]
-        place = {index: k for k, index in enumerate(indices)}
-        values = {}
-        for name in names:
-            column = np.full(len(indices), np.nan)
-            for index, value in ledger.scores("distance" if name == "duplicate" else name):
-                if index in place and isinstance(value, (int, float)):
-                    column[place[index]] = value
-            values[name] = np.where(np.isnan(column), column, column <= NEAR) if name == "duplicate" else column
+def read_scores(ledger: Ledger | ShardLedger, names: Sequence[str] = tuple(SCORES)) -> ScoreTable:
+    """These scores of all samples of a run."""
+    words = ledger.class_words()
+    indices, classes = [index for index, _ in words], [named for _, named in words]
+    place = {index: k for k, index in enumerate(indices)}
+    values = {}
+    for name in names:
+        column = np.full(len(indices), np.nan)
+        for index, value in ledger.scores("distance" if name == "duplicate" else name):
+            if index in place and isinstance(value, (int, float)):
+                column[place[index]] = value
+        values[name] = np.where(np.isnan(column), column, column <= NEAR) if name == "duplicate" else column
     return ScoreTable(indices, classes, values)
 
 
@@ -158,16 +157,15 @@ def absent(folder: Path, name: str) -> Refused:
     return Refused(f"--where: no sample of {folder} has the score {name}", ABSENT.get(name, "Leave it out."))
 
 
-def passing(folder: Path, where: str) -> Filter:
-    """Which samples of a run folder the condition keeps, and why not the others."""
+def passing(folder: Path, ledger: Ledger | ShardLedger, where: str) -> Filter:
+    """Which samples of a run the condition keeps, and why not the others."""
     condition, names = parse_where(where, tuple(SCORES))
-    with Ledger(folder / LEDGER, read_only=True) as ledger:
-        if not ledger.score_names():
-            raise Refused(
-                f"--where: the samples of {folder} have no scores yet",
-                f"Score them first: python -m datasetdm_fast.filter {quote(folder)}",
-            )
-    table = read_scores(folder, names)
+    if not ledger.score_names():
+        raise Refused(
+            f"--where: the samples of {folder} have no scores yet",
+            f"Score them first: python -m datasetdm_fast.filter {quote(folder)}",
+        )
+    table = read_scores(ledger, names)
     for name in names:
         if np.isnan(table.values[name]).all():
             raise absent(folder, name)

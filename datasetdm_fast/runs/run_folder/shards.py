@@ -10,7 +10,7 @@ import os
 import tarfile
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -34,6 +34,7 @@ from datasetdm_fast.runs.run_folder.ledger import (
     encode_trust,
 )
 from datasetdm_fast.runs.run_folder.shard_places import ShardPlace
+from datasetdm_fast.runs.run_folder.shard_selections import Score, ShardScores
 from datasetdm_fast.untrusted import documents
 from datasetdm_fast.untrusted.images import LARGEST_IMAGE_FILE
 
@@ -236,9 +237,15 @@ class ShardIndex:
 class ShardLedger:
     """The rows of a run in shards that are complete, read as those of a ledger are."""
 
-    def __init__(self, place: ShardPlace, size: int, shards: Collection[int] | None = None):
-        """Of all shards, or of these; each has `size` samples."""
-        self.place, self._size = place, size
+    def __init__(
+        self,
+        place: ShardPlace,
+        size: int,
+        shards: Collection[int] | None = None,
+        dropped: frozenset[int] = frozenset(),
+    ):
+        """Of all shards, or of these; each has `size` samples, some of which may be `dropped`."""
+        self.place, self._size, self.dropped = place, size, dropped
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
         self._open: OrderedDict[int, BinaryIO] = OrderedDict()
         self._lock, self._process = threading.RLock(), os.getpid()
@@ -284,6 +291,8 @@ class ShardLedger:
         results = [index for entry in entries for index in entry.indices] if DONE in statuses else []
         if QUARANTINED in statuses:
             results += [index for entry in entries for indices in entry.quarantined.values() for index in indices]
+        if self.dropped:
+            results = [index for index in results if index not in self.dropped]
         return sorted(results) if len(statuses) > 1 else results
 
     def count(self, status: str = DONE) -> int:
@@ -309,17 +318,44 @@ class ShardLedger:
     def is_outdated(self) -> bool:
         return False
 
-    def row(self, index: int) -> Row | None:
-        if index // self._size not in self.entries:
+    @cached_property
+    def scored(self) -> ShardScores:
+        return ShardScores(self.place)
+
+    def scores(self, name: str) -> list[tuple[int, Score]]:
+        return [(index, value) for index, value in self.scored.of(name) if index not in self.dropped]
+
+    def score_names(self) -> list[str]:
+        return self.scored.names()
+
+    def class_words(self) -> list[tuple[int, tuple[str, ...]]]:
+        return [(row.request.index, row.request.classes) for row in self.rows(parts=())]
+
+    def read_note(self, name: str) -> str | None:
+        return None
+
+    def by_shard(self, indices: Iterable[int]) -> dict[int, list[int]]:
+        """Shard -> those of the samples that are in it."""
+        shards: dict[int, list[int]] = {}
+        for index in indices:
+            shards.setdefault(index // self._size, []).append(index)
+        return shards
+
+    def rows_of(self, indices: Iterable[int], parts: Sequence[str] = PARTS) -> Iterator[Row]:
+        """The rows of samples; only the indexes of their shards are read."""
+        for shard, members in self.by_shard(indices).items():
+            rows = self.index_of(shard).rows
+            for index in members:
+                yield self._with_labels(rows[index]) if "labels" in parts else rows[index]
+
+    def row(self, index: int, parts: Sequence[str] = PARTS) -> Row | None:
+        if index // self._size not in self.entries or index in self.dropped:
             return None
         row = self.index_of(index // self._size).rows.get(index)
-        return row and self._with_labels(row)
+        return self._with_labels(row) if row and "labels" in parts else row
 
     def rows(self, *statuses: str, parts: Sequence[str] = PARTS) -> Iterator[Row]:
-        for shard in sorted(self.entries):
-            for row in self.index_of(shard).rows.values():
-                if row.status in (statuses or (DONE,)):
-                    yield self._with_labels(row) if "labels" in parts else row
+        return self.rows_of(self.indices(*statuses), parts)
 
     def index_of(self, shard: int) -> ShardIndex:
         """The index of a shard; other bytes than were written are refused."""

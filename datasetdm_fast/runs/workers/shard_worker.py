@@ -227,9 +227,10 @@ class ShardWorker:
             entry = self._write(shard)
             if not self.place.create(entry_name(shard), entry.encode()):
                 if self.place.read(entry_name(shard)) != entry.encode():
+                    self.place.remove(entry_name(shard))  # its files may be those of this process by now
                     raise GateFailed(
-                        f"{self.place.name}: two processes made shard {shard:05d} with other bytes",
-                        "Check the run with audit; processes of one run need the same device and versions.",
+                        f"{self.place.name}: two processes made shard {shard:05d} with other bytes, so it is missing",
+                        "Run the command again, with the same device and versions everywhere.",
                     )
                 return False
         except ShardAbandoned:
