@@ -28,6 +28,7 @@ BENCHES = {
         "images with labels from attention on this CPU, compared with Dataset Diffusion based on diffusers",
     ),
     "epochs": ("bench.rows.epochs", "an epoch of training with stored captures, compared with recomputed ones"),
+    "scale": ("bench.rows.sharded", "what a run in shards of up to a million samples costs its supervisor and readers"),
     "serving": ("bench.rows.serving", "images a second of the service under many clients, compared with generate"),
     "kernels": (
         "bench.kernels.audit",
