@@ -78,7 +78,17 @@ def test_a_run_that_nobody_corrected_is_refused_as_truth(run):
     assert "--serve" in stop.value.remedy
 
 
-@pytest.mark.parametrize("value", [{"removed": [["instance", "1"]]}, {"ignored": [[5, 5, 5, 9]]}, {"other": []}, []])
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"removed": [["instance", "1"]]},
+        {"removed": [9]},
+        {"renamed": 3},
+        {"ignored": [[5, 5, 5, 9]]},
+        {"other": []},
+        [],
+    ],
+)
 def test_what_is_no_correction_is_refused(run, value):
     (run / CORRECTIONS).write_text(json.dumps({"00000000": value}))
     with pytest.raises(Refused, match="corrections"):

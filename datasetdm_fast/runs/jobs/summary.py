@@ -107,7 +107,7 @@ def _describe_domain(job: Job) -> str:
     others = [task for task, domain in decoders.items() if not domain]
     if not decoders:
         return ""
-    unknown = f"{', '.join(others)}: unknown, trained by 0.2.0 or earlier" if others else ""
+    unknown = f"{', '.join(others)}: unknown, as fewer than 8 images or 0.2.0 trained it" if others else ""
     compared = f"samples are compared with what {', '.join(known)} learned from" if known else ""
     return "; ".join(filter(None, (compared, unknown)))
 

@@ -39,14 +39,15 @@ class Correction:
         """The correction that JSON describes; a ValueError where it is none."""
         if not isinstance(value, dict) or not value.keys() <= set(FIELDS):
             raise ValueError(f"{documents.quote(value)} is no correction")
-        removed, renamed, ignored = ([tuple(each) for each in value.get(name, ())] for name in FIELDS)
+        removed, renamed, ignored = (value.get(name, []) for name in FIELDS)
         if not (
-            all(list(map(type, each)) == [str, int] for each in removed)
-            and all(list(map(type, each)) == [str, int, str] for each in renamed)
-            and all(list(map(type, each)) == [int] * 4 and each[0] < each[2] and each[1] < each[3] for each in ignored)
+            _are_rows(removed, [str, int])
+            and _are_rows(renamed, [str, int, str])
+            and _are_rows(ignored, [int] * 4)
+            and all(left < right and top < bottom for left, top, right, bottom in ignored)
         ):
             raise ValueError(f"{documents.quote(value)} is no correction")
-        return cls(tuple(removed), tuple(renamed), tuple(ignored))
+        return cls(*(tuple(map(tuple, rows)) for rows in (removed, renamed, ignored)))
 
     def facts(self) -> dict[str, Any]:
         """As JSON, without what is empty."""
@@ -85,12 +86,17 @@ class Correction:
         return region
 
 
+def _are_rows(value: Any, kinds: list[type]) -> bool:
+    """Whether a value is a list of lists of these types."""
+    return isinstance(value, list) and all(isinstance(row, list) and list(map(type, row)) == kinds for row in value)
+
+
 def read_corrections(folder: Path) -> dict[int, Correction]:
     """The corrections of a run by the index of their sample, none where there is no such file."""
     path = folder / CORRECTIONS
     if not path.exists():
         return {}
-    with refusing_form(path, "list of corrections", "Delete it, or mend it by hand."):
+    with refusing_form(path, "corrections", "Delete it, or mend it by hand."):
         return parse_corrections(documents.read_object(path, most=LARGEST))
 
 

@@ -34,7 +34,7 @@ SCORES = {  # name -> meaning
     "clip": "cosine similarity of image and prompt by the CLIP model of --clip",
 }
 ABSENT = {  # a score that no sample has -> what to do about it
-    "domain": "Decoders that were trained by 0.2.0 or earlier have no domain; train them again.",
+    "domain": "Decoders that 0.2.0 trained, or fewer than 8 images, have no domain; train them again.",
     "agreement": "It needs two kinds of labels that name the same classes, such as semantic and instance.",
     "clip": "Add --clip DIR, the folder of a CLIP model, to compute it.",
 }
