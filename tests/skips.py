@@ -26,6 +26,7 @@ REASONS = {
     "Playwright is not installed": "until `make consumers` installs the libraries of our users",
     "Chromium is not installed": "machines without that browser",
     "Ray Serve is not installed": "until somebody installs ray[serve]",
+    "moto and s3fs are not installed": "until somebody installs moto[server] and s3fs, as tests/test_s3.py needs",
     "ray is not installed": "platforms without Ray",
     "uvicorn is not installed": "environments without the extra `serve`",
     "triton is not installed; pip install 'datasetdm-fast[triton]'": "platforms without Triton",

@@ -3,6 +3,7 @@ number of its samples, which are copied from a few hundred real ones.
 """
 
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -62,6 +63,7 @@ def copy_samples(base: str) -> None:
             yield renumber(row, index), contents
 
     shard_worker.ShardWorker._encode_samples = copies
+    shard_worker.check_room = lambda job: None  # reckons with files as large as they can be
 
 
 def renumber(row: Row, index: int) -> Row:
@@ -139,6 +141,7 @@ def measure(config: ScaleConfig) -> list[dict[str, Any]]:
                     row |= pool.submit(supervise, base, f"{out}/run", number, config.ranks).result()
                 with another_process() as pool:
                     row |= pool.submit(read, f"{out}/run", number).result()
+            print(json.dumps(row), file=sys.stderr)
             rows.append(row)
     return rows
 

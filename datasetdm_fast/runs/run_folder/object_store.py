@@ -41,7 +41,8 @@ class ObjectStore:
                 self.files = fsspec.filesystem("file")
                 self.root = self.files._strip_protocol(url)
             else:
-                self.files, self.root = fsspec.core.url_to_fs(url)
+                # others write there, and a listing of before hides their files from every other call
+                self.files, self.root = fsspec.core.url_to_fs(url, use_listings_cache=False)
         except ImportError as error:
             raise Missing(f"{url}: {error}", "Install it, for a cluster on each of its machines.") from error
         except Exception as error:  # whatever the file system of a stranger's package makes of a wrong address

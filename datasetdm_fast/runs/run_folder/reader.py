@@ -24,6 +24,7 @@ from datasetdm_fast.engine.labels.tensors import image_tensor, label_tensors, st
 from datasetdm_fast.engine.labels.trust import trust_of
 from datasetdm_fast.errors import Missing, Refused, nearest, quote
 from datasetdm_fast.runs.run_folder.document import (
+    DOCUMENT,
     LEDGER,
     require_document,
     sides,
@@ -33,7 +34,7 @@ from datasetdm_fast.runs.run_folder.document import (
 )
 from datasetdm_fast.runs.run_folder.goal import goal_of
 from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, PARTS, Ledger, Row
-from datasetdm_fast.runs.run_folder.object_store import StoreCopy, copy_of, is_url
+from datasetdm_fast.runs.run_folder.object_store import StoreCopy, copy_of, is_url, unfinished_run
 from datasetdm_fast.runs.run_folder.scores import passing
 from datasetdm_fast.runs.run_folder.seal import replace_file
 from datasetdm_fast.runs.run_folder.selections import Filter, read_filter
@@ -186,6 +187,8 @@ class Run(AbstractContextManager["Run"]):
     def __init__(self, path: str | Path, *, kept: bool = False, doubtful: bool = False):
         self.copies = copy_of(path)
         self.path = self.copies.fetch_state() if self.copies and is_url(path) else Path(path)
+        if is_url(path) and not (self.path / DOCUMENT).exists():
+            raise unfinished_run(str(path))
         self.document = require_document(self.path)
         self.shards: ShardLedger | None = None
         if is_sharded(self.document):

@@ -162,7 +162,6 @@ class ShardBucket(ShardPlace):
 
     def names(self, folder: str = "") -> list[str]:
         with self.store.translate_errors():
-            self.store.files.invalidate_cache()
             try:
                 paths = self.store.files.ls(self._path(folder), detail=False)
             except FileNotFoundError:
