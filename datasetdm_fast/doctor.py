@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.command_line.probes import PROBES, make_printable, run_probes
+from datasetdm_fast.command_line.probes import MODEL_PROBE, PROBES, make_printable, run_probes
 from datasetdm_fast.config import ENGINES
 from datasetdm_fast.settings import setting
 from datasetdm_fast.version import __version__
@@ -26,12 +26,14 @@ LIBRARIES = (
 
 @dataclass(frozen=True)
 class DoctorConfig:
+    model: str = setting("", "a model's folder, whose family is told", metavar="DIR")
     json: bool = setting(False, "everything as one JSON object on stdout")
 
 
-def examine() -> dict[str, Any]:
+def examine(model: str = "") -> dict[str, Any]:
     """Everything the command reports."""
-    reports = run_probes(PROBES)
+    probes = {"model": MODEL_PROBE.format(folder=str(Path(model).resolve()))} if model else {}
+    reports = run_probes({**PROBES, **probes})
     engines = {name: reports[f"engine {name}"] for name in ENGINES.names}
     for report in engines.values():
         if problem := report.pop("problem"):
@@ -44,6 +46,7 @@ def examine() -> dict[str, Any]:
         "torch": reports["torch"],
         "engines": engines,
         "sandbox": reports["sandbox"],
+        **({"model": reports["model"]} if model else {}),
         "self_test": {"passed": not reports["self-test"]["problem"], "problem": reports["self-test"]["problem"]},
     }
 
@@ -79,6 +82,8 @@ def describe(facts: dict[str, Any]) -> list[str]:
     for name, engine in facts["engines"].items():
         cause = f"does not run here: {engine['cause']}. {engine['remedy']}"
         rows.append((f"--engine {name}", "runs here" if engine["runs"] else cause))
+    if model := facts.get("model"):
+        rows.append(("model", model["problem"] or f"{model['family']}, for the engines {', '.join(model['engines'])}"))
     rows.append(("self-test", "passed" if test["passed"] else f"FAILED: {test['problem']}"))
     return [f"{name:<19}{text}" for name, text in rows if text]
 
@@ -103,7 +108,7 @@ def _run_command(arguments: Sequence[str]) -> int:
     config, _ = parse(arguments, DoctorConfig, "python -m datasetdm_fast.doctor", __doc__, EXAMPLES)
     if not config.json:
         print("testing every engine, then generating a first image: about ten seconds", file=sys.stderr, flush=True)
-    facts = examine()
+    facts = examine(config.model)
     print(json.dumps(facts) if config.json else "\n".join(describe(facts)))
     if problem := facts["self_test"]["problem"]:
         raise Missing(f"the self-test failed: {problem}", "Fix what the lines above report, then run doctor again.")

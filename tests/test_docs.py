@@ -56,7 +56,7 @@ def test_the_page_of_refusals_follows_names_of_remedies():
     assert told["PATH: its metadata holds something other than texts"] == again  # a constant of another module
     assert told["PATH: not readable as JSON (byte PLACE: REASON)"] == again  # named as documents.GET_AGAIN
     assert told["FLAG: no sample of TABLES has the score agreement"].startswith("It needs two kinds")  # of a table
-    assert told["model: PATH holds KIND; SUPPORTED"].count("Or: ") == 1  # either of two
+    assert told["model: PATH holds KIND; VALUE"].count("Or: ") == 1  # either of two
     assert "Name the folder with --prompt_root. Or: " in told["WHAT: PATH is not there"]  # what the callers give
 
 

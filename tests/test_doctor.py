@@ -76,6 +76,18 @@ def test_a_broken_machine(case, tmp_path):
     assert doctor.describe(found)
 
 
+def test_the_family_of_a_folder_is_told(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    code = probes.MODEL_PROBE.format(folder=str(tmp_path))
+    assert probes.run_probes({"model": code})["model"] == {
+        "problem": "",
+        "family": "FLUX.1",
+        "engines": ["torch", "fast"],
+    }
+    (tmp_path / "model_index.json").write_text('{"_class_name": "KolorsPipeline"}')
+    assert "holds a KolorsPipeline" in probes.run_probes({"model": code})["model"]["problem"]
+
+
 def test_one_question_that_hangs_or_crashes_costs_no_other_answer():
     questions = {
         "first": "report(a=1)",

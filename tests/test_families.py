@@ -209,6 +209,16 @@ def test_requests_that_a_family_cannot_serve_are_refused_in_a_sentence(folders, 
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("family", "most"), [("sd3", 256), ("z-image", 512)])
+def test_images_larger_than_a_models_positions_are_refused_before_weights_are_read(saved, tmp_path, family, most):
+    folder = copy_of(saved(family), tmp_path)
+    for weights in (folder / "transformer").glob("*.safetensors"):
+        weights.unlink()
+    with pytest.raises(Refused, match=f"at most {most} pixels a side, {most + 64} were") as caught:
+        load_model(str(folder), size=most + 64)
+    assert f"--size {most} or less" in str(caught.value)
+
+
 def test_a_gated_model_is_not_downloaded_unasked():
     with pytest.raises((Missing, Refused)) as caught:
         load_model("black-forest-labs/FLUX.1-dev")

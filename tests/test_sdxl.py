@@ -6,6 +6,7 @@ import pytest
 import tiny_pipelines
 import torch
 
+from datasetdm_fast import verify as verify_command
 from datasetdm_fast.config import ATTENTION
 from datasetdm_fast.data import Request
 from datasetdm_fast.engine.backbones.sdxl import SDXL
@@ -53,6 +54,12 @@ def test_the_fast_engine_agrees_with_the_oracle(model, batch):
     verdict = verify(fast, reference, requests, recipe, batch, is_whole=True)
     assert verdict.agrees, verdict.table()
     assert {"averages of attention", "level low", "level highest"} <= {row.measure for row in verdict.rows}
+
+
+def test_verify_takes_a_saved_folder(tmp_path, capsys):
+    line = ["--model", str(tiny_pipelines.save(tmp_path / "model", "sdxl")), "--decoder", "random", "--task", "depth"]
+    line += ["--size", str(tiny_pipelines.SIZE), "--steps", "2", "--prompts", "a red car", "--number", "1", "--quiet"]
+    assert verify_command.main([*line, "--engine", "fast", "--json"]) == 0, capsys.readouterr()
 
 
 def test_features_and_maps_are_those_of_the_oracle(model):

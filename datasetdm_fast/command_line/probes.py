@@ -71,6 +71,13 @@ from datasetdm_fast.untrusted import pickles
 report(missing=pickles.leave_network() + pickles.confine(Path(os.getcwd()) / "x", 0))
 """,
 }
+MODEL_PROBE = """
+from pathlib import Path
+from datasetdm_fast.config import ENGINES
+from datasetdm_fast.engine.loading.folder import family_of
+family = family_of(Path({folder!r}))
+report(family=family.title, engines=[name for name in ENGINES.names if family.served_by(ENGINES[name].needs)])
+"""
 
 
 def run_probes(probes: Mapping[str, str], timeout: float = TIMEOUT) -> dict[str, dict[str, Any]]:

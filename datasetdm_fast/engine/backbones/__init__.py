@@ -32,7 +32,7 @@ def pipeline_of(backbone: Backbone) -> str:
 def list_supported() -> str:
     """What can be loaded, as the end of a sentence."""
     titles = [backbone.title for backbone in every_backbone()]
-    return f"supported are text-to-image models of {', '.join(titles)}, as diffusers folders"
+    return f"supported are text-to-image models of {', '.join(titles)}, as diffusers folders or single files"
 
 
 def open_backbone(pipeline: str, source: object) -> Backbone:

@@ -88,6 +88,7 @@ class Backbone:
     unguided: float = 1.0  # the guidance with cfg at which, and below, the prompt alone counts
     text_network: str | None = None  # module:class of our own text encoders, see models.text_encoder.PromptEncoder
     is_exported: bool = False  # whether its stages can be written as graphs
+    most_pixels: Callable[[Configs], int] = lambda configs: 0  # of a side that it has positions for; 0: of any
     patch: int = 2  # latent cells of a side of one image token, for shifts that depend on the size
     # (tensors of a low-rank adapter, configs) -> these under "part.layer" and an ending, or in kohya's form
     name_adapter: NameAdapter | None = None

@@ -81,6 +81,7 @@ SD3 = Backbone(
     latents=lambda configs: scaled_latents(configs["vae"]),
     text=_text,
     multiple=16,
+    most_pixels=lambda configs: 8 * configs["transformer"].patch_size * configs["transformer"].pos_embed_max_size,
     flow=FlowRule(max_shift=1.16),
     levels=_levels,
     defaults=_defaults,

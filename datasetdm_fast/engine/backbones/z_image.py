@@ -62,6 +62,7 @@ Z_IMAGE = Backbone(
     latents=lambda configs: scaled_latents(configs["vae"]),
     text=_text,
     multiple=16,
+    most_pixels=lambda configs: 16 * min(configs["transformer"].axes_lens[1:]),
     flow=FlowRule("uniform-fp32"),
     levels=_levels,
     defaults=_defaults,

@@ -22,11 +22,16 @@ TOKENIZER_SETTINGS = set(
 )
 
 
-def check_size(size: int, multiple: int) -> None:
+def check_size(size: int, multiple: int, most: int = 0) -> None:
     if size <= 0 or size % multiple:
         raise Refused(
             f"size: {size} is not a positive multiple of {multiple}, which the levels of the model need",
             f"Try --size {max(round(size / multiple), 1) * multiple}; 0 takes what the model was made for.",
+        )
+    if most and size > most:
+        raise Refused(
+            f"size: the model has positions for images of at most {most} pixels a side, {size} were to be drawn",
+            f"Use --size {most - most % multiple} or less.",
         )
 
 

@@ -90,6 +90,7 @@ def load_folder(
             raise Refused(f"model: {folder} has no scheduler", "Add the folder scheduler of the same model.")
         read = {part: ConfigFile(config) for part, config in configs.items()}
         defaults, usual_licence = defaults or backbone.defaults(read), backbone.licence(read)
+        check_size(size or defaults.size, backbone.multiple, backbone.most_pixels(read))
     present = [part for part in backbone.parts if part in configs]
     networks_present = [part for part in backbone.networks if part in configs]
     weights = {part: _weight_files(folder / part) for part in networks_present if part not in parts.fill}
@@ -146,6 +147,11 @@ def _backbone_of(folder: Path, index: Mapping[str, Any]) -> Backbone:
         )
     fitting = [each for each in families if _could_be(folder, each)]
     return max(fitting or families, key=lambda each: sum((folder / part).exists() for part in each.parts))
+
+
+def family_of(folder: Path) -> Backbone:
+    """The record of the family of a model's folder."""
+    return _backbone_of(folder, read_config(folder / INDEX) if (folder / INDEX).exists() else {})
 
 
 def _could_be(folder: Path, backbone: Backbone) -> bool:
@@ -229,8 +235,7 @@ def folder_digests(
     folder: Path, backbone: Backbone | None = None, weights: Mapping[str, _Weights] | None = None
 ) -> dict[str, str]:
     """Digest of the files of each part, which are looked for where they are not given."""
-    if backbone is None:
-        backbone = _backbone_of(folder, read_config(folder / INDEX) if (folder / INDEX).exists() else {})
+    backbone = backbone or family_of(folder)
     if weights is None:
         weights = {part: _weight_files(folder / part) for part in backbone.networks if (folder / part).exists()}
     files = {

@@ -172,7 +172,7 @@ def check_model(model: Model, *, is_seeded: bool = False) -> Model:
     """The model once the last checks of every source are passed: its parts fit, their numbers are finite, as those of
     seeded ones always are.
     """
-    check_size(model.size, model.backbone.multiple)
+    check_size(model.size, model.backbone.multiple, model.backbone.most_pixels(model.configs))
     model.backbone.check_fit(model)
     for name in model.networks if not is_seeded else ():
         check_finite(model.networks[name].read().state_dict(), f"model: {model.name}: {name}.")

@@ -13,8 +13,9 @@ from diffusers.loaders import single_file_utils
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from datasetdm_fast.engine.backbones import list_supported
 from datasetdm_fast.engine.backbones.record import ANOTHER, DAMAGED
-from datasetdm_fast.engine.backbones.sd import DOWN_BLOCKS, SD, SD_SCHEDULER, SUPPORTED, UP_BLOCKS, check_network
+from datasetdm_fast.engine.backbones.sd import DOWN_BLOCKS, SD, SD_SCHEDULER, UP_BLOCKS, check_network
 from datasetdm_fast.engine.loading.checks import ADAPTER, check_readable, quiet_libraries
 from datasetdm_fast.engine.loading.file_parts import LORA_MARKS, family_of, load_parts
 from datasetdm_fast.engine.loading.model import Model, check_model
@@ -90,7 +91,7 @@ def _read_single_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safetensors.safe_open(path, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
     if path.suffix != ".ckpt":
-        raise Refused(f"model: {path} is a {path.suffix or 'suffixless'} file; {SUPPORTED}", ANOTHER)
+        raise Refused(f"model: {path} is a {path.suffix or 'suffixless'} file; {list_supported()}", ANOTHER)
     check_readable(path)
     return safetensors.torch.load_file(pickles.safe_copy(path)), {}
 
@@ -136,13 +137,13 @@ def _check_layout(state: Mapping[str, Tensor], path: Path) -> None:
     }
     for kind, marks in signs.items():
         if any(mark in key for key in state for mark in marks):
-            raise Refused(f"model: {path} holds {kind}; {SUPPORTED}", ADAPTER if kind == LORA else FOLDER)
+            raise Refused(f"model: {path} holds {kind}; {list_supported()}", ADAPTER if kind == LORA else FOLDER)
     for part, prefixes in (("unet", (UNET,)), ("vae", (VAE,)), ("text_encoder", (CLIP, OPEN_CLIP))):
         if not any(key.startswith(prefixes) for key in state):
             evidence = f"its first tensor is {next(iter(state))}" if state else "it holds no tensor at all"
             raise Refused(
                 f"model: {path} has no {part} ({evidence}), and a single file must hold unet, vae and text encoder in "
-                f"the original layout; {SUPPORTED}",
+                f"the original layout; {list_supported()}",
                 ANOTHER,
             )
 

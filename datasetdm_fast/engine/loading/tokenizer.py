@@ -107,6 +107,7 @@ def load_tokenizer(folder: Path, classes: Sequence[str] = ("transformers:CLIPTok
         )
     with _refusing(folder), quiet_libraries(), _only_vocabulary(folder) as safe:
         tokenizer = load_place(classes[0]).from_pretrained(safe, local_files_only=True)
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True  # refused by us
     if len(tokenizer) < BYTES and (folder / "merges.txt").is_file():
         raise Refused(
             f"model: {folder} gives a tokenizer of {len(tokenizer)} entries, fewer than the {BYTES} bytes that "
