@@ -1,5 +1,5 @@
-"""The ratchet: what the calls of SD 1.4 and SDXL cost a GPU, reckoned, and bench/gpu_budget.json, above which none may
-rise.
+"""The ratchet: what calls of SD 1.4, SDXL and two MM-DiTs cost a GPU, reckoned, and bench/gpu_budget.json, above which
+none may rise.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.rehearsal.kernels import storages
-from bench.rehearsal.machine import open_engine
+from bench.rehearsal.machine import TASKS as USUAL_LABELS
+from bench.rehearsal.machine import decoders_of, open_engine
 from bench.rehearsal.roofline import STATED, Reckoning, reckon
 from bench.rehearsal.run import stage
 from bench.rehearsal.timeline import Timeline
@@ -20,12 +21,15 @@ from bench.report.results import BUDGET
 from datasetdm_fast.data import Text
 from datasetdm_fast.engine import sampling
 from datasetdm_fast.engine.engines.fast import FastEngine
+from datasetdm_fast.engine.engines.fast.joint import JointEngine
+from datasetdm_fast.engine.loading import PRESETS
 from datasetdm_fast.engine.sampling.walk import SamplerState
 from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.runs.run_settings import RunConfig
 
 MODEL, BATCHES, USUAL = "random-sd14", (1, 8, 32), 8
 LARGER, LARGER_BATCHES = "random-sdxl", (1, 8)
+JOINT = {"SD 3.5 medium": "random-sd35", "FLUX.2 klein": "random-klein"}
 COPIED = ("UNet call", "label decoders and autoencoder")
 AROUND = "around the"  # begins the names of what is launched beside the graphs of calls: copies, steps, post-processing
 SLACK = 1.0005  # of rounding
@@ -65,15 +69,30 @@ def reckoned() -> Reckoned:
             found[f"{AROUND} {name}, {USUAL} images"] = reckon(launched(timeline, call))
         found[f"label decoders, {USUAL} images"] = reckon(recorded(engine, engine.decoders))
         found[f"autoencoder, {USUAL} images"] = reckon(recorded(engine, ["image"]))
-        kernels = storages(timeline.kernels)
         larger = open_engine(LARGER, "auto", "cuda")
         calls = {
             f"SDXL UNet call, {batch} image{'s' * (batch > 1)}": unet_call(larger, batch, "_plain")
             for batch in LARGER_BATCHES
         }
         calls["SDXL captured call, 1 image"] = unet_call(larger, 1, "_capture_projected")
+        for title, name in JOINT.items():
+            calls |= joint_calls(title, name)
         found |= {name: reckon(launched(timeline, call)) for name, call in calls.items()}
-        return Reckoned(found, kernels)
+        return Reckoned(found, storages(timeline.kernels))
+
+
+def joint_calls(title: str, name: str) -> dict[str, Callable[[], Any]]:
+    """Calls of an MM-DiT for one image, in bf16."""
+    model = PRESETS[name](0)
+    engine = JointEngine(model, decoders_of(model, USUAL_LABELS), device="cuda")
+    rows, pooled = model.halves, engine.network.config.get("pooled_projection_dim", 1)
+    context = torch.empty(rows, model.levels[0].tokens, model.text_width, device="cuda")
+    latents = torch.empty(1, *model.latent_shape(), device="cuda")
+    text = Text(context, torch.empty(rows, pooled, device="cuda"))
+    return {
+        f"{title} call, 1 image": lambda: engine.denoise(latents, 500.0, text),
+        f"{title} captured call, 1 image": lambda: engine.denoise_and_capture(latents, 500.0, text),
+    }
 
 
 def sampler_state(engine: FastEngine, latents: torch.Tensor) -> SamplerState:

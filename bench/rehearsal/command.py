@@ -27,8 +27,8 @@ PROG, ALL = "python -m bench rehearse", "all"
 TARGETS = ("80", "90", "100", "120")
 SCENARIOS = (  # functions of scenarios.py and teaching.py
     "decoders", "attention", "words", "label", "tiles", "labeller", "files", "library", "features", "samplers",
-    "retry", "between", "memory", "cards", "verify", "training", "losses", "bins", "recomputed", "evaluation",
-    "students",
+    "retry", "between", "memory", "cards", "verify", "joint", "training", "losses", "bins", "recomputed",
+    "evaluation", "students",
 )  # fmt: skip
 
 GRADIENTS = ("training", "losses", "bins", "recomputed", "students")  # scenarios that compute some
@@ -61,7 +61,9 @@ class RehearsalConfig:
         "", "with --compile: folder for the compiled kernels, for another machine", metavar="DIR", output="folder"
     )
     adopt: str = setting("", "make the kernels of a folder that came from another machine usable here", metavar="DIR")
-    budget: bool = setting(False, "instead: compare the estimated cost of SD 1.4 and SDXL with bench/gpu_budget.json")
+    budget: bool = setting(
+        False, "instead: compare the estimated cost of four models' calls with bench/gpu_budget.json"
+    )
     update: bool = setting(False, "with --budget: write the estimate into that file")
     json: bool = setting(False, "one JSON object on standard output")
 

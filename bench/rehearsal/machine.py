@@ -11,12 +11,16 @@ import torch
 
 from bench.rehearsal.timeline import LOAD, Timeline
 from datasetdm_fast.data import Batch, Request, Sample
+from datasetdm_fast.engine.backbones.sd3 import SD3
 from datasetdm_fast.engine.decoders.checkpoint import build_decoder, for_inference, upstream
 from datasetdm_fast.engine.decoders.seeded import KINDS, untrained_decoders
 from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.engines import fast
+from datasetdm_fast.engine.engines.fast.joint import JointEngine
 from datasetdm_fast.engine.loading import PRESETS
 from datasetdm_fast.engine.loading.model import Model
+from datasetdm_fast.engine.loading.network import ConfigFile
+from datasetdm_fast.engine.loading.presets import preset
 from datasetdm_fast.engine.loop import driver
 from datasetdm_fast.engine.loop.diffusing import PROFILE
 from datasetdm_fast.engine.loop.recipe import Recipe, make_recipe
@@ -27,6 +31,24 @@ if TYPE_CHECKING:
 TASKS = tuple(KINDS)  # what most runs make
 WORDS = ("car", "dog")
 PROMPT = "a photo of a red car and a dog"
+TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+SMALL = {  # an MM-DiT
+    "text_encoder": TEXT | {"projection_dim": 32},
+    "text_encoder_2": TEXT | {"projection_dim": 32},
+    "transformer": {
+        "sample_size": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_layers": 4,
+        "attention_head_dim": 32,
+        "num_attention_heads": 4,
+        "joint_attention_dim": 64,
+        "caption_projection_dim": 128,
+        "pooled_projection_dim": 64,
+        "pos_embed_max_size": 16,
+    },
+    "vae": {"latent_channels": 4, "block_out_channels": (32,) * 4, "norm_num_groups": 8, "layers_per_block": 1},
+}
 OPEN, NAMED, SIMCC = "open-vocabulary", "semantic:named", "pose:simcc"  # other decoders
 
 
@@ -80,6 +102,15 @@ class Machine:
         self.operations.autoencoder = None if engine.image_dtype == engine.dtype else engine.image_dtype
         fast.CHUNK_PIXELS["cuda"] = -(-self.batch // 2) * engine.model.size**2
         return engine
+
+    def joint_engine(self, *labels: str) -> JointEngine:
+        """That of a small Stable Diffusion 3."""
+        self.timeline.phase = LOAD
+        self.uses(self.device)
+        self.operations.judge("bf16")
+        numbers = SD3.defaults({"transformer": ConfigFile(SMALL["transformer"])}), 128, 0
+        model = preset("small SD 3", SMALL, *numbers, SD3)
+        return JointEngine(model, decoders_of(model, labels), device=self.device)
 
     def uses(self, device: str) -> None:
         """Notes that a GPU is the run's."""

@@ -17,7 +17,7 @@ from datasetdm_fast.kernels.launch import round_up
 MEMORY = 2.8e12
 CONVOLUTIONS, PRODUCTS, ATTENTIONS = 700e12, 620e12, 450e12
 OWN = 450e12  # Triton's tiles, without TMA
-ATTENTION_CALLS = (ATTENTION, "triton attention_capture", "triton attention_average", "triton attention_rows")
+ATTENTION_CALLS = (ATTENTION, *(f"triton attention_{name}" for name in ("capture", "average", "rows", "shares")))
 OWN_PRODUCTS = ("triton linear_add", "triton linear_geglu", "triton linear_norm", "triton mask_embedding")
 TF32_CONVOLUTIONS, FP32_PRODUCTS = 300e12, 48e12
 LAUNCH = 7e-6

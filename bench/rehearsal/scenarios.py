@@ -271,6 +271,13 @@ def verify(machine: Machine) -> int:
         return len(compare_with_reference(prepare(config), 2).rows)
 
 
+def joint(machine: Machine) -> int:
+    """A small MM-DiT: depth by a decoder, then labels from its attention to the prompt."""
+    engine = machine.joint_engine("depth")
+    found = machine.made(engine, machine.recipe(engine, ("depth",)))
+    return found + machine.made(engine, machine.recipe(engine, (ATTENTION,), classes=WORDS))
+
+
 SCENARIOS: Mapping[str, Callable[[Machine], int]] = {  # those of command.py
     "decoders": decoders,
     "attention": attention,
@@ -287,6 +294,7 @@ SCENARIOS: Mapping[str, Callable[[Machine], int]] = {  # those of command.py
     "memory": memory,
     "cards": cards,
     "verify": verify,
+    "joint": joint,
     **teaching.SCENARIOS,
 }
 

@@ -100,6 +100,7 @@ FLUX1 = Backbone(
             "joint_attention_dim": 4096,
             "pooled_projection_dim": 768,
             "guidance_embeds": False,
+            "axes_dims_rope": (16, 56, 56),
         },
         "vae": VAE,
         "scheduler": FLOW_SCHEDULER | {"shift": 1.0},

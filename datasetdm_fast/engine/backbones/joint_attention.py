@@ -92,8 +92,6 @@ class AttentionReader(TorchFunctionMode):
 class JointReference:
     """See record.Reference; a family adds how its prompts are encoded and how its network is called."""
 
-    reader: type[AttentionReader] = AttentionReader
-
     def __init__(self, model: LoadedModel):
         self.model = model
         self.clean: Tensor | None = None  # the image that the last read call points to, in cells of 8 pixels
@@ -163,7 +161,7 @@ class JointReference:
     def capturing(self) -> Iterator[list[Capture]]:
         levels = self.levels()
         captures: list[Capture] = []
-        reader = self.reader([*dict.fromkeys(attention for level in levels for attention in level)])
+        reader = AttentionReader([*dict.fromkeys(attention for level in levels for attention in level)])
         with self.reading(reader):
             yield captures
         captures.append(self._capture(reader, levels))
@@ -189,7 +187,7 @@ class JointReference:
         """
         attentions = self.attentions()
         read = [attentions[block] for block in self.model.defaults.attention.blocks]
-        reader = self.reader(read)
+        reader = AttentionReader(read)
         with self.reading(reader):
             output = self.predict(latents, timestep, text)
         maps = torch.stack([reader.maps[attention].mean(1) for attention in read]).mean(0)

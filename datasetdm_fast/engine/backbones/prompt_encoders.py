@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from datasetdm_fast.kernels.to_device import to_device
+
 
 def padded_tokens(tokenizer: Any, texts: Sequence[str], length: int, device: torch.device) -> Mapping[str, Tensor]:
     """`input_ids` and `attention_mask` [B, length] of the texts, cut off or padded."""
-    tokens: Mapping[str, Tensor] = tokenizer(
-        list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-    ).to(device)
-    return tokens
+    tokens = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    return {name: to_device(value, device) for name, value in tokens.items()}
 
 
 def clip_states(encoder: nn.Module, tokenizer: Any, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:

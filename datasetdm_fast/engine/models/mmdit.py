@@ -93,7 +93,7 @@ class HeadProjection(nn.Module):
             both = F.linear(tokens, weight, bias)
             return both, both[..., self.rows :]
         product = F.linear(tokens, weight[rows], None if bias is None else bias[rows])
-        return product, F.linear(tokens[len(tokens) - images :], weight[self.rows :])
+        return product, F.linear(tokens[-images:], weight[self.rows :]) if images else product[..., :0]
 
 
 class TokenStream(nn.Module):
@@ -179,7 +179,8 @@ class JointBlock(nn.Module):
             whole, sums = self.ops.attention_sums(*qkv, mask)
             read.read(number, normed[0][1], appended, qkv[0], qkv[1], sums, mask)
             attended = join_heads(whole)
-        outputs = attended.split([x.shape[1] for x, _ in normed], 1)
+        # a product with slices of rows is no single matrix product
+        outputs = [part.contiguous() for part in attended.split([x.shape[1] for x, _ in normed], 1)]
         return [
             self._finish(stream, Tokens(x, stream.out(output), part.get("gate1"), stream.after), product, part)
             for stream, (x, _), product, output, part in zip(self.streams, normed, products, outputs, vectors)
