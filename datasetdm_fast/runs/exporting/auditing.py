@@ -17,9 +17,11 @@ def audit_place(place: str, threads: int, on_progress: Callable[[int, int], None
     """The report on what lies at a path or URL; `on_progress` gets the number of checked samples and that of all."""
     if find_sharded(place) is not None:
         return audit_shards(place, threads, on_progress)
-    if (copies := copy_of(place)) is not None:
+    copies = copy_of(place)
+    folder = Path(place) if copies is None else copies.store.disk
+    if folder is None:
+        assert copies is not None
         return _audit_store(place, copies, threads, on_progress)
-    folder = Path(place)
     if (folder / EXPORT).exists() and not (folder / DOCUMENT).exists():
         return audit_export(folder)
     report = audit(folder, threads=threads, on_progress=on_progress)
