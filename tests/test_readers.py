@@ -1530,7 +1530,7 @@ def test_a_split_that_is_not_there_is_not_the_whole(made, name):
 
 
 def test_a_folder_that_is_not_there_lacks_more_than_a_scene(tmp_path):
-    with pytest.raises(Refused, match="nowhere: no such folder"):
+    with pytest.raises(Refused, match="nowhere is not there"):
         open_data(f"vkitti2:{tmp_path}/nowhere[Scene01]", SIZE)
 
 
@@ -1761,7 +1761,8 @@ def test_places_that_are_no_data_set_are_refused(spec):
 def test_a_folder_that_is_not_there_is_told_as_such(tmp_path):
     with pytest.raises(Refused) as stop:
         open_data(f"folder:{tmp_path}/photos", SIZE)
-    assert stop.value.cause == f"{tmp_path}/photos/images: no such folder" and "data set" in stop.value.remedy
+    assert stop.value.cause == f"--data folder:{tmp_path}/photos: {tmp_path}/photos is not there"
+    assert "data set" in stop.value.remedy
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

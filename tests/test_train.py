@@ -843,6 +843,7 @@ def checkpoint_of_another(tmp_path):
     [
         (["--data", "nothing:5"], 2, "no reader is called 'nothing'"),
         (["--data", "voc:/nowhere"], 2, "/nowhere"),
+        (["--data", "voc:/nowhere", "--model", "/no/model"], 2, "/nowhere is not there"),
         (["--task", "sematic"], 2, "did you mean semantic"),
         (["--data", "coco:photos", "--task", "semantic,pose"], 2, "pose learns from one person of coco: at a time"),
         (["--quirks", "Q9"], 2, "'Q9' is not one of Q11, Q12, Q13, Q14"),

@@ -27,7 +27,7 @@ from datasetdm_fast.training.captures.targets import check_truth
 from datasetdm_fast.training.captures.views import TrainingViews, ViewSettings, check_quirks
 from datasetdm_fast.training.evaluation import naming
 from datasetdm_fast.training.predictions import Predictor
-from datasetdm_fast.training.readers import is_read, open_data
+from datasetdm_fast.training.readers import check_address, is_read, open_data
 from datasetdm_fast.training.recipes import RecipeSettings, TrainingRecipe, recipe
 from datasetdm_fast.training.splits import split
 from datasetdm_fast.training.task_training import TaskPlan, TaskSettings, TaskTraining, read_state
@@ -268,6 +268,7 @@ def open_session(
 ) -> TrainingSession:
     """A session with its model, data and engine, checked; `settings` are its further fields."""
     _check_together(tasks, data.address)
+    check_address(data.address)  # before a model is loaded
     model = load_model(choice.model, size=choice.size, allow_download=choice.allow_download)
     source = _open_source(data, model.size, tasks)
     if "view_settings" in settings:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from datasetdm_fast.config import TASKS
@@ -77,6 +78,31 @@ def is_read(spec: str, path: Path) -> bool:
     return kind != "folder" or not first or first[0] in (*PARTS, split)
 
 
+def check_address(spec: str) -> tuple[str, Path, str | None]:
+    """Kind, place and split of an address; refused where no reader is called so, or where nothing is there."""
+    kind, _, rest = spec.partition(":")
+    if kind not in READERS:
+        known = READERS.names
+        if not rest and Path(spec).expanduser().is_dir():
+            raise Refused(
+                f"--data {spec}: the kind of this data set is missing",
+                f"Write folder:{spec} for images/ with masks/ or depth/, run:{spec} for a run; kinds: "
+                f"{', '.join(known)}.",
+            )
+        raise Refused(
+            f"--data {spec}: no reader is called {kind!r}{nearest(kind, known)}",
+            f"Expected {ADDRESS}; kinds: {', '.join(known)}.",
+        )
+    if not (match := ADDRESSED.fullmatch(rest)):
+        raise Refused(f"--data {spec}: no folder named", f"Expected {ADDRESS}.")
+    place = Path(match[1]).expanduser()
+    if kind in OWN_READERS.keys() - RENDERED_KINDS and ":" not in match[1]:
+        with suppress(PermissionError):  # which the reader tells
+            if not place.exists() and not place.is_symlink():
+                raise Refused(f"--data {spec}: {place} is not there{storage.named_alike(place)}", reading.OF_DATA)
+    return kind, place, match[2]
+
+
 def open_data(
     spec: str,
     size: int,
@@ -90,41 +116,25 @@ def open_data(
 
     `tasks` are those whose truth is required; without any, all that the data set has.
     """
-    kind, _, rest = spec.partition(":")
-    if kind in READERS:
-        match = ADDRESSED.fullmatch(rest)
-        if not match:
-            raise Refused(f"--data {spec}: no folder named", f"Expected {ADDRESS}.")
-        try:
-            source = READERS[kind](Path(match[1]).expanduser(), match[2] or "train", size, tuple(tasks))
-            READERS.check_type(kind, source, LabelledSource)
-        except Missing as stop:
-            if not isinstance(stop.__cause__, OSError):  # a library that is missing, rather than a file
-                raise
-            raise Refused(stop.cause, stop.remedy) from stop
-        except OSError as error:
-            stop = storage.refusal(error, error.filename or rest)
-            raise Refused(stop.cause, stop.remedy) from error
-        except Refused as stop:
-            if stop.remedy == reading.REPAIR:  # nothing was skipped yet that --skip-bad could skip
-                raise Refused(stop.cause, reading.REPAIR_FIRST) from stop
+    kind, place, split = check_address(spec)
+    try:
+        source = READERS[kind](place, split or "train", size, tuple(tasks))
+        READERS.check_type(kind, source, LabelledSource)
+    except Missing as stop:
+        if not isinstance(stop.__cause__, OSError):  # a library that is missing, rather than a file
             raise
-        except Exception as error:
-            if kind not in READERS.others:
-                raise
-            raise READERS.failure(kind, error, "fails") from error
-    else:
-        known = READERS.names
-        if not rest and Path(spec).expanduser().is_dir():
-            raise Refused(
-                f"--data {spec}: the kind of this data set is missing",
-                f"Write folder:{spec} for images/ with masks/ or depth/, run:{spec} for a run; kinds: "
-                f"{', '.join(known)}.",
-            )
-        raise Refused(
-            f"--data {spec}: no reader is called {kind!r}{nearest(kind, known)}",
-            f"Expected {ADDRESS}; kinds: {', '.join(known)}.",
-        )
+        raise Refused(stop.cause, stop.remedy) from stop
+    except OSError as error:
+        stop = storage.refusal(error, error.filename or place)
+        raise Refused(stop.cause, stop.remedy) from error
+    except Refused as stop:
+        if stop.remedy == reading.REPAIR:  # nothing was skipped yet that --skip-bad could skip
+            raise Refused(stop.cause, reading.REPAIR_FIRST) from stop
+        raise
+    except Exception as error:
+        if kind not in READERS.others:
+            raise
+        raise READERS.failure(kind, error, "fails") from error
     for name in (*source.classes, *source.thing_classes, *source.joints):
         if not documents.is_unicode(name):
             raise Refused(f"--data {spec}: the class or joint {name!r} is not valid Unicode", "Correct its name.")
