@@ -52,7 +52,6 @@ def test_a_file_of_sdxl_with_two_text_encoders(tmp_path):
     check(path, "sdxl")
     assert convert.main([str(path), "--to", "diffusers", "--out", str(tmp_path / "new"), "--quiet"]) == 0
     StableDiffusionXLPipeline.from_pretrained(tmp_path / "new", local_files_only=True)
-    assert load_model(str(tmp_path / "new")).backbone.name == "sdxl"
     shutil.rmtree(path.parent / "unet")
     with pytest.raises(Refused, match="unet: .* tensors do not fit the config of Stable Diffusion XL"):
         load_model(str(path))
@@ -138,6 +137,48 @@ def test_files_of_a_transformer_alone_are_read_with_the_folders_beside_them(tmp_
     save_file(narrow, path)
     with pytest.raises(Refused, match="weights of 8 bits"):
         load_model(str(path))
+
+
+FLUX2 = {  # names of diffusers' transformer -> those of the original code
+    "x_embedder": "img_in",
+    "context_embedder": "txt_in",
+    "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
+    "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
+    "double_stream_modulation_img.linear": "double_stream_modulation_img.lin",
+    "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
+    "single_stream_modulation.linear": "single_stream_modulation.lin",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "proj_out": "final_layer.linear",
+    "attn.norm_added_q.weight": "txt_attn.norm.query_norm.scale",
+    "attn.norm_added_k.weight": "txt_attn.norm.key_norm.scale",
+    "attn.to_out.0": "img_attn.proj",
+    "attn.to_add_out": "txt_attn.proj",
+    "ff.linear_in": "img_mlp.0",
+    "ff.linear_out": "img_mlp.2",
+    "ff_context.linear_in": "txt_mlp.0",
+    "ff_context.linear_out": "txt_mlp.2",
+    "attn.to_qkv_mlp_proj": "linear1",
+    "attn.to_out.weight": "linear2.weight",
+}
+
+
+def test_a_file_of_flux_2_klein_whose_names_begin_as_those_of_a_whole_model(tmp_path):
+    state = tiny_pipelines.build("flux2-klein").transformer.state_dict()
+    for name in [name for name in state if name.endswith(("attn.to_q.weight", "attn.add_q_proj.weight"))]:
+        rows = [state.pop(name.replace("_q", f"_{each}")) for each in "qkv"]
+        stream = "txt_attn" if "add" in name else "img_attn"
+        state[f"{name.partition('attn.')[0]}{stream}.qkv.weight"] = torch.cat(rows)
+    named = {}
+    for name, value in state.items():
+        place = "" if name.startswith("single_t") else "img_attn."
+        for which, key in (("q", "query"), ("k", "key")):
+            name = name.replace(f"attn.norm_{which}.weight", f"{place}norm.{key}_norm.scale")
+        value = torch.cat(value.chunk(2)[::-1]) if name.startswith("norm_out") else value
+        for new, old in FLUX2.items():
+            name = name.replace(new, old) if name.startswith(new) or f".{new}" in name else name
+        name = name.replace("single_transformer_blocks", "single_blocks").replace("transformer_blocks", "double_blocks")
+        named[f"{PREFIX}{name}"] = value
+    check(write(tmp_path / "model", "flux2-klein", named, "transformer"), "flux2-klein")
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,8 @@ def _fill(part: str, config: Mapping[str, Any], state: State, backbone: Backbone
                 converted = _text_tensors(module, state, backbone.file_parts[part])
             else:
                 convert = SINGLE_FILE_LOADABLE_CLASSES[type(module).__name__]["checkpoint_mapping_fn"]
+                if backbone.flow is not None:  # that of U-Nets looks for how names begin, another trips over it
+                    state = {key.removeprefix(backbone.file_parts[part]): value for key, value in state.items()}
                 converted = convert(checkpoint=dict(state), config=module.config)
     except Exception as error:  # of names and shapes that diffusers does not know
         raise Refused(
