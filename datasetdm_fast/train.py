@@ -16,7 +16,7 @@ from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.output import NOTHING_WRITTEN, print_lines, print_result
 from datasetdm_fast.command_line.progress import StepProgress
-from datasetdm_fast.training.settings import TrainConfig
+from datasetdm_fast.training.settings import BEST, TrainConfig
 from datasetdm_fast.training.trackers import check_trackers
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def open_workflow(config: TrainConfig) -> Workflow:
     """The trainings of these settings, with their model and data opened."""
+    from datasetdm_fast.training.call_ranking import with_best_call
     from datasetdm_fast.training.session import check_apart, open_session
     from datasetdm_fast.training.workflow import Workflow
 
@@ -75,6 +76,8 @@ def open_workflow(config: TrainConfig) -> Workflow:
     data, choice, inversion = config.training_data(), config.model_choice(), config.capture_settings()
     settings = config.session_settings()
     session = open_session(data, choice, config.task, inversion, partial(print_lines, config), **settings)
+    if config.timestep == (BEST,):
+        session = with_best_call(session, config.task)
     return Workflow(session, out, config.task, config.task_settings(), config.folds)
 
 

@@ -367,7 +367,7 @@ FAULTS = {
         {"scenario": "recomputed", "dtype": "fp32"},
     ),
     "noise of pictures copied while the host waits": Fault(
-        "datasetdm_fast.engine.loop.inversion:invert",
+        "datasetdm_fast.engine.loop.inversion:invert_at",
         "to_device(noises, clean.device)",
         "noises.to(clean.device)",
         {"scenario": "recomputed"},
@@ -439,9 +439,9 @@ FAULTS = {
     ),
     "rows that are filled again while they are copied": Fault(
         "datasetdm_fast.training.captures.cache:StoredCaptures.batch",
-        "rows = torch.empty(len(views), self.layout.numbers, dtype=torch.float16, pin_memory=is_queued)",
+        "rows = torch.empty(calls, len(views), self.layout.numbers, dtype=torch.float16, pin_memory=is_queued)",
         "rows = vars(self).setdefault(str(len(views)), "
-        "torch.empty(len(views), self.layout.numbers, dtype=torch.float16, pin_memory=is_queued))",
+        "torch.empty(calls, len(views), self.layout.numbers, dtype=torch.float16, pin_memory=is_queued))",
         {"scenario": "training"},
     ),
     "a call that is over by an event of another GPU": Fault(

@@ -21,6 +21,7 @@ from datasetdm_fast.engine.loop.inversion import invert_for
 from datasetdm_fast.engine.loop.recipe import make_recipe
 from datasetdm_fast.engine.pipeline import Pipeline
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.training.call_ranking import Probe
 from datasetdm_fast.training.trainer import project
 
 TIMES = (780, 520, 260)
@@ -120,3 +121,32 @@ def test_a_decoder_of_four_calls_is_trained_scored_and_used(tmp_path, capsys):
     assert '"capture_timestep": [\n      800,\n      600,' in (run / "run.json").read_text()
     save_decoder(load_decoder(out / "depth", strict=True), tmp_path / "copy" / "depth")
     assert (tmp_path / "copy" / "depth" / "config.json").read_bytes() == (out / "depth" / "config.json").read_bytes()
+
+
+def test_probes_tell_what_a_level_explains():
+    random = torch.Generator().manual_seed(0)
+    truth, noise = torch.randn(300, 2, generator=random), torch.randn(300, 40, generator=random)
+    cells = torch.cat([truth @ torch.randn(2, 40, generator=random) + 3, torch.ones(300, 300)], 1)
+    for inputs, least, most in ((cells[:, :40], 0.99, 1.0), (cells, 0.99, 1.0), (noise, 0.0, 0.05)):
+        probe = Probe(inputs)
+        for number in range(5):
+            probe.add(number, inputs[number::5], truth[number::5] + 7)
+        assert least <= probe.score() <= most
+    assert Probe(cells).score() == 0
+
+
+def test_the_call_that_tells_most_is_trained(tmp_path, capsys):
+    line = ["--model", "tiny", "--data", "demo:2", "--task", "depth,pose", "--timestep", "auto"]
+    shown = []
+    for _ in range(2):
+        assert train.main([*line, "--dry-run", "--out", str(tmp_path / "out")]) == 0
+        shown.append(
+            [text for text in capsys.readouterr().err.splitlines() if "timestep" in text or text[:15].isspace()]
+        )
+    assert shown[0] == shown[1] and len(shown[0]) == 21
+    best = [text.split()[1].rstrip(",") for text in shown[0] if text.startswith("timestep")]
+    assert len(best) == 1 and int(best[0]) in {20, 50, 100, 200, 300, 400, 500, 650, 800}
+    assert (
+        train.main(["--model", "tiny", "--data", "demo:1", "--timestep", "auto", "--out", str(tmp_path / "out")]) == 2
+    )
+    assert "two images" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Labels from the attention of image to text in one call: Seg4Diff's maps, against a plain transcription."""
 
+import copy
 import json
 import math
 
@@ -11,7 +12,8 @@ import torch.nn.functional as F
 from tiny_pipelines import SIZE
 
 from datasetdm_fast import Pipeline, audit, generate, label, open_run
-from datasetdm_fast.data import AttentionSums
+from datasetdm_fast.data import AttentionSums, Text
+from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.engines.torch import TorchEngine
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop.call_text import call_text
@@ -71,8 +73,94 @@ def test_maps_are_those_of_the_published_formula(folder, monkeypatch):
     assert not sums.tokens[..., length:].any() and wanted.sum(-1).max() < 1
 
 
+def concepts_of(blocks, seen, concepts, embed):
+    """ConceptAttention as published (Helbling et al. 2025), block by block and in double precision; `seen` are the
+    arguments of each block in a call without concepts, which do not depend on these.
+    """
+    c, maps = embed(concepts), []
+    for number, (block, (x, p, time, turns)) in enumerate(zip(blocks, seen, strict=True)):
+        attention = block.attn
+
+        def heads(layer, norm, tokens, attention=attention):
+            split = layer(tokens).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+            return split if norm is None else norm(split)
+
+        def turn(tokens, turns=turns):
+            if turns is None:
+                return tokens
+            cosine, sine = (part[-tokens.shape[2] :].double() for part in turns)
+            even, odd = tokens.unflatten(-1, (-1, 2)).unbind(-1)
+            return tokens * cosine + torch.stack([-odd, even], -1).flatten(-2) * sine
+
+        def attend(query, key, value):
+            return (query @ key.mT / key.shape[-1] ** 0.5).softmax(-1) @ value
+
+        is_last = getattr(block, "context_pre_only", False)  # of SD3: nothing reads its text after the attention
+        own, prompt = (
+            block.norm1_context(tokens, time) if is_last else block.norm1_context(tokens, emb=time) for tokens in (c, p)
+        )
+        own, *vectors = (own,) if is_last else own
+        image, prompt = block.norm1(x, emb=time)[0], prompt if is_last else prompt[0]
+        x_layers = (attention.to_q, attention.norm_q), (attention.to_k, attention.norm_k), (attention.to_v, None)
+        text_layers = (attention.add_q_proj, attention.norm_added_q), (attention.add_k_proj, attention.norm_added_k)
+        text_layers += ((attention.add_v_proj, None),)
+        q_x, k_x, v_x = (heads(*layer, image) for layer in x_layers)
+        q_x, k_x = turn(q_x), turn(k_x)
+        _, k_p, v_p = (heads(*layer, prompt) for layer in text_layers)
+        q_c, k_c, v_c = (heads(*layer, own) for layer in text_layers)
+        o_x = attend(q_x, torch.cat([k_x, k_p], 2), torch.cat([v_x, v_p], 2)).transpose(1, 2).flatten(2)
+        o_c = attend(q_c, torch.cat([k_x, k_c], 2), torch.cat([v_x, v_c], 2)).transpose(1, 2).flatten(2)
+        if 2 * number >= len(blocks) - 1:
+            maps.append((o_x @ o_c.mT).softmax(-1))
+        if is_last:
+            break
+        gate, shift, scale, fed = vectors
+        c = c + gate[:, None] * attention.to_add_out(o_c)
+        c = c + fed[:, None] * block.ff_context(block.norm2_context(c) * (1 + scale[:, None]) + shift[:, None])
+    return torch.stack(maps).mean(0)
+
+
+def test_concepts_are_those_of_the_published_formula(folder):
+    place, family, guidance = folder
+    model = load_model(str(place), size=SIZE)
+    engine, side = TorchEngine(model, device="cpu"), model.levels[0].side
+    latents = torch.randn(2, model.latents.channels, SIZE // 8, SIZE // 8, generator=torch.Generator().manual_seed(0))
+    text = call_text(engine, PROMPTS, guidance)
+    concepts = Text(torch.randn(2, 3, text.context.shape[-1], generator=torch.Generator().manual_seed(1)))
+    zero = AttentionSums(torch.zeros(2, side**2, 0), torch.zeros(2, side**2, 3))
+    output, sums = engine.denoise_and_average(latents, 500.0, text, concepts, zero)
+    plain = engine.denoise(latents, 500.0, text)
+    torch.testing.assert_close(output, plain, rtol=0, atol=1e-6)  # the image does not see them
+    network = copy.deepcopy(model.modules["transformer"]).double()
+    blocks, seen = list(network.transformer_blocks), []
+
+    def watch(module, arguments, options):
+        names = ("hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb")
+        seen.append(tuple(options.get(name, None) for name in names))
+
+    with torch.no_grad():
+        engine.reference.network, kept = network, engine.reference.network
+        hooks = [block.register_forward_pre_hook(watch, with_kwargs=True) for block in blocks]
+        engine.reference.predict(latents.double(), 500.0, text.map(torch.Tensor.double))
+        for hook in hooks:
+            hook.remove()
+        engine.reference.network, rows = kept, len(text) // 2
+        wanted = concepts_of(blocks, seen, concepts.context.double().repeat(rows, 1, 1), network.context_embedder)
+    torch.testing.assert_close(sums.tokens.double(), wanted[-2:], rtol=0, atol=2e-5)
+    fast = build_engine("fast", model, {}, device="cpu")
+    ours, theirs = fast.denoise_and_average(latents, 500.0, text, concepts, zero)
+    torch.testing.assert_close(theirs.tokens, sums.tokens, rtol=0, atol=2e-5)
+    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+    _, alone = engine.denoise_and_average(latents[1:], 500.0, text[1::2], concepts[1:], zero_of(zero))
+    torch.testing.assert_close(alone.tokens[0], sums.tokens[1], rtol=0, atol=1e-6)
+
+
+def zero_of(sums):
+    return AttentionSums(sums.cells[:1], sums.tokens[:1])
+
+
 def test_a_run_and_pictures_get_labels_of_the_words_of_their_prompts(folder, tmp_path, capsys):
-    place, _, guidance = folder
+    place, family, guidance = folder
     run, listed = tmp_path / "run", tmp_path / "prompts.txt"
     listed.write_text("\n".join(PROMPTS))
     line = ["--model", str(place), "--size", str(SIZE), "--engine", "torch", "--labeller", "attention", "--quiet"]
@@ -93,9 +181,15 @@ def test_a_run_and_pictures_get_labels_of_the_words_of_their_prompts(folder, tmp
     with open_run(tmp_path / "labels") as samples:
         assert all(sample.attention.labels.any() for sample in samples)
 
+    asked = [*made, "--ask", "all", "--number", "2"]
+    assert generate.main([*asked, "--out", str(tmp_path / "all")]) == 0
+    with open_run(tmp_path / "all") as samples:
+        assert all(sample.attention.classes == ("background", "cat", "house") for sample in samples)
     capsys.readouterr()
+    for names in (",".join(f"w{k}" for k in range(2000)), *(["\u65e5"] if family == "flux1" else [])):
+        assert generate.main([*asked, "--classes", names, "--out", str(tmp_path / "refused")]) == 2
+        assert "--classes: " in capsys.readouterr().err
     for flags, words in (
-        (["--ask", "all"], "does not hold the class word 'house'"),
         (["--exponent", "2"], "--exponent 2"),
         (["--parity", "dataset-diffusion"], "--parity dataset-diffusion"),
         (["--self-cells", "3"], "--self-cells 3"),

@@ -101,7 +101,7 @@ class TrainingSession:
         kind = self.address.partition(":")[0].removesuffix("-mm") if self.augment == "auto" else self.augment
         return AUGMENTATIONS.get(f"{kind}-{task}") or AUGMENTATIONS.get(kind) or AUGMENTATIONS["flip"]
 
-    def _views(self, task: str, numbers: Sequence[int], draws: int = 0) -> TrainingViews:
+    def plain_views(self, task: str, numbers: Sequence[int], draws: int = 0) -> TrainingViews:
         """Views of some items without captures: as they are trained on, or so many draws of each, not augmented."""
         augmentation = AUGMENTATIONS["none"] if draws else self.augmentation(task)
         settings = replace(self.view_settings, draws=draws or self.view_settings.draws, augmentation=augmentation)
@@ -110,7 +110,7 @@ class TrainingSession:
     def cache_plan(self, task: str) -> cache.CachePlan:
         """Whether the captures of all views of a task are cached on the disk."""
         training, held_out = self.split
-        return self._cache_plan(self._views(task, training), self._views(task, held_out, 1))
+        return self._cache_plan(self.plain_views(task, training), self.plain_views(task, held_out, 1))
 
     def _cache_plan(self, *parts: TrainingViews) -> cache.CachePlan:
         settings, levels = self.cache_settings, self.engine.model.levels
@@ -132,7 +132,7 @@ class TrainingSession:
         on_views: Callable[[int], None] = lambda count: None,
     ) -> TrainingViews:
         """Views of some items with their captures, which are computed now where they are cached."""
-        views = self._views(task, numbers, draws)
+        views = self.plain_views(task, numbers, draws)
         plan = plan or self._cache_plan(views)
         if not plan.is_stored:
             return views.with_captures(cache.RecomputedCaptures(self.engine, views, self.inversion))

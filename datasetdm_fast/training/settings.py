@@ -29,6 +29,7 @@ QUIRKS = {
 }  # upstream's mistakes
 
 MOST_FOLDS = 100
+BEST = "auto"  # of timesteps
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 
 
@@ -133,7 +134,8 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
     )
     timestep: tuple[str, ...] = setting(
         ("-1",),
-        "timesteps of the calls that the decoder reads, one or several; -1 = the model's default; DatasetDM uses 0",
+        "timesteps of the calls that the decoder reads, one or several; -1 = the model's default, auto = the one that "
+        "tells most by linear probes; DatasetDM uses 0",
         metavar="LIST",
     )
     latent: str = setting(
@@ -205,15 +207,15 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
             raise Refused("--out: no folder named", "Give the folder the decoders are to be written to.")
 
     def timesteps(self) -> tuple[int, ...]:
-        """The timesteps of --timestep, largest first, (-1,) for the model's default."""
-        texts = self.timestep
+        """The timesteps of --timestep, largest first, (-1,) for the model's default, which auto begins with."""
+        texts = self.timestep if self.timestep != (BEST,) else ("-1",)
         if (
             texts != ("-1",)
             and not all(text.isdecimal() and len(text) < 6 for text in texts)
             or not 1 <= len(texts) <= MOST_CALLS
         ):
             raise Refused(
-                f"--timestep: {documents.quote(','.join(texts))} is neither -1 nor 1 to {MOST_CALLS} whole numbers",
+                f"--timestep: {documents.quote(','.join(texts))} is not -1, auto, or 1 to {MOST_CALLS} numbers",
                 "--timestep 780,520,260,1 reads four calls",
             )
         return tuple(sorted({int(text) for text in texts}, reverse=True))

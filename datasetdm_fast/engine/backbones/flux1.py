@@ -35,7 +35,9 @@ def _levels(configs: Configs, size: int, halves: int) -> tuple[Level, ...]:
 def _defaults(configs: Configs) -> Defaults:
     network = configs["transformer"]
     steps, guidance = (28, 3.5) if network.guidance_embeds else (4, 0.0)
-    reads = seg4diff(*sorted({network.num_layers * block // 19 for block in (12, 17)}))  # of the 19 of two streams
+    reads = seg4diff(
+        *sorted({network.num_layers * block // 19 for block in (12, 17)}), depth=network.num_layers
+    )  # of the 19 of two streams
     return Defaults(1024, steps, guidance, CAPTURE, reads)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from datasetdm_fast.data import AttentionSums, Capture, Text
+from datasetdm_fast.engine.backbones.concept_attention import ConceptReader, with_concepts
 from datasetdm_fast.engine.backbones.flow_models import blocks_read
 from datasetdm_fast.engine.backbones.latent_space import decode_latents, encode_pixels
 from datasetdm_fast.engine.backbones.record import LoadedModel
@@ -183,8 +184,17 @@ class JointReference:
         self, latents: Tensor, timestep: float, text: Text, class_text: Text, sums: AttentionSums
     ) -> tuple[Tensor, AttentionSums]:
         """The output of `predict`, and the sums with the share of attention that each cell gives to each token of the
-        prompt in this call, a mean over heads and blocks (Seg4Diff, Kim et al. 2025).
+        prompt in this call, a mean over heads and blocks (Seg4Diff, Kim et al. 2025); or with the shares of concepts
+        in each cell, where the class text holds these (see concept_attention.py), which have no pooled text.
         """
+        if class_text.pooled is None:
+            cells, count = self.model.levels[0].side ** 2, text.context.shape[1]
+            joined = with_concepts(text, class_text)
+            image, whole = self.places(cells, joined.context.shape[1])
+            concepts = slice(whole.start + count, whole.stop)
+            with ConceptReader(self.model.defaults.attention.concept_blocks, len(latents), image, concepts) as read:
+                output = self.predict(latents, timestep, joined)
+            return output, AttentionSums(sums.cells, sums.tokens + read.maps)
         attentions = self.attentions()
         read = [attentions[block] for block in self.model.defaults.attention.blocks]
         reader = AttentionReader(read)

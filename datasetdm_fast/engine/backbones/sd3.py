@@ -40,7 +40,7 @@ def _levels(configs: Configs, size: int, halves: int) -> tuple[Level, ...]:
 
 def _defaults(configs: Configs) -> Defaults:
     network = configs["transformer"]
-    reads = seg4diff(network.num_layers * 3 // 8)  # block 9 of 24
+    reads = seg4diff(network.num_layers * 3 // 8, depth=network.num_layers)  # block 9 of 24
     return Defaults(network.sample_size * 8, 28, 7.0, CAPTURE, reads)
 
 

@@ -12,6 +12,7 @@ from datasetdm_fast.engine.loop.prompts import Tokenizer, count_tokens, shorten
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import LEVELS
 
+BACKGROUND = "background"  # the concept of what is none of a run's words
 FIRST_WORD_ALONE = ("hot dog", "teddy bear", "hair drier")  # of these Dataset Diffusion reads one word
 
 
@@ -167,6 +168,15 @@ def class_columns(
     else:
         matches = [next(match for match in matches if match[0] == name) for name in words]
     return [(name, tuple(range(start + at, start + at + length))) for name, at, length in matches]
+
+
+def concept_places(word: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The places of a word's tokens where it is encoded by itself; refused where it has none."""
+    start = len(tokenizer("", truncation=False).input_ids) - 1
+    ids = tokenizer(word, truncation=False).input_ids[start:-1]
+    if not ids or getattr(tokenizer, "unk_token_id", None) in ids:
+        raise Refused(f"--classes: no token says {shorten(word)}", "Use another name for the class.")
+    return tuple(range(start, start + len(ids)))
 
 
 def further_words(name: str, table: ClassTable | None) -> list[str]:

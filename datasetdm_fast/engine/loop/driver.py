@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.config import ATTENTION
@@ -20,8 +20,10 @@ from datasetdm_fast.data import (
     join_texts,
 )
 from datasetdm_fast.engine.engines.start import in_own_precision
+from datasetdm_fast.engine.labels.class_tables import spoken
 from datasetdm_fast.engine.loop.call_text import call_text
 from datasetdm_fast.engine.loop.captured_calls import CapturedCalls
+from datasetdm_fast.engine.loop.class_prompts import concept_places
 from datasetdm_fast.engine.loop.label_stream import FinishedCalls, LabelStream
 from datasetdm_fast.engine.loop.labelling import SampledBatch, WordTable, collect_results
 from datasetdm_fast.engine.loop.origin import fresh_noise
@@ -145,9 +147,23 @@ class BatchGenerator:
         if settings:
             texts = list(map(settings.text, requests, words))
         text = call_text(self.engine, texts, self.recipe.guidance, partial(self._encode_negatives, requests))
+        if self.recipe.concepts:
+            return text, Text(self.concepts.expand(len(requests), -1, -1))
         if settings is None or settings.blocks:
             return text, text if settings else None
         return text, self.engine.encode_text(words)
+
+    @cached_property
+    def concepts(self) -> Tensor:
+        """[1, K, D] a row of text for each concept: the mean of its tokens where it is encoded by itself."""
+        import torch
+
+        tokenizer, rows = self.engine.model.tokenizer, []
+        for word in spoken(self.recipe.concepts, self.recipe.table):
+            states = self.engine.encode_text([word]).context[0]
+            places = concept_places(word, tokenizer)
+            rows.append(states[places[0] : places[-1] + 1].mean(0))
+        return torch.stack(rows)[None]
 
     def _encode_negatives(self, requests: Sequence[Request]) -> Text:
         """A row of each negative prompt, each encoded on its own, so that no batch changes its rounding."""
@@ -168,7 +184,7 @@ class BatchGenerator:
         if self.recipe.attention is None:
             return None
         cells, queries = self.recipe.attention.self_cells**2, self.recipe.attention.cross_cells**2
-        tokens = self.engine.model.levels[0].tokens
+        tokens = len(self.recipe.concepts) or self.engine.model.levels[0].tokens
         shapes = (batch, cells, 0 if self.recipe.attention.blocks else cells), (batch, queries, tokens)
         return AttentionSums(*(torch.zeros(shape, device=self.engine.device) for shape in shapes))
 

@@ -180,13 +180,16 @@ def attention_labels(
     requests: Sequence[Request], averages: AttentionSums, engine: Engine, recipe: Recipe
 ) -> list[Annotation]:
     """The labels read from attention, one a request; those of an image with NaN or Inf are meaningless."""
-    from datasetdm_fast.engine.tasks.attention import class_maps, label_maps
+    from datasetdm_fast.engine.tasks.attention import class_maps, concept_maps, label_maps
 
     settings, count = recipe.attention, len(requests)
     assert settings is not None
     finite = AttentionSums(averages.cells[:count].nan_to_num(), averages.tokens[:count].nan_to_num())
     named = [recipe.class_columns(request, engine.model.tokenizer) for request in requests]
-    maps = class_maps(finite, [[places for _, places in classes] for classes in named], settings.exponent)
+    if recipe.concepts:
+        maps = concept_maps(finite)
+    else:
+        maps = class_maps(finite, [[places for _, places in classes] for classes in named], settings.exponent)
     numbers = [[1 + recipe.words.index(word) for word, _ in classes] for classes in named]
     limits = settings.threshold, settings.uncertainty
     return [*label_maps(maps, numbers, ("background", *recipe.words), recipe.size, *limits)]

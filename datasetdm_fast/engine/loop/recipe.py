@@ -12,13 +12,15 @@ from datasetdm_fast.config import ATTENTION, CACHED, EXACT, FAST, LABELLER_KINDS
 from datasetdm_fast.data import Request
 from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.labels import kind_of
-from datasetdm_fast.engine.labels.class_tables import ClassTable, of_words
+from datasetdm_fast.engine.labels.class_tables import ClassTable, of_words, spoken
 from datasetdm_fast.engine.loop.captured_calls import timesteps_of
 from datasetdm_fast.engine.loop.class_prompts import (
+    BACKGROUND,
     AttentionRecipe,
     attention_recipe,
     check_class_prompt,
     class_columns,
+    concept_places,
 )
 from datasetdm_fast.engine.loop.combining import Combination, check_mask_words, parse_combinations
 from datasetdm_fast.engine.loop.origin import FROM_NOISE, ONE_GENERATOR, Origin
@@ -100,19 +102,28 @@ class Recipe:
         """The words looked for in an image."""
         return self.words if self.asks_all else request.classes
 
+    @property
+    def concepts(self) -> tuple[str, ...]:
+        """The words whose tokens are added to the texts of a call, as not every prompt names them; the last is none of
+        the run's.
+        """
+        return (*self.words, BACKGROUND) if self.asks_all and self.attention and self.attention.blocks else ()
+
     def class_prompt(self, request: Request) -> str:
         """The text whose attention is read, empty where no label is read from attention."""
         return self.attention.class_prompt(request, self.query_words(request), self.table) if self.attention else ""
 
     def class_columns(self, request: Request, tokenizer: Tokenizer) -> list[tuple[str, tuple[int, ...]]]:
         """The query words of an image, each with its places among the tokens of the class prompt."""
+        if self.concepts:
+            return [(word, (place,)) for place, word in enumerate(self.words)]
         is_by_words = bool(self.attention and self.attention.parity)
         words, class_prompt = self.query_words(request), self.class_prompt(request)
         return class_columns(class_prompt, words, tokenizer, by_words=is_by_words, table=self.table)
 
     def check_request(self, request: Request, tokenizer: Tokenizer, *, tokenizer_cuts: bool = False) -> Request:
         """The request; refused if labels are read from attention and its class words do not fit."""
-        if self.attention is not None:
+        if self.attention is not None and not self.concepts:
             words = self.query_words(request)
             check_class_prompt(request, words, self.attention, tokenizer, self.table, tokenizer_cuts=tokenizer_cuts)
         return request
@@ -174,6 +185,10 @@ def make_recipe(
             )
         side = model.levels[0 if model.backbone.has_text_maps else -1].side
         numbers = attention_recipe(model.defaults.attention, side, **attention)
+        if ask == "all" and numbers.blocks:
+            numbers = replace(numbers, blocks=model.defaults.attention.concept_blocks)
+            for word in spoken(words, table):
+                concept_places(word, model.tokenizer)
     elif attention:
         name, known = next(iter(attention)), signature(attention_recipe).parameters
         hint = f"; it needs the task {ATTENTION}" if name in known else nearest(name, signature(make_recipe).parameters)

@@ -40,6 +40,13 @@ def spread_maps(averages: AttentionSums, columns: Sequence[Sequence[Sequence[int
     return maps
 
 
+def concept_maps(averages: AttentionSums) -> list[Tensor]:
+    """Per image the maps [K, s, s] of its concepts but the last, the background: their shares beside that of it."""
+    side = round(averages.tokens.shape[1] ** 0.5)
+    words, background = averages.tokens[..., :-1], averages.tokens[..., -1:]
+    return [*(words / (words + background)).mT.unflatten(2, (side, side))]
+
+
 def scale_maps(maps: Tensor) -> Tensor:
     """Maps [K, h, w] moved and stretched to 0 .. 1; one without differences is 0 everywhere."""
     lowest, highest = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
@@ -80,9 +87,11 @@ def joined_label(
     classes: tuple[str, ...],
     threshold: float,
     uncertainty: float,
+    is_scaled: bool = True,
 ) -> SemanticMap:
     """The label of a picture from the maps [K, s, s] of `spread_maps` of its tiles: joined, then scaled to 0 .. 1 over
-    the whole picture, so that a tile without a class shows none of it; one class at a time, as pictures are large.
+    the whole picture, so that a tile without a class shows none of it; one class at a time, as pictures are large. Maps
+    of concepts are not scaled.
     """
     best, labels = torch.zeros(tiling.sides), torch.zeros(tiling.sides, dtype=torch.uint8)
     weights = torch.from_numpy(tiling.weights)
@@ -93,7 +102,8 @@ def joined_label(
             tile = F.interpolate(tile_maps[None, k : k + 1].cpu(), (tiling.side, tiling.side), mode="bicubic")[0, 0]
             total[part] += tile * weights
             covered[part] += weights
-        values = scale_maps((total / covered)[None])[0]
+        joined = total / covered
+        values = scale_maps(joined[None])[0] if is_scaled else joined
         labels = torch.where(values > best, number, labels)
         best = torch.maximum(best, values)
     certain = torch.where(best >= threshold, labels, torch.where(best >= uncertainty, IGNORE, 0).to(torch.uint8))

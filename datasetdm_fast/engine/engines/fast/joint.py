@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datasetdm_fast.data import AttentionSums, Capture, ProjectedCapture, Text
+from datasetdm_fast.engine.backbones.concept_attention import ConceptReader, with_concepts
 from datasetdm_fast.engine.backbones.flow_models import blocks_read
 from datasetdm_fast.engine.backbones.joint_attention import JointReference
 from datasetdm_fast.engine.decoders.trunk import Decoder
@@ -240,12 +241,26 @@ class JointEngine(TorchEngine):
     def denoise_and_average(
         self, latents: Tensor, timestep: float, text: Text, class_text: Text, sums: AttentionSums
     ) -> tuple[Tensor, AttentionSums]:
+        if class_text.pooled is None:
+            return self._read_concepts(latents, timestep, text, class_text, sums)
         blocks = self.model.defaults.attention.blocks
         reader = AverageReader(blocks, *self._reads(latents))
         output, _ = self._call(self.network, latents, timestep, text, reader)
         assert reader.total is not None
         maps = reader.total / len(blocks)
         return output, AttentionSums(sums.cells, sums.tokens + F.pad(maps, (0, sums.tokens.shape[2] - maps.shape[2])))
+
+    def _read_concepts(
+        self, latents: Tensor, timestep: float, text: Text, concepts: Text, sums: AttentionSums
+    ) -> tuple[Tensor, AttentionSums]:
+        """See backbones/concept_attention.py; image tokens come first here, and concepts last."""
+        joined, cells = with_concepts(text, concepts), self.model.levels[0].side ** 2
+        joined = replace(joined, mask=torch.ones(joined.context.shape[:2], dtype=torch.bool))  # seen by the reader
+        last, count = cells + joined.context.shape[1], concepts.context.shape[1]
+        blocks = self.model.defaults.attention.concept_blocks
+        with ConceptReader(blocks, len(latents), slice(cells), slice(last - count, last)) as read:
+            output, _ = self._call(self.network, latents, timestep, joined)
+        return output, AttentionSums(sums.cells, sums.tokens + read.maps)
 
     @engine_call
     def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:  # images, [B] bool
