@@ -5,11 +5,12 @@ import shutil
 import pytest
 import tiny_pipelines
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import SD3Transformer2DModel, StableDiffusionXLPipeline
 from safetensors.torch import save_file
 from test_loading import original_open_clip, original_unet_key, original_vae
 
 from datasetdm_fast import convert
+from datasetdm_fast.engine.backbones.sd3 import SD3
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.errors import Refused
 
@@ -97,7 +98,19 @@ def original_sd3(state, layers, dual):
             result[f"{name}.{kind}"] = torch.cat(state[f"{place}.{kind}"].chunk(2)[::-1])
         for name, places in fused.items():
             result[f"{name}.{kind}"] = torch.cat([state[f"{place}.{kind}"] for place in places])
-    return result | {name: state[place] for name, place in norms.items()}
+    return result | {name: state[place] for name, place in norms.items() if place in state}
+
+
+@pytest.mark.parametrize(("layers", "side", "dual"), [(24, 192, ()), (38, 192, ()), (24, 384, tuple(range(13)))])
+def test_the_form_of_an_sd3_is_read_off_its_file(layers, side, dual):
+    """Of SD 3 medium, 3.5 large and 3.5 medium."""
+    sizes = {"caption_projection_dim": 64 * layers, "pos_embed_max_size": side, "dual_attention_layers": dual}
+    sizes |= {"qk_norm": "rms_norm" if (layers, side) != (24, 192) else None, "num_attention_heads": layers}
+    with torch.device("meta"):
+        wanted = SD3Transformer2DModel(num_layers=layers, attention_head_dim=64, **sizes).state_dict()
+        config = SD3.full_size["transformer"] | SD3.file_config(original_sd3(wanted, layers, dual))
+        found = SD3Transformer2DModel(**config).state_dict()
+    assert {name: value.shape for name, value in found.items()} == {name: value.shape for name, value in wanted.items()}
 
 
 def test_a_file_of_sd3_with_its_clips(tmp_path):

@@ -94,6 +94,8 @@ class Backbone:
     name_adapter: NameAdapter | None = None
     file_signs: tuple[str, ...] = ()  # in names of tensors in the original code's files, together in no other family's
     file_parts: Mapping[str, str] = field(default_factory=dict)  # part -> how the names of its tensors in them begin
+    # what names and shapes of the denoiser's tensors in them tell of its config, beyond that of full size
+    file_config: Callable[[Mapping[str, Tensor]], dict[str, Any]] = lambda state: {}
     file_tokenizers: Mapping[str, bool] = field(default_factory=dict)  # CLIP's -> whether it pads as Open CLIP does
     has_averages: bool = False  # whether labels can be read from the average of its calls' attention
     has_text_maps: bool = False  # whether they can be read from its attention to the prompt, as defaults.attention says

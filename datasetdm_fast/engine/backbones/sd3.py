@@ -1,5 +1,10 @@
 """Stable Diffusion 3 and 3.5: a transformer of two streams, two CLIP text encoders and T5, or zeros in its place."""
 
+import math
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
 from datasetdm_fast.config import Defaults, FlowRule, seg4diff
 from datasetdm_fast.engine.backbones.fitting import check_channels, check_vocabularies, check_widths
 from datasetdm_fast.engine.backbones.flow_models import (
@@ -17,6 +22,9 @@ from datasetdm_fast.engine.backbones.flow_models import (
 from datasetdm_fast.engine.backbones.record import DAMAGED, Backbone, Configs, LoadedModel, Part, Read
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import Level
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T5_LENGTH = 256  # tokens of T5 that the pipeline pads to, and of the zeros where there is no T5
 LENGTH = "max_sequence_length"  # the pipeline's name of another such number, which a model_index.json may hold
@@ -42,6 +50,20 @@ def _defaults(configs: Configs) -> Defaults:
     network = configs["transformer"]
     reads = seg4diff(network.num_layers * 3 // 8, depth=network.num_layers)  # block 9 of 24
     return Defaults(network.sample_size * 8, 28, 7.0, CAPTURE, reads)
+
+
+def _file_config(state: Mapping[str, "Tensor"]) -> dict[str, Any]:
+    """SD 3 medium, 3.5 medium and 3.5 large have as many heads as blocks."""
+    depth = 1 + max((int(number) for key in state for number in re.findall(r"^joint_blocks\.(\d+)\.", key)), default=-1)
+    side = math.isqrt(state["pos_embed"].shape[1]) if "pos_embed" in state else 0
+    return {
+        "num_layers": depth,
+        "num_attention_heads": depth,
+        "caption_projection_dim": 64 * depth,
+        "pos_embed_max_size": side,
+        "dual_attention_layers": [k for k in range(depth) if f"joint_blocks.{k}.x_block.attn2.qkv.weight" in state],
+        "qk_norm": "rms_norm" if any(".ln_q." in key for key in state) else None,
+    }
 
 
 def _check(configs: Read, source: str) -> Read:
@@ -98,6 +120,7 @@ SD3 = Backbone(
         "transformer": "model.diffusion_model.",
         "vae": "first_stage_model.",
     },
+    file_config=_file_config,
     file_tokenizers={"tokenizer": False, "tokenizer_2": True},
     name_adapter=names_of("StableDiffusion3Pipeline"),
     check=_check,

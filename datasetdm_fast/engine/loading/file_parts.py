@@ -46,6 +46,8 @@ def load_parts(
     place, states = path.parent, _parts_of(state, backbone)
     clips = [part for part in backbone.of_kind("tokenizer") if part in backbone.file_tokenizers]
     full_size = json.loads(json.dumps(backbone.full_size))  # lists as a folder's files have them
+    if backbone.denoiser in full_size:
+        full_size[backbone.denoiser] |= backbone.file_config(_bare(states[backbone.denoiser], backbone))
     usual = {part: config for part, config in full_size.items() if part in (*states, folders.SCHEDULER)}
     absent = [
         part
@@ -98,6 +100,12 @@ def _parts_of(state: State, backbone: Backbone) -> dict[str, State]:
     return {backbone.denoiser: bare} | states
 
 
+def _bare(state: State, backbone: Backbone) -> State:
+    """The denoiser's tensors under names that begin alike in every file."""
+    start = backbone.file_parts[backbone.denoiser]
+    return {key.removeprefix(start): value for key, value in state.items()}
+
+
 def _fill(part: str, config: Mapping[str, Any], state: State, backbone: Backbone, path: Path) -> nn.Module:
     """The module of a part with the tensors of the file, refused where these do not fit its config."""
     record = backbone.parts[part]
@@ -109,9 +117,10 @@ def _fill(part: str, config: Mapping[str, Any], state: State, backbone: Backbone
                 converted = _text_tensors(module, state, backbone.file_parts[part])
             else:
                 convert = SINGLE_FILE_LOADABLE_CLASSES[type(module).__name__]["checkpoint_mapping_fn"]
-                if backbone.flow is not None:  # that of U-Nets looks for how names begin, another trips over it
-                    state = {key.removeprefix(backbone.file_parts[part]): value for key, value in state.items()}
-                converted = convert(checkpoint=dict(state), config=module.config)
+                is_transformer = part == backbone.denoiser and backbone.flow is not None
+                # That of U-Nets and autoencoders looks for how names begin, others trip over it.
+                state = _bare(state, backbone) if is_transformer else dict(state)
+                converted = convert(checkpoint=state, config=module.config)
     except Exception as error:  # of names and shapes that diffusers does not know
         raise Refused(
             f"model: {path}: its {part} is not laid out as that of {backbone.title} ({first_line(error)})",
