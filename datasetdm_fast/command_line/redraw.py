@@ -50,12 +50,12 @@ def redraw(cls: type[Redrawing], settings: RedrawSettings, prog: str, arguments:
 
 
 def _print_end(settings: RedrawSettings, result: Result) -> int:
-    rate = result.made / result.seconds if result.made else 0.0
-    facts = result.facts() | {"doubtful": result.doubtful, "images_per_second": round(rate, 4)}
-    print_result(settings, {"path": str(result.path), **facts}, str(result.path))
+    print_result(settings, {"path": str(result.path), **result.facts()}, str(result.path))
     if result.made:
-        speed = f"{count_noun(result.made, 'image')} in {format_duration(result.seconds)}, {rate:.3g} images per second"
-        print_lines(settings, f"{speed}; look at {result.path}/gallery/index.html")
+        images = f"{count_noun(result.made, 'image')} in {format_duration(result.seconds)}"
+        print_lines(
+            settings, f"{images}, {result.rate:.3g} images per second; look at {result.path}/gallery/index.html"
+        )
     if result.doubtful:
         print_lines(settings, result.doubts)
     result.check()

@@ -47,15 +47,12 @@ def print_finished_run(config: RunConfig, result: Result) -> int:
 
 def print_run(config: RunConfig, result: Result, by: str = "") -> None:
     """Prints the result of a run, and fails where samples were quarantined."""
-    rate = result.made / result.seconds if result.made else 0.0
-    facts = result.facts() | {"doubtful": result.doubtful, "images_per_second": round(rate, 4)}
-    facts |= {"closing_seconds": round(result.closing_seconds, 3)}
-    print_result(config, {"path": str(result.path), **facts}, str(result.path))
+    print_result(config, {"path": str(result.path), **result.facts()}, str(result.path))
     if result.made:
         closing = f"{format_duration(result.closing_seconds)} of it for index files and gallery"
         images = f"{count_noun(result.made, 'image')}{by} in {format_duration(result.seconds)}"
         page = f"{result.path}/gallery/index.html"
-        print_lines(config, f"{images} ({closing}), {rate:.3g} images per second; look at {page}")
+        print_lines(config, f"{images} ({closing}), {result.rate:.3g} images per second; look at {page}")
     if result.trust_message:
         print_lines(config, result.trust_message)
     result.check()

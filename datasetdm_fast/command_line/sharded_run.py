@@ -99,11 +99,9 @@ def _report(config: RunConfig, spec: RunSpec, ledger: ShardLedger, made: int, be
     ledger.read_entries(list_shards(place))
     seconds = time.perf_counter() - begin
     result = result_of(Path(place.name), document, spec.number, ledger, made, seconds=seconds)
-    rate = made / seconds
-    facts = result.facts() | {"doubtful": result.doubtful, "images_per_second": round(rate, 4)}
-    print_result(config, {"path": place.name, **facts}, place.name)
+    print_result(config, {"path": place.name, **result.facts()}, place.name)
     if made:
-        images = f"{count_noun(made, 'image')} in {format_duration(seconds)}, {rate:.3g} images per second"
+        images = f"{count_noun(made, 'image')} in {format_duration(seconds)}, {result.rate:.3g} images per second"
         print_lines(config, images)
     elif result.is_complete:
         print_lines(config, f"{place.name}: complete with {count_noun(result.done, 'sample')}, nothing to do")

@@ -39,14 +39,22 @@ class Result:
     reasons: Sequence[str] = ()  # why samples were quarantined
 
     def facts(self) -> dict[str, Any]:
-        """The counts, as --json prints them."""
+        """Counts and speed, as --json prints them."""
         return {
             "number": self.number,
             "done": self.done,
             "made": self.made,
             "set_aside": self.quarantined,
             "complete": self.is_complete,
+            "doubtful": self.doubtful,
+            "images_per_second": round(self.rate, 4),
+            "closing_seconds": round(self.closing_seconds, 3),
         }
+
+    @property
+    def rate(self) -> float:
+        """Samples that this process made in a second."""
+        return self.made / self.seconds if self.made else 0.0
 
     @property
     def trust_message(self) -> str:
