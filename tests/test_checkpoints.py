@@ -28,14 +28,13 @@ from upstream_rules import load_upstream
 from datasetdm_fast import convert as command
 from datasetdm_fast import generate, kernels
 from datasetdm_fast.config import UPSTREAM_KINDS
-from datasetdm_fast.engine.backbones.sd import SD_SCHEDULER
+from datasetdm_fast.engine.backbones.sd import SD_SCHEDULER, USUAL_SCHEDULE
 from datasetdm_fast.engine.decoders import upstream as checkpoints
 from datasetdm_fast.engine.decoders.checkpoint import build_decoder, load_decoder, save_decoder
 from datasetdm_fast.engine.decoders.config import upstream
 from datasetdm_fast.engine.decoders.folders import DEMO, parts_of, read_config
 from datasetdm_fast.engine.labels.class_tables import builtin_table
 from datasetdm_fast.engine.loading import load_model
-from datasetdm_fast.engine.loading.folder import USUAL
 from datasetdm_fast.engine.loading.single_file import EMA, UNET
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.run_folder.reader import open_run
@@ -286,7 +285,7 @@ def test_a_folder_of_networks_alone_takes_the_usual_schedule_and_says_so(folder,
     (folder / "scheduler").rmdir()
     (folder / "model_index.json").unlink()
     model = load_model(str(folder))
-    assert model.scheduler == SD_SCHEDULER and model.digests["scheduler"] == USUAL
+    assert model.scheduler == SD_SCHEDULER and model.digests["scheduler"] == USUAL_SCHEDULE
     assert "has no scheduler, so the schedule of Stable Diffusion 1.x is taken" in capsys.readouterr().err
     (folder / "vae" / "config.json").unlink()
     with pytest.raises(Refused, match="are needed: tokenizer, text_encoder, unet, vae\n"):
