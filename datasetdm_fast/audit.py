@@ -7,11 +7,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from tqdm import tqdm
-
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.command_line.progress import shows_bar
+from datasetdm_fast.command_line.progress import CountProgress
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.runs.exporting.auditing import audit_place
@@ -38,13 +36,8 @@ def main(arguments: Sequence[str]) -> int:
     config, _ = parse(arguments, AuditConfig, PROG, __doc__, EXAMPLES)
     if config.threads < 0:
         raise Refused(f"--threads {config.threads}: expected a number of 0 or more", "Choose another number.")
-    with tqdm(unit="sample", file=sys.stderr, disable=not shows_bar(config.quiet)) as bar:
-
-        def show(done: int, number: int) -> None:
-            bar.total = number
-            bar.update(done - bar.n)
-
-        report = audit_place(config.run, config.threads, show)
+    with CountProgress(0, "sample", str(config.run), config.quiet) as progress:
+        report = audit_place(config.run, config.threads, progress.on_count)
     if config.repair and report.damaged:
         (repair if find_sharded(config.run) is None else repair_shards)(report)
     if config.json:

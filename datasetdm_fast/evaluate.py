@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.output import print_lines, print_plan
-from datasetdm_fast.command_line.progress import shows_bar
+from datasetdm_fast.command_line.progress import CountProgress
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.training.evaluation.settings import ANY_SIZE, EvaluateConfig
 from datasetdm_fast.untrusted.documents import one_line
@@ -41,34 +40,20 @@ def main(arguments: Sequence[str]) -> int:
         return print_plan(config, {"images": images}, "\n".join(lines))
     engine, results, skipped = config.open_engine(config.decoder), {}, {}
     for address, source in sources.items():
-        with _progress(config) as on_images:
+        with CountProgress(len(source), "image", address, config.quiet) as progress:
             results[address], bad = evaluate_decoders(
                 *(engine, config.decoder, address, source.tasks, config.task),
                 lambda address, labels: config.open_selected(address, engine.model.size, labels),
                 config.score_settings(),
                 names=names if config.class_names else None,
                 is_auto=naming.AUTO in config.class_names,
-                on_images=on_images,
+                on_images=progress.on_count,
                 on_message=lambda line: print_lines(config, line),
             )
         skipped |= bad
         if not config.json:
             print(*([address] if len(sources) > 1 else []), figures_table(results[address], config.level), sep="\n")
     return _finish(config, {"data": results} if len(sources) > 1 else results[config.addresses[0]], skipped)
-
-
-@contextmanager
-def _progress(config: EvaluateConfig) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar of images, whose function takes how many are done, how many there are, and a title."""
-    from tqdm import tqdm
-
-    with tqdm(unit="img", disable=not shows_bar(config.quiet), file=sys.stderr) as bar:
-
-        def on_images(done: int, total: int, title: str = "") -> None:
-            bar.total, bar.n = total, done
-            bar.set_description(title)
-
-        yield on_images
 
 
 def _finish(config: EvaluateConfig, result: Mapping[str, Any], skipped: Mapping[str, str]) -> int:

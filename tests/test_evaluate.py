@@ -25,7 +25,7 @@ from datasetdm_fast.training.session import ModelChoice, TrainingData, open_sess
 SMALL = {"width": 16, "upscale": 2, "depth_width": 8}
 MASKS = {"heads": 2, "layers": 2, "feed_forward": 32, "mask_dim": 16, "queries": 6}
 HOW = {
-    "true": "captions: read, and they name all that an image shows; of semantic only what they name was looked for",
+    "true": "captions: read, and they name all that an image shows; semantic looked only for what they name",
     "unread": "captions: text condition only",
     "none": "captions: none",
 }

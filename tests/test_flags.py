@@ -313,6 +313,14 @@ def test_comparisons_before_a_run_show_progress_without_a_terminal(monkeypatch, 
     with show_calls(False, "fast25", 2) as on_call:
         on_call()
     assert capsys.readouterr().err.startswith("fast25, 1/2 calls, about")
+    with progress.CountProgress(0, "image", "folder:photos", False) as images:
+        images.on_count(0, 8)
+        images.on_count(4, 8)
+    assert capsys.readouterr().err == "folder:photos, 4/8 images, about 0.0 s left\n"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with progress.CountProgress(0, "image", "photos", False) as images:  # whose number is not known yet
+        images.on_count(8, 8)
+    assert "8/8" in (shown := capsys.readouterr().err) and shown.count("\n") == 1 and shown.endswith("\n")
     print_lines(VerifyConfig())
     assert capsys.readouterr().err == ""
 

@@ -17,7 +17,8 @@ class Progress(AbstractContextManager[Any]):
     """A bar on a terminal, a line every ten seconds elsewhere, nothing when quiet."""
 
     def __init__(self, total: int, unit: str, title: str, is_quiet: bool):
-        self.total, self.is_quiet, self._bar = total, is_quiet, None
+        self.total, self.is_quiet = total, is_quiet
+        self._bar: Any = None  # which is false in itself where its total is 0
         self._begin = self._last_line = time.monotonic()
         if shows_bar(is_quiet):
             from tqdm import tqdm
@@ -27,7 +28,7 @@ class Progress(AbstractContextManager[Any]):
     def is_line_due(self) -> bool:
         """Whether a line is to be printed now, which then counts as printed."""
         now = time.monotonic()
-        if self._bar or self.is_quiet or now - self._last_line < SECONDS_PER_LINE:
+        if self._bar is not None or self.is_quiet or now - self._last_line < SECONDS_PER_LINE:
             return False
         self._last_line = now
         return True
@@ -37,13 +38,13 @@ class Progress(AbstractContextManager[Any]):
 
     def print(self, line: str) -> None:
         """A line for the screen, above the bar."""
-        if self._bar:
+        if self._bar is not None:
             self._bar.write(line, file=sys.stderr)
         elif not self.is_quiet:
             print(line, file=sys.stderr, flush=True)
 
     def __exit__(self, *_: object) -> None:
-        if self._bar:
+        if self._bar is not None:
             self._bar.close()
 
 
@@ -69,7 +70,7 @@ class ImageProgress(Progress):
         self._calls_done += count
         each = self._calls or 1
         self.total = max(self.total, -(-self._calls_done // each) * each)  # batches in place of samples set aside
-        if self._bar:
+        if self._bar is not None:
             self._bar.total = self.total
             self._bar.update(count)
         elif self.is_line_due():
@@ -80,26 +81,30 @@ class ImageProgress(Progress):
         self._images_done += count
         if not self.is_quiet and time.monotonic() - self._counted >= SECONDS_PER_LINE:
             self._outside, self._counted = self._count_outside(), time.monotonic()
-        if self._bar:
+        if self._bar is not None:
             self._bar.set_description(self._title)
         if not self._calls:
             self.on_unet_call(count)
 
 
-class CallProgress(Progress):
-    """Progress of a comparison before a run, in U-Net calls."""
+class CountProgress(Progress):
+    """Progress of a comparison in U-Net calls, or of an evaluation in images."""
 
-    def __init__(self, calls: int, title: str, is_quiet: bool):
-        self._title, self._done = title, 0
-        super().__init__(calls, "call", title, is_quiet)
+    def __init__(self, total: int, unit: str, title: str, is_quiet: bool):
+        self._title, self._unit, self._done = title, unit, 0
+        super().__init__(total, unit, title, is_quiet)
 
     def on_call(self) -> None:
-        self._done += 1
-        if self._bar:
-            self._bar.update()
-        elif self.is_line_due():
-            left = format_duration(self.seconds_left(self._done))
-            self.print(f"{self._title}, {self._done}/{count_noun(self.total, 'call')}, about {left} left")
+        self.on_count(self._done + 1, self.total)
+
+    def on_count(self, done: int, total: int) -> None:
+        self._done, self.total = done, total
+        if self._bar is not None:
+            self._bar.total = total
+            self._bar.update(done - self._bar.n)
+        elif done and self.is_line_due():
+            left = format_duration(self.seconds_left(done))
+            self.print(f"{self._title}, {done}/{count_noun(total, self._unit)}, about {left} left")
 
 
 class StepProgress(Progress):
@@ -122,7 +127,7 @@ class StepProgress(Progress):
         each = (time.monotonic() - self._begin) / max(steps_timed, 1)
         is_later = self._later and steps_timed
         later = f", {format_duration(each * (self.total - step + self._later))} with what follows" if is_later else ""
-        if self._bar:
+        if self._bar is not None:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix_str(f"loss {loss:.4f}{self._figure}{later}")
         elif self.is_line_due() or step == self.total:
@@ -141,7 +146,7 @@ class PromptProgress(Progress):
         super().__init__(prompts, "prompt", "prompts", is_quiet)
 
     def on_reply(self, done: int, requests: int) -> None:
-        if self._bar:
+        if self._bar is not None:
             self._bar.update(done - self._bar.n)
             self._bar.set_postfix_str(count_noun(requests, "request"))
         elif self.is_line_due() or done == self.total:

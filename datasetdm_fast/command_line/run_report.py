@@ -9,7 +9,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.command_line.output import NOTHING_WRITTEN, print_lines, print_result
-from datasetdm_fast.command_line.progress import CallProgress
+from datasetdm_fast.command_line.progress import CountProgress
 from datasetdm_fast.messages import count_noun, format_duration
 from datasetdm_fast.runs.jobs.summary import describe_job
 
@@ -61,5 +61,5 @@ def print_run(config: RunConfig, result: Result, by: str = "") -> None:
 @contextmanager
 def show_calls(is_quiet: bool, title: str, calls: int) -> Iterator[Callable[[], Any]]:
     """The progress of so many U-Net calls, which is to be called after each."""
-    with CallProgress(calls, title, is_quiet) as progress:
+    with CountProgress(calls, "call", title, is_quiet) as progress:
         yield progress.on_call

@@ -43,7 +43,7 @@ def notes(result: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if any(figures.get("captions_name_all") for figures in result.values()):
             line += ", and they name all that an image shows"
         if named := [task for task, figures in result.items() if figures.get("named_by_captions")]:
-            line += f"; of {', '.join(named)} only what they name was looked for"
+            line += f"; {', '.join(named)} looked only for what they name"
     seen = {task: figures["seen_in_training"] for task, figures in result.items() if "seen_in_training" in figures}
     return [line] + [
         f"{task}: the training data held {count} of these images; expect lower figures on others"
