@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_map
 
 from bench.decoders import load_decoders
 from datasetdm_fast.engine.engines import build_engine
-from datasetdm_fast.engine.engines.fast import FastEngine, base, on_cpu
+from datasetdm_fast.engine.engines.fast import FastEngine, on_cpu
+from datasetdm_fast.engine.engines.fast import engine as base
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop.plan import make_plan
 from datasetdm_fast.engine.loop.recipe import make_recipe, prompt_words

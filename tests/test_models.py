@@ -11,7 +11,8 @@ from datasetdm_fast.data import AttentionSums, ProjectedCapture, Text, join_text
 from datasetdm_fast.engine.decoders.checkpoint import build_decoder, fold
 from datasetdm_fast.engine.decoders.config import upstream
 from datasetdm_fast.engine.engines import build_engine
-from datasetdm_fast.engine.engines.fast import FastEngine, base, on_gpu
+from datasetdm_fast.engine.engines.fast import FastEngine, on_gpu
+from datasetdm_fast.engine.engines.fast import engine as base
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loading.presets import seed_network
 from datasetdm_fast.engine.models import fused
