@@ -95,7 +95,7 @@ def restore(run: Run, requested: Iterable[int] | None, *, is_dry: bool = False) 
     if not is_dry:
         with RunFolder(run.path, run.document) as folder:
             _move_blocks([dropped[index] for index in chosen], folder.bring_back)
-            _finish(folder, requested or (0,))
+            _finish(folder, requested or (0,))  # a killed process may have moved some of them already
     return chosen
 
 

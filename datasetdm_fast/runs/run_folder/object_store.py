@@ -137,6 +137,7 @@ class ObjectStore:
         return True
 
     def note(self, folder: Path) -> None:
+        """Writes into a run folder that its samples are here."""
         if stored_at(folder) != self.url:
             storage.publish({folder / ELSEWHERE: self.url.encode()})
 
