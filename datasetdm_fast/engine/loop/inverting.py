@@ -139,15 +139,13 @@ class TilingGenerator(InvertingGenerator):
         import numpy as np
         import torch
 
-        from datasetdm_fast.engine.tasks.attention import concept_maps, spread_maps
+        from datasetdm_fast.engine.tasks.attention import spread_maps
 
         batch = Batch(0, (request,) * len(squares), self.together - len(squares))
         padded = [*squares, *[squares[-1]] * batch.padding]
         sampled = self.invert(batch.padded, torch.from_numpy(np.stack(padded)))
         maps: list[Tensor] = []
-        if sampled.averages is not None and self.recipe.concepts:
-            maps = concept_maps(sampled.averages)
-        elif sampled.averages is not None and self.recipe.attention:
+        if sampled.averages is not None and self.recipe.attention:
             columns = [places for _, places in self.recipe.class_columns(request, self.engine.model.tokenizer)]
             maps = spread_maps(sampled.averages, [columns] * len(padded), self.recipe.attention.exponent)
         return driver.BatchGenerator.label(self, batch, sampled), maps[: len(squares)]
@@ -161,7 +159,7 @@ class TilingGenerator(InvertingGenerator):
 
             numbers = [1 + self.recipe.words.index(word) for word in self.recipe.query_words(request)]
             limits = self.recipe.attention.threshold, self.recipe.attention.uncertainty
-            return joined_label(tiling, maps, numbers, labels[0].classes, *limits, not self.recipe.concepts)
+            return joined_label(tiling, maps, numbers, labels[0].classes, *limits)
         return (joined_map if isinstance(labels[0], SemanticMap) else joined_instances)(tiling, labels)
 
 

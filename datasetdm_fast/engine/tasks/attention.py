@@ -87,11 +87,9 @@ def joined_label(
     classes: tuple[str, ...],
     threshold: float,
     uncertainty: float,
-    is_scaled: bool = True,
 ) -> SemanticMap:
     """The label of a picture from the maps [K, s, s] of `spread_maps` of its tiles: joined, then scaled to 0 .. 1 over
-    the whole picture, so that a tile without a class shows none of it; one class at a time, as pictures are large. Maps
-    of concepts are not scaled.
+    the whole picture, so that a tile without a class shows none of it; one class at a time, as pictures are large.
     """
     best, labels = torch.zeros(tiling.sides), torch.zeros(tiling.sides, dtype=torch.uint8)
     weights = torch.from_numpy(tiling.weights)
@@ -102,8 +100,7 @@ def joined_label(
             tile = F.interpolate(tile_maps[None, k : k + 1].cpu(), (tiling.side, tiling.side), mode="bicubic")[0, 0]
             total[part] += tile * weights
             covered[part] += weights
-        joined = total / covered
-        values = scale_maps(joined[None])[0] if is_scaled else joined
+        values = scale_maps((total / covered)[None])[0]
         labels = torch.where(values > best, number, labels)
         best = torch.maximum(best, values)
     certain = torch.where(best >= threshold, labels, torch.where(best >= uncertainty, IGNORE, 0).to(torch.uint8))
