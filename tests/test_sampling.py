@@ -289,7 +289,7 @@ def engine() -> TorchEngine:
             module.set_processor(WideHeads())
     nothing = torch.nn.Identity()
     modules = {"unet": unet, "vae": nothing, "text_encoder": nothing}
-    return TorchEngine(SimpleNamespace(modules=modules, tokenizers={"tokenizer": None}, backbone=SD), device="cpu")
+    return TorchEngine(SimpleNamespace(modules=modules, networks={}, tokenizers={"tokenizer": None}, backbone=SD))
 
 
 def recorded_context(images: tuple[int, ...]) -> torch.Tensor:

@@ -296,7 +296,12 @@ class ShardLedger:
         return sorted(results) if len(statuses) > 1 else results
 
     def count(self, status: str = DONE) -> int:
-        return len(self.indices(status))
+        if self.dropped:
+            return len(self.indices(status))
+        entries = self.entries.values()
+        quarantined = sum(len(indices) for entry in entries for indices in entry.quarantined.values())
+        # without lists of indices, which the supervisor of a long run would hold for every sample
+        return sum(entry.stop - entry.first for entry in entries) - quarantined if status == DONE else quarantined
 
     def count_doubtful(self) -> int:
         return sum(entry.doubtful for entry in self.entries.values())
