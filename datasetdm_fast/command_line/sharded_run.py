@@ -10,6 +10,7 @@ from pathlib import Path
 
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.output import print_lines, print_result, print_unfinished
+from datasetdm_fast.command_line.outputs import check_output
 from datasetdm_fast.command_line.progress import ImageProgress
 from datasetdm_fast.command_line.run_report import print_run_plan
 from datasetdm_fast.config import EXACT
@@ -18,7 +19,7 @@ from datasetdm_fast.messages import count_noun, format_duration
 from datasetdm_fast.runs.jobs.job import build_job
 from datasetdm_fast.runs.jobs.result import result_of
 from datasetdm_fast.runs.jobs.summary import describe_job
-from datasetdm_fast.runs.run_folder.object_store import ObjectStore
+from datasetdm_fast.runs.run_folder.object_store import ObjectStore, is_url
 from datasetdm_fast.runs.run_folder.shard_places import shard_place
 from datasetdm_fast.runs.run_folder.shards import ShardLedger, list_shards, shard_size
 from datasetdm_fast.runs.run_settings import RunConfig, RunSpec, WorkerSettings
@@ -60,6 +61,8 @@ def generate_shards(
         return print_run_plan(config, build_job(spec, None))
     if config.store:
         ObjectStore(config.store).require_bucket(is_made=config.make_bucket)
+        if not is_url(config.store):
+            check_output("--store", config.store, "folder")
     place, is_reporting = shard_place(where), not (peer and peer.rank)
     config = replace(config, quiet=config.quiet or not is_reporting)
     interruption, made = Interruption(config.quiet), 0

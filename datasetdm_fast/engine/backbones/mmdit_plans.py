@@ -4,7 +4,7 @@ dict of diffusers' module, the vectors of their norms, and the places of their t
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -109,6 +109,17 @@ def _text(modulation: str, fed: dict[str, Any]) -> StreamPlan:
     return StreamPlan(ADDED_QKV, ADDED_NORMS, "attn.to_add_out", modulation, SIX, **fed)
 
 
+def _joint(config: Any, state: State, patch: int, blocks: Sequence[BlockPlan], **more: Any) -> JointPlan:
+    """A network whose heads and last layers are named as diffusers usually does."""
+    heads, width = config.num_attention_heads, config.attention_head_dim
+    return JointPlan(state, heads, width, patch, tuple(blocks), exit="proj_out", last="norm_out.linear", **more)
+
+
+def _by_sigma(timestep: Tensor) -> Tensor:
+    """The timestep as it comes back from a sigma, with its rounding."""
+    return timestep / 1000 * 1000
+
+
 def _split_out(state: State, prefix: str, name: str, width: int) -> dict[str, Any]:
     """The halves of the product that ends a block: of the attention, and of what is fed forward beside it."""
     place = f"{prefix}.{name}"
@@ -133,15 +144,12 @@ def sd3(config: Any, state: State) -> JointPlan:
         if number == config.num_layers - 1:
             text = StreamPlan(ADDED_QKV, ADDED_NORMS, "", text.modulation, LAST)
         blocks.append(BlockPlan(prefix, (image, text)))
-    return JointPlan(
+    return _joint(
+        config,
         state,
-        config.num_attention_heads,
-        config.attention_head_dim,
         config.patch_size,
-        tuple(blocks),
+        blocks,
         entry="pos_embed.proj",
-        exit="proj_out",
-        last="norm_out.linear",
         text="context_embedder",
         time=_pair("time_text_embed.timestep_embedder"),
         clock=lambda timestep: timestep,
@@ -163,18 +171,15 @@ def flux1(config: Any, state: State) -> JointPlan:
         halves = _split_out(state, prefix, "proj_out", width)
         single = StreamPlan((*QKV, "proj_mlp"), NORMS, modulation=f"{prefix}.norm.linear", vectors=THREE, **halves)
         blocks.append(BlockPlan(prefix, (single,)))
-    return JointPlan(
+    return _joint(
+        config,
         state,
-        config.num_attention_heads,
-        config.attention_head_dim,
         2,
-        tuple(blocks),
+        blocks,
         entry="x_embedder",
-        exit="proj_out",
-        last="norm_out.linear",
         text="context_embedder",
         time=_pair("time_text_embed.timestep_embedder"),
-        clock=lambda timestep: timestep / 1000 * 1000,
+        clock=_by_sigma,
         guidance=_pair("time_text_embed.guidance_embedder") if config.guidance_embeds else None,
         pooled=_pair("time_text_embed.text_embedder"),
         places=lambda side, tokens, lengths, device: torch.cat(
@@ -210,18 +215,15 @@ def flux2(config: Any, state: State) -> JointPlan:
             **halves,
         )
         blocks.append(BlockPlan(prefix, (single,)))
-    return JointPlan(
+    return _joint(
+        config,
         state,
-        config.num_attention_heads,
-        config.attention_head_dim,
         1,
-        tuple(blocks),
+        blocks,
         entry="x_embedder",
-        exit="proj_out",
-        last="norm_out.linear",
         text="context_embedder",
         time=_pair("time_guidance_embed.timestep_embedder"),
-        clock=lambda timestep: timestep / 1000 * 1000,
+        clock=_by_sigma,
         places=_count_text,
         axes=tuple(config.axes_dims_rope),
         theta=config.rope_theta,
@@ -308,19 +310,16 @@ def qwen_image(config: Any, state: State) -> JointPlan:
         if number == config.num_layers - 1:
             text = text._replace(out="", wide=(), narrow="")
         blocks.append(BlockPlan(prefix, (image, text)))
-    return JointPlan(
+    return _joint(
+        config,
         state,
-        config.num_attention_heads,
-        config.attention_head_dim,
         2,
-        tuple(blocks),
+        blocks,
         entry="img_in",
-        exit="proj_out",
-        last="norm_out.linear",
         text="txt_in",
         text_norm="txt_norm",
         time=_pair("time_text_embed.timestep_embedder"),
-        clock=lambda timestep: timestep / 1000 * 1000,
+        clock=_by_sigma,
         places=_centre_image,
         axes=tuple(config.axes_dims_rope),
     )

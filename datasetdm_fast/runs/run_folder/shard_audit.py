@@ -13,7 +13,6 @@ from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.run_folder.audit import CHANGED, MISSING, Finding, Report, check_sample
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, check_document
 from datasetdm_fast.runs.run_folder.ledger import DONE
-from datasetdm_fast.runs.run_folder.object_store import is_url
 from datasetdm_fast.runs.run_folder.shard_places import ShardPlace, shard_place
 from datasetdm_fast.runs.run_folder.shards import (
     RECORD,
@@ -35,8 +34,7 @@ REMAKE = "Take the shard out with --repair; the line that made the run then make
 
 def find_sharded(place: str | Path) -> dict[str, Any] | None:
     """run.json of a run in shards, None where the place holds another run, or none."""
-    is_nothing = not is_url(place) and not Path(place).is_dir()
-    if is_nothing or (content := shard_place(place).read(DOCUMENT)) is None:
+    if (content := shard_place(place).read(DOCUMENT)) is None:
         return None
     try:
         document: dict[str, Any] = documents.parse_json(content.decode(), DOCUMENT)

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.storage import StoredFile
-from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.errors import Missing
 from datasetdm_fast.runs.run_folder.object_store import ObjectStore, is_url
 
 LARGEST_FILE = 2**28  # bytes of a file that is read as a whole
@@ -182,8 +182,6 @@ class ShardBucket(ShardPlace):
 def shard_place(place: str | Path) -> ShardPlace:
     """The place that a path or a URL names."""
     if not is_url(place):
-        if Path(place).exists() and not Path(place).is_dir():
-            raise Refused(f"{place}: a file has this name, expected a folder", "Choose another --out.")
         return ShardFolder(Path(place))
     store = ObjectStore(str(place))
     return ShardFolder(store.disk) if store.disk else ShardBucket(store)
