@@ -13,6 +13,7 @@ from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.run_folder.audit import CHANGED, MISSING, Finding, Report, check_sample
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, check_document
 from datasetdm_fast.runs.run_folder.ledger import DONE
+from datasetdm_fast.runs.run_folder.object_store import is_url
 from datasetdm_fast.runs.run_folder.shard_places import ShardPlace, shard_place
 from datasetdm_fast.runs.run_folder.shards import (
     RECORD,
@@ -34,7 +35,8 @@ REMAKE = "Take the shard out with --repair; the line that made the run then make
 
 def find_sharded(place: str | Path) -> dict[str, Any] | None:
     """run.json of a run in shards, None where the place holds another run, or none."""
-    if (content := shard_place(place).read(DOCUMENT)) is None:
+    is_nothing = not is_url(place) and not Path(place).is_dir()  # refuses names that no disk takes, too
+    if is_nothing or (content := shard_place(place).read(DOCUMENT)) is None:
         return None
     try:
         document: dict[str, Any] = documents.parse_json(content.decode(), DOCUMENT)
