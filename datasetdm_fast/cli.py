@@ -35,7 +35,6 @@ COMMANDS = {
 
 PROGRAMS = {  # likewise; their first argument names a script of another project
     "compat.showlab": ("datasetdm_fast.compat.showlab.__main__", "run the command lines of DatasetDM's own scripts"),
-    "compat.vinai": ("datasetdm_fast.compat.vinai", "run the command lines of Dataset Diffusion's own scripts"),
 }
 
 

@@ -1,1 +1,1 @@
-"""Command lines and modules of DatasetDM and Dataset Diffusion, run by this package's engines."""
+"""Command lines of DatasetDM, run by this package's engines."""

@@ -1,17 +1,16 @@
-"""Dataset Diffusion's own gen_data.py beside `compat.vinai gen_data`: the same model, list and files."""
+"""Dataset Diffusion's own gen_data.py beside `generate --parity dataset-diffusion`: the same model and prompts."""
 
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from skips import long_test
 
-from datasetdm_fast.compat import vinai
+from datasetdm_fast import generate
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loading.saving import save_model
 from datasetdm_fast.runs.run_folder.reader import open_run
@@ -21,7 +20,7 @@ ENTRIES = [
     ("a room with a television; tv monitor potted plant person", "tv monitor potted plant person"),
     ("a cat on a chair; cat chair", "cat chair"),
 ]
-SIDES = ("--self-res", "8", "--cross-res", "4")  # of the demo model, whose latents have 16 cells a side
+SIDES = (8, 4)  # cells of self- and cross-attention of the demo model, whose latents have 16 a side
 STEPS, PIXELS = 5, 128
 THRESHOLDS, NEAR = (0.5, 0.6), 1e-3  # the usual ones; rounding may move a value over a threshold or another class's
 # What its code needs to run here: NLTK's tokenizer, of which lists of words need no more than a split, and networks
@@ -72,29 +71,30 @@ def test_its_own_script_writes_the_same(batch, tmp_path):
         json.dumps([dict(zip(keys, (f"n{k}.jpg", *each))) for k, each in enumerate(ENTRIES)])
     )
     model = save_model(load_model("demo"), tmp_path / "model")
-    line = ["--json-path", str(tmp_path / "list.json"), "--sd-path", str(model), "--batch-size", str(batch), *SIDES]
-    script = [str(tmp_path), checkout, f"{checkout}/gen_data.py", "--work-dir", str(theirs), *line]
+    (tmp_path / "list.jsonl").write_text(
+        "\n".join(json.dumps({"prompt": text, "class_prompt": words}) for text, words in ENTRIES)
+    )
+    line = f"--json-path {tmp_path}/list.json --sd-path {model} --self-res {SIDES[0]} --cross-res {SIDES[1]}"
+    script = [str(tmp_path), checkout, f"{checkout}/gen_data.py", "--work-dir", str(theirs)]
     hidden = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-c", START, *script], check=True, env=os.environ | hidden)
-    rest = ["--steps", str(STEPS), "--engine", "torch", "--dtype", "fp32", "--device", "cpu", "--quiet"]
-    assert vinai.main(["gen_data", "--work-dir", str(ours), *line, *rest]) == 0
-    assert files_of(ours) == files_of(theirs) and len(files_of(ours)) == 2 * len(ENTRIES)
-    with open_run(ours / vinai.RUN) as found:
+    command = [sys.executable, "-c", START, *script, *line.split(), "--batch-size", str(batch)]
+    subprocess.run(command, check=True, env=os.environ | hidden)
+    line = (
+        f"--prompts {tmp_path}/list.jsonl --model {model} --self-cells {SIDES[0]} --cross-cells {SIDES[1]} --number 3"
+    )
+    line += f" --labeller attention --parity dataset-diffusion --classes voc --palette voc --seed 1111 --out {ours}"
+    line += f" --batch-size {batch} --steps {STEPS} --engine torch --dtype fp32 --device cpu --quiet"
+    assert generate.main(line.split()) == 0
+    with open_run(ours) as found:
         images = [sample.image for sample in found]
     for k, image in enumerate(images):
         far = np.abs(image.astype(int) - np.load(tmp_path / f"pixels{k}.npy"))
         assert far.max() <= 1 and far.mean() < 0.01
-        a, b = (Image.open(out / f"image/n{k}.jpg") for out in (ours, theirs))
-        assert a.size == b.size and a.quantization == b.quantization and a.layer == b.layer
-        a, b = (Image.open(out / f"mask/n{k}.png") for out in (ours, theirs))
-        assert (a.mode, a.getpalette()) == (b.mode, b.getpalette())
+        a, b = (Image.open(path) for path in (ours / f"attention/{k:08}.png", theirs / f"mask/n{k}.png"))
+        assert a.mode == b.mode and a.getpalette()[:63] == b.getpalette()[:63]
         values = np.sort(np.load(tmp_path / f"values{k}.npy"), axis=0)
         is_near = np.abs(values[-1][..., None] - THRESHOLDS).min(-1) < NEAR
         is_near |= values[-1] - values[-2] < NEAR
         differs = np.asarray(a) != np.asarray(b)
         print(f"batch {batch}, image {k}: {far.mean():.4f} mean, {far.max()} most; {differs.sum()} pixels of the mask")
         assert not (differs & ~is_near).any() and is_near.mean() < 0.3
-
-
-def files_of(out: Path) -> list[str]:
-    return [f"{path.parent.name}/{path.name}" for path in sorted(out.glob("[im]*/*"))]
