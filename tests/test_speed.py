@@ -12,13 +12,16 @@ from stub_engine import StubEngine
 from datasetdm_fast import generate
 from datasetdm_fast.config import EXACT
 from datasetdm_fast.data import Keypoints
+from datasetdm_fast.engine.engines import build_engine
+from datasetdm_fast.engine.engines.device import multiplies_fp8
 from datasetdm_fast.engine.engines.fast import FastEngine
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop import speed
 from datasetdm_fast.engine.loop.call_text import call_text
 from datasetdm_fast.engine.loop.recipe import make_recipe
+from datasetdm_fast.engine.models.fp8 import Fp8Linear, to_fp8
 from datasetdm_fast.engine.models.fused import FusedUNet
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.runs.agreement import speed_gate
 from datasetdm_fast.runs.agreement.speed_gate import LabelFigure
 from datasetdm_fast.runs.run_settings import RunConfig
@@ -57,6 +60,51 @@ def test_what_a_speed_does_not_go_with_is_refused():
         make_recipe(StubEngine(64), ("semantic",), steps=6, speed="fast25")
     with pytest.raises(Refused, match="keeps no deep features"):
         make_recipe(StubEngine(64), ("semantic",), speed="cache3")
+    with pytest.raises(Refused, match="has no fp8 products"):
+        make_recipe(StubEngine(64), ("semantic",), speed="fp8")
+
+
+def test_products_in_fp8_are_those_of_rounded_factors():
+    x, weight = torch.randn(2, 5, 48), torch.randn(32, 48)
+    x[0, 0] = 0
+    truth = [part.float() * scale for part, scale in map(to_fp8, (x.flatten(0, 1), weight))]
+    layer = Fp8Linear(weight, torch.ones(32))
+    torch.testing.assert_close(layer(x).flatten(0, 1), truth[0] @ truth[1].T + 1, rtol=1e-2, atol=1e-2)
+    total = torch.ones(2, 5, 32)
+    layer.add_to(total, x)
+    torch.testing.assert_close(total, 1 + layer(x))
+    assert (truth[0] - x.flatten(0, 1)).norm() / x.norm() < 0.04
+
+
+@pytest.mark.gpu
+def test_products_in_fp8_of_a_gpu_are_those_of_a_cpu():
+    device = torch.device("cuda")
+    if not multiplies_fp8(device):
+        pytest.skip("the GPU has no fp8 products")
+    x, layer = torch.randn(3, 40, 64), Fp8Linear(torch.randn(128, 64), torch.randn(128))
+    on_gpu = Fp8Linear(torch.randn(128, 64), None).to(device)
+    on_gpu.weight, on_gpu.scale, on_gpu.bias = (
+        layer.weight.T.to(device).T,
+        layer.scale.to(device),
+        layer.bias.to(device),
+    )
+    torch.testing.assert_close(on_gpu(x.to(device)).cpu(), layer(x), rtol=2e-2, atol=2e-1)
+
+
+def test_calls_of_a_transformer_in_fp8(monkeypatch):
+    engine = build_engine("fast", load_model("demo-dit"), device="cpu")
+    recipe = make_recipe(engine, (), speed="fp8")
+    assert recipe.fp8 == set(range(1, len(recipe.schedule) - 1)) - set(recipe.captured)
+    latents = torch.randn(2, *engine.model.latent_shape(), generator=torch.Generator().manual_seed(0))
+    text = call_text(engine, ["a ball", "a cube"])
+    exact, rounded = engine.denoise(latents, 500, text), engine.denoise_in_fp8(latents, 500, text)
+    assert 1e-3 < (rounded - exact).norm() / exact.norm() < 0.1
+    torch.testing.assert_close(engine.denoise(latents, 500, text), exact, rtol=0, atol=0)
+    with pytest.raises(GateFailed, match="captured calls are in fp8"):
+        speed_gate.check_promise(replace(recipe, fp8=frozenset(range(len(recipe.schedule)))))
+    monkeypatch.setattr(speed, "multiplies_fp8", lambda device: False)
+    with pytest.raises(Refused, match="the GPU has no fp8 products"):
+        make_recipe(engine, (), speed="fp8")
 
 
 @pytest.mark.parametrize(
@@ -138,14 +186,15 @@ def test_a_run_is_judged_once_and_says_so(run, monkeypatch, capsys):
     assert "speed" in capsys.readouterr().err
 
 
-def test_a_verdict_is_of_its_settings(tmp_path, monkeypatch):
+def test_figures_are_of_their_settings_and_those_of_exact_images_serve_every_speed(tmp_path, monkeypatch):
     config = RunConfig(out=str(tmp_path / "run"), number=2, task=("depth",))
-    keys = set()
+    keys, exact_keys = set(), set()
     for changes in ({}, {"guidance": 2.0}, {"speed": "cache3"}, {"task": ("semantic",)}):
         job = prepare(replace(config, **{"speed": "fast25", **changes}))
         exact = make_recipe(job.engine, job.recipe.tasks, speed=EXACT, guidance=changes.get("guidance", 0.0))
-        keys.add(speed_gate._key(job, exact))
+        keys.add(speed_gate._place(job, job.recipe, exact))
+        exact_keys.add(speed_gate._place(job, exact, exact))
         if changes.get("speed"):  # the time told before a run counts what cached calls cost
             cached = len(job.recipe.cached)
             assert job.calls_left == round(job.batches_left * (51 - cached * (1 - speed.COST))) and cached > 25
-    assert len(keys) == 4
+    assert len(keys) == 4 and len(exact_keys) == 3

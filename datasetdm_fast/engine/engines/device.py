@@ -55,6 +55,11 @@ def multiplies_bf16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether products of fp8 run there; a CPU rounds as a GPU does, and is slow."""
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def allow_tf32(device: torch.device, is_allowed: bool) -> None:
     """Whether convolutions in fp32 round their factors to TF32 on a GPU, as PyTorch by itself lets them; products never
     do. The setting is the process's and is not put back: another thread of the engine may be in the middle of a call.

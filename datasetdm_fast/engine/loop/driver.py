@@ -115,7 +115,7 @@ class BatchGenerator:
         state = SamplerState(recipe.schedule, recipe.guidance, beginning.latents, noise, rows)
 
         captures = CapturedCalls(engine, recipe.captures or {"": recipe.captured})
-        caching: Any = engine  # which has more calls than Engine where the recipe has cached ones
+        speeding: Any = engine  # which has more calls than Engine where the recipe has such
         deep: Any = None  # features that these start from
         averaged = set(recipe.averaged)
         for call, timestep in enumerate(recipe.schedule.timesteps):
@@ -129,10 +129,12 @@ class BatchGenerator:
                 plain, sums = engine.denoise_and_average(state.latents, timestep, text, class_text, sums)
             if plain is not None or call in recipe.taken_on:
                 output = output if plain is None else plain
+            elif call in recipe.fp8:
+                output = speeding.denoise_in_fp8(state.latents, timestep, text)
             elif call in recipe.cached:
-                output = caching.denoise_from(deep, state.latents, timestep, text)
+                output = speeding.denoise_from(deep, state.latents, timestep, text)
             elif recipe.cached:
-                output, deep = caching.denoise_and_keep(state.latents, timestep, text)
+                output, deep = speeding.denoise_and_keep(state.latents, timestep, text)
             else:
                 output = engine.denoise(state.latents, timestep, text)
             state.latents = beginning.after(call, state.step(call, output))

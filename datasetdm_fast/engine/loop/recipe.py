@@ -8,7 +8,17 @@ from functools import partial
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
-from datasetdm_fast.config import ATTENTION, CACHED, EXACT, FAST, LABELLER_KINDS, SAMPLERS, UNDECODED, USUAL_SAMPLER
+from datasetdm_fast.config import (
+    ATTENTION,
+    CACHED,
+    EXACT,
+    FAST,
+    FP8,
+    LABELLER_KINDS,
+    SAMPLERS,
+    UNDECODED,
+    USUAL_SAMPLER,
+)
 from datasetdm_fast.data import Request
 from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.labels import kind_of
@@ -25,7 +35,7 @@ from datasetdm_fast.engine.loop.class_prompts import (
 from datasetdm_fast.engine.loop.combining import Combination, check_mask_words, parse_combinations
 from datasetdm_fast.engine.loop.origin import FROM_NOISE, ONE_GENERATOR, Origin
 from datasetdm_fast.engine.loop.prompts import Tokenizer, check_class_lengths
-from datasetdm_fast.engine.loop.speed import cached_calls, check_cached, fast_sampling
+from datasetdm_fast.engine.loop.speed import cached_calls, check_call_speed, fast_sampling, inner_calls
 from datasetdm_fast.errors import Refused, nearest
 
 if TYPE_CHECKING:
@@ -54,6 +64,7 @@ class Recipe:
     draws: tuple[str, ...] = ()  # the things that the model can draw, where its card lists them
     has_negative: bool = True  # whether its calls read negative prompts
     cached: frozenset[int] = frozenset()  # calls that start from the deep features of an earlier one
+    fp8: frozenset[int] = frozenset()  # calls whose products are in fp8
     inverted: tuple[int, ...] = ()  # of existing pictures: the timesteps that are captured, whose places are calls
 
     @property
@@ -234,11 +245,12 @@ def make_recipe(
         draws=getattr(model, "draws", ()),
         has_negative=model.has_negative(facts["guidance"]),
     )
-    if speed == CACHED:
-        check_cached(engine, numbers is not None and not numbers.blocks)
-        cached = cached_calls(len(schedule), recipe.captured)
-        facts["whole_calls"] = len(schedule) - len(cached)
-        recipe = replace(recipe, cached=cached)
+    if speed in (CACHED, FP8):
+        check_call_speed(engine, speed, numbers is not None and not numbers.blocks)
+        choose = cached_calls if speed == CACHED else inner_calls
+        calls = choose(len(schedule), recipe.captured)
+        facts["whole_calls"] = len(schedule) - len(calls)
+        recipe = replace(recipe, cached=calls) if speed == CACHED else replace(recipe, fp8=calls)
     check_mask_words(recipe.combinations, label_tables(engine, recipe))
     return recipe
 

@@ -1,11 +1,12 @@
-"""Approximate ways to sample: fewer calls, or calls that start from the deep features of an earlier one."""
+"""Approximate ways to sample: fewer calls, calls from the deep features of an earlier one, or products in fp8."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from datasetdm_fast.config import CACHED, FAST, FAST_SAMPLER, FAST_STEPS, USUAL_SAMPLER
+from datasetdm_fast.config import CACHED, FAST, FAST_SAMPLER, FAST_STEPS, FP8, USUAL_SAMPLER
+from datasetdm_fast.engine.engines.device import multiplies_fp8
 from datasetdm_fast.errors import Refused
 
 if TYPE_CHECKING:
@@ -27,15 +28,30 @@ def fast_sampling(engine: Engine, sampler: str, steps: int) -> tuple[str, int]:
     return FAST_SAMPLER, FAST_STEPS
 
 
-def check_cached(engine: Engine, reads_every_call: bool) -> None:
-    """Refuses cache3 where the engine keeps no deep features, or labels are read from every call."""
-    if not hasattr(getattr(engine, "unet", None), "deep"):
+def check_call_speed(engine: Engine, speed: str, reads_every_call: bool) -> None:
+    """Refuses cache3 and fp8 where the engine or its device has no such calls, or labels are read from every call."""
+    title = engine.model.backbone.title
+    if speed == CACHED and not hasattr(getattr(engine, "unet", None), "deep"):
         raise Refused(
-            f"--speed {CACHED}: the engine {engine.name} keeps no deep features of {engine.model.backbone.title}",
+            f"--speed {CACHED}: the engine {engine.name} keeps no deep features of {title}",
             "Use --engine fast with a model that has a U-Net, or drop --speed.",
         )
+    if speed == FP8 and not hasattr(engine, "denoise_in_fp8"):
+        raise Refused(
+            f"--speed {FP8}: the engine {engine.name} has no fp8 products of {title}",
+            "Use --engine fast with a model that is a transformer, or drop --speed.",
+        )
+    if speed == FP8 and not multiplies_fp8(engine.device):
+        raise Refused(
+            f"--speed {FP8}: the GPU has no fp8 products; Ada, Hopper and Blackwell have them", "Drop --speed."
+        )
     if reads_every_call:
-        raise Refused(f"--speed {CACHED}: labels from attention are read from every call", f"Use --speed {FAST}.")
+        raise Refused(f"--speed {speed}: labels from attention are read from every call", f"Use --speed {FAST}.")
+
+
+def inner_calls(count: int, captured: Collection[int]) -> frozenset[int]:
+    """All calls but the first, the last and those that are captured."""
+    return frozenset(range(1, count - 1)).difference(captured)
 
 
 def cached_calls(count: int, captured: Collection[int]) -> frozenset[int]:

@@ -79,6 +79,10 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
+    def add_to(self, total: Tensor, x: Tensor) -> None:
+        """Adds the product, without bias, in place."""
+        total.flatten(0, -2).addmm_(x.flatten(0, -2), self.weight.T)
+
 
 class Convolution(nn.Module):
     def __init__(self, weights: Weights, stride: int = 1, padding: int = 1):

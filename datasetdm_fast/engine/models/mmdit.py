@@ -128,7 +128,7 @@ class TokenStream(nn.Module):
         assert self.narrow is not None and tokens.branch is not None
         if self.wide is None:
             fed = self.activate(product[..., self.attended : self.qkv.rows])
-            tokens.branch.flatten(0, 1).addmm_(fed.flatten(0, 1), self.narrow.weight.T)
+            self.narrow.add_to(tokens.branch, fed)
             return tokens
         x, normed = self.norm(tokens, vectors, 2, self.before_fed)
         return Tokens(x, self.narrow(self.activate(self.wide(normed))), vectors.get("gate2"), self.after_fed)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from datasetdm_fast.config import CACHED, FAST
+from datasetdm_fast.config import CACHED, FAST, FP8
 from datasetdm_fast.data import Annotation, Batch, DepthMap, Keypoints, Quarantined, Sample
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.locks import cache_folder
@@ -38,9 +40,9 @@ MOST_LOST = {"IoU": 0.01, "PCK": 0.01, "REL": 0.002, "doubtful": 0.01}
 ERRORS = ("REL", "doubtful")  # which are better where they are less
 NEAR = 0.1  # of a person's longer side: a joint as near as this is found, as in PCK@0.1
 REPORT = "This is a mistake of the program: drop --speed, and report it."
-LARGEST_VERDICT = 2**20  # bytes
-# settings that a verdict does not hang on, or that digests stand for
-UNREAD = ("number", "per_class", "seed", "batch_size", "image_format", "model", "decoder")
+LARGEST_FIGURES = 2**20  # bytes
+# settings that figures do not hang on, or that recipes and digests stand for
+UNREAD = ("number", "per_class", "seed", "batch_size", "image_format", "model", "decoder", "speed")
 
 
 @dataclass(frozen=True)
@@ -68,34 +70,33 @@ def count_images(job: Job) -> int:
 
 
 def count_calls(job: Job, exact: Recipe) -> int:
+    """U-Net calls of what the cache does not hold."""
+    recipes = [recipe for recipe in (job.recipe, exact) if not _place(job, recipe, exact).exists()]
     batches = -(-count_images(job) // job.plan.batch_size)
-    labels = 2 * (len(exact.captured) * bool(exact.captures) + bool(exact.attention) * len(TIMESTEPS))
-    return batches * (len(exact.schedule) + len(job.recipe.schedule) + labels)
+    labels = len(exact.captured) * bool(exact.captures) + bool(exact.attention) * len(TIMESTEPS)
+    return batches * sum(len(recipe.schedule) + labels for recipe in recipes)
 
 
 def judge_speed(job: Job, exact: Recipe, on_unet_call: Callable[[], None]) -> dict[str, Any]:
-    """The verdict on the recipe of a job as run.json has it; `exact` is the recipe without its speed. A verdict on the
-    same model, decoders, settings, prompts, engine and code is read from the cache.
+    """The verdict on the recipe of a job as run.json has it; `exact` is the recipe without its speed. Figures of the
+    same model, decoders, settings, prompts, engine and code are read from the cache: those of exact images serve every
+    speed.
     """
     check_promise(job.recipe)
-    path = cache_folder() / "speed" / f"{_key(job, exact)}.json"
-    if (stored := _read_verdict(path)) is not None:
-        return stored
-    speed_figures = _figures(job, job.recipe, exact, on_unet_call)
-    exact_figures = _figures(job, exact, exact, on_unet_call)
+    speed_figures, exact_figures = (
+        _cached(_place(job, recipe, exact), partial(_figures, job, recipe, exact, on_unet_call))
+        for recipe in (job.recipe, exact)
+    )
     figures = [
         LabelFigure(name, exact_figures[name], value, MOST_LOST[name.split()[0]])
         for name, value in speed_figures.items()
     ]
-    verdict = {
+    return {
         "name": job.recipe.facts["speed"],
         "number": count_images(job),
         "passed": all(figure.is_passed for figure in figures),
         "measures": [asdict(figure) | {"passed": figure.is_passed} for figure in figures],
     }
-    storage.make_folder(path.parent)
-    storage.publish({path: pretty(verdict)})
-    return verdict
 
 
 def check_promise(recipe: Recipe) -> None:
@@ -107,6 +108,8 @@ def check_promise(recipe: Recipe) -> None:
     late = [call for call in recipe.cached if min(call - other for other in whole if other <= call) > 2]
     if name == CACHED and (late or recipe.cached & {0, 1, 2, *recipe.captured}):
         raise GateFailed(f"--speed {name}: not every third call is whole; nothing was written", REPORT)
+    if name == FP8 and recipe.fp8 & {0, calls - 1, *recipe.captured}:
+        raise GateFailed(f"--speed {name}: its first, last or captured calls are in fp8; nothing was written", REPORT)
 
 
 def figures_in_words(verdict: Mapping[str, Any], *, failed: bool = False) -> str:
@@ -116,28 +119,29 @@ def figures_in_words(verdict: Mapping[str, Any], *, failed: bool = False) -> str
     return ", ".join(str(LabelFigure(*(row[name] for name in names))) for row in rows)
 
 
-def _read_verdict(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    try:
-        return documents.read_object(path, most=LARGEST_VERDICT)
-    except Refused:  # it is measured again
-        return None
+def _cached(path: Path, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+    with suppress(Refused):  # a damaged file is measured again
+        if path.exists():
+            return documents.read_object(path, most=LARGEST_FIGURES)
+    figures = measure()
+    storage.make_folder(path.parent)
+    storage.publish({path: pretty(figures)})
+    return figures
 
 
-def _key(job: Job, exact: Recipe) -> str:
+def _place(job: Job, recipe: Recipe, exact: Recipe) -> Path:
+    """Where the cache keeps the figures of a recipe."""
     document = job.document
     parts = {
-        "recipes": [dict(exact.facts), document["sampling"]],
+        "recipes": [dict(exact.facts), dict(recipe.facts)],
         "model": document["model"]["digests"],
         "decoders": {name: entry["digest"] for name, entry in document["decoders"].items()},
         "config": {name: value for name, value in document["config"].items() if name not in UNREAD},
         "images": count_images(job),
         "engine": document["engine"],
-        "limits": MOST_LOST,
         "code": digest([*sorted(Path(loop.__file__).parents[1].rglob("*.py")), Path(__file__)]),
     }
-    return hashlib.sha256(pretty(parts)).hexdigest()[:32]
+    return cache_folder() / "speed" / f"{hashlib.sha256(pretty(parts)).hexdigest()[:32]}.json"
 
 
 def _figures(job: Job, recipe: Recipe, exact: Recipe, on_unet_call: Callable[[], None]) -> dict[str, float]:

@@ -28,6 +28,7 @@ from datasetdm_fast.engine.engines.torch import TorchEngine
 from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.engine.loading.network import Network
 from datasetdm_fast.engine.models.capture import Projection
+from datasetdm_fast.engine.models.fp8 import with_fp8_products
 from datasetdm_fast.engine.models.mmdit import MMDiT
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.kernels import plain
@@ -149,6 +150,11 @@ class JointEngine(TorchEngine):
     def _called(self) -> Callable[..., Tensor]:
         return torch.compile(self.network, dynamic=False) if self.is_compiled else self.network
 
+    @cached_property
+    def _fp8(self) -> Callable[..., Tensor]:
+        network = with_fp8_products(self.network)
+        return torch.compile(network, dynamic=False) if self.is_compiled else network
+
     def _build_network(self) -> MMDiT:
         """Our transformer, with the weights of the model's."""
         backbone, dtype = self.truth.backbone, self.dtype
@@ -202,6 +208,11 @@ class JointEngine(TorchEngine):
     @engine_call
     def denoise(self, latents: Tensor, timestep: float, text: Text) -> Tensor:
         return self._call(self._called, latents, timestep, text)[0]
+
+    @engine_call
+    def denoise_in_fp8(self, latents: Tensor, timestep: float, text: Text) -> Tensor:
+        """The output where the products of the blocks are in fp8."""
+        return self._call(self._fp8, latents, timestep, text)[0]
 
     @engine_call
     def denoise_and_capture(  # type: ignore[override]

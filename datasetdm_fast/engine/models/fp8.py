@@ -1,0 +1,81 @@
+"""Products in fp8 (e4m3), with a scale for each row of the weights and of what they are multiplied with."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from datasetdm_fast.engine.models.layers import Linear
+from datasetdm_fast.engine.models.mmdit import HeadProjection, MMDiT
+
+LARGEST = torch.finfo(torch.float8_e4m3fn).max
+SMALLEST = 1e-12  # scale: of rows of zeros
+STEP = 16  # inputs and outputs of a product are multiples of it
+
+
+def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`x` [M, K] in e4m3 and the scale [M, 1] of each row."""
+    scale = x.float().abs().amax(-1, keepdim=True).clamp(min=SMALLEST) / LARGEST
+    return (x / scale).to(torch.float8_e4m3fn), scale
+
+
+@cache
+def compile_to_fp8() -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """One kernel for the four passes of `to_fp8`."""
+    return torch.compile(to_fp8, dynamic=True)
+
+
+class Fp8Linear(nn.Module):
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        rows, scale = to_fp8(weight)
+        self.weight, self.scale = rows.T, scale.T  # [K, N], whose columns are contiguous, and [1, N]
+        self.bias = None if bias is None else bias.to(torch.bfloat16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, scale = (compile_to_fp8() if x.is_cuda else to_fp8)(x.flatten(0, -2))
+        y = torch._scaled_mm(
+            rows, self.weight, scale, self.scale, self.bias, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+        return y.unflatten(0, x.shape[:-1]).to(x.dtype)
+
+    def add_to(self, total: Tensor, x: Tensor) -> None:
+        total.add_(self(x))
+
+
+class Fp8Projection(nn.Module):
+    """A HeadProjection without its appended rows."""
+
+    def __init__(self, source: HeadProjection, packed: Fp8Linear):
+        super().__init__()
+        self.packed, self.rows, self.query, self.key = packed, source.rows, source.query, source.key
+
+    def forward(self, tokens: Tensor, images: int = 0) -> tuple[Tensor, Tensor]:
+        product = self.packed(tokens)
+        return product, product[..., :0]
+
+
+def with_fp8_products(network: MMDiT) -> MMDiT:
+    """A network that shares all but the products of its blocks, which are in fp8 where their sizes allow it."""
+    twin = copy.copy(network)
+    twin._modules = {**network._modules, "blocks": _twin_of(network.blocks)}
+    return twin
+
+
+def _twin_of(module: Any) -> nn.Module:
+    packed = module.packed if isinstance(module, HeadProjection) else module
+    if isinstance(packed, Linear):
+        rows = slice(module.rows if packed is not module else None)
+        weight, bias = packed.weight[rows], None if packed.bias is None else packed.bias[rows]
+        if any(size % STEP for size in weight.shape):
+            return cast(nn.Module, module)
+        narrow = Fp8Linear(weight, bias)
+        return narrow if packed is module else Fp8Projection(module, narrow)
+    twin = copy.copy(module)
+    twin._modules = {name: child and _twin_of(child) for name, child in module._modules.items()}
+    return cast(nn.Module, twin)
