@@ -11,7 +11,7 @@ import torch
 from bench.decoders import load_decoders
 from bench.machine.work import image_flops, stage_flops
 from datasetdm_fast.data import Request
-from datasetdm_fast.engine.decoders import checkpoint, seeded
+from datasetdm_fast.engine.decoders import checkpoint
 from datasetdm_fast.engine.decoders.checkpoint import Decoder, for_inference
 from datasetdm_fast.engine.decoders.folders import DEMO
 from datasetdm_fast.engine.engines import build_engine
@@ -92,6 +92,6 @@ def open_setting(
 
 def seeded_decoders(model: Model) -> tuple[dict[str, Decoder], dict[str, Decoder]]:
     """Decoders with seeded weights, folded and not."""
-    trained = seeded.seeded_decoders(model.levels, model.text_width)
+    trained = checkpoint.seeded_decoders(model.levels, model.text_width)
     folded = {task: for_inference(copy.deepcopy(decoder), strict=False) for task, decoder in trained.items()}
     return folded, {task: for_inference(decoder, strict=True) for task, decoder in trained.items()}

@@ -38,7 +38,7 @@ OWN_TASKS = {
         "datasetdm_fast.training.evaluation.ranking:Pose",
     ),
     "open-vocabulary": TaskKind(
-        "datasetdm_fast.engine.labels.open_vocabulary:OpenVocabularyKind",
+        "datasetdm_fast.engine.labels.semantic:OpenVocabularyKind",
         "datasetdm_fast.engine.tasks.open_vocabulary:OpenVocabularyTask",
         "datasetdm_fast.training.evaluation.metrics:OpenVocabulary",
     ),
@@ -60,7 +60,7 @@ class LabellerKind:
 
 OWN_LABELLERS = {
     DECODER: None,
-    ATTENTION: LabellerKind("datasetdm_fast.engine.labels.attention:AttentionKind", ""),
+    ATTENTION: LabellerKind("datasetdm_fast.engine.labels.semantic:AttentionKind", ""),
 }  # ours are built in
 LABELLER_KINDS = Registry("labellers", OWN_LABELLERS, LabellerKind, reserved=TASKS)
 LABELLERS = LABELLER_KINDS.names
@@ -148,15 +148,15 @@ MOST_TRIES = 10  # samples that a run makes for every one that is asked for, bef
 DEMO_PROMPTS = "demo world"  # what stands for the prompts of a run that takes the captions of the demo world
 HALF = "half"  # a dtype: half precision where engine and device have it, see --dtype auto
 FLAVOURS = ("auto", "tensorrt", "tensorrt-rtx")
-OWN_SAMPLERS = {  # name -> module that ends with its SAMPLER
-    "pndm": "datasetdm_fast.engine.sampling.multistep",
-    "ddim": "datasetdm_fast.engine.sampling.ddim",
-    "dpm-solver++": "datasetdm_fast.engine.sampling.dpm_solver",
-    "euler": "datasetdm_fast.engine.sampling.euler",
-    "euler-ancestral": "datasetdm_fast.engine.sampling.euler_ancestral",
-    "lcm": "datasetdm_fast.engine.sampling.lcm",
-    "heun": "datasetdm_fast.engine.sampling.heun",
-    "unipc": "datasetdm_fast.engine.sampling.unipc",
+OWN_SAMPLERS = {  # name -> module:record
+    "pndm": "datasetdm_fast.engine.sampling.multistep:SAMPLER",
+    "ddim": "datasetdm_fast.engine.sampling.ddim:SAMPLER",
+    "dpm-solver++": "datasetdm_fast.engine.sampling.dpm_solver:SAMPLER",
+    "euler": "datasetdm_fast.engine.sampling.euler:SAMPLER",
+    "euler-ancestral": "datasetdm_fast.engine.sampling.euler:ANCESTRAL",
+    "lcm": "datasetdm_fast.engine.sampling.lcm:SAMPLER",
+    "heun": "datasetdm_fast.engine.sampling.euler:HEUN",
+    "unipc": "datasetdm_fast.engine.sampling.unipc:SAMPLER",
 }
 SAMPLERS = Registry("samplers", OWN_SAMPLERS)  # of other packages, the records themselves
 SCHEDULERS = {  # diffusers' class -> sampler

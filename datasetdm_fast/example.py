@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _example_files(folder: Path) -> Iterator[tuple[Path, bytes]]:
     """Every file of the example: a photo and its class numbers each, the classes, a caption for each, and prompts."""
-    from datasetdm_fast.engine.labels.image_files import image_bytes, index_png
+    from datasetdm_fast.engine.labels.label_files import image_bytes, index_png
     from datasetdm_fast.engine.scenes import world
 
     captions = {}

@@ -1,4 +1,6 @@
-"""Where the kernels meet Triton: its one import, the tensors it serves, and how a file's block sizes are read."""
+"""Where the kernels meet Triton: its one import, the tensors it serves, how a file's block sizes are read, and the
+numbers that it is tried on.
+"""
 
 from __future__ import annotations
 
@@ -70,17 +72,6 @@ def round_up(size: int, least: int = 16) -> int:
     return max(least, 1 << (size - 1).bit_length())
 
 
-def plane_strides(op: str, x: Tensor) -> tuple[int, int, int]:
-    """Strides of `x` [B, C, h, w] along image, channel and cell."""
-    height, width = x.shape[2:]
-    cell = x.stride(3) if width > 1 else x.stride(2)
-    if height > 1 and width > 1 and x.stride(2) != width * cell:
-        raise ValueError(
-            f"{op}: rows of strides {x.stride()} do not follow each other, pass a contiguous or channels-last tensor"
-        )
-    return x.stride(0), x.stride(1), cell
-
-
 @cache
 def names_of(device: torch.device) -> tuple[str, ...]:
     """Under which names rows for a device may stand, of which the first that is there counts: what was measured on one
@@ -115,3 +106,9 @@ def blocks(table: Mapping[str, Blocks], kernel: str, x: Tensor, least: int = 16,
     names = (*names_of(x.device), UNTUNED)
     sizes = next(table[name][row] for name in names if row in table.get(name, {}))
     return sizes | {name: min(sizes[name], round_up(count, least)) for name, count in counts.items()}
+
+
+def noise(*shape: int, scale: float = 1.0) -> Tensor:
+    """Seeded normal numbers that depend on the shape alone."""
+    generator = torch.Generator().manual_seed(sum(size * 31**place for place, size in enumerate(shape)) % 2**31)
+    return torch.randn(shape, generator=generator) * scale

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from datasetdm_fast.kernels import geglu
 from datasetdm_fast.kernels.geglu import times_gelu
-from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, tl
-from datasetdm_fast.kernels.noise import noise
+from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, noise, tl
 
 DEVICES = {"untuned": "fused"}
 BLOCKS = {

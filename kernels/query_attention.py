@@ -10,8 +10,17 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.kernels import masked_attention
-from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, round_up, tl
-from datasetdm_fast.kernels.noise import noise
+from datasetdm_fast.kernels.launch import (
+    PRECISION,
+    block_sizes,
+    blocks,
+    ceil_divide,
+    is_served,
+    jit,
+    noise,
+    round_up,
+    tl,
+)
 
 DEVICES = {"untuned": "fused"}
 BLOCKS = {

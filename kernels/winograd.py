@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datasetdm_fast import _C
-from datasetdm_fast.kernels.cpu import STORAGES, threads
-from datasetdm_fast.kernels.products import pair_inputs, unpair_inputs
+from datasetdm_fast.kernels.cpu import STORAGES, pair_inputs, threads
 
 PANEL = 16  # outputs that lie side by side in the weight, and what channels and outputs must be multiples of
 TRAINED_CELLS = 2**7  # of an image; with fewer the weight is transformed, thrice a step, for too little
@@ -77,7 +76,8 @@ def in_panels(weight: Tensor) -> Tensor:  # [P, 9, I, 16] of [O, I, 3, 3], in bf
 
 def from_panels(panels: Tensor, outputs: int) -> Tensor:
     """The weight that `in_panels` was given."""
-    panels = unpair_inputs(panels) if panels.dtype == torch.bfloat16 else panels
+    if panels.dtype == torch.bfloat16:
+        panels = panels.transpose(-1, -2).flatten(-3, -2)  # see pair_inputs
     return panels.permute(0, 3, 2, 1).flatten(0, 1)[:outputs].unflatten(-1, (3, 3))
 
 

@@ -63,12 +63,12 @@ FAULTS = {
         "(h, x.image.cpu(), self.bias)",
     ),
     "the host reads before the copy is over": Fault(
-        "datasetdm_fast.engine.tasks.to_host:_copy",
+        "datasetdm_fast.kernels.transfer:_copy",
         "torch.cuda.current_stream(group[0].device).synchronize()",
         "pass",
     ),
     "a pageable copy at the start of a batch": Fault(
-        "datasetdm_fast.kernels.to_device:to_device", "value.pin_memory()", "value"
+        "datasetdm_fast.kernels.transfer:to_device", "value.pin_memory()", "value"
     ),
     "a graph recorded with another GPU's stream": Fault(
         "datasetdm_fast.engine.engines.cuda_graph:GraphPool.__init__",
@@ -99,7 +99,7 @@ FAULTS = {
         "datasetdm_fast.engine.engines.cuda_graph:StepGraph.__init__", ', capture_error_mode="thread_local"', ""
     ),
     "an array over memory that is used again": Fault(
-        "datasetdm_fast.engine.tasks.to_host:_copy", "place.numpy().copy()", "place.numpy()"
+        "datasetdm_fast.kernels.transfer:_copy", "place.numpy().copy()", "place.numpy()"
     ),
     "labels on the sampler's stream": Fault(
         f"{LABELS}:LabelStream._follow", "torch.cuda.stream(self._stream)", "torch.cuda.device(self._device)"
@@ -213,7 +213,7 @@ FAULTS = {
         {"scenario": "labeller"},
     ),
     "another stream than that of the copies is waited for": Fault(
-        "datasetdm_fast.engine.tasks.to_host:_copy",
+        "datasetdm_fast.kernels.transfer:_copy",
         "torch.cuda.current_stream(group[0].device)",
         "torch.cuda.default_stream(group[0].device)",
         {"scenario": "files"},
@@ -231,13 +231,13 @@ FAULTS = {
         {"scenario": "library"},
     ),
     "page-locked memory written while it is copied": Fault(
-        "datasetdm_fast.kernels.to_device:to_device",
+        "datasetdm_fast.kernels.transfer:to_device",
         "value.pin_memory().to(device, non_blocking=True)",
         "(held := value.pin_memory()).to(device, non_blocking=True) + 0 * held.zero_().numel()",
         {"scenario": "library"},
     ),
     "one of two texts on the host": Fault(
-        "datasetdm_fast.engine.loop.call_text:call_text",
+        "datasetdm_fast.engine.loop.calls:call_text",
         "text = join_texts([negative, engine.encode_text(list(prompts))])",
         "text = join_texts([negative, engine.encode_text(list(prompts)).to('cpu')])",
         {"scenario": "features"},
@@ -261,9 +261,9 @@ FAULTS = {
         {"scenario": "library"},
     ),
     "an input of a graph is written to": Fault(
-        f"{FAST}:FastEngine._row",
-        "(row := self._rows.get(float(timestep))) is None",
-        "(row := next((one.add_(0) for one in self._rows.values()), None)) is None",
+        f"{FAST}:FastEngine._biases",
+        "return self._rows[timestep]",
+        "return self._rows[timestep].add_(0)",
         {"scenario": "library"},
     ),
     "an input of a graph is not copied": Fault(
@@ -313,7 +313,7 @@ FAULTS = {
         {"scenario": "memory"},
     ),
     "one buffer for the threads of two GPUs": Fault(
-        "datasetdm_fast.engine.tasks.to_host:_buffer",
+        "datasetdm_fast.kernels.transfer:_buffer",
         "return _thread.bytes",
         'return vars(threading).setdefault("buffer", torch.empty(2**20, dtype=torch.uint8, pin_memory=True))',
         {"scenario": "cards"},
@@ -425,13 +425,13 @@ FAULTS = {
         "queued.record(torch.cuda.current_stream(self._device)); list(iter(queued.query, True))",
     ),
     "page-locked memory filled through an array while it is copied": Fault(
-        "datasetdm_fast.kernels.to_device:to_device",
+        "datasetdm_fast.kernels.transfer:to_device",
         "value.pin_memory().to(device, non_blocking=True)",
         "(held := value.pin_memory()).to(device, non_blocking=True) + 0 * (held.numpy().fill(0) or 0)",
         {"scenario": "library"},
     ),
     "page-locked memory filled past NumPy while it is copied": Fault(
-        "datasetdm_fast.kernels.to_device:to_device",
+        "datasetdm_fast.kernels.transfer:to_device",
         "value.pin_memory().to(device, non_blocking=True)",
         "(held := value.pin_memory()).to(device, non_blocking=True) + 0 * "
         "__import__('io').BytesIO(b'7').readinto(held.numpy())",

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from datasetdm_fast import _C
 from datasetdm_fast.engine.loading import load_model
-from datasetdm_fast.engine.models.blocks import BLOCKS, Packing, blockwise
+from datasetdm_fast.engine.models.blocks import BLOCKS, Packing, UNetBlock, blockwise, with_blocks
 from datasetdm_fast.engine.models.capture import CaptureHook
 from datasetdm_fast.engine.models.layers import Convolution, Layers, Resnet, Upsample, Weights
 from datasetdm_fast.engine.models.unet import TextTable, TimeTable, Transformer, UNet
-from datasetdm_fast.engine.models.unet_block import UNetBlock, with_blocks
 from datasetdm_fast.kernels import plain
-from datasetdm_fast.kernels.noise import noise
+from datasetdm_fast.kernels.launch import noise
 
 VECTORS = _C.depth_head_vector_bytes()
 TEXT, HEADS = 7, 3

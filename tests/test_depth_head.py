@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datasetdm_fast import _C
-from datasetdm_fast.engine.decoders.seeded import untrained_decoders
+from datasetdm_fast.engine.decoders.checkpoint import untrained_decoders
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.kernels import depth_head
 from datasetdm_fast.training.trainer import project

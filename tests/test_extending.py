@@ -144,7 +144,7 @@ RECIPES = {
             "datasetdm_fast/config.py": (
                 (
                     '    "dpm-solver++": "',
-                    '    "trailing": "datasetdm_fast.engine.sampling.trailing",\n    "dpm-solver++": "',
+                    '    "trailing": "datasetdm_fast.engine.sampling.trailing:SAMPLER",\n    "dpm-solver++": "',
                 ),
             )
         },

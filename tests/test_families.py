@@ -12,8 +12,7 @@ from PIL import Image
 from tiny_pipelines import SIZE
 
 from datasetdm_fast import generate
-from datasetdm_fast.engine.decoders.checkpoint import save_decoder
-from datasetdm_fast.engine.decoders.seeded import seeded_decoders
+from datasetdm_fast.engine.decoders.checkpoint import save_decoder, seeded_decoders
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loading.folder import load_folder
 from datasetdm_fast.errors import Missing, Refused

@@ -12,11 +12,11 @@ from tiny_pipelines import SIZE
 from datasetdm_fast import generate, verify
 from datasetdm_fast.data import AttentionSums, ProjectedCapture, Text
 from datasetdm_fast.engine.backbones import every_backbone
-from datasetdm_fast.engine.decoders.seeded import seeded_decoders
+from datasetdm_fast.engine.decoders.checkpoint import seeded_decoders
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.engines.fast.joint import AverageReader
 from datasetdm_fast.engine.loading import load_model
-from datasetdm_fast.engine.loop.call_text import call_text
+from datasetdm_fast.engine.loop.calls import call_text
 from datasetdm_fast.engine.models.mmdit import MMDiT
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.kernels import fused, launch

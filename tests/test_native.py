@@ -17,8 +17,8 @@ from bench.kernels.inputs import cases_of
 from bench.machine.measure import with_peak
 from datasetdm_fast import _C
 from datasetdm_fast.engine.engines.lanes import Lanes
-from datasetdm_fast.kernels import OPS, attention, cpu, products
-from datasetdm_fast.kernels.noise import noise
+from datasetdm_fast.kernels import OPS, attention, cpu
+from datasetdm_fast.kernels.launch import noise
 
 NATIVE = ("attention", "geglu", "group_norm_silu", "layer_norm")
 CASES = [pytest.param(OPS[name], case, id=f"{name}: {case.reason}") for name in NATIVE for case in cases_of(name)]
@@ -315,7 +315,7 @@ def test_the_time_of_each_kind_of_work_is_told_by_thread():
 def test_a_product_within_a_convolution_counts_as_convolution():
     """Not twice, so that the kinds of work of a thread never add up to more than its time."""
     image, weight, bias = (torch.randn(*shape) for shape in ((1, 8, 8, 8), (8, 72), (8,)))
-    weight, out = products.panels(weight), torch.empty(1, 8, 8, 8)
+    weight, out = cpu.panels(weight), torch.empty(1, 8, 8, 8)
     convolution = _C.Convolution(weight.data_ptr(), bias.data_ptr(), 0, 8, 8, 3, 1, 1)
     _C.take_times(True)
     convolution.run(image.data_ptr(), bias.data_ptr(), 0, out.data_ptr(), 1, 8, 8, 1)

@@ -37,7 +37,7 @@ from datasetdm_fast.engine.engines import opening
 from datasetdm_fast.engine.loading import load_model, lora
 from datasetdm_fast.engine.loop.driver import sample_and_label
 from datasetdm_fast.engine.loop.label_stream import LabelStream
-from datasetdm_fast.engine.pictures.in_memory import pictures_in_memory
+from datasetdm_fast.engine.pictures.framing import pictures_in_memory
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.settings import EngineSettings

@@ -175,7 +175,7 @@ class Mute(Bright):
         return []
 
 BRIGHT = LabellerKind("foreign_labeller:BrightKind", "foreign_labeller:Bright")
-WORDS = LabellerKind("datasetdm_fast.engine.labels.open_vocabulary:OpenVocabularyKind", "foreign_labeller:Words")
+WORDS = LabellerKind("datasetdm_fast.engine.labels.semantic:OpenVocabularyKind", "foreign_labeller:Words")
 HALVES = LabellerKind("datasetdm_fast.engine.labels.instance:InstanceKind", "foreign_labeller:Halves")
 JOINTS = LabellerKind("datasetdm_fast.engine.labels.pose:PoseKind", "foreign_labeller:Halves")
 HEADS = LabellerKind("datasetdm_fast.engine.labels.pose:PoseKind", "foreign_labeller:Heads")

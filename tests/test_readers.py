@@ -28,7 +28,7 @@ from bench.proof.students.examples import whole_item
 from datasetdm_fast import convert, filter
 from datasetdm_fast import split as splitting
 from datasetdm_fast.data import IGNORE, Trust
-from datasetdm_fast.engine.labels.image_files import with_text
+from datasetdm_fast.engine.labels.label_files import with_text
 from datasetdm_fast.engine.pictures import framing, reading
 from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS, LabelledSource, Picture
 from datasetdm_fast.engine.scenes import world

@@ -16,8 +16,7 @@ from datasetdm_fast.engine.backbones.sd import SD, SD_SCHEDULER
 from datasetdm_fast.engine.engines.torch import TorchEngine
 from datasetdm_fast.engine.sampling import make_schedule
 from datasetdm_fast.engine.sampling.schedule import Sampler, Schedule, Update, checked_calls
-from datasetdm_fast.engine.sampling.scheduler import choose_sampler
-from datasetdm_fast.engine.sampling.times import add_noise, alphas_cumprod, initial_noise
+from datasetdm_fast.engine.sampling.times import add_noise, alphas_cumprod, choose_sampler, initial_noise
 from datasetdm_fast.engine.sampling.walk import SamplerState, State, guide, start, step
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import LEVELS
@@ -415,7 +414,7 @@ def test_a_sampler_is_one_file_and_one_line(tmp_path, monkeypatch):
         "SAMPLER = Sampler(halving, memory=1, least_steps=3)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(SAMPLERS, "halving", "halving_sampler")
+    monkeypatch.setitem(SAMPLERS, "halving", "halving_sampler:SAMPLER")
     schedule = make_schedule(BETAS, "halving", 3)
     assert schedule.timesteps == (2, 1, 0) and schedule.memory == 1
     state = SamplerState(schedule, 1.0, torch.full((1, 4, 2, 2), 8.0))

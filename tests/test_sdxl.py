@@ -10,13 +10,12 @@ from datasetdm_fast import verify as verify_command
 from datasetdm_fast.config import ATTENTION
 from datasetdm_fast.data import Request
 from datasetdm_fast.engine.backbones.sdxl import SDXL
-from datasetdm_fast.engine.decoders.checkpoint import for_inference
-from datasetdm_fast.engine.decoders.seeded import seeded_decoders
+from datasetdm_fast.engine.decoders.checkpoint import for_inference, seeded_decoders
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loading.in_memory import model_of
 from datasetdm_fast.engine.loading.network import ConfigFile
-from datasetdm_fast.engine.loop.call_text import call_text
+from datasetdm_fast.engine.loop.calls import call_text
 from datasetdm_fast.engine.loop.recipe import make_recipe
 from datasetdm_fast.engine.models.capture import RawCapture
 from datasetdm_fast.engine.models.fused import FusedUNet

@@ -11,12 +11,11 @@ from tiny_pipelines import SIZE
 
 from datasetdm_fast import evaluate, generate, train
 from datasetdm_fast.data import Capture, ProjectedCapture
-from datasetdm_fast.engine.decoders.checkpoint import build_decoder, fold, load_decoder, save_decoder
+from datasetdm_fast.engine.decoders.checkpoint import build_decoder, fold, load_decoder, save_decoder, seeded_decoders
 from datasetdm_fast.engine.decoders.config import DecoderConfig
-from datasetdm_fast.engine.decoders.seeded import seeded_decoders
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.loading import load_model
-from datasetdm_fast.engine.loop.captured_calls import CapturedCalls
+from datasetdm_fast.engine.loop.calls import CapturedCalls
 from datasetdm_fast.engine.loop.inversion import invert_for
 from datasetdm_fast.engine.loop.recipe import make_recipe
 from datasetdm_fast.engine.pipeline import Pipeline

@@ -17,7 +17,7 @@ from datasetdm_fast.engine.engines.device import multiplies_fp8
 from datasetdm_fast.engine.engines.fast import FastEngine
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop import speed
-from datasetdm_fast.engine.loop.call_text import call_text
+from datasetdm_fast.engine.loop.calls import call_text
 from datasetdm_fast.engine.loop.recipe import make_recipe
 from datasetdm_fast.engine.models.fp8 import Fp8Linear, to_fp8
 from datasetdm_fast.engine.models.fused import FusedUNet

@@ -16,7 +16,7 @@ from datasetdm_fast.data import AttentionSums, Text
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.engines.torch import TorchEngine
 from datasetdm_fast.engine.loading import load_model
-from datasetdm_fast.engine.loop.call_text import call_text
+from datasetdm_fast.engine.loop.calls import call_text
 
 PROMPTS = ["a photo of the cat", "the house"]
 FORMS = {"sd3": ({"layers": 3}, 4.0), "flux1": ({"layers": 4, "singles": 2}, 3.0)}

@@ -12,7 +12,7 @@ from PIL import Image
 from proofs import external, message, onnx_model
 
 from datasetdm_fast.disk import storage
-from datasetdm_fast.engine.labels.image_files import image_bytes
+from datasetdm_fast.engine.labels.label_files import image_bytes
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.untrusted import documents, images, onnx_graph
 from datasetdm_fast.untrusted.tensors import MOST_TENSORS, check_safetensors

@@ -12,8 +12,7 @@ import torch
 from bench.rehearsal.timeline import LOAD, Timeline
 from datasetdm_fast.data import Batch, Request, Sample
 from datasetdm_fast.engine.backbones.sd3 import SD3
-from datasetdm_fast.engine.decoders.checkpoint import build_decoder, for_inference, upstream
-from datasetdm_fast.engine.decoders.seeded import KINDS, untrained_decoders
+from datasetdm_fast.engine.decoders.checkpoint import KINDS, build_decoder, for_inference, untrained_decoders, upstream
 from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.engines import fast
 from datasetdm_fast.engine.engines.fast.joint import JointEngine

@@ -29,8 +29,8 @@ from datasetdm_fast.engine.engines import fast
 from datasetdm_fast.engine.engines.cuda_graph import StepGraph
 from datasetdm_fast.engine.loop import driver
 from datasetdm_fast.engine.sampling import walk
-from datasetdm_fast.engine.tasks.to_host import to_host
 from datasetdm_fast.kernels import choice, launch
+from datasetdm_fast.kernels.transfer import to_host
 
 
 class Allowed(NamedTuple):
@@ -76,7 +76,7 @@ WAITS = {
             "_decode_part",
             Allowed("an autoencoder that leaves fp16 retries", (FLAG,)),
         ),
-        ("labels", "engine/tasks/to_host.py", "_copy", Allowed(LABELS, (STREAM,))),
+        ("labels", "kernels/transfer.py", "_copy", Allowed(LABELS, (STREAM,))),
         ("labels", "engine/loop/label_stream.py", "_follow", Allowed(LABELS, (STREAM,))),
         ("labels", "engine/tasks/instance.py", "not_overlapping", Allowed(LABELS, ("aten.equal",))),
         ("labels", "engine/tasks/instance.py", "postprocess", Allowed(LABELS, (CHOSEN, FLAG))),
@@ -88,9 +88,9 @@ WAITS = {
             "_forget",
             Allowed("memory ran out", ("torch.cuda.empty_cache",), is_shared=True),
         ),
-        ("main", "engine/engines/fast/weights.py", "place_module", Allowed(ONCE, (COPY,), is_once=True)),
-        ("labels", "engine/engines/fast/weights.py", "place_module", Allowed(ONCE, (COPY,), is_once=True)),
-        ("figures", "engine/engines/fast/weights.py", "place_module", Allowed(ONCE, (COPY,), is_once=True)),
+        ("main", "engine/models/packed.py", "place_module", Allowed(ONCE, (COPY,), is_once=True)),
+        ("labels", "engine/models/packed.py", "place_module", Allowed(ONCE, (COPY,), is_once=True)),
+        ("figures", "engine/models/packed.py", "place_module", Allowed(ONCE, (COPY,), is_once=True)),
         ("figures", "engine/engines/cuda_graph.py", "__init__", RECORDING),
         ("main", "training/captures/cache.py", "_compute", STORED),
         ("main", "training/losses/losses.py", "match", MATCHED),
@@ -107,7 +107,7 @@ WAITS = {
         ("figures", "engine/decoders/checkpoint.py", "save_decoder", STORED),
         ("figures", "bench/proof/students/arms.py", "_taught", STORED),
         ("figures", "bench/proof/students/course.py", "__init__", Allowed("the next student begins", (COPY,))),
-        ("figures", "engine/tasks/to_host.py", "_copy", JUDGED),
+        ("figures", "kernels/transfer.py", "_copy", JUDGED),
         ("figures", "engine/tasks/instance.py", "not_overlapping", CHOICES),
         ("figures", "engine/tasks/instance.py", "postprocess", CHOICES),
         ("figures", "bench/proof/students/networks/class_maps.py", "read_classes", JUDGED),

@@ -30,11 +30,11 @@ from datasetdm_fast.engine.engines.fast import FastEngine, on_gpu
 from datasetdm_fast.engine.labels import LABEL_KINDS, names
 from datasetdm_fast.engine.loop import driver, inverting
 from datasetdm_fast.engine.loop import recipe as recipes
-from datasetdm_fast.engine.pictures.in_memory import pictures_in_memory
+from datasetdm_fast.engine.pictures.framing import pictures_in_memory
 from datasetdm_fast.engine.pipeline import Pipeline
 from datasetdm_fast.engine.sampling import open_sampler
 from datasetdm_fast.engine.tasks.labeller import Labeller, LabellerInput
-from datasetdm_fast.engine.tasks.to_host import to_host
+from datasetdm_fast.kernels.transfer import to_host
 from datasetdm_fast.plugins import GROUP
 from datasetdm_fast.runs.compositions import redraw
 from datasetdm_fast.runs.compositions.edit import Edits

@@ -26,8 +26,8 @@ from datasetdm_fast.engine.labels.trust import named_map, trust_of
 from datasetdm_fast.engine.labels.words import find_classes
 from datasetdm_fast.engine.loop.inversion import invert_for
 from datasetdm_fast.engine.scenes import world
+from datasetdm_fast.engine.tasks import read_labels
 from datasetdm_fast.engine.tasks.captions import held_to
-from datasetdm_fast.engine.tasks.outlines import read_labels
 from datasetdm_fast.runs.run_folder.reader import Run, open_run
 from datasetdm_fast.training.readers.demo import DemoWorld
 

@@ -25,11 +25,11 @@ from datasetdm_fast.engine.labels.names import by_task, check_label
 from datasetdm_fast.engine.labels.pictures import PREVIEW_SAMPLES, preview
 from datasetdm_fast.engine.labels.words import find_classes
 from datasetdm_fast.engine.loop import checks, diffusing, driver, inverting, prompts
-from datasetdm_fast.engine.loop.call_text import call_text
+from datasetdm_fast.engine.loop.calls import call_text
 from datasetdm_fast.engine.loop.inverting import inversion_generator, inversion_recipe, picture_prompt
 from datasetdm_fast.engine.loop.prompts import check_classes, check_line
 from datasetdm_fast.engine.loop.recipe import Recipe, capture_calls, make_recipe, prompt_words
-from datasetdm_fast.engine.pictures.in_memory import pictures_in_memory
+from datasetdm_fast.engine.pictures.framing import pictures_in_memory
 from datasetdm_fast.errors import GateFailed, Refused, nearest
 from datasetdm_fast.settings import EngineSettings
 from datasetdm_fast.stages import LEVELS
@@ -534,7 +534,7 @@ class Pipeline:
         from datasetdm_fast.engine.sampling import make_schedule
         from datasetdm_fast.engine.sampling.times import initial_noise
         from datasetdm_fast.engine.sampling.walk import SamplerState
-        from datasetdm_fast.kernels.to_device import to_device
+        from datasetdm_fast.kernels.transfer import to_device
 
         engine = self.engine
         model = engine.model

@@ -19,7 +19,7 @@ from datasetdm_fast.data import ProjectedCapture
 from datasetdm_fast.engine.decoders.checkpoint import Decoder, DecoderConfig
 from datasetdm_fast.engine.engines.device import allow_tf32, choose_by_shape
 from datasetdm_fast.errors import GateFailed, Missing
-from datasetdm_fast.kernels.to_device import to_device
+from datasetdm_fast.kernels.transfer import to_device
 from datasetdm_fast.stages import LEVELS
 from datasetdm_fast.training.captures.cache import Layout
 from datasetdm_fast.training.captures.targets import TrainingTarget

@@ -23,8 +23,8 @@ from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop.inversion import invert_for
 from datasetdm_fast.engine.loop.plan import DEMO_SCENES
 from datasetdm_fast.engine.scenes import world
+from datasetdm_fast.engine.tasks import read_labels
 from datasetdm_fast.engine.tasks.captions import held_to
-from datasetdm_fast.engine.tasks.outlines import read_labels
 from datasetdm_fast.runs.compositions.redraw import find_result
 from datasetdm_fast.runs.compositions.redraw import prepare as prepare_redrawing
 from datasetdm_fast.runs.compositions.settings import VarySettings

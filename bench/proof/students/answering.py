@@ -17,7 +17,7 @@ from bench.proof.students.networks.network import StudentNetwork
 from bench.proof.students.student_data import Vocabulary
 from datasetdm_fast.data import Annotation
 from datasetdm_fast.engine.pictures.labelled import Labelled
-from datasetdm_fast.kernels.to_device import to_device
+from datasetdm_fast.kernels.transfer import to_device
 from datasetdm_fast.training.evaluation.meter import check_count
 from datasetdm_fast.training.evaluation.metrics import METRICS
 

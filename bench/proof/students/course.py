@@ -21,7 +21,7 @@ from bench.proof.students.examples import Examples, as_tensor
 from bench.proof.students.networks.network import StudentNetwork
 from bench.proof.students.student_data import Vocabulary
 from datasetdm_fast.errors import GateFailed
-from datasetdm_fast.kernels.to_device import to_device
+from datasetdm_fast.kernels.transfer import to_device
 from datasetdm_fast.training import checkpoint
 
 HEAD_TIMES = 10.0  # how many times as fast a head learns as a body whose weights were given

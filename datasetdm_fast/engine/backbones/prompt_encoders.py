@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from datasetdm_fast.kernels.to_device import to_device
+from datasetdm_fast.kernels.transfer import to_device
 
 
 def padded_tokens(tokenizer: Any, texts: Sequence[str], length: int, device: torch.device) -> Mapping[str, Tensor]:

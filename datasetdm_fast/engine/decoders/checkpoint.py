@@ -1,6 +1,8 @@
 """P-Decoders by configuration: built, saved, loaded, and filled from DatasetDM's own checkpoints."""
 
-from collections.abc import Mapping
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,11 +15,10 @@ from torch.overrides import TorchFunctionMode
 
 from datasetdm_fast.disk import storage as files  # save_decoder has a parameter of that name
 from datasetdm_fast.engine.decoders.config import DecoderConfig, upstream
-from datasetdm_fast.engine.decoders.depth import DepthDecoder
+from datasetdm_fast.engine.decoders.dense import DepthDecoder, HeatmapDecoder, SimccDecoder
 from datasetdm_fast.engine.decoders.domain import read_domain
 from datasetdm_fast.engine.decoders.folders import read_config
 from datasetdm_fast.engine.decoders.layers import SpectralConv2d
-from datasetdm_fast.engine.decoders.pose import HeatmapDecoder, SimccDecoder
 from datasetdm_fast.engine.decoders.segmentation import OpenVocabularyDecoder, SegmentationDecoder
 from datasetdm_fast.engine.decoders.trunk import Decoder, fold
 from datasetdm_fast.errors import Missing, Refused
@@ -181,3 +182,31 @@ def check_fit(decoder: Decoder, state: Mapping[str, Tensor], origin: str) -> Non
     """Refuses a state that has not exactly the decoder's tensors, by every one that differs."""
     remedy = "Check that the configuration is the one it was trained with."
     tensors.check_fit(decoder.state_dict(), state, origin, f"this {decoder.config.kind} decoder", remedy)
+
+
+COUNTED = {"semantic": 19, "instance": 80}  # classes of upstream's Cityscapes and COCO decoders
+KINDS = {task: ("segmentation", {"classes": tuple(map(str, range(count)))}) for task, count in COUNTED.items()}
+KINDS |= {"depth": ("depth", {}), "pose": ("heatmap", {})}
+
+
+def untrained_decoders(levels: Sequence[Level], text_width: int) -> dict[str, Decoder]:
+    """A decoder for each task but the open-vocabulary one, as wide against the UNet as upstream's, in training mode."""
+    channels = levels[-1].features[0]
+    width = max(16, 256 * channels // 320 // 16 * 16)
+    sizes = {"levels": levels, "text_width": text_width, "width": width}
+    sizes |= {"mask_dim": width, "depth_width": 4 * width, "feed_forward": 8 * width}
+    decoders = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for task, (kind, names) in KINDS.items():
+            decoders[task] = build_decoder(upstream(kind, task=task, min_area=0, **sizes, **names))
+    return decoders
+
+
+def seeded_decoders(levels: Sequence[Level], text_width: int) -> dict[str, Decoder]:
+    """Decoders with seeded weights for every task, whose depth depends on the image."""
+    decoders = untrained_decoders(levels, text_width)
+    for place in (0, 2):  # as initialised, the depth head gives the same depth everywhere and hides its inputs
+        weight, generator = decoders["depth"].last_layer_depth[place].weight, torch.Generator().manual_seed(1)
+        torch.nn.init.normal_(weight, std=weight[0].numel() ** -0.5, generator=generator)
+    return decoders

@@ -71,8 +71,9 @@ def find_decoders(source: str | Path | Iterable[Path]) -> DecoderFolders:
         for name, path in here.items():
             named.setdefault(name, path)
         for task in {name.task for name in here} - set(unnamed):
-            if (chosen := choose_unnamed(task, here)) is not None:
-                unnamed[task] = chosen
+            paths = {name.decoder: path for name, path in here.items() if name.task == task}
+            if len(paths) == 1 or task in paths:  # otherwise several have the same claim
+                unnamed[task] = paths.get(task, next(iter(paths.values())))
         for name, path in here.items():
             if unnamed.get(name.task) != path and not DECODER_NAME.fullmatch(name.decoder):
                 raise Refused(
@@ -103,9 +104,3 @@ def _is_there(text: str) -> bool:
         return any(Path(path).exists() for path in paths)
     except OSError:  # several paths make a name that is too long
         return False
-
-
-def choose_unnamed(task: str, here: Mapping[LabelName, Path]) -> Path | None:
-    """The decoder that a task without a name means, None where several have the same claim."""
-    paths = {name.decoder: path for name, path in here.items() if name.task == task}
-    return next(iter(paths.values())) if len(paths) == 1 else paths.get(task)

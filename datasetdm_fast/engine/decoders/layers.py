@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datasetdm_fast.engine.models.layers import pointwise
+from datasetdm_fast.engine.models.layers import image, pointwise, tokens
 from datasetdm_fast.kernels import image_norm, winograd
 from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.kernels.image_norm import EPS
@@ -93,6 +93,26 @@ class SegBlock(nn.Module):
         x = self.normalise(x, self.stored_mean1, self.stored_var1)
         h = self.normalise(self.conv1(x), self.stored_mean2, self.stored_var2)
         return self.conv2(h) + self.conv_sc(x)
+
+
+class StackedSegBlock(nn.Module):
+    """A folded SegBlock whose norms are of each image: these take out the bias of the first convolution, those of the
+    others are added with the shortcut.
+    """
+
+    def __init__(self, block: SegBlock):
+        super().__init__()
+        self.ops, self.first, self.second = block.ops, block.conv1.weight, block.conv2.weight
+        self.shortcut = None if isinstance(block.conv_sc, nn.Identity) else block.conv_sc.weight.flatten(1)
+        self.bias = block.conv2.bias.detach() + (0 if self.shortcut is None else block.conv_sc.bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.ops.image_norm(x, has_relu=True)
+        h = self.ops.image_norm(F.conv2d(x, self.first, padding=1), has_relu=True)
+        h = F.conv2d(h, self.second, padding=1)
+        if self.shortcut is None:
+            return self.ops.add_statistics(h, x, self.bias)[0]
+        return image(self.ops.linear_add([tokens(x)], self.shortcut, self.bias, tokens(h))[0], *h.shape[-2:])
 
 
 class Upscale(nn.Module):

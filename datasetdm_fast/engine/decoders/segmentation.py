@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from datasetdm_fast.data import Capture, ProjectedCapture
 from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.decoders.layers import MASKS, Upscale
-from datasetdm_fast.engine.decoders.packed import PackedTransformer
-from datasetdm_fast.engine.decoders.stacked import StackedTransformer
 from datasetdm_fast.engine.decoders.transformer import (
     CrossAttention,
     FeedForward,
     MaskEmbedding,
+    PackedTransformer,
     SelfAttention,
+    StackedTransformer,
     sine_position,
 )
 from datasetdm_fast.engine.decoders.trunk import Decoder

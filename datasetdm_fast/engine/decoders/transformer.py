@@ -1,14 +1,23 @@
-"""The transformer decoder of queries over image features."""
+"""The transformer decoder of queries over image features: plain as it is trained, stacked for inference (the same
+answers up to rounding, from fewer and larger products), and packed for csrc on a CPU.
+"""
+
+from __future__ import annotations
 
 import math
 from functools import cache
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from datasetdm_fast import _C
 from datasetdm_fast.engine.decoders.config import DecoderConfig
+from datasetdm_fast.engine.models.blocks import Packed, Packing
+from datasetdm_fast.engine.models.layers import tokens
+from datasetdm_fast.kernels.bilinear import resize
 
 TEMPERATURE = 10000.0
 
@@ -101,3 +110,180 @@ class MaskEmbedding(nn.Module):
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         return self.layers[-1](x)
+
+
+class StackedProduct(NamedTuple):
+    weight: Tensor  # [outputs, inputs]
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, *self)
+
+
+class StackedLayer(NamedTuple):
+    """One layer, whose positions have been taken out of its products."""
+
+    query: StackedProduct  # of the cross-attention
+    packed: StackedProduct  # queries, keys and values of the self-attention
+    cross: CrossAttention
+    itself: SelfAttention
+    feed: FeedForward
+
+
+class StackedTransformer:
+    """Every layer of a decoder of masks.
+
+    Positions enter attention through linear maps only, so their shares are made once and added where queries and keys
+    are read. Layers that read the same memory level have their keys and values from one product. The mask features are
+    resized to each memory level once, as resizing commutes with the product of an embedding and the features.
+    """
+
+    def __init__(
+        self,
+        layers: list[tuple[CrossAttention, SelfAttention, FeedForward]],
+        level_embed: Tensor,
+        norm: nn.LayerNorm,
+        mask_embed: MaskEmbedding,
+        class_embed: nn.Linear,
+        ops: SimpleNamespace,
+    ):
+        self.ops, self.norm, self.class_embed, self.level_embed = ops, norm, class_embed, level_embed
+        self.mask_layers = list(mask_embed.layers)
+        self.layers, shares = [], []
+        for cross, itself, feed in layers:
+            q, k, v = parts(cross.multihead_attn)
+            own_q, own_k, own_v = parts(itself.self_attn)
+            bias = torch.cat([torch.zeros_like(own_q.bias), torch.zeros_like(own_k.bias), own_v.bias])
+            packed = StackedProduct(itself.self_attn.in_proj_weight, bias)
+            self.layers.append(StackedLayer(StackedProduct(q.weight), packed, cross, itself, feed))
+            shares += [q, own_q, own_k]
+        self.positions = join_products(shares)  # of all layers, from the positions of the queries
+        count = min(len(level_embed), len(layers))  # the levels that are read
+        products = [parts(layer.cross.multihead_attn) for layer in self.layers]
+        self.keys = [join_products([k for _, k, _ in products[level::count]]) for level in range(count)]
+        self.memory = [
+            StackedProduct(
+                torch.cat([self.keys[level].weight, values.weight]),
+                torch.cat([torch.zeros_like(self.keys[level].bias), values(level_embed[level])]),
+            )
+            for level, values in (
+                (level, join_products([v for _, _, v in products[level::count]])) for level in range(count)
+            )
+        ]
+        self.places: dict[tuple[int, ...], list[Tensor]] = {}  # sides of the memory levels -> shares of their cells
+
+    def __call__(
+        self, content: Tensor, position: Tensor, memory: list[Tensor], mask_features: Tensor
+    ) -> dict[str, Tensor]:
+        memory = memory[: len(self.memory)]
+        places, shares = self.positions(position), self.cells([x.shape[-1] for x in memory], content)
+        packed = [product(tokens(x)) for product, x in zip(self.memory, memory)]
+        features = [resize(mask_features, x.shape[-1]) for x in memory]
+        channels, levels, content = content.shape[-1], len(memory), content.contiguous()
+        for i, layer in enumerate(self.layers):
+            level, start = i % levels, i // levels * channels
+            last, count = start + channels, shares[level].shape[-1]
+            place_q, place_own_q, place_own_k = places[..., 3 * i * channels :][..., : 3 * channels].chunk(3, -1)
+            keys, values = packed[level][..., start:last], packed[level][..., count + start : count + last]
+            logits = self.ops.mask_head(self.embed_masks(content), features[level], features[level].shape[-1]).flatten(
+                2
+            )
+            cross, itself, feed = layer.cross, layer.itself, layer.feed
+            answer = self.ops.query_attention(
+                layer.query(content),
+                keys,
+                values,
+                cross.multihead_attn.heads,
+                place_q,
+                shares[level][:, start:last],
+                logits,
+            )
+            content = self.add_and_normalise(answer, cross.multihead_attn.out_proj, content, cross.norm)
+            q, k, v = layer.packed(content).chunk(3, -1)
+            answer = self.ops.query_attention(q, k, v, itself.self_attn.heads, place_own_q, place_own_k)
+            content = self.add_and_normalise(answer, itself.self_attn.out_proj, content, itself.norm)
+            content = self.add_and_normalise(feed.linear1(content), feed.linear2, content, feed.norm, has_relu=True)
+        masks = self.ops.mask_head(self.embed_masks(content), mask_features, mask_features.shape[-1])
+        return {"pred_logits": self.class_embed(self.norm(content)), "pred_masks": masks}
+
+    def embed_masks(self, content: Tensor) -> Tensor:
+        norm, weights = self.norm, [layer.weight for layer in self.mask_layers]
+        biases = [layer.bias for layer in self.mask_layers]
+        return self.ops.mask_embedding(content, norm.weight, norm.bias, norm.eps, weights, biases)
+
+    def add_and_normalise(
+        self, x: Tensor, linear: nn.Linear, content: Tensor, norm: nn.LayerNorm, has_relu: bool = False
+    ) -> Tensor:
+        affine = norm.weight, norm.bias, norm.eps
+        return self.ops.linear_norm(x, linear.weight, linear.bias, content, *affine, has_relu=has_relu)
+
+    def cells(self, sides: list[int], like: Tensor) -> list[Tensor]:
+        """What the places of each level's cells give to the keys of all its layers [S, layers * C]."""
+        if (encoding := self.places.get(tuple(sides))) is None:
+            encoding = [
+                keys(sine_position(side, like.shape[-1], like) + level)
+                for side, keys, level in zip(sides, self.keys, self.level_embed)
+            ]
+            self.places[tuple(sides)] = encoding
+        return encoding
+
+
+def parts(attention: Any) -> list[StackedProduct]:
+    """The products of queries, keys and values of a transformer.Attention."""
+    return [StackedProduct(*parts) for parts in zip(attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3))]
+
+
+def join_products(products: list[StackedProduct]) -> StackedProduct:
+    return StackedProduct(
+        torch.cat([product.weight for product in products]), torch.cat([product.bias for product in products])
+    )
+
+
+class PackedTransformer(Packed):
+    """The result of `stacked`, in one call of csrc up to the masks themselves."""
+
+    def __init__(self, stacked: StackedTransformer):
+        self.stacked = stacked
+        self.features, self.logits = len(stacked.mask_layers[-1].weight), len(stacked.class_embed.weight)
+
+    def pack(self, packing: Packing) -> _C.QueryTransformer:
+        stacked, linear, layers = self.stacked, packing.linear, []
+        for layer in stacked.layers:
+            cross, itself, feed = layer.cross, layer.itself, layer.feed
+            around = cross.multihead_attn.out_proj, layer.packed, itself.self_attn.out_proj
+            parts: list[Any] = list(map(linear, (layer.query, *around, feed.linear1, feed.linear2)))
+            layers.append(_C.QueryLayer(*parts, *map(packing.norm, (cross.norm, itself.norm, feed.norm))))
+        return _C.QueryTransformer(
+            layers,
+            [linear(layer) for layer in stacked.memory],
+            linear(stacked.positions),
+            packing.norm(stacked.norm),
+            [linear(layer) for layer in stacked.mask_layers],
+            linear(stacked.class_embed),
+            stacked.layers[0].cross.multihead_attn.heads,
+        )
+
+    def __call__(
+        self, content: Tensor, position: Tensor, memory: list[Tensor], mask_features: Tensor
+    ) -> dict[str, Tensor]:
+        (images, queries, _), memory = content.shape, memory[: len(self.stacked.memory)]
+        sides = [x.shape[-1] for x in memory]
+        levels = [tokens(x).contiguous() for x in memory]
+        features = [tokens(resize(mask_features, side)).contiguous() for side in sides]
+        places = self.stacked.cells(sides, content)
+        content, position = content.contiguous(), position.contiguous()
+        embedded = torch.empty(images, queries, self.features)
+        logits = torch.empty(images, queries, self.logits)
+        self.native().run(
+            content.data_ptr(),
+            position.data_ptr(),
+            *([x.data_ptr() for x in group] for group in (levels, places, features)),
+            [side * side for side in sides],
+            embedded.data_ptr(),
+            logits.data_ptr(),
+            images,
+            queries,
+            torch.get_num_threads(),
+        )
+        masks = self.stacked.ops.mask_head(embedded, mask_features, mask_features.shape[-1])
+        return {"pred_logits": logits, "pred_masks": masks}

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from datasetdm_fast.data import Capture, ProjectedCapture
 from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.decoders.domain import LARGEST_SIDE, Domain, mixtures
-from datasetdm_fast.engine.decoders.layers import SegBlock, SpectralConv2d, Upscale
-from datasetdm_fast.engine.decoders.stacked import StackedSegBlock
+from datasetdm_fast.engine.decoders.layers import SegBlock, SpectralConv2d, StackedSegBlock, Upscale
 from datasetdm_fast.engine.models.packed import PackedConvolution, is_held
 from datasetdm_fast.kernels import pyramid, winograd
 from datasetdm_fast.kernels.bilinear import resize
@@ -69,7 +68,7 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def stack(self) -> None:
-        """Prepares a folded decoder, which is for inference on a GPU from then on; see stacked.py."""
+        """Prepares a folded decoder, which is for inference on a GPU from then on; see StackedSegBlock."""
         for name, block in list(self.named_children()):
             if isinstance(block, SegBlock) and not block.is_running:
                 setattr(self, name, StackedSegBlock(block))

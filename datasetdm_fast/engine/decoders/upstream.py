@@ -186,11 +186,7 @@ def config_of(name: str, shapes: Shapes, levels: tuple[Level, ...]) -> DecoderCo
     is_of_others = logits in LOGITS and (name, logits) != ("lvis", 3)  # which our trainer gives it for two categories
     if name in ANY_COUNT and logits > 1 and not is_of_others:
         settings = settings | {"classes": number_classes(logits - 1)}
-    return fit_config(upstream(kind, levels=levels, **settings), shapes)
-
-
-def fit_config(usual: DecoderConfig, shapes: Shapes) -> DecoderConfig:
-    """A configuration with the widths that the tensors of a checkpoint have."""
+    usual = upstream(kind, levels=levels, **settings)
     width = _size(shapes, "low_feature_conv.0.weight", 0, usual.width)
     sizes: dict[str, Any] = {"width": width}
     if usual.has_queries:

@@ -45,30 +45,20 @@ def build_engine(
     device: str = "auto",
     **options: Any,
 ) -> Engine:
-    """The engine `name` for a loaded model; "auto" is the fast one. The options are settings of EngineSettings: those
-    of another engine are refused.
+    """The engine `name` for a loaded model; "auto" is the fast one, or the reference where the family has no network of
+    ours. The options are settings of EngineSettings: those of another engine are refused.
     """
-    name = choose_engine(name, model)
-    kind, values = _select_options(name, options)
-    place = (model.backbone.fast if name == "fast" else None) or kind.engine
-    built: Engine = _of(name, lambda: load_place(place)(model, decoders or {}, dtype=dtype, device=device, **values))
-    return built
-
-
-def choose_engine(name: str, model: Model) -> str:
-    """The engine of this name that serves the model's family; "auto" is the fast one, or the reference where the family
-    has no network of ours.
-    """
-    if name not in ENGINE_NAMES:
-        raise Refused(f"engine: {name!r} is none of {', '.join(ENGINE_NAMES)}", "Choose one of these with --engine.")
     if name == "auto":
-        return "fast" if model.backbone.served_by(ENGINES["fast"].needs) else REFERENCE
-    if not model.backbone.served_by(ENGINES[name].needs):
+        name = "fast" if model.backbone.served_by(ENGINES["fast"].needs) else REFERENCE
+    kind, values = _select_options(name, options)
+    if not model.backbone.served_by(kind.needs):
         raise Refused(
             f"engine: {name} does not run {model.backbone.title}, {REFERENCE} does",
             f"Use --engine {REFERENCE}, which runs the modules of diffusers in fp32.",
         )
-    return name
+    place = (model.backbone.fast if name == "fast" else None) or kind.engine
+    built: Engine = _of(name, lambda: load_place(place)(model, decoders or {}, dtype=dtype, device=device, **values))
+    return built
 
 
 def _of(name: str, call: Callable[[], Any]) -> Any:

@@ -33,10 +33,13 @@ class Lanes:
         if lanes < 2:
             with _set_threads(1 if self._is_single else threads):  # here, as another thread has other memory, too
                 return [call(*arguments) for arguments in slices]
+
+        def run(arguments: tuple[Any, ...]) -> Any:
+            with torch.inference_mode():
+                return call(*arguments)
+
         with self._turn:
-            results = self._start(lanes, threads).map(
-                lambda arguments: _call_without_gradients(call, arguments), slices
-            )
+            results = self._start(lanes, threads).map(run, slices)
         return list(results)
 
     def _start(self, lanes: int, threads: int) -> ThreadPoolExecutor:
@@ -73,8 +76,3 @@ def _limit(threads: int) -> None:
     torch.set_num_threads(threads)
     torch.get_num_threads()
     torch.set_num_threads(threads)
-
-
-def _call_without_gradients(call: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    with torch.inference_mode():
-        return call(*arguments)

@@ -5,14 +5,11 @@ from __future__ import annotations
 import ctypes
 import gc
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 
 from datasetdm_fast.errors import Missing
-
-if TYPE_CHECKING:
-    pass
 
 Result = TypeVar("Result")
 BATCH = 8  # of engines whose memory cannot be measured

@@ -77,7 +77,7 @@ def load_decoders(
     outlines: str = "auto",
 ) -> tuple[dict[str, Decoder], dict[str, Any]]:
     """The decoders of `tasks` (None: all) that --decoder names, checked against the model, and their descriptions."""
-    from datasetdm_fast.engine.decoders.checkpoint import check_fits, load_decoder
+    from datasetdm_fast.engine.decoders.checkpoint import check_fits, for_inference, load_decoder
     from datasetdm_fast.engine.decoders.folders import SHIPPED, find_decoders
     from datasetdm_fast.engine.decoders.upstream import unpack_decoders
     from datasetdm_fast.engine.loading.presets import SEEDED_LICENCE
@@ -86,9 +86,11 @@ def load_decoders(
     descriptions: dict[str, Any] = {}
     is_seeded = decoder == "demo" and model.licence == SEEDED_LICENCE  # what was trained for the demo model fits none
     if is_seeded or decoder == RANDOM:
-        seeded, holder = _make_seeded(model), f"--decoder {RANDOM}, of seeded weights,"
+        from datasetdm_fast.engine.decoders.checkpoint import seeded_decoders
+
+        seeded, holder = seeded_decoders(model.levels, model.text_width), f"--decoder {RANDOM}, of seeded weights,"
         for label in check_known(tasks, seeded, list(seeded), list(seeded), holder):
-            decoders[label] = seeded[label]
+            decoders[label] = for_inference(seeded[label], strict=False)
             descriptions[label] = {"digest": f"seeded: {label}", "licence": SEEDED_LICENCE}
     elif decoder is not None:
         source = model.name if decoder == "demo" and model.name in SHIPPED else decoder
@@ -130,14 +132,6 @@ def check_known(
             "Name a folder that has one with --decoder, or drop the task.",
         )
     return labels if tasks is None else tasks
-
-
-def _make_seeded(model: Model) -> dict[str, Decoder]:
-    from datasetdm_fast.engine.decoders.checkpoint import for_inference
-    from datasetdm_fast.engine.decoders.seeded import seeded_decoders
-
-    decoders = seeded_decoders(model.levels, model.text_width)
-    return {task: for_inference(decoder, strict=False) for task, decoder in decoders.items()}
 
 
 def describe_decoders(folders: DecoderFolders, labels: Sequence[str]) -> dict[str, Any]:

@@ -9,17 +9,16 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from datasetdm_fast.data import AttentionSums, Capture, Text
+from datasetdm_fast.data import AttentionSums, Capture, ProjectedCapture, Text
 from datasetdm_fast.engine.backbones.record import BackboneReference
-from datasetdm_fast.engine.engines.derived_calls import BaseEngine
 from datasetdm_fast.engine.engines.device import engine_call, resolve_device
-from datasetdm_fast.engine.engines.engine import check_task
+from datasetdm_fast.engine.engines.engine import Engine, check_task
 from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.plugins import load_place
 
 
-class TorchEngine(BaseEngine):
+class TorchEngine(Engine):
     """See engines.Engine; what a family computes is said by its BackboneReference. Decoders run in the mode they were
     loaded in.
 
@@ -82,7 +81,7 @@ class TorchEngine(BaseEngine):
         return self.reference.encode_image(pixels, generators)
 
     @engine_call
-    def annotate(self, task: str, capture: Capture, text: Tensor | None = None) -> dict[str, Tensor]:
+    def annotate(self, task: str, capture: Capture | ProjectedCapture, text: Tensor | None = None) -> dict[str, Tensor]:
         check_task(task, self.decoders)
         return self.decoders[task](capture, text)
 

@@ -59,11 +59,6 @@ def colour_in(palette: str, name: str, index: int) -> tuple[int, int, int]:
     return official or (NOTHING if palette != OURS and name == "background" else colour(index))
 
 
-def own_colours(table: class_tables.ClassTable, names: Iterable[str]) -> list[list[int]]:
-    """Red, green and blue of each class in a table that has them all."""
-    return [list(table.colour(name) or NOTHING) for name in names]
-
-
 def own_palette(numbers: Iterable[int], colours: Iterable[Iterable[int]]) -> bytes:
     """The 256 colours of an index PNG whose class numbers have these colours."""
     official = dict(zip(numbers, map(tuple, colours), strict=True))

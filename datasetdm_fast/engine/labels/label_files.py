@@ -1,18 +1,64 @@
-"""A sample's image and labels as files and records, and back; the bytes depend on the sample alone."""
+"""A sample's image and labels as bytes of files and records, and back; they depend on the sample alone."""
 
-from collections.abc import Mapping
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
+from datasetdm_fast import _C
 from datasetdm_fast.data import Annotation, Sample
 from datasetdm_fast.engine.labels import LABEL_KINDS, kind_of
-from datasetdm_fast.engine.labels.image_files import image_bytes
+from datasetdm_fast.engine.labels.colours import palette
 from datasetdm_fast.engine.labels.kind import Table
 from datasetdm_fast.engine.labels.names import task_of_label
 from datasetdm_fast.untrusted import images
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+HEADER_BYTES = 33  # of a PNG: its signature and the chunk of its sides
+JPEG = {"subsampling": 0, "optimize": False}
+QUALITY = 95  # of the JPEG files of a run
+
+
+def image_bytes(image: np.ndarray, image_format: str, quality: int = QUALITY) -> bytes:
+    """A PNG or JPEG of an image [H, W, 3] uint8, without metadata."""
+    if image_format == "png":
+        return _C.png_encode(np.ascontiguousarray(image))
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=quality, **JPEG)
+    return buffer.getvalue()
+
+
+def index_png(labels: np.ndarray, colours: bytes = b"") -> bytes:
+    """A palette PNG whose pixel values are the labels [H, W] uint8, in the colours of our palette or of another."""
+    return _C.png_encode(np.ascontiguousarray(labels, np.uint8), colours or palette())
+
+
+def with_text(png: bytes, name: str, text: str) -> bytes:
+    """A PNG with a note of Latin letters before its pixels, which image viewers show and readers may ignore."""
+    note = b"tEXt" + name.encode("latin-1") + b"\0" + text.encode("latin-1")
+    chunk = struct.pack(">I", len(note) - 4) + note + struct.pack(">I", zlib.crc32(note))
+    return png[:HEADER_BYTES] + chunk + png[HEADER_BYTES:]
+
+
+def picture_bytes(picture: Image.Image) -> bytes:
+    """A PNG of a picture drawn for a page; of a palette picture in a tenth of Pillow's time."""
+    if picture.mode == "P":
+        return _C.png_encode(np.ascontiguousarray(picture), bytes(picture.getpalette("RGB")))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", compress_level=9)
+    return buffer.getvalue()
+
 
 Files = dict[str, tuple[str, bytes]]  # role -> path inside the run folder, content
 
@@ -43,3 +89,38 @@ def decode(task: str, folder: Path, files: Mapping[str, str], record: Any, table
         {role: np.array(images.read_image(folder / files[role])) for role in kind.files(table)}, record, table
     )
     return label
+
+
+OF_THINGS = "scores"  # what labels of things have, and labels of pixels have not
+
+
+def image_tensor(image: np.ndarray) -> Tensor:  # [3, H, W] float32, 0..1
+    import torch
+
+    return torch.from_numpy(image).permute(2, 0, 1).float() / 255
+
+
+def label_tensors(task: str, label: Any, table: Table) -> Tensor | dict[str, Tensor]:
+    """A label whose classes have the numbers of a run's files, which its table holds."""
+    import torch
+
+    parts = kind_of(task).arrays(label, table)
+    if isinstance(parts, np.ndarray):
+        return torch.from_numpy(parts)
+    return {name: torch.from_numpy(value) for name, value in parts.items()}
+
+
+def stack(values: Sequence[Any]) -> Any:
+    """A batch: what has one shape in all pairs is stacked, what has not, such as the masks of instances, is a list."""
+    import torch
+
+    first = values[0]
+    if isinstance(first, dict) and OF_THINGS in first:
+        return list(values)  # images have different numbers of them
+    if isinstance(first, dict):
+        return {name: stack([value[name] for value in values]) for name in first}
+    if isinstance(first, tuple):
+        return tuple(stack(column) for column in zip(*values, strict=True))
+    if isinstance(first, torch.Tensor) and len({value.shape for value in values}) == 1:
+        return torch.stack(list(values))
+    return list(values)

@@ -51,11 +51,6 @@ def file_stem(stem: str, decoder: str) -> str:
     return f"{stem}.{decoder}" if decoder else stem
 
 
-def own_stem(stem: str) -> str:
-    """What the file or folder of the task's own decoder is called."""
-    return stem.partition(".")[0]
-
-
 def tasks_of(labels: Iterable[str]) -> tuple[str, ...]:
     """The tasks of labels, each once."""
     return tuple(dict.fromkeys(map(task_of_label, labels)))

@@ -6,7 +6,7 @@ from typing import Any
 from datasetdm_fast.data import IGNORE
 from datasetdm_fast.engine.labels import by_kind, kind_of
 from datasetdm_fast.engine.labels.class_tables import ClassTable, builtin_table
-from datasetdm_fast.engine.labels.colours import BORDERS, CUSTOM, OURS, own_colours, strangers
+from datasetdm_fast.engine.labels.colours import BORDERS, CUSTOM, NOTHING, OURS, strangers
 from datasetdm_fast.engine.labels.kind import Table
 from datasetdm_fast.engine.labels.semantic import BACKGROUND
 from datasetdm_fast.errors import Refused
@@ -55,7 +55,10 @@ def with_palette(tables: Mapping[str, Table], palette: str, custom: ClassTable |
     additions: dict[str, Table] = {label: {"palette": palette} for label in tables if kind_of(label).is_map}
     if palette == CUSTOM:
         for label in additions:
-            additions[label] = {"palette": palette, "colours": own_colours(colours, tables[label]["classes"])}
+            additions[label] = {
+                "palette": palette,
+                "colours": [list(colours.colour(name) or NOTHING) for name in tables[label]["classes"]],
+            }
     return {label: {**table, **additions.get(label, {})} for label, table in tables.items()}
 
 

@@ -219,8 +219,11 @@ class PoseKind(LabelKind):
                 yield f"person {k} has joints that are no joints"
             if person["num_keypoints"] != int(seen.sum()):
                 yield f"person {k} has {int(seen.sum())} joints, the ledger says {person['num_keypoints']}"
-            if person.get("box_from") == "instance":
-                yield from self._check_box(k, person, sides)
+            if person.get("box_from") == "instance":  # whose mask the record of a person does not hold
+                x, y, width, height = person["bbox"]
+                is_inside = min(x, y) >= 0 and x + width <= sides[1] + ROUNDING and y + height <= sides[0] + ROUNDING
+                if not is_inside or not 0 < person["area"] <= width * height + ROUNDING * (width + height + 1):
+                    yield f"person {k} cannot fill {person['area']} pixels in {person['bbox']}"
                 continue
             extent = self._extent(points + FROM_EDGE, seen, {**table, "size": sides})
             box, area = np.array(extent["bbox"]), extent["area"]
@@ -229,13 +232,6 @@ class PoseKind(LabelKind):
             )
             if not is_near or person.get("box_from") != extent.get("box_from"):
                 yield f"person {k} fills {box.tolist()}, the ledger says {person['bbox']} and {person['area']} pixels"
-
-    def _check_box(self, k: int, person: Mapping[str, Any], sides: tuple[int, int]) -> Iterator[str]:
-        """What is wrong with a box taken from an instance, of which the record of a person does not hold the mask."""
-        x, y, width, height = person["bbox"]
-        is_inside = min(x, y) >= 0 and x + width <= sides[1] + ROUNDING and y + height <= sides[0] + ROUNDING
-        if not is_inside or not 0 < person["area"] <= width * height + ROUNDING * (width + height + 1):
-            yield f"person {k} cannot fill {person['area']} pixels in {person['bbox']}"
 
     def certainty(self, record: Any) -> float | None:
         return mean_score(record)
@@ -248,17 +244,12 @@ class PoseKind(LabelKind):
         most = low + [place.columns, place.rows]
         points[seen, :2] = np.clip((points[seen, :2] + TO_EDGE) * scale + low, low, most) - TO_EDGE
         flat = [value for x, y, v in points.tolist() for value in (round_float(x, 6), round_float(y, 6), int(v))]
-        return item | {"keypoints": flat, **self._moved_extent(item, points, seen, place, scale)}
-
-    def _moved_extent(
-        self, item: Mapping[str, Any], points: np.ndarray, seen: np.ndarray, place: Placement, scale: np.ndarray
-    ) -> dict[str, Any]:
         if item.get("box_from") != "instance":
-            return self._extent(points + FROM_EDGE, seen, {"size": place.sides, "widened": WIDENED})
-        x, y, width, height = item["bbox"]
-        corner = np.array([x, y]) * scale + [place.left, place.top]
-        box = [round_float(value) for value in (*corner, *(np.array([width, height]) * scale))]
-        return {"bbox": box, "area": round_float(item["area"] * scale.prod())}
+            table = {"size": place.sides, "widened": WIDENED}
+            return item | {"keypoints": flat, **self._extent(points + FROM_EDGE, seen, table)}
+        corner, sides = np.array(item["bbox"][:2]) * scale + low, np.array(item["bbox"][2:]) * scale
+        box, area = [round_float(value) for value in (*corner, *sides)], round_float(item["area"] * scale.prod())
+        return item | {"keypoints": flat, "bbox": box, "area": area}
 
     def rewritten(self, table: Table) -> Table:
         return {**table, "widened": WIDENED}

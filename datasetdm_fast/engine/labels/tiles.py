@@ -101,7 +101,7 @@ def joined_instances(tiling: Tiling, labels: Sequence[Instances]) -> Instances:
     """The things of all tiles; what several tiles show of one is its mask together, with the best of their scores."""
     pieces = [
         _Piece(tile, place, place.scale(mask), int(kind), float(score))
-        for tile, (label, place) in enumerate(zip(labels, tiling.placements(_size(labels)), strict=True))
+        for tile, (label, place) in enumerate(zip(labels, tiling.placements(labels[0].masks.shape[1]), strict=True))
         for mask, kind, score in zip(label.masks, label.class_ids, label.scores)
     ]
     group = list(range(len(pieces)))  # the number of the first piece of the same thing
@@ -125,8 +125,3 @@ def joined_instances(tiling: Tiling, labels: Sequence[Instances]) -> Instances:
 
 def _scores(pieces: Sequence[_Piece], group: Sequence[int], thing: int) -> list[float]:
     return [piece.score for piece, first in zip(pieces, group) if first == thing]
-
-
-def _size(labels: Sequence[Instances]) -> int:
-    """Pixels of a side of the tiles' labels."""
-    return int(labels[0].masks.shape[1])

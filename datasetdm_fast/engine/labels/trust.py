@@ -74,7 +74,8 @@ def trust_of(
     missing: list[str] = []
     unnamed: list[str] = []
     for name in named:
-        if tasks := [task for task in maps if _is_missing(maps[task], shares[task], name)]:
+        tasks = [task for task in maps if name in maps[task].names and shares[task].get(name, 0) < LEAST_SHARE]
+        if tasks:
             missing.append(name)
             places = " or ".join(f"{task}{_faintly(labels[task], name)}" for task in tasks)
             reasons.append(f"{name} is in the prompt, but not in {places}")
@@ -127,10 +128,6 @@ def with_undrawn(trust: Trust, named: Sequence[str], prompt: str, draws: Sequenc
 def undrawn_words(words: Sequence[str], draws: Sequence[str]) -> list[str]:
     """Those class words that are none of the things a model draws."""
     return [word for word in words if not find_classes(word, draws)]
-
-
-def _is_missing(shown_map: NamedMap, shares: Mapping[str, float], name: str) -> bool:
-    return name in shown_map.names and shares.get(name, 0) < LEAST_SHARE
 
 
 def _apart(named: Sequence[str], maps: Mapping[str, NamedMap]) -> Iterator[str]:

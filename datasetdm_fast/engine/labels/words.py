@@ -72,35 +72,26 @@ class ClassMatcher:
         }
 
     def _add(self, text: str, *index: int) -> None:
-        tokens = _tokens(text.lstrip("~"))
+        tokens = tuple(mark.group() for mark in _marks(text.lstrip("~")))
         for form in _forms(tokens) if tokens else ():
             phrases = self._phrases.setdefault(form[0], {})
             is_adjective = form == tokens and (text.startswith("~") or phrases.get(form, ((), False))[1])
             phrases[form] = index, is_adjective
 
-    def find(self, text: str) -> tuple[str, ...]:
-        """The classes named, in the order of `classes`."""
-        return tuple(self.classes[index] for index in sorted(self._spans(text)))
-
-    def in_order(self, text: str) -> tuple[str, ...]:
-        """The classes named, in the order of the text."""
-        return tuple(self.classes[index] for index in self._spans(text))
-
     def spans(self, text: str) -> dict[str, list[tuple[int, int]]]:
-        """Each class named with the begin and end of its phrases in the text in lower case."""
-        return {self.classes[index]: spans for index, spans in self._spans(text).items()}
-
-    def _spans(self, text: str) -> dict[int, list[tuple[int, int]]]:
+        """Each class named, in the order of the text, with the begin and end of its phrases in it in lower case."""
         marks = _marks(text)
         tokens, at = tuple(mark.group() for mark in marks), 0
-        spans: dict[int, list[tuple[int, int]]] = {}
+        spans: dict[str, list[tuple[int, int]]] = {}
         while at < len(tokens):
             for length in self._longest.get(tokens[at], ()):
                 phrase = marks[at : at + length]  # shorter at the end of the text
                 match = self._phrases[tokens[at]].get(tokens[at : at + length])
-                if match and not (match[1] and _goes_on(tokens, at + length)):
+                after = tokens[at + length : at + length + 1]  # a noun, where the words before it describe that
+                has_noun = after and after[0].isalnum() and after[0] not in AFTER_A_NOUN
+                if match and not (match[1] and has_noun):
                     for index in match[0]:
-                        spans.setdefault(index, []).append((phrase[0].start(), phrase[-1].end()))
+                        spans.setdefault(self.classes[index], []).append((phrase[0].start(), phrase[-1].end()))
                     at += length - 1
                     break
             at += 1
@@ -114,7 +105,8 @@ def matcher(classes: tuple[str, ...], table: ClassTable | None = None) -> ClassM
 
 def find_classes(prompt: str, classes: Sequence[str], table: ClassTable | None = None) -> tuple[str, ...]:
     """The classes a prompt names, in the order of `classes`: by name, plural, or a word that means the class."""
-    return matcher(tuple(classes), table).find(prompt)
+    named = matcher(tuple(classes), table).spans(prompt)
+    return tuple(name for name in dict.fromkeys(classes) if name in named)
 
 
 def count_named(prompt: str, classes: Sequence[str], table: ClassTable | None = None) -> dict[str, int]:
@@ -130,7 +122,7 @@ def count_named(prompt: str, classes: Sequence[str], table: ClassTable | None = 
 
 def classes_in_order(prompt: str, classes: Sequence[str], table: ClassTable | None = None) -> tuple[str, ...]:
     """The classes a prompt names, in the order of the prompt."""
-    return matcher(tuple(classes), table).in_order(prompt)
+    return tuple(matcher(tuple(classes), table).spans(prompt))
 
 
 def always_named(
@@ -205,24 +197,16 @@ def token_places(
     return {name: columns for name, columns in places.items() if columns}
 
 
-def _tokens(text: str) -> tuple[str, ...]:
-    """Words in lower case and marks that end a phrase; hyphens and underscores part words, a possessive s goes."""
-    return tuple(mark.group() for mark in _marks(text))
-
-
 def _marks(text: str) -> list[re.Match[str]]:
-    """Matches of words and marks in the text in lower case."""
+    """Matches of words and marks that end a phrase, in the text in lower case; hyphens and underscores part words, a
+    possessive s goes.
+    """
     return list(TOKEN.finditer(re.sub(r"['’]s\b", "  ", _lower(text))))
 
 
 def _lower(text: str) -> str:
     """The text in lower case, with each accent in its letter: some systems write it as a character of its own."""
     return unicodedata.normalize("NFC", text.lower())
-
-
-def _goes_on(tokens: tuple[str, ...], at: int) -> bool:
-    """Whether the word before `at` describes the noun after it."""
-    return at < len(tokens) and tokens[at].isalnum() and tokens[at] not in AFTER_A_NOUN
 
 
 def plural(noun: str) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from datasetdm_fast.data import Batch, Request, Sample
 from datasetdm_fast.engine.loop import driver, labelling
 from datasetdm_fast.engine.loop.checks import as_texts
-from datasetdm_fast.engine.loop.origin import Beginning, FromNoise
+from datasetdm_fast.engine.loop.origin import Beginning, Origin
 from datasetdm_fast.errors import Refused
 
 if TYPE_CHECKING:
@@ -86,14 +86,14 @@ def draw_noise(
 
 
 @dataclass(frozen=True)
-class NoiseOfCaller(FromNoise):
+class NoiseOfCaller(Origin):
     """Images from noise of the caller, who may replace the latents of a batch after every call."""
 
     noise: Tensor  # [1 + calls that add noise, N, C, h, w] fp32, by the index of a request
     on_step_end: OnStepEnd | None = None
 
     def begin(self, engine: Engine, schedule: Schedule, requests: Sequence[Request]) -> Beginning:
-        from datasetdm_fast.kernels.to_device import to_device
+        from datasetdm_fast.kernels.transfer import to_device
 
         first, *fresh = to_device(self.noise[:, [request.index for request in requests]], engine.device)
         beginning = Beginning(first * schedule.noise_scale, noise=iter(fresh).__next__ if fresh else None)

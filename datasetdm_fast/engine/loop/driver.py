@@ -21,8 +21,7 @@ from datasetdm_fast.data import (
 )
 from datasetdm_fast.engine.engines.start import in_own_precision
 from datasetdm_fast.engine.labels.class_tables import spoken
-from datasetdm_fast.engine.loop.call_text import call_text
-from datasetdm_fast.engine.loop.captured_calls import CapturedCalls
+from datasetdm_fast.engine.loop.calls import CapturedCalls, call_text
 from datasetdm_fast.engine.loop.class_prompts import concept_places
 from datasetdm_fast.engine.loop.label_stream import FinishedCalls, LabelStream
 from datasetdm_fast.engine.loop.labelling import SampledBatch, WordTable, collect_results
@@ -195,7 +194,8 @@ class BatchGenerator:
         them, except those of labellers.
         """
         engine, recipe, requests = self.engine, self.recipe, batch.padded
-        calls, decoded = [self._annotate_call(task, sampled, requests) for task in recipe.decoded], None
+        texts, decoded = {task: self.words.embeddings_of(task, requests) for task in recipe.decoded}, None
+        calls = [partial(engine.annotate, task, sampled.captures[task], text) for task, text in texts.items()]
         run_concurrently = getattr(engine, "side_by_side", None)
         if run_concurrently and len(requests) == 1 and sampled.pixels is None:
             # the longest first
@@ -207,8 +207,12 @@ class BatchGenerator:
         checks = {"latents": is_finite(sampled.latents)}
         captures = list({id(capture): capture for capture in sampled.captures.values()}.values())
         if captures:
-            sampled.sketches = sketches_of(engine, recipe, sampled)
-            checks["features"] = all_of(map(capture_is_finite, captures))
+            for task in recipe.decoded:  # what the domains of decoders are measured by
+                capture, decoder = sampled.captures[task], engine.decoders[task]
+                if getattr(decoder, "domain", None):
+                    part = capture.of(task) if isinstance(capture, ProjectedCapture) else capture
+                    sampled.sketches[task] = decoder.sketch(part)
+            checks["features"] = all_of(is_finite(value) for capture in captures for value in tensors_of(capture))
         release(value for capture in captures for value in tensors_of(capture))
         del captures
         if sampled.averages is not None:
@@ -221,13 +225,6 @@ class BatchGenerator:
             images, checks["image"] = decoded or engine.decode_and_check(sampled.latents)
         checks |= {task: all_of(is_finite(value) for value in values.values()) for task, values in raw.items()}
         return self.collect(batch, images, raw, checks, sampled)
-
-    def _annotate_call(
-        self, task: str, sampled: SampledBatch, requests: Sequence[Request]
-    ) -> Callable[[], dict[str, Tensor]]:
-        """The call that returns a decoder's raw outputs."""
-        text = self.words.embeddings_of(task, requests)
-        return partial(self.engine.annotate, task, sampled.captures[task], text)
 
     def collect(
         self,
@@ -278,16 +275,6 @@ def merge_retry(first: Quarantined, retry: Sample | Quarantined) -> Sample | Qua
     return replace(retry, provenance={**retry.provenance, "retried": f"fp32 after {first.reason}"})
 
 
-def sketches_of(engine: Engine, recipe: Recipe, sampled: SampledBatch) -> dict[str, Tensor]:
-    """What the domains of decoders are measured by, for those that have one."""
-    sketches = {}
-    for task in recipe.decoded:
-        capture, decoder = sampled.captures[task], engine.decoders[task]
-        if getattr(decoder, "domain", None):
-            sketches[task] = decoder.sketch(capture.of(task) if isinstance(capture, ProjectedCapture) else capture)
-    return sketches
-
-
 def is_finite(values: Tensor) -> Tensor:
     """One flag per image, on the device."""
     return values.isfinite().flatten(1).all(1)
@@ -298,10 +285,6 @@ def all_of(flags: Iterable[Tensor]) -> Tensor:
     for other in others:
         first = first & other
     return first
-
-
-def capture_is_finite(capture: Capture | ProjectedCapture) -> Tensor:
-    return all_of(is_finite(value) for value in tensors_of(capture))
 
 
 def release(values: Iterable[Tensor]) -> None:

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from datasetdm_fast.data import Capture, ProjectedCapture, Text
 from datasetdm_fast.engine.engines.engine import Engine
-from datasetdm_fast.engine.loop.call_text import call_text
-from datasetdm_fast.engine.loop.captured_calls import CapturedCalls, timesteps_of
+from datasetdm_fast.engine.loop.calls import CapturedCalls, call_text, timesteps_of
 from datasetdm_fast.engine.sampling import times
-from datasetdm_fast.engine.sampling.scheduler import is_flow
+from datasetdm_fast.engine.sampling.times import is_flow
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.kernels.to_device import to_device
+from datasetdm_fast.kernels.transfer import to_device
 
 POSTERIOR = "posterior"  # the name of the stream of draws from it
 

@@ -14,7 +14,7 @@ from datasetdm_fast.engine.labels.class_tables import spoken
 from datasetdm_fast.engine.labels.tiles import Tiling, joined_instances, joined_map
 from datasetdm_fast.engine.labels.words import find_classes, photo_of
 from datasetdm_fast.engine.loop import driver, labelling
-from datasetdm_fast.engine.loop.captured_calls import CapturedCalls, timesteps_of
+from datasetdm_fast.engine.loop.calls import CapturedCalls, timesteps_of
 from datasetdm_fast.engine.loop.prompts import PromptLine, fit_prompt
 from datasetdm_fast.engine.loop.recipe import Recipe, labellers_of, name_timesteps
 from datasetdm_fast.engine.pictures import framing
@@ -62,7 +62,7 @@ class InvertingGenerator(driver.BatchGenerator):
         import torch
 
         from datasetdm_fast.engine.sampling import times
-        from datasetdm_fast.kernels.to_device import to_device
+        from datasetdm_fast.kernels.transfer import to_device
 
         engine, recipe = self.engine, self.recipe
         pixels = to_device(pixels, engine.device)  # where labellers of other packages read them, too

@@ -71,7 +71,7 @@ def collect_results(
     """Post-processing: one result per request of the batch, without its padding."""
     import torch
 
-    from datasetdm_fast.engine.tasks.to_host import to_host
+    from datasetdm_fast.kernels.transfer import to_host
 
     count = len(batch.requests)
     passed, pixels, *arrays = to_host(
@@ -153,7 +153,7 @@ def follow_outlines(
     labels: dict[str, list[Annotation]], pixels: np.ndarray, engine: Engine, most: int
 ) -> dict[str, list[Annotation]]:
     """The labels of decoders with the outlines that their configurations ask for, `most` images at a time."""
-    from datasetdm_fast.engine.tasks.outlines import with_outlines
+    from datasetdm_fast.engine.tasks import with_outlines
 
     def follow(task: str, place: int) -> Any:
         return with_outlines([labels[task][place]], [pixels[place]], engine.decoders[task].config)[0]
@@ -171,7 +171,7 @@ def decoder_labels(
     tokenizer: Tokenizer | None = None,
 ) -> list[Annotation]:
     """The labels of `postprocess` with the outlines that the decoder's configuration asks for."""
-    from datasetdm_fast.engine.tasks.outlines import with_outlines
+    from datasetdm_fast.engine.tasks import with_outlines
 
     return with_outlines(postprocess(requests, raw, config, recipe, tokenizer), images, config)
 
@@ -225,7 +225,7 @@ class WordTable:
         """
         import torch
 
-        from datasetdm_fast.kernels.to_device import to_device
+        from datasetdm_fast.kernels.transfer import to_device
 
         if not self.decoders[task].config.has_text:
             return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from datasetdm_fast.data import Request, Sample
 
@@ -15,39 +15,28 @@ if TYPE_CHECKING:
     from datasetdm_fast.engine.sampling.schedule import Schedule
 
 
-def keep_latents(call: int, latents: Tensor) -> Tensor:
-    return latents
-
-
 @dataclass(frozen=True)
 class Beginning:
     """The latents of a batch before its first call."""
 
     latents: Tensor  # [B, C, h, w] on the engine's device
-    after: Callable[[int, Tensor], Tensor] = keep_latents  # (call, latents after it) -> latents the next call gets
+    # (call, latents after it) -> latents the next call gets
+    after: Callable[[int, Tensor], Tensor] = lambda call, latents: latents
     noise: Callable[[], Tensor] | None = None  # draws what a call adds; None = from the images' own seeds
 
 
-class Origin(Protocol):
-    """Where the images of a run come from."""
+class Origin:
+    """Where the images of a run come from: by itself, from nothing but the noise of their seeds."""
 
     def begin(self, engine: Engine, schedule: Schedule, requests: Sequence[Request]) -> Beginning:
         """The initial latents of a batch; a request may occur several times."""
-
-    def finish(self, sample: Sample) -> Sample:
-        """The sample that is written."""
-
-
-class FromNoise:
-    """Images from nothing but the noise of their seeds."""
-
-    def begin(self, engine: Engine, schedule: Schedule, requests: Sequence[Request]) -> Beginning:
-        from datasetdm_fast.kernels.to_device import to_device
+        from datasetdm_fast.kernels.transfer import to_device
 
         noise = to_device(initial_latents(requests, engine.model.latent_shape()), engine.device)
         return Beginning(noise * schedule.noise_scale)
 
     def finish(self, sample: Sample) -> Sample:
+        """The sample that is written."""
         return sample
 
 
@@ -65,7 +54,7 @@ def fresh_noise(schedule: Schedule, requests: Sequence[Request], latents: Tensor
     first latents, call after call; None where no call adds any.
     """
     from datasetdm_fast.engine.sampling.times import ImageNoise
-    from datasetdm_fast.kernels.to_device import to_device
+    from datasetdm_fast.kernels.transfer import to_device
 
     if not schedule.noisy_calls:
         return None
@@ -75,18 +64,18 @@ def fresh_noise(schedule: Schedule, requests: Sequence[Request], latents: Tensor
     return lambda: to_device(source.draw(), latents.device)
 
 
-class FromOneGenerator(FromNoise):
+class FromOneGenerator(Origin):
     """Images from the noise that one generator draws for the whole run, seeded with the run's seed."""
 
     def begin(self, engine: Engine, schedule: Schedule, requests: Sequence[Request]) -> Beginning:
         import torch
 
         from datasetdm_fast.engine.sampling.times import OneGenerator
-        from datasetdm_fast.kernels.to_device import to_device
+        from datasetdm_fast.kernels.transfer import to_device
 
         shape, generator = engine.model.latent_shape(), OneGenerator()
         noise = [generator.draw(request.seed - request.index, request.index, shape) for request in requests]
         return Beginning(to_device(torch.stack(noise), engine.device) * schedule.noise_scale)
 
 
-FROM_NOISE, ONE_GENERATOR = FromNoise(), FromOneGenerator()
+FROM_NOISE, ONE_GENERATOR = Origin(), FromOneGenerator()

@@ -23,7 +23,7 @@ from datasetdm_fast.data import Request
 from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.engine.labels.class_tables import ClassTable, of_words, spoken
-from datasetdm_fast.engine.loop.captured_calls import timesteps_of
+from datasetdm_fast.engine.loop.calls import timesteps_of
 from datasetdm_fast.engine.loop.class_prompts import (
     BACKGROUND,
     AttentionRecipe,
@@ -162,7 +162,7 @@ def make_recipe(
     schedule. `attention` are settings of attention_recipe.
     """
     from datasetdm_fast.engine.sampling import make_schedule
-    from datasetdm_fast.engine.sampling.scheduler import choose_sampler
+    from datasetdm_fast.engine.sampling.times import choose_sampler
 
     model = engine.model
     if speed == FAST:

@@ -1,18 +1,19 @@
 """Blocks of a small network, each one or two calls of csrc on a CPU: there Python and a library take longer to begin an
-operation than its arithmetic takes.
+operation than its arithmetic takes; and the whole UNet of such a network in one call.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from datasetdm_fast import _C
-from datasetdm_fast.engine.models.capture import CaptureHook
+from datasetdm_fast.engine.models.capture import CaptureHook, Slot
 from datasetdm_fast.engine.models.layers import (
     Convolution,
     GroupNorm,
@@ -23,8 +24,8 @@ from datasetdm_fast.engine.models.layers import (
     split_heads,
     tokens,
 )
-from datasetdm_fast.engine.models.unet import Transformer, double_halves
-from datasetdm_fast.kernels import products, winograd
+from datasetdm_fast.engine.models.unet import Transformer, UNet, double_halves
+from datasetdm_fast.kernels import cpu, winograd
 
 LARGEST_BLOCK = 1 << 20  # weights; larger ones would be held twice for a gain that is small beside their arithmetic
 _PACKING = threading.RLock()  # slices run at once, and what one of them computes with must not be exchanged
@@ -42,7 +43,7 @@ class Packing:
         return value.data_ptr()
 
     def panels(self, value: Tensor) -> int:
-        return self.place(products.pair_inputs(value) if self.in_pairs else value)
+        return self.place(cpu.pair_inputs(value) if self.in_pairs else value)
 
     def norm(self, norm: GroupNorm | LayerNorm) -> _C.Norm:
         groups = norm.groups if isinstance(norm, GroupNorm) else 1
@@ -51,14 +52,14 @@ class Packing:
     def linear(self, linear: Any) -> _C.Linear:
         outputs, inner = linear.weight.shape
         bias = 0 if linear.bias is None else self.place(linear.bias)
-        return _C.Linear(self.panels(products.panels(linear.weight)), bias, inner, outputs, self.in_pairs)
+        return _C.Linear(self.panels(cpu.panels(linear.weight)), bias, inner, outputs, self.in_pairs)
 
     def convolution(self, layer: Convolution) -> _C.Convolution:
         return self.taps(layer.weight, layer.bias, layer.stride, layer.padding)
 
     def taps(self, weight: Tensor, bias: Tensor, stride: int = 1, padding: int = 1) -> _C.Convolution:
         outputs, channels, taps, _ = weight.shape
-        panels = self.panels(products.panels(weight.permute(0, 2, 3, 1).flatten(1)))
+        panels = self.panels(cpu.panels(weight.permute(0, 2, 3, 1).flatten(1)))
         transformed = winograd.transform_in_pairs if self.in_pairs else winograd.transform_weight
         minimal = self.place(transformed(weight)) if winograd.takes(weight) and stride == 1 else 0
         sizes = channels, outputs, taps, stride, padding
@@ -206,3 +207,142 @@ def blockwise(module: nn.Module) -> nn.Module:
         elif is_small(child):
             setattr(module, name, BLOCKS[type(child)](child))
     return module
+
+
+def has_blocks(config: Mapping[str, Any]) -> bool:
+    """Whether csrc has blocks of a UNet: where a pooled text adds to the timestep they are of another kind."""
+    return not config.get("addition_embed_type")
+
+
+def is_narrow(config: Mapping[str, Any]) -> bool:
+    """Whether a UNet is one block: its largest layer is a resnet that reads a skip."""
+    return has_blocks(config) and 29 * max(config["block_out_channels"]) ** 2 <= LARGEST_BLOCK
+
+
+def with_blocks(unet: UNet, in_pairs: bool = False) -> nn.Module:
+    """`unet` with every block of csrc whose weights are fp32 and few enough; one block where all are. They multiply in
+    fp32 or, where `in_pairs`, in bf16, with fp32 sums and fp32 between products.
+    """
+    blockwise(unet)
+    blocks = unet.conv_in, unet.conv_out, *(step.block for step in steps_of(unet))
+    is_whole = all(isinstance(block, Block) for block in blocks) and unet.norm_out.weight.dtype == torch.float32
+    for module in unet.modules():
+        if isinstance(module, Block):
+            module.in_pairs = in_pairs
+    return UNetBlock(unet) if is_whole else unet
+
+
+class UNetBlock(Block):
+    """A UNet of blocks alone in one call of csrc, whose hook reads everything at its end. A hook of self-attention
+    has the blocks called one by one.
+    """
+
+    def __init__(self, plain: UNet):
+        super().__init__(plain)
+        self.plain = [plain]  # in a list, as its layers are this module's own
+        self.text_layers, self.entry = plain.text_layers, plain.entry
+        self.sides = [2**depth for depth in range(len(plain.down))]
+
+    def pack(self, packing: Packing) -> _C.UNet:
+        parting = next(step.block for step in steps_of(self) if isinstance(step.block, TransformerBlock))
+        steps = [_C.Step(step.block.native(), step.joins, step.keeps, step.block is parting) for step in steps_of(self)]
+        return _C.UNet(self.conv_in.native(), steps, packing.norm(self.norm_out), self.conv_out.native())
+
+    def forward(self, latents: Tensor, biases: Tensor, text: Sequence[Tensor], hook: CaptureHook) -> Tensor:
+        batch, _, height, width = latents.shape
+        if any(hook.reads_self(height * width // side**2) for side in self.sides):
+            return self.plain[0](latents, biases, text, hook)
+        if text[0].shape[1] != 2 * batch:  # csrc would read beyond its end
+            raise ValueError(
+                f"unet: keys and values of {text[0].shape[1]} texts for {batch} latents, expected {2 * batch}"
+            )
+        latents, text = latents.contiguous(memory_format=torch.channels_last), [table.contiguous() for table in text]
+        native, threads = self.native(), torch.get_num_threads()
+        out = empty_image(2 * batch, len(self.conv_out.bias), height, width)
+        entry, steps, outputs = None, [], []
+        queries: list[Tensor] = []
+        if not hook.is_idle:
+            first, *sizes = native.sizes(height, width)
+            entry, steps = empty_image(batch, *first), list(steps_of(self))
+            outputs = [None if step.slot is None else empty_image(2 * batch, *size) for step, size in zip(steps, sizes)]
+            for step, (_, rows, columns) in zip(steps, sizes):  # the halves are one up to the first, which parts them
+                if isinstance(step.block, TransformerBlock):
+                    count = 2 * batch if queries else batch
+                    queries.append(torch.empty(count, rows * columns, step.block.width))
+        native.run(
+            latents.data_ptr(),
+            biases.data_ptr(),
+            [table.data_ptr() for table in text],
+            out.data_ptr(),
+            [0 if x is None else x.data_ptr() for x in (entry, *outputs)] if outputs else [],
+            [q.data_ptr() for q in queries],
+            batch,
+            height,
+            width,
+            text[0].shape[-2],
+            threads,
+        )
+        if outputs:
+            self.notify(hook, steps, entry, outputs, queries, text)
+        return out
+
+    @property
+    def deep(self) -> Slot:
+        return self.plain[0].deep
+
+    def forward_from(
+        self, latents: Tensor, biases: Tensor, text: Sequence[Tensor], deep: Tensor, hook: CaptureHook
+    ) -> Tensor:
+        return self.plain[0].forward_from(latents, biases, text, deep, hook)
+
+    def notify(
+        self,
+        hook: CaptureHook,
+        steps: Sequence[BlockStep],
+        entry: Tensor,
+        outputs: Sequence[Tensor | None],
+        queries: Sequence[Tensor],
+        text: Sequence[Tensor],
+    ) -> None:
+        """Calls a hook as single blocks do."""
+        hook.feature(self.entry, double_halves(entry))
+        for step, x in zip(steps, outputs):
+            if x is not None:
+                hook.feature(step.slot, x)
+        blocks = [step.block for step in steps if isinstance(step.block, TransformerBlock)]
+        for block, q, (k, _) in zip(blocks, queries, text):
+            (q,) = split_heads(q if len(q) == len(k) else double_halves(q), 1, block.heads)
+            hook.on_queries(block.slot, q, k)
+
+
+class BlockStep(NamedTuple):
+    block: Block
+    slot: Slot | None  # the feature that its output is
+    joins: bool = False  # it reads its input beside the last output that was kept
+    keeps: bool = False
+
+
+def steps_of(unet: UNet) -> Iterator[BlockStep]:
+    """The blocks in the order of the forward pass."""
+    for down in unet.down:
+        pairs = zip_longest(down.resnets, down.transformers)
+        for slot, (resnet, transformer) in zip(down.features, pairs):
+            yield from _pair(resnet, transformer, slot, keeps=True)
+        if down.shrink is not None:
+            yield BlockStep(down.shrink, down.entry, keeps=True)
+    yield BlockStep(unet.middle.first, None)
+    yield BlockStep(unet.middle.transformer, unet.middle.transformer.feature)
+    yield BlockStep(unet.middle.last, unet.middle.slot)
+    for up in unet.up:
+        for slot, (resnet, transformer) in zip(up.features, zip_longest(up.resnets, up.transformers)):
+            yield from _pair(resnet, transformer, slot, joins=True)
+        if up.grow is not None:
+            yield BlockStep(up.grow, up.grown)
+
+
+def _pair(
+    resnet: Block, transformer: Block | None, slot: Slot, joins: bool = False, keeps: bool = False
+) -> list[BlockStep]:
+    if transformer is None:
+        return [BlockStep(resnet, slot, joins, keeps)]
+    return [BlockStep(resnet, None, joins), BlockStep(transformer, transformer.feature, False, keeps)]

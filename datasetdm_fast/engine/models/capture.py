@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from types import SimpleNamespace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -118,19 +118,12 @@ class RawCapture(CaptureHook):
         return Capture(features, order_values(self.maps, [len(level.heads) for level in self.levels]))
 
 
-class Projecting(Protocol):
-    """A decoder, as far as it is read here."""
-
-    def projections(self) -> Mapping[str, Tensor]:
-        """Its first layer's weight [F, channels, 1, 1] for each level it reads, by the level's name."""
-
-
 class Projection(nn.Module):
     """The first layers of all decoders, stacked along their outputs, as one matrix per captured tensor: held where they
     are few, else put together of the decoders' own weights whenever one is read.
     """
 
-    def __init__(self, levels: Sequence[Level], decoders: Mapping[str, Projecting], *, largest_held: float = math.inf):
+    def __init__(self, levels: Sequence[Level], decoders: Mapping[str, Any], *, largest_held: float = math.inf):
         super().__init__()
         # which of the sums are a task's own, per level
         self.tasks: dict[str, tuple[slice, ...]] = dict.fromkeys(decoders, ())

@@ -250,7 +250,8 @@ class MMDiT(nn.Module):
 
         self.image_blocks, self.text_blocks = build(plan.image_blocks), build(plan.text_blocks)
         self.blocks = build(plan.blocks)
-        every = [stream for block in self._all_blocks() for stream in block.streams if stream.modulation]
+        blocks: list[Any] = [*self.image_blocks, *self.text_blocks, *self.blocks]
+        every = [stream for block in blocks for stream in block.streams if stream.modulation]
         # streams may share one
         self.modulations = {stream.modulation: len(stream.vectors) * plan.heads * plan.width for stream in every}
         self.vectors = Linear(*(weights / name for name in self.modulations))
@@ -264,9 +265,6 @@ class MMDiT(nn.Module):
     def append(self, block: int, rows: Sequence[Tensor]) -> None:
         """Multiplies these rows [F, D] with the tokens of a block, too, where a call is read."""
         self.blocks[block].streams[0].qkv.append(torch.cat(list(rows)))
-
-    def _all_blocks(self) -> list[Any]:
-        return [*self.image_blocks, *self.text_blocks, *self.blocks]
 
     def forward(self, latents: Tensor, timestep: Tensor, text: Text, reader: Reader | None = None) -> Tensor:
         plan, halves, side = self.plan, len(text) // len(latents), latents.shape[-1] // self.plan.patch

@@ -12,7 +12,7 @@ from datasetdm_fast.data import Text
 from datasetdm_fast.engine.backbones.record import LoadedModel
 from datasetdm_fast.engine.models.layers import LayerNorm, Linear, Weights, frozen, join_heads, sigmoid, split_heads
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.kernels.to_device import to_device
+from datasetdm_fast.kernels.transfer import to_device
 
 ACTIVATIONS = {"quick_gelu": lambda x: x * sigmoid(1.702 * x), "gelu": F.gelu}
 

@@ -123,32 +123,20 @@ def binary_mask(path: Path, shape: Sequence[int], may_be_smaller: bool = False) 
     if image.mode in ("RGB", "RGBA") and (pixels[..., :3] != pixels[..., :1]).any():
         raise bad(path, "its pixels have colours, expected 0 and 255")
     grey = pixels if pixels.ndim == 2 else pixels[..., 0]
-    if image.mode == "P":
-        grey = _shades(image)
-    if image.mode in ("LA", "RGBA"):
-        grey = _opaque(grey, pixels[..., -1])
+    if image.mode == "P":  # in whose palette white may come before black; of one with colours, its numbers
+        shown = np.asarray(image.convert("RGB"))
+        if (shown == shown[..., :1]).all() and any(image.getpalette() or ()):
+            grey = shown[..., 0]
+    if image.mode in ("LA", "RGBA"):  # black where it is transparent; of one shade alone, what is opaque is white
+        alpha = pixels[..., -1]
+        if alpha.min() < alpha.max():
+            grey = np.where(alpha > alpha.max() // 2, grey if grey.min() < grey.max() else 255, 0)
     mask = grey > (127 if grey.max() > 15 else grey.max() // 2)  # a file of 2 or 4 bits has 3 or 15 for white
     times = shape[0] // len(mask) if may_be_smaller else 1
     mask = mask.repeat(times, 0).repeat(times, 1) if times > 1 else mask
     if mask.shape != tuple(shape[:2]):
         raise bad(path, f"{grey.shape[1]} x {grey.shape[0]} pixels, but its image has {shape[1]} x {shape[0]}")
     return mask
-
-
-def _shades(image: Image.Image) -> np.ndarray:
-    """[H, W] the shades of a picture with a palette, in which white may come before black; its numbers where the
-    palette has colours.
-    """
-    shown = np.asarray(image.convert("RGB"))
-    is_grey = (shown == shown[..., :1]).all() and any(image.getpalette() or ())
-    return shown[..., 0] if is_grey else np.asarray(image)
-
-
-def _opaque(grey: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """[H, W] the shades of what a picture shows, black where it is transparent; of one shade alone, what is opaque."""
-    if alpha.min() == alpha.max():
-        return grey
-    return np.where(alpha > alpha.max() // 2, grey if grey.min() < grey.max() else 255, 0)
 
 
 def label_map(path: Path, shape: Sequence[int], classes: Sequence[str]) -> np.ndarray:

@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 from datasetdm_fast.config import PROFILES, SAMPLERS, FlowRule
 from datasetdm_fast.engine.sampling.schedule import Sampler, Schedule, checked_calls, last_calls
-from datasetdm_fast.engine.sampling.scheduler import FLOW_PREDICTION, choose_sampler, is_flow
-from datasetdm_fast.engine.sampling.times import ANOTHER, alphas_cumprod
+from datasetdm_fast.engine.sampling.times import ANOTHER, FLOW_PREDICTION, alphas_cumprod, choose_sampler, is_flow
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.plugins import load_place
 
 
 def make_schedule(
@@ -109,7 +108,5 @@ def _flow_schedule(
 def open_sampler(name: str) -> Sampler:
     """The record of a sampler, which is one of SAMPLERS."""
     entry = SAMPLERS[name]
-    sampler: Sampler = (
-        import_module(entry).SAMPLER if isinstance(entry, str) else SAMPLERS.check_type(name, entry, Sampler)
-    )
+    sampler: Sampler = load_place(entry) if isinstance(entry, str) else SAMPLERS.check_type(name, entry, Sampler)
     return sampler

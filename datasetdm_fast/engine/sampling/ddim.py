@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from datasetdm_fast.engine.sampling.schedule import Sampler, Update
-from datasetdm_fast.engine.sampling.times import space_steps
+from datasetdm_fast.engine.sampling.times import space_times, whole_times
 
 
 def ddim(
@@ -16,7 +16,7 @@ def ddim(
     """DDIM with eta 0 (equation 12 of arXiv 2010.02502)."""
     values, stride = alphas.double().tolist(), len(alphas) // steps
     final = 1.0 if scheduler.get("set_alpha_to_one", True) else values[0]
-    times, updates = space_steps(scheduler, len(alphas), steps)[::-1], []
+    times, updates = whole_times(space_times(scheduler, len(alphas), steps, "leading"), len(alphas)), []
     for time in times:
         alpha, target = values[time], values[time - stride] if time >= stride else final
         if prediction == "epsilon":

@@ -4,13 +4,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from datasetdm_fast.engine.sampling.flow import dpm_solver_levels
 from datasetdm_fast.engine.sampling.schedule import FlowSampler, Sampler, Update
-from datasetdm_fast.engine.sampling.times import SPACING, check_times, trailing
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.engine.sampling.times import space_times, whole_times
 
 
 def dpm_solver(
@@ -18,19 +16,7 @@ def dpm_solver(
 ) -> tuple[list[int], list[Update]]:
     """DPM-Solver++(2M), midpoint form (arXiv 2211.01095, algorithm 2), to sigma zero; entries are clean samples."""
     values, count = alphas.double().tolist(), len(alphas)
-    spacing, offset = scheduler.get("timestep_spacing", "linspace"), scheduler.get("steps_offset", 0)
-    if spacing == "linspace":
-        falling = np.linspace(0, count - 1, steps + 1).round()[::-1][:-1]
-    elif spacing == "leading":
-        falling = (np.arange(steps + 1) * (count // (steps + 1)))[::-1][:-1] + offset
-    elif spacing == "trailing":
-        falling = trailing(count, steps)
-    else:
-        raise Refused(
-            f"timestep_spacing: the scheduler config says {spacing!r}, supported are leading, linspace and trailing",
-            SPACING,
-        )
-    times = check_times(falling, count)
+    times = whole_times(space_times(scheduler, count, steps, beyond=1), count)
     pairs = [(math.sqrt(values[time]), math.sqrt(1 - values[time])) for time in times]
     log_ratio = [0.5 * math.log(values[t] / (1 - values[t])) for t in times]  # lambda of the paper
     entries = [

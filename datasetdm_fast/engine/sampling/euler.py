@@ -1,7 +1,8 @@
-"""Euler's method: of models with betas, plain or with fresh noise at every call, and of flows."""
+"""Euler's method: of models with betas, plain or with fresh noise at every call, and of flows; and Heun's, of flows."""
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,15 @@ from torch import Tensor
 
 from datasetdm_fast.engine.sampling.flow import euler_levels
 from datasetdm_fast.engine.sampling.schedule import FlowSampler, Sampler, Update
-from datasetdm_fast.engine.sampling.times import ANOTHER, SPACING, noise_ratios, respace, trailing
+from datasetdm_fast.engine.sampling.times import ANOTHER, noise_ratios, respace, space_times
 from datasetdm_fast.errors import Refused
+
+FOLLOWED = {  # what is supported of settings that change images
+    "interpolation_type": ("linear",),
+    "timestep_type": ("discrete",),
+    "use_beta_sigmas": (False,),
+    "final_sigmas_type": ("zero", "sigma_min"),
+}
 
 
 def euler(
@@ -26,81 +34,40 @@ def euler(
     times, sigmas = levels(scheduler, alphas, steps, is_ancestral=is_ancestral)
     updates = []
     for k in range(steps):
-        noise = _ancestral_noise(sigmas[k], sigmas[k + 1]) if is_ancestral else 0.0
-        updates.append(_update(sigmas[k], sigmas[k + 1], noise, prediction, is_last=k == steps - 1))
+        sigma, target, noise = sigmas[k], sigmas[k + 1], 0.0
+        if is_ancestral:  # so much of `target` that the marginals stay those of the forward process
+            noise = math.sqrt(target**2 * (sigma**2 - target**2) / sigma**2)
+        # latents have unit variance, those of diffusers over sqrt(sigma^2 + 1); the last are as diffusers has them
+        before, after = math.hypot(sigma, 1), 1.0 if k == steps - 1 else math.hypot(target, 1)
+        change = math.sqrt(target**2 - noise**2) - sigma
+        sample, weight = before, change
+        if prediction == "v_prediction":  # whose noise is (sigma * x + v) / sqrt(sigma^2 + 1), x of unit variance
+            sample, weight = sample + change * sigma / before, change / before
+        updates.append(Update(sample / after, (weight / after,), noise=noise / after))
     return times, updates
-
-
-def _ancestral_noise(sigma: float, target: float) -> float:
-    """The share of `target` that is fresh noise, so that the marginals stay those of the forward process."""
-    return math.sqrt(target**2 * (sigma**2 - target**2) / sigma**2)
-
-
-def _update(sigma: float, target: float, noise: float, prediction: str, *, is_last: bool) -> Update:
-    """One step between latents of unit variance, which are those of diffusers over sqrt(sigma^2 + 1); the last ones are
-    as diffusers has them.
-    """
-    before, after = math.hypot(sigma, 1), 1.0 if is_last else math.hypot(target, 1)
-    change = math.sqrt(target**2 - noise**2) - sigma
-    sample, weight = before, change
-    if prediction == "v_prediction":  # whose noise is (sigma * x + v) / sqrt(sigma^2 + 1), x of unit variance
-        sample, weight = sample + change * sigma / before, change / before
-    return Update(sample / after, (weight / after,), noise=noise / after)
 
 
 def levels(
     scheduler: Mapping[str, Any], alphas: Tensor, steps: int, *, is_ancestral: bool = False
 ) -> tuple[list[float], list[float]]:
     """Timesteps, and sigmas with the last one, rounded as EulerDiscreteScheduler rounds them."""
-    times, table = _space_times(scheduler, len(alphas), steps), noise_ratios(alphas)
+    times, table = space_times(scheduler, len(alphas), steps).astype(np.float32), noise_ratios(alphas)
     sigmas, last = np.interp(times, np.arange(len(table)), table), 0.0
     if not is_ancestral:
-        _check(scheduler)
+        for name, values in FOLLOWED.items():
+            if (value := scheduler.get(name)) is not None and value not in values:
+                supported = " or ".join(map(str, values))
+                raise Refused(f"{name}: the scheduler config says {value!r}, supported is {supported}", ANOTHER)
         respaced = respace(scheduler, sigmas)
-        if respaced is not sigmas:
-            sigmas, times = respaced, _times_of(respaced, np.log(table)).astype(np.float32)
+        if respaced is not sigmas:  # timesteps between whole ones are those of the logarithm of sigma
+            sigmas, logarithms, required = respaced, np.log(table), np.log(np.maximum(respaced, 1e-10))
+            low = (logarithms[:, None] <= required).sum(0).clip(1, len(logarithms) - 1) - 1
+            below, above = logarithms[low], logarithms[low + 1]
+            share = np.clip((below - required) / (below - above), 0, 1)
+            times = ((1 - share) * low + share * (low + 1)).astype(np.float32)
         last = float(table[0]) if scheduler.get("final_sigmas_type") == "sigma_min" else 0.0
     whole = [int(time) if time.is_integer() else time for time in times.tolist()]
     return whole, [*sigmas.astype(np.float32).tolist(), last]
-
-
-def _space_times(scheduler: Mapping[str, Any], count: int, steps: int) -> np.ndarray:
-    """[steps] fp32 falling timesteps by the config's timestep_spacing."""
-    spacing = scheduler.get("timestep_spacing", "linspace")
-    if spacing == "linspace":
-        return np.linspace(0, count - 1, steps, dtype=np.float32)[::-1]
-    if spacing == "leading":
-        rising = np.arange(steps) * (count // steps) + scheduler.get("steps_offset", 0)
-        return rising[::-1].astype(np.float32)
-    if spacing == "trailing":
-        return trailing(count, steps).astype(np.float32)
-    raise Refused(
-        f"timestep_spacing: the scheduler config says {spacing!r}, supported are leading, linspace and trailing",
-        SPACING,
-    )
-
-
-def _check(scheduler: Mapping[str, Any]) -> None:
-    followed = {
-        "interpolation_type": ("linear",),
-        "timestep_type": ("discrete",),
-        "use_beta_sigmas": (False,),
-        "final_sigmas_type": ("zero", "sigma_min"),
-    }
-    for name, values in followed.items():
-        if (value := scheduler.get(name)) is not None and value not in values:
-            raise Refused(
-                f"{name}: the scheduler config says {value!r}, supported is {' or '.join(map(str, values))}", ANOTHER
-            )
-
-
-def _times_of(sigmas: np.ndarray, logarithms: np.ndarray) -> np.ndarray:
-    """Timesteps of sigmas, between whole ones by the logarithm of sigma."""
-    required: np.ndarray = np.log(np.maximum(sigmas, 1e-10))
-    low = (logarithms[:, None] <= required).sum(0).clip(1, len(logarithms) - 1) - 1
-    below, above = logarithms[low], logarithms[low + 1]
-    share = np.clip((below - required) / (below - above), 0, 1)
-    return (1 - share) * low + share * (low + 1)
 
 
 def noise_scale(scheduler: Mapping[str, Any], alphas: Tensor, steps: int, *, is_ancestral: bool = False) -> float:
@@ -119,4 +86,17 @@ def flow_updates(scheduler: Mapping[str, Any], sigmas: list[float]) -> list[Upda
     return [Update(1.0, (target - sigma,)) for sigma, target in pairs]
 
 
+def heun_updates(scheduler: Mapping[str, Any], sigmas: list[float]) -> list[Update]:
+    """Heun's method: a step of Euler, then one call at its end that replaces half of the step; the last step is Euler's
+    alone.
+    """
+    updates = []
+    for sigma, target in zip(sigmas[:-2], sigmas[1:]):
+        half = (target - sigma) / 2
+        updates += [Update(1.0, (2 * half,)), Update(1.0, (half, -half), is_kept=False)]
+    return [*updates, Update(1.0, (sigmas[-1] - sigmas[-2],))]
+
+
 SAMPLER = Sampler(euler, memory=0, noise_scale=noise_scale, flow=FlowSampler(euler_levels, flow_updates))
+ANCESTRAL = Sampler(partial(euler, is_ancestral=True), memory=0, noise_scale=partial(noise_scale, is_ancestral=True))
+HEUN = Sampler(None, memory=1, flow=FlowSampler(euler_levels, heun_updates, calls_per_step=2))

@@ -77,10 +77,22 @@ def _static_shift(scheduler: Mapping[str, Any]) -> float:
 
 
 def _shift(scheduler: Mapping[str, Any], steps: int, rule: FlowRule, tokens: int) -> float:
-    """The factor of odds of noise by which the sigmas are shifted."""
+    """The factor of odds of noise by which the sigmas are shifted; if that depends on the tokens of an image, its
+    logarithm does by a line.
+    """
     if not scheduler.get("use_dynamic_shifting"):
         return _static_shift(scheduler)
-    mu = _mu(scheduler, steps, rule, tokens)
+    if rule.mu == "empirical":  # a line in tokens at 10 and 200 steps, and one between
+        mu = 0.00016927 * tokens + 0.45666666
+        if tokens <= 4300:
+            few = 8.73809524e-05 * tokens + 1.89833333
+            slope = (mu - few) / 190.0
+            mu = slope * steps + (mu - 200.0 * slope)
+    else:
+        least, most = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
+        low, high = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", rule.max_shift)
+        slope = (high - low) / (most - least)
+        mu = float(tokens * slope + (low - slope * least))
     kind = scheduler.get("time_shift_type", "exponential")
     if kind not in ("exponential", "linear"):
         raise Refused(
@@ -97,21 +109,6 @@ def _shift_sigmas(
     if scheduler.get("use_dynamic_shifting"):
         return shift / (shift + (1 / sigmas - 1))
     return shift * sigmas / (1 + (shift - 1) * sigmas)
-
-
-def _mu(scheduler: Mapping[str, Any], steps: int, rule: FlowRule, tokens: int) -> float:
-    """The logarithm of the shift of an image of so many tokens."""
-    if rule.mu == "empirical":  # a line in tokens at 10 and 200 steps, and one between
-        many = 0.00016927 * tokens + 0.45666666
-        if tokens > 4300:
-            return many
-        few = 8.73809524e-05 * tokens + 1.89833333
-        slope = (many - few) / 190.0
-        return slope * steps + (many - 200.0 * slope)
-    least, most = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
-    low, high = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", rule.max_shift)
-    slope = (high - low) / (most - least)
-    return float(tokens * slope + (low - slope * least))
 
 
 def _to_terminal(scheduler: Mapping[str, Any], sigmas: np.ndarray) -> np.ndarray:

@@ -80,7 +80,9 @@ def checked_calls(
     if sampler.calls is None:
         raise ValueError("it has no calls")
     times, updates = sampler.calls(scheduler, alphas, steps, prediction, profile)
-    times, updates = list(map(_number, times)), list(updates)
+    # numbers of Python, whole where they are
+    times = [int(time) if float(time).is_integer() else float(time) for time in times]
+    updates = list(updates)
     if not times or len(times) != len(updates):
         raise ValueError(f"{len(times)} timesteps for {len(updates)} updates")
     if beyond := [time for time in times if not 0 <= time < len(alphas)]:
@@ -92,12 +94,6 @@ def checked_calls(
         if not all(map(math.isfinite, (update.sample, *update.weights, *update.entry, update.noise))):
             raise ValueError(f"the update of call {call} has a coefficient that is not finite")
     return times, updates
-
-
-def _number(time: Any) -> float:
-    """A timestep as a number of Python, whole where it is."""
-    value = float(time)
-    return int(value) if value.is_integer() else value
 
 
 def last_calls(schedule: Schedule, count: int, orders: Sequence[Sequence[float]]) -> Schedule:

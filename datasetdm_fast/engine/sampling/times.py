@@ -1,4 +1,4 @@
-"""Timesteps, noise levels and initial noise."""
+"""What the scheduler config of a model says (its sampler, timesteps and noise levels), and the initial noise."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,11 +8,74 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasetdm_fast.engine.sampling.scheduler import is_flow
+from datasetdm_fast.config import SCHEDULERS
 from datasetdm_fast.errors import Refused
 
+FLOW_PREDICTION = "flow_prediction"
+# Settings that change images, for each class: what the samplers here follow, then what diffusers takes where a config
+# does not say. Its pipelines turn clip_sample off where it is not given.
+FOLLOWED: Mapping[str, Mapping[str, tuple[Any, Any]]] = {
+    "PNDMScheduler": {"skip_prk_steps": (True, False)},
+    "DDIMScheduler": {"clip_sample": (False, False), "thresholding": (False, False)},
+    "DPMSolverMultistepScheduler": {
+        "algorithm_type": ("dpmsolver++", "dpmsolver++"),
+        "solver_order": (2, 2),
+        "solver_type": ("midpoint", "midpoint"),
+        "final_sigmas_type": ("zero", "zero"),
+        **dict.fromkeys(
+            ("thresholding", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"),
+            (False, False),
+        ),
+    },
+    "UniPCMultistepScheduler": {
+        "solver_order": (2, 2),
+        "solver_type": ("bh2", "bh2"),
+        "predict_x0": (True, True),
+        "lower_order_final": (True, True),
+        "disable_corrector": ([], []),
+        "solver_p": (None, None),
+        "final_sigmas_type": ("zero", "zero"),
+        **dict.fromkeys(
+            ("thresholding", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), (False, False)
+        ),
+    },
+    "LCMScheduler": {"clip_sample": (False, False), "thresholding": (False, False)},
+}
+
+
+def is_flow(scheduler: Mapping[str, Any]) -> bool:
+    """Whether the config is of a flow, whose latents at timestep t are (1 - t / 1000) * image + t / 1000 * noise."""
+    return bool(
+        scheduler.get("_class_name", "").startswith("FlowMatch")
+        or scheduler.get("use_flow_sigmas")
+        or scheduler.get("prediction_type") == FLOW_PREDICTION
+    )
+
+
+def choose_sampler(scheduler: Mapping[str, Any], sampler: str) -> str:
+    """The sampler of this name; "auto" is the one that a scheduler config is of, refused where a setting of it would
+    give other images than it does here.
+    """
+    if sampler != "auto":
+        return sampler
+    named = scheduler.get("_class_name", "PNDMScheduler")
+    if named not in SCHEDULERS:
+        raise Refused(
+            f"scheduler: the model's own, {named}, is none of {', '.join(SCHEDULERS)}",
+            f"Name another: sampler={'euler' if is_flow(scheduler) else 'ddim'!r}.",
+        )
+    for name, (followed, default) in FOLLOWED.get(named, {}).items():
+        value = scheduler.get(name, default)
+        if (default if value is None else value) != followed:
+            raise Refused(
+                f"scheduler: the model's {named} has {name}={value!r}, which the sampler here does not follow, so its "
+                f"images would differ; expected {followed!r}",
+                f"Change it, or take the images of sampler={SCHEDULERS[named]!r}.",
+            )
+    return SCHEDULERS[named]
+
+
 ANOTHER = "Name another model with --model."
-SPACING = "Put one of these into the model's scheduler_config.json."
 
 
 def alphas_cumprod(scheduler: Mapping[str, Any]) -> Tensor:
@@ -118,30 +181,30 @@ def respace(scheduler: Mapping[str, Any], sigmas: np.ndarray) -> np.ndarray:
     return sigmas
 
 
-def space_steps(scheduler: Mapping[str, Any], count: int, steps: int) -> list[int]:
-    """Ascending timesteps for PNDM and DDIM by the config's timestep_spacing."""
-    spacing = scheduler.get("timestep_spacing", "leading")
+def space_times(
+    scheduler: Mapping[str, Any], count: int, steps: int, usual: str = "linspace", beyond: int = 0
+) -> np.ndarray:
+    """[steps] falling timesteps by the config's timestep_spacing; two kinds of it are laid out with so many steps
+    `beyond` the last.
+    """
+    spacing, many = scheduler.get("timestep_spacing", usual), steps + beyond
+    if spacing == "trailing":  # for 61 steps of 1000 rounding lets arange end with one too many
+        return np.arange(count, 0, -count / steps)[:steps].round() - 1
     if spacing == "leading":
-        times = np.arange(steps) * (count // steps) + scheduler.get("steps_offset", 0)
+        rising = np.arange(many) * (count // many) + scheduler.get("steps_offset", 0)
     elif spacing == "linspace":
-        times = np.linspace(0, count - 1, steps).round()
-    elif spacing == "trailing":
-        times = trailing(count, steps)[::-1]
+        rising = np.linspace(0, count - 1, many)
     else:
         raise Refused(
             f"timestep_spacing: the scheduler config says {spacing!r}, supported are leading, linspace and trailing",
-            SPACING,
+            "Put one of these into the model's scheduler_config.json.",
         )
-    return check_times(times, count)
+    return rising[::-1][:steps]
 
 
-def trailing(count: int, steps: int) -> np.ndarray:
-    """Falling timesteps of the spacing `trailing`; for 61 steps of 1000 rounding lets arange end with one too many."""
-    return np.arange(count, 0, -count / steps)[:steps].round() - 1
-
-
-def check_times(times: np.ndarray, count: int) -> list[int]:
-    """The timesteps as numbers; refuses those that repeat or leave the training steps."""
+def whole_times(times: np.ndarray, count: int) -> list[int]:
+    """The timesteps as whole numbers; refuses those that repeat or leave the training steps."""
+    times = times.round()
     if times.min() < 0 or times.max() >= count or np.unique(times).size < times.size:
         raise Refused(
             f"steps: {len(times)} steps do not fit into {count} training steps with this spacing and offset, ask for "

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from datasetdm_fast.data import IGNORE, AttentionSums, SemanticMap
 from datasetdm_fast.engine.labels.tiles import Tiling
-from datasetdm_fast.engine.tasks.to_host import to_host
-from datasetdm_fast.kernels.to_device import to_device
+from datasetdm_fast.kernels.transfer import to_device, to_host
 
 FLAT = 1e-12  # a map whose values lie no farther apart is flat
 

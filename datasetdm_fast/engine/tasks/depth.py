@@ -8,9 +8,9 @@ from torch import Tensor
 from datasetdm_fast.data import DepthMap
 from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource, present
-from datasetdm_fast.engine.tasks.task import Task
-from datasetdm_fast.engine.tasks.to_host import to_host
+from datasetdm_fast.engine.tasks import Task
 from datasetdm_fast.kernels.bilinear import resize
+from datasetdm_fast.kernels.transfer import to_host
 
 
 class DepthTask(Task):

@@ -10,11 +10,11 @@ from torch import Tensor
 from datasetdm_fast.data import Instances
 from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource, present
+from datasetdm_fast.engine.tasks import Task
 from datasetdm_fast.engine.tasks.captions import shared_by_words
 from datasetdm_fast.engine.tasks.semantic import SMALL, scaled_area
-from datasetdm_fast.engine.tasks.task import Task
-from datasetdm_fast.engine.tasks.to_host import to_host
 from datasetdm_fast.kernels.bilinear import resize
+from datasetdm_fast.kernels.transfer import to_host
 
 MOST_INSTANCES = 100  # instances of an image
 NOTHING = 1e-6  # pixels added to an area before dividing by it

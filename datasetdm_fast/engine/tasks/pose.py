@@ -12,9 +12,8 @@ from torch import Tensor
 from datasetdm_fast.data import Keypoints
 from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource, present
-from datasetdm_fast.engine.tasks.task import Task
-from datasetdm_fast.engine.tasks.to_host import to_host
-from datasetdm_fast.kernels.to_device import to_device
+from datasetdm_fast.engine.tasks import Task
+from datasetdm_fast.kernels.transfer import to_device, to_host
 
 WINDOW = 3  # bins each side of a peak that belong to it
 FAINTEST = 1e-6  # heatmap values below it carry no shape to fit

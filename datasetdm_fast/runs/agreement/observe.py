@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from datasetdm_fast.config import ATTENTION
 from datasetdm_fast.data import Annotation, AttentionSums, Capture, ProjectedCapture, Request, Text
 from datasetdm_fast.engine.engines.torch import TorchEngine
-from datasetdm_fast.engine.loop.captured_calls import CapturedCalls
+from datasetdm_fast.engine.loop.calls import CapturedCalls
 from datasetdm_fast.engine.loop.driver import BatchGenerator
 from datasetdm_fast.engine.loop.labelling import attention_labels, decoder_labels
 from datasetdm_fast.engine.loop.origin import fresh_noise

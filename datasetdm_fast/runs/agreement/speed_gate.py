@@ -26,7 +26,7 @@ from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.engine.loading.provenance import digest
 from datasetdm_fast.engine.loop import driver
 from datasetdm_fast.engine.loop.inverting import TIMESTEPS, inversion_generator, inversion_recipe
-from datasetdm_fast.engine.pictures.in_memory import PicturesInMemory
+from datasetdm_fast.engine.pictures.framing import PicturesInMemory
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.runs.run_folder.document import pretty
 from datasetdm_fast.untrusted import documents

@@ -144,7 +144,7 @@ class Edits(Redrawing):
         """Latents blended by the region: outside they are the source's at every call."""
         import torch
 
-        from datasetdm_fast.kernels.to_device import to_device
+        from datasetdm_fast.kernels.transfer import to_device
 
         source, last = self.latents(engine, requests), len(schedule) - 1
         pixels = engine.model.latents.pixels

@@ -133,7 +133,7 @@ class Redrawing(ABC):
         import numpy as np
         import torch
 
-        from datasetdm_fast.kernels.to_device import to_device
+        from datasetdm_fast.kernels.transfer import to_device
 
         images = torch.from_numpy(np.stack([self.tile(request.index).pixels["image"] for request in requests]))
         clean = engine.encode_image(images)

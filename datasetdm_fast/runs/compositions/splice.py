@@ -11,9 +11,8 @@ from PIL import Image
 from datasetdm_fast.data import Request
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import kind_of
-from datasetdm_fast.engine.labels.image_files import image_bytes
 from datasetdm_fast.engine.labels.kind import Placement
-from datasetdm_fast.engine.labels.label_files import Files
+from datasetdm_fast.engine.labels.label_files import Files, image_bytes
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.compositions.composition import ComposedSample, Composition
 from datasetdm_fast.runs.compositions.grids import Grid, sample_positions

@@ -6,7 +6,7 @@ from typing import Any
 
 from datasetdm_fast import _C
 from datasetdm_fast.engine.labels.depth import UNITS, unit_of
-from datasetdm_fast.engine.labels.image_files import index_png
+from datasetdm_fast.engine.labels.label_files import index_png
 from datasetdm_fast.runs.exporting.classes import IGNORED
 from datasetdm_fast.runs.exporting.format import Content, ExportPlan
 from datasetdm_fast.runs.exporting.view import SampleView

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from datasetdm_fast.disk import storage
-from datasetdm_fast.engine.labels.image_files import picture_bytes
+from datasetdm_fast.engine.labels.label_files import picture_bytes
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.run_folder.document import QUARANTINE
 from datasetdm_fast.runs.run_folder.ledger import Row

@@ -14,7 +14,7 @@ from datasetdm_fast.cores import count_cores
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.loop import prompts
 from datasetdm_fast.engine.pictures import reading
-from datasetdm_fast.engine.pictures.in_memory import crop_square
+from datasetdm_fast.engine.pictures.framing import crop_square
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.run_folder.document import LEDGER
 from datasetdm_fast.untrusted import documents, images

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from datasetdm_fast.config import ENGINES
 from datasetdm_fast.engine.engines import build_engine, check_engine
 from datasetdm_fast.engine.engines.engine import Engine
-from datasetdm_fast.engine.loop.call_text import call_text
+from datasetdm_fast.engine.loop.calls import call_text
 from datasetdm_fast.errors import Missing, Refused
 
 if TYPE_CHECKING:

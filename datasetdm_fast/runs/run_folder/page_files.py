@@ -9,7 +9,6 @@ from typing import Any
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import LABEL_KINDS, kind_of
 from datasetdm_fast.engine.labels.kind import GalleryLayer
-from datasetdm_fast.engine.labels.names import own_stem
 from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, Ledger
 from datasetdm_fast.runs.run_folder.selections import Filter
 from datasetdm_fast.untrusted import documents
@@ -44,7 +43,7 @@ def picture_name(role: str, id: str) -> str:
 def layer_with_picture(role: str) -> GalleryLayer | None:
     """The layer whose picture the page shows in place of files of a role, None where it shows the files themselves."""
     layers = (layer for kind in LABEL_KINDS.values() for layer in kind.layers)
-    return next((layer for layer in layers if layer.picture and layer.role == own_stem(role)), None)
+    return next((layer for layer in layers if layer.picture and layer.role == role.partition(".")[0]), None)
 
 
 def picture_roles(document: Mapping[str, Any]) -> list[str]:

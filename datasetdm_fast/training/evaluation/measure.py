@@ -11,11 +11,10 @@ import torch
 from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.labels.class_tables import spoken
 from datasetdm_fast.engine.labels.names import by_task, tasks_of
-from datasetdm_fast.engine.loop.captured_calls import timesteps_of
+from datasetdm_fast.engine.loop.calls import timesteps_of
 from datasetdm_fast.engine.loop.inversion import invert_for
-from datasetdm_fast.engine.tasks import TASKS
+from datasetdm_fast.engine.tasks import TASKS, read_labels
 from datasetdm_fast.engine.tasks.captions import held_to
-from datasetdm_fast.engine.tasks.outlines import read_labels
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.training import data_record
 from datasetdm_fast.training.evaluation import naming

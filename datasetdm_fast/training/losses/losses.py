@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from datasetdm_fast.kernels.to_device import to_device
+from datasetdm_fast.kernels.transfer import to_device
 
 NO_OBJECT = 0.1  # weight of "no object" in the cross-entropy
 CLASS, MASK, DICE = 2.0, 5.0, 5.0

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.engine.decoders.checkpoint import DecoderConfig
-from datasetdm_fast.kernels.to_device import to_device
+from datasetdm_fast.kernels.transfer import to_device
 from datasetdm_fast.training.captures.targets import TrainingTarget
 from datasetdm_fast.training.losses import losses
 from datasetdm_fast.training.recipes import TrainingSchedule

@@ -11,7 +11,7 @@ from bench.proof.students.student_data import IGNORED, Vocabulary
 from datasetdm_fast.data import SemanticMap
 from datasetdm_fast.engine.labels.words import mirrored_names
 from datasetdm_fast.engine.pictures.labelled import Labelled
-from datasetdm_fast.kernels.to_device import to_device
+from datasetdm_fast.kernels.transfer import to_device
 
 
 def class_loss(model: nn.Module, images: Tensor, items: Sequence[Labelled], vocabulary: Vocabulary) -> Tensor:

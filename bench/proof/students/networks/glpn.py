@@ -11,7 +11,7 @@ from bench.proof.students.networks.network import StudentNetwork
 from bench.proof.students.student_data import Vocabulary
 from datasetdm_fast.data import DepthMap
 from datasetdm_fast.engine.pictures.labelled import Labelled
-from datasetdm_fast.kernels.to_device import to_device
+from datasetdm_fast.kernels.transfer import to_device
 
 LEAST = 1e-3  # metres
 VARIANCE_SHARE = 0.5  # of the squared mean that the scale-invariant loss forgives

@@ -12,7 +12,7 @@ from bench.proof.students.networks.network import StudentNetwork
 from bench.proof.students.student_data import Vocabulary
 from datasetdm_fast.data import Instances
 from datasetdm_fast.engine.pictures.labelled import Labelled
-from datasetdm_fast.kernels.to_device import to_device
+from datasetdm_fast.kernels.transfer import to_device
 
 MOST = 100  # instances of an image
 LEAST_SCORE = 0.01

@@ -11,7 +11,7 @@ from bench.proof.students.networks.network import StudentNetwork
 from bench.proof.students.student_data import LEAST_JOINT_SCORE, Vocabulary
 from datasetdm_fast.data import Keypoints
 from datasetdm_fast.engine.pictures.labelled import Labelled
-from datasetdm_fast.kernels.to_device import to_device
+from datasetdm_fast.kernels.transfer import to_device
 
 SIGMA = 2.0  # cells of a heatmap
 HEIGHT = 100.0  # weight of the squared error, which is small

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from datasetdm_fast.data import AttentionSums, Capture, ProjectedCapture, Text
 from datasetdm_fast.engine.decoders.trunk import Decoder
-from datasetdm_fast.engine.engines.derived_calls import BaseEngine
-from datasetdm_fast.engine.engines.engine import check_task
+from datasetdm_fast.engine.engines.engine import Engine, check_task
 from datasetdm_fast.engine.engines.fast import CHUNK_PIXELS, sample_moments
 from datasetdm_fast.engine.engines.memory import trim
 from datasetdm_fast.engine.loading.model import Model
@@ -36,7 +35,7 @@ class OpenedGraph(Protocol):
         """The outputs for the inputs of each part of a batch, in memory that later calls leave alone."""
 
 
-class GraphEngine(BaseEngine):
+class GraphEngine(Engine):
     """See engines.Engine; a subclass opens the stages. Weights are read at construction, and graphs written where they
     are missing; each stage is opened when it is first called.
 

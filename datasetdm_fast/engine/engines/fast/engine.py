@@ -14,11 +14,8 @@ from torch import Tensor, nn
 from datasetdm_fast.data import AttentionSums, Capture, ProjectedCapture, Text
 from datasetdm_fast.engine.backbones.latent_space import scale
 from datasetdm_fast.engine.decoders.trunk import Decoder, with_ops
-from datasetdm_fast.engine.engines.derived_calls import BaseEngine
 from datasetdm_fast.engine.engines.device import engine_call, resolve_device, slow_in_fp16
-from datasetdm_fast.engine.engines.engine import check_task
-from datasetdm_fast.engine.engines.fast.weights import largest_distance, place_module
-from datasetdm_fast.engine.engines.memory import suggest_batch
+from datasetdm_fast.engine.engines.engine import Engine, check_task
 from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.engine.loading.network import Weighted
 from datasetdm_fast.engine.models.capture import (
@@ -30,15 +27,14 @@ from datasetdm_fast.engine.models.capture import (
     RawCapture,
     SummedAttention,
 )
-from datasetdm_fast.engine.models.packed import weights_of
+from datasetdm_fast.engine.models.packed import largest_distance, place_module, weights_of
 from datasetdm_fast.engine.models.unet import TextTable, TimeTable
 from datasetdm_fast.engine.models.vae import ImageEncoder
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.kernels import plain
 from datasetdm_fast.kernels.choice import operations
-from datasetdm_fast.kernels.to_device import to_device
+from datasetdm_fast.kernels.transfer import to_device
 from datasetdm_fast.plugins import load_place
-from datasetdm_fast.stages import FACTOR
 
 KINDS = {  # of device -> its engine
     "cpu": "datasetdm_fast.engine.engines.fast.on_cpu:CpuEngine",
@@ -71,7 +67,7 @@ def resolve_precision(name: str, device: torch.device) -> str:
     return name
 
 
-class FastEngine(BaseEngine):
+class FastEngine(Engine):
     """See engines.Engine; an instance is the CpuEngine or the GpuEngine of its device. The weights of `model` are read
     at construction and left as they are; where no module holds them, they are not held twice.
 
@@ -168,7 +164,7 @@ class FastEngine(BaseEngine):
         self._rows: dict[float, Tensor] = {}
         self._text: tuple[Tensor, int, int] | None = None
         self._keys_values: list[Inputs] = []  # of every slice of the batch
-        # class prompts, cells, keys by layer
+        # class prompts, cells, keys [B, heads, T, d] of every cross-attention with so many, by layer
         self._class_keys: tuple[Tensor, int, dict[AttentionSlot, Tensor]] | None = None
 
     @property
@@ -292,21 +288,14 @@ class FastEngine(BaseEngine):
         self, latents: Tensor, timestep: float, text: Text, class_text: Text, sums: AttentionSums
     ) -> tuple[Tensor, AttentionSums]:
         self._refresh_for(text.context)
-        class_keys = self._encode_class_keys(class_text.context, sums.tokens.shape[1])
-        others = (sums.cells, sums.tokens, *class_keys.values())
+        context, cells = class_text.context, sums.tokens.shape[1]
+        if self._class_keys is None or self._class_keys[0] is not context or self._class_keys[1] != cells:
+            tables = zip(self.unet.text_layers, self.texts(context.to(self.device, self.unet_dtype)))
+            keys = {slot: keys for slot, (keys, _) in tables if self.model.levels[slot.level].side ** 2 == cells}
+            self._class_keys = (context, cells, keys)
+        others = (sums.cells, sums.tokens, *self._class_keys[2].values())
         noise, cells, tokens = self._call(self._capture_average, latents, timestep, text, others)
         return noise, AttentionSums(cells, tokens)
-
-    def _encode_class_keys(self, class_context: Tensor, cells: int) -> dict[AttentionSlot, Tensor]:
-        """Keys [B, heads, T, d] of the class prompts, of every cross-attention with so many cells."""
-        if self._class_keys is None or self._class_keys[0] is not class_context or self._class_keys[1] != cells:
-            tables = self.texts(class_context.to(self.device, self.unet_dtype))
-            slots = self.unet.text_layers
-            keys = {
-                slot: table[0] for slot, table in zip(slots, tables) if self.model.levels[slot.level].side ** 2 == cells
-            }
-            self._class_keys = (class_context, cells, keys)
-        return self._class_keys[2]
 
     def _call(
         self, step: Step, latents: Tensor, timestep: float, text: Text, others: Inputs = ()
@@ -342,17 +331,15 @@ class FastEngine(BaseEngine):
 
     def _biases(self, timestep: float, text: Text) -> Tensor:
         """What the timestep adds in every resnet, to all rows or with a pooled text to each its own."""
-        if text.pooled is None:
-            return self._row(timestep)
-        time = torch.full((), float(timestep), device=self.device)
-        return self.times(time, text.pooled.to(self.device), text.guidance).to(self.unet_dtype)
-
-    def _row(self, timestep: float) -> Tensor:
-        if (row := self._rows.get(float(timestep))) is None:
-            if len(self._rows) >= CACHED_TIMESTEPS:
-                self._rows.clear()
-            row = self.times(torch.full((), float(timestep), device=self.device)).to(self.unet_dtype)
-            self._rows[float(timestep)] = row
+        timestep = float(timestep)
+        if text.pooled is None and timestep in self._rows:
+            return self._rows[timestep]
+        time = torch.full((), timestep, device=self.device)
+        if text.pooled is not None:
+            return self.times(time, text.pooled.to(self.device), text.guidance).to(self.unet_dtype)
+        if len(self._rows) >= CACHED_TIMESTEPS:
+            self._rows.clear()
+        row = self._rows[timestep] = self.times(time).to(self.unet_dtype)
         return row
 
     def _is_cached(self, context: Tensor) -> bool:
@@ -454,16 +441,6 @@ class FastEngine(BaseEngine):
     def annotate(self, task: str, capture: ProjectedCapture | Capture, text: Tensor | None = None) -> dict[str, Tensor]:
         check_task(task, self.decoders)
         return self._run_decoder(task, capture.of(task) if isinstance(capture, ProjectedCapture) else capture, text)
-
-    @property
-    def side_by_side(self) -> Callable[[Sequence[Callable[[], Any]]], list[Any]] | None:
-        """Makes several calls about a single small image in parallel, one a core; None where that does not pay."""
-        return None
-
-    @engine_call
-    def suggested_batch(self) -> int:
-        """The default batch size: by the free memory of a GPU, by the caches of a CPU."""
-        return suggest_batch(self.model.size // FACTOR, self.device)
 
     def _versions(self) -> dict[str, str]:
         return super()._versions() | ({"compiled": "yes"} if self.is_compiled else {})

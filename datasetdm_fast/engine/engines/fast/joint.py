@@ -23,13 +23,13 @@ from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.engines.device import engine_call, resolve_device
 from datasetdm_fast.engine.engines.engine import check_task
 from datasetdm_fast.engine.engines.fast.engine import CHUNK_PIXELS, DTYPES
-from datasetdm_fast.engine.engines.fast.weights import largest_distance
 from datasetdm_fast.engine.engines.torch import TorchEngine
 from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.engine.loading.network import Network
 from datasetdm_fast.engine.models.capture import Projection
 from datasetdm_fast.engine.models.fp8 import with_fp8_products
 from datasetdm_fast.engine.models.mmdit import MMDiT
+from datasetdm_fast.engine.models.packed import largest_distance
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.kernels import plain
 from datasetdm_fast.kernels.attention_shares import shares

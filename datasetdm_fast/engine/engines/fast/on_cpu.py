@@ -23,9 +23,9 @@ from datasetdm_fast.engine.engines.fast.engine import (
 from datasetdm_fast.engine.engines.lanes import Lanes
 from datasetdm_fast.engine.engines.memory import trim
 from datasetdm_fast.engine.loading.network import Weighted, as_widest
+from datasetdm_fast.engine.models.blocks import has_blocks, is_narrow, with_blocks
 from datasetdm_fast.engine.models.packed import pack_layers, spending
 from datasetdm_fast.engine.models.unet import UNet
-from datasetdm_fast.engine.models.unet_block import has_blocks, is_narrow, with_blocks
 from datasetdm_fast.engine.models.vae import ImageDecoder
 from datasetdm_fast.kernels import winograd
 from datasetdm_fast.stages import FACTOR

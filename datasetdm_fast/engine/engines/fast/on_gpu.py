@@ -38,19 +38,19 @@ class GpuEngine(FastEngine):
 
     def _operations(self, dtype: torch.dtype) -> SimpleNamespace:
         """Each is tried on the GPU, and compiled for it where Triton has not cached it."""
-        slow = threading.Timer(SECONDS_BEFORE_MESSAGE, self._report_compiling)
+
+        def report() -> None:
+            if not GpuEngine._has_reported:
+                GpuEngine._has_reported = True
+                print(COMPILING, file=sys.stderr, flush=True)
+
+        slow = threading.Timer(SECONDS_BEFORE_MESSAGE, report)
         slow.daemon = True
         slow.start()
         try:
             return super()._operations(dtype)
         finally:
             slow.cancel()
-
-    @staticmethod
-    def _report_compiling() -> None:
-        if not GpuEngine._has_reported:
-            GpuEngine._has_reported = True
-            print(COMPILING, file=sys.stderr, flush=True)
 
     def _forms(self) -> tuple[torch.dtype, tuple[type[nn.Module], type[nn.Module]]]:
         return self.dtype, (UNet, ImageDecoder) if self.is_compiled else (FusedUNet, FusedImageDecoder)
@@ -119,23 +119,17 @@ class GpuEngine(FastEngine):
     def _run_decoder(self, task: str, capture: ProjectedCapture | Capture, text: Tensor | None) -> dict[str, Tensor]:
         decoder = self._stored_decoders[task]
         inputs = capture.to(next(decoder.parameters()).dtype)
-        if isinstance(inputs, ProjectedCapture) and is_folded(decoder):
-            return self._replay_decoder(task, decoder, inputs, text)
-        return {name: value.float() for name, value in decoder(inputs, text).items()}
+        if not isinstance(inputs, ProjectedCapture) or not is_folded(decoder):
+            return {name: value.float() for name, value in decoder(inputs, text).items()}
 
-    def _replay_decoder(
-        self, task: str, decoder: nn.Module, capture: ProjectedCapture, text: Tensor | None
-    ) -> dict[str, Tensor]:
-        """The decoder's outputs, by one replay of its graph."""
-
-        def run(*inputs: Tensor) -> tuple[Tensor, ...]:
-            sums, words = inputs[: len(capture.sums)], inputs[len(capture.sums) :]
+        def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+            sums, words = tensors[: len(inputs.sums)], tensors[len(inputs.sums) :]
             outputs = decoder(ProjectedCapture(sums, {}), *words)
             names[:] = outputs
             return tuple(value.float() for value in outputs.values())
 
         names = self._output_names.setdefault(task, [])
-        outputs = self._run_labels(task, run, (*capture.sums, *([] if text is None else [text])))
+        outputs = self._run_labels(task, run, (*inputs.sums, *([] if text is None else [text])))
         return dict(zip(names, outputs, strict=True))
 
     def _run_labels(self, name: str, run: Step, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from datasetdm_fast.data import SemanticMap
-from datasetdm_fast.engine.labels.image_files import index_png
 from datasetdm_fast.engine.labels.kind import GalleryLayer, Table
+from datasetdm_fast.engine.labels.label_files import index_png
 from datasetdm_fast.engine.labels.semantic import ClassMap, count_pixels
 
 CLASSES = ("background", "edge")

@@ -1,4 +1,4 @@
-"""From a device to arrays through page-locked memory; only the calling thread waits, once for up to 64 MiB."""
+"""Between the host and a device through page-locked memory; of two ways, only to the host does the caller wait."""
 
 import threading
 from collections.abc import Sequence
@@ -10,6 +10,12 @@ from torch import Tensor
 ALIGNMENT = 64  # bytes; more than any dtype needs
 LARGEST_PINNED = 2**26  # bytes of page-locked memory a thread keeps; it can never be swapped out
 _thread = threading.local()
+
+
+def to_device(value: Tensor, device: torch.device) -> Tensor:
+    """A value on `device`; what the host holds is copied to a GPU behind its work, and the host goes on."""
+    is_queued = device.type == "cuda" and value.device.type == "cpu"
+    return value.pin_memory().to(device, non_blocking=True) if is_queued else value.to(device)
 
 
 def to_host(*values: Tensor) -> list[np.ndarray]:
