@@ -48,8 +48,8 @@ def spec_of(out, **changes):
     return replace(read_spec(replace(config, **changes)), may_mix=False)
 
 
-def make(out, place=None, rank=ALONE, **options):
-    return work_on_shards(spec_of(out), place or shard_place(out), rank, Callbacks(describe, **options))
+def make(out, place=None, rank=ALONE, number=SAMPLES, **options):
+    return work_on_shards(spec_of(out, number=number), place or shard_place(out), rank, Callbacks(describe, **options))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -248,16 +248,27 @@ def test_damage_is_named_and_repaired_to_the_same_bytes(alone, tmp_path, capsys,
         (["--shard-size", "0"], "expected 1 or more"),
         (["--shard-size", "7"], "shard_size: 5 there, 7 asked for"),
         (["--layout", "folder", "--shard-size", "1000"], "layout"),
-        (["--number", "60"], "keeps its number of samples"),
+        (["--number", "20"], "number: 26 there, 20 asked for"),
+        (["--number", "60", "--prompts", "PROMPTS"], "image 00000000 would change"),
         (["--keep", "trusted"], "not with --layout shards"),
-        (["--speed", "fast25"], "not with --layout shards"),
         (["--layout", "folder"], "the run is not in shards"),
     ],
 )
 def test_other_settings_are_refused_in_a_sentence(alone, tmp_path, capsys, flags, cause):
     before = tree(alone)
+    (tmp_path / "prompts.txt").write_text("a cube\n" * 60)
+    flags = [flag.replace("PROMPTS", str(tmp_path / "prompts.txt")) for flag in flags]
     assert generate.main([*LINE, "--out", str(alone), *flags]) == 2
     assert cause in capsys.readouterr().err and tree(alone) == before
+
+
+def test_a_run_grows_to_the_bytes_of_a_larger_one(alone, tmp_path, monkeypatch):
+    run, place = copy(alone, tmp_path), ShardFolder(tmp_path / "run")
+    make(tmp_path / "other", number=33)
+    ledger = ShardLedger(place, SIZE, number=33)
+    assert sorted(ledger.entries) == [0, 1, 2, 3, 4]  # whoever waits for 33 samples waits for the sixth shard, too
+    make(run, number=33)
+    assert tree(run) == tree(tmp_path / "other") and len(ledger.read_entries(range(7))) == 2
 
 
 def test_a_place_that_holds_something_else_is_refused(folder, tmp_path, capsys):

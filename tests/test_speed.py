@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -184,6 +185,9 @@ def test_a_run_is_judged_once_and_says_so(run, monkeypatch, capsys):
     assert make("--speed", "fast25", "--out", f"{folder}-other", "--seed", "5") == 0
     assert make("--speed", "cache3") == 2 and make() == 2
     assert "speed" in capsys.readouterr().err
+    shards = ("--layout", "shards", "--out", f"{folder}-shards")
+    assert make("--speed", "fast25", *shards) == 0
+    assert json.loads(Path(f"{folder}-shards/run.json").read_text())["speed"] == document["speed"]
 
 
 def test_figures_are_of_their_settings_and_those_of_exact_images_serve_every_speed(tmp_path, monkeypatch):

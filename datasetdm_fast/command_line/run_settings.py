@@ -197,9 +197,13 @@ def check_together(config: RunConfig, is_begun: bool, processes: int) -> None:
     if config.store:
         raise Refused(f"--store {config.store}: only a run in shards is written there", "Add --layout shards.")
     refuse_stored(Path(config.out))
+    if not config.dry_run and processes > 1:
+        check_judged(config, is_begun)
+
+
+def check_judged(config: RunConfig, is_begun: bool) -> None:
+    """Refuses flags that have one process judge samples first."""
     several = "several machines or processes that were started together make this run"
-    if config.dry_run or processes == 1:
-        return
     if config.verify:
         raise Refused(
             f"--verify {config.verify}: {several}",

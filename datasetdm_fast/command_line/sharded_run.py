@@ -6,27 +6,38 @@ import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.output import print_lines, print_result, print_unfinished
 from datasetdm_fast.command_line.outputs import check_output
 from datasetdm_fast.command_line.progress import ImageProgress
-from datasetdm_fast.command_line.run_report import print_run_plan
+from datasetdm_fast.command_line.run_report import print_run_plan, show_calls
+from datasetdm_fast.command_line.run_settings import check_judged
 from datasetdm_fast.config import EXACT
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun, format_duration
+from datasetdm_fast.runs.agreement.admission import Screen, admit_job
 from datasetdm_fast.runs.jobs.job import build_job
 from datasetdm_fast.runs.jobs.result import result_of
+from datasetdm_fast.runs.jobs.run import RunQueue
 from datasetdm_fast.runs.jobs.summary import describe_job
+from datasetdm_fast.runs.run_folder.document import DOCUMENT, pretty
 from datasetdm_fast.runs.run_folder.object_store import ObjectStore, is_url
-from datasetdm_fast.runs.run_folder.shard_places import shard_place
+from datasetdm_fast.runs.run_folder.shard_places import ShardPlace, shard_place
 from datasetdm_fast.runs.run_folder.shards import ShardLedger, list_shards, shard_size
 from datasetdm_fast.runs.run_settings import RunConfig, RunSpec, WorkerSettings
 from datasetdm_fast.runs.workers.devices import LaunchedProcess, find_places, take_share
 from datasetdm_fast.runs.workers.ray_ranks import run_on_cluster
 from datasetdm_fast.runs.workers.shard_ranks import run_ranks
-from datasetdm_fast.runs.workers.shard_worker import ShardRank, read_stored, require_shards, work_on_shards
+from datasetdm_fast.runs.workers.shard_worker import (
+    ShardRank,
+    open_place,
+    read_stored,
+    require_shards,
+    work_on_shards,
+)
 from datasetdm_fast.runs.workers.worker import Callbacks
 
 
@@ -41,8 +52,6 @@ def check_shard_settings(config: RunConfig) -> None:
     for flag, is_given in (
         ("--keep trusted", config.keep != "all"),
         ("--accept", bool(config.accept)),
-        ("--verify", bool(config.verify)),
-        (f"--speed {config.speed}", config.speed != EXACT),
     ):
         if is_given:
             raise Refused(f"{flag}: not with --layout shards, whose shards know nothing of one another", "Drop one.")
@@ -53,7 +62,7 @@ def generate_shards(
 ) -> int:
     """The exit code of a run in shards."""
     where, workers, begin = config.store or config.out, config.group(WorkerSettings), time.perf_counter()
-    spec = replace(spec, folder=Path(where), may_mix=False)
+    spec = replace(spec, folder=Path(where), may_mix=False, is_stored=is_url(where))
     if peer and workers.cluster:
         started = f"this is one of {peer.world} processes that were started together"
         raise Refused(f"--cluster {config.cluster}: {started}", "Start one process alone.")
@@ -75,7 +84,11 @@ def generate_shards(
     places = [] if peer or workers.cluster else find_places(workers, spec.engine.device, spec.engine.threads)
     if (document := read_stored(place)) is not None:
         require_shards(place, document)
-    ledger = ShardLedger(place, shard_size((document or {"config": spec.identity})["config"]))
+    if peer or workers.cluster:
+        check_judged(config, document is not None)
+    elif document is None:
+        _begin(config, spec, place)
+    ledger = ShardLedger(place, shard_size((document or {"config": spec.identity})["config"]), number=spec.number)
     missing = spec.number - sum(entry.stop - entry.first for entry in ledger.entries.values())
     with interruption, ImageProgress(max(missing, 0), config.quiet) as progress:
         callbacks = Callbacks(describe_job, progress.print, on_commit, is_stopping=interruption.is_stopping)
@@ -92,6 +105,16 @@ def generate_shards(
     if is_reporting:
         _report(config, spec, ledger, made, begin, f"resume with: {prog} {shlex.join(arguments)}")
     return interruption.exit_code(0)
+
+
+def _begin(config: RunConfig, spec: RunSpec, place: ShardPlace) -> None:
+    """Writes run.json where samples are to be judged first, with the verdict."""
+    run = RunQueue(spec.folder, None)
+    if config.verify or config.speed != EXACT or run.tries_half(spec):
+        open_place(place)
+        screen = Screen(partial(print_lines, config), partial(show_calls, config.quiet))
+        job = admit_job(run, spec, screen, verify=config.verify)
+        place.create(DOCUMENT, pretty(job.document))
 
 
 def _report(config: RunConfig, spec: RunSpec, ledger: ShardLedger, made: int, begin: float, remedy: str) -> None:

@@ -42,7 +42,10 @@ NEAR = 0.1  # of a person's longer side: a joint as near as this is found, as in
 REPORT = "This is a mistake of the program: drop --speed, and report it."
 LARGEST_FIGURES = 2**20  # bytes
 # settings that figures do not hang on, or that recipes and digests stand for
-UNREAD = ("number", "per_class", "seed", "batch_size", "image_format", "model", "decoder", "speed")
+UNREAD = (
+    *("number", "per_class", "seed", "batch_size", "image_format", "model", "decoder", "speed"),
+    *("layout", "shard_size"),
+)
 
 
 @dataclass(frozen=True)

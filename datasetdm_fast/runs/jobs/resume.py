@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from datasetdm_fast.runs.run_folder.document import (
     grows,
     row_facts,
 )
-from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, QUARANTINED, Ledger
+from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, QUARANTINED, Ledger, Row
 from datasetdm_fast.runs.run_settings import RunSpec
 
 COMPARED = ("model", "decoders", "packages", "sampling", "plan", "labels")  # parts of run.json that must be equal
@@ -36,7 +36,8 @@ def prepare_job(
     job = build_job(spec, stored, races=races, dtype=dtype)
     if stored is not None:
         job = replace(merge_with_stored(job, stored, mixes=mixes), done=count_rows(spec.folder))
-    check_room(job)
+    if not spec.is_stored:
+        check_room(job)
     return job
 
 
@@ -52,7 +53,9 @@ def merge_with_stored(job: Job, stored: Mapping[str, Any], *, mixes: bool = Fals
     # A batch size as the run was started with stands for what its plan made of it: batches of equal size.
     other = job.batch_size if job.may_mix and job.batch_size != stored["config"].get("batch_size") else 0
     if grows(stored["config"], config):
-        _check_rows(job)
+        if (job.folder / LEDGER).exists():
+            with Ledger(job.folder / LEDGER, read_only=True) as ledger:
+                check_rows(job, ledger.rows(DONE, QUARANTINED, DOUBTFUL, parts=()))
         renewed = ("number", "prompts", *(["batch_size"] if job.may_mix and not other else []))
         stored = {
             **stored,
@@ -110,20 +113,17 @@ def count_rows(folder: Path) -> int:
         return ledger.count() + ledger.count(QUARANTINED) + ledger.count_dropped()
 
 
-def _check_rows(job: Job) -> None:
-    """Refuses a plan in which an image that the run folder holds would change."""
-    if not (job.folder / LEDGER).exists():
-        return
-    with Ledger(job.folder / LEDGER, read_only=True) as ledger:
-        for row in ledger.rows(DONE, QUARANTINED, DOUBTFUL, parts=()):
-            planned = job.plan.request(row.request.index)
-            if planned != row.request:
-                changes = "; ".join(differences(asdict(row.request), asdict(planned)))
-                raise Refused(
-                    f"{job.folder}: with these settings image {row.request.id} would change ({changes})",
-                    "Add prompts at the end of the list, which must have been at least as long as the run, or "
-                    "choose another --out.",
-                )
+def check_rows(job: Job, rows: Iterable[Row]) -> None:
+    """Refuses a plan in which an image that the run holds would change."""
+    for row in rows:
+        planned = job.plan.request(row.request.index)
+        if planned != row.request:
+            changes = "; ".join(differences(asdict(row.request), asdict(planned)))
+            raise Refused(
+                f"{job.folder}: with these settings image {row.request.id} would change ({changes})",
+                "Add prompts at the end of the list, which must have been at least as long as the run, or "
+                "choose another --out.",
+            )
 
 
 def relocated_paths(model: str, decoder: str, size: int, stored: Mapping[str, Any]) -> dict[str, str]:

@@ -243,9 +243,12 @@ class ShardLedger:
         size: int,
         shards: Collection[int] | None = None,
         dropped: frozenset[int] = frozenset(),
+        number: int = 0,
     ):
-        """Of all shards, or of these; each has `size` samples, some of which may be `dropped`."""
-        self.place, self._size, self.dropped = place, size, dropped
+        """Of all shards, or of these; each has `size` samples, some of which may be `dropped`. A last shard that has
+        fewer than a run of `number` samples needs is left out.
+        """
+        self.place, self._size, self.dropped, self._number = place, size, dropped, number
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
         self._open: OrderedDict[int, BinaryIO] = OrderedDict()
         self._lock, self._process = threading.RLock(), os.getpid()
@@ -256,9 +259,14 @@ class ShardLedger:
         """The entries of those of the shards that were not known before."""
         new = [shard for shard in shards if shard not in self.entries]
         with ThreadPoolExecutor(PARALLEL_READS) as pool:
-            entries = list(pool.map(self._read_entry, new))
-        self.entries |= zip(new, entries)
-        return entries
+            read = dict(zip(new, pool.map(self._read_entry, new)))
+        entries = {shard: entry for shard, entry in read.items() if not self.is_short(entry)}
+        self.entries |= entries
+        return list(entries.values())
+
+    def is_short(self, entry: ShardEntry) -> bool:
+        """Whether a shard has fewer samples than it needs, as its run has grown since."""
+        return entry.stop < min(entry.first + self._size, self._number)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": OrderedDict(), "_lock": None}

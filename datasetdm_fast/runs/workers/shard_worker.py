@@ -21,16 +21,17 @@ from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.runs.jobs.domain_gate import DomainGate
 from datasetdm_fast.runs.jobs.job import Job, build_job, check_room
-from datasetdm_fast.runs.jobs.resume import merge_with_stored
+from datasetdm_fast.runs.jobs.resume import check_rows, merge_with_stored
 from datasetdm_fast.runs.jobs.writing import WRITERS, batch_facts, make_samples
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, MANIFEST, check_config, check_document, grows, pretty
 from datasetdm_fast.runs.run_folder.folder import write_samples
-from datasetdm_fast.runs.run_folder.ledger import QUARANTINED, Row
+from datasetdm_fast.runs.run_folder.ledger import DONE, QUARANTINED, Row
 from datasetdm_fast.runs.run_folder.shard_places import ShardFolder, ShardPlace
 from datasetdm_fast.runs.run_folder.shards import (
     RECORD,
     SHARDS,
     ShardEntry,
+    ShardLedger,
     count_classes,
     encode_index,
     end_of,
@@ -38,6 +39,7 @@ from datasetdm_fast.runs.run_folder.shards import (
     index_name,
     instance_classes,
     is_sharded,
+    list_shards,
     member,
     require_pyarrow,
     sample_record,
@@ -72,25 +74,42 @@ class ShardRank:
 
 def open_shards(spec: RunSpec, place: ShardPlace) -> Job:
     """The job of a run in shards; the first process writes its run.json, and other settings than its are refused."""
-    require_pyarrow()
-    stored = read_stored(place)
-    if stored is not None:
+    if (stored := open_place(place)) is not None:
         check_settings(spec, place, stored)
-    elif others := [name for name in place.names() if name not in (MANIFEST, SHARDS, CLAIMS)]:
-        raise Refused(
-            f"{place.name}: it holds something other than a run in shards ({documents.quote(others[0])})",
-            "Choose another --out or --store; nothing is ever overwritten.",
-        )
     job = build_job(spec, stored)
     if isinstance(place, ShardFolder):
         check_room(job)
     if stored is None and not place.create(DOCUMENT, pretty(job.document)):
         stored = read_stored(place)
     if stored is None:
-        stored = json.loads(pretty(job.document))
-    else:
-        check_settings(spec, place, stored)
-    return merge_with_stored(job, stored)
+        return merge_with_stored(job, json.loads(pretty(job.document)))
+    check_settings(spec, place, stored)
+    merged = merge_with_stored(job, stored)
+    if grows(stored["config"], spec.identity):
+        _grow(merged, place)
+    return merged
+
+
+def _grow(job: Job, place: ShardPlace) -> None:
+    """Takes the last shard out where the run is to have more samples of it, and writes the larger number."""
+    ledger = ShardLedger(place, shard_size(job.document["config"]), number=job.plan.number)
+    check_rows(job, ledger.rows(DONE, QUARANTINED, parts=()))
+    for shard in set(list_shards(place)) - ledger.entries.keys():
+        place.remove(entry_name(shard))
+    place.replace(DOCUMENT, pretty(job.document))
+
+
+def open_place(place: ShardPlace) -> dict[str, Any] | None:
+    """run.json, None where a run may be begun; a place that holds anything else is refused."""
+    require_pyarrow()
+    if (stored := read_stored(place)) is not None:
+        return stored
+    if others := [name for name in place.names() if name not in (MANIFEST, SHARDS, CLAIMS)]:
+        raise Refused(
+            f"{place.name}: it holds something other than a run in shards ({documents.quote(others[0])})",
+            "Choose another --out or --store; nothing is ever overwritten.",
+        )
+    return None
 
 
 def read_stored(place: ShardPlace) -> dict[str, Any] | None:
@@ -117,14 +136,9 @@ def require_shards(place: ShardPlace, stored: Mapping[str, Any]) -> None:
 
 
 def check_settings(spec: RunSpec, place: ShardPlace, stored: Mapping[str, Any]) -> None:
-    """Refuses other settings than those of the run, a larger number of samples among them."""
+    """Refuses other settings than those of the run."""
     require_shards(place, stored)
     check_config(Path(place.name), stored, spec.identity)
-    if grows(stored["config"], spec.identity):
-        raise Refused(
-            f"{place.name}: a run in shards keeps its number of samples ({stored['config']['number']})",
-            "Give that one, or make the further samples as a run of their own with another --seed.",
-        )
 
 
 class Claims:
