@@ -57,6 +57,7 @@ PRODUCTS: dict[type[ast.operator], type[ast.operator]] = {
     ast.Div: ast.Mult,
     ast.FloorDiv: ast.Mult,
 }
+SYMMETRIC = ("max", "min", "maximum", "minimum", "gcd")  # of two arguments in any order
 TOLD = ("setting", "print", "Refused", "GateFailed", "warn")  # their arguments are texts, or what a text says
 
 
@@ -112,7 +113,7 @@ def _places(node: ast.AST) -> Iterator[tuple[ast.expr, list[ast.AST]]]:
     for condition in conditions:
         if isinstance(condition, ast.Name | ast.Attribute | ast.Call):
             yield condition, [ast.UnaryOp(ast.Not(), condition)]
-    if isinstance(node, ast.expr) and (found := list(faults(node))):
+    if isinstance(node, ast.expr) and name not in SYMMETRIC and (found := list(faults(node))):
         yield node, found
     for field, value in ast.iter_fields(node):
         if field not in ("annotation", "returns", "decorator_list"):

@@ -1,22 +1,24 @@
 """Samplers against diffusers' own schedulers and against 51 recorded calls of upstream's code."""
 
+import inspect
 import json
 import math
 import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, UNet2DConditionModel
 
-from datasetdm_fast.config import PROFILES, SAMPLERS
+from datasetdm_fast.config import PROFILES, SAMPLERS, SCHEDULERS, FlowRule
 from datasetdm_fast.data import Capture, Text
 from datasetdm_fast.engine.backbones.sd import SD, SD_SCHEDULER
 from datasetdm_fast.engine.engines.torch import TorchEngine
-from datasetdm_fast.engine.sampling import make_schedule
+from datasetdm_fast.engine.sampling import make_schedule, open_sampler
 from datasetdm_fast.engine.sampling.schedule import Sampler, Schedule, Update, checked_calls
-from datasetdm_fast.engine.sampling.times import add_noise, alphas_cumprod, choose_sampler, initial_noise
+from datasetdm_fast.engine.sampling.times import FOLLOWED, add_noise, alphas_cumprod, choose_sampler, initial_noise
 from datasetdm_fast.engine.sampling.walk import SamplerState, State, guide, start, step
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import LEVELS
@@ -180,6 +182,22 @@ def test_warm_up_steps_that_diffusers_takes_where_a_config_does_not_say_are_refu
     assert choose_sampler({"_class_name": "PNDMScheduler", "skip_prk_steps": True}, "auto") == "pndm"
     with pytest.raises(Refused, match="skip_prk_steps"):
         choose_sampler({"_class_name": "PNDMScheduler"}, "auto")
+
+
+@pytest.mark.parametrize("kind", FOLLOWED)
+def test_what_a_config_leaves_out_is_what_diffusers_takes(kind):
+    theirs = inspect.signature(getattr(diffusers, kind)).parameters
+    for name, (followed, default) in FOLLOWED[kind].items():
+        assert name == "clip_sample" or default == theirs[name].default
+        assert choose_sampler({"_class_name": kind, name: followed, "skip_prk_steps": True}, "auto") == SCHEDULERS[kind]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_sampler_holds_the_entries_that_its_updates_read_and_no_more(name):
+    of_flows = open_sampler(name).calls is None
+    config, rule = ({"_class_name": "FlowMatchHeunDiscreteScheduler"}, FlowRule()) if of_flows else (BETAS, None)
+    levels = make_schedule(config, name, 10, PROFILES[-1], flow=rule)
+    assert levels.memory == max(len(update.weights) for update in levels.updates) - 1
 
 
 def test_the_range_of_steps_is_the_training_steps():

@@ -34,8 +34,10 @@ def _updates(
         signal, following = pairs[k + 1]
         h = log_ratio[k + 1] - log_ratio[k]
         sample, weight = following / noisy, -signal * math.expm1(-h)
-        share = 0.0 if k == 0 else 0.5 * h / (log_ratio[k] - log_ratio[k - 1])
-        weights = (weight,) if k == 0 else (weight * (1 + share), -weight * share)
+        weights: tuple[float, ...] = (weight,)
+        if k > 0:
+            share = 0.5 * h / (log_ratio[k] - log_ratio[k - 1])
+            weights = (weight * (1 + share), -weight * share)
         updates.append(Update(sample, weights, entries[k]))
     return [*updates, Update(0.0, (1.0,), entries[-1])]
 
