@@ -58,6 +58,7 @@ class StubEngine:
             digests={"unet": "stub"},
             licence="none",
             backbone=SD,
+            networks={},
             guidance="cfg",
             guidance_at=lambda guidance: "cfg",
             halves=2,

@@ -493,8 +493,17 @@ def test_a_plan_says_what_memory_a_large_batch_takes(tmp_path, capsys):
         "--dry-run",
     ]
     assert generate.main([*line, "--batch-size", "1000", "--json"]) == 0
-    assert "memory     at least 3.1 GB for 1000 images, of " in capsys.readouterr().err
-    assert generate.main([*line, "--json"]) == 0 and "memory " not in capsys.readouterr().err
+    weights = "memory     0.024 GB of weights"
+    assert f"{weights} and at least 3.1 GB for 1000 images, of " in capsys.readouterr().err
+    assert generate.main([*line, "--json"]) == 0 and f"{weights}, of " in capsys.readouterr().err
+
+
+def test_a_dry_run_draws_no_weights_and_tells_what_they_take(tmp_path, monkeypatch, capsys):
+    """Parameters of SDXL: 2,567 M of the U-Net, 818 M of the text encoders, 84 M of the autoencoder, 4 bytes each."""
+    monkeypatch.setattr(presets, "as_filled", None)
+    line = "--model random-sdxl --labeller attention --classes cat --prompts cat --dtype fp32 --dry-run --out".split()
+    assert generate.main([*line, str(tmp_path / "run")]) == 0
+    assert "memory     14 GB of weights, of " in capsys.readouterr().err
 
 
 def test_a_missing_list_of_prompts_is_said_before_anything_is_loaded(tmp_path):

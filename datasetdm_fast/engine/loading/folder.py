@@ -29,7 +29,7 @@ from datasetdm_fast.engine.loading.checks import (
     read_config,
 )
 from datasetdm_fast.engine.loading.model import Model, check_model
-from datasetdm_fast.engine.loading.network import ConfigFile, Network, tensors_of
+from datasetdm_fast.engine.loading.network import ConfigFile, Network, count_numbers, tensors_of
 from datasetdm_fast.engine.loading.provenance import UNKNOWN_LICENCE, digest, files_of, folder_licence
 from datasetdm_fast.engine.loading.tokenizer import OwnTokenizer, load_tokenizer
 from datasetdm_fast.errors import Missing, Refused
@@ -286,6 +286,7 @@ def _network(folder: Path, part: Part, weights: _Weights, config: Mapping[str, A
         ConfigFile(config),
         lambda: _from_folder(folder, part, weights, config),
         lambda stored: tensors_of(weights.files[0], stored),
+        lambda: count_numbers(weights.files[0]),
     )
 
 

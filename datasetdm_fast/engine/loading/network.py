@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -54,11 +55,17 @@ class Weighted:
 
 class Network:
     """Its `module` is built when it is first needed, and then holds the weights; until then they are read from their
-    source each time.
+    source each time. `count` is how many numbers they are, found without them.
     """
 
-    def __init__(self, config: Any, build: Callable[[], nn.Module], read: Callable[[Stored], dict[str, Tensor]]):
-        self.config, self._build, self._read = config, build, read
+    def __init__(
+        self,
+        config: Any,
+        build: Callable[[], nn.Module],
+        read: Callable[[Stored], dict[str, Tensor]],
+        count: Callable[[], int] = lambda: 0,
+    ):
+        self.config, self._build, self._read, self._count = config, build, read, count
         self._module: nn.Module | None = None
         self._built = 0  # changes of the parameters when they were filled
 
@@ -80,6 +87,10 @@ class Network:
     @property
     def is_built(self) -> bool:
         return self._module is not None
+
+    def numel(self) -> int:
+        """Numbers in its weights."""
+        return self._count() if self._module is None else sum(value.numel() for value in self._module.parameters())
 
     def unload(self) -> None:
         """Drops the module, which is built again when it is next needed; one that was changed stays."""
@@ -113,6 +124,12 @@ def tensors_of(file: Path, stored: Stored) -> dict[str, Tensor]:
             value = opened.get_tensor(name)
             tensors[name] = room(value.shape, stored(name, value)).copy_(value)
     return tensors
+
+
+def count_numbers(file: Path) -> int:
+    """Numbers in a safetensors file."""
+    with safetensors.safe_open(file, "pt") as opened:
+        return sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())
 
 
 def as_filled(

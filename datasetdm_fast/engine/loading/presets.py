@@ -64,7 +64,12 @@ def seed_network(part: str, settings: Mapping[str, Any], seed: int, backbone: Ba
             draw(name, state[name])
         return module
 
-    return Network(config, build_filled, lambda stored: as_filled(shapes_of(record, config), Seeded(seed), stored))
+    return Network(
+        config,
+        build_filled,
+        lambda stored: as_filled(shapes_of(record, config), Seeded(seed), stored),
+        lambda: sum(map(math.prod, shapes_of(record, config).values())),
+    )
 
 
 def shapes_of(part: Part, config: Mapping[str, Any]) -> Mapping[str, tuple[int, ...]]:

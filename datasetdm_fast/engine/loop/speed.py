@@ -6,7 +6,6 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from datasetdm_fast.config import CACHED, FAST, FAST_SAMPLER, FAST_STEPS, FP8, USUAL_SAMPLER
-from datasetdm_fast.engine.engines.device import multiplies_fp8
 from datasetdm_fast.errors import Refused
 
 if TYPE_CHECKING:
@@ -30,6 +29,8 @@ def fast_sampling(engine: Engine, sampler: str, steps: int) -> tuple[str, int]:
 
 def check_call_speed(engine: Engine, speed: str, reads_every_call: bool) -> None:
     """Refuses cache3 and fp8 where the engine or its device has no such calls, or labels are read from every call."""
+    from datasetdm_fast.engine.engines.device import multiplies_fp8  # which needs torch
+
     title = engine.model.backbone.title
     if speed == CACHED and not hasattr(getattr(engine, "unet", None), "deep"):
         raise Refused(

@@ -50,7 +50,9 @@ def describe_job(job: Job, call: float = 0.0) -> list[str]:
         "memory": describe_memory(job),
         "race": job.race,
         "precision": job.precision or promised or _warning(engine),
-        "time": f"about {format_duration(call * job.calls_left * OVERHEAD)}, at {call:.3g} s a call" if call else "",
+        "time": f"about {format_duration(call * job.calls_left * OVERHEAD)}, at {call:.3g} s a call"
+        if call
+        else describe_work(job),
         "disk": f"at most {job.bytes_needed / 1e6:,.0f} MB of {free_bytes(job.folder.absolute()) / 1e6:,.0f} MB free",
         "run folder": str(job.folder),
     }
@@ -63,13 +65,28 @@ def describe_guidance(job: Job) -> str:
 
 
 def describe_memory(job: Job) -> str:
-    """What a batch larger than the usual one takes at least, beside what the device has; empty for others."""
-    engine, size = job.engine, job.plan.batch_size
-    if size <= engine.suggested_batch():
+    """What the weights take, and what a batch larger than the usual one takes at least, of what the device has."""
+    engine, size, model = job.engine, job.plan.batch_size, job.engine.model
+    dtype = engine.fingerprint()["dtype"]
+    wide = model.backbone.of_kind("text_encoder") if model.backbone.text_network else ()  # which ours keep in fp32
+    held = {part: 4 if part in wide else BYTES.get(dtype, 4) for part in model.networks}
+    what = [f"{sum(network.numel() * held[part] for part, network in model.networks.items()) / 1e9:.2g} GB of weights"]
+    if size > engine.suggested_batch():
+        width = model.networks["vae"].config.block_out_channels[0]
+        needed = size * DECODER_MAPS * width * job.recipe.facts["size"] ** 2 * BYTES.get(dtype, 4)
+        what.append(f"at least {needed / 1e9:.2g} GB for {size} images")
+    return f"{' and '.join(what)}, of {device_memory(engine.device) / 1e9:.3g} GB in all"
+
+
+def describe_work(job: Job) -> str:
+    """The products of an image's calls of a transformer, every weight of which meets every token; else empty."""
+    model, facts = job.engine.model, job.recipe.facts
+    if model.backbone.flow is None:
         return ""
-    width = engine.model.networks["vae"].config.block_out_channels[0]
-    needed = size * DECODER_MAPS * width * job.recipe.facts["size"] ** 2 * BYTES.get(engine.fingerprint()["dtype"], 4)
-    return f"at least {needed / 1e9:.2g} GB for {size} images, of {device_memory(engine.device) / 1e9:.3g} GB in all"
+    rows = 2 if model.guidance_at(facts["guidance"]) == "cfg" else 1
+    tokens = model.image_tokens + model.backbone.text(model.configs)[0]
+    work = 2e-12 * model.denoiser.numel() * tokens * rows * facts["calls"]
+    return f"at least {work:.3g} TFLOP an image, measured before the first"
 
 
 def describe_model(model: Model) -> str:

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ def resolve_precision(name: str, device: torch.device) -> str:
 
 class FastEngine(Engine):
     """See engines.Engine; an instance is the CpuEngine or the GpuEngine of its device. The weights of `model` are read
-    at construction and left as they are; where no module holds them, they are not held twice.
+    when they are first needed and left as they are; where no module holds them, they are not held twice.
 
     Text encoder, timestep table and level sums are stored in fp32 in every precision: they cost little, and labels hang
     on them. The UNet and the autoencoder are stored as `dtype`, but in fp32 an autoencoder that leaves the range of
@@ -117,7 +117,16 @@ class FastEngine(Engine):
         self.decoders = {
             task: with_ops(decoder, decoder_ops).to(self.device) for task, decoder in (decoders or {}).items()
         }
-        self._read_weights()
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """What is made of the weights, which are read when the first of it is asked for: a plan needs none."""
+            if "_seen" in self.__dict__ or name.startswith("__"):
+                raise AttributeError(f"{type(self).__name__} has no {name}")
+            with torch.inference_mode(False):
+                self._read_weights()
+            return getattr(self, name)
 
     def _operations(self, dtype: torch.dtype) -> SimpleNamespace:
         return operations(self.device, dtype)
@@ -152,13 +161,14 @@ class FastEngine(Engine):
         raise NotImplementedError
 
     def _read_weights(self) -> None:
-        self._seen = self._weight_versions()
+        seen = self._weight_versions()
         sources = self._sources("unet")
         for name in NETWORKS:
             setattr(self, name, self._build_network(name, sources))
         del sources
         for name in (*LAZY_NETWORKS, "_wide_image_decoder"):
             self.__dict__.pop(name, None)
+        self._seen = seen
         self._ready()
         self._compiled = torch.compile(self._plain, dynamic=False) if self.is_compiled else None
         self._rows: dict[float, Tensor] = {}
@@ -214,6 +224,7 @@ class FastEngine(Engine):
         return self._load_lazily("image_encoder", "vae")
 
     def _load_lazily(self, name: str, *sources: str) -> nn.Module:
+        self._refresh()
         return self._build_network(name, self._sources(*sources))
 
     def weight_distance(self) -> float:
