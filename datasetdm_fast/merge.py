@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from datasetdm_fast.command_line.ending import command
@@ -18,7 +19,7 @@ from datasetdm_fast.messages import count_noun
 from datasetdm_fast.settings import OutputSettings, setting
 
 PROG = "python -m datasetdm_fast.merge"
-EXAMPLES = ("runs/day runs/night --out runs/all",)
+EXAMPLES = ("runs/day runs/night --out runs/all", "s3://bucket/day s3://bucket/night --out s3://bucket/all")
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,9 @@ class MergeConfig(OutputSettings):
     FLAGS = "runs out kept copy dry_run json quiet".split()
 
     runs: tuple[str, ...] = setting(
-        (), "finished run folders, in the order of their samples", metavar="RUN", positional=True
+        (), "finished runs, all of them folders or in shards, in the order of samples", metavar="RUN", positional=True
     )
-    out: str = setting("", "run folder", metavar="RUN", output="folder", required=True)
+    out: str = setting("", "run folder; of shards also a URL", metavar="RUN", output="place", required=True)
     kept: bool = setting(False, "take only the samples that filter keeps")
     copy: bool = setting(False, "copy files instead of linking to them")
 
@@ -38,22 +39,29 @@ def main(arguments: Sequence[str]) -> int:
     config, _ = parse(arguments, MergeConfig, PROG, __doc__, EXAMPLES)
     from datasetdm_fast.runs.compositions.composition import count_existing, write_missing
     from datasetdm_fast.runs.compositions.merging import Merging
+    from datasetdm_fast.runs.compositions.shard_merging import ShardMerging, ShardSource
     from datasetdm_fast.runs.compositions.source import Source
+    from datasetdm_fast.runs.run_folder.shard_audit import find_sharded
 
-    folder = Path(config.out)
     if len(config.runs) < 2:
         count = count_noun(len(config.runs), "run") if config.runs else "no run"
         raise Refused(f"{PROG}: {count} named, expected two or more", "Name the run folders to be merged.")
-    merging = Merging([Source(Path(path), only_kept=config.kept) for path in config.runs])
-    number, existing = merging.number, count_existing(folder, merging.document)
+    if any(find_sharded(path) is not None for path in config.runs):
+        shards = ShardMerging([ShardSource(path, only_kept=config.kept) for path in config.runs], config.out)
+        merging: Merging = shards
+        existing, write = shards.count_existing(), shards.write_missing
+    else:
+        folder, merging = Path(config.out), Merging([Source(Path(path), only_kept=config.kept) for path in config.runs])
+        existing = count_existing(folder, merging.document)
+        write = partial(write_missing, merging, folder, is_linked=not config.copy)
+    number = merging.number
     if config.dry_run:
         merging.close()
         plan = f"{existing} are there, {merging.duplicates} are left out"
         facts = {"path": config.out, "number": number, "done": existing, "duplicates": merging.duplicates}
-        return print_plan(config, facts, config.out, f"{folder}: would have {count_noun(number, 'sample')}, {plan}")
+        return print_plan(config, facts, config.out, f"{config.out}: would have {count_noun(number, 'sample')}, {plan}")
     with Interruption(config.quiet) as interruption, ImageProgress(number - existing, config.quiet) as progress:
-        callbacks = {"on_commit": progress.on_commit, "is_stopping": interruption.is_stopping}
-        written = write_missing(merging, folder, is_linked=not config.copy, **callbacks)
+        written = write(on_commit=progress.on_commit, is_stopping=interruption.is_stopping)
     merging.close()
     done = existing + written
     if done < number:
@@ -61,7 +69,7 @@ def main(arguments: Sequence[str]) -> int:
     else:
         more = f", {merging.duplicates} left out as their images were there before" if merging.duplicates else ""
         more += "" if written else ", nothing to do"
-        print_lines(config, f"{folder}: complete with {count_noun(done, 'sample')}{more}")
+        print_lines(config, f"{config.out}: complete with {count_noun(done, 'sample')}{more}")
     facts = {"number": number, "done": done, "made": written, "duplicates": merging.duplicates}
     print_result(config, {"path": config.out, **facts, "complete": done == number}, config.out)
     return interruption.exit_code(0)

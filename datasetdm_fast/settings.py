@@ -28,10 +28,10 @@ def setting(
 ):
     """The field of a setting; `identity` fields decide the bytes of the data set, the others only how it is made.
     With identity="if given" a setting counts only where it is not its default, so that runs made before there was such
-    a setting can be resumed. `positional` needs no flag before it; `output` is "file" or "folder" where the setting
-    names what is written. With `has_names` a choice may be followed by a colon and a name. A `required` setting that is
-    missing or empty is refused, and so is a number below `least` or beyond `most`. `other_names` are what others call a
-    choice, which a refusal suggests then.
+    a setting can be resumed. `positional` needs no flag before it; `output` is "file", "folder" or "place" (a folder or
+    its URL) where the setting names what is written. With `has_names` a choice may be followed by a colon and a name. A
+    `required` setting that is missing or empty is refused, and so is a number below `least` or beyond `most`.
+    `other_names` are what others call a choice, which a refusal suggests then.
     """
     return field(
         default=default,

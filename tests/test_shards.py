@@ -9,6 +9,7 @@ import tarfile
 import threading
 import time
 from dataclasses import replace
+from itertools import chain
 
 import pytest
 import torch
@@ -48,8 +49,9 @@ def spec_of(out, **changes):
     return replace(read_spec(replace(config, **changes)), may_mix=False)
 
 
-def make(out, place=None, rank=ALONE, number=SAMPLES, **options):
-    return work_on_shards(spec_of(out, number=number), place or shard_place(out), rank, Callbacks(describe, **options))
+def make(out, place=None, rank=ALONE, number=SAMPLES, seed=0, **options):
+    spec = spec_of(out, number=number, seed=seed)
+    return work_on_shards(spec, place or shard_place(out), rank, Callbacks(describe, **options))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -291,11 +293,11 @@ def test_the_command_resumes_and_reports(alone, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("command", "flags"),
-    [(merge.main, ["--out", "all"]), (gallery.main, []), (vary.main, ["--domain", "night", "--out", "other"])],
+    [(gallery.main, []), (vary.main, ["--domain", "night", "--out", "other"])],
 )
 def test_what_cannot_be_done_with_shards_is_refused_in_a_sentence(alone, capsys, command, flags):
     before = tree(alone)
-    assert command([str(alone), *([str(alone)] if command is merge.main else []), *flags]) == 2
+    assert command([str(alone), *flags]) == 2
     told = "as it is looked at" if command is gallery.main else "its samples are in shards"
     assert told in capsys.readouterr().err and tree(alone) == before
 
@@ -328,6 +330,34 @@ def test_selections_are_small_files_beside_the_shards(alone, folder, tmp_path, c
         assert command([str(run), "--undo", "--quiet"]) == 0
     assert restore.main([str(run), "--all", "--quiet"]) == 0
     assert {name: content for name, content in tree(run).items() if not name.startswith("scores/")} == tree(alone)
+
+
+@pytest.mark.parametrize("where", ["folder", "store"])
+def test_a_merged_run_is_a_manifest_that_readers_take_for_a_run(alone, folder, bucket, tmp_path, capsys, where):
+    run, out = copy(alone, tmp_path), "memory://bucket/run" if where == "store" else str(tmp_path / "all")
+    make(tmp_path / "other", number=7, seed=100)
+    assert drop.main([str(run), "00000003", "--quiet"]) == 0
+    line = [str(run), str(tmp_path / "other"), str(alone), "--out", out, "--quiet", "--json"]
+    assert merge.main([*line, "--dry-run"]) == 0
+    for made in (33, 0):
+        assert merge.main(line) == 0
+        facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert (facts["made"], facts["duplicates"], facts["complete"]) == (made, SAMPLES, True)
+    names = shard_place(out).names("manifest")
+    assert len(names) == 8 and shard_place(out).names("shards") == [] and audit.main([out, "--quiet"]) == 0
+    merged, parts = datasetdm_fast.open_run(out), [datasetdm_fast.open_run(run), datasetdm_fast.open_run(line[1])]
+    assert len(merged) == 32 and merged.is_complete
+    for sample, part in zip(merged, chain(*parts), strict=True):
+        assert (sample.prompt, sample.meta["merged"]["id"]) == (part.prompt, part.id)
+        assert (sample.image == part.image).all() and sample.row.labels == part.row.labels
+    assert filtering.main([out, "--where", "trust == 1", "--quiet"]) == 0
+    assert where == "store" or len(RunSamples(tmp_path / "all", "train", 64, ("semantic",))) > 5
+    assert convert.main([out, "--to", "wds", "--kept", "--out", str(tmp_path / "export"), "--quiet"]) == 0
+    served = showing.show(out, is_served=True).served_run(out)
+    assert served.fetch("images/00000031.png").read_bytes() == parts[1]["00000001"].read("image")
+    assert merge.main([str(folder), str(run), "--out", str(tmp_path / "mixed")]) == 2
+    (run / tar_name(1)).write_bytes(b"")
+    assert audit.main([out, "--quiet"]) == 4 and tar_name(1) in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("place", ["folder", "store"])

@@ -10,6 +10,7 @@ from pathlib import Path
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.untrusted.documents import quote
 
+PLACE = "place"  # a folder, or the URL of one in an object store
 LONGEST_PART = 255 - 32  # bytes of a name between two slashes, less what a file has added while it is written
 LONGEST_PATH = 4096 - 512  # bytes, less those of the files inside
 
@@ -18,11 +19,14 @@ def check_output(flag: str, text: str, kind: str) -> None:
     """Refuses a name that no file or folder can have."""
     if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in text):
         raise Refused(f"{flag} {quote(text)}: control characters in the name of a {kind}", "Choose another name.")
+    if "://" in text and kind == PLACE:
+        return
     if "://" in text:
         raise Refused(
             f"{flag} {quote(text)}: expected a {kind} on this machine, not a URL",
-            "Name a path. Only the flag --store of generate takes the URL of an object store to write to.",
+            "Name a path. Object stores are written to by generate --store, convert --out and merge --out.",
         )
+    kind = "folder" if kind == PLACE else kind
     path = Path(text)
     longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
     if longest > LONGEST_PART or len(os.fsencode(path.absolute())) > LONGEST_PATH:

@@ -28,6 +28,8 @@ CONVERT = "Give the runs to convert instead: it makes one export of them, and ma
 class Merging(Composition):
     """A merged run."""
 
+    layout: Mapping[str, Any] = {}  # settings that say how its samples are stored
+
     def __init__(self, sources: Sequence[Source]):
         self.sources = sources
         self._check_alike()
@@ -37,12 +39,15 @@ class Merging(Composition):
             check_numbers(self.classes, self.labels)
         except ValueError as error:
             raise Refused(
-                f"{sources[0].path} and the others: their labels number the classes differently ({error})", CONVERT
+                f"{sources[0].place} and the others: their labels number the classes differently ({error})", CONVERT
             ) from error
-        self.places: list[tuple[int, int]] = []  # run and index of every sample, in order
         self.sides: set[tuple[int, int]] = set()
         self.duplicates = 0  # samples left out, as an earlier one has the same image
-        images = set()
+        self._read_samples()
+
+    def _read_samples(self) -> None:
+        self.places: list[tuple[int, int]] = []  # run and index of every sample, in order
+        sources, images = self.sources, set()
         for k, source in enumerate(sources):
             for row in source.run.rows(("files",)):
                 digest = bytes.fromhex(row.files["image"][1].sha256)
@@ -66,7 +71,7 @@ class Merging(Composition):
                 if sorted(values[0]) != sorted(values[1]):
                     shown = [", ".join(value) if isinstance(value, list) else value for value in values]
                     raise Refused(
-                        f"{other.path}: its {name} is {shown[0]}, that of {first.path} is {shown[1]}", CONVERT
+                        f"{other.place}: its {name} is {shown[0]}, that of {first.place} is {shown[1]}", CONVERT
                     )
 
     def _merge_table(self, task: str) -> dict[str, Any]:
@@ -85,7 +90,7 @@ class Merging(Composition):
                     ours, theirs = ours[apart], theirs[apart]
                 if ours != theirs:
                     raise Refused(
-                        f"{source.path}: {task}.{name} has {documents.quote(theirs)} where {first.path} has "
+                        f"{source.place}: {task}.{name} has {documents.quote(theirs)} where {first.place} has "
                         f"{documents.quote(ours)}",
                         CONVERT,
                     )
@@ -106,6 +111,7 @@ class Merging(Composition):
             "versions": {"datasetdm_fast": __version__},
             "config": {
                 **{name: first["config"][name] for name in ("task", "image_format", "sampler", "seed")},
+                **self.layout,
                 "number": self.number,
                 "kept": [source.filter_digest for source in sources],
             },
@@ -125,8 +131,8 @@ class Merging(Composition):
                 "told": f"Merged from the runs {', '.join(source.path.resolve().name for source in sources)}",
                 "sides": sides if len(self.sides) <= MOST_SIDES else f"{len(self.sides)} sizes",
                 "source": {
-                    "path": str(sources[0].path),
-                    "paths": [str(source.path) for source in sources],
+                    "path": sources[0].place,
+                    "paths": [source.place for source in sources],
                     "digests": {
                         f"{k}/{name}": digest
                         for k, source in enumerate(sources)

@@ -26,16 +26,22 @@ PIXEL_BYTES = 8  # of a sample with every kind of label
 class Source:
     """A finished run folder."""
 
-    def __init__(self, path: Path, *, only_kept: bool = False):
-        self.path, self.run = path, Run(path, kept=only_kept)
-        self.document: dict[str, Any] = self.run.document
-        refuse_stored(path)
-        refuse_shards(path)
+    def __init__(self, place: str | Path, *, only_kept: bool = False):
+        self.place, self.run = str(place), Run(place, kept=only_kept)
+        self.path, self.document = self.run.path, self.run.document
+        self._check_kind()
         if only_kept:
-            check_filtered(path)
-        self.filter_digest = storage.sha256_of(path / FILTER) if only_kept else ""
-        if not self.run.is_complete or not is_sealed(path):
-            raise Refused(f"{path}: the run is not finished", "Run the command that made it again: it resumes.")
+            check_filtered(self.path)
+        self.filter_digest = storage.sha256_of(self.path / FILTER) if only_kept else ""
+        if not self.run.is_complete or not self._is_closed():
+            raise Refused(f"{place}: the run is not finished", "Run the command that made it again: it resumes.")
+
+    def _check_kind(self) -> None:
+        refuse_stored(self.path)
+        refuse_shards(self.path)
+
+    def _is_closed(self) -> bool:
+        return is_sealed(self.path)
 
     @cached_property
     def digests(self) -> dict[str, str]:

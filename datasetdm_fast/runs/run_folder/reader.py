@@ -217,6 +217,11 @@ class Run(AbstractContextManager["Run"]):
         return self.__dict__ | {"_ledger": None}
 
     @property
+    def indices(self) -> tuple[int, ...]:
+        """The indices of its samples."""
+        return tuple(self._indices)
+
+    @property
     def tasks(self) -> tuple[str, ...]:
         return tuple(self.document["config"]["task"])
 

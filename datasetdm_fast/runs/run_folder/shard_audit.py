@@ -56,7 +56,8 @@ def audit_shards(where: str, threads: int, on_progress: Callable[[int, int], Non
     with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
         for shard, (entry, faults) in zip(shards, pool.map(partial(_audit_shard, place, document), shards)):
             findings += faults
-            damaged += range(shard * size, min((shard + 1) * size, number)) if faults else []
+            first, stop = shard * size, min((shard + 1) * size, number)
+            damaged += range(first, max(stop, first + 1)) if faults else []
             if entry is not None:
                 done, quarantined = (
                     done + len(entry.indices),
@@ -72,19 +73,22 @@ def _audit_shard(place: ShardPlace, document: Mapping[str, Any], shard: int) -> 
     number, size = document["plan"]["number"], shard_size(document["config"])
     try:
         ledger = ShardLedger(place, size, [shard])
-        entry = ledger.entries[shard]
-        if entry.stop != min((shard + 1) * size, number):
+        entry, (source, _) = ledger.entries[shard], ledger.source_of(shard)
+        if entry.source:  # the last shards of its runs leave gaps
+            document = {**document, "plan": document["plan"] | {"number": entry.stop}}
+        elif entry.stop != min((shard + 1) * size, number):
             raise Refused(f"{entry_name(shard)}: it ends with sample {entry.stop - 1}", REMAKE)
         for name, written in entry.files.items():
-            if (current := digest_of_shard(place, name)) != written:
-                return entry, [Finding(name, CHANGED if current else MISSING, REMAKE)]
+            if (current := digest_of_shard(source, name)) != written:
+                named = name if entry.source is None else f"{source.name}/{name}"
+                return entry, [Finding(named, CHANGED if current else MISSING, REMAKE)]
         rows = ledger.index_of(shard).rows
         if list(rows) != list(range(entry.first, entry.stop)):
             raise Refused(f"{index_name(shard)}: its samples are not those of the manifest", REMAKE)
         findings = []
         for row in ledger.rows(DONE):
             faults = check_sample(Path(place.name), document, row, ledger.read_file).faults
-            if sample_record(row) != ledger.read_file(row, RECORD):
+            if sample_record(row, ledger.stored_id(row)) != ledger.read_file(row, RECORD):
                 faults.append(
                     Finding(tar_name(shard), f"the record of {row.request.id} is not that of its row", REMAKE)
                 )

@@ -12,8 +12,9 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from datasetdm_fast.config import SHARD_SIZE
@@ -33,7 +34,8 @@ from datasetdm_fast.runs.run_folder.ledger import (
     digest_of,
     encode_trust,
 )
-from datasetdm_fast.runs.run_folder.shard_places import ShardPlace
+from datasetdm_fast.runs.run_folder.object_store import is_url
+from datasetdm_fast.runs.run_folder.shard_places import ShardPlace, shard_place
 from datasetdm_fast.runs.run_folder.shard_selections import Score, ShardScores
 from datasetdm_fast.untrusted import documents
 from datasetdm_fast.untrusted.images import LARGEST_IMAGE_FILE
@@ -67,6 +69,7 @@ class ShardEntry:
     quarantined: Mapping[str, Sequence[int]]  # reason -> indices of samples that were quarantined
     classes: Mapping[str, int]  # class -> instances
     files: Mapping[str, StoredFile]  # name -> what was written
+    source: Mapping[str, Any] | None = None  # place and number of the shard of another run that it is, of a merged run
 
     @cached_property
     def indices(self) -> list[int]:
@@ -76,7 +79,14 @@ class ShardEntry:
 
     def encode(self) -> bytes:
         value = {name: getattr(self, name) for name in ENTRY_FORM}
-        return canonical(value | {"files": {name: asdict(file) for name, file in self.files.items()}}).encode()
+        value |= {"files": {name: asdict(file) for name, file in self.files.items()}}
+        return canonical(value | ({"source": self.source} if self.source else {})).encode()
+
+    def renumber(self, first: int, source: Mapping[str, Any]) -> ShardEntry:
+        """This shard as one of a merged run, where its first sample has another index."""
+        by = first - self.first
+        quarantined = {reason: [index + by for index in indices] for reason, indices in self.quarantined.items()}
+        return replace(self, first=first, stop=self.stop + by, quarantined=quarantined, source=source)
 
 
 def shard_size(config: Mapping[str, Any]) -> int:
@@ -121,10 +131,10 @@ def end_of(size: int) -> bytes:
     return b"\0" * (2 * tarfile.BLOCKSIZE + -(size + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE)
 
 
-def sample_record(row: Row) -> bytes:
+def sample_record(row: Row, id: str) -> bytes:
     """The JSON file of a sample: its request, the labels that are no maps, and how far they can be trusted."""
     request, trust = row.request, encode_trust(row.trust)
-    record = {"id": request.id, "prompt": request.prompt, "seed": request.seed, "classes": list(request.classes)}
+    record = {"id": id, "prompt": request.prompt, "seed": request.seed, "classes": list(request.classes)}
     record |= {"labels": row.labels, "trust": trust and json.loads(trust)}
     return canonical(record).encode()
 
@@ -211,6 +221,12 @@ class ShardIndex:
 
     rows: Mapping[int, Row]
     places: Mapping[int, Places]
+    by: int = 0  # what was added to the indices of its samples
+
+    def renumber(self, by: int, run: str) -> ShardIndex:
+        """The samples of a run as those of a merged one."""
+        places = {index + by: places for index, places in self.places.items()}
+        return ShardIndex({index + by: _renumber(row, index + by, run) for index, row in self.rows.items()}, places, by)
 
     @classmethod
     def decode(cls, content: bytes) -> ShardIndex:
@@ -234,6 +250,14 @@ class ShardIndex:
         return cls(rows, places)
 
 
+def _renumber(row: Row, index: int, run: str) -> Row:
+    """The row of a sample of a run as one of a merged run."""
+    id = row.request.id
+    files = {role: (name.replace(id, f"{index:08d}"), stored) for role, (name, stored) in row.files.items()}
+    recipe = {**row.recipe, "merged": {"run": run, "id": id}}
+    return replace(row, request=replace(row.request, index=index), recipe=recipe, files=files)
+
+
 class ShardLedger:
     """The rows of a run in shards that are complete, read as those of a ledger are."""
 
@@ -252,6 +276,7 @@ class ShardLedger:
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
         self._open: OrderedDict[int, BinaryIO] = OrderedDict()
         self._lock, self._process = threading.RLock(), os.getpid()
+        self._places: dict[str, ShardPlace] = {}
         self.entries: dict[int, ShardEntry] = {}
         self.read_entries(list_shards(place) if shards is None else shards)
 
@@ -284,8 +309,11 @@ class ShardLedger:
             documents.check_form(value, ENTRY_FORM)
             documents.check_form(list(value["quarantined"].values()), [[int]])
             files = {documents.check_inside(path): StoredFile(**file) for path, file in value["files"].items()}
-            entry = ShardEntry(**{**{part: value[part] for part in ENTRY_FORM}, "files": files})
-            if set(files) != {tar_name(shard), index_name(shard)}:
+            if (source := value.get("source")) is not None:
+                documents.check_form(source, {"place": str, "shard": int})
+            entry = ShardEntry(**{**{part: value[part] for part in ENTRY_FORM}, "files": files, "source": source})
+            number = source["shard"] if source else shard
+            if set(files) != {tar_name(number), index_name(number)}:
                 raise ValueError("it names other files than those of its shard")
             if not shard * self._size == entry.first < entry.stop <= entry.first + self._size:
                 raise ValueError("it has other samples than its shard")
@@ -380,13 +408,23 @@ class ShardLedger:
                 self._indexes.popitem(last=False)
             return index
 
+    def source_of(self, shard: int) -> tuple[ShardPlace, int]:
+        """The place that has the files of a shard, and its number there."""
+        if (source := self.entries[shard].source) is None:
+            return self.place, shard
+        if (name := source["place"]) not in self._places:
+            self._places[name] = shard_place(name if is_url(name) else Path(self.place.name, name))
+        return self._places[name], source["shard"]
+
     def _read_index(self, shard: int) -> ShardIndex:
-        name = index_name(shard)
-        content, written = self.place.read(name), self.entries[shard].files[name]
-        if content is None or hashlib.sha256(content).hexdigest() != written.sha256:
+        place, number = self.source_of(shard)
+        name, entry = index_name(number), self.entries[shard]
+        content = place.read(name)
+        if content is None or hashlib.sha256(content).hexdigest() != entry.files[name].sha256:
             raise self._damage(name, "it is missing or has changed since it was written")
         try:
-            return ShardIndex.decode(content)
+            index = ShardIndex.decode(content)
+            return index.renumber(entry.first - min(index.rows), Path(place.name).name) if entry.source else index
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise self._damage(name, f"not the index of a shard ({error})") from error
 
@@ -396,12 +434,16 @@ class ShardLedger:
         try:
             record = documents.parse_json(self.read_file(row, RECORD).decode(), "its record")
             documents.check_form(record, {"id": str, "labels": dict})
-            if record["id"] != row.request.id:
+            if record["id"] != self.stored_id(row):
                 raise ValueError(f"it is that of sample {documents.quote(record['id'])}")
         except (ValueError, TypeError) as error:
             name = tar_name(row.request.index // self._size)
             raise self._damage(name, f"the record of sample {row.request.id} is damaged ({error})") from error
         return Row(row.request, dict(row.recipe), row.files, record["labels"], row.status, row.reason, row.trust)
+
+    def stored_id(self, row: Row) -> str:
+        """The id of a sample in its shard."""
+        return f"{row.request.index - self.index_of(row.request.index // self._size).by:08d}"
 
     def read_file(self, row: Row, role: str) -> bytes:
         """The bytes of a file of a sample, as they are in its shard."""
@@ -409,7 +451,8 @@ class ShardLedger:
         offset, size = self.index_of(shard).places[row.request.index][role]
         if not 0 <= size <= max(LARGEST_IMAGE_FILE, LARGEST_RECORD):
             raise self._damage(index_name(shard), f"a file of sample {row.request.id} has {size} bytes")
-        with self._lock, self.place.refusing(tar_name(shard)):
+        place, number = self.source_of(shard)
+        with self._lock, place.refusing(tar_name(number)):
             file = self._file(shard)
             file.seek(offset)
             return file.read(size)
@@ -418,7 +461,8 @@ class ShardLedger:
         if self._process != os.getpid():  # a fork shares the places in files with its parent
             self._open, self._process = OrderedDict(), os.getpid()
         if (file := self._open.pop(shard, None)) is None:
-            file = self.place.open(tar_name(shard))
+            place, number = self.source_of(shard)
+            file = place.open(tar_name(number))
         self._open[shard] = file
         while len(self._open) > OPEN_SHARDS:
             self._open.popitem(last=False)[1].close()

@@ -289,7 +289,7 @@ class ShardWorker:
         for row, contents in self._encode_samples(shard, first, stop):
             rows.append(row)
             places.append({})
-            record = {RECORD: sample_record(row)} if row.files else {}
+            record = {RECORD: sample_record(row, row.request.id)} if row.files else {}
             for role, content in {**contents, **record}.items():
                 ending = RECORD if role == RECORD else row.files[role][0].rpartition(".")[2]
                 ending = ending if role in ("image", RECORD) else f"{role}.{ending}"
