@@ -2,7 +2,7 @@
 
 from datasetdm_fast.command_line.run_settings import read_spec
 from datasetdm_fast.runs.jobs.job import Job
-from datasetdm_fast.runs.jobs.resume import prepare_job
+from datasetdm_fast.runs.jobs.run import prepare_job
 from datasetdm_fast.runs.run_folder.document import read_document
 from datasetdm_fast.runs.run_settings import RunConfig
 

@@ -1,14 +1,10 @@
-"""python -m datasetdm_fast.audit RUN: check that a run folder or an export is complete and undamaged, or name each
-damaged file and how to repair it.
-"""
+"""python -m datasetdm_fast.audit RUN: check a run folder or an export, and say how to repair what is damaged."""
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from datasetdm_fast.command_line.ending import command
-from datasetdm_fast.command_line.flags import parse
+from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.progress import CountProgress
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.messages import count_noun
@@ -17,7 +13,6 @@ from datasetdm_fast.runs.run_folder.audit import repair
 from datasetdm_fast.runs.run_folder.shard_audit import find_sharded, repair_shards
 from datasetdm_fast.settings import setting
 
-PROG = "python -m datasetdm_fast.audit"
 EXAMPLES = ("runs/demo",)
 SHOWN = 100  # findings on a terminal
 
@@ -31,9 +26,8 @@ class AuditConfig:
     quiet: bool = setting(False, "show no progress")
 
 
-@command
-def main(arguments: Sequence[str]) -> int:
-    config, _ = parse(arguments, AuditConfig, PROG, __doc__, EXAMPLES)
+@command_with(AuditConfig, EXAMPLES)
+def main(config: AuditConfig, command: CommandLine) -> int:
     if config.threads < 0:
         raise Refused(f"--threads {config.threads}: expected a number of 0 or more", "Choose another number.")
     with CountProgress(0, "sample", str(config.run), config.quiet) as progress:

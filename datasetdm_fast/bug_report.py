@@ -18,9 +18,7 @@ def print_error(*lines: str) -> None:
 
 
 def report_bug(error: Exception) -> int:
-    """Exit code 1, after the traceback is in a file that the user can send us; 3 and the name of the package for an
-    error in an extension. Elsewhere a loaded extension may have caused it.
-    """
+    """Exit code 1, after the traceback is in a file for us; 3 and the package's name for an error in an extension."""
     place, summary = place_in_package(error), f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     code = Missing.exit_code if place else 1
     versions = f"datasetdm-fast {__version__}, Python {platform.python_version()}, {platform.platform()}"

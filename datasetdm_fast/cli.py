@@ -34,7 +34,7 @@ COMMANDS = {
 }
 
 PROGRAMS = {  # likewise; their first argument names a script of another project
-    "compat.showlab": ("datasetdm_fast.compat.showlab.__main__", "run the command lines of DatasetDM's own scripts"),
+    "compat.showlab": ("datasetdm_fast.compat.showlab.__main__", "run the command lines of DatasetDM's own scripts")
 }
 
 

@@ -29,10 +29,7 @@ if TYPE_CHECKING:
     from datasetdm_fast.runs.exporting.conversion import Conversion
 
 PROG = "python -m datasetdm_fast.convert"
-EXAMPLES = (
-    "runs/demo --to coco,yolo-seg",
-    "runs/demo --to voc --border 5 --classes person=human --out exports",
-)
+EXAMPLES = ("runs/demo --to coco,yolo-seg", "runs/demo --to voc --border 5 --classes person=human --out exports")
 
 
 @command
@@ -47,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     if "where" in flags and not settings.where.strip():
         raise Refused("--where: no condition was given", "Write a condition, or drop the flag.")
     if settings.push_to_hub:
-        from datasetdm_fast.runs.exporting.hub import check_hub
+        from datasetdm_fast.runs.exporting.hf import check_hub
 
         check_hub(settings.push_to_hub)
     folder = Path(settings.out) if settings.out else Path(settings.run) / EXPORTS
@@ -60,10 +57,7 @@ def main(arguments: Sequence[str]) -> int:
         plan = "complete, nothing to do" if conversion.is_complete else plan
         plan += f", and be uploaded to {settings.push_to_hub}" if settings.push_to_hub else ""
         return print_plan(settings, {**facts, "splits": conversion.splits}, str(folder), f"{folder}: {plan}")
-    with (
-        Interruption(settings.quiet) as interruption,
-        ImageProgress(conversion.samples, settings.quiet) as progress,
-    ):
+    with Interruption(settings.quiet) as interruption, ImageProgress(conversion.samples, settings.quiet) as progress:
         threads = settings.threads or count_cores()
         result = conversion.run(threads, progress.on_commit, interruption.is_stopping)
     conversion.close()
@@ -77,7 +71,7 @@ def main(arguments: Sequence[str]) -> int:
     print_lines(settings, f"{folder}: {summary}")
     facts |= {"made": result.made, "files": result.files, "splits": conversion.splits}
     if settings.push_to_hub:
-        from datasetdm_fast.runs.exporting.hub import push_to_hub
+        from datasetdm_fast.runs.exporting.hf import push_to_hub
 
         facts["url"] = push_to_hub(folder, settings.push_to_hub)
         print_lines(settings, f"{folder}: uploaded to {facts['url']}")

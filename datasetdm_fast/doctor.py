@@ -1,6 +1,4 @@
-"""python -m datasetdm_fast.doctor: report what is installed, which engines can run, why others cannot, and whether a
-first image can be made.
-"""
+"""python -m datasetdm_fast.doctor: report what is installed, which engines can run and why others cannot."""
 
 import json
 import os

@@ -1,16 +1,13 @@
 """python -m datasetdm_fast.drop RUN ID...: remove samples from a run folder; restore brings them back."""
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from datasetdm_fast.command_line.ending import command
-from datasetdm_fast.command_line.flags import parse
+from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.output import print_end
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.settings import OutputSettings, setting
 
-PROG = "python -m datasetdm_fast.drop"
 EXAMPLES = ("runs/demo 00000003 00000007", 'runs/demo --where "score < 0.4" --dry-run')
 
 
@@ -26,14 +23,13 @@ class DropConfig(OutputSettings):
     )
 
 
-@command
-def main(arguments: Sequence[str]) -> int:
-    config, flags = parse(arguments, DropConfig, PROG, __doc__, EXAMPLES)
+@command_with(DropConfig, EXAMPLES)
+def main(config: DropConfig, command: CommandLine) -> int:
     for name in ("file", "where"):
-        if name in flags and not getattr(config, name).strip():
+        if name in command.provided and not getattr(config, name).strip():
             raise Refused(f"--{name}: no value was given", "Give a value, or drop the flag.")
     if not (config.ids or config.file or config.where):
-        raise Refused(f"{PROG}: names no sample", "Give ids, --file FILE or --where CONDITION.")
+        raise Refused(f"{command.prog}: names no sample", "Give ids, --file FILE or --where CONDITION.")
     from datasetdm_fast.runs.curation import dropping
     from datasetdm_fast.runs.run_folder.reader import open_changeable
 

@@ -1,25 +1,19 @@
-"""python -m datasetdm_fast.edit RUN ID --class ball --prompt "a red star": regenerate regions of samples, with
-their labels.
-"""
+"""python -m datasetdm_fast.edit RUN ID --class ball --prompt "a red star": regenerate regions, with their labels."""
 
 import sys
-from collections.abc import Sequence
 
-from datasetdm_fast.command_line.ending import command
-from datasetdm_fast.command_line.flags import parse
+from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.redraw import redraw
 from datasetdm_fast.runs.compositions.settings import EditSettings
 
-PROG = "python -m datasetdm_fast.edit"
 EXAMPLES = ('runs/demo 00000003 --class ball --prompt "a red star"',)
 
 
-@command
-def main(arguments: Sequence[str]) -> int:
-    settings, _ = parse(arguments, EditSettings, PROG, __doc__, EXAMPLES)
+@command_with(EditSettings, EXAMPLES)
+def main(settings: EditSettings, command: CommandLine) -> int:
     from datasetdm_fast.runs.compositions.edit import Edits
 
-    return redraw(Edits, settings, PROG, arguments)
+    return redraw(Edits, settings, command.text)
 
 
 if __name__ == "__main__":

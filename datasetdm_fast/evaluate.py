@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from datasetdm_fast.command_line.ending import command
-from datasetdm_fast.command_line.flags import parse
+from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.output import print_lines, print_plan
 from datasetdm_fast.command_line.progress import CountProgress
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.training.evaluation.settings import ANY_SIZE, EvaluateConfig
 from datasetdm_fast.untrusted.documents import one_line
 
-PROG = "python -m datasetdm_fast.evaluate"
 EXAMPLES = (
     '--decoder decoder --data "folder:photos[val]"',
     "--decoder decoder --data 'voc:VOC[val],coco:COCO[val]' --task semantic --class-names auto",
 )
 
 
-@command
-def main(arguments: Sequence[str]) -> int:
-    config, _ = parse(arguments, EvaluateConfig, PROG, __doc__, EXAMPLES)
+@command_with(EvaluateConfig, EXAMPLES)
+def main(config: EvaluateConfig, command: CommandLine) -> int:
     config.check()
     from datasetdm_fast.training.evaluation import naming
     from datasetdm_fast.training.evaluation.measure import evaluate_decoders

@@ -2,17 +2,15 @@
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasetdm_fast.command_line.ending import command
-from datasetdm_fast.command_line.flags import parse
+from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.output import print_end
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.settings import OutputSettings, setting
 
-PROG = "python -m datasetdm_fast.example"
 EXAMPLES = ("photos",)
 PICTURES, SIDE = 40, 128
 FIRST_SEED = 800_000  # of the scenes, which no decoder and no figure of the pages is of
@@ -25,17 +23,16 @@ class ExampleConfig(OutputSettings):
     )
 
 
-@command
-def main(arguments: Sequence[str]) -> int:
-    config, _ = parse(arguments, ExampleConfig, PROG, __doc__, EXAMPLES)
+@command_with(ExampleConfig, EXAMPLES)
+def main(config: ExampleConfig, command: CommandLine) -> int:
     if not config.folder:
-        raise Refused(f"{PROG}: FOLDER is missing", "Name the folder to write, for example photos.")
+        raise Refused(f"{command.prog}: FOLDER is missing", "Name the folder to write, for example photos.")
     from datasetdm_fast.disk import storage
 
     folder = Path(config.folder)
     with storage.refusing(folder):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise Refused(f"{PROG}: {folder} is there and not empty", "Name another folder; nothing is overwritten.")
+            raise Refused(f"{folder}: is there and not empty", "Name another folder; nothing is overwritten.")
     if not config.dry_run:
         storage.publish(dict(_example_files(folder)))
     verb = "would be" if config.dry_run else "are"

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from datasetdm_fast.command_line.ending import command
-from datasetdm_fast.command_line.flags import parse
+from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.output import print_lines, print_plan, print_result
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.settings import ModelSettings, OutputSettings, setting
 
-PROG = "python -m datasetdm_fast.export"
 EXAMPLES = (
     "--model MODEL --decoder decoder --out graphs",
     "--to tensorrt --precision fp16 --batch 1,8 --model MODEL --out engines",
@@ -31,9 +28,7 @@ class ExportConfig(ModelSettings, OutputSettings):
     to: str = setting("onnx", "ONNX graphs, or TensorRT plans of them", choices=("onnx", "tensorrt", "tensorrt-rtx"))
     decoder: str = setting("demo", "folder of trained decoders, or none", metavar="DIR")
     precision: str = setting(
-        "auto",
-        "of UNet and autoencoder; auto: fp32 for graphs, fp16 for plans",
-        choices=("auto", "fp32", "fp16", "bf16"),
+        "auto", "of UNet and VAE; auto: fp32 for graphs, fp16 for plans", choices=("auto", "fp32", "fp16", "bf16")
     )
     batch: tuple[str, ...] = setting(("1", "8"), "batch sizes plans are built for", metavar="LIST")
     capability: tuple[str, ...] = setting(
@@ -43,10 +38,9 @@ class ExportConfig(ModelSettings, OutputSettings):
     json: bool = setting(False, "the manifest, or the list of plans, as JSON on stdout")
 
 
-@command
-def main(arguments: Sequence[str]) -> int:
-    config, flags = parse(arguments, ExportConfig, PROG, __doc__, EXAMPLES)
-    if config.to == "onnx" and (unused := sorted({"batch", "capability"} & flags)):
+@command_with(ExportConfig, EXAMPLES)
+def main(config: ExportConfig, command: CommandLine) -> int:
+    if config.to == "onnx" and (unused := sorted({"batch", "capability"} & command.provided)):
         raise Refused(f"--{unused[0]}: graphs fit every GPU and batch", "Drop the flag, or add --to tensorrt-rtx.")
     if find_spec("onnx") is None:
         raise Missing("export: the library onnx is not installed", "Install it with: pip install 'datasetdm-fast[ort]'")

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from datasetdm_fast.command_line.ending import command
-from datasetdm_fast.command_line.flags import parse
+from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.output import print_end
 from datasetdm_fast.command_line.progress import ImageProgress
@@ -18,7 +16,6 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.settings import OutputSettings, setting
 
-PROG = "python -m datasetdm_fast.filter"
 EXAMPLES = ("runs/demo", 'runs/demo --where "score >= 0.6 and duplicate == 0"')
 
 
@@ -35,13 +32,12 @@ class FilterConfig(OutputSettings):
     threads: int = setting(0, "samples scored at once, 0 = all cores", metavar="N", least=0)
 
 
-@command
-def main(arguments: Sequence[str]) -> int:
-    config, flags = parse(arguments, FilterConfig, PROG, __doc__, EXAMPLES)
-    if config.undo and flags & {"where", "clip"}:
+@command_with(FilterConfig, EXAMPLES)
+def main(config: FilterConfig, command: CommandLine) -> int:
+    if config.undo and command.provided & {"where", "clip"}:
         raise Refused("--undo: it removes the filter, and takes no other flags", "Give only --undo, or drop it.")
     for name, noun in (("where", "condition"), ("clip", "folder")):
-        if name in flags and not getattr(config, name).strip():
+        if name in command.provided and not getattr(config, name).strip():
             raise Refused(f"--{name}: no {noun} was given", f"Give a {noun}, or drop the flag.")
     from datasetdm_fast.runs.curation import clip, filtering, histograms
     from datasetdm_fast.runs.run_folder.scores import SCORES, read_scores

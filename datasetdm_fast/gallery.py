@@ -1,17 +1,13 @@
-"""python -m datasetdm_fast.gallery RUN [--serve]: write and, if asked, serve the page of a run folder, finished or in
-progress, or of a run in an object store.
-"""
+"""python -m datasetdm_fast.gallery RUN [--serve]: write, or serve, the page of a run, finished or in progress."""
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
-from datasetdm_fast.command_line.ending import command
-from datasetdm_fast.command_line.flags import parse
+from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.output import print_lines, print_plan, print_result
 from datasetdm_fast.command_line.progress import shows_bar
 from datasetdm_fast.errors import Refused
@@ -22,18 +18,13 @@ from datasetdm_fast.runs.run_folder.object_store import StoreCopy, copy_of, copy
 from datasetdm_fast.runs.run_folder.page_files import PAGE
 from datasetdm_fast.settings import dry_run_setting, setting
 
-PROG = "python -m datasetdm_fast.gallery"
 EXAMPLES = ("runs/demo --serve", "runs/varied --serve --against runs/demo", "s3://bucket/run --out runs/copy")
 
 
 @dataclass(frozen=True)
 class GalleryConfig:
     run: str = setting(
-        "",
-        "run folder, finished, stopped or in progress, or URL such as s3://bucket/run",
-        metavar="RUN",
-        positional=True,
-        required=True,
+        "", "run folder, also in progress, or URL as s3://bucket/run", metavar="RUN", positional=True, required=True
     )
     serve: bool = setting(
         False, "serve the page to browsers on this machine until Ctrl-C, and store the marks of a review"
@@ -48,9 +39,8 @@ class GalleryConfig:
     quiet: bool = setting(False, "print only the path or the address of the page")
 
 
-@command
-def main(arguments: Sequence[str]) -> int:
-    config, _ = parse(arguments, GalleryConfig, PROG, __doc__, EXAMPLES)
+@command_with(GalleryConfig, EXAMPLES)
+def main(config: GalleryConfig, command: CommandLine) -> int:
     if not 0 < config.port < 2**16:
         raise Refused(f"--port {config.port}: expected a number from 1 to 65535", "Choose another number.")
     if config.against and not config.serve:

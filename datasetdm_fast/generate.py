@@ -1,33 +1,28 @@
 """python -m datasetdm_fast.generate: generate images and their labels from prompts; without any flag, the demo run."""
 
-import shlex
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from datasetdm_fast.command_line import run_report, run_settings
-from datasetdm_fast.command_line.ending import command
-from datasetdm_fast.command_line.flags import parse
+from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.command_line.output import print_lines, print_unfinished
+from datasetdm_fast.command_line.output import print_lines
 from datasetdm_fast.command_line.progress import ImageProgress
-from datasetdm_fast.command_line.sharded_run import check_shard_settings, generate_shards
 from datasetdm_fast.config import EXACT
 from datasetdm_fast.runs.agreement.admission import Screen, admit_job
 from datasetdm_fast.runs.gallery.showing import ShownSoFar
-from datasetdm_fast.runs.jobs.domain_gate import count_outside
 from datasetdm_fast.runs.jobs.racing import probe
 from datasetdm_fast.runs.jobs.result import Result
 from datasetdm_fast.runs.jobs.run import Decision, Outcome, RunQueue
 from datasetdm_fast.runs.jobs.summary import describe_job
+from datasetdm_fast.runs.jobs.writing import count_outside
 from datasetdm_fast.runs.run_settings import RunConfig, RunSpec, WorkerSettings
 from datasetdm_fast.runs.workers.devices import find_peer, find_places
 from datasetdm_fast.runs.workers.launch import Launch, begin_run, choose_launch
 from datasetdm_fast.runs.workers.worker import Callbacks
 
-PROG = "python -m datasetdm_fast.generate"
 EXAMPLES = (
     "--number 16",
     "--model MODEL --decoder decoder --task semantic,depth --prompts prompts.txt --out runs/rooms",
@@ -35,16 +30,17 @@ EXAMPLES = (
 )
 
 
-@command
-def main(arguments: Sequence[str]) -> int:
-    config, provided = parse(arguments, RunConfig, PROG, __doc__, EXAMPLES)
-    config = run_settings.complete_settings(config, provided)
+@command_with(RunConfig, EXAMPLES)
+def main(config: RunConfig, command: CommandLine) -> int:
+    config = run_settings.complete_settings(config, command.provided)
     if config.only:
-        return run_settings.remake_from(config, provided)
-    check_shard_settings(config)
+        return run_settings.remake_from(config, command.provided)
+    run_settings.check_shard_settings(config)
     peer = None if config.dry_run else find_peer()
     if config.layout == "shards":
-        return generate_shards(config, run_settings.read_spec(config), peer, PROG, arguments)
+        from datasetdm_fast.command_line.sharded_run import generate_shards
+
+        return generate_shards(config, run_settings.read_spec(config), peer, command.text)
     spec, run = run_settings.read_spec(config), RunQueue.open(Path(config.out))
     run_settings.check_together(config, run.stored is not None, peer.world if peer else 1)
     is_reporting = not (peer and peer.rank)
@@ -62,10 +58,7 @@ def main(arguments: Sequence[str]) -> int:
     spec, launch = choose_launch(spec, workers, peer)
     result = _write(config, spec, run, decision, launch, interruption)
     if is_reporting:
-        run_report.print_run(config, result, by=" by this process" if peer else "")
-        if not result.is_complete:
-            remedy = f"resume with: {PROG} {shlex.join(arguments)}".rstrip()
-            print_unfinished(result.done, result.number, remedy)
+        run_report.print_run(config, result, command.text, by=" by this process" if peer else "")
     return interruption.exit_code(0)
 
 

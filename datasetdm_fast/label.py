@@ -1,39 +1,27 @@
 """python -m datasetdm_fast.label IMAGES: label existing pictures as generate labels its images, into a run folder."""
 
-import shlex
 import sys
-from collections.abc import Sequence
 
-from datasetdm_fast.command_line.ending import command
-from datasetdm_fast.command_line.flags import parse
+from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.command_line.output import print_lines, print_plan, print_result, print_unfinished
+from datasetdm_fast.command_line.output import print_lines, print_plan
 from datasetdm_fast.command_line.progress import ImageProgress
-from datasetdm_fast.command_line.run_settings import (
-    expand_names,
-    label_spec,
-    without_whole_labels,
-)
-from datasetdm_fast.messages import count_noun, format_duration
+from datasetdm_fast.command_line.run_report import print_run
+from datasetdm_fast.command_line.run_settings import expand_names, label_spec, without_whole_labels
+from datasetdm_fast.messages import count_noun
 from datasetdm_fast.runs.gallery.showing import ShownSoFar
-from datasetdm_fast.runs.jobs.labelling import parse_timesteps, prepare_labelling
-from datasetdm_fast.runs.jobs.pictures import open_pictures
+from datasetdm_fast.runs.jobs.labelling import open_pictures, parse_timesteps, prepare_labelling
 from datasetdm_fast.runs.jobs.summary import count_unnamed
 from datasetdm_fast.runs.jobs.writing import write_missing
 from datasetdm_fast.runs.run_folder.document import read_document
 from datasetdm_fast.runs.run_settings import LabelConfig
 
-PROG = "python -m datasetdm_fast.label"
-EXAMPLES = (
-    "photos --task semantic --out runs/photos",
-    "photos --labeller attention --classes dog,sofa",
-)
+EXAMPLES = ("photos --task semantic --out runs/photos", "photos --labeller attention --classes dog,sofa")
 
 
-@command
-def main(arguments: Sequence[str]) -> int:
-    config, provided = parse(arguments, LabelConfig, PROG, __doc__, EXAMPLES)
-    config = without_whole_labels(expand_names(config, provided), provided)
+@command_with(LabelConfig, EXAMPLES)
+def main(config: LabelConfig, command: CommandLine) -> int:
+    config = without_whole_labels(expand_names(config, command.provided), command.provided)
     spec, timesteps = label_spec(config), parse_timesteps(config.timesteps)
     pictures = open_pictures(config.images, config.captions)
     pictures.check_apart(spec.folder)
@@ -54,19 +42,9 @@ def main(arguments: Sequence[str]) -> int:
         ShownSoFar(job.folder, config.page_every, progress.print),
     ):
         result = write_missing(
-            job,
-            on_commit=progress.on_commit,
-            on_unet_call=progress.on_unet_call,
-            is_stopping=interruption.is_stopping,
+            job, on_commit=progress.on_commit, on_unet_call=progress.on_unet_call, is_stopping=interruption.is_stopping
         )
-    print_result(config, {"path": config.out, **result.facts()}, config.out)
-    images = f"{count_noun(result.made, 'picture')} in {format_duration(result.seconds)}"
-    print_lines(config, f"{images}; look at {result.path}/gallery/index.html")
-    if result.trust_message:
-        print_lines(config, result.trust_message)
-    result.check()
-    if not result.is_complete:
-        print_unfinished(result.done, result.number, f"resume with: {PROG} {shlex.join(arguments)}", "pictures")
+    print_run(config, result, command.text, noun="picture")
     return interruption.exit_code(0)
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from datasetdm_fast.command_line.ending import command
-from datasetdm_fast.command_line.flags import parse
+from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.output import print_lines, print_plan, print_result, print_unfinished
 from datasetdm_fast.command_line.progress import ImageProgress
@@ -18,7 +15,6 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.settings import OutputSettings, setting
 
-PROG = "python -m datasetdm_fast.merge"
 EXAMPLES = ("runs/day runs/night --out runs/all", "s3://bucket/day s3://bucket/night --out s3://bucket/all")
 
 
@@ -34,18 +30,16 @@ class MergeConfig(OutputSettings):
     copy: bool = setting(False, "copy files instead of linking to them")
 
 
-@command
-def main(arguments: Sequence[str]) -> int:
-    config, _ = parse(arguments, MergeConfig, PROG, __doc__, EXAMPLES)
-    from datasetdm_fast.runs.compositions.composition import count_existing, write_missing
+@command_with(MergeConfig, EXAMPLES)
+def main(config: MergeConfig, command: CommandLine) -> int:
+    from datasetdm_fast.runs.compositions.composition import Source, count_existing, write_missing
     from datasetdm_fast.runs.compositions.merging import Merging
     from datasetdm_fast.runs.compositions.shard_merging import ShardMerging, ShardSource
-    from datasetdm_fast.runs.compositions.source import Source
     from datasetdm_fast.runs.run_folder.shard_audit import find_sharded
 
     if len(config.runs) < 2:
         count = count_noun(len(config.runs), "run") if config.runs else "no run"
-        raise Refused(f"{PROG}: {count} named, expected two or more", "Name the run folders to be merged.")
+        raise Refused(f"{command.prog}: {count} named, expected two or more", "Name the run folders to be merged.")
     if any(find_sharded(path) is not None for path in config.runs):
         shards = ShardMerging([ShardSource(path, only_kept=config.kept) for path in config.runs], config.out)
         merging: Merging = shards
@@ -65,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
     merging.close()
     done = existing + written
     if done < number:
-        print_unfinished(done, number, f"resume with: {PROG} {shlex.join(arguments)}")
+        print_unfinished(done, number, command.text)
     else:
         more = f", {merging.duplicates} left out as their images were there before" if merging.duplicates else ""
         more += "" if written else ", nothing to do"

@@ -1,37 +1,31 @@
-"""python -m datasetdm_fast.prompts --set voc --per-class 200 --out prompts.jsonl: a list of prompts, balanced over
-classes, from a built-in grammar or a language model.
-"""
+"""python -m datasetdm_fast.prompts --set voc --per-class 200 --out prompts.jsonl: write a balanced list of prompts."""
 
 import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from datasetdm_fast.command_line.ending import command
-from datasetdm_fast.command_line.flags import parse
+from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.output import print_plan
-from datasetdm_fast.command_line.progress import PromptProgress
+from datasetdm_fast.command_line.progress import CountProgress
 from datasetdm_fast.disk import storage
-from datasetdm_fast.errors import Refused, quote, renamed_flags
-from datasetdm_fast.runs.jobs.class_file import own_table
+from datasetdm_fast.errors import Missing, Refused, quote, renamed_flags
+from datasetdm_fast.runs.jobs.prompt_files import own_table
 from datasetdm_fast.runs.prompting import balance, language_model
-from datasetdm_fast.runs.prompting.endpoints import open_model, read_key
-from datasetdm_fast.runs.prompting.grammar import check_words, open_grammar, to_lines
-from datasetdm_fast.runs.prompting.measures import measure, report_lines
+from datasetdm_fast.runs.prompting.balance import measure, report_lines
+from datasetdm_fast.runs.prompting.grammar import check_words, open_grammar
 from datasetdm_fast.runs.prompting.settings import PromptsConfig
 
-PROG = "python -m datasetdm_fast.prompts"
 EXAMPLES = ("--set voc --per-class 200 --out prompts.jsonl", "--classes owl,lamp --per-class 50 --pairs 0.3")
 
 
-@command
-def main(arguments: Sequence[str]) -> int:
-    config, flags = parse(arguments, PromptsConfig, PROG, __doc__, EXAMPLES)
+@command_with(PromptsConfig, EXAMPLES)
+def main(config: PromptsConfig, command: CommandLine) -> int:
     check_words(config.classes)
     table = own_table(config.class_table) if config.class_table else None
-    is_own = table is not None or (config.classes and "set" not in flags)
+    is_own = table is not None or (config.classes and "set" not in command.provided)
     grammar = open_grammar("" if is_own else config.set, config.classes, config.seed, table)
     ways = {"--target-counts": config.target_counts, "--balance": config.balance, "--per-class": config.per_class}
     if len(used := [flag for flag, value in ways.items() if value]) > 1:
@@ -42,19 +36,27 @@ def main(arguments: Sequence[str]) -> int:
     if config.dry_run:
         plan = "\n".join(f"{name:24} {count:8,}" for name, count in counts.items())
         return print_plan(config, {"out": config.out, "classes": counts, "asked_for": total}, plan)
-    key, rejected = read_key(os.environ), Counter()
-    if model := open_model(config.llm_url, config.llm_model, key):
+    if bool(config.llm_url) != bool(config.llm_model):
+        raise Refused("--llm-url and --llm-model: one needs the other", "Add both: --llm-url URL --llm-model NAME.")
+    rejected = Counter[str]()
+    if config.llm_url:
+        # of the environment alone, where no process list shows it
+        key = next(filter(None, (os.environ.get(name, "").strip() for name in language_model.KEY_VARIABLES)), "")
+        model = language_model.Endpoint(config.llm_url, config.llm_model, key)
         replies = language_model.Replies(Path(f"{config.out}.replies"), model, config.llm_requests, key)
         classes = list(balance.plan_classes(counts, config.pairs, config.seed))
-        with PromptProgress(len(classes), config.quiet) as progress:
+        with CountProgress(len(classes), "prompt", "prompts", config.quiet) as progress:
             sentences, rejected = language_model.collect_sentences(
-                classes, grammar.classes, replies, lambda done: progress.on_reply(done, replies.sent), table
+                classes, grammar.classes, replies, lambda done: progress.on_count(done, len(classes)), table
             )
-        language_model.check_any(config.out, sentences, rejected)
+        if not sentences:
+            why = ", ".join(f"{reason} ({count})" for reason, count in rejected.most_common(3))
+            raise Missing(f"{config.out}: no usable prompt came back: {why}", "Try another model, or leave it out.")
     else:
         sentences = balance.build_list(grammar, counts, config.pairs, config.seed)
     storage.remove_parts_of([Path(config.out)])
-    storage.publish({Path(config.out): to_lines(sentences).encode()})
+    lines = (json.dumps(asdict(sentence), ensure_ascii=False) + "\n" for sentence in sentences)
+    storage.publish({Path(config.out): "".join(lines).encode()})
     measures = measure(sentences)
     if config.json:
         print(json.dumps({"out": config.out, **measures, "asked_for": total, "left_out": dict(rejected)}))

@@ -1,17 +1,14 @@
 """python -m datasetdm_fast.restore RUN ID...: bring back samples that were dropped from a run folder."""
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from datasetdm_fast.command_line.ending import command
-from datasetdm_fast.command_line.flags import parse
+from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.output import print_end
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.settings import OutputSettings, setting
 
-PROG = "python -m datasetdm_fast.restore"
 EXAMPLES = ("runs/demo 00000003", "runs/demo --all")
 
 
@@ -25,13 +22,12 @@ class RestoreConfig(OutputSettings):
     all: bool = setting(False, "bring back all dropped samples")
 
 
-@command
-def main(arguments: Sequence[str]) -> int:
-    config, flags = parse(arguments, RestoreConfig, PROG, __doc__, EXAMPLES)
-    if "file" in flags and not config.file.strip():
+@command_with(RestoreConfig, EXAMPLES)
+def main(config: RestoreConfig, command: CommandLine) -> int:
+    if "file" in command.provided and not config.file.strip():
         raise Refused("--file: no file was given", "Give a value, or drop the flag.")
     if bool(config.ids or config.file) == config.all:
-        raise Refused(f"{PROG}: expected either ids or --all", "Give ids, --file FILE or --all.")
+        raise Refused(f"{command.prog}: expected either ids or --all", "Give ids, --file FILE or --all.")
     from datasetdm_fast.runs.curation import dropping
     from datasetdm_fast.runs.run_folder.reader import open_changeable
 

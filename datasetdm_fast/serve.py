@@ -3,13 +3,11 @@
 import os
 import socket
 import sys
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from datasetdm_fast.command_line.ending import command
-from datasetdm_fast.command_line.flags import parse
+from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.output import print_lines, print_result
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.settings import CommandSettings, EngineSettings, ModelSettings, setting
@@ -17,7 +15,6 @@ from datasetdm_fast.settings import CommandSettings, EngineSettings, ModelSettin
 if TYPE_CHECKING:
     from datasetdm_fast.service.batching import Batcher
 
-PROG = "python -m datasetdm_fast.serve"
 EXAMPLES = ("--port 8000", "--model MODEL --decoder DIR --wait 50")
 TOKEN = "DATASETDM_TOKEN"
 LOCAL = ("127.0.0.1", "localhost")
@@ -40,9 +37,8 @@ class ServeConfig(ModelSettings, EngineSettings, CommandSettings):
     quiet: bool = setting(False, "print only the address")
 
 
-@command
-def main(arguments: Sequence[str]) -> int:
-    config, _ = parse(arguments, ServeConfig, PROG, __doc__, EXAMPLES)
+@command_with(ServeConfig, EXAMPLES)
+def main(config: ServeConfig, command: CommandLine) -> int:
     token, is_local = os.environ.get(TOKEN, ""), config.host in LOCAL
     if not token and not is_local:
         raise Refused(f"--host {config.host}: others may connect, and {TOKEN} holds no token", f"Set {TOKEN}.")

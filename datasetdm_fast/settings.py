@@ -86,9 +86,7 @@ class CommandSettings:
 @dataclass(frozen=True)
 class ModelSettings:
     model: str = setting(
-        "demo",
-        "demo, demo-dit, tiny, random-NAME, a diffusers folder or a .safetensors/.ckpt file",
-        metavar="MODEL",
+        "demo", "demo, demo-dit, tiny, random-NAME, a diffusers folder or a .safetensors/.ckpt file", metavar="MODEL"
     )
     decoder: str = setting(
         "demo",
@@ -104,10 +102,7 @@ class ModelSettings:
         choices=("auto", *OUTLINES),
     )
     lora: tuple[str, ...] = setting(
-        (),
-        "low-rank adapters to fuse into the model, comma-separated, each FILE or FILE:SCALE",
-        identity="if given",
-        metavar="LIST",
+        (), "low-rank adapters to fuse, comma-separated, each FILE or FILE:SCALE", identity="if given", metavar="LIST"
     )
     size: int = setting(0, "image side in pixels, a multiple of 64; 0 = what the model was made for", metavar="N")
     allow_download: bool = setting(
@@ -128,17 +123,10 @@ class EngineSettings:
         "auto", "execution provider of ONNX Runtime for --engine ort", identity=False, choices=PROVIDERS
     )
     streams: int = setting(
-        0,
-        "with --engine openvino: slices of a batch that run at once, each on its share of the threads; 0 = all of them",
-        identity=False,
-        metavar="N",
+        0, "with --engine openvino: slices of a batch that run at once; 0 = all of them", identity=False, metavar="N"
     )
     engines: str = setting(
-        "",
-        "folder of exported stages and plans for --engine trt; default: a cache",
-        identity=False,
-        metavar="ENGINES",
-        output="folder",
+        "", "folder of stages and plans for trt; default: a cache", identity=False, metavar="ENGINES", output="folder"
     )
     trt_flavour: str = setting(
         "auto", "TensorRT variant to use where both are installed", identity=False, choices=FLAVOURS

@@ -1,18 +1,13 @@
-"""python -m datasetdm_fast.splice RUN: combine samples of a finished run side by side in new pictures, with their
-labels.
-"""
+"""python -m datasetdm_fast.splice RUN: combine samples of a finished run side by side, with their labels."""
 
 from __future__ import annotations
 
-import shlex
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasetdm_fast.command_line.ending import command
-from datasetdm_fast.command_line.flags import parse
+from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.output import print_lines, print_plan, print_result, print_unfinished
 from datasetdm_fast.command_line.progress import ImageProgress
@@ -21,7 +16,6 @@ from datasetdm_fast.cores import count_cores
 from datasetdm_fast.messages import count_noun, format_duration
 from datasetdm_fast.settings import OutputSettings, setting
 
-PROG = "python -m datasetdm_fast.splice"
 EXAMPLES = ("runs/demo --grids 2x2 --number 100",)
 MOST = 2**31 - 1  # samples of a run
 
@@ -36,11 +30,7 @@ class SpliceConfig(OutputSettings):
     )
     number: int = setting(100, "images to make in all", metavar="N", least=1, most=MOST)
     seed: int = setting(
-        0,
-        "seed of image 0; image k has seed + k, which picks its samples",
-        metavar="N",
-        least=-SEEDS,
-        most=SEEDS - MOST,
+        0, "seed of image 0; image k has seed + k, and so its samples", metavar="N", least=-SEEDS, most=SEEDS - MOST
     )
     resize: bool = setting(False, "keep the size of one sample; else a grid is as large as its samples together")
     kept: bool = setting(False, "use only the samples that filter keeps")
@@ -49,13 +39,10 @@ class SpliceConfig(OutputSettings):
     threads: int = setting(0, "threads, 0 = two per core", metavar="N", least=0, most=1024)
 
 
-@command
-def main(arguments: Sequence[str]) -> int:
-    config, _ = parse(arguments, SpliceConfig, PROG, __doc__, EXAMPLES)
-    from datasetdm_fast.runs.compositions.composition import count_existing, write_missing
-    from datasetdm_fast.runs.compositions.grids import parse_grids
-    from datasetdm_fast.runs.compositions.source import TileSource
-    from datasetdm_fast.runs.compositions.splice import Splicing
+@command_with(SpliceConfig, EXAMPLES)
+def main(config: SpliceConfig, command: CommandLine) -> int:
+    from datasetdm_fast.runs.compositions.composition import TileSource, count_existing, write_missing
+    from datasetdm_fast.runs.compositions.splice import Splicing, parse_grids
 
     folder = Path(config.out)
     grids, source = parse_grids(config.grids), TileSource(Path(config.run), only_kept=config.kept)
@@ -78,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
         speed = f"{count_noun(made, 'image')} in {format_duration(seconds)}, {rate:.3g} images per second"
         print_lines(config, f"{speed}; look at {folder}/gallery/index.html")
     if done < config.number:
-        print_unfinished(done, config.number, f"resume with: {PROG} {shlex.join(arguments)}")
+        print_unfinished(done, config.number, command.text)
     elif not made:
         print_lines(config, f"{folder}: complete with {count_noun(done, 'sample')}, nothing to do")
     return interruption.exit_code(0)

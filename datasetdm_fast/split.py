@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from datasetdm_fast.command_line.ending import command
-from datasetdm_fast.command_line.flags import parse
+from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.output import print_end
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.settings import OutputSettings, setting
 
-PROG = "python -m datasetdm_fast.split"
 EXAMPLES = ("runs/demo --shares 80,10,10", "runs/demo --shares 90,10 --names train,val")
 
 
@@ -28,10 +25,9 @@ class SplitConfig(OutputSettings):
     undo: bool = setting(False, "remove the split")
 
 
-@command
-def main(arguments: Sequence[str]) -> int:
-    config, flags = parse(arguments, SplitConfig, PROG, __doc__, EXAMPLES)
-    if config.undo and flags & {"shares", "names", "by_source", "seed"}:
+@command_with(SplitConfig, EXAMPLES)
+def main(config: SplitConfig, command: CommandLine) -> int:
+    if config.undo and command.provided & {"shares", "names", "by_source", "seed"}:
         raise Refused("--undo: it removes the split, and takes no other flags", "Give only --undo, or drop it.")
     from datasetdm_fast.runs.curation.splitting import parse_shares, split_run
     from datasetdm_fast.runs.run_folder.reader import open_changeable

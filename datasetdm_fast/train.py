@@ -4,15 +4,12 @@ resumes.
 
 from __future__ import annotations
 
-import shlex
 import sys
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from datasetdm_fast.command_line.ending import command
-from datasetdm_fast.command_line.flags import parse
+from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.output import NOTHING_WRITTEN, print_lines, print_result
 from datasetdm_fast.command_line.progress import StepProgress
@@ -22,7 +19,6 @@ from datasetdm_fast.training.trackers import check_trackers
 if TYPE_CHECKING:
     from datasetdm_fast.training.workflow import Workflow
 
-PROG = "python -m datasetdm_fast.train"
 EXAMPLES = (
     "--data folder:photos --task semantic --out decoder",
     "--data run:runs/demo --task semantic,depth",
@@ -30,9 +26,8 @@ EXAMPLES = (
 )
 
 
-@command
-def main(arguments: Sequence[str]) -> int:
-    config, _ = parse(arguments, TrainConfig, PROG, __doc__, EXAMPLES)
+@command_with(TrainConfig, EXAMPLES)
+def main(config: TrainConfig, command: CommandLine) -> int:
     config.check()
     check_trackers(config.log)
     import torch
@@ -43,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
 
     if config.threads:
         torch.set_num_threads(config.threads)
-    line, workflow = f"{PROG} {shlex.join(arguments)}".rstrip(), open_workflow(config)
+    line, workflow = command.text, open_workflow(config)
     plans = workflow.prepare()
     if config.dry_run:
         print_lines(config, NOTHING_WRITTEN)

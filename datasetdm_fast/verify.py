@@ -4,12 +4,10 @@ model and these decoders.
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasetdm_fast.command_line.ending import command
-from datasetdm_fast.command_line.flags import parse
+from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.output import print_lines, print_plan
 from datasetdm_fast.command_line.run_report import show_calls
 from datasetdm_fast.config import ENGINE_NAMES, TASKS
@@ -29,11 +27,7 @@ from datasetdm_fast.settings import (
     setting,
 )
 
-PROG = "python -m datasetdm_fast.verify"
-EXAMPLES = (
-    "--engine fast --against torch",
-    "--model MODEL --decoder decoder --dtype fp16 --number 16",
-)
+EXAMPLES = ("--engine fast --against torch", "--model MODEL --decoder decoder --dtype fp16 --number 16")
 MOST_IMAGES = 100_000  # to compare
 
 
@@ -50,11 +44,7 @@ class VerifyConfig(ModelSettings, EngineSettings, PromptSettings, SamplingSettin
         "demo", "folder of trained decoders, or none, to compare the features and maps themselves", metavar="DIR"
     )
     task: tuple[str, ...] = setting(
-        (),
-        "labels to compare, comma-separated, each TASK or TASK:NAME; default: every decoder of the folder",
-        choices=TASKS,
-        metavar="LIST",
-        has_names=True,
+        (), "labels to compare, TASK or TASK:NAME; default: all", choices=TASKS, metavar="LIST", has_names=True
     )
     classes: tuple[str, ...] = setting((), "class words for open-vocabulary labels", metavar="LIST")
     number: int = setting(8, "images to compare", metavar="N", least=1, most=MOST_IMAGES)
@@ -65,10 +55,9 @@ class VerifyConfig(ModelSettings, EngineSettings, PromptSettings, SamplingSettin
     json: bool = setting(False, "the verdict as one JSON object on stdout")
 
 
-@command
-def main(arguments: Sequence[str]) -> int:
+@command_with(VerifyConfig, EXAMPLES)
+def main(config: VerifyConfig, command: CommandLine) -> int:
     """The exit code: 0 where the engines agree, 4 where they do not."""
-    config, _ = parse(arguments, VerifyConfig, PROG, __doc__, EXAMPLES)
     run = Path(config.run) if config.run else None
     if run:
         require_document(run)  # minutes before the verdict is to be stored there
@@ -76,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
     for name in (config.engine, config.against):  # before torch is loaded
         check_installed(name, settings)
     print_lines(config, f"loading {config.model} for {config.engine} and {config.against}")
-    from datasetdm_fast.runs.agreement.pair import check_made_by, choose_requests, open_pair
+    from datasetdm_fast.runs.agreement.comparing import check_made_by, choose_requests, open_pair
     from datasetdm_fast.runs.agreement.verify import verify
 
     engine, reference, decoders = open_pair(config.group(ModelSettings), settings, config.against, config.task)

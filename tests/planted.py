@@ -82,8 +82,8 @@ _BY_FILE = {
         ("sort_keys=True", "sort_keys=False", "equal runs differ in bytes"),
         ("allow_nan=False", "allow_nan=True", "files that no JSON reader takes"),
         (
-            "documents.check_inside(*path or [usual_path(role, id)])",
-            "(path or [usual_path(role, id)])[0]",
+            "documents.check_inside(*names or [usual_path(role, id)])",
+            "(names or [usual_path(role, id)])[0]",
             "a foreign ledger names files outside its folder",
         ),
         ('if line != "ok"', 'if line == "ok"', "damage is not found"),
@@ -267,18 +267,11 @@ _BY_FILE = {
         "test_label_files.py",
         ("np.rint(pixels, out=pixels)", "pixels", "depths are rounded down"),
     ),
-    "runs/agreement/gates.py": (
+    "runs/agreement/verify.py": (
         "test_verify.py",
         ("self.limit[0] and self.p99", "self.limit[0] or self.p99", "one bad sample of a hundred passes"),
         ("max(gate, MARGIN * drift)", "MARGIN * drift", "a gate stricter than the reference's own drift"),
         ("values.max(0).argmax()", "values.max(0).argmin()", "the page shows the best samples"),
-    ),
-    "runs/agreement/distances.py": (
-        "test_verify.py",
-        ('nan_to_num(nan=float("inf"))', "nan_to_num(nan=0.0)", "an engine that gives NaN agrees"),
-    ),
-    "runs/agreement/verify.py": (
-        "test_verify.py",
         ('EXACT if dtype == "fp32" else ROUNDED', "ROUNDED", "an fp32 engine is judged as fp16"),
         (
             "range(0, len(requests), batch_size)",
@@ -286,6 +279,10 @@ _BY_FILE = {
             "the last sample is not compared",
         ),
         ("if not is_whole:", "if True:", "what only other commands need is never compared"),
+    ),
+    "runs/agreement/observe.py": (
+        "test_verify.py",
+        ('nan_to_num(nan=float("inf"))', "nan_to_num(nan=0.0)", "an engine that gives NaN agrees"),
     ),
     "untrusted/documents.py": (
         "test_untrusted.py",

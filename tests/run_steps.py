@@ -1,16 +1,15 @@
 """Steps of generate by themselves, from its settings: the job of a run, and the result of a finished one."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.command_line.run_settings import read_spec, restore_settings
 from datasetdm_fast.runs.jobs import remake
 from datasetdm_fast.runs.jobs.job import Job
-from datasetdm_fast.runs.jobs.remake import Remake, find_remake_row
+from datasetdm_fast.runs.jobs.remake import find_remake_row
 from datasetdm_fast.runs.jobs.result import Result
-from datasetdm_fast.runs.jobs.resume import prepare_job
-from datasetdm_fast.runs.jobs.run import RunQueue
+from datasetdm_fast.runs.jobs.run import RunQueue, prepare_job
 from datasetdm_fast.runs.run_folder.document import read_document
 from datasetdm_fast.runs.run_settings import LabelSettings, RunConfig
 from datasetdm_fast.settings import EngineSettings, ModelSettings, SamplingSettings
@@ -21,7 +20,7 @@ def prepare(config: RunConfig, **options: Any) -> Job:
     return prepare_job(spec, read_document(spec.folder), **options)
 
 
-def prepare_remake(config: RunConfig, provided: Collection[str] = ()) -> Remake:
+def prepare_remake(config: RunConfig, provided: Collection[str] = ()) -> Callable[[], list[str]]:
     """The sample `config.only`; settings that were `provided` must be those of the run folder."""
     stored, row = find_remake_row(Path(config.out), config.only)
     restored = restore_settings(config, provided, stored, row)

@@ -19,7 +19,7 @@ from datasetdm_fast import gallery, split
 from datasetdm_fast.data import Quarantined, Request
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.compositions.source import Source
+from datasetdm_fast.runs.compositions.composition import Source
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder import audit
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER, read_document
@@ -27,7 +27,7 @@ from datasetdm_fast.runs.run_folder.folder import RunFolder, note
 from datasetdm_fast.runs.run_folder.ledger import Ledger
 from datasetdm_fast.runs.run_folder.seal import SEAL, THIS, encode_seal
 
-DAMAGES = 1000 if os.environ.get("DATASETDM_LONG_TESTS") else 150
+DAMAGES = 1000 if os.environ.get("DATASETDM_LONG_TESTS") else 50
 NUMBER = 4
 
 

@@ -11,7 +11,7 @@ from datasetdm_fast.engine.labels import class_tables
 from datasetdm_fast.engine.labels.words import find_classes, plural, token_places
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.jobs.class_file import own_table
+from datasetdm_fast.runs.jobs.prompt_files import own_table
 
 pytestmark = pytest.mark.core
 

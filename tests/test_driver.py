@@ -22,7 +22,6 @@ from datasetdm_fast.engine.sampling import times, walk
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.runs.jobs import job
-from datasetdm_fast.runs.jobs.remake import remake
 from datasetdm_fast.runs.jobs.writing import write_missing
 from datasetdm_fast.runs.run_folder.reader import open_run
 from datasetdm_fast.runs.run_settings import RunConfig
@@ -430,8 +429,8 @@ def test_one_sample_is_made_again_from_its_row(engines, tmp_path, index):
     damaged = path / "images" / f"{index:08d}.png"
     damaged.write_bytes(b"damaged")
     again = RunConfig(out=str(path), only=f"{index:08d}")
-    assert remake(prepare_remake(again)) == [f"images/{index:08d}.png"]
-    assert remake(prepare_remake(again)) == [] and tree(path) == before
+    assert prepare_remake(again)() == [f"images/{index:08d}.png"]
+    assert prepare_remake(again)() == [] and tree(path) == before
 
 
 def test_a_sample_that_comes_out_otherwise_fails_and_is_not_written(engines, tmp_path, monkeypatch):
@@ -444,7 +443,7 @@ def test_a_sample_that_comes_out_otherwise_fails_and_is_not_written(engines, tmp
         lambda self, latents: __import__("torch").zeros(len(latents), 64, 64, 3, dtype=__import__("torch").uint8),
     )
     with pytest.raises(GateFailed, match="differs from the run folder in images/00000002.png"):
-        remake(prepare_remake(RunConfig(out=str(path), only="2")))
+        prepare_remake(RunConfig(out=str(path), only="2"))()
     assert tree(path) == before
 
 

@@ -22,7 +22,7 @@ from datasetdm_fast.engine.loop.plan import make_plan
 from datasetdm_fast.engine.loop.recipe import make_recipe, prompt_words
 from datasetdm_fast.kernels import plain
 from datasetdm_fast.runs.agreement import observe, verify
-from datasetdm_fast.runs.agreement.gates import EXACT
+from datasetdm_fast.runs.agreement.verify import EXACT
 from datasetdm_fast.runs.jobs.prompt_files import read_source
 from datasetdm_fast.runs.run_settings import PromptSettings
 

@@ -30,7 +30,7 @@ from datasetdm_fast.engine.sampling import times
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.export.manifest import FileInfo, Manifest
 from datasetdm_fast.export.tensorrt import flavours
-from datasetdm_fast.runs.agreement import distances, gates, observe
+from datasetdm_fast.runs.agreement import observe, verify
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +69,9 @@ def test_it_agrees_with_the_reference_at_every_stage_and_task(demo, folder, buil
     engine, reference = make_engine(demo, folder), TorchEngine(*demo)
     recipe = make_recipe(reference, TASKS, steps=3)
     truth = observe.observe(reference, REQUESTS, recipe)
-    led = distances.teacher_forced_distances(observe.observe(engine, REQUESTS, recipe, truth), truth)
-    rows = gates.evaluate_gates(
-        {name: values.reshape(-1, len(REQUESTS)) for name, values in led.items()}, gates.EXACT, {}
+    led = observe.teacher_forced_distances(observe.observe(engine, REQUESTS, recipe, truth), truth)
+    rows = verify.evaluate_gates(
+        {name: values.reshape(-1, len(REQUESTS)) for name, values in led.items()}, verify.EXACT, {}
     )
     assert all(row.is_passed for row in rows), [row for row in rows if not row.is_passed]
     assert engine.told[0] == f"exporting the stages to {folder}"
@@ -108,7 +108,7 @@ def test_words_beyond_what_a_plan_takes_at_once_go_through_in_parts(demo, folder
     )
     assert found["pred_logits"].shape == truth["pred_logits"].shape
     for name, value in truth.items():
-        assert distances.relative(found[name], value).max() < 1e-2
+        assert observe.relative(found[name], value).max() < 1e-2
     single = engine.annotate("open-vocabulary", capture, text[:, 1])
     torch.testing.assert_close(single["pred_logits"], found["pred_logits"][:, 1])
 
@@ -138,7 +138,7 @@ def test_features_and_maps_themselves_come_from_a_plan_of_their_own(demo, folder
     for kind in ("features", "maps"):
         for mine, theirs in zip(getattr(found, kind), getattr(truth, kind), strict=True):
             for value, right in zip(mine, theirs, strict=True):
-                assert distances.relative(value, right).max() < 1e-4
+                assert observe.relative(value, right).max() < 1e-4
 
 
 def test_without_decoders_it_captures_the_activations(demo, folder, built):

@@ -22,7 +22,7 @@ from datasetdm_fast.convert import main
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
 from datasetdm_fast.engine.labels import mask_rle
 from datasetdm_fast.engine.labels.numbering import number_classes
-from datasetdm_fast.runs.exporting import cvat
+from datasetdm_fast.runs.exporting import annotation_tools
 from datasetdm_fast.runs.exporting.view import ExportedThing
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder.folder import RunFolder
@@ -448,7 +448,7 @@ def test_runs_of_a_mask_in_cvat_go_row_by_row_and_begin_outside():
     """Things in two parts, or with a hole, are masks there."""
     mask = np.array([[0, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1], [1, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]], bool)
     thing = ExportedThing("car", 0.9, mask_rle.encode(mask[None]).rles[0], 6, (0.0, 0.0, 6.0, 3.0))
-    shape = ElementTree.fromstring(cvat._shape(thing, 2))
+    shape = ElementTree.fromstring(annotation_tools._cvat_shape(thing, 2))
     assert shape.tag == "mask" and shape.get("rle") == "1, 2, 6, 4, 5"
     assert [shape.get(side) for side in ("left", "top", "width", "height", "z_order")] == ["0", "0", "6", "3", "2"]
 

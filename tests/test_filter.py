@@ -23,7 +23,6 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.curation import filtering, scores
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder import scores as run_scores
-from datasetdm_fast.runs.run_folder import where
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.document import LEDGER
 from datasetdm_fast.runs.run_folder.folder import RunFolder
@@ -319,7 +318,7 @@ def test_conditions_follow_their_grammar():
     values = {"score": np.array([0.2, 0.7, np.nan]), "distance": np.array([1.0, 5.0, 9.0])}
 
     def passing(text):
-        return where.parse_where(text, tuple(values))[0].passes(values).tolist()
+        return run_scores.parse_where(text, tuple(values))[0].passes(values).tolist()
 
     assert passing("score>=0.5") == [False, True, False]
     assert passing("score != 0.7") == [True, False, False]  # a comparison with a score it lacks does not hold
@@ -335,8 +334,8 @@ def test_sharpness_and_hash_tell_images_apart():
     assert run_scores.sharpness(noise) > 100 * run_scores.sharpness(noise.resize((8, 8)).resize((64, 64)))
     assert scores.difference_hash(noise) == scores.difference_hash(noise.copy())
     hashes = np.array([0, 7, 7, -1, 2**62], np.int64)
-    assert run_scores.nearest(hashes, 0).tolist() == [64, 3, 0, 61, 1]
-    assert run_scores.nearest(hashes, 3).tolist() == [61, 1]
+    assert run_scores.nearest_bits(hashes, 0).tolist() == [64, 3, 0, 61, 1]
+    assert run_scores.nearest_bits(hashes, 3).tolist() == [61, 1]
 
 
 def test_agreement_counts_pixels_with_one_name():

@@ -18,7 +18,7 @@ from datasetdm_fast.engine.decoders.folders import DEMO
 from datasetdm_fast.engine.engines import opening
 from datasetdm_fast.engine.loading import presets
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.jobs.resume import merge_with_stored
+from datasetdm_fast.runs.jobs.run import merge_with_stored
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.document import LEDGER, read_document
 from datasetdm_fast.runs.run_folder.ledger import Ledger

@@ -69,7 +69,7 @@ def test_peers_start_no_ranks():
 
 def test_the_images_that_a_peer_counts_are_called_its_own(tmp_path, capsys):
     result = Result(tmp_path, 4, 4, 2, 0, seconds=2.0, is_complete=True)
-    print_run(RunConfig(), result, by=" by this process")
+    print_run(RunConfig(), result, "", by=" by this process")
     assert "2 images by this process in 2.0 s" in capsys.readouterr().err
 
 

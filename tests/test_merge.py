@@ -16,7 +16,7 @@ from datasetdm_fast.merge import main
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.folder import RunFolder
-from datasetdm_fast.runs.run_folder.split import groups, origins
+from datasetdm_fast.runs.run_folder.selections import groups, origins
 
 
 @pytest.fixture(scope="module")

@@ -344,7 +344,7 @@ COMMANDS = """
 import contextlib, io, json, sys
 from datasetdm_fast import cli
 from datasetdm_fast.command_line.probes import PROBES
-from datasetdm_fast.runs.agreement.gates import EXACT
+from datasetdm_fast.runs.agreement.verify import EXACT
 from datasetdm_fast.errors import Missing
 from datasetdm_fast.training.evaluation.metrics import METRICS
 from datasetdm_fast.engine.labels import LABEL_KINDS

@@ -13,12 +13,10 @@ from pathlib import Path
 import pytest
 
 from datasetdm_fast import prompts
-from datasetdm_fast.command_line.progress import PromptProgress
 from datasetdm_fast.engine.labels import class_tables
 from datasetdm_fast.engine.labels.words import find_classes
-from datasetdm_fast.runs.prompting import balance, endpoints, language_model, measures
-from datasetdm_fast.runs.prompting.grammar import DemoGrammar, Grammar, PlaceGrammar
-from datasetdm_fast.runs.prompting.vocabulary import read_vocabulary
+from datasetdm_fast.runs.prompting import balance, language_model
+from datasetdm_fast.runs.prompting.grammar import DemoGrammar, Grammar, PlaceGrammar, read_vocabulary
 
 SECRET = "canary-5b1f0c77"
 ESCAPED = "".join(f"\\u{ord(letter):04x}" for letter in SECRET)
@@ -61,24 +59,24 @@ def test_demo_sentences_use_the_words_its_model_knows():
 def test_a_thousand_sentences_of_a_class_hold_few_near_duplicates():
     names = [word for word in class_tables.builtin_table("voc").names if word != "background"]
     found = balance.build_list(Grammar(names), {"dog": 1000, "tvmonitor": 1000})
-    assert measures.measure(found)["near_duplicates"] <= 0.02
+    assert balance.measure(found)["near_duplicates"] <= 0.02
     assert Counter(sentence.group for sentence in found) == {"dog": 1000, "tvmonitor": 1000}
 
 
 def test_near_duplicates_are_those_of_the_plain_definition():
     prompts_ = [Grammar(["dog"]).sentence("dog", number).prompt for number in range(60)]
     prompts_ += [prompt + " today" for prompt in prompts_[:7]] + prompts_[:3]
-    pieces = [measures._shingles(prompt) for prompt in prompts_]
+    pieces = [balance._shingles(prompt) for prompt in prompts_]
     plain = [
         k
         for k, one in enumerate(pieces)
-        if any(len(one & other) / len(one | other) > measures.NEAR for other in pieces[:k])
+        if any(len(one & other) / len(one | other) > balance.NEAR for other in pieces[:k])
     ]
-    assert measures.near_duplicates(prompts_) == plain and len(plain) >= 6
+    assert balance.near_duplicates(prompts_) == plain and len(plain) >= 6
 
 
 def test_distinct_2_counts_pairs_of_words():
-    assert measures.distinct_2(["a b c", "a b d"]) == 3 / 4
+    assert balance.distinct_2(["a b c", "a b d"]) == 3 / 4
 
 
 # Counts ---------------------------------------------------------------------------------------------------------------
@@ -303,8 +301,8 @@ def endpoint(monkeypatch):
     server.seen, server.ended, server.behave = [], threading.Event(), good
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
-    monkeypatch.setattr(endpoints, "SECONDS", 0.6)
-    monkeypatch.setattr(endpoints, "LONGEST_WAIT", 0.01)
+    monkeypatch.setattr(language_model, "SECONDS", 0.6)
+    monkeypatch.setattr(language_model, "LONGEST_WAIT", 0.01)
     yield server
     server.ended.set()
     server.shutdown()
@@ -396,13 +394,6 @@ def test_words_of_an_own_table_name_the_class_to_a_language_model(endpoint, tmp_
 def test_what_is_meant_for_this_machine_goes_through_no_proxy(endpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     assert prompts.main([*line_for(endpoint, tmp_path / "list"), "--quiet"]) == 0
-
-
-def test_progress_outside_a_terminal_is_no_line_per_request(capsys):
-    with PromptProgress(3, is_quiet=False) as progress:
-        for count in range(1, 4):
-            progress.on_reply(count, count)
-    assert capsys.readouterr().err == "3/3 prompts, 3 requests\n"
 
 
 def test_killed_and_started_again_the_command_writes_the_same_list(endpoint, tmp_path):

@@ -16,7 +16,7 @@ from datasetdm_fast.engine.loop import prompts
 from datasetdm_fast.engine.loop.plan import make_plan
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.jobs import prompt_files
-from datasetdm_fast.runs.jobs.pictures import open_pictures
+from datasetdm_fast.runs.jobs.labelling import open_pictures
 from datasetdm_fast.runs.jobs.prompt_files import read_source
 from datasetdm_fast.runs.run_settings import PromptSettings, RunConfig
 

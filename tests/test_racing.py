@@ -16,8 +16,7 @@ from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.agreement import comparing
 from datasetdm_fast.runs.agreement.comparing import compare_with_reference
-from datasetdm_fast.runs.agreement.gates import GateRow
-from datasetdm_fast.runs.agreement.verify import Verdict
+from datasetdm_fast.runs.agreement.verify import GateRow, Verdict
 from datasetdm_fast.runs.jobs import job, racing, run
 from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.settings import EngineSettings, ModelSettings

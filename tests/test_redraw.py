@@ -28,7 +28,7 @@ from datasetdm_fast.engine.labels.numbering import number_classes
 from datasetdm_fast.engine.labels.words import replaced_text
 from datasetdm_fast.engine.sampling import make_schedule, times, walk
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.compositions import regions
+from datasetdm_fast.runs.compositions import edit as regions
 from datasetdm_fast.runs.compositions.edit import MOST_NEW, Edits
 from datasetdm_fast.runs.compositions.redraw import open_source
 from datasetdm_fast.runs.compositions.settings import EditSettings
@@ -105,7 +105,9 @@ def test_doubtful_samples_are_counted(source, edited, varied, monkeypatch, capsy
     for command, flags, out in ((edit, EDIT, edited), (vary, VARY, varied)):
         line, number = [str(source), *flags, "--out", str(out)], len(open_run(out))
         assert command.main(line) == 0
-        assert capsys.readouterr().err.endswith(f"1 of {number} samples is doubtful\n")
+        assert capsys.readouterr().err.endswith(
+            f"1 of {number} samples is doubtful: filter --where 'trust == 1' leaves it out\n"
+        )
         assert command.main([*line, "--json"]) == 0 and json.loads(capsys.readouterr().out)["doubtful"] == 1
 
 

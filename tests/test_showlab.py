@@ -29,10 +29,9 @@ from datasetdm_fast import audit
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.compat.showlab import __main__ as command
 from datasetdm_fast.compat.showlab import (
-    contours,
     files,
+    generating,
     generator,
-    summary,
     training,
 )
 from datasetdm_fast.compat.showlab.scripts import GENERATORS
@@ -101,7 +100,7 @@ def digest_of_contours(find) -> str:
 
 
 def test_contours_are_those_of_opencv():
-    assert digest_of_contours(contours.external_contours) == OPENCV
+    assert digest_of_contours(files.external_contours) == OPENCV
     if importlib.util.find_spec("cv2"):
         import cv2
 
@@ -471,14 +470,14 @@ def test_flags_without_effect_are_named(root, model):
         ("train_depth_NYU", "--batch_size"),
     ):
         line = command.read_line("", command.SCRIPTS[script], given[script])
-        assert list(summary.rows_of_ignored(line)) == [f"ignored   {idle}: without effect in DatasetDM, too"]
+        assert list(generating.rows_of_ignored(line)) == [f"ignored   {idle}: without effect in DatasetDM, too"]
 
 
 def test_the_table_counts_processes_and_what_they_leave_over(root):
     engine = types.SimpleNamespace(name="fast", model=types.SimpleNamespace(name="demo"))
     job = types.SimpleNamespace(engine=engine, plan=types.SimpleNamespace(batch_size=4))
     flags = ("Depth_NYU", "--number_data", "7", "--thread_num", "3", "--prompt_root", f"{PROMPTS}/NYU")
-    plain = "\n".join(summary.rows(ordered(root, *flags), job))
+    plain = "\n".join(generating.rows(ordered(root, *flags), job))
     assert "6 images, seeds 200000 to 200009: those of --thread_num 3 processes" in plain
     assert "--number_data 7: 1 left over by 3 processes" in plain and "guidance 5;" in plain
 

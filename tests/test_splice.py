@@ -21,7 +21,7 @@ from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.engine.labels import LABEL_KINDS, mask_rle
 from datasetdm_fast.engine.labels.kind import LabelKind, Placement
 from datasetdm_fast.engine.scenes import world
-from datasetdm_fast.runs.compositions import grids
+from datasetdm_fast.runs.compositions.splice import sample_positions
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.reader import open_run
 
@@ -218,10 +218,10 @@ def test_a_place_inside_of_a_run_is_refused(source, tmp_path, capsys):
 
 
 def test_grids_take_different_samples_where_there_are_enough():
-    assert grids.sample_positions(3, 4, 10) == grids.sample_positions(3, 4, 10) != grids.sample_positions(4, 4, 10)
-    assert grids.sample_positions(3, 4, 10) != grids.sample_positions(-3, 4, 10)
-    assert all(sorted(grids.sample_positions(seed, 9, 9)) == list(range(9)) for seed in range(20))
-    assert set(grids.sample_positions(0, 64, 3)) <= {0, 1, 2}
+    assert sample_positions(3, 4, 10) == sample_positions(3, 4, 10) != sample_positions(4, 4, 10)
+    assert sample_positions(3, 4, 10) != sample_positions(-3, 4, 10)
+    assert all(sorted(sample_positions(seed, 9, 9)) == list(range(9)) for seed in range(20))
+    assert set(sample_positions(0, 64, 3)) <= {0, 1, 2}
 
 
 @pytest.mark.parametrize("rows, columns", [(1, 1), (1, 2), (2, 1), (3, 3)])

@@ -16,8 +16,7 @@ from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder import seal
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.folder import RunFolder
-from datasetdm_fast.runs.run_folder.selections import read_split
-from datasetdm_fast.runs.run_folder.split import assign_parts, groups
+from datasetdm_fast.runs.run_folder.selections import assign_parts, groups, read_split
 from datasetdm_fast.split import main
 from datasetdm_fast.training.readers import open_data
 

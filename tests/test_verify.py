@@ -24,12 +24,12 @@ from datasetdm_fast.engine.loop.recipe import make_recipe
 from datasetdm_fast.engine.models.packed import PackedUpsample
 from datasetdm_fast.engine.sampling.walk import SamplerState
 from datasetdm_fast.runs.agreement import comparing, observe, verify
-from datasetdm_fast.runs.agreement.distances import (
+from datasetdm_fast.runs.agreement.observe import (
     free_running_distances,
     relative,
     teacher_forced_distances,
 )
-from datasetdm_fast.runs.agreement.gates import EXACT, ROUNDED, GateRow, evaluate_gates
+from datasetdm_fast.runs.agreement.verify import EXACT, ROUNDED, GateRow, evaluate_gates
 from datasetdm_fast.runs.workers import spawn
 
 SMALL = dict(

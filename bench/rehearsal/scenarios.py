@@ -37,12 +37,11 @@ from datasetdm_fast.engine.tasks.labeller import Labeller, LabellerInput
 from datasetdm_fast.kernels.transfer import to_host
 from datasetdm_fast.plugins import GROUP
 from datasetdm_fast.runs.compositions import redraw
+from datasetdm_fast.runs.compositions.composition import TileSource
 from datasetdm_fast.runs.compositions.edit import Edits
 from datasetdm_fast.runs.compositions.settings import EditSettings, VarySettings
-from datasetdm_fast.runs.compositions.source import TileSource
 from datasetdm_fast.runs.compositions.vary import Variants
-from datasetdm_fast.runs.jobs.labelling import prepare_labelling
-from datasetdm_fast.runs.jobs.pictures import open_pictures
+from datasetdm_fast.runs.jobs.labelling import open_pictures, prepare_labelling
 from datasetdm_fast.runs.jobs.writing import write_missing
 from datasetdm_fast.runs.run_settings import LabelConfig, RunConfig
 

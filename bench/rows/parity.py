@@ -11,15 +11,17 @@ from bench.peers import Peer
 from bench.setting import Setting
 from datasetdm_fast.data import Request, Sample, Text, join_texts
 from datasetdm_fast.engine.labels import LABEL_KINDS
-from datasetdm_fast.runs.agreement.distances import (
+from datasetdm_fast.runs.agreement.observe import (
+    Rounded,
     by_image,
     free_running_distances,
     image_distance,
+    level_tensors,
+    observe,
     relative,
     teacher_forced_distances,
 )
-from datasetdm_fast.runs.agreement.gates import EXACT, ROUNDED, GateRow, evaluate_gates
-from datasetdm_fast.runs.agreement.observe import Rounded, level_tensors, observe
+from datasetdm_fast.runs.agreement.verify import EXACT, ROUNDED, GateRow, evaluate_gates
 
 # The storage type whose drift is allowed; TF32 keeps as many bits as fp16.
 STORED = {"tf32": torch.float16, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -19,7 +19,7 @@ from datasetdm_fast.data import Sample, SemanticMap
 from datasetdm_fast.engine.engines.memory import release
 from datasetdm_fast.engine.labels import LABEL_KINDS
 from datasetdm_fast.engine.loop.recipe import make_recipe
-from datasetdm_fast.runs.agreement.distances import image_distance
+from datasetdm_fast.runs.agreement.observe import image_distance
 
 BATCH, IMAGES = 8, 16
 EXACT = "exact"

@@ -26,8 +26,8 @@ from datasetdm_fast.engine.engines.memory import release
 from datasetdm_fast.engine.labels.label_files import encode
 from datasetdm_fast.engine.loop.labelling import decoder_labels
 from datasetdm_fast.engine.loop.recipe import label_tables
-from datasetdm_fast.runs.agreement.distances import by_image, relative
-from datasetdm_fast.runs.agreement.gates import EXACT, ROUNDED
+from datasetdm_fast.runs.agreement.observe import by_image, relative
+from datasetdm_fast.runs.agreement.verify import EXACT, ROUNDED
 
 NAIVE_DTYPE = "fp32"  # as DatasetDM is written
 

@@ -1,14 +1,11 @@
-"""python -m datasetdm_fast.convert FILE --to decoder: checkpoints of other projects become what this package reads, and
-decoders become checkpoints of DatasetDM.
-"""
+"""python -m datasetdm_fast.convert FILE --to decoder: read and write checkpoints of other projects."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.command_line.output import print_end
-from datasetdm_fast.command_line.outputs import check_output
+from datasetdm_fast.command_line.output import check_output, print_end
 from datasetdm_fast.config import UPSTREAM_KINDS
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.exporting.checkpoints import to_checkpoint, to_decoder, to_diffusers
@@ -28,11 +25,7 @@ class CheckpointConfig(OutputSettings):
     FLAGS = "source to kind model ema allow_download out dry_run json quiet".split()
 
     source: str = setting(
-        "",
-        "a checkpoint FILE.pth, a decoder's folder, or a model FILE.ckpt",
-        metavar="FILE",
-        positional=True,
-        required=True,
+        "", "checkpoint FILE.pth, a decoder's folder, or FILE.ckpt", metavar="FILE", positional=True, required=True
     )
     to: str = setting(
         "",
@@ -41,14 +34,10 @@ class CheckpointConfig(OutputSettings):
         required=True,
     )
     kind: str = setting(
-        "",
-        "with --to decoder: what the checkpoint was trained on; default: inferred from its tensors",
-        choices=UPSTREAM_KINDS,
+        "", "with --to decoder: what it was trained on; default: as its tensors say", choices=UPSTREAM_KINDS
     )
     model: str = setting(
-        "",
-        "with --to decoder: model whose U-Net it was trained on; default: DatasetDM's",
-        metavar="MODEL",
+        "", "with --to decoder: model whose U-Net it was trained on; default: DatasetDM's", metavar="MODEL"
     )
     ema: bool = setting(False, "with --to diffusers: take the averaged weights of the U-Net")
     allow_download: bool = setting(False, "with --to diffusers: fetch the tokenizer's vocabulary where it is not here")

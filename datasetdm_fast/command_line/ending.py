@@ -3,15 +3,20 @@
 import errno
 import os
 import select
+import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import wraps
+from typing import TypeVar
 
 from datasetdm_fast.bug_report import print_error, report_bug
+from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import ENDED, SignalWatch
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.untrusted import documents
 
+Settings = TypeVar("Settings")
 DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)  # of a file or folder, whichever command meets it
 
 
@@ -23,6 +28,39 @@ def command(function: Callable[[Sequence[str]], int]) -> Callable[..., int]:
         return run_command(function, arguments)
 
     return main
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """A command line as it was given."""
+
+    prog: str
+    arguments: Sequence[str]
+    provided: set[str]  # the settings that it names
+
+    @property
+    def text(self) -> str:
+        """The whole line, which resumes the command."""
+        return f"{self.prog} {shlex.join(self.arguments)}".rstrip()
+
+
+def command_with(
+    settings: type[Settings], examples: Sequence[str] = ()
+) -> Callable[[Callable[[Settings, CommandLine], int]], Callable[..., int]]:
+    """`main` of a function of the parsed settings; the docstring of its module begins with the program's name."""
+
+    def decorate(function: Callable[[Settings, CommandLine], int]) -> Callable[..., int]:
+        @command
+        @wraps(function)
+        def main(arguments: Sequence[str]) -> int:
+            description = function.__globals__["__doc__"]
+            prog = " ".join(description.split()[:3]).rstrip(":")
+            config, provided = parse(arguments, settings, prog, description, examples)
+            return function(config, CommandLine(prog, arguments, provided))
+
+        return main
+
+    return decorate
 
 
 def run_command(command: Callable[[Sequence[str]], int | None], arguments: Sequence[str] | None = None) -> int:

@@ -10,7 +10,7 @@ from dataclasses import MISSING, Field
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
-from datasetdm_fast.command_line.outputs import check_output
+from datasetdm_fast.command_line.output import check_output
 from datasetdm_fast.errors import Missing, Refused, nearest
 from datasetdm_fast.settings import flags_of
 from datasetdm_fast.untrusted import documents
@@ -29,11 +29,7 @@ def parse(
     description: str | None = None,
     examples: Sequence[str] = (),
 ) -> tuple[Config, set[str]]:
-    """The settings of a command line, and the names of those the user set by flag or by --config.
-
-    A field of `cls` is one flag with `help`, `choices` and `metavar` in its metadata; without a default it is required.
-    `examples` are what may stand after `prog`, for --help.
-    """
+    """The settings of a command line, and the names of those that flags or --config give; `examples` are for --help."""
     fields, hints = flags_of(cls), get_type_hints(cls)
     converters = {field.name: _converter(field, hints[field.name]) for field in fields}
     parser = _build_parser(fields, hints, converters, prog, description, examples)
@@ -54,16 +50,12 @@ def parse(
         if value and (kind := field.metadata.get("output")):
             check_output(flag, value, kind)
         if isinstance(value, int | float):
-            _check_range(flag, value, field.metadata.get("least"), field.metadata.get("most"))
+            least, most = field.metadata.get("least"), field.metadata.get("most")
+            if least is not None and value < least or most is not None and value > most:
+                bounds = f"{least} or more" if most is None else f"{least} to {most}"
+                expected = f"at most {most}" if least is None else bounds
+                raise Refused(f"{flag} {value}: expected {expected}", "Choose another number.")
     return config, set(values)
-
-
-def _check_range(flag: str, value: float, least: float | None, most: float | None) -> None:
-    """Refuses a number outside of a range, of which either end may be open."""
-    if (least is None or value >= least) and (most is None or value <= most):
-        return
-    expected = f"{least} or more" if most is None else f"at most {most}" if least is None else f"{least} to {most}"
-    raise Refused(f"{flag} {value}: expected {expected}", "Choose another number.")
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):

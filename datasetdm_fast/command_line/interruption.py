@@ -20,9 +20,7 @@ FINISHING = "\nfinishing this batch; once more ends at once\n"
 
 
 class Interruption:
-    """Within the block the first SIGINT or SIGTERM of a command is noted, to finish the batch; the second one ends the
-    process.
-    """
+    """Within the block a command's first SIGINT or SIGTERM is noted, to finish the batch; the second ends it."""
 
     blocks: ClassVar[list["Interruption"]] = []  # of the main thread, the innermost last
 
@@ -107,7 +105,8 @@ class SignalWatch:
             self._before[number] = signal.signal(number, self._handle)
         _silence_children()
         if self._is_last:
-            atexit.register(_ignore_interrupts)
+            # in Python's last steps Ctrl-C would replace a known exit code
+            atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
         self._reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
         self._woken_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
@@ -158,9 +157,10 @@ class SignalWatch:
                 Interruption.blocks[-1].note(number)
             else:  # one operation that would last many minutes
                 self._end(number)
-        elif self.signal is not None and (
-            seconds > TIDYING or (self._over and seconds > PATIENCE and _are_others_at_work())
-        ):
+            return
+        others = {thread for thread in threading.enumerate() if not thread.daemon} - {threading.main_thread()}
+        is_waiting = self._over and seconds > PATIENCE and others  # the process waits for these at its end
+        if self.signal is not None and (seconds > TIDYING or is_waiting):
             self._end(number)
         elif self._over and time.monotonic() - self._over > TIDYING:
             self._end(number)
@@ -182,22 +182,10 @@ class SignalWatch:
         os.close(self._writing)
 
 
-def _ignore_interrupts() -> None:
-    """Ignores Ctrl-C in Python's last steps, in which it runs no handlers: the signal itself would end a process whose
-    exit code is known.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def _is_on_gpu() -> bool:
     """Whether the main thread may be waiting for a batch that a GPU will finish in seconds."""
     cuda = getattr(sys.modules.get("torch"), "cuda", None)
     return bool(cuda and getattr(cuda, "is_initialized", bool)())
-
-
-def _are_others_at_work() -> bool:
-    """Whether threads that the process waits for at its end are still in a call."""
-    return any(not thread.daemon and thread is not threading.main_thread() for thread in threading.enumerate())
 
 
 @cache

@@ -49,9 +49,7 @@ class Progress(AbstractContextManager[Any]):
 
 
 class ImageProgress(Progress):
-    """Progress of a run; it counts UNet calls, or images where nobody reports the calls. `count_outside` counts the
-    samples so far that are out of the domain of their decoders, which takes a moment.
-    """
+    """Progress of a run in UNet calls, or in images where nobody reports calls; `count_outside` takes a moment."""
 
     def __init__(
         self, images: int, is_quiet: bool, batch: int = 1, calls: int = 0, count_outside: Callable[[], int] = lambda: 0
@@ -108,9 +106,7 @@ class CountProgress(Progress):
 
 
 class StepProgress(Progress):
-    """Progress of a training, with its last figure on held-out images, of which `metric` is the name; `later` steps are
-    taken in the trainings that follow it.
-    """
+    """Progress of a training, with its last figure on held-out images; `later` steps are taken after it."""
 
     def __init__(self, title: str, metric: str, steps: int, is_quiet: bool, later: int = 0):
         self._later = later
@@ -137,20 +133,6 @@ class StepProgress(Progress):
                 else ""
             )
             self.print(f"{self._title} {step}/{self.total}, loss {loss:.4f}{self._figure}{left}{later}")
-
-
-class PromptProgress(Progress):
-    """Progress of a list of prompts that a language model is asked for."""
-
-    def __init__(self, prompts: int, is_quiet: bool):
-        super().__init__(prompts, "prompt", "prompts", is_quiet)
-
-    def on_reply(self, done: int, requests: int) -> None:
-        if self._bar is not None:
-            self._bar.update(done - self._bar.n)
-            self._bar.set_postfix_str(count_noun(requests, "request"))
-        elif self.is_line_due() or done == self.total:
-            self.print(f"{done}/{self.total} prompts, {count_noun(requests, 'request')}")
 
 
 def shows_bar(is_quiet: bool) -> bool:

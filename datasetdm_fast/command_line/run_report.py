@@ -1,22 +1,18 @@
 """What generate and label print about a run: its plan, and what was made."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from datasetdm_fast.command_line.output import NOTHING_WRITTEN, print_lines, print_result
+from datasetdm_fast.command_line.output import NOTHING_WRITTEN, OutputFlags, print_lines, print_result, print_unfinished
 from datasetdm_fast.command_line.progress import CountProgress
 from datasetdm_fast.messages import count_noun, format_duration
+from datasetdm_fast.runs.jobs.job import Job
+from datasetdm_fast.runs.jobs.result import Result
 from datasetdm_fast.runs.jobs.summary import describe_job
-
-if TYPE_CHECKING:
-    from datasetdm_fast.runs.jobs.job import Job
-    from datasetdm_fast.runs.jobs.result import Result
-    from datasetdm_fast.runs.run_settings import RunConfig
+from datasetdm_fast.runs.run_settings import RunConfig
 
 MOST_REQUESTS = 40  # that a plan for the eye lists
 
@@ -38,24 +34,26 @@ def print_run_plan(config: RunConfig, job: Job) -> int:
     return 0
 
 
-def print_finished_run(config: RunConfig, result: Result) -> int:
+def print_finished_run(settings: OutputFlags, result: Result) -> int:
     """The exit code of a run with nothing left to do."""
-    print_lines(config, f"{result.path}: complete with {count_noun(result.done, 'sample')}, nothing to do")
-    print_run(config, result)
+    print_lines(settings, f"{result.path}: complete with {count_noun(result.done, 'sample')}, nothing to do")
+    print_run(settings, result, "")
     return 0
 
 
-def print_run(config: RunConfig, result: Result, by: str = "") -> None:
-    """Prints the result of a run, and fails where samples were quarantined."""
-    print_result(config, {"path": str(result.path), **result.facts()}, str(result.path))
+def print_run(settings: OutputFlags, result: Result, resume_with: str, by: str = "", noun: str = "image") -> None:
+    """Prints the result of a run, and the line to resume it with; fails where samples were quarantined."""
+    print_result(settings, {"path": str(result.path), **result.facts()}, str(result.path))
     if result.made:
         closing = f"{format_duration(result.closing_seconds)} of it for index files and gallery"
-        images = f"{count_noun(result.made, 'image')}{by} in {format_duration(result.seconds)}"
+        images = f"{count_noun(result.made, noun)}{by} in {format_duration(result.seconds)}"
         page = f"{result.path}/gallery/index.html"
-        print_lines(config, f"{images} ({closing}), {result.rate:.3g} images per second; look at {page}")
+        print_lines(settings, f"{images} ({closing}), {result.rate:.3g} {noun}s per second; look at {page}")
     if result.trust_message:
-        print_lines(config, result.trust_message)
+        print_lines(settings, result.trust_message)
     result.check()
+    if not result.is_complete:
+        print_unfinished(result.done, result.number, resume_with, "samples" if noun == "image" else f"{noun}s")
 
 
 @contextmanager

@@ -1,6 +1,4 @@
-"""Settings of generate and label: those that follow from others, checks before anything is loaded, and the run that
-they describe.
-"""
+"""Settings of generate and label: those that follow from others, checks before anything is loaded, and their run."""
 
 from __future__ import annotations
 
@@ -9,7 +7,6 @@ import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +20,13 @@ from datasetdm_fast.engine.loop.checks import check_numbers, check_seed, check_s
 from datasetdm_fast.engine.loop.combining import parse_combinations
 from datasetdm_fast.engine.loop.prompts import PromptSource, check_classes
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.jobs.class_file import listed_words, own_table
-from datasetdm_fast.runs.jobs.prompt_files import read_source
-from datasetdm_fast.runs.jobs.remake import check_provided, find_remake_row, prepare_remake, remake
-from datasetdm_fast.runs.run_folder.acceptance import check_accept
+from datasetdm_fast.runs.jobs.prompt_files import listed_words, own_table, read_source
+from datasetdm_fast.runs.jobs.remake import check_provided, find_remake_row, prepare_remake
 from datasetdm_fast.runs.run_folder.document import GROWING, most_samples, quarantines
+from datasetdm_fast.runs.run_folder.goal import FLAG
 from datasetdm_fast.runs.run_folder.ledger import Row
-from datasetdm_fast.runs.run_folder.object_store import refuse_stored
-from datasetdm_fast.runs.run_settings import (
-    LabelConfig,
-    LabelSettings,
-    PromptSettings,
-    RunConfig,
-    RunSpec,
-)
+from datasetdm_fast.runs.run_folder.scores import SCORERS, parse_where
+from datasetdm_fast.runs.run_settings import LabelConfig, LabelSettings, PromptSettings, RunConfig, RunSpec
 from datasetdm_fast.settings import EngineSettings, ModelSettings, SamplingSettings, flags_of, json_values
 
 LONGEST_NAME = 48  # letters of the readable part of a run folder's name
@@ -107,7 +97,8 @@ def check_settings(config: RunConfig) -> None:
     _check_files(config.task)
     _check_attention(config.group(LabelSettings), config.group(PromptSettings), config.outlines)
     parse_combinations(config.combine, config.task)
-    check_accept(config.accept)
+    if config.accept:
+        parse_where(config.accept, tuple(SCORERS), FLAG)
     if config.most_tries != RunConfig.most_tries and not quarantines(config.identity()):
         raise Refused(
             f"--most-tries {config.most_tries}: it has no effect, as no sample is quarantined",
@@ -132,9 +123,7 @@ def _check_attention(labels: LabelSettings, prompts: PromptSettings, outlines: s
 
 
 def _check_files(labels: Sequence[str]) -> None:
-    """Refuses labels that would write the same files; code of another package that does not load is named here, before
-    networks are loaded.
-    """
+    """Refuses labels that would write the same files."""
     writing: dict[str, str] = {}
     for label in labels:
         for role in kind_of(label).roles:
@@ -151,7 +140,9 @@ def read_spec(config: RunConfig, source: PromptSource | None = None) -> RunSpec:
     check_settings(config)
     prompts = config.group(PromptSettings)
     source = source or read_source(prompts, has_captions=config.model in SHIPPED)
-    return _spec(config, source, describe_run_settings(config, source))
+    # of prompts there is the digest, so that their file may move
+    identity = {"prompts": f"sha256:{source.digest}", "number": count_images(config)}
+    return _spec(config, source, describe_settings(config, source.table) | identity)
 
 
 def label_spec(config: LabelConfig) -> RunSpec:
@@ -160,12 +151,6 @@ def label_spec(config: LabelConfig) -> RunSpec:
     table = own_table(config.class_table) if config.class_table else None
     source = PromptSource((), "--classes", check_classes(config.classes), 0, table=table)
     return _spec(config, source, describe_settings(config, table))
-
-
-def describe_run_settings(config: RunConfig, source: PromptSource) -> dict[str, Any]:
-    """The settings of a run; of prompts there is the digest, so that their file may move."""
-    settings = describe_settings(config, source.table)
-    return settings | {"prompts": f"sha256:{source.digest}", "number": count_images(config)}
 
 
 def describe_settings(config: RunConfig, table: class_tables.ClassTable | None) -> dict[str, Any]:
@@ -192,11 +177,23 @@ def _spec(config: RunConfig, source: PromptSource, identity: Mapping[str, Any]) 
     )
 
 
+def check_shard_settings(config: RunConfig) -> None:
+    """Refuses flags that do not go together with the layout."""
+    if config.layout != "shards":
+        if config.shard_size != RunConfig.shard_size:
+            raise Refused(f"--shard-size {config.shard_size}: the run is not in shards", "Add --layout shards.")
+        if config.cluster:
+            raise Refused(f"--cluster {config.cluster}: a cluster makes runs in shards", "Drop --layout folder.")
+        return
+    for flag, is_given in (("--keep trusted", config.keep != "all"), ("--accept", bool(config.accept))):
+        if is_given:
+            raise Refused(f"{flag}: not with --layout shards, whose shards know nothing of one another", "Drop one.")
+
+
 def check_together(config: RunConfig, is_begun: bool, processes: int) -> None:
     """Refuses flags that do not go together, or not in one of several processes that were started together."""
     if config.store:
         raise Refused(f"--store {config.store}: only a run in shards is written there", "Add --layout shards.")
-    refuse_stored(Path(config.out))
     if not config.dry_run and processes > 1:
         check_judged(config, is_begun)
 
@@ -223,14 +220,15 @@ def remake_from(config: RunConfig, provided: Collection[str]) -> int:
     check_settings(config)
     restored = restore_settings(config, provided, stored, row)
     groups = map(restored.group, (ModelSettings, EngineSettings, SamplingSettings, LabelSettings))
-    task = prepare_remake(folder, stored, row, *groups, restored.classes)
-    return remake_sample(config, config.out, config.only, partial(remake, task))
+    remake = prepare_remake(folder, stored, row, *groups, restored.classes)
+    return remake_sample(config, config.out, config.only, remake)
 
 
 def restore_settings(config: RunConfig, provided: Collection[str], stored: Mapping[str, Any], row: Row) -> RunConfig:
     """The settings that a run folder was started with, for a sample to be made again; `provided` ones must agree."""
     relocated = {"model", "decoder"} & set(provided)  # their digests decide whether they are equal
-    restored = replace(config, **_values(stored["config"], {"prompts", *relocated}))
+    settings = {name: value for name, value in stored["config"].items() if name not in {"prompts", *relocated}}
+    restored = replace(config, **{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})
     engine = row.recipe.get("engine")
     if engine is not None and engine in [entry["engine"] for entry in stored.get("mixed", ())]:
         restored = replace(restored, engine=engine["engine"], dtype=engine["dtype"], compile="compiled" in engine)
@@ -241,15 +239,6 @@ def restore_settings(config: RunConfig, provided: Collection[str], stored: Mappi
     }
     check_provided(Path(config.out), stored["config"], changed)
     return restored
-
-
-def _values(stored: Mapping[str, Any], left_out: Collection[str]) -> dict[str, Any]:
-    """Settings of run.json as their dataclass has them."""
-    return {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in stored.items()
-        if name not in left_out
-    }
 
 
 def without_whole_labels(config: LabelConfig, provided: Collection[str]) -> LabelConfig:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.command_line.output import print_lines, print_result, print_unfinished
-from datasetdm_fast.command_line.outputs import check_output
+from datasetdm_fast.command_line.output import check_output, print_lines, print_result, print_unfinished
 from datasetdm_fast.command_line.progress import ImageProgress
 from datasetdm_fast.command_line.run_report import print_run_plan, show_calls
 from datasetdm_fast.command_line.run_settings import check_judged
@@ -41,25 +38,7 @@ from datasetdm_fast.runs.workers.shard_worker import (
 from datasetdm_fast.runs.workers.worker import Callbacks
 
 
-def check_shard_settings(config: RunConfig) -> None:
-    """Refuses flags that do not go together with the layout."""
-    if config.layout != "shards":
-        if config.shard_size != RunConfig.shard_size:
-            raise Refused(f"--shard-size {config.shard_size}: the run is not in shards", "Add --layout shards.")
-        if config.cluster:
-            raise Refused(f"--cluster {config.cluster}: a cluster makes runs in shards", "Drop --layout folder.")
-        return
-    for flag, is_given in (
-        ("--keep trusted", config.keep != "all"),
-        ("--accept", bool(config.accept)),
-    ):
-        if is_given:
-            raise Refused(f"{flag}: not with --layout shards, whose shards know nothing of one another", "Drop one.")
-
-
-def generate_shards(
-    config: RunConfig, spec: RunSpec, peer: LaunchedProcess | None, prog: str, arguments: Sequence[str]
-) -> int:
+def generate_shards(config: RunConfig, spec: RunSpec, peer: LaunchedProcess | None, resume_with: str) -> int:
     """The exit code of a run in shards."""
     where, workers, begin = config.store or config.out, config.group(WorkerSettings), time.perf_counter()
     spec = replace(spec, folder=Path(where), may_mix=False, is_stored=is_url(where))
@@ -103,7 +82,7 @@ def generate_shards(
             rank = ShardRank(peer.rank, peer.world) if peer else ShardRank()
             work_on_shards(spec, place, rank, callbacks)
     if is_reporting:
-        _report(config, spec, ledger, made, begin, f"resume with: {prog} {shlex.join(arguments)}")
+        _report(config, spec, ledger, made, begin, resume_with)
     return interruption.exit_code(0)
 
 
@@ -117,7 +96,7 @@ def _begin(config: RunConfig, spec: RunSpec, place: ShardPlace) -> None:
         place.create(DOCUMENT, pretty(job.document))
 
 
-def _report(config: RunConfig, spec: RunSpec, ledger: ShardLedger, made: int, begin: float, remedy: str) -> None:
+def _report(config: RunConfig, spec: RunSpec, ledger: ShardLedger, made: int, begin: float, resume_with: str) -> None:
     """Prints the result of the run, and fails where samples were quarantined."""
     place = ledger.place
     if (document := read_stored(place)) is None:
@@ -132,7 +111,7 @@ def _report(config: RunConfig, spec: RunSpec, ledger: ShardLedger, made: int, be
     elif result.is_complete:
         print_lines(config, f"{place.name}: complete with {count_noun(result.done, 'sample')}, nothing to do")
     if not result.is_complete:
-        print_unfinished(result.done, result.number, remedy)
+        print_unfinished(result.done, result.number, resume_with)
     if result.trust_message:
         print_lines(config, result.doubts)
     result.check()

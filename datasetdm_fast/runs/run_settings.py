@@ -7,14 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.config import (
-    LABELLER_KINDS,
-    LABELLERS,
-    LABELS,
-    MOST_TRIES,
-    PARITIES,
-    SHARD_SIZE,
-)
+from datasetdm_fast.config import LABELLER_KINDS, LABELLERS, LABELS, MOST_TRIES, PARITIES, SHARD_SIZE
 from datasetdm_fast.engine.loop.checks import LARGEST_BATCH
 from datasetdm_fast.engine.loop.prompts import PromptSource
 from datasetdm_fast.settings import (
@@ -35,10 +28,7 @@ class PromptSettings:
     """What images are made of, and how many."""
 
     prompts: str = setting(
-        "",
-        "a prompt, a UTF-8 file with one prompt per line, or JSON lines as the command prompts writes them; default: "
-        "captions of the demo world",
-        metavar="FILE|TEXT",
+        "", "a prompt, a file with one prompt per line or JSON lines; default: the demo's captions", metavar="FILE|TEXT"
     )
     classes: tuple[str, ...] = setting(
         (),
@@ -47,18 +37,10 @@ class PromptSettings:
         metavar="LIST",
     )
     class_table: str = setting(
-        "",
-        "class words of your own: a CSV file (number,name,say,words), or an annotation file of LVIS or COCO; --classes "
-        "then chooses some of them",
-        identity="if given",
-        metavar="FILE",
+        "", "class words of your own: a CSV file, or LVIS's or COCO's annotations", identity="if given", metavar="FILE"
     )
     negative_prompt: str = setting(
-        "",
-        "text that images are steered away from, used in the unconditional half; dataset-diffusion: the text of that "
-        "project",
-        identity="if given",
-        metavar="TEXT",
+        "", "text to steer images away from; dataset-diffusion: that project's", identity="if given", metavar="TEXT"
     )
     allow_unnamed: bool = setting(
         False, "accept prompts that name none of the class words; their label maps are empty", identity=False
@@ -87,10 +69,7 @@ class LabelSettings:
         metavar="LIST",
     )
     combine: tuple[str, ...] = setting(
-        (),
-        'keep a label only where another shows a class, comma-separated, each as "semantic within instance:person"',
-        metavar="LIST",
-        identity="if given",
+        (), 'keep a label only where another is, as "semantic within instance:dog"', metavar="LIST", identity="if given"
     )
     labeller: tuple[str, ...] = setting(
         (),
@@ -102,62 +81,31 @@ class LabelSettings:
         metavar="LIST",
     )
     ask: str = setting(
-        "named",
-        "class words for which a picture gets labels: those its prompt names, or all of --classes",
-        identity="if given",
-        choices=("named", "all"),
+        "named", "class words to label: those the prompt names, or all", identity="if given", choices=("named", "all")
     )
     exponent: int = setting(
-        -1,
-        "with --labeller attention: times a class's map is multiplied by the self-attention, -1 = the model's default",
-        identity="if given",
-        metavar="N",
+        -1, "attention: times a map is multiplied by self-attention, -1 = default", identity="if given", metavar="N"
     )
     threshold: float = setting(
-        0.0,
-        "with --labeller attention: minimum value of a class, 0 = the model's default",
-        identity="if given",
-        metavar="X",
+        0.0, "attention: minimum value of a class, 0 = the model's default", identity="if given", metavar="X"
     )
     uncertainty: float = setting(
-        0.0,
-        "with --labeller attention: values from here to the threshold become 255, 0 = the model's default",
-        identity="if given",
-        metavar="X",
+        0.0, "attention: values from here to the threshold are 255, 0 = default", identity="if given", metavar="X"
     )
     self_cells: int = setting(
-        0,
-        "with --labeller attention: cells per side of the self-attention that is read, 0 = the model's default",
-        identity="if given",
-        metavar="N",
+        0, "attention: cells per side of the self-attention read, 0 = default", identity="if given", metavar="N"
     )
     cross_cells: int = setting(
-        0,
-        "with --labeller attention: cells per side of the cross-attention that is read, 0 = the model's default",
-        identity="if given",
-        metavar="N",
+        0, "attention: cells per side of the cross-attention read, 0 = default", identity="if given", metavar="N"
     )
     parity: str = setting(
-        "",
-        "with --labeller attention: word positions, noise and settings of another project, for comparison: "
-        "dataset-diffusion",
-        identity="if given",
-        choices=("", *PARITIES),
-        metavar="PROJECT",
+        "", "attention: settings of dataset-diffusion", identity="if given", choices=("", *PARITIES), metavar="PROJECT"
     )
     ignore: str = setting(
-        "nothing",
-        "disagreeing: pixels of label maps are 255 where two labels differ or the prompt does not name the thing",
-        choices=("nothing", "disagreeing"),
-        identity="if given",
+        "nothing", "disagreeing: 255 where labels differ", choices=("nothing", "disagreeing"), identity="if given"
     )
     ignore_below: float = setting(
-        0.0,
-        "pixels of label maps are 255 where the decoder's confidence is below this, 0 to 1",
-        metavar="SHARE",
-        least=0,
-        most=1,
-        identity="if given",
+        0.0, "pixels with a confidence below this are 255", metavar="SHARE", least=0, most=1, identity="if given"
     )
 
 
@@ -166,32 +114,17 @@ class KeepSettings:
     """Which samples the data set takes, and how many this command makes."""
 
     keep: str = setting(
-        "all",
-        "all: doubtful samples are kept and counted; trusted: they are quarantined with their reason, and the run "
-        "makes more until it has --number trusted ones",
-        choices=("all", "trusted"),
-        identity="if given",
+        "all", "trusted: doubtful samples are quarantined and replaced", choices=("all", "trusted"), identity="if given"
     )
     accept: str = setting(
-        "",
-        'condition on scores, such as "score >= 0.5 and agreement > 0.8": samples that do not meet it are quarantined, '
-        "and the run makes more until --number samples meet it, or with --per-class that many of every class",
-        metavar="COND",
-        identity="if given",
+        "", 'condition on scores, such as "score >= 0.5", that samples must meet', metavar="COND", identity="if given"
     )
     most_tries: int = setting(
-        MOST_TRIES,
-        "with --keep trusted or --accept: maximum number of samples made per requested one, for each class if the run "
-        "counts by class",
-        metavar="N",
-        least=1,
-        identity="if given",
+        MOST_TRIES, "with --keep or --accept: samples made per requested one", metavar="N", least=1, identity="if given"
     )
     limit: int = setting(0, "stop after N new images; the same command resumes", identity=False, metavar="N", least=0)
     force_domain: bool = setting(
-        False,
-        "make the run even if most pictures of its first batch are unlike those that the decoders were trained on",
-        identity=False,
+        False, "make the run even if its first pictures are unlike those that decoders were trained on", identity=False
     )
 
 
@@ -200,19 +133,11 @@ class FileSettings:
     """Where samples are stored, and in which form."""
 
     out: str = setting(
-        "runs/demo",
-        "run folder; if only other settings are given, a folder in runs/ that is named after them",
-        identity=False,
-        metavar="RUN",
-        output="folder",
+        "runs/demo", "run folder; default: in runs/, named after flags", identity=False, metavar="RUN", output="folder"
     )
     only: str = setting("", "regenerate this one sample of the run folder", identity=False, metavar="ID")
     batch_size: int = setting(
-        0,
-        "images per batch (changes results by rounding only); 0 = as many as fit into memory",
-        metavar="N",
-        least=0,
-        most=LARGEST_BATCH,
+        0, "images per batch (rounding only); 0 = as many as fit into memory", metavar="N", least=0, most=LARGEST_BATCH
     )
     image_format: str = setting("png", "image files", choices=("png", "jpg"))
     palette: str = setting(
@@ -242,10 +167,7 @@ class FileSettings:
         SHARD_SIZE, "with --layout shards: samples of a shard", metavar="N", least=1, identity="if given"
     )
     store: str = setting(
-        "",
-        "with --layout shards: fsspec URL in place of --out, such as s3://bucket/run",
-        identity=False,
-        metavar="URL",
+        "", "with --layout shards: fsspec URL in place of --out, such as s3://bucket/run", identity=False, metavar="URL"
     )
     make_bucket: bool = setting(False, "create the bucket of --store where there is none", identity=False)
 
@@ -255,12 +177,7 @@ class CompareSettings:
     """When an engine is compared with the reference, or with the one that began the run."""
 
     verify: int = setting(
-        0,
-        "before the run, compare the first N samples with those of the reference engine; if they do not agree, nothing "
-        "is written",
-        identity=False,
-        metavar="N",
-        least=0,
+        0, "compare N samples with the reference, write nothing if they fail", identity=False, metavar="N", least=0
     )
     mixed: str = setting(
         "verified",
@@ -276,10 +193,7 @@ class WorkerSettings:
     """The processes that share a run."""
 
     gpus: str = setting(
-        "",
-        "GPUs to use, one process each: all, how many, or a list such as 0,2,5",
-        identity=False,
-        metavar="all|N|LIST",
+        "", "GPUs to use, a process each: all, how many, or a list such as 0,2,5", identity=False, metavar="all|N|LIST"
     )
     ranks: int = setting(0, "processes that share the work on a CPU", identity=False, metavar="N", least=0)
     cluster: str = setting(
@@ -314,11 +228,7 @@ class RunConfig(
     ).split()
 
     threads: int = setting(
-        0,
-        "CPU threads of a process, 0 = all cores, divided among the ranks",
-        identity=False,
-        metavar="N",
-        most=MOST_THREADS,
+        0, "CPU threads of a process, 0 = all cores, shared by ranks", identity=False, metavar="N", most=MOST_THREADS
     )
     dtype: str = setting(
         "auto",
@@ -361,17 +271,10 @@ class LabelConfig(RunConfig):
         "", "folder of PNG and JPEG files", identity=False, metavar="IMAGES", positional=True, required=True
     )
     captions: str = setting(
-        "",
-        'JSON file {"a.jpg": "a dog on a sofa"}: what the pictures show; without it every picture is searched for '
-        "all words of --classes",
-        identity=False,
-        metavar="FILE",
+        "", 'JSON file {"a.jpg": "a dog"}; without it all --classes are searched', identity=False, metavar="FILE"
     )
     tiles: bool = setting(
-        False,
-        "read pictures larger than the model tile by tile, each overlapping the next, and join the labels at the "
-        "picture's own size; not for depth and pose",
-        identity="if given",
+        False, "read larger pictures in overlapping tiles, at their own size; not depth and pose", identity="if given"
     )
     ask: str = "named"
     timesteps: tuple[str, ...] = setting(

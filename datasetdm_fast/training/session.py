@@ -19,7 +19,7 @@ from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource, Pi
 from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import format_duration
-from datasetdm_fast.runs.jobs.class_file import own_table
+from datasetdm_fast.runs.jobs.prompt_files import own_table
 from datasetdm_fast.training import data_record
 from datasetdm_fast.training.captures import cache
 from datasetdm_fast.training.captures.cache import CacheSettings, Inversion

@@ -8,7 +8,7 @@ import numpy as np
 from datasetdm_fast.engine.pictures.labelled import LabelledSource
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun
-from datasetdm_fast.runs.run_folder.split import groups
+from datasetdm_fast.runs.run_folder.selections import groups
 
 LEAST_IMAGES = 10  # images below which none is held out
 AUTO_FOLDS = 5  # of `--folds auto`

@@ -25,12 +25,12 @@ from datasetdm_fast.engine.loop.plan import DEMO_SCENES
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.engine.tasks import read_labels
 from datasetdm_fast.engine.tasks.captions import held_to
+from datasetdm_fast.runs.compositions.composition import TileSource
 from datasetdm_fast.runs.compositions.redraw import find_result
 from datasetdm_fast.runs.compositions.redraw import prepare as prepare_redrawing
 from datasetdm_fast.runs.compositions.settings import VarySettings
-from datasetdm_fast.runs.compositions.source import TileSource
 from datasetdm_fast.runs.compositions.vary import Variants
-from datasetdm_fast.runs.jobs.resume import count_rows
+from datasetdm_fast.runs.jobs.run import count_rows
 from datasetdm_fast.runs.jobs.writing import write_missing as generate
 from datasetdm_fast.runs.run_folder.reader import Run, StoredSample, open_run
 from datasetdm_fast.runs.run_settings import RunConfig

@@ -27,7 +27,7 @@ from datasetdm_fast.config import ATTENTION
 from datasetdm_fast.data import SemanticMap, Trust
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
 from datasetdm_fast.engine.scenes import world
-from datasetdm_fast.runs.jobs.resume import count_rows
+from datasetdm_fast.runs.jobs.run import count_rows
 from datasetdm_fast.runs.jobs.writing import write_missing as generate
 from datasetdm_fast.runs.run_folder.reader import Run, open_run
 from datasetdm_fast.runs.run_settings import RunConfig

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def generate(script: Generator, line: Line, same_command: str) -> int:
     """Makes the images of a line, or those that are missing."""
-    from datasetdm_fast.compat.showlab import generating, summary
+    from datasetdm_fast.compat.showlab import generating
 
     order = script.order(line)
     spec, run, result = generating.open_order(order)
@@ -53,7 +53,7 @@ def generate(script: Generator, line: Line, same_command: str) -> int:
         _print_result(line, order.out, result)
         return 0
     job = generating.prepare(order, spec, run)
-    _print_lines(line, *summary.rows(order, job))
+    _print_lines(line, *generating.rows(order, job))
     if line["dry_run"]:
         for item in order.items:
             print(f"{item.stem}  seed {item.seed}  {item.prompt!r}")
@@ -74,18 +74,18 @@ def generate(script: Generator, line: Line, same_command: str) -> int:
     _print_lines(line, f"{speed}; look at {result.path}/gallery/index.html")
     _print_result(line, order.out, result)
     if not result.is_complete:
-        print_unfinished(result.done, result.number, f"resume with: {same_command}", "images")
+        print_unfinished(result.done, result.number, same_command, "images")
     return interruption.exit_code(0)
 
 
 def train(trainer: TrainingScript, line: Line, same_command: str) -> int:
     """Trains a decoder, or resumes its training, and writes its checkpoint."""
-    from datasetdm_fast.compat.showlab import summary
+    from datasetdm_fast.compat.showlab import generating
 
     words = line_of_train(trainer, line)
     _print_lines(
         line,
-        *summary.rows_of_ignored(line),
+        *generating.rows_of_ignored(line),
         f"command   python -m datasetdm_fast.train {shlex.join(words)}",
         f"kept      {trainer.quirk or 'one image a step'}, DatasetDM's recipe",
     )

@@ -67,9 +67,7 @@ class Script:
         return value
 
     def template(self, argument: str = "") -> str:
-        """The sentence of a prompt: the last that is formatted with `argument` (a name or a called function), or
-        without an argument the last plain text.
-        """
+        """The sentence of a prompt: the last that is formatted with `argument`, or without one the last plain text."""
         sentences = []
         for each in self._assigned.get("prompts", ()):
             inner = each.elts[0] if isinstance(each, ast.List) and len(each.elts) == 1 else None

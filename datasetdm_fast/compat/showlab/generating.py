@@ -4,35 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from datasetdm_fast.command_line.outputs import check_output
+from torch import Tensor
+
+from datasetdm_fast.command_line.output import check_output
 from datasetdm_fast.command_line.run_settings import read_spec
 from datasetdm_fast.compat.showlab.checkout import check_present
 from datasetdm_fast.compat.showlab.generator import RUN, Order
+from datasetdm_fast.compat.showlab.lines import Line
 from datasetdm_fast.data import Batch, Quarantined, Sample
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.loop import driver, labelling
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.jobs.job import Job
 from datasetdm_fast.runs.jobs.result import Result
-from datasetdm_fast.runs.jobs.resume import prepare_job
-from datasetdm_fast.runs.jobs.run import RunQueue, settle
+from datasetdm_fast.runs.jobs.run import RunQueue, prepare_job, settle
 from datasetdm_fast.runs.jobs.writing import write_missing
 from datasetdm_fast.runs.run_folder.document import LEDGER, check_same
 from datasetdm_fast.runs.run_folder.ledger import DONE, Ledger
 from datasetdm_fast.runs.run_settings import RunSpec
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
 COMMAND = "compat.showlab"
-Raw = Mapping[str, Mapping[str, "Tensor"]]  # label -> the raw outputs of its decoder
+Raw = Mapping[str, Mapping[str, Tensor]]  # label -> the raw outputs of its decoder
 
 
 @dataclass(frozen=True, repr=False)
@@ -43,9 +40,7 @@ class FiledSample(Sample):
 
 
 class FilingGenerator(driver.BatchGenerator):
-    """Makes DatasetDM's files of every sample from the raw outputs that its labels are made of. It samples and labels
-    each image of a batch by itself, so that results do not depend on the batch size.
-    """
+    """Makes DatasetDM's files of every sample; images are sampled one by one, so that no batch size matters."""
 
     def __init__(self, *arguments: Any, order: Order):
         super().__init__(*arguments)
@@ -126,9 +121,7 @@ def prepare(order: Order, spec: RunSpec, run: RunQueue) -> Job:
     job = prepare_job(spec, run.stored)
     line = {"script": order.line.script, "values": dict(order.line.values)}
     return replace(
-        job,
-        document=job.document | {"command": COMMAND, "line": line},
-        generator=partial(FilingGenerator, order=order),
+        job, document=job.document | {"command": COMMAND, "line": line}, generator=partial(FilingGenerator, order=order)
     )
 
 
@@ -145,7 +138,11 @@ def missing_files(order: Order) -> list[int]:
 def make(order: Order, job: Job, **callbacks: Any) -> Result:
     """Makes missing samples and files; the files of a sample are on the disk before the sample counts as made."""
     missing = missing_files(order)
-    publish = partial(write_files, order.out)
+
+    def publish(results: Sequence[Sample | Quarantined]) -> None:
+        made = [each for each in results if isinstance(each, FiledSample)]
+        storage.publish({order.out / name: data for each in made for name, data in each.files.items()})
+
     result = write_missing(job, before_commit=publish, **callbacks)
     storage.remove_temporaries(order.out, apart=order.run_folder)  # after a run that let no other process in
     for index in sorted({k // job.plan.batch_size for k in missing}):
@@ -154,8 +151,32 @@ def make(order: Order, job: Job, **callbacks: Any) -> Result:
     return result
 
 
-def write_files(out: Path, results: Sequence[Sample | Quarantined]) -> None:
-    """Writes the files of samples below the output."""
-    storage.publish(
-        {out / name: data for each in results if isinstance(each, FiledSample) for name, data in each.files.items()}
-    )
+COUNTS = ("n_each_class", "number_data")
+
+
+def rows(order: Order, job: Job) -> Iterator[str]:
+    """The lines of the table."""
+    line, items = order.line, order.items
+    seeds = sorted(item.seed for item in items)
+    processes = f"--thread_num {line['thread_num']} processes"
+    yield _row("settings", f"{len(items)} images, seeds {seeds[0]} to {seeds[-1]}: those of {processes}")
+    count = next(name for name in COUNTS if name in line.values)
+    if left := line[count] % line["thread_num"]:
+        yield _row("", f"--{count} {line[count]}: {left} left over by {line['thread_num']} processes")
+    yield _row("", f"{line.path('grounding_ckpt')}: {order.script.task} by a decoder of {order.kind}")
+    networks = f"one image at a time in the networks, batches of {job.plan.batch_size}"
+    yield _row("", f"model {job.engine.model.name}, engine {job.engine.name}, {networks}")
+    yield _row("", f"guidance {order.config.guidance:g}; timesteps of diffusers {line['profile']} (--profile)")
+    yield from rows_of_ignored(line)
+    yield _row("run", f"{order.run_folder}: for gallery, audit and convert")
+
+
+def rows_of_ignored(line: Line) -> Iterator[str]:
+    """The flags of a line that are accepted and have no effect."""
+    if line.ignored:
+        flags = ", ".join(f"--{name}" for name in line.ignored)
+        yield _row("ignored", f"{flags}: without effect in DatasetDM, too")
+
+
+def _row(title: str, text: str) -> str:
+    return f"{title:<10}{text}"

@@ -11,8 +11,7 @@ from datasetdm_fast.config import EXACT, HALF, REFERENCE
 from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.runs.jobs.job import Job, recipe_of
-from datasetdm_fast.runs.jobs.resume import prepare_job
-from datasetdm_fast.runs.jobs.run import RunQueue
+from datasetdm_fast.runs.jobs.run import RunQueue, prepare_job
 from datasetdm_fast.runs.run_folder.folder import note
 from datasetdm_fast.runs.run_settings import RunSpec
 
@@ -29,10 +28,7 @@ class Screen:
 
 
 def admit_job(run: RunQueue, spec: RunSpec, screen: Screen, *, verify: int = 0, races: bool = False) -> Job:
-    """The job in the precision that `--dtype auto` takes, once its engine is known to reproduce the samples of the run
-    folder, or made by the engine of the run folder; with `verify`, once so many samples match the reference. An
-    approximate speed is judged before the first sample.
-    """
+    """The job in the precision that `--dtype auto` takes, once its engine, and its speed, passed what they have to."""
     if run.tries_half(spec):
         job = _choose_precision(spec, screen, races=races)
     else:
@@ -62,9 +58,7 @@ def _judge_speed(job: Job, spec: RunSpec, screen: Screen) -> Job:
 
 
 def _choose_precision(spec: RunSpec, screen: Screen, *, races: bool) -> Job:
-    """The job in the half precision that `--dtype auto` tries, if its first samples pass the gates of that precision,
-    else in fp32; run.json stores the figures.
-    """
+    """The job in half precision if its first samples pass the gates of that, else in fp32; run.json has the figures."""
     from datasetdm_fast.runs.agreement.comparing import compare_with_reference, count_calls, describe_verdict
 
     job = prepare_job(spec, None, races=races, dtype=HALF)
@@ -88,7 +82,7 @@ def _check_engine(job: Job, screen: Screen) -> Job:
     """The job if its engine is known to the run folder, or reproduces some of its samples."""
     if not job.differing:
         return job
-    from datasetdm_fast.runs.agreement.mixing import choose_samples, compare_with_stored
+    from datasetdm_fast.runs.agreement.comparing import choose_samples, compare_with_stored
 
     indices, differences = choose_samples(job.folder), "; ".join(job.differing)
     screen.on_message(f"mixed      another engine than before ({differences})")

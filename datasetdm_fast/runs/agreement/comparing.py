@@ -1,36 +1,47 @@
-"""Samples of a run through its engine and through the reference."""
+"""Two engines side by side: samples of a run through its engine and the reference, or against stored ones."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from datasetdm_fast.config import REFERENCE
-from datasetdm_fast.engine.engines import build_engine
+from datasetdm_fast.data import Batch, Request, Sample
+from datasetdm_fast.engine.engines import build_engine, check_engine, opening
 from datasetdm_fast.engine.engines.engine import Engine
+from datasetdm_fast.engine.labels import kind_of, label_files
+from datasetdm_fast.engine.labels.names import by_task
 from datasetdm_fast.engine.loading.provenance import digest
+from datasetdm_fast.engine.loop import driver
+from datasetdm_fast.engine.loop.checks import check_seed, check_tasks
 from datasetdm_fast.engine.loop.origin import FROM_NOISE
-from datasetdm_fast.engine.loop.recipe import Recipe
+from datasetdm_fast.engine.loop.plan import make_plan
+from datasetdm_fast.engine.loop.recipe import Recipe, make_recipe, prompt_words
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.export.tensorrt import flavours
-from datasetdm_fast.runs.agreement.verify import Verdict, verify
+from datasetdm_fast.runs.agreement.observe import image_distance
+from datasetdm_fast.runs.agreement.verify import EXACT, ROUNDED, GateRow, Verdict, evaluate_gates, verify
+from datasetdm_fast.runs.jobs.prompt_files import read_source
+from datasetdm_fast.runs.run_folder.document import LEDGER, differences, engines_of, require_document
+from datasetdm_fast.runs.run_folder.folder import into
+from datasetdm_fast.runs.run_folder.ledger import Ledger, Row
+from datasetdm_fast.runs.run_settings import PromptSettings
+from datasetdm_fast.settings import EngineSettings, ModelSettings, SamplingSettings
+from datasetdm_fast.untrusted import images
 from datasetdm_fast.version import __version__
 
 if TYPE_CHECKING:
     from datasetdm_fast.runs.jobs.job import Job
 
 
-def compare_with_reference(
-    job: Job,
-    number: int,
-    on_unet_call: Callable[[], None] = lambda: None,
-) -> Verdict:
-    """The first samples of the plan through the job's engine and the reference; labels that labellers of other packages
-    read are left out.
-    """
+def compare_with_reference(job: Job, number: int, on_unet_call: Callable[[], None] = lambda: None) -> Verdict:
+    """The first samples through the job's engine and the reference, without labels of other packages' labellers."""
     if job.engine.name == REFERENCE:
         raise Refused(
             f"--verify {number}: the engine is {REFERENCE}, the reference itself, so nothing can be compared",
@@ -82,3 +93,135 @@ def setting_of(engine: Engine) -> dict[str, str]:
         files = (path for path in folder.rglob("*") if path.is_file())
         facts["plans"] = digest(sorted(files))
     return facts
+
+
+SAMPLES = 8  # of the run that are regenerated, spread evenly over it
+FAR = 1e9  # the distance of a sample that did not come out finite
+
+
+def choose_samples(folder: Path) -> list[int]:
+    """The indices of the samples that are regenerated."""
+    if not (folder / LEDGER).exists():
+        return []
+    with Ledger(folder / LEDGER, read_only=True) as ledger:
+        indices = ledger.indices()
+    return [indices[k * len(indices) // SAMPLES] for k in range(SAMPLES)] if len(indices) > SAMPLES else indices
+
+
+def compare_with_stored(
+    job: Job, indices: Sequence[int], on_unet_call: Callable[[], None] = lambda: None
+) -> list[GateRow]:
+    """Stored images and labels of these samples against those of the job's engine, with the gates of free runs."""
+    size = job.plan.batch_size
+    distances: dict[str, list[float]] = {}
+    blocks = [indices[first : first + size] for first in range(0, len(indices), size)]
+    batches = [
+        Batch(k, tuple(job.plan.request(index) for index in block), size - len(block)) for k, block in enumerate(blocks)
+    ]
+    with Ledger(job.folder / LEDGER, read_only=True) as ledger, tempfile.TemporaryDirectory() as place:
+        for batch, results in driver.generate(batches, job.engine, job.recipe, on_unet_call, job.generator):
+            for request, result in zip(batch.requests, results, strict=False):
+                for name, value in _distances(job, ledger.row(request.index), result, Path(place)).items():
+                    distances.setdefault(name, []).append(value)
+    is_exact = all(engine.get("dtype") == "fp32" for engine in (job.document["engine"], job.engine.fingerprint()))
+    measures = {name: np.array([values]) for name, values in distances.items()}
+    return evaluate_gates(measures, EXACT if is_exact else ROUNDED, {})
+
+
+def _distances(job: Job, row: Row, result: Any, place: Path) -> dict[str, float]:
+    """How far a sample is from the one of its row, in image and labels."""
+    if not isinstance(result, Sample):
+        return {"free image": FAR, **{f"free {task}": FAR for task in row.labels if _has_gate(task)}}
+    tables = job.document["labels"]
+    files, records = label_files.encode(result, job.document["config"]["image_format"], tables)
+    into(place)(dict(files.values()))
+    made, stored = (
+        np.array(images.read_image(folder / name))[None]
+        for folder, name in ((place, files["image"][0]), (job.folder, row.files["image"][0]))
+    )
+    distances = {"free image": float(image_distance(made, stored)[0])}
+    made_names = {role: name for role, (name, _) in files.items()}
+    stored_names = {role: name for role, (name, _) in row.files.items()}
+    for task in filter(_has_gate, row.labels):
+        label = label_files.decode(task, place, made_names, records[task], tables[task])
+        other = label_files.decode(task, job.folder, stored_names, row.labels[task], tables[task])
+        distances[f"free {task}"] = float(kind_of(task).distance(label, other))
+    return distances
+
+
+def _has_gate(task: str) -> bool:
+    return f"free {task.partition(':')[0]}" in EXACT
+
+
+def open_pair(
+    model: ModelSettings, settings: EngineSettings, against: str, labels: Sequence[str]
+) -> tuple[Engine, Engine, Mapping[str, Mapping[str, str]]]:
+    """The engine to check, the one to compare with, and their decoders; both read the modules of one loaded model."""
+    plans = {"engines": settings.engines, "trt_flavour": settings.trt_flavour}
+    options = {"provider": settings.provider, "streams": settings.streams, "compile": settings.compile}
+    reference_plans = plans if against == "trt" else {}
+    if settings.engine == "trt" or not reference_plans:
+        options |= plans
+    check_engine(against, **reference_plans)
+    check_engine(settings.engine, **options)
+    if labels:
+        check_tasks(labels)
+    reference, decoders = opening.open_engine(
+        model.model,
+        None if model.decoder == "none" else model.decoder,
+        labels or None,
+        engine=against,
+        device=settings.device,
+        size=model.size,
+        allow_download=model.allow_download,
+        threads=settings.threads,
+        **reference_plans,
+    )
+    engine = build_engine(
+        settings.engine, reference.model, reference.decoders, dtype=settings.dtype, device=settings.device, **options
+    )
+    if engine.fingerprint() == reference.fingerprint():
+        raise Refused(
+            f"--against {against}: it is the engine to check itself, in the same precision, so nothing can be compared",
+            "Choose another engine for one of the two.",
+        )
+    return engine, reference, decoders
+
+
+def choose_requests(
+    reference: Engine, prompts: PromptSettings, sampling: SamplingSettings
+) -> tuple[Recipe, list[Request]]:
+    """The recipe of all labels that the decoders make, and the first requests of the prompts."""
+    check_seed(prompts.seed, prompts.number)
+    source = read_source(prompts, has_captions=True)
+    labels = tuple(by_task(reference.decoders))
+    steps = {name: getattr(sampling, name) for name in ("sampler", "steps", "guidance", "profile")}
+    recipe = make_recipe(reference, labels, classes=source.classes, **steps)
+    words = recipe.words or prompt_words(reference, labels, source.classes)
+    number, tokenizer = prompts.number, reference.model.tokenizer
+    plan = make_plan(source, tokenizer, number=number, seed=prompts.seed, batch_size=number, words=words)
+    return recipe, [plan.request(k) for k in range(number)]
+
+
+def check_made_by(run: Path, engine: Engine, decoders: Mapping[str, Mapping[str, str]]) -> None:
+    """Refuses a run of another engine or of other weights: its run.json and card would claim the verdict on these."""
+    document, maker = require_document(run), engine.fingerprint()
+    stored = document["decoders"]
+    changes = [
+        *differences(document["model"]["digests"], dict(engine.model.digests), "model"),
+        *differences(
+            {label: row["digest"] for label, row in stored.items() if label in decoders},
+            {label: row["digest"] for label, row in decoders.items() if label in stored},
+            "decoders",
+        ),
+        *differences(document["sampling"]["size"], engine.model.size, "size"),
+    ]
+    makers = [(each.get("engine"), each.get("dtype")) for each in engines_of(document)]
+    if (maker["engine"], maker["dtype"]) not in makers:
+        names = ", ".join(" ".join(filter(None, pair)) for pair in makers)
+        changes.append(f"engine: {names} there, {maker['engine']} {maker['dtype']} asked for")
+    if changes:
+        raise Refused(
+            f"--run {run}: it was made otherwise than what is to be compared ({'; '.join(changes)})",
+            "Give its own --model, --decoder, --size, --engine and --dtype, or drop --run.",
+        )

@@ -81,10 +81,7 @@ def count_calls(job: Job, exact: Recipe) -> int:
 
 
 def judge_speed(job: Job, exact: Recipe, on_unet_call: Callable[[], None]) -> dict[str, Any]:
-    """The verdict on the recipe of a job as run.json has it; `exact` is the recipe without its speed. Figures of the
-    same model, decoders, settings, prompts, engine and code are read from the cache: those of exact images serve every
-    speed.
-    """
+    """The verdict on a job's recipe as run.json has it, from the cache where nothing changed; `exact` has no speed."""
     check_promise(job.recipe)
     speed_figures, exact_figures = (
         _cached(_place(job, recipe, exact), partial(_figures, job, recipe, exact, on_unet_call))
@@ -148,9 +145,7 @@ def _place(job: Job, recipe: Recipe, exact: Recipe) -> Path:
 
 
 def _figures(job: Job, recipe: Recipe, exact: Recipe, on_unet_call: Callable[[], None]) -> dict[str, float]:
-    """The agreement of the labels of images that `recipe` makes with those that the exact engine makes of the same
-    images.
-    """
+    """The agreement of the labels of images that `recipe` makes with those of the exact engine of the same images."""
     results = list(_results(job, recipe, on_unet_call))
     size = recipe.size
     images = [result.image if isinstance(result, Sample) else np.zeros((size, size, 3), np.uint8) for result in results]

@@ -1,22 +1,133 @@
-"""New runs made of samples of finished ones: what is compared first, and how missing samples are written."""
+"""New runs made of samples of finished ones: their source, what is compared, and how missing samples are written."""
 
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.blocks import in_threads
 from datasetdm_fast.disk.storage import StoredFile
+from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.engine.labels.label_files import Files
+from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.gallery.closing import finish_run
-from datasetdm_fast.runs.run_folder.document import LEDGER, check_same, made_by, read_document
+from datasetdm_fast.runs.run_folder.document import (
+    LEDGER,
+    check_same,
+    damage_failure,
+    made_by,
+    read_document,
+    refuse_shards,
+    sides,
+)
 from datasetdm_fast.runs.run_folder.folder import RunFolder, into, publish_samples
 from datasetdm_fast.runs.run_folder.ledger import Ledger, Row
+from datasetdm_fast.runs.run_folder.reader import Run
+from datasetdm_fast.runs.run_folder.seal import index_files, is_sealed, read_seal
+from datasetdm_fast.runs.run_folder.selections import FILTER, check_filtered
+from datasetdm_fast.untrusted import images
+
+CACHE_BYTES = 64 * 2**20  # of pixels of samples that are used again soon
+SEVERAL_SIZES = ("label", "merge")  # commands that make runs whose pictures may have different sizes
+PIXEL_BYTES = 8  # of a sample with every kind of label
+
+
+class Source:
+    """A finished run folder."""
+
+    def __init__(self, place: str | Path, *, only_kept: bool = False):
+        self.place, self.run = str(place), Run(place, kept=only_kept)
+        self.path, self.document = self.run.path, self.run.document
+        self._check_kind()
+        if only_kept:
+            check_filtered(self.path)
+        self.filter_digest = storage.sha256_of(self.path / FILTER) if only_kept else ""
+        if not self.run.is_complete or not self._is_closed():
+            raise Refused(f"{place}: the run is not finished", "Run the command that made it again: it resumes.")
+
+    def _check_kind(self) -> None:
+        refuse_shards(self.path)
+
+    def _is_closed(self) -> bool:
+        return is_sealed(self.path)
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """Digests of the index files, which decide every sample of the run with its labels."""
+        sealed = read_seal(self.path)
+        return {name: sealed[name] for name in index_files(self.document) if name.endswith((".json", ".jsonl"))}
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """The source in the run.json of a composition."""
+        parts = ("versions", "config", "plan", "composition")
+        facts = {part: self.document[part] for part in parts if part in self.document}
+        return {"path": str(self.path), "digests": self.digests, **facts}
+
+    def close(self) -> None:
+        self.run.close()
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A sample as it is put into others."""
+
+    row: Row
+    pixels: dict[str, np.ndarray]  # role -> pixels of the file
+
+
+class TileSource(Source):
+    """A finished run folder whose samples are squares of one size, read one at a time by any thread."""
+
+    def __init__(self, path: Path, *, only_kept: bool = False):
+        super().__init__(path, only_kept=only_kept)
+        if self.document.get("command") == "splice":
+            raise Refused(f"{path}: is itself spliced", "Name the run folder that it was made from.")
+        if not len(self.run):
+            raise Refused(f"{path}: holds no sample", "Name a run folder with samples.")
+        self.side: int = self.document["sampling"]["size"]
+        for row in self.run.rows(()) if self.document.get("command") in SEVERAL_SIZES else ():
+            height, width = row.recipe.get("sides", (self.side, self.side))
+            if (height, width) != (self.side, self.side):
+                raise Refused(
+                    f"{path}: sample {row.request.id} has {width} x {height} pixels, expected {self.side} x "
+                    f"{self.side} of all samples",
+                    "Name a run folder whose pictures are squares of one size.",
+                )
+        self.tile = lru_cache(max(CACHE_BYTES // (self.side**2 * PIXEL_BYTES), 1))(self._tile)
+
+    def label(self, tile: Tile, task: str) -> Any:
+        """The label of a task, as its files and its row have it."""
+        kind = kind_of(task)
+        table = {**self.document["labels"][task], "size": (self.side, self.side)}
+        return kind.decode({role: tile.pixels[role] for role in kind.files(table)}, tile.row.labels[task], table)
+
+    def _tile(self, position: int) -> Tile:
+        row = self.run[position].row
+        if sides(self.document, row.recipe) != (self.side, self.side):
+            raise damage_failure(self.path, f"the row of sample {row.request.id}")
+        tables = self.document["labels"]
+        roles = ("image", *(role for task in self.run.tasks for role in kind_of(task).files(tables[task])))
+        return Tile(row, {role: self._pixels(row, role) for role in roles})
+
+    def _pixels(self, row: Row, role: str) -> np.ndarray:
+        if role not in row.files:
+            raise damage_failure(self.path, f"the row of sample {row.request.id}")
+        name, stored = row.files[role]
+        if (data := storage.read_written(self.path / name, stored, images.LARGEST_IMAGE_FILE)) is None:
+            raise damage_failure(self.path, name)
+        pixels = np.asarray(images.decode_image(data, name))
+        if pixels.shape[:2] != (self.side, self.side):
+            raise damage_failure(self.path, name)
+        return pixels
+
 
 BLOCK = 32  # samples written and committed together, fewer where they are large:
 BLOCK_PIXELS = 2**22  # pixels of all their images
@@ -61,9 +172,7 @@ def identity_of(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def count_existing(folder: Path, document: Mapping[str, Any]) -> int:
-    """Samples that the run folder of a composition holds, dropped ones among them; refuses a folder with other settings
-    or of another source.
-    """
+    """Samples of a composition's run folder, dropped ones among them; another source or setting is refused."""
     if (stored := read_document(folder)) is not None:
         check_same(folder, *map(identity_of, (stored, document)))
     if not (folder / LEDGER).exists():
@@ -82,9 +191,7 @@ def write_missing(
     on_commit: Callable[[int], None] = lambda count: None,
     is_stopping: Callable[[], bool] = lambda: False,
 ) -> int:
-    """Writes missing samples, in threads but committed in order, then the index files; how many it wrote. A limit of
-    0 is none.
-    """
+    """Writes missing samples, committed in order, then the index files; how many it wrote. A limit of 0 is none."""
     count = 0
     with RunFolder(folder, read_document(folder) or composition.document) as opened:
         existing = opened.ledger.indices_between(0, composition.number)

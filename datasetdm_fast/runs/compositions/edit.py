@@ -2,31 +2,154 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy import ndimage
 
-from datasetdm_fast.data import Annotation, Instances, Request, Sample
+from datasetdm_fast.data import Annotation, Request, Sample
+from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.engines.engine import Engine
-from datasetdm_fast.engine.labels import kind_of, mask_rle
+from datasetdm_fast.engine.labels import by_kind, kind_of, mask_rle
 from datasetdm_fast.engine.labels.kind import SHOWN_SCORE
+from datasetdm_fast.engine.labels.names import task_of_label
 from datasetdm_fast.engine.labels.words import replaced_text
 from datasetdm_fast.engine.loop.checks import check_seed
 from datasetdm_fast.engine.loop.origin import Beginning
 from datasetdm_fast.engine.loop.prompts import PromptLine, check_line
-from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.compositions import regions
+from datasetdm_fast.errors import Refused, nearest
+from datasetdm_fast.runs.compositions.composition import Tile, TileSource
 from datasetdm_fast.runs.compositions.redraw import Redrawing
 from datasetdm_fast.runs.compositions.settings import EditChoice
-from datasetdm_fast.runs.compositions.source import Tile, TileSource
-from datasetdm_fast.runs.run_folder.document import table_of
+from datasetdm_fast.runs.run_folder.document import LEDGER, table_of
+from datasetdm_fast.runs.run_folder.indexes.coco import rows_with_ids
+from datasetdm_fast.runs.run_folder.ledger import Ledger
+from datasetdm_fast.untrusted import images
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from datasetdm_fast.engine.sampling.schedule import Schedule
+
+
+WHITE = 128  # grey values from it on belong to the region of a mask file
+LONGEST_MASK = 2**18  # letters of the run lengths of a mask file, which run.json holds
+SQUARE = np.ones((3, 3), bool)  # a pixel and its neighbours
+KINDS = ("class_", "instance", "mask", "box")
+
+
+def find_kind(choice: EditChoice) -> str:
+    """Which of the four flags names the region."""
+    used = [name for name in KINDS if getattr(choice, name)]
+    if len(used) != 1:
+        flags = " and ".join(f"--{name.strip('_')}" for name in used)
+        cause = f"{flags}: {len(used)} ways to name the region, expected one"
+        raise Refused(
+            cause if used else "the region to redraw is missing",
+            "Use one of --class CLASS, --instance ID, --mask FILE and --box X0,Y0,X1,Y1.",
+        )
+    return used[0]
+
+
+def read_mask(path: str, side: int) -> dict[str, Any]:
+    """The run lengths of a mask file for pictures of side x side pixels."""
+    storage.check_given(Path(path), "--mask", "Name a picture whose white pixels mark the area to redraw.")
+    grey = np.asarray(images.read_image(Path(path)).convert("L"))
+    if grey.shape != (side, side):
+        raise Refused(
+            f"--mask {path}: {grey.shape[1]} x {grey.shape[0]} pixels, the samples have {side} x {side}",
+            "Give a mask of the size of the samples.",
+        )
+    if not (grey >= WHITE).any():
+        raise Refused(
+            f"--mask {path}: the mask is empty, no pixel has a value of {WHITE} or more",
+            "Paint the area to redraw white.",
+        )
+    rle = mask_rle.encode((grey >= WHITE)[None]).rles[0]
+    if len(rle["counts"]) > LONGEST_MASK:
+        raise Refused(f"--mask {path}: has too many parts to be stored", "Give a mask of larger areas.")
+    return dict(rle)
+
+
+def read_box(text: str, side: int) -> np.ndarray:  # [side, side] bool
+    """A box of pixels as a region."""
+    try:
+        left, top, right, bottom = map(int, text.split(","))
+    except ValueError:
+        raise Refused(f"--box {text}: expected four whole numbers", "Write --box X0,Y0,X1,Y1, in pixels.") from None
+    if not (0 <= left < right <= side and 0 <= top < bottom <= side):
+        raise Refused(
+            f"--box {text}: is empty or leaves the samples, which have {side} x {side} pixels",
+            "Write --box X0,Y0,X1,Y1 with X0 < X1 and Y0 < Y1.",
+        )
+    region = np.zeros((side, side), bool)
+    region[top:bottom, left:right] = True
+    return region
+
+
+def labels_of(source: TileSource, task: str) -> list[str]:
+    """The labels of a run that decoders of this task made."""
+    return [label for label in source.run.tasks if task_of_label(label) == task]
+
+
+def class_task(source: TileSource, word: str) -> str:
+    """The task whose labels locate a class, label maps before instances."""
+    tables = {
+        task: table["classes"]
+        for task in sorted(by_kind(source.run.tasks), key=lambda task: not kind_of(task).is_map)
+        if kind_of(task).can_mask and "classes" in (table := source.document["labels"][task])
+    }
+    if not tables:
+        raise Refused(
+            f"--class {word}: {source.path} has no labels that name classes, it has {', '.join(source.run.tasks)}",
+            "Use --mask or --box, or generate with --task semantic.",
+        )
+    for task, classes in tables.items():
+        if word in classes:
+            return task
+    known = list(dict.fromkeys(name for classes in tables.values() for name in classes))
+    raise Refused(
+        f"--class {word}: no label of {source.path} has this class{nearest(word, known)}",
+        f"Choose from {', '.join(known)}.",
+    )
+
+
+def annotation_ids(source: TileSource, label: str) -> dict[int, list[int]]:
+    """The ids in its file of COCO's form of every sample's instances, by the index of the sample."""
+    with Ledger(source.path / LEDGER, read_only=True) as ledger:
+        return {row.request.index: ids for row, ids in rows_with_ids(label, source.document, ledger)}
+
+
+def grow(region: np.ndarray, pixels: int) -> np.ndarray:
+    """The region with all pixels that are at most so many rows and columns away."""
+    return ndimage.binary_dilation(region, SQUARE, pixels) if pixels else region
+
+
+def weights(region: np.ndarray, feather: int) -> np.ndarray:  # [H, W] fp32
+    """Share of the new image: 0 outside of the region, rising inside to 1 after `feather` pixels."""
+    inner, total = region, region.astype(np.float32)
+    for _ in range(feather):
+        inner = ndimage.binary_erosion(inner, SQUARE, border_value=1)
+        total += inner
+    return total / (feather + 1)
+
+
+def to_cells(region: np.ndarray, pixels: int) -> np.ndarray:  # [h, w] bool
+    """The latent cells, of `pixels` a side, of which any pixel is in the region."""
+    height, width = (side // pixels for side in region.shape)
+    return region.reshape(height, pixels, width, pixels).any((1, 3))
+
+
+def describe(region: np.ndarray) -> dict[str, Any]:
+    """The region in the row of a sample: its run lengths, and the SHA-256 of its pixels as bytes 0 and 1."""
+    encoded = mask_rle.encode(np.ascontiguousarray(region)[None])
+    digest = hashlib.sha256(np.ascontiguousarray(region, np.uint8).tobytes()).hexdigest()
+    return {"segmentation": dict(encoded.rles[0]), "pixels": int(encoded.areas[0]), "sha256": digest}
+
 
 MOST_NEW = 1000  # ids of instances that one image may add
 LEAST_SHOWN = 1 / 500  # of the pixels: a class that fills less of a label is not shown
@@ -47,21 +170,21 @@ class Edits(Redrawing):
                     f"--{name} {value}: expected a number from {least} to {source.side}, the side of the samples",
                     "Choose another number.",
                 )
-        labels = regions.labels_of(source, "instance")
-        self.kind, self.task, self.region = regions.find_kind(choice), next(iter(labels), ""), None
+        labels = labels_of(source, "instance")
+        self.kind, self.task, self.region = find_kind(choice), next(iter(labels), ""), None
         if self.kind == "class_":
-            self.task = regions.class_task(source, choice.class_)
+            self.task = class_task(source, choice.class_)
         elif self.kind == "instance" and not labels:
             raise Refused(
                 f"--instance {choice.instance}: {source.path} has no instances, it has {', '.join(source.run.tasks)}",
                 "Use --class, --mask or --box, or generate with --task instance.",
             )
         elif self.kind == "mask":
-            self.mask = regions.read_mask(choice.mask, source.side)
+            self.mask = read_mask(choice.mask, source.side)
             self.region = mask_rle.decode(self.mask)
         elif self.kind == "box":
-            self.region = regions.read_box(choice.box, source.side)
-        self.ids = {label: regions.annotation_ids(source, label) for label in labels}
+            self.region = read_box(choice.box, source.side)
+        self.ids = {label: annotation_ids(source, label) for label in labels}
         rows = [row for rows in self.ids.values() for row in rows.values()]
         self.largest_id = max((id for row in rows for id in row), default=0)
         self.feather = source.side // FEATHER if choice.feather < 0 else choice.feather
@@ -81,7 +204,12 @@ class Edits(Redrawing):
             return positions
         kind, table, word = kind_of(self.task), self.source.document["labels"][self.task], self.choice.class_
         rows = self.source.run.rows(parts=("labels",))
-        shown = [list(kind.words(_shown_items(row.labels[self.task]), table, 1)) for row in rows]
+        shown = []
+        for row in rows:
+            record = row.labels[self.task]
+            if isinstance(record, list):  # things whose score is too low for pictures are so for a region, too
+                record = [item for item in record if item["score"] >= SHOWN_SCORE]
+            shown.append(list(kind.words(record, table, 1)))
         matches = [position for position in positions if word in shown[position]]
         if self.choice.only and len(matches) < len(positions):
             other = min(set(positions) - set(matches))
@@ -138,7 +266,7 @@ class Edits(Redrawing):
         elif self.kind == "instance":
             number = self.ids[self.task][tile.row.request.index].index(self.choice.instance)
             region = mask_rle.decode(tile.row.labels[self.task][number]["segmentation"])
-        return regions.grow(region, self.choice.grow)
+        return grow(region, self.choice.grow)
 
     def begin(self, engine: Engine, schedule: Schedule, requests: Sequence[Request]) -> Beginning:
         """Latents blended by the region: outside they are the source's at every call."""
@@ -148,7 +276,7 @@ class Edits(Redrawing):
 
         source, last = self.latents(engine, requests), len(schedule) - 1
         pixels = engine.model.latents.pixels
-        cells = np.stack([regions.to_cells(self.region_of(self.tile(request.index)), pixels) for request in requests])
+        cells = np.stack([to_cells(self.region_of(self.tile(request.index)), pixels) for request in requests])
         is_new = to_device(torch.from_numpy(cells)[:, None], source.clean.device)
         outside = source.add_noise(schedule.noise_step(0))
         inside = source.noise * schedule.noise_scale if self.choice.strength == 1 else outside
@@ -164,7 +292,7 @@ class Edits(Redrawing):
         index = sample.request.index
         tile = self.tile(index)
         region = self.region_of(tile)
-        share = regions.weights(region, self.feather)[..., None]
+        share = weights(region, self.feather)[..., None]
         old = tile.pixels["image"]
         image = np.rint(old + share * (sample.image.astype(np.float32) - old)).astype(np.uint8)
         labels = {}
@@ -174,8 +302,9 @@ class Edits(Redrawing):
                 source = replace(source, ids=np.array(self.ids[task][tile.row.request.index], np.int64))
             labels[task] = kind_of(task).merge(source, predicted, region)
             if task in self.ids:
-                labels[task] = number_instances(labels[task], self.first_new_id(task, index))
-        facts = {"mask": regions.describe(region), "feather": self.feather}
+                ids, first = labels[task].ids, self.first_new_id(task, index)
+                labels[task] = replace(labels[task], ids=np.where(ids > 0, ids, first + np.cumsum(ids == 0) - 1))
+        facts = {"mask": describe(region), "feather": self.feather}
         request = replace(sample.request, classes=self._classes(sample.request, tile, labels))
         provenance = {**sample.provenance, **self.provenance(index), **facts}
         return Sample(request, image, labels, provenance)
@@ -195,13 +324,3 @@ class Edits(Redrawing):
 
         left = {word for word in tile.row.request.classes if is_shown(word)} | set(request.classes)
         return tuple(word for word in self.source.document["plan"].get("words", ()) if word in left)
-
-
-def _shown_items(record: Any) -> Any:
-    """The record of a label without the things whose score is too low for a region, as it is for pictures."""
-    return [item for item in record if item["score"] >= SHOWN_SCORE] if isinstance(record, list) else record
-
-
-def number_instances(label: Instances, first: int) -> Instances:
-    """The instances with an id each: those that have none take the numbers from `first` on."""
-    return replace(label, ids=np.where(label.ids > 0, label.ids, first + np.cumsum(label.ids == 0) - 1))

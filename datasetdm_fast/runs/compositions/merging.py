@@ -9,11 +9,10 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels.label_files import Files
 from datasetdm_fast.engine.labels.numbering import check_numbers
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.compositions.composition import ComposedSample, Composition
-from datasetdm_fast.runs.compositions.source import Source
+from datasetdm_fast.runs.compositions.composition import ComposedSample, Composition, Source
 from datasetdm_fast.runs.run_folder.document import FORMAT, damage_failure, engines_of, sides
 from datasetdm_fast.runs.run_folder.ledger import Row
-from datasetdm_fast.runs.run_folder.split import origins
+from datasetdm_fast.runs.run_folder.selections import origins
 from datasetdm_fast.untrusted import documents
 from datasetdm_fast.untrusted.images import LARGEST_IMAGE_FILE
 from datasetdm_fast.version import __version__

@@ -18,13 +18,11 @@ from datasetdm_fast.engine.loop.origin import Beginning, initial_latents
 from datasetdm_fast.engine.loop.plan import Plan
 from datasetdm_fast.engine.loop.prompts import PromptLine
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.compositions.composition import identity_of
+from datasetdm_fast.runs.compositions.composition import Tile, TileSource, identity_of
 from datasetdm_fast.runs.compositions.settings import RedrawChoice, RedrawMachine
-from datasetdm_fast.runs.compositions.source import Tile, TileSource
 from datasetdm_fast.runs.jobs.job import Job, check_room, describe_run, open_engine, recipe_of
 from datasetdm_fast.runs.jobs.result import Result
-from datasetdm_fast.runs.jobs.resume import count_rows, merge_with_stored
-from datasetdm_fast.runs.jobs.run import settle
+from datasetdm_fast.runs.jobs.run import count_rows, merge_with_stored, settle
 from datasetdm_fast.runs.run_folder.document import check_same, differences, read_document, row_facts, table_of
 from datasetdm_fast.runs.run_settings import LabelSettings, RunConfig
 from datasetdm_fast.settings import EngineSettings, ModelSettings, SamplingSettings, flags_of, json_values
@@ -67,10 +65,7 @@ class SourceLatents:
 
 
 class Redrawing(ABC):
-    """Images that are made from samples of a finished run; checked in full, and nothing is written yet.
-
-    It is the origin of its run: it decides what the latents begin as, and what is written of a new sample.
-    """
+    """Images made from samples of a finished run, checked in full; the origin of its run."""
 
     command: ClassVar[str]
     copies = 1  # images of a sample

@@ -30,11 +30,7 @@ class RedrawChoice(CommandSettings):
     steps: int = setting(0, "sampling steps of a whole image, 0 = those of RUN", metavar="N", least=0)
     guidance: float = setting(0.0, "guidance scale, 0 = that of RUN", metavar="G", least=0)
     batch_size: int = setting(
-        0,
-        "images per batch (changes results by rounding only); 0 = as many as fit into memory",
-        metavar="N",
-        least=0,
-        most=LARGEST_BATCH,
+        0, "images per batch (rounding only); 0 = as many as fit into memory", metavar="N", least=0, most=LARGEST_BATCH
     )
 
 
@@ -93,9 +89,7 @@ class EditChoice(RedrawChoice):
     box: str = setting("", "regenerate this box of pixels; X1 and Y1 are not part of it", metavar="X0,Y0,X1,Y1")
     grow: int = setting(0, "pixels by which the region is grown on all sides", metavar="N")
     feather: int = setting(
-        -1,
-        "pixels inside the region over which the old and the new image are blended, -1 = a 128th of a side",
-        metavar="N",
+        -1, "pixels inside the region over which old and new image blend, -1 = a 128th of a side", metavar="N"
     )
     strength: float = strength_setting(1.0, ": 1 starts from pure noise")
     seed: int = setting(-1, "seed of the noise of image 0; image k has seed + k; -1 = that of its source", metavar="N")

@@ -8,9 +8,8 @@ from functools import cached_property
 from pathlib import Path
 
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.compositions.composition import identity_of
+from datasetdm_fast.runs.compositions.composition import Source, identity_of
 from datasetdm_fast.runs.compositions.merging import CONVERT, Merging
-from datasetdm_fast.runs.compositions.source import Source
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, check_same, pretty
 from datasetdm_fast.runs.run_folder.ledger import canonical
 from datasetdm_fast.runs.run_folder.object_store import is_url

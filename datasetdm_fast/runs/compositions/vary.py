@@ -14,9 +14,9 @@ from datasetdm_fast.engine.loop.origin import Beginning
 from datasetdm_fast.engine.loop.prompts import PromptLine, count_tokens
 from datasetdm_fast.engine.scenes.world import WHERE
 from datasetdm_fast.errors import Refused, nearest
+from datasetdm_fast.runs.compositions.composition import TileSource
 from datasetdm_fast.runs.compositions.redraw import Redrawing
 from datasetdm_fast.runs.compositions.settings import VaryChoice
-from datasetdm_fast.runs.compositions.source import TileSource
 
 if TYPE_CHECKING:
     from datasetdm_fast.engine.sampling.schedule import Schedule
@@ -94,21 +94,18 @@ class Variants(Redrawing):
     def finish(self, sample: Sample) -> Sample:
         index = sample.request.index
         tile = self.tile(index)
-        truth = {task: _remove_ids(self.source.label(tile, task)) for task in sample.annotations}
+        labels = {task: self.source.label(tile, task) for task in sample.annotations}
+        # things are numbered anew: ids of an edited source would come once for each domain
+        truth = {
+            task: replace(each, ids=None) if isinstance(each, Instances) else each for task, each in labels.items()
+        }
         facts = {"domain": self.domain(index), "consistency": measure_consistency(sample.annotations, truth)}
         provenance = {**sample.provenance, **self.provenance(index), **facts}
         return Sample(sample.request, sample.image, truth, provenance)
 
 
-def _remove_ids(label: Annotation) -> Annotation:
-    """The label with its things numbered anew: ids of an edited source would come once for each domain."""
-    return replace(label, ids=None) if isinstance(label, Instances) else label
-
-
 def measure_consistency(predicted: Mapping[str, Annotation], truth: Mapping[str, Annotation]) -> float | None:
-    """Mean IoU of the source's labels with those predicted on the variant, by the first kind of labels that has areas,
-    label maps before instances; None where there is none.
-    """
+    """Mean IoU of the source's labels with those predicted, by the first kind that has areas; None without one."""
     for task in sorted(by_kind(truth), key=lambda task: not kind_of(task).is_map):
         if (overlap := kind_of(task).overlap(predicted[task], truth[task])) is not None:
             return round(overlap, 4)

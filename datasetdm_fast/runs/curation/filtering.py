@@ -22,14 +22,14 @@ from datasetdm_fast.runs.run_folder.scores import (
     SCORES,
     absent,
     add_distances,
-    nearest,
+    nearest_bits,
+    parse_where,
     passing,
     read_scores,
 )
 from datasetdm_fast.runs.run_folder.seal import is_indexed
 from datasetdm_fast.runs.run_folder.selections import FILTER, Filter, read_filter
 from datasetdm_fast.runs.run_folder.shards import ShardLedger
-from datasetdm_fast.runs.run_folder.where import parse_where
 
 BLOCK = 64  # samples whose scores are committed together
 CLIP = "clip"  # the score, and the note of the digest of the CLIP that gave it
@@ -140,7 +140,7 @@ def score_shards(
             ledger.scored.write(shard, {name: dict(zip(indices, (e[name] for e in rounded))) for name in rounded[0]})
             on_commit(len(indices))
     hashes = ledger.scores(HASH)
-    bits = nearest(np.array([value for _, value in hashes], np.int64), 0).tolist()
+    bits = nearest_bits(np.array([value for _, value in hashes], np.int64), 0).tolist()
     distances = dict(zip((index for index, _ in hashes), bits, strict=True))
     for shard, indices in ledger.by_shard(distances).items():
         ledger.scored.write(shard, {"distance": {index: distances[index] for index in indices}})

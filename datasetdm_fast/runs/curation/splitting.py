@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.run_folder.reader import Run
-from datasetdm_fast.runs.run_folder.selections import Split
-from datasetdm_fast.runs.run_folder.split import assign_parts, groups, origins
+from datasetdm_fast.runs.run_folder.selections import Split, assign_parts, groups, origins
 
 USUAL = ("train", "val", "test")
 ROUNDED = 0.005  # of the sum, such as that of 33.3,33.3,33.3

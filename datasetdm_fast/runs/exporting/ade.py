@@ -47,6 +47,3 @@ def _classes(plan: ExportPlan, samples: AllSamples) -> Iterator[bytes]:
         stuff = int(name in plan.classes.stuff)
         cells = [number, f"{pixels.get(number, 0) / total:.4f}", *counts, stuff, one_line(name)]
         yield ("\t".join(map(str, cells)) + "\n").encode()
-
-
-ADE = AdeFormat()

@@ -95,6 +95,3 @@ def _polygons(sample: SampleView, plan: ExportPlan, label_ids: np.ndarray) -> di
             if outline
         ],
     }
-
-
-CITYSCAPES = CityscapesFormat()

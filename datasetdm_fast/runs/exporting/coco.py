@@ -1,4 +1,4 @@
-"""coco: images/SPLIT2017 and annotations/: instances, person_keypoints, stuff, and panoptic with its PNGs."""
+"""coco: images/SPLIT2017 and annotations/, panoptic PNGs among them; lvis: lvis_v1_SPLIT.json over the same images."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -225,4 +225,57 @@ def _panoptic(plan: ExportPlan, samples: AllSamples, split: str) -> Iterator[byt
     return json_document(fields, images=images, annotations=annotations)
 
 
-COCO = CocoFormat()
+RARE, COMMON = 10, 100  # images up to which LVIS calls a class rare, and common
+
+
+class LvisFormat(Format):
+    """Every class is searched in every image: a class that an image does not show is known to be absent.
+
+    Its polygons are polygons alone, as detectron2 reads no others.
+    """
+
+    needs = (("instance",),)
+
+    def convert_sample(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
+        ending, content = sample.picture(self.forms)
+        name = f"{sample.split}{YEAR}/{sample.name}.{ending}"
+        things = [thing_entry(thing, plan, joins_holes=True) for thing in sample.things]
+        shown = {thing["category_id"] for thing in things}
+        absent = [plan.classes.numbers[name] for name in plan.classes.things]
+        image = image_entry(sample, f"{sample.name}.{ending}") | {
+            "coco_url": f"http://images.cocodataset.org/{name}",
+            "neg_category_ids": [number for number in absent if number not in shown],
+            "not_exhaustive_category_ids": [],
+        }
+        return {name: content}, {"image": image, "instances": things}
+
+    def shared_files(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
+        return {f"lvis_v1_{split}.json": _lvis(plan, samples, split) for split in plan.splits}
+
+
+def _lvis(plan: ExportPlan, samples: AllSamples, split: str) -> Iterator[bytes]:
+    images = dict.fromkeys((plan.classes.numbers[name] for name in plan.classes.things), 0)
+    things = dict(images)
+    for entry in samples.entries(split):
+        kinds = [thing["category_id"] for thing in entry["instances"]]
+        for kind in set(kinds):
+            images[kind] += 1
+        for kind in kinds:
+            things[kind] += 1
+    known = [
+        category
+        | {
+            "synset": f"{category['name']}.n.01",
+            "synonyms": [category["name"]],
+            "def": "",
+            "image_count": images[category["id"]],
+            "instance_count": things[category["id"]],
+            "frequency": "r" if images[category["id"]] <= RARE else "c" if images[category["id"]] <= COMMON else "f",
+        }
+        for category in categories(plan, plan.classes.things)
+    ]
+    fields = {"info": info(), "licenses": [], "categories": known}
+    all_images = (entry["image"] for entry in samples.entries(split))
+    yield from json_document(
+        fields, images=all_images, annotations=number_annotations(plan, samples, "instances", split)
+    )

@@ -153,6 +153,3 @@ class DepthFormerFormat(NyuFormat):
         )
         lists = {loaders[split]["split"]: lines(samples, split, "nyu", self.root(split, plan)) for split in plan.splits}
         return {**super().shared_files(plan, samples), **lists, "dataset.py": config}
-
-
-MMSEG, MASK2FORMER, SIMCC, DEPTHFORMER = MmsegFormat(), Mask2FormerFormat(), SimccFormat(), DepthFormerFormat()

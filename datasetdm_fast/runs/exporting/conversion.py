@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,17 +16,65 @@ from datasetdm_fast.disk.blocks import in_threads
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.plugins import load_place
-from datasetdm_fast.runs.exporting import export_folder, plugin_formats
+from datasetdm_fast.runs.exporting import export_folder
 from datasetdm_fast.runs.exporting.classes import PERSON, Renaming, collect_classes
 from datasetdm_fast.runs.exporting.export_folder import DoneSample, ExportFolder
 from datasetdm_fast.runs.exporting.format import AllSamples, Content, Entry, ExportPlan, Files, Format
 from datasetdm_fast.runs.exporting.settings import LayoutSettings, PictureSettings
 from datasetdm_fast.runs.exporting.sources import TRAIN, ExportSource, damage_of
-from datasetdm_fast.runs.exporting.view import RunView, SampleView
+from datasetdm_fast.runs.exporting.view import Linked, RunView, SampleView
 from datasetdm_fast.runs.run_folder.ledger import canonical
 from datasetdm_fast.runs.run_folder.reader import StoredSample
 from datasetdm_fast.untrusted import documents
 from datasetdm_fast.version import __version__
+
+
+def check_format(name: str, entry: Any) -> Format:
+    """The format that a package registers under a name."""
+    format: Format = EXPORT_FORMATS.check_type(name, entry, Format)
+    if any(isinstance(group, str) for group in format.needs):
+        error = TypeError(f"needs is {format.needs!r}, expected groups of tasks such as (('semantic',), ('depth',))")
+        raise EXPORT_FORMATS.failure(name, error, "does not load")
+    return format
+
+
+def convert_by_package(name: str, format: Format, view: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
+    """The files and the entry of a sample."""
+
+    def convert() -> tuple[Files, Entry]:
+        files, entry = format.convert_sample(view, plan)
+        for path, content in files.items():
+            documents.check_inside(path)
+            if not isinstance(content, bytes | Linked):
+                raise TypeError(f"{path}: a {type(content).__name__}, expected bytes or a Linked")
+        json.dumps(entry)
+        return files, entry
+
+    return EXPORT_FORMATS.guard(name, convert, f"fails on sample {view.stored.id}")
+
+
+def shared_files(name: str, format: Format, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
+    """The files of all samples together, in chunks that are made on reading."""
+
+    def list_files() -> dict[str, Iterable[bytes]]:
+        files = dict(format.shared_files(plan, samples))
+        return {documents.check_inside(path): _read_chunks(name, path, content) for path, content in files.items()}
+
+    return EXPORT_FORMATS.guard(name, list_files, "fails on the files of all samples")
+
+
+def _read_chunks(name: str, path: str, content: bytes | Iterable[bytes]) -> Iterator[bytes]:
+    chunks = iter([content] if isinstance(content, bytes) else content)
+
+    def read_next() -> bytes | None:
+        chunk = next(chunks, None)
+        if not isinstance(chunk, bytes | None):
+            raise TypeError(f"a chunk is a {type(chunk).__name__}, expected bytes")
+        return chunk
+
+    while (chunk := EXPORT_FORMATS.guard(name, read_next, f"fails on its file {path}")) is not None:
+        yield chunk
+
 
 BLOCK = 32  # samples published and committed together
 PICTURES, LAYOUT = PictureSettings(), LayoutSettings()
@@ -43,7 +92,7 @@ class ExportResult:
 def open_format(name: str) -> Format:
     """The format of a name, of ours or of another package."""
     entry = EXPORT_FORMATS[name]
-    return load_place(entry) if isinstance(entry, str) else plugin_formats.check_format(name, entry)
+    return load_place(entry)() if isinstance(entry, str) else check_format(name, entry)
 
 
 class Conversion:
@@ -161,7 +210,7 @@ class Conversion:
     def _write_shared(self, opened: ExportFolder, name: str, format: Format) -> None:
         samples = AllSamples(partial(opened.entries, name), lambda *places: map(self.view, opened.numbers_of(*places)))
         if name in EXPORT_FORMATS.others:
-            files = plugin_formats.shared_files(name, format, self.plan, samples)
+            files = shared_files(name, format, self.plan, samples)
             if path := opened.find_repeated(f"{name}/{path}" for path in files):
                 raise Missing(
                     f"writers: {name!r} of the package {EXPORT_FORMATS.package(name)} writes {path} more than once",
@@ -194,7 +243,7 @@ class Conversion:
             contents.append({})
             entries.append({})
             for name, format in self.formats.items():
-                convert = plugin_formats.convert_sample if name in EXPORT_FORMATS.others else _convert_sample
+                convert = convert_by_package if name in EXPORT_FORMATS.others else _convert_sample
                 files, entries[-1][name] = convert(name, format, view, self.plan)
                 contents[-1] |= {f"{name}/{path}": content for path, content in files.items()}
         stored = opened.publish({name: content for files in contents for name, content in files.items()})

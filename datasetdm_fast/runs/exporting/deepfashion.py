@@ -35,16 +35,12 @@ class DeepFashionFormat(Format):
         return files, {"name": f"{sample.name}.jpg", "prompt": sample.prompt}
 
     def shared_files(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
-        return {"captions.json": _captions(plan, samples)}
+        return {"captions.json": self._captions(plan, samples)}
 
-
-def _captions(plan: ExportPlan, samples: AllSamples) -> Iterator[bytes]:
-    start = "{"
-    for split in plan.splits:
-        for entry in samples.entries(split):
-            yield f"{start}\n{canonical(entry['name'])}: {canonical(entry['prompt'])}".encode()
-            start = ","
-    yield b"\n}\n"
-
-
-DEEPFASHION = DeepFashionFormat()
+    def _captions(self, plan: ExportPlan, samples: AllSamples) -> Iterator[bytes]:
+        start = "{"
+        for split in plan.splits:
+            for entry in samples.entries(split):
+                yield f"{start}\n{canonical(entry['name'])}: {canonical(entry['prompt'])}".encode()
+                start = ","
+        yield b"\n}\n"

@@ -80,6 +80,3 @@ def lines(samples: AllSamples, split: str, kind: str, root: str = "") -> Iterabl
     """The list of a split, its files named from the folder above `root` on."""
     for entry in samples.entries(split):
         yield f"{root}{entry['image']} {root}{entry['depth']} {FOCAL[kind]}\n".encode()
-
-
-NYU, KITTI, VKITTI2 = NyuFormat(), KittiFormat(), VirtualKittiFormat()

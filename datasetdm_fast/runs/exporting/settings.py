@@ -49,16 +49,10 @@ class LayoutSettings:
         False, "coco and lvis: polygons instead of run lengths; coco keeps these for instances with holes"
     )
     parts: str = setting(
-        "joined",
-        "yolo-seg: one line per instance, whose parts are joined by lines of zero width, or one line per part",
-        choices=("joined", "split"),
+        "joined", "yolo-seg: a line for each instance, parts joined, or for each part", choices=("joined", "split")
     )
     border: int = setting(
-        0,
-        "voc: pixels of the border of 255 around each object, 5 in the original",
-        metavar="N",
-        least=0,
-        most=64,
+        0, "voc: pixels of the border of 255 around each object, 5 in the original", metavar="N", least=0, most=64
     )
     shard: int = setting(1000, "wds and hf-parquet: samples per file", metavar="N", least=1, most=2**31)
 
@@ -82,18 +76,10 @@ class ExportSettings(PictureSettings, LayoutSettings, OutputSettings, CommandSet
         other_names=OTHER_NAMES,
     )
     out: str = setting(
-        "",
-        "folder of the export, with a sub-folder for each format; default: exports in RUN",
-        metavar="DIR",
-        output="folder",
-        identity=False,
+        "", "folder of the export; default: exports in RUN", metavar="DIR", output="folder", identity=False
     )
     task: tuple[str, ...] = setting(
-        (),
-        "labels to take, where RUN has several of a kind: TASK or TASK:NAME; default: the first of each kind",
-        choices=LABELS,
-        has_names=True,
-        metavar="LIST",
+        (), "labels to take where RUN has several of a kind: TASK:NAME", choices=LABELS, has_names=True, metavar="LIST"
     )
     classes: tuple[str, ...] = setting(
         (), "other names for classes, as old=new; old= leaves a class out", metavar="LIST"
@@ -107,10 +93,7 @@ class ExportSettings(PictureSettings, LayoutSettings, OutputSettings, CommandSet
     kept: bool = setting(False, "take only the samples that filter keeps")
     copy: bool = setting(False, "copy files that need no change, instead of linking to them", identity=False)
     push_to_hub: str = setting(
-        "",
-        "upload the export to this data set of the Hugging Face Hub, OWNER/NAME; a new one is private",
-        metavar="REPO",
-        identity=False,
+        "", "upload the export to this data set of the Hugging Face Hub, OWNER/NAME", metavar="REPO", identity=False
     )
     threads: int = setting(
         0, "samples worked on at once, 0 = all cores", metavar="N", identity=False, least=0, most=1024

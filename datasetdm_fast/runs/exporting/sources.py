@@ -13,8 +13,7 @@ from datasetdm_fast.runs.run_folder.corrections import Correction, read_correcti
 from datasetdm_fast.runs.run_folder.document import to_see_damage
 from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.runs.run_folder.reader import Run
-from datasetdm_fast.runs.run_folder.selections import check_filtered, read_split
-from datasetdm_fast.runs.run_folder.split import part_of
+from datasetdm_fast.runs.run_folder.selections import check_filtered, part_of, read_split
 from datasetdm_fast.untrusted import documents
 
 PARTS = ("files", "labels")  # of a row that an export needs
@@ -74,9 +73,7 @@ def damage_of(run: str | Path, cause: str) -> GateFailed:
 def open_source(
     place: str | Path, *, tasks: Sequence[str] = (), only_kept: bool = False, chosen: Collection[int] | None = None
 ) -> ExportSource:
-    """A run folder, or a copy of one in an object store; `tasks` are the labels to take, by default the first of each
-    kind, and `chosen` the indices of samples that a condition lets through.
-    """
+    """A run and the labels to take, by default the first of each kind; `chosen` are indices, None = all."""
     run = Run(place, kept=only_kept)
     path = run.path
     if only_kept:

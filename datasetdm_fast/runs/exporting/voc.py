@@ -111,6 +111,3 @@ def _annotation(sample: SampleView, has_things: bool) -> Iterator[str]:
         yield f"\t\t<truncated>{is_cut:d}</truncated>\n\t\t<difficult>0</difficult>\n"
         yield f"\t\t<bndbox>{sides}</bndbox>\n\t</object>\n"
     yield "</annotation>\n"
-
-
-VOC = VocFormat()

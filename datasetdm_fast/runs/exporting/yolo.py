@@ -102,6 +102,3 @@ def _box(box: Sequence[float], sample: SampleView) -> list[str]:
 
 def _share(value: float) -> str:
     return f"{value:.{DIGITS}f}".rstrip("0").rstrip(".") or "0"
-
-
-DETECT, SEGMENT, POSE = YoloDetect(), YoloSegment(), YoloPose()

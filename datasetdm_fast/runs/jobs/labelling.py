@@ -2,33 +2,149 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from datasetdm_fast.config import INVERSION
+from datasetdm_fast.cores import count_cores
+from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels.tiles import Tiling
+from datasetdm_fast.engine.loop import prompts
 from datasetdm_fast.engine.loop.inverting import TRAINING_STEPS, inversion_generator, inversion_recipe, picture_prompt
 from datasetdm_fast.engine.loop.plan import Plan
 from datasetdm_fast.engine.loop.recipe import prompt_words
+from datasetdm_fast.engine.pictures import reading
+from datasetdm_fast.engine.pictures.framing import crop_square
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.jobs.job import Job, check_room, describe_run, open_engine, recipe_of
-from datasetdm_fast.runs.jobs.pictures import Pictures
-from datasetdm_fast.runs.jobs.resume import count_rows, merge_with_stored, relocated_paths
-from datasetdm_fast.runs.run_folder.document import check_same, made_by, row_facts
+from datasetdm_fast.runs.jobs.run import count_rows, merge_with_stored, relocated_paths
+from datasetdm_fast.runs.run_folder.document import LEDGER, check_same, made_by, row_facts
 from datasetdm_fast.runs.run_settings import RunSpec
-from datasetdm_fast.untrusted import documents
+from datasetdm_fast.untrusted import documents, images
+
+LARGEST_CAPTIONS = 64 * 2**20  # bytes
+NAME_PICTURES = "Name a folder of PNG or JPEG files."
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The pictures of a folder by name, and their captions."""
+
+    folder: Path
+    paths: tuple[Path, ...]
+    captions: dict[str, str]
+    captions_file: str = ""
+
+    @property
+    def names(self) -> list[str]:
+        return [path.relative_to(self.folder).as_posix() for path in self.paths]
+
+    def load(self, index: int, size: int) -> np.ndarray:  # [size, size, 3] uint8
+        """The largest square in the middle of a picture."""
+        return crop_square(self.whole(index), size)
+
+    def whole(self, index: int) -> np.ndarray:  # [H, W, 3] uint8
+        with _to_be_mended():
+            return reading.colour_image(self.paths[index], reading.as_shown)
+
+    def check_apart(self, out: Path) -> None:
+        """Refuses a run folder inside the folder of the pictures."""
+        if out.resolve().is_relative_to(self.folder.resolve()):
+            raise Refused(
+                f"--out {out}: it lies inside {self.folder}, so its files would count as pictures",
+                "Choose another --out.",
+            )
+
+    def check(self) -> None:
+        """Refuses a picture that cannot be read, before any is labelled: without it the run would be another."""
+        pool = ThreadPoolExecutor(count_cores())
+        try:
+            for _ in pool.map(_check, self.paths):
+                pass
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def sides(self) -> list[tuple[int, int]]:
+        """Width and height of every picture, which is to be stored at its own size."""
+        sides = []
+        for path in self.paths:
+            with _to_be_mended():
+                width, height = images.sides_of(path)
+                reading.check_sides(path, (width, height))
+            sides.append((width, height))
+            if width * height > images.MOST_PIXELS:
+                raise Refused(
+                    f"{path}: {width} x {height} pixels, with --tiles at most {images.MOST_PIXELS:,}",
+                    "Make it smaller, or drop --tiles.",
+                )
+        return sides
+
+    def digest(self) -> str:
+        """Of the names and bytes of all pictures and of their captions."""
+        whole = hashlib.sha256()
+        for name, path in zip(self.names, self.paths):
+            whole.update(f"{name}\n{storage.sha256_of(path)}\n{self.captions.get(name, '')}\n".encode())
+        return f"sha256:{whole.hexdigest()}"
+
+
+def _check(path: Path) -> None:
+    """Refuses a file that is no picture to be labelled; of a large JPEG only a smaller image is decoded."""
+    with _to_be_mended():
+        data, most = storage.read(path, images.LARGEST_IMAGE_FILE), reading.MOST_PIXELS
+        image = images.decode_image(data, str(path), most_pixels=most, least_side=reading.LEAST_SIDE)
+        reading.check_sides(path, images.sides_of(path))
+        reading.colours(path, image, reading.as_shown)
+
+
+@contextmanager
+def _to_be_mended() -> Iterator[None]:
+    """Within the block, what is refused of a picture has the remedy that a folder of pictures has."""
+    try:
+        yield
+    except Refused as stop:
+        raise Refused(stop.cause, "Repair it, or take it out of the folder.") from stop
+
+
+def open_pictures(folder: str, captions: str) -> Pictures:
+    """The pictures of a folder and its sub-folders; `captions` is a JSON object, name or file name -> what it shows."""
+    root = Path(folder)
+    if not root.is_dir():
+        alike = storage.named_alike(root) if not root.exists() else ""
+        raise Refused(f"IMAGES: {documents.quote(folder)} is not a folder{alike}", NAME_PICTURES)
+    if (root / LEDGER).exists():
+        raise Refused(f"IMAGES: {folder} is a run folder", f"Name the folder of its pictures, {root / 'images'}.")
+    paths = tuple(reading.listing(root, *reading.PICTURES, remedy=NAME_PICTURES))
+    for path in paths:
+        if not documents.is_unicode(str(path)):
+            raise Refused(
+                f"IMAGES: the path of {documents.quote(path.name)} is not valid UTF-8",
+                "Rename it, or the folder that holds it.",
+            )
+    texts: dict[str, str] = {}
+    if captions:
+        stored_captions = documents.read_object(Path(captions), most=LARGEST_CAPTIONS, remedy=reading.CAPTIONS)
+        names = (path.relative_to(root) for path in paths)
+        stems = {name.as_posix(): name.with_suffix("").as_posix() for name in names}
+        for name, stem in stems.items():
+            text = stored_captions.get(name, stored_captions.get(stem, ""))
+            if not isinstance(text, str):
+                raise Refused(f"{captions}: the caption of {name} is not a text", reading.CAPTIONS)
+            texts[name] = prompts.check_line(text, f"{captions}: {name}")
+        if stored_captions and stored_captions.keys().isdisjoint([*stems, *stems.values()]):
+            raise Refused(f"{captions}: names none of the pictures in {root}", reading.CAPTIONS)
+    return Pictures(root, paths, texts, captions)
 
 
 def prepare_labelling(
-    spec: RunSpec,
-    stored: Mapping[str, Any] | None,
-    pictures: Pictures,
-    timesteps: Sequence[int],
-    *,
-    has_tiles: bool,
+    spec: RunSpec, stored: Mapping[str, Any] | None, pictures: Pictures, timesteps: Sequence[int], *, has_tiles: bool
 ) -> Job:
     """The job of labelling a folder of pictures, checked in full; nothing is written."""
     sides = pictures.sides() if has_tiles else []

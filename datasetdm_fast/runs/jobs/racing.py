@@ -36,9 +36,7 @@ class Race:
 
 
 def fastest(opened: Engine, batch_size: int, calls: int) -> Race:
-    """The engine for `calls` UNet calls with `batch_size` images on the CPU of the one that was opened; engines that
-    are not installed or do not agree take no part.
-    """
+    """The engine for `calls` UNet calls on the CPU of the opened one; engines that do not agree take no part."""
     if opened.name not in ENGINES or opened.device.type != "cpu":
         return Race(opened)
     # Importing what the others need takes about a second, so it comes last.

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.data import Batch, Quarantined
-from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.loop import driver
-from datasetdm_fast.engine.loop.recipe import Recipe
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.jobs.job import open_engine, recipe_of
-from datasetdm_fast.runs.run_folder.acceptance import acceptance_of
 from datasetdm_fast.runs.run_folder.document import (
     COMMANDS,
     LEDGER,
@@ -25,8 +22,8 @@ from datasetdm_fast.runs.run_folder.document import (
     table_of,
 )
 from datasetdm_fast.runs.run_folder.folder import RunFolder
+from datasetdm_fast.runs.run_folder.goal import acceptance_of
 from datasetdm_fast.runs.run_folder.ledger import QUARANTINED, Ledger, Row
-from datasetdm_fast.runs.run_folder.object_store import refuse_stored
 from datasetdm_fast.runs.run_settings import LabelSettings
 from datasetdm_fast.settings import EngineSettings, ModelSettings, SamplingSettings
 
@@ -62,22 +59,6 @@ def check_provided(folder: Path, stored: Mapping[str, Any], provided: Mapping[st
         )
 
 
-@dataclass(frozen=True)
-class Remake:
-    """One sample of a run folder to regenerate.
-
-    Batch shape and place are as before, so the arithmetic is, too; other places may repeat the sample.
-    """
-
-    folder: Path
-    document: Mapping[str, Any]
-    row: Row
-    engine: Engine
-    recipe: Recipe
-    batch: Batch
-    place: int
-
-
 def prepare_remake(
     folder: Path,
     stored: Mapping[str, Any],
@@ -87,9 +68,8 @@ def prepare_remake(
     sampling: SamplingSettings,
     labels: LabelSettings,
     classes: tuple[str, ...],
-) -> Remake:
-    """The sample of a row, by the settings of the run folder; other weights are refused."""
-    refuse_stored(folder)
+) -> Callable[[], list[str]]:
+    """What regenerates the sample of a row, in a batch as before, and gives the files that are written anew."""
     opened, decoders = open_engine(model, engine, labels.task, stored, guidance=sampling.guidance)
     weights = {"model": {"digests": dict(opened.model.digests)}, "decoders": decoders}
     check_same(folder, {"model": {"digests": stored["model"]["digests"]}, "decoders": stored["decoders"]}, weights)
@@ -98,21 +78,20 @@ def prepare_remake(
     size, place = row.recipe["batch_size"], row.request.index % row.recipe["batch_size"]
     filler = replace(row.request, classes=recipe.words[: row.recipe["word_slots"]] or row.request.classes)
     batch = Batch(row.request.index // size, tuple(row.request if k == place else filler for k in range(size)))
-    return Remake(folder, stored, row, opened, recipe, batch, place)
 
+    def remake() -> list[str]:
+        ((_, results),) = driver.generate([batch], opened, recipe)
+        result = results[place]
+        if isinstance(result, Quarantined):
+            raise GateFailed(
+                f"sample {result.request.id}: {result.reason}; nothing was written",
+                "Try another --dtype in a run of its own.",
+            )
+        with RunFolder(folder, stored) as run:
+            if row.status == QUARANTINED:
+                run.add(acceptance_of(stored).apply([result]), row.recipe)
+                finish_run(run)
+                return [path for path, _ in run.ledger.row(result.request.index).files.values()]
+            return run.renew(row, result)
 
-def remake(task: Remake) -> list[str]:
-    """Regenerates the sample; the files that were missing or damaged and are written anew."""
-    ((_, results),) = driver.generate([task.batch], task.engine, task.recipe)
-    result = results[task.place]
-    if isinstance(result, Quarantined):
-        raise GateFailed(
-            f"sample {result.request.id}: {result.reason}; nothing was written",
-            "Try another --dtype in a run of its own.",
-        )
-    with RunFolder(task.folder, task.document) as folder:
-        if task.row.status == QUARANTINED:
-            folder.add(acceptance_of(task.document).apply([result]), task.row.recipe)
-            finish_run(folder)
-            return [path for path, _ in folder.ledger.row(result.request.index).files.values()]
-        return folder.renew(task.row, result)
+    return remake

@@ -128,9 +128,7 @@ def result_of(
 
 
 def close_run(folder: RunFolder, number: int, made: int, begin: float) -> Result:
-    """The result of a run in which no process works any more, its index files rebuilt; `begin` is when it was started,
-    on the clock of `time.perf_counter`.
-    """
+    """The result of a run that no process works on any more, its index files rebuilt; `begin` is by perf_counter."""
     closing = time.perf_counter()
     finish_run(folder)
     end = time.perf_counter()

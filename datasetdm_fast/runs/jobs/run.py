@@ -1,9 +1,9 @@
-"""A run folder as a command finds it, and what is to be done with it."""
+"""A run folder as a command finds it: what it holds, what is to be done with it, and whether a job may continue it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_of
@@ -11,15 +11,173 @@ from pathlib import Path
 from typing import Any, Self
 
 from datasetdm_fast.config import ENGINES, HALF, LABELLER_KINDS
+from datasetdm_fast.engine.decoders.folders import DecoderFolders, find_decoders, parts_of
+from datasetdm_fast.engine.engines import opening
+from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.gallery.closing import finish_run
-from datasetdm_fast.runs.jobs.job import Job
+from datasetdm_fast.runs.jobs.job import Job, build_job, check_room
 from datasetdm_fast.runs.jobs.result import Result, result_of
-from datasetdm_fast.runs.jobs.resume import count_rows, prepare_job, relocated_paths
-from datasetdm_fast.runs.run_folder.document import LEDGER, check_config, grows, read_document
+from datasetdm_fast.runs.run_folder.document import (
+    GROWING,
+    LEDGER,
+    check_config,
+    check_same,
+    differences,
+    grows,
+    read_document,
+    row_facts,
+)
 from datasetdm_fast.runs.run_folder.folder import RunFolder
-from datasetdm_fast.runs.run_folder.ledger import Ledger
+from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, QUARANTINED, Ledger, Row
 from datasetdm_fast.runs.run_folder.seal import is_indexed
 from datasetdm_fast.runs.run_settings import RunSpec
+
+COMPARED = ("model", "decoders", "packages", "sampling", "plan", "labels")  # parts of run.json that must be equal
+MAY_DIFFER = ("name", "source", "licence")  # entries of these parts that change no byte
+
+
+def prepare_job(
+    spec: RunSpec, stored: Mapping[str, Any] | None, *, races: bool = False, mixes: bool = False, dtype: str = ""
+) -> Job:
+    """The job of a run whose run.json is `stored`, checked in full; with `races` `--engine auto` may take another
+    engine than the fast one, with `mixes` the engine may be a new one for the run folder. `dtype` takes the place of
+    `--dtype auto`.
+    """
+    job = build_job(spec, stored, races=races, dtype=dtype)
+    if stored is not None:
+        job = replace(merge_with_stored(job, stored, mixes=mixes), done=count_rows(spec.folder))
+    if not spec.is_stored:
+        check_room(job)
+    return job
+
+
+def merge_with_stored(job: Job, stored: Mapping[str, Any], *, mixes: bool = False) -> Job:
+    """The job merged with the run.json of its folder, which has more samples where the run is to grow; other weights
+    are refused, and other engines unless `mixes`, which then fills `differing`.
+
+    Which of several equal GPUs continues a run folder, what its memory would hold and where the weights lie change no
+    byte.
+    """
+    config = job.document["config"]
+    document = job.document
+    # A batch size as the run was started with stands for what its plan made of it: batches of equal size.
+    other = job.batch_size if job.may_mix and job.batch_size != stored["config"].get("batch_size") else 0
+    if grows(stored["config"], config):
+        if (job.folder / LEDGER).exists():
+            with Ledger(job.folder / LEDGER, read_only=True) as ledger:
+                check_rows(job, ledger.rows(DONE, QUARANTINED, DOUBTFUL, parts=()))
+        renewed = ("number", "prompts", *(["batch_size"] if job.may_mix and not other else []))
+        stored = {
+            **stored,
+            "config": stored["config"] | {name: config[name] for name in GROWING},
+            "plan": stored["plan"] | {name: document["plan"][name] for name in renewed},
+        }
+    # Of the same settings; how many images are in a batch of theirs also depends on the number and on free memory.
+    document = document | {"plan": document["plan"] | {"batch_size": stored["plan"].get("batch_size")}}
+    compared = [
+        {
+            part: {name: value for name, value in source[part].items() if name not in MAY_DIFFER}
+            for part in COMPARED
+            if part in stored
+        }
+        for source in (stored, document)
+    ]
+    check_same(job.folder, *compared)
+    engine, differing = engine_among(stored, job.recipe.facts["engine"])
+    if differing and not (mixes and job.may_mix):
+        raise Refused(
+            f"{job.folder}: it holds a run with other settings ({'; '.join(differing)})",
+            "Choose another --out, or give the flags that it was started with."
+            if not job.may_mix or "command" in stored
+            else "Run generate once alone, in one process, with --limit 1: it compares the two engines. Then resume.",
+        )
+    size = other or stored["plan"]["batch_size"]
+    facts = row_facts({**stored, "engine": engine, "plan": stored["plan"] | {"batch_size": size}})
+    return replace(
+        job,
+        plan=replace(job.plan, batch_size=size),
+        recipe=replace(job.recipe, facts=facts),
+        document=dict(stored),
+        differing=differing,
+    )
+
+
+def engine_among(stored: Mapping[str, Any], engine: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """A run folder's engine that equals this one on whichever GPU; else this engine, and in what it differs."""
+    known = [stored["engine"], *(entry["engine"] for entry in stored.get("mixed", ()))]
+    *plain, wanted_plain = [
+        {name: value for name, value in each.items() if name != "device"} for each in (*known, engine)
+    ]
+    if wanted_plain in plain:
+        return dict(known[plain.index(wanted_plain)]), ()
+    return dict(engine), tuple(differences(plain[0], wanted_plain, "engine"))
+
+
+def count_rows(folder: Path) -> int:
+    """Samples the run folder holds, quarantined and dropped ones included."""
+    if not (folder / LEDGER).exists():
+        return 0
+    with Ledger(folder / LEDGER, read_only=True) as ledger:
+        return ledger.count() + ledger.count(QUARANTINED) + ledger.count_dropped()
+
+
+def check_rows(job: Job, rows: Iterable[Row]) -> None:
+    """Refuses a plan in which an image that the run holds would change."""
+    for row in rows:
+        planned = job.plan.request(row.request.index)
+        if planned != row.request:
+            changes = "; ".join(differences(asdict(row.request), asdict(planned)))
+            raise Refused(
+                f"{job.folder}: with these settings image {row.request.id} would change ({changes})",
+                "Add prompts at the end of the list, which must have been at least as long as the run, or "
+                "choose another --out.",
+            )
+
+
+def relocated_paths(model: str, decoder: str, size: int, stored: Mapping[str, Any]) -> dict[str, str]:
+    """--model and --decoder as run.json has them, where the same files lie elsewhere now."""
+    return _relocated_model(model, stored) | _relocated_decoder(model, decoder, size, stored)
+
+
+def _relocated_model(model: str, stored: Mapping[str, Any]) -> dict[str, str]:
+    before, path = stored["config"].get("model"), Path(model)
+    if before is None or model == before or not path.exists():
+        return {}
+    from datasetdm_fast.engine.loading.folder import folder_digests  # which needs torch
+    from datasetdm_fast.engine.loading.provenance import digest
+
+    try:
+        digests = folder_digests(path) if path.is_dir() else {"file": digest([path])}
+    except (Refused, Missing, OSError):  # loading states what is wrong with it
+        return {}
+    return {"model": before} if digests.items() <= stored["model"]["digests"].items() else {}
+
+
+def _relocated_decoder(model: str, decoder: str, size: int, stored: Mapping[str, Any]) -> dict[str, str]:
+    before, digests = stored["config"].get("decoder"), _digests(stored["decoders"])
+    if before is None or decoder == before:
+        return {}
+    try:
+        described = opening.describe_decoders(_find_decoders(model, decoder, size), list(digests))
+    except (Refused, Missing, KeyError, OSError):  # loading states what is wrong with them
+        return {}
+    return {"decoder": before} if digests == _digests(described) else {}
+
+
+def _digests(decoders: Mapping[str, Any]) -> dict[str, str]:
+    return {name: decoder["digest"] for name, decoder in decoders.items()}
+
+
+def _find_decoders(model: str, decoder: str, size: int) -> DecoderFolders:
+    """The decoders of --decoder; those of checkpoints depend on the model's levels."""
+    folders = parts_of(decoder)
+    if not all(path.is_dir() for path in folders):
+        from datasetdm_fast.engine.decoders.upstream import unpack_decoders  # which needs torch, as the next does
+        from datasetdm_fast.engine.loading import load_model
+
+        folders = unpack_decoders(decoder, load_model(model, size=size).levels)
+    return find_decoders(folders)
+
 
 LEAST_MEASURED = 100  # images; comparing some with the reference would not pay in a shorter run
 COMPUTING = ("engine", "dtype", "compile", "batch_size")  # settings that decide no more than how samples round

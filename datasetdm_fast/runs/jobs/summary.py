@@ -37,12 +37,13 @@ def describe_job(job: Job, call: float = 0.0) -> list[str]:
     elif plan.most > plan.number:  # how far they go is found out on the way
         seeds = f"seeds from {plan.seed} on"
     name = f"{engine.get('engine', '')} {engine.get('dtype', '')} on {engine.get('device', '')}"
+    guidance = GUIDANCE[job.engine.model.guidance_at(facts["guidance"])].format(facts["guidance"])
     promised = job.half and f"{job.half} if the first samples agree with torch, else fp32"
     rows = {
         "images": f"{left} of {plan.number}, {facts['size']} x {facts['size']} pixels, {seeds}",
         "prompts": count_unnamed(job),
         "model": describe_model(job.engine.model),
-        "sampler": f"{facts['sampler']}, {steps}, {describe_guidance(job)}",
+        "sampler": f"{facts['sampler']}, {steps}, {guidance}",
         "labels": ", ".join(job.recipe.tasks),
         "domain": _describe_domain(job),
         "draws": _describe_undrawn(job),
@@ -57,11 +58,6 @@ def describe_job(job: Job, call: float = 0.0) -> list[str]:
         "run folder": str(job.folder),
     }
     return [f"{name:<11}{value}" for name, value in rows.items() if value]
-
-
-def describe_guidance(job: Job) -> str:
-    guidance = job.recipe.facts["guidance"]
-    return GUIDANCE[job.engine.model.guidance_at(guidance)].format(guidance)
 
 
 def describe_memory(job: Job) -> str:

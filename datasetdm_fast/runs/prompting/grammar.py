@@ -1,10 +1,11 @@
 """Sentences for a class from the phrases of its category: the same seed, class and number give the same sentence."""
 
-import json
 import random
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
 
 from datasetdm_fast.engine.labels import class_tables
 from datasetdm_fast.engine.labels.class_tables import ClassTable, ClassWord, look_up
@@ -12,8 +13,61 @@ from datasetdm_fast.engine.labels.words import find_classes, plural, with_articl
 from datasetdm_fast.engine.loop.prompts import refuse_file_names
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import Refused, nearest
-from datasetdm_fast.runs.prompting.vocabulary import Category, read_vocabulary
 from datasetdm_fast.untrusted import documents
+
+FILE = Path(__file__).with_name("vocabulary.yaml")
+
+
+@dataclass(frozen=True)
+class Category:
+    """Phrases that fit all things of one kind; none of them names a class of a known data set."""
+
+    adjectives: tuple[str, ...]
+    states: tuple[str, ...]
+    places: tuple[str, ...]
+    is_indoors: bool = False
+
+
+@dataclass(frozen=True)
+class Phrases:
+    """All phrases, and the category of each class that has one by its name in a sentence."""
+
+    categories: Mapping[str, Category]
+    names: Mapping[str, str]  # class name in a sentence -> category
+    outdoor_light: tuple[str, ...]
+    indoor_light: tuple[str, ...]
+    weather: tuple[str, ...]
+    views: tuple[str, ...]
+    viewpoints: tuple[str, ...]
+    numbers: tuple[str, ...]
+    without_article: tuple[str, ...]
+    not_a_kind: tuple[str, ...]
+    rooms: tuple[str, ...]
+    streets: tuple[str, ...]
+
+    def category_of(self, name: str) -> Category:
+        """The category of a class, `thing` by default."""
+        return self.categories[self.names.get(name, "thing")]
+
+
+@cache
+def read_vocabulary() -> Phrases:
+    """The phrases of vocabulary.yaml."""
+    import yaml
+
+    document: dict[str, Any] = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    categories, names = {}, {}
+    for category, fields in document.pop("categories").items():
+        names |= dict.fromkeys(_phrases(fields.pop("classes", "")), category)
+        is_indoors = fields.pop("is_indoors", False)
+        phrases = {field: _phrases(text) for field, text in fields.items()}
+        categories[category] = Category(**phrases, is_indoors=is_indoors)
+    return Phrases(categories, names, **{field: _phrases(text) for field, text in document.items()})
+
+
+def _phrases(text: str) -> tuple[str, ...]:
+    return tuple(phrase.strip() for phrase in text.split("|"))
+
 
 SETS = ("voc", "coco", "cityscapes", "deepfashion", "pose", "nyu", "kitti", "demo")
 MOST_TRIES = 200  # sentences sampled until one names the requested classes and no others
@@ -159,8 +213,3 @@ def check_words(words: Sequence[str]) -> None:
     for word in words:
         if not documents.is_unicode(word):
             raise Refused(f"--classes: {word!r} is not valid Unicode", "Write the class words in UTF-8.")
-
-
-def to_lines(sentences: Sequence[Sentence]) -> str:
-    """A list of prompts as generate reads it, one JSON object per line."""
-    return "".join(json.dumps(asdict(sentence), ensure_ascii=False) + "\n" for sentence in sentences)

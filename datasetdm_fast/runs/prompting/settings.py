@@ -15,11 +15,7 @@ class PromptsConfig:
         "", "classes of your own: a CSV file (name,say,words) or LVIS's annotation file", metavar="FILE"
     )
     per_class: int = setting(
-        0,
-        "prompts for each class; 0 = 100, or as --target-counts or --balance say",
-        metavar="N",
-        least=0,
-        most=MOST_PROMPTS,
+        0, "prompts for each class; 0 = 100, or as other flags say", metavar="N", least=0, most=MOST_PROMPTS
     )
     target_counts: str = setting(
         "", 'JSON file with the number of prompts for each class: {"cat": 40, ...}', metavar="FILE"
@@ -30,10 +26,7 @@ class PromptsConfig:
     pairs: float = setting(0.0, "share of the prompts that name two classes, 0 to 1", metavar="SHARE", least=0, most=1)
     seed: int = setting(0, "seed of the sentences", metavar="N")
     out: str = setting(
-        "prompts.jsonl",
-        "file to write, one JSON object per line, for generate --prompts",
-        metavar="FILE",
-        output="file",
+        "prompts.jsonl", "file to write, JSON lines, for generate --prompts", metavar="FILE", output="file"
     )
     llm_url: str = setting("", "ask the language model of an OpenAI-compatible endpoint", metavar="URL")
     llm_model: str = setting("", "name of the model at that endpoint", metavar="NAME")

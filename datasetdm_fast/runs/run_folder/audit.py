@@ -91,9 +91,7 @@ class CheckedSample:
 def audit(
     folder: Path, *, threads: int = 0, on_progress: Callable[[int, int], None] = lambda done, number: None
 ) -> Report:
-    """The report on a run folder, finished or not; nothing in it is changed. `on_progress` gets the number of checked
-    samples and that of all.
-    """
+    """The report on a run folder, finished or not; `on_progress` gets the number of checked samples and of all."""
     folder = Path(folder)
     if not folder.is_dir():
         alike = "" if folder.exists() else storage.named_alike(folder)
@@ -101,11 +99,6 @@ def audit(
         raise Refused(f"{documents.quote(str(folder))}: {fault}", NAME_A_RUN)
     if not (folder / DOCUMENT).exists() and not (folder / LEDGER).exists():
         raise Refused(f"{folder}: holds neither {DOCUMENT} nor {LEDGER}, so it is not a run folder", NAME_A_RUN)
-    if (folder / seal.ELSEWHERE).exists():
-        raise Refused(
-            f"{folder}: its samples are in an object store",
-            f"Give its URL, which {seal.ELSEWHERE} has, to python -m datasetdm_fast.audit.",
-        )
     findings: list[Finding] = []
     document = _check_document(folder, findings)
     report = Report(str(folder), document["plan"]["number"] if document else 0, 0, 0, 0, 0, findings)
@@ -149,8 +142,6 @@ def _audit(
     ]
     findings += _check_seal(folder)
     known = page_files.expected_files(document, ledger)
-    if ledger.read_note("indexed") is not None:
-        findings += _check_pictures(folder, known)
     files, total, damaged = 0, 0, []
     done, quarantined = ledger.count(), ledger.indices(QUARANTINED)
     samples = done + ledger.count(DOUBTFUL)
@@ -248,19 +239,8 @@ def _product_folders(document: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _check_pictures(folder: Path, page: Iterable[str]) -> Iterator[Finding]:
-    """Missing pictures of the page, which the seals of earlier versions do not name."""
-    if (folder / page_files.SHEETS).exists():  # else the page was written without the samples' files
-        digests = seal.read_seal(folder) if (folder / seal.SEAL).exists() else {}
-        for name in sorted(set(page) - digests.keys()):
-            if not (folder / name).exists():
-                yield Finding(name, MISSING, REWRITE)
-
-
 def _check_strangers(folder: Path, folders: Iterable[str], known: set[str]) -> Iterator[Finding]:
-    """Files in our folders that no sample has; a run that is in progress or was killed has some that the same line
-    again writes over.
-    """
+    """Files in our folders that no sample has; a run in progress has some that the same line writes over."""
     state = {LEDGER, LOCK, seal.SEAL, FILTER, LOG_OF_0_1, *(f"{LEDGER}-{kind}" for kind in ("wal", "shm", "journal"))}
     state |= {DROPPED.rstrip("/"), seal.QUEUE, f"{seal.QUEUE}-journal"}  # the queue of a process that was killed
     allowed = known | state

@@ -234,9 +234,7 @@ def size_in_words(document: Mapping[str, Any]) -> str:
 
 
 def runs_of(document: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The runs that a merged run, or a composition of one, was made from, each with its config, model and decoders; of
-    any other run itself.
-    """
+    """The runs that a merged run, or a composition of one, was made from; of any other run itself."""
     source = document.get("composition", {}).get("source", {})
     if "runs" in source:
         for run in source["runs"]:
@@ -248,9 +246,7 @@ def runs_of(document: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def engines_of(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The engines that computed the samples of a run, each once: also those that continued it, and of a merged run
-    those of all its runs.
-    """
+    """The engines that computed the samples, each once: also those that continued a run, or made a merged one."""
     engines = {}
     for run in runs_of(document):
         for engine in (run.get("engine", document["engine"]), *(entry["engine"] for entry in run.get("mixed", ()))):
@@ -264,9 +260,7 @@ def engine_names(document: Mapping[str, Any]) -> list[str]:
 
 
 def sampler_in_words(document: Mapping[str, Any]) -> str:
-    """Sampler, steps and calls of a run, for a reader, and the guidance, which pictures that are only read know not; of
-    a merged run those of all its runs.
-    """
+    """Sampler, steps, calls and guidance for a reader; of a merged run those of all its runs."""
     runs = (run if "sampling" in run else document for run in runs_of(document))
     return "; ".join(dict.fromkeys(map(_sampler_in_words, runs)))
 

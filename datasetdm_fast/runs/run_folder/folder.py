@@ -66,8 +66,8 @@ class RunFolder(AbstractContextManager):
             self.ledger = self._closing.enter_context(Ledger(path / LEDGER, journal=journal))
             content = documents.encodable(json.dumps(document, ensure_ascii=False, sort_keys=True))
             if self.ledger.read_note("run") != content:
-                if is_sealed(path):
-                    _check_unchanged(path)
+                if is_sealed(path) and seal.read_seal(path).get(DOCUMENT) != storage.sha256_of(path / DOCUMENT):
+                    raise Refused(f"{path / DOCUMENT}: its bytes are not those that were written", RESTORE_DOCUMENT)
                 unseal(path)
                 self.ledger.note("run", content)
             stored = self.document if is_new else read_document(path) or self.document
@@ -122,9 +122,7 @@ class RunFolder(AbstractContextManager):
         return sorted(damaged)
 
     def drop(self, indices: Sequence[int]) -> None:
-        """Takes samples out of the data set: first their files are copied to where those of dropped samples lie, then
-        their rows are moved, then the files that are in the data set no more are removed.
-        """
+        """Takes samples out of the data set: their files are copied, then their rows moved, then the files removed."""
         self._move(indices, [self.ledger.row(index) for index in indices], self.ledger.drop, "", DROPPED)
 
     def bring_back(self, rows: Sequence[Row]) -> None:
@@ -166,10 +164,7 @@ class RunFolder(AbstractContextManager):
 
 
 def write_samples(
-    results: Sequence[Sample | Quarantined],
-    recipe: Mapping[str, Any],
-    document: Mapping[str, Any],
-    publish: Publish,
+    results: Sequence[Sample | Quarantined], recipe: Mapping[str, Any], document: Mapping[str, Any], publish: Publish
 ) -> list[Row]:
     """The rows of the results, once `publish` has taken all of their files; `document` is the content of run.json."""
     config = document["config"]
@@ -236,9 +231,7 @@ def refusing_rows(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def share_folder(folder: Path, begin: Callable[[], None]) -> Iterator[None]:
-    """Holds the folder together with other processes; the first of them finds it as the last run left it, cleans it
-    and calls `begin`.
-    """
+    """Holds the folder with other processes; the first of them cleans it and calls `begin`."""
     end = time.monotonic() + ENTRY_SECONDS
     with ExitStack() as lock:
         while True:
@@ -254,12 +247,6 @@ def share_folder(folder: Path, begin: Callable[[], None]) -> Iterator[None]:
                     raise
                 time.sleep(SECONDS_BETWEEN_TRIES)
         yield
-
-
-def _check_unchanged(folder: Path) -> None:
-    """Refuses a run.json that is not as it was sealed, before the ledger's copy of it is replaced."""
-    if seal.read_seal(folder).get(DOCUMENT) != storage.sha256_of(folder / DOCUMENT):
-        raise Refused(f"{folder / DOCUMENT}: its bytes are not those that were written", RESTORE_DOCUMENT)
 
 
 def note(folder: Path, name: str, value: Any) -> None:

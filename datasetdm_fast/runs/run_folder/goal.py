@@ -1,12 +1,20 @@
 """How many samples a run is to have, of each class where it counts by class, and which indices it makes for that."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
+from datasetdm_fast.data import Quarantined, Sample
+from datasetdm_fast.engine.labels import kind_of
+from datasetdm_fast.engine.labels.kind import LabelKind, Table
+from datasetdm_fast.engine.labels.semantic import BACKGROUND
 from datasetdm_fast.engine.loop.plan import class_and_turn
+from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.run_folder.document import most_samples
 from datasetdm_fast.runs.run_folder.ledger import Ledger
+from datasetdm_fast.runs.run_folder.scores import ABSENT, SCORERS, Condition, Scored, parse_where
 from datasetdm_fast.runs.run_folder.shards import ShardLedger
 
 
@@ -20,9 +28,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Goal:
-    """Index k belongs to the class k // number mod classes, so that the samples of a class lie side by side and batches
-    of a class that has enough are never made.
-    """
+    """Index k belongs to class k // number mod classes, so that no batch of a class that has enough is made."""
 
     number: int  # requested samples, of each class
     most: int  # that may be made, of each class
@@ -68,3 +74,50 @@ def goal_of(config: Mapping[str, Any], number: int) -> Goal:
     """The goal of a run of these settings that is to have `number` samples."""
     names = tuple(config["classes"]) if counts_by_class(config) else ("",)
     return Goal(number // len(names), most_samples(config, number) // len(names), names)
+
+
+FLAG = "--accept"
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """The rule of one run."""
+
+    needs_trust: bool
+    condition: Condition | None
+    names: tuple[str, ...]  # of the scores that the condition compares
+    tables: Mapping[str, Table]  # those of run.json
+
+    def reason(self, sample: Sample) -> str:
+        """Why a sample is quarantined, empty where it is taken."""
+        if self.needs_trust and sample.is_doubtful:
+            return "; ".join(sample.trust.reasons)
+        if self.condition is None:
+            return ""
+        scored = Scored.of_sample(sample, self.tables)
+        values = {name: np.array([SCORERS[name](scored)], np.float64) for name in self.names}
+        return "" if self.condition.passes(values)[0] else self.condition.reason(values, 0)
+
+    def apply(self, results: Sequence[Sample | Quarantined]) -> list[Sample | Quarantined]:
+        """The results of a batch, each sample with the reason why it is quarantined, if any."""
+        return [
+            replace(result, rejection=self.reason(result)) if isinstance(result, Sample) else result
+            for result in results
+        ]
+
+
+def acceptance_of(document: Mapping[str, Any]) -> Acceptance:
+    config = document["config"]
+    where = config.get("accept", "")
+    condition, names = parse_where(where, tuple(SCORERS), FLAG) if where else (None, ())
+    return Acceptance(config.get("keep") == "trusted", condition, names, document["labels"])
+
+
+def check_scored(document: Mapping[str, Any]) -> None:
+    """Refuses a condition on a score that no sample of these labels has."""
+    tables, names = document["labels"], acceptance_of(document).names
+    classes = [set(table["classes"]) - {BACKGROUND} for table in tables.values() if "classes" in table]
+    if "agreement" in names and not any(first & second for k, first in enumerate(classes) for second in classes[:k]):
+        raise Refused(f"{FLAG}: no sample of {', '.join(tables)} has the score agreement", ABSENT["agreement"])
+    if "score" in names and all(type(kind_of(task)).certainty is LabelKind.certainty for task in tables):
+        raise Refused(f"{FLAG}: no sample of {', '.join(tables)} has the score score", "Choose other labels.")

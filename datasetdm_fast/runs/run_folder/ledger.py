@@ -143,7 +143,9 @@ class Ledger(AbstractContextManager):
             )
             for row, recipe in zip(rows, recipes, strict=True)
         ]
-        tracings = [(row.request.index, _pack(row.tracings)) for row in rows if row.tracings]
+        tracings = [
+            (row.request.index, zlib.compress(canonical(row.tracings).encode(), 9)) for row in rows if row.tracings
+        ]
         places = ",".join("?" * len(_COLUMNS.split(",")))
         with self._database.transaction():
             self._database.execute_many(f"INSERT OR REPLACE INTO samples ({_COLUMNS}) VALUES ({places})", values)
@@ -282,9 +284,7 @@ class Ledger(AbstractContextManager):
         return indices
 
     def tally(self, number: int, classes: int) -> tuple[list[int], list[int]]:
-        """Samples of each class that have a row, and the doubtful ones of them, where every `number` indices belong to
-        the next class.
-        """
+        """Samples of each class that have a row, and the doubtful ones; `number` indices are of each class."""
         total, doubtful = [0] * classes, [0] * classes
         for table in self._tables():
             statement = f'SELECT "index" / ? % ?, status, count(*) FROM {table} GROUP BY 1, 2'
@@ -317,9 +317,7 @@ class Ledger(AbstractContextManager):
         return self._decode_row(*rows[0]) if rows else None
 
     def rows(self, *statuses: str, parts: Sequence[str] = PARTS) -> Iterator[Row]:
-        """Rows of these statuses, or of the data set, by index, read as they are requested; of PARTS and `tracings`
-        only these, the others are empty.
-        """
+        """Rows of these statuses, or of the data set, by index; of PARTS and `tracings` only these are filled."""
         columns = ", ".join("NULL" if name in PARTS and name not in parts else name for name in _COLUMNS.split(", "))
         source = "samples"
         if "tracings" in parts:
@@ -394,8 +392,9 @@ def _encode_recipe(row: Row, recipe: str) -> str:
 
 
 def _encode_file(id: str, role: str, path: str, stored: StoredFile) -> list[Any]:
-    """What a row holds of a file; its path where that is not the usual one of its role."""
-    return [_shorten(stored.sha256), stored.size, *([path] if path != usual_path(role, id) else [])]
+    """What a row holds of a file: its digest in base 64, and its path where that is not the usual one of its role."""
+    digest = urlsafe_b64encode(bytes.fromhex(stored.sha256)).decode().rstrip("=")
+    return [digest, stored.size, *([path] if path != usual_path(role, id) else [])]
 
 
 def encode_trust(trust: Trust | None) -> str | None:
@@ -415,24 +414,6 @@ def decode_trust(value: Any) -> Trust | None:
     return Trust(**{name: tuple(part) if isinstance(part, list) else part for name, part in value.items()})
 
 
-def _shorten(sha256: str) -> str:
-    """A digest in 43 letters of base 64 in place of 64 of base 16."""
-    return urlsafe_b64encode(bytes.fromhex(sha256)).decode().rstrip("=")
-
-
-def _lengthen(digest: str) -> str:
-    """The digest in base 16."""
-    sha256 = urlsafe_b64decode(digest + "=").hex()
-    if len(sha256) != HEX_DIGITS:
-        raise ValueError(f"{documents.quote(digest)} is no SHA-256")
-    return sha256
-
-
-def _pack(tracings: dict[str, Any]) -> bytes:
-    """What the table of tracings holds of a row's: about half their bytes."""
-    return zlib.compress(canonical(tracings).encode(), 9)
-
-
 def _unpack(packed: bytes) -> str:
     """The text of a row's tracings."""
     unpacking = zlib.decompressobj()
@@ -448,5 +429,8 @@ def usual_path(role: str, id: str) -> str:
 
 def _decode_file(id: str, role: str, file: Any) -> tuple[str, StoredFile]:
     """Path, and what was written, from what a row holds of a file."""
-    sha256, size, *path = file
-    return documents.check_inside(*path or [usual_path(role, id)]), StoredFile(_lengthen(sha256), size)
+    digest, size, *names = file
+    path, sha256 = documents.check_inside(*names or [usual_path(role, id)]), urlsafe_b64decode(digest + "=").hex()
+    if len(sha256) != HEX_DIGITS:
+        raise ValueError(f"{documents.quote(digest)} is no SHA-256")
+    return path, StoredFile(sha256, size)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from datasetdm_fast.disk import storage
-from datasetdm_fast.errors import Missing, Refused, quote
+from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.run_folder.corrections import CORRECTIONS
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER, to_see_damage
 from datasetdm_fast.runs.run_folder.seal import ELSEWHERE, SEAL
@@ -47,8 +47,7 @@ class ObjectStore:
             raise Missing(f"{url}: {error}", "Install it, for a cluster on each of its machines.") from error
         except Exception as error:  # whatever the file system of a stranger's package makes of a wrong address
             raise Refused(
-                f"{documents.quote(url)}: {type(error).__name__}: {error}",
-                "Name a folder such as s3://bucket/run.",
+                f"{documents.quote(url)}: {type(error).__name__}: {error}", "Name a folder such as s3://bucket/run."
             ) from error
         if "memory" in self._protocols:
             raise Refused(
@@ -153,7 +152,8 @@ class StoreCopy:
             return
         place = Path(tempfile.mkdtemp(prefix="datasetdm-"))
         self.folder = place / (url.rstrip("/").rpartition("/")[2].strip(".") or "run")  # exports name it
-        weakref.finalize(self, _remove_of_process, place, os.getpid())
+        first = os.getpid()  # a forked process leaves it to the first
+        weakref.finalize(self, lambda: os.getpid() == first and shutil.rmtree(place, ignore_errors=True))
 
     def fetch_state(self) -> Path:
         """The folder, once it has the files that describe the samples."""
@@ -174,9 +174,7 @@ class StoreCopy:
     def fetch_all(
         self, on_begin: Callable[[int], object] = lambda number: None, on_file: Callable[[], object] = lambda: None
     ) -> Path:
-        """The folder, once it has every file of the run, run.json and seal after the others; `on_begin` gets their
-        number, and `on_file` is called after each.
-        """
+        """The folder with every file of the run, run.json and seal last; `on_begin` gets their number."""
         sizes = self.store.sizes()
         required = sum(size for name, size in sizes.items() if not (self.folder / name).exists())
         if required > (free := storage.free_bytes(self.folder.absolute())):
@@ -210,15 +208,8 @@ class StoreCopy:
         return path
 
 
-def _remove_of_process(folder: Path, process: int) -> None:
-    if os.getpid() == process:  # a forked one leaves it to the first
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def copy_run(copies: StoreCopy, on_begin: Callable[[int], object], on_file: Callable[[], object]) -> None:
-    """Copies a finished run into a folder that is empty or that a killed copying began; `on_begin` gets the number of
-    its files, and `on_file` is called after each. A folder that has all of the run stays as it is.
-    """
+    """Copies a finished run into a folder that is empty or that a killed copying began; a whole one stays as it is."""
     folder, store, begun = copies.folder, copies.store, copies.folder / COPYING
     document = store.read(DOCUMENT)
     if document is None:
@@ -257,15 +248,6 @@ def unfinished_run(url: str) -> Refused:
         f"{url}: holds no {DOCUMENT}, so it is not a finished run",
         "Check the address; of a run in progress name the folder that its --out names.",
     )
-
-
-def refuse_stored(path: Path) -> None:
-    """Refuses a run folder whose samples are in an object store, for commands that read or change their files here."""
-    if (path / ELSEWHERE).exists():
-        raise Refused(
-            f"{path}: its samples are in an object store",
-            f"Copy the run with: python -m datasetdm_fast.gallery {quote(path)} --out COPY",
-        )
 
 
 def is_url(place: str | Path) -> bool:

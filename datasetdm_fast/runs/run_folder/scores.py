@@ -1,10 +1,12 @@
 """Scores of samples: what gives them from labels and image alone, how they are read, and conditions on them."""
 
-from collections.abc import Callable, Mapping, Sequence
+import ast
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import numpy as np
 from PIL import Image
@@ -13,11 +15,105 @@ from datasetdm_fast.data import Annotation, Sample, Trust
 from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.engine.labels.kind import Table
 from datasetdm_fast.engine.labels.trust import NamedMap, named_map, pairs
-from datasetdm_fast.errors import Refused, quote
+from datasetdm_fast.errors import Refused, nearest, quote
 from datasetdm_fast.runs.run_folder.ledger import Ledger
 from datasetdm_fast.runs.run_folder.selections import Filter
 from datasetdm_fast.runs.run_folder.shards import ShardLedger
-from datasetdm_fast.runs.run_folder.where import parse_where
+from datasetdm_fast.untrusted import documents
+
+LONGEST = 2000  # characters
+DEEPEST = 20  # conditions inside conditions
+SIGNS: dict[type[ast.cmpop], tuple[str, Callable]] = {
+    ast.GtE: (">=", np.greater_equal),
+    ast.LtE: ("<=", np.less_equal),
+    ast.Eq: ("==", np.equal),
+    ast.NotEq: ("!=", np.not_equal),
+    ast.Gt: (">", np.greater),
+    ast.Lt: ("<", np.less),
+}
+REMEDY = "Write, for example: score >= 0.6 and duplicate == 0. There are and, or, not and parentheses."
+Values = Mapping[str, np.ndarray]  # score -> [N] float64, NaN where a sample has none
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A condition whose form has been checked."""
+
+    node: ast.expr
+
+    def passes(self, values: Values) -> np.ndarray:  # [N] bool
+        """Which samples pass."""
+        match self.node:
+            case ast.BoolOp(op, parts):
+                combine = np.all if isinstance(op, ast.And) else np.any
+                return combine([Condition(part).passes(values) for part in parts], axis=0)
+            case ast.UnaryOp(_, part):
+                return ~Condition(part).passes(values)
+            case ast.Compare(ast.Name(name), [sign], [number]):
+                column = values[name]
+                return SIGNS[type(sign)][1](column, ast.literal_eval(number)) & ~np.isnan(column)
+        raise AssertionError("a condition that was not checked")
+
+    def reason(self, values: Values, k: int) -> str:
+        """Why sample k does not pass."""
+        match self.node:
+            case ast.BoolOp(_, parts):
+                row = {name: column[k : k + 1] for name, column in values.items()}
+                failed = [part for part in map(Condition, parts) if not part.passes(row)[0]]
+                return "; ".join(part.reason(row, 0) for part in failed)
+            case ast.UnaryOp(_, part):
+                return f"{ast.unparse(part)} holds"
+            case ast.Compare(ast.Name(name), [sign], [number]):
+                value = values[name][k]
+                state = f"{name} is {value:.4g}" if value == value else f"it has no {name}"
+                return f"{state}, expected {SIGNS[type(sign)][0]} {ast.literal_eval(number):g}"
+        raise AssertionError("a condition that was not checked")
+
+
+def parse_where(text: str, known: Collection[str], flag: str = "--where") -> tuple[Condition, tuple[str, ...]]:
+    """The condition that the text after `flag` states, and the scores it names; what is no condition is refused."""
+    if len(text) > LONGEST:
+        raise Refused(f"{flag}: {len(text)} characters, at most {LONGEST} are read", "Write a shorter condition.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of numbers that touch a word
+            node = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        place = f" at character {error.offset}" if isinstance(error, SyntaxError) and error.offset else ""
+        raise Refused(f"{flag}: {documents.quote(text.strip())} is not a condition{place}", REMEDY) from error
+    names: list[str] = []
+    _check(node, known, flag, names, DEEPEST)
+    return Condition(node), tuple(dict.fromkeys(names))
+
+
+def _check(node: ast.AST, known: Collection[str], flag: str, names: list[str], depth: int) -> None:
+    """Refuses everything but comparisons of a score with a number, and what joins them."""
+    if not depth:
+        raise Refused(f"{flag}: nested more than {DEEPEST} deep", "Write a simpler condition.")
+    match node:
+        case ast.BoolOp(_, parts):
+            for part in parts:
+                _check(part, known, flag, names, depth - 1)
+        case ast.UnaryOp(ast.Not(), part):
+            _check(part, known, flag, names, depth - 1)
+        case ast.Compare(ast.Name(name), [sign], [number]) if type(sign) in SIGNS:
+            if name not in known:
+                raise Refused(
+                    f"{flag}: {documents.quote(name)} is not a score{nearest(name, known)}",
+                    f"It can use these scores: {', '.join(known)}.",
+                )
+            plain = number.operand if isinstance(number, ast.UnaryOp) else number
+            is_signed = plain is number or isinstance(number.op, ast.USub | ast.UAdd)
+            if not (isinstance(plain, ast.Constant) and type(plain.value) in (int, float) and is_signed):
+                _refuse(number, flag, "a number")
+            names.append(name)
+        case _:
+            _refuse(node, flag, "a comparison of a score, such as score >= 0.6")
+
+
+def _refuse(node: ast.AST, flag: str, expected: str) -> NoReturn:
+    raise Refused(f"{flag}: {documents.quote(ast.unparse(node))} is not understood, expected {expected}", REMEDY)
+
 
 HASH = "hash"  # a score that no condition can use
 NEAR = 2  # bits by which the hashes of duplicates differ at most
@@ -78,9 +174,7 @@ def presence(made: Scored) -> float:
 
 
 def agreement(maps: list[NamedMap]) -> float | None:
-    """Over all pairs of maps, the share of pixels with one name in both among those that either gives a name both know;
-    None where no two maps share a name.
-    """
+    """The share of pixels with one name in both of two maps, of those named in either; None where none share a name."""
     same = named = count = 0
     for first, second in pairs(maps):
         count += 1
@@ -130,27 +224,25 @@ def read_scores(ledger: Ledger | ShardLedger, names: Sequence[str] = tuple(SCORE
 
 
 def add_distances(ledger: Ledger, since: float = inf) -> None:
-    """Gives samples the distances that they lack, and renews those from the index `since` on, where samples have left
-    the data set or come back.
-    """
+    """Gives samples the distances that they lack, and renews those from the index `since` on."""
     distances, shown = dict(ledger.scores("distance")), set(ledger.indices())
     hashes = [(index, value) for index, value in ledger.scores(HASH) if index in shown]  # not of dropped samples
     first = next((k for k, (index, _) in enumerate(hashes) if index not in distances or index >= since), len(hashes))
-    bits = nearest(np.array([value for _, value in hashes], np.int64), first)
+    bits = nearest_bits(np.array([value for _, value in hashes], np.int64), first)
     new = [(index, distance) for (index, _), distance in zip(hashes[first:], bits.tolist(), strict=True)]
     if changed := [(index, "distance", distance) for index, distance in new if distances.get(index) != distance]:
         ledger.add_scores(changed, replaces=True)
 
 
-def nearest(hashes: np.ndarray, first: int) -> np.ndarray:
+def nearest_bits(hashes: np.ndarray, first: int) -> np.ndarray:
     """Bits by which each hash [N] int64 from the place `first` on differs from the nearest before it."""
-    nearest_bits, block = [], 64
+    nearest, block = [], 64
     for start in range(first, len(hashes), block):
         stop = min(start + block, len(hashes))
         bits = np.bitwise_count((hashes[start:stop, None] ^ hashes[None, :stop]).view(np.uint64))
         bits[np.arange(stop)[None] >= np.arange(start, stop)[:, None]] = BITS
-        nearest_bits.append(bits.min(1))
-    return np.concatenate(nearest_bits) if nearest_bits else np.zeros(0, np.uint8)
+        nearest.append(bits.min(1))
+    return np.concatenate(nearest) if nearest else np.zeros(0, np.uint8)
 
 
 def absent(folder: Path, name: str) -> Refused:

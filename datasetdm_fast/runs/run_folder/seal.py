@@ -32,11 +32,6 @@ def index_files(document: Mapping[str, Any]) -> list[str]:
     return list(writers(document))
 
 
-def rebuilt_files(folder: Path, document: Mapping[str, Any]) -> list[str]:
-    """Index files, and the files of the page that exist."""
-    return [*index_files(document), *existing_files(folder, document)]
-
-
 def has_indexes(folder: Path, document: Mapping[str, Any], ledger: Ledger) -> bool:
     """Whether every index file and the page exist and show the rows of the ledger."""
     if ledger.read_note("indexed") is None or not all((folder / name).exists() for name in index_files(document)):
@@ -71,7 +66,7 @@ def seal(
     `removed` has none.
     """
     selections = [name for name in (FILTER, SPLIT) if name != removed and (folder / name).exists()]
-    names = [DOCUMENT, LEDGER, LOCK, *rebuilt_files(folder, document), *selections]
+    names = [DOCUMENT, LEDGER, LOCK, *index_files(document), *existing_files(folder, document), *selections]
     digests = {name: storage.sha256_of(folder / name) for name in names}
     storage.publish({folder / SEAL: encode_seal({**digests, **known})})
 

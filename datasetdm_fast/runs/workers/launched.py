@@ -14,7 +14,7 @@ from datasetdm_fast.disk import locks, sqlite, storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.jobs.job import Job
 from datasetdm_fast.runs.jobs.result import Result, close_folder, read_result
-from datasetdm_fast.runs.jobs.resume import prepare_job
+from datasetdm_fast.runs.jobs.run import prepare_job
 from datasetdm_fast.runs.run_folder import seal
 from datasetdm_fast.runs.run_folder.document import LOCK, read_document
 from datasetdm_fast.runs.run_folder.folder import ENTRY_SECONDS, SECONDS_BETWEEN_TRIES, clean, share_folder

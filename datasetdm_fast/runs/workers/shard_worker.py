@@ -19,10 +19,9 @@ from typing import Any
 from datasetdm_fast.data import Quarantined, Sample
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import GateFailed, Refused
-from datasetdm_fast.runs.jobs.domain_gate import DomainGate
 from datasetdm_fast.runs.jobs.job import Job, build_job, check_room
-from datasetdm_fast.runs.jobs.resume import check_rows, merge_with_stored
-from datasetdm_fast.runs.jobs.writing import WRITERS, batch_facts, make_samples
+from datasetdm_fast.runs.jobs.run import check_rows, merge_with_stored
+from datasetdm_fast.runs.jobs.writing import WRITERS, DomainGate, batch_facts, make_samples
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, MANIFEST, check_config, check_document, grows, pretty
 from datasetdm_fast.runs.run_folder.folder import write_samples
 from datasetdm_fast.runs.run_folder.ledger import DONE, QUARANTINED, Row

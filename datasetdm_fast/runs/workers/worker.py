@@ -11,10 +11,9 @@ from itertools import chain
 
 from datasetdm_fast.data import Batch, Quarantined, Sample
 from datasetdm_fast.disk import sqlite
-from datasetdm_fast.runs.jobs.domain_gate import DomainGate
 from datasetdm_fast.runs.jobs.job import Job
-from datasetdm_fast.runs.jobs.resume import merge_with_stored
-from datasetdm_fast.runs.jobs.writing import BackgroundWriter, Quota, batch_facts, batches_of, make_samples
+from datasetdm_fast.runs.jobs.run import merge_with_stored
+from datasetdm_fast.runs.jobs.writing import BackgroundWriter, DomainGate, Quota, batch_facts, batches_of, make_samples
 from datasetdm_fast.runs.run_folder.document import read_document
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.goal import counts_by_class

@@ -21,8 +21,7 @@ from datasetdm_fast.runs.run_folder.corrections import read_corrections
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER
 from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.runs.run_folder.reader import Run, StoredSample
-from datasetdm_fast.runs.run_folder.selections import read_split
-from datasetdm_fast.runs.run_folder.split import origins, part_of
+from datasetdm_fast.runs.run_folder.selections import origins, part_of, read_split
 from datasetdm_fast.training.truth import windows
 from datasetdm_fast.training.truth.picture_source import MOST_SEMANTIC, PictureSource
 from datasetdm_fast.training.truth.shapes import Things

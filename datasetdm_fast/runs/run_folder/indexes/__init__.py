@@ -6,7 +6,7 @@ from typing import Any
 
 from datasetdm_fast.engine.labels import by_kind, kind_of
 from datasetdm_fast.runs.run_folder.indexes import card, coco, samples
-from datasetdm_fast.runs.run_folder.indexes.index_file import IndexFile
+from datasetdm_fast.runs.run_folder.indexes.samples import IndexFile
 from datasetdm_fast.runs.run_folder.ledger import Ledger
 
 IndexWriter = Callable[[Mapping[str, Any], Ledger], IndexFile]

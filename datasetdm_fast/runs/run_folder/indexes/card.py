@@ -24,8 +24,8 @@ from datasetdm_fast.runs.run_folder.document import (
     size_in_words,
     speed_in_words,
 )
-from datasetdm_fast.runs.run_folder.indexes.index_file import IndexFile
 from datasetdm_fast.runs.run_folder.indexes.licences import DERIVED, conflicts, hub_names, licence_of
+from datasetdm_fast.runs.run_folder.indexes.samples import IndexFile
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger, Row
 from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.settings import flags_of
@@ -137,7 +137,11 @@ def text(document: Mapping[str, Any], ledger: Ledger, counts: Mapping[str, Count
         "- `gallery/index.html`: a page that shows them; `run.json`: settings, versions and digests; "
         "`state/ledger.sqlite`: one row per sample\n",
         *_trust(document, ledger),
-        *_sections(document, counts),
+        *(
+            line  # what the labels hold in all, maps of classes first
+            for task in sorted(counts, key=lambda task: not kind_of(task).is_map)
+            for line in kind_of(task).section(document["labels"][task], counts[task])
+        ),
         *_left_out(ledger),
         "## How it was made\n",
         *_making(document),
@@ -204,7 +208,9 @@ def _making(document: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"- Combined: {_code(text)}" for text in config.get("combine", ()))
     yield from _describe_verification(document)
     remake = f"; `{maker(document)} --out THIS_FOLDER --only ID` makes a sample again, byte for byte"
-    yield f"- {_seeds(document)}" + remake * (made_by(document) == COMMANDS[0])
+    seeds = f"Sample k has seed {config['seed']} + k"
+    seeds = "`samples.jsonl` has the seed of each sample" if "seeds" in document["plan"] else seeds
+    yield f"- {seeds}" + remake * (made_by(document) == COMMANDS[0])
     if (line := command_line(document)) is None:
         yield "- Its settings are `config` in `run.json`"
     else:
@@ -350,18 +356,6 @@ def _describe_verification(document: Mapping[str, Any]) -> Iterator[str]:
     else:
         failed = _code(", ".join(row["measure"] for row in verdict["measures"] if not row["passed"]))
         yield f"- {name} does NOT agree with {reference}: {failed} is beyond its limit"
-
-
-def _seeds(document: Mapping[str, Any]) -> str:
-    if "seeds" in document["plan"]:
-        return "`samples.jsonl` has the seed of each sample"
-    return f"Sample k has seed {document['config']['seed']} + k"
-
-
-def _sections(document: Mapping[str, Any], counts: Mapping[str, Counter]) -> Iterator[str]:
-    """What the labels hold in all, maps of classes first."""
-    for task in sorted(counts, key=lambda task: not kind_of(task).is_map):
-        yield from kind_of(task).section(document["labels"][task], counts[task])
 
 
 def _word(name: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from datasetdm_fast.engine.labels import by_kind, kind_of
 from datasetdm_fast.runs.run_folder.document import sides
-from datasetdm_fast.runs.run_folder.indexes.index_file import IndexFile
+from datasetdm_fast.runs.run_folder.indexes.samples import IndexFile
 from datasetdm_fast.runs.run_folder.ledger import BLOCK, Ledger, Row, canonical
 
 
@@ -19,7 +19,7 @@ class Images:
     def chunks(self, document: Mapping[str, Any], ledger: Ledger) -> list[bytes]:
         if self._chunks is None:
             listed = _encode_list(_image(document, row) for row in ledger.rows(parts=("files",)))
-            self._chunks = list(_join_chunks(listed))
+            self._chunks = [b"".join(chunks) for chunks in iter(lambda: list(islice(listed, BLOCK)), [])]
         return self._chunks
 
 
@@ -91,9 +91,3 @@ def _encode_list(items: Iterable[dict[str, Any]], is_first: bool = True) -> Iter
     for item in items:
         yield (("" if is_first else ",") + "\n" + canonical(item)).encode()
         is_first = False
-
-
-def _join_chunks(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """Joins chunks into fewer, larger ones."""
-    while block := list(islice(chunks, BLOCK)):
-        yield b"".join(block)

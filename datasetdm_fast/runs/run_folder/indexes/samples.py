@@ -1,12 +1,30 @@
 """samples.jsonl: one line a sample, with its prompt, seed, files, digests and trust."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from datasetdm_fast.data import Trust
-from datasetdm_fast.runs.run_folder.indexes.index_file import IndexFile
-from datasetdm_fast.runs.run_folder.ledger import Row, canonical
+from datasetdm_fast.runs.run_folder.ledger import Ledger, Row, canonical
+
+
+class IndexFile:
+    """The bytes of one file, some rows at a time and by id; one reading of the ledger serves all files."""
+
+    def __init__(self, document: Mapping[str, Any], ledger: Ledger):
+        self.document, self.ledger = document, ledger
+
+    def begin(self) -> Iterable[bytes]:
+        """What stands before the first row."""
+        return ()
+
+    def add(self, rows: Sequence[Row]) -> Iterable[bytes]:
+        """What stands there of these rows."""
+        return ()
+
+    def end(self) -> Iterable[bytes]:
+        """What stands after the last row."""
+        return ()
+
 
 # of a row of a run made from another: the id of its source there, what all images of one source have in common (no
 # split of a data set may separate them), the domain it was moved to, how much of the geometry is left, and the run and
@@ -38,12 +56,9 @@ def line_of(row: Row) -> bytes:
         **({"picture": row.recipe["picture"]} if "picture" in row.recipe else {}),
         "files": files,
         "labels": labels,
-        **({"trust": _trust_of(row.trust)} if row.trust else {}),
     }
+    if row.trust:  # without a distance where no decoder of the run has a domain
+        trust = asdict(row.trust)
+        line["trust"] = {name: value for name, value in trust.items() if name != "domain" or value is not None}
     line |= {name: row.recipe[name] for name in OF_SOURCE if name in row.recipe}
     return (canonical(line) + "\n").encode()
-
-
-def _trust_of(trust: Trust) -> dict[str, Any]:
-    """A trust as JSON, without a distance where no decoder of the run has a domain."""
-    return {name: value for name, value in asdict(trust).items() if name != "domain" or value is not None}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from datasetdm_fast.runs.run_folder.indexes.index_file import IndexFile
+from datasetdm_fast.runs.run_folder.indexes.samples import IndexFile
 from datasetdm_fast.runs.run_folder.ledger import Row
 
 
