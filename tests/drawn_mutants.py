@@ -17,6 +17,7 @@ import time
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import cache
 
 import mutants
 from mutants import BROKEN, HANGS, HERE, MISSED, NOTICED, Mutant
@@ -107,8 +108,8 @@ def _places(node: ast.AST) -> Iterator[tuple[ast.expr, list[ast.AST]]]:
     """Every expression that decides something, with what may stand there by mistake; no texts, types and messages."""
     called = node.func if isinstance(node, ast.Call) else None
     name = getattr(called, "id", getattr(called, "attr", ""))
-    if isinstance(node, ast.JoinedStr | ast.Raise | ast.Assert) or name in TOLD:
-        return
+    if isinstance(node, ast.JoinedStr | ast.Raise | ast.Assert) or name in TOLD or getattr(node, "arg", "") == "strict":
+        return  # a `strict` of zip is against mistakes of our own
     conditions = _conditions(node)
     for condition in conditions:
         if isinstance(condition, ast.Name | ast.Attribute | ast.Call):
@@ -164,21 +165,31 @@ def all_faults() -> list[Mutant]:
     return found
 
 
-def known_survivors() -> dict[tuple[str, str], str]:
-    """File and fault, without its line -> why nobody can see it."""
-    listed = tomllib.loads(SURVIVORS.read_text())
-    return {(file, fault): reason for file, reasons in listed.items() for fault, reason in reasons.items()}
+@cache
+def known_survivors() -> dict[str, dict[str, str]]:
+    """File -> fault, after how its line begins where others of the file are alike -> why nobody can see it."""
+    return tomllib.loads(SURVIVORS.read_text())
+
+
+def find_survivor(mutant: Mutant) -> tuple[str, str]:
+    """The file of a fault and its key there in survivors.toml, "" where it is not listed."""
+    file, (number, fault) = mutant.file.removeprefix(f"{PACKAGE}/"), mutant.harm.split(": ", 1)
+    listed = [key.rpartition(" | ") for key in known_survivors().get(file, {})]
+    if not any(each[2] == fault for each in listed):
+        return file, ""
+    line = (HERE / mutant.file).read_text().splitlines()[int(number) - 1].strip()
+    return file, next(("".join(each) for each in listed if each[2] == fault and line.startswith(each[0])), "")
 
 
 def run(drawn: list[Mutant], workers: int, write: Callable[[str], object]) -> Counter[str]:
     """How many of the faults had which outcome."""
-    known, counts = known_survivors(), Counter[str]()
+    counts = Counter[str]()
     for mutant, said, seconds in mutants.outcomes(HERE, drawn, workers):
-        file = mutant.file.removeprefix(f"{PACKAGE}/")
-        reason = known.get((file, mutant.harm.split(": ", 1)[1]), "")
-        said = HARMLESS if said == MISSED and reason else said
+        file, key = find_survivor(mutant)
+        said = HARMLESS if said == MISSED and key else said
         counts[said] += 1
-        write(f"{said:15} {seconds:4.0f} s  {file}:{mutant.harm}{f'  ({reason})' if reason else ''}")
+        reason = f"  ({known_survivors()[file][key]})" if key else ""
+        write(f"{said:15} {seconds:4.0f} s  {file}:{mutant.harm}{reason}")
     return counts
 
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 import argparse
 import ast
 import io
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.util import cache_from_source
 from itertools import accumulate
 from pathlib import Path
 from queue import SimpleQueue
@@ -31,7 +32,8 @@ LEAST_NOTICED = 0.95
 LONGEST = 180  # seconds the tests of one fault may take; more than that is a loop without end
 NOTICED, HANGS, MISSED, BROKEN = "noticed", "noticed, hangs", "MISSED", "NOT TESTED"
 LAYOUT = (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.COMMENT, tokenize.ENDMARKER)
-QUIET = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONDONTWRITEBYTECODE": "1"}
+LIBRARIES = ["torch", "scipy.ndimage", "safetensors.torch", "diffusers", "transformers", "pytest"]  # loaded once
+QUIET = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}  # before these are loaded
 
 
 @dataclass(frozen=True)
@@ -101,22 +103,29 @@ def copied(root: Path, target: Path) -> Path:
 
 
 def run_tests(copy: Path, tests: Iterable[str], limit: float | None = None) -> int | None:
-    """The exit code of pytest; None where it did not end in time."""
-    environment = {**os.environ, **QUIET, "PYTHONPATH": str(copy)}
-    options = ["-x", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    with (copy / "pytest.log").open("wb") as log:
-        try:
-            return subprocess.run(
-                [sys.executable, "-m", "pytest", *options, *tests],
-                cwd=copy,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                timeout=limit or LONGEST,
-            ).returncode
-        except subprocess.TimeoutExpired:
-            return None
+    """The exit code of pytest, run where libraries are loaded and no code of ours; None where it does not end."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(LIBRARIES)
+    process = server.Process(target=_run_pytest, args=(str(copy), list(tests)))
+    process.start()
+    process.join(limit or LONGEST)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        return None
+    return process.exitcode
+
+
+def _run_pytest(copy: str, tests: list[str]) -> None:
+    os.chdir(copy)
+    log = os.open("pytest.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for descriptor, file in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log), (2, log)):
+        os.dup2(file, descriptor)
+    os.environ["PYTHONPATH"] = copy
+    sys.path.insert(0, copy)
+    import pytest
+
+    sys.exit(pytest.main(["-x", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]))
 
 
 def outcome(copy: Path, mutant: Mutant) -> str:
@@ -128,11 +137,13 @@ def outcome(copy: Path, mutant: Mutant) -> str:
         code = run_tests(copy, [f"tests/{name}" for name in mutant.tests.split()])
     finally:
         file.write_text(source)
+        Path(cache_from_source(str(file))).unlink(missing_ok=True)  # that of the same second and size counts as fresh
     return {0: MISSED, 1: NOTICED, None: HANGS}.get(code, BROKEN)
 
 
 def outcomes(root: Path, mutants: list[Mutant], workers: int) -> Iterator[tuple[Mutant, str, float]]:
     """Every fault with what came of it and in how many seconds, in the order of the list."""
+    os.environ.update(QUIET)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
         copies: SimpleQueue[Path] = SimpleQueue()
         for k in range(workers):

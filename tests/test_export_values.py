@@ -39,8 +39,8 @@ AREAS, SCORES, KINDS = [8, 6, 4], [0.8, 0.9, 0.6], [PERSON, CAR, CAR]
 RUNS = ["<84", "5220007", "2220>"]
 SKY_RUNS, VEGETATION_RUNS = "02200000001OO", "222000000000"  # 0 2 2 ... 2 3 1 2; 2 2 ... 2
 METRES = [1.0, 2.5, 4.0, 70.0]  # of the rows
-HANDS = [[3.0, 0.0, 2, 4.0, 1.5, 1, 0, 0, 0], [0.0, 3.0, 2, 0, 0, 0, 0, 0, 0]]  # from the middle of the first pixel
-PEOPLE_BOXES = [[3, 0, 2, 4], [0, 1.5, 2.5, 2.5]]  # that of the mask; a joint at (0.5, 3.5) with 2 pixels around it
+HANDS = [[3.0, 0.0, 2, 4.0, 1.5, 1, 0, 0, 0], [0.375, 3.0, 2, 0, 0, 0, 0, 0, 0]]  # from the middle of the first pixel
+PEOPLE_BOXES = [[3, 0, 2, 4], [0, 1.5, 2.875, 2.5]]  # that of the mask; a joint at (0.875, 3.5) with 2 pixels around it
 
 
 def sample() -> Sample:
@@ -52,7 +52,7 @@ def sample() -> Sample:
         mask[y : y + height, x : x + width] = True
     points = np.zeros((2, 3, 3), np.float32)
     points[..., 2] = 0.75
-    points[0, :2, :2], points[1, 0, :2] = [[3.5, 0.5], [4.5, 2.0]], [0.5, 3.5]  # from the edge of the first pixel
+    points[0, :2, :2], points[1, 0, :2] = [[3.5, 0.5], [4.5, 2.0]], [0.875, 3.5]  # from the edge of the first pixel
     return Sample(
         Request(0, "a car", 7),
         image,
@@ -138,7 +138,7 @@ PERSONS = [
         "num_keypoints": (2, 1)[k],  # the hidden joint is counted, the absent one is not
         "keypoint_scores": [0.75] * 3,
         "score": (0.7, 0.6)[k],
-        "area": (8, 6.25)[k],
+        "area": (8, 7.188)[k],
         "bbox": PEOPLE_BOXES[k],
         "iscrowd": 0,
     }
@@ -306,7 +306,7 @@ def test_yolo(exported):
     ]
     assert (exported("yolo-pose") / "labels/train/00000000.txt").read_text().splitlines() == [
         f"0 0.6666666667 0.5 {third} 1 0.5833333333 0.125 2 0.75 0.5 1 0 0 0",
-        "0 0.2083333333 0.6875 0.4166666667 0.625 0.0833333333 0.875 2 0 0 0 0 0 0",
+        "0 0.2395833333 0.6875 0.4791666667 0.625 0.1458333333 0.875 2 0 0 0 0 0 0",
     ]
     description = (exported("yolo-pose") / "data.yaml").read_text()
     assert "nc: 1\nkpt_shape:\n- 3\n- 3\nflip_idx:\n- 0\n- 2\n- 1\n" in description
@@ -393,7 +393,7 @@ def check_record(record: dict, semantic, depth) -> None:
     assert (objects["category"], objects["bbox"], objects["area"]) == (KINDS, BOXES, AREAS)
     assert (objects["rle"], objects["score"]) == (RUNS, SCORES)
     people = record["people"]
-    assert (people["keypoints"], people["bbox"], people["area"]) == (HANDS, PEOPLE_BOXES, [8, 6.25])
+    assert (people["keypoints"], people["bbox"], people["area"]) == (HANDS, PEOPLE_BOXES, [8, 7.188])
     assert pixels(semantic) == LABELS and pixels(depth) == rows(256, 640, 1024, 17920)
 
 
@@ -403,6 +403,7 @@ def test_records_of_hf_parquet_and_wds(exported):
     check_record(read(out / "metadata.jsonl"), out / "semantic/00000000.png", out / "depth/00000000.png")
     (row,) = parquet.read_table(exported("hf-parquet") / "data/train-00000-of-00001.parquet").to_pylist()
     check_record(row, *(io.BytesIO(row[name]["bytes"]) for name in ("semantic", "depth")))
+    assert (exported("wds") / "train-000000.tar").stat().st_size % 10240 == 0  # as tar fills its last record
     with tarfile.open(exported("wds") / "train-000000.tar") as shard:
         parts = {name: shard.extractfile(name) for name in shard.getnames()}
         files = (io.BytesIO(parts[f"00000000.{name}.png"].read()) for name in ("semantic", "depth"))

@@ -12,7 +12,7 @@ from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.training.evaluation.intervals import expanded_level, intervals
-from datasetdm_fast.training.evaluation.meter import Meter, check_count
+from datasetdm_fast.training.evaluation.meter import Meter, check_count, figure_name
 from datasetdm_fast.training.evaluation.metrics import METRICS
 from datasetdm_fast.training.readers import open_data
 from datasetdm_fast.training.report import cautions
@@ -76,6 +76,14 @@ def test_images_whose_every_pixel_is_ignored_do_not_count(source, task):
     assert meter.count == 1 and meter.result()["miou"] == 1
 
 
+def test_figures_have_the_names_that_people_give_them():
+    assert [figure_name(key) for key in ("ap50", "delta_1.25_2", "new_share")] == [
+        "AP50",
+        "delta < 1.25^2",
+        "new share",
+    ]
+
+
 def test_ten_percent_too_far_is_an_absrel_of_a_tenth(source):
     result = scored(source, lambda task, label: replace(label, metres=label.metres * 1.1) if task == "depth" else label)
     assert result["depth"]["absrel"] == pytest.approx(0.1, abs=1e-6)
@@ -96,6 +104,14 @@ def test_classes_that_the_data_lack_are_their_background(source):
     meter = METRICS["semantic"](SimpleNamespace(classes=("background", *source.thing_classes)))
     meter.add(replace(item, semantic=things), perfect(source, item)["semantic"])  # which tells wall from table
     assert meter.result()["miou"] == 1
+
+
+def test_a_class_that_no_truth_shows_has_no_figure_however_much_of_it_is_predicted(source):
+    item, labels = source[0], perfect(source, source[0])["semantic"]
+    meter = METRICS["semantic"](SimpleNamespace(classes=("wall", "table", "mug")))
+    half = np.where(np.arange(SIZE) % 2, 1, 0).astype(np.uint8)[None].repeat(SIZE, 0)
+    meter.add(replace(item, semantic=np.zeros_like(half)), replace(labels, labels=half, classes=("wall", "mug")))
+    assert meter.result() == {"miou": 0.5, "per_class": {"wall": 0.5}}
 
 
 def test_missing_everything_scores_nothing(source):

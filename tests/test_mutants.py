@@ -47,11 +47,12 @@ def test_what_the_tests_say_of_a_fault(tmp_path, monkeypatch):
     (root / "sums.py").write_text("def total(a, b):\n    return a + b\n")
     (root / "tests" / "test_sums.py").write_text("import sums\n\ndef test_total():\n    assert sums.total(2, 2) == 4\n")
     copy = copied(root, tmp_path / "copy")
+    monkeypatch.setattr(mutants, "LIBRARIES", ["pytest"])
     assert outcome(copy, fault("a + b", "a - b")) == NOTICED
     assert outcome(copy, fault("a + b", "a * b")) == MISSED
     assert outcome(copy, fault("def total", "def sum")) == NOTICED
     assert outcome(copy, fault("def total(a, b)", "raise ValueError\ndef total(a, b)")) == BROKEN
-    monkeypatch.setattr(mutants, "LONGEST", 3)
+    monkeypatch.setattr(mutants, "LONGEST", 2)
     assert outcome(copy, fault("return a + b", "__import__('time').sleep(60)")) == mutants.HANGS
     assert (copy / "sums.py").read_text() == (root / "sums.py").read_text()
 
@@ -92,7 +93,8 @@ def test_drawn_faults_can_be_planted_and_reasons_are_of_code_that_is_there():
     every = drawn_mutants.all_faults()
     for mutant in random.Random(0).sample(every, 12):
         planted((HERE / mutant.file).read_text(), mutant)
-    told = {(mutant.file.removeprefix("datasetdm_fast/"), mutant.harm.split(": ", 1)[1]) for mutant in every}
-    assert not set(drawn_mutants.known_survivors()) - told
+    seen = {(file, key) for mutant in every for file, key in [drawn_mutants.find_survivor(mutant)] if key}
+    listed = {(file, key) for file, reasons in drawn_mutants.known_survivors().items() for key in reasons}
+    assert seen == listed
     tests = {name for names in drawn_mutants.ROOMS.values() for name in names.split()}
     assert all((HERE / "tests" / f"test_{name}.py").is_file() for name in tests)

@@ -363,6 +363,9 @@ def test_labels_of_cvat_that_bound_no_area_are_no_classes(copied):
     more = "<label><name>joints</name><type>skeleton</type></label><label><name>1</name><type>points</type></label>"
     path.write_text(path.read_text().replace("<labels>", f"<labels>{more}"))
     assert open_data(address, SIZE).thing_classes == classes
+    whole = open_data(address, SIZE)[0].image
+    path.write_text(path.read_text().replace("<image ", '<image subset="train" '))  # and all pictures in one folder
+    assert (open_data(address, SIZE)[0].image == whole).all()
     bare = re.sub("<labels>.*</labels>", "", path.read_text())
     path.write_text(bare.replace('tag label="ball"', 'tag label="sunny"'))
     shown = open_data(address, SIZE)  # without a list of the task the classes are those of the shapes
@@ -1900,6 +1903,10 @@ def test_what_convert_writes_is_read_again(made, tmp_path):
                 continue
             assert (item.image == truth.image).all() and item.caption == truth.caption
             assert np.allclose(item.depth, truth.depth)
+    table, far = tmp_path / "hf-parquet" / "hf-parquet" / "classes.json", whole[0].depth
+    table.write_text(json.dumps(json.loads(table.read_text()) | {"max_depth": float(np.median(far))}))
+    near = open_data(f"hf:{table.parent}", SIDE)[0].depth
+    assert np.allclose(near, np.where(far <= np.median(far), far, 0)) and (near == 0).any()
 
 
 @pytest.mark.parametrize("name, kind", [("nyu", "nyu"), ("kitti", "kitti"), ("hf-parquet", "hf")])
