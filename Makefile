@@ -73,6 +73,7 @@ $(CONSUMERS)/.installed: tests/consumers/requirements.txt tests/consumers/browse
 	test -x $(CONSUMERS)/bin/python || $(PYTHON) -m venv $(CONSUMERS)
 	$(CONSUMERS)/bin/python -m pip --disable-pip-version-check install $(PIP_FLAGS) -r $<
 	$(PIP) install $(PIP_FLAGS) --target $(CONSUMERS)/browser -r tests/consumers/browser.txt
+	$(PIP) install $(PIP_FLAGS) --target $(CONSUMERS)/peft --no-deps peft==0.21.2 accelerate==1.15.0
 	command -v chromium || command -v chromium-browser || command -v google-chrome || \
 	PYTHONPATH=$(CONSUMERS)/browser $(BIN)/python -m playwright install --only-shell chromium || true
 	touch $@
@@ -84,6 +85,7 @@ consumers: venv $(CONSUMERS)/.installed
 	--noconftest -c /dev/null --rootdir "$$exported" -p no:cacheprovider $(CURDIR)/tests/consumers/read_back.py
 	$(QUIET_CORES) OMP_NUM_THREADS=1 DATASETDM_LONG_TESTS=1 PYTHONPATH=$(abspath $(CONSUMERS))/browser \
 	$(BIN)/python -m pytest -q -n $(WORKERS) tests/test_trainers.py tests/test_gallery_page.py
+	$(QUIET_CORES) PYTHONPATH=$(abspath $(CONSUMERS))/peft $(BIN)/python -m pytest -q tests/test_family_adapters.py
 
 # Longest first, as they are dealt out in this order; what hangs is ended after the hour.
 SOAKED := $(addprefix tests/test_,$(addsuffix .py,long_runs faults fuzz audit ranks rehearsal sampling launchers package \

@@ -185,6 +185,8 @@ def test_code_of_a_model_is_not_run(saved, tmp_path):
     folder = copy_of(saved("z-image"), tmp_path)
     change(folder / "text_encoder" / "config.json", auto_map={"AutoModel": "evil.Model"})
     assert "auto_map" in refused(folder)
+    change(folder / "model_index.json", _class_name=["pipeline_own", "OwnPipeline"])
+    assert "its pipeline is code of its own" in refused(folder)
 
 
 def test_requests_that_a_family_cannot_serve_are_refused_in_a_sentence(folders, family, tmp_path, capsys):

@@ -1,5 +1,7 @@
 """Low-rank adapters of every family, in the names that trainers write, fused as W + scale * alpha / rank * B A."""
 
+from importlib.util import find_spec
+
 import pytest
 import tiny_pipelines
 import torch
@@ -110,6 +112,36 @@ def test_adapters_of_other_trainers_are_fused_where_their_names_say(models, fami
         for (place, layer), up in zip(layers, ups):
             changes[part, place] = (up.flatten(1) @ down.flatten(1)).view_as(layer.weight) / RANK
     check(model, fuse(model, tmp_path / "style.safetensors", state), changes)
+
+
+@pytest.mark.skipif(find_spec("peft") is None, reason="peft is not installed")
+@pytest.mark.parametrize("names", ("diffusers", "kohya"))
+@pytest.mark.parametrize("family", tiny_pipelines.FAMILIES)
+def test_fused_weights_are_those_that_diffusers_fuses(models, family, names, tmp_path):
+    model, state = models(family), {}
+    if names == "kohya":
+        for name, (part, places) in KOHYA.get(family, {}).items():
+            layers = [place_of(model.modules[part], place)[1] for place in places]
+            down, up = adapter(layers[0])[0], torch.cat([adapter(layer)[1] for layer in layers])
+            if part != "text_encoder":  # diffusers tells nobody's names by one layer of it
+                state |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+                state[f"{name}.alpha"] = torch.tensor(1.0)
+    else:
+        part = model.backbone.denoiser
+        for name, layer in model.modules[part].named_modules():
+            if isinstance(layer, torch.nn.Linear):
+                down, up, _ = adapter(layer)
+                state |= {f"{part}.{name}.lora_A.weight": down, f"{part}.{name}.lora_B.weight": up}
+    if not state:
+        return
+    fused, stock = fuse(model, tmp_path / "style.safetensors", state, 0.5), tiny_pipelines.build(family)
+    stock.load_lora_weights(str(tmp_path / "style.safetensors"))
+    parts = [part for part in stock._lora_loadable_modules if getattr(stock, part, None) is not None]
+    stock.fuse_lora(components=parts, lora_scale=0.5)
+    stock.unload_lora_weights()
+    for part, module in fused.modules.items():
+        expected = getattr(stock, part).state_dict()
+        assert all(torch.equal(value, expected[name]) for name, value in module.state_dict().items())
 
 
 def place_of(module, ending):

@@ -3,6 +3,7 @@
 from datasetdm_fast.engine.backbones.record import ANOTHER, Backbone
 from datasetdm_fast.errors import Refused, nearest
 from datasetdm_fast.plugins import Registry, load_place
+from datasetdm_fast.untrusted import documents
 
 _SD = "datasetdm_fast.engine.backbones.sd:SD"
 OWN_PIPELINES = {  # diffusers' pipeline class, as model_index.json names it -> module:record
@@ -35,8 +36,13 @@ def list_supported() -> str:
     return f"supported are text-to-image models of {', '.join(titles)}, as diffusers folders or single files"
 
 
-def open_backbone(pipeline: str, source: object) -> Backbone:
+def open_backbone(pipeline: object, source: object) -> Backbone:
     """The record of the family of a pipeline of diffusers."""
+    if not isinstance(pipeline, str):  # a list names a file of the folder and a class in it
+        raise Refused(
+            f"model: {source}: its pipeline is code of its own, {documents.quote(pipeline)}, which is not run here",
+            "Take the model as its authors publish it for diffusers, or name another with --model.",
+        )
     if pipeline not in PIPELINES:
         raise Refused(
             f"model: {source} holds a {pipeline}{nearest(pipeline, PIPELINES)}; {list_supported()}",
