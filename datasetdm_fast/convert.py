@@ -21,6 +21,7 @@ from datasetdm_fast.cores import count_cores
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.runs.exporting.settings import ExportSettings
+from datasetdm_fast.runs.exporting.stored_export import StoredExport
 from datasetdm_fast.runs.run_folder.document import EXPORTS
 from datasetdm_fast.runs.run_folder.object_store import is_url
 from datasetdm_fast.settings import json_values
@@ -47,35 +48,46 @@ def main(arguments: Sequence[str]) -> int:
         from datasetdm_fast.runs.exporting.hf import check_hub
 
         check_hub(settings.push_to_hub)
-    folder = Path(settings.out) if settings.out else Path(settings.run) / EXPORTS
-    conversion = _open_conversion(settings, folder)
+    place = settings.out or str(Path(settings.run) / EXPORTS)
+    stored = StoredExport(place) if is_url(place) else None
+    folder = stored.folder if stored else Path(place)
+    try:
+        conversion = _open_conversion(settings, folder)
+    except Refused as stop:
+        raise Refused(stop.cause.replace(str(folder), place), stop.remedy) from stop
     print_lines(settings, *conversion.notes())
-    formats, facts = ", ".join(settings.to), {"path": str(folder), "samples": conversion.samples}
+    formats, facts = ", ".join(settings.to), {"path": place, "samples": conversion.samples}
     if settings.dry_run:
         plan = f"{count_noun(conversion.samples, 'sample')} would be written as {formats}"
         conversion.close()
         plan = "complete, nothing to do" if conversion.is_complete else plan
         plan += f", and be uploaded to {settings.push_to_hub}" if settings.push_to_hub else ""
-        return print_plan(settings, {**facts, "splits": conversion.splits}, str(folder), f"{folder}: {plan}")
+        return print_plan(settings, {**facts, "splits": conversion.splits}, place, f"{place}: {plan}")
+    if stored and conversion.is_complete:
+        print_lines(settings, f"{place}: complete, nothing to do")
+        print_result(settings, facts | {"splits": conversion.splits}, place)
+        return 0
     with Interruption(settings.quiet) as interruption, ImageProgress(conversion.samples, settings.quiet) as progress:
         threads = settings.threads or count_cores()
         result = conversion.run(threads, progress.on_commit, interruption.is_stopping)
     conversion.close()
     if not result.is_complete:
-        print(f"{folder}: not complete; resume with: {PROG} {shlex.join(arguments)}", file=sys.stderr)
+        print(f"{place}: not complete; resume with: {PROG} {shlex.join(arguments)}", file=sys.stderr)
         return interruption.exit_code(0)
     splits = ", ".join(f"{name} {count}" for name, count in conversion.splits.items())
     summary = f"{count_noun(result.samples, 'sample')} ({splits}) as {formats}, {count_noun(result.files, 'file')}"
     if conversion.is_complete:
         summary = f"complete, {summary}; nothing to do"
-    print_lines(settings, f"{folder}: {summary}")
+    if stored:
+        stored.upload()
+    print_lines(settings, f"{place}: {summary}")
     facts |= {"made": result.made, "files": result.files, "splits": conversion.splits}
     if settings.push_to_hub:
         from datasetdm_fast.runs.exporting.hf import push_to_hub
 
         facts["url"] = push_to_hub(folder, settings.push_to_hub)
-        print_lines(settings, f"{folder}: uploaded to {facts['url']}")
-    print_result(settings, facts, str(folder))
+        print_lines(settings, f"{place}: uploaded to {facts['url']}")
+    print_result(settings, facts, place)
     return interruption.exit_code(0)
 
 

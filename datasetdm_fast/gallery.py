@@ -16,6 +16,7 @@ from datasetdm_fast.runs.gallery.server import FIRST_PORT, open_server
 from datasetdm_fast.runs.gallery.showing import show
 from datasetdm_fast.runs.run_folder.object_store import StoreCopy, copy_of, copy_run
 from datasetdm_fast.runs.run_folder.page_files import PAGE
+from datasetdm_fast.runs.run_folder.shard_audit import find_sharded
 from datasetdm_fast.settings import dry_run_setting, setting
 
 EXAMPLES = ("runs/demo --serve", "runs/varied --serve --against runs/demo", "s3://bucket/run --out runs/copy")
@@ -30,7 +31,10 @@ class GalleryConfig:
         False, "serve the page to browsers on this machine until Ctrl-C, and store the marks of a review"
     )
     out: str = setting(
-        "", "for a run in an object store: folder for a complete copy, with its page", metavar="DIR", output="folder"
+        "",
+        "folder for a complete copy of a run in an object store, with its page; for the page of a run in shards",
+        metavar="DIR",
+        output="folder",
     )
     against: str = setting("", "another run, shown beside this one: its source, or one of the same plan", metavar="RUN")
     port: int = setting(FIRST_PORT, "port to serve the page on; if it is in use, the next free one", metavar="N")
@@ -45,10 +49,12 @@ def main(config: GalleryConfig, command: CommandLine) -> int:
         raise Refused(f"--port {config.port}: expected a number from 1 to 65535", "Choose another number.")
     if config.against and not config.serve:
         raise Refused("--against: a page that is opened from disk cannot read another folder", "Add --serve.")
-    place = config.run if config.dry_run else config.out or config.run
-    if config.out:
+    is_copied = bool(config.out) and find_sharded(config.run) is None
+    place = config.out if is_copied and not config.dry_run else config.run
+    if is_copied:
         _copy(config)
-    run = show(place, is_served=config.serve or bool(config.dry_run and config.out), is_dry=config.dry_run)
+    is_served = config.serve or bool(config.dry_run and config.out)
+    run = show(place, config.out, is_served=is_served, is_dry=config.dry_run)
     line = f"{place}: {run.samples} of {count_noun(run.planned, 'sample')}"
     line += f", and {run.doubtful} set aside" if run.doubtful else ""
     page = str((Path(config.out) if config.out else run.folder) / PAGE)

@@ -10,6 +10,7 @@ import threading
 import time
 from dataclasses import replace
 from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ from datasetdm_fast import audit, convert, drop, gallery, generate, merge, resto
 from datasetdm_fast import filter as filtering
 from datasetdm_fast.command_line.run_settings import read_spec
 from datasetdm_fast.errors import GateFailed, Missing, Refused
-from datasetdm_fast.runs.gallery import showing
+from datasetdm_fast.runs.curation import filtering as curation
+from datasetdm_fast.runs.gallery import shard_page, showing
 from datasetdm_fast.runs.run_folder.object_store import ObjectStore
 from datasetdm_fast.runs.run_folder.shard_places import ShardBucket, ShardFolder, shard_place
 from datasetdm_fast.runs.run_folder.shards import ShardLedger, entry_name, index_name, tar_name
@@ -332,6 +334,17 @@ def test_selections_are_small_files_beside_the_shards(alone, folder, tmp_path, c
     assert {name: content for name, content in tree(run).items() if not name.startswith("scores/")} == tree(alone)
 
 
+def test_scores_of_a_clip_take_the_place_of_those_of_another(alone, tmp_path):
+    run = copy(alone, tmp_path)
+    for digest, value in (("a", 0.1), ("b", 0.2), ("b", 0.3)):
+        clip = SimpleNamespace(digest=digest, scores=lambda samples, value=value: [value] * len(samples))
+        opened = datasetdm_fast.open_run(run)
+        assert bool(curation.count_missing(opened, digest)) == (value < 0.3)
+        curation.score_missing(opened, clip, 1)
+        scores = datasetdm_fast.open_run(run).ledger.scores("clip")
+        assert len(scores) == SAMPLES and {score for _, score in scores} == {min(value, 0.2)}
+
+
 @pytest.mark.parametrize("where", ["folder", "store"])
 def test_a_merged_run_is_a_manifest_that_readers_take_for_a_run(alone, folder, bucket, tmp_path, capsys, where):
     run, out = copy(alone, tmp_path), "memory://bucket/run" if where == "store" else str(tmp_path / "all")
@@ -379,6 +392,19 @@ def test_the_page_of_shards_is_made_as_it_is_asked_for(alone, bucket, tmp_path, 
         assert served.fetch(name) is None
 
 
+def test_a_page_of_shards_is_written_for_a_disk(alone, tmp_path, capsys, monkeypatch):
+    line = [str(alone), "--out", str(tmp_path / "page"), "--quiet"]
+    for _ in range(2):
+        assert gallery.main(line) == 0
+    names = tree(tmp_path / "page")
+    assert str(tmp_path / "page/gallery/index.html") in capsys.readouterr().out
+    run = datasetdm_fast.open_run(alone)
+    assert all(names[f"images/{sample.id}.png"] == sample.read("image") for sample in run)
+    assert {f"gallery/depth/{sample.id}.png" for sample in run} <= names.keys() and "gallery/run.js" in names
+    monkeypatch.setattr(shard_page, "MOST_WRITTEN", 25)
+    assert gallery.main(line) == 2 and "at most 25 samples, not 26" in capsys.readouterr().err
+
+
 def test_open_run_reads_what_a_run_folder_has(alone, folder):
     run, other = datasetdm_fast.open_run(alone), datasetdm_fast.open_run(folder)
     assert [sample.id for sample in run] == [sample.id for sample in other]
@@ -393,6 +419,20 @@ def test_an_export_has_the_bytes_of_that_of_a_run_folder(alone, folder, tmp_path
         assert convert.main([str(run), "--to", "coco,wds", "--out", str(tmp_path / name), "--quiet"]) == 0
     trees = [{k: v for k, v in tree(tmp_path / name).items() if "export.json" not in k} for name in "ab"]
     assert trees[0] == trees[1]
+
+
+def test_a_part_of_an_export_is_written_to_a_url(alone, bucket, tmp_path, capsys):
+    line = [str(alone), "--to", "wds", "--part", "2/2", "--quiet", "--out"]
+    assert convert.main([*line, str(tmp_path / "export")]) == 0
+    place = shard_place("memory://bucket/export")
+    for _ in range(2):  # the second finds it complete
+        assert convert.main([*line, place.name]) == 0
+    assert {name: place.read(name) for name in tree(tmp_path / "export")} == tree(tmp_path / "export")
+    line[4] = "1/2"
+    assert convert.main([*line, place.name]) == 2
+    assert "memory://bucket/export: it holds" in capsys.readouterr().err
+    assert convert.main([*line, "memory://bucket"]) == 2
+    assert "it is not empty and not an export" in capsys.readouterr().err
 
 
 def test_a_stream_reads_every_sample_once_and_resumes(alone):

@@ -47,7 +47,8 @@ class Engine:
         tokenizer = SimpleNamespace(model_max_length=77)
         self.model = SimpleNamespace(
             name="torchless",
-            backbone=SimpleNamespace(title="arithmetic"),
+            backbone=SimpleNamespace(title="arithmetic", text_network=None, flow=None),
+            networks={},
             guidance_at=lambda guidance: "cfg",
             source="",
             tokenizer=lambda prompt, truncation=False: SimpleNamespace(input_ids=[0, *prompt.split(), 1]),

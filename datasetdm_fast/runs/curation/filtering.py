@@ -1,7 +1,7 @@
 """The scores of a run are completed, and decide which of its samples are kept."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any
@@ -29,6 +29,7 @@ from datasetdm_fast.runs.run_folder.scores import (
 )
 from datasetdm_fast.runs.run_folder.seal import is_indexed
 from datasetdm_fast.runs.run_folder.selections import FILTER, Filter, read_filter
+from datasetdm_fast.runs.run_folder.shard_selections import Score
 from datasetdm_fast.runs.run_folder.shards import ShardLedger
 
 BLOCK = 64  # samples whose scores are committed together
@@ -48,8 +49,6 @@ def check_condition(run: Run, where: str, *, has_clip: bool) -> None:
     """Refuses a condition on the score of a CLIP that no sample has and that is not about to be computed."""
     if CLIP in parse_where(where, tuple(SCORES))[1] and not has_clip and not run.ledger.scores(CLIP):
         raise absent(run.path, CLIP)
-    if run.shards is not None and has_clip:
-        raise Refused(f"--clip: {run.path} is in shards, which have no such score", "Drop it.")
 
 
 def count_missing(run: Run, clip: str = "") -> int:
@@ -88,7 +87,7 @@ def score_missing(
 ) -> None:
     """Gives every sample its missing scores, that of a CLIP among them; scores of another CLIP are replaced."""
     if run.shards is not None:
-        return score_shards(run, run.shards, threads, on_commit, is_stopping)
+        return score_shards(run, run.shards, clip, threads, on_commit, is_stopping)
     run.close()  # its ledger is about to change
     table = table_of(run.document)
     read_filter(run.path)  # the gallery is written anew with it: a damaged file is refused before any scoring
@@ -111,7 +110,7 @@ def score_missing(
         for samples in missing(HASH):
             rows = zip(samples, pool.map(score_sample, samples), strict=True)
             ledger.add_scores(
-                (sample.row.request.index, name, round(value, DIGITS) if isinstance(value, float) else value)
+                (sample.row.request.index, name, _round(value))
                 for sample, scores in rows
                 for name, value in scores.items()
             )
@@ -121,24 +120,37 @@ def score_missing(
         finish_run(folder)
 
 
+def _round(value: Score) -> Score:
+    return round(value, DIGITS) if isinstance(value, float) else value
+
+
 def score_shards(
-    run: Run, ledger: ShardLedger, threads: int, on_commit: Callable[[int], None], is_stopping: Callable[[], bool]
+    run: Run,
+    ledger: ShardLedger,
+    clip: Clip | None,
+    threads: int,
+    on_commit: Callable[[int], None],
+    is_stopping: Callable[[], bool],
 ) -> None:
     """Gives the samples of a run in shards their scores, shard by shard."""
-    known = {index for index, _ in ledger.scores(HASH)}
+    scored = ledger.scored
+    if clip and ledger.read_note(CLIP) != clip.digest:
+        scored.forget(CLIP, clip.digest)
     with ThreadPoolExecutor(threads) as pool:
+
+        def score(samples: Sequence[StoredSample]) -> list[dict[str, Any]]:
+            return [{name: _round(value) for name, value in each.items()} for each in pool.map(score_sample, samples)]
+
+        ways: dict[str, Callable[[Sequence[StoredSample]], list[dict[str, Any]]]] = {HASH: score}
+        if clip:
+            ways[CLIP] = lambda samples: [{CLIP: value} for value in clip.scores(samples)]
         for shard, indices in ledger.by_shard(ledger.indices()).items():
-            if is_stopping():
-                return
-            if known.issuperset(indices):
-                continue
-            scores = pool.map(score_sample, run.select(indices))
-            rounded = [
-                {name: round(value, DIGITS) if isinstance(value, float) else value for name, value in each.items()}
-                for each in scores
-            ]
-            ledger.scored.write(shard, {name: dict(zip(indices, (e[name] for e in rounded))) for name in rounded[0]})
-            on_commit(len(indices))
+            for name in [name for name in ways if not scored.of_shard(shard, name).keys() >= {*indices}]:
+                if is_stopping():
+                    return
+                scores = ways[name](list(run.select(indices)))
+                scored.write(shard, {name: dict(zip(indices, (e[name] for e in scores))) for name in scores[0]})
+                on_commit(len(indices))
     hashes = ledger.scores(HASH)
     bits = nearest_bits(np.array([value for _, value in hashes], np.int64), 0).tolist()
     distances = dict(zip((index for index, _ in hashes), bits, strict=True))

@@ -76,7 +76,7 @@ class ExportSettings(PictureSettings, LayoutSettings, OutputSettings, CommandSet
         other_names=OTHER_NAMES,
     )
     out: str = setting(
-        "", "folder of the export; default: exports in RUN", metavar="DIR", output="folder", identity=False
+        "", "folder or URL of the export; default: exports in RUN", metavar="DIR", output="place", identity=False
     )
     task: tuple[str, ...] = setting(
         (), "labels to take where RUN has several of a kind: TASK:NAME", choices=LABELS, has_names=True, metavar="LIST"

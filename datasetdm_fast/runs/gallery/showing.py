@@ -56,13 +56,14 @@ class ShownRun:
         return served
 
 
-def show(place: str | Path, *, is_served: bool = False, is_dry: bool = False) -> ShownRun:
+def show(place: str | Path, out: str = "", *, is_served: bool = False, is_dry: bool = False) -> ShownRun:
     """A run, by its folder or the URL of a finished one in an object store, with its page, which is written anew where
     it lacks a committed sample. A run in progress is not disturbed: its page and index files are written, nothing else;
-    a dry run writes nothing there. Where the samples are in an object store, the page is for a server alone.
+    a dry run writes nothing there. Where the samples are in an object store, the page is for a server alone. That of a
+    run in shards is written into the folder `out`.
     """
     if (document := find_sharded(place)) is not None:
-        page = open_page(str(place), is_served=is_served)
+        page = open_page(str(place), out, is_served=is_served or is_dry)
         return ShownRun(page.folder, page.samples, 0, document["plan"]["number"], shards=page)
     copies = copy_of(place)
     folder = Path(place)

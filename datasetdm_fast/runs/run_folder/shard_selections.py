@@ -63,6 +63,17 @@ class ShardScores:
         self._place.replace(f"{SCORES_FOLDER}/{shard:05d}.json", content)
         self.shards[shard] = merged
 
+    def forget(self, name: str, note: str) -> None:
+        """Removes a score, and notes of what the next ones are to be."""
+        for shard, scores in self.shards.items():
+            if scores.pop(name, None):
+                self.write(shard, {})
+        self._place.replace(f"{SCORES_FOLDER}/{name}", note.encode())
+
+    def of_shard(self, shard: int, name: str) -> Mapping[int, Score]:
+        """The value of each sample of a shard that was given this score."""
+        return self.shards.get(shard, {}).get(name, {})
+
     def of(self, name: str) -> Iterator[tuple[int, Score]]:
         """Index and value of every sample that was given this score."""
         return (pair for shard in sorted(self.shards) for pair in self.shards[shard].get(name, {}).items())

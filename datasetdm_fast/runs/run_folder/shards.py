@@ -36,7 +36,7 @@ from datasetdm_fast.runs.run_folder.ledger import (
 )
 from datasetdm_fast.runs.run_folder.object_store import is_url
 from datasetdm_fast.runs.run_folder.shard_places import ShardPlace, shard_place
-from datasetdm_fast.runs.run_folder.shard_selections import Score, ShardScores
+from datasetdm_fast.runs.run_folder.shard_selections import SCORES_FOLDER, Score, ShardScores
 from datasetdm_fast.untrusted import documents
 from datasetdm_fast.untrusted.images import LARGEST_IMAGE_FILE
 
@@ -373,7 +373,8 @@ class ShardLedger:
         return [(row.request.index, row.request.classes) for row in self.rows(parts=())]
 
     def read_note(self, name: str) -> str | None:
-        return None
+        content = self.place.read(f"{SCORES_FOLDER}/{name}")
+        return content and content.decode(errors="replace")
 
     def by_shard(self, indices: Iterable[int]) -> dict[int, list[int]]:
         """Shard -> those of the samples that are in it."""
