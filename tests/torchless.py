@@ -41,7 +41,7 @@ class Schedule:
 class Engine:
     """What the job asks of an engine before the first batch."""
 
-    name = "torchless"
+    name, device = "torchless", SimpleNamespace(type="cpu")
 
     def __init__(self, tasks):
         tokenizer = SimpleNamespace(model_max_length=77)
