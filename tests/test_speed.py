@@ -13,8 +13,7 @@ from stub_engine import StubEngine
 from datasetdm_fast import generate
 from datasetdm_fast.config import EXACT
 from datasetdm_fast.data import Keypoints
-from datasetdm_fast.engine.engines import build_engine
-from datasetdm_fast.engine.engines.device import multiplies_fp8
+from datasetdm_fast.engine.engines import build_engine, device
 from datasetdm_fast.engine.engines.fast import FastEngine
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop import speed
@@ -79,17 +78,11 @@ def test_products_in_fp8_are_those_of_rounded_factors():
 
 @pytest.mark.gpu
 def test_products_in_fp8_of_a_gpu_are_those_of_a_cpu():
-    device = torch.device("cuda")
-    if not multiplies_fp8(device):
-        pytest.skip("the GPU has no fp8 products")
-    x, layer = torch.randn(3, 40, 64), Fp8Linear(torch.randn(128, 64), torch.randn(128))
-    on_gpu = Fp8Linear(torch.randn(128, 64), None).to(device)
-    on_gpu.weight, on_gpu.scale, on_gpu.bias = (
-        layer.weight.T.to(device).T,
-        layer.scale.to(device),
-        layer.bias.to(device),
-    )
-    torch.testing.assert_close(on_gpu(x.to(device)).cpu(), layer(x), rtol=2e-2, atol=2e-1)
+    x, weight, bias = torch.randn(3, 40, 64), torch.randn(128, 64), torch.randn(128)
+    place = torch.device("cuda")
+    assert device.multiplies_fp8(place)
+    on_gpu = Fp8Linear(weight.to(place), bias.to(place))(x.to(place))
+    torch.testing.assert_close(on_gpu.cpu(), Fp8Linear(weight, bias)(x), rtol=2e-2, atol=2e-1)
 
 
 def test_calls_of_a_transformer_in_fp8(monkeypatch):
@@ -103,7 +96,7 @@ def test_calls_of_a_transformer_in_fp8(monkeypatch):
     torch.testing.assert_close(engine.denoise(latents, 500, text), exact, rtol=0, atol=0)
     with pytest.raises(GateFailed, match="captured calls are in fp8"):
         speed_gate.check_promise(replace(recipe, fp8=frozenset(range(len(recipe.schedule)))))
-    monkeypatch.setattr(speed, "multiplies_fp8", lambda device: False)
+    monkeypatch.setattr(device, "multiplies_fp8", lambda device: False)
     with pytest.raises(Refused, match="the GPU has no fp8 products"):
         make_recipe(engine, (), speed="fp8")
 
