@@ -20,7 +20,7 @@ from datasetdm_fast import drop, filter, generate, splice
 from datasetdm_fast.data import Request
 from datasetdm_fast.engine.labels.trust import NamedMap
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.curation import filtering, scores
+from datasetdm_fast.runs.curation import filtering
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder import scores as run_scores
 from datasetdm_fast.runs.run_folder.audit import audit
@@ -332,7 +332,7 @@ def test_conditions_follow_their_grammar():
 def test_sharpness_and_hash_tell_images_apart():
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
     assert run_scores.sharpness(noise) > 100 * run_scores.sharpness(noise.resize((8, 8)).resize((64, 64)))
-    assert scores.difference_hash(noise) == scores.difference_hash(noise.copy())
+    assert filtering.difference_hash(noise) == filtering.difference_hash(noise.copy())
     hashes = np.array([0, 7, 7, -1, 2**62], np.int64)
     assert run_scores.nearest_bits(hashes, 0).tolist() == [64, 3, 0, 61, 1]
     assert run_scores.nearest_bits(hashes, 3).tolist() == [61, 1]

@@ -366,7 +366,7 @@ def test_a_merged_run_is_a_manifest_that_readers_take_for_a_run(alone, folder, b
     assert filtering.main([out, "--where", "trust == 1", "--quiet"]) == 0
     assert where == "store" or len(RunSamples(tmp_path / "all", "train", 64, ("semantic",))) > 5
     assert convert.main([out, "--to", "wds", "--kept", "--out", str(tmp_path / "export"), "--quiet"]) == 0
-    served = showing.show(out, is_served=True).served_run(out)
+    served = showing.show(out, is_served=True).served_run()
     assert served.fetch("images/00000031.png").read_bytes() == parts[1]["00000001"].read("image")
     assert merge.main([str(folder), str(run), "--out", str(tmp_path / "mixed")]) == 2
     (run / tar_name(1)).write_bytes(b"")
@@ -380,7 +380,7 @@ def test_the_page_of_shards_is_made_as_it_is_asked_for(alone, bucket, tmp_path, 
             bucket.replace(name, content)
     url = "memory://bucket/run" if place == "store" else str(alone)
     shown = showing.show(url, is_served=True)
-    served = shown.served_run(url)
+    served = shown.served_run()
     assert (shown.samples, shown.planned) == (SAMPLES, SAMPLES)
     page = json.loads(served.fetch("gallery/pages/000000.js").read_text().partition(",0,")[2].removesuffix(");\n"))
     assert page["index"] == list(range(SAMPLES)) and any(page["shown"]) == (place == "folder")

@@ -1,36 +1,37 @@
 """The scores of a run are completed, and decide which of its samples are kept."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from datasetdm_fast.disk import locks
 from datasetdm_fast.errors import Refused, quote
 from datasetdm_fast.runs.curation.clip import Clip
-from datasetdm_fast.runs.curation.scores import score_sample
 from datasetdm_fast.runs.gallery.closing import finish_run
-from datasetdm_fast.runs.run_folder.document import LEDGER, LOCK, table_of
+from datasetdm_fast.runs.run_folder.document import LEDGER, LOCK
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.ledger import Ledger
 from datasetdm_fast.runs.run_folder.reader import Run, StoredSample, open_changeable
 from datasetdm_fast.runs.run_folder.scores import (
     HASH,
+    SCORERS,
     SCORES,
+    Scored,
     absent,
     add_distances,
-    nearest_bits,
     parse_where,
     passing,
     read_scores,
 )
 from datasetdm_fast.runs.run_folder.seal import is_indexed
 from datasetdm_fast.runs.run_folder.selections import FILTER, Filter, read_filter
-from datasetdm_fast.runs.run_folder.shard_selections import Score
-from datasetdm_fast.runs.run_folder.shards import ShardLedger
+from datasetdm_fast.runs.run_folder.shards import shard_size
 
 BLOCK = 64  # samples whose scores are committed together
 CLIP = "clip"  # the score, and the note of the digest of the CLIP that gave it
@@ -78,6 +79,22 @@ def select(place: str, where: str) -> list[int]:
     return list(passing(run.path, run.ledger, where).remaining)
 
 
+def score_sample(sample: StoredSample) -> dict[str, float | int | None]:
+    """The scores that labels and image give; None where a sample has nothing to score."""
+    scored = Scored(
+        sample.image, sample.classes, sample.row.labels, sample.label, sample.document["labels"], sample.trust
+    )
+    scores: dict[str, float | int | None] = {name: score(scored) for name, score in SCORERS.items()}
+    return {**scores, HASH: difference_hash(Image.fromarray(scored.image))}
+
+
+def difference_hash(image: Image.Image) -> int:
+    """64 bits, as a signed number: whether each of 8 x 8 cells is darker than its right neighbour."""
+    grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
+    bits = np.packbits(grey[:, :-1] < grey[:, 1:])
+    return int(bits.view(">i8")[0])
+
+
 def score_missing(
     run: Run,
     clip: Clip | None,
@@ -86,22 +103,23 @@ def score_missing(
     is_stopping: Callable[[], bool] = lambda: False,
 ) -> None:
     """Gives every sample its missing scores, that of a CLIP among them; scores of another CLIP are replaced."""
-    if run.shards is not None:
-        return score_shards(run, run.shards, clip, threads, on_commit, is_stopping)
     run.close()  # its ledger is about to change
-    table = table_of(run.document)
     read_filter(run.path)  # the gallery is written anew with it: a damaged file is refused before any scoring
-    with RunFolder(run.path, run.document) as folder, ThreadPoolExecutor(threads) as pool:
-        folder.unseal()
-        ledger = folder.ledger
+    size = BLOCK if run.shards is None else shard_size(run.document["config"])
+    folder = RunFolder(run.path, run.document) if run.shards is None else None
+    changeable: AbstractContextManager[Run | RunFolder] = folder or nullcontext(run)
+    with changeable as opened, ThreadPoolExecutor(threads) as pool:
+        if folder:
+            folder.unseal()
+        ledger = opened.ledger
         if clip and ledger.read_note(CLIP) != clip.digest:
             ledger.forget_scores(CLIP, (CLIP, clip.digest))
 
         def missing(name: str) -> Iterator[list[StoredSample]]:
             present = {index for index, _ in ledger.scores(name)}
             indices = iter([index for index in ledger.indices() if index not in present])
-            while (block := list(islice(indices, BLOCK))) and not is_stopping():
-                yield [StoredSample(ledger.row(index), run.path, run.document, class_table=table) for index in block]
+            while (block := list(islice(indices, size))) and not is_stopping():
+                yield [run.sample_of(ledger.row(index)) for index in block]
 
         for samples in missing(CLIP) if clip else ():
             scores = zip(samples, clip.scores(samples), strict=True)
@@ -110,52 +128,15 @@ def score_missing(
         for samples in missing(HASH):
             rows = zip(samples, pool.map(score_sample, samples), strict=True)
             ledger.add_scores(
-                (sample.row.request.index, name, _round(value))
+                (sample.row.request.index, name, round(value, DIGITS) if isinstance(value, float) else value)
                 for sample, scores in rows
                 for name, value in scores.items()
             )
             on_commit(len(samples))
         if not is_stopping():
             add_distances(ledger)
-        finish_run(folder)
-
-
-def _round(value: Score) -> Score:
-    return round(value, DIGITS) if isinstance(value, float) else value
-
-
-def score_shards(
-    run: Run,
-    ledger: ShardLedger,
-    clip: Clip | None,
-    threads: int,
-    on_commit: Callable[[int], None],
-    is_stopping: Callable[[], bool],
-) -> None:
-    """Gives the samples of a run in shards their scores, shard by shard."""
-    scored = ledger.scored
-    if clip and ledger.read_note(CLIP) != clip.digest:
-        scored.forget(CLIP, clip.digest)
-    with ThreadPoolExecutor(threads) as pool:
-
-        def score(samples: Sequence[StoredSample]) -> list[dict[str, Any]]:
-            return [{name: _round(value) for name, value in each.items()} for each in pool.map(score_sample, samples)]
-
-        ways: dict[str, Callable[[Sequence[StoredSample]], list[dict[str, Any]]]] = {HASH: score}
-        if clip:
-            ways[CLIP] = lambda samples: [{CLIP: value} for value in clip.scores(samples)]
-        for shard, indices in ledger.by_shard(ledger.indices()).items():
-            for name in [name for name in ways if not scored.of_shard(shard, name).keys() >= {*indices}]:
-                if is_stopping():
-                    return
-                scores = ways[name](list(run.select(indices)))
-                scored.write(shard, {name: dict(zip(indices, (e[name] for e in scores))) for name in scores[0]})
-                on_commit(len(indices))
-    hashes = ledger.scores(HASH)
-    bits = nearest_bits(np.array([value for _, value in hashes], np.int64), 0).tolist()
-    distances = dict(zip((index for index, _ in hashes), bits, strict=True))
-    for shard, indices in ledger.by_shard(distances).items():
-        ledger.scored.write(shard, {"distance": {index: distances[index] for index in indices}})
+        if folder:
+            finish_run(folder)
 
 
 def finish_scored(run: Run) -> None:

@@ -12,7 +12,7 @@ from datasetdm_fast.runs.run_folder import page_files
 from datasetdm_fast.runs.run_folder.folder import RunFolder, refusing_rows
 from datasetdm_fast.runs.run_folder.indexes import writers
 from datasetdm_fast.runs.run_folder.ledger import DONE, Ledger
-from datasetdm_fast.runs.run_folder.seal import ELSEWHERE, has_indexes, is_sealed, seal
+from datasetdm_fast.runs.run_folder.seal import has_indexes, is_sealed, seal
 from datasetdm_fast.runs.run_folder.selections import read_filter
 
 PATIENCE = 900.0  # seconds that a process waits for another that writes the page
@@ -44,7 +44,7 @@ def finish_run(run: RunFolder) -> None:
 def write_indexes(folder: Path, document: Mapping[str, Any], ledger: Ledger, *, is_in_progress: bool = False) -> None:
     """Writes every index file and the page; that of a run in progress looks for later ones."""
     files = {folder / name: writer(document, ledger) for name, writer in writers(document).items()}
-    page = PageWriter(folder, document, ledger, has_samples=not (folder / ELSEWHERE).exists())
+    page = PageWriter(folder, document, ledger)
     with storage.Publication(files) as publication:
         for path, file in files.items():
             publication.write(path, file.begin())

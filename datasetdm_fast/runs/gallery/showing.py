@@ -12,6 +12,7 @@ from typing import Any
 from datasetdm_fast.disk import locks
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.gallery.closing import finish_run, lock_page, write_indexes
+from datasetdm_fast.runs.gallery.page import PageWriter, thousands
 from datasetdm_fast.runs.gallery.pictures import fetch_or_draw
 from datasetdm_fast.runs.gallery.review import StoredReview
 from datasetdm_fast.runs.gallery.server import ServedRun
@@ -25,7 +26,7 @@ from datasetdm_fast.runs.run_folder.document import (
 )
 from datasetdm_fast.runs.run_folder.folder import RunFolder, refusing_rows
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger
-from datasetdm_fast.runs.run_folder.object_store import StoreCopy, copy_of, is_url, unfinished_run
+from datasetdm_fast.runs.run_folder.object_store import StoreCopy, copy_of, unfinished_run
 from datasetdm_fast.runs.run_folder.seal import has_indexes, is_sealed
 from datasetdm_fast.runs.run_folder.shard_audit import find_sharded
 
@@ -43,17 +44,16 @@ class ShownRun:
     copies: StoreCopy | None = None  # what brings the samples' files there, where they are in an object store
     shards: ShardPage | None = None
 
-    def served_run(self, place: str) -> ServedRun:
-        """What a server needs of the run at a path or URL."""
+    def served_run(self) -> ServedRun:
+        """What a server needs of the run."""
         if self.shards is not None:
             return self.shards.served_run()
         served = ServedRun.of_folder(self.folder)
         if self.copies is None:
             return served
-        served = replace(served, fetch=partial(fetch_or_draw, self.copies.fetch, self.folder))
-        if is_url(place):  # no command takes one sample of it, and its marks belong beside it
-            return replace(served, command_path="", review=StoredReview(self.copies.store))
-        return served
+        fetch = partial(fetch_or_draw, self.copies.fetch, self.folder)
+        # no command takes one sample of it, and its marks belong beside it
+        return replace(served, fetch=fetch, command_path="", review=StoredReview(self.copies.store))
 
 
 def show(place: str | Path, out: str = "", *, is_served: bool = False, is_dry: bool = False) -> ShownRun:
@@ -66,23 +66,23 @@ def show(place: str | Path, out: str = "", *, is_served: bool = False, is_dry: b
         page = open_page(str(place), out, is_served=is_served or is_dry)
         return ShownRun(page.folder, page.samples, 0, document["plan"]["number"], shards=page)
     copies = copy_of(place)
-    folder = Path(place)
-    if copies and copies.store.disk and (copies.store.disk / DOCUMENT).exists():
-        copies, folder = None, copies.store.disk
-    elif copies and copies.store.disk and is_url(place):
-        raise unfinished_run(str(place))
-    elif copies and not is_served:
+    if copies and not copies.store.disk and not is_served:
         raise Refused(
             f"{place}: no browser opens a page whose samples are in an object store",
             "Add --serve, or copy the run here with --out DIR.",
         )
-    elif copies and is_url(place):
-        folder = copies.fetch_state()
-        if not (folder / DOCUMENT).exists():
-            raise unfinished_run(copies.store.url)
-        if not is_dry:
-            copies.store.note(folder)
-    document = _write_page(folder, is_dry=is_dry)
+    folder = Path(place) if copies is None else copies.store.disk or copies.fetch_state()
+    if copies and not (folder / DOCUMENT).exists():
+        raise unfinished_run(str(place))
+    if copies is None or copies.store.disk:
+        copies, document = None, _write_page(folder, is_dry=is_dry)
+    else:
+        document = require_document(folder)
+        with Ledger(folder / LEDGER, read_only=True) as ledger:
+            page = PageWriter(folder, document, ledger, has_samples=False)
+            for rows in thousands(ledger):
+                page.add(rows)
+            page.end()
     with Ledger(folder / LEDGER, read_only=True) as ledger:
         samples, doubtful = ledger.count(), ledger.count(DOUBTFUL)
     return ShownRun(folder, samples, doubtful, document["plan"]["number"], copies)

@@ -15,7 +15,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.run_folder.corrections import CORRECTIONS
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER, to_see_damage
-from datasetdm_fast.runs.run_folder.seal import ELSEWHERE, SEAL
+from datasetdm_fast.runs.run_folder.seal import SEAL
 from datasetdm_fast.runs.run_folder.selections import FILTER, SPLIT
 from datasetdm_fast.untrusted import documents
 from datasetdm_fast.untrusted.images import LARGEST_IMAGE_FILE
@@ -23,12 +23,6 @@ from datasetdm_fast.untrusted.images import LARGEST_IMAGE_FILE
 LONGEST = 4096  # bytes of a URL
 PARALLEL_FILES = 16  # files copied together
 COPYING = "state/copying"  # the URL of a run of which this folder does not have all files yet
-
-
-def stored_at(folder: Path) -> str:
-    """The URL of the samples of a run folder, empty where they are in it."""
-    path = folder / ELSEWHERE
-    return storage.read(path, LONGEST).decode(errors="replace") if path.exists() else ""
 
 
 class ObjectStore:
@@ -134,11 +128,6 @@ class ObjectStore:
                     raise storage.refusal(error, path.parent) from error
                 raise
         return True
-
-    def note(self, folder: Path) -> None:
-        """Writes into a run folder that its samples are here."""
-        if stored_at(folder) != self.url:
-            storage.publish({folder / ELSEWHERE: self.url.encode()})
 
 
 class StoreCopy:
@@ -256,6 +245,5 @@ def is_url(place: str | Path) -> bool:
 
 
 def copy_of(place: str | Path) -> StoreCopy | None:
-    """What fetches the files of samples of a run in an object store; None where they are in its folder."""
-    url = str(place) if is_url(place) else stored_at(Path(place))
-    return StoreCopy(url) if url else None
+    """What fetches the files of samples of a run in an object store; None of a folder."""
+    return StoreCopy(str(place)) if is_url(place) else None

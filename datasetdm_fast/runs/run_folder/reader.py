@@ -34,7 +34,7 @@ from datasetdm_fast.runs.run_folder.document import (
 )
 from datasetdm_fast.runs.run_folder.goal import goal_of
 from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, PARTS, Ledger, Row
-from datasetdm_fast.runs.run_folder.object_store import StoreCopy, copy_of, is_url, unfinished_run
+from datasetdm_fast.runs.run_folder.object_store import StoreCopy, copy_of, unfinished_run
 from datasetdm_fast.runs.run_folder.scores import passing
 from datasetdm_fast.runs.run_folder.seal import replace_file
 from datasetdm_fast.runs.run_folder.selections import Filter, read_filter
@@ -186,8 +186,8 @@ class Run(AbstractContextManager["Run"]):
 
     def __init__(self, path: str | Path, *, kept: bool = False, doubtful: bool = False):
         self.copies = copy_of(path)
-        self.path = self.copies.fetch_state() if self.copies and is_url(path) else Path(path)
-        if is_url(path) and not (self.path / DOCUMENT).exists():
+        self.path = self.copies.fetch_state() if self.copies else Path(path)
+        if self.copies and not (self.path / DOCUMENT).exists():
             raise unfinished_run(str(path))
         self.document = require_document(self.path)
         self.shards: ShardLedger | None = None

@@ -223,7 +223,7 @@ def read_scores(ledger: Ledger | ShardLedger, names: Sequence[str] = tuple(SCORE
     return ScoreTable(indices, classes, values)
 
 
-def add_distances(ledger: Ledger, since: float = inf) -> None:
+def add_distances(ledger: Ledger | ShardLedger, since: float = inf) -> None:
     """Gives samples the distances that they lack, and renews those from the index `since` on."""
     distances, shown = dict(ledger.scores("distance")), set(ledger.indices())
     hashes = [(index, value) for index, value in ledger.scores(HASH) if index in shown]  # not of dropped samples

@@ -18,7 +18,6 @@ QUEUE = "state/leases.sqlite"  # which process makes which batch; gone once the 
 THIS = "this"  # the line of the seal that is about the other lines
 SEAL = "state/seal.json"  # empty from before the first change until everything is in place
 LARGEST_SEAL = 2**28  # bytes, about 80 of them a sample
-ELSEWHERE = "state/store"  # the URL of the samples' files, where they are not in the folder
 
 
 def remove_queue(folder: Path) -> None:
@@ -36,8 +35,7 @@ def has_indexes(folder: Path, document: Mapping[str, Any], ledger: Ledger) -> bo
     """Whether every index file and the page exist and show the rows of the ledger."""
     if ledger.read_note("indexed") is None or not all((folder / name).exists() for name in index_files(document)):
         return False
-    has_samples = not (folder / ELSEWHERE).exists()
-    return expected_files(document, ledger, has_samples=has_samples) <= set(existing_files(folder, document))
+    return expected_files(document, ledger) <= set(existing_files(folder, document))
 
 
 def is_indexed(folder: Path, document: Mapping[str, Any], ledger: Ledger) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -20,55 +19,14 @@ LARGEST_FILE = 2**28  # bytes of a file that is read as a whole
 READ_AHEAD = 2**20  # bytes fetched beyond those that were asked for
 
 
-class ShardPlace(ABC):
-    """The place of a run in shards; names are paths inside it."""
-
-    name: str  # for messages
-
-    @abstractmethod
-    def read(self, name: str) -> bytes | None:
-        """The content of a file, None where it is missing."""
-
-    @abstractmethod
-    def create(self, name: str, content: bytes) -> bool:
-        """Whether this call wrote the file; False where there was one of that name."""
-
-    @abstractmethod
-    def replace(self, name: str, content: bytes) -> None:
-        """Writes a file, whatever was there."""
-
-    @abstractmethod
-    def write(self, name: str, chunks: Iterable[bytes]) -> StoredFile:
-        """Writes a file of any size; nothing where the chunks end in an error."""
-
-    @abstractmethod
-    def remove(self, name: str) -> None:
-        """Removes a file, if it is there."""
-
-    @abstractmethod
-    def remove_parts(self, *names: str) -> None:
-        """Removes what a process that was killed has half-written of these files."""
-
-    @abstractmethod
-    def names(self, folder: str = "") -> list[str]:
-        """The names of what lies in a folder, sorted; of one that is missing none."""
-
-    @abstractmethod
-    def open(self, name: str) -> BinaryIO:
-        """The file, for reading at any place."""
-
-    @abstractmethod
-    def refusing(self, name: str) -> AbstractContextManager[None]:
-        """Within the block, an error of a file that is open becomes a refusal."""
-
-
-class ShardFolder(ShardPlace):
+class ShardFolder:
     """A folder on a disk that all processes of the run reach."""
 
     def __init__(self, path: Path):
         self.path, self.name = path, str(path)
 
     def read(self, name: str) -> bytes | None:
+        """The content of a file, None where it is missing."""
         path = self.path / name
         try:
             return storage.read(path, LARGEST_FILE)
@@ -78,21 +36,27 @@ class ShardFolder(ShardPlace):
             return None
 
     def create(self, name: str, content: bytes) -> bool:
+        """Whether this call wrote the file; False where there was one of that name."""
         return storage.create(self.path / name, content)
 
     def replace(self, name: str, content: bytes) -> None:
+        """Writes a file, whatever was there."""
         storage.publish({self.path / name: content})
 
     def write(self, name: str, chunks: Iterable[bytes]) -> StoredFile:
+        """Writes a file of any size; nothing where the chunks end in an error."""
         return storage.publish({self.path / name: chunks})[self.path / name]
 
     def remove(self, name: str) -> None:
+        """Removes a file, if it is there."""
         storage.forget(self.path / name)
 
     def remove_parts(self, *names: str) -> None:
+        """Removes what a process that was killed has half-written of these files."""
         storage.remove_parts_of(self.path / name for name in names)
 
     def names(self, folder: str = "") -> list[str]:
+        """The names of what lies in a folder, sorted; of one that is missing none."""
         try:
             with os.scandir(self.path / folder) as entries:
                 return sorted(entry.name for entry in entries if not storage.is_temporary(Path(entry.name)))
@@ -102,14 +66,16 @@ class ShardFolder(ShardPlace):
             raise storage.refusal(error, self.path / folder) from error
 
     def open(self, name: str) -> BinaryIO:
+        """The file, for reading at any place."""
         with storage.refusing(self.path / name):
             return (self.path / name).open("rb")
 
     def refusing(self, name: str) -> AbstractContextManager[None]:
+        """Within the block, an error of a file that is open becomes a refusal."""
         return storage.refusing(self.path / name)
 
 
-class ShardBucket(ShardPlace):
+class ShardBucket:
     """A folder of an object store."""
 
     def __init__(self, store: ObjectStore):
@@ -177,6 +143,9 @@ class ShardBucket(ShardPlace):
 
     def refusing(self, name: str) -> AbstractContextManager[None]:
         return self.store.translate_errors()
+
+
+ShardPlace = ShardFolder | ShardBucket  # names of files are paths inside it
 
 
 def shard_place(place: str | Path) -> ShardPlace:

@@ -55,24 +55,21 @@ class ShardScores:
             raise Refused(cause, to_see_damage(self._place.name)) from error
 
     def write(self, shard: int, scores: Mapping[str, Mapping[int, Score]]) -> None:
-        """Adds scores, by their names and indices, of all samples of a shard."""
-        merged = {**self.shards.get(shard, {}), **{name: dict(each) for name, each in scores.items()}}
+        """Adds scores, by their names and indices, of samples of a shard."""
+        before = self.shards.get(shard, {})
+        merged = {**before, **{name: {**before.get(name, {}), **each} for name, each in scores.items()}}
         indices = sorted({index for each in merged.values() for index in each})
         columns = {name: [each.get(index) for index in indices] for name, each in merged.items()}
         content = json.dumps({"indices": indices, "scores": columns}).encode()
         self._place.replace(f"{SCORES_FOLDER}/{shard:05d}.json", content)
         self.shards[shard] = merged
 
-    def forget(self, name: str, note: str) -> None:
-        """Removes a score, and notes of what the next ones are to be."""
+    def forget(self, name: str, why: tuple[str, str]) -> None:
+        """Removes a score, with a note of why."""
         for shard, scores in self.shards.items():
             if scores.pop(name, None):
                 self.write(shard, {})
-        self._place.replace(f"{SCORES_FOLDER}/{name}", note.encode())
-
-    def of_shard(self, shard: int, name: str) -> Mapping[int, Score]:
-        """The value of each sample of a shard that was given this score."""
-        return self.shards.get(shard, {}).get(name, {})
+        self._place.replace(f"{SCORES_FOLDER}/{why[0]}", why[1].encode())
 
     def of(self, name: str) -> Iterator[tuple[int, Score]]:
         """Index and value of every sample that was given this score."""

@@ -363,6 +363,17 @@ class ShardLedger:
     def scored(self) -> ShardScores:
         return ShardScores(self.place)
 
+    def add_scores(self, scores: Iterable[tuple[int, str, Score]], *, replaces: bool = True) -> None:
+        """Adds scores of samples: index, name and value, in place of existing ones."""
+        added: dict[int, dict[str, dict[int, Score]]] = {}
+        for index, name, value in scores:
+            added.setdefault(index // self._size, {}).setdefault(name, {})[index] = value
+        for shard, each in added.items():
+            self.scored.write(shard, each)
+
+    def forget_scores(self, name: str, why: tuple[str, str]) -> None:
+        self.scored.forget(name, why)
+
     def scores(self, name: str) -> list[tuple[int, Score]]:
         return [(index, value) for index, value in self.scored.of(name) if index not in self.dropped]
 
