@@ -14,9 +14,8 @@ from datasetdm_fast.config import EXACT
 from datasetdm_fast.runs.agreement.admission import Screen, admit_job
 from datasetdm_fast.runs.gallery.showing import ShownSoFar
 from datasetdm_fast.runs.jobs.racing import probe
-from datasetdm_fast.runs.jobs.result import Result
+from datasetdm_fast.runs.jobs.result import Result, describe_job
 from datasetdm_fast.runs.jobs.run import Decision, Outcome, RunQueue
-from datasetdm_fast.runs.jobs.summary import describe_job
 from datasetdm_fast.runs.jobs.writing import count_outside
 from datasetdm_fast.runs.run_settings import RunConfig, RunSpec, WorkerSettings
 from datasetdm_fast.runs.workers.devices import find_peer, find_places

@@ -11,7 +11,7 @@ from datasetdm_fast.command_line.run_settings import expand_names, label_spec, w
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.runs.gallery.showing import ShownSoFar
 from datasetdm_fast.runs.jobs.labelling import open_pictures, parse_timesteps, prepare_labelling
-from datasetdm_fast.runs.jobs.summary import count_unnamed
+from datasetdm_fast.runs.jobs.result import count_unnamed
 from datasetdm_fast.runs.jobs.writing import write_missing
 from datasetdm_fast.runs.run_folder.document import read_document
 from datasetdm_fast.runs.run_settings import LabelConfig

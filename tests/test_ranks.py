@@ -19,7 +19,7 @@ from skips import IS_LONG, long_test
 from datasetdm_fast.command_line.run_settings import read_spec
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.runs.jobs import writing
-from datasetdm_fast.runs.jobs.summary import describe_job
+from datasetdm_fast.runs.jobs.result import describe_job
 from datasetdm_fast.runs.jobs.writing import batches_of, write_missing
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.document import LEDGER

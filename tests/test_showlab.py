@@ -34,7 +34,7 @@ from datasetdm_fast.compat.showlab import (
     generator,
     training,
 )
-from datasetdm_fast.compat.showlab.scripts import GENERATORS
+from datasetdm_fast.compat.showlab.generator import GENERATORS
 from datasetdm_fast.engine.decoders import upstream as checkpoints
 from datasetdm_fast.engine.decoders.checkpoint import build_decoder
 from datasetdm_fast.engine.decoders.config import upstream

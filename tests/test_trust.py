@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torchless
 import troubled
+from skips import long_test
 from test_ledger import tree
 from torchless import DOUBT
 
@@ -16,7 +17,7 @@ from datasetdm_fast import filter, generate
 from datasetdm_fast.command_line.run_settings import read_spec
 from datasetdm_fast.data import Instances, Request, SemanticMap, Trust
 from datasetdm_fast.engine.labels.trust import trust_of, without_doubtful, without_unsure
-from datasetdm_fast.runs.jobs.summary import describe_job
+from datasetdm_fast.runs.jobs.result import describe_job
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.reader import open_run
 from datasetdm_fast.runs.run_settings import RunConfig
@@ -189,6 +190,7 @@ def test_stopped_anywhere_and_damaged_it_becomes_the_same(kept, tmp_path, monkey
     assert run(path, "--only", id) == 0 and tree(path) == before
 
 
+@long_test  # the test of accepted samples has ranks, too
 def test_any_number_of_ranks_makes_the_same(kept, tmp_path):
     config = RunConfig(out=str(tmp_path / "run"), number=NUMBER, batch_size=BATCH, keep="trusted", quiet=True)
     places = [Place({"OMP_NUM_THREADS": "1", troubled.TROUBLE: "dies"}, 1), Place({"OMP_NUM_THREADS": "1"}, 1)]

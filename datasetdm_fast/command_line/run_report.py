@@ -10,8 +10,7 @@ from datasetdm_fast.command_line.output import NOTHING_WRITTEN, OutputFlags, pri
 from datasetdm_fast.command_line.progress import CountProgress
 from datasetdm_fast.messages import count_noun, format_duration
 from datasetdm_fast.runs.jobs.job import Job
-from datasetdm_fast.runs.jobs.result import Result
-from datasetdm_fast.runs.jobs.summary import describe_job
+from datasetdm_fast.runs.jobs.result import Result, describe_job
 from datasetdm_fast.runs.run_settings import RunConfig
 
 MOST_REQUESTS = 40  # that a plan for the eye lists

@@ -17,9 +17,8 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun, format_duration
 from datasetdm_fast.runs.agreement.admission import Screen, admit_job
 from datasetdm_fast.runs.jobs.job import build_job
-from datasetdm_fast.runs.jobs.result import result_of
+from datasetdm_fast.runs.jobs.result import describe_job, result_of
 from datasetdm_fast.runs.jobs.run import RunQueue
-from datasetdm_fast.runs.jobs.summary import describe_job
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, pretty
 from datasetdm_fast.runs.run_folder.object_store import ObjectStore, is_url
 from datasetdm_fast.runs.run_folder.shard_places import ShardPlace, shard_place

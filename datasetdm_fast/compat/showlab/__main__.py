@@ -11,9 +11,8 @@ from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.output import print_unfinished
 from datasetdm_fast.command_line.progress import ImageProgress
-from datasetdm_fast.compat.showlab.generator import Generator
+from datasetdm_fast.compat.showlab.generator import GENERATORS, Generator
 from datasetdm_fast.compat.showlab.lines import Line, read_line
-from datasetdm_fast.compat.showlab.scripts import GENERATORS
 from datasetdm_fast.compat.showlab.training import TRAINERS, TrainingScript, checkpoint_of, line_of_train
 from datasetdm_fast.errors import Refused, nearest, renamed_flags
 from datasetdm_fast.messages import count_noun, format_duration

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from datasetdm_fast.command_line.output import check_output
 from datasetdm_fast.command_line.run_settings import read_spec
-from datasetdm_fast.compat.showlab.checkout import check_present
 from datasetdm_fast.compat.showlab.generator import RUN, Order
 from datasetdm_fast.compat.showlab.lines import Line
+from datasetdm_fast.compat.showlab.prompts import check_present
 from datasetdm_fast.data import Batch, Quarantined, Sample
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.loop import driver, labelling

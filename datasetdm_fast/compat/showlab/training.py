@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasetdm_fast.compat.showlab.checkout import check_present, read_settings
 from datasetdm_fast.compat.showlab.generator import model_of
 from datasetdm_fast.compat.showlab.lines import OURS, Flag, Line
+from datasetdm_fast.compat.showlab.prompts import check_present, read_settings
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused, nearest
 from datasetdm_fast.untrusted import documents
