@@ -168,8 +168,8 @@ FARTHEST = {"segmentation": 1.5e-4}
 def test_recorded_answers_of_upstream(kind, recorded_inputs):
     capture, text = recorded_inputs
     config = upstream(kind)
-    # Naive, the depth head is five trillion operations; the plain form is held equal to it in test_kernels.py.
-    decoder = build_decoder(config, kernels.plain if kind == "depth" else kernels.reference)
+    # Naive, the depth head is five trillion operations; the native form is held equal to it in test_depth_head.py.
+    decoder = build_decoder(config, kernels.native if kind == "depth" else kernels.reference)
     shapes = {key: value.shape for key, value in decoder.state_dict().items()} | unread_shapes(config)
     load_upstream(decoder, {f"module.{key}": value for key, value in seeded_state(shapes, GOLDEN["seed"]).items()})
     with torch.inference_mode():

@@ -14,7 +14,7 @@ from datasetdm_fast.data import AttentionSums, ProjectedCapture, Text
 from datasetdm_fast.engine.backbones import every_backbone
 from datasetdm_fast.engine.decoders.checkpoint import seeded_decoders
 from datasetdm_fast.engine.engines import build_engine
-from datasetdm_fast.engine.engines.fast.joint import AverageReader
+from datasetdm_fast.engine.engines.fast.joint import CallReader
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop.calls import call_text
 from datasetdm_fast.engine.models.mmdit import MMDiT
@@ -188,7 +188,9 @@ def test_kernels_of_the_network_are_its_plain_forms(family):
     context, vector = torch.randn(2, 7, width, generator=draw), torch.randn(2, pooled, generator=draw)
     text, outputs = Text(context, vector, mask, 3.0), []
     for network in networks:
-        reader = AverageReader([1], 1, latents.shape[-1] ** 2 // networks[0].plan.patch ** 2, network.ops)
-        outputs.append((network(latents, torch.tensor(300.0), text, reader), reader.total))
+        maps, shares = [], network.ops.attention_shares
+        cells = latents.shape[-1] ** 2 // networks[0].plan.patch ** 2
+        reader = CallReader([1], 1, cells, lambda *read, maps=maps, shares=shares: maps.append(shares(*read[3], None)))
+        outputs.append((network(latents, torch.tensor(300.0), text, reader), maps[0]))
     for value, truth in zip(*outputs):
         assert distance(value, truth) < 1e-5

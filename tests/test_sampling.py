@@ -377,10 +377,10 @@ def row_of(state: State, row: int) -> State:
     )
 
 
-def test_the_first_five_calls_of_upstream_are_reproduced(engine):
-    """They hold every form of the update, here for one image; the long form makes a batch of two, too."""
+def test_the_first_two_calls_of_upstream_are_reproduced(engine):
+    """The warm-up, for one image; the long form makes all, and diffusers' own PNDM is compared call by call above."""
     schedule, state = make_schedule(SD_SCHEDULER, "pndm", 50), first_state((1,))
-    for k in range(5):
+    for k in range(2):
         state = call(engine, schedule, k, state, (1,))
 
 

@@ -83,23 +83,17 @@ def mixtures(channels: int) -> np.ndarray:
 
 def describe_things(sketch: np.ndarray, label: Annotation) -> Iterator[tuple[str, np.ndarray]]:
     """Class and descriptor [D] of every region that a label gives a class."""
-    cells = sketch.shape[-1]
-    for name, mask in _regions(label):
-        rows, columns = (np.arange(cells + 1) * side // cells for side in mask.shape)
-        sums = np.add.reduceat(np.add.reduceat(mask, rows[:-1], 0, dtype=np.float32), columns[:-1], 1)
-        yield name, np.einsum("dhw,hw->d", sketch, sums) / sums.sum()
-
-
-def _regions(label: Annotation) -> Iterator[tuple[str, np.ndarray]]:
+    cells, regions = sketch.shape[-1], list[tuple[str, np.ndarray]]()
     if isinstance(label, SemanticMap):
-        names = ((k, name) for k, name in enumerate(label.classes) if name not in NO_THING)
-        regions = ((name, label.labels == k) for k, name in names)
+        regions = [(name, label.labels == k) for k, name in enumerate(label.classes) if name not in NO_THING]
     elif isinstance(label, Instances):
         chosen = zip(label.class_ids, label.scores, label.masks)
-        regions = ((label.classes[k], mask) for k, score, mask in chosen if score >= SHOWN_SCORE)
-    else:
-        return
-    yield from ((name, mask) for name, mask in regions if np.count_nonzero(mask) >= LEAST_SHARE * mask.size)
+        regions = [(label.classes[k], mask) for k, score, mask in chosen if score >= SHOWN_SCORE]
+    for name, mask in regions:
+        if np.count_nonzero(mask) >= LEAST_SHARE * mask.size:
+            rows, columns = (np.arange(cells + 1) * side // cells for side in mask.shape)
+            sums = np.add.reduceat(np.add.reduceat(mask, rows[:-1], 0, dtype=np.float32), columns[:-1], 1)
+            yield name, np.einsum("dhw,hw->d", sketch, sums) / sums.sum()
 
 
 def learn_domain(sketches: np.ndarray, labels: Sequence[Annotation], pictures: Sequence[int]) -> Domain | None:
@@ -182,33 +176,25 @@ def read_domain(folder: Path, width: int) -> Domain | None:
         names = documents.parse_json((file.metadata() or {}).get("classes", "[]"), f"{path}: classes")
     try:
         documents.check_form({"classes": names}, {"classes": [str]})
-        domain = Domain(
-            _unpack(arrays, "pictures"), _unpack(arrays, "things") if "things.means" in arrays else None, tuple(names)
-        )
-        _check(domain, width)
+        pictures = _unpack(arrays, "pictures", 1, width)
+        has_things = "things.means" in arrays
+        things = _unpack(arrays, "things", len(names) + 1, width) if has_things else None
     except (KeyError, ValueError) as error:
         remedy = "Get the file again, or remove it: then no sample is judged by it."
         raise Refused(f"{path}: not the domain of this decoder ({error})", remedy) from None
-    return domain
+    return Domain(pictures, things, tuple(names))
 
 
-def _unpack(arrays: Mapping[str, np.ndarray], part: str) -> Spread:
+def _unpack(arrays: Mapping[str, np.ndarray], part: str, count: int, width: int) -> Spread:
+    """The spread of `count` means of this width; a ValueError where the numbers of a file do not fit together."""
     means, scale, upper, limit = (arrays[f"{part}.{name}"] for name in ("means", "scale", "correlations", "limit"))
-    correlations = np.zeros((len(scale), len(scale)))
-    correlations[np.triu_indices(len(scale))] = upper
+    shapes = means.shape, scale.shape
+    if shapes != ((count, width), (width,)):
+        raise ValueError(f"its tensors are {', '.join(map(str, shapes))}, expected {count} means of {width}")
+    correlations = np.zeros((width, width))
+    correlations[np.triu_indices(width)] = upper
     correlations += np.triu(correlations, 1).T
+    finite = all(np.isfinite(values).all() for values in (means, scale, upper, limit))
+    if not (finite and (scale > 0).all() and limit.min() > 0):
+        raise ValueError("a value is NaN, infinite, or no spread")
     return Spread(means, scale, correlations, float(limit.reshape(-1)[0]))
-
-
-def _check(domain: Domain, width: int) -> None:
-    """A ValueError where the numbers of a file do not fit together, or not the decoder."""
-    for spread, count in ((domain.pictures, 1), (domain.things, len(domain.classes) + 1)):
-        if spread is None:
-            continue
-        shapes = spread.means.shape, spread.scale.shape
-        if shapes != ((count, width), (width,)):
-            raise ValueError(f"its tensors are {', '.join(map(str, shapes))}, expected {count} means of {width}")
-        numbers = spread.means, spread.scale, spread.correlations, spread.limit
-        finite = all(np.isfinite(part).all() for part in numbers)
-        if not (finite and (spread.scale > 0).all() and spread.limit > 0):
-            raise ValueError("a value is NaN, infinite, or no spread")

@@ -111,6 +111,7 @@ class Engine(Protocol):
             "device_name": torch.cuda.get_device_name(self.device) if is_gpu else platform.machine(),
             "dtype": self.precision,
             **self._versions(),
+            **({"compiled": "yes"} if self.is_compiled else {}),
         }
 
     def _versions(self) -> dict[str, str]:

@@ -83,7 +83,7 @@ class TorchEngine(Engine):
     @engine_call
     def annotate(self, task: str, capture: Capture | ProjectedCapture, text: Tensor | None = None) -> dict[str, Tensor]:
         check_task(task, self.decoders)
-        return self.decoders[task](capture, text)
+        return self.decoders[task](capture.of(task) if isinstance(capture, ProjectedCapture) else capture, text)
 
     def _versions(self) -> dict[str, str]:
         return {module.__name__: module.__version__ for module in (torch, diffusers, transformers)}

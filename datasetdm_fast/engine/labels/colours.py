@@ -59,12 +59,6 @@ def colour_in(palette: str, name: str, index: int) -> tuple[int, int, int]:
     return official or (NOTHING if palette != OURS and name == "background" else colour(index))
 
 
-def own_palette(numbers: Iterable[int], colours: Iterable[Iterable[int]]) -> bytes:
-    """The 256 colours of an index PNG whose class numbers have these colours."""
-    official = dict(zip(numbers, map(tuple, colours), strict=True))
-    return bytes(value for number in range(256) for value in official.get(number, colour(number)))
-
-
 @cache
 def official_palette(palette: str, classes: tuple[tuple[int, str], ...]) -> bytes:
     """The 256 colours of an index PNG in the palette of a data set; `classes` are its numbers with their names."""

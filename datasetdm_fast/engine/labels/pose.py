@@ -4,6 +4,7 @@ Files count places from the middle of the first pixel, as COCO does, and `Keypoi
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -108,19 +109,6 @@ def _inside(points: np.ndarray, visibility: np.ndarray, region: np.ndarray) -> n
         np.clip(np.floor(points[:, axis]).astype(int), 0, side - 1) for axis, side in enumerate(region.shape[::-1])
     )
     return np.asarray((visibility > 0) & region[rows, columns])
-
-
-def _people(like: Keypoints, people: Sequence[tuple[np.ndarray, np.ndarray, float]]) -> Keypoints:
-    """The label of these persons, without those of whom no joint is left."""
-    left = [person for person in people if (person[1] > 0).any()]
-    shape = (len(left), len(like.joints))
-    return Keypoints(
-        np.array([points for points, _, _ in left], np.float32).reshape(*shape, 3),
-        np.array([seen for _, seen, _ in left], np.int64).reshape(shape),
-        np.array([score for _, _, score in left], np.float32),
-        like.joints,
-        like.limbs,
-    )
 
 
 def people(record: Any, table: Table, traced: Any) -> list[list[float]]:
@@ -277,7 +265,7 @@ class PoseKind(LabelKind):
         """Persons keep their joints outside of the region; one that was found again has the found joints inside, one
         that was found there only is added.
         """
-        same, people = _matches(old, new), []
+        people, same = list[tuple[np.ndarray, np.ndarray, float]](), _matches(old, new)
         for k in range(len(old.points)):
             points, seen, match = old.points[k].copy(), old.visibility[k].copy(), same.get(k)
             seen[_inside(points, seen, region)] = 0
@@ -289,7 +277,14 @@ class PoseKind(LabelKind):
             inside = _inside(new.points[k], new.visibility[k], region)
             if 2 * inside.sum() >= (new.visibility[k] > 0).sum():
                 people.append((new.points[k], np.where(inside, new.visibility[k], 0), new.scores[k]))
-        return _people(old, people)
+        left = [person for person in people if (person[1] > 0).any()]  # of whom a joint is left
+        shape = (len(left), len(old.joints))
+        return replace(
+            old,
+            points=np.array([points for points, _, _ in left], np.float32).reshape(*shape, 3),
+            visibility=np.array([seen for _, seen, _ in left], np.int64).reshape(shape),
+            scores=np.array([score for _, _, score in left], np.float32),
+        )
 
     def table(self, config: Any, size: int, _: Sequence[str]) -> dict[str, Any]:
         limbs = [list(limb) for limb in config.limbs]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from datasetdm_fast import _C
 from datasetdm_fast.data import IGNORE, SemanticMap
-from datasetdm_fast.engine.labels.colours import CUSTOM, OURS, official_palette, own_palette, palette
+from datasetdm_fast.engine.labels.colours import CUSTOM, OURS, colour, official_palette, palette
 from datasetdm_fast.engine.labels.kind import (
     GalleryLayer,
     Gates,
@@ -72,7 +72,8 @@ class ClassMap(LabelKind):
         """The colours of its files, by number."""
         name = table.get("palette", OURS)
         if name == CUSTOM:
-            return own_palette(self.numbers(table), table["colours"])
+            official = dict(zip(self.numbers(table), map(tuple, table["colours"]), strict=True))
+            return bytes(value for number in range(256) for value in official.get(number, colour(number)))
         return palette() if name == OURS else official_palette(name, tuple(self.names(table).items()))
 
     def ignored_colour(self, table: Table) -> tuple[int, ...]:

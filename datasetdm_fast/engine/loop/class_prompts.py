@@ -156,7 +156,8 @@ def class_columns(
     phrases = {name: [split(text), split(name)] for name, text in zip(words, spoken(words, table))}
     matches = match_phrases(parts, phrases)
     if names := missing(matches):
-        phrases |= {name: [split(word) for word in further_words(name, table)] for name in names}
+        known = zip(names, look_up(tuple(names), table)[0])  # and the words that mean them, except their names
+        phrases |= {name: [split(text.lstrip("~")) for text in word.words] for name, word in known}
         matches = match_phrases(parts, phrases)
     if names := missing(matches):
         raise Refused(
@@ -177,11 +178,6 @@ def concept_places(word: str, tokenizer: Tokenizer) -> tuple[int, ...]:
     if not ids or getattr(tokenizer, "unk_token_id", None) in ids:
         raise Refused(f"--classes: no token says {shorten(word)}", "Use another name for the class.")
     return tuple(range(start, start + len(ids)))
-
-
-def further_words(name: str, table: ClassTable | None) -> list[str]:
-    """The words that mean a class, except its name."""
-    return [word.lstrip("~") for word in look_up((name,), table)[0][0].words]
 
 
 def match_phrases(parts: Sequence[Any], phrases: Mapping[str, Sequence[list[Any]]]) -> list[tuple[str, int, int]]:

@@ -10,10 +10,9 @@ from datasetdm_fast.engine.loop.prompts import (
     PromptLine,
     PromptSource,
     Tokenizer,
-    count_tokens,
+    check_class_lengths,
     fit_negative,
     fit_prompt,
-    shorten,
 )
 from datasetdm_fast.engine.scenes.world import sample_scene
 from datasetdm_fast.errors import Refused
@@ -90,12 +89,7 @@ def make_plan(
     if source.per_class:
         number = source.per_class * len(source.classes)
         longest = f"{max(OPENINGS, key=len)} an {{}}{max(SURROUNDINGS, key=len)}"
-        for word in spoken(source.classes, source.table):
-            if (count := count_tokens(longest.format(word), tokenizer)) > (most := tokenizer.model_max_length):
-                raise Refused(
-                    f"--classes: {shorten(word)} makes a prompt of {count} tokens, at most {most} fit",
-                    "Use a shorter name for the class.",
-                )
+        check_class_lengths(source.classes, tokenizer, source.table, longest)
     negative = fit_negative(source.negative, tokenizer, "--negative-prompt", truncate=truncate)
     prompts = tuple(_fit(line, source, tokenizer, words, truncate) for line in source.lines)
     names = spoken(per_class, source.table)

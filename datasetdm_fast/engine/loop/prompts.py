@@ -157,13 +157,15 @@ def fit_negative(negative: str, tokenizer: Tokenizer, where: str, *, truncate: b
     return text if text in NEGATIVE_PROMPTS.values() else fit_prompt(text, tokenizer, where, truncate=truncate)
 
 
-def check_class_lengths(classes: Sequence[str], tokenizer: Tokenizer, table: ClassTable | None = None) -> None:
+def check_class_lengths(
+    classes: Sequence[str], tokenizer: Tokenizer, table: ClassTable | None = None, prompt: str = ""
+) -> None:
+    """Refuses class words that are too long for the text encoder, alone or in a `prompt` with {} in their place."""
     for word in spoken(classes, table):
-        count = count_tokens(word, tokenizer)
-        if count > tokenizer.model_max_length:
+        if (count := count_tokens((prompt or "{}").format(word), tokenizer)) > (most := tokenizer.model_max_length):
+            size = f"makes a prompt of {count}" if prompt else f"has {count}"
             raise Refused(
-                f"--classes: {shorten(word)} has {count} tokens, at most {tokenizer.model_max_length} fit",
-                "Use a shorter name for the class.",
+                f"--classes: {shorten(word)} {size} tokens, at most {most} fit", "Use a shorter name for the class."
             )
 
 

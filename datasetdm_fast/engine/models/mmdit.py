@@ -33,11 +33,6 @@ class Tokens(NamedTuple):
     gate: Tensor | None = None
     branch_weight: Tensor | None = None  # of an RMS norm of the branch
 
-    def cut(self, begin: int, end: int) -> Tokens:
-        """Those of some places."""
-        branch = None if self.branch is None else self.branch[:, begin:end]
-        return self._replace(x=self.x[:, begin:end], branch=branch)
-
     def total(self, eps: float) -> Tensor:
         branch = self.branch
         if branch is None:
@@ -290,7 +285,7 @@ class MMDiT(nn.Module):
                 parts = [Tokens(torch.cat([part.total(plan.eps) for part in parts], 1))]
             parts = block(parts, vectors(block), turns, keys, number, reader)
         last = dict(zip(plan.final, self.last(F.silu(embedded)).chunk(len(plan.final), -1)))
-        x = parts[0].cut(0, side * side).total(plan.eps)
+        x = parts[0].total(plan.eps)[:, : side * side]
         _, normed = self.ops.ada_norm(*Tokens(x), last["scale1"], last.get("shift1"), None, LAST_EPS)
         cells = self.exit(normed).mT.unflatten(2, (side, side))
         return F.pixel_shuffle(cells, plan.patch) if plan.patch > 1 else cells

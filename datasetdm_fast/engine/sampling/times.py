@@ -150,16 +150,13 @@ def shares_at(scheduler: Mapping[str, Any], timestep: float) -> tuple[float, flo
     if is_flow(scheduler):
         sigma = timestep / scheduler.get("num_train_timesteps", 1000)
         return 1 - sigma, sigma
-    alpha = _alpha_at(alphas_cumprod(scheduler), timestep)
-    return math.sqrt(alpha), math.sqrt(1 - alpha)
-
-
-def _alpha_at(alphas: Tensor, timestep: float) -> float:
-    """The cumulative alpha of a timestep, between whole ones by their ratio of noise to signal."""
+    alphas = alphas_cumprod(scheduler)
     if timestep >= len(alphas) - 1 or float(timestep).is_integer():
-        return float(alphas[min(int(timestep), len(alphas) - 1)])
-    sigma = float(np.interp(timestep, np.arange(len(alphas)), noise_ratios(alphas)))
-    return 1 / (sigma**2 + 1)
+        alpha = float(alphas[min(int(timestep), len(alphas) - 1)])
+    else:  # between whole ones by their ratio of noise to signal
+        sigma = float(np.interp(timestep, np.arange(len(alphas)), noise_ratios(alphas)))
+        alpha = 1 / (sigma**2 + 1)
+    return math.sqrt(alpha), math.sqrt(1 - alpha)
 
 
 def noise_ratios(alphas: Tensor) -> np.ndarray:

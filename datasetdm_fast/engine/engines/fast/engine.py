@@ -453,9 +453,6 @@ class FastEngine(Engine):
         check_task(task, self.decoders)
         return self._run_decoder(task, capture.of(task) if isinstance(capture, ProjectedCapture) else capture, text)
 
-    def _versions(self) -> dict[str, str]:
-        return super()._versions() | ({"compiled": "yes"} if self.is_compiled else {})
-
 
 def _version_of(context: Tensor) -> int:
     """A counter that advances when it is changed in place; -1 of inference tensors, which count no changes."""

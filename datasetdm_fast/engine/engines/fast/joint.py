@@ -5,10 +5,9 @@ and captures that cost a few rows of products and what attention tells of its su
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -21,7 +20,6 @@ from datasetdm_fast.engine.backbones.flow_models import blocks_read
 from datasetdm_fast.engine.backbones.joint_attention import JointReference
 from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.engines.device import engine_call, resolve_device
-from datasetdm_fast.engine.engines.engine import check_task
 from datasetdm_fast.engine.engines.fast.engine import CHUNK_PIXELS, DTYPES
 from datasetdm_fast.engine.engines.torch import TorchEngine
 from datasetdm_fast.engine.loading.model import Model
@@ -38,10 +36,13 @@ from datasetdm_fast.plugins import load_place
 
 
 class CallReader:
-    """Reads some attentions of a call: of the last `images` rows, from the cells of the image to the text."""
+    """Has `keep` read some attentions of a call: of the last `images` rows, from the cells of the image to the text."""
 
-    def __init__(self, blocks: Sequence[int], images: int, cells: int, ops: SimpleNamespace):
-        self.blocks, self.images, self.cells, self.ops = frozenset(blocks), images, cells, ops
+    def __init__(self, blocks: Iterable[int], images: int, cells: int, keep: Callable[..., None]):
+        """`keep` takes a block's number, the tokens [B, S, D], their product with the appended rows [B, S, F], and
+        queries, keys, logarithms of sums and mask of the attention to the text.
+        """
+        self.blocks, self.images, self.cells, self.keep = frozenset(blocks), images, cells, keep
         self.begin = 0
 
     def reads(self, block: int) -> bool:
@@ -52,53 +53,6 @@ class CallReader:
         (tokens, appended, query, key, sums, mask), cells = parts, slice(self.cells)
         text = key[:, :, self.begin :], sums[:, :, cells], None if mask is None else mask[..., self.begin :]
         self.keep(block, tokens[:, cells], appended[:, cells], (query[:, :, cells], *text))
-
-    def keep(self, block: int, tokens: Tensor, appended: Tensor, attention: tuple[Any, ...]) -> None:
-        """Reads the tokens [B, S, D], their product with the appended rows [B, S, F], and queries, keys, logarithms of
-        sums and mask of the attention to the text.
-        """
-        raise NotImplementedError
-
-
-class RawReader(CallReader):
-    """Keeps the tokens and every share."""
-
-    def __init__(self, *arguments: Any):
-        super().__init__(*arguments)
-        self.tokens: dict[int, Tensor] = {}
-        self.maps: dict[int, Tensor] = {}
-
-    def keep(self, block: int, tokens: Tensor, appended: Tensor, attention: tuple[Any, ...]) -> None:
-        self.tokens[block], self.maps[block] = tokens, shares(*attention)
-
-
-class AverageReader(CallReader):
-    """Adds up the mean over heads of each attention [B, S, T]."""
-
-    total: Tensor | None = None
-
-    def keep(self, block: int, tokens: Tensor, appended: Tensor, attention: tuple[Any, ...]) -> None:
-        maps = self.ops.attention_shares(*attention, None)
-        self.total = maps if self.total is None else self.total + maps
-
-
-class ProjectingReader(CallReader):
-    """Adds up what the first layers of the decoders make of tokens and attentions: [B, S, F] for each level."""
-
-    def __init__(self, slots: Mapping[int, list[tuple[int, int]]], projection: Projection, *arguments: Any):
-        super().__init__(tuple(slots), *arguments)
-        self.slots, self.projection = slots, projection
-        self.sums: dict[int, Tensor] = {}
-
-    def keep(self, block: int, tokens: Tensor, appended: Tensor, attention: tuple[Any, ...]) -> None:
-        query, key, sums, mask = attention
-        parts = appended.split([self.projection.widths[level] for level, _ in self.slots[block]], -1)
-        for (level, place), part in zip(self.slots[block], parts, strict=True):
-            weight = self.projection.maps[level][place]  # [heads, T, F]
-            count = min(weight.shape[1], key.shape[2])
-            texts = key[:, :, :count], sums, None if mask is None else mask[..., :count]
-            total = self.ops.attention_shares(query, *texts, weight[:, :count]) + part
-            self.sums[level] = self.sums[level] + total if level in self.sums else total
 
 
 class JointEngine(TorchEngine):
@@ -201,9 +155,12 @@ class JointEngine(TorchEngine):
             output = self.joint.guide(output, text.guidance)
         return output.float(), clean.float()
 
-    def _reads(self, latents: Tensor) -> tuple[int, int, SimpleNamespace]:
-        """What every reader is told: images, and cells of each."""
-        return len(latents), self.model.levels[0].side ** 2, self.ops
+    def _read_call(
+        self, blocks: Iterable[int], keep: Callable[..., None], latents: Tensor, timestep: float, text: Text
+    ) -> tuple[Tensor, Tensor]:
+        """`_call`, of whose blocks `keep` reads some; see CallReader."""
+        reader = CallReader(blocks, len(latents), self.model.levels[0].side ** 2, keep)
+        return self._call(self.network, latents, timestep, text, reader)
 
     @engine_call
     def denoise(self, latents: Tensor, timestep: float, text: Text) -> Tensor:
@@ -220,33 +177,43 @@ class JointEngine(TorchEngine):
     ) -> tuple[Tensor, Capture | ProjectedCapture]:
         if not self.decoders:
             return self.denoise_and_capture_raw(latents, timestep, text)
-        reader = ProjectingReader(self._slots_of(self.network), self.projection, *self._reads(latents))
-        output, clean = self._call(self.network, latents, timestep, text, reader)
-        sides, last = self.projection.sides, len(self.projection.sides) - 1
-        if self.projection.widths[last]:
-            reader.sums[last] = clean.flatten(2).mT @ cast(Tensor, self.projection.features[last][0])[0]
-        sums = []
-        for level, (side, width) in enumerate(zip(sides, self.projection.widths)):
-            total = reader.sums.get(level, torch.zeros(len(latents), side * side, width, device=self.device))
-            sums.append(total.mT.unflatten(2, (side, side)))
-        return output, ProjectedCapture(tuple(sums), self.projection.tasks)
+        slots, projection = self._slots_of(self.network), self.projection
+        sums: dict[int, Tensor] = {}  # of each level, what the first layers of the decoders make of it [B, S, F]
+
+        def project(block: int, tokens: Tensor, appended: Tensor, attention: tuple[Any, ...]) -> None:
+            query, key, logarithms, mask = attention
+            parts = appended.split([projection.widths[level] for level, _ in slots[block]], -1)
+            for (level, place), part in zip(slots[block], parts, strict=True):
+                weight = projection.maps[level][place]  # [heads, T, F]
+                count = min(weight.shape[1], key.shape[2])
+                texts = key[:, :, :count], logarithms, None if mask is None else mask[..., :count]
+                total = self.ops.attention_shares(query, *texts, weight[:, :count]) + part
+                sums[level] = sums[level] + total if level in sums else total
+
+        output, clean = self._read_call(slots, project, latents, timestep, text)
+        if projection.widths[-1]:
+            sums[len(projection.sides) - 1] = clean.flatten(2).mT @ cast(Tensor, projection.features[-1][0])[0]
+        totals = []
+        for level, (side, width) in enumerate(zip(projection.sides, projection.widths)):
+            total = sums.get(level, torch.zeros(len(latents), side * side, width, device=self.device))
+            totals.append(total.mT.unflatten(2, (side, side)))
+        return output, ProjectedCapture(tuple(totals), projection.tasks)
 
     @engine_call
     def denoise_and_capture_raw(self, latents: Tensor, timestep: float, text: Text) -> tuple[Tensor, Capture]:
         levels, (low, *_) = blocks_read(len(self.network.blocks)), self.model.levels
-        reader = RawReader([block for level in levels for block in level], *self._reads(latents))
-        output, clean = self._call(self.network, latents, timestep, text, reader)
-        features = [
-            tuple(reader.tokens[block].float().mT.unflatten(2, (low.side, low.side)) for block in level)
-            for level in levels
-        ]
-        maps = {
-            block: F.pad(value, (0, low.tokens - value.shape[-1]))[..., : low.tokens]
-            for block, value in reader.maps.items()
-        }
-        return output, Capture(
-            (*features, (clean,)), (*(tuple(maps[block] for block in level) for level in levels), ())
-        )
+        features: dict[int, Tensor] = {}
+        maps: dict[int, Tensor] = {}
+
+        def keep(block: int, tokens: Tensor, _: Tensor, attention: tuple[Any, ...]) -> None:
+            share = shares(*attention)
+            features[block] = tokens.float().mT.unflatten(2, (low.side, low.side))
+            maps[block] = F.pad(share, (0, low.tokens - share.shape[-1]))[..., : low.tokens]
+
+        blocks = [block for level in levels for block in level]
+        output, clean = self._read_call(blocks, keep, latents, timestep, text)
+        of_levels = (tuple(tuple(values[block] for block in level) for level in levels) for values in (features, maps))
+        return output, Capture((*next(of_levels), (clean,)), (*next(of_levels), ()))
 
     @engine_call
     def denoise_and_average(
@@ -254,11 +221,14 @@ class JointEngine(TorchEngine):
     ) -> tuple[Tensor, AttentionSums]:
         if class_text.pooled is None:
             return self._read_concepts(latents, timestep, text, class_text, sums)
-        blocks = self.model.defaults.attention.blocks
-        reader = AverageReader(blocks, *self._reads(latents))
-        output, _ = self._call(self.network, latents, timestep, text, reader)
-        assert reader.total is not None
-        maps = reader.total / len(blocks)
+        blocks, averages = self.model.defaults.attention.blocks, list[Tensor]()
+
+        def add(block: int, tokens: Tensor, _: Tensor, attention: tuple[Any, ...]) -> None:
+            maps = self.ops.attention_shares(*attention, None)  # [B, S, T] of all heads
+            averages[:] = [averages[0] + maps] if averages else [maps]
+
+        output, _ = self._read_call(blocks, add, latents, timestep, text)
+        maps = averages[0] / len(blocks)
         return output, AttentionSums(sums.cells, sums.tokens + F.pad(maps, (0, sums.tokens.shape[2] - maps.shape[2])))
 
     def _read_concepts(
@@ -279,11 +249,3 @@ class JointEngine(TorchEngine):
         decoded = [super(JointEngine, self).decode_and_check(part) for part in parts]
         images, is_finite = (torch.cat(values) for values in zip(*decoded))
         return images, is_finite
-
-    @engine_call
-    def annotate(self, task: str, capture: Capture | ProjectedCapture, text: Tensor | None = None) -> dict[str, Tensor]:
-        check_task(task, self.decoders)
-        return self.decoders[task](capture.of(task) if isinstance(capture, ProjectedCapture) else capture, text)
-
-    def _versions(self) -> dict[str, str]:
-        return super()._versions() | ({"compiled": "yes"} if self.is_compiled else {})
