@@ -39,9 +39,7 @@ def form_of(op: str, device: torch.device) -> Callable[..., Any]:
 
 
 def operations(device: torch.device, dtype: torch.dtype) -> SimpleNamespace:
-    """The operations of the networks for `device`; a kernel that fails its probe there gives way to the plain form,
-    with a warning.
-    """
+    """The operations for `device`; a kernel that fails its probe there warns and gives way to the plain form."""
     forms = {op: form_of(op, device) for op in OPS if op not in OF_THE_LOOP}
     for op, form in forms.items():
         if device.type != "cpu" and form is not getattr(plain, op) and not is_sound(op, form, device, dtype):

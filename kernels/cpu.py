@@ -12,9 +12,7 @@ PRODUCTS = 2**3  # with each element, in the time of one exponential and what el
 
 
 def is_native(*tensors: Tensor) -> bool:
-    """Whether csrc takes these tensors: on the CPU, of one storage it knows, dense along the last axis, and without
-    gradients.
-    """
+    """Whether csrc takes these: on the CPU, of one storage it knows, dense along the last axis, without gradients."""
     dtype = tensors[0].dtype
     if dtype not in STORAGES or torch.is_grad_enabled():
         return False

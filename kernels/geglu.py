@@ -17,9 +17,7 @@ BLOCKS = {"untuned": block_sizes("geglu", 4, BLOCK_C=1024)}
 
 
 def reference(x: Tensor, has_silu: bool = False) -> Tensor:
-    """The first half of `x` [..., 2C] times the exact GELU of the second half; or the SiLU of the first half times the
-    second.
-    """
+    """The first half of `x` [..., 2C] times the exact GELU of the second; or the SiLU of the first times that."""
     first, second = x.chunk(2, -1)
     return F.silu(first) * second if has_silu else first * F.gelu(second)
 

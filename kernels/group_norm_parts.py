@@ -124,10 +124,7 @@ def _group_norm_parts_kernel(
         chunk = start + tl.arange(0, BLOCK_N)
         row, is_chunk = chunk[:, None, None], (chunk < chunks)[:, None, None]
         count = tl.minimum(cells - chunk * chunk_cells, chunk_cells).to(tl.float32)[:, None, None]
-        place, second_place = (
-            row * first_channels + channel,
-            row * second_channels + channel - first_channels,
-        )
+        place, second_place = (row * first_channels + channel, row * second_channels + channel - first_channels)
         mean = _both(mean_ptr, second_mean_ptr, place, second_place, is_chunk & is_first, is_chunk & is_second)
         total += tl.where(is_chunk & (is_first | is_second), (mean + shift[None, :, :]) * count, 0.0)
     centre = tl.sum(tl.sum(total, 0), 1) / (width * 1.0 * cells)
@@ -138,10 +135,7 @@ def _group_norm_parts_kernel(
         chunk = start + tl.arange(0, BLOCK_N)
         row, is_chunk = chunk[:, None, None], (chunk < chunks)[:, None, None]
         count = tl.minimum(cells - chunk * chunk_cells, chunk_cells).to(tl.float32)[:, None, None]
-        place, second_place = (
-            row * first_channels + channel,
-            row * second_channels + channel - first_channels,
-        )
+        place, second_place = (row * first_channels + channel, row * second_channels + channel - first_channels)
         mean = _both(mean_ptr, second_mean_ptr, place, second_place, is_chunk & is_first, is_chunk & is_second)
         spread = _both(spread_ptr, second_spread_ptr, place, second_place, is_chunk & is_first, is_chunk & is_second)
         distance = mean + shift[None, :, :] - centre[None, :, None]

@@ -1,6 +1,4 @@
-"""Batch normalisation of a batch of one, for every image of a batch, and ReLU: statistics per image and channel, no
-affine.
-"""
+"""Batch normalisation of each image alone, without affine, and ReLU."""
 
 from __future__ import annotations
 
@@ -35,9 +33,7 @@ def reference(x: Tensor, has_relu: bool = False) -> Tensor:
 
 
 def native(x: Tensor, has_relu: bool = False) -> Tensor:
-    """`reference` on a CPU over a channels-last image: a group norm, from csrc/network_ops.cpp, with a group a
-    channel.
-    """
+    """`reference` on a CPU over a channels-last image: a group norm of csrc with a group a channel."""
     if x.ndim != 4 or not is_native(x.permute(0, 2, 3, 1)):
         return reference(x, has_relu)
     channels = x.shape[1]

@@ -21,9 +21,7 @@ BLOCKS = {
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float, shift: Tensor | None = None) -> Tensor:
-    """`x` [..., C], plus `shift` [C] where one is given, with zero mean and unit variance along C, times `weight` plus
-    `bias`.
-    """
+    """`x` [..., C], plus a `shift` [C], with zero mean and unit variance along C, times `weight` plus `bias`."""
     x = x if shift is None else x + shift
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 

@@ -1,6 +1,4 @@
-"""Products added to a residual, with the statistics of the sum: the end of a transformer, and shortcuts whose input is
-never concatenated.
-"""
+"""Products added to a residual, with the statistics of the sum; several inputs are never concatenated."""
 
 from __future__ import annotations
 

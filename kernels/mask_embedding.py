@@ -23,9 +23,7 @@ BLOCKS = {
 def reference(
     x: Tensor, gain: Tensor, shift: Tensor, eps: float, weights: Sequence[Tensor], biases: Sequence[Tensor]
 ) -> Tensor:
-    """The normed rows of `x` [..., C] under three `weights` [C, C], [C, C], [D, C] and their `biases`, with ReLU after
-    the first two.
-    """
+    """Normed rows [..., C] under `weights` [C, C], [C, C], [D, C] and `biases`, with ReLU after the first two."""
     x = F.layer_norm(x, gain.shape, gain, shift, eps)
     for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
         x = F.relu(F.linear(x, weight, bias))

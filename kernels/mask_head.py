@@ -1,6 +1,4 @@
-"""Masks of every query: its embedding times the mask features, resized; as logits, or as the cells its attention is to
-leave out.
-"""
+"""Masks of every query, resized: as logits, or as the cells that its attention is to leave out."""
 
 from __future__ import annotations
 
@@ -11,9 +9,7 @@ from datasetdm_fast.kernels.bilinear import resize
 
 
 def reference(queries: Tensor, features: Tensor, side: int, is_blocking: bool = False) -> Tensor:
-    """Logits [B, N, side, side] of `queries` [B, N, D] on `features` [B, D, h, w]; or, if `is_blocking`, whether a cell
-    is outside the mask.
-    """
+    """Logits [B, N, side, side] of `queries` [B, N, D] on `features` [B, D, h, w], or what is outside the mask."""
     logits = resize(torch.einsum("bnd,bdhw->bnhw", queries, features), side)
     return outside(logits) if is_blocking else logits
 

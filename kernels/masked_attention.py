@@ -7,9 +7,7 @@ from torch import Tensor
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v [B, heads, N, d]; `blocked` [B, N, S] is shared by the heads, and a query that blocked
-    every cell sees all.
-    """
+    """softmax(q k^T / sqrt(d)) v [B, heads, N, d] over cells not `blocked` [B, N, S]; all, where all are."""
     scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-2, -1))
     if blocked is not None:
         blocked = blocked & ~blocked.all(-1, keepdim=True)

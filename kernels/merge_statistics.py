@@ -87,12 +87,6 @@ def merge_statistics(statistics: Tensor, cells: int) -> Tensor:
     whole = statistics.new_empty((2, batch, 1, channels), dtype=torch.float32)
     sizes = blocks(BLOCKS, "group_norm_parts merge", statistics, BLOCK_C=channels)
     _group_norm_parts_merge_kernel[ceil_divide(channels, sizes["BLOCK_C"]), batch](
-        *statistics,
-        *whole,
-        channels,
-        cells,
-        chunks,
-        CHUNK=CHUNK,
-        **sizes,
+        *statistics, *whole, channels, cells, chunks, CHUNK=CHUNK, **sizes
     )
     return whole

@@ -19,26 +19,20 @@ def planes(attention: Tensor) -> Tensor:
 
 
 def reference(features: Sequence[Tensor], maps: Sequence[Tensor], weight: Tensor, side: int) -> Tensor:
-    """The projected level [B, F, side, side] of `features` [B, 2C, h, w] and `maps` [B, heads, S, T] under `weight` [F,
-    channels, 1, 1].
-    """
+    """The level [B, F, side, side] of `features` [B, 2C, h, w] and `maps` [B, heads, S, T] under `weight`."""
     tensors = [*features, *(planes(layer) for layer in maps)]
     return F.conv2d(torch.cat([resize(x, side) for x in tensors], 1), weight)
 
 
 def add_product(total: Tensor, weight: Tensor, x: Tensor) -> Tensor:
-    """`total` [B, F, S] with `weight` [F, C] times `x` [B, C, S] added in place; narrow types are multiplied as they
-    are and summed in fp32.
-    """
+    """`total` [B, F, S] with `weight` [F, C] times `x` [B, C, S] added in place, summed in its own type."""
     if total.dtype == x.dtype:
         return total.baddbmm_(weight.expand(len(x), *weight.shape), x)
     return total.add_(torch.matmul(weight, x))
 
 
 def plain(features: Sequence[Tensor], maps: Sequence[Tensor], weight: Tensor, side: int) -> Tensor:
-    """The level of `reference`, each tensor projected where it lies and only the sum resized: both are linear and act
-    on different axes.
-    """
+    """The level of `reference`, each tensor projected where it lies and the sum resized, as both are linear."""
     widths = [x.shape[1] for x in features] + [layer.shape[1] * layer.shape[3] for layer in maps]
     parts = weight.flatten(1).split(widths, 1)
     first, exact = features[0], torch.promote_types(features[0].dtype, torch.float32)

@@ -43,9 +43,7 @@ def _panels(outputs: int) -> int:
     return -(-outputs // (2 * PANEL)) * 2
 
 
-def transform_weight(
-    weight: Tensor,
-) -> Tensor:  # [36, P, I, 16] of [O, I, 3, 3]; of a bf16 weight `transform_in_pairs`
+def transform_weight(weight: Tensor) -> Tensor:  # [36, P, I, 16] of [O, I, 3, 3]; of a bf16 weight `transform_in_pairs`
     """G g G^T of every pair of channels, as `convolve` reads it, computed in fp64."""
     if weight.dtype == torch.bfloat16:
         return transform_in_pairs(weight)
@@ -121,9 +119,7 @@ def convolve(
 
 
 def gradient(x: Tensor, out: Tensor) -> Tensor:
-    """The gradient [O, I, 3, 3] of the plain weight, from channels-last `x` [B, I, h, w] and the gradient of its
-    convolution [B, O, h, w].
-    """
+    """The weight's gradient [O, I, 3, 3] from `x` [B, I, h, w] and that of its convolution [B, O, h, w]."""
     x, out = (image.contiguous(memory_format=torch.channels_last) for image in (x, out))
     (batch, channels, height, width), outputs = x.shape, out.shape[1]
     products, rows = torch.empty(len(G) ** 2, channels * outputs), x.new_tensor(G)

@@ -453,9 +453,7 @@ class Pipeline:
     def generate_batches(
         self, batches: Iterable[Batch], recipe: Recipe, make: Callable[..., driver.BatchGenerator] | None = None
     ) -> Iterator[list[Sample | Quarantined]]:
-        """The results of every batch, in order; on a GPU a batch is sampled while the labels of the one before are
-        made.
-        """
+        """The results of every batch, in order; a GPU samples a batch while the one before is labelled."""
         made = driver.generate(self._between_turns(iter(batches)), self.engine, recipe, make=make)
         while True:
             with self._turn:

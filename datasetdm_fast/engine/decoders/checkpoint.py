@@ -167,9 +167,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def fill(decoder: Decoder, state: Mapping[str, Tensor], origin: str) -> None:
-    """Copies every tensor of `state` into the decoder, which may have no memory yet, or refuses with everything that
-    does not match.
-    """
+    """Copies `state` into the decoder, which may have no memory yet; refused with all that does not match."""
     check_fit(decoder, state, origin)
     tensors.check_finite(state, f"{origin}: ")
     ours = decoder.state_dict()

@@ -192,9 +192,7 @@ class DecoderConfig:
 
     @property
     def values(self) -> dict[str, Any]:
-        """The fields as JSON holds them, without those that decoders of earlier versions did not have and that say
-        nothing here.
-        """
+        """The fields as JSON holds them, without idle ones that earlier versions did not have."""
         values = asdict(self)
         values["class_words"] = [
             {"name": word.name, "say": word.spoken, "words": word.words} for word in self.class_words

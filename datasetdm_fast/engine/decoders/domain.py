@@ -97,9 +97,7 @@ def describe_things(sketch: np.ndarray, label: Annotation) -> Iterator[tuple[str
 
 
 def learn_domain(sketches: np.ndarray, labels: Sequence[Annotation], pictures: Sequence[int]) -> Domain | None:
-    """The domain of the sketches [N, D, h, w] of labelled views, by the pictures that these are of; None where they are
-    too few.
-    """
+    """The domain of sketches [N, D, h, w] of labelled views of some `pictures`; None where these are too few."""
     of_picture = np.unique(np.asarray(pictures), return_inverse=True)[1]
     if of_picture.max(initial=-1) + 1 < LEAST_IMAGES:
         return None
@@ -122,9 +120,7 @@ def learn_domain(sketches: np.ndarray, labels: Sequence[Annotation], pictures: S
 
 
 def _fit(descriptors: np.ndarray, pictures: np.ndarray, classes: np.ndarray, count: int, views: np.ndarray) -> Spread:
-    """The spread of descriptors, with the limit that 99 % of views keep to with all they show, each measured against
-    the other pictures.
-    """
+    """The spread of descriptors, and the limit that 99 % of views keep to, measured against other pictures."""
     folds, held_out = pictures % FOLDS, np.zeros(len(descriptors))
     for fold in range(FOLDS):
         inside = folds == fold

@@ -64,8 +64,7 @@ def find_decoders(source: str | Path | Iterable[Path]) -> DecoderFolders:
                 is_begun = any(folder.glob("*/training/**/log.jsonl"))
                 lack = "its training has not ended" if is_begun else "no sub-folder holds a config.json"
             raise Missing(
-                f"decoders {folder}: {lack}",
-                f"Give the folder above: {folder.parent}." if is_decoder else FORM,
+                f"decoders {folder}: {lack}", f"Give the folder above: {folder.parent}." if is_decoder else FORM
             )
         here = {LabelName(read_config(path).task, path.name): path for path in configs}
         for name, path in here.items():

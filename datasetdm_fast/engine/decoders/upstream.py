@@ -271,9 +271,7 @@ def as_checkpoint(folder: Path) -> bytes:
 
 
 def unpack_decoders(source: str | Path, levels: tuple[Level, ...] = SD1_LEVELS) -> list[Path]:
-    """The folders that --decoder names, each checkpoint FILE.pth or KIND:FILE.pth among them as a folder in the cache
-    that holds its decoder.
-    """
+    """The folders that --decoder names; of a checkpoint FILE.pth or KIND:FILE.pth, one in the cache."""
     return [unpack_decoder(part, levels) for part in parts_of(source)]
 
 

@@ -1,6 +1,4 @@
-"""Engines: ways to run the networks behind one narrow protocol; loop, guidance, tasks and writers sit above it and
-exist once.
-"""
+"""Engines: ways to run the networks behind one narrow protocol, above which all else exists once."""
 
 from __future__ import annotations
 

@@ -37,9 +37,7 @@ def suggest_batch(side: int, device: torch.device, bytes_of: Callable[[int], int
 def halve_until_fits(
     run: Callable[[int], Result], size: int, forget: Callable[[], None], times: int = 1
 ) -> tuple[Result, int]:
-    """run(size), the size halved up to so many times where memory runs out, each time after `forget` dropped caches;
-    and the size that worked.
-    """
+    """run(size) and the size, halved up to so many times where memory runs out after `forget` freed caches."""
     while True:
         try:
             return run(size), size

@@ -70,11 +70,7 @@ def open_engine(
 
 
 def load_decoders(
-    model: Model,
-    decoder: str | None,
-    tasks: Sequence[str] | None = None,
-    *,
-    outlines: str = "auto",
+    model: Model, decoder: str | None, tasks: Sequence[str] | None = None, *, outlines: str = "auto"
 ) -> tuple[dict[str, Decoder], dict[str, Any]]:
     """The decoders of `tasks` (None: all) that --decoder names, checked against the model, and their descriptions."""
     from datasetdm_fast.engine.decoders.checkpoint import check_fits, for_inference, load_decoder

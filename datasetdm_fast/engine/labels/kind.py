@@ -146,9 +146,7 @@ class LabelKind(ABC):
         """The distance of two labels, 0 if they are equal."""
 
     def follow_colours(self, label: Any, image: np.ndarray) -> Any:
-        """The label with outlines that follow the colours of its image [H, W, 3] uint8; of a kind without outlines the
-        label itself.
-        """
+        """The label with outlines that follow the colours of its image [H, W, 3] uint8, where it has outlines."""
         return label
 
     def overlap(self, predicted: Any, truth: Any) -> float | None:

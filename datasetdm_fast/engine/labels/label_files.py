@@ -66,9 +66,7 @@ Files = dict[str, tuple[str, bytes]]  # role -> path inside the run folder, cont
 def encode(
     sample: Sample, image_format: str, tables: Mapping[str, Table], folder: str = ""
 ) -> tuple[Files, dict[str, Any]]:
-    """The files of a sample, below a `folder/` of the run folder, and its records by task; `tables` are those of
-    run.json.
-    """
+    """The files of a sample below a `folder/`, and its records by task; `tables` are run.json's."""
     id = sample.request.id
     files: Files = {"image": (f"{folder}images/{id}.{image_format}", image_bytes(sample.image, image_format))}
     records = {}

@@ -23,9 +23,7 @@ TOLERANCE = 1 / 260  # image widths an outline may be simplified by
 
 
 def depth_picture(millimetres: np.ndarray) -> Image.Image:
-    """A coloured picture of a depth map, from its own nearest to its own farthest point; what is not known is as dark
-    as the latter.
-    """
+    """A coloured picture of a depth map, from its nearest to its farthest point and what is not known."""
     known = millimetres > 0
     near, far = int(millimetres.min(where=known, initial=millimetres.max())), int(millimetres.max())
     steps = (millimetres.astype(np.float32) - near) * (255 / max(far - near, 1)) + 0.5

@@ -1,6 +1,4 @@
-"""Maps of classes, of query words and of what attention tells of these: a palette PNG of numbers and a grey one of
-confidences.
-"""
+"""Maps of classes, of query words, and of words read from attention: PNGs of numbers and of confidences."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace

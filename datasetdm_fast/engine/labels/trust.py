@@ -95,9 +95,7 @@ def trust_of(
 
 
 def with_domain(trust: Trust, distances: Mapping[str, DomainDistance]) -> Trust:
-    """A trust with the largest distance from the domains of a sample's decoders, and what is out of them as the first
-    reasons.
-    """
+    """A trust with the largest distance from its decoders' domains, and first what is out of them."""
     if not distances:
         return trust
     farthest = max(max(each.picture, *each.things.values(), 0.0) for each in distances.values())

@@ -169,9 +169,7 @@ def mirrored_text(text: str, classes: Sequence[str], table: ClassTable | None = 
 
 
 def replaced_text(text: str, name: str, other: str, classes: Sequence[str], table: ClassTable | None = None) -> str:
-    """The text with `other` in place of what it says of one of the classes ("an orange ball"), empty where it does not
-    name it.
-    """
+    """The text with `other` in place of a class it names ("an orange ball"), empty where it does not."""
     lowered = _lower(text)
     text = unicodedata.normalize("NFC", text)
     text = text if len(text) == len(lowered) else lowered
@@ -198,9 +196,7 @@ def token_places(
 
 
 def _marks(text: str) -> list[re.Match[str]]:
-    """Matches of words and marks that end a phrase, in the text in lower case; hyphens and underscores part words, a
-    possessive s goes.
-    """
+    """Matches of words and of marks that end a phrase in the text in lower case, without a possessive s."""
     return list(TOKEN.finditer(re.sub(r"['’]s\b", "  ", _lower(text))))
 
 

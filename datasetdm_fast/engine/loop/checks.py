@@ -6,14 +6,7 @@ from numbers import Integral, Real
 from operator import index
 from typing import Any
 
-from datasetdm_fast.config import (
-    FLAVOURS,
-    OUTLINES,
-    PARITIES,
-    PROVIDERS,
-    SEEDS,
-    TASKS,
-)
+from datasetdm_fast.config import FLAVOURS, OUTLINES, PARITIES, PROVIDERS, SEEDS, TASKS
 from datasetdm_fast.engine.labels.names import LabelName
 from datasetdm_fast.errors import Refused
 
@@ -102,8 +95,7 @@ def check_seed(seed: int, number: int = 1) -> int:
         whole = -1
     if not 0 <= whole <= SEEDS - number:
         raise Refused(
-            f"--seed {_quote(seed)}: expected a whole number from 0 to {SEEDS - number}",
-            "Choose another seed.",
+            f"--seed {_quote(seed)}: expected a whole number from 0 to {SEEDS - number}", "Choose another seed."
         )
     return whole
 

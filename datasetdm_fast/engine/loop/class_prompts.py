@@ -132,12 +132,7 @@ def check_class_prompt(
 
 
 def class_columns(
-    class_prompt: str,
-    words: Sequence[str],
-    tokenizer: Tokenizer,
-    *,
-    by_words: bool,
-    table: ClassTable | None = None,
+    class_prompt: str, words: Sequence[str], tokenizer: Tokenizer, *, by_words: bool, table: ClassTable | None = None
 ) -> list[tuple[str, tuple[int, ...]]]:
     """The query words of a class prompt, each with its places among the tokens: those of all its tokens, once for each
     class; or `by_words`, as Dataset Diffusion has it, the place of the word, however many tokens stand before it, for

@@ -1,6 +1,4 @@
-"""Images by the arguments of diffusers' pipelines: noise of a caller's generators, a callback after every step, images
-in a caller's form.
-"""
+"""Images by the arguments of diffusers' pipelines: generators, a callback after every step, output types."""
 
 from __future__ import annotations
 
@@ -132,9 +130,7 @@ class LatentGenerator(driver.BatchGenerator):
 
 
 def convert_images(samples: Sequence[Sample], output_type: str, latents: Mapping[int, Tensor]) -> Any:
-    """The images as diffusers returns them: a list of PIL images, [N, H, W, 3] or [N, 3, H, W] float32 in 0 .. 1, or
-    the latents [N, C, h, w].
-    """
+    """The images as diffusers returns them: of PIL, [N, H, W, 3] or [N, 3, H, W] float32, or latents [N, C, h, w]."""
     import numpy as np
     import torch
 

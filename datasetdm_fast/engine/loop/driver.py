@@ -100,9 +100,7 @@ class BatchGenerator:
         return self.label(batch, self.sample(batch))
 
     def sample(self, batch: Batch) -> Any:
-        """A SampledBatch from the sampler loop, with captures at some of its calls; on a GPU the host queues the loop
-        without waiting.
-        """
+        """A SampledBatch from the sampler loop, with captures of some calls; a GPU's host does not wait."""
         from datasetdm_fast.engine.sampling.walk import SamplerState
 
         engine, recipe, requests = self.engine, self.recipe, batch.padded

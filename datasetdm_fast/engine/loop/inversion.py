@@ -20,12 +20,7 @@ POSTERIOR = "posterior"  # the name of the stream of draws from it
 
 
 def invert(
-    engine: Engine,
-    images: Tensor,
-    captions: Sequence[str],
-    timestep: int,
-    seeds: Sequence[int],
-    **how: Any,
+    engine: Engine, images: Tensor, captions: Sequence[str], timestep: int, seeds: Sequence[int], **how: Any
 ) -> Capture | ProjectedCapture:
     """The capture of images at one timestep; see invert_at."""
     return next(invert_at(engine, images, captions, [timestep], seeds, **how))
@@ -34,9 +29,7 @@ def invert(
 def invert_for(
     engine: Engine, labels: Sequence[str], images: Tensor, captions: Sequence[str], seeds: Sequence[int]
 ) -> dict[str, Capture | ProjectedCapture]:
-    """Label -> what its decoder reads of images, at the timesteps that it was trained at; 0, upstream's, where it does
-    not say.
-    """
+    """Label -> what its decoder reads of images at the timesteps it was trained at; 0, upstream's, by default."""
     times = {label: tuple(time or 0 for time in timesteps_of(engine.decoders[label].config)) for label in labels}
     calls = sorted({time for several in times.values() for time in several}, reverse=True)
     captured = CapturedCalls(engine, {label: tuple(map(calls.index, several)) for label, several in times.items()})
@@ -86,9 +79,7 @@ def posterior_generator(seed: int) -> torch.Generator:
 
 
 def ddim_latents(engine: Engine, clean: Tensor, text: Text, timestep: int, steps: int) -> Tensor:
-    """Clean latents brought to `timestep` by DDIM run backwards without guidance (Song et al. 2020, 4.3); for a flow
-    that is Euler's method.
-    """
+    """Clean latents brought to `timestep` by DDIM backwards (Song et al. 2020, 4.3), of a flow by Euler's method."""
     scheduler = engine.model.scheduler
     latents, time, signal, noisy = clean.clone(), 0, 1.0, 0.0
     for target in np.unique(np.linspace(0, timestep, steps + 1).round().astype(int)[1:] if timestep else [0]).tolist():
@@ -105,9 +96,7 @@ def ddim_latents(engine: Engine, clean: Tensor, text: Text, timestep: int, steps
 
 
 def capture_timestep(configs: Mapping[str, Any]) -> int:
-    """The one timestep that the decoders of these configs, by label, were trained at; 0, upstream's, where they do not
-    say.
-    """
+    """The one timestep that decoders of these configs, by label, were trained at; 0, upstream's, by default."""
     named = {label: [time or 0 for time in timesteps_of(config)] for label, config in configs.items()}
     times = sorted({time for several in named.values() for time in several})
     if len(times) > 1:

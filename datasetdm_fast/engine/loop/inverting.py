@@ -164,9 +164,7 @@ class TilingGenerator(InvertingGenerator):
 
 
 def inversion_recipe(recipe: Recipe, engine: Engine, timesteps: Sequence[int]) -> Recipe:
-    """The recipe for existing pictures: labels from attention are read at `timesteps`, others at the timesteps of their
-    decoders.
-    """
+    """The recipe for existing pictures: attention is read at `timesteps`, others at those of their decoders."""
     timesteps = list(timesteps) if recipe.attention else []
     training = int(engine.model.scheduler.get("num_train_timesteps", TRAINING_STEPS))
     is_whole = all(isinstance(time, Integral) and 0 <= time < training for time in timesteps)

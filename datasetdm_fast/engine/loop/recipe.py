@@ -115,9 +115,7 @@ class Recipe:
 
     @property
     def concepts(self) -> tuple[str, ...]:
-        """The words whose tokens are added to the texts of a call, as not every prompt names them; the last is none of
-        the run's.
-        """
+        """The words that join the texts of a call, as not every prompt names them; the last is none of the run's."""
         return (*self.words, BACKGROUND) if self.asks_all and self.attention and self.attention.blocks else ()
 
     def class_prompt(self, request: Request) -> str:

@@ -63,9 +63,7 @@ class CaptureHook:
         """Reads the queries and keys of that cross-attention where its output is already known."""
 
     def attend_self(self, slot: AttentionSlot, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The output of the self-attention of that layer: [R, heads, S, d], or [B, heads, S, d] before the halves
-        differ.
-        """
+        """The output of that layer's self-attention [R or, before the halves differ, B, heads, S, d]."""
         return self.ops.attention(q, k, v)
 
     def reads_self(self, cells: int) -> bool:

@@ -111,9 +111,7 @@ def add_linear(h: Tensor, x: Tensor, linear: Linear) -> None:
 
 
 class ShiftedBlock(AttentionBlock):
-    """Its tokens lack the biases of the products that were added to them, in this block and in those before: norms
-    shift by these.
-    """
+    """Its tokens lack the biases of products added so far, in earlier blocks, too: norms shift by these."""
 
     def shift_norms(self, missing: Tensor | None) -> Tensor:
         """Takes what its input lacks, and returns what its output lacks."""

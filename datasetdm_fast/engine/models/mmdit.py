@@ -231,9 +231,7 @@ def turns_of(places: Tensor, axes: Sequence[int], theta: float) -> Tensor:
 
 
 class MMDiT(nn.Module):
-    """d latents / d sigma [R, C, h, w] of latents [B, C, h, w] at a timestep for R texts: B, or first as many without
-    the prompt.
-    """
+    """d latents / d sigma [R, C, h, w] of latents [B, C, h, w] for R texts: B, or first B without the prompt."""
 
     def __init__(self, config: Any, plan: JointPlan, ops: SimpleNamespace):
         super().__init__()

@@ -10,14 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from datasetdm_fast.engine.models.blocks import Block
-from datasetdm_fast.engine.models.layers import (
-    Convolution,
-    GroupNorm,
-    Linear,
-    Resnet,
-    Upsample,
-    upsample_image,
-)
+from datasetdm_fast.engine.models.layers import Convolution, GroupNorm, Linear, Resnet, Upsample, upsample_image
 from datasetdm_fast.engine.models.unet import AttentionBlock
 from datasetdm_fast.engine.models.vae import ImageDecoder
 from datasetdm_fast.kernels import group_norm_silu, winograd
@@ -223,9 +216,7 @@ def place_module(module: nn.Module, device: torch.device, dtype: torch.dtype) ->
 
 
 def state_distance(value: Tensor, truth: Tensor) -> float:
-    """The largest difference of two weights, as a share of the largest number in `truth`; NaN counts as farther than
-    any number.
-    """
+    """The largest difference of two weights, over the largest number in `truth`; NaN is farther than any."""
     if not truth.numel():
         return 0.0
     farthest = (value.double() - truth.double()).abs().max() / truth.double().abs().max().clamp(min=1e-30)
@@ -233,9 +224,7 @@ def state_distance(value: Tensor, truth: Tensor) -> float:
 
 
 def largest_distance(held: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> float:
-    """state_distance of the weight that lies farthest from its truth, in whatever form it is held; a missing one is
-    farther than any.
-    """
+    """state_distance of the farthest weight, in whatever form it is held; a missing one is farther than any."""
     if not _weight_places(truth) <= _weight_places(held):
         return float(torch.finfo(torch.double).max)
     shared = truth.keys() & held.keys()

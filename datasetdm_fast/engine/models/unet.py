@@ -312,9 +312,7 @@ class Up(nn.Module):
 
 
 class UNet(nn.Module):
-    """UNet output [R, C, h, w] for latents [B, C, h, w], a row of TimeTable or one for each text, and TextTable of
-    R = B or 2B texts.
-    """
+    """UNet output [R, C, h, w] for latents [B, C, h, w], one or R rows of TimeTable, TextTable of R = B or 2B."""
 
     plan = CapturePlan
 

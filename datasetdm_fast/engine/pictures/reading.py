@@ -161,9 +161,7 @@ def depth_map(path: Path, shape: Sequence[int], units: float, farthest: float) -
 
 
 def lines(path: Path, *, may_be_none: bool = False, most: int = LARGEST_LIST) -> list[str]:
-    """The lines of a UTF-8 text file of at most `most` bytes that are not empty; a file without any is refused, unless
-    there `may_be_none`.
-    """
+    """The lines that are not empty of a UTF-8 file of at most `most` bytes; some, unless there `may_be_none`."""
     try:
         text = storage.read(path, most).decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -87,9 +87,7 @@ def flow_updates(scheduler: Mapping[str, Any], sigmas: list[float]) -> list[Upda
 
 
 def heun_updates(scheduler: Mapping[str, Any], sigmas: list[float]) -> list[Update]:
-    """Heun's method: a step of Euler, then one call at its end that replaces half of the step; the last step is Euler's
-    alone.
-    """
+    """Heun's method: a step of Euler, then a call at its end that replaces half of it, but for the last step."""
     updates = []
     for sigma, target in zip(sigmas[:-2], sigmas[1:]):
         half = (target - sigma) / 2

@@ -77,9 +77,7 @@ def _static_shift(scheduler: Mapping[str, Any]) -> float:
 
 
 def _shift(scheduler: Mapping[str, Any], steps: int, rule: FlowRule, tokens: int) -> float:
-    """The factor of odds of noise by which the sigmas are shifted; if that depends on the tokens of an image, its
-    logarithm does by a line.
-    """
+    """The factor of odds of noise by which sigmas are shifted, by steps and tokens where the config says so."""
     if not scheduler.get("use_dynamic_shifting"):
         return _static_shift(scheduler)
     if rule.mu == "empirical":  # a line in tokens at 10 and 200 steps, and one between

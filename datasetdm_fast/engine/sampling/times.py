@@ -181,9 +181,7 @@ def respace(scheduler: Mapping[str, Any], sigmas: np.ndarray) -> np.ndarray:
 def space_times(
     scheduler: Mapping[str, Any], count: int, steps: int, usual: str = "linspace", beyond: int = 0
 ) -> np.ndarray:
-    """[steps] falling timesteps by the config's timestep_spacing; two kinds of it are laid out with so many steps
-    `beyond` the last.
-    """
+    """[steps] falling timesteps by the config's timestep_spacing, laid out with steps `beyond` the last."""
     spacing, many = scheduler.get("timestep_spacing", usual), steps + beyond
     if spacing == "trailing":  # for 61 steps of 1000 rounding lets arange end with one too many
         return np.arange(count, 0, -count / steps)[:steps].round() - 1

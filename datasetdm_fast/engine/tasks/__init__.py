@@ -64,9 +64,7 @@ def read_labels(
 
 
 def with_outlines(labels: Sequence[Any], images: Iterable[np.ndarray], config: DecoderConfig) -> list[Any]:
-    """A decoder's labels of images [H, W, 3] uint8, whose colours their outlines follow where its configuration says
-    so.
-    """
+    """A decoder's labels, whose outlines follow the colours of images [H, W, 3] where its config says so."""
     if config.outlines != FROM_IMAGE:
         return list(labels)
     kind = LABEL_KINDS[config.task]

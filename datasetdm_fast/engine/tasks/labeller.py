@@ -89,9 +89,7 @@ def labels_of(name: str, device: torch.device, batch: LabellerInput) -> list[Ann
 
 
 def check_label(label: Any, sides: Sequence[int], table: Table) -> None:
-    """A ValueError where a label is none of an image of this height and width, or its names are not those of the table
-    of its run.
-    """
+    """A ValueError where a label does not fit an image of this height and width, or the table of its run."""
     if type(label) not in FORMS:
         raise ValueError(f"a {type(label).__name__} is none of {', '.join(kind.__name__ for kind in FORMS)}")
     known = dict(zip("HW3", (*sides, 3)))

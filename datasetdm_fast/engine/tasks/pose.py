@@ -36,9 +36,7 @@ def neighbours(planes: Tensor, places: Tensor) -> Tensor:
 
 
 def summit(heatmaps: Tensor) -> tuple[Tensor, Tensor]:
-    """Height [B, J] and place in cells [B, J, 2], moved to the top of the quadratic that fits the logarithm (Zhang et
-    al. 2020, eq. 8).
-    """
+    """Height [B, J] and place [B, J, 2] at the top of the quadratic of logarithms (Zhang et al. 2020, eq. 8)."""
     height, places = peaks(heatmaps)
     values = neighbours(heatmaps, places).clamp(min=FAINTEST).log()
     dx, dy = (values[..., 1, 2] - values[..., 1, 0]) / 2, (values[..., 2, 1] - values[..., 0, 1]) / 2

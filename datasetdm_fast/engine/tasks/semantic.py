@@ -27,9 +27,7 @@ def scaled_area(min_area: int, size: int) -> float:
 
 
 def evidence(class_logits: Tensor, mask_logits: Tensor) -> Tensor:
-    """Sum over queries of class probability times mask probability [B, K, H, W], "no object" left out after the
-    softmax.
-    """
+    """Sum over queries of class probability, "no object" left out, times mask probability [B, K, H, W]."""
     return torch.einsum("bnk,bnhw->bkhw", class_logits.softmax(-1)[..., :-1], mask_logits.sigmoid())
 
 

@@ -267,9 +267,7 @@ class FastEngine(Engine):
     def denoise_and_capture(
         self, latents: Tensor, timestep: float, text: Text
     ) -> tuple[Tensor, ProjectedCapture | Capture]:
-        """The noise and what the loaded decoders make of the activations; without decoders the activations
-        themselves.
-        """
+        """The noise and what the decoders make of the activations; without decoders the activations themselves."""
         if not self.decoders:
             return self.denoise_and_capture_raw(latents, timestep, text)
         noise, *sums = self._call(self._capture_projected, latents, timestep, text)
@@ -469,9 +467,7 @@ def sample_moments(moments: Tensor, generators: Sequence[torch.Generator] | None
 
 
 def slice_of(batch: int) -> int:
-    """Images of a batch that a CPU works on together. It depends on nothing but the batch, so that threads and ranks
-    change no rounding.
-    """
+    """Images of a batch that a CPU works on at once, by the batch alone, so that threads change no rounding."""
     return min(-(-batch // 2), WIDEST_SLICE)
 
 

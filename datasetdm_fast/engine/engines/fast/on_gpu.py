@@ -1,6 +1,4 @@
-"""The fast engine on a GPU, by default in half precision: every step is the replay of a CUDA graph, with as many images
-as fit in memory.
-"""
+"""The fast engine on a GPU: every step is the replay of a CUDA graph, with as many images as fit."""
 
 from __future__ import annotations
 
@@ -56,9 +54,7 @@ class GpuEngine(FastEngine):
         return self.dtype, (UNet, ImageDecoder) if self.is_compiled else (FusedUNet, FusedImageDecoder)
 
     def _sources(self, *names: str) -> dict[str, Weighted]:
-        """On the CPU, wherever the reference engine has put the modules: what is computed from weights would round
-        otherwise.
-        """
+        """On the CPU, whose products of weights round alike wherever the reference engine has the modules."""
         sources = {name: self.model.networks[name].read() for name in names or self.model.networks}
         return {
             name: Weighted(source.config, {part: value.cpu() for part, value in source.state.items()})
