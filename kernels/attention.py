@@ -141,9 +141,7 @@ def _attention_kernel(
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The result of `reference`; by PyTorch's own fused attention unless there are many keys and this kernel's tiles of
-    a head are narrower by a quarter.
-    """
+    """The result of `reference`; by PyTorch's own fused attention unless many keys fill narrower tiles here."""
     (batch, heads, queries, width), keys = q.shape, k.shape[2]
     if not is_served("attention", q, k, v):
         return reference(q, k, v)

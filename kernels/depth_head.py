@@ -110,9 +110,7 @@ def apply_trained(
 
 
 def tap_products(x: Tensor, weight: Tensor, sides: Sequence[int]) -> tuple[Tensor, int]:
-    """The product of each tap of the first convolution and each cell [B, h, h, 9, C], and the side in the middle of the
-    two resizes that are left.
-    """
+    """The product of each tap and each cell [B, h, h, 9, C], and the side between the two resizes left."""
     for side in sides[:-2]:
         x = resize(x, side)
     cells = x.flatten(2).transpose(1, 2)  # [B, h h, C]
@@ -194,9 +192,7 @@ def _depth_head_last_kernel(
 def fused(
     x: Tensor, weight: Tensor, bias: Tensor, last_weight: Tensor, last_bias: Tensor, sides: Sequence[int]
 ) -> Tensor:
-    """The result of `reference`, from the products of `plain`; the wide map is read once, bias, ReLU and the last
-    convolution in one pass over it.
-    """
+    """The result of `reference` from the products of `plain`, in one pass over the wide map."""
     if not is_served("depth_head", x, weight, bias, last_weight, last_bias):
         return reference(x, weight, bias, last_weight, last_bias, sides)
     batch, side = len(x), sides[-1]

@@ -69,9 +69,7 @@ class _TrainedNorm(torch.autograd.Function):
 
 
 def normalise_trained(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The result of `reference` with ReLU, and mean and biased variance [B, C, 1, 1] of each image; the backward has
-    half the passes that PyTorch would make of it.
-    """
+    """The result of `reference` with ReLU, and mean and biased variance [B, C, 1, 1], for training."""
     return _TrainedNorm.apply(x)
 
 

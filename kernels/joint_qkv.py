@@ -1,6 +1,4 @@
-"""Queries, keys and values of a joint attention from the packed products of its streams: normalised, rotated by the
-places of their tokens, and end to end.
-"""
+"""Queries, keys and values of packed products of streams: normalised, rotated by place, end to end."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Where the kernels meet Triton: its one import, the tensors it serves, how a file's block sizes are read, and the
-numbers that it is tried on.
-"""
+"""Where the kernels meet Triton: its one import, the tensors it serves, block sizes, inputs of probes."""
 
 from __future__ import annotations
 

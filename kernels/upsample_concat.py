@@ -86,9 +86,7 @@ def _upsample_concat_kernel(
 
 
 def fused(levels: Sequence[Tensor], side: int) -> Tensor:
-    """The result of `reference` for two levels, channels-last in memory: each is read at any strides and written where
-    it lies in the joined tensor.
-    """
+    """The result of `reference` for two levels, channels-last in memory, in one pass."""
     first = levels[0]
     fits = len(levels) == 2 and all(level.ndim == 4 and len(level) == len(first) for level in levels)
     if not is_served("upsample_concat", *levels, fits=fits and levels[1].dtype == first.dtype):

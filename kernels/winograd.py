@@ -150,9 +150,7 @@ class _TrainedConvolution(torch.autograd.Function):
 
 
 def convolve_trained(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """F.conv2d with padding 1 for training: on a CPU, in fp32 and for images of many cells, forward and backward with a
-    quarter of the products.
-    """
+    """F.conv2d with padding 1 for training, in fp32 on a CPU with a quarter of the products."""
     is_large = x.shape[-2] * x.shape[-1] >= TRAINED_CELLS
     is_exact = x.is_cpu and x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
     if is_exact and is_large and takes(weight):

@@ -171,9 +171,7 @@ class Pipeline:
     @classmethod
     @in_own_precision()
     def from_diffusers(cls, pipe: Any, *, decoder: str | None = None, size: int = 0, **options: Any) -> Pipeline:
-        """The model of a text-to-image pipeline of diffusers in memory, with its fused adapters; `decoder` and
-        options as in from_pretrained. The weights are copied.
-        """
+        """The model of a pipeline of diffusers in memory, copied with its adapters; options as in from_pretrained."""
         from datasetdm_fast.engine.loading.in_memory import model_of
 
         _check_options(size, options)

@@ -138,9 +138,7 @@ class OpenVocabularyDecoder(SegmentationDecoder):
             self.register_buffer("text_gain", torch.ones(()))
 
     def centre(self, words: Tensor) -> None:
-        """Takes mean and spread of the class embeddings [K, D] that the decoder is to tell apart; one alone, which
-        has no spread, is read as it is.
-        """
+        """Takes mean and spread of the embeddings [K, D] that it is to tell apart, if there are several."""
         if (words == words[0]).all():
             return
         self.text_mean.copy_(words.mean(0))

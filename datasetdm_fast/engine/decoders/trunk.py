@@ -171,9 +171,7 @@ def is_folded(decoder: Decoder) -> bool:
 
 
 def copy_for_gpu(decoder: Decoder, dtype: torch.dtype, ops: SimpleNamespace) -> Decoder:
-    """A copy of the folded decoder for a GPU, with parameters in `dtype`, which its inputs must have; statistics and
-    what centres words stay in fp32.
-    """
+    """A copy of the folded decoder for a GPU, of parameters and inputs in `dtype`; buffers stay in fp32."""
     copied = with_ops(decoder, ops).to(dtype)
     for module, exact in zip(copied.modules(), decoder.modules(), strict=True):
         module._buffers.update(exact._buffers)

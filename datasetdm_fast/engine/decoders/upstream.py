@@ -102,9 +102,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path, kind: str = "", levels: tuple[Level, ...] = SD1_LEVELS) -> Checkpoint:
-    """The checkpoint in a file, checked by its names and shapes; without a `kind` it is inferred from these. `levels`
-    are those of the U-Net it was trained on.
-    """
+    """The checkpoint in a file, of a `kind` or what its tensors tell, of a decoder on the U-Net of `levels`."""
     if kind and kind not in KINDS:
         raise Refused(f"--kind {kind}: not one of {', '.join(KINDS)}", "Choose one of these.")
     if path.is_dir():

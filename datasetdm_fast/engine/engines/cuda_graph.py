@@ -24,9 +24,7 @@ class InOrder:
 
 
 class GraphPool(InOrder):
-    """Memory that graphs share, and the one stream they are recorded on: what was freed on a stream, PyTorch gives to
-    none but this stream again.
-    """
+    """Memory that graphs share, and the one stream they are recorded on, to which PyTorch gives what it freed."""
 
     def __init__(self, device: torch.device):
         self.handle = torch.cuda.graph_pool_handle()

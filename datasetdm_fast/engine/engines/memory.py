@@ -68,9 +68,7 @@ def trim() -> None:
 
 
 def release() -> None:
-    """Returns unused memory to the system: of objects that refer to themselves, as engines of plans do, and what the C
-    library and PyTorch retain.
-    """
+    """Returns unused memory to the system: of circular objects, of the C library and of PyTorch."""
     gc.collect()
     trim()
     if torch.cuda.is_initialized():
@@ -78,9 +76,7 @@ def release() -> None:
 
 
 def retain_freed() -> None:
-    """Lets glibc retain freed memory: a step of a training frees all that the next one needs, and fresh pages cost more
-    than the computation on them.
-    """
+    """Lets glibc retain freed memory, as fresh pages cost a training more than its computation."""
     if hasattr(library := _c_library(), "mallopt"):
         for parameter, value in MALLOC_OPTIONS.items():
             library.mallopt(parameter, value)

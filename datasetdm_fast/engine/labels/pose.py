@@ -262,9 +262,7 @@ class PoseKind(LabelKind):
         return float(apart.mean()) if apart.size else 0.0
 
     def merge(self, old: Keypoints, new: Keypoints, region: np.ndarray) -> Keypoints:
-        """Persons keep their joints outside of the region; one that was found again has the found joints inside, one
-        that was found there only is added.
-        """
+        """Persons keep joints outside of the region and take new ones inside; who is found there alone is added."""
         people, same = list[tuple[np.ndarray, np.ndarray, float]](), _matches(old, new)
         for k in range(len(old.points)):
             points, seen, match = old.points[k].copy(), old.visibility[k].copy(), same.get(k)

@@ -65,9 +65,7 @@ def _confidence(label: Annotation) -> float | None:
 def trust_of(
     named: Sequence[str], labels: Mapping[str, Annotation], prompt: str = "", table: ClassTable | None = None
 ) -> Trust:
-    """How far the labels of a sample can be trusted; `named` are the query classes of its prompt, and
-    `prompt` is its text, which may name further ones.
-    """
+    """How far labels can be trusted by the `named` classes of their prompt, whose text may name further ones."""
     maps = {task: shown_map for task, label in labels.items() if (shown_map := named_map(label))}
     shares = {task: shown_map.shares() for task, shown_map in maps.items()}
     reasons: list[str] = []

@@ -64,9 +64,7 @@ def attention_recipe(
     cross_cells: int = 0,
     parity: str = "",
 ) -> AttentionRecipe:
-    """The settings of a run, by default those of the model, whose latents have `side` cells, or so many image tokens
-    where it reads some blocks.
-    """
+    """The settings of a run or the model, of latents with `side` cells, or so many tokens where blocks are read."""
     recipe = AttentionRecipe(
         defaults.exponent if exponent < 0 else exponent,
         threshold or defaults.threshold,

@@ -62,9 +62,7 @@ def generate(
 def sample_and_label(
     generator: BatchGenerator, batches: Iterable[Batch], label_stream: LabelStream
 ) -> Iterator[tuple[Batch, list[Sample | Quarantined]]]:
-    """Every batch, sampled while `label_stream` makes the labels and images of the previous one. If the next batch is
-    refused, the pending results come first.
-    """
+    """Every batch, sampled while the previous one is labelled; where one is refused, pending results come first."""
     sample, label = in_own_precision()(generator.sample), in_own_precision()(generator.label)
     prepare = getattr(generator.engine, "prepare", None) or (lambda images: None)  # of packages' own engines, too
     remaining = iter(batches)
@@ -188,9 +186,7 @@ class BatchGenerator:
         return AttentionSums(*(torch.zeros(shape, device=self.engine.device) for shape in shapes))
 
     def label(self, batch: Batch, sampled: Any) -> list[Sample | Quarantined]:
-        """Decoders, image and post-processing of a SampledBatch, whose captures are freed when the decoders have read
-        them, except those of labellers.
-        """
+        """The results of a SampledBatch, whose captures are freed as soon as its decoders have read them."""
         engine, recipe, requests = self.engine, self.recipe, batch.padded
         texts, decoded = {task: self.words.embeddings_of(task, requests) for task in recipe.decoded}, None
         calls = [partial(engine.annotate, task, sampled.captures[task], text) for task, text in texts.items()]

@@ -114,9 +114,7 @@ def collect_results(
 
 
 def with_trust(sample: Sample, recipe: Recipe, distances: Mapping[str, DomainDistance] | None = None) -> Sample:
-    """A sample with the reasons to doubt its labels, and 255 where the run ignores pixels; `distances` are those from
-    the domains of its decoders.
-    """
+    """A sample with the reasons to doubt its labels and its `distances`, and 255 where the run ignores pixels."""
     evidence = (sample.request.classes, sample.annotations, sample.request.prompt, recipe.table)
     labels = without_doubtful(*evidence) if recipe.ignores_doubtful else sample.annotations
     labels = without_unsure(labels, recipe.least_confidence) if recipe.least_confidence else labels

@@ -183,9 +183,7 @@ def fit_prompt(
     truncate: bool | None = None,
     table: ClassTable | None = None,
 ) -> str:
-    """The prompt where the text encoder takes it whole; with `truncate` its longest beginning, cut between words. None
-    stands for a command without that flag.
-    """
+    """The prompt if it fits, or with `truncate` cut between words; None stands for a command without that flag."""
     limit = tokenizer.model_max_length
     head = prompt[:LONGEST_LINE]
     count = count_tokens(head, tokenizer)

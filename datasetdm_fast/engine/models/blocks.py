@@ -233,9 +233,7 @@ def with_blocks(unet: UNet, in_pairs: bool = False) -> nn.Module:
 
 
 class UNetBlock(Block):
-    """A UNet of blocks alone in one call of csrc, whose hook reads everything at its end. A hook of self-attention
-    has the blocks called one by one.
-    """
+    """A UNet in one call of csrc, whose hook reads at its end; one of self-attention has blocks called singly."""
 
     def __init__(self, plain: UNet):
         super().__init__(plain)

@@ -88,9 +88,7 @@ class SizedText(nn.Module):
 
 
 class TimeTable(nn.Module):
-    """What a timestep adds in every resnet: the biases of their first convolutions end to end, kept in fp32; with a
-    pooled text a row of them for each.
-    """
+    """What a timestep adds in every resnet: biases end to end in fp32, with a pooled text a row for each."""
 
     def __init__(self, module: nn.Module, size: int = 0):
         super().__init__()

@@ -53,9 +53,7 @@ def is_flow(scheduler: Mapping[str, Any]) -> bool:
 
 
 def choose_sampler(scheduler: Mapping[str, Any], sampler: str) -> str:
-    """The sampler of this name; "auto" is the one that a scheduler config is of, refused where a setting of it would
-    give other images than it does here.
-    """
+    """The sampler of this name; "auto" is that of the scheduler config, refused where images would differ."""
     if sampler != "auto":
         return sampler
     named = scheduler.get("_class_name", "PNDMScheduler")

@@ -71,9 +71,7 @@ class SamplerState:
         self.guided_step = form_of("guided_step", latents.device)
 
     def step(self, k: int, output: Tensor) -> Tensor:
-        """The latents after call k, whose output is `output`, [2B, C, h, w] without and with the text, or [B, C, h, w]
-        where there is no guidance.
-        """
+        """The latents after call k, of an `output` [2B, C, h, w] without and with the text or [B, C, h, w] unguided."""
         if self.rows and len(output) != self.rows:
             raise ValueError(f"the output of call {k} has {len(output)} rows, expected {self.rows}")
         latents = self.origin if self.schedule.updates[k].restarts else self.latents

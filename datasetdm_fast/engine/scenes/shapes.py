@@ -1,6 +1,4 @@
-"""Shapes of things as signed distances, with shade, gloss and relief, in a frame of their own: x to the right, y up,
-feet near 0, top near 1.
-"""
+"""Shapes of things as signed distances, shade, gloss and relief: x to the right, y up, feet near 0, top near 1."""
 
 import math
 from collections.abc import Sequence

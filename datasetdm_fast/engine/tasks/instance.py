@@ -37,9 +37,7 @@ def candidates(probability: Tensor, mask_logits: Tensor, count: int) -> tuple[Te
 
 
 def not_overlapping(inside: Tensor, classes: Tensor, is_candidate: Tensor, threshold: float) -> Tensor:
-    """Which wanted masks [B, k, m, m], given best first, overlap no better kept one by more than `threshold` of IoU,
-    and are no part of a better one of their class.
-    """
+    """Which wanted masks [B, k, m, m] overlap no better kept one by more than `threshold`, nor are part of one."""
     masks = inside.float()
     pixels, grown = masks.flatten(2), F.max_pool2d(masks, 3, 1, 1).flatten(2)
     common = pixels @ pixels.transpose(1, 2)

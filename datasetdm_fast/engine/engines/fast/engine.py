@@ -140,9 +140,7 @@ class FastEngine(Engine):
         raise NotImplementedError
 
     def _ready(self) -> None:
-        """Brings networks and decoders, whose weights have just been read, into the forms that are called:
-        `_stored_decoders`, which compute in `label_dtype`, too.
-        """
+        """Brings networks and decoders into the forms that are called: `_stored_decoders` in `label_dtype`, too."""
         raise NotImplementedError
 
     def _unload_except(self, *needed: str) -> None:
@@ -228,9 +226,7 @@ class FastEngine(Engine):
         return self._build_network(name, self._sources(*sources))
 
     def weight_distance(self) -> float:
-        """How far a weight of the engine lies from that of its model, as a share of the largest number in its tensor:
-        more than 0 where something changed it.
-        """
+        """How far a weight lies from that of the model, as a share of the largest number in its tensor."""
         farthest, sources = 0.0, self._sources()
         encoder = ("image_encoder",) if "image_encoder" in self.__dict__ else ()  # few need it
         for name in (*NETWORKS, "text_encoder", "image_decoder", *encoder):
