@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datasetdm_fast.kernels.launch import block_sizes, blocks, is_served, jit, noise, round_up, tl
+from datasetdm_fast.kernels.launch import block_sizes, blocks, is_served, jit, round_up, tl
+from datasetdm_fast.kernels.noise import noise
 
 WIDEST = 8192  # a row is held in registers
 DEVICES = {"untuned": "fused"}

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, noise, round_up, tl
+from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, round_up, tl
+from datasetdm_fast.kernels.noise import noise
 
 DEVICES = {"untuned": "fused"}
 BLOCKS = {"untuned": block_sizes("add_statistics", 8, BLOCK_C=64)}

@@ -19,10 +19,10 @@ from datasetdm_fast.kernels.launch import (
     is_served,
     jit,
     names_of,
-    noise,
     round_up,
     tl,
 )
+from datasetdm_fast.kernels.noise import noise
 
 DEVICES = {"cpu": "native", "untuned": "fused"}
 BLOCKS = {

@@ -15,17 +15,8 @@ from torch import Tensor
 from datasetdm_fast.kernels import attention
 from datasetdm_fast.kernels.attention import probabilities
 from datasetdm_fast.kernels.attention_capture import LOG2_E, WIDEST
-from datasetdm_fast.kernels.launch import (
-    PRECISION,
-    block_sizes,
-    blocks,
-    ceil_divide,
-    is_served,
-    jit,
-    noise,
-    round_up,
-    tl,
-)
+from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, round_up, tl
+from datasetdm_fast.kernels.noise import noise
 
 DEVICES = {"cpu": "native", "untuned": "fused"}
 LEAST = 64  # channels of a tile of values: ptxas of CUDA 12.8 spoils the addresses of narrower ones on an H100

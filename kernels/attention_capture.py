@@ -12,17 +12,8 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.kernels.attention import probabilities
-from datasetdm_fast.kernels.launch import (
-    PRECISION,
-    block_sizes,
-    blocks,
-    ceil_divide,
-    is_served,
-    jit,
-    noise,
-    round_up,
-    tl,
-)
+from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, round_up, tl
+from datasetdm_fast.kernels.noise import noise
 
 MOST_TOKENS = 128  # all of a query's scores are held at once; texts of more are left to the plain form
 WIDEST = 256  # channels of a head; wider ones are left to the plain form, too

@@ -7,17 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datasetdm_fast.kernels.launch import (
-    PRECISION,
-    block_sizes,
-    blocks,
-    ceil_divide,
-    is_served,
-    jit,
-    noise,
-    round_up,
-    tl,
-)
+from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, round_up, tl
+from datasetdm_fast.kernels.noise import noise
 
 WIDEST = 256  # channels of a head, which are held at once; wider ones are left to the plain form
 LOG2_E = 1.4426950408889634  # exp(x) = exp2(x * LOG2_E), and exp2 is one instruction

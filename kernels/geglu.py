@@ -10,7 +10,8 @@ from torch import Tensor
 
 from datasetdm_fast import _C
 from datasetdm_fast.kernels.cpu import STORAGES, is_native, threads
-from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, noise, tl
+from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, tl
+from datasetdm_fast.kernels.noise import noise
 
 DEVICES = {"cpu": "native", "untuned": "fused"}
 BLOCKS = {"untuned": block_sizes("geglu", 4, BLOCK_C=1024)}

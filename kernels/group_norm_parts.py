@@ -14,8 +14,9 @@ from torch import Tensor
 from datasetdm_fast.kernels import add_statistics
 from datasetdm_fast.kernels.add_statistics import CHUNK, rows, take_statistics
 from datasetdm_fast.kernels.group_norm_plane import PLANE, PLANE_LANES, normalise_plane
-from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, noise, round_up, tl
+from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, round_up, tl
 from datasetdm_fast.kernels.merge_statistics import MOST_CHUNKS, merge_statistics
+from datasetdm_fast.kernels.noise import noise
 
 DEVICES = {"untuned": "fused"}
 BLOCKS = {"untuned": block_sizes("group_norm_parts", 4, BLOCK_S=32, BLOCK_N=16)}

@@ -11,7 +11,7 @@ from torch import Tensor
 from datasetdm_fast import _C
 from datasetdm_fast.kernels import group_norm_parts
 from datasetdm_fast.kernels.cpu import STORAGES, is_native, threads
-from datasetdm_fast.kernels.launch import noise
+from datasetdm_fast.kernels.noise import noise
 
 DEVICES = {"cpu": "native", "untuned": "fused"}
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from datasetdm_fast.kernels import add_statistics, group_norm_silu
 from datasetdm_fast.kernels.add_statistics import CHUNK, rows
 from datasetdm_fast.kernels.cpu import is_native
-from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, noise, tl
+from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, tl
 from datasetdm_fast.kernels.merge_statistics import MOST_CHUNKS, merge_chunks, merge_statistics
+from datasetdm_fast.kernels.noise import noise
 
 EPS = 1e-4
 DEVICES = {"cpu": "native", "untuned": "fused"}

@@ -1,4 +1,4 @@
-"""Where the kernels meet Triton: its one import, the tensors it serves, block sizes, inputs of probes."""
+"""Where the kernels meet Triton: its one import, the tensors it serves, and block sizes."""
 
 from __future__ import annotations
 
@@ -104,9 +104,3 @@ def blocks(table: Mapping[str, Blocks], kernel: str, x: Tensor, least: int = 16,
     names = (*names_of(x.device), UNTUNED)
     sizes = next(table[name][row] for name in names if row in table.get(name, {}))
     return sizes | {name: min(sizes[name], round_up(count, least)) for name, count in counts.items()}
-
-
-def noise(*shape: int, scale: float = 1.0) -> Tensor:
-    """Seeded normal numbers that depend on the shape alone."""
-    generator = torch.Generator().manual_seed(sum(size * 31**place for place, size in enumerate(shape)) % 2**31)
-    return torch.randn(shape, generator=generator) * scale

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from datasetdm_fast import _C
 from datasetdm_fast.kernels.cpu import STORAGES, is_native, threads
-from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, noise, round_up, tl
+from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, round_up, tl
+from datasetdm_fast.kernels.noise import noise
 
 WIDEST = 8192  # a row is held in registers
 DEVICES = {"cpu": "native", "untuned": "fused"}

@@ -10,17 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datasetdm_fast.kernels.add_statistics import CHUNK, empty_statistics, take_statistics
-from datasetdm_fast.kernels.launch import (
-    PRECISION,
-    block_sizes,
-    blocks,
-    ceil_divide,
-    is_served,
-    jit,
-    noise,
-    round_up,
-    tl,
-)
+from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, round_up, tl
+from datasetdm_fast.kernels.noise import noise
 
 DEVICES = {"untuned": "fused"}
 BLOCKS = {

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from datasetdm_fast.kernels import geglu
 from datasetdm_fast.kernels.geglu import times_gelu
-from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, noise, tl
+from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, tl
+from datasetdm_fast.kernels.noise import noise
 
 DEVICES = {"untuned": "fused"}
 BLOCKS = {

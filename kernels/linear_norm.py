@@ -8,17 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datasetdm_fast.kernels.launch import (
-    PRECISION,
-    block_sizes,
-    blocks,
-    ceil_divide,
-    is_served,
-    jit,
-    noise,
-    round_up,
-    tl,
-)
+from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, round_up, tl
+from datasetdm_fast.kernels.noise import noise
 
 WIDEST = 256  # channels of a row, which lies in registers; wider ones are left to the reference
 DEVICES = {"untuned": "fused"}

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.kernels.bilinear import resize
-from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, noise, tl
+from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, tl
+from datasetdm_fast.kernels.noise import noise
 
 DEVICES = {"untuned": "fused"}
 BLOCKS = {"untuned": block_sizes("upsample_concat", 4, BLOCK_S=32, BLOCK_C=64)}

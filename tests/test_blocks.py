@@ -15,7 +15,7 @@ from datasetdm_fast.engine.models.capture import CaptureHook
 from datasetdm_fast.engine.models.layers import Convolution, Layers, Resnet, Upsample, Weights
 from datasetdm_fast.engine.models.unet import TextTable, TimeTable, Transformer, UNet
 from datasetdm_fast.kernels import plain
-from datasetdm_fast.kernels.launch import noise
+from datasetdm_fast.kernels.noise import noise
 
 VECTORS = _C.depth_head_vector_bytes()
 TEXT, HEADS = 7, 3

@@ -18,7 +18,7 @@ from bench.machine.measure import with_peak
 from datasetdm_fast import _C
 from datasetdm_fast.engine.engines.lanes import Lanes
 from datasetdm_fast.kernels import OPS, attention, cpu
-from datasetdm_fast.kernels.launch import noise
+from datasetdm_fast.kernels.noise import noise
 
 NATIVE = ("attention", "geglu", "group_norm_silu", "layer_norm")
 CASES = [pytest.param(OPS[name], case, id=f"{name}: {case.reason}") for name in NATIVE for case in cases_of(name)]

@@ -21,7 +21,7 @@ from datasetdm_fast.engine.models.packed import (
 )
 from datasetdm_fast.kernels import winograd
 from datasetdm_fast.kernels.choice import operations
-from datasetdm_fast.kernels.launch import noise
+from datasetdm_fast.kernels.noise import noise
 
 VECTORS = _C.depth_head_vector_bytes()
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from bench.kernels.inputs import BATCH, HEADS, LEVELS, TOKENS, Case
 from datasetdm_fast.kernels.attention import MANY_KEYS
-from datasetdm_fast.kernels.launch import noise
+from datasetdm_fast.kernels.noise import noise
 
 
 def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 
 from bench.kernels.inputs import BATCH, LEVELS, Case
 from datasetdm_fast.kernels.add_statistics import CHUNK, take_statistics
-from datasetdm_fast.kernels.launch import ceil_divide, noise
+from datasetdm_fast.kernels.launch import ceil_divide
+from datasetdm_fast.kernels.noise import noise
 
 
 def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:

@@ -8,7 +8,7 @@ import torch
 
 from bench.kernels.inputs import BATCH, Case
 from datasetdm_fast.kernels.guided_step import FIXED
-from datasetdm_fast.kernels.launch import noise
+from datasetdm_fast.kernels.noise import noise
 
 
 def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from bench.kernels.inputs import Case
-from datasetdm_fast.kernels.launch import noise
+from datasetdm_fast.kernels.noise import noise
 
 
 def cases() -> list[Case]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from bench.kernels.inputs import BATCH, FEATURES, Case
-from datasetdm_fast.kernels.launch import noise
+from datasetdm_fast.kernels.noise import noise
 
 
 def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:

@@ -29,31 +29,12 @@ CLASS_SOURCES = ("decoder", "prompt")
 SD1_LEVELS = levels(
     {"block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2, "attention_head_dim": 8}, tokens=77, size=512
 )
-COCO_JOINTS: tuple[str, ...] = (
-    "nose",
-    "left_eye",
-    "right_eye",
-    "left_ear",
-    "right_ear",
-    "left_shoulder",
-    "right_shoulder",
+COCO_JOINTS = tuple(
+    "nose left_eye right_eye left_ear right_ear left_shoulder right_shoulder left_elbow right_elbow left_wrist"
+    " right_wrist left_hip right_hip left_knee right_knee left_ankle right_ankle".split()
 )
-COCO_JOINTS += ("left_elbow", "right_elbow", "left_wrist", "right_wrist", "left_hip", "right_hip")
-COCO_JOINTS += ("left_knee", "right_knee", "left_ankle", "right_ankle")
-COCO_LIMBS: tuple[tuple[int, int], ...] = (
-    (15, 13),
-    (13, 11),
-    (16, 14),
-    (14, 12),
-    (11, 12),
-    (5, 11),
-    (6, 12),
-    (5, 6),
-    (5, 7),
-    (6, 8),
-    (7, 9),
-)
-COCO_LIMBS += ((8, 10), (1, 2), (0, 1), (0, 2), (1, 3), (2, 4), (3, 5), (4, 6))
+LIMBS = "15-13 13-11 16-14 14-12 11-12 5-11 6-12 5-6 5-7 6-8 7-9 8-10 1-2 0-1 0-2 1-3 2-4 3-5 4-6"  # places of joints
+COCO_LIMBS: Any = tuple(tuple(map(int, limb.split("-"))) for limb in LIMBS.split())
 
 
 @dataclass(frozen=True)

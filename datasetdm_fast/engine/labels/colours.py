@@ -3,31 +3,12 @@
 import colorsys
 from collections.abc import Iterable
 from functools import cache
+from typing import Any
 
 from datasetdm_fast.engine.labels import class_tables
 
-COLOURS = (
-    *(
-        (62, 70, 88),
-        (201, 162, 123),
-        (230, 82, 60),
-        (52, 132, 228),
-        (247, 181, 0),
-        (146, 92, 214),
-        (255, 120, 172),
-        (46, 178, 108),
-    ),
-    *(
-        (0, 182, 198),
-        (176, 206, 58),
-        (240, 138, 44),
-        (92, 104, 230),
-        (214, 64, 128),
-        (20, 120, 160),
-        (150, 170, 130),
-        (180, 110, 70),
-    ),
-)
+HUES = "3e4658 c9a27b e6523c 3484e4 f7b500 925cd6 ff78ac 2eb26c 00b6c6 b0ce3a f08a2c 5c68e6 d64080 1478a0 96aa82 b46e46"
+COLOURS: tuple[Any, ...] = tuple(tuple(bytes.fromhex(hue)) for hue in HUES.split())
 IGNORED = (236, 236, 236)
 OURS, CUSTOM = "ours", "table"  # palettes: of this package, and that of the user's class table
 NOTHING = (0, 0, 0)

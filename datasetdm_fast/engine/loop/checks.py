@@ -11,17 +11,9 @@ from datasetdm_fast.engine.labels.names import LabelName
 from datasetdm_fast.errors import Refused
 
 LEAST_SETTINGS: dict[str, float] = {  # a whole number where the least value is one
-    "seed": 0,
-    "steps": 0,
-    "guidance": 0.0,
-    "batch_size": 0,
-    "threads": 0,
-    "streams": 0,
+    **dict.fromkeys(("seed", "steps", "batch_size", "threads", "streams", "self_cells", "cross_cells"), 0),
+    **dict.fromkeys(("guidance", "threshold", "uncertainty"), 0.0),
     "exponent": -1,
-    "threshold": 0.0,
-    "uncertainty": 0.0,
-    "self_cells": 0,
-    "cross_cells": 0,
 }
 LARGEST_SIDE = 4096  # pixels
 LARGEST_BATCH = 4096

@@ -112,17 +112,18 @@ class BatchGenerator:
         captures = CapturedCalls(engine, recipe.captures or {"": recipe.captured})
         speeding: Any = engine  # which has more calls than Engine where the recipe has such
         deep: Any = None  # features that these start from
-        averaged = set(recipe.averaged)
+        captured_calls, averaged = recipe.captured, set(recipe.averaged)
+        taken_on, raw = recipe.taken_on, recipe.raw
         for call, timestep in enumerate(recipe.schedule.timesteps):
-            if call in recipe.captured:
-                capture = engine.denoise_and_capture_raw if call in recipe.raw else engine.denoise_and_capture
+            if call in captured_calls:
+                capture = engine.denoise_and_capture_raw if call in raw else engine.denoise_and_capture
                 output, captured = capture(state.latents, timestep, text)
                 captures.add(call, captured)
                 del captured  # of several calls, only the sum is held
             plain = None
             if sums is not None and class_text is not None and call in averaged:
                 plain, sums = engine.denoise_and_average(state.latents, timestep, text, class_text, sums)
-            if plain is not None or call in recipe.taken_on:
+            if plain is not None or call in taken_on:
                 output = output if plain is None else plain
             elif call in recipe.fp8:
                 output = speeding.denoise_in_fp8(state.latents, timestep, text)

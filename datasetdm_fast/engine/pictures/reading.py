@@ -21,15 +21,8 @@ LEAST_SIDE, MOST_SIDE = 16, 16384  # pixels
 MOST_PIXELS = 2**26  # of a camera's picture: 8192 x 8192
 LARGEST_LIST = 64 * 2**20  # bytes
 PICTURES = (".jpg", ".jpeg", ".png")
-OTHER_PICTURES = (
-    ".bmp",
-    ".webp",
-    ".tif",
-    ".tiff",
-    ".gif",
-    ".heic",
-    ".avif",
-)  # listed to be refused by name, not passed over
+# listed to be refused by name, not passed over
+OTHER_PICTURES = (".bmp", ".webp", ".tif", ".tiff", ".gif", ".heic", ".avif")
 COLOURS = ("RGB", "RGBA", "L", "LA", "P", "CMYK", "1")  # modes of Pillow that are an 8-bit picture
 EIGHT_BITS = ("L", "P", "1")  # modes of Pillow; as depth they would be a picture of it, not metres
 ORIENTATION = 0x0112  # EXIF's tag; 1 = as stored
