@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datasetdm_fast.kernels import add_statistics
+from datasetdm_fast.kernels import add_statistics, group_norm_plane
 from datasetdm_fast.kernels.add_statistics import CHUNK, rows, take_statistics
-from datasetdm_fast.kernels.group_norm_plane import PLANE, PLANE_LANES, normalise_plane
+from datasetdm_fast.kernels.group_norm_plane import PLANE, PLANE_LANES, _group_norm_parts_plane_kernel
 from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, round_up, tl
 from datasetdm_fast.kernels.merge_statistics import MOST_CHUNKS, merge_statistics
 from datasetdm_fast.kernels.noise import noise
@@ -195,7 +195,11 @@ def fused(
     common["BLOCK_C"] = round_up(together * members)
     with torch.cuda.device_of(x):  # Triton launches on the current device of the thread
         if is_plane:
-            normalise_plane(sides[0], shift, shift_stride, weight, bias, out, members, eps, **common)
+            sizes = blocks(group_norm_plane.BLOCKS, "group_norm_parts plane", x)
+            arrays, numbers = (sides[0], shift, weight, bias, out), (channels, cells, members, shift_stride, eps)
+            _group_norm_parts_plane_kernel[groups // together, batch](
+                *arrays, *numbers, BLOCK_S=round_up(cells), **common, **sizes
+            )
         else:
             statistics = statistics or [add_statistics.fused(part, None, None)[1] for part in parts]
             chunks = statistics[0].shape[2]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from datasetdm_fast.kernels.launch import block_sizes, blocks, jit, round_up, tl
+from datasetdm_fast.kernels.launch import block_sizes, jit, tl
 
 BLOCKS = {"untuned": block_sizes("group_norm_parts plane", 16)}
 PLANE, PLANE_LANES = 2**14, 64  # values that one block holds, and channels of it
@@ -56,33 +54,3 @@ def _group_norm_parts_plane_kernel(
     if HAS_SILU:
         y = y / (1.0 + tl.exp(-y))
     tl.store(out_ptr + image + place, y.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-def normalise_plane(
-    x: Tensor,
-    shift: Tensor | None,
-    shift_stride: int,
-    weight: Tensor,
-    bias: Tensor,
-    out: Tensor,
-    width: int,
-    eps: float,
-    **block: int,
-) -> None:
-    """Writes the normalised cells of `x` [B, S, C] to `out`; `width` are the channels of a group."""
-    batch, cells, channels = x.shape
-    _group_norm_parts_plane_kernel[channels // block["TAKEN"], batch](
-        x,
-        shift,
-        weight,
-        bias,
-        out,
-        channels,
-        cells,
-        width,
-        shift_stride,
-        eps,
-        BLOCK_S=round_up(cells),
-        **block,
-        **blocks(BLOCKS, "group_norm_parts plane", x),
-    )

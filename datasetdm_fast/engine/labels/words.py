@@ -11,8 +11,8 @@ from datasetdm_fast.engine.labels.class_tables import ClassTable, look_up
 IRREGULAR: dict[str, str] = dict(
     pair.split()
     for pair in "calf calves, child children, elf elves, foot feet, goose geese, half halves, knife knives,"
-    " leaf leaves, loaf loaves, man men, mouse mice, ox oxen, person people, potato potatoes, scarf scarves, thief thieves, tomato"
-    " tomatoes, tooth teeth, wharf wharves, wife wives, wolf wolves, woman women".split(",")
+    " leaf leaves, loaf loaves, man men, mouse mice, ox oxen, person people, potato potatoes, scarf scarves,"
+    " thief thieves, tomato tomatoes, tooth teeth, wharf wharves, wife wives, wolf wolves, woman women".split(",")
 )
 # After these an adjective has its noun still to come; before any other word "orange" is a colour, before these a fruit.
 AFTER_A_NOUN = frozenset(

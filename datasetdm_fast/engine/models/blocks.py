@@ -280,8 +280,16 @@ class UNetBlock(Block):
             text[0].shape[-2],
             threads,
         )
-        if outputs:
-            self.notify(hook, steps, entry, outputs, queries, text)
+        if not outputs:
+            return out
+        hook.feature(self.entry, double_halves(entry))  # called as single blocks do
+        for step, x in zip(steps, outputs):
+            if x is not None:
+                hook.feature(step.slot, x)
+        attending = [step.block for step in steps if isinstance(step.block, TransformerBlock)]
+        for block, q, (k, _) in zip(attending, queries, text):
+            (q,) = split_heads(q if len(q) == len(k) else double_halves(q), 1, block.heads)
+            hook.on_queries(block.slot, q, k)
         return out
 
     @property
@@ -292,25 +300,6 @@ class UNetBlock(Block):
         self, latents: Tensor, biases: Tensor, text: Sequence[Tensor], deep: Tensor, hook: CaptureHook
     ) -> Tensor:
         return self.plain[0].forward_from(latents, biases, text, deep, hook)
-
-    def notify(
-        self,
-        hook: CaptureHook,
-        steps: Sequence[BlockStep],
-        entry: Tensor,
-        outputs: Sequence[Tensor | None],
-        queries: Sequence[Tensor],
-        text: Sequence[Tensor],
-    ) -> None:
-        """Calls a hook as single blocks do."""
-        hook.feature(self.entry, double_halves(entry))
-        for step, x in zip(steps, outputs):
-            if x is not None:
-                hook.feature(step.slot, x)
-        blocks = [step.block for step in steps if isinstance(step.block, TransformerBlock)]
-        for block, q, (k, _) in zip(blocks, queries, text):
-            (q,) = split_heads(q if len(q) == len(k) else double_halves(q), 1, block.heads)
-            hook.on_queries(block.slot, q, k)
 
 
 class BlockStep(NamedTuple):
