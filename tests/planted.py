@@ -103,7 +103,7 @@ _BY_FILE = {
         ("ledger.count()", "document['plan']['number']", "the card claims samples that are not there"),
         ('.replace("`", "\'")', "", "a model's name breaks out of its quotes"),
     ),
-    "engine/sampling/walk.py": (
+    "engine/sampling/schedule.py": (
         f"{_SAMPLING} test_guided_step.py",
         ("without + guidance *", "with_text + guidance *", "stronger guidance than asked for"),
         ("(newest - 1) % slots", "(newest + 1) % slots", "earlier outputs in the wrong order"),

@@ -105,7 +105,7 @@ FAULTS = {
         f"{LABELS}:LabelStream._follow", "torch.cuda.stream(self._stream)", "torch.cuda.device(self._device)"
     ),
     "numbers of a schedule copied at every batch": Fault(
-        "datasetdm_fast.engine.sampling.walk:SamplerState.__init__", "_walk_numbers(", "_walk_numbers.__wrapped__("
+        "datasetdm_fast.engine.sampling.schedule:SamplerState.__init__", "_walk_numbers(", "_walk_numbers.__wrapped__("
     ),
     "a tensor printed in the loop": Fault(
         f"{DRIVER}:BatchGenerator.sample", "state.step(call, output)", "state.step(call, output), f'{output}'"
@@ -131,7 +131,7 @@ FAULTS = {
         {"scenario": "attention"},
     ),
     "a ring of earlier outputs that nothing fills": Fault(
-        "datasetdm_fast.engine.sampling.walk:SamplerState.__init__", "latents.new_zeros(", "latents.new_empty("
+        "datasetdm_fast.engine.sampling.schedule:SamplerState.__init__", "latents.new_zeros(", "latents.new_empty("
     ),
     "level sums that nothing clears": Fault(
         "datasetdm_fast.engine.models.capture:ProjectedSums.__init__",
@@ -243,7 +243,7 @@ FAULTS = {
         {"scenario": "features"},
     ),
     "earlier outputs of a sampler in fp16": Fault(
-        "datasetdm_fast.engine.sampling.walk:SamplerState.__init__",
+        "datasetdm_fast.engine.sampling.schedule:SamplerState.__init__",
         "latents.new_zeros((schedule.memory, *latents.shape))",
         "latents.new_zeros((schedule.memory, *latents.shape), dtype=torch.float16)",
         {"scenario": "samplers"},
@@ -460,7 +460,7 @@ FAULTS = {
         {"device": "cuda:1"},
     ),
     "free memory of another GPU": Fault(
-        "datasetdm_fast.engine.engines.memory:suggest_batch",
+        "datasetdm_fast.engine.engines.device:suggest_batch",
         "torch.cuda.mem_get_info(device)",
         "torch.cuda.mem_get_info()",
         {"scenario": "library", "device": "cuda:1"},

@@ -10,8 +10,8 @@ from datasetdm_fast.engine.engines.opening import open_engine
 from datasetdm_fast.engine.loading.presets import DEMO
 from datasetdm_fast.engine.loop.driver import generate
 from datasetdm_fast.engine.loop.recipe import make_recipe
+from datasetdm_fast.engine.sampling.schedule import guide, start, step
 from datasetdm_fast.engine.sampling.times import initial_noise
-from datasetdm_fast.engine.sampling.walk import guide, start, step
 
 pytestmark = pytest.mark.skipif(not DEMO.is_dir(), reason="the demo model is not trained yet")
 PROMPTS = (

@@ -18,7 +18,8 @@ from datasetdm_fast.engine.labels.words import find_classes
 from datasetdm_fast.engine.loop import driver, labelling
 from datasetdm_fast.engine.loop.label_stream import FinishedCalls
 from datasetdm_fast.engine.loop.recipe import capture_calls, make_recipe
-from datasetdm_fast.engine.sampling import times, walk
+from datasetdm_fast.engine.sampling import schedule as walk
+from datasetdm_fast.engine.sampling import times
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.runs.jobs import job

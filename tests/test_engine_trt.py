@@ -19,9 +19,9 @@ import torch
 from bench.decoders import load_decoders
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.data import Request
+from datasetdm_fast.engine.engines.device import is_out_of_memory
 from datasetdm_fast.engine.engines.exported.trt import TrtEngine
 from datasetdm_fast.engine.engines.exported.trt_plan import Queue
-from datasetdm_fast.engine.engines.memory import is_out_of_memory
 from datasetdm_fast.engine.engines.torch import TorchEngine
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop import driver

@@ -6,7 +6,7 @@ import torch
 
 from datasetdm_fast import _C
 from datasetdm_fast.engine import sampling
-from datasetdm_fast.engine.sampling import walk
+from datasetdm_fast.engine.sampling import schedule as walk
 from datasetdm_fast.engine.sampling.schedule import Update
 
 pytestmark = pytest.mark.core

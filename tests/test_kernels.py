@@ -21,7 +21,7 @@ from bench.kernels.files import FILES
 from bench.kernels.inputs import cases_of
 from datasetdm_fast.config import SAMPLERS, FlowRule
 from datasetdm_fast.engine import sampling
-from datasetdm_fast.engine.sampling import walk
+from datasetdm_fast.engine.sampling import schedule as walk
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.kernels import OPS, fused, guided_step, launch, native, plain, pyramid, reference
 

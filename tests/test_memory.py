@@ -14,7 +14,8 @@ import torch
 from bench.report.report import forms_table
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.engine.decoders.checkpoint import for_inference, untrained_decoders
-from datasetdm_fast.engine.engines import build_engine, fast, memory, start
+from datasetdm_fast.engine.engines import build_engine, fast, start
+from datasetdm_fast.engine.engines import device as memory
 from datasetdm_fast.engine.engines.device import choose_by_shape
 from datasetdm_fast.engine.engines.fast import FastEngine, on_cpu
 from datasetdm_fast.engine.engines.fast.on_gpu import GpuEngine

@@ -21,8 +21,8 @@ from datasetdm_fast.engine.models.layers import Upsample, Weights
 from datasetdm_fast.engine.models.unet import TextTable, TimeTable, UNet
 from datasetdm_fast.engine.models.vae import ImageDecoder
 from datasetdm_fast.engine.sampling import make_schedule
+from datasetdm_fast.engine.sampling.schedule import guide, start, step
 from datasetdm_fast.engine.sampling.times import initial_noise
-from datasetdm_fast.engine.sampling.walk import guide, start, step
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import attention, attention_capture, plain, pyramid
 from datasetdm_fast.kernels.attention import probabilities

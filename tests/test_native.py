@@ -16,7 +16,7 @@ from torch import Tensor
 from bench.kernels.inputs import cases_of
 from bench.machine.measure import with_peak
 from datasetdm_fast import _C
-from datasetdm_fast.engine.engines.lanes import Lanes
+from datasetdm_fast.engine.engines.device import Lanes
 from datasetdm_fast.kernels import OPS, attention, cpu
 from datasetdm_fast.kernels.noise import noise
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datasetdm_fast import _C
-from datasetdm_fast.engine.engines.lanes import Lanes
+from datasetdm_fast.engine.engines.device import Lanes
 from datasetdm_fast.engine.models.layers import Convolution, Linear, Resnet, Upsample, Weights
 from datasetdm_fast.engine.models.packed import (
     FEWEST_TILES,

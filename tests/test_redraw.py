@@ -26,7 +26,8 @@ from datasetdm_fast.engine.engines import opening
 from datasetdm_fast.engine.labels import LABEL_KINDS, mask_rle
 from datasetdm_fast.engine.labels.numbering import number_classes
 from datasetdm_fast.engine.labels.words import replaced_text
-from datasetdm_fast.engine.sampling import make_schedule, times, walk
+from datasetdm_fast.engine.sampling import make_schedule, times
+from datasetdm_fast.engine.sampling import schedule as walk
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.compositions import edit as regions
 from datasetdm_fast.runs.compositions.edit import MOST_NEW, Edits

@@ -17,9 +17,18 @@ from datasetdm_fast.data import Capture, Text
 from datasetdm_fast.engine.backbones.sd import SD, SD_SCHEDULER
 from datasetdm_fast.engine.engines.torch import TorchEngine
 from datasetdm_fast.engine.sampling import make_schedule, open_sampler
-from datasetdm_fast.engine.sampling.schedule import Sampler, Schedule, Update, checked_calls
+from datasetdm_fast.engine.sampling.schedule import (
+    Sampler,
+    SamplerState,
+    Schedule,
+    State,
+    Update,
+    checked_calls,
+    guide,
+    start,
+    step,
+)
 from datasetdm_fast.engine.sampling.times import FOLLOWED, add_noise, alphas_cumprod, choose_sampler, initial_noise
-from datasetdm_fast.engine.sampling.walk import SamplerState, State, guide, start, step
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import LEVELS
 

@@ -22,7 +22,7 @@ from datasetdm_fast.engine.labels import LABEL_KINDS
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop.recipe import make_recipe
 from datasetdm_fast.engine.models.packed import PackedUpsample
-from datasetdm_fast.engine.sampling.walk import SamplerState
+from datasetdm_fast.engine.sampling.schedule import SamplerState
 from datasetdm_fast.runs.agreement import comparing, observe, verify
 from datasetdm_fast.runs.agreement.observe import (
     free_running_distances,

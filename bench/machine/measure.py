@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bench.machine import machine
-from datasetdm_fast.engine.engines.memory import release
+from datasetdm_fast.engine.engines.device import release
 from datasetdm_fast.errors import Missing
 
 STATUS, CLEAR, CORES = Path("/proc/self/status"), Path("/proc/self/clear_refs"), Path("/proc/stat")

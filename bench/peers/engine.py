@@ -13,7 +13,7 @@ from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.loop.driver import generate
 from datasetdm_fast.engine.loop.origin import fresh_noise
-from datasetdm_fast.engine.sampling.walk import SamplerState
+from datasetdm_fast.engine.sampling.schedule import SamplerState
 from datasetdm_fast.errors import GateFailed
 
 

@@ -19,9 +19,9 @@ from bench.probe.forms import timed_choice
 from bench.setting import seeded_decoders
 from datasetdm_fast.data import Text
 from datasetdm_fast.engine.engines import build_engine
+from datasetdm_fast.engine.engines.device import release
 from datasetdm_fast.engine.engines.fast import CHUNK_PIXELS, FastEngine
 from datasetdm_fast.engine.engines.fast.joint import JointEngine
-from datasetdm_fast.engine.engines.memory import release
 from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.engine.loop.label_stream import LabelStream
 

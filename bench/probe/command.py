@@ -83,7 +83,7 @@ def measured(config: ProbeConfig, wanted: Sequence[str], file: Any, end: float) 
     from bench.probe import calls, forms
     from bench.probe.timing import Inputs
     from bench.report.results import is_settled
-    from datasetdm_fast.engine.engines.memory import release
+    from datasetdm_fast.engine.engines.device import release
     from datasetdm_fast.engine.loading import load_model
 
     device, engine, left = torch.device(config.device), None, []

@@ -23,7 +23,7 @@ from datasetdm_fast.engine import sampling
 from datasetdm_fast.engine.engines.fast import FastEngine
 from datasetdm_fast.engine.engines.fast.joint import JointEngine
 from datasetdm_fast.engine.loading import PRESETS
-from datasetdm_fast.engine.sampling.walk import SamplerState
+from datasetdm_fast.engine.sampling.schedule import SamplerState
 from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.runs.run_settings import RunConfig
 

@@ -28,7 +28,7 @@ from datasetdm_fast.engine import sampling
 from datasetdm_fast.engine.engines import fast
 from datasetdm_fast.engine.engines.cuda_graph import StepGraph
 from datasetdm_fast.engine.loop import driver
-from datasetdm_fast.engine.sampling import walk
+from datasetdm_fast.engine.sampling import schedule as walk
 from datasetdm_fast.kernels import choice, launch
 from datasetdm_fast.kernels.transfer import to_host
 
@@ -63,7 +63,7 @@ WAITS = {
     for thread, file, function, allowed in (
         ("main", "engine/engines/cuda_graph.py", "__init__", RECORDING),
         ("labels", "engine/engines/cuda_graph.py", "__init__", RECORDING),
-        ("main", "engine/sampling/walk.py", "_walk_numbers", Allowed(ONCE, (COPY,), is_once=True)),
+        ("main", "engine/sampling/schedule.py", "_walk_numbers", Allowed(ONCE, (COPY,), is_once=True)),
         (
             "calls",
             "engine/loop/label_stream.py",

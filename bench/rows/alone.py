@@ -26,7 +26,7 @@ from bench.rows.measurement import BenchRun, Rows
 from bench.rows.race import LEAST_ROUNDS, add_times, prepare, write
 from bench.setting import Setting, open_setting
 from datasetdm_fast.data import Request, join_texts
-from datasetdm_fast.engine.engines.memory import release
+from datasetdm_fast.engine.engines.device import release
 from datasetdm_fast.engine.labels.kind import Table
 from datasetdm_fast.engine.loop.recipe import Recipe, label_tables
 

@@ -7,7 +7,7 @@ from bench.report import charts
 from bench.report.tables import WHO, Table, figure, memory
 from bench.rows.measurement import BenchRun, Measurement, Rows
 from bench.rows.race import best_batch
-from datasetdm_fast.engine.engines.memory import release
+from datasetdm_fast.engine.engines.device import release
 
 SWEPT = ("diffusers", OURS)
 

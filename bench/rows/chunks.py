@@ -9,7 +9,7 @@ from bench.peers import OURS, PEERS
 from bench.report.tables import Table, figure, memory, text
 from bench.rows.measurement import BenchRun, Measurement, Rows
 from bench.rows.parity import fitted
-from datasetdm_fast.engine.engines.memory import is_out_of_memory
+from datasetdm_fast.engine.engines.device import is_out_of_memory
 
 SIZES = {"cpu": (1, 2, 4, 8), "cuda": (1, 2, 4, 8, 16, 32)}
 

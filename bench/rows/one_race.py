@@ -22,7 +22,7 @@ from bench.report.results import is_settled
 from bench.rows import limits, peers
 from bench.rows.measurement import BenchRun, Measurement, Rows
 from bench.rows.race import LASTING, Runner, add_times, prepare, to_files
-from datasetdm_fast.engine.engines.memory import release
+from datasetdm_fast.engine.engines.device import release
 
 NAME = "peers"
 # In the order in which they are prepared: the last ones are given up where time runs out.

@@ -16,7 +16,7 @@ from bench.report import charts
 from bench.report.tables import WHO, Cell, Table, figure, percent
 from bench.rows.measurement import BenchRun, Measurement, Rows
 from datasetdm_fast import _C
-from datasetdm_fast.engine.engines.memory import release
+from datasetdm_fast.engine.engines.device import release
 from datasetdm_fast.errors import Missing
 
 # The first that matches a kernel's name, or on a CPU an operation's, names its group.

@@ -16,7 +16,7 @@ from bench.report.tables import Table, figure, spread_of, text
 from bench.rows.measurement import BenchRun, Measurement, Rows
 from bench.setting import PROFILE, TASKS, Setting
 from datasetdm_fast.data import Sample, SemanticMap
-from datasetdm_fast.engine.engines.memory import release
+from datasetdm_fast.engine.engines.device import release
 from datasetdm_fast.engine.labels import LABEL_KINDS
 from datasetdm_fast.engine.loop.recipe import make_recipe
 from datasetdm_fast.runs.agreement.observe import image_distance

@@ -22,7 +22,7 @@ from bench.rows.parity import fitted
 from bench.rows.race import write
 from bench.setting import Setting
 from datasetdm_fast.data import Annotation
-from datasetdm_fast.engine.engines.memory import release
+from datasetdm_fast.engine.engines.device import release
 from datasetdm_fast.engine.labels.label_files import encode
 from datasetdm_fast.engine.loop.labelling import decoder_labels
 from datasetdm_fast.engine.loop.recipe import label_tables

@@ -26,7 +26,8 @@ from datasetdm_fast.engine.labels.pictures import paint_map
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop.class_prompts import class_columns
 from datasetdm_fast.engine.loop.recipe import Recipe, make_recipe
-from datasetdm_fast.engine.sampling import times, walk
+from datasetdm_fast.engine.sampling import schedule as walk
+from datasetdm_fast.engine.sampling import times
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.engine.tasks.attention import class_maps, label_maps
 from datasetdm_fast.stages import FACTOR

@@ -31,7 +31,8 @@ from datasetdm_fast.engine import sampling
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.loading import load_model
-from datasetdm_fast.engine.sampling import times, walk
+from datasetdm_fast.engine.sampling import schedule as walk
+from datasetdm_fast.engine.sampling import times
 from datasetdm_fast.engine.scenes.world import TableTop
 
 MOST = 4  # things that a caption names

@@ -494,6 +494,7 @@ class Pipeline:
         import torch
 
         from datasetdm_fast.engine.loop.inversion import capture_timestep, invert
+        from datasetdm_fast.kernels import pyramid
 
         size, training = self.engine.model.size, int(self.engine.model.scheduler.get("num_train_timesteps", 1000))
         if image is None and not prompt:
@@ -520,7 +521,8 @@ class Pipeline:
                 capture = invert(self.engine, shown, [words], timestep, [seed], is_raw=not projected)
         if not projected:
             assert isinstance(capture, Capture)  # as it was requested raw
-            return {name: _concatenate(capture, level) for level, name in enumerate(LEVELS)}
+            levels = zip(LEVELS, capture.features, capture.maps)  # maps by layer, head and token
+            return {name: torch.cat([*parts, *map(pyramid.planes, maps)], 1) for name, parts, maps in levels}
         return {label: self._project(capture, label) for label in self.tasks}
 
     def _sampled_capture(
@@ -528,8 +530,8 @@ class Pipeline:
     ) -> Capture | ProjectedCapture:
         """The capture of one image on its way from noise."""
         from datasetdm_fast.engine.sampling import make_schedule
+        from datasetdm_fast.engine.sampling.schedule import SamplerState
         from datasetdm_fast.engine.sampling.times import initial_noise
-        from datasetdm_fast.engine.sampling.walk import SamplerState
         from datasetdm_fast.kernels.transfer import to_device
 
         engine = self.engine
@@ -604,16 +606,6 @@ def _line(text: str, where: str) -> str:
     """A text of a caller on one line, checked."""
     _check_text(text, where)
     return check_line(text, where)
-
-
-def _concatenate(capture: Capture, level: int) -> Tensor:  # [B, C, h, w]
-    """One level as the decoders were defined on it: features in capture order, then maps by layer, head and token."""
-    import torch
-
-    features = capture.features[level]
-    side = features[0].shape[-1]
-    maps = [layer.transpose(2, 3).flatten(1, 2).unflatten(2, (side, side)) for layer in capture.maps[level]]
-    return torch.cat([*features, *maps], 1)
 
 
 def _batches(requests: Iterator[Request], size: int) -> Iterator[Batch]:

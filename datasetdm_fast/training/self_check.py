@@ -10,7 +10,7 @@ from datasetdm_fast.data import Sample
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.engines import build_engine
-from datasetdm_fast.engine.engines.memory import is_out_of_memory
+from datasetdm_fast.engine.engines.device import is_out_of_memory
 from datasetdm_fast.engine.pipeline import Pipeline
 from datasetdm_fast.training.session import TrainingSession
 from datasetdm_fast.training.task_training import read_state

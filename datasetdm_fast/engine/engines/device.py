@@ -1,9 +1,15 @@
-"""Which device an engine runs on, and the settings of PyTorch that decide how its calls round."""
+"""The device of an engine: which it is, how its calls round, its threads, and batches that fit its memory."""
 
 from __future__ import annotations
 
+import ctypes
 import functools
-from collections.abc import Callable
+import gc
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -89,3 +95,140 @@ def engine_call(method: Method) -> Method:
             return method(engine, *arguments, **options)
 
     return call  # type: ignore[return-value]
+
+
+class Lanes:
+    """Computes several slices in parallel, each on its share of PyTorch's threads, or on one.
+
+    The slices come from the caller and never from the number of threads, so that this number cannot change a result.
+    Some of PyTorch's operations (sigmoid, softmax, single products) round differently on several threads: what uses
+    them belongs on one.
+    """
+
+    def __init__(self, is_single: bool = False):
+        self._is_single = is_single
+        self._pool: ThreadPoolExecutor | None = None
+        self._key: tuple[int, int, int] | None = None
+        self._turn = threading.Lock()  # of callers, who may need other pools
+
+    def map(self, call: Callable[..., Any], slices: Sequence[tuple[Any, ...]], most: int = 0) -> list[Any]:
+        """call(*slice) of every slice, in order; at most so many in parallel, 0 = one a thread."""
+        threads = torch.get_num_threads()
+        lanes = min(threads, len(slices), most or threads)
+        if lanes < 2:
+            with _set_threads(1 if self._is_single else threads):  # here, as another thread has other memory, too
+                return [call(*arguments) for arguments in slices]
+
+        def run(arguments: tuple[Any, ...]) -> Any:
+            with torch.inference_mode():
+                return call(*arguments)
+
+        with self._turn:
+            results = self._start(lanes, threads).map(run, slices)
+        return list(results)
+
+    def _start(self, lanes: int, threads: int) -> ThreadPoolExecutor:
+        key = (os.getpid(), lanes, threads)  # threads do not survive a fork
+        if self._pool is None or self._key != key:
+            if self._pool is not None and self._key is not None and self._key[0] == key[0]:
+                self._pool.shutdown()
+            ready = threading.Barrier(lanes)
+            share = 1 if self._is_single else threads // lanes
+            self._pool = ThreadPoolExecutor(lanes, "lane", initializer=_limit, initargs=(share,))
+            # Once every lane has started, each has set its number of threads.
+            list(self._pool.map(lambda _: ready.wait(), range(lanes)))
+            torch.set_num_threads(threads)
+            self._key = key
+        return self._pool
+
+
+@contextmanager
+def _set_threads(count: int) -> Iterator[None]:
+    """Within the block, this thread uses another number of threads."""
+    before = torch.get_num_threads()
+    if count == before:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _limit(threads: int) -> None:
+    """Sets this thread's number of threads, after PyTorch has set the process's at its first query."""
+    torch.set_num_threads(threads)
+    torch.get_num_threads()
+    torch.set_num_threads(threads)
+
+
+Result = TypeVar("Result")
+BATCH = 8  # of engines whose memory cannot be measured
+CPU_CELLS = 4096  # latent cells per call on a CPU: 16 demo images, one of 512 x 512
+SHARE = 0.8  # of the free memory; the rest is for what other batches of the pipeline hold
+# of mallopt of glibc: freed bytes that are retained in all, bytes of a tensor from which not, arenas: what one thread
+# frees serves the others
+MALLOC_OPTIONS = {-1: 2**28, -3: 2**25, -8: 1}
+LARGEST_SUGGESTED_BATCH = 32  # beyond it a GPU is busy anyway, and images only wait for each other
+
+
+def suggest_batch(side: int, device: torch.device, bytes_of: Callable[[int], int] | None = None) -> int:
+    """The batch size for images of `side` latent cells; `bytes_of` measures a call with so many on a GPU."""
+    if device.type == "cpu" or bytes_of is None:
+        return max(min(CPU_CELLS // side**2, LARGEST_SUGGESTED_BATCH), 2)
+    try:
+        single, double = bytes_of(1), bytes_of(2)
+    except torch.OutOfMemoryError:  # where not even one fits, its first call reports it
+        return 1
+    free = torch.cuda.mem_get_info(device)[0]
+    largest = 1 + (SHARE * free - single) / max(double - single, 1)
+    return max(min(int(largest) // 2 * 2, LARGEST_SUGGESTED_BATCH), 1)
+
+
+def halve_until_fits(
+    run: Callable[[int], Result], size: int, forget: Callable[[], None], times: int = 1
+) -> tuple[Result, int]:
+    """run(size) and the size, halved up to so many times where memory runs out after `forget` freed caches."""
+    while True:
+        try:
+            return run(size), size
+        except torch.OutOfMemoryError as error:
+            if size == 1 or not times:
+                raise Missing(
+                    f"memory: the GPU does not have enough memory for {size} image{'s' * (size > 1)} at once",
+                    "Choose a smaller --batch-size or --size, or free its memory.",
+                ) from error
+        forget()
+        size, times = -(-size // 2), times - 1
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, of a GPU or of the machine, by PyTorch's message or by ours."""
+    return isinstance(error, torch.OutOfMemoryError) or "enough memory" in str(error)
+
+
+def _c_library() -> ctypes.CDLL:
+    """The libraries that the process has loaded; nothing is opened for it."""
+    return ctypes.CDLL(None, handle=ctypes.pythonapi._handle)
+
+
+def trim() -> None:
+    """Returns freed memory that the C library retains to the system, where it has a function for that."""
+    if hasattr(library := _c_library(), "malloc_trim"):
+        library.malloc_trim(0)
+
+
+def release() -> None:
+    """Returns unused memory to the system: of circular objects, of the C library and of PyTorch."""
+    gc.collect()
+    trim()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def retain_freed() -> None:
+    """Lets glibc retain freed memory, as fresh pages cost a training more than its computation."""
+    if hasattr(library := _c_library(), "mallopt"):
+        for parameter, value in MALLOC_OPTIONS.items():
+            library.mallopt(parameter, value)

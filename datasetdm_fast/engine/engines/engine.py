@@ -85,7 +85,7 @@ class Engine(Protocol):
 
     def suggested_batch(self) -> int:
         """The default batch size."""
-        from datasetdm_fast.engine.engines.memory import BATCH, suggest_batch  # which import torch
+        from datasetdm_fast.engine.engines.device import BATCH, suggest_batch  # which import torch
 
         return BATCH if self.device.type == "cuda" else suggest_batch(self.model.size // FACTOR, self.device)
 

@@ -99,7 +99,7 @@ class BatchGenerator:
 
     def sample(self, batch: Batch) -> Any:
         """A SampledBatch from the sampler loop, with captures of some calls; a GPU's host does not wait."""
-        from datasetdm_fast.engine.sampling.walk import SamplerState
+        from datasetdm_fast.engine.sampling.schedule import SamplerState
 
         engine, recipe, requests = self.engine, self.recipe, batch.padded
         text, class_text = self.encode_prompts(requests)
@@ -248,7 +248,7 @@ def retry_in_fp32(
         label_stream.settle()  # what a new engine records on a GPU must not be disturbed
         retries = make(fallback).make(batch)
     except Exception as error:
-        from datasetdm_fast.engine.engines.memory import is_out_of_memory
+        from datasetdm_fast.engine.engines.device import is_out_of_memory
 
         if not is_out_of_memory(error):
             raise

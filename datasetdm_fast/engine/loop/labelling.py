@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from datasetdm_fast.engine.decoders.config import DecoderConfig
+    from datasetdm_fast.engine.engines.device import Lanes
     from datasetdm_fast.engine.engines.engine import Engine
-    from datasetdm_fast.engine.engines.lanes import Lanes
     from datasetdm_fast.engine.labels.class_tables import ClassTable
     from datasetdm_fast.engine.loop.prompts import Tokenizer
     from datasetdm_fast.engine.loop.recipe import Recipe
@@ -54,7 +54,7 @@ class SampledBatch:
 @cache
 def reader_lanes() -> Lanes:
     """Threads that post-process on a CPU, an image each, so that no number of threads changes a label."""
-    from datasetdm_fast.engine.engines.lanes import Lanes
+    from datasetdm_fast.engine.engines.device import Lanes
 
     return Lanes(is_single=True)
 

@@ -20,8 +20,8 @@ from datasetdm_fast.engine.loop.driver import BatchGenerator
 from datasetdm_fast.engine.loop.labelling import attention_labels, decoder_labels
 from datasetdm_fast.engine.loop.origin import fresh_noise
 from datasetdm_fast.engine.loop.recipe import Recipe
-from datasetdm_fast.engine.sampling import times, walk
-from datasetdm_fast.engine.sampling.schedule import Schedule
+from datasetdm_fast.engine.sampling import times
+from datasetdm_fast.engine.sampling.schedule import SamplerState, Schedule, guide, start, step
 from datasetdm_fast.kernels import pyramid
 from datasetdm_fast.stages import LEVELS
 
@@ -52,16 +52,16 @@ class ReferenceSampler:
     """What SamplerState does in one operation per call, step by step."""
 
     def __init__(self, schedule: Schedule, guidance: float, latents: Tensor, noise: Callable[[], Tensor] | None = None):
-        self.schedule, self.guidance, self.state, self.noise = schedule, guidance, walk.start(latents), noise
+        self.schedule, self.guidance, self.state, self.noise = schedule, guidance, start(latents), noise
 
     @property
     def latents(self) -> Tensor:
         return self.state.latents
 
     def step(self, k: int, output: Tensor) -> Tensor:
-        guided = output if len(output) == len(self.latents) else walk.guide(output, self.guidance)
+        guided = output if len(output) == len(self.latents) else guide(output, self.guidance)
         noise = self.noise() if self.noise and self.schedule.updates[k].noise else None
-        self.state = walk.step(self.schedule, k, self.state, guided, noise)
+        self.state = step(self.schedule, k, self.state, guided, noise)
         return self.latents
 
 
@@ -71,7 +71,7 @@ def observe(
     recipe: Recipe,
     truth: Observation | None = None,
     on_unet_call: Callable[[], None] = lambda: None,
-    sampler: type[ReferenceSampler] | type[walk.SamplerState] = ReferenceSampler,
+    sampler: type[ReferenceSampler] | type[SamplerState] = ReferenceSampler,
     perturbations: int = 0,
 ) -> Observation:
     """One batch, free-running or with every input from `truth`; `perturbations` are captures changed by rounding."""

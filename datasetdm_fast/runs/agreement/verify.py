@@ -12,7 +12,7 @@ from datasetdm_fast.engine.engines.fast import DTYPES, state_distance
 from datasetdm_fast.engine.labels import LABEL_KINDS
 from datasetdm_fast.engine.labels.kind import Limit
 from datasetdm_fast.engine.loop.recipe import Recipe
-from datasetdm_fast.engine.sampling.walk import SamplerState
+from datasetdm_fast.engine.sampling.schedule import SamplerState
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.runs.agreement.observe import (
     PERTURBATIONS,

@@ -46,7 +46,7 @@ def run_spawned(places: Sequence[Place], spec: RunSpec, job: Job | None, callbac
     """The run, made by one process a place."""
     folder, begin = spec.folder, time.perf_counter()
     if "torch" in sys.modules:  # engines that were compared before: the first process would lack their memory
-        from datasetdm_fast.engine.engines.memory import release
+        from datasetdm_fast.engine.engines.device import release
 
         release()
     storage.make_folder(folder / "state")

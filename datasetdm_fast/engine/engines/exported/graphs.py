@@ -12,9 +12,9 @@ from torch import Tensor
 
 from datasetdm_fast.data import AttentionSums, Capture, ProjectedCapture, Text
 from datasetdm_fast.engine.decoders.trunk import Decoder
+from datasetdm_fast.engine.engines.device import trim
 from datasetdm_fast.engine.engines.engine import Engine, check_task
 from datasetdm_fast.engine.engines.fast import CHUNK_PIXELS, sample_moments
-from datasetdm_fast.engine.engines.memory import trim
 from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.export.manifest import Manifest

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.engine.decoders.trunk import Decoder
-from datasetdm_fast.engine.engines.device import resolve_device
+from datasetdm_fast.engine.engines.device import Lanes, resolve_device
 from datasetdm_fast.engine.engines.exported.graphs import GraphEngine, OpenedGraph, Tensors
 from datasetdm_fast.engine.engines.exported.providers import NAMES, installed_providers, require_provider
 from datasetdm_fast.engine.engines.fast import DTYPES, slice_of
-from datasetdm_fast.engine.engines.lanes import Lanes
 from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export.manifest import Manifest, StageFile

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from datasetdm_fast.data import Capture, ProjectedCapture
 from datasetdm_fast.engine.decoders.trunk import copy_for_cpu as packed_decoder
+from datasetdm_fast.engine.engines.device import Lanes, trim
 from datasetdm_fast.engine.engines.fast.engine import (
     LAZY_NETWORKS,
     FastEngine,
@@ -20,8 +21,6 @@ from datasetdm_fast.engine.engines.fast.engine import (
     channels_last,
     slice_of,
 )
-from datasetdm_fast.engine.engines.lanes import Lanes
-from datasetdm_fast.engine.engines.memory import trim
 from datasetdm_fast.engine.loading.network import Weighted, as_widest
 from datasetdm_fast.engine.models.blocks import has_blocks, is_narrow, with_blocks
 from datasetdm_fast.engine.models.packed import pack_layers, spending
