@@ -86,7 +86,9 @@ class Registry(dict[str, Any]):
         return package_of(self.others[name])
 
     def guard(self, name: str, call: Callable[[], Any], failure: str = "does not load") -> Any:
-        """The result of `call`, which runs code of another package; if that fails, a Missing names the package."""
+        """The result of `call`, which runs code of an entry; if another package's fails, a Missing names that."""
+        if name not in self.others:
+            return call()
         try:
             return call()
         except tuple(REFUSALS.values()):  # its message already has a remedy
@@ -151,11 +153,9 @@ class PartTable(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._loaded:
-            if name in self.builtin:
-                self._loaded[name] = self._load(self.builtin[name][name])
-            else:
-                entry = self.others[name][name]
-                self._loaded[name] = self.others[name].guard(name, lambda: self._load(entry))
+            registry = self.builtin.get(name) or self.others[name]
+            entry = registry[name]
+            self._loaded[name] = registry.guard(name, lambda: self._load(entry))
         return self._loaded[name]
 
     def _load(self, entry: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.config import ENGINE_NAMES, ENGINES, REFERENCE, EngineKind
@@ -25,7 +25,7 @@ def check_engine(name: str, **options: Any) -> None:
     kind, values = _select_options(name, options)
     if kind.requirement:
         place, option = kind.requirement
-        _of(name, lambda: load_place(place)(values[option]))
+        ENGINES.guard(name, lambda: load_place(place)(values[option]))
 
 
 def check_installed(name: str, settings: EngineSettings) -> None:
@@ -55,13 +55,10 @@ def build_engine(
             f"Use --engine {REFERENCE}, which runs the modules of diffusers in fp32.",
         )
     place = (model.backbone.fast if name == "fast" else None) or kind.engine
-    built: Engine = _of(name, lambda: load_place(place)(model, decoders or {}, dtype=dtype, device=device, **values))
+    built: Engine = ENGINES.guard(
+        name, lambda: load_place(place)(model, decoders or {}, dtype=dtype, device=device, **values)
+    )
     return built
-
-
-def _of(name: str, call: Callable[[], Any]) -> Any:
-    """The result of `call`; where code of another package fails, that package is named."""
-    return ENGINES.guard(name, call) if name in ENGINES.others else call()
 
 
 def _select_options(name: str, options: Mapping[str, Any]) -> tuple[EngineKind, dict[str, Any]]:

@@ -260,12 +260,8 @@ def label_tables(engine: Engine, recipe: Recipe) -> dict[str, dict[str, Any]]:
     def table(label: str) -> dict[str, Any]:
         return kind_of(label).table(sources.get(label), recipe.size, recipe.words)
 
-    return {
-        label: LABELLER_KINDS.guard(label, partial(table, label), "does not say what its labels are")
-        if label in LABELLER_KINDS.others
-        else table(label)
-        for label in recipe.tasks
-    }
+    failure = "does not say what its labels are"
+    return {label: LABELLER_KINDS.guard(label, partial(table, label), failure) for label in recipe.tasks}
 
 
 def labellers_of(engine: Engine, tasks: Sequence[str]) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def _beta_schedule(scheduler: Mapping[str, Any], name: str, sampler: Sampler, st
         )
     alphas = alphas_cumprod(scheduler)
     make = partial(checked_calls, sampler, scheduler, alphas, steps, prediction, profile)
-    times, updates = SAMPLERS.guard(name, make, "fails") if name in SAMPLERS.others else make()
+    times, updates = SAMPLERS.guard(name, make, "fails")
     scale = sampler.noise_scale(scheduler, alphas, steps) if sampler.noise_scale else 1.0
     return Schedule(
         sampler.memory, prediction, tuple(times), tuple(updates), sampler.shifts.get(profile, 0), noise_scale=scale
