@@ -103,6 +103,10 @@ class Capture:
     features: tuple[tuple[Tensor, ...], ...]  # per level: [B, halves * C, h, w], joined per image: [uncond_b | cond_b]
     maps: tuple[tuple[Tensor, ...], ...]  # per level: [B, heads, h*w, T], conditional half, up before down layers
 
+    def of(self, task: str) -> Capture:
+        """The part of one task: all of it."""
+        return self
+
     def to(self, dtype: torch.dtype) -> Capture:
         features, maps = (
             tuple(tuple(x.to(dtype) for x in level) for level in part) for part in (self.features, self.maps)
@@ -147,6 +151,9 @@ class ProjectedCapture:
         """Cells of a side of the highest level."""
         side: int = self.sums[-1].shape[-1]
         return side
+
+
+AnyCapture = Capture | ProjectedCapture
 
 
 @dataclass(frozen=True)

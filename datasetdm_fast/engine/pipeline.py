@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from datasetdm_fast.config import LABELS, UNDECODED, USUAL_SAMPLER
-from datasetdm_fast.data import Batch, Capture, ProjectedCapture, Quarantined, Request, Sample
+from datasetdm_fast.data import AnyCapture, Batch, Capture, Quarantined, Request, Sample
 from datasetdm_fast.engine.decoders.folders import SHIPPED
 from datasetdm_fast.engine.engines import opening
 from datasetdm_fast.engine.engines.start import in_own_precision
@@ -527,7 +527,7 @@ class Pipeline:
 
     def _sampled_capture(
         self, prompt: str, timestep: int, seed: int, steps: int, guidance: float, *, is_raw: bool
-    ) -> Capture | ProjectedCapture:
+    ) -> AnyCapture:
         """The capture of one image on its way from noise."""
         from datasetdm_fast.engine.sampling import make_schedule
         from datasetdm_fast.engine.sampling.schedule import SamplerState
@@ -547,7 +547,7 @@ class Pipeline:
         capturing = engine.denoise_and_capture_raw if is_raw else engine.denoise_and_capture
         return capturing(state.latents, schedule.timesteps[last], text)[1]
 
-    def _project(self, capture: Capture | ProjectedCapture, label: str) -> dict[str, Tensor]:
+    def _project(self, capture: AnyCapture, label: str) -> dict[str, Tensor]:
         """Level -> what the decoder of a label reads of it, [1, F, h, w]."""
         from datasetdm_fast.kernels import pyramid
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 from torch import Tensor, nn
 
-from datasetdm_fast.data import Capture, ProjectedCapture
+from datasetdm_fast.data import AnyCapture
 from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.decoders.layers import MASKS, Upscale
 from datasetdm_fast.engine.decoders.trunk import Decoder, wide_mixes
@@ -30,7 +30,7 @@ class DepthDecoder(Decoder):
             nn.init.normal_(convolution.weight, std=0.001)
             nn.init.zeros_(convolution.bias)
 
-    def forward(self, capture: Capture | ProjectedCapture, text: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, capture: AnyCapture, text: Tensor | None = None) -> dict[str, Tensor]:
         first, last = self.last_layer_depth[0], self.last_layer_depth[2]
         side = capture.side
         x = self.climb(capture)
@@ -52,7 +52,7 @@ class HeatmapDecoder(Decoder):
         self.upscale = Upscale(4 * config.width, config.width, config.upscale) if config.upscale else nn.Identity()
         self.final_layer = nn.Conv2d(config.width if config.upscale else 4 * config.width, len(config.joints), 1)
 
-    def forward(self, capture: Capture | ProjectedCapture, text: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, capture: AnyCapture, text: Tensor | None = None) -> dict[str, Tensor]:
         return {
             "heatmaps": pointwise(self.upscale(self.climb(capture)), self.final_layer.weight, self.final_layer.bias)
         }
@@ -67,7 +67,7 @@ class SimccDecoder(Decoder):
         self.mlp_head_x = nn.Linear(tokens, bins)
         self.mlp_head_y = nn.Linear(tokens, bins)
 
-    def forward(self, capture: Capture | ProjectedCapture, text: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, capture: AnyCapture, text: Tensor | None = None) -> dict[str, Tensor]:
         side = capture.side
         if side != self.config.side:
             raise Refused(

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from datasetdm_fast.data import Capture, ProjectedCapture
+from datasetdm_fast.data import AnyCapture
 from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.decoders.layers import MASKS, Upscale
 from datasetdm_fast.engine.decoders.transformer import (
@@ -50,7 +50,7 @@ class SegmentationDecoder(Decoder):
         self.stacked: StackedTransformer | PackedTransformer | None = None  # for inference
 
     def forward(
-        self, capture: Capture | ProjectedCapture, text: Tensor | None = None, auxiliary: bool = False
+        self, capture: AnyCapture, text: Tensor | None = None, auxiliary: bool = False
     ) -> dict[str, Tensor | list[dict[str, Tensor]]]:
         """The last layer's answers; `auxiliary` adds those of every earlier layer as the list `aux`, for training."""
         memory, mask_features = self.pixels(capture)
@@ -58,7 +58,7 @@ class SegmentationDecoder(Decoder):
         outputs = self.answer(content, position, memory, mask_features, auxiliary)
         return {**outputs, "token_attention": self.token_attention(capture)} if self.config.word_heads else outputs
 
-    def pixels(self, capture: Capture | ProjectedCapture) -> tuple[list[Tensor], Tensor]:
+    def pixels(self, capture: AnyCapture) -> tuple[list[Tensor], Tensor]:
         """Three memory levels [B, C, m_i, m_i] and the mask features [B, D, m, m]."""
         side = capture.side
         low = resize(self.lowest(capture), side // 2)
@@ -145,7 +145,7 @@ class OpenVocabularyDecoder(SegmentationDecoder):
         self.text_gain.copy_(1 / (words - words.mean(0)).std())
 
     def forward(
-        self, capture: Capture | ProjectedCapture, text: Tensor | None = None, auxiliary: bool = False
+        self, capture: AnyCapture, text: Tensor | None = None, auxiliary: bool = False
     ) -> dict[str, Tensor | list[dict[str, Tensor]]]:
         batch = capture.batch
         width = self.config.text_width

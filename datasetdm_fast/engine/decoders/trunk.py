@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datasetdm_fast.data import Capture, ProjectedCapture
+from datasetdm_fast.data import AnyCapture, ProjectedCapture
 from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.decoders.domain import LARGEST_SIDE, Domain, mixtures
 from datasetdm_fast.engine.decoders.layers import SegBlock, SpectralConv2d, StackedSegBlock, Upscale
@@ -57,7 +57,7 @@ class Decoder(nn.Module):
         """[calls, levels] the share of each call in what this decoder of several reads of a level."""
         return (CALL_RATE * self.call_weights).softmax(0)
 
-    def level(self, capture: Capture | ProjectedCapture, name: str, side: int) -> Tensor:
+    def level(self, capture: AnyCapture, name: str, side: int) -> Tensor:
         """The level `name` [B, F, h, w], yet to be resized to `side`; a ProjectedCapture must be this decoder's own."""
         place = LEVELS.index(name)
         convolution = self.get_submodule(f"{name}_feature_conv.0")
@@ -84,7 +84,7 @@ class Decoder(nn.Module):
                     plain = SimpleNamespace(weight=child.weight, bias=child.bias, stride=1, padding=1)
                     setattr(block, name, PackedConvolution(plain))
 
-    def token_attention(self, capture: Capture | ProjectedCapture) -> Tensor:
+    def token_attention(self, capture: AnyCapture) -> Tensor:
         """[B, T, h, w] the attention of each cell of the highest level to each token, by the heads that tell words."""
         total = None
         for name, shares in self.config.word_levels().items():
@@ -101,7 +101,7 @@ class Decoder(nn.Module):
             total = maps if total is None else total + maps
         return total
 
-    def sketch(self, capture: Capture | ProjectedCapture) -> Tensor:
+    def sketch(self, capture: AnyCapture) -> Tensor:
         """[B, D, h, w] mixtures of the channels of every level that is read, on one grid, for its domain."""
         side, parts = min(capture.side, LARGEST_SIDE), []
         for name in self.levels_read:
@@ -120,17 +120,17 @@ class Decoder(nn.Module):
     def sketch_width(self) -> int:
         return len(self.levels_read) * len(mixtures(self.config.width))
 
-    def lowest(self, capture: Capture | ProjectedCapture) -> Tensor:
+    def lowest(self, capture: AnyCapture) -> Tensor:
         """The level `low` at a quarter of the side of the highest."""
         side = capture.side // 4
         return resize(self.level(capture, "low", side), side)
 
-    def mix(self, capture: Capture | ProjectedCapture, name: str, below: Tensor, side: int) -> Tensor:
+    def mix(self, capture: AnyCapture, name: str, below: Tensor, side: int) -> Tensor:
         """The level `name` joined with the levels below it, both brought to `side`."""
         joined = self.ops.upsample_concat([below, self.level(capture, name, side)], side)
         return self.get_submodule(f"{name}_feature_mix_conv")(joined)
 
-    def climb(self, capture: Capture | ProjectedCapture) -> Tensor:
+    def climb(self, capture: AnyCapture) -> Tensor:
         """All four levels mixed, at the resolution of the highest."""
         side = capture.side
         mid = self.mix(capture, "mid", self.lowest(capture), side // 2)

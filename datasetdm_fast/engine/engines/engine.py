@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from datasetdm_fast.data import AttentionSums, Capture, ProjectedCapture, Text
+    from datasetdm_fast.data import AnyCapture, AttentionSums, Capture, Text
     from datasetdm_fast.engine.loading.model import Model
 
 
@@ -50,9 +50,7 @@ class Engine(Protocol):
     def denoise(self, latents: Tensor, timestep: float, text: Text) -> Tensor:
         """[R, C, h, w] output of the denoiser for latents [B, C, h, w] and R rows of text."""
 
-    def denoise_and_capture(
-        self, latents: Tensor, timestep: float, text: Text
-    ) -> tuple[Tensor, Capture | ProjectedCapture]:
+    def denoise_and_capture(self, latents: Tensor, timestep: float, text: Text) -> tuple[Tensor, AnyCapture]:
         """The output of `denoise`, and what the decoders read."""
 
     def denoise_and_capture_raw(self, latents: Tensor, timestep: float, text: Text) -> tuple[Tensor, Capture]:
@@ -76,7 +74,7 @@ class Engine(Protocol):
     def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
         """[B, C, h, w] latents of uint8 images [B, H, W, 3]: posterior means, or samples by `generators`."""
 
-    def annotate(self, task: str, capture: Capture | ProjectedCapture, text: Tensor | None = None) -> dict[str, Tensor]:
+    def annotate(self, task: str, capture: AnyCapture, text: Tensor | None = None) -> dict[str, Tensor]:
         """Raw outputs of the task's decoder; `text` holds class embeddings for open-vocabulary decoders."""
 
     def prepare(self, batch: int) -> None:

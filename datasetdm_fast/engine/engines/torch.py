@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from datasetdm_fast.data import AttentionSums, Capture, ProjectedCapture, Text
+from datasetdm_fast.data import AnyCapture, AttentionSums, Capture, Text
 from datasetdm_fast.engine.backbones.record import BackboneReference
 from datasetdm_fast.engine.engines.device import engine_call, resolve_device
 from datasetdm_fast.engine.engines.engine import Engine, check_task
@@ -81,9 +81,9 @@ class TorchEngine(Engine):
         return self.reference.encode_image(pixels, generators)
 
     @engine_call
-    def annotate(self, task: str, capture: Capture | ProjectedCapture, text: Tensor | None = None) -> dict[str, Tensor]:
+    def annotate(self, task: str, capture: AnyCapture, text: Tensor | None = None) -> dict[str, Tensor]:
         check_task(task, self.decoders)
-        return self.decoders[task](capture.of(task) if isinstance(capture, ProjectedCapture) else capture, text)
+        return self.decoders[task](capture.of(task), text)
 
     def _versions(self) -> dict[str, str]:
         return {module.__name__: module.__version__ for module in (torch, diffusers, transformers)}

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from datasetdm_fast.data import Capture, ProjectedCapture, Text, join_texts
+from datasetdm_fast.data import AnyCapture, Capture, ProjectedCapture, Text, join_texts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,9 +30,6 @@ def call_text(
     return replace(text, guidance=guidance or usual) if model.guidance == "embedded" else text
 
 
-AnyCapture = Capture | ProjectedCapture
-
-
 def timesteps_of(reader: Any) -> tuple[int | None, ...]:
     """The timesteps that a decoder's configuration or a labeller names, None for that of the last sampler call."""
     named = reader.capture_timestep
@@ -53,10 +50,9 @@ class CapturedCalls:
             if label not in self._shares:
                 self.read |= {label: capture} if calls == (call,) else {}
                 continue
-            part = capture.of(label) if isinstance(capture, ProjectedCapture) else capture
             for place, named in enumerate(calls):
                 if named == call:
-                    self.read[label] = add_share(self.read.get(label), part, self._shares[label][place])
+                    self.read[label] = add_share(self.read.get(label), capture.of(label), self._shares[label][place])
 
 
 def add_share(total: Any, capture: AnyCapture, shares: Tensor) -> AnyCapture:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.config import ATTENTION
 from datasetdm_fast.data import (
+    AnyCapture,
     AttentionSums,
     Batch,
-    Capture,
     ProjectedCapture,
     Quarantined,
     Request,
@@ -203,10 +203,8 @@ class BatchGenerator:
         captures = list({id(capture): capture for capture in sampled.captures.values()}.values())
         if captures:
             for task in recipe.decoded:  # what the domains of decoders are measured by
-                capture, decoder = sampled.captures[task], engine.decoders[task]
-                if getattr(decoder, "domain", None):
-                    part = capture.of(task) if isinstance(capture, ProjectedCapture) else capture
-                    sampled.sketches[task] = decoder.sketch(part)
+                if getattr(decoder := engine.decoders[task], "domain", None):
+                    sampled.sketches[task] = decoder.sketch(sampled.captures[task].of(task))
             checks["features"] = all_of(is_finite(value) for capture in captures for value in tensors_of(capture))
         release(value for capture in captures for value in tensors_of(capture))
         del captures
@@ -291,7 +289,7 @@ def release(values: Iterable[Tensor]) -> None:
             value.record_stream(torch.cuda.current_stream(value.device))
 
 
-def tensors_of(capture: Capture | ProjectedCapture) -> tuple[Tensor, ...]:
+def tensors_of(capture: AnyCapture) -> tuple[Tensor, ...]:
     if isinstance(capture, ProjectedCapture):
         return capture.sums
     return tuple(value for level in (*capture.features, *capture.maps) for value in level)

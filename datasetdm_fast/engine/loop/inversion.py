@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasetdm_fast.data import Capture, ProjectedCapture, Text
+from datasetdm_fast.data import AnyCapture, Text
 from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.loop.calls import CapturedCalls, call_text, timesteps_of
 from datasetdm_fast.engine.sampling import times
@@ -21,14 +21,14 @@ POSTERIOR = "posterior"  # the name of the stream of draws from it
 
 def invert(
     engine: Engine, images: Tensor, captions: Sequence[str], timestep: int, seeds: Sequence[int], **how: Any
-) -> Capture | ProjectedCapture:
+) -> AnyCapture:
     """The capture of images at one timestep; see invert_at."""
     return next(invert_at(engine, images, captions, [timestep], seeds, **how))
 
 
 def invert_for(
     engine: Engine, labels: Sequence[str], images: Tensor, captions: Sequence[str], seeds: Sequence[int]
-) -> dict[str, Capture | ProjectedCapture]:
+) -> dict[str, AnyCapture]:
     """Label -> what its decoder reads of images at the timesteps it was trained at; 0, upstream's, by default."""
     times = {label: tuple(time or 0 for time in timesteps_of(engine.decoders[label].config)) for label in labels}
     calls = sorted({time for several in times.values() for time in several}, reverse=True)
@@ -48,7 +48,7 @@ def invert_at(
     is_raw: bool = False,
     is_sampled: bool = False,
     ddim_steps: int = 0,
-) -> Iterator[Capture | ProjectedCapture]:
+) -> Iterator[AnyCapture]:
     """The captures of images [B, H, W, 3] (0..255) at each timestep; image b's noise comes from seeds[b] alone.
 
     `is_raw` asks for the features and maps themselves, where an engine would give only what its decoders make of them.

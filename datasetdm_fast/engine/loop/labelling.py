@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 from datasetdm_fast.config import ATTENTION
 from datasetdm_fast.data import (
     Annotation,
+    AnyCapture,
     AttentionSums,
     Batch,
-    Capture,
     DomainDistance,
     Instances,
-    ProjectedCapture,
     Quarantined,
     Request,
     Sample,
@@ -45,7 +44,7 @@ class SampledBatch:
     """The latents of a batch after the last U-Net call, and what its labels are read from."""
 
     latents: Tensor
-    captures: dict[str, Capture | ProjectedCapture]  # label -> what it reads; under an empty name what no label reads
+    captures: dict[str, AnyCapture]  # label -> what it reads; under an empty name what no label reads
     averages: AttentionSums | None = None
     sketches: dict[str, Tensor] = field(default_factory=dict)  # task -> what its decoder's domain is measured by
     pixels: Tensor | None = None  # of pictures that need not be decoded

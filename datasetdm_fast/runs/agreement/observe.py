@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from datasetdm_fast.config import ATTENTION
-from datasetdm_fast.data import Annotation, AttentionSums, Capture, ProjectedCapture, Request, Text
+from datasetdm_fast.data import Annotation, AnyCapture, AttentionSums, Capture, ProjectedCapture, Request, Text
 from datasetdm_fast.engine.engines.torch import TorchEngine
 from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.engine.loop.calls import CapturedCalls
@@ -106,7 +106,7 @@ def observe(
         )
         on_unet_call()
 
-    def decode(task: str, capture: Capture | ProjectedCapture) -> dict[str, Tensor]:
+    def decode(task: str, capture: AnyCapture) -> dict[str, Tensor]:
         return engine.annotate(task, capture, generator.words.embeddings_of(task, requests))
 
     raw = {task: decode(task, read.read[task]) for task in recipe.decoded}
@@ -144,7 +144,7 @@ def _to_host(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.float().cpu() for name, value in outputs.items()}
 
 
-def perturb_capture(capture: Capture | ProjectedCapture, seed: int) -> Capture | ProjectedCapture:
+def perturb_capture(capture: AnyCapture, seed: int) -> AnyCapture:
     """What decoders read, every number of it changed by about ROUNDING."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -158,7 +158,7 @@ def perturb_capture(capture: Capture | ProjectedCapture, seed: int) -> Capture |
     return Capture(*(tuple(map(perturb, kind)) for kind in (capture.features, capture.maps)))
 
 
-def level_tensors(engine, captures: Iterable[Capture | ProjectedCapture]) -> dict[str, list[Tensor]]:
+def level_tensors(engine, captures: Iterable[AnyCapture]) -> dict[str, list[Tensor]]:
     """Per level the projected sums of every decoder, or without decoders the features and maps themselves."""
     levels: dict[str, list[Tensor]] = {name: [] for name in LEVELS}
     for capture, (place, level) in product(captures, enumerate(engine.model.levels)):

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from datasetdm_fast.data import AttentionSums, Capture, ProjectedCapture, Text
+from datasetdm_fast.data import AnyCapture, AttentionSums, Capture, ProjectedCapture, Text
 from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.engines.device import trim
 from datasetdm_fast.engine.engines.engine import Engine, check_task
@@ -90,9 +90,7 @@ class GraphEngine(Engine):
         return self._call_unet("denoise", latents, timestep, text)["noise"]
 
     @torch.inference_mode()
-    def denoise_and_capture(
-        self, latents: Tensor, timestep: float, text: Text
-    ) -> tuple[Tensor, ProjectedCapture | Capture]:
+    def denoise_and_capture(self, latents: Tensor, timestep: float, text: Text) -> tuple[Tensor, AnyCapture]:
         """The noise and what the loaded decoders make of the activations; without decoders these themselves."""
         if not self.decoders:
             return self.denoise_and_capture_raw(latents, timestep, text)
@@ -162,7 +160,7 @@ class GraphEngine(Engine):
         return max(CHUNK_PIXELS[self.device.type] // self.model.size**2, 1)
 
     @torch.inference_mode()
-    def annotate(self, task: str, capture: ProjectedCapture | Capture, text: Tensor | None = None) -> dict[str, Tensor]:
+    def annotate(self, task: str, capture: AnyCapture, text: Tensor | None = None) -> dict[str, Tensor]:
         check_task(task, self.decoders)
         sums, config = self._sums(task, capture), self.decoders[task].config
         if not config.has_text:
@@ -185,7 +183,7 @@ class GraphEngine(Engine):
         inputs = {**sums, **({} if words is None else {"text": words})}
         return self._run(annotate_name(task), self._unet_images(batch), **inputs)
 
-    def _sums(self, task: str, capture: ProjectedCapture | Capture) -> dict[str, Tensor]:
+    def _sums(self, task: str, capture: AnyCapture) -> dict[str, Tensor]:
         """What the task's decoder reads, by the names of its stage."""
         if isinstance(capture, ProjectedCapture):
             return {f"sums_{name}": total for name, total in zip(LEVELS, capture.of(task).sums) if total.shape[1]}

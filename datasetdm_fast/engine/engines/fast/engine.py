@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from datasetdm_fast.data import AttentionSums, Capture, ProjectedCapture, Text
+from datasetdm_fast.data import AnyCapture, AttentionSums, Capture, ProjectedCapture, Text
 from datasetdm_fast.engine.backbones.latent_space import scale
 from datasetdm_fast.engine.decoders.trunk import Decoder, with_ops
 from datasetdm_fast.engine.engines.device import engine_call, resolve_device, slow_in_fp16
@@ -154,7 +154,7 @@ class FastEngine(Engine):
         """Images of latents on the device, and whether each is finite, part by part."""
         raise NotImplementedError
 
-    def _run_decoder(self, task: str, capture: ProjectedCapture | Capture, text: Tensor | None) -> dict[str, Tensor]:
+    def _run_decoder(self, task: str, capture: AnyCapture, text: Tensor | None) -> dict[str, Tensor]:
         """A decoder's raw outputs."""
         raise NotImplementedError
 
@@ -260,9 +260,7 @@ class FastEngine(Engine):
         return self._call(self._step, latents, timestep, text)[0]
 
     @engine_call
-    def denoise_and_capture(
-        self, latents: Tensor, timestep: float, text: Text
-    ) -> tuple[Tensor, ProjectedCapture | Capture]:
+    def denoise_and_capture(self, latents: Tensor, timestep: float, text: Text) -> tuple[Tensor, AnyCapture]:
         """The noise and what the decoders make of the activations; without decoders the activations themselves."""
         if not self.decoders:
             return self.denoise_and_capture_raw(latents, timestep, text)
@@ -443,9 +441,9 @@ class FastEngine(Engine):
         return max(CHUNK_PIXELS[self.device.type] // side**2, 1)
 
     @engine_call
-    def annotate(self, task: str, capture: ProjectedCapture | Capture, text: Tensor | None = None) -> dict[str, Tensor]:
+    def annotate(self, task: str, capture: AnyCapture, text: Tensor | None = None) -> dict[str, Tensor]:
         check_task(task, self.decoders)
-        return self._run_decoder(task, capture.of(task) if isinstance(capture, ProjectedCapture) else capture, text)
+        return self._run_decoder(task, capture.of(task), text)
 
 
 def _version_of(context: Tensor) -> int:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datasetdm_fast.data import AttentionSums, Capture, ProjectedCapture, Text
+from datasetdm_fast.data import AnyCapture, AttentionSums, Capture, ProjectedCapture, Text
 from datasetdm_fast.engine.backbones.concept_attention import ConceptReader, with_concepts
 from datasetdm_fast.engine.backbones.flow_models import blocks_read
 from datasetdm_fast.engine.backbones.joint_attention import JointReference
@@ -174,7 +174,7 @@ class JointEngine(TorchEngine):
     @engine_call
     def denoise_and_capture(  # type: ignore[override]
         self, latents: Tensor, timestep: float, text: Text
-    ) -> tuple[Tensor, Capture | ProjectedCapture]:
+    ) -> tuple[Tensor, AnyCapture]:
         if not self.decoders:
             return self.denoise_and_capture_raw(latents, timestep, text)
         slots, projection = self._slots_of(self.network), self.projection

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from datasetdm_fast.data import Capture, ProjectedCapture
+from datasetdm_fast.data import AnyCapture, ProjectedCapture
 from datasetdm_fast.engine.decoders.trunk import copy_for_cpu as packed_decoder
 from datasetdm_fast.engine.engines.device import Lanes, trim
 from datasetdm_fast.engine.engines.fast.engine import (
@@ -131,7 +131,7 @@ class CpuEngine(FastEngine):
             return [as_images(decoder.decode_and_release(channels_last(chunks[0], self.dtype), free_memory))]
         return self.lanes.map(self._decode_part, [(chunk,) for chunk in chunks])
 
-    def _run_decoder(self, task: str, capture: ProjectedCapture | Capture, text: Tensor | None) -> dict[str, Tensor]:
+    def _run_decoder(self, task: str, capture: AnyCapture, text: Tensor | None) -> dict[str, Tensor]:
         self._refresh()
         decoder = self._stored_decoders[task]
         inputs = capture.to(next(decoder.parameters()).dtype)

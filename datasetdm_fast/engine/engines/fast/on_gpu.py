@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from datasetdm_fast.data import Capture, ProjectedCapture
+from datasetdm_fast.data import AnyCapture, ProjectedCapture
 from datasetdm_fast.engine.decoders.trunk import copy_for_gpu, is_folded
 from datasetdm_fast.engine.engines.cuda_graph import GraphPool, StepGraph
 from datasetdm_fast.engine.engines.device import engine_call, halve_until_fits, suggest_batch
@@ -111,7 +111,7 @@ class GpuEngine(FastEngine):
             self.widest_chunk, self.adjustments = worked, self.adjustments | {"image_batch": worked}
         return parts
 
-    def _run_decoder(self, task: str, capture: ProjectedCapture | Capture, text: Tensor | None) -> dict[str, Tensor]:
+    def _run_decoder(self, task: str, capture: AnyCapture, text: Tensor | None) -> dict[str, Tensor]:
         decoder = self._stored_decoders[task]
         inputs = capture.to(next(decoder.parameters()).dtype)
         if not isinstance(inputs, ProjectedCapture) or not is_folded(decoder):
