@@ -34,8 +34,8 @@ _BY_FILE = {
     "engine/loop/driver.py": (
         "test_driver.py test_tasks.py",
         (
-            "if call in recipe.captured:",
-            "if call + 1 in recipe.captured or call == 0:",
+            "if call in captured_calls:",
+            "if call + 1 in captured_calls or call == 0:",
             "labels are read a call too early",
         ),
         ("first = first & other", "first = first | other", "an image with a NaN label is kept"),
