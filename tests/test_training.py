@@ -10,6 +10,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 
 from bench.proof.decoders import fit
 from datasetdm_fast.data import join_texts
@@ -103,6 +104,21 @@ def test_matching_finds_the_cheapest_assignment():
         torch.rand(2, 256, 2),
     )
     assert dict(zip(queries.tolist(), targets.tolist())) == {2: 0, 0: 1} and len(none) == 0
+
+
+def test_matching_weighs_class_entropy_and_overlap_by_their_formula():
+    for seed in range(60):
+        random = torch.Generator().manual_seed(seed)
+        class_logits, mask_logits = torch.randn(1, 4, 3, generator=random), torch.randn(1, 4, 2, 2, generator=random)
+        masks, ids = (torch.rand(3, 2, 2, generator=random) > 0.5).float(), torch.tensor([0, 1, 1])
+        places = torch.tensor([[[0.25, 0.25], [0.75, 0.25], [0.25, 0.75], [0.75, 0.75]]])  # of the four pixels
+        chance, truth = mask_logits[0].flatten(1).sigmoid()[:, None], masks.flatten(1)  # [4, 1, 4] and [3, 4]
+        entropy = -(truth * chance.log() + (1 - truth) * (1 - chance).log()).mean(-1)
+        overlap = 1 - (2 * (chance * truth).sum(-1) + 1) / (chance.sum(-1) + truth.sum(-1) + 1)
+        cost = -losses.CLASS * class_logits[0].softmax(-1)[:, ids] + losses.MASK * entropy + losses.DICE * overlap
+        ((queries, targets),) = losses.match(class_logits, mask_logits, [ids], [masks], places)
+        wanted = linear_sum_assignment(cost.numpy())
+        assert (queries.tolist(), targets.tolist()) == (wanted[0].tolist(), wanted[1].tolist())
 
 
 def test_a_wrong_answer_costs_many_times_a_right_one():
@@ -728,6 +744,7 @@ def test_upstreams_recipe(engine, source, folder):
     )
     assert [trainer.rate(step) for step in (0, 34_999, 35_000, 70_000)] == pytest.approx([1e-4, 1e-4, 1e-5, 1e-6])
     assert recipe("pose", source, engine.model.levels, 32, (0,), 10, preset="upstream").schedule.decay_every == 4000
+    assert RecipeSettings().adjust(TrainingSchedule()) == TrainingSchedule()
     for task, ours in (("semantic", 64), ("open-vocabulary", 64), ("depth", 16)):  # on a small UNet, too
         usual, theirs = (recipe(task, source, engine.model.levels, 32, (0,), 10, preset=k).config for k in PRESETS)
         assert (usual.width, theirs.width, usual.upscale, theirs.upscale) == (
@@ -821,6 +838,7 @@ def test_a_share_is_held_out_by_seed_and_none_of_few():
     assert len(held) == 10 and sorted(learnt + held) == list(range(100)) and learnt == sorted(learnt)
     assert split(source, range(100), 0.1, 0) == (learnt, held) != split(source, range(100), 0.1, 1)
     assert split(source, range(9), 0.1, 0) == (list(range(9)), []) and split(source, range(100), 0.0, 0)[1] == []
+    assert len(split(source, range(10), 0.99, 0)[1]) == 9 and len(split(source, range(10), 0.01, 0)[1]) == 1
 
 
 def test_what_was_made_of_one_picture_is_never_held_out_from_it(monkeypatch):
