@@ -32,7 +32,7 @@ from datasetdm_fast.training.captures.views import TrainingViews, ViewSettings
 from datasetdm_fast.training.losses import losses
 from datasetdm_fast.training.losses.objective import loss_of, sample_word
 from datasetdm_fast.training.readers import open_data
-from datasetdm_fast.training.recipes import TrainingSchedule, recipe
+from datasetdm_fast.training.recipes import RecipeSettings, TrainingSchedule, recipe
 from datasetdm_fast.training.splits import split
 from datasetdm_fast.training.task_training import resolve_dtype
 from datasetdm_fast.training.trainer import Trainer, project
