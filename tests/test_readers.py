@@ -3,6 +3,7 @@ of bad data by name.
 """
 
 import base64
+import itertools
 import json
 import os
 import re
@@ -38,7 +39,8 @@ from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.reader import open_run
 from datasetdm_fast.runs.run_folder.seal import replace_file
 from datasetdm_fast.runs.run_folder.selections import SPLIT, Split
-from datasetdm_fast.training import data_record, splits
+from datasetdm_fast.training import data_record, session, splits
+from datasetdm_fast.training.captures.targets import check_truth
 from datasetdm_fast.training.evaluation.metrics import METRICS
 from datasetdm_fast.training.readers import PRESETS, DataSettings, Selection, open_data
 from datasetdm_fast.training.truth import tables, windows
@@ -2013,3 +2015,124 @@ def test_a_reader_that_gives_arrays_of_another_form_is_told_so(wrong, said):
     with pytest.raises(ValueError) as stop:
         Picture("a", caption="a photo", **given | wrong)
     assert said in str(stop.value)
+
+
+def test_bitmaps_polygons_and_rectangles_of_supervisely_become_masks(tmp_path):
+    """Corners are pixels, both ends included; the bitmap is one of Supervisely's documentation, a ring of 3 x 3."""
+    ring = (
+        "eJzrDPBz5+WS4mJgYOD19HAJAtLMIMwIInOeqf8BUmwBPiGuQPr///9Lb86/C2QxlgT5BTM4PLuRBuTwebo4hlTMSa44sKHhISMDuxpTYrr03F6g"
+        "DIOnq5/LOqeEJgDM5ht6"
+    )
+    figures = [
+        ("ring", "bitmap", {"bitmap": {"data": ring, "origin": [1, 2]}}),
+        ("box", "rectangle", {"points": {"exterior": [[5, 1], [8, 3]], "interior": []}}),
+        (
+            "frame",
+            "polygon",
+            {
+                "points": {
+                    "exterior": [[9, 9], [15, 9], [15, 15], [9, 15]],
+                    "interior": [[[11, 11], [13, 11], [13, 13], [11, 13]]],
+                }
+            },
+        ),
+        ("dot", "point", {"points": {"exterior": [[3, 3]], "interior": []}}),
+    ]
+    for name, pixels in (("first", 16), ("second", 16)):
+        save(tmp_path / name / "img" / "photo.png", np.zeros((pixels, pixels, 3), np.uint8))
+        objects = [{"classTitle": kind, "geometryType": form} | facts for kind, form, facts in figures]
+        document = {"size": {"height": 16, "width": 16}, "objects": objects if name == "first" else [], "tags": []}
+        text(tmp_path / name / "ann" / "photo.png.json", json.dumps(document))
+    classes = [{"title": kind, "shape": form, "color": "#fff"} for kind, form, _ in figures]
+    text(tmp_path / "meta.json", json.dumps({"classes": classes, "tags": []}))
+
+    source = open_data(f"supervisely:{tmp_path}", 16)
+    assert source.thing_classes == ("ring", "box", "frame") and len(source) == 2
+    masks = dict(zip(("ring", "box", "frame"), source[0].masks))
+    assert np.argwhere(masks["ring"]).tolist() == [[y, x] for y in (2, 3, 4) for x in (1, 2, 3) if (y, x) != (3, 2)]
+    assert np.argwhere(masks["box"]).tolist() == [[y, x] for y in (1, 2, 3) for x in (5, 6, 7, 8)]
+    assert (
+        masks["frame"][9:, 9:].sum() == masks["frame"].sum() == 7 * 7 - 3 * 3 and not masks["frame"][11:14, 11:14].any()
+    )
+    assert len(open_data(f"supervisely:{tmp_path}[second]", 16)) == 1
+    text(tmp_path / "meta.json", json.dumps({"classes": classes[:1], "tags": []}))
+    with pytest.raises(Refused, match="shape 1: the unknown class 'box'.*meta.json"):
+        open_data(f"supervisely:{tmp_path}", 16)[0]
+
+
+def packed(numbers: list[int], width: int = 8) -> list[int]:
+    """A brush as Label Studio packs it: the count, the width of numbers, four widths of lengths; then one run for each
+    stretch of equal numbers, or of unequal ones.
+    """
+    bits = f"{len(numbers):032b}{width - 1:05b}" + "".join(f"{size - 1:04b}" for size in (3, 4, 8, 16))
+    runs = [[*group] for _, group in itertools.groupby(numbers)]
+    for run in runs:
+        if len(run) > 1:
+            bits += f"1{3:02b}{len(run) - 1:016b}{run[0]:0{width}b}"
+        else:
+            bits += f"0{0:02b}{0:03b}{run[0]:0{width}b}"
+    bits += "0" * (-len(bits) % 8)
+    return [int(bits[k : k + 8], 2) for k in range(0, len(bits), 8)]
+
+
+def test_brushes_and_outlines_of_label_studio_become_masks(tmp_path):
+    """Lengths are percents; a rectangle turns about its first corner, clockwise."""
+    brush = np.zeros((20, 40, 4), np.uint8)
+    brush[2:4, 3:8, 3] = 255
+    value = {"x": 50.0, "y": 50.0, "width": 20.0, "height": 10.0, "rotation": 90}
+    results = [
+        ("brushlabels", {"format": "rle", "rle": packed(brush.ravel().tolist()), "brushlabels": ["cat"]}),
+        ("rectanglelabels", value | {"rectanglelabels": ["box"]}),
+        ("polygonlabels", {"points": [[0, 0], [25, 0], [25, 20], [0, 20]], "polygonlabels": ["box"]}),
+        ("ellipselabels", {"x": 75, "y": 50, "radiusX": 20, "radiusY": 40, "ellipselabels": ["cat"]}),
+        ("choices", {"choices": ["good"]}),
+    ]
+    sides = {"original_width": 40, "original_height": 20}
+    results = [sides | {"type": kind, "value": facts} for kind, facts in results]
+    cancelled = {"was_cancelled": True, "result": []}
+    export = [
+        {"data": {"image": "/data/upload/3/0a1b2c3d-a%20cat.png"}, "annotations": [cancelled, {"result": results}]},
+        {"data": {"image": "/data/local-files/?d=photos/none.png"}, "annotations": [{"result": []}]},
+        {"data": {"image": "s3://photos/later.png"}, "annotations": [cancelled]},
+    ]
+    text(tmp_path / "project.json", json.dumps(export))
+    for name in ("images/a cat.png", "images/none.png"):
+        save(tmp_path / name, np.zeros((20, 40, 3), np.uint8))
+    for place in (tmp_path, tmp_path / "project.json"):
+        source = open_data(f"label-studio:{place}", 20)
+        assert source.thing_classes == ("box", "cat") and len(source) == 2 and not len(source[1].masks)
+    picture = source.picture(0)
+    masks = [make() for make in picture.masks]
+    assert [source.thing_classes[k] for k in picture.mask_classes] == ["cat", "box", "box", "cat"]
+    assert np.argwhere(masks[0]).tolist() == [[y, x] for y in (2, 3) for x in range(3, 8)]
+    assert np.argwhere(masks[1]).tolist() == [[y, x] for y in range(10, 18) for x in (18, 19)]
+    assert np.argwhere(masks[2]).tolist() == [[y, x] for y in range(4) for x in range(10)]
+    assert masks[3].sum() == pytest.approx(np.pi * 8 * 8, rel=0.05)
+    for damage, words in ((lambda rle: rle[:20], "ends too early"), (lambda rle: [0, 0, 0, 9], "of 9 numbers, 3200")):
+        export[0]["annotations"][1]["result"][0]["value"]["rle"] = damage(packed(brush.ravel().tolist()))
+        text(tmp_path / "project.json", json.dumps(export))
+        with pytest.raises(Refused, match=f"a cat.png, shape 0: a brush .*{words}"):
+            open_data(f"label-studio:{tmp_path}", 20).picture(0)
+
+
+def test_data_of_crowds_alone_are_refused_for_that(copied):
+    root, address = copied("coco")
+    for path in root.glob("annotations/instances*.json"):
+        rewrite(path, lambda found: [each.update(iscrowd=1) for each in found["annotations"]])
+    source = open_data(address, SIZE, tasks=["instance"])
+    with pytest.raises(Refused, match="none of .* images shows") as caught:
+        check_truth(source, "instance", address)
+    assert "iscrowd 0" in caught.value.remedy
+
+
+def test_a_wrong_layout_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(session, "load_model", None)
+    (tmp_path / "photos").mkdir()
+    for kind in ("coco", "labelme", "voc", "folder"):
+        with pytest.raises(Refused):
+            session.open_session(
+                session.TrainingData(f"{kind}:{tmp_path}"),
+                session.ModelChoice("tiny"),
+                ["semantic"],
+                session.Inversion(),
+            )

@@ -27,12 +27,12 @@ from datasetdm_fast.training.captures.targets import check_truth
 from datasetdm_fast.training.captures.views import TrainingViews, ViewSettings, check_quirks
 from datasetdm_fast.training.evaluation import naming
 from datasetdm_fast.training.predictions import Predictor
-from datasetdm_fast.training.readers import check_address, is_read, open_data
+from datasetdm_fast.training.readers import READERS, check_address, is_read, open_data
 from datasetdm_fast.training.recipes import RecipeSettings, TrainingRecipe, recipe
 from datasetdm_fast.training.splits import split
 from datasetdm_fast.training.task_training import TaskPlan, TaskSettings, TaskTraining, read_state
 from datasetdm_fast.training.truth.augment import AUGMENTATIONS, Augmentation
-from datasetdm_fast.training.truth.selection import EVERYTHING, Selection
+from datasetdm_fast.training.truth.selection import EVERYTHING, UPSTREAM_SIDE, Selection, least_mask
 from datasetdm_fast.untrusted import documents
 
 SECONDS_PER_LINE = 10.0  # seconds between two lines of progress
@@ -268,9 +268,11 @@ def open_session(
 ) -> TrainingSession:
     """A session with its model, data and engine, checked; `settings` are its further fields."""
     _check_together(tasks, data.address)
-    check_address(data.address)  # before a model is loaded
+    kind, *_ = check_address(data.address)
+    # Before a model is loaded, but by readers of other packages, which may draw pictures of the size at once.
+    early = None if kind in READERS.others else _open_source(data, choice.size or UPSTREAM_SIDE, tasks)
     model = load_model(choice.model, size=choice.size, allow_download=choice.allow_download)
-    source = _open_source(data, model.size, tasks)
+    source = _check_source(early or _open_source(data, model.size, tasks), model.size, data, tasks)
     if "view_settings" in settings:
         check_quirks(settings["view_settings"].quirks, source, tasks)
     steps = model.scheduler.get("num_train_timesteps", 1000)
@@ -318,6 +320,12 @@ def _open_source(data: TrainingData, size: int, tasks: Sequence[str]) -> Labelle
                 f"--class-table {data.class_table}: holds none of the data's classes",
                 f"Name them as the data does: {', '.join(source.thing_classes[:20]) or 'it has no things'}.",
             )
+    return source
+
+
+def _check_source(source: LabelledSource, size: int, data: TrainingData, tasks: Sequence[str]) -> LabelledSource:
+    """The data set at the model's size, once its pictures teach the tasks."""
+    source.size, source.least_mask = size, least_mask(data.selection, size)
     if data.skip_bad:
         source = source.readable()
     for task in tasks:

@@ -214,6 +214,15 @@ def no_split(path: Path, split: str) -> Refused:
     )
 
 
+def split_folder(path: Path, split: str) -> Path:
+    """The folder of a split in a data set, or the data set itself where it has none."""
+    if (path / split).is_dir():
+        return path / split
+    if split != "train":
+        raise no_split(path, split)
+    return path
+
+
 def names_of(folder: Path, paths: Sequence[Path]) -> list[str]:
     """What labels are found by, paths in the folder without an ending; the same name twice is refused."""
     names = [path.relative_to(folder).with_suffix("").as_posix() for path in paths]

@@ -74,11 +74,17 @@ def check_truth(source: LabelledSource, task: str, spec: str) -> None:
             f"--data {spec}: the data set names no {kind.names}, which {task} needs",
             "Choose another --task, or other data.",
         )
-    if not any(kind.is_shown(source, _arrays(source, item, task)) for item in source):
-        raise Refused(
-            f"--data {spec}: none of {len(source)} images shows {kind.requirement.format(farthest=source.max_depth)}",
-            "Check the labels: their class numbers, or the unit of depth.",
-        )
+    has_crowds = False
+    for item in source:
+        if kind.is_shown(source, _arrays(source, item, task)):
+            return
+        has_crowds = has_crowds or item.crowds is not None and len(item.crowds) > 0
+    raise Refused(
+        f"--data {spec}: none of {len(source)} images shows {kind.requirement.format(farthest=source.max_depth)}",
+        "All of its regions are crowds or ignored, and teach nothing: mark single things, in COCO with iscrowd 0."
+        if has_crowds
+        else "Check the labels: their class numbers, or the unit of depth.",
+    )
 
 
 def target_of(source: LabelledSource, item: Labelled, task: str, class_id: int | None = None) -> TrainingTarget:

@@ -20,11 +20,13 @@ from datasetdm_fast.training.readers.demo import DemoWorld
 from datasetdm_fast.training.readers.folder import PARTS, Folder
 from datasetdm_fast.training.readers.hf import HuggingFace
 from datasetdm_fast.training.readers.kitti import Kitti
+from datasetdm_fast.training.readers.label_studio import LabelStudio
 from datasetdm_fast.training.readers.labelme import LabelMe
 from datasetdm_fast.training.readers.lvis import Lvis
 from datasetdm_fast.training.readers.mask import Masks
 from datasetdm_fast.training.readers.nyu import Nyu
 from datasetdm_fast.training.readers.run import RunSamples
+from datasetdm_fast.training.readers.supervisely import Supervisely
 from datasetdm_fast.training.readers.vkitti2 import VirtualKitti
 from datasetdm_fast.training.readers.voc import Voc
 from datasetdm_fast.training.readers.yolo import Yolo
@@ -49,6 +51,8 @@ OWN_READERS = {
     "yolo-seg": Yolo,
     "labelme": LabelMe,
     "cvat": Cvat,
+    "supervisely": Supervisely,
+    "label-studio": LabelStudio,
     "mask": Masks,
     "folder": Folder,
     "hf": HuggingFace,

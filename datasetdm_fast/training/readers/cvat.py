@@ -26,9 +26,7 @@ class Cvat(shapes.OutlineSource):
     rule = windows.RULES["coco"]
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
-        if split != "train" and not (path / split).is_dir():
-            raise reading.no_split(path, split)
-        path = path / split if (path / split).is_dir() else path
+        path = reading.split_folder(path, split)
         self.file = reading.first_there(path / "annotations.xml")
         root = documents.read_xml(self.file, most=LARGEST_TASK)
         self.entries = list(root.iterfind("image"))
@@ -54,22 +52,12 @@ class Cvat(shapes.OutlineSource):
         except ValueError:
             raise reading.bad(self.file, f"{path.name} has no width and height") from None
         image = reading.colour_image(path, reading.as_drawn(sides[::-1]))
-        if image.shape[:2] != sides:
-            shape = f"{image.shape[1]} x {image.shape[0]}"
-            raise reading.bad(path, f"{shape} pixels, but {self.file.name} says {sides[1]} x {sides[0]}")
-        outlines = []
-        for number, shape in enumerate(entry):
-            try:
-                if (mask := _mask(shape, image.shape)) is None:
-                    continue
-                label = shape.get("label", "")
-                if shapes.is_thing(label) and label not in self.thing_classes:
-                    raise ValueError(f"the unknown label {documents.quote(label)}")
-                group = shape.get("group_id", "")
-                outlines.append(shapes.Shape(label, mask, "" if group == "0" else group))
-            except (ValueError, OverflowError) as error:
-                raise reading.bad(self.file, f"{path.name}, shape {number}: {documents.reason_of(error)}") from error
-        things = shapes.things_of(outlines, self.thing_classes)
+        shapes.check_sides(path, image, sides, self.file)
+        outlines = (
+            (shape.get("label", ""), shape.get("group_id", "").lstrip("0"), partial(_mask, shape, image.shape))
+            for shape in entry
+        )
+        things = self.draw(self.file, f"{path.name}, ", outlines)
         stem = Path(entry.get("name", "")).with_suffix("").as_posix()
         return Picture(stem, image, self.names_of(things), **things.fields)
 

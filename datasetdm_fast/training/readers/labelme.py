@@ -1,7 +1,5 @@
 """labelme:PATH[SPLIT]: pictures with the JSON files that labelme writes beside them."""
 
-import base64
-import binascii
 import math
 from functools import partial
 from pathlib import Path
@@ -13,7 +11,7 @@ from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Picture
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.training.truth import shapes, windows
-from datasetdm_fast.untrusted import documents, images
+from datasetdm_fast.untrusted import documents
 
 LARGEST_DOCUMENT = 64 * 2**20  # bytes; a photo may be inside, as text
 FORM = {"shapes": [{"label": str, "points": [[float]]}], "imagePath": str, "imageHeight": int, "imageWidth": int}
@@ -29,9 +27,7 @@ class LabelMe(shapes.OutlineSource):
     rule = windows.RULES["coco"]
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
-        if split != "train" and not (path / split).is_dir():
-            raise reading.no_split(path, split)
-        whole, path = path, path / split if (path / split).is_dir() else path
+        whole, path = path, reading.split_folder(path, split)
         self.files = reading.listing(path, ".json")
         lists = [folder / name for folder in (path, whole) for name in ("classes.txt", "labels.txt")]
         self.list = next((file for file in lists if file.exists()), path)
@@ -40,6 +36,7 @@ class LabelMe(shapes.OutlineSource):
         else:
             names = reading.class_file(self.list)
         self.set_things(filter(shapes.is_thing, names))
+        self.class_list = str(self.list)
         if not self.thing_classes:
             raise reading.bad(self.list, "no class in it")
         super().__init__(size, len(self.files))
@@ -52,20 +49,15 @@ class LabelMe(shapes.OutlineSource):
         document = _document(path)
         sides = (document["imageHeight"], document["imageWidth"])
         image = self._image(path, document, sides)
-        outlines = []
-        for number, shape in enumerate(document["shapes"]):
-            try:
-                if (mask := _mask(shape, image.shape, f"{path}, shape {number}")) is None:
-                    continue
-                if shapes.is_thing(shape["label"]) and shape["label"] not in self.thing_classes:
-                    raise ValueError(f"the unknown class {documents.quote(shape['label'])}, {self.list} lacks it")
-                group = shape.get("group_id")
-                outlines.append(shapes.Shape(shape["label"], mask, "" if group is None else str(group)))
-            except Refused:  # the image of a mask, which it names
-                raise
-            except (ValueError, TypeError, OverflowError) as error:
-                raise reading.bad(path, f"shape {number}: {documents.reason_of(error)}") from error
-        things = shapes.things_of(outlines, self.thing_classes)
+        outlines = (
+            (
+                shape["label"],
+                "" if shape.get("group_id") is None else str(shape["group_id"]),
+                partial(_mask, shape, image.shape, f"{path}, shape {number}"),
+            )
+            for number, shape in enumerate(document["shapes"])
+        )
+        things = self.draw(path, "", outlines)
         return Picture(path.stem, image, self.names_of(things), **things.fields)
 
     def _image(self, path: Path, document: dict[str, Any], sides: tuple[int, int]) -> np.ndarray:
@@ -79,11 +71,8 @@ class LabelMe(shapes.OutlineSource):
         if file and (file.exists() or not document.get("imageData")):
             image = reading.colour_image(file, orientation)
         else:
-            image = reading.colours(path, _decode_image(document["imageData"], path), orientation)
-        if image.shape[:2] != sides:
-            shape = f"{image.shape[1]} x {image.shape[0]}"
-            raise reading.bad(path, f"says {sides[1]} x {sides[0]} pixels, but its image has {shape}")
-        return image
+            image = reading.colours(path, shapes.decode_image(document["imageData"], path), orientation)
+        return shapes.check_sides(path, image, sides, path)
 
 
 def _document(path: Path) -> dict[str, Any]:
@@ -118,17 +107,5 @@ def _mask(shape: dict[str, Any], sides: tuple[int, ...], name: str) -> shapes.Ma
         return shapes.box((min(x, right), min(y, bottom), max(x, right), max(y, bottom)), sides)
     if kind == "circle":
         return shapes.ellipse((x, y), (math.dist(*points),) * 2, sides)
-    pixels = np.asarray(_decode_image(shape.get("mask"), name).convert("L")) > 0
-    left, top = round(x), round(y)
-    if not (0 <= left <= sides[1] - pixels.shape[1] and 0 <= top <= sides[0] - pixels.shape[0]):
-        raise ValueError("a mask that lies outside of its picture")
-    return partial(shapes.place, pixels, top, left, sides)
-
-
-def _decode_image(text: Any, name: Path | str):
-    """The image that a document holds as base64."""
-    try:
-        data = base64.b64decode(text, validate=True) if isinstance(text, str) else b""
-    except binascii.Error as error:
-        raise reading.bad(name, f"its picture is no base64 ({error})") from error
-    return images.decode_image(data, str(name), most_pixels=reading.MOST_PIXELS)
+    pixels = np.asarray(shapes.decode_image(shape.get("mask"), name).convert("L")) > 0
+    return shapes.place_inside(pixels, x, y, sides)

@@ -102,9 +102,14 @@ class DataSettings:
         )
 
 
+def least_mask(selection: Selection, size: int) -> float:
+    """Pixels that a mask has at least, of an image of size x size."""
+    return max(1.0, selection.min_instance * (size / UPSTREAM_SIDE) ** 2)
+
+
 def select(source: LabelledSource, selection: Selection) -> LabelledSource:
     """The data set narrowed to what the selection chooses; images are read one by one, and no further than needed."""
-    source.least_mask = max(1.0, selection.min_instance * (source.size / UPSTREAM_SIDE) ** 2)
+    source.least_mask = least_mask(selection, source.size)
     if selection.is_everything:
         return source
     if selection.images:

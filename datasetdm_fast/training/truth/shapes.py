@@ -1,22 +1,31 @@
 """Outlines drawn on an image, as masks in its pixels and as the truth of an image."""
 
+import base64
+import binascii
 import math
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from datasetdm_fast.engine.labels import mask_rle
 from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS
+from datasetdm_fast.errors import Refused
 from datasetdm_fast.training.truth.picture_source import MOST_SEMANTIC, PictureSource
+from datasetdm_fast.untrusted import documents, images
 
 MOST_CORNERS = 100_000  # of all polygons of one thing
 CIRCLE_CORNERS = 64
 IGNORED_NAMES = ("__ignore__", "ignore")  # of regions in which every prediction is ignored
+LARGEST_PACKED = 64 * 2**20  # bytes of a mask's picture
 Mask = Callable[[], np.ndarray]  # [H, W] bool
+Outline = tuple[str, str, Callable[[], Mask | None]]  # class, group, and what makes its mask; None: it has no area
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,7 @@ class OutlineSource(PictureSource):
     """A data set whose truth is outlines of things; its label maps are drawn from them, where 8 bits suffice."""
 
     captions_name_all = True
+    class_list = "the classes"  # where they are from
 
     def set_things(self, names: Iterable[str]) -> None:
         self.thing_classes = tuple(names)
@@ -64,6 +74,49 @@ class OutlineSource(PictureSource):
 
     def names_of(self, things: Things) -> tuple[str, ...]:
         return tuple(self.thing_classes[k] for k in things.classes)
+
+    def draw(self, file: Path, place: str, outlines: Iterable[Outline]) -> Things:
+        """The things of an image from its outlines in a file; a wrong one is named by its number after `place`."""
+        parts = []
+        for number, (name, group, make) in enumerate(outlines):
+            try:
+                if (mask := make()) is None:
+                    continue
+                if is_thing(name) and name not in self.thing_classes:
+                    raise ValueError(f"the unknown class {documents.quote(name)}, it is none of {self.class_list}")
+            except Refused:  # the image of a mask, which it names
+                raise
+            except (ValueError, TypeError, KeyError, OverflowError) as error:
+                raise reading.bad(file, f"{place}shape {number}: {documents.reason_of(error)}") from error
+            parts.append(Shape(name, mask, group))
+        return things_of(parts, self.thing_classes)
+
+
+def check_sides(path: Path, image: np.ndarray, sides: Sequence[int], file: Path) -> np.ndarray:
+    """The image, which has the height and width that its file of labels says."""
+    if image.shape[:2] != tuple(sides):
+        shape = f"{image.shape[1]} x {image.shape[0]}"
+        raise reading.bad(path, f"{shape} pixels, but {file.name} says {sides[1]} x {sides[0]}")
+    return image
+
+
+def decode_image(text: Any, name: Path | str, is_packed: bool = False) -> Image.Image:
+    """The image that a document holds as base64, packed by zlib or not."""
+    try:
+        data = base64.b64decode(text, validate=True) if isinstance(text, str) else b""
+        if is_packed:
+            data = zlib.decompressobj().decompress(data, LARGEST_PACKED)
+    except (binascii.Error, zlib.error) as error:
+        raise reading.bad(name, f"its picture is no base64 ({error})") from error
+    return images.decode_image(data, str(name), most_pixels=reading.MOST_PIXELS)
+
+
+def place_inside(pixels: np.ndarray, left: float, top: float, sides: Sequence[int]) -> Mask:
+    """The mask of a small one at its place in the image."""
+    left, top = round(left), round(top)
+    if not (0 <= left <= sides[1] - pixels.shape[1] and 0 <= top <= sides[0] - pixels.shape[0]):
+        raise ValueError("a mask that lies outside of its picture")
+    return partial(place, pixels, top, left, sides)
 
 
 def polygon(places: Sequence[float], sides: Sequence[int]) -> Mask:
