@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-class _Stop(Exception):
+class Stop(Exception):
     exit_code = 1
 
     def __init__(self, cause: str, remedy: str):
@@ -18,19 +18,19 @@ class _Stop(Exception):
         return f"{self.cause}\n{self.remedy}"
 
 
-class Refused(_Stop, ValueError):
+class Refused(Stop, ValueError):
     """Bad input or usage."""
 
     exit_code = 2
 
 
-class Missing(_Stop, RuntimeError):
+class Missing(Stop, RuntimeError):
     """Something needed is not there: weights, an engine, a GPU, a library, disk space."""
 
     exit_code = 3
 
 
-class GateFailed(_Stop, RuntimeError):
+class GateFailed(Stop, RuntimeError):
     """The work was done, but a check on it failed or samples were set aside."""
 
     exit_code = 4
@@ -62,7 +62,7 @@ def renamed_flags(names: Mapping[str, str]) -> Iterator[None]:
     """Within the block, refusals call a flag as the command line does that was given: `names` are ours -> those."""
     try:
         yield
-    except _Stop as stop:
+    except Stop as stop:
         cause, remedy = stop.args
         for ours, theirs in names.items():
             cause, remedy = (re.sub(rf"{ours}(?![\w-])", theirs, text) for text in (cause, remedy))

@@ -24,10 +24,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 FULL = "the disk is full"  # the cause of a refusal
 _CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES)
 FILES_PER_SYNC = 64  # files written before the first of them is synced: the disk then joins their journal entries
-FILE_MODE, FOLDER_MODE = (
-    0o666,
-    0o777,
-)  # less the umask, which decides whether a group works on a run
+FILE_MODE, FOLDER_MODE = (0o666, 0o777)  # less the umask, which decides whether a group works on a run
 NUMBER = re.compile(r"\d+")
 MOST_COMPARED = 2000  # names of a folder that one which is not there is compared with
 
@@ -111,9 +108,7 @@ def publish(files: Mapping[Path, bytes | Iterable[bytes]]) -> dict[Path, StoredF
 
 
 def create(path: Path, content: bytes) -> bool:
-    """Whether this call made the file; False where there was one of that name, or where whoever has that one removed
-    what this process was writing.
-    """
+    """Whether this call made the file; False where one of that name was there first."""
     part = part_of(path)
     if not path.parent.is_dir():
         make_folder(path.parent)
@@ -327,9 +322,7 @@ def remove_temporaries(folder: Path, apart: Path | None = None) -> int:
 
 
 def remove_parts_of(paths: Iterable[Path]) -> None:
-    """Deletes what killed processes had half-written of these files, for commands whose output folder may hold other
-    files as well.
-    """
+    """Deletes what killed processes had half-written of these files, and no other file."""
     names: dict[Path, set[str]] = {}
     for path in paths:
         names.setdefault(path.parent, set()).add(path.name)

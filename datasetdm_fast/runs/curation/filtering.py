@@ -140,9 +140,7 @@ def score_missing(
 
 
 def finish_scored(run: Run) -> None:
-    """Writes index files, page and seal of a scored run where a killed process has left them out of date; a run that
-    another process holds is left alone.
-    """
+    """Finishes a scored run that a killed process has left unfinished, unless another process holds it."""
     if run.shards is not None:
         return
     with Ledger(run.path / LEDGER, read_only=True) as ledger:
@@ -174,9 +172,7 @@ def apply_filter(run: Run, where: str, *, is_dry: bool = False) -> Filter:
 
 
 def summarize(run: Run, decision: Filter, verb: str) -> tuple[dict[str, Any], list[str]]:
-    """How many samples, in all and of each class, a filter keeps: as facts and as lines for a reader; `verb` is "are"
-    or "would be".
-    """
+    """How many samples a filter keeps, in all and of each class: facts, and lines with `verb` (are, would be)."""
     table, indices = read_scores(run.ledger, ()), set(decision.remaining)
     total = Counter(word for words in table.classes for word in words)
     rows = zip(table.indices, table.classes, strict=True)

@@ -26,9 +26,7 @@ ID = re.compile(r"\d{8,15}")
 
 
 class Review(Protocol):
-    """The marks and corrections of a run; `change` and `correct` write them beside the existing ones, an empty one
-    removes that of a sample.
-    """
+    """The marks and corrections of a run; an empty one removes that of a sample."""
 
     def read(self) -> dict[str, str]: ...
     def change(self, marks: Mapping[str, str]) -> None: ...

@@ -45,9 +45,7 @@ IDLE_SECONDS = 60.0  # after which a connection without a request is closed
 
 @dataclass(frozen=True)
 class ServedRun:
-    """A run folder that is served; where its samples are elsewhere, `fetch` gives the copy of a file by its name inside
-    the run, None where there is none.
-    """
+    """A run that is served; where files are not in its folder, `fetch` gives a copy by their names, or None."""
 
     folder: Path
     command_path: str  # names the run in the commands that the page shows, empty where none takes it

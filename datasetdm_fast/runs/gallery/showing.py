@@ -17,13 +17,7 @@ from datasetdm_fast.runs.gallery.pictures import fetch_or_draw
 from datasetdm_fast.runs.gallery.review import StoredReview
 from datasetdm_fast.runs.gallery.server import ServedRun
 from datasetdm_fast.runs.gallery.shard_page import ShardPage, open_page
-from datasetdm_fast.runs.run_folder.document import (
-    DOCUMENT,
-    LEDGER,
-    LOCK,
-    require_document,
-    without_ledger,
-)
+from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER, LOCK, require_document, without_ledger
 from datasetdm_fast.runs.run_folder.folder import RunFolder, refusing_rows
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger
 from datasetdm_fast.runs.run_folder.object_store import StoreCopy, copy_of, unfinished_run

@@ -91,9 +91,7 @@ class StoredSample:
 
     @property
     def trust(self) -> Trust:
-        """Whether its labels fit its prompt and one another: as it was judged when it was made, else as it is judged
-        now.
-        """
+        """Whether its labels fit its prompt and one another, judged when it was made, or else now."""
         if self.row.trust is not None:
             return self.row.trust
         labels = {task: self.label(task) for task in self.row.labels}
@@ -150,9 +148,7 @@ class StoredSample:
         def attention(self) -> SemanticMap | None: ...
 
     def __getattr__(self, name: str) -> Any:
-        """`semantic`, `instances`, `depth`, `keypoints`, `open_vocabulary`: the label, None where the run did not make
-        it.
-        """
+        """The label `semantic`, `instances`, `depth` and so on, None where the run did not make it."""
         return self.label(task_of(name))
 
     def label(self, task: str) -> Any:
@@ -174,15 +170,12 @@ class StoredSample:
         except (Missing, ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
             cause = error.cause if isinstance(error, (Refused, Missing)) else f"{type(error).__name__}: {error}"
             raise Refused(
-                f"{self.run}: sample {self.id} is damaged ({documents.one_line(cause)})",
-                to_see_damage(self.run),
+                f"{self.run}: sample {self.id} is damaged ({documents.one_line(cause)})", to_see_damage(self.run)
             ) from error
 
 
 class Run(AbstractContextManager["Run"]):
-    """A finished or growing run folder, read lazily; its length and order are those of the samples it held when it was
-    opened.
-    """
+    """A finished or growing run, read lazily: the samples that it held when it was opened."""
 
     def __init__(self, path: str | Path, *, kept: bool = False, doubtful: bool = False):
         self.copies = copy_of(path)

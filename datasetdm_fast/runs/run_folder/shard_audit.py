@@ -11,7 +11,6 @@ from typing import Any
 
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.run_folder.audit import CHANGED, MISSING, Finding, Report, check_sample
-from datasetdm_fast.runs.run_folder.document import DOCUMENT, check_document
 from datasetdm_fast.runs.run_folder.ledger import DONE
 from datasetdm_fast.runs.run_folder.object_store import is_url
 from datasetdm_fast.runs.run_folder.shard_places import ShardPlace, shard_place
@@ -24,11 +23,11 @@ from datasetdm_fast.runs.run_folder.shards import (
     index_name,
     is_sharded,
     list_shards,
+    read_stored,
     sample_record,
     shard_size,
     tar_name,
 )
-from datasetdm_fast.untrusted import documents
 
 REMAKE = "Take the shard out with --repair; the line that made the run then makes it again."
 
@@ -36,14 +35,11 @@ REMAKE = "Take the shard out with --repair; the line that made the run then make
 def find_sharded(place: str | Path) -> dict[str, Any] | None:
     """run.json of a run in shards, None where the place holds another run, or none."""
     is_nothing = not is_url(place) and not Path(place).is_dir()  # refuses names that no disk takes, too
-    if is_nothing or (content := shard_place(place).read(DOCUMENT)) is None:
-        return None
     try:
-        document: dict[str, Any] = documents.parse_json(content.decode(), DOCUMENT)
-        check_document(document)
-    except ValueError:  # what is wrong with it, the audit of a run folder says
+        document = None if is_nothing else read_stored(shard_place(place))
+    except Refused:  # what is wrong with it, the audit of a run folder says
         return None
-    return document if is_sharded(document) else None
+    return document if document and is_sharded(document) else None
 
 
 def audit_shards(where: str, threads: int, on_progress: Callable[[int, int], None]) -> Report:

@@ -23,7 +23,7 @@ from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.engine.labels.instance import InstanceKind
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.runs.run_folder.document import MANIFEST, to_see_damage
+from datasetdm_fast.runs.run_folder.document import DOCUMENT, MANIFEST, check_document, to_see_damage
 from datasetdm_fast.runs.run_folder.ledger import (
     DONE,
     PARTS,
@@ -99,6 +99,20 @@ def shard_size(config: Mapping[str, Any]) -> int:
 
 def is_sharded(document: Mapping[str, Any]) -> bool:
     return document["config"].get("layout") == SHARDS
+
+
+def read_stored(place: ShardPlace) -> dict[str, Any] | None:
+    """run.json, None where there is none."""
+    if (content := place.read(DOCUMENT)) is None:
+        return None
+    try:
+        document: dict[str, Any] = documents.parse_json(content.decode(), DOCUMENT)
+        check_document(document)
+    except ValueError as error:
+        raise Refused(
+            f"{place.name}/{DOCUMENT}: not the description of a run ({error})", "Restore it from a copy."
+        ) from error
+    return document
 
 
 def list_shards(place: ShardPlace) -> list[int]:

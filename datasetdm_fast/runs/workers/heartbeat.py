@@ -39,9 +39,7 @@ class Silence:
         self._seen: dict[str, tuple[int, float]] = {}  # signs of life of each, and when the last of them was seen
 
     def too_long(self, beats_of: Mapping[Owner, int]) -> dict[Owner, float]:
-        """Those that have been silent for longer than is allowed, with the seconds; `beats_of` are their signs of life
-        so far, as WorkQueue.owners returns them.
-        """
+        """Those silent for longer than is allowed, with the seconds; `beats_of` is WorkQueue.owners()."""
         now = time.monotonic()
         self._clock += min(now - self._looked, LONGEST_GAP)
         self._looked = now

@@ -1,6 +1,4 @@
-"""The ways to make the samples of a run folder: in this process, in spawned ones, or as one of several that torchrun or
-Slurm has started. All are called alike.
-"""
+"""The ways to make the samples of a run folder: in this process, in spawned ones, or as one that was launched."""
 
 from __future__ import annotations
 
@@ -55,8 +53,5 @@ def begin_run(job: Job) -> None:
 def run_here(spec: RunSpec, job: Job, callbacks: Callbacks) -> Result:
     """The run, made by this process."""
     return write_missing(
-        job,
-        on_commit=callbacks.on_commit,
-        on_unet_call=callbacks.on_unet_call,
-        is_stopping=callbacks.is_stopping,
+        job, on_commit=callbacks.on_commit, on_unet_call=callbacks.on_unet_call, is_stopping=callbacks.is_stopping
     )

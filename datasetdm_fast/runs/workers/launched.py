@@ -1,6 +1,4 @@
-"""Processes that torchrun or Slurm has started: each is a rank of one run in a folder they share, and none is above the
-others.
-"""
+"""Processes that torchrun or Slurm has started: ranks of one run in a folder they share, all alike."""
 
 from __future__ import annotations
 
@@ -60,9 +58,7 @@ def drop_lost(queue: WorkQueue, silence: Silence, this: Owner) -> None:
 
 
 def leave(folder: Path, number: int, made: int, begin: float, *, is_waiting: bool) -> Result:
-    """The result as this process sees it; the last to leave rebuilds the index files, and one that `is_waiting` leaves
-    after the others.
-    """
+    """The result; the last process to leave rebuilds the index files, and one that `is_waiting` is the last."""
     end = time.monotonic() + ENTRY_SECONDS
     while True:
         with ExitStack() as held:

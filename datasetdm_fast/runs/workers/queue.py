@@ -1,6 +1,4 @@
-"""Which process of a run works on which batch, and what each of them reports, in SQLite. It is worth nothing after the
-run and therefore never synced.
-"""
+"""Which process of a run works on which batch, and what each reports; worth nothing after the run, so never synced."""
 
 from __future__ import annotations
 
@@ -52,9 +50,7 @@ class Owner:
 
 
 class WorkQueue:
-    """The queue of a run in a file that its processes share, or in memory; its methods may be called from any
-    thread.
-    """
+    """The queue of a run in a file that its processes share, or in memory, for any thread."""
 
     def __init__(self, path: Path | None = None):
         if path is None:
@@ -104,9 +100,7 @@ class WorkQueue:
         self.execute(f"UPDATE queue SET {free} WHERE batch = ? AND state = 'taken'", batch)
 
     def owners(self) -> dict[Owner, int]:
-        """The processes at work, with the signs of life each has given; negative where it had nothing to do when it
-        gave the last.
-        """
+        """The processes at work, with their signs of life, negative where the last was of a process without work."""
         rows = self.execute("SELECT name, slot, host, process, beats FROM owners")
         return {Owner(*owner): beats for *owner, beats in rows}
 

@@ -48,15 +48,7 @@ def address_of(text: str) -> str | None:
 
 @contextmanager
 def join_cluster(cluster: str, ranks: int, place: str) -> Iterator[None]:
-    """Within the block this process is a driver on the cluster, and nothing reaches standard output, where Ray's
-    threads write what they hear of other machines.
-    """
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), _connect(cluster, ranks, place):
-        yield
-
-
-@contextmanager
-def _connect(cluster: str, ranks: int, place: str) -> Iterator[None]:
+    """Within the block this process is a driver on the cluster, and Ray's threads cannot write to standard output."""
     address = address_of(cluster)
     if address:
         _knock(cluster, address)
@@ -85,7 +77,8 @@ def _connect(cluster: str, ranks: int, place: str) -> Iterator[None]:
         except Exception as error:
             raise _refusal(cluster, address, error) from error
         logging.getLogger("ray").setLevel(logging.CRITICAL)
-        yield
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            yield
     except ray.exceptions.RayError as error:
         raise Missing(
             f"{place}: Ray ended the run ({type(error).__name__}: {first_line(error)})",

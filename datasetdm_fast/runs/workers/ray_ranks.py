@@ -1,6 +1,4 @@
-"""The processes of a run in shards on a Ray cluster: an actor a GPU, or a share of the cores. More are started where
-machines join, and one whose machine is gone waits for another.
-"""
+"""Processes of a run in shards on a Ray cluster: an actor a GPU or a share of the cores, more as machines join."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.errors import REFUSALS, Missing
+from datasetdm_fast.errors import Missing, Stop
 from datasetdm_fast.runs.run_folder.object_store import is_url
 from datasetdm_fast.runs.run_folder.shard_places import shard_place
 from datasetdm_fast.runs.run_folder.shards import ShardLedger
@@ -34,7 +32,7 @@ def run_on_cluster(workers: WorkerSettings, spec: RunSpec, ledger: ShardLedger, 
     with ThreadPoolExecutor(1, "ray") as thread:
         try:
             thread.submit(_run, workers, spec, ledger, callbacks).result()
-        except tuple(REFUSALS.values()):
+        except Stop:
             if not callbacks.is_stopping():
                 raise
 
@@ -81,25 +79,19 @@ class RayProcess:
     call: Any
     workers: WorkerSettings
 
-    def ending(self) -> str | None:
+    def ending(self) -> str | Stop | None:
         import ray
 
         if not ray.wait([self.call], timeout=0)[0]:
             return None
         try:
-            return "refuses" if ray.get(self.call) else ""
+            stop: Stop | None = ray.get(self.call)
+            return stop or ""
         except ray.exceptions.RayError as error:
             if "No module named 'datasetdm_fast'" in str(error):
                 cause = f"--cluster {self.workers.cluster}: its machines have no datasetdm_fast"
                 raise Missing(cause, NOTHING_HERE) from error
             return f"ended ({first_line(error)})"
-
-    def refusal(self) -> list[str] | None:
-        import ray
-
-        with suppress(ray.exceptions.RayError):
-            return ray.get(self.call)  # type: ignore[no-any-return]
-        return None
 
     def kill(self) -> None:
         import ray
@@ -113,7 +105,7 @@ class RayWorker:
 
     def work(
         self, spec: RunSpec, place: str, rank: ShardRank, on_start: Callable[[], None] | None, version: str
-    ) -> list[str] | None:
+    ) -> Stop | None:
         """What it refuses, None once it has nothing left to do."""
         if on_start:
             on_start()
@@ -122,6 +114,6 @@ class RayWorker:
                 cause = f"a machine of the cluster has datasetdm_fast {__version__}, the driver {version}"
                 raise Missing(cause, NOTHING_HERE)
             work_on_shards(spec, shard_place(place), rank, Callbacks(lambda job: []))
-        except tuple(REFUSALS.values()) as stop:
-            return [type(stop).__name__, stop.cause, stop.remedy]
+        except Stop as stop:
+            return stop
         return None

@@ -1,10 +1,7 @@
-"""Processes of a run in shards: a GPU each, or a share of the cores. Each claims shards by itself, so that one which
-ends is only started again.
-"""
+"""Processes of a run in shards on this machine; each claims shards by itself, and one that ends is started again."""
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import signal
@@ -17,19 +14,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from datasetdm_fast.bug_report import report_bug
-from datasetdm_fast.errors import REFUSALS, GateFailed, Missing, Refused
+from datasetdm_fast.errors import Missing, Stop
 from datasetdm_fast.runs.run_folder.shard_places import shard_place
 from datasetdm_fast.runs.run_folder.shards import ShardLedger, list_shards, shard_size
 from datasetdm_fast.runs.run_settings import RunSpec
 from datasetdm_fast.runs.workers.devices import Place
 from datasetdm_fast.runs.workers.shard_worker import ShardRank, release_claims, work_on_shards
-from datasetdm_fast.runs.workers.spawn import (
-    MOST_DEATHS,
-    WITH_PARENT,
-    SpawnedProcess,
-    end_with_parent,
-    start_process,
-)
+from datasetdm_fast.runs.workers.spawn import MOST_DEATHS, WITH_PARENT, SpawnedProcess, end_with_parent, start_process
 from datasetdm_fast.runs.workers.worker import Callbacks
 
 SECONDS_BETWEEN_POLLS = 0.5  # of processes
@@ -41,11 +32,8 @@ _BOOT = WITH_PARENT + "from datasetdm_fast.runs.workers.shard_ranks import enter
 class RankProcess(Protocol):
     """A process of the run, on whatever machine."""
 
-    def ending(self) -> str | None:
-        """How it has ended, empty where nothing was left to do; None while it runs."""
-
-    def refusal(self) -> list[str] | None:
-        """What a process that has ended refused: the kind, cause and remedy."""
+    def ending(self) -> str | Stop | None:
+        """How it has ended, empty where nothing was left to do, or what it refused; None while it runs."""
 
     def kill(self) -> None: ...
 
@@ -70,9 +58,7 @@ def run_ranks(places: Sequence[Place], spec: RunSpec, ledger: ShardLedger, callb
 
 
 class ShardSupervisor:
-    """Has `begin` start processes, as many as there is room for now, replaces those that end, and counts the entries of
-    the manifest.
-    """
+    """Starts as many processes as there is room for, replaces those that end, and counts entries of the manifest."""
 
     def __init__(
         self,
@@ -129,12 +115,14 @@ class ShardSupervisor:
         now = time.monotonic()
         self.next_look = now + (now - begin) / LOOKS_SHARE
 
-    def _replace(self, rank: int, how: str) -> None:
+    def _replace(self, rank: int, how: str | Stop) -> None:
         """Raises what a process that ended has refused; another one is replaced, unless it died too often."""
         each, place = self.ranks[rank], self.ledger.place
-        deaths, refusal = each.deaths + 1, each.process.refusal()
-        if refusal and (refusal[0] != "Missing" or deaths == MOST_DEATHS):
-            raise REFUSALS[refusal[0]](*refusal[1:])
+        deaths = each.deaths + 1
+        if isinstance(how, Stop):
+            if deaths == MOST_DEATHS or not isinstance(how, Missing):
+                raise how
+            how = f"refuses ({how.cause})"
         if deaths == MOST_DEATHS:
             raise Missing(
                 f"{place.name}: a process of the run ended {MOST_DEATHS} times in a row ({how})",
@@ -149,7 +137,7 @@ def enter() -> None:
     """One process of the run, from its start to its end; what it refuses is its standard output."""
     for number in (signal.SIGINT, signal.SIGTERM):  # the parent alone decides
         signal.signal(number, signal.SIG_IGN)
-    with os.fdopen(os.dup(1), "w") as report:
+    with os.fdopen(os.dup(1), "wb") as report:
         os.dup2(2, 1)
         spec, place, rank, on_start = pickle.load(sys.stdin.buffer)
         end_with_parent()
@@ -157,8 +145,8 @@ def enter() -> None:
             on_start()
         try:
             work_on_shards(spec, shard_place(place), rank, Callbacks(lambda job: []))
-        except (Refused, Missing, GateFailed) as stop:
-            json.dump([type(stop).__name__, stop.cause, stop.remedy], report)
+        except Stop as stop:
+            pickle.dump(stop, report)
             report.flush()
             sys.exit(stop.exit_code)
         except Exception as error:

@@ -22,7 +22,7 @@ from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.runs.jobs.job import Job, build_job, check_room
 from datasetdm_fast.runs.jobs.run import check_rows, merge_with_stored
 from datasetdm_fast.runs.jobs.writing import WRITERS, DomainGate, batch_facts, make_samples
-from datasetdm_fast.runs.run_folder.document import DOCUMENT, MANIFEST, check_config, check_document, grows, pretty
+from datasetdm_fast.runs.run_folder.document import DOCUMENT, MANIFEST, check_config, grows, pretty
 from datasetdm_fast.runs.run_folder.folder import write_samples
 from datasetdm_fast.runs.run_folder.ledger import DONE, QUARANTINED, Row
 from datasetdm_fast.runs.run_folder.shard_places import ShardFolder, ShardPlace
@@ -40,6 +40,7 @@ from datasetdm_fast.runs.run_folder.shards import (
     is_sharded,
     list_shards,
     member,
+    read_stored,
     require_pyarrow,
     sample_record,
     shard_size,
@@ -109,20 +110,6 @@ def open_place(place: ShardPlace) -> dict[str, Any] | None:
             "Choose another --out or --store; nothing is ever overwritten.",
         )
     return None
-
-
-def read_stored(place: ShardPlace) -> dict[str, Any] | None:
-    """run.json, None where there is none."""
-    if (content := place.read(DOCUMENT)) is None:
-        return None
-    try:
-        document: dict[str, Any] = documents.parse_json(content.decode(), DOCUMENT)
-        check_document(document)
-    except ValueError as error:
-        raise Refused(
-            f"{place.name}/{DOCUMENT}: not the description of a run ({error})", "Restore it from a copy."
-        ) from error
-    return document
 
 
 def require_shards(place: ShardPlace, stored: Mapping[str, Any]) -> None:

@@ -1,10 +1,7 @@
-"""Several processes for one run: a GPU each, or a share of the cores. They only meet in the queue, so one that ends or
-hangs is replaced alone.
-"""
+"""Processes for one run on this machine, which meet in the queue alone; one that ends or hangs is replaced."""
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import signal
@@ -20,7 +17,7 @@ from typing import Any
 
 from datasetdm_fast.bug_report import report_bug
 from datasetdm_fast.disk import locks, storage
-from datasetdm_fast.errors import REFUSALS, GateFailed, Missing, Refused
+from datasetdm_fast.errors import REFUSALS, Missing, Stop
 from datasetdm_fast.runs.jobs.job import Job
 from datasetdm_fast.runs.jobs.result import Result, close_folder
 from datasetdm_fast.runs.jobs.run import prepare_job
@@ -66,7 +63,7 @@ def reporting(queue: WorkQueue, owner: Owner) -> Iterator[None]:
     """Within the block a process of the run ends with whatever is refused, and its supervisor receives it."""
     try:
         yield
-    except (Refused, Missing, GateFailed) as stop:
+    except Stop as stop:
         queue.report(owner.slot, "refused", type(stop).__name__, stop.cause, stop.remedy)
         sys.exit(stop.exit_code)
     except Exception as error:
@@ -97,9 +94,7 @@ class Supervisor:
         self.was_ready = self.is_stopping = False
 
     def work(self) -> None:
-        """Has the processes work through the queue; returns once every batch is committed, or, when it is to stop, once
-        every process has finished what it had begun.
-        """
+        """Returns once every batch is committed, or when it is to stop, once every process has finished its batch."""
         queue = self.queue
         for rank in self.ranks:
             self._enter(rank)
@@ -120,7 +115,7 @@ class Supervisor:
         finally:
             for rank in self._running():
                 rank.process.kill()
-        with suppress(*REFUSALS.values()):  # a commit may be reported after everything is committed
+        with suppress(Stop):  # a commit may be reported after everything is committed
             self._read_reports()
 
     def _start(self, rank: Rank) -> SpawnedProcess:
@@ -213,16 +208,14 @@ class Supervisor:
 class SpawnedProcess(subprocess.Popen):
     """A process of the run on this machine."""
 
-    def ending(self) -> str | None:
+    def ending(self) -> str | Stop | None:
         code = self.poll()
         if not code:
             return None if code is None else ""
+        if self.stdout and (content := self.stdout.read()):
+            stop: Stop = pickle.loads(content)
+            return stop
         return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-
-    def refusal(self) -> list[str] | None:
-        """What it refused and wrote to its standard output: the kind, cause and remedy."""
-        assert self.stdout is not None
-        return json.loads(self.stdout.read() or b"null")  # type: ignore[no-any-return]
 
     def kill(self) -> None:
         super().kill()

@@ -1,6 +1,4 @@
-"""The work of one process of a run: it takes batches from the queue, makes them and reports them, and decides what
-becomes of a batch that failed.
-"""
+"""The work of one process of a run: it takes batches from the queue, and decides what becomes of failed ones."""
 
 from __future__ import annotations
 
@@ -42,9 +40,7 @@ class Callbacks:
 
 
 def join_run(job: Job, queue: WorkQueue, journal: str = sqlite.WRITE_AHEAD) -> tuple[Job, RunFolder]:
-    """The job as the run folder has it and that folder, open for a member; the first process makes the folder and
-    fills the queue.
-    """
+    """The job and its run folder, open for a member; the first process makes the folder and fills the queue."""
     with queue.alone():
         stored = read_document(job.folder)
         if stored is not None:
@@ -57,9 +53,7 @@ def join_run(job: Job, queue: WorkQueue, journal: str = sqlite.WRITE_AHEAD) -> t
 
 
 class Worker:
-    """Makes batches of a queue; `on_commit` is called with the samples that were committed here first, `on_idle` while
-    there is nothing to take.
-    """
+    """Makes batches of a queue; `on_commit` gets the samples first committed here, `on_idle` is for waits."""
 
     def __init__(
         self,
@@ -126,9 +120,7 @@ class Worker:
             self._put(writer, planned, [Quarantined(request, reason) for request in planned.requests])
 
     def _late(self) -> int | None:
-        """A straggler: a batch that another process has been making for far too long, which this one makes as well. The
-        first to finish commits; the bytes are equal.
-        """
+        """A batch that another process has been making for far too long; the first to finish commits equal bytes."""
         if not self.count:
             return None
         return self.queue.help(self.owner, max(LEAST_LATE_SECONDS, LATE_FACTOR * self.seconds / self.count))
@@ -178,9 +170,7 @@ class Worker:
         return [result for result in results if result.request.index in missing]
 
     def _is_doubtful(self, batch: int, results: list[Sample | Quarantined]) -> bool:
-        """Whether numbers that are not finite may be the fault of this process's device: then another one is to make
-        the batch, and what it makes counts.
-        """
+        """Whether this device may be why numbers are not finite: then another makes the batch, and that counts."""
         if not any(isinstance(result, Quarantined) for result in results):
             return False
         others = {owner.slot for owner in self.queue.owners()} - {self.owner.slot}
