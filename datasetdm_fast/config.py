@@ -136,7 +136,7 @@ OWN_ENGINES = {
             "trt_flavour": ("--trt-flavour: TensorRT has variants, and the engine is {engine}", "Add --engine trt."),
         },
         requirement=("datasetdm_fast.export.tensorrt.flavours:require_gpu", "trt_flavour"),
-        needs="export",
+        needs="plans",
     ),
 }
 ENGINES = Registry("engines", OWN_ENGINES, EngineKind)

@@ -64,9 +64,11 @@ def export_stages(config: ExportConfig) -> int:
     from datasetdm_fast.export.onnx.to_onnx import export
 
     model = load_model(config.model, size=config.size, allow_download=config.allow_download)
+    if target and not model.backbone.has_plans:
+        raise Refused(f"--to {config.to}: no plans are built of {model.backbone.title}", "Use --to onnx.")
     decoders, _ = load_decoders(model, None if config.decoder == "none" else config.decoder)
     if config.dry_run:
-        stages = list(select_stages(decoders, config.raw_capture))
+        stages = list(select_stages(decoders, config.raw_capture, is_joint=bool(model.backbone.network_plan)))
         kind = "TensorRT plans" if target else "ONNX graphs"
         return print_plan(config, {"path": config.out, "stages": stages}, config.out, f"{kind} of {', '.join(stages)}")
     precision = ("fp16" if target else "fp32") if config.precision == "auto" else config.precision

@@ -43,9 +43,14 @@ class Tensors:
     outputs: dict[str, tuple[Shape, str]]
 
 
-_LATENTS: tuple[Shape, str] = (("B", 4, "h", "w"), "float32")  # of the U-Nets that are exported
+_LATENTS: tuple[Shape, str] = (("B", "C", "h", "w"), "float32")
 _CALL = {"latents": _LATENTS, "timestep": ((), "float32"), "context": (("2B", "T", "D"), "float32")}
-_NOISE: tuple[Shape, str] = (("2B", 4, "h", "w"), "float32")
+_NOISE: tuple[Shape, str] = (("2B", "C", "h", "w"), "float32")
+MORE_INPUTS: dict[str, tuple[Shape, str]] = {  # of a call, in families that read them
+    "pooled": (("2B", "P"), "float32"),
+    "mask": (("2B", "T"), "bool"),  # the tokens of the context that are read
+    "guidance": ((), "float32"),
+}
 
 STAGES = {
     "encode_text": Tensors({"tokens": (("B", "T"), "int64")}, {"context": (("B", "T", "D"), "float32")}),
@@ -56,8 +61,13 @@ STAGES = {
     "decode_image": Tensors(
         {"latents": _LATENTS}, {"image": (("B", "H", "W", 3), "uint8"), "is_finite": (("B",), "bool")}
     ),
-    "encode_image": Tensors({"image": (("B", "H", "W", 3), "uint8")}, {"moments": (("B", 8, "h", "w"), "float32")}),
+    "encode_image": Tensors({"image": (("B", "H", "W", 3), "uint8")}, {"moments": (("B", "2C", "h", "w"), "float32")}),
 }
+
+PAIRED_TEXT = Tensors(  # of two text encoders
+    {name: (("B", "T"), "int64") for name in ("tokens", "tokens_2")},
+    {"context": (("B", "T", "D"), "float32"), "pooled": (("B", "P"), "float32")},
+)
 
 RAW_OUTPUTS: dict[str, dict[str, Shape]] = {  # kind of decoder -> its raw outputs
     "segmentation": {"pred_logits": ("B", "N", "L"), "pred_masks": ("B", "N", "M", "M")},
@@ -66,6 +76,20 @@ RAW_OUTPUTS: dict[str, dict[str, Shape]] = {  # kind of decoder -> its raw outpu
     "heatmap": {"heatmaps": ("B", "J", "M", "M")},
     "simcc": {"x": ("B", "J", "W"), "y": ("B", "J", "H")},
 }
+
+
+def of_rows(rows: int, table: Tensors, more: Sequence[str]) -> Tensors:
+    """The tensors of a call with so many rows of text for each image, and with `more` of its inputs."""
+
+    def count(tensors: dict[str, tuple[Shape, str]]) -> dict[str, tuple[Shape, str]]:
+        letters = {2: "2B", 1: "B"}[rows]
+        return {
+            name: (tuple(letters if axis == "2B" else axis for axis in axes), dtype)
+            for name, (axes, dtype) in tensors.items()
+        }
+
+    inputs = table.inputs | {name: MORE_INPUTS[name] for name in more}
+    return Tensors(count(inputs), count(table.outputs))
 
 
 def keep(pyramid: Sequence[Level]) -> Tensors:

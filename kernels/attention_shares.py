@@ -46,11 +46,11 @@ def plain(q: Tensor, k: Tensor, sums: Tensor, mask: Tensor | None, weight: Tenso
     rows = []
     for row in zip(q.split(1), k.split(1), sums.split(1), masks, strict=True):
         maps = shares(*row)
-        rows.append(maps.mean(1) if weight is None else _project(maps, weight))
+        rows.append(maps.mean(1) if weight is None else project(maps, weight))
     return torch.cat(rows)
 
 
-def _project(maps: Tensor, weight: Tensor) -> Tensor:
+def project(maps: Tensor, weight: Tensor) -> Tensor:
     flat = maps.to(weight.dtype).transpose(1, 2).flatten(2)
     return torch.matmul(flat, weight.flatten(0, 1)).to(maps.dtype)
 

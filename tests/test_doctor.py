@@ -82,7 +82,7 @@ def test_the_family_of_a_folder_is_told(tmp_path):
     assert probes.run_probes({"model": code})["model"] == {
         "problem": "",
         "family": "FLUX.1",
-        "engines": ["torch", "fast"],
+        "engines": ["torch", "fast", "ort", "openvino"],
     }
     (tmp_path / "model_index.json").write_text('{"_class_name": "KolorsPipeline"}')
     assert "holds a KolorsPipeline" in probes.run_probes({"model": code})["model"]["problem"]

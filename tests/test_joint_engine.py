@@ -14,10 +14,10 @@ from datasetdm_fast.data import AttentionSums, ProjectedCapture, Text
 from datasetdm_fast.engine.backbones import every_backbone
 from datasetdm_fast.engine.decoders.checkpoint import seeded_decoders
 from datasetdm_fast.engine.engines import build_engine
-from datasetdm_fast.engine.engines.fast.joint import CallReader
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop.calls import call_text
 from datasetdm_fast.engine.models.mmdit import MMDiT
+from datasetdm_fast.engine.models.mmdit_readers import CallReader
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.kernels import fused, launch
 from datasetdm_fast.kernels import plain as plain_forms

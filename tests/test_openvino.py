@@ -144,7 +144,7 @@ def test_a_batch_is_cut_and_joined(batch, size, counts):
     assert [len(part["latents"]) for part in parts] == counts and all(part["timestep"] == 7 for part in parts)
     for part in parts:
         assert torch.equal(part["context"], torch.cat([part["latents"], part["latents"] + batch]))
-    whole = join_parts([{"noise": part["context"], "sums_low": part["latents"]} for part in parts])
+    whole = join_parts([{"noise": part["context"], "sums_low": part["latents"]} for part in parts], 2)
     assert torch.equal(whole["noise"], context) and torch.equal(whole["sums_low"], latents)
 
 

@@ -1,10 +1,12 @@
 """Capture hooks of the exported UNet stages: each holds what its stage returns besides the noise."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 
 from torch import nn
 
+from datasetdm_fast.data import Capture
 from datasetdm_fast.engine.models.capture import AttentionSlot, CaptureHook, Projection, RawCapture, Slot
 from datasetdm_fast.export.onnx.graph import BATCH, Value
 from datasetdm_fast.export.onnx.operations import probabilities
@@ -12,10 +14,11 @@ from datasetdm_fast.stages import LEVELS, Level
 
 
 class ExportHook(CaptureHook):
-    """Adds up what its stage returns besides the noise."""
+    """Adds up what its stage returns besides the noise, of a call of so many rows an image."""
 
-    def __init__(self, ops: SimpleNamespace):
+    def __init__(self, ops: SimpleNamespace, rows: int = 2):
         super().__init__(ops)
+        self.rows = rows
         self.sums: dict[str, Value] = {}
 
     def _add(self, name: str, value: Value) -> None:
@@ -28,15 +31,16 @@ class ExportHook(CaptureHook):
 class ProjectingHook(ExportHook):
     """Adds up what the decoders' first layers make of features and maps: level sums [B, F, h, w] fp32."""
 
-    def __init__(self, projection: Projection, ops: SimpleNamespace):
-        super().__init__(ops)
+    def __init__(self, projection: Projection, ops: SimpleNamespace, rows: int):
+        super().__init__(ops, rows)
         self.projection = projection
 
     def feature(self, slot: Slot | None, x: Value) -> None:
         if slot is None or not self.projection.widths[slot[0]]:
             return
         level, place = slot
-        for half, weight in zip(x.chunk(2), self.projection.features[level][place]):
+        weights = list(self.projection.features[level][place])
+        for half, weight in zip(x.chunk(self.rows)[-len(weights) :], weights):
             planes = nn.functional.conv2d(half, weight.transpose(0, 1).unsqueeze(2).unsqueeze(3))
             self._add(f"sums_{LEVELS[level]}", planes.float())
 
@@ -45,9 +49,10 @@ class ProjectingHook(ExportHook):
         if not self.projection.widths[level]:
             return self.ops.attention(q, k, v)
         output, maps = self.ops.attention_maps(q, k, v)
-        maps = maps.chunk(2)[1]
+        maps = maps.chunk(self.rows)[-1]
         weight = self.projection.maps[level][place].flatten(0, 1).transpose(0, 1)
         planes = weight @ maps.transpose(2, 3).flatten(1, 2)  # [B, F, S]
+        planes = planes if slot.blocks == 1 else planes * slot.share
         side = int(planes.shape[2] ** 0.5)
         self._add(f"sums_{LEVELS[level]}", planes.unflatten(2, (side, side)).float())
         return output
@@ -64,11 +69,13 @@ class AveragingHook(ExportHook):
         sides: Sequence[int],
         class_keys: Mapping[AttentionSlot, Value],
         ops: SimpleNamespace,
+        rows: int,
     ):
-        super().__init__(ops)
+        super().__init__(ops, rows)
         self.self_count, self.cross_count = (side**2 for side in sides)
         self.class_keys = class_keys
-        self.shares = [1 / len(level.heads) for level in levels]  # of a layer in the mean of its level
+        self.layers = Counter(levels[slot.level].side for slot in class_keys)  # of each side
+        self.sides = [level.side for level in levels]
 
     def attend_self(self, slot: AttentionSlot, q: Value, k: Value, v: Value) -> Value:
         if q.shape[2] == self.self_count:
@@ -82,7 +89,7 @@ class AveragingHook(ExportHook):
 
     def _average(self, name: str, slot: AttentionSlot, q: Value, k: Value) -> None:
         maps = probabilities(_select_conditional(q), k, q.shape[-1] ** -0.5)
-        self._add(name, maps.float().mean(1) * self.shares[slot[0]])
+        self._add(name, maps.float().mean(1) * (1 / self.layers[self.sides[slot.level]]))
 
 
 def _select_conditional(x: Value) -> Value:
@@ -95,14 +102,18 @@ class RawHook(RawCapture, ExportHook):
 
     def attend(self, slot: AttentionSlot, q: Value, k: Value, v: Value) -> Value:
         output, maps = self.ops.attention_maps(q, k, v)
-        self.add_map(slot, maps.chunk(2)[1])
+        self.add_map(slot, maps.chunk(self.rows)[-1])
         return output
 
     def outputs(self) -> dict[str, Value]:
-        capture = self.result()
-        return {
-            f"{kind}_{level}_{place}": value
-            for kind in ("features", "maps")
-            for level, row in zip(LEVELS, getattr(capture, kind))
-            for place, value in enumerate(row)
-        }
+        return raw_outputs(self.result())
+
+
+def raw_outputs(capture: Capture) -> dict[str, Value]:
+    """The features and maps of a capture by the names of the outputs that they are."""
+    return {
+        f"{kind}_{level}_{place}": value
+        for kind in ("features", "maps")
+        for level, row in zip(LEVELS, getattr(capture, kind))
+        for place, value in enumerate(row)
+    }

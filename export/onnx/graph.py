@@ -47,10 +47,15 @@ class Extent:
 
     __rmul__ = __mul__
 
-    def __floordiv__(self, other: int) -> Extent:
-        if self.times % other:
+    def __neg__(self) -> Extent:
+        return Extent(-self.times, self.letters)
+
+    def __floordiv__(self, other: Size) -> Any:
+        """An Extent; of two along the same axes, the number of times that one holds the other."""
+        times, letters = (other.times, other.letters) if isinstance(other, Extent) else (other, ())
+        if self.times % times or letters not in ((), self.letters):
             raise ValueError(f"{self} does not divide by {other}")
-        return Extent(self.times // other, self.letters)
+        return self.times // times if letters else Extent(self.times // times, self.letters)
 
     def __str__(self) -> str:
         return ("" if self.times == 1 else str(self.times)) + "".join(self.letters)
@@ -109,7 +114,9 @@ class Value:
     __add__ = __radd__ = _method("add")
     __mul__ = __rmul__ = _method("mul")
     __sub__, __truediv__, __lt__ = _method("sub"), _method("div"), _method("lt")
-    __matmul__ = _method("matmul")
+    __matmul__, __mod__ = _method("matmul"), _method("remainder")
+    __neg__, __invert__ = _method("neg"), _method("logical_not")
+    mT = T = property(lambda self: self.transpose(-2, -1))
 
     def emit(
         self,

@@ -15,6 +15,7 @@ from datasetdm_fast.engine.models.layers import Upsample
 from datasetdm_fast.export.onnx.graph import MICROSOFT, Value
 from datasetdm_fast.export.onnx.operators import BLOCKED
 from datasetdm_fast.kernels import reference
+from datasetdm_fast.kernels.attention_shares import project, shares
 from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.kernels.depth_head import CHUNK, resize_matrix, stack_shifted_rows
 from datasetdm_fast.kernels.image_norm import EPS
@@ -37,9 +38,9 @@ def layer_norm(x: Value, weight: Value, bias: Value, eps: float) -> Value:
     return nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
-def geglu(x: Value) -> Value:
-    value, gate = x.chunk(2, -1)
-    return value * nn.functional.gelu(gate)
+def attention_shares(q: Value, k: Value, sums: Value, mask: Value | None, weight: Value) -> Value:
+    """See kernels.attention_shares."""
+    return project(shares(q, k, sums, mask), weight)
 
 
 def probabilities(q: Value, k: Value, scale: float) -> Value:
@@ -141,8 +142,8 @@ def exportable(module: nn.Module) -> nn.Module:
     return module
 
 
-FORMS: tuple[Callable[..., Any], ...] = (group_norm_silu, layer_norm, geglu, attention, attention_maps, image_norm)
-FORMS += (masked_attention, mask_head, depth_head)
+FORMS: tuple[Callable[..., Any], ...] = (group_norm_silu, layer_norm, attention, attention_maps, image_norm)
+FORMS += (masked_attention, mask_head, depth_head, attention_shares)
 PORTABLE = SimpleNamespace(**{**vars(reference), **{form.__name__: form for form in FORMS}})
 
 

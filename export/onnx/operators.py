@@ -15,7 +15,9 @@ LARGEST_FLOAT = torch.finfo(torch.float32).max
 
 
 def _as(value: Any, dtype: torch.dtype) -> Value:
-    """A constant takes the type of what it meets."""
+    """A constant takes the type of what it meets, and so do truths."""
+    if value.tensor is None and value.dtype == torch.bool:
+        return to(value, dtype)
     if value.tensor is not None and value.dtype != dtype and value.dtype.is_floating_point:
         return Value(value.graph, value.name, value.shape, dtype, value.tensor)
     return value
@@ -60,8 +62,9 @@ def silu(x: Value, inplace: bool = False) -> Value:
 
 
 def gelu(x: Value, approximate: str = "none") -> Value:
-    """The exact one, in the form in which runtimes look for it."""
-    assert approximate == "none"
+    """The exact one, in the form in which runtimes look for it; or its approximation."""
+    if approximate == "tanh":
+        return x * (((x + x * x * x * 0.044715) * math.sqrt(2 / math.pi)).tanh() + 1.0) * 0.5
     return x * ((x / math.sqrt(2)).emit("Erf") + 1.0) * 0.5
 
 
@@ -105,10 +108,19 @@ def matmul(x: Value, y: Value) -> Value:
     return x.emit("MatMul", y, shape=(*batch, *rows, y.shape[-1]))
 
 
-def layer_norm(x: Value, shape: Sequence[int], weight: Value, bias: Value, eps: float = 1e-5) -> Value:
+def layer_norm(
+    x: Value, shape: Sequence[int], weight: Value | None = None, bias: Value | None = None, eps: float = 1e-5
+) -> Value:
     """Along the last axis; by ONNX's definition summed in fp32 whatever the type."""
-    scale, shift = _as(weight, x.dtype), _as(bias, x.dtype)
-    return x.emit("LayerNormalization", scale, shift, axis=-1, epsilon=eps, stash_type=1)
+    scale = _as(x.graph.constant(torch.ones(shape[-1])) if weight is None else weight, x.dtype)
+    shifts = () if bias is None else (_as(bias, x.dtype),)
+    return x.emit("LayerNormalization", scale, *shifts, axis=-1, epsilon=eps, stash_type=1)
+
+
+def rms_norm(x: Value, shape: Sequence[int], weight: Value, eps: float) -> Value:
+    wide = to(x, torch.float32)
+    square = (wide * wide).emit("ReduceMean", x.graph.integers([-1]), shape=(*x.shape[:-1], 1), keepdims=1)
+    return to(wide / (square + eps).emit("Sqrt"), x.dtype) * weight
 
 
 def batch_norm(
@@ -124,11 +136,32 @@ def softmax(x: Value, dim: int, dtype: torch.dtype | None = None) -> Value:
     return (x if dtype is None else x.to(dtype)).emit("Softmax", axis=dim % x.ndim)
 
 
-def scaled_dot_product_attention(q: Value, k: Value, v: Value, is_causal: bool) -> Value:
-    """Each place over itself and those before it."""
-    assert is_causal
-    later = torch.full((q.shape[2], q.shape[2]), BLOCKED).triu(1)
-    return softmax((q * q.shape[-1] ** -0.5) @ k.transpose(2, 3) + later, -1) @ v
+def scaled_dot_product_attention(
+    q: Value, k: Value, v: Value, attn_mask: Value | None = None, is_causal: bool = False
+) -> Value:
+    """Each place over those of the mask, or over itself and those before it."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
+    if is_causal:
+        return softmax(scores + torch.full((q.shape[2], q.shape[2]), BLOCKED).triu(1), -1) @ v
+    assert attn_mask is not None
+    return softmax(masked_fill(scores, ~attn_mask, BLOCKED), -1, torch.float32).to(q.dtype) @ v
+
+
+def where(condition: Value, x: Value, y: Any) -> Value:
+    x, y = _operands(x, y)
+    return condition.emit("Where", x, y, shape=_broadcast(condition.shape, x.shape, y.shape), dtype=x.dtype)
+
+
+def masked_fill(x: Value, mask: Value, value: float) -> Value:
+    return where(~mask, x, value)
+
+
+def logsumexp(x: Value, dim: int) -> Value:
+    """By its definition a runtime may leave the range of numbers."""
+    axis = x.graph.integers([dim % x.ndim])
+    largest = x.emit("ReduceMax", axis, shape=(*x.shape[:-1], 1), keepdims=1)
+    total = (x - largest).emit("Exp").emit("ReduceSum", axis, shape=(*x.shape[:-1], 1), keepdims=1)
+    return reshape(total.emit("Log") + largest, *x.shape[:-1])
 
 
 def embedding(ids: Value, weight: Value, *_: Any, **__: Any) -> Value:
@@ -152,13 +185,22 @@ def pixel_shuffle(x: Value, times: int) -> Value:
     return x.emit("DepthToSpace", shape=shape, blocksize=times, mode="CRD")
 
 
+def pixel_unshuffle(x: Value, times: int) -> Value:
+    batch, channels, height, width = x.shape
+    cells = reshape(x, batch, channels, height // times, times, width // times, times)
+    return permute(cells, 0, 1, 3, 5, 2, 4).flatten(1, 3)
+
+
 def pad(x: Value, pads: Sequence[int], mode: str = "constant", value: float | None = None) -> Value:
-    assert mode == "constant" and not value
+    assert mode == "constant"
+    if not any(pads):
+        return x
     begins, ends = [0] * x.ndim, [0] * x.ndim
     for place in range(len(pads) // 2):
         begins[-1 - place], ends[-1 - place] = pads[2 * place], pads[2 * place + 1]
     shape = [size + first + last if first or last else size for size, first, last in zip(x.shape, begins, ends)]
-    return x.emit("Pad", x.graph.integers([*begins, *ends]), shape=shape)
+    filling = [x.graph.constant(value, x.dtype)] if value else []
+    return x.emit("Pad", x.graph.integers([*begins, *ends]), *filling, shape=shape)
 
 
 def cat(values: Sequence[Value], dim: int = 0) -> Value:
@@ -168,8 +210,20 @@ def cat(values: Sequence[Value], dim: int = 0) -> Value:
     return first.emit("Concat", *others, shape=(*first.shape[:axis], total, *first.shape[axis + 1 :]), axis=axis)
 
 
-def split(x: Value, sizes: Sequence[int], dim: int = 0) -> list[Value]:
+def stack(values: Sequence[Value], dim: int = 0) -> Value:
+    return cat([unsqueeze(value, dim) for value in values], dim)
+
+
+def repeat(x: Value, times: int, *others: int) -> Value:
+    assert set(others) <= {1}
+    return x if times == 1 else cat([x] * times)
+
+
+def split(x: Value, sizes: int | Sequence[int], dim: int = 0) -> list[Value]:
     axis = dim % x.ndim
+    sizes = [sizes] * (x.shape[axis] // sizes) if isinstance(sizes, int) else sizes
+    if len(sizes) == 1:
+        return [x]
     shapes = [(*x.shape[:axis], size, *x.shape[axis + 1 :]) for size in sizes]
     if isinstance(x.shape[axis], Extent):
         return x.graph.emit("Split", [x], shapes, x.dtype, axis=axis, num_outputs=len(sizes))
@@ -261,7 +315,7 @@ def unsqueeze(x: Value, dim: int) -> Value:
 
 
 def getitem(x: Value, index: Any) -> Value:
-    """Slices, None and Ellipsis."""
+    """Slices, places, None and Ellipsis; of rows that are counted at run time the last."""
     index = list(index) if isinstance(index, tuple) else [index]
     if Ellipsis in index:
         place = index.index(Ellipsis)
@@ -270,6 +324,11 @@ def getitem(x: Value, index: Any) -> Value:
     for part in index:
         if part is None:
             x = unsqueeze(x, axis)
+        elif isinstance(part, int):
+            x = reshape(x[(slice(None),) * axis + (slice(part, part + 1),)], *x.shape[:axis], *x.shape[axis + 1 :])
+            continue
+        elif isinstance(part, slice) and isinstance(part.start, Extent):
+            x = chunk(x, x.shape[axis] // -part.start, axis)[-1]
         elif part != slice(None):
             start, stop, step = part.indices(x.shape[axis])
             shape = (*x.shape[:axis], len(range(start, stop, step)), *x.shape[axis + 1 :])
@@ -298,6 +357,20 @@ def mean(x: Value, dim: int) -> Value:
     return x.emit("ReduceMean", x.graph.integers([axis]), shape=shape, keepdims=0)
 
 
+def total(x: Value, dim: int) -> Value:
+    """How many of a row [B, S] are true."""
+    assert x.dtype == torch.bool and dim == 1
+    return to(x, torch.int64).emit("ReduceSum", x.graph.integers([1]), shape=x.shape[:1], keepdims=0)
+
+
+def argmax(x: Value, dim: int) -> Value:
+    return x.emit("ArgMax", shape=x.shape[:dim] + x.shape[dim + 1 :], dtype=torch.int64, axis=dim, keepdims=0)
+
+
+def gather(x: Value, dim: int, index: Value) -> Value:
+    return x.emit("GatherElements", index, shape=index.shape, axis=dim)
+
+
 def clamp(x: Value, low: float, high: float) -> Value:
     return x.emit("Clip", *(x.graph.constant(limit, x.dtype) for limit in (low, high)))
 
@@ -306,12 +379,19 @@ def _unary(kind: str) -> Callable[..., Value]:
     return lambda x, inplace=False: x.emit(kind)
 
 
-OPERATORS = {kind.lower(): _unary(kind) for kind in ("Cos", "Sin", "Relu", "Sigmoid", "Floor")}
+OPERATORS = {kind.lower(): _unary(kind) for kind in "Cos Sin Tanh Relu Sigmoid Floor Neg".split()}
 OPERATORS |= {kind.lower(): _elementwise(kind) for kind in ("Add", "Sub", "Mul", "Div")}
-OPERATORS |= {"add_": OPERATORS["add"], "lt": _elementwise("Less", torch.bool), "all": every}
-OPERATORS |= {"contiguous": lambda x: x, "float": lambda x: to(x, torch.float32)}
+OPERATORS |= {"add_": OPERATORS["add"], "sub_": OPERATORS["sub"], "exp_": _unary("Exp"), "all": every, "sum": total}
+OPERATORS |= {"lt": _elementwise("Less", torch.bool), "eq": _elementwise("Equal", torch.bool)}
+OPERATORS |= {"logical_not": _unary("Not"), "remainder": _elementwise("Mod")}
+OPERATORS |= {
+    "addcmul": lambda x, first, second: x + first * second,
+    "addmm_": lambda x, a, b: OPERATORS["add"](x, a @ b),
+}
+OPERATORS |= {"contiguous": lambda x: x, "float": lambda x: to(x, torch.float32), "long": lambda x: to(x, torch.int64)}
+OPERATORS |= {"new_zeros": lambda x, *sizes: x.graph.constant(torch.zeros(sizes))}
 FUNCTIONS: tuple[Callable[..., Any], ...] = (silu, gelu, to, conv2d, linear, matmul, layer_norm, batch_norm, softmax)
 FUNCTIONS += (scaled_dot_product_attention, embedding, interpolate, pixel_shuffle, pad, cat, split, chunk, unbind)
 FUNCTIONS += (permute, transpose, reshape, flatten, unflatten, expand, repeat_interleave, unsqueeze, getitem, clamp)
-FUNCTIONS += (isfinite, mean)
+FUNCTIONS += (isfinite, mean, rms_norm, where, masked_fill, logsumexp, pixel_unshuffle, stack, repeat, argmax, gather)
 OPERATORS |= {function.__name__: function for function in FUNCTIONS}

@@ -15,12 +15,16 @@ def select_stages(
     raw_capture: bool = False,
     averages: tuple[int, ...] | None = None,
     only: Sequence[str] | None = None,
+    is_joint: bool = False,
 ) -> tuple[str, ...]:
-    """The stages of an export; without decoders there is nothing to capture but the features and maps themselves."""
+    """The stages of an export; without decoders there is nothing to capture but the features and maps themselves. Of a
+    transformer of image and text alike text encoders and autoencoder are not among them: PyTorch runs these.
+    """
     decoders = [annotate_name(label) for label in labels]
     captures = [*(["denoise_and_capture"] if decoders else []), *([RAW] if raw_capture else [])]
     captures += [average_name(*averages)] if averages else []
-    names = ["encode_text", "denoise", *captures, "decode_image", "encode_image", *decoders]
+    others = [] if is_joint else ["encode_text", "decode_image", "encode_image"]
+    names = [*others[:1], "denoise", *captures, *others[1:], *decoders]
     for name in only or ():
         if name not in names:
             raise Refused(f"stage: {name!r} is none of {', '.join(names)}", "Choose from these.")

@@ -8,23 +8,26 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import onnx
 import torch
 from torch import Tensor, nn
 
 from datasetdm_fast import __version__, stages
-from datasetdm_fast.data import ProjectedCapture
+from datasetdm_fast.data import ProjectedCapture, Text
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.locks import cache_folder
 from datasetdm_fast.engine import decoders as decoder_package
 from datasetdm_fast.engine import models
+from datasetdm_fast.engine.backbones import mmdit_plans
+from datasetdm_fast.engine.backbones.record import ANOTHER
 from datasetdm_fast.engine.decoders.layers import SpectralConv2d
 from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.engine.models.capture import CaptureHook, Projection
-from datasetdm_fast.engine.models.text_encoder import TextEncoder
+from datasetdm_fast.engine.models.mmdit import MMDiT
+from datasetdm_fast.engine.models.mmdit_readers import ProjectingReader, RawReader, all_read, append_rows
 from datasetdm_fast.engine.models.unet import TextTable, TimeTable, UNet
 from datasetdm_fast.engine.models.vae import ImageDecoder, ImageEncoder
 from datasetdm_fast.errors import Missing, Refused
@@ -37,14 +40,24 @@ from datasetdm_fast.export.manifest import (
     TensorInfo,
     check_replaceable,
 )
-from datasetdm_fast.export.onnx.capture import AveragingHook, ExportHook, ProjectingHook, RawHook
+from datasetdm_fast.export.onnx.capture import AveragingHook, ExportHook, ProjectingHook, RawHook, raw_outputs
 from datasetdm_fast.export.onnx.graph import BATCH, OPSETS, WORDS, Extent, Graph, Value, trace_module
 from datasetdm_fast.export.onnx.operations import ONNX_RUNTIME, PORTABLE, exportable
 from datasetdm_fast.export.onnx.operators import OPERATORS
 from datasetdm_fast.export.onnx.stage_names import RAW, averaged_sides, label_of, select_stages
 from datasetdm_fast.export.onnx.weights import DataFile, defer_weights, digest
 from datasetdm_fast.export.staging import fill_alone, stage_files
-from datasetdm_fast.kernels import bilinear, depth_head, image_norm, upsample_concat
+from datasetdm_fast.kernels import (
+    ada_norm,
+    attention_shares,
+    attention_sums,
+    bilinear,
+    depth_head,
+    image_norm,
+    joint_qkv,
+    upsample_concat,
+)
+from datasetdm_fast.plugins import load_place
 from datasetdm_fast.stages import LEVELS, Tensors
 
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -82,11 +95,20 @@ class ExportRequest:
     size: int
 
 
-def _check(decoders: Mapping[str, Decoder], precision: str, runtime: str) -> None:
+def usual_rows(model: Model) -> int:
+    """Rows of text for each image of a call, at the model's own guidance."""
+    return 2 if model.has_negative(model.scale or model.defaults.guidance) else 1
+
+
+def _check(model: Model, decoders: Mapping[str, Decoder], precision: str, runtime: str) -> None:
+    if not model.backbone.served_by("export"):
+        raise Refused(f"export: {model.backbone.title} has no network that is written as graphs", ANOTHER)
     if precision not in PRECISIONS:
         raise Refused(f"precision: {precision!r} is none of {', '.join(PRECISIONS)}", "Choose one of these.")
     if runtime not in OPERATIONS:
         raise Refused(f"runtime: {runtime!r} is none of {', '.join(OPERATIONS)}", "Choose one of these.")
+    if precision == "fp16" and precision not in model.backbone.halves:
+        raise Refused(f"precision: activations of {model.backbone.title} leave fp16's range", "Use --precision fp32.")
     for task, decoder in decoders.items():
         if any(isinstance(module, SpectralConv2d) for module in decoder.modules()):
             raise Refused(
@@ -95,9 +117,10 @@ def _check(decoders: Mapping[str, Decoder], precision: str, runtime: str) -> Non
             )
 
 
-def source_digest(model: Model, decoders: Mapping[str, Decoder]) -> str:
+def source_digest(model: Model, decoders: Mapping[str, Decoder], rows: int = 0) -> str:
     """SHA-256 of all that decides the graphs: parameters, configurations and this package's own code."""
-    parts = dict(model.modules)
+    backbone = model.backbone
+    parts = {name: model.modules[name] for name in ([backbone.denoiser] if backbone.network_plan else model.networks)}
     configs = {
         name: part.config.to_dict() if hasattr(part.config, "to_dict") else part.config for name, part in parts.items()
     }
@@ -107,6 +130,7 @@ def source_digest(model: Model, decoders: Mapping[str, Decoder]) -> str:
         for name, config in configs.items()
     }
     total = hashlib.sha256(json.dumps(configs, sort_keys=True, default=str).encode())
+    total.update(f"{rows or usual_rows(model)} rows, {model.levels}".encode())
     for task, decoder in decoders.items():  # their order decides that of the channels
         total.update(f"{task} {decoder.config.to_json()}".encode())
     total.update(digest({**parts, **{f"decoder {task}": decoder for task, decoder in decoders.items()}}).encode())
@@ -116,7 +140,8 @@ def source_digest(model: Model, decoders: Mapping[str, Decoder]) -> str:
 
 def exporter_files() -> list[Path]:
     """The code that decides what the graphs compute; of the kernels, those the graphs take over."""
-    modules = [Path(str(module.__file__)) for module in (bilinear, depth_head, image_norm, upsample_concat, stages)]
+    taken = (ada_norm, attention_shares, attention_sums, bilinear, depth_head, image_norm, joint_qkv, upsample_concat)
+    modules = [Path(str(module.__file__)) for module in (*taken, mmdit_plans, stages)]
     folders = [Path(__file__).parents[1], *(Path(package.__path__[0]) for package in (models, decoder_package))]
     return [*(path for folder in folders for path in sorted(folder.rglob("*.py"))), *modules]
 
@@ -135,8 +160,9 @@ class StageExport:
 
     UNet and autoencoder are stored in `precision`; text encoder, timesteps, level sums and decoders are fp32 in each.
     `raw_capture` adds the stage that hands out all features and maps, `averages` the one that averages the attention of
-    these two sides. For the `runtime` onnxruntime attention is that library's own operator. `on_stage` is called
-    with the name of each stage before it is written.
+    these two sides. For the `runtime` onnxruntime attention is that library's own operator. Calls have `rows` of text
+    for each image, by default those of the model's own guidance. `on_stage` is called with the name of each stage
+    before it is written.
     """
 
     def __init__(
@@ -149,18 +175,23 @@ class StageExport:
         averages: tuple[int, int] | None = None,
         only: Sequence[str] | None = None,
         runtime: str = "any",
+        rows: int = 0,
         on_stage: Callable[[str], None] = lambda stage: None,
     ):
-        _check(decoders, precision, runtime)
-        names = select_stages(decoders, raw_capture, averages, only)
-        self.request = ExportRequest(names, precision, runtime, source_digest(model, decoders), model.size)
+        _check(model, decoders, precision, runtime)
+        self.is_joint, self.rows = bool(model.backbone.network_plan), rows or usual_rows(model)
+        names = select_stages(decoders, raw_capture, averages, only, self.is_joint)
+        self.request = ExportRequest(names, precision, runtime, source_digest(model, decoders, rows), model.size)
         self.model, self.decoders, self.on_stage = model, decoders, on_stage
         self.dtype, self.ops = TYPES[precision], OPERATIONS[runtime]
-        _, side, _ = model.latent_shape()
+        is_wide = self.dtype == torch.float16 and model.latents.leaves_fp16
+        self.image_dtype = torch.float32 if is_wide else self.dtype
+        channels, side, _ = model.latent_shape()
         self.sizes: dict[str, int | Extent] = {
             "B": BATCH,
-            "2B": BATCH * 2,
+            "2B": BATCH * self.rows,
             "K": WORDS,
+            "C": channels,
             "h": side,
             "w": side,
             "H": model.size,
@@ -193,7 +224,7 @@ class StageExport:
         """The manifest, once every file is in the folder."""
         groups: dict[str, list[str]] = {}  # by the data file that stages share: all of the UNet's have one
         for name in self.request.names:
-            groups.setdefault("unet" if name.startswith("denoise") else name, []).append(name)
+            groups.setdefault(self.model.backbone.denoiser if name.startswith("denoise") else name, []).append(name)
         by_name: dict[str, StageFile] = {}
         for group, members in groups.items():
             data = DataFile(f"{group}.data")
@@ -233,13 +264,21 @@ class StageExport:
 
     def _parts(self, group: str) -> dict[str, nn.Module]:
         """The modules a group of stages is traced from, by the prefix of their weights' names."""
-        modules = self.model.modules
-        if group == "unet":
-            unet = defer_weights(modules["unet"])
-            tables = {"times": TimeTable(unet), "texts": TextTable(unet)}
+        modules, backbone = self.model.modules, self.model.backbone
+        if group == backbone.denoiser and self.is_joint:
+            source = defer_weights(modules[group])
+            plan = load_place(backbone.network_plan)(source.config, dict(source.state_dict()))
+            network = MMDiT(source.config, plan, self.ops)
+            append_rows(network, self.projection)
+            return {"network": network, "projection": self.projection}
+        if group == backbone.denoiser:
+            unet = defer_weights(modules[group])
+            tables = {"times": TimeTable(unet, self.model.size), "texts": TextTable(unet)}
             return tables | {"unet": exportable(UNet(unet, self.ops)), "projection": self.projection}
         if group == "encode_text":
-            return {"text_encoder": TextEncoder(defer_weights(modules["text_encoder"]), self.ops)}
+            sources = {name: defer_weights(modules[name]) for name in backbone.of_kind("text_encoder")}
+            assert backbone.text_network
+            return {"text_encoder": load_place(backbone.text_network)(sources, self.ops)}
         if group == "decode_image":
             decoder = ImageDecoder(defer_weights(modules["vae"]), self.ops, self.model.latents)
             return {"image_decoder": exportable(decoder)}
@@ -248,8 +287,9 @@ class StageExport:
         return {"decoder": _copy_structure(self.decoders[label_of(group)], self.ops)}
 
     def _write_stage(self, folder: Path, name: str, data: DataFile, parts: Mapping[str, nn.Module]) -> StageFile:
-        graph, table = Graph(name, data, OPERATORS, OPSETS[self.dtype]), self._table(name)
+        graph = Graph(name, data, OPERATORS, OPSETS[self.dtype])
         modules = {prefix: trace_module(module, graph, prefix) for prefix, module in parts.items()}
+        table = self._table(name, modules)
         inputs = {
             key: graph.input(key, self._shape(name, key, axes), getattr(torch, dtype))
             for key, (axes, dtype) in table.inputs.items()
@@ -266,16 +306,26 @@ class StageExport:
         infos = _describe(table.inputs, graph.inputs), _describe(expected, graph.outputs)
         return StageFile(f"{name}.onnx", data.name if has_data else "", *infos)
 
-    def _table(self, name: str) -> Tensors:
-        if name == RAW:
-            return stages.keep(self.model.levels)
-        if sides := averaged_sides(name):
-            return stages.average(*sides)
+    def _table(self, name: str, modules: Mapping[str, nn.Module]) -> Tensors:
+        if name.startswith("denoise"):
+            return self._call_table(name, modules)
+        if name == "encode_text" and len(modules["text_encoder"].tokenizers) > 1:
+            return stages.PAIRED_TEXT
         if name in stages.STAGES:
             return stages.STAGES[name]
         decoder = self.decoders[label_of(name)]
         config = decoder.config
         return stages.annotate(config.kind, list(decoder.projections()), bool(config.word_heads))
+
+    def _call_table(self, name: str, modules: Mapping[str, nn.Module]) -> Tensors:
+        """The tensors of a call of the denoiser, with what this one reads beside its text."""
+        sides = averaged_sides(name)
+        usual = stages.average(*sides) if sides else stages.STAGES.get(name)
+        table = stages.keep(self.model.levels) if usual is None else usual
+        read = modules["network"].conditioning.reads if self.is_joint else modules["times"].reads
+        self.sizes["P"] = read.get("pooled", 0)
+        names = [*read, *(["mask"] if self.model.backbone.pads_text else [])]
+        return stages.of_rows(self.rows, table, names)
 
     def _shape(self, name: str, key: str, axes: stages.Shape) -> list[int | Extent]:
         sizes: dict[str, int | Extent] = dict(self.sizes)
@@ -288,16 +338,17 @@ class StageExport:
 
     def _outputs(self, name: str, modules: Mapping[str, nn.Module], inputs: Mapping[str, Value]) -> dict[str, Value]:
         if name.startswith("denoise"):
-            return self._unet_outputs(name, modules, **inputs)
+            return (self._joint_outputs if self.is_joint else self._unet_outputs)(name, modules, **inputs)
         if name == "encode_text":
-            return {"context": modules["text_encoder"](inputs["tokens"])}
+            text = modules["text_encoder"].of_tokens(*inputs.values())
+            return {"context": text.context, **({} if text.pooled is None else {"pooled": text.pooled})}
         if name == "decode_image":
-            pixels = modules["image_decoder"](inputs["latents"].to(self.dtype)).float()
+            pixels = modules["image_decoder"](inputs["latents"].to(self.image_dtype)).float()
             image = ((pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255).floor().to(torch.uint8)
             return {"image": image, "is_finite": pixels.isfinite().flatten(1).all(1)}
         if name == "encode_image":
             pixels = inputs["image"].float().permute(0, 3, 1, 2) / 127.5 - 1
-            return {"moments": modules["image_encoder"](pixels.to(self.dtype)).float()}
+            return {"moments": modules["image_encoder"](pixels.to(self.image_dtype)).float()}
         return self._decoder_outputs(modules["decoder"], inputs)
 
     def _unet_outputs(
@@ -308,19 +359,55 @@ class StageExport:
         timestep: Value,
         context: Value,
         class_context: Value | None = None,
+        pooled: Value | None = None,
+        guidance: Value | None = None,
     ) -> dict[str, Value]:
         hook: CaptureHook
         if name == RAW:
-            hook = RawHook(self.model.levels, self.ops)
+            hook = RawHook(self.model.levels, self.ops, self.rows)
         elif class_context is not None:
             keys = (key for key, _ in modules["texts"](class_context.to(self.dtype)))
             layers = modules["unet"].text_layers
-            hook = AveragingHook(self.model.levels, averaged_sides(name), dict(zip(layers, keys)), self.ops)
+            sides, keys_of = averaged_sides(name), dict(zip(layers, keys))
+            hook = AveragingHook(self.model.levels, sides, keys_of, self.ops, self.rows)
+        elif name == "denoise":
+            hook = CaptureHook(self.ops)
         else:
-            hook = CaptureHook(self.ops) if name == "denoise" else ProjectingHook(self.projection, self.ops)
-        biases, texts = modules["times"](timestep).to(self.dtype), modules["texts"](context.to(self.dtype))
+            hook = ProjectingHook(self.projection, self.ops, self.rows)
+        biases = modules["times"](timestep, pooled, guidance).to(self.dtype)
+        texts = modules["texts"](context.to(self.dtype))
         noise = modules["unet"](latents.to(self.dtype), biases, texts, hook).float()
         return {"noise": noise, **(hook.outputs() if isinstance(hook, ExportHook) else {})}
+
+    def _joint_outputs(
+        self,
+        name: str,
+        modules: Mapping[str, nn.Module],
+        latents: Value,
+        timestep: Value,
+        context: Value,
+        pooled: Value | None = None,
+        mask: Value | None = None,
+        guidance: Value | None = None,
+    ) -> dict[str, Value]:
+        network, levels = modules["network"], self.model.levels
+        depth, seen = len(network.blocks), (cast(int, BATCH), levels[0].side ** 2)
+        reader: Any = None
+        if name == RAW:
+            reader = RawReader(all_read(depth), *seen)
+        elif name != "denoise":
+            reader = ProjectingReader(self.projection, depth, *seen, self.ops)
+        pooled = None if pooled is None else pooled.to(self.dtype)
+        text: Any = Text(context.to(self.dtype), pooled, mask, guidance)  # type: ignore[arg-type]
+        noise = network(latents.to(self.dtype), timestep, text, reader).float()
+        if reader is None:
+            return {"noise": noise}
+        reference = load_place(self.model.backbone.reference)(self.model)
+        clean = reference.cells(latents - timestep / 1000 * noise[-latents.shape[0] :])
+        if name == RAW:
+            return {"noise": noise, **raw_outputs(reader.capture(levels, depth, clean))}
+        sums = reader.level_sums(clean).items()
+        return {"noise": noise, **{f"sums_{LEVELS[level]}": total.float() for level, total in sums}}
 
     def _decoder_outputs(self, decoder: nn.Module, inputs: Mapping[str, Value]) -> dict[str, Value]:
         graph = next(iter(inputs.values())).graph

@@ -21,7 +21,7 @@ class Deferred(torch.Tensor):
 
     @staticmethod
     def __new__(cls, like: Tensor, make: Callable[[Made], Tensor]) -> Deferred:
-        return torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device="cpu")
+        return torch.Tensor._make_wrapper_subclass(cls, like.shape, like.stride(), dtype=like.dtype, device="cpu")
 
     def __init__(self, like: Tensor, make: Callable[[Made], Tensor]):
         self.like, self.make = like, make  # the same without memory; the calls that give it

@@ -235,11 +235,12 @@ def flux2(config: Any, state: State) -> JointPlan:
 def _put_image_last(side: int, tokens: int, lengths: Tensor | None, device: torch.device) -> Tensor:
     """Places of Z-Image: the first axis numbers the tokens of the text, and the whole image is one more of them."""
     ends = torch.full((1,), tokens, device=device) if lengths is None else lengths
-    image = grid(side, 3, device).repeat(len(ends), 1, 1)
-    image[..., 0] = ends[:, None] + 1
-    text = torch.zeros(len(ends), tokens, 3, device=device)
-    text[..., 0] = torch.arange(1, tokens + 1, device=device)
-    return torch.cat([F.pad(image, (0, 0, 0, -(side**2) % PADDED_TOKENS)), text], 1)
+    image = F.pad(grid(side, 3, device), (0, 0, 0, -(side**2) % PADDED_TOKENS))
+    text = F.pad(torch.arange(1.0, tokens + 1, device=device)[:, None], (0, 2))
+    fixed = torch.cat([image, text])
+    is_image = torch.zeros_like(fixed)
+    is_image[: side**2, 0] = 1
+    return fixed + (ends + 1)[:, None, None].float() * is_image
 
 
 def z_image(config: Any, state: State) -> JointPlan:

@@ -59,6 +59,7 @@ QWEN_IMAGE = Backbone(
     levels=_levels,
     defaults=lambda configs: Defaults(1024, 50, 4.0, CAPTURE),
     guides_itself=True,
+    pads_text=True,
     reference="datasetdm_fast.engine.backbones.qwen_image_reference:QwenImageReference",
     fast=JOINT_ENGINE,
     network_plan="datasetdm_fast.engine.backbones.mmdit_plans:qwen_image",

@@ -87,7 +87,8 @@ class Backbone:
     guides_itself: bool = False  # whether it guides otherwise than by uncond + g (cond - uncond), in its reference
     unguided: float = 1.0  # the guidance with cfg at which, and below, the prompt alone counts
     text_network: str | None = None  # module:class of our own text encoders, see models.text_encoder.PromptEncoder
-    is_exported: bool = False  # whether its stages can be written as graphs
+    pads_text: bool = False  # whether its texts are of several lengths, which a mask tells
+    has_plans: bool = False  # whether TensorRT's plans are built of its graphs, and long runs on a CPU try these
     most_pixels: Callable[[Configs], int] = lambda configs: 0  # of a side that it has positions for; 0: of any
     patch: int = 2  # latent cells of a side of one image token, for shifts that depend on the size
     # (tensors of a low-rank adapter, configs) -> these under "part.layer" and an ending, or in kohya's form
@@ -111,7 +112,8 @@ class Backbone:
 
     def served_by(self, need: str) -> bool:
         """Whether an engine with this need (EngineKind.needs) runs the family."""
-        return {"network": self.fast is not None, "export": self.is_exported}.get(need, True)
+        is_exported = bool(self.text_network or self.network_plan)
+        return {"network": self.fast is not None, "export": is_exported, "plans": self.has_plans}.get(need, True)
 
     def of_kind(self, kind: str) -> tuple[str, ...]:
         """The names of its parts of a kind, in their order."""

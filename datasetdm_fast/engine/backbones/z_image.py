@@ -67,6 +67,7 @@ Z_IMAGE = Backbone(
     levels=_levels,
     defaults=_defaults,
     guides_itself=True,
+    pads_text=True,
     unguided=0.0,
     reference="datasetdm_fast.engine.backbones.z_image_reference:ZImageReference",
     fast=JOINT_ENGINE,

@@ -44,8 +44,8 @@ class Fp8Linear(nn.Module):
         )
         return y.unflatten(0, x.shape[:-1]).to(x.dtype)
 
-    def add_to(self, total: Tensor, x: Tensor) -> None:
-        total.add_(self(x))
+    def add_to(self, total: Tensor, x: Tensor) -> Tensor:
+        return total.add_(self(x))
 
 
 class Fp8Projection(nn.Module):

@@ -79,9 +79,9 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
-    def add_to(self, total: Tensor, x: Tensor) -> None:
-        """Adds the product, without bias, in place."""
-        total.flatten(0, -2).addmm_(x.flatten(0, -2), self.weight.T)
+    def add_to(self, total: Tensor, x: Tensor) -> Tensor:
+        """`total` with the product, without bias, added in place."""
+        return total.flatten(0, -2).addmm_(x.flatten(0, -2), self.weight.T).unflatten(0, total.shape[:-1])
 
 
 class Convolution(nn.Module):
@@ -161,7 +161,7 @@ class Resnet(nn.Module):
         if bias is None or bias.ndim == 1:
             h = self.conv1(self.norm1(x), bias)
         else:  # a row for each image
-            h = self.conv1(self.norm1(x), torch.zeros_like(bias[0])).add_(bias[:, :, None, None])
+            h = self.conv1(self.norm1(x), bias.new_zeros(bias.shape[1])).add_(bias[:, :, None, None])
         h = self.norm2(h)  # under one name, as two large images would be held
         return self.conv2(h, residual=self.shortcut(x))
 

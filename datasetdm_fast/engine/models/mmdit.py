@@ -84,7 +84,7 @@ class HeadProjection(nn.Module):
     def forward(self, tokens: Tensor, images: int = 0) -> tuple[Tensor, Tensor]:
         """The packed product, and that of the last `images` rows with the appended weights."""
         weight, bias, rows = self.packed.weight, self.packed.bias, slice(self.rows)
-        if images == len(tokens):
+        if images == tokens.shape[0]:
             both = F.linear(tokens, weight, bias)
             return both, both[..., self.rows :]
         product = F.linear(tokens, weight[rows], None if bias is None else bias[rows])
@@ -123,8 +123,7 @@ class TokenStream(nn.Module):
         assert self.narrow is not None and tokens.branch is not None
         if self.wide is None:
             fed = self.activate(product[..., self.attended : self.qkv.rows])
-            self.narrow.add_to(tokens.branch, fed)
-            return tokens
+            return tokens._replace(branch=self.narrow.add_to(tokens.branch, fed))
         x, normed = self.norm(tokens, vectors, 2, self.before_fed)
         return Tokens(x, self.narrow(self.activate(self.wide(normed))), vectors.get("gate2"), self.after_fed)
 
@@ -202,11 +201,17 @@ class Conditioning(nn.Module):
         self.guidance = nn.ModuleList(Linear(weights / name) for name in plan.guidance) if plan.guidance else None
         self.pooled = nn.ModuleList(Linear(weights / name) for name in plan.pooled) if plan.pooled else None
 
+    @property
+    def reads(self) -> dict[str, int]:
+        """The widths of what it reads beside the timestep, 0 of a number."""
+        pooled = {} if self.pooled is None else {"pooled": self.pooled[0].weight.shape[1]}
+        return pooled if self.guidance is None else pooled | {"guidance": 0}
+
     def forward(self, timestep: Tensor, text: Text) -> Tensor:
         total = self._embed_number(self.time, self.clock(timestep))
         if self.guidance is not None:
             assert text.guidance is not None
-            total = total + self._embed_number(self.guidance, torch.full_like(timestep, text.guidance) * 1000)
+            total = total + self._embed_number(self.guidance, (timestep * 0 + text.guidance) * 1000)
         if self.pooled is None:
             return total
         first, second = self.pooled
@@ -260,7 +265,8 @@ class MMDiT(nn.Module):
         self.blocks[block].streams[0].qkv.append(torch.cat(list(rows)))
 
     def forward(self, latents: Tensor, timestep: Tensor, text: Text, reader: Reader | None = None) -> Tensor:
-        plan, halves, side = self.plan, len(text) // len(latents), latents.shape[-1] // self.plan.patch
+        plan, halves = self.plan, text.context.shape[0] // latents.shape[0]
+        side = latents.shape[-1] // plan.patch
         image, words, mask, lengths = self._enter(latents, text)
         image = image.repeat(halves, 1, 1)
         count, hidden = image.shape[1], None if mask is None else mask[:, None, None]
@@ -303,7 +309,8 @@ class MMDiT(nn.Module):
         words, mask = self.text(words), text.mask
         if self.image_padding is None:
             return image, words, mask, None
-        image = torch.cat([image, self.image_padding.expand(len(image), -image.shape[1] % PADDED_TOKENS, -1)], 1)
+        if more := -image.shape[1] % PADDED_TOKENS:
+            image = torch.cat([image, self.image_padding.expand(image.shape[0], more, -1)], 1)
         more = -words.shape[1] % PADDED_TOKENS
         is_word = words.new_ones(words.shape[:2], dtype=torch.bool) if mask is None else mask
         is_word, words = F.pad(is_word, (0, more)), F.pad(words, (0, 0, 0, more))

@@ -70,27 +70,40 @@ class TextEncoder(nn.Module):
             before, x = x, layer(x)
         return before, self.norm(x)
 
-    def encode(self, model: LoadedModel, prompts: Sequence[str], part: str) -> tuple[Tensor, Tensor, Tensor]:
-        """The tokens [B, T] of prompts, and their `states`."""
-        ids = to_device(model.token_ids(prompts, part), self.words.device)
-        return ids, *self.states(ids)
+
+def encode_prompts(encoder: Any, model: LoadedModel, prompts: Sequence[str]) -> Text:
+    """The text of prompts; `encoder` has its `tokenizers`, what it makes `of_tokens`, and what it does `after`."""
+    device = next(encoder.parameters()).device
+    ids = (to_device(model.token_ids(prompts, part), device) for part in encoder.tokenizers)
+    text: Text = encoder.after(model, prompts, encoder.of_tokens(*ids))
+    return text
 
 
 class PromptEncoder(nn.Module):
     """Prompts as the last states of one encoder."""
 
+    tokenizers = ("tokenizer",)
+
     def __init__(self, sources: Mapping[str, Any], ops: SimpleNamespace):
         super().__init__()
         self.encoder = TextEncoder(sources["text_encoder"], ops)
 
-    def forward(self, model: LoadedModel, prompts: Sequence[str]) -> Text:
-        return Text(self.encoder.encode(model, prompts, "tokenizer")[2])
+    def of_tokens(self, ids: Tensor) -> Text:
+        return Text(self.encoder(ids))
+
+    @staticmethod
+    def after(model: LoadedModel, prompts: Sequence[str], text: Text) -> Text:
+        return text
+
+    forward = encode_prompts
 
 
 class PairedPromptEncoder(nn.Module):
     """Prompts as the states before the last layer of two encoders, side by side, and the pooled text of the second; an
     empty one is zeros where the model was trained so.
     """
+
+    tokenizers = ("tokenizer", "tokenizer_2")
 
     def __init__(self, sources: Mapping[str, Any], ops: SimpleNamespace):
         super().__init__()
@@ -99,14 +112,18 @@ class PairedPromptEncoder(nn.Module):
         self.projection = Linear(Weights(second.state_dict()) / "text_projection")
         self.end = second.config.eos_token_id
 
-    def forward(self, model: LoadedModel, prompts: Sequence[str]) -> Text:
-        _, first, _ = self.first.encode(model, prompts, "tokenizer")
-        ids, second, last = self.second.encode(model, prompts, "tokenizer_2")
+    def of_tokens(self, first: Tensor, second: Tensor) -> Text:
+        before, last = self.second.states(second)
         # CLIP's first configs have 2, and their end is the token with the largest id.
-        ends = (ids if self.end == 2 else (ids == self.end).int()).argmax(1)
-        pooled = self.projection(last[torch.arange(len(ids), device=ids.device), ends])
-        context = torch.cat([first, second], -1)
-        if model.configs["model_index"].get("force_zeros_for_empty_prompt", True):
-            has_text = to_device(torch.tensor([float(bool(prompt)) for prompt in prompts]), ids.device)[:, None]
-            context, pooled = context * has_text[..., None], pooled * has_text
-        return Text(context, pooled)
+        ends = (second if self.end == 2 else torch.eq(second, self.end).long()).argmax(1)
+        pooled = last.gather(1, ends[:, None, None].expand(-1, -1, last.shape[-1])).flatten(1)
+        return Text(torch.cat([self.first.states(first)[0], before], -1), self.projection(pooled))
+
+    @staticmethod
+    def after(model: LoadedModel, prompts: Sequence[str], text: Text) -> Text:
+        if not model.configs["model_index"].get("force_zeros_for_empty_prompt", True):
+            return text
+        has_text = to_device(torch.tensor([float(bool(prompt)) for prompt in prompts]), text.context.device)
+        return text.map(lambda part: part * has_text.view(-1, *(1,) * (part.dim() - 1)))
+
+    forward = encode_prompts

@@ -103,11 +103,17 @@ class TimeTable(nn.Module):
         self.added = SizedText(weights / "add_embedding", config, size) if has_text else None
         self.guided = Linear(time / "cond_proj") if is_distilled else None
 
+    @property
+    def reads(self) -> dict[str, int]:
+        """The widths of what it reads beside the timestep, 0 of a number."""
+        pooled = {} if self.added is None else {"pooled": self.added.first.weight.shape[1]}
+        return pooled if self.guided is None else pooled | {"guidance": 0}
+
     def forward(self, timestep: Tensor, pooled: Tensor | None = None, guidance: float | None = None) -> Tensor:
         waves = make_waves(timestep, self.channels, self.shift, self.is_flipped)
         if self.guided is not None:
             assert guidance is not None
-            scale = torch.full((), 1000 * (guidance - 1), device=waves.device)
+            scale = timestep * 0 + 1000 * (guidance - 1)
             waves = waves + self.guided(make_waves(scale, self.guided.weight.shape[1], 1, False))
         embedded = self.second(F.silu(self.first(waves)))
         return self.rest(F.silu(embedded if self.added is None else embedded + self.added(pooled)))

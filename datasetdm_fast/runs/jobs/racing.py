@@ -37,7 +37,7 @@ class Race:
 
 def fastest(opened: Engine, batch_size: int, calls: int) -> Race:
     """The engine for `calls` UNet calls on the CPU of the opened one; engines that do not agree take no part."""
-    if opened.name not in ENGINES or opened.device.type != "cpu":
+    if opened.name not in ENGINES or opened.device.type != "cpu" or not opened.model.backbone.has_plans:
         return Race(opened)
     # Importing what the others need takes about a second, so it comes last.
     if (seconds := probe(opened, batch_size, calls)) * calls < LEAST_RUN or not (names := _others(opened.name)):

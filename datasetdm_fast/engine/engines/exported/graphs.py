@@ -5,27 +5,31 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from datasetdm_fast.data import AnyCapture, AttentionSums, Capture, ProjectedCapture, Text
+from datasetdm_fast.engine.backbones.joint_attention import JointReference
+from datasetdm_fast.engine.backbones.latent_space import scale
 from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.engines.device import trim
 from datasetdm_fast.engine.engines.engine import Engine, check_task
 from datasetdm_fast.engine.engines.fast import CHUNK_PIXELS, sample_moments
+from datasetdm_fast.engine.engines.torch import TorchEngine
 from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.export.manifest import Manifest
 from datasetdm_fast.export.onnx.stage_names import RAW, annotate_name, average_name, separate_options
-from datasetdm_fast.export.onnx.to_onnx import export_cached
+from datasetdm_fast.export.onnx.to_onnx import export_cached, usual_rows
 from datasetdm_fast.kernels import pyramid
+from datasetdm_fast.plugins import load_place
 from datasetdm_fast.stages import LEVELS
 
 Tensors = Mapping[str, Tensor]
-CONTEXT = "context"  # its rows are those of both halves of classifier-free guidance
-NOISE = "noise"
+NOISE = "noise"  # its rows are those of the text
 
 
 class OpenedGraph(Protocol):
@@ -37,7 +41,8 @@ class OpenedGraph(Protocol):
 
 class GraphEngine(Engine):
     """See engines.Engine; a subclass opens the stages. Weights are read at construction, and graphs written where they
-    are missing; each stage is opened when it is first called.
+    are missing; each stage is opened when it is first called. What a family does not export, the modules of diffusers
+    and transformers compute.
 
     UNet and autoencoder run in `precision`; text encoder, timesteps, level sums and decoders are fp32 in every mode.
     """
@@ -52,6 +57,11 @@ class GraphEngine(Engine):
         self.folder, self.manifest = self._export()
         trim()  # what the weights were read into
         self._stages: dict[str, OpenedGraph] = {}
+        self.rows = usual_rows(model)
+
+    @functools.cached_property
+    def _modules(self) -> TorchEngine:
+        return TorchEngine(self.model, {}, device=str(self.device))
 
     def _open(self, folder: Path, manifest: Manifest, stage: str) -> OpenedGraph:
         raise NotImplementedError
@@ -62,7 +72,8 @@ class GraphEngine(Engine):
 
     def _export(self, **options: Any) -> tuple[Path, Manifest]:
         def on_stage(stage: str) -> None:
-            if stage == "encode_text" or separate_options(stage):
+            is_first = stage == ("denoise" if self.model.backbone.network_plan else "encode_text")
+            if is_first or separate_options(stage):
                 self.on_message(f"writing the graphs of {self.model.name} for {self.library}, once")
 
         precision, runtime = self.graph_precision, self.runtime
@@ -70,20 +81,30 @@ class GraphEngine(Engine):
             self.model, self.decoders, precision=precision, runtime=runtime, on_stage=on_stage, **options
         )
 
-    def _run(self, stage: str, size: int, **inputs: Tensor) -> dict[str, Tensor]:
+    def _run(self, stage: str, size: int, rows: int = 0, **inputs: Tensor) -> dict[str, Tensor]:
         """The stage's outputs, computed `size` images at a time."""
-        return join_parts(self._open_once(stage)(split_batch(inputs, size)))
+        return join_parts(self._open_once(stage, rows)(split_batch(inputs, size)), rows or 1)
 
-    def _open_once(self, stage: str) -> OpenedGraph:
-        if stage not in self._stages:
+    def _open_once(self, stage: str, rows: int = 0) -> OpenedGraph:
+        """The stage, of a call with so many rows of text for each image; 0 is of none."""
+        is_usual = rows in (0, self.rows)
+        name = stage if is_usual else f"{stage} {rows}"
+        if name not in self._stages:
             options = {} if stage in self.manifest.stages else separate_options(stage)
+            options |= {} if is_usual else {"rows": rows, "only": [stage]}
             folder, manifest = self._export(**options) if options else (self.folder, self.manifest)
-            self._stages[stage] = self._open(folder, manifest, stage)
-        return self._stages[stage]
+            self._stages[name] = self._open(folder, manifest, stage)
+        return self._stages[name]
 
     @torch.inference_mode()
     def encode_text(self, prompts: Sequence[str]) -> Text:
-        return Text(self._run("encode_text", len(prompts), tokens=self.model.token_ids(prompts))["context"])
+        if "encode_text" not in self.manifest.stages:
+            return self._modules.encode_text(prompts)
+        names = [info.name for info in self.manifest.stages["encode_text"].inputs]
+        tokens = {name: self.model.token_ids(prompts, name.replace("tokens", "tokenizer")) for name in names}
+        outputs = self._run("encode_text", len(prompts), **tokens)
+        text: Text = load_place(str(self.model.backbone.text_network)).after(self.model, prompts, Text(**outputs))
+        return text
 
     @torch.inference_mode()
     def denoise(self, latents: Tensor, timestep: float, text: Text) -> Tensor:
@@ -130,6 +151,11 @@ class GraphEngine(Engine):
     def denoise_and_average(
         self, latents: Tensor, timestep: float, text: Text, class_text: Text, sums: AttentionSums
     ) -> tuple[Tensor, AttentionSums]:
+        if self.model.backbone.network_plan:
+            raise Refused(
+                f"engine: {self.name} does not average the attention of {self.model.backbone.title}, fast does",
+                "Use --engine fast.",
+            )
         stage = average_name(*(round(value.shape[1] ** 0.5) for value in (sums.cells, sums.tokens)))
         outputs = self._call_unet(stage, latents, timestep, text, class_context=class_text.context)
         return outputs["noise"], AttentionSums(sums.cells + outputs["cells"], sums.tokens + outputs["tokens"])
@@ -137,15 +163,31 @@ class GraphEngine(Engine):
     def _call_unet(
         self, stage: str, latents: Tensor, timestep: float, text: Text, **others: Tensor
     ) -> dict[str, Tensor]:
-        assert len(text) == 2 * len(latents), f"the text has {len(text)} rows for {len(latents)} images"
-        inputs = {"latents": latents, "timestep": self._timestep(float(timestep)), CONTEXT: text.context, **others}
-        return self._run(stage, self._unet_images(len(latents)), **inputs)
+        rows, images = len(text) // len(latents), len(latents)
+        assert rows in (1, 2) and len(text) == rows * images, f"the text has {len(text)} rows for {images} images"
+        inputs = {"latents": latents, "timestep": self._timestep(float(timestep)), "context": text.context, **others}
+        if text.pooled is not None:
+            inputs["pooled"] = text.pooled
+        if self.model.guidance == "embedded":
+            inputs["guidance"] = self._timestep(float(text.guidance or 0))
+        if self.model.backbone.pads_text:
+            missing = self.model.levels[0].tokens - text.context.shape[1]
+            mask = text.context.new_ones(text.context.shape[:2], dtype=torch.bool) if text.mask is None else text.mask
+            inputs |= {"context": F.pad(text.context, (0, 0, 0, missing)), "mask": F.pad(mask, (0, missing))}
+        outputs = self._run(stage, self._unet_images(images), rows, **inputs)
+        if self.model.backbone.guides_itself and rows == 2 and text.guidance is not None:
+            outputs[NOISE] = cast(JointReference, self._modules.reference).guide(outputs[NOISE], text.guidance)
+        return outputs
 
     def _timestep(self, timestep: float) -> Tensor:
         return torch.tensor(timestep)
 
     @torch.inference_mode()
     def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:  # images, [B] bool
+        if "decode_image" not in self.manifest.stages:
+            parts = [self._modules.decode_and_check(part) for part in latents.split(self._autoencoder_images())]
+            images, is_finite = (torch.cat(part) for part in zip(*parts))
+            return images, is_finite
         outputs = self._run("decode_image", self._autoencoder_images(), latents=latents)
         return outputs["image"], outputs["is_finite"]
 
@@ -153,8 +195,10 @@ class GraphEngine(Engine):
     def encode_image(
         self, images: Tensor, generators: Sequence[torch.Generator] | None = None
     ) -> Tensor:  # [B, 4, h, w]
+        if "encode_image" not in self.manifest.stages:
+            return self._modules.encode_image(images, generators)
         moments = self._run("encode_image", self._autoencoder_images(), image=images)["moments"]
-        return sample_moments(moments, generators) * self.model.latents.scale
+        return scale(self.model.latents, sample_moments(moments, generators))
 
     def _autoencoder_images(self) -> int:
         return max(CHUNK_PIXELS[self.device.type] // self.model.size**2, 1)
@@ -200,27 +244,24 @@ def split_batch(inputs: Tensors, size: int) -> list[Tensors]:
     first = next(iter(inputs.values()))
     if len(first) <= size:
         return [inputs]
-    parts = {
-        name: _split_context(value, size) if name == CONTEXT else value.split(size)
-        for name, value in inputs.items()
-        if value.ndim
-    }
+    parts = {name: _split_rows(value, size, len(first)) for name, value in inputs.items() if value.ndim}
     whole = {name: value for name, value in inputs.items() if not value.ndim}
     return [whole | dict(zip(parts, part)) for part in zip(*parts.values())]
 
 
-def join_parts(parts: Sequence[Tensors]) -> dict[str, Tensor]:
-    """The outputs of all parts as one batch."""
+def join_parts(parts: Sequence[Tensors], rows: int) -> dict[str, Tensor]:
+    """The outputs of all parts as one batch, of a call with so many rows of text for each image."""
     if len(parts) == 1:
         return dict(parts[0])
     outputs = {name: [part[name] for part in parts] for name in parts[0]}
     return {
-        name: torch.cat([half for halves in zip(*(value.chunk(2) for value in values)) for half in halves])
+        name: torch.cat([half for halves in zip(*(value.chunk(rows) for value in values)) for half in halves])
         if name == NOISE
         else torch.cat(values)
         for name, values in outputs.items()
     }
 
 
-def _split_context(context: Tensor, size: int) -> list[Tensor]:
-    return [torch.cat(halves) for halves in zip(*(half.split(size) for half in context.chunk(2)))]
+def _split_rows(value: Tensor, size: int, images: int) -> list[Tensor]:
+    """The rows of `size` images each, of one row for each image or of halves."""
+    return [torch.cat(halves) for halves in zip(*(half.split(size) for half in value.split(images)))]

@@ -42,7 +42,8 @@ class OrtEngine(GraphEngine):
     ):
         require_provider(provider)
         self.provider, self.device = resolve_provider(provider, device)
-        self.precision = self.graph_precision = resolve_precision(dtype, self.provider)
+        fits = "fp16" in model.backbone.halves or dtype != "auto"
+        self.precision = self.graph_precision = resolve_precision(dtype if fits else "fp32", self.provider)
         self.runtime = "any" if self.provider == "tensorrt" else "onnxruntime"
         super().__init__(model, decoders, on_message)
 

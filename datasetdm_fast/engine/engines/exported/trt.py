@@ -81,8 +81,8 @@ class TrtEngine(GraphEngine):
         self.on_message(f"exporting the stages to {folder}")
         return folder, export(self.model, self.decoders, folder, precision=self.precision, **options)
 
-    def _open_once(self, stage: str) -> TrtStage:
-        opened = super()._open_once(stage)
+    def _open_once(self, stage: str, rows: int = 0) -> TrtStage:
+        opened = super()._open_once(stage, rows)
         assert isinstance(opened, TrtStage)
         return opened
 
@@ -94,8 +94,8 @@ class TrtEngine(GraphEngine):
             )
         return TrtStage(self, PlanFolder(folder, self.on_message), manifest, stage)
 
-    def _run(self, stage: str, size: int, **inputs: Tensor) -> dict[str, Tensor]:
-        return super()._run(stage, call_size(stage, self.model.size, size), **inputs)
+    def _run(self, stage: str, size: int, rows: int = 0, **inputs: Tensor) -> dict[str, Tensor]:
+        return super()._run(stage, call_size(stage, self.model.size, size), rows, **inputs)
 
     def _timestep(self, timestep: float) -> Tensor:
         if timestep not in self._timesteps:  # on the device already: a copy from the host would make the loop wait

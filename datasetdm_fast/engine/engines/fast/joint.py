@@ -5,7 +5,7 @@ and captures that cost a few rows of products and what attention tells of its su
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, cast
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from datasetdm_fast.data import AnyCapture, AttentionSums, Capture, ProjectedCapture, Text
 from datasetdm_fast.engine.backbones.concept_attention import ConceptReader, with_concepts
-from datasetdm_fast.engine.backbones.flow_models import blocks_read
 from datasetdm_fast.engine.backbones.joint_attention import JointReference
 from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.engines.device import engine_call, resolve_device
@@ -27,32 +26,12 @@ from datasetdm_fast.engine.loading.network import Network
 from datasetdm_fast.engine.models.capture import Projection
 from datasetdm_fast.engine.models.fp8 import with_fp8_products
 from datasetdm_fast.engine.models.mmdit import MMDiT
+from datasetdm_fast.engine.models.mmdit_readers import CallReader, ProjectingReader, RawReader, all_read, append_rows
 from datasetdm_fast.engine.models.packed import largest_distance
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.kernels import plain
-from datasetdm_fast.kernels.attention_shares import shares
 from datasetdm_fast.kernels.choice import operations
 from datasetdm_fast.plugins import load_place
-
-
-class CallReader:
-    """Has `keep` read some attentions of a call: of the last `images` rows, from the cells of the image to the text."""
-
-    def __init__(self, blocks: Iterable[int], images: int, cells: int, keep: Callable[..., None]):
-        """`keep` takes a block's number, the tokens [B, S, D], their product with the appended rows [B, S, F], and
-        queries, keys, logarithms of sums and mask of the attention to the text.
-        """
-        self.blocks, self.images, self.cells, self.keep = frozenset(blocks), images, cells, keep
-        self.begin = 0
-
-    def reads(self, block: int) -> bool:
-        return block in self.blocks
-
-    def read(self, block: int, *seen: Tensor | None) -> None:
-        parts: list[Any] = [None if part is None else part[-self.images :] for part in seen]
-        (tokens, appended, query, key, sums, mask), cells = parts, slice(self.cells)
-        text = key[:, :, self.begin :], sums[:, :, cells], None if mask is None else mask[..., self.begin :]
-        self.keep(block, tokens[:, cells], appended[:, cells], (query[:, :, cells], *text))
 
 
 class JointEngine(TorchEngine):
@@ -96,8 +75,7 @@ class JointEngine(TorchEngine):
     def network(self) -> MMDiT:
         """Our transformer; the rows by which decoders multiply the tokens of a block are appended to its product."""
         network = cast(MMDiT, self.held.denoiser.module)
-        for block, read in self._slots_of(network).items():
-            network.append(block, [self.projection.features[level][place][0].T for level, place in read])
+        append_rows(network, self.projection)
         return network
 
     @cached_property
@@ -117,15 +95,6 @@ class JointEngine(TorchEngine):
         )
         plan = load_place(backbone.network_plan)(source.config, source.state_dict())
         return MMDiT(source.config, plan, self.ops).to(self.dtype)
-
-    def _slots_of(self, network: MMDiT) -> dict[int, list[tuple[int, int]]]:
-        """What the decoders read of each block: level and place."""
-        slots: dict[int, list[tuple[int, int]]] = {}
-        for level, blocks in enumerate(blocks_read(len(network.blocks))):
-            for place, block in enumerate(blocks):
-                if self.projection.widths[level]:
-                    slots.setdefault(block, []).append((level, place))
-        return slots
 
     def weight_distance(self) -> float:
         """How far a weight of the engine lies from that of its model, as a share of the largest in its tensor."""
@@ -155,12 +124,9 @@ class JointEngine(TorchEngine):
             output = self.joint.guide(output, text.guidance)
         return output.float(), clean.float()
 
-    def _read_call(
-        self, blocks: Iterable[int], keep: Callable[..., None], latents: Tensor, timestep: float, text: Text
-    ) -> tuple[Tensor, Tensor]:
-        """`_call`, of whose blocks `keep` reads some; see CallReader."""
-        reader = CallReader(blocks, len(latents), self.model.levels[0].side ** 2, keep)
-        return self._call(self.network, latents, timestep, text, reader)
+    def _sizes(self, latents: Tensor) -> tuple[int, int]:
+        """What every reader is told: images, and cells of each."""
+        return len(latents), self.model.levels[0].side ** 2
 
     @engine_call
     def denoise(self, latents: Tensor, timestep: float, text: Text) -> Tensor:
@@ -177,43 +143,19 @@ class JointEngine(TorchEngine):
     ) -> tuple[Tensor, AnyCapture]:
         if not self.decoders:
             return self.denoise_and_capture_raw(latents, timestep, text)
-        slots, projection = self._slots_of(self.network), self.projection
-        sums: dict[int, Tensor] = {}  # of each level, what the first layers of the decoders make of it [B, S, F]
-
-        def project(block: int, tokens: Tensor, appended: Tensor, attention: tuple[Any, ...]) -> None:
-            query, key, logarithms, mask = attention
-            parts = appended.split([projection.widths[level] for level, _ in slots[block]], -1)
-            for (level, place), part in zip(slots[block], parts, strict=True):
-                weight = projection.maps[level][place]  # [heads, T, F]
-                count = min(weight.shape[1], key.shape[2])
-                texts = key[:, :, :count], logarithms, None if mask is None else mask[..., :count]
-                total = self.ops.attention_shares(query, *texts, weight[:, :count]) + part
-                sums[level] = sums[level] + total if level in sums else total
-
-        output, clean = self._read_call(slots, project, latents, timestep, text)
-        if projection.widths[-1]:
-            sums[len(projection.sides) - 1] = clean.flatten(2).mT @ cast(Tensor, projection.features[-1][0])[0]
-        totals = []
-        for level, (side, width) in enumerate(zip(projection.sides, projection.widths)):
-            total = sums.get(level, torch.zeros(len(latents), side * side, width, device=self.device))
-            totals.append(total.mT.unflatten(2, (side, side)))
-        return output, ProjectedCapture(tuple(totals), projection.tasks)
+        reader = ProjectingReader(self.projection, len(self.network.blocks), *self._sizes(latents), self.ops)
+        output, clean = self._call(self.network, latents, timestep, text, reader)
+        sums = reader.level_sums(clean)
+        for level, side in enumerate(self.projection.sides):
+            sums.setdefault(level, torch.zeros(len(latents), 0, side, side, device=self.device))
+        return output, ProjectedCapture(tuple(sums[level] for level in sorted(sums)), self.projection.tasks)
 
     @engine_call
     def denoise_and_capture_raw(self, latents: Tensor, timestep: float, text: Text) -> tuple[Tensor, Capture]:
-        levels, (low, *_) = blocks_read(len(self.network.blocks)), self.model.levels
-        features: dict[int, Tensor] = {}
-        maps: dict[int, Tensor] = {}
-
-        def keep(block: int, tokens: Tensor, _: Tensor, attention: tuple[Any, ...]) -> None:
-            share = shares(*attention)
-            features[block] = tokens.float().mT.unflatten(2, (low.side, low.side))
-            maps[block] = F.pad(share, (0, low.tokens - share.shape[-1]))[..., : low.tokens]
-
-        blocks = [block for level in levels for block in level]
-        output, clean = self._read_call(blocks, keep, latents, timestep, text)
-        of_levels = (tuple(tuple(values[block] for block in level) for level in levels) for values in (features, maps))
-        return output, Capture((*next(of_levels), (clean,)), (*next(of_levels), ()))
+        depth = len(self.network.blocks)
+        reader = RawReader(all_read(depth), *self._sizes(latents))
+        output, clean = self._call(self.network, latents, timestep, text, reader)
+        return output, reader.capture(self.model.levels, depth, clean)
 
     @engine_call
     def denoise_and_average(
@@ -227,7 +169,8 @@ class JointEngine(TorchEngine):
             maps = self.ops.attention_shares(*attention, None)  # [B, S, T] of all heads
             averages[:] = [averages[0] + maps] if averages else [maps]
 
-        output, _ = self._read_call(blocks, add, latents, timestep, text)
+        reader = CallReader(blocks, *self._sizes(latents), add)
+        output, _ = self._call(self.network, latents, timestep, text, reader)
         maps = averages[0] / len(blocks)
         return output, AttentionSums(sums.cells, sums.tokens + F.pad(maps, (0, sums.tokens.shape[2] - maps.shape[2])))
 

@@ -1,0 +1,112 @@
+"""What reads some attentions of a call of MMDiT: every token and share, or what the decoders make of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from datasetdm_fast.data import Capture
+from datasetdm_fast.engine.backbones.flow_models import blocks_read
+from datasetdm_fast.engine.models.capture import Projection
+from datasetdm_fast.kernels.attention_shares import shares
+from datasetdm_fast.stages import Level
+
+
+def all_read(depth: int) -> list[int]:
+    """The blocks of so many that any level reads."""
+    return [block for level in blocks_read(depth) for block in level]
+
+
+def slots_read(projection: Projection, depth: int) -> dict[int, list[tuple[int, int]]]:
+    """What the decoders read of each of so many blocks: level and place."""
+    slots: dict[int, list[tuple[int, int]]] = {}
+    for level, blocks in enumerate(blocks_read(depth)):
+        for place, block in enumerate(blocks):
+            if projection.widths[level]:
+                slots.setdefault(block, []).append((level, place))
+    return slots
+
+
+def append_rows(network: Any, projection: Projection) -> None:
+    """Appends the rows by which decoders multiply the tokens of a block to the product of its queries and keys."""
+    for block, read in slots_read(projection, len(network.blocks)).items():
+        network.append(block, [projection.features[level][place][0].T for level, place in read])
+
+
+class CallReader:
+    """Has `keep` read some attentions of a call: of the last `images` rows, from the cells of the image to the text."""
+
+    def __init__(self, blocks: Iterable[int], images: int, cells: int, keep: Callable[..., None]):
+        """`keep` takes a block's number, the tokens [B, S, D], their product with the appended rows [B, S, F], and
+        queries, keys, logarithms of sums and mask of the attention to the text.
+        """
+        self.blocks, self.images, self.cells, self.keep = frozenset(blocks), images, cells, keep
+        self.begin = 0
+
+    def reads(self, block: int) -> bool:
+        return block in self.blocks
+
+    def read(self, block: int, *seen: Tensor | None) -> None:
+        parts: list[Any] = [None if part is None else part[-self.images :] for part in seen]
+        (tokens, appended, query, key, sums, mask), cells = parts, slice(self.cells)
+        text = key[:, :, self.begin :], sums[:, :, cells], None if mask is None else mask[..., self.begin :]
+        self.keep(block, tokens[:, cells], appended[:, cells], (query[:, :, cells], *text))
+
+
+class RawReader(CallReader):
+    """Keeps the tokens and every share."""
+
+    def __init__(self, blocks: Iterable[int], images: int, cells: int):
+        tokens: dict[int, Tensor] = {}
+        maps: dict[int, Tensor] = {}
+
+        def keep(block: int, seen: Tensor, _: Tensor, attention: tuple[Any, ...]) -> None:
+            tokens[block], maps[block] = seen, shares(*attention)
+
+        super().__init__(blocks, images, cells, keep)
+        self.tokens, self.maps = tokens, maps
+
+    def capture(self, levels: Sequence[Level], depth: int, clean: Tensor) -> Capture:
+        """What the levels read of so many blocks, and the image that the call points to."""
+        (low, *_), read = levels, blocks_read(depth)
+
+        def pad(maps: Tensor) -> Tensor:
+            return F.pad(maps, (0, low.tokens - maps.shape[-1]))[..., : low.tokens]
+
+        features = [
+            tuple(self.tokens[block].float().mT.unflatten(2, (low.side, low.side)) for block in level) for level in read
+        ]
+        maps = [tuple(pad(self.maps[block]) for block in level) for level in read]
+        return Capture((*features, (clean,)), (*maps, ()))
+
+
+class ProjectingReader(CallReader):
+    """Adds up what the first layers of the decoders make of tokens and attentions: [B, S, F] for each level."""
+
+    def __init__(self, projection: Projection, depth: int, images: int, cells: int, ops: SimpleNamespace):
+        slots = slots_read(projection, depth)
+        sums: dict[int, Tensor] = {}
+
+        def project(block: int, tokens: Tensor, appended: Tensor, attention: tuple[Any, ...]) -> None:
+            query, key, logarithms, mask = attention
+            parts = appended.split([projection.widths[level] for level, _ in slots[block]], -1)
+            for (level, place), part in zip(slots[block], parts, strict=True):
+                weight = projection.maps[level][place]  # [heads, T, F]
+                count = min(weight.shape[1], key.shape[2])
+                texts = key[:, :, :count], logarithms, None if mask is None else mask[..., :count]
+                total = ops.attention_shares(query, *texts, weight[:, :count]) + part
+                sums[level] = sums[level] + total if level in sums else total
+
+        super().__init__(slots, images, cells, project)
+        self.projection, self.sums = projection, sums
+
+    def level_sums(self, clean: Tensor) -> dict[int, Tensor]:
+        """The sums [B, F, h, w] of each level that is read, that of the image which the call points to among them."""
+        sides, last = self.projection.sides, len(self.projection.sides) - 1
+        if self.projection.widths[last]:
+            self.sums[last] = clean.flatten(2).mT @ self.projection.features[last][0][0]
+        return {level: total.mT.unflatten(2, (sides[level], sides[level])) for level, total in self.sums.items()}

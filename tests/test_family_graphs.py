@@ -1,0 +1,126 @@
+"""The engines over exported graphs run every family: they agree with the reference, and refuse what is no graph."""
+
+import pytest
+import tiny_pipelines
+import torch
+from skips import long_test
+from tiny_pipelines import SIZE
+
+from datasetdm_fast import generate, verify
+from datasetdm_fast.data import AttentionSums
+from datasetdm_fast.engine.engines import build_engine
+from datasetdm_fast.engine.engines.opening import load_decoders
+from datasetdm_fast.engine.loading import load_model
+from datasetdm_fast.engine.loop.calls import call_text
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.export.__main__ import main as export_command
+from datasetdm_fast.export.manifest import Manifest
+from datasetdm_fast.export.onnx.to_onnx import export
+
+# none of them the sizes of other tests; the guidance of a call
+FAMILIES = {
+    "sdxl": ({"width": 40}, 4.0),
+    "sd3": ({"layers": 3, "width": 40}, 4.0),
+    "flux1": ({"layers": 2, "singles": 2, "width": 48}, 3.0),
+    "flux2-klein": ({"layers": 1, "singles": 2, "width": 48}, 0.0),
+    "z-image": ({"layers": 3, "width": 48}, 2.0),
+    "qwen-image": ({"layers": 2, "width": 48}, 3.0),
+}
+PROMPTS = ["a photo of the cat", "a", "the house, a photo of the house"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DATASETDM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(params=FAMILIES, scope="module")
+def opened(request, tmp_path_factory):
+    """A folder, its model, a decoder, the reference, the guidance of a call, and latents of three images."""
+    sizes, guidance = FAMILIES[request.param]
+    folder = tiny_pipelines.save(tmp_path_factory.mktemp(request.param) / "model", request.param, **sizes)
+    model = load_model(str(folder), size=SIZE)
+    decoders, _ = load_decoders(model, "random", ["depth"])
+    latents = torch.randn(3, *model.latent_shape(), generator=torch.Generator().manual_seed(0))
+    return folder, model, decoders, build_engine("torch", model, decoders, device="cpu"), guidance, latents
+
+
+def distance(ours, truth):
+    return float((ours.double() - truth.double()).norm() / truth.double().norm())
+
+
+def flat(capture):
+    return [value for kind in (capture.features, capture.maps) for level in kind for value in level]
+
+
+def check_engine(name, opened):
+    """Texts, calls, captures, labels and images of a batch, and of one of its images alone."""
+    _, model, decoders, reference, guidance, latents = opened
+    engine = build_engine(name, model, decoders, device="cpu")
+    text, ours = (call_text(each, PROMPTS, guidance) for each in (reference, engine))
+    assert distance(ours.context, text.context) < 1e-6
+    truth, capture = reference.denoise_and_capture(latents, 412.0, text)
+    noise, sums = engine.denoise_and_capture(latents, 412.0, ours)
+    assert distance(noise, truth) < 1e-5 and distance(engine.denoise(latents, 412.0, ours), truth) < 1e-5
+    depth = reference.annotate("depth", capture)["depth"]
+    assert distance(engine.annotate("depth", sums)["depth"], depth) < 1e-4
+    one, alone = engine.denoise_and_capture(latents[2:], 412.0, call_text(engine, PROMPTS[2:], guidance))
+    assert distance(one, truth[2::3]) < 1e-5 and distance(engine.annotate("depth", alone)["depth"], depth[2:]) < 1e-4
+    images = engine.decode_image(latents).int() - reference.decode_image(latents).int()
+    assert images.abs().max() <= 1
+    return engine, capture, ours
+
+
+def test_onnx_runtime_computes_what_the_reference_does(opened):
+    engine, capture, text = check_engine("ort", opened)
+    _, model, _, reference, guidance, latents = opened
+    _, raw = engine.denoise_and_capture_raw(latents, 412.0, text)
+    for value, truth in zip(flat(raw), flat(capture), strict=True):
+        torch.testing.assert_close(value, truth, rtol=1e-3, atol=1e-5)
+    if model.guidance == "cfg":  # a call without guidance, of half the rows, is another graph
+        plain, level = reference.encode_text(PROMPTS), model.levels[-1].halves
+        if level == 1:
+            assert distance(engine.denoise(latents, 300.0, plain), reference.denoise(latents, 300.0, plain)) < 1e-5
+    if model.backbone.network_plan:
+        zero = AttentionSums(torch.zeros(3, 16, 0), torch.zeros(3, 16, 512))
+        with pytest.raises(Refused, match="ort does not average the attention of"):
+            engine.denoise_and_average(latents, 412.0, text, text, zero)
+
+
+@pytest.mark.parametrize(
+    "opened",
+    [family if family == "z-image" else pytest.param(family, marks=long_test) for family in FAMILIES],
+    indirect=True,
+)
+def test_openvino_computes_what_the_reference_does(opened):
+    check_engine("openvino", opened)
+
+
+@long_test
+@pytest.mark.parametrize("engine", ["ort", "openvino"])
+def test_all_gates_are_passed(opened, engine, tmp_path):
+    line = ["--model", str(opened[0]), "--decoder", "random", "--size", str(SIZE), "--steps", "3", "--device", "cpu"]
+    line += ["--engine", engine]
+    assert verify.main([*line, "--against", "torch", "--number", "3", "--batch-size", "2", "--quiet"]) == 0
+    run = ["--prompts", "a photo of the cat", "--number", "2", "--task", "semantic", "--quiet", "--out", str(tmp_path)]
+    assert generate.main([*line, *run]) == 0 and len(list((tmp_path / "images").iterdir())) == 2
+
+
+def test_the_command_writes_the_graphs_of_a_family(tmp_path, capsys):
+    folder = tiny_pipelines.save(tmp_path / "model", "flux2-klein", width=48)
+    line = ["--model", str(folder), "--size", str(SIZE), "--decoder", "none", "--quiet"]
+    assert export_command([*line, "--raw-capture", "--out", str(tmp_path / "graphs")]) == 0
+    assert list(Manifest.read(tmp_path / "graphs").stages) == ["denoise", "denoise_and_keep"]
+    capsys.readouterr()
+    assert export_command([*line, "--precision", "fp16", "--out", str(tmp_path / "narrow")]) == 2
+    assert "FLUX.2 klein leave fp16's range" in capsys.readouterr().err
+
+
+def test_plans_are_built_of_stable_diffusion_alone(tmp_path):
+    model = load_model(str(tiny_pipelines.save(tmp_path / "model", "sd3")), size=SIZE)
+    with pytest.raises(Refused, match="engine: trt does not run Stable Diffusion 3 and 3.5, torch does"):
+        build_engine("trt", model, {})
+    with pytest.raises(Refused, match="leave fp16's range"):
+        export(model, {}, tmp_path / "graphs", precision="fp16")
