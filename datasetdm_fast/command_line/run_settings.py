@@ -173,7 +173,7 @@ def _spec(config: RunConfig, source: PromptSource, identity: Mapping[str, Any]) 
         config.batch_size,
         config.limit,
         config.mixed != "no",
-        config.force_domain,
+        force_domain=config.force_domain,
     )
 
 
