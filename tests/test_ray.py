@@ -198,13 +198,15 @@ def test_a_ray_of_its_own_replaces_a_worker_that_is_killed_and_ends_with_the_run
 def test_nodes_that_end_and_join_and_a_driver_that_is_stopped_and_killed_change_no_byte(
     alone, start_node, command, tmp_path
 ):
-    """The head has a core, too. The line that resumes is the same each time."""
+    """Three nodes of a core each, of which one is killed and another joins. The line that resumes is always the same:
+    DATASETDM_LONG_TESTS=1 python -m pytest tests/test_ray.py -k nodes
+    """
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     out, line = tmp_path / "run", ("--cluster", f"ray://127.0.0.1:{port}")
     start_node(port, is_head=True)
-    second = start_node(port)
+    second, _ = start_node(port), start_node(port)
     process = command(*line, TROUBLED_SECONDS="1")
     wait_for(out, 1, process)
     process.send_signal(signal.SIGINT)
@@ -216,11 +218,11 @@ def test_nodes_that_end_and_join_and_a_driver_that_is_stopped_and_killed_change_
     process.kill()
     process.communicate()
 
-    process = command(*line, TROUBLED_SECONDS="2")
+    process = command(*line, TROUBLED_SECONDS="3")
     wait_for(out, shards(out) + 1, process)
     end_node(second)
-    third, begin = start_node(port), time.monotonic()
-    while not workers(third):
+    fourth, begin = start_node(port), time.monotonic()
+    while not workers(fourth):
         assert process.poll() is None and time.monotonic() < begin + 30
         time.sleep(0.1)
     errors = process.communicate(timeout=180)[1]

@@ -2,20 +2,24 @@
 that make it, and readers find in it what a run folder has.
 """
 
+import io
 import json
 import random
 import shutil
 import tarfile
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import chain
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torchless
 import troubled
+from PIL import Image
 from skips import IS_LONG
 from test_ranks import tree
 
@@ -34,6 +38,7 @@ from datasetdm_fast.runs.workers import shard_ranks, shard_worker
 from datasetdm_fast.runs.workers.devices import Place
 from datasetdm_fast.runs.workers.shard_worker import CLAIMS, Claims, ShardRank, work_on_shards
 from datasetdm_fast.runs.workers.worker import Callbacks
+from datasetdm_fast.training.readers import open_data
 from datasetdm_fast.training.readers.run import RunSamples
 
 pytest.importorskip("pyarrow", reason="pyarrow is not installed")
@@ -105,6 +110,20 @@ def test_a_shard_holds_what_webdataset_reads(alone):
         record = json.load(tar.extractfile("00000007.json"))
     assert {name.partition(".")[2] for name in names} == {*"png depth.png semantic.png confidence.png json".split()}
     assert record["seed"] == 7 and record["id"] == "00000007" and {"instance", "pose"} <= record["labels"].keys()
+
+
+def test_mosaicml_streaming_takes_the_samples_of_shards(alone, tmp_path):
+    streaming = pytest.importorskip("streaming", reason="mosaicml-streaming is not installed")
+    with streaming.MDSWriter(out=str(tmp_path / "mds"), columns={"image": "png", "record": "json"}) as writer:
+        for name in ShardFolder(alone).names("shards"):
+            with tarfile.open(alone / "shards" / name) if name.endswith(".tar") else nullcontext(()) as tar:
+                files = {member.name: tar.extractfile(member).read() for member in tar}
+            for record in [name for name in files if name.endswith(".json")]:
+                image = Image.open(io.BytesIO(files[record.replace(".json", ".png")]))
+                writer.write({"image": image, "record": json.loads(files[record])})
+    stream = streaming.StreamingDataset(local=str(tmp_path / "mds"), batch_size=2, shuffle=False)
+    for sample, read in zip(datasetdm_fast.open_run(alone), stream, strict=True):
+        assert read["record"]["prompt"] == sample.prompt and (np.asarray(read["image"]) == sample.image).all()
 
 
 def test_any_rank_and_any_number_of_processes_makes_the_same_bytes(alone, tmp_path):
@@ -364,7 +383,7 @@ def test_a_merged_run_is_a_manifest_that_readers_take_for_a_run(alone, folder, b
         assert (sample.prompt, sample.meta["merged"]["id"]) == (part.prompt, part.id)
         assert (sample.image == part.image).all() and sample.row.labels == part.row.labels
     assert filtering.main([out, "--where", "trust == 1", "--quiet"]) == 0
-    assert where == "store" or len(RunSamples(tmp_path / "all", "train", 64, ("semantic",))) > 5
+    assert len(open_data(f"run:{out}", 64, tasks=("semantic",))) > 5
     assert convert.main([out, "--to", "wds", "--kept", "--out", str(tmp_path / "export"), "--quiet"]) == 0
     served = showing.show(out, is_served=True).served_run()
     assert served.fetch("images/00000031.png").read_bytes() == parts[1]["00000001"].read("image")

@@ -11,6 +11,7 @@ from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
 from datasetdm_fast.errors import Missing, Refused, nearest
 from datasetdm_fast.plugins import Registry
+from datasetdm_fast.runs.run_folder.object_store import is_url
 from datasetdm_fast.training.readers.celebamask import CelebAMask
 from datasetdm_fast.training.readers.cityscapes import Cityscapes
 from datasetdm_fast.training.readers.coco import Coco
@@ -82,7 +83,7 @@ def is_read(spec: str, path: Path) -> bool:
     return kind != "folder" or not first or first[0] in (*PARTS, split)
 
 
-def check_address(spec: str) -> tuple[str, Path, str | None]:
+def check_address(spec: str) -> tuple[str, Path | str, str | None]:
     """Kind, place and split of an address; refused where no reader is called so, or where nothing is there."""
     kind, _, rest = spec.partition(":")
     if kind not in READERS:
@@ -99,6 +100,8 @@ def check_address(spec: str) -> tuple[str, Path, str | None]:
         )
     if not (match := ADDRESSED.fullmatch(rest)):
         raise Refused(f"--data {spec}: no folder named", f"Expected {ADDRESS}.")
+    if kind == "run" and is_url(match[1]):
+        return kind, match[1], match[2]
     place = Path(match[1]).expanduser()
     if kind in OWN_READERS.keys() - RENDERED_KINDS and ":" not in match[1]:
         with suppress(PermissionError):  # which the reader tells

@@ -16,7 +16,7 @@ from datasetdm_fast.engine.labels.trust import without_doubtful
 from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS, Picture
 from datasetdm_fast.errors import Refused, quote
-from datasetdm_fast.runs.gallery.review import FolderReview
+from datasetdm_fast.runs.gallery.review import FolderReview, StoredReview
 from datasetdm_fast.runs.run_folder.corrections import read_corrections
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER
 from datasetdm_fast.runs.run_folder.ledger import Row
@@ -65,14 +65,16 @@ class RunSamples(PictureSource):
 
     rule = windows.RULES["coco"]
 
-    def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
+    def __init__(self, path: Path | str, split: str, size: int, tasks: tuple[str, ...]):
         split, chosen = _split_and_label(split)
         self.path, self.is_all = path, split in (ALL, CORRECTED)
         self.run = Run(path, kept=not self.is_all)
-        parts = None if self.is_all else read_split(path)
+        copies, folder = self.run.copies, self.run.path
+        parts = None if self.is_all else read_split(folder)
         self.is_corrected = split == CORRECTED  # and so the truth, however sure the decoder was
-        self.corrections = read_corrections(path) if self.is_corrected else {}
-        reviewed = {int(id) for id, mark in FolderReview(path).read().items() if mark == "good"} | {*self.corrections}
+        self.corrections = read_corrections(folder) if self.is_corrected else {}
+        marks = (StoredReview(copies.store) if copies else FolderReview(folder)).read()
+        reviewed = {int(id) for id, mark in marks.items() if mark == "good"} | {*self.corrections}
         if parts and split not in (ALL, *parts.parts):
             raise Refused(
                 f"{path}: no part {split!r}, it is split into {', '.join(parts.parts)}",
@@ -98,7 +100,7 @@ class RunSamples(PictureSource):
         self.records: list[tuple[int, str, tuple[str, ...]]] = []
         count = 0
         for position, row in enumerate(self.run.rows(("files", "trust"))):
-            if parts and part_of(path, part_names, row) != split:
+            if parts and part_of(folder, part_names, row) != split:
                 continue
             if self.is_corrected and row.request.index not in reviewed:
                 continue
@@ -140,7 +142,7 @@ class RunSamples(PictureSource):
             table = tables[self.labels["pose"]]
             self.joints, self.limbs = tuple(table["joints"]), tuple(map(tuple, table["limbs"]))
             if any(len(limb) != 2 or not all(0 <= end < len(self.joints) for end in limb) for limb in self.limbs):
-                raise reading.bad(self.path / DOCUMENT, "a limb that joins no two joints")
+                raise reading.bad(self.run.path / DOCUMENT, "a limb that joins no two joints")
         has_truth = {
             "semantic": bool(self.classes),
             "instance": "instance" in self.labels,
@@ -161,7 +163,9 @@ class RunSamples(PictureSource):
             names = list(origins(self.run.document, row))
             documents.check_form(names, [str], "origins")
         except (ValueError, TypeError, KeyError) as error:
-            raise reading.bad(self.path / LEDGER, f"the row of sample {row.request.id} is damaged ({error})") from error
+            raise reading.bad(
+                self.run.path / LEDGER, f"the row of sample {row.request.id} is damaged ({error})"
+            ) from error
         return tuple(names)
 
     def name(self, record: int) -> str:
