@@ -217,6 +217,7 @@ def test_masks_that_overlap_by_exactly_the_threshold_are_two_things():
     masks = planes((0, 0, 2, 3), (0, 1, 2, 4))  # 4 common pixels of 8
     assert len(things(sure(1, 1), masks, overlap_threshold=0.5).masks) == 2
     assert len(things(sure(1, 1), masks, overlap_threshold=0.4999).masks) == 1
+    assert len(things(sure(1, 1), masks.clamp(-1, 0.5), overlap_threshold=0.4999).masks) == 1, "faint ones, too"
 
 
 def test_of_two_equally_sure_doubles_the_earlier_query_is_kept():
