@@ -126,6 +126,13 @@ def test_an_image_of_the_demo_model_needs_neither_other_libraries_nor_a_compiler
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "lengths"), [("random-flux", [77, 256]), ("random-klein", [512]), ("random-zimage", [512])]
+)
+def test_models_of_seeded_weights_cut_texts_where_their_families_do(name, lengths):
+    assert [each.model_max_length for each in load_model(name).tokenizers.values()] == lengths
+
+
 def test_the_tokenizer_of_the_demo_model_gives_the_ids_of_transformers():
     model, chance = load_model("demo"), random.Random(0)
     texts = ["", "A  Red\tBALL, and it's <|endoftext|> it", "a " * 90 + "b", "x" * 400]
