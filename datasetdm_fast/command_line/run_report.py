@@ -44,10 +44,12 @@ def print_run(settings: OutputFlags, result: Result, resume_with: str, by: str =
     """Prints the result of a run, and the line to resume it with; fails where samples were quarantined."""
     print_result(settings, {"path": str(result.path), **result.facts()}, str(result.path))
     if result.made:
-        closing = f"{format_duration(result.closing_seconds)} of it for index files and gallery"
-        images = f"{count_noun(result.made, noun)}{by} in {format_duration(result.seconds)}"
-        page = f"{result.path}/gallery/index.html"
-        print_lines(settings, f"{images} ({closing}), {result.rate:.3g} {noun}s per second; look at {page}")
+        speed = f"{count_noun(result.made, noun)}{by} in {format_duration(result.seconds)}"
+        page = ""
+        if result.closing_seconds:  # a run in shards has none
+            speed += f" ({format_duration(result.closing_seconds)} of it for index files and gallery)"
+            page = f"; look at {result.path}/gallery/index.html"
+        print_lines(settings, f"{speed}, {result.rate:.3g} {noun}s per second{page}")
     if result.trust_message:
         print_lines(settings, result.trust_message)
     result.check()

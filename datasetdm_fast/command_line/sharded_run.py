@@ -8,13 +8,12 @@ from functools import partial
 from pathlib import Path
 
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.command_line.output import check_output, print_lines, print_result, print_unfinished
+from datasetdm_fast.command_line.output import check_output, print_lines
 from datasetdm_fast.command_line.progress import ImageProgress
-from datasetdm_fast.command_line.run_report import print_run_plan, show_calls
+from datasetdm_fast.command_line.run_report import print_finished_run, print_run, print_run_plan, show_calls
 from datasetdm_fast.command_line.run_settings import check_judged
 from datasetdm_fast.config import EXACT
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.messages import count_noun, format_duration
 from datasetdm_fast.runs.agreement.admission import Screen, admit_job
 from datasetdm_fast.runs.jobs.job import build_job
 from datasetdm_fast.runs.jobs.result import describe_job, result_of
@@ -96,15 +95,8 @@ def _report(config: RunConfig, spec: RunSpec, ledger: ShardLedger, made: int, be
         return
     ledger.read_entries(list_shards(place))
     seconds = time.perf_counter() - begin
-    result = result_of(Path(place.name), document, spec.number, ledger, made, seconds=seconds)
-    print_result(config, {"path": place.name, **result.facts()}, place.name)
-    if made:
-        images = f"{count_noun(made, 'image')} in {format_duration(seconds)}, {result.rate:.3g} images per second"
-        print_lines(config, images)
-    elif result.is_complete:
-        print_lines(config, f"{place.name}: complete with {count_noun(result.done, 'sample')}, nothing to do")
-    if not result.is_complete:
-        print_unfinished(result.done, result.number, resume_with)
-    if result.trust_message:
-        print_lines(config, result.doubts)
-    result.check()
+    result = result_of(place.name, document, spec.number, ledger, made, seconds=seconds)
+    if result.is_complete and not made:
+        print_finished_run(config, result)
+    else:
+        print_run(config, result, resume_with)

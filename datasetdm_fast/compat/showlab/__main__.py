@@ -1,15 +1,14 @@
 """python -m datasetdm_fast.compat.showlab SCRIPT: a command line of DatasetDM's script/*.sh, run by this package."""
 
-import json
 import shlex
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
+from types import SimpleNamespace
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.command_line.output import print_unfinished
+from datasetdm_fast.command_line.output import print_lines, print_result, print_unfinished
 from datasetdm_fast.command_line.progress import ImageProgress
 from datasetdm_fast.compat.showlab.generator import GENERATORS, Generator
 from datasetdm_fast.compat.showlab.lines import Line, read_line
@@ -45,33 +44,26 @@ def generate(script: Generator, line: Line, same_command: str) -> int:
     """Makes the images of a line, or those that are missing."""
     from datasetdm_fast.compat.showlab import generating
 
-    order = script.order(line)
+    settings, order = SimpleNamespace(**line.values), script.order(line)
     spec, run, result = generating.open_order(order)
+    interruption = Interruption(settings.quiet)
     if result is not None:
-        _print_lines(line, f"{order.out}: complete with {count_noun(result.done, 'image')}, nothing to do")
-        _print_result(line, order.out, result)
-        return 0
-    job = generating.prepare(order, spec, run)
-    _print_lines(line, *generating.rows(order, job))
-    if line["dry_run"]:
-        for item in order.items:
-            print(f"{item.stem}  seed {item.seed}  {item.prompt!r}")
-        return 0
-    left = job.plan.number - job.done
-    with (
-        Interruption(line["quiet"]) as interruption,
-        ImageProgress(min(left, line["limit"] or left), line["quiet"], 1, len(job.recipe.schedule)) as progress,
-    ):
-        result = generating.make(
-            order,
-            job,
-            on_commit=progress.on_commit,
-            on_unet_call=progress.on_unet_call,
-            is_stopping=interruption.is_stopping,
-        )
-    speed = f"{count_noun(result.made, 'image')} in {format_duration(result.seconds)}"
-    _print_lines(line, f"{speed}; look at {result.path}/gallery/index.html")
-    _print_result(line, order.out, result)
+        print_lines(settings, f"{order.out}: complete with {count_noun(result.done, 'image')}, nothing to do")
+    else:
+        job = generating.prepare(order, spec, run)
+        print_lines(settings, *generating.rows(order, job))
+        if settings.dry_run:
+            for item in order.items:
+                print(f"{item.stem}  seed {item.seed}  {item.prompt!r}")
+            return 0
+        progress = ImageProgress(job.images_left, settings.quiet, 1, len(job.recipe.schedule))
+        with interruption, progress:
+            callbacks = {"on_commit": progress.on_commit, "on_unet_call": progress.on_unet_call}
+            result = generating.make(order, job, is_stopping=interruption.is_stopping, **callbacks)
+        speed = f"{count_noun(result.made, 'image')} in {format_duration(result.seconds)}"
+        print_lines(settings, f"{speed}; look at {result.path}/gallery/index.html")
+    print_result(settings, {"path": str(order.out), "run": str(result.path), **result.facts()}, str(order.out))
+    result.check()
     if not result.is_complete:
         print_unfinished(result.done, result.number, same_command, "images")
     return interruption.exit_code(0)
@@ -81,9 +73,9 @@ def train(trainer: TrainingScript, line: Line, same_command: str) -> int:
     """Trains a decoder, or resumes its training, and writes its checkpoint."""
     from datasetdm_fast.compat.showlab import generating
 
-    words = line_of_train(trainer, line)
-    _print_lines(
-        line,
+    settings, words = SimpleNamespace(**line.values), line_of_train(trainer, line)
+    print_lines(
+        settings,
         *generating.rows_of_ignored(line),
         f"command   python -m datasetdm_fast.train {shlex.join(words)}",
         f"kept      {trainer.quirk or 'one image a step'}, DatasetDM's recipe",
@@ -93,20 +85,9 @@ def train(trainer: TrainingScript, line: Line, same_command: str) -> int:
     if (path := checkpoint_of(trainer, line)) is None:
         print(f"stopped; resume with: {same_command}", file=sys.stderr)
         return 0
-    _print_lines(line, f"{path}: a state dict as DatasetDM saves and loads it")
+    print_lines(settings, f"{path}: a state dict as DatasetDM saves and loads it")
     print(path, flush=True)
     return 0
-
-
-def _print_result(line: Line, out: Path, result) -> None:
-    facts = {"path": str(out), "run": str(result.path), **result.facts()}
-    print(json.dumps(facts) if line["json"] else out, flush=True)
-    result.check()
-
-
-def _print_lines(line: Line, *lines: str) -> None:
-    if not line["quiet"]:
-        print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -29,15 +29,6 @@ from datasetdm_fast.untrusted import documents
 from datasetdm_fast.version import __version__
 
 
-def check_format(name: str, entry: Any) -> Format:
-    """The format that a package registers under a name."""
-    format: Format = EXPORT_FORMATS.check_type(name, entry, Format)
-    if any(isinstance(group, str) for group in format.needs):
-        error = TypeError(f"needs is {format.needs!r}, expected groups of tasks such as (('semantic',), ('depth',))")
-        raise EXPORT_FORMATS.failure(name, error, "does not load")
-    return format
-
-
 def convert_by_package(name: str, format: Format, view: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
     """The files and the entry of a sample."""
 
@@ -64,15 +55,11 @@ def shared_files(name: str, format: Format, plan: ExportPlan, samples: AllSample
 
 
 def _read_chunks(name: str, path: str, content: bytes | Iterable[bytes]) -> Iterator[bytes]:
-    chunks = iter([content] if isinstance(content, bytes) else content)
-
-    def read_next() -> bytes | None:
-        chunk = next(chunks, None)
-        if not isinstance(chunk, bytes | None):
-            raise TypeError(f"a chunk is a {type(chunk).__name__}, expected bytes")
-        return chunk
-
-    while (chunk := EXPORT_FORMATS.guard(name, read_next, f"fails on its file {path}")) is not None:
+    chunks, failure = iter([content] if isinstance(content, bytes) else content), f"fails on its file {path}"
+    while (chunk := EXPORT_FORMATS.guard(name, lambda: next(chunks, None), failure)) is not None:
+        if not isinstance(chunk, bytes):
+            error = TypeError(f"a chunk is a {type(chunk).__name__}, expected bytes")
+            raise EXPORT_FORMATS.failure(name, error, failure)
         yield chunk
 
 
@@ -92,7 +79,11 @@ class ExportResult:
 def open_format(name: str) -> Format:
     """The format of a name, of ours or of another package."""
     entry = EXPORT_FORMATS[name]
-    return load_place(entry)() if isinstance(entry, str) else check_format(name, entry)
+    format: Format = load_place(entry)() if isinstance(entry, str) else EXPORT_FORMATS.check_type(name, entry, Format)
+    if any(isinstance(group, str) for group in format.needs):
+        error = TypeError(f"needs is {format.needs!r}, expected groups of tasks such as (('semantic',), ('depth',))")
+        raise EXPORT_FORMATS.failure(name, error, "does not load")
+    return format
 
 
 class Conversion:

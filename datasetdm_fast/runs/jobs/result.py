@@ -33,7 +33,7 @@ MOST_REASONS = 3  # of quarantined samples that a message has
 
 @dataclass(frozen=True)
 class Result:
-    path: Path
+    path: Path | str  # of its folder, or the URL of one
     number: int  # samples of the plan
     done: int
     made: int  # of these, by this process
@@ -109,7 +109,7 @@ class Result:
 
 
 def result_of(
-    folder: Path,
+    folder: Path | str,
     document: Mapping[str, Any],
     number: int,
     ledger: Ledger | ShardLedger,
