@@ -19,7 +19,7 @@ from datasetdm_fast.engine.decoders.folders import DEMO
 from datasetdm_fast.engine.labels.trust import with_domain, with_undrawn
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.training.final_decoder import bound_of
+from datasetdm_fast.training.cross_validation import bound_of
 from datasetdm_fast.training.report import describe_result
 from datasetdm_fast.training.self_check import read_check
 

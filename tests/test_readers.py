@@ -2113,6 +2113,10 @@ def test_brushes_and_outlines_of_label_studio_become_masks(tmp_path):
         text(tmp_path / "project.json", json.dumps(export))
         with pytest.raises(Refused, match=f"a cat.png, shape 0: a brush .*{words}"):
             open_data(f"label-studio:{tmp_path}", 20).picture(0)
+    for wrong in (1, {"result": 1}, {"result": [{"type": "polygonlabels", "value": []}]}):
+        text(tmp_path / "project.json", json.dumps([{"data": {}, "annotations": wrong if wrong == 1 else [wrong]}]))
+        with pytest.raises(Refused, match="not what Label Studio writes"):
+            open_data(f"label-studio:{tmp_path}", 20)
 
 
 def test_data_of_crowds_alone_are_refused_for_that(copied):

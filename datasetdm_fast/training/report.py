@@ -6,8 +6,8 @@ from typing import Any
 
 from datasetdm_fast.config import FROM_IMAGE
 from datasetdm_fast.messages import count_noun
+from datasetdm_fast.training.cross_validation import is_worse
 from datasetdm_fast.training.evaluation.meter import figure_name
-from datasetdm_fast.training.final_decoder import is_worse
 from datasetdm_fast.training.session import PERSON, TrainingSession
 from datasetdm_fast.training.settings import QUIRKS
 from datasetdm_fast.training.splits import AUTO_FOLDS, ENOUGH_IMAGES, LEAST_IMAGES, are_enough

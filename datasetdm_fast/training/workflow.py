@@ -5,14 +5,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.decoders import domain
 from datasetdm_fast.engine.decoders.checkpoint import load_decoder
+from datasetdm_fast.engine.decoders.domain import LEAST_IMAGES, Domain, learn_domain
+from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.engines.device import slow_in_fp16
+from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.training import checkpoint, page, report
-from datasetdm_fast.training.cross_validation import cross_validate, fold_folder, read_folds
-from datasetdm_fast.training.domains import measure_domain
-from datasetdm_fast.training.final_decoder import compare_with_folds
+from datasetdm_fast.training.cross_validation import compare_with_folds, cross_validate, fold_folder, read_folds
+from datasetdm_fast.training.predictions import BATCH_SIZE
 from datasetdm_fast.training.self_check import check_itself, read_check
 from datasetdm_fast.training.session import TrainingSession
 from datasetdm_fast.training.splits import count_folds, split_folds
@@ -23,6 +28,7 @@ from datasetdm_fast.training.task_training import (
     lock_folder,
     run_training,
 )
+from datasetdm_fast.training.trainer import project
 
 PAGE = "page.html"
 Progress = Callable[[str, str, int, int], Any]  # task, title, steps, steps of later trainings -> context with on_step
@@ -168,3 +174,28 @@ class Workflow:
             check.samples if check else (),
         )
         storage.publish({folder / "training" / PAGE: page.page(task, *arguments)})
+
+
+MOST_IMAGES = 200  # that are measured, evenly over all
+DRAWS = 4  # noises of each
+
+
+def measure_domain(session: TrainingSession, decoder: Decoder) -> Domain | None:
+    """The domain of the session's pictures as this decoder, which was loaded for inference, reads them; None where they
+    are too few.
+    """
+    task, numbers = decoder.config.task, session.numbers
+    if len(numbers) < LEAST_IMAGES:
+        return None
+    count = min(len(numbers), MOST_IMAGES)
+    chosen = [numbers[k * len(numbers) // count] for k in range(count)]
+    views = session.views(task, chosen, DRAWS)
+    sketches, labels = [], []
+    decoder = decoder.to(session.engine.device)
+    with torch.inference_mode():
+        for start in range(0, len(views), BATCH_SIZE):
+            batch = range(start, min(start + BATCH_SIZE, len(views)))
+            levels = [level.to(session.engine.device) for level in views.captures.batch(batch)]
+            sketches.append(decoder.sketch(project(decoder, levels)).cpu().numpy())
+            labels += [TASKS[task].truth(session.source, views.item(view)) for view in batch]
+    return learn_domain(np.concatenate(sketches), labels, [view // DRAWS for view in range(len(views))])

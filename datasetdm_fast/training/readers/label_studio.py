@@ -36,7 +36,10 @@ class LabelStudio(shapes.OutlineSource):
         exported = documents.parse_json(reading.storage.read(self.file, LARGEST_EXPORT), str(self.file))
         if not isinstance(exported, list) or not all(isinstance(task, dict) and "data" in task for task in exported):
             raise reading.bad(self.file, f"no list of tasks as Label Studio writes it. {EXPORT}")
-        self.records = [(task["data"], results) for task in exported if (results := _results(task)) is not None]
+        try:
+            self.records = [(task["data"], results) for task in exported if (results := _results(task)) is not None]
+        except (ValueError, TypeError) as error:
+            raise reading.bad(self.file, f"not what Label Studio writes ({error})") from error
         named = {name for _, results in self.records for result in results for name in _labels(result)}
         self.set_things(sorted(filter(shapes.is_thing, named)))
         if not self.thing_classes:
