@@ -28,7 +28,6 @@ REASONS = {
     "Ray Serve is not installed": "until somebody installs ray[serve]",
     "moto and s3fs are not installed": "until somebody installs moto[server] and s3fs, as tests/test_s3.py needs",
     "mosaicml-streaming is not installed": "until somebody installs it with torchvision, as its import needs",
-    "the GPU has no fp8 products": "GPUs older than Ada",
     "peft is not installed": "until `make consumers` installs it, without its torch",
     "ray is not installed": "platforms without Ray",
     "uvicorn is not installed": "environments without the extra `serve`",

@@ -11,7 +11,7 @@ from rendered import write_run
 from datasetdm_fast import open_run
 from datasetdm_fast.convert import main as convert
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.gallery.review import FolderReview
+from datasetdm_fast.runs.gallery.review import Review
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.corrections import CORRECTIONS, Correction, read_corrections
 from datasetdm_fast.training.readers import open_data
@@ -30,7 +30,7 @@ def run(tmp_path):
         3: Correction(removed=(("instance", 1),), renamed=(("instance", 0, "ring"),)),
         2: Correction(ignored=(BOX,)),
     }
-    FolderReview(tmp_path / "run").correct(corrections)
+    Review(tmp_path / "run").correct(corrections)
     assert read_corrections(tmp_path / "run") == corrections
     return tmp_path / "run"
 
@@ -59,7 +59,7 @@ def test_exports_have_the_corrected_labels(run, tmp_path, capsys):
 
 
 def test_corrected_samples_are_truth_for_a_training(run):
-    FolderReview(run).change({"00000001": "good"})
+    Review(run).change({"00000001": "good"})
     names, is_left = corrected(run)
     source = open_data(f"run:{run}[corrected]", SIZE)
     assert [item.id for item in source] == ["00000001", "00000002", "00000003"]
@@ -98,6 +98,6 @@ def test_what_is_no_correction_is_refused(run, value):
 def test_an_export_from_before_a_correction_is_another(run, tmp_path, capsys):
     line = [str(run), "--to", "coco", "--out", str(tmp_path / "out")]
     assert convert(line) == 0 and convert(line) == 0
-    FolderReview(run).correct({2: Correction()})
+    Review(run).correct({2: Correction()})
     capsys.readouterr()
     assert convert(line) == 2 and "another split" in capsys.readouterr().err

@@ -131,7 +131,7 @@ def test_marks_come_from_the_page_alone(run, ask):
     assert ask(f"{HOME}review", "PUT", body, Origin=own)[0] == 204
     assert ask(f"{HOME}review", "PUT", '{"marks": [["00000000", "bad"], ["00000002", ""]]}', Origin=own)[0] == 204
     assert (run / "review" / "bad.txt").read_text() == "00000000\n00000001\n"
-    assert (run / "review" / "good.txt").read_text() == "" and review.FolderReview(run).read()["00000001"] == "bad"
+    assert (run / "review" / "good.txt").read_text() == "" and review.Review(run).read()["00000001"] == "bad"
     told = json.loads(ask(f"{HOME}review")[2])
     assert told == {
         "path": str(run.resolve()),
@@ -143,11 +143,11 @@ def test_marks_come_from_the_page_alone(run, ask):
 
 def test_no_mark_is_lost_where_two_reviewers_serve_the_same_run(tmp_path):
     code = "import sys\nfrom pathlib import Path\nfrom datasetdm_fast.runs.gallery import review\n"
-    code += "marks = review.FolderReview(Path(sys.argv[1]))\n"
+    code += "marks = review.Review(Path(sys.argv[1]))\n"
     code += "for k in range(100):\n    marks.change({f'{2 * k + int(sys.argv[2]):08}': 'bad'})"
     line = [sys.executable, "-c", code, str(tmp_path)]
     assert [one.wait() for one in [subprocess.Popen([*line, number]) for number in "01"]] == [0, 0]
-    assert sorted(review.FolderReview(tmp_path).read()) == [f"{k:08}" for k in range(200)]
+    assert sorted(review.Review(tmp_path).read()) == [f"{k:08}" for k in range(200)]
 
 
 def test_what_cannot_be_answered_is_no_error_on_the_screen(run, ask, capsys):
@@ -367,7 +367,7 @@ def test_a_run_in_a_store_is_served_from_there(run, bucket, monkeypatch):
     assert answers[f"{home}gallery/depth/00000001.png"][0] == 200
     assert answers[f"{home}images/none.png"][0] == answers[f"{home}state/ledger.sqlite"][0] == 404
     assert answers[f"{home}images/00000002.png"][0] == 502 and answers[f"{home}review"][0] == 204
-    others = review.StoredReview(object_store.ObjectStore(bucket.url))
+    others = review.Review(bucket.url)
     assert others.read() == {"00000000": "bad", "00000001": "bad"}
 
 

@@ -389,7 +389,7 @@ def test_a_served_page_writes_marks_and_tells_values(chromium, run):
         assert watched.errors == [] and all(url.startswith(serving.address[:22]) for url in watched.asked)
         page.reload()
         until(page, "filled && marks.get('00000001') === 'bad'")
-        review.FolderReview(run).change({"00000001": "", "00000002": "good"})  # by somebody else
+        review.Review(run).change({"00000001": "", "00000002": "good"})  # by somebody else
         page.evaluate("dispatchEvent(new Event('focus'))")
         until(page, "marks.get('00000002') === 'good' && !marks.has('00000001')")
         assert page.locator("[data-mark=bad]").get_attribute("aria-pressed") == "false"
@@ -539,7 +539,7 @@ def test_a_sample_stays_open_whose_mark_comes_after_it(chromium, run, monkeypatc
         time.sleep(1)
         return {"00000001": "good"}
 
-    monkeypatch.setattr(server.review.FolderReview, "read", late)
+    monkeypatch.setattr(server.review.Review, "read", late)
     with at_work(served(run), 18785, print) as serving:
         watched = Watched(chromium)
         page = watched.open(serving.address + "#only=unmarked&id=00000001")

@@ -81,7 +81,7 @@ def test_whoever_may_write_into_a_run_is_what_the_umask_says(tmp_path, mask, mod
     try:
         write_run(tmp_path / "run", 2, 32)
         assert main([str(tmp_path / "run"), "--quiet"]) == 0
-        review.FolderReview(tmp_path / "run").change({"00000001": "bad"})
+        review.Review(tmp_path / "run").change({"00000001": "bad"})
     finally:
         os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")} == modes

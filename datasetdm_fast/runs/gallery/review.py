@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.locks import in_turn
@@ -12,75 +12,52 @@ from datasetdm_fast.errors import Missing
 from datasetdm_fast.runs.run_folder.corrections import (
     CORRECTIONS,
     Correction,
-    change_corrections,
     format_corrections,
     parse_corrections,
-    read_corrections,
 )
-from datasetdm_fast.runs.run_folder.object_store import ObjectStore
+from datasetdm_fast.runs.run_folder.shard_places import ShardFolder, shard_place
 from datasetdm_fast.untrusted import documents
 
 LISTS = {mark: f"review/{mark}.txt" for mark in ("good", "bad")}  # inside the run
-LARGEST_LIST = 2**28  # bytes
 ID = re.compile(r"\d{8,15}")
 
 
-class Review(Protocol):
-    """The marks and corrections of a run; an empty one removes that of a sample."""
+class Review:
+    """The marks and corrections of a run, of which an empty one removes that of its sample. Several servers may change
+    those of a folder; an object store cannot be locked.
+    """
 
-    def read(self) -> dict[str, str]: ...
-    def change(self, marks: Mapping[str, str]) -> None: ...
-    def read_corrections(self) -> dict[int, Correction]: ...
-    def correct(self, corrections: Mapping[int, Correction]) -> None: ...
-
-
-@dataclass(frozen=True)
-class FolderReview:
-    """The marks of a run in a folder, which several servers may change."""
-
-    folder: Path
+    def __init__(self, place: str | Path):
+        self._place = shard_place(place)
 
     def read(self) -> dict[str, str]:
-        paths = {mark: self.folder / name for mark, name in LISTS.items()}
-        return parse_lists({mark: storage.read(path, LARGEST_LIST) for mark, path in paths.items() if path.exists()})
+        return parse_lists({mark: self._place.read(name) or b"" for mark, name in LISTS.items()})
 
     def change(self, marks: Mapping[str, str]) -> None:
-        self._check()
-        with in_turn(self.folder):
-            lists = format_lists({**self.read(), **marks})
-            storage.publish({self.folder / name: content for name, content in lists.items()})
+        with self._alone():
+            self._publish(format_lists({**self.read(), **marks}))
 
     def read_corrections(self) -> dict[int, Correction]:
-        return read_corrections(self.folder)
-
-    def correct(self, corrections: Mapping[int, Correction]) -> None:
-        self._check()
-        with in_turn(self.folder):
-            change_corrections(self.folder, corrections)
-
-    def _check(self) -> None:
-        if not self.folder.is_dir():  # moved or deleted: the marks would be in a new folder of its name
-            raise Missing(f"{self.folder}: no such folder", "Serve the run where it is now.")
-
-
-@dataclass(frozen=True)
-class StoredReview:
-    """The marks of a run in an object store, which cannot be locked: one server at a time should change them."""
-
-    store: ObjectStore
-
-    def read(self) -> dict[str, str]:
-        return parse_lists({mark: self.store.read(name) or b"" for mark, name in LISTS.items()})
-
-    def change(self, marks: Mapping[str, str]) -> None:
-        self.store.publish(format_lists({**self.read(), **marks}))
-
-    def read_corrections(self) -> dict[int, Correction]:
-        content = self.store.read(CORRECTIONS)
+        content = self._place.read(CORRECTIONS)
         return parse_corrections(documents.parse_json(content.decode(), CORRECTIONS)) if content else {}
 
     def correct(self, corrections: Mapping[int, Correction]) -> None:
-        self.store.publish({CORRECTIONS: format_corrections({**self.read_corrections(), **corrections})})
+        with self._alone():
+            self._publish({CORRECTIONS: format_corrections({**self.read_corrections(), **corrections})})
+
+    def _alone(self) -> AbstractContextManager[None]:
+        if not isinstance(self._place, ShardFolder):
+            return nullcontext()
+        if not self._place.path.is_dir():  # moved or deleted: the marks would be in a new folder of its name
+            raise Missing(f"{self._place.path}: no such folder", "Serve the run where it is now.")
+        return in_turn(self._place.path)
+
+    def _publish(self, files: Mapping[str, bytes]) -> None:
+        if isinstance(self._place, ShardFolder):  # all or none
+            storage.publish({self._place.path / name: content for name, content in files.items()})
+        else:
+            for name, content in files.items():
+                self._place.replace(name, content)
 
 
 def parse_lists(contents: Mapping[str, bytes]) -> dict[str, str]:

@@ -54,7 +54,7 @@ class ServedRun:
 
     @classmethod
     def of_folder(cls, folder: Path) -> "ServedRun":
-        return cls(folder.resolve(), str(folder.resolve()), review.FolderReview(folder.resolve()))
+        return cls(folder.resolve(), str(folder.resolve()), review.Review(folder.resolve()))
 
 
 class RunServer(ThreadingHTTPServer):

@@ -15,7 +15,7 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.gallery.facts import RunFacts
 from datasetdm_fast.runs.gallery.page import FIXED_FILES
 from datasetdm_fast.runs.gallery.pictures import fetch_or_draw
-from datasetdm_fast.runs.gallery.review import FolderReview, StoredReview
+from datasetdm_fast.runs.gallery.review import Review
 from datasetdm_fast.runs.gallery.server import ServedRun
 from datasetdm_fast.runs.run_folder import page_files
 from datasetdm_fast.runs.run_folder.folder import trace_labels
@@ -124,8 +124,7 @@ class ShardPage:
 
     def served_run(self) -> ServedRun:
         """What a server needs of the run."""
-        copies, path = self._run.copies, self._run.path.resolve()
-        review = StoredReview(copies.store) if copies and not copies.store.disk else FolderReview(path)
+        review = Review(self._ledger.place.name)
         return ServedRun(self.folder.resolve(), "", review, partial(fetch_or_draw, self.fetch, self.folder))
 
 

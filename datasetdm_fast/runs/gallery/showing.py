@@ -14,7 +14,7 @@ from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.gallery.closing import finish_run, lock_page, write_indexes
 from datasetdm_fast.runs.gallery.page import PageWriter, thousands
 from datasetdm_fast.runs.gallery.pictures import fetch_or_draw
-from datasetdm_fast.runs.gallery.review import StoredReview
+from datasetdm_fast.runs.gallery.review import Review
 from datasetdm_fast.runs.gallery.server import ServedRun
 from datasetdm_fast.runs.gallery.shard_page import ShardPage, open_page
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER, LOCK, require_document, without_ledger
@@ -47,7 +47,7 @@ class ShownRun:
             return served
         fetch = partial(fetch_or_draw, self.copies.fetch, self.folder)
         # no command takes one sample of it, and its marks belong beside it
-        return replace(served, fetch=fetch, command_path="", review=StoredReview(self.copies.store))
+        return replace(served, fetch=fetch, command_path="", review=Review(self.copies.store.url))
 
 
 def show(place: str | Path, out: str = "", *, is_served: bool = False, is_dry: bool = False) -> ShownRun:

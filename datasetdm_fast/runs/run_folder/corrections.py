@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import kind_of, mask_rle
 from datasetdm_fast.engine.labels.instance import InstanceKind
 from datasetdm_fast.errors import refusing_form
@@ -113,8 +112,3 @@ def format_corrections(corrections: Mapping[int, Correction]) -> bytes:
         if (facts := correction.facts())
     ]
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
-
-
-def change_corrections(folder: Path, changed: Mapping[int, Correction]) -> None:
-    """Writes corrections beside the existing ones; an empty one removes that of its sample."""
-    storage.publish({folder / CORRECTIONS: format_corrections({**read_corrections(folder), **changed})})

@@ -85,13 +85,6 @@ class ObjectStore:
                 "Check its name, or add --make-bucket.",
             )
 
-    def publish(self, files: Mapping[str, bytes]) -> None:
-        """Writes files of reviewers."""
-        with self.translate_errors():
-            for folder in sorted({name.rpartition("/")[0] for name in files}):
-                self.files.makedirs(f"{self.root}/{folder}".rstrip("/"), exist_ok=True)
-            self.files.pipe({f"{self.root}/{name}": content for name, content in files.items()})
-
     def read(self, name: str) -> bytes | None:
         """The content of a file, None where it is missing."""
         with self.translate_errors():

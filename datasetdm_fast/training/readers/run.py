@@ -16,7 +16,7 @@ from datasetdm_fast.engine.labels.trust import without_doubtful
 from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS, Picture
 from datasetdm_fast.errors import Refused, quote
-from datasetdm_fast.runs.gallery.review import FolderReview, StoredReview
+from datasetdm_fast.runs.gallery.review import Review
 from datasetdm_fast.runs.run_folder.corrections import read_corrections
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER
 from datasetdm_fast.runs.run_folder.ledger import Row
@@ -69,12 +69,11 @@ class RunSamples(PictureSource):
         split, chosen = _split_and_label(split)
         self.path, self.is_all = path, split in (ALL, CORRECTED)
         self.run = Run(path, kept=not self.is_all)
-        copies, folder = self.run.copies, self.run.path
+        folder = self.run.path
         parts = None if self.is_all else read_split(folder)
         self.is_corrected = split == CORRECTED  # and so the truth, however sure the decoder was
         self.corrections = read_corrections(folder) if self.is_corrected else {}
-        marks = (StoredReview(copies.store) if copies else FolderReview(folder)).read()
-        reviewed = {int(id) for id, mark in marks.items() if mark == "good"} | {*self.corrections}
+        reviewed = {int(id) for id, mark in Review(path).read().items() if mark == "good"} | {*self.corrections}
         if parts and split not in (ALL, *parts.parts):
             raise Refused(
                 f"{path}: no part {split!r}, it is split into {', '.join(parts.parts)}",
