@@ -363,6 +363,14 @@ def test_instances_overlap_the_truth_by_the_best_of_their_class():
     assert overlap(instances((0, 0, 4, 4), classes=[1]), whole) == 0
 
 
+@pytest.mark.parametrize(("left", "count"), [(1, 0), (2, 1)])  # pixels of 16 outside of what is drawn anew
+def test_an_instance_that_was_not_found_again_stays_where_a_tenth_of_it_is_left(left, count):
+    region, merge = np.ones((4, 4), bool), LABEL_KINDS["instance"].merge
+    region[0, :left] = False
+    assert merge(instances((0, 0, 4, 4)), instances(), region).masks.sum((1, 2)).tolist() == [left] * count
+    assert merge(instances((0, 0, 4, 4)), instances((0, 0, 4, 3)), region).masks.sum((1, 2)).tolist() == [12]
+
+
 def test_a_lost_instance_fails_verify_where_it_was_sure():
     gates = LABEL_KINDS["instance"].gates
     whole, nothing = instances((0, 0, 4, 4), scores=[0.9]), instances()

@@ -226,7 +226,7 @@ class InstanceKind(LabelKind):
                 inside = new.masks[match] & region
                 scores[k] = new.scores[match] if inside.sum() > masks[k].sum() else scores[k]
                 masks[k] |= inside
-            if masks[k].any() and (match is not None or masks[k].sum() >= LEAST_LEFT * whole.sum()):
+            if masks[k].any() and masks[k].sum() >= LEAST_LEFT * whole.sum():
                 left.append(k)
         areas = new.masks.sum((1, 2))
         is_added = 2 * (new.masks & region).sum((1, 2)) >= np.maximum(areas, 1)
