@@ -387,9 +387,18 @@ def test_a_merged_run_is_a_manifest_that_readers_take_for_a_run(alone, folder, b
     assert convert.main([out, "--to", "wds", "--kept", "--out", str(tmp_path / "export"), "--quiet"]) == 0
     served = showing.show(out, is_served=True).served_run()
     assert served.fetch("images/00000031.png").read_bytes() == parts[1]["00000001"].read("image")
-    assert merge.main([str(folder), str(run), "--out", str(tmp_path / "mixed")]) == 2
+    far = shard_place("memory://bucket/far")
+    for name, content in tree(tmp_path / "other").items():
+        far.replace(name, content)
+    for place, cause in ((str(folder), "it is a run folder"), (far.name, "names no URL")):
+        assert merge.main([str(run), place, "--out", str(tmp_path / "mixed")]) == 2
+        assert cause in capsys.readouterr().err
     (run / tar_name(1)).write_bytes(b"")
     assert audit.main([out, "--quiet"]) == 4 and tar_name(1) in capsys.readouterr().out
+    entry = json.loads(shard_place(out).read(entry_name(0))) | {"source": {"place": far.name, "shard": 0}}
+    shard_place(tmp_path / "other").replace(entry_name(0), json.dumps(entry).encode())
+    with pytest.raises(Refused, match="a run in a folder names a URL"):
+        datasetdm_fast.open_run(tmp_path / "other")
 
 
 @pytest.mark.parametrize("place", ["folder", "store"])

@@ -85,10 +85,11 @@ class ShardMerging(Merging):
 
     def _name(self, place: ShardPlace) -> str:
         """A place as the manifest names it: a folder by its path from that of the merged run."""
+        if is_url(self.place.name):
+            return place.name if is_url(place.name) else str(Path(place.name).resolve())
         if is_url(place.name):
-            return place.name
-        path = Path(place.name).resolve()
-        return str(path) if is_url(self.place.name) else os.path.relpath(path, Path(self.place.name).resolve())
+            raise Refused(f"--out {self.place.name}: a run in a folder names no URL ({place.name})", "Give a URL.")
+        return os.path.relpath(Path(place.name).resolve(), Path(self.place.name).resolve())
 
     def count_existing(self) -> int:
         """Samples of the entries that are there; a place that holds another run is refused."""

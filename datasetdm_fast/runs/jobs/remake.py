@@ -19,6 +19,7 @@ from datasetdm_fast.runs.run_folder.document import (
     differences,
     made_by,
     read_document,
+    refuse_shards,
     table_of,
 )
 from datasetdm_fast.runs.run_folder.folder import RunFolder
@@ -32,6 +33,7 @@ LONGEST_ID = 18  # digits
 
 def find_remake_row(folder: Path, id: str) -> tuple[dict[str, Any], Row]:
     """run.json and the row of a sample; a folder that generate has not made and an unknown id are refused."""
+    refuse_shards(folder)
     stored = read_document(folder)
     if stored is None or not (folder / LEDGER).exists():
         raise Refused(f"--only {id}: {folder} is not a run folder", "Name the folder with --out.")

@@ -325,6 +325,8 @@ class ShardLedger:
             files = {documents.check_inside(path): StoredFile(**file) for path, file in value["files"].items()}
             if (source := value.get("source")) is not None:
                 documents.check_form(source, {"place": str, "shard": int})
+                if is_url(source["place"]) and not is_url(self.place.name):
+                    raise ValueError("a run in a folder names a URL")  # which no flag asked for
             entry = ShardEntry(**{**{part: value[part] for part in ENTRY_FORM}, "files": files, "source": source})
             number = source["shard"] if source else shard
             if set(files) != {tar_name(number), index_name(number)}:
