@@ -10,6 +10,8 @@ from torch import Tensor
 
 from datasetdm_fast.kernels.noise import noise
 
+ROW = 16  # numbers of which rows of a bias are multiples in memory
+
 
 def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """softmax(q k^T / sqrt(d)) v [R, heads, N, d] over the keys that `mask` [R, 1, 1, S] has, and the logarithms [R,
@@ -23,13 +25,19 @@ def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tu
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`reference` by PyTorch's own fused attention, where that returns the sums."""
-    operations, width, wide = torch.ops.aten, q.shape[-1], torch.promote_types(q.dtype, torch.float32)
-    bias = as_bias(mask, q.dtype)
+    """`reference` by PyTorch's own fused attention: of a GPU flash attention, or where keys are hidden and in fp32 the
+    one that is called memory-efficient; heads of odd widths have their sums computed apart.
+    """
+    operations, (_, heads, queries, width) = torch.ops.aten, q.shape
+    wide, bias = torch.promote_types(q.dtype, torch.float32), as_bias(mask, q.dtype)
     if q.device.type == "cpu":
         output, sums = operations._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
-    elif bias is None and is_flash(q) and width % 8 == 0 and width <= 256:
-        output, sums = operations._scaled_dot_product_flash_attention(q, k, v)[:2]
+    elif width % 8 == 0 and (q.dtype == torch.float32 or is_flash(q)):
+        if bias is None and q.dtype != torch.float32 and width <= 256:
+            output, sums = operations._scaled_dot_product_flash_attention(q, k, v)[:2]
+        else:
+            bias = None if bias is None else bias.expand(-1, heads, queries, -1)
+            output, sums = operations._scaled_dot_product_efficient_attention(q, k, v, bias, True)[:2]
     else:
         output = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         sums = sum_exponentials(q, k, bias)
@@ -42,8 +50,12 @@ def is_flash(x: Tensor) -> bool:
 
 
 def as_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """What hides the masked keys when it is added to scores."""
-    return None if mask is None else torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
+    """What hides the masked keys when it is added to scores; its rows begin where fused attention reads them."""
+    if mask is None:
+        return None
+    keys = mask.shape[-1]
+    rows = torch.zeros(*mask.shape[:-1], keys + -keys % ROW, dtype=dtype, device=mask.device)
+    return rows[..., :keys].masked_fill_(~mask, -torch.inf)
 
 
 def sum_exponentials(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:

@@ -162,6 +162,9 @@ def test_sums_of_an_attention(is_masked):
     given = mask if is_masked else None
     output, sums = plain(query, key, value, given)
     torch.testing.assert_close(output.double(), scores.softmax(-1) @ value.double(), rtol=1e-5, atol=1e-5)
+    # the calls of a GPU, without one: shapes alone
+    on_gpu = plain(*(part if part is None else part.to("meta") for part in (query, key, value, given)))
+    assert [part.shape for part in on_gpu] == [output.shape, sums.shape]
     for found in (sums, sum_exponentials(query, key, as_bias(given, query.dtype))):
         torch.testing.assert_close(found.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
 
