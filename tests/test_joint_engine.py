@@ -62,6 +62,7 @@ def test_in_fp32_it_is_the_reference(opened):
     model, decoders, reference, latents, text, guidance = opened
     engine = build_engine("fast", model, decoders, device="cpu")
     assert engine.name == "fast" and engine.precision == "fp32" and engine.weight_distance() == 0
+    assert not model.denoiser.is_built  # its weights are held once
     ours = call_text(engine, PROMPTS, guidance)
     assert torch.equal(ours.context, text.context)
     output, capture = reference.denoise_and_capture(latents, 412.0, text)

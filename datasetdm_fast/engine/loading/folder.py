@@ -280,11 +280,14 @@ def _files_of_index(index: Path) -> tuple[Path, ...]:
 
 
 def _network(folder: Path, part: Part, weights: _Weights, config: Mapping[str, Any], is_own: bool) -> Network:
+    def load() -> nn.Module:
+        return _from_folder(folder, part, weights, config)
+
     if not is_own:
-        return Network.of(_from_folder(folder, part, weights, config))
+        return Network.of(load(), load)
     return Network(
         ConfigFile(config),
-        lambda: _from_folder(folder, part, weights, config),
+        load,
         lambda stored: tensors_of(weights.files[0], stored),
         lambda: count_numbers(weights.files[0]),
     )

@@ -70,10 +70,12 @@ class Network:
         self._built = 0  # changes of the parameters when they were filled
 
     @classmethod
-    def of(cls, module: nn.Module) -> Network:
-        """The network of a module that was built."""
-        network = cls(module.config, lambda: module, lambda _: module.state_dict())
-        assert network.module is module
+    def of(cls, module: nn.Module, again: Callable[[], nn.Module] | None = None) -> Network:
+        """The network of a module that was built, and that can be built `again` once it is unloaded."""
+        build = again or (lambda: module)
+        count = sum(value.numel() for value in module.parameters())
+        network = cls(module.config, build, lambda _: build().state_dict(), lambda: count)
+        network._module, network._built = module.eval().requires_grad_(False), _versions(module)
         return network
 
     @property
@@ -109,6 +111,12 @@ class Network:
         if self._module is not None:
             return Weighted(self.config, self._module.state_dict())
         return Weighted(self.config, ReadOnce(self._read(stored), computed_as))
+
+    def take(self, stored: Stored = as_widest) -> Weighted:
+        """`read`; the module is unloaded, and each weight goes when it is read."""
+        weights = self.read(stored).state_dict()
+        self.unload()
+        return Weighted(self.config, ReadOnce(weights))
 
 
 def _versions(module: nn.Module) -> int:

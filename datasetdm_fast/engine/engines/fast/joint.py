@@ -88,9 +88,9 @@ class JointEngine(TorchEngine):
         return torch.compile(network, dynamic=False) if self.is_compiled else network
 
     def _build_network(self) -> MMDiT:
-        """Our transformer, with the weights of the model's."""
+        """Our transformer, with the weights of the model's, whose own is not held beside it."""
         backbone, dtype = self.truth.backbone, self.dtype
-        source = self.truth.networks[backbone.denoiser].read(
+        source = self.truth.networks[backbone.denoiser].take(
             lambda name, value: dtype if value.is_floating_point() else value.dtype
         )
         plan = load_place(backbone.network_plan)(source.config, source.state_dict())
