@@ -22,9 +22,7 @@ BLOCKS = {
 
 
 def reference(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """`residual` [B, S, N] plus the concatenated `parts` [B, S, K_i] under `weight` [N, sum of K_i] and `bias` [N], and
-    the statistics [2, B, chunks, N] of the sum.
-    """
+    """`residual` [B, S, N] plus `parts` [B, S, K_i] under `weight` and `bias`, and statistics [2, B, chunks, N]."""
     out = F.linear(torch.cat(list(parts), -1), weight, bias) + residual
     return out, take_statistics(out.transpose(1, 2)[..., None])
 

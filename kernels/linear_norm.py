@@ -30,9 +30,7 @@ def reference(
     eps: float,
     has_relu: bool = False,
 ) -> Tensor:
-    """`residual` [..., N] plus `x` [..., K], or its ReLU, under `weight` [N, K] and `bias` [N], with zero mean and unit
-    variance along N, times `gain` plus `shift`.
-    """
+    """`residual` [..., N] plus `x` [..., K] or its ReLU under `weight` and `bias`, normed by `gain` and `shift`."""
     x = F.relu(x) if has_relu else x
     return F.layer_norm(residual + F.linear(x, weight, bias), gain.shape, gain, shift, eps)
 

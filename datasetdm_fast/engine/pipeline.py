@@ -270,9 +270,7 @@ class Pipeline:
         classes: Sequence[str] = (),
         **choices: Any,
     ) -> tuple[Recipe, Iterator[Request]]:
-        """The recipe of these choices, which are those of `stream`, and the requests of prompts, each checked when it
-        is read: what `generate_batches` takes.
-        """
+        """The recipe of choices as in `stream`, and requests checked when read: what `generate_batches` takes."""
         recipe, words = self._recipe(tasks, classes, **choices)
         requests = self._requests(prompts, seeds, words, truncate, _negatives(negative_prompt), recipe)
         return recipe, map(partial(recipe.check_request, tokenizer=self.engine.model.tokenizer), requests)
@@ -310,7 +308,13 @@ class Pipeline:
             raise Refused(
                 f"output_type: {output_type!r} is none of {', '.join(diffusing.OUTPUT_TYPES)}", "Choose one of these."
             )
-        diffusing.check_sides(height, width, self.engine.model.size)
+        side = self.engine.model.size
+        for name, value in (("height", height), ("width", width)):
+            if value not in (None, side):
+                raise Refused(
+                    f"{name}: {value!r} was given, and the model was loaded for images of {side} x {side} pixels",
+                    f"Drop it, or load the model with size={value!r} for square images.",
+                )
         texts, negatives = diffusing.repeat_prompts(prompt, negative_prompt, num_images_per_prompt)
         checks.check_numbers(guidance=guidance_scale)
         size = self._batch_size(batch_size, len(texts))

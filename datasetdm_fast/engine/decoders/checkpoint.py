@@ -118,9 +118,7 @@ def load_decoder(folder: str | Path, *, strict: bool = False, ops: SimpleNamespa
 
 
 def check_fits(decoder: Decoder, levels: tuple[Level, ...], label: str, text_width: int = 0) -> None:
-    """Refuses the decoder of a label that was trained on another UNet than the one with these levels, or reads class
-    words of another text encoder than one of this width.
-    """
+    """Refuses a decoder that was trained on a U-Net of other levels, or a text encoder of another width."""
     config = decoder.config
     if config.has_text and text_width and config.text_width != text_width:
         raise Refused(

@@ -29,9 +29,7 @@ MEMORY = (20 / 64, 40 / 64, 80 / 64)  # sides of the memory levels over that of 
 
 
 class SegmentationDecoder(Decoder):
-    """Class logits `pred_logits` [B, N, K + 1] and mask logits `pred_masks` [B, N, m, m] of N queries, and where words
-    are told apart `token_attention` [B, T, h, w].
-    """
+    """`pred_logits` [B, N, K + 1], `pred_masks` [B, N, m, m], and for words `token_attention` [B, T, h, w]."""
 
     def __init__(self, config: DecoderConfig, ops: SimpleNamespace):
         width, layers = config.width, range(config.layers)

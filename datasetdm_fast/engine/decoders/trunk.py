@@ -41,9 +41,7 @@ class Decoder(nn.Module):
             self.call_weights = nn.Parameter(torch.zeros(config.calls, len(LEVELS)))
 
     def projections(self) -> dict[str, Tensor]:
-        """Level -> weight [F, channels, 1, 1] of the first layer, for the levels this decoder reads; where words are
-        told apart, T further rows give the attention of each token.
-        """
+        """Level -> weight [F, channels, 1, 1] of the first layer, and where words are told apart T rows for tokens."""
         rows = {name: [self.get_submodule(f"{name}_feature_conv.0").weight] for name in self.levels_read}
         for level in self.config.levels:
             if shares := self.config.word_levels().get(level.name):

@@ -83,9 +83,7 @@ def choose_by_shape(device: torch.device) -> None:
 
 
 def engine_call(method: Method) -> Method:
-    """A call of an engine: without gradients, with algorithms that round alike every time, and with TF32 only where the
-    engine's precision is another than fp32.
-    """
+    """A call without gradients, whose algorithms round alike, and with TF32 only where precision is not fp32."""
 
     @functools.wraps(method)
     def call(engine: Any, *arguments: Any, **options: Any) -> Any:

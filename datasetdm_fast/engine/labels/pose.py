@@ -46,9 +46,7 @@ def _box(points: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _widen(points: np.ndarray, seen: np.ndarray, sides: Sequence[int], share: float) -> list[float]:
-    """The box [x, y, width, height] around the joints of a person, counted from the edge of the first pixel, widened by
-    a share and cut to a picture of this height and width.
-    """
+    """The box around joints [x, y, width, height] from the first edge, widened by a share inside of `sides`."""
     most = np.array(sides[::-1], np.float64)
     low, extent = _box(np.clip(points[:, :2], 0, most), seen)
     margin = max(share * extent.max(), LEAST_WIDENED)
@@ -157,9 +155,7 @@ class PoseKind(LabelKind):
     def _extent(
         self, points: np.ndarray, seen: np.ndarray, table: Table, mask: np.ndarray | None = None
     ) -> dict[str, Any]:
-        """Box and area of a person and what they were taken from: the mask of the instance, or else the joints, whose
-        places are counted from the edge of the first pixel.
-        """
+        """Box and area of a person by the mask of the instance, or else its joints, counted from the first edge."""
         if mask is not None:
             encoded = mask_rle.encode(mask[None])
             box = encoded.boxes[0].tolist()

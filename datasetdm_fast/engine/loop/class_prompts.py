@@ -44,9 +44,7 @@ class AttentionRecipe:
         return self.start + self.between.join(spoken(tuple(ordered), table))
 
     def text(self, request: Request, class_prompt: str) -> str:
-        """The prompt as it is encoded, followed by its class prompt if the recipe `appends` that; with `parity` a
-        prompt that brings its class prompt is complete.
-        """
+        """The prompt as it is encoded, followed by its class prompt where the recipe `appends` that."""
         is_complete = not self.appends or (self.parity and request.class_prompt)
         if is_complete or not class_prompt or request.prompt.rstrip().endswith(f"; {class_prompt}"):
             return request.prompt

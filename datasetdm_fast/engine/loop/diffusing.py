@@ -26,16 +26,6 @@ PROFILE = "0.14.0"  # whose timesteps later versions of diffusers have, too
 OnStepEnd = Callable[[int, "Tensor", dict[str, "Tensor"]], "dict[str, Tensor] | None"]
 
 
-def check_sides(height: int | None, width: int | None, size: int) -> None:
-    """Refuses sides of images that are not the model's."""
-    for name, side in (("height", height), ("width", width)):
-        if side not in (None, size):
-            raise Refused(
-                f"{name}: {side!r} was given, and the model was loaded for images of {size} x {size} pixels",
-                f"Drop it, or load the model with size={side!r} for square images.",
-            )
-
-
 def repeat_prompts(
     prompt: str | Sequence[str], negative: str | Sequence[str] | None, each: int = 1
 ) -> tuple[list[str], list[str]]:

@@ -217,9 +217,7 @@ class WordTable:
         self.embeddings = engine.encode_classes(spoken(words, table)) if words and is_read else None
 
     def embeddings_of(self, task: str, requests: Sequence[Request]) -> Tensor | None:
-        """[B, K, D] of the query words of each image, the last repeated up to the longest's K; the first word where
-        there are none. None for decoders that read no words.
-        """
+        """[B, K, D] of each image's query words, filled up by the last or the first; None where none are read."""
         import torch
 
         from datasetdm_fast.kernels.transfer import to_device

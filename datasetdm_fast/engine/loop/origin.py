@@ -50,9 +50,7 @@ def initial_latents(requests: Sequence[Request], shape: tuple[int, int, int]) ->
 
 
 def fresh_noise(schedule: Schedule, requests: Sequence[Request], latents: Tensor) -> Callable[[], Tensor] | None:
-    """What draws the noise that calls of a schedule add, [B, C, h, w]: for every image what its seed draws after its
-    first latents, call after call; None where no call adds any.
-    """
+    """Draws the noise [B, C, h, w] that calls add, of each seed after its first latents; None where none do."""
     from datasetdm_fast.engine.sampling.times import ImageNoise
     from datasetdm_fast.kernels.transfer import to_device
 

@@ -150,9 +150,7 @@ def check_negative(texts: Iterable[str], has_negative: bool, title: str) -> None
 
 
 def fit_negative(negative: str, tokenizer: Tokenizer, where: str, *, truncate: bool = False) -> str:
-    """The text of the unconditional half, which may be a name in NEGATIVE_PROMPTS. It must fit; one with a name stays
-    whole, as its author leaves it to the tokenizer to cut it.
-    """
+    """The text of the unconditional half, which must fit; one that has a name in NEGATIVE_PROMPTS may not."""
     text = NEGATIVE_PROMPTS.get(negative, negative)
     return text if text in NEGATIVE_PROMPTS.values() else fit_prompt(text, tokenizer, where, truncate=truncate)
 

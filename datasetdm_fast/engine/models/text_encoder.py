@@ -99,9 +99,7 @@ class PromptEncoder(nn.Module):
 
 
 class PairedPromptEncoder(nn.Module):
-    """Prompts as the states before the last layer of two encoders, side by side, and the pooled text of the second; an
-    empty one is zeros where the model was trained so.
-    """
+    """Prompts as states before the last layer of two encoders, and the pooled text of the second; or zeros."""
 
     tokenizers = ("tokenizer", "tokenizer_2")
 

@@ -106,9 +106,7 @@ def numbers(path: Path, shape: Sequence[int], is_deep: bool = False) -> np.ndarr
 
 
 def binary_mask(path: Path, shape: Sequence[int], may_be_smaller: bool = False) -> np.ndarray:
-    """[H, W] bool where a grey picture of 0 and 255, or of 0 and 1, is neither black nor transparent; as large as its
-    image, or a whole number of times smaller.
-    """
+    """[H, W] bool where a grey picture of two shades is neither black nor transparent, at its image's size."""
     image = images.read_image(path, most_pixels=MOST_PIXELS, holds_numbers=True)
     if image.mode not in (*EIGHT_BITS, "LA", "RGB", "RGBA"):
         raise bad(path, f"its pixels are {image.mode}, expected 0 and 255")
