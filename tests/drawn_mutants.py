@@ -12,6 +12,7 @@ import argparse
 import ast
 import copy
 import random
+import re
 import sys
 import time
 import tomllib
@@ -114,7 +115,7 @@ def _places(node: ast.AST) -> Iterator[tuple[ast.expr, list[ast.AST]]]:
     for condition in conditions:
         if isinstance(condition, ast.Name | ast.Attribute | ast.Call):
             yield condition, [ast.UnaryOp(ast.Not(), condition)]
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow) and ast.unparse(node.left) in ("2", "10"):
+    if isinstance(node, ast.BinOp) and re.fullmatch(r"(\d+ \* )?(2|10) \*\* \d+", ast.unparse(node)):
         return  # a limit or a size, as a whole number beyond DECIDING is
     if isinstance(node, ast.expr) and name not in SYMMETRIC and (found := list(faults(node))):
         yield node, found

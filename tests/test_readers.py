@@ -1875,6 +1875,14 @@ def test_hugging_face_rows_without_a_text_are_captioned_by_their_labels_and_pict
         made[0]
 
 
+def test_a_table_without_rows_is_refused(copied):
+    root, address = copied("hf-parquet")
+    for path in (root / "data").glob("*.parquet"):
+        parquet.write_table(parquet.read_table(path).slice(0, 0), path)
+    with pytest.raises(Refused, match="no "):
+        open_data(address, SIZE)
+
+
 def test_class_names_stand_in_the_features_of_a_table(copied):
     root, address = copied("hf-parquet")
     names = json.loads((root / "id2label.json").read_text()).values()

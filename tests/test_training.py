@@ -6,10 +6,12 @@ import math
 import os
 import time
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.optimize import linear_sum_assignment
 
 from bench.proof.decoders import fit
@@ -109,10 +111,10 @@ def test_matching_finds_the_cheapest_assignment():
 def test_matching_weighs_class_entropy_and_overlap_by_their_formula():
     for seed in range(60):
         random = torch.Generator().manual_seed(seed)
-        class_logits, mask_logits = torch.randn(1, 4, 3, generator=random), torch.randn(1, 4, 2, 2, generator=random)
+        class_logits, mask_logits = torch.randn(1, 5, 3, generator=random), torch.randn(1, 5, 2, 2, generator=random)
         masks, ids = (torch.rand(3, 2, 2, generator=random) > 0.5).float(), torch.tensor([0, 1, 1])
         places = torch.tensor([[[0.25, 0.25], [0.75, 0.25], [0.25, 0.75], [0.75, 0.75]]])  # of the four pixels
-        chance, truth = mask_logits[0].flatten(1).sigmoid()[:, None], masks.flatten(1)  # [4, 1, 4] and [3, 4]
+        chance, truth = mask_logits[0].flatten(1).sigmoid()[:, None], masks.flatten(1)  # [5, 1, 4] and [3, 4]
         entropy = -(truth * chance.log() + (1 - truth) * (1 - chance).log()).mean(-1)
         overlap = 1 - (2 * (chance * truth).sum(-1) + 1) / (chance.sum(-1) + truth.sum(-1) + 1)
         cost = -losses.CLASS * class_logits[0].softmax(-1)[:, ids] + losses.MASK * entropy + losses.DICE * overlap
@@ -360,6 +362,22 @@ def test_another_light_changes_the_image_alone_and_by_its_seed(source):
     assert np.array_equal(first.image, again.image) and not np.array_equal(first.image, other.image)
     assert np.array_equal(first.semantic, source[0].semantic)
     assert np.array_equal(relight(source[0].image, 0.0, np.random.default_rng(0)), source[0].image)
+
+
+@pytest.mark.parametrize(
+    ("chances", "drawn", "before", "after"),
+    [
+        ((0, 1, 1), (1.2, -0.2), "#646464", "#454545"),  # 100 * 1.2 - 51
+        ((1, 0, 1), (0.8,), "#646464", "#797979"),  # (100 / 255) ** 0.8
+        ((1, 1, 0), (28, -30, -20), "hsv(0, 100%, 100%)", (28, 225, 235)),  # of 256
+    ],
+)
+def test_light_changes_by_its_formula(chances, drawn, before, after):
+    numbers = iter(drawn)
+    light = SimpleNamespace(random=iter(chances).__next__, uniform=lambda low, high: next(numbers))
+    found = relight(np.asarray(Image.new("RGB", (2, 1), before)), 0.5, light)
+    wanted = Image.new("RGB", (2, 1), after) if isinstance(after, str) else Image.new("HSV", (2, 1), after)
+    assert np.array_equal(found, np.asarray(wanted.convert("RGB")))
 
 
 def test_things_are_pasted_with_their_truth_and_their_names(source):
@@ -683,7 +701,11 @@ def test_a_saved_state_resumes_to_the_same_bits(engine, source, folder, tmp_path
         TrainingSchedule(steps=6, batch_size=3, points=64),
     )
     whole = Trainer(config, schedule, held, reads_ahead=False)
-    losses_of = [whole.step() for _ in range(6)]
+    begun = [value.clone() for value in whole.state.parameters]
+    losses_of = [whole.step()]
+    moved = torch._foreach_lerp(begun, whole.state.parameters, 0.9)  # to a tenth of what it was, then less
+    assert all(map(torch.allclose, whole.state.average, moved))
+    losses_of += [whole.step() for _ in range(5)]
     first = Trainer(config, schedule, held, reads_ahead=False)
     for _ in range(3):
         first.step()
