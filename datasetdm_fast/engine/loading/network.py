@@ -70,9 +70,9 @@ class Network:
         self._built = 0  # changes of the parameters when they were filled
 
     @classmethod
-    def of(cls, module: nn.Module, again: Callable[[], nn.Module] | None = None) -> Network:
-        """The network of a module that was built, and that can be built `again` once it is unloaded."""
-        build = again or (lambda: module)
+    def of(cls, module: nn.Module, rebuild: Callable[[], nn.Module] | None = None) -> Network:
+        """The network of a module that was built, and that `rebuild` builds once it is unloaded."""
+        build = rebuild or (lambda: module)
         count = sum(value.numel() for value in module.parameters())
         network = cls(module.config, build, lambda _: build().state_dict(), lambda: count)
         network._module, network._built = module.eval().requires_grad_(False), _versions(module)
