@@ -32,9 +32,7 @@ def cache_folder() -> Path:
 
 @contextmanager
 def hold_lock(path: Path, *, is_shared: bool = False, patience: float = 0.0) -> Iterator[None]:
-    """Holds the lock file `path` for this process, alone or shared, once others release it, for which it waits
-    `patience` seconds at most; the system releases it however the process ends.
-    """
+    """Holds a lock file, alone or shared, until the process ends; waits `patience` seconds for others."""
     kind = fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX
     end = time.monotonic() + patience
     with storage.refusing(path):

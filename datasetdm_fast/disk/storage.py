@@ -308,9 +308,7 @@ def is_temporary(path: Path) -> bool:
 
 
 def remove_temporaries(folder: Path, apart: Path | None = None) -> int:
-    """How many half-written files of earlier, killed processes were deleted, those in the folder `apart` left alone, as
-    it has a lock of its own; call it while holding the lock.
-    """
+    """How many half-written files of killed processes were deleted, but for `apart`; call it holding the lock."""
     try:
         paths = (path for path in folder.rglob(".*.part*") if is_temporary(path))
         leftovers = [path for path in paths if apart not in path.parents]

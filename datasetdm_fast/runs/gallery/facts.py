@@ -114,7 +114,11 @@ class RunFacts:
             [
                 row.request.index,
                 {
-                    layer.name: layer.values(row.labels[task], self.document["labels"][task], _trace(layer, row, task))
+                    layer.name: layer.values(
+                        row.labels[task],
+                        self.document["labels"][task],
+                        row.tracings.get(layer.name, []) if layer.trace else [],
+                    )
                     for layer, task in self.layers.items()
                     if layer.values and task in row.labels
                 },
@@ -193,11 +197,6 @@ class RunFacts:
         }
         usual = OURS if custom else palette
         return [_css(custom.get(word) or colour_in(usual, word, numbers[word])) for word in words]
-
-
-def _trace(layer: GalleryLayer, row: Row, task: str) -> Any:
-    """What was traced of a label when its sample was written."""
-    return row.tracings.get(layer.name, []) if layer.trace else []
 
 
 def key_of(document: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.runs.gallery import pictures, sheets
 from datasetdm_fast.runs.gallery.facts import RunFacts
 from datasetdm_fast.runs.run_folder import page_files
+from datasetdm_fast.runs.run_folder.document import pretty
 from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, PARTS, Ledger, Row
 from datasetdm_fast.runs.run_folder.selections import read_filter
 
@@ -41,7 +42,7 @@ class PageWriter:
     def end(self, *, is_in_progress: bool = False) -> None:
         """Writes the page itself, once all rows were added, and removes files of samples that are no longer shown."""
         if self._has_samples:
-            sheets.write_shown(self._folder, self._shown)
+            storage.publish({self._folder / page_files.SHEETS: pretty(self._shown)})
         expected = page_files.expected_files(self._document, self._ledger, has_samples=self._has_samples)
         for name in set(page_files.existing_files(self._folder, self._document)) - expected:
             storage.remove(self._folder / name)

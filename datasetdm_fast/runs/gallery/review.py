@@ -31,11 +31,16 @@ class Review:
         self._place = shard_place(place)
 
     def read(self) -> dict[str, str]:
-        return parse_lists({mark: self._place.read(name) or b"" for mark, name in LISTS.items()})
+        """The mark of each sample that has one, by its id."""
+        lists = {mark: self._place.read(name) or b"" for mark, name in LISTS.items()}
+        ids = {mark: content.decode("ascii", "replace").split() for mark, content in lists.items()}
+        return {id: mark for mark in LISTS for id in ids[mark] if ID.fullmatch(id)}
 
     def change(self, marks: Mapping[str, str]) -> None:
         with self._alone():
-            self._publish(format_lists({**self.read(), **marks}))
+            marks = {**self.read(), **marks}
+            ids = {mark: sorted(id for id, other in marks.items() if other == mark) for mark in LISTS}
+            self._publish({LISTS[mark]: "".join(f"{id}\n" for id in ids[mark]).encode() for mark in LISTS})
 
     def read_corrections(self) -> dict[int, Correction]:
         content = self._place.read(CORRECTIONS)
@@ -58,18 +63,6 @@ class Review:
         else:
             for name, content in files.items():
                 self._place.replace(name, content)
-
-
-def parse_lists(contents: Mapping[str, bytes]) -> dict[str, str]:
-    """Id -> mark, from the lists of the marks."""
-    lines = {mark: content.decode("ascii", "replace").split() for mark, content in contents.items()}
-    return {line: mark for mark in LISTS for line in lines.get(mark, ()) if ID.fullmatch(line)}
-
-
-def format_lists(marks: Mapping[str, str]) -> dict[str, bytes]:
-    """The files of the lists, from id -> mark."""
-    ids = {mark: sorted(id for id, other in marks.items() if other == mark) for mark in LISTS}
-    return {LISTS[mark]: "".join(f"{id}\n" for id in ids[mark]).encode() for mark in LISTS}
 
 
 def parse_sent_corrections(value: Any) -> dict[int, Correction]:

@@ -13,7 +13,6 @@ from PIL import Image
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.runs.run_folder.document import pretty
 from datasetdm_fast.runs.run_folder.ledger import Row, canonical
 from datasetdm_fast.runs.run_folder.page_files import SHEET_SAMPLES, SHEETS, sheet_name
 from datasetdm_fast.untrusted import documents, images
@@ -39,10 +38,6 @@ def read_shown(folder: Path) -> dict[str, str]:
         return documents.read_object(folder / SHEETS, most=LARGEST_SHOWN) if (folder / SHEETS).exists() else {}
     except (Refused, Missing):
         return {}
-
-
-def write_shown(folder: Path, shown: dict[str, str]) -> None:
-    storage.publish({folder / SHEETS: pretty(shown)})
 
 
 def draw_sheets(folder: Path, rows: Sequence[Row], before: dict[str, str]) -> dict[str, str]:

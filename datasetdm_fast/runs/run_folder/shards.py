@@ -283,9 +283,7 @@ class ShardLedger:
         dropped: frozenset[int] = frozenset(),
         number: int = 0,
     ):
-        """Of all shards, or of these; each has `size` samples, some of which may be `dropped`. A last shard that has
-        fewer than a run of `number` samples needs is left out.
-        """
+        """Of all shards, or of these; a last one with fewer samples than a run of `number` needs is left out."""
         self.place, self._size, self.dropped, self._number = place, size, dropped, number
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
         self._open: OrderedDict[int, BinaryIO] = OrderedDict()

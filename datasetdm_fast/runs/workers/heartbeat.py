@@ -61,9 +61,7 @@ class Silence:
 
 
 def host() -> str:
-    """The machine, or the container with processes of its own, where the number of a process means this process: names
-    of machines may be shared, as by the containers of one of them.
-    """
+    """The machine or container where the number of a process means this process; names may be shared."""
     parts = [socket.gethostname()]
     with suppress(OSError):  # where there is no such file, as outside Linux
         parts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]

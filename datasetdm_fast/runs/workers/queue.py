@@ -127,9 +127,7 @@ class WorkQueue:
                 return batch
 
     def finish(self, batch: int, more: Callable[[], Sequence[int]] = tuple) -> bool:
-        """Whether this is the first to report the batch as committed. Once all are, `more` returns the batches that
-        the run has come to need since, finished ones among them.
-        """
+        """Whether this is the first report of the batch; once all are done, those of `more` are added."""
         with self.alone():
             is_first = bool(self.execute("SELECT 1 FROM queue WHERE batch = ? AND state != 'done'", batch))
             self.execute("UPDATE queue SET state = 'done', owner = NULL, helper = NULL WHERE batch = ?", batch)

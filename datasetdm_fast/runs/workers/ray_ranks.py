@@ -26,9 +26,7 @@ NOTHING_HERE = "Install it on every machine of the cluster: pip install 'dataset
 
 
 def run_on_cluster(workers: WorkerSettings, spec: RunSpec, ledger: ShardLedger, callbacks: Callbacks) -> None:
-    """Returns as run_ranks does. Calls of Ray last long and its start replaces signal handlers, so they are made in a
-    thread, and the main thread receives a signal at any moment.
-    """
+    """Returns as run_ranks does; Ray is called in a thread, so that the main one receives a signal at any moment."""
     with ThreadPoolExecutor(1, "ray") as thread:
         try:
             thread.submit(_run, workers, spec, ledger, callbacks).result()
