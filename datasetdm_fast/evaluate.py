@@ -24,8 +24,7 @@ EXAMPLES = (
 def main(config: EvaluateConfig, command: CommandLine) -> int:
     config.check()
     from datasetdm_fast.training.evaluation import naming
-    from datasetdm_fast.training.evaluation.measure import evaluate_decoders
-    from datasetdm_fast.training.evaluation.report import figures_table
+    from datasetdm_fast.training.evaluation.measure import evaluate_decoders, figures_table
 
     # Without a selection, which reads images; a bad data set is refused before a model loads.
     sources = {address: config.open_whole(address, ANY_SIZE, config.tasks) for address in config.addresses}

@@ -349,13 +349,13 @@ FAULTS = {
         {"scenario": "training"},
     ),
     "truth of each image copied while the host waits": Fault(
-        "datasetdm_fast.training.losses.objective:query_target",
+        "datasetdm_fast.training.trainer:query_target",
         "to_device(masks, device)",
         "masks.to(device)",
         {"scenario": "losses", "batches": 1},
     ),
     "points drawn by a GPU": Fault(
-        "datasetdm_fast.training.losses.losses:sample_places",
+        "datasetdm_fast.training.losses:sample_places",
         "torch.rand(sum(sizes), 2, generator=generator)",
         "torch.rand(sum(sizes), 2, generator=generator, device=like.device)",
         {"scenario": "losses", "batches": 1},
@@ -513,7 +513,7 @@ FAULTS = {
         {"scenario": "words"},
     ),
     "costs copied image by image": Fault(
-        "datasetdm_fast.training.losses.losses:match",
+        "datasetdm_fast.training.losses:match",
         "cost.float().nan_to_num().cpu().numpy()",
         "np.stack([one.cpu().numpy() for one in cost.float().nan_to_num()])",
         {"scenario": "losses", "batches": 1},

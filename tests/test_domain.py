@@ -21,7 +21,7 @@ from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.training.cross_validation import bound_of
 from datasetdm_fast.training.report import describe_result
-from datasetdm_fast.training.self_check import read_check
+from datasetdm_fast.training.workflow import read_check
 
 D, SIDE = 8, 4  # numbers of a descriptor, cells of a side
 RESULT = {"steps": 1, "images": 36, "held_out_images": 4, "held_out": {}}

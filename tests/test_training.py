@@ -26,18 +26,16 @@ from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS, Labelled, Label
 from datasetdm_fast.engine.sampling.times import alphas_cumprod, initial_noise
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.kernels import image_norm
-from datasetdm_fast.training import session
+from datasetdm_fast.training import losses, session
 from datasetdm_fast.training.captures import cache
 from datasetdm_fast.training.captures.cache import Inversion, Layout
 from datasetdm_fast.training.captures.targets import TargetMemory, target_of
 from datasetdm_fast.training.captures.views import TrainingViews, ViewSettings
-from datasetdm_fast.training.losses import losses
-from datasetdm_fast.training.losses.objective import loss_of, sample_word
 from datasetdm_fast.training.readers import open_data
 from datasetdm_fast.training.recipes import RecipeSettings, TrainingSchedule, recipe
 from datasetdm_fast.training.splits import split
 from datasetdm_fast.training.task_training import resolve_dtype
-from datasetdm_fast.training.trainer import Trainer, project
+from datasetdm_fast.training.trainer import Trainer, loss_of, project, sample_word
 from datasetdm_fast.training.truth.augment import (
     AUGMENTATIONS,
     Augmentation,

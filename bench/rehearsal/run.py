@@ -93,7 +93,7 @@ WAITS = {
         ("figures", "engine/models/packed.py", "place_module", Allowed(ONCE, (COPY,), is_once=True)),
         ("figures", "engine/engines/cuda_graph.py", "__init__", RECORDING),
         ("main", "training/captures/cache.py", "_compute", STORED),
-        ("main", "training/losses/losses.py", "match", MATCHED),
+        ("main", "training/losses.py", "match", MATCHED),
         ("main", "training/trainer.py", "_finite", STEP),
         ("main", "bench/proof/students/course.py", "step", STEP),
         ("figures", "training/state.py", "save", STORED),

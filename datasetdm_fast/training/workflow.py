@@ -1,5 +1,6 @@
 """The trainings of one command: each task's cross-validation, decoder and page, one task after the other."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,17 +9,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from datasetdm_fast.data import Sample
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.decoders import domain
 from datasetdm_fast.engine.decoders.checkpoint import load_decoder
 from datasetdm_fast.engine.decoders.domain import LEAST_IMAGES, Domain, learn_domain
 from datasetdm_fast.engine.decoders.trunk import Decoder
-from datasetdm_fast.engine.engines.device import slow_in_fp16
+from datasetdm_fast.engine.engines import build_engine
+from datasetdm_fast.engine.engines.device import is_out_of_memory, slow_in_fp16
+from datasetdm_fast.engine.pipeline import Pipeline
 from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.training import checkpoint, page, report
 from datasetdm_fast.training.cross_validation import compare_with_folds, cross_validate, fold_folder, read_folds
 from datasetdm_fast.training.predictions import BATCH_SIZE
-from datasetdm_fast.training.self_check import check_itself, read_check
 from datasetdm_fast.training.session import TrainingSession
 from datasetdm_fast.training.splits import count_folds, split_folds
 from datasetdm_fast.training.task_training import (
@@ -26,6 +29,7 @@ from datasetdm_fast.training.task_training import (
     TaskSettings,
     find_result,
     lock_folder,
+    read_state,
     run_training,
 )
 from datasetdm_fast.training.trainer import project
@@ -199,3 +203,60 @@ def measure_domain(session: TrainingSession, decoder: Decoder) -> Domain | None:
             sketches.append(decoder.sketch(project(decoder, levels)).cpu().numpy())
             labels += [TASKS[task].truth(session.source, views.item(view)) for view in batch]
     return learn_domain(np.concatenate(sketches), labels, [view // DRAWS for view in range(len(views))])
+
+
+NAME = "self_check.json"
+SAMPLES, STEPS = 8, 20
+MOST_READ = 40  # captions that are chosen from
+
+
+@dataclass(frozen=True)
+class SelfCheck:
+    """The samples, and how many are out of the domain of the decoder."""
+
+    samples: Sequence[Sample]
+    outside: int
+
+    @property
+    def document(self) -> dict[str, Any]:
+        return {"samples": len(self.samples), "out_of_domain": self.outside}
+
+
+def check_itself(session: TrainingSession, decoder: Decoder, folder: Path) -> SelfCheck | None:
+    """Samples of the captions of training images, whose counts are written into the decoder's folder; None for a
+    decoder without a domain, and where captions or memory do not allow it.
+    """
+    if decoder.domain is None:
+        return None
+    task, engine = decoder.config.task, session.engine
+    if not (captions := _choose_captions(session)):
+        return None
+    options = {"dtype": engine.fingerprint()["dtype"], "device": str(engine.device)}
+    try:
+        pipeline = Pipeline(build_engine(engine.name, engine.model, {task: decoder}, **options))
+        size = min(len(captions), pipeline.engine.suggested_batch())
+        steps = min(STEPS, engine.model.defaults.steps)
+        samples = pipeline(captions, tasks=(task,), steps=steps, batch_size=size).samples
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+    outside = sum(sample.trust is not None and (sample.trust.domain or 0) > 1 for sample in samples)
+    check = SelfCheck(samples, outside)
+    storage.publish({folder / "training" / NAME: (json.dumps(check.document, indent=2) + "\n").encode()})
+    return check
+
+
+def _choose_captions(session: TrainingSession) -> list[str]:
+    """Captions of training images from all over the data, of those that the text encoder reads whole."""
+    tokenizer, numbers = session.engine.model.tokenizer, session.split[0]
+    captions = [session.source[number].caption for number in numbers[:: -(-len(numbers) // MOST_READ)]]
+    short = [text for text in captions if len(tokenizer(text).input_ids) <= tokenizer.model_max_length]
+    count = min(SAMPLES, len(short))
+    return [short[k * len(short) // count] for k in range(count)]
+
+
+def read_check(folder: Path) -> Mapping[str, Any] | None:
+    """The counts of a decoder's self-check."""
+    path = folder / "training" / NAME
+    return read_state(path, {"samples": int, "out_of_domain": int}) if path.exists() else None

@@ -1,1 +1,0 @@
-"""Losses of the decoders, and the training objective of a batch."""
