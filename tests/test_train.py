@@ -35,7 +35,6 @@ from datasetdm_fast.training import (
     cross_validation,
     page,
     predictions,
-    self_check,
     splits,
     task_training,
     workflow,
@@ -58,7 +57,7 @@ def captures(tmp_path_factory):
 
 @pytest.fixture
 def run(captures, tmp_path, monkeypatch):
-    monkeypatch.setattr(self_check, "STEPS", 2)
+    monkeypatch.setattr(workflow, "CHECK_STEPS", 2)
 
     def command(*arguments, out="decoder", cache=captures):
         return train.main([*SMALL, "--cache-dir", str(cache), "--out", str(tmp_path / out), *arguments])

@@ -25,6 +25,9 @@ from datasetdm_fast.training.task_training import TaskPlan, TaskSettings, find_r
 
 NAME = "folds.json"
 FORM = {"folds": int, "images": int, "held_out": dict, "held_out_intervals": dict}
+MOST_IMAGES = 100  # that they are compared on
+LEVEL = 0.995  # of the one-sided prediction interval of one more decoder
+LEAST_SPREAD = 0.02  # relative standard deviation: folds may agree by chance
 
 
 def cross_validate(
@@ -91,11 +94,6 @@ def read_folds(folder: Path) -> dict[str, Any] | None:
     """The figures of cross-validation in a decoder's folder."""
     path = folder / "training" / NAME
     return read_state(path, FORM) if path.exists() else None
-
-
-MOST_IMAGES = 100  # that they are compared on
-LEVEL = 0.995  # of the one-sided prediction interval of one more decoder
-LEAST_SPREAD = 0.02  # relative standard deviation: folds may agree by chance
 
 
 def compare_with_folds(

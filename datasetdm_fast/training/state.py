@@ -25,10 +25,6 @@ class EarlyStopping:
     best_step: int = 0
     without_improvement: int = 0  # evaluations since the best one
 
-    def has_stopped(self, patience: int) -> bool:
-        """Whether so many evaluations in turn brought no improvement; patience 0 = never."""
-        return 0 < patience <= self.without_improvement
-
 
 class TrainingState:
     """Everything the next step depends on: decoder, optimiser, averaged weights and data position, which is the number

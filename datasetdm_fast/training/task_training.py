@@ -219,7 +219,7 @@ class _TrainingRun:
         """Takes the steps that are left; False if it was stopped before the last."""
         settings, steps, state = self.training.settings, self.training.plan.schedule.steps, self.state
         patience = settings.early_stopping_patience
-        while state.step < steps and not state.early_stopping.has_stopped(patience):
+        while state.step < steps and not 0 < patience <= state.early_stopping.without_improvement:
             if is_stopping():
                 self.save()
                 return False

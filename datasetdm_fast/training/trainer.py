@@ -31,6 +31,7 @@ from datasetdm_fast.training.state import TrainingState
 # Mask logits whose losses are computed together: small decoders are bound by the number of calls, large ones by memory.
 LOGITS_AT_ONCE = 2**22
 PRESENT = 0.8  # share of open-vocabulary queries whose word the image shows; the others train its absence
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def loss_of(
@@ -108,9 +109,6 @@ def query_target(target: TrainingTarget, word: int | None, device: torch.device)
             else (torch.zeros(0, dtype=torch.long), masks)
         )
     return to_device(ids, device), to_device(masks, device).float()
-
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Trainer:
@@ -201,7 +199,8 @@ class Trainer:
             query_target(target, query_words[b] if query_words else None, self.device)
             for b, target in enumerate(targets)
         ]
-        totals = self._totals(truths)
+        queries = self.state.decoder.config.queries if self.state.decoder.config.has_queries else 0
+        totals = losses.totals([len(ids) for ids, _ in truths], queries)
         powers = [buffer for name, buffer in decoder.named_buffers() if name.endswith("u0")]
         statistics = [buffer for name, buffer in decoder.named_buffers() if "stored_" in name]
         starts = [buffer.clone() for buffer in (*powers, *statistics)]
@@ -250,10 +249,6 @@ class Trainer:
     def _text(self, words: Sequence[int]) -> Tensor:
         """The class embedding that each view is queried with."""
         return torch.stack([self.words[0 if self.schedule.first_word_only else word] for word in words])
-
-    def _totals(self, truths: Sequence[tuple[Tensor, Tensor]]) -> losses.Totals:
-        config = self.state.decoder.config
-        return losses.totals([len(ids) for ids, _ in truths], config.queries if config.has_queries else 0)
 
     def close(self) -> None:
         if self._reader is not None:

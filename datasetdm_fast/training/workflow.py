@@ -36,6 +36,11 @@ from datasetdm_fast.training.trainer import project
 
 PAGE = "page.html"
 Progress = Callable[[str, str, int, int], Any]  # task, title, steps, steps of later trainings -> context with on_step
+DOMAIN_IMAGES = 200  # that are measured, evenly over all
+DOMAIN_DRAWS = 4  # noises of each
+CHECK_FILE = "self_check.json"
+CHECK_SAMPLES, CHECK_STEPS = 8, 20
+CHECK_CAPTIONS = 40  # captions that are chosen from
 
 
 @dataclass(frozen=True)
@@ -180,10 +185,6 @@ class Workflow:
         storage.publish({folder / "training" / PAGE: page.page(task, *arguments)})
 
 
-MOST_IMAGES = 200  # that are measured, evenly over all
-DRAWS = 4  # noises of each
-
-
 def measure_domain(session: TrainingSession, decoder: Decoder) -> Domain | None:
     """The domain of the session's pictures as this decoder, which was loaded for inference, reads them; None where they
     are too few.
@@ -191,9 +192,9 @@ def measure_domain(session: TrainingSession, decoder: Decoder) -> Domain | None:
     task, numbers = decoder.config.task, session.numbers
     if len(numbers) < LEAST_IMAGES:
         return None
-    count = min(len(numbers), MOST_IMAGES)
+    count = min(len(numbers), DOMAIN_IMAGES)
     chosen = [numbers[k * len(numbers) // count] for k in range(count)]
-    views = session.views(task, chosen, DRAWS)
+    views = session.views(task, chosen, DOMAIN_DRAWS)
     sketches, labels = [], []
     decoder = decoder.to(session.engine.device)
     with torch.inference_mode():
@@ -202,12 +203,7 @@ def measure_domain(session: TrainingSession, decoder: Decoder) -> Domain | None:
             levels = [level.to(session.engine.device) for level in views.captures.batch(batch)]
             sketches.append(decoder.sketch(project(decoder, levels)).cpu().numpy())
             labels += [TASKS[task].truth(session.source, views.item(view)) for view in batch]
-    return learn_domain(np.concatenate(sketches), labels, [view // DRAWS for view in range(len(views))])
-
-
-NAME = "self_check.json"
-SAMPLES, STEPS = 8, 20
-MOST_READ = 40  # captions that are chosen from
+    return learn_domain(np.concatenate(sketches), labels, [view // DOMAIN_DRAWS for view in range(len(views))])
 
 
 @dataclass(frozen=True)
@@ -235,7 +231,7 @@ def check_itself(session: TrainingSession, decoder: Decoder, folder: Path) -> Se
     try:
         pipeline = Pipeline(build_engine(engine.name, engine.model, {task: decoder}, **options))
         size = min(len(captions), pipeline.engine.suggested_batch())
-        steps = min(STEPS, engine.model.defaults.steps)
+        steps = min(CHECK_STEPS, engine.model.defaults.steps)
         samples = pipeline(captions, tasks=(task,), steps=steps, batch_size=size).samples
     except Exception as error:
         if not is_out_of_memory(error):
@@ -243,20 +239,20 @@ def check_itself(session: TrainingSession, decoder: Decoder, folder: Path) -> Se
         return None
     outside = sum(sample.trust is not None and (sample.trust.domain or 0) > 1 for sample in samples)
     check = SelfCheck(samples, outside)
-    storage.publish({folder / "training" / NAME: (json.dumps(check.document, indent=2) + "\n").encode()})
+    storage.publish({folder / "training" / CHECK_FILE: (json.dumps(check.document, indent=2) + "\n").encode()})
     return check
 
 
 def _choose_captions(session: TrainingSession) -> list[str]:
     """Captions of training images from all over the data, of those that the text encoder reads whole."""
     tokenizer, numbers = session.engine.model.tokenizer, session.split[0]
-    captions = [session.source[number].caption for number in numbers[:: -(-len(numbers) // MOST_READ)]]
+    captions = [session.source[number].caption for number in numbers[:: -(-len(numbers) // CHECK_CAPTIONS)]]
     short = [text for text in captions if len(tokenizer(text).input_ids) <= tokenizer.model_max_length]
-    count = min(SAMPLES, len(short))
+    count = min(CHECK_SAMPLES, len(short))
     return [short[k * len(short) // count] for k in range(count)]
 
 
 def read_check(folder: Path) -> Mapping[str, Any] | None:
     """The counts of a decoder's self-check."""
-    path = folder / "training" / NAME
+    path = folder / "training" / CHECK_FILE
     return read_state(path, {"samples": int, "out_of_domain": int}) if path.exists() else None

@@ -50,18 +50,6 @@ class Latents:
     leaves_fp16: bool = False  # whether numbers of the autoencoder are too large for fp16
 
 
-def accept(model: LoadedModel) -> None:
-    """Refuses nothing."""
-
-
-def name_no_licence(configs: Configs) -> str:
-    return ""
-
-
-def keep_configs(configs: Read, source: str) -> Read:
-    return configs
-
-
 @dataclass(frozen=True)
 class Backbone:
     """One family."""
@@ -103,9 +91,12 @@ class Backbone:
     is_guided_above_one: bool = False  # whether a guidance up to 1 leaves out the unconditional half of a cfg model
     index: Mapping[str, Any] = field(default_factory=dict)  # further entries of a model_index.json that is written
     tokenizer: str = "tokenizer"  # the part by whose tokens the length of a prompt is told; where absent, the first
-    check: Callable[[Read, str], Read] = keep_configs  # (configs, where they are from) -> as they are used; or Refused
-    check_fit: Callable[[LoadedModel], None] = accept  # raises Refused where the parts are not of one model
-    licence: Callable[[Configs], str] = name_no_licence  # of weights whose own card says nothing, by its name on hubs
+    # (configs, where they are from) -> as they are used; or Refused
+    check: Callable[[Read, str], Read] = lambda configs, source: configs
+    check_fit: Callable[[LoadedModel], None] = lambda model: None  # raises Refused where the parts are not of one model
+    licence: Callable[[Configs], str] = lambda configs: (
+        ""
+    )  # of weights whose own card says nothing, by its name on hubs
     full_size: Read = field(default_factory=dict)  # configs of a usual model, of which files and presets are made
     preset: str = ""  # the name of its model of full size with random weights, and from where these are drawn
     seed: int = 0

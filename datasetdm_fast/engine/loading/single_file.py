@@ -35,6 +35,8 @@ from datasetdm_fast.engine.loading.tokenizer import tokenizer_beside
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.untrusted import documents, pickles, tensors
 
+LORA_MARKS = ("lora_", ".lora.", "hada_", "lokr_")  # in the names of tensors that only change another model
+
 
 def load_file(path: Path, *, size: int = 0, allow_download: bool = False, ema: bool = False) -> Model:
     """The model in one file of the original latent-diffusion layout; `ema` takes the averaged weights of its U-Net.
@@ -255,7 +257,6 @@ def predicts_noise(unet: UNet2DConditionModel) -> bool:
 
 
 State = dict[str, Tensor]
-LORA_MARKS = ("lora_", ".lora.", "hada_", "lokr_")  # in the names of tensors that only change another model
 
 
 def family_of(state: Mapping[str, Any]) -> Backbone | None:

@@ -25,9 +25,7 @@ class Folder(PictureSource):
     rule = windows.RULES["voc"]
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
-        if split != "train" and not (path / split).is_dir():
-            raise reading.no_split(path, split)
-        whole, path = path, path / split if (path / split).is_dir() else path
+        whole, path = path, reading.split_folder(path, split)
         self.path = path
         self.images = reading.listing(path / "images", *reading.PICTURES, *reading.OTHER_PICTURES)
         self.ids = reading.names_of(path / "images", self.images)

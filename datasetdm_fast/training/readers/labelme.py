@@ -13,7 +13,6 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.training.truth import shapes, windows
 from datasetdm_fast.untrusted import documents
 
-LARGEST_DOCUMENT = 64 * 2**20  # bytes; a photo may be inside, as text
 FORM = {"shapes": [{"label": str, "points": [[float]]}], "imagePath": str, "imageHeight": int, "imageWidth": int}
 NO_AREA = ("point", "points", "line", "linestrip")  # kinds of shapes without one
 
@@ -46,7 +45,7 @@ class LabelMe(shapes.OutlineSource):
 
     def picture(self, record: int) -> Picture:
         path = self.files[record]
-        document = _document(path)
+        document = shapes.read_document(path, FORM, "labelme")
         sides = (document["imageHeight"], document["imageWidth"])
         image = self._image(path, document, sides)
         outlines = (
@@ -75,18 +74,13 @@ class LabelMe(shapes.OutlineSource):
         return shapes.check_sides(path, image, sides, path)
 
 
-def _document(path: Path) -> dict[str, Any]:
-    document = documents.read_object(path, most=LARGEST_DOCUMENT)
-    try:
-        documents.check_form(document, FORM)
-    except ValueError as error:
-        raise reading.bad(path, f"not a file that labelme wrote ({error})") from error
-    return document
-
-
 def _labels(path: Path) -> list[str]:
     """The labels of the shapes with an area."""
-    return [shape["label"] for shape in _document(path)["shapes"] if shape.get("shape_type") not in NO_AREA]
+    return [
+        shape["label"]
+        for shape in shapes.read_document(path, FORM, "labelme")["shapes"]
+        if shape.get("shape_type") not in NO_AREA
+    ]
 
 
 def _mask(shape: dict[str, Any], sides: tuple[int, ...], name: str) -> shapes.Mask | None:

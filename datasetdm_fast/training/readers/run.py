@@ -104,7 +104,8 @@ class RunSamples(PictureSource):
             if self.is_corrected and row.request.index not in reviewed:
                 continue
             count += 1
-            if self.is_all or self._is_trusted(position, row):
+            # trust of samples that were written without it is computed now, from their labels
+            if self.is_all or (row.trust or self.run[position].trust).is_trusted:
                 self.records.append((position, row.request.id, self._origins(row)))
         part = f"[{split}]" if parts or self.is_all else ""
         if not count and self.is_corrected:
@@ -151,10 +152,6 @@ class RunSamples(PictureSource):
         }
         self.tasks = tuple(task for task, has_task in has_truth.items() if has_task)
         self.requested = {task for task in self.tasks if not tasks or task in tasks}
-
-    def _is_trusted(self, position: int, row: Row) -> bool:
-        # trust of samples that were written without it is computed now, from their labels
-        return (row.trust or self.run[position].trust).is_trusted
 
     def _origins(self, row: Row) -> tuple[str, ...]:
         """The pictures that a sample was made of, which it shares with others."""

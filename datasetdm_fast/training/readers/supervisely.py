@@ -12,6 +12,7 @@ from datasetdm_fast.engine.pictures.labelled import Picture
 from datasetdm_fast.training.truth import shapes, windows
 from datasetdm_fast.untrusted import documents
 
+PROGRAM = "Supervisely"
 NO_AREA = ("point", "line", "polyline", "graph", "cuboid", "any")  # kinds of figures without one
 META_FORM = {"classes": [{"title": str, "shape": str}]}
 FORM = {"size": {"height": int, "width": int}, "objects": [{"classTitle": str, "geometryType": str}]}
@@ -31,7 +32,11 @@ class Supervisely(shapes.OutlineSource):
         if not folders:
             raise reading.bad(folder, "no data set in it, expected folders with img/ and ann/")
         self.files = [file for each in folders for file in reading.listing(each / "ann", ".json")]
-        names = [kind["title"] for kind in _read(self.meta, META_FORM)["classes"] if kind["shape"] not in NO_AREA]
+        names = [
+            kind["title"]
+            for kind in shapes.read_document(self.meta, META_FORM, PROGRAM)["classes"]
+            if kind["shape"] not in NO_AREA
+        ]
         self.set_things(filter(shapes.is_thing, dict.fromkeys(names)))
         self.class_list = str(self.meta)
         if not self.thing_classes:
@@ -43,7 +48,7 @@ class Supervisely(shapes.OutlineSource):
 
     def picture(self, record: int) -> Picture:
         file = self.files[record]
-        document, path = _read(file, FORM), file.parent.parent / "img" / file.stem
+        document, path = shapes.read_document(file, FORM, PROGRAM), file.parent.parent / "img" / file.stem
         sides = document["size"]["height"], document["size"]["width"]
         image = shapes.check_sides(path, reading.colour_image(path, reading.as_drawn(sides[::-1])), sides, file)
         outlines = (
@@ -52,15 +57,6 @@ class Supervisely(shapes.OutlineSource):
         )
         things = self.draw(file, "", outlines)
         return Picture(path.stem, image, self.names_of(things), **things.fields)
-
-
-def _read(file: Path, form: dict[str, Any]) -> dict[str, Any]:
-    document = documents.read_object(file)
-    try:
-        documents.check_form(document, form)
-    except ValueError as error:
-        raise reading.bad(file, f"not a file that Supervisely wrote ({error})") from error
-    return document
 
 
 def _mask(entry: dict[str, Any], sides: tuple[int, int], name: str) -> shapes.Mask | None:

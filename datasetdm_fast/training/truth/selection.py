@@ -18,6 +18,10 @@ from datasetdm_fast.training.truth.windows import UPSTREAM_SIDE
 from datasetdm_fast.untrusted import documents
 
 VOC_CLASSES = builtin_table("voc").names
+LARGEST_IMAGE_LIST = 16 * 2**20  # bytes
+BETWEEN_PATHS = "', '"  # paths of a Python list that was cut up by hand, as DatasetDM's COCO lists were
+PICTURE_ENDINGS = (*reading.PICTURES, *reading.OTHER_PICTURES)
+LIST_FORM = "Write one path per line, or a Python list of paths."
 
 
 @dataclass(frozen=True)
@@ -184,12 +188,6 @@ def _choose(source: LabelledSource, selection: Selection) -> Iterator[int]:
         yield index
 
 
-LARGEST_IMAGE_LIST = 16 * 2**20  # bytes
-BETWEEN = "', '"  # paths of a Python list that was cut up by hand, as DatasetDM's COCO lists were
-PICTURE_ENDINGS = (*reading.PICTURES, *reading.OTHER_PICTURES)
-EXPECTED = "Write one path per line, or a Python list of paths."
-
-
 def read_image_list(path: Path) -> tuple[str, ...]:
     """The paths of a list, each once: one a line, or a Python list of texts."""
     storage.check_given(path, "--images", "Name a file that lists paths of images.")
@@ -198,20 +196,20 @@ def read_image_list(path: Path) -> tuple[str, ...]:
         paths = ast.literal_eval(text) if text.startswith("[") else _lines(text)
         documents.check_form(paths, [str])
     except UnicodeDecodeError as error:
-        raise Refused(f"--images {path}: not UTF-8 at byte {error.start}", EXPECTED) from error
+        raise Refused(f"--images {path}: not UTF-8 at byte {error.start}", LIST_FORM) from error
     except Refused:
         raise
     except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
         reason = documents.one_line(documents.reason_of(error))
-        raise Refused(f"--images {path}: no list of paths ({reason})", EXPECTED) from error
+        raise Refused(f"--images {path}: no list of paths ({reason})", LIST_FORM) from error
     names = tuple(dict.fromkeys(name.strip() for name in paths if name.strip()))
     if not names:
-        raise Refused(f"--images {path}: no path in it", EXPECTED)
+        raise Refused(f"--images {path}: no path in it", LIST_FORM)
     return names
 
 
 def _lines(text: str) -> list[str]:
-    return [part.strip(" \t[]'\",") for line in text.splitlines() for part in line.split(BETWEEN)]
+    return [part.strip(" \t[]'\",") for line in text.splitlines() for part in line.split(BETWEEN_PATHS)]
 
 
 def find_listed(source: LabelledSource, names: Sequence[str]) -> list[int]:

@@ -4,7 +4,7 @@ import base64
 import binascii
 import math
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from datasetdm_fast.untrusted import documents, images
 MOST_CORNERS = 100_000  # of all polygons of one thing
 CIRCLE_CORNERS = 64
 IGNORED_NAMES = ("__ignore__", "ignore")  # of regions in which every prediction is ignored
+LARGEST_DOCUMENT = 64 * 2**20  # bytes; a photo may be inside, as text
 LARGEST_PACKED = 64 * 2**20  # bytes of a mask's picture
 Mask = Callable[[], np.ndarray]  # [H, W] bool
 Outline = tuple[str, str, Callable[[], Mask | None]]  # class, group, and what makes its mask; None: it has no area
@@ -90,6 +91,16 @@ class OutlineSource(PictureSource):
                 raise reading.bad(file, f"{place}shape {number}: {documents.reason_of(error)}") from error
             parts.append(Shape(name, mask, group))
         return things_of(parts, self.thing_classes)
+
+
+def read_document(file: Path, form: Mapping[str, Any], program: str) -> dict[str, Any]:
+    """A JSON file of this form, as a program wrote it."""
+    document = documents.read_object(file, most=LARGEST_DOCUMENT)
+    try:
+        documents.check_form(document, form)
+    except ValueError as error:
+        raise reading.bad(file, f"not a file that {program} wrote ({error})") from error
+    return document
 
 
 def check_sides(path: Path, image: np.ndarray, sides: Sequence[int], file: Path) -> np.ndarray:

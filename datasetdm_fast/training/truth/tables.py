@@ -60,7 +60,11 @@ class MetadataRows:
             if not inside and split != "train":
                 raise reading.no_split(path, split)
             rows = inside or rows
-        self.rows = [{_column(name): value for name, value in row.items()} for row in rows]
+        columns = {FILE_NAME: "image"}
+        self.rows = [
+            {columns.get(name, name.removesuffix(f"_{FILE_NAME}")): value for name, value in row.items()}
+            for row in rows
+        ]
         self.columns = list(dict.fromkeys(name for row in self.rows for name in row))
 
     def __len__(self) -> int:
@@ -72,10 +76,6 @@ class MetadataRows:
     def features(self, column: str) -> Any:
         """None, as metadata files do not describe their columns."""
         return None
-
-
-def _column(name: str) -> str:
-    return "image" if name == FILE_NAME else name.removesuffix(f"_{FILE_NAME}")
 
 
 def _json_rows(file: Path) -> list[dict[str, Any]]:
