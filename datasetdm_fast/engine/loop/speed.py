@@ -32,12 +32,12 @@ def check_call_speed(engine: Engine, speed: str, reads_every_call: bool) -> None
     from datasetdm_fast.engine.engines.device import multiplies_fp8  # which needs torch
 
     title = engine.model.backbone.title
-    if speed == CACHED and not hasattr(getattr(engine, "unet", None), "deep"):
+    if speed == CACHED and not hasattr(type(engine), "denoise_from"):
         raise Refused(
             f"--speed {CACHED}: the engine {engine.name} keeps no deep features of {title}",
             "Use --engine fast with a model that has a U-Net, or drop --speed.",
         )
-    if speed == FP8 and not hasattr(engine, "denoise_in_fp8"):
+    if speed == FP8 and not hasattr(type(engine), "denoise_in_fp8"):
         raise Refused(
             f"--speed {FP8}: the engine {engine.name} has no fp8 products of {title}",
             "Use --engine fast with a model that is a transformer, or drop --speed.",
