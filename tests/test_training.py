@@ -699,11 +699,12 @@ def test_a_saved_state_resumes_to_the_same_bits(engine, source, folder, tmp_path
         TrainingSchedule(steps=6, batch_size=3, points=64),
     )
     whole = Trainer(config, schedule, held, reads_ahead=False)
-    begun = [value.clone() for value in whole.state.parameters]
-    losses_of = [whole.step()]
-    moved = torch._foreach_lerp(begun, whole.state.parameters, 0.9)  # to a tenth of what it was, then less
-    assert all(map(torch.allclose, whole.state.average, moved))
-    losses_of += [whole.step() for _ in range(5)]
+    losses_of: list[float] = []
+    for step in range(6):
+        begun = [value.clone() for value in whole.state.average]
+        losses_of.append(whole.step())
+        moved = torch._foreach_lerp(begun, whole.state.parameters, 1 - (1 + step) / (10 + step))
+        assert all(map(torch.allclose, whole.state.average, moved))
     first = Trainer(config, schedule, held, reads_ahead=False)
     for _ in range(3):
         first.step()
