@@ -108,7 +108,7 @@ def _check(model: Model, decoders: Mapping[str, Decoder], precision: str, runtim
     if runtime not in OPERATIONS:
         raise Refused(f"runtime: {runtime!r} is none of {', '.join(OPERATIONS)}", "Choose one of these.")
     if precision == "fp16" and precision not in model.backbone.halves:
-        raise Refused(f"precision: activations of {model.backbone.title} leave fp16's range", "Use --precision fp32.")
+        raise Refused(f"precision: activations of {model.backbone.title} leave fp16's range", "Use fp32.")
     for task, decoder in decoders.items():
         if any(isinstance(module, SpectralConv2d) for module in decoder.modules()):
             raise Refused(
