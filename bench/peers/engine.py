@@ -59,6 +59,8 @@ def named(name: str, dtype: str = "auto") -> Callable[[Setting, int], EnginePeer
 
     def build(setting: Setting, batch: int) -> EnginePeer:
         model, decoders, device = setting.model, setting.reference.decoders, str(setting.device)
-        return EnginePeer(build_engine(name, model, decoders, dtype=dtype, device=device), setting, batch)
+        engine = build_engine(name, model, decoders, dtype=dtype, device=device)
+        engine.prepare(batch)  # weights are read as it is loaded, rather than in its first batch
+        return EnginePeer(engine, setting, batch)
 
     return build

@@ -248,6 +248,9 @@ class FastEngine(Engine):
         if self._weight_versions() != self._seen:
             self._read_weights()
 
+    def prepare(self, batch: int) -> None:
+        self._refresh()
+
     @engine_call
     def encode_text(self, prompts: Sequence[str]) -> Text:
         self._refresh()
