@@ -585,11 +585,12 @@ def open_in_onnx_runtime(folder: Path, manifest):
 
     from datasetdm_fast.data import Text
     from datasetdm_fast.engine.engines.exported import graphs, ort
+    from datasetdm_fast.engine.loading import load_model
 
     export = graphs.export_cached
     graphs.export_cached = lambda *_, **options: (folder, manifest)  # the cache holds this very export
     try:
-        engine = ort.OrtEngine(None, device="cpu")
+        engine = ort.OrtEngine(load_model("tiny"), device="cpu")
     finally:
         graphs.export_cached = export
     return engine.denoise(torch.zeros(1, 4, 8, 8), 1.0, Text(torch.zeros(2, 77, 32)))

@@ -59,7 +59,7 @@ CHOICES = Allowed(JUDGED.reason, ("aten.equal", CHOSEN, FLAG), is_shared=True)
 JOINED, ASKED = Allowed("tiles are joined on the host", (ANSWER,)), Allowed("latents are the answer", (ANSWER,))
 # By thread, file and function.
 WAITS = {
-    (thread, file if file.startswith("bench/") else f"datasetdm_fast/{file}", function): allowed
+    (thread, file if file.startswith(("bench/", "kernels/")) else f"datasetdm_fast/{file}", function): allowed
     for thread, file, function, allowed in (
         ("main", "engine/engines/cuda_graph.py", "__init__", RECORDING),
         ("labels", "engine/engines/cuda_graph.py", "__init__", RECORDING),
