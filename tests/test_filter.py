@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from rendered import document, rendered, write_run
+from skips import IS_LONG
 from test_ledger import tree
 
 from datasetdm_fast import drop, filter, generate, splice
@@ -300,8 +301,8 @@ def test_a_damaged_kept_json_is_refused(run, capsys):
     assert [each.place for each in audit(run).findings] == [FILTER]
 
 
-def test_a_hundred_thousand_rows_are_filtered_in_seconds(tmp_path, monkeypatch):
-    number, path = 100_000, tmp_path / "run"
+def test_rows_are_filtered_by_the_ten_thousand_a_second(tmp_path, monkeypatch):
+    number, path = 100_000 if IS_LONG else 20_000, tmp_path / "run"
     monkeypatch.setattr(filtering, "finish_scored", lambda run: None)  # without images there is no page of them
     dice = np.random.default_rng(0)
     with RunFolder(path, document(number)) as folder:
@@ -310,8 +311,8 @@ def test_a_hundred_thousand_rows_are_filtered_in_seconds(tmp_path, monkeypatch):
             folder.ledger.add_scores((k, name, value) for k, value in enumerate(values.tolist()))
     begin = time.process_time()
     assert filter.main([str(path), "--where", "score>=0.6 and duplicate==0", "--quiet"]) == 0
-    assert time.process_time() - begin < 10
-    assert abs(len(open_run(path, kept=True)) / number - 0.4 * 61 / 64) < 0.01
+    assert time.process_time() - begin < number / 1e4
+    assert abs(len(open_run(path, kept=True)) / number - 0.4 * 61 / 64) < 0.02
 
 
 def test_conditions_follow_their_grammar():

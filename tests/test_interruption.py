@@ -41,8 +41,15 @@ def started(body, before=""):
     return process
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("body", [ALONE, IN_A_BATCH, IN_A_LANE])
+@pytest.mark.parametrize(
+    ("body", "number", "code"),
+    [
+        (ALONE, signal.SIGINT, 130),
+        (ALONE, signal.SIGTERM, 143),
+        (IN_A_BATCH, signal.SIGTERM, 143),
+        (IN_A_LANE, signal.SIGINT, 130),
+    ],
+)
 def test_a_call_that_lasts_minutes_is_ended(body, number, code):
     process = started(body)
     begin = time.monotonic()
@@ -70,7 +77,7 @@ def test_a_batch_that_a_gpu_finishes_is_waited_for_until_the_second_signal():
     process = started(IN_A_BATCH, before="interruption._is_on_gpu = lambda: True")
     process.send_signal(signal.SIGINT)
     with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(4)
+        process.wait(3)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -148,6 +148,7 @@ def test_a_batch_is_cut_and_joined(batch, size, counts):
     assert torch.equal(whole["noise"], context) and torch.equal(whole["sums_low"], latents)
 
 
+@long_test
 def test_generate_makes_the_same_bytes_again(cache, tmp_path):
     from datasetdm_fast.generate import main
 
