@@ -7,7 +7,7 @@ import io
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import count, islice
 from pathlib import Path
 from threading import Event
@@ -33,7 +33,7 @@ from test_loading import pipeline as in_diffusers
 from datasetdm_fast import Pipeline, generate, label, open_run
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.engine.decoders.checkpoint import DecoderConfig, build_decoder, save_decoder
-from datasetdm_fast.engine.engines import opening
+from datasetdm_fast.engine.engines import build_engine, opening
 from datasetdm_fast.engine.loading import load_model, lora
 from datasetdm_fast.engine.loop.driver import sample_and_label
 from datasetdm_fast.engine.loop.label_stream import LabelStream
@@ -623,6 +623,18 @@ def test_textual_inversion_of_one_vector_is_followed_and_of_several_refused():
     theirs.load_textual_inversion(torch.ones(2, width), token="<two>")
     with pytest.raises(Refused, match="'<two>' several vectors"):
         Pipeline.from_diffusers(theirs)
+
+
+def test_a_family_may_have_a_sampler_of_its_own():
+    model = load_model("tiny")
+    model = replace(model, defaults=replace(model.defaults, sampler="ddim"))
+    own = Pipeline(build_engine("torch", model, device="cpu"))
+
+    def steps_of(**choices):
+        generator = torch.Generator().manual_seed(1)
+        return own.diffuse("a ball", num_inference_steps=3, generator=generator, output_type="latent", **choices).images
+
+    assert torch.equal(steps_of(), steps_of(sampler="ddim")) and not torch.equal(steps_of(), steps_of(sampler="euler"))
 
 
 def test_the_arguments_of_diffusers_give_its_images(pipe):

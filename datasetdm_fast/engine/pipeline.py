@@ -302,7 +302,8 @@ class Pipeline:
         one image. The noise does not depend on the batch size. `callback_on_step_end` is called once per step of a
         batch with this pipeline, the step, its timestep and {"latents": [B, C, h, w]}, and returns such a dict with
         the latents to continue with. `output_type` is "pil", "np", "pt" or "latent". An empty `sampler` means that of
-        the model's scheduler. `height` and `width` can only be those of the model. Other choices are those of `stream`.
+        the model's family, or of its scheduler. `height` and `width` can only be those of the model. Other
+        choices are those of `stream`.
         """
         if output_type not in diffusing.OUTPUT_TYPES:
             raise Refused(
@@ -318,10 +319,11 @@ class Pipeline:
         texts, negatives = diffusing.repeat_prompts(prompt, negative_prompt, num_images_per_prompt)
         checks.check_numbers(guidance=guidance_scale)
         size = self._batch_size(batch_size, len(texts))
+        usual = self.engine.model.defaults.sampler
         recipe, words = self._recipe(
             tasks,
             classes,
-            sampler=sampler or "auto",
+            sampler=sampler or ("auto" if usual == USUAL_SAMPLER else usual),
             steps=num_inference_steps,
             # up to 1, of most models, the text alone decides, as in diffusers; 0 would be the model's own guidance
             guidance=max(guidance_scale, self.engine.model.backbone.unguided or sys.float_info.min),
