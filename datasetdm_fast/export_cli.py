@@ -56,8 +56,7 @@ def export_stages(config: ExportConfig) -> int:
     batches = check_batches(config.batch)
     target = None if config.to == "onnx" else find_target(config.to, config.capability)
 
-    from datasetdm_fast.engine.engines import build_engine
-    from datasetdm_fast.engine.engines.opening import load_decoders
+    from datasetdm_fast.engine.engines import build_engine, load_decoders
     from datasetdm_fast.engine.loading import load_model
     from datasetdm_fast.export.golden import Reference
     from datasetdm_fast.export.onnx.stage_names import select_stages

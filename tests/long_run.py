@@ -23,7 +23,7 @@ def resident() -> int:
 def main(number: int, out: Path, with_torch: bool) -> None:
     from datasetdm_fast import generate
     from datasetdm_fast.disk import sqlite
-    from datasetdm_fast.engine.engines import opening
+    from datasetdm_fast.engine import engines
     from datasetdm_fast.runs.workers import launch
 
     # Memory is measured here, not the disk.
@@ -39,7 +39,7 @@ def main(number: int, out: Path, with_torch: bool) -> None:
                 super().__init__(**choices)
                 self.log = deque(maxlen=8)
 
-        opening.open_engine = lambda model, decoder, tasks, **choices: (
+        engines.open_engine = lambda model, decoder, tasks, **choices: (
             Forgetful(tasks=tasks),
             {task: {"digest": "stub", "licence": "none"} for task in tasks},
         )

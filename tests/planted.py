@@ -113,6 +113,7 @@ _BY_FILE = {
             "PLMS drifts",
         ),
         ("self.origin if self.schedule", "self.latents if self.schedule", "the warm-up of PLMS starts twice"),
+        ("steps <= most", "steps < most", "the largest number of steps is refused"),
     ),
     "engine/sampling/multistep.py": (
         _SAMPLING,
@@ -155,10 +156,6 @@ _BY_FILE = {
         ("times.max() >= count", "times.max() > count", "a timestep the model was never trained at"),
         ("times = times.round()", "times = np.floor(times)", "timesteps off by one"),
         ("manual_seed(seed))", "manual_seed(min(seed, 2**31 - 1)))", "all large seeds give one image"),
-    ),
-    "engine/sampling/__init__.py": (
-        _SAMPLING,
-        ("steps <= most", "steps < most", "the largest number of steps is refused"),
     ),
     "engine/models/capture.py": (
         "test_models.py",

@@ -133,7 +133,7 @@ class StubEngine:
 
 def install():
     """Puts the engine where a job opens one, in this process."""
-    from datasetdm_fast.engine.engines import opening
+    from datasetdm_fast.engine import engines
 
     def open_engine(model="demo", decoder="demo", tasks=None, **choices):
         chosen = tuple(tasks or CONFIGS)
@@ -141,4 +141,4 @@ def install():
             task: {"digest": "stub", "licence": "none"} for task in chosen
         }
 
-    opening.open_engine = open_engine
+    engines.open_engine = open_engine

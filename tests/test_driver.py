@@ -11,7 +11,6 @@ from stub_engine import CONFIGS, StubEngine
 from datasetdm_fast import generate
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.data import Batch, Capture, ProjectedCapture, Quarantined, Request, Sample, SemanticMap, join_texts
-from datasetdm_fast.engine.engines import opening
 from datasetdm_fast.engine.labels.class_tables import ClassWord
 from datasetdm_fast.engine.labels.trust import trust_of
 from datasetdm_fast.engine.labels.words import find_classes
@@ -39,7 +38,7 @@ def engines(monkeypatch):
         opened.append(StubEngine(choices.get("size") or 64, tasks=tuple(tasks or TASKS)))
         return opened[-1], {task: {"digest": "stub", "licence": "none"} for task in tasks or TASKS}
 
-    monkeypatch.setattr(opening, "open_engine", open_engine)
+    monkeypatch.setattr("datasetdm_fast.engine.engines.open_engine", open_engine)
     return opened
 
 

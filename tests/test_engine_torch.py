@@ -16,8 +16,7 @@ from datasetdm_fast.engine.engines.device import engine_call
 from datasetdm_fast.engine.engines.torch import TorchEngine
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loading.presets import DEMO
-from datasetdm_fast.engine.sampling import make_schedule
-from datasetdm_fast.engine.sampling.schedule import guide, start, step
+from datasetdm_fast.engine.sampling.schedule import guide, make_schedule, start, step
 from datasetdm_fast.engine.sampling.times import initial_noise
 from datasetdm_fast.errors import Missing, Refused
 

@@ -253,8 +253,6 @@ def test_a_training_tells_classes_that_no_image_shows(tmp_path):
 
 
 def test_a_bad_data_set_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        "datasetdm_fast.engine.engines.opening.open_engine", lambda *_, **__: pytest.fail("a model was loaded")
-    )
+    monkeypatch.setattr("datasetdm_fast.engine.engines.open_engine", lambda *_, **__: pytest.fail("a model was loaded"))
     assert main(["--data", f"voc:{tmp_path / 'nowhere'}"]) == 2
     assert "nowhere" in capsys.readouterr().err

@@ -8,8 +8,7 @@ from tiny_pipelines import SIZE
 
 from datasetdm_fast import generate, verify
 from datasetdm_fast.data import AttentionSums
-from datasetdm_fast.engine.engines import build_engine
-from datasetdm_fast.engine.engines.opening import load_decoders
+from datasetdm_fast.engine.engines import build_engine, load_decoders
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop.calls import call_text
 from datasetdm_fast.errors import Refused

@@ -15,8 +15,8 @@ from datasetdm_fast.config import FlowRule
 from datasetdm_fast.data import Request
 from datasetdm_fast.engine.loop.inversion import ddim_latents
 from datasetdm_fast.engine.loop.origin import fresh_noise
-from datasetdm_fast.engine.sampling import make_schedule, schedule, times
-from datasetdm_fast.engine.sampling.schedule import SamplerState, start, step
+from datasetdm_fast.engine.sampling import schedule, times
+from datasetdm_fast.engine.sampling.schedule import SamplerState, make_schedule, start, step
 from datasetdm_fast.errors import Refused
 
 EULER, BETAS = (

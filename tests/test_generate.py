@@ -15,7 +15,6 @@ from datasetdm_fast.command_line.run_settings import complete_settings
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.decoders.folders import DEMO
-from datasetdm_fast.engine.engines import opening
 from datasetdm_fast.engine.loading import presets
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.jobs.run import merge_with_stored
@@ -35,7 +34,7 @@ def engines(monkeypatch):
         opened.append(StubEngine(choices.get("size") or 64, tasks=tuple(tasks)))
         return opened[-1], {task: {"digest": "stub", "licence": "none"} for task in tasks}
 
-    monkeypatch.setattr(opening, "open_engine", open_engine)
+    monkeypatch.setattr("datasetdm_fast.engine.engines.open_engine", open_engine)
     return opened
 
 
@@ -368,7 +367,7 @@ def mixing(monkeypatch, tmp_path):
         opened.append((Other if choices["engine"] == "torch" else StubEngine)(64, tasks=tuple(tasks)))
         return opened[-1], {task: {"digest": "stub", "licence": "none"} for task in tasks}
 
-    monkeypatch.setattr(opening, "open_engine", open_engine)
+    monkeypatch.setattr("datasetdm_fast.engine.engines.open_engine", open_engine)
     assert run("--number", "2", "--batch-size", "2", out=tmp_path / "run") == 0
     return opened
 

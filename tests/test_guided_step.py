@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from datasetdm_fast import _C
-from datasetdm_fast.engine import sampling
 from datasetdm_fast.engine.sampling import schedule as walk
 from datasetdm_fast.engine.sampling.schedule import Update
 
@@ -32,7 +31,7 @@ def numbers(update: Update) -> np.ndarray:
 
 @pytest.mark.parametrize("sampler", ["pndm", "ddim", "dpm-solver++"])
 def test_every_call_of_a_schedule(sampler):
-    schedule = sampling.make_schedule(SCHEDULER, sampler, 6)
+    schedule = walk.make_schedule(SCHEDULER, sampler, 6)
     generator = torch.Generator().manual_seed(0)
     state = walk.start(torch.randn((2, 4, 3, 5), generator=generator))
     for k, update in enumerate(schedule.updates):

@@ -20,7 +20,6 @@ from torch import Tensor
 from bench.kernels.files import FILES
 from bench.kernels.inputs import cases_of
 from datasetdm_fast.config import SAMPLERS, FlowRule
-from datasetdm_fast.engine import sampling
 from datasetdm_fast.engine.sampling import schedule as walk
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.kernels import OPS, fused, guided_step, launch, native, plain, pyramid, reference
@@ -149,12 +148,12 @@ def coefficients(update, guidance: float, slots: int) -> list[float]:
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_guided_step_is_the_sampler(sampler):
     """Call by call the state that sampling.step reaches; the slots beyond what a call reads may hold anything."""
-    if sampling.open_sampler(sampler).calls:
+    if walk.open_sampler(sampler).calls:
         scheduler = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-        schedule = sampling.make_schedule(scheduler, sampler, 7)
+        schedule = walk.make_schedule(scheduler, sampler, 7)
     else:
         scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
-        schedule = sampling.make_schedule(scheduler, sampler, 7, flow=FlowRule())
+        schedule = walk.make_schedule(scheduler, sampler, 7, flow=FlowRule())
     state, slots = walk.start(torch.randn(2, 4, 3, 3, dtype=torch.float64)), schedule.memory
     for k, update in enumerate(schedule.updates):
         output = torch.randn(4, 4, 3, 3, dtype=torch.float64)

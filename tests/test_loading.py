@@ -17,10 +17,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.engine.backbones.sd import DOWN_BLOCKS, SD, SD_SCHEDULER, UP_BLOCKS
 from datasetdm_fast.engine.engines import build_engine
-from datasetdm_fast.engine.loading import PRESETS, load_model, presets, provenance, tokenizer
-from datasetdm_fast.engine.loading.provenance import UNKNOWN_LICENCE
+from datasetdm_fast.engine.loading import PRESETS, load_model, presets, tokenizer
+from datasetdm_fast.engine.loading.model import UNKNOWN_LICENCE, digest
 from datasetdm_fast.engine.loading.single_file import predicts_noise
-from datasetdm_fast.engine.sampling import make_schedule
+from datasetdm_fast.engine.sampling.schedule import make_schedule
 from datasetdm_fast.errors import Missing, Refused
 
 
@@ -119,7 +119,7 @@ def test_the_fast_engine_reads_networks_that_no_module_holds(tiny, tmp_path):
 def test_an_image_of_the_demo_model_needs_neither_other_libraries_nor_a_compiler():
     """Each would take longer to import than the networks take for the image."""
     code = (
-        "import sys; from datasetdm_fast.engine.engines.opening import open_engine; open_engine(device='cpu'); "
+        "import sys; from datasetdm_fast.engine.engines import open_engine; open_engine(device='cpu'); "
         "sys.exit(', '.join({'diffusers', 'transformers', 'torch._dynamo', 'sympy'} & set(sys.modules)) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -185,19 +185,19 @@ def test_safetensors_are_read_before_pickles_of_every_name(folder):
     for part in ("unet", "vae"):
         folder.joinpath(part, "diffusion_pytorch_model.bin").write_bytes(pointer)
     path = folder / "text_encoder" / "model.safetensors"
-    assert load_model(str(folder)).digests["text_encoder"] == provenance.digest([path])
+    assert load_model(str(folder)).digests["text_encoder"] == digest([path])
 
 
 def test_half_precision_files_become_fp32(tiny, folder):
     path = folder / "vae" / "diffusion_pytorch_model.safetensors"
     save_file({key: value.half() for key, value in load_file(path).items()}, path)
     model = load_model(str(folder))
-    assert model.modules["vae"].dtype == torch.float32 and model.digests["vae"] == provenance.digest([path])
+    assert model.modules["vae"].dtype == torch.float32 and model.digests["vae"] == digest([path])
 
 
 def test_demo_model_and_decoders_name_their_licence():
     from datasetdm_fast.engine.decoders.folders import find_decoders
-    from datasetdm_fast.engine.engines.opening import describe_decoders
+    from datasetdm_fast.engine.engines import describe_decoders
 
     found = describe_decoders(find_decoders("demo"), TASKS)
     assert set(found) == set(TASKS) and {one["licence"] for one in found.values()} == {"apache-2.0"} == {
@@ -753,7 +753,7 @@ def test_seeded_networks_have_the_tensors_and_settings_of_their_modules(source):
 
 def test_a_seeded_model_is_opened_without_the_libraries_of_its_modules():
     script = (
-        "import sys; from datasetdm_fast.engine.engines.opening import open_engine; "
+        "import sys; from datasetdm_fast.engine.engines import open_engine; "
         "open_engine('tiny', tasks=['depth']); "
         "sys.exit(bool({'transformers', 'diffusers'} & set(sys.modules)))"
     )

@@ -13,9 +13,9 @@ from test_ledger import tree
 from datasetdm_fast import filter, generate, splice
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.data import DepthMap, Instances, SemanticMap
+from datasetdm_fast.engine import engines
 from datasetdm_fast.engine.decoders.checkpoint import load_decoder, save_decoder
 from datasetdm_fast.engine.decoders.folders import DEMO, find_decoders
-from datasetdm_fast.engine.engines import opening
 from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.engine.labels.names import LabelName
 from datasetdm_fast.engine.loop.combining import Combination, apply_combinations, parse_combinations
@@ -38,7 +38,7 @@ def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("many") / "run"
     line = ["--task", ",".join(LABELS), "--number", "4", "--batch-size", "2", "--out", str(out), "--quiet"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(opening, "open_engine", open_stub)
+        patch.setattr(engines, "open_engine", open_stub)
         assert generate.main([*line, "--limit", "2"]) == 0 and generate.main(line) == 0
     return out
 
@@ -77,7 +77,7 @@ def test_pages_tell_both(run):
 
 
 def test_damage_to_a_named_label_is_found_and_mended(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(opening, "open_engine", open_stub)
+    monkeypatch.setattr(engines, "open_engine", open_stub)
     shutil.copytree(run, tmp_path / "run")
     before = tree(tmp_path / "run")
     (tmp_path / "run" / "semantic.other" / "00000002.png").write_bytes(b"x")

@@ -13,8 +13,9 @@ import torch
 
 from bench.report.report import forms_table
 from datasetdm_fast.command_line.ending import run_command
+from datasetdm_fast.engine import engines
 from datasetdm_fast.engine.decoders.checkpoint import for_inference, untrained_decoders
-from datasetdm_fast.engine.engines import build_engine, fast, start
+from datasetdm_fast.engine.engines import build_engine, fast
 from datasetdm_fast.engine.engines import device as memory
 from datasetdm_fast.engine.engines.device import choose_by_shape
 from datasetdm_fast.engine.engines.fast import FastEngine, on_cpu
@@ -285,20 +286,20 @@ def test_a_compiled_engine_says_the_same(monkeypatch):
 
 def test_large_images_take_huge_pages_where_linux_has_them(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "environ", {})  # which the functions of pytest would leave changed where a name is new
-    monkeypatch.setattr(start, "HUGE_PAGES", tmp_path / "none")
-    start.before_torch()
+    monkeypatch.setattr(engines, "HUGE_PAGES", tmp_path / "none")
+    engines.before_torch()
     assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE" and "THP_MEM_ALLOC_ENABLE" not in os.environ
-    monkeypatch.setattr(start, "HUGE_PAGES", tmp_path)
-    start.before_torch()
+    monkeypatch.setattr(engines, "HUGE_PAGES", tmp_path)
+    engines.before_torch()
     assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
     os.environ["THP_MEM_ALLOC_ENABLE"] = "0"  # the user's own word
-    start.before_torch()
+    engines.before_torch()
     assert os.environ["THP_MEM_ALLOC_ENABLE"] == "0"
 
 
 FAULTS = """
 import json, resource
-from datasetdm_fast.engine.engines.opening import open_engine
+from datasetdm_fast.engine.engines import open_engine
 open_engine("tiny", None, engine="fast", device="cpu")
 import torch
 torch.ones(1)
@@ -309,7 +310,7 @@ print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before))
 
 
 @pytest.mark.skipif(
-    not (start.HUGE_PAGES / "enabled").exists() or "[never]" in (start.HUGE_PAGES / "enabled").read_text(),
+    not (engines.HUGE_PAGES / "enabled").exists() or "[never]" in (engines.HUGE_PAGES / "enabled").read_text(),
     reason="this Linux has no huge pages",
 )
 def test_an_opened_engine_takes_fewer_page_faults():

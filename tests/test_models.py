@@ -20,8 +20,7 @@ from datasetdm_fast.engine.models.capture import AttentionSlot, ProjectedSums, P
 from datasetdm_fast.engine.models.layers import Upsample, Weights
 from datasetdm_fast.engine.models.unet import TextTable, TimeTable, UNet
 from datasetdm_fast.engine.models.vae import ImageDecoder
-from datasetdm_fast.engine.sampling import make_schedule
-from datasetdm_fast.engine.sampling.schedule import guide, start, step
+from datasetdm_fast.engine.sampling.schedule import guide, make_schedule, start, step
 from datasetdm_fast.engine.sampling.times import initial_noise
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import attention, attention_capture, plain, pyramid

@@ -32,8 +32,9 @@ from test_loading import pipeline as in_diffusers
 
 from datasetdm_fast import Pipeline, generate, label, open_run
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
+from datasetdm_fast.engine import engines
 from datasetdm_fast.engine.decoders.checkpoint import DecoderConfig, build_decoder, save_decoder
-from datasetdm_fast.engine.engines import build_engine, opening
+from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.loading import load_model, lora
 from datasetdm_fast.engine.loop.driver import sample_and_label
 from datasetdm_fast.engine.loop.label_stream import LabelStream
@@ -87,7 +88,7 @@ def test_the_library_takes_what_generate_takes_of_an_engine(monkeypatch):
     }
     assert set(chosen) == {setting.name for setting in fields(EngineSettings)} | {"size", "allow_download", "lora"}
     opened = []
-    monkeypatch.setattr(opening, "open_engine", lambda *given, **options: opened.append((given, options)) or (0, {}))
+    monkeypatch.setattr(engines, "open_engine", lambda *given, **options: opened.append((given, options)) or (0, {}))
     Pipeline.from_pretrained("tiny", **chosen)
     assert opened == [(("tiny", None), chosen)]
 

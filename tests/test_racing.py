@@ -113,7 +113,7 @@ def test_what_is_not_installed_takes_no_part(monkeypatch):
 
 def test_a_run_folder_keeps_the_engine(monkeypatch):
     asked = []
-    monkeypatch.setattr(job.opening, "open_engine", lambda *_, **chosen: (asked.append(chosen["engine"]), {}))
+    monkeypatch.setattr(job.engines, "open_engine", lambda *_, **chosen: (asked.append(chosen["engine"]), {}))
     for engine, stored in (
         ("auto", None),
         ("auto", {"engine": {"engine": "openvino"}}),
@@ -203,7 +203,7 @@ def test_fp32_is_taken_where_a_gate_fails(tmp_path, halved, capsys, monkeypatch)
     assert "precision  fp32, as bf16 does not agree with torch in free depth" in capsys.readouterr().err
     assert document["engine"]["dtype"] == "fp32" and document["precision"]["failed"] == ["free depth"]
     asked = []
-    monkeypatch.setattr(job.opening, "open_engine", lambda *_, **chosen: (asked.append(chosen["dtype"]), {}))
+    monkeypatch.setattr(job.engines, "open_engine", lambda *_, **chosen: (asked.append(chosen["dtype"]), {}))
     for engine, dtype in (("auto", "auto"), ("torch", "auto"), ("auto", "bf16")):
         job.open_engine(ModelSettings(), EngineSettings(engine=engine, dtype=dtype), ("semantic",), document)
     assert asked == ["fp32", "auto", "bf16"] and compared == [("bf16", 2)]
@@ -230,7 +230,7 @@ def test_what_compares_nothing(tmp_path, halved, monkeypatch):
 
 def test_a_device_without_half_precision_stays_in_fp32(halved, monkeypatch):
     monkeypatch.setattr(device, "half_of", lambda _: "")
-    engine, _ = job.opening.open_engine("tiny", None, dtype=HALF, device="cpu")
+    engine, _ = job.engines.open_engine("tiny", None, dtype=HALF, device="cpu")
     assert engine.fingerprint()["dtype"] == "fp32"
 
 

@@ -22,12 +22,13 @@ from test_ledger import tree
 from datasetdm_fast import audit as audit_command
 from datasetdm_fast import edit, generate, label, merge, splice, vary
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
-from datasetdm_fast.engine.engines import opening
+from datasetdm_fast.engine import engines
 from datasetdm_fast.engine.labels import LABEL_KINDS, mask_rle
 from datasetdm_fast.engine.labels.numbering import number_classes
 from datasetdm_fast.engine.labels.words import replaced_text
-from datasetdm_fast.engine.sampling import make_schedule, times
 from datasetdm_fast.engine.sampling import schedule as walk
+from datasetdm_fast.engine.sampling import times
+from datasetdm_fast.engine.sampling.schedule import make_schedule
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.compositions import edit as regions
 from datasetdm_fast.runs.compositions.edit import MOST_NEW, Edits
@@ -50,7 +51,7 @@ VARY = ["--domain", "night,fog", "--batch-size", "2"]
 @pytest.fixture(scope="module", autouse=True)
 def one_engine_of_a_kind():
     """Every command of this file that asks for the same engine gets the one that was opened first."""
-    open_engine, opened = opening.open_engine, {}
+    open_engine, opened = engines.open_engine, {}
 
     def reopened(*arguments, **options):
         key = repr((arguments, options))
@@ -59,7 +60,7 @@ def one_engine_of_a_kind():
         return opened[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(opening, "open_engine", reopened)
+        patch.setattr(engines, "open_engine", reopened)
         yield
 
 

@@ -16,7 +16,6 @@ from datasetdm_fast.config import PROFILES, SAMPLERS, SCHEDULERS, FlowRule
 from datasetdm_fast.data import Capture, Text
 from datasetdm_fast.engine.backbones.sd import SD, SD_SCHEDULER
 from datasetdm_fast.engine.engines.torch import TorchEngine
-from datasetdm_fast.engine.sampling import make_schedule, open_sampler
 from datasetdm_fast.engine.sampling.schedule import (
     Sampler,
     SamplerState,
@@ -25,6 +24,8 @@ from datasetdm_fast.engine.sampling.schedule import (
     Update,
     checked_calls,
     guide,
+    make_schedule,
+    open_sampler,
     start,
     step,
 )

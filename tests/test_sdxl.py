@@ -14,7 +14,7 @@ from datasetdm_fast.engine.decoders.checkpoint import for_inference, seeded_deco
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loading.in_memory import model_of
-from datasetdm_fast.engine.loading.network import ConfigFile
+from datasetdm_fast.engine.loading.model import ConfigFile
 from datasetdm_fast.engine.loop.calls import call_text
 from datasetdm_fast.engine.loop.recipe import make_recipe
 from datasetdm_fast.engine.models.capture import RawCapture

@@ -13,9 +13,10 @@ from bench.decoders import load_decoders
 from datasetdm_fast import generate
 from datasetdm_fast import verify as command
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, SemanticMap
+from datasetdm_fast.engine import engines
 from datasetdm_fast.engine.decoders.checkpoint import build_decoder, save_decoder
 from datasetdm_fast.engine.decoders.config import upstream
-from datasetdm_fast.engine.engines import build_engine, opening
+from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.engines.fast import FastEngine
 from datasetdm_fast.engine.engines.fast.on_gpu import GpuEngine
 from datasetdm_fast.engine.labels import LABEL_KINDS
@@ -513,7 +514,7 @@ def test_labels_from_attention_are_compared_too(labeller, tmp_path, capsys, monk
 
 def test_engines_that_were_compared_before_several_processes_start_are_let_go(tmp_path, monkeypatch):
     """They would hold the memory of the first process's GPU."""
-    opened, open_engine = [], opening.open_engine
+    opened, open_engine = [], engines.open_engine
 
     def noted(*arguments, **named):
         engine, told = open_engine(*arguments, **named)
@@ -524,7 +525,7 @@ def test_engines_that_were_compared_before_several_processes_start_are_let_go(tm
         alive.append(opened[0]())
 
     alive = []
-    monkeypatch.setattr(opening, "open_engine", noted)
+    monkeypatch.setattr(engines, "open_engine", noted)
     monkeypatch.setattr(spawn.Supervisor, "work", started)
     flags = ["--number", "2", "--steps", "2", "--task", "depth", "--ranks", "2", "--verify", "1", "--quiet"]
     generate.main([*flags, "--out", str(tmp_path / "run")])

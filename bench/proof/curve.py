@@ -228,7 +228,7 @@ def main(arguments: Sequence[str]) -> int:
         decoders = count_noun(config.repeats * len(counts), "decoder")
         line = f"{decoders} for each task would be trained on {address} and scored on {config.data}"
         return print_plan(config, {"labels": counts, "repeats": config.repeats, "learn_from": address}, line)
-    from datasetdm_fast.engine.engines.opening import open_engine
+    from datasetdm_fast.engine.engines import open_engine
 
     engine, results, lines = open_engine(config.model, None, **config.engine_choices())[0], {}, []
     for task in tasks:

@@ -19,11 +19,10 @@ from bench.rehearsal.run import stage
 from bench.rehearsal.timeline import Timeline
 from bench.report.results import BUDGET
 from datasetdm_fast.data import Text
-from datasetdm_fast.engine import sampling
 from datasetdm_fast.engine.engines.fast import FastEngine
 from datasetdm_fast.engine.engines.fast.joint import JointEngine
 from datasetdm_fast.engine.loading import PRESETS
-from datasetdm_fast.engine.sampling.schedule import SamplerState
+from datasetdm_fast.engine.sampling.schedule import SamplerState, make_schedule
 from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.runs.run_settings import RunConfig
 
@@ -98,7 +97,7 @@ def joint_calls(title: str, name: str) -> dict[str, Callable[[], Any]]:
 def sampler_state(engine: FastEngine, latents: torch.Tensor) -> SamplerState:
     """The default sampler before its first call."""
     usual = engine.model.defaults
-    schedule = sampling.make_schedule(engine.model.scheduler, RunConfig.sampler, usual.steps)
+    schedule = make_schedule(engine.model.scheduler, RunConfig.sampler, usual.steps)
     return SamplerState(schedule, usual.guidance, latents)
 
 

@@ -17,8 +17,7 @@ from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.engines import fast
 from datasetdm_fast.engine.engines.fast.joint import JointEngine
 from datasetdm_fast.engine.loading import PRESETS
-from datasetdm_fast.engine.loading.model import Model
-from datasetdm_fast.engine.loading.network import ConfigFile
+from datasetdm_fast.engine.loading.model import ConfigFile, Model
 from datasetdm_fast.engine.loading.presets import preset
 from datasetdm_fast.engine.loop import driver
 from datasetdm_fast.engine.loop.diffusing import PROFILE

@@ -24,7 +24,6 @@ from bench.rehearsal.operations import Calls, Operations, fake_mode, tensors
 from bench.rehearsal.scenarios import SCENARIOS
 from bench.rehearsal.timeline import AGAIN, EARLY, FIRST, LOAD, NUMBER, OTHERS, WAIT, Flaw, Operation, Timeline
 from datasetdm_fast.data import Batch
-from datasetdm_fast.engine import sampling
 from datasetdm_fast.engine.engines import fast
 from datasetdm_fast.engine.engines.cuda_graph import StepGraph
 from datasetdm_fast.engine.loop import driver
@@ -196,7 +195,7 @@ def stage(timeline: Timeline, capability: tuple[int, int] = cuda.CAPABILITY) -> 
         for module, name, value in (
             (nn.Module, "_apply", _replaced),
             (fake_tensor, "init_gpu_context", lambda device: None),  # PyTorch 2.11 would start the GPU itself
-            (sampling, "make_schedule", unobserved(sampling.make_schedule)),
+            (walk, "make_schedule", unobserved(walk.make_schedule)),
             *([(sys.modules[to_host.__module__], "_thread", OfThread(timeline))] if is_local else []),
             (choice, "form_on", watched_forms(choice.form_on, timeline)),
             (choice, "is_sound", lambda name, form, device, dtype: True),

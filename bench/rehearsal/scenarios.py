@@ -25,14 +25,14 @@ from bench.runs import prepare
 from datasetdm_fast.command_line.run_settings import label_spec
 from datasetdm_fast.config import ATTENTION, LABELLER_KINDS, LABELS, SAMPLERS, UNDECODED, LabellerKind
 from datasetdm_fast.data import Annotation, Batch, Quarantined, Sample, SemanticMap
-from datasetdm_fast.engine.engines import opening
+from datasetdm_fast.engine import engines
 from datasetdm_fast.engine.engines.fast import FastEngine, on_gpu
 from datasetdm_fast.engine.labels import LABEL_KINDS, names
 from datasetdm_fast.engine.loop import driver, inverting
 from datasetdm_fast.engine.loop import recipe as recipes
 from datasetdm_fast.engine.pictures.framing import pictures_in_memory
 from datasetdm_fast.engine.pipeline import Pipeline
-from datasetdm_fast.engine.sampling import open_sampler
+from datasetdm_fast.engine.sampling.schedule import open_sampler
 from datasetdm_fast.engine.tasks.labeller import Labeller, LabellerInput
 from datasetdm_fast.kernels.transfer import to_host
 from datasetdm_fast.plugins import GROUP
@@ -307,5 +307,5 @@ def run_folders(engine: FastEngine) -> Iterator[Path]:
     """A folder for run folders; commands that open an engine get this one."""
     told = {label: {"digest": f"seeded: {label}", "licence": "none"} for label in engine.decoders}
     with tempfile.TemporaryDirectory() as folder:
-        with mock.patch.object(opening, "open_engine", lambda *arguments, **named: (engine, told)):
+        with mock.patch.object(engines, "open_engine", lambda *arguments, **named: (engine, told)):
             yield Path(folder)

@@ -27,7 +27,6 @@ from bench.world.things_seen import SeenThing, shares, things_seen
 from bench.world.worlds import ASKED, HELD_OUT, WORLDS, World
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.data import join_texts
-from datasetdm_fast.engine import sampling
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.loading import load_model
@@ -56,7 +55,7 @@ class Judges:
 def draw(
     engine: Engine, captions: Sequence[str], seeds: Sequence[int], steps: int, guidance: float, sampler: str
 ) -> np.ndarray:
-    schedule, side = sampling.make_schedule(engine.model.scheduler, sampler, steps), engine.model.size // 8
+    schedule, side = walk.make_schedule(engine.model.scheduler, sampler, steps), engine.model.size // 8
     images, started = [], time.monotonic()
     for start in range(0, len(captions), BATCH):
         some, chosen = captions[start : start + BATCH], seeds[start : start + BATCH]

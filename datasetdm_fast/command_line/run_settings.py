@@ -96,7 +96,8 @@ def check_settings(config: RunConfig) -> None:
     check_tasks(config.task, LABELS)
     _check_files(config.task)
     _check_attention(config.group(LabelSettings), config.group(PromptSettings), config.outlines)
-    parse_combinations(config.combine, config.task)
+    if config.combine:
+        parse_combinations(config.combine, config.task)
     if config.accept:
         parse_where(config.accept, tuple(SCORERS), FLAG)
     if config.most_tries != RunConfig.most_tries and not quarantines(config.identity()):

@@ -17,9 +17,9 @@ import numpy as np
 
 from datasetdm_fast.config import LABELS, UNDECODED, USUAL_SAMPLER
 from datasetdm_fast.data import AnyCapture, Batch, Capture, Quarantined, Request, Sample
+from datasetdm_fast.engine import engines
 from datasetdm_fast.engine.decoders.folders import SHIPPED
-from datasetdm_fast.engine.engines import opening
-from datasetdm_fast.engine.engines.start import in_own_precision
+from datasetdm_fast.engine.engines import in_own_precision
 from datasetdm_fast.engine.labels import kind_of, task_of
 from datasetdm_fast.engine.labels.names import by_task, check_label
 from datasetdm_fast.engine.labels.pictures import PREVIEW_SAMPLES, preview
@@ -163,7 +163,7 @@ class Pipeline:
         _check_options(size, options)
         adapters = tuple(map(str, _several("lora", lora, "files", (str, os.PathLike))))
         decoder = model if decoder is None and model in SHIPPED else decoder
-        engine, _ = opening.open_engine(
+        engine, _ = engines.open_engine(
             str(model), decoder, size=size, allow_download=allow_download, lora=adapters, **options
         )
         return cls(engine)
@@ -175,7 +175,7 @@ class Pipeline:
         from datasetdm_fast.engine.loading.in_memory import model_of
 
         _check_options(size, options)
-        engine, _ = opening.open_engine("", decoder, loaded=model_of(pipe, size), **options)
+        engine, _ = engines.open_engine("", decoder, loaded=model_of(pipe, size), **options)
         return cls(engine)
 
     def __repr__(self) -> str:
@@ -535,8 +535,7 @@ class Pipeline:
         self, prompt: str, timestep: int, seed: int, steps: int, guidance: float, *, is_raw: bool
     ) -> AnyCapture:
         """The capture of one image on its way from noise."""
-        from datasetdm_fast.engine.sampling import make_schedule
-        from datasetdm_fast.engine.sampling.schedule import SamplerState
+        from datasetdm_fast.engine.sampling.schedule import SamplerState, make_schedule
         from datasetdm_fast.engine.sampling.times import initial_noise
         from datasetdm_fast.kernels.transfer import to_device
 

@@ -28,9 +28,18 @@ from datasetdm_fast.engine.loading.checks import (
     quiet_libraries,
     read_config,
 )
-from datasetdm_fast.engine.loading.model import Model, check_model
-from datasetdm_fast.engine.loading.network import ConfigFile, Network, count_numbers, tensors_of
-from datasetdm_fast.engine.loading.provenance import UNKNOWN_LICENCE, digest, files_of, folder_licence
+from datasetdm_fast.engine.loading.model import (
+    UNKNOWN_LICENCE,
+    ConfigFile,
+    Model,
+    Network,
+    check_model,
+    count_numbers,
+    digest,
+    files_of,
+    folder_licence,
+    tensors_of,
+)
 from datasetdm_fast.engine.loading.tokenizer import OwnTokenizer, load_tokenizer
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.plugins import load_place

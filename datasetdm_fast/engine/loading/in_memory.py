@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from datasetdm_fast.engine.backbones import list_supported, open_backbone
 from datasetdm_fast.engine.loading.checks import check_scheduler
 from datasetdm_fast.engine.loading.folder import SCHEDULER
-from datasetdm_fast.engine.loading.model import Model, check_model
-from datasetdm_fast.engine.loading.network import ConfigFile, Network
-from datasetdm_fast.engine.loading.provenance import UNKNOWN_LICENCE
+from datasetdm_fast.engine.loading.model import UNKNOWN_LICENCE, ConfigFile, Model, Network, check_model
 from datasetdm_fast.errors import Refused
 
 NOTES = ("_diffusers_version", "_use_default_values", "_name_or_path")  # of a config, that are no settings

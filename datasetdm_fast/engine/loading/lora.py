@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.loading.checks import first_line, quiet_libraries
-from datasetdm_fast.engine.loading.model import Model
-from datasetdm_fast.engine.loading.provenance import digest
+from datasetdm_fast.engine.loading.model import Model, digest
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.untrusted import documents, tensors
 

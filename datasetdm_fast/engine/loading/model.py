@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import safetensors
+import torch
 from torch import Tensor, nn
 
 from datasetdm_fast.config import Defaults
 from datasetdm_fast.engine.backbones.record import Backbone, Configs, Guidance, Latents
 from datasetdm_fast.engine.loading.checks import check_size
-from datasetdm_fast.engine.loading.network import Network
-from datasetdm_fast.engine.loading.provenance import drawable_things
 from datasetdm_fast.engine.loading.tokenizer import LimitedTokenizer, OwnTokenizer
+from datasetdm_fast.engine.models.layers import room
 from datasetdm_fast.stages import Level
 from datasetdm_fast.untrusted.tensors import check_finite
+
+UNKNOWN_LICENCE = "unknown: ask the model's owner"
+Stored = Callable[[str, Tensor], torch.dtype]  # the type in which a tensor of this name is to be kept
 
 
 class Modules(Mapping[str, nn.Module]):
@@ -177,3 +184,181 @@ def check_model(model: Model, *, is_seeded: bool = False) -> Model:
     for name in model.networks if not is_seeded else ():
         check_finite(model.networks[name].read().state_dict(), f"model: {model.name}: {name}.")
     return model
+
+
+def as_widest(name: str, value: Tensor) -> torch.dtype:
+    return torch.float32 if value.is_floating_point() else value.dtype
+
+
+class ConfigFile(dict[str, Any]):
+    """A config.json whose entries are attributes too, as those of diffusers' configs are."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class ReadOnce(dict[str, Tensor]):
+    """Tensors by name; a weight is removed when it is read, so that what is made of it takes its place."""
+
+    is_given_away = True  # there is no other reference to the tensors
+
+    def __init__(self, tensors: Mapping[str, Tensor], computed_as: torch.dtype | None = None):
+        super().__init__(tensors)
+        self.computed_as = computed_as  # the type of what is made of several of them
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.pop(name) if dict.__getitem__(self, name).dim() > 1 else dict.__getitem__(self, name)
+
+
+class Weighted:
+    """The configuration and the tensors of a network, as those who build one of their own read them."""
+
+    def __init__(self, config: Any, state: Mapping[str, Tensor]):
+        self.config, self.state = config, state
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        return self.state
+
+
+class Network:
+    """Its `module` is built when it is first needed, and then holds the weights; until then they are read from their
+    source each time. `count` is how many numbers they are, found without them.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        build: Callable[[], nn.Module],
+        read: Callable[[Stored], dict[str, Tensor]],
+        count: Callable[[], int] = lambda: 0,
+    ):
+        self.config, self._build, self._read, self._count = config, build, read, count
+        self._module: nn.Module | None = None
+        self._built = 0  # changes of the parameters when they were filled
+
+    @classmethod
+    def of(cls, module: nn.Module, rebuild: Callable[[], nn.Module] | None = None) -> Network:
+        """The network of a module that was built, and that `rebuild` builds once it is unloaded."""
+        build = rebuild or (lambda: module)
+        count = sum(value.numel() for value in module.parameters())
+        network = cls(module.config, build, lambda _: build().state_dict(), lambda: count)
+        network._module, network._built = module.eval().requires_grad_(False), _versions(module)
+        return network
+
+    @property
+    def module(self) -> nn.Module:
+        if self._module is None:
+            with torch.device("cpu"), torch.inference_mode(False):  # whoever asks first
+                self._module = self._build().eval().requires_grad_(False)
+            self._built = _versions(self._module)
+        return self._module
+
+    @property
+    def is_built(self) -> bool:
+        return self._module is not None
+
+    def numel(self) -> int:
+        """Numbers in its weights."""
+        return self._count() if self._module is None else sum(value.numel() for value in self._module.parameters())
+
+    def unload(self) -> None:
+        """Drops the module, which is built again when it is next needed; one that was changed stays."""
+        if not self.changes:
+            self._module = None
+
+    @property
+    def changes(self) -> int:
+        """How often a weight was changed in place since the module was built."""
+        return _versions(self._module) - self._built if self._module is not None else 0
+
+    def read(self, stored: Stored = as_widest, computed_as: torch.dtype | None = None) -> Weighted:
+        """The weights: those of the module, or from their source in the type that `stored` returns for each, to be read
+        once.
+        """
+        if self._module is not None:
+            return Weighted(self.config, self._module.state_dict())
+        return Weighted(self.config, ReadOnce(self._read(stored), computed_as))
+
+    def take(self, stored: Stored = as_widest) -> Weighted:
+        """`read`; the module is unloaded, and each weight goes when it is read."""
+        weights = self.read(stored).state_dict()
+        self.unload()
+        return Weighted(self.config, ReadOnce(weights))
+
+
+def _versions(module: nn.Module) -> int:
+    """A counter that PyTorch advances when a weight is changed in place."""
+    return sum(parameter._version for parameter in module.parameters() if not parameter.is_inference())
+
+
+def tensors_of(file: Path, stored: Stored) -> dict[str, Tensor]:
+    """The tensors of a safetensors file."""
+    tensors = {}
+    with safetensors.safe_open(file, "pt") as opened:
+        for name in opened.keys():
+            value = opened.get_tensor(name)
+            tensors[name] = room(value.shape, stored(name, value)).copy_(value)
+    return tensors
+
+
+def count_numbers(file: Path) -> int:
+    """Numbers in a safetensors file."""
+    with safetensors.safe_open(file, "pt") as opened:
+        return sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())
+
+
+def as_filled(
+    shapes: Mapping[str, torch.Size], fill: Callable[[str, Tensor], Tensor], stored: Stored
+) -> dict[str, Tensor]:
+    """Tensors of these shapes, each filled in the order of the names."""
+    tensors = {}
+    for name in sorted(shapes):
+        value = fill(name, room(shapes[name]))
+        dtype = stored(name, value)
+        tensors[name] = value if dtype == value.dtype else room(value.shape, dtype).copy_(value)
+    return tensors
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The files of a folder, without the hidden ones that file managers leave."""
+    return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+
+
+def digest(files: list[Path]) -> str:
+    """SHA-256 over the contents of `files` in order."""
+    total = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                total.update(block)
+    return f"sha256:{total.hexdigest()}"
+
+
+def drawable_things(folder: Path) -> tuple[str, ...]:
+    """What the card of a model folder lists that the model can draw, as `draws: [ball, cube]`; empty without a list."""
+    listed = re.search(r"^draws:\s*\[(.*)\]\s*$", _front_matter(folder), re.MULTILINE)
+    return tuple(filter(None, (word.strip().strip("\"'") for word in listed[1].split(",")))) if listed else ()
+
+
+def folder_licence(folder: Path) -> str:
+    """Licence text of a model folder, else the licence its card names, else a line saying that it is unknown."""
+    texts = sorted(
+        path for path in folder.iterdir() if path.is_file() and path.stem.upper() in ("LICENSE", "LICENCE", "COPYING")
+    )
+    if texts:
+        return texts[0].read_text(encoding="utf-8", errors="replace").strip()
+    named = dict(re.findall(r"^(licen[sc]e(?:_name)?):\s*(\S.*)$", _front_matter(folder), re.MULTILINE))
+    name: str = named.get("licence") or named.get("license") or UNKNOWN_LICENCE
+    return (named.get("license_name", name) if name == "other" else name).strip().strip("\"'")
+
+
+def _front_matter(folder: Path) -> str:
+    """The YAML at the head of a folder's card, empty where there is none."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return ""
+    front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    return front[1] if front else ""

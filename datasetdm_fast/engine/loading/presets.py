@@ -17,8 +17,7 @@ from datasetdm_fast.engine.backbones.record import Backbone, Configs, Part
 from datasetdm_fast.engine.backbones.sd import SD
 from datasetdm_fast.engine.loading import shapes
 from datasetdm_fast.engine.loading.folder import class_of, load_folder
-from datasetdm_fast.engine.loading.model import Model, check_model
-from datasetdm_fast.engine.loading.network import ConfigFile, Network, as_filled
+from datasetdm_fast.engine.loading.model import ConfigFile, Model, Network, as_filled, check_model
 from datasetdm_fast.engine.loading.tokenizer import OwnTokenizer
 from datasetdm_fast.errors import Missing
 

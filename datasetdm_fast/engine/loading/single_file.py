@@ -27,10 +27,8 @@ from datasetdm_fast.engine.loading.checks import (
     quiet_libraries,
     read_config,
 )
-from datasetdm_fast.engine.loading.model import Model, check_model
-from datasetdm_fast.engine.loading.network import Network
+from datasetdm_fast.engine.loading.model import UNKNOWN_LICENCE, Model, Network, check_model, digest
 from datasetdm_fast.engine.loading.presets import build_empty, build_module
-from datasetdm_fast.engine.loading.provenance import UNKNOWN_LICENCE, digest
 from datasetdm_fast.engine.loading.tokenizer import tokenizer_beside
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.untrusted import documents, pickles, tensors

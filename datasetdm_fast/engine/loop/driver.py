@@ -19,7 +19,7 @@ from datasetdm_fast.data import (
     Text,
     join_texts,
 )
-from datasetdm_fast.engine.engines.start import in_own_precision
+from datasetdm_fast.engine.engines import in_own_precision
 from datasetdm_fast.engine.labels.class_tables import spoken
 from datasetdm_fast.engine.loop.calls import CapturedCalls, call_text
 from datasetdm_fast.engine.loop.class_prompts import concept_places

@@ -103,7 +103,9 @@ def collect_results(
         if where:
             results.append(Quarantined(request, f"NaN or infinite values in {', '.join(where)}"))
         else:
-            annotations = apply_combinations({task: labels[task][b] for task in recipe.tasks}, recipe.combinations)
+            annotations = {task: labels[task][b] for task in recipe.tasks}
+            if recipe.combinations:
+                annotations = apply_combinations(annotations, recipe.combinations)
             sample = Sample(request, pixels[b], annotations, {**recipe.facts, **engine.adjustments})
             distances = {
                 task: engine.decoders[task].domain.measure(sketches[task][b], labels[task][b]) for task in sketches

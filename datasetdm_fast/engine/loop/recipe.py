@@ -159,7 +159,7 @@ def make_recipe(
     """The recipe of a run; 0 means the default of the model. A `strength` below 1 leaves only the last calls of the
     schedule. `attention` are settings of attention_recipe.
     """
-    from datasetdm_fast.engine.sampling import make_schedule
+    from datasetdm_fast.engine.sampling.schedule import make_schedule
     from datasetdm_fast.engine.sampling.times import choose_sampler
 
     model = engine.model
@@ -232,7 +232,7 @@ def make_recipe(
         tuple(tasks),
         captures,
         words,
-        parse_combinations(combine, tasks),
+        parse_combinations(combine, tasks) if combine else (),
         facts,
         ignores_doubtful=ignore == "disagreeing",
         least_confidence=ignore_below,
@@ -249,7 +249,8 @@ def make_recipe(
         calls = choose(len(schedule), recipe.captured)
         facts["whole_calls"] = len(schedule) - len(calls)
         recipe = replace(recipe, cached=calls) if speed == CACHED else replace(recipe, fp8=calls)
-    check_mask_words(recipe.combinations, label_tables(engine, recipe))
+    if combine:
+        check_mask_words(recipe.combinations, label_tables(engine, recipe))
     return recipe
 
 

@@ -13,11 +13,12 @@ import numpy as np
 
 from datasetdm_fast.config import REFERENCE
 from datasetdm_fast.data import Batch, Request, Sample
-from datasetdm_fast.engine.engines import build_engine, check_engine, opening
+from datasetdm_fast.engine import engines
+from datasetdm_fast.engine.engines import build_engine, check_engine
 from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.labels import kind_of, label_files
 from datasetdm_fast.engine.labels.names import by_task
-from datasetdm_fast.engine.loading.provenance import digest
+from datasetdm_fast.engine.loading.model import digest
 from datasetdm_fast.engine.loop import driver
 from datasetdm_fast.engine.loop.checks import check_seed, check_tasks
 from datasetdm_fast.engine.loop.origin import FROM_NOISE
@@ -166,7 +167,7 @@ def open_pair(
     check_engine(settings.engine, **options)
     if labels:
         check_tasks(labels)
-    reference, decoders = opening.open_engine(
+    reference, decoders = engines.open_engine(
         model.model,
         None if model.decoder == "none" else model.decoder,
         labels or None,

@@ -23,7 +23,7 @@ from datasetdm_fast.disk.locks import cache_folder
 from datasetdm_fast.engine import loop
 from datasetdm_fast.engine.decoders.folders import SHIPPED
 from datasetdm_fast.engine.labels import kind_of
-from datasetdm_fast.engine.loading.provenance import digest
+from datasetdm_fast.engine.loading.model import digest
 from datasetdm_fast.engine.loop import driver
 from datasetdm_fast.engine.loop.inverting import TIMESTEPS, inversion_generator, inversion_recipe
 from datasetdm_fast.engine.pictures.framing import PicturesInMemory

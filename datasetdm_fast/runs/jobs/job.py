@@ -10,7 +10,7 @@ from typing import Any
 from datasetdm_fast.config import ATTENTION, ENGINES, HALF, TASK_KINDS, UNDECODED
 from datasetdm_fast.data import Request
 from datasetdm_fast.disk import storage
-from datasetdm_fast.engine.engines import opening
+from datasetdm_fast.engine import engines
 from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.labels import class_tables, kind_of
 from datasetdm_fast.engine.labels.colours import CUSTOM, OURS
@@ -194,7 +194,7 @@ def open_engine(
     if engine.dtype == "auto":
         options["dtype"] = (dtype or "auto") if stored is None else _stored_dtype(engine.engine, stored["engine"])
     decoded = tuple(task for task in labels if task not in UNDECODED)
-    return opening.open_engine(model.model, model.decoder if decoded else None, decoded, **options)
+    return engines.open_engine(model.model, model.decoder if decoded else None, decoded, **options)
 
 
 def _stored_dtype(name: str, stored: Mapping[str, Any]) -> str:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from datasetdm_fast.config import ENGINES, HALF, LABELLER_KINDS
+from datasetdm_fast.engine import engines
 from datasetdm_fast.engine.decoders.folders import DecoderFolders, find_decoders, parts_of
-from datasetdm_fast.engine.engines import opening
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.jobs.job import Job, build_job, check_room
@@ -144,7 +144,7 @@ def _relocated_model(model: str, stored: Mapping[str, Any]) -> dict[str, str]:
     if before is None or model == before or not path.exists():
         return {}
     from datasetdm_fast.engine.loading.folder import folder_digests  # which needs torch
-    from datasetdm_fast.engine.loading.provenance import digest
+    from datasetdm_fast.engine.loading.model import digest
 
     try:
         digests = folder_digests(path) if path.is_dir() else {"file": digest([path])}
@@ -158,7 +158,7 @@ def _relocated_decoder(model: str, decoder: str, size: int, stored: Mapping[str,
     if before is None or decoder == before:
         return {}
     try:
-        described = opening.describe_decoders(_find_decoders(model, decoder, size), list(digests))
+        described = engines.describe_decoders(_find_decoders(model, decoder, size), list(digests))
     except (Refused, Missing, KeyError, OSError):  # loading states what is wrong with them
         return {}
     return {"decoder": before} if digests == _digests(described) else {}

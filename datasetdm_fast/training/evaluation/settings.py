@@ -102,7 +102,7 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
         return self.open_whole(address, size, tasks, self.selection())
 
     def open_engine(self, decoder: str | None = None) -> Any:
-        from datasetdm_fast.engine.engines.opening import open_engine
+        from datasetdm_fast.engine.engines import open_engine
 
         options = {"size": self.size, "allow_download": self.allow_download, "outlines": self.outlines}
         return open_engine(self.model, decoder, **options, **self.engine_choices())[0]

@@ -16,8 +16,7 @@ from datasetdm_fast.engine.backbones.latent_space import scale
 from datasetdm_fast.engine.decoders.trunk import Decoder, with_ops
 from datasetdm_fast.engine.engines.device import engine_call, resolve_device, slow_in_fp16
 from datasetdm_fast.engine.engines.engine import Engine, check_task
-from datasetdm_fast.engine.loading.model import Model
-from datasetdm_fast.engine.loading.network import Weighted
+from datasetdm_fast.engine.loading.model import Model, Weighted
 from datasetdm_fast.engine.models.capture import (
     AttentionSlot,
     CaptureHook,

@@ -21,8 +21,7 @@ from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.engines.device import engine_call, resolve_device
 from datasetdm_fast.engine.engines.fast.engine import CHUNK_PIXELS, DTYPES
 from datasetdm_fast.engine.engines.torch import TorchEngine
-from datasetdm_fast.engine.loading.model import Model
-from datasetdm_fast.engine.loading.network import Network
+from datasetdm_fast.engine.loading.model import Model, Network
 from datasetdm_fast.engine.models.capture import Projection
 from datasetdm_fast.engine.models.fp8 import with_fp8_products
 from datasetdm_fast.engine.models.mmdit import MMDiT

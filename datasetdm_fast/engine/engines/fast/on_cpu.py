@@ -21,7 +21,7 @@ from datasetdm_fast.engine.engines.fast.engine import (
     channels_last,
     slice_of,
 )
-from datasetdm_fast.engine.loading.network import Weighted, as_widest
+from datasetdm_fast.engine.loading.model import Weighted, as_widest
 from datasetdm_fast.engine.models.blocks import has_blocks, is_narrow, with_blocks
 from datasetdm_fast.engine.models.packed import pack_layers, spending
 from datasetdm_fast.engine.models.unet import UNet

@@ -15,7 +15,7 @@ from datasetdm_fast.engine.decoders.trunk import copy_for_gpu, is_folded
 from datasetdm_fast.engine.engines.cuda_graph import GraphPool, StepGraph
 from datasetdm_fast.engine.engines.device import engine_call, halve_until_fits, suggest_batch
 from datasetdm_fast.engine.engines.fast.engine import FastEngine, Inputs, Step
-from datasetdm_fast.engine.loading.network import Weighted
+from datasetdm_fast.engine.loading.model import Weighted
 from datasetdm_fast.engine.models.fused import FusedImageDecoder, FusedUNet
 from datasetdm_fast.engine.models.unet import UNet
 from datasetdm_fast.engine.models.vae import ImageDecoder
