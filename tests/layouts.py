@@ -285,6 +285,18 @@ def hf_parquet(root: Path) -> None:
     id2label(root)
 
 
+def hf_saved(root: Path) -> None:
+    """As `DatasetDict.save_to_disk` writes it: streams of record batches, and a file that names them."""
+    (root / "train").mkdir(parents=True)
+    table, names = hf_table(), [f"data-{k:05d}-of-00002.arrow" for k in range(2)]
+    for name, rows in zip(names, (table.slice(0, 2), table.slice(2)), strict=True):
+        with pa.ipc.new_stream(root / "train" / name, table.schema) as file:
+            file.write_table(rows, max_chunksize=1)
+    (root / "train" / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
+    (root / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    id2label(root)
+
+
 def hf_imagefolder(root: Path) -> None:
     folder(root / "train")
     rows = [
@@ -403,6 +415,7 @@ LAYOUTS: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...]]] = {
     "run": ("run", run, ("semantic", "instance", "open-vocabulary", "depth", "pose")),
     "folder": ("folder", folder, ("semantic", "open-vocabulary", "depth")),
     "hf-parquet": ("hf", hf_parquet, ("semantic", "open-vocabulary", "depth")),
+    "hf-saved": ("hf", hf_saved, ("semantic", "open-vocabulary", "depth")),
     "hf-imagefolder": ("hf", hf_imagefolder, ("semantic", "open-vocabulary", "depth")),
 }
 

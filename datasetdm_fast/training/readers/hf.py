@@ -29,9 +29,10 @@ NOTE = "depth unit"  # key of a depth map's own unit
 
 
 class HuggingFace(PictureSource):
-    """Images with metadata.jsonl or metadata.csv, or Parquet files; columns by their usual names. The numbers of label
-    maps are named by id2label.json, {"0": name, ...}, by the features of the table, or by classes.txt; max_depth.txt is
-    as in a plain folder. What convert wrote has all of it in classes.json; its lists of objects and people are ignored.
+    """Images with metadata.jsonl or metadata.csv, Parquet files, or what save_to_disk of datasets wrote; columns by
+    their usual names. The numbers of label maps are named by id2label.json, {"0": name, ...}, by the features of the
+    table, or by classes.txt; max_depth.txt is as in a plain folder. What convert wrote has all of it in classes.json;
+    its lists of objects and people are ignored.
     """
 
     rule = windows.RULES["voc"]

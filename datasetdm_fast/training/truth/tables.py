@@ -1,4 +1,4 @@
-"""Rows of a folder in Hugging Face's layouts: images with a metadata file, or Parquet files."""
+"""Rows of a folder in Hugging Face's layouts: images with a metadata file, Parquet files, or Arrow files."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import io
 import json
 import threading
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.errors import Missing, Refused
@@ -23,14 +24,20 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 FILE_NAME = "file_name"  # a column of metadata files that names the image; a file of another column has it as suffix
 LARGEST_METADATA = 2**31  # bytes; of 80,000 samples with things it is 120 MB
 LARGEST_GROUP = 2**31  # bytes of a row group, unpacked: one is in memory at a time
+STATE = "state.json"  # beside the Arrow files of `save_to_disk`, which it names
 FEATURES = b"huggingface"  # key of a schema that describes the columns
 PUBLISHED = {"val": "validation"}  # split -> its name in the names of Parquet files
-EXPECTED = "Expected pictures with metadata.jsonl, or Parquet files."
+EXPECTED = "Expected pictures with metadata.jsonl, Parquet files, or what save_to_disk of datasets wrote."
 
 
-def open_rows(path: Path, split: str) -> MetadataRows | ParquetRows:
+def open_rows(path: Path, split: str) -> MetadataRows | TableRows:
     """The rows of a split of a folder."""
     reading.first_there(path)
+    for name in dict.fromkeys((split, PUBLISHED.get(split, split))):
+        if (path / name / STATE).exists():
+            return TableRows(path / name, _saved_files(path / name))
+    if (path / STATE).exists() and split == "train":
+        return TableRows(path, _saved_files(path))
     for folder in (path / split, path / "data" / split, path):
         for file in (folder / name for name in METADATA):
             if file.exists():
@@ -39,12 +46,12 @@ def open_rows(path: Path, split: str) -> MetadataRows | ParquetRows:
         for name in dict.fromkeys((split, PUBLISHED.get(split, split))):
             for pattern in (f"{name}-*.parquet", f"{name}.parquet", f"{name}/*.parquet"):
                 if files := sorted(folder.glob(pattern)):
-                    return ParquetRows(path, files)
+                    return TableRows(path, files)
     files = sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
     if files and split == "train":
-        return ParquetRows(path, files)
+        return TableRows(path, files)
     other_splits = (file for folder in (path, path / "data") for name in METADATA for file in folder.glob(f"*/{name}"))
-    if files or any(other_splits):
+    if files or any(other_splits) or any((*path.glob(STATE), *path.glob(f"*/{STATE}"))):
         raise reading.no_split(path, split)
     raise Refused(f"{path}: no data set of Hugging Face's kinds", EXPECTED)
 
@@ -97,34 +104,64 @@ def _csv_rows(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-class ParquetRows:
-    """Parquet files of one schema, a row group in memory at a time; rows are checked when they are read."""
+def _saved_files(folder: Path) -> list[Path]:
+    """The Arrow files of a data set that `save_to_disk` wrote."""
+    state = documents.read_object(folder / STATE)
+    try:
+        documents.check_form(state, {"_data_files": [{"filename": str}]})
+    except ValueError as error:
+        raise reading.bad(folder / STATE, f"not what save_to_disk writes ({error})") from error
+    return [reading.inside(folder, file["filename"], folder / STATE) for file in state["_data_files"]]
+
+
+class Group(NamedTuple):
+    """Rows that are read together."""
+
+    rows: int
+    bytes: int  # unpacked
+    read: Callable[[], pyarrow.Table]
+
+
+def _read_groups(file: Path) -> tuple[pyarrow.Schema, list[Group]]:
+    """The schema and the groups of a Parquet file, or of an Arrow file, which stays on the disk."""
+    import pyarrow
+    from pyarrow import ipc, parquet
+
+    if file.suffix == ".arrow":
+        stream = ipc.open_stream(pyarrow.memory_map(str(file)))
+        tables = [pyarrow.Table.from_batches([batch]) for batch in stream]
+        return stream.schema, [Group(table.num_rows, table.nbytes, partial(table.slice, 0)) for table in tables]
+    reader = parquet.ParquetFile(file, memory_map=True)
+    groups = [(k, reader.metadata.row_group(k)) for k in range(reader.metadata.num_row_groups)]
+    return reader.schema_arrow, [
+        Group(group.num_rows, group.total_byte_size, partial(reader.read_row_group, k)) for k, group in groups
+    ]
+
+
+class TableRows:
+    """Parquet or Arrow files of one schema, a group of rows in memory at a time; rows are checked when read."""
 
     def __init__(self, folder: Path, files: Sequence[Path]):
-        try:
-            from pyarrow import parquet
-        except ImportError as error:
-            raise Missing("hf: the library `pyarrow` is not installed", "Install datasetdm-fast[hf].") from error
-        self.folder, self.groups, counts = folder, [], []
+        self.folder, self.groups = folder, list[Group]()
         for file in files:
             if not file.is_file():
                 raise reading.bad(file, "not a regular file")
             try:
-                reader = parquet.ParquetFile(file, memory_map=True)
-                groups = [reader.metadata.row_group(k) for k in range(reader.metadata.num_row_groups)]
-                schema = reader.schema_arrow
+                schema, groups = _read_groups(file)
+            except ImportError as error:
+                raise Missing("hf: the library `pyarrow` is not installed", "Install datasetdm-fast[hf].") from error
             except Exception as error:
-                raise Refused(f"{file}: not a Parquet file ({type(error).__name__})", EXPECTED) from error
-            if any(not 0 <= group.total_byte_size <= LARGEST_GROUP for group in groups):
+                kind = "an Arrow" if file.suffix == ".arrow" else "a Parquet"
+                raise Refused(f"{file}: not {kind} file ({type(error).__name__})", EXPECTED) from error
+            if any(not 0 <= group.bytes <= LARGEST_GROUP for group in groups):
                 raise reading.bad(file, f"a row group of more than {LARGEST_GROUP} bytes")
             if file == files[0]:
                 self.schema = schema
             elif schema.names != self.schema.names:
                 raise reading.bad(file, f"its columns are not those of {files[0].name}")
-            self.groups += [(reader, k) for k in range(len(groups))]
-            counts += [group.num_rows for group in groups]
+            self.groups += groups
         self.columns: Sequence[str] = self.schema.names
-        self.ends = list(accumulate(counts)) or [0]
+        self.ends = list(accumulate(group.rows for group in self.groups)) or [0]
         self._cached: tuple[int, pyarrow.Table] | None = None
         self._lock = threading.Lock()  # a training reads from two threads
 
@@ -145,8 +182,7 @@ class ParquetRows:
         place = bisect_right(self.ends, number)
         with self._lock:
             if self._cached is None or self._cached[0] != place:
-                reader, group = self.groups[place]
-                self._cached = (place, reader.read_row_group(group))
+                self._cached = (place, self.groups[place].read())
             return self._cached[1], number - (self.ends[place - 1] if place else 0)
 
     def features(self, column: str) -> Any:
