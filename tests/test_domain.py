@@ -3,10 +3,12 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import skips
+import torch
 from foreign_domains import DOMAINS, write_domain
 from safetensors.torch import load_file, save_file
 
@@ -19,8 +21,9 @@ from datasetdm_fast.engine.decoders.folders import DEMO
 from datasetdm_fast.engine.labels.trust import with_domain, with_undrawn
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.training import workflow
 from datasetdm_fast.training.cross_validation import bound_of
-from datasetdm_fast.training.report import describe_result
+from datasetdm_fast.training.report import describe_framing, describe_result, describe_warnings
 from datasetdm_fast.training.workflow import read_check
 
 D, SIDE = 8, 4  # numbers of a descriptor, cells of a side
@@ -207,6 +210,105 @@ def test_a_training_that_ended_badly_tells_so_in_its_last_line():
         last = list(describe_result(Path("out"), "semantic", RESULT, folds))[-1]
         assert last.startswith("semantic: the training ended badly: ") == is_bad
     assert bound_of("depth", [0.10, 0.11, 0.12]) > 0.12, "of errors, less is better"
+
+
+def test_the_self_check_reads_captions_from_all_over_the_data_that_the_text_encoder_reads_whole():
+    def tokens(text):
+        return SimpleNamespace(input_ids=text.split())
+
+    tokens.model_max_length = 3
+    model = SimpleNamespace(tokenizer=tokens)
+
+    def chosen(count, long=()):
+        items = [SimpleNamespace(caption=f"{k} is here" + " and long" * (k in long)) for k in range(count)]
+        session = SimpleNamespace(engine=SimpleNamespace(model=model), split=(range(count), ()), source=items)
+        return [int(text.split()[0]) for text in workflow._choose_captions(session)]
+
+    assert chosen(5) == [0, 1, 2, 3, 4] and chosen(5, long=(1, 3)) == [0, 2, 4] and chosen(2, long=(0, 1)) == []
+    assert chosen(40) == [0, 5, 10, 15, 20, 25, 30, 35]
+    assert chosen(81) == [0, 9, 18, 30, 39, 48, 60, 69]  # of every third, 27, every 27 / 8
+
+
+def test_the_domain_is_measured_on_pictures_from_all_over_the_data(monkeypatch):
+    asked, batches = [], []
+
+    class Decoder:
+        config = SimpleNamespace(task="semantic")
+
+        def to(self, device):
+            return self
+
+        def sketch(self, levels):
+            return torch.stack(levels)
+
+    def views(task, numbers, draws):
+        asked.append((task, list(numbers), draws))
+
+        def batch(chosen):
+            batches.append(list(chosen))
+            return torch.tensor(list(chosen))[:, None]
+
+        class Views(list):
+            captures, item = SimpleNamespace(batch=batch), staticmethod(lambda view: f"item {view}")
+
+        return Views(range(len(numbers) * draws))
+
+    monkeypatch.setattr(workflow, "project", lambda decoder, levels: levels)
+    monkeypatch.setattr(workflow, "TASKS", {"semantic": SimpleNamespace(truth=lambda source, item: (source, item))})
+    monkeypatch.setattr(workflow, "learn_domain", lambda *given: given)
+    engine = SimpleNamespace(device=torch.device("cpu"))
+
+    def measured(count):
+        session = SimpleNamespace(numbers=range(count), views=views, engine=engine, source="source")
+        return workflow.measure_domain(session, Decoder())
+
+    assert measured(domain.LEAST_IMAGES - 1) is None
+    sketches, labels, images = measured(domain.LEAST_IMAGES)
+    count = domain.LEAST_IMAGES * 4
+    assert asked[-1] == ("semantic", list(range(domain.LEAST_IMAGES)), 4) and sketches[:, 0].tolist() == list(
+        range(count)
+    )
+    assert labels == [("source", f"item {view}") for view in range(count)] and images == [
+        view // 4 for view in range(count)
+    ]
+    assert sum(batches, []) == list(range(count)) and max(map(len, batches)) == 8
+    assert len(measured(301)[1]) == 800 and asked[-1][1] == [k * 301 // 200 for k in range(200)]
+
+
+def test_what_a_training_is_told_to_be_wrong_with():
+    for outside, is_told in ((4, False), (5, True)):
+        warnings = describe_warnings("semantic", None, {"samples": 8, "out_of_domain": outside})
+        assert [text.startswith(f"{outside} of 8 samples") for text in warnings] == [True] * is_told
+    told = list(describe_result(Path("out"), "semantic", RESULT, None, {"samples": 8, "out_of_domain": 3}))
+    assert "  5 of 8 samples generated from its captions are like its pictures" in told
+    whole = workflow.TrainingOutcome({"steps": 1}, {"folds": 5}, {"samples": 8}).document
+    assert whole == {"steps": 1, "folds": {"folds": 5}, "self_check": {"samples": 8}}
+    assert workflow.TrainingOutcome({"steps": 1}, None).document == {"steps": 1}
+    assert workflow.TrainingOutcome(None, {"folds": 5}).document is None
+
+
+@pytest.mark.parametrize(
+    ("pictures", "scaled", "cut", "framing", "told"),
+    [
+        (3, 0, 0, "fit", ""),
+        (3, 3, 0, "fit", "all 3 pictures are scaled to that"),
+        (3, 3, 3, "fit", "all 3 pictures are scaled to that and cut to the square in the middle"),
+        (3, 1, 0, "fit", "1 of 3 pictures is scaled to that"),
+        (
+            4,
+            2,
+            1,
+            "upstream",
+            "2 of 4 pictures are scaled to that, 1 of them cut to a square that DatasetDM's rule draws",
+        ),
+        (1, 1, 1, "fit", "1 of 1 picture is scaled to that and cut to the square in the middle"),
+        (1, 1, 1, "person", "1 person, in the middle of a square that is cut out and scaled to that"),
+        (2, 2, 2, "person", "2 persons, each in the middle of a square that is cut out and scaled to that"),
+    ],
+)
+def test_how_pictures_are_brought_to_the_models_size_in_words(pictures, scaled, cut, framing, told):
+    facts = {"pictures": pictures, "scaled": scaled, "cut_to_a_square": cut, "framing": framing}
+    assert describe_framing(facts) == told
 
 
 @skips.long_test

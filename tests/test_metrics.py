@@ -1,5 +1,6 @@
 """Figures of merit: one on the truth itself, known values on known mistakes."""
 
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,9 +12,12 @@ from bench.proof.students.examples import Examples
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.training.evaluation import intervals as interval_parts
+from datasetdm_fast.training.evaluation import measure, naming
 from datasetdm_fast.training.evaluation.intervals import expanded_level, intervals
-from datasetdm_fast.training.evaluation.meter import Meter, check_count, figure_name
+from datasetdm_fast.training.evaluation.meter import Meter, check_count, figure_name, mean, translation
 from datasetdm_fast.training.evaluation.metrics import METRICS
+from datasetdm_fast.training.evaluation.settings import EvaluateConfig
 from datasetdm_fast.training.readers import open_data
 from datasetdm_fast.training.report import cautions
 from datasetdm_fast.training.truth.augment import mirror
@@ -87,6 +91,119 @@ def test_figures_have_the_names_that_people_give_them():
 def test_ten_percent_too_far_is_an_absrel_of_a_tenth(source):
     result = scored(source, lambda task, label: replace(label, metres=label.metres * 1.1) if task == "depth" else label)
     assert result["depth"]["absrel"] == pytest.approx(0.1, abs=1e-6)
+
+
+def test_errors_of_depth_by_hand():
+    truth = SimpleNamespace(depth=np.float32([[0.5, 2.0, 4.0, 0.0, 8.0]]))
+    meter = METRICS["depth"](None)
+    meter.add(truth, DepthMap(np.float32([[0.625, 1.5, 0.0, 9.0, 8.0]]), 10.0))  # 1.25 times is not within 1.25
+    meter.add(truth, DepthMap(np.float32([[0.5, 2.0, 4.0, 9.0, 8.0]]), 10.0))
+    meter.add(SimpleNamespace(depth=np.zeros((1, 5))), DepthMap(np.ones((1, 5)), 10.0))  # which tells nothing
+    assert meter.rows[0] == pytest.approx(((0.25 + 0.25 + 1) / 4, (0.125**2 + 0.5**2 + 4**2) / 4, 0.25, 0.75, 0.75))
+    wanted = {"absrel": 0.1875, "rmse": np.sqrt((0.125**2 + 0.5**2 + 4**2) / 8), "delta_1.25": 0.625}
+    assert meter.result() == pytest.approx({**wanted, "delta_1.25_2": 0.875, "delta_1.25_3": 0.875})
+    weights = np.array([[3.0, 1.0]])
+    assert meter.figures(weights)["rmse"][0] == pytest.approx(np.sqrt(3 * (0.125**2 + 0.5**2 + 4**2) / 16))
+
+
+def test_overlaps_of_classes_by_hand():
+    source = SimpleNamespace(classes=("wall", "mug", "pen", "background"))
+    meter = METRICS["semantic"](source, unseen=("pen",))
+    truth = SimpleNamespace(semantic=np.uint8([[0, 0, 0, 1], [1, 2, 3, 255]]))
+    names = ("mug", "wall", "pen", "key")  # key is background
+    meter.add(truth, SemanticMap(np.uint8([[1, 1, 0, 0], [2, 2, 3, 3]]), np.ones((2, 4)), names))
+    assert meter.rows[0].tolist() == [[2, 1, 1, 1], [3, 3, 2, 1], [3, 2, 1, 1]]  # both, either, truth
+    found = meter.result()
+    assert found["per_class"] == pytest.approx({"wall": 2 / 3, "mug": 1 / 3, "pen": 1 / 2, "background": 1})
+    assert (found["miou"], found["seen"], found["unseen"]) == pytest.approx((0.625, 0.5, 0.5))
+    assert found["harmonic"] == pytest.approx(0.5)
+    meter.rows[0][0, 2] = 0
+    assert meter.result()["harmonic"] == 0 and meter.result()["unseen"] == 0
+    meter.rows[0][0, :2] = 0
+    assert meter.result()["harmonic"] == 0  # of twice nothing, too
+    known = ("wall", "mug")
+    assert translation(("mug", "key", "wall"), known, 5).tolist() == [1, -1, 0, -1, -1]
+    assert translation(("mug", "key"), ("background", "mug"), 1).tolist() == [1, 0]
+    assert mean(np.array([[1.0, np.nan, 4.0], [2.0, 2.0, 2.0]])).tolist() == [2.5, 2.0]
+
+
+def test_bootstrap_draws_are_of_as_many_images_with_replacement():
+    meter = METRICS["depth"](None)
+    meter.rows = [(float(2**k), 0.0, 0.0, 0.0, 0.0) for k in range(5)]
+    drawn = np.random.default_rng(3).multinomial(5, [0.2] * 5, size=7)
+    assert meter.draws(7, 3)["absrel"].tolist() == pytest.approx((drawn @ [1, 2, 4, 8, 16] / 5).tolist())
+    assert (
+        meter.draws(7)["absrel"].tolist()
+        == meter.draws(7, 0)["absrel"].tolist()
+        != meter.draws(7, 1)["absrel"].tolist()
+    )
+
+
+def test_the_parts_of_an_interval_by_their_formulas():
+    away = np.sqrt(5 / 4) * 2.7764451  # of t with four degrees of freedom
+    assert expanded_level(0.95, 5) == pytest.approx(math.erf(away / math.sqrt(2)), rel=1e-6)
+    assert expanded_level(0.95, 5, 3) == pytest.approx(math.erf(away * math.sqrt(1 + 3 / 2) / math.sqrt(2)), rel=1e-6)
+    assert expanded_level(0.95, 1) == 0.95 and expanded_level(0.5, 2) == pytest.approx(math.erf(1.0), rel=1e-6)
+    values = np.arange(101.0)
+    assert interval_parts._between(values, 0.9).tolist() == pytest.approx([5, 95])
+    assert interval_parts._holding(3.0, 4.0, 5.0) == [3.0, 5.0] and interval_parts._holding(6.0, 4.0, 5.0) == [4.0, 6.0]
+    worst, best = np.random.default_rng(4).gamma(1 / 3, size=(2, 4))
+    share = np.array([0.0, 0.25, 0.5, 1.0])
+    assert interval_parts._with_further(share, 8) == pytest.approx((8 * share + best) / (8 + worst + best))
+    each = np.array([[0.5, np.nan, 0.1], [np.nan, np.nan, 0.2], [0.1, 0.2, 0.3]])
+    unknown = np.random.default_rng([0, 4]).random(3)
+    found = interval_parts._over_classes({"miou": np.array([0.3, 0.2, np.nan]), "per_class": each}, "per_class", 4)
+    wanted = [0.3 * 0.5 + 0.5 * unknown[0], 0.2 * 0.25 + 0.75 * unknown[1], 0.25 * unknown[2]]
+    assert list(found) == ["miou"] and found["miou"].tolist() == pytest.approx(wanted)
+
+
+def test_an_evaluation_goes_on_in_seeds_and_tells_how_many_images_are_done(monkeypatch):
+    asked, done = [], []
+
+    def invert(engine, labels, pixels, captions, seeds):
+        asked.append((len(pixels), list(captions), list(seeds)))
+
+    monkeypatch.setattr(measure, "invert_for", invert)
+    data, engine = open_data("demo:5@40", 32), SimpleNamespace(decoders={})
+    for kind in ("true", "none"):
+        settings = measure.ScoreSettings(kind, batch_size=2, seed=7)
+        assert measure.measure(engine, data, (), settings, lambda *counts: done.append(counts)) == {}
+    assert done == [(2, 5), (4, 5), (5, 5)] * 2
+    assert [(count, seeds) for count, _, seeds in asked] == [(2, [7, 8]), (2, [9, 10]), (1, [11])] * 2
+    assert asked[1][1] == [data[2].caption, data[3].caption] and asked[4][1] == ["", ""]
+    assert measure.ScoreSettings() == measure.ScoreSettings("true", 10, 0, (), 0, 0.95)
+
+
+def test_flags_of_an_evaluation_have_their_bounds():
+    least, most = {"batch_size": 1, "bootstrap": 0, "threads": 0, "seed": 0}, {"seed": 2**63 - 1, "bootstrap": 10_000}
+    for bounds, away, said in ((least, -1, "is not at least"), (most, 1, "is not at most")):
+        EvaluateConfig(**bounds).check()
+        for name, bound in bounds.items():
+            with pytest.raises(Refused, match=f"--{name.replace('_', '-')}: .* {said} {bound}\n"):
+                EvaluateConfig(**{name: bound + away}).check()
+    for level in (0.0, 1.0):
+        with pytest.raises(Refused, match="--level: [01] is not between 0 and 1"):
+            EvaluateConfig(level=level).check()
+    EvaluateConfig(level=0.01).check()
+    asked = EvaluateConfig(
+        captions="none", batch_size=3, seed=4, unseen=("a",), bootstrap=5, level=0.5
+    ).score_settings()
+    assert asked == measure.ScoreSettings("none", 3, 4, ("a",), 5, 0.5)
+
+
+def test_classes_are_told_by_name_as_far_as_there_is_room():
+    many = [f"c{k}" for k in range(9)]
+    assert naming.describe_absent(["background", *many], {"c8"}) == f"no image shows {', '.join(many[:8])}"
+    assert naming.describe_absent(many, ()) == f"no image shows {', '.join(many[:8])} and 1 more"
+    assert (
+        naming.describe_absent(["background", "a"], {"a"}) == "" == naming.describe_unknown(["background", "a"], ["a"])
+    )
+    told = naming.describe_unknown(["background", "a", "b"], ["a"])
+    assert told.startswith("the decoder has no class b, so these count as missed; --class-names")
+    shared = naming.in_common(
+        {"per_class": {"background": 1.0, "a": 0.5, "b": 0.2, "c": 0.7}}, ["background", "a", "c"]
+    )
+    assert shared == {"in_common": pytest.approx(0.6), "classes_in_common": 2} and naming.in_common({}, ["a"]) == {}
 
 
 def test_everything_called_wall_scores_the_share_of_wall(source):
@@ -531,6 +648,12 @@ def test_intervals_of_few_held_out_images_are_wide():
 def test_what_to_know_of_a_figure():
     assert cautions({"images": 30, "held_out_images": 30}) == []
     assert len(cautions({"images": 90, "held_out_images": 29, "step_chosen_on_held_out": True})) == 2
+    assert "raise --held-out" in cautions({"images": 59, "held_out_images": 1})[0]
+    assert "raise --held-out" not in cautions({"images": 58, "held_out_images": 1})[0]
+    assert "--folds 2 " in cautions({"images": 9, "held_out_images": 0})[0]  # of fewer than ten
+    assert "--folds 5 " in cautions({"images": 10, "held_out_images": 0})[0]
+    five = cautions({"images": 90, "held_out_images": 30, "not_shown": list("abcde")})
+    assert five[0].startswith("no held-out image shows a, b, c, d, e: means")
     few = {"images": 36, "held_out_images": 4, "not_shown": ["mug"], "named_by_captions": True}
     notes = cautions(few)
     assert len(notes) == 3 and "--folds auto" in notes[0] and "raise --held-out" not in notes[0]

@@ -1,9 +1,11 @@
 """Things named by the attention to the words of a caption, together with what a decoder says."""
 
 import json
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from stub_engine import Tokenizer
@@ -120,12 +122,13 @@ def test_heads_that_do_not_fit_are_refused(config, heads):
 class OneHeadViews:
     """Images of two things, whose words attend in head 13 alone."""
 
-    def __init__(self, config, is_told=True):
-        self.config, self.is_told = config, is_told
+    def __init__(self, config, is_told=True, images=15):
+        self.config, self.is_told, self.images = config, is_told, images
         self.captures = SimpleNamespace(batch=self.batch, layout=SimpleNamespace(features=(0,) * 4))
 
     def first_views(self, most_images):
-        return range(15)
+        assert most_images == 400
+        return range(self.images)
 
     def item(self, view):
         return view
@@ -160,3 +163,26 @@ def test_a_training_learns_which_head_tells_words(config):
     assert (
         word_heads.learn_heads(OneHeadViews(config), replace(config, named=()), Tokenizer()) == word_heads.WordHeads()
     )
+
+
+def test_the_heads_of_few_masks_or_of_words_that_are_often_confused_are_not_read(config):
+    many, few = (word_heads.learn_heads(OneHeadViews(config, images=count), config, Tokenizer()) for count in (10, 9))
+    assert (many.masks, few.masks, few.shares, few.right) == (20, 18, (), 0.0) and many.shares
+    inside, overall = torch.full((2, 2), 0.1), torch.full((2, 2), 0.1)
+    inside[1] = torch.tensor([0.4, 0.1])  # the second head finds the first class
+    masks = [word_heads.NamedMask(inside, overall, name) for name in (0, 0, 0, 1)]
+    share = np.linspace(0.1, 0.2, 1001)  # of the second head, by which the first class is so many times as likely
+    times = ((0.1 + 0.3 * share) / 0.1) ** 3
+    loss = -(3 * np.log(times / (times + 1)) - np.log(times + 1)) / 4 - 0.003 * np.log(share * (1 - share)) / 2
+    assert float(word_heads._fit_shares(masks)[1]) == pytest.approx(share[loss.argmin()], abs=2e-4)
+    told = word_heads._log_ratios(*word_heads._pad(masks), torch.tensor([0.25, 0.75]))
+    assert told[0].tolist() == pytest.approx([math.log(0.325 / 0.1), 0.0], abs=1e-6)
+    one = word_heads.NamedMask(torch.ones(2, 1), torch.ones(2, 1) * 0.5, 0)
+    padded = word_heads._pad([masks[0], one])
+    assert padded[0][1].tolist() == [[1, 0], [1, 0]] and padded[1][1].tolist() == [[0.5, 1], [0.5, 1]]
+    heads = torch.tensor([sum(level.heads) for level in config.levels])
+    kept = torch.cat(
+        [torch.full((count,), share / count) for count, share in zip(heads.tolist(), (0.1, 0.19, 0.21, 0.5))]
+    )
+    shares = word_heads._drop_idle_levels(kept, config).split(heads.tolist())
+    assert [float(part.sum()) for part in shares] == pytest.approx([0, 0, 0.21 / 0.71, 0.5 / 0.71])

@@ -5,6 +5,7 @@ of bad data by name.
 import base64
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -43,9 +44,10 @@ from datasetdm_fast.training import data_record, session, splits
 from datasetdm_fast.training.captures.targets import check_truth
 from datasetdm_fast.training.evaluation.metrics import METRICS
 from datasetdm_fast.training.readers import PRESETS, DataSettings, Selection, open_data
-from datasetdm_fast.training.truth import tables, windows
+from datasetdm_fast.training.truth import shapes, tables, windows
 from datasetdm_fast.training.truth.augment import Augmentation, augment
 from datasetdm_fast.training.truth.picture_source import PictureSource
+from datasetdm_fast.training.truth.selection import least_mask
 from datasetdm_fast.untrusted.json_stream import JsonStream
 
 SIZE = 64
@@ -194,6 +196,8 @@ def test_a_run_teaches_what_a_filter_keeps_and_nothing_calls_doubtful(copied):
         assert (sample.image == item.image).all() and (sample.semantic.labels == item.semantic).all()
         assert (sample.instances.masks == item.masks).all() and (sample.depth.metres == item.depth).all()
         assert item.keypoints[..., :2] == pytest.approx(sample.keypoints.points[..., :2], abs=1e-4)
+        metres = open_data(f"{address}[all]", SIDE, tasks=("depth",))[0]
+        assert metres.semantic is metres.masks is metres.keypoints is None and metres.depth is not None
         open_data(f"{address}[val]", SIZE)
 
 
@@ -902,6 +906,59 @@ def test_upstreams_windows_lie_inside_and_depend_on_the_seed_alone():
     }  # half of 1000 pixels would be smaller than the window
 
 
+def test_upstreams_windows_by_its_rules():
+    scales = {name: rule.scales for name, rule in windows.RULES.items() if rule.scales != (1.0,)}
+    half = (0.5, 0.8, 1, 1.3, 1.8)
+    assert scales == {
+        "voc": (*half, 2, 3),
+        "cityscapes": half,
+        "deepfashion": half,
+        "vkitti2": (*half, 2),
+        "nyu": (*half, 2, 2.5),
+    }
+    assert {name: rule.shortest for name, rule in windows.RULES.items() if rule.shortest} == {
+        "coco": (532, 832),
+        "kitti": (512, 512),
+    }
+    toward = {name: rule.toward_object for name, rule in windows.RULES.items() if rule.toward_object}
+    assert toward == {"voc": 0.625, "cityscapes": 0.625, "deepfashion": 0.625}
+    assert windows.around((10, 20, 30, 40), 64) == windows.Window(25 - 25, 40 - 25, 64 / 50)
+    assert windows.around((10, 20, 60, 40), 64, 1.2) == windows.Window(40 - 45, 40 - 45, 64 / 90)
+    assert windows.around((3, 4, 0, 0), 64) == windows.Window(3 - 0.625, 4 - 0.625, 64 / 1.25)  # a point has a pixel
+
+
+def test_a_window_of_upstream_is_drawn_from_its_seed():
+    labels = np.zeros((300, 500), np.int64)
+    labels[200:260, 30:50], labels[10:40, 400:440], labels[280:, 480:] = 3, 7, 255
+    picture = SimpleNamespace(image=np.zeros((300, 500, 3), np.uint8), semantic=labels, person=None)
+    centres = {3: (39.5, 229.5), 7: (419.5, 24.5)}  # of their columns and rows
+    rule, drawn = windows.Rule(scales=(0.5, 2.0, 3.0), toward_object=0.5), 0
+    for seed in range(30):
+        random = np.random.default_rng(seed)
+        scale = max(rule.scales[random.integers(3)] * 64 / 512, 64 / 300)
+        side = min(64 / scale, 300)
+        left, top = random.uniform(0, 500 - side), random.uniform(0, 300 - side)
+        if random.random() < 0.5:
+            drawn += 1
+            column, row = centres[random.choice([3, 7])]
+            left = np.clip(random.uniform(column - side, column), 0, 500 - side)
+            top = np.clip(random.uniform(row - side, row), 0, 300 - side)
+        assert windows.draw_window(rule, picture, 64, seed) == windows.Window(left, top, scale)
+        random = np.random.default_rng(seed)
+        scale = random.integers(532, 833) / 512 * 64 / 300
+        left, top = random.uniform(0, 500 - 64 / scale), random.uniform(0, 300 - 64 / scale)
+        found = windows.draw_window(windows.RULES["coco"], picture, 64, seed)
+        assert (found.left, found.top, found.scale) == pytest.approx((left, top, scale))
+        more = float(np.clip(1 + 0.3 * np.random.default_rng(seed).standard_normal(), 0.7, 1.3))
+        person = SimpleNamespace(image=picture.image, semantic=labels, person=(10, 20, 30, 40))
+        assert windows.draw_window(rule, person, 64, seed) == windows.around((10, 20, 30, 40), 64, more)
+    assert 8 < drawn < 22
+    for nothing in (None, np.full((300, 500), 255)):
+        empty = SimpleNamespace(image=picture.image, semantic=nothing, person=None)
+        towards = windows.Rule(toward_object=1.0)
+        assert windows.draw_window(towards, empty, 64, 1) == windows.draw_window(windows.Rule(), empty, 64, 1)
+
+
 def test_what_lies_outside_the_picture_is_black_and_ignored():
     picture = ramp(50, 50)
     item = framing.frame_picture(picture, framing.Window(-50, 0, SIZE / 100), SIZE)
@@ -982,6 +1039,27 @@ def test_upstreams_values_are_presets_and_flags_change_them():
     assert PRESETS["voc-zero-shot"].classes[-1] == "person" and len(PRESETS["voc-zero-shot"].classes) == 15
     chosen = DataSettings(select="coco", limit_per_class=10).selection()
     assert (chosen.per_class, chosen.min_area, chosen.min_instance) == (10, 10000, 500)
+    wanted = {
+        "voc": Selection(per_class=11, min_area=18000, is_single=True),
+        "voc-zero-shot": Selection(per_class=30, min_area=18000, classes=PRESETS["voc-zero-shot"].classes),
+        "voc-long-tail": Selection(per_class=20, min_area=18000, tail=PRESETS["voc-long-tail"].tail, tail_per_class=2),
+        "cityscapes": Selection(per_class=10, min_area=10000, by_map=True),
+        "deepfashion": Selection(per_class=5),
+        "coco": Selection(per_class=50, min_area=10000, min_instance=500),
+        "lvis": Selection(per_class=1, min_area=50, min_instance=500),
+        "kitti": Selection(most=200, is_shuffled=True),
+        "vkitti2": Selection(),
+        "nyu": Selection(most=250, is_shuffled=True),
+        "coco-pose": Selection(most=800, is_centred=True),
+    }
+    assert wanted == PRESETS and Selection().is_everything and Selection().seed == 42
+    assert DataSettings().selection() == Selection() == Selection(0, 0, 0, (), False, False, (), 0, False, False, 0)
+    for name in ("limit_per_class", "min_area", "limit_images"):
+        with pytest.raises(Refused, match=f"--{name.replace('_', '-')}: -1 is less than 0"):
+            DataSettings(**{name: -1}).selection()
+    asked = DataSettings(select="voc", min_area=9, limit_images=3, only_classes=("a",)).selection()
+    assert asked == Selection(per_class=11, min_area=9, most=3, classes=("a",), is_single=True)
+    assert least_mask(Selection(min_instance=512), 64) == 8 and least_mask(Selection(min_instance=32), 64) == 1
 
 
 @pytest.mark.parametrize(
@@ -1939,7 +2017,7 @@ def test_one_thread_at_a_time_reads_a_parquet_file(tmp_path, monkeypatch):
     """Arrow may wait for ever where two threads read row groups of one file; a training reads from two."""
     path = tmp_path / "train-00000.parquet"
     parquet.write_table(pa.table({"place": list(range(8))}), path, row_group_size=1)
-    rows, real, reading, most = tables.open_rows(tmp_path, "train"), parquet.ParquetFile.read_row_group, [], []
+    real, reading, most = parquet.ParquetFile.read_row_group, [], []
 
     def watched(file, group):
         reading.append(group)
@@ -1949,9 +2027,30 @@ def test_one_thread_at_a_time_reads_a_parquet_file(tmp_path, monkeypatch):
         return real(file, group)
 
     monkeypatch.setattr(parquet.ParquetFile, "read_row_group", watched)
+    rows = tables.open_rows(tmp_path, "train")
     with ThreadPoolExecutor(4) as pool:
         assert [row["place"] for row in pool.map(rows.row, [*range(8)] * 4)] == [*range(8)] * 4
     assert max(most) == 1
+
+
+def test_what_save_to_disk_writes_is_read_by_its_splits(copied):
+    root, address = copied("hf-saved")
+    whole = [item.image for item in open_data(address, SIZE)]
+    shutil.copytree(root / "train", root / "validation")
+    shutil.copy(root / "id2label.json", root / "train")
+    for name in (f"{address}[val]", f"{address}[train]", f"{address}/train"):
+        assert all((item.image == own).all() for item, own in zip(open_data(name, SIZE), whole, strict=True))
+    for name in (f"{address}[test]", f"{address}/train[val]"):
+        with pytest.raises(Refused, match="no split"):
+            open_data(name, SIZE)
+    for state, said in (
+        ("[]", "expected an object"),
+        ("{}", "not what save_to_disk writes"),
+        ('{"_data_files": [{"filename": "../a.arrow"}]}', "leads out"),
+    ):
+        (root / "train" / "state.json").write_text(state)
+        with pytest.raises(Refused, match=said):
+            open_data(address, SIZE)
 
 
 def test_a_damaged_hugging_face_folder_is_refused(copied):
@@ -2087,6 +2186,40 @@ def packed(numbers: list[int], width: int = 8) -> list[int]:
             bits += f"0{0:02b}{0:03b}{run[0]:0{width}b}"
     bits += "0" * (-len(bits) % 8)
     return [int(bits[k : k + 8], 2) for k in range(0, len(bits), 8)]
+
+
+def test_outlines_are_drawn_where_they_lie_and_refused_far_outside():
+    def corners(mask):
+        rows, columns = np.nonzero(mask())
+        return columns.min(), columns.max(), rows.min(), rows.max(), mask().sum()
+
+    sides = (20, 30)
+    assert corners(shapes.box((2, 3, 12, 7), sides)) == (2, 11, 3, 6, 40)
+    assert corners(shapes.box((2, 3, 12, 7), sides, 90)) == (5, 8, 0, 9, 40)  # about (7, 5)
+    left, right, top, bottom, area = corners(shapes.ellipse((15, 8), (10, 4), sides))
+    assert (left, right, top, bottom) == (5, 24, 4, 11) and area == pytest.approx(math.pi * 40, rel=0.03)
+    assert corners(shapes.ellipse((15, 10), (10, 4), sides, 90))[:4] == (11, 18, 0, 19)
+    turned = shapes.box((5, 9, 25, 11), sides, 30)()  # clockwise, as rows are counted from the top
+    assert turned[14, 23] and turned[5, 6] and not turned[5, 23] and not turned[14, 6]
+    triangle = [-30, -20, 60, -20, 60, 40]  # as far outside as it may lie
+    assert shapes.polygon(triangle, sides)().any()
+    for place, (away, said) in itertools.product(range(6), ((-31, "outside"), (61, "outside"))):
+        with pytest.raises(ValueError, match=said):
+            shapes.polygon([*triangle[:place], away, *triangle[place + 1 :]], sides)
+    for place, away in ((1, -21), (5, 41)):
+        with pytest.raises(ValueError, match="far outside"):
+            shapes.polygon([*triangle[:place], away, *triangle[place + 1 :]], sides)
+    for numbers in ([1, 2, 3, 4], [1, 2, 3, 4, 5, 6, 7], [1, 2] * 100_001):
+        with pytest.raises(ValueError, match=f"a polygon of {len(numbers)} numbers"):
+            shapes.polygon(numbers, sides)
+    assert shapes.polygon([1, 2] * 100_000, sides)
+    small = np.array([[True, False, True], [True, True, True]])
+    for left, top in ((0, 0), (27, 18), (4.4, 6.6)):
+        found = shapes.place_inside(small, left, top, sides)()
+        assert found.sum() == 5 and np.array_equal(found[round(top) :, round(left) :][:2, :3], small)
+    for left, top in ((-1, 0), (0, -1), (28, 0), (0, 19)):
+        with pytest.raises(ValueError, match="lies outside"):
+            shapes.place_inside(small, left, top, sides)
 
 
 def test_brushes_and_outlines_of_label_studio_become_masks(tmp_path):

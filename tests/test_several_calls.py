@@ -1,6 +1,7 @@
 """Decoders that read several calls: what they read, their training, and the same labels from every engine."""
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +21,10 @@ from datasetdm_fast.engine.loop.inversion import invert_for
 from datasetdm_fast.engine.loop.recipe import make_recipe
 from datasetdm_fast.engine.pipeline import Pipeline
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.training.call_ranking import Probe
+from datasetdm_fast.training import call_ranking
+from datasetdm_fast.training.call_ranking import Probe, truth_of
+from datasetdm_fast.training.captures.targets import TrainingTarget
+from datasetdm_fast.training.session import TrainingSession
 from datasetdm_fast.training.trainer import project
 
 TIMES = (780, 520, 260)
@@ -132,6 +136,69 @@ def test_probes_tell_what_a_level_explains():
             probe.add(number, inputs[number::5], truth[number::5] + 7)
         assert least <= probe.score() <= most
     assert Probe(cells).score() == 0
+
+
+def test_the_score_of_a_probe_is_that_of_ridge_regression_on_other_images():
+    random = torch.Generator().manual_seed(1)
+    cells = [torch.randn(30, 3, generator=random).double() + torch.tensor([1.0, -2, 5]) for _ in range(6)]
+    truth = [each[:, :2] * 0.3 + torch.randn(30, 2, generator=random) * 0.4 + 1 for each in cells]
+    probe = Probe(cells[0].float())
+    for number, (each, told) in enumerate(zip(cells, truth, strict=True)):
+        probe.add(number % 5, each.float(), told)
+    scale = cells[0].std(0) * 3**0.5
+    missed = spread = 0.0
+    for part in range(5):
+        own = [number for number in range(6) if number % 5 == part]
+        mixed = [torch.cat([each / scale, torch.ones(30, 1)], 1) for each in cells]
+        x = torch.cat([mixed[k] for k in range(6) if k not in own])
+        y = torch.cat([truth[k] for k in range(6) if k not in own])
+        gram = x.T @ x
+        ridge = 0.01 * gram.diag() + 1e-9
+        ridge[-1] = 0
+        weights = torch.linalg.solve(gram + ridge.diag(), x.T @ y)
+        for k in own:
+            missed += float((truth[k] - mixed[k] @ weights).square().sum())
+            spread += float((truth[k] - y.mean(0)).square().sum())
+    assert probe.score() == pytest.approx(1 - missed / spread, rel=1e-4) and 0.1 < probe.score() < 0.9
+
+
+def test_a_probe_is_asked_for_depths_joints_and_shares_of_classes():
+    none = torch.zeros(0)
+    fields = {"classes": none.long(), "masks": none.view(0, 4, 4).bool(), "depth": none, "points": none}
+    empty = TrainingTarget(**fields, weights=none, searched=none)
+    depth = torch.tensor([[1.0, 3, 0, 0], [2, 2, 0, 0], [5, 5, 9, 9], [5, 5, 9, 9]])
+    told, known = truth_of("depth", replace(empty, depth=depth), 3, 64, 2)
+    assert known.tolist() == [True, False, True, True] and torch.allclose(told.exp(), torch.tensor([[2.0], [5], [9]]))
+    points = replace(empty, points=torch.tensor([[16.0, 48], [0, 0]]), weights=torch.tensor([1.0, 0]))
+    told, known = truth_of("pose", points, 3, 64, 2)  # cells lie at 16 and 48 pixels
+    across, corner = (math.exp(-((distance / 0.05) ** 2) / 2) for distance in (0.5, 0.5 * 2**0.5))
+    assert torch.allclose(told, torch.tensor([[across, 0], [corner, 0], [1, 0], [across, 0]])) and known.all()
+    near = truth_of("pose", replace(points, points=torch.tensor([[17.0, 50], [0, 0]])), 3, 64, 2)[0][2, 0]
+    assert float(near) == pytest.approx(math.exp(-((5**0.5 / 64 / 0.05) ** 2) / 2))
+    masks = torch.zeros(3, 4, 4, dtype=torch.bool)
+    masks[0, :2, :1], masks[1, 2:, 2:], masks[2, 0, 1] = True, True, True
+    told, known = truth_of("instance", replace(empty, classes=torch.tensor([2, 0, 2]), masks=masks), 3, 64, 2)
+    assert told.tolist() == [[0, 0, 0.75], [0, 0, 0], [0, 0, 0], [1, 0, 0]] and known.shape == (4,)
+    assert truth_of("instance", empty, 3, 64, 2)[0].tolist() == [[0, 0, 0]] * 4
+
+
+def test_the_best_call_is_that_of_the_mean_over_levels_and_tasks(monkeypatch):
+    engine = build_engine("torch", load_model("tiny"), {}, device="cpu")
+    shares = {"depth": [[0.0] * 4, [0.4, 0.2, 0.0, 0.2]] + [[0.1] * 4] * 7, "pose": [[0.1] * 4] * 2 + [[0.3] * 4] * 7}
+    told: list[str] = []
+    one = TrainingSession("demo:2", engine, None, (0, 1), on_message=told.append)
+    asked = []
+
+    def rank(session, task, timesteps):
+        asked.append(timesteps)
+        return shares[task]
+
+    monkeypatch.setattr(call_ranking, "rank_calls", rank)
+    assert call_ranking.with_best_call(one, ["depth", "pose"]).inversion.timesteps == (100,)
+    assert asked == [[20, 50, 100, 200, 300, 400, 500, 650, 800]] * 2 and told[-1].startswith("timestep   100, whose")
+    assert told[2] == f"{50:>19}     0.400    0.200    0.000    0.200    0.200" and len(told) == 21
+    monkeypatch.setattr(call_ranking, "rank_calls", lambda *_: [[0.0] * 4] * 9)
+    assert call_ranking.with_best_call(one, ["depth"]) is one and told[-1] == "timestep   0, as no probe tells anything"
 
 
 def test_the_call_that_tells_most_is_trained(tmp_path, capsys):

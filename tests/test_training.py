@@ -1,11 +1,14 @@
 """Teaching a decoder: losses against hand-made cases, looks, the capture cache, and a fit that learns."""
 
 import copy
+import hashlib
 import json
 import math
 import os
 import time
-from dataclasses import fields, replace
+from collections import Counter
+from dataclasses import asdict, fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,16 +29,21 @@ from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS, Labelled, Label
 from datasetdm_fast.engine.sampling.times import alphas_cumprod, initial_noise
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.kernels import image_norm
+from datasetdm_fast.stages import Level
 from datasetdm_fast.training import losses, session
+from datasetdm_fast.training import trainer as loop
 from datasetdm_fast.training.captures import cache
 from datasetdm_fast.training.captures.cache import Inversion, Layout
-from datasetdm_fast.training.captures.targets import TargetMemory, target_of
+from datasetdm_fast.training.captures.targets import TargetMemory, TrainingTarget, target_of
 from datasetdm_fast.training.captures.views import TrainingViews, ViewSettings
+from datasetdm_fast.training.cross_validation import bound_of, is_worse
+from datasetdm_fast.training.log import Log
 from datasetdm_fast.training.readers import open_data
 from datasetdm_fast.training.recipes import RecipeSettings, TrainingSchedule, recipe
-from datasetdm_fast.training.splits import split
-from datasetdm_fast.training.task_training import resolve_dtype
-from datasetdm_fast.training.trainer import Trainer, loss_of, project, sample_word
+from datasetdm_fast.training.settings import TrainConfig
+from datasetdm_fast.training.splits import count_folds, split, split_folds
+from datasetdm_fast.training.task_training import TaskSettings, resolve_dtype
+from datasetdm_fast.training.trainer import Trainer, loss_of, project, query_target, sample_word
 from datasetdm_fast.training.truth.augment import (
     AUGMENTATIONS,
     Augmentation,
@@ -44,9 +52,11 @@ from datasetdm_fast.training.truth.augment import (
     mirror,
     mirrored_names,
     paste,
+    recolour,
     relight,
     rotate,
 )
+from datasetdm_fast.training.truth.selection import Selection
 
 TASKS = ("semantic", "instance", "depth", "pose", "open-vocabulary")
 
@@ -166,10 +176,157 @@ def test_scale_invariant_log_by_its_formula():
     )
 
 
+def test_depths_that_cannot_be_told_apart_have_finite_losses():
+    truth = torch.ones(2, 1, 1)
+    found = losses.scale_invariant_log(torch.tensor([[[1.0]], [[0.0]]]), truth)
+    assert found.tolist() == pytest.approx([1e-5, math.sqrt(0.5) * math.log(1e6)], rel=1e-5)
+
+
 def test_relative_error_by_its_formula():
     truth = torch.tensor([[[1.0, 2.0, 0.0, 4.0]]])
     found = losses.relative_error(torch.tensor([[[2.0, 2.0, 9.0, 3.0]]]), truth)
     assert found.tolist() == pytest.approx([(1 + 0 + 1 / 4) / 3])
+
+
+def target(**changes) -> TrainingTarget:
+    """One without truth but for the changes."""
+    empty = {"classes": torch.zeros(0, dtype=torch.long), "masks": torch.zeros(0, 2, 2, dtype=torch.bool)}
+    empty |= {name: torch.zeros(0) for name in ("depth", "points", "weights")}
+    return TrainingTarget(**{**empty, "searched": torch.zeros(0, dtype=torch.long), **changes})
+
+
+def test_the_loss_of_heatmaps_by_its_formula(engine, source):
+    config = replace(config_of(engine, source, "pose"), joints=("a", "b"))
+    points, weights = np.float32([[[20, 44], [3, 61]], [[50, 10], [9, 9]]]), np.float32([[1, 0], [1, 1]])
+    targets = [target(points=torch.tensor(points[b]), weights=torch.tensor(weights[b])) for b in range(2)]
+    found, x = np.random.default_rng(0).random((2, 2, 16, 16)).astype(np.float32), np.arange(16)
+    outputs, at = {"heatmaps": torch.tensor(found)}, points * 16 / 64 - 0.5  # cells, whose centres are at whole numbers
+    squares = (x - at[..., 0, None, None]) ** 2 + (x[:, None] - at[..., 1, None, None]) ** 2
+    error = ((found - np.exp(-squares / (2 * 1.5**2)) * weights[..., None, None]) ** 2).mean((2, 3))
+    for is_taught in (True, False):  # that a joint is absent
+        schedule = TrainingSchedule(sigma=1.5, gain=7.0, is_absence_taught=is_taught)
+        wanted = 7 * 0.5 * (error * (1 if is_taught else weights)).mean(1).sum()
+        for totals, images in ((None, 2), (losses.Totals(5), 5)):
+            told = loss_of(config, outputs, targets, [], schedule, None, totals)
+            assert told.item() == pytest.approx(wanted / images, rel=1e-5)
+    bins = {"x": torch.randn(2, 2, 64), "y": torch.randn(2, 2, 64)}
+    told = loss_of(replace(config, kind="simcc", upscale=0), bins, targets, [], TrainingSchedule())
+    wanted = losses.axis_bins(bins["x"], bins["y"], torch.tensor(points), torch.tensor(weights)).sum() / 2
+    assert told.item() == pytest.approx(wanted.item())
+
+
+def test_the_loss_of_a_transformer_is_the_mean_of_its_layers(engine, source, monkeypatch):
+    torch.manual_seed(0)
+    config = config_of(engine, source, "instance")
+    layers = [{"pred_logits": torch.randn(2, 6, 8), "pred_masks": torch.randn(2, 6, 4, 4)} for _ in range(3)]
+    truths = [(torch.tensor([2]), torch.rand(1, 8, 8).round()), (torch.tensor([0, 5]), torch.rand(2, 8, 8).round())]
+    ids, masks, calls, loss = *map(list, zip(*truths)), [], losses.set_loss
+
+    def randoms():
+        return [torch.Generator().manual_seed(b) for b in range(2)]
+
+    own = randoms()
+    wanted = [loss(each["pred_logits"], each["pred_masks"], ids, masks, 16, own) for each in layers]
+    monkeypatch.setattr(losses, "set_loss", lambda *given: calls.append(len(given[0])) or loss(*given))
+    for most, groups in ((2 * 192, [4, 2]), (1, [2, 2, 2]), (2**22, [6])):
+        monkeypatch.setattr(loop, "LOGITS_AT_ONCE", most)
+        outputs = {**layers[0], "aux": layers[1:]}
+        found = loss_of(config, outputs, [target()] * 2, truths, TrainingSchedule(points=16), randoms())
+        assert found.item() == pytest.approx(sum(wanted).item() / 3, rel=1e-5) and calls == groups
+        calls.clear()
+
+
+def test_a_view_is_queried_with_a_word_and_answers_with_one_mask_of_all_its_things():
+    masks = torch.tensor([[[1, 0], [0, 0]], [[0, 1], [0, 0]], [[0, 0], [0, 1]]]).bool()
+    shown = target(classes=torch.tensor([2, 0, 2]), masks=masks)
+    words = [sample_word(shown, 50, torch.Generator().manual_seed(seed)) for seed in range(2000)]
+    there = np.mean([word in (0, 2) for word in words])
+    assert there == pytest.approx(0.8 + 0.2 * 2 / 50, abs=0.03) and set(words) > set(range(3, 50))
+    for word, ids, wanted in (
+        (2, [1], [[[1, 0], [0, 1]]]),
+        (0, [1], [[[0, 1], [0, 0]]]),
+        (1, [], []),
+        (None, [2, 0, 2], masks.tolist()),
+    ):
+        found = query_target(shown, word, torch.device("cpu"))
+        assert found[0].tolist() == ids and found[0].dtype == torch.long
+        assert found[1].tolist() == wanted and found[1].dtype == torch.float32
+
+
+def test_what_is_random_depends_on_the_seed_and_its_place_alone():
+    digest = hashlib.blake2b(b"3/turn/1", digest_size=8).digest()
+    assert loop.generator(3, "turn", 1).initial_seed() == int.from_bytes(digest, "big") // 2
+
+
+def test_an_epoch_has_every_view_in_an_order_of_its_own(engine, source, folder):
+    held = training_views(engine, source, "depth", folder)
+    schedule = TrainingSchedule(steps=9, batch_size=3, seed=5)
+    taught = Trainer(config_of(engine, source, "depth"), schedule, held, reads_ahead=False)
+    seen = [view for step in range(9) for view in taught.batch_views(step)]
+    orders = [torch.randperm(8, generator=loop.generator(5, "turn", epoch)).tolist() for epoch in range(4)]
+    assert seen == sum(orders, [])[:27] and orders[0] != orders[1]
+
+
+def test_the_rate_warms_up_and_falls_by_its_formula(engine, source, folder):
+    held, config = training_views(engine, source, "depth", folder), config_of(engine, source, "depth")
+    usual = Trainer(config, TrainingSchedule(steps=100, rate=1e-3, warmup=50), held, reads_ahead=False)
+    for step, wanted in ((0, 1e-3 / 50), (24, 0.5e-3), (49, 1e-3), (75, 1e-3), (99, 1e-3)):
+        fall = 0.5 * (1 + math.cos(math.pi * step / 100))
+        assert usual.rate(step) == pytest.approx(wanted * fall, rel=1e-9)
+    at_once = Trainer(config, TrainingSchedule(steps=100, rate=1e-3, warmup=0), held, reads_ahead=False)
+    assert at_once.rate(0) == 1e-3
+
+
+def test_captures_are_read_ahead_once_and_no_further_than_the_last_step(engine, source, folder):
+    views, asked = training_views(engine, source, "depth", folder), []
+
+    class Counted:
+        is_stored, layout = True, views.captures.layout
+
+        def batch(self, chosen):
+            asked.append(len(chosen))
+            return views.captures.batch(chosen)
+
+    schedule = TrainingSchedule(steps=3, batch_size=5, gradient_accumulation_steps=2)
+    taught = Trainer(config_of(engine, source, "depth"), schedule, views.with_captures(Counted()))
+    for _ in range(3):
+        taught.step()
+    taught.close()
+    assert asked == [3, 2] * 3
+
+
+def test_gradients_are_clipped_and_parts_of_a_step_share_their_statistics(engine, source, folder):
+    held, config = training_views(engine, source, "depth", folder), config_of(engine, source, "depth")
+    norms, seen = [], []
+
+    def statistics(decoder):
+        return {name: value.clone() for name, value in decoder.named_buffers() if "stored_" in name}
+
+    for clip in (0.0, 1e-3):
+        schedule = TrainingSchedule(batch_size=3, clip=clip, gradient_accumulation_steps=2)
+        taught = Trainer(config, schedule, held, reads_ahead=False)
+        before = statistics(taught.state.decoder)
+        taught.state.decoder.register_forward_hook(lambda module, *_: seen.append(statistics(module)))
+        taught.step()
+        norms.append(math.sqrt(sum(float(value.grad.square().sum()) for value in taught.state.parameters)))
+        first, second = seen[-2:]
+        assert any(not torch.equal(before[name], second[name]) for name in before)
+        for name, value in statistics(taught.state.decoder).items():
+            assert torch.allclose(value, (first[name] + second[name]) / 2)
+    assert norms[0] > 2e-3 and norms[1] == pytest.approx(1e-3, rel=1e-3) and len(seen) == 4
+
+
+def test_hidden_channels_are_zero_and_the_others_make_up_for_them():
+    levels = [
+        torch.arange(1.0, 13).view(2, 2, 3),
+        torch.ones(2, 1, 2),
+    ]  # of 2 features and a map, of a feature and a map
+    hidden = [torch.tensor([True, False, False]), torch.tensor([False, False, True])]
+    layout = Layout(shapes=((2, 3), (1, 2)), features=(2, 1))
+    first, second = loop.hide_channels(levels, hidden, 0.2, layout)
+    assert torch.allclose(first / levels[0], torch.tensor([[[0, 1.25, 1]], [[1.25, 1.25, 1]]]))
+    assert torch.allclose(second, torch.tensor([[[1.25, 1]], [[0, 1]]]))
+    assert torch.equal(loop.hide_channels(levels, [], 0.0, layout)[0], levels[0])
 
 
 def test_a_word_that_is_not_there_is_one_the_picture_was_searched_for(source):
@@ -225,6 +382,29 @@ def test_the_set_loss_by_its_formula():
     assert found.item() == pytest.approx((2 * entropy + 5 * binary + 5 * overlap).item(), rel=1e-5)
 
 
+def test_points_are_sampled_in_one_draw_and_most_where_masks_are_uncertain():
+    found = losses.sample_places(2, 8, torch.zeros(1), torch.Generator().manual_seed(3))
+    assert [list(part.shape) for part in found] == [[1, 8, 2], [2, 24, 2], [2, 2, 2]]  # a quarter is taken anywhere
+    drawn = torch.rand(8 + 48 + 4, 2, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(torch.cat([part.flatten(0, 1) for part in found]), drawn)
+    assert [len(part) for part in losses.sample_places(0, 8, torch.zeros(1))] == [1, 0, 0]
+    cells = torch.tensor([[0.25, 0.25], [0.75, 0.25], [0.25, 0.75], [0.75, 0.75]])  # of two rows of two pixels
+    between, corner = torch.tensor([[0.5, 0.5]]), torch.tensor([[1.0, 1.0]])  # beyond its border a map is 0
+    maps, points = torch.tensor([[[0.0, 4.0], [8.0, 12.0]]]), torch.cat([cells, between, corner])[None]
+    assert losses.sample_points(maps, points).tolist() == [[0, 4, 8, 12, 6, 3]]
+    assert losses.sample_together(maps[:, None].expand(1, 2, 2, 2), points).tolist() == [[[0, 4, 8, 12, 6, 3]] * 2]
+    logits, places = torch.tensor([[[9.0, -3.0], [1.0, -9.0]]]), torch.cat([cells, cells])[None, :6]
+    chosen = losses.uncertain_points(logits, places, between[None])  # of two points one is taken as it comes
+    assert chosen.tolist() == [[[0.25, 0.75], [0.5, 0.5]]]
+    assert losses.dice(torch.zeros(1, 4), torch.tensor([[1.0, 0, 1, 0]])).item() == pytest.approx(1 - 3 / 5)
+
+
+def test_denominators_count_the_whole_step():
+    found = losses.totals([3, 0, 9], 5)
+    assert (found.images, found.masks, found.matched, found.queries) == (3, 12, 3 + 5, 15)
+    assert found.weight == pytest.approx(8 + 0.1 * 7)
+
+
 def test_parts_of_a_step_add_up_to_it():
     torch.manual_seed(1)
     logits, masks = torch.randn(3, 4, 3), torch.randn(3, 4, 8, 8)
@@ -247,7 +427,7 @@ def test_parts_of_a_step_add_up_to_it():
 
 
 def test_heatmaps_by_their_formula():
-    found, truth, weights = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.tensor([[1.0, 0, 1], [1, 1, 1]])
+    found, truth, weights = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4), torch.tensor([[1.0, 0, 0.5], [1, 1, 1]])
     by_joint = [
         0.5 * ((found[:, j] * weights[:, j, None, None] - truth[:, j] * weights[:, j, None, None]) ** 2).mean()
         for j in range(3)
@@ -256,8 +436,9 @@ def test_heatmaps_by_their_formula():
 
 
 def test_gaussians_stand_on_their_points():
-    maps = losses.gaussian_heatmaps(torch.tensor([[[3.0, 5.0]]]), 8, 1.0)
+    maps = losses.gaussian_heatmaps(torch.tensor([[[3.0, 5.0]]]), 8, 2.0)[0, 0]
     assert maps.flatten().argmax().item() == 5 * 8 + 3 and maps.max() == 1
+    assert maps[7, 2].item() == pytest.approx(math.exp(-(2**2 + 1**2) / (2 * 2**2)))
 
 
 def test_axis_bins_prefer_the_right_bins():
@@ -267,6 +448,18 @@ def test_axis_bins_prefer_the_right_bins():
     good_x[0, 0, 3], good_y[0, 0, 5] = 20, 20
     found = losses.axis_bins(good_x, good_y, points, weights), losses.axis_bins(sure, sure, points, weights)
     assert found[0].item() < 1e-4 and found[1].item() == pytest.approx(2 * math.log(8))
+    torch.manual_seed(0)
+    points, weights, x, y = (
+        torch.tensor([[[7.6, 2.4], [-3.0, 1.0]]]),
+        torch.tensor([[1.0, 0.5]]),
+        *torch.randn(2, 1, 2, 8),
+    )
+    x_chance, y_chance = (
+        x[0].log_softmax(-1),
+        y[0].log_softmax(-1),
+    )  # 7.6 lies in the last of eight bins, -3 in the first
+    wanted = -(x_chance[0, 7] + y_chance[0, 2]) - 0.5 * (x_chance[1, 0] + y_chance[1, 1])
+    assert losses.axis_bins(x, y, points, weights).tolist() == pytest.approx([wanted.item()])
 
 
 def test_left_becomes_right_in_a_mirror(source):
@@ -344,6 +537,58 @@ def test_a_quarter_turn_turns_the_truth_with_the_image(source):
     assert np.allclose(found.keypoint_boxes[0], [64 - y - h, x, h, w], atol=1e-4)
 
 
+def whole_item(**changes) -> Labelled:
+    """A person and a mug in 64 x 64 pixels, the person with three joints and a box."""
+    random = np.random.default_rng(0)
+    masks = np.zeros((2, 64, 64), bool)
+    masks[0, 20:60, 10:40], masks[1, 30:50, 50:62] = True, True
+    keypoints = np.float32([[[10, 20, 2], [0, 50, 1], [32, 10, 2]]])
+    fields = {
+        "semantic": (masks[0] + 2 * masks[1]).astype(np.uint8),
+        "depth": random.uniform(1, 3, (64, 64)).astype(np.float32),
+        "keypoints": keypoints,
+        "keypoint_boxes": np.float32([[10, 20, 30, 40]]),
+        "keypoint_areas": np.float32([1200]),
+        "crowds": masks[1:],
+        "crowd_classes": np.array([1]),
+    }
+    image = random.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    return Labelled("0", image, "a person", masks=masks, mask_classes=np.array([0, 1]), **{**fields, **changes})
+
+
+def source_of(*things) -> LabelledSource:
+    source = LabelledSource(64, 1)
+    source.classes, source.thing_classes, source.joints = ("background", *things), things, ("a", "left_b", "right_b")
+    return source
+
+
+def test_boxes_joints_and_crowds_have_their_places_in_a_mirror_and_a_crop():
+    item, source = whole_item(), source_of("person", "mug")
+    found = mirror(item, source)
+    assert found.keypoint_boxes.tolist() == [[64 - 10 - 30, 20, 30, 40]] and found.crowd_classes.tolist() == [1]
+    assert found.keypoints.tolist() == [[[54, 20, 2], [32, 10, 2], [64, 50, 1]]]  # left and right change places
+    assert np.array_equal(found.crowds, item.crowds[..., ::-1]) and np.array_equal(found.depth, item.depth[:, ::-1])
+    part = crop(item, 2.0, 0.0, 0.0)
+    assert part.keypoint_boxes.tolist() == [[20, 40, 44, 24]]  # as much of it as is left
+    assert part.keypoints.tolist() == [[[20, 40, 2], [0, 100, 0], [64, 20, 0]]]  # 64 is beyond the last pixel
+    assert part.masks.shape == (1, 64, 64) and part.mask_classes.tolist() == [0] and len(part.crowds) == 1
+    assert np.array_equal(part.masks[0], item.masks[0, :32, :32].repeat(2, 0).repeat(2, 1))
+    assert np.array_equal(part.depth, item.depth[:32, :32].repeat(2, 0).repeat(2, 1)) and not part.crowds.any()
+    left = crop(item, 2.0, 0.0, 0.3125).keypoints  # ten pixels lower; of the left edge
+    assert left.tolist() == [[[20, 20, 2], [0, 80, 0], [64, 0, 0]]]
+    kept = crop(item, 2.0, 0.0, 1.0)  # from row 32
+    assert kept.keypoints.tolist() == [[[20, -24, 0], [0, 36, 1], [64, -44, 0]]]
+
+
+def test_a_turned_box_is_the_one_around_its_corners():
+    found = rotate(whole_item(keypoint_boxes=np.float32([[22, 27, 20, 10]])), 45)
+    reach = (20 + 10) / 2 / math.sqrt(2)  # about the middle of the image
+    assert np.allclose(found.keypoint_boxes, [[32 - reach, 32 - reach, 2 * reach, 2 * reach]], atol=1e-4)
+    back = [[math.sqrt(0.5), math.sqrt(0.5)], [-math.sqrt(0.5), math.sqrt(0.5)]]
+    places = (whole_item().keypoints[0, :, :2] - 32) @ np.array(back) + 32
+    assert np.allclose(found.keypoints[0, :, :2], places, atol=1e-4)
+
+
 def test_what_is_turned_in_from_outside_is_unknown(source):
     found = rotate(source[0], 45)
     assert (
@@ -371,11 +616,80 @@ def test_another_light_changes_the_image_alone_and_by_its_seed(source):
     ],
 )
 def test_light_changes_by_its_formula(chances, drawn, before, after):
-    numbers = iter(drawn)
-    light = SimpleNamespace(random=iter(chances).__next__, uniform=lambda low, high: next(numbers))
+    numbers, ranges = iter(drawn), []
+    light = SimpleNamespace(
+        random=iter(chances).__next__, uniform=lambda low, high: ranges.append((low, high)) or next(numbers)
+    )
     found = relight(np.asarray(Image.new("RGB", (2, 1), before)), 0.5, light)
     wanted = Image.new("RGB", (2, 1), after) if isinstance(after, str) else Image.new("HSV", (2, 1), after)
     assert np.array_equal(found, np.asarray(wanted.convert("RGB")))
+    usual = {0: [(0.8, 1.2), (-0.2, 0.2)], 1: [(0.8, 1.2)], 2: [(-28, 28), (-30, 30), (-20, 20)]}
+    assert ranges == usual[chances.index(0)]
+
+
+def test_other_colours_by_their_formula():
+    ranges = []
+
+    def uniform(low, high, count=None):
+        ranges.append((low, high))
+        return {(0.3, 1.4): 0.5, (0.7, 1.3): np.array([0.8, 1.0, 1.25]), (0.6, 1.4): 1.2}.get((low, high), high / 2)
+
+    random = SimpleNamespace(uniform=uniform, standard_normal=lambda shape, kind: np.full(shape, -0.5, kind))
+    image = np.uint8([[[100, 150, 200], [0, 0, 0], [255, 250, 245]]])
+    grey = (image * [0.299, 0.587, 0.114]).sum(-1, keepdims=True) / 255
+    pixels = (grey + (image / 255 - grey) * 0.5) * [0.8, 1.0, 1.25]
+    pixels = (pixels - 0.5) * 1.2 + 0.5 + 0.1 - 0.5 * 0.02
+    found = recolour(image, random)
+    assert found.dtype == np.uint8 and found.tolist() == (pixels.clip(0, 1) * 255).round().tolist()
+    assert found[0, 1].tolist() == [0, 0, 0] and 255 in found[0, 2]
+    assert ranges == [(0.3, 1.4), (0.7, 1.3), (0.6, 1.4), (-0.2, 0.2), (0, 0.04)]
+
+
+def test_a_look_is_made_of_its_parts_in_their_order(source):
+    """Of each view: turned, mirrored, pasted into, cropped, recoloured and relit, from one stream of random numbers."""
+    how = Augmentation(flip=True, rotated=0.5, rotation=20.0, light=0.4, zoom=1.7, pasted=0.6, is_recoloured=True)
+    done = Counter[str]()
+
+    def wanted(number, draw, seed, others):
+        random, item = np.random.default_rng([seed, number, draw]), source[number]
+        if random.random() < 0.5:
+            done["rotate"] += 1
+            item = rotate(item, float(np.clip(20 * random.normal(), -40, 40)))
+        if draw in (1, 3, 5, 7):
+            item = mirror(item, source)
+        if draw == 0:  # the first of them is in its own colours
+            return item
+        if random.random() < 0.6:
+            done["paste"] += 1
+            other = source[others[random.integers(len(others))]]
+            item = paste(item, mirror(other, source) if random.random() < 0.5 else other, source, 0.6, random)
+        if random.random() < 0.5:
+            done["crop"] += 1
+            item = crop(item, 1.7 ** random.random(), random.random(), random.random())
+        return replace(item, image=relight(recolour(item.image, random), 0.4, random))
+
+    for number, draw in ((k, draw) for k in range(3) for draw in range(8)):
+        one, other = (
+            augment(source, number, how, draw, 9, source.__getitem__, (1, 2, 3)),
+            wanted(number, draw, 9, (1, 2, 3)),
+        )
+        assert np.array_equal(one.image, other.image) and np.array_equal(one.semantic, other.semantic), (number, draw)
+    assert min(done.values()) >= 5 and len(done) == 3
+    plain = augment(source, 1, AUGMENTATIONS["none"], 3, 0, source.__getitem__)
+    assert np.array_equal(plain.image, source[1].image)
+
+
+def test_the_augmentations_of_data_sets_are_datasetdms():
+    crops = {name for name, how in AUGMENTATIONS.items() if how.has_crops}
+    assert crops == {"voc", "cityscapes", "deepfashion", "coco", "lvis", "kitti", "vkitti2", "nyu", "coco-pose"}
+    flips = {name for name, how in AUGMENTATIONS.items() if how.flip}
+    assert flips == {"flip", "strong", "strong-depth", "coco", "lvis", "kitti", "vkitti2", "nyu", "coco-pose"}
+    lights = {name: how.light for name, how in AUGMENTATIONS.items() if how.light}
+    assert lights == {"kitti": 0.5, "vkitti2": 0.5, "nyu": 0.5}
+    turned = {name: (how.rotated, how.rotation) for name, how in AUGMENTATIONS.items() if how.rotated or how.rotation}
+    assert turned == {"coco-pose": (0.6, 40.0)}
+    strong = {name: (how.zoom, how.pasted) for name, how in AUGMENTATIONS.items() if how.is_recoloured}
+    assert strong == {"strong": (1.7, 0.5), "strong-depth": (1.0, 0.5)}
 
 
 def test_things_are_pasted_with_their_truth_and_their_names(source):
@@ -390,6 +704,31 @@ def test_things_are_pasted_with_their_truth_and_their_names(source):
     assert found.caption == f"{item.caption}, a star, a tree"
     unmasked = paste(replace(item, masks=None), replace(other, masks=None), source, 1.0, np.random.default_rng(0))
     assert np.array_equal(unmasked.image[over], other.image[over])
+
+
+def test_a_person_is_pasted_only_where_no_joints_are_known_and_hides_joints():
+    item, source = (
+        whole_item(keypoints=np.float32([[[55, 35, 2], [55, 5, 2], [70, 35, 1]]])),
+        source_of("person", "mug"),
+    )
+    other = replace(whole_item(), image=np.full((64, 64, 3), 7, np.uint8))
+    person, mug = item.masks
+    found = paste(item, other, source, 1.0, np.random.default_rng(0))
+    assert np.array_equal((found.image == 7).all(-1) & ~(item.image == 7).all(-1), mug)
+    assert found.mask_classes.tolist() == [0, 1] and not found.crowds.any()  # what was there is covered
+    assert found.keypoints[0, :, 2].tolist() == [1, 2, 1] and found.caption == "a person, a mug"
+    covered = item.keypoints.copy()
+    covered[0, 2] = (70, 70, 2)  # outside, nearest to the last pixel, which nothing covers
+    assert paste(replace(item, keypoints=covered), other, source, 1.0, np.random.default_rng(0)).keypoints[0, 2, 2] == 2
+    joints = replace(item, keypoints=None)
+    found = paste(joints, other, source, 1.0, np.random.default_rng(0))
+    assert np.array_equal((found.image == 7).all(-1) & ~(item.image == 7).all(-1), person | mug)
+    assert np.array_equal(paste(item, other, source, 0.0, np.random.default_rng(0)).image, item.image)
+    for seed in range(20):
+        is_pasted = np.random.default_rng(seed).random() < 0.3
+        assert (paste(item, other, source, 0.3, np.random.default_rng(seed)).image[40, 55] == 7).all() == is_pasted
+    named = paste(replace(item, named=("mug", "wall")), other, source, 1.0, np.random.default_rng(0))
+    assert named.named == ("mug", "wall")
 
 
 def test_a_covered_joint_is_hidden(source):
@@ -540,14 +879,22 @@ def test_captures_that_no_training_has_needed_for_long_are_deleted(engine, sourc
     training_views(engine, source, "semantic", tmp_path)
     shards = sorted(tmp_path.glob("*.f16"))
     others = [tmp_path / "notes.txt", tmp_path / "of another program.f16"]
-    for path in others:
+    day = 86400
+    young = {tmp_path / f"{'a' * 64}.f16": 29.9 * day, tmp_path / f".{'b' * 64}.f16.1.part": 0.9 * day}
+    half = tmp_path / f".{'c' * 64}.f16.1.part"  # of a process that was killed
+    for path in (*others, *young, half):
         path.write_bytes(b"not ours")
     for path in (*shards, *others):
         os.utime(path, (long_ago, long_ago))
+    for path, age in {**young, half: 1.1 * day}.items():
+        os.utime(path, (time.time() - age,) * 2)
     few = cache.cache_captures(
         engine, TrainingViews(source, [1, 2], "pose", ViewSettings(draws=2)), Inversion((1,)), tmp_path
     )
     used = [path for paths in few.paths for path in paths]
+    assert all(path.exists() for path in young) and not half.exists()
+    for path in young:
+        path.unlink()
     assert sorted(tmp_path.glob("*.f16")) == sorted([*used, others[1]]) and len(shards) == 4
     assert {path.stat().st_mtime for path in used} == {long_ago} and others[0].exists()  # used, not made again
 
@@ -583,6 +930,54 @@ def test_whether_captures_are_kept_follows_the_room(engine, tmp_path):
     )
     with pytest.raises(Refused, match="--cache disk: the captures take"):
         cache.plan(tmp_path, levels, 10, "disk", 1e-6)
+
+
+def test_captures_take_half_of_the_free_disk_and_what_they_have(tmp_path, monkeypatch):
+    levels = [Level("low", 2, (3, 4), (2,), 5), Level("high", 4, (6,), (1, 2), 5, halves=1)]
+    numbers = 4 * (2 * (3 + 4) + 2 * 5) + 16 * (6 + 3 * 5)
+    layout = Layout.of(levels)
+    assert layout == Layout(shapes=((4, 24), (16, 21)), features=(14, 6)) and layout.numbers == numbers == 432
+    size, asked = 10 * numbers * 2, []  # in half precision
+
+    def cached():
+        asked.append(True)
+        return 2
+
+    for free, budget, count in (
+        (2 * size, size, 0),
+        (2 * size - 2, size + 1, 1),
+        (2 * size - 6, size - 1, 1),
+    ):
+        monkeypatch.setattr(cache.storage, "free_bytes", lambda folder, free=free: free)
+        plan = cache.plan(tmp_path, levels, 10, "auto", 0.0, cached)
+        assert (plan.bytes, plan.budget, plan.is_stored, len(asked)) == (size, budget, budget >= size, count)
+        asked.clear()
+    monkeypatch.setattr(cache.storage, "free_bytes", lambda folder: 0)
+    told = cache.plan(tmp_path, levels, 10, "disk", 0.5)
+    assert (told.budget, told.is_stored) == (500_000_000, True)
+    assert str(told) == f"features and maps kept in {tmp_path}: at most 8.64e-06 GB of the 0.5 GB allowed"
+    few = cache.plan(tmp_path, levels, 10, "auto", 1e-6, cached)
+    assert (few.budget, few.is_stored, asked) == (1000, False, [])
+    assert str(few).endswith(f"step: 8.64e-06 GB would not fit in the 1e-06 GB allowed for {tmp_path}")
+    off = cache.plan(tmp_path, levels, 10, "off")
+    assert (off.bytes, off.budget, str(off)) == (size, 0, "features and maps made anew at every step")
+
+
+def test_features_and_maps_of_a_capture_lie_cell_by_cell():
+    layout = Layout(shapes=((4, 2 + 1 + 2 * 3),), features=(3,))
+    features = (torch.rand(2, 2, 2, 2), torch.rand(2, 1, 2, 2))  # [B, channels, height, width]
+    maps = torch.rand(2, 2, 4, 3)  # [B, heads, cells, tokens]
+    (level,) = layout.join(SimpleNamespace(features=[features], maps=[(maps,)]))
+    for b, cell in ((0, 1), (1, 2)):
+        own = [each[b, :, cell // 2, cell % 2] for each in features]
+        assert torch.equal(level[b, cell], torch.cat([*own, maps[b, 0, cell], maps[b, 1, cell]]))
+    (back,) = layout.unpack(level.half().flatten(1))
+    assert torch.equal(back, level.half().float())
+    calls = [(level,), (level + 1,)]
+    assert (
+        torch.equal(cache.join_calls(calls)[0], torch.cat([level, level + 1], 1))
+        and cache.join_calls(calls[:1]) is calls[0]
+    )
 
 
 def test_only_captures_of_the_same_images_count_as_kept(engine, source, tmp_path, monkeypatch):
@@ -651,6 +1046,25 @@ def test_upstreams_first_word_teaches_with_one_embedding(engine, source, folder)
         trainer.state.decoder.register_forward_pre_hook(lambda module, arguments: heard.append(arguments[1]))
         trainer.step()
     assert len(heard[0].unique(dim=0)) > 1 and torch.equal(heard[1], words[:1].expand(8, -1))
+
+
+FIRST_LOSSES = {
+    "semantic": (11.44869, 11.52240),
+    "instance": (10.82031, 11.40246),
+    "depth": (0.3880735, 0.3617657),
+    "pose": (6.701466, 5.892812),
+    "open-vocabulary": (9.769510, 9.963430),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_training_of_earlier_versions_goes_on_as_it_began(engine, source, folder, task):
+    """What the first two steps draw and lose, by strong augmentation and the recipe's dropout."""
+    settings = {"augmentation": AUGMENTATIONS["strong-depth" if task == "depth" else "strong"], "captions": "mixed"}
+    held, words = training_views(engine, source, task, folder, 4, seed=3, **settings), words_of(engine, source, task)
+    schedule = replace(recipe(task, source, engine.model.levels, 32, (1,), 4).schedule, batch_size=3, points=64, seed=5)
+    taught = Trainer(config_of(engine, source, task), schedule, held, words, reads_ahead=False)
+    assert [taught.step() for _ in range(2)] == pytest.approx(FIRST_LOSSES[task], rel=2e-3)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -746,6 +1160,57 @@ def test_a_loss_that_is_no_number_stops_the_training(engine, source, folder, tas
 
 
 PRESETS = "default", "upstream"
+
+
+USUAL = {
+    "steps": 1500,
+    "batch_size": 16,
+    "rate": 1e-3,
+    "optimiser": "adamw",
+    "decay": "cosine",
+    "decay_every": 0,
+    "warmup": 50,
+    "weight_decay": 0.05,
+    "average": 0.995,
+    "clip": 1.0,
+    "points": 2048,
+    "sigma": 1.0,
+    "dropout": 0.3,
+    "is_deep": True,
+    "is_absence_taught": True,
+    "gain": 100.0,
+    "is_relative": False,
+    "first_word_only": False,
+    "gradient_accumulation_steps": 2,
+    "seed": 0,
+}  # a training that an earlier version began goes on by these
+
+
+def test_recipes_stay_those_of_earlier_versions(engine, source):
+    assert asdict(TrainingSchedule()) == USUAL
+    small, wide = engine.model.levels, [replace(level, features=(320,)) for level in engine.model.levels]
+
+    def schedule(task, levels=small, images=100, **options):
+        return recipe(task, source, levels, 32, (0,), images, **options).schedule
+
+    semantic = {"batch_size": 12, "points": 512, "steps": 1250, "dropout": 0.6, "weight_decay": 0.2}
+    assert asdict(schedule("semantic")) == USUAL | semantic
+    assert asdict(schedule("semantic", is_varied=True)) == USUAL | semantic | {"dropout": 0.2, "weight_decay": 0.1}
+    large = {"steps": 6000, "batch_size": 4, "rate": 2e-4, "points": 12544, "dropout": 0.2, "warmup": 200}
+    assert asdict(schedule("semantic", wide)) == USUAL | large
+    assert schedule("instance", wide).dropout == 0.0 and schedule("depth").is_relative
+    upstream = {"steps": 500_000, "batch_size": 1, "rate": 1e-4, "optimiser": "adam", "decay": "steps", "warmup": 1}
+    upstream |= {"decay_every": 35_000, "points": 196, "sigma": 0.25, "is_deep": False, "is_absence_taught": False}
+    upstream |= dict.fromkeys(("weight_decay", "average", "clip", "dropout"), 0.0) | {"gain": 1.0}
+    for levels in (small, wide):
+        assert asdict(schedule("semantic", levels, preset="upstream")) == USUAL | upstream
+    assert schedule("depth", reader="nyu", preset="upstream").decay_every == 40_000
+    assert schedule("semantic", images=2, reader="deepfashion-mm", preset="upstream").steps == 1600
+    times = [recipe("depth", source, small, 32, each, 9).config.capture_timestep for each in ((0,), (5,), (5, 2))]
+    assert times == [None, 5, (5, 2)]
+    asked = RecipeSettings(steps=7, batch_size=3, rate=0.5, gradient_accumulation_steps=4, first_word_only=True, seed=9)
+    changes = {"steps": 7, "batch_size": 3, "rate": 0.5, "gradient_accumulation_steps": 4}
+    assert asdict(asked.adjust(TrainingSchedule())) == USUAL | changes | {"first_word_only": True, "seed": 9}
 
 
 def test_upstreams_recipe(engine, source, folder):
@@ -874,6 +1339,164 @@ def test_what_was_made_of_one_picture_is_never_held_out_from_it(monkeypatch):
         assert not groups[0] & groups[1]
     families[:] = [("one",)] * 100
     assert split(source, range(100), 0.1, 0)[1] == []
+
+
+def test_folds_are_counted_by_images_that_are_not_of_one_picture():
+    def count(requested, images, held_out=0, unrelated=None):
+        source = LabelledSource(64, images)
+        source.origins = lambda number: (str(number % (unrelated or images)),)
+        return count_folds(requested, source, range(images), held_out)
+
+    assert [count("auto", 10), count("auto", 9), count("auto", 300, 29), count("auto", 300, 30)] == [5, 0, 5, 0]
+    assert [count("auto", 12, unrelated=k) for k in (1, 2, 4, 6)] == [0, 2, 4, 5]
+    assert [count("no", 99), count("3", 99, 99), count("9", 9)] == [0, 3, 9]
+    with pytest.raises(Refused, match="10 folds of 9 images"):
+        count("10", 9)
+
+
+def test_sequences_are_held_out_whole_and_halves_of_two_pictures():
+    source = LabelledSource(64, 12)
+    source.sequence = lambda number: f"{number // 4}"
+    found = split_folds(source, range(12), 3, 0)
+    assert sorted(found) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]  # as many as folds
+    four = split_folds(source, range(12), 4, 0)  # there are fewer, so that frames are taken one by one
+    assert sorted(map(len, four)) == [3, 3, 3, 3] and sorted(sum(four, [])) == list(range(12))
+    source.origins = lambda number: (f"{number % 2}",)
+    with pytest.raises(Refused, match="3 folds of 2 pictures"):
+        split_folds(source, range(12), 3, 0)
+    source.sequence = lambda number: ""
+    learnt, held = split(source, range(12), 0.1, 0)  # one is too few for either picture, and half is not too much
+    assert len(held) == 6 and len({number % 2 for number in held}) == 1 and not {*held} & {*learnt}
+    source.origins = lambda number: (str(min(number // 5, 1)),)  # five and seven
+    assert split(source, range(12), 0.1, 0)[1] == [0, 1, 2, 3, 4]
+
+
+def test_the_bound_of_one_more_decoder_is_that_of_a_prediction_interval():
+    figures = [0.3, 0.4, 0.5]
+    reach = 9.924843 * 0.1 * math.sqrt(4 / 3)  # the quantile 0.995 of t with two degrees of freedom
+    assert bound_of("semantic", figures) == pytest.approx(0.4 - reach, rel=1e-6)
+    assert bound_of("depth", figures) == pytest.approx(0.4 + reach, rel=1e-6)
+    assert bound_of("semantic", [0.5] * 3) == pytest.approx(0.5 - 9.924843 * 0.01 * math.sqrt(4 / 3), rel=1e-6)
+    for task, value, is_bad in (
+        ("semantic", 0.1, True),
+        ("semantic", 0.2, False),
+        ("depth", 0.3, True),
+        ("depth", 0.2, False),
+    ):
+        assert is_worse(task, {"value": value, "bound": 0.2}) is is_bad
+
+
+def test_few_steps_are_logged_of_a_long_training(tmp_path):
+    with Log(tmp_path, 0) as log:
+        for step in (*range(1, 8), 14_999, 15_001):
+            log.step(step, 15_001, 1.0, 0.5)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 6, 15_001] and all(0 <= line["seconds"] < 60 for line in lines)
+
+
+def test_flags_of_a_training_have_their_bounds(tmp_path):
+    bounds = dict.fromkeys(
+        ("steps", "batch_size", "patience", "seed", "size", "threads", "rate", "cache_gb", "save_every"), 0
+    )
+    bounds |= dict.fromkeys(("draws", "accumulate", "checks", "ddim_steps"), 1)
+    TrainConfig(**bounds).check()
+    for name, least in bounds.items():
+        with pytest.raises(Refused, match=f"--{name.replace('_', '-')}: .* is less than {least}"):
+            TrainConfig(**{name: least - 1}).check()
+    most = 2**63 - 1
+    for right in ({"held_out": 0.5, "folds": "2"}, {"held_out": 0.0, "folds": "100"}, {"folds": "no", "seed": most}):
+        TrainConfig(**right).check()
+    for wrong in (
+        {"held_out": 0.51},
+        {"held_out": -0.01},
+        {"folds": "1"},
+        {"folds": "101"},
+        {"folds": "x"},
+        {"out": " "},
+    ):
+        with pytest.raises(Refused, match=f"--{next(iter(wrong)).replace('_', '-')}: "):
+            TrainConfig(**wrong).check()
+    with pytest.raises(Refused, match="--seed: "):
+        TrainConfig(seed=most + 1).check()
+    assert TrainConfig(timestep=("20", "99999", "780", "20")).timesteps() == (99999, 780, 20)
+    assert TrainConfig().timesteps() == TrainConfig(timestep=("auto",)).timesteps() == (-1,)
+    assert len(TrainConfig(timestep=tuple(map(str, range(16)))).timesteps()) == 16
+    for wrong in (("100000",), ("-2",), ("-1", "5"), ("auto", "5"), (), tuple(map(str, range(17)))):
+        with pytest.raises(Refused, match="--timestep: "):
+            TrainConfig(timestep=wrong).timesteps()
+    (tmp_path / "list").write_text("a.png")
+    identity = TrainConfig(images=str(tmp_path / "list"), steps=5, rate=2.0).training_identity()
+    assert identity["listed"] == hashlib.sha256(b"a.png").hexdigest()[:12] and not {"steps", "rate", "task"} & {
+        *identity
+    }
+
+
+def test_without_flags_a_training_is_that_of_the_library():
+    usual = TrainConfig()
+    assert usual.task_settings() == TaskSettings() == TaskSettings(10, 4, 60.0, "fp32", "auto", True, "auto", ())
+    assert usual.recipe_settings() == RecipeSettings() and usual.cache_settings() == cache.CacheSettings(
+        "auto", None, 0.0
+    )
+    assert usual.view_settings() == ViewSettings() == ViewSettings(12, Augmentation(flip=True), "true", 0)
+    assert usual.capture_settings() == Inversion((-1,)) == Inversion((-1,), "mean", 0)
+    upstream = TrainConfig(preset="upstream", inversion="ddim", ddim_steps=7, quirks=("Q11",), by_word="no")
+    assert upstream.capture_settings() == Inversion((-1,), "sample", 7) and upstream.recipe_settings().first_word_only
+    assert upstream.task_settings() == replace(TaskSettings(), outlines="", by_word=False)
+    chosen = TrainConfig(preset="upstream", latent="mean", outlines="image", cache_dir="/captures", cache_gb=2.5)
+    assert chosen.capture_settings().latent == "mean" and chosen.task_settings().outlines == "image"
+    assert chosen.cache_settings() == cache.CacheSettings("auto", Path("/captures"), 2.5)
+    data = TrainConfig(data="demo:3", framing="upstream", skip_bad=True, class_table="words.csv").training_data()
+    assert data == session.TrainingData("demo:3", Selection(), "upstream", True, "words.csv")
+    model = TrainConfig(model="m", size=8, allow_download=True, engine="torch", device="cpu").model_choice()
+    assert model == session.ModelChoice("m", 8, True, "torch", "cpu")
+
+
+def test_a_session_tells_how_it_brings_pictures_to_the_models_size_and_augments_them(engine, source):
+    one = session.TrainingSession("demo:4", engine, source, (0, 1, 2, 3))
+    sides = [[64, 64], [80, 80], [80, 64], [64, 80]]
+    framed = replace(one, data={"items": [{"sides": each} for each in sides]}).framing
+    wanted = {"pixels_a_side": 64, "framing": "fit", "pictures": 4, "scaled": 3, "cut_to_a_square": 2}
+    assert framed == wanted
+    people = copy.copy(source)
+    people.shows_persons = True
+    framed = replace(one, source=people, data={"items": [{"sides": [64, 64]}]}).framing
+    assert framed == {**wanted, "framing": "person", "scaled": 1, "cut_to_a_square": 1}
+    for address, asked, task, name in (
+        ("coco:/a", "auto", "pose", "coco-pose"),
+        ("coco:/a", "auto", "semantic", "coco"),
+        ("deepfashion-mm:/a", "auto", "semantic", "deepfashion"),
+        ("folder:/a", "auto", "pose", "flip"),
+        ("coco:/a", "strong", "depth", "strong-depth"),
+        ("coco:/a", "none", "pose", "none"),
+    ):
+        assert replace(one, address=address, augment=asked).augmentation(task) is AUGMENTATIONS[name]
+    views = TrainingViews(source, [2, 0], "depth", ViewSettings(draws=3, seed=7))
+    assert [views.seed(view) for view in range(6)] == [13, 14, 15, 7, 8, 9] and len(views) == 6
+    assert (views.first_views(1), views.first_views(9)) == (range(0, 3, 3), range(0, 6, 3))
+    plain = replace(one, view_settings=ViewSettings(draws=5)).plain_views("depth", [1], 2)
+    assert (plain.settings.draws, plain.settings.augmentation) == (2, AUGMENTATIONS["none"])
+    assert len(replace(one, view_settings=ViewSettings(draws=5)).plain_views("depth", [1])) == 5
+
+
+def test_the_time_that_is_left_of_captures_is_told(engine, source, tmp_path, monkeypatch):
+    told, seconds = [], iter(range(0, 1000, 10))
+    monkeypatch.setattr(session.time, "monotonic", lambda: next(seconds))
+    settings = {"cache_settings": cache.CacheSettings("disk", tmp_path), "on_message": told.append}
+    one = session.TrainingSession("demo:4", engine, source, (0, 1, 2, 3), ViewSettings(draws=2), **settings)
+
+    def cached(engine, views, inversion, folder, on_views):
+        for _ in range(4):
+            on_views(2)
+
+    monkeypatch.setattr(session.cache, "cache_captures", cached)
+    assert one.open_training(tmp_path, one.plan("depth"), TaskSettings(), lambda: False)
+    assert told == [
+        "captures 25%, about 60 s left",
+        "captures 50%, about 40 s left",
+        "captures 75%, about 20 s left",
+        "captures 100%, about 0.0 s left",
+    ]
+    assert one.open_training(tmp_path, one.plan("depth"), TaskSettings(), lambda: True) is None
 
 
 def test_decoders_of_two_timesteps_cannot_share_a_capture(engine, source):
