@@ -127,6 +127,18 @@ def test_the_report_as_json(spoilt, capsys):
     assert finding["place"] == "images/00000000.png" and finding["what"] == "is not there" and finding["remedy"]
 
 
+def test_files_that_no_sample_has_are_found_in_every_folder_of_the_product(spoilt):
+    folders = ["depth", "gallery/depth", "gallery/details", "gallery/pages", "gallery/sheets", "images", "state"]
+    for name in folders:
+        (spoilt / name / "zzz.png").write_bytes(b"")
+        (spoilt / name / ".zzz.png.1.part").write_bytes(b"")  # which a process that was killed leaves
+    (spoilt / "doubtful" / "images").mkdir(parents=True, exist_ok=True)
+    (spoilt / "doubtful" / "images" / "zzz.png").write_bytes(b"")
+    (spoilt / "notes").mkdir()
+    (spoilt / "notes" / "zzz.png").write_bytes(b"")
+    assert places(spoilt) == [f"{name}/zzz.png" for name in sorted([*folders, "doubtful/images"])]
+
+
 def test_index_files_and_pictures_come_back_as_the_remedy_says(spoilt):
     """Deleting what is damaged and running the line again makes the folder whole."""
     before = {

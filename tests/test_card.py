@@ -172,6 +172,23 @@ def test_licences_that_contradict_one_another_are_named(names, said):
     assert len(found) == len(said) and all(part in sentence for part, sentence in zip(said, found)), found
 
 
+def test_what_the_known_licences_allow():
+    """Commercial use and changed copies, as their texts have it."""
+    free, alike, rules = ("yes", "yes"), ("yes", "under the same licence"), "yes, within its list of forbidden uses"
+    wanted = dict.fromkeys(("apache-2.0", "mit", "bsd-3-clause", "cc0-1.0", "cc-by-4.0"), free)
+    wanted |= dict.fromkeys(("cc-by-sa-4.0", "gpl-3.0", "agpl-3.0"), alike)
+    wanted |= {"cc-by-nc-sa-4.0": ("no", "under the same licence"), "cc-by-nc-nd-4.0": ("no", "no")}
+    for_nobody = ("flux-1-dev-non-commercial-license", "flux-non-commercial-license", "sai-nc-community")
+    wanted |= dict.fromkeys(("cc-by-nc-4.0", *for_nobody), ("no", "yes"))
+    with_rules = ("creativeml-openrail-m", "openrail++", "stabilityai-ai-community")
+    wanted |= dict.fromkeys(with_rules, (rules, "yes"))
+    assert {hub: tuple(licence.row.split(" | ")[1:3]) for hub, licence in KNOWN.items()} == wanted
+    for hub in with_rules:
+        assert "the first lets no rules be added" in " ".join(conflicts(["gpl-3.0", hub]))
+    assert {hub for hub, licence in KNOWN.items() if licence.restricts_use} == {*for_nobody, *with_rules}
+    assert hub_names([*for_nobody, "stabilityai-ai-community"]) == ["other"]
+
+
 def test_an_unknown_licence_is_called_unknown(run):
     model = document(12)["model"] | {"licence": "see | LICENSE\n<b> of the owner" + 1000 * "!"}
     (line,) = [line for line in text(run, model=model).splitlines() if line.startswith("| model | see")]

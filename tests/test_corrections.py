@@ -10,10 +10,12 @@ from rendered import write_run
 
 from datasetdm_fast import open_run
 from datasetdm_fast.convert import main as convert
+from datasetdm_fast.engine.labels import mask_rle
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.gallery.review import Review
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.corrections import CORRECTIONS, Correction, read_corrections
+from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.training.readers import open_data
 
 SIZE = 48
@@ -85,6 +87,10 @@ def test_a_run_that_nobody_corrected_is_refused_as_truth(run):
         {"removed": [9]},
         {"renamed": 3},
         {"ignored": [[5, 5, 5, 9]]},
+        {"ignored": [[5, 5, 9, 5]]},
+        {"ignored": [[1, 2, 3]]},
+        {"removed": [["instance", 1, 2]]},
+        {"renamed": [["instance", "1", "ring"]]},
         {"other": []},
         [],
     ],
@@ -93,6 +99,34 @@ def test_what_is_no_correction_is_refused(run, value):
     (run / CORRECTIONS).write_text(json.dumps({"00000000": value}))
     with pytest.raises(Refused, match="corrections"):
         read_corrections(run)
+
+
+def test_a_region_is_cut_to_the_picture_and_half_of_a_thing_stays():
+    told = {
+        "removed": [["instance", 1]],
+        "renamed": [["instance:a", 0, "ring"]],
+        "ignored": [[-5, -3, 2, 1], [3, 0, 9, 9]],
+    }
+    correction = Correction.parse(told)
+    assert correction.facts() == told and Correction.parse({}).facts() == {} == Correction().facts()
+    wanted = np.zeros((4, 5), bool)
+    wanted[:1, :2], wanted[:, 3:] = True, True
+    assert (correction.region((4, 5)) == wanted).all() and not Correction().region((4, 5, 3)).any()
+    assert not Correction(ignored=((-9, -9, -5, 3),)).region((4, 5)).any()
+    assert Correction.parse({"ignored": [[0, 0, 1, 1]]}).region((4, 5)).sum() == 1
+    masks = np.zeros((3, 4, 5), bool)
+    masks[0, 3, 2:4], masks[1, 3, 1:3], masks[2, 3, 2:] = True, True, True  # half, none and most of it are ignored
+    record = [{"segmentation": rle, "category_id": 1} for rle in mask_rle.encode(masks).rles]
+    row, table = Row(None, {}, labels={"instance": record}), {"instance": {"classes": ["ball", "ring"]}}
+
+    def places(**changes):
+        return Correction(**changes).correct_row(row, table).labels["instance"]
+
+    ignored = ((3, 0, 9, 9),)
+    assert places(ignored=ignored) == [record[0], record[1]]
+    assert places(removed=(("instance", 0), ("instance:b", 1))) == [record[1], record[2]]
+    renamed = places(renamed=(("instance", 2, "ring"), ("instance", 1, "dog"), ("instance:b", 0, "ring")))
+    assert [item["category_id"] for item in renamed] == [1, 1, 2]
 
 
 def test_an_export_from_before_a_correction_is_another(run, tmp_path, capsys):

@@ -327,13 +327,48 @@ def test_conditions_follow_their_grammar():
     assert passing("score>=0.5 or distance>8") == [False, True, True]
     assert passing("distance>0 and (score<.5 or distance == 9)") == [True, False, True]
     assert passing("score < 0.5 or score > 0.5 and distance > 8") == [True, False, False]  # and binds more tightly
-    assert passing("distance > -1e0") == [True] * 3
+    assert passing("distance > -1e0") == passing("distance > +0.5") == [True] * 3
+    assert passing("score > 0.2") == [False, True, False] and passing("distance <= 5") == [True, True, False]
+    nested = "score > 0"
+    for depth in range(2, 22):
+        nested = f"not ({nested})"
+        if depth < 21:
+            run_scores.parse_where(nested, tuple(values))
+    with pytest.raises(Refused, match="nested more than 20 deep"):
+        run_scores.parse_where(nested, tuple(values))
+    long = "score > 0".ljust(2000)
+    run_scores.parse_where(long, tuple(values))
+    with pytest.raises(Refused, match="2001 characters, at most 2000"):
+        run_scores.parse_where(f"{long} ", tuple(values))
+
+
+def test_presence_and_confidence_are_means_over_kinds_of_labels():
+    tables = {"semantic": {"classes": ["wall", "ball", "cube"]}, "depth": {"max_depth": 10.0}}
+    image, records = np.zeros((50, 20, 3), np.uint8), {"semantic": {"pixels": {"0": 990, "1": 2, "2": 1}}, "depth": {}}
+
+    def presence(*named):
+        return run_scores.presence(run_scores.Scored(image, named, records, None, tables, None))
+
+    assert [presence(), presence("ball"), presence("cube"), presence("ball", "cube", "dog")] == [1.0, 1.0, 0.0, 0.5]
 
 
 def test_sharpness_and_hash_tell_images_apart():
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
     assert run_scores.sharpness(noise) > 100 * run_scores.sharpness(noise.resize((8, 8)).resize((64, 64)))
+    small = Image.fromarray(np.random.default_rng(1).integers(0, 255, (5, 4, 3), np.uint8))
+    grey = np.asarray(small.convert("L")).astype(float)
+    edges = [
+        grey[y - 1, x] + grey[y + 1, x] + grey[y, x - 1] + grey[y, x + 1] - 4 * grey[y, x]
+        for y in (1, 2, 3)
+        for x in (1, 2)
+    ]
+    assert run_scores.sharpness(small) == pytest.approx(np.var(edges))
     assert filtering.difference_hash(noise) == filtering.difference_hash(noise.copy())
+    many = np.random.default_rng(0).integers(-(2**63), 2**63 - 1, 150)
+    words = [int(number) % 2**64 for number in many]
+    apart = [min([64, *((word ^ other).bit_count() for other in words[:k])]) for k, word in enumerate(words)]
+    for first in (0, 70, 150):
+        assert run_scores.nearest_bits(many, first).tolist() == apart[first:]
     hashes = np.array([0, 7, 7, -1, 2**62], np.int64)
     assert run_scores.nearest_bits(hashes, 0).tolist() == [64, 3, 0, 61, 1]
     assert run_scores.nearest_bits(hashes, 3).tolist() == [61, 1]
@@ -344,6 +379,9 @@ def test_agreement_counts_pixels_with_one_name():
     second = NamedMap(np.array([[0, 1], [1, 2]]), ("", "ball", "cube"))
     assert run_scores.agreement([first, second]) == pytest.approx(2 / 3)
     assert run_scores.agreement([first]) is None
+    assert run_scores.agreement([first, first, second]) == pytest.approx((4 + 2 + 2) / (4 + 3 + 3))
+    empty = NamedMap(np.zeros((2, 2), int), first.names)
+    assert run_scores.agreement([empty, empty]) == 1.0
     assert run_scores.agreement([first, NamedMap(np.zeros((2, 2), int), ("", "dog"))]) is None
 
 

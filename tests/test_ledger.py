@@ -28,7 +28,7 @@ from datasetdm_fast.runs.run_folder import seal
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.document import check_config, check_same, read_document
 from datasetdm_fast.runs.run_folder.folder import RunFolder
-from datasetdm_fast.runs.run_folder.ledger import QUARANTINED, Ledger, Row, canonical
+from datasetdm_fast.runs.run_folder.ledger import QUARANTINED, Ledger, Row, canonical, decode_trust
 from datasetdm_fast.runs.run_folder.reader import open_run
 
 pytestmark = pytest.mark.core
@@ -640,12 +640,16 @@ def test_digests_and_trust_are_short(tmp_path):
     digest, trust = "0123456789abcdef" * 4, Trust(confidence=0.9)
     files = {"depth": ("depth/00000001.png", StoredFile(digest, 5))}
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
-        for given in (trust, Trust(), Trust(missing=("ball",), reasons=("no ball",)), None):
+        far = Trust(("ball",), ("cube", "cone"), 0.25, 0.5, ("no ball", "far"), 1.5)
+        for given in (trust, Trust(), Trust(missing=("ball",), reasons=("no ball",)), far, None):
             ledger.commit([Row(Request(1, "a ball", 1), {}, files, trust=given)])
             assert ledger.row(1).trust == given and ledger.row(1).files == files
             assert ledger.count_doubtful() == (given is not None and not given.is_trusted)
         ledger.commit([Row(Request(1, "a ball", 1), {}, files, trust=trust)])
         assert ledger._database.execute("SELECT length(files), length(trust) FROM samples") == [(59, 36)]
+        for wrong in ({"confidence": "sure"}, {"domain": "far"}, {"confidence": [0.5]}, {"reasons": "none"}):
+            with pytest.raises(ValueError):
+                decode_trust({"disagreeing": 0.0, **wrong})
         ledger.commit([Row(Request(1, "a ball", 1), {}, tracings={"instance": ["M0 0"] * 99})])
         assert ledger._database.execute("SELECT length(tracings) FROM tracings") < [(60,)]
         bomb = zlib.compress(b'{"instance":["' + b"M" * 2**24 + b'"]}')
