@@ -4,7 +4,7 @@
 # make docs   the documentation site in site/; its libraries go into an environment of their own
 # make venv   installs what tests need, too: optional engines and formats, 1.5 GB more
 # make consumers  exports read by pycocotools, supervision, datumaro, cityscapesScripts, datasets and webdataset, learnt from by
-#                 models of transformers, and the gallery in Chromium: 8 minutes
+#                 models of transformers, the gallery in Chromium, and runs in moto's S3 server: 10 minutes
 # make soak   kills, faults, planted damage, hostile input and long runs in full: up to an hour on two cores, figures at the end;
 #             then 300 faults that are drawn at random, one at a time: two hours more
 # make mutants  97 planted faults, one at a time: 5 minutes on two cores; 95 % have to be noticed
@@ -69,11 +69,12 @@ docs: $(DOCS)/.installed
 
 # What reads exports asks for other versions than the product, so it has an environment of its own, without the product.
 CONSUMERS := $(VENV)-consumers
-$(CONSUMERS)/.installed: tests/consumers/requirements.txt tests/consumers/browser.txt | $(BUILT)
+$(CONSUMERS)/.installed: tests/consumers/requirements.txt tests/consumers/browser.txt tests/consumers/store.txt | $(BUILT)
 	test -x $(CONSUMERS)/bin/python || $(PYTHON) -m venv $(CONSUMERS)
 	$(CONSUMERS)/bin/python -m pip --disable-pip-version-check install $(PIP_FLAGS) -r $<
 	$(PIP) install $(PIP_FLAGS) --target $(CONSUMERS)/browser -r tests/consumers/browser.txt
 	$(PIP) install $(PIP_FLAGS) --target $(CONSUMERS)/peft --no-deps peft==0.21.2 accelerate==1.15.0
+	$(PIP) install $(PIP_FLAGS) --target $(CONSUMERS)/store -r tests/consumers/store.txt
 	command -v chromium || command -v chromium-browser || command -v google-chrome || \
 	PYTHONPATH=$(CONSUMERS)/browser $(BIN)/python -m playwright install --only-shell chromium || true
 	touch $@
@@ -86,6 +87,8 @@ consumers: venv $(CONSUMERS)/.installed
 	$(QUIET_CORES) OMP_NUM_THREADS=1 DATASETDM_LONG_TESTS=1 PYTHONPATH=$(abspath $(CONSUMERS))/browser \
 	$(BIN)/python -m pytest -q -n $(WORKERS) tests/test_trainers.py tests/test_gallery_page.py
 	$(QUIET_CORES) PYTHONPATH=$(abspath $(CONSUMERS))/peft $(BIN)/python -m pytest -q tests/test_family_adapters.py
+	$(QUIET_CORES) OMP_NUM_THREADS=1 DATASETDM_LONG_TESTS=1 PYTHONPATH=$(abspath $(CONSUMERS))/store \
+	$(BIN)/python -m pytest -q tests/test_s3.py
 
 # Longest first, as they are dealt out in this order; what hangs is ended after the hour.
 SOAKED := $(addprefix tests/test_,$(addsuffix .py,long_runs faults fuzz audit ranks rehearsal sampling launchers package \

@@ -21,13 +21,14 @@ from datasetdm_fast.cores import count_cores
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.runs.exporting.settings import ExportSettings
-from datasetdm_fast.runs.exporting.stored_export import StoredExport
+from datasetdm_fast.runs.exporting.stored_export import open_target
 from datasetdm_fast.runs.run_folder.document import EXPORTS
 from datasetdm_fast.runs.run_folder.object_store import is_url
 from datasetdm_fast.settings import json_values
 
 if TYPE_CHECKING:
     from datasetdm_fast.runs.exporting.conversion import Conversion
+    from datasetdm_fast.runs.run_folder.shard_places import ShardBucket
 
 PROG = "python -m datasetdm_fast.convert"
 EXAMPLES = ("runs/demo --to coco,yolo-seg", "runs/demo --to voc --border 5 --classes person=human --out exports")
@@ -49,10 +50,11 @@ def main(arguments: Sequence[str]) -> int:
 
         check_hub(settings.push_to_hub)
     place = settings.out or str(Path(settings.run) / EXPORTS)
-    stored = StoredExport(place) if is_url(place) else None
-    folder = stored.folder if stored else Path(place)
+    folder, store = open_target(place)
+    if settings.push_to_hub and store:
+        raise Refused(f"--push-to-hub: the export is made at {place}", "Name a folder with --out.")
     try:
-        conversion = _open_conversion(settings, folder)
+        conversion = _open_conversion(settings, folder, store)
     except Refused as stop:
         raise Refused(stop.cause.replace(str(folder), place), stop.remedy) from stop
     print_lines(settings, *conversion.notes())
@@ -63,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
         plan = "complete, nothing to do" if conversion.is_complete else plan
         plan += f", and be uploaded to {settings.push_to_hub}" if settings.push_to_hub else ""
         return print_plan(settings, {**facts, "splits": conversion.splits}, place, f"{place}: {plan}")
-    if stored and conversion.is_complete:
+    if store and conversion.is_complete:
         print_lines(settings, f"{place}: complete, nothing to do")
         print_result(settings, facts | {"splits": conversion.splits}, place)
         return 0
@@ -78,8 +80,6 @@ def main(arguments: Sequence[str]) -> int:
     summary = f"{count_noun(result.samples, 'sample')} ({splits}) as {formats}, {count_noun(result.files, 'file')}"
     if conversion.is_complete:
         summary = f"complete, {summary}; nothing to do"
-    if stored:
-        stored.upload()
     print_lines(settings, f"{place}: {summary}")
     facts |= {"made": result.made, "files": result.files, "splits": conversion.splits}
     if settings.push_to_hub:
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str]) -> int:
     return interruption.exit_code(0)
 
 
-def _open_conversion(settings: ExportSettings, folder: Path) -> Conversion:
+def _open_conversion(settings: ExportSettings, folder: Path, store: ShardBucket | None) -> Conversion:
     from datasetdm_fast.runs.curation.filtering import select
     from datasetdm_fast.runs.exporting.conversion import Conversion
     from datasetdm_fast.runs.exporting.sources import open_source
@@ -102,7 +102,7 @@ def _open_conversion(settings: ExportSettings, folder: Path) -> Conversion:
         source = source.take_part(settings.part)
     renaming, identity = settings.classes, json_values(settings.identity())
     options = {"renaming": renaming, "pictures": settings, "layout": settings, "is_copied": settings.copy}
-    return Conversion(source, settings.to, folder, identity, **options)
+    return Conversion(source, settings.to, folder, identity, store=store, **options)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from datasetdm_fast.runs.jobs.racing import probe
 from datasetdm_fast.runs.jobs.result import Result, describe_job
 from datasetdm_fast.runs.jobs.run import Decision, Outcome, RunQueue
 from datasetdm_fast.runs.jobs.writing import count_outside
+from datasetdm_fast.runs.run_folder.shards import SHARDS
 from datasetdm_fast.runs.run_settings import RunConfig, RunSpec, WorkerSettings
 from datasetdm_fast.runs.workers.devices import find_peer, find_places
 from datasetdm_fast.runs.workers.launch import Launch, begin_run, choose_launch
@@ -36,7 +37,7 @@ def main(config: RunConfig, command: CommandLine) -> int:
         return run_settings.remake_from(config, command.provided)
     run_settings.check_shard_settings(config)
     peer = None if config.dry_run else find_peer()
-    if config.layout == "shards":
+    if config.layout == SHARDS:
         from datasetdm_fast.command_line.sharded_run import generate_shards
 
         return generate_shards(config, run_settings.read_spec(config), peer, command.text)

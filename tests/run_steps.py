@@ -22,10 +22,10 @@ def prepare(config: RunConfig, **options: Any) -> Job:
 
 def prepare_remake(config: RunConfig, provided: Collection[str] = ()) -> Callable[[], list[str]]:
     """The sample `config.only`; settings that were `provided` must be those of the run folder."""
-    stored, row = find_remake_row(Path(config.out), config.only)
-    restored = restore_settings(config, provided, stored, row)
+    run, row = find_remake_row(config.out, config.only)
+    restored = restore_settings(config, provided, run.document, row)
     groups = map(restored.group, (ModelSettings, EngineSettings, SamplingSettings, LabelSettings))
-    return remake.prepare_remake(Path(config.out), stored, row, *groups, restored.classes)
+    return remake.prepare_remake(run, row, *groups, restored.classes)
 
 
 def find_result(config: RunConfig) -> Result | None:

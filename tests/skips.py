@@ -26,7 +26,7 @@ REASONS = {
     "Playwright is not installed": "until `make consumers` installs the libraries of our users",
     "Chromium is not installed": "machines without that browser",
     "Ray Serve is not installed": "until somebody installs ray[serve]",
-    "moto and s3fs are not installed": "until somebody installs moto[server] and s3fs, as tests/test_s3.py needs",
+    "moto and s3fs are not installed": "until `make consumers` installs them",
     "mosaicml-streaming is not installed": "until somebody installs it with torchvision, as its import needs",
     "peft is not installed": "until `make consumers` installs it, without its torch",
     "ray is not installed": "platforms without Ray",

@@ -9,6 +9,7 @@ import shutil
 import tarfile
 import threading
 import time
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import chain
@@ -26,9 +27,11 @@ from test_ranks import tree
 import datasetdm_fast
 from datasetdm_fast import audit, convert, drop, gallery, generate, merge, restore, split, vary
 from datasetdm_fast import filter as filtering
-from datasetdm_fast.command_line.run_settings import read_spec
+from datasetdm_fast.command_line.run_settings import complete_settings, read_spec
+from datasetdm_fast.engine.loop.plan import TURN
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.runs.curation import filtering as curation
+from datasetdm_fast.runs.exporting import conversion
 from datasetdm_fast.runs.gallery import shard_page, showing
 from datasetdm_fast.runs.run_folder.object_store import ObjectStore
 from datasetdm_fast.runs.run_folder.shard_places import ShardBucket, ShardFolder, shard_place
@@ -273,7 +276,7 @@ def test_damage_is_named_and_repaired_to_the_same_bytes(alone, tmp_path, capsys,
         (["--layout", "folder", "--shard-size", "1000"], "layout"),
         (["--number", "20"], "number: 26 there, 20 asked for"),
         (["--number", "60", "--prompts", "PROMPTS"], "image 00000000 would change"),
-        (["--keep", "trusted"], "not with --layout shards"),
+        (["--keep", "trusted"], "keep: nothing there"),
         (["--layout", "folder"], "the run is not in shards"),
     ],
 )
@@ -292,6 +295,79 @@ def test_a_run_grows_to_the_bytes_of_a_larger_one(alone, tmp_path, monkeypatch):
     assert sorted(ledger.entries) == [0, 1, 2, 3, 4]  # whoever waits for 33 samples waits for the sixth shard, too
     make(run, number=33)
     assert tree(run) == tree(tmp_path / "other") and len(ledger.read_entries(range(7))) == 2
+
+
+def test_others_are_made_in_the_place_of_doubtful_samples(alone, tmp_path, capsys):
+    """Each shard has its number of trusted samples, whoever makes it, and a larger run has the same ones first."""
+    run, options = tmp_path / "run", {"keep": "trusted"}
+    for rank in (1, 0):
+        made = []
+        callbacks = Callbacks(describe, on_commit=made.append, is_stopping=lambda made=made: len(made) == 3)
+        work_on_shards(spec_of(run, **options), shard_place(run), ShardRank(rank, 2), callbacks)
+    assert generate.main([*LINE, "--keep", "trusted", "--json", "--out", str(tmp_path / "one")]) == 0
+    rejected = json.loads(capsys.readouterr().out)["doubtful"]
+    assert tree(run) == tree(tmp_path / "one") and audit.main([str(run), "--quiet"]) == 0
+    samples, plain = list(datasetdm_fast.open_run(run)), list(datasetdm_fast.open_run(alone))
+    assert len(samples) == SAMPLES and all(sample.trust.is_trusted for sample in samples)
+    others = [sample for sample in samples if sample.meta.get("turn")]
+    assert [sample.id for sample in others] == [sample.id for sample in plain if not sample.trust.is_trusted]
+    assert sum(sample.meta["turn"] for sample in others) == rejected > 0
+    assert all(sample.seed == int(sample.id) + TURN * sample.meta.get("turn", 0) for sample in samples)
+    line = ["--out", str(run), "--only", others[-1].id, "--json"]
+    assert generate.main(line) == 0 and json.loads(capsys.readouterr().out.splitlines()[-1])["written"] == []
+    for place in (run, tmp_path / "larger"):
+        work_on_shards(spec_of(place, number=33, **options), shard_place(place), ALONE, Callbacks(describe))
+    assert tree(run) == tree(tmp_path / "larger")
+
+
+def test_a_place_without_a_sample_that_is_accepted_is_told(tmp_path, capsys):
+    line = [*LINE, "--number", "5", "--accept", "sharpness < 0", "--most-tries", "2", "--out", str(tmp_path / "run")]
+    assert generate.main(line) == 4
+    assert "5 of 5 samples were quarantined" in (error := capsys.readouterr().err) and "manifest/ has" in error
+    assert generate.main(["--out", str(tmp_path / "run"), "--only", "00000003"]) == 2
+    assert "no sample is added to a shard" in capsys.readouterr().err
+
+
+def test_every_class_has_its_number_of_accepted_samples(tmp_path):
+    accepted = {"accept": "sharpness > 300", "per_class": 4, "classes": ("ball", "cube", "star")}
+    work_on_shards(spec_of(tmp_path, **accepted), shard_place(tmp_path), ALONE, Callbacks(describe))
+    run = datasetdm_fast.open_run(tmp_path)
+    named = Counter(name for sample in run for name in accepted["classes"] if name in sample.prompt)
+    assert set(named.values()) == {4} and run.is_complete and any(sample.meta.get("turn") for sample in run)
+
+
+@pytest.mark.parametrize("where", ["folder", "store"])
+def test_one_sample_is_made_again_where_its_shard_has_other_bytes(alone, bucket, tmp_path, capsys, where):
+    run, out = copy(alone, tmp_path), ["--out", str(tmp_path / "run")]
+    if where == "store":
+        out = ["--store", bucket.name]
+        for name, content in tree(alone).items():
+            bucket.replace(name, content)
+    place = shard_place(out[1])
+    tar = place.read(tar_name(1))
+    image = datasetdm_fast.open_run(run)["00000007"].read("image")
+    begin = tar.index(image) + 40
+    for damage, code, written in (
+        (tar, 0, []),
+        (tar[:begin] + bytes(50) + tar[begin + 50 :], 0, ["image"]),
+        (tar[:begin], 4, []),
+    ):
+        place.replace(tar_name(1), damage)
+        assert generate.main([*out, "--only", "00000007", "--json"]) == code
+        told = capsys.readouterr()
+        assert place.read(tar_name(1)) == (damage if code else tar)
+        assert "00000007 made again" in told.err if code else json.loads(told.out)["written"] == written
+    assert generate.main([*out, "--only", "99"]) == 2 and "no sample of" in capsys.readouterr().err
+
+
+def test_the_layout_that_is_not_named_follows_from_the_run(alone, folder, tmp_path):
+    def layout(provided=(), **flags):
+        config = RunConfig(**{"out": str(tmp_path / "new"), **flags})
+        return complete_settings(config, {"out", *provided}).layout
+
+    assert [layout(number=number) for number in (100_000, 100_001)] == ["folder", "shards"]
+    assert layout(store="s3://bucket/run") == layout(cluster="ray") == layout(out=str(alone)) == "shards"
+    assert layout(out=str(folder), number=200_000) == layout(("layout",), number=200_000) == "folder"
 
 
 def test_a_place_that_holds_something_else_is_refused(folder, tmp_path, capsys):
@@ -461,6 +537,39 @@ def test_a_part_of_an_export_is_written_to_a_url(alone, bucket, tmp_path, capsys
     assert "memory://bucket/export: it holds" in capsys.readouterr().err
     assert convert.main([*line, "memory://bucket"]) == 2
     assert "it is not empty and not an export" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layout", ["wds", "coco"])
+def test_an_export_in_a_store_goes_on_where_it_was_interrupted(alone, bucket, tmp_path, monkeypatch, layout):
+    line = [str(alone), "--to", layout, "--shard", "10", "--quiet", "--threads", "1", "--out"]
+    assert convert.main([*line, str(tmp_path / "export")]) == 0
+    place, written, failures = shard_place("memory://bucket/export"), [], [None] * 3 + [OSError("503 Slow Down")]
+    whole = {name: name for name in tree(tmp_path / "export")}
+
+    def spy(method):
+        real = getattr(type(place), method)
+
+        def write(self, name, content):
+            if name in whole and name != "export.json":
+                if failures and (error := failures.pop(0)):
+                    raise Missing(str(error), "Try again.")
+                written.append(name)
+            return real(self, name, content)
+
+        monkeypatch.setattr(type(place), method, write)
+
+    monkeypatch.setattr(conversion, "BLOCK", 2)
+    for method in ("write", "replace"):
+        spy(method)
+    assert convert.main([*line, place.name]) == 3 and len(written) >= 2
+    torn = written[0]
+    place.replace(torn, b"torn")
+    before = set(written) - {torn}
+    written.clear()
+    assert convert.main([*line, place.name]) == 0
+    assert torn in written and (layout == "coco" or not before & set(written))
+    names = place.store.sizes()
+    assert {name: place.read(name) for name in names} == tree(tmp_path / "export")
 
 
 def test_a_stream_reads_every_sample_once_and_resumes(alone):

@@ -22,15 +22,18 @@ from datasetdm_fast.engine.loop.prompts import PromptSource, check_classes
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.jobs.prompt_files import listed_words, own_table, read_source
 from datasetdm_fast.runs.jobs.remake import check_provided, find_remake_row, prepare_remake
-from datasetdm_fast.runs.run_folder.document import GROWING, most_samples, quarantines
+from datasetdm_fast.runs.run_folder.document import DOCUMENT, GROWING, most_samples, quarantines
 from datasetdm_fast.runs.run_folder.goal import FLAG
 from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.runs.run_folder.scores import SCORERS, parse_where
+from datasetdm_fast.runs.run_folder.shard_audit import find_sharded
+from datasetdm_fast.runs.run_folder.shards import SHARDS
 from datasetdm_fast.runs.run_settings import LabelConfig, LabelSettings, PromptSettings, RunConfig, RunSpec
 from datasetdm_fast.settings import EngineSettings, ModelSettings, SamplingSettings, flags_of, json_values
 
 LONGEST_NAME = 48  # letters of the readable part of a run folder's name
 FIRST_WORDS = 8  # of a prompt, in that part
+MOST_IN_FOLDER = 100_000  # samples of a run that is not in shards by default
 WHOLE = ("depth", "pose")  # tasks that read a picture as a whole; labellers of other packages do, too
 ATTENTION_FLAGS = ("exponent", "threshold", "uncertainty", "self_cells", "cross_cells", "parity")
 
@@ -40,13 +43,22 @@ def complete_settings(config: RunConfig, provided: Collection[str]) -> RunConfig
     for name in ("prompts", "classes", "accept"):
         if name in provided and not getattr(config, name):
             raise Refused(f"--{name}: no value was given", "Drop the flag, or see --help.")
-    if config.cluster and "layout" not in provided:
-        config = replace(config, layout="shards")
+    if (config.cluster or config.store) and "layout" not in provided:
+        config = replace(config, layout=SHARDS)
     folders = parts_of(config.decoder)
     if "task" not in provided and config.decoder not in SHIPPED and all(path.is_dir() for path in folders):
         config = replace(config, task=tuple(by_task(find_decoders(folders).labels)))
     config = expand_names(config, provided)
-    return config if "out" in provided else replace(config, out=name_folder(config))
+    config = config if "out" in provided else replace(config, out=name_folder(config))
+    return config if "layout" in provided else replace(config, layout=choose_layout(config))
+
+
+def choose_layout(config: RunConfig) -> str:
+    """Shards of a run that has them, and of a large one that is not begun yet."""
+    if config.layout == SHARDS or find_sharded(config.out) is not None:
+        return SHARDS
+    is_large = count_images(config) > MOST_IN_FOLDER and not (Path(config.out) / DOCUMENT).exists()
+    return SHARDS if is_large else config.layout
 
 
 def expand_names(config: RunConfig, provided: Collection[str]) -> RunConfig:
@@ -180,21 +192,17 @@ def _spec(config: RunConfig, source: PromptSource, identity: Mapping[str, Any]) 
 
 def check_shard_settings(config: RunConfig) -> None:
     """Refuses flags that do not go together with the layout."""
-    if config.layout != "shards":
+    if config.layout != SHARDS:
+        if config.store:
+            raise Refused(f"--store {config.store}: only a run in shards is written there", "Drop --layout folder.")
         if config.shard_size != RunConfig.shard_size:
             raise Refused(f"--shard-size {config.shard_size}: the run is not in shards", "Add --layout shards.")
         if config.cluster:
             raise Refused(f"--cluster {config.cluster}: a cluster makes runs in shards", "Drop --layout folder.")
-        return
-    for flag, is_given in (("--keep trusted", config.keep != "all"), ("--accept", bool(config.accept))):
-        if is_given:
-            raise Refused(f"{flag}: not with --layout shards, whose shards know nothing of one another", "Drop one.")
 
 
 def check_together(config: RunConfig, is_begun: bool, processes: int) -> None:
-    """Refuses flags that do not go together, or not in one of several processes that were started together."""
-    if config.store:
-        raise Refused(f"--store {config.store}: only a run in shards is written there", "Add --layout shards.")
+    """Refuses flags that do not go together in one of several processes that were started together."""
     if not config.dry_run and processes > 1:
         check_judged(config, is_begun)
 
@@ -215,14 +223,13 @@ def check_judged(config: RunConfig, is_begun: bool) -> None:
 
 
 def remake_from(config: RunConfig, provided: Collection[str]) -> int:
-    """The exit code of `generate --only`, which makes one sample of the run folder again."""
-    folder = Path(config.out)
-    stored, row = find_remake_row(folder, config.only)
+    """The exit code of `generate --only`, which makes one sample of the run again."""
+    place = config.store or config.out
+    run, row = find_remake_row(place, config.only)
     check_settings(config)
-    restored = restore_settings(config, provided, stored, row)
+    restored = restore_settings(config, provided, run.document, row)
     groups = map(restored.group, (ModelSettings, EngineSettings, SamplingSettings, LabelSettings))
-    remake = prepare_remake(folder, stored, row, *groups, restored.classes)
-    return remake_sample(config, config.out, config.only, remake)
+    return remake_sample(config, place, config.only, prepare_remake(run, row, *groups, restored.classes))
 
 
 def restore_settings(config: RunConfig, provided: Collection[str], stored: Mapping[str, Any], row: Row) -> RunConfig:
@@ -238,7 +245,7 @@ def restore_settings(config: RunConfig, provided: Collection[str], stored: Mappi
         for name, value in json_values(config.identity()).items()
         if name in set(provided) - {"prompts"} and getattr(config, name) != getattr(restored, name)
     }
-    check_provided(Path(config.out), stored["config"], changed)
+    check_provided(config.store or config.out, stored["config"], changed)
     return restored
 
 

@@ -159,7 +159,8 @@ class FileSettings:
     layout: str = setting(
         "folder",
         "folder: a file for each image and label; shards: tar files that WebDataset reads, each with a Parquet index, "
-        "for runs of many samples or in an object store",
+        "for runs of many samples or in an object store; by default shards above 100,000 samples, with --store and "
+        "with --cluster",
         choices=("folder", "shards"),
         identity="if given",
     )

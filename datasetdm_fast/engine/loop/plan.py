@@ -20,6 +20,7 @@ from datasetdm_fast.errors import Refused
 DEMO_SCENES = 900_000_000  # first scene seed of the demo captions, far from those the demo model was trained on
 OPENINGS = ("a photo of", "a picture of", "a scene with")
 SURROUNDINGS = ("", " at night", " at sunset", " in fog")
+TURN = 100_000_007  # between seeds and prompts of what may take the place of a sample: prime, so that prompts differ
 
 
 @dataclass(frozen=True)
@@ -37,18 +38,20 @@ class Plan:
     has_seeds: bool = False  # whether prompts bring seeds of their own
     negative: str = ""  # text of the unconditional half, where a prompt brings none
     table: ClassTable | None = None  # of the user's own words
+    turn: int = TURN  # from a prompt to that of the next turn
 
     def __len__(self) -> int:
         """Batches."""
         return -(-self.number // self.batch_size)
 
-    def request(self, index: int) -> Request:
-        prompt = self.prompt(index)
+    def request(self, index: int, turn: int = 0) -> Request:
+        """Sample `index`; of a later `turn` with another seed, and another prompt of the same class."""
+        prompt = self.prompt(index + turn * self.turn)
         if prompt.classes is None:
             named = find_classes(prompt.text, self.words, self.table)
         else:
             named = listed_words(prompt.classes, self.words)
-        seed = self.seed + index if prompt.seed is None else prompt.seed
+        seed = self.seed + index + turn * TURN if prompt.seed is None else prompt.seed
         negative = self.negative if prompt.negative is None else prompt.negative
         return Request(index, prompt.text, seed, named, negative, prompt.class_prompt)
 
@@ -59,10 +62,10 @@ class Plan:
         requests = tuple(self.request(k) for k in range(first, stop))
         return Batch(index, requests, self.batch_size - len(requests))
 
-    def batches_between(self, first: int, stop: int) -> Iterator[Batch]:
-        """The requests from `first` to before `stop`, of which the last batch is filled up."""
-        for index, begin in enumerate(range(first, stop, self.batch_size)):
-            requests = tuple(self.request(k) for k in range(begin, min(begin + self.batch_size, stop)))
+    def batches_of(self, indices: Sequence[int], turn: int = 0) -> Iterator[Batch]:
+        """The requests of samples, of which the last batch is filled up."""
+        for index, begin in enumerate(range(0, len(indices), self.batch_size)):
+            requests = tuple(self.request(k, turn) for k in indices[begin : begin + self.batch_size])
             yield Batch(index, requests, self.batch_size - len(requests))
 
     def __iter__(self) -> Iterator[Request]:
@@ -113,7 +116,8 @@ def make_plan(
             "Drop the seeds, or --keep trusted and --accept: filter leaves out samples later.",
         )
     most = number * turns
-    return Plan(prompt, words, number, seed, size, source.digest, most, has_seeds, negative, source.table)
+    turn = TURN * max(len(per_class), 1)
+    return Plan(prompt, words, number, seed, size, source.digest, most, has_seeds, negative, source.table, turn)
 
 
 def _fit(

@@ -22,9 +22,11 @@ from datasetdm_fast.runs.exporting.export_folder import DoneSample, ExportFolder
 from datasetdm_fast.runs.exporting.format import AllSamples, Content, Entry, ExportPlan, Files, Format
 from datasetdm_fast.runs.exporting.settings import LayoutSettings, PictureSettings
 from datasetdm_fast.runs.exporting.sources import TRAIN, ExportSource, damage_of
+from datasetdm_fast.runs.exporting.stored_export import StoredExport
 from datasetdm_fast.runs.exporting.view import Linked, RunView, SampleView
 from datasetdm_fast.runs.run_folder.ledger import canonical
 from datasetdm_fast.runs.run_folder.reader import StoredSample
+from datasetdm_fast.runs.run_folder.shard_places import ShardBucket
 from datasetdm_fast.untrusted import documents
 from datasetdm_fast.version import __version__
 
@@ -100,8 +102,10 @@ class Conversion:
         pictures: PictureSettings = PICTURES,
         layout: LayoutSettings = LAYOUT,
         is_copied: bool = False,
+        store: ShardBucket | None = None,
     ):
-        self.source, self.folder, self.is_copied = source, folder, is_copied
+        """`folder` is where the export lies, or what a process needs of its own while it makes one in a `store`."""
+        self.source, self.folder, self.store, self.is_copied = source, folder, store, is_copied
         self.formats: dict[str, Format] = {name: open_format(name) for name in formats}
         document, renamed = source.run.document, Renaming.parse(renaming)
         classes = collect_classes(document, source.labels, renamed)
@@ -185,20 +189,27 @@ class Conversion:
             export_folder.remove_work(self.folder)
             return ExportResult(self.samples, export_folder.count_files(self.folder), 0, True)
         made = 0
-        with ExportFolder(self.folder, self.description, is_copied=self.is_copied) as opened:
+        with self._open() as opened:
             done = opened.numbers()
             missing = (view for view in self._views() if view.number not in done)
             for rows in in_threads(partial(self._write, opened), missing, BLOCK, threads, is_stopping):
                 opened.commit(rows)
                 made += len(rows)
                 on_commit(len(rows))
+            for name, format in self.formats.items():
+                self._write_shared(opened, name, format, is_stopping)
             if is_stopping():
                 return ExportResult(self.samples, 0, made, False)
-            for name, format in self.formats.items():
-                self._write_shared(opened, name, format)
             return ExportResult(self.samples, opened.complete(), made, True)
 
-    def _write_shared(self, opened: ExportFolder, name: str, format: Format) -> None:
+    def _open(self) -> ExportFolder:
+        if self.store is None:
+            return ExportFolder(self.folder, self.description, is_copied=self.is_copied)
+        return StoredExport(self.folder, self.description, self.store)
+
+    def _write_shared(self, opened: ExportFolder, name: str, format: Format, is_stopping: Callable[[], bool]) -> None:
+        if is_stopping():
+            return
         samples = AllSamples(partial(opened.entries, name), lambda *places: map(self.view, opened.numbers_of(*places)))
         if name in EXPORT_FORMATS.others:
             files = shared_files(name, format, self.plan, samples)
@@ -210,7 +221,8 @@ class Conversion:
         else:
             files = format.shared_files(self.plan, samples)
         for path, chunks in files.items():
-            opened.share(f"{name}/{path}", chunks)
+            if not is_stopping():
+                opened.share(f"{name}/{path}", chunks)
 
     def _views(self) -> Iterator[SampleView]:
         run = self.source.run

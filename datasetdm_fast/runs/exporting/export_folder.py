@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 from datasetdm_fast.disk import locks, sqlite, storage
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import GateFailed, Missing, Refused, refusing_form
-from datasetdm_fast.runs.exporting.view import Linked
+from datasetdm_fast.runs.exporting.view import Content, Linked
 from datasetdm_fast.runs.run_folder.audit import Finding, Report
 from datasetdm_fast.runs.run_folder.document import EXPORTS, check_same, pretty, run_around
 from datasetdm_fast.untrusted import documents
@@ -29,6 +29,7 @@ CREATE TABLE IF NOT EXISTS done (number INTEGER PRIMARY KEY, split TEXT NOT NULL
 CREATE TABLE IF NOT EXISTS shared (name TEXT PRIMARY KEY, sha256 TEXT NOT NULL, size INTEGER NOT NULL);
 """
 BLOCK = 256  # rows read at once
+Rows = Sequence[Sequence[Any]]
 REMEDY = "Delete the export and run its convert command again: it gives the same bytes."
 
 
@@ -109,7 +110,7 @@ class ExportFolder(AbstractContextManager):
         """The samples whose files are all there."""
         return {number for (number,) in self._done.execute("SELECT number FROM done")}
 
-    def publish(self, files: Mapping[str, bytes | Linked]) -> dict[str, StoredFile]:
+    def publish(self, files: Mapping[str, Content]) -> dict[str, StoredFile]:
         """The digests of files, once all of them are on the disk under their names."""
         stored = {name: content.stored for name, content in files.items() if isinstance(content, Linked)}
         contents = {}
@@ -123,7 +124,7 @@ class ExportFolder(AbstractContextManager):
 
     def commit(self, samples: Iterable[DoneSample]) -> None:
         """Marks samples as done, all or none."""
-        values = [
+        done = [
             (
                 sample.number,
                 sample.split,
@@ -132,8 +133,12 @@ class ExportFolder(AbstractContextManager):
             )
             for sample in samples
         ]
+        self._add(done, [])
+
+    def _add(self, done: Rows, shared: Rows) -> None:
         with self._done.transaction():
-            self._done.execute_many("INSERT OR REPLACE INTO done VALUES (?, ?, ?, ?)", values)
+            self._done.execute_many("INSERT OR REPLACE INTO done VALUES (?, ?, ?, ?)", done)
+            self._done.execute_many("INSERT OR REPLACE INTO shared VALUES (?, ?, ?)", shared)
 
     def entries(self, format: str, split: str) -> Iterator[dict[str, Any]]:
         """The entries of a format for the samples of a split, in order."""
@@ -158,8 +163,11 @@ class ExportFolder(AbstractContextManager):
         """Writes a file of all samples, unless it was written before."""
         if self._done.execute("SELECT 1 FROM shared WHERE name = ?", (name,)):
             return
-        stored = storage.publish({self.folder / name: chunks})[self.folder / name]
-        self._done.execute("INSERT INTO shared VALUES (?, ?, ?)", (name, stored.sha256, stored.size))
+        stored = self._write(name, chunks)
+        self._add([], [(name, stored.sha256, stored.size)])
+
+    def _write(self, name: str, chunks: Iterable[bytes]) -> StoredFile:
+        return storage.publish({self.folder / name: chunks})[self.folder / name]
 
     def complete(self) -> int:
         """Writes digests and description, and removes the work folder; how many files the export has."""
@@ -175,11 +183,14 @@ class ExportFolder(AbstractContextManager):
                 count += 1
                 yield f"{sha256}  {name}\n".encode()
 
-        sums = storage.publish({self.folder / SUMS: lines()})[self.folder / SUMS]
-        storage.publish({self.folder / DOCUMENT: pretty({**self._description, "complete": True, "sums": sums.sha256})})
+        sums = self._write(SUMS, lines())
+        self._write(DOCUMENT, [pretty({**self._description, "complete": True, "sums": sums.sha256})])
         self.close()
-        remove_work(self.folder)
+        self._remove_work()
         return count
+
+    def _remove_work(self) -> None:
+        remove_work(self.folder)
 
     def close(self) -> None:
         self._closing.close()

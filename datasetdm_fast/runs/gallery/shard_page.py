@@ -18,6 +18,7 @@ from datasetdm_fast.runs.gallery.pictures import fetch_or_draw
 from datasetdm_fast.runs.gallery.review import Review
 from datasetdm_fast.runs.gallery.server import ServedRun
 from datasetdm_fast.runs.run_folder import page_files
+from datasetdm_fast.runs.run_folder.document import quarantines
 from datasetdm_fast.runs.run_folder.folder import trace_labels
 from datasetdm_fast.runs.run_folder.page_files import (
     PAGE,
@@ -75,7 +76,8 @@ class ShardPage:
         """The page itself, with the counts of the manifest."""
         facts, entries = self._facts, self._ledger.entries.values()
         facts.pages, facts.missing, facts.excluded = sorted(self._pages.items()), 0, 0
-        facts.doubtful, facts.named = sum(entry.doubtful for entry in entries), Counter()
+        facts.doubtful = 0 if quarantines(self._run.document["config"]) else self._ledger.count_doubtful()
+        facts.named = Counter()
         facts.shown = sum((Counter(entry.classes) for entry in entries), Counter())
         whole = facts.whole(has_sheets=False, is_in_progress=not self._run.is_complete)
         start = {

@@ -16,7 +16,7 @@ from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.messages import count_noun, format_duration
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.jobs.job import Job
-from datasetdm_fast.runs.run_folder.document import LEDGER, QUARANTINE, quarantines, read_document
+from datasetdm_fast.runs.run_folder.document import LEDGER, MANIFEST, QUARANTINE, quarantines, read_document
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.goal import Goal, goal_of
 from datasetdm_fast.runs.run_folder.indexes.licences import licence_of
@@ -47,6 +47,7 @@ class Result:
     missing: Mapping[str, int] = field(default_factory=dict)  # class -> samples it has, where it can have no more
     accept: str = ""  # the condition on the samples of the data set
     reasons: Sequence[str] = ()  # why samples were quarantined
+    is_sharded: bool = False  # then no sample beside the data set is kept
 
     def facts(self) -> dict[str, Any]:
         """Counts and speed, as --json prints them."""
@@ -71,12 +72,12 @@ class Result:
         """How many samples are doubtful or not accepted; empty if none."""
         if not self.doubtful:
             return ""
+        done = count_noun(self.done, "sample")
+        place = "in whose place others were made" if self.is_sharded else f"in {self.path}/{QUARANTINE}"
         if self.accept:
-            done = count_noun(self.done, "sample")
-            return f"accepted: {done}; not accepted, in {self.path}/{QUARANTINE}: {self.doubtful}"
+            return f"accepted: {done}; not accepted, {place}: {self.doubtful}"
         if self.goal and self.goal.most > self.goal.number:
-            done, place = count_noun(self.done, "sample"), f"{self.path}/{QUARANTINE}"
-            return f"trusted: {done}; doubtful, in {place}: {self.doubtful}{self._foreign}"
+            return f"trusted: {done}; doubtful, {place}: {self.doubtful}{self._foreign}"
         return f"{self.doubts}: filter --where 'trust == 1' leaves {'it' if self.doubtful == 1 else 'them'} out"
 
     @property
@@ -100,11 +101,12 @@ class Result:
             is_what = "accepted" if self.accept else "trusted"
             raise GateFailed(f"{self.path}: {self.done} of {most} samples are {is_what}, {number} were requested", LOOK)
         if self.quarantined:
+            of_folder = f"{LEDGER} has the reason of each; --only ID makes one again"
+            where = f"{MANIFEST}/ has the reason of each" if self.is_sharded else of_folder
             raise GateFailed(
                 f"{self.path}: {self.quarantined} of {self.number} samples were quarantined "
                 f"({'; '.join(self.reasons[:MOST_REASONS])})",
-                f"{LEDGER} has the reason of each; --only ID makes one again. Values that are NaN or infinite may need "
-                "another --dtype.",
+                f"{where}. Values that are NaN or infinite may need another --dtype.",
             )
 
 
@@ -133,6 +135,7 @@ def result_of(
         missing=goal.missing(tally) if quarantines(config) else {},
         accept=accept,
         reasons=tuple(quarantined),
+        is_sharded=isinstance(ledger, ShardLedger),
         **seconds,
     )
 

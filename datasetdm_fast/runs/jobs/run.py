@@ -124,7 +124,7 @@ def count_rows(folder: Path) -> int:
 def check_rows(job: Job, rows: Iterable[Row]) -> None:
     """Refuses a plan in which an image that the run holds would change."""
     for row in rows:
-        planned = job.plan.request(row.request.index)
+        planned = job.plan.request(row.request.index, row.recipe.get("turn", 0))
         if planned != row.request:
             changes = "; ".join(differences(asdict(row.request), asdict(planned)))
             raise Refused(

@@ -13,6 +13,7 @@ import numpy as np
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.blocks import in_threads
 from datasetdm_fast.engine.labels import LABEL_KINDS, kind_of
+from datasetdm_fast.engine.loop.plan import TURN
 from datasetdm_fast.errors import Missing, Refused, quote
 from datasetdm_fast.runs.run_folder import page_files, seal
 from datasetdm_fast.runs.run_folder.document import (
@@ -274,7 +275,8 @@ def check_sample(
         return CheckedSample(row, [_beyond(row.request.index, most)])
     faults: list[Finding] = []
     arrays, total = {}, 0
-    seed = config["seed"] + row.request.index
+    turn = row.recipe.get("turn", 0)
+    seed = config["seed"] + row.request.index + TURN * (turn if isinstance(turn, int) else 0)
     if "seeds" not in document["plan"] and row.request.seed != seed:
         faults.append(_ledger_fault(f"sample {id} has the seed {row.request.seed}, the plan says {seed}"))
     place = QUARANTINE if row.status == DOUBTFUL else ""

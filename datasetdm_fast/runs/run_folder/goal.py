@@ -15,7 +15,7 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.run_folder.document import most_samples
 from datasetdm_fast.runs.run_folder.ledger import Ledger
 from datasetdm_fast.runs.run_folder.scores import ABSENT, SCORERS, Condition, Scored, parse_where
-from datasetdm_fast.runs.run_folder.shards import ShardLedger
+from datasetdm_fast.runs.run_folder.shards import SHARDS, ShardLedger
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class Goal:
 
 
 def counts_by_class(config: Mapping[str, Any]) -> bool:
-    """Whether a run of these settings makes as many accepted samples of every class."""
-    return bool(config.get("accept") and config.get("per_class"))
+    """Whether a run of these settings counts accepted samples of every class, which a shard takes from the plan."""
+    return bool(config.get("accept") and config.get("per_class")) and config.get("layout") != SHARDS
 
 
 def goal_of(config: Mapping[str, Any], number: int) -> Goal:

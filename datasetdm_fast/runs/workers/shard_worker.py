@@ -10,9 +10,9 @@ import os
 import tarfile
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +248,8 @@ class ShardWorker:
         rows: list[Row] = []
         places: list[dict[str, tuple[int, int]]] = []
         tar = self.place.write(tar_name(shard), self._members(shard, first, stop, rows, places))
+        order = sorted(range(len(rows)), key=lambda k: rows[k].request.index)
+        rows, places = [rows[k] for k in order], [places[k] for k in order]
         counts = [count_classes(row, self.names) for row in rows]
         index = self.place.write(index_name(shard), [encode_index(rows, places, counts)])
         reasons: dict[str, list[int]] = {}
@@ -259,7 +261,7 @@ class ShardWorker:
         return ShardEntry(
             first,
             stop,
-            doubtful=sum(not trust.is_trusted for trust in trusts),
+            doubtful=self.rejections if self.job.quarantines else sum(not trust.is_trusted for trust in trusts),
             outside=sum(domain > 1 for domain in domains),
             measured=len(domains),
             quarantined=reasons,
@@ -288,25 +290,48 @@ class ShardWorker:
             raise ShardAbandoned
 
     def _encode_samples(self, shard: int, first: int, stop: int) -> Iterator[Encoded]:
-        """The samples of a shard in their order, encoded in threads while the next are made."""
+        """The samples of a shard, encoded in threads while the next are made."""
         job, waiting = self.job, deque[Future[list[Encoded]]]()
+        with ThreadPoolExecutor(WRITERS, "writer") as pool:
+            for results, facts in self._make_taken(shard, range(first, stop)):
+                waiting.append(pool.submit(encode_batch, results, facts, job.document))
+                while len(waiting) > WRITERS or waiting and waiting[0].done():
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
+
+    def _make_taken(
+        self, shard: int, indices: Sequence[int]
+    ) -> Iterator[tuple[list[Sample | Quarantined], dict[str, Any]]]:
+        """Batches of samples with how they were made. In the place of a sample that the run rejects others are made,
+        turn by turn; without one that it takes, the last is quarantined.
+        """
+        job, self.rejections = self.job, 0
 
         def on_unet_call() -> None:
             self.callbacks.on_unet_call()
             self.claims.renew(shard)
 
-        with ThreadPoolExecutor(WRITERS, "writer") as pool:
-            for batch, results in make_samples(job, job.plan.batches_between(first, stop), on_unet_call):
+        for turn in range(turns := job.plan.most // job.plan.number):
+            rejected: list[int] = []
+            for batch, results in make_samples(job, job.plan.batches_of(indices, turn), on_unet_call):
                 self.gate.evaluate(results)
                 if self.gate.is_closed:
                     self.gate.check()
                 if self.callbacks.is_stopping():
                     raise ShardAbandoned
-                waiting.append(pool.submit(encode_batch, results, batch_facts(job.recipe, batch), job.document))
-                while len(waiting) > WRITERS or waiting and waiting[0].done():
-                    yield from waiting.popleft().result()
-            while waiting:
-                yield from waiting.popleft().result()
+                facts, taken = batch_facts(job.recipe, batch) | ({"turn": turn} if turn else {}), []
+                for place, result in enumerate(results):
+                    if isinstance(result, Sample) and result.rejection:
+                        rejected.append(result.request.index)
+                        if turn < turns - 1:
+                            continue
+                        result = Quarantined(result.request, result.rejection)
+                    elif turn and isinstance(result, Sample):
+                        result = replace(result, provenance={**result.provenance, "place": place})
+                    taken.append(result)
+                yield taken, facts
+            self.rejections, indices = self.rejections + len(rejected), rejected
 
 
 def encode_batch(
