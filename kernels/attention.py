@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datasetdm_fast import _C
-from datasetdm_fast.kernels.cpu import STORAGES, is_native, threads
+from datasetdm_fast.kernels.cpu import STORAGES, is_native, multiplies_tiles, threads
 from datasetdm_fast.kernels.launch import (
     PRECISION,
     block_sizes,
@@ -59,6 +59,8 @@ def native(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     is_wide = width > WIDE and keys > FEW_KEYS and q.dtype == torch.float32
     if not is_native(q, k, v) or is_wide or v.shape[3] != width:
         return plain(q, k, v)
+    if multiplies_tiles(q.dtype):  # there PyTorch's own answers some numbers that are not finite with zeros
+        return plain(q, k, v).add_(0 * (q.sum(-1, keepdim=True) + k.sum((-2, -1), keepdim=True)))
     # heads side by side, as the layer after it reads them
     out = q.new_empty(batch, queries, heads, width).transpose(1, 2)
     arguments: list[Any] = [part for x in (q, k, v, out) for part in (x.data_ptr(), x.stride()[:3])]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datasetdm_fast import _C
-from datasetdm_fast.kernels.cpu import STORAGES, pair_inputs, threads
+from datasetdm_fast.kernels.cpu import STORAGES, multiplies_tiles, pair_inputs, threads
 
 PANEL = 16  # outputs that lie side by side in the weight, and what channels and outputs must be multiples of
 TRAINED_CELLS = 2**7  # of an image; with fewer the weight is transformed, thrice a step, for too little
@@ -31,9 +31,13 @@ _BUFFERS: dict[int, Tensor] = {}  # memory of each thread, by its number
 
 
 def takes(weight: Tensor) -> bool:
-    """Whether `convolve` has a form of this weight that is faster; in bf16 half a pair of panels is not."""
+    """Whether `convolve` has a form of this weight that is faster; in bf16 half a pair of panels is not, and nothing is
+    where a CPU multiplies tiles (AMX).
+    """
     outputs, channels, *taps = weight.shape
-    if weight.dtype not in STORAGES or (weight.dtype == torch.bfloat16 and outputs <= PANEL):
+    if weight.dtype not in STORAGES:
+        return False
+    if (weight.dtype == torch.bfloat16 and outputs <= PANEL) or multiplies_tiles(weight.dtype):
         return False
     return taps == [3, 3] and outputs % PANEL == channels % PANEL == 0
 

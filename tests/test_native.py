@@ -36,6 +36,7 @@ def converted(inputs, dtype) -> list:
 @pytest.fixture
 def with_vectors(monkeypatch, request):
     """The extension's functions with one instruction set, writing into memory full of NaN."""
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
     for name in ("attention", "group_norm", "layer_norm", "geglu"):
         inner = getattr(_C, name)
         monkeypatch.setattr(_C, name, lambda *arguments, inner=inner: inner(*arguments, request.param))
@@ -105,6 +106,19 @@ def test_attention_hides_nothing_that_is_not_finite(dtype, with_vectors):
             given[place][1, 2, 4, 5] = bad
             found, expected = attention.native(*given), attention.reference(*given)
             assert torch.equal(found.isfinite(), expected.isfinite()) and not found.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 9, 16), (2, 3, 300, 40)])
+@torch.inference_mode()
+def test_attention_by_tiles_hides_nothing_either(shape, monkeypatch):
+    """PyTorch's own in bf16 hides NaN in a query over few keys, and infinite keys among many."""
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: True)
+    for bad in (math.nan, math.inf, -math.inf):
+        for place in range(3):
+            given = [noise(*shape).bfloat16() for _ in range(3)]
+            given[place][1, 2, 4, 5] = bad
+            found, expected = attention.native(*given), attention.reference(*given)
+            assert not found[~expected.isfinite()].isfinite().any() and found[0].isfinite().all()
 
 
 @torch.inference_mode()

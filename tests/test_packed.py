@@ -12,6 +12,7 @@ from datasetdm_fast.engine.models.packed import (
     FEWEST_TILES,
     PackedConvolution,
     PackedLinear,
+    PackedPlaces,
     PackedUpsample,
     SpendingNorm,
     SpendingResnet,
@@ -19,7 +20,7 @@ from datasetdm_fast.engine.models.packed import (
     weight_as,
     weights_of,
 )
-from datasetdm_fast.kernels import winograd
+from datasetdm_fast.kernels import attention, winograd
 from datasetdm_fast.kernels.choice import operations
 from datasetdm_fast.kernels.noise import noise
 
@@ -290,15 +291,37 @@ def test_slices_at_once_share_one_packed_weight():
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "has_tiles", "form", "limit"),
+    [
+        (torch.float32, True, PackedUpsample, 2e-6),
+        (torch.bfloat16, False, PackedUpsample, 1e-2),
+        (torch.bfloat16, True, PackedPlaces, 1e-2),
+    ],
+)
 @pytest.mark.parametrize("side", [1, 3, 16])
 @torch.inference_mode()
-def test_a_packed_upsample_says_what_the_plain_one_says(side, dtype, limit):
+def test_a_packed_upsample_says_what_the_plain_one_says(side, dtype, has_tiles, form, limit, monkeypatch):
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: has_tiles)
     plain = Upsample(weights(32, 32))
     truth = plain(image(2, 32, side, side).to(dtype).float())
     (ours,) = pack_layers(torch.nn.Sequential(plain.to(dtype)))
     found = ours(image(2, 32, side, side).to(dtype))
-    assert isinstance(ours, PackedUpsample) and found.dtype == dtype and distance(found, truth.double()) <= limit
+    assert type(ours) is form and found.dtype == dtype and distance(found, truth.double()) <= limit
+
+
+@torch.inference_mode()
+def test_a_cpu_that_multiplies_tiles_takes_no_pairs_of_bf16(monkeypatch):
+    """Tiles are PyTorch's: csrc's pairs take three to nine times as long there."""
+    monkeypatch.setattr(_C, "winograd", None)  # and whoever calls it fails
+    monkeypatch.setattr(_C, "attention", None)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: True)
+    x, plain = image(2, 32, 16, 16), Convolution(weights(32, 32))
+    truth, (q, k, v) = plain(x), noise(3, 1, 2, 32, 16)
+    (ours,) = pack_layers(torch.nn.Sequential(plain.bfloat16()))
+    assert distance(ours(x.bfloat16()), truth.double()) <= 1e-2
+    half = attention.native(q.bfloat16(), k.bfloat16(), v.bfloat16())
+    assert distance(half, attention.reference(q, k, v).double()) <= 1e-2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -172,6 +172,8 @@ class Upsample(nn.Module):
     Two of three taps fall on one cell, so four 2x2 convolutions, one a place, do it with 4 products for 9.
     """
 
+    stride = padding = 1
+
     def __init__(self, weights: Weights):
         super().__init__()
         taps, dtype = weights["weight"], weights.computed_as  # of the 3x3 convolution
@@ -184,7 +186,7 @@ class Upsample(nn.Module):
         return None if self.taps is None else self.taps.to(self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return upsample_image(x, self.weight, self.bias)
+        return join_places(F.conv2d(x, self.weight, self.bias, padding=1))
 
 
 def by_place(taps: Tensor) -> Tensor:  # [4 * out, in, 2, 2]: row, column
@@ -193,10 +195,10 @@ def by_place(taps: Tensor) -> Tensor:  # [4 * out, in, 2, 2]: row, column
     return torch.cat([_pair(row, 3, column) for row in rows for column in PLACES])
 
 
-def upsample_image(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The answer of an Upsample with such weights."""
-    height, width = x.shape[-2:]
-    places = F.conv2d(x, weight, bias, padding=1).unflatten(1, (2, 2, -1))  # [B, 2, 2, C, h + 1, w + 1]
+def join_places(x: Tensor) -> Tensor:  # [B, C, 2 * h, 2 * w] of [B, 4 * C, h + 1, w + 1]
+    """The answer of an Upsample, from those of its four convolutions."""
+    places = x.unflatten(1, (2, 2, -1))
+    height, width = x.shape[2] - 1, x.shape[3] - 1
     doubled = x.new_empty(len(x), 2 * height, 2 * width, places.shape[3]).permute(0, 3, 1, 2)
     for row in PLACES:
         for column in PLACES:

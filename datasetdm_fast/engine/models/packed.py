@@ -7,13 +7,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datasetdm_fast.engine.models.blocks import Block
-from datasetdm_fast.engine.models.layers import Convolution, GroupNorm, Linear, Resnet, Upsample, upsample_image
+from datasetdm_fast.engine.models.layers import Convolution, GroupNorm, Linear, Resnet, Upsample, join_places
 from datasetdm_fast.engine.models.unet import AttentionBlock
 from datasetdm_fast.engine.models.vae import ImageDecoder
 from datasetdm_fast.kernels import group_norm_silu, winograd
+from datasetdm_fast.kernels.cpu import multiplies_tiles
 
 ROWS = 2048  # that oneDNN is to expect
 FED_ROWS = 1024  # through the feed-forward layers at once: what is eight times as wide stays in a cache
@@ -109,8 +111,15 @@ class PackedUpsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         if self.weight is not None and not _has_tiles(2 * height, 2 * width, len(x)):
-            return upsample_image(x, self.weight, self.bias)
+            return join_places(F.conv2d(x, self.weight, self.bias, padding=1))
         return winograd.convolve(x, self._minimal, self.bias[: len(self.bias) // 4], is_doubled=True)
+
+
+class PackedPlaces(PackedConvolution):
+    """An Upsample whose four convolutions are in oneDNN's weight order."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return join_places(super().forward(x))
 
 
 class SpendingNorm(GroupNorm):
@@ -166,6 +175,8 @@ def pack_layers(module: nn.Module) -> nn.Module:
             child.taps = child.plain_taps()
             if winograd.takes(child.taps):
                 setattr(module, name, PackedUpsample(child))
+            elif multiplies_tiles(child.weight.dtype):
+                setattr(module, name, PackedPlaces(child))
             child.taps = None  # read by no call
         elif type(child) not in PACKED:
             pack_layers(child)
