@@ -27,6 +27,7 @@ from datasetdm_fast.engine.models.packed import pack_layers, spending
 from datasetdm_fast.engine.models.unet import UNet
 from datasetdm_fast.engine.models.vae import ImageDecoder
 from datasetdm_fast.kernels import winograd
+from datasetdm_fast.kernels.cpu import multiplies_tiles
 from datasetdm_fast.stages import FACTOR
 
 # weights that are computed with before they are stored, or stay in fp32: of timesteps, and of doubled cells
@@ -79,7 +80,7 @@ class CpuEngine(FastEngine):
         self._has_large_unet = is_large(self.unet)  # asked here, as packed weights are no parameters
         self.label_dtype, self._stored_decoders = torch.float32, self.decoders
         if not self.is_compiled:
-            in_pairs = self.dtype == torch.bfloat16
+            in_pairs = self.dtype == torch.bfloat16 and not multiplies_tiles(self.dtype)
             is_block = self._has_usual_ops and has_blocks(self.model.denoiser.config)
             self.unet = pack_layers(with_blocks(self.unet, in_pairs) if is_block else self.unet)
             if self._has_usual_ops:
