@@ -78,4 +78,4 @@ class Clip:
         )
         left, top = (whole.width - self.side) // 2, (whole.height - self.side) // 2
         crop = np.asarray(whole.crop((left, top, left + self.side, top + self.side)), np.float32) / 255
-        return ((crop - np.float32(MEAN)) / np.float32(DEVIATION)).transpose(2, 0, 1)
+        return ((crop - np.array(MEAN, np.float32)) / np.array(DEVIATION, np.float32)).transpose(2, 0, 1)

@@ -112,19 +112,20 @@ def score_missing(
         if folder:
             folder.unseal()
         ledger = opened.ledger
-        if clip and ledger.read_note(CLIP) != clip.digest:
-            ledger.forget_scores(CLIP, (CLIP, clip.digest))
 
         def missing(name: str) -> Iterator[list[StoredSample]]:
             present = {index for index, _ in ledger.scores(name)}
             indices = iter([index for index in ledger.indices() if index not in present])
             while (block := list(islice(indices, size))) and not is_stopping():
-                yield [run.sample_of(ledger.row(index)) for index in block]
+                yield [run.sample_of(row) for index in block if (row := ledger.row(index))]
 
-        for samples in missing(CLIP) if clip else ():
-            scores = zip(samples, clip.scores(samples), strict=True)
-            ledger.add_scores((sample.row.request.index, CLIP, value) for sample, value in scores)
-            on_commit(len(samples))
+        if clip:
+            if ledger.read_note(CLIP) != clip.digest:
+                ledger.forget_scores(CLIP, (CLIP, clip.digest))
+            for samples in missing(CLIP):
+                scores = zip(samples, clip.scores(samples), strict=True)
+                ledger.add_scores((sample.row.request.index, CLIP, value) for sample, value in scores)
+                on_commit(len(samples))
         for samples in missing(HASH):
             rows = zip(samples, pool.map(score_sample, samples), strict=True)
             ledger.add_scores(
