@@ -127,7 +127,8 @@ def test_an_image_of_the_demo_model_needs_neither_other_libraries_nor_a_compiler
 
 
 @pytest.mark.parametrize(
-    ("name", "lengths"), [("random-flux", [77, 256]), ("random-klein", [512]), ("random-zimage", [512])]
+    ("name", "lengths"),
+    [("random-sd35", [77, 77, 256]), ("random-flux", [77, 256]), ("random-klein", [512]), ("random-zimage", [512])],
 )
 def test_models_of_seeded_weights_cut_texts_where_their_families_do(name, lengths):
     assert [each.model_max_length for each in load_model(name).tokenizers.values()] == lengths

@@ -130,6 +130,7 @@ SD3 = Backbone(
         "text_encoder": {**CLIP, "projection_dim": 768},
         "text_encoder_2": OPEN_CLIP,
         "text_encoder_3": T5,
+        "tokenizer_3": {"model_max_length": T5_LENGTH},
         "transformer": {  # of SD 3.5 medium
             "sample_size": 128,
             "patch_size": 2,

@@ -176,9 +176,10 @@ def preset(
 
 def _tokenizer(backbone: Backbone, part: str, configs: Configs) -> OwnTokenizer:
     """The demo world's byte-pair tokenizer: any text works, words it does not know become pieces of bytes."""
-    is_clip = "CLIP" in backbone.parts[part].classes[0]
-    length = 0 if is_clip else backbone.text(configs)[0]
-    return OwnTokenizer(check_shipped(DEMO) / "tokenizer", length, "" if is_clip else CHAT)
+    folder, settings = check_shipped(DEMO) / "tokenizer", backbone.full_size.get(part, {})
+    if "CLIP" in backbone.parts[part].classes[0]:
+        return OwnTokenizer(folder)
+    return OwnTokenizer(folder, settings.get("model_max_length") or backbone.text(configs)[0], CHAT)
 
 
 def check_shipped(folder: Path) -> Path:
