@@ -116,6 +116,13 @@ def test_the_fast_engine_reads_networks_that_no_module_holds(tiny, tmp_path):
     assert model.networks["unet"].changes == 1 and engine.weight_distance() > 0.4
 
 
+def test_a_fast_engine_reads_weights_for_what_is_made_of_them_alone():
+    engine = build_engine("fast", load_model("tiny"), device="cpu")
+    absent = [name for name in ("widest", "_repr_html_", "network") if not hasattr(engine, name)]
+    assert len(absent) == 3 and "unet" not in vars(engine)
+    assert engine.side_by_side and engine.label_dtype == torch.float32 and "unet" in vars(engine)
+
+
 def test_an_image_of_the_demo_model_needs_neither_other_libraries_nor_a_compiler():
     """Each would take longer to import than the networks take for the image."""
     code = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from inspect import get_annotations
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -78,12 +79,20 @@ class FastEngine(Engine):
     """
 
     name = "fast"
-    label_dtype: torch.dtype
+    # What is made of the weights, which are read when the first of these is asked for: a plan needs none.
     times: nn.Module
     texts: nn.Module
     unet: nn.Module
     projection: nn.Module
+    label_dtype: torch.dtype
     _stored_decoders: Mapping[str, nn.Module]
+    _seen: tuple[int, ...]
+    _compiled: Step | None
+    _rows: dict[float, Tensor]
+    _text: tuple[Tensor, int, int] | None
+    _keys_values: list[Inputs]  # of every slice of the batch
+    # class prompts, cells, keys [B, heads, T, d] of every cross-attention with so many, by layer
+    _class_keys: tuple[Tensor, int, dict[AttentionSlot, Tensor]] | None
     largest_stacked = math.inf  # weights of all decoders' first layers; more are stacked for each captured call
 
     def __new__(
@@ -120,8 +129,9 @@ class FastEngine(Engine):
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            """What is made of the weights, which are read when the first of it is asked for: a plan needs none."""
-            if "_seen" in self.__dict__ or name.startswith("__"):
+            """What the classes of fast engines annotate, once the weights are read."""
+            kinds = (kind for kind in type(self).__mro__ if issubclass(kind, FastEngine))
+            if "_seen" in self.__dict__ or not any(name in get_annotations(kind) for kind in kinds):
                 raise AttributeError(f"{type(self).__name__} has no {name}")
             with torch.inference_mode(False):
                 self._read_weights()
@@ -168,11 +178,7 @@ class FastEngine(Engine):
         self._seen = seen
         self._ready()
         self._compiled = torch.compile(self._plain, dynamic=False) if self.is_compiled else None
-        self._rows: dict[float, Tensor] = {}
-        self._text: tuple[Tensor, int, int] | None = None
-        self._keys_values: list[Inputs] = []  # of every slice of the batch
-        # class prompts, cells, keys [B, heads, T, d] of every cross-attention with so many, by layer
-        self._class_keys: tuple[Tensor, int, dict[AttentionSlot, Tensor]] | None = None
+        self._rows, self._text, self._keys_values, self._class_keys = {}, None, [], None
 
     @property
     def _step(self) -> Step:

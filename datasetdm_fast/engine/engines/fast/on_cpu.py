@@ -50,6 +50,8 @@ class CpuEngine(FastEngine):
     """See FastEngine."""
 
     largest_stacked = 2**23
+    _has_large_unet: bool
+    _empty: tuple[Tensor, tuple[Tensor, ...]] | None  # the text of the unconditional rows, its keys and values
 
     def __init__(self, *arguments: Any, **choices: Any):
         self.lanes, self._calls = Lanes(), Lanes()  # for the slices of a batch, and for calls about one image
@@ -86,8 +88,7 @@ class CpuEngine(FastEngine):
             if self._has_usual_ops:
                 self._stored_decoders = {task: packed_decoder(decoder) for task, decoder in self.decoders.items()}
         trim()
-        # the text of the unconditional rows, its keys and values
-        self._empty: tuple[Tensor, tuple[Tensor, ...]] | None = None
+        self._empty = None
 
     def _load_lazily(self, name: str, *sources: str) -> nn.Module:
         is_packed = name != "text_encoder" and not self.is_compiled

@@ -31,6 +31,12 @@ class GpuEngine(FastEngine):
     """See FastEngine."""
 
     _has_reported = False  # compiling, in this process
+    _graphs: dict[tuple[object, ...], StepGraph]  # by the step and the shapes of its inputs
+    # Of the autoencoder and the decoders, whose stream runs beside the UNet's: with memory of their own.
+    _label_graphs: dict[tuple[object, ...], StepGraph]
+    _pool: GraphPool | None
+    _label_pool: GraphPool | None
+    _output_names: dict[str, list[str]]  # of recorded decoders
     widest = widest_chunk = 0  # images that the UNet and the autoencoder take at once, 0 = as many as they are given
 
     def _operations(self, dtype: torch.dtype) -> SimpleNamespace:
@@ -72,12 +78,8 @@ class GpuEngine(FastEngine):
                 for task, decoder in self.decoders.items()
             }
         self.text_encoder, self.image_decoder  # noqa: B018  built before a run begins, as copies make the host wait
-        self._graphs: dict[tuple[object, ...], StepGraph] = {}  # by the step and the shapes of its inputs
-        # Of the autoencoder and the decoders, whose stream runs beside the UNet's: with memory of their own.
-        self._label_graphs: dict[tuple[object, ...], StepGraph] = {}
-        self._pool: GraphPool | None = None
-        self._label_pool: GraphPool | None = None
-        self._output_names: dict[str, list[str]] = {}  # of recorded decoders
+        self._graphs, self._label_graphs, self._output_names = {}, {}, {}
+        self._pool = self._label_pool = None
 
     def _parts(self, step: Step, slices: Callable[[int], list[Inputs]], batch: int) -> list[tuple[Tensor, ...]]:
         size = min(self.widest or batch, batch)
