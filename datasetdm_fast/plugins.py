@@ -33,12 +33,19 @@ def loaded_packages() -> list[str]:
 
 
 def place_in_package(error: BaseException) -> str:
-    """The function of an extension's package in which an error was raised or passed on, empty where there is none."""
+    """The function of an extension's package in which an error was raised or passed on, empty where there is none; one
+    that a class of the package inherits from ours is the package's, too.
+    """
     packages, place = extending_packages(), ""
     for frame, _ in walk_tb(error.__traceback__):
-        module = str(frame.f_globals.get("__name__", ""))
-        if (entry := packages.get(module.partition(".")[0])) is not None:
-            place = f"{module}.{frame.f_code.co_qualname} of the package {package_of(entry)}"
+        kind, code = type(frame.f_locals.get("self")), frame.f_code
+        owners = {
+            str(kind.__module__): f"{kind.__qualname__}.{code.co_name}",
+            str(frame.f_globals.get("__name__", "")): code.co_qualname,
+        }
+        for module, function in owners.items():
+            if (entry := packages.get(module.partition(".")[0])) is not None:
+                place = f"{module}.{function} of the package {package_of(entry)}"
     return place
 
 

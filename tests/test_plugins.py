@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +15,10 @@ import tiny_pipelines
 from rendered import document, rendered
 from skips import IS_LONG
 
-from datasetdm_fast import merge, open_run, splice
+from datasetdm_fast import cli, merge, open_run, splice
 from datasetdm_fast.config import TASK_KINDS, EngineKind
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
-from datasetdm_fast.engine.backbones import PIPELINES
-from datasetdm_fast.engine.loading import load_model
+from datasetdm_fast.engine.backbones import OWN_PIPELINES, PIPELINES
 from datasetdm_fast.engine.tasks.labeller import check_label
 from datasetdm_fast.errors import Missing
 from datasetdm_fast.plugins import Registry
@@ -184,7 +182,45 @@ DEEP = LabellerKind("foreign_labeller:BrightKind", "foreign_labeller:Deep")
 MUTE = LabellerKind("foreign_labeller:BrightKind", "foreign_labeller:Mute")
 HOLLOW = LabellerKind("foreign_labeller:BrightKind", "foreign_labeller:None")
 """
-POINTS = """[datasetdm_fast.engines]
+FAMILY = """
+from dataclasses import replace
+from functools import partial
+from datasetdm_fast.engine.backbones.record import Part
+from datasetdm_fast.engine.backbones.sd3 import SD3
+from datasetdm_fast.engine.backbones.sd3_reference import SD3Reference
+
+class Bare(SD3Reference):
+    network = property(lambda self: partial(self.model.modules["transformer"]))
+
+class Mute:
+    pass
+
+def narrow(configs, size, halves):
+    low, *levels = SD3.levels(configs, size, halves)
+    return replace(low, heads=(1,) * len(low.heads)), *levels
+
+MINE = replace(SD3, name="mine", title="My model", fast=None, network_plan="", has_text_maps=False)
+LOST = replace(MINE, reference="datasetdm_fast.engine.backbones.sd3_reference:SD3Referense")
+MUTE = replace(MINE, reference="foreign_family:Mute")
+BARE = replace(MINE, reference="foreign_family:Bare")
+FEW = replace(MINE, levels=lambda *given: SD3.levels(*given)[1:])
+SHORT = replace(MINE, levels=lambda configs: ())
+NARROW = replace(MINE, levels=narrow)
+OTHER = 1
+"""
+POINTS = """[datasetdm_fast.backbones]
+MinePipeline = foreign_family:MINE
+OtherPipeline = foreign_family:OTHER
+NonePipeline = foreign_family:NONE
+LostPipeline = foreign_family:LOST
+MutePipeline = foreign_family:MUTE
+BarePipeline = foreign_family:BARE
+FewPipeline = foreign_family:FEW
+ShortPipeline = foreign_family:SHORT
+NarrowPipeline = foreign_family:NARROW
+TextPipeline = foreign_part:TEXT
+
+[datasetdm_fast.engines]
 slow = foreign_things:SLOW
 short = foreign_things:SHORT
 flagged = foreign_things:FLAGGED
@@ -243,6 +279,8 @@ def installed(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     modules = {
         "end": "raise SystemExit('too old')",
+        "family": FAMILY,
+        "part": "from foreign_family import Part\nTEXT = Part('vae', 'diffusers:AutoencoderKL')",
         "things": CODE,
         "writer": WRITER,
         "labeller": LABELLER,
@@ -511,22 +549,33 @@ def test_commands_run_them_by_name(installed, tmp_path):
             read(tmp_path / "both")
 
 
-def test_a_family_of_another_package_is_opened_by_its_pipeline(tmp_path, monkeypatch):
-    place = tmp_path / "foreign_family.py"
-    record = 'replace(SD3, name="mine", title="My model", has_text_maps=False)'
-    imports = "from dataclasses import replace\nfrom datasetdm_fast.engine.backbones.sd3 import SD3\n"
-    place.write_text(f"{imports}MINE, OTHER = {record}, 1\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    for name, value in (("MinePipeline", "MINE"), ("OtherPipeline", "OTHER"), ("LostPipeline", "NONE")):
-        entry = EntryPoint(name, f"foreign_family:{value}", "datasetdm_fast.backbones")
-        monkeypatch.setitem(PIPELINES.others, name, entry)
+def test_a_family_of_another_package_is_opened_by_its_pipeline(installed, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(installed))
+    monkeypatch.setattr(PIPELINES, "others", Registry("backbones", OWN_PIPELINES).others)
     folder = tiny_pipelines.save(tmp_path / "model", "sd3")
     index = json.loads((folder / "model_index.json").read_text())
-    named = index | {"_class_name": "MinePipeline"}
-    (folder / "model_index.json").write_text(json.dumps(named))
-    model = load_model(str(folder), size=tiny_pipelines.SIZE)
-    assert model.backbone.title == "My model" and not model.backbone.has_text_maps
-    for name, words in (("OtherPipeline", "is a int, expected a Backbone"), ("LostPipeline", "does not load")):
-        (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": name}))
-        with pytest.raises(Missing, match=words):
-            load_model(str(folder), size=tiny_pipelines.SIZE)
+    line = f"--engine torch --decoder random --prompts ball --steps 1 --number 1 --size {tiny_pipelines.SIZE} --quiet"
+
+    def generate(pipeline: str) -> tuple[int, str]:
+        (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": pipeline}))
+        code = cli.main(["generate", "--model", str(folder), "--out", str(tmp_path / pipeline), *line.split()])
+        return code, capsys.readouterr().err
+
+    assert generate("MinePipeline")[0] == 0
+    run = tmp_path / "MinePipeline"
+    assert json.loads((run / "run.json").read_text())["model"]["package"] == "foreign-things 1.0"
+    assert "family is that of the package `foreign-things 1.0`" in (run / "README.md").read_text()
+    does_not_load = "of the package foreign-things does not load"
+    for pipeline, words in {
+        "OtherPipeline": "'OtherPipeline' of the package foreign-things is a int, expected a Backbone",
+        "NonePipeline": f"'NonePipeline' {does_not_load} (AttributeError: ",
+        "LostPipeline": f"'LostPipeline' {does_not_load} (AttributeError: ",
+        "MutePipeline": f"{does_not_load} (TypeError: foreign_family:Mute has no capturing, decode, ",
+        "TextPipeline": f"{does_not_load} (TypeError: classes of a Part are 'diffusers:AutoencoderKL', ",
+        "BarePipeline": "foreign_family.Bare.attentions of the package foreign-things 1.0 fails (AttributeError: ",
+        "FewPipeline": "of the package foreign-things fails (TypeError: its levels are (Level(name='mid'",
+        "ShortPipeline": "'ShortPipeline' of the package foreign-things fails (TypeError: ",
+        "NarrowPipeline": "My model of the package foreign-things 1.0 captures [",
+    }.items():
+        code, said = generate(pipeline)
+        assert code == 3 and words in said, (pipeline, code, said)

@@ -1,8 +1,12 @@
 """Families of diffusion models, one record and one file each."""
 
-from datasetdm_fast.engine.backbones.record import ANOTHER, Backbone
+from dataclasses import replace
+from typing import Any
+
+from datasetdm_fast.engine.backbones.record import ANOTHER, Backbone, BackboneReference
 from datasetdm_fast.errors import Refused, nearest
 from datasetdm_fast.plugins import Registry, load_place
+from datasetdm_fast.stages import LEVELS, Level
 from datasetdm_fast.untrusted import documents
 
 _SD = "datasetdm_fast.engine.backbones.sd:SD"
@@ -49,5 +53,32 @@ def open_backbone(pipeline: object, source: object) -> Backbone:
             ANOTHER,
         )
     entry: str | Backbone = PIPELINES[pipeline]
-    record: Backbone = load_place(entry) if isinstance(entry, str) else entry
-    return record
+    if isinstance(entry, str):
+        record: Backbone = load_place(entry)
+        return record
+    return PIPELINES.guard(pipeline, lambda: _check_record(pipeline, entry))
+
+
+def _check_record(pipeline: str, record: Backbone) -> Backbone:
+    """The record of another package with the name of that. What it refers to is there; its levels are checked when they
+    are asked for, which takes the configs of a model.
+    """
+    reference = load_place(record.reference)
+    needed = {name for name in vars(BackboneReference) if not name.startswith("_")}
+    if not (record.has_averages or record.has_text_maps):
+        needed.remove("predict_and_average")
+    if absent := sorted(name for name in needed if not hasattr(reference, name)):
+        raise TypeError(f"{record.reference} has no {', '.join(absent)}")
+    for place in filter(None, (record.fast, record.network_plan, record.text_network)):
+        load_place(place)
+
+    def levels(*arguments: Any) -> tuple[Level, ...]:
+        return PIPELINES.guard(pipeline, lambda: _check_levels(record.levels(*arguments)), "fails")
+
+    return replace(record, levels=levels, package=PIPELINES.package(pipeline))
+
+
+def _check_levels(levels: tuple[Level, ...]) -> tuple[Level, ...]:
+    if [level.name for level in levels if isinstance(level, Level)] != [*LEVELS]:
+        raise TypeError(f"its levels are {levels!r}, expected a Level for each of {', '.join(LEVELS)}")
+    return levels

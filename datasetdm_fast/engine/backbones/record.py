@@ -33,6 +33,10 @@ class Part:
     classes: tuple[str, ...]  # library:class it may be of by model_index.json; the first is what it is loaded as
     is_optional: bool = False
 
+    def __post_init__(self) -> None:
+        if isinstance(self.classes, str) or not all(":" in each for each in self.classes):
+            raise TypeError(f"classes of a Part are {self.classes!r}, expected a tuple of library:class")
+
 
 @dataclass(frozen=True)
 class Latents:
@@ -98,6 +102,7 @@ class Backbone:
         ""
     )  # of weights whose own card says nothing, by its name on hubs
     full_size: Read = field(default_factory=dict)  # configs of a usual model, of which files and presets are made
+    package: str = ""  # name and version of the package that it is from, where that is another
     preset: str = ""  # the name of its model of full size with random weights, and from where these are drawn
     seed: int = 0
 

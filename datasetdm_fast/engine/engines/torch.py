@@ -14,8 +14,21 @@ from datasetdm_fast.engine.backbones.record import BackboneReference
 from datasetdm_fast.engine.engines.device import engine_call, resolve_device
 from datasetdm_fast.engine.engines.engine import Engine, check_task
 from datasetdm_fast.engine.loading.model import Model
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.plugins import load_place
+
+
+def _check_capture(model: Model, capture: Capture) -> None:
+    """Names another package whose reference does not capture what the levels of its record say."""
+    for level, features, maps in zip(model.levels, capture.features, capture.maps, strict=True):
+        expected = [(level.halves * channels, level.side, level.side) for channels in level.features]
+        expected += [(heads, level.side**2, level.tokens) for heads in level.heads]
+        if (shapes := [tuple(x.shape[1:]) for x in (*features, *maps)]) != expected:
+            raise Missing(
+                f"backbones: {model.backbone.title} of the package {model.backbone.package} captures {shapes} as level "
+                f"{level.name}, and the levels of its record say {expected}",
+                "Update that package, or remove it.",
+            )
 
 
 class TorchEngine(Engine):
@@ -59,6 +72,8 @@ class TorchEngine(Engine):
     def denoise_and_capture(self, latents: Tensor, timestep: float, text: Text) -> tuple[Tensor, Capture]:
         with self.reference.capturing() as captures:
             output = self.reference.predict(latents, timestep, text)
+        if self.model.backbone.package:
+            _check_capture(self.model, captures[0])
         return output, captures[0]
 
     denoise_and_capture_raw = denoise_and_capture

@@ -185,7 +185,8 @@ def _merge(records: Sequence[Mapping[str, Any]], join: Callable[[Any], dict[str,
 
 
 def _join_models(models: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    names = {name: _join(model[name] for model in models) for name in ("name", "source", "licence")}
+    entries = dict.fromkeys(name for model in models for name in model if name != "digests")
+    names = {name: _join(model[name] for model in models if name in model) for name in entries}
     digests = {f"{k}/{n}": digest for k, model in enumerate(models) for n, digest in model["digests"].items()}
     return {**names, "digests": digests}
 

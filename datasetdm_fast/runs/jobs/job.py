@@ -240,6 +240,7 @@ def describe_run(
             "source": str(model.source),
             "licence": model.licence,
             "digests": dict(model.digests),
+            **({"package": model.backbone.package} if model.backbone.package else {}),
         },
         "decoders": dict(decoders),
         "engine": dict(engine.fingerprint()),

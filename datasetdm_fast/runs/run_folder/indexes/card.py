@@ -201,6 +201,8 @@ def _making(document: Mapping[str, Any]) -> Iterator[str]:
     yield f"- Sampler {sampler_in_words(document)}"
     if speed := speed_in_words(document):
         yield f"- Speed {_code(speed)}"
+    if package := document["model"].get("package"):
+        yield f"- The model's family is that of the package {_code(package)}"
     if package := sampling.get("sampler_package"):
         yield f"- The sampler is that of the package {_code(package)}"
     foreign = sampling.get("labellers", {}).items()
