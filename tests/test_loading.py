@@ -116,6 +116,13 @@ def test_the_fast_engine_reads_networks_that_no_module_holds(tiny, tmp_path):
     assert model.networks["unet"].changes == 1 and engine.weight_distance() > 0.4
 
 
+def test_a_folder_called_like_a_preset_is_named_by_its_path(saved, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(saved, "tiny")
+    assert load_model("./tiny").name == "./tiny" and load_model("tiny/").name == "tiny/" and not capsys.readouterr().err
+    assert load_model("tiny").source == "preset tiny" and "--model ./tiny" in capsys.readouterr().err
+
+
 def test_a_fast_engine_reads_weights_for_what_is_made_of_them_alone():
     engine = build_engine("fast", load_model("tiny"), device="cpu")
     absent = [name for name in ("widest", "_repr_html_", "network") if not hasattr(engine, name)]

@@ -1,6 +1,7 @@
 """Loads and checks a diffusion model from any source: a preset, a diffusers folder, a single file or a model hub."""
 
 import re
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.backbones import every_backbone, list_supported
 from datasetdm_fast.engine.loading import presets
-from datasetdm_fast.engine.loading.folder import download_model, load_folder
+from datasetdm_fast.engine.loading.folder import INDEX, download_model, load_folder
 from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.errors import Refused, nearest
 
@@ -25,9 +26,11 @@ def load_model(name: str, *, size: int = 0, allow_download: bool = False) -> Mod
     """The model `name`: a preset, a diffusers folder, a file, or a hub repository where allowed."""
     path = Path(name)
     if name in PRESETS:
+        if (path / INDEX).is_file():
+            print(f"model: {name} is this package's own; that of the folder here is --model ./{name}", file=sys.stderr)
         return PRESETS[name](size)
     if path.is_dir():
-        return load_folder(path, size=size)
+        return load_folder(path, size=size, name=name if str(path) in PRESETS else "")
     if path.is_file():
         from datasetdm_fast.engine.loading.single_file import load_file  # which needs diffusers
 
