@@ -28,12 +28,26 @@ QUIET_CORES := OMP_WAIT_POLICY=PASSIVE
 .PHONY: venv demo check test docs consumers soak mutants lint clean
 venv: $(BUILT) $(TESTING)
 
+# What pip would miss after minutes, in pages of output.
+define CHECK
+import os, shutil, sys, sysconfig
+compiler = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()[0]
+header = os.path.join(sysconfig.get_path("include"), "Python.h")
+if sys.version_info < (3, 11):
+    sys.exit("Python 3.11 or newer is needed; name one with PYTHON=python3.12")
+if not shutil.which(compiler):
+    sys.exit(f"A C++ compiler is needed, and {compiler} is not there; install one (apt install g++) or name it with CXX=")
+if not os.path.isfile(header):
+    sys.exit(f"{header} is needed to compile; install it (apt install python3-dev) or name another Python with PYTHON=")
+endef
+export CHECK
+
 # torch comes first and by itself, so that pip takes the build the machine offers; nothing of the locks exchanges it, nor the
 # Triton that a torch built for CUDA brings. Every other file has to have one of the lock's digests (HASHES= asks for none).
 # What is never imported is never compiled, which is a fifth of all bytes.
 $(INSTALLED): requirements.lock
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with PYTHON=python3.12")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c "$$CHECK"
+	$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(if $(TORCH),$(PIP) install --no-compile $(PIP_FLAGS) $(TORCH))
 	grep -v "^torch==" requirements.lock > $(VENV)/requirements.txt
 	$(PIP) install --no-compile $(PIP_FLAGS) --no-deps $(HASHES) -r $(VENV)/requirements.txt
@@ -46,6 +60,7 @@ $(TESTING): tests/requirements.lock $(INSTALLED)
 	touch $@
 
 $(BUILT): $(INSTALLED) setup.py pyproject.toml $(wildcard csrc/*)
+	@$(PYTHON) -c "$$CHECK"
 	$(PIP) install $(PIP_FLAGS) --no-build-isolation --no-deps -e .
 	touch $@
 

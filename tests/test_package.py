@@ -72,6 +72,23 @@ def test_the_image_installs_the_locked_libraries(tmp_path):
     assert "--no-build-isolation --no-deps -e ." in plan.stdout
 
 
+def test_make_demo_without_a_compiler_is_one_sentence_and_a_half_made_environment_is_finished(tmp_path):
+    usual = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    line = ["make", "demo", f"VENV={tmp_path / 'venv'}"]
+    ended = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=usual | {"CXX": "absent-compiler"})
+    said, stopped = ended.stderr.splitlines()
+    assert said.startswith("A C++ compiler is needed, and absent-compiler is not there; install one")
+    assert stopped.startswith("make: ***") and not (tmp_path / "venv").exists()
+    stub, half_made = tmp_path / "python", tmp_path / "venv" / "bin" / "python"  # without pip, as Ctrl-C leaves it
+    half_made.parent.mkdir(parents=True)
+    stub.write_text(f'#!/bin/sh\n[ "$1" = -c ] || {{ echo "$@" > {tmp_path}/asked; exit 1; }}\n')
+    half_made.write_text("#!/bin/sh\nexit 1\n")
+    for path in (stub, half_made):
+        path.chmod(0o755)
+    assert subprocess.run([*line, f"PYTHON={stub}"], cwd=ROOT, capture_output=True, env=usual).returncode == 2
+    assert (tmp_path / "asked").read_text() == f"-m venv {tmp_path / 'venv'}\n"
+
+
 def commands():
     yield "datasetdm_fast", "--help"
     yield "datasetdm_fast", "--version"
