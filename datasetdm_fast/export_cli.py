@@ -56,6 +56,7 @@ def export_stages(config: ExportConfig) -> int:
     batches = check_batches(config.batch)
     target = None if config.to == "onnx" else find_target(config.to, config.capability)
 
+    from datasetdm_fast.engine.decoders.blocks import read_together
     from datasetdm_fast.engine.engines import build_engine, load_decoders
     from datasetdm_fast.engine.loading import load_model
     from datasetdm_fast.export.golden import Reference
@@ -66,6 +67,7 @@ def export_stages(config: ExportConfig) -> int:
     if target and not model.backbone.has_plans:
         raise Refused(f"--to {config.to}: no plans are built of {model.backbone.title}", "Use --to onnx.")
     decoders, _ = load_decoders(model, None if config.decoder == "none" else config.decoder)
+    model, decoders = read_together(model, decoders)
     if config.dry_run:
         stages = list(select_stages(decoders, config.raw_capture, is_joint=bool(model.backbone.network_plan)))
         kind = "TensorRT plans" if target else "ONNX graphs"

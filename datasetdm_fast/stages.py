@@ -6,7 +6,8 @@ queries, K classes, J joints. A CFG batch is [uncond_0 .. uncond_{B-1}, cond_0 .
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 LEVELS = ("low", "mid", "high", "highest")
 FACTOR = 8  # pixels of a side of one cell of the highest level
@@ -22,6 +23,13 @@ class Level:
     heads: tuple[int, ...]  # heads of each captured cross-attention layer: up blocks first, then down
     tokens: int
     halves: int = 2  # of a call: 1 for a model that is sampled without CFG
+    # of a transformer, one for each feature and map; of a decoder () where they are those of the model's own level
+    blocks: tuple[int, ...] = ()
+
+    def reading(self, blocks: Sequence[int]) -> Self:
+        """This level of a transformer where it reads other blocks."""
+        count, blocks = len(blocks), tuple(blocks)
+        return replace(self, features=self.features[:1] * count, heads=self.heads[:1] * count, blocks=blocks)
 
     @property
     def channels(self) -> int:

@@ -61,7 +61,7 @@ def main(config: TrainConfig, command: CommandLine) -> int:
 
 def open_workflow(config: TrainConfig) -> Workflow:
     """The trainings of these settings, with their model and data opened."""
-    from datasetdm_fast.training.call_ranking import with_best_call
+    from datasetdm_fast.training.call_ranking import with_best
     from datasetdm_fast.training.session import check_apart, open_session
     from datasetdm_fast.training.workflow import Workflow
 
@@ -71,8 +71,9 @@ def open_workflow(config: TrainConfig) -> Workflow:
     data, choice, inversion = config.training_data(), config.model_choice(), config.capture_settings()
     settings = config.session_settings()
     session = open_session(data, choice, config.task, inversion, partial(print_lines, config), **settings)
-    if config.timestep == (BEST,):
-        session = with_best_call(session, config.task)
+    ranked = {"calls": config.timestep == (BEST,), "blocks": config.blocks == (BEST,)}
+    if any(ranked.values()):
+        session = with_best(session, config.task, **ranked)
     return Workflow(session, out, config.task, config.task_settings(), config.folds)
 
 

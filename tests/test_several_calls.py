@@ -131,11 +131,12 @@ def test_probes_tell_what_a_level_explains():
     truth, noise = torch.randn(300, 2, generator=random), torch.randn(300, 40, generator=random)
     cells = torch.cat([truth @ torch.randn(2, 40, generator=random) + 3, torch.ones(300, 300)], 1)
     for inputs, least, most in ((cells[:, :40], 0.99, 1.0), (cells, 0.99, 1.0), (noise, 0.0, 0.05)):
-        probe = Probe(inputs)
+        probe = Probe([inputs, noise])
         for number in range(5):
-            probe.add(number, inputs[number::5], truth[number::5] + 7)
-        assert least <= probe.score() <= most
-    assert Probe(cells).score() == 0
+            probe.add(number, [inputs[number::5], noise[number::5]], truth[number::5] + 7)
+        assert least <= probe.score() <= most and probe.score([1]) < 0.05
+        assert abs(probe.score([0, 1]) - probe.score()) < 0.1 and probe.score([]) == 0
+    assert Probe([cells]).score() == 0
 
 
 def test_the_score_of_a_probe_is_that_of_ridge_regression_on_other_images():

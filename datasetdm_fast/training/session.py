@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.locks import cache_folder
+from datasetdm_fast.engine.backbones.flow_models import spread_blocks
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.labels.class_tables import digest_of, spoken, words_of
 from datasetdm_fast.engine.labels.words import always_named, find_classes, photo_of
@@ -60,6 +61,7 @@ class ModelChoice:
     allow_download: bool = False
     engine: str = "auto"
     device: str = "auto"
+    blocks: tuple[int, ...] = ()  # that decoders read; (): those of the model's levels
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,12 @@ class TrainingSession:
         """The requested one or that of the data set, in its form for the task where there is one."""
         kind = self.address.partition(":")[0].removesuffix("-mm") if self.augment == "auto" else self.augment
         return AUGMENTATIONS.get(f"{kind}-{task}") or AUGMENTATIONS.get(kind) or AUGMENTATIONS["flip"]
+
+    def reading(self, blocks: Sequence[Sequence[int]]) -> Self:
+        """The session with an engine that captures these blocks for the levels low, mid and high."""
+        engine, model = self.engine, self.engine.model.reading(blocks)
+        options = {"dtype": engine.fingerprint()["dtype"], "device": str(engine.device)}
+        return replace(self, engine=build_engine(engine.name, model, {}, **options))
 
     def plain_views(self, task: str, numbers: Sequence[int], draws: int = 0) -> TrainingViews:
         """Views of some items without captures: as they are trained on, or so many draws of each, not augmented."""
@@ -143,8 +151,9 @@ class TrainingSession:
     def recipe(self, task: str) -> TrainingRecipe:
         """Decoder and schedule of a task."""
         settings, model, table = self.recipe_settings, self.engine.model, self.source.class_table
+        levels = model.levels if model.blocks else [replace(level, blocks=()) for level in model.levels]
         base = recipe(
-            *(task, self.source, model.levels, model.text_width, self.inversion.timesteps, len(self.split[0])),
+            *(task, self.source, levels, model.text_width, self.inversion.timesteps, len(self.split[0])),
             preset=settings.preset,
             pose_head=settings.pose_head,
             reader=self.address.partition(":")[0],
@@ -272,6 +281,7 @@ def open_session(
     # Before a model is loaded, but by readers of other packages, which may draw pictures of the size at once.
     early = None if kind in READERS.others else _open_source(data, choice.size or UPSTREAM_SIDE, tasks)
     model = load_model(choice.model, size=choice.size, allow_download=choice.allow_download)
+    model = model.reading(spread_blocks(choice.blocks) if choice.blocks else ())
     source = _check_source(early or _open_source(data, model.size, tasks), model.size, data, tasks)
     if "view_settings" in settings:
         check_quirks(settings["view_settings"].quirks, source, tasks)

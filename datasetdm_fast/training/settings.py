@@ -29,7 +29,8 @@ QUIRKS = {
 }  # upstream's mistakes
 
 MOST_FOLDS = 100
-BEST = "auto"  # of timesteps
+MOST_BLOCKS = 16
+BEST = "auto"  # of timesteps and blocks
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 
 
@@ -38,8 +39,8 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
     FLAGS = (
         "data task out model size select images limit_per_class min_area limit_images only_classes framing skip_bad "
         "allow_download held_out folds preset quirks pose_head steps batch_size accumulate rate patience checks draws "
-        "augment captions class_table by_name by_word outlines timestep latent inversion ddim_steps cache cache_dir "
-        "cache_gb storage engine dtype device seed save_every log threads dry_run json quiet"
+        "augment captions class_table by_name by_word outlines timestep blocks latent inversion ddim_steps cache "
+        "cache_dir cache_gb storage engine dtype device seed save_every log threads dry_run json quiet"
     ).split()
 
     data: str = setting(
@@ -138,6 +139,13 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
         "tells most by linear probes; DatasetDM uses 0",
         metavar="LIST",
     )
+    blocks: tuple[str, ...] = setting(
+        (),
+        "blocks of a transformer that the decoder reads, counted from 0; auto = those that tell most together by "
+        "linear probes; default: those of the model's levels",
+        identity="if given",
+        metavar="LIST",
+    )
     latent: str = setting(
         "auto",
         "latents: the autoencoder's mean or a sample; auto: mean, with --preset upstream a sample",
@@ -198,6 +206,7 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
                 f"--held-out: {self.held_out:g} is not between 0 and 0.5", "0.1 holds out a tenth of the images"
             )
         self.timesteps()
+        self.named_blocks()
         if self.folds not in ("auto", "no") and not (self.folds.isdecimal() and 2 <= int(self.folds) <= MOST_FOLDS):
             raise Refused(
                 f"--folds: {self.folds!r} is neither auto, no, nor a number from 2 to {MOST_FOLDS}",
@@ -220,6 +229,16 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
             )
         return tuple(sorted({int(text) for text in texts}, reverse=True))
 
+    def named_blocks(self) -> tuple[int, ...]:
+        """The blocks of --blocks, () for those of the model's levels, which auto begins with."""
+        texts = self.blocks if self.blocks != (BEST,) else ()
+        if not all(text.isdecimal() and len(text) < 4 for text in texts) or len(texts) > MOST_BLOCKS:
+            raise Refused(
+                f"--blocks: {documents.quote(','.join(texts))} is not auto, or at most {MOST_BLOCKS} numbers of blocks",
+                "--blocks 6,9,12,18 reads four",
+            )
+        return tuple(sorted({int(text) for text in texts}))
+
     def training_data(self) -> TrainingData:
         from datasetdm_fast.training.session import TrainingData
 
@@ -228,7 +247,7 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
     def model_choice(self) -> ModelChoice:
         from datasetdm_fast.training.session import ModelChoice
 
-        return ModelChoice(self.model, self.size, self.allow_download, self.engine, self.device)
+        return ModelChoice(self.model, self.size, self.allow_download, self.engine, self.device, self.named_blocks())
 
     def view_settings(self) -> ViewSettings:
         from datasetdm_fast.training.captures.views import ViewSettings

@@ -27,7 +27,7 @@ from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.engine.models.capture import CaptureHook, Projection
 from datasetdm_fast.engine.models.mmdit import MMDiT
-from datasetdm_fast.engine.models.mmdit_readers import ProjectingReader, RawReader, all_read, append_rows
+from datasetdm_fast.engine.models.mmdit_readers import ProjectingReader, RawReader, append_rows
 from datasetdm_fast.engine.models.unet import TextTable, TimeTable, UNet
 from datasetdm_fast.engine.models.vae import ImageDecoder, ImageEncoder
 from datasetdm_fast.errors import Missing, Refused
@@ -391,12 +391,12 @@ class StageExport:
         guidance: Value | None = None,
     ) -> dict[str, Value]:
         network, levels = modules["network"], self.model.levels
-        depth, seen = len(network.blocks), (cast(int, BATCH), levels[0].side ** 2)
+        seen = cast(int, BATCH), levels[0].side ** 2
         reader: Any = None
         if name == RAW:
-            reader = RawReader(all_read(depth), *seen)
+            reader = RawReader(levels, *seen)
         elif name != "denoise":
-            reader = ProjectingReader(self.projection, depth, *seen, self.ops)
+            reader = ProjectingReader(self.projection, *seen, self.ops)
         pooled = None if pooled is None else pooled.to(self.dtype)
         text: Any = Text(context.to(self.dtype), pooled, mask, guidance)  # type: ignore[arg-type]
         noise = network(latents.to(self.dtype), timestep, text, reader).float()
@@ -405,7 +405,7 @@ class StageExport:
         reference = load_place(self.model.backbone.reference)(self.model)
         clean = reference.cells(latents - timestep / 1000 * noise[-latents.shape[0] :])
         if name == RAW:
-            return {"noise": noise, **raw_outputs(reader.capture(levels, depth, clean))}
+            return {"noise": noise, **raw_outputs(reader.capture(clean))}
         sums = reader.level_sums(clean).items()
         return {"noise": noise, **{f"sums_{LEVELS[level]}": total.float() for level, total in sums}}
 

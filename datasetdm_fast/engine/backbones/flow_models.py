@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.engine.backbones.record import Configs, Latents, NameAdapter
@@ -52,6 +53,15 @@ def blocks_read(depth: int) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(sorted({depth * eighth // 8 for eighth in level})) for level in EIGHTHS.values())
 
 
+def spread_blocks(blocks: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Some blocks per level low, mid and high, as blocks_read has them: mid reads the first, high the last, and low
+    those between, of two both.
+    """
+    first, last = min(blocks), max(blocks)
+    between = {*blocks} - {first, last} or {first, last}
+    return tuple(sorted(between)), (first,), (last,)
+
+
 def joint_levels(
     depth: int, width: int, heads: int, tokens: int, size: int, channels: int, stride: int = 16
 ) -> tuple[Level, ...]:
@@ -60,7 +70,7 @@ def joint_levels(
     points to, of so many channels at 8 pixels a cell.
     """
     coarse = [
-        Level(name, size // stride, (width,) * len(blocks), (heads,) * len(blocks), tokens, 1)
+        Level(name, size // stride, (width,) * len(blocks), (heads,) * len(blocks), tokens, 1, blocks)
         for name, blocks in zip(EIGHTHS, blocks_read(depth))
     ]
     return (*coarse, Level("highest", size // 8, (channels,), (), tokens, 1))

@@ -33,10 +33,17 @@ def _text(configs: Configs) -> tuple[int, int]:
     return LENGTH, configs["transformer"].joint_attention_dim
 
 
+def _depth(configs: Configs) -> int:
+    network = configs["transformer"]
+    return int(network.num_layers + network.num_single_layers)
+
+
 def _levels(configs: Configs, size: int, halves: int) -> tuple[Level, ...]:
     network = configs["transformer"]
-    depth, heads = network.num_layers + network.num_single_layers, network.num_attention_heads
-    return joint_levels(depth, heads * network.attention_head_dim, heads, LENGTH, size, network.in_channels // 4)
+    heads = network.num_attention_heads
+    return joint_levels(
+        _depth(configs), heads * network.attention_head_dim, heads, LENGTH, size, network.in_channels // 4
+    )
 
 
 def _defaults(configs: Configs) -> Defaults:
@@ -84,6 +91,7 @@ FLUX2_KLEIN = Backbone(
     flow=FlowRule("uniform", "empirical"),
     patch=1,
     levels=_levels,
+    blocks=_depth,
     defaults=_defaults,
     reference="datasetdm_fast.engine.backbones.flux2_klein_reference:Flux2KleinReference",
     fast=JOINT_ENGINE,

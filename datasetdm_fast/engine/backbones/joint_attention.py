@@ -16,7 +16,6 @@ from torch.overrides import TorchFunctionMode
 
 from datasetdm_fast.data import AttentionSums, Capture, Text
 from datasetdm_fast.engine.backbones.concept_attention import ConceptReader, with_concepts
-from datasetdm_fast.engine.backbones.flow_models import blocks_read
 from datasetdm_fast.engine.backbones.latent_space import decode_latents, encode_pixels
 from datasetdm_fast.engine.backbones.record import LoadedModel
 
@@ -146,7 +145,7 @@ class JointReference:
     def levels(self) -> list[list[nn.Module]]:
         """The attentions that the levels low, mid and high read."""
         attentions = self.attentions()
-        return [[attentions[block] for block in level] for level in blocks_read(len(attentions))]
+        return [[attentions[block] for block in level.blocks] for level in self.model.levels[:-1]]
 
     @contextmanager
     def reading(self, reader: AttentionReader) -> Iterator[None]:

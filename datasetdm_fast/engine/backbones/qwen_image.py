@@ -57,6 +57,7 @@ QWEN_IMAGE = Backbone(
     multiple=16,
     flow=FlowRule("uniform"),
     levels=_levels,
+    blocks=lambda configs: configs["transformer"].num_layers,
     defaults=lambda configs: Defaults(1024, 50, 4.0, CAPTURE),
     guides_itself=True,
     pads_text=True,

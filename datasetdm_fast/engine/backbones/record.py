@@ -75,6 +75,8 @@ class Backbone:
     reference: str  # module:class, a BackboneReference of a name of its own, such as SD3Reference
     fast: str | None = None  # module:class of its fast engine; None: only the reference serves this family
     network_plan: str = ""  # module:function(config, state dict) -> backbones.mmdit_plans.JointPlan, for JOINT_ENGINE
+    # of a transformer: how many blocks there are of which a decoder may name others than those of `levels`
+    blocks: Callable[[Configs], int] = lambda configs: 0
     halves: tuple[str, ...] = ("bf16", "fp16")  # precisions with half the bits that its activations fit into
     guides_itself: bool = False  # whether it guides otherwise than by uncond + g (cond - uncond), in its reference
     unguided: float = 1.0  # the guidance with cfg at which, and below, the prompt alone counts

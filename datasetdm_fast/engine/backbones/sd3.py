@@ -106,6 +106,7 @@ SD3 = Backbone(
     most_pixels=lambda configs: 8 * configs["transformer"].patch_size * configs["transformer"].pos_embed_max_size,
     flow=FlowRule(max_shift=1.16),
     levels=_levels,
+    blocks=lambda configs: configs["transformer"].num_layers,
     defaults=_defaults,
     has_text_maps=True,
     reference="datasetdm_fast.engine.backbones.sd3_reference:SD3Reference",

@@ -65,6 +65,7 @@ Z_IMAGE = Backbone(
     most_pixels=lambda configs: 16 * min(configs["transformer"].axes_lens[1:]),
     flow=FlowRule("uniform-fp32"),
     levels=_levels,
+    blocks=lambda configs: configs["transformer"].n_layers,
     defaults=_defaults,
     guides_itself=True,
     pads_text=True,

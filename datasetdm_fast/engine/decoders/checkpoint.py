@@ -127,7 +127,7 @@ def check_fits(decoder: Decoder, levels: tuple[Level, ...], label: str, text_wid
             "Use the decoder made for this model, or train one on it.",
         )
     for ours, theirs in zip(config.levels, levels, strict=True):
-        if replace(ours, side=theirs.side) != theirs:
+        if replace(ours, side=theirs.side, blocks=ours.blocks or theirs.blocks) != theirs:
             raise Refused(
                 f"{label} decoder: trained on a model whose level {ours.name} has {ours.channels} channels, but this "
                 f"model's has {theirs.channels}",

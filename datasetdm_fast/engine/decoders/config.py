@@ -103,6 +103,11 @@ class DecoderConfig:
                 f"decoder config: levels are {[level.name for level in self.levels]}, expected {', '.join(LEVELS)}",
                 REMEDY,
             )
+        if (named := [level.name for level in self.levels if level.blocks]) and named != [*LEVELS[:-1]]:
+            raise Refused(
+                f"decoder config: blocks are those of {', '.join(named)}, expected {', '.join(LEVELS[:-1])} or none",
+                REMEDY,
+            )
         if self.has_queries and (self.width % self.heads or self.width % 4):
             raise Refused(f"decoder config: width {self.width} must divide into {self.heads} heads and by 4", REMEDY)
         for name, needed in (("classes", self.kind == "segmentation"), ("joints", self.kind in ("heatmap", "simcc"))):
@@ -133,6 +138,11 @@ class DecoderConfig:
     def calls(self) -> int:
         """How many calls it reads."""
         return len(self.capture_timestep) if isinstance(self.capture_timestep, tuple) else 1
+
+    @property
+    def blocks(self) -> tuple[tuple[int, ...], ...]:
+        """Those of a transformer that its levels low, mid and high read; () where they are the model's own."""
+        return tuple(level.blocks for level in self.levels if level.blocks)
 
     @property
     def has_queries(self) -> bool:
@@ -181,6 +191,8 @@ class DecoderConfig:
         for level in values["levels"]:
             if level["halves"] == 2:
                 del level["halves"]
+            if not level["blocks"]:
+                del level["blocks"]
         idle = {"class_words": [], "outlines": FROM_DECODER}
         return {name: value for name, value in values.items() if name not in idle or value != idle[name]}
 
@@ -204,7 +216,7 @@ class DecoderConfig:
         names = {field.name for field in fields(DecoderConfig)}
         for settings, known, whose in (
             (values, names, ""),
-            *((level, (*LEVEL_FORM, "halves"), " of a level") for level in values["levels"]),
+            *((level, (*LEVEL_FORM, "halves", "blocks"), " of a level") for level in values["levels"]),
             *((word, WORD_FORM, " of a word") for word in values.get("class_words", ())),
         ):
             if unknown := sorted(set(settings) - set(known)):
@@ -214,7 +226,7 @@ class DecoderConfig:
                     "Update the package, train the decoder again, or name another with --decoder.",
                 )
         values["levels"] = tuple(
-            Level(**{**level, "features": tuple(level["features"]), "heads": tuple(level["heads"])})
+            Level(**level | {name: tuple(level.get(name, ())) for name in ("features", "heads", "blocks")})
             for level in values["levels"]
         )
         for name in ("classes", "named", "word_heads", "joints"):
@@ -266,6 +278,11 @@ def _check_bounds(values: Mapping[str, Any]) -> None:
             raise ValueError("a level's numbers are out of range")
         if level.get("halves", 2) not in (1, 2):
             raise ValueError(f"a level's halves are {documents.quote(level['halves'])}, expected 1 or 2")
+        blocks = level.get("blocks", [])
+        documents.check_form(blocks, [int], "blocks of a level")
+        is_read = len(blocks) == len(level["features"]) == len(level["heads"]) and blocks == sorted({*blocks})
+        if blocks and not (is_read and 0 <= blocks[0] and blocks[-1] <= 65536):
+            raise ValueError(f"blocks of a level are {documents.quote(blocks)}, expected one for each of its features")
     names = max(len(values.get(name, ())) for name in ("classes", "class_words"))
     if names > MOST_NAMES or len(values.get("joints", ())) > 1024:
         raise ValueError("it names more classes or joints than a decoder has")

@@ -105,7 +105,8 @@ def load_decoders(
         decoders = {label: load_decoder(folders[label]) for label in labels}
         descriptions = describe_decoders(folders, labels)
     for label, network in decoders.items():
-        check_fits(network, model.levels, label, model.text_width)
+        read = model.reading(network.config.blocks, f"{label} decoder")
+        check_fits(network, read.levels, label, model.text_width)
         network.config = replace(network.config, outlines=network.config.outlines if outlines == "auto" else outlines)
     return decoders, descriptions
 
@@ -190,6 +191,10 @@ def build_engine(
             f"engine: {name} does not run {model.backbone.title}, {REFERENCE} does",
             f"Use --engine {REFERENCE}, which runs the modules of diffusers in fp32.",
         )
+    if decoders and model.backbone.blocks(model.configs):
+        from datasetdm_fast.engine.decoders.blocks import read_together  # which imports torch
+
+        model, decoders = read_together(model, decoders)
     place = (model.backbone.fast if name == "fast" else None) or kind.engine
     built: Engine = ENGINES.guard(
         name, lambda: load_place(place)(model, decoders or {}, dtype=dtype, device=device, **values)

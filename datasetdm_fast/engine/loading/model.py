@@ -21,6 +21,7 @@ from datasetdm_fast.engine.backbones.record import Backbone, Configs, Guidance, 
 from datasetdm_fast.engine.loading.checks import check_size
 from datasetdm_fast.engine.loading.tokenizer import LimitedTokenizer, OwnTokenizer
 from datasetdm_fast.engine.models.layers import room
+from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import Level
 from datasetdm_fast.untrusted.tensors import check_finite
 
@@ -60,6 +61,7 @@ class Model:
     licence: str
     index: Mapping[str, Any] = field(default_factory=dict)  # of its model_index.json
     scale: float = 0.0  # the guidance that it is sampled with; 0: its default
+    blocks: tuple[tuple[int, ...], ...] = ()  # that its levels low, mid and high read; (): those of its record
 
     @cached_property
     def draws(self) -> tuple[str, ...]:
@@ -163,7 +165,28 @@ class Model:
     @cached_property
     def levels(self) -> tuple[Level, ...]:
         """The levels of its captures, low to highest."""
-        return self.backbone.levels(self.configs, self.size, self.halves)
+        levels = self.backbone.levels(self.configs, self.size, self.halves)
+        chosen = tuple(level.reading(blocks) for level, blocks in zip(levels, self.blocks))
+        return *chosen, *levels[len(chosen) :]
+
+    def reading(self, blocks: Sequence[Sequence[int]], whose: str = "--blocks") -> Model:
+        """This model whose levels low, mid and high read these blocks, by default those of its record. `whose` says who
+        named blocks that it does not have.
+        """
+        count, named = self.backbone.blocks(self.configs), sorted({block for level in blocks for block in level})
+        if named and not count:
+            raise Refused(
+                f"{whose}: {self.backbone.title} has no blocks to choose, its decoders read fixed levels",
+                "Leave --blocks out, or use a decoder made for this model.",
+            )
+        if named and named[-1] >= count:
+            raise Refused(
+                f"{whose}: block {named[-1]} is not one of the {count} of {self.name}",
+                f"Choose from 0 to {count - 1}, or use a decoder made for this model.",
+            )
+        usual, chosen = replace(self, blocks=()), tuple(map(tuple, blocks))
+        is_usual = not named or chosen == tuple(level.blocks for level in usual.levels[: len(chosen)])
+        return usual if is_usual else replace(self, blocks=chosen)
 
     def token_ids(self, prompts: Sequence[str], part: str = "") -> Tensor:  # [B, T] int64
         """The padded tokens of each prompt, cut off where the text encoder's positions end; of the tokenizer `part`, or

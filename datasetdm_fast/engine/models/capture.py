@@ -129,7 +129,7 @@ class Projection(nn.Module):
         is_held = sum(weight.numel() for named in read for weight in named.values()) <= largest_held
         stacked = _Held if is_held else _ReadAtNeed
         self.features, self.maps, self.widths = nn.ModuleList(), nn.ModuleList(), []
-        self.sides = [level.side for level in levels]
+        self.levels, self.sides = tuple(levels), [level.side for level in levels]
         for level in levels:
             empty = torch.zeros(0, level.channels)
             weights = [named.get(level.name, empty).flatten(1).cpu() for named in read]

@@ -10,30 +10,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datasetdm_fast.data import Capture
-from datasetdm_fast.engine.backbones.flow_models import blocks_read
 from datasetdm_fast.engine.models.capture import Projection
 from datasetdm_fast.kernels.attention_shares import shares
 from datasetdm_fast.stages import Level
 
 
-def all_read(depth: int) -> list[int]:
-    """The blocks of so many that any level reads."""
-    return [block for level in blocks_read(depth) for block in level]
-
-
-def slots_read(projection: Projection, depth: int) -> dict[int, list[tuple[int, int]]]:
-    """What the decoders read of each of so many blocks: level and place."""
+def slots_read(projection: Projection) -> dict[int, list[tuple[int, int]]]:
+    """What the decoders read of each block: level and place."""
     slots: dict[int, list[tuple[int, int]]] = {}
-    for level, blocks in enumerate(blocks_read(depth)):
-        for place, block in enumerate(blocks):
-            if projection.widths[level]:
-                slots.setdefault(block, []).append((level, place))
+    for number, level in enumerate(projection.levels):
+        for place, block in enumerate(level.blocks):
+            if projection.widths[number]:
+                slots.setdefault(block, []).append((number, place))
     return slots
 
 
 def append_rows(network: Any, projection: Projection) -> None:
     """Appends the rows by which decoders multiply the tokens of a block to the product of its queries and keys."""
-    for block, read in slots_read(projection, len(network.blocks)).items():
+    for block, read in slots_read(projection).items():
         network.append(block, [projection.features[level][place][0].T for level, place in read])
 
 
@@ -60,19 +54,20 @@ class CallReader:
 class RawReader(CallReader):
     """Keeps the tokens and every share."""
 
-    def __init__(self, blocks: Iterable[int], images: int, cells: int):
+    def __init__(self, levels: Sequence[Level], images: int, cells: int):
         tokens: dict[int, Tensor] = {}
         maps: dict[int, Tensor] = {}
 
         def keep(block: int, seen: Tensor, _: Tensor, attention: tuple[Any, ...]) -> None:
             tokens[block], maps[block] = seen, shares(*attention)
 
-        super().__init__(blocks, images, cells, keep)
-        self.tokens, self.maps = tokens, maps
+        super().__init__((block for level in levels for block in level.blocks), images, cells, keep)
+        self.levels, self.tokens, self.maps = levels, tokens, maps
 
-    def capture(self, levels: Sequence[Level], depth: int, clean: Tensor) -> Capture:
-        """What the levels read of so many blocks, and the image that the call points to."""
-        (low, *_), read = levels, blocks_read(depth)
+    def capture(self, clean: Tensor) -> Capture:
+        """What the levels read, and the image that the call points to."""
+        low, *_ = self.levels
+        read = [level.blocks for level in self.levels[:-1]]
 
         def pad(maps: Tensor) -> Tensor:
             return F.pad(maps, (0, low.tokens - maps.shape[-1]))[..., : low.tokens]
@@ -87,8 +82,8 @@ class RawReader(CallReader):
 class ProjectingReader(CallReader):
     """Adds up what the first layers of the decoders make of tokens and attentions: [B, S, F] for each level."""
 
-    def __init__(self, projection: Projection, depth: int, images: int, cells: int, ops: SimpleNamespace):
-        slots = slots_read(projection, depth)
+    def __init__(self, projection: Projection, images: int, cells: int, ops: SimpleNamespace):
+        slots = slots_read(projection)
         sums: dict[int, Tensor] = {}
 
         def project(block: int, tokens: Tensor, appended: Tensor, attention: tuple[Any, ...]) -> None:

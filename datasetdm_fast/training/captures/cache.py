@@ -75,14 +75,18 @@ class Layout:
         """How many numbers a view has."""
         return sum(cells * channels for cells, channels in self.shapes)
 
+    @staticmethod
+    def join_tensors(features: Sequence[Tensor], maps: Sequence[Tensor]) -> Tensor:
+        """[B, cells, channels] fp32."""
+        parts = [feature.flatten(2).transpose(1, 2) for feature in features]
+        parts += [level_maps.permute(0, 2, 1, 3).flatten(2) for level_maps in maps]
+        return torch.cat([part.float() for part in parts], 2)
+
     def join(self, capture: Capture) -> tuple[Tensor, ...]:
         """Per level [B, cells, channels] fp32, free to be trained on; a 1x1 projection is one product with it."""
         levels = []
         for features, maps, shape in zip(capture.features, capture.maps, self.shapes, strict=True):
-            parts = [feature.flatten(2).transpose(1, 2) for feature in features] + [
-                level_maps.permute(0, 2, 1, 3).flatten(2) for level_maps in maps
-            ]
-            levels.append(torch.cat([part.float() for part in parts], 2))
+            levels.append(self.join_tensors(features, maps))
             assert levels[-1].shape[1:] == shape, (
                 f"captured {list(levels[-1].shape[1:])}, the levels promise {list(shape)}"
             )
@@ -242,6 +246,7 @@ def _shards(
     numerics = {name: engine.fingerprint().get(name) for name in ("engine", "dtype")}
     layout = asdict(Layout.of(engine.model.levels))
     common = {"model": engine.model.digests, **numerics, "latent": inversion.latent, "layout": layout}
+    common |= {"blocks": engine.model.blocks} if engine.model.blocks else {}
     common |= {"ddim_steps": inversion.ddim_steps} | ({"draw": POSTERIOR} if inversion.is_sampled else {})
     calls = [common | {"timestep": timestep} for timestep in inversion.timesteps]
     identities = [json.dumps(call, sort_keys=True, default=str) for call in calls]

@@ -25,7 +25,7 @@ from datasetdm_fast.engine.loading.model import Model, Network
 from datasetdm_fast.engine.models.capture import Projection
 from datasetdm_fast.engine.models.fp8 import with_fp8_products
 from datasetdm_fast.engine.models.mmdit import MMDiT
-from datasetdm_fast.engine.models.mmdit_readers import CallReader, ProjectingReader, RawReader, all_read, append_rows
+from datasetdm_fast.engine.models.mmdit_readers import CallReader, ProjectingReader, RawReader, append_rows
 from datasetdm_fast.engine.models.packed import largest_distance
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.kernels import plain
@@ -142,7 +142,7 @@ class JointEngine(TorchEngine):
     ) -> tuple[Tensor, AnyCapture]:
         if not self.decoders:
             return self.denoise_and_capture_raw(latents, timestep, text)
-        reader = ProjectingReader(self.projection, len(self.network.blocks), *self._sizes(latents), self.ops)
+        reader = ProjectingReader(self.projection, *self._sizes(latents), self.ops)
         output, clean = self._call(self.network, latents, timestep, text, reader)
         sums = reader.level_sums(clean)
         for level, side in enumerate(self.projection.sides):
@@ -151,10 +151,9 @@ class JointEngine(TorchEngine):
 
     @engine_call
     def denoise_and_capture_raw(self, latents: Tensor, timestep: float, text: Text) -> tuple[Tensor, Capture]:
-        depth = len(self.network.blocks)
-        reader = RawReader(all_read(depth), *self._sizes(latents))
+        reader = RawReader(self.model.levels, *self._sizes(latents))
         output, clean = self._call(self.network, latents, timestep, text, reader)
-        return output, reader.capture(self.model.levels, depth, clean)
+        return output, reader.capture(clean)
 
     @engine_call
     def denoise_and_average(
