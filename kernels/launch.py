@@ -14,10 +14,11 @@ from datasetdm_fast.errors import Missing
 try:
     import triton
     import triton.language
+    import triton.tools.tensor_descriptor
 
-    tl = triton.language
+    tl, TensorDescriptor = triton.language, triton.tools.tensor_descriptor.TensorDescriptor
 except ImportError:  # the plain forms need none
-    triton = tl = None
+    triton = tl = TensorDescriptor = None
 
 UNTUNED = "untuned"  # the rows for a GPU that was not measured
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -100,7 +101,12 @@ def blocks(table: Mapping[str, Blocks], kernel: str, x: Tensor, least: int = 16,
     `names_of` -> rows. The interpreter on a CPU takes those of a GPU that was not measured. No block is larger than it
     takes to hold its count, where `counts` has one, but for the `least` size.
     """
-    row = (kernel, 8 * x.element_size())
-    names = (*names_of(x.device), UNTUNED)
-    sizes = next(table[name][row] for name in names if row in table.get(name, {}))
+    sizes = find_sizes(table, kernel, x)
+    assert sizes is not None, f"{kernel} has no row"
     return sizes | {name: min(sizes[name], round_up(count, least)) for name, count in counts.items()}
+
+
+def find_sizes(table: Mapping[str, Blocks], kernel: str, x: Tensor) -> dict[str, int] | None:
+    """The row of `kernel` for the dtype and device of `x`, if there is one."""
+    row, names = (kernel, 8 * x.element_size()), (*names_of(x.device), UNTUNED)
+    return next((table[name][row] for name in names if row in table.get(name, {})), None)

@@ -17,6 +17,7 @@ import torch
 from skips import IS_LONG, long_test
 from torch import Tensor
 
+from bench.kernels.candidates import CANDIDATES
 from bench.kernels.files import FILES
 from bench.kernels.inputs import cases_of
 from datasetdm_fast.config import SAMPLERS, FlowRule
@@ -39,6 +40,9 @@ DTYPES.append(pytest.param(torch.bfloat16, marks=pytest.mark.gpu))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [pytest.param(op, case, id=f"{name}-{case.reason}") for name, op in OPS.items() for case in cases_of(name)]
 KERNELS = [one for one in CASES if hasattr(one.values[0], "fused")]
+# Cases that descriptors do not fit: rows of no whole vectors, and images of no whole chunks.
+UNFIT = ("smallest", "ragged in every size", "two inputs, ragged in every size", "no bias")
+UNFIT += ("SD 1.x first level, the skip beside what comes from below",)
 
 needs_triton = pytest.mark.skipif(
     launch.triton is None, reason="triton is not installed; pip install 'datasetdm-fast[triton]'"
@@ -102,6 +106,10 @@ def test_reference_against_double(op, case):
 @pytest.mark.parametrize("op,case", KERNELS)
 def test_fused_stays_within_the_error_budget(op, case, dtype, poisoned):
     """At most twice as far from the exact answer as the reference in the same dtype, plus a floor."""
+    assert_within_the_budget(op, case, dtype)
+
+
+def assert_within_the_budget(op, case, dtype):
     inputs = changed(case.inputs, lambda x: x.to(DEVICE, dtype))
     exacts = listed(op.reference(*doubled(inputs)))
     plain = listed(op.reference(*inputs))
@@ -111,6 +119,20 @@ def test_fused_stays_within_the_error_budget(op, case, dtype, poisoned):
         assert answer.dtype == other.dtype
         assert torch.isfinite(answer).all()
         assert distance(answer, exact) <= 2 * distance(other, exact) + FLOORS[dtype]
+
+
+@needs_triton
+@pytest.mark.parametrize("programs", [0, 1])
+@pytest.mark.parametrize("op,case", [(op, case) for op in CANDIDATES for case in cases_of(op)])
+def test_candidates_stay_within_the_error_budget(op, case, programs, poisoned, monkeypatch):
+    """In fp16 with the rows of an H100; inputs that no descriptor fits are left to the kernel by pointers."""
+    name, launched = launch.names_of(torch.device(DEVICE))[0], []
+    rows, op = CANDIDATES[op].get("sm_90" if name == "cpu" else name, {}), OPS[op]
+    monkeypatch.setitem(op.BLOCKS, name, {key: sizes | {"PROGRAMS": programs} for key, sizes in rows.items()})
+    multiply = op.multiply
+    monkeypatch.setattr(op, "multiply", lambda *given, **named: launched.append(multiply(*given, **named)))
+    assert_within_the_budget(op, case, torch.float16)
+    assert bool(launched) == (bool(rows) and case.reason not in UNFIT)
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if op != "guided_step"])
@@ -177,6 +199,7 @@ def audit(*flags, program=("-m", "bench")):
     )
 
 
+DESCRIBED = "described_product"
 PAIRS = [(dtype, "80,90,100,120") for dtype in ("fp16", "bf16", "fp32")] if IS_LONG else [("fp16", "90")]
 
 
@@ -194,6 +217,9 @@ def test_every_kernel_compiles_without_spills(dtype, targets):
         for gpu in (f"sm_{target}" for target in targets.split(","))
         if name.endswith("_kernel") and gpu not in getattr(op, "LIBRARY", ())
     }
+    if dtype == "fp32":  # by descriptors 16 bits alone, and where there is a candidate
+        launched = {(kernel, gpu) for kernel, gpu in launched if kernel != DESCRIBED}
+    launched -= {(DESCRIBED, gpu) for gpu in ("sm_80", "sm_100", "sm_120")}
     assert {(row["kernel"], row["target"]) for row in said["kernels"]} == launched
     for row in said["kernels"]:
         assert (
@@ -201,6 +227,28 @@ def test_every_kernel_compiles_without_spills(dtype, targets):
             and 0 < row["registers"] <= 255
             and row["shared"] <= said["shared_limit"][row["target"].removeprefix("sm_")]
         )
+
+
+COMPILED = """
+import re
+from bench.kernels import audit
+read = audit.taken
+def taken(made):
+    code = audit.asked("nvdisasm", made, "-c")
+    print(*(sorted(set(re.findall(name, code))) for name in (r"HGMMA[.]64x\\d+", r"UTMALDG[.]\\dD", r"UTMASTG[.]\\dD")))
+    return read(made)
+audit.taken = taken
+for case, launch in audit.launches("linear_geglu", "fp16", "90"):
+    print(launch.kernel.__name__, audit.resources(launch, "90"))
+"""
+
+
+@long_test
+@needs_triton
+def test_products_by_descriptors_load_multiply_and_store_as_they_should():
+    """One product of hidden values and gates beside each other, whose blocks the copy engine loads and stores."""
+    ran = audit(program=("-c", COMPILED))
+    assert "['HGMMA.64x256'] ['UTMALDG.2D', 'UTMALDG.3D'] ['UTMASTG.2D']" in ran.stdout, ran.stdout + ran.stderr
 
 
 @long_test

@@ -380,6 +380,9 @@ def test_what_a_kernel_expects_is_read_from_its_source():
     assert {"q_ptr", "k_ptr", "v_ptr", "k_place_ptr"} <= strided(fns["query_attention"])
     assert not {"logits_ptr", "out_ptr"} & strided(fns["query_attention"])
     assert {"x_ptr", "weight_ptr"} <= loaded(fns["linear_add"]) and "second_ptr" not in loaded(fns["linear_add"])
+    described = fns["described_product"]
+    assert {"x_desc", "weight_desc"} <= loaded(described) and "second_desc" not in loaded(described)
+    assert written(described) == {"out_desc", "mean_ptr", "spread_ptr"}
     assert all(name in FLOPS for name, fn in fns.items() if "tl.dot" in source_of(fn))
     assert {one.kind for fn in fns.values() for one in accesses(fn)} == {"load", "store"}  # none adds in any order
 

@@ -12,7 +12,7 @@ from bench.kernels import audit, tune
 from bench.kernels.inputs import cases_of
 from bench.machine import limits
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.kernels import fused, launch, layer_norm
+from datasetdm_fast.kernels import fused, launch, layer_norm, linear_geglu
 
 CPU = torch.device("cpu")
 SIZES = {"BLOCK_S": 64, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
@@ -68,6 +68,24 @@ def test_a_kernel_is_tuned_and_a_wrong_one_has_no_time(monkeypatch):
     assert [
         row["form_s"] for row in tune.op_rows("layer_norm", "fp32", CPU, [judged], 0.0) if row.get("form") == "fused"
     ] == [None]
+
+
+@pytest.mark.skipif(not launch.IS_INTERPRETED, reason="kernels run in the interpreter where there is no GPU")
+@pytest.mark.parametrize("seconds, is_faster", [(0.5, True), (0.99, False), (math.inf, False)])
+def test_a_candidate_is_in_only_where_it_is_faster(monkeypatch, seconds, is_faster):
+    usual = dict(linear_geglu.BLOCKS["untuned"])
+    monkeypatch.setattr(linear_geglu, "BLOCKS", {"untuned": usual})
+    rows = tune.CANDIDATES["linear_geglu"]["sm_90"]
+    monkeypatch.setitem(tune.CANDIDATES, "linear_geglu", {"untuned": rows})
+    (key,) = rows
+    monkeypatch.setattr(tune, "total", lambda form, cases, device: seconds if key in usual else 1.0)
+    rows = list(tune.op_rows("linear_geglu", "fp16", CPU, [], time.monotonic() + 60))
+    assert [row["kernel"] for row in rows] == ["linear_geglu", "linear_geglu described"]
+    assert rows[1]["is_faster"] == is_faster == (key in usual)
+    document = {"machine": {"device": "GPU", "capability": "9.0"}, "parts": {"a": {"status": "done"}}}
+    form = {"op": "linear_geglu", "form": "fused", "form_s": 1.0}
+    document["parts"]["a"]["rows"] = [{**row, "after_s": 1.0} for row in rows] + [form]
+    assert any("PROGRAMS=1" in line for line in tune.table_lines(document)) == is_faster
 
 
 def test_the_fastest_form_is_right_everywhere_and_the_rows_can_be_pasted():

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from unittest import mock
 
 from bench.kernels.sass import asked, spoilt_of
 from datasetdm_fast.command_line.flags import parse
@@ -72,6 +73,11 @@ class KernelRow(NamedTuple):
     spoilt: int  # addresses that ptxas got wrong, see sass.py
 
 
+def type_name(value: Any) -> str:
+    """Triton's name of the type of a tensor's values."""
+    return TYPE_NAMES[str(value.dtype).removeprefix("torch.")]
+
+
 class Recorder:
     """Stands where a kernel stood and notes each launch."""
 
@@ -85,6 +91,8 @@ class Recorder:
         """Types, constants and alignment as Triton itself specialises them."""
         from torch import Tensor
 
+        from datasetdm_fast.kernels.launch import TensorDescriptor
+
         parameters = self.kernel.params
         given = dict(zip((parameter.name for parameter in parameters), positional)) | named
         signature, constants, aligned = {}, {}, []
@@ -93,9 +101,12 @@ class Recorder:
             if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
                 signature[parameter.name], constants[parameter.name] = "constexpr", value
             elif isinstance(value, Tensor):
-                signature[parameter.name] = "*" + TYPE_NAMES[str(value.dtype).removeprefix("torch.")]
+                signature[parameter.name] = "*" + type_name(value)
                 if value.storage_offset() * value.element_size() % 16 == 0:
                     aligned.append(place)
+            elif isinstance(value, TensorDescriptor):
+                block = ", ".join(map(str, value.block_shape))
+                signature[parameter.name] = f"tensordesc<{type_name(value.base)}[{block}]>"
             elif isinstance(value, int):
                 signature[parameter.name] = "i32" if value < 2**31 else "i64"
                 if value % 16 == 0:
@@ -107,29 +118,36 @@ class Recorder:
 
 
 def launches(op: str, dtype: str, target: str) -> Iterator[tuple[str, CompiledLaunch]]:
-    """Every distinct launch that `op` makes at model sizes on a GPU of `target`, with the first case that makes it."""
+    """Every distinct launch that `op` makes at model sizes on a GPU of `target`, with the first case that makes it: by
+    its rows, then by each of its candidates.
+    """
     import torch
 
+    from bench.kernels.candidates import CANDIDATES
     from bench.kernels.files import FILES
     from bench.kernels.inputs import sizes_of
     from datasetdm_fast.kernels import OPS, launch
 
-    noted, seen, places = [], set(), [vars(module) for module in (launch, *FILES)]
+    noted, seen, places, module = [], set(), [vars(module) for module in (launch, *FILES)], OPS[op]
+    card = f"sm_{target}"
+    rows, candidates = module.BLOCKS.get(card, {}), CANDIDATES.get(op, {}).get(card, {})
     kernels = [(place, name, kernel) for place in places for name, kernel in place.items() if name.endswith("_kernel")]
     named = [(place, "names_of", place["names_of"]) for place in places if "names_of" in place]
     empty = functools.partial(torch.empty, dtype=getattr(torch, DTYPES[dtype]), device="meta")
     for names, name, kernel in kernels:
         names[name] = Recorder(kernel, noted)
     for names, name, _ in named:
-        names[name] = lambda device: (f"sm_{target}", launch.UNTUNED)
+        names[name] = lambda device: (card, launch.UNTUNED)
     try:
-        for case, inputs in sizes_of(op)(lambda *shape: empty(shape)):
-            noted.clear()
-            OPS[op].fused(*inputs)
-            for one in noted:
-                if one not in seen:
-                    seen.add(one)
-                    yield case, one
+        for table in (rows, *(rows | {key: sizes} for key, sizes in candidates.items())):
+            with mock.patch.dict(module.BLOCKS, {card: table}):
+                for case, inputs in sizes_of(op)(lambda *shape: empty(shape)):
+                    noted.clear()
+                    module.fused(*inputs)
+                    for one in noted:
+                        if one not in seen:
+                            seen.add(one)
+                            yield case, one
     finally:
         for names, name, own in (*kernels, *named):
             names[name] = own

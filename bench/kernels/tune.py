@@ -1,5 +1,5 @@
 """The fastest block sizes of every kernel and the fastest form of every operation on one GPU; a size is timed only
-after it agreed with the reference.
+after it agreed with the reference. A candidate, another kernel of an operation, is in only where it is faster.
 """
 
 import functools
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.kernels.candidates import CANDIDATES
 from bench.kernels.files import FILES
 from bench.kernels.inputs import BATCH, sizes_of
 from bench.machine import machine
@@ -29,7 +30,8 @@ from datasetdm_fast.kernels import OPS, fused, plain
 from datasetdm_fast.kernels.launch import names_of
 
 GAIN = 0.98  # of the time before; less is noise
-LARGEST_OPTIONS = {"num_warps": 16, "num_stages": 5}
+LARGEST_OPTIONS = {"num_warps": 16, "num_stages": 5, "PROGRAMS": 4}
+COUNTED = {"num_stages": 1, "PROGRAMS": 0}  # options that go by ones, from these on; PROGRAMS 0 is a program a tile
 WINDOW = 0.03  # seconds a size is timed in each case
 
 
@@ -106,17 +108,25 @@ def op_rows(
     """A row for each of its kernels with the sizes that proved fastest, then one for each form and case."""
     form, bits = getattr(fused, op), 8 * DTYPES[dtype].itemsize
     name = names_of(device)[0] if device.type == "cuda" else "untuned"
+    tables = [(file, getattr(file, "BLOCKS", {}).get("untuned", {}), False) for file in FILES]
+    tables.append((OPS[op], CANDIDATES.get(op, {}).get(name, {}), True))
     kernels = [
-        (file.BLOCKS.setdefault(name, {}), kernel, dict(sizes))
-        for file in FILES
-        for (kernel, width), sizes in getattr(file, "BLOCKS", {"untuned": {}})["untuned"].items()
+        (file.BLOCKS.setdefault(name, {}), kernel, dict(sizes), is_candidate)
+        for file, table, is_candidate in tables
+        for (kernel, width), sizes in table.items()
         if width == bits and kernel.split()[0] == op
     ]
-    for place, (table, kernel, sizes) in enumerate(kernels):
+    for place, (table, kernel, sizes, is_candidate) in enumerate(kernels):
         before, now = total(form, cases, device), time.monotonic()
-        end = now + (until - now) / (len(kernels) - place)
-        best, after = descend(table, (kernel, bits), sizes, lambda: total(form, cases, device), before, end)
-        yield {"kernel": kernel, "bits": bits, "sizes": best, "before_s": finite(before), "after_s": finite(after)}
+        end, least = now + (until - now) / (len(kernels) - place), before
+        if is_candidate:
+            table[kernel, bits] = sizes
+            least = total(form, cases, device)
+        best, after = descend(table, (kernel, bits), sizes, lambda: total(form, cases, device), least, end)
+        row = {"kernel": kernel, "bits": bits, "sizes": best, "before_s": finite(before), "after_s": finite(after)}
+        if is_candidate and not (is_faster := after < GAIN * before):
+            del table[kernel, bits]
+        yield row | ({"is_faster": is_faster} if is_candidate else {})
     for name, one in {"fused": form, "plain": getattr(plain, op)}.items():
         for case in cases:
             facts = {"op": op, "form": name, "dtype": dtype, "case": case.reason}
@@ -154,8 +164,8 @@ def neighbours(sizes: Mapping[str, int]) -> Iterator[dict[str, int]]:
     for name, value in sizes.items():
         if name == "enable_fp_fusion":
             continue
-        for other in (value - 1, value + 1) if name == "num_stages" else (value // 2, 2 * value):
-            if 1 <= other <= LARGEST_OPTIONS.get(name, 1024):
+        for other in (value - 1, value + 1) if name in COUNTED else (value // 2, 2 * value):
+            if COUNTED.get(name, 1) <= other <= LARGEST_OPTIONS.get(name, 1024):
                 yield {**sizes, name: other}
 
 
@@ -172,8 +182,8 @@ def table_lines(document: dict[str, Any]) -> list[str]:
     for op, form in forms.items():
         lines.append(f"kernels/{op}.py, DEVICES[{device!r}] = {form!r}, BLOCKS[{device!r}] =")
         for row in rows:
-            if row.get("kernel", "").split()[:1] == [op] and row["after_s"] is not None:
-                sizes = ", ".join(f"{name}={value}" for name, value in row["sizes"].items() if name.startswith("BLOCK"))
+            if row.get("kernel", "").split()[:1] == [op] and row["after_s"] is not None and row.get("is_faster", True):
+                sizes = ", ".join(f"{name}={value}" for name, value in row["sizes"].items() if name.isupper())
                 counts = f"{row['sizes']['num_warps']}, {row['sizes']['num_stages']}"
                 lines.append(f'    | block_sizes("{row["kernel"]}", {counts}, bits=({row["bits"]},), {sizes})')
     return lines

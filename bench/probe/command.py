@@ -18,9 +18,10 @@ from datasetdm_fast.errors import GateFailed, Missing
 from datasetdm_fast.settings import setting
 
 PROG = "python -m bench probe"
-OPERATIONS = ("attention", "convolutions", "upsampling", "products", "norms")
+OPERATIONS = ("attention", "convolutions", "upsampling", "products", "candidates", "norms")
 CALLS = ("batches", "choices", "overlap", "longest", "longest_32", "once")
-USUAL = ("batches", "longest", "attention", "convolutions", "overlap", "products", "norms", "upsampling", "choices")
+USUAL = ("batches", "longest", "candidates", "attention", "convolutions", "overlap", "products", "norms", "upsampling")
+USUAL += ("choices",)
 
 
 @dataclass(frozen=True)

@@ -153,8 +153,8 @@ def loads_wide(launch: NotedLaunch) -> bool:
     """
     given = launch.given
     activations = next((given[name] for name in ACTIVATIONS if name in given), None)
-    if activations is None:
-        return False
+    if activations is None or hasattr(activations, "block_shape"):
+        return activations is not None  # blocks by descriptors always are
     counts, tiles = TILES.get(name_of(launch.kernel), IMAGE)
     known = {parameter.name for parameter in launch.kernel.params if parameter.is_constexpr}
     size = activations.dtype.itemsize

@@ -18,6 +18,7 @@ from unittest import mock
 
 import torch
 
+from bench.rehearsal.roofline import CORES
 from bench.rehearsal.timeline import POLLS, Clock, HostThread, Operation, StreamId, Timeline, line_of_ours
 from datasetdm_fast.engine.engines import cuda_graph
 from datasetdm_fast.engine.loop import label_stream
@@ -107,6 +108,7 @@ def _cards(timeline: Timeline, capability: tuple[int, int]) -> dict[str, Any]:
     answers = {
         "get_device_name": CARDS[capability],
         "get_device_capability": capability,
+        "get_device_properties": SimpleNamespace(multi_processor_count=CORES),
         "mem_get_info": (MEMORY, MEMORY),
         "memory_allocated": 0,
         "max_memory_allocated": MEMORY // 2,

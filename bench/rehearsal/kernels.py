@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -23,11 +24,11 @@ from bench.kernels.audit import CompiledLaunch as Compilable
 from bench.kernels.files import FILES
 from bench.rehearsal.operations import size, tensors
 from bench.rehearsal.timeline import Timeline
-from datasetdm_fast.kernels import OPS
+from datasetdm_fast.kernels import OPS, launch
 
 LARGEST_GRID = (2**31 - 1, 65535, 65535)
 ALIGNED = 16  # bytes that one thread loads at most, and elements that Triton asks sizes to be multiples of
-ACTIVATIONS = ("x_ptr", "q_ptr")  # what a network hands to a kernel, by the names in kernels/
+ACTIVATIONS = ("x_ptr", "q_ptr", "x_desc")  # what a network hands to a kernel, by the names in kernels/
 STATED = re.compile(r"(\w+_ptr),  # \[[^]]*\] (\w+)")  # a parameter with its comment: shape and dtype
 
 # Multiplications and additions of the kernels that multiply matrices, from the arguments of a launch.
@@ -46,6 +47,9 @@ FLOPS: dict[str, Callable[[dict[str, Any]], int]] = {
         2 * given["rows_ptr"].shape.numel() * given["keys"] * (given["depth"] + given["width"])
     ),
     "depth_head": lambda given: 2 * given["planes_ptr"].shape.numel() * given["hidden"],
+    "described_product": lambda given: (
+        2 * given["x_desc"].shape[0] * math.prod(given["weight_desc"].shape)
+    ),
     "linear_add": lambda given: (
         2 * given["residual_ptr"].shape.numel() * (given["width"] + given["second_width"])
     ),
@@ -155,7 +159,8 @@ class NotedKernel:
     def note(self, grid: tuple[int, ...], positional: tuple, named: dict[str, Any]) -> None:
         timeline = self.timeline
         given = dict(zip((parameter.name for parameter in self.kernel.params), positional)) | named
-        pointers = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+        bases = {name: getattr(value, "base", value) for name, value in given.items()}
+        pointers = {name: value for name, value in bases.items() if isinstance(value, Tensor)}
         card = timeline.thread.device
         if any(not 0 < count <= most for count, most in zip(grid, LARGEST_GRID)):
             timeline.find("grid", f"{self.name}: {grid}, expected 1 to {', '.join(map(str, LARGEST_GRID))}")
@@ -180,8 +185,7 @@ class NotedKernel:
         kept: list[Compilable] = []
         Recorder(self.kernel, kept).note(*positional, **named)
         if kept[0] not in self.launches:
-            stand_ins = [pointer(value) if isinstance(value, Tensor) else value for value in positional]
-            self.launches[kept[0]] = NotedLaunch(self.kernel, grid, tuple(stand_ins), named)
+            self.launches[kept[0]] = NotedLaunch(self.kernel, grid, tuple(map(stand_in, positional)), named)
 
     def check_places(self, pointers: dict[str, Tensor], card: int) -> None:
         for name, value in pointers.items():
@@ -203,7 +207,7 @@ class NotedKernel:
         if len(others) > 1:
             self.timeline.find("dtype", f"{self.name} of {' and '.join(sorted(others))}")
         for name, value in pointers.items():
-            if name not in strided(self.kernel.fn) and not value.is_contiguous():
+            if name.endswith("_ptr") and name not in strided(self.kernel.fn) and not value.is_contiguous():
                 told = f"{name} {list(value.shape)} has strides {list(value.stride())}, the kernel takes none"
                 self.find("strides", told, value)
         added = pointers.keys() & pointers_of(self.kernel.fn, "atomic")
@@ -214,8 +218,11 @@ class NotedKernel:
         self.timeline.find(rule, f"{self.name}: {what}, made at {self.timeline.made(value)}")
 
 
-def pointer(value: Tensor) -> Pointer:
-    return Pointer(value.dtype, value.storage_offset() * value.element_size() % ALIGNED)
+def stand_in(value: Any) -> Any:
+    """An argument of a launch, without the memory that a tensor would hold."""
+    if isinstance(value, Tensor):
+        return Pointer(value.dtype, value.storage_offset() * value.element_size() % ALIGNED)
+    return replace(value, base=stand_in(value.base)) if isinstance(value, launch.TensorDescriptor) else value
 
 
 def storages(launches: Iterable[Compilable]) -> dict[str, list[str]]:
@@ -251,12 +258,13 @@ def accesses(function: Callable) -> tuple[Access, ...]:
 
     def note(kind: str, address: ast.AST, is_strided: bool, is_always: bool) -> None:
         used = reached(names(address), made)
-        pointers = frozenset(name for name in used if name.endswith("_ptr"))
+        pointers = frozenset(name for name in used if name.endswith(("_ptr", "_desc")))
         found.append(Access(kind, pointers, is_strided or any("stride" in name for name in used), is_always))
 
     def visit(node: ast.AST, is_always: bool) -> None:
         if kind := kind_of(node):
-            note(kind, node.args[0], False, is_always)
+            is_described = ast.unparse(node.func.value) != "tl"
+            note(kind, node.func.value if is_described else node.args[0], False, is_always)
         elif helper := helper_of(node, function):
             given = dict(zip(inspect.signature(helper).parameters, node.args))
             for one in accesses(helper):

@@ -18,7 +18,9 @@ MEMORY = 2.8e12
 CONVOLUTIONS, PRODUCTS, ATTENTIONS = 700e12, 620e12, 450e12
 OWN = 450e12  # Triton's tiles, without TMA
 ATTENTION_CALLS = (ATTENTION, *(f"triton attention_{name}" for name in ("capture", "average", "rows", "shares")))
-OWN_PRODUCTS = ("triton linear_add", "triton linear_geglu", "triton linear_norm", "triton mask_embedding")
+OWN_PRODUCTS = tuple(
+    f"triton {name}" for name in ("described_product", "linear_add", "linear_geglu", "linear_norm", "mask_embedding")
+)
 TF32_CONVOLUTIONS, FP32_PRODUCTS = 300e12, 48e12
 LAUNCH = 7e-6
 TILE, CORES = 128, 132  # a product is computed in tiles of 128 x 128, 132 at a time

@@ -29,6 +29,8 @@ def cases() -> list[Case]:
     return [
         Case("smallest", *build(1, 1, (1,), 1)),
         Case("two inputs, ragged in every size", *build(2, 150, (37, 21), 70)),
+        Case("two inputs of whole vectors, ragged in every block", *build(2, 256, (72, 40), 200)),
+        Case("fewer cells than a chunk", *build(3, 64, (64,), 136)),
         Case("no bias", *build(1, 130, (64,), 33, has_bias=False)),
         Case("SD 1.x first level, the skip beside what comes from below", *build(1, 144, (640, 320), 320)),
     ]

@@ -28,5 +28,6 @@ def cases() -> list[Case]:
     return [
         Case("smallest", *layer(1, 1, 1, 1)),
         Case("ragged in every size", *layer(2, 71, 37, 75)),
+        Case("whole vectors, ragged in every block", *layer(2, 150, 72, 136)),
         Case("SD 1.x first level, a few tokens", *layer(1, 9, 320, 1280)),
     ]
