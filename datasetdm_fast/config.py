@@ -221,14 +221,6 @@ class AttentionDefaults:
     concept_blocks: tuple[int, ...] = ()  # ConceptAttention's, where words may be asked for that prompts do not name
 
 
-def seg4diff(*blocks: int, depth: int, timestep: int = 500) -> AttentionDefaults:
-    """The numbers with which labels are read from some blocks of a joint attention at one call, and those of concepts
-    from the second half of its `depth` blocks of two streams.
-    """
-    concepts = tuple(range(depth // 2, depth))
-    return AttentionDefaults(0, 0.5, 0.4, 1, 1, False, blocks=blocks, timestep=timestep, concept_blocks=concepts)
-
-
 @dataclass(frozen=True)
 class FlowRule:
     """How the pipeline of a family of flows asks its scheduler for noise levels."""
@@ -262,9 +254,5 @@ DEMO_DEFAULTS = Defaults(
     attention=AttentionDefaults(
         1, 0.45, 0.35, self_divisor=1, cross_divisor=2, appends=False, start="a ", between=" and a "
     ),
-)
-# More steps give the same pictures; up to timestep 300 its features tell of kinds and depth alike, and less after it.
-DEMO_DIT_DEFAULTS = Defaults(
-    size=128, steps=16, guidance=2.5, capture=200, attention=seg4diff(1, depth=6, timestep=300)
 )
 SHARD_SIZE = 1000  # samples of a shard where run.json names no other number

@@ -1,6 +1,7 @@
 """python -m datasetdm_fast.generate: generate images and their labels from prompts; without any flag, the demo run."""
 
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,6 @@ from datasetdm_fast.command_line.output import print_lines
 from datasetdm_fast.command_line.progress import ImageProgress
 from datasetdm_fast.config import EXACT
 from datasetdm_fast.runs.agreement.admission import Screen, admit_job
-from datasetdm_fast.runs.gallery.showing import ShownSoFar
 from datasetdm_fast.runs.jobs.racing import probe
 from datasetdm_fast.runs.jobs.result import Result, describe_job
 from datasetdm_fast.runs.jobs.run import Decision, Outcome, RunQueue
@@ -73,19 +73,24 @@ def _write(
         screen = Screen(partial(print_lines, config), partial(run_report.show_calls, config.quiet))
         job = admit_job(run, spec, screen, verify=config.verify, races=launch.is_here)
     if launch.is_here:
-        seconds = job.call_seconds or probe(job.engine, job.plan.batch_size, job.calls_left)
         if not config.quiet:
+            seconds = job.call_seconds
+            if not seconds and job.images_left > 1:  # a single image is soon made
+                seconds = probe(job.engine, job.plan.batch_size, job.calls_left)
             print_lines(config, *describe_job(job, seconds))
         counted = {"images": job.images_left, "batch": job.plan.batch_size, "calls": len(job.recipe.schedule)}
     elif job:
         begin_run(job)
         job = None  # the other processes need the memory of its networks
-    minutes = config.page_every if launch.writes_page else 0.0
     with (
         interruption,
         ImageProgress(is_quiet=config.quiet, count_outside=partial(count_outside, spec.folder), **counted) as progress,
-        ShownSoFar(spec.folder, minutes, progress.print),
+        ExitStack() as page,
     ):
+        if config.page_every and launch.writes_page and counted["images"] > 1:
+            from datasetdm_fast.runs.gallery.showing import ShownSoFar
+
+            page.enter_context(ShownSoFar(spec.folder, config.page_every, progress.print))
         signals = {"on_unet_call": progress.on_unet_call, "is_stopping": interruption.is_stopping}
         callbacks = Callbacks(describe_job, progress.print, progress.on_commit, **signals)
         return launch.run(spec, job, callbacks)

@@ -95,7 +95,6 @@ def test_the_reasons():
     assert told.reasons == ("ball in semantic is unlike those in the pictures it learned from", "another")
     far = with_domain(Trust(), {"semantic": DomainDistance(1.9, {"ball": 1.2}), "depth": DomainDistance(1.1)})
     assert far.domain == 1.9 and far.reasons == ("the picture is unlike those that semantic and depth learned from",)
-    assert with_domain(Trust(), {}) == Trust(), "decoders without a domain judge nothing"
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +168,6 @@ def test_what_the_model_cannot_draw_is_told_before_the_first_image(tmp_path, cap
 def test_samples_of_what_the_model_cannot_draw_are_doubtful():
     draws = ("ball", "cube")
     assert with_undrawn(Trust(), ("ball",), "a ball", draws).is_trusted
-    assert with_undrawn(Trust(), ("owl",), "an owl", ()).is_trusted, "a card that lists nothing"
     assert with_undrawn(Trust(), ("owl",), "an owl on a cube", draws).reasons == (
         "the model draws ball, cube alone, not owl",
     )

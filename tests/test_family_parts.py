@@ -65,7 +65,7 @@ def test_random_weights_of_a_family_make_images(family):
         else:
             configs[part] = {name: value for name, value in config.items() if not name.startswith("_")}
     small = replace(backbone, full_size=backbone.full_size | configs)
-    model = presets.load_random(small, tiny_pipelines.SIZE)
+    model = presets.load_random("small", tiny_pipelines.SIZE, small)
     engine = build_engine("fast", model)
     assert not any(network.is_built for network in model.networks.values())
     text = engine.encode_text(["a red ball"] * model.halves)

@@ -1,6 +1,5 @@
 """Progress on a terminal as a bar, elsewhere as a line every ten seconds."""
 
-import math
 import os
 import sys
 import time
@@ -55,7 +54,7 @@ class ImageProgress(Progress):
         self, images: int, is_quiet: bool, batch: int = 1, calls: int = 0, count_outside: Callable[[], int] = lambda: 0
     ):
         self._images, self._calls = images, calls
-        self._count_outside, self._outside, self._counted = count_outside, 0, -math.inf
+        self._count_outside, self._outside, self._counted = count_outside, 0, time.monotonic()
         self._images_done = self._calls_done = 0
         super().__init__(-(-images // batch) * (calls or 1), "call" if calls else "image", self._title, is_quiet)
 

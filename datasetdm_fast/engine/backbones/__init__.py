@@ -10,16 +10,29 @@ from datasetdm_fast.stages import LEVELS, Level
 from datasetdm_fast.untrusted import documents
 
 _SD = "datasetdm_fast.engine.backbones.sd:SD"
+_SDXL = "datasetdm_fast.engine.backbones.sdxl:SDXL"
+_SD3 = "datasetdm_fast.engine.backbones.sd3:SD3"
+_FLUX1 = "datasetdm_fast.engine.backbones.flux1:FLUX1"
+_FLUX2 = "datasetdm_fast.engine.backbones.flux2_klein:FLUX2_KLEIN"
+_Z_IMAGE = "datasetdm_fast.engine.backbones.z_image:Z_IMAGE"
 OWN_PIPELINES = {  # diffusers' pipeline class, as model_index.json names it -> module:record
     "StableDiffusionPipeline": _SD,
     "StableDiffusionImg2ImgPipeline": _SD,
     "StableDiffusionInpaintPipeline": _SD,
-    "StableDiffusionXLPipeline": "datasetdm_fast.engine.backbones.sdxl:SDXL",
-    "StableDiffusion3Pipeline": "datasetdm_fast.engine.backbones.sd3:SD3",
-    "FluxPipeline": "datasetdm_fast.engine.backbones.flux1:FLUX1",
-    "Flux2KleinPipeline": "datasetdm_fast.engine.backbones.flux2_klein:FLUX2_KLEIN",
-    "ZImagePipeline": "datasetdm_fast.engine.backbones.z_image:Z_IMAGE",
+    "StableDiffusionXLPipeline": _SDXL,
+    "StableDiffusion3Pipeline": _SD3,
+    "FluxPipeline": _FLUX1,
+    "Flux2KleinPipeline": _FLUX2,
+    "ZImagePipeline": _Z_IMAGE,
     "QwenImagePipeline": "datasetdm_fast.engine.backbones.qwen_image:QWEN_IMAGE",
+}
+RANDOM_MODELS = {  # preset of full size with random weights -> module:record
+    "random-sd14": _SD,
+    "random-sdxl": _SDXL,
+    "random-sd35": _SD3,
+    "random-flux": _FLUX1,
+    "random-klein": _FLUX2,
+    "random-zimage": _Z_IMAGE,
 }
 PIPELINES = Registry("backbones", OWN_PIPELINES, Backbone)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from datasetdm_fast.config import AttentionDefaults, Defaults
 from datasetdm_fast.engine.backbones.record import Configs, Latents, NameAdapter
 from datasetdm_fast.engine.backbones.sdxl import FULL_SIZE as SDXL_FULL_SIZE
 from datasetdm_fast.stages import Level
@@ -92,3 +93,17 @@ def names_of(pipeline: str) -> NameAdapter:
         return {**named[0], **(named[1] or {})} if isinstance(named, tuple) else dict(named)
 
     return name_adapter
+
+
+def seg4diff(*blocks: int, depth: int, timestep: int = 500) -> AttentionDefaults:
+    """The numbers with which labels are read from some blocks of a joint attention at one call, and those of concepts
+    from the second half of its `depth` blocks of two streams.
+    """
+    concepts = tuple(range(depth // 2, depth))
+    return AttentionDefaults(0, 0.5, 0.4, 1, 1, False, blocks=blocks, timestep=timestep, concept_blocks=concepts)
+
+
+# More steps give the same pictures; up to timestep 300 its features tell of kinds and depth alike, and less after it.
+DEMO_DIT_DEFAULTS = Defaults(
+    size=128, steps=16, guidance=2.5, capture=200, attention=seg4diff(1, depth=6, timestep=300)
+)

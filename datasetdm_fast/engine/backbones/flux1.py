@@ -1,6 +1,6 @@
 """FLUX.1 dev, schnell and Krea-dev: blocks of two streams, then of one; CLIP's pooled text and T5."""
 
-from datasetdm_fast.config import Defaults, FlowRule, seg4diff
+from datasetdm_fast.config import Defaults, FlowRule
 from datasetdm_fast.engine.backbones.fitting import check_channels, check_vocabularies, check_widths
 from datasetdm_fast.engine.backbones.flow_models import (
     CAPTURE,
@@ -12,6 +12,7 @@ from datasetdm_fast.engine.backbones.flow_models import (
     joint_levels,
     names_of,
     scaled_latents,
+    seg4diff,
 )
 from datasetdm_fast.engine.backbones.record import Backbone, Configs, LoadedModel, Part, Read
 from datasetdm_fast.stages import Level
@@ -114,6 +115,5 @@ FLUX1 = Backbone(
         "scheduler": FLOW_SCHEDULER | {"shift": 1.0},
         "model_index": {},
     },
-    preset="random-flux",
     seed=20,
 )

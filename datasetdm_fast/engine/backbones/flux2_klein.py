@@ -121,6 +121,5 @@ FLUX2_KLEIN = Backbone(
         "scheduler": FLOW_SCHEDULER | {"shift": 3.0, "use_dynamic_shifting": True},
         "model_index": {"is_distilled": True},
     },
-    preset="random-klein",
     seed=40,
 )

@@ -105,8 +105,7 @@ class Backbone:
     )  # of weights whose own card says nothing, by its name on hubs
     full_size: Read = field(default_factory=dict)  # configs of a usual model, of which files and presets are made
     package: str = ""  # name and version of the package that it is from, where that is another
-    preset: str = ""  # the name of its model of full size with random weights, and from where these are drawn
-    seed: int = 0
+    seed: int = 0  # of the random weights of its model of full size
 
     def served_by(self, need: str) -> bool:
         """Whether an engine with this need (EngineKind.needs) runs the family."""

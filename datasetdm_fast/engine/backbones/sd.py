@@ -278,6 +278,5 @@ SD = Backbone(
     check=check_configs,
     check_fit=check_fit,
     full_size={**FULL_SIZE, "scheduler": SD_SCHEDULER},
-    preset="random-sd14",
     seed=14,
 )

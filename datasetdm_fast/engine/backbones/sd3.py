@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from datasetdm_fast.config import Defaults, FlowRule, seg4diff
+from datasetdm_fast.config import Defaults, FlowRule
 from datasetdm_fast.engine.backbones.fitting import check_channels, check_vocabularies, check_widths
 from datasetdm_fast.engine.backbones.flow_models import (
     CAPTURE,
@@ -18,6 +18,7 @@ from datasetdm_fast.engine.backbones.flow_models import (
     joint_levels,
     names_of,
     scaled_latents,
+    seg4diff,
 )
 from datasetdm_fast.engine.backbones.record import DAMAGED, Backbone, Configs, LoadedModel, Part, Read
 from datasetdm_fast.errors import Refused
@@ -151,6 +152,5 @@ SD3 = Backbone(
         "scheduler": FLOW_SCHEDULER | {"shift": 3.0},
         "model_index": {},
     },
-    preset="random-sd35",
     seed=35,
 )

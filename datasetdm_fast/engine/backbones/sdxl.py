@@ -199,6 +199,5 @@ SDXL = Backbone(
     check_fit=_check_fit,
     licence=_licence,
     full_size=FULL_SIZE,
-    preset="random-sdxl",
     seed=10,
 )

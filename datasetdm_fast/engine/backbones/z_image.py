@@ -100,6 +100,5 @@ Z_IMAGE = Backbone(
         "scheduler": FLOW_SCHEDULER | {"shift": TURBO_SHIFT},
         "model_index": {},
     },
-    preset="random-zimage",
     seed=60,
 )

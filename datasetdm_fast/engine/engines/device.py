@@ -87,8 +87,9 @@ def engine_call(method: Method) -> Method:
 
     @functools.wraps(method)
     def call(engine: Any, *arguments: Any, **options: Any) -> Any:
-        allow_tf32(engine.device, engine.precision != "fp32")
-        choose_by_shape(engine.device)
+        if engine.device.type == "cuda":
+            allow_tf32(engine.device, engine.precision != "fp32")
+            choose_by_shape(engine.device)
         with torch.inference_mode():
             return method(engine, *arguments, **options)
 
@@ -169,6 +170,13 @@ SHARE = 0.8  # of the free memory; the rest is for what other batches of the pip
 # frees serves the others
 MALLOC_OPTIONS = {-1: 2**28, -3: 2**25, -8: 1}
 LARGEST_SUGGESTED_BATCH = 32  # beyond it a GPU is busy anyway, and images only wait for each other
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of a GPU, or of this machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def suggest_batch(side: int, device: torch.device, bytes_of: Callable[[int], int] | None = None) -> int:

@@ -77,25 +77,24 @@ def trust_of(
             missing.append(name)
             places = " or ".join(f"{task}{_faintly(labels[task], name)}" for task in tasks)
             reasons.append(f"{name} is in the prompt, but not in {places}")
-    for name in sorted(_foreign(named, labels, prompt, table)):
+    has_things = any(isinstance(label, Instances) for label in labels.values())
+    for name in sorted(_foreign(named, labels, prompt, table)) if has_things else ():
         if shown := [task for task, by_name in shares.items() if by_name.get(name, 0) >= LEAST_SHARE]:
             unnamed.append(name)
             reasons.append(f"{name} is in {' and '.join(shown)}, but not in the prompt")
-    reasons += _count_mismatches(named, labels, prompt, table)
+    reasons += _count_mismatches(named, labels, prompt, table) if has_things else ()
     confidences = [value for label in labels.values() if (value := _confidence(label)) is not None]
     confidence = round(sum(confidences) / len(confidences), 4) if confidences else None
-    disagreeing = _disagreeing(maps)
+    disagreeing = _disagreeing(maps) if len(maps) > 1 else 0.0
     if disagreeing > MOST_DISAGREEING:
         reasons.append(f"{disagreeing:.0%} of the pixels of things have two names")
-    else:
+    elif len(maps) > 1:
         reasons += _apart([name for name in named if name not in missing], maps)
     return Trust(tuple(missing), tuple(unnamed), round(disagreeing, 4), confidence, tuple(reasons))
 
 
 def with_domain(trust: Trust, distances: Mapping[str, DomainDistance]) -> Trust:
     """A trust with the largest distance from its decoders' domains, and first what is out of them."""
-    if not distances:
-        return trust
     farthest = max(max(each.picture, *each.things.values(), 0.0) for each in distances.values())
     reasons = []
     if tasks := [task for task, each in distances.items() if each.picture > 1]:
@@ -111,9 +110,7 @@ def with_domain(trust: Trust, distances: Mapping[str, DomainDistance]) -> Trust:
 
 
 def with_undrawn(trust: Trust, named: Sequence[str], prompt: str, draws: Sequence[str]) -> Trust:
-    """A trust with what a prompt or its classes name that the model cannot draw, where its card lists what it can."""
-    if not draws:
-        return trust
+    """A trust with what a prompt or its classes name that the model cannot draw, whose card lists what it can."""
     listed = f"the model draws {', '.join(draws)} alone"
     reasons = [f"{listed}, not {word}" for word in undrawn_words(named, draws)]
     if not find_classes(prompt, draws):

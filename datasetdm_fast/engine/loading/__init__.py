@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from datasetdm_fast.disk import storage
-from datasetdm_fast.engine.backbones import every_backbone, list_supported
+from datasetdm_fast.engine.backbones import RANDOM_MODELS, list_supported
 from datasetdm_fast.engine.loading import presets
 from datasetdm_fast.engine.loading.folder import INDEX, download_model, load_folder
 from datasetdm_fast.engine.loading.model import Model
@@ -17,7 +17,7 @@ PRESETS: dict[str, Callable[[int], Model]] = {
     "demo": presets.load_demo,
     "demo-dit": presets.load_demo_dit,
     "tiny": presets.load_tiny,
-    **{each.preset: partial(presets.load_random, each) for each in every_backbone() if each.preset},
+    **{name: partial(presets.load_random, name) for name in RANDOM_MODELS},
 }
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from datasetdm_fast.config import DEMO_DEFAULTS, DEMO_DIT_DEFAULTS, SD_DEFAULTS, Defaults
+from datasetdm_fast.config import DEMO_DEFAULTS, SD_DEFAULTS, Defaults
+from datasetdm_fast.engine.backbones import RANDOM_MODELS
 from datasetdm_fast.engine.backbones.record import Backbone, Configs, Part
 from datasetdm_fast.engine.backbones.sd import SD
 from datasetdm_fast.engine.loading import shapes
@@ -20,6 +21,7 @@ from datasetdm_fast.engine.loading.folder import class_of, load_folder
 from datasetdm_fast.engine.loading.model import ConfigFile, Model, Network, as_filled, check_model
 from datasetdm_fast.engine.loading.tokenizer import OwnTokenizer
 from datasetdm_fast.errors import Missing
+from datasetdm_fast.plugins import load_place
 
 DEMO = Path(__file__).parents[2] / "demo" / "model"
 DEMO_DIT = DEMO.with_name("model-dit")
@@ -109,6 +111,8 @@ def load_demo(size: int) -> Model:
 
 def load_demo_dit(size: int) -> Model:
     """A small MM-DiT with two CLIP text encoders."""
+    from datasetdm_fast.engine.backbones.flow_models import DEMO_DIT_DEFAULTS
+
     return load_folder(check_shipped(DEMO_DIT), size=size, name="demo-dit", defaults=DEMO_DIT_DEFAULTS, is_own=True)
 
 
@@ -145,11 +149,14 @@ def load_tiny(size: int) -> Model:
     return preset("tiny", parts, replace(SD_DEFAULTS, size=128, steps=4), size, seed=1)
 
 
-def load_random(backbone: Backbone, size: int) -> Model:
-    """The family's model of full size with seeded random weights, which are drawn when a network is first needed."""
+def load_random(name: str, size: int, backbone: Backbone | None = None) -> Model:
+    """The family's model of full size with seeded random weights, which are drawn when a network is first needed; of
+    one of RANDOM_MODELS, or another record.
+    """
+    backbone = backbone or load_place(RANDOM_MODELS[name])
     parts: dict[str, dict[str, Any]] = {part: {} for part in backbone.networks if part in backbone.full_size}
     defaults = backbone.defaults({part: ConfigFile(config) for part, config in backbone.full_size.items()})
-    return preset(backbone.preset, parts, defaults, size, backbone.seed, backbone)
+    return preset(name, parts, defaults, size, backbone.seed, backbone)
 
 
 def preset(

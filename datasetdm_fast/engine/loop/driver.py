@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -48,24 +49,34 @@ def generate(
     `on_unet_call` is called after every U-Net call. `make` builds the generator of the run's batches, by default a
     BatchGenerator.
     """
-    make = make or BatchGenerator
-    with LabelStream(engine.device) as label_stream, FinishedCalls(engine.device, on_unet_call) as calls:
-        generator = in_own_precision()(make)(engine, recipe, calls.on_queued)
+    make, label_stream = make or BatchGenerator, None
+    with ExitStack() as on_gpu:
+        if engine.device.type == "cuda":
+            label_stream = on_gpu.enter_context(LabelStream(engine.device))
+            on_unet_call = on_gpu.enter_context(FinishedCalls(engine.device, on_unet_call)).on_queued
+        generator = in_own_precision()(make)(engine, recipe, on_unet_call)
         for batch, results in sample_and_label(generator, batches, label_stream):
             if any(isinstance(result, Quarantined) for result in results):
                 results = retry_in_fp32(
-                    batch, results, engine, lambda fallback: make(fallback, recipe, calls.on_queued), label_stream
+                    batch, results, engine, lambda fallback: make(fallback, recipe, on_unet_call), label_stream
                 )
             yield batch, results
 
 
 def sample_and_label(
-    generator: BatchGenerator, batches: Iterable[Batch], label_stream: LabelStream
+    generator: BatchGenerator, batches: Iterable[Batch], label_stream: LabelStream | None = None
 ) -> Iterator[tuple[Batch, list[Sample | Quarantined]]]:
-    """Every batch, sampled while the previous one is labelled; where one is refused, pending results come first."""
+    """Every batch, on a GPU sampled while the previous one is labelled; where one is refused, pending results come
+    first.
+    """
     sample, label = in_own_precision()(generator.sample), in_own_precision()(generator.label)
     prepare = getattr(generator.engine, "prepare", None) or (lambda images: None)  # of packages' own engines, too
     remaining = iter(batches)
+    while label_stream is None:
+        if (batch := next(remaining, None)) is None:
+            return
+        prepare(len(batch.padded))
+        yield batch, label(batch, sample(batch))
     while True:
         try:
             batch = next(remaining, None)
@@ -237,13 +248,14 @@ def retry_in_fp32(
     results: list[Sample | Quarantined],
     engine: Engine,
     make: Callable[[Engine], BatchGenerator],
-    label_stream: LabelStream,
+    label_stream: LabelStream | None = None,
 ) -> list[Sample | Quarantined]:
     """The results with quarantined samples retried in fp32; they stay quarantined if memory runs out."""
     try:
         if (fallback := engine.fp32_fallback()) is None:
             return results
-        label_stream.settle()  # what a new engine records on a GPU must not be disturbed
+        if label_stream is not None:
+            label_stream.settle()  # what a new engine records on a GPU must not be disturbed
         retries = make(fallback).make(batch)
     except Exception as error:
         from datasetdm_fast.engine.engines.device import is_out_of_memory

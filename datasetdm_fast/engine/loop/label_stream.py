@@ -75,19 +75,15 @@ class LabelStream(AbstractContextManager["LabelStream"]):
             self._pool.shutdown(cancel_futures=True)
 
 
-class FinishedCalls:
+class FinishedCalls(AbstractContextManager["FinishedCalls"]):
     """Calls `on_unet_call` when a U-Net call is over: a GPU gets those of a whole batch before its first one ends."""
 
     def __init__(self, device: torch.device, on_unet_call: Callable[[], None]):
-        self._device, self._on_unet_call = device, on_unet_call
-        self._pool = ThreadPoolExecutor(1, "calls") if device.type == "cuda" else None
+        self._device, self._on_unet_call, self._pool = device, on_unet_call, ThreadPoolExecutor(1, "calls")
         self._waiting: deque[Future[None]] = deque()
 
     def on_queued(self) -> None:
         """Lets another thread wait for the call that this thread has just queued."""
-        if self._pool is None:
-            self._on_unet_call()
-            return
         import torch
 
         over = torch.cuda.Event(blocking=True)
@@ -100,9 +96,5 @@ class FinishedCalls:
         over.synchronize()
         self._on_unet_call()
 
-    def __enter__(self) -> FinishedCalls:
-        return self
-
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=kind is not None)
+        self._pool.shutdown(cancel_futures=kind is not None)

@@ -119,8 +119,10 @@ def with_trust(sample: Sample, recipe: Recipe, distances: Mapping[str, DomainDis
     evidence = (sample.request.classes, sample.annotations, sample.request.prompt, recipe.table)
     labels = without_doubtful(*evidence) if recipe.ignores_doubtful else sample.annotations
     labels = without_unsure(labels, recipe.least_confidence) if recipe.least_confidence else labels
-    trust = with_undrawn(trust_of(*evidence), sample.request.classes, sample.request.prompt, recipe.draws)
-    return replace(sample, annotations=labels, trust=with_domain(trust, distances or {}))
+    trust = trust_of(*evidence)
+    if recipe.draws:
+        trust = with_undrawn(trust, sample.request.classes, sample.request.prompt, recipe.draws)
+    return replace(sample, annotations=labels, trust=with_domain(trust, distances) if distances else trust)
 
 
 def postprocess(

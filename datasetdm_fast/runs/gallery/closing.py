@@ -9,6 +9,7 @@ from typing import Any
 from datasetdm_fast.disk import locks, storage
 from datasetdm_fast.runs.gallery.page import PageWriter, thousands
 from datasetdm_fast.runs.run_folder import page_files
+from datasetdm_fast.runs.run_folder.document import DROPPED
 from datasetdm_fast.runs.run_folder.folder import RunFolder, refusing_rows
 from datasetdm_fast.runs.run_folder.indexes import writers
 from datasetdm_fast.runs.run_folder.ledger import DONE, Ledger
@@ -29,7 +30,8 @@ def finish_run(run: RunFolder) -> None:
     with lock_page(run.path):
         if not has_indexes(run.path, run.document, run.ledger):
             run.unseal()
-            run.remove_leftovers()
+            if (run.path / DROPPED).is_dir():
+                run.remove_leftovers()
             with refusing_rows(run.path):
                 write_indexes(run.path, run.document, run.ledger)
             shutil.rmtree(run.path / "gallery/thumbnails", ignore_errors=True)  # of runs that an earlier version began,

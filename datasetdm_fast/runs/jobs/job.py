@@ -121,14 +121,14 @@ def build_job(spec: RunSpec, stored: Mapping[str, Any] | None, *, races: bool = 
     if recipe.attention is not None:
         for request in _first_requests(source, plan):
             recipe.check_request(request, engine.model.tokenizer, tokenizer_cuts=source.tokenizer_cuts)
-    race = racing.Race(engine)
-    can_race = recipe.decoded == recipe.tasks and not recipe.cached and not spec.engine.compile
+    race, images = racing.Race(engine), min(spec.limit or plan.number, plan.number)
+    can_race = images > 1 and recipe.decoded == recipe.tasks and not recipe.cached and not spec.engine.compile
     if races and stored is None and spec.engine.engine == "auto" and can_race:
-        images = min(spec.limit or plan.number, plan.number)
         race = racing.fastest(engine, size, -(-images // size) * len(recipe.schedule))
         engine = race.engine
     document = describe_run(spec.identity, plan, engine, recipe, decoders)
-    check_scored(document)
+    if spec.identity.get("accept"):
+        check_scored(document)
     precision = document["engine"].get("dtype", "")
     return Job(
         spec.folder,

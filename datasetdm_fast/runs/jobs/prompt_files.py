@@ -63,7 +63,7 @@ LINES = 'Write lines such as {"prompt": "a red ball", "classes": ["ball"], "seed
 
 def read_source(settings: PromptSettings, *, has_captions: bool) -> PromptSource:
     """The prompts of a run, checked as far as that needs no tokenizer; a model may have captions of its own."""
-    classes = check_classes(settings.classes)
+    classes = check_classes(settings.classes) if settings.classes else ()
     lines: tuple[PromptLine, ...] = ()
     if settings.per_class:
         if not classes:
@@ -85,7 +85,7 @@ def read_source(settings: PromptSettings, *, has_captions: bool) -> PromptSource
             "no prompts were given, and only the models demo and demo-dit have captions of their own",
             "Add --prompts FILE, or --classes with --per-class.",
         )
-    negative = check_line(settings.negative_prompt, "--negative-prompt")
+    negative = check_line(settings.negative_prompt, "--negative-prompt") if settings.negative_prompt else ""
     table = own_table(settings.class_table) if settings.class_table else None
     return PromptSource(lines, name, classes, settings.per_class, negative, table=table)
 

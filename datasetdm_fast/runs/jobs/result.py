@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.disk.storage import free_bytes
-from datasetdm_fast.engine.engines.hardware import device_memory
 from datasetdm_fast.engine.labels.trust import undrawn_words
 from datasetdm_fast.engine.labels.words import find_classes
 from datasetdm_fast.errors import GateFailed
@@ -213,6 +212,8 @@ def describe_job(job: Job, call: float = 0.0) -> list[str]:
 
 def describe_memory(job: Job) -> str:
     """What the weights take, and what a batch larger than the usual one takes at least, of what the device has."""
+    from datasetdm_fast.engine.engines.device import device_memory  # which needs torch
+
     engine, size, model = job.engine, job.plan.batch_size, job.engine.model
     dtype = engine.fingerprint()["dtype"]
     wide = model.backbone.of_kind("text_encoder") if model.backbone.text_network else ()  # which ours keep in fp32

@@ -68,9 +68,9 @@ def make_samples(
     job: Job, batches: Iterable[Batch], on_unet_call: Callable[[], None] = lambda: None
 ) -> Iterator[tuple[Batch, list[Sample | Quarantined]]]:
     """Every batch with its samples, in order; those that the run quarantines have their reason."""
-    rule = acceptance_of(job.document)
+    rule = acceptance_of(job.document) if job.quarantines else None
     for batch, results in driver.generate(batches, job.engine, job.recipe, on_unet_call, job.generator):
-        yield batch, rule.apply(results)
+        yield batch, results if rule is None else rule.apply(results)
 
 
 def batch_facts(recipe: Recipe, batch: Batch) -> dict[str, Any]:

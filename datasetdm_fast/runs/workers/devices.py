@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from datasetdm_fast.cores import count_cores
-from datasetdm_fast.engine.engines.hardware import select_gpus, visible_gpus
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.run_settings import WorkerSettings
 
@@ -125,3 +124,34 @@ def take_share(peer: LaunchedProcess, workers: WorkerSettings, device: str, thre
     if len(gpus) > 1:  # where there is one, whatever started the process has chosen it
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[peer.local_rank % len(gpus)]
     return threads or share_of_cores(peer.local_world)
+
+
+def select_gpus(selection: str, visible: Sequence[str]) -> list[str]:
+    """The visible GPUs that the value of --gpus selects."""
+    if selection == "all":
+        numbers = list(range(len(visible)))
+    elif selection.isdecimal() and int(selection):
+        numbers = list(range(int(selection)))
+    else:
+        words = [word.strip() for word in selection.split(",") if word.strip()]
+        if selection == "0" or not words or not all(map(str.isdecimal, words)) or len(set(words)) < len(words):
+            raise Refused(
+                f"--gpus {selection}: expected all, a number from 1, or a list of different numbers such as 0,2,5",
+                "Write a list of one GPU with a comma, as 3,",
+            )
+        numbers = [int(word) for word in words]
+    if not visible or max(numbers, default=0) >= len(visible):
+        raise Missing(
+            f"--gpus {selection}: there are {len(visible)} GPUs here",
+            "Ask for fewer, or see CUDA_VISIBLE_DEVICES; --ranks N shares a CPU.",
+        )
+    return [visible[number] for number in numbers]
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    count = torch.cuda.device_count()
+    names = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return names[:count] if names else [str(number) for number in range(count)]
