@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
-from datasetdm_fast.engine.labels.numbering import number_classes
+from datasetdm_fast.engine.labels import number_classes
 from datasetdm_fast.engine.labels.pose import MIDDLE, WIDENED
 from datasetdm_fast.engine.labels.words import find_classes
 from datasetdm_fast.engine.scenes import world

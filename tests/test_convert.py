@@ -27,8 +27,7 @@ from datasetdm_fast.config import EXPORT_FORMATS
 from datasetdm_fast.convert import main
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
 from datasetdm_fast.disk import storage
-from datasetdm_fast.engine.labels import mask_rle
-from datasetdm_fast.engine.labels.numbering import number_classes
+from datasetdm_fast.engine.labels import mask_rle, number_classes
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.runs.exporting import conversion, hf
 from datasetdm_fast.runs.exporting.rings import editable_parts, rings

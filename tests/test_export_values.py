@@ -20,8 +20,7 @@ from rendered import document
 from datasetdm_fast.config import EXPORT_FORMATS
 from datasetdm_fast.convert import main
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
-from datasetdm_fast.engine.labels import mask_rle
-from datasetdm_fast.engine.labels.numbering import number_classes
+from datasetdm_fast.engine.labels import mask_rle, number_classes
 from datasetdm_fast.runs.exporting import annotation_tools
 from datasetdm_fast.runs.exporting.view import ExportedThing
 from datasetdm_fast.runs.gallery.closing import finish_run

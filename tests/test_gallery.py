@@ -8,9 +8,8 @@ from PIL import Image
 from rendered import document, rendered, write_run
 
 from datasetdm_fast.data import Request, Sample, SemanticMap
-from datasetdm_fast.engine.labels import LABEL_KINDS, pictures
-from datasetdm_fast.engine.labels.colours import colour
-from datasetdm_fast.engine.labels.numbering import number_classes
+from datasetdm_fast.engine.labels import LABEL_KINDS, number_classes, pictures
+from datasetdm_fast.engine.labels.class_tables import colour
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.runs.gallery import page, sheets, showing
 from datasetdm_fast.runs.gallery.closing import finish_run

@@ -17,8 +17,8 @@ from rendered import document, rendered, write_run
 
 from datasetdm_fast import drop, filter
 from datasetdm_fast.data import Request, Sample, SemanticMap, Trust
-from datasetdm_fast.engine.labels.colours import colour
-from datasetdm_fast.engine.labels.numbering import number_classes
+from datasetdm_fast.engine.labels import number_classes
+from datasetdm_fast.engine.labels.class_tables import colour
 from datasetdm_fast.runs.gallery import review, server, showing
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder.folder import RunFolder

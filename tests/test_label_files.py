@@ -8,11 +8,10 @@ import pytest
 from PIL import Image
 
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
-from datasetdm_fast.engine.labels import LABEL_KINDS, class_tables, kind
+from datasetdm_fast.engine.labels import LABEL_KINDS, check_palette, class_tables, kind, number_classes, with_palette
 from datasetdm_fast.engine.labels import instance as instance_labels
 from datasetdm_fast.engine.labels import pose as pose_labels
-from datasetdm_fast.engine.labels.colours import colour
-from datasetdm_fast.engine.labels.numbering import check_palette, number_classes, with_palette
+from datasetdm_fast.engine.labels.class_tables import colour
 from datasetdm_fast.errors import Refused
 
 TABLES = {

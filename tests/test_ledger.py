@@ -19,8 +19,7 @@ from rendered import TASKS, document, rendered, write_run
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Quarantined, Request, SemanticMap, Trust
 from datasetdm_fast.disk import sqlite, storage
 from datasetdm_fast.disk.storage import StoredFile
-from datasetdm_fast.engine.labels import label_files
-from datasetdm_fast.engine.labels.numbering import check_numbers, number_classes
+from datasetdm_fast.engine.labels import check_numbers, label_files, number_classes
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.runs.gallery.closing import finish_run

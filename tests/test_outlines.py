@@ -10,8 +10,8 @@ from PIL import Image
 from datasetdm_fast import _C, evaluate, generate, label
 from datasetdm_fast.data import IGNORE, DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.engine.decoders.config import DecoderConfig, upstream
-from datasetdm_fast.engine.labels import LABEL_KINDS
-from datasetdm_fast.engine.tasks import TASKS, with_outlines
+from datasetdm_fast.engine.labels import LABEL_KINDS, with_outlines
+from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.run_folder.reader import open_run
 from datasetdm_fast.training.captures.views import TrainingViews, ViewSettings

@@ -23,8 +23,7 @@ from datasetdm_fast import audit as audit_command
 from datasetdm_fast import edit, generate, label, merge, splice, vary
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.engine import engines
-from datasetdm_fast.engine.labels import LABEL_KINDS, mask_rle
-from datasetdm_fast.engine.labels.numbering import number_classes
+from datasetdm_fast.engine.labels import LABEL_KINDS, mask_rle, number_classes
 from datasetdm_fast.engine.labels.words import replaced_text
 from datasetdm_fast.engine.sampling import schedule as walk
 from datasetdm_fast.engine.sampling import times

@@ -26,7 +26,7 @@ from bench.world import teach
 from datasetdm_fast import train
 from datasetdm_fast.data import Instances
 from datasetdm_fast.disk import storage
-from datasetdm_fast.engine.labels.colours import colour
+from datasetdm_fast.engine.labels.class_tables import colour
 from datasetdm_fast.engine.labels.words import find_classes
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import Missing, Refused

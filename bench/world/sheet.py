@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from datasetdm_fast import open_run
-from datasetdm_fast.engine.labels.colours import colour
+from datasetdm_fast.engine.labels.class_tables import colour
 from datasetdm_fast.engine.labels.pictures import borders, depth_picture
 from datasetdm_fast.runs.run_folder.reader import StoredSample
 

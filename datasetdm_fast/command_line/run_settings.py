@@ -14,8 +14,8 @@ from datasetdm_fast.command_line.output import remake_sample
 from datasetdm_fast.config import ATTENTION, DECODER, EXACT, LABELLER_KINDS, LABELS, PARITIES, UNDECODED
 from datasetdm_fast.engine.decoders.folders import SHIPPED, find_decoders, parts_of
 from datasetdm_fast.engine.labels import class_tables, kind_of
+from datasetdm_fast.engine.labels.kind import BACKGROUND
 from datasetdm_fast.engine.labels.names import by_task, task_of_label
-from datasetdm_fast.engine.labels.semantic import BACKGROUND
 from datasetdm_fast.engine.loop.checks import check_numbers, check_seed, check_size, check_tasks
 from datasetdm_fast.engine.loop.combining import parse_combinations
 from datasetdm_fast.engine.loop.prompts import PromptSource, check_classes

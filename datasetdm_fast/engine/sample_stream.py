@@ -17,9 +17,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from datasetdm_fast.config import MOST_TRIES
 from datasetdm_fast.data import Sample
-from datasetdm_fast.engine.labels import kind_of
+from datasetdm_fast.engine.labels import kind_of, number_classes
 from datasetdm_fast.engine.labels.label_files import image_tensor, label_tensors, stack
-from datasetdm_fast.engine.labels.numbering import number_classes
 from datasetdm_fast.engine.loop.recipe import label_tables
 from datasetdm_fast.engine.pipeline import Pipeline
 from datasetdm_fast.errors import GateFailed, Refused

@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from datasetdm_fast.data import Request
-from datasetdm_fast.engine.labels.numbering import number_classes
+from datasetdm_fast.engine.labels import number_classes
 from datasetdm_fast.engine.loop.recipe import Recipe, label_tables
 from datasetdm_fast.engine.pipeline import Pipeline
 from datasetdm_fast.errors import Refused, nearest

@@ -14,8 +14,8 @@ from PIL import Image
 
 from datasetdm_fast.data import IGNORE, Annotation, Instances, Sample, SemanticMap
 from datasetdm_fast.engine.labels import LABEL_KINDS
-from datasetdm_fast.engine.labels.colours import colour
-from datasetdm_fast.engine.labels.semantic import BACKGROUND
+from datasetdm_fast.engine.labels.class_tables import colour
+from datasetdm_fast.engine.labels.kind import BACKGROUND
 from datasetdm_fast.engine.pictures.labelled import LabelledSource
 from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.training.captures.views import TrainingViews

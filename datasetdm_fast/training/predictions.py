@@ -12,7 +12,8 @@ from datasetdm_fast.data import Annotation
 from datasetdm_fast.engine.decoders.checkpoint import Decoder, fold
 from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.engines.device import allow_tf32
-from datasetdm_fast.engine.tasks import read_labels, with_outlines
+from datasetdm_fast.engine.labels import with_outlines
+from datasetdm_fast.engine.tasks import read_labels
 from datasetdm_fast.engine.tasks.captions import held_to
 from datasetdm_fast.training.captures.views import TrainingViews
 from datasetdm_fast.training.evaluation.meter import Meter

@@ -13,7 +13,7 @@ from bench.proof.claims.rows import CLAIMS
 from bench.proof.students import student
 from bench.report.charts import MARGIN, WIDTH, Drawing
 from bench.report.tables import Cells, Row, Table, aligned, markdown, percent, text
-from datasetdm_fast.engine.labels.colours import colour
+from datasetdm_fast.engine.labels.class_tables import colour
 
 KINDS = {"real": "c1", "synthetic": "c5", "both": "c0"}
 NAMES = {"real": "real alone", "synthetic": "synthetic alone", "both": "both"}

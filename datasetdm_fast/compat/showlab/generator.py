@@ -11,7 +11,7 @@ from datasetdm_fast.compat.showlab import files, prompts
 from datasetdm_fast.compat.showlab.lines import COMMON, NO_EFFECT, OURS, PROMPTS, Flag, Line
 from datasetdm_fast.compat.showlab.prompts import Script, check_present, read_settings
 from datasetdm_fast.engine.labels import class_tables
-from datasetdm_fast.engine.labels.semantic import BACKGROUND
+from datasetdm_fast.engine.labels.kind import BACKGROUND
 from datasetdm_fast.engine.loading import PRESETS
 from datasetdm_fast.engine.loop.prompts import PromptLine, PromptSource
 from datasetdm_fast.errors import Refused

@@ -21,7 +21,7 @@ from datasetdm_fast.engine.decoders.config import SD1_LEVELS, DecoderConfig, ups
 from datasetdm_fast.engine.decoders.folders import parts_of, read_config
 from datasetdm_fast.engine.decoders.trunk import Decoder, wide_mixes
 from datasetdm_fast.engine.labels.class_tables import builtin_table
-from datasetdm_fast.engine.labels.semantic import BACKGROUND
+from datasetdm_fast.engine.labels.kind import BACKGROUND
 from datasetdm_fast.errors import Missing, Refused, quote
 from datasetdm_fast.kernels import reference
 from datasetdm_fast.stages import LEVELS, Level

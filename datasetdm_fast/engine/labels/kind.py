@@ -11,6 +11,7 @@ from PIL import Image
 
 from datasetdm_fast.engine.labels.names import file_stem
 
+BACKGROUND = "background"
 LARGEST_STEP = 65535  # of a depth map of 16 bits
 SHOWN_SCORE = 0.4  # instances below it are left out of pictures
 SAME = 0.5  # IoU at which two masks or boxes are taken for one thing

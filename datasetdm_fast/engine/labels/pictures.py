@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-from datasetdm_fast.engine.labels.colours import colour
+from datasetdm_fast.engine.labels.class_tables import colour
 
 DEPTH_SIDE = 256  # pixels of a coloured depth picture
 HEAT = ("fcfdbf", "fec287", "fb8761", "e55964", "b5367a", "812581", "4f127b", "1c1044", "000004")  # near to far

@@ -9,8 +9,9 @@ from PIL import Image
 
 from datasetdm_fast import _C
 from datasetdm_fast.data import IGNORE, SemanticMap
-from datasetdm_fast.engine.labels.colours import CUSTOM, OURS, colour, official_palette, palette
+from datasetdm_fast.engine.labels.class_tables import CUSTOM, OURS, colour, official_palette, palette
 from datasetdm_fast.engine.labels.kind import (
+    BACKGROUND,
     GalleryLayer,
     Gates,
     LabelKind,
@@ -23,7 +24,6 @@ from datasetdm_fast.engine.labels.kind import (
 from datasetdm_fast.engine.labels.label_files import index_png
 from datasetdm_fast.engine.labels.pictures import paint_map
 
-BACKGROUND = "background"
 PLACES = 256  # labels of one map that 8 bits tell apart
 
 

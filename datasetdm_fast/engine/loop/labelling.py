@@ -154,7 +154,7 @@ def follow_outlines(
     labels: dict[str, list[Annotation]], pixels: np.ndarray, engine: Engine, most: int
 ) -> dict[str, list[Annotation]]:
     """The labels of decoders with the outlines that their configurations ask for, `most` images at a time."""
-    from datasetdm_fast.engine.tasks import with_outlines
+    from datasetdm_fast.engine.labels import with_outlines
 
     def follow(task: str, place: int) -> Any:
         return with_outlines([labels[task][place]], [pixels[place]], engine.decoders[task].config)[0]
@@ -172,7 +172,7 @@ def decoder_labels(
     tokenizer: Tokenizer | None = None,
 ) -> list[Annotation]:
     """The labels of `postprocess` with the outlines that the decoder's configuration asks for."""
-    from datasetdm_fast.engine.tasks import with_outlines
+    from datasetdm_fast.engine.labels import with_outlines
 
     return with_outlines(postprocess(requests, raw, config, recipe, tokenizer), images, config)
 

@@ -1,16 +1,16 @@
 """One class per task: how a decoder's raw tensors become labels, and how such a decoder is trained."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
 
-from datasetdm_fast.config import FROM_IMAGE, TASK_KINDS
+from datasetdm_fast.config import TASK_KINDS
 from datasetdm_fast.data import Annotation
 from datasetdm_fast.engine.decoders.config import DecoderConfig
-from datasetdm_fast.engine.labels import LABEL_KINDS
+from datasetdm_fast.engine.labels import with_outlines
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
 from datasetdm_fast.plugins import PartTable
 
@@ -61,12 +61,3 @@ def read_labels(
 ) -> list[Any]:
     """The labels in a decoder's raw tensors, with their outlines; `options` as the task's postprocess has it."""
     return with_outlines(TASKS[config.task].postprocess(raw, config, size, **options), images, config)
-
-
-def with_outlines(labels: Sequence[Any], images: Iterable[np.ndarray], config: DecoderConfig) -> list[Any]:
-    """A decoder's labels, whose outlines follow the colours of images [H, W, 3] where its config says so."""
-    if config.outlines != FROM_IMAGE:
-        return list(labels)
-    kind = LABEL_KINDS[config.task]
-    pairs = zip(labels, images, strict=True)
-    return [kind.follow_colours(label, np.ascontiguousarray(image)) for label, image in pairs]

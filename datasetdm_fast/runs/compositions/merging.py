@@ -6,8 +6,8 @@ from functools import cached_property
 from typing import Any
 
 from datasetdm_fast.disk import storage
+from datasetdm_fast.engine.labels import check_numbers
 from datasetdm_fast.engine.labels.label_files import Files
-from datasetdm_fast.engine.labels.numbering import check_numbers
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.compositions.composition import ComposedSample, Composition, Source
 from datasetdm_fast.runs.run_folder.document import FORMAT, damage_failure, engines_of, sides

@@ -7,7 +7,7 @@ from xml.sax.saxutils import escape, quoteattr
 
 import numpy as np
 
-from datasetdm_fast.engine.labels.colours import colour
+from datasetdm_fast.engine.labels.class_tables import colour
 from datasetdm_fast.runs.exporting.classes import one_line
 from datasetdm_fast.runs.exporting.coco import json_list
 from datasetdm_fast.runs.exporting.format import AllSamples, Entry, ExportPlan, Files, Format

@@ -7,7 +7,7 @@ import numpy as np
 
 from datasetdm_fast import _C
 from datasetdm_fast.engine.labels import mask_rle
-from datasetdm_fast.engine.labels.colours import colour
+from datasetdm_fast.engine.labels.class_tables import colour
 from datasetdm_fast.runs.exporting.classes import Classes
 from datasetdm_fast.runs.exporting.format import AllSamples, Entry, ExportPlan, Files, Format
 from datasetdm_fast.runs.exporting.rings import is_hole, join_rings, rings

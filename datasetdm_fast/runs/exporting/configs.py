@@ -5,7 +5,7 @@ from pprint import pformat
 from typing import Any
 
 from datasetdm_fast import _C
-from datasetdm_fast.engine.labels.colours import colour, palette
+from datasetdm_fast.engine.labels.class_tables import colour, palette
 from datasetdm_fast.engine.labels.words import mirrored_names
 from datasetdm_fast.runs.exporting.coco import YEAR, CocoFormat
 from datasetdm_fast.runs.exporting.depth import NyuFormat, lines, published_split

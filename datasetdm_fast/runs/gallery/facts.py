@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from datasetdm_fast.engine.labels import by_kind, kind_of
-from datasetdm_fast.engine.labels.colours import OURS, colour_in
+from datasetdm_fast.engine.labels import by_kind, kind_of, mean_certainty
+from datasetdm_fast.engine.labels.class_tables import OURS, colour_in
 from datasetdm_fast.engine.labels.kind import GalleryLayer
 from datasetdm_fast.engine.labels.names import LabelName, by_task
 from datasetdm_fast.runs.gallery import sheets
@@ -22,7 +22,7 @@ from datasetdm_fast.runs.run_folder.document import (
 )
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger, Row, canonical
 from datasetdm_fast.runs.run_folder.page_files import SHEET_SAMPLES
-from datasetdm_fast.runs.run_folder.scores import LEAST_SHARE, mean_certainty
+from datasetdm_fast.runs.run_folder.scores import LEAST_SHARE
 
 SAFE = 2**53  # below it a script's numbers are exact
 NO_CLASS = ("background", "none", "")

@@ -12,10 +12,9 @@ from datasetdm_fast.data import Request
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine import engines
 from datasetdm_fast.engine.engines.engine import Engine
-from datasetdm_fast.engine.labels import class_tables, kind_of
-from datasetdm_fast.engine.labels.colours import CUSTOM, OURS
+from datasetdm_fast.engine.labels import class_tables, kind_of, number_classes, with_palette
+from datasetdm_fast.engine.labels.class_tables import CUSTOM, OURS
 from datasetdm_fast.engine.labels.names import task_of_label
-from datasetdm_fast.engine.labels.numbering import number_classes, with_palette
 from datasetdm_fast.engine.loop import prompts
 from datasetdm_fast.engine.loop.plan import Plan, make_plan
 from datasetdm_fast.engine.loop.recipe import Recipe, label_tables, make_recipe, prompt_words

@@ -8,9 +8,8 @@ from typing import Any
 
 from datasetdm_fast.config import INVERSION, LABELS, MOST_TRIES
 from datasetdm_fast.disk import storage
-from datasetdm_fast.engine.labels import class_tables, kind_of
+from datasetdm_fast.engine.labels import check_numbers, check_palette, class_tables, kind_of
 from datasetdm_fast.engine.labels.names import task_of_label
-from datasetdm_fast.engine.labels.numbering import check_numbers, check_palette
 from datasetdm_fast.errors import GateFailed, Missing, Refused, quote
 from datasetdm_fast.untrusted import documents, images
 

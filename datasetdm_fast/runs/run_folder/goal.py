@@ -8,8 +8,7 @@ import numpy as np
 
 from datasetdm_fast.data import Quarantined, Sample
 from datasetdm_fast.engine.labels import kind_of
-from datasetdm_fast.engine.labels.kind import LabelKind, Table
-from datasetdm_fast.engine.labels.semantic import BACKGROUND
+from datasetdm_fast.engine.labels.kind import BACKGROUND, LabelKind, Table
 from datasetdm_fast.engine.loop.plan import class_and_turn
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.run_folder.document import most_samples

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from datasetdm_fast.data import Annotation, Sample, Trust
-from datasetdm_fast.engine.labels import kind_of
+from datasetdm_fast.engine.labels import kind_of, mean_certainty
 from datasetdm_fast.engine.labels.kind import Table
 from datasetdm_fast.engine.labels.trust import NamedMap, named_map, pairs
 from datasetdm_fast.errors import Refused, nearest, quote
@@ -154,13 +154,6 @@ class Scored:
         records = {task: kind_of(task).encode(label, labels, tables[task])[1] for task, label in labels.items()}
         trust = sample.trust or Trust()
         return cls(sample.image, sample.request.classes, records, labels.__getitem__, tables, trust)
-
-
-def mean_certainty(records: Mapping[str, Any]) -> float | None:
-    """The mean over the kinds of labels whose decoder reports a confidence."""
-    values = [kind_of(task).certainty(record) for task, record in records.items()]
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
 
 
 def presence(made: Scored) -> float:

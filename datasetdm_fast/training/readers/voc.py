@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from datasetdm_fast.data import IGNORE
-from datasetdm_fast.engine.labels.colours import BORDERS
+from datasetdm_fast.engine.labels.class_tables import BORDERS
 from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Picture
 from datasetdm_fast.training.truth import windows
