@@ -23,7 +23,7 @@ _SAMPLING = " ".join(
 
 # file -> the tests that cover it, and (code, what replaces it, the harm)
 _BY_FILE = {
-    "engine/loop/origin.py": (
+    "engine/loop/calls.py": (
         "test_driver.py",
         (
             "initial_noise(request.seed, *shape)",

@@ -13,8 +13,8 @@ from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sig
 
 from datasetdm_fast.config import FlowRule
 from datasetdm_fast.data import Request
+from datasetdm_fast.engine.loop.calls import fresh_noise
 from datasetdm_fast.engine.loop.inversion import ddim_latents
-from datasetdm_fast.engine.loop.origin import fresh_noise
 from datasetdm_fast.engine.sampling import schedule, times
 from datasetdm_fast.engine.sampling.schedule import SamplerState, make_schedule, start, step
 from datasetdm_fast.errors import Refused

@@ -11,7 +11,7 @@ from datasetdm_fast.data import Request, Sample, SemanticMap
 from datasetdm_fast.engine.labels import LABEL_KINDS, number_classes, pictures
 from datasetdm_fast.engine.labels.class_tables import colour
 from datasetdm_fast.engine.scenes import world
-from datasetdm_fast.runs.gallery import page, sheets, showing
+from datasetdm_fast.runs.gallery import closing, sheets, showing
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.gallery.facts import RunFacts, key_of, layers_of
 from datasetdm_fast.runs.run_folder import page_files
@@ -57,7 +57,7 @@ def test_policy_allows_only_what_lies_beside_the_page(tmp_path):
     assert policy.startswith("default-src 'none';") and "unsafe" not in policy
     sources = {source for part in policy.split("; ") for source in part.split()[1:]}
     assert sources == {"'none'", "'self'", "file:"}
-    script = "".join(page.FIXED_FILES[f"gallery/{name}"].decode() for name in page_files.FIXED)
+    script = "".join(closing.FIXED_FILES[f"gallery/{name}"].decode() for name in page_files.FIXED)
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", script) and not re.search(r"<script>|<style>", text)
     assert not re.search(r"innerHTML|insertAdjacentHTML|document\.write|eval\(|new Function", script)
     assert not re.search(r"\son\w+=", text) and " style=" not in text
@@ -215,7 +215,7 @@ def test_every_picture_it_names_is_there(tmp_path):
 
 
 def test_every_layer_is_drawn_in_a_way_the_page_knows():
-    script = page.FIXED_FILES["gallery/gallery.js"].decode()
+    script = closing.FIXED_FILES["gallery/gallery.js"].decode()
     (block,) = re.findall(r"const DRAWINGS = \{\n(.*?)\n\};", script, re.DOTALL)
     layers = [layer for kind in LABEL_KINDS.values() for layer in kind.layers]
     assert {layer.drawing for layer in layers} <= set(re.findall(r"^  (\w+):", block, re.MULTILINE))
@@ -226,7 +226,7 @@ def test_every_layer_is_drawn_in_a_way_the_page_knows():
 @pytest.mark.parametrize("red, alpha, drawn", [(1, 1, 0), (0, 1, 1), (0.25, 1, 0.75), (0, 0, 0)])
 def test_uncertainty_is_drawn_over_the_picture_alone(red, alpha, drawn):
     """A picture that is not square leaves room beside it, which is transparent and black before it is coloured."""
-    text = page.FIXED_FILES["gallery/index.html"].decode()
+    text = closing.FIXED_FILES["gallery/index.html"].decode()
     weights = [float(one) for one in re.search(r'feColorMatrix values="([^"]+)"', text)[1].split()]
     assert sum(w * value for w, value in zip(weights[15:], (red, red, red, alpha, 1), strict=True)) == drawn
 

@@ -11,8 +11,8 @@ from bench.setting import Setting
 from datasetdm_fast.data import Batch, Quarantined, Request, Sample, join_texts
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.engines.engine import Engine
+from datasetdm_fast.engine.loop.calls import fresh_noise
 from datasetdm_fast.engine.loop.driver import generate
-from datasetdm_fast.engine.loop.origin import fresh_noise
 from datasetdm_fast.engine.sampling.schedule import SamplerState
 from datasetdm_fast.errors import GateFailed
 

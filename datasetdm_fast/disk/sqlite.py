@@ -45,8 +45,13 @@ class Database:
             raise
 
     def _run(self, statement: str, call: Callable[..., Any], *arguments: Any) -> Any:
-        with self._lock, translate_errors(self.path):
-            return storage.syscall(f"sqlite {statement.split(None, 1)[0]}", call, *arguments)
+        with self._lock:
+            try:
+                return storage.syscall(f"sqlite {statement.split(None, 1)[0]}", call, *arguments)
+            except (sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.InterfaceError):
+                raise  # our own mistakes
+            except (sqlite3.DatabaseError, OverflowError, UnicodeError) as error:
+                raise _as_refusal(error, self.path) from error
 
     def execute(self, statement: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """The rows of a statement."""
@@ -151,23 +156,17 @@ _DISK_ERRORS = (
 )
 
 
-@contextmanager
-def translate_errors(path: Path) -> Iterator[None]:
-    """Within the block SQLite's errors become refusals about this path."""
-    try:
-        yield
-    except (sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.InterfaceError):
-        raise  # our own mistakes
-    except (sqlite3.DatabaseError, OverflowError, UnicodeError) as error:
-        call = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
-        code = call & 0xFF  # the rest of it says which call it was
-        # the memory that processes share is a file beside the database, and a disk without room for it is full as well
-        if code == sqlite3.SQLITE_FULL or call == sqlite3.SQLITE_IOERR_SHMSIZE:
-            raise storage.refusal(OSError(errno.ENOSPC, ""), path) from error
-        if code in _DISK_ERRORS:
-            remedy = "Check the disk, the folder and its permissions, then run the same command again."
-            raise Missing(f"{path}: {error}", remedy) from error
-        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            remedy = "Wait for that process and run the same command again."
-            raise Missing(f"{path}: another process has locked it ({error})", remedy) from error
-        raise Refused(f"{path}: not a readable ledger ({error})", RESTORE) from error
+def _as_refusal(error: Exception, path: Path) -> Missing | Refused:
+    """The refusal for an error of SQLite about this path."""
+    call = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
+    code = call & 0xFF  # the rest of it says which call it was
+    # the memory that processes share is a file beside the database, and a disk without room for it is full as well
+    if code == sqlite3.SQLITE_FULL or call == sqlite3.SQLITE_IOERR_SHMSIZE:
+        return storage.refusal(OSError(errno.ENOSPC, ""), path)
+    if code in _DISK_ERRORS:
+        remedy = "Check the disk, the folder and its permissions, then run the same command again."
+        return Missing(f"{path}: {error}", remedy)
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        remedy = "Wait for that process and run the same command again."
+        return Missing(f"{path}: another process has locked it ({error})", remedy)
+    return Refused(f"{path}: not a readable ledger ({error})", RESTORE)

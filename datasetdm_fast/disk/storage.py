@@ -87,7 +87,7 @@ class Publication(AbstractContextManager):
                     syscall("rename", os.replace, part, path)
             for folder in sorted({path.parent for path in self._parts}):
                 with refusing(folder):
-                    sync_folder(folder)
+                    sync(folder)
 
     @property
     def stored(self) -> dict[Path, StoredFile]:
@@ -120,7 +120,7 @@ def create(path: Path, content: bytes) -> bool:
         finally:
             os.close(handle)
         syscall("link", os.link, part, path)
-        sync_folder(path.parent)
+        sync(path.parent)
     except (FileExistsError, FileNotFoundError):
         return False
     except OSError as error:
@@ -174,9 +174,9 @@ def link(source: Path, path: Path) -> bool:
 def move(part: Path, path: Path) -> None:
     """Gives a file that was written beside its place, by whomever, its name for good."""
     with refusing(path):
-        _sync(part, os.O_RDONLY)
+        sync(part)
         syscall("rename", os.replace, part, path)
-        sync_folder(path.parent)
+        sync(path.parent)
 
 
 def forget(part: Path) -> None:
@@ -228,13 +228,9 @@ def refusing(path: str | Path) -> Iterator[None]:
         raise refusal(error, path) from error
 
 
-def sync_folder(folder: Path) -> None:
-    """A rename is only durable once the folder that holds the name is."""
-    _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
-
-
-def _sync(path: Path, flags: int) -> None:
-    handle = syscall("open", os.open, path, flags | os.O_CLOEXEC)
+def sync(path: Path) -> None:
+    """Makes a file durable, or a folder: a rename is only durable once the folder that holds the name is."""
+    handle = syscall("open", os.open, path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         syscall("fsync", os.fsync, handle)
     finally:
@@ -248,7 +244,7 @@ def make_folder(folder: Path) -> None:
     with refusing(folder):
         syscall("mkdir", os.makedirs, folder, FOLDER_MODE, True)
         for made in reversed(missing):
-            sync_folder(made.parent)
+            sync(made.parent)
 
 
 def read(path: Path, most: int) -> bytes:

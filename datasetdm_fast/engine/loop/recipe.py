@@ -23,7 +23,7 @@ from datasetdm_fast.data import Request
 from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.engine.labels.class_tables import ClassTable, of_words, spoken
-from datasetdm_fast.engine.loop.calls import timesteps_of
+from datasetdm_fast.engine.loop.calls import FROM_NOISE, ONE_GENERATOR, Origin, timesteps_of
 from datasetdm_fast.engine.loop.class_prompts import (
     BACKGROUND,
     AttentionRecipe,
@@ -33,7 +33,6 @@ from datasetdm_fast.engine.loop.class_prompts import (
     concept_places,
 )
 from datasetdm_fast.engine.loop.combining import Combination, check_mask_words, parse_combinations
-from datasetdm_fast.engine.loop.origin import FROM_NOISE, ONE_GENERATOR, Origin
 from datasetdm_fast.engine.loop.prompts import Tokenizer, check_class_lengths
 from datasetdm_fast.engine.loop.speed import cached_calls, check_call_speed, fast_sampling, inner_calls
 from datasetdm_fast.errors import Refused, nearest

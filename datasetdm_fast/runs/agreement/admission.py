@@ -32,7 +32,9 @@ def admit_job(run: RunQueue, spec: RunSpec, screen: Screen, *, verify: int = 0, 
     if run.tries_half(spec):
         job = _choose_precision(spec, screen, races=races)
     else:
-        job = _check_engine(prepare_job(spec, run.stored, races=races, mixes=True), screen)
+        job = prepare_job(spec, run.stored, races=races, mixes=True)
+        if job.differing:
+            job = _check_engine(job, screen)
     job = _verify(job, run, min(verify, job.plan.number), screen) if verify else job
     return job if spec.sampling.speed == EXACT or "speed" in job.document else _judge_speed(job, spec, screen)
 
@@ -79,9 +81,7 @@ def _choose_precision(spec: RunSpec, screen: Screen, *, races: bool) -> Job:
 
 
 def _check_engine(job: Job, screen: Screen) -> Job:
-    """The job if its engine is known to the run folder, or reproduces some of its samples."""
-    if not job.differing:
-        return job
+    """The job of an engine that is new to its run folder, if it reproduces some of its samples."""
     from datasetdm_fast.runs.agreement.comparing import choose_samples, compare_with_stored
 
     indices, differences = choose_samples(job.folder), "; ".join(job.differing)

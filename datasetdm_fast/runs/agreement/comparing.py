@@ -20,8 +20,8 @@ from datasetdm_fast.engine.labels import kind_of, label_files
 from datasetdm_fast.engine.labels.names import by_task
 from datasetdm_fast.engine.loading.model import digest
 from datasetdm_fast.engine.loop import driver
+from datasetdm_fast.engine.loop.calls import FROM_NOISE
 from datasetdm_fast.engine.loop.checks import check_seed, check_tasks
-from datasetdm_fast.engine.loop.origin import FROM_NOISE
 from datasetdm_fast.engine.loop.plan import make_plan
 from datasetdm_fast.engine.loop.recipe import Recipe, make_recipe, prompt_words
 from datasetdm_fast.errors import Refused

@@ -14,11 +14,10 @@ from datasetdm_fast.config import ATTENTION
 from datasetdm_fast.data import Annotation, AnyCapture, AttentionSums, Capture, ProjectedCapture, Request, Text
 from datasetdm_fast.engine.engines.torch import TorchEngine
 from datasetdm_fast.engine.labels import kind_of
-from datasetdm_fast.engine.loop.calls import CapturedCalls
+from datasetdm_fast.engine.loop.calls import CapturedCalls, fresh_noise
 from datasetdm_fast.engine.loop.class_prompts import attention_recipe
 from datasetdm_fast.engine.loop.driver import BatchGenerator
 from datasetdm_fast.engine.loop.labelling import attention_labels, decoder_labels
-from datasetdm_fast.engine.loop.origin import fresh_noise
 from datasetdm_fast.engine.loop.recipe import Recipe
 from datasetdm_fast.engine.sampling import times
 from datasetdm_fast.engine.sampling.schedule import SamplerState, Schedule, guide, start, step

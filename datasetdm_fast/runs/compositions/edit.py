@@ -18,8 +18,8 @@ from datasetdm_fast.engine.labels import by_kind, kind_of, mask_rle
 from datasetdm_fast.engine.labels.kind import SHOWN_SCORE
 from datasetdm_fast.engine.labels.names import task_of_label
 from datasetdm_fast.engine.labels.words import replaced_text
+from datasetdm_fast.engine.loop.calls import Beginning
 from datasetdm_fast.engine.loop.checks import check_seed
-from datasetdm_fast.engine.loop.origin import Beginning
 from datasetdm_fast.engine.loop.prompts import PromptLine, check_line
 from datasetdm_fast.errors import Refused, nearest
 from datasetdm_fast.runs.compositions.composition import Tile, TileSource

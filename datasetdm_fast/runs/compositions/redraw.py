@@ -14,7 +14,7 @@ from datasetdm_fast.data import Request, Sample
 from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.labels.names import LabelName
 from datasetdm_fast.engine.loop import prompts
-from datasetdm_fast.engine.loop.origin import Beginning, initial_latents
+from datasetdm_fast.engine.loop.calls import Beginning, initial_latents
 from datasetdm_fast.engine.loop.plan import Plan
 from datasetdm_fast.engine.loop.prompts import PromptLine
 from datasetdm_fast.errors import Refused

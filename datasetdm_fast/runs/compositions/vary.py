@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from datasetdm_fast.data import Annotation, Instances, Request, Sample
 from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.labels import by_kind, kind_of
-from datasetdm_fast.engine.loop.origin import Beginning
+from datasetdm_fast.engine.loop.calls import Beginning
 from datasetdm_fast.engine.loop.prompts import PromptLine, count_tokens
 from datasetdm_fast.engine.scenes.world import WHERE
 from datasetdm_fast.errors import Refused, nearest

@@ -1,21 +1,26 @@
-"""Closing a run: its index files and page are written from one reading of the ledger, then the folder is sealed."""
+"""Writes the page of a run, the sheets and pictures that it shows, and the index files, all from one reading of the
+ledger; then the folder is sealed.
+"""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.disk import locks, storage
-from datasetdm_fast.runs.gallery.page import PageWriter, thousands
+from datasetdm_fast.runs.gallery import pictures, sheets
+from datasetdm_fast.runs.gallery.facts import RunFacts
 from datasetdm_fast.runs.run_folder import page_files
-from datasetdm_fast.runs.run_folder.document import DROPPED
+from datasetdm_fast.runs.run_folder.document import DROPPED, pretty
 from datasetdm_fast.runs.run_folder.folder import RunFolder, refusing_rows
 from datasetdm_fast.runs.run_folder.indexes import writers
-from datasetdm_fast.runs.run_folder.ledger import DONE, Ledger
+from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, PARTS, Ledger, Row
 from datasetdm_fast.runs.run_folder.seal import has_indexes, is_sealed, seal
 from datasetdm_fast.runs.run_folder.selections import read_filter
 
+FIXED_FILES = {f"gallery/{name}": Path(__file__).with_name(name).read_bytes() for name in page_files.FIXED}
 PATIENCE = 900.0  # seconds that a process waits for another that writes the page
 
 
@@ -58,3 +63,49 @@ def write_indexes(folder: Path, document: Mapping[str, Any], ledger: Ledger, *, 
         for path, file in files.items():
             publication.write(path, file.end())
         page.end(is_in_progress=is_in_progress)
+
+
+class PageWriter:
+    """Writes the page of a run; it gets the rows of every thousand, then `end`."""
+
+    def __init__(self, folder: Path, document: Mapping[str, Any], ledger: Ledger, *, has_samples: bool = True):
+        """Without the samples' files in the folder the page has neither sheets nor pictures."""
+        self._folder, self._document, self._ledger, self._has_samples = folder, document, ledger, has_samples
+        self._facts = RunFacts(document, ledger)
+        self._shown_before = sheets.read_shown(folder)
+        self._shown: dict[str, str] = {}
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Writes what the page reads of the samples of one thousand, all of these."""
+        number = rows[0].request.index // page_files.PAGE_SAMPLES
+        self._facts.pages.append((number, len(rows)))
+        contents = {page_files.page_name(number): page_files.script("page", number, self._facts.index(rows))}
+        for place, group in sheets.group_by_sheet(rows):
+            contents[page_files.details_name(place)] = page_files.script("details", place, self._facts.details(group))
+        storage.publish({self._folder / name: content for name, content in contents.items()})
+        if self._has_samples:
+            for role in page_files.picture_roles(self._document):
+                pictures.draw_missing(self._folder, rows, role)
+            self._shown |= sheets.draw_sheets(self._folder, rows, self._shown_before)
+
+    def end(self, *, is_in_progress: bool = False) -> None:
+        """Writes the page itself, once all rows were added, and removes files of samples that are no longer shown."""
+        if self._has_samples:
+            storage.publish({self._folder / page_files.SHEETS: pretty(self._shown)})
+        expected = page_files.expected_files(self._document, self._ledger, has_samples=self._has_samples)
+        for name in set(page_files.existing_files(self._folder, self._document)) - expected:
+            storage.remove(self._folder / name)
+        run = self._facts.whole(has_sheets=self._has_samples, is_in_progress=is_in_progress)
+        contents = {
+            page_files.RUN: page_files.script("run", 0, run),
+            page_files.LEFT_OUT: page_files.left_out_script(read_filter(self._folder)),
+            **FIXED_FILES,
+        }
+        storage.publish({self._folder / name: content for name, content in contents.items()})
+
+
+def thousands(ledger: Ledger) -> Iterator[list[Row]]:
+    """The rows of the data set and the doubtful ones, with all their parts: of one page each."""
+    rows = ledger.rows(DONE, DOUBTFUL, parts=(*PARTS, "tracings"))
+    for _, group in groupby(rows, lambda row: row.request.index // page_files.PAGE_SAMPLES):
+        yield list(group)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.runs.gallery.closing import FIXED_FILES
 from datasetdm_fast.runs.gallery.facts import RunFacts
-from datasetdm_fast.runs.gallery.page import FIXED_FILES
 from datasetdm_fast.runs.gallery.pictures import fetch_or_draw
 from datasetdm_fast.runs.gallery.review import Review
 from datasetdm_fast.runs.gallery.server import ServedRun

@@ -11,8 +11,7 @@ from typing import Any
 
 from datasetdm_fast.disk import locks
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.runs.gallery.closing import finish_run, lock_page, write_indexes
-from datasetdm_fast.runs.gallery.page import PageWriter, thousands
+from datasetdm_fast.runs.gallery.closing import PageWriter, finish_run, lock_page, thousands, write_indexes
 from datasetdm_fast.runs.gallery.pictures import fetch_or_draw
 from datasetdm_fast.runs.gallery.review import Review
 from datasetdm_fast.runs.gallery.server import ServedRun
