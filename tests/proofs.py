@@ -266,7 +266,7 @@ def model_folder(changes: dict[str, dict], files: dict[str, bytes] | None = None
     """The demo model with other settings and more files."""
     import shutil
 
-    from datasetdm_fast.engine.loading.presets import DEMO
+    from datasetdm_fast.engine.loading.folder import DEMO
 
     folder = HERE / "model"
     shutil.rmtree(folder, ignore_errors=True)
@@ -648,8 +648,7 @@ def main() -> None:
     with suppress(ImportError):
         import ml_dtypes  # noqa: F401
 
-    from datasetdm_fast.engine.loading.folder import load_folder
-    from datasetdm_fast.engine.loading.presets import DEMO
+    from datasetdm_fast.engine.loading.folder import DEMO, load_folder
     from datasetdm_fast.errors import Missing, Refused
 
     load_folder(DEMO)

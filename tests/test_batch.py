@@ -7,7 +7,7 @@ import torch
 from datasetdm_fast.data import Batch, Request, join_texts
 from datasetdm_fast.engine.engines import open_engine
 from datasetdm_fast.engine.engines.fast import on_cpu
-from datasetdm_fast.engine.loading.presets import DEMO
+from datasetdm_fast.engine.loading.folder import DEMO
 from datasetdm_fast.engine.loop.driver import generate
 from datasetdm_fast.engine.loop.recipe import make_recipe
 from datasetdm_fast.engine.sampling.schedule import guide, start, step

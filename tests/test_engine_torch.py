@@ -15,7 +15,7 @@ from datasetdm_fast.engine.engines import build_engine, check_engine
 from datasetdm_fast.engine.engines.device import engine_call
 from datasetdm_fast.engine.engines.torch import TorchEngine
 from datasetdm_fast.engine.loading import load_model
-from datasetdm_fast.engine.loading.presets import DEMO
+from datasetdm_fast.engine.loading.folder import DEMO
 from datasetdm_fast.engine.sampling.schedule import guide, make_schedule, start, step
 from datasetdm_fast.engine.sampling.times import initial_noise
 from datasetdm_fast.errors import Missing, Refused

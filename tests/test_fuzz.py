@@ -126,7 +126,7 @@ def read_rle(path: Path) -> None:
 def read_model(path: Path) -> None:
     """One config of the demo model exchanged for `path`, named like unet+config.json."""
     from datasetdm_fast.engine.loading import load_model
-    from datasetdm_fast.engine.loading.presets import DEMO
+    from datasetdm_fast.engine.loading.folder import DEMO
 
     folder = path.parent / "model"
     shutil.copytree(DEMO, folder, copy_function=lambda source, target: os.symlink(Path(source).resolve(), target))

@@ -95,7 +95,7 @@ def test_demo_loads_or_says_how_to_make_it(monkeypatch, tmp_path):
         model = load_model("demo")
         assert model.name == "demo" and model.size == 128 and model.modules["unet"].dtype == torch.float32
         assert model.licence != UNKNOWN_LICENCE
-    monkeypatch.setattr(presets, "DEMO", tmp_path / "nowhere")
+    monkeypatch.setattr("datasetdm_fast.engine.loading.folder.DEMO", tmp_path / "nowhere")
     with pytest.raises(Missing, match="demo model is not there"):
         load_model("demo")
 

@@ -16,7 +16,7 @@ from bench.world.tokenizer import TOKENS, build_tokenizer
 from datasetdm_fast import evaluate, generate, open_run
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.loading import load_model
-from datasetdm_fast.engine.loading.presets import DEMO_DIT
+from datasetdm_fast.engine.loading.folder import DEMO_DIT
 from datasetdm_fast.engine.pipeline import Pipeline
 from datasetdm_fast.errors import Refused
 

@@ -10,7 +10,7 @@ import pytest
 from datasetdm_fast.command_line import run_settings
 from datasetdm_fast.engine.decoders.folders import find_decoders
 from datasetdm_fast.engine.labels import words as class_words
-from datasetdm_fast.engine.loading.presets import DEMO
+from datasetdm_fast.engine.loading.folder import DEMO
 from datasetdm_fast.engine.loading.tokenizer import OwnTokenizer
 from datasetdm_fast.engine.loop import prompts
 from datasetdm_fast.engine.loop.plan import make_plan

@@ -21,7 +21,7 @@ from datasetdm_fast.cli import main as cli_main
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.compat.showlab.__main__ import SCRIPTS
-from datasetdm_fast.engine.loading.presets import DEMO
+from datasetdm_fast.engine.loading.folder import DEMO
 from datasetdm_fast.generate import main
 from datasetdm_fast.runs.run_settings import RunConfig
 

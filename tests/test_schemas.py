@@ -12,7 +12,7 @@ from rendered import write_run
 
 from datasetdm_fast import convert, filter, generate, label, splice, split
 from datasetdm_fast.engine.decoders.config import DecoderConfig, upstream
-from datasetdm_fast.engine.loading.presets import DEMO
+from datasetdm_fast.engine.loading.folder import DEMO
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.exporting import export_folder
 from datasetdm_fast.runs.run_folder import document

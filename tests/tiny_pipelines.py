@@ -40,7 +40,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from datasetdm_fast.engine.loading.presets import DEMO
+from datasetdm_fast.engine.loading.folder import DEMO
 
 SIZE = 64  # pixels of a side that every one of them can draw
 CHAT = (

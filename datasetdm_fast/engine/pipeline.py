@@ -24,12 +24,11 @@ from datasetdm_fast.engine.labels import kind_of, task_of
 from datasetdm_fast.engine.labels.names import by_task, check_label
 from datasetdm_fast.engine.labels.pictures import PREVIEW_SAMPLES, preview
 from datasetdm_fast.engine.labels.words import find_classes
-from datasetdm_fast.engine.loop import checks, diffusing, driver, inverting, prompts
+from datasetdm_fast.engine.loop import checks, diffusing, driver, prompts
 from datasetdm_fast.engine.loop.calls import call_text
-from datasetdm_fast.engine.loop.inverting import inversion_generator, inversion_recipe, picture_prompt
+from datasetdm_fast.engine.loop.class_prompts import TIMESTEPS
 from datasetdm_fast.engine.loop.prompts import check_classes, check_line
 from datasetdm_fast.engine.loop.recipe import Recipe, capture_calls, make_recipe, prompt_words
-from datasetdm_fast.engine.pictures.framing import pictures_in_memory
 from datasetdm_fast.errors import GateFailed, Refused, nearest
 from datasetdm_fast.settings import EngineSettings
 from datasetdm_fast.stages import LEVELS
@@ -351,7 +350,7 @@ class Pipeline:
         *,
         tasks: Sequence[str] | None = None,
         classes: Sequence[str] = (),
-        timesteps: Sequence[int] = inverting.TIMESTEPS,
+        timesteps: Sequence[int] = TIMESTEPS,
         seed: int = 0,
         batch_size: int = 0,
         **choices: Any,
@@ -362,6 +361,9 @@ class Pipeline:
         `prompts` describe the images, one text each; without them every word of `classes` is looked for. Other
         choices are those of `stream` that concern labels.
         """
+        from datasetdm_fast.engine.loop.inverting import inversion_generator, inversion_recipe, picture_prompt
+        from datasetdm_fast.engine.pictures.framing import pictures_in_memory  # which runs that sample do not need
+
         for name in ("sampler", "profile", "steps", "guidance"):
             if name in choices:
                 raise TypeError(f"{name!r} is no choice here, as no image is sampled")
@@ -500,6 +502,7 @@ class Pipeline:
         import torch
 
         from datasetdm_fast.engine.loop.inversion import capture_timestep, invert
+        from datasetdm_fast.engine.pictures.framing import pictures_in_memory
         from datasetdm_fast.kernels import pyramid
 
         size, training = self.engine.model.size, int(self.engine.model.scheduler.get("num_train_timesteps", 1000))

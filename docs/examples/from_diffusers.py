@@ -4,7 +4,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from datasetdm_fast import Pipeline
-from datasetdm_fast.engine.loading.presets import DEMO
+from datasetdm_fast.engine.loading.folder import DEMO
 
 theirs = StableDiffusionPipeline.from_pretrained(DEMO, safety_checker=None)  # your own folder
 pipe = Pipeline.from_diffusers(theirs, decoder="demo")

@@ -9,13 +9,13 @@ from pathlib import Path
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.backbones import RANDOM_MODELS, list_supported
 from datasetdm_fast.engine.loading import presets
-from datasetdm_fast.engine.loading.folder import INDEX, download_model, load_folder
+from datasetdm_fast.engine.loading.folder import INDEX, download_model, load_demo, load_demo_dit, load_folder
 from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.errors import Refused, nearest
 
 PRESETS: dict[str, Callable[[int], Model]] = {
-    "demo": presets.load_demo,
-    "demo-dit": presets.load_demo_dit,
+    "demo": load_demo,
+    "demo-dit": load_demo_dit,
     "tiny": presets.load_tiny,
     **{name: partial(presets.load_random, name) for name in RANDOM_MODELS},
 }

@@ -1,4 +1,4 @@
-"""Models in the diffusers folder layout."""
+"""Models in the diffusers folder layout, those that are shipped among them."""
 
 import inspect
 import json
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from datasetdm_fast.config import Defaults
+from datasetdm_fast.config import DEMO_DEFAULTS, Defaults
 from datasetdm_fast.engine.backbones import every_backbone, list_supported, open_backbone
 from datasetdm_fast.engine.backbones.record import ANOTHER, DAMAGED, Backbone, Part, Read
 from datasetdm_fast.engine.backbones.sd import USUAL_SCHEDULE
@@ -45,11 +45,34 @@ from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.plugins import load_place
 from datasetdm_fast.untrusted import documents, pickles
 
+DEMO = Path(__file__).parents[2] / "demo" / "model"
+DEMO_DIT = DEMO.with_name("model-dit")
 INDEX = "model_index.json"
 SCHEDULER = "scheduler"
 MATCHING = "Take config.json and weights from the same model."
 # settings by which a library would fetch code, or import another library and run that
 RUNS_CODE = ("auto_map", "custom_pipelines", "quantization_config")
+
+
+def load_demo(size: int) -> Model:
+    return load_folder(check_shipped(DEMO), size=size, name="demo", defaults=DEMO_DEFAULTS, is_own=True)
+
+
+def load_demo_dit(size: int) -> Model:
+    """A small MM-DiT with two CLIP text encoders."""
+    from datasetdm_fast.engine.backbones.flow_models import DEMO_DIT_DEFAULTS
+
+    return load_folder(check_shipped(DEMO_DIT), size=size, name="demo-dit", defaults=DEMO_DIT_DEFAULTS, is_own=True)
+
+
+def check_shipped(folder: Path) -> Path:
+    """The folder of a demo model, which must be there."""
+    if not folder.is_dir():
+        raise Missing(
+            f"model: the demo model is not there, {folder} does not exist",
+            "Install the package again, or name another model with --model.",
+        )
+    return folder
 
 
 @dataclass(frozen=True)

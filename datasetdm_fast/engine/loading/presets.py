@@ -1,30 +1,26 @@
-"""Models that need no download: the demo models, a tiny one, and seeded random weights of each family's full size."""
+"""Models of seeded random weights: a tiny one, and one of each family's full size."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from datasetdm_fast.config import DEMO_DEFAULTS, SD_DEFAULTS, Defaults
+from datasetdm_fast.config import SD_DEFAULTS, Defaults
 from datasetdm_fast.engine.backbones import RANDOM_MODELS
 from datasetdm_fast.engine.backbones.record import Backbone, Configs, Part
 from datasetdm_fast.engine.backbones.sd import SD
 from datasetdm_fast.engine.loading import shapes
-from datasetdm_fast.engine.loading.folder import class_of, load_folder
+from datasetdm_fast.engine.loading.folder import DEMO, check_shipped, class_of
 from datasetdm_fast.engine.loading.model import ConfigFile, Model, Network, as_filled, check_model
 from datasetdm_fast.engine.loading.tokenizer import OwnTokenizer
-from datasetdm_fast.errors import Missing
 from datasetdm_fast.plugins import load_place
 
-DEMO = Path(__file__).parents[2] / "demo" / "model"
-DEMO_DIT = DEMO.with_name("model-dit")
 SEEDED_LICENCE = "none: seeded random weights, nothing was trained"
 SHAPES = {  # class of a part -> names and shapes of its tensors, known without its library
     "CLIPTextModel": shapes.of_text_encoder,
@@ -105,17 +101,6 @@ def build_empty(build: Callable[[], nn.Module]) -> nn.Module:
         return build()
 
 
-def load_demo(size: int) -> Model:
-    return load_folder(check_shipped(DEMO), size=size, name="demo", defaults=DEMO_DEFAULTS, is_own=True)
-
-
-def load_demo_dit(size: int) -> Model:
-    """A small MM-DiT with two CLIP text encoders."""
-    from datasetdm_fast.engine.backbones.flow_models import DEMO_DIT_DEFAULTS
-
-    return load_folder(check_shipped(DEMO_DIT), size=size, name="demo-dit", defaults=DEMO_DIT_DEFAULTS, is_own=True)
-
-
 def load_tiny(size: int) -> Model:
     """SD 1.x in form, small enough for tests: 28 features and 16 maps, 128 x 128 pixels, seeded random weights."""
     tokenizer = OwnTokenizer(check_shipped(DEMO) / "tokenizer")
@@ -187,13 +172,3 @@ def _tokenizer(backbone: Backbone, part: str, configs: Configs) -> OwnTokenizer:
     if "CLIP" in backbone.parts[part].classes[0]:
         return OwnTokenizer(folder)
     return OwnTokenizer(folder, settings.get("model_max_length") or backbone.text(configs)[0], CHAT)
-
-
-def check_shipped(folder: Path) -> Path:
-    """The folder of a demo model, which must be there."""
-    if not folder.is_dir():
-        raise Missing(
-            f"model: the demo model is not there, {folder} does not exist",
-            "Install the package again, or name another model with --model.",
-        )
-    return folder

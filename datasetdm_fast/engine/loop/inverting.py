@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from datasetdm_fast.engine.engines.engine import Engine
 
 TRAINING_STEPS = 1000  # of every model
-TIMESTEPS = (100, 200, 300, 400)  # noise levels at which labels are read from the attention of a picture
 
 
 class InvertedPictures(Protocol):
