@@ -7,9 +7,8 @@ import functools
 import gc
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -114,9 +113,15 @@ class Lanes:
         """call(*slice) of every slice, in order; at most so many in parallel, 0 = one a thread."""
         threads = torch.get_num_threads()
         lanes = min(threads, len(slices), most or threads)
-        if lanes < 2:
-            with _set_threads(1 if self._is_single else threads):  # here, as another thread has other memory, too
+        if lanes < 2:  # here, as another thread has other memory, too
+            is_limited = self._is_single and threads > 1
+            try:
+                if is_limited:
+                    torch.set_num_threads(1)
                 return [call(*arguments) for arguments in slices]
+            finally:
+                if is_limited:
+                    torch.set_num_threads(threads)
 
         def run(arguments: tuple[Any, ...]) -> Any:
             with torch.inference_mode():
@@ -139,20 +144,6 @@ class Lanes:
             torch.set_num_threads(threads)
             self._key = key
         return self._pool
-
-
-@contextmanager
-def _set_threads(count: int) -> Iterator[None]:
-    """Within the block, this thread uses another number of threads."""
-    before = torch.get_num_threads()
-    if count == before:
-        yield
-        return
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _limit(threads: int) -> None:
