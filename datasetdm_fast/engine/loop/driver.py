@@ -70,20 +70,20 @@ def sample_and_label(
     """
     sample, label = in_own_precision()(generator.sample), in_own_precision()(generator.label)
     prepare = getattr(generator.engine, "prepare", None) or (lambda images: None)  # of packages' own engines, too
+    if label_stream is None:
+        for batch in batches:
+            prepare(len(batch.padded))
+            yield batch, label(batch, sample(batch))
+        return
     remaining = iter(batches)
-    while label_stream is None:
-        if (batch := next(remaining, None)) is None:
-            return
-        prepare(len(batch.padded))
-        yield batch, label(batch, sample(batch))
     while True:
         try:
-            batch = next(remaining, None)
+            batch = next(remaining)
+        except StopIteration:
+            break
         except Exception:
             yield from label_stream.rest()
             raise
-        if batch is None:
-            break
         prepare(len(batch.padded))
         label_stream.put(batch, label, batch, sample(batch))
         yield from label_stream.ready()
