@@ -88,6 +88,8 @@ def faults(node: ast.AST) -> Iterator[ast.AST]:
         case ast.IfExp() | ast.If() | ast.While() | ast.comprehension():
             return  # by its condition
         case ast.Call(args=[ast.Name() | ast.Attribute() as first, second, *_]) if not isinstance(second, ast.Starred):
+            if ast.dump(first) == ast.dump(second):
+                return
             wrong.args[:2] = [second, first]
         case _:
             return
