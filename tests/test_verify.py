@@ -249,7 +249,8 @@ def test_weights_are_computed_with_on_the_host_wherever_their_module_lies(engine
 # Other engines and precisions -----------------------------------------------------------------------------------------
 
 
-def test_rounded_arithmetic_is_judged_beside_the_references_own_drift(model, reference):
+def test_rounded_arithmetic_is_judged_beside_the_references_own_drift(model, reference, monkeypatch):
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)  # for with tiles a small UNet stays in fp32
     engine = build_engine("fast", model, reference.decoders, dtype="bf16", device="cpu")
     rows = {row.measure: row for row in judged(engine, reference, number=2).rows}
     assert rows["call"].floor and rows["call"].limit[0] >= ROUNDED["call"][0] and rows["call"].median > EXACT["call"][1]

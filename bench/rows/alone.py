@@ -160,6 +160,7 @@ def built(config: TurnConfig, name: str) -> PeerAlone:
 
 def let_go(setting: Setting) -> None:
     """Drops the reference's networks; who asks for them builds them again."""
+    vars(setting.reference).pop("reference", None)
     for network in setting.model.networks.values():
         network.unload()
     release()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import diffusers
 import torch
@@ -58,7 +59,11 @@ class TorchEngine(Engine):
         for network in model.networks.values():
             if network.is_built or self.device.type != "cpu":  # others are built there when they are first needed
                 network.module.to(self.device)
-        self.reference: BackboneReference = load_place(model.backbone.reference)(model)
+
+    @cached_property
+    def reference(self) -> BackboneReference:
+        """Reads the weights of the model when it is first asked for."""
+        return load_place(self.model.backbone.reference)(self.model)
 
     @engine_call
     def encode_text(self, prompts: Sequence[str]) -> Text:
