@@ -5,7 +5,7 @@ has confirmed it yet, so there is none: see bench/kernels/candidates.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,10 @@ def _described_product_kernel(
     second_desc,  # [S, L], or None
     residual_desc,  # [S, C], or None
     out_desc,  # [S, C]
+    row_mean_ptr,  # [S] fp32 of the rows of x, which are to be normalised, or None
+    row_scale_ptr,  # [S] fp32, or None
+    sum_ptr,  # [PARTS * C] of the weights, or None
+    shifted_ptr,  # [PARTS * C] of the weights times the norm's shift, or None
     bias_ptr,  # [PARTS * C], or None
     mean_ptr,  # [S / BLOCK_S, C] fp32, or None
     spread_ptr,  # [S / BLOCK_S, C] fp32, or None
@@ -53,10 +57,16 @@ def _described_product_kernel(
             for start in range(0, second_width, BLOCK_K):
                 weight = tl.reshape(weight_desc.load([0, channel, width + start]), [PARTS * BLOCK_C, BLOCK_K])
                 total = tl.dot(second_desc.load([row, start]), weight.T, total)
+        is_column, column = channel + lane % BLOCK_C < channels, lane // BLOCK_C * channels + channel + lane % BLOCK_C
+        if row_mean_ptr is not None:
+            cell = row + tl.arange(0, BLOCK_S)
+            mean = tl.load(row_mean_ptr + cell, mask=cell < rows, other=0.0)
+            scale = tl.load(row_scale_ptr + cell, mask=cell < rows, other=0.0)
+            sums = tl.load(sum_ptr + column, mask=is_column, other=0.0).to(tl.float32)
+            shifted = tl.load(shifted_ptr + column, mask=is_column, other=0.0).to(tl.float32)
+            total = (total + shifted[None, :] - mean[:, None] * sums[None, :]) * scale[:, None]
         if bias_ptr is not None:
-            column = channel + lane % BLOCK_C
-            bias = tl.load(bias_ptr + lane // BLOCK_C * channels + column, mask=column < channels, other=0.0)
-            total += bias.to(tl.float32)[None, :]
+            total += tl.load(bias_ptr + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
         # Half of the columns after the other, as both would need twice the shared memory. Hidden values, their gates
         # and both halves lie in the same thread, so they are told apart without an exchange.
         if PARTS == 2:
@@ -107,10 +117,12 @@ def multiply(
     second: Tensor | None = None,
     residual: Tensor | None = None,
     statistics: Tensor | None = None,
+    norm: Sequence[Tensor | None] = (None,) * 4,
 ) -> None:
     """Fills `out` [..., C], and `statistics`, with the product of contiguous `x` [..., K] and `weight` [C, K + L].
 
     A `weight` of [2C, K] gates the first half of the product by the second. `second` [..., L] is multiplied beside `x`.
+    `norm` are means and inverse deviations of the rows of `x`, and sums of the weights, as in `norm_linear`.
     """
     block_s, block_c, block_k = (sizes[name] for name in ("BLOCK_S", "BLOCK_C", "BLOCK_K"))
     (rows, width), (*_, channels), inner = x.flatten(0, -2).shape, out.shape, weight.shape[1]
@@ -124,6 +136,7 @@ def multiply(
             describe_rows(second, block_s, block_k),
             describe_rows(residual, block_s, block_c // 2),
             describe_rows(out, block_s, block_c // 2),
+            *norm,
             bias,
             *((None, None) if statistics is None else statistics),
             rows,

@@ -56,9 +56,9 @@ class Judged:
 
 
 def running() -> dict[str, tuple[str, ...]]:
-    """The operations whose kernels a run on a GPU launches, each with the precisions it is launched in."""
+    """The operations whose kernels a run on a GPU launches, or would, each with the precisions it is launched in."""
     kernels = json.loads(BUDGET.read_text(encoding="utf-8"))["kernels"]
-    return {op: tuple(types) for op, types in kernels.items()}
+    return dict.fromkeys(CANDIDATES, ("fp16",)) | {op: tuple(types) for op, types in kernels.items()}
 
 
 def run(
