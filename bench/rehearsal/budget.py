@@ -22,7 +22,8 @@ from datasetdm_fast.data import Text
 from datasetdm_fast.engine.engines.fast import FastEngine
 from datasetdm_fast.engine.engines.fast.joint import JointEngine
 from datasetdm_fast.engine.loading import PRESETS
-from datasetdm_fast.engine.sampling.schedule import SamplerState, make_schedule
+from datasetdm_fast.engine.sampling import schedule as walk
+from datasetdm_fast.engine.sampling.schedule import SamplerState
 from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.runs.run_settings import RunConfig
 
@@ -97,7 +98,7 @@ def joint_calls(title: str, name: str) -> dict[str, Callable[[], Any]]:
 def sampler_state(engine: FastEngine, latents: torch.Tensor) -> SamplerState:
     """The default sampler before its first call."""
     usual = engine.model.defaults
-    schedule = make_schedule(engine.model.scheduler, RunConfig.sampler, usual.steps)
+    schedule = walk.make_schedule(engine.model.scheduler, RunConfig.sampler, usual.steps)
     return SamplerState(schedule, usual.guidance, latents)
 
 
