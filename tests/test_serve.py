@@ -176,6 +176,7 @@ BAD = {
     "a negative seed": ({"prompt": "a", "seed": -1}, 400, "seed -1"),
     "other seeds than images": ({"prompt": "a", "n": 2, "seeds": [1]}, 400, "1 were sent for 2"),
     "many tokens": ({"prompt": "word " * 200}, 400, "tokens, at most 77 fit"),
+    "many labels": ({"prompt": PROMPT, "labels": ["semantic"] * 3000}, 400, "labels: semantic,semantic"),
     "10 MB": (b'{"prompt": "' + b"a" * 10**7 + b'"}', 413, "more than 65536 bytes"),
     "brackets": (b"[" * 60_000, 400, "not readable as JSON"),
     "twice": (b'{"prompt": "a", "prompt": "b"}', 400, "occurs twice"),
@@ -190,6 +191,7 @@ def test_what_cannot_be_made_is_refused_in_one_sentence(service, name):
     body, status, said = BAD[name]
     answer = ask(service, IMAGES, body)
     assert answer.status == status and said in answer.json["error"]["message"], answer.text
+    assert len(answer.text) < 1200
     assert service.batcher.waiting == 0
 
 

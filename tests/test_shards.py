@@ -222,6 +222,8 @@ def test_a_store_holds_the_bytes_of_a_disk(alone, bucket):
     assert len(run) == SAMPLES and run.is_complete
     assert (run["00000007"].image == datasetdm_fast.open_run(alone)["00000007"].image).all()
     assert audit.main(["memory://bucket/run", "--quiet"]) == 0
+    with pytest.raises(Refused, match="^memory://bucket/run: it holds a run with other settings"):
+        make("run", bucket, seed=3)
 
 
 def test_a_store_that_answers_503_ends_in_a_sentence_and_resumes(alone, bucket, monkeypatch):

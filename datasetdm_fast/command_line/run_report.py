@@ -20,7 +20,7 @@ def print_run_plan(config: RunConfig, job: Job) -> int:
     """The exit code of a dry run, which prints what a run would make."""
     print_lines(config, *describe_job(job))
     if config.json:
-        facts = {"path": str(job.folder), **job.recipe.facts, "batch_size": job.plan.batch_size}
+        facts = {"path": job.place, **job.recipe.facts, "batch_size": job.plan.batch_size}
         names = ("id", "seed", "prompt", "classes")
         requests = [{name: getattr(request, name) for name in names} for request in job.plan]
         print(json.dumps({**facts, "bytes": job.bytes_needed, "requests": requests}))

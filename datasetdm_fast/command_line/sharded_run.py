@@ -33,7 +33,7 @@ from datasetdm_fast.runs.workers.worker import Callbacks
 def generate_shards(config: RunConfig, spec: RunSpec, peer: LaunchedProcess | None, resume_with: str) -> int:
     """The exit code of a run in shards."""
     where, workers, begin = config.store or config.out, config.group(WorkerSettings), time.perf_counter()
-    spec = replace(spec, folder=Path(where), may_mix=False, is_stored=is_url(where))
+    spec = replace(spec, folder=Path(where), may_mix=False, url=where if is_url(where) else "")
     if peer and workers.cluster:
         started = f"this is one of {peer.world} processes that were started together"
         raise Refused(f"--cluster {config.cluster}: {started}", "Start one process alone.")

@@ -256,7 +256,7 @@ class RunSpec:
     batch_size: int = 0  # 0: as many as fit into memory
     limit: int = 0  # samples that this command makes; 0: all
     may_mix: bool = True  # whether another engine may continue the run
-    is_stored: bool = False  # in an object store, not on a disk
+    url: str = ""  # of a run in an object store, not on a disk
     force_domain: bool = False  # whether its first batch is not judged
 
 

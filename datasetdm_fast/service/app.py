@@ -29,6 +29,8 @@ from datasetdm_fast.untrusted import documents, images
 
 LARGEST_TEXT = 2**16  # bytes of a request without a picture
 LARGEST_PICTURE = images.LARGEST_IMAGE_FILE * 4 // 3 + LARGEST_TEXT
+MOST_READ = 2**26  # bytes of a request that is too large
+LONGEST_ERROR = 1000  # letters
 HEAD_SECONDS, BODY_SECONDS = 10.0, 30.0  # in which a client must have sent them
 STATUSES = {Refused: 400, ValueError: 400, GateFailed: 422, QueueFull: 429, ClientDisconnect: 499, Missing: 503}
 PAGES = Path(__file__).parent / "page"
@@ -176,15 +178,19 @@ class TimedProtocol(H11Protocol):
 async def _read_json(request: Request, most: int) -> Any:
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
         raise HTTPException(415, "Content-Type: expected application/json")
-    body = bytearray()
+    body, size = bytearray(), 0
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for chunk in request.stream():
-                body += chunk
-                if len(body) > most:
-                    raise HTTPException(413, f"the request has more than {most} bytes")
+                size += len(chunk)
+                if size <= most:
+                    body += chunk
+                elif size > MOST_READ:
+                    break  # up to here it is read, as who still sends does not see the answer
     except TimeoutError as error:
         raise HTTPException(408, f"the request was not sent within {BODY_SECONDS:g} seconds") from error
+    if size > most:
+        raise HTTPException(413, f"the request has more than {most} bytes")
     return await run_in_threadpool(documents.parse_json, bytes(body), "the request")
 
 
@@ -200,8 +206,8 @@ def _cancel(work: Work) -> None:
 
 def _error(text: str) -> dict[str, Any]:
     """An error as OpenAI's clients read it."""
-    error = {"message": documents.one_line(text), "type": "invalid_request_error", "param": None, "code": None}
-    return {"error": error}
+    message = documents.one_line(text)[:LONGEST_ERROR]
+    return {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}}
 
 
 def _answer_error(_: Request, error: Any) -> Response:

@@ -37,6 +37,9 @@ def _audit_store(place: str, copies: StoreCopy, threads: int, on_progress: Calla
     folder = copies.fetch_all()
     if not folder.is_dir():  # no file was fetched
         raise Refused(f"{place}: it is empty, so it is not a run", "Check the address.")
-    report = audit_place(str(folder), threads, on_progress)
+    try:
+        report = audit_place(str(folder), threads, on_progress)
+    except Refused as stop:
+        raise Refused(stop.cause.replace(str(folder), place), stop.remedy) from stop
     remedy = f"Copy the run with: python -m datasetdm_fast.gallery {quote(place)} --out COPY; then audit COPY."
     return replace(report, path=place, findings=[replace(finding, remedy=remedy) for finding in report.findings])

@@ -54,6 +54,12 @@ class Job:
     differing: tuple[str, ...] = ()  # in what the engine is none of those that made the run folder's samples
     stops_outside: bool = False  # whether the run stops if the first batch is out of the domain of the decoders
     unnamed: tuple[int, int] = (0, 0)  # prompts that name none of the class words, of how many
+    url: str = ""  # of a run in an object store
+
+    @property
+    def place(self) -> str:
+        """Its folder or URL."""
+        return self.url or str(self.folder)
 
     @property
     def quarantines(self) -> bool:
@@ -143,6 +149,7 @@ def build_job(spec: RunSpec, stored: Mapping[str, Any] | None, *, races: bool = 
         half=precision if dtype == HALF and precision != "fp32" else "",
         call_seconds=race.seconds,
         unnamed=(len(unnamed), len(requests)),
+        url=spec.url,
     )
 
 

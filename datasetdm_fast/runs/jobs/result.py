@@ -205,7 +205,7 @@ def describe_job(job: Job, call: float = 0.0) -> list[str]:
         if call
         else describe_work(job),
         "disk": f"at most {job.bytes_needed / 1e6:,.0f} MB of {free_bytes(job.folder.absolute()) / 1e6:,.0f} MB free",
-        "run folder": str(job.folder),
+        "run folder": job.place,
     }
     return [f"{name:<11}{value}" for name, value in rows.items() if value]
 

@@ -46,7 +46,7 @@ def prepare_job(
     job = build_job(spec, stored, races=races, dtype=dtype)
     if stored is not None:
         job = replace(merge_with_stored(job, stored, mixes=mixes), done=count_rows(spec.folder))
-    if not spec.is_stored:
+    if not spec.url:
         check_room(job)
     return job
 
@@ -82,11 +82,11 @@ def merge_with_stored(job: Job, stored: Mapping[str, Any], *, mixes: bool = Fals
         }
         for source in (stored, document)
     ]
-    check_same(job.folder, *compared)
+    check_same(job.place, *compared)
     engine, differing = engine_among(stored, job.recipe.facts["engine"])
     if differing and not (mixes and job.may_mix):
         raise Refused(
-            f"{job.folder}: it holds a run with other settings ({'; '.join(differing)})",
+            f"{job.place}: it holds a run with other settings ({'; '.join(differing)})",
             "Choose another --out, or give the flags that it was started with."
             if not job.may_mix or "command" in stored
             else "Run generate once alone, in one process, with --limit 1: it compares the two engines. Then resume.",
@@ -128,7 +128,7 @@ def check_rows(job: Job, rows: Iterable[Row]) -> None:
         if planned != row.request:
             changes = "; ".join(differences(asdict(row.request), asdict(planned)))
             raise Refused(
-                f"{job.folder}: with these settings image {row.request.id} would change ({changes})",
+                f"{job.place}: with these settings image {row.request.id} would change ({changes})",
                 "Add prompts at the end of the list, which must have been at least as long as the run, or "
                 "choose another --out.",
             )

@@ -182,7 +182,7 @@ class DomainGate:
     """Evaluates the samples that a run has, or else those of its first batches; a run of a single batch spares none."""
 
     def __init__(self, job: Job):
-        self._folder, self._is_open = job.folder, not job.stops_outside
+        self._place, self._is_open = job.place, not job.stops_outside
         self._has_later = job.batches_left > 1
         self.outside = self.measured = 0
 
@@ -211,7 +211,7 @@ class DomainGate:
         """Raises GateFailed where it is closed."""
         if self.is_closed:
             raise GateFailed(
-                f"{self._folder}: {self.outside} of the first {self.measured} samples are out of the domain of the "
+                f"{self._place}: {self.outside} of the first {self.measured} samples are out of the domain of the "
                 "decoders: the pictures are unlike those that they learned from",
                 "Look at its gallery; name a --model that draws what the decoders were trained on, or add "
                 "--force-domain to make the others.",

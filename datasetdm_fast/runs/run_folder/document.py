@@ -302,7 +302,9 @@ def _short(value: Any) -> str:
     return text if len(text) <= 48 else text[:45] + "..."
 
 
-def check_same(folder: Path, stored: Mapping[str, Any], requested: Mapping[str, Any], what: str = "a run") -> None:
+def check_same(
+    folder: Path | str, stored: Mapping[str, Any], requested: Mapping[str, Any], what: str = "a run"
+) -> None:
     """Refuses to resume a folder of `what` that differs in any of the parts of `requested`."""
     if "command" in requested and stored["command"] != requested["command"]:  # whose settings are all others
         raise Refused(
@@ -332,7 +334,7 @@ def grows(stored: Mapping[str, Any], requested: Mapping[str, Any]) -> bool:
     return isinstance(number, int) and requested.get("number", 0) > number
 
 
-def check_config(folder: Path, stored: Mapping[str, Any], requested: Mapping[str, Any]) -> None:
+def check_config(folder: Path | str, stored: Mapping[str, Any], requested: Mapping[str, Any]) -> None:
     """Refuses settings that are not those of a run folder; only GROWING ones may differ, where it is to grow."""
     changed = (
         {name: requested[name] for name in GROWING if name in requested} if grows(stored["config"], requested) else {}

@@ -13,7 +13,6 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.data import Quarantined, Sample
@@ -124,7 +123,7 @@ def require_shards(place: ShardPlace, stored: Mapping[str, Any]) -> None:
 def check_settings(spec: RunSpec, place: ShardPlace, stored: Mapping[str, Any]) -> None:
     """Refuses other settings than those of the run."""
     require_shards(place, stored)
-    check_config(Path(place.name), stored, spec.identity)
+    check_config(place.name, stored, spec.identity)
 
 
 class Claims:
