@@ -65,11 +65,8 @@ def exports_of(run: Run) -> Path | None:
 
 def drop(run: Run, requested: Iterable[int], *, is_dry: bool = False) -> list[int]:
     """Moves the requested samples out of the data set; the indices of those that were in it."""
-    present, dropped = {row.request.index for row in run.rows(())}, _read_dropped(run)
-    known = present | dropped.keys() | find_doubtful(run)
-    _check_known(run.path, requested, known, "Use an id from samples.jsonl, for example 00000003.")
+    present, _ = _find_known(run, requested, "Use an id from samples.jsonl, for example 00000003.")
     chosen = sorted(present.intersection(requested))
-    run.close()
     if run.shards is not None and not is_dry:
         run.replace_file(DROPPED_IDS, encode_dropped(run.shards.dropped.union(chosen)))
     elif not is_dry:
@@ -81,22 +78,28 @@ def drop(run: Run, requested: Iterable[int], *, is_dry: bool = False) -> list[in
 
 def restore(run: Run, requested: Iterable[int] | None, *, is_dry: bool = False) -> list[int]:
     """Moves the requested dropped samples, or all of them, back into the data set; their indices."""
-    present, dropped = {row.request.index for row in run.rows(())}, _read_dropped(run)
     remedy = f"See what was dropped with: python -m datasetdm_fast.restore {quote(run.path)} --all --dry-run"
-    _check_known(run.path, requested or (), present | dropped.keys() | find_doubtful(run), remedy)
-    run.close()
+    _, dropped = _find_known(run, requested or (), remedy)
     chosen = sorted(dropped if requested is None else dropped.keys() & set(requested))
-    if run.shards is not None:
-        if not is_dry:
-            run.replace_file(DROPPED_IDS, encode_dropped(run.shards.dropped.difference(chosen)))
-        return chosen
-    for index in chosen:
-        _check_files(run.path, dropped[index])
-    if not is_dry:
+    if run.shards is None:
+        for index in chosen:
+            _check_files(run.path, dropped[index])
+    if run.shards is not None and not is_dry:
+        run.replace_file(DROPPED_IDS, encode_dropped(run.shards.dropped.difference(chosen)))
+    elif not is_dry:
         with RunFolder(run.path, run.document) as folder:
             _move_blocks([dropped[index] for index in chosen], folder.bring_back)
             _finish(folder, requested or (0,))  # a killed process may have moved some of them already
     return chosen
+
+
+def _find_known(run: Run, requested: Iterable[int], remedy: str) -> tuple[set[int], dict[int, Any]]:
+    """The samples of the data set and the dropped ones; a request for any other is refused."""
+    present, dropped = {row.request.index for row in run.rows(())}, _read_dropped(run)
+    for index in sorted(set(requested) - present - dropped.keys() - find_doubtful(run)):
+        raise Refused(f"{run.path}: no sample has the id {index:08d}", remedy)
+    run.close()
+    return present, dropped
 
 
 def _read_dropped(run: Run) -> dict[int, Any]:
@@ -117,12 +120,6 @@ def _move_blocks(items: Iterable[Any], move: Callable[[Sequence[Any]], None]) ->
     rest = iter(items)
     while block := list(islice(rest, BLOCK)):
         move(block)
-
-
-def _check_known(path: Path, requested: Iterable[int], known: set[int], remedy: str) -> None:
-    for index in sorted(requested):
-        if index not in known:
-            raise Refused(f"{path}: no sample has the id {index:08d}", remedy)
 
 
 def _check_files(path: Path, row: Row) -> None:

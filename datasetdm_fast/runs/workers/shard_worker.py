@@ -9,13 +9,13 @@ import json
 import os
 import tarfile
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
 from datasetdm_fast.data import Quarantined, Sample
+from datasetdm_fast.disk.blocks import in_threads
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.runs.jobs.job import Job, build_job, check_room
@@ -290,14 +290,9 @@ class ShardWorker:
 
     def _encode_samples(self, shard: int, first: int, stop: int) -> Iterator[Encoded]:
         """The samples of a shard, encoded in threads while the next are made."""
-        job, waiting = self.job, deque[Future[list[Encoded]]]()
-        with ThreadPoolExecutor(WRITERS, "writer") as pool:
-            for results, facts in self._make_taken(shard, range(first, stop)):
-                waiting.append(pool.submit(encode_batch, results, facts, job.document))
-                while len(waiting) > WRITERS or waiting and waiting[0].done():
-                    yield from waiting.popleft().result()
-            while waiting:
-                yield from waiting.popleft().result()
+        made, document = self._make_taken(shard, range(first, stop)), self.job.document
+        for encoded in in_threads(lambda each: encode_batch(*each[0], document), made, 1, WRITERS, lambda: False):
+            yield from encoded
 
     def _make_taken(
         self, shard: int, indices: Sequence[int]
