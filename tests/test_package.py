@@ -92,6 +92,7 @@ def test_make_demo_without_a_compiler_is_one_sentence_and_a_half_made_environmen
 def commands():
     yield "datasetdm_fast", "--help"
     yield "datasetdm_fast", "--version"
+    yield "datasetdm_fast.compat.showlab", "--help"
     for module, _ in cli.COMMANDS.values():
         yield module, "--help"
 

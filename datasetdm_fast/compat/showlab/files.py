@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from datasetdm_fast.engine.tasks.semantic import AREA_SIDE
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -133,11 +131,12 @@ def class_map(output: DecodedImage, least: float = SMALLEST_AREA) -> np.ndarray:
     """The class with the most evidence; classes with less than `least` in total are left out, except class 0."""
     import torch
 
+    from datasetdm_fast.engine.tasks.semantic import scaled_area
+
     logits, masks = output.raw["pred_logits"].float(), resize_masks(output.raw["pred_masks"], output.size)
     evidence = torch.einsum("qc,qhw->chw", logits.softmax(-1)[..., :-1], masks.sigmoid())
-    least *= (output.size / AREA_SIDE) ** 2
     for plane in evidence[1:]:
-        if (plane * (plane > 0.5)).sum() < least:
+        if (plane * (plane > 0.5)).sum() < scaled_area(least, output.size):
             plane.zero_()
     return evidence.argmax(0).to(torch.uint8).cpu().numpy()
 

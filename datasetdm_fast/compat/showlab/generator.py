@@ -12,7 +12,6 @@ from datasetdm_fast.compat.showlab.lines import COMMON, NO_EFFECT, OURS, PROMPTS
 from datasetdm_fast.compat.showlab.prompts import Script, check_present, read_settings
 from datasetdm_fast.engine.labels import class_tables
 from datasetdm_fast.engine.labels.kind import BACKGROUND
-from datasetdm_fast.engine.loading import PRESETS
 from datasetdm_fast.engine.loop.prompts import PromptLine, PromptSource
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.run_settings import RunConfig
@@ -168,6 +167,8 @@ class Order:
 
 def model_of(line: Line) -> str:
     """The model of a line: one of ours by its name, else a folder or file that must exist."""
+    from datasetdm_fast.engine.loading import PRESETS  # which needs torch, as no help does
+
     if line["model"] in PRESETS:
         return line["model"]
     remedy = "Put Stable Diffusion 1.4 there, or name its folder with --model."

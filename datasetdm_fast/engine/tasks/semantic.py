@@ -21,7 +21,7 @@ SURE = 0.5  # evidence above it counts towards the area of a class
 AREA_SIDE = 512  # pixels of a side of the images that areas are given for
 
 
-def scaled_area(min_area: int, size: int) -> float:
+def scaled_area(min_area: float, size: int) -> float:
     """An area given for 512 x 512 pixels, in pixels of an image of this size."""
     return min_area * (size / AREA_SIDE) ** 2
 
