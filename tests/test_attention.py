@@ -496,7 +496,7 @@ def test_label_without_a_folder_of_decoders_is_refused(photos, tmp_path, capsys)
     (tmp_path / "semantic" / "training" / "folds-5" / "1" / "training").mkdir(parents=True)
     (tmp_path / "semantic" / "training" / "folds-5" / "1" / "training" / "log.jsonl").touch()
     line[line.index("")] = str(tmp_path)
-    assert label.main(line) == 3 and "its training has not ended" in capsys.readouterr().err
+    assert label.main(line) == 3 and "has not ended\nRun the command that trains it again" in capsys.readouterr().err
 
 
 def test_a_picture_whose_name_is_no_text_is_refused_by_it(photos, tmp_path, capsys):

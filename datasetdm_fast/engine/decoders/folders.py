@@ -58,14 +58,13 @@ def find_decoders(source: str | Path | Iterable[Path]) -> DecoderFolders:
     for folder in parts_of(source) if isinstance(source, (str, Path)) else source:
         configs = sorted(path.parent for path in folder.glob("*/config.json"))
         if not configs:
-            is_decoder = (folder / "config.json").exists()
-            lack = f"no such folder{storage.named_alike(folder)}"
-            if folder.exists():
-                is_begun = any(folder.glob("*/training/**/log.jsonl"))
-                lack = "its training has not ended" if is_begun else "no sub-folder holds a config.json"
-            raise Missing(
-                f"decoders {folder}: {lack}", f"Give the folder above: {folder.parent}." if is_decoder else FORM
-            )
+            remedy = f"Give the folder above: {folder.parent}." if (folder / "config.json").exists() else FORM
+            lack = "no sub-folder holds a config.json"
+            if not folder.exists():
+                lack = f"no such folder{storage.named_alike(folder)}"
+            elif any(folder.glob("*/training/**/log.jsonl")):
+                lack, remedy = "its training has not ended", "Run the command that trains it again, which resumes it."
+            raise Missing(f"decoders {folder}: {lack}", remedy)
         here = {LabelName(read_config(path).task, path.name): path for path in configs}
         for name, path in here.items():
             named.setdefault(name, path)
