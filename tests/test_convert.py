@@ -670,8 +670,9 @@ def test_a_run_folder_that_was_moved_keeps_its_export(run, tmp_path, capsys):
     converted(tmp_path / "before", tmp_path / "before" / "exports", "--to", "coco")
     (tmp_path / "before").rename(tmp_path / "after")
     capsys.readouterr()
-    assert main([str(tmp_path / "after"), "--to", "coco"]) == 0
-    assert "nothing to do" in capsys.readouterr().err
+    assert main([str(tmp_path / "after"), "--to", "coco", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert "nothing to do" in err and json.loads(out)["made"] == 0
 
 
 def test_an_export_that_has_lost_a_file_is_not_called_complete(run, tmp_path, capsys):

@@ -409,6 +409,9 @@ def test_records_of_hf_parquet_and_wds(exported):
         check_record(json.load(parts["00000000.json"]), *files)
     table = read(exported("wds") / "classes.json")
     assert table["depth_steps_of_a_metre"] == 256 and table["id2label"]["3"] == "car"
+    assert (table["joints"], table["limbs"]) == (list(JOINTS), [list(limb) for limb in LIMBS])
+    for name in ("wds", "hf", "hf-parquet"):
+        assert (exported(name) / "max_depth.txt").read_text() == "80\n"
 
 
 def points(x: int, y: int, width: int, height: int) -> list[list[int]]:

@@ -287,6 +287,7 @@ def test_a_person_has_the_box_and_area_of_the_instance_that_most_of_its_joints_l
     assert extent(one, figures((2, 30, 30, 40))) == from_joints  # a third of them
     assert extent(one, figures(whole, kinds=[0])) == from_joints  # a cone
     assert extent(one, figures(whole, scores=[0.3])) == from_joints  # too unsure to be shown
+    assert extent(one, figures(whole, scores=[0.4])) == found
     two = Keypoints(*(np.concatenate([part, part]) for part in (one.points, one.visibility, one.scores)), one.joints)
     assert [kind for *_, kind in extent(two, figures(whole))] == ["instance", "joints"]  # no mask is taken twice
     assert [kind for *_, kind in extent(two, figures(whole, (0, 0, 40, 60)))] == ["instance", "instance"]

@@ -10,7 +10,7 @@ import pytest
 from bench.proof.students import student_data
 from bench.proof.students.examples import Examples
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
-from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS
+from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS, Labelled
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.training.evaluation import intervals as interval_parts
 from datasetdm_fast.training.evaluation import measure, naming
@@ -125,6 +125,28 @@ def test_overlaps_of_classes_by_hand():
     assert translation(("mug", "key", "wall"), known, 5).tolist() == [1, -1, 0, -1, -1]
     assert translation(("mug", "key"), ("background", "mug"), 1).tolist() == [1, 0]
     assert mean(np.array([[1.0, np.nan, 4.0], [2.0, 2.0, 2.0]])).tolist() == [2.5, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("columns", "ap50", "ap", "ap75"), [(52, 1, 0.1, 0), (77, 1, 0.6, 1), (49, 0, 0, 0), (100, 1, 1, 1)]
+)
+def test_a_mask_counts_from_the_overlaps_on_that_it_reaches(columns, ap50, ap, ap75):
+    truth, found = np.zeros((2, 1, 10, 100), bool)
+    truth[:], found[..., :columns] = True, True  # so many of a hundred columns
+    meter = METRICS["instance"](SimpleNamespace(thing_classes=("mug",)))
+    item = Labelled("", np.zeros((10, 100, 3), np.uint8), "", masks=truth, mask_classes=np.array([0]))
+    meter.add(item, Instances(found, np.array([0]), np.float32([0.9]), ("mug",)))
+    result = meter.result()
+    assert result.pop("per_class") == pytest.approx({"mug": ap})
+    assert result == pytest.approx({"ap": ap, "ap50": ap50, "ap75": ap75})
+
+
+def test_words_are_not_judged_where_the_truth_is_unknown():
+    labels, mask = np.uint8([[0, 255, 0, 0]]), np.array([[[True, True, True, False]]])
+    item = Labelled("", np.zeros((1, 4, 3), np.uint8), "", labels, mask, np.array([0]))
+    meter = METRICS["open-vocabulary"](SimpleNamespace(thing_classes=("mug", "pen")))
+    meter.add(item, SemanticMap(np.uint8([[1, 0, 0, 1]]), np.ones((1, 4), np.float32), ("none", "mug", "pen")))
+    assert meter.rows[0].tolist() == [[1, 0], [3, 0], [2, 0]]  # both, either, truth
 
 
 def test_bootstrap_draws_are_of_as_many_images_with_replacement():

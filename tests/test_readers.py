@@ -43,7 +43,7 @@ from datasetdm_fast.runs.run_folder.selections import SPLIT, Split
 from datasetdm_fast.training import data_record, session, splits
 from datasetdm_fast.training.captures.targets import check_truth
 from datasetdm_fast.training.evaluation.metrics import METRICS
-from datasetdm_fast.training.readers import PRESETS, DataSettings, Selection, open_data
+from datasetdm_fast.training.readers import PRESETS, DataSettings, Selection, cvat, open_data
 from datasetdm_fast.training.truth import shapes, tables, windows
 from datasetdm_fast.training.truth.augment import Augmentation, augment
 from datasetdm_fast.training.truth.picture_source import PictureSource
@@ -361,6 +361,22 @@ def test_outlines_of_programs_become_masks(copied, name):
     assert item.masks.sum() == pytest.approx(areas[0], rel=0.05) and len(item.masks) == 1
     assert item.crowd_classes.tolist() == [EVERY_CLASS]
     assert item.crowds.sum() == pytest.approx(areas[1], rel=0.08) and (item.semantic[item.crowds[0]] == 1).any()
+
+
+def test_masks_of_cvat_may_lie_at_the_edges_and_no_further():
+    def mask(left, top, width, height, runs):
+        names = {"left": left, "top": top, "width": width, "height": height, "rle": runs}
+        return cvat._runs({name: str(value) for name, value in names.items()}, (4, 5))
+
+    assert mask(0, 0, 5, 4, "0,20")().all() and mask(0, 0, 5, 4, "20")().sum() == 0
+    assert np.argwhere(mask(4, 3, 1, 1, "0, 1")()).tolist() == [[3, 4]]
+    assert np.argwhere(mask(1, 2, 3, 2, "2,2,2")()).tolist() == [[2, 3], [3, 1]]
+    for box in ((-1, 0, 2, 2), (0, -1, 2, 2), (0, 0, 0, 2), (0, 0, 2, 0), (4, 0, 2, 2), (0, 3, 2, 2)):
+        with pytest.raises(ValueError, match="outside of its picture"):
+            mask(*box, "4")
+    for runs in ("3", "5", "-1,5", "0,1,1,1,1,0"):
+        with pytest.raises(ValueError, match="runs that do not add up to the 2 x 2 pixels"):
+            mask(0, 0, 2, 2, runs)
 
 
 def test_labels_of_cvat_that_bound_no_area_are_no_classes(copied):
@@ -821,6 +837,17 @@ def test_captions_made_of_labels_name_what_a_crop_leaves(made, name):
     if item.semantic is not None:
         shown |= {source.classes[k] for k in np.unique(item.semantic) if k != IGNORE}
     assert item.caption == source.photo_of([name for name in picture.named if name in shown])
+
+
+def test_fashion_without_captions_is_captioned_by_what_its_maps_show(copied):
+    root, address = copied("deepfashion-mm")
+    stored = [item.semantic for item in open_data(address, SIZE)]
+    (root / "captions.json").unlink()
+    source = open_data(address, SIZE)
+    assert source.captions_name_all
+    for item, labels in zip(source, stored, strict=True):
+        shown = {source.classes[k] for k in np.unique(labels) if 0 < k < 255}
+        assert {*item.named} == shown and shown and "background" not in item.caption
 
 
 @pytest.mark.parametrize("captions", [None, {"0": "a dog beside a cat"}])

@@ -104,6 +104,12 @@ def contents(place):
     }
 
 
+def test_samples_that_no_shard_has_have_no_row(alone):
+    ledger = ShardLedger(shard_place(alone), SIZE)
+    assert ledger.row(SAMPLES - 1).request.index == SAMPLES - 1
+    assert ledger.row(SAMPLES) is ledger.row(SAMPLES, parts=("files",)) is ledger.row(10 * SAMPLES) is None
+
+
 def test_a_shard_holds_what_webdataset_reads(alone):
     assert sorted(tree(alone)) == sorted(
         ["run.json", *(name(k) for name in (entry_name, tar_name, index_name) for k in range(6))]

@@ -47,7 +47,7 @@ class Engine:
         tokenizer = SimpleNamespace(model_max_length=77)
         self.model = SimpleNamespace(
             name="torchless",
-            backbone=SimpleNamespace(title="arithmetic", text_network=None, flow=None),
+            backbone=SimpleNamespace(title="arithmetic", package="", text_network=None, flow=None),
             networks={},
             guidance_at=lambda guidance: "cfg",
             source="",
