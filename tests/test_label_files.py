@@ -91,6 +91,18 @@ def test_no_class_of_a_map_has_the_number_of_ignored_pixels():
     assert few["labels"]["semantic"]["numbers"] == [*range(1, 255)] and few["classes"][0] == "background"
 
 
+def test_numbers_beyond_the_table_of_colours_have_hues_by_the_golden_ratio():
+    for number in range(60, 66):
+        turn, grey, bright = (
+            number * 0.618033988749895 % 1,
+            1 - 0.55 - 0.35 * (number % 3) / 2,
+            0.95 - 0.25 * (number % 2),
+        )
+        pure = [min(max(abs((6 * turn + start) % 6 - 3) - 1, 0), 1) for start in (0, 4, 2)]  # red, green and blue
+        wanted = [255 * bright * (grey + (1 - grey) * part) for part in pure]
+        assert colour(number) == pytest.approx(wanted, abs=0.6)
+
+
 def test_label_maps_have_the_colours_of_a_known_set_where_it_has_their_classes():
     tables = {"semantic": {"classes": ["background", "cat", "diningtable"]}, "depth": {"max_depth": 4.0}}
     found = with_palette(tables, "voc")["semantic"]

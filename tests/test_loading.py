@@ -792,3 +792,9 @@ def test_a_number_of_stable_diffusion_written_as_a_constant_is_wrong_for_the_mod
         if type(value) in (int, float) and value == tiny.networks[part].config[name]
     }
     assert shared <= SHARED
+
+
+def test_a_model_whose_decoders_read_both_halves_has_rows_of_negative_prompts_without_guidance():
+    model = load_model("tiny")
+    assert model.guidance == model.guidance_at(7.5) == "cfg" and model.guidance_at(model.backbone.unguided) == "none"
+    assert model.has_negative(7.5) and model.has_negative(model.backbone.unguided) and model.halves == 2
