@@ -31,9 +31,9 @@ def main(config: DropConfig, command: CommandLine) -> int:
     if not (config.ids or config.file or config.where):
         raise Refused(f"{command.prog}: names no sample", "Give ids, --file FILE or --where CONDITION.")
     from datasetdm_fast.runs.curation import dropping
-    from datasetdm_fast.runs.run_folder.reader import open_changeable
+    from datasetdm_fast.runs.run_folder.reader import open_run
 
-    run = open_changeable(config.run)
+    run = open_run(config.run)
     requested = dropping.read_ids(config.ids, config.file)
     requested |= dropping.match_samples(run, config.where) if config.where else set()
     total, doubtful = len(run), requested & dropping.find_doubtful(run)

@@ -5,21 +5,16 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
 from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.output import print_lines, print_plan, print_result
-from datasetdm_fast.command_line.progress import shows_bar
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.runs.gallery.server import FIRST_PORT, open_server
 from datasetdm_fast.runs.gallery.showing import show
-from datasetdm_fast.runs.run_folder.object_store import StoreCopy, copy_of, copy_run
 from datasetdm_fast.runs.run_folder.page_files import PAGE
-from datasetdm_fast.runs.run_folder.shard_audit import find_sharded
 from datasetdm_fast.settings import dry_run_setting, setting
 
-EXAMPLES = ("runs/demo --serve", "runs/varied --serve --against runs/demo", "s3://bucket/run --out runs/copy")
+EXAMPLES = ("runs/demo --serve", "runs/varied --serve --against runs/demo", "s3://bucket/run --serve")
 
 
 @dataclass(frozen=True)
@@ -32,7 +27,7 @@ class GalleryConfig:
     )
     out: str = setting(
         "",
-        "folder for a complete copy of a run in an object store, with its page; for the page of a run in shards",
+        "folder for the page of a run in shards",
         metavar="DIR",
         output="folder",
     )
@@ -49,13 +44,8 @@ def main(config: GalleryConfig, command: CommandLine) -> int:
         raise Refused(f"--port {config.port}: expected a number from 1 to 65535", "Choose another number.")
     if config.against and not config.serve:
         raise Refused("--against: a page that is opened from disk cannot read another folder", "Add --serve.")
-    is_copied = bool(config.out) and find_sharded(config.run) is None
-    place = config.out if is_copied and not config.dry_run else config.run
-    if is_copied:
-        _copy(config)
-    is_served = config.serve or bool(config.dry_run and config.out)
-    run = show(place, config.out, is_served=is_served, is_dry=config.dry_run)
-    line = f"{place}: {run.samples} of {count_noun(run.planned, 'sample')}"
+    run = show(config.run, config.out, is_served=config.serve, is_dry=config.dry_run)
+    line = f"{config.run}: {run.samples} of {count_noun(run.planned, 'sample')}"
     line += f", and {run.doubtful} set aside" if run.doubtful else ""
     page = str((Path(config.out) if config.out else run.folder) / PAGE)
     facts = {"page": page, "samples": run.samples, "number": run.planned}
@@ -68,7 +58,7 @@ def main(config: GalleryConfig, command: CommandLine) -> int:
     against = show(config.against, is_served=True).served_run() if config.against else None
     with open_server(run.served_run(), config.port, partial(print_lines, config), against) as serving:
         print_result(config, facts | {"address": serving.address}, serving.address)
-        print_lines(config, f"marks of a review are written to {place}/review; Ctrl-C ends it")
+        print_lines(config, f"marks of a review are written to {config.run}/review; Ctrl-C ends it")
         try:
             serving.serve_forever()
         except KeyboardInterrupt:
@@ -76,16 +66,6 @@ def main(config: GalleryConfig, command: CommandLine) -> int:
         except SystemExit as stop:  # SIGTERM, another way to end what has no end of its own
             return int(stop.code or 0)
     return 0
-
-
-def _copy(config: GalleryConfig) -> None:
-    copies = copy_of(config.run)
-    if copies is None:
-        remedy = "Drop --out: the page of a local run is written into its own folder."
-        raise Refused(f"--out: {config.run} is a local folder", remedy)
-    if not config.dry_run:
-        with tqdm(unit="file", file=sys.stderr, disable=not shows_bar(config.quiet)) as bar:
-            copy_run(StoreCopy(copies.store.url, Path(config.out)), bar.reset, bar.update)
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ def main(config: RestoreConfig, command: CommandLine) -> int:
     if bool(config.ids or config.file) == config.all:
         raise Refused(f"{command.prog}: expected either ids or --all", "Give ids, --file FILE or --all.")
     from datasetdm_fast.runs.curation import dropping
-    from datasetdm_fast.runs.run_folder.reader import open_changeable
+    from datasetdm_fast.runs.run_folder.reader import open_run
 
-    run = open_changeable(config.run)
+    run = open_run(config.run)
     requested = None if config.all else dropping.read_ids(config.ids, config.file)
     doubtful = len(dropping.find_doubtful(run) & (requested or set()))
     ids = [f"{index:08d}" for index in dropping.restore(run, requested, is_dry=config.dry_run)]

@@ -30,12 +30,12 @@ def main(config: SplitConfig, command: CommandLine) -> int:
     if config.undo and command.provided & {"shares", "names", "by_source", "seed"}:
         raise Refused("--undo: it removes the split, and takes no other flags", "Give only --undo, or drop it.")
     from datasetdm_fast.runs.curation.splitting import parse_shares, split_run
-    from datasetdm_fast.runs.run_folder.reader import open_changeable
+    from datasetdm_fast.runs.run_folder.reader import open_run
     from datasetdm_fast.runs.run_folder.selections import SPLIT
 
     split, counts = None, {}
     shares = parse_shares(config.shares, config.names)
-    with open_changeable(config.run) as run:
+    with open_run(config.run) as run:
         if not config.undo:
             split, problem = split_run(run, shares, config.seed, by_source=config.by_source)
             counts = {name: len(indices) for name, indices in split.parts.items()}

@@ -1,31 +1,25 @@
 """The command gallery and its server: what is given out, to whom, and what a page of a run in progress holds."""
 
-import errno
 import http.client
 import json
 import os
-import shlex
 import shutil
 import signal
 import socket
-import sqlite3
 import subprocess
 import sys
 import threading
 import time
-from contextlib import closing
 from dataclasses import replace
 from types import SimpleNamespace
-from unittest.mock import Mock
 
 import pytest
 from rendered import document, rendered, write_run
 
 from datasetdm_fast import audit as audit_command
-from datasetdm_fast import convert, open_run
+from datasetdm_fast import convert, drop, open_run
 from datasetdm_fast import gallery as command
-from datasetdm_fast.disk import storage
-from datasetdm_fast.errors import Missing
+from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.gallery import review, server, showing
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.gallery.showing import ShownSoFar
@@ -316,76 +310,25 @@ def bucket(monkeypatch):
         there.rm("/bucket", recursive=True)
 
 
-def fill(bucket, run):
-    """Puts a run there as the workers of a cluster leave it: without thumbnails."""
-    for name in (*own_files(run), "state/ledger.sqlite", "state/seal.json", "state/lock"):
-        if "/sheets" not in name:
-            bucket.files.pipe_file(f"{bucket.root}/{name}", (run / name).read_bytes())
+def test_a_run_folder_in_a_store_is_refused_where_runs_are_read(run, bucket, tmp_path, capsys):
+    for said in ("holds no run.json, so it is not a run", "it is a run folder, and a store is read only in shards"):
+        for line in (
+            (command, "--serve"),
+            (audit_command,),
+            (convert, "--to", "nyu", "--out", str(tmp_path / "nyu")),
+            (drop, "00000001"),
+        ):
+            assert line[0].main([bucket.url, *line[1:]]) == 2
+            assert f"{bucket.url}: {said}" in capsys.readouterr().err
+        with pytest.raises(Refused, match=said):
+            open_run(bucket.url)
+        bucket.files.pipe_file(f"{bucket.root}/run.json", (run / "run.json").read_bytes())
 
 
-def own_files(run):
-    """The files of the run, without what other tests put there."""
-    return [name for name in names(run) if name != "images/link.png" and not name.startswith("review/")]
-
-
-def test_a_run_in_a_store_is_served_from_there(run, bucket, monkeypatch):
-    fill(bucket, run)
-    answers = {}
-    opened = server.open_server
-
-    def ask(serving, path, method="GET", body=None, **headers):
-        connection = http.client.HTTPConnection("127.0.0.1", serving.server_port, timeout=20)
-        connection.request(method, path, body, headers)
-        answer = connection.getresponse()
-        answers[path] = (answer.status, answer.read())
-
-    def asked(*arguments):
-        serving = opened(*arguments)
-        home = serving.prefix
-
-        def look():
-            for path in ("gallery/run.js", "images/00000001.png", "gallery/depth/00000001.png", "images/none.png"):
-                ask(serving, home + path)
-            ask(serving, f"{home}state/ledger.sqlite")
-            own = f"http://127.0.0.1:{serving.server_port}"
-            bucket.files.pipe_file(f"{bucket.root}/review/bad.txt", b"00000000\n")  # of somebody who looks at it, too
-            ask(serving, f"{home}review", "PUT", '{"marks": [["00000001", "bad"]]}', Origin=own)
-            bucket.files.cat_file, kept = lambda *_: 1 / 0, bucket.files.cat_file
-            bucket.files.get_file, fetched = lambda *_: 1 / 0, bucket.files.get_file
-            ask(serving, f"{home}images/00000002.png")
-            bucket.files.cat_file, bucket.files.get_file = kept, fetched
-            serving.shutdown()
-
-        threading.Thread(target=look).start()
-        return serving
-
-    monkeypatch.setattr(command, "open_server", asked)
-    assert command.main([bucket.url, "--serve", "--port", "18820", "--quiet"]) == 0
-    home = "/my%20run/"
-    assert answers[f"{home}gallery/run.js"][0] == 200 and b'"sheet":null' in answers[f"{home}gallery/run.js"][1]
-    assert answers[f"{home}images/00000001.png"] == (200, (run / "images/00000001.png").read_bytes())
-    assert answers[f"{home}gallery/depth/00000001.png"][0] == 200
-    assert answers[f"{home}images/none.png"][0] == answers[f"{home}state/ledger.sqlite"][0] == 404
-    assert answers[f"{home}images/00000002.png"][0] == 502 and answers[f"{home}review"][0] == 204
-    others = review.Review(bucket.url)
-    assert others.read() == {"00000000": "bad", "00000001": "bad"}
-
-
-def test_a_disk_without_room_for_a_copy_is_told_before_it_is_made_and_not_taken_for_the_store(
-    run, bucket, tmp_path, monkeypatch, capsys
-):
-    fill(bucket, run)
-    with monkeypatch.context() as patch:
-        patch.setattr(storage, "free_bytes", lambda path: 1000)
-        assert audit_command.main([bucket.url]) == 3
-        err = capsys.readouterr().err
-        assert "MB are free\nFree some space, or name a folder on a larger disk with TMPDIR.\n" in err
-        assert command.main([bucket.url, "--out", str(tmp_path / "copy")]) == 3
-        assert "or choose another --out." in capsys.readouterr().err and not (tmp_path / "copy").exists()
-    full = OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(bucket.files, "get_file", Mock(side_effect=full))
-    assert audit_command.main([bucket.url]) == 3
-    assert "the disk is full\nFree some space" in capsys.readouterr().err
+def test_marks_of_a_review_in_a_store_lie_there(bucket):
+    bucket.files.pipe_file(f"{bucket.root}/review/bad.txt", b"00000000\n")  # of somebody else
+    review.Review(bucket.url).change({"00000001": "bad"})
+    assert review.Review(bucket.url).read() == {"00000000": "bad", "00000001": "bad"}
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -397,92 +340,6 @@ def test_a_signal_ends_a_served_page_without_a_word(run, monkeypatch, capsys, nu
     finally:
         signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == ""
-
-
-def test_a_run_in_a_store_is_copied_with_its_page(run, bucket, tmp_path, capsys):
-    copy, line = tmp_path / "copy", [bucket.url, "--out", str(tmp_path / "copy"), "--quiet"]
-    assert command.main(line) == 2 and "holds no run.json, so it is not a finished run" in capsys.readouterr().err
-    fill(bucket, run)
-    assert command.main([bucket.url]) == 2 and not copy.exists()
-    bucket.files.get_file, kept = broken_after(5, bucket.files.get_file), bucket.files.get_file
-    assert command.main(line) == 3 and not (copy / "run.json").exists() and (copy / object_store.COPYING).exists()
-    bucket.files.get_file = kept
-    capsys.readouterr()
-    assert command.main(line) == 0 and capsys.readouterr().out == f"{copy / PAGE}\n"
-    assert audit(copy).findings == []
-    assert {name: (copy / name).read_bytes() for name in names(copy)} == {
-        name: (run / name).read_bytes() for name in own_files(run)
-    }
-    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
-    assert command.main(line) == 0 and {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
-    bucket.files.pipe_file(f"{bucket.root}/images/a\\b.png", b"")
-    assert command.main([bucket.url, "--out", str(tmp_path / "other")]) == 2 and not (tmp_path / "other").exists()
-    assert "is no plain relative path" in capsys.readouterr().err
-    bucket.files.pipe_file(f"{bucket.root}/run.json", b"{}")
-    assert command.main(line) == 2 and "copy: it holds something other than memory://" in capsys.readouterr().err
-
-
-def test_a_copy_is_continued_as_the_run_in_the_store_is_by_then(run, bucket, tmp_path, capsys):
-    copy, line = tmp_path / "copy", [bucket.url, "--out", str(tmp_path / "copy"), "--quiet"]
-    write_run(tmp_path / "grown", 4, 32)
-    fill(bucket, run)
-    bucket.files.pipe_file(f"{bucket.root}/review/bad.txt", b"00000000\n")
-    there = [path.rpartition("my run/")[2] for path in bucket.files.find(bucket.root)]
-    bucket.files.get_file, kept = broken_after(len(there) - 2, bucket.files.get_file), bucket.files.get_file
-    assert command.main(line) == 3 and all(
-        (copy / name).exists() for name in {*there} - {"run.json", "state/seal.json"}
-    )
-    assert (copy / "state/ledger.sqlite").exists() and (copy / "review/bad.txt").exists()
-    bucket.files.get_file = kept
-    fill(bucket, tmp_path / "grown")
-    bucket.files.pipe_file(f"{bucket.root}/review/bad.txt", b"00000001\n")
-    assert command.main(line) == 0 and audit(copy).findings == [] and len(open_run(copy)) == 4
-    assert (copy / "review/bad.txt").read_bytes() == b"00000001\n" and not (copy / object_store.COPYING).exists()
-
-
-def broken_after(number, get_file):
-    """The same call, which fails after so many files."""
-    left = iter(range(number))
-
-    def get(*arguments):
-        if next(left, None) is None:
-            raise OSError("the line is broken")
-        return get_file(*arguments)
-
-    return get
-
-
-def test_a_damaged_row_of_a_store_is_told_with_the_place_of_the_store(run, bucket, tmp_path, capsys):
-    fill(bucket, run)
-    ledger = tmp_path / "ledger.sqlite"
-    ledger.write_bytes((run / "state/ledger.sqlite").read_bytes())
-    with closing(sqlite3.connect(ledger, isolation_level=None)) as connection:
-        connection.execute("UPDATE samples SET labels = '{' WHERE \"index\" = 1")
-    bucket.files.pipe_file(f"{bucket.root}/state/ledger.sqlite", ledger.read_bytes())
-    assert convert.main([bucket.url, "--to", "nyu", "--out", str(tmp_path / "nyu"), "--quiet"]) == 4
-    told = capsys.readouterr().err.splitlines()
-    assert told[0].startswith(f"{bucket.url}/state/ledger.sqlite: ") and told[1].endswith(f"audit '{bucket.url}'")
-
-
-def test_remedies_with_the_url_of_a_run_can_be_pasted(run, bucket, tmp_path):
-    fill(bucket, run)
-    bucket.files.rm(f"{bucket.root}/images/00000001.png")
-    with pytest.raises(Missing, match="is not there") as stop, open_run(bucket.url) as opened:
-        object_store.StoreCopy(bucket.url, tmp_path / "copy").read(opened[1].row.files["image"][0])
-    assert stop.value.remedy.endswith(f"audit '{bucket.url}'")
-
-
-def test_damage_in_a_store_is_told_with_places_that_stay(run, bucket, tmp_path, capsys):
-    fill(bucket, run)
-    name = "depth/00000001.png"
-    bucket.files.pipe_file(f"{bucket.root}/{name}", b"damaged")
-    assert audit_command.main([bucket.url, "--quiet"]) == 4
-    copying = f"Copy the run with: python -m datasetdm_fast.gallery {shlex.quote(bucket.url)} --out COPY"
-    assert f"{name}: " in (told := capsys.readouterr().out) and copying in told
-    assert convert.main([bucket.url, "--to", "nyu", "--out", str(tmp_path / "nyu"), "--quiet"]) == 4
-    told = capsys.readouterr().err.splitlines()
-    assert told[0] == f"{bucket.url}/{name}: it is missing or has changed since it was written"
-    assert told[1].endswith(f"audit '{bucket.url}'")
 
 
 def test_samples_that_are_set_aside_are_counted_apart(tmp_path, capsys):
@@ -512,8 +369,8 @@ def test_a_store_on_a_disk_is_a_folder(run, tmp_path, capsys):
         (["other"], "other: holds no run.json"),
         (["other/file"], "other/file: holds no run.json"),
         (["empty"], "empty: no sample is committed yet"),
-        (["file:///nowhere/run"], "file:///nowhere/run: holds no run.json"),
-        (["empty", "--out", "copy"], "--out: empty is a local folder"),
+        (["file:///nowhere/run"], "/nowhere/run: holds no run.json"),
+        (["empty", "--out", "copy"], "--out: empty is a run folder"),
         (["nothing://bucket/run", "--serve"], "Protocol not known"),
     ],
 )

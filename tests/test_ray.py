@@ -2,10 +2,8 @@
 and to the driver. And run folders in an object store.
 """
 
-import gc
 import importlib.util
 import os
-import pickle
 import shutil
 import signal
 import socket
@@ -24,14 +22,11 @@ from run_steps import prepare
 from skips import long_test
 from test_ranks import still_running, tree
 
-from datasetdm_fast import audit as audit_command
-from datasetdm_fast import convert, generate
+from datasetdm_fast import generate
 from datasetdm_fast.command_line.run_settings import complete_settings, read_spec
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder import object_store
 from datasetdm_fast.runs.run_folder.folder import RunFolder
-from datasetdm_fast.runs.run_folder.reader import open_run
 from datasetdm_fast.runs.run_folder.shard_places import shard_place
 from datasetdm_fast.runs.run_settings import RunConfig, WorkerSettings
 from datasetdm_fast.runs.workers import ray_connection
@@ -408,41 +403,6 @@ def test_a_misspelt_bucket_is_not_created(monkeypatch):
     bucket.require_bucket(is_made=True)
     bucket.require_bucket(is_made=False)
     there.rmdir("/buket")
-
-
-def test_a_run_folder_in_a_store_is_read_audited_and_converted_from_there(monkeypatch, tmp_path, capsys):
-    import fsspec
-
-    torchless.install(monkeypatch.setattr)
-    monkeypatch.setattr(object_store.ObjectStore, "_protocols", ("bucket",))
-    made = prepare(config(tmp_path / "run"))
-    url, there = "memory://bucket/my run", fsspec.filesystem("memory")
-    samples = [torchless.drawn(made.plan.request(k), made.recipe.tasks) for k in range(2)]
-    with RunFolder(made.folder, made.document) as folder:
-        folder.add(samples, {})
-        finish_run(folder)
-    for name, content in tree(made.folder).items():
-        there.pipe_file(f"/bucket/my run/{name}", content)
-    run = open_run(url)
-    assert len(run) == 2
-    assert (run[1].image == samples[1].image).all() and run[0].label(made.recipe.tasks[0]) is not None
-    assert (pickle.loads(pickle.dumps(run))[0].image == samples[0].image).all()
-    assert audit_command.main([url, "--quiet"]) == 0 and f"{url}: whole, 2 of " in capsys.readouterr().out
-    line = [url, "--to", "coco", "--out", str(tmp_path / "export"), "--quiet"]
-    assert convert.main(line) == 0 and len(list((tmp_path / "export").rglob("*.png"))) >= 2
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "export").rglob("*")}
-    assert convert.main(line) == 0 and {path: path.stat().st_mtime_ns for path in before} == before
-    assert convert.main([url, "--to", "coco"]) == 2 and "--out is missing" in capsys.readouterr().err
-    there.pipe_file("/bucket/my run/images/00000001.png", there.cat_file("/bucket/my run/images/00000001.png")[:-9])
-    assert audit_command.main([url, "--quiet"]) == 4
-    assert "gallery 'memory://bucket/my run' --out COPY; then audit COPY." in capsys.readouterr().out
-    there.rm("/bucket", recursive=True)
-    with pytest.raises((Refused, Missing)):
-        print(open_run(url)[0].image)
-    copies = run.copies.folder
-    del run
-    gc.collect()
-    assert not copies.exists()
 
 
 @with_ray

@@ -17,7 +17,7 @@ from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder.document import LEDGER, LOCK
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.ledger import Ledger
-from datasetdm_fast.runs.run_folder.reader import Run, StoredSample, open_changeable
+from datasetdm_fast.runs.run_folder.reader import Run, StoredSample
 from datasetdm_fast.runs.run_folder.scores import (
     HASH,
     SCORERS,
@@ -40,7 +40,7 @@ DIGITS = 6  # of a score
 
 def open_run(place: str) -> Run:
     """A run with samples that can be filtered."""
-    run = open_changeable(place)
+    run = Run(place)
     if not len(run):
         raise Refused(f"{place}: holds no sample", "Name a run with samples.")
     return run

@@ -60,9 +60,7 @@ class ExportSource:
                 if self.chosen is None or row.request.index in self.chosen:
                     yield self.correct(row)
         except Refused as error:
-            path, copies = str(self.run.path), self.run.copies
-            name = copies.store.url if copies else path  # rather than a copy that is deleted at the end
-            raise damage_of(name, error.cause.replace(path, name)) from error
+            raise damage_of(self.run.shards.place.name if self.run.shards else self.run.path, error.cause) from error
 
 
 def damage_of(run: str | Path, cause: str) -> GateFailed:

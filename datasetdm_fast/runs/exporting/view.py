@@ -179,9 +179,9 @@ class SampleView:
         return form, image_bytes(self.image, form, self.pictures.quality)
 
     def link_file(self, role: str) -> Content:
-        """A file of the run, as it is; of one that is in a shard or an object store its bytes."""
+        """A file of the run, as it is; of one that is in a shard its bytes."""
         data = self.read(role)
-        if self.stored.shards or self.stored.copies:
+        if self.stored.shards:
             return data
         name, written = self.stored.row.files[role]
         return Linked(self.stored.folder / name, written)

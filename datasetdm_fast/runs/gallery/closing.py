@@ -68,9 +68,8 @@ def write_indexes(folder: Path, document: Mapping[str, Any], ledger: Ledger, *, 
 class PageWriter:
     """Writes the page of a run; it gets the rows of every thousand, then `end`."""
 
-    def __init__(self, folder: Path, document: Mapping[str, Any], ledger: Ledger, *, has_samples: bool = True):
-        """Without the samples' files in the folder the page has neither sheets nor pictures."""
-        self._folder, self._document, self._ledger, self._has_samples = folder, document, ledger, has_samples
+    def __init__(self, folder: Path, document: Mapping[str, Any], ledger: Ledger):
+        self._folder, self._document, self._ledger = folder, document, ledger
         self._facts = RunFacts(document, ledger)
         self._shown_before = sheets.read_shown(folder)
         self._shown: dict[str, str] = {}
@@ -83,19 +82,17 @@ class PageWriter:
         for place, group in sheets.group_by_sheet(rows):
             contents[page_files.details_name(place)] = page_files.script("details", place, self._facts.details(group))
         storage.publish({self._folder / name: content for name, content in contents.items()})
-        if self._has_samples:
-            for role in page_files.picture_roles(self._document):
-                pictures.draw_missing(self._folder, rows, role)
-            self._shown |= sheets.draw_sheets(self._folder, rows, self._shown_before)
+        for role in page_files.picture_roles(self._document):
+            pictures.draw_missing(self._folder, rows, role)
+        self._shown |= sheets.draw_sheets(self._folder, rows, self._shown_before)
 
     def end(self, *, is_in_progress: bool = False) -> None:
         """Writes the page itself, once all rows were added, and removes files of samples that are no longer shown."""
-        if self._has_samples:
-            storage.publish({self._folder / page_files.SHEETS: pretty(self._shown)})
-        expected = page_files.expected_files(self._document, self._ledger, has_samples=self._has_samples)
+        storage.publish({self._folder / page_files.SHEETS: pretty(self._shown)})
+        expected = page_files.expected_files(self._document, self._ledger)
         for name in set(page_files.existing_files(self._folder, self._document)) - expected:
             storage.remove(self._folder / name)
-        run = self._facts.whole(has_sheets=self._has_samples, is_in_progress=is_in_progress)
+        run = self._facts.whole(has_sheets=True, is_in_progress=is_in_progress)
         contents = {
             page_files.RUN: page_files.script("run", 0, run),
             page_files.LEFT_OUT: page_files.left_out_script(read_filter(self._folder)),

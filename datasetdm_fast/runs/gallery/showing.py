@@ -4,24 +4,21 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.disk import locks
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.runs.gallery.closing import PageWriter, finish_run, lock_page, thousands, write_indexes
-from datasetdm_fast.runs.gallery.pictures import fetch_or_draw
-from datasetdm_fast.runs.gallery.review import Review
+from datasetdm_fast.runs.gallery.closing import finish_run, lock_page, write_indexes
 from datasetdm_fast.runs.gallery.server import ServedRun
 from datasetdm_fast.runs.gallery.shard_page import ShardPage, open_page
-from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER, LOCK, require_document, without_ledger
+from datasetdm_fast.runs.run_folder.document import LEDGER, LOCK, require_document, without_ledger
 from datasetdm_fast.runs.run_folder.folder import RunFolder, refusing_rows
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger
-from datasetdm_fast.runs.run_folder.object_store import StoreCopy, copy_of, unfinished_run
 from datasetdm_fast.runs.run_folder.seal import has_indexes, is_sealed
 from datasetdm_fast.runs.run_folder.shard_audit import find_sharded
+from datasetdm_fast.runs.run_folder.shard_places import folder_of, shard_place
 
 MOST_SHARE = 0.01  # of a run's time that is spent on pages of what it has so far
 
@@ -34,51 +31,28 @@ class ShownRun:
     samples: int  # of the data set
     doubtful: int  # beside it, which the page shows as well
     planned: int
-    copies: StoreCopy | None = None  # what brings the samples' files there, where they are in an object store
     shards: ShardPage | None = None
 
     def served_run(self) -> ServedRun:
         """What a server needs of the run."""
-        if self.shards is not None:
-            return self.shards.served_run()
-        served = ServedRun.of_folder(self.folder)
-        if self.copies is None:
-            return served
-        fetch = partial(fetch_or_draw, self.copies.fetch, self.folder)
-        # no command takes one sample of it, and its marks belong beside it
-        return replace(served, fetch=fetch, command_path="", review=Review(self.copies.store.url))
+        return self.shards.served_run() if self.shards else ServedRun.of_folder(self.folder)
 
 
 def show(place: str | Path, out: str = "", *, is_served: bool = False, is_dry: bool = False) -> ShownRun:
-    """A run, by its folder or the URL of a finished one in an object store, with its page, which is written anew where
-    it lacks a committed sample. A run in progress is not disturbed: its page and index files are written, nothing else;
-    a dry run writes nothing there. Where the samples are in an object store, the page is for a server alone. That of a
-    run in shards is written into the folder `out`.
+    """A run, by its folder or URL, with its page, which is written anew where it lacks a committed sample. A run in
+    progress is not disturbed: its page and index files are written, nothing else; a dry run writes nothing there. The
+    page of a run in shards is written into the folder `out`, or is for a server alone.
     """
     if (document := find_sharded(place)) is not None:
         page = open_page(str(place), out, is_served=is_served or is_dry)
         return ShownRun(page.folder, page.samples, 0, document["plan"]["number"], shards=page)
-    copies = copy_of(place)
-    if copies and not copies.store.disk and not is_served:
-        raise Refused(
-            f"{place}: no browser opens a page whose samples are in an object store",
-            "Add --serve, or copy the run here with --out DIR.",
-        )
-    folder = Path(place) if copies is None else copies.store.disk or copies.fetch_state()
-    if copies and not (folder / DOCUMENT).exists():
-        raise unfinished_run(str(place))
-    if copies is None or copies.store.disk:
-        copies, document = None, _write_page(folder, is_dry=is_dry)
-    else:
-        document = require_document(folder)
-        with Ledger(folder / LEDGER, read_only=True) as ledger:
-            page = PageWriter(folder, document, ledger, has_samples=False)
-            for rows in thousands(ledger):
-                page.add(rows)
-            page.end()
+    if out:
+        raise Refused(f"--out: {place} is a run folder", "Drop --out: its page is written into the folder itself.")
+    folder = folder_of(shard_place(place))
+    document = _write_page(folder, is_dry=is_dry)
     with Ledger(folder / LEDGER, read_only=True) as ledger:
         samples, doubtful = ledger.count(), ledger.count(DOUBTFUL)
-    return ShownRun(folder, samples, doubtful, document["plan"]["number"], copies)
+    return ShownRun(folder, samples, doubtful, document["plan"]["number"])
 
 
 def _write_page(folder: Path, *, is_dry: bool) -> dict[str, Any]:

@@ -61,13 +61,11 @@ def page_folders(roles: list[str]) -> list[str]:
     return ["gallery/pages", "gallery/details", "gallery/sheets", *(f"gallery/{role}" for role in roles)]
 
 
-def expected_files(document: Mapping[str, Any], ledger: Ledger, *, has_samples: bool = True) -> set[str]:
-    """The files of a complete page; without the samples' files it has neither sheets nor pictures."""
+def expected_files(document: Mapping[str, Any], ledger: Ledger) -> set[str]:
+    """The files of a complete page."""
     indices = ledger.indices(DONE, DOUBTFUL)
     sheets = {index // SHEET_SAMPLES for index in indices}
     names = {page_name(index // PAGE_SAMPLES) for index in indices} | set(map(details_name, sheets))
-    if not has_samples:
-        return names | set(SINGLE_FILES) - {SHEETS}
     pictures = {picture_name(role, f"{index:08d}") for role in picture_roles(document) for index in indices}
     return names | set(SINGLE_FILES) | set(map(sheet_name, sheets)) | pictures
 

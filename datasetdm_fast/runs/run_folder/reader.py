@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
+import tempfile
+import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -22,7 +25,8 @@ from datasetdm_fast.engine.labels.label_files import image_tensor, label_tensors
 from datasetdm_fast.engine.labels.names import check_label
 from datasetdm_fast.engine.labels.pictures import PREVIEW_SAMPLES, preview
 from datasetdm_fast.engine.labels.trust import trust_of
-from datasetdm_fast.errors import Missing, Refused, nearest, quote
+from datasetdm_fast.errors import Missing, Refused, nearest
+from datasetdm_fast.runs.run_folder.corrections import CORRECTIONS
 from datasetdm_fast.runs.run_folder.document import (
     DOCUMENT,
     LEDGER,
@@ -34,13 +38,12 @@ from datasetdm_fast.runs.run_folder.document import (
 )
 from datasetdm_fast.runs.run_folder.goal import goal_of
 from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, PARTS, Ledger, Row
-from datasetdm_fast.runs.run_folder.object_store import StoreCopy, copy_of, unfinished_run
 from datasetdm_fast.runs.run_folder.scores import passing
 from datasetdm_fast.runs.run_folder.seal import replace_file
-from datasetdm_fast.runs.run_folder.selections import Filter, read_filter
-from datasetdm_fast.runs.run_folder.shard_places import shard_place
+from datasetdm_fast.runs.run_folder.selections import FILTER, SPLIT, Filter, read_filter
+from datasetdm_fast.runs.run_folder.shard_places import ShardBucket, ShardPlace, folder_of, shard_place
 from datasetdm_fast.runs.run_folder.shard_selections import read_dropped
-from datasetdm_fast.runs.run_folder.shards import ShardLedger, is_sharded, shard_size
+from datasetdm_fast.runs.run_folder.shards import ShardLedger, is_sharded, read_stored, shard_size
 from datasetdm_fast.untrusted import documents, images
 
 if TYPE_CHECKING:
@@ -60,7 +63,6 @@ class StoredSample:
     row: Row
     folder: Path
     document: Mapping[str, Any]
-    copies: StoreCopy | None = None  # of files that are in an object store
     class_table: ClassTable | None = None  # the words of --class-table that its run was made with
     shards: ShardLedger | None = None  # where its files are in a shard
 
@@ -71,7 +73,7 @@ class StoredSample:
     @property
     def run(self) -> str:
         """The folder or the URL of its run."""
-        return self.copies.store.url if self.copies else str(self.folder)
+        return self.shards.place.name if self.shards else str(self.folder)
 
     @property
     def prompt(self) -> str:
@@ -108,8 +110,6 @@ class StoredSample:
         name = self.row.files[role][0]
         if self.shards:
             return self.shards.read_file(self.row, role)
-        if self.copies:
-            return self.copies.read(name)
         return storage.read(self.folder / name, images.LARGEST_IMAGE_FILE)
 
     def _read_image(self, role: str) -> Image.Image:
@@ -178,14 +178,12 @@ class Run(AbstractContextManager["Run"]):
     """A finished or growing run, read lazily: the samples that it held when it was opened."""
 
     def __init__(self, path: str | Path, *, kept: bool = False, doubtful: bool = False):
-        self.copies = copy_of(path)
-        self.path = self.copies.fetch_state() if self.copies else Path(path)
-        if self.copies and not (self.path / DOCUMENT).exists():
-            raise unfinished_run(str(path))
+        place = shard_place(path)
+        is_stored = isinstance(place, ShardBucket) and is_sharded(read_stored(place) or {"config": {}})
+        self.path = fetch_state(place) if is_stored else folder_of(place)
         self.document = require_document(self.path)
         self.shards: ShardLedger | None = None
         if is_sharded(self.document):
-            place = shard_place(path)
             self.shards = ShardLedger(place, shard_size(self.document["config"]), dropped=read_dropped(place))
         if self.shards is None and not (self.path / LEDGER).exists():
             raise without_ledger(self.path, self.document)
@@ -266,7 +264,7 @@ class Run(AbstractContextManager["Run"]):
 
     def sample_of(self, row: Row) -> StoredSample:
         """The sample of a row."""
-        return StoredSample(row, self.path, self.document, self.copies, self._class_table, self.shards)
+        return StoredSample(row, self.path, self.document, self._class_table, self.shards)
 
     def keep(self, decided: Filter) -> Run:
         """This run with only the samples that a filter keeps."""
@@ -454,15 +452,14 @@ def _tensors(sample: StoredSample, task: str) -> Tensor | dict[str, Tensor]:
     return label_tensors(task, label, sample.document["labels"][task])
 
 
-def open_changeable(path: str | Path) -> Run:
-    """A run whose samples can be selected: in shards anywhere, in a run folder on this machine."""
-    run = Run(path)
-    if run.shards is None and run.copies is not None:
-        raise Refused(
-            f"{path}: its samples are in an object store",
-            f"Copy the run with: python -m datasetdm_fast.gallery {quote(path)} --out COPY",
-        )
-    return run
+def fetch_state(place: ShardPlace) -> Path:
+    """A temporary folder with the small files of a run in a store, which lasts as long as `place`."""
+    parent, first = Path(tempfile.mkdtemp(prefix="datasetdm-")), os.getpid()
+    weakref.finalize(place, lambda: os.getpid() == first and shutil.rmtree(parent, ignore_errors=True))
+    folder = parent / (place.name.rstrip("/").rpartition("/")[2].strip(".") or "run")  # exports name it
+    contents = {name: place.read(name) for name in (DOCUMENT, FILTER, SPLIT, CORRECTIONS)}
+    storage.publish({folder / name: content for name, content in contents.items() if content is not None})
+    return folder
 
 
 def open_run(path: str | Path, *, kept: bool = False, doubtful: bool = False) -> Run:

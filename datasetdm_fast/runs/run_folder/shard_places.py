@@ -12,7 +12,8 @@ from typing import Any, BinaryIO
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.storage import StoredFile
-from datasetdm_fast.errors import Missing
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.runs.run_folder.document import DOCUMENT
 from datasetdm_fast.runs.run_folder.object_store import ObjectStore, is_url
 
 LARGEST_FILE = 2**28  # bytes of a file that is read as a whole
@@ -154,3 +155,12 @@ def shard_place(place: str | Path) -> ShardPlace:
         return ShardFolder(Path(place))
     store = ObjectStore(str(place))
     return ShardFolder(store.disk) if store.disk else ShardBucket(store)
+
+
+def folder_of(place: ShardPlace) -> Path:
+    """The folder of a run folder; only runs in shards are read from a store."""
+    if isinstance(place, ShardFolder):
+        return place.path
+    if place.read(DOCUMENT) is None:
+        raise Refused(f"{place.name}: holds no {DOCUMENT}, so it is not a run", "Check the address.")
+    raise Refused(f"{place.name}: it is a run folder, and a store is read only in shards", "Copy it to a disk first.")
