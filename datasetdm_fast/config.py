@@ -94,7 +94,6 @@ class EngineKind:
     # settings of its own -> cause and remedy of the refusal where they are given to another engine
     options: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     requirement: tuple[str, str] | None = None  # module:function that raises Missing early, and the option it reads
-    races: bool = False  # whether --engine auto tries it for a long run on a CPU
     halves: tuple[str, ...] = ()  # precisions that --dtype auto tries for a long run
     needs: Literal["", "network", "export"] = ""  # of a family: a network of ours, or that its stages can be exported
 
@@ -118,14 +117,12 @@ OWN_ENGINES = {
             "provider": ("provider: {value} is one of ONNX Runtime's, and the engine is {engine}", "Add --engine ort.")
         },
         requirement=("datasetdm_fast.engine.engines.exported.providers:require_provider", "provider"),
-        races=True,
         needs="export",
     ),
     "openvino": EngineKind(
         "datasetdm_fast.engine.engines.exported.openvino:OpenVinoEngine",
         options={"streams": ("--streams: OpenVINO has streams, and the engine is {engine}", "Add --engine openvino.")},
         requirement=("datasetdm_fast.engine.engines.exported.providers:require_openvino", "streams"),
-        races=True,
         halves=("bf16",),
         needs="export",
     ),
@@ -140,7 +137,7 @@ OWN_ENGINES = {
     ),
 }
 ENGINES = Registry("engines", OWN_ENGINES, EngineKind)
-ENGINE_NAMES = ("auto", *ENGINES.names)  # auto is the fast one, unless a race in a long run on a CPU finds a faster
+ENGINE_NAMES = ("auto", *ENGINES.names)  # auto is the fast one
 PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")  # of ONNX Runtime
 SEEDS = 2**63  # a seed is one of so many from 0 on, which a generator and the ledger can hold
 MOST_CALLS = 16  # captured calls that a decoder reads

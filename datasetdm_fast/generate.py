@@ -13,7 +13,7 @@ from datasetdm_fast.command_line.output import print_lines
 from datasetdm_fast.command_line.progress import ImageProgress
 from datasetdm_fast.config import EXACT
 from datasetdm_fast.runs.agreement.admission import Screen, admit_job
-from datasetdm_fast.runs.jobs.racing import probe
+from datasetdm_fast.runs.jobs.probing import probe
 from datasetdm_fast.runs.jobs.result import Result, describe_job
 from datasetdm_fast.runs.jobs.run import Decision, Outcome, RunQueue
 from datasetdm_fast.runs.jobs.writing import count_outside
@@ -71,12 +71,11 @@ def _write(
     compares = config.verify or is_judged or run.tries_half(spec) or run.may_differ(spec)
     if launch.is_here or launch.may_compare and compares:
         screen = Screen(partial(print_lines, config), partial(run_report.show_calls, config.quiet))
-        job = admit_job(run, spec, screen, verify=config.verify, races=launch.is_here)
+        job = admit_job(run, spec, screen, verify=config.verify)
     if launch.is_here:
         if not config.quiet:
-            seconds = job.call_seconds
-            if not seconds and job.images_left > 1:  # a single image is soon made
-                seconds = probe(job.engine, job.plan.batch_size, job.calls_left)
+            # a single image is soon made
+            seconds = probe(job.engine, job.plan.batch_size, job.calls_left) if job.images_left > 1 else 0.0
             print_lines(config, *describe_job(job, seconds))
         counted = {"images": job.images_left, "batch": job.plan.batch_size, "calls": len(job.recipe.schedule)}
     elif job:

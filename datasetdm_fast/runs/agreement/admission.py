@@ -27,12 +27,12 @@ class Screen:
     show_calls: Callable[[str, int], AbstractContextManager[Callable[[], Any]]]
 
 
-def admit_job(run: RunQueue, spec: RunSpec, screen: Screen, *, verify: int = 0, races: bool = False) -> Job:
+def admit_job(run: RunQueue, spec: RunSpec, screen: Screen, *, verify: int = 0) -> Job:
     """The job in the precision that `--dtype auto` takes, once its engine, and its speed, passed what they have to."""
     if run.tries_half(spec):
-        job = _choose_precision(spec, screen, races=races)
+        job = _choose_precision(spec, screen)
     else:
-        job = prepare_job(spec, run.stored, races=races, mixes=True)
+        job = prepare_job(spec, run.stored, mixes=True)
         if job.differing:
             job = _check_engine(job, screen)
     job = _verify(job, run, min(verify, job.plan.number), screen) if verify else job
@@ -59,11 +59,11 @@ def _judge_speed(job: Job, spec: RunSpec, screen: Screen) -> Job:
     return replace(job, document=job.document | {"speed": verdict})
 
 
-def _choose_precision(spec: RunSpec, screen: Screen, *, races: bool) -> Job:
+def _choose_precision(spec: RunSpec, screen: Screen) -> Job:
     """The job in half precision if its first samples pass the gates of that, else in fp32; run.json has the figures."""
     from datasetdm_fast.runs.agreement.comparing import compare_with_reference, count_calls, describe_verdict
 
-    job = prepare_job(spec, None, races=races, dtype=HALF)
+    job = prepare_job(spec, None, dtype=HALF)
     if not job.half:
         return job
     number = min(MEASURED, job.plan.number)
@@ -73,7 +73,7 @@ def _choose_precision(spec: RunSpec, screen: Screen, *, races: bool) -> Job:
     facts: dict[str, Any] = {"precision": {"tried": half, "number": number, "failed": failed}}
     if failed:
         summary = f"fp32, as {half} does not agree with {REFERENCE} in {', '.join(failed)} on {number} samples"
-        job = prepare_job(spec, None, races=races, dtype="fp32")
+        job = prepare_job(spec, None, dtype="fp32")
     else:
         summary = f"{half}, as it agrees in all {len(verdict.rows)} measures with {REFERENCE} on {number} samples"
         facts["verified"] = describe_verdict(verdict, job.engine)

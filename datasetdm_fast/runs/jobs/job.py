@@ -20,7 +20,6 @@ from datasetdm_fast.engine.loop.plan import Plan, make_plan
 from datasetdm_fast.engine.loop.recipe import Recipe, label_tables, make_recipe, prompt_words
 from datasetdm_fast.engine.loop.speed import COST
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.runs.jobs import racing
 from datasetdm_fast.runs.run_folder.document import FORMAT, grows, most_samples, quarantines, row_facts
 from datasetdm_fast.runs.run_folder.goal import check_scored, counts_by_class
 from datasetdm_fast.runs.run_settings import LabelSettings, RunSpec
@@ -28,6 +27,7 @@ from datasetdm_fast.settings import EngineSettings, ModelSettings, SamplingSetti
 from datasetdm_fast.version import __version__
 
 SPARE = 64 * 2**20  # bytes a run leaves free for ledger, index files and other programs
+RACED = ("openvino", "ort")  # engines that --engine auto chose for some runs of earlier versions
 ATTENTION_SETTINGS = ("exponent", "threshold", "uncertainty", "self_cells", "cross_cells", "parity")
 
 
@@ -44,10 +44,8 @@ class Job:
     limit: int = 0  # samples that this command makes; 0: all
     batch_size: int = 0  # requested; 0: as many as fit into memory
     may_mix: bool = True  # whether another engine may continue the run
-    race: str = ""  # how --engine auto chose, where it tried several
     half: str = ""  # the precision that --dtype auto tries, until it was measured
     precision: str = ""  # how it chose
-    call_seconds: float = 0.0  # of a UNet call at the run's batch size, where that was measured
     generator: Callable[..., Any] | None = None  # what samples a batch, see driver.generate
     pixels: int = 0  # of an image on average, where images have sizes of their own
     calls: int = 0  # UNet calls of a batch on average, where the recipe does not state them
@@ -94,7 +92,7 @@ class Job:
         return int(sample * max(self.plan.number - self.done, 0)) + SPARE
 
 
-def build_job(spec: RunSpec, stored: Mapping[str, Any] | None, *, races: bool = False, dtype: str = "") -> Job:
+def build_job(spec: RunSpec, stored: Mapping[str, Any] | None, dtype: str = "") -> Job:
     """The job as the settings describe it, not yet merged with the run folder; `stored` is its run.json, if any."""
     source, labels = spec.source, spec.labels
     engine, decoders = open_engine(spec.model, spec.engine, labels.task, stored, dtype, spec.sampling.guidance)
@@ -126,11 +124,6 @@ def build_job(spec: RunSpec, stored: Mapping[str, Any] | None, *, races: bool = 
     if recipe.attention is not None:
         for request in _first_requests(source, plan):
             recipe.check_request(request, engine.model.tokenizer, tokenizer_cuts=source.tokenizer_cuts)
-    race, images = racing.Race(engine), min(spec.limit or plan.number, plan.number)
-    can_race = images > 1 and recipe.decoded == recipe.tasks and not recipe.cached and not spec.engine.compile
-    if races and stored is None and spec.engine.engine == "auto" and can_race:
-        race = racing.fastest(engine, size, -(-images // size) * len(recipe.schedule))
-        engine = race.engine
     document = describe_run(spec.identity, plan, engine, recipe, decoders)
     if spec.identity.get("accept"):
         check_scored(document)
@@ -145,9 +138,7 @@ def build_job(spec: RunSpec, stored: Mapping[str, Any] | None, *, races: bool = 
         stops_outside=not spec.force_domain,
         batch_size=spec.batch_size,
         may_mix=spec.may_mix,
-        race=race.summary,
         half=precision if dtype == HALF and precision != "fp32" else "",
-        call_seconds=race.seconds,
         unnamed=(len(unnamed), len(requests)),
         url=spec.url,
     )
@@ -195,7 +186,7 @@ def open_engine(
     options = {name: getattr(model, name) for name in ("outlines", "size", "allow_download", "lora")}
     options |= {"guidance": guidance, **engine.engine_choices()}
     before = stored["engine"].get("engine") if stored and engine.engine == "auto" else None
-    if before in ENGINES and ENGINES[before].races:
+    if before in RACED:
         options["engine"] = before
     if engine.dtype == "auto":
         options["dtype"] = (dtype or "auto") if stored is None else _stored_dtype(engine.engine, stored["engine"])

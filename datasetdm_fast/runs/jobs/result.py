@@ -199,7 +199,6 @@ def describe_job(job: Job, call: float = 0.0) -> list[str]:
         "draws": _describe_undrawn(job),
         "engine": f"{name}, {count_noun(batches, 'batch', 'batches')} of {plan.batch_size}",
         "memory": describe_memory(job),
-        "race": job.race,
         "precision": job.precision or promised or _warning(engine),
         "time": f"about {format_duration(call * job.calls_left * OVERHEAD)}, at {call:.3g} s a call"
         if call

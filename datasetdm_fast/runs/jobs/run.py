@@ -36,14 +36,11 @@ COMPARED = ("model", "decoders", "packages", "sampling", "plan", "labels")  # pa
 MAY_DIFFER = ("name", "source", "licence")  # entries of these parts that change no byte
 
 
-def prepare_job(
-    spec: RunSpec, stored: Mapping[str, Any] | None, *, races: bool = False, mixes: bool = False, dtype: str = ""
-) -> Job:
-    """The job of a run whose run.json is `stored`, checked in full; with `races` `--engine auto` may take another
-    engine than the fast one, with `mixes` the engine may be a new one for the run folder. `dtype` takes the place of
-    `--dtype auto`.
+def prepare_job(spec: RunSpec, stored: Mapping[str, Any] | None, *, mixes: bool = False, dtype: str = "") -> Job:
+    """The job of a run whose run.json is `stored`, checked in full; with `mixes` the engine may be a new one for the
+    run folder. `dtype` takes the place of `--dtype auto`.
     """
-    job = build_job(spec, stored, races=races, dtype=dtype)
+    job = build_job(spec, stored, dtype)
     if stored is not None:
         job = replace(merge_with_stored(job, stored, mixes=mixes), done=count_rows(spec.folder))
     if not spec.url:

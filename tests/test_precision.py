@@ -1,6 +1,4 @@
-"""--engine auto and --dtype auto in a long run on a CPU: the fastest engine that agrees, half precision where verify's
-gates hold, both kept by the run folder.
-"""
+"""--dtype auto in a long run: half precision where verify's gates hold, which the run folder keeps; the plan's time."""
 
 import json
 from dataclasses import replace
@@ -13,22 +11,17 @@ from datasetdm_fast.command_line.run_settings import read_spec
 from datasetdm_fast.config import HALF, LABELLER_KINDS
 from datasetdm_fast.engine.engines import build_engine, device
 from datasetdm_fast.engine.loading import load_model
-from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.agreement import comparing
 from datasetdm_fast.runs.agreement.comparing import compare_with_reference
 from datasetdm_fast.runs.agreement.verify import GateRow, Verdict
-from datasetdm_fast.runs.jobs import job, racing, run
+from datasetdm_fast.runs.jobs import job, probing, run
+from datasetdm_fast.runs.jobs.probing import CHEAP, MANY_CALLS
 from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.settings import EngineSettings, ModelSettings
 
 
-@pytest.fixture(scope="module")
-def opened():
-    return build_engine("fast", load_model("tiny"), device="cpu")
-
-
 class Clock:
-    """Time that passes only in the calls of engines, so that no load of the machine decides a race."""
+    """Time that passes only in the calls of an engine."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -37,78 +30,19 @@ class Clock:
         return self.seconds
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(racing, "time", clock)
-    return clock
+@pytest.mark.parametrize(("seconds", "calls", "timed"), [(0.1, 1, 2), (CHEAP + 1, 1, 1), (CHEAP + 1, MANY_CALLS, 2)])
+def test_a_plan_times_two_calls_or_one_of_a_short_run_of_slow_ones(monkeypatch, seconds, calls, timed):
+    engine, clock = build_engine("fast", load_model("tiny"), device="cpu"), Clock()
+    denoise = engine.denoise
 
+    def timed_call(*inputs):
+        clock.seconds += seconds
+        return denoise(*inputs)
 
-class Rival:
-    """The opened engine with calls that last so long by a clock, or with another answer."""
-
-    def __init__(self, opened, name: str, clock: Clock, seconds: float, error: float = 0.0):
-        self.opened, self.name, self.clock, self.seconds, self.error = opened, name, clock, seconds, error
-        self.device, self.model, self.decoders = opened.device, opened.model, opened.decoders
-        self.encode_text, self.fingerprint = opened.encode_text, opened.fingerprint
-
-    def denoise(self, *inputs):
-        self.clock.seconds += self.seconds
-        return self.opened.denoise(*inputs) * (1 + self.error)
-
-
-@pytest.fixture
-def rivals(opened, monkeypatch):
-    """Engines by name, in place of those that are installed."""
-    there: dict[str, object] = {}
-
-    def build(name, *_, **options):
-        assert options == {"dtype": "fp32", "device": "cpu"}
-        if isinstance(there[name], Exception):
-            raise there[name]
-        return there[name]
-
-    monkeypatch.setattr(racing, "_others", lambda name: list(there))
-    monkeypatch.setattr(racing, "build_engine", build)
-    return there
-
-
-def test_the_fastest_that_agrees_wins(opened, rivals, clock):
-    slow = Rival(opened, "fast", clock, 0.2)
-    rivals |= {"openvino": Rival(opened, "openvino", clock, 0.05), "ort": Rival(opened, "ort", clock, 0.1)}
-    rivals |= {
-        "wrong": Rival(opened, "wrong", clock, 0.01, 1e-3),
-        "absent": Missing("no graphs", ""),
-        "bf16": Refused("no", ""),
-    }
-    race = racing.fastest(slow, 2, 10**9)
-    assert race.engine is rivals["openvino"] and race.seconds == pytest.approx(0.05)
-    assert race.summary == "openvino of openvino 0.05 s, ort 0.1 s, fast 0.2 s a call"
-
-
-@pytest.mark.parametrize(("seconds", "is_taken"), [(0.1 * 1.02, False), (0.1 * 1.04, True)])
-def test_the_opened_engine_stays_unless_another_is_clearly_faster(opened, rivals, clock, seconds, is_taken):
-    rivals["openvino"] = Rival(opened, "openvino", clock, 0.1)
-    slower = Rival(opened, "fast", clock, seconds)
-    assert racing.fastest(slower, 2, 10**9).engine is (rivals["openvino"] if is_taken else slower)
-
-
-@pytest.mark.parametrize(("seconds", "calls"), [(0.1, 2), (racing.CHEAP + 1, 1)])
-def test_a_short_run_has_no_race_and_its_calls_are_those_of_the_plan(opened, rivals, clock, seconds, calls):
-    rivals["openvino"] = RuntimeError("it was built")
-    engine = Rival(opened, "fast", clock, seconds)
-    race = racing.fastest(engine, 2, 1)
-    assert (race.engine, race.summary) == (engine, "") and race.seconds == pytest.approx(seconds)
-    assert clock.seconds == pytest.approx(seconds * calls)
-
-
-def test_what_is_not_installed_takes_no_part(monkeypatch):
-    def check(name):
-        if name == "openvino":
-            raise Missing("not here", "")
-
-    monkeypatch.setattr(racing, "check_engine", check)
-    assert racing._others("fast") == ["ort"]
+    monkeypatch.setattr(engine, "denoise", timed_call)
+    monkeypatch.setattr(probing, "time", clock)
+    assert probing.probe(engine, 2, calls) == pytest.approx(seconds)
+    assert clock.seconds == pytest.approx(seconds * timed)
 
 
 def test_a_run_folder_keeps_the_engine(monkeypatch):
@@ -122,25 +56,6 @@ def test_a_run_folder_keeps_the_engine(monkeypatch):
     ):
         job.open_engine(ModelSettings(), EngineSettings(engine=engine), ("semantic",), stored)
     assert asked == ["auto", "openvino", "auto", "fast"]
-
-
-def test_the_plan_and_run_json_name_the_winner(tmp_path, monkeypatch, capsys):
-    from datasetdm_fast.generate import main
-
-    chosen = []
-
-    def fastest(engine, batch_size, calls):
-        chosen.append((batch_size, calls))
-        told = engine.fingerprint() | {"engine": "ort"}
-        engine.fingerprint = lambda: told
-        return racing.Race(engine, "ort of ort 0.1 s, fast 0.2 s a call", 0.1)
-
-    monkeypatch.setattr(racing, "fastest", fastest)
-    line = f"--number 3 --batch-size 2 --steps 2 --task depth --device cpu --out {tmp_path / 'run'}"
-    assert main(line.split()) == 0
-    assert "race       ort of ort 0.1 s, fast 0.2 s a call" in capsys.readouterr().err
-    assert chosen and chosen[0][0] == 2 and chosen[0][1] % 2 == 0
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["engine"]["engine"] == "ort"
 
 
 @pytest.fixture
@@ -232,19 +147,6 @@ def test_a_device_without_half_precision_stays_in_fp32(halved, monkeypatch):
     monkeypatch.setattr(device, "half_of", lambda _: "")
     engine, _ = job.engines.open_engine("tiny", None, dtype=HALF, device="cpu")
     assert engine.fingerprint()["dtype"] == "fp32"
-
-
-def test_the_race_is_run_in_half_precision(tmp_path, halved, monkeypatch):
-    raced = []
-
-    def fastest(engine, *_):
-        raced.append(engine.fingerprint()["dtype"])
-        return racing.Race(engine)
-
-    monkeypatch.setattr(racing, "fastest", fastest)
-    halved[0].append("image")
-    made(tmp_path / "run", "--number", "2")
-    assert raced == ["bf16", "fp32"]
 
 
 def test_the_reference_of_a_comparison_is_let_go(tmp_path):
