@@ -20,7 +20,7 @@ from datasetdm_fast.cli import COMMANDS
 from datasetdm_fast.cli import main as cli_main
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.compat.showlab.__main__ import SCRIPTS
+from datasetdm_fast.compat.showlab.generator import GENERATORS
 from datasetdm_fast.engine.loading.folder import DEMO
 from datasetdm_fast.generate import main
 from datasetdm_fast.runs.run_settings import RunConfig
@@ -275,7 +275,7 @@ def known_flags():
         with redirect_stdout(StringIO()) as shown:
             assert run_module(f"datasetdm_fast.{name}", ["--help"]) == 0
         found[name] = set(re.findall(r"--[a-z_-]+", shown.getvalue()))
-    found["showlab"] = {f"--{flag.name}" for script in SCRIPTS.values() for flag in script.flags}
+    found["showlab"] = {f"--{flag.name}" for script in GENERATORS.values() for flag in script.flags}
     return found
 
 

@@ -32,7 +32,6 @@ from datasetdm_fast.compat.showlab import (
     files,
     generating,
     generator,
-    training,
 )
 from datasetdm_fast.compat.showlab.generator import GENERATORS
 from datasetdm_fast.engine.decoders import upstream as checkpoints
@@ -461,16 +460,10 @@ def test_refusals_name_the_flags_of_the_line(run, tmp_path):
 
 
 def test_flags_without_effect_are_named(root, model):
-    given = {
-        "parallel_generate_Semantic_Medical_CT": ("--prompt", "a cat", "--config", "x.yaml", "--prompt_root", "x"),
-        "train_depth_NYU": ("--batch_size", "4", "--steps", "3"),
-    }
-    for script, idle in (
-        ("parallel_generate_Semantic_Medical_CT", "--config, --prompt"),
-        ("train_depth_NYU", "--batch_size"),
-    ):
-        line = command.read_line("", command.SCRIPTS[script], given[script])
-        assert list(generating.rows_of_ignored(line)) == [f"ignored   {idle}: without effect in DatasetDM, too"]
+    given = ("--prompt", "a cat", "--config", "x.yaml", "--prompt_root", "x")
+    line = command.read_line("", GENERATORS["parallel_generate_Semantic_Medical_CT"], given)
+    told = "ignored   --config, --prompt: without effect in DatasetDM, too"
+    assert list(generating.rows_of_ignored(line)) == [told]
 
 
 def test_the_table_counts_processes_and_what_they_leave_over(root):
@@ -488,57 +481,20 @@ def test_an_output_that_holds_something_else_is_refused(run, tmp_path):
     assert "holds files of another run" in told and (tmp_path / "out/Image/200000.jpg").read_text() == "mine"
 
 
-# ---- trainers
+def test_the_lines_of_train_on_the_page_of_datasetdm_are_lines_of_train():
+    page = (Path(__file__).parent.parent / "docs/from-datasetdm.md").read_text()
+    lines = [row.split("|") for row in page.splitlines() if row.startswith("| `train_")]
+    shared = page.partition("python -m datasetdm_fast.train ")[2].partition("\n```")[0].replace("\\\n", " ").split()
+    assert len(lines) == 11
+    for _, script, line, _ in lines:
+        words = line.strip(" `").split()
+        parse([*words, *shared[shared.index("--preset") :]], TrainConfig)[0].check()
+        assert words[0] == "--data" and script.strip(" `").startswith("train_")
 
 
-@pytest.mark.parametrize(
-    "script, config, data, flags",
-    [
-        ("train_semantic_voc", "is_zero: true", "voc:{}/data/PascalVOC12", "--select voc-zero-shot --quirks Q11"),
-        ("train_semantic_voc", "long_tail: true", "voc:{}/data/PascalVOC12", "--select voc-long-tail"),
-        ("train_instance_coco", "", "coco:{}/data/COCO2017", "--select coco --limit-per-class 50 --quirks Q12"),
-        ("train_pose_coco", "", "coco:{}/data/COCO2017", "--select coco-pose --limit-images 50 --pose-head simcc"),
-        ("train_depth_KITTI", "", "vkitti2:{}/data/VirtualKITTI2", "--select vkitti2"),
-    ],
-)
-def test_a_trainers_line_becomes_one_of_train(tmp_path, script, config, data, flags):
-    for name in ("PascalVOC12", "COCO2017", "VirtualKITTI2"):
-        (tmp_path / "data" / name).mkdir(parents=True)
-    line = ["--root", str(tmp_path), "--model", "demo", "--image_limitation", "50", "--save_name", "one"]
-    line += ["--dataset", "VirtualKITTI"] if "KITTI" in script else []
-    if config:
-        write(tmp_path / "c.yaml", f"DATASETS:\n  dataset: VOC\n  {config}\n")
-        line += ["--config", "c.yaml"]
-    trainer = training.TRAINERS[script]
-    words = training.line_of_train(trainer, command.read_line("", trainer, line))
-    read, _ = parse(words, TrainConfig)
-    read.check()
-    assert words[1] == data.format(tmp_path) and flags in " ".join(words) or set(flags.split()) <= set(words)
-    assert ("--limit-per-class" in words) == (script == "train_instance_coco" or config == "is_zero: true")
-    assert read.preset == "upstream" and read.out == str(tmp_path / "checkpoint/one/.train")
-
-
-def test_a_configuration_of_no_data_is_refused(root, tmp_path, capsys):
-    line = ("--root", str(root), "--model", "demo", "--config", "config/VOC.yaml", "--quiet")
-    assert command.main(["train_semantic_voc", *line]) == 2
-    assert "config/VOC.yaml: DATASETS is missing" in capsys.readouterr().err
-
-
-def test_what_a_trainer_leaves_is_a_checkpoint(root, tmp_path):
-    found = checkpoints.open_checkpoint(root / "nyu.pth", "nyu", load_model("demo").levels)
-    for name, content in found.files().items():
-        write_bytes(tmp_path / "checkpoint/one/.train/depth" / name, content)
-    trainer = training.TRAINERS["train_depth_NYU"]
-    read = ["--root", str(tmp_path), "--save_name", "one"]
-    path = training.checkpoint_of(trainer, command.read_line("", trainer, read))
-    assert path == tmp_path / "checkpoint/one/latest_checkpoint.pth"
-    ours, theirs = (torch.load(one, weights_only=True) for one in (path, root / "nyu.pth"))
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
+def test_a_trainers_script_is_refused_with_its_page(capsys):
+    assert command.main(["train_depth_NYU"]) == 2
+    assert "docs/from-datasetdm.md has the line of `train`" in capsys.readouterr().err
 
 
 # ---- DatasetDM's own scripts

@@ -3,7 +3,6 @@
 import shlex
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 from types import SimpleNamespace
 
 from datasetdm_fast.command_line.ending import command
@@ -12,12 +11,11 @@ from datasetdm_fast.command_line.output import print_lines, print_result, print_
 from datasetdm_fast.command_line.progress import ImageProgress
 from datasetdm_fast.compat.showlab.generator import GENERATORS, Generator
 from datasetdm_fast.compat.showlab.lines import Line, read_line
-from datasetdm_fast.compat.showlab.training import TRAINERS, TrainingScript, checkpoint_of, line_of_train
 from datasetdm_fast.errors import Refused, nearest, renamed_flags
 from datasetdm_fast.messages import count_noun, format_duration
 
 PROG = "python -m datasetdm_fast.compat.showlab"
-SCRIPTS: dict[str, Generator | TrainingScript] = {**GENERATORS, **TRAINERS}
+TRAIN = "docs/from-datasetdm.md has the line of `train` that each of DatasetDM's trainers stands for."
 
 
 @command
@@ -26,18 +24,16 @@ def main(arguments: Sequence[str]) -> int:
     name = arguments[0].removesuffix(".py").rpartition("/")[2] if arguments else ""
     if name in ("-h", "--help", ""):
         print(f"usage: {PROG} SCRIPT [flags of the script]\n")
-        for each, script in SCRIPTS.items():
+        for each, script in GENERATORS.items():
             print(f"  {each}\n      {script.description}")
         print("\nSCRIPT --help lists the flags. docs/from-datasetdm.md lists the differences.")
         return 0
-    if name not in SCRIPTS:
-        raise Refused(f"{PROG}: unknown script {name!r}{nearest(name, SCRIPTS)}", f"`{PROG} --help` lists them.")
-    script, same_command = SCRIPTS[name], f"{PROG} {shlex.join(arguments)}"
-    line = read_line(PROG, script, arguments[1:])
-    if isinstance(script, TrainingScript):
-        return train(script, line, same_command)
+    if name not in GENERATORS:
+        remedy = TRAIN if name.startswith("train") else f"`{PROG} --help` lists them."
+        raise Refused(f"{PROG}: unknown script {name!r}{nearest(name, GENERATORS)}", remedy)
+    script = GENERATORS[name]
     with renamed_flags({"--out": "--outdir"}):
-        return generate(script, line, same_command)
+        return generate(script, read_line(PROG, script, arguments[1:]), f"{PROG} {shlex.join(arguments)}")
 
 
 def generate(script: Generator, line: Line, same_command: str) -> int:
@@ -67,27 +63,6 @@ def generate(script: Generator, line: Line, same_command: str) -> int:
     if not result.is_complete:
         print_unfinished(result.done, result.number, same_command, "images")
     return interruption.exit_code(0)
-
-
-def train(trainer: TrainingScript, line: Line, same_command: str) -> int:
-    """Trains a decoder, or resumes its training, and writes its checkpoint."""
-    from datasetdm_fast.compat.showlab import generating
-
-    settings, words = SimpleNamespace(**line.values), line_of_train(trainer, line)
-    print_lines(
-        settings,
-        *generating.rows_of_ignored(line),
-        f"command   python -m datasetdm_fast.train {shlex.join(words)}",
-        f"kept      {trainer.quirk or 'one image a step'}, DatasetDM's recipe",
-    )
-    if (code := import_module("datasetdm_fast.train").main(words)) or line["dry_run"]:
-        return code
-    if (path := checkpoint_of(trainer, line)) is None:
-        print(f"stopped; resume with: {same_command}", file=sys.stderr)
-        return 0
-    print_lines(settings, f"{path}: a state dict as DatasetDM saves and loads it")
-    print(path, flush=True)
-    return 0
 
 
 if __name__ == "__main__":

@@ -41,12 +41,11 @@ class ScriptFlags(Protocol):
 
 @dataclass(frozen=True)
 class Line:
-    """A parsed command line: the value of every flag, and the names of those in `arguments`."""
+    """A parsed command line: the value of every flag."""
 
     script: str
     values: Mapping[str, Any]
-    arguments: frozenset[str]
-    ignored: tuple[str, ...] = ()  # flags among them that have no effect
+    ignored: tuple[str, ...] = ()  # flags that were given and have no effect
 
     def __getitem__(self, name: str) -> Any:
         return self.values[name]
@@ -129,7 +128,7 @@ def read_line(prog: str, script: ScriptFlags, arguments: Sequence[str]) -> Line:
     values = {name: value for name, value in vars(options).items() if value is not None}  # None: without its value
     ignored = tuple(flag.name for flag in script.flags if flag.name in vars(options) and not flag.has_effect)
     defaults = {flag.name: flag.default for flag in script.flags}
-    return Line(script.name, defaults | values, frozenset(vars(options)), ignored)
+    return Line(script.name, defaults | values, ignored)
 
 
 def _add(parser: argparse.ArgumentParser, flag: Flag) -> None:
