@@ -21,7 +21,7 @@ from datasetdm_fast.runs.run_folder.shards import SHARDS
 from datasetdm_fast.runs.run_settings import RunConfig, RunSpec, WorkerSettings
 from datasetdm_fast.runs.workers.devices import find_peer, find_places
 from datasetdm_fast.runs.workers.launch import Launch, begin_run, choose_launch
-from datasetdm_fast.runs.workers.worker import Callbacks
+from datasetdm_fast.runs.workers.worker import Callbacks, describe_nothing
 
 EXAMPLES = (
     "--number 16",
@@ -91,7 +91,8 @@ def _write(
 
             page.enter_context(ShownSoFar(spec.folder, config.page_every, progress.print))
         signals = {"on_unet_call": progress.on_unet_call, "is_stopping": interruption.is_stopping}
-        callbacks = Callbacks(describe_job, progress.print, progress.on_commit, **signals)
+        describe = describe_nothing if config.quiet else describe_job
+        callbacks = Callbacks(describe, progress.print, progress.on_commit, **signals)
         return launch.run(spec, job, callbacks)
 
 

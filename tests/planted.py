@@ -309,13 +309,12 @@ _BY_FILE = {
         ("offset + length > facts.st_size", "length > facts.st_size", "a graph reads beyond its data"),
         ("if operator in NATIVE", "if (domain, operator) in NATIVE", "a graph loads compiled code"),
     ),
-    "runs/workers/queue.py": (
-        "test_queue.py",
-        ("AND helper IS NULL", "", "one batch is made by everybody"),
-        ('"=" if is_fresh else ">"', '">" if is_fresh else "="', "failed batches come first"),
-        ("state != 'done'\", batch", "state != 'free'\", batch", "both who made a batch count it"),
-        ("WHERE batch = ? AND state = 'taken'\"", 'WHERE batch = ?"', "committed batches are made again"),
-        ("helper = NULL WHERE helper = ?", "helper = NULL WHERE owner = ?", "a batch waits for a helper that has left"),
+    "runs/workers/claims.py": (
+        "test_work_claims.py",
+        ('"deaths") + 1 if', '"deaths") if', "what kills every process is made for ever"),
+        ("if content != claim:", "if content == claim:", "the batch of a process at work is taken from it"),
+        ("> LEASE_SECONDS", "< LEASE_SECONDS", "a claim is over as soon as it is seen"),
+        ("machine != host()", "machine == host()", "a process of another machine is looked for here"),
     ),
     "engine/loop/plan.py": (
         "test_driver.py::test_large_seeds_are_those_of_the_images_and_of_their_rows",

@@ -9,7 +9,7 @@ from mutants import BROKEN, HERE, MISSED, NOTICED, Mutant, copied, outcome, plan
 from planted import MUTANTS
 
 MODULES = ("loop/driver", "run_folder/ledger", "run_folder/indexes/", "sampling/", "models/capture", "tasks/")
-MORE = ("labels/", "agreement/", "untrusted/", "workers/queue")
+MORE = ("labels/", "agreement/", "untrusted/", "workers/claims")
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: f"{mutant.file}:{mutant.old}"[:100])

@@ -39,7 +39,7 @@ from datasetdm_fast.runs.run_folder.shards import ShardLedger, entry_name, index
 from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.runs.workers import shard_ranks, shard_worker
 from datasetdm_fast.runs.workers.devices import Place
-from datasetdm_fast.runs.workers.shard_worker import CLAIMS, Claims, ShardRank, work_on_shards
+from datasetdm_fast.runs.workers.shard_worker import ShardRank, work_on_shards
 from datasetdm_fast.runs.workers.worker import Callbacks
 from datasetdm_fast.training.readers import open_data
 from datasetdm_fast.training.readers.run import RunSamples
@@ -206,19 +206,6 @@ def test_a_shard_that_is_made_twice_is_committed_once(alone, tmp_path, monkeypat
     monkeypatch.setattr(place, "read", lambda name: reads.append(name) or (entry if len(reads) > 2 else None))
     assert worker._make(2) is False and worker.made == 0
     assert tree(run) == tree(alone)
-
-
-def test_the_claim_of_a_process_that_has_ended_or_is_silent_is_taken(tmp_path, monkeypatch):
-    place = ShardFolder(tmp_path)
-    one, other = Claims(place), Claims(place)
-    assert one.take(3) and not other.take(3)
-    monkeypatch.setattr(shard_worker, "LEASE_SECONDS", 0.0)
-    assert other.take(3)
-    place.replace(f"{CLAIMS}/4", b"")
-    place.replace(f"{CLAIMS}/00004", json.dumps({"host": shard_worker.host(), "process": 2**22 + 1}).encode())
-    assert one.take(4)
-    one.release(4)
-    assert place.names(CLAIMS) == ["00003", "4"]
 
 
 def test_a_store_holds_the_bytes_of_a_disk(alone, bucket):

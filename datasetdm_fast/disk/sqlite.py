@@ -109,7 +109,7 @@ class Database:
         self._connection.close()
 
 
-def connect(path: Path, schema: str, journal: str = WRITE_AHEAD, synchronous: str = "") -> Database:
+def connect(path: Path, schema: str, journal: str = WRITE_AHEAD) -> Database:
     """A database for writing that survives a loss of power; it is created whole if missing."""
     if not path.exists():
         part = storage.part_of(path)
@@ -122,7 +122,7 @@ def connect(path: Path, schema: str, journal: str = WRITE_AHEAD, synchronous: st
         except BaseException:
             storage.forget(part)
             raise
-    return Database(path, path, journal, synchronous or SYNCHRONOUS)
+    return Database(path, path, journal, SYNCHRONOUS)
 
 
 def connect_to_read(path: Path) -> Database:

@@ -17,6 +17,7 @@ from datasetdm_fast.engine.loop.plan import TURN
 from datasetdm_fast.errors import Missing, Refused, quote
 from datasetdm_fast.runs.run_folder import page_files, seal
 from datasetdm_fast.runs.run_folder.document import (
+    CLAIMS,
     COMMANDS,
     DOCUMENT,
     DROPPED,
@@ -48,7 +49,7 @@ RESTORE_LEDGER = (
     f"Restore {LEDGER} from a copy, or make the run again in another folder: the same command gives the same bytes."
 )
 CHANGED, MISSING = "its bytes are not those that were written", "is not there"
-LOG_OF_0_1 = "state/events.jsonl"  # which earlier versions wrote
+LOG_OF_0_1, QUEUE_OF_0_2 = "state/events.jsonl", "state/leases.sqlite"  # which earlier versions wrote
 NAME_A_RUN = "Name a run folder, or an export of convert."
 
 
@@ -243,7 +244,7 @@ def _product_folders(document: Mapping[str, Any]) -> list[str]:
 def _check_strangers(folder: Path, folders: Iterable[str], known: set[str]) -> Iterator[Finding]:
     """Files in our folders that no sample has; a run in progress has some that the same line writes over."""
     state = {LEDGER, LOCK, seal.SEAL, FILTER, LOG_OF_0_1, *(f"{LEDGER}-{kind}" for kind in ("wal", "shm", "journal"))}
-    state |= {DROPPED.rstrip("/"), seal.QUEUE, f"{seal.QUEUE}-journal"}  # the queue of a process that was killed
+    state |= {DROPPED.rstrip("/"), f"state/{CLAIMS}", QUEUE_OF_0_2, f"{QUEUE_OF_0_2}-journal"}  # of killed processes
     allowed = known | state
     paths = (path for name in folders if (folder / name).is_dir() for path in sorted((folder / name).iterdir()))
     for path in paths if seal.is_sealed(folder) else ():

@@ -16,6 +16,7 @@ from datasetdm_fast.untrusted import documents, images
 FORMAT = 3  # of the folder's layout; a reader refuses what it does not know
 DOCUMENT, LEDGER, LOCK = "run.json", "state/ledger.sqlite", "state/lock"
 DROPPED = "state/dropped/"  # where the files of samples lie that were dropped
+CLAIMS = "claims"  # folder of files that tell which process makes which part of a run in progress
 MANIFEST = "manifest"  # folder of a run in shards, with an entry for each that is complete
 EXPORTS = "exports"  # where convert writes the exports of a run by default
 QUARANTINE = "doubtful/"  # files of samples that --keep trusted or --accept quarantines

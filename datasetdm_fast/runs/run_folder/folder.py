@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -16,6 +17,7 @@ from datasetdm_fast.engine.labels import kind_of, label_files
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.runs.run_folder import seal
 from datasetdm_fast.runs.run_folder.document import (
+    CLAIMS,
     DOCUMENT,
     DROPPED,
     EXPORTS,
@@ -212,9 +214,9 @@ def into(folder: Path) -> Publish:
 
 
 def clean(folder: Path) -> None:
-    """Removes half-written files of killed processes; no other process may work in the folder."""
+    """Removes claims and half-written files of killed processes; no other process may work in the folder."""
     storage.remove_temporaries(folder, apart=folder / EXPORTS)
-    seal.remove_queue(folder)
+    shutil.rmtree(folder / "state" / CLAIMS, ignore_errors=True)
 
 
 @contextmanager
@@ -230,15 +232,14 @@ def refusing_rows(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def share_folder(folder: Path, begin: Callable[[], None]) -> Iterator[None]:
-    """Holds the folder with other processes; the first of them cleans it and calls `begin`."""
+def share_folder(folder: Path) -> Iterator[None]:
+    """Holds the folder with other processes; the first of them cleans it."""
     end = time.monotonic() + ENTRY_SECONDS
     with ExitStack() as lock:
         while True:
             # refused where others share it already, or one of them looks whether it is held
             with suppress(Refused), locks.hold_lock(folder / LOCK):
                 clean(folder)
-                begin()
             try:
                 lock.enter_context(locks.hold_lock(folder / LOCK, is_shared=True))
                 break

@@ -455,7 +455,12 @@ def _tensors(sample: StoredSample, task: str) -> Tensor | dict[str, Tensor]:
 def fetch_state(place: ShardPlace) -> Path:
     """A temporary folder with the small files of a run in a store, which lasts as long as `place`."""
     parent, first = Path(tempfile.mkdtemp(prefix="datasetdm-")), os.getpid()
-    weakref.finalize(place, lambda: os.getpid() == first and shutil.rmtree(parent, ignore_errors=True))
+
+    def remove() -> None:
+        if os.getpid() == first:  # a forked process leaves it to the first
+            shutil.rmtree(parent, ignore_errors=True)
+
+    weakref.finalize(place, remove)
     folder = parent / (place.name.rstrip("/").rpartition("/")[2].strip(".") or "run")  # exports name it
     contents = {name: place.read(name) for name in (DOCUMENT, FILTER, SPLIT, CORRECTIONS)}
     storage.publish({folder / name: content for name, content in contents.items() if content is not None})

@@ -14,16 +14,9 @@ from datasetdm_fast.runs.run_folder.page_files import existing_files, expected_f
 from datasetdm_fast.runs.run_folder.selections import FILTER, SPLIT, read_filter
 from datasetdm_fast.untrusted import documents
 
-QUEUE = "state/leases.sqlite"  # which process makes which batch; gone once the run is finished
 THIS = "this"  # the line of the seal that is about the other lines
 SEAL = "state/seal.json"  # empty from before the first change until everything is in place
 LARGEST_SEAL = 2**28  # bytes, about 80 of them a sample
-
-
-def remove_queue(folder: Path) -> None:
-    """Removes the work queue of a run that no process works on."""
-    for name in (QUEUE, f"{QUEUE}-journal"):
-        storage.remove(folder / name)
 
 
 def index_files(document: Mapping[str, Any]) -> list[str]:

@@ -16,8 +16,9 @@ from datasetdm_fast.runs.run_folder.shards import ShardLedger
 from datasetdm_fast.runs.run_settings import RunSpec, WorkerSettings
 from datasetdm_fast.runs.workers.devices import Pool, pool_of
 from datasetdm_fast.runs.workers.ray_connection import address_of, first_line, join_cluster
-from datasetdm_fast.runs.workers.shard_ranks import ShardSupervisor
+from datasetdm_fast.runs.workers.shard_ranks import SharedShards
 from datasetdm_fast.runs.workers.shard_worker import ShardRank, work_on_shards
+from datasetdm_fast.runs.workers.supervisor import Supervisor
 from datasetdm_fast.runs.workers.worker import Callbacks
 from datasetdm_fast.version import __version__
 
@@ -51,7 +52,7 @@ def _run(workers: WorkerSettings, spec: RunSpec, ledger: ShardLedger, callbacks:
             handle = worker.remote()
             return RayProcess(handle, handle.work.remote(spec, name, rank, callbacks.on_start, __version__), workers)
 
-        ShardSupervisor(begin, lambda: _count(pool, workers), spec, ledger, callbacks).work()
+        Supervisor(SharedShards(begin, lambda: _count(pool, workers), spec, ledger), callbacks).work()
 
 
 def _machines() -> list[dict[str, float]]:
@@ -90,6 +91,9 @@ class RayProcess:
                 cause = f"--cluster {self.workers.cluster}: its machines have no datasetdm_fast"
                 raise Missing(cause, NOTHING_HERE) from error
             return f"ended ({first_line(error)})"
+
+    def stop(self) -> None:
+        self.kill()
 
     def kill(self) -> None:
         import ray

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tarfile
 import time
 from collections import Counter
@@ -21,7 +20,7 @@ from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.runs.jobs.job import Job, build_job, check_room
 from datasetdm_fast.runs.jobs.run import check_rows, merge_with_stored
 from datasetdm_fast.runs.jobs.writing import WRITERS, DomainGate, batch_facts, make_samples
-from datasetdm_fast.runs.run_folder.document import DOCUMENT, MANIFEST, check_config, grows, pretty
+from datasetdm_fast.runs.run_folder.document import CLAIMS, DOCUMENT, MANIFEST, check_config, grows, pretty
 from datasetdm_fast.runs.run_folder.folder import write_samples
 from datasetdm_fast.runs.run_folder.ledger import DONE, QUARANTINED, Row
 from datasetdm_fast.runs.run_folder.shard_places import ShardFolder, ShardPlace
@@ -46,14 +45,10 @@ from datasetdm_fast.runs.run_folder.shards import (
     tar_name,
 )
 from datasetdm_fast.runs.run_settings import RunSpec
-from datasetdm_fast.runs.workers.heartbeat import host, is_over
-from datasetdm_fast.runs.workers.queue import Owner
+from datasetdm_fast.runs.workers.claims import Claims
 from datasetdm_fast.runs.workers.worker import Callbacks
 from datasetdm_fast.untrusted import documents
 
-CLAIMS = "claims"
-SECONDS_BETWEEN_BEATS = 15.0  # renewals of a claim
-LEASE_SECONDS = 180.0  # without a renewal, after which others may take a shard
 SECONDS_BETWEEN_TRIES = 2.0  # to take a shard where all that are missing are claimed
 Encoded = tuple[Row, Mapping[str, bytes]]  # a row and its files by role
 
@@ -126,64 +121,8 @@ def check_settings(spec: RunSpec, place: ShardPlace, stored: Mapping[str, Any]) 
     check_config(place.name, stored, spec.identity)
 
 
-class Claims:
-    """Which process makes which shard, told by files that are renewed; one that is not may be taken by others."""
-
-    def __init__(self, place: ShardPlace, name: str = ""):
-        self._place, self._name, self._beats, self._last = place, name, 0, time.monotonic()
-        self._seen: dict[int, tuple[bytes, float]] = {}  # what a claim of another was, and since when
-
-    def _content(self) -> bytes:
-        owner = {"name": self._name, "host": host(), "process": os.getpid()}
-        return json.dumps({**owner, "beats": self._beats}).encode()
-
-    def take(self, shard: int) -> bool:
-        """Whether the shard is this process's to make."""
-        name, content = f"{CLAIMS}/{shard:05d}", self._content()
-        if self._place.create(name, content):
-            return True
-        other = self._place.read(name)
-        if other is not None and not self._is_over(shard, other):
-            return False
-        self._place.replace(name, content)
-        self._place.remove_parts(*_names_of(shard))
-        return True
-
-    def _is_over(self, shard: int, claim: bytes) -> bool:
-        """Whether the process of a claim has ended, or has not renewed it for the lease."""
-        content, since = self._seen.get(shard, (b"", 0.0))
-        if content != claim:
-            self._seen[shard] = claim, time.monotonic()
-        elif time.monotonic() - since > LEASE_SECONDS:
-            return True
-        try:
-            value = json.loads(claim)
-            return is_over(Owner("", 0, value["host"], int(value["process"])))
-        except (ValueError, TypeError, KeyError):
-            return False
-
-    def renew(self, shard: int) -> None:
-        """A sign of life, to be given often."""
-        if time.monotonic() - self._last > SECONDS_BETWEEN_BEATS:
-            self._last, self._beats = time.monotonic(), self._beats + 1
-            self._place.replace(f"{CLAIMS}/{shard:05d}", self._content())
-
-    def release(self, shard: int) -> None:
-        self._place.remove_parts(f"{CLAIMS}/{shard:05d}")  # of processes that were killed while they claimed it
-        self._place.remove(f"{CLAIMS}/{shard:05d}")
-
-
-def _names_of(shard: int) -> list[str]:
-    """The files of a shard, its claim among them."""
-    return [tar_name(shard), index_name(shard), entry_name(shard), f"{CLAIMS}/{shard:05d}"]
-
-
-def release_claims(place: ShardPlace, name: str) -> None:
-    """Frees the shards of a process that has ended, by the name that it was started under."""
-    for claim in place.names(CLAIMS):
-        if name.encode() in (place.read(f"{CLAIMS}/{claim}") or b""):
-            place.remove(f"{CLAIMS}/{claim}")
-            place.remove_parts(*_names_of(int(claim)))
+def files_of_shard(shard: int) -> tuple[str, ...]:
+    return tar_name(shard), index_name(shard), entry_name(shard)
 
 
 class ShardWorker:
@@ -192,7 +131,7 @@ class ShardWorker:
     def __init__(self, job: Job, place: ShardPlace, rank: ShardRank, callbacks: Callbacks):
         self.job, self.place, self.callbacks = job, place, callbacks
         self.size = shard_size(job.document["config"])
-        self.gate, self.claims, self.made = DomainGate(job), Claims(place, rank.name), 0
+        self.gate, self.claims, self.made = DomainGate(job), Claims(place, rank.name, files_of_shard), 0
         count = -(-job.plan.number // self.size)
         self.order = sorted(range(count), key=lambda shard: ((shard - rank.rank) % rank.world, shard))
         self.names = instance_classes(job.document)
@@ -304,7 +243,7 @@ class ShardWorker:
 
         def on_unet_call() -> None:
             self.callbacks.on_unet_call()
-            self.claims.renew(shard)
+            self.claims.renew()
 
         for turn in range(turns := job.plan.most // job.plan.number):
             rejected: list[int] = []

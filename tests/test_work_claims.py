@@ -1,0 +1,114 @@
+"""Claims of the parts of a run: who makes which, and what follows a death, a silence or a stop."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from datasetdm_fast.runs.run_folder.document import CLAIMS
+from datasetdm_fast.runs.run_folder.shard_places import ShardFolder
+from datasetdm_fast.runs.workers import claims
+from datasetdm_fast.runs.workers.claims import Claims, claim_name, claims_by_name, free_claims, host, is_over
+
+pytestmark = pytest.mark.core
+
+
+@pytest.fixture
+def place(tmp_path):
+    return ShardFolder(tmp_path)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The seconds of the claims, which stand still by themselves."""
+    seconds = [1000.0]
+    monkeypatch.setattr(claims.time, "monotonic", lambda: seconds[0])
+    return seconds
+
+
+@pytest.fixture
+def ended():
+    """The number of a process that has ended."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def test_a_part_is_taken_once_until_it_is_released(place):
+    one, other = Claims(place), Claims(place)
+    assert one.take_new(3) and not other.take_new(3) and not other.take(3) and other.take_new(4)
+    one.release(3)
+    assert other.take(3) and other.deaths == {3: 0, 4: 0} and one.deaths == {}
+
+
+def test_the_part_of_a_process_that_has_ended_is_taken_over_with_its_deaths(place, ended):
+    other = Claims(place, files_of=lambda part: [f"{part}.tar"])
+    place.replace(claim_name(3), json.dumps({"host": host(), "process": ended, "deaths": 1}).encode())
+    (place.path / f".3.tar.{ended:010}.part").write_bytes(b"half")
+    assert not other.take_new(3) and other.take(3) and other.deaths == {3: 2}
+    assert json.loads(place.read(claim_name(3)))["process"] == os.getpid()
+
+
+def test_a_silent_part_is_taken_over_after_the_lease_and_nobody_counts_as_dead(place, clock):
+    one, other = Claims(place), Claims(place)
+    assert one.take(3) and not other.take(3)
+    for _ in range(3):  # as long as the claim is renewed
+        clock[0] += claims.LEASE_SECONDS - 1
+        one.renew()
+        assert not other.take(3)
+    clock[0] += claims.LEASE_SECONDS - 1
+    assert not other.take(3)
+    clock[0] += 2
+    assert other.take(3) and other.deaths == {3: 0}
+
+
+def test_a_process_renews_what_it_makes_and_no_more(place, clock):
+    one = Claims(place, "one")
+    one.take(3), one.take(4), one.release(4)
+    clock[0] += claims.SECONDS_BETWEEN_BEATS - 1
+    one.renew()
+    assert json.loads(place.read(claim_name(3)))["beats"] == 0
+    clock[0] += 2
+    one.renew()
+    assert json.loads(place.read(claim_name(3)))["beats"] == 1 and place.read(claim_name(4)) is None
+
+
+@pytest.mark.parametrize("died", [False, True])
+def test_what_a_process_was_making_is_free_when_it_has_ended(place, died):
+    one, other = Claims(place, "one"), Claims(place, "other")
+    assert one.take(3) and one.take(5) and other.take(4)
+    assert {name: len(each) for name, each in claims_by_name(place).items()} == {"one": 2, "other": 1}
+    assert free_claims(place, "one", lambda part: (), died=died) == 2
+    assert other.take_new(3) is not died
+    assert other.take(3) and other.take(5) and other.deaths == {3: int(died), 4: 0, 5: int(died)}
+
+
+@pytest.mark.parametrize(
+    "content", [b"[1]", b"{", b'{"process": "x"}', b'{"host": "h", "process": 1e9, "deaths": "x"}']
+)
+def test_a_claim_that_cannot_be_read_is_one_of_a_process_elsewhere(place, clock, content):
+    place.replace(claim_name(3), content)
+    one = Claims(place)
+    assert not one.take(3)
+    clock[0] += claims.LEASE_SECONDS + 1
+    assert one.take(3) and one.deaths == {3: 0}
+
+
+def test_other_files_are_no_claims(place):
+    place.replace(f"{CLAIMS}/last", b"7")
+    assert claims_by_name(place) == {} and free_claims(place, "", lambda part: (), died=True) == 0
+    assert place.names(CLAIMS) == ["last"]
+
+
+@pytest.mark.parametrize("where", ["here", "another machine", "another container"])
+def test_a_process_is_looked_for_only_where_its_number_means_that_process(ended, monkeypatch, where):
+    """Machines, and the containers of one, may have the same name; in none of them is the other's process."""
+    with monkeypatch.context() as elsewhere:
+        if where == "another machine":
+            elsewhere.setattr(Path, "read_text", lambda path: "another boot")
+        if where == "another container":
+            elsewhere.setattr(os, "readlink", lambda path: "pid:[1]")
+        machine = host()
+    assert is_over(machine, ended) == (where == "here") and not is_over(host(), os.getpid())
