@@ -1,4 +1,4 @@
-"""python -m datasetdm_fast.audit RUN: check a run folder or an export, and say how to repair what is damaged."""
+"""python -m datasetdm_fast.audit RUN: check a run, and say how to repair what is damaged."""
 
 import json
 import sys
@@ -8,9 +8,8 @@ from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.progress import CountProgress
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.messages import count_noun
-from datasetdm_fast.runs.exporting.auditing import audit_place
 from datasetdm_fast.runs.run_folder.audit import repair
-from datasetdm_fast.runs.run_folder.shard_audit import find_sharded, repair_shards
+from datasetdm_fast.runs.run_folder.shard_audit import audit_place, find_sharded, repair_shards
 from datasetdm_fast.settings import setting
 
 EXAMPLES = ("runs/demo",)
@@ -19,7 +18,7 @@ SHOWN = 100  # findings on a terminal
 
 @dataclass(frozen=True)
 class AuditConfig:
-    run: str = setting("", "run folder, or the folder of an export", metavar="RUN", positional=True, required=True)
+    run: str = setting("", "run folder, or the URL of a run in shards", metavar="RUN", positional=True, required=True)
     threads: int = setting(0, "files checked at once, 0 = all cores", metavar="N")
     repair: bool = setting(False, "take damaged samples out of the run, so that the line that made it makes them again")
     json: bool = setting(False, "the report as one JSON object on stdout")

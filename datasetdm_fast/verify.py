@@ -5,7 +5,6 @@ model and these decoders.
 import json
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.output import print_lines, print_plan
@@ -15,8 +14,6 @@ from datasetdm_fast.engine.engines import check_installed
 from datasetdm_fast.engine.loop.checks import LARGEST_BATCH
 from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.messages import count_noun
-from datasetdm_fast.runs.run_folder.document import require_document
-from datasetdm_fast.runs.run_folder.folder import note
 from datasetdm_fast.runs.run_settings import PromptSettings
 from datasetdm_fast.settings import (
     CommandSettings,
@@ -35,7 +32,7 @@ MOST_IMAGES = 100_000  # to compare
 class VerifyConfig(ModelSettings, EngineSettings, PromptSettings, SamplingSettings, OutputSettings, CommandSettings):
     FLAGS = (
         "engine against model decoder task classes prompts number batch_size seed steps guidance sampler profile size "
-        "dtype compile device engines trt_flavour provider threads run dry_run allow_download json quiet"
+        "dtype compile device engines trt_flavour provider threads dry_run allow_download json quiet"
     ).split()
 
     engine: str = setting("fast", "engine to check", choices=ENGINE_NAMES)
@@ -51,40 +48,32 @@ class VerifyConfig(ModelSettings, EngineSettings, PromptSettings, SamplingSettin
     batch_size: int = setting(4, "images per batch", metavar="N", least=1, most=LARGEST_BATCH)
     dtype: str = setting("auto", "precision of the engine to check", choices=("auto", "fp32", "tf32", "fp16", "bf16"))
     compile: bool = setting(False, "check the fast engine with torch.compile")
-    run: str = setting("", "run folder in whose run.json the verdict is stored", metavar="RUN", output="folder")
     json: bool = setting(False, "the verdict as one JSON object on stdout")
 
 
 @command_with(VerifyConfig, EXAMPLES)
 def main(config: VerifyConfig, command: CommandLine) -> int:
     """The exit code: 0 where the engines agree, 4 where they do not."""
-    run = Path(config.run) if config.run else None
-    if run:
-        require_document(run)  # minutes before the verdict is to be stored there
     settings = config.group(EngineSettings)
     for name in (config.engine, config.against):  # before torch is loaded
         check_installed(name, settings)
     print_lines(config, f"loading {config.model} for {config.engine} and {config.against}")
-    from datasetdm_fast.runs.agreement.comparing import check_made_by, choose_requests, open_pair
+    from datasetdm_fast.runs.agreement.comparing import choose_requests, open_pair
     from datasetdm_fast.runs.agreement.verify import verify
 
-    engine, reference, decoders = open_pair(config.group(ModelSettings), settings, config.against, config.task)
-    if run:
-        check_made_by(run, engine, decoders)
+    engine, reference = open_pair(config.group(ModelSettings), settings, config.against, config.task)
     recipe, requests = choose_requests(reference, config.group(PromptSettings), config.group(SamplingSettings))
     calls = -(-len(requests) // config.batch_size) * 3 * len(recipe.schedule)
     if config.dry_run:
         facts = {"number": len(requests), "calls": calls, "engine": config.engine, "against": config.against}
         images = count_noun(len(requests), "image")
         plan = f"{images} of {config.engine} and {config.against}, {count_noun(calls, 'UNet call')}"
-        return print_plan(config, facts, plan, *([f"the verdict would be written to run.json of {run}"] if run else []))
+        return print_plan(config, facts, plan)
     with show_calls(config.quiet, "verify", calls) as on_unet_call:
         verdict = verify(engine, reference, requests, recipe, config.batch_size, on_unet_call, is_whole=True)
     print(verdict.table(), file=sys.stderr if config.json else sys.stdout)
     if config.json:
         print(json.dumps(verdict.document()))
-    if run:
-        note(run, "verified", verdict.document())
     if not verdict.agrees:
         raise GateFailed(
             f"verify: outputs of {config.engine} do not match those of {config.against} in {', '.join(verdict.failed)}",

@@ -232,14 +232,6 @@ def test_long_lists_of_a_stranger_take_no_more_than_their_length():
         assert len(class_tables.parse(f"name\n{words}\n", "words").classes) == 50_000
 
 
-@pytest.mark.parametrize("name", [name for name in DAMAGES if DOCUMENT in name])
-def test_a_verdict_is_not_worked_out_for_them(whole, tmp_path, capsys, name):
-    run = spoilt(whole, tmp_path, name)
-    with in_time():
-        code = verify.main(["--run", str(run), "--quiet"])
-    check_end(code, capsys.readouterr().err)
-
-
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_the_manifest_of_an_engine_folder(tmp_path, name):
     (tmp_path / MANIFEST).write_text("{}")
@@ -268,7 +260,6 @@ FLAGS = {
     "train --out": ("train", []),
     "train --cache-dir": ("train", []),
     "export --out": (export, []),
-    "verify --run": (verify, []),
 }
 
 

@@ -29,7 +29,7 @@ from datasetdm_fast.export.tensorrt import flavours
 from datasetdm_fast.runs.agreement.observe import image_distance
 from datasetdm_fast.runs.agreement.verify import EXACT, ROUNDED, GateRow, Verdict, evaluate_gates, verify
 from datasetdm_fast.runs.jobs.prompt_files import read_source
-from datasetdm_fast.runs.run_folder.document import LEDGER, differences, engines_of, require_document
+from datasetdm_fast.runs.run_folder.document import LEDGER
 from datasetdm_fast.runs.run_folder.folder import into
 from datasetdm_fast.runs.run_folder.ledger import Ledger, Row
 from datasetdm_fast.runs.run_settings import PromptSettings
@@ -156,8 +156,8 @@ def _has_gate(task: str) -> bool:
 
 def open_pair(
     model: ModelSettings, settings: EngineSettings, against: str, labels: Sequence[str]
-) -> tuple[Engine, Engine, Mapping[str, Mapping[str, str]]]:
-    """The engine to check, the one to compare with, and their decoders; both read the modules of one loaded model."""
+) -> tuple[Engine, Engine]:
+    """The engine to check and the one to compare with; both read the modules of one loaded model."""
     plans = {"engines": settings.engines, "trt_flavour": settings.trt_flavour}
     options = {"provider": settings.provider, "streams": settings.streams, "compile": settings.compile}
     reference_plans = plans if against == "trt" else {}
@@ -167,7 +167,7 @@ def open_pair(
     check_engine(settings.engine, **options)
     if labels:
         check_tasks(labels)
-    reference, decoders = engines.open_engine(
+    reference, _ = engines.open_engine(
         model.model,
         None if model.decoder == "none" else model.decoder,
         labels or None,
@@ -186,7 +186,7 @@ def open_pair(
             f"--against {against}: it is the engine to check itself, in the same precision, so nothing can be compared",
             "Choose another engine for one of the two.",
         )
-    return engine, reference, decoders
+    return engine, reference
 
 
 def choose_requests(
@@ -202,27 +202,3 @@ def choose_requests(
     number, tokenizer = prompts.number, reference.model.tokenizer
     plan = make_plan(source, tokenizer, number=number, seed=prompts.seed, batch_size=number, words=words)
     return recipe, [plan.request(k) for k in range(number)]
-
-
-def check_made_by(run: Path, engine: Engine, decoders: Mapping[str, Mapping[str, str]]) -> None:
-    """Refuses a run of another engine or of other weights: its run.json and card would claim the verdict on these."""
-    document, maker = require_document(run), engine.fingerprint()
-    stored = document["decoders"]
-    changes = [
-        *differences(document["model"]["digests"], dict(engine.model.digests), "model"),
-        *differences(
-            {label: row["digest"] for label, row in stored.items() if label in decoders},
-            {label: row["digest"] for label, row in decoders.items() if label in stored},
-            "decoders",
-        ),
-        *differences(document["sampling"]["size"], engine.model.size, "size"),
-    ]
-    makers = [(each.get("engine"), each.get("dtype")) for each in engines_of(document)]
-    if (maker["engine"], maker["dtype"]) not in makers:
-        names = ", ".join(" ".join(filter(None, pair)) for pair in makers)
-        changes.append(f"engine: {names} there, {maker['engine']} {maker['dtype']} asked for")
-    if changes:
-        raise Refused(
-            f"--run {run}: it was made otherwise than what is to be compared ({'; '.join(changes)})",
-            "Give its own --model, --decoder, --size, --engine and --dtype, or drop --run.",
-        )

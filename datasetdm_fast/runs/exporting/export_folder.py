@@ -12,9 +12,8 @@ from typing import Any
 
 from datasetdm_fast.disk import locks, sqlite, storage
 from datasetdm_fast.disk.storage import StoredFile
-from datasetdm_fast.errors import GateFailed, Missing, Refused, refusing_form
+from datasetdm_fast.errors import GateFailed, Refused, refusing_form
 from datasetdm_fast.runs.exporting.view import Content, Linked
-from datasetdm_fast.runs.run_folder.audit import Finding, Report
 from datasetdm_fast.runs.run_folder.document import EXPORTS, check_same, pretty, run_around
 from datasetdm_fast.untrusted import documents
 
@@ -30,7 +29,6 @@ CREATE TABLE IF NOT EXISTS shared (name TEXT PRIMARY KEY, sha256 TEXT NOT NULL, 
 """
 BLOCK = 256  # rows read at once
 Rows = Sequence[Sequence[Any]]
-REMEDY = "Delete the export and run its convert command again: it gives the same bytes."
 
 
 @dataclass(frozen=True)
@@ -225,42 +223,3 @@ def count_files(folder: Path) -> int:
                 "Delete the folder and run the same command again: it gives the same bytes.",
             )
     return count
-
-
-def exports_of(run: Path) -> Iterator[Path]:
-    """The exports that lie in a run folder."""
-    root = run / EXPORTS
-    yield from (path.parent for path in sorted([*root.glob(DOCUMENT), *root.glob(f"*/{DOCUMENT}")]))
-
-
-def audit_export(folder: Path) -> Report:
-    """Whether every file of an export is as it was written."""
-    findings: list[Finding] = []
-    samples = done = total = 0
-    names: set[str] = set()
-    place = DOCUMENT
-    try:
-        document = read_export(folder)
-        samples, place = document["samples"], SUMS
-        if document["complete"]:
-            done = samples
-            if storage.sha256_of(folder / SUMS) != document.get("sums"):
-                raise Refused("its bytes are not those that were written", REMEDY)
-            for name, digest in read_sums(folder):
-                names.add(name)
-                if (present := storage.sha256_of(folder / name)) == digest:
-                    total += (folder / name).stat().st_size
-                else:
-                    problem = "its bytes are not those that were written" if present else "is not there"
-                    findings.append(Finding(name, problem, REMEDY))
-            findings += _find_unknown(folder, names | {DOCUMENT, SUMS})
-    except (Refused, Missing) as error:
-        findings.append(Finding(place, error.cause.removeprefix(f"{folder / place}: "), REMEDY))
-    return Report(str(folder), samples, done, 0, len(names), total, findings)
-
-
-def _find_unknown(folder: Path, known: set[str]) -> Iterator[Finding]:
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if not path.is_dir() and name not in known and not name.startswith(f"{WORK}/"):
-            yield Finding(name, "no line of SHA256SUMS names this file", "Delete it, or move it out of the export.")

@@ -50,7 +50,7 @@ RESTORE_LEDGER = (
 )
 CHANGED, MISSING = "its bytes are not those that were written", "is not there"
 LOG_OF_0_1, QUEUE_OF_0_2 = "state/events.jsonl", "state/leases.sqlite"  # which earlier versions wrote
-NAME_A_RUN = "Name a run folder, or an export of convert."
+NAME_A_RUN = "Name a run folder. Of an export: sha256sum --check SHA256SUMS."
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Audits a run in shards in its place, shard by shard, and takes damaged shards out of it."""
+"""Audits a run, one in shards in its place and shard by shard, and takes damaged shards out of it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.runs.run_folder.audit import CHANGED, MISSING, Finding, Report, check_sample
+from datasetdm_fast.runs.run_folder.audit import CHANGED, MISSING, Finding, Report, audit, check_sample
 from datasetdm_fast.runs.run_folder.ledger import DONE
 from datasetdm_fast.runs.run_folder.object_store import is_url
-from datasetdm_fast.runs.run_folder.shard_places import ShardPlace, shard_place
+from datasetdm_fast.runs.run_folder.shard_places import ShardPlace, folder_of, shard_place
 from datasetdm_fast.runs.run_folder.shards import (
     RECORD,
     ShardEntry,
@@ -40,6 +40,14 @@ def find_sharded(place: str | Path) -> dict[str, Any] | None:
     except Refused:  # what is wrong with it, the audit of a run folder says
         return None
     return document if document and is_sharded(document) else None
+
+
+def audit_place(place: str, threads: int, on_progress: Callable[[int, int], None]) -> Report:
+    """The report on a run at a path or URL; `on_progress` gets the number of checked samples and that of all."""
+    if find_sharded(place) is not None:
+        return audit_shards(place, threads, on_progress)
+    folder = folder_of(shard_place(place)) if is_url(place) else Path(place)
+    return audit(folder, threads=threads, on_progress=on_progress)
 
 
 def audit_shards(where: str, threads: int, on_progress: Callable[[int, int], None]) -> Report:
