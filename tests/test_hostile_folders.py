@@ -301,6 +301,5 @@ def test_every_flag_that_names_a_place_for_results_is_checked():
         ("TrainConfig", "out"),
         ("TrainConfig", "cache_dir"),
         ("ExportConfig", "out"),
-        ("VerifyConfig", "run"),
         ("VerifyConfig", "engines"),
     }

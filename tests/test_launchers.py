@@ -114,7 +114,7 @@ def start(tmp_path):
         ]
         whole = {
             **os.environ,
-            "PYTHONPATH": str(Path(__file__).parent),
+            "PYTHONPATH": os.pathsep.join((str(Path(__file__).parent), os.environ.get("PYTHONPATH", ""))),
             **{name: str(value) for name, value in variables.items()},
         }
         begun.append(

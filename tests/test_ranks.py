@@ -226,7 +226,11 @@ def command(tmp_path):
     begun = []
 
     def start(*arguments, seconds="0.2"):
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), troubled.SECONDS: seconds}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join((str(Path(__file__).parent), os.environ.get("PYTHONPATH", ""))),
+            troubled.SECONDS: seconds,
+        }
         line = [
             sys.executable,
             str(tmp_path / "program.py"),

@@ -21,7 +21,7 @@ LISTS = ("classes", "numbers", "colours")  # of a label's table, which that of a
 UNCOMPARED = ("size",)  # of a label's table: the sides of its pictures, which every row has
 REPEATED = ("config", "sampling", "model", "decoders", "engine", "mixed", "composition")  # of the run.json of each run
 MOST_SIDES = 6  # sizes of images that a reader sees one by one
-CONVERT = "Give the runs to convert instead: it makes one export of them, and matches classes by name."
+CONVERT = "Convert each of the runs: trainers read several exports."
 
 
 class Merging(Composition):
