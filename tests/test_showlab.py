@@ -484,7 +484,8 @@ def test_an_output_that_holds_something_else_is_refused(run, tmp_path):
 def test_the_lines_of_train_on_the_page_of_datasetdm_are_lines_of_train():
     page = (Path(__file__).parent.parent / "docs/from-datasetdm.md").read_text()
     lines = [row.split("|") for row in page.splitlines() if row.startswith("| `train_")]
-    shared = page.partition("python -m datasetdm_fast.train ")[2].partition("\npython -m")[0].replace("\\\n", " ").split()
+    shared = page.partition("python -m datasetdm_fast.train ")[2].partition("\npython -m")[0]
+    shared = shared.replace("\\\n", " ").split()
     assert len(lines) == 11
     for _, script, line, _ in lines:
         words = line.strip(" `").split()
