@@ -65,11 +65,6 @@ class Job:
         return quarantines(self.document["config"])
 
     @property
-    def replaces_quarantined(self) -> bool:
-        """Whether this command replaces quarantined samples, however many they are."""
-        return self.quarantines and not self.limit
-
-    @property
     def images_left(self) -> int:
         """Images that this command is to make."""
         return min(self.plan.number - self.done, self.limit or self.plan.number)

@@ -76,7 +76,7 @@ class Worker:
                     return
                 if not (self._make(self._claim_new(missing)) or self._retry(missing)):
                     time.sleep(SECONDS_BETWEEN_TRIES)
-                missing = {batch: indices for batch, indices in missing.items() if self._lacks(batch, indices)}
+                missing = {batch: indices for batch, indices in missing.items() if self._is_missing(batch, indices)}
 
     def _missing(self) -> dict[int, set[int]]:
         """The batches with samples to be made, as far as is known now, and these samples."""
@@ -86,7 +86,7 @@ class Worker:
                 batches.setdefault(index // self.job.plan.batch_size, set()).add(index)
         return batches
 
-    def _lacks(self, batch: int, indices: set[int]) -> bool:
+    def _is_missing(self, batch: int, indices: set[int]) -> bool:
         """Whether some of these samples of a batch are still missing."""
         return not indices <= self.folder.ledger.indices_between(*self._range(batch))
 
@@ -99,8 +99,8 @@ class Worker:
         for batch, indices in missing.items():
             if self.callbacks.is_stopping():
                 return
-            if self._lacks(batch, indices) and self.claims.take_new(batch):
-                if self._lacks(batch, indices):
+            if self._is_missing(batch, indices) and self.claims.take_new(batch):
+                if self._is_missing(batch, indices):
                     yield batch
                 else:  # others have made it before it was claimed
                     self.claims.release(batch)
@@ -110,7 +110,7 @@ class Worker:
         reason, or quarantined.
         """
         for batch, indices in missing.items():
-            if self._lacks(batch, indices) and self.claims.take(batch):
+            if self._is_missing(batch, indices) and self.claims.take(batch):
                 if self.claims.deaths[batch] < MOST_DEATHS:
                     return self._make([batch])
                 reason = f"{MOST_DEATHS} processes ended while they made its batch"
