@@ -16,7 +16,7 @@ from datasetdm_fast.runs.run_folder.document import COMMANDS, check_same, differ
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.goal import acceptance_of
 from datasetdm_fast.runs.run_folder.ledger import QUARANTINED, Row
-from datasetdm_fast.runs.run_folder.reader import Run, open_changeable
+from datasetdm_fast.runs.run_folder.reader import Run, open_run
 from datasetdm_fast.runs.run_folder.shards import shard_size
 from datasetdm_fast.runs.run_settings import LabelSettings
 from datasetdm_fast.settings import EngineSettings, ModelSettings, SamplingSettings
@@ -26,7 +26,7 @@ LONGEST_ID = 18  # digits
 
 def find_remake_row(place: str, id: str) -> tuple[Run, Row]:
     """The run at a place and the row of a sample; a run that generate has not made and an unknown id are refused."""
-    with open_changeable(place) as run:
+    with open_run(place) as run:
         if made_by(run.document) != COMMANDS[0]:
             raise Refused(
                 f"--only {id}: {place} was made by {made_by(run.document)}",
