@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.untrusted import documents
 
@@ -77,6 +78,20 @@ class ObjectStore:
                 return self.files.cat_file(f"{self.root}/{name}")
             except FileNotFoundError:
                 return None
+
+    def sizes(self) -> dict[str, int]:
+        """Path inside the run -> bytes, of its files."""
+        with self.translate_errors():
+            details = self.files.find(self.root, detail=True)
+        inside = {name[name.index(self.root) + len(self.root) :].strip("/"): each for name, each in details.items()}
+        try:
+            return {
+                documents.check_inside(name): inside[name]["size"] or 0
+                for name in sorted(inside)
+                if not storage.is_temporary(Path(name))
+            }
+        except ValueError as error:
+            raise Refused(f"{self.url}: {error}", "No run has such a file: remove it there.") from error
 
 
 def is_url(place: str | Path) -> bool:
