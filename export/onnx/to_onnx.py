@@ -398,7 +398,7 @@ class StageExport:
         elif name != "denoise":
             reader = ProjectingReader(self.projection, *seen, self.ops)
         pooled = None if pooled is None else pooled.to(self.dtype)
-        text: Any = Text(context.to(self.dtype), pooled, mask, guidance)
+        text: Any = Text(context.to(self.dtype), pooled, mask, cast(Any, guidance))
         noise = network(latents.to(self.dtype), timestep, text, reader).float()
         if reader is None:
             return {"noise": noise}
