@@ -196,6 +196,17 @@ def test_an_evaluation_goes_on_in_seeds_and_tells_how_many_images_are_done(monke
     assert measure.ScoreSettings() == measure.ScoreSettings("true", 10, 0, (), 0, 0.95)
 
 
+def test_decoders_of_one_call_and_one_kind_of_picture_share_their_captures():
+    def config(task, times):
+        return SimpleNamespace(task=task, capture_timestep=times)
+
+    configs = {"depth": config("depth", None), "semantic": config("semantic", 1), "depth:b": config("depth", 1)}
+    configs |= {"pose": config("pose", 1), "instance": config("instance", (9, 1))}
+    alone = [("depth",), ("semantic", "depth:b"), ("instance",), ("pose",)]
+    assert measure.passes("coco:/a", configs) == alone  # a pose decoder sees one person of COCO at a time
+    assert measure.passes("demo:3", configs) == [("depth",), ("semantic", "depth:b", "pose"), ("instance",)]
+
+
 def test_flags_of_an_evaluation_have_their_bounds():
     least, most = {"batch_size": 1, "bootstrap": 0, "threads": 0, "seed": 0}, {"seed": 2**63 - 1, "bootstrap": 10_000}
     for bounds, away, said in ((least, -1, "is not at least"), (most, 1, "is not at most")):
