@@ -14,7 +14,12 @@ from datasetdm_fast.data import join_texts
 from datasetdm_fast.engine.backbones import flow_models, flux1, flux2_klein, qwen_image, sd3, sdxl, z_image
 from datasetdm_fast.engine.backbones.joint_attention import pack
 from datasetdm_fast.engine.backbones.sdxl_reference import SDXLReference
+from datasetdm_fast.engine.engines import build_engine
+from datasetdm_fast.engine.loading import load_model
+from datasetdm_fast.engine.loop.prompts import fit_prompt
+from datasetdm_fast.errors import Refused
 from datasetdm_fast.plugins import load_place
+from datasetdm_fast.runs.jobs.result import describe_cut
 
 RECORDS = {
     "sdxl": sdxl.SDXL,
@@ -285,6 +290,33 @@ def test_captures_are_the_input_of_blocks_and_their_attention_to_text(case):
         torch.testing.assert_close(read, difference, rtol=0, atol=1e-4)
         assert maps[..., count:].abs().max() == 0 if maps.shape[-1] > count else True
         assert 0.01 < maps.sum(-1).mean() < 0.99
+
+
+def test_t5_reads_what_clip_cuts_off_as_in_diffusers(tmp_path):
+    pipeline = tiny_pipelines.build("sd3")
+    pipeline.save_pretrained(tmp_path / "model")
+    model = load_model(str(tmp_path / "model"), size=SIZE)
+    prompt = "the cat, " + "a photo of a photo, " * 20 + "the house"
+    tokenizer, tokens = model.tokenizer, len(pipeline.tokenizer(prompt).input_ids)
+    assert 77 < tokens < len(pipeline.tokenizer_3(prompt).input_ids) <= 256
+    assert fit_prompt(prompt, tokenizer, "line 1", ["cat"]) == prompt
+    with pytest.raises(Refused, match="cutting it to 77 tokens would lose the class word 'house'"):
+        fit_prompt(prompt, tokenizer, "line 1", ["cat", "house"])
+    with pytest.raises(Refused, match=r"tokens, at most 256 fit"):
+        fit_prompt(prompt * 2, tokenizer, "line 1", truncate=False)
+    cut = fit_prompt(prompt * 2, tokenizer, "line 1", ["cat"], truncate=True)
+    assert cut in prompt * 2 and len(prompt) / 2 < len(cut) < len(prompt * 2)
+    requests = {0: SimpleNamespace(prompt=prompt), 1: SimpleNamespace(prompt="a cat")}
+    job = SimpleNamespace(
+        engine=SimpleNamespace(model=model), plan=SimpleNamespace(number=2, request=requests.__getitem__)
+    )
+    assert describe_cut(job) == "of 1 of the first 2 prompts CLIP reads 77 tokens, and T5 all"
+    context, _, pooled, _ = pipeline.encode_prompt(prompt, None, None)
+    for name in ("torch", "fast"):
+        text = build_engine(name, model, device="cpu").encode_text([prompt])
+        torch.testing.assert_close(text.context, context, rtol=0, atol=1e-5)
+        torch.testing.assert_close(text.pooled, pooled, rtol=0, atol=1e-5)
+    assert getattr(load_model("demo-dit").tokenizer, "longer", None) is None  # a model without T5
 
 
 def joint_blocks(depth):

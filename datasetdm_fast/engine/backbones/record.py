@@ -97,6 +97,8 @@ class Backbone:
     is_guided_above_one: bool = False  # whether a guidance up to 1 leaves out the unconditional half of a cfg model
     index: Mapping[str, Any] = field(default_factory=dict)  # further entries of a model_index.json that is written
     tokenizer: str = "tokenizer"  # the part by whose tokens the length of a prompt is told; where absent, the first
+    # the part, where there is one, that reads so many tokens of a prompt of which `tokenizer` cuts off an end
+    long_text: Callable[[Configs], tuple[str, int]] = lambda configs: ("", 0)
     # (configs, where they are from) -> as they are used; or Refused
     check: Callable[[Read, str], Read] = lambda configs, source: configs
     check_fit: Callable[[LoadedModel], None] = lambda model: None  # raises Refused where the parts are not of one model

@@ -110,6 +110,7 @@ SD3 = Backbone(
     blocks=lambda configs: configs["transformer"].num_layers,
     defaults=_defaults,
     has_text_maps=True,
+    long_text=lambda configs: ("tokenizer_3", t5_length(configs)),
     reference="datasetdm_fast.engine.backbones.sd3_reference:SD3Reference",
     fast=JOINT_ENGINE,
     network_plan="datasetdm_fast.engine.backbones.mmdit_plans:sd3",

@@ -83,7 +83,10 @@ class Model:
         """The one by whose tokens the length of a prompt is told."""
         present = self.loaded_tokenizers
         tokenizer = present.get(self.backbone.tokenizer) or next(iter(present.values()))
-        most = self.backbone.text(self.configs)[0]
+        most = min(self.backbone.text(self.configs)[0], tokenizer.model_max_length)
+        part, length = self.backbone.long_text(self.configs)
+        if part in present:
+            return LimitedTokenizer(tokenizer, most, LimitedTokenizer(present[part], length))
         return tokenizer if tokenizer.model_max_length <= most else LimitedTokenizer(tokenizer, most)
 
     @cached_property

@@ -86,10 +86,12 @@ class OwnTokenizer:
 
 
 class LimitedTokenizer:
-    """A tokenizer of a text encoder that reads fewer tokens than its own settings say."""
+    """A tokenizer of a text encoder that reads fewer tokens than its own settings say. `longer` is that of another one,
+    which reads what the first cuts off.
+    """
 
-    def __init__(self, tokenizer: Any, most: int):
-        self.tokenizer, self.model_max_length = tokenizer, most
+    def __init__(self, tokenizer: Any, most: int, longer: LimitedTokenizer | None = None):
+        self.tokenizer, self.model_max_length, self.longer = tokenizer, most, longer
 
     def __len__(self) -> int:
         return len(self.tokenizer)

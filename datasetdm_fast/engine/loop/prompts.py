@@ -181,7 +181,14 @@ def fit_prompt(
     truncate: bool | None = None,
     table: ClassTable | None = None,
 ) -> str:
-    """The prompt if it fits, or with `truncate` cut between words; None stands for a command without that flag."""
+    """The prompt if it fits, or with `truncate` cut between words; None stands for a command without that flag. Where
+    two text encoders read it, the longer one must, and the other one all class words.
+    """
+    if longer := getattr(tokenizer, "longer", None):
+        prompt = fit_prompt(prompt, longer, where, truncate=truncate)
+        if count_tokens(prompt, tokenizer) > tokenizer.model_max_length:
+            _cut_prompt(prompt, tokenizer, where, words, table)
+        return prompt
     limit = tokenizer.model_max_length
     head = prompt[:LONGEST_LINE]
     count = count_tokens(head, tokenizer)
@@ -195,6 +202,12 @@ def fit_prompt(
                 "python -m datasetdm_fast.prompts --set demo; others need another --model."
             )
         raise Refused(f"{where}: {count} tokens, at most {limit} fit: {shorten(prompt)}", remedy)
+    return _cut_prompt(prompt, tokenizer, where, words, table)
+
+
+def _cut_prompt(prompt: str, tokenizer: Tokenizer, where: str, words: Sequence[str], table: ClassTable | None) -> str:
+    """The prompt cut between words to what the text encoder reads, where no class word is lost."""
+    limit, head = tokenizer.model_max_length, prompt[:LONGEST_LINE]
     shortest, longest = 0, len(head)
     while shortest < longest:
         middle = (shortest + longest + 1) // 2

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from datasetdm_fast.disk.storage import free_bytes
 from datasetdm_fast.engine.labels.trust import undrawn_words
 from datasetdm_fast.engine.labels.words import find_classes
+from datasetdm_fast.engine.loop.prompts import count_tokens
 from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.messages import count_noun, format_duration
 from datasetdm_fast.runs.gallery.closing import finish_run
@@ -197,6 +198,7 @@ def describe_job(job: Job, call: float = 0.0) -> list[str]:
         "labels": ", ".join(job.recipe.tasks),
         "domain": _describe_domain(job),
         "draws": _describe_undrawn(job),
+        "text": describe_cut(job),
         "engine": f"{name}, {count_noun(batches, 'batch', 'batches')} of {plan.batch_size}",
         "memory": describe_memory(job),
         "precision": job.precision or promised or _warning(engine),
@@ -250,6 +252,16 @@ def count_unnamed(job: Job) -> str:
         return ""
     words = ", ".join(job.plan.words[:MOST_WORDS]) + (" ..." if len(job.plan.words) > MOST_WORDS else "")
     return f"{count} of {total} {'names' if count == 1 else 'name'} none of the classes of the labels: {words}"
+
+
+def describe_cut(job: Job) -> str:
+    """How many prompts the shorter of two text encoders reads in part, in words; empty where none."""
+    tokenizer, count = job.engine.model.tokenizer, min(job.plan.number, MOST_PROMPTS)
+    if getattr(tokenizer, "longer", None) is None:
+        return ""
+    most, texts = tokenizer.model_max_length, [job.plan.request(index).prompt for index in range(count)]
+    cut = sum(count_tokens(text, tokenizer) > most for text in texts)
+    return f"of {cut} of the first {count} prompts CLIP reads {most} tokens, and T5 all" if cut else ""
 
 
 def _describe_undrawn(job: Job) -> str:
