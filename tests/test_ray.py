@@ -379,7 +379,7 @@ def test_a_store_is_a_place_all_processes_reach(tmp_path, capsys):
     ):
         with pytest.raises(Refused, match=told):
             object_store.ObjectStore(url)
-    assert generate.main(["--out", str(tmp_path / "run"), "--store", "s3://bucket/run"]) == 2
+    assert generate.main(["--out", str(tmp_path / "run"), "--store", "s3://bucket/run", "--layout", "folder"]) == 2
     assert "only a run in shards is written there" in capsys.readouterr().err
     line = ["--cluster", "ray", "--layout", "folder", "--out", str(tmp_path / "run")]
     assert generate.main(line) == 2 and "a cluster makes runs in shards" in capsys.readouterr().err
