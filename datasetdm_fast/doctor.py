@@ -101,9 +101,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run_command(arguments: Sequence[str]) -> int:
     from datasetdm_fast.command_line.flags import parse
-    from datasetdm_fast.errors import Missing
+    from datasetdm_fast.errors import Missing, Refused
 
     config, _ = parse(arguments, DoctorConfig, "python -m datasetdm_fast.doctor", __doc__, EXAMPLES)
+    if config.model and not Path(config.model).is_dir():
+        raise Refused(f"--model {config.model}: no such folder", "Give the folder of a model.")
     if not config.json:
         print("testing every engine, then generating a first image: about ten seconds", file=sys.stderr, flush=True)
     facts = examine(config.model)

@@ -76,7 +76,7 @@ def test_a_broken_machine(case, tmp_path):
     assert doctor.describe(found)
 
 
-def test_the_family_of_a_folder_is_told(tmp_path):
+def test_the_family_of_a_folder_is_told(tmp_path, capsys):
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     code = probes.MODEL_PROBE.format(folder=str(tmp_path))
     assert probes.run_probes({"model": code})["model"] == {
@@ -86,6 +86,7 @@ def test_the_family_of_a_folder_is_told(tmp_path):
     }
     (tmp_path / "model_index.json").write_text('{"_class_name": "KolorsPipeline"}')
     assert "holds a KolorsPipeline" in probes.run_probes({"model": code})["model"]["problem"]
+    assert doctor.main(["--model", str(tmp_path / "absent")]) == 2 and "no such folder" in capsys.readouterr().err
 
 
 def test_one_question_that_hangs_or_crashes_costs_no_other_answer():
