@@ -59,7 +59,7 @@ def copy_samples(base: str) -> None:
     def copies(worker: shard_worker.ShardWorker, shard: int, first: int, stop: int) -> Iterator[shard_worker.Encoded]:
         for index in range(first, stop):
             row, contents = real[index % len(real)]
-            worker.claims.renew(shard)
+            worker.claims.renew()
             yield renumber(row, index), contents
 
     shard_worker.ShardWorker._encode_samples = copies
