@@ -162,13 +162,13 @@ def test_a_class_is_said_as_a_person_says_it():
     assert class_tables.spoken(world.CLASSES) == list(world.CLASSES)
 
 
-def test_a_prompt_is_matched_in_a_tenth_of_a_millisecond_whatever_the_number_of_classes():
-    classes = tuple(f"thing_{k}_(kind)" for k in range(1123)) + names_of("coco")
+def test_a_thousand_classes_are_matched_in_less_time_than_one_by_one():
+    named = names_of("coco")
+    many = tuple(f"thing_{k}_(kind)" for k in range(1123)) + named
     text = "a photo of a man and his border collie on a wooden bench beside a fire hydrant in a busy street at night"
-    assert find_classes(text, classes) == ("person", "fire hydrant", "bench", "dog")
-    seconds = []
-    for _ in range(200):
+    seconds = {classes: [] for classes in (named, many)}
+    for classes in (named, many) * 100:
         start = time.perf_counter()
-        find_classes(text, classes)
-        seconds.append(time.perf_counter() - start)
-    assert sorted(seconds)[len(seconds) // 2] < 1e-4
+        assert find_classes(text, classes) == ("person", "fire hydrant", "bench", "dog")
+        seconds[classes].append(time.perf_counter() - start)
+    assert min(seconds[many]) < 8 * min(seconds[named])  # fifteen times as many

@@ -130,9 +130,9 @@ RECIPES = {
         edits={
             "datasetdm_fast/engine/backbones/__init__.py": (
                 (
-                    '    "FluxPipeline": "',
+                    '    "FluxPipeline": ',
                     '    "AuraFlowPipeline": "datasetdm_fast.engine.backbones.aura_flow:AURA_FLOW",\n'
-                    '    "FluxPipeline": "',
+                    '    "FluxPipeline": ',
                 ),
             )
         },

@@ -621,17 +621,6 @@ def test_a_copy_whose_last_change_the_disk_did_not_take_is_not_used(tmp_path, mo
         assert ledger.settle() and ledger.read_note("a") == "b"
 
 
-def test_a_queue_that_cannot_be_removed_is_refused(tmp_path, monkeypatch):
-    def broken(path):
-        raise OSError(errno.EIO, "Input/output error")
-
-    (tmp_path / "state").mkdir()
-    (tmp_path / seal.QUEUE).write_bytes(b"")
-    monkeypatch.setattr(os, "unlink", broken)
-    with pytest.raises(Missing, match="leases.sqlite: Input/output error"):
-        seal.remove_queue(tmp_path)
-
-
 LONG_RECIPE = {"batch_size": 4, "model": {f"part {k}": "ab" * 32 for k in range(16)}}
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -143,9 +144,9 @@ def test_the_score_of_a_probe_is_that_of_ridge_regression_on_other_images():
     random = torch.Generator().manual_seed(1)
     cells = [torch.randn(30, 3, generator=random).double() + torch.tensor([1.0, -2, 5]) for _ in range(6)]
     truth = [each[:, :2] * 0.3 + torch.randn(30, 2, generator=random) * 0.4 + 1 for each in cells]
-    probe = Probe(cells[0].float())
+    probe = Probe([cells[0].float()])
     for number, (each, told) in enumerate(zip(cells, truth, strict=True)):
-        probe.add(number % 5, each.float(), told)
+        probe.add(number % 5, [each.float()], told)
     scale = cells[0].std(0) * 3**0.5
     missed = spread = 0.0
     for part in range(5):
@@ -190,16 +191,20 @@ def test_the_best_call_is_that_of_the_mean_over_levels_and_tasks(monkeypatch):
     one = TrainingSession("demo:2", engine, None, (0, 1), on_message=told.append)
     asked = []
 
-    def rank(session, task, timesteps):
+    def probe_calls(session, task, timesteps, split):
         asked.append(timesteps)
-        return shares[task]
+        return [[SimpleNamespace(score=lambda share=share: share) for share in row] for row in shares[task]]
 
-    monkeypatch.setattr(call_ranking, "rank_calls", rank)
-    assert call_ranking.with_best_call(one, ["depth", "pose"]).inversion.timesteps == (100,)
+    monkeypatch.setattr(call_ranking, "probe_calls", probe_calls)
+    best = call_ranking.with_best(one, ["depth", "pose"], calls=True, blocks=False)
+    assert best.inversion.timesteps == (100,)
     assert asked == [[20, 50, 100, 200, 300, 400, 500, 650, 800]] * 2 and told[-1].startswith("timestep   100, whose")
     assert told[2] == f"{50:>19}     0.400    0.200    0.000    0.200    0.200" and len(told) == 21
-    monkeypatch.setattr(call_ranking, "rank_calls", lambda *_: [[0.0] * 4] * 9)
-    assert call_ranking.with_best_call(one, ["depth"]) is one and told[-1] == "timestep   0, as no probe tells anything"
+    shares["depth"] = [[0.0] * 4] * 9
+    assert (
+        call_ranking.with_best(one, ["depth"], calls=True, blocks=False) is one
+        and told[-1] == "timestep   0, as no probe tells anything"
+    )
 
 
 def test_the_call_that_tells_most_is_trained(tmp_path, capsys):

@@ -105,7 +105,8 @@ def load_decoders(
         decoders = {label: load_decoder(folders[label]) for label in labels}
         descriptions = describe_decoders(folders, labels)
     for label, network in decoders.items():
-        read = model.reading(network.config.blocks, f"{label} decoder")
+        has_blocks = model.backbone.blocks(model.configs) > 0  # else a decoder that names some fits another family
+        read = model.reading(network.config.blocks, f"{label} decoder") if has_blocks else model
         check_fits(network, read.levels, label, model.text_width)
         network.config = replace(network.config, outlines=network.config.outlines if outlines == "auto" else outlines)
     return decoders, descriptions
