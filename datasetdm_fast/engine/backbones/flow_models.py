@@ -54,6 +54,12 @@ def blocks_read(depth: int) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(sorted({depth * eighth // 8 for eighth in level})) for level in EIGHTHS.values())
 
 
+def count_blocks(configs: Configs) -> int:
+    """Those of a transformer whose first blocks have two streams, and its last ones a single one."""
+    network = configs["transformer"]
+    return int(network.num_layers + network.num_single_layers)
+
+
 def spread_blocks(blocks: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     """Some blocks per level low, mid and high, as blocks_read has them: mid reads the first, high the last, and low
     those between, of two both.

@@ -9,6 +9,7 @@ from datasetdm_fast.engine.backbones.flow_models import (
     JOINT_ENGINE,
     T5,
     VAE,
+    count_blocks,
     joint_levels,
     names_of,
     scaled_latents,
@@ -26,16 +27,11 @@ def _text(configs: Configs) -> tuple[int, int]:
     return 512 if network.guidance_embeds else 256, network.joint_attention_dim
 
 
-def _depth(configs: Configs) -> int:
-    network = configs["transformer"]
-    return int(network.num_layers + network.num_single_layers)
-
-
 def _levels(configs: Configs, size: int, halves: int) -> tuple[Level, ...]:
     network = configs["transformer"]
     heads = network.num_attention_heads
     width = heads * network.attention_head_dim
-    return joint_levels(_depth(configs), width, heads, _text(configs)[0], size, network.in_channels // 4)
+    return joint_levels(count_blocks(configs), width, heads, _text(configs)[0], size, network.in_channels // 4)
 
 
 def _defaults(configs: Configs) -> Defaults:
@@ -83,7 +79,7 @@ FLUX1 = Backbone(
     multiple=16,
     flow=FlowRule("uniform"),
     levels=_levels,
-    blocks=_depth,
+    blocks=count_blocks,
     defaults=_defaults,
     has_text_maps=True,
     tokenizer="tokenizer_2",

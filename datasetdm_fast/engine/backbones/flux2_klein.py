@@ -13,6 +13,7 @@ from datasetdm_fast.engine.backbones.flow_models import (
     FLOW_SCHEDULER,
     JOINT_ENGINE,
     QWEN3_4B,
+    count_blocks,
     joint_levels,
     names_of,
 )
@@ -33,16 +34,11 @@ def _text(configs: Configs) -> tuple[int, int]:
     return LENGTH, configs["transformer"].joint_attention_dim
 
 
-def _depth(configs: Configs) -> int:
-    network = configs["transformer"]
-    return int(network.num_layers + network.num_single_layers)
-
-
 def _levels(configs: Configs, size: int, halves: int) -> tuple[Level, ...]:
     network = configs["transformer"]
     heads = network.num_attention_heads
     return joint_levels(
-        _depth(configs), heads * network.attention_head_dim, heads, LENGTH, size, network.in_channels // 4
+        count_blocks(configs), heads * network.attention_head_dim, heads, LENGTH, size, network.in_channels // 4
     )
 
 
@@ -91,7 +87,7 @@ FLUX2_KLEIN = Backbone(
     flow=FlowRule("uniform", "empirical"),
     patch=1,
     levels=_levels,
-    blocks=_depth,
+    blocks=count_blocks,
     defaults=_defaults,
     reference="datasetdm_fast.engine.backbones.flux2_klein_reference:Flux2KleinReference",
     fast=JOINT_ENGINE,
