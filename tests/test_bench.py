@@ -474,9 +474,9 @@ def test_engines_too_large_to_stand_side_by_side_take_turns(monkeypatch):
     run = SimpleNamespace(setting=SimpleNamespace(flops=10**12), limits={"tflops": {"fp32": 1.0}})
     killed, theirs, ours = alone.taking_turns(run, ["ort-1", "openvino-1", "ours"], alone.TurnConfig("tiny", 2, 1))
     assert killed["status"] == "absent" and "killed" in killed["why"]
-    assert order[0] == "let go" and order[4:] == [("timed", "openvino-1"), ("timed", "ours")] * race.LEAST_ROUNDS
+    assert order[0] == "let go" and order[4:] == [("timed", "openvino-1"), ("timed", "ours")] * alone.TURNS
     assert theirs["seconds_per_image"]["median"] == 3 and theirs["ours_over"]["median"] == 1.5
-    assert theirs["call_s"]["rounds"] == [0.6] * race.LEAST_ROUNDS and theirs["call_over"]["median"] == 1.2
+    assert theirs["call_s"]["rounds"] == [0.6] * alone.TURNS and theirs["call_over"]["median"] == 1.2
     assert theirs["peak_mib"] == 3072 and theirs["attention"]["others"] == 0.02 and theirs["first_s"] == 6
     assert ours["ours_over"]["median"] == ours["call_over"]["median"] == 1 and ours["tflops"] == 0.5
 
@@ -517,7 +517,7 @@ def test_an_engine_that_is_killed_while_it_is_timed_leaves_the_others_their_rows
     rows = alone.taking_turns(run, ["diffusers-1", "openvino-1", "ours"], alone.TurnConfig("tiny", 2, 1))
     assert [row["status"] for row in rows] == [status if row["peer"] == name else "ok" for row in rows]
     for row in rows:
-        assert ("killed" in row["why"]) if row["peer"] == name else len(row["call_s"]["rounds"]) == race.LEAST_ROUNDS
+        assert ("killed" in row["why"]) if row["peer"] == name else len(row["call_s"]["rounds"]) == alone.TURNS
         assert ("call_over" in row) == (row["peer"] != name and name != "ours")
     assert taken.count(name) == 2
 

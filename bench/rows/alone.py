@@ -23,7 +23,7 @@ from bench.peers.samples import noise_of
 from bench.report.results import ResultFile
 from bench.report.tables import Row
 from bench.rows.measurement import BenchRun, Rows
-from bench.rows.race import LEAST_ROUNDS, add_times, prepare, write
+from bench.rows.race import add_times, prepare, write
 from bench.setting import Setting, open_setting
 from datasetdm_fast.data import Request, join_texts
 from datasetdm_fast.engine.engines.device import release
@@ -31,6 +31,7 @@ from datasetdm_fast.engine.labels.kind import Table
 from datasetdm_fast.engine.loop.recipe import Recipe, label_tables
 
 CALLS = 2  # that are timed in a turn
+TURNS = 7
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def taking_turns(run: BenchRun, names: Sequence[str], config: TurnConfig) -> Row
     rows = [compared(config, name) for name in names]
     racing = {row["peer"]: row for row in rows if row["status"] == "ok"}
     turns: dict[str, list[Turn]] = {name: [] for name in racing}
-    for count in range(LEAST_ROUNDS):
+    for count in range(TURNS):
         for name in list(racing):
             try:
                 turns[name].append(in_own_process(timed, config, name))
@@ -83,7 +84,7 @@ def taking_turns(run: BenchRun, names: Sequence[str], config: TurnConfig) -> Row
                 racing.pop(name).update(ended := killed(name))
                 say(f"{name}: {ended['why']}")
                 continue
-            say(f"{name}, turn {count + 1} of {LEAST_ROUNDS}: {turns[name][-1].image_s:.1f} s an image")
+            say(f"{name}, turn {count + 1} of {TURNS}: {turns[name][-1].image_s:.1f} s an image")
     images = {name: [one.image_s for one in turns[name]] for name in racing}
     add_times(list(racing.values()), images, run.setting, run.limits)
     for name, row in racing.items():
