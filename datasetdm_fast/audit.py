@@ -6,10 +6,9 @@ from dataclasses import asdict, dataclass
 
 from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.progress import CountProgress
-from datasetdm_fast.errors import GateFailed, Refused
+from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.messages import count_noun
-from datasetdm_fast.runs.run_folder.audit import repair
-from datasetdm_fast.runs.run_folder.shard_audit import audit_place, find_sharded, repair_shards
+from datasetdm_fast.runs.run_folder.shard_audit import audit_place, repair_place
 from datasetdm_fast.settings import setting
 
 EXAMPLES = ("runs/demo",)
@@ -19,7 +18,8 @@ SHOWN = 100  # findings on a terminal
 @dataclass(frozen=True)
 class AuditConfig:
     run: str = setting("", "run folder, or the URL of a run in shards", metavar="RUN", positional=True, required=True)
-    threads: int = setting(0, "files checked at once, 0 = all cores", metavar="N")
+    part: str = setting("", "check only the k-th of n parts of the shards, so that n machines share it", metavar="K/N")
+    threads: int = setting(0, "files checked at once, 0 = all cores", metavar="N", least=0)
     repair: bool = setting(False, "take damaged samples out of the run, so that the line that made it makes them again")
     json: bool = setting(False, "the report as one JSON object on stdout")
     quiet: bool = setting(False, "show no progress")
@@ -27,12 +27,10 @@ class AuditConfig:
 
 @command_with(AuditConfig, EXAMPLES)
 def main(config: AuditConfig, command: CommandLine) -> int:
-    if config.threads < 0:
-        raise Refused(f"--threads {config.threads}: expected a number of 0 or more", "Choose another number.")
     with CountProgress(0, "sample", str(config.run), config.quiet) as progress:
-        report = audit_place(config.run, config.threads, progress.on_count)
+        report = audit_place(config.run, config.threads, progress.on_count, config.part)
     if config.repair and report.damaged:
-        (repair if find_sharded(config.run) is None else repair_shards)(report)
+        repair_place(report)
     if config.json:
         fields = {"set_aside" if name == "quarantined" else name: value for name, value in asdict(report).items()}
         print(json.dumps({**fields, "complete": report.is_complete}))
@@ -53,8 +51,9 @@ def main(config: AuditConfig, command: CommandLine) -> int:
         missing = report.number - report.done - report.quarantined - report.dropped
         state = "complete" if report.is_complete else f"{missing} still to be made"
         state += f", {report.dropped} dropped" if report.dropped else ""
+        path = f"{report.path}, part {report.part}" if report.part else report.path
         counts = f"{report.done} of {report.number} samples ({state}), {report.files} files"
-        print(f"{report.path}: whole, {counts}, {report.bytes / 1e6:,.1f} MB read")
+        print(f"{path}: whole, {counts}, {report.bytes / 1e6:,.1f} MB read")
     return 0
 
 

@@ -253,3 +253,4 @@ DEMO_DEFAULTS = Defaults(
     ),
 )
 SHARD_SIZE = 1000  # samples of a shard where run.json names no other number
+SHARD_BYTES = 256_000_000  # of a tar file, beyond which a shard gets fewer samples by default

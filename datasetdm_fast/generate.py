@@ -42,7 +42,8 @@ def main(config: RunConfig, command: CommandLine) -> int:
 
         return generate_shards(config, run_settings.read_spec(config), peer, command.text)
     spec, run = run_settings.read_spec(config), RunQueue.open(Path(config.out))
-    run_settings.check_together(config, run.stored is not None, peer.world if peer else 1)
+    if peer:
+        run_settings.check_judged(config, run.stored is not None)
     is_reporting = not (peer and peer.rank)
     decision = run.decide(spec, is_alone=peer is None, is_dry=config.dry_run)
     config = replace(config, quiet=config.quiet or not is_reporting)

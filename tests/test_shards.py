@@ -28,14 +28,17 @@ import datasetdm_fast
 from datasetdm_fast import audit, convert, drop, gallery, generate, merge, restore, split, vary
 from datasetdm_fast import filter as filtering
 from datasetdm_fast.command_line.run_settings import complete_settings, read_spec
+from datasetdm_fast.data import Request
 from datasetdm_fast.engine.loop.plan import TURN
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.runs.curation import filtering as curation
 from datasetdm_fast.runs.exporting import conversion
 from datasetdm_fast.runs.gallery import shard_page, showing
+from datasetdm_fast.runs.jobs import job as job_module
+from datasetdm_fast.runs.jobs.job import build_job
 from datasetdm_fast.runs.run_folder.object_store import ObjectStore
 from datasetdm_fast.runs.run_folder.shard_places import ShardBucket, ShardFolder, shard_place
-from datasetdm_fast.runs.run_folder.shards import ShardLedger, entry_name, index_name, tar_name
+from datasetdm_fast.runs.run_folder.shards import ShardLedger, entry_name, index_name, tar_name, write_tar
 from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.runs.workers import shard_ranks, shard_worker
 from datasetdm_fast.runs.workers.devices import Place
@@ -105,7 +108,7 @@ def contents(place):
 
 
 def test_samples_that_no_shard_has_have_no_row(alone):
-    ledger = ShardLedger(shard_place(alone), SIZE)
+    ledger = ShardLedger(shard_place(alone))
     assert ledger.row(SAMPLES - 1).request.index == SAMPLES - 1
     assert ledger.row(SAMPLES) is ledger.row(SAMPLES, parts=("files",)) is ledger.row(10 * SAMPLES) is None
 
@@ -133,6 +136,84 @@ def test_mosaicml_streaming_takes_the_samples_of_shards(alone, tmp_path):
     stream = streaming.StreamingDataset(local=str(tmp_path / "mds"), batch_size=2, shuffle=False)
     for sample, read in zip(datasetdm_fast.open_run(alone), stream, strict=True):
         assert read["record"]["prompt"] == sample.prompt and (np.asarray(read["image"]) == sample.image).all()
+
+
+@pytest.mark.parametrize(
+    ("side", "batch", "size", "told"),
+    [
+        # a sample of 1024 pixels and four labels: 1024 * 1024 * (3 + 2 + 0.5 + 3 + 0) + 6 * 8192 = 8,962,048 bytes
+        (1024, 1, 28, "4 shards of 28 samples, at most 251 MB each"),
+        (1024, 8, 24, "5 shards of 24 samples, at most 215 MB each"),
+        (512, 8, 112, "1 shard of 112 samples, at most 255 MB each"),  # 2,277,376 bytes
+        (128, 8, 1000, "1 shard of 1000 samples, at most 188 MB each"),  # 188,416 bytes
+    ],
+)
+def test_a_shard_has_1000_samples_or_256_mb_by_default(tmp_path, monkeypatch, capsys, side, batch, size, told):
+    monkeypatch.setattr(torchless, "SIDE", side)
+    line = ["--layout", "shards", "--number", "100", "--batch-size", str(batch), "--out", str(tmp_path / "run")]
+    assert generate.main([*line, "--dry-run"]) == 0 and told in capsys.readouterr().err
+    spec = read_spec(RunConfig(out=str(tmp_path), layout="shards", number=100, batch_size=batch))
+    assert build_job(spec, None).document["config"]["shard_size"] == size
+    assert generate.main([*line, "--shard-size", "50", "--dry-run"]) == 0
+    assert "2 shards of 50 samples" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_batch_or_a_sample_that_is_too_large_for_a_shard():
+    assert job_module.default_shard_size(8_962_048, 50) == 28 and job_module.default_shard_size(10**9, 4) == 1
+
+
+def test_files_take_no_more_than_was_reckoned(monkeypatch):
+    monkeypatch.setattr(torchless, "SIDE", 256)
+    sample, dice = torchless.drawn(Request(0, "a ball", 0), RunConfig.task), np.random.default_rng(0)
+    side, labels = torchless.SIDE, sample.annotations
+    labels["semantic"] = replace(
+        labels["semantic"],
+        labels=dice.integers(0, len(labels["semantic"].classes), (side, side), np.uint8),
+        confidence=dice.random((side, side), np.float32),
+    )
+    labels["depth"] = replace(labels["depth"], metres=dice.random((side, side), np.float32) * 4)
+    sample = replace(sample, image=dice.integers(0, 256, (side, side, 3), np.uint8))
+    job = build_job(spec_of("run"), None)
+    (encoded,) = shard_worker.encode_batch([sample], {}, job.document)
+    worker = SimpleNamespace(_encode_samples=lambda *shard: [encoded], place=SimpleNamespace(read=lambda name: None))
+    *blocks, end = write_tar(shard_worker.ShardWorker._files(worker, 0, 0, 1, []))
+    assert 0.6 * job.sample_bytes < sum(map(len, blocks)) <= job.sample_bytes
+
+
+def test_a_run_keeps_the_size_that_its_shards_have(tmp_path, monkeypatch, capsys):
+    line, run = [word for word in LINE if word not in ("--shard-size", str(SIZE))], tmp_path / "run"
+    monkeypatch.setattr(job_module, "SHARD_BYTES", 1_000_000)  # of 83,968 bytes: 11, of which five batches are 10
+    assert generate.main([*line, "--out", str(run), "--limit", "10"]) == 0
+    monkeypatch.undo()
+    assert json.loads((run / "run.json").read_text())["config"]["shard_size"] == 10
+    assert generate.main([*line, "--out", str(run), "--shard-size", "1000"]) == 2
+    assert "shard_size: 10 there, 1000 asked for" in capsys.readouterr().err
+    assert generate.main([*line, "--out", str(run)]) == generate.main([*line, "--out", str(run), "--shard-size", "10"])
+    assert generate.main([*line, "--out", str(run), "--number", "33"]) == 0
+    assert generate.main([*line, "--out", str(tmp_path / "one"), "--number", "33", "--shard-size", "10"]) == 0
+    assert tree(run) == tree(tmp_path / "one")
+
+
+def test_a_run_of_an_earlier_version_keeps_its_1000_samples(tmp_path, monkeypatch):
+    line, run = [word for word in LINE if word not in ("--shard-size", str(SIZE))], tmp_path / "run"
+    assert generate.main([*line, "--out", str(run), "--shard-size", "1000"]) == 0
+    document = json.loads((run / "run.json").read_text())
+    del document["config"]["shard_size"]
+    (run / "run.json").write_text(json.dumps(document))
+    monkeypatch.setattr(job_module, "SHARD_BYTES", 1_000_000)
+    for more in ([], ["--shard-size", "1000"], ["--number", "33"]):
+        assert generate.main([*line, "--out", str(run), *more]) == 0
+    assert ShardFolder(run).names("manifest") == ["00000.json"] and len(datasetdm_fast.open_run(run)) == 33
+
+
+def test_a_disk_needs_room_for_what_is_missing_alone(alone, tmp_path, monkeypatch):
+    run = copy(alone, tmp_path)
+    (run / entry_name(5)).unlink()
+    monkeypatch.setattr(job_module.storage, "free_bytes", lambda path: job_module.SPARE + 100_000)
+    make(run)  # of 83,968 bytes
+    assert tree(run) == tree(alone)
+    with pytest.raises(Missing, match="of disk"):
+        make(tmp_path / "new")
 
 
 def test_any_rank_and_any_number_of_processes_makes_the_same_bytes(alone, tmp_path):
@@ -177,9 +258,7 @@ def test_kills_of_four_processes_change_no_byte(alone, tmp_path, monkeypatch, se
     places = [Place({"OMP_NUM_THREADS": "1", troubled.SECONDS: "0.3"}, 1)] * (4 if IS_LONG else 2)
     counts = []
     callbacks = Callbacks(describe, on_start=troubled.install, on_commit=counts.append)
-    shard_ranks.run_ranks(
-        places, spec_of(tmp_path / "run"), ShardLedger(shard_place(tmp_path / "run"), SIZE), callbacks
-    )
+    shard_ranks.run_ranks(places, spec_of(tmp_path / "run"), ShardLedger(shard_place(tmp_path / "run")), callbacks)
     killer.join()
     make(tmp_path / "run")
     assert tree(tmp_path / "run") == tree(alone)
@@ -190,7 +269,7 @@ def test_what_a_process_refuses_ends_the_others(alone, tmp_path):
     spec = spec_of(alone, seed=3)
     with pytest.raises(Refused, match="seed: 0 there, 3 asked for"):
         callbacks = Callbacks(describe, on_start=troubled.install)
-        shard_ranks.run_ranks([Place()], spec, ShardLedger(shard_place(alone), SIZE), callbacks)
+        shard_ranks.run_ranks([Place()], spec, ShardLedger(shard_place(alone)), callbacks)
 
 
 def test_a_shard_that_is_made_twice_is_committed_once(alone, tmp_path, monkeypatch):
@@ -263,6 +342,30 @@ def test_damage_is_named_and_repaired_to_the_same_bytes(alone, tmp_path, capsys,
     assert tree(run) == tree(alone) and audit.main([str(run), "--quiet"]) == 0
 
 
+def test_parts_of_an_audit_are_the_whole(alone, folder, tmp_path, capsys):
+    run = copy(alone, tmp_path)
+    (run / tar_name(4)).unlink()
+    (run / entry_name(1)).unlink()
+    reports = []
+    for part, code in (("1/4", 4), ("2/4", 0), ("3/4", 0), ("4/4", 0)):  # shards 0 and 4; 1 and 5; 2; 3
+        assert audit.main([str(run), "--part", part, "--json", "--quiet"]) == code
+        reports.append(json.loads(capsys.readouterr().out))
+    assert [report["number"] for report in reports] == [10, 6, 5, 5] and [r["done"] for r in reports] == [10, 1, 5, 5]
+    assert [report["complete"] for report in reports] == [True, False, True, True]
+    assert audit.main([str(run), "--json", "--quiet"]) == 4
+    whole = json.loads(capsys.readouterr().out)
+    for name in ("number", "done", "files", "bytes", "findings", "damaged"):
+        assert sum((report[name] for report in reports), type(whole[name])()) == whole[name]
+    assert audit.main([str(run), "--part", "2/4", "--quiet"]) == 0
+    assert f"{run}, part 2/4: whole, 1 of 6 samples (5 still to be made), 2 files" in capsys.readouterr().out
+    for place, part, cause in (
+        (run, "5/4", "--part '5/4': expected k/n"),
+        (run, "0/0", "--part '0/0': expected k/n"),
+        (folder, "1/4", "is no run in shards"),
+    ):
+        assert audit.main([str(place), "--part", part]) == 2 and cause in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "cause"),
     [
@@ -286,7 +389,7 @@ def test_other_settings_are_refused_in_a_sentence(alone, tmp_path, capsys, flags
 def test_a_run_grows_to_the_bytes_of_a_larger_one(alone, tmp_path, monkeypatch):
     run, place = copy(alone, tmp_path), ShardFolder(tmp_path / "run")
     make(tmp_path / "other", number=33)
-    ledger = ShardLedger(place, SIZE, number=33)
+    ledger = ShardLedger(place, number=33)
     assert sorted(ledger.entries) == [0, 1, 2, 3, 4]  # whoever waits for 33 samples waits for the sixth shard, too
     make(run, number=33)
     assert tree(run) == tree(tmp_path / "other") and len(ledger.read_entries(range(7))) == 2

@@ -20,7 +20,6 @@ from bench.machine.processes import another_process
 from datasetdm_fast import generate
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.run_settings import complete_settings, read_spec
-from datasetdm_fast.config import SHARD_SIZE
 from datasetdm_fast.runs.gallery.showing import show
 from datasetdm_fast.runs.jobs.result import result_of
 from datasetdm_fast.runs.run_folder.document import MANIFEST
@@ -76,7 +75,7 @@ def renumber(row: Row, index: int) -> Row:
 def supervise(base: str, out: str, number: int, ranks: int) -> dict[str, Any]:
     """What a run costs its supervisor; to be called in a process of its own."""
     spec = replace(read_spec(complete_settings(config_of(Path(out), number), {"out", "task"})), may_mix=False)
-    ledger = ShardLedger(shard_place(out), SHARD_SIZE)
+    ledger = ShardLedger(shard_place(out))
     callbacks = Callbacks(lambda job: [], on_start=partial(copy_samples, base))
     before, begin, cores = mib(status("VmRSS")), time.time(), time.process_time()
     run_ranks([Place({"OMP_NUM_THREADS": "1"}, 1)] * ranks, spec, ledger, callbacks)

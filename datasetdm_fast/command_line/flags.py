@@ -49,7 +49,7 @@ def parse(
         flag, value = _flag(field.name), getattr(config, field.name)
         if value and (kind := field.metadata.get("output")):
             check_output(flag, value, kind)
-        if isinstance(value, int | float):
+        if field.name in values and isinstance(value, int | float):
             least, most = field.metadata.get("least"), field.metadata.get("most")
             if least is not None and value < least or most is not None and value > most:
                 bounds = f"{least} or more" if most is None else f"{least} to {most}"
@@ -140,7 +140,9 @@ def _help(field: Field[Any]) -> str:
     default = "" if field.default is MISSING else field.default
     if isinstance(default, tuple):
         default = ",".join(map(str, default))
-    ending = "" if default == "" or isinstance(default, bool) else f" (default: {default})"
+    least = field.metadata.get("least")
+    is_told = default == "" or isinstance(default, bool) or (least is not None and default < least)  # in words
+    ending = "" if is_told else f" (default: {default})"
     return (field.metadata.get("help", "") + ending).replace("%", "%%")
 
 

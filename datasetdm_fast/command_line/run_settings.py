@@ -201,12 +201,6 @@ def check_shard_settings(config: RunConfig) -> None:
             raise Refused(f"--cluster {config.cluster}: a cluster makes runs in shards", "Drop --layout folder.")
 
 
-def check_together(config: RunConfig, is_begun: bool, processes: int) -> None:
-    """Refuses flags that do not go together in one of several processes that were started together."""
-    if not config.dry_run and processes > 1:
-        check_judged(config, is_begun)
-
-
 def check_judged(config: RunConfig, is_begun: bool) -> None:
     """Refuses flags that have one process judge samples first."""
     several = "several machines or processes that were started together make this run"

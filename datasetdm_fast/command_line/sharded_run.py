@@ -21,12 +21,12 @@ from datasetdm_fast.runs.jobs.run import RunQueue
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, pretty
 from datasetdm_fast.runs.run_folder.object_store import ObjectStore, is_url
 from datasetdm_fast.runs.run_folder.shard_places import ShardPlace, shard_place
-from datasetdm_fast.runs.run_folder.shards import ShardLedger, list_shards, read_stored, shard_size
+from datasetdm_fast.runs.run_folder.shards import ShardLedger, list_shards, read_stored
 from datasetdm_fast.runs.run_settings import RunConfig, RunSpec, WorkerSettings
 from datasetdm_fast.runs.workers.devices import LaunchedProcess, find_places, take_share
 from datasetdm_fast.runs.workers.ray_ranks import run_on_cluster
 from datasetdm_fast.runs.workers.shard_ranks import run_ranks
-from datasetdm_fast.runs.workers.shard_worker import ShardRank, open_place, require_shards, work_on_shards
+from datasetdm_fast.runs.workers.shard_worker import ShardRank, check_settings, open_place, work_on_shards
 from datasetdm_fast.runs.workers.worker import Callbacks
 
 
@@ -37,13 +37,16 @@ def generate_shards(config: RunConfig, spec: RunSpec, peer: LaunchedProcess | No
     if peer and workers.cluster:
         started = f"this is one of {peer.world} processes that were started together"
         raise Refused(f"--cluster {config.cluster}: {started}", "Start one process alone.")
-    if config.dry_run:
-        return print_run_plan(config, build_job(spec, None))
-    if config.store:
+    if config.store and not config.dry_run:
         ObjectStore(config.store).require_bucket(is_made=config.make_bucket)
         if not is_url(config.store):
             check_output("--store", config.store, "folder")
     place, is_reporting = shard_place(where), not (peer and peer.rank)
+    if (document := read_stored(place)) is not None:
+        check_settings(spec, place, document)
+    ledger = ShardLedger(place, shards=() if document is None else None, number=spec.number)
+    if config.dry_run:
+        return print_run_plan(config, replace(build_job(spec, document), done=ledger.made))
     config = replace(config, quiet=config.quiet or not is_reporting)
     interruption, made = Interruption(config.quiet), 0
 
@@ -53,15 +56,11 @@ def generate_shards(config: RunConfig, spec: RunSpec, peer: LaunchedProcess | No
         progress.on_commit(count)
 
     places = [] if peer or workers.cluster else find_places(workers, spec.engine.device, spec.engine.threads)
-    if (document := read_stored(place)) is not None:
-        require_shards(place, document)
     if peer or workers.cluster:
         check_judged(config, document is not None)
     elif document is None:
         _begin(config, spec, place)
-    ledger = ShardLedger(place, shard_size((document or {"config": spec.identity})["config"]), number=spec.number)
-    missing = spec.number - sum(entry.stop - entry.first for entry in ledger.entries.values())
-    with interruption, ImageProgress(max(missing, 0), config.quiet) as progress:
+    with interruption, ImageProgress(max(spec.number - ledger.made, 0), config.quiet) as progress:
         callbacks = Callbacks(describe_job, progress.print, on_commit, is_stopping=interruption.is_stopping)
         if workers.cluster:
             run_on_cluster(workers, spec, ledger, callbacks)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.config import LABELLER_KINDS, LABELLERS, LABELS, MOST_TRIES, PARITIES, SHARD_SIZE
+from datasetdm_fast.config import LABELLER_KINDS, LABELLERS, LABELS, MOST_TRIES, PARITIES
 from datasetdm_fast.engine.loop.checks import LARGEST_BATCH
 from datasetdm_fast.engine.loop.prompts import PromptSource
 from datasetdm_fast.settings import (
@@ -165,7 +165,11 @@ class FileSettings:
         identity="if given",
     )
     shard_size: int = setting(
-        SHARD_SIZE, "with --layout shards: samples of a shard", metavar="N", least=1, identity="if given"
+        0,
+        "with --layout shards: samples of a shard; by default 1,000, or the whole batches that take 256 MB at most",
+        metavar="N",
+        least=1,
+        identity="if given",
     )
     store: str = setting(
         "", "with --layout shards: fsspec URL in place of --out, such as s3://bucket/run", identity=False, metavar="URL"

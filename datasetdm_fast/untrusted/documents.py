@@ -144,9 +144,13 @@ def _depth(value: Any) -> int:
 
 def read_object(path: Path, *, most: int = LARGEST_CONFIG, remedy: str = GET_AGAIN) -> dict[str, Any]:
     """The object in a JSON file, such as a config.json."""
-    value = read_json(path, most=most, remedy=remedy)
+    return parse_object(storage.read(path, most), str(path), remedy)
+
+
+def parse_object(text: str | bytes, name: str, remedy: str = GET_AGAIN) -> dict[str, Any]:
+    value = parse_json(text, name, remedy)
     if not isinstance(value, dict):
-        raise Refused(f"{path}: holds a JSON {type(value).__name__}, expected an object", remedy)
+        raise Refused(f"{name}: holds a JSON {type(value).__name__}, expected an object", remedy)
     return value
 
 
@@ -226,7 +230,8 @@ def read_xml(path: Path, *, most: int = LARGEST_XML) -> ElementTree.Element:
 
 
 def reason_of(error: BaseException) -> str:
-    text = getattr(error, "problem", None) or " ".join(str(error).split())
+    """What an error says, in one line; of a refusal its cause."""
+    text = getattr(error, "problem", None) or " ".join(str(getattr(error, "cause", error)).split())
     return (text or type(error).__name__)[:160]
 
 

@@ -1,6 +1,5 @@
 """Run folders that are converted: which of their samples, labels and splits an export takes."""
 
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +12,7 @@ from datasetdm_fast.runs.run_folder.corrections import Correction, read_correcti
 from datasetdm_fast.runs.run_folder.document import to_see_damage
 from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.runs.run_folder.reader import Run
-from datasetdm_fast.runs.run_folder.selections import check_filtered, part_of, read_split
-from datasetdm_fast.untrusted import documents
+from datasetdm_fast.runs.run_folder.selections import check_filtered, parse_part, part_of, read_split
 
 PARTS = ("files", "labels")  # of a row that an export needs
 TASKS = {  # of an export -> those of a run that it may be made of, in order of preference
@@ -38,10 +36,7 @@ class ExportSource:
 
     def take_part(self, part: str) -> Self:
         """The k-th of n parts of the samples, k/n; each sample is in one of them."""
-        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", part)
-        if not match or not 1 <= (k := int(match[1])) <= (n := int(match[2])):
-            raise Refused(f"--part {documents.quote(part)}: expected k/n with k from 1 to n", "For example 3/16.")
-        count = len(self.run)
+        (k, n), count = parse_part(part), len(self.run)
         return replace(self, run=self.run[count * (k - 1) // n : count * k // n])
 
     def split_of(self, row: Row) -> str:

@@ -10,7 +10,7 @@ from datasetdm_fast.engine.labels.label_files import index_png
 from datasetdm_fast.runs.exporting.classes import IGNORED
 from datasetdm_fast.runs.exporting.format import AllSamples, Content, Entry, ExportPlan, Files, Format
 from datasetdm_fast.runs.exporting.view import SampleView
-from datasetdm_fast.runs.run_folder.shards import end_of, member
+from datasetdm_fast.runs.run_folder.shards import write_tar
 
 
 def describe_sample(sample: SampleView, plan: ExportPlan) -> dict[str, Any]:
@@ -78,26 +78,21 @@ class WebDatasetFormat(Format):
     def shared_files(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
         size = plan.layout.shard
         shards = {
-            f"{split}-{k:06d}.tar": _shard(plan, samples, split, k * size)
+            f"{split}-{k:06d}.tar": write_tar(_files(plan, samples, split, k * size))
             for split, count in plan.splits.items()
             for k in range(-(-count // size))
         }
         return {**shards, **table_files(plan)}
 
 
-def _shard(plan: ExportPlan, samples: AllSamples, split: str, first: int) -> Iterator[bytes]:
-    size = 0
+def _files(plan: ExportPlan, samples: AllSamples, split: str, first: int) -> Iterator[tuple[str, bytes]]:
     for sample in samples.views(split, first, first + plan.layout.shard):
         ending, image = sample.picture(WebDatasetFormat.forms)
         record = json.dumps(describe_sample(sample, plan), ensure_ascii=False).encode()
         # grey, as its decoders make a palette's colours of the numbers
         labels = {f"{name}.png": content for name, content in map_files(sample, plan, has_colours=False)}
-        members = {ending: image, "json": record, **labels}
-        for name, content in members.items():
-            data = member(f"{sample.name}.{name}", read_content(content))
-            size += len(data)
-            yield data
-    yield end_of(size)
+        for name, content in {ending: image, "json": record, **labels}.items():
+            yield f"{sample.name}.{name}", read_content(content)
 
 
 def read_content(content: Content) -> bytes:

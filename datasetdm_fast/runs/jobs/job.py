@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.config import ATTENTION, ENGINES, HALF, TASK_KINDS, UNDECODED
+from datasetdm_fast.config import ATTENTION, ENGINES, HALF, SHARD_BYTES, SHARD_SIZE, TASK_KINDS, UNDECODED
 from datasetdm_fast.data import Request
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine import engines
@@ -22,6 +22,7 @@ from datasetdm_fast.engine.loop.speed import COST
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.run_folder.document import FORMAT, grows, most_samples, quarantines, row_facts
 from datasetdm_fast.runs.run_folder.goal import check_scored, counts_by_class
+from datasetdm_fast.runs.run_folder.shards import is_sharded, shard_size
 from datasetdm_fast.runs.run_settings import LabelSettings, RunSpec
 from datasetdm_fast.settings import EngineSettings, ModelSettings, SamplingSettings
 from datasetdm_fast.version import __version__
@@ -80,11 +81,21 @@ class Job:
         return round(((self.calls or self.recipe.facts["calls"]) - saved) * self.batches_left)
 
     @property
+    def sample_bytes(self) -> int:
+        """An upper estimate of what the files of a sample take."""
+        pixels, labels = self.pixels or self.recipe.size**2, self.recipe.tasks
+        return int(pixels * (3 + sum(kind_of(task).pixel_bytes for task in labels))) + 8192 * (2 + len(labels))
+
+    @property
     def bytes_needed(self) -> int:
         """An upper estimate of what is still to be written."""
-        pixels, labels = self.pixels or self.recipe.size**2, self.recipe.tasks
-        sample = pixels * (3 + sum(kind_of(task).pixel_bytes for task in labels)) + 8192 * (2 + len(labels))
-        return int(sample * max(self.plan.number - self.done, 0)) + SPARE
+        return self.sample_bytes * max(self.plan.number - self.done, 0) + SPARE
+
+
+def default_shard_size(sample: int, batch: int) -> int:
+    """Samples of a shard, of which each takes so many bytes at most and a batch has so many."""
+    fitting = max(SHARD_BYTES // sample, 1)
+    return min(SHARD_SIZE, fitting - fitting % min(batch, fitting))
 
 
 def build_job(spec: RunSpec, stored: Mapping[str, Any] | None, dtype: str = "") -> Job:
@@ -123,7 +134,7 @@ def build_job(spec: RunSpec, stored: Mapping[str, Any] | None, dtype: str = "") 
     if spec.identity.get("accept"):
         check_scored(document)
     precision = document["engine"].get("dtype", "")
-    return Job(
+    job = Job(
         spec.folder,
         plan,
         engine,
@@ -137,6 +148,11 @@ def build_job(spec: RunSpec, stored: Mapping[str, Any] | None, dtype: str = "") 
         unnamed=(len(unnamed), len(requests)),
         url=spec.url,
     )
+    if is_sharded(document):
+        size = default_shard_size(job.sample_bytes, plan.batch_size)
+        config = stored["config"] if stored else {"shard_size": size, **spec.identity}
+        document["config"]["shard_size"] = shard_size(config)
+    return job
 
 
 def _first_requests(source: prompts.PromptSource, plan: Plan) -> list[Request]:

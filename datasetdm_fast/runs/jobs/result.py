@@ -21,7 +21,7 @@ from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.goal import Goal, goal_of
 from datasetdm_fast.runs.run_folder.indexes.licences import licence_of
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger
-from datasetdm_fast.runs.run_folder.shards import ShardLedger
+from datasetdm_fast.runs.run_folder.shards import ShardLedger, is_sharded, shard_size
 
 if TYPE_CHECKING:
     from datasetdm_fast.engine.loading.model import Model
@@ -200,6 +200,7 @@ def describe_job(job: Job, call: float = 0.0) -> list[str]:
         "draws": _describe_undrawn(job),
         "text": describe_cut(job),
         "engine": f"{name}, {count_noun(batches, 'batch', 'batches')} of {plan.batch_size}",
+        "shards": _describe_shards(job),
         "memory": describe_memory(job),
         "precision": job.precision or promised or _warning(engine),
         "time": f"about {format_duration(call * job.calls_left * OVERHEAD)}, at {call:.3g} s a call"
@@ -209,6 +210,15 @@ def describe_job(job: Job, call: float = 0.0) -> list[str]:
         "run folder": job.place,
     }
     return [f"{name:<11}{value}" for name, value in rows.items() if value]
+
+
+def _describe_shards(job: Job) -> str:
+    """How many there are, and how large, in words; empty of a run folder."""
+    if not is_sharded(job.document):
+        return ""
+    size = shard_size(job.document["config"])
+    shards, most = count_noun(-(-job.plan.number // size), "shard"), size * job.sample_bytes / 1e6
+    return f"{shards} of {count_noun(size, 'sample')}, at most {most:,.0f} MB each"
 
 
 def describe_memory(job: Job) -> str:

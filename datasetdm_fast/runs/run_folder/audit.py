@@ -75,6 +75,7 @@ class Report:
     findings: list[Finding]
     dropped: int = 0
     damaged: tuple[int, ...] = ()  # indices of samples that can be made again
+    part: str = ""  # k/n where it is about a part of the shards
 
     @property
     def is_complete(self) -> bool:

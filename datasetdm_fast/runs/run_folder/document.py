@@ -80,9 +80,15 @@ def read_document(folder: Path) -> dict[str, Any] | None:
             f"--out {documents.quote(str(folder))}: not a valid folder name ({error})", "Choose another --out."
         ) from error
     try:
-        document = documents.read_object(path, most=LARGEST_DOCUMENT)
+        content = storage.read(path, LARGEST_DOCUMENT)
     except Refused as stop:
         raise Refused(stop.cause, RESTORE) from stop
+    return parse_document(content, str(path))
+
+
+def parse_document(content: bytes, path: str) -> dict[str, Any]:
+    """The content of a run.json; anything else is refused."""
+    document = documents.parse_object(content, path, RESTORE)
     if document.get("format") != FORMAT:
         raise Refused(
             f"{path}: format {documents.quote(document.get('format'))}, this version reads {FORMAT}",

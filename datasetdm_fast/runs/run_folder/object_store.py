@@ -71,14 +71,6 @@ class ObjectStore:
                 "Check its name, or add --make-bucket.",
             )
 
-    def read(self, name: str) -> bytes | None:
-        """The content of a file, None where it is missing."""
-        with self.translate_errors():
-            try:
-                return self.files.cat_file(f"{self.root}/{name}")
-            except FileNotFoundError:
-                return None
-
     def sizes(self) -> dict[str, int]:
         """Path inside the run -> bytes, of its files."""
         with self.translate_errors():

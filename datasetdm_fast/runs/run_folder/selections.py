@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -101,6 +102,14 @@ def _ids(indices: Iterable[int]) -> list[str]:
 
 def _encode(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=0, ensure_ascii=False) + "\n").encode()
+
+
+def parse_part(part: str) -> tuple[int, int]:
+    """k and n of --part k/n, which gives each of n machines a share of the samples."""
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", part)
+    if not match or not 1 <= (k := int(match[1])) <= (n := int(match[2])):
+        raise Refused(f"--part {documents.quote(part)}: expected k/n with k from 1 to n", "For example 3/16.")
+    return k, n
 
 
 def part_of(folder: Path, parts: Mapping[int, str], row: Row) -> str:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.runs.run_folder.audit import CHANGED, MISSING, Finding, Report, audit, check_sample
+from datasetdm_fast.runs.run_folder.audit import CHANGED, MISSING, Finding, Report, audit, check_sample, repair
 from datasetdm_fast.runs.run_folder.ledger import DONE
 from datasetdm_fast.runs.run_folder.object_store import is_url
+from datasetdm_fast.runs.run_folder.selections import parse_part
 from datasetdm_fast.runs.run_folder.shard_places import ShardPlace, folder_of, shard_place
 from datasetdm_fast.runs.run_folder.shards import (
     RECORD,
@@ -42,34 +43,40 @@ def find_sharded(place: str | Path) -> dict[str, Any] | None:
     return document if document and is_sharded(document) else None
 
 
-def audit_place(place: str, threads: int, on_progress: Callable[[int, int], None]) -> Report:
-    """The report on a run at a path or URL; `on_progress` gets the number of checked samples and that of all."""
-    if find_sharded(place) is not None:
-        return audit_shards(place, threads, on_progress)
+def audit_place(place: str, threads: int, on_progress: Callable[[int, int], None], part: str = "") -> Report:
+    """The report on a run at a path or URL, or a part of its shards; `on_progress` gets the samples checked and all."""
+    if (document := find_sharded(place)) is not None:
+        return audit_shards(place, document, threads, on_progress, part)
+    if part:
+        raise Refused(f"--part {part}: {place} is no run in shards, and is checked as a whole", "Drop --part.")
     folder = folder_of(shard_place(place)) if is_url(place) else Path(place)
     return audit(folder, threads=threads, on_progress=on_progress)
 
 
-def audit_shards(where: str, threads: int, on_progress: Callable[[int, int], None]) -> Report:
-    """The report on a run in shards, finished or not; nothing in it is changed."""
-    place, document = shard_place(where), find_sharded(where)
-    assert document is not None
+def audit_shards(
+    where: str, document: Mapping[str, Any], threads: int, on_progress: Callable[[int, int], None], part: str
+) -> Report:
+    """The report on a run in shards, finished or not; nothing in it is changed. Of a part, on every n-th shard."""
+    place, (k, n) = shard_place(where), parse_part(part or "1/1")
     number, size = document["plan"]["number"], shard_size(document["config"])
-    shards, findings, damaged = list_shards(place), [], []
-    done = quarantined = files = total = 0
+
+    def range_of(shard: int) -> range:
+        return range(shard * size, max(min((shard + 1) * size, number), shard * size + 1))
+
+    counts = {shard: len(range_of(shard)) for shard in range(k - 1, -(-number // size), n)}  # of samples
+    shards, findings, damaged = [shard for shard in list_shards(place) if shard % n == k - 1], [], []
+    done = checked = files = total = 0
     with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
         for shard, (entry, faults) in zip(shards, pool.map(partial(_audit_shard, place, document), shards)):
             findings += faults
-            first, stop = shard * size, min((shard + 1) * size, number)
-            damaged += range(first, max(stop, first + 1)) if faults else []
+            damaged += range_of(shard) if faults else []
             if entry is not None:
-                done, quarantined = (
-                    done + len(entry.indices),
-                    quarantined + entry.stop - entry.first - len(entry.indices),
-                )
+                counts[shard] = entry.stop - entry.first
+                done, checked = done + len(entry.indices), checked + counts[shard]
                 files, total = files + 2, total + sum(file.size for file in entry.files.values())
-            on_progress(done + quarantined, number)
-    return Report(where, number, done, quarantined, files, total, findings, damaged=tuple(damaged))
+            on_progress(checked, number // n)
+    number = sum(counts.values()) if part else number
+    return Report(where, number, done, checked - done, files, total, findings, damaged=tuple(damaged), part=part)
 
 
 def _audit_shard(place: ShardPlace, document: Mapping[str, Any], shard: int) -> tuple[ShardEntry | None, list[Finding]]:
@@ -103,9 +110,10 @@ def _audit_shard(place: ShardPlace, document: Mapping[str, Any], shard: int) -> 
     return entry, findings
 
 
-def repair_shards(report: Report) -> None:
-    """Takes the shards of damaged samples out of a run, so that the line that made it makes them again."""
-    place, document = shard_place(report.path), find_sharded(report.path)
-    assert document is not None
+def repair_place(report: Report) -> None:
+    """Takes damaged samples, or their shards, out of a run, so that the line that made it makes them again."""
+    if (document := find_sharded(report.path)) is None:
+        return repair(report)
+    place = shard_place(report.path)
     for shard in sorted({index // shard_size(document["config"]) for index in report.damaged}):
         place.remove(entry_name(shard))

@@ -86,7 +86,11 @@ class ShardBucket:
         return f"{self.store.root}/{name}".rstrip("/")
 
     def read(self, name: str) -> bytes | None:
-        return self.store.read(name)
+        with self.store.translate_errors():
+            try:
+                return self.store.files.cat_file(self._path(name))
+            except FileNotFoundError:
+                return None
 
     def create(self, name: str, content: bytes) -> bool:
         with self.store.translate_errors():

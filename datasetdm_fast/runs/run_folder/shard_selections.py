@@ -13,7 +13,7 @@ from datasetdm_fast.untrusted import documents
 
 DROPPED_IDS = "dropped.json"
 SCORES_FOLDER = "scores"
-PARALLEL_READS = 16  # of files of scores
+PARALLEL_READS = 16  # of small files
 Score = float | int | None
 
 
@@ -27,12 +27,12 @@ def read_dropped(place: ShardPlace) -> frozenset[int]:
     if (content := place.read(DROPPED_IDS)) is None:
         return frozenset()
     try:
-        ids = documents.parse_json(content.decode(), DROPPED_IDS)
+        ids = documents.parse_json(content, DROPPED_IDS)
         documents.check_form(ids, [str])
         return frozenset(map(int, ids))
     except ValueError as error:
-        remedy = "Delete it, then drop the samples again."
-        raise Refused(f"{place.name}/{DROPPED_IDS}: not a list of ids ({error})", remedy) from error
+        cause = f"{place.name}/{DROPPED_IDS}: not a list of ids ({documents.reason_of(error)})"
+        raise Refused(cause, "Delete it, then drop the samples again.") from error
 
 
 class ShardScores:
@@ -47,11 +47,11 @@ class ShardScores:
     def _read(self, name: str) -> dict[str, dict[int, Score]]:
         path = f"{SCORES_FOLDER}/{name}"
         try:
-            value = documents.parse_json((self._place.read(path) or b"").decode(), "it")
+            value = documents.parse_json(self._place.read(path) or b"", "it")
             documents.check_form(value, {"indices": [int], "scores": dict})
             return {score: dict(zip(value["indices"], each, strict=True)) for score, each in value["scores"].items()}
         except (ValueError, TypeError) as error:
-            cause = f"{self._place.name}/{path}: not the scores of a shard ({error})"
+            cause = f"{self._place.name}/{path}: not the scores of a shard ({documents.reason_of(error)})"
             raise Refused(cause, to_see_damage(self._place.name)) from error
 
     def write(self, shard: int, scores: Mapping[str, Mapping[int, Score]]) -> None:

@@ -23,7 +23,7 @@ from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.engine.labels import kind_of, label_files
 from datasetdm_fast.engine.labels.instance import InstanceKind
 from datasetdm_fast.errors import GateFailed, Missing, Refused
-from datasetdm_fast.runs.run_folder.document import DOCUMENT, MANIFEST, check_document, to_see_damage
+from datasetdm_fast.runs.run_folder.document import DOCUMENT, MANIFEST, parse_document, to_see_damage
 from datasetdm_fast.runs.run_folder.ledger import (
     DONE,
     DOUBTFUL,
@@ -37,12 +37,11 @@ from datasetdm_fast.runs.run_folder.ledger import (
 )
 from datasetdm_fast.runs.run_folder.object_store import is_url
 from datasetdm_fast.runs.run_folder.shard_places import ShardPlace, shard_place
-from datasetdm_fast.runs.run_folder.shard_selections import SCORES_FOLDER, Score, ShardScores
+from datasetdm_fast.runs.run_folder.shard_selections import PARALLEL_READS, SCORES_FOLDER, Score, ShardScores
 from datasetdm_fast.untrusted import documents
 from datasetdm_fast.untrusted.images import LARGEST_IMAGE_FILE
 
 SHARDS = "shards"  # their folder
-PARALLEL_READS = 16  # of entries of the manifest
 OPEN_SHARDS = 4  # whose index and file are kept
 LARGEST_RECORD = 2**26  # bytes of the JSON file of a sample
 RECORD = "json"  # the role of a sample's record among its files in a shard
@@ -79,9 +78,7 @@ class ShardEntry:
         return [index for index in range(self.first, self.stop) if index not in absent]
 
     def encode(self) -> bytes:
-        value = {name: getattr(self, name) for name in ENTRY_FORM}
-        value |= {"files": {name: asdict(file) for name, file in self.files.items()}}
-        return canonical(value | ({"source": self.source} if self.source else {})).encode()
+        return canonical({name: part for name, part in asdict(self).items() if name != "source" or part}).encode()
 
     def renumber(self, first: int, source: Mapping[str, Any]) -> ShardEntry:
         """This shard as one of a merged run, where its first sample has another index."""
@@ -104,16 +101,8 @@ def is_sharded(document: Mapping[str, Any]) -> bool:
 
 def read_stored(place: ShardPlace) -> dict[str, Any] | None:
     """run.json, None where there is none."""
-    if (content := place.read(DOCUMENT)) is None:
-        return None
-    try:
-        document: dict[str, Any] = documents.parse_json(content.decode(), DOCUMENT)
-        check_document(document)
-    except ValueError as error:
-        raise Refused(
-            f"{place.name}/{DOCUMENT}: not the description of a run ({error})", "Restore it from a copy."
-        ) from error
-    return document
+    content = place.read(DOCUMENT)
+    return None if content is None else parse_document(content, f"{place.name}/{DOCUMENT}")
 
 
 def list_shards(place: ShardPlace) -> list[int]:
@@ -134,16 +123,15 @@ def index_name(shard: int) -> str:
     return f"{SHARDS}/{shard:05d}.parquet"
 
 
-def member(name: str, data: bytes) -> bytes:
-    """A file in a tar archive, without time and owner."""
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    return info.tobuf(tarfile.USTAR_FORMAT) + data + b"\0" * (-len(data) % tarfile.BLOCKSIZE)
-
-
-def end_of(size: int) -> bytes:
-    """The end of a tar archive whose members take so many bytes."""
-    return b"\0" * (2 * tarfile.BLOCKSIZE + -(size + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE)
+def write_tar(files: Iterable[tuple[str, bytes]]) -> Iterator[bytes]:
+    """The bytes of a tar archive of files without time and owner."""
+    size = 0
+    for name, data in files:
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        yield (block := info.tobuf(tarfile.USTAR_FORMAT) + data + b"\0" * (-len(data) % tarfile.BLOCKSIZE))
+        size += len(block)
+    yield b"\0" * (2 * tarfile.BLOCKSIZE + -(size + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE)
 
 
 def sample_record(row: Row, id: str) -> bytes:
@@ -279,27 +267,33 @@ class ShardLedger:
     def __init__(
         self,
         place: ShardPlace,
-        size: int,
+        size: int = 0,
         shards: Collection[int] | None = None,
         dropped: frozenset[int] = frozenset(),
         number: int = 0,
     ):
-        """Of all shards, or of these; a last one with fewer samples than a run of `number` needs is left out."""
+        """Of all shards, or of these; a last one with fewer samples than a run of `number` needs is left out. A `size`
+        of 0 is that of run.json, which is there before the first shard.
+        """
         self.place, self._size, self.dropped, self._number = place, size, dropped, number
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
         self._open: OrderedDict[int, BinaryIO] = OrderedDict()
         self._lock, self._process = threading.RLock(), os.getpid()
         self._places: dict[str, ShardPlace] = {}
         self.entries: dict[int, ShardEntry] = {}
+        self.made = 0  # samples, quarantined ones included
         self.read_entries(list_shards(place) if shards is None else shards)
 
     def read_entries(self, shards: Collection[int]) -> list[ShardEntry]:
         """The entries of those of the shards that were not known before."""
         new = [shard for shard in shards if shard not in self.entries]
+        if new and not self._size:
+            self._size = shard_size((read_stored(self.place) or {"config": {}})["config"])
         with ThreadPoolExecutor(PARALLEL_READS) as pool:
             read = dict(zip(new, pool.map(self._read_entry, new)))
         entries = {shard: entry for shard, entry in read.items() if not self.is_short(entry)}
         self.entries |= entries
+        self.made += sum(entry.stop - entry.first for entry in entries.values())
         return list(entries.values())
 
     def is_short(self, entry: ShardEntry) -> bool:
@@ -318,7 +312,7 @@ class ShardLedger:
     def _read_entry(self, shard: int) -> ShardEntry:
         name = entry_name(shard)
         try:
-            value = documents.parse_json((self.place.read(name) or b"").decode(), "it")
+            value = documents.parse_json(self.place.read(name) or b"", "it")
             documents.check_form(value, ENTRY_FORM)
             documents.check_form(list(value["quarantined"].values()), [[int]])
             files = {documents.check_inside(path): StoredFile(**file) for path, file in value["files"].items()}
@@ -333,7 +327,7 @@ class ShardLedger:
             if not shard * self._size == entry.first < entry.stop <= entry.first + self._size:
                 raise ValueError("it has other samples than its shard")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise self._damage(name, f"not an entry of the manifest ({error})") from error
+            raise self._damage(name, f"not an entry of the manifest ({documents.reason_of(error)})") from error
         return entry
 
     def indices(self, *statuses: str) -> list[int]:
@@ -341,7 +335,7 @@ class ShardLedger:
         entries = [self.entries[shard] for shard in sorted(self.entries)]
         results = [index for entry in entries for index in entry.indices] if DONE in statuses else []
         if QUARANTINED in statuses:
-            results += [index for entry in entries for indices in entry.quarantined.values() for index in indices]
+            results += [index for indices in self.quarantined_by_reason().values() for index in indices]
         if self.dropped:
             results = [index for index in results if index not in self.dropped]
         return sorted(results) if len(statuses) > 1 else results
@@ -351,10 +345,9 @@ class ShardLedger:
             return self.count_doubtful()
         if self.dropped:
             return len(self.indices(status))
-        entries = self.entries.values()
-        quarantined = sum(len(indices) for entry in entries for indices in entry.quarantined.values())
+        quarantined = sum(map(len, self.quarantined_by_reason().values()))
         # without lists of indices, which the supervisor of a long run would hold for every sample
-        return sum(entry.stop - entry.first for entry in entries) - quarantined if status == DONE else quarantined
+        return self.made - quarantined if status == DONE else quarantined
 
     def count_doubtful(self) -> int:
         return sum(entry.doubtful for entry in self.entries.values())
@@ -371,10 +364,7 @@ class ShardLedger:
         return results
 
     def tally(self, number: int, classes: int) -> tuple[list[int], list[int]]:
-        return [sum(entry.stop - entry.first for entry in self.entries.values())], [0]
-
-    def is_outdated(self) -> bool:
-        return False
+        return [self.made], [0]
 
     @cached_property
     def scored(self) -> ShardScores:
@@ -455,19 +445,20 @@ class ShardLedger:
             index = ShardIndex.decode(content)
             return index.renumber(entry.first - min(index.rows), Path(place.name).name) if entry.source else index
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise self._damage(name, f"not the index of a shard ({error})") from error
+            raise self._damage(name, f"not the index of a shard ({documents.reason_of(error)})") from error
 
     def _with_labels(self, row: Row) -> Row:
         if row.status != DONE:
             return row
         try:
-            record = documents.parse_json(self.read_file(row, RECORD).decode(), "its record")
+            record = documents.parse_json(self.read_file(row, RECORD), "its record")
             documents.check_form(record, {"id": str, "labels": dict})
             if record["id"] != self.stored_id(row):
                 raise ValueError(f"it is that of sample {documents.quote(record['id'])}")
         except (ValueError, TypeError) as error:
             name = tar_name(row.request.index // self._size)
-            raise self._damage(name, f"the record of sample {row.request.id} is damaged ({error})") from error
+            cause = f"the record of sample {row.request.id} is damaged ({documents.reason_of(error)})"
+            raise self._damage(name, cause) from error
         return Row(row.request, dict(row.recipe), row.files, record["labels"], row.status, row.reason, row.trust)
 
     def stored_id(self, row: Row) -> str:

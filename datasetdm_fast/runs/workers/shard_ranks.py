@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from datasetdm_fast.runs.run_folder.shard_places import shard_place
-from datasetdm_fast.runs.run_folder.shards import ShardLedger, list_shards, shard_size
+from datasetdm_fast.runs.run_folder.shards import ShardLedger, list_shards
 from datasetdm_fast.runs.run_settings import RunSpec
 from datasetdm_fast.runs.workers.claims import free_claims
 from datasetdm_fast.runs.workers.devices import Place
@@ -37,7 +37,7 @@ class SharedShards:
         ledger: ShardLedger,
     ):
         self._begin, self.count_places, self._ledger = begin, count_places, ledger
-        self.place, self._number = ledger.place.name, -(-spec.number // shard_size(spec.identity))
+        self.place, self._number = ledger.place.name, spec.number
 
     def begin(self, rank: int, name: str) -> RankProcess:
         return self._begin(ShardRank(rank, max(self.count_places(), rank + 1), name))
@@ -47,7 +47,7 @@ class SharedShards:
         return sum(entry.stop - entry.first for entry in entries)
 
     def is_complete(self) -> bool:
-        return len(self._ledger.entries) == self._number
+        return self._ledger.made == self._number
 
     def claims(self) -> dict[str, list[bytes]]:
         return {}  # which a store gives one by one

@@ -27,22 +27,22 @@ from datasetdm_fast.runs.run_folder.shard_places import ShardFolder, ShardPlace
 from datasetdm_fast.runs.run_folder.shards import (
     RECORD,
     SHARDS,
+    Places,
     ShardEntry,
     ShardLedger,
     count_classes,
     encode_index,
-    end_of,
     entry_name,
     index_name,
     instance_classes,
     is_sharded,
     list_shards,
-    member,
     read_stored,
     require_pyarrow,
     sample_record,
     shard_size,
     tar_name,
+    write_tar,
 )
 from datasetdm_fast.runs.run_settings import RunSpec
 from datasetdm_fast.runs.workers.claims import Claims
@@ -72,7 +72,7 @@ def open_shards(spec: RunSpec, place: ShardPlace) -> Job:
         check_settings(spec, place, stored)
     job = build_job(spec, stored)
     if isinstance(place, ShardFolder):
-        check_room(job)
+        check_room(replace(job, done=len(list_shards(place)) * shard_size(job.document["config"])))
     if stored is None and not place.create(DOCUMENT, pretty(job.document)):
         stored = read_stored(place)
     if stored is None:
@@ -106,19 +106,15 @@ def open_place(place: ShardPlace) -> dict[str, Any] | None:
     return None
 
 
-def require_shards(place: ShardPlace, stored: Mapping[str, Any]) -> None:
-    """Refuses a run folder."""
+def check_settings(spec: RunSpec, place: ShardPlace, stored: Mapping[str, Any]) -> None:
+    """Refuses a run folder, and other settings than those of the run."""
     if not is_sharded(stored):
         raise Refused(
             f"{place.name}: it is a run folder, not a run in shards",
             "Continue it without --layout shards and --cluster, or choose another --out.",
         )
-
-
-def check_settings(spec: RunSpec, place: ShardPlace, stored: Mapping[str, Any]) -> None:
-    """Refuses other settings than those of the run."""
-    require_shards(place, stored)
-    check_config(place.name, stored, spec.identity)
+    size = {"shard_size": shard_size(stored["config"])}  # which a run has whether or not it is asked for
+    check_config(place.name, {**stored, "config": stored["config"] | size}, {**size, **spec.identity})
 
 
 def files_of_shard(shard: int) -> tuple[str, ...]:
@@ -183,11 +179,9 @@ class ShardWorker:
         """The entry of a shard whose files are written."""
         first = shard * self.size
         stop = min(first + self.size, self.job.plan.number)
-        rows: list[Row] = []
-        places: list[dict[str, tuple[int, int]]] = []
-        tar = self.place.write(tar_name(shard), self._members(shard, first, stop, rows, places))
-        order = sorted(range(len(rows)), key=lambda k: rows[k].request.index)
-        rows, places = [rows[k] for k in order], [places[k] for k in order]
+        made: list[tuple[Row, Places]] = []
+        tar = self.place.write(tar_name(shard), write_tar(self._files(shard, first, stop, made)))
+        rows, places = zip(*sorted(made, key=lambda pair: pair[0].request.index))
         counts = [count_classes(row, self.names) for row in rows]
         index = self.place.write(index_name(shard), [encode_index(rows, places, counts)])
         reasons: dict[str, list[int]] = {}
@@ -207,23 +201,19 @@ class ShardWorker:
             files={tar_name(shard): tar, index_name(shard): index},
         )
 
-    def _members(
-        self, shard: int, first: int, stop: int, rows: list[Row], places: list[dict[str, tuple[int, int]]]
-    ) -> Iterator[bytes]:
-        """The bytes of a tar file; the rows of its samples and the places of their files are added to the lists."""
-        size = 0
+    def _files(self, shard: int, first: int, stop: int, made: list[tuple[Row, Places]]) -> Iterator[tuple[str, bytes]]:
+        """The files of a shard; the rows of its samples and where their files come to lie are added to the list."""
+        end = 0
         for row, contents in self._encode_samples(shard, first, stop):
-            rows.append(row)
-            places.append({})
+            places: dict[str, tuple[int, int]] = {}
+            made.append((row, places))
             record = {RECORD: sample_record(row, row.request.id)} if row.files else {}
             for role, content in {**contents, **record}.items():
                 ending = RECORD if role == RECORD else row.files[role][0].rpartition(".")[2]
                 ending = ending if role in ("image", RECORD) else f"{role}.{ending}"
-                data = member(f"{row.request.id}.{ending}", content)
-                places[-1][role] = size + tarfile.BLOCKSIZE, len(content)
-                size += len(data)
-                yield data
-        yield end_of(size)
+                begin, size = end + tarfile.BLOCKSIZE, len(content)
+                places[role], end = (begin, size), begin + size + -size % tarfile.BLOCKSIZE
+                yield f"{row.request.id}.{ending}", content
         if self.place.read(entry_name(shard)) is not None:
             raise ShardAbandoned
 
