@@ -43,11 +43,13 @@ class ScaleConfig:
     samples: tuple[str, ...] = setting(("10000", "100000"), "samples of each run that is measured", metavar="LIST")
     copied: int = setting(300, "real samples that they are copied from", metavar="N", least=1)
     ranks: int = setting(2, "processes that copy", metavar="N", least=1)
+    shard_size: int = setting(0, "samples of a shard; 0: as generate has them", metavar="N", least=0)
     folder: str = setting("", "folder for the runs, which are removed; 10 GB for a million", metavar="DIR")
 
 
-def config_of(out: Path, number: int) -> RunConfig:
-    return RunConfig(out=str(out), layout="shards", number=number, batch_size=8, engine="fast", quiet=True, **SMALL)
+def config_of(out: Path, number: int, size: int) -> RunConfig:
+    shards = {"layout": "shards", "shard_size": size}
+    return RunConfig(out=str(out), number=number, batch_size=8, engine="fast", quiet=True, **shards, **SMALL)
 
 
 def copy_samples(base: str) -> None:
@@ -72,9 +74,9 @@ def renumber(row: Row, index: int) -> Row:
     return replace(row, request=request, files=files)
 
 
-def supervise(base: str, out: str, number: int, ranks: int) -> dict[str, Any]:
+def supervise(base: str, out: str, number: int, ranks: int, size: int) -> dict[str, Any]:
     """What a run costs its supervisor; to be called in a process of its own."""
-    spec = replace(read_spec(complete_settings(config_of(Path(out), number), {"out", "task"})), may_mix=False)
+    spec = replace(read_spec(complete_settings(config_of(Path(out), number, size), {"out", "task"})), may_mix=False)
     ledger = ShardLedger(shard_place(out))
     callbacks = Callbacks(lambda job: [], on_start=partial(copy_samples, base))
     before, begin, cores = mib(status("VmRSS")), time.time(), time.process_time()
@@ -137,7 +139,7 @@ def measure(config: ScaleConfig) -> list[dict[str, Any]]:
             with tempfile.TemporaryDirectory(dir=place) as out:
                 row: dict[str, Any] = {"samples": number}
                 with another_process() as pool:
-                    row |= pool.submit(supervise, base, f"{out}/run", number, config.ranks).result()
+                    row |= pool.submit(supervise, base, f"{out}/run", number, config.ranks, config.shard_size).result()
                 with another_process() as pool:
                     row |= pool.submit(read, f"{out}/run", number).result()
             print(json.dumps(row), file=sys.stderr)
