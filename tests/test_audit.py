@@ -248,7 +248,7 @@ def test_what_is_no_run_folder_is_refused(tmp_path, capsys):
 def test_a_spoilt_run_json_is_to_be_restored_itself(spoilt):
     (spoilt / "run.json").write_text("{")
     found = [(finding.place, finding.remedy) for finding in audit.audit(spoilt).findings]
-    remedy = "Restore run.json from a copy; the ledger holds its content under notes."
+    remedy = "Restore run.json from a copy; the ledger of a run folder holds its content under notes."
     assert found == [("run.json", remedy)] * 2
 
 

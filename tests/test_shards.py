@@ -324,6 +324,23 @@ def copy(alone, tmp_path):
     return tmp_path / "run"
 
 
+def test_files_that_are_no_json_are_told_in_a_sentence(alone, bucket, tmp_path, capsys):
+    run = copy(alone, tmp_path)
+    (run / entry_name(2)).write_bytes(b"[")
+    assert audit.main([str(run), "--quiet"]) == 4 and generate.main([*LINE, "--out", str(run)]) == 2
+    (found,), told = (lines.splitlines() for lines in capsys.readouterr())
+    assert found.startswith("manifest/00002.json: not an entry of the manifest (it: not readable as JSON")
+    assert len(told) == 4 and told[2].startswith(f"{run}/manifest/00002.json: not an entry of the manifest (it: not")
+    (run / "run.json").write_bytes(b"{")
+    assert audit.main([str(run), "--quiet"]) == 4 and generate.main([*LINE, "--out", str(run)]) == 2
+    (found,), told = (lines.splitlines() for lines in capsys.readouterr())
+    assert found.startswith("run.json: not readable as JSON")
+    assert len(told) == 4 and told[2].startswith(f"{run}/run.json: not readable as JSON")
+    bucket.replace("run.json", b"{")
+    assert audit.main([bucket.name, "--quiet"]) == 2
+    assert f"{bucket.name}/run.json: not readable as JSON" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("damage", ["torn", "missing", "index", "entry"])
 def test_damage_is_named_and_repaired_to_the_same_bytes(alone, tmp_path, capsys, damage):
     run = copy(alone, tmp_path)

@@ -105,8 +105,8 @@ def audit(
     findings: list[Finding] = []
     document = _check_document(folder, findings)
     report = Report(str(folder), document["plan"]["number"] if document else 0, 0, 0, 0, 0, findings)
-    if document and not any((folder / name).exists() for name in (LEDGER, seal.SEAL)):
-        return report  # killed before its first sample
+    if not any((folder / name).exists() for name in (LEDGER, seal.SEAL)):
+        return report  # killed before its first sample, or in shards with a damaged run.json
     try:
         with Ledger(folder / LEDGER, read_only=True) as ledger:
             return _audit(folder, document, ledger, findings, threads or os.cpu_count() or 1, on_progress)

@@ -42,7 +42,7 @@ FORM = {
 }
 GROWING = ("number", "per_class", "prompts")  # settings that may differ where a run is to have more images
 LARGEST_DOCUMENT = 2**26  # bytes; that of a merged run has the settings of all its parts
-RESTORE_DOCUMENT = "Restore run.json from a copy; the ledger holds its content under notes."
+RESTORE_DOCUMENT = "Restore run.json from a copy; the ledger of a run folder holds its content under notes."
 RESTORE = "Restore the file from a copy, or choose another --out."
 COMPOSITION_FORM = {"told": str, "sides": str, "source": {"path": str, "digests": dict}}  # of runs made of others
 DECODER_FORM = {"digest": str, "licence": str}

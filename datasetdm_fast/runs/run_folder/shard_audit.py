@@ -14,7 +14,7 @@ from datasetdm_fast.runs.run_folder.audit import CHANGED, MISSING, Finding, Repo
 from datasetdm_fast.runs.run_folder.ledger import DONE
 from datasetdm_fast.runs.run_folder.object_store import is_url
 from datasetdm_fast.runs.run_folder.selections import parse_part
-from datasetdm_fast.runs.run_folder.shard_places import ShardPlace, folder_of, shard_place
+from datasetdm_fast.runs.run_folder.shard_places import ShardBucket, ShardPlace, folder_of, shard_place
 from datasetdm_fast.runs.run_folder.shards import (
     RECORD,
     ShardEntry,
@@ -38,7 +38,9 @@ def find_sharded(place: str | Path) -> dict[str, Any] | None:
     is_nothing = not is_url(place) and not Path(place).is_dir()  # refuses names that no disk takes, too
     try:
         document = None if is_nothing else read_stored(shard_place(place))
-    except Refused:  # what is wrong with it, the audit of a run folder says
+    except Refused:  # what is wrong with one on a disk, the audit of a run folder says
+        if is_url(place) and isinstance(shard_place(place), ShardBucket):
+            raise
         return None
     return document if document and is_sharded(document) else None
 
@@ -106,7 +108,8 @@ def _audit_shard(place: ShardPlace, document: Mapping[str, Any], shard: int) -> 
             findings += faults
         ledger.close()
     except (Refused, Missing) as error:
-        return None, [Finding(entry_name(shard), error.cause.removeprefix(f"{place.name}/"), REMAKE)]
+        name = entry_name(shard)
+        return None, [Finding(name, error.cause.removeprefix(f"{place.name}/").removeprefix(f"{name}: "), REMAKE)]
     return entry, findings
 
 
