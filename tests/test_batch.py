@@ -31,7 +31,7 @@ def engine():
 
 @pytest.fixture(scope="module")
 def recipe(engine):
-    return make_recipe(engine, TASKS, steps=12)
+    return make_recipe(engine, TASKS, steps=6)
 
 
 def relative(value: torch.Tensor, truth: torch.Tensor) -> float:
@@ -59,7 +59,7 @@ def test_threads_change_no_number_of_a_sample(batch):
     recipe = make_recipe(engine, TASKS, steps=3)
     requests = [Request(k, PROMPTS[k % len(PROMPTS)], k, ("ball", "person")) for k in range(batch)]
     usual, found = torch.get_num_threads(), []
-    for threads in (1, 2, 3, 7):
+    for threads in (1, 3, 7):
         torch.set_num_threads(threads)
         try:
             ((_, samples),) = generate([Batch(0, tuple(requests))], engine, recipe)
@@ -102,7 +102,7 @@ def test_threads_change_no_bit_of_one_image():
     engine, found = open_engine("demo", "demo", TASKS, engine="fast")[0], []
     recipe = make_recipe(engine, TASKS, steps=2)
     usual = torch.get_num_threads()
-    for threads in (1, 2, 3, 4, 6, 7):
+    for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
         try:
             latents, _, answers = raw(engine, recipe, [0])

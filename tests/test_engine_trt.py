@@ -406,10 +406,11 @@ def test_a_run_makes_samples_with_every_label(demo, folder, built):
 def test_every_plan_of_a_run_is_built_before_its_first_image(demo, folder, built, tmp_path, monkeypatch):
     from datasetdm_fast.data import Batch
 
-    engine = make_engine(demo, tmp_path)
+    model, decoders = demo
+    engine = make_engine((model, {"depth": decoders["depth"]}), tmp_path)
     sampled, denoise = [], engine.denoise
     monkeypatch.setattr(engine, "denoise", lambda *call: sampled.append(len(built)) or denoise(*call))
-    list(driver.generate([Batch(0, tuple(REQUESTS[:2]))], engine, make_recipe(engine, TASKS, steps=3)))
+    list(driver.generate([Batch(0, tuple(REQUESTS[:2]))], engine, make_recipe(engine, ("depth",), steps=3)))
     assert set(sampled) == {len(built)} and len(built) == len(engine.manifest.stages) - 1
     assert sum(line.startswith("built ") for line in engine.told) == len(built)
     assert engine.told[-1].startswith(f"built {len(built)} of {len(built)}: ")

@@ -589,7 +589,7 @@ def test_every_call_to_the_disk_may_fail_or_be_the_last(tmp_path):
     """What is there afterwards is whole or has no manifest, and the next export makes it the same bytes."""
     shim = str(fault_server.build_shim(tmp_path))
     environment = os.environ | {"LD_PRELOAD": shim, "FAULT_SHIM": shim}
-    chosen, step = (fault_server.KINDS[1:], "1") if IS_LONG else (("full", "kill before"), "8")  # every eighth call
+    chosen, step = (fault_server.KINDS[1:], "1") if IS_LONG else (("full", "kill before"), "16")  # every 16th call
     kinds = [str(fault_server.KINDS.index(kind)) for kind in chosen]
     done = subprocess.run(
         [sys.executable, "-c", FAULTS, str(tmp_path / "out"), step, *kinds],

@@ -26,7 +26,7 @@ from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.document import LEDGER
 from datasetdm_fast.runs.run_folder.ledger import Ledger
 
-KILLS = 200 if IS_LONG else 12
+KILLS = 200 if IS_LONG else 8
 SMALL = ("--number", "2", "--batch-size", "1", "--task", "semantic", "--quiet")
 USUAL = ("--number", "6", "--batch-size", "2", "--quiet")
 
@@ -182,7 +182,7 @@ def resume(server, path: Path, undisturbed: dict[str, bytes]) -> None:
 @pytest.mark.parametrize("kind", ["full", "broken", "short", "unsynced"])
 def test_every_system_call_may_fail(server, undisturbed, tmp_path, kind, is_lasting):
     path = tmp_path / "run"
-    places = chosen(calls(server, path, kind), 6, seed=1)
+    places = chosen(calls(server, path, kind), 4, seed=1)
     for place in places:
         ended = server.run(*USUAL, out=path, kind=kind, at=place, lasting=is_lasting)
         if ended["code"]:
@@ -232,7 +232,7 @@ def test_a_loss_of_power_costs_no_committed_sample(server, undisturbed, tmp_path
     assert server.run(*USUAL, out=path, record=log)["code"] == 0
     shutil.rmtree(path)
     found = list(states(log.read_bytes(), path))
-    places = chosen(len(found), 24, seed=2)
+    places = chosen(len(found), 16, seed=2)
     for k in places:
         made, build, name = found[k]
         build()

@@ -19,7 +19,7 @@ from datasetdm_fast.runs.run_folder.ledger import Ledger
 
 HERE = Path(__file__).parent
 IS_LONG = bool(os.environ.get("DATASETDM_LONG_TESTS"))
-ITERATIONS, WARM, GROWTH = (10_000, 2_000, 8 * 2**20) if IS_LONG else (600, 200, 4 * 2**20)
+ITERATIONS, WARM, GROWTH = (10_000, 2_000, 8 * 2**20) if IS_LONG else (300, 100, 4 * 2**20)
 SLOPE = 512  # bytes an iteration
 IN_FLIGHT = 16  # files that writers and the ledger may hold open at one moment
 SOAKED, BATCH, FAULTS = (100_000, 50, 40) if IS_LONG else (160, 4, 8)  # about so many faults in a whole run

@@ -227,10 +227,10 @@ def test_what_a_command_of_a_page_reads_was_made_there(page):
 
 
 SMALL = {
-    "generate": ("--number", "4", "--steps", "4"),
+    "generate": ("--number", "3", "--steps", "2"),
     "splice": ("--number", "4"),
-    "vary": ("--steps", "4"),
-    "edit": ("--steps", "4"),
+    "vary": ("--steps", "2"),
+    "edit": ("--steps", "2"),
     "train": ("--steps", "2", "--folds", "no"),
 }
 RUN_AS_WRITTEN = ("attention", "compositions", "correcting", "data-set", "filtering", "formats", "gallery", "prompts")
@@ -238,9 +238,9 @@ RUN_AS_WRITTEN = ("attention", "compositions", "correcting", "data-set", "filter
 
 @pytest.fixture(scope="module")
 def demo_run(tmp_path_factory):
-    """The run folder of `make demo`, in fewer steps."""
+    """The run folder of `make demo`, of fewer images in fewer steps."""
     run = tmp_path_factory.mktemp("pages") / "runs" / "demo"
-    assert main(["--steps", "10", "--out", str(run), "--quiet"]) == 0
+    assert main(["--number", "10", "--steps", "8", "--out", str(run), "--quiet"]) == 0
     return run
 
 

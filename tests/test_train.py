@@ -601,17 +601,18 @@ def test_a_log_goes_on_after_the_last_kept_step(tmp_path):
     ] == [(1, 0.5), (2, 1.0), (3, 7.0)]
 
 
-@pytest.mark.parametrize("images", [60, 59])
-def test_it_ends_early_where_enough_images_say_that_nothing_gets_better(run, tmp_path, capsys, images):
+@pytest.mark.parametrize("images", [12, 11])
+def test_it_ends_early_where_enough_images_say_that_nothing_gets_better(run, tmp_path, capsys, monkeypatch, images):
+    monkeypatch.setattr(splits, "ENOUGH_IMAGES", 6)
     line = ["--task", "depth", "--steps", "20", "--checks", "10", "--patience", "2", "--rate", "1e-12", "--draws", "1"]
-    assert run("--data", f"demo:{images}@1000", "--held-out", str(30 / 60 if images == 60 else 29 / 59), *line) == 0
+    assert run("--data", f"demo:{images}@1000", "--held-out", str(6 / 12 if images == 12 else 5 / 11), *line) == 0
     result = json.loads((tmp_path / "decoder" / "depth" / "training" / "result.json").read_text())
     err = capsys.readouterr().err
-    assert result["held_out_images"] == images - 30
-    if images == 60:
+    assert result["held_out_images"] == images - 6
+    if images == 12:
         assert result["steps"] < 20 and result["steps"] == result["weights_of_step"] + 4
         assert "stopped early, weights of step" in err and "the step of the weights was chosen on the same" in err
-    else:  # 29 are too few to choose a step by: the last weights are kept
+    else:  # 5 are too few to choose a step by: the last weights are kept
         assert result["steps"] == result["weights_of_step"] == 20 and "stopped early" not in err
 
 
@@ -948,7 +949,7 @@ def test_copies_of_an_image_are_held_out_together(run, tmp_path):
         save(tmp_path / "data" / "images" / f"{k:02d}.png", pixels[k % 4])
         save(tmp_path / "data" / "depth" / f"{k:02d}.png", np.full((64, 64), 2000, np.uint16))
     line = ["--data", f"folder:{tmp_path / 'data'}", "--task", "depth", "--steps", "1", "--held-out", "0.3"]
-    assert run(*line, "--folds", "2", "--quiet") == 0
+    assert run(*line, "--folds", "2", "--quiet", "--dry-run") == 0
     config = TrainConfig(data=line[1], task=("depth",), model="tiny", size=64, engine="torch", held_out=0.3)
     opened = train.open_workflow(config).session
     for parts in (opened.split, splits.split_folds(opened.source, opened.numbers, 2, 0)):
