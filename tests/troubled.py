@@ -15,7 +15,7 @@ import torchless
 from datasetdm_fast.engine.loop import driver
 
 SECONDS = "TROUBLED_SECONDS"  # that a batch takes
-TROUBLE = "TROUBLED_BY"  # dies or hangs at every batch from the second on, or dies at the start
+TROUBLE = "TROUBLED_BY"  # dies or hangs at every batch from the second on, or dies or raises at the start
 
 
 def install(environment: Mapping[str, str] = MappingProxyType({})) -> None:
@@ -23,6 +23,8 @@ def install(environment: Mapping[str, str] = MappingProxyType({})) -> None:
     os.environ.update(environment)
     if os.environ.get(TROUBLE) == "start":
         os._exit(9)
+    if os.environ.get(TROUBLE) == "raises":
+        raise RuntimeError("planted")
     torchless.install()
     undisturbed = driver.generate
 

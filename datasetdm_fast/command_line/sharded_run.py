@@ -63,7 +63,7 @@ def generate_shards(config: RunConfig, spec: RunSpec, peer: LaunchedProcess | No
     with interruption, ImageProgress(max(spec.number - ledger.made, 0), config.quiet) as progress:
         callbacks = Callbacks(describe_job, progress.print, on_commit, is_stopping=interruption.is_stopping)
         if workers.cluster:
-            run_on_cluster(workers, spec, ledger, callbacks)
+            run_on_cluster(workers, spec, place, callbacks)
         elif places:
             run_ranks(places, spec, ledger, callbacks)
         else:

@@ -70,22 +70,22 @@ def join_cluster(cluster: str, ranks: int, place: str) -> Iterator[None]:
         _require_token(cluster, ray.__version__)
     options = {"num_cpus": max(count_cores(), ranks), "object_store_memory": STORE_BYTES, "include_dashboard": False}
     options = {} if address else options
-    try:
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
         try:
-            with mute_stderr():
-                ray.init(address or "local", logging_level=logging.CRITICAL, log_to_driver=False, **options)
-        except Exception as error:
-            raise _refusal(cluster, address, error) from error
-        logging.getLogger("ray").setLevel(logging.CRITICAL)
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            try:
+                with mute_stderr():
+                    ray.init(address or "local", logging_level=logging.CRITICAL, log_to_driver=False, **options)
+            except Exception as error:
+                raise _refusal(cluster, address, error) from error
+            logging.getLogger("ray").setLevel(logging.CRITICAL)
             yield
-    except ray.exceptions.RayError as error:
-        raise Missing(
-            f"{place}: Ray ended the run ({type(error).__name__}: {first_line(error)})",
-            "Run the same command again: it resumes.",
-        ) from error
-    finally:
-        ray.shutdown()
+        except ray.exceptions.RayError as error:
+            raise Missing(
+                f"{place}: Ray ended the run ({type(error).__name__}: {first_line(error)})",
+                "Run the same command again: it resumes.",
+            ) from error
+        finally:
+            ray.shutdown()
 
 
 def _require_token(cluster: str, version: str) -> None:

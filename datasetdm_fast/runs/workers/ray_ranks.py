@@ -1,121 +1,141 @@
-"""Processes of a run in shards on a Ray cluster: an actor a GPU or a share of the cores, more as machines join."""
+"""Processes of a run in shards on a Ray cluster: Ray places an actor a GPU or a machine, and restarts one that ends."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import socket
+import traceback
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.errors import Missing, Stop
 from datasetdm_fast.runs.run_folder.object_store import is_url
-from datasetdm_fast.runs.run_folder.shard_places import shard_place
-from datasetdm_fast.runs.run_folder.shards import ShardLedger
+from datasetdm_fast.runs.run_folder.shard_places import ShardPlace, shard_place
 from datasetdm_fast.runs.run_settings import RunSpec, WorkerSettings
+from datasetdm_fast.runs.workers.claims import free_claims
 from datasetdm_fast.runs.workers.devices import Pool, pool_of
 from datasetdm_fast.runs.workers.ray_connection import address_of, first_line, join_cluster
-from datasetdm_fast.runs.workers.shard_ranks import SharedShards
-from datasetdm_fast.runs.workers.shard_worker import ShardRank, work_on_shards
-from datasetdm_fast.runs.workers.supervisor import Supervisor
-from datasetdm_fast.runs.workers.worker import Callbacks
+from datasetdm_fast.runs.workers.shard_worker import ShardRank, ShardWorker, files_of_shard, open_shards
+from datasetdm_fast.runs.workers.worker import Callbacks, describe_nothing
 from datasetdm_fast.version import __version__
 
+RETRIES = 4  # by Ray of a call whose process or machine ended, after which its actor is given up
+SECONDS_BETWEEN_POLLS = 0.25
 ALL_ADDRESSES = "Ray listens on all addresses of this machine until the run ends, and obeys only who has its token"
-NOTHING_HERE = "Install it on every machine of the cluster: pip install 'datasetdm-fast[ray]'"
+SEE_LOGS = "See Ray's logs of its workers; the same command resumes the run."
+INSTALL = "Install it on every machine of the cluster: pip install 'datasetdm-fast[ray]'"
 
 
-def run_on_cluster(workers: WorkerSettings, spec: RunSpec, ledger: ShardLedger, callbacks: Callbacks) -> None:
+def run_on_cluster(workers: WorkerSettings, spec: RunSpec, place: ShardPlace, callbacks: Callbacks) -> None:
     """Returns as run_ranks does; Ray is called in a thread, so that the main one receives a signal at any moment."""
+    name = uuid.uuid4().hex
     with ThreadPoolExecutor(1, "ray") as thread:
         try:
-            thread.submit(_run, workers, spec, ledger, callbacks).result()
+            thread.submit(_run, workers, spec, place, callbacks, name).result()
         except Stop:
             if not callbacks.is_stopping():
                 raise
+        finally:  # Ray has ended the actors of this driver
+            free_claims(place, name, files_of_shard, died=False)
 
 
-def _run(workers: WorkerSettings, spec: RunSpec, ledger: ShardLedger, callbacks: Callbacks) -> None:
-    with join_cluster(workers.cluster, workers.ranks, ledger.place.name):
+def _run(workers: WorkerSettings, spec: RunSpec, place: ShardPlace, callbacks: Callbacks, name: str) -> None:
+    with join_cluster(workers.cluster, workers.ranks, place.name):
         import ray
 
         if address_of(workers.cluster) is None:
             callbacks.on_message(ALL_ADDRESSES)
-        pool = pool_of(workers, spec.engine.device, spec.engine.threads, _machines())
+        pool = pool_of(workers, spec.engine.device, spec.engine.threads, list(_machines().values()))
         spec = replace(spec, engine=replace(spec.engine, threads=pool.threads))
-        worker = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus, scheduling_strategy="SPREAD")(RayWorker)
+        where = place.name if is_url(place.name) else str(Path(place.name).absolute())
+        options = {"scheduling_strategy": "SPREAD", "max_restarts": -1, "max_task_retries": RETRIES}
+        worker = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus, **options)(RayWorker)
+        seen: Mapping[str, Mapping[str, float]] = {}
+        calls: dict[Any, Any] = {}
+        begun = committed = 0
+        while not callbacks.is_stopping():
+            machines = _machines()
+            for machine in seen.keys() - machines:  # its actors may wait long for room, and others have it now
+                callbacks.on_message("a machine has left the cluster: what it made is made again")
+                free_claims(place, machine, files_of_shard, died=False)
+            seen, count = machines, _count(pool, workers, machines)
+            while begun < count:
+                actor = worker.remote(spec, where, ShardRank(begun, count, name), callbacks.on_start, __version__)
+                calls[actor.make_next.remote()], begun = actor, begun + 1
+            for call in ray.wait(list(calls), timeout=SECONDS_BETWEEN_POLLS)[0]:
+                actor, result = calls.pop(call), _read(call)
+                if result is None:
+                    return
+                if isinstance(result, int):
+                    committed += result
+                    callbacks.on_commit(result)
+                    calls[actor.make_next.remote()] = actor
+                elif isinstance(result, Missing) and committed and calls:
+                    callbacks.on_message(f"{result.cause}; the others go on")
+                else:
+                    raise result
 
-        name = ledger.place.name if is_url(ledger.place.name) else str(Path(ledger.place.name).absolute())
 
-        def begin(rank: ShardRank) -> RayProcess:
-            handle = worker.remote()
-            return RayProcess(handle, handle.work.remote(spec, name, rank, callbacks.on_start, __version__), workers)
-
-        Supervisor(SharedShards(begin, lambda: _count(pool, workers), spec, ledger), callbacks).work()
-
-
-def _machines() -> list[dict[str, float]]:
+def _machines() -> dict[str, dict[str, float]]:
     """The resources of the machines of the cluster."""
     import ray
 
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
 
 
-def _count(pool: Pool, workers: WorkerSettings) -> int:
-    """The actors that the cluster has room for now, or as many as were asked for."""
+def _count(pool: Pool, workers: WorkerSettings, machines: Mapping[str, Mapping[str, float]]) -> int:
+    """The actors that were asked for, or that the cluster has room for now."""
     if workers.ranks or workers.gpus.isdecimal():
         return pool.workers
-    machines = _machines()
-    return sum(int(each.get("GPU", 0)) if pool.gpus else each.get("CPU", 0) >= 1 for each in machines)
+    room = (int(each.get("GPU", 0)) if pool.gpus else each.get("CPU", 0) >= 1 for each in machines.values())
+    return max(pool.workers, sum(room))
 
 
-@dataclass
-class RayProcess:
-    """A worker of the cluster; Ray starts it once there is room for it."""
+def _read(call: Any) -> int | Stop | None:
+    """What a call returned, or a refusal where its actor is given up."""
+    import ray
 
-    handle: Any
-    call: Any
-    workers: WorkerSettings
-
-    def ending(self) -> str | Stop | None:
-        import ray
-
-        if not ray.wait([self.call], timeout=0)[0]:
-            return None
-        try:
-            stop: Stop | None = ray.get(self.call)
-            return stop or ""
-        except ray.exceptions.RayError as error:
-            if "No module named 'datasetdm_fast'" in str(error):
-                cause = f"--cluster {self.workers.cluster}: its machines have no datasetdm_fast"
-                raise Missing(cause, NOTHING_HERE) from error
-            return f"ended ({first_line(error)})"
-
-    def stop(self) -> None:
-        self.kill()
-
-    def kill(self) -> None:
-        import ray
-
-        with suppress(ray.exceptions.RayError):
-            ray.kill(self.handle)
+    try:
+        result: int | Stop | None = ray.get(call)
+        return result
+    except ray.exceptions.RayError as error:
+        if "No module named 'datasetdm_fast'" in str(error):
+            return Missing("a machine of the cluster has no datasetdm_fast", INSTALL)
+        return Missing(f"a worker ended {RETRIES + 1} times in a row ({first_line(error)})", SEE_LOGS)
 
 
 class RayWorker:
     """An actor that makes shards."""
 
-    def work(
-        self, spec: RunSpec, place: str, rank: ShardRank, on_start: Callable[[], None] | None, version: str
-    ) -> Stop | None:
-        """What it refuses, None once it has nothing left to do."""
-        if on_start:
-            on_start()
+    def __init__(self, *arguments: Any):
+        self._shards, self._has_made = _make_shards(*arguments), False
+
+    def make_next(self) -> int | Stop | None:
+        """The samples of a shard that it has made, what it refuses, or None once nothing is missing."""
         try:
-            if version != __version__:
-                cause = f"a machine of the cluster has datasetdm_fast {__version__}, the driver {version}"
-                raise Missing(cause, NOTHING_HERE)
-            work_on_shards(spec, shard_place(place), rank, Callbacks(lambda job: []))
-        except Stop as stop:
-            return stop
-        return None
+            made = next(self._shards, None)
+        except Exception as error:
+            traceback.print_exc()
+            if self._has_made and (isinstance(error, Missing) or not isinstance(error, Stop)):
+                os._exit(1)  # it has worked before, so Ray starts another process in its place
+            return error if isinstance(error, Stop) else Missing(f"{socket.gethostname()}: {error!r}", SEE_LOGS)
+        self._has_made = True
+        return made
+
+
+def _make_shards(
+    spec: RunSpec, where: str, rank: ShardRank, on_start: Callable[[], None] | None, version: str
+) -> Iterator[int]:
+    import ray
+
+    if on_start:
+        on_start()
+    if version != __version__:
+        raise Missing(f"a machine of the cluster has datasetdm_fast {__version__}, the driver {version}", INSTALL)
+    place, machine = shard_place(where), ray.get_runtime_context().get_node_id()
+    rank = replace(rank, name=f"{rank.name} {machine}")
+    yield from ShardWorker(open_shards(spec, place), place, rank, Callbacks(describe_nothing)).work()

@@ -1,4 +1,4 @@
-"""Processes of a run in shards: each claims shards by itself, and one that ends or hangs is replaced."""
+"""Processes of a run in shards on this machine: each claims shards by itself, and one that ends is replaced."""
 
 from __future__ import annotations
 
@@ -11,36 +11,27 @@ from datasetdm_fast.runs.workers.claims import free_claims
 from datasetdm_fast.runs.workers.devices import Place
 from datasetdm_fast.runs.workers.processes import SpawnedProcess, start_process
 from datasetdm_fast.runs.workers.shard_worker import ShardRank, files_of_shard, work_on_shards
-from datasetdm_fast.runs.workers.supervisor import RankProcess, Supervisor
+from datasetdm_fast.runs.workers.supervisor import Supervisor
 from datasetdm_fast.runs.workers.worker import Callbacks
 
 
 def run_ranks(places: Sequence[Place], spec: RunSpec, ledger: ShardLedger, callbacks: Callbacks) -> None:
     """Returns once no shard is missing, or when the run is to stop; shards that are not complete are lost then."""
-
-    def begin(rank: ShardRank) -> SpawnedProcess:
-        return start_process(places[rank.rank], spec, callbacks.on_start, make_shards, ledger.place.name, rank)
-
-    Supervisor(SharedShards(begin, lambda: len(places), spec, ledger), callbacks).work()
+    Supervisor(SharedShards(places, spec, ledger, callbacks), callbacks).work()
 
 
 class SharedShards:
-    """A run in shards that processes share, on whatever machines."""
+    """A run in shards that processes of this machine share."""
 
     is_finishing = False
 
-    def __init__(
-        self,
-        begin: Callable[[ShardRank], RankProcess],
-        count_places: Callable[[], int],
-        spec: RunSpec,
-        ledger: ShardLedger,
-    ):
-        self._begin, self.count_places, self._ledger = begin, count_places, ledger
+    def __init__(self, places: Sequence[Place], spec: RunSpec, ledger: ShardLedger, callbacks: Callbacks):
+        self.places, self._spec, self._ledger, self._on_start = places, spec, ledger, callbacks.on_start
         self.place, self._number = ledger.place.name, spec.number
 
-    def begin(self, rank: int, name: str) -> RankProcess:
-        return self._begin(ShardRank(rank, max(self.count_places(), rank + 1), name))
+    def begin(self, rank: int, name: str) -> SpawnedProcess:
+        shard_rank = ShardRank(rank, len(self.places), name)
+        return start_process(self.places[rank], self._spec, self._on_start, make_shards, self.place, shard_rank)
 
     def count_new(self) -> int:
         entries = self._ledger.read_entries(list_shards(self._ledger.place))

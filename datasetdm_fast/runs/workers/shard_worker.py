@@ -132,8 +132,8 @@ class ShardWorker:
         self.order = sorted(range(count), key=lambda shard: ((shard - rank.rank) % rank.world, shard))
         self.names = instance_classes(job.document)
 
-    def work(self) -> None:
-        """Makes shards until none is missing, or until it is to stop."""
+    def work(self) -> Iterator[int]:
+        """Makes shards until none is missing, or until it is to stop; yields the samples of each that it commits."""
         while missing := self._missing():
             made = 0
             for shard in missing:
@@ -141,8 +141,9 @@ class ShardWorker:
                     return
                 if self.claims.take(shard):
                     made += 1
-                    if not self._make(shard):
+                    if not (count := self._make(shard)):
                         break  # others have made shards since, this one among them
+                    yield count
             if not made:
                 time.sleep(SECONDS_BETWEEN_TRIES)
 
@@ -153,11 +154,11 @@ class ShardWorker:
     def _is_ending(self) -> bool:
         return self.callbacks.is_stopping() or bool(self.job.limit and self.made >= self.job.limit)
 
-    def _make(self, shard: int) -> bool:
-        """Whether this process made the shard, which another may have committed before."""
+    def _make(self, shard: int) -> int:
+        """The samples that this process committed: none where another was faster, or where it is to stop."""
         try:
             if self.place.read(entry_name(shard)) is not None:
-                return False
+                return 0
             entry = self._write(shard)
             if not self.place.create(entry_name(shard), entry.encode()):
                 if self.place.read(entry_name(shard)) != entry.encode():
@@ -166,14 +167,13 @@ class ShardWorker:
                         f"{self.place.name}: two processes made shard {shard:05d} with other bytes, so it is missing",
                         "Run the command again, with the same device and versions everywhere.",
                     )
-                return False
+                return 0
         except ShardAbandoned:
-            return False
+            return 0
         finally:
             self.claims.release(shard)
         self.made += entry.stop - entry.first
-        self.callbacks.on_commit(entry.stop - entry.first)
-        return True
+        return entry.stop - entry.first
 
     def _write(self, shard: int) -> ShardEntry:
         """The entry of a shard whose files are written."""
@@ -277,5 +277,6 @@ def work_on_shards(spec: RunSpec, place: ShardPlace, rank: ShardRank, callbacks:
     for line in callbacks.describe(job):
         callbacks.on_message(line)
     worker = ShardWorker(job, place, rank, callbacks)
-    worker.work()
+    for count in worker.work():
+        callbacks.on_commit(count)
     return worker

@@ -52,9 +52,6 @@ class SharedFolder:
         self._is_complete, self._count, self._described = False, 0, False
         self.count_new()
 
-    def count_places(self) -> int:
-        return len(self.places)
-
     def begin(self, rank: int, name: str) -> SpawnedProcess:
         describe = None if self._described else self.callbacks.describe
         self._described = True

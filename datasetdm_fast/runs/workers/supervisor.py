@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from datasetdm_fast.errors import Missing, Stop
+from datasetdm_fast.runs.workers.devices import Place
+from datasetdm_fast.runs.workers.processes import SpawnedProcess
 from datasetdm_fast.runs.workers.worker import Callbacks
 
 MOST_DEATHS = 5  # in a row, without progress, after which a place stays empty
@@ -17,28 +20,14 @@ LOOKS_SHARE = 0.05  # of the time that is spent on reading what they have commit
 SECONDS_TO_END = 1.0  # processes have once nothing is missing
 
 
-class RankProcess(Protocol):
-    """A process of the run, on whatever machine."""
-
-    def ending(self) -> str | Stop | None:
-        """How it has ended, empty where nothing was left to do, or what it refused; None while it runs."""
-
-    def stop(self) -> None:
-        """Asks it to end between two parts of its work."""
-
-    def kill(self) -> None: ...
-
-
 class SharedRun(Protocol):
     """What processes make together."""
 
     place: str  # of the run, for messages
     is_finishing: bool  # whether processes that are to stop finish what they make
+    places: Sequence[Place]  # of one process each
 
-    def count_places(self) -> int:
-        """How many processes there is room for."""
-
-    def begin(self, rank: int, name: str) -> RankProcess:
+    def begin(self, rank: int, name: str) -> SpawnedProcess:
         """Starts a process, whose claims have this name."""
 
     def count_new(self) -> int:
@@ -58,7 +47,7 @@ class SharedRun(Protocol):
 class Rank:
     """A place and the process that fills it now."""
 
-    process: RankProcess | None = None
+    process: SpawnedProcess | None = None
     name: str = ""
     is_done: bool = False  # whether a process found nothing left to do
     deaths: int = 0  # in a row
@@ -79,7 +68,7 @@ class Supervisor:
 
     def __init__(self, run: SharedRun, callbacks: Callbacks):
         self.run, self.callbacks = run, callbacks
-        self.ranks: list[Rank] = []
+        self.ranks = [Rank() for _ in run.places]
         self.committed, self.next_look = 0, 0.0
 
     def work(self) -> None:
@@ -89,7 +78,7 @@ class Supervisor:
             while not self.callbacks.is_stopping() and (was_complete or not self.run.is_complete()):
                 self._fill_places()
                 self._watch()
-                if self.ranks and all(rank.is_over for rank in self.ranks) and any(rank.is_done for rank in self.ranks):
+                if all(rank.is_over for rank in self.ranks) and any(rank.is_done for rank in self.ranks):
                     break
             if self.callbacks.is_stopping() and self.run.is_finishing:
                 self._finish()
@@ -106,8 +95,7 @@ class Supervisor:
         return [rank for rank in self.ranks if rank.process]
 
     def _fill_places(self) -> None:
-        self.ranks += [Rank() for _ in range(len(self.ranks), self.run.count_places())]
-        if self.ranks and all(rank.deaths == MOST_DEATHS for rank in self.ranks):
+        if all(rank.deaths == MOST_DEATHS for rank in self.ranks):
             for how in (rank.how for rank in self.ranks):
                 if isinstance(how, Stop):
                     raise how
