@@ -9,6 +9,7 @@ import tiny_pipelines
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from skips import IS_LONG
 from tiny_pipelines import SIZE
 
 from datasetdm_fast import generate
@@ -59,12 +60,13 @@ def pictures(out):
 
 def test_a_run_makes_the_images_of_the_stock_pipeline_and_goes_on_where_it_ended(folders, family):
     whole = run(folders, family, "whole", "--batch-size", "2")
-    run(folders, family, "cut", "--batch-size", "2", "--limit", "2")
-    cut = run(folders, family, "cut", "--batch-size", "2")
     files = sorted(path.relative_to(whole) for path in whole.glob("*/*.png"))
     assert len(files) > 2 * NUMBER
-    for path in files:
-        assert (whole / path).read_bytes() == (cut / path).read_bytes(), path
+    if IS_LONG or family == "sd3":  # what is left to do is counted without the model
+        run(folders, family, "cut", "--batch-size", "2", "--limit", "2")
+        cut = run(folders, family, "cut", "--batch-size", "2")
+        for path in files:
+            assert (whole / path).read_bytes() == (cut / path).read_bytes(), path
 
     alone = run(folders, family, "alone", "--batch-size", "1")
     for one, other in zip(pictures(whole), pictures(alone), strict=True):

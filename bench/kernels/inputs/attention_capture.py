@@ -38,7 +38,7 @@ def cases() -> list[Case]:
         layer(2, 2, 21, 248, 40, 33)._replace(reason="LongCLIP's tokens, more than are held at once"),
         layer(1, 1, 9, 77, 320, 4)._replace(reason="heads that are wider than a block"),
         layer(1, 2, 80, 77, 40, 100)._replace(reason="SD 1.x first level's heads, several blocks of features"),
-        layer(2, 2, 64, 77, 80, 64)._replace(reason="SD 1.x second level's heads"),
+        layer(2, 2, 16, 77, 80, 64)._replace(reason="SD 1.x second level's heads"),
         layer(1, 1, 40, 77, 64, 33)._replace(reason="SD 2.x heads, an odd width of the level"),
         layer(1, 2, 16, 77, 160, 256)._replace(reason="SD 1.x lowest level's heads, its whole width"),
     ]
