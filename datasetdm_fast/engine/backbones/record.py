@@ -94,7 +94,6 @@ class Backbone:
     file_tokenizers: Mapping[str, bool] = field(default_factory=dict)  # CLIP's -> whether it pads as Open CLIP does
     has_averages: bool = False  # whether labels can be read from the average of its calls' attention
     has_text_maps: bool = False  # whether they can be read from its attention to the prompt, as defaults.attention says
-    is_guided_above_one: bool = False  # whether a guidance up to 1 leaves out the unconditional half of a cfg model
     index: Mapping[str, Any] = field(default_factory=dict)  # further entries of a model_index.json that is written
     tokenizer: str = "tokenizer"  # the part by whose tokens the length of a prompt is told; where absent, the first
     # the part, where there is one, that reads so many tokens of a prompt of which `tokenizer` cuts off an end

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -135,10 +134,7 @@ def copy_module(module: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     """A module of the same kind and configuration with these tensors."""
     kind = type(module)
     with torch.random.fork_rng(devices=[]):
-        if hasattr(kind, "from_config") and "config" not in inspect.signature(kind.__init__).parameters:
-            copy = kind.from_config(module.config)
-        else:
-            copy = kind(module.config)
+        copy = getattr(kind, "from_config", kind)(module.config)
     copy.load_state_dict(dict(state))
     return copy.float().eval().requires_grad_(False)
 

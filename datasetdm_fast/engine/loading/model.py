@@ -108,8 +108,7 @@ class Model:
 
     @cached_property
     def guidance(self) -> Guidance:
-        kind, scale = self.backbone.guidance(self.configs), self.scale or self.defaults.guidance
-        return "none" if kind == "cfg" and self.backbone.is_guided_above_one and scale <= 1 else kind
+        return self.backbone.guidance(self.configs)
 
     @property
     def halves(self) -> int:
