@@ -77,15 +77,18 @@ def test_a_broken_machine(case, tmp_path):
 
 
 def test_the_family_of_a_folder_is_told(tmp_path, capsys):
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    code = probes.MODEL_PROBE.format(folder=str(tmp_path))
-    assert probes.run_probes({"model": code})["model"] == {
+    questions = {}
+    for name in ("FluxPipeline", "KolorsPipeline"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model_index.json").write_text(json.dumps({"_class_name": name}))
+        questions[name] = probes.MODEL_PROBE.format(folder=str(tmp_path / name))
+    answers = probes.run_probes(questions)
+    assert answers["FluxPipeline"] == {
         "problem": "",
         "family": "FLUX.1",
         "engines": ["torch", "fast", "ort", "openvino"],
     }
-    (tmp_path / "model_index.json").write_text('{"_class_name": "KolorsPipeline"}')
-    assert "holds a KolorsPipeline" in probes.run_probes({"model": code})["model"]["problem"]
+    assert "holds a KolorsPipeline" in answers["KolorsPipeline"]["problem"]
     assert doctor.main(["--model", str(tmp_path / "absent")]) == 2 and "no such folder" in capsys.readouterr().err
 
 

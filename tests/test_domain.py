@@ -186,7 +186,8 @@ def _report(out, capsys):
         return result_of(out, read_document(out), 4, ledger).trust_message
 
 
-def test_a_training_writes_the_domain_of_its_decoder(tmp_path):
+def test_a_training_writes_the_domain_of_its_decoder(tmp_path, monkeypatch):
+    monkeypatch.setattr(workflow, "CHECK_STEPS", 2)
     line = ["--model", "tiny", "--size", "64", "--draws", "1", "--batch-size", "4", "--engine", "torch", "--quiet"]
     line += ["--data", "demo:12@1000", "--task", "semantic", "--steps", "1", "--threads", "1", "--folds", "no"]
     assert train.main([*line, "--cache-dir", str(tmp_path / "cache"), "--out", str(tmp_path / "decoder")]) == 0

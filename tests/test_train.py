@@ -58,6 +58,7 @@ def captures(tmp_path_factory):
 @pytest.fixture
 def run(captures, tmp_path, monkeypatch):
     monkeypatch.setattr(workflow, "CHECK_STEPS", 2)
+    monkeypatch.setattr(workflow, "DOMAIN_DRAWS", 1)
 
     def command(*arguments, out="decoder", cache=captures):
         return train.main([*SMALL, "--cache-dir", str(cache), "--out", str(tmp_path / out), *arguments])
