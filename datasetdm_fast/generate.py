@@ -17,10 +17,11 @@ from datasetdm_fast.runs.jobs.probing import probe
 from datasetdm_fast.runs.jobs.result import Result, describe_job
 from datasetdm_fast.runs.jobs.run import Decision, Outcome, RunQueue
 from datasetdm_fast.runs.jobs.writing import count_outside
+from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.shards import SHARDS
 from datasetdm_fast.runs.run_settings import RunConfig, RunSpec, WorkerSettings
 from datasetdm_fast.runs.workers.devices import find_peer, find_places
-from datasetdm_fast.runs.workers.launch import Launch, begin_run, choose_launch
+from datasetdm_fast.runs.workers.launch import Launch, choose_launch
 from datasetdm_fast.runs.workers.worker import Callbacks, describe_nothing
 
 EXAMPLES = (
@@ -80,7 +81,7 @@ def _write(
             print_lines(config, *describe_job(job, seconds))
         counted = {"images": job.images_left, "batch": job.plan.batch_size, "calls": len(job.recipe.schedule)}
     elif job:
-        begin_run(job)
+        RunFolder(job.folder, job.document).close()  # writes run.json
         job = None  # the other processes need the memory of its networks
     with (
         interruption,

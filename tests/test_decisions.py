@@ -61,9 +61,7 @@ def test_other_settings_are_refused(decide):
 def test_run_json_is_read_once(decide, monkeypatch):
     decide.write(1)
     reads = []
-    read = document.documents.read_object
-    monkeypatch.setattr(
-        document.documents, "read_object", lambda path, **most: reads.append(path) or read(path, **most)
-    )
+    read = document.parse_document
+    monkeypatch.setattr(document, "parse_document", lambda content, path: reads.append(path) or read(content, path))
     decide()
     assert len(reads) == 1

@@ -6,7 +6,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -58,13 +58,10 @@ class ShardFolder:
 
     def names(self, folder: str = "") -> list[str]:
         """The names of what lies in a folder, sorted; of one that is missing none."""
-        try:
-            with os.scandir(self.path / folder) as entries:
-                return sorted(entry.name for entry in entries if not storage.is_temporary(Path(entry.name)))
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise storage.refusal(error, self.path / folder) from error
+        path = self.path / folder
+        with storage.refusing(path), suppress(FileNotFoundError), os.scandir(path) as entries:
+            return sorted(entry.name for entry in entries if not storage.is_temporary(Path(entry.name)))
+        return []
 
     def open(self, name: str) -> BinaryIO:
         """The file, for reading at any place."""
@@ -86,19 +83,15 @@ class ShardBucket:
         return f"{self.store.root}/{name}".rstrip("/")
 
     def read(self, name: str) -> bytes | None:
-        with self.store.translate_errors():
-            try:
-                return self.store.files.cat_file(self._path(name))
-            except FileNotFoundError:
-                return None
+        with self.store.translate_errors(), suppress(FileNotFoundError):
+            return self.store.files.cat_file(self._path(name))
+        return None
 
     def create(self, name: str, content: bytes) -> bool:
-        with self.store.translate_errors():
-            try:
-                self.store.files.pipe_file(self._path(name), content, mode="create")
-            except FileExistsError:
-                return False
-        return True
+        with self.store.translate_errors(), suppress(FileExistsError):
+            self.store.files.pipe_file(self._path(name), content, mode="create")
+            return True
+        return False
 
     def replace(self, name: str, content: bytes) -> None:
         with self.store.translate_errors():
@@ -122,21 +115,16 @@ class ShardBucket:
         return StoredFile(digest.hexdigest(), size)
 
     def remove(self, name: str) -> None:
-        with self.store.translate_errors():
-            try:
-                self.store.files.rm_file(self._path(name))
-            except FileNotFoundError:
-                pass
+        with self.store.translate_errors(), suppress(FileNotFoundError):
+            self.store.files.rm_file(self._path(name))
 
     def remove_parts(self, *names: str) -> None:
         """A store shows a file only once it is whole."""
 
     def names(self, folder: str = "") -> list[str]:
-        with self.store.translate_errors():
-            try:
-                paths = self.store.files.ls(self._path(folder), detail=False)
-            except FileNotFoundError:
-                return []
+        paths: list[str] = []
+        with self.store.translate_errors(), suppress(FileNotFoundError):
+            paths = self.store.files.ls(self._path(folder), detail=False)
         names = {path.rstrip("/").rpartition("/")[2] for path in paths}
         return sorted(names - {self._path(folder).rpartition("/")[2], ""})
 

@@ -9,7 +9,6 @@ from functools import partial
 from datasetdm_fast.runs.jobs.job import Job
 from datasetdm_fast.runs.jobs.result import Result
 from datasetdm_fast.runs.jobs.writing import write_missing
-from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_settings import RunSpec, WorkerSettings
 from datasetdm_fast.runs.workers.devices import LaunchedProcess, find_places, take_share
 from datasetdm_fast.runs.workers.worker import Callbacks
@@ -42,12 +41,6 @@ def choose_launch(spec: RunSpec, workers: WorkerSettings, peer: LaunchedProcess 
 
         return spec, Launch(partial(run_spawned, places), may_compare=True)
     return spec, Launch(run_here, is_here=True, may_compare=True)
-
-
-def begin_run(job: Job) -> None:
-    """Writes the run.json of a job whose samples other processes will make."""
-    with RunFolder(job.folder, job.document):
-        pass
 
 
 def run_here(spec: RunSpec, job: Job, callbacks: Callbacks) -> Result:

@@ -137,7 +137,7 @@ class ShardWorker:
         while missing := self._missing():
             made = 0
             for shard in missing:
-                if self._is_ending():
+                if self.callbacks.is_stopping() or self.job.limit and self.made >= self.job.limit:
                     return
                 if self.claims.take(shard):
                     made += 1
@@ -150,9 +150,6 @@ class ShardWorker:
     def _missing(self) -> list[int]:
         done = {name.removesuffix(".json") for name in self.place.names(MANIFEST)}
         return [shard for shard in self.order if f"{shard:05d}" not in done]
-
-    def _is_ending(self) -> bool:
-        return self.callbacks.is_stopping() or bool(self.job.limit and self.made >= self.job.limit)
 
     def _make(self, shard: int) -> int:
         """The samples that this process committed: none where another was faster, or where it is to stop."""
