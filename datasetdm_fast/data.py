@@ -224,12 +224,13 @@ Annotation = SemanticMap | Instances | DepthMap | Keypoints
 
 @dataclass(frozen=True)
 class DomainDistance:
-    """How far a picture, and each class it shows, are from what a decoder was trained on; above 1 they are out of its
-    domain.
+    """How far a picture, each class it shows, and all that its model draws of the training captions, are from what a
+    decoder was trained on; above 1 they are out of its domain.
     """
 
     picture: float
     things: Mapping[str, float] = field(default_factory=dict)
+    model: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from datasetdm_fast.data import Sample
+from datasetdm_fast.data import Sample, Trust
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.decoders import domain
 from datasetdm_fast.engine.decoders.checkpoint import load_decoder
@@ -17,6 +17,8 @@ from datasetdm_fast.engine.decoders.domain import LEAST_IMAGES, Domain, learn_do
 from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.engines.device import is_out_of_memory, slow_in_fp16
+from datasetdm_fast.engine.engines.engine import Engine
+from datasetdm_fast.engine.loop.inversion import invert_for
 from datasetdm_fast.engine.pipeline import Pipeline
 from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.training import checkpoint, page, report
@@ -39,7 +41,7 @@ Progress = Callable[[str, str, int, int], Any]  # task, title, steps, steps of l
 DOMAIN_IMAGES = 200  # that are measured, evenly over all
 DOMAIN_DRAWS = 4  # noises of each
 CHECK_FILE = "self_check.json"
-CHECK_SAMPLES, CHECK_STEPS = 8, 20
+CHECK_SAMPLES, CHECK_STEPS = 16, 20
 CHECK_CAPTIONS = 40  # captions that are chosen from
 
 
@@ -233,14 +235,35 @@ def check_itself(session: TrainingSession, decoder: Decoder, folder: Path) -> Se
         size = min(len(captions), pipeline.engine.suggested_batch())
         steps = min(CHECK_STEPS, engine.model.defaults.steps)
         samples = pipeline(captions, tasks=(task,), steps=steps, batch_size=size).samples
+        measured = decoder.domain
+        if len(samples) >= LEAST_IMAGES:
+            measured = measured.with_generated(_sketch_samples(pipeline.engine, task, samples))
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         return None
-    outside = sum(sample.trust is not None and (sample.trust.domain or 0) > 1 for sample in samples)
-    check = SelfCheck(samples, outside)
+    if measured.model:
+        domain.write_domain(folder, measured)
+    trusts = [sample.trust or Trust() for sample in samples]
+    distances = [max(trust.domain or 0.0, measured.model if measured.model > 1 else 0.0) for trust in trusts]
+    trusts = [replace(trust, domain=distance) for trust, distance in zip(trusts, distances, strict=True)]
+    samples = [replace(sample, trust=trust) for sample, trust in zip(samples, trusts, strict=True)]
+    check = SelfCheck(samples, sum(distance > 1 for distance in distances))
     storage.publish({folder / "training" / CHECK_FILE: (json.dumps(check.document, indent=2) + "\n").encode()})
     return check
+
+
+def _sketch_samples(engine: Engine, task: str, samples: Sequence[Sample]) -> np.ndarray:
+    """[N, D, h, w] of samples as a decoder of the engine reads their pictures, like those of the training images."""
+    sketches = []
+    for start in range(0, len(samples), BATCH_SIZE):
+        batch = samples[start : start + BATCH_SIZE]
+        images = torch.from_numpy(np.stack([sample.image for sample in batch]))
+        captions, seeds = zip(*((sample.request.prompt, sample.request.seed) for sample in batch), strict=True)
+        with torch.inference_mode():
+            capture = invert_for(engine, (task,), images, captions, seeds)[task]
+            sketches.append(engine.decoders[task].sketch(capture.of(task)).cpu().numpy())
+    return np.concatenate(sketches)
 
 
 def _choose_captions(session: TrainingSession) -> list[str]:

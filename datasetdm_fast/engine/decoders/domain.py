@@ -2,6 +2,8 @@
 
 A picture and each thing in it are described by means of the decoder's projected levels. Their distance is that of
 Mahalanobis (Lee et al. 2018), over the distance that 99 % of held-out pictures keep to: above 1 is out of domain.
+A model that draws less than was taught has no picture that is far by itself. So `train` generates some from its own
+captions, and the distance of their mean counts for every sample.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ LEAST_IMAGES = 8  # pictures below which their spread is unknown
 LEAST_SHOWN = 4  # pictures that show a class, below which its mean is that of all classes
 FOLDS = 5
 LEAST_SHARE = 1 / 100  # of the picture: smaller things are not described
+FARTHEST_MEAN = 1 / 3  # of generated pictures from the mean of those taught, in typical distances of a picture
 NO_THING = ("", "none", "background")
 
 
@@ -53,8 +56,19 @@ class Spread:
 
     def distances(self, descriptors: np.ndarray, classes: np.ndarray | int = 0) -> np.ndarray:
         """[N] over the limit."""
-        offsets = (descriptors - self.means[classes]) / self.scale
-        return np.linalg.norm(offsets @ self._whitening, axis=-1) / self.limit
+        return np.linalg.norm(self._whiten(descriptors, classes), axis=-1) / self.limit
+
+    def distance_of_mean(self, descriptors: np.ndarray) -> float:
+        """The distance of the mean of what these descriptors are drawn from, in typical distances; two at least.
+
+        Its square is the mean product of two different descriptors, which the spread of these few does not raise.
+        """
+        offsets, count = self._whiten(descriptors), len(descriptors)
+        square = (offsets.sum(0) ** 2).sum() - (offsets**2).sum()
+        return math.sqrt(max(float(square), 0.0) / (count * (count - 1)))
+
+    def _whiten(self, descriptors: np.ndarray, classes: np.ndarray | int = 0) -> np.ndarray:
+        return np.asarray(((descriptors - self.means[classes]) / self.scale) @ self._whitening)
 
 
 @dataclass(frozen=True)
@@ -62,6 +76,11 @@ class Domain:
     pictures: Spread
     things: Spread | None  # None for labels without classes
     classes: tuple[str, ...]  # of the means of things but the last, which is that of all
+    model: float = 0.0  # distance of what the model draws of the training captions, over FARTHEST_MEAN; 0 is unknown
+
+    def with_generated(self, sketches: np.ndarray) -> Domain:
+        """The domain with the distance of its model, by sketches [N, D, h, w] of pictures of training captions."""
+        return replace(self, model=self.pictures.distance_of_mean(sketches.mean((2, 3))) / FARTHEST_MEAN)
 
     def measure(self, sketch: np.ndarray, label: Annotation) -> DomainDistance:
         """The distance of a picture by its sketch [D, h, w], and of each class that its label shows."""
@@ -72,7 +91,7 @@ class Domain:
             place = self.classes.index(name) if name in self.classes else len(self.classes)
             distance = float(self.things.distances(descriptor[None], place)[0])
             farthest[name] = max(distance, farthest.get(name, 0.0))
-        return DomainDistance(picture, farthest)
+        return DomainDistance(picture, farthest, self.model)
 
 
 def mixtures(channels: int) -> np.ndarray:
@@ -156,6 +175,7 @@ def write_domain(folder: Path, domain: Domain) -> None:
             }
             arrays[f"{part}.correlations"] = spread.correlations[np.triu_indices(len(spread.scale))].astype(np.float16)
             arrays[f"{part}.limit"] = np.array([spread.limit], np.float32)
+    arrays["model"] = np.array(domain.model, np.float32)
     storage.publish({folder / FILE: save(arrays, {"classes": json.dumps(domain.classes)})})
 
 
@@ -175,10 +195,13 @@ def read_domain(folder: Path, width: int) -> Domain | None:
         pictures = _unpack(arrays, "pictures", 1, width)
         has_things = "things.means" in arrays
         things = _unpack(arrays, "things", len(names) + 1, width) if has_things else None
+        model = float(arrays["model"].reshape(())) if "model" in arrays else 0.0
+        if not 0 <= model < math.inf:
+            raise ValueError(f"the distance of its model is {model}")
     except (KeyError, ValueError) as error:
         remedy = "Get the file again, or remove it: then no sample is judged by it."
         raise Refused(f"{path}: not the domain of this decoder ({error})", remedy) from None
-    return Domain(pictures, things, tuple(names))
+    return Domain(pictures, things, tuple(names), model)
 
 
 def _unpack(arrays: Mapping[str, np.ndarray], part: str, count: int, width: int) -> Spread:

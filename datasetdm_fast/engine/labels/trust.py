@@ -95,8 +95,11 @@ def trust_of(
 
 def with_domain(trust: Trust, distances: Mapping[str, DomainDistance]) -> Trust:
     """A trust with the largest distance from its decoders' domains, and first what is out of them."""
-    farthest = max(max(each.picture, *each.things.values(), 0.0) for each in distances.values())
+    models = {task: each.model for task, each in distances.items() if each.model > 1}
+    farthest = max(*(max(each.picture, *each.things.values(), 0.0) for each in distances.values()), *models.values(), 0)
     reasons = []
+    if models:
+        reasons.append(f"the model does not draw what {' and '.join(models)} learned from")
     if tasks := [task for task, each in distances.items() if each.picture > 1]:
         reasons.append(f"the picture is unlike those that {' and '.join(tasks)} learned from")
     else:
