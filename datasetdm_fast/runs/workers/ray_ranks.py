@@ -23,7 +23,8 @@ from datasetdm_fast.runs.workers.shard_worker import ShardRank, ShardWorker, fil
 from datasetdm_fast.runs.workers.worker import Callbacks, describe_nothing
 from datasetdm_fast.version import __version__
 
-RETRIES = 4  # by Ray of a call whose process or machine ended, after which its actor is given up
+RETRIES = 2  # by Ray of a call; a machine that ends may use them up before Ray knows, so another actor follows
+MOST_ACTORS = 3  # in a row without a shard, after which a place stays empty
 SECONDS_BETWEEN_POLLS = 0.25
 ALL_ADDRESSES = "Ray listens on all addresses of this machine until the run ends, and obeys only who has its token"
 SEE_LOGS = "See Ray's logs of its workers; the same command resumes the run."
@@ -55,29 +56,41 @@ def _run(workers: WorkerSettings, spec: RunSpec, place: ShardPlace, callbacks: C
         options = {"scheduling_strategy": "SPREAD", "max_restarts": -1, "max_task_retries": RETRIES}
         worker = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus, **options)(RayWorker)
         seen: Mapping[str, Mapping[str, float]] = {}
-        calls: dict[Any, Any] = {}
+        calls: dict[Any, tuple[Any, int, int]] = {}
         begun = committed = 0
+
+        def begin(number: int, deaths: int = 0) -> None:
+            rank = ShardRank(number, max(_count(pool, workers, seen), number + 1), name)
+            actor = worker.remote(spec, where, rank, callbacks.on_start, __version__)
+            calls[actor.make_next.remote()] = actor, number, deaths
+
         while not callbacks.is_stopping():
             machines = _machines()
             for machine in seen.keys() - machines:  # its actors may wait long for room, and others have it now
                 callbacks.on_message("a machine has left the cluster: what it made is made again")
                 free_claims(place, machine, files_of_shard, died=False)
-            seen, count = machines, _count(pool, workers, machines)
-            while begun < count:
-                actor = worker.remote(spec, where, ShardRank(begun, count, name), callbacks.on_start, __version__)
-                calls[actor.make_next.remote()], begun = actor, begun + 1
+            seen = machines
+            while begun < _count(pool, workers, seen):
+                begin(begun)
+                begun += 1
             for call in ray.wait(list(calls), timeout=SECONDS_BETWEEN_POLLS)[0]:
-                actor, result = calls.pop(call), _read(call)
+                (actor, number, deaths), result = calls.pop(call), _read(call)
                 if result is None:
                     return
                 if isinstance(result, int):
                     committed += result
                     callbacks.on_commit(result)
-                    calls[actor.make_next.remote()] = actor
-                elif isinstance(result, Missing) and committed and calls:
-                    callbacks.on_message(f"{result.cause}; the others go on")
-                else:
-                    raise result
+                    calls[actor.make_next.remote()] = actor, number, 0
+                    continue
+                ray.kill(actor)  # as the next one needs its room
+                if isinstance(result, str) and deaths + 1 < MOST_ACTORS:
+                    callbacks.on_message(f"worker {number} ended again and again, it is replaced")
+                    begin(number, deaths + 1)
+                    continue
+                stop = Missing(f"worker {number} {result}", SEE_LOGS) if isinstance(result, str) else result
+                if not (isinstance(stop, Missing) and calls and (committed or deaths)):
+                    raise stop
+                callbacks.on_message(f"{stop.cause}; the others go on")
 
 
 def _machines() -> dict[str, dict[str, float]]:
@@ -95,8 +108,8 @@ def _count(pool: Pool, workers: WorkerSettings, machines: Mapping[str, Mapping[s
     return max(pool.workers, sum(room))
 
 
-def _read(call: Any) -> int | Stop | None:
-    """What a call returned, or a refusal where its actor is given up."""
+def _read(call: Any) -> int | Stop | str | None:
+    """What a call returned, or how its actor ended."""
     import ray
 
     try:
@@ -105,7 +118,7 @@ def _read(call: Any) -> int | Stop | None:
     except ray.exceptions.RayError as error:
         if "No module named 'datasetdm_fast'" in str(error):
             return Missing("a machine of the cluster has no datasetdm_fast", INSTALL)
-        return Missing(f"a worker ended {RETRIES + 1} times in a row ({first_line(error)})", SEE_LOGS)
+        return f"ended ({first_line(error)})"
 
 
 class RayWorker:
