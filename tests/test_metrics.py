@@ -239,6 +239,30 @@ def test_classes_are_told_by_name_as_far_as_there_is_room():
     assert shared == {"in_common": pytest.approx(0.6), "classes_in_common": 2} and naming.in_common({}, ["a"]) == {}
 
 
+def test_pairs_of_class_names_are_read_or_refused():
+    data = [SimpleNamespace(classes=["sky"], thing_classes=["cat"])]
+    assert naming.parse_names([" cat = dog ", "auto", "sky=air"], data) == {"cat": "dog", "sky": "air"}
+    for pair in ("cat", "cat=", "bird=dog"):
+        with pytest.raises(Refused, match=f"--class-names {pair}: .* of the data .cat, sky."):
+            naming.parse_names([pair], data)
+
+
+def test_figures_are_a_table_with_those_of_each_class_and_number_of_things():
+    by_things = {"1": {"pck": 0.75, "images": 1}, "2": {"pck": 0.25, "images": 3}}
+    figures = {"pck": 0.5, "images": 4, "captions": "none", "per_joint": {"left wrist": 1.0}, "by_things": by_things}
+    assert measure.figures_table({"pose": figures}, 0.9).splitlines() == [
+        "task  figure                            value",
+        "pose  PCK@0.1                          0.5000",
+        "pose    left wrist                     1.0000",
+        "pose    PCK@0.1 of 1 thing, 1 image    0.7500",
+        "pose    PCK@0.1 of 2 things, 3 images  0.2500",
+        "captions: none",
+    ]
+    told = measure.figures_table({"pose": figures | {"intervals": {"pck": [0.25, 0.75]}}}, 0.9).splitlines()
+    assert told[0].endswith("   value   90% interval") and told[1].endswith("0.5000   0.2500 to 0.7500")
+    assert told[2].endswith("1.0000")
+
+
 def test_everything_called_wall_scores_the_share_of_wall(source):
     result = scored(
         source, lambda task, label: replace(label, labels=np.zeros_like(label.labels)) if task == "semantic" else label
@@ -291,6 +315,14 @@ def test_joints_are_counted_of_the_largest_person(source, largest):
     meter, label = METRICS["pose"](source), perfect(source, replace(item, keypoints=apart[[largest]]))["pose"]
     meter.add(both, label)
     assert meter.result()["pck"] == 1
+
+
+def test_a_joint_that_is_called_absent_is_not_found(source):
+    item = next(item for item in source if len(item.keypoints) and (item.keypoints[0, :, 2] > 0).all())
+    item = replace(item, keypoints=item.keypoints[:1], keypoint_boxes=item.keypoint_boxes[:1], keypoint_areas=np.ones(1))
+    label, meter = perfect(source, item)["pose"], METRICS["pose"](source)
+    meter.add(item, replace(label, visibility=np.int64([[2] + [0] * (len(source.joints) - 1)])))
+    assert meter.result()["pck"] == pytest.approx(1 / len(source.joints))
 
 
 def test_what_no_image_shows_has_no_figure(source):

@@ -649,3 +649,9 @@ def test_a_class_counts_as_named_until_a_caption_leaves_it_out():
         ((), "a ball"),
     ]
     assert words.always_named(("ball", "cone", "star"), seen) == ("ball", "star")
+
+
+def test_semantic_targets_are_a_mask_of_each_class_but_of_no_ignored_pixel():
+    target = TASKS["semantic"].target(None, SimpleNamespace(semantic=np.uint8([[0, 3], [255, 3]])))
+    assert target["classes"].tolist() == [0, 3]
+    assert target["masks"].astype(int).tolist() == [[[1, 0], [0, 0]], [[0, 1], [0, 1]]]
