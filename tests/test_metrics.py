@@ -319,7 +319,9 @@ def test_joints_are_counted_of_the_largest_person(source, largest):
 
 def test_a_joint_that_is_called_absent_is_not_found(source):
     item = next(item for item in source if len(item.keypoints) and (item.keypoints[0, :, 2] > 0).all())
-    item = replace(item, keypoints=item.keypoints[:1], keypoint_boxes=item.keypoint_boxes[:1], keypoint_areas=np.ones(1))
+    item = replace(
+        item, keypoints=item.keypoints[:1], keypoint_boxes=item.keypoint_boxes[:1], keypoint_areas=np.ones(1)
+    )
     label, meter = perfect(source, item)["pose"], METRICS["pose"](source)
     meter.add(item, replace(label, visibility=np.int64([[2] + [0] * (len(source.joints) - 1)])))
     assert meter.result()["pck"] == pytest.approx(1 / len(source.joints))

@@ -43,7 +43,7 @@ from datasetdm_fast.runs.run_folder.selections import SPLIT, Split
 from datasetdm_fast.training import data_record, session, splits
 from datasetdm_fast.training.captures.targets import check_truth
 from datasetdm_fast.training.evaluation.metrics import METRICS
-from datasetdm_fast.training.readers import PRESETS, DataSettings, Selection, cvat, open_data
+from datasetdm_fast.training.readers import PRESETS, DataSettings, Selection, cvat, is_read, open_data
 from datasetdm_fast.training.truth import shapes, tables, windows
 from datasetdm_fast.training.truth.augment import Augmentation, augment
 from datasetdm_fast.training.truth.picture_source import PictureSource
@@ -2314,3 +2314,10 @@ def test_a_wrong_layout_is_refused_before_a_model_is_loaded(tmp_path, monkeypatc
                 ["semantic"],
                 session.Inversion(),
             )
+
+
+def test_a_folder_is_read_where_the_reader_of_an_address_looks(tmp_path):
+    inside = tmp_path / "data" / "deep"
+    assert is_read(f"coco:{tmp_path / 'data'}", inside) and is_read(f"coco:{inside}", inside)
+    assert not is_read(f"coco:{inside}", tmp_path / "data") and not is_read("demo:40", inside)
+    assert not is_read(f"folder:{tmp_path / 'data'}", inside) and is_read(f"folder:{tmp_path / 'data'}[deep]", inside)

@@ -18,7 +18,6 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.training.evaluation.meter import Meter, check_names, mean, translation
 
 RECALLS = np.linspace(0, 1, 101)
-LEVELS = np.linspace(0.5, 0.95, 10)  # overlap, of masks or of joints
 MOST_TOGETHER = 4_000_000  # numbers a bootstrap holds at a time
 
 
@@ -245,7 +244,7 @@ def _rankings(meter: _Ranked) -> list[_Ranking]:
         positives = np.zeros(images)
         for number, entry in entries:
             positives[number] = np.count_nonzero(np.asarray(entry["gtIgnore"]) == 0)
-        none = np.zeros((len(LEVELS), 0), bool)
+        none = np.zeros((len(evaluator.params.iouThrs), 0), bool)
         scores = np.concatenate([np.zeros(0), *(entry["dtScores"] for _, entry in entries)])
         is_right = np.concatenate([none, *(entry["dtMatches"] > 0 for _, entry in entries)], 1)
         is_ignored = np.concatenate([none, *(np.asarray(entry["dtIgnore"], bool) for _, entry in entries)], 1)
