@@ -16,7 +16,6 @@ COMMANDS = {
     "label": ("datasetdm_fast.label", "label existing pictures, as generate labels its images"),
     "edit": ("datasetdm_fast.edit", "regenerate a region of samples, with its labels"),
     "vary": ("datasetdm_fast.vary", "change the time of day or weather of samples, with their labels"),
-    "splice": ("datasetdm_fast.splice", "combine samples of a run side by side, with their labels"),
     "filter": ("datasetdm_fast.filter", "score the samples of a run and keep those that pass"),
     "merge": ("datasetdm_fast.merge", "merge several runs into one, every sample once"),
     "split": ("datasetdm_fast.split", "assign the samples of a run to training, validation and test"),

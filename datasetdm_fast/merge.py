@@ -32,8 +32,8 @@ class MergeConfig(OutputSettings):
 
 @command_with(MergeConfig, EXAMPLES)
 def main(config: MergeConfig, command: CommandLine) -> int:
-    from datasetdm_fast.runs.compositions.composition import Source, count_existing, write_missing
-    from datasetdm_fast.runs.compositions.merging import Merging
+    from datasetdm_fast.runs.compositions.composition import Source, count_existing
+    from datasetdm_fast.runs.compositions.merging import Merging, write_missing
     from datasetdm_fast.runs.compositions.shard_merging import ShardMerging, ShardSource
     from datasetdm_fast.runs.run_folder.shard_audit import find_sharded
 

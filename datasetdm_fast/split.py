@@ -20,7 +20,7 @@ class SplitConfig(OutputSettings):
     run: str = setting("", "run folder", metavar="RUN", positional=True, required=True)
     shares: str = setting("80,10,10", "shares of the samples in per cent, in the order of --names", metavar="LIST")
     names: tuple[str, ...] = setting(("train", "val", "test"), "names of the parts", metavar="LIST")
-    by_source: bool = setting(True, "never separate samples made from the same picture: variants, edits, splices")
+    by_source: bool = setting(True, "never separate samples made from the same picture: variants and edits")
     seed: int = setting(0, "seed of the random order of the samples", metavar="N")
     undo: bool = setting(False, "remove the split")
 

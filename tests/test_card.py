@@ -56,7 +56,7 @@ def test_the_command_names_every_setting_that_is_no_default():
     for part in ("--seed 3", "--steps 20", "--truncate-prompts", "--number 12", "dark"):
         assert part in line, part
     assert "--guidance" not in line and "--no-" not in line
-    assert card.command_line(told | {"command": "splice"}) is None
+    assert card.command_line(told | {"command": "merge"}) is None
 
 
 def test_the_command_of_a_run_that_made_its_own_prompts_names_none(run):

@@ -7,7 +7,7 @@ from importlib import import_module
 import pytest
 from rendered import write_run
 
-from datasetdm_fast import drop, filter, splice
+from datasetdm_fast import drop, filter
 from datasetdm_fast.cli import COMMANDS
 from datasetdm_fast.command_line.completion import describe_flags
 
@@ -22,15 +22,13 @@ ELSEWHERE = {  # command -> the test file that has its dry run
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Runs, the first scored and one of its samples dropped, one filtered, one spliced; and two pictures."""
+    """Runs, the first scored and one of its samples dropped, one filtered; and two pictures."""
     path = tmp_path_factory.mktemp("runs")
     for name, number in (("one", 4), ("two", 2)):
         write_run(path / name, number, 32, [f"a ball, {name} {k}" for k in range(number)])
     assert filter.main([str(path / "one"), "--json"]) == 0 and drop.main([str(path / "one"), "00000003"]) == 0
     shutil.copytree(path / "one", path / "filtered")
     assert filter.main([str(path / "filtered"), "--where", "score>=0"]) == 0
-    assert splice.main([str(path / "two"), "--number", "1", "--out", str(path / "spliced"), "--quiet"]) == 0
-    (path / "spliced" / "images" / "00000000.png").unlink()
     shutil.copytree(path / "two" / "images", path / "photos")
     return path
 
@@ -53,7 +51,6 @@ LINES = [
     ("merge", "RUNS/one RUNS/two --out RUNS/all", {"number": 3, "done": 0, "duplicates": 2}),
     ("prompts", "--classes owl,lamp --per-class 5 --out RUNS/prompts.jsonl", {"classes": {"owl": 5, "lamp": 5}}),
     ("restore", "RUNS/one --all", {"restored": ["00000003"]}),
-    ("splice", "RUNS/one --number 3 --out RUNS/new", {"number": 3, "done": 0}),
     ("split", "RUNS/one --shares 50,50", {"parts": {"train": 2, "val": 1}}),
     ("verify", "--model tiny --decoder none --number 1 --steps 2", {"number": 1}),
 ]

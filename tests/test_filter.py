@@ -17,7 +17,7 @@ from rendered import document, rendered, write_run
 from skips import IS_LONG
 from test_ledger import tree
 
-from datasetdm_fast import drop, filter, generate, splice
+from datasetdm_fast import drop, filter, generate
 from datasetdm_fast.data import Request
 from datasetdm_fast.engine.labels.trust import NamedMap
 from datasetdm_fast.errors import Refused
@@ -219,17 +219,6 @@ def test_a_sample_is_no_duplicate_of_one_that_was_dropped(tmp_path):
         finish_run(folder)
     assert filter.main([str(path), "--where", "duplicate == 0", "--quiet"]) == 0
     assert [sample.id for sample in open_run(path, kept=True)] == ["00000001", "00000002"]
-
-
-def test_splice_takes_only_what_is_kept(run, tmp_path, capsys):
-    assert filter.main([str(run), "--where", "sharpness>200", "--quiet"]) == 0
-    ids = {sample.id for sample in open_run(run, kept=True)}
-    out = tmp_path / "out"
-    assert splice.main([str(run), "--kept", "--number", "20", "--out", str(out), "--quiet"]) == 0
-    assert {id for sample in open_run(out) for id in sample.meta["tiles"]} <= ids
-    assert filter.main([str(run), "--where", "sharpness>220", "--quiet"]) == 0
-    assert splice.main([str(run), "--kept", "--number", "20", "--out", str(out), "--quiet"]) == 2
-    assert "kept:" in capsys.readouterr().err
 
 
 def test_histograms_count_every_sample_and_class(run, capsys):

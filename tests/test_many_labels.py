@@ -10,7 +10,7 @@ from pycocotools.coco import COCO
 from stub_engine import CONFIGS, StubEngine
 from test_ledger import tree
 
-from datasetdm_fast import filter, generate, splice
+from datasetdm_fast import filter, generate
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.data import DepthMap, Instances, SemanticMap
 from datasetdm_fast.engine import engines
@@ -91,12 +91,7 @@ def test_damage_to_a_named_label_is_found_and_mended(run, tmp_path, monkeypatch)
     assert tree(tmp_path / "run") == before
 
 
-def test_runs_of_named_labels_are_spliced_and_filtered(run, tmp_path):
-    out = tmp_path / "grids"
-    assert splice.main([str(run), "--grids", "2", "--number", "2", "--out", str(out), "--quiet"]) == 0
-    assert not audit(out).findings and set(open_run(out).tasks) == set(LABELS)
-    for sample in open_run(out):
-        assert (sample.label("semantic:other").labels == sample.semantic.labels).all()
+def test_runs_of_named_labels_are_filtered(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     assert filter.main([str(tmp_path / "run"), "--where", "agreement>=0", "--quiet"]) == 0
     assert not audit(tmp_path / "run").findings

@@ -3,16 +3,19 @@
 import json
 import re
 import shutil
+import sys
 from dataclasses import replace
 
 import pytest
 from rendered import document, rendered, write_run
 
 from datasetdm_fast import audit as audit_command
-from datasetdm_fast import drop, open_run, restore, splice
+from datasetdm_fast import drop, open_run, restore
 from datasetdm_fast.engine.labels import class_tables
 from datasetdm_fast.engine.scenes import world
+from datasetdm_fast.errors import Refused
 from datasetdm_fast.merge import main
+from datasetdm_fast.runs.compositions.composition import TileSource
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.folder import RunFolder
@@ -62,15 +65,21 @@ def test_a_merged_run_has_every_sample_once_byte_for_byte(runs, tmp_path):
     assert together[:3] == together[-3:] and len(set(together)) == len(found) - 3
 
 
-def test_a_splice_belongs_to_the_variants_of_its_pictures(runs, tmp_path):
-    spliced, out = tmp_path / "spliced", tmp_path / "all"
-    line = [str(runs / "first"), "--grids", "1x2", "--number", "8", "--resize", "--out", str(spliced), "--quiet"]
-    assert splice.main(line) == 0 and main([str(spliced), str(runs / "varied"), "--out", str(out), "--quiet"]) == 0
+def test_a_splice_of_an_earlier_version_belongs_to_the_variants_of_its_pictures(runs, tmp_path):
+    """`splice` put samples of a run side by side, and named them as `tiles`, their groups as `groups`."""
+    first, out = list(open_run(runs / "first")), tmp_path / "all"
+    pairs = [(k, (k + 1) % 6) for k in range(6)]
+    with RunFolder(tmp_path / "spliced", document(6, 32) | {"command": "splice"}) as folder:
+        for k, pair in enumerate(pairs):
+            names = sorted({name for tile in pair for name in origins(document(6, 32), first[tile].row)})
+            folder.add([moved(k, k + 70)], {"tiles": [first[tile].id for tile in pair], "groups": names})
+        finish_run(folder)
+    assert main([str(tmp_path / "spliced"), str(runs / "varied"), "--out", str(out), "--quiet"]) == 0
     found = open_run(out)
     rows = list(found.rows())
     numbers = groups([origins(found.document, row) for row in rows])
-    for variant, number in zip(rows[8:], numbers[8:], strict=True):
-        shown = [k for k, row in enumerate(rows[:8]) if variant.recipe["source"] in row.recipe["tiles"]]
+    for variant, number in zip(rows[6:], numbers[6:], strict=True):
+        shown = [k for k, row in enumerate(rows[:6]) if variant.recipe["source"] in row.recipe["tiles"]]
         assert shown and {numbers[k] for k in shown} == {number}
 
 
@@ -84,11 +93,9 @@ def test_the_words_of_a_class_table_go_on_meaning_what_they_meant(runs, tmp_path
             said = [replace(each.request, prompt="a ball and a toy tree", classes=("ball",)) for each in samples]
             folder.add([replace(each, request=request) for each, request in zip(samples, said, strict=True)], {})
             finish_run(folder)
-    wide, out = tmp_path / "wide", tmp_path / "all"
-    line = [str(tmp_path / "one"), "--grids", "1x2", "--number", "1", "--out", str(wide), "--quiet"]
-    assert splice.main(line) == 0
-    assert main([*(str(tmp_path / name) for name in ("one", "other", "wide")), "--out", str(out), "--quiet"]) == 0
-    for run in (tmp_path / "one", wide, out):
+    out = tmp_path / "all"
+    assert main([*(str(tmp_path / name) for name in ("one", "other")), "--out", str(out), "--quiet"]) == 0
+    for run in (tmp_path / "one", out):
         assert all("tree" in sample.trust.unnamed for sample in open_run(run)), run
     assert main([str(tmp_path / "one"), str(runs / "first"), "--out", str(tmp_path / "mixed"), "--quiet"]) == 0
     assert "class_table" not in open_run(tmp_path / "mixed").document
@@ -110,9 +117,6 @@ def test_the_engines_of_all_runs_are_named(runs, tmp_path):
         assert "; engine: " + ", ".join(f"`{name}`" for name in engines) + "\n" in card
         assert "- Engine `torch`: dtype `fp32`" in card and ", ".join(engines) in page
         assert open_run(out).document["engine"] == {"engine": " and ".join(engines)}
-    wide = ["--grids", "1x2", "--number", "1", "--resize", "--out", str(tmp_path / "wide"), "--quiet"]
-    assert splice.main([str(tmp_path / "mixed"), *wide]) == 0
-    assert "engine: `fast`, `torch`\n" in (tmp_path / "wide" / "README.md").read_text()
 
 
 def test_a_damaged_file_is_taken_over_again(runs, tmp_path, capsys):
@@ -184,19 +188,30 @@ def test_a_sample_that_was_dropped_is_not_missing(runs, tmp_path, capsys):
     assert json.loads(told.out)["complete"] and "resume with" not in told.err and len(open_run(out)) == 8
 
 
-def test_pictures_of_several_sizes_are_no_source(runs, tmp_path, capsys):
+def test_pictures_of_several_sizes_are_no_source_of_tiles(runs, tmp_path):
     with RunFolder(tmp_path / "large", document(2, 64)) as folder:
         folder.add([rendered(k, 64) for k in range(2)], {})
         finish_run(folder)
     assert main([str(runs / "first"), str(tmp_path / "large"), "--out", str(tmp_path / "all"), "--quiet"]) == 0
     assert "8 of 8 images of 32 × 32 or 64 × 64 pixels" in (tmp_path / "all" / "README.md").read_text()
-    wide = ["--grids", "1x2", "--number", "1", "--quiet"]
-    assert splice.main([str(runs / "first"), *wide, "--out", str(tmp_path / "wide")]) == 0
-    assert main([str(runs / "first"), str(tmp_path / "wide"), "--out", str(tmp_path / "both"), "--quiet"]) == 0
-    assert "7 of 7 images of 32 × 32 or 64 × 32 pixels" in (tmp_path / "both" / "README.md").read_text()
-    assert splice.main([str(tmp_path / "all"), "--number", "1", "--out", str(tmp_path / "spliced"), "--quiet"]) == 2
-    assert "sample 00000000 has 32 x 32 pixels, expected 64 x 64" in capsys.readouterr().err
-    assert not (tmp_path / "spliced").exists()
+    with pytest.raises(Refused, match="sample 00000000 has 32 x 32 pixels, expected 64 x 64"):
+        TileSource(tmp_path / "all")
+
+
+def test_a_run_in_a_folder_whose_name_is_no_utf_8_is_merged(runs, tmp_path, monkeypatch):
+    run, out = tmp_path / "caf\udce9", tmp_path / "out"
+    shutil.copytree(runs / "first", run)
+    monkeypatch.setattr(sys, "argv", ["merge", str(run)])
+    assert drop.main([str(run), "1", "--quiet"]) == 0
+    assert main([str(run), str(runs / "varied"), "--out", str(out), "--quiet"]) == 0
+    assert audit(run).findings == audit(out).findings == []
+
+
+def test_a_place_inside_of_a_run_is_refused(runs, tmp_path, capsys):
+    copy = shutil.copytree(runs / "first", tmp_path / "copy")
+    line = [str(runs / name) for name in ("first", "varied")]
+    assert main([*line, "--out", str(copy / "new"), "--quiet"]) == 2
+    assert f"it lies inside the run folder {copy}" in capsys.readouterr().err and not (copy / "new").exists()
 
 
 def test_what_differs_is_told_without_digests(runs, tmp_path, capsys):
@@ -208,15 +223,15 @@ def test_what_differs_is_told_without_digests(runs, tmp_path, capsys):
 
 
 def test_a_source_that_has_lost_samples_is_told_apart_from_other_settings(runs, tmp_path, capsys):
-    source, wide = str(shutil.copytree(runs / "first", tmp_path / "first")), str(tmp_path / "wide")
-    line = ["--grids", "1x2", "--number", "2", "--resize", "--out", wide, "--quiet"]
-    assert splice.main([source, *line]) == 0 and drop.main([source, "0", "--quiet"]) == 0
-    assert splice.main([source, *line]) == 2
+    source, line = str(shutil.copytree(runs / "first", tmp_path / "first")), ["--out", str(tmp_path / "all"), "--quiet"]
+    line = [str(runs / "varied"), *line]
+    assert main([source, *line]) == 0 and drop.main([source, "0", "--quiet"]) == 0
+    assert main([source, *line]) == 2
     cause, remedy = capsys.readouterr().err.splitlines()
     assert "it holds a run made of other samples (source." in cause and "other settings" not in cause
     assert "restore brings dropped samples back" in remedy
     assert restore.main([source, "0", "--quiet"]) == 0
-    assert splice.main([source, *line]) == 0
+    assert main([source, *line]) == 0
 
 
 def test_bad_input_is_one_sentence_and_writes_nothing(runs, tmp_path, capsys):

@@ -15,7 +15,7 @@ import tiny_pipelines
 from rendered import document, rendered
 from skips import IS_LONG
 
-from datasetdm_fast import cli, merge, open_run, splice
+from datasetdm_fast import cli, merge, open_run
 from datasetdm_fast.config import TASK_KINDS, EngineKind
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.engine.backbones import OWN_PIPELINES, PIPELINES
@@ -326,11 +326,9 @@ def test_a_run_names_the_package_of_a_task_that_is_not_installed(installed, monk
         with RunFolder(tmp_path / name, document(1, 32) | {"packages": told}) as folder:
             folder.add([replace(sample, request=replace(sample.request, index=0))], {})
             finish_run(folder)
-    joined, wide = tmp_path / "joined", tmp_path / "wide"
+    joined = tmp_path / "joined"
     assert merge.main([str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(joined), "--quiet"]) == 0
-    line = ["--grids", "1x2", "--number", "1", "--resize", "--out", str(wide), "--quiet"]
-    assert splice.main([str(tmp_path / "one"), *line]) == 0
-    for run in (tmp_path / "one", joined, wide):
+    for run in (tmp_path / "one", joined):
         described = json.loads((run / "run.json").read_text())
         for part in ("decoders", "labels"):
             described[part]["edges"] = described[part]["semantic"]

@@ -197,7 +197,7 @@ def shell_lines(page: Path) -> list[list[str]]:
 OF_THE_PAGE = ("runs/", "exports/", "engines/", "decoders/", "models/")  # folders that only a command can have made
 # what `make demo` and the reader's own downloads made
 AT_HAND = ("runs/demo", "models/sd14", "models/sdxl", "models/sd35-medium", "models/klein-4b", "models/z-image-turbo")
-RUN_MAKERS = ("generate", "vary", "edit", "splice", "label", "merge")
+RUN_MAKERS = ("generate", "vary", "edit", "label", "merge")
 GROWN = ("--number", "--verify")  # with which the same line goes on with its run folder
 
 
@@ -228,7 +228,6 @@ def test_what_a_command_of_a_page_reads_was_made_there(page):
 
 SMALL = {
     "generate": ("--number", "3", "--steps", "2"),
-    "splice": ("--number", "4"),
     "vary": ("--steps", "2"),
     "edit": ("--steps", "2"),
     "train": ("--steps", "2", "--folds", "no"),

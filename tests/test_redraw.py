@@ -20,7 +20,7 @@ from rendered import document, rendered
 from test_ledger import tree
 
 from datasetdm_fast import audit as audit_command
-from datasetdm_fast import edit, generate, label, merge, splice, vary
+from datasetdm_fast import edit, generate, label, merge, vary
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.engine import engines
 from datasetdm_fast.engine.labels import LABEL_KINDS, mask_rle, number_classes
@@ -255,9 +255,6 @@ def test_the_folder_names_its_source_and_can_be_a_source(source, edited, tmp_pat
     assert vary.main(line) == 0
     group = open_run(edited)["00000000"].meta["group"]
     assert open_run(tmp_path / "varied")["00000000"].meta["group"] == group  # all of one picture belong together
-    assert splice.main([str(edited), "--number", "4", "--out", str(tmp_path / "spliced"), "--quiet"]) == 0
-    ids = [entry["id"] for entry in COCO(tmp_path / "spliced" / "instances.json").dataset["annotations"]]
-    assert len(ids) == len(set(ids))
 
 
 def test_a_source_that_no_model_drew_is_refused(source, edited, tmp_path, capsys):

@@ -10,7 +10,7 @@ from pages import SCHEMAS, schema
 from PIL import Image
 from rendered import write_run
 
-from datasetdm_fast import convert, filter, generate, label, splice, split
+from datasetdm_fast import convert, filter, generate, label, split
 from datasetdm_fast.engine.decoders.config import DecoderConfig, upstream
 from datasetdm_fast.engine.loading.folder import DEMO
 from datasetdm_fast.errors import Refused
@@ -50,15 +50,13 @@ def test_the_schemas_have_the_formats_of_the_code():
 
 
 def test_what_commands_write_is_described(tmp_path):
-    run, spliced = tmp_path / "run", tmp_path / "spliced"
+    run = tmp_path / "run"
     write_run(run, 4, 32)
     quiet = ["--quiet"]
     assert filter.main([str(run), "--where", "score >= 0", *quiet]) == 0
     assert split.main([str(run), "--shares", "50,50", *quiet]) == 0
-    assert splice.main([str(run), "--number", "1", "--out", str(spliced), *quiet]) == 0
     assert convert.main([str(run), "--to", "hf,coco", "--out", str(tmp_path / "export"), *quiet]) == 0
     check_run(run)
-    check_run(spliced)
     for name, path in (
         ("kept", run / "state" / "kept.json"),
         ("split", run / "split.json"),

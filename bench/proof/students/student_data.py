@@ -146,7 +146,7 @@ def of_sample(sample: StoredSample, vocabulary: Vocabulary) -> tuple[np.ndarray,
     if height % SIDE or height != width:
         raise Refused(
             f"sample {sample.id}: {width} x {height} pixels, expected a square whose side is a multiple of {SIDE}",
-            f"Generate with --size {SIDE} times a number, or splice with --resize.",
+            f"Generate with --size {SIDE} times a number.",
         )
     if not sample.trust.is_trusted:
         return None

@@ -106,9 +106,6 @@ class DepthKind(LabelKind):
     def table(self, config: Any, size: int, _: Sequence[str]) -> dict[str, Any]:
         return {"max_depth": config.max_depth, "unit": unit_of(config.max_depth)}
 
-    def rewritten(self, table: Table) -> Table:
-        return {**table, "unit": unit_of(table["max_depth"])}
-
     def section(self, table: Table, counts: Mapping[Any, float]) -> Iterator[str]:
         unit = _unit(table)
         yield f"## {self.title}\n"

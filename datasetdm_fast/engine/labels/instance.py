@@ -145,17 +145,10 @@ class InstanceKind(LabelKind):
         return mean_score(record)
 
     def move(self, item: dict[str, Any], place: Placement) -> dict[str, Any] | None:
-        """An instance in a larger picture; one that a smaller scale leaves no pixel is None."""
-        rle, area, (x, y, width, height) = item["segmentation"], item["area"], item["bbox"]
-        if place.is_scaled:
-            encoded = mask_rle.encode(place.scale(mask_rle.decode(rle))[None])
-            rle, area, (x, y, width, height) = encoded.rles[0], int(encoded.areas[0]), encoded.boxes[0].tolist()
-            if not area:
-                return None
-        item = {name: value for name, value in item.items() if name != "id"}  # a thing may lie in several pictures
-        shifted = mask_rle.shift(rle, place.top, place.left, place.sides)
-        box = [round_float(value) for value in (x + place.left, y + place.top, width, height)]
-        return item | {"segmentation": dict(shifted), "area": area, "bbox": box}
+        """An instance at other sides; one that a smaller scale leaves no pixel is None."""
+        encoded = mask_rle.encode(place.scale(mask_rle.decode(item["segmentation"]))[None])
+        rle, area, box = encoded.rles[0], int(encoded.areas[0]), [round_float(value) for value in encoded.boxes[0]]
+        return item | {"segmentation": dict(rle), "area": area, "bbox": box} if area else None
 
     def mask_of(self, label: Instances, word: str) -> tuple[np.ndarray, np.ndarray]:
         """The pixels of the class's instances that pictures show, all of them with the confidence 1."""

@@ -32,15 +32,12 @@ class Gates:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a picture lies in a larger one: its sides, the corner and sides it has there, and those of the whole."""
+    """The sides of a picture, and those that it is shown with."""
 
     height: int
     width: int
-    top: int
-    left: int
     rows: int
     columns: int
-    sides: tuple[int, int]  # height and width of the larger picture
 
     @property
     def is_scaled(self) -> bool:
@@ -177,8 +174,8 @@ class LabelKind(ABC):
         return 0.0
 
     def move(self, item: dict[str, Any], place: Placement) -> dict[str, Any] | None:
-        """One entry of a record in a larger picture, None where nothing is left of it; not for labels in files."""
-        raise NotImplementedError(f"{type(self).__name__}: labels without files need a method `move` to be spliced")
+        """One entry of a record at other sides, None where nothing is left of it; not for labels in files."""
+        raise NotImplementedError(f"{type(self).__name__}: labels without files need a method `move` to be resized")
 
     def mask_of(self, label: Any, word: str) -> tuple[np.ndarray, np.ndarray]:
         """Where a class is [H, W] bool, and how sure that is of each pixel [H, W] float32; where `can_mask`."""
@@ -203,10 +200,6 @@ class LabelKind(ABC):
     def with_numbers(self, table: Table, order: Mapping[str, int]) -> dict[str, Any]:
         """The table with the number that its classes have in all labels of the run."""
         return {**table, "numbers": [order[name] for name in table["classes"]]} if "classes" in table else dict(table)
-
-    def rewritten(self, table: Table) -> Table:
-        """What run.json has to say of labels that are decoded by this table and encoded again."""
-        return table
 
     def count(self, record: Any) -> Mapping[Any, float]:
         """What the data set card adds up over all records."""

@@ -44,29 +44,6 @@ def run_lengths(rle: Mapping[str, Any]) -> np.ndarray:
     return _C.rle_to_runs(counts, height, width)
 
 
-def shift(rle: Mapping[str, Any], top: int, left: int, sides: tuple[int, int]) -> Rle:
-    """The mask of an RLE with its corner at `top` and `left` of a larger picture; no pixel is decoded."""
-    (height, width), (tall, wide) = rle["size"], sides
-    if top < 0 or left < 0 or top + height > tall or left + width > wide:
-        raise ValueError(f"RLE: a mask of {height} x {width} at {top}, {left} does not fit into {tall} x {wide}")
-    ends = np.cumsum(run_lengths(rle))
-    begins, ends = ends[0::2][: len(ends) // 2], ends[1::2]
-    if tall > height:  # below each column other pixels follow, so what fills several columns becomes a run of each
-        first = begins // height
-        columns = (ends - 1) // height - first + 1
-        which = np.repeat(np.arange(len(begins)), columns)
-        column = first[which] + np.arange(len(which)) - np.repeat(np.cumsum(columns) - columns, columns)
-        begins, ends = np.maximum(begins[which], column * height), np.minimum(ends[which], (column + 1) * height)
-        begins, ends = ((at - column * height) + (left + column) * tall + top for at in (begins, ends))
-    else:
-        begins, ends = begins + left * tall, ends + left * tall
-    edges = np.stack([begins, ends], 1).ravel()
-    runs = np.diff(edges, prepend=0, append=tall * wide)
-    if len(runs) > 1 and not runs[-1]:
-        runs = runs[:-1]
-    return Rle(size=[tall, wide], counts=_C.rle_from_runs(np.ascontiguousarray(runs), tall, wide))
-
-
 def _parts(rle: Mapping[str, Any]) -> tuple[int, int, str]:
     if not isinstance(rle, Mapping) or "size" not in rle or "counts" not in rle:
         raise ValueError(f"RLE: got {reprlib.repr(rle)}, expected a mapping with size and counts")

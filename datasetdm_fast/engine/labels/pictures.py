@@ -80,7 +80,7 @@ def _path(ring: np.ndarray) -> str:
     return f"M{first[0]:g} {first[1]:g}l{joined}z"
 
 
-@lru_cache(KEPT_OUTLINES)  # samples that lie in several pictures of a spliced run bring the same things again
+@lru_cache(KEPT_OUTLINES)  # variants bring the things of their sources again
 def _rings(content: bytes, shape: tuple[int, int], step: int, tolerance: float) -> list[np.ndarray]:
     """The simplified borders of a mask without an empty row or column at its sides, from its upper left corner on."""
     rings = borders(np.frombuffer(content, bool).reshape(shape))

@@ -221,22 +221,17 @@ class PoseKind(LabelKind):
         return mean_score(record)
 
     def move(self, item: dict[str, Any], place: Placement) -> dict[str, Any]:
-        """A person in a larger picture; joints are counted from the middle of the first pixel."""
+        """A person at other sides; joints are counted from the middle of the first pixel."""
         points = np.array(item["keypoints"], np.float64).reshape(-1, 3)
         seen, scale = points[:, 2] > 0, np.array([place.columns / place.width, place.rows / place.height])
-        low = np.array([place.left, place.top])
-        most = low + [place.columns, place.rows]
-        points[seen, :2] = np.clip((points[seen, :2] + TO_EDGE) * scale + low, low, most) - TO_EDGE
+        points[seen, :2] = np.clip((points[seen, :2] + TO_EDGE) * scale, 0, [place.columns, place.rows]) - TO_EDGE
         flat = [value for x, y, v in points.tolist() for value in (round_float(x, 6), round_float(y, 6), int(v))]
         if item.get("box_from") != "instance":
-            table = {"size": place.sides, "widened": WIDENED}
+            table = {"size": (place.rows, place.columns), "widened": WIDENED}
             return item | {"keypoints": flat, **self._extent(points + FROM_EDGE, seen, table)}
-        corner, sides = np.array(item["bbox"][:2]) * scale + low, np.array(item["bbox"][2:]) * scale
+        corner, sides = np.array(item["bbox"][:2]) * scale, np.array(item["bbox"][2:]) * scale
         box, area = [round_float(value) for value in (*corner, *sides)], round_float(item["area"] * scale.prod())
         return item | {"keypoints": flat, "bbox": box, "area": area}
-
-    def rewritten(self, table: Table) -> Table:
-        return {**table, "widened": WIDENED}
 
     def figures(self, record: Any) -> dict[str, float]:
         return self.count(record)

@@ -1,16 +1,22 @@
 """Runs become one: every sample once, numbered anew, with the provenance of each; no byte of its files changes."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.disk import storage
+from datasetdm_fast.disk.blocks import in_threads
+from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.engine.labels import check_numbers
 from datasetdm_fast.engine.labels.label_files import Files
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.compositions.composition import ComposedSample, Composition, Source
-from datasetdm_fast.runs.run_folder.document import FORMAT, damage_failure, engines_of, sides
+from datasetdm_fast.runs.compositions.composition import Source
+from datasetdm_fast.runs.gallery.closing import finish_run
+from datasetdm_fast.runs.run_folder.document import FORMAT, damage_failure, engines_of, read_document, sides
+from datasetdm_fast.runs.run_folder.folder import RunFolder, into, publish_samples
 from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.runs.run_folder.selections import origins
 from datasetdm_fast.untrusted import documents
@@ -22,10 +28,21 @@ UNCOMPARED = ("size",)  # of a label's table: the sides of its pictures, which e
 REPEATED = ("config", "sampling", "model", "decoders", "engine", "mixed", "composition")  # of the run.json of each run
 MOST_SIDES = 6  # sizes of images that a reader sees one by one
 CONVERT = "Convert each of the runs: trainers read several exports."
+BLOCK = 32  # samples written and committed together, fewer where they are large:
+BLOCK_PIXELS = 2**22  # pixels of all their images
 
 
-class Merging(Composition):
-    """A merged run."""
+@dataclass(frozen=True)
+class MergedSample:
+    """A sample of a merged run: its row without files, its files, and where files of the same bytes lie."""
+
+    row: Row
+    files: Files
+    sources: Mapping[str, Path]  # name in the new run -> file
+
+
+class Merging:
+    """A merged run that has been checked and has written nothing yet; threads share it."""
 
     layout: Mapping[str, Any] = {}  # settings that say how its samples are stored
 
@@ -142,7 +159,7 @@ class Merging(Composition):
             },
         }
 
-    def compose(self, index: int) -> ComposedSample:
+    def compose(self, index: int) -> MergedSample:
         k, earlier = self.places[index]
         source = self.sources[k]
         row = source.run[f"{earlier:08d}"].row
@@ -161,11 +178,51 @@ class Merging(Composition):
         }
         labels = {task: _remove_ids(record) for task, record in row.labels.items()}
         new_row = Row(replace(row.request, index=index), {**row.recipe, **provenance}, labels=labels, trust=row.trust)
-        return ComposedSample(new_row, files, places)
+        return MergedSample(new_row, files, places)
 
     def close(self) -> None:
         for source in self.sources:
             source.close()
+
+
+def write_missing(
+    merging: Merging,
+    folder: Path,
+    *,
+    is_linked: bool = True,
+    on_commit: Callable[[int], None] = lambda count: None,
+    is_stopping: Callable[[], bool] = lambda: False,
+) -> int:
+    """Writes missing samples, committed in order, then the index files; how many it wrote."""
+    count = 0
+    with RunFolder(folder, read_document(folder) or merging.document) as opened:
+        existing = opened.ledger.indices_between(0, merging.number)
+        missing = (index for index in range(merging.number) if index not in existing)
+        size = min(max(BLOCK_PIXELS // merging.largest, 1), BLOCK)
+        for rows in in_threads(partial(_write, merging, folder, is_linked), missing, size, 1, is_stopping):
+            opened.unseal()
+            opened.commit(rows)
+            count += len(rows)
+            on_commit(len(rows))
+        finish_run(opened)
+    return count
+
+
+def _write(merging: Merging, folder: Path, is_linked: bool, block: Sequence[int]) -> list[Row]:
+    """The rows of some samples, once their files are on the disk, as links where they can be."""
+    samples = [merging.compose(index) for index in block]
+    sources = {name: path for sample in samples for name, path in sample.sources.items()} if is_linked else {}
+    publish_bytes = into(folder)
+
+    def publish(files: Mapping[str, bytes]) -> dict[str, StoredFile]:
+        linked = {
+            name: StoredFile(hashlib.sha256(content).hexdigest(), len(content))
+            for name, content in files.items()
+            if name in sources and storage.link(sources[name], folder / name)
+        }
+        return {**linked, **publish_bytes({name: content for name, content in files.items() if name not in linked})}
+
+    return publish_samples([(sample.row, sample.files) for sample in samples], publish)
 
 
 def _remove_ids(record: Any) -> Any:

@@ -127,7 +127,7 @@ class SampleView:
         height, width = sides(stored.document, stored.row.recipe)
         longest = pictures.resize or max(height, width)
         rows, columns = (max(round(side * longest / max(height, width)), 1) for side in (height, width))
-        self.place = Placement(height, width, 0, 0, rows, columns, (rows, columns))
+        self.place = Placement(height, width, rows, columns)
 
     @property
     def height(self) -> int:
