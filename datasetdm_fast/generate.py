@@ -1,7 +1,6 @@
 """python -m datasetdm_fast.generate: generate images and their labels from prompts; without any flag, the demo run."""
 
 import sys
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -86,12 +85,7 @@ def _write(
     with (
         interruption,
         ImageProgress(is_quiet=config.quiet, count_outside=partial(count_outside, spec.folder), **counted) as progress,
-        ExitStack() as page,
     ):
-        if config.page_every and launch.writes_page and counted["images"] > 1:
-            from datasetdm_fast.runs.gallery.showing import ShownSoFar
-
-            page.enter_context(ShownSoFar(spec.folder, config.page_every, progress.print))
         signals = {"on_unet_call": progress.on_unet_call, "is_stopping": interruption.is_stopping}
         describe = describe_nothing if config.quiet else describe_job
         callbacks = Callbacks(describe, progress.print, progress.on_commit, **signals)

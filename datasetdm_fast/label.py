@@ -9,7 +9,6 @@ from datasetdm_fast.command_line.progress import ImageProgress
 from datasetdm_fast.command_line.run_report import print_run
 from datasetdm_fast.command_line.run_settings import expand_names, label_spec, without_whole_labels
 from datasetdm_fast.messages import count_noun
-from datasetdm_fast.runs.gallery.showing import ShownSoFar
 from datasetdm_fast.runs.jobs.labelling import open_pictures, parse_timesteps, prepare_labelling
 from datasetdm_fast.runs.jobs.result import count_unnamed
 from datasetdm_fast.runs.jobs.writing import write_missing
@@ -39,7 +38,6 @@ def main(config: LabelConfig, command: CommandLine) -> int:
     with (
         Interruption(config.quiet) as interruption,
         ImageProgress(left, config.quiet, job.plan.batch_size, calls) as progress,
-        ShownSoFar(job.folder, config.page_every, progress.print),
     ):
         result = write_missing(
             job, on_commit=progress.on_commit, on_unet_call=progress.on_unet_call, is_stopping=interruption.is_stopping

@@ -470,7 +470,6 @@ def test_making_again_checks_what_was_given(engines, tmp_path):
         ("--batch-size", "-1", "--batch-size -1"),
         ("--batch-size", "1000000", "expected 0 to 4096"),
         ("--limit", "-1", "--limit -1"),
-        ("--page-every", "-1", "--page-every -1.0"),
         ("--ignore-below", "1.5", "expected 0 to 1"),
     ],
 )

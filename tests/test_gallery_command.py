@@ -20,9 +20,8 @@ from datasetdm_fast import audit as audit_command
 from datasetdm_fast import convert, drop, open_run
 from datasetdm_fast import gallery as command
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.gallery import review, server, showing
+from datasetdm_fast.runs.gallery import review, server
 from datasetdm_fast.runs.gallery.closing import finish_run
-from datasetdm_fast.runs.gallery.showing import ShownSoFar
 from datasetdm_fast.runs.run_folder import object_store
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.folder import RunFolder
@@ -225,40 +224,6 @@ def test_a_run_in_progress_has_a_page_and_is_not_disturbed(tmp_path, capsys):
     before = {p: (path / p).stat().st_mtime_ns for p in names(path)}
     assert command.main([str(path), "--quiet"]) == 0 and audit(path).findings == []
     assert {p: (path / p).stat().st_mtime_ns for p in names(path)} == before
-
-
-def test_a_run_shows_itself_while_it_goes_on_and_ends_with_the_same_bytes(tmp_path, monkeypatch):
-    path, said = tmp_path / "run", []
-    write_run(tmp_path / "other", 6, 32)
-    share = showing.MOST_SHARE
-    monkeypatch.setattr(showing, "MOST_SHARE", 1.0)
-    with ShownSoFar(path, 0.0005, said.append), RunFolder(path, document(6, 32)) as folder:
-        for k in range(6):
-            folder.add([rendered(k, 32)], {"batch_size": 4})
-            wait_until(lambda told=f"{k + 1} of 6 images": told in card(path))
-        assert not is_sealed(path) and audit(path).findings == []
-        finish_run(folder)
-    assert said == [] and {p: (tmp_path / "other" / p).read_bytes() for p in names(tmp_path / "other")} == {
-        p: (path / p).read_bytes() for p in names(path)
-    }
-    begun = []
-    monkeypatch.setattr(showing, "MOST_SHARE", share)
-    monkeypatch.setattr(showing, "write_so_far", lambda folder: begun.append(time.sleep(0.02)))
-    with ShownSoFar(path, 1e-6, said.append):
-        wait_until(lambda: begun)
-        time.sleep(0.2)
-    assert len(begun) == 1  # after 0.02 s of work two seconds without
-
-
-def test_a_page_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypatch):
-    path, said = tmp_path / "run", []
-    monkeypatch.setattr(showing, "MOST_SHARE", 1.0)
-    with RunFolder(path, document(1, 32)) as folder, ShownSoFar(path, 0.0005, said.append):
-        (path / "gallery").mkdir()
-        (path / "gallery" / "pages").write_text("in the way")
-        folder.add([rendered(0, 32)], {})
-        wait_until(lambda: said)
-    assert "the page of the samples so far was not written: " in said[0]
 
 
 def card(path):

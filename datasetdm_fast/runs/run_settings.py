@@ -20,8 +20,6 @@ from datasetdm_fast.settings import (
     setting,
 )
 
-MOST_MINUTES = 1_000_000  # two years
-
 
 @dataclass(frozen=True)
 class PromptSettings:
@@ -147,15 +145,6 @@ class FileSettings:
         choices=("ours", "voc", "cityscapes", "coco", "table"),
         identity="if given",
     )
-    page_every: float = setting(
-        5.0,
-        "minutes between updates of the page and index files of a run in progress, less often if that would take over "
-        "1 % of the time; 0 = only at the end",
-        identity=False,
-        metavar="MINUTES",
-        least=0,
-        most=MOST_MINUTES,
-    )
     layout: str = setting(
         "folder",
         "folder: a file for each image and label; shards: tar files that WebDataset reads, each with a Parquet index, "
@@ -227,7 +216,7 @@ class RunConfig(
         "model lora decoder outlines task combine labeller classes class_table ask exponent threshold uncertainty "
         "self_cells cross_cells parity engine prompts negative_prompt allow_unnamed truncate_prompts number "
         "per_class keep accept most_tries ignore ignore_below seed steps guidance sampler profile speed size "
-        "batch_size image_format palette out layout shard_size only mixed limit force_domain page_every verify "
+        "batch_size image_format palette out layout shard_size only mixed limit force_domain verify "
         "dry_run allow_download json quiet threads gpus ranks cluster store make_bucket dtype compile "
         "device provider streams engines trt_flavour"
     ).split()
@@ -268,7 +257,7 @@ class RunSpec:
 class LabelConfig(RunConfig):
     FLAGS = (
         "images captions tiles model decoder outlines task labeller classes class_table exponent threshold uncertainty "
-        "self_cells cross_cells timesteps engine size seed batch_size image_format out limit page_every dry_run "
+        "self_cells cross_cells timesteps engine size seed batch_size image_format out limit dry_run "
         "allow_download json quiet threads dtype compile device"
     ).split()
 

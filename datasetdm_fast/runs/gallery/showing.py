@@ -1,15 +1,11 @@
 """The page and the index files of a run at any time: finished, stopped or in progress."""
 
-import threading
-import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.disk import locks
-from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.gallery.closing import finish_run, lock_page, write_indexes
 from datasetdm_fast.runs.gallery.server import ServedRun
 from datasetdm_fast.runs.gallery.shard_page import ShardPage, open_page
@@ -19,8 +15,6 @@ from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger
 from datasetdm_fast.runs.run_folder.seal import has_indexes, is_sealed
 from datasetdm_fast.runs.run_folder.shard_audit import find_sharded
 from datasetdm_fast.runs.run_folder.shard_places import folder_of, shard_place
-
-MOST_SHARE = 0.01  # of a run's time that is spent on pages of what it has so far
 
 
 @dataclass(frozen=True)
@@ -80,36 +74,3 @@ def write_so_far(folder: Path) -> None:
             return
         with Ledger(folder / LEDGER, read_only=True) as ledger, ledger.snapshot():
             write_indexes(folder, document, ledger, is_in_progress=True)
-
-
-class ShownSoFar(AbstractContextManager):
-    """Within the block page and index files of a run in progress are written anew every so many minutes, in a thread;
-    where they take long, less often, so that they cost no more than MOST_SHARE of the time.
-    """
-
-    def __init__(self, folder: Path, minutes: float, on_message: Callable[[str], None]):
-        """`on_message` gets the reason where they could not be written; 0 minutes write nothing."""
-        self._folder, self._seconds, self._on_message = folder, 60 * minutes, on_message
-        self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._write, name="page", daemon=True)
-
-    def __enter__(self) -> "ShownSoFar":
-        if self._seconds:
-            self._thread.start()
-        return self
-
-    def _write(self) -> None:
-        seconds = self._seconds
-        while not self._is_over.wait(seconds):
-            begin = time.monotonic()
-            try:
-                if (self._folder / LEDGER).exists():
-                    write_so_far(self._folder)
-            except (Refused, Missing) as stop:  # the run itself goes on, and its end reports what is still wrong then
-                self._on_message(f"the page of the samples so far was not written: {stop.cause}")
-            seconds = max(self._seconds, (time.monotonic() - begin) / MOST_SHARE)
-
-    def __exit__(self, *_: object) -> None:
-        self._is_over.set()
-        if self._seconds:
-            self._thread.join()

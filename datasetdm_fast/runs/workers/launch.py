@@ -22,7 +22,6 @@ class Launch:
     processes: int = 1  # like this one, among which the samples are divided
     is_here: bool = False  # whether this process makes them, and so needs the job
     may_compare: bool = False  # whether this process may compare engines before the others start
-    writes_page: bool = True  # whether this process writes the page of the samples so far
 
 
 def choose_launch(spec: RunSpec, workers: WorkerSettings, peer: LaunchedProcess | None) -> tuple[RunSpec, Launch]:
@@ -31,11 +30,9 @@ def choose_launch(spec: RunSpec, workers: WorkerSettings, peer: LaunchedProcess 
     if peer:
         from datasetdm_fast.runs.workers.launched import run_launched
 
-        # where several machines share the ledger, a process that reads it keeps the others from committing
-        writes_page = not (peer.rank or peer.is_on_several_machines)
         threads = take_share(peer, workers, device, threads)
         spec = replace(spec, engine=replace(spec.engine, threads=threads))
-        return spec, Launch(partial(run_launched, peer), peer.world, writes_page=writes_page)
+        return spec, Launch(partial(run_launched, peer), peer.world)
     if places := find_places(workers, device, threads):
         from datasetdm_fast.runs.workers.spawn import run_spawned
 
