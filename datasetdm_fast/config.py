@@ -179,20 +179,14 @@ OWN_FORMATS = {  # name -> module:format
     "cityscapes": "datasetdm_fast.runs.exporting.cityscapes:CityscapesFormat",
     "nyu": "datasetdm_fast.runs.exporting.depth:NyuFormat",
     "kitti": "datasetdm_fast.runs.exporting.depth:KittiFormat",
-    "vkitti2": "datasetdm_fast.runs.exporting.depth:VirtualKittiFormat",
     "lvis": "datasetdm_fast.runs.exporting.coco:LvisFormat",
-    "ade": "datasetdm_fast.runs.exporting.ade:AdeFormat",
-    "deepfashion-mm": "datasetdm_fast.runs.exporting.deepfashion:DeepFashionFormat",
     "hf": "datasetdm_fast.runs.exporting.hf:ImageFolderFormat",
     "hf-parquet": "datasetdm_fast.runs.exporting.hf:ParquetFormat",
     "wds": "datasetdm_fast.runs.exporting.wds:WebDatasetFormat",
     "labelme": "datasetdm_fast.runs.exporting.annotation_tools:LabelMeFormat",
     "cvat": "datasetdm_fast.runs.exporting.annotation_tools:CvatFormat",
     "label-studio": "datasetdm_fast.runs.exporting.annotation_tools:LabelStudioFormat",
-    "mmseg": "datasetdm_fast.runs.exporting.configs:MmsegFormat",
-    "mask2former": "datasetdm_fast.runs.exporting.configs:Mask2FormerFormat",
-    "simcc": "datasetdm_fast.runs.exporting.configs:SimccFormat",
-    "depthformer": "datasetdm_fast.runs.exporting.configs:DepthFormerFormat",
+    "mmseg": "datasetdm_fast.runs.exporting.mmseg:MmsegFormat",
 }
 EXPORT_FORMATS = Registry("writers", OWN_FORMATS)  # of other packages, the formats themselves
 

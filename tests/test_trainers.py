@@ -19,7 +19,7 @@ from datasetdm_fast import convert, open_run
 NUMBER, SIZE, STEPS = 6, 64, 10
 # names that Cityscapes knows as well
 NAMES = "wall=road,table=sidewalk,ball=car,cube=truck,cone=bus,ring=train,star=motorcycle,tree=bicycle"
-FORMATS = "coco,voc,cityscapes,ade,mmseg,mask2former,hf,hf-parquet"
+FORMATS = "coco,voc,cityscapes,mmseg,hf,hf-parquet"
 VOID = 255
 
 pytestmark = long_test
@@ -61,13 +61,6 @@ def maps_of_voc(root):
     names = {k: line.partition(":")[0] for k, line in enumerate(lines)}
     for id in (root / "ImageSets/Segmentation/train.txt").read_text().split():
         yield Taught(rgb(root / f"JPEGImages/{id}.jpg"), pixels(root / f"SegmentationClass/{id}.png"), names)
-
-
-def maps_of_ade(root):
-    lines = [line.split("\t") for line in (root / "ade/objectInfo150.txt").read_text().splitlines()[1:]]
-    names = {int(line[0]): line[-1] for line in lines}
-    for path in sorted((root / "ade/images/training").glob("*.jpg")):
-        yield Taught(rgb(path), pixels(root / f"ade/annotations/training/{path.stem}.png"), names, void=0)
 
 
 def maps_of_mmseg(root):
@@ -132,20 +125,16 @@ def _segments(image, things, names):
     return Taught(image, found, names, kinds, void=0)
 
 
-def panoptic_of_coco(root, format="coco"):
-    folder = root / format / "annotations"
+def panoptic_of_coco(root):
+    folder = root / "coco/annotations"
     told = json.loads((folder / "panoptic_train2017.json").read_text())
     names = {each["id"]: each["name"] for each in told["categories"]}
     files = {each["id"]: each["file_name"] for each in told["images"]}
     for item in told["annotations"]:
         colours = rgb(folder / "panoptic_train2017" / item["file_name"]).astype(np.int64)
         kinds = {each["id"]: each["category_id"] for each in item["segments_info"]}
-        image = rgb(root / format / "images/train2017" / files[item["image_id"]])
+        image = rgb(root / "coco/images/train2017" / files[item["image_id"]])
         yield Taught(image, colours @ [1, 256, 65536], names, kinds, void=0)
-
-
-def panoptic_of_mask2former(root):
-    return panoptic_of_coco(root, "mask2former")
 
 
 def things_of_voc(root):
@@ -205,21 +194,18 @@ def falls(model, batch):
     assert np.isfinite(losses).all() and np.mean(losses[-3:]) < 0.95 * np.mean(losses[:2]), losses
 
 
-@pytest.mark.parametrize(
-    "read", [maps_of_voc, maps_of_ade, maps_of_mmseg, maps_of_cityscapes, maps_of_hf, maps_of_parquet]
-)
+@pytest.mark.parametrize("read", [maps_of_voc, maps_of_mmseg, maps_of_cityscapes, maps_of_hf, maps_of_parquet])
 def test_segformer_learns_from_maps(run, read):
     import torch
     from transformers import SegformerConfig, SegformerForSemanticSegmentation
     from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
 
     data = list(read(run / "exports"))
-    from_one = data[0].void == 0  # classes are counted from 1
-    processor = SegformerImageProcessorPil(size={"height": SIZE, "width": SIZE}, do_reduce_labels=from_one)
+    processor = SegformerImageProcessorPil(size={"height": SIZE, "width": SIZE})
     batch = processor([each.image for each in data], [each.map for each in data], return_tensors="pt")
     known = set.union(*map(set, truth(run, "semantic"))) & set(data[0].names.values())
     for labels, words in zip(batch["labels"], truth(run, "semantic"), strict=True):
-        shown = {data[0].names[int(k) + from_one] for k in labels.unique() if k != VOID}
+        shown = {data[0].names[int(k)] for k in labels.unique() if k != VOID}
         assert shown == set(words) & known and len(shown) > 1
     torch.manual_seed(0)
     config = SegformerConfig(
@@ -232,14 +218,14 @@ def test_segformer_learns_from_maps(run, read):
         num_attention_heads=[1, 2],
         mlp_ratios=[2, 2],
         decoder_hidden_size=32,
-        num_labels=max(data[0].names) + 1 - from_one,
+        num_labels=max(data[0].names) + 1,
     )
     falls(SegformerForSemanticSegmentation(config), batch)
 
 
 @pytest.mark.parametrize(
     "read",
-    [things_of_coco, panoptic_of_coco, panoptic_of_mask2former, things_of_voc, things_of_cityscapes, things_of_hf],
+    [things_of_coco, panoptic_of_coco, things_of_voc, things_of_cityscapes, things_of_hf],
 )
 def test_mask2former_learns_from_segments(run, read):
     import torch

@@ -13,7 +13,7 @@ from rendered import write_run
 from datasetdm_fast import convert, generate, open_run, split
 
 NUMBER, SIZE = 24, 128
-FORMATS = "coco,yolo-detect,yolo-seg,yolo-pose,voc,cityscapes,hf,hf-parquet,wds,mask2former"
+FORMATS = "coco,yolo-detect,yolo-seg,yolo-pose,voc,cityscapes,hf,hf-parquet,wds"
 # names that Cityscapes knows as well
 NAMES = "wall=road,table=sidewalk,ball=car,cube=truck,cone=bus,ring=train,star=motorcycle,tree=bicycle"
 

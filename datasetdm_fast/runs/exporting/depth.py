@@ -1,4 +1,4 @@
-"""nyu, kitti and vkitti2: images, depth as 16-bit PNG in the unit of each, and the lists that name both."""
+"""nyu and kitti: images, depth as 16-bit PNG in the unit of each, and the lists that name both."""
 
 import json
 from abc import abstractmethod
@@ -8,7 +8,6 @@ from datasetdm_fast.runs.exporting.format import AllSamples, Entry, ExportPlan, 
 from datasetdm_fast.runs.exporting.view import SampleView
 
 SCENE = "synthetic"  # the folder of the pictures, where the originals have one for each place
-SCENES = ("Scene01", "Scene02", "Scene06", "Scene18", "Scene20")  # of Virtual KITTI, one for each split here
 FOCAL = {"nyu": 518.8579, "kitti": 721.5377}  # pixels, of the originals' cameras in the lists; no trainer reads them
 
 
@@ -39,13 +38,8 @@ def published_split(split: str, plan: ExportPlan) -> str:
 class NyuFormat(DepthFormat):
     steps = 1000.0
 
-    @staticmethod
-    def root(split: str, plan: ExportPlan) -> str:
-        """The folder that a split lies in, from which on its list names files."""
-        return "sync" if split == "train" else f"official_splits/{published_split(split, plan)}"
-
     def places(self, split: str, name: str, ending: str, plan: ExportPlan) -> tuple[tuple[str, str], str, str]:
-        root = self.root(split, plan)
+        root = "sync" if split == "train" else f"official_splits/{published_split(split, plan)}"
         return (root, root), f"/{SCENE}/rgb_{name}.{ending}", f"/{SCENE}/sync_depth_{name}.png"
 
     def shared_files(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
@@ -65,18 +59,7 @@ class KittiFormat(DepthFormat):
         }
 
 
-class VirtualKittiFormat(DepthFormat):
-    steps = 100.0
-    forms = ("jpg",)
-
-    def places(self, split: str, name: str, ending: str, plan: ExportPlan) -> tuple[tuple[str, str], str, str]:
-        scenes = dict(zip(plan.splits, (*SCENES, *plan.splits)))
-        frames = f"/{scenes[split]}/clone/frames"
-        image, depth = f"{frames}/rgb/Camera_0/rgb_{name}.jpg", f"{frames}/depth/Camera_0/depth_{name}.png"
-        return ("Image", "Depth"), image, depth
-
-
-def lines(samples: AllSamples, split: str, kind: str, root: str = "") -> Iterable[bytes]:
-    """The list of a split, its files named from the folder above `root` on."""
+def lines(samples: AllSamples, split: str, kind: str) -> Iterable[bytes]:
+    """The list of a split."""
     for entry in samples.entries(split):
-        yield f"{root}{entry['image']} {root}{entry['depth']} {FOCAL[kind]}\n".encode()
+        yield f"{entry['image']} {entry['depth']} {FOCAL[kind]}\n".encode()

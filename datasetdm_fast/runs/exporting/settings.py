@@ -14,7 +14,9 @@ OTHER_NAMES = {  # of formats, as their libraries call themselves
     "parquet": "hf-parquet",
     "pascal": "voc",
     "mmsegmentation": "mmseg",
-    "mmpose": "simcc",
+    "mmpose": "coco",
+    "mask2former": "coco",
+    "depthformer": "nyu",
     "labelstudio": "label-studio",
 }
 
