@@ -53,7 +53,7 @@ def test_the_page_of_refusals_follows_names_of_remedies():
         told |= {cause: remedy for _, cause, remedy in pages.stops(path)}
     again, sampler = "Get the file again and compare its checksum.", "Choose one of these with --sampler."
     assert told["sampler: SAMPLER is none of NAMES"] == sampler  # written in the call
-    assert told["PATH: its metadata holds something other than texts"] == again  # a constant of another module
+    assert told["PATH is truncated or not a safetensors file (REASON)"] == again  # a constant of another module
     assert told["PATH: not readable as JSON (byte PLACE: REASON)"] == again  # named as documents.GET_AGAIN
     assert told["FLAG: no sample of TABLES has the score agreement"].startswith("It needs two kinds")  # of a table
     assert told["model: PATH holds KIND; VALUE"].count("Or: ") == 1  # either of two

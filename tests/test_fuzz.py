@@ -94,11 +94,7 @@ def read_decoder(path: Path) -> None:
 
 
 def read_safetensors(path: Path) -> None:
-    from safetensors import safe_open
-
-    table = tensors.check_safetensors(path)
-    with safe_open(path, "np") as file:  # what we let through, the library takes
-        assert set(file.keys()) == set(table)
+    tensors.check_safetensors(path)
 
 
 def read_pickle(path: Path) -> None:

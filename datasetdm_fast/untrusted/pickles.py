@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any
 from datasetdm_fast.disk import locks, storage
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.untrusted import documents
-from datasetdm_fast.untrusted.tensors import LARGEST_HEADER, check_safetensors
+from datasetdm_fast.untrusted.tensors import check_safetensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 LARGEST_CHECKPOINT = 32 * 2**30  # bytes of one checkpoint
 SPARE_MEMORY = 2 * 2**30  # bytes beyond three times the file
+SPARE_FILE = 16 * 2**20  # bytes of a header beyond twice the file
 SPARE_SECONDS = 120  # of processor time, beyond one for every 20 MB
 MOST_OTHERS = 32  # names of entries that are no tensors
 OTHERS = "left out"  # the note of a safe copy that holds them
@@ -222,7 +223,7 @@ def confine(target: Path, size: int) -> list[str]:
     limits = {
         resource.RLIMIT_AS: used + 3 * size + SPARE_MEMORY,
         resource.RLIMIT_CPU: _seconds(size),
-        resource.RLIMIT_FSIZE: 2 * size + LARGEST_HEADER,
+        resource.RLIMIT_FSIZE: 2 * size + SPARE_FILE,
         resource.RLIMIT_NOFILE: 64,
         resource.RLIMIT_NPROC: 0,
         resource.RLIMIT_CORE: 0,
