@@ -42,7 +42,7 @@ from datasetdm_fast.training import (
 from datasetdm_fast.training.captures import cache
 from datasetdm_fast.training.data_record import find_changes
 from datasetdm_fast.training.readers import open_data
-from datasetdm_fast.training.settings import QUIRKS, TrainConfig
+from datasetdm_fast.training.settings import TrainConfig
 from datasetdm_fast.training.trainer import Trainer
 
 SMALL = (
@@ -213,7 +213,8 @@ def test_data_and_model_may_lie_elsewhere_when_a_training_goes_on(run, tmp_path,
     before = weights(tmp_path / "decoder", "semantic")
     (tmp_path / "data").rename(tmp_path / "moved")
     path = tmp_path / "decoder/semantic/training/settings.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"model": "/where/it/was"}))
+    earlier = {"model": "/where/it/was", "quirks": []}  # the latter of an earlier version
+    path.write_text(json.dumps(json.loads(path.read_text()) | earlier))
     moved = ["--data", f"folder:{tmp_path / 'moved'}/", *line[2:]]
     assert run(*moved) == 0 and "finished" in capsys.readouterr().err
     (tmp_path / "decoder/semantic/model.safetensors").unlink()
@@ -378,11 +379,9 @@ def test_things_have_the_colours_of_a_gallery_on_the_page():
 
 
 def test_a_dry_run_writes_nothing(run, tmp_path, capsys):
-    assert run("--data", "demo:3@1000", "--dry-run", "--preset", "upstream", "--quirks", "Q12", "--cache", "off") == 0
+    assert run("--data", "demo:3@1000", "--dry-run", "--preset", "upstream", "--cache", "off") == 0
     err = capsys.readouterr().err
-    assert (
-        "made anew at every step" in err and "15000 steps of 4 views" in err and "every instance is of class 1" in err
-    )
+    assert "made anew at every step" in err and "15000 steps of 4 views" in err
     assert not (tmp_path / "decoder").exists()
 
 
@@ -434,8 +433,6 @@ def test_a_limit_per_class_and_upstreams_ways_are_followed(run, tmp_path, capsys
         "1",
         "--preset",
         "upstream",
-        "--quirks",
-        "Q11,Q13",
         "--augment",
         "none",
     ]
@@ -456,7 +453,7 @@ def test_a_limit_per_class_and_upstreams_ways_are_followed(run, tmp_path, capsys
         == 0
     )
     err = capsys.readouterr().err
-    assert "images     7 to learn from" in err and "Q11        " in err and "Q13        " in err
+    assert "images     7 to learn from" in err
     settings = json.loads((tmp_path / "decoder" / "depth" / "training" / "settings.json").read_text())
     assert (
         settings["optimiser"] == "adam"
@@ -847,7 +844,6 @@ def checkpoint_of_another(tmp_path):
         (["--data", "voc:/nowhere", "--model", "/no/model"], 2, "/nowhere is not there"),
         (["--task", "sematic"], 2, "did you mean semantic"),
         (["--data", "coco:photos", "--task", "semantic,pose"], 2, "pose learns from one person of coco: at a time"),
-        (["--quirks", "Q9"], 2, "'Q9' is not one of Q11, Q12, Q13, Q14"),
         (["--held-out", "0.9"], 2, "--held-out: 0.9 is not between 0 and 0.5"),
         (["--draws", "0"], 2, "--draws: 0 is less than 1"),
         (["--accumulate", "0"], 2, "--accumulate: 0 is less than 1"),
@@ -887,13 +883,6 @@ def test_a_model_may_be_downloaded_where_a_flag_says_so(tmp_path, capsys, monkey
     assert train.main(line) == 2 and "Add --allow-download" in capsys.readouterr().err
     assert train.main([*line, "--allow-download"]) == 2
     assert "the hub was asked for someone/model" in capsys.readouterr().err
-
-
-def test_help_says_what_each_quirk_does(capsys):
-    assert train.main(["--help"]) == 0
-    told = " ".join(capsys.readouterr().out.split())
-    for name, meaning in QUIRKS.items():
-        assert f"{name} = {meaning}" in told
 
 
 def test_a_folder_with_a_decoder_of_other_making_is_left_alone(run, tmp_path, capsys):

@@ -1015,39 +1015,6 @@ def test_ddim_runs_back_to_the_same_image(engine, source):
     assert (back - clean).norm() / clean.norm() < 0.25 * away
 
 
-@pytest.mark.parametrize(("quirk", "task"), [("Q12", "instance"), ("Q13", "depth"), ("Q14", "pose")])
-def test_a_quirk_is_shown_to_its_task_alone(source, quirk, task):
-    item = next(item for item in source if len(item.masks) > 1)
-    index = next(k for k in range(4) if source[k].id == item.id)
-    other = "pose" if task != "pose" else "depth"
-    with_it, without, elsewhere = (
-        TrainingViews(source, range(4), t, ViewSettings(draws=1, quirks=frozenset(q)))
-        for t, q in ((task, [quirk]), (task, []), (other, [quirk]))
-    )
-    plain = without.pixels([item]).float()
-    shown = {"Q12": plain, "Q13": plain / 2 + 127.5, "Q14": plain.flip(-1)}[quirk]
-    assert torch.equal(with_it.pixels([item]).float(), shown) and torch.equal(elsewhere.pixels([item]).float(), plain)
-    captions = {"Q12": [f"a photo of {source.thing_classes[1]},"], "Q13": ["a photo of "], "Q14": [item.caption]}[quirk]
-    assert with_it.captions([item]) == captions and elsewhere.captions([item]) == [item.caption]
-    if quirk == "Q12":
-        assert set(with_it.target(index).classes.tolist()) == {1} and len(with_it.target(index).masks) == len(
-            item.masks
-        )
-
-
-def test_upstreams_first_word_teaches_with_one_embedding(engine, source, folder):
-    held, words = training_views(engine, source, "open-vocabulary", folder), words_of(engine, source, "open-vocabulary")
-    heard = []
-    for quirk in (False, True):
-        schedule = TrainingSchedule(
-            steps=1, batch_size=8, points=32, first_word_only=quirk, gradient_accumulation_steps=1
-        )
-        trainer = Trainer(config_of(engine, source, "open-vocabulary"), schedule, held, words, reads_ahead=False)
-        trainer.state.decoder.register_forward_pre_hook(lambda module, arguments: heard.append(arguments[1]))
-        trainer.step()
-    assert len(heard[0].unique(dim=0)) > 1 and torch.equal(heard[1], words[:1].expand(8, -1))
-
-
 FIRST_LOSSES = {
     "semantic": (11.44869, 11.52240),
     "instance": (10.82031, 11.40246),
@@ -1180,7 +1147,6 @@ USUAL = {
     "is_absence_taught": True,
     "gain": 100.0,
     "is_relative": False,
-    "first_word_only": False,
     "gradient_accumulation_steps": 2,
     "seed": 0,
 }  # a training that an earlier version began goes on by these
@@ -1208,9 +1174,9 @@ def test_recipes_stay_those_of_earlier_versions(engine, source):
     assert schedule("semantic", images=2, reader="deepfashion-mm", preset="upstream").steps == 1600
     times = [recipe("depth", source, small, 32, each, 9).config.capture_timestep for each in ((0,), (5,), (5, 2))]
     assert times == [None, 5, (5, 2)]
-    asked = RecipeSettings(steps=7, batch_size=3, rate=0.5, gradient_accumulation_steps=4, first_word_only=True, seed=9)
+    asked = RecipeSettings(steps=7, batch_size=3, rate=0.5, gradient_accumulation_steps=4, seed=9)
     changes = {"steps": 7, "batch_size": 3, "rate": 0.5, "gradient_accumulation_steps": 4}
-    assert asdict(asked.adjust(TrainingSchedule())) == USUAL | changes | {"first_word_only": True, "seed": 9}
+    assert asdict(asked.adjust(TrainingSchedule())) == USUAL | changes | {"seed": 9}
 
 
 def test_upstreams_recipe(engine, source, folder):
@@ -1439,8 +1405,8 @@ def test_without_flags_a_training_is_that_of_the_library():
     )
     assert usual.view_settings() == ViewSettings() == ViewSettings(12, Augmentation(flip=True), "true", 0)
     assert usual.capture_settings() == Inversion((-1,)) == Inversion((-1,), "mean", 0)
-    upstream = TrainConfig(preset="upstream", inversion="ddim", ddim_steps=7, quirks=("Q11",), by_word="no")
-    assert upstream.capture_settings() == Inversion((-1,), "sample", 7) and upstream.recipe_settings().first_word_only
+    upstream = TrainConfig(preset="upstream", inversion="ddim", ddim_steps=7, by_word="no")
+    assert upstream.capture_settings() == Inversion((-1,), "sample", 7)
     assert upstream.task_settings() == replace(TaskSettings(), outlines="", by_word=False)
     chosen = TrainConfig(preset="upstream", latent="mean", outlines="image", cache_dir="/captures", cache_gb=2.5)
     assert chosen.capture_settings().latent == "mean" and chosen.task_settings().outlines == "image"

@@ -37,7 +37,6 @@ class TrainingSchedule:
     is_absence_taught: bool = True  # whether an absent joint's target is an empty heatmap; upstream skips it
     gain: float = 100.0  # of the heatmap loss
     is_relative: bool = False  # whether the loss of depth is its mean relative error, not that of its logarithms
-    first_word_only: bool = False  # upstream's Q11
     gradient_accumulation_steps: int = 2  # over all processes, so that one process and two learn to the same bits
     seed: int = 0
 
@@ -52,12 +51,11 @@ class RecipeSettings:
     batch_size: int = 0
     rate: float = 0.0
     gradient_accumulation_steps: int = 2
-    first_word_only: bool = False
     by_name: str = "auto"  # whether classes are predicted only where the prompt names them
     seed: int = 0
 
     def adjust(self, schedule: TrainingSchedule) -> TrainingSchedule:
-        names = ("steps", "batch_size", "rate", "gradient_accumulation_steps", "first_word_only", "seed")
+        names = ("steps", "batch_size", "rate", "gradient_accumulation_steps", "seed")
         return replace(schedule, **{name: value for name in names if (value := getattr(self, name))})
 
 

@@ -9,7 +9,6 @@ from datasetdm_fast.messages import count_noun
 from datasetdm_fast.training.cross_validation import is_worse
 from datasetdm_fast.training.evaluation.meter import figure_name
 from datasetdm_fast.training.session import PERSON, TrainingSession
-from datasetdm_fast.training.settings import QUIRKS
 from datasetdm_fast.training.splits import AUTO_FOLDS, ENOUGH_IMAGES, LEAST_IMAGES, are_enough
 from datasetdm_fast.training.task_training import TaskPlan, TaskSettings
 
@@ -48,8 +47,6 @@ def describe_plans(
             steps = plan.schedule.steps * (folds + (results[task] is None))
             times = f"{steps / plan.schedule.steps:.2g} times those of one decoder"
             yield f"{task:<10} {steps} steps in all, {times}"
-    for name in sorted(session.view_settings.quirks):
-        yield f"{name}        {QUIRKS[name]}"
 
 
 def describe_framing(framing: Mapping[str, Any]) -> str:

@@ -25,7 +25,7 @@ from datasetdm_fast.training import data_record
 from datasetdm_fast.training.captures import cache
 from datasetdm_fast.training.captures.cache import CacheSettings, Inversion
 from datasetdm_fast.training.captures.targets import check_truth
-from datasetdm_fast.training.captures.views import TrainingViews, ViewSettings, check_quirks
+from datasetdm_fast.training.captures.views import TrainingViews, ViewSettings
 from datasetdm_fast.training.evaluation import naming
 from datasetdm_fast.training.predictions import Predictor
 from datasetdm_fast.training.readers import READERS, check_address, is_read, open_data
@@ -283,8 +283,6 @@ def open_session(
     model = load_model(choice.model, size=choice.size, allow_download=choice.allow_download)
     model = model.reading(spread_blocks(choice.blocks) if choice.blocks else ())
     source = _check_source(early or _open_source(data, model.size, tasks), model.size, data, tasks)
-    if "view_settings" in settings:
-        check_quirks(settings["view_settings"].quirks, source, tasks)
     steps = model.scheduler.get("num_train_timesteps", 1000)
     if (latest := max(inversion.timesteps)) >= steps:
         raise Refused(

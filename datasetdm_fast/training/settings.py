@@ -21,13 +21,6 @@ if TYPE_CHECKING:  # these import torch, which --help does without
     from datasetdm_fast.training.session import ModelChoice, TrainingData
     from datasetdm_fast.training.task_training import TaskSettings
 
-QUIRKS = {
-    "Q11": "open vocabulary is trained with the first word's embedding, whatever word is asked",
-    "Q12": "every instance is of class 1, and its caption is always the same",
-    "Q13": "depth is trained on images in 0..1 where the autoencoder expects -1..1, under a constant caption",
-    "Q14": "pose is trained on images with red and blue exchanged",
-}  # upstream's mistakes
-
 MOST_FOLDS = 100
 MOST_BLOCKS = 16
 BEST = "auto"  # of timesteps and blocks
@@ -38,7 +31,7 @@ TRACKERS = ("tensorboard", "wandb", "mlflow")
 class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, CommandSettings):
     FLAGS = (
         "data task out model size select images limit_per_class min_area limit_images only_classes framing skip_bad "
-        "allow_download held_out folds preset quirks pose_head steps batch_size accumulate rate patience checks draws "
+        "allow_download held_out folds preset pose_head steps batch_size accumulate rate patience checks draws "
         "augment captions class_table by_name by_word outlines timestep blocks latent inversion ddim_steps cache "
         "cache_dir cache_gb storage engine dtype device seed save_every log threads dry_run json quiet"
     ).split()
@@ -71,12 +64,6 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
         "default",
         "training recipe: ours, or DatasetDM's architecture, optimiser, schedule and loss",
         choices=("default", "upstream"),
-    )
-    quirks: tuple[str, ...] = setting(
-        (),
-        "mistakes of DatasetDM to repeat: " + "; ".join(f"{name} = {meaning}" for name, meaning in QUIRKS.items()),
-        choices=QUIRKS,
-        metavar="LIST",
     )
     pose_head: str = setting("heatmap", "output of the pose decoder", choices=("heatmap", "simcc"))
     steps: int = setting(0, "optimiser steps, 0 = as the preset says", metavar="N")
@@ -252,7 +239,7 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
     def view_settings(self) -> ViewSettings:
         from datasetdm_fast.training.captures.views import ViewSettings
 
-        return ViewSettings(self.draws, captions=self.captions, seed=self.seed, quirks=frozenset(self.quirks))
+        return ViewSettings(self.draws, captions=self.captions, seed=self.seed)
 
     def capture_settings(self) -> Inversion:
         from datasetdm_fast.training.captures.cache import Inversion
@@ -275,7 +262,6 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
             batch_size=self.batch_size,
             rate=self.rate,
             gradient_accumulation_steps=self.accumulate,
-            first_word_only="Q11" in self.quirks,
             by_name=self.by_name,
             seed=self.seed,
         )

@@ -110,7 +110,7 @@ def find_result(folder: Path, plan: TaskPlan) -> dict | None:
 def _check_settings(folder: Path, stored: Mapping[str, Any], recorded: Mapping[str, Any], plan: TaskPlan) -> None:
     """Refuses to resume a training with other settings or on other data; model and data may lie elsewhere."""
     before, now = _flatten(stored), _flatten(plan.settings)
-    differing = {name for name in {*before, *now} if before.get(name) != now.get(name)}
+    differing = {name for name in {*before, *now} if (before.get(name) or None) != (now.get(name) or None)}
     if "model_digests" not in differing:
         differing.discard("model")
     addresses = [parse_address(str(settings.get("data"))) for settings in (before, now)]

@@ -248,7 +248,7 @@ class Trainer:
 
     def _text(self, words: Sequence[int]) -> Tensor:
         """The class embedding that each view is queried with."""
-        return torch.stack([self.words[0 if self.schedule.first_word_only else word] for word in words])
+        return torch.stack([self.words[word] for word in words])
 
     def close(self) -> None:
         if self._reader is not None:

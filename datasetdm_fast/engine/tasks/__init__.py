@@ -25,7 +25,6 @@ class Task(ABC):
     small: Mapping[str, Any]  # fields of the TrainingSchedule of a small decoder
     large: ClassVar[Mapping[str, Any]] = {}  # those of one of upstream's widths that are its own
     epochs: int = 0  # after which upstream's rate falls to a tenth, 0 = those of its data set
-    quirks: tuple[str, ...] = ()  # upstream's mistakes that can be repeated
     is_of_one_person: bool = False  # whether data sets with several people show it one of them at a time
 
     def sees_one_person(self, data: str) -> bool:

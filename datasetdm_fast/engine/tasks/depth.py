@@ -18,7 +18,6 @@ class DepthTask(Task):
     shown_by = "depth"
     requirement = "a depth above 0 and up to {farthest:g} m"
     small = {"batch_size": 12, "steps": 2500, "rate": 2e-3, "dropout": 0.15, "is_relative": True}
-    quirks = ("Q13",)
 
     def postprocess(self, raw: dict[str, Tensor], config: DecoderConfig, size: int) -> list[DepthMap]:
         (metres,) = to_host(resize(raw["depth"].float(), size)[:, 0])

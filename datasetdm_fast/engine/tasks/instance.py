@@ -74,7 +74,6 @@ class InstanceTask(Task):
     shown_by = "masks"
     requirement = "a thing"
     small = {"batch_size": 12, "points": 512, "steps": 1500, "dropout": 0.0}
-    quirks = ("Q12",)
 
     def postprocess(self, raw: dict[str, Tensor], config: DecoderConfig, size: int) -> list[Instances]:
         """Instances from best to worst: score at the threshold or above, none twice, none empty or too small."""

@@ -36,7 +36,6 @@ class OpenVocabularyTask(Task):
     requirement = "a thing"
     small = {"batch_size": 12, "points": 512, "steps": 900}
     large = {"dropout": 0.2}
-    quirks = ("Q11",)
 
     def postprocess(
         self, raw: dict[str, Tensor], config: DecoderConfig, size: int, words: Sequence[str] = ()

@@ -82,7 +82,6 @@ class PoseTask(Task):
     small = {"steps": 1500, "sigma": 1.5, "dropout": 0.0}
     large = {"sigma": 2.0}
     epochs = 400
-    quirks = ("Q14",)
     is_of_one_person = True
 
     def postprocess(self, raw: dict[str, Tensor], config: DecoderConfig, size: int) -> list[Keypoints]:

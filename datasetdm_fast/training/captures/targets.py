@@ -87,11 +87,9 @@ def check_truth(source: LabelledSource, task: str, spec: str) -> None:
     )
 
 
-def target_of(source: LabelledSource, item: Labelled, task: str, class_id: int | None = None) -> TrainingTarget:
-    """The target of an item; `class_id` replaces the id of every mask."""
+def target_of(source: LabelledSource, item: Labelled, task: str) -> TrainingTarget:
+    """The target of an item."""
     arrays = _arrays(source, item, task)
-    if class_id is not None:
-        arrays["classes"] = np.full_like(arrays["classes"], class_id)
     return TrainingTarget(
         **{name: torch.from_numpy(np.array(array, DTYPES[name], order="C")) for name, array in arrays.items()}
     )

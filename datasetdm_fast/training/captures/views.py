@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
-from datasetdm_fast.engine.tasks import TASKS
-from datasetdm_fast.errors import Refused
 from datasetdm_fast.training.captures.targets import TargetMemory, TrainingTarget, target_of
 from datasetdm_fast.training.truth.augment import Augmentation, augment
 
@@ -30,7 +28,6 @@ class ViewSettings:
     augmentation: Augmentation = Augmentation(flip=True)
     captions: str = "true"  # or none, or mixed: every fourth view has none
     seed: int = 0
-    quirks: frozenset[str] = frozenset()
 
 
 class Captures(Protocol):
@@ -86,38 +83,17 @@ class TrainingViews:
 
     def pixels(self, items: Sequence[Labelled]) -> Tensor:
         """[B, H, W, 3] in 0..255, as the autoencoder receives them."""
-        images = torch.from_numpy(np.stack([np.ascontiguousarray(item.image) for item in items]))
-        if self.has_quirk("Q14"):
-            images = images.flip(-1)
-        return images.float() / 2 + 127.5 if self.has_quirk("Q13") else images
+        return torch.from_numpy(np.stack([np.ascontiguousarray(item.image) for item in items]))
 
     def captions(self, items: Sequence[Labelled]) -> list[str]:
-        if self.has_quirk("Q13"):
-            return ["a photo of "] * len(items)
-        if self.has_quirk("Q12"):
-            return [f"a photo of {self.source.thing_classes[1]},"] * len(items)
         return [item.caption for item in items]
-
-    def has_quirk(self, quirk: str) -> bool:
-        """Whether one of upstream's mistakes is repeated for this task."""
-        return quirk in self.settings.quirks and quirk in TASKS[self.task].quirks
 
     def target(self, view: int) -> TrainingTarget:
         with self._lock:
             if view in self._targets:
                 return self._targets[view]
-        target = target_of(self.source, self.item(view), self.task, 1 if self.has_quirk("Q12") else None)
+        target = target_of(self.source, self.item(view), self.task)
         with self._lock:
             if copied := self._memory.copy(target):
                 self._targets[view] = copied
         return target
-
-
-def check_quirks(quirks: Sequence[str], source: LabelledSource, tasks: Sequence[str]) -> None:
-    """Refuses quirks that the data cannot show."""
-    is_requested = "Q12" in quirks and any("Q12" in TASKS[task].quirks for task in tasks)
-    if is_requested and len(source.thing_classes) < 2:
-        raise Refused(
-            f"--quirks Q12: every instance would be of class 1, but the data set names {len(source.thing_classes)}",
-            "Leave Q12 out.",
-        )
