@@ -222,18 +222,6 @@ def test_what_differs_is_told_without_digests(runs, tmp_path, capsys):
     assert "source.0/samples.jsonl: other content there than asked for" in told and not re.search("[0-9a-f]{16}", told)
 
 
-def test_a_source_that_has_lost_samples_is_told_apart_from_other_settings(runs, tmp_path, capsys):
-    source, line = str(shutil.copytree(runs / "first", tmp_path / "first")), ["--out", str(tmp_path / "all"), "--quiet"]
-    line = [str(runs / "varied"), *line]
-    assert main([source, *line]) == 0 and drop.main([source, "0", "--quiet"]) == 0
-    assert main([source, *line]) == 2
-    cause, remedy = capsys.readouterr().err.splitlines()
-    assert "it holds a run made of other samples (source." in cause and "other settings" not in cause
-    assert "restore brings dropped samples back" in remedy
-    assert restore.main([source, "0", "--quiet"]) == 0
-    assert main([source, *line]) == 0
-
-
 def test_bad_input_is_one_sentence_and_writes_nothing(runs, tmp_path, capsys):
     out, first = tmp_path / "all", str(runs / "first")
     for flags, code, said in (
