@@ -10,7 +10,7 @@ import pytest
 from rendered import document, rendered, write_run
 
 from datasetdm_fast import audit as audit_command
-from datasetdm_fast import drop, open_run, restore
+from datasetdm_fast import drop, open_run
 from datasetdm_fast.engine.labels import class_tables
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import Refused
