@@ -79,7 +79,7 @@ TORN = TaskKind("edges_label:EdgesKind", "edges_task:None", "edges_meter:Edges")
 MIXED = TaskKind("edges_label:EdgesKind", "edges_meter:Edges", "edges_task:EdgesTask")
 """
 WRITER = """
-from datasetdm_fast.runs.exporting.configs import MmsegFormat
+from datasetdm_fast.runs.exporting.mmseg import MmsegFormat
 
 class Listing(MmsegFormat):
     needs = (("semantic",), ("bright",))

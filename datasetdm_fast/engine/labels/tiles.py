@@ -15,6 +15,14 @@ OVERLAP = 1 / 4  # of a tile's side that it shares with the next one, at least
 
 
 @dataclass(frozen=True)
+class Tile(Placement):
+    """The sides of a tile's labels, those of the tile itself, and its corner in the picture."""
+
+    top: int
+    left: int
+
+
+@dataclass(frozen=True)
 class Tiling:
     """The tiles of a picture of `sides` pixels: squares of `side` pixels, row by row."""
 
@@ -29,10 +37,10 @@ class Tiling:
         rows, columns = (_starts(length, side) for length in sides)
         return cls(sides, side, tuple((top, left) for top in rows for left in columns))
 
-    def placements(self, size: int) -> Iterator[Placement]:
+    def placements(self, size: int) -> Iterator[Tile]:
         """Where the labels of every tile, `size` pixels a side, lie in the picture."""
         for top, left in self.corners:
-            yield Placement(size, size, top, left, self.side, self.side, self.sides)
+            yield Tile(size, size, self.side, self.side, top, left)
 
     @property
     def weights(self) -> np.ndarray:  # [side, side] float32
@@ -48,7 +56,7 @@ def _starts(length: int, side: int) -> list[int]:
     return [round(k * (length - side) / max(count - 1, 1)) for k in range(count)]
 
 
-def part(place: Placement) -> tuple[slice, slice]:
+def part(place: Tile) -> tuple[slice, slice]:
     """The pixels of the whole picture under a tile."""
     return slice(place.top, place.top + place.rows), slice(place.left, place.left + place.columns)
 
@@ -71,7 +79,7 @@ class _Piece:
     """An instance as one tile shows it."""
 
     tile: int
-    place: Placement
+    place: Tile
     mask: np.ndarray  # [side, side] bool
     kind: int
     score: float
