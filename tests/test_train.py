@@ -99,7 +99,7 @@ def test_a_training_leaves_decoder_figures_page_and_log(run, tmp_path, capsys):
     assert set(decoders) == {"depth", "pose"} and result["pose"]["outlines"] == "decoder"  # as it has none
     state = tmp_path / "decoder" / "depth" / "training"
     page = (state / "page.html").read_text()
-    assert page.count('<img src="data:image/png;base64,') == 3 + 2 * 8 and "AbsRel" in page and "absrel" not in page
+    assert page.count('<img src="data:image/png;base64,') == 3 + 2 * 11 and "AbsRel" in page and "absrel" not in page
     assert 'src="http' not in page
     assert f"outlines of labels</th><td>of the {result['depth']['outlines']}<" in page
     assert "too few for a figure" in page and 'name="viewport"' in page
