@@ -15,7 +15,7 @@ from datasetdm_fast.engine.labels import class_tables
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.merge import main
-from datasetdm_fast.runs.compositions.composition import TileSource
+from datasetdm_fast.runs.compositions.composition import SquareSource
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.folder import RunFolder
@@ -195,7 +195,7 @@ def test_pictures_of_several_sizes_are_no_source_of_tiles(runs, tmp_path):
     assert main([str(runs / "first"), str(tmp_path / "large"), "--out", str(tmp_path / "all"), "--quiet"]) == 0
     assert "8 of 8 images of 32 × 32 or 64 × 64 pixels" in (tmp_path / "all" / "README.md").read_text()
     with pytest.raises(Refused, match="sample 00000000 has 32 x 32 pixels, expected 64 x 64"):
-        TileSource(tmp_path / "all")
+        SquareSource(tmp_path / "all")
 
 
 def test_a_run_in_a_folder_whose_name_is_no_utf_8_is_merged(runs, tmp_path, monkeypatch):

@@ -37,7 +37,7 @@ from datasetdm_fast.engine.tasks.labeller import Labeller, LabellerInput
 from datasetdm_fast.kernels.transfer import to_host
 from datasetdm_fast.plugins import GROUP
 from datasetdm_fast.runs.compositions import redraw
-from datasetdm_fast.runs.compositions.composition import TileSource
+from datasetdm_fast.runs.compositions.composition import SquareSource
 from datasetdm_fast.runs.compositions.edit import Edits
 from datasetdm_fast.runs.compositions.settings import EditSettings, VarySettings
 from datasetdm_fast.runs.compositions.vary import Variants
@@ -151,7 +151,7 @@ def files(machine: Machine) -> int:
             settings = replace(chosen, run=source, out=str(folder / kind.command), steps=machine.steps)
             machine.timeline.phase = LOAD
             found += write_missing(
-                redraw.prepare(kind(TileSource(Path(source)), settings), Path(settings.out), settings)
+                redraw.prepare(kind(SquareSource(Path(source)), settings), Path(settings.out), settings)
             ).done
         return found
 

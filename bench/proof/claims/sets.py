@@ -25,7 +25,7 @@ from datasetdm_fast.engine.loop.plan import DEMO_SCENES
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.engine.tasks import read_labels
 from datasetdm_fast.engine.tasks.captions import held_to
-from datasetdm_fast.runs.compositions.composition import TileSource
+from datasetdm_fast.runs.compositions.composition import SquareSource
 from datasetdm_fast.runs.compositions.redraw import find_result
 from datasetdm_fast.runs.compositions.redraw import prepare as prepare_redrawing
 from datasetdm_fast.runs.compositions.settings import VarySettings
@@ -172,7 +172,7 @@ def day_and_variants(folder: Path, count: int, seed: int, say: Callable[[str], N
         say(f"{day.out}: generating {count} images by day, and {len(ELSEWHERE)} variants of each")
         generate(job)
     settings = VarySettings(domain=ELSEWHERE, engine="fast", batch_size=SAMPLING["batch_size"], threads=1, quiet=True)
-    variants = Variants(TileSource(folder / "day"), settings)
+    variants = Variants(SquareSource(folder / "day"), settings)
     if find_result(variants, folder / "varied") is None:
         generate(prepare_redrawing(variants, folder / "varied", settings))
     return open_run(folder / "day"), open_run(folder / "varied")

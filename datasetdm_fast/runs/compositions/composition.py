@@ -68,14 +68,14 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Tile:
-    """A sample as it is put into others."""
+class SourceSample:
+    """A sample of a run as it is read."""
 
     row: Row
     pixels: dict[str, np.ndarray]  # role -> pixels of the file
 
 
-class TileSource(Source):
+class SquareSource(Source):
     """A finished run folder whose samples are squares of one size, read one at a time by any thread."""
 
     def __init__(self, path: Path, *, only_kept: bool = False):
@@ -93,19 +93,19 @@ class TileSource(Source):
                 )
         self.tile = lru_cache(max(CACHE_BYTES // (self.side**2 * PIXEL_BYTES), 1))(self._tile)
 
-    def label(self, tile: Tile, task: str) -> Any:
+    def label(self, tile: SourceSample, task: str) -> Any:
         """The label of a task, as its files and its row have it."""
         kind = kind_of(task)
         table = {**self.document["labels"][task], "size": (self.side, self.side)}
         return kind.decode({role: tile.pixels[role] for role in kind.files(table)}, tile.row.labels[task], table)
 
-    def _tile(self, position: int) -> Tile:
+    def _tile(self, position: int) -> SourceSample:
         row = self.run[position].row
         if sides(self.document, row.recipe) != (self.side, self.side):
             raise damage_failure(self.path, f"the row of sample {row.request.id}")
         tables = self.document["labels"]
         roles = ("image", *(role for task in self.run.tasks for role in kind_of(task).files(tables[task])))
-        return Tile(row, {role: self._pixels(row, role) for role in roles})
+        return SourceSample(row, {role: self._pixels(row, role) for role in roles})
 
     def _pixels(self, row: Row, role: str) -> np.ndarray:
         if role not in row.files:

@@ -22,7 +22,7 @@ from datasetdm_fast.engine.loop.calls import Beginning
 from datasetdm_fast.engine.loop.checks import check_seed
 from datasetdm_fast.engine.loop.prompts import PromptLine, check_line
 from datasetdm_fast.errors import Refused, nearest
-from datasetdm_fast.runs.compositions.composition import Tile, TileSource
+from datasetdm_fast.runs.compositions.composition import SourceSample, SquareSource
 from datasetdm_fast.runs.compositions.redraw import Redrawing
 from datasetdm_fast.runs.compositions.settings import EditChoice
 from datasetdm_fast.runs.run_folder.document import LEDGER, table_of
@@ -91,12 +91,12 @@ def read_box(text: str, side: int) -> np.ndarray:  # [side, side] bool
     return region
 
 
-def labels_of(source: TileSource, task: str) -> list[str]:
+def labels_of(source: SquareSource, task: str) -> list[str]:
     """The labels of a run that decoders of this task made."""
     return [label for label in source.run.tasks if task_of_label(label) == task]
 
 
-def class_task(source: TileSource, word: str) -> str:
+def class_task(source: SquareSource, word: str) -> str:
     """The task whose labels locate a class, label maps before instances."""
     tables = {
         task: table["classes"]
@@ -118,7 +118,7 @@ def class_task(source: TileSource, word: str) -> str:
     )
 
 
-def annotation_ids(source: TileSource, label: str) -> dict[int, list[int]]:
+def annotation_ids(source: SquareSource, label: str) -> dict[int, list[int]]:
     """The ids in its file of COCO's form of every sample's instances, by the index of the sample."""
     with Ledger(source.path / LEDGER, read_only=True) as ledger:
         return {row.request.index: ids for row, ids in rows_with_ids(label, source.document, ledger)}
@@ -162,7 +162,7 @@ class Edits(Redrawing):
     command = "edit"
     choice: EditChoice
 
-    def __init__(self, source: TileSource, choice: EditChoice):
+    def __init__(self, source: SquareSource, choice: EditChoice):
         check_line(choice.prompt, "--prompt")
         for name, value, least in (("grow", choice.grow, 0), ("feather", choice.feather, -1)):
             if not least <= value <= source.side:
@@ -258,7 +258,7 @@ class Edits(Redrawing):
         item = record[self.ids[self.task][source].index(self.choice.instance)]
         return kind_of(self.task).names(self.source.document["labels"][self.task])[item["category_id"]]
 
-    def region_of(self, tile: Tile) -> np.ndarray:  # [H, W] bool
+    def region_of(self, tile: SourceSample) -> np.ndarray:  # [H, W] bool
         """The region of a sample that is drawn anew."""
         region = self.region
         if self.kind == "class_":
@@ -313,7 +313,7 @@ class Edits(Redrawing):
         """The first of the ids for instances that an image adds to a label, which no other label of the run has."""
         return self.largest_id + 1 + (index * len(self.ids) + list(self.ids).index(label)) * MOST_NEW
 
-    def _classes(self, request: Request, tile: Tile, labels: Mapping[str, Annotation]) -> tuple[str, ...]:
+    def _classes(self, request: Request, tile: SourceSample, labels: Mapping[str, Annotation]) -> tuple[str, ...]:
         """The class words of the prompt, and those of the source that the labels still show."""
         tables = {task: self.source.document["labels"][task].get("classes", ()) for task in labels}
 

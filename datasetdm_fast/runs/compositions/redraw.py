@@ -18,7 +18,7 @@ from datasetdm_fast.engine.loop.calls import Beginning, initial_latents
 from datasetdm_fast.engine.loop.plan import Plan
 from datasetdm_fast.engine.loop.prompts import PromptLine
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.compositions.composition import Tile, TileSource, identity_of
+from datasetdm_fast.runs.compositions.composition import SourceSample, SquareSource, identity_of
 from datasetdm_fast.runs.compositions.settings import RedrawChoice, RedrawMachine
 from datasetdm_fast.runs.jobs.job import Job, check_room, describe_run, open_engine, recipe_of
 from datasetdm_fast.runs.jobs.result import Result
@@ -38,9 +38,9 @@ COPIED = {flag.name for flag in flags_of(RunConfig) if flag.metadata["identity"]
 CHANGEABLE = ("model", "decoder", "steps", "guidance")  # settings of a run that its compositions may change
 
 
-def open_source(path: Path, *, only_kept: bool) -> TileSource:
+def open_source(path: Path, *, only_kept: bool) -> SquareSource:
     """A finished run whose samples were all drawn by one model."""
-    source = TileSource(path, only_kept=only_kept)
+    source = SquareSource(path, only_kept=only_kept)
     if not set(CHANGEABLE) <= source.document["config"].keys():
         raise Refused(
             f"{path}: was made by {source.document.get('command')}, so its samples were not all drawn by one model",
@@ -70,7 +70,7 @@ class Redrawing(ABC):
     command: ClassVar[str]
     copies = 1  # images of a sample
 
-    def __init__(self, source: TileSource, choice: RedrawChoice):
+    def __init__(self, source: SquareSource, choice: RedrawChoice):
         self.source, self.choice = source, choice
         self.requests = [row.request for row in source.run.rows(parts=())]  # by the position in the source
         self.positions = self._find_positions()
@@ -116,7 +116,7 @@ class Redrawing(ABC):
             config["only"] = [self.requests[position].id for position in self.positions]
         return config
 
-    def tile(self, index: int) -> Tile:
+    def tile(self, index: int) -> SourceSample:
         return self.source.tile(self.position(index))
 
     def provenance(self, index: int) -> dict[str, Any]:
@@ -229,7 +229,7 @@ def _run_config(redrawing: Redrawing, folder: Path, machine: RedrawMachine) -> R
     )
 
 
-def _check_weights(source: TileSource, engine: Engine, decoders: Mapping[str, Any]) -> None:
+def _check_weights(source: SquareSource, engine: Engine, decoders: Mapping[str, Any]) -> None:
     """Refuses other weights than those that made the source."""
     loaded = {"model": dict(engine.model.digests), "decoders": {name: row["digest"] for name, row in decoders.items()}}
     stored = {

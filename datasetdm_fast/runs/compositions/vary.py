@@ -14,7 +14,7 @@ from datasetdm_fast.engine.loop.calls import Beginning
 from datasetdm_fast.engine.loop.prompts import PromptLine, count_tokens
 from datasetdm_fast.engine.scenes.world import WHERE
 from datasetdm_fast.errors import Refused, nearest
-from datasetdm_fast.runs.compositions.composition import TileSource
+from datasetdm_fast.runs.compositions.composition import SquareSource
 from datasetdm_fast.runs.compositions.redraw import Redrawing
 from datasetdm_fast.runs.compositions.settings import VaryChoice
 
@@ -46,7 +46,7 @@ class Variants(Redrawing):
     command = "vary"
     choice: VaryChoice
 
-    def __init__(self, source: TileSource, choice: VaryChoice):
+    def __init__(self, source: SquareSource, choice: VaryChoice):
         names = ", ".join(DOMAINS)
         for name in choice.domain:
             if name not in DOMAINS:
