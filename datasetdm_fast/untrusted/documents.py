@@ -105,17 +105,12 @@ def parse_json(text: str | bytes, name: str, remedy: str = GET_AGAIN) -> Any:
     if not text:
         raise Refused(f"{name}: empty, expected JSON", remedy)
     try:
-        value = json_decoder().decode(text if isinstance(text, str) else text.decode("utf-8-sig"))
+        value = JSON_DECODER.decode(text if isinstance(text, str) else text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise Refused(f"{name}: not readable as JSON ({reason_of(error)})", remedy) from error
     if _depth(value) > DEEPEST:
         raise Refused(f"{name}: nested more than {DEEPEST} deep", remedy)
     return value
-
-
-def json_decoder() -> json.JSONDecoder:
-    """A decoder that refuses repeated keys and NaN."""
-    return json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -128,6 +123,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
+
+
+JSON_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
 
 
 def _depth(value: Any) -> int:

@@ -42,7 +42,7 @@ class JsonStream:
                 self.data = mmap.mmap(handle, 0, access=mmap.ACCESS_READ)
             finally:
                 os.close(handle)
-        self.decoder = documents.json_decoder()
+        self.decoder = documents.JSON_DECODER
         self.keys: set[str] = set()  # of the part of the object that was read, those of empty lists included
 
     def __iter__(self) -> Iterator[Element]:

@@ -6,12 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
 from datasetdm_fast.disk import storage as files  # save_decoder has a parameter of that name
 from datasetdm_fast.engine.decoders.config import DecoderConfig, upstream
@@ -21,6 +19,7 @@ from datasetdm_fast.engine.decoders.folders import read_config
 from datasetdm_fast.engine.decoders.layers import SpectralConv2d
 from datasetdm_fast.engine.decoders.segmentation import OpenVocabularyDecoder, SegmentationDecoder
 from datasetdm_fast.engine.decoders.trunk import Decoder, fold
+from datasetdm_fast.engine.models.layers import Uninitialised
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import reference
 from datasetdm_fast.stages import Level
@@ -88,15 +87,6 @@ def round_parameters(decoder: Decoder, storage: str) -> None:
         parameter.copy_(parameter.to(STORAGE[storage]))
 
 
-class Undrawn(TorchFunctionMode):
-    """Leaves parameters without memory as they are: drawing them would import PyTorch's compiler, in seconds."""
-
-    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
-        if function in (nn.init.normal_, torch.Tensor.normal_):
-            return arguments[0] if arguments else named["tensor"]
-        return function(*arguments, **(named or {}))
-
-
 def load_decoder(folder: str | Path, *, strict: bool = False, ops: SimpleNamespace = reference) -> Decoder:
     """The decoder of a folder written by save_decoder, fp32, for inference.
 
@@ -110,7 +100,7 @@ def load_decoder(folder: str | Path, *, strict: bool = False, ops: SimpleNamespa
             )
     config = read_config(folder)
     state = read_state(folder / "model.safetensors")
-    with torch.device("meta"), Undrawn():  # before memory is taken for what the configuration asks for
+    with torch.device("meta"), Uninitialised():  # before memory is taken for what the configuration asks for
         decoder = build_decoder(config, ops)
     fill(decoder, state, str(folder))
     decoder.domain = read_domain(folder, decoder.sketch_width)

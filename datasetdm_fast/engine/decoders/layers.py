@@ -26,7 +26,7 @@ class SpectralConv2d(nn.Conv2d):
     def __init__(self, channels_in: int, channels_out: int, kernel: int):
         super().__init__(channels_in, channels_out, kernel, padding=kernel // 2)
         start = torch.empty(1, channels_out)
-        if not start.is_meta:  # see checkpoint.Undrawn
+        if not start.is_meta:  # see models.layers.Uninitialised
             start = F.normalize(start.normal_(), dim=-1)
         self.register_buffer("u0", start)
         self.register_buffer("sv0", torch.ones(1))

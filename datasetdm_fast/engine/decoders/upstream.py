@@ -16,12 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from datasetdm_fast.disk import locks, storage
-from datasetdm_fast.engine.decoders.checkpoint import UNUSED, Undrawn, build_decoder, check_fit
+from datasetdm_fast.engine.decoders.checkpoint import UNUSED, build_decoder, check_fit
 from datasetdm_fast.engine.decoders.config import SD1_LEVELS, DecoderConfig, upstream
 from datasetdm_fast.engine.decoders.folders import parts_of, read_config
 from datasetdm_fast.engine.decoders.trunk import Decoder, wide_mixes
 from datasetdm_fast.engine.labels.class_tables import builtin_table
 from datasetdm_fast.engine.labels.kind import BACKGROUND
+from datasetdm_fast.engine.models.layers import Uninitialised
 from datasetdm_fast.errors import Missing, Refused, quote
 from datasetdm_fast.kernels import reference
 from datasetdm_fast.stages import LEVELS, Level
@@ -204,7 +205,7 @@ def config_of(name: str, shapes: Shapes, levels: tuple[Level, ...]) -> DecoderCo
 
 def _check(config: DecoderConfig, shapes: Shapes, path: Path, kind: str) -> None:
     """Refuses shapes that are not exactly those of the decoder, by every one that differs."""
-    with torch.device("meta"), Undrawn():
+    with torch.device("meta"), Uninitialised():
         decoder = build_decoder(config)
         unused = UNUSED.get(config.kind, ())
         read = {name: torch.empty(shape) for name, shape in shapes.items() if not name.startswith(unused)}
@@ -230,7 +231,7 @@ def unused_shapes(config: DecoderConfig) -> Shapes:
         return {f"query_{name}_mlp.weight": widths for name in ("feat", "embed")}
     if config.kind == "simcc":
         mixes = {name: sides for name, sides in wide_mixes(config.width).items() if name != "mid"}
-        with torch.device("meta"), Undrawn():
+        with torch.device("meta"), Uninitialised():
             trunk = Decoder(config, reference, mixes).state_dict()
         return {name: tuple(value.shape) for name, value in trunk.items() if name.startswith(UNUSED["simcc"])}
     return {}
@@ -249,7 +250,7 @@ def as_checkpoint(folder: Path) -> bytes:
         )
     tensors.check_safetensors(folder / "model.safetensors")
     state, side = load_file(folder / "model.safetensors"), folder / SIDE_FILE
-    with torch.device("meta"), Undrawn():
+    with torch.device("meta"), Uninitialised():
         check_fit(build_decoder(config), state, str(folder))
     prefix = ""
     if side.is_file():

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from datasetdm_fast.config import SD_DEFAULTS, Defaults
 from datasetdm_fast.engine.backbones import RANDOM_MODELS
@@ -19,6 +18,7 @@ from datasetdm_fast.engine.loading import shapes
 from datasetdm_fast.engine.loading.folder import DEMO, check_shipped, class_of
 from datasetdm_fast.engine.loading.model import ConfigFile, Model, Network, as_filled, check_model
 from datasetdm_fast.engine.loading.tokenizer import OwnTokenizer
+from datasetdm_fast.engine.models.layers import Uninitialised
 from datasetdm_fast.plugins import load_place
 
 SEEDED_LICENCE = "none: seeded random weights, nothing was trained"
@@ -55,7 +55,9 @@ def seed_network(part: str, settings: Mapping[str, Any], seed: int, backbone: Ba
     config, record = ConfigFile({**backbone.full_size[part], **settings}), backbone.parts[part]
 
     def build_filled() -> nn.Module:
-        module, draw = build_empty(lambda: build_module(record, config)), Seeded(seed)
+        draw = Seeded(seed)
+        with Uninitialised():
+            module = build_module(record, config)
         state = module.state_dict()
         for name in sorted(state):
             draw(name, state[name])
@@ -82,23 +84,6 @@ def build_module(part: Part, config: Mapping[str, Any]) -> nn.Module:
     kind = class_of(part)
     built: nn.Module = kind(kind.config_class(**config)) if part.kind == "text_encoder" else kind(**config)
     return built
-
-
-class _Uninitialised(TorchFunctionMode):
-    """Within its block modules are built with memory for their weights, which nothing is written into; buffers are."""
-
-    def __torch_function__(
-        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if getattr(function, "__module__", "") == "torch.nn.init" or function in (Tensor.normal_, Tensor.uniform_):
-            return args[0] if args else (kwargs or {})["tensor"]
-        return function(*args, **kwargs or {})
-
-
-def build_empty(build: Callable[[], nn.Module]) -> nn.Module:
-    """A module with memory for its weights, not yet filled, and the buffers it begins with."""
-    with _Uninitialised():
-        return build()
 
 
 def load_tiny(size: int) -> Model:

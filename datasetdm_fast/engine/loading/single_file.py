@@ -28,8 +28,9 @@ from datasetdm_fast.engine.loading.checks import (
     read_config,
 )
 from datasetdm_fast.engine.loading.model import UNKNOWN_LICENCE, Model, Network, check_model, digest
-from datasetdm_fast.engine.loading.presets import build_empty, build_module
+from datasetdm_fast.engine.loading.presets import build_module
 from datasetdm_fast.engine.loading.tokenizer import tokenizer_beside
+from datasetdm_fast.engine.models.layers import Uninitialised
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.untrusted import documents, pickles, tensors
 
@@ -365,7 +366,8 @@ def _fill(part: str, config: Mapping[str, Any], state: State, backbone: Backbone
         f"the config of {backbone.title}",
         f"Put the config.json of the same model's {part} into a folder {part} beside the file.",
     )
-    module = build_empty(lambda: build_module(record, config))
+    with Uninitialised():
+        module = build_module(record, config)
     module.load_state_dict(converted)
     return module
 

@@ -2,12 +2,14 @@
 
 import math
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 LEAST_APART = 2**20  # bytes
 PLACES = 0, 1  # the first and the second half of a doubled cell, along an axis
@@ -22,6 +24,17 @@ def room(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(tuple(shape), dtype=dtype)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(memory, dtype=dtype).view(tuple(shape))
+
+
+class Uninitialised(TorchFunctionMode):
+    """Within its block modules are built without drawing their weights, which takes seconds; buffers are written."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(function, "__module__", "") == "torch.nn.init" or function in (Tensor.normal_, Tensor.uniform_):
+            return args[0] if args else (kwargs or {})["tensor"]
+        return function(*args, **kwargs or {})
 
 
 class Weights:

@@ -20,9 +20,10 @@ from datasetdm_fast.runs.run_folder.document import (
     refuse_shards,
     sides,
 )
+from datasetdm_fast.runs.run_folder.indexes import writers
 from datasetdm_fast.runs.run_folder.ledger import Ledger, Row
 from datasetdm_fast.runs.run_folder.reader import Run
-from datasetdm_fast.runs.run_folder.seal import index_files, is_sealed, read_seal
+from datasetdm_fast.runs.run_folder.seal import is_sealed, read_seal
 from datasetdm_fast.runs.run_folder.selections import FILTER, check_filtered
 from datasetdm_fast.untrusted import images
 
@@ -54,7 +55,7 @@ class Source:
     def digests(self) -> dict[str, str]:
         """Digests of the index files, which decide every sample of the run with its labels."""
         sealed = read_seal(self.path)
-        return {name: sealed[name] for name in index_files(self.document) if name.endswith((".json", ".jsonl"))}
+        return {name: sealed[name] for name in writers(self.document) if name.endswith((".json", ".jsonl"))}
 
     @property
     def provenance(self) -> dict[str, Any]:

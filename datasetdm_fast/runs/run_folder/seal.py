@@ -19,14 +19,9 @@ SEAL = "state/seal.json"  # empty from before the first change until everything 
 LARGEST_SEAL = 2**28  # bytes, about 80 of them a sample
 
 
-def index_files(document: Mapping[str, Any]) -> list[str]:
-    """The files of a run folder that are rebuilt from the ledger, without those of the page."""
-    return list(writers(document))
-
-
 def has_indexes(folder: Path, document: Mapping[str, Any], ledger: Ledger) -> bool:
     """Whether every index file and the page exist and show the rows of the ledger."""
-    if ledger.read_note("indexed") is None or not all((folder / name).exists() for name in index_files(document)):
+    if ledger.read_note("indexed") is None or not all((folder / name).exists() for name in writers(document)):
         return False
     return expected_files(document, ledger) <= set(existing_files(folder, document))
 
@@ -57,7 +52,7 @@ def seal(
     `removed` has none.
     """
     selections = [name for name in (FILTER, SPLIT) if name != removed and (folder / name).exists()]
-    names = [DOCUMENT, LEDGER, LOCK, *index_files(document), *existing_files(folder, document), *selections]
+    names = [DOCUMENT, LEDGER, LOCK, *writers(document), *existing_files(folder, document), *selections]
     digests = {name: storage.sha256_of(folder / name) for name in names}
     storage.publish({folder / SEAL: encode_seal({**digests, **known})})
 
