@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.output import print_lines, print_plan
 from datasetdm_fast.command_line.run_report import show_calls
-from datasetdm_fast.config import ENGINE_NAMES, TASKS
+from datasetdm_fast.config import CACHED, ENGINE_NAMES, EXACT, FAST, TASKS
 from datasetdm_fast.engine.engines import check_installed
 from datasetdm_fast.engine.loop.checks import LARGEST_BATCH
 from datasetdm_fast.errors import GateFailed
@@ -31,8 +31,8 @@ MOST_IMAGES = 100_000  # to compare
 @dataclass(frozen=True)
 class VerifyConfig(ModelSettings, EngineSettings, PromptSettings, SamplingSettings, OutputSettings, CommandSettings):
     FLAGS = (
-        "engine against model decoder task classes prompts number batch_size seed steps guidance sampler profile size "
-        "dtype compile device engines trt_flavour provider threads dry_run allow_download json quiet"
+        "engine against model decoder task classes prompts number batch_size seed steps guidance sampler profile speed "
+        "size dtype compile device engines trt_flavour provider threads dry_run allow_download json quiet"
     ).split()
 
     engine: str = setting("fast", "engine to check", choices=ENGINE_NAMES)
@@ -46,6 +46,7 @@ class VerifyConfig(ModelSettings, EngineSettings, PromptSettings, SamplingSettin
     classes: tuple[str, ...] = setting((), "class words for open-vocabulary labels", metavar="LIST")
     number: int = setting(8, "images to compare", metavar="N", least=1, most=MOST_IMAGES)
     batch_size: int = setting(4, "images per batch", metavar="N", least=1, most=LARGEST_BATCH)
+    speed: str = setting(EXACT, "exact, or an approximate speed by which both sample", choices=(EXACT, FAST, CACHED))
     dtype: str = setting("auto", "precision of the engine to check", choices=("auto", "fp32", "tf32", "fp16", "bf16"))
     compile: bool = setting(False, "check the fast engine with torch.compile")
     json: bool = setting(False, "the verdict as one JSON object on stdout")
@@ -62,7 +63,7 @@ def main(config: VerifyConfig, command: CommandLine) -> int:
     from datasetdm_fast.runs.agreement.verify import verify
 
     engine, reference = open_pair(config.group(ModelSettings), settings, config.against, config.task)
-    recipe, requests = choose_requests(reference, config.group(PromptSettings), config.group(SamplingSettings))
+    recipe, requests = choose_requests(engine, reference, config.group(PromptSettings), config.group(SamplingSettings))
     calls = -(-len(requests) // config.batch_size) * 3 * len(recipe.schedule)
     if config.dry_run:
         facts = {"number": len(requests), "calls": calls, "engine": config.engine, "against": config.against}

@@ -45,10 +45,11 @@ def engines(model, has_decoders=True):
     return [build_engine(name, model, decoders, device="cpu") for name in ("fast", "torch")]
 
 
+@pytest.mark.parametrize("speed", [{"steps": 2}, {"steps": 6, "speed": "cache3"}])
 @pytest.mark.parametrize("batch", [1, 5])
-def test_the_fast_engine_agrees_with_the_oracle(model, batch):
+def test_the_fast_engine_agrees_with_the_oracle(model, batch, speed):
     fast, reference = engines(model)
-    recipe = make_recipe(reference, tuple(fast.decoders), steps=2, sampler="ddim")
+    recipe = make_recipe(reference, tuple(fast.decoders), sampler="ddim", **speed)
     requests = [Request(number, prompt, number) for number, prompt in enumerate(PROMPTS[:batch])]
     verdict = verify(fast, reference, requests, recipe, batch, is_whole=True)
     assert verdict.agrees, verdict.table()

@@ -77,8 +77,8 @@ def engine(model, reference):
     return build_engine("fast", model, reference.decoders, device="cpu")
 
 
-def judged(engine, reference, number: int = 3) -> verify.Verdict:
-    recipe = make_recipe(reference, tuple(KINDS), steps=STEPS, guidance=5.0)
+def judged(engine, reference, number: int = 3, **sampling) -> verify.Verdict:
+    recipe = make_recipe(reference, tuple(KINDS), guidance=5.0, **{"steps": STEPS, **sampling})
     requests = [Request(k, prompt, 40 + k) for k, prompt in enumerate(PROMPTS[:number])]
     return verify.verify(engine, reference, requests, recipe, batch_size=2, is_whole=True)
 
@@ -110,6 +110,23 @@ def test_the_fast_engine_agrees(engine, reference):
         and document["versions"]["python"]
     )
     assert "agree" in verdict.table().splitlines()[-1]
+
+
+def from_changed_features(engine: FastEngine, deep: torch.Tensor, *inputs) -> torch.Tensor:
+    return engine._call(engine._start_deep, *inputs, (deep * 1.01,))[0]
+
+
+def by_a_whole_call(engine: FastEngine, deep: torch.Tensor, *inputs) -> torch.Tensor:
+    return engine.denoise(*inputs)
+
+
+@pytest.mark.parametrize("wrong", [None, from_changed_features, by_a_whole_call])
+def test_calls_from_deep_features_are_those_of_the_reference(engine, reference, wrong, monkeypatch):
+    if wrong:
+        monkeypatch.setattr(FastEngine, "denoise_from", wrong)
+    verdict = judged(engine, reference, steps=6, sampler="ddim", speed="cache3")
+    assert ("call" in failed(verdict)) == bool(wrong) and verdict.agrees == (not wrong), verdict.table()
+    assert verdict.facts["speed"] == "cache3" and "at the speed cache3" in verdict.table()
 
 
 # The planted errors ---------------------------------------------------------------------------------------------------
@@ -422,6 +439,12 @@ def test_an_engine_is_not_compared_with_itself(folder, capsys):
 def test_what_cannot_be_compared_is_refused(folder, more, capsys):
     assert command.main(line(folder, *more)) in (2, 3)
     assert len(capsys.readouterr().err.splitlines()) >= 1
+
+
+def test_a_speed_that_one_engine_lacks_is_refused(folder, monkeypatch, capsys):
+    monkeypatch.setattr(FastEngine, "speeds", ())
+    assert command.main(line(folder, "--speed", "cache3")) == 2
+    assert "--speed cache3: the engine fast keeps no deep features" in capsys.readouterr().err
 
 
 def test_an_observation_led_by_itself_changes_nothing(reference):

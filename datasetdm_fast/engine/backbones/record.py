@@ -94,6 +94,7 @@ class Backbone:
     file_tokenizers: Mapping[str, bool] = field(default_factory=dict)  # CLIP's -> whether it pads as Open CLIP does
     has_averages: bool = False  # whether labels can be read from the average of its calls' attention
     has_text_maps: bool = False  # whether they can be read from its attention to the prompt, as defaults.attention says
+    has_deep_features: bool = False  # whether calls may start from the deep features of an earlier one
     index: Mapping[str, Any] = field(default_factory=dict)  # further entries of a model_index.json that is written
     tokenizer: str = "tokenizer"  # the part by whose tokens the length of a prompt is told; where absent, the first
     # the part, where there is one, that reads so many tokens of a prompt of which `tokenizer` cuts off an end
@@ -187,6 +188,14 @@ class BackboneReference(Protocol):
         """The outputs of `predict`, and the sums with the attention of this call; asked for where a family
         `has_averages`, or `has_text_maps`: then the tokens are those of the prompt, and the class text is not read.
         """
+
+    def predict_and_keep(self, latents: Tensor, timestep: float, text: Text) -> tuple[Tensor, Tensor]:
+        """The outputs of `predict`, and the deep feature of each image [B, R / B * C, h, w]; asked for, as is
+        `predict_from`, where a family `has_deep_features`.
+        """
+
+    def predict_from(self, deep: Tensor, latents: Tensor, timestep: float, text: Text) -> Tensor:
+        """The outputs of `predict` where the deep feature is that of an earlier call."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """[B, 3, H, W] pixels about -1 .. 1."""

@@ -275,6 +275,7 @@ SD = Backbone(
     index={"safety_checker": [None] * 2, "feature_extractor": [None] * 2, "requires_safety_checker": False},
     name_adapter=lambda state, configs: state,
     has_averages=True,
+    has_deep_features=True,
     check=check_configs,
     check_fit=check_fit,
     full_size={**FULL_SIZE, "scheduler": SD_SCHEDULER},

@@ -163,6 +163,38 @@ class SDReference:
         means = [torch.stack([layer.map for layer in kind.values()]).mean(0) for kind in (cells, tokens)]
         return output, AttentionSums(sums.cells + means[0], sums.tokens + means[1])
 
+    def predict_and_keep(self, latents: Tensor, timestep: float, text: Text) -> tuple[Tensor, Tensor]:
+        """The output, and all that the last resnet reads but the first skip."""
+        stored: list[Tensor] = []
+
+        def store(deep: Tensor) -> Tensor:
+            stored.append(deep)
+            return deep
+
+        with self._before_last_resnet(store):
+            output = self.predict(latents, timestep, text)
+        return output, torch.cat(torch.cat(stored).chunk(len(text) // len(latents)), 1)
+
+    def predict_from(self, deep: Tensor, latents: Tensor, timestep: float, text: Text) -> Tensor:
+        rows = list(torch.cat(deep.chunk(len(text) // len(latents), 1)))  # the halves may be called one after the other
+        with self._before_last_resnet(lambda deep: torch.stack([rows.pop(0) for _ in deep])):
+            return self.predict(latents, timestep, text)
+
+    @contextmanager
+    def _before_last_resnet(self, exchange: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Within the block the last resnet reads `exchange` of the deep feature, and the first skip as it is."""
+
+        def change(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            x, *others = inputs
+            first_skip = self.unet.config.block_out_channels[0]
+            return torch.cat([exchange(x[:, :-first_skip]), x[:, -first_skip:]], 1), *others
+
+        hook = self.unet.up_blocks[-1].resnets[-1].register_forward_pre_hook(change)
+        try:
+            yield
+        finally:
+            hook.remove()
+
     def decode(self, latents: Tensor) -> Tensor:
         return decode_latents(self.vae, self.model.latents, latents)
 

@@ -195,6 +195,7 @@ SDXL = Backbone(
     },
     file_tokenizers={"tokenizer": False, "tokenizer_2": True},
     has_averages=True,
+    has_deep_features=True,
     check=_check,
     check_fit=_check_fit,
     licence=_licence,

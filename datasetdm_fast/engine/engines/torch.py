@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from datasetdm_fast.config import CACHED
 from datasetdm_fast.data import AnyCapture, AttentionSums, Capture, Text
 from datasetdm_fast.engine.backbones.record import BackboneReference
 from datasetdm_fast.engine.engines.device import engine_call, resolve_device
@@ -56,6 +57,7 @@ class TorchEngine(Engine):
             )
         self.model, self.device = model, resolve_device(device)
         self.decoders = {task: decoder.to(self.device) for task, decoder in (decoders or {}).items()}
+        self.speeds = (CACHED,) if model.backbone.has_deep_features else ()
         for network in model.networks.values():
             if network.is_built or self.device.type != "cpu":  # others are built there when they are first needed
                 network.module.to(self.device)
@@ -82,6 +84,14 @@ class TorchEngine(Engine):
         return output, captures[0]
 
     denoise_and_capture_raw = denoise_and_capture
+
+    @engine_call
+    def denoise_and_keep(self, latents: Tensor, timestep: float, text: Text) -> tuple[Tensor, Tensor]:
+        return self.reference.predict_and_keep(latents, timestep, text)
+
+    @engine_call
+    def denoise_from(self, deep: Tensor, latents: Tensor, timestep: float, text: Text) -> Tensor:
+        return self.reference.predict_from(deep, latents, timestep, text)
 
     @engine_call
     def denoise_and_average(

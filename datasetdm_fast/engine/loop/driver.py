@@ -26,6 +26,7 @@ from datasetdm_fast.engine.loop.calls import CapturedCalls, call_text, fresh_noi
 from datasetdm_fast.engine.loop.class_prompts import concept_places
 from datasetdm_fast.engine.loop.label_stream import FinishedCalls, LabelStream
 from datasetdm_fast.engine.loop.labelling import SampledBatch, WordTable, collect_results
+from datasetdm_fast.engine.loop.speed import SpeedCalls
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -120,8 +121,7 @@ class BatchGenerator:
         state = SamplerState(recipe.schedule, recipe.guidance, beginning.latents, noise, rows)
 
         captures = CapturedCalls(engine, recipe.captures or {"": recipe.captured})
-        speeding: Any = engine  # which has more calls than Engine where the recipe has such
-        deep: Any = None  # features that these start from
+        others = SpeedCalls(engine, recipe.cached, recipe.fp8)
         captured_calls, averaged = recipe.captured, set(recipe.averaged)
         taken_on, raw = recipe.taken_on, recipe.raw
         for call, timestep in enumerate(recipe.schedule.timesteps):
@@ -135,14 +135,8 @@ class BatchGenerator:
                 plain, sums = engine.denoise_and_average(state.latents, timestep, text, class_text, sums)
             if plain is not None or call in taken_on:
                 output = output if plain is None else plain
-            elif call in recipe.fp8:
-                output = speeding.denoise_in_fp8(state.latents, timestep, text)
-            elif call in recipe.cached:
-                output = speeding.denoise_from(deep, state.latents, timestep, text)
-            elif recipe.cached:
-                output, deep = speeding.denoise_and_keep(state.latents, timestep, text)
             else:
-                output = engine.denoise(state.latents, timestep, text)
+                output = others.denoise(call, state.latents, timestep, text)
             state.latents = beginning.after(call, state.step(call, output))
             self.on_unet_call()
             self.on_step(call, state.latents[: len(batch.requests)])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.config import CACHED, FAST, FAST_SAMPLER, FAST_STEPS, FP8, USUAL_SAMPLER
 from datasetdm_fast.errors import Refused
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from datasetdm_fast.data import Text
     from datasetdm_fast.engine.engines.engine import Engine
 
 FIRST_WHOLE = 3  # calls, where an image finds its composition
@@ -27,20 +30,18 @@ def fast_sampling(engine: Engine, sampler: str, steps: int) -> tuple[str, int]:
     return FAST_SAMPLER, FAST_STEPS
 
 
+MISSING = {CACHED: "keeps no deep features", FP8: "has no fp8 products"}
+HAVING = {CACHED: " with a model that has a U-Net", FP8: ""}
+
+
 def check_call_speed(engine: Engine, speed: str, reads_every_call: bool) -> None:
     """Refuses cache3 and fp8 where the engine or its device has no such calls, or labels are read from every call."""
     from datasetdm_fast.engine.engines.device import multiplies_fp8  # which needs torch
 
-    title = engine.model.backbone.title
-    if speed == CACHED and not hasattr(type(engine), "denoise_from"):
+    if speed not in getattr(engine, "speeds", ()):  # of packages' own engines
         raise Refused(
-            f"--speed {CACHED}: the engine {engine.name} keeps no deep features of {title}",
-            "Use --engine fast with a model that has a U-Net, or drop --speed.",
-        )
-    if speed == FP8 and not hasattr(type(engine), "denoise_in_fp8"):
-        raise Refused(
-            f"--speed {FP8}: the engine {engine.name} has no fp8 products of {title}",
-            "Use --engine fast with a model that is a transformer, or drop --speed.",
+            f"--speed {speed}: the engine {engine.name} {MISSING[speed]} of {engine.model.backbone.title}",
+            f"Use --engine fast{HAVING[speed]}, or drop --speed.",
         )
     if speed == FP8 and not multiplies_fp8(engine.device):
         raise Refused(
@@ -68,3 +69,25 @@ def cached_calls(count: int, captured: Collection[int]) -> frozenset[int]:
         else:
             cached.add(call)
     return frozenset(cached)
+
+
+class SpeedCalls:
+    """The calls of a batch that are not captured, as the speed of its recipe makes them."""
+
+    def __init__(self, engine: Engine, cached: Collection[int], fp8: Collection[int]):
+        self.engine: Any = engine  # which has more calls than Engine where there are such
+        self.cached, self.fp8 = cached, fp8
+        self.deep: Tensor | None = None  # features that cached calls start from
+
+    def denoise(self, call: int, latents: Tensor, timestep: float, text: Text) -> Tensor:
+        engine, inputs = self.engine, (latents, timestep, text)
+        output: Tensor
+        if call in self.fp8:
+            output = engine.denoise_in_fp8(*inputs)
+        elif call in self.cached:
+            output = engine.denoise_from(self.deep, *inputs)
+        elif self.cached:
+            output, self.deep = engine.denoise_and_keep(*inputs)
+        else:
+            output = engine.denoise(*inputs)
+        return output

@@ -84,7 +84,7 @@ class Packed:
 
 
 class Block(Packed, nn.Module):
-    """The layers of a plain module under their own names."""
+    """The layers of a plain module under their own names; a block that holds `plain` has it in a list."""
 
     def __init__(self, plain: nn.Module):
         super().__init__()
@@ -149,6 +149,7 @@ class TransformerBlock(Block):
     def __init__(self, plain: Transformer):
         super().__init__(plain)
         (block,) = plain.blocks
+        self.plain = [plain]
         self.feature, self.heads, self.slot = plain.feature, block.heads, block.slot
         self.width = len(plain.exit.weight)
 
@@ -237,7 +238,7 @@ class UNetBlock(Block):
 
     def __init__(self, plain: UNet):
         super().__init__(plain)
-        self.plain = [plain]  # in a list, as its layers are this module's own
+        self.plain = [plain]
         self.text_layers, self.entry = plain.text_layers, plain.entry
         self.sides = [2**depth for depth in range(len(plain.down))]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import cache
 from typing import Any, cast
@@ -10,8 +9,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from datasetdm_fast.engine.models.blocks import Block
+from datasetdm_fast.engine.models.fused import ShiftedBlock
 from datasetdm_fast.engine.models.layers import Linear
 from datasetdm_fast.engine.models.mmdit import HeadProjection, MMDiT
+from datasetdm_fast.engine.models.packed import PackedLinear
+from datasetdm_fast.engine.models.unet import AttentionBlock
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 SMALLEST = 1e-12  # scale: of rows of zeros
@@ -38,14 +41,15 @@ class Fp8Linear(nn.Module):
         self.bias = None if bias is None else bias.to(torch.bfloat16)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows, scale = (compile_to_fp8() if x.is_cuda else to_fp8)(x.flatten(0, -2))
-        y = torch._scaled_mm(
-            rows, self.weight, scale, self.scale, self.bias, out_dtype=torch.bfloat16, use_fast_accum=True
-        )
-        return y.unflatten(0, x.shape[:-1]).to(x.dtype)
+        return self._multiply(x, self.bias)
 
     def add_to(self, total: Tensor, x: Tensor) -> Tensor:
-        return total.add_(self(x))
+        return total.add_(self._multiply(x, None))
+
+    def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        rows, scale = (compile_to_fp8() if x.is_cuda else to_fp8)(x.flatten(0, -2))
+        y = torch._scaled_mm(rows, self.weight, scale, self.scale, bias, out_dtype=torch.bfloat16, use_fast_accum=True)
+        return y.unflatten(0, x.shape[:-1]).to(x.dtype)
 
 
 class Fp8Projection(nn.Module):
@@ -60,22 +64,45 @@ class Fp8Projection(nn.Module):
         return product, product[..., :0]
 
 
-def with_fp8_products(network: MMDiT) -> MMDiT:
-    """A network that shares all but the products of its blocks, which are in fp8 where their sizes allow it."""
-    twin = copy.copy(network)
-    twin._modules = {**network._modules, "blocks": _twin_of(network.blocks)}
+class Fp8ShiftedBlock(ShiftedBlock):
+    """One whose norms are operations of their own."""
+
+    def multiply_normed(self, name: str, h: Tensor) -> Tensor:
+        norm, shift, linear, has_gate = self.list_products()[name]
+        product = linear(norm(h, shift))
+        return self.ops.geglu(product) if has_gate else product
+
+
+def with_fp8_products(network: Any) -> Any:
+    """A transformer or a U-Net that shares all but the products of its blocks, which are in fp8 where their sizes allow
+    it.
+    """
+    if isinstance(network, MMDiT):
+        return _copy(network, {"blocks": _twin_of(network.blocks)})
+    if not any(isinstance(module, AttentionBlock) for module in network.modules()):
+        return network
+    if isinstance(network, AttentionBlock):
+        return _twin_of(network)
+    network = network.plain[0] if isinstance(network, Block) else network  # csrc has no fp8
+    return _copy(network, {name: with_fp8_products(child) for name, child in network.named_children()})
+
+
+def _copy(module: Any, parts: dict[str, nn.Module]) -> Any:
+    """A module with other parts, which shares the rest."""
+    kind = Fp8ShiftedBlock if type(module) is ShiftedBlock else type(module)
+    twin: Any = object.__new__(kind)
+    twin.__dict__ |= module.__dict__ | {"_modules": module._modules | parts}
     return twin
 
 
 def _twin_of(module: Any) -> nn.Module:
     packed = module.packed if isinstance(module, HeadProjection) else module
-    if isinstance(packed, Linear):
+    if isinstance(packed, Linear | PackedLinear):
         rows = slice(module.rows if packed is not module else None)
-        weight, bias = packed.weight[rows], None if packed.bias is None else packed.bias[rows]
+        weight = packed.held_weight() if packed.weight is None else packed.weight
+        weight, bias = weight[rows], None if packed.bias is None else packed.bias[rows]
         if any(size % STEP for size in weight.shape):
             return cast(nn.Module, module)
         narrow = Fp8Linear(weight, bias)
         return narrow if packed is module else Fp8Projection(module, narrow)
-    twin = copy.copy(module)
-    twin._modules = {name: child and _twin_of(child) for name, child in module._modules.items()}
-    return cast(nn.Module, twin)
+    return cast(nn.Module, _copy(module, {name: _twin_of(child) for name, child in module.named_children()}))

@@ -20,7 +20,6 @@ from datasetdm_fast.engine.models.layers import (
     Convolution,
     GroupNorm,
     Layers,
-    Linear,
     Resnet,
     Upsample,
     Weights,
@@ -106,11 +105,6 @@ def added_product(
     return Measured(image(out, *residual.shape[-2:]), statistics)
 
 
-def add_linear(h: Tensor, x: Tensor, linear: Linear) -> None:
-    """`h` [B, S, N] plus `x` [B, S, K] under the weight of `linear`, in place and without its bias."""
-    h.flatten(0, 1).addmm_(x.flatten(0, 1), linear.weight.T)
-
-
 class ShiftedBlock(AttentionBlock):
     """Its tokens lack the biases of products added so far, in earlier blocks, too: norms shift by these."""
 
@@ -147,13 +141,13 @@ class ShiftedBlock(AttentionBlock):
 
     def forward(self, h: Tensor, text: Tensor, hook: CaptureHook) -> Tensor:
         q, k, v = split_heads(self.multiply_normed("self", h), 3, self.heads)
-        add_linear(h, join_heads(hook.attend_self(self.slot, q, k, v)), self.self_out)
+        self.self_out.add_to(h, join_heads(hook.attend_self(self.slot, q, k, v)))
         (q,) = split_heads(self.multiply_normed("text", h), 1, self.heads)
         k, v = text
         if k.shape[0] != h.shape[0]:
             h, q = double_halves(h), double_halves(q)
-        add_linear(h, join_heads(hook.attend(self.slot, q, k, v)), self.text_out)
-        add_linear(h, self.multiply_normed("gate", h), self.narrow)
+        self.text_out.add_to(h, join_heads(hook.attend(self.slot, q, k, v)))
+        self.narrow.add_to(h, self.multiply_normed("gate", h))
         return h
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from datasetdm_fast.config import REFERENCE
+from datasetdm_fast.config import CACHED, REFERENCE
 from datasetdm_fast.data import Batch, Request, Sample
 from datasetdm_fast.engine import engines
 from datasetdm_fast.engine.engines import build_engine, check_engine
@@ -49,9 +49,10 @@ def compare_with_reference(job: Job, number: int, on_unet_call: Callable[[], Non
             "Drop --verify.",
         )
     requests = [job.plan.request(index) for index in range(number)]
-    recipe, size = _builtin_recipe(job.recipe), min(job.plan.batch_size, number)
+    size = min(job.plan.batch_size, number)
     with job.engine.model.built_for_now():  # networks that the reference alone needs are freed at the end
         reference = build_engine(REFERENCE, job.engine.model, job.engine.decoders, device=str(job.engine.device))
+        recipe = _builtin_recipe(job.recipe, reference)
         return verify(job.engine, reference, requests, recipe, size, on_unet_call)
 
 
@@ -60,11 +61,14 @@ def count_calls(job: Job, number: int) -> int:
     return -(-number // min(job.plan.batch_size, number)) * 3 * len(job.recipe.schedule)
 
 
-def _builtin_recipe(recipe: Recipe) -> Recipe:
-    """The recipe with every sample from its own noise, every call whole, and without the labels of other packages."""
+def _builtin_recipe(recipe: Recipe, reference: Engine) -> Recipe:
+    """The recipe as the reference can make it: every sample from its own noise, no call in fp8, and without the labels
+    of other packages.
+    """
     tasks = tuple(task for task in recipe.tasks if task not in recipe.labellers)
     captures = {task: call for task, call in recipe.captures.items() if task in tasks}
-    return replace(recipe, tasks=tasks, captures=captures, origin=FROM_NOISE, cached=frozenset())
+    cached = recipe.cached if CACHED in reference.speeds else frozenset()
+    return replace(recipe, tasks=tasks, captures=captures, origin=FROM_NOISE, cached=cached, fp8=frozenset())
 
 
 def describe_verdict(verdict: Verdict, engine: Engine) -> dict[str, Any]:
@@ -190,14 +194,16 @@ def open_pair(
 
 
 def choose_requests(
-    reference: Engine, prompts: PromptSettings, sampling: SamplingSettings
+    engine: Engine, reference: Engine, prompts: PromptSettings, sampling: SamplingSettings
 ) -> tuple[Recipe, list[Request]]:
-    """The recipe of all labels that the decoders make, and the first requests of the prompts."""
+    """The recipe of all labels that the decoders make, which both engines can follow, and the first requests of the
+    prompts.
+    """
     check_seed(prompts.seed, prompts.number)
     source = read_source(prompts, has_captions=True)
     labels = tuple(by_task(reference.decoders))
-    steps = {name: getattr(sampling, name) for name in ("sampler", "steps", "guidance", "profile")}
-    recipe = make_recipe(reference, labels, classes=source.classes, **steps)
+    steps = {name: getattr(sampling, name) for name in ("sampler", "steps", "guidance", "profile", "speed")}
+    _, recipe = (make_recipe(each, labels, classes=source.classes, **steps) for each in (engine, reference))
     words = recipe.words or prompt_words(reference, labels, source.classes)
     number, tokenizer = prompts.number, reference.model.tokenizer
     plan = make_plan(source, tokenizer, number=number, seed=prompts.seed, batch_size=number, words=words)

@@ -19,6 +19,7 @@ from datasetdm_fast.engine.loop.class_prompts import attention_recipe
 from datasetdm_fast.engine.loop.driver import BatchGenerator
 from datasetdm_fast.engine.loop.labelling import attention_labels, decoder_labels
 from datasetdm_fast.engine.loop.recipe import Recipe
+from datasetdm_fast.engine.loop.speed import SpeedCalls
 from datasetdm_fast.engine.sampling import times
 from datasetdm_fast.engine.sampling.schedule import SamplerState, Schedule, guide, start, step
 from datasetdm_fast.kernels import pyramid
@@ -87,7 +88,7 @@ def observe(
     latents = noise.to(engine.device) * (recipe.schedule.noise_scale if truth is None else 1.0)
     state = sampler(recipe.schedule, recipe.guidance, latents, fresh_noise(recipe.schedule, requests, latents))
     seen, outputs, sampler_latents, captures = [], [], [], []
-    read = CapturedCalls(engine, recipe.captures)
+    read, others = CapturedCalls(engine, recipe.captures), SpeedCalls(engine, recipe.cached, recipe.fp8)
     for call, timestep in enumerate(recipe.schedule.timesteps):
         latents = state.latents if truth is None else truth.seen[call].to(engine.device)
         if call in recipe.captured:
@@ -97,7 +98,7 @@ def observe(
         if sums is not None:
             averaged, sums = engine.denoise_and_average(latents, timestep, text, class_text, sums)
         if call not in recipe.taken_on:
-            output = averaged if sums is not None else engine.denoise(latents, timestep, text)
+            output = averaged if sums is not None else others.denoise(call, latents, timestep, text)
         seen.append(latents.cpu())
         outputs.append(output.float().cpu())
         sampler_latents.append(
@@ -196,6 +197,13 @@ class Rounded(TorchEngine):
 
     def denoise(self, latents: Tensor, timestep: float, text: Text) -> Tensor:
         return super().denoise(latents.to(self.dtype), timestep, text.cast(self.dtype)).float()
+
+    def denoise_and_keep(self, latents: Tensor, timestep: float, text: Text) -> tuple[Tensor, Tensor]:
+        noise, deep = super().denoise_and_keep(latents.to(self.dtype), timestep, text.cast(self.dtype))
+        return noise.float(), deep
+
+    def denoise_from(self, deep: Tensor, latents: Tensor, timestep: float, text: Text) -> Tensor:
+        return super().denoise_from(deep, latents.to(self.dtype), timestep, text.cast(self.dtype)).float()
 
     def denoise_and_capture(self, latents: Tensor, timestep: float, text: Text) -> tuple[Tensor, Capture]:
         noise, capture = super().denoise_and_capture(latents.to(self.dtype), timestep, text.cast(self.dtype))

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from datasetdm_fast.config import SPEEDS
 from datasetdm_fast.data import Request
 from datasetdm_fast.engine.engines.fast import DTYPES, state_distance
 from datasetdm_fast.engine.labels import LABEL_KINDS
@@ -143,9 +144,10 @@ class Verdict:
             )
         sides = [f"{side['engine']} ({side['dtype']}, {side['device_name']})" for side in (self.engine, self.against)]
         images = count_noun(self.facts["number"], "image")
+        speed = "" if self.facts["speed"] == SPEEDS[0] else f" at the speed {self.facts['speed']}"
         return "\n".join(lines) + (
             f"\n{' and '.join(sides)} {'agree' if self.agrees else 'DISAGREE'} on {images} of {self.facts['model']}, "
-            f"{self.facts['calls']} calls each"
+            f"{count_noun(self.facts['calls'], 'call')} each{speed}"
         )
 
 
@@ -198,6 +200,7 @@ def verify(
         "decoders": sorted(engine.decoders),
         "number": len(requests),
         "calls": len(recipe.schedule),
+        "speed": recipe.facts.get("speed", SPEEDS[0]),
         "versions": {"datasetdm_fast": __version__, "python": platform.python_version()},
     }
     return Verdict(rows, engine.fingerprint(), reference.fingerprint(), facts)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from datasetdm_fast.config import FP8
 from datasetdm_fast.data import AnyCapture, AttentionSums, Capture, ProjectedCapture, Text
 from datasetdm_fast.engine.backbones.concept_attention import ConceptReader, with_concepts
 from datasetdm_fast.engine.backbones.joint_attention import JointReference
@@ -66,7 +67,7 @@ class JointEngine(TorchEngine):
         network = Network(model.denoiser.config, lambda: self._build_network().to(place), lambda _: {})
         self.held = replace(held, networks={**held.networks, model.backbone.denoiser: network})
         super().__init__(self.held, decoders, device=device)
-        self.model, self.precision, self.is_compiled = model, precision, compile
+        self.model, self.precision, self.is_compiled, self.speeds = model, precision, compile, (FP8,)
         self.joint = cast(JointReference, self.reference)
         self.projection = Projection(model.levels, self.decoders).to(self.device)
 
