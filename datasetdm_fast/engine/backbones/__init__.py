@@ -80,6 +80,8 @@ def _check_record(pipeline: str, record: Backbone) -> Backbone:
     needed = {name for name in vars(BackboneReference) if not name.startswith("_")}
     if not (record.has_averages or record.has_text_maps):
         needed.remove("predict_and_average")
+    if not record.has_deep_features:
+        needed -= {"predict_and_keep", "predict_from"}
     if absent := sorted(name for name in needed if not hasattr(reference, name)):
         raise TypeError(f"{record.reference} has no {', '.join(absent)}")
     for place in filter(None, (record.fast, record.network_plan, record.text_network)):
