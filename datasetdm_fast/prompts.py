@@ -75,7 +75,7 @@ def main(config: PromptsConfig, command: CommandLine) -> int:
         # of the environment alone, where no process list shows it
         key = next(filter(None, (os.environ.get(name, "").strip() for name in language_model.KEY_VARIABLES)), "")
         model = language_model.Endpoint(config.llm_url, config.llm_model, key)
-        replies = language_model.Replies(Path(f"{config.out}.replies"), model, config.llm_requests)
+        replies = language_model.Replies(Path(f"{config.out}.replies"), model, config.llm_requests, key)
         classes = list(balance.plan_classes(counts, config.pairs, config.seed))
         with CountProgress(len(classes), "prompt", "prompts", config.quiet) as progress:
             sentences, rejected = language_model.collect_sentences(

@@ -19,6 +19,7 @@ from datasetdm_fast.runs.prompting import balance, language_model
 from datasetdm_fast.runs.prompting.grammar import DemoGrammar, Grammar, PlaceGrammar, read_vocabulary
 
 SECRET = "canary-5b1f0c77"
+ESCAPED = "".join(f"\\u{ord(letter):04x}" for letter in SECRET)
 
 
 def rows(path):
@@ -243,11 +244,15 @@ BAD = {
     "content of null": (lambda h: h.answer(reply_of(None)), "another form than OpenAI's"),
     "bad UTF-8": (lambda h: h.answer(b'{"choices": [{"message": {"content": "\xff\xfe"}}]}'), "another form"),
     "other script": (lambda h: h.answer(reply_of('["a dog 狗在公园里玩耍的照片 on a porch"]')), "is not English"),
+    "the key": (lambda h: h.answer(reply_of(json.dumps([f"a dog says {SECRET} on a porch"]))), "repeats the key"),
+    "the key escaped": (lambda h: h.answer(reply_of(f'["a dog says {ESCAPED} on a porch"]')), "repeats the key"),
     "401": (lambda h: h.answer(f"wrong key {SECRET}".encode(), 401), None),
     "404": (lambda h: h.answer(b"", 404), None),
     "500 for ever": (lambda h: h.answer(b"", 500), None),
-    "429 for ever": (lambda h: h.answer(b"", 429), None),
+    "429 for ever": (lambda h: h.answer(b"", 429, {"Retry-After": "9999"}), None),
     "redirect": (lambda h: h.answer(b"", 302, {"Location": "http://127.0.0.1:9/v1"}), None),
+    "slow body": (lambda h: h.drip(), None),
+    "slow headers": (lambda h: h.drip(b"HTTP/1.1 200 OK\r\nX-A: "), None),
     "hang": (lambda h: h.server.ended.wait(60), None),
     "cut off": (lambda h: h.cut(), None),
     "not HTTP": (lambda h: h.wfile.write(b"\x00\x01 what\r\n\r\n"), None),
@@ -269,6 +274,15 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         try:
             self.wfile.write(body)
+        except OSError:
+            pass
+
+    def drip(self, first=b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n"):
+        self.wfile.write(first)
+        try:
+            while not self.server.ended.wait(0.05):
+                self.wfile.write(b" ")
+                self.wfile.flush()
         except OSError:
             pass
 

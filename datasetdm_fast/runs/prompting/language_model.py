@@ -1,5 +1,6 @@
 """Prompts from a language model: requests, the cache of its replies, and the checks that a prompt must pass."""
 
+import asyncio
 import hashlib
 import ipaddress
 import json
@@ -7,7 +8,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +23,8 @@ from datasetdm_fast.runs.prompting.grammar import Sentence
 from datasetdm_fast.untrusted.documents import one_line
 
 KEY_VARIABLES = ("DATASETDM_LLM_KEY", "OPENAI_API_KEY")
-LARGEST_REPLY = 2**20  # characters
-SECONDS = 120.0  # without a byte of a reply
+LARGEST_REPLY = 2**20  # bytes
+SECONDS = 120.0  # for one reply
 MOST_TRIES = 4  # of one request
 LONGEST_WAIT = 30.0  # seconds before a retry
 COMPLETIONS = "/chat/completions"  # the end of the address
@@ -48,24 +49,44 @@ class Endpoint:
         self._library = httpx2
 
     def __call__(self, text: str) -> str:
+        wait = 0.0
+        for attempt in range(MOST_TRIES):
+            time.sleep(min(wait, LONGEST_WAIT))
+            wait = 2.0**attempt
+            try:  # the limit of time is also that of a reply that comes in drops
+                status, headers, body = asyncio.run(asyncio.wait_for(self._post(text), SECONDS))
+            except (TimeoutError, self._library.HTTPError) as error:
+                reason = one_line(str(error)) or f"no whole reply within {SECONDS:.0f} s"
+                problem = f"cannot be reached or broke off ({reason})"
+                continue
+            if status == 200:
+                return _content(body)
+            # a redirect would carry the key to another host
+            is_redirect = 300 <= status < 400
+            problem = f"answered with {'a redirect, which is not followed' if is_redirect else f'status {status}'}"
+            if status != 429 and status < 500:
+                break
+            if re.fullmatch(r"\d{1,4}", seconds := headers.get("Retry-After", "")):
+                wait = float(seconds)
+        shown = problem.replace(self.key, "***") if self.key else problem
+        raise Missing(f"--llm-url {self.url}: {shown}", f"Check address, model and key, {REMEDY}")
+
+    async def _post(self, text: str) -> tuple[int, Mapping[str, str], bytes]:
+        """Status, headers and body of the reply."""
         body = {"model": self.model, "messages": [{"role": "user", "content": text}]}
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         # a proxy would read requests to this machine, with the key of an unencrypted one
         is_proxied = not _is_loopback(urlsplit(self.url).hostname or "")
-        for attempt in range(MOST_TRIES):
-            time.sleep(min(2.0**attempt - 1, LONGEST_WAIT))
-            try:  # a redirect, which would carry the key to another host, is not followed
-                with self._library.Client(trust_env=is_proxied, timeout=SECONDS) as client:
-                    reply = client.post(self.url, json=body, headers=headers)
-            except self._library.HTTPError as error:
-                problem = f"cannot be reached or broke off ({one_line(str(error)) or type(error).__name__})"
-                continue
-            if reply.status_code == 200:
-                return _content(reply.content)
-            problem = f"answered with status {reply.status_code}"
-            if reply.status_code != 429 and reply.status_code < 500:
-                break
-        raise Missing(f"--llm-url {self.url}: {problem}", f"Check address, model and key, {REMEDY}")
+        async with (
+            self._library.AsyncClient(trust_env=is_proxied, timeout=SECONDS) as client,
+            client.stream("POST", self.url, json=body, headers=headers) as reply,
+        ):
+            content = b""
+            async for chunk in reply.aiter_bytes():
+                content += chunk
+                if len(content) > LARGEST_REPLY:
+                    raise UnusableReply("the reply is longer than 1 MiB")
+            return reply.status_code, reply.headers, content
 
 
 def check_url(url: str, key: str) -> str:
@@ -102,8 +123,6 @@ def _content(body: bytes) -> str:
         content = None
     if not isinstance(content, str):
         raise UnusableReply("the endpoint's answer has another form than OpenAI's")
-    if len(content) > LARGEST_REPLY:
-        raise UnusableReply("the reply is longer than 1 MiB")
     return content
 
 
@@ -129,6 +148,7 @@ class Replies:
     path: Path
     ask: Ask
     most_requests: int
+    secret: str = ""
     answered: int = 0  # requests, those that the file answered among them
     cached: dict[str, tuple[str, str]] = field(default_factory=dict)  # digest of a request -> reply, what is wrong
 
@@ -159,6 +179,8 @@ class Replies:
         if key not in self.cached:
             try:
                 reply, problem = self.ask(text), ""
+                if self.secret and self.secret in _decode_escapes(reply):
+                    reply, problem = "", "the reply repeats the key"
             except UnusableReply as error:
                 reply, problem = "", str(error)
             self.cached[key] = reply, problem
@@ -170,6 +192,11 @@ class Replies:
         if problem:
             raise UnusableReply(problem)
         return reply
+
+
+def _decode_escapes(reply: str) -> str:
+    """The reply with the characters that its JSON escapes stand for."""
+    return re.sub(r"\\u([0-9a-fA-F]{4})|\\(.)", lambda match: chr(int(match[1], 16)) if match[1] else match[2], reply)
 
 
 def collect_sentences(
