@@ -213,9 +213,13 @@ def test_data_and_model_may_lie_elsewhere_when_a_training_goes_on(run, tmp_path,
     before = weights(tmp_path / "decoder", "semantic")
     (tmp_path / "data").rename(tmp_path / "moved")
     path = tmp_path / "decoder/semantic/training/settings.json"
-    earlier = {"model": "/where/it/was", "quirks": []}  # the latter of an earlier version
-    path.write_text(json.dumps(json.loads(path.read_text()) | earlier))
+    stored = json.loads(path.read_text()) | {"model": "/where/it/was"}
     moved = ["--data", f"folder:{tmp_path / 'moved'}/", *line[2:]]
+    earlier = {"quirks": [], "first_word_only": False}  # of an earlier version
+    for other in ({"quirks": ["Q13"]}, {"first_word_only": True}, {"left_out": None}):
+        path.write_text(json.dumps(stored | earlier | other))
+        assert run(*moved) == 2 and f"({next(iter(other))} " in capsys.readouterr().err
+    path.write_text(json.dumps(stored | earlier))
     assert run(*moved) == 0 and "finished" in capsys.readouterr().err
     (tmp_path / "decoder/semantic/model.safetensors").unlink()
     for _ in range(2):  # taught anew, then found finished

@@ -42,6 +42,7 @@ from datasetdm_fast.untrusted.documents import check_form, one_line
 LOCK = ".lock"
 LARGEST_STATE = 2**24  # bytes of a JSON file of a training
 COUNTS = {"images", "held_out_images", "left_out", "steps"}  # settings that may follow from the number of images
+GONE: dict[str, Any] = {"quirks": [], "first_word_only": False}  # settings of earlier versions, with their defaults
 RESULT_FORM = {"steps": int, "images": int, "held_out_images": int, "held_out": dict}  # in results of all versions
 
 
@@ -110,7 +111,8 @@ def find_result(folder: Path, plan: TaskPlan) -> dict | None:
 def _check_settings(folder: Path, stored: Mapping[str, Any], recorded: Mapping[str, Any], plan: TaskPlan) -> None:
     """Refuses to resume a training with other settings or on other data; model and data may lie elsewhere."""
     before, now = _flatten(stored), _flatten(plan.settings)
-    differing = {name for name in {*before, *now} if (before.get(name) or None) != (now.get(name) or None)}
+    differing = {name for name in {*before, *now} if before.get(name) != now.get(name)}
+    differing -= {name for name, default in GONE.items() if before.get(name) == default}
     if "model_digests" not in differing:
         differing.discard("model")
     addresses = [parse_address(str(settings.get("data"))) for settings in (before, now)]
