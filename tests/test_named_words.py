@@ -131,10 +131,7 @@ class OneHeadViews:
         return range(self.images)
 
     def item(self, view):
-        return view
-
-    def captions(self, views):
-        return ["a ball beside a cone" if view % 2 else "a cone beside a ball" for view in views]
+        return SimpleNamespace(caption="a ball beside a cone" if view % 2 else "a cone beside a ball")
 
     def batch(self, views):
         levels = []

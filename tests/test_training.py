@@ -809,7 +809,7 @@ def test_every_fourth_view_has_no_caption_where_they_are_mixed(source):
     views = TrainingViews(source, [0, 1], "semantic", ViewSettings(draws=8, captions="mixed"))
     said = [bool(views.item(view).caption) for view in range(len(views))]
     assert said == [True, True, True, False] * 4
-    assert views.captions(views.items(1)) == [source[1].caption] * 3 + [""] + [source[1].caption] * 3 + [""]
+    assert [item.caption for item in views.items(1)] == [source[1].caption] * 3 + [""] + [source[1].caption] * 3 + [""]
 
 
 @pytest.mark.parametrize("name", [name for name, how in AUGMENTATIONS.items() if how.has_crops])

@@ -47,7 +47,7 @@ class Predictor:
                 allow_tf32(self.device, False)  # what an engine that made them in another precision has just set
                 raw = ready(project(ready, levels), text)
                 items = [views.item(view) for view in batch]
-                raw = held_to(raw, config, views.captions(items), queries, tokenizer=self.tokenizer)
+                raw = held_to(raw, config, [item.caption for item in items], queries, tokenizer=self.tokenizer)
                 options = {"words": queries} if queries else {}
                 labels += read_labels(raw, (item.image for item in items), config, self.size, **options)
         return labels

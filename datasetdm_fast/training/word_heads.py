@@ -65,7 +65,7 @@ def _masks(views: TrainingViews, config: DecoderConfig, tokenizer: Callable[...,
         return len(tokenizer(text, truncation=False).input_ids) - 2
 
     for view in views.first_views(MOST_IMAGES):
-        (caption,) = views.captions([views.item(view)])
+        caption = views.item(view).caption
         places = token_places(caption, config.named, count, config.levels[0].tokens, config.table)
         if len(places) < 2:
             continue

@@ -148,7 +148,7 @@ def captures(
     return invert_at(
         engine,
         views.pixels(items),
-        views.captions(items),
+        [item.caption for item in items],
         inversion.timesteps,
         seeds,
         is_raw=True,
@@ -290,7 +290,7 @@ def _compute(
 
 
 def _keys(identities: Sequence[str], views: TrainingViews, items: Sequence, seeds: Sequence[int]) -> list[str]:
-    texts = json.dumps([views.captions(items), list(seeds), items[0].image.shape]).encode()
+    texts = json.dumps([[item.caption for item in items], list(seeds), items[0].image.shape]).encode()
     pixels = views.pixels(items).numpy().tobytes()
     return [hashlib.sha256(identity.encode() + texts + pixels).hexdigest() for identity in identities]
 

@@ -85,9 +85,6 @@ class TrainingViews:
         """[B, H, W, 3] in 0..255, as the autoencoder receives them."""
         return torch.from_numpy(np.stack([np.ascontiguousarray(item.image) for item in items]))
 
-    def captions(self, items: Sequence[Labelled]) -> list[str]:
-        return [item.caption for item in items]
-
     def target(self, view: int) -> TrainingTarget:
         with self._lock:
             if view in self._targets:
