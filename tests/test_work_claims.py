@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from datasetdm_fast.disk import storage
 from datasetdm_fast.runs.run_folder.document import CLAIMS
 from datasetdm_fast.runs.run_folder.shard_places import ShardFolder
 from datasetdm_fast.runs.workers import claims
@@ -41,6 +42,18 @@ def test_a_part_is_taken_once_until_it_is_released(place):
     assert one.take_new(3) and not other.take_new(3) and not other.take(3) and other.take_new(4)
     one.release(3)
     assert other.take(3) and other.deaths == {3: 0, 4: 0} and one.deaths == {}
+
+
+def test_a_part_that_another_takes_while_its_claim_is_looked_for_is_theirs(place, monkeypatch):
+    one, other, real = Claims(place), Claims(place), storage.refusal
+
+    def refuse(*arguments):
+        monkeypatch.setattr(storage, "refusal", real)
+        assert other.take_new(3)
+        return real(*arguments)
+
+    monkeypatch.setattr(storage, "refusal", refuse)
+    assert not one.take_new(3) and other.deaths == {3: 0}
 
 
 def test_the_part_of_a_process_that_has_ended_is_taken_over_with_its_deaths(place, ended):

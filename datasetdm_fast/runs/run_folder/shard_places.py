@@ -28,11 +28,10 @@ class ShardFolder:
 
     def read(self, name: str) -> bytes | None:
         """The content of a file, None where it is missing."""
-        path = self.path / name
         try:
-            return storage.read(path, LARGEST_FILE)
-        except Missing:
-            if storage.is_there(path):
+            return storage.read(self.path / name, LARGEST_FILE)
+        except Missing as error:  # of what was seen then: others may have written the file since
+            if not isinstance(error.__cause__, (FileNotFoundError, NotADirectoryError)):
                 raise
             return None
 
