@@ -16,8 +16,8 @@ from datasetdm_fast.runs.jobs.probing import probe
 from datasetdm_fast.runs.jobs.result import Result, describe_job
 from datasetdm_fast.runs.jobs.run import Decision, Outcome, RunQueue
 from datasetdm_fast.runs.jobs.writing import count_outside
+from datasetdm_fast.runs.run_folder.document import SHARDS
 from datasetdm_fast.runs.run_folder.folder import RunFolder
-from datasetdm_fast.runs.run_folder.shards import SHARDS
 from datasetdm_fast.runs.run_settings import RunConfig, RunSpec, WorkerSettings
 from datasetdm_fast.runs.workers.devices import find_peer, find_places
 from datasetdm_fast.runs.workers.launch import Launch, choose_launch

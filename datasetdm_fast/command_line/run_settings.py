@@ -21,13 +21,10 @@ from datasetdm_fast.engine.loop.combining import parse_combinations
 from datasetdm_fast.engine.loop.prompts import PromptSource, check_classes
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.jobs.prompt_files import listed_words, own_table, read_source
-from datasetdm_fast.runs.jobs.remake import check_provided, find_remake_row, prepare_remake
-from datasetdm_fast.runs.run_folder.document import DOCUMENT, GROWING, most_samples, quarantines
+from datasetdm_fast.runs.run_folder.document import DOCUMENT, GROWING, SHARDS, most_samples, quarantines
 from datasetdm_fast.runs.run_folder.goal import FLAG
 from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.runs.run_folder.scores import SCORERS, parse_where
-from datasetdm_fast.runs.run_folder.shard_audit import find_sharded
-from datasetdm_fast.runs.run_folder.shards import SHARDS
 from datasetdm_fast.runs.run_settings import LabelConfig, LabelSettings, PromptSettings, RunConfig, RunSpec
 from datasetdm_fast.settings import EngineSettings, ModelSettings, SamplingSettings, flags_of, json_values
 
@@ -55,10 +52,11 @@ def complete_settings(config: RunConfig, provided: Collection[str]) -> RunConfig
 
 def choose_layout(config: RunConfig) -> str:
     """Shards of a run that has them, and of a large one that is not begun yet."""
-    if config.layout == SHARDS or find_sharded(config.out) is not None:
-        return SHARDS
-    is_large = count_images(config) > MOST_IN_FOLDER and not (Path(config.out) / DOCUMENT).exists()
-    return SHARDS if is_large else config.layout
+    if (Path(config.out) / DOCUMENT).exists():
+        from datasetdm_fast.runs.run_folder.shard_audit import find_sharded
+
+        return config.layout if find_sharded(config.out) is None else SHARDS
+    return SHARDS if count_images(config) > MOST_IN_FOLDER else config.layout
 
 
 def expand_names(config: RunConfig, provided: Collection[str]) -> RunConfig:
@@ -218,6 +216,8 @@ def check_judged(config: RunConfig, is_begun: bool) -> None:
 
 def remake_from(config: RunConfig, provided: Collection[str]) -> int:
     """The exit code of `generate --only`, which makes one sample of the run again."""
+    from datasetdm_fast.runs.jobs.remake import find_remake_row, prepare_remake
+
     place = config.store or config.out
     run, row = find_remake_row(place, config.only)
     check_settings(config)
@@ -228,6 +228,8 @@ def remake_from(config: RunConfig, provided: Collection[str]) -> int:
 
 def restore_settings(config: RunConfig, provided: Collection[str], stored: Mapping[str, Any], row: Row) -> RunConfig:
     """The settings that a run folder was started with, for a sample to be made again; `provided` ones must agree."""
+    from datasetdm_fast.runs.jobs.remake import check_provided
+
     relocated = {"model", "decoder"} & set(provided)  # their digests decide whether they are equal
     settings = {name: value for name, value in stored["config"].items() if name not in {"prompts", *relocated}}
     restored = replace(config, **{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})

@@ -14,7 +14,7 @@ from datasetdm_fast.disk import locks
 from datasetdm_fast.errors import Refused, quote
 from datasetdm_fast.runs.curation.clip import Clip
 from datasetdm_fast.runs.gallery.closing import finish_run
-from datasetdm_fast.runs.run_folder.document import LEDGER, LOCK
+from datasetdm_fast.runs.run_folder.document import LEDGER, LOCK, shard_size
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.ledger import Ledger
 from datasetdm_fast.runs.run_folder.reader import Run, StoredSample
@@ -31,7 +31,6 @@ from datasetdm_fast.runs.run_folder.scores import (
 )
 from datasetdm_fast.runs.run_folder.seal import is_indexed
 from datasetdm_fast.runs.run_folder.selections import FILTER, Filter, read_filter
-from datasetdm_fast.runs.run_folder.shards import shard_size
 
 BLOCK = 64  # samples whose scores are committed together
 CLIP = "clip"  # the score, and the note of the digest of the CLIP that gave it

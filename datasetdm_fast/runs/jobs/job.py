@@ -20,9 +20,16 @@ from datasetdm_fast.engine.loop.plan import Plan, make_plan
 from datasetdm_fast.engine.loop.recipe import Recipe, label_tables, make_recipe, prompt_words
 from datasetdm_fast.engine.loop.speed import COST
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.runs.run_folder.document import FORMAT, grows, most_samples, quarantines, row_facts
+from datasetdm_fast.runs.run_folder.document import (
+    FORMAT,
+    grows,
+    is_sharded,
+    most_samples,
+    quarantines,
+    row_facts,
+    shard_size,
+)
 from datasetdm_fast.runs.run_folder.goal import check_scored, counts_by_class
-from datasetdm_fast.runs.run_folder.shards import is_sharded, shard_size
 from datasetdm_fast.runs.run_settings import LabelSettings, RunSpec
 from datasetdm_fast.settings import EngineSettings, ModelSettings, SamplingSettings
 from datasetdm_fast.version import __version__

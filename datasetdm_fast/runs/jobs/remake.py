@@ -12,12 +12,11 @@ from datasetdm_fast.engine.loop import driver
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.jobs.job import open_engine, recipe_of
-from datasetdm_fast.runs.run_folder.document import COMMANDS, check_same, differences, made_by, table_of
+from datasetdm_fast.runs.run_folder.document import COMMANDS, check_same, differences, made_by, shard_size, table_of
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.goal import acceptance_of
 from datasetdm_fast.runs.run_folder.ledger import QUARANTINED, Row
 from datasetdm_fast.runs.run_folder.reader import Run, open_run
-from datasetdm_fast.runs.run_folder.shards import shard_size
 from datasetdm_fast.runs.run_settings import LabelSettings
 from datasetdm_fast.settings import EngineSettings, ModelSettings, SamplingSettings
 

@@ -16,15 +16,23 @@ from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.messages import count_noun, format_duration
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.jobs.job import Job
-from datasetdm_fast.runs.run_folder.document import LEDGER, MANIFEST, QUARANTINE, quarantines, read_document
+from datasetdm_fast.runs.run_folder.document import (
+    LEDGER,
+    MANIFEST,
+    QUARANTINE,
+    is_sharded,
+    quarantines,
+    read_document,
+    shard_size,
+)
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.goal import Goal, goal_of
 from datasetdm_fast.runs.run_folder.indexes.licences import licence_of
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger
-from datasetdm_fast.runs.run_folder.shards import ShardLedger, is_sharded, shard_size
 
 if TYPE_CHECKING:
     from datasetdm_fast.engine.loading.model import Model
+    from datasetdm_fast.runs.run_folder.shards import ShardLedger
 
 
 LOOK = "Look at the others in its gallery; other prompts or decoders may help."
@@ -135,7 +143,7 @@ def result_of(
         missing=goal.missing(tally) if quarantines(config) else {},
         accept=accept,
         reasons=tuple(quarantined),
-        is_sharded=isinstance(ledger, ShardLedger),
+        is_sharded=is_sharded(document),
         **seconds,
     )
 

@@ -153,7 +153,7 @@ class BackgroundWriter(AbstractContextManager):
         is_whole, self._is_whole = self._is_whole, False
         rows = written.result()
         if is_whole:  # after a batch that could not be written nothing more is added
-            self._folder.commit(rows)
+            self._folder.ledger.commit(rows)
             self._on_commit(rows)
             self._is_whole = True
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.config import INVERSION, LABELS, MOST_TRIES
+from datasetdm_fast.config import INVERSION, LABELS, MOST_TRIES, SHARD_SIZE
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import check_numbers, check_palette, class_tables, kind_of
 from datasetdm_fast.engine.labels.names import task_of_label
@@ -17,6 +17,7 @@ FORMAT = 3  # of the folder's layout; a reader refuses what it does not know
 DOCUMENT, LEDGER, LOCK = "run.json", "state/ledger.sqlite", "state/lock"
 DROPPED = "state/dropped/"  # where the files of samples lie that were dropped
 CLAIMS = "claims"  # folder of files that tell which process makes which part of a run in progress
+SHARDS = "shards"  # folder of the tar files of a run in shards, and the name of that layout
 MANIFEST = "manifest"  # folder of a run in shards, with an entry for each that is complete
 EXPORTS = "exports"  # where convert writes the exports of a run by default
 QUARANTINE = "doubtful/"  # files of samples that --keep trusted or --accept quarantines
@@ -124,6 +125,18 @@ def refuse_shards(folder: Path) -> None:
             f"{folder}: its samples are in shards, which this command does not read",
             "Write the samples in another layout with convert, or make the run without --layout shards.",
         )
+
+
+def is_sharded(document: Mapping[str, Any]) -> bool:
+    return document["config"].get("layout") == SHARDS
+
+
+def shard_size(config: Mapping[str, Any]) -> int:
+    """Samples of a shard of a run of these settings."""
+    size = config.get("shard_size", SHARD_SIZE)
+    if not isinstance(size, int) or size < 1:
+        raise Refused(f"run.json: shard_size is {documents.quote(size)}", "Restore it from a copy.")
+    return size
 
 
 def check_document(document: Mapping[str, Any]) -> None:

@@ -43,7 +43,7 @@ Publish = Callable[[Mapping[str, bytes]], Mapping[str, StoredFile]]
 
 
 class RunFolder(AbstractContextManager):
-    """A run folder open for writing, held for this process until `close`.
+    """A run folder open for writing, held for this process until the block ends.
 
     For a member, another process has locked it for all; `journal` is how their ledger is kept.
     """
@@ -83,15 +83,11 @@ class RunFolder(AbstractContextManager):
     def add(self, results: Sequence[Sample | Quarantined], recipe: Mapping[str, Any]) -> None:
         """Makes the results part of the data set, all or none."""
         self.unseal()
-        self.commit(self.write(results, recipe))
+        self.ledger.commit(self.write(results, recipe))
 
     def unseal(self) -> None:
         """To be called before the first change."""
         unseal(self.path)
-
-    def commit(self, rows: Sequence[Row]) -> None:
-        """Makes rows whose files are written part of the data set, all or none."""
-        self.ledger.commit(rows)
 
     def write(self, results: Sequence[Sample | Quarantined], recipe: Mapping[str, Any]) -> list[Row]:
         """Publishes the files of the results, which are samples once their rows are committed; threads may share it."""
@@ -158,11 +154,8 @@ class RunFolder(AbstractContextManager):
             if path.is_file() and path not in known:
                 storage.remove(path)
 
-    def close(self) -> None:
-        self._closing.close()
-
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._closing.close()
 
 
 def write_samples(

@@ -1,8 +1,10 @@
 """How many samples a run is to have, of each class where it counts by class, and which indices it makes for that."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,10 +13,12 @@ from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.engine.labels.kind import BACKGROUND, LabelKind, Table
 from datasetdm_fast.engine.loop.plan import class_and_turn
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.run_folder.document import most_samples
+from datasetdm_fast.runs.run_folder.document import SHARDS, most_samples
 from datasetdm_fast.runs.run_folder.ledger import Ledger
 from datasetdm_fast.runs.run_folder.scores import ABSENT, SCORERS, Condition, Scored, parse_where
-from datasetdm_fast.runs.run_folder.shards import SHARDS, ShardLedger
+
+if TYPE_CHECKING:
+    from datasetdm_fast.runs.run_folder.shards import ShardLedger
 
 
 @dataclass(frozen=True)

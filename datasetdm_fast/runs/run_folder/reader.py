@@ -30,7 +30,9 @@ from datasetdm_fast.runs.run_folder.corrections import CORRECTIONS
 from datasetdm_fast.runs.run_folder.document import (
     DOCUMENT,
     LEDGER,
+    is_sharded,
     require_document,
+    shard_size,
     sides,
     table_of,
     to_see_damage,
@@ -43,7 +45,7 @@ from datasetdm_fast.runs.run_folder.seal import replace_file
 from datasetdm_fast.runs.run_folder.selections import FILTER, SPLIT, Filter, read_filter
 from datasetdm_fast.runs.run_folder.shard_places import ShardBucket, ShardPlace, folder_of, shard_place
 from datasetdm_fast.runs.run_folder.shard_selections import read_dropped
-from datasetdm_fast.runs.run_folder.shards import ShardLedger, is_sharded, read_stored, shard_size
+from datasetdm_fast.runs.run_folder.shards import ShardLedger, read_stored
 from datasetdm_fast.untrusted import documents, images
 
 if TYPE_CHECKING:

@@ -1,12 +1,14 @@
 """Scores of samples: what gives them from labels and image alone, how they are read, and conditions on them."""
 
+from __future__ import annotations
+
 import ast
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import numpy as np
 from PIL import Image
@@ -18,8 +20,10 @@ from datasetdm_fast.engine.labels.trust import NamedMap, named_map, pairs
 from datasetdm_fast.errors import Refused, nearest, quote
 from datasetdm_fast.runs.run_folder.ledger import Ledger
 from datasetdm_fast.runs.run_folder.selections import Filter
-from datasetdm_fast.runs.run_folder.shards import ShardLedger
 from datasetdm_fast.untrusted import documents
+
+if TYPE_CHECKING:
+    from datasetdm_fast.runs.run_folder.shards import ShardLedger
 
 LONGEST = 2000  # characters
 DEEPEST = 20  # conditions inside conditions

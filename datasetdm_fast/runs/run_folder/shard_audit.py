@@ -11,6 +11,7 @@ from typing import Any
 
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.run_folder.audit import CHANGED, MISSING, Finding, Report, audit, check_sample, repair
+from datasetdm_fast.runs.run_folder.document import is_sharded, shard_size
 from datasetdm_fast.runs.run_folder.ledger import DONE
 from datasetdm_fast.runs.run_folder.object_store import is_url
 from datasetdm_fast.runs.run_folder.selections import parse_part
@@ -22,11 +23,9 @@ from datasetdm_fast.runs.run_folder.shards import (
     digest_of_shard,
     entry_name,
     index_name,
-    is_sharded,
     list_shards,
     read_stored,
     sample_record,
-    shard_size,
     tar_name,
 )
 

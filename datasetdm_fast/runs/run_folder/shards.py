@@ -17,13 +17,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from datasetdm_fast.config import SHARD_SIZE
 from datasetdm_fast.data import Request
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.engine.labels import kind_of, label_files
 from datasetdm_fast.engine.labels.instance import InstanceKind
 from datasetdm_fast.errors import GateFailed, Missing, Refused
-from datasetdm_fast.runs.run_folder.document import DOCUMENT, MANIFEST, parse_document, to_see_damage
+from datasetdm_fast.runs.run_folder.document import (
+    DOCUMENT,
+    MANIFEST,
+    SHARDS,
+    parse_document,
+    shard_size,
+    to_see_damage,
+)
 from datasetdm_fast.runs.run_folder.ledger import (
     DONE,
     DOUBTFUL,
@@ -41,7 +47,6 @@ from datasetdm_fast.runs.run_folder.shard_selections import PARALLEL_READS, SCOR
 from datasetdm_fast.untrusted import documents
 from datasetdm_fast.untrusted.images import LARGEST_IMAGE_FILE
 
-SHARDS = "shards"  # their folder
 OPEN_SHARDS = 4  # whose index and file are kept
 LARGEST_RECORD = 2**26  # bytes of the JSON file of a sample
 RECORD = "json"  # the role of a sample's record among its files in a shard
@@ -85,18 +90,6 @@ class ShardEntry:
         by = first - self.first
         quarantined = {reason: [index + by for index in indices] for reason, indices in self.quarantined.items()}
         return replace(self, first=first, stop=self.stop + by, quarantined=quarantined, source=source)
-
-
-def shard_size(config: Mapping[str, Any]) -> int:
-    """Samples of a shard of a run of these settings."""
-    size = config.get("shard_size", SHARD_SIZE)
-    if not isinstance(size, int) or size < 1:
-        raise Refused(f"run.json: shard_size is {documents.quote(size)}", "Restore it from a copy.")
-    return size
-
-
-def is_sharded(document: Mapping[str, Any]) -> bool:
-    return document["config"].get("layout") == SHARDS
 
 
 def read_stored(place: ShardPlace) -> dict[str, Any] | None:

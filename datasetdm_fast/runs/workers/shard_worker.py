@@ -20,13 +20,22 @@ from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.runs.jobs.job import Job, build_job, check_room
 from datasetdm_fast.runs.jobs.run import check_rows, merge_with_stored
 from datasetdm_fast.runs.jobs.writing import WRITERS, DomainGate, batch_facts, make_samples
-from datasetdm_fast.runs.run_folder.document import CLAIMS, DOCUMENT, MANIFEST, check_config, grows, pretty
+from datasetdm_fast.runs.run_folder.document import (
+    CLAIMS,
+    DOCUMENT,
+    MANIFEST,
+    SHARDS,
+    check_config,
+    grows,
+    is_sharded,
+    pretty,
+    shard_size,
+)
 from datasetdm_fast.runs.run_folder.folder import write_samples
 from datasetdm_fast.runs.run_folder.ledger import DONE, QUARANTINED, Row
 from datasetdm_fast.runs.run_folder.shard_places import ShardFolder, ShardPlace
 from datasetdm_fast.runs.run_folder.shards import (
     RECORD,
-    SHARDS,
     Places,
     ShardEntry,
     ShardLedger,
@@ -35,12 +44,10 @@ from datasetdm_fast.runs.run_folder.shards import (
     entry_name,
     index_name,
     instance_classes,
-    is_sharded,
     list_shards,
     read_stored,
     require_pyarrow,
     sample_record,
-    shard_size,
     tar_name,
     write_tar,
 )
