@@ -21,7 +21,7 @@ from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_settings import RunConfig, RunSpec, WorkerSettings
 from datasetdm_fast.runs.workers.devices import find_peer, find_places
 from datasetdm_fast.runs.workers.launch import Launch, choose_launch
-from datasetdm_fast.runs.workers.worker import Callbacks, describe_nothing
+from datasetdm_fast.runs.workers.worker import Callbacks
 
 EXAMPLES = (
     "--number 16",
@@ -87,7 +87,7 @@ def _write(
         ImageProgress(is_quiet=config.quiet, count_outside=partial(count_outside, spec.folder), **counted) as progress,
     ):
         signals = {"on_unet_call": progress.on_unet_call, "is_stopping": interruption.is_stopping}
-        describe = describe_nothing if config.quiet else describe_job
+        describe = None if config.quiet else describe_job
         callbacks = Callbacks(describe, progress.print, progress.on_commit, **signals)
         return launch.run(spec, job, callbacks)
 

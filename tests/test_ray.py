@@ -54,7 +54,7 @@ def alone(tmp_path_factory):
     spec = read_spec(complete_settings(config(out, cluster="ray", shard_size=SIZE), {"out"}))
     with pytest.MonkeyPatch.context() as patch:
         torchless.install(patch.setattr)
-        work_on_shards(spec, shard_place(out), ShardRank(), Callbacks(lambda job: []))
+        work_on_shards(spec, shard_place(out), ShardRank(), Callbacks())
     return out
 
 

@@ -78,7 +78,7 @@ def supervise(base: str, out: str, number: int, ranks: int, size: int) -> dict[s
     """What a run costs its supervisor; to be called in a process of its own."""
     spec = replace(read_spec(complete_settings(config_of(Path(out), number, size), {"out", "task"})), may_mix=False)
     ledger = ShardLedger(shard_place(out))
-    callbacks = Callbacks(lambda job: [], on_start=partial(copy_samples, base))
+    callbacks = Callbacks(on_start=partial(copy_samples, base))
     before, begin, cores = mib(status("VmRSS")), time.time(), time.process_time()
     run_ranks([Place({"OMP_NUM_THREADS": "1"}, 1)] * ranks, spec, ledger, callbacks)
     document = shard_worker.read_stored(ledger.place)

@@ -20,7 +20,7 @@ from datasetdm_fast.runs.workers.claims import free_claims
 from datasetdm_fast.runs.workers.devices import Pool, pool_of
 from datasetdm_fast.runs.workers.ray_connection import address_of, first_line, join_cluster
 from datasetdm_fast.runs.workers.shard_worker import ShardRank, ShardWorker, files_of_shard, open_shards
-from datasetdm_fast.runs.workers.worker import Callbacks, describe_nothing
+from datasetdm_fast.runs.workers.worker import Callbacks
 from datasetdm_fast.version import __version__
 
 RETRIES = 2  # by Ray of a call; a machine that ends may use them up before Ray knows, so another actor follows
@@ -151,4 +151,4 @@ def _make_shards(
         raise Missing(f"a machine of the cluster has datasetdm_fast {__version__}, the driver {version}", INSTALL)
     place, machine = shard_place(where), ray.get_runtime_context().get_node_id()
     rank = replace(rank, name=f"{rank.name} {machine}")
-    yield from ShardWorker(open_shards(spec, place), place, rank, Callbacks(describe_nothing)).work()
+    yield from ShardWorker(open_shards(spec, place), place, rank, Callbacks()).work()

@@ -49,4 +49,4 @@ class SharedShards:
 
 def make_shards(spec: RunSpec, place: str, rank: ShardRank, is_stopping: Callable[[], bool]) -> None:
     """The work of one process."""
-    work_on_shards(spec, shard_place(place), rank, Callbacks(lambda job: [], is_stopping=is_stopping))
+    work_on_shards(spec, shard_place(place), rank, Callbacks(is_stopping=is_stopping))

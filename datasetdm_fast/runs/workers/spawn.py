@@ -20,7 +20,7 @@ from datasetdm_fast.runs.workers.claims import claims_by_name, free_claims
 from datasetdm_fast.runs.workers.devices import Place
 from datasetdm_fast.runs.workers.processes import SpawnedProcess, start_process
 from datasetdm_fast.runs.workers.supervisor import Supervisor
-from datasetdm_fast.runs.workers.worker import Callbacks, describe_nothing, work_on_folder
+from datasetdm_fast.runs.workers.worker import Callbacks, work_on_folder
 
 
 def run_spawned(places: Sequence[Place], spec: RunSpec, job: Job | None, callbacks: Callbacks) -> Result:
@@ -82,4 +82,4 @@ def make_batches(
 ) -> None:
     """The work of one process; the first describes the run on standard error."""
     on_message = partial(print, file=sys.stderr, flush=True)
-    work_on_folder(spec, Callbacks(describe or describe_nothing, on_message, is_stopping=is_stopping), name)
+    work_on_folder(spec, Callbacks(describe, on_message, is_stopping=is_stopping), name)

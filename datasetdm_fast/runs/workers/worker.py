@@ -28,17 +28,13 @@ LOCK, ENTRY_SECONDS = f"{CLAIMS}/lock", 900.0  # one process enters the folder a
 class Callbacks:
     """How the processes of a run and the command that starts them reach each other."""
 
-    describe: Callable[[Job], list[str]]  # lines about a job, for the screen
+    describe: Callable[[Job], list[str]] | None = None  # lines about a job, for the screen
     on_message: Callable[[str], None] = lambda line: None  # with every line for the screen
     on_commit: Callable[[int], None] = lambda count: None  # with the samples of every commit
     on_unet_call: Callable[[], None] = lambda: None  # after every call, of a run in this process
     is_stopping: Callable[[], bool] = lambda: False  # asked between two batches
     on_start: Callable[[], None] | None = None  # called by every process before anything else
     patience: float = 1800.0  # seconds without a sign of life after which a process at work is taken to hang
-
-
-def describe_nothing(job: Job) -> list[str]:
-    return []
 
 
 def work_on_folder(spec: RunSpec, callbacks: Callbacks, name: str = "", journal: str = sqlite.WRITE_AHEAD) -> int:
@@ -52,7 +48,7 @@ def work_on_folder(spec: RunSpec, callbacks: Callbacks, name: str = "", journal:
         if job.limit and place.read(LAST) is None:
             place.create(LAST, str(max(Quota(job, folder.ledger).missing(), default=-1)).encode())
     with folder:
-        for line in callbacks.describe(job):
+        for line in callbacks.describe(job) if callbacks.describe else ():
             callbacks.on_message(line)
         last = int(place.read(LAST) or b"-1") if job.limit else job.plan.most
         worker = Worker(job, folder, Claims(place, name), last, callbacks)
