@@ -404,7 +404,7 @@ def command(arguments):
     with child(code) as process:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (143, "unwound\n", "interrupted; run the same command again\n")
 
 
@@ -419,7 +419,7 @@ def command(arguments):
         process.stdout.close()
         process.stdin.close()
         err = process.stderr.read()
-        process.wait(timeout=30)
+        process.wait(timeout=60)
     assert (process.returncode, err) == (141, "")
 
 
@@ -431,7 +431,7 @@ def command(arguments):
     os.write(write, b'x')
 """
     with child(code, env={**os.environ, "TMPDIR": str(tmp_path)}) as process:
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "BrokenPipeError" in err
     assert len(list(tmp_path.iterdir())) == 1
 

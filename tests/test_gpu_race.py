@@ -41,7 +41,7 @@ def race_of_fakes(tmp_path, monkeypatch, *, slow=(), broken=(), dies=""):
     setting = SimpleNamespace(quick=True, device=torch.device("cpu"), flops=1, batch=lambda size: [None] * size)
     file = results.ResultFile.open(tmp_path / "one.json", HEAD, goes_on=True)
     run = BenchRun(setting, file, seconds=0.0, judged=2)
-    run.race_end = time.monotonic() + 0.3 + 4.0 * len(one_race.RACED)  # 0.3 s to prepare, ample for the rounds
+    run.race_end = time.monotonic() + 1.0 + 4.0 * len(one_race.RACED)  # 1 s to prepare, ample for the rounds
 
     def prepare(run, name, offer):
         assert offer.batch and not offer.like  # no batch size is searched

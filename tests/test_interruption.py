@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-# A call that lasts many minutes and lets other threads run, as a convolution does, and what stands around it.
-CALL = "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"
+# A call that lasts until its lock is free and lets other threads run, as a convolution does, and what stands around it.
+CALL = "library.pthread_mutex_lock(lock)"
 ALONE = f"print('ready', flush=True); {CALL}"
 IN_A_BATCH = f"print('ready', flush=True)\n    with interruption.Interruption(False):\n        {CALL}"
 IN_A_LANE = f"""pool = ThreadPoolExecutor(1)
@@ -16,12 +16,15 @@ IN_A_LANE = f"""pool = ThreadPoolExecutor(1)
     print('ready', flush=True)
     work.result()"""
 RUN = """
-import hashlib, os, signal, sys, time
+import ctypes, os, signal, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from datasetdm_fast.command_line import interruption
 from datasetdm_fast.command_line.ending import run_command
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
+library, lock = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+library.pthread_mutex_lock(lock)
+interruption.PATIENCE = {patience}
 {before}
 
 def command(arguments):
@@ -32,10 +35,11 @@ sys.exit(run_command(command))
 """
 
 
-def started(body, before=""):
+def started(body, before="", patience=0.3):
     """A process of one command that has come to its long call."""
-    line = [sys.executable, "-c", RUN.format(body=body, before=before)]
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    line = [sys.executable, "-c", RUN.format(body=body, before=before, patience=patience)]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen(line, **pipes, text=True)
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.2)
     return process
@@ -52,12 +56,10 @@ def started(body, before=""):
 )
 def test_a_call_that_lasts_minutes_is_ended(body, number, code):
     process = started(body)
-    begin = time.monotonic()
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code and "Traceback" not in errors
     assert errors.split("\n")[-2] == "interrupted; run the same command again"
-    assert time.monotonic() - begin < 6  # two seconds, and what a busy machine adds
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -69,30 +71,37 @@ def test_a_signal_while_a_command_is_imported_ends_it_in_one_line(tmp_path, numb
     process = subprocess.Popen(line, cwd=tmp_path, **pipes, **heard)
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (code, "\ninterrupted; run the same command again\n")
 
 
+ON_A_GPU = "interruption._is_on_gpu = lambda: True"
+FINISHING = "finishing this batch; once more ends at once\n"
+
+
 def test_a_batch_that_a_gpu_finishes_is_waited_for_until_the_second_signal():
-    process = started(IN_A_BATCH, before="interruption._is_on_gpu = lambda: True")
+    process = started(IN_A_BATCH, before=ON_A_GPU)
     process.send_signal(signal.SIGINT)
+    assert [process.stderr.readline() for _ in range(2)] == ["\n", FINISHING]
     with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(3)
+        process.wait(1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "finishing this batch; once more ends at once" in errors and errors.endswith("run the same command again\n")
+    assert process.returncode == 130 and errors.endswith("run the same command again\n")
 
 
 def test_a_handler_that_runs_late_is_not_a_second_signal():
     body = """with interruption.Interruption(False) as block:
+        free = lambda: (sys.stdin.read(), library.pthread_mutex_unlock(lock))
+        threading.Thread(target=free).start()
         print('ready', flush=True)
-        hashlib.pbkdf2_hmac('sha256', b'', b'', 8 * 10**6)
+        library.pthread_mutex_lock(lock)
         print(block.signal)"""
-    process = started(body, before="interruption._is_on_gpu = lambda: True\ninterruption.PATIENCE = 0.3")
+    process = started(body, before=ON_A_GPU)
     process.send_signal(signal.SIGTERM)
-    said, errors = process.communicate(timeout=60)
-    assert (process.returncode, said, errors.count("finishing")) == (0, "15\n", 1)
+    assert [process.stderr.readline() for _ in range(2)] == ["\n", FINISHING]
+    said, errors = process.communicate(timeout=60)  # which ends the call
+    assert (process.returncode, said, errors) == (0, "15\n", "")
 
 
 def test_the_signal_of_a_forked_child_ends_no_parent():
@@ -106,7 +115,7 @@ def test_the_signal_of_a_forked_child_ends_no_parent():
     os.kill(child, signal.SIGTERM)
     os.waitpid(child, 0)
     print('ready', flush=True)
-    time.sleep(3)"""
+    time.sleep(1)"""
     process = started(body)
     assert process.wait(60) == 0
 
@@ -135,7 +144,7 @@ def test_a_signal_while_an_extension_loads_is_no_fault_of_it():
 
 
 def test_a_signal_that_is_ignored_stays_ignored():
-    process = started("print('ready', flush=True); time.sleep(2)", before="signal.signal(2, signal.SIG_IGN)")
+    process = started("print('ready', flush=True); time.sleep(1)", before="signal.signal(2, signal.SIG_IGN)")
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 0
 
@@ -154,10 +163,8 @@ def test_the_exit_code_of_a_command_that_is_done_stays_though_python_has_not_end
 
 
 def test_two_signals_at_its_end_end_it_at_once():
-    process = started(IN_AN_EXIT_FUNCTION.replace("0.8", "60"))
-    begin = time.monotonic()
-    for _ in range(2):
+    process = started(IN_AN_EXIT_FUNCTION.replace("0.8", "600"))
+    while process.poll() is None:  # two that a busy machine hands over together are one
         process.send_signal(signal.SIGINT)
         time.sleep(0.2)
-    process.communicate(timeout=60)
-    assert process.returncode == 130 and time.monotonic() - begin < 6
+    assert process.returncode == 130 and "slept" not in process.communicate()[0]

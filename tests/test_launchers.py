@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import troubled
 from skips import IS_LONG, long_test
-from test_ranks import BATCH, SAMPLES, alone, check_equal, wait_for_rows  # noqa: F401
+from test_ranks import BATCH, LONGEST, SAMPLES, alone, check_equal, wait_for_rows  # noqa: F401
 
 from datasetdm_fast.command_line.interruption import ENDED
 from datasetdm_fast.command_line.run_report import print_run
@@ -131,31 +131,32 @@ def start(tmp_path):
 @pytest.mark.parametrize("machines", [1, 2] if IS_LONG else [2])
 def test_peers_make_the_bytes_of_one_process(alone, start, tmp_path, machines):  # noqa: F811
     world = [start(rank, machines=machines) for rank in range(2)]
-    ends = [(*process.communicate(timeout=100), process.returncode) for process in world]
+    ends = [(*process.communicate(timeout=LONGEST), process.returncode) for process in world]
     assert ends == [(f"{tmp_path / 'run'}\n", "", 0), ("", "", 0)]
     check_equal(tmp_path / "run", alone)
     again = start(1)
-    assert again.communicate(timeout=60) == ("", "") and again.returncode == 0
+    assert again.communicate(timeout=LONGEST) == ("", "") and again.returncode == 0
 
 
 @long_test
 def test_a_peer_that_is_killed_costs_its_speed_and_nothing_else(alone, start, tmp_path):  # noqa: F811
-    world = [start(0, 3), start(1, 3, **{troubled.TROUBLE: "dies"}), start(2, 3, seconds="2")]
-    assert world[1].wait(100) == -signal.SIGKILL
-    assert [process.wait(100) for process in (world[0], world[2])] == [0, 0]
+    sign = {troubled.SIGN: tmp_path / "sign"}  # the others begin after the trouble
+    world = [start(0, 3, **sign), start(1, 3, **{troubled.TROUBLE: "dies"}, **sign), start(2, 3, **sign)]
+    assert world[1].wait(LONGEST) == -signal.SIGKILL
+    assert [process.wait(LONGEST) for process in (world[0], world[2])] == [0, 0]
     check_equal(tmp_path / "run", alone)
 
 
 def test_a_signal_to_all_peers_finishes_their_batches(alone, start, tmp_path):  # noqa: F811
-    world = [start(rank, seconds="0.3") for rank in range(2)]
+    world = [start(rank, **{troubled.TROUBLE: "waits"}) for rank in range(2)]
     wait_for_rows(tmp_path / "run", 4)
     for process in world:
         process.send_signal(signal.SIGTERM)
-    errors = [process.communicate(timeout=60)[1] for process in world]
+    errors = [process.communicate(timeout=LONGEST)[1] for process in world]
     assert [process.returncode for process in world] == [143, 143]
     assert "resume with" in errors[0] and not list((tmp_path / "run").rglob("*.part"))
-    assert errors[1] in ("", f"{ENDED}\n")  # on a busy machine the other may not have begun
-    assert [process.wait(60) for process in [start(rank) for rank in range(2)]] == [0, 0]
+    assert errors[1] in ("", f"{ENDED}\n")
+    assert [process.wait(LONGEST) for process in [start(rank) for rank in range(2)]] == [0, 0]
     check_equal(tmp_path / "run", alone)
 
 
@@ -167,7 +168,7 @@ def test_a_killed_world_goes_on(alone, start, tmp_path, seed):  # noqa: F811
     for process in world:
         process.kill()
         process.wait()
-    assert [process.wait(100) for process in [start(rank) for rank in range(2)]] == [0, 0]
+    assert [process.wait(LONGEST) for process in [start(rank) for rank in range(2)]] == [0, 0]
     check_equal(tmp_path / "run", alone)
 
 
@@ -175,5 +176,5 @@ def test_a_single_process_does_not_enter_where_peers_are(start, tmp_path):
     first = start(0, seconds="5")
     wait_for_rows(tmp_path / "run", 2)
     other = start(0, world=1)
-    assert other.wait(60) == 2 and "another process is writing to this run folder" in other.stderr.read()
+    assert other.wait(LONGEST) == 2 and "another process is writing to this run folder" in other.stderr.read()
     assert first.poll() is None

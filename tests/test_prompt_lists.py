@@ -253,7 +253,7 @@ BAD = {
     "redirect": (lambda h: h.answer(b"", 302, {"Location": "http://127.0.0.1:9/v1"}), None),
     "slow body": (lambda h: h.drip(), None),
     "slow headers": (lambda h: h.drip(b"HTTP/1.1 200 OK\r\nX-A: "), None),
-    "hang": (lambda h: h.server.ended.wait(60), None),
+    "hang": (lambda h: h.server.ended.wait(600), None),
     "cut off": (lambda h: h.cut(), None),
     "not HTTP": (lambda h: h.wfile.write(b"\x00\x01 what\r\n\r\n"), None),
 }
@@ -353,7 +353,7 @@ def test_a_bad_endpoint_ends_in_fewer_prompts_or_in_exit_code_3(name, endpoint, 
     endpoint.behave, out, start = first_bad_then_good, tmp_path / "list.jsonl", time.monotonic()
     code = prompts.main(line_for(endpoint, out, count=3))
     seen = capsys.readouterr()
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 60
     assert "Traceback" not in seen.err and SECRET not in seen.err + seen.out
     assert all(SECRET.encode() not in path.read_bytes() for path in tmp_path.iterdir())
     if reason is None:
@@ -399,12 +399,12 @@ def test_what_is_meant_for_this_machine_goes_through_no_proxy(endpoint, tmp_path
 def test_killed_and_started_again_the_command_writes_the_same_list(endpoint, tmp_path):
     """The endpoint answers slowly; the command is killed in between and finds the first replies in its file."""
     out = tmp_path / "list.jsonl"
-    turns = []
+    turns, killed = [], threading.Event()
 
     def slow(handler):
         turns.append(1)
         if len(turns) == 2:
-            endpoint.ended.wait(0.4)
+            killed.wait(60)
         handler.answer(reply_of(json.dumps([f"a dog number {len(turns)} on a porch at night"])))
 
     endpoint.behave = slow
@@ -414,6 +414,7 @@ def test_killed_and_started_again_the_command_writes_the_same_list(endpoint, tmp
         time.sleep(0.01)
     process.kill()
     process.wait()
+    killed.set()
     assert not out.exists()
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr

@@ -226,10 +226,11 @@ def test_slow_clients_are_closed(pipeline, monkeypatch):
     monkeypatch.setattr(http_side, "BODY_SECONDS", 0.3)
     with serving(pipeline) as service:
         for head in (b"", b"POST /v1/images/generations HTTP/1.1\r\nHost: a\r\n"):
-            with socket.create_connection(("127.0.0.1", service.port), 10) as slow:
+            with socket.create_connection(("127.0.0.1", service.port), 60) as slow:
                 slow.sendall(head)
                 assert slow.recv(100) == b""
-        with socket.create_connection(("127.0.0.1", service.port), 10) as slow:
+        monkeypatch.setattr(http_side, "HEAD_SECONDS", 60)
+        with socket.create_connection(("127.0.0.1", service.port), 60) as slow:
             slow.sendall(head + b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
             assert b" 408 " in slow.recv(100)
         assert ask(service, "/healthz").status == 200
@@ -256,7 +257,7 @@ def item(prompt, group="", **options):
 
 
 def wait_until(condition):
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -291,13 +292,13 @@ def test_batches_hold_one_recipe_and_nobody_who_left():
 def test_a_batch_waits_for_others_until_it_is_full():
     blocked = Blocked()
     blocked.go.release(9)
-    with Batcher(blocked, 4, 0.4, 8) as batcher:
+    with Batcher(blocked, 4, 600.0, 8) as batcher:
         batcher.submit([item("a"), item("b")])
         time.sleep(0.05)
         batcher.submit([item("c")])
-        begin = time.monotonic()
         batcher.submit([late := item("d")])
-        assert late.future.result(20) == "d" and time.monotonic() - begin < 0.3
+        assert late.future.result(20) == "d"
+    with Batcher(blocked, 4, 0.1, 8) as batcher:
         batcher.submit(few := [item("e"), item("f"), item("g")])
         few[0].future.result(20)
     assert blocked.made == [(["a", "b", "c", "d"], 0), (["e", "f", "g"], 1)]  # sizes of graphs are powers of two
@@ -317,18 +318,18 @@ def test_a_failure_of_the_engine_is_told_and_the_next_batch_is_made(capsys):
 
 
 def test_a_full_queue_and_a_client_that_leaves(pipeline, monkeypatch, caplog):
-    free, undisturbed = threading.Event(), pipeline.generate_batches
+    begun, free, undisturbed = threading.Event(), threading.Event(), pipeline.generate_batches
 
     def held(batches, recipe):
-        assert free.wait(20)
+        begun.set()
+        assert free.wait(60)
         return undisturbed(batches, recipe)
 
     monkeypatch.setattr(pipeline, "generate_batches", held)
     body = {"prompt": PROMPT, "steps": 2, "labels": []}
     with serving(pipeline, most=2) as service, ThreadPoolExecutor(1) as pool:
         first = pool.submit(ask, service, IMAGES, body)
-        wait_until(lambda: not service.batcher._waiting and not first.done() and first.running())
-        time.sleep(0.2)
+        assert begun.wait(60)
         connection = http.client.HTTPConnection("127.0.0.1", service.port)
         headers = {"Content-Type": "application/json"}
         connection.request("POST", IMAGES, json.dumps({**body, "n": 2}), headers)
@@ -338,7 +339,7 @@ def test_a_full_queue_and_a_client_that_leaves(pipeline, monkeypatch, caplog):
         connection.close()
         wait_until(lambda: service.batcher.waiting == 0)
         free.set()
-        assert first.result(20).status == 200
+        assert first.result(60).status == 200
         assert service.batcher.images == 1
         figures = ask(service, "/metrics").text.decode()
     gc.collect()
