@@ -17,8 +17,9 @@ from datasetdm_fast.config import TASKS
 from datasetdm_fast.engine.backbones.sd import DOWN_BLOCKS, SD, SD_SCHEDULER, UP_BLOCKS
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.loading import PRESETS, load_model, presets, tokenizer
-from datasetdm_fast.engine.loading.model import UNKNOWN_LICENCE, digest
+from datasetdm_fast.engine.loading.model import UNKNOWN_LICENCE, ReadOnce, digest
 from datasetdm_fast.engine.loading.single_file import predicts_noise
+from datasetdm_fast.engine.models.layers import Weights
 from datasetdm_fast.engine.sampling.schedule import make_schedule
 from datasetdm_fast.errors import Missing, Refused
 
@@ -127,6 +128,12 @@ def test_a_fast_engine_reads_weights_for_what_is_made_of_them_alone():
     absent = [name for name in ("widest", "_repr_html_", "network") if not hasattr(engine, name)]
     assert len(absent) == 3 and "unet" not in vars(engine)
     assert engine.side_by_side and engine.label_dtype == torch.float32 and "unet" in vars(engine)
+
+
+def test_a_parameter_is_the_very_tensor_that_is_read_once_and_a_copy_of_any_other():
+    value = torch.ones(2, 3)
+    (given,), (copied,) = ([Weights(state).parameter("a")] for state in (ReadOnce({"a": value}), {"a": value}))
+    assert given.data_ptr() == value.data_ptr() != copied.data_ptr()
 
 
 def test_an_image_of_the_demo_model_needs_neither_other_libraries_nor_a_compiler():

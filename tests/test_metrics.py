@@ -697,6 +697,16 @@ def test_figures_are_told_by_the_number_of_things(source):
     assert METRICS["depth"](source).by_things() == {}
 
 
+@pytest.mark.parametrize("things", [(1, 1), (1, 2), (0, 1, 2, 4)])
+def test_numbers_of_things_are_told_where_they_differ(source, things):
+    meter = METRICS["semantic"](source)
+    for k, count in enumerate(things):
+        meter.add(source[k], perfect(source, source[k])["semantic"])
+        meter.things.append(count)
+    told = measure.figures(meter, 0, 0.95).get("by_things", {})
+    assert list(told) == ([] if len({*things}) == 1 else [str(count) for count in things if count])
+
+
 def test_intervals_of_few_held_out_images_are_wide():
     random, held = np.random.default_rng(0), {4: 0, 40: 0}
     for count in held:

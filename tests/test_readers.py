@@ -1524,6 +1524,25 @@ def test_a_photo_is_read_as_the_program_showed_it_that_drew_the_labels(copied, l
     assert np.abs(open_data(address, SIZE)[0].image.astype(int) - before).mean() < 4
 
 
+@pytest.mark.parametrize("place", ["-0.01", "1.01"])
+def test_a_corner_of_yolo_may_lie_a_hundredth_outside_of_the_image(copied, place):
+    root, address = copied("yolo-seg")
+    (root / "labels/train/000000.txt").write_text(f"0 0 0 1 0 {place} 1 0 {place}\n")
+    assert len(open_data(address, SIZE)[0].masks) == 1
+
+
+@pytest.mark.parametrize("count", [255, 256])
+def test_a_mask_tells_as_many_classes_as_it_has_numbers_but_the_ignored_one(tmp_path, count):
+    save(tmp_path / "images" / "0.png", np.zeros((64, 64, 3), np.uint8))
+    save(tmp_path / "masks" / "0.png", np.full((64, 64), 254, np.uint8))
+    (tmp_path / "classes.txt").write_text("".join(f"kind {k}\n" for k in range(count)))
+    if count == 255:
+        assert (open_data(f"folder:{tmp_path}", SIZE)[0].semantic == 254).all()
+        return
+    with pytest.raises(Refused, match="256 classes, an 8-bit mask can tell 255"):
+        open_data(f"folder:{tmp_path}", SIZE)
+
+
 def test_a_label_file_of_empty_lines_shows_nothing(copied):
     root, address = copied("yolo-seg")
     (root / "labels/train/000000.txt").write_text("\n\n")

@@ -337,6 +337,22 @@ def test_a_word_of_exactly_the_least_area_is_kept(columns, present):
     assert (label.labels == 1).sum() == (16 if present else 0)
 
 
+def test_a_pixel_as_likely_outside_as_inside_counts_for_no_area():
+    config = upstream("open-vocabulary", min_area=4096, score_threshold=0.0)  # 16 pixels
+    masks = planes((0, 0, 4, 3))[:, :, None]
+    masks[..., :4, 3] = 0.0
+    (label,) = TASKS["open-vocabulary"].postprocess(raw(word_logits(20), masks), config, SIZE)
+    assert not label.labels.any()
+
+
+def test_a_pixel_of_no_word_is_as_sure_as_its_likeliest_word_is_not():
+    masks = planes((0, 0, 8, 8), (8, 0, 16, 8))[:, :, None]
+    masks[0, 0, 0, 20, 20], masks[0, 1, 0, 20, 20] = math.log(0.4 / 0.6), math.log(0.1 / 0.9)
+    config = upstream("open-vocabulary", min_area=0, score_threshold=0.0)
+    (label,) = TASKS["open-vocabulary"].postprocess(raw(word_logits(20, 20), masks), config, SIZE)
+    assert label.labels[20, 20] == 0 and label.confidence[20, 20] == pytest.approx(0.6, abs=1e-6)
+
+
 def test_a_word_of_one_pixel_is_found_and_an_empty_mask_is_none():
     config = upstream("open-vocabulary", min_area=0, score_threshold=0.0)
     masks = planes((31, 0, 32, 1), None)[:, :, None]
@@ -655,3 +671,11 @@ def test_semantic_targets_are_a_mask_of_each_class_but_of_no_ignored_pixel():
     target = TASKS["semantic"].target(None, SimpleNamespace(semantic=np.uint8([[0, 3], [255, 3]])))
     assert target["classes"].tolist() == [0, 3]
     assert target["masks"].astype(int).tolist() == [[[1, 0], [0, 0]], [[0, 1], [0, 1]]]
+
+
+def test_the_truth_of_a_pose_holds_the_joints_and_which_of_them_are_seen():
+    joints, limbs = ("head", "hand"), ((0, 1),)
+    item = SimpleNamespace(keypoints=np.float32([[[3, 4, 2], [0, 0, 0]], [[5, 6, 1], [7, 8, 2]]]))
+    label = TASKS["pose"].truth(SimpleNamespace(joints=joints, limbs=limbs), item)
+    assert (label.points == item.keypoints).all() and label.visibility.tolist() == [[2, 0], [1, 2]]
+    assert label.scores.tolist() == [1, 1] and (label.joints, label.limbs) == (joints, limbs)
