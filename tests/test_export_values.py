@@ -10,6 +10,7 @@ import io
 import json
 import runpy
 import tarfile
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -21,7 +22,7 @@ from datasetdm_fast.config import EXPORT_FORMATS
 from datasetdm_fast.convert import main
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
 from datasetdm_fast.engine.labels import mask_rle, number_classes
-from datasetdm_fast.runs.exporting import annotation_tools
+from datasetdm_fast.runs.exporting import annotation_tools, coco
 from datasetdm_fast.runs.exporting.view import ExportedThing
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder.folder import RunFolder
@@ -37,7 +38,7 @@ AREAS, SCORES, KINDS = [8, 6, 4], [0.8, 0.9, 0.6], [PERSON, CAR, CAR]
 # column by column, zeros first: 12 8 4; 5 2 2 2 2 2 9; 2 2 2 2 16
 RUNS = ["<84", "5220007", "2220>"]
 SKY_RUNS, VEGETATION_RUNS = "02200000001OO", "222000000000"  # 0 2 2 ... 2 3 1 2; 2 2 ... 2
-METRES = [1.0, 2.5, 4.0, 70.0]  # of the rows
+METRES = [1.0, 2.51, 4.0, 70.0]  # of the rows; 642.56 steps of 1/256 m, and 643 of those are 2511.7 mm
 HANDS = [[3.0, 0.0, 2, 4.0, 1.5, 1, 0, 0, 0], [0.375, 3.0, 2, 0, 0, 0, 0, 0, 0]]  # from the middle of the first pixel
 PEOPLE_BOXES = [[3, 0, 2, 4], [0, 1.5, 2.875, 2.5]]  # that of the mask; a joint at (0.875, 3.5) with 2 pixels around it
 
@@ -165,7 +166,7 @@ def test_the_run_itself(run):
         for k, each in enumerate(PERSONS)
     ]
     assert pixels(run / "semantic/00000000.png") == [[0] * 5 + [255], [0] * 6, [1] * 6, [1] * 6]
-    assert pixels(run / "depth/00000000.png") == rows(256, 640, 1024, 17920)
+    assert pixels(run / "depth/00000000.png") == rows(256, 643, 1024, 17920)
 
 
 def test_coco(exported):
@@ -193,6 +194,16 @@ def test_coco(exported):
     ]
     polygons = exported("coco", "--polygons") / "annotations/instances_train2017.json"
     assert [each["segmentation"] for each in read(polygons)["annotations"]] == [[rectangle(*box)] for box in BOXES]
+
+
+def test_the_least_score_of_things_and_people_is_kept(exported):
+    for least, things, people in (("0.6", [0.8, 0.9, 0.6], [0.7, 0.6]), ("0.7", [0.8, 0.9], [0.7])):
+        out = exported("coco", "--least-score", least) / "annotations"
+        for kind, scores in (("instances", things), ("person_keypoints", people)):
+            held = read(out / f"{kind}_train2017.json")["annotations"]
+            assert [each["score"] for each in held] == scores and [each["id"] for each in held] == [
+                *range(1, 1 + len(scores))
+            ]
 
 
 def test_pycocotools_reads_the_masks_and_boxes_of_coco_and_lvis(exported):
@@ -238,6 +249,20 @@ def test_lvis(exported):
     assert image["neg_category_ids"] == [BICYCLE] and image["not_exhaustive_category_ids"] == []
     counts = {row["name"]: (row["image_count"], row["instance_count"], row["frequency"]) for row in held["categories"]}
     assert counts == {"car": (1, 2, "r"), "person": (1, 1, "r"), "bicycle": (0, 0, "r")}
+
+
+def test_how_often_images_show_a_class_is_told_as_lvis_counts():
+    shown = {"rare": 10, "common": 11, "also common": 100, "frequent": 101}
+    numbers = {name: k for k, name in enumerate(shown, 1)}
+    entries = [
+        {"image": {"id": k}, "instances": [{"category_id": numbers[name]} for name in shown if k < shown[name]]}
+        for k in range(101)
+    ]
+    plan = SimpleNamespace(classes=SimpleNamespace(numbers=numbers, things=tuple(shown)), splits={"train": 101})
+    held = json.loads(b"".join(coco._lvis(plan, SimpleNamespace(entries=lambda split: iter(entries)), "train")))
+    assert {row["name"]: (row["frequency"], row["image_count"]) for row in held["categories"]} == {
+        name: (frequency, count) for (name, count), frequency in zip(shown.items(), "rccf")
+    }
 
 
 def test_voc(exported):
@@ -345,8 +370,8 @@ def test_cityscapes(exported):
 
 def test_depth(exported):
     (nyu,) = exported("nyu").rglob("sync_depth_00000000.png")
-    assert pixels(nyu) == rows(1000, 2500, 4000, 0)  # millimetres; 16 bits end at 65.5 m
-    assert pixels(exported("kitti") / "gt_depth/synthetic/00000000.png") == rows(256, 640, 1024, 17920)
+    assert pixels(nyu) == rows(1000, 2512, 4000, 0)  # millimetres; 16 bits end at 65.5 m
+    assert pixels(exported("kitti") / "gt_depth/synthetic/00000000.png") == rows(256, 643, 1024, 17920)
     assert (exported("nyu") / "train_list.txt").read_text() == (
         "/synthetic/rgb_00000000.png /synthetic/sync_depth_00000000.png 518.8579\n"
     )
@@ -363,7 +388,7 @@ def check_record(record: dict, semantic, depth) -> None:
     assert (objects["rle"], objects["score"]) == (RUNS, SCORES)
     people = record["people"]
     assert (people["keypoints"], people["bbox"], people["area"]) == (HANDS, PEOPLE_BOXES, [8, 7.188])
-    assert pixels(semantic) == LABELS and pixels(depth) == rows(256, 640, 1024, 17920)
+    assert pixels(semantic) == LABELS and pixels(depth) == rows(256, 643, 1024, 17920)
 
 
 def test_records_of_hf_parquet_and_wds(exported):

@@ -1,5 +1,6 @@
 """Models of each family in one file in the layout of the original code, with folders of what it does not hold."""
 
+import json
 import shutil
 
 import pytest
@@ -31,6 +32,9 @@ def check(path, family, seed=0):
     """That each part of the file's model has the weights of the pipeline."""
     model, pipeline = load_model(str(path), size=tiny_pipelines.SIZE), tiny_pipelines.build(family, seed)
     assert model.backbone.name == family and "file" in model.digests
+    index = json.loads((path.parent / "model_index.json").read_text())
+    told = {name for name in index if name[0] != "_"}.difference(model.backbone.parts)
+    assert model.index == {name: index[name] for name in told}
     for part, module in model.modules.items():
         theirs = getattr(pipeline, part).state_dict()
         assert all(torch.equal(value, theirs[name]) for name, value in module.state_dict().items()), part
