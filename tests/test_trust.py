@@ -15,8 +15,8 @@ from torchless import DOUBT
 
 from datasetdm_fast import filter, generate
 from datasetdm_fast.command_line.run_settings import read_spec
-from datasetdm_fast.data import Instances, Request, SemanticMap, Trust
-from datasetdm_fast.engine.labels.trust import trust_of, without_doubtful, without_unsure
+from datasetdm_fast.data import DomainDistance, Instances, Request, SemanticMap, Trust
+from datasetdm_fast.engine.labels.trust import trust_of, with_domain, without_doubtful, without_unsure
 from datasetdm_fast.runs.jobs.result import describe_job
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.reader import open_run
@@ -76,6 +76,63 @@ def test_instances_are_counted_against_the_things_that_a_prompt_names():
     assert not trust_of(("ball",), two, "a ball and two blue balls").is_trusted
 
 
+def test_a_class_is_shown_from_a_250th_of_the_picture_on():
+    for width, is_there in ((25, True), (26, False)):
+        labels = scene([0] * width)["semantic"].labels
+        labels[0, 0] = 2  # one of 250 pixels, and of 260
+        shown = SemanticMap(labels, np.ones(labels.shape, np.float32), CLASSES)
+        assert trust_of(("ball",), {"semantic": shown}).missing == (() if is_there else ("ball",))
+
+
+def test_an_instance_counts_from_the_score_on_at_which_it_is_shown():
+    for score, is_there in ((0.4, True), (0.399, False)):
+        one = replace(scene([0] * 10, (0, slice(0, 5)))["instance"], scores=np.float32([score]))
+        assert trust_of(("ball",), {"instance": one}).missing == (() if is_there else ("ball",))
+
+
+def test_a_small_instance_is_missing_but_not_called_unsure():
+    masks = np.zeros((2, 20, 20), bool)
+    masks[:, 0, 0] = True
+    small = Instances(masks, np.array([0, 0]), np.float32([0.31, 0.8]), CLASSES[2:])
+    assert trust_of(("ball",), {"instance": small}, "balls").reasons == ("ball is in the prompt, but not in instance",)
+
+
+def test_a_class_without_an_instance_is_missing_and_not_counted_too():
+    one = {"instance": scene([0] * 10, (0, slice(0, 5)))["instance"]}
+    assert trust_of(("ball", "cube"), one, "a ball beside two cubes").reasons == (
+        "cube is in the prompt, but not in instance",
+    )
+
+
+def test_labels_may_disagree_on_a_tenth_of_the_pixels_of_things():
+    for columns, reasons in ((10, ()), (11, ("11% of the pixels of things have two names",))):
+        labels = scene([2] * 100)["semantic"], scene([0] * 10)["instance"]
+        masks = np.zeros((2, 10, 100), bool)
+        masks[0, :, columns:], masks[1, :, :columns] = True, True
+        things = replace(labels[1], masks=masks, class_ids=np.array([0, 1]), scores=np.float32([0.8, 0.8]))
+        assert trust_of((), {"semantic": labels[0], "instance": things}).reasons == reasons
+
+
+def test_a_class_of_map_and_instances_has_to_overlap_by_four_fifths():
+    for columns, is_apart in ((80, False), (79, True)):
+        mask = np.zeros((1, 10, 100), bool)
+        mask[..., :columns] = True
+        things = Instances(mask, np.array([0]), np.float32([0.8]), CLASSES[2:])
+        reasons = trust_of(("ball",), {"semantic": scene([2] * 100)["semantic"], "instance": things}).reasons
+        assert reasons == (("ball in semantic overlaps ball in instance with an IoU of 0.79",) if is_apart else ())
+
+
+def test_a_sample_is_in_its_domain_up_to_a_distance_of_one():
+    at, above = 1.0, 1.001
+    assert with_domain(Trust(), {"semantic": DomainDistance(at, {"ball": at}, at)}) == Trust(domain=1.0)
+    picture = with_domain(Trust(), {"semantic": DomainDistance(above, {"ball": above}, at)})
+    assert picture == Trust(domain=1.001, reasons=("the picture is unlike those that semantic learned from",))
+    thing = with_domain(Trust(), {"semantic": DomainDistance(at, {"ball": above, "cube": at}, at)})
+    assert thing.reasons == ("ball in semantic is unlike those in the pictures it learned from",)
+    model = with_domain(Trust(), {"semantic": DomainDistance(0.5, {}, above)})
+    assert model == Trust(domain=1.001, reasons=("the model does not draw what semantic learned from",))
+
+
 def test_doubtful_pixels():
     def row(*said):
         return without_doubtful(*said)["semantic"].labels[0].tolist()
@@ -88,6 +145,7 @@ def test_doubtful_pixels():
 
 def test_unsure_pixels():
     sure = np.linspace(0, 1, 100, dtype=np.float32).reshape(10, 10)
+    sure[5, 5] = 0.5
     found = without_unsure({"semantic": replace(RIGHT["semantic"], confidence=sure)}, 0.5)["semantic"]
     assert ((found.labels == 255) == (sure < 0.5)).all()
 
