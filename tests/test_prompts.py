@@ -250,13 +250,13 @@ def test_json_lines_bring_classes_and_seeds(tmp_path):
     lines = [
         {"prompt": "two of them", "classes": ["ball"], "seed": 70, "group": "ball", "id": "x"},
         {"prompt": "a red star"},
-        {"prompt": "a scene", "classes": []},
+        {"prompt": "a scene", "classes": [], "seed": 0},
     ]
     path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     source = read_source(PromptSettings(prompts=str(path)), has_captions=True)
     assert source.listed == ("ball",) and source.classes == ()
     plan = make_plan(source, Tokenizer(), number=3, seed=5, batch_size=2, words=("star", "ball"))
-    assert [(request.seed, request.classes) for request in plan] == [(70, ("ball",)), (6, ("star",)), (7, ())]
+    assert [(request.seed, request.classes) for request in plan] == [(70, ("ball",)), (6, ("star",)), (0, ())]
     assert plan.has_seeds
     assert source.digest != read_source(PromptSettings(prompts="two of them"), has_captions=True).digest
 
