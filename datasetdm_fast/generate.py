@@ -80,7 +80,8 @@ def _write(
             print_lines(config, *describe_job(job, seconds))
         counted = {"images": job.images_left, "batch": job.plan.batch_size, "calls": len(job.recipe.schedule)}
     elif job:
-        RunFolder(job.folder, job.document).close()  # writes run.json
+        with RunFolder(job.folder, job.document):  # writes run.json
+            pass
         job = None  # the other processes need the memory of its networks
     with (
         interruption,

@@ -201,7 +201,7 @@ def write_missing(
         size = min(max(BLOCK_PIXELS // merging.largest, 1), BLOCK)
         for rows in in_threads(partial(_write, merging, folder, is_linked), missing, size, 1, is_stopping):
             opened.unseal()
-            opened.commit(rows)
+            opened.ledger.commit(rows)
             count += len(rows)
             on_commit(len(rows))
         finish_run(opened)
