@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from bench.machine.machine import describe
 from datasetdm_fast import Pipeline
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.engine.scenes import world
@@ -30,6 +32,7 @@ from datasetdm_fast.settings import setting
 
 FAR = 8.0  # mean difference of two images in levels of 255: rounding is far below, another seed far above
 LABELS = ("semantic", "instance", "depth", "pose")
+MOST_GENERATED = 256  # images of a round of generate, whose rate does not depend on their number
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class ServingConfig:
     different: int = setting(32, "prompts, each with a seed of its own", metavar="N", least=1)
     steps: int = setting(50, "sampling steps", metavar="N", least=1)
     batch_size: int = setting(8, "images of a batch", metavar="N", least=1)
+    labels: tuple[str, ...] = setting(LABELS, "labels of each image", metavar="LIST")
 
 
 @contextmanager
@@ -84,43 +88,45 @@ def measure(config: ServingConfig) -> dict[str, Any]:
     pipeline = Pipeline.from_pretrained(config.model)
     batch = {"batch_size": config.batch_size, "steps": config.steps}
     expected = pipeline(prompts, seed=1, tasks=(), **batch).images
+    device = pipeline.engine.device
     del pipeline
     bodies = [
-        {"prompt": prompt, "seed": 1 + k, "steps": config.steps, "labels": list(LABELS)}
+        {"prompt": prompt, "seed": 1 + k, "steps": config.steps, "labels": list(config.labels)}
         for k, prompt in enumerate(prompts)
     ]
     seconds: list[float] = []
-    lost, swapped = 0, 0
+    ends: Counter[str] = Counter()
     rates: dict[str, list[float]] = {"generate": [], "service": []}
     with running(config) as address, tempfile.TemporaryDirectory() as folder:
         ask = client_of(address)
 
-        def one(k: int) -> np.ndarray | None:
+        def end_of(k: int) -> str:
+            """Whether the answer is lost or another's."""
             begin = time.monotonic()
             try:
                 picture = ask(bodies[k % config.different])
             except Exception:
-                return None
+                return "lost"
             seconds.append(time.monotonic() - begin)
-            return np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))), np.float32)
+            image = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))), np.float32)
+            return "swapped" if float(np.abs(image - expected[k % config.different]).mean()) > FAR else "right"
 
-        one(0)
+        end_of(0)
         for turn in range(config.rounds):
             rates["generate"].append(generate_rate(config, Path(folder) / str(turn)))
             begin = time.monotonic()
             with ThreadPoolExecutor(config.clients) as pool:
-                images = list(pool.map(one, range(config.number)))
+                ends.update(pool.map(end_of, range(config.number)))
             rates["service"].append(config.number / (time.monotonic() - begin))
-            lost += sum(image is None for image in images)
-            swapped += sum(
-                image is not None and float(np.abs(image - expected[k % config.different]).mean()) > FAR
-                for k, image in enumerate(images)
-            )
+            told = {name: each[-1] for name, each in rates.items()} | ends
+            print(json.dumps({**told, "seconds_p99": np.percentile(seconds, 99)}), file=sys.stderr)
+    lost, swapped = ends["lost"], ends["swapped"]
     if lost or swapped:
         raise GateFailed(f"serving: {lost} answers are lost, {swapped} are another image's", "nothing was timed")
     medians = {name: round(statistics.median(each), 3) for name, each in rates.items()}
     last = np.percentile(seconds, (50, 99)).round(3).tolist()
     return {
+        "machine": describe(device),
         **{"clients": config.clients, "answers": len(seconds), "lost": lost, "swapped": swapped},
         **{"images_per_second": medians, "ratio": round(medians["service"] / medians["generate"], 3)},
         **{"rounds": {name: [round(rate, 3) for rate in each] for name, each in rates.items()}},
@@ -130,14 +136,19 @@ def measure(config: ServingConfig) -> dict[str, Any]:
 
 def generate_rate(config: ServingConfig, out: Path) -> float:
     """Images a second of a run of generate, without its start."""
-    number = {"--number": config.number, "--steps": config.steps, "--batch-size": config.batch_size}
+    number = {
+        "--number": min(config.number, MOST_GENERATED),
+        "--steps": config.steps,
+        "--batch-size": config.batch_size,
+    }
     flags = [str(part) for pair in {**number, "--model": config.model, "--out": out}.items() for part in pair]
-    line = [sys.executable, "-m", "datasetdm_fast.generate", *flags, "--task", ",".join(LABELS), "--json", "--quiet"]
+    line = [sys.executable, "-m", "datasetdm_fast.generate", *flags, "--task", ",".join(config.labels)]
+    line += ["--force-domain", "--json", "--quiet"]  # few steps make pictures that the decoders do not know
     done = subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout)["images_per_second"]
 
 
 def main(arguments: Sequence[str]) -> int:
     config, _ = parse(arguments, ServingConfig, "python -m bench serving", __doc__)
-    print(json.dumps(measure(config), indent=2))
+    print(json.dumps({"command": f"python -m bench serving {' '.join(arguments)}", **measure(config)}, indent=1))
     return 0
