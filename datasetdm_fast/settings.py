@@ -150,7 +150,8 @@ class SamplingSettings:
     speed: str = setting(
         SPEEDS[0],
         "exact, or an approximation that is refused where it makes labels worse: fast25, DPM-Solver++ in 25 calls; "
-        "cache3, the deep features of a U-Net kept for two of three calls; fp8, products of transformers in 8 bits",
+        "cache3, the deep features of a U-Net kept for two of three calls; fp8, products of transformers in 8 bits; "
+        "fast25-cache3, both",
         identity="if given",
         choices=SPEEDS,
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.output import print_lines, print_plan
 from datasetdm_fast.command_line.run_report import show_calls
-from datasetdm_fast.config import CACHED, ENGINE_NAMES, EXACT, FAST, TASKS
+from datasetdm_fast.config import ENGINE_NAMES, EXACT, FP8, SPEEDS, TASKS
 from datasetdm_fast.engine.engines import check_installed
 from datasetdm_fast.engine.loop.checks import LARGEST_BATCH
 from datasetdm_fast.errors import GateFailed
@@ -46,7 +46,11 @@ class VerifyConfig(ModelSettings, EngineSettings, PromptSettings, SamplingSettin
     classes: tuple[str, ...] = setting((), "class words for open-vocabulary labels", metavar="LIST")
     number: int = setting(8, "images to compare", metavar="N", least=1, most=MOST_IMAGES)
     batch_size: int = setting(4, "images per batch", metavar="N", least=1, most=LARGEST_BATCH)
-    speed: str = setting(EXACT, "exact, or an approximate speed by which both sample", choices=(EXACT, FAST, CACHED))
+    speed: str = setting(
+        EXACT,
+        "exact, or an approximate speed by which both sample",
+        choices=tuple(speed for speed in SPEEDS if speed != FP8),
+    )
     dtype: str = setting("auto", "precision of the engine to check", choices=("auto", "fp32", "tf32", "fp16", "bf16"))
     compile: bool = setting(False, "check the fast engine with torch.compile")
     json: bool = setting(False, "the verdict as one JSON object on stdout")

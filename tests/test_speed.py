@@ -56,9 +56,21 @@ def test_a_call_from_its_own_deep_features_is_that_call(tiny, is_fused, monkeypa
     assert not torch.allclose(tiny.denoise_from(0 * deep, latents, 500, text), noise, atol=1e-3)
 
 
+def test_both_speeds_are_25_calls_of_which_11_are_whole():
+    engine = FastEngine(load_model("demo"), device="cpu")
+    recipe = make_recipe(engine, (), speed="fast25-cache3")
+    assert (recipe.facts["sampler"], len(recipe.schedule), recipe.facts["whole_calls"]) == ("dpm-solver++", 25, 11)
+    assert recipe.cached == speed.cached_calls(25, recipe.captured)
+    engine.speeds = ()
+    with pytest.raises(Refused, match="--speed fast25-cache3: the engine fast keeps no deep features"):
+        make_recipe(engine, (), speed="fast25-cache3")
+
+
 def test_what_a_speed_does_not_go_with_is_refused():
     with pytest.raises(Refused, match="a sampler and steps of its own"):
         make_recipe(StubEngine(64), ("semantic",), steps=6, speed="fast25")
+    with pytest.raises(Refused, match="--speed fast25-cache3: it has a sampler and steps of its own"):
+        make_recipe(StubEngine(64), ("semantic",), steps=6, speed="fast25-cache3")
     with pytest.raises(Refused, match="keeps no deep features"):
         make_recipe(StubEngine(64), ("semantic",), speed="cache3")
     with pytest.raises(Refused, match="has no fp8 products"):
@@ -149,7 +161,12 @@ def run(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "constant", "value", "reason"),
-    [("fast25", "FAST_STEPS", 6, "6 calls, not 25"), ("cache3", "INTERVAL", 12, "not every third call")],
+    [
+        ("fast25", "FAST_STEPS", 6, "6 calls, not 25"),
+        ("cache3", "INTERVAL", 12, "not every third call"),
+        ("fast25-cache3", "FAST_STEPS", 6, "6 calls, not 25"),
+        ("fast25-cache3", "INTERVAL", 12, "not every third call"),
+    ],
 )
 def test_a_speed_that_is_not_what_it_is_called_is_refused(run, name, constant, value, reason, monkeypatch, capsys):
     folder, make = run
@@ -158,7 +175,8 @@ def test_a_speed_that_is_not_what_it_is_called_is_refused(run, name, constant, v
     assert reason in capsys.readouterr().err
 
 
-def test_deep_features_of_another_call_are_refused_by_the_labels(run, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["cache3", "fast25-cache3"])
+def test_deep_features_of_another_call_are_refused_by_the_labels(run, name, monkeypatch, capsys):
     folder, make = run
     denoise_from, first = FastEngine.denoise_from, {}
 
@@ -166,8 +184,8 @@ def test_deep_features_of_another_call_are_refused_by_the_labels(run, monkeypatc
         return denoise_from(self, first.setdefault(len(first) // 99, deep), *inputs)
 
     monkeypatch.setattr(FastEngine, "denoise_from", from_the_first)
-    assert make("--speed", "cache3") == 4 and not folder.exists()
-    assert "--speed cache3: labels of 4 images fit worse" in capsys.readouterr().err
+    assert make("--speed", name) == 4 and not folder.exists()
+    assert f"--speed {name}: labels of 4 images fit worse" in capsys.readouterr().err
 
 
 def test_a_run_is_judged_once_and_says_so(run, monkeypatch, capsys):

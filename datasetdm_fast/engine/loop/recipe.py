@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.config import (
     ATTENTION,
-    CACHED,
     EXACT,
     FAST,
+    FAST_CACHED,
     FP8,
     LABELLER_KINDS,
     SAMPLERS,
@@ -162,8 +162,8 @@ def make_recipe(
     from datasetdm_fast.engine.sampling.times import choose_sampler
 
     model = engine.model
-    if speed == FAST:
-        sampler, steps = fast_sampling(engine, sampler, steps)
+    if speed in (FAST, FAST_CACHED):
+        sampler, steps = fast_sampling(engine, speed, sampler, steps)
     sampler = choose_sampler(model.scheduler, model.defaults.sampler if sampler == USUAL_SAMPLER else sampler)
     labellers = labellers_of(engine, tasks)
     schedule = make_schedule(model.scheduler, sampler, steps or model.defaults.steps, profile, strength, **model.flow)
@@ -242,12 +242,12 @@ def make_recipe(
         draws=getattr(model, "draws", ()),
         has_negative=model.has_negative(facts["guidance"]),
     )
-    if speed in (CACHED, FP8):
+    if speed not in (EXACT, FAST):
         check_call_speed(engine, speed, numbers is not None and not numbers.blocks)
-        choose = cached_calls if speed == CACHED else inner_calls
+        choose = inner_calls if speed == FP8 else cached_calls
         calls = choose(len(schedule), recipe.captured)
         facts["whole_calls"] = len(schedule) - len(calls)
-        recipe = replace(recipe, cached=calls) if speed == CACHED else replace(recipe, fp8=calls)
+        recipe = replace(recipe, fp8=calls) if speed == FP8 else replace(recipe, cached=calls)
     if combine:
         check_mask_words(recipe.combinations, label_tables(engine, recipe))
     return recipe

@@ -19,14 +19,14 @@ INTERVAL = 3  # calls from one whole call to the next
 COST = 0.4  # of a whole call, by cache3 taking 0.61 of the time of exact calls on a CPU
 
 
-def fast_sampling(engine: Engine, sampler: str, steps: int) -> tuple[str, int]:
+def fast_sampling(engine: Engine, speed: str, sampler: str, steps: int) -> tuple[str, int]:
     """Sampler and steps of fast25; refused where others were given, or the model is made for as few calls."""
     usual = engine.model.defaults.steps
     if sampler != USUAL_SAMPLER or steps:
-        raise Refused(f"--speed {FAST}: it has a sampler and steps of its own", "Drop --sampler and --steps.")
+        raise Refused(f"--speed {speed}: it has a sampler and steps of its own", "Drop --sampler and --steps.")
     if engine.model.backbone.flow is not None or usual <= FAST_STEPS:
         title = engine.model.backbone.title
-        raise Refused(f"--speed {FAST}: {title} is sampled in {usual} steps as it is", "Drop --speed.")
+        raise Refused(f"--speed {speed}: {title} is sampled in {usual} steps as it is", "Drop --speed.")
     return FAST_SAMPLER, FAST_STEPS
 
 
@@ -35,13 +35,14 @@ HAVING = {CACHED: " with a model that has a U-Net", FP8: ""}
 
 
 def check_call_speed(engine: Engine, speed: str, reads_every_call: bool) -> None:
-    """Refuses cache3 and fp8 where the engine or its device has no such calls, or labels are read from every call."""
+    """Refuses calls of cache3 and fp8 where engine or device have none such, or labels are read from every call."""
     from datasetdm_fast.engine.engines.device import multiplies_fp8  # which needs torch
 
-    if speed not in getattr(engine, "speeds", ()):  # of packages' own engines
+    kind = FP8 if speed == FP8 else CACHED
+    if kind not in getattr(engine, "speeds", ()):  # of packages' own engines
         raise Refused(
-            f"--speed {speed}: the engine {engine.name} {MISSING[speed]} of {engine.model.backbone.title}",
-            f"Use --engine fast{HAVING[speed]}, or drop --speed.",
+            f"--speed {speed}: the engine {engine.name} {MISSING[kind]} of {engine.model.backbone.title}",
+            f"Use --engine fast{HAVING[kind]}, or drop --speed.",
         )
     if speed == FP8 and not multiplies_fp8(engine.device):
         raise Refused(
