@@ -521,18 +521,6 @@ def test_marks_that_end_lines_elsewhere_may_stand_in_a_prompt(tmp_path):
     assert [item.caption for item in open_data(f"hf:{out}/hf", SIZE)] == prompts
 
 
-def test_resized_samples_have_labels_of_their_size(run, tmp_path):
-    out = converted(run, tmp_path / "out", "--to", "coco,nyu", "--resize", "32", "--image-format", "jpg")
-    source, depth = open_data(f"coco:{out}/coco", 32), open_data(f"nyu:{out}/nyu", 32)
-    pick = (2 * np.arange(32) + 1) * SIZE // 64
-    for item, far, sample in zip(source, depth, open_run(run), strict=True):
-        masks = sample.instances.masks[:, pick][:, :, pick]
-        assert item.image.shape == (32, 32, 3) and (item.masks == masks[masks.any((1, 2))]).all()
-        assert np.abs(far.depth - sample.depth.metres[pick][:, pick]).max() < 1e-3
-        seen = sample.keypoints.visibility > 0
-        assert np.abs(item.keypoints[..., :2] - sample.keypoints.points[..., :2] / 2)[seen].max(initial=0) < 1e-4
-
-
 def test_only_samples_of_a_condition_or_a_filter_are_converted(tmp_path, capsys):
     run, out = tmp_path / "run", tmp_path / "out"
     write_run(run, 6, SIZE)
@@ -650,6 +638,16 @@ def test_a_run_folder_that_was_moved_keeps_its_export(run, tmp_path, capsys):
     assert "nothing to do" in err and json.loads(out)["made"] == 0
 
 
+@pytest.mark.parametrize("resize, code", [(0, 0), (256, 2)])
+def test_an_export_of_an_earlier_version_goes_on_if_its_pictures_kept_their_size(run, tmp_path, capsys, resize, code):
+    out = converted(run, tmp_path / "out", "--to", "coco")
+    document = json.loads((out / "export.json").read_text())
+    document["settings"]["resize"] = resize
+    (out / "export.json").write_text(json.dumps(document))
+    converted(run, out, "--to", "coco", code=code)
+    assert ("settings.resize" in capsys.readouterr().err) == bool(code)
+
+
 def test_an_export_that_has_lost_a_file_is_not_called_complete(run, tmp_path, capsys):
     out = converted(run, tmp_path / "out", "--to", "coco")
     (out / "coco" / "annotations" / "instances_train2017.json").unlink()
@@ -693,7 +691,6 @@ def test_a_complete_export_is_left_alone_and_another_is_never_overwritten(run, t
         (("--classes", "bal=x"), "did you mean ball"),
         (("--classes", "ball"), "expected OLD=NEW"),
         (("--task", "semantic:other"), "no such labels"),
-        (("--resize", "5000"), "expected 0 to 4096"),
         (("--kept",), "has not been filtered"),
         (("--least-score", "2"), "expected 0 to 1"),
         (("--quality", "50"), "expected 75 to 100"),

@@ -305,27 +305,6 @@ def test_a_person_has_the_box_and_area_of_the_instance_that_most_of_its_joints_l
     assert [kind for *_, kind in extent(two, figures(whole, (0, 0, 40, 60)))] == ["instance", "instance"]
 
 
-def test_a_person_at_half_the_size_takes_its_box_along():
-    place = kind.Placement(40, 60, 20, 30)
-    for labels, area in (({}, None), ({"instance": Instances(np.ones((1, 40, 60), bool), [0], [1], ("person",))}, 600)):
-        _, (item,) = LABEL_KINDS["pose"].encode(person((20, 10), (36, 20), (28, 12)), labels, PEOPLE)
-        moved = LABEL_KINDS["pose"].move(item, place)
-        assert list(LABEL_KINDS["pose"].check([moved], {}, PEOPLE, (20, 30))) == []
-        assert moved["bbox"] == ([0.0, 0.0, 30.0, 20.0] if area else [8.0, 3.0, 12.0, 9.0])
-        assert moved["area"] == (area or 108.0) and moved["box_from"] == item["box_from"]
-
-
-def test_labels_without_files_are_resized_by_their_kind():
-    for each in LABEL_KINDS.values():
-        assert each.roles or type(each).move is not kind.LabelKind.move
-    pixels = np.arange(36).reshape(6, 6)
-    assert (kind.Placement(6, 6, 2, 3).scale(pixels) == [[7, 9, 11], [25, 27, 29]]).all()
-    assert kind.Placement(6, 6, 6, 6).scale(pixels) is pixels
-    item = {"keypoints": [-0.4, 63.3, 2, 63.45, -0.5, 1, 0, 0, 0], "bbox": [0, 0, 2, 2], "area": 4}
-    moved = LABEL_KINDS["pose"].move(item, kind.Placement(64, 64, 128, 128))
-    assert moved["keypoints"] == [-0.3, 127.1, 2, 127.4, -0.5, 1, 0, 0, 0]
-
-
 def test_files_count_joints_from_the_middle_of_the_first_pixel_as_coco_does():
     """The middle of pixel (10, 20) is written as 10, 20."""
     label = person((10.5, 20.5), (0.25, 511.123), (1 / 3, 99.9))

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from datasetdm_fast.data import IGNORE, Instances, SemanticMap
-from datasetdm_fast.engine.labels.tiles import OVERLAP, Tiling, joined_instances, joined_map, part
+from datasetdm_fast.engine.labels.tiles import OVERLAP, Tile, Tiling, joined_instances, joined_map, part
 from datasetdm_fast.engine.tasks.attention import joined_label
 
 pytestmark = pytest.mark.core
@@ -41,6 +41,12 @@ def test_a_map_in_tiles_is_the_map(sides):
     tiles = [SemanticMap(one, np.full(one.shape, 0.5, np.float32), ("a", "b", "c")) for one in cut(tiling, truth)]
     found = joined_map(tiling, tiles)
     assert np.array_equal(found.labels, truth) and (found.confidence == 0.5).all()
+
+
+def test_a_map_is_scaled_to_a_tile_by_its_nearest_values():
+    pixels = np.arange(36).reshape(6, 6)
+    assert (Tile(6, 3, 0, 0).scale(pixels) == pixels[1::2, 1::2]).all()
+    assert (Tile(6, 6, 0, 0).scale(pixels) == pixels).all()
 
 
 def test_what_a_tile_says_near_its_border_gives_way():

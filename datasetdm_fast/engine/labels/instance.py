@@ -18,7 +18,6 @@ from datasetdm_fast.engine.labels.kind import (
     Gates,
     LabelKind,
     Pixels,
-    Placement,
     Table,
     iou,
     markdown_cell,
@@ -143,12 +142,6 @@ class InstanceKind(LabelKind):
 
     def certainty(self, record: Any) -> float | None:
         return mean_score(record)
-
-    def move(self, item: dict[str, Any], place: Placement) -> dict[str, Any] | None:
-        """An instance at other sides; one that a smaller scale leaves no pixel is None."""
-        encoded = mask_rle.encode(place.scale(mask_rle.decode(item["segmentation"]))[None])
-        rle, area, box = encoded.rles[0], int(encoded.areas[0]), [round_float(value) for value in encoded.boxes[0]]
-        return item | {"segmentation": dict(rle), "area": area, "bbox": box} if area else None
 
     def mask_of(self, label: Instances, word: str) -> tuple[np.ndarray, np.ndarray]:
         """The pixels of the class's instances that pictures show, all of them with the confidence 1."""

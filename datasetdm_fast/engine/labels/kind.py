@@ -31,28 +31,6 @@ class Gates:
 
 
 @dataclass(frozen=True)
-class Placement:
-    """The sides of a picture, and those that it is shown with."""
-
-    height: int
-    width: int
-    rows: int
-    columns: int
-
-    @property
-    def is_scaled(self) -> bool:
-        return (self.height, self.width) != (self.rows, self.columns)
-
-    def scale(self, pixels: np.ndarray) -> np.ndarray:
-        """A map [height, width] as [rows, columns] of its own values: the nearest is taken, as none may be mixed."""
-        if not self.is_scaled:
-            return pixels
-        down = (2 * np.arange(self.rows) + 1) * self.height // (2 * self.rows)
-        right = (2 * np.arange(self.columns) + 1) * self.width // (2 * self.columns)
-        return np.asarray(pixels[np.ix_(down, right)])
-
-
-@dataclass(frozen=True)
 class GalleryLayer:
     """What the gallery draws over an image.
 
@@ -172,10 +150,6 @@ class LabelKind(ABC):
     def steps(self, table: Table) -> float:
         """What a pixel of its file is divided by to give the layer's unit; 0 where it has none."""
         return 0.0
-
-    def move(self, item: dict[str, Any], place: Placement) -> dict[str, Any] | None:
-        """One entry of a record at other sides, None where nothing is left of it; not for labels in files."""
-        raise NotImplementedError(f"{type(self).__name__}: labels without files need a method `move` to be resized")
 
     def mask_of(self, label: Any, word: str) -> tuple[np.ndarray, np.ndarray]:
         """Where a class is [H, W] bool, and how sure that is of each pixel [H, W] float32; where `can_mask`."""

@@ -20,7 +20,6 @@ from datasetdm_fast.engine.labels.kind import (
     Gates,
     LabelKind,
     Pixels,
-    Placement,
     Table,
     mean_score,
     round_float,
@@ -219,19 +218,6 @@ class PoseKind(LabelKind):
 
     def certainty(self, record: Any) -> float | None:
         return mean_score(record)
-
-    def move(self, item: dict[str, Any], place: Placement) -> dict[str, Any]:
-        """A person at other sides; joints are counted from the middle of the first pixel."""
-        points = np.array(item["keypoints"], np.float64).reshape(-1, 3)
-        seen, scale = points[:, 2] > 0, np.array([place.columns / place.width, place.rows / place.height])
-        points[seen, :2] = np.clip((points[seen, :2] + TO_EDGE) * scale, 0, [place.columns, place.rows]) - TO_EDGE
-        flat = [value for x, y, v in points.tolist() for value in (round_float(x, 6), round_float(y, 6), int(v))]
-        if item.get("box_from") != "instance":
-            table = {"size": (place.rows, place.columns), "widened": WIDENED}
-            return item | {"keypoints": flat, **self._extent(points + FROM_EDGE, seen, table)}
-        corner, sides = np.array(item["bbox"][:2]) * scale, np.array(item["bbox"][2:]) * scale
-        box, area = [round_float(value) for value in (*corner, *sides)], round_float(item["area"] * scale.prod())
-        return item | {"keypoints": flat, "bbox": box, "area": area}
 
     def figures(self, record: Any) -> dict[str, float]:
         return self.count(record)

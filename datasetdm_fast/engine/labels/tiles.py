@@ -9,17 +9,24 @@ from itertools import combinations
 import numpy as np
 
 from datasetdm_fast.data import IGNORE, Instances, SemanticMap
-from datasetdm_fast.engine.labels.kind import SAME, SHOWN_SCORE, Placement
+from datasetdm_fast.engine.labels.kind import SAME, SHOWN_SCORE
 
 OVERLAP = 1 / 4  # of a tile's side that it shares with the next one, at least
 
 
 @dataclass(frozen=True)
-class Tile(Placement):
-    """The sides of a tile's labels, those of the tile itself, and its corner in the picture."""
+class Tile:
+    """The side of a tile's labels, that of the tile itself, and its corner in the picture."""
 
+    size: int
+    side: int
     top: int
     left: int
+
+    def scale(self, pixels: np.ndarray) -> np.ndarray:
+        """A map of the labels [size, size] as [side, side]: the nearest value is taken, as none may be mixed."""
+        nearest = (2 * np.arange(self.side) + 1) * self.size // (2 * self.side)
+        return np.asarray(pixels[np.ix_(nearest, nearest)])
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ class Tiling:
     def placements(self, size: int) -> Iterator[Tile]:
         """Where the labels of every tile, `size` pixels a side, lie in the picture."""
         for top, left in self.corners:
-            yield Tile(size, size, self.side, self.side, top, left)
+            yield Tile(size, self.side, top, left)
 
     @property
     def weights(self) -> np.ndarray:  # [side, side] float32
@@ -58,7 +65,7 @@ def _starts(length: int, side: int) -> list[int]:
 
 def part(place: Tile) -> tuple[slice, slice]:
     """The pixels of the whole picture under a tile."""
-    return slice(place.top, place.top + place.rows), slice(place.left, place.left + place.columns)
+    return slice(place.top, place.top + place.side), slice(place.left, place.left + place.side)
 
 
 def joined_map(tiling: Tiling, labels: Sequence[SemanticMap]) -> SemanticMap:

@@ -38,9 +38,6 @@ class PictureSettings:
         least=LEAST_QUALITY,
         most=BEST_QUALITY,
     )
-    resize: int = setting(
-        0, "pixels of the longer side of the images, 0 = as they are", metavar="N", least=0, most=4096
-    )
 
 
 @dataclass(frozen=True)
@@ -62,8 +59,8 @@ class LayoutSettings:
 @dataclass(frozen=True)
 class ExportSettings(PictureSettings, LayoutSettings, OutputSettings, CommandSettings):
     FLAGS = (
-        "run to out task classes where kept part least_score image_format quality resize polygons parts border shard "
-        "copy push_to_hub dry_run threads json quiet"
+        "run to out task classes where kept part least_score image_format quality polygons parts border shard copy "
+        "push_to_hub dry_run threads json quiet"
     ).split()
 
     run: str = setting(

@@ -1,4 +1,4 @@
-"""A sample as an export shows it: chosen labels, classes by the export's numbers, at the requested size."""
+"""A sample as an export shows it: chosen labels, classes by the export's numbers."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -8,17 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from datasetdm_fast import _C
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.engine.labels import kind_of, mask_rle
 from datasetdm_fast.engine.labels.depth import DEFAULT_UNIT, LARGEST_STEP, UNITS
-from datasetdm_fast.engine.labels.kind import Placement
 from datasetdm_fast.engine.labels.label_files import image_bytes
 from datasetdm_fast.engine.labels.names import LabelName
-from datasetdm_fast.engine.labels.pose import TO_EDGE
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.runs.exporting.classes import (
     BACKGROUND,
@@ -124,18 +121,7 @@ class SampleView:
         self.stored, self.number, self.split, self.run, self.pictures = stored, number, split, run, pictures
         self._correction = correction
         self.name = f"{number:08d}"
-        height, width = sides(stored.document, stored.row.recipe)
-        longest = pictures.resize or max(height, width)
-        rows, columns = (max(round(side * longest / max(height, width)), 1) for side in (height, width))
-        self.place = Placement(height, width, rows, columns)
-
-    @property
-    def height(self) -> int:
-        return self.place.rows
-
-    @property
-    def width(self) -> int:
-        return self.place.columns
+        self.height, self.width = sides(stored.document, stored.row.recipe)
 
     @property
     def prompt(self) -> str:
@@ -162,11 +148,7 @@ class SampleView:
 
     @cached_property
     def image(self) -> np.ndarray:  # [H, W, 3] uint8
-        pixels = self._pixels("image")
-        if self.place.is_scaled:
-            resized = Image.fromarray(pixels).resize((self.width, self.height), Image.Resampling.LANCZOS)
-            pixels = np.asarray(resized)
-        return pixels
+        return self._pixels("image")
 
     def picture(self, forms: Sequence[str]) -> tuple[str, Content]:
         """The image as a file of one of these forms, png or jpg, and its ending."""
@@ -174,7 +156,7 @@ class SampleView:
         form = stored if self.pictures.image_format == "same" else self.pictures.image_format
         if form not in forms:
             form = forms[0]
-        if form == stored and not self.place.is_scaled:
+        if form == stored:
             return form, self.link_file("image")
         return form, image_bytes(self.image, form, self.pictures.quality)
 
@@ -188,8 +170,8 @@ class SampleView:
 
     @cached_property
     def _map(self) -> np.ndarray:  # [H, W] uint8
-        """The label map of the run, at the size of the export."""
-        return self.place.scale(self._pixels(kind_of(self.run.labels["semantic"]).roles[0]))
+        """The label map of the run."""
+        return self._pixels(kind_of(self.run.labels["semantic"]).roles[0])
 
     @property
     def semantic(self) -> np.ndarray:  # [H, W] uint8
@@ -202,10 +184,8 @@ class SampleView:
     @cached_property
     def _unjudged(self) -> np.ndarray:  # [H, W] bool
         """The regions that a reviewer marked as ones that nobody can judge."""
-        region = np.zeros((self.place.height, self.place.width), bool)
-        if self._correction:
-            region = self._correction.region(region.shape)
-        return self.place.scale(region)
+        sides = (self.height, self.width)
+        return self._correction.region(sides) if self._correction else np.zeros(sides, bool)
 
     @property
     def ignored(self) -> np.ndarray:  # [H, W] bool
@@ -219,11 +199,11 @@ class SampleView:
         """A 16-bit PNG with so many steps to the metre; depths that it has no number for are 0, as unknown ones."""
         label = self.run.labels["depth"]
         kind, table = kind_of(label), self.stored.document["labels"][label]
-        if UNITS[table.get("unit", DEFAULT_UNIT)] == steps and not self.place.is_scaled:
+        if UNITS[table.get("unit", DEFAULT_UNIT)] == steps:
             return self.link_file(kind.roles[0])
         pixels = {role: self._pixels(role) for role in kind.roles}
         depth = kind.decode(pixels, self.stored.row.labels[label], table)
-        numbers = np.rint(self.place.scale(depth.metres).astype(np.float64) * steps)
+        numbers = np.rint(depth.metres.astype(np.float64) * steps)
         return _C.png_encode_words(np.where(numbers <= LARGEST_STEP, numbers, 0).astype(np.uint16))
 
     @cached_property
@@ -235,11 +215,7 @@ class SampleView:
             name = self.run.things.get(item["category_id"])
             if name is None or item["score"] < self.pictures.least_score:
                 continue
-            item = kind_of(label).move(item, self.place) if self.place.is_scaled else item
-            if item is not None:
-                things.append(
-                    ExportedThing(name, item["score"], item["segmentation"], item["area"], tuple(item["bbox"]))
-                )
+            things.append(ExportedThing(name, item["score"], item["segmentation"], item["area"], tuple(item["bbox"])))
         return tuple(things)
 
     def number_things(self) -> np.ndarray:  # [H, W] int32
@@ -254,15 +230,10 @@ class SampleView:
     def people(self) -> tuple[ExportedPerson, ...]:
         """Persons with at least one joint, in the order of the run."""
         label, people, name = self.run.labels["pose"], [], self.run.person
-        right, down = self.width / self.place.width, self.height / self.place.height
         for item in self.stored.row.labels[label]:
             if not (name and item["num_keypoints"] and item["score"] >= self.pictures.least_score):
                 continue
             joints = np.array(item["keypoints"], np.float64).reshape(-1, 3)
-            is_present = joints[:, 2] > 0
-            if self.place.is_scaled:
-                joints[is_present, :2] = (joints[is_present, :2] + TO_EDGE) * (right, down) - TO_EDGE
-            x, y, width, height = item["bbox"]
-            box, area = (x * right, y * down, width * right, height * down), item["area"] * right * down
-            people.append(ExportedPerson(name, joints, tuple(item["keypoint_scores"]), item["score"], area, box))
+            scores, area, box = tuple(item["keypoint_scores"]), float(item["area"]), tuple(item["bbox"])
+            people.append(ExportedPerson(name, joints, scores, item["score"], area, box))
         return tuple(people)
