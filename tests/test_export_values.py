@@ -38,7 +38,7 @@ AREAS, SCORES, KINDS = [8, 6, 4], [0.8, 0.9, 0.6], [PERSON, CAR, CAR]
 # column by column, zeros first: 12 8 4; 5 2 2 2 2 2 9; 2 2 2 2 16
 RUNS = ["<84", "5220007", "2220>"]
 SKY_RUNS, VEGETATION_RUNS = "02200000001OO", "222000000000"  # 0 2 2 ... 2 3 1 2; 2 2 ... 2
-METRES = [1.0, 2.51, 4.0, 70.0]  # of the rows; 642.56 steps of 1/256 m, and 643 of those are 2511.7 mm
+METRES = [1.0, 2.51, 65.535, 70.0]  # of the rows; 642.56 steps of 1/256 m, and 643 of those are 2511.7 mm
 HANDS = [[3.0, 0.0, 2, 4.0, 1.5, 1, 0, 0, 0], [0.375, 3.0, 2, 0, 0, 0, 0, 0, 0]]  # from the middle of the first pixel
 PEOPLE_BOXES = [[3, 0, 2, 4], [0, 1.5, 2.875, 2.5]]  # that of the mask; a joint at (0.875, 3.5) with 2 pixels around it
 
@@ -166,7 +166,7 @@ def test_the_run_itself(run):
         for k, each in enumerate(PERSONS)
     ]
     assert pixels(run / "semantic/00000000.png") == [[0] * 5 + [255], [0] * 6, [1] * 6, [1] * 6]
-    assert pixels(run / "depth/00000000.png") == rows(256, 643, 1024, 17920)
+    assert pixels(run / "depth/00000000.png") == rows(256, 643, 16777, 17920)
 
 
 def test_coco(exported):
@@ -194,6 +194,13 @@ def test_coco(exported):
     ]
     polygons = exported("coco", "--polygons") / "annotations/instances_train2017.json"
     assert [each["segmentation"] for each in read(polygons)["annotations"]] == [[rectangle(*box)] for box in BOXES]
+
+
+def test_no_two_splits_have_an_annotation_of_the_same_id():
+    entries = {split: [{"image": {"id": k}, "instances": [{}, {}]}] for k, split in enumerate(("train", "val"))}
+    samples = SimpleNamespace(entries=lambda split: iter(entries[split]))
+    held = coco.number_annotations(SimpleNamespace(splits={"train": 1, "val": 1}), samples, "instances", "val")
+    assert list(held) == [{"id": 3, "image_id": 1}, {"id": 4, "image_id": 1}]
 
 
 def test_the_least_score_of_things_and_people_is_kept(exported):
@@ -370,8 +377,8 @@ def test_cityscapes(exported):
 
 def test_depth(exported):
     (nyu,) = exported("nyu").rglob("sync_depth_00000000.png")
-    assert pixels(nyu) == rows(1000, 2512, 4000, 0)  # millimetres; 16 bits end at 65.5 m
-    assert pixels(exported("kitti") / "gt_depth/synthetic/00000000.png") == rows(256, 643, 1024, 17920)
+    assert pixels(nyu) == rows(1000, 2512, 65535, 0)  # millimetres; 16 bits end at 65.5 m
+    assert pixels(exported("kitti") / "gt_depth/synthetic/00000000.png") == rows(256, 643, 16777, 17920)
     assert (exported("nyu") / "train_list.txt").read_text() == (
         "/synthetic/rgb_00000000.png /synthetic/sync_depth_00000000.png 518.8579\n"
     )
@@ -388,7 +395,7 @@ def check_record(record: dict, semantic, depth) -> None:
     assert (objects["rle"], objects["score"]) == (RUNS, SCORES)
     people = record["people"]
     assert (people["keypoints"], people["bbox"], people["area"]) == (HANDS, PEOPLE_BOXES, [8, 7.188])
-    assert pixels(semantic) == LABELS and pixels(depth) == rows(256, 643, 1024, 17920)
+    assert pixels(semantic) == LABELS and pixels(depth) == rows(256, 643, 16777, 17920)
 
 
 def test_records_of_hf_parquet_and_wds(exported):

@@ -147,10 +147,9 @@ class Pose(_Ranked):
     def add(self, truth: Labelled, predicted: Keypoints) -> None:
         image = self.add_image(truth)
         for points, box, area in zip(truth.keypoints, truth.keypoint_boxes, truth.keypoint_areas):
-            flat = points.copy()
-            flat[points[:, 2] == 0] = 0
             shape = {"area": float(area), "bbox": box.astype(float).tolist(), "iscrowd": 0}
-            joints = {"keypoints": flat.astype(float).ravel().tolist(), "num_keypoints": int((points[:, 2] > 0).sum())}
+            keypoints = points.astype(float).ravel().tolist()
+            joints = {"keypoints": keypoints, "num_keypoints": int((points[:, 2] > 0).sum())}
             self.add_truth(image, 1, shape | joints)
         for points, score in zip(predicted.points, predicted.scores):
             keypoints = points.astype(float).ravel().tolist()
