@@ -337,12 +337,13 @@ def test_a_word_of_exactly_the_least_area_is_kept(columns, present):
     assert (label.labels == 1).sum() == (16 if present else 0)
 
 
-def test_a_pixel_as_likely_outside_as_inside_counts_for_no_area():
-    config = upstream("open-vocabulary", min_area=4096, score_threshold=0.0)  # 16 pixels
+@pytest.mark.parametrize(("least", "pixels"), [(4096, 0), (3072, 12)])  # 16 pixels here, and 12
+def test_a_pixel_as_likely_outside_as_inside_is_none_of_a_word(least, pixels):
+    config = upstream("open-vocabulary", min_area=least, score_threshold=0.0)
     masks = planes((0, 0, 4, 3))[:, :, None]
     masks[..., :4, 3] = 0.0
     (label,) = TASKS["open-vocabulary"].postprocess(raw(word_logits(20), masks), config, SIZE)
-    assert not label.labels.any()
+    assert label.labels.sum() == pixels
 
 
 def test_a_pixel_of_no_word_is_as_sure_as_its_likeliest_word_is_not():
