@@ -22,8 +22,8 @@ from datasetdm_fast.config import EXPORT_FORMATS
 from datasetdm_fast.convert import main
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
 from datasetdm_fast.engine.labels import mask_rle, number_classes
-from datasetdm_fast.runs.exporting import annotation_tools, coco
-from datasetdm_fast.runs.exporting.view import ExportedThing
+from datasetdm_fast.runs.exporting import annotation_tools, coco, yolo
+from datasetdm_fast.runs.exporting.view import ExportedPerson, ExportedThing
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 
@@ -213,6 +213,15 @@ def test_the_least_score_of_things_and_people_is_kept(exported):
             ]
 
 
+def test_people_of_resized_pictures_follow_each_side(exported):
+    """At 4 x 3 pixels x is taken times 2/3, y times 3/4, areas are halved."""
+    held = read(exported("coco", "--resize", "4") / "annotations/person_keypoints_train2017.json")["annotations"]
+    assert [each["area"] for each in held] == [4, 3.594]
+    assert [each["bbox"] for each in held] == [[2, 0, 1.333, 3], [0, 1.125, 1.917, 1.875]]
+    hands = [[1.8333, -0.125, 2, 2.5, 1.0, 1, 0, 0, 0], [0.0833, 2.125, 2, 0, 0, 0, 0, 0, 0]]
+    assert [each["keypoints"] for each in held] == [pytest.approx(hand, abs=1e-3) for hand in hands]
+
+
 def test_pycocotools_reads_the_masks_and_boxes_of_coco_and_lvis(exported):
     from pycocotools import mask as masks
     from pycocotools.coco import COCO
@@ -333,6 +342,13 @@ def test_yolo(exported):
     description = (exported("yolo-pose") / "data.yaml").read_text()
     assert "nc: 1\nkpt_shape:\n- 3\n- 3\nflip_idx:\n- 0\n- 2\n- 1\n" in description
     assert "names:\n  0: car\n  1: person\n  2: bicycle\n" in (exported("yolo-detect") / "data.yaml").read_text()
+
+
+def test_boxes_and_joints_of_yolo_end_at_the_border_of_the_picture():
+    joints = np.array([[5.6, -0.6, 2], [-0.6, 3.6, 1]])
+    person = ExportedPerson("person", joints, (0.7, 0.7), 0.7, 24, (-1, -1, 9, 9))
+    sample = SimpleNamespace(width=WIDTH, height=HEIGHT, people=[person])
+    assert list(yolo.YoloPose().lines(sample, None)) == ["0 0.5 0.5 1 1 1 0 2 0 1 1"]
 
 
 def test_cityscapes(exported):
