@@ -298,10 +298,12 @@ def test_a_batch_asks_each_image_for_its_own_words_alone():
 
 
 def test_the_latents_are_those_of_the_sampler_with_guidance_from_each_seed():
-    engine, asked = StubEngine(), requests("a ball", "a tree")
+    engine, asked = StubEngine(), [replace(requests("a ball")[0], negative="fog"), Request(1, "a tree", 11)]
     for guidance in (1.0, 3.5):
         recipe = make_recipe(engine, ("depth",), steps=6, guidance=guidance)
-        context = join_texts([engine.encode_text(["", ""]), engine.encode_text([request.prompt for request in asked])])
+        context = join_texts(
+            [engine.encode_text(["fog", ""]), engine.encode_text([request.prompt for request in asked])]
+        )
         state = walk.start(torch.stack([times.initial_noise(request.seed, 4, 8, 8) for request in asked]))
         for call, timestep in enumerate(recipe.schedule.timesteps):
             output = walk.guide(engine.denoise(state.latents, timestep, context), guidance)

@@ -13,6 +13,7 @@ from datasetdm_fast.data import Capture, join_texts
 from datasetdm_fast.engine.backbones.sd_reference import capturing_levels, feature_modules, transformers_of
 from datasetdm_fast.engine.engines import build_engine, check_engine
 from datasetdm_fast.engine.engines.device import engine_call
+from datasetdm_fast.engine.engines.fast.engine import as_images
 from datasetdm_fast.engine.engines.torch import TorchEngine
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loading.folder import DEMO
@@ -159,15 +160,18 @@ def test_plain_calls_are_not_observed(engine):
 
 
 def test_pixels_are_cut_not_rounded(engine):
+    pixels = torch.tensor([-2.0, -1.0, 0.0, 0.999, 2.0]).expand(1, 3, 1, 5)
+
     class Flat(torch.nn.Module):
         config, dtype = engine.model.modules["vae"].config, torch.float32
 
         def decode(self, latents, return_dict):
-            return (latents.new_tensor([-2.0, -1.0, 0.0, 0.999, 2.0]).expand(1, 3, 1, 5),)
+            return (pixels,)
 
     flat = TorchEngine(engine.model.with_modules(vae=Flat()), device="cpu")
     image = flat.decode_image(torch.zeros(1, 4, 1, 1))
     assert image.dtype == torch.uint8 and image[0, 0, :, 0].tolist() == [0, 0, 127, 254, 255]
+    assert torch.equal(as_images(pixels)[0], image)
 
 
 def test_real_images_are_encoded_by_mean_or_by_each_images_generator(engine):

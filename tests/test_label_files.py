@@ -373,6 +373,16 @@ def test_an_instance_that_was_not_found_again_stays_where_a_tenth_of_it_is_left(
     assert merge(instances((0, 0, 4, 4)), instances((0, 0, 4, 3)), region).masks.sum((1, 2)).tolist() == [12]
 
 
+def test_of_several_instances_the_one_that_was_found_again_takes_the_new_score():
+    region, left, right = np.zeros((4, 4), bool), (0, 0, 4, 2), (0, 2, 4, 4)
+    region[:, 2:] = True
+    old, new = instances(left, right, scores=[0.5, 0.6]), instances(right, scores=[0.9])
+    merged = LABEL_KINDS["instance"].merge(old, new, region)
+    assert (merged.masks == old.masks).all() and merged.scores.tolist() == pytest.approx([0.5, 0.9])
+    grown = LABEL_KINDS["instance"].merge(old, new, np.ones((4, 4), bool))
+    assert grown.masks.sum((1, 2)).tolist() == [8] and grown.scores.tolist() == pytest.approx([0.9])
+
+
 def test_a_lost_instance_fails_verify_where_it_was_sure():
     gates = LABEL_KINDS["instance"].gates
     whole, nothing = instances((0, 0, 4, 4), scores=[0.9]), instances()

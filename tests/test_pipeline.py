@@ -746,6 +746,10 @@ def test_an_adapter_is_fused_at_its_scale(tmp_path):
         ),
         "peft": ({f"unet.{layer}.lora_A.weight": down, f"unet.{layer}.lora_B.weight": up}, 1.0),
     }
+    thin = {f"unet.{layer}.lora_A.weight": down[:1].clone(), f"unet.{layer}.lora_B.weight": up[:, :1].clone()}
+    save_file(thin, tmp_path / "thin.safetensors")
+    weight = lora.fuse_adapters(model, [f"{tmp_path}/thin.safetensors"]).modules["unet"].get_submodule(layer).weight
+    torch.testing.assert_close(weight, before + up[:, :1] @ down[:1])
     for name, (state, share) in named.items():
         save_file(state, tmp_path / f"{name}.safetensors")
         changed = lora.fuse_adapters(model, [f"{tmp_path / name}.safetensors:0.25"])

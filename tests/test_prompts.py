@@ -13,7 +13,7 @@ from datasetdm_fast.engine.labels import words as class_words
 from datasetdm_fast.engine.loading.folder import DEMO
 from datasetdm_fast.engine.loading.tokenizer import OwnTokenizer
 from datasetdm_fast.engine.loop import prompts
-from datasetdm_fast.engine.loop.plan import make_plan
+from datasetdm_fast.engine.loop.plan import make_plan, template
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.jobs import prompt_files
 from datasetdm_fast.runs.jobs.labelling import open_pictures
@@ -88,6 +88,13 @@ def test_per_class_is_balanced_and_varied():
     assert sum("ball" in request.prompt for request in found) == 4
     assert found[1].prompt == "a photo of an orange" and found[1].classes == ("orange",)
     assert len({request.prompt for request in found}) == 8
+    assert [template("ball", turn) for turn in (1, 2, 3, 11, 12)] == [
+        "a picture of a ball",
+        "a scene with a ball",
+        "a photo of a ball at night",
+        "a scene with a ball in fog",
+        "a photo of a ball",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ from datasetdm_fast.runs.run_folder.selections import SPLIT, Split
 from datasetdm_fast.training import data_record, session, splits
 from datasetdm_fast.training.captures.targets import check_truth
 from datasetdm_fast.training.evaluation.metrics import METRICS
-from datasetdm_fast.training.readers import PRESETS, DataSettings, Selection, cvat, is_read, open_data
+from datasetdm_fast.training.readers import PRESETS, DataSettings, Selection, coco, cvat, is_read, open_data, voc
 from datasetdm_fast.training.truth import shapes, tables, windows
 from datasetdm_fast.training.truth.augment import Augmentation, augment
 from datasetdm_fast.training.truth.picture_source import PictureSource
@@ -428,6 +428,36 @@ def test_depths_are_metres_in_every_unit(made):
         0.5, abs=0.05
     )  # rows the laser missed stay unknown
     assert (open_data(f"vkitti2:{made('vkitti2')}", SIZE)[0].depth[0] == 0).all()  # the sky is beyond 80 m
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "farthest"), [("kitti", "gt_depth/**/*.png", 20480), ("nyu", "sync/**/*depth*.png", 10000)]
+)
+def test_depths_of_benchmarks_by_hand(copied, name, files, farthest):
+    root, address = copied(name)
+    for number, metres in ((1280, 1280 * {"kitti": 80, "nyu": 10}[name] / farthest), (farthest + 1, 0)):
+        for path in root.glob(files):
+            save(path, np.full(np.asarray(Image.open(path)).shape, number, np.uint16))
+        assert open_data(address, SIZE)[0].depth.max() == np.float32(metres)
+
+
+def test_an_object_of_voc_has_the_class_of_most_of_its_pixels_but_the_border(tmp_path):
+    save(tmp_path / "0.png", np.uint8([[1, 1, 1, 1, 1, 0]]))
+    place = SimpleNamespace(objects=tmp_path, maps=tmp_path)
+    masks, classes = voc.Voc._objects(place, "0", np.uint8([[255, 255, 255, 3, 0, 0]]))
+    assert classes == [2] and [mask().tolist() for mask in masks] == [[[True] * 5 + [False]]]
+
+
+@pytest.mark.parametrize(
+    ("annotation", "count"),
+    [
+        ({"keypoints": [5, 5, 1, 6, 6, 2, 0, 0, 0]}, 2),
+        ({"keypoints": [5, 5, 2], "num_keypoints": 0}, 0),
+        ({}, 0),
+    ],
+)
+def test_joints_that_coco_does_not_count_are_counted_hidden_ones_too(annotation, count):
+    assert coco._count_joints(annotation) == count
 
 
 def test_coco_masks_crowds_and_label_map_agree(made):
