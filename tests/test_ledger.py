@@ -25,7 +25,7 @@ from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder import seal
 from datasetdm_fast.runs.run_folder.audit import audit
-from datasetdm_fast.runs.run_folder.document import check_config, check_same, read_document
+from datasetdm_fast.runs.run_folder.document import check_config, check_same, differences, read_document
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.ledger import QUARANTINED, Ledger, Row, canonical, decode_trust
 from datasetdm_fast.runs.run_folder.reader import open_run
@@ -460,6 +460,11 @@ def test_other_configurations_are_refused_with_the_fields(tmp_path):
         check_same(tmp_path, {"source": None, "config": {}}, {"source": {"samples.jsonl": "0"}, "config": {}})
     with pytest.raises(Refused, match="it holds a run of merge, not of generate"):
         check_config(tmp_path, document(4) | {"command": "merge"}, document(4)["config"])
+
+
+def test_values_that_differ_are_told_whole_up_to_48_letters_with_their_quotes():
+    (line,) = differences({"note": "a" * 46}, {"note": "b" * 47})
+    assert line == f'note: "{"a" * 46}" there, "{"b" * 44}... asked for'
 
 
 def test_two_writers_are_refused(tmp_path):
