@@ -15,7 +15,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 PIP_FLAGS ?=
 HASHES ?= --require-hashes
-WORKERS ?= 2
+# of tests: one more than two cores, as some tests wait
+WORKERS ?= 3
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check

@@ -6,8 +6,10 @@ It is as strict as the real one: shapes must lie in the chosen profile, every te
 
 import ctypes
 import enum
+import hashlib
 import json
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -17,6 +19,7 @@ from datasetdm_fast.export.tensorrt import flavours, to_tensorrt
 
 NUMPY = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(uint8)": np.uint8, "tensor(bool)": np.bool_}
 HANDLE = 4711
+SESSIONS: dict[bytes, onnxruntime.InferenceSession] = {}
 
 
 class ILogger:
@@ -57,6 +60,18 @@ def plan_of(graph, order) -> bytes:
     ).encode()
 
 
+def open_session(path: Path) -> onnxruntime.InferenceSession:
+    """A session of the graph, the same one for equal bytes of graph and weights: to open one takes a second."""
+    digest = hashlib.sha256()
+    for file in (path, *sorted(path.parent.glob("*.data"))):
+        digest.update(file.read_bytes())
+    if digest.digest() not in SESSIONS:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        SESSIONS[digest.digest()] = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return SESSIONS[digest.digest()]
+
+
 class Runtime:
     made = 0  # plans deserialised by this class
 
@@ -86,9 +101,7 @@ class Engine:
 
     def __init__(self, plan, log):
         self.plan, self.log = plan, log
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        self.session = onnxruntime.InferenceSession(plan["graph"], options, providers=["CPUExecutionProvider"])
+        self.session = open_session(Path(plan["graph"]))
         self.inputs, self.outputs = self.session.get_inputs(), self.session.get_outputs()
         self.tensors = {one.name: one for one in (*self.inputs, *self.outputs)}
         self.contexts = []

@@ -245,19 +245,30 @@ def test_tensorrt_rtx_records_its_calls_itself(demo, folder, built):
 # Plans that are there already, and plans that must not be used --------------------------------------------------------
 
 
-def prebuilt(demo, folder, monkeypatch, batches, capabilities, content=None):
-    """Plans of the text encoder and the UNet call as another machine would leave them."""
+@pytest.fixture(scope="module")
+def two_stages(demo, tmp_path_factory):
+    """The exported text encoder and UNet call, and the engine that says what they should say."""
     from datasetdm_fast.engine.engines.fast import FastEngine
-    from datasetdm_fast.export.golden import Reference
     from datasetdm_fast.export.onnx import to_onnx
+
+    folder = tmp_path_factory.mktemp("two")
+    to_onnx.export(*demo, folder, precision="fp32", only=["encode_text", "denoise"])
+    return folder, FastEngine(*demo, dtype="fp32", device="cpu")
+
+
+def prebuilt(two_stages, folder, monkeypatch, batches, capabilities):
+    """Plans of both as another machine would leave them."""
+    from datasetdm_fast.export.golden import Reference
     from datasetdm_fast.export.tensorrt import to_tensorrt
     from datasetdm_fast.export.tensorrt.plans import PlanFolder
 
+    exported, engine = two_stages
     built = fake_tensorrt.fake_builder(monkeypatch)
-    manifest = to_onnx.export(*demo, folder, precision="fp32", only=["encode_text", "denoise"])
+    shutil.copytree(exported, folder, dirs_exist_ok=True)
+    manifest = Manifest.read(folder)
     target = to_tensorrt.Target(fake_tensorrt.FakeFlavour(fake_tensorrt), capabilities)
     opened = PlanFolder(folder, lambda line: None)
-    golden = Reference(lambda: FastEngine(*demo, dtype="fp32", device="cpu"))
+    golden = Reference(lambda: engine)
     made = {}
     for stage in manifest.stages:
         for batch in {to_tensorrt.call_size(stage, manifest.size, batch) for batch in batches}:
@@ -268,8 +279,10 @@ def prebuilt(demo, folder, monkeypatch, batches, capabilities, content=None):
 
 
 @pytest.mark.parametrize("capabilities", [(), ("sm86", "sm89")])
-def test_plans_built_elsewhere_are_used_for_every_batch_they_hold(demo, tmp_path, monkeypatch, capabilities):
-    _, _, built = prebuilt(demo, tmp_path, monkeypatch, (1, 2), capabilities)
+def test_plans_built_elsewhere_are_used_for_every_batch_they_hold(
+    demo, two_stages, tmp_path, monkeypatch, capabilities
+):
+    _, _, built = prebuilt(two_stages, tmp_path, monkeypatch, (1, 2), capabilities)
     engine = make_engine(demo, tmp_path)
     for batch in (2, 1):
         context = engine.encode_text([""] * batch + ["a ball"] * batch)
@@ -279,14 +292,14 @@ def test_plans_built_elsewhere_are_used_for_every_batch_they_hold(demo, tmp_path
     assert [(order.stage, order.batch) for order in built] == [("denoise", 3)]
 
 
-def test_plans_for_other_gpus_are_left_alone(demo, tmp_path, monkeypatch):
-    _, _, built = prebuilt(demo, tmp_path, monkeypatch, (1,), ("sm89",))
+def test_plans_for_other_gpus_are_left_alone(demo, two_stages, tmp_path, monkeypatch):
+    _, _, built = prebuilt(two_stages, tmp_path, monkeypatch, (1,), ("sm89",))
     make_engine(demo, tmp_path).encode_text([""])
     assert [order.capabilities for order in built] == [("sm86",)]
 
 
-def test_a_modified_plan_is_named_and_never_reaches_tensorrt(demo, tmp_path, monkeypatch):
-    _, made, built = prebuilt(demo, tmp_path, monkeypatch, (1,), ("sm86",))
+def test_a_modified_plan_is_named_and_never_reaches_tensorrt(demo, two_stages, tmp_path, monkeypatch):
+    _, made, built = prebuilt(two_stages, tmp_path, monkeypatch, (1,), ("sm86",))
     path = made["encode_text"].path
     content = bytearray(path.read_bytes())
     content[-20] ^= 1
@@ -297,8 +310,8 @@ def test_a_modified_plan_is_named_and_never_reaches_tensorrt(demo, tmp_path, mon
     assert any("modified" in line and str(path) in line for line in engine.told)
 
 
-def test_a_plan_that_says_something_else_than_its_golden_output_fails_the_gate(demo, tmp_path, monkeypatch):
-    manifest, made, _ = prebuilt(demo, tmp_path, monkeypatch, (1,), ("sm86",))
+def test_a_plan_that_says_something_else_than_its_golden_output_fails_the_gate(demo, two_stages, tmp_path, monkeypatch):
+    manifest, made, _ = prebuilt(two_stages, tmp_path, monkeypatch, (1,), ("sm86",))
     # In its own place with a fitting manifest, but with the graph of weights that were changed afterwards.
     wrong = onnx_with_other_weights(tmp_path / manifest.stages["encode_text"].file)
     order_facts = made["encode_text"].facts
@@ -331,8 +344,8 @@ def onnx_with_other_weights(path):
     return changed
 
 
-def test_a_plan_the_gpu_cannot_run_says_why(demo, tmp_path, monkeypatch):
-    _, made, _ = prebuilt(demo, tmp_path, monkeypatch, (1,), ("sm86",))
+def test_a_plan_the_gpu_cannot_run_says_why(demo, two_stages, tmp_path, monkeypatch):
+    _, made, _ = prebuilt(two_stages, tmp_path, monkeypatch, (1,), ("sm86",))
     plan = made["encode_text"]
     content = fake_tensorrt.json.loads(plan.content) | {"capabilities": ["sm89"]}
     replace_plan(plan.path, content)
@@ -447,13 +460,13 @@ def test_a_plan_without_room_on_the_gpu_tells_how_much_it_takes(demo, folder, bu
     assert is_out_of_memory(caught.value)
 
 
-def test_shapes_that_cannot_be_inferred_are_told(demo, tmp_path, monkeypatch):
+def test_shapes_that_cannot_be_inferred_are_told(demo, two_stages, tmp_path, monkeypatch):
     def fail(self):
         raise RuntimeError("a shape tensor is not set")
 
     monkeypatch.setattr(fake_tensorrt.Context, "infer_shapes", fail)
     with pytest.raises(Missing, match="failed at inferring shapes: a shape tensor is not set"):
-        prebuilt(demo, tmp_path, monkeypatch, (1,), ("sm86",))
+        prebuilt(two_stages, tmp_path, monkeypatch, (1,), ("sm86",))
         make_engine(demo, tmp_path).encode_text([""])
 
 

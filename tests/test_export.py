@@ -134,15 +134,14 @@ class World:
         self.exported = Exported(folder)
 
 
-@pytest.fixture(scope="module", params=["demo", "SD 1.x, 192 pixels", "SD 2.x"])
+@pytest.fixture(scope="module", params=["demo", "SD 2.x, 192 pixels", *["SD 1.x, 192 pixels", "SD 2.x"] * IS_LONG])
 def world(request, tmp_path_factory) -> World:
-    folder = tmp_path_factory.mktemp("engines")
-    if request.param == "demo":
+    folder, name = tmp_path_factory.mktemp("engines"), request.param
+    if name == "demo":
         return World(load_model("demo"), load_decoders("demo"), folder)
     # At 192 pixels the decoders resize by ratios that no float holds.
-    model = (
-        load_model("tiny", size=192) if request.param.startswith("SD 1.x") else second_generation(load_model("tiny"))
-    )
+    model = load_model("tiny", size=192 if name.endswith("pixels") else 0)
+    model = second_generation(model) if name.startswith("SD 2.x") else model
     return World(model, upstream_decoders(model), folder)
 
 
