@@ -8,6 +8,7 @@ from pathlib import Path
 
 from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.output import print_end
+from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.settings import OutputSettings, setting
 
@@ -27,19 +28,26 @@ class ExampleConfig(OutputSettings):
 def main(config: ExampleConfig, command: CommandLine) -> int:
     if not config.folder:
         raise Refused(f"{command.prog}: FOLDER is missing", "Name the folder to write, for example photos.")
-    from datasetdm_fast.disk import storage
-
     folder = Path(config.folder)
+    files = dict(_example_files(folder))
     with storage.refusing(folder):
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if any(_is_foreign(path, files) for path in (folder, *folder.rglob("*"))):
             raise Refused(f"{folder}: is there and not empty", "Name another folder; nothing is overwritten.")
     if not config.dry_run:
-        storage.publish(dict(_example_files(folder)))
+        storage.remove_parts_of(files)
+        storage.publish({path: content for path, content in files.items() if not path.exists()})
     verb = "would be" if config.dry_run else "are"
     line = (
         f"{folder}: {PICTURES} pictures of the demo world {verb} in images/, with masks/ of the numbers in classes.txt"
     )
     return print_end(config, {"path": config.folder, "pictures": PICTURES}, config.folder, line)
+
+
+def _is_foreign(path: Path, files: dict[Path, bytes]) -> bool:
+    """Whether a path is neither a folder nor a file that this command wrote, perhaps before it was interrupted."""
+    if path.is_dir() or not (path.exists() or path.is_symlink()) or storage.is_temporary(path):
+        return False
+    return path not in files or path.read_bytes() != files[path]
 
 
 def _example_files(folder: Path) -> Iterator[tuple[Path, bytes]]:

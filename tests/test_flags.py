@@ -249,9 +249,10 @@ def test_a_url_to_write_to_is_no_folder_of_that_name(url, tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO])
 def test_a_folder_that_may_not_be_entered_is_no_bug_of_ours(code, tmp_path, capsys):
-    assert ends_with(OSError(code, os.strerror(code), str(tmp_path / "run"))) == 3
+    folder = tmp_path / f"{'long_' * 20}name"  # whole: the end of a path says which it is
+    assert ends_with(OSError(code, os.strerror(code), str(folder))) == 3
     cause, remedy = capsys.readouterr().err.splitlines()
-    assert cause == f"'{tmp_path / 'run'}': {os.strerror(code)}"
+    assert cause == f"{folder}: {os.strerror(code)}"
     assert ("the disk" if code == errno.EIO else "its permissions") in remedy
 
 

@@ -112,13 +112,11 @@ def _as_stop(error: Exception) -> Refused | Missing | None:
     if not isinstance(error, OSError):
         return None
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        place = "a file or standard output" if error.filename is None else documents.quote(error.filename)
+        place = "a file or standard output" if error.filename is None else error.filename
         return Missing(f"{place}: {error.strerror}", "Free some space, then run the same command again.")
     if error.errno in DENIED and error.filename is not None:
         checked = "the disk that it is on" if error.errno == errno.EIO else "its permissions"
-        return Missing(
-            f"{documents.quote(error.filename)}: {error.strerror}", f"Check {checked}, then run the same command again."
-        )
+        return Missing(f"{error.filename}: {error.strerror}", f"Check {checked}, then run the same command again.")
     if error.errno == errno.ENAMETOOLONG:
         return Refused(
             f"{documents.quote(error.filename)}: no file or folder has so long a name", "Choose a shorter name."
