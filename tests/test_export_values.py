@@ -213,15 +213,6 @@ def test_the_least_score_of_things_and_people_is_kept(exported):
             ]
 
 
-def test_people_of_resized_pictures_follow_each_side(exported):
-    """At 4 x 3 pixels x is taken times 2/3, y times 3/4, areas are halved."""
-    held = read(exported("coco", "--resize", "4") / "annotations/person_keypoints_train2017.json")["annotations"]
-    assert [each["area"] for each in held] == [4, 3.594]
-    assert [each["bbox"] for each in held] == [[2, 0, 1.333, 3], [0, 1.125, 1.917, 1.875]]
-    hands = [[1.8333, -0.125, 2, 2.5, 1.0, 1, 0, 0, 0], [0.0833, 2.125, 2, 0, 0, 0, 0, 0, 0]]
-    assert [each["keypoints"] for each in held] == [pytest.approx(hand, abs=1e-3) for hand in hands]
-
-
 def test_pycocotools_reads_the_masks_and_boxes_of_coco_and_lvis(exported):
     from pycocotools import mask as masks
     from pycocotools.coco import COCO
