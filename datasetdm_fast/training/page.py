@@ -162,25 +162,23 @@ def _recolour(source: LabelledSource, label: Annotation) -> Annotation:
 
 def _views(task: str, source: LabelledSource, item: Any, answer: Annotation) -> str:
     kind, both = LABEL_KINDS[task], (TASKS[task].truth(source, item), answer)
-    pictures = (item.image, *(kind.picture(_recolour(source, label), item.image) for label in both))
-    cells = "".join(
-        f'<img src="{_address(picture)}" alt="{what}">' for picture, what in zip(pictures, ("image", "truth", "answer"))
-    )
+    truth, answered = (kind.picture(_recolour(source, label), item.image) for label in both)
     caption = f"{html.escape(item.id)} &middot; {html.escape(item.caption)}"
-    return f'<figure><div class="views">{cells}</div><figcaption>{caption}</figcaption></figure>'
+    return _figure({"image": item.image, "truth": truth, "answer": answered}, caption)
 
 
 def _sample(task: str, source: LabelledSource, sample: Sample) -> str:
     """A generated sample, and how far it is from the domain of the decoder."""
     answer = LABEL_KINDS[task].picture(_recolour(source, sample.annotations[task]), sample.image)
-    cells = "".join(
-        f'<img src="{_address(each)}" alt="{what}">' for each, what in ((sample.image, "image"), (answer, "answer"))
-    )
     distance = sample.trust.domain if sample.trust else None
     what = (
         "" if distance is None else f" &middot; distance {distance:.2f}{', out of the domain' if distance > 1 else ''}"
     )
-    caption = f"{html.escape(sample.request.prompt)}{what}"
+    return _figure({"image": sample.image, "answer": answer}, f"{html.escape(sample.request.prompt)}{what}")
+
+
+def _figure(pictures: Mapping[str, np.ndarray | Image.Image], caption: str) -> str:
+    cells = "".join(f'<img src="{_address(picture)}" alt="{what}">' for what, picture in pictures.items())
     return f'<figure><div class="views">{cells}</div><figcaption>{caption}</figcaption></figure>'
 
 

@@ -217,6 +217,13 @@ def palette(numbers: tuple[int, ...] = ()) -> bytes:
     return bytes(value for number in shown for value in colour(number))
 
 
+@cache
+def voc_palette() -> tuple[tuple[int, ...], ...]:
+    """The 256 colours of PASCAL VOC: the bits of a number dealt out to red, green and blue."""
+    bits = [[number >> place & 1 for place in range(9)] for number in range(256)]
+    return tuple(tuple(sum(each[3 * k + part] << (7 - k) for k in range(3)) for part in range(3)) for each in bits)
+
+
 def colour_in(palette: str, name: str, index: int) -> tuple[int, int, int]:
     """The colour of a class in a palette of `--palette`, by its name, and in ours by its number."""
     official = None if palette == OURS else builtin_table(palette).colour(name)

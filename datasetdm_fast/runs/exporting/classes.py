@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from datasetdm_fast.engine.labels import kind_of
-from datasetdm_fast.engine.labels.instance import InstanceKind
 from datasetdm_fast.errors import Refused, nearest
 from datasetdm_fast.untrusted.documents import quote
 
@@ -73,9 +72,7 @@ class Classes:
 
 def class_names(document: Mapping[str, Any], label: str) -> dict[int, str]:
     """The classes of a label by their numbers in the files of the run, the background among them."""
-    table = document["labels"][label]
-    names, first = table.get("classes", ()), int(isinstance(kind_of(label), InstanceKind))
-    return dict(zip(table.get("numbers") or range(first, first + len(names)), names, strict=True))
+    return kind_of(label).names(document["labels"][label])
 
 
 def collect_classes(document: Mapping[str, Any], labels: Mapping[str, str], renamed: Renaming) -> Classes:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from datasetdm_fast.engine.labels.pictures import borders
+from datasetdm_fast.engine.labels.pictures import borders, simplify
 
 EDITABLE = 1.0  # pixels that a border for a person to correct may be away from the mask's
 FEWEST = 8  # corners of a ring that is left as it is
@@ -59,27 +59,13 @@ def group_parts(outline: list[np.ndarray]) -> list[list[np.ndarray]]:
 
 def editable_parts(mask: np.ndarray) -> list[np.ndarray]:
     """A closed line [n, 2] of x, y for each part of a mask, its holes joined to it, within EDITABLE pixels of it."""
-    return [join_rings([simplify(ring, EDITABLE) for ring in part]) for part in group_parts(rings(mask))]
+    return [join_rings([_simplify(ring) for ring in part]) for part in group_parts(rings(mask))]
 
 
-def simplify(ring: np.ndarray, most: float) -> np.ndarray:
-    """A ring without corners that lie at most so many pixels from the line between others (Douglas and Peucker)."""
-    if len(ring) <= FEWEST:
-        return ring
-    far = int(np.abs(ring - ring[0]).sum(1).argmax())
-    line, keeps, stretches = np.concatenate([ring, ring[:1]]), {0, far}, [(0, far), (far, len(ring))]
-    while stretches:
-        first, last = stretches.pop()
-        inner = line[first + 1 : last] - line[first]
-        if not len(inner):
-            continue
-        way = line[last] - line[first]
-        distances = np.abs(inner[:, 0] * way[1] - inner[:, 1] * way[0]) / max(float(np.hypot(*way)), 1.0)
-        if distances.max() > most:
-            corner = first + 1 + int(distances.argmax())
-            keeps.add(corner)
-            stretches += [(first, corner), (corner, last)]
-    return ring[sorted(keeps)] if len(keeps) > 2 else ring
+def _simplify(ring: np.ndarray) -> np.ndarray:
+    """A ring with few corners; one that has few, or would lose its inside, is left as it is."""
+    few = ring if len(ring) <= FEWEST else simplify(ring, EDITABLE)
+    return few if len(few) > 2 else ring
 
 
 def _holds(ring: np.ndarray, hole: np.ndarray) -> bool:

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from datasetdm_fast import _C
-from datasetdm_fast.engine.labels.class_tables import builtin_table
+from datasetdm_fast.engine.labels.class_tables import builtin_table, voc_palette
 from datasetdm_fast.runs.exporting.classes import IGNORED, Classes, one_line
 from datasetdm_fast.runs.exporting.format import AllSamples, Entry, ExportPlan, Files, Format, class_map
 from datasetdm_fast.runs.exporting.view import SampleView
@@ -15,16 +15,7 @@ from datasetdm_fast.runs.exporting.view import SampleView
 ROOT = "VOCdevkit/VOC2012"
 MOST_OBJECTS = 254  # of a picture, in 8 bits beside nothing and the border
 OFFICIAL = {word.name: word.number for word in builtin_table("voc").classes}
-
-
-def palette() -> bytes:
-    """The 256 colours of PASCAL VOC: the bits of a number dealt out to red, green and blue."""
-    numbers = np.arange(256)
-    bits = [sum((numbers >> (3 * k + channel) & 1) << (7 - k) for k in range(3)) for channel in range(3)]
-    return np.stack(bits, 1).astype(np.uint8).tobytes()
-
-
-PALETTE = palette()
+PALETTE = bytes(value for colour in voc_palette() for value in colour)
 
 
 class VocFormat(Format):
@@ -88,7 +79,7 @@ def _label_map(classes: Classes) -> Iterator[bytes]:
     yield b"# label:color_rgb:parts:actions\n"
     table = {"background": 0, **numbers(classes)}
     for name, number in sorted(table.items(), key=lambda item: item[1]):
-        red, green, blue = PALETTE[3 * number : 3 * number + 3]
+        red, green, blue = voc_palette()[number]
         yield f"{_clean_name(name)}:{red},{green},{blue}::\n".encode()
 
 

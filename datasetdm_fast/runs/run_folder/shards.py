@@ -170,11 +170,7 @@ def _schema() -> Any:
 def instance_classes(document: Mapping[str, Any]) -> dict[str, dict[int, str]]:
     """Label -> class names by number, of the labels that are instances."""
     labels = [label for label in document["config"]["task"] if isinstance(kind_of(label), InstanceKind)]
-    tables = {label: document["labels"][label] for label in labels}
-    return {
-        label: dict(zip(table.get("numbers") or range(1, 1 + len(table["classes"])), table["classes"], strict=True))
-        for label, table in tables.items()
-    }
+    return {label: kind_of(label).names(document["labels"][label]) for label in labels}
 
 
 def count_classes(row: Row, names: Mapping[str, Mapping[int, str]]) -> Counter[str]:

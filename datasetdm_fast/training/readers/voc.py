@@ -3,14 +3,14 @@
 import csv
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from datasetdm_fast.data import IGNORE
-from datasetdm_fast.engine.labels.class_tables import BORDERS
+from datasetdm_fast.engine.labels.class_tables import BORDERS, voc_palette
 from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Picture
 from datasetdm_fast.training.truth import windows
@@ -58,7 +58,7 @@ def numbers_of(colours: Sequence[Colour | None]) -> np.ndarray | None:
     """[256] int32: the class of each number of a map where the colours of all classes are those of numbers in VOC's
     palette, as tools leave numbers out; else a number is a place in the list.
     """
-    known = {pack(colour): number for number, colour in enumerate(palette())}
+    known = {pack(colour): number for number, colour in enumerate(voc_palette())}
     numbers = [known[pack(colour)] for colour in colours if colour and pack(colour) in known]
     if len({*numbers}) < len(colours):
         return None
@@ -66,13 +66,6 @@ def numbers_of(colours: Sequence[Colour | None]) -> np.ndarray | None:
     classes[IGNORE] = IGNORE
     classes[numbers] = range(len(numbers))
     return classes
-
-
-@cache
-def palette() -> tuple[list[int], ...]:
-    """The 256 colours of PASCAL VOC: the bits of a number dealt out to red, green and blue."""
-    bits = [[(number >> place) & 1 for place in range(9)] for number in range(256)]
-    return tuple([sum(each[3 * k + channel] << (7 - k) for k in range(3)) for channel in range(3)] for each in bits)
 
 
 def read_csv_classes(path: Path) -> tuple[str, ...]:
@@ -103,7 +96,7 @@ class Voc(PictureSource):
         path = inner if (inner := path / "VOCdevkit" / "VOC2012").is_dir() else path
         self.path, self.objects = path, path / "SegmentationObject"
         self.map_ending = ".png"  # after an image's name
-        self.colours: Mapping[int, int] = dict(zip(map(pack, palette()), range(len(VOC_CLASSES))))
+        self.colours: Mapping[int, int] = dict(zip(map(pack, voc_palette()), range(len(VOC_CLASSES))))
         self.numbers: np.ndarray | None = None  # class of each number in grey and palette maps, where they differ
         if (path / split / ROBOFLOW_CLASSES).exists() or (path / ROBOFLOW_CLASSES).exists():
             self._find_masks_beside(path / split if (path / split).is_dir() else path)
