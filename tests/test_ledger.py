@@ -10,6 +10,7 @@ import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -690,3 +691,15 @@ def test_a_disk_without_room_beside_a_ledger_is_full_and_the_ledger_not_damaged(
     for read in (lambda: audit(tmp_path / "run"), lambda: open_run(tmp_path / "run")):
         with pytest.raises(Missing, match="the disk is full"):
             read()
+
+
+def test_a_run_that_another_process_begins_between_two_looks_is_a_new_one(tmp_path, monkeypatch):
+    real = Path.iterdir
+
+    def look(folder):
+        (folder / "run.json").touch()
+        (folder / "images").mkdir()
+        return real(folder)
+
+    monkeypatch.setattr(Path, "iterdir", look)
+    assert read_document(tmp_path) is None  # which is read again once the folder is held

@@ -272,6 +272,13 @@ def test_what_a_process_refuses_ends_the_others(alone, tmp_path):
         shard_ranks.run_ranks([Place()], spec, ShardLedger(shard_place(alone)), callbacks)
 
 
+def test_a_run_that_another_process_begins_between_two_looks_is_joined(alone, tmp_path, monkeypatch):
+    place, document = ShardFolder(tmp_path), (alone / "run.json").read_bytes()
+    names = place.names
+    monkeypatch.setattr(place, "names", lambda: place.replace("run.json", document) or names())
+    assert shard_worker.open_place(place) == json.loads(document)
+
+
 def test_a_shard_that_is_made_twice_is_committed_once(alone, tmp_path, monkeypatch):
     run, place = copy(alone, tmp_path), ShardFolder(tmp_path / "run")
     job = shard_worker.open_shards(spec_of(run), place)

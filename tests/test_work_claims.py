@@ -45,14 +45,17 @@ def test_a_part_is_taken_once_until_it_is_released(place):
 
 
 def test_a_part_that_another_takes_while_its_claim_is_looked_for_is_theirs(place, monkeypatch):
-    one, other, real = Claims(place), Claims(place), storage.refusal
+    one, other, real = Claims(place), Claims(place), storage.syscall
 
-    def refuse(*arguments):
-        monkeypatch.setattr(storage, "refusal", real)
-        assert other.take_new(3)
-        return real(*arguments)
+    def look(*call):
+        try:
+            return real(*call)
+        except FileNotFoundError:
+            monkeypatch.setattr(storage, "syscall", real)
+            assert other.take_new(3)
+            raise
 
-    monkeypatch.setattr(storage, "refusal", refuse)
+    monkeypatch.setattr(storage, "syscall", look)
     assert not one.take_new(3) and other.deaths == {3: 0}
 
 

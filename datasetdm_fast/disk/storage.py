@@ -250,35 +250,45 @@ def make_folder(folder: Path) -> None:
 def read(path: Path, most: int) -> bytes:
     """The bytes of a regular file of at most `most` bytes; a device or a pipe would never end, so they are refused."""
     with refusing(path):
-        try:
-            handle = syscall("open", os.open, path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except ValueError as error:  # a NUL byte
-            raise Refused(f"{str(path)!r}: cannot be read, no file has such a name", "Name a file.") from error
-        try:
-            status = os.fstat(handle)
-            if not stat.S_ISREG(status.st_mode):
-                raise Refused(f"{path}: cannot be read, it is not a regular file", "Name a file.")
-            if status.st_size > most:
-                remedy = "Name the right file, or a smaller one."
-                raise Refused(f"{path}: {status.st_size} bytes, at most {most} are read", remedy)
-            parts = []
-            while block := syscall("read", os.read, handle, 1 << 20):
-                parts.append(block)
-                most -= len(block)
-                if most < 0:
-                    raise Refused(f"{path}: it grows while it is read", "Wait until it is complete.")
-            return b"".join(parts)
-        finally:
-            os.close(handle)
+        return _read(path, most)
+
+
+def read_if_there(path: Path, most: int) -> bytes | None:
+    """The bytes as of `read`, None without such a file; between two looks others might write or remove it."""
+    with refusing(path), suppress(FileNotFoundError, NotADirectoryError):
+        return _read(path, most)
+    return None
+
+
+def _read(path: Path, most: int) -> bytes:
+    try:
+        handle = syscall("open", os.open, path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except ValueError as error:  # a NUL byte
+        raise Refused(f"{str(path)!r}: cannot be read, no file has such a name", "Name a file.") from error
+    try:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise Refused(f"{path}: cannot be read, it is not a regular file", "Name a file.")
+        if status.st_size > most:
+            remedy = "Name the right file, or a smaller one."
+            raise Refused(f"{path}: {status.st_size} bytes, at most {most} are read", remedy)
+        parts = []
+        while block := syscall("read", os.read, handle, 1 << 20):
+            parts.append(block)
+            most -= len(block)
+            if most < 0:
+                raise Refused(f"{path}: it grows while it is read", "Wait until it is complete.")
+        return b"".join(parts)
+    finally:
+        os.close(handle)
 
 
 def read_written(path: Path, written: StoredFile, most: int) -> bytes | None:
     """The bytes of a file if they are those that were written, else None."""
-    if not is_there(path):
+    content = read_if_there(path, most)
+    if content is None or len(content) != written.size or hashlib.sha256(content).hexdigest() != written.sha256:
         return None
-    content = read(path, most)
-    is_same = len(content) == written.size and hashlib.sha256(content).hexdigest() == written.sha256
-    return content if is_same else None
+    return content
 
 
 def sha256_of(path: Path) -> str:

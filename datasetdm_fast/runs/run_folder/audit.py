@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -219,10 +220,10 @@ def _check_seal(folder: Path) -> Iterator[Finding]:
     digests.pop(seal.THIS, None)
     if (folder / seal.SEAL).read_bytes() != seal.encode_seal(digests):
         yield Finding(seal.SEAL, CHANGED, f"Delete it. {REWRITE}")
-    log = folder / f"{LEDGER}-wal"
-    if log.exists() and log.stat().st_size:
-        what = "something was written to the ledger after the run was finished"
-        yield Finding(f"{LEDGER}-wal", what, RESTORE_LEDGER)
+    with suppress(FileNotFoundError):  # as usual, unless another process has just opened the ledger
+        if (folder / f"{LEDGER}-wal").stat().st_size:
+            what = "something was written to the ledger after the run was finished"
+            yield Finding(f"{LEDGER}-wal", what, RESTORE_LEDGER)
     for name, digest in digests.items():
         current = storage.sha256_of(folder / name)
         if current != digest:
@@ -259,10 +260,10 @@ def _check_strangers(folder: Path, folders: Iterable[str], known: set[str]) -> I
 
 def _check_samples(folder: Path, document: Mapping[str, Any], rows: Sequence[Row]) -> list[CheckedSample]:
     def read(row: Row, role: str) -> bytes:
-        path = folder / row.files[role][0]
-        if not path.exists():
+        content = storage.read_if_there(folder / row.files[role][0], images.LARGEST_IMAGE_FILE)
+        if content is None:
             raise ValueError(MISSING)
-        return storage.read(path, images.LARGEST_IMAGE_FILE)
+        return content
 
     return [check_sample(folder, document, row, read) for row in rows]
 

@@ -61,10 +61,12 @@ def read_document(folder: Path) -> dict[str, Any] | None:
         if folder.exists() and not folder.is_dir():
             raise Refused(f"{folder}: a file has this name, expected a run folder", "Choose another --out.")
         if not path.exists():
-            # A process killed right at the start leaves no more than its lock and a half-written description.
-            if folder.is_dir() and any(
+            # A process killed right at the start leaves no more than its lock and a half-written description. Another
+            # may have begun the run since the first look.
+            is_used = folder.is_dir() and any(
                 inside.name != "state" and not storage.is_temporary(inside) for inside in folder.iterdir()
-            ):
+            )
+            if is_used and not path.exists():
                 raise Refused(
                     f"{folder}: the folder is not empty and holds no {DOCUMENT}, so it is not a run folder",
                     "Choose another --out; nothing is ever overwritten.",

@@ -28,12 +28,7 @@ class ShardFolder:
 
     def read(self, name: str) -> bytes | None:
         """The content of a file, None where it is missing."""
-        try:
-            return storage.read(self.path / name, LARGEST_FILE)
-        except Missing as error:  # of what was seen then: others may have written the file since
-            if not isinstance(error.__cause__, (FileNotFoundError, NotADirectoryError)):
-                raise
-            return None
+        return storage.read_if_there(self.path / name, LARGEST_FILE)
 
     def create(self, name: str, content: bytes) -> bool:
         """Whether this call wrote the file; False where there was one of that name."""

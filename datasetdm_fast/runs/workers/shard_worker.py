@@ -105,12 +105,13 @@ def open_place(place: ShardPlace) -> dict[str, Any] | None:
     require_pyarrow()
     if (stored := read_stored(place)) is not None:
         return stored
-    if others := [name for name in place.names() if name not in (MANIFEST, SHARDS, CLAIMS)]:
+    others = [name for name in place.names() if name not in (MANIFEST, SHARDS, CLAIMS)]
+    if others and (stored := read_stored(place)) is None:  # another process may have begun the run since the first look
         raise Refused(
             f"{place.name}: it holds something other than a run in shards ({documents.quote(others[0])})",
             "Choose another --out or --store; nothing is ever overwritten.",
         )
-    return None
+    return stored
 
 
 def check_settings(spec: RunSpec, place: ShardPlace, stored: Mapping[str, Any]) -> None:
