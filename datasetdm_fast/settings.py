@@ -104,7 +104,9 @@ class ModelSettings:
     lora: tuple[str, ...] = setting(
         (), "low-rank adapters to fuse, comma-separated, each FILE or FILE:SCALE", identity="if given", metavar="LIST"
     )
-    size: int = setting(0, "image side in pixels, a multiple of 64; 0 = what the model was made for", metavar="N")
+    size: int = setting(
+        0, "image side in pixels, a multiple of 64; 0 = what the model was made for", metavar="N", least=0
+    )
     allow_download: bool = setting(
         False, "allow --model to name a repository on the model hub, which is downloaded", identity=False
     )

@@ -177,7 +177,7 @@ def test_selections_and_framing_are_flags(decoders, capsys):
         (["--unseen", "unicorn"], "unicorn"),
         (["--level", "2"], "--level"),
         (["--bootstrap", "-1"], "--bootstrap"),
-        (["--bootstrap", "10000000000"], "--bootstrap: 10000000000 is not at most 10000"),
+        (["--bootstrap", "10000000000"], "--bootstrap 10000000000: expected 0 to 10000"),
         (["--limit-per-class", "-1"], "--limit-per-class"),
         (["--select", "vok"], "--select"),
         (["--only-classes", "unicorn"], "unicorn"),

@@ -9,6 +9,7 @@ import pytest
 
 from bench.proof.students import student_data
 from bench.proof.students.examples import Examples
+from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS, Labelled
 from datasetdm_fast.errors import Refused
@@ -209,11 +210,12 @@ def test_decoders_of_one_call_and_one_kind_of_picture_share_their_captures():
 
 def test_flags_of_an_evaluation_have_their_bounds():
     least, most = {"batch_size": 1, "bootstrap": 0, "threads": 0, "seed": 0}, {"seed": 2**63 - 1, "bootstrap": 10_000}
-    for bounds, away, said in ((least, -1, "is not at least"), (most, 1, "is not at most")):
-        EvaluateConfig(**bounds).check()
+    for bounds, away, said in ((least, -1, "expected {}"), (most, 1, "expected 0 to {}")):
         for name, bound in bounds.items():
-            with pytest.raises(Refused, match=f"--{name.replace('_', '-')}: .* {said} {bound}\n"):
-                EvaluateConfig(**{name: bound + away}).check()
+            flag = f"--{name.replace('_', '-')}"
+            assert getattr(parse([flag, str(bound)], EvaluateConfig)[0], name) == bound
+            with pytest.raises(Refused, match=f"{flag} {bound + away}: {said.format(bound)}"):
+                parse([flag, str(bound + away)], EvaluateConfig)
     for level in (0.0, 1.0):
         with pytest.raises(Refused, match="--level: [01] is not between 0 and 1"):
             EvaluateConfig(level=level).check()

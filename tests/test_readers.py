@@ -1111,9 +1111,6 @@ def test_upstreams_values_are_presets_and_flags_change_them():
     }
     assert wanted == PRESETS and Selection().is_everything and Selection().seed == 42
     assert DataSettings().selection() == Selection() == Selection(0, 0, 0, (), False, False, (), 0, False, False, 0)
-    for name in ("limit_per_class", "min_area", "limit_images"):
-        with pytest.raises(Refused, match=f"--{name.replace('_', '-')}: -1 is less than 0"):
-            DataSettings(**{name: -1}).selection()
     asked = DataSettings(select="voc", min_area=9, limit_images=3, only_classes=("a",)).selection()
     assert asked == Selection(per_class=11, min_area=9, most=3, classes=("a",), is_single=True)
     assert least_mask(Selection(min_instance=512), 64) == 8 and least_mask(Selection(min_instance=32), 64) == 1

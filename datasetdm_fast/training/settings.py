@@ -51,7 +51,7 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
         "decoder", "output folder, with one sub-folder per task", identity=False, metavar="DIR", output="folder"
     )
     held_out: float = setting(
-        0.1, "share of images held out for evaluation; none of fewer than 10 images", metavar="SHARE"
+        0.1, "share of images held out for evaluation; none of fewer than 10 images", metavar="SHARE", least=0, most=0.5
     )
     folds: str = setting(
         "auto",
@@ -66,22 +66,24 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
         choices=("default", "upstream"),
     )
     pose_head: str = setting("heatmap", "output of the pose decoder", choices=("heatmap", "simcc"))
-    steps: int = setting(0, "optimiser steps, 0 = as the preset says", metavar="N")
-    batch_size: int = setting(0, "examples per step over all processes, 0 = as the preset says", metavar="N")
+    steps: int = setting(0, "optimiser steps, 0 = as the preset says", metavar="N", least=0)
+    batch_size: int = setting(0, "examples per step over all processes, 0 = as the preset says", metavar="N", least=0)
     accumulate: int = setting(
         2,
         "gradient accumulation steps, which save memory; one process with N gives the same weights, bit for bit, "
         "as N processes",
         metavar="N",
+        least=1,
     )
-    rate: float = setting(0.0, "learning rate, 0 = as the preset says", metavar="R")
+    rate: float = setting(0.0, "learning rate, 0 = as the preset says", metavar="R", least=0)
     patience: int = setting(
         4,
         "early-stopping patience: evaluations without improvement on 30 held-out images or more, 0 = never stop early",
         metavar="N",
+        least=0,
     )
-    checks: int = setting(10, "evaluations on the held-out images in a whole training", metavar="N")
-    draws: int = setting(12, "augmented views of each image, each with its own noise", metavar="N")
+    checks: int = setting(10, "evaluations on the held-out images in a whole training", metavar="N", least=1)
+    draws: int = setting(12, "augmented views of each image, each with its own noise", metavar="N", least=1)
     augment: str = setting(
         "auto",
         "augmentation: none, flip, strong (flips, crops, other colours, things of other images pasted in), or "
@@ -139,7 +141,7 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
         choices=("auto", "mean", "sample"),
     )
     inversion: str = setting("noise", "noise on the latents: random, or by DDIM inversion", choices=("noise", "ddim"))
-    ddim_steps: int = setting(10, "U-Net calls of DDIM inversion", metavar="N")
+    ddim_steps: int = setting(10, "U-Net calls of DDIM inversion", metavar="N", least=1)
     cache: str = setting(
         "auto",
         "cache captures on disk: if they fit, always, or never",
@@ -158,6 +160,7 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
         "GB of disk that the captures of --cache may fill, 0 = half of the free space",
         identity=False,
         metavar="GB",
+        least=0,
     )
     storage: str = setting("fp32", "precision of the saved weights", choices=("fp32", "fp16"))
     engine: str = setting("auto", "engine that runs the model's networks", choices=ENGINE_NAMES)
@@ -166,8 +169,8 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
         "precision of training; auto: bf16 on a GPU that supports it in hardware, else fp32",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
-    seed: int = setting(0, "seed of weights, noise, order and sampled points", metavar="N")
-    save_every: float = setting(60.0, "seconds between checkpoints", identity=False, metavar="S")
+    seed: int = setting(0, "seed of weights, noise, order and sampled points", metavar="N", least=0, most=SEEDS - 1)
+    save_every: float = setting(60.0, "seconds between checkpoints", identity=False, metavar="S", least=0)
     log: tuple[str, ...] = setting(
         (),
         "libraries that losses and figures are reported to, as each is set up, beside log.jsonl: "
@@ -179,19 +182,6 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
     json: bool = setting(False, "the results as one JSON object on stdout", identity=False)
 
     def check(self) -> None:
-        least = {"steps": 0, "batch_size": 0, "patience": 0, "seed": 0, "size": 0, "threads": 0}
-        least |= {"draws": 1, "accumulate": 1, "checks": 1, "ddim_steps": 1, "rate": 0, "cache_gb": 0, "save_every": 0}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise Refused(
-                    f"--{name.replace('_', '-')}: {getattr(self, name)} is less than {bound}", f"Give {bound} or more."
-                )
-        if self.seed >= SEEDS:
-            raise Refused(f"--seed: {self.seed} is more than {SEEDS - 1}", "Choose a smaller number.")
-        if not 0 <= self.held_out <= 0.5:
-            raise Refused(
-                f"--held-out: {self.held_out:g} is not between 0 and 0.5", "0.1 holds out a tenth of the images"
-            )
         self.timesteps()
         self.named_blocks()
         if self.folds not in ("auto", "no") and not (self.folds.isdecimal() and 2 <= int(self.folds) <= MOST_FOLDS):

@@ -59,24 +59,18 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
         choices=("true", "unread", "none"),
     )
     bootstrap: int = setting(
-        500, f"bootstrap resamples per interval, at most {MOST_DRAWS}, 0 = no intervals", metavar="N"
+        500,
+        f"bootstrap resamples per interval, at most {MOST_DRAWS}, 0 = no intervals",
+        metavar="N",
+        least=0,
+        most=MOST_DRAWS,
     )
     level: float = setting(0.95, "confidence level of the intervals", metavar="SHARE")
-    batch_size: int = setting(10, "images per batch", metavar="N")
-    seed: int = setting(0, "seed of the noise of image 0; image k has seed + k", metavar="N")
+    batch_size: int = setting(10, "images per batch", metavar="N", least=1)
+    seed: int = setting(0, "seed of the noise of image 0; image k has seed + k", metavar="N", least=0, most=SEEDS - 1)
     json: bool = setting(False, "the figures as one JSON object on stdout")
 
     def check(self) -> None:
-        bounds = {"batch_size": 1, "bootstrap": 0, "threads": 0, "seed": 0}
-        for name, least in bounds.items():
-            if getattr(self, name) < least:
-                raise Refused(
-                    f"--{name.replace('_', '-')}: {getattr(self, name)} is not at least {least}",
-                    f"Give {least} or more.",
-                )
-        for name, most in (("seed", SEEDS - 1), ("bootstrap", MOST_DRAWS)):
-            if getattr(self, name) > most:
-                raise Refused(f"--{name}: {getattr(self, name)} is not at most {most}", "Choose a smaller number.")
         if not 0 < self.level < 1:
             raise Refused(f"--level: {self.level:g} is not between 0 and 1", "For example --level 0.95.")
 

@@ -80,9 +80,11 @@ class DataSettings:
         "the only images to take: a file with one path or id per line, or a Python list of them as DatasetDM published",
         metavar="FILE",
     )
-    limit_per_class: int = setting(0, "images for each class, 0 = as --select says or all", metavar="N")
-    min_area: int = setting(0, "smallest area in pixels for a class to count, 0 = as --select says", metavar="N")
-    limit_images: int = setting(0, "images in all, 0 = as --select says or all", metavar="N")
+    limit_per_class: int = setting(0, "images for each class, 0 = as --select says or all", metavar="N", least=0)
+    min_area: int = setting(
+        0, "smallest area in pixels for a class to count, 0 = as --select says", metavar="N", least=0
+    )
+    limit_images: int = setting(0, "images in all, 0 = as --select says or all", metavar="N", least=0)
     only_classes: tuple[str, ...] = setting(
         (), "leave out images that show any other class, comma-separated", metavar="LIST"
     )
@@ -91,12 +93,6 @@ class DataSettings:
 
     def selection(self) -> Selection:
         """The preset with what other flags change of it."""
-        for name in ("limit_per_class", "min_area", "limit_images"):
-            if getattr(self, name) < 0:
-                raise Refused(
-                    f"--{name.replace('_', '-')}: {getattr(self, name)} is less than 0",
-                    "Give a number, or 0 for the selection of --select, or else all.",
-                )
         changes = {
             "per_class": self.limit_per_class,
             "min_area": self.min_area,
