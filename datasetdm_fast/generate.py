@@ -12,8 +12,7 @@ from datasetdm_fast.command_line.output import print_lines
 from datasetdm_fast.command_line.progress import ImageProgress
 from datasetdm_fast.config import EXACT
 from datasetdm_fast.runs.agreement.admission import Screen, admit_job
-from datasetdm_fast.runs.jobs.probing import probe
-from datasetdm_fast.runs.jobs.result import Result, describe_job
+from datasetdm_fast.runs.jobs.result import Result
 from datasetdm_fast.runs.jobs.run import Decision, Outcome, RunQueue
 from datasetdm_fast.runs.jobs.writing import count_outside
 from datasetdm_fast.runs.run_folder.document import SHARDS
@@ -67,29 +66,28 @@ def _write(
     config: RunConfig, spec: RunSpec, run: RunQueue, decision: Decision, launch: Launch, interruption: Interruption
 ) -> Result:
     """The result of a run, once its missing samples are made and written."""
-    job, counted = None, {"images": -(-min(decision.missing, config.limit or decision.missing) // launch.processes)}
+    job, left = None, min(decision.missing, config.limit or decision.missing)
+    counted = {"images": -(-left // launch.processes)}
     is_judged = run.stored is None and config.speed != EXACT
     compares = config.verify or is_judged or run.tries_half(spec) or run.may_differ(spec)
     if launch.is_here or launch.may_compare and compares:
         screen = Screen(partial(print_lines, config), partial(run_report.show_calls, config.quiet))
         job = admit_job(run, spec, screen, verify=config.verify)
     if launch.is_here:
-        if not config.quiet:
-            # a single image is soon made
-            seconds = probe(job.engine, job.plan.batch_size, job.calls_left) if job.images_left > 1 else 0.0
-            print_lines(config, *describe_job(job, seconds))
+        print_lines(config, *run_report.describe_start(job))
         counted = {"images": job.images_left, "batch": job.plan.batch_size, "calls": len(job.recipe.schedule)}
-    elif job:
-        with RunFolder(job.folder, job.document):  # writes run.json
-            pass
-        job = None  # the other processes need the memory of its networks
+    else:
+        print_lines(config, f"images     {left} of {decision.number}, {config.model}", f"run folder {config.out}")
+        if job:
+            with RunFolder(job.folder, job.document):  # writes run.json
+                pass
+            job = None  # the other processes need the memory of its networks
     with (
         interruption,
         ImageProgress(is_quiet=config.quiet, count_outside=partial(count_outside, spec.folder), **counted) as progress,
     ):
         signals = {"on_unet_call": progress.on_unet_call, "is_stopping": interruption.is_stopping}
-        describe = None if config.quiet else describe_job
-        callbacks = Callbacks(describe, progress.print, progress.on_commit, **signals)
+        callbacks = Callbacks(progress.print, progress.on_commit, **signals)
         return launch.run(spec, job, callbacks)
 
 

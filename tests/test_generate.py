@@ -47,11 +47,15 @@ def test_without_flags_it_makes_the_demo_run(engines, tmp_path, monkeypatch, cap
     assert run() == 0
     out, err = capsys.readouterr()
     assert out == "runs/demo\n"
+    first, second, *_ = err.splitlines()
+    assert first.startswith("images     16 of 16, 64 x 64 pixels, ") and second.endswith("; run folder runs/demo")
+    assert "sampler  " not in err
+    assert run("--number", "17", "--dry-run") == 0
+    err = capsys.readouterr().err
     for line in (
-        "images     16 of 16, 64 x 64 pixels, seeds 0 to 15",
+        "images     1 of 17, 64 x 64 pixels, seeds 0 to 16",
         "labels     semantic, instance, depth, pose",
-        "2 batches of 8",
-        "time       about",
+        "1 batch of 6",
         "disk       at most",
     ):
         assert line in err

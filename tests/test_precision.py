@@ -1,4 +1,4 @@
-"""--dtype auto in a long run: half precision where verify's gates hold, which the run folder keeps; the plan's time."""
+"""--dtype auto in a long run: half precision where verify's gates hold, which the run folder keeps."""
 
 import json
 from dataclasses import replace
@@ -9,40 +9,13 @@ from run_steps import prepare
 from datasetdm_fast import generate
 from datasetdm_fast.command_line.run_settings import read_spec
 from datasetdm_fast.config import HALF, LABELLER_KINDS
-from datasetdm_fast.engine.engines import build_engine, device
-from datasetdm_fast.engine.loading import load_model
+from datasetdm_fast.engine.engines import device
 from datasetdm_fast.runs.agreement import comparing
 from datasetdm_fast.runs.agreement.comparing import compare_with_reference
 from datasetdm_fast.runs.agreement.verify import GateRow, Verdict
-from datasetdm_fast.runs.jobs import job, probing, run
-from datasetdm_fast.runs.jobs.probing import CHEAP, MANY_CALLS
+from datasetdm_fast.runs.jobs import job, run
 from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.settings import EngineSettings, ModelSettings
-
-
-class Clock:
-    """Time that passes only in the calls of an engine."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def perf_counter(self) -> float:
-        return self.seconds
-
-
-@pytest.mark.parametrize(("seconds", "calls", "timed"), [(0.1, 1, 2), (CHEAP + 1, 1, 1), (CHEAP + 1, MANY_CALLS, 2)])
-def test_a_plan_times_two_calls_or_one_of_a_short_run_of_slow_ones(monkeypatch, seconds, calls, timed):
-    engine, clock = build_engine("fast", load_model("tiny"), device="cpu"), Clock()
-    denoise = engine.denoise
-
-    def timed_call(*inputs):
-        clock.seconds += seconds
-        return denoise(*inputs)
-
-    monkeypatch.setattr(engine, "denoise", timed_call)
-    monkeypatch.setattr(probing, "time", clock)
-    assert probing.probe(engine, 2, calls) == pytest.approx(seconds)
-    assert clock.seconds == pytest.approx(seconds * timed)
 
 
 def test_a_run_folder_keeps_the_engine(monkeypatch):

@@ -217,7 +217,4 @@ def test_figures_are_of_their_settings_and_those_of_exact_images_serve_every_spe
         exact = make_recipe(job.engine, job.recipe.tasks, speed=EXACT, guidance=changes.get("guidance", 0.0))
         keys.add(speed_gate._place(job, job.recipe, exact))
         exact_keys.add(speed_gate._place(job, exact, exact))
-        if changes.get("speed"):  # the time told before a run counts what cached calls cost
-            cached = len(job.recipe.cached)
-            assert job.calls_left == round(job.batches_left * (51 - cached * (1 - speed.COST))) and cached > 25
     assert len(keys) == 4 and len(exact_keys) == 3

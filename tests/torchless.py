@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from datasetdm_fast import generate
 from datasetdm_fast.config import Defaults
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Quarantined, Request, Sample, SemanticMap, Trust
 from datasetdm_fast.engine.decoders.config import SD1_LEVELS, DecoderConfig
@@ -132,4 +131,3 @@ def install(patch=setattr) -> None:
         patch(module, "open_engine", open_engine)
         patch(module, "recipe_of", recipe_of)
     patch(driver, "generate", made)
-    patch(generate, "probe", lambda engine, batch_size, calls: 0.0)

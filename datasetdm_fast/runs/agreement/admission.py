@@ -77,7 +77,8 @@ def _choose_precision(spec: RunSpec, screen: Screen) -> Job:
     else:
         summary = f"{half}, as it agrees in all {len(verdict.rows)} measures with {REFERENCE} on {number} samples"
         facts["verified"] = describe_verdict(verdict, job.engine)
-    return replace(job, half="", precision=summary, document=job.document | facts)
+    screen.on_message(f"precision  {summary}")
+    return replace(job, half="", document=job.document | facts)
 
 
 def _check_engine(job: Job, screen: Screen) -> Job:

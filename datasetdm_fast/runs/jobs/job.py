@@ -18,7 +18,6 @@ from datasetdm_fast.engine.labels.names import task_of_label
 from datasetdm_fast.engine.loop import prompts
 from datasetdm_fast.engine.loop.plan import Plan, make_plan
 from datasetdm_fast.engine.loop.recipe import Recipe, label_tables, make_recipe, prompt_words
-from datasetdm_fast.engine.loop.speed import COST
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.run_folder.document import (
     FORMAT,
@@ -53,7 +52,6 @@ class Job:
     batch_size: int = 0  # requested; 0: as many as fit into memory
     may_mix: bool = True  # whether another engine may continue the run
     half: str = ""  # the precision that --dtype auto tries, until it was measured
-    precision: str = ""  # how it chose
     generator: Callable[..., Any] | None = None  # what samples a batch, see driver.generate
     pixels: int = 0  # of an image on average, where images have sizes of their own
     calls: int = 0  # UNet calls of a batch on average, where the recipe does not state them
@@ -80,12 +78,6 @@ class Job:
     @property
     def batches_left(self) -> int:
         return -(-self.images_left // self.plan.batch_size)
-
-    @property
-    def calls_left(self) -> int:
-        """UNet calls that this command is to make; of those from cached features, what they cost of a whole one."""
-        saved = (1 - COST) * len(self.recipe.cached)
-        return round(((self.calls or self.recipe.facts["calls"]) - saved) * self.batches_left)
 
     @property
     def sample_bytes(self) -> int:

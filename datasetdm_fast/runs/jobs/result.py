@@ -13,7 +13,7 @@ from datasetdm_fast.engine.labels.trust import undrawn_words
 from datasetdm_fast.engine.labels.words import find_classes
 from datasetdm_fast.engine.loop.prompts import count_tokens
 from datasetdm_fast.errors import GateFailed
-from datasetdm_fast.messages import count_noun, format_duration
+from datasetdm_fast.messages import count_noun
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.jobs.job import Job
 from datasetdm_fast.runs.run_folder.document import (
@@ -31,6 +31,7 @@ from datasetdm_fast.runs.run_folder.indexes.licences import licence_of
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger
 
 if TYPE_CHECKING:
+    from datasetdm_fast.engine.engines.engine import Engine
     from datasetdm_fast.engine.loading.model import Model
     from datasetdm_fast.runs.run_folder.shards import ShardLedger
 
@@ -180,12 +181,17 @@ MOST_WORDS = 10  # class words that are listed
 MOST_PROMPTS = 100  # that are compared with what the model can draw
 DECODER_MAPS = 3  # of the image decoder's first width that an image has at once
 BYTES = {"fp16": 2, "bf16": 2}
-OVERHEAD = 1.15  # time of a run over that of its UNet calls: text, image decoder, labels, files
 
 
-def describe_job(job: Job, call: float = 0.0) -> list[str]:
-    """What a job is about to do, a line each; `call` is the seconds of one UNet call, where they were measured."""
-    plan, facts, engine = job.plan, job.recipe.facts, job.engine.fingerprint()
+def name_engine(engine: Engine) -> str:
+    """The engine, its precision and its device, in words."""
+    facts = engine.fingerprint()
+    return f"{facts.get('engine', '')} {facts.get('dtype', '')} on {facts.get('device', '')}"
+
+
+def describe_job(job: Job) -> list[str]:
+    """What a job would do, a line each."""
+    plan, facts = job.plan, job.recipe.facts
     left, batches = job.images_left, job.batches_left
     seeds, steps = (
         f"seeds {plan.seed} to {plan.seed + plan.number - 1}" if plan.number > 1 else f"seed {plan.seed}",
@@ -195,7 +201,6 @@ def describe_job(job: Job, call: float = 0.0) -> list[str]:
         seeds = "seeds of the prompts"
     elif plan.most > plan.number:  # how far they go is found out on the way
         seeds = f"seeds from {plan.seed} on"
-    name = f"{engine.get('engine', '')} {engine.get('dtype', '')} on {engine.get('device', '')}"
     guidance = GUIDANCE[job.engine.model.guidance_at(facts["guidance"])].format(facts["guidance"])
     promised = job.half and f"{job.half} if the first samples agree with torch, else fp32"
     rows = {
@@ -207,13 +212,11 @@ def describe_job(job: Job, call: float = 0.0) -> list[str]:
         "domain": _describe_domain(job),
         "draws": _describe_undrawn(job),
         "text": describe_cut(job),
-        "engine": f"{name}, {count_noun(batches, 'batch', 'batches')} of {plan.batch_size}",
+        "engine": f"{name_engine(job.engine)}, {count_noun(batches, 'batch', 'batches')} of {plan.batch_size}",
         "shards": _describe_shards(job),
         "memory": describe_memory(job),
-        "precision": job.precision or promised or _warning(engine),
-        "time": f"about {format_duration(call * job.calls_left * OVERHEAD)}, at {call:.3g} s a call"
-        if call
-        else describe_work(job),
+        "precision": promised or _warning(job.engine.fingerprint()),
+        "time": describe_work(job),
         "disk": f"at most {job.bytes_needed / 1e6:,.0f} MB of {free_bytes(job.folder.absolute()) / 1e6:,.0f} MB free",
         "run folder": job.place,
     }
@@ -253,7 +256,7 @@ def describe_work(job: Job) -> str:
     rows = 2 if model.guidance_at(facts["guidance"]) == "cfg" else 1
     tokens = model.image_tokens + model.backbone.text(model.configs)[0]
     work = 2e-12 * model.denoiser.numel() * tokens * rows * facts["calls"]
-    return f"at least {work:.3g} TFLOP an image, measured before the first"
+    return f"at least {work:.3g} TFLOP an image"
 
 
 def describe_model(model: Model) -> str:
