@@ -25,6 +25,7 @@ from datasetdm_fast.plugins import Registry
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.jobs.job import packages_of
 from datasetdm_fast.runs.run_folder.audit import audit
+from datasetdm_fast.runs.run_folder.document import check_document
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 
 EXTENDING = Path(__file__).parent / "extending" / "datasetdm_fast"
@@ -336,6 +337,16 @@ def test_a_run_names_the_package_of_a_task_that_is_not_installed(installed, monk
         (run / "run.json").write_text(json.dumps(described))
         with pytest.raises(Missing, match="'edges' is made by the package 'foreign-things 1.0', which is not"):
             open_run(run)
+
+
+def test_a_label_that_only_a_decoder_names_is_of_another_package_and_one_that_nothing_names_is_unknown():
+    described = document(1, 32)
+    described["config"]["task"] = ["edges"]
+    with pytest.raises(ValueError, match="config.task names 'edges'"):
+        check_document(described)
+    described["decoders"]["edges"] = described["decoders"]["semantic"]
+    with pytest.raises(Missing, match="'edges' is made by another package, which is not installed"):
+        check_document(described)
 
 
 MAP = SemanticMap(np.zeros((4, 6), np.uint8), np.zeros((4, 6), np.float32), ("dark", "bright"))

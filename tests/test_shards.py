@@ -28,7 +28,8 @@ import datasetdm_fast
 from datasetdm_fast import audit, convert, drop, gallery, generate, merge, restore, split, vary
 from datasetdm_fast import filter as filtering
 from datasetdm_fast.command_line.run_settings import complete_settings, read_spec
-from datasetdm_fast.data import Request
+from datasetdm_fast.data import Request, Trust
+from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.engine.loop.plan import TURN
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.runs.curation import filtering as curation
@@ -36,9 +37,19 @@ from datasetdm_fast.runs.exporting import conversion
 from datasetdm_fast.runs.gallery import shard_page, showing
 from datasetdm_fast.runs.jobs import job as job_module
 from datasetdm_fast.runs.jobs.job import build_job
+from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Row
 from datasetdm_fast.runs.run_folder.object_store import ObjectStore
 from datasetdm_fast.runs.run_folder.shard_places import ShardBucket, ShardFolder, shard_place
-from datasetdm_fast.runs.run_folder.shards import ShardLedger, entry_name, index_name, tar_name, write_tar
+from datasetdm_fast.runs.run_folder.shards import (
+    RECORD,
+    ShardIndex,
+    ShardLedger,
+    encode_index,
+    entry_name,
+    index_name,
+    tar_name,
+    write_tar,
+)
 from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.runs.workers import shard_ranks, shard_worker
 from datasetdm_fast.runs.workers.devices import Place
@@ -47,7 +58,7 @@ from datasetdm_fast.runs.workers.worker import Callbacks
 from datasetdm_fast.training.readers import open_data
 from datasetdm_fast.training.readers.run import RunSamples
 
-pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
 SAMPLES, SIZE, BATCH = 26, 5, 2  # six shards, the last of one sample; no batch fits five samples
 ALONE = ShardRank()
 LINE = f"--layout shards --shard-size {SIZE} --number {SAMPLES} --batch-size {BATCH} --quiet".split()
@@ -107,6 +118,22 @@ def test_samples_that_no_shard_has_have_no_row(alone):
     ledger = ShardLedger(shard_place(alone))
     assert ledger.row(SAMPLES - 1).request.index == SAMPLES - 1
     assert ledger.row(SAMPLES) is ledger.row(SAMPLES, parts=("files",)) is ledger.row(10 * SAMPLES) is None
+
+
+def test_the_index_of_a_shard_gives_back_its_rows_and_how_many_things_each_shows():
+    request = Request(7, "two balls", 2**40, ("ball",), "fog", "balls")
+    files = {"image": ("images/00000007.png", StoredFile("ab" * 32, 30))}
+    trust = Trust(("cube",), reasons=("cube is in the prompt",))
+    rows = [
+        Row(request, {"steps": 2}, files, {}, DOUBTFUL, "doubtful", trust),
+        Row(Request(8, "a cube", 0), {"steps": 3}, {"image": ("images/00000008.png", StoredFile("cd" * 32, 9))}),
+    ]
+    places = [{"image": (512, 30), RECORD: (1024, 60)}, {"image": (2048, 9), RECORD: (3072, 5)}]
+    content = encode_index(rows, places, [Counter(ball=2, cone=1), Counter()])
+    index = ShardIndex.decode(content)
+    assert [index.rows[7], index.rows[8]] == rows and [index.places[7], index.places[8]] == places
+    counts = parquet.read_table(io.BytesIO(content)).column("class_counts").to_pylist()
+    assert counts == [[{"class": "ball", "count": 2}, {"class": "cone", "count": 1}], []]
 
 
 def test_a_shard_holds_what_webdataset_reads(alone):

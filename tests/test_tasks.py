@@ -668,6 +668,13 @@ def test_a_class_counts_as_named_until_a_caption_leaves_it_out():
     assert words.always_named(("ball", "cone", "star"), seen) == ("ball", "star")
 
 
+def test_the_page_of_a_training_tells_its_command_where_it_is_known():
+    facts = {"data": "folder:photos", "command": "train --data 'a<b'"}
+    told = page._facts(facts)
+    assert "<code>train --data &#x27;a&lt;b&#x27;</code>" in told and "folder:photos" in told
+    assert "<code>" not in page._facts({"data": "folder:photos"})
+
+
 def test_semantic_targets_are_a_mask_of_each_class_but_of_no_ignored_pixel():
     target = TASKS["semantic"].target(None, SimpleNamespace(semantic=np.uint8([[0, 3], [255, 3]])))
     assert target["classes"].tolist() == [0, 3]
