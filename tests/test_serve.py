@@ -236,6 +236,39 @@ def test_slow_clients_are_closed(pipeline, monkeypatch):
         assert ask(service, "/healthz").status == 200
 
 
+def test_clients_that_send_a_byte_now_and_then_are_ended_and_keep_nobody_waiting(pipeline, monkeypatch):
+    monkeypatch.setattr(http_side, "HEAD_SECONDS", 2.0)
+    monkeypatch.setattr(http_side, "BODY_SECONDS", 2.0)
+    head = (
+        b"POST /v1/images/generations HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 999\r\n"
+    )
+    known = head + b"Authorization: Bearer secret\r\n\r\n"
+
+    def drip(port, first):
+        answer = b""
+        with socket.create_connection(("127.0.0.1", port), 0.05) as slow:
+            slow.sendall(first)
+            end = time.monotonic() + 20
+            while time.monotonic() < end:
+                try:
+                    slow.sendall(b"a")
+                    if not (part := slow.recv(1000)):
+                        return answer
+                    answer += part
+                except TimeoutError:
+                    pass
+                except ConnectionError:
+                    return answer
+        raise AssertionError("the client was not ended")
+
+    with serving(pipeline, token="secret") as service, ThreadPoolExecutor(12) as pool:
+        clients = [pool.submit(drip, service.port, first) for first in (b"", head + b"\r\n", known) * 4]
+        time.sleep(0.2)
+        assert ask(service, "/healthz").status == 200 and not any(client.done() for client in clients)
+        begins = [client.result()[9:12] for client in clients]
+    assert begins == [b"", b"401", b"408"] * 4
+
+
 class Blocked:
     """A pipeline that waits before every batch, and keeps what it made."""
 
