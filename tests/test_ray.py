@@ -123,10 +123,14 @@ from datasetdm_fast import generate
 from datasetdm_fast.command_line import sharded_run
 from datasetdm_fast.command_line.ending import run_command
 
+class Deadly:
+    def __reduce__(self):
+        return os._exit, (9,)
+
 if __name__ == "__main__":
     run = sharded_run.run_on_cluster
     slow = {name: value for name, value in os.environ.items() if name.startswith("TROUBLED")}
-    changes = {"on_start": partial(troubled.install, slow)}
+    changes = {"on_start": Deadly() if slow.get("TROUBLED_BY") == "arguments" else partial(troubled.install, slow)}
     sharded_run.run_on_cluster = lambda *options: run(*options[:-1], replace(options[-1], **changes))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background hands on that it is ignored
     sys.exit(run_command(generate.main.__wrapped__))
@@ -193,7 +197,12 @@ def test_a_ray_of_its_own_restarts_a_worker_that_is_killed_and_ends_with_the_run
 @with_ray
 @pytest.mark.loopback
 @pytest.mark.parametrize(
-    ("trouble", "told"), [("start", "worker 0 ended (The actor"), ("raises", "RuntimeError('planted')")]
+    ("trouble", "told"),
+    [
+        ("arguments", "worker 0 ended (The actor"),  # before its first call
+        ("start", "worker 0 ended (The actor"),
+        ("raises", "RuntimeError('planted')"),
+    ],
 )
 def test_workers_that_always_fail_end_the_run_with_a_sentence(command, tmp_path, trouble, told):
     process = command("--cluster", "ray", "--ranks", "1", TROUBLED_BY=trouble)
@@ -209,7 +218,7 @@ def test_workers_that_always_fail_end_the_run_with_a_sentence(command, tmp_path,
 def test_nodes_that_end_and_join_and_a_driver_that_is_stopped_and_killed_change_no_byte(
     alone, start_node, command, tmp_path
 ):
-    """Three nodes of a core each, of which one is killed and another joins. The line that resumes is always the same:
+    """Three nodes of a core each, of which two are killed and another joins. The line that resumes is always the same:
     DATASETDM_LONG_TESTS=1 python -m pytest tests/test_ray.py -k nodes
     """
     with socket.socket() as found:
@@ -217,7 +226,7 @@ def test_nodes_that_end_and_join_and_a_driver_that_is_stopped_and_killed_change_
         port = found.getsockname()[1]
     out, line = tmp_path / "run", ("--cluster", f"ray://127.0.0.1:{port}")
     start_node(port, is_head=True)
-    second, _ = start_node(port), start_node(port)
+    second, third = start_node(port), start_node(port)
     process = command(*line, TROUBLED_SECONDS="1")
     wait_for(out, 1, process)
     process.send_signal(signal.SIGINT)
@@ -232,6 +241,7 @@ def test_nodes_that_end_and_join_and_a_driver_that_is_stopped_and_killed_change_
     process = command(*line, TROUBLED_SECONDS="3")
     wait_for(out, shards(out) + 1, process)
     end_node(second)
+    end_node(third)
     fourth, begin = start_node(port), time.monotonic()
     while not workers(fourth):
         assert process.poll() is None and time.monotonic() < begin + 30

@@ -23,7 +23,7 @@ from datasetdm_fast.runs.workers.shard_worker import ShardRank, ShardWorker, fil
 from datasetdm_fast.runs.workers.worker import Callbacks
 from datasetdm_fast.version import __version__
 
-RETRIES = 2  # by Ray of a call; a machine that ends may use them up before Ray knows, so another actor follows
+RETRIES = 2  # by Ray of an actor and a call; a machine may use them up before Ray knows it ended; another actor follows
 MOST_ACTORS = 3  # in a row without a shard, after which a place stays empty
 SECONDS_BETWEEN_POLLS = 0.25
 ALL_ADDRESSES = "Ray listens on all addresses of this machine until the run ends, and obeys only who has its token"
@@ -53,7 +53,7 @@ def _run(workers: WorkerSettings, spec: RunSpec, place: ShardPlace, callbacks: C
         pool = pool_of(workers, spec.engine.device, spec.engine.threads, list(_machines().values()))
         spec = replace(spec, engine=replace(spec.engine, threads=pool.threads))
         where = place.name if is_url(place.name) else str(Path(place.name).absolute())
-        options = {"scheduling_strategy": "SPREAD", "max_restarts": -1, "max_task_retries": RETRIES}
+        options = {"scheduling_strategy": "SPREAD", "max_restarts": RETRIES, "max_task_retries": RETRIES}
         worker = ray.remote(num_cpus=pool.cpus, num_gpus=pool.gpus, **options)(RayWorker)
         seen: Mapping[str, Mapping[str, float]] = {}
         calls: dict[Any, tuple[Any, int, int]] = {}
