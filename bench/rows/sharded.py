@@ -77,7 +77,7 @@ def renumber(row: Row, index: int) -> Row:
 def supervise(base: str, out: str, number: int, ranks: int, size: int) -> dict[str, Any]:
     """What a run costs its supervisor; to be called in a process of its own."""
     spec = replace(read_spec(complete_settings(config_of(Path(out), number, size), {"out", "task"})), may_mix=False)
-    ledger = ShardLedger(shard_place(out))
+    ledger = ShardLedger(shard_place(out), counts_only=True)
     callbacks = Callbacks(on_start=partial(copy_samples, base))
     before, begin, cores = mib(status("VmRSS")), time.time(), time.process_time()
     run_ranks([Place({"OMP_NUM_THREADS": "1"}, 1)] * ranks, spec, ledger, callbacks)

@@ -44,7 +44,7 @@ def generate_shards(config: RunConfig, spec: RunSpec, peer: LaunchedProcess | No
     place, is_reporting = shard_place(where), not (peer and peer.rank)
     if (document := read_stored(place)) is not None:
         check_settings(spec, place, document)
-    ledger = ShardLedger(place, shards=() if document is None else None, number=spec.number)
+    ledger = ShardLedger(place, shards=() if document is None else None, number=spec.number, counts_only=True)
     if config.dry_run:
         return print_run_plan(config, replace(build_job(spec, document), done=ledger.made))
     config = replace(config, quiet=config.quiet or not is_reporting)

@@ -34,7 +34,7 @@ def syscall(name: str, call: Callable[..., Any], *arguments: Any) -> Any:
     return call(*arguments)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredFile:
     """What was written under one name."""
 

@@ -120,7 +120,13 @@ class KeepSettings:
     most_tries: int = setting(
         MOST_TRIES, "with --keep or --accept: samples made per requested one", metavar="N", least=1, identity="if given"
     )
-    limit: int = setting(0, "stop after N new images; the same command resumes", identity=False, metavar="N", least=0)
+    limit: int = setting(
+        0,
+        "stop after N new images; the same command resumes; in shards each process counts its own, to the end of a shard",
+        identity=False,
+        metavar="N",
+        least=0,
+    )
     force_domain: bool = setting(
         False, "make the run even if its first pictures are unlike those that decoders were trained on", identity=False
     )

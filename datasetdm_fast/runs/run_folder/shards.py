@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import tarfile
 import threading
 from collections import Counter, OrderedDict
@@ -50,6 +51,7 @@ from datasetdm_fast.untrusted.images import LARGEST_IMAGE_FILE
 OPEN_SHARDS = 4  # whose index and file are kept
 LARGEST_RECORD = 2**26  # bytes of the JSON file of a sample
 RECORD = "json"  # the role of a sample's record among its files in a shard
+NOTHING: Mapping[str, Any] = {}  # one for all entries
 ENTRY_FORM = {
     "first": int,
     "stop": int,
@@ -62,9 +64,9 @@ ENTRY_FORM = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ShardEntry:
-    """What the manifest says of a complete shard."""
+    """What the manifest says of a complete shard; readers and supervisors hold those of all shards."""
 
     first: int  # index of its first sample
     stop: int  # and of the one after its last
@@ -76,11 +78,12 @@ class ShardEntry:
     files: Mapping[str, StoredFile]  # name -> what was written
     source: Mapping[str, Any] | None = None  # place and number of the shard of another run that it is, of a merged run
 
-    @cached_property
-    def indices(self) -> list[int]:
+    @property
+    def indices(self) -> Sequence[int]:
         """The samples of the data set."""
         absent = {index for indices in self.quarantined.values() for index in indices}
-        return [index for index in range(self.first, self.stop) if index not in absent]
+        indices = range(self.first, self.stop)
+        return [index for index in indices if index not in absent] if absent else indices
 
     def encode(self) -> bytes:
         return canonical({name: part for name, part in asdict(self).items() if name != "source" or part}).encode()
@@ -260,11 +263,14 @@ class ShardLedger:
         shards: Collection[int] | None = None,
         dropped: frozenset[int] = frozenset(),
         number: int = 0,
+        counts_only: bool = False,
     ):
         """Of all shards, or of these; a last one with fewer samples than a run of `number` needs is left out. A `size`
-        of 0 is that of run.json, which is there before the first shard.
+        of 0 is that of run.json, which is there before the first shard. With `counts_only` entries keep neither files
+        nor classes, for whoever supervises a long run.
         """
         self.place, self._size, self.dropped, self._number = place, size, dropped, number
+        self._counts_only = counts_only
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
         self._open: OrderedDict[int, BinaryIO] = OrderedDict()
         self._lock, self._process = threading.RLock(), os.getpid()
@@ -309,6 +315,7 @@ class ShardLedger:
                 documents.check_form(source, {"place": str, "shard": int})
                 if is_url(source["place"]) and not is_url(self.place.name):
                     raise ValueError("a run in a folder names a URL")  # which no flag asked for
+            value["classes"] = {sys.intern(name): count for name, count in value["classes"].items()}
             entry = ShardEntry(**{**{part: value[part] for part in ENTRY_FORM}, "files": files, "source": source})
             number = source["shard"] if source else shard
             if set(files) != {tar_name(number), index_name(number)}:
@@ -317,6 +324,8 @@ class ShardLedger:
                 raise ValueError("it has other samples than its shard")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise self._damage(name, f"not an entry of the manifest ({documents.reason_of(error)})") from error
+        if self._counts_only:
+            return replace(entry, quarantined=entry.quarantined or NOTHING, classes=NOTHING, files=NOTHING)
         return entry
 
     def indices(self, *statuses: str) -> list[int]:
