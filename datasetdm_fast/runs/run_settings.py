@@ -122,7 +122,7 @@ class KeepSettings:
     )
     limit: int = setting(
         0,
-        "stop after N new images; the same command resumes; in shards each process counts its own, to the end of a shard",
+        "stop after N new images (in shards each process, at the end of a shard); the same command resumes",
         identity=False,
         metavar="N",
         least=0,
