@@ -1,6 +1,6 @@
 """Matrix products in 16 bits whose tiles are loaded and stored by descriptors (TMA), and whose programs may take
-several tiles each: what `linear_geglu` and `linear_add` launch on a GPU for which their BLOCKS have a row of it. No GPU
-has confirmed it yet, so there is none: see bench/kernels/candidates.py.
+several tiles each: what the operations of bench/kernels/candidates.py launch on a GPU for which their BLOCKS have a row
+of it. No GPU has confirmed it yet, so there is none.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datasetdm_fast.kernels.geglu import times_gelu
+from datasetdm_fast.kernels.geglu import gelu_by_tangent, silu_times, times_gelu
 from datasetdm_fast.kernels.launch import Blocks, TensorDescriptor, ceil_divide, find_sizes, jit, tl
 
 SUFFIX = "described"  # of a row in BLOCKS
@@ -40,6 +40,7 @@ def _described_product_kernel(
     width,
     second_width,
     PARTS: tl.constexpr,  # 2: the second half of the weights is the gate of the first
+    IS_JOINT: tl.constexpr,  # as in MM-DiTs: the SiLU of the first half is the gate; without one GELU by its tangent
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -72,8 +73,13 @@ def _described_product_kernel(
         if PARTS == 2:
             parts = tl.permute(tl.reshape(total, [BLOCK_S, 2, 2, BLOCK_C // 2]), [0, 3, 2, 1])
             hidden, gate = tl.split(parts)
-            left, right = tl.split(times_gelu(hidden, gate))
+            if IS_JOINT:
+                left, right = tl.split(silu_times(hidden, gate))
+            else:
+                left, right = tl.split(times_gelu(hidden, gate))
         else:
+            if IS_JOINT:
+                total = gelu_by_tangent(total)
             left, right = tl.split(tl.permute(tl.reshape(total, [BLOCK_S, 2, BLOCK_C // 2]), [0, 2, 1]))
         line = (tile // across).to(tl.int64) * channels
         _store(left, residual_desc, out_desc, mean_ptr, spread_ptr, row, channel, line, channels)
@@ -118,11 +124,13 @@ def multiply(
     residual: Tensor | None = None,
     statistics: Tensor | None = None,
     norm: Sequence[Tensor | None] = (None,) * 4,
+    is_joint: bool = False,
 ) -> None:
     """Fills `out` [..., C], and `statistics`, with the product of contiguous `x` [..., K] and `weight` [C, K + L].
 
     A `weight` of [2C, K] gates the first half of the product by the second. `second` [..., L] is multiplied beside `x`.
-    `norm` are means and inverse deviations of the rows of `x`, and sums of the weights, as in `norm_linear`.
+    `norm` are means and inverse deviations of the rows of `x`, and sums of the weights, as in `norm_linear`. With
+    `is_joint` the activation is that of `linear_activation`.
     """
     block_s, block_c, block_k = (sizes[name] for name in ("BLOCK_S", "BLOCK_C", "BLOCK_K"))
     (rows, width), (*_, channels), inner = x.flatten(0, -2).shape, out.shape, weight.shape[1]
@@ -144,6 +152,7 @@ def multiply(
             width,
             inner - width,
             PARTS=parts,
+            IS_JOINT=is_joint,
             **{name: size for name, size in sizes.items() if name != "PROGRAMS"},
         )
 

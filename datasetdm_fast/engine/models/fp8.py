@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from datasetdm_fast.engine.models.blocks import Block
 from datasetdm_fast.engine.models.fused import ShiftedBlock
 from datasetdm_fast.engine.models.layers import Linear
-from datasetdm_fast.engine.models.mmdit import HeadProjection, MMDiT
+from datasetdm_fast.engine.models.mmdit import HeadProjection, MMDiT, TokenStream
 from datasetdm_fast.engine.models.packed import PackedLinear
 from datasetdm_fast.engine.models.unet import AttentionBlock
 
@@ -73,6 +73,17 @@ class Fp8ShiftedBlock(ShiftedBlock):
         return self.ops.geglu(product) if has_gate else product
 
 
+class Fp8TokenStream(TokenStream):
+    """One whose activation is an operation of its own."""
+
+    def widen(self, x: Tensor) -> Tensor:
+        assert self.wide is not None
+        return self.activate(self.wide(x))
+
+
+KINDS = {ShiftedBlock: Fp8ShiftedBlock, TokenStream: Fp8TokenStream}
+
+
 def with_fp8_products(network: Any) -> Any:
     """A transformer or a U-Net that shares all but the products of its blocks, which are in fp8 where their sizes allow
     it.
@@ -89,8 +100,7 @@ def with_fp8_products(network: Any) -> Any:
 
 def _copy(module: Any, parts: dict[str, nn.Module]) -> Any:
     """A module with other parts, which shares the rest."""
-    kind = Fp8ShiftedBlock if type(module) is ShiftedBlock else type(module)
-    twin: Any = object.__new__(kind)
+    twin: Any = object.__new__(KINDS.get(type(module), type(module)))
     twin.__dict__ |= module.__dict__ | {"_modules": module._modules | parts}
     return twin
 
