@@ -57,7 +57,7 @@ def page(
     samples: Sequence[Sample] = (),
 ) -> bytes:
     """One HTML file that needs nothing else: what was trained and how, the figures with their intervals of 95 %, those
-    of each class, image, truth and answer of some images, which `shown` describes, and generated samples.
+    of each class, image, ground truth and prediction of some images, which `shown` describes, and generated samples.
     """
     body = [f"<h1>{html.escape(task)} decoder</h1>", _facts(facts)]
     notes = [f"<p><b>Note:</b> {FLAG.sub(FLAG_SPAN, html.escape(note))}.</p>" for note in cautions]
@@ -73,11 +73,11 @@ def page(
         )
         body += _figures(task, source, folds)
     if views is not None:
-        body.append(f"<h2>{html.escape(shown)}: image, truth and answer</h2>")
+        body.append(f"<h2>{html.escape(shown)}: image, ground truth and prediction</h2>")
         body += _legend(task, source)
         body += [_views(task, source, views.item(view), labels[view]) for view in range(min(len(views), SHOWN))]
     if samples:
-        body.append("<h2>Generated from captions of training images: image and answer</h2>")
+        body.append("<h2>Generated from captions of training images: image and prediction</h2>")
         body += [_sample(task, source, sample) for sample in samples]
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
