@@ -127,6 +127,9 @@ class FastEngine(Engine):
         self.decoders = {
             task: with_ops(decoder, decoder_ops).to(self.device) for task, decoder in (decoders or {}).items()
         }
+        # Listed once, as finding them takes longer than to ask each.
+        weights = (weight for decoder in self.decoders.values() for weight in decoder.parameters())
+        self._decoder_weights = [weight for weight in weights if not weight.is_inference()]
 
     if not TYPE_CHECKING:
 
@@ -245,11 +248,8 @@ class FastEngine(Engine):
 
     def _weight_versions(self) -> tuple[int, ...]:
         """Counters that advance when a weight is changed in place."""
-        decoders = (
-            sum(parameter._version for parameter in decoder.parameters() if not parameter.is_inference())
-            for decoder in self.decoders.values()
-        )
-        return *(network.changes for network in self.model.networks.values()), *decoders
+        decoders = sum(parameter._version for parameter in self._decoder_weights)
+        return *(network.changes for network in self.model.networks.values()), decoders
 
     def _refresh(self) -> None:
         if self._weight_versions() != self._seen:
