@@ -12,7 +12,7 @@ from datasetdm_fast.command_line.output import print_lines
 from datasetdm_fast.command_line.progress import ImageProgress
 from datasetdm_fast.config import EXACT
 from datasetdm_fast.runs.agreement.admission import Screen, admit_job
-from datasetdm_fast.runs.jobs.result import Result
+from datasetdm_fast.runs.jobs.result import Result, describe_start
 from datasetdm_fast.runs.jobs.run import Decision, Outcome, RunQueue
 from datasetdm_fast.runs.jobs.writing import count_outside
 from datasetdm_fast.runs.run_folder.document import SHARDS
@@ -66,28 +66,26 @@ def _write(
     config: RunConfig, spec: RunSpec, run: RunQueue, decision: Decision, launch: Launch, interruption: Interruption
 ) -> Result:
     """The result of a run, once its missing samples are made and written."""
-    job, left = None, min(decision.missing, config.limit or decision.missing)
-    counted = {"images": -(-left // launch.processes)}
+    job, counted = None, {"images": -(-min(decision.missing, config.limit or decision.missing) // launch.processes)}
     is_judged = run.stored is None and config.speed != EXACT
     compares = config.verify or is_judged or run.tries_half(spec) or run.may_differ(spec)
     if launch.is_here or launch.may_compare and compares:
         screen = Screen(partial(print_lines, config), partial(run_report.show_calls, config.quiet))
         job = admit_job(run, spec, screen, verify=config.verify)
     if launch.is_here:
-        print_lines(config, *run_report.describe_start(job))
+        print_lines(config, *describe_start(job))
         counted = {"images": job.images_left, "batch": job.plan.batch_size, "calls": len(job.recipe.schedule)}
-    else:
-        print_lines(config, f"images     {left} of {decision.number}, {config.model}", f"run folder {config.out}")
-        if job:
-            with RunFolder(job.folder, job.document):  # writes run.json
-                pass
-            job = None  # the other processes need the memory of its networks
+    elif job:
+        with RunFolder(job.folder, job.document):  # writes run.json
+            pass
+        job = None  # the other processes need the memory of its networks
     with (
         interruption,
         ImageProgress(is_quiet=config.quiet, count_outside=partial(count_outside, spec.folder), **counted) as progress,
     ):
         signals = {"on_unet_call": progress.on_unet_call, "is_stopping": interruption.is_stopping}
-        callbacks = Callbacks(progress.print, progress.on_commit, **signals)
+        describe = None if config.quiet else describe_start
+        callbacks = Callbacks(describe, progress.print, progress.on_commit, **signals)
         return launch.run(spec, job, callbacks)
 
 

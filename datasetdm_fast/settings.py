@@ -152,8 +152,8 @@ class SamplingSettings:
     speed: str = setting(
         SPEEDS[0],
         "exact, or an approximation that is refused where it makes labels worse: fast25, DPM-Solver++ in 25 calls; "
-        "cache3, the deep features of a U-Net kept for two of three calls; fp8, products of transformers in 8 bits; "
-        "fast25-cache3, both",
+        "cache3, the deep features of a U-Net kept for two of three calls; fast25-cache3, both; "
+        "fp8, products of transformers in 8 bits",
         identity="if given",
         choices=SPEEDS,
     )

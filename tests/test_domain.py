@@ -24,6 +24,7 @@ from datasetdm_fast.engine.decoders.folders import DEMO
 from datasetdm_fast.engine.labels.trust import with_domain, with_undrawn
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.runs.workers import launch
 from datasetdm_fast.training import workflow
 from datasetdm_fast.training.cross_validation import bound_of
 from datasetdm_fast.training.report import describe_framing, describe_result, describe_warnings
@@ -169,12 +170,20 @@ def test_the_progress_tells_samples_out_of_the_domain(capsys, monkeypatch):
     assert "4/8 images, 3 out of domain, " in capsys.readouterr().err
 
 
-def test_what_the_model_cannot_draw_is_told_before_the_first_image(tmp_path, capsys):
+def test_what_the_model_cannot_draw_is_told_before_the_first_image(tmp_path, monkeypatch, capsys):
     line = ["--prompts", "a photo of a penguin", "--number", "4", "--task", "open-vocabulary", "--allow-unnamed"]
     line += ["--classes", "fire hydrant,ball", "--dry-run", "--out", str(tmp_path / "run"), "--engine", "fast"]
-    assert generate.main([*line, "--device", "cpu"]) == 0
+    warning = "alone, not fire hydrant, and 4 of the first 4 prompts name none of these"
+    assert generate.main([*line, "--device", "cpu"]) == 0 and warning in capsys.readouterr().err
+
+    def stop(*_):
+        raise Refused("an image", "None is made.")
+
+    monkeypatch.setattr(launch, "run_here", stop)
+    line.remove("--dry-run")
+    assert generate.main([*line, "--device", "cpu"]) == 2
     told = capsys.readouterr().err
-    assert "alone, not fire hydrant, and 4 of the first 4 prompts name none of these" in told
+    assert warning in told and "an image" in told
     assert generate.main(["--classes", "owl", "--task", "semantic", "--dry-run", "--out", str(tmp_path / "run")]) == 2
     told = capsys.readouterr().err
     assert "the model draws nothing else" in told and "any word" not in told

@@ -19,6 +19,7 @@ from skips import IS_LONG, long_test
 from datasetdm_fast.command_line.run_settings import read_spec
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.runs.jobs import writing
+from datasetdm_fast.runs.jobs.result import describe_start
 from datasetdm_fast.runs.jobs.writing import batches_of, write_missing
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.document import CLAIMS, LEDGER
@@ -42,7 +43,9 @@ def tree(path: Path) -> dict[str, bytes]:
 
 def shared(settings: RunConfig, environments: list[dict[str, str]], **options):
     places = [Place({"OMP_NUM_THREADS": "1", **environment}, 1) for environment in environments]
-    return spawn.run_spawned(places, read_spec(settings), None, Callbacks(on_start=troubled.install, **options))
+    return spawn.run_spawned(
+        places, read_spec(settings), None, Callbacks(describe_start, on_start=troubled.install, **options)
+    )
 
 
 @pytest.fixture

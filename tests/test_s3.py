@@ -13,7 +13,7 @@ import torchless
 import troubled
 from skips import long_test
 from test_ranks import tree
-from test_shards import LINE, SAMPLES, contents, make, spec_of
+from test_shards import LINE, SAMPLES, contents, describe, make, spec_of
 
 import datasetdm_fast
 from datasetdm_fast import audit, drop, gallery, generate
@@ -115,7 +115,7 @@ def test_kills_and_503_and_slow_answers_change_no_byte(alone, store, monkeypatch
     killer.start()
     places = [Place({"OMP_NUM_THREADS": "1", troubled.SECONDS: "0.3"}, 1)] * 2
     ledger = ShardLedger(shard_place(URL))
-    shard_ranks.run_ranks(places, spec_of(URL), ledger, Callbacks(on_start=troubled.install))
+    shard_ranks.run_ranks(places, spec_of(URL), ledger, Callbacks(describe, on_start=troubled.install))
     killer.join()
     make(URL)
     store.trouble = lambda method, path: None

@@ -64,6 +64,10 @@ ALONE = ShardRank()
 LINE = f"--layout shards --shard-size {SIZE} --number {SAMPLES} --batch-size {BATCH} --quiet".split()
 
 
+def describe(job):
+    return []
+
+
 def spec_of(out, **changes):
     config = RunConfig(out=str(out), layout="shards", shard_size=SIZE, number=SAMPLES, batch_size=BATCH, quiet=True)
     return replace(read_spec(replace(config, **changes)), may_mix=False)
@@ -71,7 +75,7 @@ def spec_of(out, **changes):
 
 def make(out, place=None, rank=ALONE, number=SAMPLES, seed=0, **options):
     spec = spec_of(out, number=number, seed=seed)
-    return work_on_shards(spec, place or shard_place(out), rank, Callbacks(**options))
+    return work_on_shards(spec, place or shard_place(out), rank, Callbacks(describe, **options))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -280,7 +284,7 @@ def test_kills_of_four_processes_change_no_byte(alone, tmp_path, monkeypatch, se
     killer.start()
     places = [Place({"OMP_NUM_THREADS": "1", troubled.SECONDS: "0.3"}, 1)] * (4 if IS_LONG else 2)
     counts = []
-    callbacks = Callbacks(on_start=troubled.install, on_commit=counts.append)
+    callbacks = Callbacks(describe, on_start=troubled.install, on_commit=counts.append)
     shard_ranks.run_ranks(places, spec_of(tmp_path / "run"), ShardLedger(shard_place(tmp_path / "run")), callbacks)
     killer.join()
     make(tmp_path / "run")
@@ -291,7 +295,7 @@ def test_kills_of_four_processes_change_no_byte(alone, tmp_path, monkeypatch, se
 def test_what_a_process_refuses_ends_the_others(alone, tmp_path):
     spec = spec_of(alone, seed=3)
     with pytest.raises(Refused, match="seed: 0 there, 3 asked for"):
-        callbacks = Callbacks(on_start=troubled.install)
+        callbacks = Callbacks(describe, on_start=troubled.install)
         shard_ranks.run_ranks([Place()], spec, ShardLedger(shard_place(alone)), callbacks)
 
 
@@ -305,7 +309,7 @@ def test_a_run_that_another_process_begins_between_two_looks_is_joined(alone, tm
 def test_a_shard_that_is_made_twice_is_committed_once(alone, tmp_path, monkeypatch):
     run, place = copy(alone, tmp_path), ShardFolder(tmp_path / "run")
     job = shard_worker.open_shards(spec_of(run), place)
-    worker = shard_worker.ShardWorker(job, place, ALONE, Callbacks())
+    worker = shard_worker.ShardWorker(job, place, ALONE, Callbacks(describe))
     monkeypatch.setattr(place, "read", lambda name: None)
     entry, reads = (run / entry_name(2)).read_bytes(), []
     with pytest.raises(GateFailed, match="with other bytes"):  # what the first committed can no longer be read
@@ -447,7 +451,7 @@ def test_others_are_made_in_the_place_of_doubtful_samples(alone, tmp_path, capsy
     run, options = tmp_path / "run", {"keep": "trusted"}
     for rank in (1, 0):
         made = []
-        callbacks = Callbacks(on_commit=made.append, is_stopping=lambda made=made: len(made) == 3)
+        callbacks = Callbacks(describe, on_commit=made.append, is_stopping=lambda made=made: len(made) == 3)
         work_on_shards(spec_of(run, **options), shard_place(run), ShardRank(rank, 2), callbacks)
     assert generate.main([*LINE, "--keep", "trusted", "--json", "--out", str(tmp_path / "one")]) == 0
     rejected = json.loads(capsys.readouterr().out)["doubtful"]
@@ -461,7 +465,7 @@ def test_others_are_made_in_the_place_of_doubtful_samples(alone, tmp_path, capsy
     line = ["--out", str(run), "--only", others[-1].id, "--json"]
     assert generate.main(line) == 0 and json.loads(capsys.readouterr().out.splitlines()[-1])["written"] == []
     for place in (run, tmp_path / "larger"):
-        work_on_shards(spec_of(place, number=33, **options), shard_place(place), ALONE, Callbacks())
+        work_on_shards(spec_of(place, number=33, **options), shard_place(place), ALONE, Callbacks(describe))
     assert tree(run) == tree(tmp_path / "larger")
 
 
@@ -475,7 +479,7 @@ def test_a_place_without_a_sample_that_is_accepted_is_told(tmp_path, capsys):
 
 def test_every_class_has_its_number_of_accepted_samples(tmp_path):
     accepted = {"accept": "sharpness > 300", "per_class": 4, "classes": ("ball", "cube", "star")}
-    work_on_shards(spec_of(tmp_path, **accepted), shard_place(tmp_path), ALONE, Callbacks())
+    work_on_shards(spec_of(tmp_path, **accepted), shard_place(tmp_path), ALONE, Callbacks(describe))
     run = datasetdm_fast.open_run(tmp_path)
     named = Counter(name for sample in run for name in accepted["classes"] if name in sample.prompt)
     assert set(named.values()) == {4} and run.is_complete and any(sample.meta.get("turn") for sample in run)

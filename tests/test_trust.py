@@ -17,6 +17,7 @@ from datasetdm_fast import filter, generate
 from datasetdm_fast.command_line.run_settings import read_spec
 from datasetdm_fast.data import DomainDistance, Instances, Request, SemanticMap, Trust
 from datasetdm_fast.engine.labels.trust import trust_of, with_domain, without_doubtful, without_unsure
+from datasetdm_fast.runs.jobs.result import describe_start
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.reader import open_run
 from datasetdm_fast.runs.run_settings import RunConfig
@@ -252,7 +253,7 @@ def test_any_number_of_ranks_makes_the_same(kept, tmp_path):
     config = RunConfig(out=str(tmp_path / "run"), number=NUMBER, batch_size=BATCH, keep="trusted", quiet=True)
     places = [Place({"OMP_NUM_THREADS": "1", troubled.TROUBLE: "dies"}, 1), Place({"OMP_NUM_THREADS": "1"}, 1)]
     heard: list[int] = []
-    callbacks = Callbacks(on_start=troubled.install, on_commit=heard.append)
+    callbacks = Callbacks(describe_start, on_start=troubled.install, on_commit=heard.append)
     result = spawn.run_spawned(places, read_spec(config), None, callbacks)
     assert result.is_complete and sum(heard) == NUMBER and result.made == NUMBER
     assert tree(tmp_path / "run") == tree(kept)
@@ -315,8 +316,12 @@ def test_any_number_of_ranks_accepts_the_same(accepted, tmp_path):
     config = RunConfig(out=str(tmp_path / "run"), number=NUMBER, batch_size=BATCH, quiet=True, **BY_CLASS)
     places = [Place({"OMP_NUM_THREADS": "1", troubled.TROUBLE: "dies"}, 1), Place({"OMP_NUM_THREADS": "1"}, 1)]
     limited = replace(config, limit=9)
-    assert not spawn.run_spawned(places[1:], read_spec(limited), None, Callbacks(on_start=troubled.install)).is_complete
-    assert spawn.run_spawned(places, read_spec(config), None, Callbacks(on_start=troubled.install)).is_complete
+    assert not spawn.run_spawned(
+        places[1:], read_spec(limited), None, Callbacks(describe_start, on_start=troubled.install)
+    ).is_complete
+    assert spawn.run_spawned(
+        places, read_spec(config), None, Callbacks(describe_start, on_start=troubled.install)
+    ).is_complete
     assert tree(tmp_path / "run") == tree(accepted)
 
 

@@ -10,7 +10,7 @@ from datasetdm_fast.command_line.output import NOTHING_WRITTEN, OutputFlags, pri
 from datasetdm_fast.command_line.progress import CountProgress
 from datasetdm_fast.messages import count_noun, format_duration
 from datasetdm_fast.runs.jobs.job import Job
-from datasetdm_fast.runs.jobs.result import Result, describe_job, describe_model, name_engine
+from datasetdm_fast.runs.jobs.result import Result, describe_job
 from datasetdm_fast.runs.run_settings import RunConfig
 
 MOST_REQUESTS = 40  # that a plan for the eye lists
@@ -31,15 +31,6 @@ def print_run_plan(config: RunConfig, job: Job) -> int:
             print(f"and {rest:,} more, which --json lists")
     print_lines(config, NOTHING_WRITTEN)
     return 0
-
-
-def describe_start(job: Job) -> list[str]:
-    """What a run in this process is about to make, in two lines."""
-    size, model = job.recipe.size, describe_model(job.engine.model)
-    return [
-        f"images     {job.images_left} of {job.plan.number}, {size} x {size} pixels, {model}",
-        f"engine     {name_engine(job.engine)}; run folder {job.place}",
-    ]
 
 
 def print_finished_run(settings: OutputFlags, result: Result) -> int:

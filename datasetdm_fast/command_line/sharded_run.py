@@ -16,7 +16,7 @@ from datasetdm_fast.config import EXACT
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.agreement.admission import Screen, admit_job
 from datasetdm_fast.runs.jobs.job import build_job
-from datasetdm_fast.runs.jobs.result import result_of
+from datasetdm_fast.runs.jobs.result import describe_start, result_of
 from datasetdm_fast.runs.jobs.run import RunQueue
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, pretty
 from datasetdm_fast.runs.run_folder.object_store import ObjectStore, is_url
@@ -60,10 +60,8 @@ def generate_shards(config: RunConfig, spec: RunSpec, peer: LaunchedProcess | No
         check_judged(config, document is not None)
     elif document is None:
         _begin(config, spec, place)
-    left = max(spec.number - ledger.made, 0)
-    print_lines(config, f"images     {left} of {spec.number}, {config.model}, in shards", f"run folder {where}")
-    with interruption, ImageProgress(left, config.quiet) as progress:
-        callbacks = Callbacks(progress.print, on_commit, is_stopping=interruption.is_stopping)
+    with interruption, ImageProgress(max(spec.number - ledger.made, 0), config.quiet) as progress:
+        callbacks = Callbacks(describe_start, progress.print, on_commit, is_stopping=interruption.is_stopping)
         if workers.cluster:
             run_on_cluster(workers, spec, place, callbacks)
         elif places:

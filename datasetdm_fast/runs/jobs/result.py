@@ -189,6 +189,31 @@ def name_engine(engine: Engine) -> str:
     return f"{facts.get('engine', '')} {facts.get('dtype', '')} on {facts.get('device', '')}"
 
 
+def describe_start(job: Job) -> list[str]:
+    """What a job is about to make, in two lines, and what its user should know before the first image."""
+    size, model = job.recipe.size, describe_model(job.engine.model)
+    rows = {
+        "images": f"{job.images_left} of {job.plan.number}, {size} x {size} pixels, {model}",
+        **_warnings(job),
+        "engine": f"{name_engine(job.engine)}; run folder {job.place}",
+    }
+    return _lines(rows)
+
+
+def _lines(rows: Mapping[str, str]) -> list[str]:
+    return [f"{name:<11}{value}" for name, value in rows.items() if value]
+
+
+def _warnings(job: Job) -> dict[str, str]:
+    """What a run may be spoiled by: prompts, words and precision, each empty where it is fine."""
+    return {
+        "prompts": count_unnamed(job),
+        "draws": _describe_undrawn(job),
+        "text": describe_cut(job),
+        "precision": _warning(job.engine.fingerprint()),
+    }
+
+
 def describe_job(job: Job) -> list[str]:
     """What a job would do, a line each."""
     plan, facts = job.plan, job.recipe.facts
@@ -202,25 +227,23 @@ def describe_job(job: Job) -> list[str]:
     elif plan.most > plan.number:  # how far they go is found out on the way
         seeds = f"seeds from {plan.seed} on"
     guidance = GUIDANCE[job.engine.model.guidance_at(facts["guidance"])].format(facts["guidance"])
-    promised = job.half and f"{job.half} if the first samples agree with torch, else fp32"
+    promised = {"precision": f"{job.half} if the first samples agree with torch, else fp32"} if job.half else {}
     rows = {
         "images": f"{left} of {plan.number}, {facts['size']} x {facts['size']} pixels, {seeds}",
-        "prompts": count_unnamed(job),
         "model": describe_model(job.engine.model),
         "sampler": f"{facts['sampler']}, {steps}, {guidance}",
         "labels": ", ".join(job.recipe.tasks),
         "domain": _describe_domain(job),
-        "draws": _describe_undrawn(job),
-        "text": describe_cut(job),
+        **_warnings(job),
+        **promised,
         "engine": f"{name_engine(job.engine)}, {count_noun(batches, 'batch', 'batches')} of {plan.batch_size}",
         "shards": _describe_shards(job),
         "memory": describe_memory(job),
-        "precision": promised or _warning(job.engine.fingerprint()),
         "time": describe_work(job),
         "disk": f"at most {job.bytes_needed / 1e6:,.0f} MB of {free_bytes(job.folder.absolute()) / 1e6:,.0f} MB free",
         "run folder": job.place,
     }
-    return [f"{name:<11}{value}" for name, value in rows.items() if value]
+    return _lines(rows)
 
 
 def _describe_shards(job: Job) -> str:

@@ -279,6 +279,8 @@ def encode_batch(
 def work_on_shards(spec: RunSpec, place: ShardPlace, rank: ShardRank, callbacks: Callbacks) -> ShardWorker:
     """The worker of this process, once no shard is missing or it was to stop."""
     job = open_shards(spec, place)
+    for line in callbacks.describe(job) if callbacks.describe else ():
+        callbacks.on_message(line)
     worker = ShardWorker(job, place, rank, callbacks)
     for count in worker.work():
         callbacks.on_commit(count)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from datasetdm_fast.disk import locks, storage
 from datasetdm_fast.runs.jobs.job import Job
@@ -48,11 +49,13 @@ class SharedFolder:
     def __init__(self, places: Sequence[Place], spec: RunSpec, callbacks: Callbacks):
         self.places, self.spec, self.callbacks = places, spec, callbacks
         self.place, self._state = str(spec.folder), ShardFolder(spec.folder / "state")
-        self._is_complete, self._count = False, 0
+        self._is_complete, self._count, self._described = False, 0, False
         self.count_new()
 
     def begin(self, rank: int, name: str) -> SpawnedProcess:
-        return start_process(self.places[rank], self.spec, self.callbacks.on_start, make_batches, name)
+        describe = None if self._described else self.callbacks.describe
+        self._described = True
+        return start_process(self.places[rank], self.spec, self.callbacks.on_start, make_batches, name, describe)
 
     def count_new(self) -> int:
         folder, before = self.spec.folder, self._count
@@ -74,6 +77,9 @@ class SharedFolder:
         return free_claims(self._state, name, lambda batch: (), died=died)
 
 
-def make_batches(spec: RunSpec, name: str, is_stopping: Callable[[], bool]) -> None:
-    """The work of one process."""
-    work_on_folder(spec, Callbacks(is_stopping=is_stopping), name)
+def make_batches(
+    spec: RunSpec, name: str, describe: Callable[[Job], list[str]] | None, is_stopping: Callable[[], bool]
+) -> None:
+    """The work of one process; the first describes the run on standard error."""
+    on_message = partial(print, file=sys.stderr, flush=True)
+    work_on_folder(spec, Callbacks(describe, on_message, is_stopping=is_stopping), name)

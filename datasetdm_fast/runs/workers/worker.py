@@ -28,6 +28,7 @@ LOCK, ENTRY_SECONDS = f"{CLAIMS}/lock", 900.0  # one process enters the folder a
 class Callbacks:
     """How the processes of a run and the command that starts them reach each other."""
 
+    describe: Callable[[Job], list[str]] | None = None  # lines about a job, for the screen
     on_message: Callable[[str], None] = lambda line: None  # with every line for the screen
     on_commit: Callable[[int], None] = lambda count: None  # with the samples of every commit
     on_unet_call: Callable[[], None] = lambda: None  # after every call, of a run in this process
@@ -47,6 +48,8 @@ def work_on_folder(spec: RunSpec, callbacks: Callbacks, name: str = "", journal:
         if job.limit and place.read(LAST) is None:
             place.create(LAST, str(max(Quota(job, folder.ledger).missing(), default=-1)).encode())
     with folder:
+        for line in callbacks.describe(job) if callbacks.describe else ():
+            callbacks.on_message(line)
         last = int(place.read(LAST) or b"-1") if job.limit else job.plan.most
         worker = Worker(job, folder, Claims(place, name), last, callbacks)
         worker.work()
