@@ -93,6 +93,7 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)  # networks are made of so many objects that the usual 700 take a tenth of the time
     gc.enable()
 
 

@@ -118,7 +118,7 @@ def open_pictures(folder: str, captions: str) -> Pictures:
     root = Path(folder)
     if not root.is_dir():
         alike = storage.named_alike(root) if not root.exists() else ""
-        raise Refused(f"IMAGES: {documents.quote(folder)} is not a folder{alike}", NAME_PICTURES)
+        raise Refused(f"IMAGES: '{folder}' is not a folder{alike}", NAME_PICTURES)
     if (root / LEDGER).exists():
         raise Refused(f"IMAGES: {folder} is a run folder", f"Name the folder of its pictures, {root / 'images'}.")
     paths = tuple(reading.listing(root, *reading.PICTURES, remedy=NAME_PICTURES))

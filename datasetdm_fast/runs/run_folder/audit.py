@@ -100,7 +100,7 @@ def audit(
     if not folder.is_dir():
         alike = "" if folder.exists() else storage.named_alike(folder)
         fault = f"{'not a' if folder.exists() else 'no such'} folder{alike}"
-        raise Refused(f"{documents.quote(str(folder))}: {fault}", NAME_A_RUN)
+        raise Refused(f"{folder}: {fault}", NAME_A_RUN)
     if not (folder / DOCUMENT).exists() and not (folder / LEDGER).exists():
         raise Refused(f"{folder}: holds neither {DOCUMENT} nor {LEDGER}, so it is not a run folder", NAME_A_RUN)
     findings: list[Finding] = []
