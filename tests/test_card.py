@@ -49,6 +49,14 @@ def test_the_header_is_what_hubs_read(run):
     assert big["size_categories"] == ["1K<n<10K"]
 
 
+@pytest.mark.parametrize(
+    ("done", "size"),
+    [(999, "n<1K"), (1000, "1K<n<10K"), (10**4, "10K<n<100K"), (10**5, "100K<n<1M"), (10**6, "n>1M")],
+)
+def test_the_header_tells_hubs_of_what_size_the_data_set_is(done, size):
+    assert f"size_categories:\n- {size}\n" in "\n".join(card._header(document(12), done))
+
+
 def test_the_command_names_every_setting_that_is_no_default():
     told = document(12, seed=3, steps=20, negative_prompt="a 'dark' room", truncate_prompts=True)
     line = card.command_line(told)

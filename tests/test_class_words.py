@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from datasetdm_fast.engine.labels import class_tables
-from datasetdm_fast.engine.labels.words import find_classes, plural, token_places
+from datasetdm_fast.engine.labels.words import count_named, find_classes, plural, token_places, with_article
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.jobs.prompt_files import own_table
@@ -111,6 +111,27 @@ def test_a_plural_is_spelled_as_people_do():
     assert [plural(noun) for noun in nouns] == ["wolves", "potatoes", "housewives", "roofs", "pianos", "bookshelves"]
 
 
+def test_things_are_counted_where_a_text_says_how_many():
+    def count(text):
+        return count_named(text, ("ball", "cube", "cone", "cat"))
+
+    counts = {"ball": 3, "cube": 12, "cone": 1, "cat": 10}
+    assert count("three red balls, 12 cubes and a cone beside ten cats") == counts
+    assert count("a ball and two blue balls") == {"ball": 3} and count("the ball and a cube") == {"cube": 1}
+    assert count("a ball and the balls") == {}  # of some it does not say so
+    assert count("a big round shiny ball") == {"ball": 1} and count("a big round shiny old ball") == {}
+
+
+def test_an_article_is_that_of_the_sound_and_plurals_end_as_people_write_them():
+    some = ("apple", "unicorn", "hourglass", "SUV", "European car", "one-way sign", "x-ray", "umbrella", "used car")
+    assert [with_article(noun).split()[0] for noun in some] == "an a an an a a an an a".split()
+    assert with_article("Apple") == "an Apple"
+    plurals = {"glass of wine": "glasses of wine", "police officer": "police officers", "man": "men", "box": "boxes"}
+    plurals |= {"church": "churches", "dish": "dishes", "bus": "buses", "waltz": "waltzes", "baby": "babies"}
+    plurals |= {"toy": "toys", "human": "humans", "fireman": "firemen", "child in a car": "children in a car"}
+    assert {noun: plural(noun) for noun in plurals} == plurals
+
+
 @pytest.mark.parametrize("name", class_tables.TABLES)
 def test_a_class_that_ends_a_prompt_is_found_where_longer_phrases_begin_with_it(name):
     table = class_tables.builtin_table(name)
@@ -154,6 +175,16 @@ def test_a_table_in_another_encoding_is_told_so(tmp_path):
 def test_a_bad_table_is_refused(text, why):
     with pytest.raises(ValueError, match=why):
         class_tables.parse(text, "own")
+
+
+def test_the_classes_of_an_annotation_file_have_its_synonyms_as_words():
+    rows = [
+        {"id": 3, "name": "bow_(weapon)", "synonyms": ["bow", "long_bow", "long_bow"]},
+        {"id": "4", "name": " cat "},
+    ]
+    found = class_tables.of_categories(rows, "own").classes
+    bow = class_tables.ClassWord("bow_(weapon)", "bow", ("long bow",), 3)
+    assert found == (bow, class_tables.ClassWord("cat", "cat"))
 
 
 def test_a_class_is_said_as_a_person_says_it():

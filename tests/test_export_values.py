@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from rendered import document
 
@@ -22,7 +23,8 @@ from datasetdm_fast.config import EXPORT_FORMATS
 from datasetdm_fast.convert import main
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
 from datasetdm_fast.engine.labels import mask_rle, number_classes
-from datasetdm_fast.runs.exporting import annotation_tools, coco, yolo
+from datasetdm_fast.runs.exporting import annotation_tools, coco, voc, yolo
+from datasetdm_fast.runs.exporting.classes import Classes
 from datasetdm_fast.runs.exporting.view import ExportedPerson, ExportedThing
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder.folder import RunFolder
@@ -314,6 +316,12 @@ def test_voc(exported):
     assert (root / "ImageSets/Segmentation/train.txt").read_text() == "00000000\n"
 
 
+def test_classes_of_voc_have_its_numbers_and_others_those_of_the_export():
+    known, others = (Classes(names, names, ()) for names in (("person", "cat"), ("person", "mug")))
+    assert {name: voc.numbers(known)[name] for name in known.names} == {"person": 15, "cat": 8}
+    assert voc.numbers(others) == {"person": 1, "mug": 2}
+
+
 def test_yolo(exported):
     third, sixth = "0.3333333333", "0.1666666667"
     assert (exported("yolo-detect") / "labels/train/00000000.txt").read_text().splitlines() == [
@@ -340,6 +348,21 @@ def test_boxes_and_joints_of_yolo_end_at_the_border_of_the_picture():
     person = ExportedPerson("person", joints, (0.7, 0.7), 0.7, 24, (-1, -1, 9, 9))
     sample = SimpleNamespace(width=WIDTH, height=HEIGHT, people=[person])
     assert list(yolo.YoloPose().lines(sample, None)) == ["0 0.5 0.5 1 1 1 0 2 0 1 1"]
+
+
+@pytest.mark.parametrize(
+    ("splits", "places"),
+    [
+        ({"train": 2}, {"train": "images/train", "val": "images/train"}),
+        ({"val": 2}, {"train": "images/val", "val": "images/val"}),
+        ({"train": 2, "test": 1}, {"train": "images/train", "val": "images/train", "test": "images/test"}),
+        ({"train": 2, "val": 1}, {"train": "images/train", "val": "images/val"}),
+    ],
+)
+def test_yolo_trains_and_validates_on_the_splits_that_are_there(splits, places):
+    plan = SimpleNamespace(splits=splits, classes=SimpleNamespace(things=("car",)))
+    told = yaml.safe_load(yolo.YoloDetect()._description(plan))
+    assert told == {**places, "nc": 1, "names": {0: "car"}}
 
 
 def test_cityscapes(exported):

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
@@ -21,7 +22,7 @@ from datasetdm_fast import drop, filter, generate
 from datasetdm_fast.data import Request
 from datasetdm_fast.engine.labels.trust import NamedMap
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.curation import filtering
+from datasetdm_fast.runs.curation import clip, filtering, histograms
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder import scores as run_scores
 from datasetdm_fast.runs.run_folder.audit import audit
@@ -31,7 +32,7 @@ from datasetdm_fast.runs.run_folder.ledger import Ledger, Row
 from datasetdm_fast.runs.run_folder.reader import open_run
 from datasetdm_fast.runs.run_folder.scores import SCORES, read_scores
 from datasetdm_fast.runs.run_folder.seal import is_sealed
-from datasetdm_fast.runs.run_folder.selections import FILTER
+from datasetdm_fast.runs.run_folder.selections import FILTER, Filter
 
 NUMBER = 10
 
@@ -339,6 +340,9 @@ def test_presence_and_confidence_are_means_over_kinds_of_labels():
         return run_scores.presence(run_scores.Scored(image, named, records, None, tables, None))
 
     assert [presence(), presence("ball"), presence("cube"), presence("ball", "cube", "dog")] == [1.0, 1.0, 0.0, 0.5]
+    sure = {"semantic": {"mean_confidence": 0.5}, "instance": [{"score": 1.0}, {"score": 0.5}], "depth": {}}
+    scores = [run_scores.SCORERS["score"](SimpleNamespace(records=each)) for each in (sure, {"depth": {}})]
+    assert scores == [(0.5 + 0.75) / 2, None]
 
 
 def test_sharpness_and_hash_tell_images_apart():
@@ -372,6 +376,71 @@ def test_agreement_counts_pixels_with_one_name():
     empty = NamedMap(np.zeros((2, 2), int), first.names)
     assert run_scores.agreement([empty, empty]) == 1.0
     assert run_scores.agreement([first, NamedMap(np.zeros((2, 2), int), ("", "dog"))]) is None
+
+
+def ledger_of(words, **scores):
+    """A ledger of samples with these class words, and scores {name: {index: value}}."""
+    return SimpleNamespace(
+        class_words=lambda: list(words.items()), scores=lambda name: list(scores.get(name, {}).items())
+    )
+
+
+def test_duplicates_differ_by_two_bits_of_their_hash_at_most():
+    ledger = ledger_of(dict.fromkeys(range(5), ()), distance={0: 64, 1: 2, 2: 3, 3: 0, 9: 0})
+    values = read_scores(ledger, ("duplicate", "distance")).values
+    assert values["duplicate"][:4].tolist() == [0, 1, 0, 1] and values["distance"][:4].tolist() == [64, 2, 3, 0]
+    assert all(np.isnan(column[4]) for column in values.values())  # it is not scored yet
+
+
+def test_the_hash_of_an_image_tells_which_cells_are_darker_than_their_right_neighbours():
+    brighter = np.arange(9, dtype=np.uint8)[None].repeat(8, 0) * 20
+    first, last = np.zeros((2, 8, 9), np.uint8)
+    first[0, 1], last[7, 8] = 50, 50
+    shown = (brighter, brighter[:, ::-1], first, last, brighter.repeat(4, 0).repeat(3, 1))
+    found = [filtering.difference_hash(Image.fromarray(np.ascontiguousarray(pixels))) for pixels in shown]
+    assert found == [-1, 0, -(2**63), 1, -1]
+
+
+def test_a_histogram_tells_what_a_threshold_at_each_of_its_bins_leaves():
+    words = [("ball",), ("ball", "cube"), ("cube",), ("ball",), ()]
+    table = run_scores.ScoreTable([*range(5)], words, {"score": np.array([0.2, 0.2, 0.5, np.nan, 0.9])})
+    bins = histograms.compute_histogram(table, "score")
+    wanted = [(0.2, 2, 4, {"ball": 2, "cube": 2}), (0.5, 1, 2, {"cube": 1}), (0.9, 1, 1, {})]
+    assert bins == [histograms.Bin(*each) for each in wanted]
+    lines = [line.split() for line in histograms.histogram_lines(table, {"score": bins, "trust": []})]
+    assert lines[0][0] == "score:" and lines[1] == ["from", "samples", "at", "least", "ball", "cube"]
+    assert lines[2] == ["0.2", "2", "#" * 24, "4", "2", "2"] and lines[3] == ["0.5", "1", "#" * 12, "2", "0", "1"]
+    assert lines[4:] == [["0.9", "1", "#" * 12, "1", "0", "0"], []]
+
+    def least(values):
+        found = histograms.compute_histogram(run_scores.ScoreTable([], [()] * len(values), {"score": values}), "score")
+        return [(each.least, each.samples, each.left) for each in found]
+
+    assert least(np.arange(8.0)) == [(k, 1, 8 - k) for k in range(8)]
+    assert least(np.arange(17.0)) == [(2 * k, 2 + (k == 7), 17 - 2 * k) for k in range(8)]  # the last takes the end
+    assert least(np.full(3, np.nan)) == []
+
+
+def test_what_a_filter_keeps_is_told_in_all_and_of_each_class():
+    ledger = ledger_of({0: ("ball",), 1: ("ball", "cube"), 2: ("cube",), 3: ()})
+    run, decision = SimpleNamespace(ledger=ledger, path="RUN"), Filter("score > 0", (0, 3), {1: "", 2: ""})
+    facts, lines = filtering.summarize(run, decision, "are")
+    assert facts.pop("classes") == {"ball": [1, 2], "cube": [0, 2]}
+    assert facts == {"where": "score > 0", "kept": 2, "left_out": 2}
+    assert lines[0] == "2 of 4 samples are kept; RUN/state/kept.json says why the others are not"
+    assert lines[1:] == ["of each class: ball 1 of 2, cube 0 of 2"]
+    assert filtering.summarize(run, decision, "would be")[1][0] == "2 of 4 samples would be kept"
+
+
+def test_a_clip_sees_the_middle_of_an_image_by_its_own_mean_and_deviation():
+    image = np.zeros((2, 6, 3), np.uint8)
+    image[:, 2:4] = (255, 0, 51)
+    wanted = np.array([(1 - 0.48145466) / 0.26862954, -0.4578275 / 0.26130258, (0.2 - 0.40821073) / 0.27577711])
+    for pixels in (image, image.transpose(1, 0, 2)):
+        found = clip.Clip._pixels(SimpleNamespace(side=2), np.ascontiguousarray(pixels))
+        assert found.shape == (3, 2, 2) and np.allclose(found, wanted[:, None, None], atol=1e-6)
+    whole = clip.Clip._pixels(SimpleNamespace(side=4), np.full((3, 9, 3), 255, np.uint8))
+    assert whole.shape == (3, 4, 4) and np.allclose(whole[0], wanted[0], atol=1e-6)  # made larger
 
 
 def test_clip_scores_come_from_a_local_folder(run, tmp_path, capsys):

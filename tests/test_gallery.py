@@ -282,6 +282,14 @@ def test_things_of_a_training_page_are_tinted_within_a_white_outline():
     assert shown[2, 2].tolist() == tint and (shown[0, 0] == 100).all() and (shown[1:4, 1:4] == 255).all(2).sum() == 8
 
 
+def test_skeletons_have_the_joints_that_are_seen_and_the_limbs_between_these():
+    image, points = np.zeros((20, 20, 3), np.uint8), np.array([[4.0, 4], [14, 4], [4, 14]])
+    person = points, np.array([True, True, False])
+    shown = np.array(pictures.draw_skeletons(image, [person], ((0, 1), (0, 2))))
+    assert shown[4, 4].tolist() == shown[4, 14].tolist() == [255, 60, 60] and not image.any()
+    assert (shown[3:6, 9] == (255, 230, 0)).all(1).any() and not shown[8:].any()
+
+
 @pytest.mark.parametrize("scale", [1, 16])  # large masks are traced in steps
 def test_an_outline_is_a_path_of_svg_around_the_mask(scale):
     mask = np.zeros((128, 128), bool)

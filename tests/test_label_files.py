@@ -11,6 +11,7 @@ from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.engine.labels import LABEL_KINDS, check_palette, class_tables, kind, number_classes, with_palette
 from datasetdm_fast.engine.labels import instance as instance_labels
 from datasetdm_fast.engine.labels import pose as pose_labels
+from datasetdm_fast.engine.labels import semantic as semantic_labels
 from datasetdm_fast.engine.labels.class_tables import colour
 from datasetdm_fast.errors import Refused
 
@@ -79,6 +80,16 @@ def test_maps_of_words_keep_their_confidence():
         assert list(stored.check(record, pixels, table, (4, 4))) == [] and stored.certainty(record) == 0.4
         pixels[f"{role}_confidence"] += 1
         assert "the mean confidence is 0.4039" in list(stored.check(record, pixels, table, (4, 4)))[0]
+
+
+def test_maps_of_words_agree_on_the_certain_pixels_by_the_words_that_both_know():
+    def words(labels, *names):
+        return SemanticMap(np.uint8(labels), np.ones((2, 2), np.float32), names)
+
+    read = words([[0, 1], [2, 255]], "background", "ball", "cube")
+    for labels, share in (([[0, 2], [1, 0]], 1.0), ([[0, 2], [2, 0]], 0.6667), ([[255] * 2] * 2, None)):
+        assert semantic_labels.agreement(read, words(labels, "wall", "cube", "ball")) == share
+    assert semantic_labels.agreement(read, words([[0, 1], [1, 0]], "wall", "dog")) is None
 
 
 def test_no_class_of_a_map_has_the_number_of_ignored_pixels():
@@ -381,6 +392,24 @@ def test_of_several_instances_the_one_that_was_found_again_takes_the_new_score()
     assert (merged.masks == old.masks).all() and merged.scores.tolist() == pytest.approx([0.5, 0.9])
     grown = LABEL_KINDS["instance"].merge(old, new, np.ones((4, 4), bool))
     assert grown.masks.sum((1, 2)).tolist() == [8] and grown.scores.tolist() == pytest.approx([0.9])
+
+
+@pytest.mark.parametrize(
+    ("rows", "visibility", "left"),
+    [(5, (2, 1, 0), [[2, 0, 0]]), (8, (2, 1, 0), [[2, 1, 0]]), (1, (2, 1, 0), []), (5, (2, 2, 2), [])],
+)
+def test_a_person_that_half_of_its_joints_lay_into_a_region_is_added(rows, visibility, left):
+    found, region = person((2, 2), (2, 6), (9, 9), visibility=visibility), np.zeros((16, 16), bool)
+    region[:rows] = True
+    nobody = Keypoints(found.points[:0], found.visibility[:0], found.scores[:0], found.joints, found.limbs)
+    assert LABEL_KINDS["pose"].merge(nobody, found, region).visibility.tolist() == left
+
+
+@pytest.mark.parametrize(("height", "score"), [(8, 0.25), (9, 0.75)])  # of its box, of 4 x 4 before
+def test_a_person_goes_on_where_half_of_both_boxes_is_common(height, score):
+    old, new = (person((0, 0), (4, high), (4, 0), score=sure) for high, sure in ((4, 0.25), (height, 0.75)))
+    merged = LABEL_KINDS["pose"].merge(old, new, np.ones((16, 16), bool))
+    assert merged.scores.tolist() == [score] and (merged.points == new.points).all()
 
 
 def test_a_lost_instance_fails_verify_where_it_was_sure():

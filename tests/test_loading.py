@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +17,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.engine.backbones.sd import DOWN_BLOCKS, SD, SD_SCHEDULER, UP_BLOCKS
 from datasetdm_fast.engine.engines import build_engine
-from datasetdm_fast.engine.loading import PRESETS, load_model, presets, tokenizer
-from datasetdm_fast.engine.loading.model import UNKNOWN_LICENCE, ReadOnce, digest
+from datasetdm_fast.engine.loading import PRESETS, load_model, presets, saving, tokenizer
+from datasetdm_fast.engine.loading.model import UNKNOWN_LICENCE, ReadOnce, digest, drawable_things, folder_licence
 from datasetdm_fast.engine.loading.single_file import predicts_noise
 from datasetdm_fast.engine.models.layers import Weights
 from datasetdm_fast.engine.sampling.schedule import make_schedule
@@ -726,6 +727,46 @@ def test_single_files_that_are_spoilt(tiny, first_generation, tmp_path):
     (tmp_path / "model.bin").write_bytes(b"")
     with pytest.raises(Refused, match="is a .bin file"):
         load_model(str(tmp_path / "model.bin"))
+
+
+def test_a_conversion_goes_on_in_a_folder_of_its_own_parts_alone(tmp_path):
+    saving.check_new(tmp_path / "none")
+    for name in ("unet", "scheduler", ".7.part"):
+        (tmp_path / name).mkdir()
+    saving.check_new(tmp_path)
+    for name, told in (("b", "b"), ("a", "a, b"), ("d", "a, b, d"), ("c", r"a, b, c \.\.\.")):
+        (tmp_path / name).touch()
+        with pytest.raises(Refused, match=f": it holds {told}\n"):
+            saving.check_new(tmp_path)
+
+
+def test_what_a_killed_conversion_left_is_removed_where_that_is_possible(tmp_path, monkeypatch):
+    backbone = SimpleNamespace(parts={"unet": None}, index={"own": 1})
+    model = SimpleNamespace(modules={}, tokenizers={}, scheduler={"_class_name": "Ours"}, backbone=backbone, index={})
+    monkeypatch.setattr(saving, "pipeline_of", lambda backbone: "Pipeline")
+    (tmp_path / ".7.part").mkdir()
+    (tmp_path / ".8.part").touch()  # which is no folder
+    assert saving.save_model(model, tmp_path) == tmp_path
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".8.part", "model_index.json", "scheduler"]
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    wanted = {"_class_name": "Pipeline", "unet": [None, None], "own": 1, "scheduler": ["diffusers", "Ours"]}
+    assert index.pop("_diffusers_version") and index == wanted
+    assert json.loads((tmp_path / "scheduler/scheduler_config.json").read_text())["_class_name"] == "Ours"
+
+
+def test_a_card_names_the_licence_of_a_model_and_what_it_draws(tmp_path):
+    for head, licence, draws in (
+        ("license: mit\ndraws: [ball, 'red cube',]", "mit", ("ball", "red cube")),
+        ("license: other\nlicense_name: own-terms", "own-terms", ()),
+        ("license: mit\nlicense_name: own-terms", "mit", ()),
+        ("tags: [a]", UNKNOWN_LICENCE, ()),
+    ):
+        (tmp_path / "README.md").write_text(f"---\n{head}\n---\nlicense: none\n")
+        assert (folder_licence(tmp_path), drawable_things(tmp_path)) == (licence, draws)
+    (tmp_path / "README.md").write_text("license: mit\ndraws: [ball]\n")  # which is no head
+    assert (folder_licence(tmp_path), drawable_things(tmp_path)) == (UNKNOWN_LICENCE, ())
+    (tmp_path / "LICENSE.txt").write_text(" Own terms \n")
+    assert folder_licence(tmp_path) == "Own terms"
 
 
 def test_pickles_never_run_code(tmp_path, monkeypatch):

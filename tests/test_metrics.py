@@ -11,6 +11,7 @@ from bench.proof.students import student_data
 from bench.proof.students.examples import Examples
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
+from datasetdm_fast.engine.decoders.config import COCO_JOINTS
 from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS, Labelled
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.training.evaluation import intervals as interval_parts
@@ -327,6 +328,36 @@ def test_a_joint_that_is_called_absent_is_not_found(source):
     label, meter = perfect(source, item)["pose"], METRICS["pose"](source)
     meter.add(item, replace(label, visibility=np.int64([[2] + [0] * (len(source.joints) - 1)])))
     assert meter.result()["pck"] == pytest.approx(1 / len(source.joints))
+
+
+def test_joints_are_judged_by_hand():
+    """PCK: a tenth of the longer side of a box, of the first person that is predicted. OKS: the mean over the labelled
+    joints of exp(-d^2 / (2 area (2 x 0.072)^2)), here 0.82; a person without any of these is neither right nor wrong.
+    """
+    meter, image = METRICS["pose"](SimpleNamespace(joints=("head", "hand", "foot"))), np.zeros((64, 64, 3), np.uint8)
+    shown = np.float32([[[10, 10, 2], [20, 20, 1], [0, 0, 0]]])
+    near = np.float32([[[14, 10, 1], [20, 24.1, 1], [0, 0, 1]], [[10, 10, 1], [20, 20, 1], [0, 0, 1]]])
+    for keypoints, count in ((shown, 2), (shown * np.float32([1, 1, 0]), 1)):
+        person = {"keypoint_boxes": np.float32([[5, 5, 20, 40]]), "keypoint_areas": np.float32([2000])}
+        found = Keypoints(near[:count], np.full((count, 3), 2), np.float32([0.9, 0.8])[:count], meter.joints)
+        meter.add(Labelled("", image, "", keypoints=keypoints, **person), found)
+    result = meter.result()
+    assert result.pop("per_joint") == {"head": 1.0, "hand": 0.0}
+    # at seven of the ten levels the first one is right; above them the second, after one that is wrong
+    assert result == pytest.approx({"pck": 0.5, "oks_ap": (7 + 3 / 2) / 10, "oks_ap50": 1.0})
+    assert meter.telling == 1 and meter.count_images().tolist() == [1, 1, 0]
+    assert METRICS["pose"](SimpleNamespace(joints=COCO_JOINTS)).sigmas is None  # those of COCO
+
+
+def test_words_that_a_decoder_was_not_taught_are_unseen_unless_all_are():
+    source = SimpleNamespace(thing_classes=("mug", "pen", "key"))
+
+    def unseen(taught, *asked):
+        config = SimpleNamespace(classes=taught)
+        return METRICS["open-vocabulary"].judging(source, config, asked).unseen.tolist()
+
+    assert unseen(("mug", "pen")) == [False, False, True] and unseen(("mug", "pen"), "mug") == [True, False, False]
+    assert unseen(()) == unseen(("owl",)) == unseen(("mug",), "mug", "pen", "key") == [False] * 3
 
 
 def test_what_no_image_shows_has_no_figure(source):

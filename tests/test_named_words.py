@@ -84,6 +84,15 @@ def test_tokens_of_words_are_found_by_what_stands_before_them():
     assert token_places("by a dining table and dog", ("dog", "diningtable"), count, 77)["diningtable"] == (3, 4)
 
 
+def test_attention_to_a_word_is_told_as_a_multiple_of_its_mean(config):
+    attention = torch.zeros(2, 77, 2, 2)
+    attention[:, 3], attention[:, 6] = torch.tensor([[1.0, 3], [0, 0]]), torch.tensor([[0.0, 0], [4, 4]])
+    prompts, names = ["a red ball and a cone", "a red ball"], [{"ball", "cone"}, {"ball"}]
+    found = captions.word_attention(attention, config, prompts, names, Tokenizer())
+    assert found[0].tolist() == [[[1, 1], [1, 1]], [[1, 3], [0, 0]], [[0, 0], [2, 2]]]
+    assert (found[1] == 1).all()  # one name alone is compared with none
+
+
 def test_heads_that_tell_words_are_a_part_of_the_projection(config):
     told = replace(config, word_heads=read_config(DEMO / "semantic").word_heads)
     assert told.word_heads and DecoderConfig.from_json(told.to_json()) == told

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from datasetdm_fast import cli, merge, open_run
 from datasetdm_fast.config import TASK_KINDS, EngineKind
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.engine.backbones import OWN_PIPELINES, PIPELINES
+from datasetdm_fast.engine.tasks import labeller
 from datasetdm_fast.engine.tasks.labeller import check_label
 from datasetdm_fast.errors import Missing
 from datasetdm_fast.plugins import Registry
@@ -384,6 +386,24 @@ def test_a_label_that_does_not_fit_its_image_or_its_table_is_named(label, wrong)
     with pytest.raises(ValueError) as stop:
         check_label(label, (4, 6), table)
     assert wrong in str(stop.value)
+
+
+def test_a_labeller_answers_for_every_image_by_the_table_of_its_run(monkeypatch):
+    asked, answers = [], [MAP, MAP]
+
+    def table(*given):
+        asked.append(given)
+        return {"classes": list(MAP.classes)}
+
+    own = SimpleNamespace(label=lambda batch: answers)
+    monkeypatch.setattr(labeller, "open_labeller", lambda name, device: own)
+    monkeypatch.setattr(labeller, "kind_of", lambda name: SimpleNamespace(table=table))
+    images = np.zeros((2, 4, 6, 3), np.uint8)
+    batch = labeller.LabellerInput((None, None), ((), ()), MAP.classes, images, latents=None, capture=None)
+    assert labeller.labels_of("own", "cpu", batch) == answers and asked == [(own, 6, MAP.classes)]
+    answers.pop()
+    with pytest.raises(ValueError, match="1 labels for 2 images"):
+        labeller.labels_of("own", "cpu", batch)
 
 
 # One process for all: what each line ends with and says, then the length of a data set, and what was never loaded.

@@ -3,6 +3,7 @@ of bad data by name.
 """
 
 import base64
+import io
 import itertools
 import json
 import math
@@ -29,13 +30,14 @@ from skips import IS_LONG
 from bench.proof.students.examples import whole_item
 from datasetdm_fast import convert, filter
 from datasetdm_fast import split as splitting
-from datasetdm_fast.data import IGNORE, Trust
+from datasetdm_fast.data import IGNORE, Instances, Trust
 from datasetdm_fast.engine.labels.label_files import with_text
 from datasetdm_fast.engine.pictures import framing, reading
 from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS, LabelledSource, Picture
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.runs.exporting.cityscapes import LABEL_IDS
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.reader import open_run
 from datasetdm_fast.runs.run_folder.seal import replace_file
@@ -43,7 +45,20 @@ from datasetdm_fast.runs.run_folder.selections import SPLIT, Split
 from datasetdm_fast.training import data_record, session, splits
 from datasetdm_fast.training.captures.targets import check_truth
 from datasetdm_fast.training.evaluation.metrics import METRICS
-from datasetdm_fast.training.readers import PRESETS, DataSettings, Selection, coco, cvat, is_read, open_data, voc
+from datasetdm_fast.training.readers import (
+    PRESETS,
+    DataSettings,
+    Selection,
+    celebamask,
+    cityscapes,
+    coco,
+    cvat,
+    hf,
+    is_read,
+    open_data,
+    voc,
+)
+from datasetdm_fast.training.readers import run as run_reader
 from datasetdm_fast.training.truth import shapes, tables, windows
 from datasetdm_fast.training.truth.augment import Augmentation, augment
 from datasetdm_fast.training.truth.picture_source import PictureSource
@@ -196,6 +211,10 @@ def test_a_run_teaches_what_a_filter_keeps_and_nothing_calls_doubtful(copied):
         assert (sample.image == item.image).all() and (sample.semantic.labels == item.semantic).all()
         assert (sample.instances.masks == item.masks).all() and (sample.depth.metres == item.depth).all()
         assert item.keypoints[..., :2] == pytest.approx(sample.keypoints.points[..., :2], abs=1e-4)
+        assert (item.keypoints[..., 2] == sample.keypoints.visibility).all()
+        people = sample.row.labels["pose"]
+        assert item.keypoint_boxes == pytest.approx(np.array([each["bbox"] for each in people]), abs=1e-3)
+        assert item.keypoint_areas == pytest.approx([each["area"] for each in people], rel=1e-5)
         metres = open_data(f"{address}[all]", SIDE, tasks=("depth",))[0]
         assert metres.semantic is metres.masks is metres.keypoints is None and metres.depth is not None
         open_data(f"{address}[val]", SIZE)
@@ -216,6 +235,21 @@ def test_things_named_by_words_of_the_class_table_of_a_run_are_not_ignored(copie
     assert len(open_data(address, SIZE)) == COUNT
     whole = open_data(f"{address}[all]", SIZE)
     assert all((item.semantic == truth.semantic).all() for item, truth in zip(open_data(address, SIZE), whole))
+
+
+def test_instances_of_a_run_are_things_from_the_score_on_at_which_they_are_shown():
+    label = Instances(np.zeros((2, 4, 4), bool), np.array([0, 1]), np.float32([0.4, 0.39]), ("ball", "cube"))
+    for is_corrected, things, crowds in ((False, [0], [1]), (True, [0, 1], [])):
+        place = SimpleNamespace(thing_classes=label.classes, is_corrected=is_corrected, _check_sides=lambda *_: None)
+        fields = run_reader.RunSamples._class_fields(place, label, 0, (4, 4))
+        assert (fields["mask_classes"], fields["crowd_classes"]) == (things, crowds)
+        assert (len(fields["masks"]), len(fields["crowds"])) == (len(things), len(crowds))
+
+
+def test_brackets_of_a_run_name_its_part_and_its_map():
+    texts = ("val", "semantic", "val,semantic.fine", "semantic,val", "a,b,semantic")
+    parts = [("val", ""), ("train", "semantic"), ("val", "semantic:fine"), ("val", "semantic"), ("a,b,semantic", "")]
+    assert [run_reader._split_and_label(text) for text in texts] == parts
 
 
 def test_a_part_of_a_run_whose_samples_are_all_doubtful_says_so(copied):
@@ -413,6 +447,16 @@ def test_faces_are_drawn_part_by_part_and_split_as_celeba_is(copied):
         open_data(f"{address}[val]", SIZE)
 
 
+def test_parts_of_faces_have_the_names_of_their_files_and_the_numbers_of_celeba():
+    sides = {"eye": "eye", "brow": "eyebrow", "ear": "ear"}
+    words = {f"{side[0]}_{part}": f"{side} {word}" for side in ("left", "right") for part, word in sides.items()}
+    words |= {"u_lip": "upper lip", "l_lip": "lower lip", "eye_g": "glasses", "ear_r": "earring", "neck_l": "necklace"}
+    words |= {"cloth": "clothes", **{part: part for part in ("skin", "nose", "mouth", "hair", "hat", "neck")}}
+    assert dict(zip(celebamask.PARTS, celebamask.NAMES, strict=True)) == words
+    assert celebamask.PARTS[0] == "skin" and celebamask.PARTS[-6:] == "hair hat ear_r neck_l neck cloth".split()
+    assert celebamask.SPLITS == {"train": (0, 162_770), "val": (162_770, 182_637), "test": (182_637, 202_599)}
+
+
 def test_depths_are_metres_in_every_unit(made):
     for name, rows in (
         ("nyu", slice(0, 72)),
@@ -514,6 +558,22 @@ def test_coco_asked_for_pose_gives_one_person_each(made):
         k = int(np.flatnonzero(joints[:, 2])[0])
         middle = np.array(row["bbox"][:2]) + np.array(row["bbox"][2:]) / 2
         assert item.keypoints[0, k, :2] == pytest.approx((joints[k, :2] + 0.5 - middle) * scale + SIZE / 2, abs=0.02)
+
+
+def test_limbs_of_coco_are_counted_from_one_and_join_joints():
+    assert coco._limbs([[1, 2], [1, 3]], 3) == ((0, 1), (0, 2))
+    assert [coco._limbs(limbs, 3) for limbs in ([[1, 4]], [[0, 1]], None)] == [()] * 3
+
+
+@pytest.mark.parametrize("area", [500.0, None])
+def test_a_person_of_coco_has_the_area_that_is_told_or_that_of_its_box(copied, area):
+    root, address = copied("coco")
+    path = root / "annotations/person_keypoints_train2017.json"
+    rewrite(path, lambda d: [row.update(area=area) if area else row.pop("area") for row in d["annotations"]])
+    width, height = json.loads(path.read_text())["annotations"][0]["bbox"][2:]
+    scale = SIZE / (max(width, height) * windows.PERSON_MARGIN)
+    found = open_data(address, SIZE, tasks=["pose"])[0].keypoint_areas
+    assert found.tolist() == pytest.approx([(area or width * height) * scale**2], rel=1e-5)
 
 
 # The similarity exp(-(d / side)^2 / (2 * 0.2^2)) is compared with 0.45 for one joint and 0.65 for seventeen.
@@ -804,6 +864,47 @@ def test_cityscapes_label_ids_become_train_ids(copied):
     assert (open_data(address, SIZE)[0].semantic == with_train_ids).all()
 
 
+CITY_LABELS = {  # classes in the order of their train ids, with their label ids, as cityscapesScripts has them
+    "road": 7,
+    "sidewalk": 8,
+    "building": 11,
+    "wall": 12,
+    "fence": 13,
+    "pole": 17,
+    "traffic light": 19,
+    "traffic sign": 20,
+    "vegetation": 21,
+    "terrain": 22,
+    "sky": 23,
+    "person": 24,
+    "rider": 25,
+    "car": 26,
+    "truck": 27,
+    "bus": 28,
+    "train": 31,
+    "motorcycle": 32,
+    "bicycle": 33,
+}
+
+
+def test_classes_of_cityscapes_have_its_numbers():
+    names, numbers = tuple(CITY_LABELS), tuple(CITY_LABELS.values())
+    assert names == cityscapes.CITYSCAPES_CLASSES and names[11:] == cityscapes.Cityscapes.thing_classes
+    assert cityscapes.TRAIN_IDS == {number: k for k, number in enumerate(numbers)} and numbers == LABEL_IDS
+
+
+def test_instances_of_cityscapes_are_things_and_those_without_a_number_crowds(tmp_path):
+    place = SimpleNamespace(_label_file=lambda path, kind: tmp_path / f"{kind}.png")
+    save(tmp_path / "instanceIds.png", np.uint16([[33001, 24, 7, 26000, 26001, 23]]))
+    found = cityscapes.Cityscapes._things(place, Path("a.png"), (1, 6))
+    assert (found.mask_classes, found.crowd_classes) == ([2, 2, 7], [0])  # cars, a bicycle; persons
+    assert [make()[0].tolist() for make in found.masks] == [[k == at for k in range(6)] for at in (3, 4, 0)]
+    assert found.crowds[0]()[0].tolist() == [k == 1 for k in range(6)]
+    save(tmp_path / "instanceIds.png", np.uint16([[34001] * 6]))
+    with pytest.raises(Refused, match="the unknown class 34 of instance 34001"):
+        cityscapes.Cityscapes._things(place, Path("a.png"), (1, 6))
+
+
 def test_groups_of_cityscapes_are_crowds(copied):
     root, address = copied("cityscapes")
     path = root / "gtFine/train/aachen/aachen_000000_000019_gtFine_instanceIds.png"
@@ -839,6 +940,20 @@ def ramp(height: int, width: int) -> Picture:
     image = np.zeros((height, width, 3), np.uint8)
     image[..., 0], image[..., 1] = np.linspace(0, 255, width)[None], np.linspace(0, 255, height)[:, None]
     return Picture("ramp", image, "", semantic=(image[..., 0] > 127).astype(np.uint8))
+
+
+def test_new_pixels_are_those_under_their_middle_and_persons_move_with_them():
+    assert framing._nearest(5, 0.0, 0.6, 3).tolist() == [0, 2, 4]
+    assert framing._nearest(4, -1.0, 1.0, 6).tolist() == [-1, 0, 1, 2, 3, -1]
+    points = [[[6, 8, 2], [18, 4, 1], [17.9, 4, 1]], [[40, 8, 2]] * 3, [[2, 4, 1], [1.9, 4, 2], [2, 3.9, 2]]]
+    people = {"keypoints": np.float32(points), "keypoint_areas": np.float32([100, 1, 40])}
+    people["keypoint_boxes"] = np.float32([[0, 0, 30, 30], [0, 0, 9, 9], [6, 8, 4, 6]])
+    picture = Picture("a", np.zeros((64, 64, 3), np.uint8), "", **people)
+    found = framing._frame_persons(picture, framing.Window(2, 4, 0.5), 8)
+    assert found["keypoints"][..., 2].tolist() == [[2, 0, 1], [1, 0, 0]]  # the second one is out of sight
+    assert found["keypoints"][0, :, :2].tolist() == [[2, 2], [8, 0], [pytest.approx(7.95), 0]]
+    assert found["keypoint_boxes"].tolist() == [[0, 0, 8, 8], [2, 2, 2, 3]]
+    assert found["keypoint_areas"].tolist() == [25, 10]
 
 
 @pytest.mark.parametrize("height, width", [(64, 64), (64, 200), (333, 97), (16, 500), (1000, 40), (47, 65)])
@@ -2010,6 +2125,22 @@ def test_pictures_of_background_alone_are_data(copied, layout, name):
     items = list(open_data(address, SIZE, tasks=("semantic", "instance")))
     assert len(items) == COUNT and all(item.caption == "a photo" for item in items)
     assert not any(len(item.masks) or item.semantic.any() for item in items)
+
+
+def test_maps_of_hugging_face_may_be_tables_of_numbers():
+    source, labels, metres = object.__new__(hf.HuggingFace), np.eye(16, dtype=int), np.full((16, 16), 2.0)
+    metres[0, :5] = np.nan, np.inf, -1, 10, 10.5
+    Image.new("RGB", (16, 16)).save(file := io.BytesIO(), "PNG")
+    row = {"image": {"bytes": file.getvalue()}, "label": labels.tolist(), "depth": metres.tolist()}
+    source.rows, source.path = SimpleNamespace(row=lambda number: row, folder=Path()), Path("photos")
+    source.columns = {"caption": "", **{name: name for name in row}}
+    source.classes, source.thing_classes, source.max_depth, source.table = ("wall", "ball"), ("ball",), 10.0, {}
+    picture = source.picture(0)
+    assert picture.depth[0, :6].tolist() == [0, 0, 0, 10, 0, 2] and (picture.semantic == labels).all()
+    assert picture.caption == ("ball",) and picture.id == "00000000"
+    row["label"] = [row["label"]]
+    with pytest.raises(Refused, match="photos: row 0: label is no table of numbers"):
+        source.picture(0)
 
 
 def test_hugging_face_rows_without_a_text_are_captioned_by_their_labels_and_pictures_have_8_bits(copied):

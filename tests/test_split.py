@@ -11,12 +11,13 @@ from rendered import document, rendered, write_run
 
 from datasetdm_fast import convert, open_run
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.runs.exporting.sources import ExportSource
 from datasetdm_fast.runs.gallery import review
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder import seal
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.folder import RunFolder
-from datasetdm_fast.runs.run_folder.selections import assign_parts, groups, read_split
+from datasetdm_fast.runs.run_folder.selections import assign_parts, groups, parse_part, read_split
 from datasetdm_fast.split import main
 from datasetdm_fast.training.readers import open_data
 
@@ -47,6 +48,15 @@ def test_groups_are_never_parted_and_shares_are_met(seed):
     assert found == assign_parts(keys, {"train": 80, "val": 10, "test": 10}, seed) and found != assign_parts(
         keys, {"train": 80, "val": 10, "test": 10}, seed + 1
     )
+
+
+def test_a_part_is_one_of_at_least_as_many():
+    assert [parse_part(part) for part in ("1/1", "3/16", "16/16")] == [(1, 1), (3, 16), (16, 16)]
+    whole = ExportSource([*range(10)], {}, None, None, {})
+    assert [whole.take_part(f"{k}/3").run for k in (1, 2, 3)] == [[0, 1, 2], [3, 4, 5], [6, 7, 8, 9]]
+    for wrong in ("0/3", "4/3", "1/0", "1", "a/b", "-1/3", "1/3/5"):
+        with pytest.raises(Refused, match="--part .*: expected k/n with k from 1 to n"):
+            parse_part(wrong)
 
 
 def test_a_split_is_sealed_followed_by_convert_and_taken_back(run, tmp_path, capsys):

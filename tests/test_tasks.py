@@ -668,6 +668,33 @@ def test_a_class_counts_as_named_until_a_caption_leaves_it_out():
     assert words.always_named(("ball", "cone", "star"), seen) == ("ball", "star")
 
 
+def test_what_named_classes_have_is_divided_by_the_tenth_power_of_the_attention_to_their_words():
+    config = upstream("segmentation", classes=CLASSES, named=("ball", "cone"))
+    share = torch.tensor([[0.2, 0.5, 0.3], [0.2, 0.8, 0.0]])
+    found = captions.shared_by_words(share, torch.tensor([[5.0, 1.0, 2.0]] * 2), config)  # no word names the wall
+    ball, cone = 0.5 / 2**10, 0.3
+    wanted = [[0.2, 0.8 * ball / (ball + cone), 0.8 * cone / (ball + cone)], [0.2, 0.8, 0.0]]
+    torch.testing.assert_close(found, torch.tensor(wanted))
+
+
+def test_the_attention_inside_a_mask_is_its_mean_there():
+    values = torch.tensor([[[[1.0, 2.0], [3.0, 6.0]]]])
+    found = instance.inside_masks(values, planes((0, 0, 1, 2), (0, 1, 2, 2), size=2))
+    assert found[0, 0].tolist() == pytest.approx([1.5, 4.0], rel=1e-5)
+
+
+def test_words_are_taught_by_the_things_of_a_label_map_where_there_are_no_masks():
+    source = SimpleNamespace(classes=("background", "wall", "ball", "cone"), thing_classes=("ball", "cone"))
+    item = SimpleNamespace(masks=None, semantic=np.uint8([[1, 3], [2, 255]]), image=np.zeros((2, 2, 3), np.uint8))
+    target = TASKS["open-vocabulary"].target(source, item)
+    assert target["classes"].tolist() == [0, 1]
+    assert target["masks"].astype(int).tolist() == [[[0, 0], [1, 0]], [[0, 1], [0, 0]]]
+    label = TASKS["open-vocabulary"].truth(source, item)
+    assert label.labels.tolist() == [[0, 2], [1, 0]] and label.classes == ("none", "ball", "cone")
+    item.semantic[1, 0] = 0
+    assert TASKS["open-vocabulary"].target(source, item)["classes"].tolist() == [1]
+
+
 def test_the_page_of_a_training_tells_its_command_where_it_is_known():
     facts = {"data": "folder:photos", "command": "train --data 'a<b'"}
     told = page._facts(facts)

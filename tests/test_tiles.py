@@ -58,6 +58,12 @@ def test_what_a_tile_says_near_its_border_gives_way():
     assert not found.labels[4:-4].any()
 
 
+def test_a_pixel_is_as_sure_as_the_tile_in_which_it_lies_farthest_inside():
+    tiling, labels = Tiling.of((32, 56), SIZE), np.zeros((SIZE, SIZE), np.uint8)
+    tiles = [SemanticMap(labels, np.full((SIZE, SIZE), sure, np.float32), ("a",)) for sure in (0.25, 0.75)]
+    assert joined_map(tiling, tiles).confidence[16].tolist() == [0.25] * 28 + [0.75] * 28
+
+
 def test_a_thing_of_several_tiles_is_one():
     tiling = Tiling.of((60, 100), SIZE)
     masks = np.zeros((3, 60, 100), bool)
@@ -118,3 +124,10 @@ def test_a_tile_without_a_class_shows_none_of_it():
     assert (found.labels[10:22, 10:22] == 3).all() and not found.labels[:, 40:].any()
     nothing = joined_label(tiling, [one[:0] for one in maps], [], ("background",), 0.6, 0.5)
     assert not nothing.labels.any() and not nothing.confidence.any()
+
+
+def test_of_two_classes_a_pixel_has_the_likelier():
+    maps = torch.zeros(2, 8, 8)
+    maps[0, :, :4], maps[1, :, 4:] = 1.0, 0.5  # each is scaled to 0 .. 1
+    found = joined_label(Tiling.of((8, 8), 8), [maps], [3, 5], ("background", *"abcde"), 0.6, 0.5)
+    assert found.labels[0].tolist() == [3] * 4 + [5] * 4 and (found.confidence == 1).all()

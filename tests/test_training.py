@@ -31,7 +31,7 @@ from datasetdm_fast.engine.sampling.times import alphas_cumprod, initial_noise
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.kernels import image_norm
 from datasetdm_fast.stages import Level
-from datasetdm_fast.training import losses, session
+from datasetdm_fast.training import cross_validation, losses, predictions, session, task_training
 from datasetdm_fast.training import trainer as loop
 from datasetdm_fast.training.captures import cache
 from datasetdm_fast.training.captures.cache import Inversion, Layout
@@ -276,6 +276,89 @@ def test_the_rate_warms_up_and_falls_by_its_formula(engine, source, folder):
         assert usual.rate(step) == pytest.approx(wanted * fall, rel=1e-9)
     at_once = Trainer(config, TrainingSchedule(steps=100, rate=1e-3, warmup=0), held, reads_ahead=False)
     assert at_once.rate(0) == 1e-3
+
+
+def test_averages_of_weights_and_optimisers_are_those_of_the_schedule(engine, source, folder):
+    held, config = training_views(engine, source, "depth", folder), config_of(engine, source, "depth")
+    schedule = TrainingSchedule(steps=20_000, batch_size=1, average=0.9, weight_decay=0.125)
+    taught = Trainer(config, schedule, held, reads_ahead=False)
+    taught.state.step = 10_000  # the first averages are of fewer weights
+    begun = [value.clone() for value in taught.state.average]
+    taught.step()
+    assert all(map(torch.allclose, taught.state.average, torch._foreach_lerp(begun, taught.state.parameters, 0.1)))
+    assert type(taught.state.optimiser) is torch.optim.AdamW
+    assert taught.state.optimiser.defaults["weight_decay"] == 0.125
+    other = Trainer(config, replace(schedule, optimiser="adam", average=0.0), held, reads_ahead=False).state
+    assert type(other.optimiser) is torch.optim.Adam and other.average == []
+
+
+def test_the_best_weights_and_the_evaluations_so_far_are_kept_and_resumed(engine, source, folder, tmp_path):
+    held, config = training_views(engine, source, "depth", folder), config_of(engine, source, "depth")
+    first, second = (Trainer(config, TrainingSchedule(), held, reads_ahead=False).state for _ in range(2))
+    first.step = 5
+    first.record_evaluation(first.decoder, 0.25, True)
+    best = {name: value.clone() for name, value in first.decoder.state_dict().items()}
+    with torch.no_grad():
+        torch._foreach_add_(first.parameters, 1.0)
+    first.step, first.early_stopping.evaluations = 7, 3
+    for _ in range(2):
+        first.record_evaluation(first.decoder, 0.5, False)
+    first.save(tmp_path)
+    second.resume(tmp_path)
+    told = {"evaluations": 3, "best_figure": 0.25, "best_step": 5, "without_improvement": 2}
+    for state in (first, second):
+        assert asdict(state.early_stopping) == told and state.step == 7 and state.best_weights.keys() == best.keys()
+        assert all(torch.equal(state.best_weights[name], value) for name, value in best.items())
+    second.record_evaluation(second.decoder, 0.125, True)
+    assert asdict(second.early_stopping) == told | {"best_figure": 0.125, "best_step": 7, "without_improvement": 0}
+    assert all(map(torch.equal, second.best_weights.values(), first.decoder.state_dict().values()))
+
+
+def test_a_figure_is_better_where_it_is_more_or_of_errors_less():
+    assert [predictions.is_better("semantic", value, 0.5) for value in (0.4, 0.5, 0.6)] == [False, False, True]
+    assert [predictions.is_better("depth", value, 0.5) for value in (0.4, 0.5, 0.6)] == [True, False, False]
+    assert predictions.is_better("semantic", 0.0, None)
+
+
+def training_run(steps, settings, evaluate, **more) -> SimpleNamespace:
+    """What the loop of a training reads, with every step and evaluation it takes."""
+    state = SimpleNamespace(step=0, early_stopping=SimpleNamespace(without_improvement=0))
+    run = SimpleNamespace(state=state, saved=time.monotonic(), logged=[], kept=[], **more)
+
+    def step():
+        state.step += 1
+        return 0.5
+
+    def judge():
+        state.early_stopping.without_improvement += 1
+        return evaluate(state.step)
+
+    plan = SimpleNamespace(schedule=SimpleNamespace(steps=steps))
+    run.training = SimpleNamespace(settings=settings, plan=plan, held_out=[0], task="depth")
+    run.trainer = SimpleNamespace(rate=lambda step: step / 10, step=step)
+    run.evaluate, run.save = judge, lambda: run.kept.append(state.step)
+    run.log = SimpleNamespace(step=lambda *told: run.logged.append(told), figure=lambda *told: run.logged.append(told))
+    return run
+
+
+@pytest.mark.parametrize(("patience", "last"), [(0, 10), (2, 5), (3, 8), (4, 10), (5, 10)])
+def test_a_training_is_judged_at_even_steps_and_ends_after_enough_without_improvement(patience, last):
+    settings, shown = TaskSettings(checks=4, early_stopping_patience=patience, save_every=1e9), []
+    run = training_run(10, settings, lambda step: 0.25 if step > 3 else None)  # the first time nothing is shown
+    told = task_training._TrainingRun.train(run, run.log, lambda *each: shown.append(each), lambda: False)
+    assert told is True and run.state.step == last and not run.kept
+    figures = {step: 0.25 for step in (5, 8, 10) if step <= last}
+    assert run.state.early_stopping.without_improvement == 1 + len(figures)
+    assert shown == [(step, 0.5, figures.get(step)) for step in range(1, last + 1)]
+    wanted = [[(step, 10, 0.5, (step - 1) / 10), (step, "absrel", figures.get(step))] for step in range(1, last + 1)]
+    assert run.logged == [line for lines in wanted for line in lines if line[-1] is not None]
+
+
+def test_a_training_is_saved_in_time_and_where_it_is_stopped():
+    run = training_run(10, TaskSettings(checks=4, save_every=0.0), None)
+    run.training.held_out = None
+    told = task_training._TrainingRun.train(run, run.log, lambda *each: None, lambda: run.state.step == 4)
+    assert told is False and run.kept == [1, 2, 3, 4, 4] and len(run.logged) == 4
 
 
 def test_captures_are_read_ahead_once_and_no_further_than_the_last_step(engine, source, folder):
@@ -900,6 +983,32 @@ def test_captures_that_no_training_has_needed_for_long_are_deleted(engine, sourc
     assert {path.stat().st_mtime for path in used} == {long_ago} and others[0].exists()  # used, not made again
 
 
+def test_a_shard_is_of_one_model_precision_caption_seed_and_picture(engine, source):
+    def name(settings=None, number=0, change=None, model=None, **numerics):
+        views = TrainingViews(source, [number], "depth", settings or ViewSettings(draws=1))
+        item = views.item(0)
+        views.items = lambda image: [replace(item, image=change(item.image)) if change else item]
+        told = {"levels": engine.model.levels, "digests": engine.model.digests, "blocks": (), **(model or {})}
+        other = SimpleNamespace(model=SimpleNamespace(**told), fingerprint=lambda: engine.fingerprint() | numerics)
+        (((path,), _, _),) = cache._shards(other, views, Inversion((1,)), Path())
+        return path.name
+
+    assert name() == name(device="another")
+    names = [
+        name(),
+        name(number=1),
+        name(ViewSettings(draws=1, seed=1)),
+        name(ViewSettings(draws=1, captions="none")),
+        name(change=lambda pixels: 255 - pixels),
+        name(change=lambda pixels: pixels.reshape(32, 128, 3)),
+        name(model={"digests": {"unet": "0"}}),
+        name(model={"blocks": ((1,), (2,), (3,))}),
+        name(engine="fast"),
+        name(dtype="bf16"),
+    ]
+    assert len({*names}) == len(names)
+
+
 @pytest.mark.parametrize("change", [{"timesteps": (2,)}, {"latent": "sample"}, {"ddim_steps": 2}])
 def test_another_inversion_has_other_shards(engine, source, folder, change):
     views = TrainingViews(source, [0], "depth", ViewSettings(draws=1))
@@ -1351,6 +1460,28 @@ def test_the_bound_of_one_more_decoder_is_that_of_a_prediction_interval():
         ("depth", 0.2, False),
     ):
         assert is_worse(task, {"value": value, "bound": 0.2}) is is_bad
+
+
+def test_a_final_decoder_is_compared_with_those_of_the_folds_on_images_from_all_over_the_data(monkeypatch, tmp_path):
+    asked, figures = [], {tmp_path: 0.2}
+    figures |= {tmp_path / "training" / "folds-3" / str(k): value for k, value in ((1, 0.5), (2, 0.3), (3, 0.4))}
+
+    def score(task, views, place):
+        return SimpleNamespace(result=lambda: {"miou": figures[place]} if place in figures else {})
+
+    monkeypatch.setattr(cross_validation, "load_decoder", lambda place: place)
+    monkeypatch.setattr(cross_validation.predictions, "score", score)
+    predictor = SimpleNamespace(predict=lambda place, views: place)
+    one = SimpleNamespace(numbers=range(250), predictor=lambda plan: predictor)
+    one.views = lambda *given: asked.append(given)
+    plan, folds = SimpleNamespace(decoder=SimpleNamespace(task="semantic")), {"folds": 3, "images": 250}
+    told = cross_validation.compare_with_folds(one, plan, tmp_path, folds)
+    others = [0.5, 0.3, 0.4]
+    wanted = {"figure": "miou", "value": 0.2, "folds": others, "bound": bound_of("semantic", others)}
+    assert told.pop("final") == wanted and told == folds and asked == [("semantic", range(0, 250, 3), 1)]
+    assert json.loads((tmp_path / "training" / "folds.json").read_text())["final"]["value"] == 0.2
+    figures.popitem()  # all truth of its images is ignored
+    assert cross_validation.compare_with_folds(one, plan, tmp_path, folds) == folds
 
 
 def test_few_steps_are_logged_of_a_long_training(tmp_path):

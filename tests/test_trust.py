@@ -19,6 +19,7 @@ from datasetdm_fast.data import DomainDistance, Instances, Request, SemanticMap,
 from datasetdm_fast.engine.labels.trust import trust_of, with_domain, without_doubtful, without_unsure
 from datasetdm_fast.runs.jobs.result import describe_start
 from datasetdm_fast.runs.run_folder.audit import audit
+from datasetdm_fast.runs.run_folder.goal import Goal, Tally
 from datasetdm_fast.runs.run_folder.reader import open_run
 from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.runs.workers import spawn
@@ -282,6 +283,16 @@ def accepted(tmp_path_factory):
         torchless.install(patch.setattr)
         assert run(path, *LINE) == 0
     return path
+
+
+def test_of_a_class_more_are_made_for_those_that_were_quarantined_up_to_a_bound():
+    goal = Goal(3, 5, ("a", "b"))
+    assert [goal.stop(count) for count in (0, 1, 2, 9)] == [3, 4, 5, 5]
+    assert [*goal.required_indices((0, 1))] == [0, 1, 2, 3, 4, 5, 9]
+    assert [*goal.required_indices((2, 0))] == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert [goal.place(index) for index in (2, 3, 7, 9)] == [(0, 2), (1, 0), (0, 4), (1, 3)]
+    assert goal.is_reached(Tally([3, 4], [0, 1])) and not goal.is_reached(Tally([3, 3], [0, 1]))
+    assert goal.missing(Tally([5, 4], [3, 1])) == {"a": 2} and goal.missing(Tally([4, 4], [2, 1])) == {}
 
 
 def test_accepted_samples_are_counted_by_class_and_no_more_are_made(accepted):
