@@ -53,6 +53,7 @@ if not _C.cuda_device_count():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+LASTING = (None, "demo", "demo-dit", "tiny", "random")  # models and decoders that are the same in every folder
 GET_FLAGS, SET_FLAGS, UP = 0x8913, 0x8914, 1  # of a network device, <linux/sockios.h>
 
 
@@ -127,6 +128,29 @@ def signals_are_given_back():
     yield
     if interruption := sys.modules.get("datasetdm_fast.command_line.interruption"):
         assert interruption.SignalWatch.active is None and not interruption.Interruption.blocks
+
+
+@pytest.fixture(scope="module")
+def one_engine_of_a_kind():
+    """Commands of a file that ask for the same engine get the one that was opened first. Folders with a relative name
+    are read anew, as another test has others of that name.
+    """
+    from datasetdm_fast.engine import engines
+
+    open_engine, opened = engines.open_engine, {}
+
+    def reopened(model="demo", decoder="demo", *labels, **options):
+        is_lasting = all(name in LASTING or os.path.isabs(name) for name in (model, decoder))
+        if not is_lasting or options.get("lora") or "loaded" in options:
+            return open_engine(model, decoder, *labels, **options)
+        key = repr((model, decoder, labels, options))
+        if key not in opened:
+            opened[key] = open_engine(model, decoder, *labels, **options)
+        return opened[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engines, "open_engine", reopened)
+        yield
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -38,6 +38,8 @@ from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.reader import open_run
 from datasetdm_fast.training.readers import open_data
 
+pytestmark = pytest.mark.usefixtures("one_engine_of_a_kind")
+
 CLASSES = ("ball", "cube", "cone")
 REQUESTS = [
     Request(0, "a red ball and a blue cube", 7, ("ball", "cube"), "fog"),

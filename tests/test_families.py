@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import cache
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from datasetdm_fast.engine.decoders.checkpoint import save_decoder, seeded_decod
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loading.folder import load_folder
 from datasetdm_fast.errors import Missing, Refused
+
+pytestmark = pytest.mark.usefixtures("one_engine_of_a_kind")
 
 STEPS, NUMBER, PROMPT = 3, 3, "a photo of the cat"
 # family -> sizes of its tiny pipeline, flags of generate, options of the stock pipeline's call
@@ -36,10 +39,24 @@ def family(request, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def folders(family, tmp_path_factory):
+def saved(tmp_path_factory):
+    """Folders of models by family and sizes, written once."""
+    root, made = tmp_path_factory.mktemp("models"), {}
+
+    def save(family, **sizes):
+        key = family, *sorted(sizes.items())
+        if key not in made:
+            made[key] = tiny_pipelines.save(root / str(len(made)), family, **sizes)
+        return made[key]
+
+    return save
+
+
+@pytest.fixture(scope="module")
+def folders(family, saved, tmp_path_factory):
     """A model and decoders that fit it."""
     root = tmp_path_factory.mktemp(family)
-    tiny_pipelines.save(root / "model", family, **FAMILIES[family][0])
+    shutil.copytree(saved(family, **FAMILIES[family][0]), root / "model")
     model = load_model(str(root / "model"), size=SIZE)
     for task, decoder in seeded_decoders(model.levels, model.text_width).items():
         save_decoder(decoder, root / "decoders" / task)
@@ -84,31 +101,27 @@ def test_a_run_makes_the_images_of_the_stock_pipeline_and_goes_on_where_it_ended
         assert np.abs(stock * 255 - picture).max() <= 1.01
 
 
-def test_a_decoder_of_another_family_is_refused(folders, family, tmp_path, capsys):
-    other = "sd3" if family != "sd3" else "sdxl"
-    model = load_model(str(tiny_pipelines.save(tmp_path / "other", other, width=64)), size=SIZE)
-    decoders = seeded_decoders(model.levels, model.text_width)
-    save_decoder(decoders["depth"], tmp_path / "decoders" / "depth")
+@pytest.fixture(scope="module")
+def foreign(saved, tmp_path_factory):
+    """The folder of a decoder for wider models of a family."""
+
+    @cache
+    def written(family):
+        model = load_model(str(saved(family, width=64)), size=SIZE)
+        folder = tmp_path_factory.mktemp("decoders")
+        save_decoder(seeded_decoders(model.levels, model.text_width)["depth"], folder / "depth")
+        return folder
+
+    return written
+
+
+def test_a_decoder_of_another_family_is_refused(folders, foreign, family, tmp_path, capsys):
     line = ["--model", str(folders / "model"), "--engine", "torch", "--size", str(SIZE), "--task", "depth"]
-    line += ["--prompts", PROMPT]
-    assert generate.main([*line, "--decoder", str(tmp_path / "decoders"), "--out", str(tmp_path / "run")]) == 2
+    line += ["--prompts", PROMPT, "--decoder", str(foreign("sd3" if family != "sd3" else "sdxl"))]
+    assert generate.main([*line, "--out", str(tmp_path / "run")]) == 2
     message = capsys.readouterr().err.splitlines()
     assert "depth decoder" in message[-2] and "channels" in message[-2]
     assert message[-1] == "Use the decoder made for this model, or train one on it."
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """Folders of models by family and sizes, written once."""
-    root, made = tmp_path_factory.mktemp("models"), {}
-
-    def save(family, **sizes):
-        key = family, *sorted(sizes.items())
-        if key not in made:
-            made[key] = tiny_pipelines.save(root / str(len(made)), family, **sizes)
-        return made[key]
-
-    return save
 
 
 def copy_of(folder, tmp_path):

@@ -8,6 +8,7 @@ import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
+from functools import cache
 from itertools import count, islice
 from pathlib import Path
 from threading import Event
@@ -46,8 +47,19 @@ from datasetdm_fast.stages import LEVELS
 
 
 @pytest.fixture(scope="module")
-def decoders(tmp_path_factory):
-    folder, levels = tmp_path_factory.mktemp("decoders"), load_model("tiny").levels
+def tiny():
+    """For tests that change none of its weights or settings."""
+    return load_model("tiny")
+
+
+@pytest.fixture(scope="module")
+def tiny64():
+    return load_model("tiny", size=64)
+
+
+@pytest.fixture(scope="module")
+def decoders(tiny, tmp_path_factory):
+    folder, levels = tmp_path_factory.mktemp("decoders"), tiny.levels
     small = {
         "levels": levels,
         "width": 32,
@@ -202,53 +214,52 @@ def test_a_picture_of_pillow_is_labelled_as_viewers_show_it(pipe):
         pipe.label(Image.open(io.BytesIO(file.getvalue()[:2000])), tasks=("depth",))
 
 
-@pytest.mark.parametrize("engine", ["torch", "fast"])
-def test_a_program_with_autocast_gets_the_same_images_and_labels(decoders, engine):
-    def made():
-        pipe = Pipeline.from_pretrained("tiny", engine=engine, decoder=str(decoders), size=64)
-        for sample in pipe.stream(["a red ball"], steps=2):
-            switched.append(torch.is_autocast_enabled("cpu"))  # where the program goes on
-            first = sample
-        return first, pipe.label(first.image, tasks=("depth",)).depth[0], pipe.features(first.image)["low"]
+def made(decoders, engine, look=lambda: None):
+    """What a pipeline of its own makes for a program, and what `look` sees where the program goes on."""
+    pipe = Pipeline.from_pretrained("tiny", engine=engine, decoder=str(decoders), size=64)
+    generator = torch.Generator("cpu").manual_seed(3)
+    stream = pipe.stream(["a red ball"], steps=2)
+    sample, seen = next(stream), look()
+    label = pipe.label(sample.image, tasks=("depth",)).depth[0].metres
+    drawn = pipe.diffuse("a ball", num_inference_steps=2, generator=generator, tasks=(), output_type="np").images
+    features = pipe.features(sample.image)["low"].cpu()
+    assert not list(stream)
+    return (sample.image, sample.annotations["depth"].metres, label, drawn, features), seen
 
-    switched = []
-    alone = made()
+
+@pytest.fixture(scope="module")
+def alone(decoders):
+    """What pipelines make in a program that changes nothing, by their engine."""
+    return cache(lambda engine: made(decoders, engine)[0])
+
+
+@pytest.mark.parametrize("engine", ["torch", "fast"])
+def test_a_program_with_autocast_gets_the_same_images_and_labels(decoders, alone, engine):
+    expected = alone(engine)
     with torch.autocast("cpu", torch.bfloat16):
-        beside = made()
-    assert switched == [False, True]
-    assert np.array_equal(alone[0].image, beside[0].image)
-    assert np.array_equal(alone[0].annotations["depth"].metres, beside[0].annotations["depth"].metres)
-    assert np.array_equal(alone[1].metres, beside[1].metres) and torch.equal(alone[2], beside[2])
+        found, is_switched = made(decoders, engine, lambda: torch.is_autocast_enabled("cpu"))
+    assert is_switched
+    assert all(map(np.array_equal, expected, found))
 
 
 @pytest.mark.parametrize(
     ("engine", "default"),
     [("torch", torch.bfloat16), ("fast", torch.float64), ("fast", torch.bfloat16), ("fast", "meta")],
 )
-def test_a_program_with_another_default_dtype_or_device_gets_the_same_images_and_labels(decoders, engine, default):
+def test_a_program_with_another_default_dtype_or_device_gets_the_same_images_and_labels(
+    decoders, alone, engine, default
+):
     """The compiled operations write fp32 into memory that was of a smaller dtype otherwise."""
-
-    def made():
-        pipe = Pipeline.from_pretrained("tiny", engine=engine, decoder=str(decoders), size=64)
-        generator = torch.Generator("cpu").manual_seed(3)
-        stream = pipe.stream(["a red ball"], steps=2)
-        sample = next(stream)
-        seen.append((torch.get_default_dtype(), torch.get_default_device()))  # where the program goes on
-        label = pipe.label(sample.image, tasks=("depth",)).depth[0].metres
-        drawn = pipe.diffuse("a ball", num_inference_steps=2, generator=generator, tasks=(), output_type="np").images
-        return sample.image, sample.annotations["depth"].metres, label, drawn, pipe.features(sample.image)["low"].cpu()
-
-    seen, before = [], torch.get_default_dtype()
-    alone = made()
+    expected, before = alone(engine), torch.get_default_dtype()
     change = torch.set_default_device if default == "meta" else torch.set_default_dtype
     try:
         change(default)
-        beside = made()
+        found, seen = made(decoders, engine, lambda: (torch.get_default_dtype(), torch.get_default_device()))
     finally:
         torch.set_default_device(None)
         torch.set_default_dtype(before)
-    assert default in (seen[1][0], seen[1][1].type)
-    assert all(map(np.array_equal, alone, beside))
+    assert default in (seen[0], seen[1].type)
+    assert all(map(np.array_equal, expected, found))
 
 
 def test_pictures_that_exist_are_not_sampled(pipe):
@@ -589,8 +600,7 @@ def test_a_pipeline_in_memory_that_no_weights_describe_is_refused():
         Pipeline.from_diffusers(theirs)
 
 
-def test_a_compiled_pipeline_in_memory_gives_the_same_images():
-    tiny = load_model("tiny")
+def test_a_compiled_pipeline_in_memory_gives_the_same_images(tiny):
     theirs = in_diffusers(tiny)
     plain, compiled = (
         Pipeline.from_diffusers(theirs, engine="torch", device="cpu", size=tiny.size)("a ball", steps=2, tasks=())
@@ -626,9 +636,8 @@ def test_textual_inversion_of_one_vector_is_followed_and_of_several_refused():
         Pipeline.from_diffusers(theirs)
 
 
-def test_a_family_may_have_a_sampler_of_its_own():
-    model = load_model("tiny")
-    model = replace(model, defaults=replace(model.defaults, sampler="ddim"))
+def test_a_family_may_have_a_sampler_of_its_own(tiny):
+    model = replace(tiny, defaults=replace(tiny.defaults, sampler="ddim"))
     own = Pipeline(build_engine("torch", model, device="cpu"))
 
     def steps_of(**choices):
@@ -695,12 +704,11 @@ def test_the_arguments_of_diffusers_give_its_images(pipe):
         (UniPCMultistepScheduler, {}, "unipc samples flows alone"),
     ],
 )
-def test_a_scheduler_gives_the_images_of_diffusers_or_is_refused(kind, settings, refused):
-    tiny = load_model("tiny", size=64)
-    theirs = in_diffusers(tiny)
+def test_a_scheduler_gives_the_images_of_diffusers_or_is_refused(tiny64, kind, settings, refused):
+    theirs = in_diffusers(tiny64)
     theirs.set_progress_bar_config(disable=True)
     theirs.scheduler = kind.from_config(theirs.scheduler.config, **settings)
-    mine = Pipeline.from_diffusers(theirs, engine="torch", device="cpu", size=tiny.size)
+    mine = Pipeline.from_diffusers(theirs, engine="torch", device="cpu", size=tiny64.size)
     given = {"prompt": "a ball", "num_inference_steps": 4, "output_type": "latent", "height": 64, "width": 64}
     if refused:
         with pytest.raises(Refused, match=refused):
@@ -734,8 +742,8 @@ def test_wrong_arguments_of_diffusers_are_refused(pipe, choices, message):
         pipe.diffuse(["a ball", "a cube"], num_inference_steps=2, **{"tasks": (), **choices})
 
 
-def test_an_adapter_is_fused_at_its_scale(tmp_path):
-    model, layer = load_model("tiny"), "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+def test_an_adapter_is_fused_at_its_scale(tiny, tmp_path):
+    model, layer = tiny, "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
     before = model.modules["unet"].get_submodule(layer).weight
     down, up = torch.randn(2, before.shape[1]), torch.randn(before.shape[0], 2)
     kohya = f"lora_unet_{layer.replace('.', '_')}"
@@ -779,8 +787,8 @@ def test_an_adapter_is_fused_at_its_scale(tmp_path):
         lora.fuse_adapters(model, [f"{tmp_path}/bat.safetensors:2"])
 
 
-def test_adapters_of_one_name_are_each_written_down(tmp_path):
-    model, layer = load_model("tiny"), "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+def test_adapters_of_one_name_are_each_written_down(tiny, tmp_path):
+    model, layer = tiny, "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
     wide, high = model.modules["unet"].get_submodule(layer.removeprefix("unet.")).weight.shape[::-1]
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
@@ -792,8 +800,8 @@ def test_adapters_of_one_name_are_each_written_down(tmp_path):
     assert own[0] != own[1] and set(digests) > set(model.digests) and len(digests) == len(model.digests) + 2
 
 
-def test_an_adapter_of_diffusers_is_scaled_as_its_file_notes(tmp_path):
-    model, layer = load_model("tiny"), "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+def test_an_adapter_of_diffusers_is_scaled_as_its_file_notes(tiny, tmp_path):
+    model, layer = tiny, "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
     before = model.modules["unet"].get_submodule(layer).weight
     down, up = torch.randn(4, before.shape[1]), torch.randn(before.shape[0], 4)
     state = {f"unet.{layer}.lora_A.weight": down, f"unet.{layer}.lora_B.weight": up}

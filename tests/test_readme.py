@@ -33,7 +33,10 @@ PAGES = [
 ]
 README = PAGES[0].read_text(encoding="utf-8")
 PARSED = 99  # exit code of a command that is stopped once its line was parsed
-pytestmark = pytest.mark.skipif(not DEMO.is_dir(), reason="the demo model is not trained yet")
+pytestmark = [
+    pytest.mark.skipif(not DEMO.is_dir(), reason="the demo model is not trained yet"),
+    pytest.mark.usefixtures("one_engine_of_a_kind"),
+]
 
 
 def blocks(text: str, *languages: str) -> list[str]:
@@ -237,7 +240,7 @@ RUN_AS_WRITTEN = ("attention", "compositions", "correcting", "data-set", "filter
 
 
 @pytest.fixture(scope="module")
-def demo_run(tmp_path_factory):
+def demo_run(tmp_path_factory, one_engine_of_a_kind):
     """The run folder of `make demo`, of fewer images in fewer steps."""
     run = tmp_path_factory.mktemp("pages") / "runs" / "demo"
     assert main(["--number", "10", "--steps", "8", "--out", str(run), "--quiet"]) == 0
