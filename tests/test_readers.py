@@ -408,7 +408,8 @@ def test_masks_of_cvat_may_lie_at_the_edges_and_no_further():
     for box in ((-1, 0, 2, 2), (0, -1, 2, 2), (0, 0, 0, 2), (0, 0, 2, 0), (4, 0, 2, 2), (0, 3, 2, 2)):
         with pytest.raises(ValueError, match="outside of its picture"):
             mask(*box, "4")
-    for runs in ("3", "5", "-1,5", "0,1,1,1,1,0"):
+    overflowing = f"{2**63 - 1},{2**63 - 1},6"  # whose sum is 4 in 64 bits
+    for runs in ("3", "5", "-1,5", "0,1,1,1,1,0", overflowing):
         with pytest.raises(ValueError, match="runs that do not add up to the 2 x 2 pixels"):
             mask(0, 0, 2, 2, runs)
 
@@ -2075,6 +2076,9 @@ def test_classes_units_and_splits_of_hugging_face_folders_are_read_where_they_st
         open_data(f"{address}[test]", SIZE)
     near, far = (open_data(f"{address}[{split}]", SIZE)[0].depth for split in ("train", "val"))
     assert near.max() < 10 and far[far > 0].min() > 3
+    (root / "val").rename(root / "validation")  # as `datasets` calls it
+    assert (open_data(f"{address}[val]", SIZE)[0].depth == far).all()
+    (root / "validation").rename(root / "val")
     (root / "metadata.csv").write_text("file_name,label_file_name\nval/images/scene 1.png,val/masks/scene 1.png\n")
     for split in ("train", "val"):
         (root / split / "metadata.jsonl").unlink()
@@ -2250,11 +2254,28 @@ def test_what_save_to_disk_writes_is_read_by_its_splits(copied):
     for state, said in (
         ("[]", "expected an object"),
         ("{}", "not what save_to_disk writes"),
+        ('{"_data_files": []}', "it names no file"),
         ('{"_data_files": [{"filename": "../a.arrow"}]}', "leads out"),
     ):
         (root / "train" / "state.json").write_text(state)
         with pytest.raises(Refused, match=said):
             open_data(address, SIZE)
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "lines", "reason"),
+    [
+        ("kitti", "kitti_eigen_train.txt", "\n\na.png\n", "line 3 names no image and depth"),
+        ("hf-imagefolder", "train/metadata.jsonl", "\n[]\n", "line 2 is no JSON object"),
+        ("yolo-seg", "labels/train/000000.txt", "\n \nball\n", "line 3: not a class"),
+        ("celebamask-hq", "CelebA-HQ-to-CelebA-mapping.txt", "idx orig_idx\n\n0\n", "line 3 is not the number"),
+    ],
+)
+def test_lines_are_counted_with_the_empty_ones(copied, layout, name, lines, reason):
+    root, address = copied(layout)
+    (root / name).write_text(lines)
+    with pytest.raises(Refused, match=reason):
+        open_data(address, SIZE)[0]
 
 
 def test_a_damaged_hugging_face_folder_is_refused(copied):

@@ -26,6 +26,8 @@ OTHER_PICTURES = (".bmp", ".webp", ".tif", ".tiff", ".gif", ".heic", ".avif")
 COLOURS = ("RGB", "RGBA", "L", "LA", "P", "CMYK", "1")  # modes of Pillow that are an 8-bit picture
 EIGHT_BITS = ("L", "P", "1")  # modes of Pillow; as depth they would be a picture of it, not metres
 ORIENTATION = 0x0112  # EXIF's tag; 1 = as stored
+# split -> the names of folders and files that tools have for it
+SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 Turning = Callable[[Path | str, Image.Image, Image.Image], Image.Image]  # of a path, a picture as stored and as shown
 CAPTIONS = 'Write {"a.jpg": "a dog on a sofa"}.'
 AS_PUBLISHED = "Give the data set's own folder, laid out as it was published."
@@ -151,26 +153,31 @@ def depth_map(path: Path, shape: Sequence[int], units: float, farthest: float) -
     return np.where(metres <= farthest, metres, 0).astype(np.float32)
 
 
-def lines(path: Path, *, may_be_none: bool = False, most: int = LARGEST_LIST) -> list[str]:
-    """The lines that are not empty of a UTF-8 file of at most `most` bytes; some, unless there `may_be_none`."""
+def numbered_lines(path: Path, *, may_be_none: bool = False, most: int = LARGEST_LIST) -> list[tuple[int, str]]:
+    """The lines of a UTF-8 file of at most `most` bytes that are not empty, by number; none if `may_be_none`."""
     try:
         text = storage.read(path, most).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise bad(path, f"not UTF-8 at byte {error.start}") from error
     # other marks that Python takes for the end of a line may stand in a name or in a JSON text
-    texts = [line.strip() for line in re.split("\r\n|\n|\r", text) if line.strip()]
-    if not texts and not may_be_none:
+    numbered = enumerate(map(str.strip, re.split("\r\n|\n|\r", text)), 1)
+    filled = [(number, line) for number, line in numbered if line]
+    if not filled and not may_be_none:
         raise bad(path, "no line in it")
-    return texts
+    return filled
+
+
+def lines(path: Path, *, most: int = LARGEST_LIST) -> list[str]:
+    return [line for _, line in numbered_lines(path, most=most)]
 
 
 def pairs(path: Path) -> list[tuple[str, str]]:
     """The image and the depth that each line of a list names; lines without depth are left out."""
-    rows = [line.split() for line in lines(path)]
-    for number, row in enumerate(rows, 1):
+    rows = [(number, line.split()) for number, line in numbered_lines(path)]
+    for number, row in rows:
         if len(row) < 2:
             raise bad(path, f"line {number} names no image and depth")
-    named = [(row[0], row[1]) for row in rows if row[1] != "None"]
+    named = [(row[0], row[1]) for _, row in rows if row[1] != "None"]
     if not named:
         raise bad(path, "no line names a depth")
     return named

@@ -67,9 +67,9 @@ class CelebAMask(PictureSource):
 def _celeba_numbers(path: Path) -> dict[int, int]:
     """Number in CelebA-HQ -> number in CelebA."""
     numbers = {}
-    for place, line in enumerate(reading.lines(path)[1:], 2):
+    for number, line in reading.numbered_lines(path)[1:]:
         words = line.split()
         if len(words) < 2 or not all(word.isdecimal() and len(word) < 10 for word in words[:2]):
-            raise reading.bad(path, f"line {place} is not the number of an image, its number in CelebA and its name")
+            raise reading.bad(path, f"line {number} is not the number of an image, its number in CelebA and its name")
         numbers[int(words[0])] = int(words[1])
     return numbers

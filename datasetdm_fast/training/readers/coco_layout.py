@@ -13,8 +13,7 @@ from datasetdm_fast.untrusted import documents
 
 PERSONS = "person_keypoints"
 KINDS = ("instances", PERSONS)  # of annotation files, as published
-# Split -> other names that tools have for it; a file of none of these names holds the only split of its data set.
-SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+# what files are called that say no split
 WHOLE = ("", "default", "annotations", "labels", "result", "instances", "coco", "data", PERSONS)
 PAIR = re.compile(r"(.+\.json):(.+)", re.DOTALL)  # annotations and the folder of their pictures
 KNOWN = (
@@ -108,7 +107,7 @@ def _find_exported(path: Path, split: str) -> CocoLayout:
     by_split: dict[str, list[Path]] = {}
     for file in files:
         by_split.setdefault(_split_of(file, path), []).append(file)
-    names = SPLITS.get(split, (split,))
+    names = reading.SPLIT_NAMES.get(split, (split,))
     chosen = next((by_split[name] for name in names if name in by_split), None)
     if chosen is None and split == "train" and len(by_split) == 1:
         (chosen,) = by_split.values()
@@ -130,7 +129,7 @@ def _find_exported(path: Path, split: str) -> CocoLayout:
 def _annotation_files(path: Path) -> Iterator[Path]:
     """The JSON files in a folder, in its folder annotations, and in folders that are splits."""
     reading.first_there(path)
-    split_names = {name for names in SPLITS.values() for name in names}
+    split_names = {name for names in reading.SPLIT_NAMES.values() for name in names}
     try:
         inner = sorted(folder for folder in path.iterdir() if folder.is_dir())
     except NotADirectoryError:

@@ -96,7 +96,8 @@ def _runs(shape: Element, sides: tuple[int, ...]) -> shapes.Mask:
     if left < 0 or top < 0 or width < 1 or height < 1 or left + width > sides[1] or top + height > sides[0]:
         raise ValueError("a mask that lies outside of its picture")
     counts = np.array([int(count) for count in shape.get("rle", "").split(",")], np.int64)
-    if (counts < 0).any() or counts.sum() != width * height or len(counts) > width * height + 1:
+    can_fit = (counts >= 0) & (counts <= width * height)  # a sum of larger ones may overflow to the right number
+    if not can_fit.all() or counts.sum() != width * height or len(counts) > width * height + 1:
         raise ValueError(f"runs that do not add up to the {width} x {height} pixels of their box")
     pixels = np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(height, width)
     return partial(shapes.place, pixels, top, left, sides)

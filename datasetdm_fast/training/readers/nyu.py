@@ -10,7 +10,7 @@ from datasetdm_fast.training.truth.picture_source import PictureSource
 from datasetdm_fast.untrusted import documents
 
 FOLDERS = {"train": ("sync",), "test": ("official_splits/test", "official_splits", "")}
-SCENE = re.compile(r"(.+_\d+)[a-z]*")
+SCENE = re.compile(r"(.+_\d+)[a-z]*")  # of several recordings: kitchen_0004a, kitchen_0004b
 
 
 class Nyu(PictureSource):
@@ -18,7 +18,7 @@ class Nyu(PictureSource):
     where it has no list of its own.
     """
 
-    max_depth = 10.0
+    max_depth = 10.0  # metres
     tasks = ("depth",)
     rule = windows.RULES["nyu"]
 
@@ -29,24 +29,24 @@ class Nyu(PictureSource):
         self.folder = reading.first_there(*(path / folder for folder in folders))
         self.rows = [(name.lstrip("/"), depth.lstrip("/")) for name, depth in reading.pairs(self.list)]
         self.images = [self.folder / name for name, _ in self.rows]
-        kinds = path / "nyu_class_list.json"
-        self.kinds: tuple[str, ...] = ()
-        if kinds.exists():
-            listed = documents.read_json(kinds)
-            if not isinstance(listed, list) or not all(isinstance(kind, str) for kind in listed):
-                raise reading.bad(kinds, "no list of scene names")
-            self.kinds = tuple(listed)
+        scene_list = path / "nyu_class_list.json"
+        self.scenes: tuple[str, ...] = ()
+        if scene_list.exists():
+            scenes = documents.read_json(scene_list)
+            if not isinstance(scenes, list) or not all(isinstance(scene, str) for scene in scenes):
+                raise reading.bad(scene_list, "no list of scene names")
+            self.scenes = tuple(scenes)
         super().__init__(size, len(self.rows))
 
     def sequence(self, record: int) -> str:
-        """The numbered scene, which may have parts a, b and so on; images of tests lie by kinds of scenes."""
+        """The numbered scene without the letter of its part; images of the test split have no number there."""
         scene = SCENE.fullmatch(Path(self.rows[record][0]).parent.name)
         return scene[1] if scene else ""
 
     def picture(self, record: int) -> Picture:
         name, depth = self.rows[record]
         scene = Path(name).parent.name
-        if self.kinds and not any(kind in scene for kind in self.kinds):
+        if self.scenes and not any(known in scene for known in self.scenes):
             raise reading.bad(self.list, f"{documents.quote(name)} is of no scene that nyu_class_list.json names")
         image = reading.colour_image(reading.inside(self.folder, name, self.list))
         metres = reading.depth_map(reading.inside(self.folder, depth, self.list), image.shape, 1000, self.max_depth)

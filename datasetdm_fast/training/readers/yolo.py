@@ -33,7 +33,7 @@ class Yolo(OutlineSource):
     def picture(self, record: int) -> Picture:
         path, labels = self.images[record], self._label_file(record)
         image, things = reading.colour_image(path, reading.as_shown), Things()
-        for number, line in enumerate(reading.lines(labels, may_be_none=True) if labels.exists() else (), 1):
+        for number, line in reading.numbered_lines(labels, may_be_none=True) if labels.exists() else ():
             try:
                 self._add_line(things, line, image.shape)
             except (ValueError, OverflowError) as error:

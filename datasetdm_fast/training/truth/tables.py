@@ -26,24 +26,24 @@ LARGEST_METADATA = 2**31  # bytes; of 80,000 samples with things it is 120 MB
 LARGEST_GROUP = 2**31  # bytes of a row group, unpacked: one is in memory at a time
 STATE = "state.json"  # beside the Arrow files of `save_to_disk`, which it names
 FEATURES = b"huggingface"  # key of a schema that describes the columns
-PUBLISHED = {"val": "validation"}  # split -> its name in the names of Parquet files
 EXPECTED = "Expected pictures with metadata.jsonl, Parquet files, or what save_to_disk of datasets wrote."
 
 
 def open_rows(path: Path, split: str) -> MetadataRows | TableRows:
     """The rows of a split of a folder."""
     reading.first_there(path)
-    for name in dict.fromkeys((split, PUBLISHED.get(split, split))):
+    names = reading.SPLIT_NAMES.get(split, (split,))
+    for name in names:
         if (path / name / STATE).exists():
             return TableRows(path / name, _saved_files(path / name))
     if (path / STATE).exists() and split == "train":
         return TableRows(path, _saved_files(path))
-    for folder in (path / split, path / "data" / split, path):
+    for folder in (*(root / name for name in names for root in (path, path / "data")), path):
         for file in (folder / name for name in METADATA):
             if file.exists():
-                return MetadataRows(file, path, split)
+                return MetadataRows(file, path, names)
     for folder in (path, path / "data"):
-        for name in dict.fromkeys((split, PUBLISHED.get(split, split))):
+        for name in names:
             for pattern in (f"{name}-*.parquet", f"{name}.parquet", f"{name}/*.parquet"):
                 if files := sorted(folder.glob(pattern)):
                     return TableRows(path, files)
@@ -57,15 +57,16 @@ def open_rows(path: Path, split: str) -> MetadataRows | TableRows:
 
 
 class MetadataRows:
-    """metadata.jsonl or metadata.csv beside its images; of one for several splits, the rows in a split's folder."""
+    """metadata.jsonl or metadata.csv beside its images; of several splits, the rows in folders of these `names`."""
 
-    def __init__(self, file: Path, path: Path, split: str):
+    def __init__(self, file: Path, path: Path, names: Sequence[str]):
         self.folder = file.parent  # in which the files of the rows lie
         rows = _csv_rows(file) if file.suffix == ".csv" else _json_rows(file)
         if file.parent == path:
-            inside = [row for row in rows if str(row.get(FILE_NAME)).startswith(f"{split}/")]
-            if not inside and split != "train":
-                raise reading.no_split(path, split)
+            folders = tuple(f"{name}/" for name in names)
+            inside = [row for row in rows if str(row.get(FILE_NAME)).startswith(folders)]
+            if not inside and names[0] != "train":
+                raise reading.no_split(path, names[0])
             rows = inside or rows
         columns = {FILE_NAME: "image"}
         self.rows = [
@@ -86,10 +87,11 @@ class MetadataRows:
 
 
 def _json_rows(file: Path) -> list[dict[str, Any]]:
-    lines = reading.lines(file, most=LARGEST_METADATA)
-    rows = [documents.parse_json(line, f"{file}, line {k}") for k, line in enumerate(lines, 1)]
-    if strange := next((k for k, row in enumerate(rows, 1) if not isinstance(row, dict)), 0):
-        raise reading.bad(file, f"line {strange} is no JSON object")
+    rows = []
+    for number, line in reading.numbered_lines(file, most=LARGEST_METADATA):
+        rows.append(documents.parse_json(line, f"{file}, line {number}"))
+        if not isinstance(rows[-1], dict):
+            raise reading.bad(file, f"line {number} is no JSON object")
     return rows
 
 
@@ -109,6 +111,8 @@ def _saved_files(folder: Path) -> list[Path]:
     state = documents.read_object(folder / STATE)
     try:
         documents.check_form(state, {"_data_files": [{"filename": str}]})
+        if not state["_data_files"]:
+            raise ValueError("it names no file")
     except ValueError as error:
         raise reading.bad(folder / STATE, f"not what save_to_disk writes ({error})") from error
     return [reading.inside(folder, file["filename"], folder / STATE) for file in state["_data_files"]]
