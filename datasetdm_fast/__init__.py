@@ -60,9 +60,9 @@ def _begin_command(line: list[str]) -> None:
         print(f"python -m {module}: a part of the library, not a command", file=sys.stderr)
         print("Commands are listed by python -m datasetdm_fast --help.", file=sys.stderr)
         sys.exit(2)
-    from datasetdm_fast.command_line.interruption import end_quietly  # only commands need it
+    from datasetdm_fast.command_line.interruption import end_on_signals  # only commands need it
 
-    end_quietly()
+    end_on_signals()
 
 
 if sys.argv[:1] == ["-m"]:  # Python is still looking for the module that it is to run

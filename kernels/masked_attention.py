@@ -1,4 +1,4 @@
-"""Attention of queries over the cells they did not block."""
+"""Masked attention (equation 2 of arXiv 2112.01527): each query attends to the cells it does not block."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v [B, heads, N, d] over cells not `blocked` [B, N, S]; all, where all are."""
+    """softmax(q k^T / sqrt(d)) v [B, heads, N, d] over cells not `blocked` [B, N, S]; over all if all are blocked."""
     scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-2, -1))
     if blocked is not None:
         blocked = blocked & ~blocked.all(-1, keepdim=True)

@@ -365,17 +365,17 @@ def test_the_packed_transformer_of_a_cpu_changes_rounding_alone(layers, is_blind
             decoder.mask_embed.layers[-1].bias.fill_(-1)
     fast = copy_for_cpu(decoder)
     with torch.inference_mode():
-        memory, features = decoder.pixels(capture_of(DEMO_LEVELS, 3))
-        given = *decoder.ask(3, None), memory, features.abs() if is_blind else features, False
-        right = decoder.answer(*given)
-        fast.answer(*given)
+        memory, features = decoder.decode_pixels(capture_of(DEMO_LEVELS, 3))
+        given = *decoder.make_queries(3, None), memory, features.abs() if is_blind else features, False
+        right = decoder.decode_queries(*given)
+        fast.decode_queries(*given)
         native, kept = fast.stacked._packed
         for vector_bytes in _C.depth_head_vector_bytes():
             found = []
             for threads in (1, 2, 5):
                 run = SimpleNamespace(run=lambda *given: native.run(*given[:-1], threads, vector_bytes))  # noqa: B023
                 fast.stacked._packed = run, kept
-                found.append(fast.answer(*given))
+                found.append(fast.decode_queries(*given))
                 assert all(torch.equal(found[0][name], found[-1][name]) for name in right)
             for name, value in right.items():
                 assert distance(found[0][name], value) <= 2e-5, name
@@ -509,9 +509,9 @@ def test_words_that_differ_little_are_told_apart_once_centred(tmp_path):
     words = 7 + 0.05 * torch.randn(4, 10, generator=torch.Generator().manual_seed(0))
     decoder = build_decoder(small("open-vocabulary", text_centre=True)).eval()
     with torch.inference_mode():
-        before = (decoder.ask(4, words)[0] - decoder.ask(4, words)[0].mean(0)).norm()
-        decoder.centre(words)
-        after = (decoder.ask(4, words)[0] - decoder.ask(4, words)[0].mean(0)).norm()
+        before = (decoder.make_queries(4, words)[0] - decoder.make_queries(4, words)[0].mean(0)).norm()
+        decoder.fit_text_centre(words)
+        after = (decoder.make_queries(4, words)[0] - decoder.make_queries(4, words)[0].mean(0)).norm()
         assert after > 10 * before
         save_decoder(decoder, tmp_path)
         capture = capture_of(DEMO_LEVELS, 4)
@@ -525,8 +525,8 @@ def test_a_single_word_to_centre_is_read_as_it_is():
     decoder = build_decoder(small("open-vocabulary", text_centre=True)).eval()
     for words in (word, word.repeat(3, 1)):
         with torch.inference_mode():
-            decoder.centre(words)
-            before = decoder.ask(1, word)
+            decoder.fit_text_centre(words)
+            before = decoder.make_queries(1, word)
         assert decoder.text_gain == 1 and not decoder.text_mean.any() and all(part.isfinite().all() for part in before)
 
 

@@ -24,7 +24,7 @@ from datasetdm_fast.command_line.ending import run_command
 signal.signal(signal.SIGINT, signal.default_int_handler)
 library, lock = ctypes.CDLL(None), ctypes.create_string_buffer(64)
 library.pthread_mutex_lock(lock)
-interruption.PATIENCE = {patience}
+interruption.HANDLING_SECONDS = {patience}
 {before}
 
 def command(arguments):

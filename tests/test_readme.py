@@ -24,6 +24,7 @@ from datasetdm_fast.compat.showlab.generator import GENERATORS
 from datasetdm_fast.engine.loading.folder import DEMO
 from datasetdm_fast.generate import main
 from datasetdm_fast.runs.run_settings import RunConfig
+from datasetdm_fast.training.recipes import LARGE
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -114,6 +115,8 @@ def test_times_of_five_thousand_images_are_those_of_the_budget():
     minutes = 5000 * batch / 8 / 60_000
     row = re.search(r"^\| generate 5,000 images .*? \| (\d+) min \| (\d+) min \|", page, re.MULTILINE)
     assert [int(number) for number in row.groups()] == [round(minutes), round(4.3 * minutes)]
+    steps = f"{LARGE['steps']:,} steps of {LARGE['batch_size']} examples"
+    assert steps in " ".join(page.split()) and f"{3 * calls['label decoders, 8 images']:.0f} ms for 8" in page
     assert f"{batch / 8:.0f} ms an image" in page and "**estimated, not measured**" in " ".join(page.split())
 
 

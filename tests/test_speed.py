@@ -33,7 +33,7 @@ def test_cached_calls_follow_a_whole_one(captured):
     cached = speed.cached_calls(51, captured)
     keeping = [call for call in range(51) if call not in cached and call != captured[-1]]
     assert cached.isdisjoint({0, 1, 2, *captured}) and 30 <= len(cached) <= 32
-    assert all(min(call - whole for whole in keeping if whole < call) < speed.INTERVAL for call in cached)
+    assert all(min(call - whole for whole in keeping if whole < call) < speed.CACHE_INTERVAL for call in cached)
 
 
 @pytest.fixture(scope="module")
@@ -161,9 +161,9 @@ def run(tmp_path, monkeypatch):
     ("name", "constant", "value", "reason"),
     [
         ("fast25", "FAST_STEPS", 6, "6 calls, not 25"),
-        ("cache3", "INTERVAL", 12, "not every third call"),
+        ("cache3", "CACHE_INTERVAL", 12, "not every third call"),
         ("fast25-cache3", "FAST_STEPS", 6, "6 calls, not 25"),
-        ("fast25-cache3", "INTERVAL", 12, "not every third call"),
+        ("fast25-cache3", "CACHE_INTERVAL", 12, "not every third call"),
     ],
 )
 def test_a_speed_that_is_not_what_it_is_called_is_refused(run, name, constant, value, reason, monkeypatch, capsys):

@@ -13,8 +13,8 @@ from types import FrameType
 from typing import Any, ClassVar, NoReturn, Self
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
-PATIENCE = 1.5  # seconds in which the main thread must handle a signal; only it runs handlers, and only between calls
-TIDYING = 10.0  # seconds from the handling of a signal to the end of the process
+HANDLING_SECONDS = 1.5  # in which the main thread must handle a signal: only it runs handlers, and only between calls
+ENDING_SECONDS = 10.0  # from the handling of a signal to the end of the process
 ENDED = "interrupted; run the same command again"
 FINISHING = "\nfinishing this batch; once more ends at once\n"
 
@@ -27,7 +27,7 @@ class Interruption:
     def __init__(self, is_quiet: bool):
         self.signal: int | None = None
         self.is_quiet = is_quiet
-        self.screen = 2
+        self.screen = 2  # file descriptor of messages
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -64,7 +64,7 @@ def end(number: int, is_quiet: bool = False, screen: int = 2) -> NoReturn:
     os._exit(128 + number)
 
 
-def end_quietly() -> None:
+def end_on_signals() -> None:
     """Makes signals end the process in one line until a command watches for them: imports take a second."""
     for number in STOPPING:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
@@ -101,7 +101,7 @@ class SignalWatch:
             return self
         SignalWatch.active = self
         is_ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-        for number in STOPPING[is_ignored:]:
+        for number in STOPPING[1:] if is_ignored else STOPPING:  # a job in the background ignores Ctrl-C
             self._before[number] = signal.signal(number, self._handle)
         _silence_children()
         if self._is_last:
@@ -152,17 +152,17 @@ class SignalWatch:
 
     def _check(self, number: int, seconds: float) -> None:
         """Ends a process that has not reacted to a signal for too many seconds."""
-        if not self._is_handled and seconds > PATIENCE:
+        if not self._is_handled and seconds > HANDLING_SECONDS:
             if Interruption.blocks and _is_on_gpu():
                 Interruption.blocks[-1].note(number)
             else:  # one operation that would last many minutes
                 self._end(number)
             return
         others = {thread for thread in threading.enumerate() if not thread.daemon} - {threading.main_thread()}
-        is_waiting = self._over and seconds > PATIENCE and others  # the process waits for these at its end
-        if self.signal is not None and (seconds > TIDYING or is_waiting):
+        is_waiting = self._over and seconds > HANDLING_SECONDS and others  # the process waits for these at its end
+        if self.signal is not None and (seconds > ENDING_SECONDS or is_waiting):
             self._end(number)
-        elif self._over and time.monotonic() - self._over > TIDYING:
+        elif self._over and time.monotonic() - self._over > ENDING_SECONDS:
             self._end(number)
 
     def _end(self, number: int) -> NoReturn:

@@ -43,7 +43,7 @@ class TrainingState:
             torch.manual_seed(schedule.seed)
             self.decoder = build_decoder(config, plain).train().to(device)
         if config.text_centre:
-            self.decoder.centre(words)
+            self.decoder.fit_text_centre(words)
         self.named_parameters = dict(self.decoder.named_parameters())
         self.parameters = list(self.named_parameters.values())
         kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[schedule.optimiser]

@@ -1,6 +1,6 @@
 """ONNX graphs, written by running a module's own forward on stand-ins for its tensors.
 
-A Value answers the PyTorch calls of the lean models with the nodes that compute the same; whatever it does not know
+A Value turns the PyTorch calls of our own networks into nodes that compute the same; a call it does not know
 raises, so no graph can silently leave something out. Sizes known only at run time are Extents: 2B is twice whatever
 axis 0 of the latents turns out to be.
 """

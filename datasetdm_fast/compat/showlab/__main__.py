@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def generate(script: Generator, line: Line, same_command: str) -> int:
-    """Makes the images of a line, or those that are missing."""
+    """Makes the missing images of a command line; its exit code."""
     from datasetdm_fast.compat.showlab import generating
 
     settings, order = SimpleNamespace(**line.values), script.order(line)

@@ -1,4 +1,4 @@
-"""The oracle of FLUX.1."""
+"""FLUX.1 as its stock pipeline computes it, in fp32."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from datasetdm_fast.data import Text
 from datasetdm_fast.engine.backbones import joint_attention
-from datasetdm_fast.engine.backbones.prompt_encoders import padded_tokens, t5_states
+from datasetdm_fast.engine.backbones.prompt_encoders import encode_t5, tokenize
 
 
 class Flux1Reference(joint_attention.JointReference):
@@ -19,10 +19,10 @@ class Flux1Reference(joint_attention.JointReference):
 
     def encode(self, prompts: Sequence[str]) -> Text:
         modules, tokenizers = self.model.modules, self.model.tokenizers
-        tokens = padded_tokens(tokenizers["tokenizer"], prompts, tokenizers["tokenizer"].model_max_length, self.device)
+        tokens = tokenize(tokenizers["tokenizer"], prompts, tokenizers["tokenizer"].model_max_length, self.device)
         pooled = modules["text_encoder"](tokens["input_ids"]).pooler_output
         length, _ = self.model.backbone.text(self.model.configs)
-        return Text(t5_states(modules["text_encoder_2"], tokenizers["tokenizer_2"], prompts, length), pooled)
+        return Text(encode_t5(modules["text_encoder_2"], tokenizers["tokenizer_2"], prompts, length), pooled)
 
     def call(self, latents: Tensor, timestep: float, text: Text) -> Tensor:
         rows, device, side = len(latents), latents.device, latents.shape[-1]

@@ -1,4 +1,4 @@
-"""The oracle of FLUX.2 klein."""
+"""FLUX.2 klein as its stock pipeline computes it, in fp32."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from datasetdm_fast.data import Text
 from datasetdm_fast.engine.backbones import joint_attention
 from datasetdm_fast.engine.backbones.flux2_klein import LENGTH, READ_LAYERS
 from datasetdm_fast.engine.backbones.latent_space import sample_posterior
-from datasetdm_fast.engine.backbones.prompt_encoders import chat_states
+from datasetdm_fast.engine.backbones.prompt_encoders import encode_chat
 
 
 class Flux2KleinReference(joint_attention.JointReference):
@@ -24,12 +24,9 @@ class Flux2KleinReference(joint_attention.JointReference):
         return F.pixel_shuffle(latents, 2)
 
     def encode(self, prompts: Sequence[str]) -> Text:
-        states, _ = chat_states(
-            self.model.modules["text_encoder"],
-            self.model.tokenizers["tokenizer"],
-            prompts,
-            LENGTH,
-            thinks=False,
+        modules, tokenizers = self.model.modules, self.model.tokenizers
+        states, _ = encode_chat(
+            modules["text_encoder"], tokenizers["tokenizer"], prompts, LENGTH, enable_thinking=False
         )
         return Text(torch.cat([states[layer] for layer in READ_LAYERS], -1))
 

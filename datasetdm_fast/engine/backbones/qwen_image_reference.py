@@ -1,4 +1,4 @@
-"""The oracle of Qwen-Image."""
+"""Qwen-Image as its stock pipeline computes it, in fp32."""
 
 from collections.abc import Sequence
 

@@ -96,7 +96,7 @@ class Backbone:
     has_text_maps: bool = False  # whether they can be read from its attention to the prompt, as defaults.attention says
     has_deep_features: bool = False  # whether calls may start from the deep features of an earlier one
     index: Mapping[str, Any] = field(default_factory=dict)  # further entries of a model_index.json that is written
-    tokenizer: str = "tokenizer"  # the part by whose tokens the length of a prompt is told; where absent, the first
+    tokenizer: str = "tokenizer"  # the part whose tokens limit the length of a prompt; where absent, the first
     # the part, where there is one, that reads so many tokens of a prompt of which `tokenizer` cuts off an end
     long_text: Callable[[Configs], tuple[str, int]] = lambda configs: ("", 0)
     # (configs, where they are from) -> as they are used; or Refused
@@ -134,7 +134,7 @@ class LoadedModel(Protocol):
     def backbone(self) -> Backbone: ...
 
     @property
-    def tokenizer(self) -> Any: ...  # the one by whose tokens the length of a prompt is told
+    def tokenizer(self) -> Any: ...  # the one that limits the length of a prompt
 
     @property
     def modules(self) -> Mapping[str, nn.Module]: ...  # by part; an optional one that is absent is missing here
@@ -167,7 +167,7 @@ class LoadedModel(Protocol):
 
 
 class BackboneReference(Protocol):
-    """Modules of diffusers and transformers as they come, run in fp32 and eagerly: the oracle of a family."""
+    """Modules of diffusers and transformers as they come, run in fp32 and eagerly: the reference of a family."""
 
     def __init__(self, model: LoadedModel) -> None: ...
 

@@ -1,4 +1,4 @@
-"""The oracle of Stable Diffusion 3 and 3.5."""
+"""Stable Diffusion 3 and 3.5 as its stock pipeline computes it, in fp32."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from datasetdm_fast.data import Text
 from datasetdm_fast.engine.backbones import joint_attention
-from datasetdm_fast.engine.backbones.prompt_encoders import clip_states, t5_states
+from datasetdm_fast.engine.backbones.prompt_encoders import encode_clip, encode_t5
 from datasetdm_fast.engine.backbones.sd3 import t5_length
 
 
@@ -21,13 +21,13 @@ class SD3Reference(joint_attention.JointReference):
     def encode(self, prompts: Sequence[str]) -> Text:
         modules, tokenizers = self.model.modules, self.model.tokenizers
         pairs = [
-            clip_states(modules[f"text_encoder{number}"], tokenizers[f"tokenizer{number}"], prompts)
+            encode_clip(modules[f"text_encoder{number}"], tokenizers[f"tokenizer{number}"], prompts)
             for number in ("", "_2")
         ]
         clip, pooled = (torch.cat(part, -1) for part in zip(*pairs))
         width, length = self.model.configs["transformer"].joint_attention_dim, t5_length(self.model.configs)
         if "text_encoder_3" in modules:
-            t5 = t5_states(modules["text_encoder_3"], tokenizers["tokenizer_3"], prompts, length)
+            t5 = encode_t5(modules["text_encoder_3"], tokenizers["tokenizer_3"], prompts, length)
         else:
             t5 = clip.new_zeros(len(prompts), length, width)
         return Text(torch.cat([F.pad(clip, (0, width - clip.shape[-1])), t5], 1), pooled)

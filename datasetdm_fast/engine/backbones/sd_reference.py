@@ -1,4 +1,4 @@
-"""The oracle of Stable Diffusion 1.x and 2.x: its U-Net with hooks, attention probabilities formed explicitly."""
+"""Stable Diffusion 1.x and 2.x as the stock pipeline computes it: a U-Net with hooks and explicit attention maps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The oracle of Stable Diffusion XL."""
+"""Stable Diffusion XL as its stock pipeline computes it, in fp32."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datasetdm_fast.data import Text
-from datasetdm_fast.engine.backbones.prompt_encoders import clip_states
+from datasetdm_fast.engine.backbones.prompt_encoders import encode_clip
 from datasetdm_fast.engine.backbones.record import LoadedModel
 from datasetdm_fast.engine.backbones.sd_reference import SDReference
 
@@ -44,7 +44,7 @@ class SDXLReference(SDReference):
         """As the stock pipeline does; an empty prompt is zeros where the model was trained so."""
         modules, tokenizers = self.model.modules, self.model.tokenizers
         (first, _), (second, pooled) = [
-            clip_states(modules[f"text_encoder{number}"], tokenizers[f"tokenizer{number}"], prompts)
+            encode_clip(modules[f"text_encoder{number}"], tokenizers[f"tokenizer{number}"], prompts)
             for number in ("", "_2")
         ]
         context = torch.cat([first, second], -1)

@@ -1,4 +1,4 @@
-"""The oracle of Z-Image."""
+"""Z-Image as its stock pipeline computes it, in fp32."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from datasetdm_fast.data import Text
 from datasetdm_fast.engine.backbones import joint_attention
-from datasetdm_fast.engine.backbones.prompt_encoders import chat_states, join_rows
+from datasetdm_fast.engine.backbones.prompt_encoders import encode_chat, join_rows
 from datasetdm_fast.engine.backbones.z_image import LENGTH
 
 MULTIPLE = 32  # to which the tokens of an image, and those of a text, are padded
@@ -24,12 +24,9 @@ class ZImageReference(joint_attention.JointReference):
         return slice(0, cells), slice(begin, begin + text + -text % MULTIPLE)
 
     def encode(self, prompts: Sequence[str]) -> Text:
-        states, mask = chat_states(
-            self.model.modules["text_encoder"],
-            self.model.tokenizers["tokenizer"],
-            prompts,
-            LENGTH,
-            thinks=True,
+        modules, tokenizers = self.model.modules, self.model.tokenizers
+        states, mask = encode_chat(
+            modules["text_encoder"], tokenizers["tokenizer"], prompts, LENGTH, enable_thinking=True
         )
         context, padding = join_rows([row[read] for row, read in zip(states[-2], mask)])
         return Text(context, mask=padding)

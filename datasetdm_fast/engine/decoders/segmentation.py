@@ -1,4 +1,4 @@
-"""The decoders that answer with masks: a transformer whose queries read the trunk through their own last masks."""
+"""Mask decoders: a transformer whose queries attend to the trunk within their own last masks, as in Mask2Former."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -25,11 +25,11 @@ from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.kernels.mask_embedding import WIDEST
 from datasetdm_fast.kernels.mask_head import outside
 
-MEMORY = (20 / 64, 40 / 64, 80 / 64)  # sides of the memory levels over that of the highest captured level
+MEMORY = (20 / 64, 40 / 64, 80 / 64)  # sides of the memory levels, in sides of the highest captured level
 
 
 class SegmentationDecoder(Decoder):
-    """`pred_logits` [B, N, K + 1], `pred_masks` [B, N, m, m], and for words `token_attention` [B, T, h, w]."""
+    """`pred_logits` [B, N, K + 1], `pred_masks` [B, N, m, m], and with word heads `token_attention` [B, T, h, w]."""
 
     def __init__(self, config: DecoderConfig, ops: SimpleNamespace):
         width, layers = config.width, range(config.layers)
@@ -50,13 +50,13 @@ class SegmentationDecoder(Decoder):
     def forward(
         self, capture: AnyCapture, text: Tensor | None = None, auxiliary: bool = False
     ) -> dict[str, Tensor | list[dict[str, Tensor]]]:
-        """The last layer's answers; `auxiliary` adds those of every earlier layer as the list `aux`, for training."""
-        memory, mask_features = self.pixels(capture)
-        content, position = self.ask(mask_features.shape[0], text)
-        outputs = self.answer(content, position, memory, mask_features, auxiliary)
+        """The last layer's outputs; `auxiliary` adds those of every earlier layer as the list `aux`, for training."""
+        memory, mask_features = self.decode_pixels(capture)
+        content, position = self.make_queries(mask_features.shape[0], text)
+        outputs = self.decode_queries(content, position, memory, mask_features, auxiliary)
         return {**outputs, "token_attention": self.token_attention(capture)} if self.config.word_heads else outputs
 
-    def pixels(self, capture: AnyCapture) -> tuple[list[Tensor], Tensor]:
+    def decode_pixels(self, capture: AnyCapture) -> tuple[list[Tensor], Tensor]:
         """Three memory levels [B, C, m_i, m_i] and the mask features [B, D, m, m]."""
         side = capture.side
         low = resize(self.lowest(capture), side // 2)
@@ -66,13 +66,14 @@ class SegmentationDecoder(Decoder):
         memory = [resize(x, round(side * share)) for x, share in zip((low, mid, high), MEMORY)]
         return memory, self.upscale(highest) if self.upscale else resize(highest, round(side * MASKS))
 
-    def ask(self, batch: int, text: Tensor | None) -> tuple[Tensor, Tensor]:
+    def make_queries(self, batch: int, text: Tensor | None) -> tuple[Tensor, Tensor]:
         """Content and position [B, N, C] of the queries."""
         return self.query_feat.weight.expand(batch, -1, -1), self.query_embed.weight.expand(batch, -1, -1)
 
-    def answer(
+    def decode_queries(
         self, content: Tensor, position: Tensor, memory: list[Tensor], mask_features: Tensor, auxiliary: bool
     ) -> dict[str, Any]:
+        """The outputs after all layers, with masked attention (equation 2 of arXiv 2112.01527)."""
         if self.stacked is not None and not auxiliary:
             return self.stacked(content, position, memory, mask_features)
         levels = [
@@ -84,14 +85,14 @@ class SegmentationDecoder(Decoder):
         for i, ((cross, itself), feed) in enumerate(zip(pairs, self.transformer_ffn_layers)):
             tokens, token_position, side = levels[i % len(levels)]
             if auxiliary:
-                earlier.append(self.heads(content, mask_features))
+                earlier.append(self.predict(content, mask_features))
                 blocked = outside(resize(earlier[-1]["pred_masks"].detach(), side))
             else:
                 embedded = self.mask_embed(self.decoder_norm(content))
                 blocked = self.ops.mask_head(embedded, mask_features, side, is_blocking=True)
             content = cross(content, position, tokens, token_position, blocked.flatten(2))
             content = feed(itself(content, position))
-        last = self.heads(content, mask_features)
+        last = self.predict(content, mask_features)
         return {**last, "aux": earlier} if auxiliary else last
 
     def stack(self) -> None:
@@ -109,11 +110,11 @@ class SegmentationDecoder(Decoder):
         return StackedTransformer(list(zip(*layers)), self.level_embed.weight, norm, mask_embed, class_embed, self.ops)
 
     def _transformer(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """Its layers, by what they do, and what reads its queries."""
+        """The layers by kind, and what makes outputs of the queries."""
         attention = self.transformer_cross_attention_layers, self.transformer_self_attention_layers
         return (*attention, self.transformer_ffn_layers), (self.decoder_norm, self.mask_embed, self.class_embed)
 
-    def heads(self, content: Tensor, mask_features: Tensor) -> dict[str, Tensor]:
+    def predict(self, content: Tensor, mask_features: Tensor) -> dict[str, Tensor]:
         normed = self.decoder_norm(content)
         masks = self.ops.mask_head(self.mask_embed(normed), mask_features, mask_features.shape[-1])
         return {"pred_logits": self.class_embed(normed), "pred_masks": masks}
@@ -122,8 +123,8 @@ class SegmentationDecoder(Decoder):
 class OpenVocabularyDecoder(SegmentationDecoder):
     """A decoder of masks for words given at run time, as class embeddings in `text`.
 
-    `text` [B, D] asks one word of each image and gives `pred_logits` [B, N, 3] and `pred_masks` [B, N, m, m];
-    `text` [B, K, D] asks K words of each and gives [B, K, N, 3] and [B, K, N, m, m], the trunk computed once.
+    With `text` [B, D], one word for each image, these are `pred_logits` [B, N, 3] and `pred_masks` [B, N, m, m];
+    with `text` [B, K, D], K words for each, [B, K, N, 3] and [B, K, N, m, m], and the trunk is computed once.
     """
 
     def __init__(self, config: DecoderConfig, ops: SimpleNamespace):
@@ -135,8 +136,8 @@ class OpenVocabularyDecoder(SegmentationDecoder):
             self.register_buffer("text_mean", torch.zeros(config.text_width))
             self.register_buffer("text_gain", torch.ones(()))
 
-    def centre(self, words: Tensor) -> None:
-        """Takes mean and spread of the embeddings [K, D] that it is to tell apart, if there are several."""
+    def fit_text_centre(self, words: Tensor) -> None:
+        """Centres and scales text by the embeddings [K, D] of the words to tell apart; a single one changes nothing."""
         if (words == words[0]).all():
             return
         self.text_mean.copy_(words.mean(0))
@@ -154,16 +155,16 @@ class OpenVocabularyDecoder(SegmentationDecoder):
                 f"[{batch}, K, {width}]",
                 "Pass the text encoder's embeddings of the class words as text.",
             )
-        memory, mask_features = self.pixels(capture)
+        memory, mask_features = self.decode_pixels(capture)
         words = 1 if text.ndim == 2 else text.shape[1]
-        content, position = self.ask(batch * words, text.reshape(batch * words, -1))
+        content, position = self.make_queries(batch * words, text.reshape(batch * words, -1))
         memory = [x.repeat_interleave(words, 0) for x in memory]
-        outputs = self.answer(content, position, memory, mask_features.repeat_interleave(words, 0), auxiliary)
-        return outputs if text.ndim == 2 else by_image(outputs, batch)
+        outputs = self.decode_queries(content, position, memory, mask_features.repeat_interleave(words, 0), auxiliary)
+        return outputs if text.ndim == 2 else split_by_image(outputs, batch)
 
-    def ask(self, batch: int, text: Tensor | None) -> tuple[Tensor, Tensor]:
+    def make_queries(self, batch: int, text: Tensor | None) -> tuple[Tensor, Tensor]:
         assert text is not None
-        content, position = super().ask(batch, None)
+        content, position = super().make_queries(batch, None)
         if self.config.text_centre:
             text = (text - self.text_mean) * self.text_gain
         words = text.to(content.dtype)[:, None].expand(-1, content.shape[1], -1)
@@ -172,9 +173,9 @@ class OpenVocabularyDecoder(SegmentationDecoder):
         )
 
 
-def by_image(outputs: dict[str, Any], batch: int) -> dict[str, Any]:
-    """Answers [B * K, ...] as [B, K, ...]."""
+def split_by_image(outputs: dict[str, Any], batch: int) -> dict[str, Any]:
+    """Outputs [B * K, ...] as [B, K, ...]."""
     return {
-        name: [by_image(output, batch) for output in value] if name == "aux" else value.unflatten(0, (batch, -1))
+        name: [split_by_image(output, batch) for output in value] if name == "aux" else value.unflatten(0, (batch, -1))
         for name, value in outputs.items()
     }

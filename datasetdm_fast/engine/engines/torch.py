@@ -34,8 +34,7 @@ def _check_capture(model: Model, capture: Capture) -> None:
 
 
 class TorchEngine(Engine):
-    """See engines.Engine; what a family computes is said by its BackboneReference. Decoders run in the mode they were
-    loaded in.
+    """See engine.Engine; a family is computed by its BackboneReference, decoders in the mode they were loaded in.
 
     `model` and `decoders` are moved to the device in place. Results are inference tensors: clone to train on them.
     """
@@ -102,6 +101,7 @@ class TorchEngine(Engine):
     @engine_call
     def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:  # images, [B] bool
         decoded = self.reference.decode(latents)
+        # rounded down, as DatasetDM does; diffusers rounds to the nearest
         images = ((decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255).to(torch.uint8)
         return images, decoded.isfinite().flatten(1).all(1)
 

@@ -26,7 +26,7 @@ from datasetdm_fast.stages import Level
 from datasetdm_fast.untrusted.tensors import check_finite
 
 UNKNOWN_LICENCE = "unknown: ask the model's owner"
-Stored = Callable[[str, Tensor], torch.dtype]  # the type in which a tensor of this name is to be kept
+StorageType = Callable[[str, Tensor], torch.dtype]  # (name, tensor) -> the dtype in which it is kept in memory
 
 
 class Modules(Mapping[str, nn.Module]):
@@ -47,7 +47,7 @@ class Modules(Mapping[str, nn.Module]):
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A text-to-image model in fp32, in eval mode, without gradients, with what is to be written down about it."""
+    """A text-to-image model in fp32, in eval mode, without gradients, and what a run records of it."""
 
     name: str
     source: str
@@ -80,7 +80,7 @@ class Model:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The one by whose tokens the length of a prompt is told."""
+        """The tokenizer that limits the length of a prompt."""
         present = self.loaded_tokenizers
         tokenizer = present.get(self.backbone.tokenizer) or next(iter(present.values()))
         most = min(self.backbone.text(self.configs)[0], tokenizer.model_max_length)
@@ -116,7 +116,7 @@ class Model:
         return 2 if self.guidance_at(self.defaults.guidance) == "cfg" else 1
 
     def guidance_at(self, guidance: float) -> Guidance:
-        """How calls are guided by so much."""
+        """How calls are guided at this guidance scale."""
         return "none" if self.guidance == "cfg" and guidance <= self.backbone.unguided else self.guidance
 
     def has_negative(self, guidance: float) -> bool:
@@ -130,7 +130,7 @@ class Model:
 
     @property
     def flow(self) -> dict[str, Any]:
-        """What makes its schedule one of a flow, as make_schedule takes it."""
+        """Arguments of make_schedule for a flow-matching model, none for others."""
         return {} if self.backbone.flow is None else {"flow": self.backbone.flow, "tokens": self.image_tokens}
 
     def latent_shape(self, size: int = 0) -> tuple[int, int, int]:  # C, h, w
@@ -172,8 +172,8 @@ class Model:
         return *chosen, *levels[len(chosen) :]
 
     def reading(self, blocks: Sequence[Sequence[int]], whose: str = "--blocks") -> Model:
-        """This model whose levels low, mid and high read these blocks, by default those of its record. `whose` says who
-        named blocks that it does not have.
+        """This model with levels low, mid and high that read these blocks, by default those of its record. A refusal
+        begins with `whose`, which named them.
         """
         count, named = self.backbone.blocks(self.configs), sorted({block for level in blocks for block in level})
         if named and not count:
@@ -191,8 +191,8 @@ class Model:
         return usual if is_usual else replace(self, blocks=chosen)
 
     def token_ids(self, prompts: Sequence[str], part: str = "") -> Tensor:  # [B, T] int64
-        """The padded tokens of each prompt, cut off where the text encoder's positions end; of the tokenizer `part`, or
-        of the one by which the length of a prompt is told.
+        """The padded tokens of each prompt, cut off where the text encoder's positions end; by the tokenizer `part`, or
+        the one that limits the length of a prompt.
         """
         ids: Tensor = (self.loaded_tokenizers[part] if part else self.tokenizer)(
             list(prompts), padding="max_length", max_length=self.text_length, truncation=True, return_tensors="pt"
@@ -201,8 +201,8 @@ class Model:
 
 
 def check_model(model: Model, *, is_seeded: bool = False) -> Model:
-    """The model once the last checks of every source are passed: its parts fit, their numbers are finite, as those of
-    seeded ones always are.
+    """The model, after the checks that all sources share: its parts fit one another, and its weights are finite (of
+    seeded ones that is known).
     """
     check_size(model.size, model.backbone.multiple, model.backbone.most_pixels(model.configs))
     model.backbone.check_fit(model)
@@ -212,6 +212,7 @@ def check_model(model: Model, *, is_seeded: bool = False) -> Model:
 
 
 def as_widest(name: str, value: Tensor) -> torch.dtype:
+    """The StorageType that keeps weights in fp32, and integers as they are."""
     return torch.float32 if value.is_floating_point() else value.dtype
 
 
@@ -226,20 +227,20 @@ class ConfigFile(dict[str, Any]):
 
 
 class ReadOnce(dict[str, Tensor]):
-    """Tensors by name; a weight is removed when it is read, so that what is made of it takes its place."""
+    """Tensors by name; reading a weight of two dimensions or more removes it, so that its memory can be freed."""
 
     is_given_away = True  # there is no other reference to the tensors
 
     def __init__(self, tensors: Mapping[str, Tensor], computed_as: torch.dtype | None = None):
         super().__init__(tensors)
-        self.computed_as = computed_as  # the type of what is made of several of them
+        self.computed_as = computed_as  # the dtype of what is computed from several of them
 
     def __getitem__(self, name: str) -> Tensor:
         return self.pop(name) if dict.__getitem__(self, name).dim() > 1 else dict.__getitem__(self, name)
 
 
-class Weighted:
-    """The configuration and the tensors of a network, as those who build one of their own read them."""
+class WeightSource:
+    """The configuration and the tensors of a network, as the fast engines read them to build their own."""
 
     def __init__(self, config: Any, state: Mapping[str, Tensor]):
         self.config, self.state = config, state
@@ -249,20 +250,20 @@ class Weighted:
 
 
 class Network:
-    """Its `module` is built when it is first needed, and then holds the weights; until then they are read from their
-    source each time. `count` is how many numbers they are, found without them.
+    """A network whose `module` is built when it is first needed, and then holds the weights; until then they are read
+    from their source each time. `count` returns how many weights there are, without reading them.
     """
 
     def __init__(
         self,
         config: Any,
         build: Callable[[], nn.Module],
-        read: Callable[[Stored], dict[str, Tensor]],
+        read: Callable[[StorageType], dict[str, Tensor]],
         count: Callable[[], int] = lambda: 0,
     ):
         self.config, self._build, self._read, self._count = config, build, read, count
         self._module: nn.Module | None = None
-        self._built = 0  # changes of the parameters when they were filled
+        self._versions_built = 0  # of its parameters, see _versions
 
     @classmethod
     def of(cls, module: nn.Module, rebuild: Callable[[], nn.Module] | None = None) -> Network:
@@ -270,7 +271,7 @@ class Network:
         build = rebuild or (lambda: module)
         count = sum(value.numel() for value in module.parameters())
         network = cls(module.config, build, lambda _: build().state_dict(), lambda: count)
-        network._module, network._built = module.eval().requires_grad_(False), _versions(module)
+        network._module, network._versions_built = module.eval().requires_grad_(False), _versions(module)
         return network
 
     @property
@@ -278,7 +279,7 @@ class Network:
         if self._module is None:
             with torch.device("cpu"), torch.inference_mode(False):  # whoever asks first
                 self._module = self._build().eval().requires_grad_(False)
-            self._built = _versions(self._module)
+            self._versions_built = _versions(self._module)
         return self._module
 
     @property
@@ -297,21 +298,19 @@ class Network:
     @property
     def changes(self) -> int:
         """How often a weight was changed in place since the module was built."""
-        return _versions(self._module) - self._built if self._module is not None else 0
+        return _versions(self._module) - self._versions_built if self._module is not None else 0
 
-    def read(self, stored: Stored = as_widest, computed_as: torch.dtype | None = None) -> Weighted:
-        """The weights: those of the module, or from their source in the type that `stored` returns for each, to be read
-        once.
-        """
+    def read(self, stored: StorageType = as_widest, computed_as: torch.dtype | None = None) -> WeightSource:
+        """The weights: those of the module, or from their source in the dtypes of `stored`, each to be used once."""
         if self._module is not None:
-            return Weighted(self.config, self._module.state_dict())
-        return Weighted(self.config, ReadOnce(self._read(stored), computed_as))
+            return WeightSource(self.config, self._module.state_dict())
+        return WeightSource(self.config, ReadOnce(self._read(stored), computed_as))
 
-    def take(self, stored: Stored = as_widest) -> Weighted:
-        """`read`; the module is unloaded, and each weight goes when it is read."""
+    def take(self, stored: StorageType = as_widest) -> WeightSource:
+        """As `read`, but the module is unloaded, and each weight is freed once it is used."""
         weights = self.read(stored).state_dict()
         self.unload()
-        return Weighted(self.config, ReadOnce(weights))
+        return WeightSource(self.config, ReadOnce(weights))
 
 
 def _versions(module: nn.Module) -> int:
@@ -319,7 +318,7 @@ def _versions(module: nn.Module) -> int:
     return sum(parameter._version for parameter in module.parameters() if not parameter.is_inference())
 
 
-def tensors_of(file: Path, stored: Stored) -> dict[str, Tensor]:
+def tensors_of(file: Path, stored: StorageType) -> dict[str, Tensor]:
     """The tensors of a safetensors file."""
     tensors = {}
     with safetensors.safe_open(file, "pt") as opened:
@@ -336,7 +335,7 @@ def count_numbers(file: Path) -> int:
 
 
 def as_filled(
-    shapes: Mapping[str, torch.Size], fill: Callable[[str, Tensor], Tensor], stored: Stored
+    shapes: Mapping[str, torch.Size], fill: Callable[[str, Tensor], Tensor], stored: StorageType
 ) -> dict[str, Tensor]:
     """Tensors of these shapes, each filled in the order of the names."""
     tensors = {}

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from datasetdm_fast.data import Text
     from datasetdm_fast.engine.engines.engine import Engine
 
-FIRST_WHOLE = 3  # calls, where an image finds its composition
-INTERVAL = 3  # calls from one whole call to the next
+FIRST_WHOLE_CALLS = 3  # in which the composition of an image arises
+CACHE_INTERVAL = 3  # calls from one whole call to the next
 
 
 def fast_sampling(engine: Engine, speed: str, sampler: str, steps: int) -> tuple[str, int]:
-    """Sampler and steps of fast25; refused where others were given, or the model is made for as few calls."""
+    """Sampler and steps of fast25; refused where others were given, or the model needs as few calls anyway."""
     usual = engine.model.defaults.steps
     if sampler != USUAL_SAMPLER or steps:
         raise Refused(f"--speed {speed}: it has a sampler and steps of its own", "Drop --sampler and --steps.")
@@ -29,19 +29,18 @@ def fast_sampling(engine: Engine, speed: str, sampler: str, steps: int) -> tuple
     return FAST_SAMPLER, FAST_STEPS
 
 
-MISSING = {CACHED: "keeps no deep features", FP8: "has no fp8 products"}
-HAVING = {CACHED: " with a model that has a U-Net", FP8: ""}
-
-
 def check_call_speed(engine: Engine, speed: str, reads_every_call: bool) -> None:
-    """Refuses calls of cache3 and fp8 where engine or device have none such, or labels are read from every call."""
+    """Refuses cache3 and fp8 where the engine or the device lacks them, or labels are read from every call."""
     from datasetdm_fast.engine.engines.device import multiplies_fp8  # which needs torch
 
     kind = FP8 if speed == FP8 else CACHED
-    if kind not in getattr(engine, "speeds", ()):  # of packages' own engines
+    if kind not in getattr(engine, "speeds", ()):  # which engines of other packages may lack
+        lack, model = (
+            ("has no fp8 products", "") if kind == FP8 else ("keeps no deep features", " with a model that has a U-Net")
+        )
         raise Refused(
-            f"--speed {speed}: the engine {engine.name} {MISSING[kind]} of {engine.model.backbone.title}",
-            f"Use --engine fast{HAVING[kind]}, or drop --speed.",
+            f"--speed {speed}: the engine {engine.name} {lack} of {engine.model.backbone.title}",
+            f"Use --engine fast{model}, or drop --speed.",
         )
     if speed == FP8 and not multiplies_fp8(engine.device):
         raise Refused(
@@ -57,25 +56,25 @@ def inner_calls(count: int, captured: Collection[int]) -> frozenset[int]:
 
 
 def cached_calls(count: int, captured: Collection[int]) -> frozenset[int]:
-    """Which of `count` calls start from deep features: none of the first, of those that are captured, or of those
-    whose last whole call lies INTERVAL calls back. The last captured call keeps no features.
+    """Which of `count` calls reuse deep features of the last whole call (DeepCache, arXiv 2312.00858): none of the
+    first, no captured one, and none CACHE_INTERVAL calls after a whole one. The last captured call keeps no features.
     """
-    cached, last = set(), 0
+    cached, last_whole = set(), 0
     for call in range(count):
         if call in captured and call == max(captured):
             continue
-        if call in captured or call < FIRST_WHOLE or call - last >= INTERVAL:
-            last = call
+        if call in captured or call < FIRST_WHOLE_CALLS or call - last_whole >= CACHE_INTERVAL:
+            last_whole = call
         else:
             cached.add(call)
     return frozenset(cached)
 
 
 class SpeedCalls:
-    """The calls of a batch that are not captured, as the speed of its recipe makes them."""
+    """The calls of a batch whose output no capture gives, at the speed of its recipe."""
 
     def __init__(self, engine: Engine, cached: Collection[int], fp8: Collection[int]):
-        self.engine: Any = engine  # which has more calls than Engine where there are such
+        self.engine: Any = engine  # with the calls of its `speeds` besides those of Engine
         self.cached, self.fp8 = cached, fp8
         self.deep: Tensor | None = None  # features that cached calls start from
 

@@ -68,7 +68,7 @@ class BlockLayers(Layers):
 
 
 class ImageDecoder(nn.Module):
-    """Images [B, 3, H, W] about -1 .. 1 from scaled latents [B, 4, h, w]."""
+    """Images [B, 3, H, W] about -1 .. 1 from scaled latents [B, C, h, w]."""
 
     plan = BlockLayers
 

@@ -13,7 +13,7 @@ from datasetdm_fast.engine.sampling.times import space_times, whole_times
 def ddim(
     scheduler: Mapping[str, Any], alphas: Tensor, steps: int, prediction: str, profile: str
 ) -> tuple[list[int], list[Update]]:
-    """DDIM with eta 0 (equation 12 of arXiv 2010.02502)."""
+    """DDIM with eta 0 (equation 12 of arXiv 2010.02502), of a predicted noise or v (appendix D of arXiv 2202.00512)."""
     values, stride = alphas.double().tolist(), len(alphas) // steps
     final = 1.0 if scheduler.get("set_alpha_to_one", True) else values[0]
     times, updates = whole_times(space_times(scheduler, len(alphas), steps, "leading"), len(alphas)), []

@@ -34,7 +34,7 @@ class LabellerInput:
     words: tuple[tuple[str, ...], ...]  # class words that are looked for in each, where it `asks_words`
     classes: tuple[str, ...]  # those of the whole run
     images: Tensor  # [B, H, W, 3] uint8, on the run's device
-    latents: Tensor  # [B, 4, h, w] that the images were decoded from, or pictures were encoded to
+    latents: Tensor  # [B, C, h, w] that the images were decoded from, or pictures were encoded to
     capture: Capture | None  # features and maps of one U-Net call, where it `reads_capture`
 
 
@@ -42,7 +42,7 @@ class Labeller(ABC):
     """What reads a label of every image; a LabelKind says how its labels lie in files.
 
     It is built once a process, with the device of the run. Numbers that are not finite may occur in what it is given:
-    such a sample is set aside, whatever its label says.
+    such a sample is quarantined, whatever its label says.
     """
 
     reads_capture: ClassVar[bool] = False  # raw features and maps take memory, so they are kept for those who read them

@@ -18,7 +18,7 @@ from datasetdm_fast.kernels.transfer import to_host
 # widths of a transformer of queries for small networks
 SMALL = {"width": 64, "heads": 4, "layers": 3, "feed_forward": 128, "mask_dim": 64, "queries": 16, "upscale": 2}
 SURE = 0.5  # evidence above it counts towards the area of a class
-AREA_SIDE = 512  # pixels of a side of the images that areas are given for
+AREA_SIDE = 512  # pixels: areas are given for images of this side
 
 
 def scaled_area(min_area: float, size: int) -> float:
@@ -70,8 +70,8 @@ class SemanticTask(Task):
         return masks_of(item, {int(k): int(k) for k in np.unique(present(item.semantic)) if k != IGNORE})
 
     def is_shown(self, source: LabelledSource, target: Mapping[str, np.ndarray]) -> bool:
-        has_background = source.classes[0] in ("background", "none")
-        return len(source.classes) > 1 and bool((target["classes"] >= has_background).any())
+        first = 1 if source.classes[0] in ("background", "none") else 0  # number of the first class to learn
+        return len(source.classes) > 1 and bool((target["classes"] >= first).any())
 
     def decoder(self, source: LabelledSource, is_small: bool, _: str) -> dict[str, Any]:
         return {"kind": "segmentation", "classes": source.classes, **(SMALL if is_small else {})}

@@ -1,6 +1,8 @@
 """coco: images/SPLIT2017 and annotations/, panoptic PNGs among them; lvis: lvis_v1_SPLIT.json over the same images."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from datasetdm_fast.runs.run_folder.ledger import canonical
 from datasetdm_fast.version import __version__
 
 YEAR = "2017"
-DIGITS = 6  # of the place of a joint, in pixels
+JOINT_DIGITS = 6  # of coordinates in pixels
 
 
 class CocoFormat(Format):
@@ -92,7 +94,7 @@ def thing_entry(thing: ExportedThing, plan: ExportPlan, *, joins_holes: bool = F
 
 
 def segmentation(thing: ExportedThing, joins_holes: bool) -> list[list[float]] | mask_rle.Rle:
-    """Polygons of an instance; where it has holes, which COCO's cannot hold, one closed line or its run lengths."""
+    """Polygons of an instance; if it has holes, which COCO's polygons cannot, one polygon with bridges or its RLE."""
     outline = rings(thing.mask)
     if outline and not any(map(is_hole, outline)):
         return [ring.ravel().tolist() for ring in outline]
@@ -100,10 +102,10 @@ def segmentation(thing: ExportedThing, joins_holes: bool) -> list[list[float]] |
 
 
 def _person(person: ExportedPerson, classes: Classes) -> dict[str, Any]:
-    flat = [value for x, y, seen in person.joints.tolist() for value in (round(x, DIGITS), round(y, DIGITS), int(seen))]
+    joints = [[round(x, JOINT_DIGITS), round(y, JOINT_DIGITS), int(seen)] for x, y, seen in person.joints.tolist()]
     return {
         "category_id": classes.numbers[person.name],
-        "keypoints": flat,
+        "keypoints": list(chain(*joints)),
         "num_keypoints": int((person.joints[:, 2] > 0).sum()),
         "keypoint_scores": list(person.joint_scores),
         "score": person.score,
@@ -136,14 +138,11 @@ def panoptic(sample: SampleView, classes: Classes) -> tuple[np.ndarray, list[dic
     that the run ignores have no segment.
     """
     numbers, is_known = np.zeros((sample.height, sample.width), np.int32), ~sample.ignored
+    things = ((thing.name, thing.mask & is_known) for thing in sorted(sample.things, key=lambda thing: -thing.score))
+    stuff = ((name, sample.semantic == classes.numbers[name]) for name in classes.stuff)
     categories = []
-    for thing in sorted(sample.things, key=lambda thing: -thing.score):
-        free = thing.mask & (numbers == 0) & is_known
-        if free.any():
-            categories.append(classes.numbers[thing.name])
-            numbers[free] = len(categories)
-    for name in classes.stuff:
-        free = (sample.semantic == classes.numbers[name]) & (numbers == 0)
+    for name, mask in chain(things, stuff):
+        free = mask & (numbers == 0)
         if free.any():
             categories.append(classes.numbers[name])
             numbers[free] = len(categories)
@@ -169,9 +168,14 @@ def _annotations(plan: ExportPlan, samples: AllSamples, kind: str, split: str, n
         rows = categories(plan, plan.people, keypoints=list(plan.joints), skeleton=skeleton)
     else:
         rows = categories(plan, names)
+    return _document(samples, split, rows, number_annotations(plan, samples, kind, split))
+
+
+def _document(samples: AllSamples, split: str, rows: list[Any], annotations: Iterable[Any]) -> Iterator[bytes]:
+    """The file of a split: its images, the categories in `rows`, and annotations."""
     fields = {"info": info(), "licenses": [], "categories": rows}
     images = (entry["image"] for entry in samples.entries(split))
-    return json_document(fields, images=images, annotations=number_annotations(plan, samples, kind, split))
+    return json_document(fields, images=images, annotations=annotations)
 
 
 def json_document(fields: Mapping[str, Any], **lists: Iterable[Any]) -> Iterator[bytes]:
@@ -220,9 +224,7 @@ def _panoptic(plan: ExportPlan, samples: AllSamples, split: str) -> Iterator[byt
         }
         for entry in samples.entries(split)
     )
-    fields = {"info": info(), "licenses": [], "categories": rows}
-    images = (entry["image"] for entry in samples.entries(split))
-    return json_document(fields, images=images, annotations=annotations)
+    return _document(samples, split, rows, annotations)
 
 
 RARE, COMMON = 10, 100  # images up to which LVIS calls a class rare, and common
@@ -254,15 +256,12 @@ class LvisFormat(Format):
 
 
 def _lvis(plan: ExportPlan, samples: AllSamples, split: str) -> Iterator[bytes]:
-    images = dict.fromkeys((plan.classes.numbers[name] for name in plan.classes.things), 0)
-    things = dict(images)
+    images, things = Counter[int](), Counter[int]()
     for entry in samples.entries(split):
-        kinds = [thing["category_id"] for thing in entry["instances"]]
-        for kind in set(kinds):
-            images[kind] += 1
-        for kind in kinds:
-            things[kind] += 1
-    known = [
+        shown = [thing["category_id"] for thing in entry["instances"]]
+        images.update(set(shown))
+        things.update(shown)
+    rows = [
         category
         | {
             "synset": f"{category['name']}.n.01",
@@ -274,8 +273,4 @@ def _lvis(plan: ExportPlan, samples: AllSamples, split: str) -> Iterator[bytes]:
         }
         for category in categories(plan, plan.classes.things)
     ]
-    fields = {"info": info(), "licenses": [], "categories": known}
-    all_images = (entry["image"] for entry in samples.entries(split))
-    yield from json_document(
-        fields, images=all_images, annotations=number_annotations(plan, samples, "instances", split)
-    )
+    yield from _document(samples, split, rows, number_annotations(plan, samples, "instances", split))

@@ -1,4 +1,4 @@
-"""An export in an object store, where each file is written once it is made; what is done is told there, too."""
+"""An export in an object store: each file is written once it is made, with a note of what is done beside it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from datasetdm_fast.untrusted import documents
 
 
 def open_target(out: str) -> tuple[Path, ShardBucket | None]:
-    """The folder of an export; of one in a store a temporary one with its description, and the store."""
+    """The folder of an export, and None; or for a store a temporary folder with its description, and the store."""
     place = shard_place(out) if is_url(out) else ShardFolder(Path(out))
     if isinstance(place, ShardFolder):
         return place.path, None
@@ -43,7 +43,7 @@ def open_target(out: str) -> tuple[Path, ShardBucket | None]:
 
 
 class StoredExport(ExportFolder):
-    """The export open for writing; files that another process wrote whole before it ended are not made again."""
+    """The export open for writing; files that an earlier process completed are not written again."""
 
     def __init__(self, folder: Path, description: Mapping[str, Any], place: ShardBucket):
         super().__init__(folder, description, is_copied=True)
@@ -54,7 +54,7 @@ class StoredExport(ExportFolder):
                 self._read_note(note or b"", sizes)
 
     def _read_note(self, content: bytes, sizes: Mapping[str, int]) -> None:
-        """Takes over what another process has done; where it cannot be read or a file is not there, nothing."""
+        """Takes over what an earlier process did, unless its note cannot be read or one of its files is missing."""
         with suppress(ValueError, TypeError, IndexError, KeyError, Refused):
             note = documents.parse_json(content.decode(), WORK)
             files = [file for row in note["done"] for file in json.loads(row[3])] + note["shared"]
@@ -63,8 +63,7 @@ class StoredExport(ExportFolder):
 
     def publish(self, files: Mapping[str, Content]) -> dict[str, StoredFile]:
         contents = {name: content if isinstance(content, bytes) else content.read() for name, content in files.items()}
-        for _ in self._pool.map(self._place.replace, contents.keys(), contents.values()):
-            pass
+        list(self._pool.map(self._place.replace, contents.keys(), contents.values()))  # raises what a thread raised
         return {name: StoredFile(hashlib.sha256(each).hexdigest(), len(each)) for name, each in contents.items()}
 
     def _write(self, name: str, chunks: Iterable[bytes]) -> StoredFile:
@@ -79,5 +78,4 @@ class StoredExport(ExportFolder):
 
     def _remove_work(self) -> None:
         with ThreadPoolExecutor(PARALLEL_FILES) as pool:
-            for _ in pool.map(self._place.remove, (f"{WORK}/{name}" for name in self._place.names(WORK))):
-                pass
+            list(pool.map(self._place.remove, (f"{WORK}/{name}" for name in self._place.names(WORK))))

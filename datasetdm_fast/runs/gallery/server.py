@@ -1,4 +1,4 @@
-"""The page of a run over HTTP, for browsers of this machine alone: files are read, marks of a review written."""
+"""Serves the page of a run over HTTP to browsers of this machine, and stores marks and corrections of a review."""
 
 import errno
 import json
@@ -18,9 +18,9 @@ from datasetdm_fast.runs.gallery import review
 from datasetdm_fast.untrusted import documents
 
 LOOPBACK = "127.0.0.1"
-NAMES = (LOOPBACK, "localhost")  # of this machine for its browsers: any other name is a page of another site
+HOSTS = (LOOPBACK, "localhost")  # any other may be another site's name for this address (DNS rebinding)
 FIRST_PORT, TRIED_PORTS, HTTP_PORT = 8765, 32, 80
-KINDS = {
+CONTENT_TYPES = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
@@ -78,7 +78,7 @@ class RunServer(ThreadingHTTPServer):
         self.address = f"http://{LOOPBACK}:{self.server_port}{self.prefix}gallery/index.html"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Says what went wrong; a browser that goes away in the middle of an answer is no error."""
+        """Prints the traceback, unless the browser went away in the middle of an answer."""
         if not isinstance(sys.exception(), (ConnectionError, TimeoutError)):
             super().handle_error(request, client_address)
 
@@ -90,7 +90,7 @@ def _address_name(folder: Path) -> str:
 
 def hosts_of(port: int) -> frozenset[str]:
     """What a browser of this machine calls a server on a port: it leaves out the usual one."""
-    return frozenset(f"{name}:{port}" for name in NAMES) | (frozenset(NAMES) if port == HTTP_PORT else frozenset())
+    return frozenset(f"{name}:{port}" for name in HOSTS) | (frozenset(HOSTS) if port == HTTP_PORT else frozenset())
 
 
 def open_server(
@@ -116,7 +116,7 @@ class Handler(SimpleHTTPRequestHandler):
     server: RunServer
     protocol_version = "HTTP/1.1"
     timeout = IDLE_SECONDS
-    extensions_map = KINDS
+    extensions_map = CONTENT_TYPES
 
     def do_GET(self) -> None:
         if not self._answer_page():
@@ -127,7 +127,7 @@ class Handler(SimpleHTTPRequestHandler):
             super().do_HEAD()
 
     def _answer_page(self) -> bool:
-        """Answers requests for anything but files of a run, and those under another host name, which may point here."""
+        """Answers all but requests for files of a run, and refuses other hosts; returns whether it has answered."""
         self._path = ""
         if self.headers.get("Host", "") not in self.server.hosts:
             self.send_error(403)
@@ -189,15 +189,15 @@ class Handler(SimpleHTTPRequestHandler):
             return None
         try:
             file = run.folder.joinpath(*parts)
-            if run.fetch and file.suffix in KINDS and not file.exists():
+            if run.fetch and file.suffix in CONTENT_TYPES and not file.exists():
                 return run.fetch("/".join(parts))
             file = file.resolve(strict=True)
         except (OSError, ValueError):  # also a NUL byte
             return None
-        return file if file.is_relative_to(run.folder) and file.is_file() and file.suffix in KINDS else None
+        return file if file.is_relative_to(run.folder) and file.is_file() and file.suffix in CONTENT_TYPES else None
 
     def translate_path(self, path: str) -> str:
-        """The file to send, empty where there is none."""
+        """The file that the library is to send, empty where there is none."""
         return self._path
 
     def _send(self, status: int, content: bytes = b"", headers: Mapping[str, str] = MappingProxyType({})) -> None:
@@ -216,7 +216,7 @@ class Handler(SimpleHTTPRequestHandler):
         super().end_headers()
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What the library refuses by itself, other methods among it: without a page that repeats the request."""
+        """Without the library's page, which would repeat the request; other methods are 405, not its 501."""
         self.close_connection = True
         self._send(405 if code == 501 else code, headers={"Allow": "GET, HEAD, PUT"} if code == 501 else {})
 

@@ -45,7 +45,7 @@ Publish = Callable[[Mapping[str, bytes]], Mapping[str, StoredFile]]
 class RunFolder(AbstractContextManager):
     """A run folder open for writing, held for this process until the block ends.
 
-    For a member, another process has locked it for all; `journal` is how their ledger is kept.
+    A member joins a folder that another process has locked for all; `journal` is the journal mode of their ledger.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class RunFolder(AbstractContextManager):
         self.ledger.commit(self.write(results, recipe))
 
     def unseal(self) -> None:
-        """To be called before the first change."""
+        """Removes the seal of a finished run; called before the first change."""
         unseal(self.path)
 
     def write(self, results: Sequence[Sample | Quarantined], recipe: Mapping[str, Any]) -> list[Row]:
@@ -187,7 +187,7 @@ def publish_samples(made: Sequence[tuple[Row, label_files.Files]], publish: Publ
 
 
 def trace_labels(records: Mapping[str, Any]) -> dict[str, Any]:
-    """What the page draws of labels and takes long to find for all samples together, by layer."""
+    """Outlines that the page draws, by layer; tracing those of all samples when the page is written would take long."""
     return {
         layer.name: layer.trace(records[task])
         for task in records
@@ -214,7 +214,7 @@ def clean(folder: Path) -> None:
 
 @contextmanager
 def refusing_rows(folder: Path) -> Iterator[None]:
-    """Within the block, what rows of the ledger lack becomes a refusal."""
+    """Within the block, errors over rows that do not fit run.json become a refusal."""
     try:
         yield
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
@@ -230,7 +230,7 @@ def share_folder(folder: Path) -> Iterator[None]:
     end = time.monotonic() + ENTRY_SECONDS
     with ExitStack() as lock:
         while True:
-            # refused where others share it already, or one of them looks whether it is held
+            # refused if others share it already, or one of them checks whether it is held
             with suppress(Refused), locks.hold_lock(folder / LOCK):
                 clean(folder)
             try:
@@ -244,6 +244,6 @@ def share_folder(folder: Path) -> Iterator[None]:
 
 
 def note(folder: Path, name: str, value: Any) -> None:
-    """Adds a later result about a run to its run.json, beside what decides its bytes."""
+    """Adds a later result about a run, such as a verdict, to its run.json."""
     document = require_document(folder)
     seal.replace_file(folder, document, DOCUMENT, pretty(document | {name: value}))

@@ -40,7 +40,7 @@ class OpenedGraph(Protocol):
 
 
 class GraphEngine(Engine):
-    """See engines.Engine; a subclass opens the stages. Weights are read at construction, and graphs written where they
+    """See engine.Engine; a subclass opens the stages. Weights are read at construction, and graphs written where they
     are missing; each stage is opened when it is first called. What a family does not export, the modules of diffusers
     and transformers compute.
 
@@ -194,7 +194,7 @@ class GraphEngine(Engine):
     @torch.inference_mode()
     def encode_image(
         self, images: Tensor, generators: Sequence[torch.Generator] | None = None
-    ) -> Tensor:  # [B, 4, h, w]
+    ) -> Tensor:  # [B, C, h, w]
         if "encode_image" not in self.manifest.stages:
             return self._modules.encode_image(images, generators)
         moments = self._run("encode_image", self._autoencoder_images(), image=images)["moments"]

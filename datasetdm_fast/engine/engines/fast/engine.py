@@ -18,7 +18,7 @@ from datasetdm_fast.engine.backbones.latent_space import scale
 from datasetdm_fast.engine.decoders.trunk import Decoder, with_ops
 from datasetdm_fast.engine.engines.device import engine_call, resolve_device, slow_in_fp16
 from datasetdm_fast.engine.engines.engine import Engine, check_task
-from datasetdm_fast.engine.loading.model import Model, Weighted
+from datasetdm_fast.engine.loading.model import Model, WeightSource
 from datasetdm_fast.engine.models.capture import (
     AttentionSlot,
     CaptureHook,
@@ -70,7 +70,7 @@ def resolve_precision(name: str, device: torch.device) -> str:
 
 
 class FastEngine(Engine):
-    """See engines.Engine; an instance is the CpuEngine or the GpuEngine of its device. The weights of `model` are read
+    """See engine.Engine; an instance is the CpuEngine or the GpuEngine of its device. The weights of `model` are read
     when they are first needed and left as they are; where no module holds them, they are not held twice.
 
     Text encoder, timestep table and level sums are stored in fp32 in every precision: they cost little, and labels hang
@@ -149,7 +149,7 @@ class FastEngine(Engine):
         """What the UNet stores between its products, and the classes of the UNet and the image decoder."""
         raise NotImplementedError
 
-    def _sources(self, *names: str) -> dict[str, Weighted]:
+    def _sources(self, *names: str) -> dict[str, WeightSource]:
         """The weights of these networks of the model, by default of all."""
         raise NotImplementedError
 
@@ -190,7 +190,7 @@ class FastEngine(Engine):
         """A plain call; not stored, as an engine that refers to itself is not freed at once."""
         return self._compiled or self._plain
 
-    def _build_network(self, name: str, sources: Mapping[str, Weighted]) -> nn.Module:
+    def _build_network(self, name: str, sources: Mapping[str, WeightSource]) -> nn.Module:
         """One of the networks, from the weights of the model."""
         match name:
             case "times":
@@ -211,7 +211,7 @@ class FastEngine(Engine):
                 module, dtype = ImageEncoder(sources["vae"], self.ops), self.image_dtype
         return place_module(module, self.device, dtype)
 
-    def _image_decoder(self, source: Weighted) -> nn.Module:
+    def _image_decoder(self, source: WeightSource) -> nn.Module:
         return self.kinds[1](source, self.ops, self.model.latents)
 
     @property
@@ -498,7 +498,7 @@ def _select_rows(table: Tensor, axis: int, batch: int, start: int, count: int) -
 
 
 def as_images(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Images [B, H, W, 3] uint8 of pixels [B, 3, H, W] about -1 .. 1, and whether each was finite."""
+    """Images [B, H, W, 3] uint8, rounded down, of pixels [B, 3, H, W] about -1 .. 1, and whether each was finite."""
     pixels = pixels.float()
     images = ((pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255).to(torch.uint8)
     return images, pixels.isfinite().flatten(1).all(1)

@@ -35,7 +35,7 @@ from datasetdm_fast.plugins import load_place
 
 
 class JointEngine(TorchEngine):
-    """See engines.Engine; text encoders and autoencoder are the model's own modules, or copies in bf16."""
+    """See engine.Engine; text encoders and autoencoder are the model's own modules, or copies in bf16."""
 
     name = "fast"
 

@@ -21,7 +21,7 @@ from datasetdm_fast.engine.engines.fast.engine import (
     channels_last,
     slice_of,
 )
-from datasetdm_fast.engine.loading.model import Weighted, as_widest
+from datasetdm_fast.engine.loading.model import WeightSource, as_widest
 from datasetdm_fast.engine.models.blocks import has_blocks, is_narrow, with_blocks
 from datasetdm_fast.engine.models.packed import pack_layers, spending
 from datasetdm_fast.engine.models.unet import UNet
@@ -62,7 +62,7 @@ class CpuEngine(FastEngine):
         is_small = is_narrow(self.model.denoiser.config)
         return torch.float32 if is_block and is_small else self.dtype, (UNet, ImageDecoder)
 
-    def _sources(self, *names: str) -> dict[str, Weighted]:
+    def _sources(self, *names: str) -> dict[str, WeightSource]:
         """Weights that no module holds are stored as they are multiplied with."""
 
         def choose_dtype(dtype: torch.dtype, name: str, value: Tensor) -> torch.dtype:

@@ -15,7 +15,7 @@ from datasetdm_fast.engine.decoders.trunk import copy_for_gpu, is_folded
 from datasetdm_fast.engine.engines.cuda_graph import GraphPool, StepGraph
 from datasetdm_fast.engine.engines.device import engine_call, halve_until_fits, suggest_batch
 from datasetdm_fast.engine.engines.fast.engine import FastEngine, Inputs, Step
-from datasetdm_fast.engine.loading.model import Weighted
+from datasetdm_fast.engine.loading.model import WeightSource
 from datasetdm_fast.engine.models.fused import FusedImageDecoder, FusedUNet, ShiftedBlock
 from datasetdm_fast.engine.models.unet import UNet
 from datasetdm_fast.engine.models.vae import ImageDecoder
@@ -58,15 +58,15 @@ class GpuEngine(FastEngine):
     def _forms(self) -> tuple[torch.dtype, tuple[type[nn.Module], type[nn.Module]]]:
         return self.dtype, (UNet, ImageDecoder) if self.is_compiled else (FusedUNet, FusedImageDecoder)
 
-    def _sources(self, *names: str) -> dict[str, Weighted]:
+    def _sources(self, *names: str) -> dict[str, WeightSource]:
         """On the CPU, whose products of weights round alike wherever the reference engine has the modules."""
         sources = {name: self.model.networks[name].read() for name in names or self.model.networks}
         return {
-            name: Weighted(source.config, {part: value.cpu() for part, value in source.state.items()})
+            name: WeightSource(source.config, {part: value.cpu() for part, value in source.state.items()})
             for name, source in sources.items()
         }
 
-    def _build_network(self, name: str, sources: Mapping[str, Weighted]) -> nn.Module:
+    def _build_network(self, name: str, sources: Mapping[str, WeightSource]) -> nn.Module:
         module = super()._build_network(name, sources)
         for block in module.modules():
             if isinstance(block, ShiftedBlock):

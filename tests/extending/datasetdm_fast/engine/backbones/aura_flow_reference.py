@@ -1,4 +1,4 @@
-"""The oracle of AuraFlow."""
+"""AuraFlow as its stock pipeline computes it, in fp32."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from datasetdm_fast.data import Text
 from datasetdm_fast.engine.backbones import joint_attention
 from datasetdm_fast.engine.backbones.aura_flow import LENGTH
-from datasetdm_fast.engine.backbones.prompt_encoders import padded_tokens
+from datasetdm_fast.engine.backbones.prompt_encoders import tokenize
 
 
 class AuraFlowReference(joint_attention.JointReference):
@@ -19,7 +19,7 @@ class AuraFlowReference(joint_attention.JointReference):
         return [block.attn for block in (*network.joint_transformer_blocks, *network.single_transformer_blocks)]
 
     def encode(self, prompts: Sequence[str]) -> Text:
-        tokens = padded_tokens(self.model.tokenizers["tokenizer"], prompts, LENGTH, self.device)
+        tokens = tokenize(self.model.tokenizers["tokenizer"], prompts, LENGTH, self.device)
         states = self.model.modules["text_encoder"](**tokens)[0]
         return Text(states * tokens["attention_mask"][..., None])
 
