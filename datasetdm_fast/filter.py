@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from datasetdm_fast.command_line.ending import CommandLine, command_with
@@ -71,8 +71,7 @@ def main(config: FilterConfig, command: CommandLine) -> int:
     if not config.where:
         table = read_scores(run.ledger)
         bins = {name: histograms.compute_histogram(table, name) for name in SCORES}
-        records = {name: [asdict(each) for each in of_score] for name, of_score in bins.items()}
-        print(json.dumps(records) if config.json else "\n".join(histograms.histogram_lines(table, bins)))
+        print(json.dumps(bins) if config.json else "\n".join(histograms.histogram_lines(table, bins)))
         return 0
     decision = filtering.apply_filter(run, config.where, is_dry=config.dry_run)
     facts, lines = filtering.summarize(run, decision, verb)

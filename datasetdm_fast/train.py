@@ -13,6 +13,7 @@ from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.output import NOTHING_WRITTEN, print_lines, print_result
 from datasetdm_fast.command_line.progress import StepProgress
+from datasetdm_fast.errors import Refused
 from datasetdm_fast.training.settings import BEST, TrainConfig
 from datasetdm_fast.training.trackers import check_trackers
 
@@ -28,6 +29,11 @@ EXAMPLES = (
 
 @command_with(TrainConfig, EXAMPLES)
 def main(config: TrainConfig, command: CommandLine) -> int:
+    if not command.arguments:  # else 7,500 steps on pictures of the demo begin
+        raise Refused(
+            f"{command.prog}: --data is missing",
+            f"Train on your own pictures: {command.prog} {EXAMPLES[0]}, or on those of the demo: --data demo:100",
+        )
     config.check()
     check_trackers(config.log)
     import torch

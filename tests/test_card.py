@@ -1,11 +1,13 @@
 """The data set card: its header, command, verdict, licences and pictures."""
 
+import platform
 from pathlib import Path
 
 import pytest
 import yaml
 from rendered import document, write_run
 
+from datasetdm_fast import cores
 from datasetdm_fast.engine.loop import prompts
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder.folder import RunFolder
@@ -152,6 +154,17 @@ def test_the_card_of_merged_runs_names_the_licences_of_all_weights(run):
 def test_what_a_sample_offers_is_what_its_run_made():
     assert card._attributes(("semantic", "instance")) == ".image .semantic .instances .prompt .seed"
     assert card._attributes(("attention", "depth:nyu")) == '.image .attention .label("depth:nyu") .prompt .seed'
+
+
+def test_the_processor_is_named_as_the_system_calls_it(run, monkeypatch):
+    cpu, processor = {"engine": "fast", "device": "cpu", "device_name": "x86_64"}, "Intel(R) Xeon(R) Processor"
+    assert f"device_name `{processor}`" in text(run, engine=cpu, processor=processor)
+    assert "device_name `x86_64`" in text(run, engine=cpu)  # of an earlier version
+    gpu = {**cpu, "device": "cuda", "device_name": "NVIDIA H200"}
+    assert "device_name `NVIDIA H200`" in text(run, engine=gpu, processor=processor)
+    for content, name in ((f"processor: 0\nmodel name\t: {processor}\n", processor), ("", platform.machine())):
+        monkeypatch.setattr(cores.Path, "read_text", lambda path, encoding, content=content: content)
+        assert cores.name_processor() == name
 
 
 def test_the_verdict_stands_there_or_that_there_is_none(run):

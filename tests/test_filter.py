@@ -26,13 +26,14 @@ from datasetdm_fast.runs.curation import clip, filtering, histograms
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder import scores as run_scores
 from datasetdm_fast.runs.run_folder.audit import audit
+from datasetdm_fast.runs.run_folder.corrections import read_corrections
 from datasetdm_fast.runs.run_folder.document import LEDGER
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.ledger import Ledger, Row
 from datasetdm_fast.runs.run_folder.reader import open_run
 from datasetdm_fast.runs.run_folder.scores import SCORES, read_scores
 from datasetdm_fast.runs.run_folder.seal import is_sealed
-from datasetdm_fast.runs.run_folder.selections import FILTER, Filter
+from datasetdm_fast.runs.run_folder.selections import FILTER, Filter, read_filter, read_split
 
 NUMBER = 10
 
@@ -234,6 +235,23 @@ def test_histograms_count_every_sample_and_class(run, capsys):
     assert "score: mean confidence" in capsys.readouterr().out
 
 
+def test_scores_whose_low_values_are_good_have_upper_thresholds():
+    words, distances = [("ball",), ("cube",), ("ball",)], np.array([0.5, 2.0, 1.0])
+    table = run_scores.ScoreTable([0, 1, 2], words, {"domain": distances, "sharpness": distances})
+    bins = {name: histograms.compute_histogram(table, name) for name in table.values}
+    found = [(each["most"], each["samples"], each["left"]) for each in bins["domain"]]
+    assert found == [(2, 1, 3), (1, 1, 2), (0.5, 1, 1)]
+    assert [(each["least"], each["left"]) for each in bins["sharpness"]] == [(0.5, 3), (1, 2), (2, 1)]
+    assert bins["domain"][1]["left_by_class"] == {"ball": 2}
+    told = "\n".join(histograms.histogram_lines(table, bins))
+    assert told.count("at most") == told.count("at least") == 1
+
+
+def test_a_file_that_goes_between_two_looks_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    assert read_filter(tmp_path) is None and read_split(tmp_path) is None and read_corrections(tmp_path) == {}
+
+
 WRONG = [
     (["--where", "scor>=0.6"], "'scor' is not a score (did you mean score?)"),
     (["--where", "score=0.6"], "'score=0.6' is not a condition at character"),
@@ -406,7 +424,7 @@ def test_a_histogram_tells_what_a_threshold_at_each_of_its_bins_leaves():
     table = run_scores.ScoreTable([*range(5)], words, {"score": np.array([0.2, 0.2, 0.5, np.nan, 0.9])})
     bins = histograms.compute_histogram(table, "score")
     wanted = [(0.2, 2, 4, {"ball": 2, "cube": 2}), (0.5, 1, 2, {"cube": 1}), (0.9, 1, 1, {})]
-    assert bins == [histograms.Bin(*each) for each in wanted]
+    assert bins == [dict(zip(("least", "samples", "left", "left_by_class"), each)) for each in wanted]
     lines = [line.split() for line in histograms.histogram_lines(table, {"score": bins, "trust": []})]
     assert lines[0][0] == "score:" and lines[1] == ["from", "samples", "at", "least", "ball", "cube"]
     assert lines[2] == ["0.2", "2", "#" * 24, "4", "2", "2"] and lines[3] == ["0.5", "1", "#" * 12, "2", "0", "1"]
@@ -414,7 +432,7 @@ def test_a_histogram_tells_what_a_threshold_at_each_of_its_bins_leaves():
 
     def least(values):
         found = histograms.compute_histogram(run_scores.ScoreTable([], [()] * len(values), {"score": values}), "score")
-        return [(each.least, each.samples, each.left) for each in found]
+        return [(each["least"], each["samples"], each["left"]) for each in found]
 
     assert least(np.arange(8.0)) == [(k, 1, 8 - k) for k in range(8)]
     assert least(np.arange(17.0)) == [(2 * k, 2 + (k == 7), 17 - 2 * k) for k in range(8)]  # the last takes the end

@@ -265,6 +265,8 @@ def test_the_file_of_another_image_is_not_suggested_for_one_that_is_not_there(tm
     assert storage.named_alike(tmp_path / "masks" / "010.png") == ""
     assert storage.named_alike(tmp_path / "masks" / "001.jpg") == " (did you mean 001.png?)"
     assert storage.named_alike(tmp_path / "mask2") == " (did you mean masks?)"
+    (tmp_path / "mask2.log").touch()
+    assert storage.named_alike(tmp_path / "mask2" / "001.png") == " (did you mean masks?)"  # a folder is missing
 
 
 def test_a_file_that_is_not_there_is_told_from_one_of_nearly_its_name(tmp_path, capsys):

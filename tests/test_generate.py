@@ -323,6 +323,7 @@ def test_only(engines, tmp_path, capsys):
         (["--steps", "-1"], "-1"),
         (["--batch-size", "-1"], "0"),
         (["--guidance", "nan"], "nan"),
+        (["--guidance", "1e308"], "--guidance 1e+308: expected a number from 0 to 1000"),
         (["--size", "100"], "100"),
         (["--prompts", "missing.txt"], "missing.txt"),
         (["--prompts", "x " * 90], "92 tokens"),
@@ -331,6 +332,8 @@ def test_only(engines, tmp_path, capsys):
         (["--prompts", ""], "--prompts"),
         (["--classes", ""], "--classes"),
         (["--model", "tiny"], "no prompts"),
+        (["--model", "nope"], "model: 'nope' is neither"),
+        (["--model", "nope", "--prompts", "missing.txt"], "model: 'nope' is neither"),
         (["--only", "7"], "is not a run folder"),
     ],
 )

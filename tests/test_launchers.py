@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,15 @@ def test_what_the_last_to_leave_cannot_write_is_said(tmp_path, monkeypatch):
         launched.leave(tmp_path, 1, 1, 0.0, is_waiting=False)
     with locks.hold_lock(tmp_path / LOCK, is_shared=True):
         assert launched.leave(tmp_path, 1, 1, 0.0, is_waiting=False).done == 0
+
+
+def test_a_look_whether_a_folder_is_held_keeps_no_command_out(tmp_path, monkeypatch):
+    path, look = tmp_path / "lock", ExitStack()
+    look.enter_context(locks.hold_lock(path))
+    monkeypatch.setattr(locks.time, "sleep", lambda seconds: look.close())
+    with locks.hold_lock(path):
+        assert locks.is_locked(path)
+    assert not locks.is_locked(path)
 
 
 @pytest.fixture

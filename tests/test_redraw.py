@@ -294,6 +294,7 @@ WRONG = [
     (vary, ["--domain", "snow"], "the model demo does not know this domain"),
     (vary, ["--domain", "fog", "--strength", "1.5"], "--strength 1.5: expected 0 to 1"),
     (vary, ["--domain", "fog", "--strength", "-0.1"], "--strength -0.1: expected 0 to 1"),
+    (vary, ["--domain", "fog", "--guidance", "1e308"], "--guidance 1e+308: expected 0 to 1000"),
     (vary, ["--domain", "fog", "--only", "7"], "no sample of"),
     (edit, ["--class", "ball"], "--prompt is missing"),
     (edit, ["--class", "ball", "--prompt", "caf\udce9"], "--prompt: 'caf\\udce9' holds control characters or invalid"),

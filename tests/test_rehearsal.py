@@ -39,7 +39,7 @@ from bench.rehearsal.operations import adds_in_any_order, by_chance
 from bench.rehearsal.page_locked import PageLocked, filled
 from bench.rehearsal.roofline import Reckoning
 from bench.rehearsal.run import OfThread, Rehearsal, stage
-from bench.rehearsal.timeline import AGAIN, EARLY, NUMBER, OTHERS, OURS, POLLS, WAIT, Flaw, HostThread, Timeline
+from bench.rehearsal.timeline import AGAIN, EARLY, NUMBER, OTHERS, OURS, POLLS, WAIT, Flaw, HostThread, Timeline, ours
 from datasetdm_fast import _C
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.kernels import OPS, launch
@@ -318,6 +318,12 @@ def test_what_is_planted_has_its_line(name):
     """Whether it is found takes minutes to learn, whether it can still be planted does not."""
     with planted(FAULTS[name]) as line:
         assert line and name in EXPECTED
+
+
+def test_a_kernel_has_one_name_whichever_way_its_folder_is_reached():
+    for folder in ("kernels", "datasetdm_fast/kernels"):
+        code = SimpleNamespace(co_filename=f"{ROOT}/{folder}/transfer.py", co_name="_copy")
+        assert list(ours(SimpleNamespace(f_code=code), 7)) == [("kernels/transfer.py", 7, "_copy")]
 
 
 def test_every_function_that_is_named_exists():

@@ -25,6 +25,7 @@ from PIL import Image
 from datasetdm_fast import Pipeline, generate
 from datasetdm_fast import serve as command
 from datasetdm_fast.data import Request
+from datasetdm_fast.errors import GateFailed
 
 uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 pytest.importorskip("starlette", reason="uvicorn is not installed")
@@ -181,6 +182,8 @@ BAD = {
     "brackets": (b"[" * 60_000, 400, "not readable as JSON"),
     "twice": (b'{"prompt": "a", "prompt": "b"}', 400, "occurs twice"),
     "NaN": (b'{"prompt": "a", "guidance": NaN}', 400, "NaN"),
+    "much guidance": ({"prompt": "a", "guidance": 1e308}, 400, "guidance 1e+308: expected a number from 0 to 1000"),
+    "more guidance": ({"prompt": "a", "guidance": 10**320}, 400, "expected a number from 0 to 1000"),  # than a float
     "no JSON": (b"hello", 400, "not readable as JSON"),
     "nothing": (b"", 400, "empty"),
 }
@@ -276,7 +279,7 @@ class Blocked:
         self.engine = SimpleNamespace(device=SimpleNamespace(type="cuda"), model=SimpleNamespace(name="demo", size=128))
         self.go, self.made = threading.Semaphore(0), []
 
-    def generate_batches(self, batches, recipe):
+    def generate_batches(self, batches, recipe, make):
         for batch in batches:
             assert self.go.acquire(timeout=20)
             if batch.requests[0].prompt == "broken":
@@ -337,6 +340,24 @@ def test_a_batch_waits_for_others_until_it_is_full():
     assert blocked.made == [(["a", "b", "c", "d"], 0), (["e", "f", "g"], 1)]  # sizes of graphs are powers of two
 
 
+def test_a_batch_ends_between_calls_once_all_its_clients_have_left(pipeline, capsys):
+    recipe, requests = pipeline.prepare([PROMPT] * 2, [0, 1], tasks=[], steps=20)
+    first, second = (PendingImage(recipe, request, "") for request in requests)
+    with Batcher(pipeline, 2, 600.0, 8) as batcher:
+        batcher.submit([first, second])
+        wait_until(second.future.running)
+        first.leave()
+        assert second.future.result(60).request.seed == 1  # whose client still waits
+        first, second = (PendingImage(recipe, item.request, "") for item in (first, second))
+        batcher.submit([first, second])
+        wait_until(second.future.running)
+        first.leave()
+        second.leave()
+        with pytest.raises(GateFailed, match="all clients"):
+            second.future.result(60)
+    assert not batcher.failure and not capsys.readouterr().err
+
+
 def test_a_failure_of_the_engine_is_told_and_the_next_batch_is_made(capsys):
     blocked = Blocked()
     blocked.go.release(9)
@@ -353,10 +374,10 @@ def test_a_failure_of_the_engine_is_told_and_the_next_batch_is_made(capsys):
 def test_a_full_queue_and_a_client_that_leaves(pipeline, monkeypatch, caplog):
     begun, free, undisturbed = threading.Event(), threading.Event(), pipeline.generate_batches
 
-    def held(batches, recipe):
+    def held(batches, recipe, make):
         begun.set()
         assert free.wait(60)
-        return undisturbed(batches, recipe)
+        return undisturbed(batches, recipe, make)
 
     monkeypatch.setattr(pipeline, "generate_batches", held)
     body = {"prompt": PROMPT, "steps": 2, "labels": []}

@@ -889,6 +889,14 @@ def test_a_model_may_be_downloaded_where_a_flag_says_so(tmp_path, capsys, monkey
     assert "the hub was asked for someone/model" in capsys.readouterr().err
 
 
+def test_a_line_without_flags_starts_no_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "open_workflow", None)
+    assert train.main([]) == 2 and not list(tmp_path.iterdir())
+    cause, remedy = capsys.readouterr().err.splitlines()
+    assert "--data is missing" in cause and "--data folder:photos" in remedy and "--data demo:100" in remedy
+
+
 def test_a_folder_with_a_decoder_of_other_making_is_left_alone(run, tmp_path, capsys):
     (tmp_path / "decoder" / "depth").mkdir(parents=True)
     (tmp_path / "decoder" / "depth" / "config.json").write_text("{}")

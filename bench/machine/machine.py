@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bench.machine.nvml import Nvml
-from datasetdm_fast.cores import count_cores
+from datasetdm_fast.cores import count_cores, name_processor
 from datasetdm_fast.version import __version__
 
 ROOT = Path(__file__).parents[2]
@@ -38,8 +38,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     common["openmp"] = {name: os.environ[name] for name in OPENMP if name in os.environ}
     if device.type == "cpu":
         told = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-        model, clocks = re.search(r"model name\s*: (.+)", told), re.findall(r"cpu MHz\s*: ([\d.]+)", told)
-        name = f"{model[1].strip() if model else platform.machine()}, {common['cores']} cores"
+        name, clocks = f"{name_processor()}, {common['cores']} cores", re.findall(r"cpu MHz\s*: ([\d.]+)", told)
         clock = {"cpu_mhz": round(max(map(float, clocks))) if clocks else None}  # of the fastest core right now
         return {"device": name, "driver": f"Linux {platform.release()}", "clocks": clock, **common}
     found = torch.cuda.get_device_properties(device)

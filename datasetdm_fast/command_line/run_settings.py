@@ -150,7 +150,15 @@ def read_spec(config: RunConfig, source: PromptSource | None = None) -> RunSpec:
     """The run that the settings describe, checked, its prompts read; `source` has prompts that no file has."""
     check_settings(config)
     prompts = config.group(PromptSettings)
-    source = source or read_source(prompts, has_captions=config.model in SHIPPED)
+    try:
+        source = source or read_source(prompts, has_captions=config.model in SHIPPED)
+    except Refused:  # unless the model is not there, for which prompts are made
+        if not (config.model in SHIPPED or Path(config.model).exists() or config.allow_download or config.cluster):
+            from datasetdm_fast.engine.loading import PRESETS, load_model  # which take torch
+
+            if config.model not in PRESETS:
+                load_model(config.model)  # refuses the name
+        raise
     # of prompts there is the digest, so that their file may move
     identity = {"prompts": f"sha256:{source.digest}", "number": count_images(config)}
     return _spec(config, source, describe_settings(config, source.table) | identity)

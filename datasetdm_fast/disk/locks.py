@@ -13,6 +13,7 @@ from datasetdm_fast.errors import Missing, Refused
 
 CACHE_VARIABLE = "DATASETDM_CACHE"
 SECONDS_BETWEEN_TRIES = 0.1
+SECONDS_OF_A_LOOK = 0.3  # in which `is_locked` has surely let go of a lock
 
 
 def cache_folder() -> Path:
@@ -31,7 +32,7 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def hold_lock(path: Path, *, is_shared: bool = False, patience: float = 0.0) -> Iterator[None]:
+def hold_lock(path: Path, *, is_shared: bool = False, patience: float = SECONDS_OF_A_LOOK) -> Iterator[None]:
     """Holds a lock file, alone or shared, until the process ends; waits `patience` seconds for others."""
     kind = fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX
     end = time.monotonic() + patience
@@ -65,7 +66,7 @@ def _try_to_lock(handle: int, kind: int, path: Path) -> bool:
 def is_locked(path: Path) -> bool:
     """Whether another process holds the lock file."""
     try:
-        with hold_lock(path):
+        with hold_lock(path, patience=0.0):
             return False
     except Refused:
         return True

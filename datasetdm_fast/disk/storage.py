@@ -203,10 +203,12 @@ def refusal(error: OSError, path: str | Path) -> Missing:
 
 def named_alike(path: Path) -> str:
     """' (did you mean X?)' where a name beside that of a file or folder which is not there is close to it and has no
-    other numbers in it, as these are of another image; of a symbolic link that leads nowhere, that it is one.
+    other numbers in it, as these are of another image; only a folder is alike to a folder above it. Of a symbolic
+    link that leads nowhere, that it is one.
     """
     if path.is_symlink():
         return " (it is a symbolic link that leads nowhere)"
+    missing = path
     while path.parent != path and not path.parent.exists():
         path = path.parent
     try:
@@ -216,6 +218,8 @@ def named_alike(path: Path) -> str:
     if len(names) > MOST_COMPARED:
         return ""
     numbers = NUMBER.findall(path.name)
+    if path != missing:
+        names = [name for name in names if os.path.isdir(path.parent / name)]
     return nearest(path.name, [name for name in names if NUMBER.findall(name) in (numbers, [])])
 
 

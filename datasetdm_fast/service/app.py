@@ -201,7 +201,7 @@ async def _wait_for_disconnect(request: Request) -> None:
 
 def _cancel(work: Work) -> None:
     for item in work.items:
-        item.future.cancel()
+        item.leave()
 
 
 def _error(text: str) -> dict[str, Any]:

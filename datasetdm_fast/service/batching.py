@@ -6,14 +6,16 @@ import math
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from threading import Condition, Thread
 
 from datasetdm_fast.data import Batch, Quarantined, Request, Sample
+from datasetdm_fast.engine.loop.driver import BatchGenerator
 from datasetdm_fast.engine.loop.recipe import Recipe
 from datasetdm_fast.engine.pipeline import Pipeline
 from datasetdm_fast.errors import REFUSALS, GateFailed
@@ -38,6 +40,12 @@ class PendingImage:
     label: Callable[[], Sample] | None = None  # in the place of sampling, where the picture exists
     future: Future[Sample] = field(default_factory=Future)
     arrived: float = field(default_factory=time.monotonic)
+    is_left: bool = False  # by its client
+
+    def leave(self) -> None:
+        """To be called once its client is gone."""
+        self.is_left = True
+        self.future.cancel()
 
     def finish(self, result: Sample | Quarantined) -> None:
         if isinstance(result, Quarantined):
@@ -85,12 +93,14 @@ class Batcher(AbstractContextManager["Batcher"]):
     def _work(self) -> None:
         while items := self._take():
             under_way: deque[list[PendingImage]] = deque()
+            make = partial(BatchGenerator, on_step=partial(_end_if_left, under_way))
             try:
                 if items[0].label is not None:
                     under_way.append(self._begin(items))
                     items[0].finish(items[0].label())
                 else:
-                    for results in self.pipeline.generate_batches(self._batches(items, under_way), items[0].recipe):
+                    batches = self._batches(items, under_way)
+                    for results in self.pipeline.generate_batches(batches, items[0].recipe, make):
                         for item, result in zip(under_way.popleft(), results, strict=True):
                             item.finish(result)
                 self.failure = ""
@@ -143,3 +153,9 @@ class Batcher(AbstractContextManager["Batcher"]):
                 if group is not None or (self._is_closed and not self._waiting):
                     return []
                 self._changed.wait(seconds)
+
+
+def _end_if_left(under_way: Iterable[list[PendingImage]], *_: object) -> None:
+    """Ends the sampling, between two calls, of batches that no client waits for any more."""
+    if all(item.is_left for batch in under_way for item in batch):
+        raise GateFailed("all clients of this batch have left", "Ask again.")

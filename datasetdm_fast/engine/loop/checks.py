@@ -1,6 +1,6 @@
 """Settings of an engine, a sampler and its labels, checked without loading anything."""
 
-import math
+import sys
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from operator import index
@@ -15,6 +15,7 @@ LEAST_SETTINGS: dict[str, float] = {  # a whole number where the least value is 
     **dict.fromkeys(("guidance", "threshold", "uncertainty"), 0.0),
     "exponent": -1,
 }
+LARGEST_GUIDANCE = 1000  # far above any that is of use; numbers of an image would leave fp16, at last fp32
 LARGEST_SIDE = 4096  # pixels
 LARGEST_BATCH = 4096
 CHOICES: dict[str, Sequence[str]] = {
@@ -63,14 +64,13 @@ def check_choices(**values: str) -> None:
 
 
 def check_numbers(**values: float) -> None:
-    """Refuses a setting that is no number, or below its least value in LEAST_SETTINGS."""
+    """Refuses a setting that is no number, below its least value in LEAST_SETTINGS, or too large."""
     for name, value in values.items():
         kind, form = (Integral, "whole number") if isinstance(LEAST_SETTINGS[name], int) else (Real, "number")
-        if not (isinstance(value, kind) and math.isfinite(value) and value >= LEAST_SETTINGS[name]):
-            raise Refused(
-                f"{_flag(name)} {_quote(value)}: expected a {form} of {LEAST_SETTINGS[name]} or more",
-                "Choose another number.",
-            )
+        least, most = LEAST_SETTINGS[name], LARGEST_GUIDANCE if name == "guidance" else sys.float_info.max
+        if not (isinstance(value, kind) and least <= value <= most):
+            bounds = f"from {least:g} to {most}" if name == "guidance" else f"of {least} or more"
+            raise Refused(f"{_flag(name)} {_quote(value)}: expected a {form} {bounds}", "Choose another number.")
 
 
 def check_batch_size(batch_size: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from datasetdm_fast.engine.loop.checks import LARGEST_BATCH
+from datasetdm_fast.engine.loop.checks import LARGEST_BATCH, LARGEST_GUIDANCE
 from datasetdm_fast.settings import CommandSettings, EngineSettings, OutputSettings, setting
 
 OF_EDIT = "run ids prompt alone class_ instance mask box grow feather strength seed only number".split()
@@ -28,7 +28,7 @@ class RedrawChoice(CommandSettings):
     number: int = setting(0, "take the first N samples, 0 = all", identity="if given", metavar="N", least=0)
     strength: float = strength_setting(1.0, "")
     steps: int = setting(0, "sampling steps of a whole image, 0 = those of RUN", metavar="N", least=0)
-    guidance: float = setting(0.0, "guidance scale, 0 = that of RUN", metavar="G", least=0)
+    guidance: float = setting(0.0, "guidance scale, 0 = that of RUN", metavar="G", least=0, most=LARGEST_GUIDANCE)
     batch_size: int = setting(
         0, "images per batch (rounding only); 0 = as many as fit into memory", metavar="N", least=0, most=LARGEST_BATCH
     )

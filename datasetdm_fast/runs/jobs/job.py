@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.config import ATTENTION, ENGINES, HALF, SHARD_BYTES, SHARD_SIZE, TASK_KINDS, UNDECODED
+from datasetdm_fast.cores import name_processor
 from datasetdm_fast.data import Request
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine import engines
@@ -251,6 +252,7 @@ def describe_run(
         },
         "decoders": dict(decoders),
         "engine": dict(engine.fingerprint()),
+        "processor": name_processor(),
         **number_classes(with_palette(label_tables(engine, recipe), palette, recipe.table)),
     }
     if packages := packages_of(recipe.tasks):

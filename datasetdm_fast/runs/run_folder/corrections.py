@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import kind_of, mask_rle
 from datasetdm_fast.engine.labels.instance import InstanceKind
 from datasetdm_fast.errors import refusing_form
@@ -93,10 +94,9 @@ def _are_rows(value: Any, kinds: list[type]) -> bool:
 def read_corrections(folder: Path) -> dict[int, Correction]:
     """The corrections of a run by the index of their sample, none where there is no such file."""
     path = folder / CORRECTIONS
-    if not path.exists():
-        return {}
     with refusing_form(path, "corrections", "Delete it, or mend it by hand."):
-        return parse_corrections(documents.read_object(path, most=LARGEST))
+        content = storage.read_if_there(path, LARGEST)
+        return {} if content is None else parse_corrections(documents.parse_object(content, str(path)))
 
 
 def parse_corrections(values: Mapping[str, Any]) -> dict[int, Correction]:

@@ -231,7 +231,7 @@ def share_folder(folder: Path) -> Iterator[None]:
     with ExitStack() as lock:
         while True:
             # refused if others share it already, or one of them checks whether it is held
-            with suppress(Refused), locks.hold_lock(folder / LOCK):
+            with suppress(Refused), locks.hold_lock(folder / LOCK, patience=0.0):
                 clean(folder)
             try:
                 lock.enter_context(locks.hold_lock(folder / LOCK, is_shared=True))

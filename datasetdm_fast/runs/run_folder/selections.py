@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused, quote, refusing_form
 from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.untrusted import documents
@@ -56,10 +57,9 @@ class Split:
 def read_filter(folder: Path) -> Filter | None:
     """What the filter of a run folder decided, None without a filter."""
     path = folder / FILTER
-    if not path.exists():
-        return None
     with refusing_form(path, "filter", _remedy(folder, "filter")):
-        value = _read(path, FILTER_FORM)
+        if (value := _read(path, FILTER_FORM)) is None:
+            return None
         documents.check_form(list(value["left_out"].values()), [str])
         left_out = {int(id): reason for id, reason in value["left_out"].items()}
         return Filter(value["where"], tuple(map(int, value["kept"])), left_out)
@@ -77,10 +77,9 @@ def check_filtered(folder: Path) -> None:
 def read_split(folder: Path) -> Split | None:
     """How a run folder is split, None where it is not."""
     path = folder / SPLIT
-    if not path.exists():
-        return None
     with refusing_form(path, "split", _remedy(folder, "split")):
-        value = _read(path, SPLIT_FORM)
+        if (value := _read(path, SPLIT_FORM)) is None:
+            return None
         documents.check_form(list(value["parts"].values()), [[str]])
         parts = {name: tuple(map(int, ids)) for name, ids in value["parts"].items()}
         return Split(value["seed"], value["by_source"], parts)
@@ -90,8 +89,10 @@ def _remedy(folder: Path, command: str) -> str:
     return f"Run python -m datasetdm_fast.{command} {quote(folder)} --undo, then {command} again."
 
 
-def _read(path: Path, form: Mapping[str, Any]) -> dict[str, Any]:
-    value = documents.read_object(path, most=LARGEST_FILE)
+def _read(path: Path, form: Mapping[str, Any]) -> dict[str, Any] | None:
+    if (content := storage.read_if_there(path, LARGEST_FILE)) is None:
+        return None
+    value = documents.parse_object(content, str(path))
     documents.check_form(value, form)
     return value
 

@@ -196,7 +196,8 @@ def _making(document: Mapping[str, Any]) -> Iterator[str]:
     if "composition" in document:
         yield f"- {_code(document['composition']['told'])}"
     yield f"- Model: {_code(document['model']['name'])}; engine: {', '.join(map(_code, engine_names(document)))}"
-    yield f"- Versions and device: {_values({**document['versions'], **_without_name(engine)})}"
+    device = {"device_name": document["processor"]} if engine.get("device") == "cpu" and "processor" in document else {}
+    yield f"- Versions and device: {_values({**document['versions'], **_without_name(engine), **device})}"
     yield from _describe_mixed(document) if "mixed" in document else _describe_engines(document)
     yield f"- Sampler {sampler_in_words(document)}"
     if speed := speed_in_words(document):
