@@ -61,7 +61,7 @@ def export_stages(config: ExportConfig) -> int:
     from datasetdm_fast.engine.loading import load_model
     from datasetdm_fast.export.golden import Reference
     from datasetdm_fast.export.onnx.stage_names import select_stages
-    from datasetdm_fast.export.onnx.to_onnx import export
+    from datasetdm_fast.export.onnx.to_onnx import export, graphed_parts
 
     model = load_model(config.model, size=config.size, allow_download=config.allow_download)
     if target and not model.backbone.has_plans:
@@ -69,7 +69,7 @@ def export_stages(config: ExportConfig) -> int:
     decoders, _ = load_decoders(model, None if config.decoder == "none" else config.decoder)
     model, decoders = read_together(model, decoders)
     if config.dry_run:
-        stages = list(select_stages(decoders, config.raw_capture, is_joint=bool(model.backbone.network_plan)))
+        stages = list(select_stages(decoders, config.raw_capture, others=graphed_parts(model)))
         kind = "TensorRT plans" if target else "ONNX graphs"
         return print_plan(config, {"path": config.out, "stages": stages}, config.out, f"{kind} of {', '.join(stages)}")
     precision = ("fp16" if target else "fp32") if config.precision == "auto" else config.precision

@@ -67,8 +67,11 @@ def check_engine(name, opened):
     assert distance(engine.annotate("depth", sums)["depth"], depth) < 1e-4
     one, alone = engine.denoise_and_capture(latents[2:], 412.0, call_text(engine, PROMPTS[2:], guidance))
     assert distance(one, truth[2::3]) < 1e-5 and distance(engine.annotate("depth", alone)["depth"], depth[2:]) < 1e-4
-    images = engine.decode_image(latents).int() - reference.decode_image(latents).int()
-    assert images.abs().max() <= 1
+    images = reference.decode_image(latents)
+    assert (engine.decode_image(latents).int() - images.int()).abs().max() <= 1
+    assert distance(engine.encode_image(images), reference.encode_image(images)) < 1e-5
+    is_graph = model.backbone.name != "qwen-image"
+    assert ("decode_image" in engine.manifest.stages) == ("encode_image" in engine.manifest.stages) == is_graph
     return engine, capture, ours
 
 
@@ -111,7 +114,8 @@ def test_the_command_writes_the_graphs_of_a_family(tmp_path, capsys):
     folder = tiny_pipelines.save(tmp_path / "model", "flux2-klein", width=48)
     line = ["--model", str(folder), "--size", str(SIZE), "--decoder", "none", "--quiet"]
     assert export_command([*line, "--raw-capture", "--out", str(tmp_path / "graphs")]) == 0
-    assert list(Manifest.read(tmp_path / "graphs").stages) == ["denoise", "denoise_and_keep"]
+    names = ["denoise", "denoise_and_keep", "decode_image", "encode_image"]
+    assert list(Manifest.read(tmp_path / "graphs").stages) == names
     capsys.readouterr()
     assert export_command([*line, "--precision", "fp16", "--out", str(tmp_path / "narrow")]) == 2
     assert "FLUX.2 klein leave fp16's range" in capsys.readouterr().err

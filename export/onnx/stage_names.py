@@ -7,6 +7,8 @@ from datasetdm_fast.engine.labels.names import LabelName
 from datasetdm_fast.errors import Refused
 
 RAW = "denoise_and_keep"
+TEXT = {"encode_text"}
+OTHERS = (*TEXT, "decode_image", "encode_image")
 AVERAGE = "denoise_and_average"  # followed by the sides whose self-attention and cross-attention it averages
 
 
@@ -15,16 +17,16 @@ def select_stages(
     raw_capture: bool = False,
     averages: tuple[int, ...] | None = None,
     only: Sequence[str] | None = None,
-    is_joint: bool = False,
+    others: Sequence[str] = OTHERS,
 ) -> tuple[str, ...]:
-    """The stages of an export; without decoders there is nothing to capture but the features and maps themselves. Of a
-    transformer of image and text alike text encoders and autoencoder are not among them: PyTorch runs these.
+    """The stages of an export; without decoders there is nothing to capture but the features and maps themselves.
+    `others` are those of text encoders and autoencoder that are graphs.
     """
     decoders = [annotate_name(label) for label in labels]
     captures = [*(["denoise_and_capture"] if decoders else []), *([RAW] if raw_capture else [])]
     captures += [average_name(*averages)] if averages else []
-    others = [] if is_joint else ["encode_text", "decode_image", "encode_image"]
-    names = [*others[:1], "denoise", *captures, *others[1:], *decoders]
+    texts, images = ([name for name in others if (name in TEXT) == is_text] for is_text in (True, False))
+    names = [*texts, "denoise", *captures, *images, *decoders]
     for name in only or ():
         if name not in names:
             raise Refused(f"stage: {name!r} is none of {', '.join(names)}", "Choose from these.")

@@ -18,9 +18,8 @@ from datasetdm_fast import __version__, stages
 from datasetdm_fast.data import ProjectedCapture, Text
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.locks import cache_folder
+from datasetdm_fast.engine import backbones, models
 from datasetdm_fast.engine import decoders as decoder_package
-from datasetdm_fast.engine import models
-from datasetdm_fast.engine.backbones import mmdit_plans
 from datasetdm_fast.engine.backbones.record import ANOTHER
 from datasetdm_fast.engine.decoders.layers import SpectralConv2d
 from datasetdm_fast.engine.decoders.trunk import Decoder
@@ -29,7 +28,7 @@ from datasetdm_fast.engine.models.capture import CaptureHook, Projection
 from datasetdm_fast.engine.models.mmdit import MMDiT
 from datasetdm_fast.engine.models.mmdit_readers import ProjectingReader, RawReader, append_rows
 from datasetdm_fast.engine.models.unet import TextTable, TimeTable, UNet
-from datasetdm_fast.engine.models.vae import ImageDecoder, ImageEncoder
+from datasetdm_fast.engine.models.vae import ImageDecoder, ImageEncoder, has_usual_form
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export.manifest import (
     NAME,
@@ -44,7 +43,7 @@ from datasetdm_fast.export.onnx.capture import AveragingHook, ExportHook, Projec
 from datasetdm_fast.export.onnx.graph import BATCH, OPSETS, WORDS, Extent, Graph, Value, trace_module
 from datasetdm_fast.export.onnx.operations import ONNX_RUNTIME, PORTABLE, exportable
 from datasetdm_fast.export.onnx.operators import OPERATORS
-from datasetdm_fast.export.onnx.stage_names import RAW, averaged_sides, label_of, select_stages
+from datasetdm_fast.export.onnx.stage_names import OTHERS, RAW, TEXT, averaged_sides, label_of, select_stages
 from datasetdm_fast.export.onnx.weights import DataFile, defer_weights, digest
 from datasetdm_fast.export.staging import fill_alone, stage_files
 from datasetdm_fast.kernels import (
@@ -100,6 +99,13 @@ def usual_rows(model: Model) -> int:
     return 2 if model.has_negative(model.scale or model.defaults.guidance) else 1
 
 
+def graphed_parts(model: Model) -> tuple[str, ...]:
+    """The stages of text encoders and autoencoder that are graphs; what is missing PyTorch runs."""
+    if not model.backbone.network_plan:
+        return OTHERS
+    return tuple(name for name in OTHERS if name not in TEXT) if has_usual_form(model.configs.get("vae")) else ()
+
+
 def _check(model: Model, decoders: Mapping[str, Decoder], precision: str, runtime: str) -> None:
     if not model.backbone.served_by("export"):
         raise Refused(f"export: {model.backbone.title} has no network that is written as graphs", ANOTHER)
@@ -120,7 +126,8 @@ def _check(model: Model, decoders: Mapping[str, Decoder], precision: str, runtim
 def source_digest(model: Model, decoders: Mapping[str, Decoder], rows: int = 0) -> str:
     """SHA-256 of all that decides the graphs: parameters, configurations and this package's own code."""
     backbone = model.backbone
-    parts = {name: model.modules[name] for name in ([backbone.denoiser] if backbone.network_plan else model.networks)}
+    joint = [backbone.denoiser, *(["vae"] if graphed_parts(model) else [])]
+    parts = {name: model.modules[name] for name in (joint if backbone.network_plan else model.networks)}
     configs = {
         name: part.config.to_dict() if hasattr(part.config, "to_dict") else part.config for name, part in parts.items()
     }
@@ -141,8 +148,9 @@ def source_digest(model: Model, decoders: Mapping[str, Decoder], rows: int = 0) 
 def exporter_files() -> list[Path]:
     """The code that decides what the graphs compute; of the kernels, those the graphs take over."""
     taken = (ada_norm, attention_shares, attention_sums, bilinear, depth_head, image_norm, joint_qkv, upsample_concat)
-    modules = [Path(str(module.__file__)) for module in (*taken, mmdit_plans, stages)]
-    folders = [Path(__file__).parents[1], *(Path(package.__path__[0]) for package in (models, decoder_package))]
+    modules = [Path(str(module.__file__)) for module in (*taken, stages)]
+    packages = backbones, models, decoder_package
+    folders = [Path(__file__).parents[1], *(Path(package.__path__[0]) for package in packages)]
     return [*(path for folder in folders for path in sorted(folder.rglob("*.py"))), *modules]
 
 
@@ -180,7 +188,7 @@ class StageExport:
     ):
         _check(model, decoders, precision, runtime)
         self.is_joint, self.rows = bool(model.backbone.network_plan), rows or usual_rows(model)
-        names = select_stages(decoders, raw_capture, averages, only, self.is_joint)
+        names = select_stages(decoders, raw_capture, averages, only, graphed_parts(model))
         self.request = ExportRequest(names, precision, runtime, source_digest(model, decoders, rows), model.size)
         self.model, self.decoders, self.on_stage = model, decoders, on_stage
         self.dtype, self.ops = TYPES[precision], OPERATIONS[runtime]
@@ -198,6 +206,10 @@ class StageExport:
             "W": model.size,
         }
         self.sizes |= {"T": model.levels[0].tokens, "D": model.text_width}
+
+    @cached_property
+    def _reference(self) -> Any:
+        return load_place(self.model.backbone.reference)(self.model)
 
     @cached_property
     def projection(self) -> Projection:
@@ -280,7 +292,8 @@ class StageExport:
             assert backbone.text_network
             return {"text_encoder": load_place(backbone.text_network)(sources, self.ops)}
         if group == "decode_image":
-            decoder = ImageDecoder(defer_weights(modules["vae"]), self.ops, self.model.latents)
+            space = None if self.is_joint else self.model.latents
+            decoder = ImageDecoder(defer_weights(modules["vae"]), self.ops, space)
             return {"image_decoder": exportable(decoder)}
         if group == "encode_image":
             return {"image_encoder": ImageEncoder(defer_weights(modules["vae"]), self.ops)}
@@ -343,7 +356,9 @@ class StageExport:
             text = modules["text_encoder"].of_tokens(*inputs.values())
             return {"context": text.context, **({} if text.pooled is None else {"pooled": text.pooled})}
         if name == "decode_image":
-            pixels = modules["image_decoder"](inputs["latents"].to(self.image_dtype)).float()
+            latents: Any = inputs["latents"]
+            numbers = self._reference.unscale(latents) if self.is_joint else latents
+            pixels = modules["image_decoder"](numbers.to(self.image_dtype)).float()
             image = ((pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255).floor().to(torch.uint8)
             return {"image": image, "is_finite": pixels.isfinite().flatten(1).all(1)}
         if name == "encode_image":
@@ -402,8 +417,7 @@ class StageExport:
         noise = network(latents.to(self.dtype), timestep, text, reader).float()
         if reader is None:
             return {"noise": noise}
-        reference = load_place(self.model.backbone.reference)(self.model)
-        clean = reference.cells(latents - timestep / 1000 * noise[-latents.shape[0] :])
+        clean = self._reference.cells(latents - timestep / 1000 * noise[-latents.shape[0] :])
         if name == RAW:
             return {"noise": noise, **raw_outputs(reader.capture(clean))}
         sums = reader.level_sums(clean).items()

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from datasetdm_fast.data import Text
 from datasetdm_fast.engine.backbones import joint_attention
 from datasetdm_fast.engine.backbones.flux2_klein import LENGTH, READ_LAYERS
-from datasetdm_fast.engine.backbones.latent_space import sample_posterior
 from datasetdm_fast.engine.backbones.prompt_encoders import encode_chat
 
 
@@ -50,13 +49,10 @@ class Flux2KleinReference(joint_attention.JointReference):
         variance = normalisation.running_var + self.vae.config.batch_norm_eps
         return normalisation.running_mean[:, None, None], variance.sqrt()[:, None, None]
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def unscale(self, latents: Tensor) -> Tensor:
         mean, deviation = self._statistics()
-        numbers = F.pixel_shuffle(latents * deviation + mean, 2).to(self.vae.dtype)
-        pixels: Tensor = self.vae.decode(numbers, return_dict=False)[0]
-        return pixels
+        return F.pixel_shuffle(latents * deviation + mean, 2)
 
-    def encode_image(self, pixels: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
+    def scale(self, numbers: Tensor) -> Tensor:
         mean, deviation = self._statistics()
-        numbers = sample_posterior(self.vae.encode(pixels.to(self.vae.dtype)).latent_dist, generators)
         return (F.pixel_unshuffle(numbers, 2) - mean) / deviation

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,13 @@ from datasetdm_fast.engine.models.layers import (
 )
 
 EPS = 1e-6
+USUAL = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}  # of diffusers
+
+
+def has_usual_form(config: Any) -> bool:
+    """Whether a diffusers autoencoder with this configuration is made of the layers below."""
+    kinds = {key: set(getattr(config, key, None) or ()) for key in USUAL}
+    return kinds == {key: {kind} for key, kind in USUAL.items()} and config.act_fn == "silu"
 
 
 class SpatialAttention(nn.Module):
@@ -68,15 +76,15 @@ class BlockLayers(Layers):
 
 
 class ImageDecoder(nn.Module):
-    """Images [B, 3, H, W] about -1 .. 1 from scaled latents [B, C, h, w]."""
+    """Images [B, 3, H, W] about -1 .. 1 from scaled latents [B, C, h, w], or without `latents` from unscaled ones."""
 
     plan = BlockLayers
 
-    def __init__(self, module: nn.Module, ops: SimpleNamespace, latents: Latents):
+    def __init__(self, module: nn.Module, ops: SimpleNamespace, latents: Latents | None = None):
         super().__init__()
         state, config, plan = Weights(module.state_dict()), module.config, self.plan(module, ops)
         weights = state / "decoder"
-        self.scale, self.mean, self.std = 1 / latents.scale, latents.mean, latents.std
+        self.latents = latents
         entry = [Pointwise(state / "post_quant_conv")] if "post_quant_conv.weight" in state else []
         blocks: list[nn.Module] = []
         for k in range(len(config.block_out_channels)):
@@ -95,9 +103,12 @@ class ImageDecoder(nn.Module):
         return self.layers(self._unscale(latents))
 
     def _unscale(self, latents: Tensor) -> Tensor:
-        if not self.mean:
-            return latents * self.scale
-        channels = zip(latents.split(1, 1), self.mean, self.std, strict=True)
+        space = self.latents
+        if space is None:
+            return latents
+        if not space.mean:
+            return latents * (1 / space.scale)
+        channels = zip(latents.split(1, 1), space.mean, space.std, strict=True)
         return torch.cat([part * std + mean for part, mean, std in channels], 1)
 
     def decode_and_release(self, latents: Tensor, make_room: Callable[[], None]) -> Tensor:
@@ -113,7 +124,7 @@ class ImageDecoder(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """Means and log-variances of the latents [B, 8, h, w], not yet scaled, of images [B, 3, H, W] in -1 .. 1."""
+    """Means and log-variances of the latents [B, 2 C, h, w], not yet scaled, of images [B, 3, H, W] in -1 .. 1."""
 
     def __init__(self, module: nn.Module, ops: SimpleNamespace):
         super().__init__()

@@ -63,6 +63,15 @@ class GraphEngine(Engine):
     def _modules(self) -> TorchEngine:
         return TorchEngine(self.model, {}, device=str(self.device))
 
+    @property
+    def _is_joint(self) -> bool:
+        return bool(self.model.backbone.network_plan)
+
+    @property
+    def _reference(self) -> JointReference:
+        """The reference of a transformer of image and text alike."""
+        return cast(JointReference, self._modules.reference)
+
     def _open(self, folder: Path, manifest: Manifest, stage: str) -> OpenedGraph:
         raise NotImplementedError
 
@@ -72,7 +81,7 @@ class GraphEngine(Engine):
 
     def _export(self, **options: Any) -> tuple[Path, Manifest]:
         def on_stage(stage: str) -> None:
-            is_first = stage == ("denoise" if self.model.backbone.network_plan else "encode_text")
+            is_first = stage == ("denoise" if self._is_joint else "encode_text")
             if is_first or separate_options(stage):
                 self.on_message(f"writing the graphs of {self.model.name} for {self.library}, once")
 
@@ -151,7 +160,7 @@ class GraphEngine(Engine):
     def denoise_and_average(
         self, latents: Tensor, timestep: float, text: Text, class_text: Text, sums: AttentionSums
     ) -> tuple[Tensor, AttentionSums]:
-        if self.model.backbone.network_plan:
+        if self._is_joint:
             raise Refused(
                 f"engine: {self.name} does not average the attention of {self.model.backbone.title}, fast does",
                 "Use --engine fast.",
@@ -176,7 +185,7 @@ class GraphEngine(Engine):
             inputs |= {"context": F.pad(text.context, (0, 0, 0, missing)), "mask": F.pad(mask, (0, missing))}
         outputs = self._run(stage, self._unet_images(images), rows, **inputs)
         if self.model.backbone.guides_itself and rows == 2 and text.guidance is not None:
-            outputs[NOISE] = cast(JointReference, self._modules.reference).guide(outputs[NOISE], text.guidance)
+            outputs[NOISE] = self._reference.guide(outputs[NOISE], text.guidance)
         return outputs
 
     def _timestep(self, timestep: float) -> Tensor:
@@ -198,7 +207,8 @@ class GraphEngine(Engine):
         if "encode_image" not in self.manifest.stages:
             return self._modules.encode_image(images, generators)
         moments = self._run("encode_image", self._autoencoder_images(), image=images)["moments"]
-        return scale(self.model.latents, sample_moments(moments, generators))
+        numbers = sample_moments(moments, generators)
+        return self._reference.scale(numbers) if self._is_joint else scale(self.model.latents, numbers)
 
     def _autoencoder_images(self) -> int:
         return max(CHUNK_PIXELS[self.device.type] // self.model.size**2, 1)

@@ -457,8 +457,7 @@ class FastEngine(Engine):
         self._refresh()
         self._unload_except("image_encoder")
         parts = to_device(images, self.device).split(self._chunk(images.shape[2]))
-        pixels = (part.permute(0, 3, 1, 2).float() / 127.5 - 1 for part in parts)
-        moments = torch.cat([self.image_encoder(channels_last(part, self.image_dtype)).float() for part in pixels])
+        moments = torch.cat([moments_of(self.image_encoder, part, self.image_dtype) for part in parts])
         return scale(self.model.latents, sample_moments(moments.contiguous(), generators))
 
     def _chunk(self, side: int) -> int:
@@ -475,8 +474,15 @@ def _version_of(context: Tensor) -> int:
     return -1 if context.is_inference() else context._version
 
 
+def moments_of(encoder: nn.Module, images: Tensor, dtype: torch.dtype) -> Tensor:
+    """The autoencoder's moments [B, 2 C, h, w] of images [B, H, W, 3] uint8."""
+    pixels = images.permute(0, 3, 1, 2).float() / 127.5 - 1
+    moments: Tensor = encoder(channels_last(pixels, dtype))
+    return moments.float()
+
+
 def sample_moments(moments: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
-    """Latents of the autoencoder's moments [B, 8, h, w]: their mean, or with generators a sample."""
+    """Latents of the autoencoder's moments [B, 2 C, h, w]: their mean, or with generators a sample."""
     latents, log_variance = moments.chunk(2, 1)
     if generators is None:
         return latents

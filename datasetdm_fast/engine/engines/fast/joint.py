@@ -20,22 +20,34 @@ from datasetdm_fast.engine.backbones.concept_attention import ConceptReader, wit
 from datasetdm_fast.engine.backbones.joint_attention import JointReference
 from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.engines.device import engine_call, resolve_device
-from datasetdm_fast.engine.engines.fast.engine import CHUNK_PIXELS, DTYPES
+from datasetdm_fast.engine.engines.fast.engine import (
+    CHUNK_PIXELS,
+    DTYPES,
+    as_images,
+    channels_last,
+    moments_of,
+    sample_moments,
+)
 from datasetdm_fast.engine.engines.torch import TorchEngine
 from datasetdm_fast.engine.loading.model import Model, Network
 from datasetdm_fast.engine.models.capture import Projection
 from datasetdm_fast.engine.models.fp8 import with_fp8_products
+from datasetdm_fast.engine.models.fused import FusedImageDecoder
 from datasetdm_fast.engine.models.mmdit import MMDiT
 from datasetdm_fast.engine.models.mmdit_readers import CallReader, ProjectingReader, RawReader, append_rows
-from datasetdm_fast.engine.models.packed import largest_distance
+from datasetdm_fast.engine.models.packed import largest_distance, pack_layers, place_module, spending, weights_of
+from datasetdm_fast.engine.models.vae import ImageDecoder, ImageEncoder, has_usual_form
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.kernels import plain
 from datasetdm_fast.kernels.choice import operations
+from datasetdm_fast.kernels.transfer import to_device
 from datasetdm_fast.plugins import load_place
 
 
 class JointEngine(TorchEngine):
-    """See engine.Engine; text encoders and autoencoder are the model's own modules, or copies in bf16."""
+    """See engine.Engine; text encoders are the model's own modules, or copies in bf16, and so is an autoencoder of
+    another form than models.vae's.
+    """
 
     name = "fast"
 
@@ -96,6 +108,32 @@ class JointEngine(TorchEngine):
         plan = load_place(backbone.network_plan)(source.config, source.state_dict())
         return MMDiT(source.config, plan, self.ops).to(self.dtype)
 
+    @property
+    def _decoder_kind(self) -> type[ImageDecoder]:
+        return FusedImageDecoder if self.device.type == "cuda" and not self.is_compiled else ImageDecoder
+
+    def _build_half(self, kind: type[ImageDecoder] | type[ImageEncoder]) -> nn.Module | None:
+        """A half of the autoencoder over our layers; None where it is of another form."""
+        source = self.truth.networks["vae"].read()
+        if not has_usual_form(source.config):
+            return None
+        return place_module(kind(source, self.ops), self.device, self.dtype)
+
+    def _pack_half(self, kind: type[ImageDecoder] | type[ImageEncoder]) -> nn.Module | None:
+        half = self._build_half(kind)
+        if half is None or self.device.type != "cpu" or self.is_compiled:
+            return half
+        packed = pack_layers(half)
+        return spending(packed) if isinstance(packed, ImageDecoder) else packed
+
+    @cached_property
+    def image_decoder(self) -> nn.Module | None:
+        return self._pack_half(self._decoder_kind)
+
+    @cached_property
+    def image_encoder(self) -> nn.Module | None:
+        return self._pack_half(ImageEncoder)
+
     def weight_distance(self) -> float:
         """How far a weight of the engine lies from that of its model, as a share of the largest in its tensor."""
         truth = {name: network.state_dict() for name, network in self.held.modules.items()}
@@ -106,6 +144,10 @@ class JointEngine(TorchEngine):
             expected = {key: value.to(held[key].dtype) for key, value in source.state_dict().items()}
             placed = {key: value[: len(expected[key])].cpu() if value.ndim else value for key, value in held.items()}
             farthest = max(farthest, largest_distance(placed, expected))
+        for kind, name in ((self._decoder_kind, "image_decoder"), (ImageEncoder, "image_encoder")):
+            if (half := self.__dict__.get(name)) is not None:
+                fresh_half = cast(nn.Module, self._build_half(kind))
+                farthest = max(farthest, largest_distance(weights_of(half), weights_of(fresh_half)))
         return farthest
 
     @engine_call
@@ -188,6 +230,17 @@ class JointEngine(TorchEngine):
     @engine_call
     def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:  # images, [B] bool
         parts = latents.to(self.device).split(max(CHUNK_PIXELS[self.device.type] // self.model.size**2, 1))
-        decoded = [super(JointEngine, self).decode_and_check(part) for part in parts]
-        images, is_finite = (torch.cat(values) for values in zip(*decoded))
+        images, is_finite = (torch.cat(values) for values in zip(*map(self._decode_part, parts)))
         return images, is_finite
+
+    def _decode_part(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        if self.image_decoder is None:
+            return super().decode_and_check(latents)
+        return as_images(self.image_decoder(channels_last(self.joint.unscale(latents), self.dtype)))
+
+    @engine_call
+    def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+        if self.image_encoder is None:
+            return super().encode_image(images, generators)
+        moments = moments_of(self.image_encoder, to_device(images, self.device), self.dtype)
+        return self.joint.scale(sample_moments(moments.contiguous(), generators))
