@@ -15,6 +15,7 @@ from bench.peers.engine import EnginePeer
 from bench.report.tables import Table, figure, spread_of, text
 from bench.rows.measurement import BenchRun, Measurement, Rows
 from bench.setting import PROFILE, TASKS, Setting
+from datasetdm_fast.config import CACHED, EXACT, FAST, FAST_CACHED
 from datasetdm_fast.data import Sample, SemanticMap
 from datasetdm_fast.engine.engines.device import release
 from datasetdm_fast.engine.labels import LABEL_KINDS
@@ -22,12 +23,11 @@ from datasetdm_fast.engine.loop.recipe import make_recipe
 from datasetdm_fast.runs.agreement.observe import image_distance
 
 BATCH, IMAGES = 8, 16
-EXACT = "exact"
 RECIPES: dict[str, dict[str, Any]] = {
     EXACT: {"sampler": "pndm", "share": 1.0},
     "half the steps": {"sampler": "pndm", "share": 0.5},
-    "DPM-Solver++, 40 % of the steps": {"sampler": "dpm-solver++", "share": 0.4},
     "DDIM, half the steps": {"sampler": "ddim", "share": 0.5},
+    **{f"--speed {speed}": {"speed": speed} for speed in (FAST, CACHED, FAST_CACHED)},
 }
 
 
@@ -60,11 +60,11 @@ def rows(run: BenchRun) -> Rows:
     ]
 
 
-def with_recipe(peer: EnginePeer, setting: Setting, sampler: str, share: float) -> EnginePeer:
-    """The peer with a share of the steps that the model was made for."""
-    steps = max(round(setting.model.defaults.steps * share), 2)
+def with_recipe(peer: EnginePeer, setting: Setting, share: float = 0.0, **options: Any) -> EnginePeer:
+    """The peer with a share of the steps that the model was made for, and other options of make_recipe."""
+    steps = max(round(setting.model.defaults.steps * share), 2) if share else 0
     guidance = setting.recipe.guidance
-    recipe = make_recipe(peer.engine, TASKS, sampler=sampler, steps=steps, guidance=guidance, profile=PROFILE)
+    recipe = make_recipe(peer.engine, TASKS, steps=steps, guidance=guidance, profile=PROFILE, **options)
     return EnginePeer(peer.engine, replace(setting, recipe=recipe), peer.batch)
 
 
