@@ -14,7 +14,7 @@ from datasetdm_fast.config import EXACT
 from datasetdm_fast.runs.agreement.admission import Screen, admit_job
 from datasetdm_fast.runs.jobs.result import Result, describe_start
 from datasetdm_fast.runs.jobs.run import Decision, Outcome, RunQueue
-from datasetdm_fast.runs.jobs.writing import count_outside
+from datasetdm_fast.runs.jobs.writing import count_outside, write_missing
 from datasetdm_fast.runs.run_folder.document import SHARDS
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_settings import RunConfig, RunSpec, WorkerSettings
@@ -67,12 +67,11 @@ def _write(
 ) -> Result:
     """The result of a run, once its missing samples are made and written."""
     job, counted = None, {"images": -(-min(decision.missing, config.limit or decision.missing) // launch.processes)}
-    is_judged = run.stored is None and config.speed != EXACT
-    compares = config.verify or is_judged or run.tries_half(spec) or run.may_differ(spec)
-    if launch.is_here or launch.may_compare and compares:
+    has_gates = config.verify or run.stored is None and config.speed != EXACT
+    if launch.run is None or launch.may_compare and (has_gates or run.tries_half(spec) or run.may_differ(spec)):
         screen = Screen(partial(print_lines, config), partial(run_report.show_calls, config.quiet))
         job = admit_job(run, spec, screen, verify=config.verify)
-    if launch.is_here:
+    if launch.run is None:
         print_lines(config, *describe_start(job))
         counted = {"images": job.images_left, "batch": job.plan.batch_size, "calls": len(job.recipe.schedule)}
     elif job:
@@ -84,9 +83,10 @@ def _write(
         ImageProgress(is_quiet=config.quiet, count_outside=partial(count_outside, spec.folder), **counted) as progress,
     ):
         signals = {"on_unet_call": progress.on_unet_call, "is_stopping": interruption.is_stopping}
+        if launch.run is None:
+            return write_missing(job, on_commit=progress.on_commit, **signals)
         describe = None if config.quiet else describe_start
-        callbacks = Callbacks(describe, progress.print, progress.on_commit, **signals)
-        return launch.run(spec, job, callbacks)
+        return launch.run(spec, Callbacks(describe, progress.print, progress.on_commit, **signals))
 
 
 if __name__ == "__main__":

@@ -122,7 +122,6 @@ def _child(shim: ctypes.CDLL, asked: dict, said: int, counted: int) -> None:
     import signal
 
     from datasetdm_fast import generate
-    from datasetdm_fast.runs.workers import launch
 
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -137,7 +136,7 @@ def _child(shim: ctypes.CDLL, asked: dict, said: int, counted: int) -> None:
             threading.Timer(asked["seconds"], os.kill, (os.getpid(), asked["signal"])).start()
     if asked["record"]:
         shim.fault_record(os.open(asked["record"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC))
-        write_missing = launch.write_missing
+        write_missing = generate.write_missing
 
         def marking(job, *, on_commit, **rest):
             total = 0
@@ -150,7 +149,7 @@ def _child(shim: ctypes.CDLL, asked: dict, said: int, counted: int) -> None:
 
             return write_missing(job, on_commit=tell, **rest)
 
-        launch.write_missing = marking
+        generate.write_missing = marking
     shim.fault_arm(asked["folder"].encode(), asked["kind"], asked["at"], asked["lasting"])
     try:
         code = generate.main(asked["arguments"])

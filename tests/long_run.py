@@ -24,7 +24,6 @@ def main(number: int, out: Path, with_torch: bool) -> None:
     from datasetdm_fast import generate
     from datasetdm_fast.disk import sqlite
     from datasetdm_fast.engine import engines
-    from datasetdm_fast.runs.workers import launch
 
     # Memory is measured here, not the disk.
     os.fsync = lambda handle: None
@@ -48,7 +47,7 @@ def main(number: int, out: Path, with_torch: bool) -> None:
 
         torchless.install()
     memory, handles, threads = array("q"), array("q"), array("q")  # which grow by eight bytes a value, and no more
-    write_missing = launch.write_missing
+    write_missing = generate.write_missing
 
     def measured(job, *, on_commit, **rest):
         def tell(count: int) -> None:
@@ -59,7 +58,7 @@ def main(number: int, out: Path, with_torch: bool) -> None:
 
         return write_missing(job, on_commit=tell, **rest)
 
-    launch.write_missing = measured
+    generate.write_missing = measured
     sampler = ["--sampler", "ddim", "--steps", "2"] if with_torch else []
     code = generate.main(["--number", str(number), "--batch-size", "1", "--quiet", "--out", str(out), *sampler])
     leftovers = [path.name for path in out.rglob(".*")]

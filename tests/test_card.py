@@ -47,7 +47,7 @@ def test_the_header_is_what_hubs_read(run):
         "keypoint-detection",
     ]
     assert found["configs"] == [{"config_name": "default", "data_files": "samples.jsonl"}]
-    big = yaml.safe_load("\n".join(card._header(document(12), 5000)).split("---")[1])
+    big = yaml.safe_load("\n".join(card._header(document(12), 5000, {card.GENERATED})).split("---")[1])
     assert big["size_categories"] == ["1K<n<10K"]
 
 
@@ -56,7 +56,7 @@ def test_the_header_is_what_hubs_read(run):
     [(999, "n<1K"), (1000, "1K<n<10K"), (10**4, "10K<n<100K"), (10**5, "100K<n<1M"), (10**6, "n>1M")],
 )
 def test_the_header_tells_hubs_of_what_size_the_data_set_is(done, size):
-    assert f"size_categories:\n- {size}\n" in "\n".join(card._header(document(12), done))
+    assert f"size_categories:\n- {size}\n" in "\n".join(card._header(document(12), done, {card.GENERATED}))
 
 
 def test_the_command_names_every_setting_that_is_no_default():

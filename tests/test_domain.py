@@ -24,7 +24,6 @@ from datasetdm_fast.engine.decoders.folders import DEMO
 from datasetdm_fast.engine.labels.trust import with_domain, with_undrawn
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.workers import launch
 from datasetdm_fast.training import workflow
 from datasetdm_fast.training.cross_validation import bound_of
 from datasetdm_fast.training.report import describe_framing, describe_result, describe_warnings
@@ -176,10 +175,10 @@ def test_what_the_model_cannot_draw_is_told_before_the_first_image(tmp_path, mon
     warning = "alone, not fire hydrant, and 4 of the first 4 prompts name none of these"
     assert generate.main([*line, "--device", "cpu"]) == 0 and warning in capsys.readouterr().err
 
-    def stop(*_):
+    def stop(*_, **_options):
         raise Refused("an image", "None is made.")
 
-    monkeypatch.setattr(launch, "run_here", stop)
+    monkeypatch.setattr(generate, "write_missing", stop)
     line.remove("--dry-run")
     assert generate.main([*line, "--device", "cpu"]) == 2
     told = capsys.readouterr().err

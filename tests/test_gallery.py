@@ -65,25 +65,25 @@ def test_policy_allows_only_what_lies_beside_the_page(tmp_path):
 
 def test_sheets_show_every_image_in_its_place_and_are_drawn_once(tmp_path):
     write_run(tmp_path, 53, 32)
-    sheet = np.array(Image.open(tmp_path / sheets.sheet_name(1)), np.int16)
+    sheet = np.array(Image.open(tmp_path / sheets.SHEET_NAME.format(1)), np.int16)
     assert sheet.shape == (sheets.ROWS * sheets.SIDE, sheets.COLUMNS * sheets.SIDE, 3)
     for k in (50, 52):
         place = (k - 50) * sheets.SIDE
         image = np.array(Image.open(tmp_path / f"images/{k:08d}.png"), np.int16)
         assert np.abs(sheet[:32, place : place + 32] - image).mean() < 12
     assert not sheet[sheets.SIDE :].any() and not sheet[:, 3 * sheets.SIDE + 8 :].any()
-    before = (tmp_path / sheets.sheet_name(0)).stat().st_mtime_ns
-    (tmp_path / sheets.sheet_name(1)).unlink()
+    before = (tmp_path / sheets.SHEET_NAME.format(0)).stat().st_mtime_ns
+    (tmp_path / sheets.SHEET_NAME.format(1)).unlink()
     with RunFolder(tmp_path, document(53, 32)) as folder:
         finish_run(folder)
-    assert (tmp_path / sheets.sheet_name(0)).stat().st_mtime_ns == before
-    assert np.array_equal(np.array(Image.open(tmp_path / sheets.sheet_name(1)), np.int16), sheet)
+    assert (tmp_path / sheets.SHEET_NAME.format(0)).stat().st_mtime_ns == before
+    assert np.array_equal(np.array(Image.open(tmp_path / sheets.SHEET_NAME.format(1)), np.int16), sheet)
     assert sheets.thumbnail_sides(512, 256) == (128, 64) and sheets.thumbnail_sides(1, 9000) == (1, 128)
 
 
 @pytest.mark.parametrize(("size", "image_format"), [(64, "png"), (192, "png"), (256, "png"), (256, "jpg")])
 def test_thumbnails_of_every_size_and_format_show_their_images(tmp_path, size, image_format):
-    sheet = tmp_path / sheets.sheet_name(0)
+    sheet = tmp_path / sheets.SHEET_NAME.format(0)
     with RunFolder(tmp_path, document(3, size, image_format=image_format)) as folder:
         folder.add([rendered(k, size) for k in range(3)], {})
         finish_run(folder)
@@ -117,14 +117,14 @@ def test_sheets_of_samples_that_did_not_change_are_not_drawn_again(tmp_path, mon
         folder.add([made[7]], {"batch_size": 4})
         finish_run(folder)
     whole, run = tmp_path / "whole", tmp_path / "run"
-    for name in (*map(sheets.sheet_name, range(3)), page_files.SHEETS):
+    for name in (*map(sheets.SHEET_NAME.format, range(3)), page_files.SHEETS):
         assert (run / name).read_bytes() == (whole / name).read_bytes(), name
     assert audit(run).findings == []
 
 
 def test_a_sheet_without_one_of_its_images_is_drawn_anew_once_it_is_there(tmp_path):
     write_run(tmp_path, 2, 32)
-    image, sheet = tmp_path / "images" / "00000001.png", tmp_path / sheets.sheet_name(0)
+    image, sheet = tmp_path / "images" / "00000001.png", tmp_path / sheets.SHEET_NAME.format(0)
     kept, shown, known = image.read_bytes(), sheet.read_bytes(), sheets.read_shown(tmp_path)
     for content in (None, kept):
         image.unlink() if content is None else image.write_bytes(content)

@@ -44,7 +44,7 @@ def tree(path: Path) -> dict[str, bytes]:
 def shared(settings: RunConfig, environments: list[dict[str, str]], **options):
     places = [Place({"OMP_NUM_THREADS": "1", **environment}, 1) for environment in environments]
     return spawn.run_spawned(
-        places, read_spec(settings), None, Callbacks(describe_start, on_start=troubled.install, **options)
+        places, read_spec(settings), Callbacks(describe_start, on_start=troubled.install, **options)
     )
 
 

@@ -255,7 +255,7 @@ def test_any_number_of_ranks_makes_the_same(kept, tmp_path):
     places = [Place({"OMP_NUM_THREADS": "1", troubled.TROUBLE: "dies"}, 1), Place({"OMP_NUM_THREADS": "1"}, 1)]
     heard: list[int] = []
     callbacks = Callbacks(describe_start, on_start=troubled.install, on_commit=heard.append)
-    result = spawn.run_spawned(places, read_spec(config), None, callbacks)
+    result = spawn.run_spawned(places, read_spec(config), callbacks)
     assert result.is_complete and sum(heard) == NUMBER and result.made == NUMBER
     assert tree(tmp_path / "run") == tree(kept)
 
@@ -328,10 +328,10 @@ def test_any_number_of_ranks_accepts_the_same(accepted, tmp_path):
     places = [Place({"OMP_NUM_THREADS": "1", troubled.TROUBLE: "dies"}, 1), Place({"OMP_NUM_THREADS": "1"}, 1)]
     limited = replace(config, limit=9)
     assert not spawn.run_spawned(
-        places[1:], read_spec(limited), None, Callbacks(describe_start, on_start=troubled.install)
+        places[1:], read_spec(limited), Callbacks(describe_start, on_start=troubled.install)
     ).is_complete
     assert spawn.run_spawned(
-        places, read_spec(config), None, Callbacks(describe_start, on_start=troubled.install)
+        places, read_spec(config), Callbacks(describe_start, on_start=troubled.install)
     ).is_complete
     assert tree(tmp_path / "run") == tree(accepted)
 

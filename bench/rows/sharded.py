@@ -24,7 +24,7 @@ from datasetdm_fast.runs.gallery.showing import show
 from datasetdm_fast.runs.jobs.result import result_of
 from datasetdm_fast.runs.run_folder.document import MANIFEST
 from datasetdm_fast.runs.run_folder.ledger import Row
-from datasetdm_fast.runs.run_folder.page_files import PAGE_SAMPLES, details_name, page_name
+from datasetdm_fast.runs.run_folder.page_files import DETAILS_NAME, PAGE_NAME, PAGE_SAMPLES
 from datasetdm_fast.runs.run_folder.reader import open_run
 from datasetdm_fast.runs.run_folder.shard_places import shard_place
 from datasetdm_fast.runs.run_folder.shards import ShardLedger
@@ -117,8 +117,8 @@ def read(out: str, number: int) -> dict[str, Any]:
     assert fetch is not None
     note("gallery opened")
     for name, file in {
-        "gallery page": page_name((number - 1) // PAGE_SAMPLES),
-        "gallery details": details_name(3),
+        "gallery page": PAGE_NAME.format((number - 1) // PAGE_SAMPLES),
+        "gallery details": DETAILS_NAME.format(3),
         "gallery image": f"images/{number // 3:08d}.{SMALL['image_format']}",
     }.items():
         assert fetch(file) is not None

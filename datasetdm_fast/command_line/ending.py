@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from typing import TypeVar
 
 from datasetdm_fast.bug_report import print_error, report_bug
@@ -22,12 +22,7 @@ DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)  # of a file or fol
 
 def command(function: Callable[[Sequence[str]], int]) -> Callable[..., int]:
     """The function as `main`, which returns the exit code; without arguments it takes those of the command line."""
-
-    @wraps(function)
-    def main(arguments: Sequence[str] | None = None) -> int:
-        return run_command(function, arguments)
-
-    return main
+    return wraps(function)(partial(run_command, function))
 
 
 @dataclass(frozen=True)

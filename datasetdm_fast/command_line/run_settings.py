@@ -20,6 +20,7 @@ from datasetdm_fast.engine.loop.checks import check_numbers, check_seed, check_s
 from datasetdm_fast.engine.loop.combining import parse_combinations
 from datasetdm_fast.engine.loop.prompts import PromptSource, check_classes
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.runs.jobs.job import ATTENTION_SETTINGS
 from datasetdm_fast.runs.jobs.prompt_files import listed_words, own_table, read_source
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, GROWING, SHARDS, most_samples, quarantines
 from datasetdm_fast.runs.run_folder.goal import FLAG
@@ -32,7 +33,6 @@ LONGEST_NAME = 48  # letters of the readable part of a run folder's name
 FIRST_WORDS = 8  # of a prompt, in that part
 MOST_IN_FOLDER = 100_000  # samples of a run that is not in shards by default
 WHOLE = ("depth", "pose")  # tasks that read a picture as a whole; labellers of other packages do, too
-ATTENTION_FLAGS = ("exponent", "threshold", "uncertainty", "self_cells", "cross_cells", "parity")
 
 
 def complete_settings(config: RunConfig, provided: Collection[str]) -> RunConfig:
@@ -116,7 +116,7 @@ def check_settings(config: RunConfig) -> None:
             "Add --accept COND or --keep trusted.",
         )
     check_size(config.size)
-    names = ("guidance", "steps", "streams", *(name for name in ATTENTION_FLAGS if name != "parity"))
+    names = ("guidance", "steps", "streams", *(name for name in ATTENTION_SETTINGS if name != "parity"))
     check_numbers(**{name: getattr(config, name) for name in (*names, "threads")})
     check_seed(config.seed, most_samples(config.identity(), count_images(config)))
 
@@ -127,7 +127,7 @@ def _check_attention(labels: LabelSettings, prompts: PromptSettings, outlines: s
         raise Refused(f"--outlines {outlines}: no label of this run is made by a decoder", "Drop it.")
     if ATTENTION in labels.task and not prompts.classes and not prompts.prompts:
         raise Refused("--labeller attention: there are no class words to look for", "Name them: --classes ball,cube")
-    for name in () if ATTENTION in labels.task else ATTENTION_FLAGS:
+    for name in () if ATTENTION in labels.task else ATTENTION_SETTINGS:
         if getattr(labels, name) != getattr(LabelSettings, name):
             flag = name.replace("_", "-")
             raise Refused(f"--{flag}: no label of this run is read from attention", "Add --labeller attention.")
@@ -160,25 +160,21 @@ def read_spec(config: RunConfig, source: PromptSource | None = None) -> RunSpec:
                 load_model(config.model)  # refuses the name
         raise
     # of prompts there is the digest, so that their file may move
-    identity = {"prompts": f"sha256:{source.digest}", "number": count_images(config)}
-    return _spec(config, source, describe_settings(config, source.table) | identity)
+    return _spec(config, source, prompts=f"sha256:{source.digest}", number=count_images(config))
 
 
 def label_spec(config: LabelConfig) -> RunSpec:
     """The run of label that the settings describe, checked; its prompts are made of captions later."""
     check_settings(config)
     table = own_table(config.class_table) if config.class_table else None
-    source = PromptSource((), "--classes", check_classes(config.classes), 0, table=table)
-    return _spec(config, source, describe_settings(config, table))
+    return _spec(config, PromptSource((), "--classes", check_classes(config.classes), 0, table=table))
 
 
-def describe_settings(config: RunConfig, table: class_tables.ClassTable | None) -> dict[str, Any]:
-    """The settings that decide the bytes of the data set, as run.json has them."""
-    values = json_values(config.identity())
-    return values if table is None else values | {"class_table": class_tables.digest_of(table, config.classes)}
-
-
-def _spec(config: RunConfig, source: PromptSource, identity: Mapping[str, Any]) -> RunSpec:
+def _spec(config: RunConfig, source: PromptSource, **stored: Any) -> RunSpec:
+    """The run of these settings; `stored` is what run.json holds in place of some of them."""
+    identity = json_values(config.identity()) | stored
+    if source.table is not None:
+        identity["class_table"] = class_tables.digest_of(source.table, config.classes)
     return RunSpec(
         Path(config.out),
         identity,

@@ -20,6 +20,7 @@ import numpy as np
 from datasetdm_fast.data import Annotation, DomainDistance, Instances, SemanticMap
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels.kind import SHOWN_SCORE
+from datasetdm_fast.engine.labels.trust import NO_THING
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.untrusted import documents, tensors
 
@@ -35,7 +36,6 @@ LEAST_SHOWN = 4  # pictures that show a class, below which its mean is that of a
 FOLDS = 5
 LEAST_SHARE = 1 / 100  # of the picture: smaller things are not described
 FARTHEST_MEAN = 1 / 3  # of generated pictures from the mean of those taught, in typical distances of a picture
-NO_THING = ("", "none", "background")
 
 
 @dataclass(frozen=True)

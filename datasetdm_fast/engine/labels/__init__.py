@@ -18,7 +18,7 @@ from datasetdm_fast.engine.labels.class_tables import (
     strangers,
 )
 from datasetdm_fast.engine.labels.kind import BACKGROUND, LabelKind, Table
-from datasetdm_fast.engine.labels.names import LabelName, sort_labels
+from datasetdm_fast.engine.labels.names import LabelName, task_of_label
 from datasetdm_fast.errors import Refused, nearest
 from datasetdm_fast.plugins import PartTable
 from datasetdm_fast.untrusted import documents
@@ -38,7 +38,8 @@ def kind_of(label: str) -> LabelKind:
 
 def by_kind(labels: Iterable[str]) -> list[str]:
     """Labels in the order of LABEL_KINDS, those of one task as they are given."""
-    return sort_labels(labels, LABEL_KINDS.names)
+    order = LABEL_KINDS.names
+    return sorted(labels, key=lambda label: order.index(task_of_label(label)))
 
 
 def task_of(attribute: str) -> str:

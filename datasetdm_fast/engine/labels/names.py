@@ -1,7 +1,7 @@
 """What a label of a run is called: its task, and the name of its decoder where that is given."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from datasetdm_fast.config import LABELS, UNDECODED
@@ -70,9 +70,4 @@ def check_label(label: str) -> None:
 
 def by_task(labels: Iterable[str]) -> list[str]:
     """Labels in the order of their tasks, those of one task as they are given."""
-    return sort_labels(labels, LABELS)
-
-
-def sort_labels(labels: Iterable[str], tasks: Sequence[str]) -> list[str]:
-    """Labels in the order that `tasks` has, those of one task as they are given."""
-    return sorted(labels, key=lambda label: tasks.index(task_of_label(label)))
+    return sorted(labels, key=lambda label: LABELS.index(task_of_label(label)))

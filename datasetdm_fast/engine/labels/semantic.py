@@ -77,12 +77,10 @@ class ClassMap(LabelKind):
     def ignored_colour(self, table: Table) -> tuple[int, ...]:
         return tuple(self.palette(table)[-3:])
 
-    def encode(
-        self, label: SemanticMap, _: Mapping[str, Any], table: Table, colours: bytes = b""
-    ) -> tuple[dict[str, bytes], dict[str, Any]]:
-        """The map, in 256 colours where these are given, and its confidence."""
+    def encode(self, label: SemanticMap, _: Any, table: Table) -> tuple[dict[str, bytes], dict[str, Any]]:
+        """The map and its confidence."""
         numbers, files = self.file_numbers(label.labels, table), self.files(table)
-        contents = {files[0]: index_png(numbers, colours or self.palette(table))}
+        contents = {files[0]: index_png(numbers, self.palette(table))}
         record: dict[str, Any] = {"pixels": count_pixels(numbers)}
         for role in files[1:]:
             sure = (np.minimum(np.fmax(label.confidence, 0), 1) * 255 + 0.5).astype(np.uint8)  # fmax takes a NaN for 0
@@ -230,9 +228,9 @@ class AttentionKind(OpenVocabularyKind):
     )
 
     def encode(
-        self, label: SemanticMap, labels: Mapping[str, Any], table: Table, colours: bytes = b""
+        self, label: SemanticMap, labels: Mapping[str, Any], table: Table
     ) -> tuple[dict[str, bytes], dict[str, Any]]:
-        files, record = super().encode(label, labels, table, colours)
+        files, record = super().encode(label, labels, table)
         agreements = {task: agreement(label, labels[task]) for task in OTHERS if task in labels}
         known = {task: share for task, share in agreements.items() if share is not None}
         return files, {**record, **({"agreement": known} if known else {})}

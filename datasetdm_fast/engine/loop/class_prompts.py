@@ -12,7 +12,6 @@ from datasetdm_fast.engine.loop.prompts import Tokenizer, count_tokens, shorten
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import LEVELS
 
-BACKGROUND = "background"  # the concept of what is none of a run's words
 TIMESTEPS = (100, 200, 300, 400)  # noise levels at which labels are read from the attention of a picture
 FIRST_WORD_ALONE = ("hot dog", "teddy bear", "hair drier")  # of these Dataset Diffusion reads one word
 

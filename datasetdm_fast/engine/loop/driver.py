@@ -145,15 +145,15 @@ class BatchGenerator:
     def encode_prompts(self, requests: Sequence[Request]) -> tuple[Text, Text | None]:
         """The rows of a call, and those of the class prompts, if any."""
         texts, settings = [request.prompt for request in requests], self.recipe.attention
-        words = [self.recipe.class_prompt(request) for request in requests]
         if settings:
+            words = [self.recipe.class_prompt(request) for request in requests]
             texts = list(map(settings.text, requests, words))
         text = call_text(self.engine, texts, self.recipe.guidance, partial(self._encode_negatives, requests))
+        if settings is None:
+            return text, None
         if self.recipe.concepts:
             return text, Text(self.concepts.expand(len(requests), -1, -1))
-        if settings is None or settings.blocks:
-            return text, text if settings else None
-        return text, self.engine.encode_text(words)
+        return text, text if settings.blocks else self.engine.encode_text(words)
 
     @cached_property
     def concepts(self) -> Tensor:

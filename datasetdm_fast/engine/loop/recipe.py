@@ -23,9 +23,9 @@ from datasetdm_fast.data import Request
 from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.engine.labels.class_tables import ClassTable, of_words, spoken
+from datasetdm_fast.engine.labels.kind import BACKGROUND
 from datasetdm_fast.engine.loop.calls import FROM_NOISE, ONE_GENERATOR, Origin, timesteps_of
 from datasetdm_fast.engine.loop.class_prompts import (
-    BACKGROUND,
     AttentionRecipe,
     attention_recipe,
     check_class_prompt,

@@ -30,7 +30,7 @@ from datasetdm_fast.runs.agreement.observe import image_distance
 from datasetdm_fast.runs.agreement.verify import EXACT, ROUNDED, GateRow, Verdict, evaluate_gates, verify
 from datasetdm_fast.runs.jobs.prompt_files import read_source
 from datasetdm_fast.runs.run_folder.document import LEDGER
-from datasetdm_fast.runs.run_folder.folder import into
+from datasetdm_fast.runs.run_folder.folder import publish_inside
 from datasetdm_fast.runs.run_folder.ledger import Ledger, Row
 from datasetdm_fast.runs.run_settings import PromptSettings
 from datasetdm_fast.settings import EngineSettings, ModelSettings, SamplingSettings
@@ -139,7 +139,7 @@ def _distances(job: Job, row: Row, result: Any, place: Path) -> dict[str, float]
         return {"free image": FAR, **{f"free {task}": FAR for task in row.labels if _has_gate(task)}}
     tables = job.document["labels"]
     files, records = label_files.encode(result, job.document["config"]["image_format"], tables)
-    into(place)(dict(files.values()))
+    publish_inside(place, dict(files.values()))
     made, stored = (
         np.array(images.read_image(folder / name))[None]
         for folder, name in ((place, files["image"][0]), (job.folder, row.files["image"][0]))

@@ -14,13 +14,12 @@ from datasetdm_fast.config import ATTENTION
 from datasetdm_fast.data import Annotation, AnyCapture, AttentionSums, Capture, ProjectedCapture, Request, Text
 from datasetdm_fast.engine.engines.torch import TorchEngine
 from datasetdm_fast.engine.labels import kind_of
-from datasetdm_fast.engine.loop.calls import CapturedCalls, fresh_noise
+from datasetdm_fast.engine.loop.calls import CapturedCalls, fresh_noise, initial_latents
 from datasetdm_fast.engine.loop.class_prompts import attention_recipe
 from datasetdm_fast.engine.loop.driver import BatchGenerator
 from datasetdm_fast.engine.loop.labelling import attention_labels, decoder_labels
 from datasetdm_fast.engine.loop.recipe import Recipe
 from datasetdm_fast.engine.loop.speed import SpeedCalls
-from datasetdm_fast.engine.sampling import times
 from datasetdm_fast.engine.sampling.schedule import SamplerState, Schedule, guide, start, step
 from datasetdm_fast.kernels import pyramid
 from datasetdm_fast.stages import LEVELS
@@ -79,8 +78,7 @@ def observe(
     copy_here = partial(torch.Tensor.to, device=engine.device, copy=True)
     if truth is None:
         text, class_text = generator.encode_prompts(requests)
-        shape = engine.model.latent_shape()
-        noise = torch.stack([times.initial_noise(request.seed, *shape) for request in requests])
+        noise = initial_latents(requests, engine.model.latent_shape())
     else:
         text, noise = truth.text.map(copy_here), truth.seen[0]
         class_text = truth.class_text and truth.class_text.map(copy_here)

@@ -16,7 +16,7 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.compositions.composition import Source
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder.document import FORMAT, damage_failure, engines_of, read_document, sides
-from datasetdm_fast.runs.run_folder.folder import RunFolder, into, publish_samples
+from datasetdm_fast.runs.run_folder.folder import RunFolder, publish_inside, publish_samples
 from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.runs.run_folder.selections import origins
 from datasetdm_fast.untrusted import documents
@@ -212,7 +212,6 @@ def _write(merging: Merging, folder: Path, is_linked: bool, block: Sequence[int]
     """The rows of some samples, once their files are on the disk, as links where they can be."""
     samples = [merging.compose(index) for index in block]
     sources = {name: path for sample in samples for name, path in sample.sources.items()} if is_linked else {}
-    publish_bytes = into(folder)
 
     def publish(files: Mapping[str, bytes]) -> dict[str, StoredFile]:
         linked = {
@@ -220,7 +219,8 @@ def _write(merging: Merging, folder: Path, is_linked: bool, block: Sequence[int]
             for name, content in files.items()
             if name in sources and storage.link(sources[name], folder / name)
         }
-        return {**linked, **publish_bytes({name: content for name, content in files.items() if name not in linked})}
+        others = {name: content for name, content in files.items() if name not in linked}
+        return {**linked, **publish_inside(folder, others)}
 
     return publish_samples([(sample.row, sample.files) for sample in samples], publish)
 

@@ -3,7 +3,7 @@ ledger; then the folder is sealed.
 """
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import groupby
 from pathlib import Path
@@ -55,18 +55,20 @@ def write_indexes(folder: Path, document: Mapping[str, Any], ledger: Ledger, *, 
     with storage.Publication(files) as publication:
         for path, file in files.items():
             publication.write(path, file.begin())
-        for rows in thousands(ledger):
+        shown = ledger.rows(DONE, DOUBTFUL, parts=(*PARTS, "tracings"))
+        for number, group in groupby(shown, lambda row: row.request.index // page_files.PAGE_SAMPLES):
+            rows = list(group)
             done = [row for row in rows if row.status == DONE]
             for path, file in files.items():
                 publication.write(path, file.add(done))
-            page.add(rows)
+            page.add(number, rows)
         for path, file in files.items():
             publication.write(path, file.end())
         page.end(is_in_progress=is_in_progress)
 
 
 class PageWriter:
-    """Writes the page of a run; it gets the rows of every thousand, then `end`."""
+    """Writes the page of a run; it gets the rows of the data set and the doubtful ones by thousands, then `end`."""
 
     def __init__(self, folder: Path, document: Mapping[str, Any], ledger: Ledger):
         self._folder, self._document, self._ledger = folder, document, ledger
@@ -74,17 +76,19 @@ class PageWriter:
         self._shown_before = sheets.read_shown(folder)
         self._shown: dict[str, str] = {}
 
-    def add(self, rows: Sequence[Row]) -> None:
-        """Writes what the page reads of the samples of one thousand, all of these."""
-        number = rows[0].request.index // page_files.PAGE_SAMPLES
+    def add(self, number: int, rows: Sequence[Row]) -> None:
+        """Writes what the page reads of the samples of the thousand of this number, all of these."""
         self._facts.pages.append((number, len(rows)))
-        contents = {page_files.page_name(number): page_files.script("page", number, self._facts.index(rows))}
-        for place, group in sheets.group_by_sheet(rows):
-            contents[page_files.details_name(place)] = page_files.script("details", place, self._facts.details(group))
+        contents = {page_files.PAGE_NAME.format(number): page_files.script("page", number, self._facts.index(rows))}
+        by_sheet = groupby(rows, lambda row: row.request.index // page_files.SHEET_SAMPLES)
+        groups = {place: list(group) for place, group in by_sheet}
+        for place, group in groups.items():
+            details = page_files.script("details", place, self._facts.details(group))
+            contents[page_files.DETAILS_NAME.format(place)] = details
         storage.publish({self._folder / name: content for name, content in contents.items()})
         for role in page_files.picture_roles(self._document):
             pictures.draw_missing(self._folder, rows, role)
-        self._shown |= sheets.draw_sheets(self._folder, rows, self._shown_before)
+        self._shown |= sheets.draw_sheets(self._folder, groups, self._shown_before)
 
     def end(self, *, is_in_progress: bool = False) -> None:
         """Writes the page itself, once all rows were added, and removes files of samples that are no longer shown."""
@@ -99,10 +103,3 @@ class PageWriter:
             **FIXED_FILES,
         }
         storage.publish({self._folder / name: content for name, content in contents.items()})
-
-
-def thousands(ledger: Ledger) -> Iterator[list[Row]]:
-    """The rows of the data set and the doubtful ones, with all their parts: of one page each."""
-    rows = ledger.rows(DONE, DOUBTFUL, parts=(*PARTS, "tracings"))
-    for _, group in groupby(rows, lambda row: row.request.index // page_files.PAGE_SAMPLES):
-        yield list(group)

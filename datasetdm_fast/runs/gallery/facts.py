@@ -9,6 +9,7 @@ from datasetdm_fast.engine.labels import by_kind, kind_of, mean_certainty
 from datasetdm_fast.engine.labels.class_tables import OURS, colour_in
 from datasetdm_fast.engine.labels.kind import GalleryLayer
 from datasetdm_fast.engine.labels.names import LabelName, by_task
+from datasetdm_fast.engine.labels.trust import NO_THING
 from datasetdm_fast.runs.gallery import sheets
 from datasetdm_fast.runs.run_folder.document import (
     COMMANDS,
@@ -25,7 +26,6 @@ from datasetdm_fast.runs.run_folder.page_files import SHEET_SAMPLES
 from datasetdm_fast.runs.run_folder.scores import LEAST_SHARE
 
 SAFE = 2**53  # below it a script's numbers are exact
-NO_CLASS = ("background", "none", "")
 NO_FIGURE = "hash"  # the score of `filter` that no number can be compared with
 
 
@@ -37,11 +37,9 @@ class RunFacts:
         self.scores = {name: dict(ledger.scores(name)) for name in ledger.score_names() if name != NO_FIGURE}
         self.tasks = [*by_kind(document["config"]["task"])]
         self.layers = layers_of(document)
-        self._numbers: dict[str, int] = {}
-        self._known = {word for task in self.tasks for word in document["labels"].get(task, {}).get("classes", ())}
-        for task in self.tasks:
-            for word in document["labels"].get(task, {}).get("classes", ()):
-                self.number(word)
+        tables = document["labels"]
+        words = dict.fromkeys(word for task in self.tasks for word in tables.get(task, {}).get("classes", ()))
+        self._numbers, self._known = {word: number for number, word in enumerate(words)}, set(words)
         self.named: Counter[str] = Counter()
         self.shown: Counter[str] = Counter()
         self.missing = self.doubtful = self.excluded = 0
@@ -77,7 +75,7 @@ class RunFacts:
         figures |= {"domain": row.trust.domain} if row.trust and row.trust.domain is not None else {}
         figures |= {name: each[request.index] for name, each in self.scores.items() if request.index in each}
         self.figures |= dict.fromkeys(figures)
-        visible = [word for word in shown if word not in NO_CLASS]
+        visible = [word for word in shown if word not in NO_THING]
         missing = (
             row.trust.missing if row.trust else [w for w in request.classes if w in self._known and w not in shown]
         )

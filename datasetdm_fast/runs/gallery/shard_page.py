@@ -21,11 +21,11 @@ from datasetdm_fast.runs.run_folder import page_files
 from datasetdm_fast.runs.run_folder.document import quarantines
 from datasetdm_fast.runs.run_folder.folder import trace_labels
 from datasetdm_fast.runs.run_folder.page_files import (
+    DETAILS_NAME,
     PAGE,
+    PAGE_NAME,
     PAGE_SAMPLES,
     SHEET_SAMPLES,
-    details_name,
-    page_name,
     picture_name,
 )
 from datasetdm_fast.runs.run_folder.reader import Run
@@ -93,14 +93,14 @@ class ShardPage:
         rows = list(self._ledger.rows_of(self._indices(number, PAGE_SAMPLES), parts))
         with self._making:
             content = page_files.script("page", number, self._facts.index(rows))
-        storage.publish({self.folder / page_name(number): content})
+        storage.publish({self.folder / PAGE_NAME.format(number): content})
 
     def _make_details(self, number: int) -> None:
         rows = list(self._ledger.rows_of(self._indices(number, SHEET_SAMPLES)))
         for row in rows:
             row.tracings.update(trace_labels(row.labels))
         content = page_files.script("details", number, self._facts.details(rows))
-        storage.publish({self.folder / details_name(number): content})
+        storage.publish({self.folder / DETAILS_NAME.format(number): content})
 
     def _indices(self, number: int, count: int) -> list[int]:
         """The samples of a page or a file of details."""
@@ -112,9 +112,9 @@ class ShardPage:
         stem = file.partition(".")[0]
         if not (stem.isascii() and stem.isdecimal() and len(stem) < 16):
             return None
-        if name == page_name(int(stem)) and int(stem) in self._pages:
+        if name == PAGE_NAME.format(int(stem)) and int(stem) in self._pages:
             self._make_page(int(stem))
-        elif name == details_name(int(stem)):
+        elif name == DETAILS_NAME.format(int(stem)):
             self._make_details(int(stem))
         else:
             row = self._ledger.row(int(stem), parts=())

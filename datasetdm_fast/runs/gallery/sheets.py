@@ -3,10 +3,9 @@
 import hashlib
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 
 from PIL import Image
@@ -14,7 +13,7 @@ from PIL import Image
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.run_folder.ledger import Row, canonical
-from datasetdm_fast.runs.run_folder.page_files import SHEET_SAMPLES, SHEETS, sheet_name
+from datasetdm_fast.runs.run_folder.page_files import SHEET_NAME, SHEET_SAMPLES, SHEETS
 from datasetdm_fast.untrusted import documents, images
 
 SIDE, COLUMNS, ROWS = 128, 10, SHEET_SAMPLES // 10  # pixels of a thumbnail's longer side, thumbnails of a sheet
@@ -40,28 +39,21 @@ def read_shown(folder: Path) -> dict[str, str]:
         return {}
 
 
-def draw_sheets(folder: Path, rows: Sequence[Row], before: dict[str, str]) -> dict[str, str]:
-    """Draws the sheets of these rows, apart from those that show the same images `before`; sheet -> digest of all."""
-    groups = dict(group_by_sheet(rows))
+def draw_sheets(folder: Path, groups: Mapping[int, Sequence[Row]], before: dict[str, str]) -> dict[str, str]:
+    """Draws sheets, each of a group, apart from those that show the same images `before`; sheet -> digest of all."""
     shown = {str(number): _digest(group) for number, group in groups.items()}
     outdated = [
         number
         for number in groups
-        if before.get(str(number)) != shown[str(number)] or not (folder / sheet_name(number)).exists()
+        if before.get(str(number)) != shown[str(number)] or not (folder / SHEET_NAME.format(number)).exists()
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for first in range(0, len(outdated), BLOCK):
             block = outdated[first : first + BLOCK]
             sheets = dict(zip(block, pool.map(partial(_draw_sheet, folder), (groups[number] for number in block))))
-            storage.publish({folder / sheet_name(number): sheet for number, (sheet, _) in sheets.items()})
+            storage.publish({folder / SHEET_NAME.format(number): sheet for number, (sheet, _) in sheets.items()})
             shown |= {str(number): UNKNOWN for number, (_, is_whole) in sheets.items() if not is_whole}
     return shown
-
-
-def group_by_sheet(rows: Sequence[Row]) -> Iterator[tuple[int, list[Row]]]:
-    """The rows of each sheet, with its number."""
-    for number, group in groupby(rows, lambda row: row.request.index // SHEET_SAMPLES):
-        yield number, list(group)
 
 
 def _digest(rows: Sequence[Row]) -> str:

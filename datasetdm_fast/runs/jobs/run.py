@@ -200,8 +200,7 @@ class Outcome(Enum):
 @dataclass(frozen=True)
 class Decision:
     outcome: Outcome
-    number: int  # samples of the run
-    missing: int  # of these
+    missing: int  # samples of the run
     result: Result | None = None  # of a run with nothing left to do
 
 
@@ -221,13 +220,12 @@ class RunQueue:
         rebuilt, unless other processes may be about to do it.
         """
         if self.stored is None:
-            return Decision(Outcome.NEW, spec.number, spec.number)
+            return Decision(Outcome.NEW, spec.number)
         check_config(self.folder, self.stored, self.comparable_settings(spec))
-        number = spec.number
-        if result := settle(self.folder, self.stored, number, is_alone=is_alone, is_dry=is_dry):
-            return Decision(Outcome.DONE, number, 0, result)
+        if result := settle(self.folder, self.stored, spec.number, is_alone=is_alone, is_dry=is_dry):
+            return Decision(Outcome.DONE, 0, result)
         outcome = Outcome.GROW if grows(self.stored["config"], spec.identity) else Outcome.RESUME
-        return Decision(outcome, number, number - count_rows(self.folder))
+        return Decision(outcome, spec.number - count_rows(self.folder))
 
     def comparable_settings(self, spec: RunSpec) -> dict[str, Any]:
         """The settings that must be those of the run folder: what merely computes its samples may be mixed."""

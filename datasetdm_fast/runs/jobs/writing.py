@@ -100,11 +100,6 @@ class Quota:
         self._quarantined = self._goal.tally(ledger).quarantined if job.quarantines else [0]
         self._left = job.limit or job.plan.most  # samples that this command may make
 
-    def wants(self, index: int) -> bool:
-        """Whether a sample belongs to the run, as far as is known now."""
-        kind, turn = self._goal.place(index)
-        return turn < self._goal.stop(self._quarantined[kind])
-
     def missing(self) -> list[int]:
         """Indices still to be made, as far as is known now."""
         required = (index for index in self._goal.required_indices(self._quarantined) if index not in self._present)
@@ -115,12 +110,14 @@ class Quota:
         taken = []
         for result in results:
             index = result.request.index
-            if index not in self._present and self.wants(index) and self._left:
+            kind, turn = self._goal.place(index)
+            is_needed = turn < self._goal.stop(self._quarantined[kind])  # as far as is known now
+            if index not in self._present and is_needed and self._left:
                 taken.append(result)
                 self._present.add(index)
                 self._left -= 1
                 if isinstance(result, Sample) and result.rejection:
-                    self._quarantined[self._goal.place(index)[0]] += 1
+                    self._quarantined[kind] += 1
         return taken
 
 

@@ -11,6 +11,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import check_numbers, check_palette, class_tables, kind_of
 from datasetdm_fast.engine.labels.names import task_of_label
 from datasetdm_fast.errors import GateFailed, Missing, Refused, quote
+from datasetdm_fast.messages import count_noun
 from datasetdm_fast.untrusted import documents, images
 
 FORMAT = 3  # of the folder's layout; a reader refuses what it does not know
@@ -282,15 +283,13 @@ def engine_names(document: Mapping[str, Any]) -> list[str]:
 
 def sampler_in_words(document: Mapping[str, Any]) -> str:
     """Sampler, steps, calls and guidance for a reader; of a merged run those of all its runs."""
-    runs = (run if "sampling" in run else document for run in runs_of(document))
-    return "; ".join(dict.fromkeys(map(_sampler_in_words, runs)))
-
-
-def _sampler_in_words(document: Mapping[str, Any]) -> str:
-    sampling = document["sampling"]
-    name = sampling.get("sampler", document["config"]["sampler"])
-    steps, calls = (f"{sampling[kind]} {kind.removesuffix('s' * (sampling[kind] == 1))}" for kind in ("steps", "calls"))
-    return f"{name}, {steps} in {calls}" + (f", guidance {sampling['guidance']:g}" * (name != INVERSION))
+    lines = []
+    for run in (run if "sampling" in run else document for run in runs_of(document)):
+        sampling = run["sampling"]
+        name = sampling.get("sampler", run["config"]["sampler"])
+        steps, calls = count_noun(sampling["steps"], "step"), count_noun(sampling["calls"], "call")
+        lines.append(f"{name}, {steps} in {calls}" + f", guidance {sampling['guidance']:g}" * (name != INVERSION))
+    return "; ".join(dict.fromkeys(lines))
 
 
 def speed_in_words(document: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ class RunFolder(AbstractContextManager):
 
     def write(self, results: Sequence[Sample | Quarantined], recipe: Mapping[str, Any]) -> list[Row]:
         """Publishes the files of the results, which are samples once their rows are committed; threads may share it."""
-        return write_samples(results, recipe, self.document, into(self.path))
+        return write_samples(results, recipe, self.document, partial(publish_inside, self.path))
 
     def renew(self, row: Row, sample: Sample) -> list[str]:
         """Writes missing or damaged files of a sample again, and gives their paths; other bytes are never written."""
@@ -116,7 +117,7 @@ class RunFolder(AbstractContextManager):
         damaged = {
             name: content for name, content in contents.items() if storage.sha256_of(self.path / name) != expected[name]
         }
-        into(self.path)(damaged)
+        publish_inside(self.path, damaged)
         return sorted(damaged)
 
     def drop(self, indices: Sequence[int]) -> None:
@@ -137,9 +138,8 @@ class RunFolder(AbstractContextManager):
     ) -> None:
         self.unseal()
         names = [name for row in rows for name, _ in row.files.values() if (self.path / (source + name)).exists()]
-        into(self.path)(
-            {target + name: storage.read(self.path / (source + name), LARGEST_IMAGE_FILE) for name in names}
-        )
+        contents = {name: storage.read(self.path / (source + name), LARGEST_IMAGE_FILE) for name in names}
+        publish_inside(self.path, {target + name: content for name, content in contents.items()})
         commit(indices)
         for name in names:
             storage.remove(self.path / (source + name))
@@ -196,14 +196,10 @@ def trace_labels(records: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def into(folder: Path) -> Publish:
+def publish_inside(folder: Path, files: Mapping[str, bytes]) -> dict[str, StoredFile]:
     """Publishes files by their paths inside a folder."""
-
-    def publish(files: Mapping[str, bytes]) -> dict[str, StoredFile]:
-        stored = storage.publish({folder / name: content for name, content in files.items()})
-        return {name: stored[folder / name] for name in files}
-
-    return publish
+    stored = storage.publish({folder / name: content for name, content in files.items()})
+    return {name: stored[folder / name] for name in files}
 
 
 def clean(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,8 @@ PAGE_LOCK = "gallery/lock"  # held while the page is written, by the process tha
 SINGLE_FILES = (*(f"gallery/{name}" for name in FIXED), RUN, LEFT_OUT, PAGE_LOCK, SHEETS)
 PAGE_SAMPLES = 1000  # of a page: those of the indices PAGE_SAMPLES * k to PAGE_SAMPLES * (k + 1) - 1
 SHEET_SAMPLES = 50  # of a sheet of thumbnails, and of a file of details
-
-
-def page_name(number: int) -> str:
-    return f"gallery/pages/{number:06d}.js"
-
-
-def details_name(number: int) -> str:
-    return f"gallery/details/{number:06d}.js"
-
-
-def sheet_name(number: int) -> str:
-    return f"gallery/sheets/{number:06d}.jpg"
+PAGE_NAME, DETAILS_NAME = "gallery/pages/{:06d}.js", "gallery/details/{:06d}.js"  # by number
+SHEET_NAME = "gallery/sheets/{:06d}.jpg"
 
 
 def picture_name(role: str, id: str) -> str:
@@ -65,20 +55,19 @@ def expected_files(document: Mapping[str, Any], ledger: Ledger) -> set[str]:
     """The files of a complete page."""
     indices = ledger.indices(DONE, DOUBTFUL)
     sheets = {index // SHEET_SAMPLES for index in indices}
-    names = {page_name(index // PAGE_SAMPLES) for index in indices} | set(map(details_name, sheets))
+    names = {PAGE_NAME.format(index // PAGE_SAMPLES) for index in indices}
+    names |= {name.format(sheet) for sheet in sheets for name in (DETAILS_NAME, SHEET_NAME)}
     pictures = {picture_name(role, f"{index:08d}") for role in picture_roles(document) for index in indices}
-    return names | set(SINGLE_FILES) | set(map(sheet_name, sheets)) | pictures
+    return names | set(SINGLE_FILES) | pictures
 
 
 def existing_files(folder: Path, document: Mapping[str, Any]) -> list[str]:
     """The files of the page that exist."""
-    return sorted([*(name for name in SINGLE_FILES if (folder / name).exists()), *_files_in_folders(folder, document)])
-
-
-def _files_in_folders(folder: Path, document: Mapping[str, Any]) -> Iterator[str]:
+    names = [name for name in SINGLE_FILES if (folder / name).exists()]
     for name in page_folders(picture_roles(document)):
         if (folder / name).is_dir():
-            yield from (f"{name}/{path.name}" for path in (folder / name).iterdir() if not storage.is_temporary(path))
+            names += [f"{name}/{path.name}" for path in (folder / name).iterdir() if not storage.is_temporary(path)]
+    return sorted(names)
 
 
 def script(kind: str, number: int, value: Any) -> bytes:

@@ -6,9 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-from datasetdm_fast.runs.jobs.job import Job
 from datasetdm_fast.runs.jobs.result import Result
-from datasetdm_fast.runs.jobs.writing import write_missing
 from datasetdm_fast.runs.run_settings import RunSpec, WorkerSettings
 from datasetdm_fast.runs.workers.devices import LaunchedProcess, find_places, take_share
 from datasetdm_fast.runs.workers.worker import Callbacks
@@ -18,10 +16,9 @@ from datasetdm_fast.runs.workers.worker import Callbacks
 class Launch:
     """One way to make the samples of a run."""
 
-    run: Callable[[RunSpec, Job | None, Callbacks], Result]
+    run: Callable[[RunSpec, Callbacks], Result] | None = None  # None: this process makes them, and so needs the job
     processes: int = 1  # like this one, among which the samples are divided
-    is_here: bool = False  # whether this process makes them, and so needs the job
-    may_compare: bool = False  # whether this process may compare engines before the others start
+    may_compare: bool = True  # whether this process may compare engines before the others start
 
 
 def choose_launch(spec: RunSpec, workers: WorkerSettings, peer: LaunchedProcess | None) -> tuple[RunSpec, Launch]:
@@ -32,16 +29,9 @@ def choose_launch(spec: RunSpec, workers: WorkerSettings, peer: LaunchedProcess 
 
         threads = take_share(peer, workers, device, threads)
         spec = replace(spec, engine=replace(spec.engine, threads=threads))
-        return spec, Launch(partial(run_launched, peer), peer.world)
+        return spec, Launch(partial(run_launched, peer), peer.world, may_compare=False)
     if places := find_places(workers, device, threads):
         from datasetdm_fast.runs.workers.spawn import run_spawned
 
-        return spec, Launch(partial(run_spawned, places), may_compare=True)
-    return spec, Launch(run_here, is_here=True, may_compare=True)
-
-
-def run_here(spec: RunSpec, job: Job, callbacks: Callbacks) -> Result:
-    """The run, made by this process."""
-    return write_missing(
-        job, on_commit=callbacks.on_commit, on_unet_call=callbacks.on_unet_call, is_stopping=callbacks.is_stopping
-    )
+        return spec, Launch(partial(run_spawned, places))
+    return spec, Launch()

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from datasetdm_fast.disk import locks, sqlite, storage
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.jobs.job import Job
 from datasetdm_fast.runs.jobs.result import Result, close_folder, read_result
 from datasetdm_fast.runs.run_folder.document import LOCK
 from datasetdm_fast.runs.run_folder.folder import ENTRY_SECONDS, SECONDS_BETWEEN_TRIES, clean, share_folder
@@ -17,7 +16,7 @@ from datasetdm_fast.runs.workers.devices import LaunchedProcess
 from datasetdm_fast.runs.workers.worker import Callbacks, work_on_folder
 
 
-def run_launched(peer: LaunchedProcess, spec: RunSpec, job: Job | None, callbacks: Callbacks) -> Result:
+def run_launched(peer: LaunchedProcess, spec: RunSpec, callbacks: Callbacks) -> Result:
     """This process's share of the run; returns once the whole run is committed, by this process and the others."""
     begin = time.perf_counter()
     journal = sqlite.IN_PLACE if peer.is_on_several_machines else sqlite.WRITE_AHEAD

@@ -23,7 +23,7 @@ from datasetdm_fast.runs.workers.supervisor import Supervisor
 from datasetdm_fast.runs.workers.worker import Callbacks, work_on_folder
 
 
-def run_spawned(places: Sequence[Place], spec: RunSpec, job: Job | None, callbacks: Callbacks) -> Result:
+def run_spawned(places: Sequence[Place], spec: RunSpec, callbacks: Callbacks) -> Result:
     """The run, made by one process a place."""
     folder, begin = spec.folder, time.perf_counter()
     if "torch" in sys.modules:  # engines that were compared before: the first process would lack their memory

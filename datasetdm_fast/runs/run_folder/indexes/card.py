@@ -3,11 +3,11 @@
 import hashlib
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from datasetdm_fast.config import ATTENTION, DEMO_PROMPTS, INVERSION
+from datasetdm_fast.config import ATTENTION, DEMO_PROMPTS, INVERSION, REFERENCE
 from datasetdm_fast.engine.labels import by_kind, kind_of
 from datasetdm_fast.engine.labels.kind import markdown_cell
 from datasetdm_fast.engine.labels.names import tasks_of
@@ -54,7 +54,6 @@ CATEGORIES = {  # task -> how model hubs call it
     ATTENTION: "image-segmentation",
 }
 SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (2**63, "n>1M"))
-REFERENCE = "torch"  # the engine that others are compared with
 UNVERIFIED = (
     "The outputs of this engine have not been compared with those of the reference engine on this machine; "
     "`generate --verify 8` compares them"
@@ -118,54 +117,46 @@ class Card(IndexFile):
         return ()
 
     def end(self) -> Iterator[bytes]:
-        yield text(self.document, self.ledger, self._counts).encode(errors="backslashreplace")
+        document, ledger, counts = self.document, self.ledger, self._counts
+        config, done = document["config"], ledger.count()
+        origins = {LABELLED if run["config"]["sampler"] == INVERSION else GENERATED for run in runs_of(document)}
+        origin = "".join(origins) if len(origins) == 1 else ""
+        parts = [
+            *_header(document, done, origins),
+            TITLES[origin or LABELLED],
+            f"{done} of {document['plan']['number']} images of {size_in_words(document)} with their "
+            f"labels ({', '.join(config['task'])}), {ORIGINS.get(origin, BOTH_ORIGINS)}\n",
+            "## Contents\n",
+            f"- `images/ID.{config['image_format']}`: the images; `samples.jsonl`: prompt, seed, files and SHA-256 of "
+            "each sample",
+            *(f"- {kind_of(task).contents}" for task in config["task"]),
+            "- `gallery/index.html`: a page that shows them; `run.json`: settings, versions and digests; "
+            "`state/ledger.sqlite`: one row per sample\n",
+            *_trust(document, ledger),
+            *(
+                line  # what the labels hold in all, maps of classes first
+                for task in sorted(counts, key=lambda task: not kind_of(task).is_map)
+                for line in kind_of(task).section(document["labels"][task], counts[task])
+            ),
+            *_left_out(ledger),
+            "## How it was made\n",
+            *_making(document),
+            "\n## Intended use and limits\n",
+            *USE,
+            BIASES.get(origin, BIASES_OF_BOTH) + NOT_FOR,
+            "\n## Licences\n",
+            *_licences(document),
+            "\n## Digests\n",
+            *_digests(document),
+            "\n## How to load\n",
+            LOADING.format(task=config["task"][0], attributes=_attributes(config["task"])),
+            "\n## Citation\n",
+            *_citations(document),
+        ]
+        yield ("\n".join(parts) + "\n").encode(errors="backslashreplace")
 
 
-def text(document: Mapping[str, Any], ledger: Ledger, counts: Mapping[str, Counter]) -> str:
-    """The card, from what the labels hold in all."""
-    config, done, origins = document["config"], ledger.count(), origins_of(document)
-    origin = origins[0] if len(origins) == 1 else ""
-    parts = [
-        *_header(document, done),
-        TITLES[origin or LABELLED],
-        f"{done} of {document['plan']['number']} images of {size_in_words(document)} with their "
-        f"labels ({', '.join(config['task'])}), {ORIGINS.get(origin, BOTH_ORIGINS)}\n",
-        "## Contents\n",
-        f"- `images/ID.{config['image_format']}`: the images; `samples.jsonl`: prompt, seed, files and SHA-256 of "
-        "each sample",
-        *(f"- {kind_of(task).contents}" for task in config["task"]),
-        "- `gallery/index.html`: a page that shows them; `run.json`: settings, versions and digests; "
-        "`state/ledger.sqlite`: one row per sample\n",
-        *_trust(document, ledger),
-        *(
-            line  # what the labels hold in all, maps of classes first
-            for task in sorted(counts, key=lambda task: not kind_of(task).is_map)
-            for line in kind_of(task).section(document["labels"][task], counts[task])
-        ),
-        *_left_out(ledger),
-        "## How it was made\n",
-        *_making(document),
-        "\n## Intended use and limits\n",
-        *USE,
-        BIASES.get(origin, BIASES_OF_BOTH) + NOT_FOR,
-        "\n## Licences\n",
-        *_licences(document),
-        "\n## Digests\n",
-        *_digests(document),
-        "\n## How to load\n",
-        LOADING.format(task=config["task"][0], attributes=_attributes(config["task"])),
-        "\n## Citation\n",
-        *_citations(document),
-    ]
-    return "\n".join(parts) + "\n"
-
-
-def origins_of(document: Mapping[str, Any]) -> list[str]:
-    """Whether the images of a run were drawn by a diffusion model, given to label, or of both kinds."""
-    return sorted({LABELLED if run["config"]["sampler"] == INVERSION else GENERATED for run in runs_of(document)})
-
-
-def _header(document: Mapping[str, Any], done: int) -> Iterator[str]:
+def _header(document: Mapping[str, Any], done: int, origins: Collection[str]) -> Iterator[str]:
     """What model hubs read of a card, as YAML."""
     tasks = tasks_of(document["config"]["task"])
     categories = dict.fromkeys(CATEGORIES[task] for task in CATEGORIES if task in tasks)
@@ -174,7 +165,7 @@ def _header(document: Mapping[str, Any], done: int) -> Iterator[str]:
     yield from _yaml_list("task_categories", list(categories))
     yield from _yaml_list("size_categories", [next(name for most, name in SIZES if done < most)])
     yield from _yaml_list("annotations_creators", ["machine-generated"])
-    yield from _yaml_list("tags", ["datasetdm", *(["synthetic"] if GENERATED in origins_of(document) else [])])
+    yield from _yaml_list("tags", ["datasetdm", *(["synthetic"] if GENERATED in origins else [])])
     yield "configs:\n- config_name: default\n  data_files: samples.jsonl\n---\n"
 
 
@@ -197,7 +188,7 @@ def _making(document: Mapping[str, Any]) -> Iterator[str]:
         yield f"- {_code(document['composition']['told'])}"
     yield f"- Model: {_code(document['model']['name'])}; engine: {', '.join(map(_code, engine_names(document)))}"
     device = {"device_name": document["processor"]} if engine.get("device") == "cpu" and "processor" in document else {}
-    yield f"- Versions and device: {_values({**document['versions'], **_without_name(engine), **device})}"
+    yield f"- Versions and device: {_values({**document['versions'], **engine, **device})}"
     yield from _describe_mixed(document) if "mixed" in document else _describe_engines(document)
     yield f"- Sampler {sampler_in_words(document)}"
     if speed := speed_in_words(document):
@@ -331,16 +322,13 @@ def _describe_mixed(document: Mapping[str, Any]) -> Iterator[str]:
 def _describe_engines(document: Mapping[str, Any]) -> Iterator[str]:
     """Versions and device of each engine, where the merged runs had several."""
     if len(engines := engines_of(document)) > 1:
-        entries = [(engine.get("engine", ""), _values(_without_name(engine))) for engine in engines]
+        entries = [(engine.get("engine", ""), _values(engine)) for engine in engines]
         yield from (f"- Engine {_code(name)}" + (f": {values}" if values else "") for name, values in entries)
 
 
-def _without_name(engine: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in engine.items() if name != "engine"}
-
-
 def _values(facts: Mapping[str, Any]) -> str:
-    return ", ".join(f"{_word(name)} {_code(value)}" for name, value in facts.items())
+    """Facts of an engine, without its name."""
+    return ", ".join(f"{_word(name)} {_code(value)}" for name, value in facts.items() if name != "engine")
 
 
 def _describe_verification(document: Mapping[str, Any]) -> Iterator[str]:
