@@ -12,7 +12,7 @@ from datasetdm_fast.command_line.output import print_lines
 from datasetdm_fast.command_line.progress import ImageProgress
 from datasetdm_fast.config import EXACT
 from datasetdm_fast.runs.agreement.admission import Screen, admit_job
-from datasetdm_fast.runs.jobs.result import Result, describe_start
+from datasetdm_fast.runs.jobs.result import Result
 from datasetdm_fast.runs.jobs.run import Decision, Outcome, RunQueue
 from datasetdm_fast.runs.jobs.writing import count_outside, write_missing
 from datasetdm_fast.runs.run_folder.document import SHARDS
@@ -72,7 +72,7 @@ def _write(
         screen = Screen(partial(print_lines, config), partial(run_report.show_calls, config.quiet))
         job = admit_job(run, spec, screen, verify=config.verify)
     if launch.run is None:
-        print_lines(config, *describe_start(job))
+        print_lines(config, *run_report.describe_start(job))
         counted = {"images": job.images_left, "batch": job.plan.batch_size, "calls": len(job.recipe.schedule)}
     elif job:
         with RunFolder(job.folder, job.document):  # writes run.json
@@ -85,7 +85,7 @@ def _write(
         signals = {"on_unet_call": progress.on_unet_call, "is_stopping": interruption.is_stopping}
         if launch.run is None:
             return write_missing(job, on_commit=progress.on_commit, **signals)
-        describe = None if config.quiet else describe_start
+        describe = None if config.quiet else run_report.describe_start
         return launch.run(spec, Callbacks(describe, progress.print, progress.on_commit, **signals))
 
 

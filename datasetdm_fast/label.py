@@ -6,11 +6,10 @@ from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.output import print_lines, print_plan
 from datasetdm_fast.command_line.progress import ImageProgress
-from datasetdm_fast.command_line.run_report import print_run
+from datasetdm_fast.command_line.run_report import count_unnamed, print_run
 from datasetdm_fast.command_line.run_settings import expand_names, label_spec, without_whole_labels
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.runs.jobs.labelling import open_pictures, parse_timesteps, prepare_labelling
-from datasetdm_fast.runs.jobs.result import count_unnamed
 from datasetdm_fast.runs.jobs.writing import write_missing
 from datasetdm_fast.runs.run_folder.document import read_document
 from datasetdm_fast.runs.run_settings import LabelConfig

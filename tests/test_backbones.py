@@ -10,6 +10,7 @@ import torch
 from tiny_pipelines import SIZE
 from torch import nn
 
+from datasetdm_fast.command_line.run_report import describe_cut
 from datasetdm_fast.data import join_texts
 from datasetdm_fast.engine.backbones import flow_models, flux1, flux2_klein, qwen_image, sd3, sdxl, z_image
 from datasetdm_fast.engine.backbones.joint_attention import pack
@@ -19,7 +20,6 @@ from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop.prompts import fit_prompt
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.plugins import load_place
-from datasetdm_fast.runs.jobs.result import describe_cut
 
 RECORDS = {
     "sdxl": sdxl.SDXL,

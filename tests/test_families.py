@@ -153,7 +153,7 @@ def refused(folder, kind=Refused):
 def test_a_licence_that_forbids_commercial_use_is_named_before_the_first_image(
     saved, family, sizes, licence, is_commercial
 ):
-    from datasetdm_fast.runs.jobs.result import describe_model
+    from datasetdm_fast.command_line.run_report import describe_model
 
     model = load_folder(saved(family, **sizes), size=SIZE)
     assert model.licence == licence

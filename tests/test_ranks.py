@@ -16,10 +16,10 @@ import troubled
 from run_steps import find_result, prepare
 from skips import IS_LONG, long_test
 
+from datasetdm_fast.command_line.run_report import describe_start
 from datasetdm_fast.command_line.run_settings import read_spec
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.runs.jobs import writing
-from datasetdm_fast.runs.jobs.result import describe_start
 from datasetdm_fast.runs.jobs.writing import batches_of, write_missing
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.document import CLAIMS, LEDGER

@@ -14,10 +14,10 @@ from test_ledger import tree
 from torchless import DOUBT
 
 from datasetdm_fast import filter, generate
+from datasetdm_fast.command_line.run_report import describe_start
 from datasetdm_fast.command_line.run_settings import read_spec
 from datasetdm_fast.data import DomainDistance, Instances, Request, SemanticMap, Trust
 from datasetdm_fast.engine.labels.trust import trust_of, with_domain, without_doubtful, without_unsure
-from datasetdm_fast.runs.jobs.result import describe_start
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.goal import Goal, Tally
 from datasetdm_fast.runs.run_folder.reader import open_run

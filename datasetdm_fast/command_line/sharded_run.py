@@ -7,16 +7,16 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from datasetdm_fast.command_line import run_report
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.output import check_output, print_lines
 from datasetdm_fast.command_line.progress import ImageProgress
-from datasetdm_fast.command_line.run_report import print_finished_run, print_run, print_run_plan, show_calls
 from datasetdm_fast.command_line.run_settings import check_judged
 from datasetdm_fast.config import EXACT
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.agreement.admission import Screen, admit_job
 from datasetdm_fast.runs.jobs.job import build_job
-from datasetdm_fast.runs.jobs.result import describe_start, result_of
+from datasetdm_fast.runs.jobs.result import result_of
 from datasetdm_fast.runs.jobs.run import RunQueue
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, pretty
 from datasetdm_fast.runs.run_folder.object_store import ObjectStore, is_url
@@ -46,7 +46,7 @@ def generate_shards(config: RunConfig, spec: RunSpec, peer: LaunchedProcess | No
         check_settings(spec, place, document)
     ledger = ShardLedger(place, shards=() if document is None else None, number=spec.number, counts_only=True)
     if config.dry_run:
-        return print_run_plan(config, replace(build_job(spec, document), done=ledger.made))
+        return run_report.print_run_plan(config, replace(build_job(spec, document), done=ledger.made))
     config = replace(config, quiet=config.quiet or not is_reporting)
     interruption, made = Interruption(config.quiet), 0
 
@@ -61,7 +61,9 @@ def generate_shards(config: RunConfig, spec: RunSpec, peer: LaunchedProcess | No
     elif document is None:
         _begin(config, spec, place)
     with interruption, ImageProgress(max(spec.number - ledger.made, 0), config.quiet) as progress:
-        callbacks = Callbacks(describe_start, progress.print, on_commit, is_stopping=interruption.is_stopping)
+        callbacks = Callbacks(
+            run_report.describe_start, progress.print, on_commit, is_stopping=interruption.is_stopping
+        )
         if workers.cluster:
             run_on_cluster(workers, spec, place, callbacks)
         elif places:
@@ -82,7 +84,7 @@ def _begin(config: RunConfig, spec: RunSpec, place: ShardPlace) -> None:
     run = RunQueue(spec.folder, None)
     if config.verify or config.speed != EXACT or run.tries_half(spec):
         open_place(place)
-        screen = Screen(partial(print_lines, config), partial(show_calls, config.quiet))
+        screen = Screen(partial(print_lines, config), partial(run_report.show_calls, config.quiet))
         job = admit_job(run, spec, screen, verify=config.verify)
         place.create(DOCUMENT, pretty(job.document))
 
@@ -96,6 +98,6 @@ def _report(config: RunConfig, spec: RunSpec, ledger: ShardLedger, made: int, be
     seconds = time.perf_counter() - begin
     result = result_of(place.name, document, spec.number, ledger, made, seconds=seconds)
     if result.is_complete and not made:
-        print_finished_run(config, result)
+        run_report.print_finished_run(config, result)
     else:
-        print_run(config, result, resume_with)
+        run_report.print_run(config, result, resume_with)
