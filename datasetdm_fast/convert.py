@@ -75,7 +75,7 @@ def main(arguments: Sequence[str]) -> int:
     conversion.close()
     if not result.is_complete:
         print(f"{place}: not complete; resume with: {PROG} {shlex.join(arguments)}", file=sys.stderr)
-        return interruption.exit_code(0)
+        return interruption.exit_code
     splits = ", ".join(f"{name} {count}" for name, count in conversion.splits.items())
     summary = f"{count_noun(result.samples, 'sample')} ({splits}) as {formats}, {count_noun(result.files, 'file')}"
     if conversion.is_complete:
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str]) -> int:
         facts["url"] = push_to_hub(folder, settings.push_to_hub)
         print_lines(settings, f"{place}: uploaded to {facts['url']}")
     print_result(settings, facts, place)
-    return interruption.exit_code(0)
+    return interruption.exit_code
 
 
 def _open_conversion(settings: ExportSettings, folder: Path, store: ShardBucket | None) -> Conversion:

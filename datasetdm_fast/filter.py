@@ -65,7 +65,7 @@ def main(config: FilterConfig, command: CommandLine) -> int:
             filtering.score_missing(run, network, threads, progress.on_commit, interruption.is_stopping)
         if interruption.signal:
             print("not all samples are scored; the same command resumes", file=sys.stderr)
-            return interruption.exit_code(0)
+            return interruption.exit_code
     elif not config.dry_run:
         filtering.finish_scored(run)
     if not config.where:

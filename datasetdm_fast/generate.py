@@ -59,7 +59,7 @@ def main(config: RunConfig, command: CommandLine) -> int:
     result = _write(config, spec, run, decision, launch, interruption)
     if is_reporting:
         run_report.print_run(config, result, command.text, by=" by this process" if peer else "")
-    return interruption.exit_code(0)
+    return interruption.exit_code
 
 
 def _write(

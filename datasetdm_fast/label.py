@@ -42,7 +42,7 @@ def main(config: LabelConfig, command: CommandLine) -> int:
             job, on_commit=progress.on_commit, on_unet_call=progress.on_unet_call, is_stopping=interruption.is_stopping
         )
     print_run(config, result, command.text, noun="picture")
-    return interruption.exit_code(0)
+    return interruption.exit_code
 
 
 if __name__ == "__main__":

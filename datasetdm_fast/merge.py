@@ -66,7 +66,7 @@ def main(config: MergeConfig, command: CommandLine) -> int:
         print_lines(config, f"{config.out}: complete with {count_noun(done, 'sample')}{more}")
     facts = {"number": number, "done": done, "made": written, "duplicates": merging.duplicates}
     print_result(config, {"path": config.out, **facts, "complete": done == number}, config.out)
-    return interruption.exit_code(0)
+    return interruption.exit_code
 
 
 if __name__ == "__main__":

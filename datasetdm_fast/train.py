@@ -62,7 +62,7 @@ def main(config: TrainConfig, command: CommandLine) -> int:
             print_lines(config, *describe_result(workflow.out, task, outcome.result, outcome.folds, outcome.check))
     if None in documents.values():
         print(f"stopped; resume with: {line}", file=sys.stderr)
-    return interruption.exit_code(0)
+    return interruption.exit_code
 
 
 def open_workflow(config: TrainConfig) -> Workflow:

@@ -39,8 +39,10 @@ class Interruption:
     def is_stopping(self) -> bool:
         return self.signal is not None
 
-    def exit_code(self, code: int) -> int:
-        return code if self.signal is None else 128 + self.signal
+    @property
+    def exit_code(self) -> int:
+        """That of a command which has done its work, or was stopped."""
+        return 0 if self.signal is None else 128 + self.signal
 
     def note(self, number: int) -> None:
         """Stores the first signal, and prints that the batch is finished."""

@@ -32,8 +32,8 @@ class Progress(AbstractContextManager[Any]):
         self._last_line = now
         return True
 
-    def seconds_left(self, done: int, begun_at: int = 0) -> float:
-        return (time.monotonic() - self._begin) / max(done - begun_at, 1) * max(self.total - done, 0)
+    def seconds_left(self, done: int) -> float:
+        return (time.monotonic() - self._begin) / max(done, 1) * max(self.total - done, 0)
 
     def print(self, line: str) -> None:
         """A line for the screen, above the bar."""

@@ -41,4 +41,4 @@ def redraw(cls: type[Redrawing], settings: RedrawSettings, resume_with: str) -> 
         callbacks = {"on_commit": progress.on_commit, "on_unet_call": progress.on_unet_call}
         result = write_missing(job, is_stopping=interruption.is_stopping, **callbacks)
     print_run(settings, result, resume_with)
-    return interruption.exit_code(0)
+    return interruption.exit_code

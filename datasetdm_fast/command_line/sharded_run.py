@@ -76,7 +76,7 @@ def generate_shards(config: RunConfig, spec: RunSpec, peer: LaunchedProcess | No
             work_on_shards(spec, place, rank, callbacks)
     if is_reporting:
         _report(config, spec, ledger, made, begin, resume_with)
-    return interruption.exit_code(0)
+    return interruption.exit_code
 
 
 def _begin(config: RunConfig, spec: RunSpec, place: ShardPlace) -> None:

@@ -62,7 +62,7 @@ def generate(script: Generator, line: Line, same_command: str) -> int:
     result.check()
     if not result.is_complete:
         print_unfinished(result.done, result.number, same_command, "images")
-    return interruption.exit_code(0)
+    return interruption.exit_code
 
 
 if __name__ == "__main__":
