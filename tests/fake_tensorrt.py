@@ -20,6 +20,7 @@ from datasetdm_fast.export.tensorrt import flavours, to_tensorrt
 NUMPY = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(uint8)": np.uint8, "tensor(bool)": np.bool_}
 HANDLE = 4711
 SESSIONS: dict[bytes, onnxruntime.InferenceSession] = {}
+AS_WRITTEN = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # what looks for faster forms takes most of the time
 
 
 class ILogger:
@@ -61,13 +62,15 @@ def plan_of(graph, order) -> bytes:
 
 
 def open_session(path: Path) -> onnxruntime.InferenceSession:
-    """A session of the graph, the same one for equal bytes of graph and weights: to open one takes a second."""
-    digest = hashlib.sha256()
-    for file in (path, *sorted(path.parent.glob("*.data"))):
-        digest.update(file.read_bytes())
+    """A session of the graph, the same one for equal bytes of graph and weights."""
+    graph = path.read_bytes()
+    digest = hashlib.sha256(graph)
+    for file in sorted(path.parent.glob("*.data")):
+        if file.name.encode() in graph:  # which names the file of its weights
+            digest.update(file.read_bytes())
     if digest.digest() not in SESSIONS:
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
+        options.intra_op_num_threads, options.graph_optimization_level = 1, AS_WRITTEN
         SESSIONS[digest.digest()] = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return SESSIONS[digest.digest()]
 

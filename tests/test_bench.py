@@ -320,14 +320,15 @@ def test_the_gpu_script_shows_its_steps_and_runs_none(tmp_path):
 
 
 def test_the_gpu_script_refuses_what_it_cannot_do_and_writes_nothing(tmp_path):
-    (tmp_path / "file").write_text("")
+    (file := tmp_path / "file").write_text("#!/bin/sh\necho 2.13.0 False\n")  # an interpreter with a torch for CPUs
+    file.chmod(0o755)
     none_here = () if torch.cuda.is_available() else (("1", {"DEVICE": "cuda"}, 3, "sees no GPU; DEVICE=cpu"),)
     for call, variables, code, sentence in (
         ("", {}, 2, "'' is neither a call"),
         ("4", {}, 2, "'4' is neither a call (0, 1, 2 or 3) nor --dry-run"),
         ("1", {"ONLY": "bench knit"}, 2, "ONLY names knit"),
         ("1", {"PYTHON": "/bin/false"}, 3, "cannot import torch"),
-        ("1", {"OUT": str(tmp_path / "file" / "out")}, 3, "cannot be written to"),
+        ("1", {"PYTHON": str(file), "OUT": str(file / "out")}, 3, "cannot be written to"),
         *none_here,
     ):
         line, options = script(call, tmp_path / "out", **variables)

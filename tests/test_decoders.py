@@ -30,6 +30,7 @@ from datasetdm_fast.engine.decoders.checkpoint import (
 from datasetdm_fast.engine.decoders.config import SD1_LEVELS, DecoderConfig, upstream
 from datasetdm_fast.engine.decoders.layers import SpectralConv2d
 from datasetdm_fast.engine.decoders.trunk import copy_for_cpu, copy_for_gpu, fold
+from datasetdm_fast.engine.models.layers import Uninitialised
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import fused, plain
 
@@ -141,7 +142,8 @@ def unread_shapes(config: DecoderConfig) -> dict[str, torch.Size]:
         return {f"query_{name}_mlp.weight": torch.Size((256, 1024)) for name in ("feat", "embed")}
     if config.kind != "simcc":
         return {}
-    whole = build_decoder(upstream("heatmap")).state_dict()
+    with torch.device("meta"):
+        whole = build_decoder(upstream("heatmap")).state_dict()
     return {key: value.shape for key, value in whole.items() if key.startswith("high")}
 
 
@@ -169,7 +171,8 @@ def test_recorded_answers_of_upstream(kind, recorded_inputs):
     capture, text = recorded_inputs
     config = upstream(kind)
     # Naive, the depth head is five trillion operations; the native form is held equal to it in test_depth_head.py.
-    decoder = build_decoder(config, kernels.native if kind == "depth" else kernels.reference)
+    with Uninitialised():  # all is read from the recording
+        decoder = build_decoder(config, kernels.native if kind == "depth" else kernels.reference)
     shapes = {key: value.shape for key, value in decoder.state_dict().items()} | unread_shapes(config)
     load_upstream(decoder, {f"module.{key}": value for key, value in seeded_state(shapes, GOLDEN["seed"]).items()})
     with torch.inference_mode():

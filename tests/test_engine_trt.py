@@ -29,13 +29,16 @@ from datasetdm_fast.engine.loop.recipe import make_recipe
 from datasetdm_fast.engine.sampling import times
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.export.manifest import FileInfo, Manifest
+from datasetdm_fast.export.onnx.to_onnx import export
 from datasetdm_fast.export.tensorrt import flavours
 from datasetdm_fast.runs.agreement import observe, verify
 
 
 @pytest.fixture(scope="module")
 def demo():
-    return load_model("demo"), load_decoders("demo")
+    model = load_model("demo")
+    dict(model.modules)  # built here once, and not by each engine that asks for their digest
+    return model, load_decoders("demo")
 
 
 @pytest.fixture(scope="module")
@@ -178,8 +181,9 @@ def plain_module():
     return SimpleNamespace(Runtime=Runtime, **names)
 
 
-def test_the_full_tensorrt_is_recorded_once_per_shape_and_bound_to_its_gpu(demo, folder, built):
-    engine = make_engine(demo, folder / "plain", plain_module(), "tensorrt")
+def test_the_full_tensorrt_is_recorded_once_per_shape_and_bound_to_its_gpu(demo, two_stages, built, tmp_path):
+    shutil.copytree(two_stages[0], tmp_path, dirs_exist_ok=True)
+    engine = make_engine(demo, tmp_path, plain_module(), "tensorrt")
     context = engine.encode_text(["", "a ball"])
     for timestep in (401, 201, 1):
         engine.denoise(torch.zeros(1, 4, 16, 16), timestep, context)
@@ -249,10 +253,9 @@ def test_tensorrt_rtx_records_its_calls_itself(demo, folder, built):
 def two_stages(demo, tmp_path_factory):
     """The exported text encoder and UNet call, and the engine that says what they should say."""
     from datasetdm_fast.engine.engines.fast import FastEngine
-    from datasetdm_fast.export.onnx import to_onnx
 
     folder = tmp_path_factory.mktemp("two")
-    to_onnx.export(*demo, folder, precision="fp32", only=["encode_text", "denoise"])
+    export(*demo, folder, precision="fp32", only=["encode_text", "denoise"])
     return folder, FastEngine(*demo, dtype="fp32", device="cpu")
 
 
@@ -353,9 +356,10 @@ def test_a_plan_the_gpu_cannot_run_says_why(demo, two_stages, tmp_path, monkeypa
         make_engine(demo, tmp_path).encode_text([""])
 
 
-def test_a_folder_of_another_model_is_refused(demo, folder, built, tmp_path):
-    engine = make_engine((demo[0], {"depth": demo[1]["depth"]}), tmp_path)
-    engine.encode_text([""])
+def test_a_folder_of_another_model_is_refused(demo, built, tmp_path):
+    other = demo[0], {"depth": demo[1]["depth"]}
+    export(*other, tmp_path, only=["encode_text"])
+    make_engine(other, tmp_path).encode_text([""])
     with pytest.raises(Refused, match="holds an export with another source than requested"):
         make_engine(demo, tmp_path).encode_text([""])
 

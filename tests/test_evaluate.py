@@ -22,6 +22,8 @@ from datasetdm_fast.training.evaluation.settings import EvaluateConfig
 from datasetdm_fast.training.readers import open_data
 from datasetdm_fast.training.session import ModelChoice, TrainingData, open_session
 
+pytestmark = pytest.mark.usefixtures("one_engine_of_a_kind")
+
 SMALL = {"width": 16, "upscale": 2, "depth_width": 8}
 MASKS = {"heads": 2, "layers": 2, "feed_forward": 32, "mask_dim": 16, "queries": 6}
 HOW = {

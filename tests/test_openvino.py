@@ -39,6 +39,22 @@ def cache(tmp_path_factory) -> Path:
         yield folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_stage_of_a_graph():
+    """Engines of one precision over equal graphs compile them once: that takes a second for each size of a batch."""
+    open_stage, opened = OpenVinoEngine._open, {}
+
+    def reopened(engine, folder, manifest, stage):
+        key = folder, stage, engine.precision, engine.streams
+        if key not in opened:
+            opened[key] = open_stage(engine, folder, manifest, stage)
+        return opened[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OpenVinoEngine, "_open", reopened)
+        yield
+
+
 @pytest.fixture(scope="module")
 def engine(cache) -> OpenVinoEngine:
     return build_engine("openvino", load_model("demo"), load_decoders("demo"), device="cpu")

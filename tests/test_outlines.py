@@ -20,6 +20,8 @@ from datasetdm_fast.training.readers import open_data
 from datasetdm_fast.training.settings import TrainConfig
 from datasetdm_fast.training.truth.augment import Augmentation
 
+pytestmark = pytest.mark.usefixtures("one_engine_of_a_kind")
+
 REACH = 4
 
 

@@ -341,6 +341,7 @@ def test_bad_json_lines_are_refused_with_their_line(line, tmp_path):
     assert "checksum" not in stop.value.remedy and "None" not in stop.value.cause
 
 
+@pytest.mark.usefixtures("one_engine_of_a_kind")
 def test_a_run_can_be_made_again_from_its_samples_and_unnamed_prompts_are_refused(tmp_path, capsys):
     from datasetdm_fast import generate
     from datasetdm_fast.runs.run_folder.audit import audit

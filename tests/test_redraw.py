@@ -22,7 +22,6 @@ from test_ledger import tree
 from datasetdm_fast import audit as audit_command
 from datasetdm_fast import edit, generate, label, merge, vary
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
-from datasetdm_fast.engine import engines
 from datasetdm_fast.engine.labels import LABEL_KINDS, mask_rle, number_classes
 from datasetdm_fast.engine.labels.words import replaced_text
 from datasetdm_fast.engine.sampling import schedule as walk
@@ -40,6 +39,8 @@ from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.ledger import Ledger
 from datasetdm_fast.runs.run_folder.reader import open_run
 
+pytestmark = pytest.mark.usefixtures("one_engine_of_a_kind")
+
 SIDE = 128
 PROMPTS = ["a red person and an orange ball on a grey table", "a white ball on a pink table", "a green tree"]
 TASKS = "semantic,instance,depth,pose,open-vocabulary"
@@ -47,24 +48,8 @@ EDIT = ["--class", "ball", "--prompt", "a blue cube", "--grow", "4"]
 VARY = ["--domain", "night,fog", "--batch-size", "2"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_engine_of_a_kind():
-    """Every command of this file that asks for the same engine gets the one that was opened first."""
-    open_engine, opened = engines.open_engine, {}
-
-    def reopened(*arguments, **options):
-        key = repr((arguments, options))
-        if key not in opened:
-            opened[key] = open_engine(*arguments, **options)
-        return opened[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines, "open_engine", reopened)
-        yield
-
-
 @pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
+def source(tmp_path_factory, one_engine_of_a_kind) -> Path:
     path = tmp_path_factory.mktemp("source") / "run"
     (path.parent / "prompts.txt").write_text("\n".join(PROMPTS))
     line = ["--prompts", str(path.parent / "prompts.txt"), "--number", "3", "--seed", "5", "--steps", "12"]
