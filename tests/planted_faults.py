@@ -473,8 +473,8 @@ FAULTS = {
     ),
     "an encoder of pictures in fp32": Fault(
         f"{FAST}:FastEngine.encode_image",
-        "self.image_encoder(channels_last(part, self.image_dtype)).float()",
-        "self.image_encoder.float()(channels_last(part, torch.float32))",
+        "moments_of(self.image_encoder, part, self.image_dtype)",
+        "moments_of(self.image_encoder.float(), part, torch.float32)",
         {"scenario": "label"},
     ),
     "projections of a capture in fp32": Fault(
