@@ -20,6 +20,7 @@ from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop.calls import call_text
 from datasetdm_fast.engine.models.mmdit import MMDiT
 from datasetdm_fast.engine.models.mmdit_readers import CallReader
+from datasetdm_fast.engine.models.vae import has_usual_form
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.kernels import fused, launch
 from datasetdm_fast.kernels import plain as plain_forms
@@ -97,6 +98,11 @@ def test_in_fp32_it_is_the_reference(opened):
                 with torch.inference_mode():
                     bias.copy_(value)
                 assert (engine.weight_distance() > 0) == (value is not kept)
+
+
+@pytest.mark.parametrize("preset", ["random-sd35", "random-flux", "random-zimage"])
+def test_autoencoders_of_full_size_have_our_layers(preset):
+    assert has_usual_form(load_model(preset).configs["vae"])
 
 
 def test_a_batch_changes_roundings_alone(opened):

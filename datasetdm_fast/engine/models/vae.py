@@ -27,8 +27,8 @@ USUAL = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderB
 
 def has_usual_form(config: Any) -> bool:
     """Whether a diffusers autoencoder with this configuration is made of the layers below."""
-    kinds = {key: set(getattr(config, key, None) or ()) for key in USUAL}
-    return kinds == {key: {kind} for key, kind in USUAL.items()} and config.act_fn == "silu"
+    kinds = (set(getattr(config, key, [kind])) == {kind} for key, kind in USUAL.items())
+    return hasattr(config, "norm_num_groups") and getattr(config, "act_fn", "silu") == "silu" and all(kinds)
 
 
 class SpatialAttention(nn.Module):
