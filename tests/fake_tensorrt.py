@@ -20,7 +20,6 @@ from datasetdm_fast.export.tensorrt import flavours, to_tensorrt
 NUMPY = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(uint8)": np.uint8, "tensor(bool)": np.bool_}
 HANDLE = 4711
 SESSIONS: dict[bytes, onnxruntime.InferenceSession] = {}
-AS_WRITTEN = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL  # what looks for faster forms takes most of the time
 
 
 class ILogger:
@@ -70,7 +69,7 @@ def open_session(path: Path) -> onnxruntime.InferenceSession:
             digest.update(file.read_bytes())
     if digest.digest() not in SESSIONS:
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.graph_optimization_level = 1, AS_WRITTEN
+        options.intra_op_num_threads = 1
         SESSIONS[digest.digest()] = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return SESSIONS[digest.digest()]
 

@@ -76,15 +76,12 @@ def relative(value, truth) -> float:
 
 
 class Exported:
-    """A folder of stages, run by plain ONNX Runtime sessions; as they are written, or in the forms that it finds
-    faster, as it usually does.
-    """
+    """A folder of stages, run by plain ONNX Runtime sessions."""
 
-    def __init__(self, folder, is_optimised=True):
+    def __init__(self, folder):
         self.folder, self.manifest, self.sessions = folder, Manifest.read(folder), {}
-        self.options, levels = onnxruntime.SessionOptions(), onnxruntime.GraphOptimizationLevel
+        self.options = onnxruntime.SessionOptions()
         self.options.intra_op_num_threads = 1
-        self.options.graph_optimization_level = levels.ORT_ENABLE_ALL if is_optimised else levels.ORT_DISABLE_ALL
 
     def __call__(self, stage: str, **inputs) -> dict[str, np.ndarray]:
         if stage not in self.sessions:
@@ -130,11 +127,11 @@ def upstream_decoders(model) -> dict:
 class World:
     """One model with its decoders, the reference engine over it, and its export."""
 
-    def __init__(self, model, decoders, folder, is_optimised=True):
+    def __init__(self, model, decoders, folder):
         self.model, self.torch = model, build_engine("torch", model, decoders, device="cpu")
         self.sides = model.levels[-1].side, model.levels[-2].side
         self.manifest = export(model, decoders, folder, raw_capture=True, averages=self.sides)
-        self.exported = Exported(folder, is_optimised)
+        self.exported = Exported(folder)
 
 
 @pytest.fixture(scope="module", params=["demo", "SD 2.x, 192 pixels", *["SD 1.x, 192 pixels", "SD 2.x"] * IS_LONG])
@@ -145,7 +142,7 @@ def world(request, tmp_path_factory) -> World:
     # At 192 pixels the decoders resize by ratios that no float holds.
     model = load_model("tiny", size=192 if name.endswith("pixels") else 0)
     model = second_generation(model) if name.startswith("SD 2.x") else model
-    return World(model, upstream_decoders(model), folder, is_optimised=IS_LONG)  # which takes a second for each stage
+    return World(model, upstream_decoders(model), folder)
 
 
 @pytest.fixture(scope="module")
