@@ -87,7 +87,8 @@ def test_maps_of_words_agree_on_the_certain_pixels_by_the_words_that_both_know()
         return SemanticMap(np.uint8(labels), np.ones((2, 2), np.float32), names)
 
     read = words([[0, 1], [2, 255]], "background", "ball", "cube")
-    for labels, share in (([[0, 2], [1, 0]], 1.0), ([[0, 2], [2, 0]], 0.6667), ([[255] * 2] * 2, None)):
+    shares = (([[0, 2], [1, 0]], 1.0), ([[0, 2], [2, 0]], 0.6667), ([[0, 0], [1, 0]], 0.6667), ([[255] * 2] * 2, None))
+    for labels, share in shares:
         assert semantic_labels.agreement(read, words(labels, "wall", "cube", "ball")) == share
     assert semantic_labels.agreement(read, words([[0, 1], [1, 0]], "wall", "dog")) is None
 

@@ -671,7 +671,7 @@ def test_a_class_counts_as_named_until_a_caption_leaves_it_out():
 def test_what_named_classes_have_is_divided_by_the_tenth_power_of_the_attention_to_their_words():
     config = upstream("segmentation", classes=CLASSES, named=("ball", "cone"))
     share = torch.tensor([[0.2, 0.5, 0.3], [0.2, 0.8, 0.0]])
-    found = captions.shared_by_words(share, torch.tensor([[5.0, 1.0, 2.0]] * 2), config)  # no word names the wall
+    found = captions.shared_by_words(share, torch.tensor([[1e6, 1.0, 2.0]] * 2), config)  # no word names the wall
     ball, cone = 0.5 / 2**10, 0.3
     wanted = [[0.2, 0.8 * ball / (ball + cone), 0.8 * cone / (ball + cone)], [0.2, 0.8, 0.0]]
     torch.testing.assert_close(found, torch.tensor(wanted))
