@@ -409,6 +409,9 @@ def test_parts_of_an_audit_are_the_whole(alone, folder, tmp_path, capsys):
         assert sum((report[name] for report in reports), type(whole[name])()) == whole[name]
     assert audit.main([str(run), "--part", "2/4", "--quiet"]) == 0
     assert f"{run}, part 2/4: whole, 1 of 6 samples (5 still to be made), 2 files" in capsys.readouterr().out
+    (run / tar_name(5)).unlink()
+    assert audit.main([str(run), "--part", "2/4", "--json", "--quiet"]) == 4
+    assert json.loads(capsys.readouterr().out)["damaged"] == [25]  # the last shard holds one sample
     for place, part, cause in (
         (run, "5/4", "--part '5/4': expected k/n"),
         (run, "0/0", "--part '0/0': expected k/n"),
