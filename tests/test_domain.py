@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -310,6 +311,37 @@ def test_what_a_training_is_told_to_be_wrong_with():
     assert whole == {"steps": 1, "folds": {"folds": 5}, "self_check": {"samples": 8}}
     assert workflow.TrainingOutcome({"steps": 1}, None).document == {"steps": 1}
     assert workflow.TrainingOutcome(None, {"folds": 5}).document is None
+
+
+@pytest.mark.parametrize(("result", "last"), [(None, [("depth", "depth", 100, 0)]), ({"steps": 100}, [])])
+def test_progress_of_a_fold_tells_the_steps_that_follow_it(monkeypatch, tmp_path, result, last):
+    asked = []
+
+    def progress(*given):
+        asked.append(given)
+        return nullcontext(SimpleNamespace(on_step=None))
+
+    def cross_validate(session, task, folder, count, settings, fold_progress, is_stopping):
+        for number in range(1, count + 1):
+            fold_progress(number, 40)
+        return {"folds": count}
+
+    for name, answer in {
+        "cross_validate": cross_validate,
+        "find_result": lambda *given: result,
+        "run_training": lambda *given: {"steps": 100},
+        "compare_with_folds": lambda *given: {"folds": 3, "final": {}},
+    }.items():
+        monkeypatch.setattr(workflow, name, answer)
+    session = SimpleNamespace(open_training=lambda *given: object())
+    own = SimpleNamespace(session=session, out=tmp_path, settings=None, _fold_count=3)
+    own._measure_domain = own._write_page = lambda *given: None
+    plan = SimpleNamespace(schedule=SimpleNamespace(steps=100))
+    outcome = workflow.Workflow._run_task(own, "depth", plan, "train", progress, lambda: False)
+    assert outcome.document == {"steps": 100, "folds": {"folds": 3, "final": {}}}
+    later = 0 if result else 100
+    folds = [("depth", f"depth, fold {k} of 3,", 40, (3 - k) * 40 + later) for k in (1, 2, 3)]
+    assert asked == folds + last
 
 
 @pytest.mark.parametrize(
