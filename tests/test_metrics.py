@@ -383,6 +383,7 @@ def test_what_no_image_shows_has_no_figure(source):
         meter.add(item, perfect(source, item)["semantic"])
     assert {"miou", "seen"} <= set(meter.result()) and not {"unseen", "harmonic"} & set(meter.result())
     assert not {"unseen", "harmonic"} & set(intervals(meter, 50))
+    assert set(meter.not_shown(meter.result())) == set(absent)
 
 
 def test_joints_half_a_box_away_are_wrong(source):
