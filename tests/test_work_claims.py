@@ -129,3 +129,11 @@ def test_a_process_is_looked_for_only_where_its_number_means_that_process(ended,
             elsewhere.setattr(os, "readlink", lambda path: "pid:[1]")
         machine = host()
     assert is_over(machine, ended) == (where == "here") and not is_over(host(), os.getpid())
+
+
+def test_what_a_living_process_writes_is_no_leftover(tmp_path, ended):
+    """Ranks write a claim at the same moment, and whoever takes it removes what the dead had half-written."""
+    for process in (os.getppid(), ended, os.getpid()):
+        (tmp_path / f".00003.{process}{7:09}.part").touch()
+    storage.remove_parts_of([tmp_path / "00003"])
+    assert [path.name for path in tmp_path.iterdir()] == [f".00003.{os.getppid()}{7:09}.part"]

@@ -19,7 +19,7 @@ from datasetdm_fast.errors import Missing, Refused, nearest
 _PROCESS = secrets.randbelow(
     10**9
 )  # as on another machine, or in another container, a process may have this one's number
-_TEMPORARY = re.compile(r"\.(.+)\.\d+\.part(-wal|-shm|-journal)?")
+_TEMPORARY = re.compile(r"\.(.+)\.(\d+)\.part(-wal|-shm|-journal)?")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 FULL = "the disk is full"  # the cause of a refusal
 _CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES)
@@ -330,15 +330,32 @@ def remove_temporaries(folder: Path, apart: Path | None = None) -> int:
 
 
 def remove_parts_of(paths: Iterable[Path]) -> None:
-    """Deletes what killed processes had half-written of these files, and no other file."""
+    """Deletes what killed processes had half-written of these files, and no other file: not what a process that is
+    alive here writes at this moment.
+    """
     names: dict[Path, set[str]] = {}
     for path in paths:
         names.setdefault(path.parent, set()).add(path.name)
     for folder, expected in names.items():
         with refusing(folder), suppress(FileNotFoundError):
             for name in os.listdir(folder):
-                if (match := _TEMPORARY.fullmatch(name)) and match[1] in expected:
-                    syscall("unlink", os.unlink, folder / name)
+                if (match := _TEMPORARY.fullmatch(name)) and match[1] in expected and not _is_written(match[2]):
+                    with suppress(FileNotFoundError):
+                        syscall("unlink", os.unlink, folder / name)
+
+
+def _is_written(writer: str) -> bool:
+    """Whether another process is alive here whose number a temporary name begins with."""
+    process = int(writer[:-9] or 0)
+    if process in (0, os.getpid()):
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def free_bytes(path: Path) -> int:
