@@ -347,8 +347,11 @@ def remove_parts_of(paths: Iterable[Path]) -> None:
 def _is_written(writer: str) -> bool:
     """Whether another process is alive here whose number a temporary name begins with."""
     process = int(writer[:-9] or 0)
-    if process in (0, os.getpid()):
-        return False
+    return process not in (0, os.getpid()) and is_alive(process)
+
+
+def is_alive(process: int) -> bool:
+    """Whether this machine or container has a process of that number."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from datasetdm_fast.disk import storage
 from datasetdm_fast.runs.run_folder.document import CLAIMS
 from datasetdm_fast.runs.run_folder.shard_places import ShardPlace
 
@@ -140,12 +141,4 @@ def host() -> str:
 
 def is_over(machine: Any, process: Any) -> bool:
     """Whether a process that this one can see has ended; of others that is not known."""
-    if machine != host() or not isinstance(process, int):
-        return False
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return True
-    except PermissionError:
-        pass
-    return False
+    return machine == host() and isinstance(process, int) and not storage.is_alive(process)
