@@ -314,7 +314,7 @@ _BY_FILE = {
         ('"deaths") + 1 if', '"deaths") if', "what kills every process is made for ever"),
         ("if content != claim:", "if content == claim:", "the batch of a process at work is taken from it"),
         ("> LEASE_SECONDS", "< LEASE_SECONDS", "a claim is over as soon as it is seen"),
-        ("machine != host()", "machine == host()", "a process of another machine is looked for here"),
+        ("machine == host()", "machine", "a process of another machine is looked for here"),
     ),
     "engine/loop/plan.py": (
         "test_driver.py::test_large_seeds_are_those_of_the_images_and_of_their_rows",
