@@ -2,8 +2,11 @@
 what is missing.
 """
 
+import gc
 import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,19 +18,23 @@ from skips import long_test
 
 pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install '.[openvino]'")
 
-import openvino
-
 from bench.decoders import load_decoders
 from datasetdm_fast import verify
 from datasetdm_fast.data import Text, join_texts
 from datasetdm_fast.engine.engines import build_engine, check_engine
 from datasetdm_fast.engine.engines.exported.graphs import join_parts, split_batch
-from datasetdm_fast.engine.engines.exported.openvino import OpenVinoEngine, input_names, resolve_precision, split_graph
+from datasetdm_fast.engine.engines.exported.openvino import (
+    OpenVinoEngine,
+    input_names,
+    open_core,
+    resolve_precision,
+    split_graph,
+)
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.sampling.times import initial_noise
 from datasetdm_fast.errors import Missing, Refused
 
-HAS_BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+HAS_BF16 = "BF16" in open_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 PROMPTS = ("a green star on a yellow table at night", "three cones", "a person between two trees, in fog")
 
 
@@ -97,7 +104,7 @@ def test_what_a_timestep_alone_decides_is_computed_beside_the_graph(engine):
     """Compiled apart, both halves in fp32, they answer as the whole does."""
     latents, text = inputs(engine, 1)
     whole = engine.denoise(latents, 999, text)
-    path, core = engine.manifest.graph(engine.folder, "denoise"), openvino.Core()
+    path, core = engine.manifest.graph(engine.folder, "denoise"), open_core()
     graph = core.read_model(str(path))
     beside = split_graph(graph, "timestep")
     assert [given.any_name for given in beside.inputs] == ["timestep"] and "timestep" not in input_names(graph)
@@ -123,6 +130,21 @@ def test_bf16_is_as_close_at_late_timesteps_as_at_early_ones(engine, rounded, ti
     truth, found = (one.denoise(latents, timestep, text) for one in (engine, rounded))
     assert 1e-4 < float((found - truth).norm() / truth.norm()) < 7.3e-3  # 8.0e-3 at 500 with phases in bf16
     assert rounded._stages["denoise"]._time_model is not None and engine._stages["denoise"]._time_model is None
+
+
+def test_a_signal_is_handled_after_cores_have_gone(engine):
+    """Where two had gone in the order they came, it was a segmentation fault without a word."""
+    assert engine.core is open_core()
+    cores = [open_core(), open_core()]
+    assert all(core.get_property("CPU", "FULL_DEVICE_NAME") for core in cores)  # loads the plug-in
+    while cores:
+        del cores[0]
+        gc.collect()
+    if not (child := os.fork()):
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(143))
+        os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
 
 
 def test_networks_that_the_export_alone_needs_are_let_go(cache):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,14 @@ ANY_BATCH = ("encode_text",)  # called once for any number of words: compiling f
 TIMESTEP = "timestep"  # what depends on this input alone is computed in fp32 beside a graph in bf16
 
 
+@cache
+def open_core() -> openvino.Core:
+    """One for the process: its plug-in moves the stack of signal handlers. Two leave it in memory that is no longer
+    there, and the next Ctrl-C is a segmentation fault.
+    """
+    return openvino.Core()
+
+
 class OpenVinoEngine(GraphEngine):
     """See GraphEngine; a batch is cut into the slices of the fast engine, which run in `streams` at once."""
 
@@ -46,7 +55,7 @@ class OpenVinoEngine(GraphEngine):
         self.device = resolve_device("cpu" if device == "auto" else device)
         if self.device.type != "cpu":
             raise Refused(f"device: OpenVINO is used on a CPU, not on {device}", "Leave out --device.")
-        self.core, self.streams = openvino.Core(), streams
+        self.core, self.streams = open_core(), streams
         self.precision = resolve_precision(dtype, self.core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
         super().__init__(model, decoders, on_message)
 
