@@ -23,7 +23,7 @@ from datasetdm_fast.config import EXPORT_FORMATS
 from datasetdm_fast.convert import main
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
 from datasetdm_fast.engine.labels import mask_rle, number_classes
-from datasetdm_fast.runs.exporting import annotation_tools, coco, voc, yolo
+from datasetdm_fast.runs.exporting import annotation_tools, cityscapes, coco, hf, rings, voc, yolo
 from datasetdm_fast.runs.exporting.classes import Classes
 from datasetdm_fast.runs.exporting.view import ExportedPerson, ExportedThing
 from datasetdm_fast.runs.gallery.closing import finish_run
@@ -251,6 +251,19 @@ def test_panoptic(exported):
     assert [(row["id"], row["isthing"]) for row in held["categories"]] == [(1, 0), (2, 0), (3, 1), (4, 1), (5, 1)]
 
 
+def test_the_colour_of_a_panoptic_segment_is_its_number_to_the_base_256():
+    masks = np.eye(300, dtype=bool).reshape(300, 15, 20)
+    things = [ExportedThing("car", 0.9, rle, 1, (0, 0, 1, 1)) for rle in mask_rle.encode(masks).rles]
+    nothing = np.zeros((15, 20), np.uint8)
+    facts = {"split": "train", "name": "a", "number": 0, "width": 20, "height": 15, "things": things}
+    sample = SimpleNamespace(picture=lambda forms: ("png", b""), semantic=nothing, ignored=nothing > 0, **facts)
+    layout, classes = SimpleNamespace(polygons=False), Classes(("car",), ("car",), ())
+    plan = SimpleNamespace(tasks={"instance", "semantic"}, layout=layout, classes=classes)
+    files, _ = coco.CocoFormat().convert_sample(sample, plan)
+    written = io.BytesIO(files["annotations/panoptic_train2017/a.png"])
+    assert panoptic_numbers(written) == np.arange(1, 301).reshape(15, 20).tolist()
+
+
 def test_lvis(exported):
     held = read(exported("lvis") / "lvis_v1_train.json")
     assert held["annotations"] == ANNOTATIONS
@@ -405,6 +418,13 @@ def test_cityscapes(exported):
     assert car == [[1, 1], [3, 1], [3, 2], [1, 2]]  # through the outermost pixels
 
 
+def test_a_thousand_and_first_car_has_no_number_of_its_own_in_cityscapes():
+    sample = SimpleNamespace(
+        number_things=lambda: np.arange(1, 1002, dtype=np.int32)[None], things=[SimpleNamespace(name="car")] * 1001
+    )
+    assert cityscapes._instances(sample, np.full((1, 1001), 26, np.uint8))[0].tolist() == [*range(26000, 27000), 26]
+
+
 def test_depth(exported):
     (nyu,) = exported("nyu").rglob("sync_depth_00000000.png")
     assert pixels(nyu) == rows(1000, 2512, 65535, 0)  # millimetres; 16 bits end at 65.5 m
@@ -444,6 +464,13 @@ def test_records_of_hf_parquet_and_wds(exported):
     assert (table["joints"], table["limbs"]) == (list(JOINTS), [list(limb) for limb in LIMBS])
     for name in ("wds", "hf", "hf-parquet"):
         assert (exported(name) / "max_depth.txt").read_text() == "80\n"
+
+
+def test_a_row_group_ends_at_64_rows_or_where_its_pictures_fill_it(monkeypatch):
+    monkeypatch.setattr(hf, "_row", lambda size, plan: {"id": "a", "image": {"bytes": bytes(size)}})
+    monkeypatch.setattr(hf, "GROUP_BYTES", 10)
+    for sizes, rows_of_groups in (([6, 6, 4, 4, 4, 1], [2, 3, 1]), ([5, 5, 1], [2, 1]), ([0] * 130, [64, 64, 2])):
+        assert [len(group) for group in hf._groups(iter(sizes), None)] == rows_of_groups
 
 
 def points(x: int, y: int, width: int, height: int) -> list[list[int]]:
@@ -486,6 +513,12 @@ def test_runs_of_a_mask_in_cvat_go_row_by_row_and_begin_outside():
     shape = ElementTree.fromstring(annotation_tools._cvat_shape(thing, 2))
     assert shape.tag == "mask" and shape.get("rle") == "1, 2, 6, 4, 5"
     assert [shape.get(side) for side in ("left", "top", "width", "height", "z_order")] == ["0", "0", "6", "3", "2"]
+
+
+def test_a_hole_is_reached_from_the_corner_nearest_to_it():
+    border, hole = [[0, 0], [6, 0], [6, 6], [0, 6]], [[4, 4], [4, 5], [5, 5], [5, 4]]
+    line = rings.join_rings([np.array(border), np.array(hole)])
+    assert line.tolist() == [*border[:3], *hole, hole[0], *border[2:]]
 
 
 def test_label_studio(exported):

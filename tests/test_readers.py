@@ -1823,6 +1823,25 @@ def test_pose_data_without_persons_is_refused_and_uncounted_joints_are_counted(c
         assert len(item.masks) and not len(item.keypoints)
 
 
+def test_one_file_of_coco_may_hold_outlines_and_joints(copied):
+    root, address = copied("coco")
+    apart = [item.keypoints.tolist() for item in open_data(address, SIZE)]
+    path = root / "annotations/person_keypoints_train2017.json"
+    persons = json.loads(path.read_text())
+    path.unlink()
+
+    def join(document):
+        document["categories"].append(persons["categories"][0] | {"id": 100, "name": "walker"})
+        document["annotations"] += [row | {"category_id": 100} for row in persons["annotations"]]
+
+    rewrite(root / "annotations/instances_train2017.json", join)
+    for tasks in ((), ("instance", "pose")):
+        source = open_data(address, SIZE, tasks=tasks)
+        assert [item.keypoints.tolist() for item in source] == apart and "walker" in source.thing_classes
+    assert open_data(address, SIZE, tasks=["instance"])[0].keypoints is None
+    assert len(open_data(address, SIZE, tasks=["pose"])) == sum(map(len, apart)) > 0
+
+
 MUGS = {"background": (0, 0, 0), "mug": (250, 50, 83), "leaf": (51, 221, 255)}  # colours that CVAT gives
 
 
