@@ -101,6 +101,13 @@ def test_what_is_no_correction_is_refused(run, value):
         read_corrections(run)
 
 
+@pytest.mark.parametrize("id", ["a mug.jpg", "-1", ""])
+def test_a_correction_of_no_sample_is_refused_by_its_id(run, id):
+    (run / CORRECTIONS).write_text(json.dumps({"00000000": {}, id: {}}))
+    with pytest.raises(Refused, match=f"corrections file .*{id!r} is no number of a sample"):
+        read_corrections(run)
+
+
 def test_a_region_is_cut_to_the_picture_and_half_of_a_thing_stays():
     told = {
         "removed": [["instance", 1]],

@@ -753,6 +753,18 @@ def as_roboflow(root: Path, place) -> None:
     (root / "valid" / "_annotations.coco.json").write_text("{}")
 
 
+def as_roboflow_of_one_word(root: Path, place) -> None:
+    """The project is called as its first class."""
+
+    def change(document):
+        name = document["categories"][0]["name"]
+        for category in document["categories"]:
+            category["supercategory"] = name
+        document["categories"].insert(0, {"id": 0, "name": name, "supercategory": "none"})
+
+    rewrite(place("train/_annotations.coco.json", "train"), change)
+
+
 def as_fiftyone(root: Path, place) -> None:
     place("labels.json", "data")
 
@@ -766,7 +778,16 @@ def as_splits(root: Path, place) -> None:
     (root / "val.json").write_text("{}")
 
 
-EXPORTS_OF_TOOLS = (as_cvat, as_cvat_with_masks, as_label_studio, as_roboflow, as_fiftyone, as_one_folder, as_splits)
+EXPORTS_OF_TOOLS = (
+    as_cvat,
+    as_cvat_with_masks,
+    as_label_studio,
+    as_roboflow,
+    as_roboflow_of_one_word,
+    as_fiftyone,
+    as_one_folder,
+    as_splits,
+)
 
 
 @pytest.fixture
@@ -801,6 +822,35 @@ def test_coco_is_read_as_tools_export_it(made, placed, export):
     source = open_data(address, SIZE)
     assert same_items(source, open_data(f"coco:{made('coco')}", SIZE, tasks=["instance"]))
     assert source.layout.startswith("annotations of ") and "pictures in " in source.layout
+
+
+@pytest.mark.parametrize("change", [lambda row: row.update(segmentation=[]), lambda row: row.pop("segmentation", None)])
+def test_a_box_of_coco_without_an_outline_is_ignored_beside_outlines(copied, change):
+    """As CVAT exports rectangles."""
+    root, address = copied("coco")
+
+    def alter(document):
+        row = first_polygon(document)
+        row["bbox"] = [3, 5.0, 20, 12]
+        change(row)
+
+    before = open_data(address, SIZE, tasks=["instance"]).picture(1)
+    rewrite(root / "annotations/instances_train2017.json", alter)
+    after = open_data(address, SIZE, tasks=["instance"]).picture(1)
+    assert (len(after.masks), len(after.crowds)) == (len(before.masks) - 1, len(before.crowds) + 1)
+    (mask,) = [mask for make in after.crowds if (mask := make()).sum() == 20 * 12]
+    assert mask[5:17, 3:23].all()
+    rewrite(root / "annotations/instances_train2017.json", lambda d: [change(row) for row in d["annotations"]])
+    with pytest.raises(Refused, match="no segmentation"):
+        open_data(address, SIZE, tasks=["instance"]).picture(1)
+
+
+def test_categories_of_one_name_are_refused(copied):
+    root, address = copied("coco")
+    path = root / "annotations/instances_train2017.json"
+    rewrite(path, lambda d: d["categories"][1].update(name=d["categories"][0]["name"]))
+    with pytest.raises(Refused, match="the category '.*' occurs twice"):
+        open_data(address, SIZE, tasks=["instance"])
 
 
 @pytest.mark.parametrize("named", ["labels.json", "labels.json:photos"])
@@ -1459,7 +1509,7 @@ BAD = {
     "a polygon of two corners": instances(lambda d: first_polygon(d).update(segmentation=[[1, 2, 3, 4]])),
     "a polygon far away": instances(lambda d: first_polygon(d).update(segmentation=[[1e9, 2, 3, 4, 5, 6]])),
     "a polygon of words": instances(lambda d: first_polygon(d).update(segmentation=[["a", "b", "c", "d", "e", "f"]])),
-    "no segmentation": instances(lambda d: first_polygon(d).pop("segmentation")),
+    "neither a segmentation nor a box": instances(lambda d: first_polygon(d).update(segmentation=[], bbox=[])),
     "an unknown category": instances(lambda d: first_polygon(d).update(category_id=99)),
     "a file name that leads out": instances(lambda d: d["images"][1].update(file_name="../../secret.jpg")),
     "too few joints": (
@@ -1691,6 +1741,19 @@ def test_a_label_file_of_empty_lines_shows_nothing(copied):
     (root / "labels/train/000000.txt").write_text("\n\n")
     source = open_data(address, SIZE)
     assert not len(source[0].masks) and source[0].caption == "a photo" and len(source[1].masks)
+
+
+@pytest.mark.parametrize("places", [("valid/images", "valid/labels"), ("images/valid", "labels/valid")])
+def test_the_split_val_of_yolo_may_be_called_valid(copied, places):
+    root, address = copied("yolo-seg")
+    before = [item.masks for item in open_data(address, SIZE)]
+    for part, place in zip(("images", "labels"), places, strict=True):
+        shutil.copytree(root / part / "train", root / place)
+        shutil.rmtree(root / part / "train")
+    after = [item.masks for item in open_data(f"{address}[val]", SIZE)]
+    assert all((one == other).all() for one, other in zip(after, before, strict=True))
+    with pytest.raises(Refused, match="found neither .*images/train"):
+        open_data(address, SIZE)
 
 
 def test_classes_that_are_written_with_a_point_are_read_where_they_are_whole(copied):
@@ -1931,6 +1994,9 @@ def test_voc_with_both_sets_of_maps_has_objects_for_the_asking(copied, made):
     (root / "splits" / "train_aug.txt").unlink()
     (root / "ImageSets" / "Segmentation" / "train.txt").write_bytes(b"\xef\xbb\xbfmy cat.v2\r\n")
     assert [item.id for item in open_data(address, SIZE)] == ["my cat.v2"]
+    (picture,) = root.rglob("my cat.v2.jpg")
+    picture.rename(picture.with_suffix(".JPG"))  # as cameras write it
+    assert [item.id for item in open_data(address, SIZE)] == ["my cat.v2"]
 
 
 def test_a_photo_of_24_megapixels_is_read(copied):
@@ -2109,6 +2175,14 @@ def test_classes_units_and_splits_of_hugging_face_folders_are_read_where_they_st
     (root / "metadata.csv").write_text("file_name,label_file_name\nval/images/scene 1.png,../secret.png\n")
     with pytest.raises(Refused, match="leads out"):
         open_data(f"{address}[val]", SIZE)[0]
+
+
+def test_a_cell_of_a_table_keeps_its_lines(copied):
+    root, address = copied("hf-imagefolder")
+    rows = 'file_name,label_file_name,text\r\n\r\nimages/scene 1.png,masks/scene 1.png,"a cat\n\n and ""a"" dog"\r\n'
+    (root / "train" / "metadata.jsonl").unlink()
+    (root / "train" / "metadata.csv").write_bytes(rows.encode("utf-8-sig"))
+    assert [item.caption for item in open_data(address, SIZE)] == ['a cat\n\n and "a" dog']
 
 
 def made_of(root: Path) -> Path:
@@ -2508,6 +2582,26 @@ def test_brushes_and_outlines_of_label_studio_become_masks(tmp_path):
         text(tmp_path / "project.json", json.dumps([{"data": {}, "annotations": wrong if wrong == 1 else [wrong]}]))
         with pytest.raises(Refused, match="not what Label Studio writes"):
             open_data(f"label-studio:{tmp_path}", 20)
+
+
+@pytest.mark.parametrize("root", ["", "images"])
+def test_pictures_of_one_name_in_label_studio_are_told_apart_by_their_folders(tmp_path, root):
+    outline = {"points": [[0, 0], [25, 0], [25, 20]], "polygonlabels": ["cat"]}
+    result = [{"type": "polygonlabels", "value": outline, "original_width": 40, "original_height": 20}]
+    urls = ("/data/local-files/?d=photos/x/a.png", "/data/local-files/?d=photos%5Cy%5Ca.png")
+    tasks = [{"data": {"text": "two cats", "image": url}, "annotations": [{"result": result}]} for url in urls]
+    text(tmp_path / "project.json", json.dumps([*tasks, tasks[0]]))
+    save(tmp_path / root / "a.png", np.zeros((20, 40, 3), np.uint8))
+    with pytest.raises(Missing, match="x/a.png"):
+        open_data(f"label-studio:{tmp_path}", 20).picture(0)
+    for folder, shade in (("x", 100), ("y", 200)):
+        save(tmp_path / root / folder / "a.png", np.full((20, 40, 3), shade, np.uint8))
+    source = open_data(f"label-studio:{tmp_path}", 20)
+    assert [source.picture(record).image.mean() for record in range(3)] == [100, 200, 100]
+    for data, words in (({"image": "http://other/photos/x/a.png"}, "as another does"), ({}, "names no picture")):
+        text(tmp_path / "project.json", json.dumps([tasks[0], {**tasks[0], "data": data}]))
+        with pytest.raises(Refused, match=f"task 1 .*{words}"):
+            open_data(f"label-studio:{tmp_path}", 20).picture(1)
 
 
 def test_data_of_crowds_alone_are_refused_for_that(copied):

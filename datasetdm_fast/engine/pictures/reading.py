@@ -153,14 +153,17 @@ def depth_map(path: Path, shape: Sequence[int], units: float, farthest: float) -
     return np.where(metres <= farthest, metres, 0).astype(np.float32)
 
 
-def numbered_lines(path: Path, *, may_be_none: bool = False, most: int = LARGEST_LIST) -> list[tuple[int, str]]:
-    """The lines of a UTF-8 file of at most `most` bytes that are not empty, by number; none if `may_be_none`."""
+def read_text(path: Path, most: int) -> str:
     try:
-        text = storage.read(path, most).decode("utf-8-sig")
+        return storage.read(path, most).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise bad(path, f"not UTF-8 at byte {error.start}") from error
+
+
+def numbered_lines(path: Path, *, may_be_none: bool = False, most: int = LARGEST_LIST) -> list[tuple[int, str]]:
+    """The lines of a UTF-8 file of at most `most` bytes that are not empty, by number; none if `may_be_none`."""
     # other marks that Python takes for the end of a line may stand in a name or in a JSON text
-    numbered = enumerate(map(str.strip, re.split("\r\n|\n|\r", text)), 1)
+    numbered = enumerate(map(str.strip, re.split("\r\n|\n|\r", read_text(path, most))), 1)
     filled = [(number, line) for number, line in numbered if line]
     if not filled and not may_be_none:
         raise bad(path, "no line in it")

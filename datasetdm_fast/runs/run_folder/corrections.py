@@ -100,8 +100,10 @@ def read_corrections(folder: Path) -> dict[int, Correction]:
 
 
 def parse_corrections(values: Mapping[str, Any]) -> dict[int, Correction]:
-    """Index -> correction, from id -> JSON; a ValueError where a value is none."""
-    return {int(id): Correction.parse(value) for id, value in values.items() if id.isdecimal()}
+    """Index -> correction, from id -> JSON; a ValueError where an id is no number or a value is none."""
+    if wrong := [id for id in values if not id.isdecimal()]:
+        raise ValueError(f"{documents.quote(wrong[0])} is no number of a sample")
+    return {int(id): Correction.parse(value) for id, value in values.items()}
 
 
 def format_corrections(corrections: Mapping[int, Correction]) -> bytes:

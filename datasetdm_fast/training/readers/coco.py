@@ -17,7 +17,7 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.training.readers.coco_layout import PictureFolder, find_layout, find_pictures
 from datasetdm_fast.training.truth import windows
 from datasetdm_fast.training.truth.picture_source import largest
-from datasetdm_fast.training.truth.shapes import MOST_CORNERS, Mask, OutlineSource, Things, polygon, rasterise
+from datasetdm_fast.training.truth.shapes import MOST_CORNERS, Mask, OutlineSource, Things, box, polygon, rasterise
 from datasetdm_fast.untrusted import documents
 from datasetdm_fast.untrusted.json_stream import JsonStream
 
@@ -41,6 +41,7 @@ class Annotations:
         self.joints: tuple[str, ...] = ()
         self.limbs: tuple[tuple[int, int], ...] = ()
         self.bad: dict[int, str] = {}  # image id -> the fault of one of its annotations
+        self.has_outlines = False
         self.marks_masks = False  # whether iscrowd says that a mask was painted, as in exports of Datumaro and CVAT
         rows = {name: array("q") for name in ("id", "image", "category", "start", "end", "count")}
         areas, crowds = array("d"), array("b")
@@ -70,6 +71,7 @@ class Annotations:
                         (value["id"], value["image_id"], value["category_id"], start, end, _count_joints(value)),
                     ):
                         rows[name].append(number)
+                    self.has_outlines = self.has_outlines or bool(value.get("segmentation"))
                     areas.append(value.get("area", 0))
                     crowds.append(_is_crowd(value))
             except (ValueError, TypeError, OverflowError) as error:
@@ -89,8 +91,8 @@ class Annotations:
 
     def _add_category(self, value: Any) -> None:
         documents.check_form(value, {"id": int, "name": str})
-        if value["id"] in self.categories or value["name"] in self.categories.values():
-            raise ValueError(f"the category {documents.quote(value['name'])} occurs twice")
+        if value["id"] in self.categories:
+            raise ValueError(f"the category id {value['id']} occurs twice")
         self.categories[value["id"]] = value["name"]
         self.parents[value["id"]] = value.get("supercategory")
         if "keypoints" in value:
@@ -99,7 +101,10 @@ class Annotations:
             self.limbs = _limbs(value.get("skeleton"), len(self.joints))
 
     def _check_ids(self) -> None:
-        """Annotations of unknown categories make their image bad; an unknown image or a repeated id is refused."""
+        """Annotations of unknown categories make their image bad; an unknown image or what occurs twice is refused."""
+        names = [self.categories[category] for category in self.shown_categories]
+        if repeated := next((name for name in names if names.count(name) > 1), ""):
+            raise reading.bad(self.path, f"the category {documents.quote(repeated)} occurs twice")
         ids = np.sort(self.rows["id"])
         if len(twice := ids[1:][ids[1:] == ids[:-1]]):
             raise reading.bad(self.path, f"the annotation id {twice[0]} occurs twice")
@@ -230,11 +235,13 @@ class Coco(OutlineSource):
         for row in self.things.of(image):
             if (class_id := self.numbers.get(int(self.things.rows["category"][row]))) is None:  # the background
                 continue
+            annotation = self.things.read(row)
+            is_box = self.things.has_outlines and not annotation.get("segmentation")  # of a thing without an outline
             try:
-                mask = _mask(self.things.read(row).get("segmentation"), shape)
+                mask = _box(annotation, shape) if is_box else _mask(annotation.get("segmentation"), shape)
             except ValueError as error:
                 raise self.things.bad_annotation(row, documents.reason_of(error)) from error
-            things.add(mask, class_id, bool(self.things.crowds[row]))
+            things.add(mask, class_id, is_crowd=is_box or bool(self.things.crowds[row]))
         return things.fields | {"caption": self.names_of(things)}
 
     def _joints(self, rows: Sequence[int]) -> dict[str, Any]:
@@ -330,6 +337,13 @@ def _count_joints(annotation: dict[str, Any]) -> int:
     if count is None and isinstance(points, list):
         return sum(isinstance(value, (int, float)) and value > 0 for value in points[2::3])
     return count or 0
+
+
+def _box(annotation: dict[str, Any], shape: tuple[int, int]) -> Mask:
+    """The mask of a box, in which every prediction is ignored, as nobody told what of it is the thing."""
+    documents.check_form(annotation, {"bbox": [float]})
+    left, top, width, height = annotation["bbox"]
+    return box((left, top, left + width, top + height), shape)
 
 
 def _mask(segmentation: Any, shape: tuple[int, int]) -> Mask:

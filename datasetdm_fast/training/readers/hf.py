@@ -110,7 +110,7 @@ class HuggingFace(PictureSource):
         if "depth" in maps:
             raw, steps = maps["depth"]
             metres = raw.astype(np.float32) / steps
-            depth = np.where(np.isfinite(metres) & (metres > 0) & (metres <= self.max_depth), metres, 0)
+            depth = np.where((metres > 0) & (metres <= self.max_depth), metres, 0)
         caption = row[self.columns["caption"]] if self.columns["caption"] else None
         if not isinstance(caption, (str, NoneType)):
             raise reading.bad(self.name(record), "its caption is not a text")

@@ -1,6 +1,7 @@
 """label-studio:PATH: pictures with the JSON that Label Studio exports: brushes, polygons, rectangles and ellipses."""
 
 import math
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,15 @@ from datasetdm_fast.untrusted import documents
 LARGEST_EXPORT = 2**30  # bytes; brushes are long lists of numbers
 SHAPES = ("polygonlabels", "rectanglelabels", "ellipselabels", "brushlabels")
 RESULT_FORM = {"original_width": int, "original_height": int, "value": dict}
+DEEPEST = 8  # parts of a path by which pictures of one name are told apart
 EXPORT = "In Label Studio choose Export and the format JSON."
 
 
 class LabelStudio(shapes.OutlineSource):
     """A JSON file, or the only one of a folder or its split, of tasks; a picture has the name that its task ends in,
-    also without the eight letters that an upload begins with, in `images` or beside the file. The first annotation of a
-    task that was not cancelled counts, tasks without one are left out; classes are in the order of their names.
+    also without the eight letters that an upload begins with, in `images` or beside the file; with its folders where
+    others are called so, too. The first annotation of a task that was not cancelled counts, tasks without one are left
+    out; classes are in the order of their names.
     """
 
     rule = windows.RULES["coco"]
@@ -44,17 +47,16 @@ class LabelStudio(shapes.OutlineSource):
         self.set_things(sorted(filter(shapes.is_thing, named)))
         if not self.thing_classes:
             raise reading.bad(self.file, "no outline with a label in it")
+        self.urls = [_url(data) for data, _ in self.records]
+        self.counts = Counter(tail for url in {*self.urls} for tail in _tails(url))  # of different pictures
         super().__init__(size, len(self.records))
 
     def name(self, record: int) -> str:
-        data = self.records[record][0]
-        urls = [value for value in data.values() if isinstance(value, str)] if isinstance(data, dict) else []
-        if not urls:
-            raise reading.bad(self.file, f"task {record} names no picture")
-        parts = urlsplit(urls[0])
-        name = Path(unquote(parse_qs(parts.query).get("d", [parts.path])[0])).name  # of local files as of uploads
-        uploaded = name[9:] if name[8:9] == "-" else name
-        places = [folder / each for folder in (self.folder / "images", self.folder) for each in (name, uploaded)]
+        tails = [tail for tail in _tails(self.urls[record]) if self.counts[tail] == 1]
+        if not tails:
+            has_url = f"{documents.quote(self.urls[record])}, as another does by its path"
+            raise reading.bad(self.file, f"task {record} names {has_url if self.urls[record] else 'no picture'}")
+        places = [folder / tail for tail in tails for folder in (self.folder / "images", self.folder)]
         return str(next((place for place in places if place.is_file()), places[0]))
 
     def picture(self, record: int) -> Picture:
@@ -76,6 +78,22 @@ def _results(task: dict[str, Any]) -> list[dict[str, Any]] | None:
     for result in results:
         documents.check_form(result, RESULT_FORM)
     return [result for result in results if _labels(result)]
+
+
+def _url(data: Any) -> str:
+    """What a task calls its picture, beside which it may have texts."""
+    values = [value for value in data.values() if isinstance(value, str)] if isinstance(data, dict) else []
+    named = [value for value in values if any(ending in value.lower() for ending in reading.PICTURES)]
+    return next(iter(named or values), "")
+
+
+def _tails(url: str) -> list[str]:
+    """The last part of a picture's path, also without what an upload begins with, then more and more of its path."""
+    parts = urlsplit(url)
+    path = unquote(parse_qs(parts.query).get("d", [parts.path])[0]).replace("\\", "/")  # of local files as of uploads
+    *folders, name = [part for part in path.split("/") if part not in ("", ".", "..")][-DEEPEST:] or [""]
+    names = dict.fromkeys((name, name[9:] if name[8:9] == "-" else name) if name else ())
+    return ["/".join((*folders[k:], each)) for k in range(len(folders), -1, -1) for each in names]
 
 
 def _labels(result: dict[str, Any]) -> list[str]:

@@ -198,7 +198,8 @@ class Voc(PictureSource):
 
 def _picture_file(folder: Path, name: str, listed_in: Path) -> Path:
     """The picture of an id, of any ending that is read."""
-    files = [reading.inside(folder, f"{name}{ending}", listed_in) for ending in reading.PICTURES]
+    endings = [*reading.PICTURES, *map(str.upper, reading.PICTURES)]
+    files = [reading.inside(folder, f"{name}{ending}", listed_in) for ending in endings]
     return next((file for file in files if file.exists()), files[0])
 
 

@@ -17,8 +17,12 @@ class Yolo(OutlineSource):
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         self.names = _class_names(reading.first_there(path / "data.yaml", path / "dataset.yaml"))
         self.set_things(name for name in self.names if not reading.is_background(name))
-        folder = reading.first_there(path / "images" / split, path / split / "images")
-        self.labels = path / "labels" / split if folder.name == split else path / split / "labels"
+        names = reading.SPLIT_NAMES.get(split, (split,))
+        folder = reading.first_there(
+            *(place for name in names for place in (path / "images" / name, path / name / "images"))
+        )
+        is_split = folder.parent == path / "images"
+        self.labels = path / "labels" / folder.name if is_split else folder.parent / "labels"
         self.images = reading.listing(folder, *reading.PICTURES, *reading.OTHER_PICTURES)
         self.stems = reading.names_of(folder, self.images)
         if not self.labels.is_dir():

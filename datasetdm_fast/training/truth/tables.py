@@ -96,9 +96,9 @@ def _json_rows(file: Path) -> list[dict[str, Any]]:
 
 
 def _csv_rows(file: Path) -> list[dict[str, Any]]:
-    text = "\n".join(reading.lines(file, most=LARGEST_METADATA))
+    text = reading.read_text(file, LARGEST_METADATA)
     try:
-        rows = list(csv.DictReader(io.StringIO(text), strict=True))
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
     except csv.Error as error:
         raise reading.bad(file, f"not readable as CSV ({error})") from error
     if strange := next((k for k, row in enumerate(rows, 2) if None in row or None in row.values()), 0):
