@@ -35,6 +35,7 @@ from datasetdm_fast.training import (
     cross_validation,
     page,
     predictions,
+    session,
     splits,
     task_training,
     workflow,
@@ -160,6 +161,28 @@ def test_what_captions_always_name_is_looked_for_only_by_name(run, tmp_path, cap
                 LAYOUTS["folder"][1](tmp_path / "data")
         assert run("--data", data, *line, "--by-name", flag, out=f"decoder{k}") == 0
         assert load_decoders(tmp_path / f"decoder{k}")[line[1]].config.named == found and (not found or "ball" in found)
+
+
+def test_captions_that_name_what_they_name_wherever_it_is_shown_are_read_by_name(run, tmp_path, monkeypatch):
+    """As those of `example`, without which its decoder would take a ball for a tree; others are no list of things."""
+    LAYOUTS["folder"][1](data := tmp_path / "data")
+    LAYOUTS["mask"][1](tmp_path / "mask")
+    captions = json.loads((data / "captions.json").read_text())
+    monkeypatch.setattr(session, "LEAST_CAPTIONS", len(captions))
+
+    def named(address):
+        out = f"decoder{len(list(tmp_path.iterdir()))}"
+        assert run("--data", address, "--task", "semantic", "--steps", "1", "--quiet", out=out) == 0
+        return load_decoders(tmp_path / out)["semantic"].config.named
+
+    assert {"table", "ball"} <= set(named(f"folder:{data}")) < set(world.CLASSES)
+    assert named(f"mask:{tmp_path / 'mask'}") == ()  # captions that are made, of a word that no prompt may have
+    for others in ({"scene 0": "nothing else"}, dict.fromkeys(captions, "a scene")):
+        (data / "captions.json").write_text(json.dumps(captions | others))
+        assert named(f"folder:{data}") == ()
+    monkeypatch.setattr(session, "LEAST_CAPTIONS", len(captions) + 1)
+    (data / "captions.json").write_text(json.dumps(captions))
+    assert named(f"folder:{data}") == ()
 
 
 def test_class_words_of_an_own_table_are_said_found_and_kept(run, tmp_path, capsys):

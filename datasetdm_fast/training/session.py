@@ -38,6 +38,7 @@ from datasetdm_fast.untrusted import documents
 
 SECONDS_PER_LINE = 10.0  # seconds between two lines of progress
 MOST_LISTED = 20  # bad images that are named
+LEAST_CAPTIONS = 20  # below which they may name what images show by chance
 PERSON = "person"  # the framing of items that each show one person of a picture
 
 
@@ -167,19 +168,24 @@ class TrainingSession:
     def _named_classes(self, classes: Sequence[str]) -> tuple[str, ...]:
         """The classes that a decoder predicts only where a prompt names them."""
         table, source, by_name = self.source.class_table, self.source, self.recipe_settings.by_name
-        is_requested = by_name == "yes" or (by_name == "auto" and source.captions_name_all)
         things = [name for name in classes if name in source.thing_classes]
-        if not (is_requested and self.view_settings.captions != "none" and things):
+        if by_name == "no" or self.view_settings.captions == "none" or not things:
             return ()
         if source.captions_name_all:
             pairs = zip(things, spoken(things, table), strict=True)
             return tuple(name for name, word in pairs if name in find_classes(photo_of([word]), things, table))
-        return always_named(things, self._shown_things, table)
+        seen = [(shown, caption) for shown, caption, _ in self._shown_things]
+        named = always_named(things, seen, table)
+        if by_name == "yes":
+            return named
+        stored = [find_classes(caption, things, table) for _, caption, is_stored in self._shown_things if is_stored]
+        return named if len(stored) >= LEAST_CAPTIONS and any(stored) and set().union(*stored) <= set(named) else ()
 
     @cached_property
-    def _shown_things(self) -> list[tuple[list[str], str]]:
-        """The things that each item shows, and its caption."""
-        return [(_things(self.source, item), item.caption) for item in map(self.source.__getitem__, self.numbers)]
+    def _shown_things(self) -> list[tuple[list[str], str, bool]]:
+        """The things that each item shows, its caption, and whether the data set stores that."""
+        items = map(self.source.__getitem__, self.numbers)
+        return [(_things(self.source, item), item.caption, item.named is None) for item in items]
 
     def plan(self, task: str) -> TaskPlan:
         """Decoder and schedule of a task, with everything that decides the weights."""

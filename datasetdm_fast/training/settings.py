@@ -105,7 +105,8 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
     by_name: str = setting(
         "auto",
         "predict a class only where the prompt names it, for data whose captions name every class shown; auto: yes "
-        "for demo scenes, and where the captions are made from the labels",
+        "for demo scenes, where the captions are made from the labels, and where 20 or more captions name whatever "
+        "they name in every image that shows it",
         choices=("auto", "yes", "no"),
     )
     by_word: str = setting(
