@@ -329,6 +329,14 @@ def test_voc(exported):
     assert (root / "ImageSets/Segmentation/train.txt").read_text() == "00000000\n"
 
 
+def test_an_object_of_voc_is_truncated_by_any_border_of_its_picture():
+    boxes = [(0, 1, 2, 2), (1, 0, 2, 2), (4, 1, 2, 2), (1, 2, 2, 2), (1, 1, 4, 2)]  # the last one touches none
+    things = [SimpleNamespace(name="car", box=box) for box in boxes]
+    sample = SimpleNamespace(name="a", width=WIDTH, height=HEIGHT, things=things)
+    annotation = ElementTree.fromstring("".join(voc._annotation(sample, True)))
+    assert [each.text for each in annotation.iter("truncated")] == ["1", "1", "1", "1", "0"]
+
+
 def test_classes_of_voc_have_its_numbers_and_others_those_of_the_export():
     known, others = (Classes(names, names, ()) for names in (("person", "cat"), ("person", "mug")))
     assert {name: voc.numbers(known)[name] for name in known.names} == {"person": 15, "cat": 8}

@@ -64,7 +64,7 @@ def ours(family: str, sampler: str, steps: int, tokens: int = 4096, **changes) -
     return make_schedule({"_class_name": EULER, **config, **changes}, sampler, steps, flow=rule, tokens=tokens)
 
 
-@pytest.mark.parametrize("tokens", [256, 1024, 4096, 4400])
+@pytest.mark.parametrize("tokens", [256, 4096, 4300, 4301])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_levels_are_those_of_diffusers_to_the_last_bit(family, tokens):
     for steps in (*range(2, 12), 28, 50, 100):

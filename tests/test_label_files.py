@@ -271,7 +271,7 @@ def test_a_joint_that_is_not_seen_has_no_place_and_no_part_in_the_box():
     assert encoded("pose", person((1, 1), (2, 2), (3, 3), visibility=(0, 0, 0))) == ({}, [])
 
 
-PEOPLE = {**TABLES["pose"], "size": [40, 60], "widened": 0.125}
+PEOPLE = {**TABLES["pose"], "size": [40, 60], "widened": pose_labels.WIDENED}
 
 
 def extent(label, labels=None, table=PEOPLE):
@@ -285,6 +285,7 @@ def test_a_person_without_an_instance_has_the_box_of_its_joints_widened_and_cut_
     """By an eighth of its longer side, by two pixels at least; never empty, also where one joint alone is seen."""
     inside = person((20, 10), (36, 20), (28, 12))
     assert extent(inside) == [([18.0, 8.0, 20.0, 14.0], 280.0, "joints")]
+    assert extent(person((10, 12), (42, 20), (28, 14))) == [([6.0, 8.0, 40.0, 16.0], 640.0, "joints")]
     assert extent(person((1, 1), (57, 39), (9, 9))) == [([0.0, 0.0, 60.0, 40.0], 2400.0, "joints")]
     assert extent(person((60, 40), (0, 0), (0, 0), visibility=(1, 0, 0))) == [([58.0, 38.0, 2.0, 2.0], 4.0, "joints")]
     assert extent(person((70, -3), (0, 0), (0, 0), visibility=(2, 0, 0)))[0][1] > 0  # a joint outside the picture
@@ -309,6 +310,8 @@ def test_a_person_has_the_box_and_area_of_the_instance_that_most_of_its_joints_l
     assert extent(one, figures(whole, names=("cone", "woman"))) == found
     assert extent(one, figures((25, 0, 40, 60))) == from_joints  # none of the joints
     assert extent(one, figures((2, 30, 30, 40))) == from_joints  # a third of them
+    half = extent(person((20.5, 10.5), (36.5, 20.5), (0, 0), visibility=(2, 1, 0)), figures((2, 18, 30, 30)))
+    assert half == [([18.0, 2.0, 12.0, 28.0], 336, "instance")]
     assert extent(one, figures(whole, kinds=[0])) == from_joints  # a cone
     assert extent(one, figures(whole, scores=[0.3])) == from_joints  # too unsure to be shown
     assert extent(one, figures(whole, scores=[0.4])) == found
@@ -393,6 +396,16 @@ def test_of_several_instances_the_one_that_was_found_again_takes_the_new_score()
     assert (merged.masks == old.masks).all() and merged.scores.tolist() == pytest.approx([0.5, 0.9])
     grown = LABEL_KINDS["instance"].merge(old, new, np.ones((4, 4), bool))
     assert grown.masks.sum((1, 2)).tolist() == [8] and grown.scores.tolist() == pytest.approx([0.9])
+    half = LABEL_KINDS["instance"].merge(instances((0, 0, 4, 4)), instances((0, 0, 4, 4), scores=[0.9]), region)
+    assert half.masks.sum() == 16 and half.scores.tolist() == [0.5]  # of as many pixels on both sides the old one's
+
+
+@pytest.mark.parametrize(("left", "pixels"), [(1, [4]), (0, [])])  # half of its 8 pixels, a third of 12
+def test_an_instance_of_which_half_lies_in_what_is_drawn_anew_is_added(left, pixels):
+    region = np.zeros((4, 4), bool)
+    region[:, 2:] = True
+    merged = LABEL_KINDS["instance"].merge(instances(), instances((0, left, 4, 3)), region)
+    assert merged.masks.sum((1, 2)).tolist() == pixels
 
 
 @pytest.mark.parametrize(

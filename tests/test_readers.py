@@ -33,7 +33,7 @@ from datasetdm_fast import split as splitting
 from datasetdm_fast.data import IGNORE, Instances, Trust
 from datasetdm_fast.engine.labels.label_files import with_text
 from datasetdm_fast.engine.pictures import framing, reading
-from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS, LabelledSource, Picture
+from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS, LabelledSource, Picture, largest_first
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.errors import Missing, Refused
@@ -358,7 +358,8 @@ def test_a_binary_mask_may_be_what_is_opaque(tmp_path, mode, shade):
     mask[:20] = True
     drawn = np.where(mask, 255, 0).astype(np.uint8)
     grey = drawn if shade is None else np.full_like(drawn, shade)
-    for alpha in (drawn, *([np.full_like(drawn, 255), np.zeros_like(drawn)] if shade is None else [])):
+    half = np.where(mask, 255, 127).astype(np.uint8)  # not more than half of the most is not opaque
+    for alpha in (drawn, half, *([np.full_like(drawn, 255), np.zeros_like(drawn)] if shade is None else [])):
         planes = [grey] * (len(mode) - 1) + [alpha]
         Image.merge(mode, [Image.fromarray(plane) for plane in planes]).save(tmp_path / "mask.png")
         assert (reading.binary_mask(tmp_path / "mask.png", mask.shape) == mask).all()
@@ -480,7 +481,8 @@ def test_depths_are_metres_in_every_unit(made):
 )
 def test_depths_of_benchmarks_by_hand(copied, name, files, farthest):
     root, address = copied(name)
-    for number, metres in ((1280, 1280 * {"kitti": 80, "nyu": 10}[name] / farthest), (farthest + 1, 0)):
+    most = {"kitti": 80, "nyu": 10}[name]
+    for number, metres in ((1280, 1280 * most / farthest), (farthest, most), (farthest + 1, 0)):
         for path in root.glob(files):
             save(path, np.full(np.asarray(Image.open(path)).shape, number, np.uint16))
         assert open_data(address, SIZE)[0].depth.max() == np.float32(metres)
@@ -996,6 +998,7 @@ def ramp(height: int, width: int) -> Picture:
 def test_new_pixels_are_those_under_their_middle_and_persons_move_with_them():
     assert framing._nearest(5, 0.0, 0.6, 3).tolist() == [0, 2, 4]
     assert framing._nearest(4, -1.0, 1.0, 6).tolist() == [-1, 0, 1, 2, 3, -1]
+    assert framing._nearest(118, 0.0, 3 / 118, 3).tolist() == [19, 59, 98]  # 59.0, whatever the product rounds to
     points = [[[6, 8, 2], [18, 4, 1], [17.9, 4, 1]], [[40, 8, 2]] * 3, [[2, 4, 1], [1.9, 4, 2], [2, 3.9, 2]]]
     people = {"keypoints": np.float32(points), "keypoint_areas": np.float32([100, 1, 40])}
     people["keypoint_boxes"] = np.float32([[0, 0, 30, 30], [0, 0, 9, 9], [6, 8, 4, 6]])
@@ -1037,7 +1040,12 @@ def test_captions_made_of_labels_name_what_a_crop_leaves(made, name):
 
 def test_fashion_without_captions_is_captioned_by_what_its_maps_show(copied):
     root, address = copied("deepfashion-mm")
+    path = min((root / "segm").iterdir())
+    labels = np.array(Image.open(path))
+    labels[:20, :20] = 23  # the last class
+    save(path, labels)
     stored = [item.semantic for item in open_data(address, SIZE)]
+    assert any((labels == 23).any() for labels in stored)
     (root / "captions.json").unlink()
     source = open_data(address, SIZE)
     assert source.captions_name_all
@@ -1092,7 +1100,7 @@ def test_captions_made_of_labels_follow_what_a_look_pastes_and_mirrors(tmp_path)
 
 
 def test_the_object_of_a_binary_mask_is_named_only_where_the_square_shows_it(tmp_path):
-    for name, columns in (("1#A#2#Chair#3", slice(0, 8)), ("1#A#2#Sofa#4", slice(44, 52))):
+    for name, columns in (("1#A#2#Chair#3", slice(0, 8)), ("2#A#2#Sofa#4", slice(44, 52))):
         mask = np.zeros((32, 96), np.uint8)
         mask[:, columns] = 255
         save(tmp_path / "im" / f"{name}.png", np.zeros((32, 96, 3), np.uint8))
@@ -1104,6 +1112,9 @@ def test_the_object_of_a_binary_mask_is_named_only_where_the_square_shows_it(tmp
         f"a photo of a {it}" for it in ("chair", "sofa", "pin")
     ]
     assert [item.caption for item in source] == ["a photo", "a photo of a sofa", "a photo"]
+    for folder in ("im", "gt"):
+        (tmp_path / folder / "2#A#2#Sofa#4.png").rename(tmp_path / folder / "2#A#2#4.png")  # no name of DIS5K
+    assert whole_item(open_data(f"mask:{tmp_path}", 64), 1).caption == "a photo of a object"
 
 
 def test_upstreams_windows_lie_inside_and_depend_on_the_seed_alone():
@@ -1191,6 +1202,14 @@ def test_what_lies_outside_the_picture_is_black_and_ignored():
         and item.image[: SIZE // 2, SIZE // 2 + 4 :].any(-1).all()
     )
     assert (item.semantic[:, : SIZE // 2] == 255).all() and (item.semantic[: SIZE // 2, SIZE // 2 :] != 255).all()
+    above = framing.frame_picture(picture, framing.Window(0, -50, SIZE / 100), SIZE)
+    assert (above.semantic[: SIZE // 2] == 255).all() and (above.semantic[SIZE // 2 :, : SIZE // 2] != 255).all()
+    assert not above.image[: SIZE // 2].any() and above.image[SIZE // 2 + 4 :, 4 : SIZE // 2].any(-1).all()
+
+
+def test_masks_are_drawn_into_one_map_from_the_largest_to_the_smallest():
+    masks = np.arange(9) < np.array([4, 9, 1, 9])[:, None]
+    assert largest_first(masks) == [1, 3, 0, 2]
 
 
 def test_framing_by_upstreams_rule_is_repeatable(made):

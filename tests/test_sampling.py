@@ -87,6 +87,7 @@ def test_betas_of_a_config_are_taken_and_of_few_steps_one_is_left():
     assert alphas_cumprod({"trained_betas": [0.1, 0.2, 0.5]}).tolist() == pytest.approx([0.9, 0.72, 0.36])
     whole, last = (make_schedule({}, "ddim", 10, strength=strength) for strength in (1.0, 0.01))
     assert len(whole.timesteps) == 10 and last.timesteps == whole.timesteps[-1:]
+    assert [len(make_schedule({}, "ddim", 10, strength=strength)) for strength in (0.54, 0.58)] == [5, 6]
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)

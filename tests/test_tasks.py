@@ -183,9 +183,10 @@ def test_suppression_follows_the_order_of_scores():
 
 def test_fragments_of_a_thing_are_no_things():
     """A piece of its mask, or of its edge, of the same class and less sure; not what lies apart or is as large."""
-    masks = planes((0, 0, 12, 12), (4, 4, 8, 12), (0, 12, 12, 13), (0, 14, 3, 17), (13, 0, 25, 12))
-    logits = torch.cat([sure(1, height=height) for height in (6.0, 5.0, 4.0, 3.0, 2.0)], 1)
-    assert things(logits, masks).masks.sum((1, 2)).tolist() == [144, 9, 144]
+    boxes = (0, 0, 12, 12), (4, 4, 8, 12), (0, 12, 12, 13), (0, 13, 12, 14), (0, 15, 3, 18), (13, 0, 25, 12)
+    masks, heights = planes(*boxes), (6.0, 5.0, 4.0, 3.5, 3.0, 2.0)
+    logits = torch.cat([sure(1, height=height) for height in heights], 1)
+    assert things(logits, masks).masks.sum((1, 2)).tolist() == [144, 12, 9, 144]
     other = torch.cat([sure(1, height=6.0), sure(2, height=5.0)], 1)
     assert len(things(other, masks[:, :2]).masks) == 2, "a thing before one of another class"
     surer = torch.cat([sure(1, height=5.0), sure(1, height=6.0)], 1)
@@ -371,8 +372,8 @@ def test_a_word_of_exactly_the_score_threshold_is_kept():
 
 
 def test_the_query_that_answers_a_word_best_is_the_surest_inside_its_mask():
-    logits = torch.tensor([[[[0.0, 1.0, 0.0], [0.0, 2.0, 0.0], [0.0, 1.9, 0.0]]]])  # one word, three queries
-    masks = planes((0, 0, 4, 4), (8, 8, 12, 12), (16, 16, 20, 20))[:, None]
+    logits = torch.tensor([[[[0.0, 1.0, 0.0], [0.0, 2.0, 0.0], [0.0, 1.9, 0.0], [0.0, 3.0, 0.0]]]])  # of one word
+    masks = planes((0, 0, 4, 4), (8, 8, 12, 12), (16, 16, 20, 20), None)[:, None]
     masks[0, 0, 1, 8:12, 8:12] = math.log(0.6 / 0.4)  # probable, but nowhere sure where
     scores, probability, mask = open_vocabulary.best_query(logits, masks)
     assert mask[0, 0, 17, 17] == ON and mask[0, 0, 9, 9] == OFF

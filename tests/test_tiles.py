@@ -131,3 +131,5 @@ def test_of_two_classes_a_pixel_has_the_likelier():
     maps[0, :, :4], maps[1, :, 4:] = 1.0, 0.5  # each is scaled to 0 .. 1
     found = joined_label(Tiling.of((8, 8), 8), [maps], [3, 5], ("background", *"abcde"), 0.6, 0.5)
     assert found.labels[0].tolist() == [3] * 4 + [5] * 4 and (found.confidence == 1).all()
+    alike = joined_label(Tiling.of((8, 8), 8), [maps[[0, 0]]], [3, 5], ("background", *"abcde"), 0.6, 0.5)
+    assert alike.labels[0].tolist() == [3] * 4 + [0] * 4  # of two alike the first
