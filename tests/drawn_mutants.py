@@ -34,9 +34,13 @@ DECIDING = 1000  # a whole number beyond it is a limit or a size, where one more
 ROOMS = {
     "engine/labels": "mask_rle label_files tiles tasks export_values gallery trust named_words attention redraw",
     "engine/loading": "loading",
+    "engine/loop": "driver batch prompts tiles attention redraw pipeline",
+    "engine/pictures": "readers tiles redraw",
     "engine/sampling": "guided_step sampling flow_sampling",
     "engine/tasks": "tasks outlines many_labels attention",
+    "runs/curation": "split filter drop",
     "runs/exporting": "export_values plugins convert",
+    "runs/jobs": "decisions prompts generate",
     "runs/run_folder": "ledger audit card split corrections drop trust hostile_folders filter generate gallery_command",
     "training/evaluation": "metrics evaluate",
     "training/readers": "export_values label_files readers corrections",
