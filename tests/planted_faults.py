@@ -472,9 +472,9 @@ FAULTS = {
         f"{GPU}:GpuEngine._ready", "torch.float32 if is_wide else torch.float16", "torch.float32"
     ),
     "an encoder of pictures in fp32": Fault(
-        f"{FAST}:FastEngine.encode_image",
-        "moments_of(self.image_encoder, part, self.image_dtype)",
-        "moments_of(self.image_encoder.float(), part, torch.float32)",
+        f"{FAST}:FastEngine._encode_part",
+        "moments_of(self.image_encoder, images, self.image_dtype)",
+        "moments_of(self.image_encoder.float(), images, torch.float32)",
         {"scenario": "label"},
     ),
     "projections of a capture in fp32": Fault(

@@ -9,6 +9,7 @@ from tiny_pipelines import SIZE
 from datasetdm_fast import generate, verify
 from datasetdm_fast.data import AttentionSums
 from datasetdm_fast.engine.engines import build_engine, load_decoders
+from datasetdm_fast.engine.engines.fast import CHUNK_PIXELS
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop.calls import call_text
 from datasetdm_fast.errors import Refused
@@ -75,12 +76,17 @@ def check_engine(name, opened):
     return engine, capture, ours
 
 
-def test_onnx_runtime_computes_what_the_reference_does(opened):
+def test_onnx_runtime_computes_what_the_reference_does(opened, monkeypatch):
     engine, capture, text = check_engine("ort", opened)
     _, model, _, reference, guidance, latents = opened
     _, raw = engine.denoise_and_capture_raw(latents, 412.0, text)
     for value, truth in zip(flat(raw), flat(capture), strict=True):
         torch.testing.assert_close(value, truth, rtol=1e-3, atol=1e-5)
+    if "encode_image" not in engine.manifest.stages:
+        images, read, encode = torch.zeros(3, SIZE, SIZE, 3, dtype=torch.uint8), [], engine._modules.encode_image
+        monkeypatch.setitem(CHUNK_PIXELS, "cpu", 2 * SIZE**2)
+        monkeypatch.setattr(engine._modules, "encode_image", lambda part, _: read.append(len(part)) or encode(part))
+        assert len(engine.encode_image(images)) == 3 and read == [2, 1]
     if model.guidance == "cfg":  # a call without guidance, of half the rows, is another graph
         plain, level = reference.encode_text(PROMPTS), model.levels[-1].halves
         if level == 1:

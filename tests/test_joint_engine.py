@@ -16,6 +16,7 @@ from datasetdm_fast.data import AttentionSums, ProjectedCapture, Text
 from datasetdm_fast.engine.backbones import every_backbone
 from datasetdm_fast.engine.decoders.checkpoint import seeded_decoders
 from datasetdm_fast.engine.engines import build_engine
+from datasetdm_fast.engine.engines.fast import CHUNK_PIXELS
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop.calls import call_text
 from datasetdm_fast.engine.models.mmdit import MMDiT
@@ -100,7 +101,22 @@ def test_in_fp32_it_is_the_reference(opened):
                 assert (engine.weight_distance() > 0) == (value is not kept)
 
 
-@pytest.mark.parametrize("preset", ["random-sd35", "random-flux", "random-zimage"])
+def test_photos_are_encoded_a_few_at_a_time(opened, monkeypatch):
+    engine, read = build_engine("fast", opened[0], device="cpu"), []
+    images = torch.randint(0, 256, (3, SIZE, SIZE, 3), dtype=torch.uint8)
+
+    def encode():
+        drawn = engine.encode_image(images, [torch.Generator().manual_seed(seed) for seed in (1, 2, 3)])
+        return torch.stack([engine.encode_image(images), drawn])
+
+    whole, encode_part = encode(), engine._encode_part
+    monkeypatch.setitem(CHUNK_PIXELS, "cpu", 2 * SIZE**2)
+    monkeypatch.setattr(engine, "_encode_part", lambda part, some: read.append(len(part)) or encode_part(part, some))
+    torch.testing.assert_close(encode(), whole, rtol=1e-4, atol=1e-4)
+    assert read == [2, 1, 2, 1]
+
+
+@pytest.mark.parametrize("preset", ["random-sd35", "random-flux", "random-klein", "random-zimage"])
 def test_autoencoders_of_full_size_have_our_layers(preset):
     assert has_usual_form(load_model(preset).configs["vae"])
 

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from datasetdm_fast.data import AttentionSums, Capture, Text
 from datasetdm_fast.engine.backbones.concept_attention import ConceptReader, with_concepts
-from datasetdm_fast.engine.backbones.latent_space import sample_posterior, scale, unscale
+from datasetdm_fast.engine.backbones.latent_space import AutoencoderReference
 from datasetdm_fast.engine.backbones.record import LoadedModel
 
 
@@ -89,7 +89,7 @@ class AttentionReader(TorchFunctionMode):
                 hook.remove()
 
 
-class JointReference:
+class JointReference(AutoencoderReference):
     """See record.Reference; a family adds how its prompts are encoded and how its network is called."""
 
     def __init__(self, model: LoadedModel):
@@ -100,10 +100,6 @@ class JointReference:
     @cached_property
     def network(self) -> nn.Module:
         return self.model.modules["transformer"]
-
-    @cached_property
-    def vae(self) -> nn.Module:
-        return self.model.modules["vae"]
 
     @property
     def device(self) -> torch.device:
@@ -201,19 +197,3 @@ class JointReference:
             output = self.predict(latents, timestep, text)
         maps = torch.stack([reader.maps[attention].mean(1) for attention in read]).mean(0)
         return output, AttentionSums(sums.cells, sums.tokens + F.pad(maps, (0, sums.tokens.shape[2] - maps.shape[2])))
-
-    def unscale(self, latents: Tensor) -> Tensor:
-        """The autoencoder's numbers of latents."""
-        return unscale(self.model.latents, latents)
-
-    def scale(self, numbers: Tensor) -> Tensor:
-        """The latents of an autoencoder's numbers."""
-        return scale(self.model.latents, numbers)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        pixels: Tensor = self.vae.decode(self.unscale(latents).to(self.vae.dtype), return_dict=False)[0]
-        return pixels
-
-    def encode_image(self, pixels: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
-        posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
-        return self.scale(sample_posterior(posterior, generators))

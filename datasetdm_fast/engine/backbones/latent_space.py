@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from datasetdm_fast.engine.backbones.record import Latents
+from datasetdm_fast.engine.backbones.record import Latents, LoadedModel
 
 
 def sample_posterior(posterior: Any, generators: Sequence[torch.Generator] | None) -> Tensor:
@@ -40,12 +41,26 @@ def scale(space: Latents, numbers: Tensor) -> Tensor:
     return (numbers - mean) / std
 
 
-def decode_latents(vae: Any, space: Latents, latents: Tensor) -> Tensor:
-    """[B, 3, H, W] pixels about -1 .. 1."""
-    pixels: Tensor = vae.decode(unscale(space, latents).to(vae.dtype), return_dict=False)[0]
-    return pixels
+class AutoencoderReference:
+    """The calls of a record.BackboneReference that go through its autoencoder."""
 
+    model: LoadedModel
 
-def encode_pixels(vae: Any, space: Latents, pixels: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
-    """[B, C, h, w] latents of pixels [B, 3, H, W] in -1 .. 1."""
-    return scale(space, sample_posterior(vae.encode(pixels.to(vae.dtype)).latent_dist, generators))
+    @cached_property
+    def vae(self) -> Any:
+        return self.model.modules["vae"]
+
+    def unscale(self, latents: Tensor) -> Tensor:
+        """The autoencoder's numbers of latents."""
+        return unscale(self.model.latents, latents)
+
+    def scale(self, numbers: Tensor) -> Tensor:
+        """The latents of an autoencoder's numbers."""
+        return scale(self.model.latents, numbers)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        pixels: Tensor = self.vae.decode(self.unscale(latents).to(self.vae.dtype), return_dict=False)[0]
+        return pixels
+
+    def encode_image(self, pixels: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
+        return self.scale(sample_posterior(self.vae.encode(pixels.to(self.vae.dtype)).latent_dist, generators))

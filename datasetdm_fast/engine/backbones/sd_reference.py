@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from datasetdm_fast.data import AttentionSums, Capture, Text
-from datasetdm_fast.engine.backbones.latent_space import decode_latents, encode_pixels
+from datasetdm_fast.engine.backbones.latent_space import AutoencoderReference
 from datasetdm_fast.engine.backbones.record import LoadedModel
 
 
@@ -122,11 +122,11 @@ def capturing_levels(
             hook.remove()
 
 
-class SDReference:
+class SDReference(AutoencoderReference):
     """See BackboneReference."""
 
     def __init__(self, model: LoadedModel):
-        self.model, self.unet, self.vae = model, model.modules["unet"], model.modules["vae"]
+        self.model, self.unet = model, model.modules["unet"]
         self.features, self.transformers = feature_modules(self.unet), transformers_of(self.unet)
 
     def encode(self, prompts: Sequence[str]) -> Text:
@@ -194,9 +194,3 @@ class SDReference:
             yield
         finally:
             hook.remove()
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return decode_latents(self.vae, self.model.latents, latents)
-
-    def encode_image(self, pixels: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
-        return encode_pixels(self.vae, self.model.latents, pixels, generators)

@@ -37,7 +37,7 @@ class SDXLReference(SDReference):
     """See record.BackboneReference."""
 
     def __init__(self, model: LoadedModel):
-        self.model, self.unet, self.vae = model, model.modules["unet"], model.modules["vae"]
+        self.model, self.unet = model, model.modules["unet"]
         self.features, self.transformers = feature_modules(self.unet), transformers_of(self.unet)
 
     def encode(self, prompts: Sequence[str]) -> Text:

@@ -17,7 +17,7 @@ from datasetdm_fast.engine.backbones.latent_space import scale
 from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.engines.device import trim
 from datasetdm_fast.engine.engines.engine import Engine, check_task
-from datasetdm_fast.engine.engines.fast import CHUNK_PIXELS, sample_moments
+from datasetdm_fast.engine.engines.fast.engine import chunk_of, encode_in_chunks, sample_moments
 from datasetdm_fast.engine.engines.torch import TorchEngine
 from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.errors import Refused
@@ -205,13 +205,13 @@ class GraphEngine(Engine):
         self, images: Tensor, generators: Sequence[torch.Generator] | None = None
     ) -> Tensor:  # [B, C, h, w]
         if "encode_image" not in self.manifest.stages:
-            return self._modules.encode_image(images, generators)
+            return encode_in_chunks(self._modules.encode_image, images.to(self.device), generators)
         moments = self._run("encode_image", self._autoencoder_images(), image=images)["moments"]
         numbers = sample_moments(moments, generators)
         return self._reference.scale(numbers) if self._is_joint else scale(self.model.latents, numbers)
 
     def _autoencoder_images(self) -> int:
-        return max(CHUNK_PIXELS[self.device.type] // self.model.size**2, 1)
+        return chunk_of(self.model.size, self.device)
 
     @torch.inference_mode()
     def annotate(self, task: str, capture: AnyCapture, text: Tensor | None = None) -> dict[str, Tensor]:

@@ -456,17 +456,34 @@ class FastEngine(Engine):
     ) -> Tensor:  # [B, C, h, w]
         self._refresh()
         self._unload_except("image_encoder")
-        parts = to_device(images, self.device).split(self._chunk(images.shape[2]))
-        moments = torch.cat([moments_of(self.image_encoder, part, self.image_dtype) for part in parts])
-        return scale(self.model.latents, sample_moments(moments.contiguous(), generators))
+        numbers = encode_in_chunks(self._encode_part, to_device(images, self.device), generators)
+        return scale(self.model.latents, numbers)
 
-    def _chunk(self, side: int) -> int:
-        return max(CHUNK_PIXELS[self.device.type] // side**2, 1)
+    def _encode_part(self, images: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
+        return sample_moments(moments_of(self.image_encoder, images, self.image_dtype), generators)
 
     @engine_call
     def annotate(self, task: str, capture: AnyCapture, text: Tensor | None = None) -> dict[str, Tensor]:
         check_task(task, self.decoders)
         return self._run_decoder(task, capture.of(task), text)
+
+
+def chunk_of(side: int, device: torch.device) -> int:
+    """Images with so many pixels a side that one call of the autoencoder takes."""
+    return max(CHUNK_PIXELS[device.type] // side**2, 1)
+
+
+def encode_in_chunks(
+    encode: Callable[[Tensor, Sequence[torch.Generator] | None], Tensor],
+    images: Tensor,  # [B, H, W, 3] on the device
+    generators: Sequence[torch.Generator] | None,
+) -> Tensor:
+    """encode(images, generators) of as many images at once as one call of the autoencoder takes."""
+    size = chunk_of(images.shape[2], images.device)
+    parts = enumerate(images.split(size))
+    return torch.cat(
+        [encode(part, generators and generators[place * size : (place + 1) * size]) for place, part in parts]
+    )
 
 
 def _version_of(context: Tensor) -> int:
@@ -478,7 +495,7 @@ def moments_of(encoder: nn.Module, images: Tensor, dtype: torch.dtype) -> Tensor
     """The autoencoder's moments [B, 2 C, h, w] of images [B, H, W, 3] uint8."""
     pixels = images.permute(0, 3, 1, 2).float() / 127.5 - 1
     moments: Tensor = encoder(channels_last(pixels, dtype))
-    return moments.float()
+    return moments.float().contiguous()
 
 
 def sample_moments(moments: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:

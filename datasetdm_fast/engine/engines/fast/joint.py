@@ -21,10 +21,11 @@ from datasetdm_fast.engine.backbones.joint_attention import JointReference
 from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.engines.device import engine_call, resolve_device
 from datasetdm_fast.engine.engines.fast.engine import (
-    CHUNK_PIXELS,
     DTYPES,
     as_images,
     channels_last,
+    chunk_of,
+    encode_in_chunks,
     moments_of,
     sample_moments,
 )
@@ -229,7 +230,7 @@ class JointEngine(TorchEngine):
 
     @engine_call
     def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:  # images, [B] bool
-        parts = latents.to(self.device).split(max(CHUNK_PIXELS[self.device.type] // self.model.size**2, 1))
+        parts = latents.to(self.device).split(chunk_of(self.model.size, self.device))
         images, is_finite = (torch.cat(values) for values in zip(*map(self._decode_part, parts)))
         return images, is_finite
 
@@ -240,7 +241,10 @@ class JointEngine(TorchEngine):
 
     @engine_call
     def encode_image(self, images: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
+        return encode_in_chunks(self._encode_part, to_device(images, self.device), generators)
+
+    def _encode_part(self, images: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
         if self.image_encoder is None:
             return super().encode_image(images, generators)
-        moments = moments_of(self.image_encoder, to_device(images, self.device), self.dtype)
-        return self.joint.scale(sample_moments(moments.contiguous(), generators))
+        moments = moments_of(self.image_encoder, images, self.dtype)
+        return self.joint.scale(sample_moments(moments, generators))

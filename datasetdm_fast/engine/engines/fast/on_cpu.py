@@ -19,6 +19,7 @@ from datasetdm_fast.engine.engines.fast.engine import (
     Step,
     as_images,
     channels_last,
+    chunk_of,
     slice_of,
 )
 from datasetdm_fast.engine.loading.model import WeightSource, as_widest
@@ -127,7 +128,7 @@ class CpuEngine(FastEngine):
         self._refresh()
         self._unload_except("image_decoder")
         decoder = self.image_decoder  # read once, before threads ask for it
-        chunks = latents.split(min(self._chunk(latents.shape[-1] * FACTOR), slice_of(len(latents))))
+        chunks = latents.split(min(chunk_of(latents.shape[-1] * FACTOR, latents.device), slice_of(len(latents))))
         if len(chunks) == 1 and is_large(decoder):
             del self.image_decoder  # the next call of another network would unload it
             return [as_images(decoder.decode_and_release(channels_last(chunks[0], self.dtype), free_memory))]

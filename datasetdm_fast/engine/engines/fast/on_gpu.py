@@ -14,7 +14,7 @@ from datasetdm_fast.data import AnyCapture, ProjectedCapture
 from datasetdm_fast.engine.decoders.trunk import copy_for_gpu, is_folded
 from datasetdm_fast.engine.engines.cuda_graph import GraphPool, StepGraph
 from datasetdm_fast.engine.engines.device import engine_call, halve_until_fits, suggest_batch
-from datasetdm_fast.engine.engines.fast.engine import FastEngine, Inputs, Step
+from datasetdm_fast.engine.engines.fast.engine import FastEngine, Inputs, Step, chunk_of
 from datasetdm_fast.engine.loading.model import WeightSource
 from datasetdm_fast.engine.models.fused import FusedImageDecoder, FusedUNet, ShiftedBlock
 from datasetdm_fast.engine.models.unet import UNet
@@ -112,7 +112,7 @@ class GpuEngine(FastEngine):
 
     def _images(self, latents: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Part after part: a thread of its own would work on another stream, which nothing waits for."""
-        size = min(self._chunk(latents.shape[-1] * FACTOR), self.widest_chunk or len(latents))
+        size = min(chunk_of(latents.shape[-1] * FACTOR, latents.device), self.widest_chunk or len(latents))
         parts, worked = halve_until_fits(
             lambda size: list(map(self._decode_part, latents.split(size))), size, self._forget_labels, times=size
         )
