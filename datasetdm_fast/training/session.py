@@ -178,8 +178,11 @@ class TrainingSession:
         named = always_named(things, seen, table)
         if by_name == "yes":
             return named
-        stored = [find_classes(caption, things, table) for _, caption, is_stored in self._shown_things if is_stored]
-        return named if len(stored) >= LEAST_CAPTIONS and any(stored) and set().union(*stored) <= set(named) else ()
+        stored = [{*find_classes(caption, things, table)} for _, caption, is_stored in self._shown_things if is_stored]
+        if len(stored) < LEAST_CAPTIONS or not set().union(*stored) <= set(named):
+            return ()
+        tells_nothing = set.intersection(*stored)  # a table of all images: its word would take pixels of what is on it
+        return tuple(name for name in named if any(name in each for each in stored) and name not in tells_nothing)
 
     @cached_property
     def _shown_things(self) -> list[tuple[list[str], str, bool]]:
