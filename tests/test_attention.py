@@ -4,11 +4,13 @@ import io
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -196,6 +198,9 @@ def test_flat_maps_say_nothing_and_thresholds_part_three_kinds():
 def test_numbers_of_a_model_and_those_refused():
     found = class_prompts.attention_recipe(AttentionDefaults(), 64)
     assert (found.self_cells, found.cross_cells, found.exponent, found.appends) == (32, 16, 4, True)
+    for threshold, limits in ((0.0, (0.6, 0.5)), (0.7, (0.7, 0.5)), (0.3, (0.3, 0.3))):
+        found = class_prompts.attention_recipe(AttentionDefaults(), 64, threshold=threshold)
+        assert (found.threshold, found.uncertainty) == limits
     for wrong, said in (
         ({"self_cells": 48}, "--self-cells 48"),
         ({"uncertainty": 0.9}, "--uncertainty 0.9"),
@@ -218,6 +223,21 @@ def test_a_class_prompt_names_the_words_as_the_prompt_does():
     assert plain.class_prompt(given, ("ball",)) == "a red ball"
     appending = replace(plain, appends=True)
     assert [appending.text(Request(0, text, 1), "ball") for text in ("x; ball", "x")] == ["x; ball"] * 2
+
+
+def test_a_class_whose_word_lies_behind_the_last_token_is_refused():
+    tokenizer = SimpleNamespace(model_max_length=8)
+    recipe = class_prompts.attention_recipe(AttentionDefaults(), 64, parity="dataset-diffusion")
+    for before, is_read in (("a b c d e f", True), ("a b c d e f g", False)):  # the word is 7th, at place 7, or 8th
+        request = Request(0, "x", 1, ("ball",), class_prompt=f"{before} ball")
+        with nullcontext() if is_read else pytest.raises(Refused, match="a class at word 8, at most 7 words are read"):
+            class_prompts.check_class_prompt(request, ("ball",), recipe, tokenizer, tokenizer_cuts=True)
+
+
+def test_a_pixel_is_of_a_class_from_the_threshold_on_and_uncertain_from_the_lower_one_on():
+    values = torch.tensor([[[0.5, 0.25], [0.75, 0.125]]])
+    (found,) = attention.label_maps([values], [[3]], ("background", *"abc"), 2, 0.5, 0.25)
+    assert found.labels.tolist() == [[3, 255], [3, 0]] and found.confidence.tolist() == values[0].tolist()
 
 
 @pytest.fixture(scope="module")

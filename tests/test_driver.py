@@ -14,7 +14,7 @@ from datasetdm_fast.data import Batch, Capture, ProjectedCapture, Quarantined, R
 from datasetdm_fast.engine.labels.class_tables import ClassWord
 from datasetdm_fast.engine.labels.trust import trust_of
 from datasetdm_fast.engine.labels.words import find_classes
-from datasetdm_fast.engine.loop import driver, labelling
+from datasetdm_fast.engine.loop import calls, driver, labelling
 from datasetdm_fast.engine.loop.label_stream import FinishedCalls
 from datasetdm_fast.engine.loop.recipe import capture_calls, make_recipe
 from datasetdm_fast.engine.sampling import schedule as walk
@@ -295,6 +295,16 @@ def test_a_batch_asks_each_image_for_its_own_words_alone():
     assert (first == table.embeddings[words[0]]).all() and (second == table.embeddings[words[1]]).all()
     assert (third == table.embeddings[[0, 0, 0]]).all()
     assert table.embeddings_of("open-vocabulary", asked[2:]).shape[:2] == (1, 1)
+
+
+@pytest.mark.parametrize("origin", [calls.FROM_NOISE, calls.ONE_GENERATOR])
+def test_the_first_latents_are_noise_at_the_scale_of_the_schedule(origin):
+    engine, asked = StubEngine(), [Request(0, "a", 5), Request(1, "b", 6)]
+    schedule = replace(walk.make_schedule({}, "ddim", 2), noise_scale=0.5)
+    noise = calls.initial_latents(asked, engine.model.latent_shape())
+    if origin is calls.ONE_GENERATOR:  # seeded with 5, which draws one after another
+        noise = torch.randn(2, *noise.shape[1:], generator=torch.Generator().manual_seed(5))
+    assert torch.equal(origin.begin(engine, schedule, asked).latents, noise / 2)
 
 
 def test_the_latents_are_those_of_the_sampler_with_guidance_from_each_seed():

@@ -151,6 +151,8 @@ def test_scores_once_committed_stay(run):
     assert filter.main([str(run), "--quiet"]) == 0
     with RunFolder(run, open_run(run).document) as folder:
         before = folder.ledger.scores("sharpness")
+        values = [value for _, value in before]
+        assert values == [round(value, 6) for value in values] != [round(value, 5) for value in values]
         folder.ledger.add_scores([(0, "sharpness", -1.0)])
         assert folder.ledger.scores("sharpness") == before
         finish_run(folder)
@@ -414,9 +416,10 @@ def test_the_hash_of_an_image_tells_which_cells_are_darker_than_their_right_neig
     brighter = np.arange(9, dtype=np.uint8)[None].repeat(8, 0) * 20
     first, last = np.zeros((2, 8, 9), np.uint8)
     first[0, 1], last[7, 8] = 50, 50
-    shown = (brighter, brighter[:, ::-1], first, last, brighter.repeat(4, 0).repeat(3, 1))
+    edges = np.uint8([[60] * 3 + [0, 0, 171, 171] + [0] * 20]).repeat(16, 0)  # cells of 60, 57 and 57 in the mean
+    shown = (brighter, brighter[:, ::-1], first, last, brighter.repeat(4, 0).repeat(3, 1), edges)
     found = [filtering.difference_hash(Image.fromarray(np.ascontiguousarray(pixels))) for pixels in shown]
-    assert found == [-1, 0, -(2**63), 1, -1]
+    assert found == [-1, 0, -(2**63), 1, -1, 0]
 
 
 def test_a_histogram_tells_what_a_threshold_at_each_of_its_bins_leaves():

@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.engine.backbones.sd import DOWN_BLOCKS, SD, SD_SCHEDULER, UP_BLOCKS
 from datasetdm_fast.engine.engines import build_engine
-from datasetdm_fast.engine.loading import PRESETS, load_model, presets, saving, tokenizer
+from datasetdm_fast.engine.loading import PRESETS, checks, load_model, presets, saving, tokenizer
 from datasetdm_fast.engine.loading.model import UNKNOWN_LICENCE, ReadOnce, digest, drawable_things, folder_licence
 from datasetdm_fast.engine.loading.single_file import predicts_noise
 from datasetdm_fast.engine.models.layers import Weights
@@ -89,6 +89,20 @@ def test_size_follows_the_wish(tiny):
     for size in (100, -64, 63):
         with pytest.raises(Refused, match=f"size: {size}"):
             load_model("tiny", size=size)
+
+
+def test_the_largest_size_that_is_told_is_one_that_is_taken():
+    checks.check_size(64, 64, 100)
+    with pytest.raises(Refused, match="at most 100 pixels a side") as stop:
+        checks.check_size(128, 64, 100)
+    assert stop.value.remedy == "Use --size 64 or less."
+
+
+def test_an_offset_of_the_steps_is_one_of_them():
+    config = {"num_train_timesteps": 10, "beta_schedule": "linear"}
+    checks.check_scheduler(config | {"steps_offset": 9}, "config")
+    with pytest.raises(Refused, match="steps, steps_offset or betas are out of range"):
+        checks.check_scheduler(config | {"steps_offset": 10}, "config")
 
 
 def test_demo_loads_or_says_how_to_make_it(monkeypatch, tmp_path):

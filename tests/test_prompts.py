@@ -255,7 +255,7 @@ def test_digest_follows_the_prompts_and_not_the_file(tmp_path):
 def test_json_lines_bring_classes_and_seeds(tmp_path):
     path = tmp_path / "list.jsonl"
     lines = [
-        {"prompt": "two of them", "classes": ["ball"], "seed": 70, "group": "ball", "id": "x"},
+        {"prompt": "two of them", "classes": ["ball"], "seed": 2**63 - 1, "group": "ball", "id": "x"},
         {"prompt": "a red star"},
         {"prompt": "a scene", "classes": [], "seed": 0},
     ]
@@ -263,7 +263,7 @@ def test_json_lines_bring_classes_and_seeds(tmp_path):
     source = read_source(PromptSettings(prompts=str(path)), has_captions=True)
     assert source.listed == ("ball",) and source.classes == ()
     plan = make_plan(source, Tokenizer(), number=3, seed=5, batch_size=2, words=("star", "ball"))
-    assert [(request.seed, request.classes) for request in plan] == [(70, ("ball",)), (6, ("star",)), (0, ())]
+    assert [(request.seed, request.classes) for request in plan] == [(2**63 - 1, ("ball",)), (6, ("star",)), (0, ())]
     assert plan.has_seeds
     assert source.digest != read_source(PromptSettings(prompts="two of them"), has_captions=True).digest
 
@@ -326,6 +326,7 @@ def test_a_folder_of_lists_names_the_class_of_each(tmp_path):
         '{"prompt": "a", "negative": "b\\u0000"}',
         '{"prompt": "a", "seed": NaN}',
         '{"prompt": "a", "seed": -1}',
+        '{"prompt": "a", "seed": 9223372036854775808}',
         '{"prompt": "a", "seed": 1.5}',
         '{"prompt": "a", "seed": true}',
         '{"prompt": "a\\u0000b"}',

@@ -50,6 +50,12 @@ def test_groups_are_never_parted_and_shares_are_met(seed):
     )
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_large_groups_find_their_part_before_small_ones(seed):
+    found = assign_parts([("all",)] * 5 + [(f"{k}",) for k in range(5)], {"a": 50, "b": 50}, seed)
+    assert sorted(found) == ["a"] * 5 + ["b"] * 5 and len(set(found[:5])) == 1
+
+
 def test_a_part_is_one_of_at_least_as_many():
     assert [parse_part(part) for part in ("1/1", "3/16", "16/16")] == [(1, 1), (3, 16), (16, 16)]
     whole = ExportSource([*range(10)], {}, None, None, {})
@@ -172,6 +178,7 @@ def test_variants_of_a_picture_stay_with_it(tmp_path):
         (("--shares", "0,0"), "not all of them 0"),
         (("--shares", "90,20"), "add up to 110, expected 100\nFor example 81.8,18.2."),
         (("--shares", "2,1,1"), "For example 50,25,25."),
+        (("--shares", "80,10,9"), "add up to 99, expected 100"),
         (("--shares", "50,50", "--names", "a"), "expected 2 different names"),
         (("--shares", "50,50", "--names", "a,a"), "expected 2 different names"),
         (("--shares", "50,50", "--names", "a,B/../c"), "expected small letters"),

@@ -534,7 +534,7 @@ def test_axis_bins_prefer_the_right_bins():
     assert found[0].item() < 1e-4 and found[1].item() == pytest.approx(2 * math.log(8))
     torch.manual_seed(0)
     points, weights, x, y = (
-        torch.tensor([[[7.6, 2.4], [-3.0, 1.0]]]),
+        torch.tensor([[[7.6, 2.6], [-3.0, 1.4]]]),
         torch.tensor([[1.0, 0.5]]),
         *torch.randn(2, 1, 2, 8),
     )
@@ -542,7 +542,7 @@ def test_axis_bins_prefer_the_right_bins():
         x[0].log_softmax(-1),
         y[0].log_softmax(-1),
     )  # 7.6 lies in the last of eight bins, -3 in the first
-    wanted = -(x_chance[0, 7] + y_chance[0, 2]) - 0.5 * (x_chance[1, 0] + y_chance[1, 1])
+    wanted = -(x_chance[0, 7] + y_chance[0, 3]) - 0.5 * (x_chance[1, 0] + y_chance[1, 1])
     assert losses.axis_bins(x, y, points, weights).tolist() == pytest.approx([wanted.item()])
 
 
@@ -1026,6 +1026,7 @@ def test_the_draw_from_the_posterior_is_not_the_noise_again(seed):
     noise, again = initial_noise(seed, 4, 8, 8), torch.randn(4, 8, 8, generator=posterior_generator(seed))
     assert abs(float((noise * again).mean())) < 0.25
     assert torch.equal(again, torch.randn(4, 8, 8, generator=posterior_generator(seed)))
+    assert posterior_generator(7).initial_seed() == 0x4A2C82B1  # the first bytes of the digest of "posterior 7"
     assert not torch.equal(again, torch.randn(4, 8, 8, generator=posterior_generator(seed + 2**32)))
 
 
@@ -1305,7 +1306,8 @@ def test_upstreams_recipe(engine, source, folder):
         reads_ahead=False,
     )
     assert [trainer.rate(step) for step in (0, 34_999, 35_000, 70_000)] == pytest.approx([1e-4, 1e-4, 1e-5, 1e-6])
-    assert recipe("pose", source, engine.model.levels, 32, (0,), 10, preset="upstream").schedule.decay_every == 4000
+    pose = recipe("pose", source, engine.model.levels, 32, (0,), 10, preset="upstream").schedule
+    assert (pose.decay_every, pose.sigma) == (4000, engine.model.levels[-1].side / 32)  # of cells, 2 of 64
     assert RecipeSettings().adjust(TrainingSchedule()) == TrainingSchedule()
     for task, ours in (("semantic", 64), ("open-vocabulary", 64), ("depth", 16)):  # on a small UNet, too
         usual, theirs = (recipe(task, source, engine.model.levels, 32, (0,), 10, preset=k).config for k in PRESETS)
@@ -1401,6 +1403,7 @@ def test_a_share_is_held_out_by_seed_and_none_of_few():
     assert split(source, range(100), 0.1, 0) == (learnt, held) != split(source, range(100), 0.1, 1)
     assert split(source, range(9), 0.1, 0) == (list(range(9)), []) and split(source, range(100), 0.0, 0)[1] == []
     assert len(split(source, range(10), 0.99, 0)[1]) == 9 and len(split(source, range(10), 0.01, 0)[1]) == 1
+    assert [len(split(source, range(100), share, 0)[1]) for share in (0.054, 0.056)] == [5, 6]
 
 
 def test_what_was_made_of_one_picture_is_never_held_out_from_it(monkeypatch):
