@@ -250,6 +250,8 @@ def test_depth_pictures_are_bright_where_near():
     unknown = np.array(pictures.depth_picture(np.array([[0, 2000], [3000, 4000]], np.uint16)).convert("L"))
     assert unknown[0, 0] == unknown[1, 1] == 0 and unknown[0, 1] > 200
     assert not np.array(pictures.depth_picture(np.zeros((2, 2), np.uint16)).convert("L")).any()
+    rows = ([0, 1000, 1001, 1002], [255, 0, 128, 255]), ([1000, 1001], [0, 255])  # millimetres, places in the palette
+    assert all(np.array(pictures.depth_picture(np.uint16([row]))).tolist() == [places] for row, places in rows)
 
 
 @pytest.mark.parametrize("name", ["square", "hole", "two parts", "corner touch", "whole image", "one pixel", "empty"])

@@ -69,6 +69,8 @@ def test_the_images_that_a_peer_counts_are_called_its_own(tmp_path, capsys):
     result = Result(tmp_path, 4, 4, 2, 0, seconds=2.0, is_complete=True)
     print_run(RunConfig(), result, "", by=" by this process")
     assert "2 images by this process in 2.0 s" in capsys.readouterr().err
+    told = Result(tmp_path, 8, 5, 2, 0, doubtful=3, accept="score >= 0.5").trust_message
+    assert told == f"accepted: 5 samples; not accepted, in {tmp_path}/doubtful/: 3"
 
 
 def test_what_the_last_to_leave_cannot_write_is_said(tmp_path, monkeypatch):

@@ -36,7 +36,8 @@ from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.engine import engines
 from datasetdm_fast.engine.decoders.checkpoint import DecoderConfig, build_decoder, save_decoder
 from datasetdm_fast.engine.engines import build_engine
-from datasetdm_fast.engine.loading import load_model, lora
+from datasetdm_fast.engine.loading import in_memory, load_model, lora
+from datasetdm_fast.engine.loop import diffusing
 from datasetdm_fast.engine.loop.driver import sample_and_label
 from datasetdm_fast.engine.loop.label_stream import LabelStream
 from datasetdm_fast.engine.pictures.framing import pictures_in_memory
@@ -584,6 +585,16 @@ def test_a_pipeline_in_memory_gives_what_its_folder_gives(tmp_path):
     changed = again.engine.model.digests
     assert {name for name in digests if digests[name] != changed[name]} == {"unet"}
     assert not np.array_equal(again("a ball", seed=3, steps=2, tasks=()).images[0], images[0])
+
+
+def test_a_digest_of_weights_is_that_of_their_names_and_values_in_any_order():
+    first, second = torch.ones(2), torch.zeros(3)
+    digest = in_memory.digest_of({"a": first, "b": second})
+    assert digest == in_memory.digest_of({"b": second, "a": first}) != in_memory.digest_of({"a": second, "b": first})
+
+
+def test_the_seed_of_a_caller_s_generator_is_told_whole():
+    assert diffusing.draw_noise(torch.Generator().manual_seed(2**40 + 7), 2, (1, 2, 2))[1] == [2**40 + 7] * 2
 
 
 def test_a_pipeline_in_memory_that_no_weights_describe_is_refused():
