@@ -63,6 +63,7 @@ from datasetdm_fast.training.truth import shapes, tables, windows
 from datasetdm_fast.training.truth.augment import Augmentation, augment
 from datasetdm_fast.training.truth.picture_source import PictureSource
 from datasetdm_fast.training.truth.selection import least_mask
+from datasetdm_fast.untrusted import images
 from datasetdm_fast.untrusted.json_stream import JsonStream
 
 SIZE = 64
@@ -735,6 +736,19 @@ def as_cvat_with_masks(root: Path, place) -> None:
     rewrite(place("annotations/instances_default.json", "images/default"), change)
 
 
+def as_supervision(root: Path, place) -> None:
+    """Outlines with holes or of several parts are masks, marked as crowds."""
+
+    def change(document):
+        for category in document["categories"]:
+            category["supercategory"] = "common-objects"
+        document["annotations"] = [row for row in document["annotations"] if not row["iscrowd"]]
+        for row in document["annotations"]:
+            row["iscrowd"] = int(isinstance(row["segmentation"], dict))
+
+    rewrite(place("annotations.json", "images"), change)
+
+
 def as_label_studio(root: Path, place) -> None:
     def change(document):
         for number, image in enumerate(document["images"]):  # as it does where pictures were uploaded
@@ -783,6 +797,7 @@ def as_splits(root: Path, place) -> None:
 EXPORTS_OF_TOOLS = (
     as_cvat,
     as_cvat_with_masks,
+    as_supervision,
     as_label_studio,
     as_roboflow,
     as_roboflow_of_one_word,
@@ -1967,12 +1982,25 @@ def test_the_segmentation_masks_of_cvat_are_read_by_their_colours(mugs):
     picture = source.picture(0)
     assert list(picture.mask_classes) == [1, 0]  # by their colours, of which the leaf's comes first
     assert [int(make().sum()) for make in picture.masks] == [12 * 34, 16 * 26]
+    text(mugs.root / "ImageSets/Segmentation/default.txt", "a\nnothing\nb\n")  # nobody drew a shape on the second
+    save(mugs.root / "JPEGImages/nothing.png", mugs.image)
+    mugs.check(open_data(f"voc:{mugs.root}", SIZE))
     (mugs.root / "labelmap.txt").write_text("background:0,0,0::\nmug:250,50,83::\n")
     with pytest.raises(Refused, match="the colour 51,221,255 is of no class in labelmap.txt"):
         open_data(f"voc:{mugs.root}", SIZE)[0]
     (mugs.root / "labelmap.txt").unlink()
     with pytest.raises(Refused, match="is of no class of VOC, and no labelmap.txt beside JPEGImages names others"):
         open_data(f"voc:{mugs.root}", SIZE)[0]
+
+
+def test_classes_of_a_label_map_without_colours_have_those_of_voc(mugs):
+    """As Datumaro writes them where nobody chose colours."""
+    for name in "ab":
+        save(mugs.root / f"JPEGImages/{name}.jpg", mugs.image)
+        colours = coloured(mugs.labels, [(0, 0, 0), (128, 0, 0), (0, 128, 0)])
+        save(mugs.root / f"SegmentationClass/{name}.png", colours)
+    text(mugs.root / "labelmap.txt", "# label:color_rgb:parts:actions\nbackground:::\nmug:::\nleaf:::\n")
+    mugs.check(open_data(f"voc:{mugs.root}", SIZE))
 
 
 def test_a_label_map_of_some_of_vocs_classes_keeps_their_numbers(mugs):
@@ -2331,6 +2359,41 @@ def test_each_split_of_an_export_is_read_by_its_own_name(copied, tmp_path, name,
     parts = [open_data(f"{kind}:{tmp_path / 'out' / name}[{part}]", SIZE) for part in ("train", "val", "test")]
     assert [len(part) for part in parts] == [1, 1, 1]
     assert len({part[0].image.tobytes() for part in parts}) == COUNT
+
+
+@pytest.mark.parametrize("column, mode", [("label", "P"), ("label", "I;16"), ("depth", "I;16"), ("image", "CMYK")])
+def test_pictures_that_datasets_stores_as_tiff_are_read(copied, column, mode):
+    """It does so with pictures in memory that have a palette or 16 bits."""
+    root, address = copied("hf-parquet")
+    before = open_data(address, SIZE)[0]
+
+    for path in (root / "data").glob("*.parquet"):
+        table, cells = parquet.read_table(path), []
+        for cell in table[column].to_pylist():
+            stored, file = Image.open(io.BytesIO(cell["bytes"])), io.BytesIO()
+            pixels = np.asarray(stored)
+            changed = Image.fromarray(pixels.astype(np.uint16)) if mode == "I;16" else stored.convert(mode)
+            if mode == "P":
+                changed = Image.fromarray(pixels)
+                changed.putpalette(bytes(range(256)) * 3)
+            assert changed.mode == mode
+            changed.save(file, "TIFF")
+            cells.append({"bytes": file.getvalue(), "path": None})
+        place = table.schema.get_field_index(column)
+        parquet.write_table(table.set_column(place, column, pa.array(cells)), path)
+    after = open_data(address, SIZE)[0]
+    assert (after.semantic == before.semantic).all() and (after.depth == before.depth).all()
+    assert np.abs(after.image.astype(int) - before.image).max() <= 1
+
+
+def test_a_tiff_with_compression_is_refused():
+    """Its decoders are many, and `datasets` uses none."""
+    file = io.BytesIO()
+    Image.new("L", (20, 20)).save(file, "TIFF", compression="tiff_lzw")
+    with pytest.raises(Refused, match="a TIFF with compression"):
+        images.decode_image(file.getvalue(), "a map", may_be_tiff=True)
+    with pytest.raises(Refused, match="neither a PNG nor a JPEG"):
+        images.decode_image(file.getvalue(), "a map")
 
 
 def test_one_thread_at_a_time_reads_a_parquet_file(tmp_path, monkeypatch):

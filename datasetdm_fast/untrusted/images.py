@@ -14,6 +14,7 @@ from datasetdm_fast.untrusted.documents import GET_AGAIN, reason_of
 
 LARGEST_IMAGE_FILE = 64 * 2**20
 BIT_DEPTH = 24  # the byte of a PNG file that tells the bits of a pixel's channel
+TIFF = (b"II*\0", b"MM\0*")  # first bytes of what `datasets` makes of pictures with a palette or 16 bits
 MOST_PIXELS = 2**24  # of one image: 4096 x 4096
 
 
@@ -27,21 +28,29 @@ def read_image(path: Path, *, most_pixels: int = MOST_PIXELS, holds_numbers: boo
 
 
 def decode_image(
-    data: bytes, name: str, *, most_pixels: int = MOST_PIXELS, least_side: int = 0, holds_numbers: bool = False
+    data: bytes,
+    name: str,
+    *,
+    most_pixels: int = MOST_PIXELS,
+    least_side: int = 0,
+    holds_numbers: bool = False,
+    may_be_tiff: bool = False,
 ) -> Image.Image:
     """The decoded image of bytes in memory; with `least_side` a larger JPEG is decoded at a smaller size, which takes
-    less time.
+    less time. A TIFF is decoded if it `may_be_tiff`, and only without compression.
     """
     if not data:
         raise Refused(f"{name}: empty, expected a PNG or JPEG file", GET_AGAIN)
-    if not data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")):
+    if not data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", *(TIFF if may_be_tiff else ()))):
         raise Refused(f"{name}: neither a PNG nor a JPEG file", "Convert it to PNG or JPEG, or get it again.")
     try:
         if data.startswith(b"\x89PNG"):
             check_png(data, may_go_on=True)  # Pillow fills up one that was cut off near its end
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large images are refused below
-            image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
+            image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", *(("TIFF",) if may_be_tiff else ())))
+        if image.format == "TIFF" and image.info.get("compression") != "raw":
+            raise ValueError("a TIFF with compression")
         width, height = image.size
         if width * height > most_pixels:
             raise ValueError(f"{width} x {height} pixels, at most {most_pixels} are decoded")

@@ -24,6 +24,7 @@ from datasetdm_fast.untrusted.json_stream import JsonStream
 IMAGE_FORM = {"id": int, "height": int, "width": int}
 SEARCHED = ("neg_category_ids", "not_exhaustive_category_ids")  # of LVIS: which classes an image was searched for
 IMAGE_FIELDS = ("file_name", "coco_url", "height", "width")
+SUPERVISION = "common-objects"  # of a category, as the library supervision writes it
 DATUMARO = {"flickr_url": "", "coco_url": "", "date_captured": 0}  # of an image as CVAT, which uses it, writes it
 ANNOTATION_FORM = {"id": int, "image_id": int, "category_id": int}
 
@@ -42,7 +43,7 @@ class Annotations:
         self.limbs: tuple[tuple[int, int], ...] = ()
         self.bad: dict[int, str] = {}  # image id -> the fault of one of its annotations
         self.has_outlines = False
-        self.marks_masks = False  # whether iscrowd says that a mask was painted, as in exports of Datumaro and CVAT
+        self.marks_masks = False  # whether iscrowd says that an outline is a mask, as tools write it
         rows = {name: array("q") for name in ("id", "image", "category", "start", "end", "count")}
         areas, crowds = array("d"), array("b")
         for key, value, start, end in self.stream:
@@ -95,6 +96,7 @@ class Annotations:
             raise ValueError(f"the category id {value['id']} occurs twice")
         self.categories[value["id"]] = value["name"]
         self.parents[value["id"]] = value.get("supercategory")
+        self.marks_masks = self.marks_masks or self.parents[value["id"]] == SUPERVISION
         if "keypoints" in value:
             documents.check_form(value["keypoints"], [str], "keypoints")
             self.joints = tuple(value["keypoints"])

@@ -125,7 +125,7 @@ class HuggingFace(PictureSource):
         name = f"{self.name(record)}, {self.columns[what]}"
         options = {"most_pixels": reading.MOST_PIXELS, "holds_numbers": holds_numbers}
         if value.get("bytes"):
-            image = images.decode_image(value["bytes"], name, **options)
+            image = images.decode_image(value["bytes"], name, may_be_tiff=True, **options)
         else:
             file = reading.inside(self.rows.folder, value["path"], name)
             image = images.read_image(file, **options)

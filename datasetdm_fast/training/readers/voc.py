@@ -79,6 +79,7 @@ def read_csv_classes(path: Path) -> tuple[str, ...]:
 BORDER = pack(BORDERS["voc"])
 NAME_FILES = ("class_names.txt", "classes.txt")  # a name a line, in the order of the numbers
 ROBOFLOW_CLASSES, ROBOFLOW_MASK = "_classes.csv", "_mask.png"
+LABEL_MAP = "labelmap.txt"
 WHOLE = "default"  # what CVAT calls its only split
 
 
@@ -126,6 +127,8 @@ class Voc(PictureSource):
         else:
             self.list = reading.first_there(*lists)
             self.ids = [_image_id(line) for line in reading.lines(self.list)]
+            if (path / LABEL_MAP).exists():  # CVAT lists pictures without a shape, too
+                self.ids = [name for name in self.ids if (self.maps / f"{name}.png").exists()]
         if repeated := [name for name, count in Counter(self.ids).items() if count > 1]:
             raise reading.bad(self.list, f"{repeated[0]!r} occurs twice")
         self.pictures = path / "JPEGImages"
@@ -142,13 +145,14 @@ class Voc(PictureSource):
 
     def _read_classes(self) -> None:
         self.named = "of VOC, and no labelmap.txt beside JPEGImages names others"
-        if (file := self.path / "labelmap.txt").exists():
-            self.named = "in labelmap.txt"
+        if (file := self.path / LABEL_MAP).exists():
+            self.named = f"in {LABEL_MAP}"
             colours = read_label_map(file)
             names = reading.with_background(tuple(colours))
             if names != VOC_CLASSES:
                 self.classes, self.thing_classes = names, names[1:]
-                self.colours = {pack(colour): number for number, colour in enumerate(colours.values()) if colour}
+                known = {pack(colour): number for number, colour in enumerate(colours.values()) if colour}
+                self.colours = known or dict(zip(map(pack, voc_palette()), range(len(colours))))
                 self.numbers = numbers_of(tuple(colours.values()))
         elif file := next((self.path / name for name in NAME_FILES if (self.path / name).exists()), None):
             self.classes = reading.class_file(file)
