@@ -18,7 +18,14 @@ from datasetdm_fast.config import TASKS
 from datasetdm_fast.engine.backbones.sd import DOWN_BLOCKS, SD, SD_SCHEDULER, UP_BLOCKS
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.loading import PRESETS, checks, load_model, presets, saving, tokenizer
-from datasetdm_fast.engine.loading.model import UNKNOWN_LICENCE, ReadOnce, digest, drawable_things, folder_licence
+from datasetdm_fast.engine.loading.model import (
+    UNKNOWN_LICENCE,
+    Network,
+    ReadOnce,
+    digest,
+    drawable_things,
+    folder_licence,
+)
 from datasetdm_fast.engine.loading.single_file import predicts_noise
 from datasetdm_fast.engine.models.layers import Weights
 from datasetdm_fast.engine.sampling.schedule import make_schedule
@@ -149,6 +156,17 @@ def test_a_parameter_is_the_very_tensor_that_is_read_once_and_a_copy_of_any_othe
     value = torch.ones(2, 3)
     (given,), (copied,) = ([Weights(state).parameter("a")] for state in (ReadOnce({"a": value}), {"a": value}))
     assert given.data_ptr() == value.data_ptr() != copied.data_ptr()
+
+
+def test_a_network_of_a_module_in_memory_is_that_module_again_once_it_was_unloaded():
+    module = torch.nn.Linear(2, 3)
+    module.config = {}
+    network = Network.of(module)
+    network.unload()
+    assert (
+        not network.is_built and network.numel() == 9 and torch.equal(network.read().state_dict()["bias"], module.bias)
+    )
+    assert network.module is module
 
 
 def test_an_image_of_the_demo_model_needs_neither_other_libraries_nor_a_compiler():
