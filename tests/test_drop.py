@@ -108,6 +108,9 @@ def test_a_sample_is_no_duplicate_of_a_dropped_one(tmp_path):
     assert drop.main([str(run), "2", "--quiet"]) == 0 and duplicates() == [0, 1, 0, 0] and is_whole(run)
     assert drop.main([str(run), "0", "--quiet"]) == 0 and duplicates() == [0, 0, 0]
     assert restore.main([str(run), "--all", "--quiet"]) == 0 and duplicates() == [0, 1, 0, 1, 0] and is_whole(run)
+    for id in ("3", "2"):
+        assert drop.main([str(run), id, "--quiet"]) == 0
+    assert restore.main([str(run), "3", "--quiet"]) == 0 and duplicates() == [0, 1, 0, 0]  # 2 is still out
 
 
 def test_samples_are_named_by_a_file_or_a_condition(run, tmp_path, capsys):
