@@ -48,5 +48,6 @@ def test_classes_are_renamed_by_pairs_and_by_the_table_to_no_name_that_is_there_
     assert called({"sofa": "couch"}, True, "sofa", "diningtable") == ("couch", "dining table")
     assert called({"sofa": "dining table"}, True, "sofa", "diningtable") == ("dining table", "diningtable")
     assert called({}, True, "dining table", "diningtable") == ("dining table", "diningtable")
+    assert called({}, True, "couch or dining table") == ("couch or dining table",)  # either of them
     with pytest.raises(Refused, match="two classes of the data would be mug"):
         called({"sofa": "mug"}, False, "sofa", "mug")

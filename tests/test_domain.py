@@ -18,13 +18,14 @@ from bench.world.hard.reader import register
 from bench.world.worlds import WORLDS
 from datasetdm_fast import Pipeline, filter, generate, open_run, train
 from datasetdm_fast.command_line import progress
-from datasetdm_fast.data import DomainDistance, Instances, SemanticMap, Trust
+from datasetdm_fast.data import DomainDistance, Instances, Request, Sample, SemanticMap, Trust
 from datasetdm_fast.engine.decoders import domain
 from datasetdm_fast.engine.decoders.checkpoint import load_decoder
 from datasetdm_fast.engine.decoders.folders import DEMO
 from datasetdm_fast.engine.labels.trust import with_domain, with_undrawn
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.runs.jobs.writing import DomainGate
 from datasetdm_fast.training import workflow
 from datasetdm_fast.training.cross_validation import bound_of
 from datasetdm_fast.training.report import describe_framing, describe_result, describe_warnings
@@ -139,6 +140,18 @@ def test_the_demo_is_in_its_own_domain(tmp_path):
     (sample,) = pipe([CAPTION], seeds=[0], tasks=("semantic",), steps=8).samples
     with open_run(tmp_path / "own") as own:
         assert sample.trust.domain == pytest.approx(own[0].trust.domain, abs=0.01), "as every engine measures it"
+
+
+@pytest.mark.parametrize(
+    ("batches", "is_closed"),
+    [([[2.0], [0.5]], False), ([[2.0], [2.0]], True), ([[1.0, 2.0]], False), ([[1.5] * 3], True)],
+)
+def test_a_run_stops_where_more_than_half_of_its_first_samples_are_outside(batches, is_closed):
+    gate = DomainGate(SimpleNamespace(place="run", stops_outside=True, batches_left=2))
+    for distances in (*batches, [0.5] * 9):  # the last batch is not evaluated any more
+        trusts = [Trust(domain=distance) for distance in distances]
+        gate.evaluate([Sample(Request(0, "a ball", 0), np.zeros(0), {}, {}, trust) for trust in trusts])
+    assert gate.is_closed == is_closed and gate.measured == sum(map(len, batches))
 
 
 def test_a_single_sample_stops_no_run(foreign, tmp_path, capsys):

@@ -1,6 +1,7 @@
 import threading
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from datasetdm_fast.engine.labels.trust import trust_of
 from datasetdm_fast.engine.labels.words import find_classes
 from datasetdm_fast.engine.loop import calls, driver, labelling
 from datasetdm_fast.engine.loop.label_stream import FinishedCalls
-from datasetdm_fast.engine.loop.recipe import capture_calls, make_recipe
+from datasetdm_fast.engine.loop.recipe import capture_calls, class_words_of, make_recipe
 from datasetdm_fast.engine.sampling import schedule as walk
 from datasetdm_fast.engine.sampling import times
 from datasetdm_fast.engine.scenes import world
@@ -295,6 +296,31 @@ def test_a_batch_asks_each_image_for_its_own_words_alone():
     assert (first == table.embeddings[words[0]]).all() and (second == table.embeddings[words[1]]).all()
     assert (third == table.embeddings[[0, 0, 0]]).all()
     assert table.embeddings_of("open-vocabulary", asked[2:]).shape[:2] == (1, 1)
+
+
+def test_prompts_that_a_run_does_not_reach_are_not_looked_at():
+    plan = SimpleNamespace(number=2, request=str)
+    assert [job._first_requests(SimpleNamespace(lines=lines), plan) for lines in ("abc", "a", "")] == [
+        ["0", "1"],
+        ["0"],
+        ["0", "1"],
+    ]
+    assert [job._format_bytes(count) for count in (9_999_000_000, 10**10)] == ["9,999 MB", "10 GB"]
+
+
+def test_a_map_of_words_has_numbers_for_254():
+    names = [f"thing {k}" for k in range(255)]
+    assert class_words_of(StubEngine(), ("open-vocabulary",), names[:254]) == tuple(names[:254])
+    with pytest.raises(Refused, match="255 words, an 8-bit label map holds 254"):
+        class_words_of(StubEngine(), ("open-vocabulary",), names)
+
+
+def test_a_model_without_guidance_takes_one_and_no_more():
+    engine = StubEngine()
+    engine.model.guidance = "none"
+    assert make_recipe(engine, ("depth",), guidance=1.0).guidance == 1
+    with pytest.raises(Refused, match="--guidance 1.5: .* is sampled without guidance here, expected at most 1"):
+        make_recipe(engine, ("depth",), guidance=1.5)
 
 
 @pytest.mark.parametrize("origin", [calls.FROM_NOISE, calls.ONE_GENERATOR])

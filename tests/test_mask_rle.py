@@ -124,6 +124,7 @@ MALFORMED = [
     ({"size": [4.0, 4], "counts": "`0"}, "two whole numbers"),
     ({"size": [2**20, 2**20], "counts": "`0"}, "at most 268435456"),  # asks for a tebibyte
     ({"size": [2**70, 1], "counts": "`0"}, "31 bits"),
+    ({"size": [1, 2**31], "counts": "`0"}, "31 bits"),
     ({"size": [16384, 16384], "counts": "`0"}, "sum to"),  # refused before its 256 MiB are allocated
     ({"counts": "`0"}, "size and counts"),
     ("`0", "size and counts"),

@@ -517,6 +517,9 @@ def test_a_class_that_one_image_shows_has_no_interval():
                 assert found[name][0] <= low + 1e-6 and np.diff(found[name]) > high - low - 1e-6, (task, name)
     counts = meters["semantic"].count_images()
     assert 1 in counts and counts.max() == 5
+    two = METRICS["semantic"](SimpleNamespace(classes=("wall", "mug")))
+    two.rows += [np.array([[900, mug // 2], [1000, mug], [1000, mug]]) for mug in (0, 500)]
+    assert set(intervals(two)["per_class"]) == {"wall"}  # a quarter of the draws of two images has no mug
     assert expanded_level(0.95, 2) > expanded_level(0.95, 6) > expanded_level(0.95, 200) > 0.95
 
 

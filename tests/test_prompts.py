@@ -88,6 +88,9 @@ def test_per_class_is_balanced_and_varied():
     assert sum("ball" in request.prompt for request in found) == 4
     assert found[1].prompt == "a photo of an orange" and found[1].classes == ("orange",)
     assert len({request.prompt for request in found}) == 8
+    again = [plan.request(index, turn=1) for index in range(8)]  # in whose place they may stand
+    assert [request.classes for request in again] == [request.classes for request in found]
+    assert [after.seed - before.seed for before, after in zip(found, again)] == [100_000_007] * 8
     assert [template("ball", turn) for turn in (1, 2, 3, 11, 12)] == [
         "a picture of a ball",
         "a scene with a ball",

@@ -1,8 +1,10 @@
 """Approximate speeds: which calls they save, and the gate of labels that refuses what makes these worse."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from run_steps import prepare
 from stub_engine import StubEngine
 
 from datasetdm_fast import generate
-from datasetdm_fast.config import EXACT
+from datasetdm_fast.config import EXACT, USUAL_SAMPLER
 from datasetdm_fast.data import Keypoints
 from datasetdm_fast.engine.engines import build_engine, device
 from datasetdm_fast.engine.engines.fast import FastEngine
@@ -34,6 +36,17 @@ def test_cached_calls_follow_a_whole_one(captured):
     keeping = [call for call in range(51) if call not in cached and call != captured[-1]]
     assert cached.isdisjoint({0, 1, 2, *captured}) and 30 <= len(cached) <= 32
     assert all(min(call - whole for whole in keeping if whole < call) < speed.CACHE_INTERVAL for call in cached)
+
+
+def test_inner_calls_are_all_but_the_ends_and_the_captured_ones():
+    assert speed.inner_calls(6, (2,)) == {1, 3, 4}
+
+
+@pytest.mark.parametrize(("steps", "is_faster"), [(26, True), (25, False)])
+def test_a_model_of_as_few_steps_is_no_faster(steps, is_faster):
+    model = SimpleNamespace(defaults=SimpleNamespace(steps=steps), backbone=SimpleNamespace(flow=None, title="A model"))
+    with nullcontext() if is_faster else pytest.raises(Refused, match="A model is sampled in 25 steps as it is"):
+        assert speed.fast_sampling(SimpleNamespace(model=model), "fast25", USUAL_SAMPLER, 0) == ("dpm-solver++", 25)
 
 
 @pytest.fixture(scope="module")

@@ -286,6 +286,9 @@ def test_averages_of_weights_and_optimisers_are_those_of_the_schedule(engine, so
     begun = [value.clone() for value in taught.state.average]
     taught.step()
     assert all(map(torch.allclose, taught.state.average, torch._foreach_lerp(begun, taught.state.parameters, 0.1)))
+    taught.state.step, begun = 2, [value.clone() for value in taught.state.average]
+    taught.step()  # 1 - 3/12
+    assert all(map(torch.allclose, taught.state.average, torch._foreach_lerp(begun, taught.state.parameters, 0.75)))
     assert type(taught.state.optimiser) is torch.optim.AdamW
     assert taught.state.optimiser.defaults["weight_decay"] == 0.125
     other = Trainer(config, replace(schedule, optimiser="adam", average=0.0), held, reads_ahead=False).state
@@ -387,17 +390,17 @@ def test_gradients_are_clipped_and_parts_of_a_step_share_their_statistics(engine
         return {name: value.clone() for name, value in decoder.named_buffers() if "stored_" in name}
 
     for clip in (0.0, 1e-3):
-        schedule = TrainingSchedule(batch_size=3, clip=clip, gradient_accumulation_steps=2)
+        schedule = TrainingSchedule(batch_size=3, clip=clip, gradient_accumulation_steps=3)
         taught = Trainer(config, schedule, held, reads_ahead=False)
         before = statistics(taught.state.decoder)
         taught.state.decoder.register_forward_hook(lambda module, *_: seen.append(statistics(module)))
         taught.step()
         norms.append(math.sqrt(sum(float(value.grad.square().sum()) for value in taught.state.parameters)))
-        first, second = seen[-2:]
-        assert any(not torch.equal(before[name], second[name]) for name in before)
+        parts = seen[-3:]
+        assert any(not torch.equal(before[name], parts[1][name]) for name in before)
         for name, value in statistics(taught.state.decoder).items():
-            assert torch.allclose(value, (first[name] + second[name]) / 2)
-    assert norms[0] > 2e-3 and norms[1] == pytest.approx(1e-3, rel=1e-3) and len(seen) == 4
+            assert torch.allclose(value, sum(part[name] for part in parts) / 3)
+    assert norms[0] > 2e-3 and norms[1] == pytest.approx(1e-3, rel=1e-3) and len(seen) == 6
 
 
 def test_hidden_channels_are_zero_and_the_others_make_up_for_them():

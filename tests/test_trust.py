@@ -75,6 +75,8 @@ def test_instances_are_counted_against_the_things_that_a_prompt_names():
     for text in ("two balls", "a ball and a blue ball", "balls", "a row of balls", "the ball"):
         assert trust_of(("ball",), two, text).is_trusted, text
     assert not trust_of(("ball",), two, "a ball and two blue balls").is_trusted
+    one = {"instance": scene([0] * 10, (0, slice(0, 3)))["instance"]}
+    assert trust_of(("ball",), one, "two balls").reasons == ("instance has 1 instance of ball, the prompt names 2",)
 
 
 def test_a_class_is_shown_from_a_250th_of_the_picture_on():
