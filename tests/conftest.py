@@ -11,6 +11,7 @@ import struct
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 # Decided before any import of torch or transformers: no spinning threads, one thread a worker, nothing fetched.
 os.environ["OMP_WAIT_POLICY"], os.environ["GOMP_SPINCOUNT"] = "PASSIVE", "0"
@@ -92,7 +93,19 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def shorten_launches():
+    """Triton's interpreter puts its functions in the place of the compiler's at every call, of `tl.sum` and `tl.zeros`
+    as of a kernel, which is most of its time. Nothing is compiled in this process, so that once is enough.
+    """
+    interpreter = sys.modules.get("triton.runtime.interpreter")
+    if interpreter and "TRITON_INTERPRET" in os.environ:
+        language = interpreter.tl
+        interpreter._patch_lang(SimpleNamespace(__globals__={"tl": language, "core": language.core}))
+        interpreter._patch_lang = lambda kernel: interpreter._LangPatchScope()
+
+
 def pytest_collection_finish():
+    shorten_launches()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)  # networks are made of so many objects that the usual 700 take a tenth of the time
     gc.enable()
