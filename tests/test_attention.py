@@ -25,6 +25,7 @@ from datasetdm_fast import generate, label, split
 from datasetdm_fast.config import AttentionDefaults
 from datasetdm_fast.data import AttentionSums, Request, join_texts
 from datasetdm_fast.disk.locks import CACHE_VARIABLE
+from datasetdm_fast.engine.backbones.flow_models import seg4diff
 from datasetdm_fast.engine.decoders.folders import DEMO
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.loading import load_model
@@ -208,6 +209,9 @@ def test_numbers_of_a_model_and_those_refused():
     ):
         with pytest.raises(Refused, match=said):
             class_prompts.attention_recipe(AttentionDefaults(), 64, **wrong)
+    with pytest.raises(Refused, match="would not fit into memory"):
+        class_prompts.attention_recipe(AttentionDefaults(), 160)
+    assert class_prompts.attention_recipe(seg4diff(9, depth=24), 96).self_cells == 96  # of which nothing is held
 
 
 def test_a_class_prompt_names_the_words_as_the_prompt_does():

@@ -12,13 +12,15 @@ from skips import long_test
 from tiny_pipelines import SIZE
 
 from datasetdm_fast import generate, verify
-from datasetdm_fast.data import AttentionSums, ProjectedCapture, Text
+from datasetdm_fast.data import AttentionSums, ProjectedCapture, Request, Text
 from datasetdm_fast.engine.backbones import every_backbone
 from datasetdm_fast.engine.decoders.checkpoint import seeded_decoders
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.engines.fast import CHUNK_PIXELS
+from datasetdm_fast.engine.engines.torch import TorchEngine
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop.calls import call_text
+from datasetdm_fast.engine.loop.recipe import make_recipe
 from datasetdm_fast.engine.models.mmdit import MMDiT
 from datasetdm_fast.engine.models.mmdit_readers import CallReader
 from datasetdm_fast.engine.models.vae import has_usual_form
@@ -27,6 +29,7 @@ from datasetdm_fast.kernels import fused, launch
 from datasetdm_fast.kernels import plain as plain_forms
 from datasetdm_fast.kernels.attention_sums import as_bias, plain, sum_exponentials
 from datasetdm_fast.plugins import load_place
+from datasetdm_fast.runs.agreement import verify as agreement
 
 # none of them the sizes of other tests; the guidance of a call
 FAMILIES = {
@@ -161,6 +164,28 @@ def test_averages_of_attention_are_the_references(opened):
     zero = AttentionSums(torch.zeros(3, model.levels[0].side ** 2, 0), torch.zeros(3, model.levels[0].side ** 2, 512))
     (_, ours), (_, truth) = (each.denoise_and_average(latents, 500.0, text, text, zero) for each in (engine, reference))
     torch.testing.assert_close(ours.tokens, truth.tokens, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("opened", ["sd3", "flux1"], indirect=True)
+@pytest.mark.parametrize("name", ["denoise_and_average", "_read_concepts"])
+def test_verify_notices_wrong_attention_to_a_text(opened, name, monkeypatch):
+    model, *_, guidance = opened
+    engine, requests = build_engine("fast", model, device="cpu"), [Request(0, PROMPTS[0], 3)]
+    bare = TorchEngine(model, device="cpu")
+    recipe = make_recipe(bare, (), steps=1, guidance=guidance)
+
+    def failed():
+        return agreement.verify(engine, bare, requests, recipe, 1, is_whole=True).failed
+
+    assert not failed()
+    right = getattr(engine, name)
+
+    def wrong(*given):
+        output, sums = right(*given)
+        return output, AttentionSums(sums.cells, sums.tokens * 1.01)
+
+    monkeypatch.setattr(engine, name, wrong)
+    assert failed() == ["averages of attention"]
 
 
 def test_verify_and_generate_take_it(tmp_path, capsys):

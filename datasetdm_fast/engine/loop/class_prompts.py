@@ -86,7 +86,7 @@ def attention_recipe(
                 f"{flag} {cells}: this model has attention over {', '.join(map(str, sides))} cells of a side",
                 "Choose one of these; 0 takes what suits the model.",
             )
-    if recipe.self_cells > 64:
+    if recipe.self_cells > 64 and not recipe.blocks:
         raise Refused(
             f"--self-cells {recipe.self_cells}: the averages of its attention would not fit into memory",
             "Choose 64 or fewer.",

@@ -222,6 +222,7 @@ class Rounded(TorchEngine):
 
 TINY = 1e-30
 AVERAGES = "averages of attention"
+CONCEPTS = 4  # tokens of a prompt that stand for concepts
 
 
 def relative(value: Tensor, truth: Tensor) -> np.ndarray:
@@ -315,18 +316,26 @@ def averages_distance(observed: AttentionSums, truth: AttentionSums) -> np.ndarr
 
 
 def averaged_distance(engine, reference, truth: Observation, recipe: Recipe) -> dict[str, np.ndarray]:
-    """Of the averages of attention in the last call; the prompts stand for the class prompts."""
-    settings = attention_recipe(reference.model.defaults.attention, reference.model.levels[-1].side)
+    """Of the averages of attention in the last call; the prompts stand for the class prompts, and where labels are read
+    from the attention of one call their first tokens for concepts, too.
+    """
+    model, few = reference.model, slice(CONCEPTS)
+    has_text_maps = model.backbone.has_text_maps
+    settings = attention_recipe(model.defaults.attention, model.levels[0 if has_text_maps else -1].side)
     wordless = replace(recipe, attention=settings, words=())  # the class words are not asked for
 
-    def averages(compared) -> AttentionSums:
+    def averages(compared, is_concept: bool) -> AttentionSums:
         generator = BatchGenerator(compared, wordless, lambda: None)
         latents, text = truth.seen[-1].to(compared.device), truth.text.to(compared.device)
         nothing, words = generator.zero_attention_sums(len(latents)), text[-len(latents) :].map(torch.clone)
+        if is_concept:
+            nothing, words = AttentionSums(nothing.cells, nothing.tokens[..., few]), Text(words.context[:, few])
         _, sums = compared.denoise_and_average(latents, recipe.schedule.timesteps[-1], text, words, nothing)
         return sums.to("cpu")
 
-    return {AVERAGES: averages_distance(averages(engine), averages(reference))}
+    kinds = (False, True) if has_text_maps else (False,)
+    distances = [averages_distance(averages(engine, kind), averages(reference, kind)) for kind in kinds]
+    return {AVERAGES: np.max(distances, 0)}
 
 
 def _label_distances(prefix: str, observed: Observation, truth: Observation) -> dict[str, np.ndarray]:

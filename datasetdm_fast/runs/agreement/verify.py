@@ -168,8 +168,9 @@ def verify(
     def whole_distances(compared, truth: Observation) -> dict[str, np.ndarray]:
         if not is_whole:
             return {}
-        has_averages = recipe.attention is not None or getattr(compared, "exports_averages", False)
-        is_averaged = reference.model.backbone.has_averages and not has_averages
+        is_known = recipe.attention is not None or getattr(compared, "exports_averages", False)
+        family = reference.model.backbone
+        is_averaged = (family.has_averages or family.has_text_maps) and not is_known
         averages = averaged_distance(compared, reference, truth, recipe) if is_averaged else {}
         return averages | encoded_distance(compared, reference, truth.images)
 
