@@ -188,6 +188,26 @@ def test_parts_of_other_kinds_of_models_are_refused(saved, tmp_path):
     assert "down_block_types" in refused(folder)
 
 
+@pytest.mark.parametrize(
+    "family, part, values, said",
+    [
+        ("sd3", "vae", {"scaling_factor": "x"}, "the vae's scaling_factor is 'x', expected a number above 0"),
+        ("flux1", "vae", {"shift_factor": [1]}, "the vae's shift_factor is [1], expected a number"),
+        ("flux2-klein", "vae", {"block_out_channels": [8, 16, 16]}, "a latent cell of the vae is 4 x 4 pixels"),
+        ("qwen-image", "vae", {"dim_mult": [1, 2, 2, 2, 2]}, "a latent cell of the vae is 16 x 16 pixels"),
+        ("sd3", "scheduler", {"shift": "x"}, "shift is 'x', expected a number"),
+        ("flux1", "scheduler", {"num_train_timesteps": 0}, "steps, shift or shift_terminal are out of range"),
+        ("z-image", "scheduler", {"shift_terminal": 1}, "steps, shift or shift_terminal are out of range"),
+        ("flux1", "transformer", {"num_single_layers": 1}, "tensors of layers that its config.json omits"),
+        ("z-image", "text_encoder", {"num_hidden_layers": 2, "layer_types": None}, "that its config.json omits"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(saved, tmp_path, family, part, values, said):
+    folder = copy_of(saved(family), tmp_path)
+    change(next((folder / part).glob("*config.json")), **values)
+    assert said in refused(folder)
+
+
 def test_parts_of_different_models_are_refused(saved, tmp_path):
     folder = copy_of(saved("sd3"), tmp_path)
     for name in ("text_encoder", "text_encoder_2"):

@@ -1,10 +1,13 @@
 """Whether the parts of a folder are of one model, as every family asks it."""
 
+import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.engine.backbones.record import ANOTHER, LoadedModel, Read
+from datasetdm_fast.engine.backbones.record import ANOTHER, DAMAGED, LoadedModel, Read
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.stages import FACTOR
 from datasetdm_fast.untrusted import documents
 
 TOGETHER = "Take every part from the same model."
@@ -24,8 +27,29 @@ def check_settings(configs: Read, source: str, part: str, supported: Mapping[str
             )
 
 
-def check_channels(source: str, read: Any, supplied: Any) -> None:
-    """Refuses a denoiser that reads other latents than the autoencoder gives, as those that edit images do."""
+def check_autoencoder(vae: Mapping[str, Any], source: Path | str) -> None:
+    """Refuses an autoencoder whose latents are not scaled by numbers, or have cells of another size."""
+    numbers = {"scaling_factor": (vae.get("scaling_factor", 1.0), 0.0, " above 0")}
+    numbers["shift_factor"] = vae.get("shift_factor") or 0.0, -math.inf, ""
+    for name, (value, least, bound) in numbers.items():
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not least < value < math.inf:
+            raise Refused(
+                f"model: {source}: the vae's {name} is {documents.quote(value)}, expected a number{bound}", DAMAGED
+            )
+    if (pixels := 2 ** (len(vae.get("dim_mult") or vae["block_out_channels"]) - 1)) != FACTOR:
+        raise Refused(
+            f"model: {source}: a latent cell of the vae is {pixels} x {pixels} pixels, expected {FACTOR} x {FACTOR}",
+            ANOTHER,
+        )
+
+
+def check_channels(source: str, read: Any, vae: Mapping[str, Any], cells: int = 1) -> None:
+    """Refuses an autoencoder of another form, and a denoiser that reads other latents than it gives, as those that edit
+    images do; `cells` of them are one token where it reads them packed.
+    """
+    check_autoencoder(vae, source)
+    supplied = cells * vae.get("latent_channels", vae.get("z_dim"))
     if read != supplied:
         raise Refused(
             f"model: {source}: the denoiser reads {documents.quote(read)} channels where the latents of the vae have "

@@ -44,7 +44,7 @@ def _defaults(configs: Configs) -> Defaults:
 
 
 def _check(configs: Read, source: str) -> Read:
-    check_channels(source, configs["transformer"].get("in_channels", 64), 4 * configs["vae"]["latent_channels"])
+    check_channels(source, configs["transformer"].get("in_channels", 64), configs["vae"], 4)
     return configs
 
 

@@ -54,7 +54,7 @@ def _licence(configs: Configs) -> str:
 
 
 def _check(configs: Read, source: str) -> Read:
-    check_channels(source, configs["transformer"].get("in_channels", 128), 4 * configs["vae"]["latent_channels"])
+    check_channels(source, configs["transformer"].get("in_channels", 128), configs["vae"], 4)
     check_settings(configs, source, "transformer", {"guidance_embeds": (False,)})
     return configs
 

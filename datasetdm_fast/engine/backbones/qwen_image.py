@@ -29,7 +29,7 @@ def _latents(configs: Configs) -> Latents:
 
 
 def _check(configs: Read, source: str) -> Read:
-    check_channels(source, configs["transformer"].get("in_channels", 64), 4 * configs["vae"]["z_dim"])
+    check_channels(source, configs["transformer"].get("in_channels", 64), configs["vae"], 4)
     check_settings(configs, source, "transformer", {"guidance_embeds": (False,), "zero_cond_t": (False,)})
     return configs
 

@@ -1,6 +1,5 @@
 """Stable Diffusion 1.x and 2.x: a U-Net of four levels, one CLIP text encoder, classifier-free guidance."""
 
-import math
 import re
 import sys
 from collections.abc import Mapping
@@ -9,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.config import SD_DEFAULTS, Defaults
+from datasetdm_fast.engine.backbones.fitting import check_autoencoder
 from datasetdm_fast.engine.backbones.record import (
     ANOTHER,
-    DAMAGED,
     Backbone,
     Configs,
     Guidance,
@@ -143,18 +142,7 @@ def check_network(part: str, config: Mapping[str, Any], source: Path | str) -> N
     if not isinstance(config.get("layers_per_block", 2), int):
         raise Refused(f"model: {source}: the {NAMES[part]}'s layers_per_block is no number; {SUPPORTED}", ANOTHER)
     if part == "vae":
-        scale, factor = config.get("scaling_factor", 0.18215), 2 ** (len(config["block_out_channels"]) - 1)
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
-            raise Refused(
-                f"model: {source}: the vae's scaling_factor is {documents.quote(scale)}, expected a number above 0",
-                DAMAGED,
-            )
-        if factor != PIXELS:
-            raise Refused(
-                f"model: {source}: a latent cell of the vae is {factor} x {factor} pixels, expected {PIXELS} x "
-                f"{PIXELS}; {SUPPORTED}",
-                ANOTHER,
-            )
+        check_autoencoder(config, source)
 
 
 def check_configs(configs: Read, source: str) -> Read:

@@ -129,7 +129,7 @@ def _licence(configs: Configs) -> str:
 
 def _check(configs: Read, source: str) -> Read:
     check_settings(configs, source, "unet", UNET)
-    check_channels(source, configs["unet"].get("in_channels", 4), configs["vae"]["latent_channels"])
+    check_channels(source, configs["unet"].get("in_channels", 4), configs["vae"])
     return configs
 
 

@@ -37,7 +37,7 @@ def _defaults(configs: Configs) -> Defaults:
 
 
 def _check(configs: Read, source: str) -> Read:
-    check_channels(source, configs["transformer"].get("in_channels", 16), configs["vae"]["latent_channels"])
+    check_channels(source, configs["transformer"].get("in_channels", 16), configs["vae"])
     check_settings(configs, source, "transformer", {"all_patch_size": ([2],), "siglip_feat_dim": (None,)})
     return configs
 

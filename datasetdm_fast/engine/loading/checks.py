@@ -12,6 +12,7 @@ from datasetdm_fast.untrusted import documents, tensors
 
 ADAPTER = "Name its base model with --model, and the LoRA with --lora."
 SCHEDULE = "Correct the model's scheduler_config.json, or get that file again."
+SHIFTS = "shift flow_shift base_shift max_shift base_image_seq_len max_image_seq_len shift_terminal".split()  # of flows
 LARGEST_VOCABULARY = 64 * 2**20  # bytes of a tokenizer's files; CLIP's have 3 MB
 # of a config: any number, layers, entries of a list, steps
 LARGEST_NUMBER, MOST_LAYERS, MOST_ENTRIES, MOST_TIMESTEPS = 2**20, 128, 128, 100_000
@@ -57,7 +58,22 @@ def check_bounds(config: Mapping[str, Any], source: Path) -> None:
             )
 
 
-def check_scheduler(config: Mapping[str, Any], source: Path | str) -> None:
+def _check_forms(config: Mapping[str, Any], forms: Mapping[str, Any]) -> None:
+    """Raises ValueError where a setting that is there is of another form."""
+    documents.check_form(config, {name: form for name, form in forms.items() if config.get(name) is not None})
+
+
+def check_scheduler(config: Mapping[str, Any], source: Path | str, *, is_flow: bool = False) -> None:
+    if is_flow:
+        _check_forms(config, {"num_train_timesteps": int} | dict.fromkeys(SHIFTS, float))
+        count, shift = config.get("num_train_timesteps", 1000), config.get("shift", 1.0)
+        if not (0 < count <= MOST_TIMESTEPS and shift > 0 and 0 <= (config.get("shift_terminal") or 0) < 1):
+            raise Refused(
+                f"model: {source}: the scheduler's steps, shift or shift_terminal are out of range, expected 1 to "
+                f"{MOST_TIMESTEPS} steps, a shift above 0 and an end below 1",
+                SCHEDULE,
+            )
+        return
     forms = {
         "num_train_timesteps": int,
         "steps_offset": int,
@@ -66,7 +82,7 @@ def check_scheduler(config: Mapping[str, Any], source: Path | str) -> None:
         "set_alpha_to_one": bool,
         "trained_betas": [float],
     }
-    documents.check_form(config, {name: form for name, form in forms.items() if config.get(name) is not None})
+    _check_forms(config, forms)
     count = config.get("num_train_timesteps", 1000)
     betas = config.get("trained_betas") or [config.get("beta_start", 0.0001), config.get("beta_end", 0.02)]
     is_range = 0 < count <= MOST_TIMESTEPS and 0 <= config.get("steps_offset", 0) < count

@@ -115,8 +115,8 @@ def load_folder(
                 if not is_own:
                     configs[part] = _readable_settings(backbone.parts[part], configs[part], folder / part)
                 check_bounds(configs[part], folder / part)
-        if backbone.flow is None and SCHEDULER in configs:
-            check_scheduler(configs[SCHEDULER], folder)
+        if SCHEDULER in configs:
+            check_scheduler(configs[SCHEDULER], folder, is_flow=backbone.flow is not None)
         configs = backbone.check(configs, str(folder))
         if SCHEDULER not in configs:
             raise Refused(f"model: {folder} has no scheduler", "Add the folder scheduler of the same model.")
@@ -355,7 +355,17 @@ def _from_folder(folder: Path, part: Part, weights: _Weights, config: Mapping[st
             f"model: {folder} lacks {len(missing)} tensors its config.json asks for, the first is {missing[0]}",
             MATCHING,
         )
+    known = {without_numbers(name) for name in module.state_dict()}
+    if more := sorted(name for name in info["unexpected_keys"] if without_numbers(name) in known):
+        raise Refused(
+            f"model: {folder} has {len(more)} tensors of layers that its config.json omits, the first is {more[0]}",
+            MATCHING,
+        )
     return module
+
+
+def without_numbers(name: str) -> str:
+    return re.sub(r"\d+", "", name)
 
 
 @contextmanager

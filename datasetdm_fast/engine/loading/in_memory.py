@@ -40,8 +40,7 @@ def model_of(pipe: Any, size: int = 0) -> Model:
         _check_vectors(tokenizer)
     read = {name: _config_of(part) for name, part in present.items()}
     configs = backbone.check(read | _index_of(pipe), origin) | {SCHEDULER: read[SCHEDULER]}
-    if backbone.flow is None:
-        check_scheduler(configs[SCHEDULER], origin)
+    check_scheduler(configs[SCHEDULER], origin, is_flow=backbone.flow is not None)
     states = {name: state_of(present[name], name) for name in backbone.networks if name in present}
     networks = {name: Network.of(copy_module(present[name], state)) for name, state in states.items()}
     digests = {name: digest_of(state) for name, state in states.items()}

@@ -17,7 +17,7 @@ def _levels(configs: Configs, size: int, halves: int) -> tuple[Level, ...]:
 
 
 def _check(configs: Read, source: str) -> Read:
-    check_channels(source, configs["transformer"].get("in_channels", 4), configs["vae"]["latent_channels"])
+    check_channels(source, configs["transformer"].get("in_channels", 4), configs["vae"])
     return configs
 
 
