@@ -8,7 +8,8 @@ import pytest
 import torch
 from skips import long_test
 
-from bench.world import judge, judge_labels, judge_net
+from bench.machine.machine import ROOT
+from bench.world import judge, judge_labels, judge_net, marks
 from bench.world.distance import frechet
 from bench.world.things_seen import follows, shares, things_seen
 from bench.world.worlds import WORLDS
@@ -155,3 +156,47 @@ def test_renders_are_asked_for_all_that_their_captions_name(monkeypatch):
     (picture,) = judge_labels.of_renders(1)
     assert set(picture.named) == {thing.kind for thing in world.sample_scene(first).things}
     assert not picture.trust.unnamed
+
+
+def labelled(seen: np.ndarray, shown: np.ndarray, trust: Trust) -> judge_labels.JudgedPicture:
+    """A picture of these classes whose two labels show those."""
+    labels = {kind: SemanticMap(shown, np.ones(shown.shape, np.float32), world.CLASSES) for kind in judge_labels.KINDS}
+    return judge_labels.JudgedPicture(("ball",), labels, seen, np.ones(seen.shape, bool), trust)
+
+
+def test_marks_are_held_against_the_truth_of_their_pictures():
+    """A right label that is trusted, half of a thing that is doubtful, and a thing for another that is trusted."""
+    ball, cube = world.CLASSES.index("ball"), world.CLASSES.index("cube")
+    seen = np.zeros((40, 40), np.uint8)
+    seen[:20, :20] = ball
+    half, other = seen.copy(), np.where(seen == ball, cube, 0).astype(np.uint8)
+    half[:10] = 0
+    doubt = Trust(confidence=0.7, domain=1.2, reasons=("ball in semantic is unlike those in the pictures",))
+    pictures = [
+        labelled(seen, seen, Trust(confidence=0.9, domain=0.5)),
+        labelled(seen, half, doubt),
+        labelled(seen, other, Trust(confidence=0.8, domain=0.4)),
+    ]
+    row = marks.row_of(pictures)
+    assert row["marks"]["trusted"] == {"pictures": 2, "miou": 0.5, "found": 0.5, "wrong": 0.5}
+    assert row["marks"]["doubtful"] == row["marks"]["out of domain"] == row["reasons"]["unlike what was learned from"]
+    assert row["marks"]["doubtful"] == {"pictures": 1, "miou": 0.5, "found": 1.0, "wrong": 1.0}
+    assert row["auroc"] == {"trust": 0.75, "domain": 0.5, "confidence": 1.0, "foreign things": 0.5}
+    assert row["risk"]["confidence"] == pytest.approx((0 + 1 / 2 + 1.5 / 3) / 3)  # losses 0, 1, 0.5 in this order
+    assert row["risk"]["best"] == pytest.approx((0 + 0.25 + 0.5) / 3)
+    assert marks.row_of(pictures[:1])["auroc"]["trust"] is None
+    line = "| renders | 3: 0.500, 67 % | 2: 0.500, 50 % | 1: 0.500, 100 % | 1: 0.500, 100 % |"
+    assert line in marks.table({"rows": {"renders": row}})
+
+
+def test_the_page_tells_the_marks_that_were_measured():
+    document = json.loads((ROOT / "bench/world/demo-marks.json").read_text())
+    assert marks.table(document) in (ROOT / "docs/demo-model.md").read_text()
+
+
+def test_pictures_of_every_setting_are_labelled_and_marked(tmp_path, capsys):
+    assert marks.main(["--out", str(tmp_path / "marks.json"), "--number", "2"]) == 0
+    document = json.loads((tmp_path / "marks.json").read_text())
+    assert capsys.readouterr().out.startswith(marks.table(document)) and list(document["rows"]) == list(marks.SETTINGS)
+    assert document["rows"]["renders"]["marks"]["all"]["miou"] > 0.9
+    assert document["rows"]["renders of the harder world"]["marks"]["all"]["miou"] < 0.8

@@ -8,10 +8,11 @@ for each domain how well the pictures still fit the label maps. Prints a table a
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,8 +22,9 @@ from bench.world.things_seen import ENOUGH
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.data import Annotation, SemanticMap, Trust
 from datasetdm_fast.engine.engines import open_engine
+from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.labels import kind_of
-from datasetdm_fast.engine.labels.trust import named_map, trust_of
+from datasetdm_fast.engine.labels.trust import named_map, trust_of, with_domain
 from datasetdm_fast.engine.labels.words import find_classes
 from datasetdm_fast.engine.loop.inversion import invert_for
 from datasetdm_fast.engine.scenes import world
@@ -50,6 +52,7 @@ class JudgedPicture:
     is_sure: np.ndarray  # [H, W] whether that is beyond doubt
     trust: Trust
     domain: str = ""  # of a variant
+    foreign: float | None = None  # of the pixels that are things without the prompt, the share of things it names not
 
     def shown(self, name: str) -> np.ndarray:
         return self.seen == world.CLASSES.index(name)
@@ -119,32 +122,55 @@ def of_run(run: Run, judge: Judge) -> list[JudgedPicture]:
         for sample, classes, probability in zip(samples, seen, sure, strict=True):
             named = tuple(name for name in sample.classes if name in world.THINGS)
             labels = {kind: sample.label(kind) for kind in KINDS}
-            trust = trust_of(sample.classes, labels, sample.prompt)
             domain = sample.meta.get("domain", "")
-            pictures.append(JudgedPicture(named, labels, classes, probability >= SURE, trust, domain))
+            pictures.append(JudgedPicture(named, labels, classes, probability >= SURE, sample.trust, domain))
     return pictures
+
+
+class TrueView(NamedTuple):
+    """A picture whose truth is known."""
+
+    image: np.ndarray
+    caption: str
+    seen: np.ndarray  # [H, W] class of each pixel
 
 
 def of_renders(count: int) -> list[JudgedPicture]:
     """Renders with the labels that the demo decoders give them, beside their truth."""
     engine, _ = open_engine("demo", "demo", KINDS)
-    configs = {task: engine.decoders[task].config for task in KINDS}
-    source, pictures = DemoWorld(count, RENDERS, engine.model.size), []
-    items = iter(source)
-    while some := list(islice(items, BATCH)):
-        captions, first = [item.caption for item in some], len(pictures)
-        images = torch.from_numpy(np.stack([item.image for item in some]))
-        captures, labels = invert_for(engine, KINDS, images, captions, range(first, first + len(some))), {}
-        for task, config in configs.items():
+    source = DemoWorld(count, RENDERS, engine.model.size)
+    return list(of_views(engine, (TrueView(item.image, item.caption, item.semantic) for item in source)))
+
+
+def of_views(engine: Engine, views: Iterable[TrueView]) -> Iterator[JudgedPicture]:
+    """Pictures with the labels that an engine's decoders give them, marked as samples are."""
+    decoders, seeds, left = {task: engine.decoders[task] for task in KINDS}, count(), iter(views)
+    while some := list(islice(left, BATCH)):
+        captions = [view.caption for view in some]
+        images = torch.from_numpy(np.stack([view.image for view in some]))
+        captures, labels = invert_for(engine, KINDS, images, captions, list(islice(seeds, len(some)))), {}
+        for task, decoder in decoders.items():
             raw = engine.annotate(task, captures[task], None)
-            raw = held_to(raw, config, captions, tokenizer=engine.model.tokenizer)
-            labels[task] = read_labels(raw, images.numpy(), config, engine.model.size)
-        for k, item in enumerate(some):
-            named = find_classes(item.caption, world.THINGS)
+            free = read_labels(raw, images.numpy(), decoder.config, engine.model.size)
+            raw = held_to(raw, decoder.config, captions, tokenizer=engine.model.tokenizer)
+            labels[task] = read_labels(raw, images.numpy(), decoder.config, engine.model.size)
+        measured = [task for task, decoder in decoders.items() if decoder.domain]
+        sketches = {task: decoders[task].sketch(captures[task].of(task)).numpy() for task in measured}
+        for k, view in enumerate(some):
+            named = find_classes(view.caption, world.THINGS)
             found: dict[str, Annotation] = {task: labels[task][k] for task in KINDS}
-            is_sure = np.ones(item.semantic.shape, bool)
-            pictures.append(JudgedPicture(named, found, item.semantic, is_sure, trust_of(named, found)))
-    return pictures
+            trust = trust_of(named, found, view.caption)
+            distances = {task: decoders[task].domain.measure(sketches[task][k], found[task]) for task in measured}
+            trust = with_domain(trust, distances) if distances else trust
+            is_sure, foreign = np.ones(view.seen.shape, bool), foreign_share(free[k], named)  # of the instances
+            yield JudgedPicture(named, found, view.seen, is_sure, trust, foreign=foreign)
+
+
+def foreign_share(label: Annotation, named: Sequence[str]) -> float:
+    """Of the pixels of things, the share of those that are not named."""
+    shares = named_map(label).shares()
+    things = {name: share for name, share in shares.items() if name in world.THINGS}
+    return sum(share for name, share in things.items() if name not in named) / max(sum(things.values()), 1e-9)
 
 
 def table(sets: dict[str, Sequence[JudgedPicture]]) -> Iterable[str]:
@@ -171,10 +197,10 @@ def main(arguments: list[str] | None = None) -> int:
     renders, made = of_renders(options.renders), of_run(run, judge)
     sets = {"renders": renders, "trusted renders": [one for one in renders if one.trust.is_trusted]}
     sets |= {"generated": made, "trusted generated": [one for one in made if one.trust.is_trusted]}
-    for count in sorted({len(one.named) for one in (*renders, *made)}):
+    for number in sorted({len(one.named) for one in (*renders, *made)}):
         for name, pictures in (("renders", renders), ("generated", made)):
-            if some := [one for one in pictures if len(one.named) == count]:
-                sets[f"{name}, {count} named"] = some
+            if some := [one for one in pictures if len(one.named) == number]:
+                sets[f"{name}, {number} named"] = some
     print("\n".join(table(sets)), file=sys.stderr)
     wrong = np.array([one.is_wrong for one in made])
     doubtful = np.array([not one.trust.is_trusted for one in made])
