@@ -85,6 +85,24 @@ def depth_head_gradient(
     threads: int,
     vector_bytes: int = 0,
 ) -> None: ...
+def multiplies_tiles() -> bool: ...
+def tiled_attention(
+    q: int,
+    q_strides: Sequence[int],
+    k: int,
+    k_strides: Sequence[int],
+    v: int,
+    v_strides: Sequence[int],
+    out: int,
+    out_strides: Sequence[int],
+    images: int,
+    heads: int,
+    queries: int,
+    keys: int,
+    width: int,
+    scale: float,
+    threads: int,
+) -> None: ...
 def attention(
     storage: int,
     q: int,

@@ -32,6 +32,7 @@ BLOCKS = {
 LIBRARY_WIDTHS = (64, 96, 128, 192, 256)  # to which the attention of libraries pads heads
 MANY_KEYS = 1024  # fewer are bound by memory, where wide tiles cost nothing
 LIBRARY = ("sm_90",)  # where cuDNN's takes less time than ours: 1.26 ms of 1.58 at the first level of SD 1.4, 8 images
+TILED_WIDTH = 80  # heads wider than this are as fast or faster by PyTorch's own
 WIDE, FEW_KEYS = 64, 128  # heads wider than this over more keys are faster by PyTorch's own, which holds larger blocks
 
 
@@ -52,20 +53,25 @@ def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def native(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`reference` on a CPU: csrc/network_ops.cpp where it is faster, PyTorch's own fused attention elsewhere."""
+    """`reference` on a CPU: by csrc where that is faster, by PyTorch's own fused attention elsewhere."""
     (batch, heads, queries, width), keys = q.shape, k.shape[2]
     if k.shape != (batch, heads, keys, width) or v.shape[:3] != k.shape[:3]:
         return reference(q, k, v)  # PyTorch's own does not refuse all that do not fit
     is_wide = width > WIDE and keys > FEW_KEYS and q.dtype == torch.float32
     if not is_native(q, k, v) or is_wide or v.shape[3] != width:
         return plain(q, k, v)
-    if multiplies_tiles(q.dtype):  # there PyTorch's own answers some numbers that are not finite with zeros
+    in_tiles = multiplies_tiles(q.dtype)
+    if in_tiles and not (width <= TILED_WIDTH and width % 2 == 0 and _C.multiplies_tiles()):
+        # PyTorch's own answers some numbers that are not finite with zeros
         return plain(q, k, v).add_(0 * (q.sum(-1, keepdim=True) + k.sum((-2, -1), keepdim=True)))
     # heads side by side, as the layer after it reads them
     out = q.new_empty(batch, queries, heads, width).transpose(1, 2)
     arguments: list[Any] = [part for x in (q, k, v, out) for part in (x.data_ptr(), x.stride()[:3])]
     arguments += [batch, heads, queries, keys, width, width**-0.5, threads(q, 2 * keys)]
-    _C.attention(STORAGES[q.dtype], *arguments)
+    if in_tiles:
+        _C.tiled_attention(*arguments)
+    else:
+        _C.attention(STORAGES[q.dtype], *arguments)
     return out
 
 

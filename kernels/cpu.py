@@ -23,8 +23,8 @@ def is_native(*tensors: Tensor) -> bool:
 
 
 def multiplies_tiles(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies tiles of `dtype` (AMX), as PyTorch's own operations do and csrc does not: several
-    times as fast as pairs of bf16, which an Intel CPU multiplies more slowly than fp32.
+    """Whether this CPU multiplies tiles of `dtype` (AMX), as PyTorch's own operations do, and of csrc's the attention:
+    several times as fast as pairs of bf16, which an Intel CPU multiplies more slowly than fp32.
     """
     return dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
 

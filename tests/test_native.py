@@ -121,6 +121,44 @@ def test_attention_by_tiles_hides_nothing_either(shape, monkeypatch):
             assert not found[~expected.isfinite()].isfinite().any() and found[0].isfinite().all()
 
 
+TILES = pytest.mark.skipif(not _C.multiplies_tiles(), reason="this CPU multiplies no tiles of bf16")
+
+
+@TILES
+@pytest.mark.parametrize(
+    ("queries", "keys", "width"),
+    [(1, 1, 2), (65, 31, 18), (64, 128, 32), (63, 129, 40), (130, 300, 80), (33, 77, 48), (9, 16, 64)],
+)
+@torch.inference_mode()
+def test_attention_by_tiles_says_what_the_reference_says(queries, keys, width, monkeypatch):
+    """Heads side by side in one tensor, one image's keys for all, and scores of which later ones outweigh earlier ones."""
+    packed = noise(2, queries, 3, 5, width + 2)[..., :width].bfloat16()
+    q = packed.permute(2, 0, 3, 1, 4)[1]
+    k = (noise(5, keys, width) * torch.linspace(0.2, 9, keys)[:, None]).bfloat16().expand(2, -1, -1, -1)
+    v = noise(keys, 2, 5, width, scale=3).bfloat16().permute(1, 2, 0, 3)
+    truth = attention.reference(*(x.double() for x in (q, k, v)))
+    answers = []
+    for count in (1, 40):  # more threads than heads
+        monkeypatch.setattr(attention, "threads", lambda *_, count=count: count)
+        monkeypatch.setattr(Tensor, "new_empty", lambda x, *shape: torch.full(shape, torch.nan, dtype=x.dtype))
+        answers.append(attention.native(q, k, v))
+        monkeypatch.undo()
+    assert torch.equal(*answers) and answers[0].transpose(1, 2).is_contiguous()
+    assert distance(answers[0], truth) <= max(1.3 * distance(attention.plain(q, k, v), truth), 2**-8)
+    monkeypatch.setattr(_C, "tiled_attention", None)  # which it was that answered
+    with pytest.raises(TypeError):
+        attention.native(q, k, v)
+
+
+@TILES
+def test_attention_by_tiles_refuses_what_it_cannot_read():
+    x = torch.zeros(64, dtype=torch.bfloat16)
+    right = [x.data_ptr(), [64, 8, 8]] * 4 + [1, 1, 2, 2, 8, 1.0, 1]
+    for place, wrong in ((1, [64, 8]), (2, 0), (8, 0), (12, 7), (13, 0.0), (14, 0)):
+        with pytest.raises((RuntimeError, ValueError)):
+            _C.tiled_attention(*right[:place], wrong, *right[place + 1 :])
+
+
 @torch.inference_mode()
 def test_threads_do_not_change_a_bit(monkeypatch):
     results = []
