@@ -131,7 +131,7 @@ TILES = pytest.mark.skipif(not _C.multiplies_tiles(), reason="this CPU multiplie
 )
 @torch.inference_mode()
 def test_attention_by_tiles_says_what_the_reference_says(queries, keys, width, monkeypatch):
-    """Heads side by side in one tensor, one image's keys for all, and scores of which later ones outweigh earlier ones."""
+    """Heads side by side in one tensor, one image's keys for all, and later scores that outweigh earlier ones."""
     packed = noise(2, queries, 3, 5, width + 2)[..., :width].bfloat16()
     q = packed.permute(2, 0, 3, 1, 4)[1]
     k = (noise(5, keys, width) * torch.linspace(0.2, 9, keys)[:, None]).bfloat16().expand(2, -1, -1, -1)
