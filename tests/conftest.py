@@ -94,14 +94,26 @@ def pytest_collection_modifyitems(items):
 
 
 def shorten_launches():
-    """Triton's interpreter puts its functions in the place of the compiler's at every call, of `tl.sum` and `tl.zeros`
-    as of a kernel, which is most of its time. Nothing is compiled in this process, so that once is enough.
+    """Triton's interpreter spends half its time on two things that once is enough for, where nothing is compiled in the
+    process: its functions take the places of the compiler's at every call, of `tl.sum` as of a kernel; and the type of
+    a block is worked out for every operation.
     """
     interpreter = sys.modules.get("triton.runtime.interpreter")
-    if interpreter and "TRITON_INTERPRET" in os.environ:
-        language = interpreter.tl
-        interpreter._patch_lang(SimpleNamespace(__globals__={"tl": language, "core": language.core}))
-        interpreter._patch_lang = lambda kernel: interpreter._LangPatchScope()
+    if not interpreter or "TRITON_INTERPRET" not in os.environ:
+        return
+    language, types = interpreter.tl, {}
+    interpreter._patch_lang(SimpleNamespace(__globals__={"tl": language, "core": language.core}))
+    interpreter._patch_lang = lambda kernel: interpreter._LangPatchScope()
+    make = language.block_type.__init__
+
+    def make_once(block, element, shape):
+        key = element.name, *(getattr(size, "value", size) for size in shape)
+        if key not in types:
+            make(block, element, shape)
+            types[key] = dict(vars(block))
+        vars(block).update(types[key], element_ty=element)
+
+    language.block_type.__init__ = make_once
 
 
 def pytest_collection_finish():
