@@ -1777,6 +1777,20 @@ def test_a_label_file_of_empty_lines_shows_nothing(copied):
     assert not len(source[0].masks) and source[0].caption == "a photo" and len(source[1].masks)
 
 
+def test_what_label_studio_exports_as_yolo_is_read(copied, made):
+    root, address = copied("yolo-seg")
+    before = open_data(f"yolo-seg:{made('yolo-seg')}", SIZE)
+    text(root / "classes.txt", "\n".join(before.names))
+    (root / "data.yaml").unlink()
+    for part in ("images", "labels"):
+        for file in [*(root / part / "train").iterdir()]:
+            file.rename(root / part / file.name)
+        (root / part / "train").rmdir()
+    assert same_items(open_data(address, SIZE), before)
+    with pytest.raises(Refused, match="found neither .*images/val"):
+        open_data(f"{address}[val]", SIZE)
+
+
 @pytest.mark.parametrize("places", [("valid/images", "valid/labels"), ("images/valid", "labels/valid")])
 def test_the_split_val_of_yolo_may_be_called_valid(copied, places):
     root, address = copied("yolo-seg")

@@ -1,4 +1,6 @@
-"""yolo-seg:PATH[SPLIT]: images/SPLIT and labels/SPLIT, a class and a polygon a line, names in data.yaml."""
+"""yolo-seg:PATH[SPLIT]: images/SPLIT and labels/SPLIT, a class and a polygon a line, names in data.yaml; or images and
+labels, names in classes.txt.
+"""
 
 from pathlib import Path
 
@@ -15,11 +17,14 @@ class Yolo(OutlineSource):
     rule = windows.RULES["coco"]
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
-        self.names = _class_names(reading.first_there(path / "data.yaml", path / "dataset.yaml"))
+        listed = reading.first_there(*(path / name for name in ("data.yaml", "dataset.yaml", "classes.txt")))
+        is_whole = listed.suffix == ".txt" and split == "train"  # as Label Studio exports it
+        self.names = reading.class_file(listed) if listed.suffix == ".txt" else _class_names(listed)
         self.set_things(name for name in self.names if not reading.is_background(name))
         names = reading.SPLIT_NAMES.get(split, (split,))
         folder = reading.first_there(
-            *(place for name in names for place in (path / "images" / name, path / name / "images"))
+            *(place for name in names for place in (path / "images" / name, path / name / "images")),
+            *((path / "images",) if is_whole else ()),
         )
         is_split = folder.parent == path / "images"
         self.labels = path / "labels" / folder.name if is_split else folder.parent / "labels"
