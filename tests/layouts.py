@@ -322,13 +322,13 @@ def masks(root: Path) -> None:
 
 def celebamask(root: Path) -> None:
     for k, view in enumerate(views()):
-        number = k * 1500
+        number = k * 1000  # the third lies in the second folder
         save(root / "CelebA-HQ-img" / f"{number}.jpg", view.image.repeat(2, 0).repeat(2, 1), quality=95)
         for part, mask in (("skin", view.semantic > 0), ("l_eye", view.instance > 0), ("hair", view.semantic == 1)):
             pixels = np.where(mask, 255, 0).astype(np.uint8)
             path = root / "CelebAMask-HQ-mask-anno" / str(number // 2000) / f"{number:05d}_{part}.png"
             save(path, pixels if part == "skin" else pixels[..., None].repeat(3, 2))
-    rows = "".join(f"{k * 1500} {162_769 - k} {162_770 - k}.jpg\n" for k in range(COUNT))
+    rows = "".join(f"{k * 1000} {162_769 - k} {162_770 - k}.jpg\n" for k in range(COUNT))
     text(root / "CelebA-HQ-to-CelebA-mapping.txt", f"idx orig_idx orig_file\n{rows}")
 
 

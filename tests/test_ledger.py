@@ -28,7 +28,7 @@ from datasetdm_fast.runs.run_folder import seal
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.document import check_config, check_same, differences, read_document
 from datasetdm_fast.runs.run_folder.folder import RunFolder
-from datasetdm_fast.runs.run_folder.ledger import QUARANTINED, Ledger, Row, canonical, decode_trust
+from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, QUARANTINED, Ledger, Row, canonical, decode_trust
 from datasetdm_fast.runs.run_folder.reader import open_run
 
 pytestmark = pytest.mark.core
@@ -85,6 +85,20 @@ def test_a_later_row_takes_the_place_of_an_earlier(tmp_path):
         ledger.commit([row(1)])
         assert (ledger.count(), ledger.count(QUARANTINED), ledger.indices()) == (2, 0, [0, 1])
         assert ledger.row(1) == row(1) and [found.request.index for found in ledger.rows()] == [0, 1]
+
+
+def test_samples_are_tallied_by_class_and_those_outside_of_the_domain_counted(tmp_path):
+    statuses = (DONE, DOUBTFUL, QUARANTINED, DOUBTFUL, DONE, DOUBTFUL)  # two a class in turn, of two classes
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        distances = (0.5, 1.0, None, 1.001, 2.0, None)
+        trusts = [Trust(domain=distance) for distance in distances]
+        rows = [Row(Request(k, "a", k), {}, status=each, trust=trusts[k]) for k, each in enumerate(statuses)]
+        ledger.commit(rows)
+        assert ledger.tally(2, 2) == ([4, 2], [2, 1]) and ledger.count_out_of_domain() == (2, 4)
+        ledger.drop([5])
+        assert ledger.tally(2, 2) == ([4, 2], [2, 1]) and ledger.tally(1, 3)[0] == [2, 2, 2]
+        ledger.commit([Row(Request(7, "a", 7), {}, status=QUARANTINED, reason="NaN")])
+        assert ledger.tally(2, 2) == ([4, 3], [2, 1])
 
 
 def test_a_range_of_the_ledger_begins_with_its_first_and_ends_before_its_last(tmp_path):
@@ -528,6 +542,17 @@ def test_jpeg_and_other_tasks_only(tmp_path):
         and files["image"][1][:2] == b"\xff\xd8"
     )
     assert sorted(records) == ["depth"]
+
+
+def test_a_run_that_was_closed_opens_its_ledger_anew(run_path):
+    with open_run(run_path) as run:
+        ledger = run.ledger
+        assert run.ledger is ledger
+    assert run.ledger is not ledger and len(run) > 0
+    for _ in range(2):
+        run.close()
+    with pytest.raises(Exception, match="closed"):
+        ledger.count()
 
 
 def test_run_is_a_torch_data_set(run_path):

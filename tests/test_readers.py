@@ -57,6 +57,7 @@ from datasetdm_fast.training.readers import (
     is_read,
     open_data,
     voc,
+    yolo,
 )
 from datasetdm_fast.training.readers import run as run_reader
 from datasetdm_fast.training.truth import shapes, tables, windows
@@ -441,9 +442,9 @@ def test_faces_are_drawn_part_by_part_and_split_as_celeba_is(copied):
     assert (item.semantic == wanted.repeat(2, 0).repeat(2, 1)).all()
     assert open_data(address, SIZE).classes[4] == "left eye"
     mapping = root / "CelebA-HQ-to-CelebA-mapping.txt"
-    mapping.write_text("idx orig_idx orig_file\n0 162770 162771.jpg\n1500 182637 182638.jpg\n3000 5 6.jpg\n")
+    mapping.write_text("idx orig_idx orig_file\n0 162770 162771.jpg\n1000 182637 182638.jpg\n2000 5 6.jpg\n")
     found = {split: [item.id for item in open_data(f"{address}[{split}]", 32)] for split in ("train", "val", "test")}
-    assert found == {"train": ["03000"], "val": ["00000"], "test": ["01500"]}
+    assert found == {"train": ["02000"], "val": ["00000"], "test": ["01000"]}
     mapping.unlink()
     assert len(open_data(address, SIZE)) == COUNT
     with pytest.raises(Refused, match="no split 'val'"):
@@ -1756,6 +1757,23 @@ def test_a_corner_of_yolo_may_lie_a_hundredth_outside_of_the_image(copied, place
     root, address = copied("yolo-seg")
     (root / "labels/train/000000.txt").write_text(f"0 0 0 1 0 {place} 1 0 {place}\n")
     assert len(open_data(address, SIZE)[0].masks) == 1
+
+
+def test_a_circle_is_a_polygon_of_64_corners_and_maps_have_254_things():
+    area = shapes.ellipse((50, 50), (45, 45), (100, 100))().sum()
+    assert area == pytest.approx(64 / 2 * math.sin(math.tau / 64) * 45**2, abs=8)  # of 32 corners it is smaller by 31
+    for count, classes in ((254, 255), (255, 0)):
+        source = SimpleNamespace()
+        shapes.OutlineSource.set_things(source, map(str, range(count)))
+        assert len(source.classes) == classes and ("semantic" in source.tasks) == (classes > 0)
+
+
+def test_corners_of_yolo_are_shares_of_width_and_height():
+    reader, things = SimpleNamespace(names=("ball",), thing_classes=("ball",)), shapes.Things()
+    yolo.Yolo._add_line(reader, things, "0 0 0.5 0.25 0.5 0.25 1 0 1", (10, 20, 3))
+    assert np.argwhere(things.masks[0]()).tolist() == [[y, x] for y in range(5, 10) for x in range(5)]
+    with pytest.raises(ValueError, match="a corner outside the image"):
+        yolo.Yolo._add_line(reader, things, "0 0 0.5 1.02 0.5 0.25 1", (10, 20, 3))
 
 
 @pytest.mark.parametrize("count", [255, 256])

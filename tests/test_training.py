@@ -1496,6 +1496,9 @@ def test_few_steps_are_logged_of_a_long_training(tmp_path):
             log.step(step, 15_001, 1.0, 0.5)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 6, 15_001] and all(0 <= line["seconds"] < 60 for line in lines)
+    with Log(tmp_path, 6) as log:  # resumed after step 6
+        log.figure(9, "miou", 0.5)
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [3, 6, 9]
 
 
 def test_flags_of_a_training_have_their_bounds(tmp_path):
