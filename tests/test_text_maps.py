@@ -210,3 +210,14 @@ def test_things_of_the_demo_are_found_without_a_decoder():
             if other.sum() > 100:
                 shares.append((one & other).sum() / (one | other).sum())
     assert len(shares) >= 3 and np.mean(shares) > 0.5, shares
+
+
+def test_what_flux_schnell_cannot_label_is_refused(tmp_path, capsys):
+    folder = tiny_pipelines.save(tmp_path / "model", "flux1", is_dev=False)
+    line = ["--model", str(folder), "--size", str(SIZE), "--prompts", "a cat", "--labeller", "attention", "--quiet"]
+    for flags, said in (
+        (["--ask", "all", "--classes", "\u65e5"], "--classes: no token says '\u65e5'"),
+        (["--classes", "cat", "--parity", "dataset-diffusion"], "--parity dataset-diffusion: of this model"),
+    ):
+        assert generate.main([*line, *flags, "--out", str(tmp_path / "refused")]) == 2
+        assert said in capsys.readouterr().err

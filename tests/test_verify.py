@@ -329,6 +329,14 @@ def test_gates_give_way_to_the_references_own_drift():
     assert row.is_passed and row.limit == pytest.approx((0.027, 0.04))
 
 
+def test_one_flipped_cell_of_few_images_is_what_rounding_does_to_the_reference_too():
+    runs = np.array([[1e-6], [4e-4], [2e-6], [1e-6]])
+    (row,) = evaluate_gates({"outputs semantic": np.array([[4.2e-4]])}, EXACT, {"outputs semantic": runs})
+    assert row.is_passed and row.limit == pytest.approx((6e-4, 1e-2))
+    (row,) = evaluate_gates({"call": np.array([[4.2e-4]])}, EXACT, {"call": runs})
+    assert not row.is_passed
+
+
 def test_gates_are_never_stricter_than_without_a_drift():
     (row,) = evaluate_gates({"call": np.full((4, 2), 0.01)}, ROUNDED, {"call": np.full((4, 2), 1e-9)})
     assert row.is_passed and row.limit == ROUNDED["call"] == (1e-2, 4e-2)

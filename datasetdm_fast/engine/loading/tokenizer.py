@@ -92,6 +92,7 @@ class LimitedTokenizer:
 
     def __init__(self, tokenizer: Any, most: int, longer: LimitedTokenizer | None = None):
         self.tokenizer, self.model_max_length, self.longer = tokenizer, most, longer
+        self.unk_token_id = getattr(tokenizer, "unk_token_id", None)
 
     def __len__(self) -> int:
         return len(self.tokenizer)

@@ -179,11 +179,6 @@ def make_recipe(
     words = class_words_of(engine, open_labels, classes, table) if open_labels else ()
     readers = {**configs, **{task: labeller for task, labeller in labellers.items() if labeller.reads_capture}}
     captures = capture_calls(schedule, {task: timesteps_of(reader) for task, reader in readers.items()})
-    if model.guidance == "none" and guidance > 1:
-        raise Refused(
-            f"--guidance {guidance:g}: {model.backbone.title} is sampled without guidance here, expected at most 1",
-            "Drop it.",
-        )
     numbers = None
     if ATTENTION in tasks:
         if not (model.backbone.has_averages or model.backbone.has_text_maps):
@@ -201,6 +196,11 @@ def make_recipe(
         name, known = next(iter(attention)), signature(attention_recipe).parameters
         hint = f"; it needs the task {ATTENTION}" if name in known else nearest(name, signature(make_recipe).parameters)
         raise TypeError(f"{name!r} is no choice here{hint}")
+    if model.guidance == "none" and guidance > 1:
+        raise Refused(
+            f"--guidance {guidance:g}: {model.backbone.title} is sampled without guidance here, expected at most 1",
+            "Drop it.",
+        )
     facts: dict[str, Any] = {
         "sampler": sampler,
         "profile": profile,

@@ -62,12 +62,14 @@ def _list_resnets(unet: Weights, depths: int) -> list[Weights]:
 
 
 def make_waves(values: Tensor, channels: int, shift: float, is_flipped: bool) -> Tensor:
-    """The sines and cosines [..., channels] of one number or of numbers [..., 1], at half as many wave lengths."""
+    """The sines and cosines [..., channels] of one number or of numbers [..., 1], at half as many wave lengths;
+    an odd channel is 0.
+    """
     half = channels // 2
     exponent = -math.log(LONGEST_WAVE) * torch.arange(half, dtype=torch.float32, device=values.device) / (half - shift)
     angles = values * exponent.exp()
     waves = [angles.cos(), angles.sin()] if is_flipped else [angles.sin(), angles.cos()]
-    return torch.cat(waves, -1)
+    return F.pad(torch.cat(waves, -1), (0, 1)) if channels % 2 else torch.cat(waves, -1)
 
 
 class SizedText(nn.Module):
