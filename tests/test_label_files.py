@@ -373,6 +373,22 @@ def test_instances_differ_by_the_scores_that_their_masks_do_not_share():
     assert distance(instances(first, scores=doubtful), instances(first, scores=sure)) == pytest.approx(0.75 / 1.25)
 
 
+@pytest.mark.parametrize(("count", "is_left_alone"), [(256, False), (257, True)])
+def test_outlines_follow_colours_between_as_many_numbers_as_8_bits_hold(count, is_left_alone):
+    numbers = (np.arange(17 * 17, dtype=np.int32) % count).reshape(17, 17)
+    label = SemanticMap(numbers, np.ones((17, 17), np.float32), ("none",))
+    followed = LABEL_KINDS["open-vocabulary"].follow_colours(label, np.zeros((17, 17, 3), np.uint8))
+    assert (followed is label) == is_left_alone
+
+
+def test_maps_overlap_the_truth_where_that_is_known():
+    truth, found = (
+        SemanticMap(np.uint8([row]), np.ones((1, 4), np.float32), ("wall", "ball"))
+        for row in ([0, 1, 1, 255], [0, 1, 0, 1])
+    )
+    assert LABEL_KINDS["semantic"].overlap(found, truth) == 0.5  # 1 of 2 pixels of either class
+
+
 def test_instances_overlap_the_truth_by_the_best_of_their_class():
     overlap, whole = LABEL_KINDS["instance"].overlap, instances((0, 0, 4, 4))
     assert overlap(instances((0, 0, 1, 4), (0, 0, 2, 4)), whole) == 0.5 and overlap(instances(), whole) == 0

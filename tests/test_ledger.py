@@ -9,7 +9,7 @@ import sqlite3
 import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,14 @@ from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder import seal
 from datasetdm_fast.runs.run_folder.audit import audit
-from datasetdm_fast.runs.run_folder.document import check_config, check_same, differences, read_document
+from datasetdm_fast.runs.run_folder.document import (
+    check_config,
+    check_document,
+    check_same,
+    differences,
+    read_document,
+    sides,
+)
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, QUARANTINED, Ledger, Row, canonical, decode_trust
 from datasetdm_fast.runs.run_folder.reader import open_run
@@ -464,6 +471,18 @@ def test_unreadable_descriptions_are_refused(tmp_path, content):
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(Refused, match="run.json"):
         read_document(tmp_path)
+
+
+def test_images_of_a_run_have_from_one_pixel_to_4096_x_4096():
+    described = document(1)
+    for size, is_right in ((4096, True), (4097, False), (0, False)):
+        described["sampling"]["size"] = size
+        with nullcontext() if is_right else pytest.raises(ValueError, match="out of range"):
+            check_document(described)
+    assert sides(described, {"sides": [1, 2**24]}) == (1, 2**24)
+    for wrong in ([0, 9], [4096, 4097]):
+        with pytest.raises(ValueError, match="its row has the sides"):
+            sides(described, {"sides": wrong})
 
 
 def test_other_configurations_are_refused_with_the_fields(tmp_path):

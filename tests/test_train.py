@@ -334,6 +334,7 @@ def test_other_layouts_find_labels_in_capitals_and_refuse_one_label_for_two_pict
 def test_what_changed_of_data_is_told():
     old = [{"name": name, "image": "1", "depth": "2", "caption": "3"} for name in "abc"]
     assert not find_changes(old, [{**item, "semantic": "4"} for item in old])  # which was not read before
+    assert not find_changes([{**item, "semantic": "4"} for item in old], old)  # or is not read any more
     changes = "now with other content of a and 2 more images"
     assert find_changes(old, [{**item, "image": "0"} for item in old]) == changes
     assert find_changes(old, old[1:]) == "now without a" and find_changes(old[1:], old) == "now with a"
