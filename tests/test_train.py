@@ -23,7 +23,7 @@ from skips import IS_LONG, long_test
 
 from bench.decoders import load_decoders
 from bench.world import teach
-from datasetdm_fast import train
+from datasetdm_fast import example, train
 from datasetdm_fast.data import Instances
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels.class_tables import colour
@@ -184,6 +184,12 @@ def test_captions_that_name_what_they_name_wherever_it_is_shown_are_read_by_name
     monkeypatch.setattr(session, "LEAST_CAPTIONS", len(captions) + 1)
     (data / "captions.json").write_text(json.dumps(captions))
     assert named(f"folder:{data}") == ()
+
+
+def test_the_captions_of_the_example_are_read_by_name(tmp_path):
+    assert example.main([str(tmp_path), "--quiet"]) == 0
+    config = TrainConfig(data=f"folder:{tmp_path}", task=("semantic",), model="tiny", size=64, engine="torch")
+    assert train.open_workflow(config).session.recipe("semantic").config.named == world.THINGS
 
 
 def test_class_words_of_an_own_table_are_said_found_and_kept(run, tmp_path, capsys):
