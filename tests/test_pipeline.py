@@ -219,7 +219,7 @@ def made(decoders, engine, look=lambda: None):
     """What a pipeline of its own makes for a program, and what `look` sees where the program goes on."""
     pipe = Pipeline.from_pretrained("tiny", engine=engine, decoder=str(decoders), size=64)
     generator = torch.Generator("cpu").manual_seed(3)
-    stream = pipe.stream(["a red ball"], steps=2)
+    stream = pipe.stream(["a red ball"], steps=2, batch_size=1)
     sample, seen = next(stream), look()
     label = pipe.label(sample.image, tasks=("depth",)).depth[0].metres
     drawn = pipe.diffuse("a ball", num_inference_steps=2, generator=generator, tasks=(), output_type="np").images
@@ -404,7 +404,8 @@ def test_streams_are_lazy_and_hold_one_batch():
 def test_threads_that_share_a_pipeline_get_what_each_would_get_alone(pipe):
     def made(seed):
         features = pipe.features(world.view(seed).image, "a red ball")
-        sample = next(iter(pipe.stream(["a red ball"], seed=seed, tasks=("semantic", "depth"), steps=2)))
+        choices = {"tasks": ("semantic", "depth"), "steps": 2, "batch_size": 1}
+        sample = next(iter(pipe.stream(["a red ball"], seed=seed, **choices)))
         labels = sample.annotations
         return [sample.image, labels["semantic"].labels, labels["depth"].metres, *map(np.asarray, features.values())]
 
@@ -423,7 +424,7 @@ def test_a_prompt_that_is_long_in_coming_keeps_no_thread_waiting(pipe):
         yield "a red ball"
 
     with ThreadPoolExecutor(1) as threads:
-        slow = threads.submit(lambda: list(pipe.stream(late(), steps=2, tasks=())))
+        slow = threads.submit(lambda: list(pipe.stream(late(), steps=2, tasks=(), batch_size=1)))
         assert beginning.wait(60)
         assert len(pipe(["a cube"], steps=2, tasks=()).images) == 1
         others.set()
