@@ -274,6 +274,17 @@ def test_timesteps_that_the_model_does_not_have_are_refused(pipe, timesteps):
         pipe.label(world.view(0, 128).image, tasks=("attention",), classes=("ball",), timesteps=timesteps)
 
 
+@pytest.mark.parametrize(("prompts", "images"), [("a ball", 1), (["a ball", "a cube"], 2), (iter(["a ball"]), 4)])
+def test_a_stream_makes_no_batch_larger_than_what_it_is_of(pipe, monkeypatch, prompts, images):
+    seen, denoise = [], pipe.engine.denoise
+    monkeypatch.setattr(pipe.engine, "suggested_batch", lambda: 4)
+    monkeypatch.setattr(
+        pipe.engine, "denoise", lambda latents, *more: seen.append(len(latents)) or denoise(latents, *more)
+    )
+    next(pipe.stream(prompts, steps=2, tasks=()))
+    assert {*seen} == {images}
+
+
 def test_a_callback_sees_the_latents_of_every_step(pipe):
     seen = []
     choices = {"sampler": "ddim", "steps": 3, "tasks": (), "batch_size": 2}

@@ -236,7 +236,8 @@ class Pipeline:
         if isinstance(seeds, Number):
             raise Refused(f"seeds: {seeds} is one number, expected one per prompt", f"Write seed={seeds}.")
         checks.check_numbers(seed=seed)
-        size = self._batch_size(batch_size)
+        known = 1 if isinstance(prompts, str) else len(prompts) if isinstance(prompts, Sized) else None
+        size = self._batch_size(batch_size, known)
         each_seed = count(seed) if seeds is None else checks.check_iterable("seeds", seeds, "one per prompt")
         recipe, requests = self.prepare(
             checks.as_texts("prompts", prompts),
