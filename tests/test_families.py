@@ -191,13 +191,26 @@ def test_parts_of_other_kinds_of_models_are_refused(saved, tmp_path):
 @pytest.mark.parametrize(
     "family, part, values, said",
     [
-        ("sd3", "vae", {"scaling_factor": "x"}, "the vae's scaling_factor is 'x', expected a number above 0"),
+        ("sd3", "vae", {"scaling_factor": 0}, "the vae's scaling_factor is 0, expected a number above 0"),
         ("flux1", "vae", {"shift_factor": [1]}, "the vae's shift_factor is [1], expected a number"),
         ("flux2-klein", "vae", {"block_out_channels": [8, 16, 16]}, "a latent cell of the vae is 4 x 4 pixels"),
         ("qwen-image", "vae", {"dim_mult": [1, 2, 2, 2, 2]}, "a latent cell of the vae is 16 x 16 pixels"),
         ("sd3", "scheduler", {"shift": "x"}, "shift is 'x', expected a number"),
         ("flux1", "scheduler", {"num_train_timesteps": 0}, "steps, shift or shift_terminal are out of range"),
         ("z-image", "scheduler", {"shift_terminal": 1}, "steps, shift or shift_terminal are out of range"),
+        ("sdxl", "unet", {"freq_shift": "x"}, "the unet's freq_shift is 'x', expected a value such as 0"),
+        (
+            "z-image",
+            "transformer",
+            {"rope_theta": "x"},
+            "rope_theta is 'x', expected a value such as 256.0",
+        ),
+        (
+            "flux1",
+            "transformer",
+            {"axes_dims_rope": "x"},
+            "axes_dims_rope is 'x', expected a value such as (16,",
+        ),
         ("flux1", "transformer", {"num_single_layers": 1}, "tensors of layers that its config.json omits"),
         ("z-image", "text_encoder", {"num_hidden_layers": 2, "layer_types": None}, "that its config.json omits"),
     ],

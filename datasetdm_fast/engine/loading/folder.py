@@ -246,7 +246,15 @@ def _readable_settings(part: Part, config: Mapping[str, Any], source: Path) -> d
     library, _, name = part.classes[0].partition(":")
     if library != "diffusers":
         return dict(config)
-    known = {*inspect.signature(class_of(part).__init__).parameters} - {"self"} | {"_class_name", "_diffusers_version"}
+    usual = {key: known.default for key, known in inspect.signature(class_of(part).__init__).parameters.items()}
+    for key, value in config.items():
+        if isinstance(value, str) and isinstance(usual.get(key), (int, float, tuple)):
+            raise Refused(
+                f"model: {source.parent}: the {source.name}'s {key} is {documents.quote(value)}, expected a value such "
+                f"as {usual[key]!r}",
+                DAMAGED,
+            )
+    known = {*usual} - {"self"} | {"_class_name", "_diffusers_version"}
     return {key: value for key, value in config.items() if key in known}
 
 
