@@ -186,8 +186,14 @@ def test_captions_that_name_what_they_name_wherever_it_is_shown_are_read_by_name
     assert named(f"folder:{data}") == ()
 
 
-def test_the_captions_of_the_example_are_read_by_name(tmp_path):
+def test_the_captions_of_the_example_are_read_by_name(tmp_path, capsys):
     assert example.main([str(tmp_path), "--quiet"]) == 0
+    line = ["--data", f"folder:{tmp_path}", "--task", "semantic", "--model", "tiny", "--size", "64", "--dry-run"]
+    assert train.main([*line, "--engine", "torch", "--out", str(tmp_path / "out")]) == 0
+    shown = f"by name    {', '.join(world.THINGS[:5])} and 2 more: only where a prompt names them"
+    assert shown in capsys.readouterr().err
+    assert train.main([*line, "--engine", "torch", "--out", str(tmp_path / "out"), "--by-name", "no"]) == 0
+    assert "by name" not in capsys.readouterr().err
     config = TrainConfig(data=f"folder:{tmp_path}", task=("semantic",), model="tiny", size=64, engine="torch")
     assert train.open_workflow(config).session.recipe("semantic").config.named == world.THINGS
 

@@ -1,6 +1,6 @@
 """What a training reports on the terminal: its plan, its figures, and what limits them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from datasetdm_fast.training.session import PERSON, TrainingSession
 from datasetdm_fast.training.splits import AUTO_FOLDS, ENOUGH_IMAGES, LEAST_IMAGES, are_enough
 from datasetdm_fast.training.task_training import TaskPlan, TaskSettings
 
-MOST_NAMED = 5  # classes that a warning lists
+MOST_NAMED = 5  # classes that a line lists
 
 
 def describe_plans(
@@ -41,12 +41,19 @@ def describe_plans(
             f"{count_noun(schedule.batch_size, 'view')}{early if patience and are_enough(len(held_out)) else ''}"
             f"{' - finished' if is_finished else ''}"
         )
+    if named := list(dict.fromkeys(name for plan in plans.values() for name in plan.decoder.named)):
+        yield f"by name    {_some(named)}: only where a prompt names them (--by-name no: in every picture)"
     if folds:
         yield f"folds      {folds} more decoders of each kind, each to judge a share of the images"
         for task, plan in plans.items():
             steps = plan.schedule.steps * (folds + (results[task] is None))
             times = f"{steps / plan.schedule.steps:.2g} times those of one decoder"
             yield f"{task:<10} {steps} steps in all, {times}"
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first names of a list, and how many there are more."""
+    return ", ".join(names[:MOST_NAMED]) + (f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else "")
 
 
 def describe_framing(framing: Mapping[str, Any]) -> str:
@@ -153,11 +160,9 @@ def cautions(result: Mapping[str, Any], has_folds: bool = False) -> list[str]:
             f"{unmeasured}: --folds {folds} measures on all of them by cross-validation; or evaluate on other data"
         )
     if missing := result.get("not_shown"):
-        more = f" and {len(missing) - MOST_NAMED} more" if len(missing) > MOST_NAMED else ""
         them = "it" if len(missing) == 1 else "them"
         notes.append(
-            f"no held-out image shows {', '.join(missing[:MOST_NAMED])}{more}: means leave {them} out, and intervals "
-            "allow for any score"
+            f"no held-out image shows {_some(missing)}: means leave {them} out, and intervals allow for any score"
         )
     if images and result.get("outlines") == FROM_IMAGE:
         notes.append("labels have outlines that follow the image; figures of single steps were measured without them")
