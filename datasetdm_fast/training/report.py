@@ -1,11 +1,11 @@
 """What a training reports on the terminal: its plan, its figures, and what limits them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.config import FROM_IMAGE
-from datasetdm_fast.messages import count_noun
+from datasetdm_fast.messages import count_noun, list_names
 from datasetdm_fast.training.cross_validation import is_worse
 from datasetdm_fast.training.evaluation.meter import figure_name
 from datasetdm_fast.training.session import PERSON, TrainingSession
@@ -42,18 +42,14 @@ def describe_plans(
             f"{' - finished' if is_finished else ''}"
         )
     if named := list(dict.fromkeys(name for plan in plans.values() for name in plan.decoder.named)):
-        yield f"by name    {_some(named)}: only where a prompt names them (--by-name no: in every picture)"
+        some = list_names(named, MOST_NAMED)
+        yield f"by name    {some}: only where a prompt names them (--by-name no: in every picture)"
     if folds:
         yield f"folds      {folds} more decoders of each kind, each to judge a share of the images"
         for task, plan in plans.items():
             steps = plan.schedule.steps * (folds + (results[task] is None))
             times = f"{steps / plan.schedule.steps:.2g} times those of one decoder"
             yield f"{task:<10} {steps} steps in all, {times}"
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first names of a list, and how many there are more."""
-    return ", ".join(names[:MOST_NAMED]) + (f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else "")
 
 
 def describe_framing(framing: Mapping[str, Any]) -> str:
@@ -162,7 +158,8 @@ def cautions(result: Mapping[str, Any], has_folds: bool = False) -> list[str]:
     if missing := result.get("not_shown"):
         them = "it" if len(missing) == 1 else "them"
         notes.append(
-            f"no held-out image shows {_some(missing)}: means leave {them} out, and intervals allow for any score"
+            f"no held-out image shows {list_names(missing, MOST_NAMED)}: means leave {them} out, and intervals allow "
+            "for any score"
         )
     if images and result.get("outlines") == FROM_IMAGE:
         notes.append("labels have outlines that follow the image; figures of single steps were measured without them")

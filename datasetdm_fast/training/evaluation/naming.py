@@ -11,6 +11,7 @@ from datasetdm_fast.engine.labels.words import find_classes
 from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource, Picture
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.messages import list_names
 
 AUTO = "auto"
 MOST_LISTED = 8  # names of classes in a message
@@ -88,19 +89,14 @@ def classes_shown(source: LabelledSource | RenamedSource, item: Picture | Labell
 def describe_absent(classes: Sequence[str], shown: Collection[str]) -> str:
     """Which of some classes no image shows, empty where all are shown."""
     absent = [name for name in dict.fromkeys(classes) if name not in shown and not reading.is_background(name)]
-    return f"no image shows {_list_names(absent)}" if absent else ""
+    return f"no image shows {list_names(absent, MOST_LISTED)}" if absent else ""
 
 
 def describe_unknown(classes: Sequence[str], known: Sequence[str]) -> str:
     """Which classes of the data a decoder does not know, empty where it knows all."""
     unknown = [name for name in classes if name not in known and not reading.is_background(name)]
-    names = f"the decoder has no class {_list_names(unknown)}, so these count as missed"
+    names = f"the decoder has no class {list_names(unknown, MOST_LISTED)}, so these count as missed"
     return f"{names}; --class-names THEIRS=OURS names those that it calls otherwise" if unknown else ""
-
-
-def _list_names(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
-    return f"{', '.join(names[:MOST_LISTED])}{more}"
 
 
 def in_common(result: dict[str, Any], known: Sequence[str]) -> dict[str, Any]:
