@@ -2,9 +2,11 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,8 +20,10 @@ from datasetdm_fast.command_line.interruption import ENDED
 from datasetdm_fast.command_line.run_report import print_run
 from datasetdm_fast.disk import locks
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.runs.jobs import result
 from datasetdm_fast.runs.jobs.result import Result
-from datasetdm_fast.runs.run_folder.document import LOCK
+from datasetdm_fast.runs.run_folder.document import LEDGER, LOCK
+from datasetdm_fast.runs.run_folder.seal import SEAL
 from datasetdm_fast.runs.run_settings import RunConfig, WorkerSettings
 from datasetdm_fast.runs.workers import devices, launched
 from datasetdm_fast.runs.workers.devices import LaunchedProcess
@@ -85,6 +89,23 @@ def test_what_the_last_to_leave_cannot_write_is_said(tmp_path, monkeypatch):
         launched.leave(tmp_path, 1, 1, 0.0, is_waiting=False)
     with locks.hold_lock(tmp_path / LOCK, is_shared=True):
         assert launched.leave(tmp_path, 1, 1, 0.0, is_waiting=False).done == 0
+
+
+def test_a_peer_that_reads_its_result_while_another_closes_leaves_no_log(alone, tmp_path, monkeypatch):  # noqa: F811
+    run, finish = shutil.copytree(alone, tmp_path / "run"), result.finish_run
+    (run / SEAL).write_text("{}\n")
+    reading = f"import sqlite3; ledger = sqlite3.connect('file:{run / LEDGER}?mode=ro', uri=True); "
+    reading += "ledger.execute('SELECT * FROM notes').fetchall(); print(flush=True); input()"
+
+    def finish_while_another_reads(folder):
+        finish(folder)
+        peer = subprocess.Popen([sys.executable, "-c", reading], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        peer.stdout.readline()
+        threading.Timer(0.5, peer.communicate, (b"\n",)).start()
+
+    monkeypatch.setattr(result, "finish_run", finish_while_another_reads)
+    assert launched.leave(run, SAMPLES, 0, 0.0, is_waiting=True).is_complete
+    check_equal(run, alone)
 
 
 def test_a_look_whether_a_folder_is_held_keeps_no_command_out(tmp_path, monkeypatch):

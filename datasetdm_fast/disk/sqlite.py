@@ -4,6 +4,7 @@ import errno
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -17,6 +18,9 @@ WRITE_AHEAD = "PRAGMA journal_mode=WAL"
 # for processes of several machines: a write-ahead log needs memory that all of them share
 IN_PLACE = "PRAGMA journal_mode=PERSIST"
 BUSY_SECONDS = 30.0  # a reader waits this long for a writer of the ledger, and the other way round
+LOG = ("-wal", "-shm")  # endings of what SQLite keeps beside a database with a write-ahead log while it is open
+READER_SECONDS = 5.0  # within which a process that reads its result closes the ledger
+SECONDS_BETWEEN_TRIES = 0.05
 LONGEST_ROW = 64 * 2**20  # bytes of a text in a ledger
 RESTORE = "Restore the file from a copy, or choose another --out."
 
@@ -140,6 +144,14 @@ def connect_to_read(path: Path) -> Database:
     if is_quiet:  # SQLite then takes no lock and caches what it has read, also where another process begins to write
         database.version = version
     return database
+
+
+def remove_log(path: Path) -> None:
+    """Removes the log beside a database that no process writes to: a reader that closes it last has to leave it."""
+    end = time.monotonic() + READER_SECONDS
+    while any(path.with_name(path.name + kind).exists() for kind in LOG) and time.monotonic() < end:
+        Database(path, path, "SELECT count(*) FROM sqlite_master").close()
+        time.sleep(SECONDS_BETWEEN_TRIES)
 
 
 def _version(path: Path) -> tuple[int, int] | None:

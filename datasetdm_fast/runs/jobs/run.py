@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from datasetdm_fast.config import ENGINES, HALF, LABELLER_KINDS
+from datasetdm_fast.disk import sqlite
 from datasetdm_fast.engine import engines
 from datasetdm_fast.engine.decoders.folders import DecoderFolders, find_decoders, parts_of
 from datasetdm_fast.errors import Missing, Refused
@@ -270,7 +271,7 @@ def settle(
         result = result_of(folder, stored, number, ledger)
         # A process that was killed while it closed the ledger leaves SQLite's own files beside it.
         is_fresh = is_indexed(folder, stored, ledger) and not any(
-            (folder / f"{LEDGER}{kind}").exists() for kind in ("-wal", "-shm")
+            (folder / f"{LEDGER}{kind}").exists() for kind in sqlite.LOG
         )
     if not result.is_complete or not (is_fresh or is_alone):
         return None

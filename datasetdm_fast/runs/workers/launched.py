@@ -9,7 +9,7 @@ from pathlib import Path
 from datasetdm_fast.disk import locks, sqlite, storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.jobs.result import Result, close_folder, read_result
-from datasetdm_fast.runs.run_folder.document import LOCK
+from datasetdm_fast.runs.run_folder.document import LEDGER, LOCK
 from datasetdm_fast.runs.run_folder.folder import ENTRY_SECONDS, SECONDS_BETWEEN_TRIES, clean, share_folder
 from datasetdm_fast.runs.run_settings import RunSpec
 from datasetdm_fast.runs.workers.devices import LaunchedProcess
@@ -39,5 +39,7 @@ def leave(folder: Path, number: int, made: int, begin: float, *, is_waiting: boo
                     return read_result(folder, number, made, begin)
             else:
                 clean(folder)
-                return close_folder(folder, number, made, begin)
+                result = close_folder(folder, number, made, begin)
+                sqlite.remove_log(folder / LEDGER)  # others may have read their results meanwhile
+                return result
         time.sleep(SECONDS_BETWEEN_TRIES)
