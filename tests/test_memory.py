@@ -154,14 +154,41 @@ def test_an_engine_is_let_go_with_its_last_name():
         gc.enable()
 
 
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("0::/\n", {}, 8192 << 10),
+        ("0::/a/b\n", {"a/memory.max": "5000", "a/memory.current": "2000", "a/b/memory.max": "max"}, 3000),
+        (
+            "4:cpu,memory:/a\n0::/\n",
+            {"memory/memory.limit_in_bytes": "700", "memory/memory.usage_in_bytes": "900"},
+            0,
+        ),
+    ],
+)
+def test_available_memory_is_what_machine_and_container_leave(monkeypatch, tmp_path, groups, files, expected):
+    for name, text in {"meminfo": "MemFree: 1 kB\nMemAvailable: 8192 kB\n", "groups": groups, **files}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(memory, "GROUPS", tmp_path)
+    monkeypatch.setattr(memory, "MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "CONTAINERS", tmp_path / "groups")
+    assert memory.available_memory() == expected
+    monkeypatch.setattr(memory, "MEMORY", tmp_path / "none")
+    assert memory.available_memory() == 0
+
+
 def test_a_large_text_encoder_is_let_go_while_the_unet_works(monkeypatch):
     engine = FastEngine(load_model("tiny"), device="cpu")
     assert "text_encoder" not in vars(engine)
     text, latents = engine.encode_text(["", "a ball"]), torch.randn(1, 4, 16, 16)
     engine.denoise(latents, 5, text)
     assert "text_encoder" in vars(engine)
-    monkeypatch.setattr("datasetdm_fast.engine.engines.fast.on_cpu.LARGEST_IDLE", 0)
-    engine.denoise(latents, 5, text)
+    monkeypatch.setattr(on_cpu, "LARGEST_IDLE", 0)
+    for available, is_kept in ((on_cpu.PLENTY * on_cpu.size_of(engine.text_encoder), True), (0, False)):
+        monkeypatch.setattr(on_cpu, "available_memory", lambda available=available: available)
+        engine.denoise(latents, 5, text)
+        assert ("text_encoder" in vars(engine)) == is_kept
     assert "text_encoder" not in vars(engine) and torch.equal(engine.encode_text(["", "a ball"]).context, text.context)
 
 
@@ -172,7 +199,9 @@ def test_networks_that_are_read_once_a_batch_are_let_go_while_others_work(monkey
     monkeypatch.setitem(fast.CHUNK_PIXELS, "cpu", 4 * engine.model.size**2)
     image, images = engine.decode_image(one), engine.decode_image(several)
     moments = engine.encode_image(image)
-    monkeypatch.setattr("datasetdm_fast.engine.engines.fast.on_cpu.LARGEST_IDLE", 0)
+    monkeypatch.setattr(on_cpu, "LARGEST_IDLE", 0)
+    assert torch.equal(engine.decode_image(one), image) and "image_decoder" in vars(engine)  # there is memory
+    monkeypatch.setattr(on_cpu, "available_memory", lambda: 0)
     for call, kept in (
         (lambda: engine.encode_text([""]), ["text_encoder"]),
         (lambda: engine.decode_image(several), ["image_decoder"]),

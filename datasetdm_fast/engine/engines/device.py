@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -160,6 +161,11 @@ SHARE = 0.8  # of the free memory; the rest is for what other batches of the pip
 # of mallopt of glibc: freed bytes that are retained in all, bytes of a tensor from which not, arenas: what one thread
 # frees serves the others
 MALLOC_OPTIONS = {-1: 2**28, -3: 2**25, -8: 1}
+MEMORY, CONTAINERS, GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+MEMORY_OF_GROUP = {  # of version 1 or not -> files with its limit, and with what it uses
+    True: ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+    False: ("memory.max", "memory.current"),
+}
 LARGEST_SUGGESTED_BATCH = 32  # beyond it a GPU is busy anyway, and images only wait for each other
 
 
@@ -168,6 +174,25 @@ def device_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def available_memory() -> int:
+    """Bytes that this machine and the containers of this process still have; 0 where Linux does not tell."""
+    try:
+        line = next(line for line in MEMORY.read_text().splitlines() if line.startswith("MemAvailable:"))
+        groups = [line.split(":", 2)[1:] for line in CONTAINERS.read_text().splitlines()]
+    except (OSError, StopIteration):
+        return 0
+    free = [int(line.split()[1]) * 1024]
+    for kinds, path in groups:
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        root = GROUPS / "memory" if kinds else GROUPS
+        most, used = MEMORY_OF_GROUP[bool(kinds)]
+        for folder in (root / path.lstrip("/"), *(root / path.lstrip("/")).parents):  # a limit of each holds
+            if (folder / most).exists() and (limit := (folder / most).read_text().strip()) != "max":
+                free.append(int(limit) - int((folder / used).read_text()))
+    return max(min(free), 0)
 
 
 def suggest_batch(side: int, device: torch.device, bytes_of: Callable[[int], int] | None = None) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from datasetdm_fast.data import AnyCapture, ProjectedCapture
 from datasetdm_fast.engine.decoders.trunk import copy_for_cpu as packed_decoder
-from datasetdm_fast.engine.engines.device import Lanes, trim
+from datasetdm_fast.engine.engines.device import Lanes, available_memory, trim
 from datasetdm_fast.engine.engines.fast.engine import (
     LAZY_NETWORKS,
     FastEngine,
@@ -33,12 +33,22 @@ from datasetdm_fast.stages import FACTOR
 
 # weights that are computed with before they are stored, or stay in fp32: of timesteps, and of doubled cells
 COMPUTED = ("time_emb", "add_embedding", "upsamplers")
-LARGEST_IDLE = 2**27  # bytes; larger networks of LAZY_NETWORKS are unloaded while others compute, and read again
+LARGEST_IDLE = 2**27  # bytes; larger networks of LAZY_NETWORKS are unloaded while others compute, and read again, where
+PLENTY = 8  # times their bytes are not available
 
 
 def is_large(module: nn.Module) -> bool:
+    return size_of(module) > LARGEST_IDLE
+
+
+def size_of(module: nn.Module) -> int:
+    """Bytes of its weights, but of packed ones."""
+    return sum(weight.numel() * weight.element_size() for weight in module.parameters())
+
+
+def is_in_the_way(module: nn.Module) -> bool:
     """Whether it is too large to stay loaded while others compute."""
-    return sum(weight.numel() * weight.element_size() for weight in module.parameters()) > LARGEST_IDLE
+    return is_large(module) and available_memory() < PLENTY * size_of(module)
 
 
 def free_memory() -> None:
@@ -101,7 +111,7 @@ class CpuEngine(FastEngine):
 
     def _unload_except(self, *needed: str) -> None:
         for name in LAZY_NETWORKS:
-            if name not in needed and (module := self.__dict__.get(name)) is not None and is_large(module):
+            if name not in needed and (module := self.__dict__.get(name)) is not None and is_in_the_way(module):
                 self.__dict__.pop(name, None)
 
     def _encode_keys_values(self, context: Tensor, images: int) -> tuple[Tensor, ...]:
@@ -129,7 +139,7 @@ class CpuEngine(FastEngine):
         self._unload_except("image_decoder")
         decoder = self.image_decoder  # read once, before threads ask for it
         chunks = latents.split(min(chunk_of(latents.shape[-1] * FACTOR, latents.device), slice_of(len(latents))))
-        if len(chunks) == 1 and is_large(decoder):
+        if len(chunks) == 1 and is_in_the_way(decoder):
             del self.image_decoder  # the next call of another network would unload it
             return [as_images(decoder.decode_and_release(channels_last(chunks[0], self.dtype), free_memory))]
         return self.lanes.map(self._decode_part, [(chunk,) for chunk in chunks])
