@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -595,6 +596,18 @@ def test_a_command_that_enters_the_run_leaves_alone_what_an_export_is_being_writ
     monkeypatch.setattr(storage, "syscall", entered)
     assert main([str(run), "--to", "coco", "--copy", "--quiet"]) == 0 and renames
     assert audit.main([str(run)]) == 0
+
+
+def test_the_page_of_formats_names_folders_that_an_export_has(run, tmp_path):
+    kinds = [kind for kind in EXPORT_FORMATS if kind not in ("cityscapes", "hf-parquet")]
+    out = converted(run, tmp_path / "out", "--to", ",".join(kinds))
+    there = ["/".join(path.split("/")[1:]) for path in contents(out)]
+    page = (Path(__file__).parents[1] / "docs/formats.md").read_text()
+    named = [
+        path.replace("SPLIT", "train") for path in re.findall(r"`((?:images|labels|annotations|\w+/\w+)/SPLIT)`", page)
+    ]
+    assert {"images/train", "labels/train"} <= {*named}
+    assert all(any(path.startswith(f"{folder}/") for path in there) for folder in named)
 
 
 def test_the_sums_are_those_of_every_file(run, tmp_path):
