@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import troubled
 from skips import IS_LONG, long_test
-from test_ranks import BATCH, LONGEST, SAMPLES, alone, check_equal, wait_for_rows  # noqa: F401
+from test_ranks import BATCH, LONGEST, SAMPLES, alone, arithmetic, check_equal, wait_for_rows  # noqa: F401
 
 from datasetdm_fast.command_line.interruption import ENDED
 from datasetdm_fast.command_line.run_report import print_run
+from datasetdm_fast.command_line.run_settings import read_spec
 from datasetdm_fast.disk import locks
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.jobs import result
@@ -27,6 +28,7 @@ from datasetdm_fast.runs.run_folder.seal import SEAL
 from datasetdm_fast.runs.run_settings import RunConfig, WorkerSettings
 from datasetdm_fast.runs.workers import devices, launched
 from datasetdm_fast.runs.workers.devices import LaunchedProcess
+from datasetdm_fast.runs.workers.worker import Callbacks
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 STEP = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "7", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "4,3"}
@@ -105,6 +107,14 @@ def test_a_peer_that_reads_its_result_while_another_closes_leaves_no_log(alone, 
 
     monkeypatch.setattr(result, "finish_run", finish_while_another_reads)
     assert launched.leave(run, SAMPLES, 0, 0.0, is_waiting=True).is_complete
+    check_equal(run, alone)
+
+
+def test_a_peer_on_another_machine_that_comes_late_leaves_a_finished_run_as_it_is(alone, arithmetic, tmp_path):  # noqa: F811
+    run = shutil.copytree(alone, tmp_path / "run")
+    spec = read_spec(RunConfig(out=str(run), number=SAMPLES, batch_size=BATCH))
+    result = launched.run_launched(LaunchedProcess(1, 2, 0, 1), spec, Callbacks())
+    assert result.is_complete and result.made == 0
     check_equal(run, alone)
 
 

@@ -66,12 +66,12 @@ class RunFolder(AbstractContextManager):
                 storage.publish({path / DOCUMENT: pretty(document)})
             if not (path / SEAL).exists():
                 storage.publish({path / SEAL: pretty({})})
+            if journal != sqlite.WRITE_AHEAD:  # a finished ledger has that one, and is changed when it is opened
+                _unseal_intact(path)
             self.ledger = self._closing.enter_context(Ledger(path / LEDGER, journal=journal))
             content = documents.encodable(json.dumps(document, ensure_ascii=False, sort_keys=True))
             if self.ledger.read_note("run") != content:
-                if is_sealed(path) and seal.read_seal(path).get(DOCUMENT) != storage.sha256_of(path / DOCUMENT):
-                    raise Refused(f"{path / DOCUMENT}: its bytes are not those that were written", RESTORE_DOCUMENT)
-                unseal(path)
+                _unseal_intact(path)
                 self.ledger.note("run", content)
             stored = self.document if is_new else read_document(path) or self.document
             if any(stored[part] != self.document[part] for part in ("config", "plan")):  # the run is to grow
@@ -156,6 +156,13 @@ class RunFolder(AbstractContextManager):
 
     def __exit__(self, *_: object) -> None:
         self._closing.close()
+
+
+def _unseal_intact(path: Path) -> None:
+    """Removes the seal of a finished run, whose run.json has to be the one that was sealed."""
+    if is_sealed(path) and seal.read_seal(path).get(DOCUMENT) != storage.sha256_of(path / DOCUMENT):
+        raise Refused(f"{path / DOCUMENT}: its bytes are not those that were written", RESTORE_DOCUMENT)
+    unseal(path)
 
 
 def write_samples(
