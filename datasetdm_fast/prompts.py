@@ -86,9 +86,12 @@ def main(config: PromptsConfig, command: CommandLine) -> int:
             raise Missing(f"{config.out}: no usable prompt came back: {why}", "Try another model, or leave it out.")
     else:
         sentences = balance.build_list(grammar, counts, config.pairs, config.seed)
-    storage.remove_parts_of([Path(config.out)])
-    lines = (json.dumps(asdict(sentence), ensure_ascii=False) + "\n" for sentence in sentences)
-    storage.publish({Path(config.out): "".join(lines).encode()})
+    out = Path(config.out)
+    content = "".join(json.dumps(asdict(sentence), ensure_ascii=False) + "\n" for sentence in sentences).encode()
+    if out.exists() and (out.stat().st_size != len(content) or out.read_bytes() != content):
+        raise Refused(f"--out {out}: it holds something other than this list", "Choose another --out, or delete it.")
+    storage.remove_parts_of([out])
+    storage.publish({out: content})
     measures = measure(sentences)
     if config.json:
         print(json.dumps({"out": config.out, **measures, "asked_for": total, "left_out": dict(rejected)}))

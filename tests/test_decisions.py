@@ -58,6 +58,19 @@ def test_other_settings_are_refused(decide):
         decide(seed=5)
 
 
+def test_settings_that_were_the_models_own_are_told_and_given_as_figures(decide):
+    decide.write(1)
+    with pytest.raises(Refused, match=r"\(guidance: 2.0 there, 4.0 asked for; steps: 2 there, 20 asked for\)"):
+        decide(steps=20, guidance=4.0)
+    assert decide(steps=2, guidance=2.0).outcome is Outcome.RESUME
+
+
+def test_settings_that_are_left_out_are_told_as_such(decide, tmp_path):
+    write_missing(prepare(RunConfig(number=NUMBER, batch_size=2, steps=2, limit=1, out=str(tmp_path / "run"))))
+    with pytest.raises(Refused, match=r"\(steps: 2 there, nothing asked for\)"):
+        decide()
+
+
 def test_run_json_is_read_once(decide, monkeypatch):
     decide.write(1)
     reads = []

@@ -422,7 +422,7 @@ def test_a_limit_counts_new_images(engines, tmp_path):
 def test_other_settings_weights_or_engines_are_refused(engines, tmp_path, monkeypatch):
     write_missing(prepare(config(tmp_path / "run", limit=1)))
     before = tree(tmp_path / "run")
-    with pytest.raises(Refused, match="guidance: 0.0 there, 4.0 asked for; seed: 0 there, 5 asked for"):
+    with pytest.raises(Refused, match="guidance: 2.0 there, 4.0 asked for; seed: 0 there, 5 asked for"):
         find_result(config(tmp_path / "run", guidance=4.0, seed=5))
     monkeypatch.setattr(StubEngine, "fingerprint", lambda self: {"engine": "stub", "dtype": "fp16", "device": "cuda:1"})
     with pytest.raises(Refused, match='engine.dtype: "fp32" there, "fp16" asked for'):

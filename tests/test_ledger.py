@@ -679,7 +679,7 @@ def test_digests_and_trust_are_short(tmp_path):
     files = {"depth": ("depth/00000001.png", StoredFile(digest, 5))}
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         far = Trust(("ball",), ("cube", "cone"), 0.25, 0.5, ("no ball", "far"), 1.5)
-        for given in (trust, Trust(), Trust(missing=("ball",), reasons=("no ball",)), far, None):
+        for given in (trust, Trust(), Trust(missing=("ball",), reasons=("no ball",)), far, Trust(domain=0.0), None):
             ledger.commit([Row(Request(1, "a ball", 1), {}, files, trust=given)])
             assert ledger.row(1).trust == given and ledger.row(1).files == files
             assert ledger.count_doubtful() == (given is not None and not given.is_trusted)

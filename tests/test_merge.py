@@ -119,6 +119,24 @@ def test_the_engines_of_all_runs_are_named(runs, tmp_path):
         assert open_run(out).document["engine"] == {"engine": " and ".join(engines)}
 
 
+def test_the_processors_of_all_runs_are_named(tmp_path):
+    """Also where they all call themselves by the same architecture, and in a merged run of merged runs."""
+    cpu = {"engine": "fast", "device": "cpu", "device_name": "x86_64"}
+    for name, told, like in (
+        ("one", {"engine": cpu, "processor": "Xeon"}, 60),
+        ("two", {"engine": cpu, "processor": "EPYC"}, 61),
+        ("gpu", {"engine": {**cpu, "device": "cuda", "device_name": "H200"}, "processor": "Grace"}, 62),
+    ):
+        with RunFolder(tmp_path / name, document(1, 32) | told) as folder:
+            folder.add([moved(0, like)], {})
+            finish_run(folder)
+    for parts, told in ((["one", "two"], "`Xeon, EPYC`"), (["one two", "gpu"], "`Xeon, EPYC`")):
+        out = tmp_path / " ".join(parts)
+        assert main([*(str(tmp_path / part) for part in parts), "--out", str(out), "--quiet"]) == 0
+        line = next(line for line in (out / "README.md").read_text().splitlines() if "Versions and device" in line)
+        assert f"device_name {told}" in line and "Grace" not in line
+
+
 def test_a_damaged_file_is_taken_over_again(runs, tmp_path, capsys):
     out = tmp_path / "all"
     lines = [str(runs / "first"), str(runs / "second"), "--out", str(out), "--quiet", "--copy"]

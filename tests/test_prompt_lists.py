@@ -121,12 +121,22 @@ def test_the_same_line_writes_the_same_bytes(tmp_path):
     )
 
 
+def test_another_list_is_not_overwritten(tmp_path, capsys):
+    line = ["--classes", "owl", "--per-class", "2", "--quiet", "--out", str(tmp_path / "list"), "--seed"]
+    assert prompts.main([*line, "1"]) == prompts.main([*line, "1"]) == 0
+    before = (tmp_path / "list").read_bytes()
+    assert prompts.main([*line, "2"]) == 2 and (tmp_path / "list").read_bytes() == before
+    assert "it holds something other than this list\nChoose another --out" in capsys.readouterr().err
+
+
 def test_the_command_says_how_often_classes_come_up(tmp_path, capsys):
     line = ["--classes", "cat,owl", "--per-class", "3", "--out", str(tmp_path / "list")]
     assert prompts.main(line) == 0 and "classes    2, 3 prompts each" in capsys.readouterr().out
+    (tmp_path / "list").unlink()
     assert prompts.main([*line[:3], "1", *line[4:]]) == 0 and "classes    2, 1 prompt each" in capsys.readouterr().out
     (tmp_path / "counts.json").write_text('{"cat": 4, "owl": 2}')
     line[2:4] = ["--target-counts", str(tmp_path / "counts.json")]
+    (tmp_path / "list").unlink()
     assert prompts.main(line) == 0 and "classes    2, from 2 (owl) to 4 (cat)" in capsys.readouterr().out
 
 

@@ -43,6 +43,7 @@ FORM = {
     "classes": [str],
 }
 GROWING = ("number", "per_class", "prompts")  # settings that may differ where a run is to have more images
+SAMPLED = ("sampler", "steps", "guidance", "size")  # settings whose default is the model's own figure
 LARGEST_DOCUMENT = 2**26  # bytes; that of a merged run has the settings of all its parts
 RESTORE_DOCUMENT = "Restore run.json from a copy; the ledger of a run folder holds its content under notes."
 RESTORE = "Restore the file from a copy, or choose another --out."
@@ -361,6 +362,9 @@ def check_config(folder: Path | str, stored: Mapping[str, Any], requested: Mappi
         {name: requested[name] for name in GROWING if name in requested} if grows(stored["config"], requested) else {}
     )
     stored_config = stored["config"] | changed
+    differing = [name for name in SAMPLED if name in requested and requested[name] != stored_config.get(name)]
+    stored_config |= {name: stored["sampling"][name] for name in differing if name in stored["sampling"]}
+    requested = {**requested, **{name: requested[name] or None for name in differing}}
     check_same(
         folder, {"command": made_by(stored), "config": stored_config}, {"command": COMMANDS[0], "config": requested}
     )

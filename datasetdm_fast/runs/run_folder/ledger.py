@@ -401,7 +401,8 @@ def encode_trust(trust: Trust | None) -> str | None:
     """What a row holds of a trust: not what there is none of."""
     if trust is None:
         return None
-    return canonical({name: part for name, part in asdict(trust).items() if name not in _NOTHING or part})
+    parts = asdict(trust)
+    return canonical({name: parts[name] for name in parts if name not in _NOTHING or parts[name] != _NOTHING[name]})
 
 
 def decode_trust(value: Any) -> Trust | None:

@@ -46,7 +46,9 @@ class LabelStudio(shapes.OutlineSource):
         named = {name for _, results in self.records for result in results for name in _labels(result)}
         self.set_things(sorted(filter(shapes.is_thing, named)))
         if not self.thing_classes:
-            raise reading.bad(self.file, "no outline with a label in it")
+            has_predictions = any(task.get("predictions") for task in exported)
+            only = ", but predictions: Label Studio's action Create Annotations From Predictions makes some of them"
+            raise reading.bad(self.file, f"no annotation with a labelled outline{only if has_predictions else ''}")
         self.urls = [_url(data) for data, _ in self.records]
         self.counts = Counter(tail for url in {*self.urls} for tail in _tails(url))  # of different pictures
         super().__init__(size, len(self.records))

@@ -187,7 +187,9 @@ def _making(document: Mapping[str, Any]) -> Iterator[str]:
     if "composition" in document:
         yield f"- {_code(document['composition']['told'])}"
     yield f"- Model: {_code(document['model']['name'])}; engine: {', '.join(map(_code, engine_names(document)))}"
-    device = {"device_name": document["processor"]} if engine.get("device") == "cpu" and "processor" in document else {}
+    on_cpu = [run for run in runs_of(document) if run.get("engine", engine).get("device") == "cpu"]
+    processors = dict.fromkeys(run["processor"] for run in on_cpu if "processor" in run)
+    device = {"device_name": ", ".join(processors)} if processors else {}
     yield f"- Versions and device: {_values({**document['versions'], **engine, **device})}"
     yield from _describe_mixed(document) if "mixed" in document else _describe_engines(document)
     yield f"- Sampler {sampler_in_words(document)}"
