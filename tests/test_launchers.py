@@ -55,6 +55,13 @@ def test_machines_are_counted():
     assert LaunchedProcess(0, 8, 0, 4).is_on_several_machines and not LaunchedProcess(0, 8, 0, 8).is_on_several_machines
 
 
+@pytest.mark.parametrize(("told", "visible"), [("", ["0", "1"]), ("4, 7", ["4", "7"]), ("4,5,6", ["4", "5"])])
+def test_visible_gpus_are_named_as_the_environment_does(monkeypatch, told, visible):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", told)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert devices.visible_gpus() == visible
+
+
 @pytest.mark.parametrize(
     ("visible", "local_rank", "chosen"), [(["0", "1"], 1, "1"), (["4", "5"], 2, "4"), (["7"], 1, None), ([], 0, None)]
 )
@@ -127,13 +134,23 @@ def test_a_look_whether_a_folder_is_held_keeps_no_command_out(tmp_path, monkeypa
     assert not locks.is_locked(path)
 
 
+# Without GPUs, as arithmetic needs none, and each peer would import torch to count them.
+PROGRAM = """
+import sys, troubled
+troubled.install()
+from datasetdm_fast import generate
+from datasetdm_fast.runs.workers import devices
+devices.visible_gpus = list
+code = generate.main(sys.argv[1:])
+assert "torch" not in sys.modules
+sys.exit(code)
+"""
+
+
 @pytest.fixture
 def start(tmp_path):
     """Starts peers of a world, as torchrun would."""
-    (tmp_path / "program.py").write_text(
-        "import sys, troubled\ntroubled.install()\nfrom datasetdm_fast import "
-        "generate\nsys.exit(generate.main(sys.argv[1:]))"
-    )
+    (tmp_path / "program.py").write_text(PROGRAM)
     begun = []
 
     def start(rank, world=2, machines=1, seconds="0.05", **environment):
