@@ -46,6 +46,8 @@ def check_bounds(config: Mapping[str, Any], source: Path) -> None:
         if isinstance(value, dict):
             check_bounds(value, source)
             continue
+        if key in ("num_layers", "num_hidden_layers") and value == 0:
+            raise Refused(f"model: {source}: the setting {documents.quote(key)} is 0, expected 1 or more", DAMAGED)
         is_list = isinstance(value, (list, tuple))
         values = value if is_list else [value]
         most = MOST_LAYERS if "layers" in key else LARGEST_NUMBER

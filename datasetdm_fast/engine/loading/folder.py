@@ -248,10 +248,14 @@ def _readable_settings(part: Part, config: Mapping[str, Any], source: Path) -> d
         return dict(config)
     usual = {key: known.default for key, known in inspect.signature(class_of(part).__init__).parameters.items()}
     for key, value in config.items():
-        if isinstance(value, str) and isinstance(usual.get(key), (int, float, tuple)):
+        expected = usual.get(key)
+        is_text = isinstance(value, str) and isinstance(expected, (int, float, tuple))
+        is_nothing = value is None and type(expected) in (int, float, tuple)  # of a switch it means no
+        is_short = key.startswith("axes_") and len(value or ()) != len(expected or ())
+        if is_text or is_nothing or is_short:
             raise Refused(
                 f"model: {source.parent}: the {source.name}'s {key} is {documents.quote(value)}, expected a value such "
-                f"as {usual[key]!r}",
+                f"as {expected!r}",
                 DAMAGED,
             )
     known = {*usual} - {"self"} | {"_class_name", "_diffusers_version"}
