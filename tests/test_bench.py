@@ -455,15 +455,17 @@ def heeds_interrupts():
 
 def a_turn(seconds: float, call: float, others: float = 0.0) -> alone.Turn:
     attention = measure.CpuShare(0.5, 1.8, others)
-    return alone.Turn(2.0, 2 * seconds, seconds, [2 * call, call], 3 << 30, attention)
+    return alone.Turn(2.0, 2 * seconds, [seconds] * alone.IMAGES, [2 * call, call], 3 << 30, attention)
 
 
 def test_engines_too_large_to_stand_side_by_side_take_turns(monkeypatch):
     """Each answer comes from a process of its own; what it takes is told beside ours, pair by pair."""
     order = []
 
-    def answered(answer, config, name):
+    def answered(answer, config, name, *answers):
         order.append((answer.__name__, name))
+        if answer is alone._answered:
+            return b"the reference's"
         if answer is alone.timed:
             return a_turn(2.0, 0.5) if name == "ours" else a_turn(3.0, 0.6, others=0.02)
         if name == "ort-1":
@@ -475,8 +477,10 @@ def test_engines_too_large_to_stand_side_by_side_take_turns(monkeypatch):
     run = SimpleNamespace(setting=SimpleNamespace(flops=10**12), limits={"tflops": {"fp32": 1.0}})
     killed, theirs, ours = alone.taking_turns(run, ["ort-1", "openvino-1", "ours"], alone.TurnConfig("tiny", 2, 1))
     assert killed["status"] == "absent" and "killed" in killed["why"]
-    assert order[0] == "let go" and order[4:] == [("timed", "openvino-1"), ("timed", "ours")] * alone.TURNS
+    assert order[:2] == ["let go", ("_answered", [])]  # before any peer holds memory
+    assert order[5:] == [("timed", "openvino-1"), ("timed", "ours")] * alone.TURNS
     assert theirs["seconds_per_image"]["median"] == 3 and theirs["ours_over"]["median"] == 1.5
+    assert len(theirs["ours_over"]["rounds"]) == alone.TURNS * alone.IMAGES >= 7
     assert theirs["call_s"]["rounds"] == [0.6] * alone.TURNS and theirs["call_over"]["median"] == 1.2
     assert theirs["peak_mib"] == 3072 and theirs["attention"]["others"] == 0.02 and theirs["first_s"] == 6
     assert ours["ours_over"]["median"] == ours["call_over"]["median"] == 1 and ours["tflops"] == 0.5
@@ -504,7 +508,9 @@ def test_a_peer_in_bf16_is_compared_with_ours_in_bf16():
 def test_an_engine_that_is_killed_while_it_is_timed_leaves_the_others_their_rows(monkeypatch, name, status):
     taken = []
 
-    def answered(answer, config, asked):
+    def answered(answer, config, asked, *answers):
+        if answer is alone._answered:
+            return b"the reference's"
         if answer is not alone.timed:
             return {"peer": asked, "title": PEERS[asked].title, "dtype": "fp32", "status": "ok"}
         taken.append(asked)
@@ -523,10 +529,21 @@ def test_an_engine_that_is_killed_while_it_is_timed_leaves_the_others_their_rows
     assert taken.count(name) == 2
 
 
+def test_where_the_reference_finds_no_memory_every_row_says_so(monkeypatch):
+    def answered(answer, config, *asked):
+        raise BrokenProcessPool("killed")
+
+    monkeypatch.setattr(alone, "in_own_process", answered)
+    monkeypatch.setattr(alone, "let_go", lambda setting: None)
+    rows = alone.taking_turns(SimpleNamespace(setting=None), ["openvino-1", "ours"], alone.TurnConfig("tiny", 2, 1))
+    assert [(row["status"], "killed" in row["why"]) for row in rows] == [("absent", True), ("failed", True)]
+
+
 @long_test
 def test_a_turn_is_an_image_and_calls_in_a_process_that_holds_no_other_engine():
     turn = alone.in_own_process(alone.timed, alone.TurnConfig("tiny", 2, 1), "ours")
-    assert 0 < turn.image_s < 60 and len(turn.calls_s) == alone.CALLS and 0 < min(turn.calls_s) < turn.image_s
+    assert len(turn.images_s) == alone.IMAGES and all(0 < seconds < 60 for seconds in turn.images_s)
+    assert len(turn.calls_s) == alone.CALLS and 0 < min(turn.calls_s) < min(turn.images_s)
     assert turn.peak > 100 << 20 and turn.load_s > 0 and turn.first_s > 0
     row = alone.compared(alone.TurnConfig("tiny", 2, 1), "ours-1")
     assert row["status"] == "ok" and row["parity"] and row["batch"] == 1

@@ -42,6 +42,7 @@ class Offer(NamedTuple):
     like: str = ""  # the peer whose best batch it takes: to try several would mean to compile for each
     draws: bool = False  # whether its images without labels are timed as well
     beside: str = "ours"  # the one of ours that it is compared with
+    dtype: str = "fp32"  # in which it computes, as far as the judge must know before it is built
     must_run: bool = False  # an exception in it is a failed row; in others', a row that is not there
     not_on_cpu: str = ""  # why a CPU does not run it
     not_on_gpu: str = ""  # why a GPU does not
@@ -69,11 +70,13 @@ PEERS = {
     "ort": Offer("ONNX Runtime", engine.named("ort")),
     "openvino-1": Offer("OpenVINO, one image at a time", engine.named("openvino"), batch=1, not_on_gpu=CPU_ONLY),
     "openvino": Offer("OpenVINO", engine.named("openvino"), draws=True, not_on_gpu=CPU_ONLY),
-    "openvino-bf16": Offer("OpenVINO, bf16", engine.named("openvino", "bf16"), beside="ours-bf16", not_on_gpu=CPU_ONLY),
+    "openvino-bf16": Offer(
+        "OpenVINO, bf16", engine.named("openvino", "bf16"), beside="ours-bf16", dtype="bf16", not_on_gpu=CPU_ONLY
+    ),
     "tensorrt": Offer("TensorRT", engine.named("trt"), like="diffusers", draws=True, not_on_cpu=TENSORRT),
     "ours-1": Offer("datasetdm_fast, one image at a time", engine.named("fast"), batch=1, must_run=True),
     OURS: Offer("datasetdm_fast", engine.named("fast"), draws=True, must_run=True),
-    "ours-bf16": Offer("datasetdm_fast, bf16", engine.named("fast", "bf16"), must_run=True),
+    "ours-bf16": Offer("datasetdm_fast, bf16", engine.named("fast", "bf16"), dtype="bf16", must_run=True),
 }
 
 

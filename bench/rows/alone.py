@@ -4,6 +4,7 @@ alone, and the peers take turns.
 
 from __future__ import annotations
 
+import pickle
 import statistics
 import tempfile
 import time
@@ -23,6 +24,7 @@ from bench.peers.samples import noise_of
 from bench.report.results import ResultFile
 from bench.report.tables import Row
 from bench.rows.measurement import BenchRun, Rows
+from bench.rows.parity import STORED, ParityJudge
 from bench.rows.race import add_times, prepare, write
 from bench.setting import Setting, open_setting
 from datasetdm_fast.data import Request, join_texts
@@ -31,7 +33,7 @@ from datasetdm_fast.engine.labels.kind import Table
 from datasetdm_fast.engine.loop.recipe import Recipe, label_tables
 
 CALLS = 2  # that are timed in a turn
-TURNS = 7
+TURNS, IMAGES = 4, 2  # and images that are timed in each
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Turn:
 
     load_s: float
     first_s: float  # the first image
-    image_s: float  # the one after it
+    images_s: list[float]  # those after it
     calls_s: list[float]
     peak: int  # bytes of the process while it made them
     attention: CpuShare
@@ -73,7 +75,11 @@ class Turn:
 def taking_turns(run: BenchRun, names: Sequence[str], config: TurnConfig) -> Rows:
     """A row for every name: failed where a gate failed, absent where it cannot run here, else with its times."""
     let_go(run.setting)  # this process would hold its networks beside those of the peer whose turn it is
-    rows = [compared(config, name) for name in names]
+    try:
+        answers = answered(config, sorted({PEERS[name].dtype for name in names} & STORED.keys()))
+    except BrokenProcessPool:
+        return [{"peer": name, "title": PEERS[name].title} | killed(name) for name in names]
+    rows = [compared(config, name, answers) for name in names]
     racing = {row["peer"]: row for row in rows if row["status"] == "ok"}
     turns: dict[str, list[Turn]] = {name: [] for name in racing}
     for count in range(TURNS):
@@ -84,8 +90,9 @@ def taking_turns(run: BenchRun, names: Sequence[str], config: TurnConfig) -> Row
                 racing.pop(name).update(ended := killed(name))
                 say(f"{name}: {ended['why']}")
                 continue
-            say(f"{name}, turn {count + 1} of {TURNS}: {turns[name][-1].image_s:.1f} s an image")
-    images = {name: [one.image_s for one in turns[name]] for name in racing}
+            found = ", ".join(f"{seconds:.1f}" for seconds in turns[name][-1].images_s)
+            say(f"{name}, turn {count + 1} of {TURNS}: {found} s an image")
+    images = {name: [seconds for one in turns[name] for seconds in one.images_s] for name in racing}
     add_times(list(racing.values()), images, run.setting, run.limits)
     for name, row in racing.items():
         own = beside(name, racing)
@@ -107,15 +114,30 @@ def of_turns(taken: Sequence[Turn], ours: Sequence[Turn]) -> Row:
     return found | {"attention": asdict(CpuShare(shares[0].load_average, cores, others))}
 
 
-def in_own_process(answer: Callable[[TurnConfig, str], Any], config: TurnConfig, name: str) -> Any:
+def in_own_process(answer: Callable[..., Any], config: TurnConfig, *asked: Any) -> Any:
     with another_process() as pool:
-        return pool.submit(answer, config, name).result()
+        return pool.submit(answer, config, *asked).result()
 
 
-def compared(config: TurnConfig, name: str) -> Row:
+def answered(config: TurnConfig, dtypes: Sequence[str]) -> bytes:
+    """What the peers are judged by, pickled: the reference's answers and its drift in these types, computed by a
+    process that holds no peer.
+    """
+    answers: bytes = in_own_process(_answered, config, dtypes)
+    return answers
+
+
+def _answered(config: TurnConfig, dtypes: Sequence[str]) -> bytes:
+    judge = ParityJudge(config.open(), 1)
+    for dtype in dtypes:
+        judge.floors(STORED[dtype])
+    return pickle.dumps(judge.answers)
+
+
+def compared(config: TurnConfig, name: str, answers: bytes) -> Row:
     """The row of a peer that is not timed yet: whether its outputs are the reference's."""
     try:
-        return in_own_process(_compared, config, name)
+        return in_own_process(_compared, config, name, answers)
     except BrokenProcessPool:
         return {"peer": name, "title": PEERS[name].title} | killed(name)
 
@@ -125,15 +147,15 @@ def killed(name: str) -> Row:
     return {"status": "failed" if PEERS[name].must_run else "absent", "why": why}
 
 
-def _compared(config: TurnConfig, name: str) -> Row:
+def _compared(config: TurnConfig, name: str, answers: bytes) -> Row:
     run = BenchRun(config.open(), ResultFile(None, {}), 0.0, judged=1, batches={name: 1})
-    _ = run.judge  # the reference answers, and makes room
+    run.judge = ParityJudge(run.setting, 1, pickle.loads(answers))
     let_go(run.setting)
     return prepare(run, name, PEERS[name])[0]
 
 
 def timed(config: TurnConfig, name: str) -> Turn:
-    """One image and some calls, after one image that is the first of its process."""
+    """Some images and calls, after one image that is the first of its process."""
     one = built(config, name)
     reset_peak()
     with tempfile.TemporaryDirectory() as folder:
@@ -145,8 +167,8 @@ def timed(config: TurnConfig, name: str) -> Turn:
 
         first = image()
         with watched() as attention:
-            second = image()
-    return Turn(one.load_s, first, second, calls(one), status("VmHWM"), attention)
+            images = [image() for _ in range(IMAGES)]
+    return Turn(one.load_s, first, images, calls(one), status("VmHWM"), attention)
 
 
 def built(config: TurnConfig, name: str) -> PeerAlone:
@@ -168,11 +190,11 @@ def let_go(setting: Setting) -> None:
 
 
 def calls(one: PeerAlone) -> list[float]:
-    """Seconds of UNet calls, after one that nobody times."""
+    """Seconds of UNet calls."""
     context = join_texts([one.peer.encode_text([""]), one.peer.encode_text([one.requests[0].prompt])])
     latents, timestep, found = noise_of(one.requests, one.recipe), one.recipe.schedule.timesteps[0], []
-    for _ in range(1 + CALLS):
+    for _ in range(CALLS):
         begin = time.perf_counter()
         one.peer.denoise(latents, timestep, context)
         found.append(time.perf_counter() - begin)
-    return found[1:]
+    return found

@@ -1,6 +1,7 @@
 """Whether a peer's outputs match the reference engine's, before anything of it is timed."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -12,6 +13,7 @@ from bench.setting import Setting
 from datasetdm_fast.data import Request, Sample, Text, join_texts
 from datasetdm_fast.engine.labels import LABEL_KINDS
 from datasetdm_fast.runs.agreement.observe import (
+    Observation,
     Rounded,
     by_image,
     free_running_distances,
@@ -27,15 +29,21 @@ from datasetdm_fast.runs.agreement.verify import EXACT, ROUNDED, GateRow, evalua
 STORED = {"tf32": torch.float16, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-class ParityJudge:
-    """The reference engine's answers to the first `count` requests, and its own drift at lower precision; each is
-    computed once.
-    """
+@dataclass
+class ReferenceAnswers:
+    """Its outputs, and its own drift at lower precision."""
 
-    def __init__(self, setting: Setting, count: int):
+    truth: Observation
+    floors: dict[torch.dtype, dict[str, np.ndarray]] = field(default_factory=dict)
+
+
+class ParityJudge:
+    """The answers to the first `count` requests; each is computed once, or was by another process."""
+
+    def __init__(self, setting: Setting, count: int, answers: ReferenceAnswers | None = None):
         self.setting, self.requests = setting, setting.batch(count)
-        self.truth = observe(setting.reference, self.requests, setting.recipe)
-        self._floors: dict[torch.dtype, dict[str, np.ndarray]] = {}
+        self.answers = answers or ReferenceAnswers(observe(setting.reference, self.requests, setting.recipe))
+        self.truth = self.answers.truth
 
     def rows(self, peer: Peer, first: Sequence[Sample]) -> list[GateRow]:
         """One row a measure: stages given the reference's inputs, then the peer's own samples, of which `first` is a
@@ -91,12 +99,13 @@ class ParityJudge:
 
     def floors(self, dtype: torch.dtype) -> dict[str, np.ndarray]:
         """How far the reference itself drifts with networks stored as `dtype`."""
-        if dtype not in self._floors:
+        found = self.answers.floors
+        if dtype not in found:
             rounded, requests, recipe = Rounded(self.setting.reference, dtype), self.requests, self.setting.recipe
             forced, free = observe(rounded, requests, recipe, self.truth), observe(rounded, requests, recipe)
-            found = teacher_forced_distances(forced, self.truth) | free_running_distances(free, self.truth)
-            self._floors[dtype] = {name: values.reshape(-1, len(requests)) for name, values in found.items()}
-        return self._floors[dtype]
+            drift = teacher_forced_distances(forced, self.truth) | free_running_distances(free, self.truth)
+            found[dtype] = {name: values.reshape(-1, len(requests)) for name, values in drift.items()}
+        return found[dtype]
 
 
 def fitted(values: Tensor, batch: int) -> Tensor:
