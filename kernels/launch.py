@@ -14,11 +14,10 @@ from datasetdm_fast.errors import Missing
 try:
     import triton
     import triton.language
-    import triton.tools.tensor_descriptor
 
-    tl, TensorDescriptor = triton.language, triton.tools.tensor_descriptor.TensorDescriptor
+    tl = triton.language
 except ImportError:  # the plain forms need none
-    triton = tl = TensorDescriptor = None
+    triton = tl = None
 
 UNTUNED = "untuned"  # the rows for a GPU that was not measured
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
