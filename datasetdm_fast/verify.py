@@ -82,7 +82,7 @@ def main(config: VerifyConfig, command: CommandLine) -> int:
     if not verdict.agrees:
         raise GateFailed(
             f"verify: outputs of {config.engine} do not match those of {config.against} in {', '.join(verdict.failed)}",
-            "Try --dtype fp32 or another --engine.",
+            verdict.remedy,
         )
     return 0
 

@@ -450,6 +450,7 @@ def test_disagreement_is_exit_four(folder, capsys, monkeypatch):
     assert "DISAGREE" in said.out and said.err.splitlines()[0].startswith(
         "verify: outputs of fast do not match those of torch in "
     )
+    assert said.err.splitlines()[1] == "Choose another --engine."  # fp32 is what it had
 
 
 def test_an_engine_is_not_compared_with_itself(folder, capsys):

@@ -126,7 +126,7 @@ def _verify(job: Job, run: RunQueue, number: int, screen: Screen) -> Job:
         raise GateFailed(
             f"--verify {number}: outputs of {job.engine.name} do not match those of {REFERENCE} in "
             f"{', '.join(failed)}; nothing was written",
-            "Try --dtype fp32 or another --engine.",
+            verdict.remedy,
         )
     measures, samples = len(verdict.rows), count_noun(number, "sample")
     screen.on_message(f"verified   {job.engine.name} agrees in all {measures} measures with {REFERENCE} on {samples}")

@@ -132,6 +132,11 @@ class Verdict:
     def agrees(self) -> bool:
         return not self.failed
 
+    @property
+    def remedy(self) -> str:
+        """What may help where they do not agree."""
+        return "Choose another --engine." if self.engine["dtype"] == "fp32" else "Try --dtype fp32 or another --engine."
+
     def document(self) -> dict[str, Any]:
         rows = [asdict(row) | {"passed": row.is_passed} for row in self.rows]
         return {"agrees": self.agrees, "engine": self.engine, "against": self.against, **self.facts, "measures": rows}

@@ -43,6 +43,8 @@ class LabelStudio(shapes.OutlineSource):
             self.records = [(task["data"], results) for task in exported if (results := _results(task)) is not None]
         except (ValueError, TypeError) as error:
             raise reading.bad(self.file, f"not what Label Studio writes ({error})") from error
+        if not self.records:
+            raise reading.bad(self.file, "no task of it has annotations, and predictions alone are not read")
         named = {name for _, results in self.records for result in results for name in _labels(result)}
         self.set_things(sorted(filter(shapes.is_thing, named)))
         if not self.thing_classes:
