@@ -358,8 +358,11 @@ def _from_folder(folder: Path, part: Part, weights: _Weights, config: Mapping[st
     except (Refused, Missing):
         raise
     except Exception as error:  # a config that makes no sense lets the libraries raise nearly anything
+        reason = first_line(error)
+        if "above report" in reason:  # transformers', which is not shown
+            reason = "tensors of other shapes"
         raise Refused(
-            f"model: {folder} cannot be loaded, its weights do not fit its config.json ({first_line(error)})", MATCHING
+            f"model: {folder} cannot be loaded, its weights do not fit its config.json ({reason})", MATCHING
         ) from error
     missing = sorted(info["missing_keys"])
     if missing:
