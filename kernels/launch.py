@@ -14,10 +14,11 @@ from datasetdm_fast.errors import Missing
 try:
     import triton
     import triton.language
+    import triton.tools.tensor_descriptor
 
-    tl = triton.language
+    tl, TensorDescriptor = triton.language, triton.tools.tensor_descriptor.TensorDescriptor
 except ImportError:  # the plain forms need none
-    triton = tl = None
+    triton = tl = TensorDescriptor = None
 
 UNTUNED = "untuned"  # the rows for a GPU that was not measured
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datasetdm_fast.kernels.add_statistics import CHUNK, empty_statistics, take_statistics
+from datasetdm_fast.kernels.described_product import find_described_sizes, multiply
 from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, round_up, tl
 from datasetdm_fast.kernels.noise import noise
 
@@ -127,6 +128,13 @@ def fused(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None, residual
     weight, residual = weight.contiguous(), residual.contiguous()
     (batch, cells, width), channels = first.shape, len(weight)
     out, statistics = torch.empty_like(residual), empty_statistics(first, channels)
+    rows = min(CHUNK, round_up(cells))
+    described = find_described_sizes(BLOCKS, "linear_add", first, weight, *others, residual)
+    if described and cells % rows == 0:
+        second = others[0] if others else None
+        described |= {"BLOCK_S": rows}
+        multiply(described, first, weight, bias, out, second=second, residual=residual, statistics=statistics)
+        return out, statistics
     sizes = blocks(BLOCKS, "linear_add", first, BLOCK_C=channels, BLOCK_K=width)
     second = (others[0], weight[:, width:]) if others else (None, None)
     grid = ceil_divide(channels, sizes["BLOCK_C"]), statistics.shape[2], batch
@@ -146,7 +154,7 @@ def fused(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None, residual
             weight.shape[1],
             PRECISION=PRECISION,
             CHUNK=CHUNK,
-            BLOCK_S=min(CHUNK, round_up(cells)),
+            BLOCK_S=rows,
             **sizes,
         )
     return out, statistics

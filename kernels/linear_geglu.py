@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datasetdm_fast.kernels import geglu
+from datasetdm_fast.kernels.described_product import find_described_sizes, multiply
 from datasetdm_fast.kernels.geglu import times_gelu
 from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, tl
 from datasetdm_fast.kernels.noise import noise
@@ -70,7 +71,11 @@ def fused(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if not is_served("linear_geglu", x, weight, bias, fits=fits):
         return reference(x, weight, bias)
     x, weight, channels, width = x.contiguous(), weight.contiguous(), len(weight) // 2, x.shape[-1]
-    out, rows, sizes = x.new_empty((*x.shape[:-1], channels)), x.numel() // width, blocks(BLOCKS, "linear_geglu", x)
+    out = x.new_empty((*x.shape[:-1], channels))
+    if described := find_described_sizes(BLOCKS, "linear_geglu", x, weight, out):
+        multiply(described, x, weight, bias, out)
+        return out
+    rows, sizes = x.numel() // width, blocks(BLOCKS, "linear_geglu", x)
     grid = ceil_divide(channels, sizes["BLOCK_C"]), ceil_divide(rows, sizes["BLOCK_S"])
     with torch.cuda.device_of(x):  # Triton launches on the current device of the thread
         _linear_geglu_kernel[grid](x, weight, bias, out, rows, channels, width, PRECISION=PRECISION, **sizes)

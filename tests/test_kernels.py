@@ -17,14 +17,13 @@ import torch
 from skips import IS_LONG, long_test
 from torch import Tensor
 
-from bench.kernels import candidates, norm_linear
 from bench.kernels.candidates import CANDIDATES
 from bench.kernels.files import FILES
 from bench.kernels.inputs import cases_of
 from datasetdm_fast.config import SAMPLERS, FlowRule
 from datasetdm_fast.engine.sampling import schedule as walk
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.kernels import OPS, fused, guided_step, launch, native, plain, pyramid, reference
+from datasetdm_fast.kernels import OPS, fused, guided_step, launch, native, norm_linear, plain, pyramid, reference
 from datasetdm_fast.kernels.noise import noise
 
 ROOT = Path(__file__).parents[1]
@@ -130,12 +129,10 @@ def assert_within_the_budget(op, case, dtype):
 def test_candidates_stay_within_the_error_budget(op, case, programs, poisoned, monkeypatch):
     """In fp16 with the rows of an H100; inputs that no descriptor fits are left to the kernel by pointers."""
     name, launched = launch.names_of(torch.device(DEVICE))[0], []
-    op = CANDIDATES[op]
-    rows = op.rows.get("sm_90" if name == "cpu" else name, {})
+    rows, op = CANDIDATES[op].get("sm_90" if name == "cpu" else name, {}), OPS[op]
     monkeypatch.setitem(op.BLOCKS, name, {key: sizes | {"PROGRAMS": programs} for key, sizes in rows.items()})
-    multiply = candidates.multiply
-    for module in (candidates, norm_linear):
-        monkeypatch.setattr(module, "multiply", lambda *given, **named: launched.append(multiply(*given, **named)))
+    multiply = op.multiply
+    monkeypatch.setattr(op, "multiply", lambda *given, **named: launched.append(multiply(*given, **named)))
     assert_within_the_budget(op, case, torch.float16)
     assert bool(launched) == (bool(rows) and case.reason not in UNFIT)
 
@@ -164,10 +161,11 @@ def test_a_folded_norm_is_the_same_function():
 
 @needs_triton
 @pytest.mark.parametrize("mean", [0, 1, 30, 300])
-def test_a_folded_norm_rounds_as_little_as_one_before_the_product(mean):
+def test_a_folded_norm_rounds_as_little_as_one_before_the_product(mean, monkeypatch):
     """Rows whose mean is so many deviations: both lose what fp16 loses of such rows, which is in the inputs."""
     name = launch.names_of(torch.device(DEVICE))[0]
-    table = {name: CANDIDATES["norm_linear"].rows.get("sm_90" if name == "cpu" else name, {})}
+    rows = CANDIDATES["norm_linear"].get("sm_90" if name == "cpu" else name, {})
+    monkeypatch.setitem(norm_linear.BLOCKS, name, rows)
     norm = [
         (noise(320) + 1).half().to(DEVICE),
         noise(321)[1:].half().to(DEVICE),
@@ -176,8 +174,8 @@ def test_a_folded_norm_rounds_as_little_as_one_before_the_product(mean):
     ]
     x, weight = (noise(64, 320) + mean).half().to(DEVICE), noise(136, 320, scale=320**-0.5).half().to(DEVICE)
     exact = norm_linear.reference(*doubled((x, tuple(norm), weight)), None)
-    before = norm_linear.usual(x, tuple(norm), weight, None)
-    folded = norm_linear.described(table, x, *norm_linear.fold(tuple(norm), weight, None))
+    before = norm_linear.fused(x, tuple(norm), weight, None)
+    folded = norm_linear.fused(x, *norm_linear.fold(tuple(norm), weight, None))
     assert not torch.equal(before, folded)
     assert distance(folded, exact) <= 1.5 * distance(before, exact)
 

@@ -3,7 +3,6 @@
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -74,11 +73,10 @@ def test_a_kernel_is_tuned_and_a_wrong_one_has_no_time(monkeypatch):
 @pytest.mark.skipif(not launch.IS_INTERPRETED, reason="kernels run in the interpreter where there is no GPU")
 @pytest.mark.parametrize("seconds, is_faster", [(0.5, True), (0.99, False), (math.inf, False)])
 def test_a_candidate_is_in_only_where_it_is_faster(monkeypatch, seconds, is_faster):
-    monkeypatch.setattr(linear_geglu, "BLOCKS", {"untuned": dict(linear_geglu.BLOCKS["untuned"])})
-    usual, candidate = {}, tune.CANDIDATES["linear_geglu"]
-    rows = candidate.rows["sm_90"]
-    candidate = replace(candidate, rows={"untuned": rows}, BLOCKS={"untuned": usual})
-    monkeypatch.setitem(tune.CANDIDATES, "linear_geglu", candidate)
+    usual = dict(linear_geglu.BLOCKS["untuned"])
+    monkeypatch.setattr(linear_geglu, "BLOCKS", {"untuned": usual})
+    rows = tune.CANDIDATES["linear_geglu"]["sm_90"]
+    monkeypatch.setitem(tune.CANDIDATES, "linear_geglu", {"untuned": rows})
     (key,) = rows
     monkeypatch.setattr(tune, "total", lambda form, cases, device: seconds if key in usual else 1.0)
     rows = list(tune.op_rows("linear_geglu", "fp16", CPU, [], time.monotonic() + 60))

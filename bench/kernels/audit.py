@@ -91,7 +91,7 @@ class Recorder:
         """Types, constants and alignment as Triton itself specialises them."""
         from torch import Tensor
 
-        from bench.kernels.described_product import TensorDescriptor
+        from datasetdm_fast.kernels.launch import TensorDescriptor
 
         parameters = self.kernel.params
         given = dict(zip((parameter.name for parameter in parameters), positional)) | named
@@ -119,7 +119,7 @@ class Recorder:
 
 def launches(op: str, dtype: str, target: str) -> Iterator[tuple[str, CompiledLaunch]]:
     """Every distinct launch that `op` makes at model sizes on a GPU of `target`, with the first case that makes it: by
-    its rows, then by those of its candidate.
+    its rows, then by each of its candidates.
     """
     import torch
 
@@ -128,11 +128,9 @@ def launches(op: str, dtype: str, target: str) -> Iterator[tuple[str, CompiledLa
     from bench.kernels.inputs import sizes_of
     from datasetdm_fast.kernels import OPS, launch
 
-    noted, seen, places = [], set(), [vars(module) for module in (launch, *FILES)]
+    noted, seen, places, module = [], set(), [vars(module) for module in (launch, *FILES)], OPS[op]
     card = f"sm_{target}"
-    forms = [(OPS[op], OPS[op].BLOCKS.get(card, {}))] if op in OPS else []
-    if op in CANDIDATES and (rows := CANDIDATES[op].rows.get(card)):
-        forms.append((CANDIDATES[op], rows))
+    rows, candidates = module.BLOCKS.get(card, {}), CANDIDATES.get(op, {}).get(card, {})
     kernels = [(place, name, kernel) for place in places for name, kernel in place.items() if name.endswith("_kernel")]
     named = [(place, "names_of", place["names_of"]) for place in places if "names_of" in place]
     empty = functools.partial(torch.empty, dtype=getattr(torch, DTYPES[dtype]), device="meta")
@@ -141,11 +139,11 @@ def launches(op: str, dtype: str, target: str) -> Iterator[tuple[str, CompiledLa
     for names, name, _ in named:
         names[name] = lambda device: (card, launch.UNTUNED)
     try:
-        for form, table in forms:
-            with mock.patch.dict(form.BLOCKS, {card: table}):
+        for table in (rows, *(rows | {key: sizes} for key, sizes in candidates.items())):
+            with mock.patch.dict(module.BLOCKS, {card: table}):
                 for case, inputs in sizes_of(op)(lambda *shape: empty(shape)):
                     noted.clear()
-                    form.fused(*inputs)
+                    module.fused(*inputs)
                     for one in noted:
                         if one not in seen:
                             seen.add(one)
@@ -236,11 +234,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def kernels_of(asked: Sequence[str]) -> tuple[str, ...]:
     """The ops that were asked for, else all that have block sizes: one without has no kernel to compile or tune."""
-    from bench.kernels.candidates import CANDIDATES
     from datasetdm_fast.kernels import OPS
 
-    own = [op for op, module in OPS.items() if getattr(module, "BLOCKS", None)]
-    able = tuple(dict.fromkeys([*own, *CANDIDATES]))
+    able = tuple(op for op, module in OPS.items() if getattr(module, "BLOCKS", None))
     wrong = [op for op in asked if op not in able]
     if wrong:
         without = [op for op in wrong if op in OPS]

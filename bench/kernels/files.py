@@ -1,6 +1,5 @@
-"""Every file that holds a kernel: the operations, what several of them launch, and candidates."""
+"""Every file that holds a kernel: the operations, and what several of them launch."""
 
-from bench.kernels import described_product, norm_linear
-from datasetdm_fast.kernels import OPS, group_norm_plane, merge_statistics
+from datasetdm_fast.kernels import OPS, described_product, group_norm_plane, merge_statistics
 
-FILES = (*OPS.values(), group_norm_plane, merge_statistics, described_product, norm_linear)
+FILES = (*OPS.values(), described_product, group_norm_plane, merge_statistics)

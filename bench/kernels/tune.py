@@ -95,7 +95,7 @@ def judged_cases(op: str, dtype: str, device: torch.device) -> list[Judged]:
     for reason, drawn in sizes_of(op)(RandomInputs(device)):
         inputs = placed(drawn, device, DTYPES[dtype])
         try:
-            answer, limit = limit_of((OPS.get(op) or CANDIDATES[op]).reference, inputs, dtype)
+            answer, limit = limit_of(OPS[op].reference, inputs, dtype)
         except torch.OutOfMemoryError:
             continue
         found.append(Judged(reason, inputs, answer, limit))
@@ -106,31 +106,28 @@ def op_rows(
     op: str, dtype: str, device: torch.device, cases: Sequence[Judged], until: float
 ) -> Iterator[dict[str, Any]]:
     """A row for each of its kernels with the sizes that proved fastest, then one for each form and case."""
-    candidate, bits = CANDIDATES.get(op), 8 * DTYPES[dtype].itemsize
-    form = getattr(fused, op) if op in OPS else candidate.usual
+    form, bits = getattr(fused, op), 8 * DTYPES[dtype].itemsize
     name = names_of(device)[0] if device.type == "cuda" else "untuned"
-    tables = [(file, getattr(file, "BLOCKS", {}).get("untuned", {}), form) for file in FILES]
-    if candidate:
-        tables.append((candidate, candidate.rows.get(name, {}), candidate.fused))
+    tables = [(file, getattr(file, "BLOCKS", {}).get("untuned", {}), False) for file in FILES]
+    tables.append((OPS[op], CANDIDATES.get(op, {}).get(name, {}), True))
     kernels = [
-        (file.BLOCKS.setdefault(name, {}), kernel, dict(sizes), one)
-        for file, table, one in tables
+        (file.BLOCKS.setdefault(name, {}), kernel, dict(sizes), is_candidate)
+        for file, table, is_candidate in tables
         for (kernel, width), sizes in table.items()
         if width == bits and kernel.split()[0] == op
     ]
-    for place, (table, kernel, sizes, one) in enumerate(kernels):
-        is_candidate = one is not form
+    for place, (table, kernel, sizes, is_candidate) in enumerate(kernels):
         before, now = total(form, cases, device), time.monotonic()
         end, least = now + (until - now) / (len(kernels) - place), before
         if is_candidate:
             table[kernel, bits] = sizes
-            least = total(one, cases, device)
-        best, after = descend(table, (kernel, bits), sizes, functools.partial(total, one, cases, device), least, end)
+            least = total(form, cases, device)
+        best, after = descend(table, (kernel, bits), sizes, lambda: total(form, cases, device), least, end)
         row = {"kernel": kernel, "bits": bits, "sizes": best, "before_s": finite(before), "after_s": finite(after)}
         if is_candidate and not (is_faster := after < GAIN * before):
             del table[kernel, bits]
         yield row | ({"is_faster": is_faster} if is_candidate else {})
-    for name, one in {"fused": form, "plain": getattr(plain, op)}.items() if op in OPS else ():
+    for name, one in {"fused": form, "plain": getattr(plain, op)}.items():
         for case in cases:
             facts = {"op": op, "form": name, "dtype": dtype, "case": case.reason}
             yield facts | {"form_s": finite(case.seconds(one, device))}
@@ -185,19 +182,11 @@ def table_lines(document: dict[str, Any]) -> list[str]:
     for op, form in forms.items():
         lines.append(f"kernels/{op}.py, DEVICES[{device!r}] = {form!r}, BLOCKS[{device!r}] =")
         for row in rows:
-            if row.get("kernel", "").split()[:1] == [op] and row["after_s"] is not None and "is_faster" not in row:
-                lines.append(f"    | {sizes_line(row)}")
-    for row in rows:
-        if row.get("is_faster"):
-            lines.append(f"bench/kernels/candidates.py, faster on {device!r} than what kernels/ launches there =")
-            lines.append(f"    | {sizes_line(row)}")
+            if row.get("kernel", "").split()[:1] == [op] and row["after_s"] is not None and row.get("is_faster", True):
+                sizes = ", ".join(f"{name}={value}" for name, value in row["sizes"].items() if name.isupper())
+                counts = f"{row['sizes']['num_warps']}, {row['sizes']['num_stages']}"
+                lines.append(f'    | block_sizes("{row["kernel"]}", {counts}, bits=({row["bits"]},), {sizes})')
     return lines
-
-
-def sizes_line(row: Mapping[str, Any]) -> str:
-    sizes = ", ".join(f"{name}={value}" for name, value in row["sizes"].items() if name.isupper())
-    counts = f"{row['sizes']['num_warps']}, {row['sizes']['num_stages']}"
-    return f'block_sizes("{row["kernel"]}", {counts}, bits=({row["bits"]},), {sizes})'
 
 
 def fastest(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:

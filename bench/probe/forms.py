@@ -20,7 +20,7 @@ from bench.machine.work import HALVES
 from bench.probe.timing import Build, Inputs, row
 from datasetdm_fast.engine.engines import device
 from datasetdm_fast.engine.models.layers import Upsample, Weights
-from datasetdm_fast.kernels import fused, reference
+from datasetdm_fast.kernels import OPS, fused, reference
 from datasetdm_fast.kernels.launch import Blocks, names_of
 
 GROUPS, EPS = 32, 1e-5
@@ -165,24 +165,23 @@ def products(inputs: Inputs) -> Rows:
 def candidates(inputs: Inputs) -> Rows:
     """Kernels that no GPU of this kind has confirmed, beside those that a run launches there."""
     name = names_of(inputs.device)[0]
-    for op, candidate in CANDIDATES.items():
-        if rows := candidate.rows.get(name):
+    for op, cards in CANDIDATES.items():
+        module = OPS[op]
+        if rows := cards.get(name):
             drawn_on_meta = sizes_of(op)(Inputs(torch.device("meta")).tensor, inputs.rows)
             for place, (case, _) in enumerate(drawn_on_meta):
 
-                def build(form: Callable[..., object], table: Blocks, op=op, candidate=candidate, place=place):
+                def build(table: Blocks, op=op, module=module, place=place):
                     _, drawn = next(islice(sizes_of(op)(inputs.tensor, inputs.rows), place, None))
 
                     def call() -> object:
-                        with mock.patch.dict(candidate.BLOCKS, {name: table}):
-                            return form(*drawn)
+                        with mock.patch.dict(module.BLOCKS, {name: table}):
+                            return getattr(fused, op)(*drawn)
 
                     return call
 
-                forms = {
-                    "usual": partial(build, candidate.usual, {}),
-                    "candidate": partial(build, candidate.fused, rows),
-                }
+                usual = module.BLOCKS.get(name, {})
+                forms = {"usual": partial(build, usual), "candidate": partial(build, usual | rows)}
                 yield row(f"{op}, {case}", forms, inputs.device)
 
 

@@ -21,11 +21,10 @@ from torch import Tensor
 
 from bench.kernels.audit import TYPE_NAMES, Recorder, name_of
 from bench.kernels.audit import CompiledLaunch as Compilable
-from bench.kernels.described_product import TensorDescriptor
 from bench.kernels.files import FILES
 from bench.rehearsal.operations import size, tensors
 from bench.rehearsal.timeline import Timeline
-from datasetdm_fast.kernels import OPS
+from datasetdm_fast.kernels import OPS, launch
 
 LARGEST_GRID = (2**31 - 1, 65535, 65535)
 ALIGNED = 16  # bytes that one thread loads at most, and elements that Triton asks sizes to be multiples of
@@ -223,7 +222,7 @@ def stand_in(value: Any) -> Any:
     """An argument of a launch, without the memory that a tensor would hold."""
     if isinstance(value, Tensor):
         return Pointer(value.dtype, value.storage_offset() * value.element_size() % ALIGNED)
-    return replace(value, base=stand_in(value.base)) if isinstance(value, TensorDescriptor) else value
+    return replace(value, base=stand_in(value.base)) if isinstance(value, launch.TensorDescriptor) else value
 
 
 def storages(launches: Iterable[Compilable]) -> dict[str, list[str]]:

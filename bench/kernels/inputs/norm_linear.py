@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from bench.kernels.inputs import BATCH, LEVELS, Case
-from bench.kernels.norm_linear import fold
 from datasetdm_fast.kernels.noise import noise
+from datasetdm_fast.kernels.norm_linear import fold
 
 
 def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:

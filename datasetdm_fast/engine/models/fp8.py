@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from datasetdm_fast.engine.models.blocks import Block
 from datasetdm_fast.engine.models.fused import ShiftedBlock
 from datasetdm_fast.engine.models.layers import Linear
-from datasetdm_fast.engine.models.mmdit import HeadProjection, MMDiT
+from datasetdm_fast.engine.models.mmdit import HeadProjection, MMDiT, TokenStream
 from datasetdm_fast.engine.models.packed import PackedLinear
 from datasetdm_fast.engine.models.unet import AttentionBlock
 
@@ -65,10 +65,23 @@ class Fp8Projection(nn.Module):
 
 
 class Fp8ShiftedBlock(ShiftedBlock):
-    """One whose gate is an operation of its own."""
+    """One whose norms are operations of their own."""
 
-    def widen(self, h: Tensor) -> Tensor:
-        return self.ops.geglu(self.wide(self.norm3(h, self.shift3)))
+    def multiply_normed(self, name: str, h: Tensor) -> Tensor:
+        norm, shift, linear, has_gate = self.list_products()[name]
+        product = linear(norm(h, shift))
+        return self.ops.geglu(product) if has_gate else product
+
+
+class Fp8TokenStream(TokenStream):
+    """One whose activation is an operation of its own."""
+
+    def widen(self, x: Tensor) -> Tensor:
+        assert self.wide is not None
+        return self.activate(self.wide(x))
+
+
+KINDS = {ShiftedBlock: Fp8ShiftedBlock, TokenStream: Fp8TokenStream}
 
 
 def with_fp8_products(network: Any) -> Any:
@@ -87,7 +100,7 @@ def with_fp8_products(network: Any) -> Any:
 
 def _copy(module: Any, parts: dict[str, nn.Module]) -> Any:
     """A module with other parts, which shares the rest."""
-    twin: Any = object.__new__(Fp8ShiftedBlock if type(module) is ShiftedBlock else type(module))
+    twin: Any = object.__new__(KINDS.get(type(module), type(module)))
     twin.__dict__ |= module.__dict__ | {"_modules": module._modules | parts}
     return twin
 

@@ -4,16 +4,18 @@ norm's weight lies in that of the layer, and a row's mean and deviation correct 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.kernels.described_product import find_described_sizes, multiply
 from datasetdm_fast.kernels import geglu, layer_norm, linear_geglu
-from datasetdm_fast.kernels.launch import Blocks, block_sizes, blocks, ceil_divide, jit, round_up, tl
+from datasetdm_fast.kernels.described_product import SUFFIX, find_described_sizes, multiply
+from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, find_sizes, is_served, jit, round_up, tl
+from datasetdm_fast.kernels.noise import noise
 
+DEVICES = {"untuned": "fused"}
 BLOCKS = {"untuned": block_sizes("norm_linear statistics", 4, BLOCK_S=4)}
 Norm = tuple[Tensor, Tensor, float, Tensor | None]  # weight [K], bias [K], eps, and a shift [K] as in `layer_norm`
 
@@ -44,6 +46,15 @@ def fold(norm: Norm, weight: Tensor, bias: Tensor | None) -> tuple[Norm, Tensor,
     shifted = wide.new_zeros(len(wide)) if shift is None else wide @ shift.to(dtype)
     even = torch.ones_like(gain), torch.zeros_like(offset), eps, shift
     return even, folded, carried.to(weight.dtype), torch.stack([wide.sum(1), shifted])
+
+
+def can_fold(weight: Tensor, has_gate: bool) -> bool:
+    """Whether the product of a folded norm was the fastest on the GPU where `weight` lies."""
+    return find_sizes(BLOCKS, f"{name_product(has_gate)} {SUFFIX}", weight) is not None
+
+
+def name_product(has_gate: bool) -> str:
+    return "norm_linear gated" if has_gate else "norm_linear"
 
 
 # Statistics
@@ -78,34 +89,33 @@ def _norm_linear_statistics_kernel(
 # Launch
 
 
-def usual(
+def fused(
     x: Tensor, norm: Norm, weight: Tensor, bias: Tensor | None, sums: Tensor | None = None, has_gate: bool = False
 ) -> Tensor:
-    """What is launched today."""
-    y = layer_norm.fused(x, *norm)
-    return linear_geglu.fused(y, weight, bias) if has_gate else F.linear(y, weight, bias)
-
-
-def described(
-    table: Mapping[str, Blocks],
-    x: Tensor,
-    norm: Norm,
-    weight: Tensor,
-    bias: Tensor | None,
-    sums: Tensor | None = None,
-    has_gate: bool = False,
-) -> Tensor | None:
-    """The result of `reference`; None where the norm is not folded, or no descriptor fits."""
-    (*_, eps, shift), x, width = norm, x.contiguous(), x.shape[-1]
-    out = x.new_empty((*x.shape[:-1], len(weight) // (1 + has_gate)))
-    sizes = find_described_sizes(table, "norm_linear gated" if has_gate else "norm_linear", x, weight, out)
-    if sums is None or not sizes:
-        return None
-    rows, row = x.numel() // width, blocks(BLOCKS, "norm_linear statistics", x)
+    """The result of `reference`."""
+    gain, offset, eps, shift = norm
+    fits = weight.shape[1:] == x.shape[-1:] and (bias is None or bias.shape == weight.shape[:1])
+    fits = fits and (sums is None or sums.shape == (2, len(weight))) and (len(weight) % 2 == 0 or not has_gate)
+    if not is_served("norm_linear", x, gain, offset, shift, weight, bias, sums, fits=fits):
+        return reference(x, norm, weight, bias, sums, has_gate)
+    x, channels = x.contiguous(), len(weight) // (1 + has_gate)
+    out = x.new_empty((*x.shape[:-1], channels))
+    described = find_described_sizes(BLOCKS, name_product(has_gate), x, weight, out)
+    if sums is None or not described:
+        y = layer_norm.fused(x, gain, offset, eps, shift)
+        return linear_geglu.fused(y, weight, bias) if has_gate else F.linear(y, weight, bias)
+    width = x.shape[-1]
+    rows, sizes = x.numel() // width, blocks(BLOCKS, "norm_linear statistics", x)
     statistics = x.new_empty((2, rows), dtype=torch.float32)
     with torch.cuda.device_of(x):  # Triton launches on the current device of the thread
-        _norm_linear_statistics_kernel[(ceil_divide(rows, row["BLOCK_S"]),)](
-            x, shift, *statistics, rows, width, eps, BLOCK_C=round_up(width, 1), **row
+        _norm_linear_statistics_kernel[(ceil_divide(rows, sizes["BLOCK_S"]),)](
+            x, shift, *statistics, rows, width, eps, BLOCK_C=round_up(width, 1), **sizes
         )
-    multiply(sizes, x, weight, bias, out, norm=(*statistics, *sums))
+    multiply(described, x, weight, bias, out, norm=(*statistics, *sums))
     return out
+
+
+def probe() -> tuple[Any, ...]:
+    """Inputs on which a device is checked against the reference."""
+    weight, norm = noise(2560, 320, scale=2 * 320**-0.5), (noise(320) + 1, noise(321)[1:], 1e-5, noise(322)[2:])
+    return noise(1, 9, 320), norm, weight, noise(2560), None, True

@@ -1,5 +1,6 @@
 """Matrix products in 16 bits whose tiles are loaded and stored by descriptors (TMA), and whose programs may take
-several tiles each: what bench/kernels/candidates.py launches. No GPU has confirmed it yet.
+several tiles each: what the operations of bench/kernels/candidates.py launch on a GPU for which their BLOCKS have a row
+of it. No GPU has confirmed it yet, so there is none.
 """
 
 from __future__ import annotations
@@ -10,31 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datasetdm_fast.kernels.geglu import times_gelu
-from datasetdm_fast.kernels.launch import Blocks, ceil_divide, find_sizes, jit, tl, triton
-
-if triton:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-else:
-    TensorDescriptor = None
+from datasetdm_fast.kernels.geglu import gelu_by_tangent, silu_times, times_gelu
+from datasetdm_fast.kernels.launch import Blocks, TensorDescriptor, ceil_divide, find_sizes, jit, tl
 
 SUFFIX = "described"  # of a row in BLOCKS
 ALIGNMENT = 16  # bytes, of where a tensor and each of its rows begin
 
 
 # Kernel
-
-
-@jit
-def silu_times(gate, hidden):
-    """`hidden` times the SiLU of `gate`, in fp32."""
-    return gate / (1.0 + tl.exp2(gate * -1.4426950408889634)) * hidden
-
-
-@jit
-def gelu_by_tangent(x):
-    """The GELU of `x` by its formula with a hyperbolic tangent, in fp32: half of it is a sigmoid of twice the angle."""
-    return x / (1.0 + tl.exp2(x * (-2.302208198144325 - 0.1029432395800235 * x * x)))
 
 
 @jit
@@ -146,7 +130,7 @@ def multiply(
 
     A `weight` of [2C, K] gates the first half of the product by the second. `second` [..., L] is multiplied beside `x`.
     `norm` are means and inverse deviations of the rows of `x`, and sums of the weights, as in `norm_linear`. With
-    `is_joint` the activation is that of `linear_activation` in candidates.py.
+    `is_joint` the activation is that of `linear_activation`.
     """
     block_s, block_c, block_k = (sizes[name] for name in ("BLOCK_S", "BLOCK_C", "BLOCK_K"))
     (rows, width), (*_, channels), inner = x.flatten(0, -2).shape, out.shape, weight.shape[1]
