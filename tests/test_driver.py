@@ -570,3 +570,25 @@ def test_a_gpus_calls_are_counted_when_they_are_over(monkeypatch):
         assert heard == []
         over.set()
     assert heard == [1, 1, 1]
+
+
+@pytest.mark.parametrize("seen", ["star", "ball"])
+def test_what_decoders_see_without_the_prompt_is_told(seen):
+    """Held to the prompt, both kinds of labels call the thing a ball."""
+    kinds = ("semantic", "instance")
+    configs = {**CONFIGS, **{task: replace(CONFIGS[task], named=world.THINGS, score_threshold=0.4) for task in kinds}}
+
+    class Sure(StubEngine):
+        def annotate(self, task, capture, text=None):
+            classes, count = self.decoders[task].config.classes, len(capture.features[-1][0])
+            logits = torch.full((count, 2, len(classes) + 1), -9.0)
+            logits[:, 0, classes.index(seen)], logits[:, 0, classes.index("ball")] = 9, 9 if seen == "ball" else 0
+            logits[:, 1, 0 if task == "semantic" else -1] = 9
+            masks = torch.full((count, 2, 20, 20), -9.0)
+            masks[:, 0, :, :10], masks[:, 1, :, 10:] = 9, 9
+            return {"pred_logits": logits, "pred_masks": masks}
+
+    (sample,) = samples(Sure(configs=configs), [Request(0, "a ball", 1, ("ball",))], size=1, tasks=kinds)
+    assert sample.annotations["instance"].class_ids.tolist() == [world.THINGS.index("ball")]
+    wanted = ("without the prompt, 100% of the pixels of things are star, which it does not name",)
+    assert sample.trust.reasons == (wanted if seen == "star" else ())

@@ -213,6 +213,7 @@ def test_parts_of_other_kinds_of_models_are_refused(saved, tmp_path):
         ),
         ("flux1", "transformer", {"axes_dims_rope": [4, 4]}, "axes_dims_rope is [4, 4], expected a value such as (16,"),
         ("flux1", "transformer", {"axes_dims_rope": None}, "axes_dims_rope is None, expected a value such as (16,"),
+        ("flux1", "transformer", {"axes_dims_rope": 4}, "axes_dims_rope is 4, expected a value such as (16,"),
         ("flux1", "transformer", {"num_layers": 0}, "the setting 'num_layers' is 0, expected 1 or more"),
         ("sdxl", "text_encoder", {"num_hidden_layers": 0}, "the setting 'num_hidden_layers' is 0, expected 1 or more"),
         ("sdxl", "text_encoder", {"intermediate_size": 40}, "do not fit its config.json (tensors of other shapes)"),

@@ -17,7 +17,13 @@ from datasetdm_fast import filter, generate
 from datasetdm_fast.command_line.run_report import describe_start
 from datasetdm_fast.command_line.run_settings import read_spec
 from datasetdm_fast.data import DomainDistance, Instances, Request, SemanticMap, Trust
-from datasetdm_fast.engine.labels.trust import trust_of, with_domain, without_doubtful, without_unsure
+from datasetdm_fast.engine.labels.trust import (
+    trust_of,
+    with_domain,
+    with_unprompted,
+    without_doubtful,
+    without_unsure,
+)
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.goal import Goal, Tally
 from datasetdm_fast.runs.run_folder.reader import open_run
@@ -65,6 +71,26 @@ def test_the_rule():
     )
     found = trust_of(("ball", "star"), SWAPPED)
     assert found.disagreeing == 1 and found.reasons == ("100% of the pixels of things have two names",)
+
+
+def test_things_that_are_seen_without_the_prompt_make_a_sample_doubtful():
+    trusted = Trust(confidence=0.9)
+    found = with_unprompted(trusted, ("ball",), RIGHT, "a ball")
+    assert found.reasons == ("without the prompt, 50% of the pixels of things are star, which it does not name",)
+    assert with_unprompted(trusted, ("ball", "star"), RIGHT, "a ball and a star") == trusted
+    assert with_unprompted(trusted, ("ball",), RIGHT, "a ball and two stars") == trusted, "in the text"
+    assert with_unprompted(trusted, (), RIGHT, "a street") == trusted, "it names no thing"
+
+
+def test_decoders_that_do_not_agree_or_are_unsure_without_the_prompt_doubt_nothing_by_it():
+    """As those of few pictures, which read well only what the prompt names."""
+    trusted = Trust(confidence=0.9)
+    assert with_unprompted(trusted, ("ball",), SWAPPED, "a ball") == trusted
+    unsure = RIGHT["instance"].scores * 0 + np.float32(0.79)
+    assert (
+        with_unprompted(trusted, ("ball",), {**RIGHT, "instance": replace(RIGHT["instance"], scores=unsure)}, "a ball")
+        == trusted
+    )
 
 
 def test_instances_are_counted_against_the_things_that_a_prompt_names():

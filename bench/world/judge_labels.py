@@ -24,11 +24,12 @@ from datasetdm_fast.data import Annotation, SemanticMap, Trust
 from datasetdm_fast.engine.engines import open_engine
 from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.labels import kind_of
-from datasetdm_fast.engine.labels.trust import named_map, trust_of, with_domain
+from datasetdm_fast.engine.labels.trust import named_map, trust_of, with_domain, with_unprompted
 from datasetdm_fast.engine.labels.words import find_classes
 from datasetdm_fast.engine.loop.inversion import invert_for
+from datasetdm_fast.engine.loop.labelling import UNPROMPTED_SIDE, read_unprompted
 from datasetdm_fast.engine.scenes import world
-from datasetdm_fast.engine.tasks import read_labels
+from datasetdm_fast.engine.tasks import TASKS, read_labels
 from datasetdm_fast.engine.tasks.captions import held_to
 from datasetdm_fast.runs.run_folder.reader import Run, open_run
 from datasetdm_fast.training.readers.demo import DemoWorld
@@ -145,13 +146,15 @@ def of_renders(count: int) -> list[JudgedPicture]:
 def of_views(engine: Engine, views: Iterable[TrueView]) -> Iterator[JudgedPicture]:
     """Pictures with the labels that an engine's decoders give them, marked as samples are."""
     decoders, seeds, left = {task: engine.decoders[task] for task in KINDS}, count(), iter(views)
+    able = read_unprompted({task: decoder.config for task, decoder in decoders.items()})
     while some := list(islice(left, BATCH)):
         captions = [view.caption for view in some]
         images = torch.from_numpy(np.stack([view.image for view in some]))
-        captures, labels = invert_for(engine, KINDS, images, captions, list(islice(seeds, len(some)))), {}
+        captures = invert_for(engine, KINDS, images, captions, list(islice(seeds, len(some))))
+        labels, free = {}, {}
         for task, decoder in decoders.items():
             raw = engine.annotate(task, captures[task], None)
-            free = read_labels(raw, images.numpy(), decoder.config, engine.model.size)
+            free[task] = list(TASKS[decoder.config.task].postprocess(raw, decoder.config, UNPROMPTED_SIDE))
             raw = held_to(raw, decoder.config, captions, tokenizer=engine.model.tokenizer)
             labels[task] = read_labels(raw, images.numpy(), decoder.config, engine.model.size)
         measured = [task for task, decoder in decoders.items() if decoder.domain]
@@ -160,9 +163,11 @@ def of_views(engine: Engine, views: Iterable[TrueView]) -> Iterator[JudgedPictur
             named = find_classes(view.caption, world.THINGS)
             found: dict[str, Annotation] = {task: labels[task][k] for task in KINDS}
             trust = trust_of(named, found, view.caption)
+            if able:
+                trust = with_unprompted(trust, named, {task: free[task][k] for task in able}, view.caption)
             distances = {task: decoders[task].domain.measure(sketches[task][k], found[task]) for task in measured}
             trust = with_domain(trust, distances) if distances else trust
-            is_sure, foreign = np.ones(view.seen.shape, bool), foreign_share(free[k], named)  # of the instances
+            is_sure, foreign = np.ones(view.seen.shape, bool), foreign_share(free["instance"][k], named)
             yield JudgedPicture(named, found, view.seen, is_sure, trust, foreign=foreign)
 
 

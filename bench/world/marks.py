@@ -1,9 +1,8 @@
 """python -m bench.world.marks --out FILE.json: are the labels of marked pictures worse than those of trusted ones?
 
 Renders, whose truth is exact, are labelled and marked as `generate` does it with its samples, in several settings.
-For each: how right the labels are by mark and by reason, and how well trust, domain and confidence tell wrong labels
-from right ones; also what no mark tells yet, things that are seen without the prompt and that it does not name. Prints
-the tables of the page.
+For each: how right the labels are by mark and by reason, and how well trust, domain, confidence, and things that are
+seen without the prompt and that it does not name tell wrong labels from right ones. Prints the tables of the page.
 """
 
 import argparse
@@ -49,6 +48,7 @@ REASONS = {  # kind -> words of it
     "number of instances": ", the prompt names",
     "label map and instances lie apart": " overlaps ",
     "two names": "have two names",
+    "without the prompt another thing is seen": "without the prompt",
     "unlike what was learned from": " unlike ",
     "the model draws something else": "the model does not draw",
 }
@@ -172,16 +172,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.world.marks", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="result file")
     parser.add_argument("--number", type=int, default=300, help="renders of each setting")
-    parser.add_argument("--decoder", default="", help="other decoders to label renders with, such as of few scenes")
+    parser.add_argument("--decoder", action="append", default=[], help="others to label renders with; may be repeated")
     options = parser.parse_args(arguments)
     engine, _ = open_engine("demo", "demo", KINDS)
     rows = {}
     for name, shown in SETTINGS.items():
         rows[name] = row_of(list(of_views(engine, shown(options.number))))
         print(f"{name}: {options.number} pictures", file=sys.stderr, flush=True)
-    if options.decoder:
-        other, _ = open_engine("demo", options.decoder, KINDS)
-        rows["renders, other decoders"] = row_of(list(of_views(other, SETTINGS["renders"](options.number))))
+    for folder in options.decoder:
+        other, _ = open_engine("demo", folder, KINDS)
+        rows[f"renders, {Path(folder).name}"] = row_of(list(of_views(other, SETTINGS["renders"](options.number))))
+        print(f"{folder}: {options.number} pictures", file=sys.stderr, flush=True)
     command = shlex.join(["python", "-m", "bench.world.marks", *(arguments or sys.argv[1:])])
     facts = {"format": results.FORMAT, "suite": "marks", "date": results.now(), "command": command}
     document = {**facts, "machine": machine.describe(engine.device), "rows": rows}

@@ -20,6 +20,8 @@ from datasetdm_fast.messages import count_noun
 
 LEAST_SHARE = 1 / 250  # of the pixels: a class that fills less of a map is not shown
 MOST_DISAGREEING = 0.1  # of the pixels of things
+MOST_UNPROMPTED = 0.25  # of the pixels of things, as labels that are not held to the prompt show them
+LEAST_UNPROMPTED = 0.8  # score of such an instance: decoders of few pictures are less sure without the prompt
 LEAST_OVERLAP = 0.8  # IoU of a class in a label map and in the instances: chosen on seeds 0 to 499 of the demo model
 NO_THING = frozenset(("", "none", "background"))
 
@@ -43,14 +45,16 @@ class NamedMap:
         return np.asarray(numbers[self.numbers])
 
 
-def named_map(label: Annotation) -> NamedMap | None:
-    """The classes over the pixels of a label, of two instances the surer one's; None where it names none."""
+def named_map(label: Annotation, least: float = SHOWN_SCORE) -> NamedMap | None:
+    """The classes over the pixels of a label, of two instances the surer one's, if it has the `least` score; None where
+    it names none.
+    """
     if isinstance(label, SemanticMap):
         return NamedMap(label.labels, label.classes)
     if isinstance(label, Instances):
         numbers = np.zeros(label.masks.shape[1:], np.uint16)
         for k in np.argsort(label.scores, kind="stable"):
-            if label.scores[k] >= SHOWN_SCORE:
+            if label.scores[k] >= least:
                 numbers[label.masks[k]] = label.class_ids[k] + 1
         return NamedMap(numbers, ("", *label.classes))
     return None
@@ -119,6 +123,27 @@ def with_undrawn(trust: Trust, named: Sequence[str], prompt: str, draws: Sequenc
     if not find_classes(prompt, draws):
         reasons.append(f"{listed}, and the prompt names none of these")
     return replace(trust, reasons=(*reasons, *trust.reasons))
+
+
+def with_unprompted(
+    trust: Trust, named: Sequence[str], labels: Mapping[str, Annotation], prompt: str, table: ClassTable | None = None
+) -> Trust:
+    """A trust with what labels that are not held to the prompt show in its stead, where label map and instances agree
+    and are sure: decoders of few pictures tell little without the prompt.
+    """
+    maps = [shown for label in labels.values() if (shown := named_map(label, LEAST_UNPROMPTED))]
+    foreign = sorted(_foreign(named, labels, prompt, table))
+    order = {name: k for k, name in enumerate((*foreign, *named), 1)}
+    numbers = [shown.numbers_in(order) for shown in maps]
+    things = np.count_nonzero(np.any([each > 0 for each in numbers], 0)) if numbers else 0
+    agreed = np.where(np.all([each == numbers[0] for each in numbers], 0), numbers[0], 0) if things else np.zeros(1)
+    areas = {name: np.count_nonzero(agreed == order[name]) / max(things, 1) for name in foreign}
+    share = sum(areas.values())
+    if share <= MOST_UNPROMPTED:
+        return trust
+    others = " and ".join(name for name in foreign if areas[name] >= MOST_UNPROMPTED / 2) or "others"
+    reason = f"without the prompt, {share:.0%} of the pixels of things are {others}, which it does not name"
+    return replace(trust, reasons=(*trust.reasons, reason))
 
 
 def undrawn_words(words: Sequence[str], draws: Sequence[str]) -> list[str]:

@@ -251,7 +251,9 @@ def _readable_settings(part: Part, config: Mapping[str, Any], source: Path) -> d
         expected = usual.get(key)
         is_text = isinstance(value, str) and isinstance(expected, (int, float, tuple))
         is_nothing = value is None and type(expected) in (int, float, tuple)  # of a switch it means no
-        is_short = key.startswith("axes_") and len(value or ()) != len(expected or ())
+        is_short = False
+        if key.startswith("axes_") and isinstance(expected, (list, tuple)):
+            is_short = not isinstance(value, (list, tuple)) or len(value) != len(expected)
         if is_text or is_nothing or is_short:
             raise Refused(
                 f"model: {source.parent}: the {source.name}'s {key} is {documents.quote(value)}, expected a value such "

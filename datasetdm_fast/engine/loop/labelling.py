@@ -21,7 +21,14 @@ from datasetdm_fast.data import (
     SemanticMap,
 )
 from datasetdm_fast.engine.labels.class_tables import spoken
-from datasetdm_fast.engine.labels.trust import trust_of, with_domain, with_undrawn, without_doubtful, without_unsure
+from datasetdm_fast.engine.labels.trust import (
+    trust_of,
+    with_domain,
+    with_undrawn,
+    with_unprompted,
+    without_doubtful,
+    without_unsure,
+)
 from datasetdm_fast.engine.labels.words import classes_in_order
 from datasetdm_fast.engine.loop.combining import apply_combinations
 
@@ -37,6 +44,7 @@ if TYPE_CHECKING:
     from datasetdm_fast.engine.loop.recipe import Recipe
 
 CHUNK_PIXELS = {"cpu": 512**2, "cuda": 8 * 512**2}  # post-processed per chunk (memory: one mask per query)
+UNPROMPTED_SIDE = 32  # pixels of labels that only tell how much of a picture is not in its prompt
 
 
 @dataclass
@@ -70,6 +78,7 @@ def collect_results(
     """Post-processing: one result per request of the batch, without its padding."""
     import torch
 
+    from datasetdm_fast.engine.tasks import TASKS
     from datasetdm_fast.kernels.transfer import to_host
 
     count = len(batch.requests)
@@ -78,20 +87,27 @@ def collect_results(
     )
     sketches = dict(zip(sampled.sketches, arrays, strict=True))
 
-    def read(task: str, part: slice) -> list[Annotation]:
-        outputs = {name: value[part].nan_to_num() for name, value in raw[task].items()}
-        return postprocess(requests[part], outputs, engine.decoders[task].config, recipe, engine.model.tokenizer)
+    def read(task: str, part: slice, is_free: bool) -> list[Annotation]:
+        outputs, config = {name: value[part].nan_to_num() for name, value in raw[task].items()}, configs[task]
+        if is_free:
+            outputs = {name: outputs[name] for name in ("pred_logits", "pred_masks")}
+            return list(TASKS[config.task].postprocess(outputs, config, UNPROMPTED_SIDE))
+        return postprocess(requests[part], outputs, config, recipe, engine.model.tokenizer)
 
     is_host = engine.device.type == "cpu"
     most = max(CHUNK_PIXELS["cpu" if is_host else "cuda"] // recipe.size**2, 1)  # images of a chunk
     # A GPU reads the padding, too: products of other shapes may round otherwise.
     requests, together = (batch.requests, 1) if is_host else (batch.padded, most)
     parts = [slice(b, b + together) for b in range(0, len(requests), together)]
-    chunks = [(task, part) for task in recipe.decoded for part in parts]
+    configs = {task: engine.decoders[task].config for task in recipe.decoded}
+    free = read_unprompted(configs)
+    chunks = [(task, part, False) for task in recipe.decoded for part in parts]
+    chunks += [(task, part, True) for task in free for part in parts]
     results_of = iter(reader_lanes().map(read, chunks, most) if is_host else [read(*chunk) for chunk in chunks])
     labels: dict[str, list[Annotation]] = {
         task: [label for _ in parts for label in next(results_of)] for task in recipe.decoded
     }
+    unprompted = {task: [label for _ in parts for label in next(results_of)] for task in free}
     labels = follow_outlines(labels, pixels, engine, most)
     if sampled.averages is not None:
         labels[ATTENTION] = attention_labels(batch.requests, sampled.averages, engine, recipe)
@@ -110,16 +126,32 @@ def collect_results(
             distances = {
                 task: engine.decoders[task].domain.measure(sketches[task][b], labels[task][b]) for task in sketches
             }
-            results.append(with_trust(recipe.origin.finish(sample), recipe, distances))
+            seen = {task: unprompted[task][b] for task in free}
+            results.append(with_trust(recipe.origin.finish(sample), recipe, distances, seen))
     return results
 
 
-def with_trust(sample: Sample, recipe: Recipe, distances: Mapping[str, DomainDistance] | None = None) -> Sample:
-    """A sample with the reasons to doubt its labels and its `distances`, and 255 where the run ignores pixels."""
+def read_unprompted(configs: Mapping[str, DecoderConfig]) -> list[str]:
+    """The decoders that are read without the prompt, too: of label maps and instances, where there are both."""
+    named = [task for task, config in configs.items() if config.named and not config.is_open]
+    return named if {configs[task].task for task in named} == {"semantic", "instance"} else []
+
+
+def with_trust(
+    sample: Sample,
+    recipe: Recipe,
+    distances: Mapping[str, DomainDistance] | None = None,
+    unprompted: Mapping[str, Annotation] | None = None,
+) -> Sample:
+    """A sample with the reasons to doubt its labels, its `distances` and its `unprompted` labels, and 255 where the run
+    ignores pixels.
+    """
     evidence = (sample.request.classes, sample.annotations, sample.request.prompt, recipe.table)
     labels = without_doubtful(*evidence) if recipe.ignores_doubtful else sample.annotations
     labels = without_unsure(labels, recipe.least_confidence) if recipe.least_confidence else labels
     trust = trust_of(*evidence)
+    if unprompted:
+        trust = with_unprompted(trust, sample.request.classes, unprompted, sample.request.prompt, recipe.table)
     if recipe.draws:
         trust = with_undrawn(trust, sample.request.classes, sample.request.prompt, recipe.draws)
     return replace(sample, annotations=labels, trust=with_domain(trust, distances) if distances else trust)

@@ -33,8 +33,8 @@ from datasetdm_fast.stages import FACTOR
 
 # weights that are computed with before they are stored, or stay in fp32: of timesteps, and of doubled cells
 COMPUTED = ("time_emb", "add_embedding", "upsamplers")
-LARGEST_IDLE = 2**27  # bytes; larger networks of LAZY_NETWORKS are unloaded while others compute, and read again, where
-PLENTY = 8  # times their bytes are not available
+LARGEST_IDLE = 2**27  # bytes; larger networks of LAZY_NETWORKS are unloaded while others compute, and read again later
+PLENTY = 8  # times its bytes: where that much memory is available, a large network stays loaded, too
 
 
 def is_large(module: nn.Module) -> bool:
