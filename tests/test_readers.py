@@ -2697,7 +2697,7 @@ def test_brushes_and_outlines_of_label_studio_become_masks(tmp_path):
         text(tmp_path / "project.json", json.dumps([{"data": {}, "annotations": wrong if wrong == 1 else [wrong]}]))
         with pytest.raises(Refused, match="not what Label Studio writes"):
             open_data(f"label-studio:{tmp_path}", 20)
-    for predictions, told in (([{"result": results}], "outline, but predictions: .* Predictions"), ([], "outline$")):
+    for predictions, told in (([{"result": results}], "but predictions: .* Predictions"), ([], "annotations$")):
         text(tmp_path / "project.json", json.dumps([{"data": {}, "annotations": [], "predictions": predictions}]))
         with pytest.raises(Refused) as refused:
             open_data(f"label-studio:{tmp_path}", 20)

@@ -44,13 +44,13 @@ class LabelStudio(shapes.OutlineSource):
         except (ValueError, TypeError) as error:
             raise reading.bad(self.file, f"not what Label Studio writes ({error})") from error
         if not self.records:
-            raise reading.bad(self.file, "no task of it has annotations, and predictions alone are not read")
+            only = ", but predictions: Label Studio's action Create Annotations From Predictions makes some of them"
+            has_predictions = any(task.get("predictions") for task in exported)
+            raise reading.bad(self.file, f"no task of it has annotations{only if has_predictions else ''}")
         named = {name for _, results in self.records for result in results for name in _labels(result)}
         self.set_things(sorted(filter(shapes.is_thing, named)))
         if not self.thing_classes:
-            has_predictions = any(task.get("predictions") for task in exported)
-            only = ", but predictions: Label Studio's action Create Annotations From Predictions makes some of them"
-            raise reading.bad(self.file, f"no annotation with a labelled outline{only if has_predictions else ''}")
+            raise reading.bad(self.file, "no outline with a label in it")
         self.urls = [_url(data) for data, _ in self.records]
         self.counts = Counter(tail for url in {*self.urls} for tail in _tails(url))  # of different pictures
         super().__init__(size, len(self.records))
