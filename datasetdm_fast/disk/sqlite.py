@@ -146,10 +146,15 @@ def connect_to_read(path: Path) -> Database:
     return database
 
 
+def has_log(path: Path) -> bool:
+    """Whether there is something of a write-ahead log beside a database."""
+    return any(path.with_name(path.name + kind).exists() for kind in LOG)
+
+
 def remove_log(path: Path) -> None:
     """Removes the log beside a database that no process writes to: a reader that closes it last has to leave it."""
     end = time.monotonic() + READER_SECONDS
-    while any(path.with_name(path.name + kind).exists() for kind in LOG) and time.monotonic() < end:
+    while has_log(path) and time.monotonic() < end:
         Database(path, path, "SELECT count(*) FROM sqlite_master").close()
         time.sleep(SECONDS_BETWEEN_TRIES)
 

@@ -131,13 +131,15 @@ def with_unprompted(
     """A trust with what labels that are not held to the prompt show in its stead, where label map and instances agree
     and are sure: decoders of few pictures tell little without the prompt.
     """
-    maps = [shown for label in labels.values() if (shown := named_map(label, LEAST_UNPROMPTED))]
     foreign = sorted(_foreign(named, labels, prompt, table))
+    if not foreign:
+        return trust
     order = {name: k for k, name in enumerate((*foreign, *named), 1)}
-    numbers = [shown.numbers_in(order) for shown in maps]
-    things = np.count_nonzero(np.any([each > 0 for each in numbers], 0)) if numbers else 0
-    agreed = np.where(np.all([each == numbers[0] for each in numbers], 0), numbers[0], 0) if things else np.zeros(1)
-    areas = {name: np.count_nonzero(agreed == order[name]) / max(things, 1) for name in foreign}
+    shown = [named_map(label, LEAST_UNPROMPTED) for label in labels.values()]
+    numbers = np.stack([each.numbers_in(order) for each in shown if each])
+    things = max(int(np.count_nonzero(numbers.any(0))), 1)
+    agreed = np.where((numbers == numbers[0]).all(0), numbers[0], 0)
+    areas = {name: np.count_nonzero(agreed == order[name]) / things for name in foreign}
     share = sum(areas.values())
     if share <= MOST_UNPROMPTED:
         return trust

@@ -270,9 +270,7 @@ def settle(
     with Ledger(folder / LEDGER, read_only=True) as ledger:
         result = result_of(folder, stored, number, ledger)
         # A process that was killed while it closed the ledger leaves SQLite's own files beside it.
-        is_fresh = is_indexed(folder, stored, ledger) and not any(
-            (folder / f"{LEDGER}{kind}").exists() for kind in sqlite.LOG
-        )
+        is_fresh = is_indexed(folder, stored, ledger) and not sqlite.has_log(folder / LEDGER)
     if not result.is_complete or not (is_fresh or is_alone):
         return None
     if not is_fresh and not is_dry:
