@@ -89,7 +89,7 @@ def test_a_gpu_reads_as_many_images_at_once_whatever_a_batch_holds(monkeypatch):
         return postprocess(requests, raw, *others)
 
     monkeypatch.setattr(labelling, "CHUNK_PIXELS", {"cuda": 2 * 64**2})
-    monkeypatch.setattr(driver, "collect_results", on_gpu)
+    monkeypatch.setattr(driver.BatchGenerator, "collect", staticmethod(on_gpu))
     monkeypatch.setattr(labelling, "postprocess", read)
     found = samples(engine, requests(*"abcde"), size=4, tasks=("depth",), sampler="ddim", steps=2)
     assert lengths == [(2, 2)] * 4 and [one.request.prompt for one in found] == list("abcde")
@@ -292,10 +292,11 @@ def test_a_batch_asks_each_image_for_its_own_words_alone():
     assert together[0].annotations["open-vocabulary"].labels.any()
     table = labelling.WordTable(StubEngine(), world.THINGS)
     words = [[world.THINGS.index(word) for word in group] for group in (("cone",) * 3, ("ball", "tree", "cube"))]
-    first, second, third = table.embeddings_of("open-vocabulary", asked)
+    queries = [request.classes for request in asked]
+    first, second, third = table.embeddings_of(queries)
     assert (first == table.embeddings[words[0]]).all() and (second == table.embeddings[words[1]]).all()
     assert (third == table.embeddings[[0, 0, 0]]).all()
-    assert table.embeddings_of("open-vocabulary", asked[2:]).shape[:2] == (1, 1)
+    assert table.embeddings_of(queries[2:]).shape[:2] == (1, 1)
 
 
 def test_prompts_that_a_run_does_not_reach_are_not_looked_at():
@@ -327,7 +328,7 @@ def test_a_model_without_guidance_takes_one_and_no_more():
 def test_the_first_latents_are_noise_at_the_scale_of_the_schedule(origin):
     engine, asked = StubEngine(), [Request(0, "a", 5), Request(1, "b", 6)]
     schedule = replace(walk.make_schedule({}, "ddim", 2), noise_scale=0.5)
-    noise = calls.initial_latents(asked, engine.model.latent_shape())
+    noise = calls.initial_latents([5, 6], engine.model.latent_shape())
     if origin is calls.ONE_GENERATOR:  # seeded with 5, which draws one after another
         noise = torch.randn(2, *noise.shape[1:], generator=torch.Generator().manual_seed(5))
     assert torch.equal(origin.begin(engine, schedule, asked).latents, noise / 2)

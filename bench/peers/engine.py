@@ -40,7 +40,7 @@ class EnginePeer:
         texts = engine.encode_text([request.prompt for request in requests])
         context = join_texts([engine.encode_text([""]).expand(len(requests)), texts])
         latents = noise_of(requests, recipe).to(engine.device) * recipe.schedule.noise_scale
-        noise = fresh_noise(recipe.schedule, requests, latents)
+        noise = fresh_noise(recipe.schedule, [request.seed for request in requests], latents)
         state = SamplerState(recipe.schedule, recipe.guidance, latents, noise)
         for call, timestep in enumerate(recipe.schedule.timesteps):
             state.step(call, engine.denoise(state.latents, timestep, context))

@@ -56,15 +56,8 @@ class FilingGenerator(driver.BatchGenerator):
         label = super().label
         return [result for pair in zip(split_batch(batch), sampled, strict=True) for result in label(*pair)]
 
-    def collect(
-        self,
-        batch: Batch,
-        images: Tensor,
-        raw: dict[str, dict[str, Tensor]],
-        checks: dict[str, Tensor],
-        sampled: labelling.SampledBatch,
-    ) -> list[Sample | Quarantined]:
-        results = super().collect(batch, images, raw, checks, sampled)
+    def collect(self, batch: Batch, images: Tensor, raw: Raw, *others: Any) -> list[Sample | Quarantined]:
+        results = super().collect(batch, images, raw, *others)
         return [self._with_files(each, b, raw) if isinstance(each, Sample) else each for b, each in enumerate(results)]
 
     def _with_files(self, sample: Sample, b: int, raw: Raw) -> FiledSample:

@@ -32,7 +32,8 @@ class Origin:
         """The initial latents of a batch; a request may occur several times."""
         from datasetdm_fast.kernels.transfer import to_device
 
-        noise = to_device(initial_latents(requests, engine.model.latent_shape()), engine.device)
+        seeds = [request.seed for request in requests]
+        noise = to_device(initial_latents(seeds, engine.model.latent_shape()), engine.device)
         return Beginning(noise * schedule.noise_scale)
 
     def finish(self, sample: Sample) -> Sample:
@@ -40,16 +41,16 @@ class Origin:
         return sample
 
 
-def initial_latents(requests: Sequence[Request], shape: tuple[int, int, int]) -> Tensor:  # [B, C, h, w] fp32
-    """The noise of each request, from its own seed, for latents of this shape."""
+def initial_latents(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:  # [B, C, h, w] fp32
+    """The noise of each seed, for latents of this shape."""
     import torch
 
     from datasetdm_fast.engine.sampling.times import initial_noise
 
-    return torch.stack([initial_noise(request.seed, *shape) for request in requests])
+    return torch.stack([initial_noise(seed, *shape) for seed in seeds])
 
 
-def fresh_noise(schedule: Schedule, requests: Sequence[Request], latents: Tensor) -> Callable[[], Tensor] | None:
+def fresh_noise(schedule: Schedule, seeds: Sequence[int], latents: Tensor) -> Callable[[], Tensor] | None:
     """Draws the noise [B, C, h, w] that calls add, of each seed after its first latents; None where none do."""
     from datasetdm_fast.engine.sampling.times import ImageNoise
     from datasetdm_fast.kernels.transfer import to_device
@@ -57,7 +58,7 @@ def fresh_noise(schedule: Schedule, requests: Sequence[Request], latents: Tensor
     if not schedule.noisy_calls:
         return None
     _, channels, height, width = latents.shape
-    source = ImageNoise([request.seed for request in requests], (channels, height, width))
+    source = ImageNoise(seeds, (channels, height, width))
     source.draw()
     return lambda: to_device(source.draw(), latents.device)
 

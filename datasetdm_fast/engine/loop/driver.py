@@ -94,6 +94,8 @@ def sample_and_label(
 class BatchGenerator:
     """Samples and labels batches of one run; caches its negative prompts and class words as the engine reads them."""
 
+    collect = staticmethod(collect_results)  # a subclass may read more from the raw outputs of the decoders
+
     def __init__(
         self,
         engine: Engine,
@@ -102,7 +104,7 @@ class BatchGenerator:
         on_step: Callable[[int, Tensor], None] = lambda step, latents: None,
     ):
         self.engine, self.recipe, self.on_unet_call, self.on_step = engine, recipe, on_unet_call, on_step
-        self.words = WordTable(engine, recipe.words, recipe.asks_all, recipe.table)
+        self.words = WordTable(engine, recipe.words, recipe.table)
         self._negatives: dict[str, Text] = {}
 
     def make(self, batch: Batch) -> list[Sample | Quarantined]:
@@ -116,7 +118,8 @@ class BatchGenerator:
         text, class_text = self.encode_prompts(requests)
         sums = self.zero_attention_sums(len(requests))
         beginning = recipe.origin.begin(engine, recipe.schedule, requests)
-        noise = beginning.noise or fresh_noise(recipe.schedule, requests, beginning.latents)
+        seeds = [request.seed for request in requests]
+        noise = beginning.noise or fresh_noise(recipe.schedule, seeds, beginning.latents)
         rows = len(text) if text.guidance is None else len(requests)
         state = SamplerState(recipe.schedule, recipe.guidance, beginning.latents, noise, rows)
 
@@ -148,7 +151,8 @@ class BatchGenerator:
         if settings:
             words = [self.recipe.class_prompt(request) for request in requests]
             texts = list(map(settings.text, requests, words))
-        text = call_text(self.engine, texts, self.recipe.guidance, partial(self._encode_negatives, requests))
+        negatives = [request.negative for request in requests]
+        text = call_text(self.engine, texts, self.recipe.guidance, partial(self._encode_negatives, negatives))
         if settings is None:
             return text, None
         if self.recipe.concepts:
@@ -167,17 +171,16 @@ class BatchGenerator:
             rows.append(states[places[0] : places[-1] + 1].mean(0))
         return torch.stack(rows)[None]
 
-    def _encode_negatives(self, requests: Sequence[Request]) -> Text:
+    def _encode_negatives(self, texts: Sequence[str]) -> Text:
         """A row of each negative prompt, each encoded on its own, so that no batch changes its rounding."""
-        negatives = dict.fromkeys(request.negative for request in requests)
         if len(self._negatives) > MOST_NEGATIVES:
             self._negatives.clear()
-        for text in negatives:
+        for text in texts:
             if text not in self._negatives:
                 self._negatives[text] = self.engine.encode_text([text])
-        if len(negatives) == 1:
-            return self._negatives[requests[0].negative].expand(len(requests))
-        return join_texts([self._negatives[request.negative] for request in requests])
+        if len(set(texts)) == 1:
+            return self._negatives[texts[0]].expand(len(texts))
+        return join_texts([self._negatives[text] for text in texts])
 
     def zero_attention_sums(self, batch: int) -> AttentionSums | None:
         """Sums of attention before the first call, None if no label is read from them."""
@@ -192,11 +195,14 @@ class BatchGenerator:
 
     def label(self, batch: Batch, sampled: Any) -> list[Sample | Quarantined]:
         """The results of a SampledBatch, whose captures are freed as soon as its decoders have read them."""
-        engine, recipe, requests = self.engine, self.recipe, batch.padded
-        texts, decoded = {task: self.words.embeddings_of(task, requests) for task in recipe.decoded}, None
-        calls = [partial(engine.annotate, task, sampled.captures[task], text) for task, text in texts.items()]
+        engine, recipe = self.engine, self.recipe
+        queries = [recipe.query_words(request) for request in batch.padded]
+        decoded, calls = None, []
+        for task in recipe.decoded:
+            text = self.words.embeddings_of(queries) if engine.decoders[task].config.has_text else None
+            calls.append(partial(engine.annotate, task, sampled.captures[task], text))
         run_concurrently = getattr(engine, "side_by_side", None)
-        if run_concurrently and len(requests) == 1 and sampled.pixels is None:
+        if run_concurrently and len(queries) == 1 and sampled.pixels is None:
             # the longest first
             decoded, *outputs = run_concurrently([partial(engine.decode_and_check, sampled.latents), *calls])
         else:
@@ -221,18 +227,7 @@ class BatchGenerator:
         if images is None:
             images, checks["image"] = decoded or engine.decode_and_check(sampled.latents)
         checks |= {task: all_of(is_finite(value) for value in values.values()) for task, values in raw.items()}
-        return self.collect(batch, images, raw, checks, sampled)
-
-    def collect(
-        self,
-        batch: Batch,
-        images: Tensor,
-        raw: dict[str, dict[str, Tensor]],
-        checks: dict[str, Tensor],
-        sampled: SampledBatch,
-    ) -> list[Sample | Quarantined]:
-        """One result per request, from the raw outputs of the decoders; a subclass may read more from these."""
-        return collect_results(batch, images, raw, checks, self.engine, self.recipe, sampled)
+        return self.collect(batch, images, raw, checks, engine, recipe, sampled)
 
 
 @in_own_precision()

@@ -246,22 +246,18 @@ def labeller_labels(
 class WordTable:
     """Class embeddings of a run's words, computed once."""
 
-    def __init__(self, engine: Engine, words: Sequence[str], asks_all: bool = False, table: ClassTable | None = None):
-        self.asks_all = asks_all
-        self.decoders, self.places = engine.decoders, {word: k for k, word in enumerate(words)}
+    def __init__(self, engine: Engine, words: Sequence[str], table: ClassTable | None = None):
+        self.places = {word: k for k, word in enumerate(words)}
         is_read = any(decoder.config.has_text for decoder in engine.decoders.values())
         self.embeddings = engine.encode_classes(spoken(words, table)) if words and is_read else None
 
-    def embeddings_of(self, task: str, requests: Sequence[Request]) -> Tensor | None:
-        """[B, K, D] of each image's query words, filled up by the last or the first; None where none are read."""
+    def embeddings_of(self, queries: Sequence[Sequence[str]]) -> Tensor:
+        """[B, K, D] of the query words of each image, filled up by its last or the run's first."""
         import torch
 
         from datasetdm_fast.kernels.transfer import to_device
 
-        if not self.decoders[task].config.has_text:
-            return None
         assert self.embeddings is not None
-        queries = [tuple(self.places) if self.asks_all else request.classes for request in requests]
         slots = max(word_slots(queries), 1)
         named = [[self.places[word] for word in words] or [0] for words in queries]
         padded = [[*places, *[places[-1]] * (slots - len(places))] for places in named]

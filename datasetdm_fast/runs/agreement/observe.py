@@ -75,16 +75,17 @@ def observe(
 ) -> Observation:
     """One batch, free-running or with every input from `truth`; `perturbations` are captures changed by rounding."""
     generator = BatchGenerator(engine, recipe, on_unet_call)
+    seeds = [request.seed for request in requests]
     copy_here = partial(torch.Tensor.to, device=engine.device, copy=True)
     if truth is None:
         text, class_text = generator.encode_prompts(requests)
-        noise = initial_latents(requests, engine.model.latent_shape())
+        noise = initial_latents(seeds, engine.model.latent_shape())
     else:
         text, noise = truth.text.map(copy_here), truth.seen[0]
         class_text = truth.class_text and truth.class_text.map(copy_here)
     sums = generator.zero_attention_sums(len(requests))
     latents = noise.to(engine.device) * (recipe.schedule.noise_scale if truth is None else 1.0)
-    state = sampler(recipe.schedule, recipe.guidance, latents, fresh_noise(recipe.schedule, requests, latents))
+    state = sampler(recipe.schedule, recipe.guidance, latents, fresh_noise(recipe.schedule, seeds, latents))
     seen, outputs, sampler_latents, captures = [], [], [], []
     read, others = CapturedCalls(engine, recipe.captures), SpeedCalls(engine, recipe.cached, recipe.fp8)
     for call, timestep in enumerate(recipe.schedule.timesteps):
@@ -104,8 +105,11 @@ def observe(
         )
         on_unet_call()
 
+    queries = [recipe.query_words(request) for request in requests]
+
     def decode(task: str, capture: AnyCapture) -> dict[str, Tensor]:
-        return engine.annotate(task, capture, generator.words.embeddings_of(task, requests))
+        words = generator.words.embeddings_of(queries) if engine.decoders[task].config.has_text else None
+        return engine.annotate(task, capture, words)
 
     raw = {task: decode(task, read.read[task]) for task in recipe.decoded}
     decoder_outputs = {task: _to_host(value) for task, value in raw.items()}

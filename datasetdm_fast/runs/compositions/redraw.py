@@ -132,7 +132,8 @@ class Redrawing(ABC):
 
         images = torch.from_numpy(np.stack([self.tile(request.index).pixels["image"] for request in requests]))
         clean = engine.encode_image(images)
-        noise = to_device(initial_latents(requests, engine.model.latent_shape()), clean.device)
+        seeds = [request.seed for request in requests]
+        noise = to_device(initial_latents(seeds, engine.model.latent_shape()), clean.device)
         return SourceLatents(engine.model.scheduler, clean, noise)
 
     def _find_positions(self) -> list[int]:

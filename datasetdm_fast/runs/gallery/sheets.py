@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from datasetdm_fast.disk import storage
+from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.run_folder.ledger import Row, canonical
 from datasetdm_fast.runs.run_folder.page_files import SHEET_NAME, SHEET_SAMPLES, SHEETS
@@ -23,6 +24,7 @@ UNKNOWN = (
 )
 LARGEST_SHOWN = 2**26  # bytes
 BLOCK = 16  # sheets drawn and published together
+Images = Mapping[int, tuple[str, StoredFile]]  # index -> path inside the run folder, what was written
 
 
 def thumbnail_sides(height: int, width: int) -> tuple[int, int]:
@@ -41,40 +43,41 @@ def read_shown(folder: Path) -> dict[str, str]:
 
 def draw_sheets(folder: Path, groups: Mapping[int, Sequence[Row]], before: dict[str, str]) -> dict[str, str]:
     """Draws sheets, each of a group, apart from those that show the same images `before`; sheet -> digest of all."""
-    shown = {str(number): _digest(group) for number, group in groups.items()}
+    images = {number: {row.request.index: row.files["image"] for row in rows} for number, rows in groups.items()}
+    shown = {str(number): _digest(group) for number, group in images.items()}
     outdated = [
         number
-        for number in groups
+        for number in images
         if before.get(str(number)) != shown[str(number)] or not (folder / SHEET_NAME.format(number)).exists()
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for first in range(0, len(outdated), BLOCK):
             block = outdated[first : first + BLOCK]
-            sheets = dict(zip(block, pool.map(partial(_draw_sheet, folder), (groups[number] for number in block))))
+            sheets = dict(zip(block, pool.map(partial(_draw_sheet, folder), (images[number] for number in block))))
             storage.publish({folder / SHEET_NAME.format(number): sheet for number, (sheet, _) in sheets.items()})
             shown |= {str(number): UNKNOWN for number, (_, is_whole) in sheets.items() if not is_whole}
     return shown
 
 
-def _digest(rows: Sequence[Row]) -> str:
-    shown = [(row.request.index, row.files["image"][1].sha256) for row in rows]
+def _digest(group: Images) -> str:
+    shown = [(index, stored.sha256) for index, (_, stored) in group.items()]
     return hashlib.sha256(canonical([SIDE, COLUMNS, ROWS, QUALITY, shown]).encode()).hexdigest()[:32]
 
 
-def _draw_sheet(folder: Path, rows: Sequence[Row]) -> tuple[bytes, bool]:
+def _draw_sheet(folder: Path, group: Images) -> tuple[bytes, bool]:
     """A sheet, and whether it shows all of its images: one that is missing, or is no whole image, leaves its place
     empty, and `audit` names it. Where the disk fails to read one, the sheet is not made.
     """
     sheet, is_whole = Image.new("RGB", (COLUMNS * SIDE, ROWS * SIDE)), True
-    for row in rows:
+    for index, (name, _) in group.items():
         try:
-            small = _thumbnail(folder, row.files["image"][0])
+            small = _thumbnail(folder, name)
         except (Refused, Missing) as error:
             if isinstance(error, Missing) and not isinstance(error.__cause__, FileNotFoundError):
                 raise
             is_whole = False
             continue
-        down, across = divmod(row.request.index % SHEET_SAMPLES, COLUMNS)
+        down, across = divmod(index % SHEET_SAMPLES, COLUMNS)
         sheet.paste(small, (across * SIDE, down * SIDE))
     buffer = io.BytesIO()
     sheet.save(buffer, "JPEG", quality=QUALITY)

@@ -125,24 +125,28 @@ class Ledger(AbstractContextManager):
 
     def commit(self, rows: Iterable[Row]) -> None:
         """Adds all rows or none, and returns once they would survive a loss of power."""
-        rows = list(rows)
-        recipes = [canonical(row.recipe) for row in rows]
-        shared = {digest_of(recipe): recipe for recipe in recipes if len(recipe) >= SHARED_BYTES}
-        values = [
-            (
-                row.request.index,
-                row.request.prompt,
-                row.request.seed,
-                canonical(row.request.classes),
-                row.status,
-                row.reason,
-                _encode_recipe(row, recipe),
-                canonical({role: _encode_file(row.request.id, role, *file) for role, file in row.files.items()}),
-                canonical(row.labels),
-                encode_trust(row.trust),
+        rows, values, shared = list(rows), [], {}
+        for row in rows:
+            request, recipe, stored = row.request, canonical(row.recipe), row.recipe
+            if len(recipe) >= SHARED_BYTES:
+                stored = {DIGEST: digest_of(recipe)}
+                shared[stored[DIGEST]] = recipe
+            texts = {name: text for name, field in TEXTS.items() if (text := getattr(request, field))}
+            files = {role: _encode_file(request.id, role, *file) for role, file in row.files.items()}
+            values.append(
+                (
+                    request.index,
+                    request.prompt,
+                    request.seed,
+                    canonical(request.classes),
+                    row.status,
+                    row.reason,
+                    canonical({**stored, **texts}),
+                    canonical(files),
+                    canonical(row.labels),
+                    encode_trust(row.trust),
+                )
             )
-            for row, recipe in zip(rows, recipes, strict=True)
-        ]
         tracings = [
             (row.request.index, zlib.compress(canonical(row.tracings).encode(), 9)) for row in rows if row.tracings
         ]
@@ -383,12 +387,6 @@ def _where_status(statuses: Sequence[str]) -> tuple[str, Sequence[str]]:
     """A condition on the status of rows, and its parameters; by default they are in the data set."""
     statuses = statuses or (DONE,)
     return f"status IN ({', '.join('?' * len(statuses))})", statuses
-
-
-def _encode_recipe(row: Row, recipe: str) -> str:
-    """What a row holds of its recipe, all of it or its digest, beside the texts of its request."""
-    texts = {name: text for name, field in TEXTS.items() if (text := getattr(row.request, field))}
-    return canonical({**({DIGEST: digest_of(recipe)} if len(recipe) >= SHARED_BYTES else row.recipe), **texts})
 
 
 def _encode_file(id: str, role: str, path: str, stored: StoredFile) -> list[Any]:
