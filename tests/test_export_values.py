@@ -23,7 +23,7 @@ from datasetdm_fast.config import EXPORT_FORMATS
 from datasetdm_fast.convert import main
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
 from datasetdm_fast.engine.labels import mask_rle, number_classes
-from datasetdm_fast.runs.exporting import annotation_tools, cityscapes, coco, hf, rings, voc, yolo
+from datasetdm_fast.runs.exporting import annotation_tools, cityscapes, coco, depth, hf, rings, voc, yolo
 from datasetdm_fast.runs.exporting.classes import Classes
 from datasetdm_fast.runs.exporting.view import ExportedPerson, ExportedThing
 from datasetdm_fast.runs.gallery.closing import finish_run
@@ -445,6 +445,13 @@ def test_depth(exported):
     )
 
 
+def test_a_split_to_validate_on_is_called_test_where_there_is_none_of_that_name():
+    """The originals know train and test alone."""
+    for splits, name in ((("train", "val"), "test"), (("train", "val", "test"), "val")):
+        assert depth.published_split("val", SimpleNamespace(splits=splits)) == name
+        assert depth.published_split("train", SimpleNamespace(splits=splits)) == "train"
+
+
 def check_record(record: dict, semantic, depth) -> None:
     """A sample as hf, hf-parquet and wds describe it."""
     assert (record["prompt"], record["seed"], record["width"], record["height"]) == ("a car", 7, WIDTH, HEIGHT)
@@ -494,6 +501,33 @@ def test_labelme(exported):
     assert [shape["points"] for shape in held["shapes"]] == [points(*box) for box in BOXES]
     assert {(shape["shape_type"], shape["group_id"]) for shape in held["shapes"]} == {("polygon", None)}
     assert (out / "labels.txt").read_text() == "car\nperson\nbicycle\n"
+
+
+def thing(*rows_of_mask: str) -> ExportedThing:
+    """A car on the pixels marked with #."""
+    mask = np.array([[letter == "#" for letter in row] for row in rows_of_mask])
+    encoded = mask_rle.encode(mask[None])
+    return ExportedThing("car", 0.9, encoded.rles[0], int(encoded.areas[0]), tuple(encoded.boxes[0].tolist()))
+
+
+def test_two_parts_of_a_thing_have_its_number_as_their_group_in_labelme():
+    whole, parts = thing("##..", "##.."), thing("##.#", "##.#")
+    shapes = list(annotation_tools._labelme_shapes(SimpleNamespace(things=[whole, parts, whole])))
+    assert [shape["group_id"] for shape in shapes] == [None, 2, 2, None]
+    assert [shape["points"] for shape in shapes[1:3]] == [points(0, 0, 2, 2), points(3, 0, 1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("parts", "lines"),
+    [
+        ("joined", ["0 0 0 0.5 0 0.75 0 1 0 1 1 0.75 1 0.75 0 0.5 0 0.5 1 0 1"]),
+        ("split", ["0 0 0 0.5 0 0.5 1 0 1", "0 0.75 0 1 0 1 1 0.75 1"]),
+    ],
+)
+def test_two_parts_of_a_thing_are_one_line_or_two_in_yolo(parts, lines):
+    sample = SimpleNamespace(width=4, height=2, things=[thing("##.#", "##.#")])
+    plan = SimpleNamespace(classes=SimpleNamespace(things=("car",)), layout=SimpleNamespace(parts=parts))
+    assert list(yolo.YoloSegment().lines(sample, plan)) == lines
 
 
 def test_cvat(exported):

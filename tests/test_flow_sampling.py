@@ -15,6 +15,7 @@ from datasetdm_fast.config import FlowRule
 from datasetdm_fast.engine.loop.calls import fresh_noise
 from datasetdm_fast.engine.loop.inversion import ddim_latents
 from datasetdm_fast.engine.sampling import schedule, times
+from datasetdm_fast.engine.sampling.flow import unipc_levels
 from datasetdm_fast.engine.sampling.schedule import SamplerState, make_schedule, start, step
 from datasetdm_fast.errors import Refused
 
@@ -471,3 +472,10 @@ def test_latents_are_those_of_the_pipeline_of_sdxl(kind, changes, guidance):
 
     levels = make_schedule({**scheduler.config, "_class_name": kind}, "auto", 4)
     assert relative(sampled(levels, guidance, (4, 8, 8), predict), theirs) < 1e-5
+
+
+@pytest.mark.parametrize("shift", [0.1, 0.3, 3.0])
+def test_unipc_begins_a_millionth_below_one_however_its_shift_rounds(shift):
+    """1 becomes 1.0000000000000002, 0.9999999999999998 and 1, whose logarithm of the signal is none or far away."""
+    timesteps, sigmas = unipc_levels({"shift": shift}, 4, FlowRule("uniform"), 0)
+    assert timesteps[0] == 999 and sigmas[0] == float(np.float32(1 - 1e-6))

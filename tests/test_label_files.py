@@ -90,6 +90,8 @@ def test_maps_of_words_agree_on_the_certain_pixels_by_the_words_that_both_know()
     shares = (([[0, 2], [1, 0]], 1.0), ([[0, 2], [2, 0]], 0.6667), ([[0, 0], [1, 0]], 0.6667), ([[255] * 2] * 2, None))
     for labels, share in shares:
         assert semantic_labels.agreement(read, words(labels, "wall", "cube", "ball")) == share
+    beyond = words([[1, 2], [3, 0]], "background", "wall", "ball", "cube")  # to the words, a wall is background
+    assert semantic_labels.agreement(read, beyond) == 1
     assert semantic_labels.agreement(read, words([[0, 1], [1, 0]], "wall", "dog")) is None
 
 

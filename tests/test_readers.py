@@ -417,6 +417,17 @@ def test_masks_of_cvat_may_lie_at_the_edges_and_no_further():
             mask(0, 0, 2, 2, runs)
 
 
+def test_shapes_of_cvat_in_the_group_zero_are_things_of_their_own(copied):
+    """Zero is what CVAT calls no group."""
+    root, address = copied("cvat")
+    box = '<box label="ball" xtl="{0}" ytl="10" xbr="{1}" ybr="20" group_id="{2}"/>'
+    for group, count in ((0, 2), (10, 1)):
+        boxes = "".join(box.format(left, left + 10, group) for left in (10, 40))
+        path = root / "annotations.xml"
+        path.write_text(re.sub(r'(day/0.png"[^>]*>).*?</image>', rf"\g<1>{boxes}</image>", path.read_text()))
+        assert len(open_data(address, SIDE)[0].masks) == count
+
+
 def test_labels_of_cvat_that_bound_no_area_are_no_classes(copied):
     root, address = copied("cvat")
     classes, path = open_data(address, SIZE).thing_classes, root / "annotations.xml"
@@ -2671,7 +2682,10 @@ def test_brushes_and_outlines_of_label_studio_become_masks(tmp_path):
     results = [sides | {"type": kind, "value": facts} for kind, facts in results]
     cancelled = {"was_cancelled": True, "result": []}
     export = [
-        {"data": {"image": "/data/upload/3/0a1b2c3d-a%20cat.png"}, "annotations": [cancelled, {"result": results}]},
+        {
+            "data": {"image": "/data/upload/3/0a1b2c3d-a%20cat.png"},
+            "annotations": [cancelled, {"result": results}, {"result": []}],  # the first of two people counts
+        },
         {"data": {"image": "/data/local-files/?d=photos/none.png"}, "annotations": [{"result": []}]},
         {"data": {"image": "s3://photos/later.png"}, "annotations": [cancelled]},
     ]

@@ -133,3 +133,9 @@ def test_of_two_classes_a_pixel_has_the_likelier():
     assert found.labels[0].tolist() == [3] * 4 + [5] * 4 and (found.confidence == 1).all()
     alike = joined_label(Tiling.of((8, 8), 8), [maps[[0, 0]]], [3, 5], ("background", *"abcde"), 0.6, 0.5)
     assert alike.labels[0].tolist() == [3] * 4 + [0] * 4  # of two alike the first
+
+
+def test_a_pixel_of_a_picture_in_tiles_reaches_a_limit_that_it_equals():
+    maps = torch.tensor([0, 0.24, 0.25, 0.49, 0.5, 0.51, 0.75, 1]).expand(1, 8, 8)
+    found = joined_label(Tiling.of((8, 8), 8), [maps], [3], ("background", *"abc"), 0.5, 0.25)
+    assert found.labels[0].tolist() == [0, 0, IGNORE, IGNORE, 3, 3, 3, 3]

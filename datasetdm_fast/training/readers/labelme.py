@@ -98,7 +98,7 @@ def _mask(shape: dict[str, Any], sides: tuple[int, ...], name: str) -> shapes.Ma
         raise ValueError(f"a {kind} of {len(points)} points, expected 2")
     (x, y), (right, bottom) = points
     if kind == "rectangle":
-        return shapes.box((min(x, right), min(y, bottom), max(x, right), max(y, bottom)), sides)
+        return shapes.box((x, y, right, bottom), sides)  # from either corner
     if kind == "circle":
         return shapes.ellipse((x, y), (math.dist(*points),) * 2, sides)
     pixels = np.asarray(shapes.decode_image(shape.get("mask"), name).convert("L")) > 0
