@@ -117,6 +117,7 @@ class ReproducibleWheel(bdist_wheel):
 
     def run(self):
         shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)  # files of earlier builds
+        self.compression = "stored"  # as it is packed again below
         super().run()
         path = Path(self.distribution.dist_files[-1][2])
         with zipfile.ZipFile(path) as archive:

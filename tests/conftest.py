@@ -10,6 +10,7 @@ import socket
 import struct
 import sys
 import tempfile
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -129,6 +130,16 @@ def fail_unlisted(report):
         report.outcome = "failed"
         report.longrepr = f"{report.nodeid} is skipped for a reason that is not listed in tests/skips.py: {reason}"
     return report
+
+
+@pytest.fixture(autouse=True, scope="session")
+def temporary_folder(tmp_path_factory):
+    """Where tests and the processes that they start leave temporary files, such as reports of bugs: below pytest's."""
+    get_temp_dir()  # multiprocessing removes its own at exit, after pytest has removed this one
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("t")))
+        patch.setattr(tempfile, "tempdir", None)
+        yield
 
 
 @pytest.hookimpl(wrapper=True)

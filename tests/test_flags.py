@@ -6,6 +6,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import get_annotations
@@ -237,6 +238,30 @@ def test_a_name_too_long_for_any_file_is_refused_wherever_it_is_met(capsys):
         assert len(capsys.readouterr().err.splitlines()) <= 2
 
 
+@pytest.mark.parametrize("name", ["", " "])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "generate",
+        "generate --config",
+        "train",
+        "prompts --set voc",
+        "label x",
+        "convert x --to coco",
+        "vary x --domain d",
+    ],
+)
+def test_an_output_without_a_name_is_not_the_current_folder(line, name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(f"out: '{name}'\n")
+    command, *rest = line.split()
+    rest += ["run.yaml"] if "--config" in rest else ["--out", name]
+    assert cli.main([command, *rest]) == 2
+    cause, remedy = capsys.readouterr().err.splitlines()
+    assert cause.startswith("--out is empty, expected the name of a f") and remedy == "Name one, or leave the flag out."
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
 @pytest.mark.parametrize("url", ["s3://bucket/run", "memory://run", "file:///run"])
 def test_a_url_to_write_to_is_no_folder_of_that_name(url, tmp_path, monkeypatch, capsys):
     from datasetdm_fast import generate, prompts
@@ -369,7 +394,8 @@ def test_completion_names_what_is_missing(monkeypatch, capsys):
     assert "shtab is not installed" in capsys.readouterr().err
 
 
-def test_a_bug_leaves_a_report_and_no_traceback_on_the_screen(capsys, tmp_path, monkeypatch):
+def test_a_bug_leaves_a_report_and_no_traceback_on_the_screen(capsys, tmp_path_factory, tmp_path, monkeypatch):
+    assert Path(tempfile.gettempdir()).is_relative_to(tmp_path_factory.getbasetemp())  # that of all other tests
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert ends_with(KeyError("lost\nkey")) == 1
     err = capsys.readouterr().err

@@ -854,6 +854,30 @@ def test_coco_is_read_as_tools_export_it(made, placed, export):
     assert source.layout.startswith("annotations of ") and "pictures in " in source.layout
 
 
+@pytest.mark.parametrize("foreign", ["/home/ann/data/", "C:\\data\\", "../../media/"])
+def test_coco_of_foreign_paths_with_equal_names_goes_by_their_longest_end(made, placed, foreign):
+    root, address, place = placed
+    file, folders = place("result.json", "images"), []
+
+    def change(document):
+        for number, image in enumerate(document["images"]):
+            folders.append(folder := root / f"images/day/{'hall' if number else 'yard'}{number // 2}")
+            folder.mkdir(parents=True, exist_ok=True)
+            (root / "images" / image["file_name"]).rename(folder / f"{number % 2}.png")
+            image["file_name"] = f"{foreign}day/{folder.name}/{number % 2}.png"
+            if "\\" in foreign:
+                image["file_name"] = image["file_name"].replace("/", "\\")
+
+    rewrite(file, change)
+    source, before = open_data(address, SIZE), open_data(f"coco:{made('coco')}", SIZE, tasks=["instance"])
+    assert len(source) > 2 and all((a.image == b.image).all() for a, b in zip(source, before, strict=True))
+    for folder in {*folders}:
+        for picture in folder.iterdir():
+            picture.rename(root / "images" / picture.name)
+    with pytest.raises(Refused, match=r"\d of its images, named by .*, would be the picture .*images/[01].png"):
+        open_data(address, SIZE)
+
+
 @pytest.mark.parametrize("change", [lambda row: row.update(segmentation=[]), lambda row: row.pop("segmentation", None)])
 def test_a_box_of_coco_without_an_outline_is_ignored_beside_outlines(copied, change):
     """As CVAT exports rectangles."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from contextlib import nullcontext
 from unittest.mock import Mock
 
@@ -69,7 +70,7 @@ def test_a_split_is_sealed_followed_by_convert_and_taken_back(run, tmp_path, cap
     assert main([str(run), "--shares", "70,20,10", "--json", "--quiet"]) == 0
     assert json.loads(capsys.readouterr().out)["parts"] == {"train": 14, "val": 4, "test": 2}
     assert audit(run).findings == []
-    parts = read_split(run).names()
+    parts = read_split(run).names
     assert convert.main([str(run), "--to", "coco", "--out", str(tmp_path / "out"), "--quiet"]) == 0
     for part, count in (("train", 14), ("val", 4), ("test", 2)):
         source = open_data(f"coco:{tmp_path}/out/coco[{part}]", 32)
@@ -163,10 +164,10 @@ def test_variants_of_a_picture_stay_with_it(tmp_path):
             folder.add([rendered(k, 32)], {"group": f"picture {k // 4}"})
         finish_run(folder)
     assert main([str(run), "--shares", "60,40", "--quiet"]) == 0
-    parts = read_split(run).names()
+    parts = read_split(run).names
     assert all(parts[k] == parts[k - k % 4] for k in range(NUMBER)) and set(parts.values()) == {"train", "val"}
     assert main([str(run), "--shares", "60,40", "--no-by-source", "--quiet"]) == 0
-    parts = read_split(run).names()
+    parts = read_split(run).names
     assert any(parts[k] != parts[k - k % 4] for k in range(NUMBER))
 
 
@@ -206,8 +207,17 @@ def test_a_run_that_has_grown_is_to_be_split_again(tmp_path, capsys):
     run = tmp_path / "run"
     with RunFolder(run, document(4, 32)) as folder:
         folder.add([rendered(k, 32) for k in range(2)], {})
-    assert main([str(run), "--quiet"]) == 0
+    assert main([str(run), "--shares", "37.5,62.5,0", "--seed", "3", "--quiet"]) == 0
+    as_split = (run / "split.json").read_bytes()
     with RunFolder(run, open_run(run).document) as folder:
         folder.add([rendered(k, 32) for k in range(2, 4)], {})
-    assert convert.main([str(run), "--to", "coco", "--out", str(tmp_path / "out"), "--quiet"]) == 2
-    assert "Split the run again" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    line = [str(run), "--to", "coco", "--out", str(tmp_path / "out"), "--quiet"]
+    assert convert.main(line) == 2 and not (tmp_path / "out").exists()
+    _, told = capsys.readouterr().err.strip().split("Split the run again: python -m datasetdm_fast.split ")
+    assert told == f"{run} --shares 37.5,62.5 --names train,val --seed 3"
+    assert main(shlex.split(told)) == 0 and convert.main(line) == 0
+    again = json.loads((run / "split.json").read_bytes())
+    assert again.pop("parts") and again.items() <= json.loads(as_split).items()
+    (run / "split.json").write_text(json.dumps({"seed": 0, "by_source": False, "parts": {"train": ["00000000"]}}))
+    assert convert.main(line) == 2  # as version 0.1 split it
+    assert capsys.readouterr().err.strip().endswith(f"datasetdm_fast.split {run} --no-by-source")

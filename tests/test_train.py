@@ -896,7 +896,7 @@ def checkpoint_of_another(tmp_path):
         (["--model", "/nowhere/model"], 2, "/nowhere/model"),
         (["--limit-per-class", "-1"], 2, "--limit-per-class -1: expected 0 or more"),
         (["--engine", "trt"], 3, "trt"),
-        (["--out", ""], 2, "--out: no folder named"),
+        (["--out", ""], 2, "--out is empty"),
         (["--seed", str(2**64)], 2, f"--seed {2**64}: expected 0 to {2**63 - 1}"),
         (["--folds", "²"], 2, "--folds: '²' is neither auto, no, nor a number from 2 to 100"),
     ],

@@ -47,7 +47,7 @@ def parse(
     config = cls(**values)
     for field in fields:
         flag, value = _flag(field.name), getattr(config, field.name)
-        if value and (kind := field.metadata.get("output")):
+        if (kind := field.metadata.get("output")) and (value or field.name in values):
             check_output(flag, value, kind)
         if field.name in values and isinstance(value, int | float):
             least, most = field.metadata.get("least"), field.metadata.get("most")

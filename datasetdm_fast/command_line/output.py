@@ -93,6 +93,8 @@ def check_output(flag: str, text: str, kind: str) -> None:
             "Name a path. Object stores are written to by generate --store, convert --out and merge --out.",
         )
     kind = "folder" if kind == PLACE else kind
+    if not text.strip():
+        raise Refused(f"{flag} is empty, expected the name of a {kind}", "Name one, or leave the flag out.")
     path = Path(text)
     longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
     if longest > LONGEST_PART or len(os.fsencode(path.absolute())) > LONGEST_PATH:

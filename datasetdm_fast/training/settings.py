@@ -190,8 +190,6 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
                 f"--folds: {self.folds!r} is neither auto, no, nor a number from 2 to {MOST_FOLDS}",
                 "--folds 5 trains five more decoders; auto does so where few images are held out",
             )
-        if not self.out.strip():
-            raise Refused("--out: no folder named", "Give the folder the decoders are to be written to.")
 
     def timesteps(self) -> tuple[int, ...]:
         """The timesteps of --timestep, largest first, (-1,) for the model's default, which auto begins with."""

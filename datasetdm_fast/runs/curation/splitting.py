@@ -48,5 +48,6 @@ def split_run(run: Run, shares: dict[str, float], seed: int, *, by_source: bool)
     empty = [name for name in parts if not parts[name]]
     has_groups = len(set(groups(keys))) < len(keys)
     why = "too many samples were made of one picture" if has_groups else "there are too few samples"
-    split = Split(seed, by_source, {name: tuple(of_part) for name, of_part in parts.items()})
+    indices_by_name = {name: tuple(of_part) for name, of_part in parts.items()}
+    split = Split(seed, by_source, indices_by_name, tuple(shares.values()))
     return split, f"none left for {', '.join(empty)}, as {why}" if empty else ""

@@ -150,7 +150,7 @@ class Conversion:
             correction = source.corrections.get(row.request.index)
             identity += [correction.ignored] if correction and correction.ignored else []
             try:
-                digest.update(canonical(identity if source.splits is None else [*identity, split]).encode())
+                digest.update(canonical(identity if source.split is None else [*identity, split]).encode())
             except ValueError as error:
                 text = f"sample {row.request.id} is damaged (its labels hold NaN or an infinite number)"
                 raise damage_of(source.run.path, text) from error

@@ -12,7 +12,7 @@ from datasetdm_fast.runs.run_folder.corrections import Correction, read_correcti
 from datasetdm_fast.runs.run_folder.document import to_see_damage
 from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.runs.run_folder.reader import Run
-from datasetdm_fast.runs.run_folder.selections import check_filtered, parse_part, part_of, read_split
+from datasetdm_fast.runs.run_folder.selections import Split, check_filtered, parse_part, read_split
 
 PARTS = ("files", "labels")  # of a row that an export needs
 TASKS = {  # of an export -> those of a run that it may be made of, in order of preference
@@ -31,7 +31,7 @@ class ExportSource:
     run: Run
     labels: Mapping[str, str]  # task of the export -> label of the run
     chosen: Collection[int] | None  # indices, None = all
-    splits: Mapping[int, str] | None  # index -> part of the data set
+    split: Split | None
     corrections: Mapping[int, Correction]  # index -> what a reviewer corrected
 
     def take_part(self, part: str) -> Self:
@@ -41,7 +41,7 @@ class ExportSource:
 
     def split_of(self, row: Row) -> str:
         """The part of the data set that a sample belongs to."""
-        return TRAIN if self.splits is None else part_of(self.run.path, self.splits, row)
+        return self.split.part_of(self.run.path, row) if self.split else TRAIN
 
     def correct(self, row: Row) -> Row:
         """The row with what a reviewer corrected of its labels."""
@@ -71,8 +71,7 @@ def open_source(
     path = run.path
     if only_kept:
         check_filtered(path)
-    split = read_split(path)
-    return ExportSource(run, choose_labels(run, tasks), chosen, split and split.names(), read_corrections(path))
+    return ExportSource(run, choose_labels(run, tasks), chosen, read_split(path), read_corrections(path))
 
 
 def labels_by_task(labels: Sequence[str]) -> dict[str, list[str]]:

@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +43,32 @@ class Split:
     seed: int
     by_source: bool
     parts: Mapping[str, tuple[int, ...]]
+    shares: tuple[float, ...] = ()  # of each part; () of a folder that an earlier version split
 
     @property
     def content(self) -> bytes:
         """The bytes of the file."""
         parts = {name: _ids(indices) for name, indices in self.parts.items()}
-        return _encode({"seed": self.seed, "by_source": self.by_source, "parts": parts})
+        shares = {"shares": self.shares} if self.shares else {}
+        return _encode({"seed": self.seed, "by_source": self.by_source, **shares, "parts": parts})
 
+    def part_of(self, folder: Path, row: Row) -> str:
+        """The part of a sample; one that was made after the run was split is in none."""
+        if (part := self.names.get(row.request.index)) is None:
+            raise Refused(
+                f"{folder}: sample {row.request.id} is in no part of its split",
+                f"Split the run again: {self._command(folder)}",
+            )
+        return part
+
+    def _command(self, folder: Path) -> str:
+        """The line that splits the run again, as it was split."""
+        line = f"python -m datasetdm_fast.split {quote(folder)}"
+        if self.shares:
+            line += f" --shares {','.join(f'{share:.9g}' for share in self.shares)} --names {','.join(self.parts)}"
+        return line + f" --seed {self.seed}" * (self.seed != 0) + " --no-by-source" * (not self.by_source)
+
+    @cached_property
     def names(self) -> dict[int, str]:
         """The part of each sample."""
         return {index: name for name, indices in self.parts.items() for index in indices}
@@ -82,7 +102,8 @@ def read_split(folder: Path) -> Split | None:
             return None
         documents.check_form(list(value["parts"].values()), [[str]])
         parts = {name: tuple(map(int, ids)) for name, ids in value["parts"].items()}
-        return Split(value["seed"], value["by_source"], parts)
+        documents.check_form(shares := value.get("shares", []), [float], "shares")
+        return Split(value["seed"], value["by_source"], parts, tuple(shares))
 
 
 def _remedy(folder: Path, command: str) -> str:
@@ -111,16 +132,6 @@ def parse_part(part: str) -> tuple[int, int]:
     if not match or not 1 <= (k := int(match[1])) <= (n := int(match[2])):
         raise Refused(f"--part {documents.quote(part)}: expected k/n with k from 1 to n", "For example 3/16.")
     return k, n
-
-
-def part_of(folder: Path, parts: Mapping[int, str], row: Row) -> str:
-    """The part of a sample; one that was made after the run was split is in none."""
-    if (part := parts.get(row.request.index)) is None:
-        raise Refused(
-            f"{folder}: sample {row.request.id} is in no part of its split",
-            f"Split the run again: python -m datasetdm_fast.split {quote(folder)}",
-        )
-    return part
 
 
 def origins(document: Mapping[str, Any], row: Row) -> tuple[str, ...]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.errors import Refused
@@ -22,6 +24,7 @@ KNOWN = (
     "FILE.json:PICTURES."
 )
 MOST_FILES = 1000  # of a folder; one with more has a file for each picture, which is no COCO
+FOREIGN_ROOT = re.compile(r"(.*/)?(\.\.|[^/]*:)?/", re.DOTALL)  # up to the root of a path, its drive or its last ..
 SAMPLED = 50  # pictures by which their folder is found
 
 
@@ -36,26 +39,26 @@ class CocoLayout:
 
 @dataclass(frozen=True)
 class PictureFolder:
-    """The folder of the pictures, and whether their entries name paths elsewhere of which only the last part counts."""
+    """The folder of the pictures, and whether their entries name paths elsewhere, of which the longest end counts that
+    is there.
+    """
 
     folder: Path
-    is_flat: bool
+    is_foreign: bool
 
     def path_of(self, name: str, listed_in: Path) -> Path:
-        return reading.inside(self.folder, tail_of(name) if self.is_flat else name.replace("\\", "/"), listed_in)
-
-
-def tail_of(name: str) -> str:
-    return PurePosixPath(name.replace("\\", "/")).name
+        name = name.replace("\\", "/")
+        parts = FOREIGN_ROOT.sub("", name, count=1).split("/") if self.is_foreign else [name]
+        paths = [reading.inside(self.folder, "/".join(parts[k:]), listed_in) for k in range(len(parts))]
+        return next((path for path in paths if path.exists()), paths[-1])
 
 
 def find_pictures(folders: Sequence[Path], names: Sequence[str], listed_in: Path) -> PictureFolder:
     """Where most of the first pictures are; tools may have written the paths of another machine."""
-    first = [name for name in names if isinstance(name, str)][:SAMPLED]
-    are_different = len({tail_of(name) for name in names if isinstance(name, str)}) == len(names)
-    counts: dict[PictureFolder, int] = {}
-    for pictures in (PictureFolder(folder, flat) for flat in (False, True)[: 1 + are_different] for folder in folders):
-        counts[pictures] = sum(_is_there(pictures, name, listed_in) for name in first)
+    names = [name for name in names if isinstance(name, str)]
+    first, counts = names[:SAMPLED], {}
+    for pictures in (PictureFolder(folder, is_foreign) for is_foreign in (False, True) for folder in folders):
+        counts[pictures] = len(_existing(pictures, first, listed_in))
     best = max(counts, key=lambda pictures: counts[pictures])
     if not counts[best] and first:
         looked = ", ".join(dict.fromkeys(str(folder) for folder in folders))
@@ -63,14 +66,22 @@ def find_pictures(folders: Sequence[Path], names: Sequence[str], listed_in: Path
             f"{listed_in}: none of its pictures is there, such as {documents.quote(first[0])}; looked in {looked}",
             f"Name the folder of the pictures: coco:{listed_in}:PICTURES.",
         )
+    for path, count in Counter(_existing(best, names, listed_in) if best.is_foreign else ()).most_common(1):
+        if count > 1:
+            raise Refused(
+                f"{listed_in}: {count} of its images, named by paths of another machine, would be the picture {path}",
+                f"Name a folder of pictures that has their different folders: coco:{listed_in}:PICTURES.",
+            )
     return best
 
 
-def _is_there(pictures: PictureFolder, name: str, listed_in: Path) -> bool:
-    try:
-        return pictures.path_of(name, listed_in).exists()
-    except Refused:
-        return False
+def _existing(pictures: PictureFolder, names: Sequence[str], listed_in: Path) -> list[Path]:
+    """The pictures of these names that are there."""
+    paths = []
+    for name in names:
+        with suppress(Refused):
+            paths.append(pictures.path_of(name, listed_in))
+    return [path for path in paths if path.exists()]
 
 
 def find_layout(path: Path, split: str) -> CocoLayout:

@@ -21,7 +21,7 @@ from datasetdm_fast.runs.run_folder.corrections import read_corrections
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER
 from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.runs.run_folder.reader import Run, StoredSample
-from datasetdm_fast.runs.run_folder.selections import origins, part_of, read_split
+from datasetdm_fast.runs.run_folder.selections import origins, read_split
 from datasetdm_fast.training.truth import windows
 from datasetdm_fast.training.truth.picture_source import MOST_SEMANTIC, PictureSource
 from datasetdm_fast.training.truth.shapes import Things
@@ -84,7 +84,6 @@ class RunSamples(PictureSource):
                 f"{path}: no split {split!r}",
                 f"Leave the brackets out, or split it first with: python -m datasetdm_fast.split {quote(path)}",
             )
-        part_names = parts.names() if parts else {}
         self.labels: dict[str, str] = {}  # task -> the label of the run that is its truth
         for label in self.run.tasks:
             self.labels.setdefault(task_of_label(label), label)
@@ -99,7 +98,7 @@ class RunSamples(PictureSource):
         self.records: list[tuple[int, str, tuple[str, ...]]] = []
         count = 0
         for position, row in enumerate(self.run.rows(("files", "trust"))):
-            if parts and part_of(folder, part_names, row) != split:
+            if parts and parts.part_of(folder, row) != split:
                 continue
             if self.is_corrected and row.request.index not in reviewed:
                 continue
