@@ -178,6 +178,13 @@ def test_a_run_that_grows_gets_the_batches_of_the_larger_one(engines, tmp_path, 
     assert read_document(tmp_path / "run")["plan"]["batch_size"] == sizes[-1]
 
 
+def test_no_memory_is_probed_for_a_batch_size_that_is_known(engines, tmp_path, monkeypatch):
+    monkeypatch.setattr(StubEngine, "suggested_batch", lambda self: pytest.fail("probed"))
+    assert run("--number", "1", "--quiet", out=tmp_path / "one") == 0
+    for number in ("3", "5"):
+        assert run("--number", number, "--batch-size", "2", "--quiet", out=tmp_path / "run") == 0
+
+
 def test_a_run_does_not_grow_where_an_image_would_become_another_one(engines, tmp_path, capsys):
     line = ["--prompts", "a ball\na cube", "--number", "3", "--quiet"]
     assert run(*line, out=tmp_path / "run") == 0

@@ -106,10 +106,10 @@ def build_job(spec: RunSpec, stored: Mapping[str, Any] | None, dtype: str = "") 
     words = recipe.words or prompt_words(engine, labels.task, source.classes)
     # The run folder's size does not change with the memory that happens to be free; a run that grows may have had too
     # few images for a larger one.
-    size = stored["plan"]["batch_size"] if stored else 0
-    if stored is None or grows(stored["config"], spec.identity):
+    size = spec.batch_size or (stored["plan"]["batch_size"] if stored else 1)
+    may_be_larger = not spec.batch_size and (stored is None or grows(stored["config"], spec.identity))
+    if may_be_larger and size < spec.number:  # a GPU probes its memory for it
         size = max(size, min(engine.suggested_batch(), spec.number))
-    size = spec.batch_size or size
     plan = make_plan(
         replace(source, table=recipe.table),
         engine.model.tokenizer,
