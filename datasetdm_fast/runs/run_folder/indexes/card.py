@@ -106,14 +106,13 @@ class Card(IndexFile):
 
     def __init__(self, document: Mapping[str, Any], ledger: Ledger):
         super().__init__(document, ledger)
-        self._kinds = {task: kind_of(task) for task in by_kind(document["config"]["task"])}
-        self._counts: dict[str, Counter] = {task: Counter() for task in self._kinds}
+        self._counts: dict[str, Counter] = {task: Counter() for task in by_kind(document["config"]["task"])}
 
     def add(self, rows: Sequence[Row]) -> tuple[()]:
         for row in rows:
             for task, counter in self._counts.items():
                 if task in row.labels:
-                    counter.update(self._kinds[task].count(row.labels[task]))
+                    counter.update(kind_of(task).count(row.labels[task]))
         return ()
 
     def end(self) -> Iterator[bytes]:
@@ -159,19 +158,17 @@ class Card(IndexFile):
 def _header(document: Mapping[str, Any], done: int, origins: Collection[str]) -> Iterator[str]:
     """What model hubs read of a card, as YAML."""
     tasks = tasks_of(document["config"]["task"])
-    categories = dict.fromkeys(CATEGORIES[task] for task in CATEGORIES if task in tasks)
+    lists = {
+        "license": hub_names(text for _, text in _licence_names(document)),
+        "task_categories": dict.fromkeys(CATEGORIES[task] for task in CATEGORIES if task in tasks),
+        "size_categories": [next(name for most, name in SIZES if done < most)],
+        "annotations_creators": ["machine-generated"],
+        "tags": ["datasetdm", *(["synthetic"] if GENERATED in origins else [])],
+    }
     yield "---"
-    yield from _yaml_list("license", hub_names(text for _, text in _licence_names(document)))
-    yield from _yaml_list("task_categories", list(categories))
-    yield from _yaml_list("size_categories", [next(name for most, name in SIZES if done < most)])
-    yield from _yaml_list("annotations_creators", ["machine-generated"])
-    yield from _yaml_list("tags", ["datasetdm", *(["synthetic"] if GENERATED in origins else [])])
+    for name, values in lists.items():
+        yield "\n- ".join([f"{name}:", *values])
     yield "configs:\n- config_name: default\n  data_files: samples.jsonl\n---\n"
-
-
-def _yaml_list(name: str, values: Sequence[str]) -> Iterator[str]:
-    yield f"{name}:"
-    yield from (f"- {value}" for value in values)
 
 
 def _left_out(ledger: Ledger) -> Iterator[str]:
