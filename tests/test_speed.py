@@ -162,9 +162,15 @@ def test_joints_are_found_near_theirs():
     assert speed_gate._share_of_joints(replace(truth, points=points[:0]), truth) == 0
 
 
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory):
+    """A cache of these tests' own: figures of exact images are measured once for all."""
+    return tmp_path_factory.mktemp("figures")
+
+
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    monkeypatch.setenv("DATASETDM_CACHE", str(tmp_path / "cache"))
+def run(tmp_path, figures, one_engine_of_a_kind, monkeypatch):
+    monkeypatch.setenv("DATASETDM_CACHE", str(figures))
     monkeypatch.setattr(speed_gate, "DEMO_IMAGES", 4)
     line = ["--out", str(tmp_path / "run"), "--number", "2", "--task", "semantic,depth", "--quiet"]
     return tmp_path / "run", lambda *flags: generate.main([*line, *flags])

@@ -20,8 +20,7 @@ from skips import IS_LONG, long_test
 from datasetdm_fast.config import SD_DEFAULTS
 from datasetdm_fast.engine.decoders import checkpoint
 from datasetdm_fast.engine.decoders.config import upstream
-from datasetdm_fast.engine.decoders.folders import SHIPPED
-from datasetdm_fast.engine.loading import presets
+from datasetdm_fast.engine.loading import load_model, presets
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export import __main__ as command
 from datasetdm_fast.export.manifest import FileInfo, Manifest
@@ -47,18 +46,33 @@ def export(*flags: str) -> int:
 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory):
-    """Flags that choose the stages: all, or those of one decoder."""
+    """Flags that choose the stages: all of the demo model, or those of one decoder and of a model with every operator
+    of the demo's, but attention at one level alone: most of the time goes into attentions.
+    """
     if IS_LONG:
-        return ("--raw-capture",)
+        yield ("--raw-capture",)
+        return
+    preset = presets.preset
+    down, up = ("CrossAttnDownBlock2D", *("DownBlock2D",) * 3), (*("UpBlock2D",) * 3, "CrossAttnUpBlock2D")
+    kinds = {"down_block_types": down, "up_block_types": up, "layers_per_block": 1}
+
+    def with_few_attentions(name, parts, *others, **named):
+        return preset(name, parts | {"unet": parts["unet"] | kinds}, *others, **named)
+
     folder = tmp_path_factory.mktemp("decoders")
-    (folder / "depth").symlink_to(SHIPPED["demo"] / "depth")
-    return ("--decoder", str(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(presets, "preset", with_few_attentions)
+        model = load_model("tiny")
+        sizes = {"levels": model.levels, "text_width": model.text_width, "width": 32, "depth_width": 24}
+        depth = checkpoint.build_decoder(upstream("depth", **sizes, upscale=2, outlines="image"))
+        checkpoint.save_decoder(depth, folder / "depth")
+        yield ("--model", "tiny", "--decoder", str(folder))
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory, stages):
-    """The demo model's plans as the command builds them, and what it says of them."""
-    folder = tmp_path_factory.mktemp("demo")
+    """The plans as the command builds them, and what it says of them."""
+    folder = tmp_path_factory.mktemp("plans")
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         code = export("--out", str(folder), "--batch", BATCHES, "--capability", CARDS, "--json", *stages)
