@@ -147,8 +147,12 @@ def test_words_are_not_judged_where_the_truth_is_unknown():
     labels, mask = np.uint8([[0, 255, 0, 0]]), np.array([[[True, True, True, False]]])
     item = Labelled("", np.zeros((1, 4, 3), np.uint8), "", labels, mask, np.array([0]))
     meter = METRICS["open-vocabulary"](SimpleNamespace(thing_classes=("mug", "pen")))
-    meter.add(item, SemanticMap(np.uint8([[1, 0, 0, 1]]), np.ones((1, 4), np.float32), ("none", "mug", "pen")))
+    predicted = SemanticMap(np.uint8([[1, 0, 0, 1]]), np.ones((1, 4), np.float32), ("none", "mug", "pen"))
+    meter.add(item, predicted)
     assert meter.rows[0].tolist() == [[1, 0], [3, 0], [2, 0]]  # both, either, truth
+    crowd = {"crowds": np.array([[[False, True, True, True]]]), "crowd_classes": np.array([EVERY_CLASS])}
+    meter.add(replace(item, semantic=None, **crowd), predicted)  # a thing counts, also where it lies in a crowd
+    assert meter.rows[1].tolist() == [[1, 0], [3, 0], [3, 0]]
 
 
 def test_bootstrap_draws_are_of_as_many_images_with_replacement():

@@ -428,6 +428,21 @@ def test_shapes_of_cvat_in_the_group_zero_are_things_of_their_own(copied):
         assert len(open_data(address, SIDE)[0].masks) == count
 
 
+def test_datumaro_calls_a_file_of_cvat_as_its_split(copied):
+    """All splits have one folder of images there, and a mask covers the whole picture."""
+    root, address = copied("cvat")
+    whole = open_data(address, SIDE)
+    (root / "annotations.xml").rename(root / "val.xml")
+    runs = '<mask label="ball" rle="3880, 40, 3760" left="0" top="0" width="96" height="80"/>'
+    images = re.compile("(<image .*?>).*</image>", re.DOTALL)
+    text(root / "train.xml", images.sub(rf"\1{runs}</image>", (root / "val.xml").read_text()))
+    (item,), valued = open_data(address, SIDE), open_data(f"{address}[val]", SIDE)
+    assert len(item.masks) == 1 and len(valued) == len(whole)
+    assert all((one.masks == other.masks).all() for one, other in zip(valued, whole, strict=True))
+    with pytest.raises(Refused, match=r"test"):
+        open_data(f"{address}[test]", SIDE)
+
+
 def test_labels_of_cvat_that_bound_no_area_are_no_classes(copied):
     root, address = copied("cvat")
     classes, path = open_data(address, SIZE).thing_classes, root / "annotations.xml"

@@ -16,7 +16,8 @@ NO_AREA = ("polyline", "points", "cuboid", "skeleton", "tag")  # kinds of shapes
 
 
 class Cvat(shapes.OutlineSource):
-    """annotations.xml in PATH or PATH/SPLIT, images in `images` beside it, or in the folder of their subset.
+    """annotations.xml in PATH or PATH/SPLIT, or PATH/SPLIT.xml; images in `images` beside it, or in the folder of their
+    subset.
 
     Polygons, boxes, ellipses and masks are read, shapes without an area are left out; shapes of one label and group are
     one thing. Classes are those of the task in its order, without labels of shapes that are left out; an image without
@@ -26,8 +27,9 @@ class Cvat(shapes.OutlineSource):
     rule = windows.RULES["coco"]
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
-        path = reading.split_folder(path, split)
-        self.file = reading.first_there(path / "annotations.xml")
+        if not (file := path / f"{split}.xml").exists():  # as datumaro calls it, the library of CVAT
+            file = reading.first_there(reading.split_folder(path, split) / "annotations.xml")
+        self.file, path = file, file.parent
         root = documents.read_xml(self.file, most=LARGEST_TASK)
         self.entries = list(root.iterfind("image"))
         if root.tag != "annotations" or not self.entries:
