@@ -101,11 +101,11 @@ def test_samples_are_tallied_by_class_and_those_outside_of_the_domain_counted(tm
         trusts = [Trust(domain=distance) for distance in distances]
         rows = [Row(Request(k, "a", k), {}, status=each, trust=trusts[k]) for k, each in enumerate(statuses)]
         ledger.commit(rows)
-        assert ledger.tally(2, 2) == ([4, 2], [2, 1]) and ledger.count_out_of_domain() == (2, 4)
+        assert ledger.tally(2, 2) == [(4, 2), (2, 1)] and ledger.count_out_of_domain() == (2, 4)
         ledger.drop([5])
-        assert ledger.tally(2, 2) == ([4, 2], [2, 1]) and ledger.tally(1, 3)[0] == [2, 2, 2]
+        assert ledger.tally(2, 2) == [(4, 2), (2, 1)] and [made for made, _ in ledger.tally(1, 3)] == [2, 2, 2]
         ledger.commit([Row(Request(7, "a", 7), {}, status=QUARANTINED, reason="NaN")])
-        assert ledger.tally(2, 2) == ([4, 3], [2, 1])
+        assert ledger.tally(2, 2) == [(4, 2), (3, 1)]
 
 
 def test_a_range_of_the_ledger_begins_with_its_first_and_ends_before_its_last(tmp_path):

@@ -25,7 +25,7 @@ from datasetdm_fast.engine.labels.trust import (
     without_unsure,
 )
 from datasetdm_fast.runs.run_folder.audit import audit
-from datasetdm_fast.runs.run_folder.goal import Goal, Tally
+from datasetdm_fast.runs.run_folder.goal import Goal
 from datasetdm_fast.runs.run_folder.reader import open_run
 from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.runs.workers import spawn
@@ -319,8 +319,8 @@ def test_of_a_class_more_are_made_for_those_that_were_quarantined_up_to_a_bound(
     assert [*goal.required_indices((0, 1))] == [0, 1, 2, 3, 4, 5, 9]
     assert [*goal.required_indices((2, 0))] == [0, 1, 2, 3, 4, 5, 6, 7]
     assert [goal.place(index) for index in (2, 3, 7, 9)] == [(0, 2), (1, 0), (0, 4), (1, 3)]
-    assert goal.is_reached(Tally([3, 4], [0, 1])) and not goal.is_reached(Tally([3, 3], [0, 1]))
-    assert goal.missing(Tally([5, 4], [3, 1])) == {"a": 2} and goal.missing(Tally([4, 4], [2, 1])) == {}
+    assert goal.is_reached([(3, 0), (4, 1)]) and not goal.is_reached([(3, 0), (3, 1)])
+    assert goal.missing([(5, 3), (4, 1)]) == {"a": 2} and goal.missing([(4, 2), (4, 1)]) == {}
 
 
 def test_accepted_samples_are_counted_by_class_and_no_more_are_made(accepted):

@@ -14,19 +14,11 @@ from datasetdm_fast.engine.labels.kind import BACKGROUND, LabelKind, Table
 from datasetdm_fast.engine.loop.plan import class_and_turn
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.run_folder.document import SHARDS, most_samples
-from datasetdm_fast.runs.run_folder.ledger import Ledger
+from datasetdm_fast.runs.run_folder.ledger import Ledger, Tally
 from datasetdm_fast.runs.run_folder.scores import ABSENT, SCORERS, Condition, Scored, parse_where
 
 if TYPE_CHECKING:
     from datasetdm_fast.runs.run_folder.shards import ShardLedger
-
-
-@dataclass(frozen=True)
-class Tally:
-    """Samples of each class that have a row, and those of them that were quarantined."""
-
-    made: list[int]
-    quarantined: list[int]
 
 
 @dataclass(frozen=True)
@@ -53,17 +45,17 @@ class Goal:
             yield from range(block * self.number, block * self.number + count)
 
     def tally(self, ledger: Ledger | ShardLedger) -> Tally:
-        return Tally(*ledger.tally(self.number, len(self.names)))
+        return ledger.tally(self.number, len(self.names))
 
     def is_reached(self, tally: Tally) -> bool:
         """Whether nothing more is to be made."""
-        return all(made >= self.stop(count) for made, count in zip(tally.made, tally.quarantined, strict=True))
+        return all(made >= self.stop(quarantined) for made, quarantined in tally)
 
     def missing(self, tally: Tally) -> dict[str, int]:
         """Class -> samples it has, of those that have too few although no more of them may be made."""
         return {
             name: made - quarantined
-            for name, made, quarantined in zip(self.names, tally.made, tally.quarantined, strict=True)
+            for name, (made, quarantined) in zip(self.names, tally, strict=True)
             if made - quarantined < self.number and made >= self.most
         }
 

@@ -63,6 +63,7 @@ _NOTHING = {"missing": (), "unnamed": (), "domain": None, "reasons": ()}  # what
 HEX_DIGITS = 64  # of a SHA-256
 FOLDERS = {"image": "images"}  # of roles that have another name than their folder
 LARGEST_TRACINGS = 2**24  # bytes
+Tally = list[tuple[int, int]]  # of each class: samples that have a row, and those of them that were quarantined
 _COLUMNS = '"index", prompt, seed, classes, status, reason, recipe, files, labels, trust'
 _ENCODE = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False).encode
 _DECODE = json.JSONDecoder().decode
@@ -287,15 +288,15 @@ class Ledger(AbstractContextManager):
             indices.setdefault(reason, []).append(index)
         return indices
 
-    def tally(self, number: int, classes: int) -> tuple[list[int], list[int]]:
-        """Samples of each class that have a row, and the doubtful ones; `number` indices are of each class."""
-        total, doubtful = [0] * classes, [0] * classes
+    def tally(self, number: int, classes: int) -> Tally:
+        """Of each class, to which `number` indices belong."""
+        tally = [(0, 0)] * classes
         for table in self._tables():
-            statement = f'SELECT "index" / ? % ?, status, count(*) FROM {table} GROUP BY 1, 2'
-            for kind, status, count in self._database.execute(statement, (number, classes)):
-                total[kind] += count
-                doubtful[kind] += count if status == DOUBTFUL else 0
-        return total, doubtful
+            statement = f'SELECT "index" / ? % ?, count(*), sum(status = ?) FROM {table} GROUP BY 1'
+            for kind, *counts in self._database.execute(statement, (number, classes, DOUBTFUL)):
+                made, doubtful = map(sum, zip(tally[kind], counts))
+                tally[kind] = made, doubtful
+        return tally
 
     def last_record(self, label: str) -> int:
         """The largest id of the records of a label of the data set, or their number where that is larger."""

@@ -37,6 +37,7 @@ from datasetdm_fast.runs.run_folder.ledger import (
     PARTS,
     QUARANTINED,
     Row,
+    Tally,
     canonical,
     decode_trust,
     digest_of,
@@ -361,8 +362,8 @@ class ShardLedger:
                 results.setdefault(reason, []).extend(indices)
         return results
 
-    def tally(self, number: int, classes: int) -> tuple[list[int], list[int]]:
-        return [self.made], [0]
+    def tally(self, number: int, classes: int) -> Tally:
+        return [(self.made, 0)]
 
     @cached_property
     def scored(self) -> ShardScores:
