@@ -158,6 +158,7 @@ Result = TypeVar("Result")
 BATCH = 8  # of engines whose memory cannot be measured
 CPU_CELLS = 4096  # latent cells per call on a CPU: 16 demo images, one of 512 x 512
 SHARE = 0.8  # of the free memory; the rest is for what other batches of the pipeline hold
+C_LIBRARY = ctypes.CDLL(None, handle=ctypes.pythonapi._handle)  # what the process has loaded; nothing is opened
 # of mallopt of glibc: freed bytes that are retained in all, bytes of a tensor from which not, arenas: what one thread
 # frees serves the others
 MALLOC_OPTIONS = {-1: 2**28, -3: 2**25, -8: 1}
@@ -230,15 +231,10 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "enough memory" in str(error)
 
 
-def _c_library() -> ctypes.CDLL:
-    """The libraries that the process has loaded; nothing is opened for it."""
-    return ctypes.CDLL(None, handle=ctypes.pythonapi._handle)
-
-
 def trim() -> None:
     """Returns freed memory that the C library retains to the system, where it has a function for that."""
-    if hasattr(library := _c_library(), "malloc_trim"):
-        library.malloc_trim(0)
+    if hasattr(C_LIBRARY, "malloc_trim"):
+        C_LIBRARY.malloc_trim(0)
 
 
 def release() -> None:
@@ -251,6 +247,6 @@ def release() -> None:
 
 def retain_freed() -> None:
     """Lets glibc retain freed memory, as fresh pages cost a training more than its computation."""
-    if hasattr(library := _c_library(), "mallopt"):
+    if hasattr(C_LIBRARY, "mallopt"):
         for parameter, value in MALLOC_OPTIONS.items():
-            library.mallopt(parameter, value)
+            C_LIBRARY.mallopt(parameter, value)

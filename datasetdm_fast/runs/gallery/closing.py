@@ -92,12 +92,12 @@ class PageWriter:
 
     def end(self, *, is_in_progress: bool = False) -> None:
         """Writes the page itself, once all rows were added, and removes files of samples that are no longer shown."""
-        storage.publish({self._folder / page_files.SHEETS: pretty(self._shown)})
         expected = page_files.expected_files(self._document, self._ledger)
         for name in set(page_files.existing_files(self._folder, self._document)) - expected:
             storage.remove(self._folder / name)
         run = self._facts.whole(has_sheets=True, is_in_progress=is_in_progress)
         contents = {
+            page_files.SHEETS: pretty(self._shown),
             page_files.RUN: page_files.script("run", 0, run),
             page_files.LEFT_OUT: page_files.left_out_script(read_filter(self._folder)),
             **FIXED_FILES,
