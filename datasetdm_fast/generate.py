@@ -20,7 +20,6 @@ from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_settings import RunConfig, RunSpec, WorkerSettings
 from datasetdm_fast.runs.workers.devices import find_peer, find_places
 from datasetdm_fast.runs.workers.launch import Launch, choose_launch
-from datasetdm_fast.runs.workers.worker import Callbacks
 
 EXAMPLES = (
     "--number 16",
@@ -85,6 +84,8 @@ def _write(
         signals = {"on_unet_call": progress.on_unet_call, "is_stopping": interruption.is_stopping}
         if launch.run is None:
             return write_missing(job, on_commit=progress.on_commit, **signals)
+        from datasetdm_fast.runs.workers.worker import Callbacks  # which a single process does not need
+
         describe = None if config.quiet else run_report.describe_start
         return launch.run(spec, Callbacks(describe, progress.print, progress.on_commit, **signals))
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
-from datasetdm_fast.runs.jobs.result import Result
 from datasetdm_fast.runs.run_settings import RunSpec, WorkerSettings
 from datasetdm_fast.runs.workers.devices import LaunchedProcess, find_places, take_share
-from datasetdm_fast.runs.workers.worker import Callbacks
+
+if TYPE_CHECKING:
+    from datasetdm_fast.runs.jobs.result import Result
+    from datasetdm_fast.runs.workers.worker import Callbacks
 
 
 @dataclass(frozen=True)

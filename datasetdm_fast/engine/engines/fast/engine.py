@@ -28,7 +28,6 @@ from datasetdm_fast.engine.models.capture import (
     RawCapture,
     SummedAttention,
 )
-from datasetdm_fast.engine.models.fp8 import with_fp8_products
 from datasetdm_fast.engine.models.packed import largest_distance, place_module, weights_of
 from datasetdm_fast.engine.models.unet import TextTable, TimeTable
 from datasetdm_fast.engine.models.vae import ImageEncoder
@@ -305,6 +304,8 @@ class FastEngine(Engine):
 
     @functools.cached_property
     def _fp8(self) -> nn.Module:
+        from datasetdm_fast.engine.models.fp8 import with_fp8_products  # which few runs need
+
         return with_fp8_products(self.unet)
 
     @engine_call
