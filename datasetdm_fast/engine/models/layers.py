@@ -3,6 +3,7 @@
 import math
 import mmap
 from collections.abc import Callable, Mapping, Sequence
+from itertools import count, takewhile
 from types import SimpleNamespace
 from typing import Any
 
@@ -54,6 +55,10 @@ class Weights:
 
     def get(self, name: str) -> Tensor | None:
         return self.state.get(self.prefix + name)
+
+    def parts(self, least: str) -> list["Weights"]:
+        """The numbered parts of a module, each of which has the tensor `least`."""
+        return list(takewhile(lambda part: least in part, map(self.__truediv__, count())))
 
     @property
     def computed_as(self) -> torch.dtype | None:
@@ -240,6 +245,10 @@ class Layers:
 
     def resnet(self, place: Weights) -> nn.Module:
         return Resnet(place, self.groups, self.eps, self.ops)
+
+    def resnets(self, block: Weights) -> list[nn.Module]:
+        """Those of a block."""
+        return list(map(self.resnet, (block / "resnets").parts("conv1.bias")))
 
     def norm(self, place: Weights, eps: float | None = None, has_silu: bool = True) -> nn.Module:
         return GroupNorm(place, self.groups, eps or self.eps, self.ops, has_silu)

@@ -36,17 +36,8 @@ LAYER_EPS = 1e-5
 LONGEST_WAVE = 10000
 
 
-def _list_parts(weights: Weights, least: str) -> list[Weights]:
-    """The numbered parts of a module, each of which has the tensor `least`."""
-    places = (weights / i for i in count())
-    parts = []
-    while least in (place := next(places)):
-        parts.append(place)
-    return parts
-
-
 def list_blocks(transformer: Weights) -> list[Weights]:
-    return _list_parts(transformer / "transformer_blocks", "norm1.weight")
+    return (transformer / "transformer_blocks").parts("norm1.weight")
 
 
 def _list_down_mid_up(unet: Weights, depths: int, kind: str, least: str) -> list[tuple[Weights, int]]:
@@ -54,7 +45,7 @@ def _list_down_mid_up(unet: Weights, depths: int, kind: str, least: str) -> list
     blocks = [(unet / "down_blocks" / depth, depth) for depth in range(depths)]
     blocks += [(unet / "mid_block", depths - 1)]
     blocks += [(unet / "up_blocks" / k, depths - 1 - k) for k in range(depths)]
-    return [(place, depth) for block, depth in blocks for place in _list_parts(block / kind, least)]
+    return [(place, depth) for block, depth in blocks for place in (block / kind).parts(least)]
 
 
 def _list_resnets(unet: Weights, depths: int) -> list[Weights]:
@@ -228,14 +219,11 @@ class CapturePlan(Layers):
     def feature(self, level: int) -> Slot:
         return level, next(self._places[level])
 
-    def resnets(self, block: Weights) -> nn.ModuleList:
-        return nn.ModuleList(map(self.resnet, _list_parts(block / "resnets", "conv1.bias")))
-
     def transformers(self, block: Weights, depth: int, features: Sequence[Slot], first: int) -> nn.ModuleList:
         """Those of a block, whose maps are numbered from `first`."""
         return nn.ModuleList(
             self.block(place, self, self.heads[depth], feature, (self.level(depth), first + i))
-            for i, (place, feature) in enumerate(zip(_list_parts(block / "attentions", "norm.weight"), features))
+            for i, (place, feature) in enumerate(zip((block / "attentions").parts("norm.weight"), features))
         )
 
 
@@ -249,9 +237,9 @@ class Down(nn.Module):
         super().__init__()
         weights = plan.weights / "down_blocks" / depth
         sibling = plan.weights / "up_blocks" / (plan.depths - 1 - depth)
-        self.resnets = plan.resnets(weights)
+        self.resnets = nn.ModuleList(plan.resnets(weights))
         self.features = [plan.feature(plan.level(depth)) for _ in self.resnets]
-        maps = len(_list_parts(sibling / "attentions", "norm.weight"))  # those of the up block come first
+        maps = len((sibling / "attentions").parts("norm.weight"))  # those of the up block come first
         self.transformers, self.shrink = plan.transformers(weights, depth, self.features, maps), None
         if depth < plan.depths - 1:
             self.shrink = plan.convolution(weights / "downsamplers" / 0 / "conv", stride=2)
@@ -295,7 +283,7 @@ class Up(nn.Module):
     def __init__(self, plan: CapturePlan, depth: int):
         super().__init__()
         weights = plan.weights / "up_blocks" / (plan.depths - 1 - depth)
-        self.resnets = plan.resnets(weights)
+        self.resnets = nn.ModuleList(plan.resnets(weights))
         self.features = [plan.feature(plan.level(depth)) for _ in self.resnets]
         self.transformers, self.grow = plan.transformers(weights, depth, self.features, 0), None
         if depth:

@@ -60,12 +60,6 @@ class BlockLayers(Layers):
     def __init__(self, module: nn.Module, ops: SimpleNamespace):
         super().__init__(module.config.norm_num_groups, EPS, ops)
 
-    def resnets(self, weights: Weights) -> list[nn.Module]:
-        resnets: list[nn.Module] = []
-        while "conv1.weight" in (place := weights / "resnets" / len(resnets)):
-            resnets.append(self.resnet(place))
-        return resnets
-
     def middle(self, weights: Weights) -> list[nn.Module]:
         first, last = self.resnets(weights)
         attention = [self.block(weights / "attentions" / 0, self)] if "attentions.0.to_q.weight" in weights else []
