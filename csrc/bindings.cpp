@@ -12,6 +12,7 @@
 #include "query_transformer.h"
 #include "released_gil.h"
 #include "tiled_attention.h"
+#include "tiled_convolution.h"
 #include "timing.h"
 #include "unet.h"
 #include "winograd.h"
@@ -50,6 +51,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("tiled_attention", &datasetdm::tiled_attention_cpu, WithoutGil(), "q"_a, "q_strides"_a, "k"_a, "k_strides"_a,
           "v"_a, "v_strides"_a, "out"_a, "out_strides"_a, "images"_a, "heads"_a, "queries"_a, "keys"_a, "width"_a,
           "scale"_a, "threads"_a);
+    m.def("tiled_convolution", &datasetdm::tiled_convolution_cpu, WithoutGil(), "x"_a, "weight"_a, "bias"_a,
+          "residual"_a, "out"_a, "images"_a, "height"_a, "width"_a, "channels"_a, "outputs"_a, "side"_a, "threads"_a);
     m.def("group_norm", &datasetdm::group_norm_cpu, WithoutGil(), "storage"_a, "x"_a, "weight"_a, "bias"_a, "out"_a,
           "images"_a, "cells"_a, "channels"_a, "groups"_a, "eps"_a, "has_silu"_a, "threads"_a, "vector_bytes"_a = 0);
     m.def("layer_norm", &datasetdm::layer_norm_cpu, WithoutGil(), "storage"_a, "x"_a, "weight"_a, "bias"_a, "out"_a,

@@ -1,10 +1,10 @@
 #include "tiled_attention.h"
 
 #include "check.h"
+#include "tiles.h"
 
-#if defined(__x86_64__) && defined(__linux__) && __has_include(<amxbf16intrin.h>)
+#ifdef HAS_TILES
 #include <cpuid.h>
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -17,22 +17,13 @@
 #include "sharing.h"
 #include "timing.h"
 
-#define TILED __attribute__((target("amx-tile,amx-bf16,avx512f,avx512vl,avx512bw,avx512dq,avx512bf16,fma")))
-#define INLINED TILED __attribute__((always_inline)) inline
-
 namespace datasetdm {
 namespace {
 
-constexpr int64_t kRows = 16;                  // of a tile, and its columns in fp32
-constexpr int64_t kPairs = 32;                 // bf16 numbers of a tile's row
-constexpr int64_t kTile = kRows * kPairs;      // bf16 numbers of a tile
-constexpr int64_t kSquare = 2 * kRows;         // of a result that is multiplied at once
 constexpr int64_t kQueries = 64, kKeys = 128;  // whose scores are held at once, in 36 KB
 constexpr int64_t kScoreStride = kKeys + 16;   // a power of two would send all rows to the same few lines of the cache
 
 constexpr float kInfinite = std::numeric_limits<float>::infinity();
-
-int64_t rounded_up(int64_t count, int64_t size) { return (count + size - 1) / size * size; }
 
 struct TiledAttention {
     const uint16_t *q, *k, *v;
@@ -52,31 +43,6 @@ uint16_t* place_of(uint16_t* data, const std::vector<int64_t>& strides, int64_t 
 const uint16_t* place_of(const uint16_t* data, const std::vector<int64_t>& strides, int64_t image, int64_t head) {
     return data + image * strides[0] + head * strides[1];
 }
-
-// All eight tiles of 16 rows of 64 bytes while it lives; what another library had configured is put back.
-class Configured {
-public:
-    TILED Configured() {
-        alignas(64) uint8_t wanted[64] = {1};  // palette 1
-        for (int tile = 0; tile < 8; ++tile) {
-            wanted[16 + 2 * tile] = 64;  // bytes of a row, 16 bits each
-            wanted[48 + tile] = kRows;
-        }
-        _tile_storeconfig(before_);
-        _tile_loadconfig(wanted);
-    }
-    TILED ~Configured() {
-        if (before_[0])
-            _tile_loadconfig(before_);
-        else
-            _tile_release();
-    }
-    Configured(const Configured&) = delete;
-    Configured& operator=(const Configured&) = delete;
-
-private:
-    alignas(64) uint8_t before_[64];
-};
 
 // Keys [S, d] in tiles of 16 keys and 32 channels, those of the same keys side by side: row r of a tile holds the
 // channels 2 r and 2 r + 1 of each key. What is beyond the keys and the channels is zero.

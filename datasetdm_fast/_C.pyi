@@ -103,6 +103,20 @@ def tiled_attention(
     scale: float,
     threads: int,
 ) -> None: ...
+def tiled_convolution(
+    x: int,
+    weight: int,
+    bias: int,
+    residual: int,
+    out: int,
+    images: int,
+    height: int,
+    width: int,
+    channels: int,
+    outputs: int,
+    side: int,
+    threads: int,
+) -> None: ...
 def attention(
     storage: int,
     q: int,

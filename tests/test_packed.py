@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from datasetdm_fast import _C
 from datasetdm_fast.engine.engines.device import Lanes
-from datasetdm_fast.engine.models.layers import Convolution, Linear, Resnet, Upsample, Weights
+from datasetdm_fast.engine.models.layers import Convolution, Linear, Resnet, Upsample, Weights, join_places
 from datasetdm_fast.engine.models.packed import (
     FEWEST_TILES,
     PackedConvolution,
@@ -16,11 +16,13 @@ from datasetdm_fast.engine.models.packed import (
     PackedUpsample,
     SpendingNorm,
     SpendingResnet,
+    TiledConvolution,
+    TiledPlaces,
     pack_layers,
     weight_as,
     weights_of,
 )
-from datasetdm_fast.kernels import attention, winograd
+from datasetdm_fast.kernels import attention, tiled_convolution, winograd
 from datasetdm_fast.kernels.choice import operations
 from datasetdm_fast.kernels.noise import noise
 
@@ -303,11 +305,69 @@ def test_slices_at_once_share_one_packed_weight():
 @torch.inference_mode()
 def test_a_packed_upsample_says_what_the_plain_one_says(side, dtype, has_tiles, form, limit, monkeypatch):
     monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: has_tiles)
+    monkeypatch.setattr(tiled_convolution, "takes", lambda weight: False)
     plain = Upsample(weights(32, 32))
     truth = plain(image(2, 32, side, side).to(dtype).float())
     (ours,) = pack_layers(torch.nn.Sequential(plain.to(dtype)))
     found = ours(image(2, 32, side, side).to(dtype))
     assert type(ours) is form and found.dtype == dtype and distance(found, truth.double()) <= limit
+
+
+TILES = pytest.mark.skipif(not _C.multiplies_tiles(), reason="this CPU multiplies no tiles of bf16")
+# images of one cell, of odd sides, of several blocks along each axis, and weights of several parts
+SHAPES = [(1, 32, 1, 1, 32), (3, 32, 5, 7, 96), (2, 352, 8, 16, 32), (1, 320, 90, 128, 32), (5, 2560, 9, 9, 32)]
+
+
+@TILES
+@pytest.mark.parametrize(("images", "channels", "height", "width", "outputs"), SHAPES)
+@torch.inference_mode()
+def test_a_convolution_by_tiles_says_what_the_plain_one_says(images, channels, height, width, outputs, monkeypatch):
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: True)
+    plain, x = Convolution(weights(outputs, channels)).bfloat16(), image(images, channels, height, width).bfloat16()
+    kept = plain.weight.clone()
+    residual, bias = image(images, outputs, height, width).bfloat16(), noise(outputs, 2)[:, 0]
+    (ours,) = pack_layers(torch.nn.Sequential(plain))
+    assert type(ours) is TiledConvolution
+    truth = F.conv2d(x.double(), kept.double(), bias.double(), padding=1)
+    answers = []
+    for count in (1, 3):
+        monkeypatch.setattr(tiled_convolution, "threads", lambda *_, count=count: count)
+        answers.append(ours(x, bias, residual))
+    assert torch.equal(*answers) and distance(answers[0], truth + residual.double()) <= 2**-8
+    assert torch.equal(ours(x[-1:], bias, residual[-1:]), answers[0][-1:])  # whatever else is in a batch
+    assert distance(ours(x), truth - bias.double()[:, None, None] + plain.bias.double()[:, None, None]) <= 2**-8
+    assert torch.equal(weights_of(nn.Sequential(ours))["0.weight"], kept)
+
+
+@TILES
+@pytest.mark.parametrize(("images", "channels", "height", "width", "outputs"), SHAPES)
+@torch.inference_mode()
+def test_an_upsample_by_tiles_says_what_the_plain_one_says(images, channels, height, width, outputs, monkeypatch):
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: True)
+    plain, x = Upsample(weights(outputs, channels)), image(images, channels, height, width).bfloat16()
+    kept = plain.weight.bfloat16()
+    (ours,) = pack_layers(torch.nn.Sequential(plain.bfloat16()))
+    truth = join_places(F.conv2d(x.double(), kept.double(), plain.bias.double(), padding=1))
+    assert type(ours) is TiledPlaces and distance(ours(x), truth) <= 2**-8
+    assert torch.equal(weights_of(nn.Sequential(ours))["0.weight"], kept)
+
+
+@TILES
+def test_a_convolution_by_tiles_refuses_what_it_cannot_read():
+    tiles = tiled_convolution.in_tiles(noise(32, 64, 3, 3).bfloat16())
+    right = [image(1, 64, 4, 4).bfloat16(), tiles, noise(32), image(1, 32, 4, 4).bfloat16()]
+    for place, wrong in ((0, image(1, 64, 4, 4)), (0, image(1, 32, 4, 4).bfloat16()), (2, noise(64))):
+        with pytest.raises(ValueError, match="convolve: "):
+            tiled_convolution.convolve(*right[:place], wrong, *right[place + 1 :])
+    for wrong in (right[3].float(), right[3][..., :2]):
+        with pytest.raises(ValueError, match="convolve: residual"):
+            tiled_convolution.convolve(*right[:3], wrong)
+    places = [x.data_ptr() for x in (*right, right[3])]
+    for place, wrong in ((0, 0), (2, 0), (4, 0), (5, 0), (8, 48), (9, 16), (10, 1), (11, 0)):
+        numbers = [*places, 1, 4, 4, 64, 32, 3, 1]
+        numbers[place] = wrong
+        with pytest.raises(ValueError):
+            _C.tiled_convolution(*numbers)
 
 
 @torch.inference_mode()

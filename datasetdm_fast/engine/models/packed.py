@@ -14,7 +14,7 @@ from datasetdm_fast.engine.models.blocks import Block
 from datasetdm_fast.engine.models.layers import Convolution, GroupNorm, Linear, Resnet, Upsample, join_places
 from datasetdm_fast.engine.models.unet import AttentionBlock
 from datasetdm_fast.engine.models.vae import ImageDecoder
-from datasetdm_fast.kernels import group_norm_silu, winograd
+from datasetdm_fast.kernels import group_norm_silu, tiled_convolution, winograd
 from datasetdm_fast.kernels.cpu import multiplies_tiles
 
 ROWS = 2048  # that oneDNN is to expect
@@ -122,6 +122,25 @@ class PackedPlaces(PackedConvolution):
         return join_places(super().forward(x))
 
 
+class TiledConvolution(PackedConvolution):
+    """A 3x3 Convolution, or an Upsample, by tiles of csrc, mostly faster than oneDNN's."""
+
+    def held_weight(self) -> Tensor:
+        return tiled_convolution.from_tiles(self._packed)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        # Slices run at once: the tiles are in place before the plain weight goes.
+        if (weight := self.weight) is not None:
+            self._packed = tiled_convolution.in_tiles(weight)
+            self.weight = None
+        return tiled_convolution.convolve(x, self._packed, self.bias if bias is None else bias, residual)
+
+
+class TiledPlaces(TiledConvolution):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, self.bias[: len(self.bias) // 4])
+
+
 class SpendingNorm(GroupNorm):
     """A GroupNorm in the memory of its image, which no other layer reads: no fresh pages, and a third less to move."""
 
@@ -176,12 +195,17 @@ def pack_layers(module: nn.Module) -> nn.Module:
             if winograd.takes(child.taps):
                 setattr(module, name, PackedUpsample(child))
             elif multiplies_tiles(child.weight.dtype):
-                setattr(module, name, PackedPlaces(child))
+                takes = tiled_convolution.takes(child.weight)
+                setattr(module, name, TiledPlaces(child) if takes else PackedPlaces(child))
             child.taps = None  # read by no call
         elif type(child) not in PACKED:
             pack_layers(child)
         elif type(child) is Linear and torch.backends.cpu.get_cpu_capability() == "AVX2":
             continue  # there PyTorch's own products are up to a tenth faster
+        elif (
+            type(child) is Convolution and child.stride == child.padding == 1 and tiled_convolution.takes(child.weight)
+        ):
+            setattr(module, name, TiledConvolution(child))
         elif child.weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
             setattr(module, name, PACKED[type(child)](child))
     return module
