@@ -189,6 +189,26 @@ def one_engine_of_a_kind():
         yield
 
 
+@pytest.fixture(scope="module")
+def one_model_of_a_kind():
+    """Trainings of a file that name a lasting model get the one that was loaded first, unless its weights changed."""
+    from datasetdm_fast.training import session
+
+    load_model, loaded = session.load_model, {}
+
+    def reloaded(model, **options):
+        if model not in LASTING:
+            return load_model(model, **options)
+        key = repr((model, options))
+        if key not in loaded or any(network.changes for network in loaded[key].networks.values()):
+            loaded[key] = load_model(model, **options)
+        return loaded[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "load_model", reloaded)
+        yield
+
+
 def pytest_terminal_summary(terminalreporter):
     """Figures that tests recorded under "told": what a passing test prints itself is not shown."""
     reports = [report for kind in terminalreporter.stats.values() for report in kind]

@@ -51,6 +51,9 @@ SMALL = (
 )  # else five more
 
 
+pytestmark = pytest.mark.usefixtures("one_model_of_a_kind")
+
+
 @pytest.fixture(scope="module")
 def captures(tmp_path_factory):
     return tmp_path_factory.mktemp("captures")
@@ -59,6 +62,7 @@ def captures(tmp_path_factory):
 @pytest.fixture
 def run(captures, tmp_path, monkeypatch):
     monkeypatch.setattr(workflow, "CHECK_STEPS", 2)
+    monkeypatch.setattr(workflow, "CHECK_SAMPLES", 1)  # all of them are read in test_domain.py
     monkeypatch.setattr(workflow, "DOMAIN_DRAWS", 1)
 
     def command(*arguments, out="decoder", cache=captures):
@@ -76,7 +80,8 @@ def losses(folder, task="depth"):
     return [(line["step"], line["loss"]) for line in lines if "loss" in line]
 
 
-def test_a_training_leaves_decoder_figures_page_and_log(run, tmp_path, capsys):
+def test_a_training_leaves_decoder_figures_page_and_log(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(workflow, "CHECK_SAMPLES", 16)
     assert run("--data", "demo:12@1000", "--task", "depth,pose", "--steps", "6", "--checks", "3", "--json") == 0
     out, err = capsys.readouterr()
     result = json.loads(out)["tasks"]
@@ -171,12 +176,13 @@ def test_captions_that_name_what_they_name_wherever_it_is_shown_are_read_by_name
     monkeypatch.setattr(session, "LEAST_CAPTIONS", len(captions))
 
     def named(address):
-        out = f"decoder{len(list(tmp_path.iterdir()))}"
-        assert run("--data", address, "--task", "semantic", "--steps", "1", "--quiet", out=out) == 0
-        return load_decoders(tmp_path / out)["semantic"].config.named
+        config = TrainConfig(data=address, task=("semantic",), model="tiny", size=64, engine="torch", quiet=True)
+        return train.open_workflow(config).session.recipe("semantic").config.named
 
     things = named(f"folder:{data}")
     assert things == ("cube", "cone", "star", "tree")  # all captions name a table and a person, and none a wall
+    assert run("--data", f"folder:{data}", "--task", "semantic", "--steps", "1", "--quiet") == 0
+    assert load_decoders(tmp_path / "decoder")["semantic"].config.named == things
     assert named(f"mask:{tmp_path / 'mask'}") == ()  # captions that are made, of a word that no prompt may have
     for others in ({"scene 0": "nothing else"}, dict.fromkeys(captions, "a scene")):
         (data / "captions.json").write_text(json.dumps(captions | others))
