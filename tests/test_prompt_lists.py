@@ -309,7 +309,7 @@ def endpoint(monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads, server.block_on_close = True, False
     server.seen, server.ended, server.behave = [], threading.Event(), good
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
     monkeypatch.setattr(language_model, "SECONDS", 0.6)
     monkeypatch.setattr(language_model, "LONGEST_WAIT", 0.01)
