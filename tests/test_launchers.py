@@ -238,3 +238,14 @@ def test_a_single_process_does_not_enter_where_peers_are(start, tmp_path):
     other = start(0, world=1)
     assert other.wait(LONGEST) == 2 and "another process is writing to this run folder" in other.stderr.read()
     assert first.poll() is None
+
+
+def test_a_process_takes_the_gpu_and_the_cores_of_its_place_on_its_machine(monkeypatch):
+    """Not of its place among the processes of all machines."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(devices, "visible_gpus", lambda: ["4", "5"])
+    monkeypatch.setattr(devices, "count_cores", lambda: 12)
+    peer = LaunchedProcess(rank=2, world=6, local_rank=1, local_world=3)
+    assert devices.take_share(peer, WorkerSettings(), "cuda", 0) == 4
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
