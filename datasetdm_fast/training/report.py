@@ -105,8 +105,8 @@ def describe_warnings(task: str, folds: Mapping[str, Any] | None, check: Mapping
     if check and 2 * check["out_of_domain"] > check["samples"]:
         warnings.append(
             f"{check['out_of_domain']} of {check['samples']} samples generated from its captions are unlike its "
-            "pictures: the model does not draw what the decoder was trained on, or the training was too short; name "
-            "another --model, or raise --steps"
+            "pictures: the model does not draw what the decoder was trained on, or not from such captions, or the "
+            "training was too short; name another --model, give pictures captions of their own, or raise --steps"
         )
     return warnings
 
