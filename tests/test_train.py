@@ -649,16 +649,16 @@ def test_a_log_goes_on_after_the_last_kept_step(tmp_path):
 @pytest.mark.parametrize("images", [12, 11])
 def test_it_ends_early_where_enough_images_say_that_nothing_gets_better(run, tmp_path, capsys, monkeypatch, images):
     monkeypatch.setattr(splits, "ENOUGH_IMAGES", 6)
-    line = ["--task", "depth", "--steps", "20", "--checks", "10", "--patience", "2", "--rate", "1e-12", "--draws", "1"]
+    line = ["--task", "depth", "--steps", "10", "--checks", "5", "--patience", "2", "--rate", "1e-12", "--draws", "1"]
     assert run("--data", f"demo:{images}@1000", "--held-out", str(6 / 12 if images == 12 else 5 / 11), *line) == 0
     result = json.loads((tmp_path / "decoder" / "depth" / "training" / "result.json").read_text())
     err = capsys.readouterr().err
     assert result["held_out_images"] == images - 6
     if images == 12:
-        assert result["steps"] < 20 and result["steps"] == result["weights_of_step"] + 4
+        assert result["steps"] < 10 and result["steps"] == result["weights_of_step"] + 4
         assert "stopped early, weights of step" in err and "the step of the weights was chosen on the same" in err
     else:  # 5 are too few to choose a step by: the last weights are kept
-        assert result["steps"] == result["weights_of_step"] == 20 and "stopped early" not in err
+        assert result["steps"] == result["weights_of_step"] == 10 and "stopped early" not in err
 
 
 @pytest.mark.parametrize("steps, seen", [(19, 10), (13, 10), (3, 3)])
@@ -765,7 +765,7 @@ def test_every_image_is_judged_by_a_fold_that_has_not_seen_it(run, tmp_path, cap
         "--task",
         "semantic",
         "--steps",
-        "6",
+        "2",
         "--checks",
         "2",
         "--draws",

@@ -1519,14 +1519,9 @@ def test_flags_of_a_training_have_their_bounds(tmp_path):
             parse([flag, str(beyond)], TrainConfig)
     for right in ({"held_out": 0.5, "folds": "2"}, {"held_out": 0.0, "folds": "100"}, {"folds": "no", "seed": most}):
         TrainConfig(**right).check()
-    for wrong in (
-        {"folds": "1"},
-        {"folds": "101"},
-        {"folds": "x"},
-        {"out": " "},
-    ):
-        with pytest.raises(Refused, match=f"--{next(iter(wrong)).replace('_', '-')}: "):
-            TrainConfig(**wrong).check()
+    for wrong in ("1", "101", "x"):
+        with pytest.raises(Refused, match="--folds: "):
+            TrainConfig(folds=wrong).check()
     assert TrainConfig(timestep=("20", "99999", "780", "20")).timesteps() == (99999, 780, 20)
     assert TrainConfig().timesteps() == TrainConfig(timestep=("auto",)).timesteps() == (-1,)
     assert len(TrainConfig(timestep=tuple(map(str, range(16)))).timesteps()) == 16

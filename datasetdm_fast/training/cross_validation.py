@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.decoders.checkpoint import load_decoder
@@ -120,7 +120,7 @@ def bound_of(task: str, figures: list[float]) -> float:
     """The worst figure that one more decoder of this kind has in 199 of 200 trainings."""
     mean, count = float(np.mean(figures)), len(figures)
     spread = max(float(np.std(figures, ddof=1)), LEAST_SPREAD * abs(mean))
-    reach = float(stats.t.ppf(LEVEL, count - 1)) * spread * (1 + 1 / count) ** 0.5
+    reach = float(special.stdtrit(count - 1, LEVEL)) * spread * (1 + 1 / count) ** 0.5
     return mean + reach if METRICS[task].less_is_better else mean - reach
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import special  # a quarter of the time that scipy.stats takes to import
 
 from datasetdm_fast.training.evaluation.meter import Meter
 
@@ -60,9 +60,9 @@ def expanded_level(level: float, images: int, folds: int = 0) -> float:
     """
     if images < 2:
         return level
-    away = np.sqrt(images / (images - 1)) * stats.t.ppf((1 + level) / 2, images - 1)
+    away = np.sqrt(images / (images - 1)) * special.stdtrit(images - 1, (1 + level) / 2)
     away *= np.sqrt(1 + folds / (folds - 1)) if folds else 1  # 1/(folds-1): scored images per training image
-    return float(2 * stats.norm.cdf(away) - 1)
+    return float(2 * special.ndtr(away) - 1)
 
 
 def _over_classes(resampled: Mapping[str, np.ndarray], each: str, classes: int) -> dict[str, np.ndarray]:
