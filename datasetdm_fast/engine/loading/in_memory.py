@@ -14,6 +14,7 @@ from datasetdm_fast.engine.backbones import list_supported, open_backbone
 from datasetdm_fast.engine.loading.checks import check_scheduler
 from datasetdm_fast.engine.loading.folder import SCHEDULER
 from datasetdm_fast.engine.loading.model import UNKNOWN_LICENCE, ConfigFile, Model, Network, check_model
+from datasetdm_fast.engine.models.layers import Uninitialised
 from datasetdm_fast.errors import Refused
 
 NOTES = ("_diffusers_version", "_use_default_values", "_name_or_path")  # of a config, that are no settings
@@ -132,7 +133,7 @@ def state_of(module: nn.Module, name: str) -> dict[str, Tensor]:
 def copy_module(module: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     """A module of the same kind and configuration with these tensors."""
     kind = type(module)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), Uninitialised():
         copy = getattr(kind, "from_config", kind)(module.config)
     copy.load_state_dict(dict(state))
     return copy.float().eval().requires_grad_(False)
