@@ -129,6 +129,8 @@ def test_the_card_of_merged_runs_tells_the_samplers_of_all(run):
     usual = part() | {"sampling": document(12)["sampling"]}
     told = composed(run, "merge", {"runs": [usual, quick, usual]})
     assert "- Sampler pndm, 50 steps in 51 calls, guidance 3; ddim, 10 steps in 10 calls, guidance 5\n" in told
+    labelled = part() | {"sampling": {"size": 64, "steps": 0, "calls": 1, "guidance": 0.0, "sampler": "inversion"}}
+    assert "- Sampler inversion, 1 call\n" in composed(run, "merge", {"runs": [labelled]})
     before = composed(run, "merge", {"runs": [part(), part()]})  # as earlier versions wrote it
     assert "- Sampler pndm, 50 steps in 51 calls, guidance 3\n" in before
 

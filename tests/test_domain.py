@@ -188,7 +188,10 @@ def test_the_progress_tells_samples_out_of_the_domain(capsys, monkeypatch):
 def test_what_the_model_cannot_draw_is_told_before_the_first_image(tmp_path, monkeypatch, capsys):
     line = ["--prompts", "a photo of a penguin", "--number", "4", "--task", "open-vocabulary", "--allow-unnamed"]
     line += ["--classes", "fire hydrant,ball", "--dry-run", "--out", str(tmp_path / "run"), "--engine", "fast"]
-    warning = "alone, not fire hydrant, and 4 of the first 4 prompts name none of these"
+    warning = (
+        "draws      the model's card lists ball, cube, cone, ring, star, tree, person, table, wall and nothing else:"
+    )
+    warning += f"\n{'':<11}it cannot draw fire hydrant; 4 of the first 4 prompts name none of these"
     assert generate.main([*line, "--device", "cpu"]) == 0 and warning in capsys.readouterr().err
 
     def stop(*_, **_options):

@@ -195,7 +195,28 @@ def test_parts_of_other_kinds_of_models_are_refused(saved, tmp_path):
         ("flux1", "vae", {"shift_factor": [1]}, "the vae's shift_factor is [1], expected a number"),
         ("flux2-klein", "vae", {"block_out_channels": [8, 16, 16]}, "a latent cell of the vae is 4 x 4 pixels"),
         ("qwen-image", "vae", {"dim_mult": [1, 2, 2, 2, 2]}, "a latent cell of the vae is 16 x 16 pixels"),
-        ("sd3", "scheduler", {"shift": "x"}, "shift is 'x', expected a number"),
+        ("sd3", "scheduler", {"shift": "x"}, "the scheduler's shift is 'x', expected a number"),
+        ("sd3", "scheduler", {"shift": None}, "the scheduler's shift is None, expected a number"),
+        ("sdxl", "scheduler", {"beta_start": None}, "the scheduler's beta_start is None, expected a number"),
+        ("qwen-image", "scheduler", {"base_shift": None}, "the scheduler's base_shift is None, expected a number"),
+        ("flux1", "scheduler", {"max_image_seq_len": None}, "the scheduler's max_image_seq_len is None, expected a n"),
+        ("sd3", "text_encoder", {"eos_token_id": None}, "the text_encoder's eos_token_id is None, expected a value"),
+        ("sdxl", "text_encoder_2", {"layer_norm_eps": None}, "the text_encoder_2's layer_norm_eps is None, expected"),
+        ("sdxl", "text_encoder", {"num_attention_heads": -4}, "the setting 'num_attention_heads' is -4, expected 1"),
+        ("z-image", "text_encoder", {"rms_norm_eps": None}, "the text_encoder's rms_norm_eps is None, expected a"),
+        ("qwen-image", "text_encoder", {"text_config": None}, "the text_encoder's text_config is None, expected a"),
+        ("flux1", "text_encoder_2", {"relative_attention_max_distance": 8}, "max_distance' is 8, expected 9 or more"),
+        ("flux1", "text_encoder_2", {"relative_attention_num_buckets": 0}, "_num_buckets' is 0, expected 4 or more"),
+        ("qwen-image", "vae", {"latents_mean": None}, "the vae's latents_mean is None, expected a number for each"),
+        ("qwen-image", "vae", {"latents_std": [1.0] * 3}, "the vae's latents_std is [1.0, 1.0, 1.0], expected a"),
+        ("qwen-image", "vae", {"latents_std": [1, 1, 0, 1]}, "the vae's latents_std is [1, 1, 0, 1], expected a"),
+        ("sd3", "vae", {"scaling_factor": None}, "the vae's scaling_factor is None, expected a value such as 0.18215"),
+        ("sdxl", "vae", {"norm_num_groups": -1}, "the setting 'norm_num_groups' is -1, expected 1 or more"),
+        ("sd3", "tokenizer_2", {"pad_token": None}, "tokenizer_2: the tokenizer's pad_token is None, expected one"),
+        ("sd3", "tokenizer", {"model_max_length": "x"}, "the tokenizer's model_max_length is 'x', expected a number"),
+        ("sdxl", "tokenizer", {"model_max_length": None}, "tokenizer's model_max_length is 1000000000000000019884624"),
+        ("sd3", "", {"tokenizer_3": [None, None]}, "has a text_encoder_3, and no tokenizer_3"),
+        ("flux1", "", {"vae": "AutoencoderKL"}, "model_index.json says 'AutoencoderKL' of its vae, expected a library"),
         ("flux1", "scheduler", {"num_train_timesteps": 0}, "steps, shift or shift_terminal are out of range"),
         ("z-image", "scheduler", {"shift_terminal": 1}, "steps, shift or shift_terminal are out of range"),
         ("sdxl", "unet", {"freq_shift": "x"}, "the unet's freq_shift is 'x', expected a value such as 0"),
@@ -217,6 +238,9 @@ def test_parts_of_other_kinds_of_models_are_refused(saved, tmp_path):
         ("flux1", "transformer", {"num_layers": 0}, "the setting 'num_layers' is 0, expected 1 or more"),
         ("sdxl", "text_encoder", {"num_hidden_layers": 0}, "the setting 'num_hidden_layers' is 0, expected 1 or more"),
         ("sdxl", "text_encoder", {"intermediate_size": 40}, "do not fit its config.json (tensors of other shapes)"),
+        ("sdxl", "unet", {"freq_shift": []}, "the unet's freq_shift is [], expected a value such as 0"),
+        ("sdxl", "unet", {"attention_head_dim": [2, -4, 8]}, "'attention_head_dim' is [2, -4, 8], expected 1 or more"),
+        ("sdxl", "unet", {"addition_time_embed_dim": None}, "addition_time_embed_dim is None, expected a whole"),
         ("sdxl", "unet", {"freq_shift": None}, "the unet's freq_shift is None, expected a value such as 0"),
         ("flux1", "transformer", {"num_single_layers": 1}, "tensors of layers that its config.json omits"),
         ("z-image", "text_encoder", {"num_hidden_layers": 2, "layer_types": None}, "that its config.json omits"),
@@ -224,7 +248,7 @@ def test_parts_of_other_kinds_of_models_are_refused(saved, tmp_path):
 )
 def test_settings_that_make_no_sense_are_refused(saved, tmp_path, family, part, values, said):
     folder = copy_of(saved(family), tmp_path)
-    change(next((folder / part).glob("*config.json")), **values)
+    change(next((folder / part).glob("*config.json" if part else "model_index.json")), **values)
     assert said in refused(folder)
 
 

@@ -869,7 +869,7 @@ def test_coco_is_read_as_tools_export_it(made, placed, export):
     assert source.layout.startswith("annotations of ") and "pictures in " in source.layout
 
 
-@pytest.mark.parametrize("foreign", ["/home/ann/data/", "C:\\data\\", "../../media/"])
+@pytest.mark.parametrize("foreign", ["/home/ann/data/", "C:\\data\\", "../../media/", "shoot/"])
 def test_coco_of_foreign_paths_with_equal_names_goes_by_their_longest_end(made, placed, foreign):
     root, address, place = placed
     file, folders = place("result.json", "images"), []

@@ -310,6 +310,17 @@ def test_unsteady_rows_stay_off_the_front_page(document):
     assert "swings" not in report.drawn(document)["peers"]["peers"]
 
 
+def test_a_race_whose_own_row_is_unsteady_is_shown_last_and_marked(document):
+    swings = copy.deepcopy(document) | {"date": "2026-01-02"}
+    row = next(row for row in swings["parts"]["peers"]["rows"] if row["peer"] == "ours")
+    row |= {"seconds_per_image": measure.spread([1.0, 1.0, 1.2]), "title": "ours that swings"}
+    row |= {"attention": {"others": 0.0}}
+    races = {f"{report.FULL_SIZE} 0": swings, f"{report.FULL_SIZE} 1": document}
+    head, shown, last = report.front(races, "charts").partition("| ours that swings (unsteady: spread 20 %) |")
+    assert "title of ours" in head and shown and "title of ours" not in last
+    assert f"{document['date'][:10]} ({document['machine']['commit']}), 2026-01-02 (" in last
+
+
 def test_results_of_another_model_have_a_table_of_their_own(document):
     assert results.cpu_suite("demo") == "cpu" and report.FULL_SIZE == "cpu-random-sd14"
     assert "Not measured yet" in report.full_size({"cpu": document}, "charts")

@@ -45,8 +45,7 @@ def engines(model, has_decoders=True):
     return [build_engine(name, model, decoders, device="cpu") for name in ("fast", "torch")]
 
 
-@pytest.mark.parametrize("speed", [{"steps": 2}, {"steps": 6, "speed": "cache3"}])
-@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("batch, speed", [(1, {"steps": 2}), (5, {"steps": 6, "speed": "cache3"})])
 def test_the_fast_engine_agrees_with_the_oracle(model, batch, speed):
     fast, reference = engines(model)
     recipe = make_recipe(reference, tuple(fast.decoders), sampler="ddim", **speed)

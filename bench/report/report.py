@@ -30,7 +30,7 @@ from bench.report.results import (
 )
 from bench.report.tables import Cells, Table, aligned, markdown, number, percent, unsteady
 from bench.rows import MEASUREMENTS, whole_run
-from bench.rows.peers import our_call_speedup, ratios
+from bench.rows.peers import ratios
 from bench.rows.race import ratio
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.errors import GateFailed, Missing, Refused
@@ -325,23 +325,24 @@ def full_size(found: Documents, charts: str) -> str:
     return "\n\n".join(tables) or NO_FULL_SIZE
 
 
+def of_ours(document: Document) -> list[Mapping[str, Any]]:
+    return [row for row in rows_of(document, "peers") if row["peer"].startswith(OURS)]
+
+
 def front(found: Documents, charts: str) -> str:
-    """Our row and that of each peer at the size of Stable Diffusion 1.4, as README shows them; of a race whose own row
-    was unsteady the speed-ups alone.
+    """Our row and that of each peer at the size of Stable Diffusion 1.4, as README shows them; races whose own row
+    was unsteady come last.
     """
     table, rows, sources = narrowed(MEASUREMENTS["peers"].tables[0], FRONT_COLUMNS), [], []
-    unsteady_races: list[str] = []
-    for document in (found[suite] for suite in found if suite.startswith(f"{FULL_SIZE} ")):
+    races = [found[suite] for suite in found if suite.startswith(f"{FULL_SIZE} ")]
+    for document in sorted(races, key=lambda race: any(map(unsteady, of_ours(race)))):
         racing = [row for row in rows_of(document, "peers") if row["status"] != "absent"]
         head, lines = table.cells(racing)
         device = " ".join(document["machine"]["device"].replace("(R)", "").split()[:2]).strip(",")
-        if any(row["peer"].startswith(OURS) and unsteady(row) for row in racing):
-            others = [f"{row['title']} {our_call_speedup(row)}" for row in racing if not row["peer"].startswith(OURS)]
-            unsteady_races.append(f"Too unsteady for this table, on another {device}: {', '.join(others)}.")
-            continue
         rows += [[device, *line] for line in lines]
-        sources.append(f"{source(document)}.")
-    return markdown((["CPU", *head], rows)) + "\n\n" + " ".join([*sources, *unsteady_races]) if rows else NO_FULL_SIZE
+        sources.append(f"{document['date'][:10]} ({document['machine']['commit']})")
+    made = f"`python -m bench sd14` from top to bottom: {', '.join(sources)}."
+    return f"{markdown((['CPU', *head], rows))}\n\n{made}" if rows else NO_FULL_SIZE
 
 
 def gpu_front(found: Documents, charts: str) -> str:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.command_line.output import NOTHING_WRITTEN, OutputFlags, print_lines, print_result, print_unfinished
@@ -215,9 +216,10 @@ def _describe_undrawn(job: Job) -> str:
     words = undrawn_words(job.plan.words, draws)
     requests = [job.plan.request(index) for index in range(min(job.plan.number, MOST_PROMPTS))]
     count = sum(not find_classes(request.prompt, draws) for request in requests)
-    what = [f"not {', '.join(words[:MOST_WORDS])}{' ...' if len(words) > MOST_WORDS else ''}"] if words else []
-    what += [f"and {count} of the first {len(requests)} prompts name none of these"] if count else []
-    return f"{', '.join(draws)} alone, {', '.join(what)}" if what else ""
+    what = [f"it cannot draw {shorten(', '.join(words), 45, placeholder=' ...')}"] if words else []
+    what += [f"{count} of the first {len(requests)} prompts name none of these"] if count else []
+    known = shorten(", ".join(draws), 67, placeholder=" ...")
+    return f"the model's card lists {known} and nothing else:\n{'':<11}{'; '.join(what)}" if what else ""
 
 
 def _describe_domain(job: Job) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 PAGE = 4096  # large tensors start on a page, so that a reader can map them
 LARGE = 65536  # bytes
@@ -36,16 +35,13 @@ class Deferred(torch.Tensor):
     ) -> Any:
         kwargs = kwargs or {}
 
-        def with_each(change: Callable[[Tensor], Any]) -> Any:
-            return tree_map(lambda value: change(value) if isinstance(value, Tensor) else value, (args, kwargs))
-
         def compute(made: Made) -> Any:
             if compute not in made:
-                positional, named = with_each(lambda value: _materialise(value, made))
+                positional, named = _with_each((args, kwargs), lambda value: _materialise(value, made))
                 made[compute] = func(*positional, **named)
             return made[compute]
 
-        positional, named = with_each(lambda value: value.like if isinstance(value, Deferred) else value.to("meta"))
+        positional, named = _with_each((args, kwargs), _shape_of)
         shapes = func(*positional, **named)
         if isinstance(shapes, Tensor):
             return cls(shapes, compute)
@@ -60,6 +56,22 @@ class Deferred(torch.Tensor):
 
 
 Made = dict[Callable[..., Any], Tensor | Sequence[Tensor]]  # what was computed already on the way to one tensor
+
+
+def _shape_of(tensor: Tensor) -> Tensor:
+    """The tensor without memory."""
+    return tensor.like if isinstance(tensor, Deferred) else tensor.to("meta")
+
+
+def _with_each(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """The arguments of a call with another in the place of each tensor."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: _with_each(part, change) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)([_with_each(part, change) for part in value])
+    return value
 
 
 def _materialise(tensor: Tensor, made: Made) -> Tensor:

@@ -1,13 +1,17 @@
 """Qwen-Image: a transformer of two streams that reads the states of Qwen2.5-VL, and an autoencoder made for video."""
 
+import math
 from typing import Any
 
 from datasetdm_fast.config import Defaults, FlowRule
 from datasetdm_fast.engine.backbones.fitting import check_channels, check_settings, check_vocabularies, check_widths
 from datasetdm_fast.engine.backbones.flow_models import CAPTURE, JOINT_ENGINE, joint_levels, names_of
-from datasetdm_fast.engine.backbones.record import Backbone, Configs, Latents, LoadedModel, Part, Read
+from datasetdm_fast.engine.backbones.record import DAMAGED, Backbone, Configs, Latents, LoadedModel, Part, Read
+from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import Level
+from datasetdm_fast.untrusted.documents import quote
 
+USUAL_CHANNELS = 16  # of the autoencoder
 LENGTH = 512  # tokens of a text at most
 
 
@@ -29,6 +33,16 @@ def _latents(configs: Configs) -> Latents:
 
 
 def _check(configs: Read, source: str) -> Read:
+    vae = configs["vae"]
+    for name, least in (("latents_mean", -math.inf), ("latents_std", 0)):
+        numbers = vae.get(name, [1.0] * USUAL_CHANNELS)
+        is_list = isinstance(numbers, list) and len(numbers) == vae.get("z_dim", USUAL_CHANNELS)
+        if not is_list or not all(isinstance(number, (int, float)) and number > least for number in numbers):
+            raise Refused(
+                f"model: {source}: the vae's {name} is {quote(numbers)}, expected a number for each of its channels"
+                f"{' above 0' * (least == 0)}",
+                DAMAGED,
+            )
     check_channels(source, configs["transformer"].get("in_channels", 64), configs["vae"], 4)
     check_settings(configs, source, "transformer", {"guidance_embeds": (False,), "zero_cond_t": (False,)})
     return configs

@@ -69,6 +69,8 @@ def _file_config(state: Mapping[str, "Tensor"]) -> dict[str, Any]:
 
 def _check(configs: Read, source: str) -> Read:
     check_channels(source, configs["transformer"].get("in_channels", 16), configs["vae"])
+    if "text_encoder_3" in configs and "tokenizer_3" not in configs:
+        raise Refused(f"model: {source} has a text_encoder_3, and no tokenizer_3", DAMAGED)
     if (length := configs["model_index"].get(LENGTH, 0)) not in range(513):
         raise Refused(f"model: {source}: {LENGTH} is {length!r}, expected 0 to 512 tokens", DAMAGED)
     return configs

@@ -8,9 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.config import Defaults
 from datasetdm_fast.engine.backbones.fitting import check_channels, check_settings, check_vocabularies, check_widths
-from datasetdm_fast.engine.backbones.record import Backbone, Configs, Guidance, Latents, LoadedModel, Part, Read
+from datasetdm_fast.engine.backbones.record import (
+    DAMAGED,
+    Backbone,
+    Configs,
+    Guidance,
+    Latents,
+    LoadedModel,
+    Part,
+    Read,
+)
 from datasetdm_fast.engine.backbones.sd import FULL_SIZE as SD_FULL_SIZE
+from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import Level
+from datasetdm_fast.untrusted.documents import quote
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,6 +141,10 @@ def _licence(configs: Configs) -> str:
 def _check(configs: Read, source: str) -> Read:
     check_settings(configs, source, "unet", UNET)
     check_channels(source, configs["unet"].get("in_channels", 4), configs["vae"])
+    if type(width := configs["unet"].get("addition_time_embed_dim")) is not int:
+        raise Refused(
+            f"model: {source}: the unet's addition_time_embed_dim is {quote(width)}, expected a whole number", DAMAGED
+        )
     return configs
 
 

@@ -1,7 +1,8 @@
 """What a model's configuration and weights must satisfy before anything is built from them."""
 
+import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,19 @@ from datasetdm_fast.untrusted import documents, tensors
 
 ADAPTER = "Name its base model with --model, and the LoRA with --lora."
 SCHEDULE = "Correct the model's scheduler_config.json, or get that file again."
-SHIFTS = "shift flow_shift base_shift max_shift base_image_seq_len max_image_seq_len shift_terminal".split()  # of flows
+DYNAMIC_SHIFTS = "base_shift max_shift base_image_seq_len max_image_seq_len".split()  # of flows
+SHIFTS = ["shift", "flow_shift", "shift_terminal", *DYNAMIC_SHIFTS]
 LARGEST_VOCABULARY = 64 * 2**20  # bytes of a tokenizer's files; CLIP's have 3 MB
 # of a config: any number, layers, entries of a list, steps
 LARGEST_NUMBER, MOST_LAYERS, MOST_ENTRIES, MOST_TIMESTEPS = 2**20, 128, 128, 100_000
+DISTANCE, BUCKETS = "relative_attention_max_distance", "relative_attention_num_buckets"  # of T5
+LEAST = {  # of a config
+    **dict.fromkeys("num_layers num_hidden_layers layers_per_block norm_num_groups".split(), 1),
+    **dict.fromkeys("num_attention_heads num_key_value_heads num_heads attention_head_dim".split(), 1),
+    **dict.fromkeys("layer_norm_eps layer_norm_epsilon rms_norm_eps".split(), 0),
+    "transformer_layers_per_block": 0,
+    BUCKETS: 4,
+}
 # What is read of a tokenizer's config; other settings may name code that a library would fetch and run.
 TOKENIZER_SETTINGS = set(
     "bos_token eos_token pad_token unk_token model_max_length added_tokens_decoder add_prefix_space do_lower_case "
@@ -46,10 +56,15 @@ def check_bounds(config: Mapping[str, Any], source: Path) -> None:
         if isinstance(value, dict):
             check_bounds(value, source)
             continue
-        if key in ("num_layers", "num_hidden_layers") and value == 0:
-            raise Refused(f"model: {source}: the setting {documents.quote(key)} is 0, expected 1 or more", DAMAGED)
+        least = config.get(BUCKETS, 32) // 4 + 1 if key == DISTANCE else LEAST.get(key, -math.inf)
         is_list = isinstance(value, (list, tuple))
         values = value if is_list else [value]
+        if any(isinstance(number, (int, float)) and number < least for number in values):
+            raise Refused(
+                f"model: {source}: the setting {documents.quote(key)} is {documents.quote(value)}, expected {least} or "
+                "more",
+                DAMAGED,
+            )
         most = MOST_LAYERS if "layers" in key else LARGEST_NUMBER
         is_nested = is_list and (len(values) > MOST_ENTRIES or any(isinstance(inner, (list, dict)) for inner in values))
         if is_nested or any(isinstance(number, (int, float)) and not abs(number) <= most for number in values):
@@ -60,14 +75,22 @@ def check_bounds(config: Mapping[str, Any], source: Path) -> None:
             )
 
 
-def _check_forms(config: Mapping[str, Any], forms: Mapping[str, Any]) -> None:
-    """Raises ValueError where a setting that is there is of another form."""
-    documents.check_form(config, {name: form for name, form in forms.items() if config.get(name) is not None})
+def _check_forms(
+    config: Mapping[str, Any], source: Path | str, forms: Mapping[str, Any], nullable: Collection[str]
+) -> None:
+    """Refuses a scheduler with a setting of another form, or with null where that says nothing."""
+    present = [name for name in forms if name in config and not (config[name] is None and name in nullable)]
+    try:
+        documents.check_form(config, {name: forms[name] for name in present})
+    except ValueError as error:
+        raise Refused(f"model: {source}: the scheduler's {error}", SCHEDULE) from error
 
 
 def check_scheduler(config: Mapping[str, Any], source: Path | str, *, is_flow: bool = False) -> None:
     if is_flow:
-        _check_forms(config, {"num_train_timesteps": int} | dict.fromkeys(SHIFTS, float))
+        ignored = [] if config.get("use_dynamic_shifting") else DYNAMIC_SHIFTS
+        of_flow = {"num_train_timesteps": int, **dict.fromkeys(SHIFTS, float)}
+        _check_forms(config, source, of_flow, ["shift_terminal", *ignored])
         count, shift = config.get("num_train_timesteps", 1000), config.get("shift", 1.0)
         if not (0 < count <= MOST_TIMESTEPS and shift > 0 and 0 <= (config.get("shift_terminal") or 0) < 1):
             raise Refused(
@@ -84,7 +107,8 @@ def check_scheduler(config: Mapping[str, Any], source: Path | str, *, is_flow: b
         "set_alpha_to_one": bool,
         "trained_betas": [float],
     }
-    _check_forms(config, forms)
+    ignored = ["beta_start", "beta_end"] if config.get("trained_betas") else []
+    _check_forms(config, source, forms, ["trained_betas", "set_alpha_to_one", *ignored])
     count = config.get("num_train_timesteps", 1000)
     betas = config.get("trained_betas") or [config.get("beta_start", 0.0001), config.get("beta_end", 0.02)]
     is_range = 0 < count <= MOST_TIMESTEPS and 0 <= config.get("steps_offset", 0) < count

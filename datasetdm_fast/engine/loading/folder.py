@@ -20,6 +20,8 @@ from datasetdm_fast.engine.backbones.record import ANOTHER, DAMAGED, Backbone, P
 from datasetdm_fast.engine.backbones.sd import USUAL_SCHEDULE
 from datasetdm_fast.engine.loading.checks import (
     ADAPTER,
+    BUCKETS,
+    DISTANCE,
     check_bounds,
     check_readable,
     check_scheduler,
@@ -50,6 +52,13 @@ DEMO_DIT = DEMO.with_name("model-dit")
 INDEX = "model_index.json"
 SCHEDULER = "scheduler"
 MATCHING = "Take config.json and weights from the same model."
+# numbers of text encoders that null would leave out, and what they usually are
+TEXT_NUMBERS = {
+    **dict.fromkeys(("layer_norm_epsilon", "rms_norm_eps"), 1e-6),
+    **{DISTANCE: 128, BUCKETS: 32},
+    **dict.fromkeys(("text_config", "vision_config"), {}),  # in whose place null builds a model of full size
+}
+CLIP_NUMBERS = {"layer_norm_eps": 1e-5, "eos_token_id": 49407}
 # settings by which a library would fetch code, or import another library and run that
 RUNS_CODE = ("auto_map", "custom_pipelines", "quantization_config")
 
@@ -203,7 +212,13 @@ def _folder_configs(folder: Path, backbone: Backbone, index: Mapping[str, Any], 
     configs: Read = {"model_index": dict(index)}
     required = [name for name, part in backbone.parts.items() if not part.is_optional]
     for name, part in backbone.parts.items():
-        library, class_name = (index.get(name) or [None, None])[:2]
+        entry = index.get(name) or [None, None]
+        if not isinstance(entry, list) or len(entry) != 2:
+            raise Refused(
+                f"model: {folder}: {INDEX} says {documents.quote(entry)} of its {name}, expected a library and a class",
+                DAMAGED,
+            )
+        library, class_name = entry
         place = folder / name / ("tokenizer_config.json" if part.kind == "tokenizer" else "config.json")
         if not place.is_file() and name in usual:
             configs[name] = dict(usual[name])
@@ -244,13 +259,14 @@ def _readable_settings(part: Part, config: Mapping[str, Any], source: Path) -> d
             "Take the model as its authors publish it for diffusers, in full precision.",
         )
     library, _, name = part.classes[0].partition(":")
-    if library != "diffusers":
-        return dict(config)
-    usual = {key: known.default for key, known in inspect.signature(class_of(part).__init__).parameters.items()}
-    for key, value in config.items():
+    is_clip = library == "transformers" and name.startswith("CLIP")
+    usual: Mapping[str, Any] = CLIP_NUMBERS if is_clip else TEXT_NUMBERS
+    if library == "diffusers":
+        usual = {key: known.default for key, known in inspect.signature(class_of(part).__init__).parameters.items()}
+    for key, value in {**config, **(config.get("text_config") or {})}.items():
         expected = usual.get(key)
-        is_text = isinstance(value, str) and isinstance(expected, (int, float, tuple))
-        is_nothing = value is None and type(expected) in (int, float, tuple)  # of a switch it means no
+        is_text = (isinstance(value, str) or value == []) and isinstance(expected, (int, float, tuple))
+        is_nothing = value is None and type(expected) in (int, float, tuple, dict)  # of a switch it means no
         is_short = False
         if key.startswith("axes_") and isinstance(expected, (list, tuple)):
             is_short = not isinstance(value, (list, tuple)) or len(value) != len(expected)
@@ -260,6 +276,8 @@ def _readable_settings(part: Part, config: Mapping[str, Any], source: Path) -> d
                 f"as {expected!r}",
                 DAMAGED,
             )
+    if library != "diffusers":
+        return dict(config)
     known = {*usual} - {"self"} | {"_class_name", "_diffusers_version"}
     return {key: value for key, value in config.items() if key in known}
 

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.backbones.record import DAMAGED
 from datasetdm_fast.engine.loading.checks import (
+    LARGEST_NUMBER,
     LARGEST_VOCABULARY,
     TOKENIZER_SETTINGS,
     first_line,
@@ -24,6 +25,7 @@ from datasetdm_fast.engine.loading.checks import (
 )
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.plugins import load_place
+from datasetdm_fast.untrusted import documents
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -111,6 +113,15 @@ def load_tokenizer(folder: Path, classes: Sequence[str] = ("transformers:CLIPTok
     with _refusing(folder), quiet_libraries(), _only_vocabulary(folder) as safe:
         tokenizer = load_place(classes[0]).from_pretrained(safe, local_files_only=True)
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True  # refused by us
+    most, is_clip = tokenizer.model_max_length, "CLIP" in classes[0]
+    if not isinstance(most, (int, float)) or most < 1 or is_clip and most > LARGEST_NUMBER:
+        raise Refused(
+            f"model: {folder}: the tokenizer's model_max_length is {documents.quote(most)}, expected a number of "
+            "tokens",
+            DAMAGED,
+        )
+    if tokenizer.pad_token_id is None:
+        raise Refused(f"model: {folder}: the tokenizer's pad_token is None, expected one of its tokens", DAMAGED)
     if len(tokenizer) < BYTES and (folder / "merges.txt").is_file():
         raise Refused(
             f"model: {folder} gives a tokenizer of {len(tokenizer)} entries, fewer than the {BYTES} bytes that "

@@ -11,6 +11,7 @@ from datasetdm_fast.config import FlowRule
 from datasetdm_fast.engine.sampling.times import ANOTHER, respace
 from datasetdm_fast.errors import Refused
 
+LARGEST_MU = 100  # of what models say by far; it is an exponent
 NEAR_ONE = 1e-6  # UniPC begins so much below sigma 1, where its logarithm of the signal is not finite
 
 
@@ -89,13 +90,17 @@ def _shift(scheduler: Mapping[str, Any], steps: int, rule: FlowRule, tokens: int
     else:
         least, most = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
         low, high = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", rule.max_shift)
-        slope = (high - low) / (most - least)
+        slope = (high - low) / (most - least) if most != least else math.inf
         mu = float(tokens * slope + (low - slope * least))
     kind = scheduler.get("time_shift_type", "exponential")
     if kind not in ("exponential", "linear"):
         raise Refused(
             f"time_shift_type: the scheduler config says {kind!r}, supported are exponential and linear", ANOTHER
         )
+    if not abs(mu) < LARGEST_MU or kind == "linear" and mu <= 0:
+        names = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
+        values = ", ".join(f"{name} {scheduler[name]}" for name in names if name in scheduler)
+        raise Refused(f"scheduler: its {values} give no shift of the noise of {tokens} tokens", ANOTHER)
     return math.exp(mu) if kind == "exponential" else mu
 
 

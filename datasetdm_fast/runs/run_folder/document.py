@@ -288,8 +288,11 @@ def sampler_in_words(document: Mapping[str, Any]) -> str:
     for run in (run if "sampling" in run else document for run in runs_of(document)):
         sampling = run["sampling"]
         name = sampling.get("sampler", run["config"]["sampler"])
-        steps, calls = count_noun(sampling["steps"], "step"), count_noun(sampling["calls"], "call")
-        lines.append(f"{name}, {steps} in {calls}" + f", guidance {sampling['guidance']:g}" * (name != INVERSION))
+        steps = f"{count_noun(sampling['steps'], 'step')} in " if sampling["steps"] else ""  # pictures have none
+        lines.append(
+            f"{name}, {steps}{count_noun(sampling['calls'], 'call')}"
+            + f", guidance {sampling['guidance']:g}" * (name != INVERSION)
+        )
     return "; ".join(dict.fromkeys(lines))
 
 

@@ -24,7 +24,7 @@ KNOWN = (
     "FILE.json:PICTURES."
 )
 MOST_FILES = 1000  # of a folder; one with more has a file for each picture, which is no COCO
-FOREIGN_ROOT = re.compile(r"(.*/)?(\.\.|[^/]*:)?/", re.DOTALL)  # up to the root of a path, its drive or its last ..
+FOREIGN_ROOT = re.compile(r"^(.*/)?(\.\.|[^/]*:)?/", re.DOTALL)  # up to the root of a path, its drive or its last ..
 SAMPLED = 50  # pictures by which their folder is found
 
 
