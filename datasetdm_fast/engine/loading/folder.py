@@ -265,7 +265,8 @@ def _readable_settings(part: Part, config: Mapping[str, Any], source: Path) -> d
         usual = {key: known.default for key, known in inspect.signature(class_of(part).__init__).parameters.items()}
     for key, value in {**config, **(config.get("text_config") or {})}.items():
         expected = usual.get(key)
-        is_text = (isinstance(value, str) or value == []) and isinstance(expected, (int, float, tuple))
+        is_empty = value == [] and expected != ()
+        is_text = (isinstance(value, str) or is_empty) and isinstance(expected, (int, float, tuple))
         is_nothing = value is None and type(expected) in (int, float, tuple, dict)  # of a switch it means no
         is_short = False
         if key.startswith("axes_") and isinstance(expected, (list, tuple)):
