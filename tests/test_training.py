@@ -1148,14 +1148,17 @@ def test_a_training_of_earlier_versions_goes_on_as_it_began(engine, source, fold
     assert [taught.step() for _ in range(2)] == pytest.approx(FIRST_LOSSES[task], rel=2e-3)
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_a_few_steps_lower_the_loss(engine, source, folder, task):
+@pytest.mark.parametrize(
+    ("task", "steps", "share"),
+    [("semantic", 45, 0.9), ("instance", 20, 0.9), ("depth", 20, 0.7), ("pose", 20, 0.3), ("open-vocabulary", 20, 0.9)],
+)
+def test_a_few_steps_lower_the_loss(engine, source, folder, task, steps, share):
     held, words = training_views(engine, source, task, folder), words_of(engine, source, task)
-    schedule = TrainingSchedule(steps=45, batch_size=4, rate=6e-3, points=128, dropout=0.0)
+    schedule = TrainingSchedule(steps=steps, batch_size=4, rate=6e-3, points=128, dropout=0.0)
     trainer = Trainer(config_of(engine, source, task), schedule, held, words)
     found = [trainer.step() for _ in range(schedule.steps)]
     trainer.close()
-    assert sum(found[-5:]) < 0.9 * sum(found[:5])
+    assert sum(found[-5:]) < share * sum(found[:5])
 
 
 def test_the_same_seed_fits_the_same_decoder_and_leaves_torchs_own_numbers_alone(engine, source, folder):
