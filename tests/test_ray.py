@@ -37,6 +37,7 @@ from datasetdm_fast.runs.workers.worker import Callbacks
 
 SAMPLES, SIZE, BATCH = 40, 4, 2
 HERE = Path(__file__).parent
+SHORT_PLACE = tempfile.gettempdir()  # before conftest.py names a longer one
 TOKEN = "0123456789abcdef" * 4
 LINE = ("--number", str(SAMPLES), "--shard-size", str(SIZE), "--batch-size", str(BATCH))
 
@@ -63,7 +64,7 @@ def surroundings():
     """The environment of everything here that has to do with Ray; its folder has a short name, as that of a socket is
     limited.
     """
-    folder = tempfile.mkdtemp(prefix="ray")
+    folder = tempfile.mkdtemp(prefix="ray", dir=SHORT_PLACE)
     names = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     yield {
         **names,
