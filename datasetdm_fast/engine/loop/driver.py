@@ -193,14 +193,17 @@ class BatchGenerator:
         shapes = (batch, cells, 0 if self.recipe.attention.blocks else cells), (batch, queries, tokens)
         return AttentionSums(*(torch.zeros(shape, device=self.engine.device) for shape in shapes))
 
+    def embed_words(self, task: str, queries: Sequence[Sequence[str]]) -> Tensor | None:
+        """[B, K, D] of the query words of each image, None for a decoder that reads none."""
+        return self.words.embeddings_of(queries) if self.engine.decoders[task].config.has_text else None
+
     def label(self, batch: Batch, sampled: Any) -> list[Sample | Quarantined]:
         """The results of a SampledBatch, whose captures are freed as soon as its decoders have read them."""
         engine, recipe = self.engine, self.recipe
         queries = [recipe.query_words(request) for request in batch.padded]
         decoded, calls = None, []
         for task in recipe.decoded:
-            text = self.words.embeddings_of(queries) if engine.decoders[task].config.has_text else None
-            calls.append(partial(engine.annotate, task, sampled.captures[task], text))
+            calls.append(partial(engine.annotate, task, sampled.captures[task], self.embed_words(task, queries)))
         run_concurrently = getattr(engine, "side_by_side", None)
         if run_concurrently and len(queries) == 1 and sampled.pixels is None:
             # the longest first

@@ -108,8 +108,7 @@ def observe(
     queries = [recipe.query_words(request) for request in requests]
 
     def decode(task: str, capture: AnyCapture) -> dict[str, Tensor]:
-        words = generator.words.embeddings_of(queries) if engine.decoders[task].config.has_text else None
-        return engine.annotate(task, capture, words)
+        return engine.annotate(task, capture, generator.embed_words(task, queries))
 
     raw = {task: decode(task, read.read[task]) for task in recipe.decoded}
     decoder_outputs = {task: _to_host(value) for task, value in raw.items()}
