@@ -280,9 +280,10 @@ def test_weights_of_the_size_of_stable_diffusion_are_those_of_the_model(dtype, m
 def test_weights_are_computed_with_on_the_host_wherever_their_module_lies(engine, monkeypatch):
     """A product of weights rounds otherwise on a GPU, to which the reference engine moves the modules."""
     asked, cpu = [], torch.Tensor.cpu
+    module = engine.model.modules["unet"]  # as the reference engine builds it; without it weights are read from files
     monkeypatch.setattr(torch.Tensor, "cpu", lambda x: asked.append(x.data_ptr()) or cpu(x))
     state = GpuEngine._sources(engine, "unet")["unet"].state
-    assert {value.data_ptr() for value in engine.model.modules["unet"].state_dict().values()} <= set(asked)
+    assert {value.data_ptr() for value in module.state_dict().values()} <= set(asked)
     assert all(value.device.type == "cpu" for value in state.values())
 
 
