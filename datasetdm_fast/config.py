@@ -96,7 +96,7 @@ class EngineKind:
     options: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     requirement: tuple[str, str] | None = None  # module:function that raises Missing early, and the option it reads
     halves: tuple[str, ...] = ()  # precisions that --dtype auto tries for a long run
-    needs: Literal["", "network", "export"] = ""  # of a family: a network of ours, or that its stages can be exported
+    needs: Literal["", "network", "export", "plans"] = ""  # of a family, see Backbone.served_by
 
 
 OWN_ENGINES = {

@@ -395,7 +395,7 @@ SPOILT = {
     ),
     # Weights of these fit, and only diffusers' modules would do what they say.
     **{
-        f"a UNet with another {name}": (configure("unet/config.json", **{name: value}), f"the UNet's {name} is")
+        f"a UNet with another {name}": (configure("unet/config.json", **{name: value}), f"the unet's {name} is")
         for name, value in {
             "act_fn": "gelu",
             "center_input_sample": True,
@@ -434,7 +434,7 @@ def test_parts_of_different_models_are_refused(tiny, folder):
         vocab_size=len(tiny.tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
     )
     CLIPTextModel(config).save_pretrained(folder / "text_encoder")
-    with pytest.raises(Refused, match="width 32, the text encoder gives 64"):
+    with pytest.raises(Refused, match="width 32, the encoders give 64"):
         load_model(str(folder))
 
 

@@ -75,7 +75,7 @@ def check_vocabularies(model: LoadedModel) -> None:
         if part not in model.configs:
             continue
         config: Any = model.configs[part]
-        tokenizer = model.tokenizers[part.replace("text_encoder", "tokenizer")]
+        tokenizer = model.loaded_tokenizers[part.replace("text_encoder", "tokenizer")]
         known: int = getattr(config, "text_config", config).vocab_size
         if len(tokenizer) > known:
             raise Refused(

@@ -21,24 +21,18 @@ def sample_posterior(posterior: Any, generators: Sequence[torch.Generator] | Non
     return mean + posterior.std * noise.to(mean.device)
 
 
-def unscale(space: Latents, latents: Tensor) -> Tensor:
-    """The autoencoder's numbers of latents [B, C, ...]."""
-    if not space.mean:
-        return latents / space.scale + space.shift
-    mean, std = (
-        torch.tensor(part).to(latents).view(-1, *(1,) * (latents.dim() - 2)) for part in (space.mean, space.std)
-    )
-    return latents * std + mean
-
-
 def scale(space: Latents, numbers: Tensor) -> Tensor:
     """The latents of an autoencoder's numbers [B, C, ...]."""
     if not space.mean:
         return (numbers - space.shift) * space.scale
-    mean, std = (
-        torch.tensor(part).to(numbers).view(-1, *(1,) * (numbers.dim() - 2)) for part in (space.mean, space.std)
-    )
+    mean, std = _by_channel(space, numbers)
     return (numbers - mean) / std
+
+
+def _by_channel(space: Latents, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel, for tensors [B, C, ...] like this one."""
+    shape = -1, *(1,) * (like.dim() - 2)
+    return torch.tensor(space.mean).to(like).view(shape), torch.tensor(space.std).to(like).view(shape)
 
 
 class AutoencoderReference:
@@ -51,8 +45,12 @@ class AutoencoderReference:
         return self.model.modules["vae"]
 
     def unscale(self, latents: Tensor) -> Tensor:
-        """The autoencoder's numbers of latents."""
-        return unscale(self.model.latents, latents)
+        """The autoencoder's numbers of latents [B, C, ...]."""
+        space = self.model.latents
+        if not space.mean:
+            return latents / space.scale + space.shift
+        mean, std = _by_channel(space, latents)
+        return latents * std + mean
 
     def scale(self, numbers: Tensor) -> Tensor:
         """The latents of an autoencoder's numbers."""

@@ -143,6 +143,9 @@ class LoadedModel(Protocol):
     def tokenizers(self) -> Mapping[str, Any]: ...  # by part, as transformers have them
 
     @property
+    def loaded_tokenizers(self) -> Mapping[str, Any]: ...  # by part, before transformers are imported for them
+
+    @property
     def configs(self) -> Configs: ...
 
     @property

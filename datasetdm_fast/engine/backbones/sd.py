@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.config import SD_DEFAULTS, Defaults
-from datasetdm_fast.engine.backbones.fitting import check_autoencoder
+from datasetdm_fast.engine.backbones.fitting import (
+    check_autoencoder,
+    check_settings,
+    check_vocabularies,
+    check_widths,
+)
 from datasetdm_fast.engine.backbones.record import (
     ANOTHER,
     Backbone,
@@ -93,11 +98,9 @@ TEXT_SETTINGS = set(
     "max_position_embeddings layer_norm_eps attention_dropout initializer_range initializer_factor pad_token_id "
     "bos_token_id eos_token_id architectures model_type".split()
 )
-TOGETHER = "Take every part from the same model."
 USUAL_SCHEDULE = "the schedule of Stable Diffusion 1.x"  # in place of a digest where a folder holds none
 SUPPORTED = "supported are text-to-image models of Stable Diffusion 1.x and 2.x"
-NAMES = {"unet": "UNet", "vae": "vae"}
-OTHER_KINDS = {9: ", so it is an inpainting model", 8: ", so it is an image-editing model"}  # by channels of a UNet
+OTHER_KINDS = {9: "an inpainting model", 8: "an image-editing model"}  # by channels that the UNet reads
 ACTIVATION = ("silu", "swish")  # two names of one function
 # Settings by which a network is another one although its weights may have the same shapes -> the values that are
 # supported, first the default.
@@ -129,18 +132,13 @@ FORMS: dict[str, dict[str, tuple[Any, ...]]] = {
 
 
 def check_network(part: str, config: Mapping[str, Any], source: Path | str) -> None:
-    """Refuse a UNet or autoencoder of another form than that of SD 1.x and 2.x, by the first setting that differs."""
-    for key, (usual, *others) in FORMS[part].items():
-        actual = config.get(key, usual)
-        if type(actual) is bool and type(usual) is not bool or actual not in (usual, *others):
-            kind = OTHER_KINDS.get(actual, "") if key == "in_channels" and isinstance(actual, int) else ""
-            raise Refused(
-                f"model: {source}: the {NAMES[part]}'s {key} is {documents.quote(actual)} where {usual!r} is "
-                f"expected{kind}; {SUPPORTED}",
-                ANOTHER,
-            )
+    """Refuses a UNet or autoencoder of another form than that of SD 1.x and 2.x, by the first setting that differs."""
+    channels = config.get("in_channels")
+    if part == "unet" and isinstance(channels, int) and channels in OTHER_KINDS:
+        raise Refused(f"model: {source}: its unet reads {channels} channels, as {OTHER_KINDS[channels]} does", ANOTHER)
+    check_settings({part: dict(config)}, str(source), part, FORMS[part])
     if not isinstance(config.get("layers_per_block", 2), int):
-        raise Refused(f"model: {source}: the {NAMES[part]}'s layers_per_block is no number; {SUPPORTED}", ANOTHER)
+        raise Refused(f"model: {source}: the {part}'s layers_per_block is no number; {SUPPORTED}", ANOTHER)
     if part == "vae":
         check_autoencoder(config, source)
 
@@ -174,20 +172,10 @@ def _usual_schedule(source: str, unet: Mapping[str, Any]) -> dict[str, Any]:
     return dict(SD_SCHEDULER)
 
 
-def check_fit(model: LoadedModel) -> None:
-    """Refuses parts that belong to different models."""
-    text, width = model.configs["text_encoder"], model.configs["unet"].cross_attention_dim
-    if width != text.hidden_size:
-        raise Refused(
-            f"model: {model.name}: the UNet reads text of width {width}, the text encoder gives {text.hidden_size}, so "
-            "they belong to different models",
-            TOGETHER,
-        )
-    if (count := len(model.tokenizer)) > text.vocab_size:
-        raise Refused(
-            f"model: {model.name}: the tokenizer has {count} entries, the text encoder knows {text.vocab_size}",
-            TOGETHER,
-        )
+def _check_fit(model: LoadedModel) -> None:
+    width = model.configs["unet"].cross_attention_dim
+    check_widths(model, {"text": (width, model.configs["text_encoder"].hidden_size)})
+    check_vocabularies(model)
 
 
 def heads_per_block(unet: Mapping[str, Any]) -> tuple[int, ...]:
@@ -265,7 +253,7 @@ SD = Backbone(
     has_averages=True,
     has_deep_features=True,
     check=check_configs,
-    check_fit=check_fit,
+    check_fit=_check_fit,
     full_size={**FULL_SIZE, "scheduler": SD_SCHEDULER},
     seed=14,
 )
