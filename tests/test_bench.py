@@ -82,6 +82,26 @@ def test_a_probe_times_algorithms_although_the_engine_asks_for_its_own_choice():
     assert (cudnn.benchmark, cudnn.deterministic) == before
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_probe_that_was_cut_has_its_rows_and_the_next_one_goes_on(number, tmp_path, monkeypatch):
+    row = {"what": "a call", "ms": {"form": 1.0}}
+
+    def cut(engine):
+        yield from [row] * number
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(calls, "batches", cut)
+    monkeypatch.setattr(calls, "engine_of", lambda *_: None)
+    line = ["probe", "--device", "cpu", "--model", "tiny", "--parts", "batches", "--out", str(tmp_path / "probe.json")]
+    with pytest.raises(KeyboardInterrupt):
+        bench.dispatch(line)
+    assert results.read(tmp_path / "probe.json")["parts"]["batches"].get("rows", []) == [row] * number
+    assert bench.dispatch([*line, "--minutes", "0"]) == 4  # no time is left for it
+    monkeypatch.setattr(calls, "batches", lambda engine: [row, row])
+    assert bench.dispatch(line) == 0
+    assert results.read(tmp_path / "probe.json")["parts"]["batches"]["rows"] == [row, row]
+
+
 def test_memory_on_a_gpu_is_that_of_a_peer_and_of_its_graphs(monkeypatch):
     """Of what PyTorch holds, what a graph keeps is no longer allocated; the networks of other peers are not counted."""
     holding = {"now": 100, "most": 100}

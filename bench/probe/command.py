@@ -52,8 +52,8 @@ def main(arguments: Sequence[str]) -> int:
     document = file.document
     if config.json:
         print(json.dumps(document, indent=1))
-    failed = [row for part in document["parts"].values() for row in part["rows"] if row.get("status") == "failed"]
-    if failed:
+    rows = [row for part in document["parts"].values() for row in part.get("rows", [])]
+    if failed := [row for row in rows if row.get("status") == "failed"]:
         raise GateFailed(
             f"bench probe: {failed[0]['what']}: {failed[0]['why']}", "python -m bench rehearse finds races"
         )
@@ -105,6 +105,7 @@ def measured(config: ProbeConfig, wanted: Sequence[str], file: Any, end: float) 
         rows = []
         for row in found:
             rows.append(row)
+            file.keep(name, rows)
             if not config.json:
                 shown = ", ".join(f"{form} {value}" for form, value in row["ms"].items())
                 print(f"{row['what']}: {shown or row.get('largest_difference', '')}", flush=True)
