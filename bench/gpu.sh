@@ -57,6 +57,8 @@ if [ "$IS_DRY" = 0 ]; then
   [ "$DEVICE" = cpu ] || [ "${torch##* }" = True ] ||
     refuse 3 "torch ${torch% *} of $PYTHON sees no GPU; DEVICE=cpu MODEL=tiny tries the script on a CPU, --dry-run shows its steps"
   mkdir -p "$OUT" && : >>"$LOG" || refuse 3 "OUT=$OUT cannot be written to, choose another folder"
+  exec 8<"$OUT" # what a call leaves at work if it is killed, it keeps from the next one
+  flock --nonblock 8 || refuse 3 "another call is at work in OUT=$OUT; wait until it has ended"
   WORK=$(mktemp -d)
   mkdir "$WORK/running"
 fi
@@ -64,6 +66,10 @@ fi
 # Before a command that uses the GPU beside a race, which has it alone from its first timed turn: such a command then
 # ends at once with BUSY.
 SHARED=() BUSY=75
+
+# A command ends with the script, also where that is killed.
+MORTAL=()
+command -v setpriv >/dev/null && MORTAL=(setpriv --pdeathsig TERM)
 
 wanted() { case " ${ONLY:-$KINDS} " in *" ${1%%-*} "*) return 0 ;; *) return 1 ;; esac; }
 left() { echo $((SECONDS_ALL - SECONDS)); }
@@ -74,6 +80,7 @@ step() {
   local name=$1 limit=$2 begin=$SECONDS code=9
   shift 2
   wanted "$name" || return 0
+  [ -e "/proc/$$" ] || exit 143 # beside a script that was killed
   [ "$limit" -gt "$(left)" ] && limit=$(left)
   if [ "$IS_DRY" = 1 ]; then
     echo "== $name (at most $limit s): $*"
@@ -84,7 +91,7 @@ step() {
     echo "$name(no time)" >>"$WORK/failed"
     return 9
   fi
-  timeout --kill-after=5 "$limit" "${SHARED[@]}" "$@" >"$WORK/running/$name" 2>&1 &
+  "${MORTAL[@]}" timeout --kill-after=5 "$limit" "${SHARED[@]}" "$@" >"$WORK/running/$name" 2>&1 &
   wait $!
   code=$?
   echo "== $name ended with $code after $((SECONDS - begin)) s, $(left) s left" | tee -a "$WORK/running/$name"
@@ -189,7 +196,7 @@ case $CALL in
     else
       SAMPLED=timestamp,clocks.sm,power.draw,memory.used,temperature.gpu,clocks_event_reasons.active
       if command -v nvidia-smi >/dev/null; then
-        nvidia-smi --query-gpu="$SAMPLED" --format=csv -lms 500 >"$OUT/$NAME-gpu.csv" 2>/dev/null &
+        "${MORTAL[@]}" nvidia-smi --query-gpu="$SAMPLED" --format=csv -lms 500 >"$OUT/$NAME-gpu.csv" 2>/dev/null 8<&- &
         SAMPLER=$!
       fi
       beside beside_the_race

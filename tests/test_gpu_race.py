@@ -1,6 +1,7 @@
 """The race and the whole run of `bench/gpu.sh 0`: what is stored when the clock cuts them."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -67,6 +68,7 @@ def race_of_fakes(tmp_path, monkeypatch, *, slow=(), broken=(), dies=""):
     monkeypatch.setattr(one_race, "to_files", to_files)
     monkeypatch.setattr(one_race.limits, "rows", lambda run: [{"tflops": {"fp32": 1.0}}])
     monkeypatch.setitem(one_race.TIMED, True, 4.0)
+    monkeypatch.setitem(one_race.PREPARED, True, 12.5)  # so the first has half a second
     return run
 
 
@@ -79,6 +81,13 @@ def test_a_peer_that_is_not_ready_in_time_is_left_and_the_others_race(tmp_path, 
     assert all(len(rows[name]["seconds_per_image"]["rounds"]) == one_race.ROUNDS for name in ("ours", "diffusers"))
     assert len(rows["diffusers"]["ours_over"]["rounds"]) == one_race.ROUNDS
     assert not results.is_settled(stored, "peers") and results.is_settled(stored, "limits")
+
+
+def test_the_first_peer_leaves_the_next_one_time_to_be_prepared(tmp_path, monkeypatch):
+    run = race_of_fakes(tmp_path, monkeypatch, slow=("diffusers-compiled",))
+    run.raced = ("diffusers-compiled", "ours", "diffusers")
+    assert suite.measure(run, [one_race.MEASUREMENT], run.race_end) == ["peers"]
+    assert [row["peer"] for row in run.file.rows("peers") if "seconds_per_image" in row] == ["ours", "diffusers"]
 
 
 def test_only_the_peers_that_were_named_race(tmp_path, monkeypatch):
@@ -110,7 +119,8 @@ def test_a_peer_that_fails_in_its_turn_leaves_the_race_to_the_others(tmp_path, m
 
 
 def test_what_was_timed_is_stored_when_the_process_dies_and_a_second_try_keeps_it(tmp_path, monkeypatch):
-    for dies, timed in (("ours", ["diffusers", "upstream-tf32"]), ("diffusers", ["diffusers", "upstream-tf32"])):
+    timed = ["diffusers-compiled", "ours", "diffusers"]
+    for dies in ("upstream-tf32", "ours"):
         run = race_of_fakes(tmp_path, monkeypatch, dies=dies)
         with pytest.raises(KeyboardInterrupt):
             suite.measure(run, [one_race.MEASUREMENT], run.race_end)
@@ -158,6 +168,24 @@ def test_the_race_and_the_whole_run_of_a_small_model(tmp_path, monkeypatch, know
     assert list(rows) == ["diffusers", "ours", whole_run.PEER]
     assert rows["ours-run"]["images"] == whole_run.NUMBER[True] and rows["ours-run"]["images_per_second"] > 0
     assert all(row["batch"] == 2 for row in rows.values())
+
+
+def test_a_call_that_was_killed_leaves_nothing_at_work(tmp_path):
+    out, begun = tmp_path / "out", tmp_path / "begun"
+    os.mkfifo(begun)
+    python = tmp_path / "python"  # has an environment, and measures without end
+    python.write_text(
+        "#!/bin/sh\n[ $1 = -c ] && exec echo 2.11.0 False\n"
+        f"[ $2 = bench.environment ] || {{ echo >{begun}; exec sleep 300; }}\n"
+    )
+    python.chmod(0o755)
+    line, options = script(0, out, ONLY="race", PYTHON=str(python))
+    with subprocess.Popen(line, **options | {"stderr": subprocess.DEVNULL}, stdout=subprocess.DEVNULL) as process:
+        begun.read_text()
+        other = subprocess.run(line, **options)
+        assert other.returncode == 3 and f"another call is at work in OUT={out}" in other.stderr
+        process.kill()
+    assert subprocess.run(["flock", "--timeout", "20", out, "true"]).returncode == 0
 
 
 STATES = {
