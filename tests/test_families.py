@@ -197,6 +197,18 @@ def test_parts_of_other_kinds_of_models_are_refused(saved, tmp_path):
         ("qwen-image", "vae", {"dim_mult": [1, 2, 2, 2, 2]}, "a latent cell of the vae is 16 x 16 pixels"),
         ("sd3", "scheduler", {"shift": "x"}, "the scheduler's shift is 'x', expected a number"),
         ("sd3", "scheduler", {"shift": None}, "the scheduler's shift is None, expected a number"),
+        ("sdxl", "scheduler", {"_class_name": None}, "the scheduler's _class_name is None, expected text"),
+        ("sd3", "scheduler", {"_class_name": ["x"]}, "the scheduler's _class_name is ['x'], expected text"),
+        ("sdxl", "text_encoder_2", {"eos_token_id": [0, 0]}, "text_encoder_2's eos_token_id is [0, 0], expected a"),
+        ("sdxl", "unet", {"norm_eps": [0, 0]}, "the unet's norm_eps is [0, 0], expected a value such as 1e-05"),
+        ("sdxl", "unet", {"norm_num_groups": 1.5}, "the unet's norm_num_groups is 1.5, expected a value such as 32"),
+        (
+            "sdxl",
+            "unet",
+            {"reverse_transformer_layers_per_block": [1, 1, 1]},
+            "reverse_transformer_layers_per_block is",
+        ),
+        ("sd3", "vae", {"down_block_types": {}}, "the vae's down_block_types is {}, expected a value such as ("),
         ("sdxl", "scheduler", {"beta_start": None}, "the scheduler's beta_start is None, expected a number"),
         ("qwen-image", "scheduler", {"base_shift": None}, "the scheduler's base_shift is None, expected a number"),
         ("flux1", "scheduler", {"max_image_seq_len": None}, "the scheduler's max_image_seq_len is None, expected a n"),
@@ -205,6 +217,10 @@ def test_parts_of_other_kinds_of_models_are_refused(saved, tmp_path):
         ("sdxl", "text_encoder", {"num_attention_heads": -4}, "the setting 'num_attention_heads' is -4, expected 1"),
         ("z-image", "text_encoder", {"rms_norm_eps": None}, "the text_encoder's rms_norm_eps is None, expected a"),
         ("qwen-image", "text_encoder", {"text_config": None}, "the text_encoder's text_config is None, expected a"),
+        ("qwen-image", "text_encoder", {"text_config": {"rope_parameters": None}}, "rope_parameters is None, expected"),
+        ("sdxl", "unet", {"attention_head_dim": True}, "the unet's attention_head_dim is True, expected a value such"),
+        ("sdxl", "unet", {"transformer_layers_per_block": 0}, "transformer_layers_per_block is 0, expected 1 or more"),
+        ("sdxl", "unet", {"transformer_layers_per_block": [0, 1, 0]}, "_per_block is [0, 1, 0], expected 1 or more of"),
         ("flux1", "text_encoder_2", {"relative_attention_max_distance": 8}, "max_distance' is 8, expected 9 or more"),
         ("flux1", "text_encoder_2", {"relative_attention_num_buckets": 0}, "_num_buckets' is 0, expected 4 or more"),
         ("qwen-image", "vae", {"latents_mean": None}, "the vae's latents_mean is None, expected a number for each"),
@@ -250,6 +266,18 @@ def test_settings_that_make_no_sense_are_refused(saved, tmp_path, family, part, 
     folder = copy_of(saved(family), tmp_path)
     change(next((folder / part).glob("*config.json" if part else "model_index.json")), **values)
     assert said in refused(folder)
+
+
+@pytest.mark.parametrize("sections", [None, {}, [1, 1, 1], [1, 1.0, 2], [16, 24, 24]])
+def test_sections_of_a_head_that_do_not_fill_it_are_refused(saved, tmp_path, sections):
+    path = copy_of(saved("qwen-image"), tmp_path) / "text_encoder" / "config.json"
+    text = json.loads(path.read_text())["text_config"]
+    rope = text["rope_parameters"] | {"mrope_section": sections}
+    if sections == [16, 24, 24]:  # what the library takes for none
+        del rope["mrope_section"]
+    change(path, text_config=text | {"rope_parameters": rope})
+    said = f"mrope_section is {sections}, expected whole numbers whose sum is half a head, 4"
+    assert said in refused(path.parents[1])
 
 
 def test_parts_of_different_models_are_refused(saved, tmp_path):

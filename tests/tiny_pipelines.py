@@ -204,7 +204,7 @@ def flux1(width=32, layers=2, singles=2, text=32, is_dev=True, channels=4):
     )
 
 
-def flux2_klein(width=32, layers=1, singles=3, text=32, is_distilled=True, channels=4):
+def flux2_klein(width=32, layers=1, singles=3, text=32, is_distilled=True, channels=4, eps=1e-6):
     transformer = Flux2Transformer2DModel(
         in_channels=4 * channels,
         num_layers=layers,
@@ -215,6 +215,7 @@ def flux2_klein(width=32, layers=1, singles=3, text=32, is_distilled=True, chann
         timestep_guidance_channels=32,
         axes_dims_rope=(4, 4, 4, 4),
         guidance_embeds=False,
+        eps=eps,
     )
     autoencoder = vae(channels, AutoencoderKLFlux2, use_quant_conv=False, use_post_quant_conv=False)
     autoencoder.bn.running_mean.normal_()

@@ -71,6 +71,7 @@ class JointPlan:
     theta: float = 10000.0
     eps: float = 1e-6
     head_eps: float = 1e-6
+    last_eps: float = 1e-6  # of the norm before the last product
     padding: tuple[str, str] = ("", "")  # tokens that pad images and texts
     image_blocks: tuple[BlockPlan, ...] = ()  # of the image alone, before the others
     text_blocks: tuple[BlockPlan, ...] = ()
@@ -229,6 +230,7 @@ def flux2(config: Any, state: State) -> JointPlan:
         theta=config.rope_theta,
         eps=config.eps,
         head_eps=config.eps,
+        last_eps=config.eps,
     )
 
 

@@ -12,6 +12,7 @@ from datasetdm_fast.stages import Level
 from datasetdm_fast.untrusted.documents import quote
 
 USUAL_CHANNELS = 16  # of the autoencoder
+USUAL_SECTIONS = [16, 24, 24]  # numbers of a head of the text encoder that turn by time, row and column
 LENGTH = 512  # tokens of a text at most
 
 
@@ -50,8 +51,16 @@ def _check(configs: Read, source: str) -> Read:
 
 def _check_fit(model: LoadedModel) -> None:
     encoder: Any = model.configs["text_encoder"]
-    width = getattr(encoder, "text_config", encoder).hidden_size
-    check_widths(model, {"text": (model.configs["transformer"].joint_attention_dim, width)})
+    text = getattr(encoder, "text_config", encoder)
+    check_widths(model, {"text": (model.configs["transformer"].joint_attention_dim, text.hidden_size)})
+    sections = text.rope_parameters.get("mrope_section", USUAL_SECTIONS)
+    is_list, half = isinstance(sections, list), text.hidden_size // text.num_attention_heads // 2
+    if not is_list or not all(type(part) is int and part > 0 for part in sections) or sum(sections) != half:
+        raise Refused(
+            f"model: {model.name}: the text_encoder's mrope_section is {quote(sections)}, expected whole numbers whose "
+            f"sum is half a head, {half}",
+            DAMAGED,
+        )
     check_vocabularies(model)
 
 

@@ -32,7 +32,11 @@ UNET: dict[str, tuple[Any, ...]] = {  # settings -> what is supported, first wha
     "up_block_types": (["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],),
     "mid_block_type": ("UNetMidBlock2DCrossAttn",),
     "addition_embed_type": ("text_time",),
-    **dict.fromkeys(("class_embed_type", "encoder_hid_dim", "encoder_hid_dim_type", "num_class_embeds"), (None,)),
+    **dict.fromkeys(
+        "class_embed_type encoder_hid_dim encoder_hid_dim_type num_class_embeds "
+        "reverse_transformer_layers_per_block".split(),
+        (None,),
+    ),
 }
 SDXL_DEFAULTS = Defaults(1024, 50, 5.0)
 FULL_SIZE: Read = {  # of the base model
@@ -141,6 +145,13 @@ def _licence(configs: Configs) -> str:
 def _check(configs: Read, source: str) -> Read:
     check_settings(configs, source, "unet", UNET)
     check_channels(source, configs["unet"].get("in_channels", 4), configs["vae"])
+    depths = configs["unet"].get("transformer_layers_per_block", 1)
+    if 0 in ([depths] if isinstance(depths, int) else depths[1:]):
+        raise Refused(
+            f"model: {source}: the unet's transformer_layers_per_block is {quote(depths)}, expected 1 or more of each "
+            "block that has attention",
+            DAMAGED,
+        )
     if type(width := configs["unet"].get("addition_time_embed_dim")) is not int:
         raise Refused(
             f"model: {source}: the unet's addition_time_embed_dim is {quote(width)}, expected a whole number", DAMAGED

@@ -89,7 +89,7 @@ def _check_forms(
 def check_scheduler(config: Mapping[str, Any], source: Path | str, *, is_flow: bool = False) -> None:
     if is_flow:
         ignored = [] if config.get("use_dynamic_shifting") else DYNAMIC_SHIFTS
-        of_flow = {"num_train_timesteps": int, **dict.fromkeys(SHIFTS, float)}
+        of_flow = {"_class_name": str, "num_train_timesteps": int, **dict.fromkeys(SHIFTS, float)}
         _check_forms(config, source, of_flow, ["shift_terminal", *ignored])
         count, shift = config.get("num_train_timesteps", 1000), config.get("shift", 1.0)
         if not (0 < count <= MOST_TIMESTEPS and shift > 0 and 0 <= (config.get("shift_terminal") or 0) < 1):
@@ -100,6 +100,7 @@ def check_scheduler(config: Mapping[str, Any], source: Path | str, *, is_flow: b
             )
         return
     forms = {
+        "_class_name": str,
         "num_train_timesteps": int,
         "steps_offset": int,
         "beta_start": float,

@@ -57,6 +57,7 @@ TEXT_NUMBERS = {
     **dict.fromkeys(("layer_norm_epsilon", "rms_norm_eps"), 1e-6),
     **{DISTANCE: 128, BUCKETS: 32},
     **dict.fromkeys(("text_config", "vision_config"), {}),  # in whose place null builds a model of full size
+    "rope_parameters": {},
 }
 CLIP_NUMBERS = {"layer_norm_eps": 1e-5, "eos_token_id": 49407}
 # settings by which a library would fetch code, or import another library and run that
@@ -265,13 +266,10 @@ def _readable_settings(part: Part, config: Mapping[str, Any], source: Path) -> d
         usual = {key: known.default for key, known in inspect.signature(class_of(part).__init__).parameters.items()}
     for key, value in {**config, **(config.get("text_config") or {})}.items():
         expected = usual.get(key)
-        is_empty = value == [] and expected != ()
-        is_text = (isinstance(value, str) or is_empty) and isinstance(expected, (int, float, tuple))
-        is_nothing = value is None and type(expected) in (int, float, tuple, dict)  # of a switch it means no
         is_short = False
         if key.startswith("axes_") and isinstance(expected, (list, tuple)):
             is_short = not isinstance(value, (list, tuple)) or len(value) != len(expected)
-        if is_text or is_nothing or is_short:
+        if is_short or not _could_replace(value, expected, takes_lists=library == "diffusers"):
             raise Refused(
                 f"model: {source.parent}: the {source.name}'s {key} is {documents.quote(value)}, expected a value such "
                 f"as {expected!r}",
@@ -281,6 +279,20 @@ def _readable_settings(part: Part, config: Mapping[str, Any], source: Path) -> d
         return dict(config)
     known = {*usual} - {"self"} | {"_class_name", "_diffusers_version"}
     return {key: value for key, value in config.items() if key in known}
+
+
+def _could_replace(value: Any, expected: Any, *, takes_lists: bool) -> bool:
+    """Whether a setting's value has a form of its usual one, of whole numbers maybe one for each block."""
+    if not isinstance(expected, (int, float, tuple, dict)):
+        return True
+    if value is None:
+        return isinstance(expected, bool)  # of a switch it means no
+    if isinstance(value, list):
+        return expected == () or value != [] and takes_lists and not isinstance(expected, float)
+    if isinstance(value, (str, dict)):
+        return type(value) is type(expected)
+    is_whole = not isinstance(value, float) or value.is_integer()
+    return not (isinstance(value, bool) or isinstance(expected, int) and not is_whole) or isinstance(expected, bool)
 
 
 @contextmanager

@@ -21,7 +21,6 @@ from datasetdm_fast.engine.backbones.mmdit_plans import PADDED_TOKENS, BlockPlan
 from datasetdm_fast.engine.models.layers import Linear, Weights, frozen, join_heads
 from datasetdm_fast.engine.models.unet import make_waves
 
-LAST_EPS = 1e-6  # of the layer norm before the last product
 Vectors = Mapping[str, Tensor]  # scales, shifts and gates [R or 1, D] of the norms of a stream
 
 
@@ -295,7 +294,7 @@ class MMDiT(nn.Module):
             parts = block(parts, vectors(block), turns, keys, number, reader)
         last = dict(zip(plan.final, self.last(F.silu(embedded)).chunk(len(plan.final), -1)))
         x = parts[0].total(plan.eps)[:, : side * side]
-        _, normed = self.ops.ada_norm(*Tokens(x), last["scale1"], last.get("shift1"), None, LAST_EPS)
+        _, normed = self.ops.ada_norm(*Tokens(x), last["scale1"], last.get("shift1"), None, plan.last_eps)
         cells = self.exit(normed).mT.unflatten(2, (side, side))
         return F.pixel_shuffle(cells, plan.patch) if plan.patch > 1 else cells
 
