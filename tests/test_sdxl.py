@@ -1,5 +1,6 @@
 """Stable Diffusion XL by the fast engine, against its oracle: blocks of several depths, one row an image and two."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from datasetdm_fast.data import Request
 from datasetdm_fast.engine.backbones.sdxl import SDXL
 from datasetdm_fast.engine.decoders.checkpoint import for_inference, seeded_decoders
 from datasetdm_fast.engine.engines import build_engine
-from datasetdm_fast.engine.loading import load_model
+from datasetdm_fast.engine.loading import in_memory, load_model
 from datasetdm_fast.engine.loading.in_memory import model_of
 from datasetdm_fast.engine.loading.model import ConfigFile
 from datasetdm_fast.engine.loop.calls import call_text
@@ -102,3 +103,16 @@ def test_latents_of_channels_with_their_own_mean_and_spread_are_decoded():
     latents = torch.randn(2, *model.latent_shape())
     fast, truth = (build_engine(name, model, device="cpu").decode_image(latents).int() for name in ("fast", "torch"))
     assert model.latents.mean and (fast - truth).abs().max() <= 1
+
+
+def test_of_a_pipeline_in_memory_one_network_is_copied_at_a_time(monkeypatch):
+    read, copied = in_memory.state_of, []
+
+    def read_alone(module, name):
+        assert all(tensor() is None for tensor in copied), f"another network's weights are there beside the {name}"
+        state = read(module, name)
+        copied.extend(map(weakref.ref, state.values()))
+        return state
+
+    monkeypatch.setattr(in_memory, "state_of", read_alone)
+    assert len(model_of(tiny_pipelines.build("sdxl"), tiny_pipelines.SIZE).networks) == 4 and len(copied) > 100

@@ -42,9 +42,9 @@ def model_of(pipe: Any, size: int = 0) -> Model:
     read = {name: _config_of(part) for name, part in present.items()}
     configs = backbone.check(read | _index_of(pipe), origin) | {SCHEDULER: read[SCHEDULER]}
     check_scheduler(configs[SCHEDULER], origin, is_flow=backbone.flow is not None)
-    states = {name: state_of(present[name], name) for name in backbone.networks if name in present}
-    networks = {name: Network.of(copy_module(present[name], state)) for name, state in states.items()}
-    digests = {name: digest_of(state) for name, state in states.items()}
+    copies = {name: _copy_network(present[name], name) for name in backbone.networks if name in present}
+    networks = {name: network for name, (network, _) in copies.items()}
+    digests = {name: digest for name, (_, digest) in copies.items()}
     serialised = json.dumps(configs[SCHEDULER], sort_keys=True, default=str).encode()
     digests |= {name: _words(tokenizer) for name, tokenizer in tokenizers.items()}
     digests |= {SCHEDULER: f"sha256:{hashlib.sha256(serialised).hexdigest()}"}
@@ -64,6 +64,12 @@ def model_of(pipe: Any, size: int = 0) -> Model:
         configs["model_index"],
     )
     return check_model(model)
+
+
+def _copy_network(part: nn.Module, name: str) -> tuple[Network, str]:
+    """A network of a pipeline in memory of its own, and the digest of its weights, whose tensors are then freed."""
+    state = state_of(part, name)
+    return Network.of(copy_module(part, state)), digest_of(state)
 
 
 def _config_of(part: Any) -> dict[str, Any]:
