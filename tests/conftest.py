@@ -158,6 +158,13 @@ def cache_of_its_own(tmp_path_factory):
     os.environ["DATASETDM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_forking_process(tmp_path_factory):
+    """All workers of xdist ask the same process for programs, whose socket lies in the folder that they share."""
+    folder = tmp_path_factory.getbasetemp()
+    os.environ["DATASETDM_FORKING"] = str((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "f")
+
+
 @pytest.fixture(autouse=True)
 def signals_are_given_back():
     """A command that a test ran as the last of its process would end a later test that sends a signal."""

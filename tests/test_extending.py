@@ -10,12 +10,11 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import tiny_pipelines
@@ -325,14 +324,7 @@ def test_everything_the_recipes_add_is_used_by_the_commands(tmp_path):
     }
     environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
     judged = ["-q", "-p", "no:cacheprovider", "-k", "quick_gelu", str(HERE / "tests" / "test_kernels.py")]
-    ended = subprocess.run(
-        [sys.executable, "-c", COMMANDS, *judged, json.dumps(lines)],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
+    ended = forked.run(["-c", COMMANDS, *judged, json.dumps(lines)], cwd=tmp_path, env=environment, timeout=500)
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout)
     assert found.pop("package") == str(root / "datasetdm_fast" / "__init__.py")

@@ -4,12 +4,12 @@ entry points; what is broken is named.
 
 import json
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import numpy as np
 import pytest
 import tiny_pipelines
@@ -528,13 +528,8 @@ def test_commands_run_them_by_name(installed, tmp_path):
         (["audit", "edges"], 0, ""),
     ]
     lines += edges if IS_LONG else []
-    ended = subprocess.run(
-        [sys.executable, "-c", COMMANDS, json.dumps([line for line, _, _ in lines])],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": paths},
-    )
+    program = ["-c", COMMANDS, json.dumps([line for line, _, _ in lines])]
+    ended = forked.run(program, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths})
     assert ended.returncode == 0, ended.stderr
     *found, count, is_late, parts, (bad, *mixed), (slow, torn) = json.loads(ended.stdout)
     for (code, says), (line, ended_with, said) in zip(found, lines, strict=True):

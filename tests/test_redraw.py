@@ -4,8 +4,6 @@ import hashlib
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import unicodedata
 from dataclasses import replace
@@ -14,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked import ForkedPython
 from PIL import Image
 from pycocotools.coco import COCO
 from rendered import document, rendered
@@ -204,7 +203,7 @@ def test_source_labels_are_taken_over(source, tmp_path):
 def test_kill_9_and_the_same_line_give_the_same_bytes(source, varied, tmp_path):
     out = tmp_path / "out"
     line = [str(source), *VARY, "--out", str(out), "--quiet"]
-    process = subprocess.Popen([sys.executable, "-m", "datasetdm_fast.vary", *line])
+    process = ForkedPython(["-m", "datasetdm_fast.vary", *line])
     while process.poll() is None and not (out / "images").exists():
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)

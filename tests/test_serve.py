@@ -8,7 +8,6 @@ import io
 import json
 import socket
 import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ import numpy as np
 import pytest
 import yaml
 from browser import Watched, browser
+from forked import ForkedPython
 from PIL import Image
 
 from datasetdm_fast import Pipeline, generate
@@ -419,8 +419,8 @@ def test_the_page_shows_an_image_and_its_labels(service):
 
 
 def test_the_command_serves_until_a_signal_and_answers_what_was_asked(tmp_path):
-    line = [sys.executable, "-m", "datasetdm_fast.serve", "--port", "0", "--quiet"]
-    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+    line = ["-m", "datasetdm_fast.serve", "--port", "0", "--quiet"]
+    with ForkedPython(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
         address = process.stdout.readline().strip()
         running = SimpleNamespace(port=int(address.rpartition(":")[2]))
         assert ask(running, "/healthz").json["status"] == "ok"

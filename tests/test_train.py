@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from browser import Watched, browser
+from forked import ForkedPython
 from layouts import LAYOUTS, save
 from PIL import Image
 from safetensors.torch import load_file
@@ -685,27 +686,13 @@ def test_figures_are_those_of_the_weights_that_are_written(run, tmp_path, monkey
     assert all(torch.equal(scored[-1][name], value.float()) for name, value in written.items())
 
 
-def environment(**more):
-    return {**os.environ, **more}
-
-
 def command(captures, out, *arguments):
-    return [
-        sys.executable,
-        "-m",
-        "datasetdm_fast.train",
-        *SMALL,
-        "--cache-dir",
-        str(captures),
-        "--out",
-        str(out),
-        *arguments,
-    ]
+    return ["-m", "datasetdm_fast.train", *SMALL, "--cache-dir", str(captures), "--out", str(out), *arguments]
 
 
 def killed(line, out, steps):
     """The process that was killed when it had logged so many steps."""
-    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=environment())
+    process = ForkedPython(line, stderr=subprocess.PIPE, text=True)
     log = out / "depth" / "training" / "log.jsonl"
     until = time.monotonic() + 120
     while not (log.exists() and len(log.read_bytes().splitlines()) >= steps):
@@ -747,10 +734,10 @@ def test_killed_and_interrupted_it_ends_with_the_same_bits(run, captures, tmp_pa
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", interrupted)
-        assert train.main(line[3:]) == 130
+        assert train.main(line[2:]) == 130
     assert "stopped; resume with: python -m datasetdm_fast.train" in capsys.readouterr().err
     assert (out / "depth" / "training" / checkpoint.NAME).exists()
-    assert train.main(line[3:]) == 0 and not half.exists()
+    assert train.main(line[2:]) == 0 and not half.exists()
     assert run(*arguments, out="calm") == 0
     assert weights(out) == weights(tmp_path / "calm") and losses(out) == losses(tmp_path / "calm")
     assert (out / "depth" / "training" / "result.json").read_bytes() == (
