@@ -12,6 +12,7 @@ import pytest
 import skips
 import torch
 from foreign_domains import DOMAINS, write_domain
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from bench.world.hard.reader import register
@@ -264,7 +265,7 @@ def test_the_self_check_reads_captions_from_all_over_the_data_that_the_text_enco
     def chosen(count, long=()):
         items = [SimpleNamespace(caption=f"{k} is here" + " and long" * (k in long)) for k in range(count)]
         session = SimpleNamespace(engine=SimpleNamespace(model=model), split=(range(count), ()), source=items)
-        return [int(text.split()[0]) for text in workflow._choose_captions(session)]
+        return [int(item.caption.split()[0]) for item in workflow._choose_captioned(session)]
 
     assert chosen(5) == [0, 1, 2, 3, 4] and chosen(5, long=(1, 3)) == [0, 2, 4] and chosen(2, long=(0, 1)) == []
     assert chosen(32) == [*range(0, 32, 2)]
@@ -315,6 +316,40 @@ def test_the_domain_is_measured_on_pictures_from_all_over_the_data(monkeypatch):
     ]
     assert sum(batches, []) == list(range(count)) and max(map(len, batches)) == 8
     assert len(measured(301)[1]) == 800 and asked[-1][1] == [k * 301 // 200 for k in range(200)]
+
+
+@pytest.mark.parametrize(("named", "outside"), [(None, 16), (("ball",), 0)])
+def test_a_model_may_draw_captions_that_are_lists_of_names_otherwise(named, outside, monkeypatch, tmp_path):
+    learned, moved = replace(learn(), model=2.0), np.zeros((D, 1, 1), np.float32)
+    moved[:3, 0, 0] = 0.3 * learned.pictures.scale[:3] * (1, -1, 1)
+    drawn = (sketches(16, seed=8) + moved).astype(np.float32)
+    assert 1 / 3 < learned.pictures.distance_of_mean(drawn.mean((2, 3))) < 1 / 2
+
+    class Drawing:
+        def __init__(self, engine):
+            self.engine = SimpleNamespace(suggested_batch=lambda: 16)
+
+        def __call__(self, captions, **_):
+            requests = [Request(k, caption, k) for k, caption in enumerate(captions)]
+            trust = Trust(domain=max(0.5, decoder.domain.model))  # as it was measured before
+            samples = [Sample(request, np.zeros(0), {}, {}, trust) for request in requests]
+            return SimpleNamespace(samples=samples)
+
+    monkeypatch.setattr(workflow, "Pipeline", Drawing)
+    monkeypatch.setattr(workflow, "build_engine", lambda *_, **__: None)
+    monkeypatch.setattr(workflow, "_sketch_samples", lambda *_: drawn)
+
+    def tokenizer(text):
+        return SimpleNamespace(input_ids=[])
+
+    tokenizer.model_max_length = 77
+    model = SimpleNamespace(tokenizer=tokenizer, defaults=SimpleNamespace(steps=2))
+    engine = SimpleNamespace(name="fast", model=model, device="cpu", fingerprint=lambda: {"dtype": "fp32"})
+    items = [SimpleNamespace(caption="a photo of a ball", named=named)] * 16
+    session = SimpleNamespace(engine=engine, source=items, split=(range(16), ()))
+    decoder = SimpleNamespace(domain=learned, config=SimpleNamespace(task="semantic"))
+    check = workflow.check_itself(session, decoder, tmp_path)
+    assert check.outside == outside
 
 
 def test_what_a_training_is_told_to_be_wrong_with():
@@ -442,6 +477,23 @@ def test_the_model_has_to_draw_what_was_taught(world_name, is_marked, model, tmp
     reason = "the model does not draw what semantic learned from"
     samples = draw_by(decoder, captions, model, steps=8)
     assert [reason in sample.trust.reasons for sample in samples] == [is_marked] * 16
+
+
+@skips.long_test
+@pytest.mark.parametrize(("world_name", "is_marked"), [("hard", True), ("demo", False)])
+def test_the_model_has_to_draw_what_was_taught_without_captions(world_name, is_marked, tmp_path):
+    """From lists of class names, wall and table among them, the demo model draws crowds of things."""
+    folder, classes = tmp_path / "pictures", WORLDS[world_name].classes
+    for part in ("images", "masks"):
+        (folder / part).mkdir(parents=True)
+    (folder / "classes.txt").write_text("\n".join(classes) + "\n")
+    for k in range(40):
+        view = WORLDS[world_name].view(800_000 + k, 128)
+        Image.fromarray(view.image).save(folder / "images" / f"{k:04d}.png")
+        Image.fromarray(view.semantic).save(folder / "masks" / f"{k:04d}.png")
+    decoder = teach(f"folder:{folder}", tmp_path, "--steps", "80", "--draws", "4")
+    samples = draw_by(decoder, ["a photo of a ball, a table", "a red cube on a black table"] * 8, steps=8)
+    assert [sample.trust.domain > 1 for sample in samples] == [is_marked] * 16
 
 
 @skips.long_test

@@ -19,6 +19,7 @@ from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.engines.device import is_out_of_memory, slow_in_fp16
 from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.loop.inversion import invert_for
+from datasetdm_fast.engine.pictures.labelled import Labelled
 from datasetdm_fast.engine.pipeline import Pipeline
 from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.training import checkpoint, page, report
@@ -227,22 +228,25 @@ def check_itself(session: TrainingSession, decoder: Decoder, folder: Path) -> Se
     if decoder.domain is None:
         return None
     task, engine = decoder.config.task, session.engine
-    if not (captions := _choose_captions(session)):
+    if not (items := _choose_captioned(session)):
         return None
+    captions = [item.caption for item in items]
+    is_stored = all(item.named is None for item in items)
     options = {"dtype": engine.fingerprint()["dtype"], "device": str(engine.device)}
+    measured = decoder.domain = replace(decoder.domain, model=0.0)  # which is measured anew
     try:
         pipeline = Pipeline(build_engine(engine.name, engine.model, {task: decoder}, **options))
         size = min(len(captions), pipeline.engine.suggested_batch())
         steps = min(CHECK_STEPS, engine.model.defaults.steps)
         samples = pipeline(captions, tasks=(task,), steps=steps, batch_size=size).samples
-        measured = decoder.domain
         if len(samples) >= LEAST_IMAGES:
-            measured = measured.with_generated(_sketch_samples(pipeline.engine, task, samples))
+            farthest = domain.FARTHEST_MEAN if is_stored else domain.FARTHEST_OF_NAMES
+            measured = measured.with_generated(_sketch_samples(pipeline.engine, task, samples), farthest)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         return None
-    if measured.model:
+    if len(samples) >= LEAST_IMAGES:
         domain.write_domain(folder, measured)
     trusts = [sample.trust or Trust() for sample in samples]
     distances = [max(trust.domain or 0.0, measured.model if measured.model > 1 else 0.0) for trust in trusts]
@@ -266,11 +270,11 @@ def _sketch_samples(engine: Engine, task: str, samples: Sequence[Sample]) -> np.
     return np.concatenate(sketches)
 
 
-def _choose_captions(session: TrainingSession) -> list[str]:
-    """Captions of training images from all over the data, of those that the text encoder reads whole."""
+def _choose_captioned(session: TrainingSession) -> list[Labelled]:
+    """Training images from all over the data, of those whose captions the text encoder reads whole."""
     tokenizer, numbers = session.engine.model.tokenizer, session.split[0]
-    captions = [session.source[number].caption for number in numbers[:: -(-len(numbers) // CHECK_CAPTIONS)]]
-    short = [text for text in captions if len(tokenizer(text).input_ids) <= tokenizer.model_max_length]
+    items = [session.source[number] for number in numbers[:: -(-len(numbers) // CHECK_CAPTIONS)]]
+    short = [item for item in items if len(tokenizer(item.caption).input_ids) <= tokenizer.model_max_length]
     count = min(CHECK_SAMPLES, len(short))
     return [short[k * len(short) // count] for k in range(count)]
 

@@ -35,7 +35,8 @@ LEAST_IMAGES = 8  # pictures below which their spread is unknown
 LEAST_SHOWN = 4  # pictures that show a class, below which its mean is that of all classes
 FOLDS = 5
 LEAST_SHARE = 1 / 100  # of the picture: smaller things are not described
-FARTHEST_MEAN = 1 / 3  # of generated pictures from the mean of those taught, in typical distances of a picture
+FARTHEST_MEAN = 1 / 3  # of generated pictures from the mean of those taught, in typical distances of a picture,
+FARTHEST_OF_NAMES = 1 / 2  # and where captions are lists of names: a model draws these otherwise than sentences
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,11 @@ class Domain:
     pictures: Spread
     things: Spread | None  # None for labels without classes
     classes: tuple[str, ...]  # of the means of things but the last, which is that of all
-    model: float = 0.0  # distance of what the model draws of the training captions, over FARTHEST_MEAN; 0 is unknown
+    model: float = 0.0  # distance of what the model draws of the training captions, over the farthest; 0 is unknown
 
-    def with_generated(self, sketches: np.ndarray) -> Domain:
+    def with_generated(self, sketches: np.ndarray, farthest: float = FARTHEST_MEAN) -> Domain:
         """The domain with the distance of its model, by sketches [N, D, h, w] of pictures of training captions."""
-        return replace(self, model=self.pictures.distance_of_mean(sketches.mean((2, 3))) / FARTHEST_MEAN)
+        return replace(self, model=self.pictures.distance_of_mean(sketches.mean((2, 3))) / farthest)
 
     def measure(self, sketch: np.ndarray, label: Annotation) -> DomainDistance:
         """The distance of a picture by its sketch [D, h, w], and of each class that its label shows."""
