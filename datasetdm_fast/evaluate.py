@@ -12,6 +12,7 @@ from datasetdm_fast.command_line.output import print_lines, print_plan
 from datasetdm_fast.command_line.progress import CountProgress
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.training.evaluation.settings import ANY_SIZE, EvaluateConfig
+from datasetdm_fast.training.truth.selection import EVERYTHING
 from datasetdm_fast.untrusted.documents import one_line
 
 EXAMPLES = (
@@ -27,7 +28,7 @@ def main(config: EvaluateConfig, command: CommandLine) -> int:
     from datasetdm_fast.training.evaluation.measure import evaluate_decoders, figures_table
 
     # Without a selection, which reads images; a bad data set is refused before a model loads.
-    sources = {address: config.open_whole(address, ANY_SIZE, config.tasks) for address in config.addresses}
+    sources = {address: config.open_data(address, ANY_SIZE, config.tasks, EVERYTHING) for address in config.addresses}
     print_lines(config, *(f"{address}: {source.layout}" for address, source in sources.items() if source.layout))
     names = naming.parse_names(config.class_names, sources.values())
     if config.dry_run:
@@ -39,7 +40,7 @@ def main(config: EvaluateConfig, command: CommandLine) -> int:
         with CountProgress(len(source), "image", address, config.quiet) as progress:
             results[address], bad = evaluate_decoders(
                 *(engine, config.decoder, address, source.tasks, config.task),
-                lambda address, labels: config.open_selected(address, engine.model.size, labels),
+                lambda address, labels: config.open_data(address, engine.model.size, labels, config.selection()),
                 config.score_settings(),
                 names=names if config.class_names else None,
                 is_auto=naming.AUTO in config.class_names,

@@ -20,7 +20,7 @@ _PROCESS = secrets.randbelow(
     10**9
 )  # as on another machine, or in another container, a process may have this one's number
 _TEMPORARY = re.compile(r"\.(.+)\.(\d+)\.part(-wal|-shm|-journal)?")
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk has no room left, or the user may take no more of it
 FULL = "the disk is full"  # the cause of a refusal
 _CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES)
 FILES_PER_SYNC = 64  # files written before the first of them is synced: the disk then joins their journal entries
@@ -185,14 +185,9 @@ def forget(part: Path) -> None:
         syscall("unlink", os.unlink, part)
 
 
-def is_full(error: OSError) -> bool:
-    """Whether a call failed because the disk has no room left, or the user may take no more of it."""
-    return error.errno in _FULL
-
-
 def refusal(error: OSError, path: str | Path) -> Missing:
     """The error of a command for an error of the disk."""
-    if is_full(error):
+    if error.errno in _FULL:
         return Missing(f"{path}: {FULL}", "Free some space and run the same command again: it resumes.")
     alike = named_alike(Path(path)) if error.errno == errno.ENOENT else ""
     return Missing(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import onnx
@@ -344,8 +345,8 @@ class Graph:
 def trace_module(module: nn.Module, graph: Graph, prefix: str) -> nn.Module:
     """`module` with its weights as constants of `graph` and its parts named in it; it is of no other use afterwards."""
 
-    def entering(name: str) -> Callable[..., None]:
-        return lambda *_: graph.scope.append(name)
+    def enter(name: str, *_: Any) -> None:
+        graph.scope.append(name)
 
     def leave(*_: Any) -> None:
         graph.scope.pop()
@@ -360,6 +361,6 @@ def trace_module(module: nn.Module, graph: Graph, prefix: str) -> nn.Module:
                     held[key] = graph.constant(tensor.detach(), name=f"{place}.{key}")
         for hooks in (part._forward_pre_hooks, part._forward_hooks):
             hooks.clear()
-        part.register_forward_pre_hook(entering(place))
+        part.register_forward_pre_hook(partial(enter, place))
         part.register_forward_hook(leave)
     return module

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from datasetdm_fast.disk import storage
-from datasetdm_fast.disk.locks import cache_folder
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export.staging import fill_alone, print_line
 from datasetdm_fast.untrusted import documents
@@ -203,8 +202,3 @@ def sibling(path: Path, suffix: str) -> Path:
     match = FILE_NAME.fullmatch(path.name)
     assert match, path
     return path.with_name(match[1] + suffix)
-
-
-def cached_plans() -> Path:
-    """The folder of the cache with a folder of plans for each model, its decoders, precision and size."""
-    return cache_folder() / "engines"

@@ -31,10 +31,6 @@ def _is_distilled(configs: Configs) -> bool:
     return bool(configs["model_index"].get("is_distilled"))
 
 
-def _text(configs: Configs) -> tuple[int, int]:
-    return LENGTH, configs["transformer"].joint_attention_dim
-
-
 def _levels(configs: Configs, size: int, halves: int) -> tuple[Level, ...]:
     network = configs["transformer"]
     heads = network.num_attention_heads
@@ -83,7 +79,7 @@ FLUX2_KLEIN = Backbone(
     denoiser="transformer",
     guidance=lambda configs: "none" if _is_distilled(configs) else "cfg",
     latents=lambda configs: Latents(configs["transformer"].in_channels, 16),
-    text=_text,
+    text=lambda configs: (LENGTH, configs["transformer"].joint_attention_dim),
     multiple=16,
     flow=FlowRule("uniform", "empirical"),
     patch=1,

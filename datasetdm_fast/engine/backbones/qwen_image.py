@@ -16,10 +16,6 @@ USUAL_SECTIONS = [16, 24, 24]  # numbers of a head of the text encoder that turn
 LENGTH = 512  # tokens of a text at most
 
 
-def _text(configs: Configs) -> tuple[int, int]:
-    return LENGTH, configs["transformer"].joint_attention_dim
-
-
 def _levels(configs: Configs, size: int, halves: int) -> tuple[Level, ...]:
     network = configs["transformer"]
     heads = network.num_attention_heads
@@ -76,7 +72,7 @@ QWEN_IMAGE = Backbone(
     denoiser="transformer",
     guidance=lambda configs: "cfg",
     latents=_latents,
-    text=_text,
+    text=lambda configs: (LENGTH, configs["transformer"].joint_attention_dim),
     multiple=16,
     flow=FlowRule("uniform"),
     levels=_levels,

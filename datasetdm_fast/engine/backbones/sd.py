@@ -18,7 +18,6 @@ from datasetdm_fast.engine.backbones.record import (
     ANOTHER,
     Backbone,
     Configs,
-    Guidance,
     Latents,
     LoadedModel,
     Part,
@@ -203,14 +202,6 @@ def levels(unet: Mapping[str, Any], tokens: int, size: int) -> tuple[Level, ...]
     return (low, *rest)
 
 
-def _guidance(configs: Configs) -> Guidance:
-    return "cfg"
-
-
-def _latents(configs: Configs) -> Latents:
-    return Latents(channels=4, pixels=PIXELS, scale=configs["vae"].scaling_factor)
-
-
 def _text(configs: Configs) -> tuple[int, int]:
     text = configs["text_encoder"]
     return text.max_position_embeddings, text.hidden_size
@@ -237,8 +228,8 @@ SD = Backbone(
         "vae": Part("vae", ("diffusers:AutoencoderKL",)),
     },
     denoiser="unet",
-    guidance=_guidance,
-    latents=_latents,
+    guidance=lambda configs: "cfg",
+    latents=lambda configs: Latents(channels=4, pixels=PIXELS, scale=configs["vae"].scaling_factor),
     text=_text,
     multiple=64,
     flow=None,

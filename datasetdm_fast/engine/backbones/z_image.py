@@ -21,10 +21,6 @@ LENGTH = 512  # tokens of a text at most
 TURBO_SHIFT = 3.0  # of the schedule; the base model has 6
 
 
-def _text(configs: Configs) -> tuple[int, int]:
-    return LENGTH, configs["transformer"].cap_feat_dim
-
-
 def _levels(configs: Configs, size: int, halves: int) -> tuple[Level, ...]:
     network = configs["transformer"]
     return joint_levels(network.n_layers, network.dim, network.n_heads, LENGTH, size, network.in_channels)
@@ -60,7 +56,7 @@ Z_IMAGE = Backbone(
     denoiser="transformer",
     guidance=lambda configs: "cfg",
     latents=lambda configs: scaled_latents(configs["vae"]),
-    text=_text,
+    text=lambda configs: (LENGTH, configs["transformer"].cap_feat_dim),
     multiple=16,
     most_pixels=lambda configs: 16 * min(configs["transformer"].axes_lens[1:]),
     flow=FlowRule("uniform-fp32"),

@@ -133,9 +133,9 @@ class Model:
         """Arguments of make_schedule for a flow-matching model, none for others."""
         return {} if self.backbone.flow is None else {"flow": self.backbone.flow, "tokens": self.image_tokens}
 
-    def latent_shape(self, size: int = 0) -> tuple[int, int, int]:  # C, h, w
-        """Of the latents of a square image, by default of the model's size."""
-        side = (size or self.size) // self.latents.pixels
+    def latent_shape(self) -> tuple[int, int, int]:  # C, h, w
+        """Of the latents of an image."""
+        side = self.size // self.latents.pixels
         return self.latents.channels, side, side
 
     def with_modules(self, **modules: nn.Module) -> Model:

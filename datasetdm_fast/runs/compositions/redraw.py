@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from datasetdm_fast.config import EXACT
 from datasetdm_fast.data import Request, Sample
 from datasetdm_fast.engine.engines.engine import Engine
-from datasetdm_fast.engine.labels.names import LabelName
+from datasetdm_fast.engine.labels.names import task_of_label
 from datasetdm_fast.engine.loop import prompts
 from datasetdm_fast.engine.loop.calls import Beginning, initial_latents
 from datasetdm_fast.engine.loop.plan import Plan
@@ -180,8 +180,9 @@ def prepare(redrawing: Redrawing, folder: Path, machine: RedrawMachine) -> Job:
     engine, decoders = open_engine(model, engine_settings, config.task, stored, guidance=sampling.guidance)
     _check_weights(redrawing.source, engine, decoders)
     words = tuple(source["plan"].get("words", ()))
-    # Labels of other packages do not list the requested words; the plan of the run does.
-    requested = [table["classes"][1:] for label, table in source["labels"].items() if _has_words(label)]
+    # Tables hold requested words after the background. Those of other packages do not; the plan of the run does.
+    worded = [label for label in source["labels"] if task_of_label(label) == "open-vocabulary"]
+    requested = [table["classes"][1:] for label, table in source["labels"].items() if label in worded]
     query_words = requested[0] if requested else words
     recipe = recipe_of(sampling, labels, engine, query_words, choice.strength, table_of(source))
     redrawing.check_words(engine)
@@ -204,11 +205,6 @@ def prepare(redrawing: Redrawing, folder: Path, machine: RedrawMachine) -> Job:
         prepared = replace(merge_with_stored(prepared, stored), done=count_rows(folder))
     check_room(prepared)
     return prepared
-
-
-def _has_words(label: str) -> bool:
-    """Whether words are requested of the decoder of a label, which its table then holds after the background."""
-    return LabelName.parse(label).task == "open-vocabulary"
 
 
 def _run_config(redrawing: Redrawing, folder: Path, machine: RedrawMachine) -> RunConfig:

@@ -132,9 +132,9 @@ def _schema(plan: ExportPlan) -> Any:
     """Columns with the features of `datasets` as metadata."""
     import pyarrow as pa
 
-    def list_of(inner: Any, length: int = -1) -> tuple[Any, dict[str, Any]]:
+    def list_of(inner: Any) -> tuple[Any, dict[str, Any]]:
         kind, feature = inner
-        return pa.list_(kind), {"feature": feature, "length": length, "_type": "Sequence"}
+        return pa.list_(kind), {"feature": feature, "length": -1, "_type": "Sequence"}
 
     def value(name: str) -> tuple[Any, dict[str, Any]]:
         return pa.type_for_alias(name), {"dtype": name, "_type": "Value"}

@@ -29,6 +29,7 @@ from datasetdm_fast.stages import Level
 from datasetdm_fast.training.captures.views import TrainingViews
 
 DIGEST = 32  # bytes
+BATCH_SIZE = 12  # views of a call, or fewer where memory is short
 SHARE = 0.5  # of the free disk that more captures may take by default
 DAY = 86400.0  # seconds, after which a half-written shard has no writer any more
 UNUSED = 30  # days without a training that needs it, after which the next one deletes a shard
@@ -214,7 +215,6 @@ def cache_captures(
     views: TrainingViews,
     inversion: Inversion,
     folder: Path,
-    batch_size: int = 12,
     on_views: Callable[[int], None] = lambda count: None,
 ) -> StoredCaptures:
     """The captures of all views; missing or damaged ones are computed now."""
@@ -228,9 +228,7 @@ def cache_captures(
                 missing[path] = timestep
         if missing:
             needed = replace(inversion, timesteps=tuple(missing.values()))
-            for path, rows in zip(
-                missing, _compute(engine, views, items, seeds, needed, layout, batch_size), strict=True
-            ):
+            for path, rows in zip(missing, _compute(engine, views, items, seeds, needed, layout), strict=True):
                 content = rows.tobytes()
                 storage.publish({path: [content, hashlib.sha256(content).digest()]})
         on_views(draws)
@@ -263,10 +261,10 @@ def _compute(
     seeds: Sequence[int],
     inversion: Inversion,
     layout: Layout,
-    batch_size: int,
 ) -> np.ndarray:
     """[calls, views, numbers] fp16 of one image's views."""
     rows: list[np.ndarray] = []
+    batch_size = BATCH_SIZE
     while (start := sum(part.shape[1] for part in rows)) < len(items):
         part = slice(start, start + batch_size)
         try:

@@ -11,7 +11,7 @@ from datasetdm_fast.config import SEEDS, TASKS
 from datasetdm_fast.engine.labels.names import tasks_of
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.settings import EngineSettings, ModelSettings, OutputSettings, setting
-from datasetdm_fast.training.truth.selection import EVERYTHING, DataSettings, Selection
+from datasetdm_fast.training.truth.selection import DataSettings, Selection
 
 if TYPE_CHECKING:  # these import torch, which --help does without
     from datasetdm_fast.engine.pictures.labelled import LabelledSource
@@ -83,17 +83,11 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
     def tasks(self) -> tuple[str, ...]:
         return tasks_of(self.task)
 
-    def open_whole(
-        self, address: str, size: int, tasks: Sequence[str], selection: Selection = EVERYTHING
-    ) -> LabelledSource:
-        """A data set without the selection of images, unless one is given."""
+    def open_data(self, address: str, size: int, tasks: Sequence[str], selection: Selection) -> LabelledSource:
         from datasetdm_fast.training.readers import open_data
 
         options = {"skip_bad": self.skip_bad, "framing": self.framing, "selection": selection}
         return open_data(address, size, tasks=tasks, **options)
-
-    def open_selected(self, address: str, size: int, tasks: Sequence[str]) -> LabelledSource:
-        return self.open_whole(address, size, tasks, self.selection())
 
     def open_engine(self, decoder: str | None = None) -> Any:
         from datasetdm_fast.engine.engines import open_engine

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from datasetdm_fast.disk.locks import cache_folder
 from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.engines.device import resolve_device
 from datasetdm_fast.engine.engines.exported.graphs import GraphEngine, Tensors
@@ -21,7 +22,7 @@ from datasetdm_fast.export.manifest import NAME, PRECISIONS, Manifest
 from datasetdm_fast.export.onnx.to_onnx import export, source_digest
 from datasetdm_fast.export.staging import print_line
 from datasetdm_fast.export.tensorrt import flavours
-from datasetdm_fast.export.tensorrt.plans import Facts, PlanFolder, cached_plans
+from datasetdm_fast.export.tensorrt.plans import Facts, PlanFolder
 from datasetdm_fast.export.tensorrt.to_tensorrt import WORDS, Target, call_size, make_order, open_plan
 
 
@@ -52,9 +53,8 @@ class TrtEngine(GraphEngine):
             )
         with model.built_for_now():
             self.source = source_digest(model, dict(decoders or {}))
-        self.plan_folder = (
-            Path(engines) if engines else cached_plans() / f"{self.source[:16]}-{self.precision}-{model.size}"
-        )
+        name = f"{self.source[:16]}-{self.precision}-{model.size}"
+        self.plan_folder = Path(engines) if engines else cache_folder() / "engines" / name
         super().__init__(model, decoders, on_message)
         self._timesteps: dict[float, Tensor] = {}
         self._prepared: set[int] = set()
