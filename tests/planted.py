@@ -330,7 +330,7 @@ _BY_FILE = {
         ("(person.joints[:, 2] > 0)", "(person.joints[:, 2] > 1)", "hidden joints are not counted"),
         ("key=lambda thing: -thing.score", "key=lambda thing: thing.score", "what is behind is in front"),
         ("sorted(sample.things, key=lambda thing: -thing.score)", "sample.things", "what is behind is in front"),
-        ("across[-1] - across[0] + 1", "across[-1] - across[0]", "boxes of segments are too narrow"),
+        ("right - x, bottom - y", "right - x - 1, bottom - y", "boxes of segments are too narrow"),
         ("[a + 1, b + 1]", "[a, b]", "limbs join other joints"),
     ),
     "runs/exporting/voc.py": (

@@ -8,8 +8,15 @@ import pytest
 from PIL import Image
 
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
-from datasetdm_fast.engine.labels import LABEL_KINDS, check_palette, class_tables, kind, number_classes, with_palette
-from datasetdm_fast.engine.labels import instance as instance_labels
+from datasetdm_fast.engine.labels import (
+    LABEL_KINDS,
+    check_palette,
+    class_tables,
+    kind,
+    number_classes,
+    pictures,
+    with_palette,
+)
 from datasetdm_fast.engine.labels import pose as pose_labels
 from datasetdm_fast.engine.labels import semantic as semantic_labels
 from datasetdm_fast.engine.labels.class_tables import colour
@@ -458,10 +465,10 @@ def test_where_things_lie_in_a_picture_in_shares_of_its_sides():
     assert thing == (name, 0.75, 6 / 128, 4 / 16, 2 / 8)
 
 
-def test_the_corners_of_a_mask():
+def test_the_bounds_of_a_mask():
     mask = np.zeros((6, 8), bool)
     mask[2:5, 3:7] = True
-    assert instance_labels._corners(mask) == (3, 2, 7, 5) and instance_labels._corners(mask & False) == (0, 0, 0, 0)
+    assert pictures.bounds(mask) == (3, 2, 7, 5) and pictures.bounds(mask & False) == (0, 0, 0, 0)
 
 
 def test_people_differ_by_the_mean_distance_of_their_joints():

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Mapping
 from typing import Any
 
 from datasetdm_fast.data import Sample
 from datasetdm_fast.engine.labels import kind_of, label_files
+from datasetdm_fast.engine.labels.pictures import encode_picture
 
 
 def encode_sample(sample: Sample, tables: Mapping[str, Any], has_previews: bool) -> dict[str, Any]:
@@ -28,9 +28,8 @@ def encode_sample(sample: Sample, tables: Mapping[str, Any], has_previews: bool)
         else:
             label |= {"classes": {str(number): name for number, name in kind.names(table).items()}, "record": record}
         if has_previews:
-            buffer = io.BytesIO()
-            kind.picture(sample.annotations[task], sample.image).save(buffer, "PNG")
-            label["preview"] = _base64(buffer.getvalue())
+            picture = kind.picture(sample.annotations[task], sample.image)
+            label["preview"] = _base64(encode_picture(picture, "PNG"))
     return answer
 
 

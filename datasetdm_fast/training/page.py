@@ -2,7 +2,6 @@
 
 import base64
 import html
-import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +15,7 @@ from datasetdm_fast.data import IGNORE, Annotation, Instances, Sample, SemanticM
 from datasetdm_fast.engine.labels import LABEL_KINDS
 from datasetdm_fast.engine.labels.class_tables import colour
 from datasetdm_fast.engine.labels.kind import BACKGROUND
+from datasetdm_fast.engine.labels.pictures import encode_picture
 from datasetdm_fast.engine.pictures.labelled import LabelledSource
 from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.training.captures.views import TrainingViews
@@ -183,6 +183,5 @@ def _figure(pictures: Mapping[str, np.ndarray | Image.Image], caption: str) -> s
 
 
 def _address(pixels: np.ndarray | Image.Image) -> str:
-    buffer = io.BytesIO()
-    (pixels if isinstance(pixels, Image.Image) else Image.fromarray(np.ascontiguousarray(pixels))).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    picture = pixels if isinstance(pixels, Image.Image) else Image.fromarray(np.ascontiguousarray(pixels))
+    return "data:image/png;base64," + base64.b64encode(encode_picture(picture, "PNG")).decode()

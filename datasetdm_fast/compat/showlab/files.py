@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import io
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
+
+from datasetdm_fast.engine.labels.pictures import encode_picture
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,18 +107,12 @@ Write = Callable[[DecodedImage], dict[str, bytes]]  # the suffix of a file -> it
 
 def jpeg(pixels: np.ndarray) -> bytes:
     """A picture as DatasetDM saves it: PIL's default quality of 75, colours at half the resolution."""
-    return encode(Image.fromarray(pixels), "JPEG")
+    return encode_picture(Image.fromarray(pixels), "JPEG")
 
 
 def png(plane: np.ndarray) -> bytes:
     """A map [H, W] of 8 or 16 bits."""
-    return encode(Image.fromarray(plane), "PNG")
-
-
-def encode(picture: Image.Image, form: str, **options: int) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, form, **options)
-    return buffer.getvalue()
+    return encode_picture(Image.fromarray(plane), "PNG")
 
 
 def resize_masks(masks: Tensor, size: int) -> Tensor:
@@ -222,4 +217,4 @@ def write_bin_joints(output: DecodedImage) -> dict[str, bytes]:
 
     places = np.stack([output.raw[axis].float().softmax(-1).argmax(-1).cpu().numpy() for axis in "xy"], 1)
     picture = draw_skeletons(output.pixels, [(places, np.ones(len(places), bool))], output.config.limbs)
-    return {"png": encode(picture, "PNG")}
+    return {"png": encode_picture(picture, "PNG")}

@@ -24,7 +24,7 @@ from datasetdm_fast.engine.labels.kind import (
     mean_score,
     round_float,
 )
-from datasetdm_fast.engine.labels.pictures import outline, paint_masks
+from datasetdm_fast.engine.labels.pictures import bounds, outline, paint_masks
 
 LEAST_LEFT = 0.1  # share of an instance that must be left of it where the rest was drawn anew
 
@@ -39,12 +39,6 @@ def outline_values(record: Any, table: Table, paths: list[str]) -> list[list[Any
     return [
         [names[item["category_id"]], round(item["score"], 3), path] for item, path in zip(record, paths, strict=True)
     ]
-
-
-def _corners(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of a mask, all 0 where it is empty."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1) if len(rows) else (0, 0, 0, 0)
 
 
 def _matches(first: Instances, second: Instances, least: float = SAME) -> dict[int, int]:
@@ -108,7 +102,7 @@ class InstanceKind(LabelKind):
         )
 
     def arrays(self, label: Instances, table: Table) -> dict[str, np.ndarray]:
-        boxes = np.array([_corners(mask) for mask in label.masks], np.float32).reshape(-1, 4)
+        boxes = np.array([bounds(mask) for mask in label.masks], np.float32).reshape(-1, 4)
         categories = np.array(self.numbers(table), np.int64)[label.class_ids]
         return {"masks": label.masks, "boxes": boxes, "labels": categories, "scores": label.scores}
 

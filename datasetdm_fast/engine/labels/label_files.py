@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from datasetdm_fast.engine.labels import LABEL_KINDS, kind_of
 from datasetdm_fast.engine.labels.class_tables import palette
 from datasetdm_fast.engine.labels.kind import Table
 from datasetdm_fast.engine.labels.names import task_of_label
+from datasetdm_fast.engine.labels.pictures import encode_picture
 from datasetdm_fast.untrusted import images
 
 if TYPE_CHECKING:
@@ -34,9 +34,7 @@ def image_bytes(image: np.ndarray, image_format: str, quality: int = QUALITY) ->
     """A PNG or JPEG of an image [H, W, 3] uint8, without metadata."""
     if image_format == "png":
         return _C.png_encode(np.ascontiguousarray(image))
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", quality=quality, **JPEG)
-    return buffer.getvalue()
+    return encode_picture(Image.fromarray(image), "JPEG", quality=quality, **JPEG)
 
 
 def index_png(labels: np.ndarray, colours: bytes = b"") -> bytes:
@@ -55,9 +53,7 @@ def picture_bytes(picture: Image.Image) -> bytes:
     """A PNG of a picture drawn for a page; of a palette picture in a tenth of Pillow's time."""
     if picture.mode == "P":
         return _C.png_encode(np.ascontiguousarray(picture), bytes(picture.getpalette("RGB")))
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", compress_level=9)
-    return buffer.getvalue()
+    return encode_picture(picture, "PNG", compress_level=9)
 
 
 Files = dict[str, tuple[str, bytes]]  # role -> path inside the run folder, content

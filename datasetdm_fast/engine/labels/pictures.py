@@ -6,6 +6,7 @@ import io
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -47,9 +48,7 @@ def preview(pictures: Sequence[tuple[np.ndarray | Image.Image, str]], title: str
         shown = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
         shown = shown.convert("RGB")
         shown.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
-        buffer = io.BytesIO()
-        shown.save(buffer, "JPEG", quality=85)
-        source = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        source = f"data:image/jpeg;base64,{base64.b64encode(encode_picture(shown, 'JPEG', quality=85)).decode()}"
         text = html.escape(line if len(line) <= PREVIEW_LETTERS else f"{line[: PREVIEW_LETTERS - 1]}…")
         style = f"display:inline-block;margin:4px;width:{PREVIEW_SIDE}px;vertical-align:top;overflow-wrap:anywhere"
         cells.append(
@@ -59,16 +58,28 @@ def preview(pictures: Sequence[tuple[np.ndarray | Image.Image, str]], title: str
     return f"<div>{html.escape(title)}<br>{''.join(cells)}</div>" if title else f"<div>{''.join(cells)}</div>"
 
 
+def encode_picture(picture: Image.Image, form: str, **options: Any) -> bytes:
+    """A picture as the bytes of a file of this form, with Pillow's options."""
+    buffer = io.BytesIO()
+    picture.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def bounds(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of what a mask [H, W] holds, all 0 where it is empty."""
+    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    return (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1) if len(rows) else (0, 0, 0, 0)
+
+
 def outline(mask: np.ndarray) -> str:
     """The borders of a mask [H, W] bool, holes included, as the path of an SVG in pixels."""
     step = max(max(mask.shape) // OUTLINE_SIDE, 1)
     tolerance, mask = TOLERANCE * max(mask.shape), mask[::step, ::step]
-    down, across = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
-    if not len(down):
+    left, top, right, bottom = bounds(mask)
+    if not right:
         return ""
-    corner = (across[0] * step, down[0] * step)
-    part = mask[down[0] : down[-1] + 1, across[0] : across[-1] + 1]
-    rings = (ring + corner for ring in _rings(part.tobytes(), part.shape, step, tolerance))
+    part = mask[top:bottom, left:right]
+    rings = (ring + (left * step, top * step) for ring in _rings(part.tobytes(), part.shape, step, tolerance))
     return "".join(_path(ring) for ring in rings if len(ring) > 2)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from datasetdm_fast import _C
 from datasetdm_fast.engine.labels import mask_rle
 from datasetdm_fast.engine.labels.class_tables import colour
+from datasetdm_fast.engine.labels.pictures import bounds
 from datasetdm_fast.runs.exporting.classes import Classes
 from datasetdm_fast.runs.exporting.format import AllSamples, Entry, ExportPlan, Files, Format
 from datasetdm_fast.runs.exporting.rings import is_hole, join_rings, rings
@@ -148,14 +149,13 @@ def panoptic(sample: SampleView, classes: Classes) -> tuple[np.ndarray, list[dic
             numbers[free] = len(categories)
     segments = []
     for k, category in enumerate(categories, 1):
-        down, across = (np.flatnonzero((numbers == k).any(axis)) for axis in (1, 0))
-        x, y, width, height = across[0], down[0], across[-1] - across[0] + 1, down[-1] - down[0] + 1
+        x, y, right, bottom = bounds(numbers == k)
         segments.append(
             {
                 "id": k,
                 "category_id": category,
                 "area": int((numbers == k).sum()),
-                "bbox": [int(value) for value in (x, y, width, height)],
+                "bbox": [x, y, right - x, bottom - y],
                 "iscrowd": 0,
             }
         )

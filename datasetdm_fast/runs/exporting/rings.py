@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from datasetdm_fast.engine.labels.pictures import borders, simplify
+from datasetdm_fast.engine.labels.pictures import borders, bounds, simplify
 
 EDITABLE = 1.0  # pixels that a border for a person to correct may be away from the mask's
 FEWEST = 8  # corners of a ring that is left as it is
@@ -10,11 +10,10 @@ FEWEST = 8  # corners of a ring that is left as it is
 
 def rings(mask: np.ndarray) -> list[np.ndarray]:
     """The borders of a mask [H, W] bool as corners [n, 2] of x, y: parts and holes, inside by the even-odd rule."""
-    down, across = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
-    if not len(down):
+    left, top, right, bottom = bounds(mask)
+    if not right:
         return []
-    part = mask[down[0] : down[-1] + 1, across[0] : across[-1] + 1]
-    return [_corners(ring) + (across[0], down[0]) for ring in borders(part)]
+    return [_corners(ring) + (left, top) for ring in borders(mask[top:bottom, left:right])]
 
 
 def _corners(ring: np.ndarray) -> np.ndarray:

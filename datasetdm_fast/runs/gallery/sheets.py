@@ -1,7 +1,6 @@
 """Sheets of thumbnails: the page shows many samples at once without loading the image of each."""
 
 import hashlib
-import io
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ from PIL import Image
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.storage import StoredFile
+from datasetdm_fast.engine.labels.pictures import encode_picture
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.run_folder.ledger import Row, canonical
 from datasetdm_fast.runs.run_folder.page_files import SHEET_NAME, SHEET_SAMPLES, SHEETS
@@ -79,9 +79,7 @@ def _draw_sheet(folder: Path, group: Images) -> tuple[bytes, bool]:
             continue
         down, across = divmod(index % SHEET_SAMPLES, COLUMNS)
         sheet.paste(small, (across * SIDE, down * SIDE))
-    buffer = io.BytesIO()
-    sheet.save(buffer, "JPEG", quality=QUALITY)
-    return buffer.getvalue(), is_whole
+    return encode_picture(sheet, "JPEG", quality=QUALITY), is_whole
 
 
 def _thumbnail(folder: Path, name: str) -> Image.Image:

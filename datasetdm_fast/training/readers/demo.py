@@ -8,6 +8,7 @@ from typing import Self
 import numpy as np
 
 from datasetdm_fast.config import TASKS
+from datasetdm_fast.engine.labels.pictures import bounds
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import Refused
@@ -60,7 +61,8 @@ class DemoWorld(LabelledSource):
             np.stack([view.instance == k for k in present]) if present else np.zeros((0, self.size, self.size), bool)
         )
         people = [k for k in view.keypoints if (view.keypoints[k][:, 2] > 0).any() and k in present]
-        boxes, areas = [_box(view.instance == k) for k in people], [int((view.instance == k).sum()) for k in people]
+        shown = [view.instance == k for k in people]
+        boxes = [(left, top, right - left, bottom - top) for left, top, right, bottom in map(bounds, shown)]
         return Labelled(
             id=str(self.first + record),
             image=view.image,
@@ -73,15 +75,10 @@ class DemoWorld(LabelledSource):
             if people
             else np.zeros((0, len(self.joints), 3), np.float32),
             keypoint_boxes=np.array(boxes, np.float32).reshape(-1, 4),
-            keypoint_areas=np.array(areas, np.float32),
+            keypoint_areas=np.array([mask.sum() for mask in shown], np.float32),
         )
 
     def areas(self, record: int) -> dict[str, int]:
         view = self.render_view(self.first + record, self.size)
         counts = np.bincount(view.instance.ravel(), minlength=len(view.scene.things) + 1)[1:].tolist()
         return largest((thing.kind, pixels) for thing, pixels in zip(view.scene.things, counts) if pixels)
-
-
-def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return int(columns[0]), int(rows[0]), int(columns[-1] - columns[0] + 1), int(rows[-1] - rows[0] + 1)
