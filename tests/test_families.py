@@ -201,6 +201,13 @@ def test_parts_of_other_kinds_of_models_are_refused(saved, tmp_path):
         ("sd3", "scheduler", {"_class_name": ["x"]}, "the scheduler's _class_name is ['x'], expected text"),
         ("sdxl", "text_encoder_2", {"eos_token_id": [0, 0]}, "text_encoder_2's eos_token_id is [0, 0], expected a"),
         ("sdxl", "unet", {"norm_eps": [0, 0]}, "the unet's norm_eps is [0, 0], expected a value such as 1e-05"),
+        ("sdxl", "unet", {"act_fn": "gelu"}, "the unet's act_fn is 'gelu' where 'silu' is expected"),
+        ("sdxl", "unet", {"center_input_sample": True}, "the unet's center_input_sample is True where False is"),
+        ("sdxl", "unet", {"mid_block_scale_factor": 2}, "the unet's mid_block_scale_factor is 2 where 1 is expected"),
+        ("sdxl", "unet", {"downsample_padding": 0}, "the unet's downsample_padding is 0 where 1 is expected"),
+        ("sdxl", "unet", {"timestep_post_act": "silu"}, "the unet's timestep_post_act is 'silu' where None is"),
+        ("sdxl", "vae", {"act_fn": "relu"}, "the vae's act_fn is 'relu' where 'silu' is expected"),
+        ("qwen-image", "transformer", {"use_layer3d_rope": True}, "use_layer3d_rope is True where False is expected"),
         ("sdxl", "unet", {"norm_num_groups": 1.5}, "the unet's norm_num_groups is 1.5, expected a value such as 32"),
         (
             "sdxl",

@@ -237,3 +237,11 @@ def test_figures_are_of_their_settings_and_those_of_exact_images_serve_every_spe
         keys.add(speed_gate._place(job, job.recipe, exact))
         exact_keys.add(speed_gate._place(job, exact, exact))
     assert len(keys) == 4 and len(exact_keys) == 3
+
+
+def test_fp8_on_a_cpu_says_that_it_saves_no_time(tmp_path, monkeypatch, capsys):
+    verdict = {"name": "fp8", "number": 4, "passed": True, "measures": []}
+    monkeypatch.setattr(speed_gate, "judge_speed", lambda *_: verdict)
+    line = ["--out", str(tmp_path / "run"), "--number", "1", "--task", "depth", "--steps", "2", "--speed", "fp8"]
+    assert generate.main(line) == 0
+    assert "fp8 rounds on a CPU as on a GPU, and saves no time here" in capsys.readouterr().err

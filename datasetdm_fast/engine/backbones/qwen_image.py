@@ -41,7 +41,9 @@ def _check(configs: Read, source: str) -> Read:
                 DAMAGED,
             )
     check_channels(source, configs["transformer"].get("in_channels", 64), configs["vae"], 4)
-    check_settings(configs, source, "transformer", {"guidance_embeds": (False,), "zero_cond_t": (False,)})
+    check_settings(
+        configs, source, "transformer", dict.fromkeys(("guidance_embeds", "zero_cond_t", "use_layer3d_rope"), (False,))
+    )
     return configs
 
 

@@ -122,7 +122,8 @@ FORMS: dict[str, dict[str, tuple[Any, ...]]] = {
         "mid_block_scale_factor": (1,),
         **dict.fromkeys(
             "addition_embed_type class_embed_type encoder_hid_dim encoder_hid_dim_type num_class_embeds "
-            "cross_attention_norm time_embedding_act_fn timestep_post_act time_cond_proj_dim".split(),
+            "reverse_transformer_layers_per_block cross_attention_norm time_embedding_act_fn timestep_post_act "
+            "time_cond_proj_dim".split(),
             (None,),
         ),
     },

@@ -18,6 +18,7 @@ from datasetdm_fast.engine.backbones.record import (
     Part,
     Read,
 )
+from datasetdm_fast.engine.backbones.sd import ACTIVATION, FORMS
 from datasetdm_fast.engine.backbones.sd import FULL_SIZE as SD_FULL_SIZE
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import Level
@@ -27,16 +28,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TIME_IDS = ("height", "width", "top", "left", "target height", "target width")  # that the U-Net reads beside a text
+# What is supported otherwise than in the U-Net of Stable Diffusion 1.x, or asked for below.
+OTHERWISE = ("in_channels", "transformer_layers_per_block", "time_cond_proj_dim")
 UNET: dict[str, tuple[Any, ...]] = {  # settings -> what is supported, first what a missing one means
+    **{name: values for name, values in FORMS["unet"].items() if name not in OTHERWISE},
     "down_block_types": (["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],),
     "up_block_types": (["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],),
-    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
     "addition_embed_type": ("text_time",),
-    **dict.fromkeys(
-        "class_embed_type encoder_hid_dim encoder_hid_dim_type num_class_embeds "
-        "reverse_transformer_layers_per_block".split(),
-        (None,),
-    ),
 }
 SDXL_DEFAULTS = Defaults(1024, 50, 5.0)
 FULL_SIZE: Read = {  # of the base model
@@ -144,6 +142,7 @@ def _licence(configs: Configs) -> str:
 
 def _check(configs: Read, source: str) -> Read:
     check_settings(configs, source, "unet", UNET)
+    check_settings(configs, source, "vae", {"act_fn": ACTIVATION})
     check_channels(source, configs["unet"].get("in_channels", 4), configs["vae"])
     depths = configs["unet"].get("transformer_layers_per_block", 1)
     if 0 in ([depths] if isinstance(depths, int) else depths[1:]):

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from datasetdm_fast.config import EXACT, HALF, REFERENCE
+from datasetdm_fast.config import EXACT, FP8, HALF, REFERENCE
 from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.runs.jobs.job import Job, recipe_of
@@ -45,6 +45,8 @@ def _judge_speed(job: Job, spec: RunSpec, screen: Screen) -> Job:
 
     source, speed = spec.source, spec.sampling.speed
     sampling = replace(spec.sampling, speed=EXACT)
+    if speed == FP8 and job.engine.device.type == "cpu":
+        screen.on_message(f"speed      {speed} rounds on a CPU as on a GPU, and saves no time here")
     exact = recipe_of(sampling, spec.labels, job.engine, source.classes or source.listed, table=source.table)
     with screen.show_calls(speed, count_calls(job, exact)) as on_unet_call:
         verdict = judge_speed(job, exact, on_unet_call)
