@@ -21,6 +21,7 @@ from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop import speed
 from datasetdm_fast.engine.loop.calls import call_text
 from datasetdm_fast.engine.loop.recipe import make_recipe
+from datasetdm_fast.engine.models import fp8
 from datasetdm_fast.engine.models.fp8 import Fp8Linear, to_fp8
 from datasetdm_fast.engine.models.fused import FusedUNet
 from datasetdm_fast.errors import GateFailed, Refused
@@ -190,6 +191,26 @@ def test_a_speed_that_is_not_what_it_is_called_is_refused(run, name, constant, v
     monkeypatch.setattr(speed, constant, value)
     assert make("--speed", name) == 4 and not folder.exists()
     assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "factor"),
+    [("fp8", "denoise_in_fp8", 2), ("fp8", "denoise_in_fp8", float("nan")), ("cache3", "denoise_from", 2)],
+)
+def test_calls_that_are_not_nearly_the_exact_ones_are_refused(run, name, call, factor, monkeypatch, capsys):
+    folder, make = run
+    method = getattr(FastEngine, call)
+    monkeypatch.setattr(FastEngine, call, lambda self, *inputs: factor * method(self, *inputs))
+    monkeypatch.setattr(speed_gate, "_figures", lambda *_: pytest.fail("images were made"))
+    assert make("--speed", name) == 4 and not folder.exists()
+    assert f"--speed {name}: a call is {'nan' if factor != 2 else '1'} from the exact one" in capsys.readouterr().err
+
+
+def test_products_in_fp8_with_scales_twice_as_large_are_refused(run, monkeypatch, capsys):
+    folder, make = run
+    monkeypatch.setattr(fp8, "to_fp8", lambda x: (to_fp8(x)[0], 2 * to_fp8(x)[1]))
+    assert make("--speed", "fp8", "--dtype", "fp32") == 4 and not folder.exists()
+    assert "from the exact one, beyond 0.25; nothing was written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["cache3", "fast25-cache3"])

@@ -27,6 +27,7 @@ from datasetdm_fast.engine.loading.model import digest
 from datasetdm_fast.engine.loop import driver
 from datasetdm_fast.engine.loop.class_prompts import TIMESTEPS
 from datasetdm_fast.engine.loop.inverting import inversion_generator, inversion_recipe
+from datasetdm_fast.engine.loop.speed import SpeedCalls
 from datasetdm_fast.engine.pictures.framing import PicturesInMemory
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.runs.run_folder.document import pretty
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 IMAGES, DEMO_IMAGES = 200, 64  # that are compared, of any model and of one that is shipped
 MOST_LOST = {"IoU": 0.01, "PCK": 0.01, "REL": 0.002, "doubtful": 0.01}
 ERRORS = ("REL", "doubtful")  # which are better where they are less
+FARTHEST = 0.25  # relative distance of a call at a speed from the exact one; fp8 rounds to 0.02 to 0.07
 NEAR = 0.1  # of a person's longer side: a joint as near as this is found, as in PCK@0.1
 REPORT = "This is a mistake of the program: drop --speed, and report it."
 LARGEST_FIGURES = 2**20  # bytes
@@ -84,6 +86,7 @@ def count_calls(job: Job, exact: Recipe) -> int:
 def judge_speed(job: Job, exact: Recipe, on_unet_call: Callable[[], None]) -> dict[str, Any]:
     """The verdict on a job's recipe as run.json has it, from the cache where nothing changed; `exact` has no speed."""
     check_promise(job.recipe)
+    check_call(job)
     speed_figures, exact_figures = (
         _cached(_place(job, recipe, exact), partial(_figures, job, recipe, exact, on_unet_call))
         for recipe in (job.recipe, exact)
@@ -111,6 +114,27 @@ def check_promise(recipe: Recipe) -> None:
         raise GateFailed(f"--speed {name}: not every third call is whole; nothing was written", REPORT)
     if name == FP8 and recipe.fp8 & {0, calls - 1, *recipe.captured}:
         raise GateFailed(f"--speed {name}: its first, last or captured calls are in fp8; nothing was written", REPORT)
+
+
+def check_call(job: Job) -> None:
+    """Refuses a speed one call of which is not nearly the exact one: labels may fit other images as well."""
+    engine, recipe, requests = job.engine, job.recipe, next(iter(_batches(job))).padded
+    if not (calls := sorted(recipe.fp8 | recipe.cached)):
+        return
+    text, _ = driver.BatchGenerator(engine, recipe, lambda: None).encode_prompts(requests)
+    timestep = recipe.schedule.timesteps[calls[len(calls) // 2]]
+    inputs = recipe.origin.begin(engine, recipe.schedule, requests).latents, timestep, text
+    exact = engine.denoise(*inputs)
+    others = SpeedCalls(engine, {1} if recipe.cached else (), {1} if recipe.fp8 else ())
+    if recipe.cached:
+        others.denoise(0, *inputs)  # keeps its own deep features
+    distance = float((others.denoise(1, *inputs) - exact).norm() / exact.norm())
+    if not distance <= FARTHEST:
+        name = recipe.facts["speed"]
+        raise GateFailed(
+            f"--speed {name}: a call is {distance:.2g} from the exact one, beyond {FARTHEST}; nothing was written",
+            REPORT,
+        )
 
 
 def figures_in_words(verdict: Mapping[str, Any], *, failed: bool = False) -> str:
