@@ -3,15 +3,20 @@
 import json
 import os
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from datasetdm_fast.disk import storage
+from datasetdm_fast.errors import Missing
 from datasetdm_fast.runs.run_folder.document import CLAIMS
 from datasetdm_fast.runs.run_folder.shard_places import ShardFolder
-from datasetdm_fast.runs.workers import claims
+from datasetdm_fast.runs.workers import claims, supervisor
 from datasetdm_fast.runs.workers.claims import Claims, claim_name, claims_by_name, free_claims, host, is_over
+from datasetdm_fast.runs.workers.devices import Place
+from datasetdm_fast.runs.workers.worker import Callbacks
 
 pytestmark = pytest.mark.core
 
@@ -69,6 +74,7 @@ def test_the_part_of_a_process_that_has_ended_is_taken_over_with_its_deaths(plac
 
 def test_a_silent_part_is_taken_over_after_the_lease_and_nobody_counts_as_dead(place, clock):
     one, other = Claims(place), Claims(place)
+    place.replace(claim_name(3), b'{"deaths": 2}')  # of two that died before
     assert one.take(3) and not other.take(3)
     for _ in range(3):  # as long as the claim is renewed
         clock[0] += claims.LEASE_SECONDS - 1
@@ -77,7 +83,7 @@ def test_a_silent_part_is_taken_over_after_the_lease_and_nobody_counts_as_dead(p
     clock[0] += claims.LEASE_SECONDS - 1
     assert not other.take(3)
     clock[0] += 2
-    assert other.take(3) and other.deaths == {3: 0}
+    assert other.take(3) and other.deaths == {3: 2}
 
 
 def test_a_process_renews_what_it_makes_and_no_more(place, clock):
@@ -137,3 +143,39 @@ def test_what_a_living_process_writes_is_no_leftover(tmp_path, ended):
         (tmp_path / f".00003.{process}{7:09}.part").touch()
     storage.remove_parts_of([tmp_path / "00003"])
     assert [path.name for path in tmp_path.iterdir()] == [f".00003.{os.getppid()}{7:09}.part"]
+
+
+class Dying:
+    """A run of one place, each of whose processes commits its number of samples and dies."""
+
+    place, is_finishing, places = "run", False, (Place(),)
+
+    def __init__(self, commits):
+        self.commits, self.begun, self.new = commits, 0, 0
+
+    def begin(self, rank, name):
+        self.new, self.begun = self.commits[self.begun], self.begun + 1
+        return SimpleNamespace(ending=lambda: "dies")
+
+    def count_new(self):
+        new, self.new = self.new, 0
+        return new
+
+    def is_complete(self):
+        return self.begun == len(self.commits)
+
+    def claims(self):
+        return {}
+
+    def free(self, name, *, died):
+        return 1
+
+
+@pytest.mark.parametrize(("commits", "begun"), [([0] * 12, 5), ([0] * 4 + [1] + [0] * 7, 9), ([0, 0, 2] * 4, 12)])
+def test_a_place_stays_empty_after_five_deaths_in_a_row_without_progress(monkeypatch, commits, begun):
+    seconds, run = [0.0], Dying(commits)
+    clock = SimpleNamespace(monotonic=lambda: seconds[0], sleep=lambda wait: seconds.append(seconds.pop() + wait))
+    monkeypatch.setattr(supervisor, "time", clock)
+    with nullcontext() if begun == len(commits) else pytest.raises(Missing, match="ended 5 times in a row .dies"):
+        supervisor.Supervisor(run, Callbacks()).work()
+    assert run.begun == begun
