@@ -136,7 +136,9 @@ def plant(monkeypatch, named, timestep):
             for level in engine.model.levels:
                 sides = level.side, level.side
                 features.append([torch.randn(1, width, *sides, generator=random) for width in level.features])
-                maps.append([torch.rand(1, heads, level.side**2, level.tokens) for heads in level.heads])
+                maps.append(
+                    [torch.rand(1, heads, level.side**2, level.tokens, generator=random) for heads in level.heads]
+                )
             first = engine.model.levels[0]
             depth = F.adaptive_avg_pool2d(torch.from_numpy(items[0].depth)[None, None].float(), first.side).log()[0, 0]
             half = torch.arange(first.side)[:, None] < first.side // 2

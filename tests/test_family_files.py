@@ -48,7 +48,7 @@ def test_a_file_of_sdxl_with_two_text_encoders(tmp_path):
     state |= {f"first_stage_model.{name}": value for name, value in original_vae(parts.vae.state_dict()).items()}
     first = "conditioner.embedders.0.transformer.text_model."
     state |= {f"{first}{name}": value for name, value in parts.text_encoder.state_dict().items()}
-    state[f"{first}embeddings.position_ids"] = torch.arange(77)[None]
+    state[f"{first}embeddings.position_ids"] = torch.arange(tiny_pipelines.TOKENS)[None]
     clip = original_open_clip(second, 3)
     clip = {name: value for name, value in clip.items() if "resblocks.3." not in name}
     clip["text_projection"] = projection.T

@@ -35,7 +35,7 @@ from datasetdm_fast.runs.agreement import verify as agreement
 FAMILIES = {
     "sd3": ({"layers": 4, "width": 48}, 4.0),
     "flux1": ({"layers": 3, "singles": 1, "width": 64}, 3.0),
-    "flux2-klein": ({"layers": 2, "singles": 2, "width": 64, "eps": 1e-4}, 0.0),
+    "flux2-klein": ({"layers": 2, "singles": 2, "width": 64}, 0.0),
     "z-image": ({"layers": 5}, 2.0),
     "qwen-image": ({"layers": 3}, 3.0),
 }

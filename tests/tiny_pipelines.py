@@ -1,5 +1,5 @@
 """Tiny pipelines of diffusers of every family, with random weights and no file but the demo's vocabulary; their widths
-and depths can be chosen.
+and depths can be chosen. No number of theirs is that of a published model, so that none in its place goes unnoticed.
 """
 
 from pathlib import Path
@@ -43,15 +43,17 @@ from transformers import (
 from datasetdm_fast.engine.loading.folder import DEMO
 
 SIZE = 64  # pixels of a side that every one of them can draw
+TOKENS = 48  # of a text of CLIP
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+SHIFTS = {"base_shift": 0.3, "max_shift": 1.4, "base_image_seq_len": 9, "max_image_seq_len": 300}
 DOWN, UP = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
 
 
 def clip_tokenizer():
-    return CLIPTokenizer.from_pretrained(DEMO / "tokenizer")
+    return CLIPTokenizer.from_pretrained(DEMO / "tokenizer", model_max_length=TOKENS)
 
 
 def clip(kind, width=32, projection=32, layers=2):
@@ -63,6 +65,8 @@ def clip(kind, width=32, projection=32, layers=2):
             vocab_size=len(tokenizer),
             num_hidden_layers=layers,
             num_attention_heads=4,
+            max_position_embeddings=TOKENS,
+            layer_norm_eps=3e-4,
             hidden_act="gelu",
             **sizes,
             **ids,
@@ -133,17 +137,18 @@ def sdxl(width=32, depths=(0, 1, 2), text=32, guidance_embedding=None):
         projection_class_embeddings_input_dim=6 * 8 + text,
         cross_attention_dim=2 * text,
         norm_num_groups=8,
+        norm_eps=3e-4,
     )
     return StableDiffusionXLPipeline(
-        vae=vae(4, scaling_factor=0.13025),
+        vae=vae(4, scaling_factor=0.21),
         text_encoder=clip(CLIPTextModel, text),
         text_encoder_2=clip(CLIPTextModelWithProjection, text, text, 3),
         tokenizer=clip_tokenizer(),
         tokenizer_2=clip_tokenizer(),
         unet=unet,
         scheduler=DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
+            beta_start=0.001,
+            beta_end=0.013,
             beta_schedule="scaled_linear",
             clip_sample=False,
             set_alpha_to_one=False,
@@ -170,7 +175,7 @@ def sd3(width=32, layers=2, text=32, has_t5=True, channels=4):
     )
     return StableDiffusion3Pipeline(
         transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=2.5),
         vae=flow_vae(channels),
         text_encoder=clip(CLIPTextModelWithProjection, text, text),
         tokenizer=clip_tokenizer(),
@@ -195,7 +200,7 @@ def flux1(width=32, layers=2, singles=2, text=32, is_dev=True, channels=4):
     )
     return FluxPipeline(
         transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=is_dev, shift=3.0 if is_dev else 1.0),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=is_dev, shift=1.7, **SHIFTS),
         vae=flow_vae(channels),
         text_encoder=clip(CLIPTextModel, text),
         tokenizer=clip_tokenizer(),
@@ -204,7 +209,7 @@ def flux1(width=32, layers=2, singles=2, text=32, is_dev=True, channels=4):
     )
 
 
-def flux2_klein(width=32, layers=1, singles=3, text=32, is_distilled=True, channels=4, eps=1e-6):
+def flux2_klein(width=32, layers=1, singles=3, text=32, is_distilled=True, channels=4):
     transformer = Flux2Transformer2DModel(
         in_channels=4 * channels,
         num_layers=layers,
@@ -214,15 +219,16 @@ def flux2_klein(width=32, layers=1, singles=3, text=32, is_distilled=True, chann
         joint_attention_dim=3 * text,
         timestep_guidance_channels=32,
         axes_dims_rope=(4, 4, 4, 4),
+        rope_theta=300,
+        eps=1e-4,
         guidance_embeds=False,
-        eps=eps,
     )
     autoencoder = vae(channels, AutoencoderKLFlux2, use_quant_conv=False, use_post_quant_conv=False)
     autoencoder.bn.running_mean.normal_()
     autoencoder.bn.running_var.uniform_(0.5, 2)
     return Flux2KleinPipeline(
         transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=2.5),
         vae=autoencoder,
         text_encoder=qwen3(Qwen3ForCausalLM, text, 28),
         tokenizer=qwen_tokenizer(),
@@ -241,12 +247,15 @@ def z_image(width=32, layers=2, refiners=1, text=32, channels=16):
         cap_feat_dim=text,
         axes_dims=[4, 4, 8],
         axes_lens=[256, 32, 32],
+        rope_theta=90.0,
+        t_scale=700.0,
+        norm_eps=3e-4,
     )
     torch.nn.init.normal_(transformer.x_pad_token)
     torch.nn.init.normal_(transformer.cap_pad_token)
     return ZImagePipeline(
         transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=2.5),  # at most 3, as Turbo's
         vae=flow_vae(channels),
         text_encoder=qwen3(Qwen3Model, text),
         tokenizer=qwen_tokenizer(),
@@ -285,7 +294,7 @@ def qwen_image(width=32, layers=2, text=16, channels=4):
     )
     return QwenImagePipeline(
         transformer=transformer,
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.05, **SHIFTS),
         vae=autoencoder,
         text_encoder=Qwen2_5_VLForConditionalGeneration(config),
         tokenizer=qwen_tokenizer(),
