@@ -409,6 +409,66 @@ def prose_figures() -> Iterator[tuple[str, str]]:
         f"it reached {generated} mIoU with the images and {labelled} with unlabelled scenes, and three students "
         f"without either {mean:.1f} on average",
     )
+    probe = json.loads((folder / "2026-11-26-nvidia-h200-f8d9094-probe.json").read_text())["parts"]
+    took = {row["what"]: row["ms"] for part in probe.values() for row in part["rows"]}
+    usual, timed = took["convolutions of a batch of 8, fp16, a call and image"].values()
+    whole = took["batch of 8, fp16, an image"]
+    yield (
+        "docs/gpu.md",
+        f"take {usual:.2f} ms a call and image, those chosen by timing {timed:.2f}",
+    )
+    decoders = sum(value for name, value in whole.items() if name.startswith("decoder "))
+    yield "docs/gpu.md", f"{decoders:.2f} and {whole['autoencoder']:.2f} ms an image at batch 8"
+    level = took["attention of 4096 cells to 4096, 40 wide"]
+    yield (
+        "docs/kernels.md",
+        f"{level['cuDNN']:.2f} ms for the first level of SD 1.4 (16 rows of 8 heads) and ours {level['ours']:.2f}",
+    )
+    claims = (ROOT / "bench" / "README.md").read_text()  # whose tables are written from their files
+    means = re.search(r"\| Domain generalisation \| mIoU \| (.*?) \| .*? \| (.*?) \|", claims)
+    varied = re.search(r"\| Domain generalisation, variants of day images \| mIoU \| .*? \| – \| (.*?) \|", claims)
+    yield (
+        "docs/compositions.md",
+        f"give {means[1]} mIoU, with generated images added {means[2]}, with variants of generated day images instead "
+        f"{varied[1]} (three",
+    )
+    costs = re.search(r"one commit of a batch takes (\S+) ms\..* closes the run in (\S+) ms", " ".join(claims.split()))
+    yield "docs/scale.md", f"A commit of 8 rows takes {costs[1]} ms"
+    yield "docs/scale.md", f"at the end: {float(costs[2]):.2f} ms per sample of one core"
+    shards = json.loads((folder / "2026-11-28-intel-r-xeon-r-processor-2-cores-5475ba8-scale.txt").read_text())["rows"][
+        0
+    ]
+    held = shards["bytes_per_sample"]
+    yield "docs/scale.md", f"they take {held['index']:.0f} and {held['manifest']} bytes per sample"
+    slow = json.loads(
+        (folder / "2026-11-22-random-sd14-intel-r-xeon-r-processor-2-50ghz-2-cores-2a83e8b.json").read_text()
+    )
+    (again,) = (row for row in slow["parts"]["peers diffusers-1"]["rows"] if row["peer"] == "ours")
+    yield "bench/README.md", f"beside diffusers, ours took {again['seconds_per_image']['median']:.0f} s per image"
+
+
+def test_tables_of_runs_in_shards_are_those_of_their_files():
+    path = ROOT / "bench" / "results" / "2026-11-27-amd-epyc-2-cores-374aa73-scale.txt"
+    rows, page = json.loads(path.read_text())["rows"], (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    core = [row["supervisor_core_ms_per_sample"] for row in rows]
+    table = {
+        "core of the process that supervises, per sample": core,
+        "its memory grows by": [row["supervisor_grew_mib"] for row in rows],
+        "from the last sample to the end": [row["seconds_from_last_sample_to_end"] for row in rows],
+        "`open_run`": [row["reading_seconds"]["open"] for row in rows],
+        "a page of the gallery": [row["reading_seconds"]["gallery page"] for row in rows],
+        "index and manifest, bytes per sample": [
+            row["bytes_per_sample"]["index"] + row["bytes_per_sample"]["manifest"] for row in rows
+        ],
+    }
+    rate, number = gpu_row("ours")["images_per_second"], 40e6
+    assert f"the {rate:.2f} images per second of an H200 and the {1000 * core[-1]:.1f} ms" in " ".join(page.split())
+    for gpus in (64, 128, 256, 512):  # a shard of 112 samples costs as much as one of 1,000
+        table[str(gpus)] = [gpus * rate, number / (gpus * rate) / 3600, 100 * gpus * rate / 112 * core[-1]]
+    for title, values in table.items():
+        (line,) = re.findall(rf"^\| {re.escape(title)} \| (.*) \|$", page, re.MULTILINE)
+        for told, value in zip(re.findall(r"[\d.]+", line.replace(",", "")), values, strict=True):
+            assert abs(float(told) - value) <= 0.501 * 10.0 ** -len(told.partition(".")[2]), title
 
 
 @pytest.mark.parametrize(("page", "sentence"), [*prose_figures()])
