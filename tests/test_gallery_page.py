@@ -3,7 +3,6 @@
 import json
 import shlex
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -535,15 +534,19 @@ def test_a_reset_takes_limits_back_however_often(chromium, run):
 def test_a_sample_stays_open_whose_mark_comes_after_it(chromium, run, monkeypatch):
     """The page asks for unmarked samples and opens one before the server has told that it is marked."""
 
+    is_open = threading.Event()
+
     def late(folder):
-        time.sleep(1)
+        assert is_open.wait(60)
         return {"00000001": "good"}
 
     monkeypatch.setattr(server.review.Review, "read", late)
     with at_work(served(run), 18785, print) as serving:
         watched = Watched(chromium)
         page = watched.open(serving.address + "#only=unmarked&id=00000001")
-        until(page, "opened && served && marks.size === 1")
+        until(page, "opened")
+        is_open.set()
+        until(page, "served && marks.size === 1")
         assert page.evaluate("opened.id") == "00000001" and "00000001" not in shown(page)
         assert page.locator("[data-mark=good]").get_attribute("aria-pressed") == "true"
         page.keyboard.press("Escape")

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -42,12 +43,12 @@ def race_of_fakes(tmp_path, monkeypatch, *, slow=(), broken=(), dies=""):
     setting = SimpleNamespace(quick=True, device=torch.device("cpu"), flops=1, batch=lambda size: [None] * size)
     file = results.ResultFile.open(tmp_path / "one.json", HEAD, goes_on=True)
     run = BenchRun(setting, file, seconds=0.0, judged=2)
-    run.race_end = time.monotonic() + 1.0 + 4.0 * len(one_race.RACED)  # 1 s to prepare, ample for the rounds
+    run.race_end, run.moments = time.monotonic() + 600.0, []  # ample for the rounds
 
     def prepare(run, name, offer):
         assert offer.batch and not offer.like  # no batch size is searched
-        while name in slow:
-            time.sleep(0.01)
+        if name in slow:
+            raise one_race.OutOfTime  # as the timer does when the moment has come
         row = {"peer": name, "title": name, "status": "ok", "dtype": "fp32", "batch": offer.batch}
         return row, race.Runner(name, SimpleNamespace(batch=offer.batch), row)
 
@@ -64,11 +65,12 @@ def race_of_fakes(tmp_path, monkeypatch, *, slow=(), broken=(), dies=""):
         return call
 
     names = [name for name in one_race.RACED if name not in slow]
+    monkeypatch.setattr(one_race, "stopped_at", lambda moment: run.moments.append(moment) or nullcontext())
     monkeypatch.setattr(one_race, "prepare", prepare)
     monkeypatch.setattr(one_race, "to_files", to_files)
     monkeypatch.setattr(one_race.limits, "rows", lambda run: [{"tflops": {"fp32": 1.0}}])
     monkeypatch.setitem(one_race.TIMED, True, 4.0)
-    monkeypatch.setitem(one_race.PREPARED, True, 12.5)  # so the first has half a second
+    monkeypatch.setitem(one_race.PREPARED, True, 90.0)
     return run
 
 
@@ -81,6 +83,16 @@ def test_a_peer_that_is_not_ready_in_time_is_left_and_the_others_race(tmp_path, 
     assert all(len(rows[name]["seconds_per_image"]["rounds"]) == one_race.ROUNDS for name in ("ours", "diffusers"))
     assert len(rows["diffusers"]["ours_over"]["rounds"]) == one_race.ROUNDS
     assert not results.is_settled(stored, "peers") and results.is_settled(stored, "limits")
+    first, latest = run.race_end - 90.0 - 2 * 4.0, run.race_end - 4.0 * len(one_race.RACED)
+    assert run.moments == [first, run.race_end, run.race_end, latest, latest]  # as two are prepared whatever the time
+
+
+def test_a_preparation_is_stopped_when_its_moment_has_come():
+    for seconds in (0.05, -1.0):
+        with pytest.raises(one_race.OutOfTime), one_race.stopped_at(time.monotonic() + seconds):
+            while True:
+                time.sleep(0.01)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def test_the_first_peer_leaves_the_next_one_time_to_be_prepared(tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """The lean models and the fast engine, stage by stage against the reference engine on the same weights."""
 
+import threading
 from dataclasses import replace
-from time import sleep
 from unittest import mock
 
 import pytest
@@ -390,7 +390,13 @@ def test_a_user_is_told_once_that_kernels_are_being_compiled(monkeypatch, capsys
     engine.device = torch.device("cpu")
     monkeypatch.setattr(on_gpu, "SECONDS_BEFORE_MESSAGE", 0.0)
     monkeypatch.setattr(on_gpu.GpuEngine, "_has_reported", False)
-    monkeypatch.setattr(base, "operations", lambda device, dtype: sleep(0.2))
+
+    def compiled(device, dtype):  # until the message is there, where one is due
+        for thread in threading.enumerate():
+            if isinstance(thread, threading.Timer):
+                thread.join(60)
+
+    monkeypatch.setattr(base, "operations", compiled)
     for _ in range(2):
         engine._operations(torch.float16)
     assert capsys.readouterr().err == f"{on_gpu.COMPILING}\n"

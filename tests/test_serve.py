@@ -245,12 +245,13 @@ def test_clients_that_send_a_byte_now_and_then_are_ended_and_keep_nobody_waiting
     head = (
         b"POST /v1/images/generations HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 999\r\n"
     )
-    known = head + b"Authorization: Bearer secret\r\n\r\n"
+    known, connected = head + b"Authorization: Bearer secret\r\n\r\n", threading.Barrier(13)
 
     def drip(port, first):
         answer = b""
         with socket.create_connection(("127.0.0.1", port), 0.05) as slow:
             slow.sendall(first)
+            connected.wait(60)
             end = time.monotonic() + 60
             while time.monotonic() < end:
                 try:
@@ -266,7 +267,7 @@ def test_clients_that_send_a_byte_now_and_then_are_ended_and_keep_nobody_waiting
 
     with serving(pipeline, token="secret") as service, ThreadPoolExecutor(12) as pool:
         clients = [pool.submit(drip, service.port, first) for first in (b"", head + b"\r\n", known) * 4]
-        time.sleep(0.2)
+        connected.wait(60)
         assert ask(service, "/healthz").status == 200 and not any(client.done() for client in clients)
         begins = [client.result()[9:12] for client in clients]
     assert begins == [b"", b"401", b"408"] * 4
