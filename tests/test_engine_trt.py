@@ -464,14 +464,46 @@ def test_a_plan_without_room_on_the_gpu_tells_how_much_it_takes(demo, folder, bu
     assert is_out_of_memory(caught.value)
 
 
-def test_shapes_that_cannot_be_inferred_are_told(demo, two_stages, tmp_path, monkeypatch):
-    def fail(self):
-        raise RuntimeError("a shape tensor is not set")
+def raises(error):
+    def fail(*_):
+        raise error
 
-    monkeypatch.setattr(fake_tensorrt.Context, "infer_shapes", fail)
-    with pytest.raises(Missing, match="failed at inferring shapes: a shape tensor is not set"):
-        prebuilt(two_stages, tmp_path, monkeypatch, (1,), ("sm86",))
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "answer", "said"),
+    [
+        (
+            "Context",
+            "infer_shapes",
+            raises(RuntimeError("a tensor is not set")),
+            "loading it: a tensor is not set",
+        ),
+        ("Context", "set_input_shape", raises(TypeError("no such type")), "loading it: no such type"),
+        ("Context", "set_tensor_address", lambda *_: False, "failed at the address of tokens"),
+        ("Context", "execute_async_v3", lambda *_: False, "failed at running it"),
+        ("Context", "execute_async_v3", raises(RuntimeError("CUDA error")), "loading it: CUDA error"),
+        ("Engine", "create_execution_context", lambda *_: None, "cannot run this plan"),
+        ("Engine", "create_execution_context", raises(RuntimeError("no room")), "loading it: no room"),
+        ("Runtime", "deserialize_cuda_engine", lambda *_: None, "cannot run this plan"),
+        ("Runtime", "deserialize_cuda_engine", raises(RuntimeError("bad plan")), "loading it: bad plan"),
+    ],
+)
+def test_what_fails_while_a_plan_is_loaded_is_told_with_the_plan(
+    demo, two_stages, tmp_path, monkeypatch, kind, name, answer, said
+):
+    monkeypatch.setattr(getattr(fake_tensorrt, kind), name, answer)
+    prebuilt(two_stages, tmp_path, monkeypatch, (1,), ("sm86",))
+    with pytest.raises(Missing, match=f"encode_text-.*plan: .*{said}"):
         make_engine(demo, tmp_path).encode_text([""])
+
+
+def test_a_recording_that_ends_early_is_told_with_the_plan(demo, two_stages, built, tmp_path, monkeypatch):
+    shutil.copytree(two_stages[0], tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(fake_tensorrt.HostQueue, "record", raises(RuntimeError("a previous error during capture")))
+    with pytest.raises(Missing, match="encode_text-.*plan: TensorRT failed at loading it: a previous error during"):
+        make_engine(demo, tmp_path, plain_module(), "tensorrt").encode_text([""])
 
 
 def test_a_gpu_the_flavour_does_not_serve_is_named_with_those_it_does(monkeypatch):

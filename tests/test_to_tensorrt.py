@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import multiprocessing
+import os
 from functools import cache
 from pathlib import Path
 
@@ -229,6 +230,18 @@ def test_a_builder_that_crashes_takes_only_itself_along(tmp_path, monkeypatch):
     monkeypatch.setitem(to_tensorrt.MODULES, "tensorrt-rtx", "tensorrt_that_crashes")
     with pytest.raises(Refused, match="its builder ended by SIGSEGV, saying: .*out of places"):
         run(tmp_path, RELU)
+
+
+def test_what_a_builder_throws_is_told_without_where(tmp_path, monkeypatch):
+    (tmp_path / "tensorrt_that_throws.py").write_text(
+        "ILogger = object\ndef Builder(logger): raise TypeError('factory function\\nreturned nullptr')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    installed = rtx()
+    monkeypatch.setitem(to_tensorrt.MODULES, "tensorrt-rtx", "tensorrt_that_throws")
+    with pytest.raises(Refused, match="gives no plan: TypeError: factory function returned nullptr"):
+        run(tmp_path, RELU, flavour=installed)
+    assert not (tmp_path / "plan").exists()
 
 
 def test_a_builder_that_does_not_end_is_stopped(tmp_path, monkeypatch):

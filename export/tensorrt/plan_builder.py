@@ -85,6 +85,8 @@ def main() -> int:
         result = {"refusal": str(refusal)}
     except MemoryError:
         result = {"refusal": "there is not enough memory"}
+    except Exception as error:  # whatever TensorRT throws, and a full disk
+        result = {"refusal": f"{type(error).__name__}: {' '.join(str(error).split())}"}
     print(f"\n{json.dumps(result)}", flush=True)
     return 0
 

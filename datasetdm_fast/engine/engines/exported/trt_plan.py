@@ -90,16 +90,12 @@ class LoadedPlan:
         self.batch: int = plan.facts["batch"]
         self.log = _make_logger(flavour.module)
         with queue.use_device():
-            self.runtime = flavour.module.Runtime(self.log)
-            self.engine = self._deserialise()
-            self.plan = replace(plan, content=b"")  # which the GPU holds now
-            self._check_tensors()
-            self.inputs, self.outputs = (self._make_buffers(infos) for infos in (tensors.inputs, tensors.outputs))
-            self.context = self._make_context()
-            self.queue.run(self._execute)  # compiles, tunes and allocates what a recording must not
-            self._replay = self._execute
-            if not self.records_itself:
-                self.queue.run(self._record)
+            try:
+                self._load()
+            except (torch.OutOfMemoryError, Missing):
+                raise
+            except (RuntimeError, TypeError) as error:  # of TensorRT, and of a recording that it ended
+                raise self._failure(f"loading it: {' '.join(str(error).split())}") from error
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The outputs of the stage, as tensors that later calls leave alone."""
@@ -110,6 +106,18 @@ class LoadedPlan:
                 buffer.copy_(inputs[name])
             self.queue.run(self._replay)
             return {name: buffer.clone() for name, buffer in self.outputs.items()}
+
+    def _load(self) -> None:
+        self.runtime = self.flavour.module.Runtime(self.log)
+        self.engine = self._deserialise()
+        self.plan = replace(self.plan, content=b"")  # which the GPU holds now
+        self._check_tensors()
+        self.inputs, self.outputs = map(self._make_buffers, (self.tensors.inputs, self.tensors.outputs))
+        self.context = self._make_context()
+        self.queue.run(self._execute)  # compiles, tunes and allocates what a recording must not
+        self._replay = self._execute
+        if not self.records_itself:
+            self.queue.run(self._record)
 
     def _deserialise(self) -> Any:
         trt = self.flavour.module
@@ -159,10 +167,7 @@ class LoadedPlan:
             raise self._unfit(self.log.last)
         for name in self.plan.facts["shapes"]:
             self._must(context.set_input_shape(name, tuple(self.inputs[name].shape)), f"the shape of {name}")
-        try:
-            missing = context.infer_shapes()
-        except RuntimeError as error:
-            raise self._failure(f"inferring shapes: {error}") from error
+        missing = context.infer_shapes()
         self._must(not missing, f"inferring shapes, without {', '.join(missing)}")
         for name, buffer in self.outputs.items():
             self._must(tuple(context.get_tensor_shape(name)) == tuple(buffer.shape), f"the shape of {name}")
