@@ -148,7 +148,8 @@ def test_the_demo_is_in_its_own_domain(tmp_path):
     [([[2.0], [0.5]], False), ([[2.0], [2.0]], True), ([[1.0, 2.0]], False), ([[1.5] * 3], True)],
 )
 def test_a_run_stops_where_more_than_half_of_its_first_samples_are_outside(batches, is_closed):
-    gate = DomainGate(SimpleNamespace(place="run", stops_outside=True, batches_left=2))
+    plan = SimpleNamespace(most=20, batch_size=3)
+    gate = DomainGate(SimpleNamespace(place="run", stops_outside=True, plan=plan, done=0, limit=0))
     for distances in (*batches, [0.5] * 9):  # the last batch is not evaluated any more
         trusts = [Trust(domain=distance) for distance in distances]
         gate.evaluate([Sample(Request(0, "a ball", 0), np.zeros(0), {}, {}, trust) for trust in trusts])
@@ -161,6 +162,13 @@ def test_a_single_sample_stops_no_run(foreign, tmp_path, capsys):
     assert run(out, *flags, "--limit", "1") == 0
     assert run(out, *flags) == 4 and len(open_run(out)) == 2
     assert "2 of the first 2 samples" in capsys.readouterr().err
+
+
+def test_a_run_of_one_batch_that_replaces_doubtful_samples_stops_after_it(foreign, tmp_path):
+    """It would make ten times as many in their place."""
+    flags = ("--decoder", str(foreign), "--number", "2", "--keep", "trusted")
+    assert run(tmp_path / "run", *flags) == 4 and len(open_run(tmp_path / "run", doubtful=True)) == 2
+    assert run(tmp_path / "limited", *flags, "--limit", "2") == 0, "which makes no more"
 
 
 def test_a_run_out_of_the_domain_stops_after_its_first_batch(foreign, tmp_path, capsys):
@@ -206,6 +214,18 @@ def test_what_the_model_cannot_draw_is_told_before_the_first_image(tmp_path, mon
     assert generate.main(["--classes", "owl", "--task", "semantic", "--dry-run", "--out", str(tmp_path / "run")]) == 2
     told = capsys.readouterr().err
     assert "the model draws nothing else" in told and "any word" not in told
+
+
+def test_trusted_samples_of_what_the_model_cannot_draw_are_refused(tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    line = ["--prompts", str(prompts), "--number", "8", "--keep", "trusted", "--allow-unnamed", "--dry-run"]
+    line += ["--task", "semantic", "--device", "cpu", "--engine", "fast", "--out", str(tmp_path / "run")]
+    prompts.write_text("a photo of a penguin\nan owl\n")
+    assert generate.main(line) == 2
+    told = capsys.readouterr().err
+    assert "can be trusted: the model draws ball, cube, cone" in told and "the prompt names none of these" in told
+    prompts.write_text("a photo of a penguin\na penguin beside a ball\n")
+    assert generate.main(line) == 0, "some can be"
 
 
 def test_samples_of_what_the_model_cannot_draw_are_doubtful():

@@ -301,7 +301,7 @@ def test_a_batch_asks_each_image_for_its_own_words_alone():
 
 def test_prompts_that_a_run_does_not_reach_are_not_looked_at():
     plan = SimpleNamespace(number=2, request=str)
-    assert [job._first_requests(SimpleNamespace(lines=lines), plan) for lines in ("abc", "a", "")] == [
+    assert [[*job._first_requests(SimpleNamespace(lines=lines), plan)] for lines in ("abc", "a", "")] == [
         ["0", "1"],
         ["0"],
         ["0", "1"],

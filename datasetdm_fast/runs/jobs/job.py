@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.config import ATTENTION, ENGINES, HALF, SHARD_BYTES, SHARD_SIZE, TASK_KINDS, UNDECODED
 from datasetdm_fast.cores import name_processor
-from datasetdm_fast.data import Request
+from datasetdm_fast.data import Request, Trust
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine import engines
 from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.labels import class_tables, kind_of, number_classes, with_palette
 from datasetdm_fast.engine.labels.class_tables import CUSTOM, OURS
 from datasetdm_fast.engine.labels.names import task_of_label
+from datasetdm_fast.engine.labels.trust import with_undrawn
 from datasetdm_fast.engine.loop import prompts
 from datasetdm_fast.engine.loop.plan import Plan, make_plan
 from datasetdm_fast.engine.loop.recipe import Recipe, label_tables, make_recipe, prompt_words
@@ -123,10 +124,12 @@ def build_job(spec: RunSpec, stored: Mapping[str, Any] | None, dtype: str = "") 
     )
     negatives = [plan.negative, *(line.negative or "" for line in source.lines)]
     prompts.check_negative(negatives, recipe.has_negative, engine.model.backbone.title)
-    requests = _first_requests(source, plan) if source.lines and words else []
+    requests = list(_first_requests(source, plan)) if source.lines and words else []
     unnamed = [request.prompt for request in requests if not request.classes]
     if unnamed and recipe.words and not spec.prompts.allow_unnamed and not recipe.asks_all:
         raise _unnamed_refusal(source.name, plan.words, unnamed, len(requests))
+    if spec.identity.get("keep") == "trusted" and recipe.draws:
+        _check_drawn(source, plan, recipe.draws)
     if recipe.attention is not None:
         for request in _first_requests(source, plan):
             recipe.check_request(request, engine.model.tokenizer, tokenizer_cuts=source.tokenizer_cuts)
@@ -155,9 +158,23 @@ def build_job(spec: RunSpec, stored: Mapping[str, Any] | None, dtype: str = "") 
     return job
 
 
-def _first_requests(source: prompts.PromptSource, plan: Plan) -> list[Request]:
+def _first_requests(source: prompts.PromptSource, plan: Plan) -> Iterator[Request]:
     """The first request of every prompt of the source, or all requests where the run makes its own prompts."""
-    return [plan.request(index) for index in range(min(len(source.lines) or plan.number, plan.number))]
+    return map(plan.request, range(min(len(source.lines) or plan.number, plan.number)))
+
+
+def _check_drawn(source: prompts.PromptSource, plan: Plan, draws: Sequence[str]) -> None:
+    """Refuses prompts of which every sample would be doubtful, by what the model's card says that it can draw."""
+    reasons = set[str]()
+    for request in _first_requests(source, plan):
+        trust = with_undrawn(Trust(), request.classes, request.prompt, draws)
+        if trust.is_trusted:
+            return
+        reasons.update(trust.reasons)
+    raise Refused(
+        f"--keep trusted: no sample of {source.name} can be trusted: {min(reasons)}",
+        "Write prompts of what the model draws, name another --model, or keep doubtful samples, too.",
+    )
 
 
 def _unnamed_refusal(name: str, words: Sequence[str], unnamed: Sequence[str], count: int) -> Refused:

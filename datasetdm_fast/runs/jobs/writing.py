@@ -180,7 +180,8 @@ class DomainGate:
 
     def __init__(self, job: Job):
         self._place, self._is_open = job.place, not job.stops_outside
-        self._has_later = job.batches_left > 1
+        most = job.plan.most - job.done  # more than were requested where others replace the doubtful ones
+        self._has_later = min(most, job.limit or most) > job.plan.batch_size
         self.outside = self.measured = 0
 
     @property
