@@ -263,7 +263,8 @@ class Network:
     ):
         self.config, self._build, self._read, self._count = config, build, read, count
         self._module: nn.Module | None = None
-        self._versions_built = 0  # of its parameters, see _versions
+        # Weights of the module, listed once, as finding them takes longer than to ask each; their versions then.
+        self._held: tuple[list[Tensor], int] = ([], 0)
 
     @classmethod
     def of(cls, module: nn.Module, rebuild: Callable[[], nn.Module] | None = None) -> Network:
@@ -271,15 +272,19 @@ class Network:
         build = rebuild or (lambda: module)
         count = sum(value.numel() for value in module.parameters())
         network = cls(module.config, build, lambda _: build().state_dict(), lambda: count)
-        network._module, network._versions_built = module.eval().requires_grad_(False), _versions(module)
+        network._hold(module)
         return network
+
+    def _hold(self, module: nn.Module) -> nn.Module:
+        weights = [weight for weight in module.parameters() if not weight.is_inference()]
+        self._module, self._held = module.eval().requires_grad_(False), (weights, _versions(weights))
+        return module
 
     @property
     def module(self) -> nn.Module:
         if self._module is None:
             with torch.device("cpu"), torch.inference_mode(False):  # whoever asks first
-                self._module = self._build().eval().requires_grad_(False)
-            self._versions_built = _versions(self._module)
+                return self._hold(self._build())
         return self._module
 
     @property
@@ -293,12 +298,13 @@ class Network:
     def unload(self) -> None:
         """Drops the module, which is built again when it is next needed; one that was changed stays."""
         if not self.changes:
-            self._module = None
+            self._module, self._held = None, ([], 0)
 
     @property
     def changes(self) -> int:
         """How often a weight was changed in place since the module was built."""
-        return _versions(self._module) - self._versions_built if self._module is not None else 0
+        weights, versions = self._held
+        return _versions(weights) - versions
 
     def read(self, stored: StorageType = as_widest, computed_as: torch.dtype | None = None) -> WeightSource:
         """The weights: those of the module, or from their source in the dtypes of `stored`, each to be used once."""
@@ -313,9 +319,9 @@ class Network:
         return WeightSource(self.config, ReadOnce(weights))
 
 
-def _versions(module: nn.Module) -> int:
+def _versions(weights: Sequence[Tensor]) -> int:
     """A counter that PyTorch advances when a weight is changed in place."""
-    return sum(parameter._version for parameter in module.parameters() if not parameter.is_inference())
+    return sum(weight._version for weight in weights)
 
 
 def tensors_of(file: Path, stored: StorageType) -> dict[str, Tensor]:
