@@ -4,10 +4,9 @@ catch what gets out.
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import proofs
 import pytest
 
@@ -18,9 +17,7 @@ HERE = Path(__file__).parent
 def results(tmp_path_factory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("proofs")
     environment = {**os.environ, "PYTHONPATH": str(HERE), "DATASETDM_CACHE": str(folder / "cache")}
-    ended = subprocess.run(
-        [sys.executable, HERE / "proofs.py"], cwd=folder, env=environment, capture_output=True, text=True, timeout=1800
-    )
+    ended = forked.run([HERE / "proofs.py"], cwd=folder, env=environment, timeout=1800)
     assert ended.returncode == 0, ended.stderr
     return json.loads(ended.stdout.splitlines()[-1])
 
