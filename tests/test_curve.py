@@ -11,7 +11,7 @@ from layouts import LAYOUTS
 from bench.proof.curve import curve_table, learning_curve, main, parse_counts, power_law, training_address
 from bench.proof.decoders import train_decoder
 from datasetdm_fast.data import DepthMap, Keypoints
-from datasetdm_fast.engine.decoders.checkpoint import fold
+from datasetdm_fast.engine.decoders.trunk import fold
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.errors import Refused

@@ -12,8 +12,9 @@ from tiny_pipelines import SIZE
 from datasetdm_fast import evaluate, generate, train
 from datasetdm_fast.data import Capture
 from datasetdm_fast.engine.backbones.flow_models import blocks_read, spread_blocks
-from datasetdm_fast.engine.decoders.checkpoint import build_decoder, fold, load_decoder, save_decoder, seeded_decoders
+from datasetdm_fast.engine.decoders.checkpoint import build_decoder, load_decoder, save_decoder, seeded_decoders
 from datasetdm_fast.engine.decoders.config import DecoderConfig
+from datasetdm_fast.engine.decoders.trunk import fold
 from datasetdm_fast.engine.engines import build_engine, load_decoders
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop.calls import call_text

@@ -26,8 +26,9 @@ from bench.decoders import load_decoders
 from datasetdm_fast import stages
 from datasetdm_fast.data import AttentionSums, Text, join_texts
 from datasetdm_fast.disk import locks
-from datasetdm_fast.engine.decoders.checkpoint import build_decoder, fold
+from datasetdm_fast.engine.decoders.checkpoint import build_decoder
 from datasetdm_fast.engine.decoders.config import upstream
+from datasetdm_fast.engine.decoders.trunk import fold
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loading.presets import seed_network

@@ -9,8 +9,9 @@ import torch
 
 from bench.decoders import load_decoders
 from datasetdm_fast.data import AttentionSums, ProjectedCapture, Text, join_texts
-from datasetdm_fast.engine.decoders.checkpoint import build_decoder, fold
+from datasetdm_fast.engine.decoders.checkpoint import build_decoder
 from datasetdm_fast.engine.decoders.config import upstream
+from datasetdm_fast.engine.decoders.trunk import fold
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.engines.fast import FastEngine, on_gpu
 from datasetdm_fast.engine.engines.fast import engine as base

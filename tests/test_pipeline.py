@@ -34,7 +34,8 @@ from test_loading import pipeline as in_diffusers
 from datasetdm_fast import Pipeline, generate, label, open_run
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.engine import engines
-from datasetdm_fast.engine.decoders.checkpoint import DecoderConfig, build_decoder, save_decoder
+from datasetdm_fast.engine.decoders.checkpoint import build_decoder, save_decoder
+from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.loading import in_memory, load_model, lora
 from datasetdm_fast.engine.loop import diffusing

@@ -21,7 +21,8 @@ from bench.proof.decoders import fit
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.data import join_texts
 from datasetdm_fast.engine import tasks
-from datasetdm_fast.engine.decoders.checkpoint import DecoderConfig, build_decoder, save_decoder
+from datasetdm_fast.engine.decoders.checkpoint import build_decoder, save_decoder
+from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.decoders.layers import SpectralConv2d
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.loading import load_model

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasetdm_fast.engine.decoders.checkpoint import UNUSED, Decoder, fill, for_inference, read_state
+from datasetdm_fast.engine.decoders.checkpoint import UNUSED, fill, for_inference, read_state
+from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.tasks.instance import candidates
 from datasetdm_fast.engine.tasks.pose import neighbours, peaks
 from datasetdm_fast.engine.tasks.semantic import evidence, without_small

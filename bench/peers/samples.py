@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.data import Request, Sample
-from datasetdm_fast.engine.decoders.checkpoint import Decoder
+from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.loop.labelling import decoder_labels
 from datasetdm_fast.engine.loop.prompts import Tokenizer
 from datasetdm_fast.engine.loop.recipe import Recipe

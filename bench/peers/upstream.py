@@ -21,8 +21,7 @@ from bench.peers.samples import noise_of, samples_of
 from bench.setting import Setting
 from datasetdm_fast.data import Capture, Request, Sample, Text, join_texts
 from datasetdm_fast.engine.backbones.sd_reference import capturing_levels, feature_modules, transformers_of
-from datasetdm_fast.engine.decoders.checkpoint import Decoder
-from datasetdm_fast.engine.decoders.trunk import with_ops
+from datasetdm_fast.engine.decoders.trunk import Decoder, with_ops
 from datasetdm_fast.kernels import native, plain
 
 PLACES = ("down", "mid", "up")

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datasetdm_fast.engine.decoders.checkpoint import Decoder, DecoderConfig
+from datasetdm_fast.engine.decoders.config import DecoderConfig
+from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.pictures.labelled import LabelledSource
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.training import predictions, word_heads

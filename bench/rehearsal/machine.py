@@ -12,7 +12,8 @@ import torch
 from bench.rehearsal.timeline import LOAD, Timeline
 from datasetdm_fast.data import Batch, Request, Sample
 from datasetdm_fast.engine.backbones.sd3 import SD3
-from datasetdm_fast.engine.decoders.checkpoint import KINDS, build_decoder, for_inference, untrained_decoders, upstream
+from datasetdm_fast.engine.decoders.checkpoint import KINDS, build_decoder, for_inference, untrained_decoders
+from datasetdm_fast.engine.decoders.config import upstream
 from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.engines import fast
 from datasetdm_fast.engine.engines.fast.joint import JointEngine

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from datasetdm_fast.config import FROM_IMAGE
 from datasetdm_fast.data import Annotation
-from datasetdm_fast.engine.decoders.checkpoint import Decoder, fold
 from datasetdm_fast.engine.decoders.config import DecoderConfig
+from datasetdm_fast.engine.decoders.trunk import Decoder, fold
 from datasetdm_fast.engine.engines.device import allow_tf32
 from datasetdm_fast.engine.labels import with_outlines
 from datasetdm_fast.engine.tasks import read_labels

@@ -128,9 +128,8 @@ class TrainingSession:
         def cached_bytes() -> int:
             return sum(cache.cached_bytes(self.engine, views, self.inversion, folder) for views in parts)
 
-        room = settings.mode, settings.gigabytes
         count = sum(map(len, parts)) * len(self.inversion.timesteps)
-        return cache.plan(folder, levels, count, *room, cached_bytes)
+        return cache.plan(folder, levels, count, settings.mode, settings.gigabytes, cached_bytes)
 
     def views(
         self,

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.disk import locks, storage
-from datasetdm_fast.engine.decoders.checkpoint import Decoder, round_parameters, save_decoder
+from datasetdm_fast.engine.decoders.checkpoint import round_parameters, save_decoder
 from datasetdm_fast.engine.decoders.config import DecoderConfig
+from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.engines.device import multiplies_bf16, retain_freed
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.training import checkpoint, data_record, predictions, word_heads

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datasetdm_fast.data import ProjectedCapture
-from datasetdm_fast.engine.decoders.checkpoint import Decoder, DecoderConfig
+from datasetdm_fast.engine.decoders.config import DecoderConfig
+from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.engines.device import allow_tf32, choose_by_shape
 from datasetdm_fast.errors import GateFailed, Missing
 from datasetdm_fast.kernels.transfer import to_device

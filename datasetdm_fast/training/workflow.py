@@ -115,8 +115,7 @@ class Workflow:
             def fold_progress(number: int, steps: int) -> Any:
                 return progress(task, f"{task}, fold {number} of {count},", steps, (count - number) * steps + left)
 
-            options = (self.settings, fold_progress, is_stopping)
-            folds = cross_validate(session, task, folder, count, *options)
+            folds = cross_validate(session, task, folder, count, self.settings, fold_progress, is_stopping)
             if folds is None:
                 return TrainingOutcome(None, None)
         if result is None:
@@ -174,18 +173,9 @@ class Workflow:
         check = check_itself(session, load_decoder(folder), folder)
         warnings = report.describe_warnings(task, folds, check.document if check else None)
         cautions = [*warnings, *report.cautions(result, bool(folds))]
-        arguments = (
-            session.source,
-            facts,
-            result,
-            cautions,
-            folds,
-            views,
-            labels,
-            title,
-            check.samples if check else (),
-        )
-        storage.publish({folder / "training" / PAGE: page.page(task, *arguments)})
+        samples = check.samples if check else ()
+        content = page.page(task, session.source, facts, result, cautions, folds, views, labels, title, samples)
+        storage.publish({folder / "training" / PAGE: content})
 
 
 def measure_domain(session: TrainingSession, decoder: Decoder) -> Domain | None:

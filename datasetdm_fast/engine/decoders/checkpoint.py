@@ -25,17 +25,6 @@ from datasetdm_fast.kernels import reference
 from datasetdm_fast.stages import Level
 from datasetdm_fast.untrusted import pickles, tensors
 
-__all__ = [
-    "Decoder",
-    "DecoderConfig",
-    "build_decoder",
-    "check_fits",
-    "fold",
-    "load_decoder",
-    "save_decoder",
-    "upstream",
-]
-
 DECODERS = {
     "segmentation": SegmentationDecoder,
     "open-vocabulary": OpenVocabularyDecoder,

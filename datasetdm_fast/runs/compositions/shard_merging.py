@@ -16,13 +16,7 @@ from datasetdm_fast.runs.run_folder.object_store import is_url
 from datasetdm_fast.runs.run_folder.shard_audit import find_sharded
 from datasetdm_fast.runs.run_folder.shard_places import ShardPlace, shard_place
 from datasetdm_fast.runs.run_folder.shard_selections import DROPPED_IDS, encode_dropped
-from datasetdm_fast.runs.run_folder.shards import (
-    PARALLEL_READS,
-    ShardEntry,
-    ShardLedger,
-    entry_name,
-    list_shards,
-)
+from datasetdm_fast.runs.run_folder.shards import PARALLEL_READS, ShardEntry, ShardLedger, entry_name, list_shards
 
 
 class ShardSource(Source):
