@@ -256,7 +256,7 @@ class Sample:
     annotations: dict[str, Annotation]  # task -> label
     provenance: dict[str, Any] = field(default_factory=dict)
     trust: Trust | None = None  # None if its labels have no trust score
-    rejection: str = ""  # why its run sets it aside; empty for a sample of the data set
+    rejection: str = ""  # why its run quarantines it; empty for a sample of the data set
 
     def __repr__(self) -> str:
         labels, request = ", ".join(self.annotations), self.request

@@ -31,7 +31,7 @@ class Missing(Stop, RuntimeError):
 
 
 class GateFailed(Stop, RuntimeError):
-    """The work was done, but a check on it failed or samples were set aside."""
+    """The work was done, but a check on it failed or samples were quarantined."""
 
     exit_code = 4
 

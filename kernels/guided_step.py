@@ -49,11 +49,8 @@ def native(output: Tensor, latents: Tensor, history: Tensor, numbers: Tensor) ->
         return reference(output, latents, history, numbers)
     size, slots, rows = latents.numel(), len(history), len(output) // len(latents)
     if latents.is_cuda:
-        following, parts = (
-            latents.new_empty((2, *latents.shape)),
-            [x.contiguous() for x in (output, latents, history, numbers)],
-        )
-        (output, latents, history, numbers), is_bfloat = parts, output.dtype == torch.bfloat16
+        following, is_bfloat = latents.new_empty((2, *latents.shape)), output.dtype == torch.bfloat16
+        output, latents, history, numbers = (x.contiguous() for x in (output, latents, history, numbers))
         stream = torch.cuda.current_stream(latents.device).cuda_stream
         places = latents.data_ptr(), history.data_ptr() if slots else 0, slots, numbers.data_ptr(), following.data_ptr()
         _C.guided_step_cuda(output.data_ptr(), output.element_size(), is_bfloat, *places, size, stream, rows)
@@ -88,9 +85,7 @@ def _guided_step_kernel(
     earlier_place = place
     for slot in tl.static_range(SLOTS):
         weight = tl.load(numbers_ptr + 5 + slot).to(tl.float32)
-        end = tl.where(
-            weight == 0.0, 0, size
-        )  # of an entry of weight zero nothing is read: nothing may have been written
+        end = tl.where(weight == 0.0, 0, size)  # an entry of weight zero may never have been written
         earlier = tl.load(history_ptr + earlier_place, mask=place < end, other=0.0)
         answer += weight * earlier.to(tl.float32)
         earlier_place = earlier_place + size

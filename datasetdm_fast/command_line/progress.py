@@ -66,7 +66,7 @@ class ImageProgress(Progress):
     def on_unet_call(self, count: int = 1) -> None:
         self._calls_done += count
         each = self._calls or 1
-        self.total = max(self.total, -(-self._calls_done // each) * each)  # batches in place of samples set aside
+        self.total = max(self.total, -(-self._calls_done // each) * each)  # batches in place of quarantined samples
         if self._bar is not None:
             self._bar.total = self.total
             self._bar.update(count)

@@ -143,7 +143,7 @@ def parse_lines(text: str, name: str, *, truncate: bool = False) -> tuple[Prompt
 
 
 def read_prompts(text_or_path: str) -> tuple[str, str]:
-    """The name to call the prompts by, and their text: the file `given` names, or `given` itself."""
+    """The name to call the prompts by, and their text: the file that the text names, or the text itself."""
     path = _as_path(text_or_path)
     if path is None:
         if not documents.is_unicode(text_or_path):

@@ -208,7 +208,7 @@ def table_of(stored: Mapping[str, Any]) -> class_tables.ClassTable | None:
 
 
 def quarantines(config: Mapping[str, Any]) -> bool:
-    """Whether a run of these settings sets samples aside and makes others in their place."""
+    """Whether a run of these settings quarantines samples and makes others in their place."""
     return config.get("keep") == "trusted" or bool(config.get("accept"))
 
 
@@ -354,7 +354,7 @@ def check_same(
 
 
 def grows(stored: Mapping[str, Any], requested: Mapping[str, Any]) -> bool:
-    """Whether the settings `wanted` ask for more images than a run of the settings `stored` was to have."""
+    """Whether the requested settings are of more images than the stored ones."""
     number = stored.get("number")
     return isinstance(number, int) and requested.get("number", 0) > number
 

@@ -471,6 +471,6 @@ def fetch_state(place: ShardPlace) -> Path:
 
 def open_run(path: str | Path, *, kept: bool = False, doubtful: bool = False) -> Run:
     """A run folder, or the URL of a run in an object store, for reading; with `kept`, without the samples that the last
-    filter left out; with `doubtful`, those that `generate --keep trusted` or `--accept` set aside, in place of them.
+    filter left out; with `doubtful`, those that `generate --keep trusted` or `--accept` quarantined, in place of them.
     """
     return Run(path, kept=kept, doubtful=doubtful)

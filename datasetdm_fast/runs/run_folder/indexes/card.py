@@ -207,7 +207,7 @@ def _making(document: Mapping[str, Any]) -> Iterator[str]:
     if (line := command_line(document)) is None:
         yield "- Its settings are `config` in `run.json`"
     else:
-        # `samples.jsonl` has no prompts of samples that were set aside
+        # `samples.jsonl` has no prompts of quarantined samples
         source = "is the list that it was given" if quarantines(config) else "are those of `samples.jsonl`"
         notes = [f"PROMPTS {source}"] if " PROMPTS " in line else []
         notes += ["TABLE has the words that `run.json` holds as `class_table`"] if " TABLE " in line else []
