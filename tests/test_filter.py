@@ -432,6 +432,9 @@ def test_a_histogram_tells_what_a_threshold_at_each_of_its_bins_leaves():
     assert lines[0][0] == "score:" and lines[1] == ["from", "samples", "at", "least", "ball", "cube"]
     assert lines[2] == ["0.2", "2", "#" * 24, "4", "2", "2"] and lines[3] == ["0.5", "1", "#" * 12, "2", "0", "1"]
     assert lines[4:] == [["0.9", "1", "#" * 12, "1", "0", "0"], []]
+    rare = run_scores.ScoreTable([], [()] * 101, {"score": np.array([0.5] * 100 + [0.9])})
+    told = [*histograms.histogram_lines(rare, {"score": histograms.compute_histogram(rare, "score")})]
+    assert told[-2].split() == ["0.9", "1", "#", "1"]  # a bin of few has a bar, too
 
     def least(values):
         found = histograms.compute_histogram(run_scores.ScoreTable([], [()] * len(values), {"score": values}), "score")

@@ -368,6 +368,7 @@ def pool_settings(device="auto", threads=0, **workers):
         ({"ranks": 2}, [(2, 0)], (2, 0, 1, 1)),
         ({"ranks": 4}, [(2, 0)], (4, 0, 0.5, 1)),
         ({"ranks": 3}, [(16, 0), (4, 0)], (3, 0, 4, 4)),  # fits into the smallest machine, and is a power of two
+        ({"ranks": 2}, [(30, 0), (4, 0)], (2, 0, 4, 4)),
         ({}, [(4, 0), (96, 8), (96, 8)], (16, 1, 1, 8)),
         ({"gpus": "all"}, [(8, 1)], (1, 1, 1, 8)),
         ({"gpus": "800"}, [(4, 0)], (800, 1, 1, 4)),  # which the autoscaler brings

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import numpy as np
 import pyarrow as pa
@@ -415,6 +416,12 @@ def test_masks_of_cvat_may_lie_at_the_edges_and_no_further():
     for runs in ("3", "5", "-1,5", "0,1,1,1,1,0", overflowing):
         with pytest.raises(ValueError, match="runs that do not add up to the 2 x 2 pixels"):
             mask(0, 0, 2, 2, runs)
+
+
+def test_an_ellipse_of_cvat_is_as_wide_and_as_high_as_its_radii_say():
+    shape = ElementTree.fromstring('<ellipse cx="10" cy="8" rx="6" ry="2"/>')
+    mask = cvat._mask(shape, (16, 20))()
+    assert [mask.any(axis).nonzero()[0][[0, -1]].tolist() for axis in (0, 1)] == [[4, 15], [6, 9]]
 
 
 def test_shapes_of_cvat_in_the_group_zero_are_things_of_their_own(copied):

@@ -32,6 +32,7 @@ pytest.importorskip("starlette", reason="uvicorn is not installed")
 
 from datasetdm_fast.service import app as http_side  # noqa: E402
 from datasetdm_fast.service.batching import Batcher, PendingImage, QueueFull  # noqa: E402
+from datasetdm_fast.service.metrics import Metrics  # noqa: E402
 
 pytestmark = pytest.mark.loopback
 ROOT = Path(__file__).parents[1]
@@ -324,6 +325,22 @@ def test_batches_hold_one_recipe_and_nobody_who_left():
             blocked.go.release()
         assert [each.future.result(20) for each in items if each is not gone] == ["a", "b", "other", "c", "alone", "d"]
     assert blocked.made == [(["first"], 0), (["a", "b", "c"], 0), (["other"], 0), (["alone"], 0), (["d"], 0)]
+
+
+def test_a_full_queue_tells_in_how_many_seconds_its_batches_are_made():
+    batcher = Batcher(Blocked(), 3, 0.0, 8)
+    batcher._seconds = 2.5  # of the last batch
+    batcher.submit([item(str(k)) for k in range(7)])
+    with pytest.raises(QueueFull) as full:
+        batcher.submit([item("a"), item("b")])
+    assert full.value.seconds == 6  # 7 / 3 * 2.5
+
+
+def test_a_latency_is_counted_in_every_bucket_that_it_does_not_exceed():
+    metrics = Metrics(None)
+    for seconds in (0.1, 0.11):
+        metrics.add("/", 200, seconds)
+    assert [metrics.buckets[end] for end in (0.05, 0.1, 0.25, 60.0)] == [0, 1, 2, 2]
 
 
 def test_a_batch_waits_for_others_until_it_is_full():

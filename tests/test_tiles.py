@@ -104,10 +104,10 @@ def test_two_things_that_two_tiles_show_stay_two():
     assert np.array_equal(joined_instances(tiling, tiles).masks, masks)
 
 
-@pytest.mark.parametrize(("top", "count"), [(6, 1), (7, 2)])
-def test_things_that_two_tiles_show_are_one_from_half_of_their_pixels(top, count):
+@pytest.mark.parametrize(("top", "high", "count"), [(6, 4, 1), (7, 4, 2), (6, 10, 1)])
+def test_things_that_two_tiles_show_are_one_from_half_of_the_smaller_ones_pixels(top, high, count):
     tiling, masks = Tiling.of((32, 56), SIZE), np.zeros((2, 32, 56), bool)
-    masks[0, 4:8, 26:30] = masks[1, top : top + 4, 26:30] = True
+    masks[0, 4:8, 26:30] = masks[1, top : top + high, 26:30] = True
     shown = cut(tiling, masks[0])[0], cut(tiling, masks[1])[1]
     tiles = [Instances(mask[None], np.array([0]), np.float32([0.9]), ("ball",)) for mask in shown]
     assert len(joined_instances(tiling, tiles).masks) == count
