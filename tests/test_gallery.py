@@ -243,6 +243,16 @@ def test_seeds_beyond_javascript_numbers_are_kept(tmp_path):
     assert facts.index(rows)["seed"] == [str(2**63 - 1), 7]
 
 
+def test_a_thing_has_its_score_in_hundredths_and_its_area_and_middle_in_thousandths(tmp_path):
+    values = document(1, 32)
+    number, word = next(iter(LABEL_KINDS["instance"].names(values["labels"]["instance"]).items()))
+    record = [{"category_id": number, "score": 0.29, "area": 128, "bbox": [4.0, 8.0, 8.0, 16.0]}]
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        facts = RunFacts(values, ledger)
+    (things,) = facts.index([Row(Request(0, "a ball", 7), {}, labels={"instance": record})])["things"]
+    assert things == [[facts.number(word), 29, 125, 250, 500]]
+
+
 def test_depth_pictures_are_bright_where_near():
     picture = np.array(pictures.depth_picture(np.array([[500, 2000], [3000, 4000]], np.uint16)).convert("L"))
     assert picture[0, 0] > picture[0, 1] > picture[1, 0] > picture[1, 1]

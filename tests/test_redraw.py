@@ -126,6 +126,12 @@ def test_instances_keep_their_ids(source, edited):
     assert all(id > max(old) for id in ids if id not in old)
 
 
+def test_of_the_samples_that_are_named_the_first_are_taken_up_to_the_number(source):
+    for number, positions in ((0, [0, 1]), (1, [0])):
+        settings = EditSettings(str(source), prompt="a cube", box="0,0,64,64", only=("1", "0", "1"), number=number)
+        assert Edits(open_source(source, only_kept=False), settings).positions == positions
+
+
 def test_new_things_of_two_labels_have_different_ids(source, monkeypatch):
     ids = {"instance:a": {0: [1, 2], 1: [3]}, "instance:b": {0: [], 1: [4, 5]}}
     monkeypatch.setattr(regions, "labels_of", lambda *_: list(ids))

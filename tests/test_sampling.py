@@ -90,6 +90,18 @@ def test_betas_of_a_config_are_taken_and_of_few_steps_one_is_left():
     assert [len(make_schedule({}, "ddim", 10, strength=strength)) for strength in (0.54, 0.58)] == [5, 6]
 
 
+def test_values_worked_out_by_hand_of_what_a_config_leaves_out_or_seldom_has():
+    """LCM has 50 original steps, 20 apart, and begins at places 0, 12, 25 and 37 of them. Euler may end at the least
+    sigma: those of the betas are 4/3 and 1/3, and the last latents are not scaled to unit variance.
+    """
+    assert make_schedule({}, "lcm", 4).timesteps == (999, 759, 499, 259)
+    config = {"trained_betas": [0.1, 0.2, 0.5], "final_sigmas_type": "sigma_min"}
+    first, last = make_schedule(config, "euler", 2).updates
+    unit = (1 + 1 / 9) ** 0.5
+    assert (first.sample, *first.weights) == pytest.approx((5 / 3 / unit, -1 / unit))
+    assert (last.sample, *last.weights) == pytest.approx((unit, 0))
+
+
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("spacing", ["linspace", "trailing"])
 def test_pndm_follows_timestep_spacing(prediction, spacing):
