@@ -109,7 +109,12 @@ def convolve(
     if is_doubled:
         height, width = 2 * height, 2 * width
     out = torch.empty((batch, len(bias), height, width), memory_format=torch.channels_last, dtype=x.dtype)
-    bias = bias.float()
+    panels, inner = weight.shape[0 if weight.shape[1] == 9 else 1], weight.shape[2] * (weight.ndim - 3)
+    if x.dtype != weight.dtype or inner != channels or panels != _panels(len(bias)):
+        raise ValueError(f"convolve: {x.dtype} of {channels} channels, bias of {len(bias)}, weight {[*weight.shape]}")
+    if residual is not None and (residual.dtype != x.dtype or residual.shape != out.shape):
+        raise ValueError(f"convolve: residual {residual.dtype} {[*residual.shape]}, expected {x.dtype} {[*out.shape]}")
+    bias = bias.float().contiguous()
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     places = x.data_ptr(), weight.data_ptr(), bias.data_ptr(), 0 if residual is None else residual.data_ptr()

@@ -77,6 +77,23 @@ def test_every_instruction_set(vector_bytes, batch, channels, outputs, height, w
 
 
 @pytest.mark.parametrize("form", [winograd.transform_weight, winograd.in_panels])
+def test_minimal_filtering_refuses_what_it_would_read_beyond_its_end(form):
+    x, weight, bias, residual = noise(1, 32, 8, 8), noise(64, 32, 3, 3), noise(64), noise(1, 64, 8, 8)
+    given = {"x": x, "weight": form(weight), "bias": bias, "residual": residual}
+    assert winograd.convolve(**given).shape == (1, 64, 8, 8)
+    for name, wrong in (
+        ("x", noise(1, 48, 8, 8)),
+        ("weight", form(weight.bfloat16())),
+        ("weight", form(weight[:32])),
+        ("bias", bias[:32]),
+        ("residual", residual[..., :4]),
+        ("residual", residual.bfloat16()),
+    ):
+        with pytest.raises(ValueError, match="convolve: "):
+            winograd.convolve(**given | {name: wrong})
+
+
+@pytest.mark.parametrize("form", [winograd.transform_weight, winograd.in_panels])
 @torch.inference_mode()
 def test_neither_threads_nor_the_batch_change_a_bit(form, monkeypatch):
     x, given = image(5, 32, 13, 9), weights(48, 32)
