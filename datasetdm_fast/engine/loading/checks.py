@@ -20,7 +20,8 @@ LARGEST_VOCABULARY = 64 * 2**20  # bytes of a tokenizer's files; CLIP's have 3 M
 LARGEST_NUMBER, MOST_LAYERS, MOST_ENTRIES, MOST_TIMESTEPS = 2**20, 128, 128, 100_000
 DISTANCE, BUCKETS = "relative_attention_max_distance", "relative_attention_num_buckets"  # of T5
 LEAST = {  # of a config
-    **dict.fromkeys("num_layers num_hidden_layers layers_per_block norm_num_groups".split(), 1),
+    **dict.fromkeys("num_layers num_hidden_layers layers_per_block norm_num_groups n_layers".split(), 1),
+    **dict.fromkeys("pos_embed_max_size axes_lens axes_dims axes_dims_rope".split(), 1),
     **dict.fromkeys("num_attention_heads num_key_value_heads num_heads attention_head_dim".split(), 1),
     **dict.fromkeys("layer_norm_eps layer_norm_epsilon rms_norm_eps".split(), 0),
     "transformer_layers_per_block": 0,

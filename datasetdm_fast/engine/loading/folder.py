@@ -60,6 +60,8 @@ TEXT_NUMBERS = {
     "rope_parameters": {},
 }
 CLIP_NUMBERS = {"layer_norm_eps": 1e-5, "eos_token_id": 49407}
+HEAD = "attention_head_dim"  # the sum of axes_dims_rope
+OF_BLOCKS = (HEAD, "transformer_layers_per_block", "layers_per_block", "cross_attention_dim")  # maybe one for each
 # settings by which a library would fetch code, or import another library and run that
 RUNS_CODE = ("auto_map", "custom_pipelines", "quantization_config")
 
@@ -266,10 +268,11 @@ def _readable_settings(part: Part, config: Mapping[str, Any], source: Path) -> d
         usual = {key: known.default for key, known in inspect.signature(class_of(part).__init__).parameters.items()}
     for key, value in {**config, **(config.get("text_config") or {})}.items():
         expected = usual.get(key)
-        is_short = False
+        is_short = is_unfit = False
         if key.startswith("axes_") and isinstance(expected, (list, tuple)):
             is_short = not isinstance(value, (list, tuple)) or len(value) != len(expected)
-        if is_short or not _could_replace(value, expected, takes_lists=library == "diffusers"):
+            is_unfit = key == "axes_dims_rope" and not is_short and sum(value) != config.get(HEAD, usual[HEAD])
+        if is_short or is_unfit or not _could_replace(value, expected, takes_lists=key in OF_BLOCKS):
             raise Refused(
                 f"model: {source.parent}: the {source.name}'s {key} is {documents.quote(value)}, expected a value such "
                 f"as {expected!r}",
@@ -288,7 +291,7 @@ def _could_replace(value: Any, expected: Any, *, takes_lists: bool) -> bool:
     if value is None:
         return isinstance(expected, bool)  # of a switch it means no
     if isinstance(value, list):
-        return expected == () or value != [] and takes_lists and not isinstance(expected, float)
+        return expected == () or value != [] and (takes_lists or isinstance(expected, tuple))
     if isinstance(value, (str, dict)):
         return type(value) is type(expected)
     is_whole = not isinstance(value, float) or value.is_integer()
