@@ -258,3 +258,11 @@ def test_a_bad_data_set_is_refused_before_a_model_is_loaded(tmp_path, monkeypatc
     monkeypatch.setattr("datasetdm_fast.engine.engines.open_engine", lambda *_, **__: pytest.fail("a model was loaded"))
     assert main(["--data", f"voc:{tmp_path / 'nowhere'}"]) == 2
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_a_name_that_no_image_shows_is_no_class_in_common(decoders, tmp_path, capsys):
+    source = open_data("demo:1", 64)
+    source.classes = ("background", "mug", "leaf", "bottle")  # VOC has bottles, too
+    code, out, said = run(capsys, "--decoder", decoders(source, ("semantic",)), "--data", as_voc(tmp_path))
+    assert code == 2 and not out
+    assert "the data set aeroplane, bicycle, bird: no class in common" in said and "--class-names" in said

@@ -184,6 +184,12 @@ def test_a_missing_yaml_file_is_refused(tmp_path):
         parse_run(["--config", str(tmp_path / "none.yaml")])
 
 
+@pytest.mark.parametrize("flag", ["model", "decoder"])
+def test_an_empty_value_is_not_the_current_folder(flag):
+    with pytest.raises(Refused, match=f"--{flag}: no value was given"):
+        parse_run([f"--{flag}", ""])
+
+
 @dataclass(frozen=True)
 class Other:
     data: str = field(metadata={"help": "what to read"})

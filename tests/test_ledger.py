@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sqlite3
+import subprocess
 import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -735,6 +736,29 @@ def test_a_disk_without_room_beside_a_ledger_is_full_and_the_ledger_not_damaged(
     for read in (lambda: audit(tmp_path / "run"), lambda: open_run(tmp_path / "run")):
         with pytest.raises(Missing, match="the disk is full"):
             read()
+
+
+def test_a_limit_of_the_size_of_files_is_named(tmp_path):
+    code = f"""
+import resource
+from pathlib import Path
+from datasetdm_fast.disk import storage
+from datasetdm_fast.disk.sqlite import Database
+from datasetdm_fast.errors import Missing
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+path = Path({str(tmp_path)!r})
+for write in (
+    lambda: Database(path / "a", path / "a").execute("CREATE TABLE t AS SELECT randomblob(99999)"),
+    lambda: storage.publish({{path / "b": bytes(30_000)}}),
+):
+    try:
+        write()
+    except Missing as refusal:
+        print(refusal.cause)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.count("the file may not grow any more (ulimit -f") == 2
 
 
 def test_a_run_that_another_process_begins_between_two_looks_is_a_new_one(tmp_path, monkeypatch):

@@ -49,6 +49,8 @@ def parse(
         flag, value = _flag(field.name), getattr(config, field.name)
         if (kind := field.metadata.get("output")) and (value or field.name in values):
             check_output(flag, value, kind)
+        if value == "" and field.name in values and isinstance(field.default, str) and field.default:
+            raise Refused(f"{flag}: no value was given", f"Give one, or drop the flag for {field.default}.")
         if field.name in values and isinstance(value, int | float):
             least, most = field.metadata.get("least"), field.metadata.get("most")
             if least is not None and value < least or most is not None and value > most:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import sqlite3
 import threading
 import time
@@ -180,6 +181,8 @@ def _as_refusal(error: Exception, path: Path) -> Missing | Refused:
     # the memory that processes share is a file beside the database, and a disk without room for it is full as well
     if code == sqlite3.SQLITE_FULL or call == sqlite3.SQLITE_IOERR_SHMSIZE:
         return storage.refusal(OSError(errno.ENOSPC, ""), path)
+    if call == sqlite3.SQLITE_IOERR_WRITE and resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY:
+        return storage.refusal(OSError(errno.EFBIG, ""), path)
     if code in _DISK_ERRORS:
         remedy = "Check the disk, the folder and its permissions, then run the same command again."
         return Missing(f"{path}: {error}", remedy)

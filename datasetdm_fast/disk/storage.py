@@ -22,6 +22,7 @@ _PROCESS = secrets.randbelow(
 _TEMPORARY = re.compile(r"\.(.+)\.(\d+)\.part(-wal|-shm|-journal)?")
 _FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk has no room left, or the user may take no more of it
 FULL = "the disk is full"  # the cause of a refusal
+TOO_LARGE = "the file may not grow any more (ulimit -f, or the limit of the disk)"
 _CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES)
 FILES_PER_SYNC = 64  # files written before the first of them is synced: the disk then joins their journal entries
 FILE_MODE, FOLDER_MODE = (0o666, 0o777)  # less the umask, which decides whether a group works on a run
@@ -189,6 +190,8 @@ def refusal(error: OSError, path: str | Path) -> Missing:
     """The error of a command for an error of the disk."""
     if error.errno in _FULL:
         return Missing(f"{path}: {FULL}", "Free some space and run the same command again: it resumes.")
+    if error.errno == errno.EFBIG:
+        return Missing(f"{path}: {TOO_LARGE}", "Raise the limit and run the same command again: it resumes.")
     alike = named_alike(Path(path)) if error.errno == errno.ENOENT else ""
     return Missing(
         f"{path}: {error.strerror or error}{alike}",

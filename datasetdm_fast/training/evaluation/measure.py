@@ -20,7 +20,14 @@ from datasetdm_fast.messages import count_noun
 from datasetdm_fast.training import data_record
 from datasetdm_fast.training.evaluation import naming
 from datasetdm_fast.training.evaluation.intervals import intervals
-from datasetdm_fast.training.evaluation.meter import Meter, check_count, figure_name, nothing_shown
+from datasetdm_fast.training.evaluation.meter import (
+    BACKGROUND,
+    Meter,
+    check_count,
+    check_names,
+    figure_name,
+    nothing_shown,
+)
 from datasetdm_fast.training.evaluation.metrics import METRICS
 
 
@@ -96,6 +103,8 @@ def _compare_names(meter: Meter, config: DecoderConfig, result: Mapping[str, Any
     """Classes of the data that a decoder does not know, and classes of the decoder that no image shows."""
     if not config.classes or config.has_text or meter.each != "per_class":
         return []
+    shown = [name for name in result.get("per_class", {}) if name not in BACKGROUND]
+    check_names(config.task, config.classes, shown)  # a class in common that no image shows is one by chance
     lines = (
         naming.describe_unknown(meter.columns, config.classes),
         naming.describe_absent(config.classes, result.get("per_class", {})),
