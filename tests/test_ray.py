@@ -446,3 +446,11 @@ def test_the_cluster_of_the_readme_is_one_that_ray_accepts():
         json.loads((Path(ray.__file__).parent / "autoscaler" / "ray-schema.json").read_text(encoding="utf-8")),
     )
     assert described["head_node_type"] in described["available_node_types"]
+
+
+def test_an_error_of_ray_is_one_line_without_colours():
+    assert (
+        ray_connection.first_line(RuntimeError("\n\x1b[36m(pid=7)\x1b[0m the node died\n  at line 3"))
+        == "(pid=7) the node died"
+    )
+    assert ray_connection.first_line(TimeoutError()) == "TimeoutError"

@@ -1,6 +1,7 @@
 """What a model's configuration and weights must satisfy before anything is built from them."""
 
 import math
+import re
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -144,7 +145,9 @@ def check_readable(file: Path) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    return documents.one_line((str(error).strip() or type(error).__name__).splitlines()[0])
+    """The first line of a library's error, without colours."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    return documents.one_line((text or type(error).__name__).splitlines()[0])
 
 
 @contextmanager

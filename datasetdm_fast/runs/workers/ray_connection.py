@@ -13,6 +13,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 from datasetdm_fast.cores import count_cores
+from datasetdm_fast.engine.loading.checks import first_line
 from datasetdm_fast.errors import Missing, Refused
 
 PORT = 6379  # of a head node, where none is named
@@ -142,9 +143,3 @@ def _knock(cluster: str, address: str) -> None:
             f"--cluster {cluster}: no head at {address} ({getattr(error, 'strerror', None) or error})",
             "Start one there with `ray start --head`, or name the one that runs; --cluster ray starts one here.",
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error of Ray, without colours and stack."""
-    lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", str(error)).splitlines() if line.strip()]
-    return (lines or ["Ray gives no reason"])[0][:300]

@@ -12,13 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from datasetdm_fast.engine.loading.checks import first_line
 from datasetdm_fast.errors import Missing, Stop
 from datasetdm_fast.runs.run_folder.object_store import is_url
 from datasetdm_fast.runs.run_folder.shard_places import ShardPlace, shard_place
 from datasetdm_fast.runs.run_settings import RunSpec, WorkerSettings
 from datasetdm_fast.runs.workers.claims import free_claims
 from datasetdm_fast.runs.workers.devices import Pool, pool_of
-from datasetdm_fast.runs.workers.ray_connection import address_of, first_line, join_cluster
+from datasetdm_fast.runs.workers.ray_connection import address_of, join_cluster
 from datasetdm_fast.runs.workers.shard_worker import ShardRank, ShardWorker, files_of_shard, open_shards
 from datasetdm_fast.runs.workers.worker import Callbacks
 from datasetdm_fast.version import __version__
