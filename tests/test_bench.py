@@ -19,7 +19,7 @@ import torch
 from skips import long_test
 
 from bench import __main__ as bench
-from bench import options, run, suite
+from bench import options, run, setting, suite
 from bench.decoders import load_decoders
 from bench.machine import limits, machine, measure
 from bench.machine.processes import another_process
@@ -40,6 +40,21 @@ from datasetdm_fast.kernels import native, plain
 
 TINY = ["--model", "tiny", "--steps", "2", "--quick", "--seconds", "0.1"]
 SCRIPT = Path(__file__).parents[1] / "bench" / "gpu.sh"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def each_model_is_counted_once():
+    """The operations of its stages; tests/test_peers.py counts them anew."""
+    count, counted = setting.stage_flops, {}
+
+    def stage_flops(model):
+        key = model.name, model.size
+        counted[key] = counted.get(key) or count(model)
+        return dict(counted[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setting, "stage_flops", stage_flops)
+        yield
 
 
 @pytest.fixture(autouse=True)
