@@ -38,7 +38,9 @@ BATCHES = "1,2" if IS_LONG else "1"
 
 @cache
 def rtx() -> flavours.Flavour:
-    return flavours.find_flavour("tensorrt-rtx")
+    found = flavours.find_flavour("tensorrt-rtx")
+    assert found.module  # imported before a test names another one
+    return found
 
 
 def export(*flags: str) -> int:
@@ -227,9 +229,10 @@ def test_a_builder_that_crashes_takes_only_itself_along(tmp_path, monkeypatch):
         "import os, signal\nos.write(2, b'out of places')\nos.kill(os.getpid(), signal.SIGSEGV)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    installed = rtx()
     monkeypatch.setitem(to_tensorrt.MODULES, "tensorrt-rtx", "tensorrt_that_crashes")
     with pytest.raises(Refused, match="its builder ended by SIGSEGV, saying: .*out of places"):
-        run(tmp_path, RELU)
+        run(tmp_path, RELU, flavour=installed)
 
 
 def test_what_a_builder_throws_is_told_without_where(tmp_path, monkeypatch):
