@@ -87,6 +87,12 @@ def test_the_file_of_a_domain(tmp_path):
         domain.read_domain(tmp_path, D)
 
 
+@pytest.mark.parametrize(("drawn", "distance"), [([3, 3], 3), ([3, -3], 0), ([1, 2, 3], (22 / 6) ** 0.5)])
+def test_the_square_of_a_distance_is_the_mean_product_of_two_different_descriptors(drawn, distance):
+    spread = domain.Spread(np.zeros((1, 1)), np.ones(1), np.ones((1, 1)))  # of unit length as they are
+    assert spread.distance_of_mean(np.array(drawn, float)[:, None]) == pytest.approx(distance)
+
+
 def test_a_model_that_draws_a_part_of_what_was_taught_is_found_by_the_mean():
     learned, moved = learn(), np.zeros((D, 1, 1), np.float32)
     moved[:3, 0, 0] = 0.6 * learned.pictures.scale[:3] * (1, -1, 1)

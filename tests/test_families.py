@@ -3,6 +3,7 @@
 import json
 import shutil
 from functools import cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from skips import IS_LONG
 from tiny_pipelines import SIZE
 
 from datasetdm_fast import generate
+from datasetdm_fast.engine.backbones.flux2_klein import FLUX2_KLEIN
+from datasetdm_fast.engine.backbones.sdxl import SDXL
 from datasetdm_fast.engine.decoders.checkpoint import save_decoder, seeded_decoders
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loading.folder import load_folder
@@ -158,6 +161,19 @@ def test_a_licence_that_forbids_commercial_use_is_named_before_the_first_image(
     model = load_folder(saved(family, **sizes), size=SIZE)
     assert model.licence == licence
     assert ("NOT FOR COMMERCIAL USE" in describe_model(model)) != is_commercial
+
+
+@pytest.mark.parametrize(
+    ("record", "part", "sizes", "licence"),
+    [
+        (FLUX2_KLEIN, "transformer", {"num_attention_heads": 24}, "apache-2.0"),  # klein 4B
+        (FLUX2_KLEIN, "transformer", {"num_attention_heads": 32}, "flux-non-commercial-license"),  # 9B
+        (SDXL, "unet", {"sample_size": 64}, "sai-nc-community"),  # Turbo
+        (SDXL, "unet", {"sample_size": 128}, "openrail++"),
+    ],
+)
+def test_published_models_of_a_family_are_told_apart_by_their_sizes(record, part, sizes, licence):
+    assert record.licence({part: SimpleNamespace(**sizes)}) == licence
 
 
 def test_the_card_of_a_folder_tells_its_licence(saved, tmp_path):
