@@ -518,10 +518,11 @@ def test_wrong_lines_of_label_are_refused(line, said, photos, tmp_path, capsys):
 
 def test_label_without_a_folder_of_decoders_is_refused(photos, tmp_path, capsys):
     line = [str(photos), "--task", "semantic", "--decoder", "", "--out", str(tmp_path / "run"), "--quiet"]
+    assert label.main(line) == 2 and "--decoder: no value was given" in capsys.readouterr().err
+    line[line.index("")] = str(tmp_path)
     assert label.main(line) == 3 and "no sub-folder holds a config.json" in capsys.readouterr().err
     (tmp_path / "semantic" / "training" / "folds-5" / "1" / "training").mkdir(parents=True)
     (tmp_path / "semantic" / "training" / "folds-5" / "1" / "training" / "log.jsonl").touch()
-    line[line.index("")] = str(tmp_path)
     assert label.main(line) == 3 and "has not ended\nRun the command that trains it again" in capsys.readouterr().err
 
 
