@@ -137,6 +137,9 @@ def test_a_comma_in_a_path_is_a_part_of_it(tmp_path, monkeypatch):
         Path("a,b"),
     ]
     assert parts_of("demo, none ,a") == [DEMO, Path("none"), Path("a")] and parts_of("demo") == [DEMO]
+    for nothing in ("", " , "):
+        with pytest.raises(Refused, match="decoders: .* names none"):
+            parts_of(nothing)
     many = [f"decoders{k}" for k in range(60)]  # together too long for the name of a file
     assert parts_of(",".join(many)) == list(map(Path, many))
 

@@ -92,7 +92,9 @@ def parts_of(source: str | Path) -> list[Path]:
         part = next((text for text in joined if text not in SHIPPED and _is_there(text)), words[0].strip())
         words = words[part.count(",") + 1 :]
         folders += [SHIPPED.get(part, Path(part))] if part else []
-    return folders or [Path(source)]
+    if not folders:
+        raise Refused(f"decoders: {str(source)!r} names none", "Name a folder of trained decoders, or demo.")
+    return folders
 
 
 def _is_there(text: str) -> bool:
