@@ -57,7 +57,7 @@ def test_a_kill_two_processes_and_batches_of_five(model, tmp_path):
     while process.poll() is None and not [*killed.glob("images/*.png")]:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
-    assert process.wait() in (0, -signal.SIGKILL)  # on a busy machine it may end before it is killed
+    assert process.wait() == -signal.SIGKILL
     assert generate.main([*line, "--out", str(killed)]) == 0
     assert files(killed) == files(whole)
 
