@@ -17,6 +17,7 @@ from datasetdm_fast.export import golden
 from datasetdm_fast.export.tensorrt.flavours import Flavour
 from datasetdm_fast.export.tensorrt.plans import PlanFile
 from datasetdm_fast.export.tensorrt.to_tensorrt import resolve_shape
+from datasetdm_fast.untrusted import documents
 
 if TYPE_CHECKING:
     from datasetdm_fast.export.manifest import StageFile, TensorInfo
@@ -95,7 +96,7 @@ class LoadedPlan:
             except (torch.OutOfMemoryError, Missing):
                 raise
             except (RuntimeError, TypeError) as error:  # of TensorRT, and of a recording that it ended
-                raise self._failure(f"loading it: {' '.join(str(error).split())}") from error
+                raise self._failure(f"loading it: {documents.one_line(str(error))}") from error
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The outputs of the stage, as tensors that later calls leave alone."""
