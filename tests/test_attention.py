@@ -37,6 +37,7 @@ from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.engine.tasks import attention
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.kernels import choice
+from datasetdm_fast.runs.jobs.labelling import open_pictures
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.reader import open_run
 from datasetdm_fast.training.readers import open_data
@@ -457,6 +458,14 @@ def test_a_run_folder_among_the_pictures_is_refused(photos, tmp_path, capsys):
     assert "it holds labels of other pictures or captions than" in capsys.readouterr().err
     assert label.main([str(run), "--out", str(tmp_path / "other")]) == 2
     assert f"Name the folder of its pictures, {run / 'images'}." in capsys.readouterr().err
+
+
+def test_captions_are_found_by_name_before_stem_and_are_what_a_run_resumes_with(photos, tmp_path):
+    (captions := tmp_path / "captions.json").write_text('{"a": "a cube", "a.png": "a ball", "more/c": "a star"}')
+    pictures = open_pictures(str(photos), str(captions))
+    assert pictures.captions == {"a.png": "a ball", "b.jpg": "", "more/c.png": "a star"}
+    captions.write_text('{"a.png": "a ball", "more/c": "a cone"}')
+    assert open_pictures(str(photos), str(captions)).digest() != pictures.digest()
 
 
 def png_of(pixels):

@@ -23,7 +23,7 @@ from datasetdm_fast.engine.sampling import times
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.runs.jobs import job
-from datasetdm_fast.runs.jobs.writing import write_missing
+from datasetdm_fast.runs.jobs.writing import BackgroundWriter, write_missing
 from datasetdm_fast.runs.run_folder.reader import open_run
 from datasetdm_fast.runs.run_settings import RunConfig
 
@@ -593,3 +593,21 @@ def test_what_decoders_see_without_the_prompt_is_told(seen):
     assert sample.annotations["instance"].class_ids.tolist() == [world.THINGS.index("ball")]
     wanted = ("without the prompt, 100% of the pixels of things are star, which it does not name",)
     assert sample.trust.reasons == (wanted if seen == "star" else ())
+
+
+def test_nothing_is_committed_after_a_batch_that_could_not_be_written():
+    committed, third = [], threading.Event()
+
+    def write(results, recipe):
+        if results == [2]:
+            assert third.wait(60)
+            raise Missing("the disk is full", "Free some space.")
+        if results == [3]:
+            third.set()
+        return results
+
+    folder = SimpleNamespace(unseal=list, write=write, ledger=SimpleNamespace(commit=committed.append))
+    with pytest.raises(Missing), BackgroundWriter(folder, lambda rows: None) as writer:
+        for number in (1, 2, 3):
+            writer.put([number], {})
+    assert committed == [[1]]

@@ -108,6 +108,8 @@ def test_a_sample_is_no_duplicate_of_a_dropped_one(tmp_path):
     assert drop.main([str(run), "2", "--quiet"]) == 0 and duplicates() == [0, 1, 0, 0] and is_whole(run)
     assert drop.main([str(run), "0", "--quiet"]) == 0 and duplicates() == [0, 0, 0]
     assert restore.main([str(run), "--all", "--quiet"]) == 0 and duplicates() == [0, 1, 0, 1, 0] and is_whole(run)
+    assert drop.main([str(run), "0", "4", "--quiet"]) == 0 and duplicates() == [0, 0, 1]
+    assert restore.main([str(run), "--all", "--quiet"]) == 0 and duplicates() == [0, 1, 0, 1, 0]
     for id in ("3", "2"):
         assert drop.main([str(run), id, "--quiet"]) == 0
     assert restore.main([str(run), "3", "--quiet"]) == 0 and duplicates() == [0, 1, 0, 0]  # 2 is still out
@@ -199,6 +201,24 @@ def test_a_sample_whose_file_was_damaged_stays_dropped(run, capsys):
     assert restore.main([str(run), "2"]) == 4
     assert "state/dropped/depth/00000002.png has changed since it was written" in capsys.readouterr().err
     assert len(ids(run)) == 5 and is_whole(run)
+
+
+def test_files_are_copied_before_their_row_moves_and_removed_after_it(run, monkeypatch):
+    steps, syscall, image = [], storage.syscall, "images/00000001.png"
+
+    def note(name, call, *arguments):
+        if name == "sqlite COMMIT":
+            steps.append("commit")
+        elif name in ("rename", "unlink") and str(arguments[-1]).endswith(image):
+            steps.append(name)
+        return syscall(name, call, *arguments)
+
+    with open_run(run) as opened, RunFolder(run, opened.document) as folder:
+        monkeypatch.setattr(storage, "syscall", note)
+        folder.drop([1])
+        assert steps == ["rename", "commit", "unlink"]
+        folder.bring_back(folder.ledger.dropped_rows())
+        assert steps == ["rename", "commit", "unlink"] * 2
 
 
 @pytest.mark.parametrize("command", [drop, restore])

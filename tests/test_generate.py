@@ -218,11 +218,12 @@ def test_a_run_that_was_killed_while_it_began_to_grow_grows_with_the_same_line(e
     assert files_of(tmp_path / "run") == files_of(tmp_path / "large") and audit(tmp_path / "run").findings == []
 
 
-def test_a_larger_number_makes_others_in_the_place_of_dropped_samples(engines, tmp_path):
+def test_a_larger_number_makes_others_in_the_place_of_dropped_samples(engines, tmp_path, capsys):
     line, out = ["--batch-size", "2", "--quiet", "--number"], tmp_path / "run"
     assert run(*line, "4", out=out) == 0 and drop.main([str(out), "1", "3", "--quiet"]) == 0
     assert run(*line, "4", out=out) == 0  # the same line makes none of them again
     assert [sample.id for sample in open_run(out)] == ["00000000", "00000002"]
+    assert run(*line[:2], "--number", "6", "--dry-run", out=out) == 0 and "images     2 of 6" in capsys.readouterr().err
     assert run(*line, "6", out=out) == 0 and audit(out).findings == []
     assert [sample.id for sample in open_run(out)] == [f"{k:08d}" for k in (0, 2, 4, 5)]
     assert restore.main([str(out), "--all", "--quiet"]) == 0

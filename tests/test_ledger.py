@@ -1,5 +1,6 @@
 import base64
 import errno
+import fcntl
 import importlib.util
 import io
 import json
@@ -12,6 +13,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from PIL import Image
 from rendered import TASKS, document, rendered, write_run
 
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Quarantined, Request, SemanticMap, Trust
-from datasetdm_fast.disk import sqlite, storage
+from datasetdm_fast.disk import locks, sqlite, storage
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.engine.labels import check_numbers, label_files, number_classes
 from datasetdm_fast.engine.scenes import world
@@ -36,6 +38,7 @@ from datasetdm_fast.runs.run_folder.document import (
     sides,
 )
 from datasetdm_fast.runs.run_folder.folder import RunFolder
+from datasetdm_fast.runs.run_folder.indexes.coco import first_number
 from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, QUARANTINED, Ledger, Row, canonical, decode_trust
 from datasetdm_fast.runs.run_folder.reader import open_run
 
@@ -223,6 +226,36 @@ def test_publish_writes_what_short_writes_leave(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "write", lambda handle, data: write(handle, data[:3]))
     storage.publish({tmp_path / "a": b"0123456789"})
     assert (tmp_path / "a").read_bytes() == b"0123456789"
+
+
+def test_a_file_that_one_process_may_create_is_durable_before_and_after_it_has_its_name(tmp_path, monkeypatch):
+    calls, syscall = [], storage.syscall
+
+    def note(name, call, *arguments):
+        if name == "fsync":
+            calls.append(Path(os.readlink(f"/proc/self/fd/{arguments[0]}")).name)
+        elif name == "link":
+            calls.append(name)
+        return syscall(name, call, *arguments)
+
+    monkeypatch.setattr(storage, "syscall", note)
+    path = tmp_path / "manifest" / "00003.json"
+    assert storage.create(path, b"{}") and path.read_bytes() == b"{}" and not storage.create(path, b"[]")
+    assert calls[:4] == [tmp_path.name, storage.part_of(path).name, "link", "manifest"]
+
+
+def test_a_folder_is_held_by_one_process_in_turn(tmp_path):
+    handle = os.open(tmp_path, os.O_RDONLY)
+    with locks.in_turn(tmp_path), pytest.raises(BlockingIOError):
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(handle)
+
+
+def test_annotations_go_on_after_those_of_all_labels_before(tmp_path):
+    labels = {f"instance{name}": {} for name in ("", ":a", ":b")}
+    ledger = SimpleNamespace(last_record={"instance": 3, "instance:a": 5, "instance:b": 7}.__getitem__)
+    assert [first_number(label, {"labels": labels}, ledger) for label in labels] == [0, 3, 8]
 
 
 def test_same_samples_give_the_same_bytes(run_path, tmp_path):
@@ -627,6 +660,8 @@ def test_a_run_is_sliced_and_asked_for_what_passes(run_path):
     balls = run.where(classes=("ball",))
     assert 0 < len(balls) < len(run) and all("ball" in sample.classes for sample in balls)
     assert len(run.where(classes=iter(["ball"]))) == len(balls)
+    either = [sample.id for sample in run if {"ball", "cube"} & {*sample.classes}]
+    assert [sample.id for sample in run.where(classes=("ball", "cube"))] == either and len(either) > len(balls)
     assert run[0].label("attention") is None is run[0].label("depth:other")
     with pytest.raises(Refused, match=r"'semantc' is no label \(did you mean semantic\?\)"):
         run[0].label("semantc")

@@ -6,6 +6,7 @@ import shutil
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from rendered import document, rendered, write_run
 
@@ -214,6 +215,24 @@ def test_pictures_of_several_sizes_are_no_source_of_tiles(runs, tmp_path):
     assert "8 of 8 images of 32 × 32 or 64 × 64 pixels" in (tmp_path / "all" / "README.md").read_text()
     with pytest.raises(Refused, match="sample 00000000 has 32 x 32 pixels, expected 64 x 64"):
         SquareSource(tmp_path / "all")
+
+
+def test_things_are_numbered_anew_and_sizes_told_width_first(runs, tmp_path):
+    """Edits keep the ids of their source, which two of one source have in common."""
+    for name, like, height in (("one", 80, 24), ("other", 81, 32)):
+        sample = moved(0, like)
+        things = sample.annotations["instance"]
+        numbered = replace(things, ids=np.arange(5, 5 + len(things.masks)))
+        labels = {**sample.annotations, "instance": numbered}
+        with RunFolder(tmp_path / name, document(1, 32)) as folder:
+            cut = replace(sample, image=sample.image[:height], annotations=labels)
+            folder.add([cut], {"sides": [height, 32]})
+            finish_run(folder)
+    out = tmp_path / "all"
+    assert main([str(tmp_path / "one"), str(tmp_path / "other"), "--out", str(out), "--quiet"]) == 0
+    ids = [item["id"] for item in json.loads((out / "instances.json").read_text())["annotations"]]
+    assert len(ids) > 2 and ids == [*range(1, len(ids) + 1)]
+    assert "2 of 2 images of 32 × 24 or 32 × 32 pixels" in (out / "README.md").read_text()
 
 
 def test_a_run_in_a_folder_whose_name_is_no_utf_8_is_merged(runs, tmp_path, monkeypatch):

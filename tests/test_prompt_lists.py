@@ -16,7 +16,7 @@ from datasetdm_fast import prompts
 from datasetdm_fast.engine.labels import class_tables
 from datasetdm_fast.engine.labels.words import find_classes
 from datasetdm_fast.runs.prompting import balance, language_model
-from datasetdm_fast.runs.prompting.grammar import DemoGrammar, Grammar, PlaceGrammar, read_vocabulary
+from datasetdm_fast.runs.prompting.grammar import DemoGrammar, Grammar, PlaceGrammar, open_grammar, read_vocabulary
 
 SECRET = "canary-5b1f0c77"
 ESCAPED = "".join(f"\\u{ord(letter):04x}" for letter in SECRET)
@@ -73,6 +73,16 @@ def test_near_duplicates_are_those_of_the_plain_definition():
         if any(len(one & other) / len(one | other) > balance.NEAR for other in pieces[:k])
     ]
     assert balance.near_duplicates(prompts_) == plain and len(plain) >= 6
+    assert balance.near_duplicates(["a b c d e f g h i", "a b c d e f g h"]) == []  # 4 of 5 sequences, which is 0.8
+    assert balance.near_duplicates(["a b c d e f g h i j", "a b c d e f g h i"]) == [1]  # 5 of 6
+
+
+@pytest.mark.parametrize("name", ["", "nyu", "demo"])
+def test_another_seed_makes_other_sentences_of_every_grammar(name):
+    kind = {"nyu": "kitchen", "demo": "ball"}.get(name, "owl")
+    one, same, other = (open_grammar(name, (kind,), seed) for seed in (1, 1, 2))
+    said = [[grammar.sentence(kind, number).prompt for number in range(20)] for grammar in (one, same, other)]
+    assert said[0] == said[1] and len({*said[0]} & {*said[2]}) < 10
 
 
 def test_distinct_2_counts_pairs_of_words():

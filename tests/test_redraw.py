@@ -15,7 +15,7 @@ import torch
 from forked import ForkedPython
 from PIL import Image
 from pycocotools.coco import COCO
-from rendered import document, rendered
+from rendered import document, rendered, write_run
 from test_ledger import tree
 
 from datasetdm_fast import audit as audit_command
@@ -399,6 +399,22 @@ def test_an_edit_of_people_replaces_them_in_the_prompt(tmp_path):
         settings = EditSettings(run=str(tmp_path / "run"), prompt="a red star", **way)
         told = Edits(open_source(tmp_path / "run", only_kept=False), settings).prompt(0).text
         assert told == ("a red star and a ball on a table" if way.get("class_") else "a red star")
+
+
+def test_every_image_has_a_seed_and_ids_of_its_own(tmp_path):
+    write_run(tmp_path / "run", 3)
+    opened, settings = open_source(tmp_path / "run", only_kept=False), {"run": str(tmp_path / "run")}
+    settings = EditSettings(**settings, box="0,0,32,64", prompt="a red star", seed=9)
+    edits, kept = Edits(opened, settings), Edits(opened, replace(settings, seed=-1))
+    assert [[each.prompt(k).seed for k in range(3)] for each in (edits, kept)] == [[9, 10, 11], [0, 1, 2]]
+    masks = np.zeros((2, 64, 64), bool)
+    masks[0, 1:3, 1:3] = masks[1, 5:7, 1:3] = True  # too small to be what was there before
+    names = tuple(opened.document["labels"]["instance"]["classes"])
+    two = Instances(masks, np.array([0, 1]), np.float32([0.9, 0.8]), names)
+    drawn = rendered(1)
+    made = edits.finish(replace(drawn, annotations={**drawn.annotations, "instance": two}))
+    largest = max(item["id"] for item in json.loads((tmp_path / "run" / "instances.json").read_text())["annotations"])
+    assert made.annotations["instance"].ids[-2:].tolist() == [largest + 1 + MOST_NEW, largest + 2 + MOST_NEW]
 
 
 def test_prompts_say_the_domain():

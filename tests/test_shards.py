@@ -40,8 +40,10 @@ from datasetdm_fast.runs.jobs.job import build_job
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Row
 from datasetdm_fast.runs.run_folder.object_store import ObjectStore
 from datasetdm_fast.runs.run_folder.shard_places import ShardBucket, ShardFolder, shard_place
+from datasetdm_fast.runs.run_folder.shard_stream import ShardStream
 from datasetdm_fast.runs.run_folder.shards import (
     RECORD,
+    ShardEntry,
     ShardIndex,
     ShardLedger,
     encode_index,
@@ -138,6 +140,12 @@ def test_the_index_of_a_shard_gives_back_its_rows_and_how_many_things_each_shows
     assert [index.rows[7], index.rows[8]] == rows and [index.places[7], index.places[8]] == places
     counts = parquet.read_table(io.BytesIO(content)).column("class_counts").to_pylist()
     assert counts == [[{"class": "ball", "count": 2}, {"class": "cone", "count": 1}], []]
+
+
+def test_a_shard_of_a_merged_run_has_all_its_indices_moved():
+    entry = ShardEntry(5, 8, 0, 0, 0, {"NaN": [5, 7]}, {}, {})
+    moved = entry.renumber(20, {"place": "run", "shard": 1})
+    assert (moved.first, moved.stop, moved.quarantined, list(moved.indices)) == (20, 23, {"NaN": [20, 22]}, [21])
 
 
 def test_a_shard_holds_what_webdataset_reads(alone):
@@ -310,14 +318,21 @@ def test_a_shard_that_is_made_twice_is_committed_once(alone, tmp_path, monkeypat
     run, place = copy(alone, tmp_path), ShardFolder(tmp_path / "run")
     job = shard_worker.open_shards(spec_of(run), place)
     worker = shard_worker.ShardWorker(job, place, ALONE, Callbacks(describe))
-    monkeypatch.setattr(place, "read", lambda name: None)
-    entry, reads = (run / entry_name(2)).read_bytes(), []
-    with pytest.raises(GateFailed, match="with other bytes"):  # what the first committed can no longer be read
-        worker._make(2)
-    assert not (run / entry_name(2)).exists()  # so that nobody reads the files of one as those of the other
-    (run / entry_name(2)).write_bytes(entry)
-    monkeypatch.setattr(place, "read", lambda name: reads.append(name) or (entry if len(reads) > 2 else None))
-    assert worker._make(2) == 0 and worker.made == 0
+    entry = (run / entry_name(2)).read_bytes()
+    for committed in (None, entry.replace(b"first", b"other"), entry):  # None: it can no longer be read
+        reads = []
+        monkeypatch.setattr(
+            place,
+            "read",
+            lambda name, reads=reads, it=committed: reads.append(name) or (it if len(reads) > 2 else None),
+        )
+        if committed == entry:
+            assert worker._make(2) == 0 and worker.made == 0
+            continue
+        with pytest.raises(GateFailed, match="with other bytes"):
+            worker._make(2)
+        assert not (run / entry_name(2)).exists()  # so that nobody reads the files of one as those of the other
+        (run / entry_name(2)).write_bytes(entry)
     assert tree(run) == tree(alone)
 
 
@@ -464,6 +479,10 @@ def test_others_are_made_in_the_place_of_doubtful_samples(alone, tmp_path, capsy
     others = [sample for sample in samples if sample.meta.get("turn")]
     assert [sample.id for sample in others] == [sample.id for sample in plain if not sample.trust.is_trusted]
     assert sum(sample.meta["turn"] for sample in others) == rejected > 0
+    doubtful = [int(sample.id) for sample in others]
+    for sample in (sample for sample in others if sample.meta["turn"] == 1):
+        same = [index for index in doubtful if index // SIZE == int(sample.id) // SIZE]  # of a shard, made together
+        assert sample.meta["place"] == same.index(int(sample.id)) % BATCH
     assert all(sample.seed == int(sample.id) + TURN * sample.meta.get("turn", 0) for sample in samples)
     line = ["--out", str(run), "--only", others[-1].id, "--json"]
     assert generate.main(line) == 0 and json.loads(capsys.readouterr().out.splitlines()[-1])["written"] == []
@@ -569,7 +588,7 @@ def test_selections_are_small_files_beside_the_shards(alone, folder, tmp_path, c
             answers[place].append(json.loads(capsys.readouterr().out) | {"path": ""})
         samples = datasetdm_fast.open_run(place, kept=True)
         source = RunSamples(place, "train", 64, ("semantic",))
-        answers[place] += [[sample.id for sample in samples], len(source)]
+        answers[place] += [[sample.id for sample in samples], len(source), samples.ledger.count()]
         line = [str(place), "--to", "wds", "--kept", "--part", "2/2", "--out", str(tmp_path / f"{place.name}-export")]
         assert convert.main([*line, "--quiet", "--json"]) == 0
         answers[place].append(json.loads(capsys.readouterr().out)["samples"])
@@ -590,13 +609,21 @@ def test_scores_of_a_clip_take_the_place_of_those_of_another(alone, tmp_path):
         curation.score_missing(opened, clip, 1)
         scores = datasetdm_fast.open_run(run).ledger.scores("clip")
         assert len(scores) == SAMPLES and {score for _, score in scores} == {min(value, 0.2)}
+    ledger = datasetdm_fast.open_run(run).ledger
+    for value in (5, 6):
+        ledger.add_scores([(7, "distance", value), (1, "distance", 9)])
+        assert (
+            dict(ledger.scores("distance"))[7]
+            == value
+            == dict(datasetdm_fast.open_run(run).ledger.scores("distance"))[7]
+        )
 
 
 @pytest.mark.parametrize("where", ["folder", "store"])
 def test_a_merged_run_is_a_manifest_that_readers_take_for_a_run(alone, folder, bucket, tmp_path, capsys, where):
     run, out = copy(alone, tmp_path), "memory://bucket/run" if where == "store" else str(tmp_path / "all")
     make(tmp_path / "other", number=7, seed=100)
-    assert drop.main([str(run), "00000003", "--quiet"]) == 0
+    assert drop.main([str(run), "00000007", "--quiet"]) == 0
     line = [str(run), str(tmp_path / "other"), str(alone), "--out", out, "--quiet", "--json"]
     assert merge.main([*line, "--dry-run"]) == 0
     for made in (33, 0):
@@ -749,6 +776,20 @@ def test_a_stream_reads_every_sample_once_and_resumes(alone):
     assert keys(resumed) == first[11:]
     stream.set_epoch(1)
     assert keys(stream) != first
+
+
+def test_a_stream_counts_what_it_skipped_and_mixes_each_shard_anew():
+    stream = ShardStream({0: [0, 1, 2, 3], 1: [4, 5, 6, 7], 2: [8, 9]}, lambda index: index, None)
+    stream.load_state_dict({"epoch": 0, "samples": 5})
+    samples = iter(stream)
+    assert [next(samples), next(samples)] == [5, 6] and stream.state_dict() == {"epoch": 0, "samples": 7}
+    stream.load_state_dict({"epoch": 0, "samples": 8})
+    assert list(stream) == [8, 9] and stream.state_dict()["samples"] == 10
+    one, orders = ShardStream({0: [*range(20)]}, lambda index: index, 3), []
+    for epoch in range(2):
+        one.set_epoch(epoch)
+        orders.append(list(one))
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == [*range(20)]
 
 
 def test_ranks_read_shares_of_their_own(alone, monkeypatch):

@@ -161,6 +161,10 @@ def test_joints_are_found_near_theirs():
     assert speed_gate._share_of_joints(truth, truth) == 1
     assert speed_gate._share_of_joints(replace(truth, points=moved), truth) == 0.5
     assert speed_gate._share_of_joints(replace(truth, points=points[:0]), truth) == 0
+    corners = np.float32([[[0, 0, 1], [10, 0, 1], [10, 100, 1], [0, 100, 1]]])  # a tenth of the longer side is 10
+    tall = Keypoints(corners, np.full((1, 4), 2), np.ones(1), tuple("abcd"))
+    for away, share in ((9, 1), (10, 1), (11, 0)):
+        assert speed_gate._share_of_joints(replace(tall, points=corners + np.float32([away, 0, 0])), tall) == share
 
 
 @pytest.fixture(scope="module")

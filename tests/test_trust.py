@@ -4,11 +4,13 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torchless
 import troubled
+from rendered import rendered
 from skips import long_test
 from test_ledger import tree
 from torchless import DOUBT
@@ -24,6 +26,7 @@ from datasetdm_fast.engine.labels.trust import (
     without_doubtful,
     without_unsure,
 )
+from datasetdm_fast.runs.jobs.writing import Quota
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.goal import Goal
 from datasetdm_fast.runs.run_folder.reader import open_run
@@ -277,6 +280,16 @@ def test_stopped_anywhere_and_damaged_it_becomes_the_same(kept, tmp_path, monkey
     (path / "doubtful" / "images" / f"{id}.png").unlink()
     assert audit(path).findings[0].place == f"doubtful/images/{id}.png"
     assert run(path, "--only", id) == 0 and tree(path) == before
+
+
+def test_a_limit_counts_what_is_rejected_too():
+    plan, config = SimpleNamespace(number=6, most=60), {"keep": "trusted"}
+    job = SimpleNamespace(document={"config": config}, plan=plan, quarantines=True, limit=3)
+    ledger = SimpleNamespace(indices_between=lambda first, stop: {0}, tally=lambda number, classes: [(1, 0)])
+    quota = Quota(job, ledger)
+    assert quota.missing() == [1, 2, 3]
+    made = [replace(rendered(k, 16), rejection="doubtful" if k == 1 else "") for k in (0, 1, 2, 3, 4)]
+    assert [sample.request.index for sample in quota.take(made)] == [1, 2, 3] and quota.missing() == []
 
 
 @long_test  # the test of accepted samples has ranks, too

@@ -31,6 +31,8 @@ from datasetdm_fast.runs.agreement.observe import (
     teacher_forced_distances,
 )
 from datasetdm_fast.runs.agreement.verify import EXACT, ROUNDED, GateRow, evaluate_gates
+from datasetdm_fast.runs.run_folder.document import LEDGER
+from datasetdm_fast.runs.run_folder.ledger import Ledger, Row
 from datasetdm_fast.runs.workers import spawn
 
 SMALL = dict(
@@ -571,3 +573,22 @@ def test_a_verdict_holds_until_a_plan_changes(reference, tmp_path, monkeypatch):
     assert comparing.setting_of(reference) == first
     (tmp_path / "unet.plan").write_bytes(b"another plan")
     assert comparing.setting_of(reference) != first
+
+
+def test_samples_to_compare_are_spread_over_the_run(tmp_path):
+    assert comparing.choose_samples(tmp_path) == []
+    (tmp_path / "state").mkdir()
+    with Ledger(tmp_path / LEDGER) as ledger:
+        ledger.commit([Row(Request(index, "a", index), {}) for index in range(8)])
+    assert comparing.choose_samples(tmp_path) == [*range(8)]
+    with Ledger(tmp_path / LEDGER) as ledger:
+        ledger.commit([Row(Request(index, "a", index), {}) for index in range(8, 20)])
+    assert comparing.choose_samples(tmp_path) == [0, 2, 5, 7, 10, 12, 15, 17]
+
+
+def test_a_stored_verdict_holds_for_as_many_samples_and_the_same_setting(monkeypatch):
+    monkeypatch.setattr(comparing, "setting_of", lambda engine: {"engine": engine})
+    stored = {"agrees": True, "number": 8, "setting": {"engine": "fast"}}
+    assert [comparing.still_holds(stored, "fast", number) for number in (4, 8, 9)] == [True, True, False]
+    assert not comparing.still_holds(stored, "ort", 8) and not comparing.still_holds(None, "fast", 8)
+    assert not comparing.still_holds({**stored, "agrees": False}, "fast", 8)
