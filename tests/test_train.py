@@ -10,7 +10,9 @@ import sys
 import time
 import types
 import weakref
+from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,6 +31,7 @@ from datasetdm_fast.data import Instances
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels.class_tables import colour
 from datasetdm_fast.engine.labels.words import find_classes
+from datasetdm_fast.engine.pictures.labelled import Picture
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.training import (
@@ -42,7 +45,7 @@ from datasetdm_fast.training import (
     workflow,
 )
 from datasetdm_fast.training.captures import cache
-from datasetdm_fast.training.data_record import find_changes
+from datasetdm_fast.training.data_record import _record_item, find_changes
 from datasetdm_fast.training.readers import open_data
 from datasetdm_fast.training.settings import TrainConfig
 from datasetdm_fast.training.trainer import Trainer
@@ -348,6 +351,33 @@ def test_other_layouts_find_labels_in_capitals_and_refuse_one_label_for_two_pict
     save(picture.with_suffix(".png"), np.zeros((64, 64, 3), np.uint8))
     with pytest.raises(Refused, match="is the name of two images"):
         open_data(f"{kind}:{tmp_path}", 64)
+
+
+def test_a_change_of_anything_that_is_truth_is_another_record():
+    ones, twos = (np.full((4, 4), number, np.uint8) for number in (1, 2))
+    image = np.zeros((4, 4, 3), np.uint8)
+    changes = {
+        "image": (image, image + 1),
+        "caption": ("a ball", "a cube"),
+        "semantic": (ones, twos),
+        "masks": ([ones.copy], [twos.copy]),
+        "mask_classes": ([0], [1]),
+        "crowds": ([ones.copy], [twos.copy]),
+        "crowd_classes": ([0], [1]),
+        "searched": ((0,), (0, 1)),
+        "not_exhausted": ((), (1,)),
+        "depth": (ones.astype(np.float32), twos.astype(np.float32)),
+        "keypoints": (np.ones((1, 2, 3)), np.zeros((1, 2, 3))),
+        "keypoint_boxes": (np.ones((1, 4)), np.zeros((1, 4))),
+        "keypoint_areas": (np.ones(1), np.zeros(1)),
+    }
+    assert {*changes} == {field.name for field in fields(Picture)} - {"id", "person"}  # a box of keypoint_boxes
+    source = SimpleNamespace(order=[0], name=str)
+    whole = Picture("a", **{name: before for name, (before, _) in changes.items()})
+    record = _record_item(source, 0, whole)
+    for name, (_, after) in changes.items():
+        changed = _record_item(source, 0, replace(whole, **{name: after}))
+        assert sum(record[part] != changed[part] for part in record) == 1, name
 
 
 def test_what_changed_of_data_is_told():

@@ -32,6 +32,7 @@ GROUPS = {  # fields with one digest
     "depth": ("depth",),
     "things": ("masks", "mask_classes", "crowds", "crowd_classes"),
     "joints": ("keypoints", "keypoint_boxes", "keypoint_areas"),
+    "searched": ("searched", "not_exhausted"),
 }
 
 
@@ -50,10 +51,9 @@ def record_data(
 
 
 def _record_item(source: LabelledSource, index: int, item: Picture | Labelled) -> dict[str, Any]:
-    number = source.order[index]
     values = {name: tuple(getattr(item, field) for field in fields) for name, fields in GROUPS.items()}
     digests = {name: _digest(parts) for name, parts in values.items() if parts[0] is not None}
-    return {"name": source.name(number), "sides": [item.image.shape[1], item.image.shape[0]], **digests}
+    return {"name": source.name(source.order[index]), "sides": [*item.image.shape[1::-1]], **digests}
 
 
 def _whole_item(source: LabelledSource, index: int) -> Picture | Labelled:
