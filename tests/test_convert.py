@@ -616,8 +616,12 @@ def test_the_page_of_formats_names_folders_that_an_export_has(run, tmp_path):
     assert all(any(path.startswith(f"{folder}/") for path in there) for folder in named)
 
 
-def test_the_sums_are_those_of_every_file(run, tmp_path):
+def test_the_sums_are_those_of_every_file_and_there_before_an_export_is_complete(run, tmp_path, monkeypatch):
+    written, publish = [], storage.publish
+    monkeypatch.setattr(storage, "publish", lambda files: written.extend(path.name for path in files) or publish(files))
     out = converted(run, tmp_path / "out", "--to", "coco")
+    described, sums = json.loads((out / "export.json").read_text()), (out / "SHA256SUMS").read_bytes()
+    assert written[-2:] == ["SHA256SUMS", "export.json"] and described["sums"] == hashlib.sha256(sums).hexdigest()
     lines = dict(line.split("  ")[::-1] for line in (out / "SHA256SUMS").read_text().splitlines())
     there = {name: hashlib.sha256(content).hexdigest() for name, content in contents(out).items()}
     assert lines == {name: digest for name, digest in there.items() if name not in ("SHA256SUMS", "export.json")}

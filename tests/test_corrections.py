@@ -58,6 +58,9 @@ def test_exports_have_the_corrected_labels(run, tmp_path, capsys):
     assert (labels[y0:y1, x0:x1] == 255).all() and (labels != 255).sum() == SIZE * SIZE - (x1 - x0) * (y1 - y0)
     assert 255 not in np.asarray(Image.open(maps / "00000001.png"))
     assert audit(run).findings == []  # the run has not changed
+    Review(run).correct({3: Correction(removed=(("instance", 0),))})
+    assert convert([str(run), "--to", "coco,voc", "--out", str(tmp_path / "out")]) == 2
+    assert "it holds an export of other samples" in capsys.readouterr().err
 
 
 def test_corrected_samples_are_truth_for_a_training(run):

@@ -452,8 +452,9 @@ def test_a_split_to_validate_on_is_called_test_where_there_is_none_of_that_name(
         assert depth.published_split("train", SimpleNamespace(splits=splits)) == "train"
 
 
-def check_record(record: dict, semantic, depth) -> None:
-    """A sample as hf, hf-parquet and wds describe it."""
+def check_record(record: dict, semantic, depth, mode: str = "P") -> None:
+    """A sample as hf, hf-parquet and wds describe it; readers of wds take the colours of a palette for the pixels."""
+    assert Image.open(semantic).mode == mode
     assert (record["prompt"], record["seed"], record["width"], record["height"]) == ("a car", 7, WIDTH, HEIGHT)
     objects = record["objects"]
     assert (objects["category"], objects["bbox"], objects["area"]) == (KINDS, BOXES, AREAS)
@@ -467,13 +468,17 @@ def test_records_of_hf_parquet_and_wds(exported):
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
     out = exported("hf") / "train"
     check_record(read(out / "metadata.jsonl"), out / "semantic/00000000.png", out / "depth/00000000.png")
-    (row,) = parquet.read_table(exported("hf-parquet") / "data/train-00000-of-00001.parquet").to_pylist()
+    table = parquet.read_table(exported("hf-parquet") / "data/train-00000-of-00001.parquet")
+    features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
+    assert features["objects"]["category"]["feature"]["names"] == ["background", *MAPS, *THINGS]
+    assert features["image"] == features["semantic"] == {"_type": "Image"} and list(features) == table.column_names
+    (row,) = table.to_pylist()
     check_record(row, *(io.BytesIO(row[name]["bytes"]) for name in ("semantic", "depth")))
     assert (exported("wds") / "train-000000.tar").stat().st_size % 10240 == 0  # as tar fills its last record
     with tarfile.open(exported("wds") / "train-000000.tar") as shard:
         parts = {name: shard.extractfile(name) for name in shard.getnames()}
         files = (io.BytesIO(parts[f"00000000.{name}.png"].read()) for name in ("semantic", "depth"))
-        check_record(json.load(parts["00000000.json"]), *files)
+        check_record(json.load(parts["00000000.json"]), *files, "L")
     table = read(exported("wds") / "classes.json")
     assert table["depth_steps_of_a_metre"] == 256 and table["id2label"]["3"] == "car"
     assert (table["joints"], table["limbs"]) == (list(JOINTS), [list(limb) for limb in LIMBS])
@@ -563,6 +568,16 @@ def test_a_hole_is_reached_from_the_corner_nearest_to_it():
     assert line.tolist() == [*border[:3], *hole, hole[0], *border[2:]]
 
 
+def test_a_hole_is_cut_from_the_smallest_part_around_it():
+    mask = np.ones((9, 9), bool)
+    mask[1:8, 1:8], mask[2:7, 2:7], mask[4, 4] = False, True, False  # a frame, and in it a block with a hole
+    parts = rings.group_parts(rings.rings(mask))
+    assert [[(ring.min(0).tolist(), ring.max(0).tolist()) for ring in part] for part in parts] == [
+        [([0, 0], [9, 9]), ([1, 1], [8, 8])],
+        [([2, 2], [7, 7]), ([4, 4], [5, 5])],
+    ]
+
+
 def test_label_studio(exported):
     out = exported("label-studio")
     (task,) = read(out / "tasks.json")
@@ -583,5 +598,7 @@ def test_mmseg(exported):
     out = exported("mmseg")
     assert pixels(out / "annotations/train/00000000.png") == LABELS
     config = runpy.run_path(str(out / "dataset.py"))
+    shown = np.array(Image.open(out / "annotations/train/00000000.png").getpalette()).reshape(-1, 3)
+    assert config["metainfo"]["palette"] == shown[:6].tolist()
     assert config["metainfo"]["classes"] == ("background", *MAPS, *THINGS) and config["num_classes"] == 6
     assert config["datasets"]["train"]["reduce_zero_label"] is False

@@ -2812,3 +2812,11 @@ def test_a_folder_is_read_where_the_reader_of_an_address_looks(tmp_path):
     assert is_read(f"coco:{tmp_path / 'data'}", inside) and is_read(f"coco:{inside}", inside)
     assert not is_read(f"coco:{inside}", tmp_path / "data") and not is_read("demo:40", inside)
     assert not is_read(f"folder:{tmp_path / 'data'}", inside) and is_read(f"folder:{tmp_path / 'data'}[deep]", inside)
+
+
+@pytest.mark.parametrize("kind", ["box", "ellipse"])
+def test_a_positive_angle_turns_an_outline_clockwise_about_its_centre(kind):
+    """Of 12 x 4 pixels around (16, 16): its right end comes to lie below, at about (20, 20)."""
+    outline = {"box": [(10, 14, 22, 18)], "ellipse": [(16, 16), (6, 2)]}[kind]
+    mask = getattr(shapes, kind)(*outline, (32, 32), 45)()
+    assert mask[19, 19] and mask[12, 12] and not mask[12, 19] and not mask[19, 12] and not mask[16, 21]

@@ -277,6 +277,8 @@ def test_the_rate_warms_up_and_falls_by_its_formula(engine, source, folder):
         assert usual.rate(step) == pytest.approx(wanted * fall, rel=1e-9)
     at_once = Trainer(config, TrainingSchedule(steps=100, rate=1e-3, warmup=0), held, reads_ahead=False)
     assert at_once.rate(0) == 1e-3
+    fours = TrainingSchedule(rate=1.0, decay="steps", decay_every=8, batch_size=4, warmup=0)  # of images
+    assert [Trainer.rate(SimpleNamespace(schedule=fours), step) for step in (1, 2, 3, 4)] == [1, 0.1, 0.1, 0.1**2]
 
 
 def test_averages_of_weights_and_optimisers_are_those_of_the_schedule(engine, source, folder):
