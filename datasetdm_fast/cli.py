@@ -29,7 +29,7 @@ COMMANDS = {
     "audit": ("datasetdm_fast.audit", "check a run folder and name what is damaged"),
     "doctor": ("datasetdm_fast.doctor", "report what is installed, which engines can run and why others cannot"),
     "verify": ("datasetdm_fast.verify", "compare the outputs of two engines"),
-    "export": ("datasetdm_fast.export.__main__", "write a model and its decoders as ONNX graphs or TensorRT plans"),
+    "export": ("datasetdm_fast.export.__main__", "write a model and its decoders as ONNX graphs"),
 }
 
 PROGRAMS = {  # likewise; their first argument names a script of another project

@@ -94,7 +94,7 @@ class EngineKind:
     engine: str  # module:class, built from a model, its decoders, dtype, device and `options`
     # settings of its own -> cause and remedy of the refusal where they are given to another engine
     options: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    requirement: tuple[str, str] | None = None  # module:function that raises Missing early, and the option it reads
+    requirement: tuple[str, ...] = ()  # module:function that raises Missing early, and the options it reads
     halves: tuple[str, ...] = ()  # precisions that --dtype auto tries for a long run
     needs: Literal["", "network", "export", "plans"] = ""  # of a family, see Backbone.served_by
 
@@ -129,11 +129,7 @@ OWN_ENGINES = {
     ),
     "trt": EngineKind(
         "datasetdm_fast.engine.engines.exported.trt:TrtEngine",
-        options={
-            "engines": ("--engines: plans are TensorRT's, and the engine is {engine}", "Add --engine trt."),
-            "trt_flavour": ("--trt-flavour: TensorRT has variants, and the engine is {engine}", "Add --engine trt."),
-        },
-        requirement=("datasetdm_fast.export.tensorrt.flavours:require_gpu", "trt_flavour"),
+        requirement=("datasetdm_fast.export.tensorrt.flavours:require_gpu",),
         needs="plans",
     ),
 }
@@ -145,7 +141,6 @@ MOST_CALLS = 16  # captured calls that a decoder reads
 MOST_TRIES = 10  # samples that a run makes for every one that is asked for, before it gives up
 DEMO_PROMPTS = "demo world"  # what stands for the prompts of a run that takes the captions of the demo world
 HALF = "half"  # a dtype: half precision where engine and device have it, see --dtype auto
-FLAVOURS = ("auto", "tensorrt", "tensorrt-rtx")
 OWN_SAMPLERS = {  # name -> module:record
     "pndm": "datasetdm_fast.engine.sampling.multistep:SAMPLER",
     "ddim": "datasetdm_fast.engine.sampling.ddim:SAMPLER",

@@ -5,7 +5,7 @@ from dataclasses import Field, dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from datasetdm_fast.config import ENGINE_NAMES, FLAVOURS, OUTLINES, PROFILES, PROVIDERS, SAMPLERS, SPEEDS, USUAL_SAMPLER
+from datasetdm_fast.config import ENGINE_NAMES, OUTLINES, PROFILES, PROVIDERS, SAMPLERS, SPEEDS, USUAL_SAMPLER
 
 MOST_THREADS = 1024
 Group = TypeVar("Group")
@@ -126,12 +126,6 @@ class EngineSettings:
     )
     streams: int = setting(
         0, "with --engine openvino: slices of a batch that run at once; 0 = all of them", identity=False, metavar="N"
-    )
-    engines: str = setting(
-        "", "folder of stages and plans for trt; default: a cache", identity=False, metavar="ENGINES", output="folder"
-    )
-    trt_flavour: str = setting(
-        "auto", "TensorRT variant to use where both are installed", identity=False, choices=FLAVOURS
     )
 
     def engine_choices(self) -> dict[str, Any]:

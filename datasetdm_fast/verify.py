@@ -32,7 +32,7 @@ MOST_IMAGES = 100_000  # to compare
 class VerifyConfig(ModelSettings, EngineSettings, PromptSettings, SamplingSettings, OutputSettings, CommandSettings):
     FLAGS = (
         "engine against model decoder task classes prompts number batch_size seed steps guidance sampler profile speed "
-        "size dtype compile device engines trt_flavour provider threads dry_run allow_download json quiet"
+        "size dtype compile device provider threads dry_run allow_download json quiet"
     ).split()
 
     engine: str = setting("fast", "engine to check", choices=ENGINE_NAMES)

@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime
 import torch
 
-from datasetdm_fast.export.tensorrt import flavours, to_tensorrt
+from datasetdm_fast.export.tensorrt import flavours, plan_builder
 
 NUMPY = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(uint8)": np.uint8, "tensor(bool)": np.bool_}
 HANDLE = 4711
@@ -53,11 +53,9 @@ class ComputeCapability(enum.Enum):
     NONE, CURRENT, SM75, SM86, SM89 = 0, 1, 75, 86, 89
 
 
-def plan_of(graph, order) -> bytes:
+def plan_of(graph, shapes, capability) -> bytes:
     """What this module takes for a plan."""
-    return json.dumps(
-        {"graph": str(graph), "shapes": order.facts()["shapes"], "capabilities": list(order.capabilities)}
-    ).encode()
+    return json.dumps({"graph": str(graph), "shapes": shapes, "capability": capability}).encode()
 
 
 def open_session(path: Path) -> onnxruntime.InferenceSession:
@@ -81,7 +79,7 @@ class Runtime:
         self.log = log
 
     def get_engine_validity(self, content):
-        is_served = "sm86" in json.loads(content)["capabilities"] or not json.loads(content)["capabilities"]
+        is_served = json.loads(content)["capability"] in ("sm86", "")
         return (EngineValidity.VALID, 0) if is_served else (EngineValidity.INVALID, 2)
 
     def deserialize_cuda_engine(self, content):
@@ -171,13 +169,10 @@ class Context:
 
 
 class FakeFlavour:
-    """A TensorRT-RTX whose plans run here."""
+    """A TensorRT-RTX whose plans run here, or a full TensorRT where it serves every GPU."""
 
-    def __init__(self, module, name="tensorrt-rtx", version="1.7.1.116"):
-        self.module, self.name, self.version, self.cuda = module, name, version, "13"
-        self.title = f"TensorRT-RTX {version}"
-        self.capabilities = ("sm75", "sm86", "sm89") if name == "tensorrt-rtx" else ()
-        self.is_portable = bool(self.capabilities)
+    def __init__(self, module, title="TensorRT-RTX 1.7.1.116", capabilities=("sm75", "sm86", "sm89")):
+        self.module, self.title, self.capabilities = module, title, capabilities
 
     def serves(self, capability):
         return flavours.Flavour.serves(self, capability)
@@ -209,13 +204,12 @@ class HostQueue:
 
 
 def fake_builder(monkeypatch) -> list:
-    """Builds become fakes; the orders that were built are in the list."""
+    """Builds become fakes; the stage, shapes and capability of each are in the list."""
     built = []
 
-    def run_builder(graph, order, part, flavour):
-        built.append(order)
-        part.write_bytes(plan_of(graph, order))
-        return {"layers": 1, "fused_attentions": 0, "seconds": 0.0}
+    def build_plan(graph, plan, shapes, flavour, capability):
+        built.append((graph.stem, shapes, capability))
+        plan.write_bytes(plan_of(graph, shapes, capability if flavour.capabilities else ""))
 
-    monkeypatch.setattr(to_tensorrt, "run_builder", run_builder)
+    monkeypatch.setattr(plan_builder, "build_plan", build_plan)
     return built

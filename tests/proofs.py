@@ -597,11 +597,14 @@ def open_in_onnx_runtime(folder: Path, manifest):
 
 
 def build_with_tensorrt(folder: Path, manifest):
-    from datasetdm_fast.export.tensorrt import flavours, plans, to_tensorrt
+    from types import SimpleNamespace
 
-    flavour = flavours.Flavour("tensorrt-rtx", "1.0", "13")
-    order = to_tensorrt.make_order("denoise", manifest, to_tensorrt.Target(flavour), 1)
-    return to_tensorrt.open_plan(plans.PlanFolder(folder), order, manifest, flavour, lambda stage: {})
+    from datasetdm_fast.engine.engines.exported.trt import TrtStage
+
+    flavour = SimpleNamespace(title="TensorRT-RTX 1.0", capabilities=())
+    queue = SimpleNamespace(gpu="a GPU", capability="sm86")
+    engine = SimpleNamespace(flavour=flavour, queue=queue, on_message=lambda line: None)
+    return TrtStage(engine, folder, manifest, "denoise").plan(1)
 
 
 @case("onnx: data outside of its folder")

@@ -15,7 +15,6 @@ from datasetdm_fast.engine.engines.exported.ort import OrtEngine
 from datasetdm_fast.engine.engines.exported.trt import TrtEngine
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop import driver, labelling, recipe
-from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.export.onnx import to_onnx
 from datasetdm_fast.export.onnx.graph import Extent, Graph
 from datasetdm_fast.export.onnx.operators import OPERATORS
@@ -42,7 +41,7 @@ def places(tmp_path_factory):
         yield
 
 
-def make_engine(name: str, dtype: str, model, decoders, folder):
+def make_engine(name: str, dtype: str, model, decoders):
     if name == "ort":
         return OrtEngine(model, decoders, dtype=dtype, device="cpu", on_message=lambda line: None)
     flavour = fake_tensorrt.FakeFlavour(fake_tensorrt)
@@ -50,7 +49,6 @@ def make_engine(name: str, dtype: str, model, decoders, folder):
         model,
         decoders,
         dtype=dtype,
-        engines=folder,
         queue=fake_tensorrt.HostQueue(),
         flavour=flavour,
         on_message=lambda line: None,
@@ -62,11 +60,11 @@ ENGINES = [("ort", "fp32"), ("trt", "fp16"), *([("ort", "fp16"), ("trt", "fp32")
 
 
 @pytest.fixture(scope="module", params=ENGINES, ids="-".join)
-def made(request, tmp_path_factory) -> tuple[driver.BatchGenerator, labelling.SampledBatch]:
+def made(request) -> tuple[driver.BatchGenerator, labelling.SampledBatch]:
     """A studio, and a batch it has sampled."""
     decoders = load_decoders("demo")
     some = {task: decoders[task] for task in TASKS}
-    engine = make_engine(*request.param, load_model("demo"), some, tmp_path_factory.mktemp("engines"))
+    engine = make_engine(*request.param, load_model("demo"), some)
     studio = driver.BatchGenerator(engine, recipe.make_recipe(engine, TASKS, steps=2), lambda: None)
     return studio, studio.sample(BATCH)
 
@@ -123,7 +121,7 @@ def test_what_is_no_number_sets_its_own_sample_aside(made, plant, value):
     )
 
 
-def test_an_autoencoder_that_leaves_the_range_of_fp16_is_noticed_and_its_images_made_in_fp32(tmp_path):
+def test_an_autoencoder_that_leaves_the_range_of_fp16_is_noticed_and_its_images_made_in_fp32():
     """Weights beyond fp16 in front of a norm, which takes the factor out again: fp32 says the same as before, fp16
     nothing at all.
     """
@@ -132,7 +130,7 @@ def test_an_autoencoder_that_leaves_the_range_of_fp16_is_noticed_and_its_images_
     for name, weight in model.modules["vae"].named_parameters():
         if name.startswith("decoder.up_blocks.0.resnets.0.conv1."):
             weight.data *= factor
-    wide, narrow = (make_engine("ort", dtype, model, {}, tmp_path) for dtype in ("fp32", "fp16"))
+    wide, narrow = (make_engine("ort", dtype, model, {}) for dtype in ("fp32", "fp16"))
     assert not narrow.decode_and_check(torch.zeros(2, 4, 16, 16))[1].any()
     ((_, plain),), ((_, found),) = (
         driver.generate([BATCH], engine, recipe.make_recipe(engine, (), steps=2)) for engine in (wide, narrow)
@@ -140,11 +138,6 @@ def test_an_autoencoder_that_leaves_the_range_of_fp16_is_noticed_and_its_images_
     for sample, right in zip(found, plain, strict=True):
         assert sample.provenance["retried"] == "fp32 after NaN or infinite values in image"
         assert abs(sample.image.astype(int) - right.image).max() <= 1
-    to_onnx.export(model, {}, tmp_path, precision="fp16", only=["decode_image"])  # all that is called
-    with pytest.raises(
-        GateFailed, match="the output image is .* away from the golden one"
-    ):  # of a plan it is noticed before anything is made
-        make_engine("trt", "fp16", model, {}, tmp_path).decode_and_check(torch.zeros(2, 4, 16, 16))
 
 
 def test_rows_of_numbers_are_told_from_others_without_a_false_alarm(tmp_path):

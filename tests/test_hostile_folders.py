@@ -257,7 +257,6 @@ OUTPUTS = {
 }
 FLAGS = {
     "generate --out": (generate, []),
-    "generate --engines": (generate, []),
     "train --out": ("train", []),
     "train --cache-dir": ("train", []),
     "export --out": (export, []),
@@ -298,11 +297,9 @@ def test_every_flag_that_names_a_place_for_results_is_checked():
     }
     assert found == {
         ("RunConfig", "out"),
-        ("RunConfig", "engines"),
         ("TrainConfig", "out"),
         ("TrainConfig", "cache_dir"),
         ("ExportConfig", "out"),
-        ("VerifyConfig", "engines"),
     }
 
 

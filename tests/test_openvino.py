@@ -234,9 +234,6 @@ sys.exit("torch" in sys.modules)
 def test_what_does_not_fit_is_refused(engine):
     with pytest.raises(Refused, match="--streams: OpenVINO has streams, and the engine is fast"):
         check_engine("fast", streams=2)
-    for option, value in (("engines", "plans"), ("trt_flavour", "tensorrt")):
-        with pytest.raises(Refused, match=f"--{option.replace('_', '-')}: .*TensorRT.*, and the engine is ort"):
-            check_engine("ort", **{option: value})
     with pytest.raises(Refused, match="--streams: -1 is less than 0"):
         check_engine("openvino", streams=-1)
     with pytest.raises(Refused, match="no instructions for bf16"):

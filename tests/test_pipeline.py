@@ -97,7 +97,7 @@ def test_the_library_takes_what_generate_takes_of_an_engine(monkeypatch):
     chosen = {
         **{"engine": "trt", "dtype": "fp16", "device": "cuda:1", "threads": 3, "compile": True, "provider": "cpu"},
         "streams": 2,
-        **{"engines": "plans", "trt_flavour": "tensorrt", "size": 128, "allow_download": True},
+        **{"size": 128, "allow_download": True},
         "lora": ("weights.safetensors:0.5",),
     }
     assert set(chosen) == {setting.name for setting in fields(EngineSettings)} | {"size", "allow_download", "lora"}
@@ -557,7 +557,6 @@ def test_pictures_that_cannot_be_made_are_refused(decoders):
         ({"lora": Path("style.safetensors")}, "lora: 'style.safetensors' is one string"),
         ({"lora": [3]}, "lora: 3 is not a text"),
         ({"streams": "2"}, "--streams '2': expected a whole number of 0 or more"),
-        ({"trt_flavour": "rtx"}, "--trt-flavour rtx: not one of auto, tensorrt, tensorrt-rtx"),
         ({"device": None}, "device: None is none of auto, cpu, cuda, cuda:N"),
     ):
         with pytest.raises(Refused, match=message):

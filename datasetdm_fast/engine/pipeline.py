@@ -157,7 +157,7 @@ class Pipeline:
         models, and no labels for others.
 
         `lora` are adapters FILE or FILE:SCALE, which are fused into the model. The options are those of `generate` for
-        engines (engine, dtype, device, threads, compile, provider, streams, engines and trt_flavour), and outlines.
+        engines (engine, dtype, device, threads, compile, provider and streams), and outlines.
         """
         _check_options(size, options)
         adapters = tuple(map(str, _several("lora", lora, "files", (str, os.PathLike))))
@@ -590,7 +590,7 @@ def _check_options(size: int, options: dict[str, Any]) -> None:
         alike = nearest(unknown[0].removeprefix("torch_"), ENGINE_OPTIONS)
         raise TypeError(f"{unknown[0]!r} is no option here{alike}, expected {', '.join(ENGINE_OPTIONS)}")
     checks.check_size(size)
-    checks.check_choices(**{name: options[name] for name in ("outlines", "provider", "trt_flavour") if name in options})
+    checks.check_choices(**{name: options[name] for name in ("outlines", "provider") if name in options})
     checks.check_numbers(**{name: options[name] for name in ("threads", "streams") if name in options})
 
 

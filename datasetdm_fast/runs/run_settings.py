@@ -224,7 +224,7 @@ class RunConfig(
         "per_class keep accept most_tries ignore ignore_below seed steps guidance sampler profile speed size "
         "batch_size image_format palette out layout shard_size only mixed limit force_domain verify "
         "dry_run allow_download json quiet threads gpus ranks cluster store make_bucket dtype compile "
-        "device provider streams engines trt_flavour"
+        "device provider streams"
     ).split()
 
     threads: int = setting(

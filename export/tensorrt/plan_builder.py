@@ -1,54 +1,82 @@
-"""The process that builds one plan, so that a crash takes only itself: a JSON job on stdin, a JSON line on stdout."""
+"""Builds a plan of one graph in a process of its own, so that a crash takes only that: a JSON job on its stdin, a JSON
+line on its stdout.
+"""
 
 from __future__ import annotations
 
 import importlib
 import json
+import signal
+import subprocess
 import sys
-import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-FUSED_ATTENTION = "_mha"  # part of the tactic name of an attention that runs as one kernel
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.export.tensorrt.flavours import Flavour
+
+LONGEST_REASON = 1000  # bytes of what a builder that failed wrote last
+LONGEST_BUILD = 3600  # seconds for one plan; the largest known, a UNet of Stable Diffusion, takes minutes
+
+
+def build_plan(
+    graph: Path, plan: Path, shapes: Mapping[str, tuple[int, ...]], flavour: Flavour, capability: str
+) -> None:
+    """Writes the plan of a graph for one GPU and these shapes of inputs; refuses what TensorRT refuses."""
+    job = {"module": flavour.module.__name__, "graph": str(graph), "plan": str(plan), "shapes": shapes}
+    job["capability"] = capability if flavour.capabilities else ""  # the full TensorRT knows its GPU by itself
+    command = [sys.executable, "-m", "datasetdm_fast.export.tensorrt.plan_builder"]
+    try:
+        process = subprocess.run(command, input=json.dumps(job).encode(), capture_output=True, timeout=LONGEST_BUILD)
+    except subprocess.TimeoutExpired:
+        raise Refused(
+            f"{graph.stem}: {flavour.title} gave no plan within {LONGEST_BUILD / 60:g} minutes",
+            "Build on a machine with nothing else running, or use --engine fast.",
+        ) from None
+    if code := process.returncode:
+        ending = f"by {signal.Signals(-code).name}" if code < 0 else f"with {code}"
+        words = " ".join(process.stderr[-LONGEST_REASON:].decode(errors="replace").split())
+        refusal = f"its builder ended {ending}" + (f", saying: {words}" if words else "")
+    else:
+        refusal = json.loads(process.stdout.splitlines()[-1])["refusal"]
+    if refusal:
+        raise Refused(
+            f"{graph.stem}: {flavour.title} gives no plan: {refusal}",
+            "The graph stays usable with --engine ort; another --dtype may build.",
+        )
 
 
 class RefusedByTensorRT(Exception):
     """The builder's own words of why there is no plan."""
 
 
-def _make_logger(trt: Any) -> Any:
+def make_logger(trt: Any) -> Any:
     class Logger(trt.ILogger):
-        """Keeps what went wrong and the list of layers, which without a GPU TensorRT reports nowhere else."""
+        """Keeps the last error for our own sentence about it."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.error = "no reason was given"
-            self.layers: list[str] = []
+            self.last = "no reason was given"
 
         def log(self, severity: Any, message: str) -> None:
             if severity <= trt.ILogger.ERROR:
-                self.error = " ".join(message.split())
-            elif message.startswith("Layers:"):
-                self.layers = [line for line in message.splitlines() if line.startswith("Name:")]
+                self.last = " ".join(message.split())
 
     return Logger()
 
 
-def build(job: dict[str, Any]) -> dict[str, Any]:
-    """Writes the plan of `job`; its layers, fused attentions and seconds. Raises RefusedByTensorRT where the graph is
-    refused.
-    """
+def _build(job: dict[str, Any]) -> None:
     trt = importlib.import_module(job["module"])
-    logger = _make_logger(trt)
+    logger = make_logger(trt)
     builder = trt.Builder(logger)
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # always on where the flag is gone
     network = builder.create_network(0 if typed is None else 1 << int(typed))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(job["graph"]):
         errors = [parser.get_error(place) for place in range(parser.num_errors)]
-        raise RefusedByTensorRT("; ".join(map(_describe_parser_error, errors)) or logger.error)
+        raise RefusedByTensorRT("; ".join(map(_describe_parser_error, errors)) or logger.last)
     config = builder.create_builder_config()
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.clear_flag(trt.BuilderFlag.TF32)  # fp32 means fp32: labels hang on the stages that keep it
     if hasattr(trt.BuilderFlag, "STRICT_NANS"):  # else 0 * x is 0 even where x is NaN, which quarantines samples
         config.set_flag(trt.BuilderFlag.STRICT_NANS)
@@ -56,21 +84,16 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
     for name, shape in job["shapes"].items():
         profile.set_shape(name, *[tuple(shape)] * 3)
     if config.add_optimization_profile(profile) < 0:
-        raise RefusedByTensorRT(f"the shapes {json.dumps(job['shapes'])} do not fit its inputs: {logger.error}")
-    if job["capabilities"]:
-        config.num_compute_capabilities = len(job["capabilities"])
-        for place, capability in enumerate(job["capabilities"]):
-            if not config.set_compute_capability(getattr(trt.ComputeCapability, capability.upper()), place):
-                raise RefusedByTensorRT(f"the capability {capability} is not accepted: {logger.error}")
-    begin = time.perf_counter()
+        raise RefusedByTensorRT(f"the shapes {json.dumps(job['shapes'])} do not fit its inputs: {logger.last}")
+    if job["capability"]:
+        config.num_compute_capabilities = 1
+        if not config.set_compute_capability(getattr(trt.ComputeCapability, job["capability"].upper()), 0):
+            raise RefusedByTensorRT(f"the capability {job['capability']} is not accepted: {logger.last}")
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise RefusedByTensorRT(logger.error)
-    seconds = time.perf_counter() - begin
+        raise RefusedByTensorRT(logger.last)
     with Path(job["plan"]).open("wb") as file:
         file.write(plan)
-    attentions = sum(FUSED_ATTENTION in line for line in logger.layers)
-    return {"layers": len(logger.layers), "fused_attentions": attentions, "seconds": round(seconds, 2)}
 
 
 def _describe_parser_error(error: Any) -> str:
@@ -78,18 +101,18 @@ def _describe_parser_error(error: Any) -> str:
     return f"{node}: {' '.join(error.desc().split())}"
 
 
-def main() -> int:
+def main() -> None:
+    refusal = ""
     try:
-        result = build(json.load(sys.stdin))
-    except RefusedByTensorRT as refusal:
-        result = {"refusal": str(refusal)}
+        _build(json.load(sys.stdin))
+    except RefusedByTensorRT as error:
+        refusal = str(error)
     except MemoryError:
-        result = {"refusal": "there is not enough memory"}
+        refusal = "there is not enough memory"
     except Exception as error:  # whatever TensorRT throws, and a full disk
-        result = {"refusal": f"{type(error).__name__}: {' '.join(str(error).split())}"}
-    print(f"\n{json.dumps(result)}", flush=True)
-    return 0
+        refusal = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    print(f"\n{json.dumps({'refusal': refusal})}", flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -162,8 +162,8 @@ def check_engine(name: str, **options: Any) -> None:
     """
     kind, values = _select_options(name, options)
     if kind.requirement:
-        place, option = kind.requirement
-        ENGINES.guard(name, lambda: load_place(place)(values[option]))
+        place, *read = kind.requirement
+        ENGINES.guard(name, lambda: load_place(place)(*(values[option] for option in read)))
 
 
 def check_installed(name: str, settings: EngineSettings) -> None:

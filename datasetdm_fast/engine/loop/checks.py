@@ -6,7 +6,7 @@ from numbers import Integral, Real
 from operator import index
 from typing import Any
 
-from datasetdm_fast.config import FLAVOURS, OUTLINES, PARITIES, PROVIDERS, SEEDS, TASKS
+from datasetdm_fast.config import OUTLINES, PARITIES, PROVIDERS, SEEDS, TASKS
 from datasetdm_fast.engine.labels.names import LabelName
 from datasetdm_fast.errors import Refused
 
@@ -24,7 +24,6 @@ CHOICES: dict[str, Sequence[str]] = {
     "parity": ("", *PARITIES),
     "outlines": ("auto", *OUTLINES),
     "provider": PROVIDERS,
-    "trt_flavour": FLAVOURS,
 }
 
 

@@ -162,12 +162,8 @@ def open_pair(
     model: ModelSettings, settings: EngineSettings, against: str, labels: Sequence[str]
 ) -> tuple[Engine, Engine]:
     """The engine to check and the one to compare with; both read the modules of one loaded model."""
-    plans = {"engines": settings.engines, "trt_flavour": settings.trt_flavour}
     options = {"provider": settings.provider, "streams": settings.streams, "compile": settings.compile}
-    reference_plans = plans if against == "trt" else {}
-    if settings.engine == "trt" or not reference_plans:
-        options |= plans
-    check_engine(against, **reference_plans)
+    check_engine(against)
     check_engine(settings.engine, **options)
     if labels:
         check_tasks(labels)
@@ -180,7 +176,6 @@ def open_pair(
         size=model.size,
         allow_download=model.allow_download,
         threads=settings.threads,
-        **reference_plans,
     )
     engine = build_engine(
         settings.engine, reference.model, reference.decoders, dtype=settings.dtype, device=settings.device, **options

@@ -11,7 +11,7 @@ from datasetdm_fast.settings import CommandSettings, EngineSettings, OutputSetti
 OF_EDIT = "run ids prompt alone class_ instance mask box grow feather strength seed only number".split()
 SHARED = (
     "steps guidance batch_size out limit kept dry_run engine dtype device model decoder allow_download threads compile "
-    "provider streams engines trt_flavour json quiet"
+    "provider streams json quiet"
 ).split()
 
 

@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from datasetdm_fast.disk.locks import cache_folder
+from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.engines.device import resolve_device
 from datasetdm_fast.engine.engines.exported.graphs import GraphEngine, Tensors
-from datasetdm_fast.engine.engines.exported.trt_plan import LoadedPlan, Queue
-from datasetdm_fast.engine.engines.fast import FastEngine
+from datasetdm_fast.engine.engines.exported.trt_plan import WORDS, LoadedPlan, Queue, dynamic_shapes
 from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.export.golden import Reference
-from datasetdm_fast.export.manifest import NAME, PRECISIONS, Manifest
-from datasetdm_fast.export.onnx.to_onnx import export, source_digest
-from datasetdm_fast.export.staging import print_line
-from datasetdm_fast.export.tensorrt import flavours
-from datasetdm_fast.export.tensorrt.plans import Facts, PlanFolder
-from datasetdm_fast.export.tensorrt.to_tensorrt import WORDS, Target, call_size, make_order, open_plan
+from datasetdm_fast.export.manifest import PRECISIONS, Manifest
+from datasetdm_fast.export.staging import fill_alone, print_line
+from datasetdm_fast.export.tensorrt import plan_builder
+from datasetdm_fast.export.tensorrt.flavours import Flavour, describe_driver, require_gpu
+
+TEXTS = 8  # prompts or words per call of the text encoder
+PIXELS = 8 * 512 * 512  # of the images per call of the autoencoder; its full-size activations dwarf the UNet's
 
 
 class TrtEngine(GraphEngine):
-    """See GraphEngine; plans are built at the first call of a batch size or read from `engines`; one stream."""
+    """See GraphEngine; plans lie beside their graphs in the cache, and are built for this GPU and one batch size; one
+    stream.
+    """
 
     name, library, runtime = "trt", "TensorRT", "any"
 
@@ -38,61 +41,22 @@ class TrtEngine(GraphEngine):
         *,
         dtype: str = "auto",
         device: str = "auto",
-        engines: str | Path = "",
-        trt_flavour: str = "auto",
         queue: Queue | None = None,
-        flavour: flavours.Flavour | None = None,
+        flavour: Flavour | None = None,
         on_message: Callable[[str], None] = print_line,
     ):
-        self.flavour = flavour or flavours.require_gpu(trt_flavour)
-        self.queue = queue or Queue(_resolve_gpu(device))
+        self.flavour, self.queue = flavour or require_gpu(), queue or Queue(_resolve_gpu(device))
         self.device, self.precision = self.queue.device, "fp16" if dtype == "auto" else dtype
         if self.precision not in PRECISIONS:
             raise Refused(
                 f"dtype: {dtype!r} is none of auto, {', '.join(PRECISIONS)}", "Choose one of these with --dtype."
             )
-        with model.built_for_now():
-            self.source = source_digest(model, dict(decoders or {}))
-        name = f"{self.source[:16]}-{self.precision}-{model.size}"
-        self.plan_folder = Path(engines) if engines else cache_folder() / "engines" / name
+        self.graph_precision = self.precision
         super().__init__(model, decoders, on_message)
         self._timesteps: dict[float, Tensor] = {}
-        self._prepared: set[int] = set()
-        self.golden = Reference(lambda: FastEngine(model, self.decoders, dtype="fp32", device="cpu"))
-
-    def _export(self, **options: Any) -> tuple[Path, Manifest]:
-        """The folder of graphs and plans, and its manifest; graphs are exported now where it has none."""
-        folder = self.plan_folder.joinpath(*options.get("only", ()))  # few runs need these, so each has its own folder
-        if (folder / NAME).is_file():
-            manifest = Manifest.read(folder)
-            expected = {
-                "source": self.source,
-                "precision": self.precision,
-                "size": self.model.size,
-                "runtime": self.runtime,
-            }
-            differences = [name for name, value in expected.items() if getattr(manifest, name) != value]
-            if not differences:
-                return folder, manifest
-            raise Refused(
-                f"{folder}: holds an export with another {', '.join(differences)} than requested",
-                "Export this model with these decoders into it again, or name another folder.",
-            )
-        self.on_message(f"exporting the stages to {folder}")
-        return folder, export(self.model, self.decoders, folder, precision=self.precision, **options)
-
-    def _open_once(self, stage: str, rows: int = 0) -> TrtStage:
-        opened = super()._open_once(stage, rows)
-        assert isinstance(opened, TrtStage)
-        return opened
 
     def _open(self, folder: Path, manifest: Manifest, stage: str) -> TrtStage:
-        if stage not in manifest.stages:
-            raise Refused(
-                f"{folder}: holds no stage {stage}, only {', '.join(manifest.stages)}",
-                "Export this model with these decoders into it again, or name another folder.",
-            )
-        return TrtStage(self, PlanFolder(folder, self.on_message), manifest, stage)
+        return TrtStage(self, folder, manifest, stage)
 
     def _run(self, stage: str, size: int, rows: int = 0, **inputs: Tensor) -> dict[str, Tensor]:
         return super()._run(stage, call_size(stage, self.model.size, size), rows, **inputs)
@@ -114,24 +78,25 @@ class TrtEngine(GraphEngine):
         """Builds and loads the plans that images from prompts need: a build takes minutes, and chooses kernels by their
         time, which calls of other threads would disturb.
         """
-        stages = [stage for stage in self.manifest.stages if stage != "encode_image"]
-        for place, stage in enumerate(stages, 1):
-            plan = self._open_once(stage).plan(batch).plan
-            if plan.is_new and batch not in self._prepared:
-                self.on_message(f"built {place} of {len(stages)}: {stage}, in {plan.notes['seconds']:.0f} s")
-        self._prepared.add(batch)
+        stages = {name: cast(TrtStage, self._open_once(name)) for name in self.manifest.stages}
+        needed = {name: stage for name, stage in stages.items() if name != "encode_image"}
+        missing = [name for name, stage in needed.items() if not stage.path(batch).exists()]
+        for name, stage in needed.items():
+            if name in missing:
+                self.on_message(f"plan {missing.index(name) + 1} of {len(missing)}:")
+            stage.plan(batch)
 
     def fingerprint(self) -> dict[str, str]:
         return super().fingerprint() | {"device_name": self.queue.gpu}
 
     def _versions(self) -> dict[str, str]:
-        return {"tensorrt": self.flavour.title, "cuda": self.flavour.cuda, "torch": torch.__version__}
+        return {"tensorrt": self.flavour.title, "torch": torch.__version__}
 
 
 class TrtStage:
-    """One stage: its plans by batch size, each read or built, and its golden output checked, at the first call."""
+    """One stage: its plans by batch size, each read or built at the first call."""
 
-    def __init__(self, engine: TrtEngine, folder: PlanFolder, manifest: Manifest, stage: str):
+    def __init__(self, engine: TrtEngine, folder: Path, manifest: Manifest, stage: str):
         self.engine, self.folder, self.manifest, self.stage = engine, folder, manifest, stage
         self.tensors = manifest.stages[stage]
         self.plans: dict[int, LoadedPlan] = {}
@@ -150,22 +115,40 @@ class TrtStage:
     def _size(self, batch: int) -> int:
         return call_size(self.stage, self.manifest.size, batch)
 
+    def path(self, batch: int) -> Path:
+        """The file of the plan for a batch, named by all that decides its bytes and whether it runs here."""
+        queue, batch = self.engine.queue, self._size(batch)
+        facts = [self.manifest.files[name].sha256 for name in self.tensors.files]
+        facts += [self.engine.flavour.title, queue.gpu, queue.capability]
+        key = hashlib.sha256(json.dumps([*facts, batch]).encode()).hexdigest()[:16]
+        return self.folder / f"{self.stage}-{key}.plan"
+
     def plan(self, batch: int) -> LoadedPlan:
         """The plan of calls for a batch of that many images."""
         if (batch := self._size(batch)) not in self.plans:
-            flavour, queue, golden = self.engine.flavour, self.engine.queue, self.engine.golden
-
-            def runs_here(facts: Facts) -> bool:
-                is_listed = queue.capability in facts["capabilities"]
-                return is_listed or (not facts["capabilities"] and flavour.serves(queue.capability))
-
-            target = Target(flavour, (queue.capability,), "" if flavour.is_portable else queue.gpu)
-            order = make_order(self.stage, self.manifest, target, batch)
-            plan = open_plan(self.folder, order, self.manifest, flavour, golden, runs_here)
-            loaded = LoadedPlan(plan, self.tensors, flavour, queue)
-            loaded.check(self.engine.precision)
-            self.plans[batch] = loaded
+            path = self.path(batch)
+            with fill_alone(self.folder):  # one process builds for all that wait
+                if not path.exists():
+                    self._build(path, batch)
+            self.plans[batch] = LoadedPlan(path, self.tensors, batch, self.engine.flavour, self.engine.queue)
         return self.plans[batch]
+
+    def _build(self, path: Path, batch: int) -> None:
+        self.engine.on_message(f"building {self.stage} for batch {batch}, which takes minutes")
+        graph, part = self.manifest.graph(self.folder, self.stage), storage.part_of(path)
+        shapes = dynamic_shapes(self.tensors, batch)
+        try:
+            plan_builder.build_plan(graph, part, shapes, self.engine.flavour, self.engine.queue.capability)
+            storage.move(part, path)
+        finally:
+            storage.forget(part)
+
+
+def call_size(stage: str, size: int, batch: int) -> int:
+    """How many of a batch a stage takes in one call."""
+    if stage == "encode_text":
+        return TEXTS
+    return min(batch, max(PIXELS // size**2, 1)) if stage in ("decode_image", "encode_image") else batch
 
 
 def _resolve_gpu(device: str) -> torch.device:
@@ -176,7 +159,7 @@ def _resolve_gpu(device: str) -> torch.device:
                 f"device: the trt engine runs on a GPU, not on {device}", "Use --device cuda, or --engine fast."
             )
         raise Missing(
-            f"engine trt: this PyTorch ({torch.__version__}) sees no GPU; {flavours.describe_driver()}",
+            f"engine trt: this PyTorch ({torch.__version__}) sees no GPU; {describe_driver()}",
             "Install a PyTorch built for CUDA.",
         )
     return torch.device("cuda", place.index if place.index is not None else torch.cuda.current_device())

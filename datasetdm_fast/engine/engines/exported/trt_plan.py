@@ -4,23 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from datasetdm_fast.engine.engines.cuda_graph import TURN, InOrder
-from datasetdm_fast.errors import GateFailed, Missing
-from datasetdm_fast.export import golden
+from datasetdm_fast.errors import Missing
+from datasetdm_fast.export.manifest import StageFile, TensorInfo
 from datasetdm_fast.export.tensorrt.flavours import Flavour
-from datasetdm_fast.export.tensorrt.plans import PlanFile
-from datasetdm_fast.export.tensorrt.to_tensorrt import resolve_shape
+from datasetdm_fast.export.tensorrt.plan_builder import make_logger
 from datasetdm_fast.untrusted import documents
-
-if TYPE_CHECKING:
-    from datasetdm_fast.export.manifest import StageFile, TensorInfo
 
 DTYPES = {
     "FLOAT": "float32",
@@ -31,6 +26,22 @@ DTYPES = {
     "UINT8": "uint8",
     "BOOL": "bool",
 }
+WORDS = 4  # class words per call of the open-vocabulary decoder
+
+
+def resolve_shape(info: TensorInfo, batch: int) -> tuple[int, ...]:
+    """The shape of a tensor in numbers."""
+    letters = {"B": batch, "2B": 2 * batch, "K": WORDS}
+    return tuple(letters[axis] if isinstance(axis, str) else axis for axis in info.shape)
+
+
+def dynamic_shapes(tensors: StageFile, batch: int) -> dict[str, tuple[int, ...]]:
+    """The inputs whose shape a call decides; kernels are chosen for these."""
+    return {
+        info.name: resolve_shape(info, batch)
+        for info in tensors.inputs
+        if any(isinstance(axis, str) for axis in info.shape)
+    }
 
 
 class Queue(InOrder):
@@ -86,10 +97,9 @@ class Queue(InOrder):
 class LoadedPlan:
     """One stage on the GPU for one batch size: its weights and a context over buffers that stay where they are."""
 
-    def __init__(self, plan: PlanFile, tensors: StageFile, flavour: Flavour, queue: Queue):
-        self.plan, self.tensors, self.flavour, self.queue = plan, tensors, flavour, queue
-        self.batch: int = plan.facts["batch"]
-        self.log = _make_logger(flavour.module)
+    def __init__(self, path: Path, tensors: StageFile, batch: int, flavour: Flavour, queue: Queue):
+        self.path, self.tensors, self.batch, self.flavour, self.queue = path, tensors, batch, flavour, queue
+        self.log = make_logger(flavour.module)
         with queue.use_device():
             try:
                 self._load()
@@ -111,7 +121,6 @@ class LoadedPlan:
     def _load(self) -> None:
         self.runtime = self.flavour.module.Runtime(self.log)
         self.engine = self._deserialise()
-        self.plan = replace(self.plan, content=b"")  # which the GPU holds now
         self._check_tensors()
         self.inputs, self.outputs = map(self._make_buffers, (self.tensors.inputs, self.tensors.outputs))
         self.context = self._make_context()
@@ -121,20 +130,20 @@ class LoadedPlan:
             self.queue.run(self._record)
 
     def _deserialise(self) -> Any:
-        trt = self.flavour.module
+        trt, content = self.flavour.module, self.path.read_bytes()
         if hasattr(self.runtime, "get_engine_validity"):
-            validity, flags = self.runtime.get_engine_validity(self.plan.content)
+            validity, flags = self.runtime.get_engine_validity(content)
             if validity == trt.EngineValidity.INVALID:
                 members = trt.EngineInvalidityDiagnostics.__members__.items()
                 raise self._unfit(", ".join(name for name, member in members if flags & member.value) or self.log.last)
-        engine = self.runtime.deserialize_cuda_engine(self.plan.content)
+        engine = self.runtime.deserialize_cuda_engine(content)
         if engine is None:
             raise self._unfit(self.log.last)
         return engine
 
     def _unfit(self, reason: str) -> Missing:
         return Missing(
-            f"{self.plan.path}: {self.flavour.title} cannot run this plan on {self.queue.gpu} "
+            f"{self.path}: {self.flavour.title} cannot run this plan on {self.queue.gpu} "
             f"({self.queue.capability}): {reason}",
             "Update the NVIDIA driver, or delete the plan so that it is built on this machine.",
         )
@@ -147,9 +156,10 @@ class LoadedPlan:
             raise self._unfit(f"its tensors are {dtypes}, expected {expected}")
 
     def _make_buffers(self, infos: Sequence[TensorInfo]) -> dict[str, Tensor]:
-        shapes = {info.name: resolve_shape(info.shape, self.batch) for info in infos}
         return {
-            info.name: torch.zeros(shapes[info.name], dtype=getattr(torch, info.dtype), device=self.queue.device)
+            info.name: torch.zeros(
+                resolve_shape(info, self.batch), dtype=getattr(torch, info.dtype), device=self.queue.device
+            )
             for info in infos
         }
 
@@ -166,8 +176,8 @@ class LoadedPlan:
         context = self.engine.create_execution_context(*([] if self.settings is None else [self.settings]))
         if context is None:
             raise self._unfit(self.log.last)
-        for name in self.plan.facts["shapes"]:
-            self._must(context.set_input_shape(name, tuple(self.inputs[name].shape)), f"the shape of {name}")
+        for name, shape in dynamic_shapes(self.tensors, self.batch).items():
+            self._must(context.set_input_shape(name, shape), f"the shape of {name}")
         missing = context.infer_shapes()
         self._must(not missing, f"inferring shapes, without {', '.join(missing)}")
         for name, buffer in self.outputs.items():
@@ -181,7 +191,7 @@ class LoadedPlan:
         needed, free = self.engine.device_memory_size_v2, self.queue.free_memory()
         if needed > free:
             raise Missing(
-                f"memory: the GPU does not have enough memory for {self.plan.facts['stage']} in batches of "
+                f"memory: the GPU does not have enough memory for {Path(self.tensors.file).stem} in batches of "
                 f"{self.batch}: it takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
                 "Choose a smaller --batch-size or --size, or free its memory.",
             )
@@ -197,7 +207,7 @@ class LoadedPlan:
 
     def _failure(self, step: str) -> Missing:
         return Missing(
-            f"{self.plan.path}: TensorRT failed at {step}: {self.log.last}",
+            f"{self.path}: TensorRT failed at {step}: {self.log.last}",
             "Delete the plan so that it is rebuilt, or use --engine fast.",
         )
 
@@ -206,49 +216,3 @@ class LoadedPlan:
 
     def _record(self) -> None:
         self._replay = self.queue.record(self._execute)
-
-    def check(self, precision: str) -> None:
-        """Raises GateFailed where the outputs of the plan, on this GPU, are not those expected for golden inputs."""
-        tensors = self.plan.golden
-        inputs = {info.name: _repeat(info, tensors[f"in.{info.name}"], self.batch) for info in self.tensors.inputs}
-        outputs = self({name: torch.from_numpy(value).to(self.queue.device) for name, value in inputs.items()})
-        for info in self.tensors.outputs:
-            for place in {0, self.batch - 1}:
-                value = _select_image(info, outputs[info.name].cpu(), place, self.batch).float().numpy()
-                error = golden.relative_error(golden.sample_values(value), tensors[f"out.{info.name}"])
-                if not error <= golden.LARGEST_ERROR[precision]:
-                    raise GateFailed(
-                        f"{self.plan.path}: on {self.queue.gpu} the output {info.name} is {error:.2g} away from the "
-                        f"golden one, at most {golden.LARGEST_ERROR[precision]:g} is allowed",
-                        "Update the NVIDIA driver or build the plan on this machine; --precision fp32 asks less of it.",
-                    )
-
-
-def _repeat(info: TensorInfo, value: np.ndarray, batch: int) -> np.ndarray:
-    """A golden input of one image for every image of a batch."""
-    for axis, (size, present) in enumerate(zip(resolve_shape(info.shape, batch), value.shape)):
-        value = np.repeat(value, size // present, axis)
-    return value.copy(order="C")
-
-
-def _select_image(info: TensorInfo, value: Tensor, place: int, batch: int) -> Tensor:
-    """The part of an output that belongs to one image of the batch, and to its first word."""
-    if info.shape[0] == "2B":
-        return value[[place, batch + place]]
-    value = value[place : place + 1]
-    return value[:, :1] if "K" in info.shape else value
-
-
-def _make_logger(trt: Any) -> Any:
-    class RuntimeLog(trt.ILogger):
-        """Keeps the last error for our own sentence about it."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.last = "no reason was given"
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.ERROR:
-                self.last = " ".join(message.split())
-
-    return RuntimeLog()
