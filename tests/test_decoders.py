@@ -28,7 +28,7 @@ from datasetdm_fast.engine.decoders.checkpoint import (
     save_decoder,
 )
 from datasetdm_fast.engine.decoders.config import SD1_LEVELS, DecoderConfig, upstream
-from datasetdm_fast.engine.decoders.layers import SpectralConv2d
+from datasetdm_fast.engine.decoders.layers import SegBlock, SpectralConv2d
 from datasetdm_fast.engine.decoders.trunk import copy_for_cpu, copy_for_gpu, fold
 from datasetdm_fast.engine.models.layers import Uninitialised
 from datasetdm_fast.errors import Missing, Refused
@@ -521,6 +521,23 @@ def test_words_that_differ_little_are_told_apart_once_centred(tmp_path):
         expected, answer = decoder(capture, words), load_decoder(tmp_path)(capture, words)
     for name in expected:
         assert distance(answer[name], expected[name]) <= 1e-6
+
+
+def test_words_are_centred_and_scaled_to_unit_deviation():
+    decoder, words = build_decoder(small("open-vocabulary", text_centre=True)), torch.zeros(2, 10)
+    words[0], words[1] = 5, 1
+    with torch.inference_mode():
+        decoder.fit_text_centre(words)
+    assert (decoder.text_mean == 3).all() and float(decoder.text_gain) == pytest.approx((19 / 80) ** 0.5)
+
+
+def test_stored_statistics_move_by_a_tenth_towards_those_of_a_batch_as_torch_has_them():
+    block, x = SegBlock(3, 3, kernels.reference, "running").train(), torch.randn(2, 3, 2, 2)
+    norm = torch.nn.BatchNorm2d(3, momentum=0.1).train()
+    norm(x)
+    block.normalise(x, block.stored_mean1, block.stored_var1)
+    torch.testing.assert_close(block.stored_mean1, norm.running_mean)
+    torch.testing.assert_close(block.stored_var1, norm.running_var)  # of 8 values a channel, over 7
 
 
 def test_a_single_word_to_centre_is_read_as_it_is():

@@ -109,6 +109,34 @@ def test_things_are_the_shown_regions_of_a_label():
     assert [(name, float(value[0])) for name, value in described] == [("a", 3.5)], "the faint one is not described"
 
 
+def test_of_several_things_of_a_class_the_farthest_counts():
+    masks = np.zeros((3, SIDE, SIDE), bool)
+    masks[0, :2], masks[1, 2, :2], masks[2, 3] = True, True, True
+    sketch = np.zeros((1, SIDE, SIDE), np.float32)
+    sketch[0, :2], sketch[0, 2, :2], sketch[0, 3] = 2, 3, -1
+    plain = domain.Spread(np.zeros((3, 1)), np.ones(1), np.ones((1, 1)))
+    learned = domain.Domain(plain, plain, ("a", "b"))
+    for order in ([0, 1, 2], [1, 0, 2]):
+        kinds = np.array([0, 0, 1])[order]
+        shown = Instances(masks[order], kinds, np.ones(3, np.float32), ("a", "b"))
+        assert learned.measure(sketch, shown).things == {"a": 3.0, "b": 1.0}
+
+
+def test_the_limit_is_that_of_99_in_100_held_out_views_by_their_farthest_thing():
+    pictures, views = np.arange(20) // 2 % 10, np.arange(20) // 2  # ten pictures of two things each
+    values = np.random.default_rng(1).normal(size=20)
+    distances = np.zeros(20)
+    for fold in range(5):
+        held = pictures % 5 == fold
+        others = values[~held]
+        scale = others.std() * (0.9 * 16 / 15 + 0.1) ** 0.5  # of 16 others; correlations shrunk by a tenth
+        distances[held] = abs(values[held] - others.mean()) / scale
+    farthest = np.log(distances.reshape(10, 2).max(1))
+    spread = domain._fit(values[:, None], pictures, np.zeros(20, np.int64), 1, views)
+    assert spread.limit == pytest.approx(np.exp(farthest.mean() + 2.326 * farthest.std()), rel=1e-4)
+    assert spread.limit > np.exp(farthest.max())  # of so few the quantile is less
+
+
 def test_the_reasons():
     near = {"semantic": DomainDistance(0.4, {"ball": 0.9}), "depth": DomainDistance(0.6)}
     assert with_domain(Trust(), near) == Trust(domain=0.9)

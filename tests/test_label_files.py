@@ -316,6 +316,7 @@ def test_a_person_has_the_box_and_area_of_the_instance_that_most_of_its_joints_l
     from_joints, whole = extent(one), (2, 18, 30, 40)  # with its head
     found = [([18.0, 2.0, 22.0, 28.0], 616, "instance")]
     assert extent(one, figures(whole)) == found == extent(one, figures((2, 30, 30, 40), whole))  # all joints, not some
+    assert extent(one, figures((2, 18, 30, 30), whole)) == found == extent(one, figures(whole, (2, 18, 30, 30)))
     assert extent(one, figures(whole, names=("cone", "woman"))) == found
     assert extent(one, figures((25, 0, 40, 60))) == from_joints  # none of the joints
     assert extent(one, figures((2, 30, 30, 40))) == from_joints  # a third of them
@@ -411,6 +412,7 @@ def test_an_instance_that_was_not_found_again_stays_where_a_tenth_of_it_is_left(
     region[0, :left] = False
     assert merge(instances((0, 0, 4, 4)), instances(), region).masks.sum((1, 2)).tolist() == [left] * count
     assert merge(instances((0, 0, 4, 4)), instances((0, 0, 4, 3)), region).masks.sum((1, 2)).tolist() == [12]
+    assert merge(instances((0, 0, 1, 4)), instances(), region).masks.sum((1, 2)).tolist() == [left]  # of 4 pixels
 
 
 def test_of_several_instances_the_one_that_was_found_again_takes_the_new_score():
@@ -449,6 +451,35 @@ def test_a_person_goes_on_where_half_of_both_boxes_is_common(height, score):
     old, new = (person((0, 0), (4, high), (4, 0), score=sure) for high, sure in ((4, 0.25), (height, 0.75)))
     merged = LABEL_KINDS["pose"].merge(old, new, np.ones((16, 16), bool))
     assert merged.scores.tolist() == [score] and (merged.points == new.points).all()
+
+
+def test_a_joint_outside_of_what_was_drawn_anew_stays_where_it_was():
+    old, new = person((2, 8), (2, 2), (8, 12)), person((2, 4), (3, 2), (8, 12), visibility=(2, 1, 2))
+    region = np.zeros((16, 16), bool)
+    region[:6] = True
+    merged = LABEL_KINDS["pose"].merge(old, new, region)
+    assert merged.points[0, :, :2].tolist() == [[2, 8], [3, 2], [8, 12]] and merged.visibility.tolist() == [[2, 1, 2]]
+
+
+def test_a_map_is_cut_to_what_another_label_shows_and_is_outside_as_sure_as_that():
+    stored, mask = LABEL_KINDS["semantic"], semantic([[0, 1], [1, 0]], 0.75)
+    inside, sure = stored.mask_of(mask, "ball")
+    assert inside.tolist() == [[False, True], [True, False]] and (sure == 0.75).all()
+    for names, outside in (("background", "cup"), 0), (("cup", "background"), 1), (("cup", "hat"), 255):
+        label = SemanticMap(np.uint8([[0, 0], [1, 1]]), np.full((2, 2), 0.5, np.float32), names)
+        cut = stored.within(label, inside, sure)
+        assert cut.labels.tolist() == [[outside, 0], [1, outside]] and cut.labels.dtype == np.uint8
+        assert cut.confidence.tolist() == [[0.75, 0.5], [0.5, 0.75]]
+
+
+def test_instances_are_cut_to_what_another_label_shows_and_those_without_a_pixel_left_go():
+    stored = LABEL_KINDS["instance"]
+    shown = instances((0, 0, 2, 4), (0, 0, 4, 1), (3, 3, 4, 4), classes=[0, 0, 1], scores=[0.4, 0.39, 0.9])
+    inside, sure = stored.mask_of(shown, "ball")
+    assert (inside == shown.masks[0]).all() and (sure == 1).all()  # the second is too unsure to be shown
+    cut = stored.within(instances((1, 1, 4, 2), (2, 0, 4, 4), scores=[0.5, 0.75]), inside, sure)
+    assert np.argwhere(cut.masks).tolist() == [[0, 1, 1]] and cut.scores.tolist() == [0.5]
+    assert not stored.mask_of(instances((0, 0, 2, 4), classes=[1]), "ball")[0].any()
 
 
 def test_a_lost_instance_fails_verify_where_it_was_sure():

@@ -134,6 +134,7 @@ def test_a_task_without_a_name_is_the_only_decoder_or_the_one_called_like_it(dec
     assert find_decoders("demo").labels == sorted(TASKS)
     both = find_decoders(f"{decoders},demo")
     assert both["semantic"] == DEMO / "semantic" and both["pose"] == decoders / "pose" and "depth" in both
+    assert both["pose:pose"] == decoders / "pose" and find_decoders(f"demo,{decoders}")["pose:pose"] == DEMO / "pose"
     shutil.copytree(decoders / "street", tmp_path / "semantic")
     shutil.copytree(decoders / "street", tmp_path / "second")
     assert find_decoders(tmp_path)["semantic"] == tmp_path / "semantic"

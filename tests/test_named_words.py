@@ -91,6 +91,9 @@ def test_attention_to_a_word_is_told_as_a_multiple_of_its_mean(config):
     found = captions.word_attention(attention, config, prompts, names, Tokenizer())
     assert found[0].tolist() == [[[1, 1], [1, 1]], [[1, 3], [0, 0]], [[0, 0], [2, 2]]]
     assert (found[1] == 1).all()  # one name alone is compared with none
+    attention[:, 9] = torch.tensor([[0.0, 4], [8, 0]])  # of a second ball, as a mean with that of the first
+    twice = captions.word_attention(attention, config, ["a red ball and a cone by a ball"], names[:1], Tokenizer())
+    assert twice[0].tolist() == [[[1, 1], [1, 1]], [[0.25, 1.75], [2, 0]], [[0, 0], [2, 2]]]
 
 
 def test_heads_that_tell_words_are_a_part_of_the_projection(config):

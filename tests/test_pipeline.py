@@ -832,7 +832,7 @@ def test_an_adapter_of_diffusers_is_scaled_as_its_file_notes(tiny, tmp_path):
     cases = [
         (alone, 2.0),
         (alone | {"unet.use_rslora": True}, 4.0),
-        (alone | {"unet.alpha_pattern": {"attn2.to_k": 1, "to_q": 9}}, 0.25),
+        (alone | {"unet.alpha_pattern": {"2.to_k": 9, "attn2.to_k": 1, "to_q": 9}}, 0.25),  # by whole names
         ({"text_encoder.lora_alpha": 8}, 1.0),
     ]
     for notes, share in cases:

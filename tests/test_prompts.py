@@ -13,7 +13,7 @@ from datasetdm_fast.engine.labels import words as class_words
 from datasetdm_fast.engine.loading.folder import DEMO
 from datasetdm_fast.engine.loading.tokenizer import OwnTokenizer
 from datasetdm_fast.engine.loop import prompts
-from datasetdm_fast.engine.loop.plan import make_plan, template
+from datasetdm_fast.engine.loop.plan import class_and_turn, make_plan, template
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.jobs import prompt_files
 from datasetdm_fast.runs.jobs.labelling import open_pictures
@@ -91,6 +91,10 @@ def test_per_class_is_balanced_and_varied():
     again = [plan.request(index, turn=1) for index in range(8)]  # in whose place they may stand
     assert [request.classes for request in again] == [request.classes for request in found]
     assert [after.seed - before.seed for before, after in zip(found, again)] == [100_000_007] * 8
+    pairs = [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1), (0, 2), (0, 3), (1, 2)]  # class and turn, two of a class
+    assert [class_and_turn(index, 2, 3) for index in range(9)] == pairs
+    lines = plan_of(prompts="one\ntwo\nthree", number=3)
+    assert [lines.request(index, turn=1).prompt for index in range(3)] == ["three", "one", "two"]  # 100000007 on
     assert [template("ball", turn) for turn in (1, 2, 3, 11, 12)] == [
         "a picture of a ball",
         "a scene with a ball",

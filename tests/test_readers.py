@@ -1092,6 +1092,19 @@ def test_any_shape_is_fitted_by_its_shorter_side(height, width):
     spread = 255 * side / width
     assert item.image[SIZE // 2, -1, 0] - int(item.image[SIZE // 2, 0, 0]) == pytest.approx(spread, abs=spread / 16 + 4)
     assert (item.semantic == (item.image[..., 0] > 127)).mean() > 0.95 and (item.semantic != 255).all()
+    assert framing.fit_window(64, 97, 32) == framing.Window(16.5, 0, 0.5)
+    assert framing.fit_window(97, 64, 128) == framing.Window(0, 16.5, 2)
+
+
+def test_files_of_a_folder_are_found_in_order_without_those_that_systems_hide(tmp_path):
+    for name in ("b/c.PNG", "b.jpg", "a/d.png", "a/._d.png", ".hidden.png", "a/e.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = reading.listing(tmp_path, ".png", ".jpg")
+    assert [path.relative_to(tmp_path).as_posix() for path in found] == ["a/d.png", "b/c.PNG", "b.jpg"]
+    assert reading.names_of(tmp_path, found) == ["a/d", "b/c", "b"]
+    assert reading.label_file(tmp_path / "b", "c", ".png").name == "c.PNG"  # a label in capitals is one too
+    assert reading.label_file(tmp_path / "a", "d", ".png").name == "d.png"
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -1,11 +1,15 @@
 """Tiles cover a picture and overlap; their labels are joined, and a thing of several tiles is one."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
-from datasetdm_fast.data import IGNORE, Instances, SemanticMap
+from datasetdm_fast.data import IGNORE, Instances, Quarantined, Request, SemanticMap
 from datasetdm_fast.engine.labels.tiles import OVERLAP, Tile, Tiling, joined_instances, joined_map, part
+from datasetdm_fast.engine.loop.inverting import TilingGenerator
+from datasetdm_fast.engine.pictures.framing import PicturesInMemory
 from datasetdm_fast.engine.tasks.attention import joined_label
 
 pytestmark = pytest.mark.core
@@ -25,6 +29,22 @@ def test_tiles_cover_a_picture_and_overlap(sides):
         starts = sorted({corner[axis] for corner in tiling.corners})
         assert starts[0] == 0 and starts[-1] == sides[axis] - tiling.side
         assert all(b - a <= tiling.side * (1 - OVERLAP) for a, b in zip(starts, starts[1:]))
+
+
+def test_tiles_lie_evenly_to_the_nearest_pixel():
+    assert [left for _, left in Tiling.of((32, 100), SIZE).corners] == [0, 23, 45, 68]  # thirds of 68
+
+
+def test_tiles_of_a_picture_smaller_than_the_model_takes_are_enlarged():
+    ramp = np.broadcast_to(np.uint8(6 * np.arange(40))[:, None], (24, 40, 3))
+    generator, squares = object.__new__(TilingGenerator), []
+    generator.pictures, generator.together = PicturesInMemory([ramp]), 9
+    generator.recipe = SimpleNamespace(size=SIZE)
+    generator._label_tiles = lambda request, tiles: (squares.extend(tiles) or [Quarantined(request, "")], [])
+    generator._label_picture(Request(0, "", 0))
+    for left, square in zip((0, 16), squares, strict=True):  # each new pixel is 3/4 of one
+        wanted = 6 * (left + (np.arange(SIZE) + 0.5) * 0.75 - 0.5)
+        assert np.abs(square[:, 1:-1, 0] - wanted[1:-1]).max() <= 2
 
 
 def cut(tiling, truth):

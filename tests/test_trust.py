@@ -20,6 +20,7 @@ from datasetdm_fast.command_line.run_report import describe_start
 from datasetdm_fast.command_line.run_settings import read_spec
 from datasetdm_fast.data import DomainDistance, Instances, Request, SemanticMap, Trust
 from datasetdm_fast.engine.labels.trust import (
+    named_map,
     trust_of,
     with_domain,
     with_unprompted,
@@ -116,6 +117,17 @@ def test_a_class_is_shown_from_a_250th_of_the_picture_on():
         labels[0, 0] = 2  # one of 250 pixels, and of 260
         shown = SemanticMap(labels, np.ones(labels.shape, np.float32), CLASSES)
         assert trust_of(("ball",), {"semantic": shown}).missing == (() if is_there else ("ball",))
+
+
+def test_a_pixel_of_two_instances_is_of_the_surer_one_and_shares_are_of_all_pixels():
+    masks = np.zeros((3, 2, 5), bool)
+    masks[0, :, :3] = masks[1, :, 2:4] = masks[2] = True
+    for order in ([0, 1, 2], [2, 1, 0], [1, 0, 2]):
+        scores, kinds = np.float32([0.5, 0.9, 0.3])[order], np.array([0, 1, 2])[order]
+        found = named_map(Instances(masks[order], kinds, scores, ("ball", "star", "cube")))
+        assert found.shares() == {"": 0.2, "ball": 0.4, "star": 0.4}  # the cube is too unsure to be shown
+    ignored = SemanticMap(np.uint8([[0, 1, 255, 255]]), np.ones((1, 4), np.float32), ("wall", "ball"))
+    assert named_map(ignored).shares() == {"wall": 0.25, "ball": 0.25}
 
 
 def test_an_instance_counts_from_the_score_on_at_which_it_is_shown():

@@ -14,6 +14,7 @@ from bench.world.tokenizer import build_tokenizer, words_of
 from bench.world.train import SHIPPED, build_models, loosen_caption
 from bench.world.worlds import WORLDS
 from datasetdm_fast.engine.scenes import world
+from datasetdm_fast.engine.scenes.shapes import joints
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.training.readers import READERS, RENDERED_KINDS, open_data
 
@@ -91,6 +92,19 @@ def test_joints_lie_on_the_figure_where_they_are_visible(rendered):
                     assert view.instance[int(y), int(x)] == k
                     seen += 1
     assert seen > 200
+
+
+def test_the_left_hand_of_a_figure_that_faces_us_is_on_our_right():
+    """Arms of 0.33 and legs of 0.4 turn away from straight down; the neck lies at 0.72, the pelvis at 0.42."""
+    places = dict(zip(world.JOINTS, joints((0.0, 1.0, -1.0, 0.0, 1.0)).tolist(), strict=True))
+    assert places["head"] == pytest.approx([0, 0.87]) and places["neck"] == [0, 0.72] and places["pelvis"] == [0, 0.42]
+    for name, start, length, angle, side in (
+        ("right_hand", 0.72, 0.33, 2.4, -1),
+        ("left_hand", 0.72, 0.33, 0.5, 1),
+        ("right_foot", 0.42, 0.4, 0.36, -1),
+        ("left_foot", 0.42, 0.4, 0.52, 1),
+    ):
+        assert places[name] == pytest.approx([side * length * np.sin(angle), start - length * np.cos(angle)]), name
 
 
 def test_the_same_scene_at_another_size_has_the_same_labels(rendered):
