@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from datasetdm_fast.engine.labels import class_tables
-from datasetdm_fast.engine.labels.words import count_named, find_classes, plural, token_places, with_article
+from datasetdm_fast.engine.labels.words import (
+    always_named,
+    count_named,
+    find_classes,
+    plural,
+    token_places,
+    with_article,
+)
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.jobs.prompt_files import own_table
@@ -145,6 +152,16 @@ def test_an_own_table_goes_before_ours():
     assert find_classes("lorries beside a toy car", ("vehicle", "cat"), own) == ("vehicle",)
     assert find_classes("a toy car", ("vehicle",), own) == ()
     assert find_classes("a house cat", ("cat",), own) == ("cat",)
+    shared = class_tables.parse("name,words\ncup,mug\nglass,mug\n", "own")  # of two classes the first has a word
+    assert [find_classes("a mug", names, shared) for names in (("cup", "glass"), ("glass", "cup"))] == [
+        ("cup",),
+        ("glass",),
+    ]
+
+
+def test_a_class_is_always_named_that_no_caption_leaves_out_where_it_is_shown():
+    seen = [(("ball",), "a ball"), (("ball", "cube"), "a ball"), ((), "a cone")]
+    assert always_named(("cube", "ball", "cone"), seen) == ("ball", "cone")
 
 
 def test_a_table_that_is_not_there_is_bad_input(tmp_path):

@@ -131,6 +131,8 @@ def test_label_maps_have_the_colours_of_a_known_set_where_it_has_their_classes()
     files, _ = LABEL_KINDS["semantic"].encode(label, {}, found)
     palette = np.array(Image.open(io.BytesIO(files["semantic"])).getpalette()).reshape(256, 3).tolist()
     assert palette[:3] == [[0, 0, 0], [64, 0, 0], [192, 128, 0]] and palette[255] == [224, 224, 192]
+    assert [class_tables.colour_in(name, "background", 3) for name in ("voc", "cityscapes", "coco")] == [(0, 0, 0)] * 3
+    assert class_tables.colour_in("ours", "background", 3) == colour(3)
     assert with_palette(tables, "ours") == tables and with_palette(tables, "voc")["depth"] == tables["depth"]
     ours = LABEL_KINDS["semantic"].encode(label, {}, tables["semantic"])[0]["semantic"]
     assert Image.open(io.BytesIO(ours)).getpalette()[3:6] == list(colour(1))
@@ -225,6 +227,26 @@ def test_an_instance_of_one_pixel_has_a_box_of_one_pixel():
     assert np.argwhere(label.masks[0]).tolist() == [[3, 2]] and label.class_ids.tolist() == [1]
 
 
+def test_data_sets_of_torch_give_classes_the_numbers_of_files():
+    table = {"classes": ["ball", "cone"], "size": [4, 4], "numbers": [5, 2]}
+    things = instances((0, 1, 3, 3), (3, 3, 4, 4), classes=[1, 0], scores=[0.5, 0.75])
+    arrays = LABEL_KINDS["instance"].arrays(things, table)
+    assert arrays["labels"].tolist() == [2, 5] and arrays["scores"].tolist() == [0.5, 0.75]
+    assert arrays["boxes"].tolist() == [[1, 0, 3, 3], [3, 3, 4, 4]]  # left, top, right and bottom
+    pixels = LABEL_KINDS["semantic"].arrays(
+        semantic([[0, 1], [255, 1]]), {"classes": ["wall", "ball"], "numbers": [5, 2]}
+    )
+    assert pixels.tolist() == [[5, 2], [255, 2]] and pixels.dtype == np.int64
+    people = LABEL_KINDS["pose"].arrays(person((1, 2), (3, 4), (0, 0), visibility=(2, 1, 0)), TABLES["pose"])
+    assert people["keypoints"].tolist() == [[[1, 2, 2], [3, 4, 1], [0, 0, 0]]] and people["scores"].tolist() == [0.5]
+
+
+def test_what_is_no_number_of_a_class_is_read_as_ignored():
+    pixels = {"semantic": np.uint8([[5, 2], [0, 255]]), "confidence": np.full((2, 2), 51, np.uint8)}
+    read = LABEL_KINDS["semantic"].decode(pixels, {}, {"classes": ["wall", "ball"], "numbers": [5, 2]})
+    assert read.labels.tolist() == [[0, 1], [255, 255]] and (read.confidence == np.float32(0.2)).all()
+
+
 def test_an_image_without_instances_has_none_of_its_own_size():
     _, record = encoded("instance", instances())
     assert record == [] and LABEL_KINDS["instance"].decode({}, record, TABLES["instance"]).masks.shape == (0, 4, 4)
@@ -277,6 +299,10 @@ def test_a_joint_that_is_not_seen_has_no_place_and_no_part_in_the_box():
     assert item["bbox"] == [0.0, 0.5, 3.75, 5.5] and item["area"] == 20.625  # two pixels wider on each side
     assert item["score"] == 0.123457 and item["keypoint_scores"] == [0.25] * 3
     assert found_wrong("pose", {}, [item], 16) == []
+    read = LABEL_KINDS["pose"].decode({}, [item], TABLES["pose"])
+    assert read.points[0, :, :2].tolist() == [[1.75, 2.5], [0.5, 4.0], [0, 0]] and read.visibility.tolist() == [
+        [2, 1, 0]
+    ]
     assert encoded("pose", person((1, 1), (2, 2), (3, 3), visibility=(0, 0, 0))) == ({}, [])
 
 

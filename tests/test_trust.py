@@ -150,6 +150,10 @@ def test_a_class_without_an_instance_is_missing_and_not_counted_too():
     )
 
 
+def test_pixels_of_two_names_are_a_share_of_those_that_either_label_calls_a_thing():
+    assert trust_of((), scene([2, 2, 2, 2, 0, 0, 0, 0, 0, 0], (1, slice(3, 5)))).disagreeing == 0.2  # 1 of 5 columns
+
+
 def test_labels_may_disagree_on_a_tenth_of_the_pixels_of_things():
     for columns, reasons in ((10, ()), (11, ("11% of the pixels of things have two names",))):
         labels = scene([2] * 100)["semantic"], scene([0] * 10)["instance"]
