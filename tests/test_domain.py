@@ -71,6 +71,36 @@ def test_pictures_like_those_are_inside_and_others_outside():
     assert learn(domain.LEAST_IMAGES - 1) is None, "too few pictures tell no spread"
 
 
+def test_things_that_few_pictures_show_are_compared_with_their_own_mean():
+    """Two pictures of a c and two of a d, which lie apart."""
+    names, moved = ("background", "a", "b", "c", "d"), np.zeros((D, SIDE, SIDE), np.float32)
+    moved[:, :, SIDE // 2 :] = 60
+    pictures = sketches(40)
+    labels = [replace(label(), classes=names) for _ in pictures]
+    for k, (number, sign) in enumerate([(3, 1), (3, 1), (4, -1), (4, -1)]):
+        labels[9 * k] = replace(labels[0], labels=np.where(label().labels == 2, number, 1).astype(np.uint8))
+        pictures[9 * k] += sign * moved
+    learned = domain.learn_domain(pictures, labels, range(40))
+    new = sketches(50, seed=6)
+    distances = [[learned.measure(each + sign * moved, labels[0]).things["c"] for each in new] for sign in (1, -1)]
+    assert np.mean(np.array(distances[0]) <= 1) >= 0.97 and min(distances[1]) > 1
+    assert learned.things.limits == pytest.approx(
+        learned.things.limits[0] * np.sqrt([1, 37 / 36 / (41 / 40), 1.5 / (41 / 40), 1.5 / (41 / 40), 1]), rel=1e-6
+    ), "and the means of few pictures are less certain"
+
+
+def test_things_of_which_no_two_pictures_show_the_same_are_not_compared():
+    labels = [replace(label(), classes=("background", f"a{k}", f"b{k}")) for k in range(40)]
+    learned = domain.learn_domain(sketches(40), labels, range(40))
+    assert learned.things is None and learned.pictures is not None
+
+
+def test_things_may_lie_in_every_fifth_picture_alone():
+    nothing = replace(label(), labels=np.zeros_like(label().labels))
+    learned = domain.learn_domain(sketches(40), [nothing if k % 5 else label() for k in range(40)], range(40))
+    assert np.isfinite(learned.things.limits).all() and learned.classes == ("a", "b")
+
+
 def test_the_file_of_a_domain(tmp_path):
     learned = replace(learn(), model=1.25)
     domain.write_domain(tmp_path, learned)
@@ -79,6 +109,10 @@ def test_the_file_of_a_domain(tmp_path):
     before, after = learned.measure(sketch, label()), read.measure(sketch, label())
     assert read.classes == ("a", "b") and before.picture == pytest.approx(after.picture, rel=0.01)
     assert before.things == pytest.approx(after.things, rel=0.01) and before.model == after.model == 1.25
+    arrays = load_file(tmp_path / domain.FILE)
+    arrays["things.limit"] = arrays["things.limit"][:1]
+    save_file(arrays, tmp_path / domain.FILE, {"classes": json.dumps(learned.classes)})
+    assert domain.read_domain(tmp_path, D).things.limits.tolist() == [float(arrays["things.limit"])] * 3, "as before"
     assert domain.read_domain(tmp_path / "other", D) is None, "decoders of earlier versions have none"
     with pytest.raises(Refused, match="not the domain of this decoder"):
         domain.read_domain(tmp_path, 2 * D)
@@ -89,7 +123,7 @@ def test_the_file_of_a_domain(tmp_path):
 
 @pytest.mark.parametrize(("drawn", "distance"), [([3, 3], 3), ([3, -3], 0), ([1, 2, 3], (22 / 6) ** 0.5)])
 def test_the_square_of_a_distance_is_the_mean_product_of_two_different_descriptors(drawn, distance):
-    spread = domain.Spread(np.zeros((1, 1)), np.ones(1), np.ones((1, 1)))  # of unit length as they are
+    spread = domain.Spread(np.zeros((1, 1)), np.ones(1), np.ones((1, 1)), np.ones(1))  # of unit length as they are
     assert spread.distance_of_mean(np.array(drawn, float)[:, None]) == pytest.approx(distance)
 
 
@@ -260,6 +294,8 @@ def test_trusted_samples_of_what_the_model_cannot_draw_are_refused(tmp_path, cap
     assert "can be trusted: the model draws ball, cube, cone" in told and "the prompt names none of these" in told
     prompts.write_text("a photo of a penguin\na penguin beside a ball\n")
     assert generate.main(line) == 0, "some can be"
+    assert "images     8 of 8, for which at most 80 are made, 128 x 128 pixels" in capsys.readouterr().err
+    assert generate.main([*line, "--keep", "all"]) == 0 and "images     8 of 8, 128 x 128" in capsys.readouterr().err
 
 
 def test_samples_of_what_the_model_cannot_draw_are_doubtful():
@@ -289,7 +325,7 @@ def test_a_training_writes_the_domain_of_its_decoder(tmp_path, monkeypatch):
     line += ["--data", "demo:12@1000", "--task", "semantic", "--steps", "1", "--threads", "1", "--folds", "no"]
     assert train.main([*line, "--cache-dir", str(tmp_path / "cache"), "--out", str(tmp_path / "decoder")]) == 0
     folder = tmp_path / "decoder" / "semantic"
-    assert load_decoder(folder).domain.pictures.limit > 0
+    assert load_decoder(folder).domain.pictures.limits.min() > 0
     check, page = read_check(folder), (folder / "training" / "page.html").read_text()
     assert check["samples"] == 11 and page.count(" &middot; distance ") == 11
     assert load_decoder(folder).domain.model > 0, "what the model draws is measured"

@@ -94,11 +94,17 @@ def describe_start(job: Job) -> list[str]:
     """What a job is about to make, in two lines, and what its user should know before the first image."""
     size, model = job.recipe.size, describe_model(job.engine.model)
     rows = {
-        "images": f"{job.images_left} of {job.plan.number}, {size} x {size} pixels, {model}",
+        "images": f"{_describe_count(job)}, {size} x {size} pixels, {model}",
         **_warnings(job),
         "engine": f"{name_engine(job.engine)}; run folder {job.place}",
     }
     return _lines(rows)
+
+
+def _describe_count(job: Job) -> str:
+    """How many images are missing of those requested, and how many are made for them where some are set aside."""
+    most = f", for which at most {job.plan.most} are made" if job.plan.most > job.plan.number else ""
+    return f"{job.images_left} of {job.plan.number}{most}"
 
 
 def _lines(rows: Mapping[str, str]) -> list[str]:
@@ -118,7 +124,7 @@ def _warnings(job: Job) -> dict[str, str]:
 def describe_job(job: Job) -> list[str]:
     """What a job would do, a line each."""
     plan, facts = job.plan, job.recipe.facts
-    left, batches = job.images_left, job.batches_left
+    batches = job.batches_left
     seeds, steps = (
         f"seeds {plan.seed} to {plan.seed + plan.number - 1}" if plan.number > 1 else f"seed {plan.seed}",
         f"{facts['steps']} steps in {facts['calls']} calls",
@@ -130,7 +136,7 @@ def describe_job(job: Job) -> list[str]:
     guidance = GUIDANCE[job.engine.model.guidance_at(facts["guidance"])].format(facts["guidance"])
     promised = {"precision": f"{job.half} if the first samples agree with torch, else fp32"} if job.half else {}
     rows = {
-        "images": f"{left} of {plan.number}, {facts['size']} x {facts['size']} pixels, {seeds}",
+        "images": f"{_describe_count(job)}, {facts['size']} x {facts['size']} pixels, {seeds}",
         "model": describe_model(job.engine.model),
         "sampler": f"{facts['sampler']}, {steps}, {guidance}",
         "labels": ", ".join(job.recipe.tasks),

@@ -32,7 +32,6 @@ QUANTILE = 2.326  # standard deviations of the logarithm of a distance below whi
 MARGIN = 1.15  # generated pictures of a domain vary more than its photos,
 MARGIN_OF_THINGS = 1.3  # and predicted masks more than those of the truth
 LEAST_IMAGES = 8  # pictures below which their spread is unknown
-LEAST_SHOWN = 4  # pictures that show a class, below which its mean is that of all classes
 FOLDS = 5
 LEAST_SHARE = 1 / 100  # of the picture: smaller things are not described
 FARTHEST_MEAN = 1 / 3  # of generated pictures from the mean of those taught, in typical distances of a picture,
@@ -46,7 +45,7 @@ class Spread:
     means: np.ndarray  # [K, D]
     scale: np.ndarray  # [D]
     correlations: np.ndarray  # [D, D]
-    limit: float = 1.0
+    limits: np.ndarray  # [K]: the mean of few pictures is uncertain itself
 
     @cached_property
     def _whitening(self) -> np.ndarray:
@@ -56,8 +55,8 @@ class Spread:
         return np.asarray(vectors / np.sqrt(values * width))
 
     def distances(self, descriptors: np.ndarray, classes: np.ndarray | int = 0) -> np.ndarray:
-        """[N] over the limit."""
-        return np.linalg.norm(self._whiten(descriptors, classes), axis=-1) / self.limit
+        """[N] over the limits."""
+        return np.asarray(np.linalg.norm(self._whiten(descriptors, classes), axis=-1) / self.limits[classes])
 
     def distance_of_mean(self, descriptors: np.ndarray) -> float:
         """The distance of the mean of what these descriptors are drawn from, in typical distances; two at least.
@@ -118,49 +117,54 @@ def describe_things(sketch: np.ndarray, label: Annotation) -> Iterator[tuple[str
 
 def learn_domain(sketches: np.ndarray, labels: Sequence[Annotation], pictures: Sequence[int]) -> Domain | None:
     """The domain of sketches [N, D, h, w] of labelled views of some `pictures`; None where these are too few."""
-    of_picture = np.unique(np.asarray(pictures), return_inverse=True)[1]
-    if of_picture.max(initial=-1) + 1 < LEAST_IMAGES:
+    of_picture, views = np.asarray(pictures), np.arange(len(sketches))
+    whole = _fit(sketches.mean((2, 3)), of_picture, np.zeros(len(views), np.int64), 1, views, MARGIN)
+    if whole is None:
         return None
-    whole = _fit(sketches.mean((2, 3)), of_picture, np.zeros(len(sketches), np.int64), 1, np.arange(len(sketches)))
-    whole = replace(whole, limit=MARGIN * whole.limit)
-    things_shown = [
-        (view, *thing) for view, label in enumerate(labels) for thing in describe_things(sketches[view], label)
-    ]
-    views = np.array([view for view, _, _ in things_shown], np.int64)
-    shown: dict[str, set[int]] = {}
-    for view, name, _ in things_shown:
-        shown.setdefault(name, set()).add(of_picture[view])
-    classes = tuple(sorted(name for name, where in shown.items() if len(where) >= LEAST_SHOWN))
-    if len(set(of_picture[views])) < LEAST_IMAGES:
-        return Domain(whole, None, ())
-    numbers = np.array([classes.index(name) if name in classes else len(classes) for _, name, _ in things_shown])
-    descriptors = np.stack([descriptor for *_, descriptor in things_shown])
-    things = _fit(descriptors, of_picture[views], numbers, len(classes) + 1, views)
-    return Domain(whole, replace(things, limit=MARGIN_OF_THINGS * things.limit), classes)
+    shown = [(view, *thing) for view, label in enumerate(labels) for thing in describe_things(sketches[view], label)]
+    classes = tuple(sorted({name for _, name, _ in shown}))
+    views = np.array([view for view, _, _ in shown], np.int64)
+    numbers = np.array([classes.index(name) for _, name, _ in shown], np.int64)
+    descriptors = np.array([descriptor for *_, descriptor in shown])
+    things = _fit(descriptors, of_picture[views], numbers, len(classes) + 1, views, MARGIN_OF_THINGS)
+    return Domain(whole, things, classes if things else ())
 
 
-def _fit(descriptors: np.ndarray, pictures: np.ndarray, classes: np.ndarray, count: int, views: np.ndarray) -> Spread:
-    """The spread of descriptors, and the limit that 99 % of views keep to, measured against other pictures."""
-    folds, held_out = pictures % FOLDS, np.zeros(len(descriptors))
+def _fit(
+    descriptors: np.ndarray, pictures: np.ndarray, classes: np.ndarray, count: int, views: np.ndarray, margin: float
+) -> Spread | None:
+    """The spread of descriptors, with limits that 99 % of views keep to, as measured against other pictures; None where
+    these are too few.
+    """
+    chosen, places = np.unique(pictures, return_inverse=True)
+    if len(chosen) < LEAST_IMAGES:
+        return None
+    folds, held_out = places % FOLDS, np.zeros(len(descriptors))
     for fold in range(FOLDS):
-        inside = folds == fold
-        spread = _spread(descriptors[~inside], classes[~inside], count)
+        others = folds != fold
+        inside = ~others & np.isin(classes, classes[others])
+        spread = _spread(descriptors[others], pictures[others], classes[others], count)
         held_out[inside] = spread.distances(descriptors[inside], classes[inside])
-    farthest = np.array([held_out[views == view].max() for view in np.unique(views)])
+    measured = held_out > 0
+    if len(np.unique(pictures[measured])) < LEAST_IMAGES:
+        return None
+    farthest = np.array([held_out[views == view].max() for view in np.unique(views[measured])])
     logarithms = np.log(farthest)
     limit = max(float(np.exp(logarithms.mean() + QUANTILE * logarithms.std())), float(np.quantile(farthest, 0.99)))
-    spread = _spread(descriptors, classes, count)
-    return replace(spread, limit=limit)
+    spread = _spread(descriptors, pictures, classes, count)
+    return replace(spread, limits=margin * limit * spread.limits)
 
 
-def _spread(descriptors: np.ndarray, classes: np.ndarray, count: int) -> Spread:
-    """The spread around the mean of each class, of all where none is of it; the limit is 1."""
-    means = np.repeat(descriptors.mean(0)[None], count, 0)
+def _spread(descriptors: np.ndarray, pictures: np.ndarray, classes: np.ndarray, count: int) -> Spread:
+    """The spread around the mean of each class, of all where none is of it. A mean of n pictures adds 1/n of their
+    variance to the squared distance from it, so the limits are that of a mean that is known, 1, times sqrt(1 + 1/n).
+    """
+    means, shown = np.repeat(descriptors.mean(0)[None], count, 0), np.full(count, len(np.unique(pictures)))
     for k in np.unique(classes):
-        means[k] = descriptors[classes == k].mean(0)
+        means[k], shown[k] = descriptors[classes == k].mean(0), len(np.unique(pictures[classes == k]))
     residuals = descriptors - means[classes]
     scale = residuals.std(0) + 1e-6
-    return Spread(means, scale, np.cov((residuals / scale).T))
+    return Spread(means, scale, np.cov((residuals / scale).T), np.sqrt(1 + 1 / shown))
 
 
 def write_domain(folder: Path, domain: Domain) -> None:
@@ -170,12 +174,10 @@ def write_domain(folder: Path, domain: Domain) -> None:
     arrays: dict[str, np.ndarray] = {}
     for part, spread in (("pictures", domain.pictures), ("things", domain.things)):
         if spread:
-            arrays |= {
-                f"{part}.means": spread.means.astype(np.float32),
-                f"{part}.scale": spread.scale.astype(np.float32),
-            }
+            arrays[f"{part}.means"] = spread.means.astype(np.float32)
+            arrays[f"{part}.scale"] = spread.scale.astype(np.float32)
             arrays[f"{part}.correlations"] = spread.correlations[np.triu_indices(len(spread.scale))].astype(np.float16)
-            arrays[f"{part}.limit"] = np.array([spread.limit], np.float32)
+            arrays[f"{part}.limit"] = spread.limits.astype(np.float32)
     arrays["model"] = np.array(domain.model, np.float32)
     storage.publish({folder / FILE: save(arrays, {"classes": json.dumps(domain.classes)})})
 
@@ -207,14 +209,14 @@ def read_domain(folder: Path, width: int) -> Domain | None:
 
 def _unpack(arrays: Mapping[str, np.ndarray], part: str, count: int, width: int) -> Spread:
     """The spread of `count` means of this width; a ValueError where the numbers of a file do not fit together."""
-    means, scale, upper, limit = (arrays[f"{part}.{name}"] for name in ("means", "scale", "correlations", "limit"))
+    means, scale, upper, limits = (arrays[f"{part}.{name}"] for name in ("means", "scale", "correlations", "limit"))
     shapes = means.shape, scale.shape
     if shapes != ((count, width), (width,)):
         raise ValueError(f"its tensors are {', '.join(map(str, shapes))}, expected {count} means of {width}")
     correlations = np.zeros((width, width))
     correlations[np.triu_indices(width)] = upper
     correlations += np.triu(correlations, 1).T
-    finite = all(np.isfinite(values).all() for values in (means, scale, upper, limit))
-    if not (finite and (scale > 0).all() and limit.min() > 0):
+    finite = all(np.isfinite(values).all() for values in (means, scale, upper, limits))
+    if not (finite and (scale > 0).all() and limits.min() > 0):
         raise ValueError("a value is NaN, infinite, or no spread")
-    return Spread(means, scale, correlations, float(limit.reshape(-1)[0]))
+    return Spread(means, scale, correlations, np.broadcast_to(limits, count))  # one limit in files of before
