@@ -585,6 +585,8 @@ def test_the_model_has_to_draw_what_was_taught_without_captions(world_name, is_m
     decoder = teach(f"folder:{folder}", tmp_path, "--steps", "80", "--draws", "4")
     samples = draw_by(decoder, ["a photo of a ball, a table", "a red cube on a black table"] * 8, steps=8)
     assert [sample.trust.domain > 1 for sample in samples] == [is_marked] * 16
+    walls = [np.mean(sample.annotations["semantic"].labels == classes.index("wall")) for sample in samples]
+    assert np.mean(walls) > 0.2, "which no prompt names, as every picture shows one"
 
 
 @skips.long_test

@@ -196,6 +196,30 @@ def test_captions_that_name_what_they_name_wherever_it_is_shown_are_read_by_name
     assert named(f"folder:{data}") == ()
 
 
+def test_what_every_picture_shows_need_not_be_named_by_a_prompt(tmp_path, monkeypatch):
+    """Else "a photo of a ball" would have the wall labelled as a ball."""
+
+    def named(classes, images=session.LEAST_CAPTIONS, **choices):
+        data = tmp_path / f"{images} {len(classes)}"
+        for part in ("images", "masks"):
+            (data / part).mkdir(parents=True, exist_ok=True)
+        (data / "classes.txt").write_text("\n".join(classes) + "\n")
+        for k in range(images):
+            labels = np.zeros((64, 64), np.uint8)
+            labels[20:40, 20:40] = 1 + k % (len(classes) - 1)
+            Image.fromarray(labels).save(data / "masks" / f"{k}.png")
+            Image.fromarray(np.full((64, 64, 3), k, np.uint8)).save(data / "images" / f"{k}.png")
+        config = TrainConfig(
+            data=f"folder:{data}", task=("semantic",), model="tiny", size=64, engine="torch", quiet=True, **choices
+        )
+        return train.open_workflow(config).session.recipe("semantic").config.named
+
+    classes = ("wall", "ball", "cube")
+    assert named(classes) == ("ball", "cube") and named(classes, by_name="yes") == classes
+    assert named(classes, session.LEAST_CAPTIONS - 1) == classes, "few may show it by chance"
+    assert named(("background", "ball")) == ("ball",), "the word of the only class tells something"
+
+
 def test_the_captions_of_the_example_are_read_by_name(tmp_path, capsys):
     assert example.main([str(tmp_path), "--quiet"]) == 0
     line = ["--data", f"folder:{tmp_path}", "--task", "semantic", "--model", "tiny", "--size", "64", "--dry-run"]

@@ -172,7 +172,9 @@ class TrainingSession:
             return ()
         if source.captions_name_all:
             pairs = zip(things, spoken(things, table), strict=True)
-            return tuple(name for name, word in pairs if name in find_classes(photo_of([word]), things, table))
+            named = tuple(name for name, word in pairs if name in find_classes(photo_of([word]), things, table))
+            is_told = by_name == "yes"
+            return tuple(name for name in named if is_told or name not in self._shown_by_all) or named
         seen = [(shown, caption) for shown, caption, _ in self._shown_things]
         named = always_named(things, seen, table)
         if by_name == "yes":
@@ -182,6 +184,16 @@ class TrainingSession:
             return ()
         tells_nothing = set.intersection(*stored)  # a table of all images: its word would take pixels of what is on it
         return tuple(name for name in named if any(name in each for each in stored) and name not in tells_nothing)
+
+    @cached_property
+    def _shown_by_all(self) -> set[str]:
+        """The things that every one of many images shows, such as walls: a prompt need not name them."""
+        things = set(self.source.thing_classes if len(self.numbers) >= LEAST_CAPTIONS else ())
+        for number in self.numbers:
+            if not things:
+                break
+            things &= {*_things(self.source, self.source[number])}
+        return things
 
     @cached_property
     def _shown_things(self) -> list[tuple[list[str], str, bool]]:

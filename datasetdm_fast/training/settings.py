@@ -106,7 +106,7 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
         "auto",
         "predict a class only where the prompt names it, for data whose captions name every class shown; auto: yes "
         "for demo scenes, where the captions are made from the labels, and where 20 or more captions name whatever "
-        "they name in every image that shows it, but for classes that all of them name",
+        "they name in every image that shows it, but for classes that all of 20 images or more show",
         choices=("auto", "yes", "no"),
     )
     by_word: str = setting(
