@@ -194,6 +194,59 @@ def test_the_page_tells_the_marks_that_were_measured():
     assert marks.table(document) in (ROOT / "docs/demo-model.md").read_text()
 
 
+def test_the_page_compares_both_models_as_they_were_measured():
+    document = json.loads((ROOT / "bench/world/demo-models.json").read_text())
+    models = [document[name] for name in ("demo-dit", "demo")]
+
+    def shown(things, kind="generated"):
+        return [f"{model['judged'][kind][things]['order']:.0%}".replace("%", " %") for model in models]
+
+    rows = {
+        "pictures of one thing that show it, in its colour": shown("1"),
+        "of two things, in their colours and order": shown("2"),
+        "of three things": shown("3"),
+        "renders of the same captions": [
+            ", ".join(f"{model['judged']['renders'][count]['order']:.0%}"[:-1] for count in "123") + " %"
+            for model in models
+        ],
+        "Fréchet distance from renders": [f"{model['judged']['frechet']['generated']:.3f}" for model in models],
+    }
+    for title, task, figure in (
+        ("semantic, mIoU", "semantic", "miou"),
+        ("instance, AP50", "instance", "ap50"),
+        ("open vocabulary, mIoU", "open-vocabulary", "miou"),
+        ("depth, AbsRel (less is better)", "depth", "absrel"),
+        ("pose, PCK@0.1", "pose", "pck"),
+    ):
+        rows[title] = [f"{model['figures'][task][figure]:.3f}" for model in models]
+    page = (ROOT / "docs/demo-model.md").read_text()
+    assert [title for title, cells in rows.items() if f"| {title} | {' | '.join(cells)} |\n" not in page] == []
+
+
+def test_the_pages_tell_the_accuracy_of_the_demo_s_labels_as_it_was_measured():
+    document = json.loads((ROOT / "bench/world/demo-evaluated.json").read_text())
+    figures = {name: document[name]["figures"] for name in ("image", "decoder", "unread", "none")}
+
+    def masks(found):
+        values = found["semantic"]["miou"], found["instance"]["ap50"], found["instance"]["ap"]
+        return [f"{value:.3f}" for value in values]
+
+    lines = []
+    for title, count in (("one", "1"), ("two", "2"), ("three", "3")):
+        rows = {task: found["by_things"][count] for task, found in figures["image"].items() if "by_things" in found}
+        lines.append(f"| {title} | {rows['semantic']['images']} | {' | '.join(masks(rows))} |")
+    lines.append(f"| all | 500 | {' | '.join(masks(figures['image']))} |")
+    page = " ".join((ROOT / "docs/demo-model.md").read_text().split())
+    for name in ("unread", "none"):
+        lines.append("`--captions {}` gives {}, {} and {}".format(name, *masks(figures[name])))
+    lines.append("the table's last row is {}, {} and {} ".format(*masks(figures["decoder"])))
+    assert [line for line in lines if line not in page] == []
+    page = (ROOT / "docs/training.md").read_text()
+    for name in ("decoder", "image"):
+        words, depth = figures[name]["open-vocabulary"]["miou"], figures[name]["depth"]["absrel"]
+        assert f"| `{name}` | {' | '.join(masks(figures[name]))} | {words:.3f} | {depth:.4f} |" in page
+
+
 def test_pictures_of_every_setting_are_labelled_and_marked(tmp_path, capsys):
     assert marks.main(["--out", str(tmp_path / "marks.json"), "--number", "2"]) == 0
     document = json.loads((tmp_path / "marks.json").read_text())

@@ -445,6 +445,15 @@ def prose_figures() -> Iterator[tuple[str, str]]:
     )
     (again,) = (row for row in slow["parts"]["peers diffusers-1"]["rows"] if row["peer"] == "ours")
     yield "bench/README.md", f"beside diffusers, ours took {again['seconds_per_image']['median']:.0f} s per image"
+    *epochs, attention = json.loads((folder / "2026-11-29-amd-epyc-2-cores-3a042fc-in-turn.txt").read_text())["rows"]
+    ratio = {(row["task"], row["engine"]): row["cpu_epoch_ratio"] for row in epochs}
+    for engine, told in (
+        ("fast", "an epoch then takes {:.1f} times less CPU time for depth, and {:.1f} times less for semantic"),
+        ("torch", "(`--engine torch`) it takes {:.1f} and {:.1f} times less"),
+    ):
+        yield "docs/training.md", told.format(ratio["depth", engine], ratio["semantic", engine])
+    yield "docs/attention.md", f"images with labels take {attention['cpu_ratio']:.1f} times less CPU time"
+    yield "docs/attention.md", f"the averages of an image {attention['mib_an_image']} MiB"
 
 
 def test_tables_of_runs_in_shards_are_those_of_their_files():
