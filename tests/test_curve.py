@@ -15,11 +15,9 @@ from datasetdm_fast.engine.decoders.trunk import fold
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.training.captures.cache import CacheSettings
-from datasetdm_fast.training.captures.views import ViewSettings
 from datasetdm_fast.training.evaluation.metrics import METRICS
 from datasetdm_fast.training.readers import open_data
-from datasetdm_fast.training.recipes import RecipeSettings
+from datasetdm_fast.training.settings import CacheSettings, RecipeSettings, ViewSettings
 
 COUNTS = [10, 30, 100, 300]
 
@@ -190,7 +188,7 @@ def test_a_learning_curve_can_be_taught_from_growing_parts(tmp_path):
     settings = {
         "view_settings": ViewSettings(draws=2),
         "recipe_settings": RecipeSettings(steps=2),
-        "cache_settings": CacheSettings(folder=tmp_path),
+        "cache_settings": CacheSettings(cache_dir=str(tmp_path)),
     }
     first, second = (
         fold(train_decoder(engine, source, "open-vocabulary", count, **settings)).requires_grad_(False)

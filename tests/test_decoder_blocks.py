@@ -21,8 +21,8 @@ from datasetdm_fast.engine.loop.calls import call_text
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.training import call_ranking
 from datasetdm_fast.training.captures import cache
-from datasetdm_fast.training.captures.cache import Inversion
-from datasetdm_fast.training.session import ModelChoice, TrainingData, open_session
+from datasetdm_fast.training.session import open_session
+from datasetdm_fast.training.settings import Inversion, ModelChoice, TrainingData
 
 FAMILIES = {"sd3": {"layers": 5, "width": 48}, "z-image": {"layers": 4}}
 PROMPTS = ["a photo of the cat", "the house"]

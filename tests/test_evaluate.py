@@ -16,11 +16,11 @@ from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.evaluate import _finish, main
 from datasetdm_fast.training import data_record
-from datasetdm_fast.training.captures.cache import Inversion
 from datasetdm_fast.training.evaluation.meter import figure_name
 from datasetdm_fast.training.evaluation.settings import EvaluateConfig
 from datasetdm_fast.training.readers import open_data
-from datasetdm_fast.training.session import ModelChoice, TrainingData, open_session
+from datasetdm_fast.training.session import open_session
+from datasetdm_fast.training.settings import Inversion, ModelChoice, TrainingData
 
 pytestmark = pytest.mark.usefixtures("one_engine_of_a_kind")
 

@@ -14,10 +14,10 @@ from datasetdm_fast.engine.labels import LABEL_KINDS, with_outlines
 from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.run_folder.reader import open_run
-from datasetdm_fast.training.captures.views import TrainingViews, ViewSettings
+from datasetdm_fast.training.captures.views import TrainingViews
 from datasetdm_fast.training.predictions import choose_outlines
 from datasetdm_fast.training.readers import open_data
-from datasetdm_fast.training.settings import TrainConfig
+from datasetdm_fast.training.settings import TrainConfig, ViewSettings
 from datasetdm_fast.training.truth.augment import Augmentation
 
 pytestmark = pytest.mark.usefixtures("one_engine_of_a_kind")

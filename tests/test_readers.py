@@ -61,6 +61,7 @@ from datasetdm_fast.training.readers import (
     yolo,
 )
 from datasetdm_fast.training.readers import run as run_reader
+from datasetdm_fast.training.settings import Inversion, ModelChoice, TrainingData
 from datasetdm_fast.training.truth import shapes, tables, windows
 from datasetdm_fast.training.truth.augment import Augmentation, augment
 from datasetdm_fast.training.truth.picture_source import PictureSource
@@ -2813,10 +2814,10 @@ def test_a_wrong_layout_is_refused_before_a_model_is_loaded(tmp_path, monkeypatc
     for kind in ("coco", "labelme", "voc", "folder"):
         with pytest.raises(Refused):
             session.open_session(
-                session.TrainingData(f"{kind}:{tmp_path}"),
-                session.ModelChoice("tiny"),
+                TrainingData(f"{kind}:{tmp_path}"),
+                ModelChoice("tiny"),
                 ["semantic"],
-                session.Inversion(),
+                Inversion(),
             )
 
 

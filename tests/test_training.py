@@ -35,16 +35,25 @@ from datasetdm_fast.stages import Level
 from datasetdm_fast.training import cross_validation, losses, predictions, session, task_training
 from datasetdm_fast.training import trainer as loop
 from datasetdm_fast.training.captures import cache
-from datasetdm_fast.training.captures.cache import Inversion, Layout
+from datasetdm_fast.training.captures.cache import Layout
 from datasetdm_fast.training.captures.targets import TargetMemory, TrainingTarget, target_of
-from datasetdm_fast.training.captures.views import TrainingViews, ViewSettings
+from datasetdm_fast.training.captures.views import TrainingViews
 from datasetdm_fast.training.cross_validation import bound_of, is_worse
 from datasetdm_fast.training.log import Log
 from datasetdm_fast.training.readers import open_data
-from datasetdm_fast.training.recipes import RecipeSettings, TrainingSchedule, recipe
-from datasetdm_fast.training.settings import TrainConfig
+from datasetdm_fast.training.recipes import TrainingSchedule, adjust, recipe
+from datasetdm_fast.training.settings import (
+    CacheSettings,
+    Inversion,
+    ModelChoice,
+    RecipeSettings,
+    TaskSettings,
+    TrainConfig,
+    TrainingData,
+    ViewSettings,
+)
 from datasetdm_fast.training.splits import count_folds, split, split_folds
-from datasetdm_fast.training.task_training import TaskSettings, resolve_dtype
+from datasetdm_fast.training.task_training import resolve_dtype
 from datasetdm_fast.training.trainer import Trainer, loss_of, project, query_target, sample_word
 from datasetdm_fast.training.truth.augment import (
     AUGMENTATIONS,
@@ -349,7 +358,7 @@ def training_run(steps, settings, evaluate, **more) -> SimpleNamespace:
 
 @pytest.mark.parametrize(("patience", "last"), [(0, 10), (2, 5), (3, 8), (4, 10), (5, 10)])
 def test_a_training_is_judged_at_even_steps_and_ends_after_enough_without_improvement(patience, last):
-    settings, shown = TaskSettings(checks=4, early_stopping_patience=patience, save_every=1e9), []
+    settings, shown = TaskSettings(checks=4, patience=patience, save_every=1e9), []
     run = training_run(10, settings, lambda step: 0.25 if step > 3 else None)  # the first time nothing is shown
     told = task_training._TrainingRun.train(run, run.log, lambda *each: shown.append(each), lambda: False)
     assert told is True and run.state.step == last and not run.kept
@@ -1106,7 +1115,7 @@ def test_only_captures_of_the_same_images_count_as_kept(engine, source, tmp_path
     )
     assert cache.cached_bytes(engine, other, Inversion((1,)), tmp_path) == 0
     monkeypatch.setattr(cache.storage, "free_bytes", lambda folder: 2)
-    settings = {"inversion": Inversion((1,)), "cache_settings": cache.CacheSettings(folder=tmp_path)}
+    settings = {"inversion": Inversion((1,)), "cache_settings": CacheSettings(cache_dir=str(tmp_path))}
     made = session.TrainingSession("demo:4", engine, source, (0, 1, 2, 3), ViewSettings(draws=2), **settings)
     assert made._cache_plan(own).is_stored and not made._cache_plan(other).is_stored
     assert not made._cache_plan(own, other).is_stored
@@ -1294,9 +1303,9 @@ def test_recipes_stay_those_of_earlier_versions(engine, source):
     assert schedule("semantic", images=2, reader="deepfashion-mm", preset="upstream").steps == 1600
     times = [recipe("depth", source, small, 32, each, 9).config.capture_timestep for each in ((0,), (5,), (5, 2))]
     assert times == [None, 5, (5, 2)]
-    asked = RecipeSettings(steps=7, batch_size=3, rate=0.5, gradient_accumulation_steps=4, seed=9)
+    asked = RecipeSettings(steps=7, batch_size=3, rate=0.5, accumulate=4, seed=9)
     changes = {"steps": 7, "batch_size": 3, "rate": 0.5, "gradient_accumulation_steps": 4}
-    assert asdict(asked.adjust(TrainingSchedule())) == USUAL | changes | {"seed": 9}
+    assert asdict(adjust(TrainingSchedule(), asked)) == USUAL | changes | {"seed": 9}
 
 
 def test_upstreams_recipe(engine, source, folder):
@@ -1317,7 +1326,7 @@ def test_upstreams_recipe(engine, source, folder):
     assert [trainer.rate(step) for step in (0, 34_999, 35_000, 70_000)] == pytest.approx([1e-4, 1e-4, 1e-5, 1e-6])
     pose = recipe("pose", source, engine.model.levels, 32, (0,), 10, preset="upstream").schedule
     assert (pose.decay_every, pose.sigma) == (4000, engine.model.levels[-1].side / 32)  # of cells, 2 of 64
-    assert RecipeSettings().adjust(TrainingSchedule()) == TrainingSchedule()
+    assert adjust(TrainingSchedule(), RecipeSettings()) == TrainingSchedule()
     for task, ours in (("semantic", 64), ("open-vocabulary", 64), ("depth", 16)):  # on a small UNet, too
         usual, theirs = (recipe(task, source, engine.model.levels, 32, (0,), 10, preset=k).config for k in PRESETS)
         assert (usual.width, theirs.width, usual.upscale, theirs.upscale) == (
@@ -1543,22 +1552,24 @@ def test_flags_of_a_training_have_their_bounds(tmp_path):
 
 def test_without_flags_a_training_is_that_of_the_library():
     usual = TrainConfig()
-    assert usual.task_settings() == TaskSettings() == TaskSettings(10, 4, 60.0, "fp32", "auto", True, "auto", ())
-    assert usual.recipe_settings() == RecipeSettings() and usual.cache_settings() == cache.CacheSettings(
-        "auto", None, 0.0
+    assert usual.task_settings() == TaskSettings() == TaskSettings(10, 4, 60.0, "fp32", "auto", "auto", "auto", ())
+    assert (
+        usual.group(RecipeSettings) == RecipeSettings() == RecipeSettings("default", "heatmap", 0, 0, 2, 0.0, "auto", 0)
     )
-    assert usual.view_settings() == ViewSettings() == ViewSettings(12, Augmentation(flip=True), "true", 0)
+    assert usual.group(CacheSettings) == CacheSettings() == CacheSettings("auto", "", 0.0)
+    assert usual.session_settings()["view_settings"] == ViewSettings(12, Augmentation(flip=True), "true", 0)
+    assert ViewSettings() == ViewSettings(12, Augmentation(flip=True), "true", 0)
     assert usual.capture_settings() == Inversion((-1,)) == Inversion((-1,), "mean", 0)
     upstream = TrainConfig(preset="upstream", inversion="ddim", ddim_steps=7, by_word="no")
     assert upstream.capture_settings() == Inversion((-1,), "sample", 7)
-    assert upstream.task_settings() == replace(TaskSettings(), outlines="", by_word=False)
+    assert upstream.task_settings() == replace(TaskSettings(), outlines="", by_word="no")
     chosen = TrainConfig(preset="upstream", latent="mean", outlines="image", cache_dir="/captures", cache_gb=2.5)
     assert chosen.capture_settings().latent == "mean" and chosen.task_settings().outlines == "image"
-    assert chosen.cache_settings() == cache.CacheSettings("auto", Path("/captures"), 2.5)
+    assert chosen.session_settings()["cache_settings"] == CacheSettings("auto", "/captures", 2.5)
     data = TrainConfig(data="demo:3", framing="upstream", skip_bad=True, class_table="words.csv").training_data()
-    assert data == session.TrainingData("demo:3", Selection(), "upstream", True, "words.csv")
+    assert data == TrainingData("demo:3", Selection(), "upstream", True, "words.csv")
     model = TrainConfig(model="m", size=8, allow_download=True, engine="torch", device="cpu").model_choice()
-    assert model == session.ModelChoice("m", 8, True, "torch", "cpu")
+    assert model == ModelChoice("m", 8, True, "torch", "cpu")
 
 
 def test_a_session_tells_how_it_brings_pictures_to_the_models_size_and_augments_them(engine, source):
@@ -1591,7 +1602,7 @@ def test_a_session_tells_how_it_brings_pictures_to_the_models_size_and_augments_
 def test_the_time_that_is_left_of_captures_is_told(engine, source, tmp_path, monkeypatch):
     told, seconds = [], iter(range(0, 1000, 10))
     monkeypatch.setattr(session.time, "monotonic", lambda: next(seconds))
-    settings = {"cache_settings": cache.CacheSettings("disk", tmp_path), "on_message": told.append}
+    settings = {"cache_settings": CacheSettings("disk", str(tmp_path)), "on_message": told.append}
     one = session.TrainingSession("demo:4", engine, source, (0, 1, 2, 3), ViewSettings(draws=2), **settings)
 
     def cached(engine, views, inversion, folder, on_views):

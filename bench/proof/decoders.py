@@ -11,11 +11,11 @@ from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.pictures.labelled import LabelledSource
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.training import predictions, word_heads
-from datasetdm_fast.training.captures.cache import Inversion
 from datasetdm_fast.training.captures.views import TrainingViews
 from datasetdm_fast.training.data_record import image_digests
 from datasetdm_fast.training.recipes import TrainingSchedule
 from datasetdm_fast.training.session import TrainingSession
+from datasetdm_fast.training.settings import Inversion
 from datasetdm_fast.training.trainer import Trainer
 
 

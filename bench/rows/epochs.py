@@ -19,9 +19,10 @@ from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.settings import setting
 from datasetdm_fast.training.captures import cache
-from datasetdm_fast.training.captures.views import TrainingViews, ViewSettings
+from datasetdm_fast.training.captures.views import TrainingViews
 from datasetdm_fast.training.readers import open_data
 from datasetdm_fast.training.recipes import recipe
+from datasetdm_fast.training.settings import Inversion, ViewSettings
 from datasetdm_fast.training.trainer import Trainer
 
 LIMIT = 2e-3  # relative L2 between a stored capture and one computed anew: half precision
@@ -46,7 +47,7 @@ def measure(config: EpochConfig) -> dict[str, Any]:
     engine = build_engine(config.engine, load_model(config.model), {})
     source = open_data(f"demo:{config.images}@1000", engine.model.size)
     views = TrainingViews(source, range(config.images), config.task, ViewSettings(draws=DRAWS))
-    inversion = cache.Inversion((engine.model.defaults.capture,))
+    inversion = Inversion((engine.model.defaults.capture,))
     is_open = config.task == "open-vocabulary"
     words = engine.encode_classes(spoken(source.thing_classes)).float().clone() if is_open else None
     width, levels = engine.model.text_width, engine.model.levels

@@ -20,8 +20,9 @@ from datasetdm_fast.training import checkpoint, predictions
 from datasetdm_fast.training.evaluation.intervals import intervals
 from datasetdm_fast.training.evaluation.metrics import METRICS
 from datasetdm_fast.training.session import TrainingSession
+from datasetdm_fast.training.settings import TaskSettings
 from datasetdm_fast.training.splits import are_enough, split_folds
-from datasetdm_fast.training.task_training import TaskPlan, TaskSettings, find_result, read_state, run_training
+from datasetdm_fast.training.task_training import TaskPlan, find_result, read_state, run_training
 
 NAME = "folds.json"
 FORM = {"folds": int, "images": int, "held_out": dict, "held_out_intervals": dict}

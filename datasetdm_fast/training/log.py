@@ -40,7 +40,7 @@ class Log(AbstractContextManager):
             self._file.flush()
         for tracker in self._trackers:
             shown = {name: value for name, value in values.items() if name not in ("step", "seconds")}
-            tracker.log(shown, values["step"])
+            tracker.log(shown, step=values["step"])
 
     def __exit__(self, *_: object) -> None:
         with storage.refusing(self.path):

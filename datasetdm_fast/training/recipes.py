@@ -7,6 +7,7 @@ from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.pictures.labelled import LabelledSource
 from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.stages import Level
+from datasetdm_fast.training.settings import RecipeSettings
 
 WIDE_UNET = 320  # channels of the first block of a U-Net of full size, which gets decoders of upstream's widths
 POINTS = 12544 / 512**2  # sampled on a mask, as a share of the image's pixels
@@ -39,24 +40,6 @@ class TrainingSchedule:
     is_relative: bool = False  # whether the loss of depth is its mean relative error, not that of its logarithms
     gradient_accumulation_steps: int = 2  # over all processes, so that one process and two learn to the same bits
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class RecipeSettings:
-    """Changes of a recipe by the user; 0 = the value of the preset."""
-
-    preset: str = "default"  # or upstream
-    pose_head: str = "heatmap"  # or simcc
-    steps: int = 0
-    batch_size: int = 0
-    rate: float = 0.0
-    gradient_accumulation_steps: int = 2
-    by_name: str = "auto"  # whether classes are predicted only where the prompt names them
-    seed: int = 0
-
-    def adjust(self, schedule: TrainingSchedule) -> TrainingSchedule:
-        names = ("steps", "batch_size", "rate", "gradient_accumulation_steps", "seed")
-        return replace(schedule, **{name: value for name in names if (value := getattr(self, name))})
 
 
 @dataclass(frozen=True)
@@ -95,6 +78,13 @@ def recipe(
     if is_varied:
         schedule = replace(schedule, **{name: min(most, getattr(schedule, name)) for name, most in VARIED.items()})
     return TrainingRecipe(config, schedule)
+
+
+def adjust(schedule: TrainingSchedule, settings: RecipeSettings) -> TrainingSchedule:
+    """The schedule with what the user changes of it."""
+    changes = {name: getattr(settings, name) for name in ("steps", "batch_size", "rate", "seed")}
+    changes["gradient_accumulation_steps"] = settings.accumulate
+    return replace(schedule, **{name: value for name, value in changes.items() if value})
 
 
 def _upstream(task: str, images: int, reader: str, levels: Sequence[Level]) -> TrainingSchedule:

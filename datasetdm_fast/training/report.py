@@ -9,8 +9,9 @@ from datasetdm_fast.messages import count_noun, list_names
 from datasetdm_fast.training.cross_validation import is_worse
 from datasetdm_fast.training.evaluation.meter import figure_name
 from datasetdm_fast.training.session import PERSON, TrainingSession
+from datasetdm_fast.training.settings import TaskSettings
 from datasetdm_fast.training.splits import AUTO_FOLDS, ENOUGH_IMAGES, LEAST_IMAGES, are_enough
-from datasetdm_fast.training.task_training import TaskPlan, TaskSettings
+from datasetdm_fast.training.task_training import TaskPlan
 
 MOST_NAMED = 5  # classes that a line lists
 
@@ -32,7 +33,7 @@ def describe_plans(
         f"{size} pixels a side{f' ({framing})' if framing else ''}"
     )
     yield f"captures   {session.cache_plan(next(iter(plans)))}"
-    patience = settings.early_stopping_patience
+    patience = settings.patience
     early = f", fewer once {patience} of {settings.checks} evaluations in turn bring no improvement"
     for task, plan in plans.items():
         schedule, is_finished = plan.schedule, results[task] is not None

@@ -23,46 +23,31 @@ from datasetdm_fast.messages import format_duration
 from datasetdm_fast.runs.jobs.prompt_files import own_table
 from datasetdm_fast.training import data_record
 from datasetdm_fast.training.captures import cache
-from datasetdm_fast.training.captures.cache import CacheSettings, Inversion
 from datasetdm_fast.training.captures.targets import check_truth
-from datasetdm_fast.training.captures.views import TrainingViews, ViewSettings
+from datasetdm_fast.training.captures.views import TrainingViews
 from datasetdm_fast.training.evaluation import naming
 from datasetdm_fast.training.predictions import Predictor
 from datasetdm_fast.training.readers import READERS, check_address, is_read, open_data
-from datasetdm_fast.training.recipes import RecipeSettings, TrainingRecipe, recipe
+from datasetdm_fast.training.recipes import TrainingRecipe, adjust, recipe
+from datasetdm_fast.training.settings import (
+    CacheSettings,
+    Inversion,
+    ModelChoice,
+    RecipeSettings,
+    TaskSettings,
+    TrainingData,
+    ViewSettings,
+)
 from datasetdm_fast.training.splits import split
-from datasetdm_fast.training.task_training import TaskPlan, TaskSettings, TaskTraining, read_state
+from datasetdm_fast.training.task_training import TaskPlan, TaskTraining, read_state
 from datasetdm_fast.training.truth.augment import AUGMENTATIONS, Augmentation
-from datasetdm_fast.training.truth.selection import EVERYTHING, UPSTREAM_SIDE, Selection, least_mask
+from datasetdm_fast.training.truth.selection import UPSTREAM_SIDE, least_mask
 from datasetdm_fast.untrusted import documents
 
 SECONDS_PER_LINE = 10.0  # seconds between two lines of progress
 MOST_LISTED = 20  # bad images that are named
 LEAST_CAPTIONS = 20  # below which they may name what images show by chance
 PERSON = "person"  # the framing of items that each show one person of a picture
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """The labelled images to train on."""
-
-    address: str
-    selection: Selection = EVERYTHING
-    framing: str = "fit"
-    skip_bad: bool = False
-    class_table: str = ""  # file of the user's own class words
-
-
-@dataclass(frozen=True)
-class ModelChoice:
-    """The diffusion model, and the engine that runs it."""
-
-    model: str
-    size: int = 0
-    allow_download: bool = False
-    engine: str = "auto"
-    device: str = "auto"
-    blocks: tuple[int, ...] = ()  # that decoders read; (): those of the model's levels
 
 
 @dataclass(frozen=True)
@@ -123,13 +108,13 @@ class TrainingSession:
 
     def _cache_plan(self, *parts: TrainingViews) -> cache.CachePlan:
         settings, levels = self.cache_settings, self.engine.model.levels
-        folder = settings.folder or cache_folder() / "captures"
+        folder = Path(settings.cache_dir) if settings.cache_dir else cache_folder() / "captures"
 
         def cached_bytes() -> int:
             return sum(cache.cached_bytes(self.engine, views, self.inversion, folder) for views in parts)
 
         count = sum(map(len, parts)) * len(self.inversion.timesteps)
-        return cache.plan(folder, levels, count, settings.mode, settings.gigabytes, cached_bytes)
+        return cache.plan(folder, levels, count, settings.cache, settings.cache_gb, cached_bytes)
 
     def views(
         self,
@@ -162,7 +147,7 @@ class TrainingSession:
         decoder = replace(base.config, named=self._named_classes(base.config.classes))
         if table is not None and (decoder.named or decoder.has_text):
             decoder = replace(decoder, class_words=words_of(table, self.source.thing_classes))
-        return TrainingRecipe(decoder, settings.adjust(base.schedule))
+        return TrainingRecipe(decoder, adjust(base.schedule, settings))
 
     def _named_classes(self, classes: Sequence[str]) -> tuple[str, ...]:
         """The classes that a decoder predicts only where a prompt names them."""
@@ -267,9 +252,9 @@ class TrainingSession:
         if not (has_begun and path.exists()):
             storage.publish({path: json.dumps({"are_kept": plan.is_stored}).encode()})
         is_stored = read_state(path, {"are_kept": bool})["are_kept"]
-        if self.cache_settings.mode != "auto" and is_stored != plan.is_stored:
+        if self.cache_settings.cache != "auto" and is_stored != plan.is_stored:
             raise Refused(
-                f"--cache {self.cache_settings.mode}: {folder} was started with captures "
+                f"--cache {self.cache_settings.cache}: {folder} was started with captures "
                 f"{'kept on the disk' if is_stored else 'made anew at every step'}",
                 "Leave --cache out, or choose another --out.",
             )

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from datasetdm_fast.config import ENGINE_NAMES, MOST_CALLS, OUTLINES, SEEDS, TASKS
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.settings import CommandSettings, EngineSettings, ModelSettings, OutputSettings, setting
-from datasetdm_fast.training.truth.augment import AUGMENTATIONS
-from datasetdm_fast.training.truth.selection import DataSettings
+from datasetdm_fast.training.truth.augment import AUGMENTATIONS, Augmentation
+from datasetdm_fast.training.truth.selection import EVERYTHING, DataSettings, Selection
 from datasetdm_fast.untrusted import documents
-
-if TYPE_CHECKING:  # these import torch, which --help does without
-    from datasetdm_fast.training.captures.cache import CacheSettings, Inversion
-    from datasetdm_fast.training.captures.views import ViewSettings
-    from datasetdm_fast.training.recipes import RecipeSettings
-    from datasetdm_fast.training.session import ModelChoice, TrainingData
-    from datasetdm_fast.training.task_training import TaskSettings
 
 MOST_FOLDS = 100
 MOST_BLOCKS = 16
@@ -28,7 +21,160 @@ TRACKERS = ("tensorboard", "wandb", "mlflow")
 
 
 @dataclass(frozen=True)
-class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, CommandSettings):
+class RecipeSettings:
+    """The recipe, and what the user changes of it; 0 = the value of the preset."""
+
+    preset: str = setting(
+        "default",
+        "training recipe: ours, or DatasetDM's architecture, optimiser, schedule and loss",
+        choices=("default", "upstream"),
+    )
+    pose_head: str = setting("heatmap", "output of the pose decoder", choices=("heatmap", "simcc"))
+    steps: int = setting(0, "optimiser steps, 0 = as the preset says", metavar="N", least=0)
+    batch_size: int = setting(0, "examples per step over all processes, 0 = as the preset says", metavar="N", least=0)
+    accumulate: int = setting(
+        2,
+        "gradient accumulation steps, which save memory; one process with N gives the same weights, bit for bit, "
+        "as N processes",
+        metavar="N",
+        least=1,
+    )
+    rate: float = setting(0.0, "learning rate, 0 = as the preset says", metavar="R", least=0)
+    by_name: str = setting(
+        "auto",
+        "predict a class only where the prompt names it, for data whose captions name every class shown; auto: yes "
+        "for demo scenes, where the captions are made from the labels, and where 20 or more captions name whatever "
+        "they name in every image that shows it, but for classes that all of 20 images or more show",
+        choices=("auto", "yes", "no"),
+    )
+    seed: int = setting(0, "seed of weights, noise, order and sampled points", metavar="N", least=0, most=SEEDS - 1)
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """How a decoder is trained beyond its schedule; without `outlines` they are as its configuration says."""
+
+    checks: int = setting(10, "evaluations on the held-out images in a whole training", metavar="N", least=1)
+    patience: int = setting(
+        4,
+        "early-stopping patience: evaluations without improvement on 30 held-out images or more, 0 = never stop early",
+        metavar="N",
+        least=0,
+    )
+    save_every: float = setting(60.0, "seconds between checkpoints", identity=False, metavar="S", least=0)
+    storage: str = setting("fp32", "precision of the saved weights", choices=("fp32", "fp16"))
+    dtype: str = setting(
+        "auto",
+        "precision of training; auto: bf16 on a GPU that supports it in hardware, else fp32",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )
+    by_word: str = setting(
+        "auto",
+        "name things by the attention to the words of the caption, in addition to the decoder's prediction; auto: "
+        "with --by-name, if at least 20 masks of training images show that the attention can",
+        choices=("auto", "no"),
+    )
+    outlines: str = setting(
+        "auto",
+        "outlines of the decoder's labels: those of its masks, or outlines that follow the colours of the image near "
+        "them; auto: the latter where the labels of training images are better with them, the former with --preset "
+        "upstream",
+        identity="if given",
+        choices=("auto", *OUTLINES),
+    )
+    log: tuple[str, ...] = setting(
+        (),
+        "libraries that losses and figures are reported to, as each is set up, beside log.jsonl: "
+        + ", ".join(TRACKERS),
+        choices=TRACKERS,
+        identity=False,
+        metavar="LIST",
+    )
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """Where captures are kept."""
+
+    cache: str = setting(
+        "auto",
+        "cache captures on disk: if they fit, always, or never",
+        choices=("auto", "disk", "off"),
+        identity=False,
+    )
+    cache_dir: str = setting(
+        "",
+        "folder of that cache; default: captures in the package's cache folder",
+        identity=False,
+        metavar="DIR",
+        output="folder",
+    )
+    cache_gb: float = setting(
+        0.0,
+        "GB of disk that the captures of --cache may fill, 0 = half of the free space",
+        identity=False,
+        metavar="GB",
+        least=0,
+    )
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The labelled images to train on."""
+
+    address: str
+    selection: Selection = EVERYTHING
+    framing: str = "fit"
+    skip_bad: bool = False
+    class_table: str = ""  # file of the user's own class words
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """The diffusion model, and the engine that runs it."""
+
+    model: str
+    size: int = 0
+    allow_download: bool = False
+    engine: str = "auto"
+    device: str = "auto"
+    blocks: tuple[int, ...] = ()  # that decoders read; (): those of the model's levels
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """How an image is brought into the network."""
+
+    timesteps: tuple[int, ...] = (0,)
+    latent: str = "mean"  # or sample, of the autoencoder's posterior
+    ddim_steps: int = 0  # 0 = drawn noise
+
+    @property
+    def is_sampled(self) -> bool:
+        return self.latent == "sample"
+
+
+@dataclass(frozen=True)
+class ViewSettings:
+    """How images become training views."""
+
+    draws: int = 12  # augmented views of each image
+    augmentation: Augmentation = Augmentation(flip=True)
+    captions: str = "true"  # or none, or mixed: every fourth view has none
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TrainConfig(
+    RecipeSettings,
+    TaskSettings,
+    CacheSettings,
+    DataSettings,
+    ModelSettings,
+    EngineSettings,
+    OutputSettings,
+    CommandSettings,
+):
     FLAGS = (
         "data task out model size select images limit_per_class min_area limit_images only_classes framing skip_bad "
         "allow_download held_out folds preset pose_head steps batch_size accumulate rate patience checks draws "
@@ -60,29 +206,6 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
         identity=False,
         metavar="N|auto|no",
     )
-    preset: str = setting(
-        "default",
-        "training recipe: ours, or DatasetDM's architecture, optimiser, schedule and loss",
-        choices=("default", "upstream"),
-    )
-    pose_head: str = setting("heatmap", "output of the pose decoder", choices=("heatmap", "simcc"))
-    steps: int = setting(0, "optimiser steps, 0 = as the preset says", metavar="N", least=0)
-    batch_size: int = setting(0, "examples per step over all processes, 0 = as the preset says", metavar="N", least=0)
-    accumulate: int = setting(
-        2,
-        "gradient accumulation steps, which save memory; one process with N gives the same weights, bit for bit, "
-        "as N processes",
-        metavar="N",
-        least=1,
-    )
-    rate: float = setting(0.0, "learning rate, 0 = as the preset says", metavar="R", least=0)
-    patience: int = setting(
-        4,
-        "early-stopping patience: evaluations without improvement on 30 held-out images or more, 0 = never stop early",
-        metavar="N",
-        least=0,
-    )
-    checks: int = setting(10, "evaluations on the held-out images in a whole training", metavar="N", least=1)
     draws: int = setting(12, "augmented views of each image, each with its own noise", metavar="N", least=1)
     augment: str = setting(
         "auto",
@@ -101,27 +224,6 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
         "labels say them, and --by-name finds them in captions",
         identity="if given",
         metavar="FILE",
-    )
-    by_name: str = setting(
-        "auto",
-        "predict a class only where the prompt names it, for data whose captions name every class shown; auto: yes "
-        "for demo scenes, where the captions are made from the labels, and where 20 or more captions name whatever "
-        "they name in every image that shows it, but for classes that all of 20 images or more show",
-        choices=("auto", "yes", "no"),
-    )
-    by_word: str = setting(
-        "auto",
-        "name things by the attention to the words of the caption, in addition to the decoder's prediction; auto: "
-        "with --by-name, if at least 20 masks of training images show that the attention can",
-        choices=("auto", "no"),
-    )
-    outlines: str = setting(
-        "auto",
-        "outlines of the decoder's labels: those of its masks, or outlines that follow the colours of the image near "
-        "them; auto: the latter where the labels of training images are better with them, the former with --preset "
-        "upstream",
-        identity="if given",
-        choices=("auto", *OUTLINES),
     )
     timestep: tuple[str, ...] = setting(
         ("-1",),
@@ -143,43 +245,7 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
     )
     inversion: str = setting("noise", "noise on the latents: random, or by DDIM inversion", choices=("noise", "ddim"))
     ddim_steps: int = setting(10, "U-Net calls of DDIM inversion", metavar="N", least=1)
-    cache: str = setting(
-        "auto",
-        "cache captures on disk: if they fit, always, or never",
-        choices=("auto", "disk", "off"),
-        identity=False,
-    )
-    cache_dir: str = setting(
-        "",
-        "folder of that cache; default: captures in the package's cache folder",
-        identity=False,
-        metavar="DIR",
-        output="folder",
-    )
-    cache_gb: float = setting(
-        0.0,
-        "GB of disk that the captures of --cache may fill, 0 = half of the free space",
-        identity=False,
-        metavar="GB",
-        least=0,
-    )
-    storage: str = setting("fp32", "precision of the saved weights", choices=("fp32", "fp16"))
     engine: str = setting("auto", "engine that runs the model's networks", choices=ENGINE_NAMES)
-    dtype: str = setting(
-        "auto",
-        "precision of training; auto: bf16 on a GPU that supports it in hardware, else fp32",
-        choices=("auto", "fp32", "bf16", "fp16"),
-    )
-    seed: int = setting(0, "seed of weights, noise, order and sampled points", metavar="N", least=0, most=SEEDS - 1)
-    save_every: float = setting(60.0, "seconds between checkpoints", identity=False, metavar="S", least=0)
-    log: tuple[str, ...] = setting(
-        (),
-        "libraries that losses and figures are reported to, as each is set up, beside log.jsonl: "
-        + ", ".join(TRACKERS),
-        choices=TRACKERS,
-        identity=False,
-        metavar="LIST",
-    )
     json: bool = setting(False, "the results as one JSON object on stdout", identity=False)
 
     def check(self) -> None:
@@ -216,66 +282,26 @@ class TrainConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings, C
         return tuple(sorted({int(text) for text in texts}))
 
     def training_data(self) -> TrainingData:
-        from datasetdm_fast.training.session import TrainingData
-
         return TrainingData(self.data, self.selection(), self.framing, self.skip_bad, self.class_table)
 
     def model_choice(self) -> ModelChoice:
-        from datasetdm_fast.training.session import ModelChoice
-
         return ModelChoice(self.model, self.size, self.allow_download, self.engine, self.device, self.named_blocks())
 
-    def view_settings(self) -> ViewSettings:
-        from datasetdm_fast.training.captures.views import ViewSettings
-
-        return ViewSettings(self.draws, captions=self.captions, seed=self.seed)
-
     def capture_settings(self) -> Inversion:
-        from datasetdm_fast.training.captures.cache import Inversion
-
         latent = self.latent if self.latent != "auto" else "sample" if self.preset == "upstream" else "mean"
         return Inversion(self.timesteps(), latent, self.ddim_steps if self.inversion == "ddim" else 0)
 
-    def cache_settings(self) -> CacheSettings:
-        from datasetdm_fast.training.captures.cache import CacheSettings
-
-        return CacheSettings(self.cache, Path(self.cache_dir) if self.cache_dir else None, self.cache_gb)
-
-    def recipe_settings(self) -> RecipeSettings:
-        from datasetdm_fast.training.recipes import RecipeSettings
-
-        return RecipeSettings(
-            preset=self.preset,
-            pose_head=self.pose_head,
-            steps=self.steps,
-            batch_size=self.batch_size,
-            rate=self.rate,
-            gradient_accumulation_steps=self.accumulate,
-            by_name=self.by_name,
-            seed=self.seed,
-        )
-
     def task_settings(self) -> TaskSettings:
-        from datasetdm_fast.training.task_training import TaskSettings
-
-        return TaskSettings(
-            checks=self.checks,
-            early_stopping_patience=self.patience,
-            save_every=self.save_every,
-            storage=self.storage,
-            dtype=self.dtype,
-            by_word=self.by_word == "auto",
-            outlines="" if self.outlines == "auto" and self.preset == "upstream" else self.outlines,
-            trackers=self.log,
-        )
+        group = self.group(TaskSettings)
+        return replace(group, outlines="") if self.outlines == "auto" and self.preset == "upstream" else group
 
     def session_settings(self) -> dict[str, Any]:
         """Further fields of the training session."""
         return {
-            "view_settings": self.view_settings(),
+            "view_settings": ViewSettings(self.draws, captions=self.captions, seed=self.seed),
             "augment": self.augment,
-            "cache_settings": self.cache_settings(),
-            "recipe_settings": self.recipe_settings(),
+            "cache_settings": self.group(CacheSettings),
+            "recipe_settings": self.group(RecipeSettings),
             "held_out": self.held_out,
             "identity": self.training_identity(),
         }

@@ -35,6 +35,7 @@ from datasetdm_fast.training.log import Log
 from datasetdm_fast.training.predictions import Predictor
 from datasetdm_fast.training.readers import parse_address
 from datasetdm_fast.training.recipes import TrainingSchedule
+from datasetdm_fast.training.settings import TaskSettings
 from datasetdm_fast.training.splits import are_enough, count_unrelated
 from datasetdm_fast.training.trainer import Trainer
 from datasetdm_fast.training.word_heads import WordHeads
@@ -54,20 +55,6 @@ class TaskPlan:
     words: Tensor | None  # class embeddings
     settings: Mapping[str, Any]  # everything that decides the weights, as JSON, apart from the data
     data: Mapping[str, Any]  # the data record
-
-
-@dataclass(frozen=True)
-class TaskSettings:
-    """How a decoder is trained beyond its schedule."""
-
-    checks: int = 10  # evaluations on the held-out images in a whole training
-    early_stopping_patience: int = 4  # evaluations without improvement; 0 = never stop early
-    save_every: float = 60.0  # seconds between checkpoints
-    storage: str = "fp32"  # precision of the saved weights
-    dtype: str = "auto"
-    by_word: bool = True  # whether things are named by the attention to words where training images show it can
-    outlines: str = "auto"  # empty: those of the decoder's configuration
-    trackers: tuple[str, ...] = ()  # libraries that losses and figures are reported to
 
 
 @dataclass(frozen=True)
@@ -183,7 +170,7 @@ def run_training(
     trainer = Trainer(plan.decoder, plan.schedule, training.views, plan.words, **options)
     try:
         run = _TrainingRun(training, trainer)
-        with Log(training.state_folder, trainer.state.step, training.settings.trackers) as log:
+        with Log(training.state_folder, trainer.state.step, training.settings.log) as log:
             if not run.train(log, on_step, is_stopping):
                 return None
         return run.finish()
@@ -203,7 +190,7 @@ class _TrainingRun:
     def __init__(self, training: TaskTraining, trainer: Trainer):
         self.training, self.trainer = training, trainer
         self.saved, self.heads = time.monotonic(), WordHeads()
-        if training.settings.by_word:
+        if training.settings.by_word == "auto":
             tokenizer = training.predictor.tokenizer
             self.heads = word_heads.learn_heads(training.views, training.plan.decoder, tokenizer)
         self.state.resume(training.state_folder)
@@ -221,7 +208,7 @@ class _TrainingRun:
     def train(self, log: Log, on_step: Callable, is_stopping: Callable[[], bool]) -> bool:
         """Takes the steps that are left; False if it was stopped before the last."""
         settings, steps, state = self.training.settings, self.training.plan.schedule.steps, self.state
-        patience = settings.early_stopping_patience
+        patience = settings.patience
         while state.step < steps and not 0 < patience <= state.early_stopping.without_improvement:
             if is_stopping():
                 self.save()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 from datasetdm_fast.errors import Missing
 from datasetdm_fast.untrusted import documents
@@ -16,63 +16,50 @@ from datasetdm_fast.untrusted import documents
 PROJECT = "datasetdm_fast"
 
 
-class Tracker(Protocol):
-    def log(self, values: Mapping[str, float], step: int) -> None: ...
+class Tracker(NamedTuple):
+    """How a run of a library is told figures by their names, at a `step`, and how it ends."""
 
-    def close(self) -> None: ...
+    log: Callable[..., Any]
+    close: Callable[[], Any]
 
 
-class TensorBoard:
+def open_tensorboard(folder: Path, done: int) -> Tracker:
     """Event files in the training's folder, without those of steps after `done`."""
+    from torch.utils.tensorboard import SummaryWriter
 
-    def __init__(self, folder: Path, done: int):
-        from torch.utils.tensorboard import SummaryWriter
+    writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
 
-        self._writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
+    def log(values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        self._writer.close()
+    return Tracker(log, writer.close)
 
 
-class WeightsAndBiases:
+def open_wandb(folder: Path, done: int) -> Tracker:
     """A run of wandb; a training that resumes goes on with its own, whose name is its folder's."""
-
-    def __init__(self, folder: Path, done: int):
-        wandb: Any = import_module("wandb")
-        name = "-".join(folder.resolve().parts[-3:-1])  # DECODER/TASK/training
-        self._run: Any = wandb.init(project=PROJECT, name=name, id=run_id(folder), dir=str(folder), resume="allow")
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(values), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
+    options = {"name": name_run(folder), "id": run_id(folder), "dir": str(folder), "resume": "allow"}
+    run: Any = import_module("wandb").init(project=PROJECT, **options)
+    return Tracker(run.log, run.finish)
 
 
-class MlFlow:
+def open_mlflow(folder: Path, done: int) -> Tracker:
     """A run of MLflow in the experiment datasetdm_fast."""
-
-    def __init__(self, folder: Path, done: int):
-        self._mlflow = mlflow = import_module("mlflow")
-        mlflow.set_experiment(PROJECT)
-        mlflow.start_run(run_name="-".join(folder.resolve().parts[-3:-1]), tags={"folder": run_id(folder)})
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        self._mlflow.log_metrics(dict(values), step=step)
-
-    def close(self) -> None:
-        self._mlflow.end_run()
+    mlflow: Any = import_module("mlflow")
+    mlflow.set_experiment(PROJECT)
+    mlflow.start_run(run_name=name_run(folder), tags={"folder": run_id(folder)})
+    return Tracker(mlflow.log_metrics, mlflow.end_run)
 
 
 TRACKERS: dict[str, Callable[[Path, int], Tracker]] = {
-    "tensorboard": TensorBoard,
-    "wandb": WeightsAndBiases,
-    "mlflow": MlFlow,
+    "tensorboard": open_tensorboard,
+    "wandb": open_wandb,
+    "mlflow": open_mlflow,
 }
+
+
+def name_run(folder: Path) -> str:
+    return "-".join(folder.resolve().parts[-3:-1])  # DECODER/TASK/training
 
 
 def run_id(folder: Path) -> str:

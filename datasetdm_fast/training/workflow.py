@@ -26,10 +26,10 @@ from datasetdm_fast.training import checkpoint, page, report
 from datasetdm_fast.training.cross_validation import compare_with_folds, cross_validate, fold_folder, read_folds
 from datasetdm_fast.training.predictions import BATCH_SIZE
 from datasetdm_fast.training.session import TrainingSession
+from datasetdm_fast.training.settings import TaskSettings
 from datasetdm_fast.training.splits import count_folds, split_folds
 from datasetdm_fast.training.task_training import (
     TaskPlan,
-    TaskSettings,
     find_result,
     lock_folder,
     read_state,
@@ -157,7 +157,7 @@ class Workflow:
         labels = session.predictor(plan).predict(load_decoder(decoder_folder), views) if views else []
         steps, framing = str(result["steps"]), report.describe_framing(session.framing)
         if result.get("stopped_early"):
-            patience = self.settings.early_stopping_patience
+            patience = self.settings.patience
             steps += f" of {plan.schedule.steps}: {patience} evaluations in turn brought no improvement"
         facts = {
             "data": session.address,

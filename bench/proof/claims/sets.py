@@ -34,10 +34,8 @@ from datasetdm_fast.runs.jobs.run import count_rows
 from datasetdm_fast.runs.jobs.writing import write_missing as generate
 from datasetdm_fast.runs.run_folder.reader import Run, StoredSample, open_run
 from datasetdm_fast.runs.run_settings import RunConfig
-from datasetdm_fast.training.captures.cache import CacheSettings
-from datasetdm_fast.training.captures.views import ViewSettings
 from datasetdm_fast.training.readers.demo import DemoWorld
-from datasetdm_fast.training.recipes import RecipeSettings
+from datasetdm_fast.training.settings import CacheSettings, RecipeSettings, ViewSettings
 
 LABELLED = 1000  # first seed of the scenes that labellers and students are trained on
 VALIDATION = 700_000  # first seed of the scenes that settings are chosen on
@@ -208,7 +206,7 @@ def train_labeller(source: DemoWorld, task: str, scale: Scale, captures: Path, f
         settings = {
             "view_settings": ViewSettings(draws=scale.labeller_draws),
             "recipe_settings": RecipeSettings(steps=scale.labeller_steps),
-            "cache_settings": CacheSettings(folder=captures),
+            "cache_settings": CacheSettings(cache_dir=str(captures)),
         }
         save_decoder(train_decoder(engine, source, task, len(source), **settings), folder)
 

@@ -27,6 +27,7 @@ from datasetdm_fast.engine.loop.inversion import POSTERIOR, invert_at
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.stages import Level
 from datasetdm_fast.training.captures.views import TrainingViews
+from datasetdm_fast.training.settings import Inversion
 
 DIGEST = 32  # bytes
 BATCH_SIZE = 12  # views of a call, or fewer where memory is short
@@ -34,26 +35,6 @@ SHARE = 0.5  # of the free disk that more captures may take by default
 DAY = 86400.0  # seconds, after which a half-written shard has no writer any more
 UNUSED = 30  # days without a training that needs it, after which the next one deletes a shard
 SHARD = re.compile(r"[0-9a-f]{64}\.f16")
-
-
-@dataclass(frozen=True)
-class Inversion:
-    """How an image is brought into the network."""
-
-    timesteps: tuple[int, ...] = (0,)
-    latent: str = "mean"  # or sample, of the autoencoder's posterior
-    ddim_steps: int = 0  # 0 = drawn noise
-
-    @property
-    def is_sampled(self) -> bool:
-        return self.latent == "sample"
-
-
-@dataclass(frozen=True)
-class CacheSettings:
-    mode: str = "auto"  # or disk, off
-    folder: Path | None = None  # None: in the package's cache folder
-    gigabytes: float = 0.0  # 0 = half of the free space
 
 
 @dataclass(frozen=True)

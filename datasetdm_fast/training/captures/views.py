@@ -3,7 +3,7 @@
 import copy
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Protocol, Self
 
@@ -13,21 +13,12 @@ from torch import Tensor
 
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
 from datasetdm_fast.training.captures.targets import TargetMemory, TrainingTarget, target_of
-from datasetdm_fast.training.truth.augment import Augmentation, augment
+from datasetdm_fast.training.settings import ViewSettings
+from datasetdm_fast.training.truth.augment import augment
 
 TARGET_BYTES = 2**29  # of targets cached in memory; those beyond are computed each time
 MUTE_PERIOD = 4  # with mixed captions, every fourth view has none
 CACHED_ITEMS = 128  # labelled images cached in memory
-
-
-@dataclass(frozen=True)
-class ViewSettings:
-    """How images become training views."""
-
-    draws: int = 12  # augmented views of each image
-    augmentation: Augmentation = Augmentation(flip=True)
-    captions: str = "true"  # or none, or mixed: every fourth view has none
-    seed: int = 0
 
 
 class Captures(Protocol):
