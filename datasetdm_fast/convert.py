@@ -20,10 +20,10 @@ from datasetdm_fast.command_line.progress import ImageProgress
 from datasetdm_fast.cores import count_cores
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun
+from datasetdm_fast.runs.exporting.export_folder import open_target
 from datasetdm_fast.runs.exporting.settings import ExportSettings
-from datasetdm_fast.runs.exporting.stored_export import open_target
 from datasetdm_fast.runs.run_folder.document import EXPORTS
-from datasetdm_fast.runs.run_folder.object_store import is_url
+from datasetdm_fast.runs.run_folder.shard_places import is_url
 from datasetdm_fast.settings import json_values
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.output import print_lines, print_plan
 from datasetdm_fast.command_line.progress import CountProgress
 from datasetdm_fast.messages import count_noun
-from datasetdm_fast.training.evaluation.settings import ANY_SIZE, EvaluateConfig
+from datasetdm_fast.training.evaluation.settings import ANY_SIZE, EvaluateConfig, ScoreSettings
 from datasetdm_fast.training.truth.selection import EVERYTHING
 from datasetdm_fast.untrusted.documents import one_line
 
@@ -41,7 +41,7 @@ def main(config: EvaluateConfig, command: CommandLine) -> int:
             results[address], bad = evaluate_decoders(
                 *(engine, config.decoder, address, source.tasks, config.task),
                 lambda address, labels: config.open_data(address, engine.model.size, labels, config.selection()),
-                config.score_settings(),
+                config.group(ScoreSettings),
                 names=names if config.class_names else None,
                 is_auto=naming.AUTO in config.class_names,
                 on_images=progress.on_count,

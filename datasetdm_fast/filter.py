@@ -39,7 +39,7 @@ def main(config: FilterConfig, command: CommandLine) -> int:
     for name, noun in (("where", "condition"), ("clip", "folder")):
         if name in command.provided and not getattr(config, name).strip():
             raise Refused(f"--{name}: no {noun} was given", f"Give a {noun}, or drop the flag.")
-    from datasetdm_fast.runs.curation import clip, filtering, histograms
+    from datasetdm_fast.runs.curation import clip, filtering
     from datasetdm_fast.runs.run_folder.scores import SCORES, read_scores
 
     verb = "would be" if config.dry_run else "are"
@@ -70,8 +70,8 @@ def main(config: FilterConfig, command: CommandLine) -> int:
         filtering.finish_scored(run)
     if not config.where:
         table = read_scores(run.ledger)
-        bins = {name: histograms.compute_histogram(table, name) for name in SCORES}
-        print(json.dumps(bins) if config.json else "\n".join(histograms.histogram_lines(table, bins)))
+        bins = {name: filtering.compute_histogram(table, name) for name in SCORES}
+        print(json.dumps(bins) if config.json else "\n".join(filtering.histogram_lines(table, bins)))
         return 0
     decision = filtering.apply_filter(run, config.where, is_dry=config.dry_run)
     facts, lines = filtering.summarize(run, decision, verb)

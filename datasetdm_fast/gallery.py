@@ -3,7 +3,6 @@
 import sys
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.output import print_lines, print_plan, print_result
@@ -25,12 +24,6 @@ class GalleryConfig:
     serve: bool = setting(
         False, "serve the page to browsers on this machine until Ctrl-C, and store the marks of a review"
     )
-    out: str = setting(
-        "",
-        "folder for the page of a run in shards",
-        metavar="DIR",
-        output="folder",
-    )
     against: str = setting("", "another run, shown beside this one: its source, or one of the same plan", metavar="RUN")
     port: int = setting(FIRST_PORT, "port to serve the page on; if it is in use, the next free one", metavar="N")
     dry_run: bool = dry_run_setting()
@@ -44,10 +37,10 @@ def main(config: GalleryConfig, command: CommandLine) -> int:
         raise Refused(f"--port {config.port}: expected a number from 1 to 65535", "Choose another number.")
     if config.against and not config.serve:
         raise Refused("--against: a page that is opened from disk cannot read another folder", "Add --serve.")
-    run = show(config.run, config.out, is_served=config.serve, is_dry=config.dry_run)
+    run = show(config.run, is_served=config.serve, is_dry=config.dry_run)
     line = f"{config.run}: {run.samples} of {count_noun(run.planned, 'sample')}"
     line += f", and {run.doubtful} set aside" if run.doubtful else ""
-    page = str((Path(config.out) if config.out else run.folder) / PAGE)
+    page = str(run.folder / PAGE)
     facts = {"page": page, "samples": run.samples, "number": run.planned}
     if config.dry_run:
         return print_plan(config, facts, page, f"{line}, which the page would show")

@@ -14,8 +14,8 @@ from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.output import NOTHING_WRITTEN, print_lines, print_result
 from datasetdm_fast.command_line.progress import StepProgress
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.training.log import check_trackers
 from datasetdm_fast.training.settings import BEST, TrainConfig
-from datasetdm_fast.training.trackers import check_trackers
 
 if TYPE_CHECKING:
     from datasetdm_fast.training.workflow import Workflow

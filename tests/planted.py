@@ -313,7 +313,7 @@ _BY_FILE = {
         "test_work_claims.py",
         ('"deaths") + 1 if', '"deaths") if', "what kills every process is made for ever"),
         ("if content != claim:", "if content == claim:", "the batch of a process at work is taken from it"),
-        ("> LEASE_SECONDS", "< LEASE_SECONDS", "a claim is over as soon as it is seen"),
+        ("<= LEASE_SECONDS", ">= LEASE_SECONDS", "a claim is over as soon as it is seen"),
         ("machine == host()", "machine", "a process of another machine is looked for here"),
     ),
     "engine/loop/plan.py": (

@@ -472,11 +472,13 @@ def test_progress_of_a_fold_tells_the_steps_that_follow_it(monkeypatch, tmp_path
         "find_result": lambda *given: result,
         "run_training": lambda *given: {"steps": 100},
         "compare_with_folds": lambda *given: {"folds": 3, "final": {}},
+        "load_decoder": lambda folder: None,
+        "measure_domain": lambda *given: None,
     }.items():
         monkeypatch.setattr(workflow, name, answer)
     session = SimpleNamespace(open_training=lambda *given: object())
     own = SimpleNamespace(session=session, out=tmp_path, settings=None, _fold_count=3)
-    own._measure_domain = own._write_page = lambda *given: None
+    own._write_page = lambda *given: None
     plan = SimpleNamespace(schedule=SimpleNamespace(steps=100))
     outcome = workflow.Workflow._run_task(own, "depth", plan, "train", progress, lambda: False)
     assert outcome.document == {"steps": 100, "folds": {"folds": 3, "final": {}}}

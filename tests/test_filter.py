@@ -22,7 +22,7 @@ from datasetdm_fast import drop, filter, generate
 from datasetdm_fast.data import Request
 from datasetdm_fast.engine.labels.trust import NamedMap
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.curation import clip, filtering, histograms
+from datasetdm_fast.runs.curation import clip, filtering
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder import scores as run_scores
 from datasetdm_fast.runs.run_folder.audit import audit
@@ -240,12 +240,12 @@ def test_histograms_count_every_sample_and_class(run, capsys):
 def test_scores_whose_low_values_are_good_have_upper_thresholds():
     words, distances = [("ball",), ("cube",), ("ball",)], np.array([0.5, 2.0, 1.0])
     table = run_scores.ScoreTable([0, 1, 2], words, {"domain": distances, "sharpness": distances})
-    bins = {name: histograms.compute_histogram(table, name) for name in table.values}
+    bins = {name: filtering.compute_histogram(table, name) for name in table.values}
     found = [(each["most"], each["samples"], each["left"]) for each in bins["domain"]]
     assert found == [(2, 1, 3), (1, 1, 2), (0.5, 1, 1)]
     assert [(each["least"], each["left"]) for each in bins["sharpness"]] == [(0.5, 3), (1, 2), (2, 1)]
     assert bins["domain"][1]["left_by_class"] == {"ball": 2}
-    told = "\n".join(histograms.histogram_lines(table, bins))
+    told = "\n".join(filtering.histogram_lines(table, bins))
     assert told.count("at most") == told.count("at least") == 1
 
 
@@ -425,19 +425,19 @@ def test_the_hash_of_an_image_tells_which_cells_are_darker_than_their_right_neig
 def test_a_histogram_tells_what_a_threshold_at_each_of_its_bins_leaves():
     words = [("ball",), ("ball", "cube"), ("cube",), ("ball",), ()]
     table = run_scores.ScoreTable([*range(5)], words, {"score": np.array([0.2, 0.2, 0.5, np.nan, 0.9])})
-    bins = histograms.compute_histogram(table, "score")
+    bins = filtering.compute_histogram(table, "score")
     wanted = [(0.2, 2, 4, {"ball": 2, "cube": 2}), (0.5, 1, 2, {"cube": 1}), (0.9, 1, 1, {})]
     assert bins == [dict(zip(("least", "samples", "left", "left_by_class"), each)) for each in wanted]
-    lines = [line.split() for line in histograms.histogram_lines(table, {"score": bins, "trust": []})]
+    lines = [line.split() for line in filtering.histogram_lines(table, {"score": bins, "trust": []})]
     assert lines[0][0] == "score:" and lines[1] == ["from", "samples", "at", "least", "ball", "cube"]
     assert lines[2] == ["0.2", "2", "#" * 24, "4", "2", "2"] and lines[3] == ["0.5", "1", "#" * 12, "2", "0", "1"]
     assert lines[4:] == [["0.9", "1", "#" * 12, "1", "0", "0"], []]
     rare = run_scores.ScoreTable([], [()] * 101, {"score": np.array([0.5] * 100 + [0.9])})
-    told = [*histograms.histogram_lines(rare, {"score": histograms.compute_histogram(rare, "score")})]
+    told = [*filtering.histogram_lines(rare, {"score": filtering.compute_histogram(rare, "score")})]
     assert told[-2].split() == ["0.9", "1", "#", "1"]  # a bin of few has a bar, too
 
     def least(values):
-        found = histograms.compute_histogram(run_scores.ScoreTable([], [()] * len(values), {"score": values}), "score")
+        found = filtering.compute_histogram(run_scores.ScoreTable([], [()] * len(values), {"score": values}), "score")
         return [(each["least"], each["samples"], each["left"]) for each in found]
 
     assert least(np.arange(8.0)) == [(k, 1, 8 - k) for k in range(8)]

@@ -19,7 +19,7 @@ from datasetdm_fast.training.evaluation import measure, naming
 from datasetdm_fast.training.evaluation.intervals import expanded_level, intervals
 from datasetdm_fast.training.evaluation.meter import Meter, check_count, figure_name, mean, translation
 from datasetdm_fast.training.evaluation.metrics import METRICS
-from datasetdm_fast.training.evaluation.settings import EvaluateConfig
+from datasetdm_fast.training.evaluation.settings import EvaluateConfig, ScoreSettings
 from datasetdm_fast.training.readers import open_data
 from datasetdm_fast.training.report import cautions
 from datasetdm_fast.training.truth.augment import mirror
@@ -194,12 +194,12 @@ def test_an_evaluation_goes_on_in_seeds_and_tells_how_many_images_are_done(monke
     monkeypatch.setattr(measure, "invert_for", invert)
     data, engine = open_data("demo:5@40", 32), SimpleNamespace(decoders={})
     for kind in ("true", "none"):
-        settings = measure.ScoreSettings(kind, batch_size=2, seed=7)
+        settings = ScoreSettings(kind, batch_size=2, seed=7)
         assert measure.measure(engine, data, (), settings, lambda *counts: done.append(counts)) == {}
     assert done == [(2, 5), (4, 5), (5, 5)] * 2
     assert [(count, seeds) for count, _, seeds in asked] == [(2, [7, 8]), (2, [9, 10]), (1, [11])] * 2
     assert asked[1][1] == [data[2].caption, data[3].caption] and asked[4][1] == ["", ""]
-    assert measure.ScoreSettings() == measure.ScoreSettings("true", 10, 0, (), 0, 0.95)
+    assert ScoreSettings() == ScoreSettings("true", 10, 0, (), 500, 0.95)
 
 
 def test_decoders_of_one_call_and_one_kind_of_picture_share_their_captures():
@@ -225,10 +225,10 @@ def test_flags_of_an_evaluation_have_their_bounds():
         with pytest.raises(Refused, match="--level: [01] is not between 0 and 1"):
             EvaluateConfig(level=level).check()
     EvaluateConfig(level=0.01).check()
-    asked = EvaluateConfig(
-        captions="none", batch_size=3, seed=4, unseen=("a",), bootstrap=5, level=0.5
-    ).score_settings()
-    assert asked == measure.ScoreSettings("none", 3, 4, ("a",), 5, 0.5)
+    asked = EvaluateConfig(captions="none", batch_size=3, seed=4, unseen=("a",), bootstrap=5, level=0.5).group(
+        ScoreSettings
+    )
+    assert asked == ScoreSettings("none", 3, 4, ("a",), 5, 0.5)
 
 
 def test_classes_are_told_by_name_as_far_as_there_is_room():

@@ -25,7 +25,7 @@ from test_ranks import still_running, tree
 from datasetdm_fast import generate
 from datasetdm_fast.command_line.run_settings import complete_settings, read_spec
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.runs.run_folder import object_store
+from datasetdm_fast.runs.run_folder import shard_places
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.shard_places import shard_place
 from datasetdm_fast.runs.run_settings import RunConfig, WorkerSettings
@@ -405,7 +405,7 @@ def test_a_store_is_a_place_all_processes_reach(tmp_path, capsys):
         ("nothing://run", "Protocol not known"),
     ):
         with pytest.raises(Refused, match=told):
-            object_store.ObjectStore(url)
+            shard_places.ObjectStore(url)
     assert generate.main(["--out", str(tmp_path / "run"), "--store", "s3://bucket/run", "--layout", "folder"]) == 2
     assert "only a run in shards is written there" in capsys.readouterr().err
     line = ["--cluster", "ray", "--layout", "folder", "--out", str(tmp_path / "run")]
@@ -422,8 +422,8 @@ def test_a_run_folder_that_a_cluster_began_is_continued_without_one(tmp_path, ca
 def test_a_misspelt_bucket_is_not_created(monkeypatch):
     import fsspec
 
-    monkeypatch.setattr(object_store.ObjectStore, "_protocols", ("bucket",))
-    bucket, there = object_store.ObjectStore("memory://buket/run"), fsspec.filesystem("memory")
+    monkeypatch.setattr(shard_places.ObjectStore, "_protocols", ("bucket",))
+    bucket, there = shard_places.ObjectStore("memory://buket/run"), fsspec.filesystem("memory")
     with pytest.raises(Refused, match="there is no bucket 'buket'") as stop:
         bucket.require_bucket(is_made=False)
     assert "--make-bucket" in stop.value.remedy and not there.exists("/buket")

@@ -21,6 +21,7 @@ from datasetdm_fast.cli import main as cli_main
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.compat.showlab.generator import GENERATORS
+from datasetdm_fast.compat.showlab.lines import NO_EFFECT, NO_EFFECT_SWITCHES
 from datasetdm_fast.engine.loading.folder import DEMO
 from datasetdm_fast.generate import main
 from datasetdm_fast.runs.run_settings import RunConfig
@@ -284,6 +285,7 @@ def known_flags():
             assert run_module(f"datasetdm_fast.{name}", ["--help"]) == 0
         found[name] = set(re.findall(r"--[a-z_-]+", shown.getvalue()))
     found["showlab"] = {f"--{flag.name}" for script in GENERATORS.values() for flag in script.flags}
+    found["showlab"] |= {f"--{name}" for name in (*NO_EFFECT, *NO_EFFECT_SWITCHES)}
     return found
 
 

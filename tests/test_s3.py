@@ -20,7 +20,7 @@ from datasetdm_fast import audit, drop, gallery, generate
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.run_folder.shard_places import ShardFolder, shard_place
 from datasetdm_fast.runs.run_folder.shards import ShardLedger, entry_name, index_name, tar_name
-from datasetdm_fast.runs.workers import shard_ranks
+from datasetdm_fast.runs.workers import spawn
 from datasetdm_fast.runs.workers.devices import Place
 from datasetdm_fast.runs.workers.worker import Callbacks
 
@@ -92,7 +92,7 @@ URL = "s3://bucket/run"
 
 @long_test
 def test_kills_and_503_and_slow_answers_change_no_byte(alone, store, monkeypatch):
-    dice, started, begin = random.Random(0), [], shard_ranks.start_process
+    dice, started, begin = random.Random(0), [], spawn.start_process
 
     def trouble(method, path):
         time.sleep(0.05 * (dice.random() < 0.1))
@@ -109,13 +109,13 @@ def test_kills_and_503_and_slow_answers_change_no_byte(alone, store, monkeypatch
             if running:
                 dice.choice(running).kill()
 
-    monkeypatch.setattr(shard_ranks, "start_process", start)
+    monkeypatch.setattr(spawn, "start_process", start)
     store.trouble = trouble
     killer = threading.Thread(target=kill)
     killer.start()
     places = [Place({"OMP_NUM_THREADS": "1", troubled.SECONDS: "0.3"}, 1)] * 2
     ledger = ShardLedger(shard_place(URL))
-    shard_ranks.run_ranks(places, spec_of(URL), ledger, Callbacks(describe, on_start=troubled.install))
+    spawn.run_ranks(places, spec_of(URL), ledger, Callbacks(describe, on_start=troubled.install))
     killer.join()
     make(URL)
     store.trouble = lambda method, path: None

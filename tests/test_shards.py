@@ -34,12 +34,11 @@ from datasetdm_fast.engine.loop.plan import TURN
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.runs.curation import filtering as curation
 from datasetdm_fast.runs.exporting import conversion
-from datasetdm_fast.runs.gallery import shard_page, showing
+from datasetdm_fast.runs.gallery import showing
 from datasetdm_fast.runs.jobs import job as job_module
 from datasetdm_fast.runs.jobs.job import build_job
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Row
-from datasetdm_fast.runs.run_folder.object_store import ObjectStore
-from datasetdm_fast.runs.run_folder.shard_places import ShardBucket, ShardFolder, shard_place
+from datasetdm_fast.runs.run_folder.shard_places import ObjectStore, ShardBucket, ShardFolder, shard_place
 from datasetdm_fast.runs.run_folder.shard_stream import ShardStream
 from datasetdm_fast.runs.run_folder.shards import (
     RECORD,
@@ -53,7 +52,7 @@ from datasetdm_fast.runs.run_folder.shards import (
     write_tar,
 )
 from datasetdm_fast.runs.run_settings import RunConfig
-from datasetdm_fast.runs.workers import shard_ranks, shard_worker
+from datasetdm_fast.runs.workers import shard_worker, spawn
 from datasetdm_fast.runs.workers.devices import Place
 from datasetdm_fast.runs.workers.shard_worker import ShardRank, work_on_shards
 from datasetdm_fast.runs.workers.worker import Callbacks
@@ -274,7 +273,7 @@ def test_a_run_that_was_stopped_resumes_to_the_same_bytes(alone, tmp_path):
 
 @pytest.mark.parametrize("seed", range(8 if IS_LONG else 1))
 def test_kills_of_four_processes_change_no_byte(alone, tmp_path, monkeypatch, seed):
-    started, begin, dice = [], shard_ranks.start_process, random.Random(seed)
+    started, begin, dice = [], spawn.start_process, random.Random(seed)
 
     def start(*arguments, **options):
         started.append(begin(*arguments, **options))
@@ -287,13 +286,13 @@ def test_kills_of_four_processes_change_no_byte(alone, tmp_path, monkeypatch, se
             if running:
                 dice.choice(running).kill()
 
-    monkeypatch.setattr(shard_ranks, "start_process", start)
+    monkeypatch.setattr(spawn, "start_process", start)
     killer = threading.Thread(target=kill)
     killer.start()
     places = [Place({"OMP_NUM_THREADS": "1", troubled.SECONDS: "0.3"}, 1)] * (4 if IS_LONG else 2)
     counts = []
     callbacks = Callbacks(describe, on_start=troubled.install, on_commit=counts.append)
-    shard_ranks.run_ranks(places, spec_of(tmp_path / "run"), ShardLedger(shard_place(tmp_path / "run")), callbacks)
+    spawn.run_ranks(places, spec_of(tmp_path / "run"), ShardLedger(shard_place(tmp_path / "run")), callbacks)
     killer.join()
     make(tmp_path / "run")
     assert tree(tmp_path / "run") == tree(alone)
@@ -304,7 +303,7 @@ def test_what_a_process_refuses_ends_the_others(alone, tmp_path):
     spec = spec_of(alone, seed=3)
     with pytest.raises(Refused, match="seed: 0 there, 3 asked for"):
         callbacks = Callbacks(describe, on_start=troubled.install)
-        shard_ranks.run_ranks([Place()], spec, ShardLedger(shard_place(alone)), callbacks)
+        spawn.run_ranks([Place()], spec, ShardLedger(shard_place(alone)), callbacks)
 
 
 def test_a_run_that_another_process_begins_between_two_looks_is_joined(alone, tmp_path, monkeypatch):
@@ -484,8 +483,6 @@ def test_others_are_made_in_the_place_of_doubtful_samples(alone, tmp_path, capsy
         same = [index for index in doubtful if index // SIZE == int(sample.id) // SIZE]  # of a shard, made together
         assert sample.meta["place"] == same.index(int(sample.id)) % BATCH
     assert all(sample.seed == int(sample.id) + TURN * sample.meta.get("turn", 0) for sample in samples)
-    line = ["--out", str(run), "--only", others[-1].id, "--json"]
-    assert generate.main(line) == 0 and json.loads(capsys.readouterr().out.splitlines()[-1])["written"] == []
     for place in (run, tmp_path / "larger"):
         work_on_shards(spec_of(place, number=33, **options), shard_place(place), ALONE, Callbacks(describe))
     assert tree(run) == tree(tmp_path / "larger")
@@ -495,8 +492,6 @@ def test_a_place_without_a_sample_that_is_accepted_is_told(tmp_path, capsys):
     line = [*LINE, "--number", "5", "--accept", "sharpness < 0", "--most-tries", "2", "--out", str(tmp_path / "run")]
     assert generate.main(line) == 4
     assert "5 of 5 samples were quarantined" in (error := capsys.readouterr().err) and "manifest/ has" in error
-    assert generate.main(["--out", str(tmp_path / "run"), "--only", "00000003"]) == 2
-    assert "no sample is added to a shard" in capsys.readouterr().err
 
 
 def test_every_class_has_its_number_of_accepted_samples(tmp_path):
@@ -505,30 +500,6 @@ def test_every_class_has_its_number_of_accepted_samples(tmp_path):
     run = datasetdm_fast.open_run(tmp_path)
     named = Counter(name for sample in run for name in accepted["classes"] if name in sample.prompt)
     assert set(named.values()) == {4} and run.is_complete and any(sample.meta.get("turn") for sample in run)
-
-
-@pytest.mark.parametrize("where", ["folder", "store"])
-def test_one_sample_is_made_again_where_its_shard_has_other_bytes(alone, bucket, tmp_path, capsys, where):
-    run, out = copy(alone, tmp_path), ["--out", str(tmp_path / "run")]
-    if where == "store":
-        out = ["--store", bucket.name]
-        for name, content in tree(alone).items():
-            bucket.replace(name, content)
-    place = shard_place(out[1])
-    tar = place.read(tar_name(1))
-    image = datasetdm_fast.open_run(run)["00000007"].read("image")
-    begin = tar.index(image) + 40
-    for damage, code, written in (
-        (tar, 0, []),
-        (tar[:begin] + bytes(50) + tar[begin + 50 :], 0, ["image"]),
-        (tar[:begin], 4, []),
-    ):
-        place.replace(tar_name(1), damage)
-        assert generate.main([*out, "--only", "00000007", "--json"]) == code
-        told = capsys.readouterr()
-        assert place.read(tar_name(1)) == (damage if code else tar)
-        assert "00000007 made again" in told.err if code else json.loads(told.out)["written"] == written
-    assert generate.main([*out, "--only", "99"]) == 2 and "no sample of" in capsys.readouterr().err
 
 
 def test_the_layout_that_is_not_named_follows_from_the_run(alone, folder, tmp_path):
@@ -560,13 +531,20 @@ def test_the_command_resumes_and_reports(alone, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("command", "flags"),
-    [(gallery.main, []), (vary.main, ["--domain", "night", "--out", "other"])],
+    ("command", "flags", "told"),
+    [
+        (gallery.main, [], "as it is looked at"),
+        (vary.main, ["--domain", "night", "--out", "other"], "its samples are in shards"),
+        (
+            lambda line: generate.main(["--out", line[0], "--only", "00000007"]),
+            [],
+            "in shards, of which none is changed",
+        ),
+    ],
 )
-def test_what_cannot_be_done_with_shards_is_refused_in_a_sentence(alone, capsys, command, flags):
+def test_what_cannot_be_done_with_shards_is_refused_in_a_sentence(alone, capsys, command, flags, told):
     before = tree(alone)
     assert command([str(alone), *flags]) == 2
-    told = "as it is looked at" if command is gallery.main else "its samples are in shards"
     assert told in capsys.readouterr().err and tree(alone) == before
 
 
@@ -673,19 +651,6 @@ def test_the_page_of_shards_is_made_as_it_is_asked_for(alone, bucket, tmp_path, 
         assert served.fetch(name).stat().st_size > 100
     for name in ("images/00000099.png", "gallery/pages/000009.js", "gallery/pages/a.js", "run.json"):
         assert served.fetch(name) is None
-
-
-def test_a_page_of_shards_is_written_for_a_disk(alone, tmp_path, capsys, monkeypatch):
-    line = [str(alone), "--out", str(tmp_path / "page"), "--quiet"]
-    for _ in range(2):
-        assert gallery.main(line) == 0
-    names = tree(tmp_path / "page")
-    assert str(tmp_path / "page/gallery/index.html") in capsys.readouterr().out
-    run = datasetdm_fast.open_run(alone)
-    assert all(names[f"images/{sample.id}.png"] == sample.read("image") for sample in run)
-    assert {f"gallery/depth/{sample.id}.png" for sample in run} <= names.keys() and "gallery/run.js" in names
-    monkeypatch.setattr(shard_page, "MOST_WRITTEN", 25)
-    assert gallery.main(line) == 2 and "at most 25 samples, not 26" in capsys.readouterr().err
 
 
 def test_open_run_reads_what_a_run_folder_has(alone, folder):

@@ -178,10 +178,14 @@ def write(path: Path, text: str) -> None:
     path.write_text(text)
 
 
+def read(prog, script, given):
+    return command.read_line(prog, script.name, script.description, script.flags, given)
+
+
 def ordered(root: Path, script: str, *arguments: str) -> generator.Order:
     generator = GENERATORS[f"parallel_generate_{script}"]
     flags = ["--root", str(root), "--model", "demo", *arguments]
-    return generator.order(command.read_line(command.PROG, generator, flags))
+    return generator.order(read(command.PROG, generator, flags))
 
 
 def test_prompts_stay_whole_for_the_tokenizer_to_cut(root, model):
@@ -461,7 +465,7 @@ def test_refusals_name_the_flags_of_the_line(run, tmp_path):
 
 def test_flags_without_effect_are_named(root, model):
     given = ("--prompt", "a cat", "--config", "x.yaml", "--prompt_root", "x")
-    line = command.read_line("", GENERATORS["parallel_generate_Semantic_Medical_CT"], given)
+    line = read("", GENERATORS["parallel_generate_Semantic_Medical_CT"], given)
     told = "ignored   --config, --prompt: without effect in DatasetDM, too"
     assert list(generating.rows_of_ignored(line)) == [told]
 
@@ -623,7 +627,7 @@ def test_upstreams_own_scripts_write_the_same(script, kind, config, prompts, cou
     folder = root / PROMPTS / prompts
     flags = ["--root", checkout, "--model", "demo", "--thread_num", str(processes), f"--{generator.count}", str(count)]
     flags += ["--prompt_root", str(folder), "--config", str(root / f"config/{config}.yaml") if config else ""]
-    line = command.read_line("", generator, flags)
+    line = read("", generator, flags)
     ours = generator.order(line)
     options = types.SimpleNamespace(**line.values)
     options.outdir, options.grounding_ckpt = str(tmp_path / "theirs"), "none"

@@ -245,7 +245,8 @@ def measure_curve(config: CurveConfig, engine: Any, task: str, counts: Sequence[
     from bench.proof.decoders import count_shared, train_decoder
     from datasetdm_fast.engine.decoders.trunk import fold
     from datasetdm_fast.engine.engines import build_engine
-    from datasetdm_fast.training.evaluation.measure import ScoreSettings, measure
+    from datasetdm_fast.training.evaluation.measure import measure
+    from datasetdm_fast.training.evaluation.settings import ScoreSettings
     from datasetdm_fast.training.settings import RecipeSettings, ViewSettings
 
     size, scoring = engine.model.size, ScoreSettings(config.captions, config.batch_size, config.seed)

@@ -25,7 +25,8 @@ from datasetdm_fast.engine.decoders import checkpoint as decoders
 from datasetdm_fast.training import checkpoint as states
 from datasetdm_fast.training import splits
 from datasetdm_fast.training.captures import cache
-from datasetdm_fast.training.evaluation.measure import ScoreSettings, measure
+from datasetdm_fast.training.evaluation.measure import measure
+from datasetdm_fast.training.evaluation.settings import ScoreSettings
 from datasetdm_fast.training.readers import open_data
 from datasetdm_fast.training.settings import TrainConfig
 from datasetdm_fast.training.task_training import run_training

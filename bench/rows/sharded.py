@@ -31,7 +31,7 @@ from datasetdm_fast.runs.run_folder.shards import ShardLedger
 from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.runs.workers import shard_worker
 from datasetdm_fast.runs.workers.devices import Place
-from datasetdm_fast.runs.workers.shard_ranks import run_ranks
+from datasetdm_fast.runs.workers.spawn import run_ranks
 from datasetdm_fast.runs.workers.worker import Callbacks
 from datasetdm_fast.settings import setting
 

@@ -9,33 +9,23 @@ import unicodedata
 from collections.abc import Callable, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.messages import count_noun
+from datasetdm_fast.settings import OutputSettings
 from datasetdm_fast.untrusted.documents import quote
 
 NOTHING_WRITTEN = "--dry-run: nothing is written"
 
 
-class OutputFlags(Protocol):
-    """Settings of every command that writes."""
-
-    @property
-    def dry_run(self) -> bool: ...
-    @property
-    def json(self) -> bool: ...
-    @property
-    def quiet(self) -> bool: ...
-
-
-def print_lines(settings: OutputFlags, *lines: str) -> None:
+def print_lines(settings: OutputSettings, *lines: str) -> None:
     """Prints lines on stderr, unless the command is quiet."""
     if lines and not settings.quiet:
         print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 
-def print_result(settings: OutputFlags, facts: Mapping[str, Any], line: str) -> None:
+def print_result(settings: OutputSettings, facts: Mapping[str, Any], line: str) -> None:
     """Prints the result on stdout: with --json all facts as one object, else the line, unless it is empty."""
     if result := json.dumps(facts) if settings.json else line:
         print(result, flush=True)
@@ -46,14 +36,14 @@ def print_unfinished(done: int, number: int, command: str, noun: str = "samples"
     print(f"{done} of {number} {noun} {'is' if done == 1 else 'are'} there; resume with: {command}", file=sys.stderr)
 
 
-def print_plan(settings: OutputFlags, facts: Mapping[str, Any], line: str, *plan: str) -> int:
+def print_plan(settings: OutputSettings, facts: Mapping[str, Any], line: str, *plan: str) -> int:
     """The exit code of a dry run, after printing the plan; `line` is its result without --json."""
     print_lines(settings, *plan, NOTHING_WRITTEN)
     print_result(settings, facts, line)
     return 0
 
 
-def print_end(settings: OutputFlags, facts: Mapping[str, Any], line: str, *lines: str) -> int:
+def print_end(settings: OutputSettings, facts: Mapping[str, Any], line: str, *lines: str) -> int:
     """The exit code of a command, after printing what it did or would do; `line` is its result without --json."""
     if settings.dry_run:
         return print_plan(settings, facts, line, *lines)
@@ -62,7 +52,7 @@ def print_end(settings: OutputFlags, facts: Mapping[str, Any], line: str, *lines
     return 0
 
 
-def remake_sample(settings: OutputFlags, folder: str, id: str, remake: Callable[[], list[str]]) -> int:
+def remake_sample(settings: OutputSettings, folder: str, id: str, remake: Callable[[], list[str]]) -> int:
     """The exit code of a command that makes one sample of a run folder again; a dry run only prints the plan."""
     facts = {"path": folder, "id": id, "written": []}
     if settings.dry_run:

@@ -9,7 +9,7 @@ from itertools import islice
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
-from datasetdm_fast.command_line.output import NOTHING_WRITTEN, OutputFlags, print_lines, print_result, print_unfinished
+from datasetdm_fast.command_line.output import NOTHING_WRITTEN, print_lines, print_result, print_unfinished
 from datasetdm_fast.command_line.progress import CountProgress
 from datasetdm_fast.disk.storage import free_bytes
 from datasetdm_fast.engine.labels.trust import undrawn_words
@@ -21,6 +21,7 @@ from datasetdm_fast.runs.jobs.result import Result
 from datasetdm_fast.runs.run_folder.document import is_sharded, shard_size
 from datasetdm_fast.runs.run_folder.indexes.licences import licence_of
 from datasetdm_fast.runs.run_settings import RunConfig
+from datasetdm_fast.settings import OutputSettings
 
 if TYPE_CHECKING:
     from datasetdm_fast.engine.engines.engine import Engine
@@ -46,14 +47,14 @@ def print_run_plan(config: RunConfig, job: Job) -> int:
     return 0
 
 
-def print_finished_run(settings: OutputFlags, result: Result) -> int:
+def print_finished_run(settings: OutputSettings, result: Result) -> int:
     """The exit code of a run with nothing left to do."""
     print_lines(settings, f"{result.path}: complete with {count_noun(result.done, 'sample')}, nothing to do")
     print_run(settings, result, "")
     return 0
 
 
-def print_run(settings: OutputFlags, result: Result, resume_with: str, by: str = "", noun: str = "image") -> None:
+def print_run(settings: OutputSettings, result: Result, resume_with: str, by: str = "", noun: str = "image") -> None:
     """Prints the result of a run, and the line to resume it with; fails where samples were quarantined."""
     print_result(settings, {"path": str(result.path), **result.facts()}, str(result.path))
     if result.made:

@@ -19,14 +19,13 @@ from datasetdm_fast.runs.jobs.job import build_job
 from datasetdm_fast.runs.jobs.result import result_of
 from datasetdm_fast.runs.jobs.run import RunQueue
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, pretty
-from datasetdm_fast.runs.run_folder.object_store import ObjectStore, is_url
-from datasetdm_fast.runs.run_folder.shard_places import ShardPlace, shard_place
+from datasetdm_fast.runs.run_folder.shard_places import ObjectStore, ShardPlace, is_url, shard_place
 from datasetdm_fast.runs.run_folder.shards import ShardLedger, list_shards, read_stored
 from datasetdm_fast.runs.run_settings import RunConfig, RunSpec, WorkerSettings
 from datasetdm_fast.runs.workers.devices import LaunchedProcess, find_places, take_share
 from datasetdm_fast.runs.workers.ray_ranks import run_on_cluster
-from datasetdm_fast.runs.workers.shard_ranks import run_ranks
 from datasetdm_fast.runs.workers.shard_worker import ShardRank, check_settings, open_place, work_on_shards
+from datasetdm_fast.runs.workers.spawn import run_ranks
 from datasetdm_fast.runs.workers.worker import Callbacks
 
 

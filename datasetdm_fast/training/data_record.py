@@ -45,15 +45,11 @@ def record_data(
     items = []
     for index in () if source.is_rendered else range(len(source)):
         item = _whole_item(source, index)
-        items.append(_record_item(source, index, item))
+        values = {name: tuple(getattr(item, field) for field in fields) for name, fields in GROUPS.items()}
+        digests = {name: _digest(parts) for name, parts in values.items() if parts[0] is not None}
+        items.append({"name": source.name(source.order[index]), "sides": [*item.image.shape[1::-1]], **digests})
         on_item(index + 1, item)
     return {"version": VERSION, "items": items}
-
-
-def _record_item(source: LabelledSource, index: int, item: Picture | Labelled) -> dict[str, Any]:
-    values = {name: tuple(getattr(item, field) for field in fields) for name, fields in GROUPS.items()}
-    digests = {name: _digest(parts) for name, parts in values.items() if parts[0] is not None}
-    return {"name": source.name(source.order[index]), "sides": [*item.image.shape[1::-1]], **digests}
 
 
 def _whole_item(source: LabelledSource, index: int) -> Picture | Labelled:

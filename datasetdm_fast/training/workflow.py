@@ -130,18 +130,11 @@ class Workflow:
         else:
             is_shown = page.shows_folds(folder / "training" / PAGE, folds)
         if not is_shown:
-            self._measure_domain(folder)
+            if not (folder / domain.FILE).exists() and (measured := measure_domain(session, load_decoder(folder))):
+                domain.write_domain(folder, measured)
             folds = folds and compare_with_folds(session, plan, folder, folds)
             self._write_page(task, plan, result, folds, command)
         return TrainingOutcome(result, folds, read_check(folder))
-
-    def _measure_domain(self, folder: Path) -> None:
-        """Writes the domain of a trained decoder beside it, if that is not there and its pictures are enough."""
-        if (folder / domain.FILE).exists():
-            return
-        measured = measure_domain(self.session, load_decoder(folder))
-        if measured:
-            domain.write_domain(folder, measured)
 
     def _write_page(
         self, task: str, plan: TaskPlan, result: Mapping[str, Any], folds: Mapping[str, Any] | None, command: str

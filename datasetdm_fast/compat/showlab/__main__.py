@@ -33,7 +33,11 @@ def main(arguments: Sequence[str]) -> int:
         raise Refused(f"{PROG}: unknown script {name!r}{nearest(name, GENERATORS)}", remedy)
     script = GENERATORS[name]
     with renamed_flags({"--out": "--outdir"}):
-        return generate(script, read_line(PROG, script, arguments[1:]), f"{PROG} {shlex.join(arguments)}")
+        return generate(
+            script,
+            read_line(PROG, name, script.description, script.flags, arguments[1:]),
+            f"{PROG} {shlex.join(arguments)}",
+        )
 
 
 def generate(script: Generator, line: Line, same_command: str) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from datasetdm_fast.compat.showlab import files, prompts
-from datasetdm_fast.compat.showlab.lines import COMMON, NO_EFFECT, OURS, PROMPTS, Flag, Line
+from datasetdm_fast.compat.showlab.lines import COMMON, OURS, PROMPTS, Flag, Line
 from datasetdm_fast.compat.showlab.prompts import Script, check_present, read_settings
 from datasetdm_fast.engine.labels import class_tables
 from datasetdm_fast.engine.labels.kind import BACKGROUND
@@ -17,6 +17,7 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.untrusted import documents
 
+CONFIG = Flag("config", "", "path", "its configuration, which names the data set", is_optional=True)
 RUN = ".run"  # of a line's output: the run folder beside its files
 SPOKEN = {"mouse": "computer mouse"}  # in DatasetDM's sentences and the names of its prompt files
 FARTHEST = {10: "nyu", 80: "kitti"}  # metres -> kind of depth decoder
@@ -46,8 +47,6 @@ class Generator:
     guidance: float = 5.0
     count: str = "n_each_class"
     prompt_root: Flag = Flag("prompt_root", f"{PROMPTS}/cityscapes", "path", "folder of prompt files", is_optional=True)
-    extra: tuple[Flag, ...] = ()
-    without: tuple[str, ...] = ()  # flags of the others that it lacks
     asks_class: bool = True  # whether its images show the class that they are made for
     suffix: str = "png"  # of the file of a label
 
@@ -58,17 +57,14 @@ class Generator:
 
     @property
     def flags(self) -> tuple[Flag, ...]:
-        flags = (
+        return (
             *COMMON,
             Flag(self.count, 20, "whole", f"images {'of each class' if self.classes else 'in all'}"),
             self.prompt_root,
-            Flag("config", "", "path", "its configuration; of depth it names the data set", len(self.kinds) > 1, True),
+            *([CONFIG] if len(self.kinds) > 1 else []),
             Flag("grounding_ckpt", "grounding_module.pth", "path", "weights of the decoder"),
-            *self.extra,
-            *NO_EFFECT,
             *OURS,
         )
-        return tuple(flag for flag in flags if flag.name not in self.without)
 
     def order(self, line: Line) -> Order:
         """All images of a line."""
@@ -192,7 +188,6 @@ def _root(folder: str) -> Flag:
     return replace(Generator.prompt_root, default=f"{PROMPTS}/{folder}")
 
 
-LAION = Flag("laion400m", False, "switch", has_effect=False)
 _GENERATORS = (
     Generator(
         "parallel_generate_Semantic_VOC_AnyClass",
@@ -205,7 +200,6 @@ _GENERATORS = (
         "voc",
         guidance=7.0,
         prompt_root=_root("voc2012"),
-        extra=(LAION,),
     ),
     Generator(
         "parallel_generate_Semantic_CityScapes_AnyClass",
@@ -247,7 +241,6 @@ _GENERATORS = (
         "Mask",
         "coco",
         prompt_root=_root("coco"),
-        without=("category",),
         suffix="txt",
     ),
     Generator(

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from datasetdm_fast.command_line.flags import RefusingParser
 from datasetdm_fast.config import ENGINE_NAMES, PROFILES
@@ -17,26 +17,14 @@ MODEL = "./dataset/ckpts/imagenet"
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag: its default, the kind of its value, and whether it changes what is made."""
+    """One flag: its default and the kind of its value."""
 
     name: str
     default: Any = None
     kind: str = "text"  # text, path (relative to --root), whole, number or switch
     help: str = ""
-    has_effect: bool = True
     is_optional: bool = False  # whether it may stand without a value, which is then its default
     choices: tuple[str, ...] = ()
-
-
-class ScriptFlags(Protocol):
-    """The part of a script that its command line needs."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def description(self) -> str: ...
-    @property
-    def flags(self) -> tuple[Flag, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -59,26 +47,9 @@ class Line:
         return self.root / self[name]
 
 
-NO_EFFECT = (
-    Flag("prompt", "a photo of a lion on a mountain top at sunset", has_effect=False, is_optional=True),
-    Flag("category", "lion", has_effect=False, is_optional=True),
-    Flag("skip_grid", False, "switch", has_effect=False),
-    Flag("skip_save", False, "switch", has_effect=False),
-    Flag("ddim_steps", 50, "whole", has_effect=False),
-    Flag("plms", False, "switch", has_effect=False),
-    Flag("fixed_code", False, "switch", has_effect=False),
-    Flag("ddim_eta", 0.0, "number", has_effect=False),
-    Flag("H", 512, "whole", has_effect=False),
-    Flag("W", 512, "whole", has_effect=False),
-    Flag("C", 4, "whole", has_effect=False),
-    Flag("f", 8, "whole", has_effect=False),
-    Flag("n_samples", 1, "whole", has_effect=False),
-    Flag("n_rows", 0, "whole", has_effect=False),
-    Flag("scale", 7.5, "number", has_effect=False),
-    Flag("from_file", None, has_effect=False),
-    Flag("sd_ckpt", "stable_diffusion.ckpt", has_effect=False),
-    Flag("precision", "autocast", has_effect=False, choices=("full", "autocast")),
-)
+# what DatasetDM's scripts take and do not use: flags with a value, and switches
+NO_EFFECT = "prompt category ddim_steps ddim_eta H W C f n_samples n_rows scale from_file sd_ckpt precision".split()
+NO_EFFECT_SWITCHES = "skip_grid skip_save plms fixed_code laion400m".split()
 COMMON = (
     Flag("outdir", "./DataDiffusion/VOC/", "path", "folder to write", is_optional=True),
     Flag(
@@ -107,34 +78,38 @@ OURS = (
 )
 
 
-def read_line(prog: str, script: ScriptFlags, arguments: Sequence[str]) -> Line:
+def read_line(prog: str, script: str, description: str, flags: Sequence[Flag], arguments: Sequence[str]) -> Line:
     """The parsed command line of a script; unknown flags are refused."""
     parser = RefusingParser(
-        prog=f"{prog} {script.name}",
-        description=script.description,
+        prog=f"{prog} {script}",
+        description=description,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    for flag in script.flags:
+    for flag in flags:
         _add(parser, flag)
+    no_effect = [*(["config"] if "config" not in {flag.name for flag in flags} else []), *NO_EFFECT]
+    for name in no_effect:
+        parser.add_argument(f"--{name}", nargs="?", help="without effect, as in DatasetDM")
+    for name in NO_EFFECT_SWITCHES:
+        parser.add_argument(f"--{name}", action="store_true", help="without effect, as in DatasetDM")
     options, unknown = parser.parse_known_args([_with_underscores(argument) for argument in arguments])
     if unknown:
         word = unknown[0].partition("=")[0]
-        known = [flag.name for flag in script.flags]
+        known = [flag.name for flag in flags]
         cause = f"unknown flag {word}{nearest(word.lstrip('-'), known, before='--')}"
         if not word.startswith("-"):
             cause = f"unexpected argument {word!r}, every setting is a flag"
         raise Refused(f"{parser.prog}: {cause}", f"Run `{parser.prog} --help` for the flags.")
-    values = {name: value for name, value in vars(options).items() if value is not None}  # None: without its value
-    ignored = tuple(flag.name for flag in script.flags if flag.name in vars(options) and not flag.has_effect)
-    defaults = {flag.name: flag.default for flag in script.flags}
-    return Line(script.name, defaults | values, ignored)
+    defaults = {flag.name: flag.default for flag in flags}
+    values = {name: value for name, value in vars(options).items() if value is not None and name in defaults}
+    ignored = tuple(name for name in (*no_effect, *NO_EFFECT_SWITCHES) if name in vars(options))
+    return Line(script, defaults | values, ignored)
 
 
 def _add(parser: argparse.ArgumentParser, flag: Flag) -> None:
-    text = flag.help + ("" if flag.has_effect else "without effect, as in DatasetDM")
     if flag.kind == "switch":
-        parser.add_argument(f"--{flag.name}", action="store_true", help=text)
+        parser.add_argument(f"--{flag.name}", action="store_true", help=flag.help)
         return
     default = "" if flag.default in (None, "") else f" (default: {flag.default})"
     parser.add_argument(
@@ -143,7 +118,7 @@ def _add(parser: argparse.ArgumentParser, flag: Flag) -> None:
         choices=flag.choices or None,
         nargs="?" if flag.is_optional else None,
         metavar=None if flag.choices else flag.kind.upper(),
-        help=(text + default).replace("%", "%%"),
+        help=(flag.help + default).replace("%", "%%"),
     )
 
 

@@ -64,7 +64,7 @@ class Merging:
 
     def _read_samples(self) -> None:
         self.places: list[tuple[int, int]] = []  # run and index of every sample, in order
-        sources, images = self.sources, set()
+        sources, images = self.sources, set[bytes]()
         for k, source in enumerate(sources):
             for row in source.run.rows(("files",)):
                 digest = bytes.fromhex(row.files["image"][1].sha256)

@@ -13,13 +13,11 @@ def rings(mask: np.ndarray) -> list[np.ndarray]:
     left, top, right, bottom = bounds(mask)
     if not right:
         return []
-    return [_corners(ring) + (left, top) for ring in borders(mask[top:bottom, left:right])]
-
-
-def _corners(ring: np.ndarray) -> np.ndarray:
-    """A ring without the points on its straight stretches."""
-    way = np.diff(ring, axis=0, append=ring[:1])
-    return ring[(way != np.roll(way, 1, axis=0)).any(1)]
+    corners = []
+    for ring in borders(mask[top:bottom, left:right]):
+        way = np.diff(ring, axis=0, append=ring[:1])
+        corners.append(ring[(way != np.roll(way, 1, axis=0)).any(1)] + (left, top))  # no point on a straight stretch
+    return corners
 
 
 def is_hole(ring: np.ndarray) -> bool:
@@ -58,13 +56,12 @@ def group_parts(outline: list[np.ndarray]) -> list[list[np.ndarray]]:
 
 def editable_parts(mask: np.ndarray) -> list[np.ndarray]:
     """A closed line [n, 2] of x, y for each part of a mask, its holes joined to it, within EDITABLE pixels of it."""
-    return [join_rings([_simplify(ring) for ring in part]) for part in group_parts(rings(mask))]
-
-
-def _simplify(ring: np.ndarray) -> np.ndarray:
-    """A ring with few corners; one that has few, or would lose its inside, is left as it is."""
-    few = ring if len(ring) <= FEWEST else simplify(ring, EDITABLE)
-    return few if len(few) > 2 else ring
+    lines = []
+    for part in group_parts(rings(mask)):
+        few = [ring if len(ring) <= FEWEST else simplify(ring, EDITABLE) for ring in part]
+        # one that would lose its inside is left as it is
+        lines.append(join_rings([less if len(less) > 2 else ring for less, ring in zip(few, part, strict=True)]))
+    return lines
 
 
 def _holds(ring: np.ndarray, hole: np.ndarray) -> bool:

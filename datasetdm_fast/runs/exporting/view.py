@@ -62,21 +62,15 @@ class RunView:
         cls, document: Mapping[str, Any], labels: Mapping[str, str], classes: Classes, renamed: Renaming
     ) -> "RunView":
         things = class_names(document, labels["instance"]) if "instance" in labels else {}
-        maps = class_names(document, labels["semantic"]) if "semantic" in labels else {}
-        return cls(
-            labels,
-            {number: new for number, name in things.items() if (new := renamed(name)) in classes.things},
-            number_lookup(maps, classes, renamed),
-            renamed(PERSON),
-            "semantic" in labels and _is_partial(document, labels["semantic"]),
-        )
-
-
-def _is_partial(document: Mapping[str, Any], label: str) -> bool:
-    """Whether a run holds a label map only within another label, and it has no class for what lies outside."""
-    limited = [text.partition(" within ")[0] for run in runs_of(document) for text in run["config"].get("combine", ())]
-    names = {label, LabelName.parse(label).decoder} - {""}
-    return BACKGROUND not in document["labels"][label]["classes"] and not names.isdisjoint(limited)
+        things = {number: new for number, name in things.items() if (new := renamed(name)) in classes.things}
+        maps, is_partial = {}, False
+        if label := labels.get("semantic"):
+            maps = class_names(document, label)
+            combined = [text for run in runs_of(document) for text in run["config"].get("combine", ())]
+            limited = {text.partition(" within ")[0] for text in combined}
+            is_within = not limited.isdisjoint({label, LabelName.parse(label).decoder} - {""})
+            is_partial = is_within and BACKGROUND not in document["labels"][label]["classes"]
+        return cls(labels, things, number_lookup(maps, classes, renamed), renamed(PERSON), is_partial)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.disk import locks, storage
-from datasetdm_fast.runs.gallery import pictures, sheets
+from datasetdm_fast.runs.gallery import sheets
 from datasetdm_fast.runs.gallery.facts import RunFacts
 from datasetdm_fast.runs.run_folder import page_files
 from datasetdm_fast.runs.run_folder.document import DROPPED, pretty
@@ -87,7 +87,7 @@ class PageWriter:
             contents[page_files.DETAILS_NAME.format(place)] = details
         storage.publish({self._folder / name: content for name, content in contents.items()})
         for role in page_files.picture_roles(self._document):
-            pictures.draw_missing(self._folder, rows, role)
+            sheets.draw_missing(self._folder, rows, role)
         self._shown |= sheets.draw_sheets(self._folder, groups, self._shown_before)
 
     def end(self, *, is_in_progress: bool = False) -> None:

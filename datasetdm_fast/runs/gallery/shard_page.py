@@ -1,4 +1,4 @@
-"""The page of a run in shards: each file of it is made when a browser asks for it, or all are written."""
+"""The page of a run in shards, each file of which is made when a browser asks for it."""
 
 from __future__ import annotations
 
@@ -11,41 +11,34 @@ from functools import partial
 from pathlib import Path
 
 from datasetdm_fast.disk import storage
-from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.gallery.closing import FIXED_FILES
 from datasetdm_fast.runs.gallery.facts import RunFacts
-from datasetdm_fast.runs.gallery.pictures import fetch_or_draw
 from datasetdm_fast.runs.gallery.review import Review
 from datasetdm_fast.runs.gallery.server import ServedRun
+from datasetdm_fast.runs.gallery.sheets import fetch_or_draw
 from datasetdm_fast.runs.run_folder import page_files
 from datasetdm_fast.runs.run_folder.document import quarantines
 from datasetdm_fast.runs.run_folder.folder import trace_labels
 from datasetdm_fast.runs.run_folder.page_files import (
     DETAILS_NAME,
-    PAGE,
     PAGE_NAME,
     PAGE_SAMPLES,
     SHEET_SAMPLES,
-    picture_name,
 )
 from datasetdm_fast.runs.run_folder.reader import Run
 from datasetdm_fast.runs.run_folder.selections import read_filter
 from datasetdm_fast.runs.run_folder.shard_places import ShardFolder
 from datasetdm_fast.runs.run_folder.shards import ShardLedger
 
-MOST_WRITTEN = 10_000  # samples of a page on a disk
-
 
 class ShardPage:
-    """The page of a run, whose files come to lie in a folder, by default a temporary one."""
+    """The page of a run, whose files come to lie in a temporary folder."""
 
-    def __init__(self, run: Run, ledger: ShardLedger, folder: Path | None = None):
+    def __init__(self, run: Run, ledger: ShardLedger):
         self._run, self._ledger, self._making = run, ledger, threading.Lock()
-        if folder is None:
-            place = Path(tempfile.mkdtemp(prefix="datasetdm-"))
-            weakref.finalize(self, shutil.rmtree, place, ignore_errors=True)
-            folder = place / run.path.resolve().name
-        self.folder = folder
+        place = Path(tempfile.mkdtemp(prefix="datasetdm-"))
+        weakref.finalize(self, shutil.rmtree, place, ignore_errors=True)
+        self.folder = place / run.path.resolve().name
         self._pages = Counter(row // PAGE_SAMPLES for row in ledger.indices())
         self._facts = RunFacts(run.document, ledger)
         for word in run.document["plan"].get("words", ()):
@@ -58,19 +51,6 @@ class ShardPage:
     def samples(self) -> int:
         """How many it shows."""
         return self._pages.total()
-
-    def write(self) -> None:
-        """Writes all files, for browsers that open the page from a disk."""
-        for number in self._pages:
-            self._make_page(number)
-        for number in sorted({index // SHEET_SAMPLES for index in self._ledger.indices()}):
-            self._make_details(number)
-        roles = page_files.picture_roles(self._run.document)
-        for row in self._ledger.rows(parts=("files",)):
-            pictures = [picture_name(role, row.request.id) for role in roles]
-            for name in [*(path for path, _ in row.files.values()), *pictures]:
-                fetch_or_draw(self.fetch, self.folder, name)
-        self._publish_start()
 
     def _publish_start(self) -> None:
         """The page itself, with the counts of the manifest."""
@@ -128,21 +108,3 @@ class ShardPage:
         """What a server needs of the run."""
         review = Review(self._ledger.place.name)
         return ServedRun(self.folder.resolve(), "", review, partial(fetch_or_draw, self.fetch, self.folder))
-
-
-def open_page(place: str, out: str = "", *, is_served: bool) -> ShardPage:
-    """The page of a run in shards; one that is not served is written into the folder `out`."""
-    if not is_served and not out:
-        raise Refused(f"{place}: the page of a run in shards is made as it is looked at", "Add --serve, or --out DIR.")
-    run = Run(place)
-    assert run.shards is not None
-    if is_served:
-        return ShardPage(run, run.shards)
-    if len(run) > MOST_WRITTEN:
-        fault = f"a page on a disk has at most {MOST_WRITTEN:,} samples, not {len(run):,}"
-        raise Refused(f"{place}: {fault}", "Add --serve.")
-    if Path(out).exists() and any(Path(out).iterdir()) and not (Path(out) / PAGE).exists():
-        raise Refused(f"--out {out}: it is not empty", "Choose another --out.")
-    page = ShardPage(run, run.shards, Path(out))
-    page.write()
-    return page

@@ -8,10 +8,11 @@ from datasetdm_fast.disk import locks
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.gallery.closing import finish_run, lock_page, write_indexes
 from datasetdm_fast.runs.gallery.server import ServedRun
-from datasetdm_fast.runs.gallery.shard_page import ShardPage, open_page
+from datasetdm_fast.runs.gallery.shard_page import ShardPage
 from datasetdm_fast.runs.run_folder.document import LEDGER, LOCK, require_document, without_ledger
 from datasetdm_fast.runs.run_folder.folder import RunFolder, refusing_rows
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger
+from datasetdm_fast.runs.run_folder.reader import Run
 from datasetdm_fast.runs.run_folder.seal import has_indexes, is_sealed
 from datasetdm_fast.runs.run_folder.shard_audit import find_sharded
 from datasetdm_fast.runs.run_folder.shard_places import folder_of, shard_place
@@ -32,16 +33,18 @@ class ShownRun:
         return self.shards.served_run() if self.shards else ServedRun.of_folder(self.folder)
 
 
-def show(place: str | Path, out: str = "", *, is_served: bool = False, is_dry: bool = False) -> ShownRun:
+def show(place: str | Path, *, is_served: bool = False, is_dry: bool = False) -> ShownRun:
     """A run, by its folder or URL, with its page, which is written anew where it lacks a committed sample. A run in
     progress is not disturbed: its page and index files are written, nothing else; a dry run writes nothing there. The
-    page of a run in shards is written into the folder `out`, or is for a server alone.
+    page of a run in shards is for a server alone.
     """
     if (document := find_sharded(place)) is not None:
-        page = open_page(str(place), out, is_served=is_served or is_dry)
+        if not (is_served or is_dry):
+            raise Refused(f"{place}: the page of a run in shards is made as it is looked at", "Add --serve.")
+        run = Run(place)
+        assert run.shards is not None
+        page = ShardPage(run, run.shards)
         return ShownRun(page.folder, page.samples, 0, document["plan"]["number"], shards=page)
-    if out:
-        raise Refused(f"--out: {place} is a run folder", "Drop --out: its page is written into the folder itself.")
     folder = folder_of(shard_place(place))
     document = _write_page(folder, is_dry=is_dry)
     with Ledger(folder / LEDGER, read_only=True) as ledger:

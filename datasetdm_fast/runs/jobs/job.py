@@ -217,16 +217,13 @@ def open_engine(
     if before in RACED:
         options["engine"] = before
     if engine.dtype == "auto":
-        options["dtype"] = (dtype or "auto") if stored is None else _stored_dtype(engine.engine, stored["engine"])
+        options["dtype"] = dtype or "auto"
+        if stored is not None:  # in which it may have been measured
+            kind, begun = ENGINES.get(stored["engine"].get("engine")), stored["engine"].get("dtype")
+            is_its = kind is not None and engine.engine in ("auto", stored["engine"]["engine"])
+            options["dtype"] = begun if is_its and kind.halves and begun in ("fp32", *kind.halves) else "auto"
     decoded = tuple(task for task in labels if task not in UNDECODED)
     return engines.open_engine(model.model, model.decoder if decoded else None, decoded, **options)
-
-
-def _stored_dtype(name: str, stored: Mapping[str, Any]) -> str:
-    """The precision in which a run folder was begun, where `--dtype auto` may have measured it."""
-    kind, dtype = ENGINES.get(stored.get("engine")), stored.get("dtype")
-    is_measured = kind is not None and name in ("auto", stored["engine"]) and dtype in ("fp32", *kind.halves)
-    return dtype if is_measured and kind.halves else "auto"
 
 
 def recipe_of(

@@ -7,12 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from datasetdm_fast.data import Batch, Quarantined
-from datasetdm_fast.engine.labels import label_files
 from datasetdm_fast.engine.loop import driver
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.jobs.job import open_engine, recipe_of
-from datasetdm_fast.runs.run_folder.document import COMMANDS, check_same, differences, made_by, shard_size, table_of
+from datasetdm_fast.runs.run_folder.document import COMMANDS, check_same, differences, made_by, table_of
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.goal import acceptance_of
 from datasetdm_fast.runs.run_folder.ledger import QUARANTINED, Row
@@ -31,14 +30,14 @@ def find_remake_row(place: str, id: str) -> tuple[Run, Row]:
                 f"--only {id}: {place} was made by {made_by(run.document)}",
                 "Take damaged samples out with audit --repair; the line that made the run then makes them again.",
             )
-        index = int(id) if id.isdecimal() and len(id) <= LONGEST_ID else -1
-        # the labels of a sample in a shard are in its tar file, which may be damaged
-        row = run.ledger.row(index) if run.shards is None else run.shards.row(index, parts=())
+        if run.shards is not None:
+            raise Refused(
+                f"--only {id}: {place} is in shards, of which none is changed",
+                "Take damaged ones out with audit --repair; the line that made the run then makes them again.",
+            )
+        row = run.ledger.row(int(id) if id.isdecimal() and len(id) <= LONGEST_ID else -1)
     if row is None:
         raise Refused(f"--only {id}: no sample of {place} has this id", "Use an id of the run, for example 00000003.")
-    if run.shards is not None and row.status == QUARANTINED:
-        cause = f"--only {id}: it was quarantined ({row.reason}), and no sample is added to a shard"
-        raise Refused(cause, "Make the run with other settings.")
     return run, row
 
 
@@ -68,8 +67,8 @@ def prepare_remake(
     check_same(folder, {"model": {"digests": stored["model"]["digests"]}, "decoders": stored["decoders"]}, weights)
     words = tuple(stored["plan"].get("words", ())) or classes
     recipe = recipe_of(sampling, labels, opened, words, table=table_of(stored))
-    size, place = row.recipe["batch_size"], row.recipe.get("place", row.request.index)
-    place = (place if run.shards is None else place % shard_size(stored["config"])) % size
+    size = row.recipe["batch_size"]
+    place = row.recipe.get("place", row.request.index) % size
     filler = replace(row.request, classes=recipe.words[: row.recipe["word_slots"]] or row.request.classes)
     batch = Batch(row.request.index // size, tuple(row.request if k == place else filler for k in range(size)))
 
@@ -81,9 +80,6 @@ def prepare_remake(
                 f"sample {result.request.id}: {result.reason}; nothing was written",
                 "Try another --dtype in a run of its own.",
             )
-        if run.shards is not None:
-            form, tables = stored["config"]["image_format"], stored["labels"]
-            return run.shards.renew(row, *label_files.encode(result, form, tables))
         with RunFolder(folder, stored) as renewed:
             if row.status == QUARANTINED:
                 renewed.add(acceptance_of(stored).apply([result]), row.recipe)

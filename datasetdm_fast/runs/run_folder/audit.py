@@ -30,6 +30,7 @@ from datasetdm_fast.runs.run_folder.document import (
     NotInstalled,
     check_document,
     differences,
+    is_sharded,
     made_by,
     maker,
     most_samples,
@@ -290,7 +291,7 @@ def check_sample(
         fault = f"sample {id} has the files {sorted(row.files)}, expected {sorted(expected)}"
         return CheckedSample(row, [*faults, _ledger_fault(fault)])
     remedy = f"Make it again: {maker(document)} --out {quote(folder)} --only {id}"
-    if made_by(document) != COMMANDS[0]:
+    if made_by(document) != COMMANDS[0] or is_sharded(document):
         remedy = "Take it out with --repair; the line that made the run then makes it again."
     for role, (name, stored) in row.files.items():
         try:

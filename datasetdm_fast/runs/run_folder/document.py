@@ -59,16 +59,16 @@ class NotInstalled(Missing):
 def read_document(folder: Path) -> dict[str, Any] | None:
     """run.json, or None where `folder` is not a run folder yet; a folder that holds anything else is refused."""
     path = folder / DOCUMENT
-    try:
+    if "\0" in str(folder):
+        raise Refused(f"--out {documents.quote(str(folder))}: no folder has such a name", "Choose another --out.")
+    with storage.refusing(folder):
         if folder.exists() and not folder.is_dir():
             raise Refused(f"{folder}: a file has this name, expected a run folder", "Choose another --out.")
         if not path.exists():
             # A process killed right at the start leaves no more than its lock and a half-written description. Another
             # may have begun the run since the first look.
-            is_used = folder.is_dir() and any(
-                inside.name != "state" and not storage.is_temporary(inside) for inside in folder.iterdir()
-            )
-            if is_used and not path.exists():
+            inside = folder.iterdir() if folder.is_dir() else ()
+            if any(each.name != "state" and not storage.is_temporary(each) for each in inside) and not path.exists():
                 raise Refused(
                     f"{folder}: the folder is not empty and holds no {DOCUMENT}, so it is not a run folder",
                     "Choose another --out; nothing is ever overwritten.",
@@ -76,14 +76,6 @@ def read_document(folder: Path) -> dict[str, Any] | None:
             if (run := run_around(folder)) is not None:
                 raise Refused(f"{folder}: it lies inside the run folder {run}", "Choose another --out.")
             return None
-    except OSError as error:
-        raise storage.refusal(error, folder) from error
-    except Refused:
-        raise
-    except ValueError as error:  # a NUL byte
-        raise Refused(
-            f"--out {documents.quote(str(folder))}: not a valid folder name ({error})", "Choose another --out."
-        ) from error
     try:
         content = storage.read(path, LARGEST_DOCUMENT)
     except Refused as stop:

@@ -72,7 +72,10 @@ def replace_file(folder: Path, document: Mapping[str, Any], name: str, content: 
     with locks.hold_lock(folder / LOCK):
         was_sealed = is_sealed(folder)
         is_late = not was_sealed and _is_settled(folder, document)
-        damaged = _damaged_files(folder) if was_sealed else {}
+        damaged = {}  # sealed files that are not as they were written, each with its digest then and now
+        for sealed, digest in read_seal(folder).items() if was_sealed else ():
+            if sealed != THIS and (current := storage.sha256_of(folder / sealed)) != digest:
+                damaged[sealed] = digest, current
         unseal(folder)
         if content is not None:
             storage.publish({folder / name: content})
@@ -84,13 +87,6 @@ def replace_file(folder: Path, document: Mapping[str, Any], name: str, content: 
             seal(folder, document, known, removed)
         if removed:
             storage.remove(folder / removed)
-
-
-def _damaged_files(folder: Path) -> dict[str, tuple[str, str]]:
-    """The sealed files of a folder that are not as they were written, each with its digest then and now."""
-    digests = {name: digest for name, digest in read_seal(folder).items() if name != THIS}
-    pairs = {name: (digest, storage.sha256_of(folder / name)) for name, digest in digests.items()}
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _is_settled(folder: Path, document: Mapping[str, Any]) -> bool:

@@ -55,18 +55,14 @@ class Split:
     def part_of(self, folder: Path, row: Row) -> str:
         """The part of a sample; one that was made after the run was split is in none."""
         if (part := self.names.get(row.request.index)) is None:
+            line = f"python -m datasetdm_fast.split {quote(folder)}"
+            if self.shares:
+                line += f" --shares {','.join(f'{share:.9g}' for share in self.shares)} --names {','.join(self.parts)}"
+            line += f" --seed {self.seed}" * (self.seed != 0) + " --no-by-source" * (not self.by_source)
             raise Refused(
-                f"{folder}: sample {row.request.id} is in no part of its split",
-                f"Split the run again: {self._command(folder)}",
+                f"{folder}: sample {row.request.id} is in no part of its split", f"Split the run again: {line}"
             )
         return part
-
-    def _command(self, folder: Path) -> str:
-        """The line that splits the run again, as it was split."""
-        line = f"python -m datasetdm_fast.split {quote(folder)}"
-        if self.shares:
-            line += f" --shares {','.join(f'{share:.9g}' for share in self.shares)} --names {','.join(self.parts)}"
-        return line + f" --seed {self.seed}" * (self.seed != 0) + " --no-by-source" * (not self.by_source)
 
     @cached_property
     def names(self) -> dict[int, str]:

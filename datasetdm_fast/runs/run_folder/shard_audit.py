@@ -13,9 +13,8 @@ from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.run_folder.audit import CHANGED, MISSING, Finding, Report, audit, check_sample, repair
 from datasetdm_fast.runs.run_folder.document import is_sharded, shard_size
 from datasetdm_fast.runs.run_folder.ledger import DONE
-from datasetdm_fast.runs.run_folder.object_store import is_url
 from datasetdm_fast.runs.run_folder.selections import parse_part
-from datasetdm_fast.runs.run_folder.shard_places import ShardBucket, ShardPlace, folder_of, shard_place
+from datasetdm_fast.runs.run_folder.shard_places import ShardBucket, ShardPlace, folder_of, is_url, shard_place
 from datasetdm_fast.runs.run_folder.shards import (
     RECORD,
     ShardEntry,

@@ -20,9 +20,9 @@ from typing import Any, BinaryIO
 
 from datasetdm_fast.data import Request
 from datasetdm_fast.disk.storage import StoredFile
-from datasetdm_fast.engine.labels import kind_of, label_files
+from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.engine.labels.instance import InstanceKind
-from datasetdm_fast.errors import GateFailed, Missing, Refused
+from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.run_folder.document import (
     DOCUMENT,
     MANIFEST,
@@ -43,8 +43,7 @@ from datasetdm_fast.runs.run_folder.ledger import (
     digest_of,
     encode_trust,
 )
-from datasetdm_fast.runs.run_folder.object_store import is_url
-from datasetdm_fast.runs.run_folder.shard_places import ShardPlace, shard_place
+from datasetdm_fast.runs.run_folder.shard_places import ShardPlace, is_url, shard_place
 from datasetdm_fast.runs.run_folder.shard_selections import PARALLEL_READS, SCORES_FOLDER, Score, ShardScores
 from datasetdm_fast.untrusted import documents
 from datasetdm_fast.untrusted.images import LARGEST_IMAGE_FILE
@@ -475,39 +474,6 @@ class ShardLedger:
             file = self._file(shard)
             file.seek(offset)
             return file.read(size)
-
-    def renew(self, row: Row, files: label_files.Files, records: Mapping[str, Any]) -> list[str]:
-        """Writes the files of a sample that was made again where its tar file has others, and gives what they were; a
-        tar file that would still be another than was written is refused.
-        """
-        shard, index = row.request.index // self._size, self.index_of(row.request.index // self._size)
-        record = sample_record(replace(row, labels=json.loads(json.dumps(records))), self.stored_id(row))
-        contents = {role: content for role, (_, content) in files.items()} | {RECORD: record}
-        places = index.places[row.request.index]
-        damaged = [role for role in contents if role not in places or self.read_file(row, role) != contents[role]]
-        changes = sorted((places[role][0], contents[role]) for role in damaged if role in places)
-        if damaged:
-            self.place.write(tar_name(shard), self._patch(shard, changes, row.request.id))
-            self.close()
-        return sorted(damaged)
-
-    def _patch(self, shard: int, changes: Sequence[tuple[int, bytes]], id: str) -> Iterator[bytes]:
-        """The bytes of a tar file with others from some places on."""
-        digest, written, file = hashlib.sha256(), self.entries[shard].files[tar_name(shard)], self._file(shard)
-        file.seek(0)
-        for offset, content in [*changes, (written.size, b"")]:
-            while block := file.read(max(min(2**20, offset - file.tell()), 0)):
-                digest.update(block)
-                yield block
-            digest.update(content)
-            yield content
-            file.seek(offset + len(content))
-        if digest.hexdigest() != written.sha256:
-            raise GateFailed(
-                f"{self.place.name}: with sample {id} made again {tar_name(shard)} is not what was written, either",
-                "Compare versions and device with run.json, or take the shard out with audit --repair; nothing was "
-                "written.",
-            )
 
     def _file(self, shard: int) -> BinaryIO:
         if self._process != os.getpid():  # a fork shares the places in files with its parent

@@ -53,20 +53,16 @@ class Claims:
             return True
         claim = self._place.read(claim_name(part)) or b"{}"
         died = _count_deaths(claim)
-        if died is None and not self._is_silent(part, claim):
-            return False
+        if died is None:
+            content, since = self._seen.get(part, (b"", 0.0))
+            if content != claim:
+                self._seen[part] = claim, time.monotonic()
+            if content != claim or time.monotonic() - since <= LEASE_SECONDS:  # its process has renewed it
+                return False
         self.deaths[part] = _number(claim, "deaths") if died is None else died
         self._place.replace(claim_name(part), self._content(part))
         self._place.remove_parts(*self._files_of(part), claim_name(part))
         return True
-
-    def _is_silent(self, part: int, claim: bytes) -> bool:
-        """Whether the process of a claim has not renewed it for the lease."""
-        content, since = self._seen.get(part, (b"", 0.0))
-        if content != claim:
-            self._seen[part] = claim, time.monotonic()
-            return False
-        return time.monotonic() - since > LEASE_SECONDS
 
     def renew(self) -> None:
         """A sign of life, to be given often."""

@@ -14,8 +14,7 @@ from typing import Any
 
 from datasetdm_fast.engine.loading.checks import first_line
 from datasetdm_fast.errors import Missing, Stop
-from datasetdm_fast.runs.run_folder.object_store import is_url
-from datasetdm_fast.runs.run_folder.shard_places import ShardPlace, shard_place
+from datasetdm_fast.runs.run_folder.shard_places import ShardPlace, is_url, shard_place
 from datasetdm_fast.runs.run_settings import RunSpec, WorkerSettings
 from datasetdm_fast.runs.workers.claims import free_claims
 from datasetdm_fast.runs.workers.devices import Pool, pool_of

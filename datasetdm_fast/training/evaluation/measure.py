@@ -1,7 +1,6 @@
 """Figures of trained decoders: their labels are compared with the ground truth of a data set."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -29,18 +28,7 @@ from datasetdm_fast.training.evaluation.meter import (
     nothing_shown,
 )
 from datasetdm_fast.training.evaluation.metrics import METRICS
-
-
-@dataclass(frozen=True)
-class ScoreSettings:
-    """How decoders are scored."""
-
-    captions: str = "true"  # unread: as text condition only; none: neither
-    batch_size: int = 10
-    seed: int = 0
-    unseen: tuple[str, ...] = ()  # classes not seen in training
-    bootstrap: int = 0  # resamples
-    level: float = 0.95
+from datasetdm_fast.training.evaluation.settings import ScoreSettings
 
 
 def evaluate_decoders(

@@ -10,19 +10,43 @@ from typing import TYPE_CHECKING, Any
 from datasetdm_fast.config import SEEDS, TASKS
 from datasetdm_fast.engine.labels.names import tasks_of
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.settings import EngineSettings, ModelSettings, OutputSettings, setting
+from datasetdm_fast.settings import CommandSettings, EngineSettings, ModelSettings, OutputSettings, setting
 from datasetdm_fast.training.truth.selection import DataSettings, Selection
 
 if TYPE_CHECKING:  # these import torch, which --help does without
     from datasetdm_fast.engine.pictures.labelled import LabelledSource
-    from datasetdm_fast.training.evaluation.measure import ScoreSettings
 
 MOST_DRAWS = 10_000  # bootstrap resamples of an interval
 ANY_SIZE = 64  # pixels per side, where no image is read yet
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings):
+class ScoreSettings:
+    """How decoders are scored."""
+
+    captions: str = setting(
+        "true",
+        "true: condition on each image's caption, and predict only classes it names where the decoder was trained "
+        "so; unread: condition only; none: neither",
+        choices=("true", "unread", "none"),
+    )
+    batch_size: int = setting(10, "images per batch", metavar="N", least=1)
+    seed: int = setting(0, "seed of the noise of image 0; image k has seed + k", metavar="N", least=0, most=SEEDS - 1)
+    unseen: tuple[str, ...] = setting(
+        (), "classes not seen in training, comma-separated; default: those the decoder does not name", metavar="LIST"
+    )
+    bootstrap: int = setting(
+        500,
+        f"bootstrap resamples per interval, at most {MOST_DRAWS}, 0 = no intervals",
+        metavar="N",
+        least=0,
+        most=MOST_DRAWS,
+    )
+    level: float = setting(0.95, "confidence level of the intervals", metavar="SHARE")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(ScoreSettings, DataSettings, ModelSettings, EngineSettings, OutputSettings, CommandSettings):
     FLAGS = (
         "decoder outlines data task model select images limit_per_class min_area limit_images only_classes framing "
         "skip_bad size allow_download class_names unseen captions bootstrap level "
@@ -49,25 +73,6 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
         metavar="LIST",
         has_names=True,
     )
-    unseen: tuple[str, ...] = setting(
-        (), "classes not seen in training, comma-separated; default: those the decoder does not name", metavar="LIST"
-    )
-    captions: str = setting(
-        "true",
-        "true: condition on each image's caption, and predict only classes it names where the decoder was trained "
-        "so; unread: condition only; none: neither",
-        choices=("true", "unread", "none"),
-    )
-    bootstrap: int = setting(
-        500,
-        f"bootstrap resamples per interval, at most {MOST_DRAWS}, 0 = no intervals",
-        metavar="N",
-        least=0,
-        most=MOST_DRAWS,
-    )
-    level: float = setting(0.95, "confidence level of the intervals", metavar="SHARE")
-    batch_size: int = setting(10, "images per batch", metavar="N", least=1)
-    seed: int = setting(0, "seed of the noise of image 0; image k has seed + k", metavar="N", least=0, most=SEEDS - 1)
     json: bool = setting(False, "the figures as one JSON object on stdout")
 
     def check(self) -> None:
@@ -94,8 +99,3 @@ class EvaluateConfig(DataSettings, ModelSettings, EngineSettings, OutputSettings
 
         options = {"size": self.size, "allow_download": self.allow_download, "outlines": self.outlines}
         return open_engine(self.model, decoder, **options, **self.engine_choices())[0]
-
-    def score_settings(self) -> ScoreSettings:
-        from datasetdm_fast.training.evaluation.measure import ScoreSettings
-
-        return ScoreSettings(self.captions, self.batch_size, self.seed, self.unseen, self.bootstrap, self.level)

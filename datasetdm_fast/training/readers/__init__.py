@@ -11,7 +11,7 @@ from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
 from datasetdm_fast.errors import Missing, Refused, nearest
 from datasetdm_fast.plugins import Registry
-from datasetdm_fast.runs.run_folder.object_store import is_url
+from datasetdm_fast.runs.run_folder.shard_places import is_url
 from datasetdm_fast.training.readers.celebamask import CelebAMask
 from datasetdm_fast.training.readers.cityscapes import Cityscapes
 from datasetdm_fast.training.readers.coco import Coco

@@ -188,7 +188,13 @@ def _making(document: Mapping[str, Any]) -> Iterator[str]:
     processors = dict.fromkeys(run["processor"] for run in on_cpu if "processor" in run)
     device = {"device_name": ", ".join(processors)} if processors else {}
     yield f"- Versions and device: {_values({**document['versions'], **engine, **device})}"
-    yield from _describe_mixed(document) if "mixed" in document else _describe_engines(document)
+    for entry in document.get("mixed", ()):
+        facts = {"engine": "", "dtype": "", "device_name": "", **entry["engine"]}
+        name = _code("{engine} {dtype} on {device_name}".format(**facts))
+        yield f"- {name} continued the run: {entry['number']} samples made again agreed in images and labels"
+    if "mixed" not in document and len(engines := engines_of(document)) > 1:
+        for facts in engines:
+            yield f"- Engine {_code(facts.get('engine', ''))}" + (f": {values}" if (values := _values(facts)) else "")
     yield f"- Sampler {sampler_in_words(document)}"
     if speed := speed_in_words(document):
         yield f"- Speed {_code(speed)}"
@@ -308,21 +314,6 @@ def _trust(document: Mapping[str, Any], ledger: Ledger) -> Iterator[str]:
         if outside:
             yield f"{outside} of these show what the decoders were not trained on: labels of such pictures mean little."
             yield "`trust.domain` is their distance from the training pictures, and above 1 for them.\n"
-
-
-def _describe_mixed(document: Mapping[str, Any]) -> Iterator[str]:
-    """The engines that continued a run of another."""
-    for entry in document.get("mixed", ()):
-        engine = {"engine": "", "dtype": "", "device_name": "", **entry["engine"]}
-        name = _code("{engine} {dtype} on {device_name}".format(**engine))
-        yield f"- {name} continued the run: {entry['number']} samples made again agreed in images and labels"
-
-
-def _describe_engines(document: Mapping[str, Any]) -> Iterator[str]:
-    """Versions and device of each engine, where the merged runs had several."""
-    if len(engines := engines_of(document)) > 1:
-        entries = [(engine.get("engine", ""), _values(engine)) for engine in engines]
-        yield from (f"- Engine {_code(name)}" + (f": {values}" if values else "") for name, values in entries)
 
 
 def _values(facts: Mapping[str, Any]) -> str:
