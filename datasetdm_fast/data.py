@@ -52,6 +52,7 @@ class Text:
     pooled: Tensor | None = None  # [R, P]
     mask: Tensor | None = None  # [R, T] bool, the tokens that are read; None: all
     guidance: float | None = None  # what a model whose guidance is embedded reads beside its text
+    concepts: int = 0  # rows at the end of the context that are words of ConceptAttention
 
     def __len__(self) -> int:
         return len(self.context)
@@ -59,7 +60,7 @@ class Text:
     def map(self, change: Callable[[Tensor], Tensor]) -> Text:
         """The rows after a change of each tensor."""
         pooled, mask = (None if part is None else change(part) for part in (self.pooled, self.mask))
-        return Text(change(self.context), pooled, mask, self.guidance)
+        return Text(change(self.context), pooled, mask, self.guidance, self.concepts)
 
     def __getitem__(self, rows: slice | Sequence[int]) -> Text:
         return self.map(lambda part: part[rows])

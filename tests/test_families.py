@@ -343,12 +343,10 @@ def test_requests_that_a_family_cannot_serve_are_refused_in_a_sentence(folders, 
         (["--dtype", "fp16", "--engine", "ort"], 2, ("fp16's range", "Use fp32")),
         (["--engine", "torch", "--size", "72"], 2, ("multiple of",)),
         (["--engine", "torch", "--lora", "adapter.safetensors"], 3, ("no such file",)),
-        (["--engine", "torch", "--labeller", "attention", "--classes", "cat"], 2, ("attention",)),
         (["--engine", "torch", "--guidance", "1", "--negative-prompt", "rain"], 2, ("no negative prompt", "Drop it")),
     ):
-        serves_attention = family in ("sdxl", "sd3", "flux1") and flags[-1] == "cat"
         serves_narrow = family == "sdxl" and flags[-1] == "ort"
-        if serves_attention or serves_narrow or family in ("sdxl", "z-image") and flags[-1] == "rain":
+        if serves_narrow or family in ("sdxl", "z-image") and flags[-1] == "rain":
             continue  # what they serve
         assert generate.main([*line, *flags]) == code, flags
         message = capsys.readouterr().err

@@ -166,13 +166,13 @@ def test_averages_of_attention_are_the_references(opened):
     torch.testing.assert_close(ours.tokens, truth.tokens, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("opened", ["sd3", "flux1"], indirect=True)
+@pytest.mark.parametrize("opened", ["sd3", "flux1", "qwen-image"], indirect=True)
 @pytest.mark.parametrize("name", ["denoise_and_average", "_read_concepts"])
 def test_verify_notices_wrong_attention_to_a_text(opened, name, monkeypatch):
     model, *_, guidance = opened
     engine, requests = build_engine("fast", model, device="cpu"), [Request(0, PROMPTS[0], 3)]
     bare = TorchEngine(model, device="cpu")
-    recipe = make_recipe(bare, (), steps=1, guidance=guidance)
+    recipe = make_recipe(bare, (), steps=2, guidance=guidance)
 
     def failed():
         return agreement.verify(engine, bare, requests, recipe, 1, is_whole=True).failed

@@ -1,6 +1,7 @@
 """Labels from the attention of image to text in one call: Seg4Diff's maps, against a plain transcription."""
 
 import copy
+import inspect
 import json
 import math
 
@@ -17,9 +18,17 @@ from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.engines.torch import TorchEngine
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop.calls import call_text
+from datasetdm_fast.engine.loop.class_prompts import class_columns, concept_places
+from datasetdm_fast.errors import Refused
 
 PROMPTS = ["a photo of the cat", "the house"]
-FORMS = {"sd3": ({"layers": 3}, 4.0), "flux1": ({"layers": 4, "singles": 2}, 3.0)}
+FORMS = {
+    "sd3": ({"layers": 3}, 4.0),
+    "flux1": ({"layers": 4, "singles": 2}, 3.0),
+    "flux2-klein": ({"layers": 4, "singles": 2, "is_distilled": False}, 4.0),
+    "z-image": ({"layers": 3}, 4.0),
+    "qwen-image": ({"layers": 3}, 4.0),
+}
 
 
 @pytest.fixture(params=FORMS, scope="module")
@@ -29,17 +38,16 @@ def folder(request, tmp_path_factory):
     return tiny_pipelines.save(place, request.param, **sizes), request.param, guidance
 
 
-def transcribed(products, family, blocks, images, cells, text):
+def transcribed(products, blocks, images, image, tokens):
     """M(x, j): the mean over heads and blocks of softmax(Q K^T / sqrt d) from image cell x to text token j."""
     maps = []
     for block in blocks:
-        query, key = (part[-images:].double().numpy() for part in products[block])
+        query, key = (part[-images:].double().numpy() for part in products[block][:2])
         scores = query @ key.swapaxes(-1, -2) / math.sqrt(query.shape[-1])
+        if (mask := products[block][2]) is not None:
+            scores = np.where(mask[-images:].numpy(), scores, -np.inf)
         shares = np.exp(scores - scores.max(-1, keepdims=True))
         shares /= shares.sum(-1, keepdims=True)
-        image, tokens = (slice(0, cells), slice(cells, cells + text))
-        if family == "flux1":
-            image, tokens = slice(text, text + cells), slice(0, text)
         maps.append(shares[:, :, image, tokens].mean(1))
     return np.mean(maps, 0)
 
@@ -50,12 +58,12 @@ def test_maps_are_those_of_the_published_formula(folder, monkeypatch):
     engine, side, tokens = TorchEngine(model, device="cpu"), model.levels[0].side, model.levels[0].tokens
     products, product = [], F.scaled_dot_product_attention
 
-    def watched(query, key, *rest, **options):
-        if key.shape[2] > side**2:  # else it is an attention of the image alone
-            products.append((query, key))
-        return product(query, key, *rest, **options)
+    def watched(query, key, *rest, attn_mask=None, **options):
+        products.append((query, key, attn_mask))
+        return product(query, key, *rest, attn_mask=attn_mask, **options)
 
-    latents = torch.randn(2, model.latents.channels, SIZE // 8, SIZE // 8, generator=torch.Generator().manual_seed(0))
+    cells = SIZE // model.latents.pixels
+    latents = torch.randn(2, model.latents.channels, cells, cells, generator=torch.Generator().manual_seed(0))
     text = call_text(engine, PROMPTS, guidance)
     zero = AttentionSums(torch.zeros(2, side**2, 0), torch.zeros(2, side**2, tokens))
     output, sums = engine.denoise_and_average(latents, 500.0, text, text, zero)
@@ -64,69 +72,134 @@ def test_maps_are_those_of_the_published_formula(folder, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(F, "scaled_dot_product_attention", watched)
         engine.denoise(latents, 500.0, text)
+    longest = max(key.shape[2] for _, key, _ in products)
+    products = [seen for seen in products if seen[1].shape[2] == longest]  # others are of image or text alone
     assert len(products) == len(engine.reference.attentions())
     blocks = model.defaults.attention.blocks
-    assert blocks == ((1,) if family == "sd3" else (2, 3))
-    length = text.context.shape[1]
-    wanted = transcribed(products, family, blocks, 2, side**2, length)
+    assert blocks == ((2, 3) if family.startswith("flux") else (1,))
+    length = longest - side**2
+    begin = {"sd3": side**2, "z-image": 32}.get(family, 0)  # of the text; Z-Image fills 16 cells up to 32
+    image = slice(0, side**2) if begin else slice(length, longest)
+    wanted = transcribed(products, blocks, 2, image, slice(begin, begin + length - (family == "z-image") * 16))
+    length = wanted.shape[-1]
     np.testing.assert_allclose(sums.tokens[..., :length].numpy(), wanted, rtol=0, atol=2e-6)
     assert not sums.tokens[..., length:].any() and wanted.sum(-1).max() < 1
+    _, fast = build_engine("fast", model, {}, device="cpu").denoise_and_average(latents, 500.0, text, text, zero)
+    np.testing.assert_allclose(fast.tokens[..., :length].numpy(), wanted, rtol=0, atol=5e-6)
 
 
-def concepts_of(blocks, seen, concepts, embed):
+CAUSAL = ("flux2-klein", "z-image", "qwen-image")
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_a_word_is_found_within_the_chat_that_holds_the_prompt(family, tmp_path):
+    model = load_model(str(tiny_pipelines.save(tmp_path / "model", family)), size=SIZE)
+    engine = TorchEngine(model, device="cpu")
+
+    def first_change(prompt, other):
+        rows = [engine.encode_text([text]).context[0] for text in (prompt, other)]
+        length = min(map(len, rows))
+        return int((rows[0][:length] - rows[1][:length]).abs().amax(-1).gt(1e-6).nonzero()[0])
+
+    # a token's states depend on those before it alone; the words stand in the chats' own text, too
+    for prompt, other, word, count in (
+        ("A photo of two Cats.", "A photo of two dogs.", "cat", 4),
+        ("user", "vser", "user", 4),
+        ("the color", "the bolor", "color", 5),
+    ):
+        ((_, places),) = class_columns(prompt, (word,), model.tokenizer, by_words=False)
+        begin = first_change(prompt, other)
+        assert places == tuple(range(begin, begin + count)), (prompt, places, begin)
+    assert concept_places("cat", model.tokenizer)[0] == first_change("cat", "bat")
+    for find in (
+        lambda: concept_places("", model.tokenizer),
+        lambda: class_columns("a cat", ("dog",), model.tokenizer, by_words=False),
+    ):
+        with pytest.raises(Refused):
+            find()
+
+
+def modulations(block, arguments, family):
+    """Shift, scale and gate before the attention and before the feed-forward layers, of the image and of the text."""
+    if family == "flux2-klein":
+        return [arguments[name][:, None].chunk(6, -1) for name in ("temb_mod_img", "temb_mod_txt")]
+    if family == "qwen-image":
+        return [layer(arguments["temb"])[:, None].chunk(6, -1) for layer in (block.img_mod, block.txt_mod)]
+    image, text = (norm.linear(F.silu(arguments["temb"]))[:, None] for norm in (block.norm1, block.norm1_context))
+    if getattr(block, "context_pre_only", False):  # of SD3's last block, with the scale first
+        text = text.chunk(2, -1)[::-1]
+        return [image.chunk(image.shape[-1] // block.norm1.linear.in_features, -1), text]
+    return [image.chunk(image.shape[-1] // block.norm1.linear.in_features, -1), text.chunk(6, -1)]
+
+
+def concepts_of(blocks, seen, concepts, family):
     """ConceptAttention as published (Helbling et al. 2025), block by block and in double precision; `seen` are the
     arguments of each block in a call without concepts, which do not depend on these.
     """
-    c, maps = embed(concepts), []
-    for number, (block, (x, p, time, turns)) in enumerate(zip(blocks, seen, strict=True)):
-        attention = block.attn
+    c, maps = concepts, []
+    for number, (block, arguments) in enumerate(zip(blocks, seen, strict=True)):
+        attention, is_qwen = block.attn, family == "qwen-image"
+        x, p = arguments["hidden_states"], arguments["encoder_hidden_states"]
+        image, text = modulations(block, arguments, family)
+        norm = block.img_norm1 if is_qwen else getattr(block.norm1, "norm", block.norm1)
 
-        def heads(layer, norm, tokens, attention=attention):
+        def read(tokens, shift, scale, norm=norm):
+            return F.layer_norm(tokens, tokens.shape[-1:], eps=norm.eps) * (1 + scale) + shift
+
+        def heads(layer, head_norm, tokens, attention=attention):
             split = layer(tokens).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
-            return split if norm is None else norm(split)
+            return split if head_norm is None else head_norm(split)
 
-        def turn(tokens, turns=turns):
+        turns = arguments.get("image_rotary_emb")
+        if turns is not None and not is_qwen:  # cosine and sine of each number, text first
+            pairs = torch.complex(*(part.double()[:, ::2] for part in turns))
+            turns = pairs[-x.shape[1] :], pairs[: -x.shape[1]]
+        if turns is not None:
+            # FLUX.2's published code has every concept at place 510; a prompt of Qwen-Image begins at 0
+            turns = *turns, turns[1][510 if family == "flux2-klein" else 0]
+
+        def turn(tokens, by, turns=turns):
             if turns is None:
                 return tokens
-            cosine, sine = (part[-tokens.shape[2] :].double() for part in turns)
-            even, odd = tokens.unflatten(-1, (-1, 2)).unbind(-1)
-            return tokens * cosine + torch.stack([-odd, even], -1).flatten(-2) * sine
+            pairs = torch.view_as_complex(tokens.unflatten(-1, (-1, 2)).contiguous())
+            return torch.view_as_real(pairs * turns[by]).flatten(-2)
 
-        def attend(query, key, value):
-            return (query @ key.mT / key.shape[-1] ** 0.5).softmax(-1) @ value
+        def attend(query, key, value, mask=None):
+            scores = query @ key.mT / key.shape[-1] ** 0.5
+            return (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1) @ value
 
-        is_last = getattr(block, "context_pre_only", False)  # of SD3: nothing reads its text after the attention
-        own, prompt = (
-            block.norm1_context(tokens, time) if is_last else block.norm1_context(tokens, emb=time) for tokens in (c, p)
-        )
-        own, *vectors = (own,) if is_last else own
-        image, prompt = block.norm1(x, emb=time)[0], prompt if is_last else prompt[0]
-        x_layers = (attention.to_q, attention.norm_q), (attention.to_k, attention.norm_k), (attention.to_v, None)
-        text_layers = (attention.add_q_proj, attention.norm_added_q), (attention.add_k_proj, attention.norm_added_k)
-        text_layers += ((attention.add_v_proj, None),)
-        q_x, k_x, v_x = (heads(*layer, image) for layer in x_layers)
-        q_x, k_x = turn(q_x), turn(k_x)
-        _, k_p, v_p = (heads(*layer, prompt) for layer in text_layers)
-        q_c, k_c, v_c = (heads(*layer, own) for layer in text_layers)
-        o_x = attend(q_x, torch.cat([k_x, k_p], 2), torch.cat([v_x, v_p], 2)).transpose(1, 2).flatten(2)
+        x_in, p_in, c_in = read(x, *image[:2]), read(p, *text[:2]), read(c, *text[:2])
+        own = (attention.to_q, attention.norm_q), (attention.to_k, attention.norm_k), (attention.to_v, None)
+        added = (attention.add_q_proj, attention.norm_added_q), (attention.add_k_proj, attention.norm_added_k)
+        added += ((attention.add_v_proj, None),)
+        q_x, k_x, v_x = (heads(*layer, x_in) for layer in own)
+        _, k_p, v_p = (heads(*layer, p_in) for layer in added)
+        q_c, k_c, v_c = (heads(*layer, c_in) for layer in added)
+        q_x, k_x, k_p, q_c, k_c = turn(q_x, 0), turn(k_x, 0), turn(k_p, 1), turn(q_c, 2), turn(k_c, 2)
+        mask = arguments.get("encoder_hidden_states_mask")
+        if mask is not None:
+            mask = F.pad(mask, (x.shape[1], 0), value=True)[:, None, None]
+        o_x = attend(q_x, torch.cat([k_x, k_p], 2), torch.cat([v_x, v_p], 2), mask).transpose(1, 2).flatten(2)
         o_c = attend(q_c, torch.cat([k_x, k_c], 2), torch.cat([v_x, v_c], 2)).transpose(1, 2).flatten(2)
-        if 2 * number >= len(blocks) - 1:
+        if number >= len(blocks) // 2:
             maps.append((o_x @ o_c.mT).softmax(-1))
-        if is_last:
+        if len(text) == 2:  # nothing reads its text after the attention
             break
-        gate, shift, scale, fed = vectors
-        c = c + gate[:, None] * attention.to_add_out(o_c)
-        c = c + fed[:, None] * block.ff_context(block.norm2_context(c) * (1 + scale[:, None]) + shift[:, None])
+        fed = block.txt_mlp if is_qwen else block.ff_context
+        c = c + text[2] * attention.to_add_out(o_c)
+        c = c + text[5] * fed(read(c, *text[3:5]))
     return torch.stack(maps).mean(0)
 
 
+@pytest.mark.parametrize("folder", [family for family in FORMS if family != "z-image"], indirect=True)
 def test_concepts_are_those_of_the_published_formula(folder):
     place, family, guidance = folder
     model = load_model(str(place), size=SIZE)
-    engine, side = TorchEngine(model, device="cpu"), model.levels[0].side
-    latents = torch.randn(2, model.latents.channels, SIZE // 8, SIZE // 8, generator=torch.Generator().manual_seed(0))
+    engine, side, cells = TorchEngine(model, device="cpu"), model.levels[0].side, SIZE // model.latents.pixels
+    latents = torch.randn(2, model.latents.channels, cells, cells, generator=torch.Generator().manual_seed(0))
     text = call_text(engine, PROMPTS, guidance)
-    concepts = Text(torch.randn(2, 3, text.context.shape[-1], generator=torch.Generator().manual_seed(1)))
+    rows = torch.randn(2, 3, text.context.shape[-1], generator=torch.Generator().manual_seed(1))
+    concepts = Text(rows, concepts=3)
     zero = AttentionSums(torch.zeros(2, side**2, 0), torch.zeros(2, side**2, 3))
     output, sums = engine.denoise_and_average(latents, 500.0, text, concepts, zero)
     plain = engine.denoise(latents, 500.0, text)
@@ -135,17 +208,18 @@ def test_concepts_are_those_of_the_published_formula(folder):
     blocks, seen = list(network.transformer_blocks), []
 
     def watch(module, arguments, options):
-        names = ("hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb")
-        seen.append(tuple(options.get(name, None) for name in names))
+        seen.append(inspect.signature(module.forward).bind(*arguments, **options).arguments)
 
     with torch.no_grad():
         engine.reference.network, kept = network, engine.reference.network
         hooks = [block.register_forward_pre_hook(watch, with_kwargs=True) for block in blocks]
-        engine.reference.predict(latents.double(), 500.0, text.map(torch.Tensor.double))
+        engine.reference.predict(latents.double(), 500.0, text.cast(torch.float64))
         for hook in hooks:
             hook.remove()
-        engine.reference.network, rows = kept, len(text) // 2
-        wanted = concepts_of(blocks, seen, concepts.context.double().repeat(rows, 1, 1), network.context_embedder)
+        engine.reference.network, halves = kept, len(text) // 2
+        words = rows.double().repeat(halves, 1, 1)
+        words = network.txt_in(network.txt_norm(words)) if family == "qwen-image" else network.context_embedder(words)
+        wanted = concepts_of(blocks, seen, words, family)
     torch.testing.assert_close(sums.tokens.double(), wanted[-2:], rtol=0, atol=2e-5)
     fast = build_engine("fast", model, {}, device="cpu")
     ours, theirs = fast.denoise_and_average(latents, 500.0, text, concepts, zero)
@@ -182,6 +256,10 @@ def test_a_run_and_pictures_get_labels_of_the_words_of_their_prompts(folder, tmp
         assert all(sample.attention.labels.any() for sample in samples)
 
     asked = [*made, "--ask", "all", "--number", "2"]
+    if family == "z-image":
+        assert generate.main([*asked, "--out", str(tmp_path / "all")]) == 2
+        assert "--ask all: words are read in blocks of two streams" in capsys.readouterr().err
+        return
     assert generate.main([*asked, "--out", str(tmp_path / "all")]) == 0
     with open_run(tmp_path / "all") as samples:
         assert all(sample.attention.classes == ("background", "cat", "house") for sample in samples)

@@ -19,8 +19,9 @@ from datasetdm_fast.data import Text
 
 def with_concepts(text: Text, concepts: Text) -> Text:
     """The rows of text with an image's words [B, K, D] after them, in every half of a call."""
-    halves = len(text) // len(concepts)
-    return replace(text, context=torch.cat([text.context, concepts.context.repeat(halves, 1, 1)], 1))
+    rows = concepts.context.repeat(len(text) // len(concepts), 1, 1)
+    mask = None if text.mask is None else F.pad(text.mask, (0, rows.shape[1]), value=True)
+    return replace(text, context=torch.cat([text.context, rows], 1), mask=mask, concepts=rows.shape[1])
 
 
 class ConceptReader(TorchFunctionMode):
@@ -28,9 +29,10 @@ class ConceptReader(TorchFunctionMode):
     a call in the order of its blocks. `maps` [B, S, K] are the shares of the words in each cell, a mean over `blocks`.
     """
 
-    def __init__(self, blocks: Sequence[int], images: int, image: slice, concepts: slice):
+    def __init__(self, blocks: Sequence[int], images: int, image: slice, concepts: slice, *, drops_mask: bool = False):
         super().__init__()
         self.blocks, self.images, self.image, self.concepts = frozenset(blocks), images, image, concepts
+        self.drops_mask = drops_mask  # as it leaves nothing out
         self.length = max(image.stop, concepts.stop)  # of an attention over all tokens
         self.block, self.maps = 0, torch.zeros(())
 
@@ -45,7 +47,10 @@ class ConceptReader(TorchFunctionMode):
             return function(*args, **named)
         start, stop = self.concepts.start, self.concepts.stop
         others = [torch.cat([part[:, :, :start], part[:, :, stop:]], 2) for part in (query, key, value)]
-        usual = function(*others)
+        mask = None if self.drops_mask else named.get("attn_mask")  # [R, 1, 1, N]
+        if mask is not None:
+            mask = torch.cat([mask[..., :start], mask[..., stop:]], -1)
+        usual = function(*others, attn_mask=mask)
         read = [torch.cat([part[:, :, self.image], part[:, :, start:stop]], 2) for part in (key, value)]
         words = function(query[:, :, start:stop], *read)
         output = torch.cat([usual[:, :, :start], words, usual[:, :, start:]], 2)

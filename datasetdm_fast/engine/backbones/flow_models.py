@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.config import AttentionDefaults, Defaults
@@ -99,6 +99,12 @@ def names_of(pipeline: str) -> NameAdapter:
         return {**named[0], **(named[1] or {})} if isinstance(named, tuple) else dict(named)
 
     return name_adapter
+
+
+def chat(**options: Any) -> Callable[[Any, str], str]:
+    """(tokenizer, prompt) -> the prompt as a message to a language model."""
+    options |= {"tokenize": False, "add_generation_prompt": True}
+    return lambda tokenizer, prompt: tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **options)
 
 
 def seg4diff(*blocks: int, depth: int, timestep: int = 500) -> AttentionDefaults:

@@ -14,15 +14,18 @@ from datasetdm_fast.engine.backbones.flow_models import (
     JOINT_ENGINE,
     QWEN3_4B,
     VAE,
+    chat,
     count_blocks,
     joint_levels,
     names_of,
+    seg4diff,
 )
 from datasetdm_fast.engine.backbones.record import Backbone, Configs, Latents, LoadedModel, Part, Read
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import Level
 
 LENGTH = 512  # tokens of a text
+CONCEPT_PLACE = 510  # of them, where the published ConceptAttention has every word
 HEADS_OF_4B = 24  # of the transformer; 9B has 32
 READ_LAYERS = (9, 18, 27)  # of the text encoder
 
@@ -41,7 +44,9 @@ def _levels(configs: Configs, size: int, halves: int) -> tuple[Level, ...]:
 
 def _defaults(configs: Configs) -> Defaults:
     steps, guidance = (4, 1.0) if _is_distilled(configs) else (50, 4.0)
-    return Defaults(1024, steps, guidance, CAPTURE)
+    depth = configs["transformer"].num_layers
+    reads = seg4diff(*sorted({depth * block // 19 for block in (12, 17)}), depth=depth)  # as of FLUX.1's 19
+    return Defaults(1024, steps, guidance, CAPTURE, reads)
 
 
 def _licence(configs: Configs) -> str:
@@ -86,6 +91,8 @@ FLUX2_KLEIN = Backbone(
     levels=_levels,
     blocks=count_blocks,
     defaults=_defaults,
+    has_text_maps=True,
+    wrap=chat(enable_thinking=False),
     reference="datasetdm_fast.engine.backbones.flux2_klein_reference:Flux2KleinReference",
     fast=JOINT_ENGINE,
     network_plan="datasetdm_fast.engine.backbones.mmdit_plans:flux2",

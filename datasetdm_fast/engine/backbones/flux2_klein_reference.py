@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from datasetdm_fast.data import Text
 from datasetdm_fast.engine.backbones import joint_attention
-from datasetdm_fast.engine.backbones.flux2_klein import LENGTH, READ_LAYERS
+from datasetdm_fast.engine.backbones.flux2_klein import CONCEPT_PLACE, LENGTH, READ_LAYERS
 from datasetdm_fast.engine.backbones.prompt_encoders import encode_chat
 
 
@@ -23,16 +23,15 @@ class Flux2KleinReference(joint_attention.JointReference):
         return F.pixel_shuffle(latents, 2)
 
     def encode(self, prompts: Sequence[str]) -> Text:
-        modules, tokenizers = self.model.modules, self.model.tokenizers
-        states, _ = encode_chat(
-            modules["text_encoder"], tokenizers["tokenizer"], prompts, LENGTH, enable_thinking=False
-        )
+        states, _ = encode_chat(self.model, prompts, LENGTH)
         return Text(torch.cat([states[layer] for layer in READ_LAYERS], -1))
 
     def call(self, latents: Tensor, timestep: float, text: Text) -> Tensor:
         device, side = latents.device, latents.shape[-1]
         texts = torch.zeros(text.context.shape[1], 4, device=device)
         texts[:, 3] = torch.arange(len(texts))
+        if text.concepts:
+            texts[-text.concepts :] = texts[CONCEPT_PLACE]
         output: Tensor = self.network(
             hidden_states=latents.flatten(2).mT,
             timestep=torch.full((len(latents),), timestep, device=device) / 1000,

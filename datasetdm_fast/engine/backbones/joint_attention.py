@@ -180,9 +180,9 @@ class JointReference(AutoencoderReference):
     ) -> tuple[Tensor, AttentionSums]:
         """The output of `predict`, and the sums with the share of attention that each cell gives to each token of the
         prompt in this call, a mean over heads and blocks (Seg4Diff, Kim et al. 2025); or with the shares of concepts
-        in each cell, where the class text holds these (see concept_attention.py), which have no pooled text.
+        in each cell, where the class text holds these (see concept_attention.py).
         """
-        if class_text.pooled is None:
+        if class_text.concepts:
             cells, count = self.model.levels[0].side ** 2, text.context.shape[1]
             joined = with_concepts(text, class_text)
             image, whole = self.places(cells, joined.context.shape[1])

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from datasetdm_fast.engine.backbones.flux2_klein import CONCEPT_PLACE
 from datasetdm_fast.engine.backbones.joint_attention import grid
 
 State = MutableMapping[str, Tensor]
@@ -67,6 +68,7 @@ class JointPlan:
     learned: str = ""  # [1, largest ** 2, D] what is added to image tokens at their places
     # (tokens of a side, of the text, of that of each row, device) -> [R or 1, N, axes] places by which heads turn
     places: Callable[[int, int, Tensor | None, torch.device], Tensor] | None = None
+    concept_place: int = 0  # the token of the text where each word of ConceptAttention stands
     axes: tuple[int, ...] = ()  # numbers of a head that turn by each
     theta: float = 10000.0
     eps: float = 1e-6
@@ -226,6 +228,7 @@ def flux2(config: Any, state: State) -> JointPlan:
         time=_pair("time_guidance_embed.timestep_embedder"),
         clock=_by_sigma,
         places=_count_text,
+        concept_place=CONCEPT_PLACE,
         axes=tuple(config.axes_dims_rope),
         theta=config.rope_theta,
         eps=config.eps,

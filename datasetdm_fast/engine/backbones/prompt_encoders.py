@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from datasetdm_fast.engine.backbones.record import LoadedModel
 from datasetdm_fast.kernels.transfer import to_device
 
 
@@ -32,14 +33,13 @@ def encode_t5(encoder: nn.Module, tokenizer: Any, prompts: Sequence[str], length
     return states
 
 
-def encode_chat(
-    encoder: nn.Module, tokenizer: Any, prompts: Sequence[str], length: int, *, enable_thinking: bool
-) -> tuple[tuple[Tensor, ...], Tensor]:
+def encode_chat(model: LoadedModel, prompts: Sequence[str], length: int) -> tuple[tuple[Tensor, ...], Tensor]:
     """Hidden states [B, length, D] of all layers of a language model that reads each prompt as a chat message, and the
     mask [B, length] of the tokens that are no padding.
     """
-    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": enable_thinking}
-    messages = [tokenizer.apply_chat_template([{"role": "user", "content": prompt}], **options) for prompt in prompts]
+    encoder, tokenizer = model.modules["text_encoder"], model.tokenizers["tokenizer"]
+    assert model.backbone.wrap is not None
+    messages = [model.backbone.wrap(tokenizer, prompt) for prompt in prompts]
     tokens = tokenize(tokenizer, messages, length, next(encoder.parameters()).device)
     output = encoder(**tokens, output_hidden_states=True, use_cache=False)
     return output.hidden_states, tokens["attention_mask"].bool()

@@ -5,7 +5,7 @@ from typing import Any
 
 from datasetdm_fast.config import Defaults, FlowRule
 from datasetdm_fast.engine.backbones.fitting import check_channels, check_settings, check_vocabularies, check_widths
-from datasetdm_fast.engine.backbones.flow_models import CAPTURE, JOINT_ENGINE, joint_levels, names_of
+from datasetdm_fast.engine.backbones.flow_models import CAPTURE, JOINT_ENGINE, joint_levels, names_of, seg4diff
 from datasetdm_fast.engine.backbones.record import DAMAGED, Backbone, Configs, Latents, LoadedModel, Part, Read
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import Level
@@ -14,6 +14,11 @@ from datasetdm_fast.untrusted.documents import quote
 USUAL_CHANNELS = 16  # of the autoencoder
 USUAL_SECTIONS = [16, 24, 24]  # numbers of a head of the text encoder that turn by time, row and column
 LENGTH = 512  # tokens of a text at most
+TEMPLATE = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
+    "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
+INSTRUCTION = 34  # tokens of the template before the prompt, whose states are dropped
 
 
 def _levels(configs: Configs, size: int, halves: int) -> tuple[Level, ...]:
@@ -27,6 +32,11 @@ def _latents(configs: Configs) -> Latents:
     vae = configs["vae"]
     pixels = 2 ** len(vae.temperal_downsample)
     return Latents(vae.z_dim, pixels, mean=tuple(vae.latents_mean), std=tuple(vae.latents_std))
+
+
+def _defaults(configs: Configs) -> Defaults:
+    depth = configs["transformer"].num_layers
+    return Defaults(1024, 50, 4.0, CAPTURE, seg4diff(depth * 3 // 8, depth=depth))
 
 
 def _check(configs: Read, source: str) -> Read:
@@ -79,7 +89,10 @@ QWEN_IMAGE = Backbone(
     flow=FlowRule("uniform"),
     levels=_levels,
     blocks=lambda configs: configs["transformer"].num_layers,
-    defaults=lambda configs: Defaults(1024, 50, 4.0, CAPTURE),
+    defaults=_defaults,
+    has_text_maps=True,
+    wrap=lambda tokenizer, prompt: TEMPLATE.format(prompt),
+    dropped=INSTRUCTION,
     guides_itself=True,
     pads_text=True,
     reference="datasetdm_fast.engine.backbones.qwen_image_reference:QwenImageReference",

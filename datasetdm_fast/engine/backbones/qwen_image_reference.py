@@ -1,20 +1,16 @@
 """Qwen-Image as its stock pipeline computes it, in fp32."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from datasetdm_fast.data import Text
 from datasetdm_fast.engine.backbones import joint_attention
 from datasetdm_fast.engine.backbones.prompt_encoders import join_rows
-from datasetdm_fast.engine.backbones.qwen_image import LENGTH
+from datasetdm_fast.engine.backbones.qwen_image import INSTRUCTION, LENGTH, TEMPLATE
 
-TEMPLATE = (
-    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
-    "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-)
-INSTRUCTION = 34  # tokens of the template before the prompt, whose states are dropped
 MOST_TOKENS = 1024  # that the text encoder is given of a prompt
 
 
@@ -45,15 +41,30 @@ class QwenImageReference(joint_attention.JointReference):
 
     def call(self, latents: Tensor, timestep: float, text: Text) -> Tensor:
         side = latents.shape[-1]
-        output = self.network(
-            hidden_states=joint_attention.pack(latents),
-            timestep=torch.full((len(latents),), timestep, device=latents.device) / 1000,
-            encoder_hidden_states=text.context,
-            encoder_hidden_states_mask=text.mask,
-            img_shapes=[[(1, side // 2, side // 2)]] * len(latents),
-            return_dict=False,
-        )[0]
+        with self._placing(text.concepts):
+            output = self.network(
+                hidden_states=joint_attention.pack(latents),
+                timestep=torch.full((len(latents),), timestep, device=latents.device) / 1000,
+                encoder_hidden_states=text.context,
+                encoder_hidden_states_mask=text.mask,
+                img_shapes=[[(1, side // 2, side // 2)]] * len(latents),
+                return_dict=False,
+            )[0]
         return joint_attention.unpack(output, side)
+
+    @contextmanager
+    def _placing(self, concepts: int) -> Iterator[None]:
+        """Within the block the last words of a text stand where a prompt begins."""
+
+        def turn(_: nn.Module, arguments: object, turns: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            image, words = turns
+            return image, torch.cat([words[: len(words) - concepts], words[:1].expand(concepts, -1)])
+
+        hook = self.network.pos_embed.register_forward_hook(turn)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def decode(self, latents: Tensor) -> Tensor:
         return super().decode(latents.unsqueeze(2))[:, :, 0]

@@ -97,6 +97,9 @@ class Backbone:
     has_deep_features: bool = False  # whether calls may start from the deep features of an earlier one
     index: Mapping[str, Any] = field(default_factory=dict)  # further entries of a model_index.json that is written
     tokenizer: str = "tokenizer"  # the part whose tokens limit the length of a prompt; where absent, the first
+    # (tokenizer, prompt) -> the text with the prompt in it that is encoded; how many of its first tokens are dropped
+    wrap: Callable[[Any, str], str] | None = None
+    dropped: int = 0
     # the part, where there is one, that reads so many tokens of a prompt of which `tokenizer` cuts off an end
     long_text: Callable[[Configs], tuple[str, int]] = lambda configs: ("", 0)
     # (configs, where they are from) -> as they are used; or Refused

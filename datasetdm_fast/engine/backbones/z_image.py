@@ -10,9 +10,11 @@ from datasetdm_fast.engine.backbones.flow_models import (
     JOINT_ENGINE,
     QWEN3_4B,
     VAE,
+    chat,
     joint_levels,
     names_of,
     scaled_latents,
+    seg4diff,
 )
 from datasetdm_fast.engine.backbones.record import Backbone, Configs, LoadedModel, Part, Read
 from datasetdm_fast.stages import Level
@@ -29,7 +31,7 @@ def _levels(configs: Configs, size: int, halves: int) -> tuple[Level, ...]:
 def _defaults(configs: Configs) -> Defaults:
     """Turbo has another shift, by which it is told from the base model."""
     steps, guidance = (8, 0.0) if configs["scheduler"].get("shift", 1.0) <= TURBO_SHIFT else (50, 5.0)
-    return Defaults(1024, steps, guidance, CAPTURE)
+    return Defaults(1024, steps, guidance, CAPTURE, seg4diff(configs["transformer"].n_layers * 3 // 8, depth=0))
 
 
 def _check(configs: Read, source: str) -> Read:
@@ -63,6 +65,8 @@ Z_IMAGE = Backbone(
     levels=_levels,
     blocks=lambda configs: configs["transformer"].n_layers,
     defaults=_defaults,
+    has_text_maps=True,
+    wrap=chat(enable_thinking=True),
     guides_itself=True,
     pads_text=True,
     unguided=0.0,

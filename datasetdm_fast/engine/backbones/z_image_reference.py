@@ -24,10 +24,7 @@ class ZImageReference(joint_attention.JointReference):
         return slice(0, cells), slice(begin, begin + text + -text % MULTIPLE)
 
     def encode(self, prompts: Sequence[str]) -> Text:
-        modules, tokenizers = self.model.modules, self.model.tokenizers
-        states, mask = encode_chat(
-            modules["text_encoder"], tokenizers["tokenizer"], prompts, LENGTH, enable_thinking=True
-        )
+        states, mask = encode_chat(self.model, prompts, LENGTH)
         context, padding = join_rows([row[read] for row, read in zip(states[-2], mask)])
         return Text(context, mask=padding)
 

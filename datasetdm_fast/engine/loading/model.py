@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from datasetdm_fast.config import Defaults
 from datasetdm_fast.engine.backbones.record import Backbone, Configs, Guidance, Latents
 from datasetdm_fast.engine.loading.checks import check_size
-from datasetdm_fast.engine.loading.tokenizer import LimitedTokenizer, OwnTokenizer
+from datasetdm_fast.engine.loading.tokenizer import LimitedTokenizer, OwnTokenizer, WrappingTokenizer
 from datasetdm_fast.engine.models.layers import room
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import Level
@@ -84,6 +84,8 @@ class Model:
         present = self.loaded_tokenizers
         tokenizer = present.get(self.backbone.tokenizer) or next(iter(present.values()))
         most = min(self.backbone.text(self.configs)[0], tokenizer.model_max_length)
+        if self.backbone.wrap is not None:
+            return WrappingTokenizer(tokenizer, most, lambda: self.tokenizers[self.backbone.tokenizer], self.backbone)
         part, length = self.backbone.long_text(self.configs)
         if part in present:
             return LimitedTokenizer(tokenizer, most, LimitedTokenizer(present[part], length))

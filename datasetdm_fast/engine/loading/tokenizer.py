@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import torch
 from tokenizers import Tokenizer
 
 from datasetdm_fast.disk import storage
-from datasetdm_fast.engine.backbones.record import DAMAGED
+from datasetdm_fast.engine.backbones.record import DAMAGED, Backbone
 from datasetdm_fast.engine.loading.checks import (
     LARGEST_NUMBER,
     LARGEST_VOCABULARY,
@@ -101,6 +102,23 @@ class LimitedTokenizer:
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         return self.tokenizer(*arguments, **options)
+
+
+class WrappingTokenizer(LimitedTokenizer):
+    """A tokenizer whose text encoder reads each prompt within another text."""
+
+    def __init__(self, tokenizer: Any, most: int, load: Callable[[], Any], backbone: Backbone):
+        super().__init__(tokenizer, most)
+        self._load, self._backbone = load, backbone
+
+    def spans(self, prompt: str) -> list[tuple[int, int]]:
+        """Begin and end of the characters of the prompt that each encoded token stands for; equal where of none."""
+        tokenizer, wrap = self._load(), self._backbone.wrap
+        assert wrap is not None
+        before = len(os.path.commonprefix([wrap(tokenizer, "0"), wrap(tokenizer, "1")]))
+        places = tokenizer(wrap(tokenizer, prompt), return_offsets_mapping=True).offset_mapping
+        inside = [[min(max(place - before, 0), len(prompt)) for place in pair] for pair in places]
+        return [(begin, end) for begin, end in inside[self._backbone.dropped :]]
 
 
 def load_tokenizer(folder: Path, classes: Sequence[str] = ("transformers:CLIPTokenizer",)) -> Any:

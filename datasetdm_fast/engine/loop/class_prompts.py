@@ -1,13 +1,13 @@
 """Labels from attention: their numbers, the class prompt of an image, and which of its tokens stand for which class."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from datasetdm_fast.config import AttentionDefaults
 from datasetdm_fast.data import Request
 from datasetdm_fast.engine.labels.class_tables import ClassTable, look_up, spoken
-from datasetdm_fast.engine.labels.words import classes_in_order
+from datasetdm_fast.engine.labels.words import classes_in_order, matcher
 from datasetdm_fast.engine.loop.prompts import Tokenizer, count_tokens, shorten
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import LEVELS
@@ -135,6 +135,10 @@ def class_columns(
     each time that it is listed.
     """
 
+    if (spans := _spans_of(tokenizer)) and not by_words:
+        named, rows = matcher(tuple(words), table).spans(class_prompt), spans(class_prompt)
+        _check_named(class_prompt, [name for name in words if name not in named], table)
+        return [(name, _places_within(rows, *named[name][0])) for name in words]
     start = 1 if by_words else len(tokenizer("", truncation=False).input_ids) - 1  # marks before the text
 
     def split(text: str) -> list[Any]:
@@ -150,11 +154,7 @@ def class_columns(
         known = zip(names, look_up(tuple(names), table)[0])  # and the words that mean them, except their names
         phrases |= {name: [split(text.lstrip("~")) for text in word.words] for name, word in known}
         matches = match_phrases(parts, phrases)
-    if names := missing(matches):
-        raise Refused(
-            f"class prompt {shorten(class_prompt)}: does not hold the class word {shorten(spoken(names, table)[0])}",
-            "Name every class in it, or ask for fewer: --ask named.",
-        )
+    _check_named(class_prompt, missing(matches), table)
     if by_words:
         matches = [(name, at, 1 if name in FIRST_WORD_ALONE else length) for name, at, length in matches]
     else:
@@ -162,13 +162,35 @@ def class_columns(
     return [(name, tuple(range(start + at, start + at + length))) for name, at, length in matches]
 
 
+def _check_named(class_prompt: str, missing: Sequence[str], table: ClassTable | None) -> None:
+    if missing:
+        raise Refused(
+            f"class prompt {shorten(class_prompt)}: does not hold the class word {shorten(spoken(missing, table)[0])}",
+            "Name every class in it, or ask for fewer: --ask named.",
+        )
+
+
+def _spans_of(tokenizer: Any) -> Callable[[str], Sequence[tuple[int, int]]] | None:
+    """What tells the characters of a prompt by tokens, of a tokenizer that reads it within another text."""
+    return getattr(tokenizer, "spans", None)
+
+
+def _places_within(rows: Sequence[tuple[int, int]], begin: int, end: int) -> tuple[int, ...]:
+    """The places of the tokens that stand for any of these characters."""
+    return tuple(place for place, (first, last) in enumerate(rows) if first < end and last > begin)
+
+
 def concept_places(word: str, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The places of a word's tokens where it is encoded by itself; refused where it has none."""
-    start = len(tokenizer("", truncation=False).input_ids) - 1
-    ids = tokenizer(word, truncation=False).input_ids[start:-1]
-    if not ids or getattr(tokenizer, "unk_token_id", None) in ids:
+    if spans := _spans_of(tokenizer):
+        places, ids = _places_within(spans(word), 0, len(word)), []
+    else:
+        start = len(tokenizer("", truncation=False).input_ids) - 1
+        ids = tokenizer(word, truncation=False).input_ids[start:-1]
+        places = tuple(range(start, start + len(ids)))
+    if not places or getattr(tokenizer, "unk_token_id", None) in ids:
         raise Refused(f"--classes: no token says {shorten(word)}", "Use another name for the class.")
-    return tuple(range(start, start + len(ids)))
+    return places
 
 
 def match_phrases(parts: Sequence[Any], phrases: Mapping[str, Sequence[list[Any]]]) -> list[tuple[str, int, int]]:

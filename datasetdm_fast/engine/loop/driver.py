@@ -156,7 +156,7 @@ class BatchGenerator:
         if settings is None:
             return text, None
         if self.recipe.concepts:
-            return text, Text(self.concepts.expand(len(requests), -1, -1))
+            return text, Text(self.concepts.expand(len(requests), -1, -1), concepts=self.concepts.shape[1])
         return text, text if settings.blocks else self.engine.encode_text(words)
 
     @cached_property

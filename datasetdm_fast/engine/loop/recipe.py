@@ -189,6 +189,11 @@ def make_recipe(
         side = model.levels[0 if model.backbone.has_text_maps else -1].side
         numbers = attention_recipe(model.defaults.attention, side, **attention)
         if ask == "all" and numbers.blocks:
+            if not model.defaults.attention.concept_blocks:
+                raise Refused(
+                    f"--ask all: words are read in blocks of two streams, {model.backbone.title} has blocks of one",
+                    "Ask for the words that a prompt names: --ask named.",
+                )
             numbers = replace(numbers, blocks=model.defaults.attention.concept_blocks)
             for word in spoken(words, table):
                 concept_places(word, model.tokenizer)

@@ -276,7 +276,10 @@ class MMDiT(nn.Module):
         count, hidden = image.shape[1], None if mask is None else mask[:, None, None]
         turns = image_turns = text_turns = None
         if plan.places is not None:
-            turns = turns_of(plan.places(side, words.shape[1], lengths, latents.device), plan.axes, plan.theta)
+            places = plan.places(side, words.shape[1], lengths, latents.device)
+            if text.concepts:
+                places[:, -text.concepts :] = places[:, count + plan.concept_place, None]
+            turns = turns_of(places, plan.axes, plan.theta)
             image_turns, text_turns = turns[:, :count], turns[:, count:]
         embedded = self.conditioning(timestep, text)
         vectors = self._vectors(embedded)

@@ -203,7 +203,7 @@ class JointEngine(TorchEngine):
     def denoise_and_average(
         self, latents: Tensor, timestep: float, text: Text, class_text: Text, sums: AttentionSums
     ) -> tuple[Tensor, AttentionSums]:
-        if class_text.pooled is None:
+        if class_text.concepts:
             return self._read_concepts(latents, timestep, text, class_text, sums)
         blocks, averages = self.model.defaults.attention.blocks, list[Tensor]()
 
@@ -221,10 +221,11 @@ class JointEngine(TorchEngine):
     ) -> tuple[Tensor, AttentionSums]:
         """See backbones/concept_attention.py; image tokens come first here, and concepts last."""
         joined, cells = with_concepts(text, concepts), self.model.levels[0].side ** 2
-        joined = replace(joined, mask=torch.ones(joined.context.shape[:2], dtype=torch.bool))  # seen by the reader
-        last, count = cells + joined.context.shape[1], concepts.context.shape[1]
-        blocks = self.model.defaults.attention.concept_blocks
-        with ConceptReader(blocks, len(latents), slice(cells), slice(last - count, last)) as read:
+        if is_whole := joined.mask is None:  # only with a mask are the attentions seen by the reader
+            joined = replace(joined, mask=torch.ones(joined.context.shape[:2], dtype=torch.bool))
+        last, blocks = cells + joined.context.shape[1], self.model.defaults.attention.concept_blocks
+        places = slice(cells), slice(last - joined.concepts, last)
+        with ConceptReader(blocks, len(latents), *places, drops_mask=is_whole) as read:
             output, _ = self._call(self.network, latents, timestep, joined)
         return output, AttentionSums(sums.cells, sums.tokens + read.maps)
 
