@@ -342,6 +342,15 @@ def test_progress_is_never_more_than_all_of_it(monkeypatch, capsys):
     ]
 
 
+def test_the_last_batch_counts_and_the_time_left_is_that_of_what_is_left(monkeypatch, capsys):
+    seconds = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: seconds[0])
+    with progress.ImageProgress(5, False, batch=2, calls=3) as images:
+        seconds[0] = 20.0
+        images.on_unet_call(3)  # of 9
+    assert capsys.readouterr().err == "0/5 images, 33%, about 40 s left\n"
+
+
 def test_comparisons_before_a_run_show_progress_without_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(progress, "SECONDS_PER_LINE", 0.0)
     with show_calls(False, "fast25", 2) as on_call:

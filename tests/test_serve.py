@@ -33,6 +33,7 @@ pytest.importorskip("starlette", reason="uvicorn is not installed")
 from datasetdm_fast.service import app as http_side  # noqa: E402
 from datasetdm_fast.service.batching import Batcher, PendingImage, QueueFull  # noqa: E402
 from datasetdm_fast.service.metrics import Metrics  # noqa: E402
+from datasetdm_fast.service.requests import read_generation, read_labelling  # noqa: E402
 
 pytestmark = pytest.mark.loopback
 ROOT = Path(__file__).parents[1]
@@ -115,6 +116,24 @@ def test_alone_an_image_and_its_labels_have_the_bytes_of_generate(service, store
         made = entry["labels"]["instance"]["coco"]
         assert [[each[part] for part in parts] for each in made["annotations"]] == expected
         assert {each["category_id"] for each in made["annotations"]} <= {each["id"] for each in made["categories"]}
+        assert [each["id"] for each in made["annotations"]] == [
+            *range(1, len(expected) + 1)
+        ]  # 0 is none to pycocotools
+
+
+def test_what_decides_a_recipe_decides_who_shares_a_batch_and_seeds_are_those_that_were_sent(pipeline, monkeypatch):
+    usual = {"prompt": PROMPT, "n": 2, "seed": 7, "steps": 2, "labels": ["semantic"]}
+    items = read_generation(usual, pipeline, 50).items
+    assert [each.request.seed for each in items] == [7, 8] and items[0].group == items[1].group
+    others = [{"steps": 3}, {"labels": []}, {"guidance": 2.0}, {"sampler": "ddim"}, {"classes": ["ball"]}]
+    groups = [read_generation(usual | other, pipeline, 50).items[0].group for other in others]
+    assert len({items[0].group, *groups}) == 6
+    monkeypatch.setattr(pipeline, "label", lambda picture, **choices: SimpleNamespace(samples=[choices]))
+    image, picture = io.BytesIO(), Image.new("RGB", (64, 64))
+    picture.save(image, "PNG")
+    body = {"image": base64.b64encode(image.getvalue()).decode(), "seed": 5, "prompt": "a cube", "labels": ["depth"]}
+    sent = read_labelling(body, pipeline).items[0].label()
+    assert (sent["seed"], sent["prompts"], sent["tasks"]) == (5, "a cube", ["depth"])
 
 
 def test_requests_of_many_clients_share_batches_and_none_is_lost_or_swapped(service, pipeline):

@@ -284,6 +284,15 @@ def test_files_follow_upstreams_rules():
     assert (coarse == upstream_rules.depth_bytes(metres[0].numpy(), 10)).all() and coarse.max() == 255
 
 
+def test_a_class_of_little_evidence_is_left_out_unless_it_is_the_first():
+    """Of 64 x 64 pixels 78 are enough; the first and the third class have 64 each."""
+    masks, logits = torch.full((3, 64, 64), -9.0), torch.full((3, 20), -9.0)
+    masks[0, :8, :8], masks[1, :, 32:], masks[2, 40:48, :8] = 9, 9, 9
+    logits[range(3), range(3)] = 9
+    mapped = decoded(files.write_class_map(answer({"pred_logits": logits, "pred_masks": masks}, "cityscapes"))["png"])
+    assert (mapped[:8, :8] == 0).all() and (mapped[:, 32:] == 1).all() and 2 not in mapped
+
+
 def test_contour_lines():
     """The larger part of each instance, its class and score; of two equal boxes the lower one."""
     masks = torch.full((3, 64, 64), -9.0)

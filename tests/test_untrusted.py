@@ -236,6 +236,8 @@ def test_archives_hold_plain_members(tmp_path):
         (tuple((str(k), "") for k in range(documents.MOST_MEMBERS + 1)), "members, at most"),
     ):
         refused(documents.zip_members, pack(*members), most_bytes=10, match=word)
+    packed = pack(("a", "x" * 1000), compression=zipfile.ZIP_DEFLATED)
+    refused(documents.zip_members, packed, most_bytes=packed.stat().st_size, match="unpacks to 1000 bytes")
     with pytest.warns(UserWarning, match="Duplicate"):
         twice = pack(("a", "x"), ("a", "y"))
     refused(documents.zip_members, twice, most_bytes=10, match="twice")
