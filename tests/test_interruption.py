@@ -4,8 +4,15 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
+from rendered import document, rendered
+
+from datasetdm_fast import convert, filter, merge
+from datasetdm_fast.command_line import interruption
+from datasetdm_fast.runs.gallery.closing import finish_run
+from datasetdm_fast.runs.run_folder.folder import RunFolder
 
 # A call that lasts until its lock is free and lets other threads run, as a convolution does, and what stands around it.
 CALL = "library.pthread_mutex_lock(lock)"
@@ -168,3 +175,33 @@ def test_two_signals_at_its_end_end_it_at_once():
         process.send_signal(signal.SIGINT)
         time.sleep(0.2)
     assert process.returncode == 130 and "slept" not in process.communicate()[0]
+
+
+@pytest.mark.parametrize(
+    "command, flags, told",
+    [
+        (convert, ["--to", "coco"], "not complete; resume with"),
+        (merge, ["other"], "0 of 8 samples are there; resume with"),
+        (filter, [], "the same command resumes"),
+    ],
+)
+def test_a_command_that_was_stopped_ends_with_the_code_of_its_signal_and_resumes(
+    tmp_path, monkeypatch, capsys, command, flags, told
+):
+    for name, first in (("run", 0), ("other", 4)):
+        with RunFolder(tmp_path / name, document(4, 32)) as folder:
+            samples = [rendered(k, 32) for k in range(first, first + 4)]
+            requests = [replace(sample.request, index=k) for k, sample in enumerate(samples)]
+            folder.add([replace(each, request=request) for each, request in zip(samples, requests, strict=True)], {})
+            finish_run(folder)
+    line = [str(tmp_path / "run"), *(str(tmp_path / flag) if flag == "other" else flag for flag in flags)]
+    line += ["--out", str(tmp_path / "out")] if command is not filter else []
+
+    def enter(self):
+        self.signal = signal.SIGTERM
+        return self
+
+    with monkeypatch.context() as patch:
+        patch.setattr(interruption.Interruption, "__enter__", enter)
+        assert command.main([*line, "--quiet"]) == 143
+    assert told in capsys.readouterr().err and command.main([*line, "--quiet"]) == 0
