@@ -53,6 +53,7 @@ from datasetdm_fast.training.settings import (
     ViewSettings,
 )
 from datasetdm_fast.training.splits import count_folds, split, split_folds
+from datasetdm_fast.training.state import EarlyStopping
 from datasetdm_fast.training.task_training import resolve_dtype
 from datasetdm_fast.training.trainer import Trainer, loss_of, project, query_target, sample_word
 from datasetdm_fast.training.truth.augment import (
@@ -68,6 +69,7 @@ from datasetdm_fast.training.truth.augment import (
     rotate,
 )
 from datasetdm_fast.training.truth.selection import Selection
+from datasetdm_fast.training.word_heads import WordHeads
 
 TASKS = ("semantic", "instance", "depth", "pose", "open-vocabulary")
 
@@ -367,6 +369,25 @@ def test_a_training_is_judged_at_even_steps_and_ends_after_enough_without_improv
     assert shown == [(step, 0.5, figures.get(step)) for step in range(1, last + 1)]
     wanted = [[(step, 10, 0.5, (step - 1) / 10), (step, "absrel", figures.get(step))] for step in range(1, last + 1)]
     assert run.logged == [line for lines in wanted for line in lines if line[-1] is not None]
+
+
+@pytest.mark.parametrize("is_enough, step", [(True, 4), (False, 7)])
+def test_the_weights_of_the_best_evaluation_are_saved_where_images_are_enough(tmp_path, monkeypatch, is_enough, step):
+    saved, best, last = [], torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    last.config, wanted = SimpleNamespace(outlines="mask", named=()), (best if is_enough else last).weight.item()
+    monkeypatch.setattr(predictions, "choose_outlines", lambda requested, config, *_: config)
+    monkeypatch.setattr(task_training, "save_decoder", lambda decoder, *_, **__: saved.append(decoder.weight.item()))
+    for name in ("round_parameters", "count_unrelated"):
+        monkeypatch.setattr(task_training, name, lambda *_: 2)
+    views, plan = SimpleNamespace(numbers=(0, 1), source=None), SimpleNamespace(schedule=SimpleNamespace(steps=10))
+    places = {"folder": tmp_path, "state_folder": tmp_path, "predictor": SimpleNamespace(predict=list)}
+    facts = {"settings": TaskSettings(), "plan": plan, "views": views, "held_out": None, "task": "depth", "framing": {}}
+    stopping = EarlyStopping(evaluations=3, best_figure=0.1, best_step=4, without_improvement=2)
+    state = SimpleNamespace(best_weights=best.state_dict(), step=7, loss=0.5, early_stopping=stopping)
+    run = SimpleNamespace(training=SimpleNamespace(**places, **facts), state=state, has_early_stopping=is_enough)
+    run.save, run._decoder, run.heads = list, lambda: last, WordHeads()
+    result = task_training._TrainingRun.finish(run)
+    assert (result["weights_of_step"], result["stopped_early"], saved) == (step, True, [wanted])
 
 
 def test_a_training_is_saved_in_time_and_where_it_is_stopped():
