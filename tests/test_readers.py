@@ -2089,6 +2089,9 @@ def test_the_segmentation_masks_of_cvat_are_read_by_their_colours(mugs):
     text(mugs.root / "ImageSets/Segmentation/default.txt", "a\nnothing\nb\n")  # nobody drew a shape on the second
     save(mugs.root / "JPEGImages/nothing.png", mugs.image)
     mugs.check(open_data(f"voc:{mugs.root}", SIZE))
+    text(mugs.root / "labelmap.txt", "\n".join(lines[::-1]))  # the background's last
+    mugs.check(found := open_data(f"voc:{mugs.root}", SIZE))
+    assert found.classes == ("background", "mug", "leaf")
     (mugs.root / "labelmap.txt").write_text("background:0,0,0::\nmug:250,50,83::\n")
     with pytest.raises(Refused, match="the colour 51,221,255 is of no class in labelmap.txt"):
         open_data(f"voc:{mugs.root}", SIZE)[0]
