@@ -629,6 +629,24 @@ def test_a_person_is_centred_whose_mean_joint_is_near_the_middle_of_its_box(copi
         assert open_data(address, SIZE, tasks=["pose"]).is_centred(0) == (away == nearest)
 
 
+def test_crowds_of_coco_are_no_things_to_choose_by_nor_persons_and_classes_go_by_their_ids(tmp_path):
+    joints = {"num_keypoints": 1, "keypoints": [4, 4, 2, 0, 0, 0]}
+    whole = {"image_id": 5, "bbox": [2, 2, 8, 8], "segmentation": [[2, 2, 10, 2, 10, 10, 2, 10]], **joints}
+    rows = [(1, 9, 0, 64), (2, 9, 1, 900), (3, 3, 1, 700), (4, 3, 0, 80)]  # id, category, is a crowd, area
+    document = {
+        "images": [{"id": 5, "file_name": "a.png", "width": 32, "height": 24}],
+        "categories": [{"id": 9, "name": "cat"}, {"id": 3, "name": "owl", "keypoints": ["eye", "beak"]}],
+        "annotations": [{**whole, "id": k, "category_id": kind, "iscrowd": c, "area": a} for k, kind, c, a in rows],
+    }
+    text(tmp_path / "annotations.json", json.dumps(document))
+    save(tmp_path / "a.png", np.zeros((24, 32, 3), np.uint8))
+    source = open_data(f"coco:{tmp_path}", SIZE, tasks=["instance", "pose"])
+    assert source.thing_classes == ("owl", "cat") and source.areas(0) == {"owl": 80, "cat": 64}
+    picture = source.picture(0)
+    assert (picture.mask_classes, picture.crowd_classes) == ([1, 0], [1, 0])
+    assert picture.keypoint_areas.tolist() == [64, 80]  # in the order of the file
+
+
 def test_persons_of_one_image_of_coco_are_held_out_together(copied):
     root, address = copied("coco")
 
