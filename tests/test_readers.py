@@ -61,6 +61,7 @@ from datasetdm_fast.training.readers import (
     yolo,
 )
 from datasetdm_fast.training.readers import run as run_reader
+from datasetdm_fast.training.readers.folder import Folder
 from datasetdm_fast.training.settings import Inversion, ModelChoice, TrainingData
 from datasetdm_fast.training.truth import shapes, tables, windows
 from datasetdm_fast.training.truth.augment import Augmentation, augment
@@ -513,15 +514,26 @@ def test_depths_are_metres_in_every_unit(made):
 
 
 @pytest.mark.parametrize(
-    ("name", "files", "farthest"), [("kitti", "gt_depth/**/*.png", 20480), ("nyu", "sync/**/*depth*.png", 10000)]
+    ("name", "files", "farthest"),
+    [
+        ("kitti", "gt_depth/**/*.png", 20480),
+        ("nyu", "sync/**/*depth*.png", 10000),
+        ("vkitti2", "Depth/**/*.png", 8000),
+    ],
 )
 def test_depths_of_benchmarks_by_hand(copied, name, files, farthest):
     root, address = copied(name)
-    most = {"kitti": 80, "nyu": 10}[name]
+    most = {"kitti": 80, "nyu": 10, "vkitti2": 80}[name]
     for number, metres in ((1280, 1280 * most / farthest), (farthest, most), (farthest + 1, 0)):
         for path in root.glob(files):
             save(path, np.full(np.asarray(Image.open(path)).shape, number, np.uint16))
         assert open_data(address, SIZE)[0].depth.max() == np.float32(metres)
+
+
+def test_a_caption_of_a_folder_goes_by_the_name_of_its_file_before_the_stem():
+    held = SimpleNamespace(ids=["more/a", "b"], images=[Path("more/a.png"), Path("b.jpg")])
+    held.captions = {"more/a": "one", "more/a.png": "two", "b": "three"}
+    assert [Folder._caption(held, record) for record in (0, 1)] == ["two", "three"]
 
 
 def test_an_object_of_voc_has_the_class_of_most_of_its_pixels_but_the_border(tmp_path):
