@@ -154,6 +154,14 @@ def test_of_several_things_of_a_class_the_farthest_counts():
         kinds = np.array([0, 0, 1])[order]
         shown = Instances(masks[order], kinds, np.ones(3, np.float32), ("a", "b"))
         assert learned.measure(sketch, shown).things == {"a": 3.0, "b": 1.0}
+        strange = replace(learned, things=replace(plain, means=np.array([[0], [0], [5]])), classes=("a", "other"))
+        assert strange.measure(sketch, shown).things == {"a": 3.0, "b": 6.0}  # b is measured from the mean of all
+
+
+def test_channels_are_mixed_by_the_first_rows_of_a_cosine_transform():
+    rows = domain.mixtures(20)
+    assert rows.shape == (16, 20) and (rows[0] == 1).all() and domain.mixtures(8).shape == (8, 8)
+    assert rows @ rows.T == pytest.approx(np.diag([20] + [10] * 15), abs=1e-4)
 
 
 def test_the_limit_is_that_of_99_in_100_held_out_views_by_their_farthest_thing():
@@ -169,6 +177,18 @@ def test_the_limit_is_that_of_99_in_100_held_out_views_by_their_farthest_thing()
     spread = domain._fit(values[:, None], pictures, np.zeros(20, np.int64), 1, views)
     assert spread.limit == pytest.approx(np.exp(farthest.mean() + 2.326 * farthest.std()), rel=1e-4)
     assert spread.limit > np.exp(farthest.max())  # of so few the quantile is less
+
+
+def test_limits_of_pictures_leave_15_in_100_and_those_of_things_30():
+    shown, of_pictures = sketches(20), (np.arange(20), np.zeros(20, np.int64), 1, np.arange(20))
+    learned = domain.learn_domain(shown, [label()] * 20, range(20))
+    assert learned.pictures.limit == pytest.approx(1.15 * domain._fit(shown.mean((2, 3)), *of_pictures).limit)
+    halves = np.stack([shown[..., :2].mean((2, 3)), shown[..., 2:].mean((2, 3))], 1).reshape(40, D)
+    views, kinds = np.arange(40) // 2, np.arange(40) % 2  # of either class
+    assert learned.things.limit == pytest.approx(1.3 * domain._fit(halves, views, kinds, 3, views).limit, rel=1e-4)
+    few = [label()] * 3 + [replace(label(), labels=label().labels * (label().labels == 2))] * 17  # three pictures of a
+    assert domain.learn_domain(shown, few, range(20)).classes == ("b",)
+    assert domain.learn_domain(shown, [*few[:2], *few[:2], *few[4:]], range(20)).classes == ("a", "b")  # of four
 
 
 def test_the_reasons():

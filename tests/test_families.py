@@ -15,11 +15,16 @@ from skips import IS_LONG
 from tiny_pipelines import SIZE
 
 from datasetdm_fast import generate
+from datasetdm_fast.engine.backbones.flux1 import FLUX1
 from datasetdm_fast.engine.backbones.flux2_klein import FLUX2_KLEIN
+from datasetdm_fast.engine.backbones.sd import SD
+from datasetdm_fast.engine.backbones.sd3 import SD3
 from datasetdm_fast.engine.backbones.sdxl import SDXL
+from datasetdm_fast.engine.backbones.z_image import Z_IMAGE
 from datasetdm_fast.engine.decoders.checkpoint import save_decoder, seeded_decoders
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loading.folder import load_folder
+from datasetdm_fast.engine.loading.model import ConfigFile
 from datasetdm_fast.errors import Missing, Refused
 
 pytestmark = pytest.mark.usefixtures("one_engine_of_a_kind")
@@ -174,6 +179,40 @@ def test_a_licence_that_forbids_commercial_use_is_named_before_the_first_image(
 )
 def test_published_models_of_a_family_are_told_apart_by_their_sizes(record, part, sizes, licence):
     assert record.licence({part: SimpleNamespace(**sizes)}) == licence
+
+
+DEV = {"transformer": {"guidance_embeds": True}}
+TURBO = {"unet": {"sample_size": 64}, "scheduler": {"timestep_spacing": "trailing"}}
+
+
+@pytest.mark.parametrize(
+    ("record", "changes", "sampled", "tokens", "guided", "latents"),
+    [
+        (SD, {}, (512, 50, 5.0), 77, "cfg", (4, 8, 0.18215, 0.0)),
+        (SD, {"unet": {"sample_size": 96}}, (768, 50, 5.0), 77, "cfg", (4, 8, 0.18215, 0.0)),
+        (SDXL, {}, (1024, 50, 5.0), 77, "cfg", (4, 8, 0.13025, 0.0)),
+        (SDXL, TURBO, (512, 4, 1.0), 77, "cfg", (4, 8, 0.13025, 0.0)),
+        (SDXL, {"scheduler": {"_class_name": "LCMScheduler"}}, (1024, 4, 1.0), 77, "cfg", (4, 8, 0.13025, 0.0)),
+        (SDXL, {"unet": {"time_cond_proj_dim": 256}}, (1024, 50, 5.0), 77, "embedded", (4, 8, 0.13025, 0.0)),
+        (SD3, {}, (1024, 28, 7.0), 77 + 256, "cfg", (16, 8, 1.5305, 0.0609)),
+        (SD3, {"model_index": {"max_sequence_length": 77}}, (1024, 28, 7.0), 154, "cfg", (16, 8, 1.5305, 0.0609)),
+        (FLUX1, {}, (1024, 4, 0.0), 256, "none", (16, 8, 0.3611, 0.1159)),  # schnell
+        (FLUX1, DEV, (1024, 28, 3.5), 512, "embedded", (16, 8, 0.3611, 0.1159)),
+        (FLUX2_KLEIN, {}, (1024, 4, 1.0), 512, "none", None),
+        (FLUX2_KLEIN, {"model_index": {"is_distilled": False}}, (1024, 50, 4.0), 512, "cfg", None),
+        (Z_IMAGE, {}, (1024, 8, 0.0), 512, "cfg", (16, 8, 0.3611, 0.1159)),  # Turbo
+        (Z_IMAGE, {"scheduler": {"shift": 6.0}}, (1024, 50, 5.0), 512, "cfg", (16, 8, 0.3611, 0.1159)),
+    ],
+)
+def test_models_are_sampled_as_they_were_published(record, changes, sampled, tokens, guided, latents):
+    parts = {**record.full_size, "model_index": record.full_size.get("model_index", {})}
+    configs = {part: ConfigFile({**config, **changes.get(part, {})}) for part, config in parts.items()}
+    usual = record.defaults(configs)
+    assert (usual.size, usual.steps, usual.guidance) == sampled
+    assert (record.text(configs)[0], record.guidance(configs)) == (tokens, guided)
+    if latents:
+        space = record.latents(configs)
+        assert (space.channels, space.pixels, space.scale, space.shift) == latents
 
 
 def test_the_card_of_a_folder_tells_its_licence(saved, tmp_path):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, JpegImagePlugin
 
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.engine.labels import (
@@ -13,6 +13,7 @@ from datasetdm_fast.engine.labels import (
     check_palette,
     class_tables,
     kind,
+    label_files,
     number_classes,
     pictures,
     with_palette,
@@ -239,6 +240,12 @@ def test_data_sets_of_torch_give_classes_the_numbers_of_files():
     assert pixels.tolist() == [[5, 2], [255, 2]] and pixels.dtype == np.int64
     people = LABEL_KINDS["pose"].arrays(person((1, 2), (3, 4), (0, 0), visibility=(2, 1, 0)), TABLES["pose"])
     assert people["keypoints"].tolist() == [[[1, 2, 2], [3, 4, 1], [0, 0, 0]]] and people["scores"].tolist() == [0.5]
+
+
+def test_pictures_of_a_run_in_jpeg_are_of_quality_95_with_all_their_colours():
+    pictures_of = [label_files.image_bytes(np.zeros((16, 16, 3), np.uint8), "jpg", *quality) for quality in ((), (50,))]
+    usual, half = (Image.open(io.BytesIO(content)) for content in pictures_of)
+    assert JpegImagePlugin.get_sampling(usual) == 0 and usual.quantization[0][0] == 2 and half.quantization[0][0] == 16
 
 
 def test_what_is_no_number_of_a_class_is_read_as_ignored():

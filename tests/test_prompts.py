@@ -5,6 +5,7 @@ import unicodedata
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from datasetdm_fast.command_line import run_settings
@@ -13,6 +14,7 @@ from datasetdm_fast.engine.labels import words as class_words
 from datasetdm_fast.engine.loading.folder import DEMO
 from datasetdm_fast.engine.loading.tokenizer import OwnTokenizer
 from datasetdm_fast.engine.loop import prompts
+from datasetdm_fast.engine.loop.checks import check_seed
 from datasetdm_fast.engine.loop.plan import class_and_turn, make_plan, template
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.jobs import prompt_files
@@ -81,6 +83,13 @@ def test_other_models_need_prompts():
         read_source(PromptSettings(), has_captions=False)
 
 
+def test_the_last_image_of_a_run_has_a_seed_that_a_generator_takes():
+    assert check_seed(2**63 - 2, 2) == 2**63 - 2 and check_seed(np.int64(0)) == 0
+    for seed, number in ((2**63 - 1, 2), (2**63, 1), (-1, 1)):
+        with pytest.raises(Refused, match=f"--seed {seed}: expected a whole number from 0 to {2**63 - number}"):
+            check_seed(seed, number)
+
+
 def test_per_class_is_balanced_and_varied():
     plan = plan_of(number=1, classes=("ball", "orange"), per_class=4)
     found = list(plan)
@@ -95,6 +104,7 @@ def test_per_class_is_balanced_and_varied():
     assert [class_and_turn(index, 2, 3) for index in range(9)] == pairs
     lines = plan_of(prompts="one\ntwo\nthree", number=3)
     assert [lines.request(index, turn=1).prompt for index in range(3)] == ["three", "one", "two"]  # 100000007 on
+    assert [lines.batch(1).padding, replace(lines, most=4).batch(1).padding] == [1, 0]  # a fourth may replace one
     assert [template("ball", turn) for turn in (1, 2, 3, 11, 12)] == [
         "a picture of a ball",
         "a scene with a ball",

@@ -1127,6 +1127,14 @@ def test_any_shape_is_fitted_by_its_shorter_side(height, width):
     assert framing.fit_window(97, 64, 128) == framing.Window(0, 16.5, 2)
 
 
+def test_a_first_class_that_is_the_background_is_called_so_and_is_no_thing():
+    for name in ("background", "Background", "_background_", "BACKGROUND"):
+        assert reading.with_background([name, "cup"]) == ("background", "cup")
+    assert reading.with_background(["Background", "background"]) == ("Background", "background")
+    assert reading.with_background(["cup", "Background"]) == ("cup", "Background")
+    assert reading.without_background(("none", "cup", "background")) == ("cup", "background")
+
+
 def test_files_of_a_folder_are_found_in_order_without_those_that_systems_hide(tmp_path):
     for name in ("b/c.PNG", "b.jpg", "a/d.png", "a/._d.png", ".hidden.png", "a/e.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -1312,8 +1320,9 @@ def test_a_window_of_upstream_is_drawn_from_its_seed():
 
 
 def test_what_lies_outside_the_picture_is_black_and_ignored():
-    picture = ramp(50, 50)
+    picture = replace(ramp(50, 50), depth=np.full((50, 50), 2.5, np.float32))
     item = framing.frame_picture(picture, framing.Window(-50, 0, SIZE / 100), SIZE)
+    assert (item.depth[: SIZE // 2, SIZE // 2 :] == 2.5).all() and item.depth.sum() == 2.5 * SIZE**2 / 4  # 0 is unknown
     assert (
         not item.image[:, : SIZE // 2].any()
         and not item.image[SIZE // 2 :].any()

@@ -703,6 +703,32 @@ def test_the_page_of_a_training_tells_its_command_where_it_is_known():
     assert "<code>" not in page._facts({"data": "folder:photos"})
 
 
+def test_a_picture_of_the_background_alone_shows_no_class_to_learn():
+    shows = TASKS["semantic"].is_shown
+    for names, first in (("background", "cup"), 1), (("none", "cup"), 1), (("wall", "cup"), 0), (("wall",), 2):
+        source = SimpleNamespace(classes=names)
+        assert [shows(source, {"classes": np.array(kinds, int)}) for kinds in ([], [0], [0, 1])] == [
+            first < len(kinds) for kinds in ([], [0], [0, 1])
+        ]
+
+
+def test_a_fragment_is_seven_tenths_within_a_cell_of_a_thing_of_twice_its_area():
+    whole = torch.zeros(16, 16, dtype=torch.bool)
+    whole[:4, :6] = True  # 24 pixels
+    for rows, columns, kind, stays in (
+        (slice(0, 1), slice(0, 10), 0, False),  # 7 of 10 within the first and the cells around it
+        (slice(0, 1), slice(1, 11), 0, True),
+        (slice(0, 2), slice(0, 6), 0, False),  # 12 pixels
+        (slice(0, 2), slice(0, 7), 0, True),
+        (slice(0, 2), slice(0, 6), 1, True),  # of another class
+    ):
+        other = torch.zeros_like(whole)
+        other[rows, columns] = True
+        masks, kinds = torch.stack([whole, other])[None], torch.tensor([[0, kind]])
+        found = instance.not_overlapping(masks, kinds, torch.ones(1, 2, dtype=torch.bool), 0.9)
+        assert found.tolist() == [[True, stays]], (rows, columns, kind)
+
+
 def test_semantic_targets_are_a_mask_of_each_class_but_of_no_ignored_pixel():
     target = TASKS["semantic"].target(None, SimpleNamespace(semantic=np.uint8([[0, 3], [255, 3]])))
     assert target["classes"].tolist() == [0, 3]

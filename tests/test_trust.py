@@ -83,6 +83,9 @@ def test_things_that_are_seen_without_the_prompt_make_a_sample_doubtful():
     assert found.reasons == ("without the prompt, 50% of the pixels of things are star, which it does not name",)
     less = scene([0, 2, 2, 3, 3, 3, 3, 3, 3, 0], (0, slice(1, 3)), (1, slice(3, 6)))  # 8 columns, 3 agreed on as stars
     assert with_unprompted(trusted, ("ball",), less, "a ball").reasons == (found.reasons[0].replace("50%", "38%"),)
+    several = scene([2] * 7 + [3, 3, 4], (0, slice(0, 7)), (1, slice(7, 9)), (2, slice(9, 10)))
+    told = with_unprompted(trusted, ("ball",), several, "a ball").reasons[0]
+    assert told == found.reasons[0].replace("50%", "30%"), "what is on an eighth of the pixels is named"
     assert with_unprompted(trusted, ("ball", "star"), RIGHT, "a ball and a star") == trusted
     assert with_unprompted(trusted, ("ball",), RIGHT, "a ball and two stars") == trusted, "in the text"
     assert with_unprompted(trusted, (), RIGHT, "a street") == trusted, "it names no thing"
