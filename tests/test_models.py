@@ -1,7 +1,9 @@
 """The lean models and the fast engine, stage by stage against the reference engine on the same weights."""
 
+import math
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 from bench.decoders import load_decoders
 from datasetdm_fast.data import AttentionSums, ProjectedCapture, Text, join_texts
+from datasetdm_fast.engine.backbones.latent_space import sample_posterior
 from datasetdm_fast.engine.decoders.checkpoint import build_decoder
 from datasetdm_fast.engine.decoders.config import upstream
 from datasetdm_fast.engine.decoders.trunk import fold
@@ -452,3 +455,27 @@ def test_a_moved_buffer_is_noticed(pair):
     graph.inputs[0] = graph.inputs[0].clone()
     with pytest.raises(AssertionError, match="moved"):
         engine.denoise(latents.cuda(), 5, text)
+
+
+def test_a_picture_is_drawn_from_its_posterior_by_its_own_generator():
+    """Of a mean of 3 and a standard deviation of 4."""
+    moments = torch.tensor([3.0, 2 * math.log(4)]).view(1, 2, 1, 1)
+    noise = [float(torch.randn(1, generator=torch.Generator().manual_seed(seed))) for seed in (5, 6, 7)]
+    wanted = pytest.approx([3 + 4 * value for value in noise])
+
+    def sources():
+        return [torch.Generator().manual_seed(seed) for seed in (5, 6, 7)]
+
+    pictures = torch.zeros(3, 256, 256, 3, dtype=torch.uint8)  # of which a call takes one
+    drawn = base.encode_in_chunks(
+        lambda part, own: base.sample_moments(moments.expand(len(part), -1, -1, -1), own), pictures, sources()
+    )
+    assert drawn.flatten().tolist() == wanted
+    posterior = SimpleNamespace(mean=torch.full((3, 1, 1, 1), 3.0), std=torch.tensor(4.0), var=torch.tensor(16.0))
+    assert sample_posterior(posterior, sources()).flatten().tolist() == wanted
+    assert base.sample_moments(moments, None).tolist() == [[[[3.0]]]] == sample_posterior(posterior, None)[:1].tolist()
+
+
+def test_sums_of_attention_are_averaged_over_calls():
+    found = AttentionSums(torch.full((1, 2, 2), 6.0), torch.full((1, 2, 3), 9.0)).over(3)
+    assert (found.cells == 2).all() and (found.tokens == 3).all()

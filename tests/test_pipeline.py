@@ -823,6 +823,18 @@ def test_adapters_of_one_name_are_each_written_down(tiny, tmp_path):
     assert own[0] != own[1] and set(digests) > set(model.digests) and len(digests) == len(model.digests) + 2
 
 
+def test_a_callback_is_told_the_timestep_and_may_change_the_images_of_the_batch():
+    schedule, latents, told = SimpleNamespace(timesteps=(900, 500, 100)), torch.tensor([1.0, 2, 2]).view(3, 1, 1, 1), []
+
+    def change(step, timestep, given):
+        told.append((step, int(timestep), given["latents"].flatten().tolist()))
+        return {"latents": 10 * given["latents"]} if step else None
+
+    after = [diffusing._after(change, schedule, 2, call, latents).flatten().tolist() for call in (0, 1)]
+    assert told == [(0, 900, [1, 2]), (1, 500, [1, 2])]
+    assert after == [[1, 2, 2], [10, 20, 2]] and latents.flatten().tolist() == [1, 2, 2]  # the third fills the batch
+
+
 def test_an_adapter_of_diffusers_is_scaled_as_its_file_notes(tiny, tmp_path):
     model, layer = tiny, "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
     before = model.modules["unet"].get_submodule(layer).weight

@@ -85,6 +85,30 @@ def test_loader_workers_and_ranks_share_the_samples(monkeypatch):
     assert [len(share) for share in shares] == [3, 2, 2] and sorted(sum(shares, [])) == whole
 
 
+def test_every_worker_of_every_rank_has_a_share_of_its_own(monkeypatch):
+    shares = []
+    for rank, worker in [(rank, worker) for rank in range(2) for worker in range(3)]:
+        ranks = {"is_initialized": True, "get_rank": rank, "get_world_size": 2}
+        for name, value in ranks.items():
+            monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+        monkeypatch.setattr(
+            sample_stream, "get_worker_info", lambda worker=worker: SimpleNamespace(id=worker, num_workers=3)
+        )
+        shares.append(sample_stream._share())
+    assert shares == [(number, 6) for number in range(6)]
+
+
+def test_trusted_samples_of_an_epoch_come_after_all_that_the_one_before_may_have_tried(monkeypatch):
+    asked, pipeline = [], stub()
+    monkeypatch.setattr(sample_stream, "MOST_TRIES", 2)
+    pipeline.stream = lambda prompts, *, seeds, **_: asked.append((list(prompts), list(seeds))) or iter(())
+    stream = SampleStream(pipeline, ("a", "b", "c", "d"), "depth", number=3, seed=10, trusted=True)
+    stream.set_epoch(1)
+    with pytest.raises(GateFailed, match="0 of 2 samples are"):
+        list(stream._make_samples(1, 2))  # the second of two shares has one of three samples, and two tries
+    assert asked == [(["d", "b"], [10 + 7, 10 + 9])]  # six were tried before
+
+
 def test_an_engine_in_memory_is_not_shared_with_worker_processes(monkeypatch):
     monkeypatch.setattr(sample_stream, "get_worker_info", lambda: SimpleNamespace(id=0, num_workers=2))
     with pytest.raises(Refused, match="cannot be shared with the worker processes"):
