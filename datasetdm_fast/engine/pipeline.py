@@ -533,7 +533,8 @@ class Pipeline:
             assert isinstance(capture, Capture)  # as it was requested raw
             levels = zip(LEVELS, capture.features, capture.maps)  # maps by layer, head and token
             return {name: torch.cat([*parts, *map(pyramid.planes, maps)], 1) for name, parts, maps in levels}
-        return {label: self._project(capture, label) for label in self.tasks}
+        decoders, levels = self.engine.decoders, self.engine.model.levels
+        return {label: decoders[label].level_sums(capture.of(label), levels) for label in self.tasks}
 
     def _sampled_capture(
         self, prompt: str, timestep: int, seed: int, steps: int, guidance: float, *, is_raw: bool
@@ -555,21 +556,6 @@ class Pipeline:
             state.step(call, engine.denoise(state.latents, time, text))
         capturing = engine.denoise_and_capture_raw if is_raw else engine.denoise_and_capture
         return capturing(state.latents, schedule.timesteps[last], text)[1]
-
-    def _project(self, capture: AnyCapture, label: str) -> dict[str, Tensor]:
-        """Level -> what the decoder of a label reads of it, [1, F, h, w]."""
-        from datasetdm_fast.kernels import pyramid
-
-        weights = self.engine.decoders[label].projections()
-        places = [(place, level) for place, level in enumerate(self.engine.model.levels) if level.name in weights]
-        if isinstance(capture, Capture):
-            return {
-                level.name: pyramid.plain(
-                    capture.features[place], capture.maps[place], weights[level.name].to(self.engine.device), level.side
-                )
-                for place, level in places
-            }
-        return {level.name: capture.of(label).sums[place] for place, level in places}
 
 
 def _negatives(negative: str | Iterable[str] | None) -> Iterable[str]:

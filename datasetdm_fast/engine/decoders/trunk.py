@@ -51,6 +51,19 @@ class Decoder(nn.Module):
             name: torch.cat(rows[name]) if len(rows[name]) > 1 else rows[name][0] for name in LEVELS if name in rows
         }
 
+    def level_sums(self, capture: AnyCapture, levels: Sequence[Level]) -> dict[str, Tensor]:
+        """Level -> the sums [B, F, h, w] that the first layer makes of it, of those of the model that are read; a
+        ProjectedCapture, which holds them, must be this decoder's own.
+        """
+        if isinstance(capture, ProjectedCapture):
+            return {name: total for name, total in zip(LEVELS, capture.sums) if total.shape[1]}
+        weights = self.projections()
+        return {
+            level.name: pyramid.plain(features, maps, weights[level.name].to(features[0].device), level.side)
+            for level, features, maps in zip(levels, capture.features, capture.maps)
+            if level.name in weights
+        }
+
     def call_shares(self) -> Tensor:
         """[calls, levels] the share of each call in what this decoder of several reads of a level."""
         return (CALL_RATE * self.call_weights).softmax(0)

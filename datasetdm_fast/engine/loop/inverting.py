@@ -8,6 +8,8 @@ from functools import partial
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+
 from datasetdm_fast.config import ATTENTION, INVERSION
 from datasetdm_fast.data import Annotation, Batch, Quarantined, Request, Sample, SemanticMap
 from datasetdm_fast.engine.labels.class_tables import spoken
@@ -23,7 +25,6 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.untrusted import documents
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
     from datasetdm_fast.engine.engines.engine import Engine
@@ -50,7 +51,6 @@ class InvertingGenerator(driver.BatchGenerator):
         self.pictures, self.timesteps = pictures, timesteps
 
     def sample(self, batch: Batch) -> Any:
-        import numpy as np
         import torch
 
         squares = [self.pictures.load(request.index, self.recipe.size) for request in batch.padded]
@@ -135,7 +135,6 @@ class TilingGenerator(InvertingGenerator):
         self, request: Request, squares: Sequence[np.ndarray]
     ) -> tuple[list[Sample | Quarantined], list[Tensor]]:
         """Some tiles labelled, each as a picture of its own, and their maps of attention."""
-        import numpy as np
         import torch
 
         from datasetdm_fast.engine.tasks.attention import spread_maps

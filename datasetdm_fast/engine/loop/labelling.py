@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from datasetdm_fast.config import ATTENTION
 from datasetdm_fast.data import (
     Annotation,
@@ -33,7 +35,6 @@ from datasetdm_fast.engine.labels.words import classes_in_order
 from datasetdm_fast.engine.loop.combining import apply_combinations
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
     from datasetdm_fast.engine.decoders.config import DecoderConfig
@@ -271,8 +272,6 @@ def word_slots(queries: Sequence[Sequence[str]]) -> int:
 
 def with_prompt_class(label: Any, request: Request, recipe: Recipe) -> Instances:
     """The instances as those of the class that the prompt names first; none if it names no class."""
-    import numpy as np
-
     words = recipe.words
     named = classes_in_order(request.prompt, request.classes, recipe.table) or request.classes
     count = len(label.masks) if named else 0
@@ -282,8 +281,6 @@ def with_prompt_class(label: Any, request: Request, recipe: Recipe) -> Instances
 
 def renumber(label: Any, named: tuple[str, ...], words: tuple[str, ...]) -> SemanticMap:
     """A label map over the words of one prompt as one over the words of the run: 0 = none of them, 1 + k = word k."""
-    import numpy as np
-
     numbers = np.zeros(256, np.uint8)
     for place in range(len(label.classes) - 1):
         numbers[place + 1] = 1 + words.index(named[min(place, len(named) - 1)]) if named else 0

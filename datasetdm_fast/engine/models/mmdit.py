@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from datasetdm_fast.data import Text
 from datasetdm_fast.engine.backbones.mmdit_plans import PADDED_TOKENS, BlockPlan, JointPlan, StreamPlan
 from datasetdm_fast.engine.models.layers import Linear, Weights, frozen, join_heads
+from datasetdm_fast.engine.models.mmdit_readers import CallReader
 from datasetdm_fast.engine.models.unet import make_waves
 
 Vectors = Mapping[str, Tensor]  # scales, shifts and gates [R or 1, D] of the norms of a stream
@@ -39,26 +40,6 @@ class Tokens(NamedTuple):
         if self.branch_weight is not None:
             branch = F.rms_norm(branch, self.branch_weight.shape, self.branch_weight, eps)
         return self.x + branch if self.gate is None else torch.addcmul(self.x, branch, self.gate[:, None])
-
-
-class Reader(Protocol):
-    """What reads some attentions of a call."""
-
-    images: int  # the last rows of a call, which are read
-    begin: int  # of the text's tokens, set by the network
-
-    def reads(self, block: int) -> bool: ...
-
-    def read(
-        self,
-        block: int,
-        tokens: Tensor,  # [R, S, D] what the first stream multiplies: the image, and maybe more after it
-        appended: Tensor,  # [B, S, F] the product of the last rows of it with the appended weights
-        query: Tensor,  # [R, heads, N, d] of all tokens
-        key: Tensor,
-        sums: Tensor,  # [R, heads, N] logarithms of the sums of exponentials
-        mask: Tensor | None,  # [R, 1, 1, N]
-    ) -> None: ...
 
 
 def find_weight(weights: Weights, name: str) -> nn.Parameter | None:
@@ -160,7 +141,7 @@ class JointBlock(nn.Module):
         turns: Tensor | None,
         mask: Tensor | None,
         number: int = 0,
-        reader: Reader | None = None,
+        reader: CallReader | None = None,
     ) -> list[Tokens]:
         read = reader if reader is not None and reader.reads(number) else None
         normed = [
@@ -268,7 +249,7 @@ class MMDiT(nn.Module):
         """Multiplies these rows [F, D] with the tokens of a block, too, where a call is read."""
         self.blocks[block].streams[0].qkv.append(torch.cat(list(rows)))
 
-    def forward(self, latents: Tensor, timestep: Tensor, text: Text, reader: Reader | None = None) -> Tensor:
+    def forward(self, latents: Tensor, timestep: Tensor, text: Text, reader: CallReader | None = None) -> Tensor:
         plan, halves = self.plan, text.context.shape[0] // latents.shape[0]
         side = latents.shape[-1] // plan.patch
         image, words, mask, lengths = self._enter(latents, text)

@@ -39,12 +39,16 @@ class CallReader:
         queries, keys, logarithms of sums and mask of the attention to the text.
         """
         self.blocks, self.images, self.cells, self.keep = frozenset(blocks), images, cells, keep
-        self.begin = 0
+        self.begin = 0  # of the text's tokens, set by the network
 
     def reads(self, block: int) -> bool:
         return block in self.blocks
 
     def read(self, block: int, *seen: Tensor | None) -> None:
+        """`seen` are the tokens [R, S, D] that the first stream multiplies, the image's first; the product [B, S, F] of
+        the last rows with the appended weights; queries and keys [R, heads, N, d] of all tokens; logarithms [R, heads,
+        N] of the sums of exponentials; and a mask [R, 1, 1, N], or None.
+        """
         parts: list[Any] = [None if part is None else part[-self.images :] for part in seen]
         (tokens, appended, query, key, sums, mask), cells = parts, slice(self.cells)
         text = key[:, :, self.begin :], sums[:, :, cells], None if mask is None else mask[..., self.begin :]

@@ -5,20 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from datasetdm_fast.data import IGNORE
-from datasetdm_fast.engine.pictures import framing, reading
+from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Labelled, Picture
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.untrusted import documents
-
-if TYPE_CHECKING:
-    import numpy as np
-    from PIL.Image import Image
 
 
 @dataclass(frozen=True)
@@ -141,15 +136,13 @@ class PicturesInMemory:
         return crop_square(self.images[index], size)
 
 
-def pictures_in_memory(images: Sequence[np.ndarray | Image]) -> PicturesInMemory:
+def pictures_in_memory(images: Sequence[np.ndarray | Image.Image]) -> PicturesInMemory:
     """Images of a caller, checked."""
     return PicturesInMemory([_pixels(image, place) for place, image in enumerate(images)])
 
 
-def _pixels(image: np.ndarray | Image, place: int) -> np.ndarray:
+def _pixels(image: np.ndarray | Image.Image, place: int) -> np.ndarray:
     """The pixels of an image of a caller, checked."""
-    import numpy as np
-
     pixels = _of_pillow(image, place) if hasattr(image, "getbands") else np.array(image)
     if pixels.dtype.kind in "OSU":
         raise Refused(
@@ -165,7 +158,7 @@ def _pixels(image: np.ndarray | Image, place: int) -> np.ndarray:
     return pixels
 
 
-def _of_pillow(image: Image, place: int) -> np.ndarray:
+def _of_pillow(image: Image.Image, place: int) -> np.ndarray:
     """An image of Pillow as viewers show it and as the pictures of a folder are read."""
     if image.mode.startswith("I") or image.mode == "F":  # Pillow would cut off what is above 255
         raise Refused(
@@ -187,6 +180,4 @@ def _of_pillow(image: Image, place: int) -> np.ndarray:
 
 def crop_square(image: np.ndarray, size: int) -> np.ndarray:  # [size, size, 3] uint8
     """The largest square in the middle of an image [H, W, 3] uint8."""
-    return framing.frame_picture(
-        Picture("", image, ""), framing.fit_window(image.shape[0], image.shape[1], size), size
-    ).image
+    return frame_picture(Picture("", image, ""), fit_window(image.shape[0], image.shape[1], size), size).image

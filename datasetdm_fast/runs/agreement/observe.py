@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import product
 
 import numpy as np
 import torch
@@ -21,7 +20,6 @@ from datasetdm_fast.engine.loop.labelling import attention_labels, decoder_label
 from datasetdm_fast.engine.loop.recipe import Recipe
 from datasetdm_fast.engine.loop.speed import SpeedCalls
 from datasetdm_fast.engine.sampling.schedule import SamplerState, Schedule, guide, start, step
-from datasetdm_fast.kernels import pyramid
 from datasetdm_fast.stages import LEVELS
 
 ROUNDING = 1e-5  # relative change of what a decoder reads: as much as the limit of `level` allows in fp32
@@ -162,20 +160,13 @@ def perturb_capture(capture: AnyCapture, seed: int) -> AnyCapture:
 def level_tensors(engine, captures: Iterable[AnyCapture]) -> dict[str, list[Tensor]]:
     """Per level the projected sums of every decoder, or without decoders the features and maps themselves."""
     levels: dict[str, list[Tensor]] = {name: [] for name in LEVELS}
-    for capture, (place, level) in product(captures, enumerate(engine.model.levels)):
+    for capture in captures:
         if not engine.decoders:
-            levels[level.name] += [value.float().cpu() for value in (*capture.features[place], *capture.maps[place])]
+            for name, features, maps in zip(LEVELS, capture.features, capture.maps):
+                levels[name] += [value.float().cpu() for value in (*features, *maps)]
         for task, decoder in engine.decoders.items():
-            weight = decoder.projections().get(level.name)
-            if weight is None:
-                continue
-            is_projected = isinstance(capture, ProjectedCapture)
-            total = (
-                capture.of(task).sums[place]
-                if is_projected
-                else pyramid.plain(capture.features[place], capture.maps[place], weight, level.side)
-            )
-            levels[level.name].append(total.float().cpu())
+            for name, total in decoder.level_sums(capture.of(task), engine.model.levels).items():
+                levels[name].append(total.float().cpu())
     return levels
 
 

@@ -24,7 +24,6 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.export.manifest import Manifest
 from datasetdm_fast.export.onnx.stage_names import RAW, annotate_name, average_name, separate_options
 from datasetdm_fast.export.onnx.to_onnx import export_cached, usual_rows
-from datasetdm_fast.kernels import pyramid
 from datasetdm_fast.plugins import load_place
 from datasetdm_fast.stages import LEVELS
 
@@ -216,7 +215,9 @@ class GraphEngine(Engine):
     @torch.inference_mode()
     def annotate(self, task: str, capture: AnyCapture, text: Tensor | None = None) -> dict[str, Tensor]:
         check_task(task, self.decoders)
-        sums, config = self._sums(task, capture), self.decoders[task].config
+        decoder = self.decoders[task]
+        read = decoder.level_sums(capture.of(task), self.model.levels)
+        sums, config = {f"sums_{name}": total for name, total in read.items()}, decoder.config
         if not config.has_text:
             return self._call_decoder(task, capture.batch, sums, None)
         width = config.text_width
@@ -236,17 +237,6 @@ class GraphEngine(Engine):
         """The outputs of a decoder, `words` being [B, K, D] where it reads any."""
         inputs = {**sums, **({} if words is None else {"text": words})}
         return self._run(annotate_name(task), self._unet_images(batch), **inputs)
-
-    def _sums(self, task: str, capture: AnyCapture) -> dict[str, Tensor]:
-        """What the task's decoder reads, by the names of its stage."""
-        if isinstance(capture, ProjectedCapture):
-            return {f"sums_{name}": total for name, total in zip(LEVELS, capture.of(task).sums) if total.shape[1]}
-        weights = self.decoders[task].projections()
-        return {
-            f"sums_{level.name}": pyramid.plain(features, maps, weights[level.name].to(self.device), level.side)
-            for level, features, maps in zip(self.model.levels, capture.features, capture.maps)
-            if level.name in weights
-        }
 
 
 def split_batch(inputs: Tensors, size: int) -> list[Tensors]:
