@@ -247,6 +247,50 @@ def test_the_pages_tell_the_accuracy_of_the_demo_s_labels_as_it_was_measured():
         assert f"| `{name}` | {' | '.join(masks(figures[name]))} | {words:.3f} | {depth:.4f} |" in page
 
 
+def test_the_pages_tell_how_the_network_judged_the_samples():
+    document = json.loads((ROOT / "bench/world/demo-labels.json").read_text())
+    page, titles = (ROOT / "docs/demo-model.md").read_text(), {"renders": "{} renders", "generated": "{} generated"}
+    titles |= {f"trusted {name}": "the {} trusted of these" for name in titles}
+    for number, things in enumerate(("one thing", "two things", "three things"), 1):
+        titles[f"generated, {number} named"] = f"{{}} generated, {things} named"
+    for name, title in titles.items():
+        rows = [
+            f"| {kind} | {' | '.join(f'{100 * row[key]:.1f} %' for key in ('found', 'precision', 'swapped'))} |"
+            for kind, row in document["sets"][name].items()
+        ]
+        assert f"| {title.format(document['counts'][name])} {rows[0]}\n| {rows[1]}\n" in page, name
+    by, wrong = document["doubtful_by"], document["wrong"]
+    trusted = document["pictures"] - document["doubtful"]
+    for told in (
+        f"Of 500 default samples (seeds from 0 on), {document['doubtful']} are",
+        f"{by['labels']} for their labels alone, {by['domain']} as their pictures",
+        f"learned from, and {by['both']} for both.",
+        f"The network judges {wrong} of the 500 samples wrong.",
+        f"Of these {wrong} samples, {wrong * document['doubtful_of_wrong']:.0f} are doubtful; of the samples judged "
+        f"right, {document['doubtful_of_right']:.1%}".replace("%", " %"),
+    ):
+        assert told in " ".join(page.split())
+    quick = document["quickstart"]
+    told = f"{quick['with_more_instances']} have more instances than things named, which makes them doubtful, and "
+    assert f"{told}{quick['missing_a_thing']} lack a named thing." in " ".join(page.split())
+    told = (
+        f"Of the {trusted + by['domain']} of 500 default samples that nothing else makes doubtful, {by['domain']} were."
+    )
+    assert told in " ".join((ROOT / "docs/data-set.md").read_text().split())
+
+
+def test_the_page_tells_how_good_labels_from_attention_are():
+    document = json.loads((ROOT / "bench/world/demo-attention.json").read_text())
+    page = (ROOT / "docs/attention.md").read_text()
+    for title, figure in (
+        ("default, 255 left out", "iou"),
+        ("uncertain pixels given to their class", "iou_filled"),
+        ("exponent 0: no self-attention", "iou_exponent_0"),
+        ("class prompts of other pictures", "iou_shuffled"),
+    ):
+        assert f"| {title} | {document[figure]['all']:.2f} |" in page
+
+
 def test_pictures_of_every_setting_are_labelled_and_marked(tmp_path, capsys):
     assert marks.main(["--out", str(tmp_path / "marks.json"), "--number", "2"]) == 0
     document = json.loads((tmp_path / "marks.json").read_text())
