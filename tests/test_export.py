@@ -630,7 +630,8 @@ def test_a_signal_leaves_nothing_half_written(tmp_path):
         (("--decoder", "."), 3),
         (("--size", "100"), 2),
         (("--too", "onnx"), 2),
-        (("--to", "tensorrt"), 2),
+        (("--capability", "sm90"), 2),
+        (("--batch", "4"), 2),
         (("--precision", "fp8"), 2),
     ],
 )

@@ -7,12 +7,14 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
+import fake_tensorrt
 import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper
 from skips import long_test
 
+from datasetdm_fast import export_cli
 from datasetdm_fast.config import SD_DEFAULTS
 from datasetdm_fast.engine.decoders import checkpoint
 from datasetdm_fast.engine.decoders.config import upstream
@@ -58,6 +60,24 @@ def test_every_stage_of_a_tiny_model_becomes_a_plan_for_a_card_that_is_not_here(
         path = tmp_path / f"{stage}.plan"
         plan_builder.build_plan(tmp_path / tensors.file, path, dynamic_shapes(tensors, 1), rtx(), "sm120")
         assert path.stat().st_size > 10_000
+
+
+def test_the_command_writes_a_plan_beside_each_graph(tmp_path, monkeypatch, capsys):
+    built, out = fake_tensorrt.fake_builder(monkeypatch), tmp_path / "plans"
+    line = ["--model", "tiny", "--decoder", "none", "--to", "tensorrt", "--out", str(out)]
+    monkeypatch.setattr(flavours, "gpu_capabilities", list)
+    for flags, code, words in (
+        (["--capability", "sm90"], 2, "builds plans for sm75, sm80"),
+        ([], 3, "needs an NVIDIA GPU"),
+    ):
+        assert export_cli.main([*line, *flags]) == code and not out.exists()
+        assert words in capsys.readouterr().err
+    assert export_cli.main([*line, "--capability", "sm89", "--batch", "3"]) == 0
+    stages = {path.stem for path in out.glob("*.plan")}
+    assert stages == {name for name, _, _ in built} == {"encode_text", "denoise", "decode_image", "encode_image"}
+    sizes = {name: next(iter(shapes.values()))[0] for name, shapes, _ in built}
+    assert sizes == {"encode_text": 8, "denoise": 3, "decode_image": 3, "encode_image": 3}
+    assert {capability for *_, capability in built} == {"sm89"} and not list(out.glob("*.part"))
 
 
 # A model as wide as a quarter of Stable Diffusion ---------------------------------------------------------------------

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from datasetdm_fast.errors import Missing
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.untrusted.documents import quote
 
 TITLES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}  # by module; the first that is installed is taken
 DATA_CENTRE = {"sm90", "sm100", "sm103"}  # which TensorRT-RTX does not serve
@@ -109,3 +110,17 @@ def require_gpu() -> Flavour:
             f"The full TensorRT serves this GPU. {FULL}",
         )
     return flavour
+
+
+def choose_target(capability: str) -> tuple[Flavour, str]:
+    """The flavour that builds plans here, and the GPU they are for: by name, which TensorRT-RTX needs no GPU for, or
+    the first of this machine.
+    """
+    flavour = find_flavour() if capability else require_gpu()
+    if capability not in ("", *flavour.capabilities):
+        known = ", ".join(flavour.capabilities) or "those of the GPU at hand"
+        raise Refused(
+            f"--capability {quote(capability)}: {flavour.title} builds plans for {known}",
+            "Choose one of these, or leave it out on the machine that runs the plans.",
+        )
+    return flavour, capability or next(filter(flavour.serves, gpu_capabilities()))

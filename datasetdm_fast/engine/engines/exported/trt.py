@@ -129,19 +129,32 @@ class TrtStage:
             path = self.path(batch)
             with fill_alone(self.folder):  # one process builds for all that wait
                 if not path.exists():
-                    self._build(path, batch)
+                    engine = self.engine
+                    target = engine.flavour, engine.queue.capability, engine.on_message
+                    build_stage(path, self.manifest, self.stage, batch, *target)
             self.plans[batch] = LoadedPlan(path, self.tensors, batch, self.engine.flavour, self.engine.queue)
         return self.plans[batch]
 
-    def _build(self, path: Path, batch: int) -> None:
-        self.engine.on_message(f"building {self.stage} for batch {batch}, which takes minutes")
-        graph, part = self.manifest.graph(self.folder, self.stage), storage.part_of(path)
-        shapes = dynamic_shapes(self.tensors, batch)
-        try:
-            plan_builder.build_plan(graph, part, shapes, self.engine.flavour, self.engine.queue.capability)
-            storage.move(part, path)
-        finally:
-            storage.forget(part)
+
+def build_stage(
+    path: Path,
+    manifest: Manifest,
+    stage: str,
+    batch: int,
+    flavour: Flavour,
+    capability: str,
+    on_message: Callable[[str], None],
+) -> None:
+    """Builds the plan of a stage from its graph, which lies beside it, for calls of a batch of that many images."""
+    size = call_size(stage, manifest.size, batch)
+    on_message(f"building {stage} for batch {size}, which takes minutes")
+    graph, part = manifest.graph(path.parent, stage), storage.part_of(path)
+    shapes = dynamic_shapes(manifest.stages[stage], size)
+    try:
+        plan_builder.build_plan(graph, part, shapes, flavour, capability)
+        storage.move(part, path)
+    finally:
+        storage.forget(part)
 
 
 def call_size(stage: str, size: int, batch: int) -> int:
