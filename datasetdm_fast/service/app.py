@@ -21,10 +21,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from datasetdm_fast.errors import GateFailed, Missing, Refused
-from datasetdm_fast.service.answers import encode_sample
 from datasetdm_fast.service.batching import Batcher, QueueFull
 from datasetdm_fast.service.metrics import Metrics
-from datasetdm_fast.service.requests import Work, read_generation, read_labelling
+from datasetdm_fast.service.requests import Work, encode_sample, read_generation, read_labelling
 from datasetdm_fast.untrusted import documents, images
 
 LARGEST_TEXT = 2**16  # bytes of a request without a picture

@@ -1,4 +1,4 @@
-"""What clients send, checked before anything waits for the engine."""
+"""What clients send, checked before anything waits for the engine, and samples as answers hold them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from typing import Any
 
 from PIL import Image
 
-from datasetdm_fast.data import Request
-from datasetdm_fast.engine.labels import number_classes
+from datasetdm_fast.data import Request, Sample
+from datasetdm_fast.engine.labels import kind_of, label_files, number_classes
+from datasetdm_fast.engine.labels.pictures import encode_picture
 from datasetdm_fast.engine.loop.recipe import Recipe, label_tables
 from datasetdm_fast.engine.pipeline import Pipeline
 from datasetdm_fast.errors import Refused, nearest
@@ -102,3 +103,37 @@ def _check_fields(body: Any, form: Mapping[str, Any], required: str, pipeline: P
         documents.check_form(value, form[name], name)
     if body.get("model", (served := pipeline.engine.model.name)) != served:
         raise Refused(f"model: {documents.quote(body['model'])} is not served, {served!r} is", "Leave it out.")
+
+
+def encode_sample(sample: Sample, tables: Mapping[str, Any], has_previews: bool) -> dict[str, Any]:
+    """The image as OpenAI's clients read it, and each label with the bytes and records of a run folder."""
+    files, records = label_files.encode(sample, "png", tables)
+    request = sample.request
+    labels: dict[str, Any] = {}
+    answer = {"b64_json": _base64(files["image"][1]), "seed": request.seed, "prompt": request.prompt, "labels": labels}
+    if sample.trust is not None:
+        answer["doubts"] = list(sample.trust.reasons)
+    for task, record in records.items():
+        kind, table = kind_of(task), tables[task]
+        label: dict[str, Any] = {"files": {role: _base64(files[role][1]) for role in kind.files(table)}}
+        labels[task] = label
+        if kind.coco_file:
+            label["coco"] = _coco(sample, record, kind.categories(table))
+        else:
+            label |= {"classes": {str(number): name for number, name in kind.names(table).items()}, "record": record}
+        if has_previews:
+            picture = kind.picture(sample.annotations[task], sample.image)
+            label["preview"] = _base64(encode_picture(picture, "PNG"))
+    return answer
+
+
+def _coco(sample: Sample, record: list[dict[str, Any]], categories: list[dict[str, Any]]) -> dict[str, Any]:
+    """A file in COCO's form of this image alone."""
+    height, width, _ = sample.image.shape
+    annotations = [{"id": number, "image_id": 1, "iscrowd": 0, **each} for number, each in enumerate(record, 1)]
+    image = {"id": 1, "width": width, "height": height, "file_name": f"{sample.request.id}.png"}
+    return {"images": [image], "annotations": annotations, "categories": categories}
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()

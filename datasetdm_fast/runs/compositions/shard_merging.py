@@ -12,9 +12,9 @@ from datasetdm_fast.runs.compositions.composition import Source, identity_of
 from datasetdm_fast.runs.compositions.merging import CONVERT, Merging
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, SHARDS, check_same, pretty, shard_size
 from datasetdm_fast.runs.run_folder.ledger import canonical
+from datasetdm_fast.runs.run_folder.selections import DROPPED_IDS, encode_dropped
 from datasetdm_fast.runs.run_folder.shard_audit import find_sharded
 from datasetdm_fast.runs.run_folder.shard_places import ShardPlace, is_url, shard_place
-from datasetdm_fast.runs.run_folder.shard_selections import DROPPED_IDS, encode_dropped
 from datasetdm_fast.runs.run_folder.shards import PARALLEL_READS, ShardEntry, ShardLedger, entry_name, list_shards
 
 

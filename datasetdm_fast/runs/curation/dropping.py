@@ -15,7 +15,7 @@ from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger, Row
 from datasetdm_fast.runs.run_folder.reader import Run
 from datasetdm_fast.runs.run_folder.scores import add_distances
-from datasetdm_fast.runs.run_folder.shard_selections import DROPPED_IDS, encode_dropped
+from datasetdm_fast.runs.run_folder.selections import DROPPED_IDS, encode_dropped
 from datasetdm_fast.untrusted import documents
 
 BLOCK = 64  # samples moved together

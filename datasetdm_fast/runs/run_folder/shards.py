@@ -43,8 +43,8 @@ from datasetdm_fast.runs.run_folder.ledger import (
     digest_of,
     encode_trust,
 )
+from datasetdm_fast.runs.run_folder.selections import PARALLEL_READS, SCORES_FOLDER, Score, ShardScores
 from datasetdm_fast.runs.run_folder.shard_places import ShardPlace, is_url, shard_place
-from datasetdm_fast.runs.run_folder.shard_selections import PARALLEL_READS, SCORES_FOLDER, Score, ShardScores
 from datasetdm_fast.untrusted import documents
 from datasetdm_fast.untrusted.images import LARGEST_IMAGE_FILE
 

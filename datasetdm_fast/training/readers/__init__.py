@@ -20,7 +20,7 @@ from datasetdm_fast.training.readers.deepfashion import DeepFashion
 from datasetdm_fast.training.readers.demo import DemoWorld
 from datasetdm_fast.training.readers.folder import PARTS, Folder
 from datasetdm_fast.training.readers.hf import HuggingFace
-from datasetdm_fast.training.readers.kitti import Kitti
+from datasetdm_fast.training.readers.kitti import Kitti, VirtualKitti
 from datasetdm_fast.training.readers.label_studio import LabelStudio
 from datasetdm_fast.training.readers.labelme import LabelMe
 from datasetdm_fast.training.readers.lvis import Lvis
@@ -28,7 +28,6 @@ from datasetdm_fast.training.readers.mask import Masks
 from datasetdm_fast.training.readers.nyu import Nyu
 from datasetdm_fast.training.readers.run import RunSamples
 from datasetdm_fast.training.readers.supervisely import Supervisely
-from datasetdm_fast.training.readers.vkitti2 import VirtualKitti
 from datasetdm_fast.training.readers.voc import Voc
 from datasetdm_fast.training.readers.yolo import Yolo
 from datasetdm_fast.training.truth.selection import EVERYTHING, PRESETS, DataSettings, Selection, select
