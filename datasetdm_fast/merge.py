@@ -34,14 +34,15 @@ class MergeConfig(OutputSettings):
 def main(config: MergeConfig, command: CommandLine) -> int:
     from datasetdm_fast.runs.compositions.composition import Source, count_existing
     from datasetdm_fast.runs.compositions.merging import Merging, write_missing
-    from datasetdm_fast.runs.compositions.shard_merging import ShardMerging, ShardSource
+    from datasetdm_fast.runs.compositions.shard_merging import ShardMerging
     from datasetdm_fast.runs.run_folder.shard_audit import find_sharded
 
     if len(config.runs) < 2:
         count = count_noun(len(config.runs), "run") if config.runs else "no run"
         raise Refused(f"{command.prog}: {count} named, expected two or more", "Name the run folders to be merged.")
     if any(find_sharded(path) is not None for path in config.runs):
-        shards = ShardMerging([ShardSource(path, only_kept=config.kept) for path in config.runs], config.out)
+        sources = [Source(path, only_kept=config.kept, may_be_sharded=True) for path in config.runs]
+        shards = ShardMerging(sources, config.out)
         merging: Merging = shards
         existing, write = shards.count_existing(), shards.write_missing
     else:

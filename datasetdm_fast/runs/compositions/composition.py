@@ -1,5 +1,6 @@
 """New runs made of samples of finished ones: their source, and what is compared."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -13,6 +14,7 @@ from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.run_folder.document import (
     LEDGER,
+    SHARDS,
     check_same,
     damage_failure,
     made_by,
@@ -21,7 +23,7 @@ from datasetdm_fast.runs.run_folder.document import (
     sides,
 )
 from datasetdm_fast.runs.run_folder.indexes import writers
-from datasetdm_fast.runs.run_folder.ledger import Ledger, Row
+from datasetdm_fast.runs.run_folder.ledger import Ledger, Row, canonical
 from datasetdm_fast.runs.run_folder.reader import Run
 from datasetdm_fast.runs.run_folder.seal import is_sealed, read_seal
 from datasetdm_fast.runs.run_folder.selections import FILTER, check_filtered
@@ -33,27 +35,25 @@ PIXEL_BYTES = 8  # of a sample with every kind of label
 
 
 class Source:
-    """A finished run folder."""
+    """A finished run, in a folder unless it `may_be_sharded`."""
 
-    def __init__(self, place: str | Path, *, only_kept: bool = False):
+    def __init__(self, place: str | Path, *, only_kept: bool = False, may_be_sharded: bool = False):
         self.place, self.run = str(place), Run(place, kept=only_kept)
         self.path, self.document = self.run.path, self.run.document
-        self._check_kind()
+        if not may_be_sharded:
+            refuse_shards(self.path)
         if only_kept:
             check_filtered(self.path)
         self.filter_digest = storage.sha256_of(self.path / FILTER) if only_kept else ""
-        if not self.run.is_complete or not self._is_closed():
+        if not self.run.is_complete or not (self.run.shards is not None or is_sealed(self.path)):
             raise Refused(f"{place}: the run is not finished", "Run the command that made it again: it resumes.")
-
-    def _check_kind(self) -> None:
-        refuse_shards(self.path)
-
-    def _is_closed(self) -> bool:
-        return is_sealed(self.path)
 
     @cached_property
     def digests(self) -> dict[str, str]:
-        """Digests of the index files, which decide every sample of the run with its labels."""
+        """Digests of the index files, or the one of all shards, which decide every sample with its labels."""
+        if (shards := self.run.shards) is not None:
+            files = [sorted(file.sha256 for file in entry.files.values()) for entry in shards.entries.values()]
+            return {SHARDS: hashlib.sha256(canonical(files).encode()).hexdigest()}
         sealed = read_seal(self.path)
         return {name: sealed[name] for name in writers(self.document) if name.endswith((".json", ".jsonl"))}
 

@@ -1,51 +1,26 @@
 """Runs in shards become one: a manifest whose entries name the shards of others, of which none is copied."""
 
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from pathlib import Path
 
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.compositions.composition import Source, identity_of
 from datasetdm_fast.runs.compositions.merging import CONVERT, Merging
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, SHARDS, check_same, pretty, shard_size
-from datasetdm_fast.runs.run_folder.ledger import canonical
 from datasetdm_fast.runs.run_folder.selections import DROPPED_IDS, encode_dropped
 from datasetdm_fast.runs.run_folder.shard_audit import find_sharded
 from datasetdm_fast.runs.run_folder.shard_places import ShardPlace, is_url, shard_place
-from datasetdm_fast.runs.run_folder.shards import PARALLEL_READS, ShardEntry, ShardLedger, entry_name, list_shards
-
-
-class ShardSource(Source):
-    """A finished run in shards."""
-
-    def _check_kind(self) -> None:
-        if self.run.shards is None:
-            raise Refused(f"{self.place}: it is a run folder, and others are in shards", CONVERT)
-
-    def _is_closed(self) -> bool:
-        return True
-
-    @property
-    def ledger(self) -> ShardLedger:
-        assert self.run.shards is not None
-        return self.run.shards
-
-    @cached_property
-    def digests(self) -> dict[str, str]:
-        """The digest of its shards."""
-        files = [sorted(file.sha256 for file in entry.files.values()) for entry in self.ledger.entries.values()]
-        return {SHARDS: hashlib.sha256(canonical(files).encode()).hexdigest()}
+from datasetdm_fast.runs.run_folder.shards import PARALLEL_READS, ShardEntry, entry_name, list_shards
 
 
 class ShardMerging(Merging):
     """A merged run in shards at `out`."""
 
-    sources: Sequence[ShardSource]
-
-    def __init__(self, sources: Sequence[ShardSource], out: str):
+    def __init__(self, sources: Sequence[Source], out: str):
+        if folders := [source.place for source in sources if source.run.shards is None]:
+            raise Refused(f"{folders[0]}: it is a run folder, and others are in shards", CONVERT)
         self.place = shard_place(out)
         size = max(shard_size(source.document["config"]) for source in sources)
         self.layout = {"layout": SHARDS, "shard_size": size}
@@ -60,14 +35,16 @@ class ShardMerging(Merging):
         self.sides = {(size, size) for size in sizes}
         known = set()
         for source in self.sources:
-            remaining = set(source.run.indices) if source.filter_digest or source.ledger.dropped else None
-            for shard, entry in sorted(source.ledger.entries.items()):
+            ledger = source.run.shards
+            assert ledger is not None
+            remaining = set(source.run.indices) if source.filter_digest or ledger.dropped else None
+            for shard, entry in sorted(ledger.entries.items()):
                 files = frozenset(file.sha256 for file in entry.files.values())
                 if files in known:
                     self.duplicates += len(entry.indices)
                     continue
                 known.add(files)
-                place, number = source.ledger.source_of(shard)
+                place, number = ledger.source_of(shard)
                 first = len(self.entries) * self.layout["shard_size"]
                 self.entries.append(entry.renumber(first, {"place": self._name(place), "shard": number}))
                 if remaining is not None:

@@ -95,19 +95,16 @@ def restore(run: Run, requested: Iterable[int] | None, *, is_dry: bool = False) 
 
 def _find_known(run: Run, requested: Iterable[int], remedy: str) -> tuple[set[int], dict[int, Any]]:
     """The samples of the data set and the dropped ones; a request for any other is refused."""
-    present, dropped = {row.request.index for row in run.rows(())}, _read_dropped(run)
+    present = {row.request.index for row in run.rows(())}
+    if run.shards is not None:
+        dropped = dict.fromkeys(run.shards.dropped)  # whose rows nobody needs
+    else:
+        with Ledger(run.path / LEDGER, read_only=True) as ledger:
+            dropped = {row.request.index: row for row in ledger.dropped_rows()}
     for index in sorted(set(requested) - present - dropped.keys() - find_doubtful(run)):
         raise Refused(f"{run.path}: no sample has the id {index:08d}", remedy)
     run.close()
     return present, dropped
-
-
-def _read_dropped(run: Run) -> dict[int, Any]:
-    """The rows of dropped samples by index; those of shards need none."""
-    if run.shards is not None:
-        return dict.fromkeys(run.shards.dropped)
-    with Ledger(run.path / LEDGER, read_only=True) as ledger:
-        return {row.request.index: row for row in ledger.dropped_rows()}
 
 
 def _finish(folder: RunFolder, changed: Iterable[int]) -> None:
