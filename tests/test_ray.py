@@ -29,9 +29,9 @@ from datasetdm_fast.runs.run_folder import shard_places
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.shard_places import shard_place
 from datasetdm_fast.runs.run_settings import RunConfig, WorkerSettings
-from datasetdm_fast.runs.workers import ray_connection
+from datasetdm_fast.runs.workers import ray_ranks
 from datasetdm_fast.runs.workers.devices import pool_of
-from datasetdm_fast.runs.workers.ray_connection import address_of
+from datasetdm_fast.runs.workers.ray_ranks import address_of
 from datasetdm_fast.runs.workers.shard_worker import ShardRank, work_on_shards
 from datasetdm_fast.runs.workers.worker import Callbacks
 
@@ -264,7 +264,7 @@ def test_a_ray_of_its_own_asks_for_a_token(monkeypatch, version, mode, said):
     """It listens on all addresses of the machine."""
     monkeypatch.setenv("RAY_AUTH_MODE", mode)
     with pytest.raises((Missing, Refused), match=said) if said else nullcontext():
-        ray_connection._require_token("ray", version)
+        ray_ranks._require_token("ray", version)
 
 
 @pytest.mark.loopback
@@ -288,7 +288,7 @@ def test_an_address_nobody_answers_at_ends_the_command_at_once(command, tmp_path
     [(b"", "timed out"), (b"HTTP/1.0 400 Bad request\r\n", "what answers is no head of a Ray cluster")],
 )
 def test_a_port_of_something_else_is_no_head(monkeypatch, answer, told):
-    monkeypatch.setattr(ray_connection, "CONNECT_SECONDS", 60 if answer else 0.5)
+    monkeypatch.setattr(ray_ranks, "CONNECT_SECONDS", 60 if answer else 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
 
@@ -302,7 +302,7 @@ def test_a_port_of_something_else_is_no_head(monkeypatch, answer, told):
         threading.Thread(target=serve, daemon=True).start()
         with (
             pytest.raises(Missing, match=f"no head at 127.0.0.1:{port} .{told}"),
-            ray_connection.join_cluster(f"ray://127.0.0.1:{port}", 0, "none"),
+            ray_ranks.join_cluster(f"ray://127.0.0.1:{port}", 0, "none"),
         ):
             pass
 
@@ -450,7 +450,7 @@ def test_the_cluster_of_the_readme_is_one_that_ray_accepts():
 
 def test_an_error_of_ray_is_one_line_without_colours():
     assert (
-        ray_connection.first_line(RuntimeError("\n\x1b[36m(pid=7)\x1b[0m the node died\n  at line 3"))
+        ray_ranks.first_line(RuntimeError("\n\x1b[36m(pid=7)\x1b[0m the node died\n  at line 3"))
         == "(pid=7) the node died"
     )
-    assert ray_connection.first_line(TimeoutError()) == "TimeoutError"
+    assert ray_ranks.first_line(TimeoutError()) == "TimeoutError"
