@@ -12,7 +12,6 @@ import types
 import weakref
 from dataclasses import fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -45,7 +44,7 @@ from datasetdm_fast.training import (
     workflow,
 )
 from datasetdm_fast.training.captures import cache
-from datasetdm_fast.training.data_record import _record_item, find_changes
+from datasetdm_fast.training.data_record import find_changes, record_data
 from datasetdm_fast.training.readers import open_data
 from datasetdm_fast.training.settings import TrainConfig
 from datasetdm_fast.training.trainer import Trainer
@@ -396,11 +395,14 @@ def test_a_change_of_anything_that_is_truth_is_another_record():
         "keypoint_areas": (np.ones(1), np.zeros(1)),
     }
     assert {*changes} == {field.name for field in fields(Picture)} - {"id", "person"}  # a box of keypoint_boxes
-    source = SimpleNamespace(order=[0], name=str)
+
+    class OnePicture(list):
+        order, name, is_rendered = [0], str, False
+
     whole = Picture("a", **{name: before for name, (before, _) in changes.items()})
-    record = _record_item(source, 0, whole)
+    (record,) = record_data(OnePicture([whole]))["items"]
     for name, (_, after) in changes.items():
-        changed = _record_item(source, 0, replace(whole, **{name: after}))
+        (changed,) = record_data(OnePicture([replace(whole, **{name: after})]))["items"]
         assert sum(record[part] != changed[part] for part in record) == 1, name
 
 
