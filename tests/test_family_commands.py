@@ -38,6 +38,7 @@ def model(request, tmp_path_factory):
 def drawing(model, number):
     line, flags = model
     made = [*line, *flags, "--decoder", "random", "--task", "semantic,depth", "--prompts", PROMPT, "--steps", "3"]
+    made += ["--labeller", "decoder,attention", "--classes", "cat,house"]
     return [*made, "--number", str(number), "--force-domain"]
 
 
@@ -50,7 +51,7 @@ def test_a_kill_two_processes_and_batches_of_five(model, tmp_path):
     line = [*drawing(model, 5), "--batch-size", "1"]
     whole, killed, pair, batch = (tmp_path / name for name in ("whole", "killed", "pair", "batch"))
     assert generate.main([*line, "--out", str(whole)]) == 0
-    assert len(files(whole)) >= 15
+    assert len(files(whole)) >= 20
 
     command = [sys.executable, "-m", "datasetdm_fast.generate", *line, "--out", str(killed)]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
@@ -68,7 +69,8 @@ def test_a_kill_two_processes_and_batches_of_five(model, tmp_path):
     with open_run(whole) as alone, open_run(batch) as together:
         for one, other in zip(alone, together, strict=True):
             assert np.abs(one.image.astype(int) - other.image.astype(int)).max() <= 1
-            assert (one.semantic.labels != other.semantic.labels).mean() < 0.01
+            for label in ("semantic", "attention"):
+                assert (getattr(one, label).labels != getattr(other, label).labels).mean() < 0.01
             np.testing.assert_allclose(one.depth.metres, other.depth.metres, rtol=1e-2, atol=1e-2)
 
 

@@ -255,6 +255,8 @@ def test_a_run_and_pictures_get_labels_of_the_words_of_their_prompts(folder, tmp
     with open_run(tmp_path / "labels") as samples:
         assert all(sample.attention.labels.any() for sample in samples)
 
+    assert generate.main([*made, "--number", "3", "--out", str(run)]) == 0  # resumed, with the same settings
+
     asked = [*made, "--ask", "all", "--number", "2"]
     if family == "z-image":
         assert generate.main([*asked, "--out", str(tmp_path / "all")]) == 2

@@ -225,8 +225,9 @@ def make_recipe(
     if sampler in SAMPLERS.others:
         facts["sampler_package"] = SAMPLERS.package(sampler)
     if numbers is not None:
-        unread = () if numbers.blocks else ("blocks", "timestep")
-        facts["attention"] = {name: value for name, value in asdict(numbers).items() if name not in unread}
+        read = {"blocks": [*numbers.blocks]} if numbers.blocks else {}  # a list, as run.json gives it back
+        unread = () if read else ("blocks", "timestep")
+        facts["attention"] = {name: value for name, value in asdict(numbers).items() if name not in unread} | read
     if labellers:
         facts["labellers"] = {name: LABELLER_KINDS.package(name) for name in labellers}
     recipe = Recipe(
