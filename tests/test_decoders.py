@@ -32,7 +32,7 @@ from datasetdm_fast.engine.decoders.layers import SegBlock, SpectralConv2d
 from datasetdm_fast.engine.decoders.trunk import copy_for_cpu, copy_for_gpu, fold
 from datasetdm_fast.engine.models.layers import Uninitialised
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.kernels import fused, plain
+from datasetdm_fast.kernels import fused, mask_head, plain
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "decoders.json").read_text())
 RECORDED = {
@@ -521,6 +521,11 @@ def test_words_that_differ_little_are_told_apart_once_centred(tmp_path):
         expected, answer = decoder(capture, words), load_decoder(tmp_path)(capture, words)
     for name in expected:
         assert distance(answer[name], expected[name]) <= 1e-6
+
+
+def test_a_cell_is_within_a_mask_where_its_probability_rounds_to_a_half():
+    found = mask_head.outside(torch.tensor([-1.0, -1e-6, -1e-9, 0.0, 1.0]))
+    assert found.tolist() == [True, True, False, False, False]  # -1e-9 is not told from 0
 
 
 def test_words_are_centred_and_scaled_to_unit_deviation():
