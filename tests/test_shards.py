@@ -755,6 +755,11 @@ def test_a_stream_counts_what_it_skipped_and_mixes_each_shard_anew():
         one.set_epoch(epoch)
         orders.append(list(one))
     assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == [*range(20)]
+    one.load_state_dict({"epoch": 0, "samples": 15})
+    assert list(one) == orders[0][15:]
+    one.load_state_dict({"epoch": 0, "samples": 15})
+    one.set_epoch(1)
+    assert list(one) == orders[1]
 
 
 def test_ranks_read_shares_of_their_own(alone, monkeypatch):
