@@ -45,9 +45,11 @@ def moved(index: int, like: int):
     return replace(sample, request=replace(sample.request, index=index, seed=index))
 
 
-def test_a_merged_run_has_every_sample_once_byte_for_byte(runs, tmp_path):
+def test_a_merged_run_has_every_sample_once_byte_for_byte(runs, tmp_path, capsys):
     out = tmp_path / "all"
-    assert main([*(str(runs / name) for name in ("first", "second", "varied")), "--out", str(out), "--quiet"]) == 0
+    assert main([*(str(runs / name) for name in ("first", "second", "varied")), "--out", str(out), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (told["number"], told["made"], told["duplicates"]) == (12, 12, 2)
     assert audit(out).findings == []
     found = open_run(out)
     assert len(found) == 6 + 5 - 2 + 3 and found.is_complete
@@ -224,7 +226,7 @@ def test_things_are_numbered_anew_and_sizes_told_width_first(runs, tmp_path):
         things = sample.annotations["instance"]
         numbered = replace(things, ids=np.arange(5, 5 + len(things.masks)))
         labels = {**sample.annotations, "instance": numbered}
-        with RunFolder(tmp_path / name, document(1, 32)) as folder:
+        with RunFolder(tmp_path / name, document(1, 32, seed=like)) as folder:
             cut = replace(sample, image=sample.image[:height], annotations=labels)
             folder.add([cut], {"sides": [height, 32]})
             finish_run(folder)
@@ -233,6 +235,7 @@ def test_things_are_numbered_anew_and_sizes_told_width_first(runs, tmp_path):
     ids = [item["id"] for item in json.loads((out / "instances.json").read_text())["annotations"]]
     assert len(ids) > 2 and ids == [*range(1, len(ids) + 1)]
     assert "2 of 2 images of 32 × 24 or 32 × 32 pixels" in (out / "README.md").read_text()
+    assert json.loads((out / "run.json").read_text())["config"]["seed"] == 80
 
 
 def test_a_run_in_a_folder_whose_name_is_no_utf_8_is_merged(runs, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from PIL import Image
 
 from datasetdm_fast import Pipeline, generate
 from datasetdm_fast import serve as command
-from datasetdm_fast.data import Request
+from datasetdm_fast.data import Request, Sample, Trust
 from datasetdm_fast.errors import GateFailed
 
 uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed")
@@ -33,7 +33,7 @@ pytest.importorskip("starlette", reason="uvicorn is not installed")
 from datasetdm_fast.service import app as http_side  # noqa: E402
 from datasetdm_fast.service.batching import Batcher, PendingImage, QueueFull  # noqa: E402
 from datasetdm_fast.service.metrics import Metrics  # noqa: E402
-from datasetdm_fast.service.requests import read_generation, read_labelling  # noqa: E402
+from datasetdm_fast.service.requests import encode_sample, read_generation, read_labelling  # noqa: E402
 
 pytestmark = pytest.mark.loopback
 ROOT = Path(__file__).parents[1]
@@ -231,6 +231,14 @@ def test_other_paths_methods_kinds_and_names(pipeline):
         assert ask(named, "/nothing", Host="localhost").status == 404
         assert ask(named, IMAGES, Host="localhost").status == 405
         assert ask(named, IMAGES, {"prompt": "a"}, Host="localhost", Content_Type="text/plain").status == 415
+
+
+@pytest.mark.parametrize(
+    ("trust", "told"), [(None, None), (Trust(), []), (Trust(("cat",), reasons=("no cat",)), ["no cat"])]
+)
+def test_the_doubts_of_an_image_are_the_reasons_of_its_trust(trust, told):
+    sample = Sample(Request(0, 1, "a cat"), np.zeros((8, 8, 3), np.uint8), {}, trust=trust)
+    assert encode_sample(sample, {}, False).get("doubts") == told
 
 
 def test_who_has_no_token_sees_the_page_alone(pipeline):
