@@ -486,6 +486,13 @@ def test_records_of_hf_parquet_and_wds(exported):
         assert (exported(name) / "max_depth.txt").read_text() == "80\n"
 
 
+def test_the_split_val_is_the_validation_of_datasets():
+    export = {"settings": {"to": ["hf-parquet"]}, "splits": {"train": 2, "val": 1}, "samples": 3}
+    files = yaml.safe_load(hf.describe_export("me/run", export).split("---")[1])["configs"][0]["data_files"]
+    found = [(part["split"], part["path"]) for part in files]
+    assert found == [(name, f"hf-parquet/data/{name}-*") for name in ("train", "validation")]
+
+
 def test_a_row_group_ends_at_64_rows_or_where_its_pictures_fill_it(monkeypatch):
     monkeypatch.setattr(hf, "_row", lambda size, plan: {"id": "a", "image": {"bytes": bytes(size)}})
     monkeypatch.setattr(hf, "GROUP_BYTES", 10)
