@@ -191,6 +191,8 @@ def test_flat_maps_say_nothing_and_thresholds_part_three_kinds():
     sums = AttentionSums(torch.full((2, 4, 4), 0.25), torch.rand(2, 4, 5))
     flat = attention.class_maps(sums, [[(1,), (2, 3)], []], 2)
     assert flat[0].shape == (2, 2, 2) and float(flat[0].abs().max()) == 0 and flat[1].shape == (0, 2, 2)
+    rounded = torch.full((1, 4, 4), 0.02).index_fill(1, torch.tensor([2]), 0.02 * (1 + 1e-7))
+    assert rounded.min() < rounded.max() and not attention.scale_maps(rounded).any()
     ramp = torch.linspace(0, 1, 16).view(1, 4, 4)
     some, none = attention.label_maps([ramp, ramp[:0]], [(3,), ()], ("background", "a", "b", "c"), 4, 0.6, 0.5)
     values = ramp[0].numpy()

@@ -13,7 +13,7 @@ from datasetdm_fast.data import IGNORE, AttentionSums, SemanticMap
 from datasetdm_fast.engine.labels.tiles import Tiling
 from datasetdm_fast.kernels.transfer import to_device, to_host
 
-FLAT = 1e-12  # a map whose values lie no farther apart is flat
+FLAT = 1e-6  # of its largest value: a map whose values lie no farther apart is flat but for rounding
 
 
 def class_maps(averages: AttentionSums, columns: Sequence[Sequence[Sequence[int]]], exponent: int) -> list[Tensor]:
@@ -50,7 +50,7 @@ def scale_maps(maps: Tensor) -> Tensor:
     """Maps [K, h, w] moved and stretched to 0 .. 1; one without differences is 0 everywhere."""
     lowest, highest = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     room = highest - lowest
-    return torch.where(room > FLAT, (maps - lowest) / room.clamp(min=FLAT), 0.0)
+    return torch.where(room > FLAT * highest, (maps - lowest) / room.where(room > 0, 1.0), 0.0)
 
 
 def label_maps(
