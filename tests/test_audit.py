@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,15 @@ def test_index_files_and_pictures_come_back_as_the_remedy_says(spoilt):
         for file in spoilt.rglob("*")
         if file.is_file() and "state" not in file.parts
     }
+
+
+@pytest.mark.parametrize(("seed", "is_planned"), [(100_000_008, True), (1, False), (200_000_015, False)])
+def test_a_sample_in_the_place_of_another_has_the_next_seed_of_its_turn(tmp_path, seed, is_planned):
+    sample = render(0, 32)
+    with RunFolder(tmp_path, document(2, 32)) as folder:
+        folder.add([replace(sample, request=replace(sample.request, index=1, seed=seed))], {"turn": 1})
+    told = [finding.what for finding in audit.audit(tmp_path).findings if "the plan says" in finding.what]
+    assert told == ([] if is_planned else [f"sample 00000001 has the seed {seed}, the plan says 100000008"])
 
 
 def test_a_run_that_goes_on_is_whole_so_far(tmp_path, capsys):

@@ -52,6 +52,20 @@ def test_values_keep_their_underscores_and_equals_signs():
     assert parse_run(["--out", "my_run"])[0].out == "my_run"
 
 
+@pytest.mark.parametrize(("value", "is_allowed"), [("-0.1", False), ("0", True), ("1", True), ("1.1", False)])
+def test_the_bounds_of_a_number_are_allowed(value, is_allowed):
+    if is_allowed:
+        assert parse_run(["--ignore-below", value])[0].ignore_below == float(value)
+    else:
+        with pytest.raises(Refused, match="expected 0 to 1"):
+            parse_run(["--ignore-below", value])
+
+
+@pytest.mark.parametrize("text", ["true", "Yes", "on", "false", "No", "off"])
+def test_yes_and_on_are_true_as_in_yaml(text):
+    assert flags._truth(text) is (text in ("true", "Yes", "on"))
+
+
 @pytest.mark.parametrize("line", [["--run", "RUN"], ["--run=RUN"]])
 def test_a_setting_that_has_no_flag_is_not_suggested_as_one(line):
     with pytest.raises(Refused, match="gallery: --run is not a flag"):

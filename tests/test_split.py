@@ -12,7 +12,7 @@ from rendered import document, rendered, write_run
 
 from datasetdm_fast import convert, open_run
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.exporting.sources import ExportSource
+from datasetdm_fast.runs.exporting.sources import ExportSource, labels_by_task
 from datasetdm_fast.runs.gallery import review
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder import seal
@@ -221,3 +221,8 @@ def test_a_run_that_has_grown_is_to_be_split_again(tmp_path, capsys):
     (run / "split.json").write_text(json.dumps({"seed": 0, "by_source": False, "parts": {"train": ["00000000"]}}))
     assert convert.main(line) == 2  # as version 0.1 split it
     assert capsys.readouterr().err.strip().endswith(f"datasetdm_fast.split {run} --no-by-source")
+
+
+def test_labels_of_a_decoder_are_exported_before_those_of_attention():
+    labels = ["depth", "attention", "open-vocabulary", "semantic"]
+    assert labels_by_task(labels) == {"semantic": ["semantic", "attention", "open-vocabulary"], "depth": ["depth"]}
