@@ -148,7 +148,7 @@ def test_of_several_things_of_a_class_the_farthest_counts():
     masks[0, :2], masks[1, 2, :2], masks[2, 3] = True, True, True
     sketch = np.zeros((1, SIDE, SIDE), np.float32)
     sketch[0, :2], sketch[0, 2, :2], sketch[0, 3] = 2, 3, -1
-    plain = domain.Spread(np.zeros((3, 1)), np.ones(1), np.ones((1, 1)))
+    plain = domain.Spread(np.zeros((3, 1)), np.ones(1), np.ones((1, 1)), np.ones(3))
     learned = domain.Domain(plain, plain, ("a", "b"))
     for order in ([0, 1, 2], [1, 0, 2]):
         kinds = np.array([0, 0, 1])[order]
@@ -174,21 +174,25 @@ def test_the_limit_is_that_of_99_in_100_held_out_views_by_their_farthest_thing()
         scale = others.std() * (0.9 * 16 / 15 + 0.1) ** 0.5  # of 16 others; correlations shrunk by a tenth
         distances[held] = abs(values[held] - others.mean()) / scale
     farthest = np.log(distances.reshape(10, 2).max(1))
-    spread = domain._fit(values[:, None], pictures, np.zeros(20, np.int64), 1, views)
-    assert spread.limit == pytest.approx(np.exp(farthest.mean() + 2.326 * farthest.std()), rel=1e-4)
-    assert spread.limit > np.exp(farthest.max())  # of so few the quantile is less
+    spread = domain._fit(values[:, None], pictures, np.zeros(20, np.int64), 1, views, 1.0)
+    # the mean of 10 pictures is as uncertain as a tenth of a picture, that of the 8 others as an eighth
+    limit = np.exp(farthest.mean() + 2.326 * farthest.std()) / (1 + 1 / 8) ** 0.5
+    assert spread.limits == pytest.approx([limit * (1 + 1 / 10) ** 0.5], rel=1e-4)
+    assert limit > np.exp(farthest.max()) / (1 + 1 / 8) ** 0.5  # of so few the quantile is less
 
 
 def test_limits_of_pictures_leave_15_in_100_and_those_of_things_30():
     shown, of_pictures = sketches(20), (np.arange(20), np.zeros(20, np.int64), 1, np.arange(20))
     learned = domain.learn_domain(shown, [label()] * 20, range(20))
-    assert learned.pictures.limit == pytest.approx(1.15 * domain._fit(shown.mean((2, 3)), *of_pictures).limit)
+    assert learned.pictures.limits == pytest.approx(1.15 * domain._fit(shown.mean((2, 3)), *of_pictures, 1.0).limits)
     halves = np.stack([shown[..., :2].mean((2, 3)), shown[..., 2:].mean((2, 3))], 1).reshape(40, D)
     views, kinds = np.arange(40) // 2, np.arange(40) % 2  # of either class
-    assert learned.things.limit == pytest.approx(1.3 * domain._fit(halves, views, kinds, 3, views).limit, rel=1e-4)
+    assert learned.things.limits == pytest.approx(
+        1.3 * domain._fit(halves, views, kinds, 3, views, 1.0).limits, rel=1e-4
+    )
     few = [label()] * 3 + [replace(label(), labels=label().labels * (label().labels == 2))] * 17  # three pictures of a
-    assert domain.learn_domain(shown, few, range(20)).classes == ("b",)
-    assert domain.learn_domain(shown, [*few[:2], *few[:2], *few[4:]], range(20)).classes == ("a", "b")  # of four
+    limits = domain.learn_domain(shown, few, range(20)).things.limits
+    assert limits[0] / limits[1] == pytest.approx(((1 + 1 / 3) / (1 + 1 / 20)) ** 0.5)
 
 
 def test_the_reasons():

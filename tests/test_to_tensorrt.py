@@ -29,7 +29,7 @@ pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
 @cache
 def rtx() -> flavours.Flavour:
-    return flavours.Flavour(pytest.importorskip("tensorrt_rtx"))
+    return flavours.Flavour(pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed"))
 
 
 STAGES = ("encode_text", "denoise", "denoise_and_capture", "decode_image", "encode_image")
