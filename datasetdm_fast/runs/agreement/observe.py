@@ -323,10 +323,8 @@ def averaged_distance(engine, reference, truth: Observation, recipe: Recipe) -> 
         latents, text = truth.seen[-1].to(compared.device), truth.text.to(compared.device)
         nothing, words = generator.zero_attention_sums(len(latents)), text[-len(latents) :].map(torch.clone)
         if is_concept:
-            nothing, words = (
-                AttentionSums(nothing.cells, nothing.tokens[..., few]),
-                Text(words.context[:, few], concepts=CONCEPTS),
-            )
+            nothing = AttentionSums(nothing.cells, nothing.tokens[..., few])
+            words = Text(words.context[:, few], concepts=CONCEPTS)
         _, sums = compared.denoise_and_average(latents, recipe.schedule.timesteps[-1], text, words, nothing)
         return sums.to("cpu")
 
