@@ -1,13 +1,9 @@
 """python -m datasetdm_fast.generate: generate images and their labels from prompts; without any flag, the demo run."""
 
-from __future__ import annotations
-
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from datasetdm_fast.command_line import run_report, run_settings
 from datasetdm_fast.command_line.ending import CommandLine, command_with
@@ -22,10 +18,8 @@ from datasetdm_fast.runs.jobs.writing import count_outside, write_missing
 from datasetdm_fast.runs.run_folder.document import SHARDS
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_settings import RunConfig, RunSpec, WorkerSettings
-from datasetdm_fast.runs.workers.devices import LaunchedProcess, find_peer, find_places, take_share
-
-if TYPE_CHECKING:
-    from datasetdm_fast.runs.workers.worker import Callbacks
+from datasetdm_fast.runs.workers.devices import find_peer, find_places
+from datasetdm_fast.runs.workers.launch import Launch, choose_launch
 
 EXAMPLES = (
     "--number 16",
@@ -60,36 +54,11 @@ def main(config: RunConfig, command: CommandLine) -> int:
     if config.dry_run:
         find_places(workers, spec.engine.device, spec.engine.threads)  # refuses GPUs that are not there
         return run_report.print_run_plan(config, run.plan(spec))
-    spec, launch = _choose_launch(spec, workers, peer)
+    spec, launch = choose_launch(spec, workers, peer)
     result = _write(config, spec, run, decision, launch, interruption)
     if is_reporting:
         run_report.print_run(config, result, command.text, by=" by this process" if peer else "")
     return interruption.exit_code
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One way to make the samples of a run."""
-
-    run: Callable[[RunSpec, Callbacks], Result] | None = None  # None: this process makes them, and so needs the job
-    processes: int = 1  # like this one, among which the samples are divided
-    may_compare: bool = True  # whether this process may compare engines before the others start
-
-
-def _choose_launch(spec: RunSpec, workers: WorkerSettings, peer: LaunchedProcess | None) -> tuple[RunSpec, Launch]:
-    """The way that the flags and the environment ask for, and the run with the threads that each process has."""
-    device, threads = spec.engine.device, spec.engine.threads
-    if peer:
-        from datasetdm_fast.runs.workers.launched import run_launched
-
-        threads = take_share(peer, workers, device, threads)
-        spec = replace(spec, engine=replace(spec.engine, threads=threads))
-        return spec, Launch(partial(run_launched, peer), peer.world, may_compare=False)
-    if places := find_places(workers, device, threads):
-        from datasetdm_fast.runs.workers.spawn import run_spawned
-
-        return spec, Launch(partial(run_spawned, places))
-    return spec, Launch()
 
 
 def _write(

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from datasetdm_fast import doctor
+from datasetdm_fast.command_line import probes
 
 SECTIONS = {"package", "system", "libraries", "gpu", "torch", "engines", "sandbox", "self_test"}
 SECONDS = 240
@@ -80,8 +81,8 @@ def test_the_family_of_a_folder_is_told(tmp_path, capsys):
     for name in ("FluxPipeline", "KolorsPipeline"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model_index.json").write_text(json.dumps({"_class_name": name}))
-        questions[name] = doctor.MODEL_PROBE.format(folder=str(tmp_path / name))
-    answers = doctor.run_probes(questions)
+        questions[name] = probes.MODEL_PROBE.format(folder=str(tmp_path / name))
+    answers = probes.run_probes(questions)
     assert answers["FluxPipeline"] == {
         "problem": "",
         "family": "FLUX.1",
@@ -94,7 +95,7 @@ def test_the_family_of_a_folder_is_told(tmp_path, capsys):
 def test_one_question_that_hangs_or_crashes_costs_no_other_answer(monkeypatch):
     run = subprocess.run
     patient = lambda line, timeout, **options: run(line, timeout=4 if "hangs" in line[-1] else 60, **options)  # noqa: E731
-    monkeypatch.setattr(doctor.subprocess, "run", patient)
+    monkeypatch.setattr(probes.subprocess, "run", patient)
     questions = {
         "first": "report(a=1)",
         "hangs": "import time; time.sleep(60)",
@@ -103,7 +104,7 @@ def test_one_question_that_hangs_or_crashes_costs_no_other_answer(monkeypatch):
         "silent": "pass",
         "last": "report(b=2)",
     }
-    answers = doctor.run_probes(questions, timeout=2)
+    answers = probes.run_probes(questions, timeout=2)
     assert answers["first"] == {"problem": "", "a": 1} and answers["last"] == {"problem": "", "b": 2}
     assert (
         answers["hangs"]["problem"] == "no answer within 2 s" and answers["crashes"]["problem"] == "crashed (SIGSEGV)"

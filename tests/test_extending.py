@@ -154,7 +154,8 @@ RECIPES = {
 COMMANDS = """
 import contextlib, io, json, sys
 import datasetdm_fast, pytest, torch
-from datasetdm_fast import cli, doctor
+from datasetdm_fast import cli
+from datasetdm_fast.command_line import probes
 ended = {"package": datasetdm_fast.__file__}
 *judged, lines = sys.argv[1:]
 for name, line in json.loads(lines).items():
@@ -166,7 +167,7 @@ with open("other/captions.tsv", "a") as file, contextlib.redirect_stdout(error),
     file.write("one more line")
     file.flush()
     ended["changed"] = cli.main(["audit", "other"]), error.getvalue()
-exec(doctor.PROBES["engine halves"], {"report": lambda **answer: ended.update(doctor=answer)})
+exec(probes.PROBES["engine halves"], {"report": lambda **answer: ended.update(doctor=answer)})
 from datasetdm_fast.kernels import choice
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.models.text_encoder import TextEncoder

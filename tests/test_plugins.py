@@ -410,7 +410,7 @@ def test_a_labeller_answers_for_every_image_by_the_table_of_its_run(monkeypatch)
 COMMANDS = """
 import contextlib, io, json, sys
 from datasetdm_fast import cli
-from datasetdm_fast.doctor import PROBES
+from datasetdm_fast.command_line.probes import PROBES
 from datasetdm_fast.runs.agreement.verify import EXACT
 from datasetdm_fast.errors import Missing
 from datasetdm_fast.training.evaluation.metrics import METRICS
