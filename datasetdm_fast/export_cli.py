@@ -10,7 +10,6 @@ from pathlib import Path
 from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.output import print_lines, print_plan
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.export.tensorrt.flavours import choose_target
 from datasetdm_fast.settings import ModelSettings, OutputSettings, setting
 
 EXAMPLES = (
@@ -44,7 +43,11 @@ def main(config: ExportConfig, command: CommandLine) -> int:
         raise Refused(
             "--batch, --capability: graphs are for every batch and GPU", "Add --to tensorrt, or leave it out."
         )
-    flavour, capability = choose_target(config.capability) if config.to == "tensorrt" else (None, "")
+    flavour, capability = None, ""
+    if config.to == "tensorrt":
+        from datasetdm_fast.export.tensorrt.flavours import choose_target
+
+        flavour, capability = choose_target(config.capability)
 
     from datasetdm_fast.engine.decoders.blocks import read_together
     from datasetdm_fast.engine.engines import load_decoders

@@ -115,6 +115,11 @@ def seg4diff(*blocks: int, depth: int, timestep: int = 500) -> AttentionDefaults
     return AttentionDefaults(0, 0.5, 0.4, 1, 1, False, blocks=blocks, timestep=timestep, concept_blocks=concepts)
 
 
+def seg4diff_of_flux(depth: int) -> AttentionDefaults:
+    """Those of blocks 12 and 17 of the 19 of two streams of FLUX.1, as deep among so many."""
+    return seg4diff(*sorted({depth * block // 19 for block in (12, 17)}), depth=depth)
+
+
 # More steps give the same pictures; up to timestep 300 its features tell of kinds and depth alike, and less after it.
 DEMO_DIT_DEFAULTS = Defaults(
     size=128, steps=16, guidance=2.5, capture=200, attention=seg4diff(1, depth=6, timestep=300)

@@ -13,7 +13,7 @@ from datasetdm_fast.engine.backbones.flow_models import (
     joint_levels,
     names_of,
     scaled_latents,
-    seg4diff,
+    seg4diff_of_flux,
 )
 from datasetdm_fast.engine.backbones.record import Backbone, Configs, LoadedModel, Part, Read
 from datasetdm_fast.stages import Level
@@ -37,10 +37,7 @@ def _levels(configs: Configs, size: int, halves: int) -> tuple[Level, ...]:
 def _defaults(configs: Configs) -> Defaults:
     network = configs["transformer"]
     steps, guidance = (28, 3.5) if network.guidance_embeds else (4, 0.0)
-    reads = seg4diff(
-        *sorted({network.num_layers * block // 19 for block in (12, 17)}), depth=network.num_layers
-    )  # of the 19 of two streams
-    return Defaults(1024, steps, guidance, CAPTURE, reads)
+    return Defaults(1024, steps, guidance, CAPTURE, seg4diff_of_flux(network.num_layers))
 
 
 def _check(configs: Read, source: str) -> Read:

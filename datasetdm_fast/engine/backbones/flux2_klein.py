@@ -18,7 +18,7 @@ from datasetdm_fast.engine.backbones.flow_models import (
     count_blocks,
     joint_levels,
     names_of,
-    seg4diff,
+    seg4diff_of_flux,
 )
 from datasetdm_fast.engine.backbones.record import Backbone, Configs, Latents, LoadedModel, Part, Read
 from datasetdm_fast.errors import Refused
@@ -44,9 +44,7 @@ def _levels(configs: Configs, size: int, halves: int) -> tuple[Level, ...]:
 
 def _defaults(configs: Configs) -> Defaults:
     steps, guidance = (4, 1.0) if _is_distilled(configs) else (50, 4.0)
-    depth = configs["transformer"].num_layers
-    reads = seg4diff(*sorted({depth * block // 19 for block in (12, 17)}), depth=depth)  # as of FLUX.1's 19
-    return Defaults(1024, steps, guidance, CAPTURE, reads)
+    return Defaults(1024, steps, guidance, CAPTURE, seg4diff_of_flux(configs["transformer"].num_layers))
 
 
 def _licence(configs: Configs) -> str:

@@ -1,7 +1,7 @@
 """Qwen-Image as its stock pipeline computes it, in fp32."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ class QwenImageReference(joint_attention.JointReference):
 
     def call(self, latents: Tensor, timestep: float, text: Text) -> Tensor:
         side = latents.shape[-1]
-        with self._placing(text.concepts):
+        with self._placing(text.concepts) if text.concepts else nullcontext():
             output = self.network(
                 hidden_states=joint_attention.pack(latents),
                 timestep=torch.full((len(latents),), timestep, device=latents.device) / 1000,
