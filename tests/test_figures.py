@@ -4,7 +4,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pytest
+
 from bench.machine.machine import ROOT
+from bench.world.intervals import SomeImages, coverage
+from datasetdm_fast.training.evaluation.metrics import Depth
 
 CARD = "datasetdm_fast/demo/model/README.md"
 ROWS = (  # of the cards: title, task and figure
@@ -16,6 +20,8 @@ ROWS = (  # of the cards: title, task and figure
     ("pose, PCK@0.1 of the figure's box", "pose", "pck"),
     ("pose, OKS-AP", "pose", "oks_ap"),
 )
+
+VERDICT = ("IoU semantic", "IoU instance", "REL depth", "PCK pose", "doubtful")
 
 
 def measured(name: str) -> dict[str, Any]:
@@ -71,3 +77,42 @@ def test_the_card_of_the_second_demo_compares_both_models():
     apart = [f"{document['guidance'][name]['frechet']['generated']:.3f}" for name in ("2.0", "2.5", "3.0")]
     told.append(f"pictures of the first model, and for this one {', '.join(apart)}")
     assert missing("datasetdm_fast/demo/model-dit/README.md", told) == []
+
+
+def test_the_page_tells_the_verdicts_on_approximate_speeds():
+    document, told = measured("speeds"), []
+    assert {row["images"] for row in document["rows"]} == {64}
+    for row in document["rows"]:
+        for speed, figures in (("exact", row["exact"]), (row["speed"], row["figures"])):
+            *others, joints, doubtful = (figures[name] for name in VERDICT)
+            cells = [f"{value:.4f}" for value in others] + [f"{joints:.3f}", f"{doubtful:.4f}"]
+            told.append(f"| `{row['model']}` | `{speed}` | {' | '.join(cells)} |")
+    assert missing("docs/samplers.md", told) == []
+
+
+def test_the_page_tells_how_often_intervals_hold():
+    images, told = measured("intervals")["images"], []
+    for title, name in (
+        ("mIoU", "miou"),
+        ("IoU of a class", "per_class"),
+        ("PCK", "pck"),
+        ("PCK of a joint", "per_joint"),
+        ("OKS-AP", "oks_ap"),
+        ("delta < 1.25", "delta_1.25"),
+        ("AbsRel", "absrel"),
+        ("RMSE", "rmse"),
+    ):
+        told.append(f"| {title} | {' | '.join(percent(row[name]['held']) for row in images.values())} |")
+    widths = (f"{row['miou']['width']:.2f}" for row in images.values())
+    told.append(f"| width for mIoU | {' | '.join(widths)} |")
+    assert missing("docs/training.md", [f"| images | {' | '.join(images)} |", *told]) == []
+
+
+def test_intervals_of_all_images_but_one_hold_their_mean_and_those_of_two_are_wider():
+    meter = Depth(None)
+    meter.rows = [(0.1 + k / 100, 0.01, 1.0, 1.0, 1.0) for k in range(20)]
+    (few, most) = (coverage(meter, ("absrel",), count, 20, 200)["absrel"] for count in (2, 19))
+    assert few["intervals"] == most["intervals"] == 20 and most["held"] == 1
+    assert few["width"] > most["width"] == pytest.approx(0.055, rel=0.1)
+    some = SomeImages(meter, [3, 5])
+    assert some.result()["absrel"] == pytest.approx(0.14) and some.telling == some.count == 2
