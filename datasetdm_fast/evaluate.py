@@ -24,11 +24,11 @@ EXAMPLES = (
 @command_with(EvaluateConfig, EXAMPLES)
 def main(config: EvaluateConfig, command: CommandLine) -> int:
     config.check()
+    # Without a selection, which reads images; a bad data set is refused before a model loads.
+    sources = {address: config.open_data(address, ANY_SIZE, config.tasks, EVERYTHING) for address in config.addresses}
     from datasetdm_fast.training.evaluation import naming
     from datasetdm_fast.training.evaluation.measure import evaluate_decoders, figures_table
 
-    # Without a selection, which reads images; a bad data set is refused before a model loads.
-    sources = {address: config.open_data(address, ANY_SIZE, config.tasks, EVERYTHING) for address in config.addresses}
     print_lines(config, *(f"{address}: {source.layout}" for address, source in sources.items() if source.layout))
     names = naming.parse_names(config.class_names, sources.values())
     if config.dry_run:

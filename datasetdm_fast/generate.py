@@ -48,6 +48,7 @@ def main(config: RunConfig, command: CommandLine) -> int:
     interruption = Interruption(config.quiet)
     if decision.outcome is Outcome.DONE:
         return run_report.print_finished_run(config, decision.result) if is_reporting else 0
+    run_settings.check_sources(config)
     if sys.stderr.isatty():  # libraries and networks take seconds to load
         print_lines(config, f"loading    {config.model}")
     workers = config.group(WorkerSettings)

@@ -13,6 +13,7 @@ from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.output import NOTHING_WRITTEN, print_lines, print_result
 from datasetdm_fast.command_line.progress import StepProgress
+from datasetdm_fast.engine.backbones import check_source
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.training.log import check_trackers
 from datasetdm_fast.training.settings import BEST, TrainConfig
@@ -36,6 +37,10 @@ def main(config: TrainConfig, command: CommandLine) -> int:
         )
     config.check()
     check_trackers(config.log)
+    from datasetdm_fast.training.readers import check_address
+
+    check_address(config.data)
+    check_source(config.model, config.allow_download)
     import torch
 
     from datasetdm_fast.training.evaluation.meter import figure_name

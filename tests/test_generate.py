@@ -520,13 +520,26 @@ def test_a_dry_run_draws_no_weights_and_tells_what_they_take(tmp_path, monkeypat
     assert "memory     14 GB of weights, of " in capsys.readouterr().err
 
 
-def test_a_missing_list_of_prompts_is_said_before_anything_is_loaded(tmp_path):
-    code = (
-        "import sys; from datasetdm_fast.generate import main; "
-        "code = main(['--prompts', 'nowhere.txt', '--out', 'run']); sys.exit(code + 10 * ('torch' in sys.modules))"
+@pytest.mark.parametrize(
+    ("command", "line", "code", "said"),
+    [
+        ("generate", "--prompts nowhere.txt", 2, "nowhere.txt: the prompt file cannot be read"),
+        ("generate", "--model demoo", 2, "model: 'demoo' is neither one of demo, .* or file (did you mean demo?)"),
+        ("generate", "--model models/sd14 --prompts nowhere.txt", 2, "model: 'models/sd14' is not a folder here"),
+        ("generate", "--decoder nowhere", 3, "decoders nowhere: no such folder"),
+        ("train", "--data demo:8 --model demoo", 2, "model: 'demoo' is neither one of demo, .* or file (did you mean"),
+        ("train", "--data fold:photos", 2, "--data fold:photos: no reader is called 'fold' (did you mean folder?)"),
+        ("train", "--data folder:nowhere", 2, "--data folder:nowhere: nowhere is not there"),
+        ("evaluate", "--data fold:photos", 2, "--data fold:photos: no reader is called 'fold' (did you mean folder?)"),
+    ],
+)
+def test_what_is_not_there_is_said_before_anything_is_loaded(command, line, code, said, tmp_path):
+    program = (
+        f"import sys; from datasetdm_fast.{command} import main; "
+        f"sys.exit(main({line.split()!r}) + 10 * ('torch' in sys.modules))"
     )
-    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert ended.returncode == 2 and "nowhere.txt: the prompt file cannot be read" in ended.stderr
+    ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == code and all(part in ended.stderr for part in said.split(".*"))
 
 
 def test_a_dry_run_says_that_there_are_no_gpus(tmp_path, capsys, monkeypatch):

@@ -318,6 +318,7 @@ def test_what_is_printed_of_an_output_is_a_line_a_sample(pipe):
         out.instance  # noqa: B018
     page = out._repr_html_()
     assert page.count("<img") == 12 and "a red ball &lt;b&gt;" in page and "<b>" not in page
+    assert [row.count("<img") for row in page.split("<div>")[2:]] == [6, 6]  # a sample begins a row
 
 
 def test_features_are_the_levels_of_the_model(pipe):

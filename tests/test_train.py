@@ -933,7 +933,7 @@ def checkpoint_of_another(tmp_path):
         (["--data", "voc:/nowhere"], 2, "/nowhere"),
         (["--data", "voc:/nowhere", "--model", "/no/model"], 2, "/nowhere is not there"),
         (["--task", "sematic"], 2, "did you mean semantic"),
-        (["--data", "coco:photos", "--task", "semantic,pose"], 2, "pose learns from one person of coco: at a time"),
+        (["--data", "coco:tests", "--task", "semantic,pose"], 2, "pose learns from one person of coco: at a time"),
         (["--held-out", "0.9"], 2, "--held-out 0.9: expected 0 to 0.5"),
         (["--draws", "0"], 2, "--draws 0: expected 1 or more"),
         (["--accumulate", "0"], 2, "--accumulate 0: expected 1 or more"),

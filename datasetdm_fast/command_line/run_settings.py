@@ -12,7 +12,9 @@ from typing import Any
 
 from datasetdm_fast.command_line.output import remake_sample
 from datasetdm_fast.config import ATTENTION, DECODER, EXACT, LABELLER_KINDS, LABELS, PARITIES, UNDECODED
+from datasetdm_fast.engine.backbones import check_source
 from datasetdm_fast.engine.decoders.folders import SHIPPED, find_decoders, parts_of
+from datasetdm_fast.engine.engines import RANDOM
 from datasetdm_fast.engine.labels import class_tables, kind_of
 from datasetdm_fast.engine.labels.kind import BACKGROUND
 from datasetdm_fast.engine.labels.names import by_task, task_of_label
@@ -153,14 +155,20 @@ def read_spec(config: RunConfig, source: PromptSource | None = None) -> RunSpec:
     try:
         source = source or read_source(prompts, has_captions=config.model in SHIPPED)
     except Refused:  # unless the model is not there, for which prompts are made
-        if not (config.model in SHIPPED or Path(config.model).exists() or config.allow_download or config.cluster):
-            from datasetdm_fast.engine.loading import PRESETS, load_model  # which take torch
-
-            if config.model not in PRESETS:
-                load_model(config.model)  # refuses the name
+        if not config.cluster:
+            check_source(config.model, config.allow_download)
         raise
     # of prompts there is the digest, so that their file may move
     return _spec(config, source, prompts=f"sha256:{source.digest}", number=count_images(config))
+
+
+def check_sources(config: RunConfig) -> None:
+    """Refuses a model or folders of decoders that are not there, which loading them would tell after seconds."""
+    check_source(config.model, config.allow_download)
+    for folder in parts_of(config.decoder) if set(config.task) - set(UNDECODED) else ():
+        is_checkpoint = folder.suffix or ":" in str(folder)  # which is judged where it is opened
+        if not (folder.exists() or is_checkpoint or str(folder) == RANDOM):
+            find_decoders([folder])
 
 
 def label_spec(config: LabelConfig) -> RunSpec:

@@ -67,12 +67,11 @@ class Output:
         return f"<Output of {self._count}>" + "".join(f"\n  {sample}" for sample in self.samples)
 
     def _repr_html_(self) -> str:
-        pictures = []
+        rows = []  # of a sample each
         for sample in self.samples[:PREVIEW_SAMPLES]:
-            pictures.append((sample.image, sample.request.prompt))
-            labels = sample.annotations.items()
-            pictures += [(kind_of(task).picture(label, sample.image), task) for task, label in labels]
-        return preview(pictures, self._count)
+            labels = [(kind_of(task).picture(label, sample.image), task) for task, label in sample.annotations.items()]
+            rows.append(preview([(sample.image, sample.request.prompt), *labels]))
+        return f"<div>{self._count}{''.join(rows)}</div>"
 
     @property
     def images(self) -> list[np.ndarray]:  # [H, W, 3] uint8

@@ -1,8 +1,11 @@
 """Families of diffusion models, one record and one file each."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.backbones.record import ANOTHER, Backbone, BackboneReference
 from datasetdm_fast.errors import Refused, nearest
 from datasetdm_fast.plugins import Registry, load_place
@@ -34,6 +37,8 @@ RANDOM_MODELS = {  # preset of full size with random weights -> module:record
     "random-klein": _FLUX2,
     "random-zimage": _Z_IMAGE,
 }
+OWN_MODELS = ("demo", "demo-dit", "tiny", *RANDOM_MODELS)
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 PIPELINES = Registry("backbones", OWN_PIPELINES, Backbone)
 
 
@@ -51,6 +56,24 @@ def list_supported() -> str:
     """What can be loaded, as the end of a sentence."""
     titles = [backbone.title for backbone in every_backbone()]
     return f"supported are text-to-image models of {', '.join(titles)}, as diffusers folders or single files"
+
+
+def check_source(name: str, allow_download: bool) -> None:
+    """Refuses a model that is neither one of this package's nor a path that is there, nor may be downloaded."""
+    path = Path(name)
+    if name in OWN_MODELS or path.is_dir() or path.is_file():
+        return
+    alike = nearest(name, OWN_MODELS) or storage.named_alike(path)
+    if not HUB_NAME.fullmatch(name):
+        raise Refused(
+            f"model: {name!r} is neither one of {', '.join(OWN_MODELS)} nor an existing folder or file{alike}",
+            list_supported(),
+        )
+    if not allow_download:
+        raise Refused(
+            f"model: {name!r} is not a folder here{alike}, and as a name on the hub it would have to be downloaded",
+            "Add --allow-download, or give a local folder.",
+        )
 
 
 def open_backbone(pipeline: object, source: object) -> Backbone:
