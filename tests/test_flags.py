@@ -340,7 +340,7 @@ def test_tqdm_disable_leaves_lines_in_place_of_bars(monkeypatch, capsys):
     assert not shows_bar(False)
     with progress.ImageProgress(2, False) as images:
         images.on_commit(1)
-    assert capsys.readouterr().err.startswith("1/2 images, 50%, about")
+    assert capsys.readouterr().err == "1/2 images, 50%\n"
 
 
 def test_progress_is_never_more_than_all_of_it(monkeypatch, capsys):
@@ -360,16 +360,18 @@ def test_the_last_batch_counts_and_the_time_left_is_that_of_what_is_left(monkeyp
     seconds = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: seconds[0])
     with progress.ImageProgress(5, False, batch=2, calls=3) as images:
-        seconds[0] = 20.0
-        images.on_unet_call(3)  # of 9
-    assert capsys.readouterr().err == "0/5 images, 33%, about 40 s left\n"
+        seconds[0] = 60.0  # until the model is loaded
+        images.on_unet_call()  # of 9
+        seconds[0] = 70.0
+        images.on_unet_call(2)
+    assert capsys.readouterr().err == "0/5 images, 11%\n0/5 images, 33%, about 30 s left\n"
 
 
 def test_comparisons_before_a_run_show_progress_without_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(progress, "SECONDS_PER_LINE", 0.0)
     with show_calls(False, "fast25", 2) as on_call:
         on_call()
-    assert capsys.readouterr().err.startswith("fast25, 1/2 calls, about")
+        assert capsys.readouterr().err == "fast25, 1/2 calls\n"  # whose time is mostly that of loading
     with progress.CountProgress(0, "image", "folder:photos", False) as images:
         images.on_count(0, 8)
         images.on_count(4, 8)
@@ -383,7 +385,7 @@ def test_comparisons_before_a_run_show_progress_without_a_terminal(monkeypatch, 
 
 
 def test_a_training_counts_its_time_from_the_end_of_the_first_step(monkeypatch, capsys):
-    now = iter([0.0, 90.0, 90.0, 90.0, 100.0, 100.0, 400.0, 400.0])
+    now = iter([0.0, 90.0, 90.0, 100.0, 100.0, 400.0, 400.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
     with progress.StepProgress("semantic", "mIoU", 6, False) as steps:
         for step in (1, 2, 6):

@@ -19,6 +19,7 @@ class Progress(AbstractContextManager[Any]):
         self.total, self.is_quiet = total, is_quiet
         self._bar: Any = None  # which is false in itself where its total is 0
         self._begin = self._last_line = time.monotonic()
+        self._first: int | None = None  # done at the first report, from which on time counts: loading came before it
         if shows_bar(is_quiet):
             from tqdm import tqdm
 
@@ -32,8 +33,15 @@ class Progress(AbstractContextManager[Any]):
         self._last_line = now
         return True
 
-    def seconds_left(self, done: int) -> float:
-        return (time.monotonic() - self._begin) / max(done, 1) * max(self.total - done, 0)
+    def seconds_each(self, done: int) -> float:
+        """Mean seconds of one since the first report, which has none itself."""
+        if self._first is None:
+            self._first, self._begin = done, time.monotonic()
+        return (time.monotonic() - self._begin) / (done - self._first) if done > self._first else 0.0
+
+    def time_left(self, done: int, each: float) -> str:
+        """The end of a line, empty where it is not known or nothing is left."""
+        return f", about {format_duration(each * (self.total - done))} left" if each and done < self.total else ""
 
     def print(self, line: str) -> None:
         """A line for the screen, above the bar."""
@@ -67,12 +75,13 @@ class ImageProgress(Progress):
         self._calls_done += count
         each = self._calls or 1
         self.total = max(self.total, -(-self._calls_done // each) * each)  # batches in place of quarantined samples
+        seconds = self.seconds_each(self._calls_done)
         if self._bar is not None:
             self._bar.total = self.total
             self._bar.update(count)
         elif self.is_line_due():
-            left = format_duration(self.seconds_left(self._calls_done))
-            self.print(f"{self._title}, {self._calls_done / max(self.total, 1):.0%}, about {left} left")
+            left = self.time_left(self._calls_done, seconds)
+            self.print(f"{self._title}, {self._calls_done / max(self.total, 1):.0%}{left}")
 
     def on_commit(self, count: int) -> None:
         self._images_done += count
@@ -95,13 +104,13 @@ class CountProgress(Progress):
         self.on_count(self._done + 1, self.total)
 
     def on_count(self, done: int, total: int) -> None:
-        self._done, self.total = done, total
+        self._done, self.total, seconds = done, total, self.seconds_each(done)
         if self._bar is not None:
             self._bar.total = total
             self._bar.update(done - self._bar.n)
         elif done and self.is_line_due():
-            left = format_duration(self.seconds_left(done))
-            self.print(f"{self._title}, {done}/{count_noun(total, self._unit)}, about {left} left")
+            left = self.time_left(done, seconds)
+            self.print(f"{self._title}, {done}/{count_noun(total, self._unit)}{left}")
 
 
 class StepProgress(Progress):
@@ -110,27 +119,20 @@ class StepProgress(Progress):
     def __init__(self, title: str, metric: str, steps: int, is_quiet: bool, later: int = 0):
         self._later = later
         self._title, self._metric, self._figure = title, metric, ""
-        self._first_step: int | None = None  # from whose end on time counts: what came before it is no step
         super().__init__(steps, "step", title, is_quiet)
 
     def on_step(self, step: int, loss: float, figure: float | None) -> None:
-        if self._first_step is None:
-            self._first_step, self._begin = step, time.monotonic()
+        each = self.seconds_each(step)
         if figure is not None:
             self._figure = f", held-out {self._metric} {figure:.4f}"
-        steps_timed = step - self._first_step
-        each = (time.monotonic() - self._begin) / max(steps_timed, 1)
-        is_later = self._later and steps_timed
-        later = f", {format_duration(each * (self.total - step + self._later))} with what follows" if is_later else ""
+        later = ""
+        if self._later and each:
+            later = f", {format_duration(each * (self.total - step + self._later))} with what follows"
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix_str(f"loss {loss:.4f}{self._figure}{later}")
         elif self.is_line_due() or step == self.total:
-            left = (
-                f", about {format_duration(each * (self.total - step))} left"
-                if steps_timed and step < self.total
-                else ""
-            )
+            left = self.time_left(step, each)
             self.print(f"{self._title} {step}/{self.total}, loss {loss:.4f}{self._figure}{left}{later}")
 
 

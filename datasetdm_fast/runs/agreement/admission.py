@@ -48,7 +48,7 @@ def _judge_speed(job: Job, spec: RunSpec, screen: Screen) -> Job:
     if speed == FP8 and job.engine.device.type == "cpu":
         screen.on_message(f"speed      {speed} rounds on a CPU as on a GPU, and saves no time here")
     exact = recipe_of(sampling, spec.labels, job.engine, source.classes or source.listed, table=source.table)
-    with screen.show_calls(speed, count_calls(job, exact)) as on_unet_call:
+    with screen.show_calls(f"judging {speed}", count_calls(job, exact)) as on_unet_call:
         verdict = judge_speed(job, exact, on_unet_call)
     images = count_noun(verdict["number"], "image")
     if not verdict["passed"]:
@@ -69,7 +69,7 @@ def _choose_precision(spec: RunSpec, screen: Screen) -> Job:
     if not job.half:
         return job
     number = min(MEASURED, job.plan.number)
-    with screen.show_calls(job.half, count_calls(job, number)) as on_unet_call:
+    with screen.show_calls(f"comparing {job.half} with {REFERENCE}", count_calls(job, number)) as on_unet_call:
         verdict = compare_with_reference(job, number, on_unet_call)
     failed, half = verdict.failed, job.half
     facts: dict[str, Any] = {"precision": {"tried": half, "number": number, "failed": failed}}
