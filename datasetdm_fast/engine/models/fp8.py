@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,12 @@ from datasetdm_fast.engine.models.layers import Linear
 from datasetdm_fast.engine.models.mmdit import HeadProjection, MMDiT, TokenStream
 from datasetdm_fast.engine.models.packed import PackedLinear
 from datasetdm_fast.engine.models.unet import AttentionBlock
+from datasetdm_fast.errors import GateFailed
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 SMALLEST = 1e-12  # scale: of rows of zeros
 STEP = 16  # inputs and outputs of a product are multiples of it
+ROWS, FARTHEST = 512, 0.03  # of a check: random inputs; relative error of an output's scale, of rounding at most 0.02
 
 
 def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,6 +47,18 @@ class Fp8Linear(nn.Module):
 
     def add_to(self, total: Tensor, x: Tensor) -> Tensor:
         return total.add_(self._multiply(x, None))
+
+    def check(self, weight: Tensor) -> Self:
+        """Itself, where no output is scaled wrongly, which is too little to be seen in a whole call."""
+        x = torch.randn(ROWS, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+        exact = (x @ weight.T).float()
+        shares = ((self._multiply(x, None) - exact) * exact).sum(0) / exact.square().sum(0).clamp(min=SMALLEST)
+        if not (farthest := float(shares.abs().max())) <= FARTHEST:
+            raise GateFailed(
+                f"--speed fp8: an output of a product is {farthest:.2g} from the exact one, beyond {FARTHEST}",
+                "Drop --speed, and report it.",
+            )
+        return self
 
     def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         rows, scale = (compile_to_fp8() if x.is_cuda else to_fp8)(x.flatten(0, -2))
@@ -113,6 +127,6 @@ def _twin_of(module: Any) -> nn.Module:
         weight, bias = weight[rows], None if packed.bias is None else packed.bias[rows]
         if any(size % STEP for size in weight.shape):
             return cast(nn.Module, module)
-        narrow = Fp8Linear(weight, bias)
+        narrow = Fp8Linear(weight, bias).check(weight)
         return narrow if packed is module else Fp8Projection(module, narrow)
     return cast(nn.Module, _copy(module, {name: _twin_of(child) for name, child in module.named_children()}))
