@@ -3,6 +3,9 @@ wrong on the way.
 """
 
 import os
+import select
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +23,7 @@ from datasetdm_fast.engine.decoders import checkpoint
 from datasetdm_fast.engine.decoders.config import upstream
 from datasetdm_fast.engine.engines.exported.trt_plan import dynamic_shapes
 from datasetdm_fast.engine.loading import load_model, presets
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export.onnx import to_onnx
 from datasetdm_fast.export.tensorrt import flavours, plan_builder
 
@@ -177,11 +180,51 @@ def test_what_a_builder_throws_is_told_without_where(tmp_path, monkeypatch):
     (tmp_path / "tensorrt_that_throws.py").write_text(
         "ILogger = object\ndef Builder(logger): raise TypeError('factory function\\nreturned nullptr')\n"
     )
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(tmp_path)]))
     installed = stand_in("tensorrt_that_throws")
     with pytest.raises(Refused, match="gives no plan: TypeError: factory function returned nullptr"):
         run(tmp_path, RELU, flavour=installed)
     assert not (tmp_path / "plan").exists()
+
+
+STUCK = """
+import os, time
+open(os.environ["BEGUN"], "w").write("begun")
+held = open(os.environ["ALIVE"], "w")
+time.sleep(300)
+"""
+PARENT = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from datasetdm_fast.export.tensorrt import plan_builder
+flavour = SimpleNamespace(module=SimpleNamespace(__name__="tensorrt_that_is_stuck"), title="", capabilities=())
+plan_builder.build_plan(Path("graph"), Path("plan"), {}, flavour, "")
+"""
+
+
+def test_a_builder_ends_with_the_process_that_started_it(tmp_path):
+    """After kill -9, too: else it takes the cores for minutes, beside that of the same command."""
+    (tmp_path / "tensorrt_that_is_stuck.py").write_text(STUCK)
+    begun, alive = tmp_path / "begun", tmp_path / "alive"
+    for place in (begun, alive):
+        os.mkfifo(place)
+    paths = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(tmp_path)])
+    variables = {**os.environ, "PYTHONPATH": paths, "BEGUN": str(begun), "ALIVE": str(alive)}
+    with subprocess.Popen([sys.executable, "-c", PARENT], env=variables, cwd=tmp_path) as process:
+        begun.read_text()
+        with alive.open() as lives:
+            process.kill()
+            assert select.select([lives], [], [], 60)[0] and lives.read() == ""  # its end
+
+
+def test_a_full_disk_is_told_as_one(tmp_path, monkeypatch):
+    (tmp_path / "tensorrt_on_a_full_disk.py").write_text(
+        "ILogger = object\ndef Builder(logger): raise OSError(28, 'full')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(tmp_path)]))
+    with pytest.raises(Missing, match="plan: the disk is full.*\nFree some space"):
+        run(tmp_path, RELU, flavour=stand_in("tensorrt_on_a_full_disk"))
 
 
 def test_a_builder_that_does_not_end_is_stopped(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ line on its stdout.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import signal
@@ -13,9 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.export.tensorrt.flavours import Flavour
 
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 LONGEST_REASON = 1000  # bytes of what a builder that failed wrote last
 LONGEST_BUILD = 3600  # seconds for one plan; the largest known, a UNet of Stable Diffusion, takes minutes
 
@@ -39,7 +42,9 @@ def build_plan(
         words = " ".join(process.stderr[-LONGEST_REASON:].decode(errors="replace").split())
         refusal = f"its builder ended {ending}" + (f", saying: {words}" if words else "")
     else:
-        refusal = json.loads(process.stdout.splitlines()[-1])["refusal"]
+        refusal, number = json.loads(process.stdout.splitlines()[-1])
+        if number:
+            raise storage.refusal(OSError(number, refusal), plan)
     if refusal:
         raise Refused(
             f"{graph.stem}: {flavour.title} gives no plan: {refusal}",
@@ -102,16 +107,19 @@ def _describe_parser_error(error: Any) -> str:
 
 
 def main() -> None:
-    refusal = ""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # it ends with the process that waits for it
+    refusal, number = "", 0
     try:
         _build(json.load(sys.stdin))
     except RefusedByTensorRT as error:
         refusal = str(error)
     except MemoryError:
         refusal = "there is not enough memory"
-    except Exception as error:  # whatever TensorRT throws, and a full disk
+    except OSError as error:  # a full disk, or a library that does not load
+        refusal, number = str(error), error.errno or 0
+    except Exception as error:  # whatever TensorRT throws
         refusal = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    print(f"\n{json.dumps({'refusal': refusal})}", flush=True)
+    print(f"\n{json.dumps([refusal, number])}", flush=True)
 
 
 if __name__ == "__main__":
