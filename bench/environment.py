@@ -54,9 +54,11 @@ def made(venv: Path) -> None:
     """One made from another sees the system's packages alone, so the folders this interpreter sees are named to it."""
     import venv as builder
 
-    builder.create(venv, with_pip=not has_pip(), symlinks=True)
-    (site,) = venv.glob("lib/python3*/site-packages")
+    part = venv.with_name(f"{venv.name}.part")  # a call that is cut leaves no half of one
+    builder.create(part, with_pip=not has_pip(), symlinks=True, clear=True)
+    (site,) = part.glob("lib/python3*/site-packages")
     (site / INHERITED).write_text("".join(f"{place}\n" for place in sys.path if place.endswith(SITES)))
+    part.rename(venv)
 
 
 def has_pip() -> bool:

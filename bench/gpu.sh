@@ -140,9 +140,13 @@ if [ "$IS_DRY" = 0 ]; then
   trap ended EXIT
 fi
 
-step environment 150 "$PYTHON" -m bench.environment libraries "$VENV" ${WHEELS:+"$WHEELS"} ||
-  refuse 3 "the environment $VENV is not complete, $LOG says why"
-step build 240 "$PYTHON" -m bench.environment build "$VENV" || refuse 3 "the extension was not built, $LOG says why"
+needs() { # STEP SECONDS SENTENCE COMMAND...: a step without which there is none
+  step "$1" "$2" "${@:4}" && return
+  case $? in 9 | 124 | 137) refuse 4 "left: $1 and all that follows, as its time was over; the same line again resumes" ;; esac
+  refuse 3 "$3, $LOG says why"
+}
+needs environment 150 "the environment $VENV is not complete" "$PYTHON" -m bench.environment libraries "$VENV" ${WHEELS:+"$WHEELS"}
+needs build 240 "the extension was not built" "$PYTHON" -m bench.environment build "$VENV"
 [ -x "$VENV/bin/python" ] || [ "$IS_DRY" = 1 ] && PYTHON=$VENV/bin/python
 if [ "$IS_DRY" = 0 ]; then
   if [ -n "${CACHE:-}" ] && "$PYTHON" -m bench rehearse --adopt "$CACHE"; then

@@ -74,7 +74,11 @@ def measure(run: BenchRun, parts: Iterable[Measurement], end: float) -> list[str
             continue
         run.file.begin(part.name)
         begin = time.perf_counter()
-        rows = part.rows(run)
+        try:
+            rows = part.rows(run)
+        except (KeyboardInterrupt, SystemExit):
+            run.file.forgive()
+            raise
         seconds = time.perf_counter() - begin
         if any(row.get("is_left") for row in rows):
             run.file.leave(part.name, rows)

@@ -19,7 +19,7 @@ import torch
 from skips import long_test
 
 from bench import __main__ as bench
-from bench import options, run, setting, suite
+from bench import environment, options, run, setting, suite
 from bench.decoders import load_decoders
 from bench.machine import limits, machine, measure
 from bench.machine.processes import another_process
@@ -370,6 +370,34 @@ def test_the_gpu_script_refuses_what_it_cannot_do_and_writes_nothing(tmp_path):
         said = subprocess.run(line, **options)
         assert said.returncode == code and sentence in said.stderr, said.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_gpu_script_without_time_to_build_ends_with_4_and_says_what_is_left(tmp_path):
+    (file := tmp_path / "file").write_text("#!/bin/sh\n[ $1 = -c ] && exec echo 2.13.0 False\nexit 7\n")
+    file.chmod(0o755)
+    for seconds, code, sentence in (
+        ("4", 4, "left: environment and all that follows, as its time was over; the same line again resumes"),
+        ("60", 3, "is not complete, "),
+    ):
+        line, options = script(0, tmp_path, PYTHON=str(file), SECONDS_ALL=seconds)
+        said = subprocess.run(line, **options, stdout=subprocess.DEVNULL)
+        assert said.returncode == code and sentence in said.stderr, said.stderr
+
+
+def test_an_environment_that_was_cut_while_it_was_made_is_made_anew(tmp_path, monkeypatch):
+    place, create = tmp_path / "venv", venv.create
+    monkeypatch.setattr(environment, "has_pip", lambda: True)
+
+    def cut(folder, **options):
+        create(folder, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(venv, "create", cut)
+        environment.made(place)
+    assert not place.exists()
+    environment.made(place)
+    assert (place / "bin" / "python").exists() and [*place.glob(f"lib/*/site-packages/{environment.INHERITED}")]
 
 
 @long_test

@@ -38,7 +38,11 @@ def known_limits(monkeypatch):
     monkeypatch.setattr(layers, "fastest", lambda setting, dtype, seconds: 1e12)
 
 
-def race_of_fakes(tmp_path, monkeypatch, *, slow=(), broken=(), dies=""):
+class Death(BaseException):
+    """In place of a process that dies of what it measures."""
+
+
+def race_of_fakes(tmp_path, monkeypatch, *, slow=(), broken=(), dies="", ending=Death):
     """A race whose peers take no time to prepare, except the slow ones, which never are."""
     setting = SimpleNamespace(quick=True, device=torch.device("cpu"), flops=1, batch=lambda size: [None] * size)
     file = results.ResultFile.open(tmp_path / "one.json", HEAD, goes_on=True)
@@ -57,7 +61,7 @@ def race_of_fakes(tmp_path, monkeypatch, *, slow=(), broken=(), dies=""):
 
         def call():
             if name == dies:
-                raise KeyboardInterrupt
+                raise ending
             if name in broken:
                 raise RuntimeError("out of luck")
             time.sleep(0.001)
@@ -134,7 +138,7 @@ def test_what_was_timed_is_stored_when_the_process_dies_and_a_second_try_keeps_i
     timed = ["diffusers-compiled", "ours", "diffusers"]
     for dies in ("upstream-tf32", "ours"):
         run = race_of_fakes(tmp_path, monkeypatch, dies=dies)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Death):
             suite.measure(run, [one_race.MEASUREMENT], run.race_end)
         rows = results.rows_of(results.read(tmp_path / "one.json"), "peers")
         assert [row["peer"] for row in rows if "seconds_per_image" in row] == timed
@@ -142,6 +146,18 @@ def test_what_was_timed_is_stored_when_the_process_dies_and_a_second_try_keeps_i
     assert suite.measure(run, [one_race.MEASUREMENT], run.race_end) == []  # it was begun twice and never ended
     (part,) = (part for name, part in run.file.document["parts"].items() if name == "peers")
     assert part["status"] == "broken" and len(part["rows"]) == len(one_race.RACED)
+
+
+@pytest.mark.parametrize("ending", [KeyboardInterrupt, SystemExit(143)])
+def test_a_race_that_was_cut_from_outside_is_taken_up_however_often(tmp_path, monkeypatch, ending):
+    for dies in ("upstream-tf32", "ours", "ours"):
+        run = race_of_fakes(tmp_path, monkeypatch, dies=dies, ending=ending)
+        with pytest.raises(type(ending) if isinstance(ending, BaseException) else ending):
+            suite.measure(run, [one_race.MEASUREMENT], run.race_end)
+    run = race_of_fakes(tmp_path, monkeypatch)
+    assert suite.measure(run, [one_race.MEASUREMENT], run.race_end) == []
+    assert run.file.document["parts"]["peers"]["status"] == "done"
+    assert all(len(row["seconds_per_image"]["rounds"]) == one_race.ROUNDS for row in run.file.rows("peers"))
 
 
 def test_a_compiled_peer_never_searches_batch_sizes(monkeypatch):

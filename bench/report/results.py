@@ -77,6 +77,13 @@ class ResultFile:
         self.document["parts"][part]["tries"] = 0
         self.save()
 
+    def forgive(self) -> None:
+        """Does not count a try that was ended from outside."""
+        for part in self.document["parts"].values():
+            if part["status"] == BEGUN:
+                part["tries"] = 0
+        self.save()
+
     def give_up_broken(self) -> None:
         """Marks the parts that began twice and never ended."""
         for name, part in self.document["parts"].items():
