@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import tempfile
 from multiprocessing.util import get_temp_dir
@@ -43,6 +44,7 @@ sys.dont_write_bytecode = False
 # Modules make no garbage, and what they hold would be looked through again and again: until all tests are collected.
 gc.disable()
 
+import forked  # noqa: E402
 import pytest  # noqa: E402
 import skips  # noqa: E402
 
@@ -163,6 +165,19 @@ def one_forking_process(tmp_path_factory):
     """All workers of xdist ask the same process for programs, whose socket lies in the folder that they share."""
     folder = tmp_path_factory.getbasetemp()
     os.environ["DATASETDM_FORKING"] = str((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "f")
+
+
+@pytest.fixture
+def pickles_are_read_by_forks(monkeypatch):
+    """The confined process that reads a pickle need not import torch. tests/test_loading.py reads some by a new one."""
+    from datasetdm_fast.untrusted import pickles
+
+    def run(line, capture_output, **options):
+        assert line[:2] == [sys.executable, "-I"] and capture_output
+        ended = forked.run(line[2:], **options)
+        return SimpleNamespace(stdout=ended.stdout, stderr=ended.stderr.encode(), returncode=ended.returncode)
+
+    monkeypatch.setattr(pickles, "subprocess", SimpleNamespace(**{**vars(subprocess), "run": run}))
 
 
 @pytest.fixture(autouse=True)

@@ -42,6 +42,7 @@ from datasetdm_fast.runs.run_folder.reader import open_run
 MASKS = dict(width=16, layers=2, feed_forward=24, mask_dim=12, queries=20, text_width=10)
 SMALL = {"segmentation": MASKS, "open-vocabulary": MASKS, "depth": dict(width=16, depth_width=8)}
 GUESSED = {"lvis": "coco", "nyu": "", "kitti": "", "vkitti2": ""}  # what names and shapes say, where not the kind
+pytestmark = pytest.mark.usefixtures("pickles_are_read_by_forks")
 long_test = pytest.mark.skipif("DATASETDM_LONG_TESTS" not in os.environ, reason="the long form only")
 
 

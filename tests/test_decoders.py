@@ -629,6 +629,7 @@ class Payload:
         return print, ("a pickle ran code",)
 
 
+@pytest.mark.usefixtures("pickles_are_read_by_forks")
 def test_pickles_may_hold_tensors_only(tmp_path, capsys):
     decoder = build_decoder(small("depth"))
     state = {f"module.{name}": value for name, value in decoder.state_dict().items()}

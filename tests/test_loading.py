@@ -233,6 +233,7 @@ def test_folder_gives_back_what_was_saved(tiny, saved):
 @pytest.mark.parametrize(
     "options", [{"variant": "fp16"}, {"safe_serialization": False}], ids=["fp16 files only", "pickles only"]
 )
+@pytest.mark.usefixtures("pickles_are_read_by_forks")
 def test_other_weight_files_load(tiny, tmp_path, options):
     pipeline(tiny).save_pretrained(tmp_path / "model", **options)
     assert same_weights(load_model(str(tmp_path / "model")).modules["unet"], tiny.modules["unet"])
