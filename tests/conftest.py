@@ -231,6 +231,18 @@ def one_model_of_a_kind():
         yield
 
 
+@pytest.fixture(scope="module")
+def tiny_has_one_layer():
+    """The tiny model of a file has one layer a block, which is less than half of its U-Net."""
+    from small_unets import with_small_unet
+
+    from datasetdm_fast.engine.loading import PRESETS
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "tiny", lambda size, load=PRESETS["tiny"]: with_small_unet(load(size)))
+        yield
+
+
 def pytest_terminal_summary(terminalreporter):
     """Figures that tests recorded under "told": what a passing test prints itself is not shown."""
     reports = [report for kind in terminalreporter.stats.values() for report in kind]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
+from small_unets import with_small_unet
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from datasetdm_fast.config import TASKS
@@ -48,7 +49,7 @@ def pipeline(model, **parts) -> StableDiffusionPipeline:
 
 @pytest.fixture(scope="module")
 def tiny():
-    return load_model("tiny")
+    return with_small_unet(load_model("tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,8 @@ def change(path: Path, **settings) -> None:
 # Presets --------------------------------------------------------------------------------------------------------------
 
 
-def test_tiny_is_seeded_and_leaves_the_global_generator_alone(tiny):
+def test_tiny_is_seeded_and_leaves_the_global_generator_alone():
+    tiny = load_model("tiny")
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
@@ -91,7 +93,7 @@ def test_tiny_is_seeded_and_leaves_the_global_generator_alone(tiny):
     )
 
 
-def test_size_follows_the_wish(tiny):
+def test_size_follows_the_wish():
     assert load_model("tiny", size=64).levels[-1].side == 8
     for size in (100, -64, 63):
         with pytest.raises(Refused, match=f"size: {size}"):

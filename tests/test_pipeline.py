@@ -28,6 +28,7 @@ from diffusers import (
 )
 from PIL import Image
 from safetensors.torch import save_file
+from small_unets import with_small_unet
 from stub_engine import StubEngine
 from test_loading import pipeline as in_diffusers
 
@@ -56,7 +57,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def tiny64():
-    return load_model("tiny", size=64)
+    return with_small_unet(load_model("tiny", size=64))
 
 
 @pytest.fixture(scope="module")
@@ -578,7 +579,7 @@ def test_without_decoders_there_are_images_alone():
 
 def test_a_pipeline_in_memory_gives_what_its_folder_gives(tmp_path):
     """Its weights are copied; an adapter that was not fused is refused, one that was is part of them."""
-    tiny = load_model("tiny")
+    tiny = with_small_unet(load_model("tiny"))
     theirs = in_diffusers(tiny)
     found = Pipeline.from_diffusers(theirs, engine="fast", device="cpu", size=tiny.size)
     theirs.save_pretrained(tmp_path / "model")
@@ -612,7 +613,7 @@ def test_the_seed_of_a_caller_s_generator_is_told_whole():
 
 def test_a_pipeline_in_memory_that_no_weights_describe_is_refused():
     """What it would do beside its weights could only be left out, and its images would be others."""
-    tiny = load_model("tiny")
+    tiny = with_small_unet(load_model("tiny"))
     theirs = in_diffusers(tiny)
     theirs.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
     with pytest.raises(Refused, match="FreeU is enabled"):
@@ -624,10 +625,10 @@ def test_a_pipeline_in_memory_that_no_weights_describe_is_refused():
         Pipeline.from_diffusers(theirs)
 
 
-def test_a_compiled_pipeline_in_memory_gives_the_same_images(tiny):
-    theirs = in_diffusers(tiny)
+def test_a_compiled_pipeline_in_memory_gives_the_same_images(tiny64):
+    theirs = in_diffusers(tiny64)
     plain, compiled = (
-        Pipeline.from_diffusers(theirs, engine="torch", device="cpu", size=tiny.size)("a ball", steps=2, tasks=())
+        Pipeline.from_diffusers(theirs, engine="torch", device="cpu", size=tiny64.size)("a ball", steps=2, tasks=())
         for theirs.unet in (theirs.unet, torch.compile(theirs.unet))
     )
     assert np.array_equal(plain.images[0], compiled.images[0])
@@ -646,7 +647,7 @@ def test_a_pipeline_whose_weights_are_offloaded_or_of_no_square_is_refused():
 
 
 def test_textual_inversion_of_one_vector_is_followed_and_of_several_refused():
-    tiny = load_model("tiny")
+    tiny = with_small_unet(load_model("tiny"))
     theirs = in_diffusers(tiny, text_encoder=copy.deepcopy(tiny.modules["text_encoder"]))
     theirs.set_progress_bar_config(disable=True)
     width = theirs.text_encoder.config.hidden_size

@@ -16,6 +16,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 from skips import long_test
+from small_unets import FEW_ATTENTIONS, with_small_unet
 
 from datasetdm_fast import export_cli
 from datasetdm_fast.config import SD_DEFAULTS
@@ -39,22 +40,8 @@ STAGES = ("encode_text", "denoise", "denoise_and_capture", "decode_image", "enco
 STAGES += tuple(f"annotate_{task}" for task in ("semantic", "open-vocabulary", "depth", "pose"))
 
 
-def with_few_attentions():
-    """A model with every operator of the demo's, but attention at one level alone: most of the time goes into these."""
-    preset = presets.preset
-    down, up = ("CrossAttnDownBlock2D", *("DownBlock2D",) * 3), (*("UpBlock2D",) * 3, "CrossAttnUpBlock2D")
-    kinds = {"down_block_types": down, "up_block_types": up, "layers_per_block": 1}
-
-    def narrow(name, parts, *others, **named):
-        return preset(name, parts | {"unet": parts["unet"] | kinds}, *others, **named)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(presets, "preset", narrow)
-        return load_model("tiny")
-
-
 def test_every_stage_of_a_tiny_model_becomes_a_plan_for_a_card_that_is_not_here(tmp_path):
-    model = with_few_attentions()
+    model = with_small_unet(load_model("tiny"), FEW_ATTENTIONS)
     sizes = {"levels": model.levels, "text_width": model.text_width, "width": 32, "depth_width": 24}
     depth = checkpoint.build_decoder(upstream("depth", **sizes, upscale=2, outlines="image"))
     manifest = to_onnx.export(model, {"depth": checkpoint.for_inference(depth, strict=False)}, tmp_path)

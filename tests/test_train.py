@@ -30,6 +30,7 @@ from datasetdm_fast.data import Instances
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels.class_tables import colour
 from datasetdm_fast.engine.labels.words import find_classes
+from datasetdm_fast.engine.loading import PRESETS, load_model, presets
 from datasetdm_fast.engine.pictures.labelled import Picture
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import Missing, Refused
@@ -54,7 +55,7 @@ SMALL = (
 )  # else five more
 
 
-pytestmark = pytest.mark.usefixtures("one_model_of_a_kind")
+pytestmark = pytest.mark.usefixtures("tiny_has_one_layer", "one_model_of_a_kind")
 
 
 @pytest.fixture(scope="module")
@@ -775,6 +776,8 @@ def test_a_decoder_that_another_training_finished_in_the_meantime_is_left_alone(
 
 
 def test_killed_and_interrupted_it_ends_with_the_same_bits(run, captures, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(PRESETS, "tiny", presets.load_tiny)  # as in the process that is killed
+    monkeypatch.setattr(session, "load_model", load_model)
     arguments = ["--data", "demo:10@1000", "--task", "depth", "--steps", "12", "--checks", "2", "--save-every", "0.05"]
     out = tmp_path / "troubled"
     line = command(captures, out, *arguments)
