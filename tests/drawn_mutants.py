@@ -70,10 +70,10 @@ TOLD = ("setting", "print", "Refused", "GateFailed", "warn")  # their arguments 
 
 def faults(node: ast.AST) -> Iterator[ast.AST]:
     """What may stand in place of this node by mistake."""
-    wrong = copy.deepcopy(node)
+    wrong = copy.copy(node)  # with the same parts, of which none is changed
     match wrong:
-        case ast.Compare(ops=[op, *_]) if type(op) in COMPARISONS:
-            wrong.ops[0] = COMPARISONS[type(op)]()
+        case ast.Compare(ops=[op, *others]) if type(op) in COMPARISONS:
+            wrong.ops = [COMPARISONS[type(op)](), *others]
         case ast.Constant(value=bool()):
             wrong.value = not wrong.value
         case ast.Constant(value=int()) if abs(wrong.value) <= DECIDING:
@@ -95,7 +95,7 @@ def faults(node: ast.AST) -> Iterator[ast.AST]:
         case ast.Call(args=[ast.Name() | ast.Attribute() as first, second, *_]) if not isinstance(second, ast.Starred):
             if ast.dump(first) == ast.dump(second):
                 return
-            wrong.args[:2] = [second, first]
+            wrong.args = [second, first, *wrong.args[2:]]
         case _:
             return
     yield wrong

@@ -30,8 +30,13 @@ def engine():
 
 
 @pytest.fixture(scope="module")
+def fast():
+    return open_engine("demo", "demo", TASKS, engine="fast")[0]
+
+
+@pytest.fixture(scope="module")
 def recipe(engine):
-    return make_recipe(engine, TASKS, steps=6)
+    return make_recipe(engine, TASKS, steps=4)  # the least with a call that reads all outputs that a sampler keeps
 
 
 def relative(value: torch.Tensor, truth: torch.Tensor) -> float:
@@ -54,15 +59,14 @@ def raw(engine, recipe, chosen):
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-def test_threads_change_no_number_of_a_sample(batch):
-    engine = open_engine("demo", "demo", TASKS, engine="fast")[0]
-    recipe = make_recipe(engine, TASKS, steps=3)
+def test_threads_change_no_number_of_a_sample(batch, fast):
+    recipe = make_recipe(fast, TASKS, steps=3)
     requests = [Request(k, PROMPTS[k % len(PROMPTS)], k, ("ball", "person")) for k in range(batch)]
     usual, found = torch.get_num_threads(), []
     for threads in (1, 3, 7):
         torch.set_num_threads(threads)
         try:
-            ((_, samples),) = generate([Batch(0, tuple(requests))], engine, recipe)
+            ((_, samples),) = generate([Batch(0, tuple(requests))], fast, recipe)
         finally:
             torch.set_num_threads(usual)
         numbers = [
@@ -75,8 +79,8 @@ def test_threads_change_no_number_of_a_sample(batch):
             assert [name for name, value in own.items() if not np.array_equal(value, truth[name])] == []
 
 
-def test_calls_about_one_image_wait_for_each_other_where_networks_are_large(monkeypatch):
-    assert open_engine("demo", "demo", TASKS, engine="fast")[0].side_by_side([lambda: 1, lambda: 2]) == [1, 2]
+def test_calls_about_one_image_wait_for_each_other_where_networks_are_large(fast, monkeypatch):
+    assert fast.side_by_side([lambda: 1, lambda: 2]) == [1, 2]
     monkeypatch.setattr(on_cpu, "LARGEST_IDLE", 0)
     assert open_engine("demo", "demo", TASKS, engine="fast")[0].side_by_side is None
 
@@ -98,15 +102,14 @@ def test_four_prompts_equal_four_alone_in_every_tensor(engine, recipe):
                 )  # AVX2 rounds twice as far as AVX-512
 
 
-def test_threads_change_no_bit_of_one_image():
-    engine, found = open_engine("demo", "demo", TASKS, engine="fast")[0], []
-    recipe = make_recipe(engine, TASKS, steps=2)
+def test_threads_change_no_bit_of_one_image(fast):
+    found, recipe = [], make_recipe(fast, TASKS, steps=2)
     usual = torch.get_num_threads()
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
         try:
-            latents, _, answers = raw(engine, recipe, [0])
-            found.append({"latents": latents, "image": engine.decode_image(latents)})
+            latents, _, answers = raw(fast, recipe, [0])
+            found.append({"latents": latents, "image": fast.decode_image(latents)})
             found[-1] |= {f"{task} {name}": value for task, own in answers.items() for name, value in own.items()}
         finally:
             torch.set_num_threads(usual)

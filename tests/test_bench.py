@@ -192,6 +192,7 @@ def test_a_peer_that_is_slow_alone_keeps_its_round():
 
 def test_the_suite_prints_ratios_parity_and_rows(monkeypatch, capsys):
     monkeypatch.setitem(race.CANDIDATES, True, (1, 2))
+    monkeypatch.setattr(race, "LEAST_ROUNDS", 2)
     assert bench.dispatch([*TINY, "--peers", "torch,ours", "--parts", "peers", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["parity"] == "pass" and said["ratios"]["fast_vs_torch"] > 0

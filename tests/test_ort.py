@@ -90,7 +90,7 @@ def test_verify_passes_for_every_task(cache, capsys):
         "--batch-size",
         "2",
         "--steps",
-        "3",
+        "2",
         "--device",
         "cpu",
         "--quiet",

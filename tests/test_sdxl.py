@@ -24,7 +24,7 @@ from datasetdm_fast.engine.models.unet import TextTable, TimeTable, UNet
 from datasetdm_fast.kernels import plain
 from datasetdm_fast.runs.agreement.verify import verify
 
-PROMPTS = ("a red car", "", "two dogs and a long text", "x", "a cat")
+PROMPTS = ("a red car", "", "two dogs and a long text")
 CASES = {  # sizes of the pipeline, guidance of its images
     "guided": ({}, 5.0),
     "of one half": ({"depths": (0, 2, 3), "width": 48, "text": 24}, 1.0),
@@ -46,7 +46,7 @@ def engines(model, has_decoders=True):
     return [build_engine(name, model, decoders, device="cpu") for name in ("fast", "torch")]
 
 
-@pytest.mark.parametrize("batch, speed", [(1, {"steps": 2}), (5, {"steps": 6, "speed": "cache3"})])
+@pytest.mark.parametrize("batch, speed", [(1, {"steps": 2}), (3, {"steps": 6, "speed": "cache3"})])
 def test_the_fast_engine_agrees_with_the_oracle(model, batch, speed):
     fast, reference = engines(model)
     recipe = make_recipe(reference, tuple(fast.decoders), sampler="ddim", **speed)

@@ -55,17 +55,17 @@ def test_fast_reads_what_the_reference_reads_in_any_batch(model):
     decoders = {"depth": decoder_of(model), "pose": seeded_decoders(model.levels, model.text_width)["pose"]}
     found = {}
     for name in ("torch", "fast"):
-        for size in (1, 5) if name == "fast" else (5,):
+        for size in (1, 3) if name == "fast" else (3,):
             engine = build_engine(name, model, decoders, device="cpu")
             pipeline = Pipeline(engine)
-            samples = pipeline(["a", "b", "c", "d", "e"], tasks=("depth", "pose"), steps=6, batch_size=size).samples
+            samples = pipeline(["a", "b", "c"], tasks=("depth", "pose"), steps=6, batch_size=size).samples
             found[name, size] = [sample.annotations["depth"].metres for sample in samples]
             recipe = make_recipe(engine, ("depth", "pose"), steps=6)
             calls = recipe.captures["depth"]
             assert len(calls) == 3 and calls[0] < min(calls[2], *recipe.captures["pose"])
             assert recipe.facts["capture_timestep"]["depth"] == [recipe.schedule.timesteps[call] for call in calls]
-    for other in (("fast", 5), ("fast", 1)):
-        for ours, truth in zip(found[other], found["torch", 5], strict=True):
+    for other in (("fast", 3), ("fast", 1)):
+        for ours, truth in zip(found[other], found["torch", 3], strict=True):
             assert np.abs(ours - truth).max() <= 1e-3 * truth.max()
 
 

@@ -182,7 +182,7 @@ def figures(tmp_path_factory):
 @pytest.fixture
 def run(tmp_path, figures, one_engine_of_a_kind, monkeypatch):
     monkeypatch.setenv("DATASETDM_CACHE", str(figures))
-    monkeypatch.setattr(speed_gate, "DEMO_IMAGES", 4)
+    monkeypatch.setattr(speed_gate, "DEMO_IMAGES", 2)
     line = ["--out", str(tmp_path / "run"), "--number", "2", "--task", "semantic,depth", "--quiet"]
     return tmp_path / "run", lambda *flags: generate.main([*line, *flags])
 
@@ -261,12 +261,12 @@ def test_deep_features_of_another_call_are_refused_by_the_labels(run, name, monk
 
     monkeypatch.setattr(FastEngine, "denoise_from", from_the_first)
     assert make("--speed", name) == 4 and not folder.exists()
-    assert f"--speed {name}: labels of 4 images fit worse" in capsys.readouterr().err
+    assert f"--speed {name}: labels of 2 images fit worse" in capsys.readouterr().err
 
 
 def test_a_run_is_judged_once_and_says_so(run, monkeypatch, capsys):
     folder, make = run
-    monkeypatch.setattr(speed_gate, "MOST_LOST", dict.fromkeys(speed_gate.MOST_LOST, 0.1))  # of 4 images
+    monkeypatch.setattr(speed_gate, "MOST_LOST", dict.fromkeys(speed_gate.MOST_LOST, 0.1))  # of 2 images
     assert make("--speed", "fast25", "--limit", "1") == 0
     document = json.loads((folder / "run.json").read_text())
     assert document["config"]["speed"] == document["sampling"]["speed"] == "fast25"
