@@ -858,6 +858,9 @@ def test_every_image_is_judged_by_a_fold_that_has_not_seen_it(run, tmp_path, cap
     judged.clear()
     assert run(*arguments) == 0 and not judged  # there is nothing left to do
     assert run(*arguments[:-1], "2") == 0 and "2-fold cross-validation" in (state / "page.html").read_text()
+    assert run(*arguments) == 0  # whose decoders are there, but figures of two folds
+    assert told["held_out"] == json.loads((state / "folds.json").read_text())["held_out"]
+    assert "3-fold cross-validation" in (state / "page.html").read_text()
 
 
 def test_the_page_says_why_a_class_has_no_interval():
