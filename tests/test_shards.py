@@ -313,6 +313,14 @@ def test_a_run_that_another_process_begins_between_two_looks_is_joined(alone, tm
     assert shard_worker.open_place(place) == json.loads(document)
 
 
+def test_a_rank_begins_with_shards_of_its_own(alone):
+    place = shard_place(alone)
+    job, callbacks = shard_worker.open_shards(spec_of(alone), place), Callbacks(describe)
+    orders = [shard_worker.ShardWorker(job, place, shard_worker.ShardRank(k, 2), callbacks).order for k in range(2)]
+    ours = [shard for shard in orders[0] if shard % 2 == 0]
+    assert orders == [ours + [k + 1 for k in ours if k + 1 in orders[0]], [k for k in orders[0] if k % 2] + ours]
+
+
 def test_a_shard_that_is_made_twice_is_committed_once(alone, tmp_path, monkeypatch):
     run, place = copy(alone, tmp_path), ShardFolder(tmp_path / "run")
     job = shard_worker.open_shards(spec_of(run), place)

@@ -45,6 +45,14 @@ def test_cached_calls_follow_a_whole_one(captured):
     assert all(min(call - whole for whole in keeping if whole < call) < speed.CACHE_INTERVAL for call in cached)
 
 
+@pytest.mark.parametrize("wrong", [{0}, {1}, {2}, {5}, {4, 6, 7}])  # 5 is captured, so 3 is the last whole call
+def test_a_recipe_that_keeps_other_calls_breaks_its_promise(wrong):
+    recipe = SimpleNamespace(facts={"speed": "cache3"}, schedule=range(10), captured=(5,), fp8=set())
+    speed_gate.check_promise(SimpleNamespace(**vars(recipe) | {"cached": {4, 7, 8}}))
+    with pytest.raises(GateFailed, match="not every third call is whole"):
+        speed_gate.check_promise(SimpleNamespace(**vars(recipe) | {"cached": wrong}))
+
+
 def test_inner_calls_are_all_but_the_ends_and_the_captured_ones():
     assert speed.inner_calls(6, (2,)) == {1, 3, 4}
 
