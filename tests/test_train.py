@@ -938,6 +938,8 @@ def checkpoint_of_another(tmp_path):
         (["--data", "nothing:5"], 2, "no reader is called 'nothing'"),
         (["--data", "voc:/nowhere"], 2, "/nowhere"),
         (["--data", "voc:/nowhere", "--model", "/no/model"], 2, "/nowhere is not there"),
+        (["--data", "voc:/nowhere", "--timestep", "soon"], 2, "--timestep: 'soon' is not -1, auto, or 1 to"),
+        (["--data", "voc:/nowhere", "--blocks", "few"], 2, "--blocks: 'few' is not auto, or at most"),
         (["--task", "sematic"], 2, "did you mean semantic"),
         (["--data", "coco:tests", "--task", "semantic,pose"], 2, "pose learns from one person of coco: at a time"),
         (["--held-out", "0.9"], 2, "--held-out 0.9: expected 0 to 0.5"),

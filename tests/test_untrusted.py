@@ -347,9 +347,20 @@ def test_limits_are_the_largest_that_is_read(tmp_path):
     def nested(count):
         return "[" * count + "]" * count
 
-    assert documents.parse_json(nested(documents.DEEPEST), "it") is not None
+    def elements(count):
+        return "<a>" * count + "</a>" * count
+
+    (path := tmp_path / "it").write_text(nested(documents.DEEPEST))
+    assert documents.parse_json(path.read_text(), "it") == documents.read_yaml(path) is not None
+    path.write_text(nested(documents.DEEPEST + 1))
+    for read in (documents.read_yaml, lambda path: documents.parse_json(path.read_text(), "it")):
+        with pytest.raises(Refused, match="nested more than 32 deep"):
+            read(path)
+    path.write_text(elements(documents.DEEPEST))
+    assert len(list(documents.read_xml(path).iter("a"))) == 32
+    path.write_text(elements(documents.DEEPEST + 1))
     with pytest.raises(Refused, match="nested more than 32 deep"):
-        documents.parse_json(nested(documents.DEEPEST + 1), "it")
+        documents.read_xml(path)
     (tmp_path / "a.png").write_bytes(image_bytes(np.zeros((3, 5, 3), np.uint8), "png"))
     assert images.read_image(tmp_path / "a.png", most_pixels=15).size == (5, 3)
     with pytest.raises(Refused, match="5 x 3 pixels, at most 14 are decoded"):
