@@ -56,6 +56,7 @@ from datasetdm_fast.training.readers import (
     cvat,
     hf,
     is_read,
+    label_studio,
     open_data,
     voc,
     yolo,
@@ -2495,6 +2496,10 @@ def test_what_convert_writes_is_read_again(made, tmp_path):
     table.write_text(json.dumps(json.loads(table.read_text()) | {"max_depth": float(np.median(far))}))
     near = open_data(f"hf:{table.parent}", SIDE)[0].depth
     assert np.allclose(near, np.where(far <= np.median(far), far, 0)) and (near == 0).any()
+    for wrong in ({"max_depth": -1}, {"depth_steps_of_a_metre": 0}):
+        table.write_text(json.dumps(json.loads(table.read_text()) | {"max_depth": 9.0} | wrong))
+        with pytest.raises(Refused, match="a depth out of range"):
+            open_data(f"hf:{table.parent}", SIDE)
 
 
 @pytest.mark.parametrize("name, kind", [("nyu", "nyu"), ("kitti", "kitti"), ("hf-parquet", "hf")])
@@ -2766,6 +2771,16 @@ def test_outlines_are_drawn_where_they_lie_and_refused_far_outside():
     for left, top in ((-1, 0), (0, -1), (28, 0), (0, 19)):
         with pytest.raises(ValueError, match="lies outside"):
             shapes.place_inside(small, left, top, sides)
+
+
+def test_a_rectangle_of_label_studio_turns_about_its_first_corner():
+    value = {"x": 50.0, "y": 10.0, "width": 40.0, "height": 20.0, "rotation": 30}
+    mask = label_studio._mask({"type": "rectanglelabels", "value": value}, (60, 100))()
+    down, right = np.mgrid[:60, :100] + 0.5 - np.array([6, 50])[:, None, None]
+    cosine, sine = math.sqrt(3) / 2, 0.5
+    along, across = cosine * right + sine * down, cosine * down - sine * right
+    inside = np.minimum(np.minimum(along, 40 - along), np.minimum(across, 12 - across))  # pixels from its edges
+    assert mask[inside > 1].all() and not mask[inside < -1].any() and abs(mask.sum() - 40 * 12) < 10
 
 
 def test_brushes_and_outlines_of_label_studio_become_masks(tmp_path):
