@@ -27,7 +27,6 @@ def main(config: EvaluateConfig, command: CommandLine) -> int:
     # Without a selection, which reads images; a bad data set is refused before a model loads.
     sources = {address: config.open_data(address, ANY_SIZE, config.tasks, EVERYTHING) for address in config.addresses}
     from datasetdm_fast.training.evaluation import naming
-    from datasetdm_fast.training.evaluation.measure import evaluate_decoders, figures_table
 
     print_lines(config, *(f"{address}: {source.layout}" for address, source in sources.items() if source.layout))
     names = naming.parse_names(config.class_names, sources.values())
@@ -35,6 +34,8 @@ def main(config: EvaluateConfig, command: CommandLine) -> int:
         images = {address: len(source) for address, source in sources.items()}
         lines = (f"{address}: {count_noun(count, 'image')} would be judged" for address, count in images.items())
         return print_plan(config, {"images": images}, "\n".join(lines))
+    from datasetdm_fast.training.evaluation.measure import evaluate_decoders, figures_table
+
     engine, results, skipped = config.open_engine(config.decoder), {}, {}
     for address, source in sources.items():
         with CountProgress(len(source), "image", address, config.quiet) as progress:

@@ -530,6 +530,7 @@ def test_a_dry_run_draws_no_weights_and_tells_what_they_take(tmp_path, monkeypat
         ("train", "--data demo:8 --model demoo", 2, "model: 'demoo' is neither one of demo, .* or file (did you mean"),
         ("train", "--data fold:photos", 2, "--data fold:photos: no reader is called 'fold' (did you mean folder?)"),
         ("train", "--data folder:nowhere", 2, "--data folder:nowhere: nowhere is not there"),
+        ("evaluate", "--data demo:2 --dry-run", 0, "--dry-run: nothing is written"),
         ("evaluate", "--data fold:photos", 2, "--data fold:photos: no reader is called 'fold' (did you mean folder?)"),
     ],
 )
