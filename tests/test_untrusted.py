@@ -204,14 +204,13 @@ def test_no_byte_of_a_png_may_change(tmp_path):
     Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4)).save(tmp_path / "a.png")
     whole = (tmp_path / "a.png").read_bytes()
     images.check_png(whole)
+    images.check_png(whole + b"\0")  # what a camera wrote after it is none of it
     for place in range(len(whole)):
         for bit in (1, 128):
             with pytest.raises(ValueError):
                 images.check_png(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
         with pytest.raises(ValueError):
             images.check_png(whole[:place])
-    with pytest.raises(ValueError):
-        images.check_png(whole + b"\0")
 
 
 def test_archives_hold_plain_members(tmp_path, monkeypatch):

@@ -45,7 +45,7 @@ def decode_image(
         raise Refused(f"{name}: neither a PNG nor a JPEG file", "Convert it to PNG or JPEG, or get it again.")
     try:
         if data.startswith(b"\x89PNG"):
-            check_png(data, may_go_on=True)  # Pillow fills up one that was cut off near its end
+            check_png(data)  # Pillow fills up one that was cut off near its end
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large images are refused below
             image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", *(("TIFF",) if may_be_tiff else ())))
@@ -76,10 +76,8 @@ def sides_of(path: Path) -> tuple[int, int]:
         raise Refused(f"{path}: not a complete image ({reason_of(error)})", GET_AGAIN) from error
 
 
-def check_png(data: bytes, *, may_go_on: bool = False) -> None:
-    """Raises ValueError for a PNG file that is truncated or modified, or has bytes after its end unless it
-    `may_go_on`.
-    """
+def check_png(data: bytes) -> None:
+    """Raises ValueError for a PNG file that is truncated or modified; bytes after its end are none of it."""
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
         raise ValueError("no PNG file")
     place, kind = 8, b""
@@ -92,5 +90,3 @@ def check_png(data: bytes, *, may_go_on: bool = False) -> None:
         if zlib.crc32(data[place + 4 : place + 8 + length]) != struct.unpack_from(">I", data, place + 8 + length)[0]:
             raise ValueError(f"checksum of the chunk at byte {place} does not hold")
         place += 12 + length
-    if place != len(data) and not may_go_on:
-        raise ValueError("bytes after its end")

@@ -179,7 +179,7 @@ class DecoderConfig:
     @property
     def table(self) -> ClassTable | None:
         """The words of the user's own that its classes are found by."""
-        return of_words(self.class_words, "class_words") if self.class_words else None
+        return of_words(self.class_words) if self.class_words else None
 
     @property
     def values(self) -> dict[str, Any]:

@@ -100,10 +100,10 @@ def words_of(table: ClassTable, names: Sequence[str]) -> tuple[ClassWord, ...]:
 
 
 @cache
-def of_words(words: tuple[ClassWord, ...], name: str = "") -> ClassTable:
+def of_words(words: tuple[ClassWord, ...]) -> ClassTable:
     """The table that `words_of` was told of, the same one at every call."""
     classes = tuple(word for word in words if word.name)
-    return ClassTable(name, classes, tuple(text for word in words if not word.name for text in word.words))
+    return ClassTable("class_words", classes, tuple(text for word in words if not word.name for text in word.words))
 
 
 def rows_of(table: ClassTable, names: Sequence[str], *, has_colours: bool = False) -> list[dict[str, Any]]:

@@ -170,7 +170,7 @@ def make_recipe(
     configs = {task: engine.decoders[task].config for task in tasks if task not in UNDECODED}
     trained = dict.fromkeys(word for config in configs.values() for word in config.class_words)
     if table is None and trained:
-        table = of_words(tuple(trained), "class_words")
+        table = of_words(tuple(trained))
     open_labels = [
         task
         for task in tasks

@@ -7,6 +7,7 @@ from xml.sax.saxutils import escape, quoteattr
 
 import numpy as np
 
+from datasetdm_fast.engine.labels import mask_rle
 from datasetdm_fast.engine.labels.class_tables import colour
 from datasetdm_fast.runs.exporting.classes import one_line
 from datasetdm_fast.runs.exporting.coco import json_list
@@ -96,17 +97,10 @@ def _cvat_shape(thing: ExportedThing, order: int) -> str:
         points = ";".join(f"{x:g},{y:g}" for x, y in parts[0].tolist())
         return f'    <polygon {facts} points="{points}"></polygon>\n'
     left, top, width, height = map(int, thing.box)
-    runs = _row_runs(thing.mask[top : top + height, left : left + width])
+    rows = thing.mask[top : top + height, left : left + width]
+    runs = mask_rle.run_lengths(mask_rle.encode(rows.T[None]).rles[0]).tolist()  # row by row
     box = f'left="{left}" top="{top}" width="{width}" height="{height}"'
     return f'    <mask {facts} rle="{", ".join(map(str, runs))}" {box}></mask>\n'
-
-
-def _row_runs(mask: np.ndarray) -> list[int]:
-    """Run lengths row by row, the first of pixels outside of the mask."""
-    flat = mask.ravel()
-    changes = np.flatnonzero(np.diff(flat)) + 1
-    runs = np.diff([0, *changes.tolist(), len(flat)]).tolist()
-    return [0, *runs] if flat[0] else runs
 
 
 VERSION = "5.5.0"  # of labelme, whose files have had this form since

@@ -209,7 +209,7 @@ class ShardWorker:
     def _files(self, shard: int, first: int, stop: int, made: list[tuple[Row, Places]]) -> Iterator[tuple[str, bytes]]:
         """The files of a shard; the rows of its samples and where their files come to lie are added to the list."""
         end = 0
-        for row, contents in self._encode_samples(shard, first, stop):
+        for row, contents in self._encode_samples(range(first, stop)):
             places: dict[str, tuple[int, int]] = {}
             made.append((row, places))
             record = {RECORD: sample_record(row, row.request.id)} if row.files else {}
@@ -222,15 +222,13 @@ class ShardWorker:
         if self.place.read(entry_name(shard)) is not None:
             raise ShardAbandoned
 
-    def _encode_samples(self, shard: int, first: int, stop: int) -> Iterator[Encoded]:
+    def _encode_samples(self, indices: Sequence[int]) -> Iterator[Encoded]:
         """The samples of a shard, encoded in threads while the next are made."""
-        made, document = self._make_taken(shard, range(first, stop)), self.job.document
+        made, document = self._make_taken(indices), self.job.document
         for encoded in in_threads(lambda each: encode_batch(*each[0], document), made, 1, WRITERS, lambda: False):
             yield from encoded
 
-    def _make_taken(
-        self, shard: int, indices: Sequence[int]
-    ) -> Iterator[tuple[list[Sample | Quarantined], dict[str, Any]]]:
+    def _make_taken(self, indices: Sequence[int]) -> Iterator[tuple[list[Sample | Quarantined], dict[str, Any]]]:
         """Batches of samples with how they were made. In the place of a sample that the run rejects others are made,
         turn by turn; without one that it takes, the last is quarantined.
         """

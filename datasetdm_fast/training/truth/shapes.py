@@ -29,15 +29,6 @@ Mask = Callable[[], np.ndarray]  # [H, W] bool
 Outline = tuple[str, str, Callable[[], Mask | None]]  # class, group, and what makes its mask; None: it has no area
 
 
-@dataclass(frozen=True)
-class Shape:
-    """One outline; shapes of one class and group are parts of one thing."""
-
-    name: str  # of its class
-    mask: Mask
-    group: str = ""
-
-
 @dataclass
 class Things:
     """The masks of an image's things, and of crowds, in which every prediction is ignored."""
@@ -77,8 +68,10 @@ class OutlineSource(PictureSource):
         return tuple(self.thing_classes[k] for k in things.classes)
 
     def draw(self, file: Path, place: str, outlines: Iterable[Outline]) -> Things:
-        """The things of an image from its outlines in a file; a wrong one is named by its number after `place`."""
-        parts = []
+        """The things of an image from its outlines in a file, those of one class and group joined; regions to ignore
+        are crowds of every class. A wrong outline is named by its number after `place`.
+        """
+        parts: dict[tuple[str, str], list[Mask]] = {}
         for number, (name, group, make) in enumerate(outlines):
             try:
                 if (mask := make()) is None:
@@ -89,8 +82,14 @@ class OutlineSource(PictureSource):
                 raise
             except (ValueError, TypeError, KeyError, OverflowError) as error:
                 raise reading.bad(file, f"{place}shape {number}: {documents.reason_of(error)}") from error
-            parts.append(Shape(name, mask, group))
-        return things_of(parts, self.thing_classes)
+            parts.setdefault((name, group or f"#{number}"), []).append(mask)
+        things = Things()
+        for (name, _), masks in parts.items():
+            if is_thing(name):
+                things.add(partial(_union, masks), self.thing_classes.index(name))
+            elif name in IGNORED_NAMES:
+                things.add(partial(_union, masks), EVERY_CLASS, is_crowd=True)
+        return things
 
 
 def read_document(file: Path, form: Mapping[str, Any], program: str) -> dict[str, Any]:
@@ -181,20 +180,6 @@ def place(pixels: np.ndarray, top: int, left: int, sides: Sequence[int]) -> np.n
 
 def is_thing(name: str) -> bool:
     return name not in IGNORED_NAMES and not reading.is_background(name)
-
-
-def things_of(shapes: Iterable[Shape], classes: Sequence[str]) -> Things:
-    """The things of an image, shapes of one group joined; regions to ignore are crowds of every class."""
-    parts: dict[tuple[str, str], list[Mask]] = {}
-    for number, shape in enumerate(shapes):
-        parts.setdefault((shape.name, shape.group or f"#{number}"), []).append(shape.mask)
-    things = Things()
-    for (name, _), masks in parts.items():
-        if is_thing(name):
-            things.add(partial(_union, masks), classes.index(name))
-        elif name in IGNORED_NAMES:
-            things.add(partial(_union, masks), EVERY_CLASS, is_crowd=True)
-    return things
 
 
 def _union(masks: Sequence[Mask]) -> np.ndarray:

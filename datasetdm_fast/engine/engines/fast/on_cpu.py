@@ -37,10 +37,6 @@ LARGEST_IDLE = 2**27  # bytes; larger networks of LAZY_NETWORKS are unloaded whi
 PLENTY = 8  # times its bytes: where that much memory is available, a large network stays loaded, too
 
 
-def is_large(module: nn.Module) -> bool:
-    return size_of(module) > LARGEST_IDLE
-
-
 def size_of(module: nn.Module) -> int:
     """Bytes of its weights, but of packed ones."""
     return sum(weight.numel() * weight.element_size() for weight in module.parameters())
@@ -48,7 +44,8 @@ def size_of(module: nn.Module) -> int:
 
 def is_in_the_way(module: nn.Module) -> bool:
     """Whether it is too large to stay loaded while others compute."""
-    return is_large(module) and available_memory() < PLENTY * size_of(module)
+    size = size_of(module)
+    return size > LARGEST_IDLE and available_memory() < PLENTY * size
 
 
 def free_memory() -> None:
@@ -90,7 +87,7 @@ class CpuEngine(FastEngine):
         }
 
     def _ready(self) -> None:
-        self._has_large_unet = is_large(self.unet)  # asked here, as packed weights are no parameters
+        self._has_large_unet = size_of(self.unet) > LARGEST_IDLE  # asked here, as packed weights are no parameters
         self.label_dtype, self._stored_decoders = torch.float32, self.decoders
         if not self.is_compiled:
             in_pairs = self.dtype == torch.bfloat16 and not multiplies_tiles(self.dtype)
