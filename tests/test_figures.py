@@ -90,6 +90,16 @@ def test_the_page_tells_the_verdicts_on_approximate_speeds():
     assert missing("docs/samplers.md", told) == []
 
 
+def test_the_page_tells_how_far_models_are_from_what_was_taught():
+    rows = measured("domain")["rows"]
+    told = [
+        f"| {row['taught_on']} | `{row['model']}` | {row['distance']:.2f} | {row['out_of_domain']} of 16 |"
+        for row in rows
+        if row["samples"] == 16
+    ]
+    assert len(told) == len(rows) > 0 and missing("docs/data-set.md", told) == []
+
+
 def test_the_page_tells_how_often_intervals_hold():
     images, told = measured("intervals")["images"], []
     for title, name in (
@@ -116,3 +126,14 @@ def test_intervals_of_all_images_but_one_hold_their_mean_and_those_of_two_are_wi
     assert few["width"] > most["width"] == pytest.approx(0.055, rel=0.1)
     some = SomeImages(meter, [3, 5])
     assert some.result()["absrel"] == pytest.approx(0.14) and some.telling == some.count == 2
+
+
+def test_the_page_compares_blocks_as_they_were_measured():
+    told = []
+    for row in measured("blocks")["rows"]:
+        first = "| |" if row["flags"] == "--timestep -1" else f"| `{row['flags']}` |"
+        cells = [with_interval(row[captions], "miou") for captions in ("true", "none")]
+        told.append(f"{first} {row['blocks']} | {row['timesteps'][0]} | {' | '.join(cells)} |")
+        if known := row.get("explained"):
+            told.append(f"they explain {known['chosen']} of the variance, the others {known['family']} there.")
+    assert len(told) > 2 and missing("docs/training.md", told) == []
