@@ -109,7 +109,7 @@ consumers: venv $(CONSUMERS)/.installed
 # Longest first, as they are dealt out in this order; what hangs is ended after the hour.
 SOAKED := $(addprefix tests/test_,$(addsuffix .py,long_runs faults fuzz audit ranks rehearsal sampling launchers package \
 proofs to_tensorrt claims students judge bench gpu_race kernels ray readers train drop export verify plugins checkpoints \
-trainers domain mmdit openvino sample_stream finite families))
+trainers domain mmdit openvino sample_stream finite families speed))
 soak: venv
 	$(QUIET_CORES) OMP_NUM_THREADS=1 DATASETDM_LONG_TESTS=1 \
 	timeout --kill-after=60 3600 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -rA --durations=25 $(SOAKED)

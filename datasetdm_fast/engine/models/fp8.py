@@ -54,10 +54,8 @@ class Fp8Linear(nn.Module):
         exact = (x @ weight.T).float()
         shares = ((self._multiply(x, None) - exact) * exact).sum(0) / exact.square().sum(0).clamp(min=SMALLEST)
         if not (farthest := float(shares.abs().max())) <= FARTHEST:
-            raise GateFailed(
-                f"--speed fp8: an output of a product is {farthest:.2g} from the exact one, beyond {FARTHEST}",
-                "Drop --speed, and report it.",
-            )
+            cause = f"--speed fp8: an output of a product is {farthest:.2g} from the exact one, beyond {FARTHEST}"
+            raise GateFailed(cause, "Drop --speed, and report it.")
         return self
 
     def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -135,11 +135,8 @@ def check_call(job: Job) -> None:
     distance = float((others.denoise(1, *inputs) - exact).norm() / exact.norm())
     limit = FARTHEST_CACHED if recipe.cached else FARTHEST
     if not distance <= limit:
-        name = recipe.facts["speed"]
-        raise GateFailed(
-            f"--speed {name}: a call is {distance:.2g} from the exact one, beyond {limit}; nothing was written",
-            REPORT,
-        )
+        cause = f"a call is {distance:.2g} from the exact one, beyond {limit}; nothing was written"
+        raise GateFailed(f"--speed {recipe.facts['speed']}: {cause}", REPORT)
 
 
 def figures_in_words(verdict: Mapping[str, Any], *, failed: bool = False) -> str:
