@@ -14,7 +14,7 @@ from datasetdm_fast.engine.models.blocks import BLOCKS, Packing, UNetBlock, bloc
 from datasetdm_fast.engine.models.capture import CaptureHook
 from datasetdm_fast.engine.models.layers import Convolution, Layers, Resnet, Upsample, Weights
 from datasetdm_fast.engine.models.unet import TextTable, TimeTable, Transformer, UNet
-from datasetdm_fast.kernels import plain
+from datasetdm_fast.kernels import cpu, plain
 from datasetdm_fast.kernels.noise import noise
 
 VECTORS = _C.depth_head_vector_bytes()
@@ -58,6 +58,8 @@ def case(kind: str) -> tuple[torch.nn.Module, list]:
         return resnet(32, 48), [image(3, 32, 9, 8), noise(48)]
     if kind == "resnet of few tiles, channels that fill no panel":
         return resnet(20, 20), [image(3, 20, 2, 3), noise(20)]
+    if kind == "resnet that narrows":
+        return resnet(512, 16), [image(3, 512, 9, 8), noise(16)]
     if kind == "convolution with stride 2":
         return Convolution(state({"": torch.Size([36, 32, 3, 3])}) / "", stride=2), [image(2, 32, 7, 6)]
     if kind.startswith("upsample"):
@@ -73,6 +75,7 @@ def case(kind: str) -> tuple[torch.nn.Module, list]:
 CASES = (
     "resnet of many tiles",
     "resnet of few tiles, channels that fill no panel",
+    "resnet that narrows",
     "convolution with stride 2",
     "convolution of few channels",
     "upsample of many tiles",
@@ -119,6 +122,16 @@ def test_a_block_says_what_the_plain_module_says(kind, in_pairs, monkeypatch):
         assert distance(found[0], truth) <= (2e-2 if in_pairs else 2e-6)
         assert not in_pairs or distance(found[0], truth) >= 1e-4
     assert block.state_dict().keys() == module.state_dict().keys()
+
+
+@pytest.mark.parametrize("vector_bytes", VECTORS)
+def test_a_product_in_pairs_of_an_odd_number_of_inputs(vector_bytes):
+    """The last of each row stands beside a zero, not beside the first of the next row."""
+    x, weight, bias, out = noise(5, 7), noise(32, 7, scale=2), torch.zeros(32), torch.full((5, 32), torch.nan)
+    packed = cpu.pair_inputs(cpu.panels(weight))
+    product = _C.Convolution(packed.data_ptr(), bias.data_ptr(), 0, 7, 32, 1, 1, 0, True)
+    product.run(x.data_ptr(), bias.data_ptr(), 0, out.data_ptr(), 1, 1, 5, 1, vector_bytes)
+    assert distance(out, x.bfloat16().double() @ weight.bfloat16().double().T) <= 1e-6
 
 
 class Heard(CaptureHook):
@@ -210,8 +223,19 @@ def test_what_does_not_fit_is_refused():
     convolution = _C.Convolution(64, 64, 0, 16, 16, 3, 1, 1)
     with pytest.raises(ValueError, match="second norm: 32 channels, expected 16"):
         _C.Resnet(norm, convolution, wide, convolution, None)
+    to_wide, from_wide = _C.Convolution(64, 64, 0, 16, 32, 3, 1, 1), _C.Convolution(64, 64, 0, 32, 16, 3, 1, 1)
+    for blocks, refusal in (
+        ((norm, convolution, norm, from_wide, None), "second convolution: 32 channels, expected 16"),
+        ((wide, from_wide, norm, convolution, convolution), "shortcut: 16 channels, expected 32"),
+        ((wide, from_wide, norm, convolution, None), "shortcut: 16 channels, expected 32"),
+        ((norm, to_wide, wide, from_wide, to_wide), "shortcut's result: 32 channels, expected 16"),
+    ):
+        with pytest.raises(ValueError, match=refusal):
+            _C.Resnet(*blocks)
     with pytest.raises(ValueError, match="a pointer is null"):
         convolution.run(0, 64, 0, 64, 1, 4, 4, 1)
+    with pytest.raises(ValueError, match="threads is 0"):
+        convolution.run(64, 64, 0, 64, 1, 4, 4, 0)
     with pytest.raises(ValueError, match="no vectors of 8 bytes"):
         convolution.run(64, 64, 0, 64, 1, 4, 4, 1, 8)
     with pytest.raises(ValueError, match="a stride of 1"):
@@ -225,5 +249,38 @@ def test_what_does_not_fit_is_refused():
     ):
         with pytest.raises(ValueError, match=refusal):
             _C.UNet(convolution, steps, norm, convolution)
+    joining = _C.Step(
+        _C.Resnet(wide, from_wide, norm, convolution, _C.Convolution(64, 64, 0, 32, 16, 1, 1, 0)), joins=True
+    )
+    with pytest.raises(ValueError, match="more steps join an earlier output than are kept"):
+        _C.UNet(convolution, [joining, joining], norm, convolution)
     with pytest.raises(ValueError, match="5 taps"):
         _C.Convolution(64, 64, 0, 16, 16, 5, 1, 2)
+
+
+def transformer_of(heads: int = 4, wide: int = 128) -> _C.Transformer:
+    """Of 16 channels, of weights that are nowhere."""
+    norms, sizes = (
+        [_C.Norm(64, 64, 16, 4, 1e-5)] * 4,
+        ((16, 16), (16, 48), *[(16, 16)] * 3, (16, wide), (64, 16), (16, 16)),
+    )
+    return _C.Transformer(*norms, *(_C.Linear(64, 64, *size) for size in sizes), heads)
+
+
+def test_a_transformer_and_a_call_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="16 channels do not make 3 heads"):
+        transformer_of(heads=3)
+    with pytest.raises(ValueError, match="gated unit: 120 channels, expected 128"):
+        transformer_of(wide=120)
+    norm, convolution = _C.Norm(64, 64, 16, 4, 1e-5), _C.Convolution(64, 64, 0, 16, 16, 3, 1, 1)
+    steps = [_C.Step(transformer_of(), parts=True)]
+    with pytest.raises(ValueError, match="are of 32 and 16 channels, expected 16"):
+        _C.UNet(convolution, steps, _C.Norm(64, 64, 32, 4, 1e-5), convolution)
+    unet = _C.UNet(convolution, steps, norm, convolution)
+    for outputs, queries, tokens, refusal in (
+        ([64], [], 7, "1 outputs for an entry and 1 steps"),
+        ([], [64, 64], 7, "2 queries for 1 transformers"),
+        ([], [], 0, "0 tokens"),
+    ):
+        with pytest.raises(ValueError, match=refusal):
+            unet.run(64, 64, [64], 64, outputs, queries, 1, 4, 4, tokens, 1)

@@ -369,7 +369,9 @@ def test_the_packed_transformer_of_a_cpu_changes_rounding_alone(layers, is_blind
     fast = copy_for_cpu(decoder)
     with torch.inference_mode():
         memory, features = decoder.decode_pixels(capture_of(DEMO_LEVELS, 3))
-        given = *decoder.make_queries(3, None), memory, features.abs() if is_blind else features, False
+        content, position = decoder.make_queries(3, None)
+        content = content * torch.tensor([1.0, 0.5, -2.0])[:, None, None]  # as words of its own make it for each image
+        given = content, position, memory, features.abs() if is_blind else features, False
         right = decoder.decode_queries(*given)
         fast.decode_queries(*given)
         native, kept = fast.stacked._packed
@@ -382,6 +384,47 @@ def test_the_packed_transformer_of_a_cpu_changes_rounding_alone(layers, is_blind
                 assert all(torch.equal(found[0][name], found[-1][name]) for name in right)
             for name, value in right.items():
                 assert distance(found[0][name], value) <= 2e-5, name
+
+
+def test_the_packed_transformer_keeps_a_nan_to_the_image_that_has_it():
+    decoder = fold(randomise(build_decoder(small("segmentation", layers=1))))
+    with torch.inference_mode():
+        memory, features = decoder.decode_pixels(capture_of(DEMO_LEVELS, 3))
+        content, position = decoder.make_queries(3, None)
+        content = content.clone()
+        content[1, 2, 3] = torch.nan
+        found = copy_for_cpu(decoder).decode_queries(content, position, memory, features, False)
+    for value in found.values():
+        assert value[1, 2].isnan().all() and value[[0, 2]].isfinite().all()
+
+
+def test_a_packed_transformer_that_does_not_fit_is_refused():
+    """Of 16 channels, one layer and one level, of weights that are nowhere."""
+    norm, square, wide = _C.Norm(64, 64, 16, 1, 1e-5), _C.Linear(64, 64, 16, 16), _C.Linear(64, 64, 16, 32)
+    packed = _C.Linear(64, 64, 16, 48)
+    layer = _C.QueryLayer(square, square, packed, square, wide, _C.Linear(64, 64, 32, 16), norm, norm, norm)
+    right = [layer], [wide], packed, norm, [square] * 3, square, 4
+    for place, wrong, refusal in (
+        (0, [_C.QueryLayer(square, square, wide, *[square] * 3, norm, norm, norm)], "a layer does not fit 16 channels"),
+        (1, [square], "the memory of level 0 does not fit 1 layers"),
+        (1, [], "0 levels and 3 layers"),
+        (2, wide, "positions do not fit 1 layers"),
+        (4, [square] * 2, "1 levels and 2 layers"),
+        (5, _C.Linear(64, 64, 8, 16), "an answer does not fit 16 channels"),
+        (6, 3, "16 channels do not make 3 heads"),
+    ):
+        with pytest.raises(ValueError, match=refusal):
+            _C.QueryTransformer(*right[:place], wrong, *right[place + 1 :])
+    whole = [64, 64, [64], [64], [64], [4], 64, 64, 1, 5, 1]
+    for place, wrong, refusal in (
+        (0, 0, "a pointer is null"),
+        (2, [0], "1 pointers for 1 levels, or one of them is null"),
+        (3, [64, 64], "2 pointers for 1 levels"),
+        (5, [0], "a level is empty"),
+        (9, 0, "0 queries"),
+    ):
+        with pytest.raises(ValueError, match=refusal):
+            _C.QueryTransformer(*right).run(*whole[:place], wrong, *whole[place + 1 :])
 
 
 def test_words_asked_together_equal_words_asked_alone():

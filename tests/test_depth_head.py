@@ -140,6 +140,8 @@ def test_wrong_shapes_are_refused():
         ((products[..., :8, :].copy(), bias, last, 4, logits, 1), "h, h, 9, C"),
         ((products, bias[:3].copy(), last, 4, logits, 1), "bias"),
         ((products, bias, last[:8].copy(), 4, logits, 1), "last"),
+        ((products, bias, last[:, :3].copy(), 4, logits, 1), "last"),
+        ((products[:, :1].copy(), bias, last, 4, logits, 1), "h, h, 9, C"),
         ((products, bias, last, 4, np.zeros((2, 8, 8), np.float32), 1), "batch of the products"),
         ((products, bias, last, 0, logits, 1), "middle"),
         ((products, bias, last, 4, logits, 0), "threads is 0"),

@@ -66,6 +66,8 @@ def test_sizes_that_do_not_fit_are_refused():
         ((output[[0, 1, 1]], latents, history, weights), "output is"),
         ((output, latents, history[:, :7].copy(), weights), "history has 7 values"),
         ((output, latents, history, weights[:7].copy()), "7 numbers, expected 8"),
+        ((output, latents, history, weights[None]), "numbers \\[5"),
+        ((output[0], latents, history, weights), "expected output"),
     ]:
         with pytest.raises(ValueError, match=said):
             _C.guided_step(*arguments)

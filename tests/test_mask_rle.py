@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco
 
+from datasetdm_fast import _C
 from datasetdm_fast.engine.labels import mask_rle
 
 pytestmark = pytest.mark.core
@@ -135,6 +136,24 @@ MALFORMED = [
 def test_malformed_strings_are_refused(rle, said):
     with pytest.raises(ValueError, match=said):
         mask_rle.decode(rle)
+
+
+def test_the_largest_size_and_its_runs_are_read():
+    """Runs of 29 bits, which take six characters; nothing is painted."""
+    largest = {"size": [2**14, 2**14], "counts": [2**27 + 1, 2**27 - 1]}
+    counts = coco.frPyObjects(largest, 2**14, 2**14)["counts"]
+    for given in (largest, largest | {"counts": counts}):
+        assert mask_rle.run_lengths(given).tolist() == largest["counts"]
+
+
+def test_the_extension_checks_for_itself():
+    for call, refusal in (
+        (lambda: _C.rle_to_runs("", 0, 4), r"rle_to_runs: size is \[0, 4\], both sides must be at least 1"),
+        (lambda: _C.rle_from_runs(np.zeros(0, np.int64), 0, 4), r"rle_from_runs: size is \[0, 4\]"),
+        (lambda: _C.rle_from_runs(np.array([8, 7]), 4, 4), "sum to 15 pixels, the size says 16"),
+    ):
+        with pytest.raises(ValueError, match=refusal):
+            call()
 
 
 def test_random_strings_never_crash():

@@ -60,6 +60,71 @@ def test_says_what_the_reference_says(op, case, with_vectors):
         assert distance(ours, truth) <= max(1.3 * plain, budget), (dtype, plain)
 
 
+def alternating(dtype=torch.float32, mean: float = 0.0) -> Tensor:
+    """[2, 38]: one more and one less than the mean in turn, in every row and every column."""
+    return (mean + torch.tensor([[1, -1], [-1, 1]]).repeat(1, 19)).to(dtype)
+
+
+def normalised(name: str, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Rows by themselves, or all of them as the cells of one group."""
+    if name == "layer_norm":
+        return OPS[name].native(x, weight, bias, eps)
+    cells = x.T[None, :, None].contiguous(memory_format=torch.channels_last)
+    return OPS[name].native(cells, weight, bias, 1, eps, False)[0, :, 0].T
+
+
+@pytest.mark.parametrize("with_vectors", VECTORS, indirect=True)
+@pytest.mark.parametrize("name", ["layer_norm", "group_norm_silu"])
+@torch.inference_mode()
+def test_norms_of_a_variance_of_one(name, with_vectors):
+    """By hand: with an eps of 3 all is halved; with none, in bf16, ties go to the even neighbour, as in PyTorch; far
+    from zero nothing is lost but what the mean itself rounds to.
+    """
+    ones, bias = torch.ones(38), torch.arange(38) / 256
+    assert torch.equal(normalised(name, alternating(), ones, 0 * ones, 3.0), alternating() / 2)
+    found = normalised(name, alternating(torch.bfloat16), ones.bfloat16(), bias.bfloat16(), 0.0)
+    assert torch.equal(found, (alternating() + bias).bfloat16())
+    far = normalised(name, alternating(mean=4099.0), ones, 0 * ones, 1e-5)
+    assert (far - alternating()).abs().max() <= 1e-3
+
+
+@pytest.mark.parametrize("mean", [1023.3, 4099.3])
+@torch.inference_mode()
+def test_a_group_of_many_cells_far_from_zero_keeps_its_variance(mean):
+    """Of ten channels with levels of their own: sums or squares joined in fp32 are ten times as far off."""
+    x = mean + torch.arange(10)[:, None, None] / 8 + torch.tensor([1.0, -1.0]).repeat(32, 16)
+    x = x[None].contiguous(memory_format=torch.channels_last)
+    given = torch.ones(10), torch.zeros(10)
+    found = OPS["group_norm_silu"].native(x, *given, 1, 1e-5, False)
+    truth = OPS["group_norm_silu"].reference(*(one.double() for one in (x, *given)), 1, 1e-5, False)
+    assert (found - truth).abs().max() <= 0.015
+
+
+@pytest.mark.parametrize("with_vectors", VECTORS, indirect=True)
+@torch.inference_mode()
+def test_silu_of_numbers_far_below_zero_is_nothing(with_vectors):
+    """A norm of numbers that are all alike gives its bias."""
+    bias = torch.tensor([-20.0, -90, -200, -1000, -1e6, 20] * 3)
+    x = torch.ones(1, 18, 1, 2).contiguous(memory_format=torch.channels_last)
+    found = OPS["group_norm_silu"].native(x, torch.ones(18), bias, 18, 1e-5)
+    expected = torch.nn.functional.silu(bias)[:, None, None].expand_as(found)
+    assert torch.allclose(found, expected, atol=1e-31)
+
+
+@pytest.mark.parametrize("vector_bytes", VECTORS)
+def test_factors_in_pairs_are_rounded_as_pytorch_rounds_and_a_nan_stays(vector_bytes):
+    """Each row times the unit matrix; among the NaN is one that rounding would carry over to zero."""
+    bits = torch.arange(0x3F800000, 0x3F800000 + 64 * 0x2000, 0x2000, dtype=torch.int32)  # every fourth is a tie
+    rows = torch.cat([bits.view(torch.float32), -bits.view(torch.float32)]).view(4, 32).contiguous()
+    odd = torch.zeros(1, 32)
+    odd.view(torch.int32)[0, 5], odd[0, 7] = 0x7FFFFFFF, math.inf
+    weight, bias, out = cpu.pair_inputs(cpu.panels(torch.eye(32))), torch.zeros(32), torch.full((5, 32), math.nan)
+    x = torch.cat([rows, odd])
+    product = _C.Convolution(weight.data_ptr(), bias.data_ptr(), 0, 32, 32, 1, 1, 0, True)
+    product.run(x.data_ptr(), bias.data_ptr(), 0, out.data_ptr(), 1, 1, 5, 1, vector_bytes)
+    assert torch.equal(out[:4], rows.bfloat16().float()) and out[4].isnan().all()
+
+
 @torch.inference_mode()
 def test_attention_reads_packed_heads_where_they_lie():
     packed = torch.randn(2, 19, 3 * 5 * 24, generator=torch.Generator().manual_seed(1))
@@ -94,6 +159,19 @@ def test_shapes_that_do_not_fit_are_refused_where_they_would_be_read_beyond_thei
 def test_attention_over_the_keys_of_one_image():
     q, k, v = (noise(batch, 2, 5, 8) for batch in (3, 1, 1))
     assert distance(attention.native(q, k, v), attention.reference(*(x.double() for x in (q, k, v)))) <= 1e-6
+
+
+@pytest.mark.parametrize("with_vectors", VECTORS, indirect=True)
+@torch.inference_mode()
+def test_attention_in_pairs_reads_nothing_beside_an_odd_width_or_after_an_odd_number_of_keys(with_vectors):
+    """Neither what an earlier call left in the memory of this thread, nor the row after the last."""
+    for width, keys in ((7, 6), (8, 5)):
+        attention.native(*torch.full((3, 1, 2, 256, 16), math.nan, dtype=torch.bfloat16))
+        q, k, v = torch.full((3, 1, 2, keys + 1, width), math.nan, dtype=torch.bfloat16)[..., :keys, :]
+        for x in (q, k, v):
+            x.copy_(noise(1, 2, keys, width))
+        expected = attention.reference(*(x.double() for x in (q, k, v)))
+        assert distance(attention.native(q, k, v), expected) <= 2**-8
 
 
 @pytest.mark.parametrize("with_vectors", VECTORS, indirect=True)
@@ -186,6 +264,7 @@ def test_gradients_get_the_plain_form():
         (lambda at: _C.group_norm(0, at, at, at, at, 1, 1, 3, 2, 1e-5, True, 1), "3 channels do not make 2 groups"),
         (lambda at: _C.geglu(0, at, at, 1, 1, 1, 7), "no vectors of 7 bytes"),
         (lambda at: _C.attention(0, at, [1], at, [1], at, [1], at, [1], 1, 1, 1, 1, 1, 1.0, 1), "strides"),
+        (lambda at: _C.attention(0, *[at, [1, 1, 1]] * 4, 1, 1, 1, 0, 1, 1.0, 1), "1 queries, 0 keys"),
     ],
 )
 def test_refuses(call, told):
@@ -209,6 +288,20 @@ NO_THREADS = """
 alone, size = answer(1), int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (size + 2**21, size + 2**21))
 assert all((answer(4) == alone).all() for _ in range(5))
+"""
+BUSY = """
+from concurrent.futures import ThreadPoolExecutor
+
+def is_right(threads):
+    barrier.wait()
+    return (answer(threads) == alone).all()
+
+with ThreadPoolExecutor(4) as pool:
+    alone, barrier = answer(1), threading.Barrier(4, timeout=5)
+    assert all(pool.map(is_right, [1] * 4))
+    size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + 2**21, size + 2**21))
+    assert all(pool.map(is_right, [4] * 400))
 """
 NO_MEMORY = """
 x, out, strides = np.ones((2, 4, 16), np.float32), np.zeros((2, 4, 16), np.float32), [64, 16, 16]
@@ -255,6 +348,7 @@ for _ in range(4):
     "program",
     [
         pytest.param(NO_THREADS, id="the system has no more threads"),
+        pytest.param(BUSY, id="nor for a second caller"),
         pytest.param(NO_MEMORY, id="a thread finds no memory"),
         pytest.param(FORKS, id="children of a fork beside calls"),
         pytest.param(DAEMONS, id="the interpreter ends beside calls"),

@@ -136,6 +136,19 @@ def test_a_label_that_would_lose_most_of_its_pixels_stays():
     np.testing.assert_array_equal(_C.outlines_of_labels(labels, image), labels)
 
 
+def test_a_label_that_keeps_just_half_of_its_pixels_moves():
+    labels, image = np.zeros((6, 20), np.uint8), np.full((6, 20, 3), 40, np.uint8)
+    labels[:, 6:8], image[:, 7] = 1, 220  # of its two columns one looks like all around it
+    found = _C.outlines_of_labels(labels, image)
+    assert (found[:, 7] == 1).all() and found.sum() == 6
+
+
+def test_of_labels_with_as_many_votes_the_first_met_wins():
+    """The one in the middle sees itself and the corners, two of either label, in one colour."""
+    labels, image = np.array([[1, 2, 0], [2, 3, 3], [1, 3, 0]], np.uint8), np.full((3, 3, 3), 99, np.uint8)
+    assert _C.outlines_of_labels(labels, image)[1, 1] == 1
+
+
 @pytest.mark.parametrize(
     "labels, image",
     [((4, 4), (4, 5, 3)), ((4, 4), (4, 4, 4)), ((4, 4), (4, 4)), ((2, 4, 4), (4, 4, 3)), ((0, 4), (0, 4, 3))],

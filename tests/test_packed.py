@@ -137,7 +137,7 @@ def test_every_instruction_set_in_bf16(vector_bytes, channels, outputs, is_doubl
     ("batch", "channels", "outputs", "height", "width"),
     [
         pytest.param(1, 16, 48, 12, 12, id="an odd number of panels"),
-        pytest.param(3, 48, 16, 11, 13, id="ragged borders, more tiles than are worked on at once"),
+        pytest.param(5, 48, 16, 11, 13, id="ragged borders, more tiles than are worked on at once"),
     ],
 )
 def test_gradients_of_every_instruction_set(vector_bytes, batch, channels, outputs, height, width, monkeypatch):
@@ -180,7 +180,9 @@ def test_what_it_cannot_compute_is_refused():
         _C.winograd_gradient(64, 64, 0, 1, 4, 4, 16, 16, 1)
     for numbers, cause in (
         ((1, 4, 4, 8, 16, False, 0, 1), "8 channels to 16, expected multiples of 16"),
+        ((1, 4, 4, 16, 8, False, 0, 1), "16 channels to 8, expected multiples of 16"),
         ((1, 3, 4, 16, 16, True, 0, 1), "3 x 4 cells are no doubled ones"),
+        ((1, 4, 3, 16, 16, True, 0, 1), "4 x 3 cells are no doubled ones"),
         ((0, 4, 4, 16, 16, False, 0, 1), "an empty tensor"),
         ((1, 4, 4, 16, 16, False, 3, 1), "storage is 3"),
         ((1, 4, 4, 16, 16, False, 0, 0), "threads is 0"),

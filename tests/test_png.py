@@ -74,6 +74,28 @@ def test_the_bytes_are_the_same_everywhere():
     ]
 
 
+def read_back(pixels):
+    """A label map is compressed as it is, without filters."""
+    return np.array(read(_C.png_encode(pixels, COLOURS)))
+
+
+@pytest.mark.parametrize("apart", [32768, 32769])
+def test_a_repeat_is_taken_up_to_the_window_and_not_beyond(apart):
+    pixels, mark = np.zeros((1, 40000), np.uint8), np.arange(9, 225, 9)
+    pixels[0, 100:124] = pixels[0, 100 + apart : 124 + apart] = mark
+    assert (read_back(pixels) == pixels).all()
+
+
+def test_lengths_of_codes_that_are_themselves_as_unequal_as_can_be():
+    """Bytes with codes of 2 to 11 bits; how many have each length would take codes of more than the seven bits there
+    are for them (RFC 1951, 3.2.7).
+    """
+    lengths, rng = np.repeat(np.arange(2, 12), [1, 1, 3, 4, 6, 8, 14, 21, 34, 56]), np.random.default_rng(0)
+    bytes_of = rng.permutation(255)[: len(lengths)] + 1
+    pixels = rng.permutation(np.repeat(bytes_of, 2 ** (11 - lengths))).astype(np.uint8)[None]
+    assert pixels.size == 2**11 and (read_back(pixels) == pixels).all()
+
+
 def test_counting():
     pixels = made("rare values", 33, 50)
     assert (_C.count_bytes(pixels) == np.bincount(pixels.ravel(), minlength=256)).all()
@@ -101,3 +123,5 @@ def test_other_types_are_refused():
         _C.png_encode(np.zeros((2, 2), np.float32))
     with pytest.raises(TypeError):
         _C.png_encode_words(np.zeros((2, 2), np.uint8))
+    with pytest.raises(ValueError, match="pixels have 3 dimensions, expected 2"):
+        _C.png_encode_words(np.zeros((2, 2, 3), np.uint16))
