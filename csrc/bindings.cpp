@@ -1,3 +1,4 @@
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -39,6 +40,12 @@ void add_depth_head(py::module_& m) {
 }
 
 PYBIND11_MODULE(_C, m) {
+    // pybind11 asks for NumPy's functions once, and lets other threads run meanwhile: at the first call an interpreter
+    // that ends then would end the process, see released_gil.h.
+    try {
+        py::dtype::of<uint8_t>();
+    } catch (const py::error_already_set&) {  // a call that takes an array says so
+    }
     m.attr("built_with_cuda") = datasetdm::built_with_cuda();
     m.def("cuda_device_count", &datasetdm::cuda_device_count);
     m.def("depth_head_vector_bytes", &datasetdm::depth_head_vector_bytes);

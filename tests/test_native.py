@@ -334,6 +334,20 @@ for _ in range(400):
     assert os.waitpid(child, 0)[1] == 0
 os._exit(0)
 """
+FIRST = """
+def work(begun):
+    begun.set()  # who waits for it runs as soon as this thread lets go
+    while True:
+        answer(1)
+
+for _ in range(8):
+    if not (child := os.fork()):
+        begun = threading.Event()
+        threading.Thread(target=work, args=(begun,), daemon=True).start()
+        begun.wait()
+        break  # and the child ends
+    assert os.waitpid(child, 0)[1] == 0
+"""
 DAEMONS = """
 def work():
     while True:
@@ -352,6 +366,7 @@ for _ in range(4):
         pytest.param(NO_MEMORY, id="a thread finds no memory"),
         pytest.param(FORKS, id="children of a fork beside calls"),
         pytest.param(DAEMONS, id="the interpreter ends beside calls"),
+        pytest.param(FIRST, id="the interpreter ends within the first call"),
     ],
 )
 def test_threads_that_fail_or_are_missing_end_no_process_and_stop_no_call(program):
