@@ -140,7 +140,7 @@ if [ "$IS_DRY" = 0 ]; then
   trap ended EXIT
 fi
 
-needs() { # STEP SECONDS SENTENCE COMMAND...: a step without which there is none
+needs() { # STEP SECONDS SENTENCE COMMAND...: a step that all that follows needs
   step "$1" "$2" "${@:4}" && return
   case $? in 9 | 124 | 137) refuse 4 "left: $1 and all that follows, as its time was over; the same line again resumes" ;; esac
   refuse 3 "$3, $LOG says why"

@@ -77,7 +77,7 @@ def measure(run: BenchRun, parts: Iterable[Measurement], end: float) -> list[str
         try:
             rows = part.rows(run)
         except (KeyboardInterrupt, SystemExit):
-            run.file.forgive()
+            run.file.forgive(part.name)
             raise
         seconds = time.perf_counter() - begin
         if any(row.get("is_left") for row in rows):

@@ -74,14 +74,11 @@ class ResultFile:
     def leave(self, part: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Stores the rows of a part that ran out of time: the same command measures it again."""
         self.keep(part, rows)
-        self.document["parts"][part]["tries"] = 0
-        self.save()
+        self.forgive(part)
 
-    def forgive(self) -> None:
-        """Does not count a try that was ended from outside."""
-        for part in self.document["parts"].values():
-            if part["status"] == BEGUN:
-                part["tries"] = 0
+    def forgive(self, part: str) -> None:
+        """Does not count the tries of a part that was begun: the last was ended from outside."""
+        self.document["parts"][part]["tries"] = 0
         self.save()
 
     def give_up_broken(self) -> None:

@@ -20,7 +20,7 @@ from datasetdm_fast.errors import GateFailed
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 SMALLEST = 1e-12  # scale: of rows of zeros
 STEP = 16  # inputs and outputs of a product are multiples of it
-ROWS, FARTHEST = 512, 0.03  # of a check: random inputs; relative error of an output's scale, of rounding at most 0.02
+ROWS, FARTHEST = 512, 0.035  # of a check: random inputs; relative error of an output's scale, of rounding up to 0.026
 
 
 def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
