@@ -124,6 +124,10 @@ def test_intervals_of_all_images_but_one_hold_their_mean_and_those_of_two_are_wi
     (few, most) = (coverage(meter, ("absrel",), count, 20, 200)["absrel"] for count in (2, 19))
     assert few["intervals"] == most["intervals"] == 20 and most["held"] == 1
     assert few["width"] > most["width"] == pytest.approx(0.055, rel=0.1)
+    for outlier in (-100.0, 100.0):  # few hold a mean that it moves far below or above all others
+        one = Depth(None)
+        one.rows = [(outlier, 0.01, 1.0, 1.0, 1.0), *meter.rows[1:]]
+        assert 0 < coverage(one, ("absrel",), 2, 40, 200)["absrel"]["held"] < 0.5
     some = SomeImages(meter, [3, 5])
     assert some.result()["absrel"] == pytest.approx(0.14) and some.telling == some.count == 2
 

@@ -30,6 +30,7 @@ from datasetdm_fast.engine.loop.class_prompts import TIMESTEPS
 from datasetdm_fast.engine.loop.prompts import check_classes, check_line
 from datasetdm_fast.engine.loop.recipe import Recipe, capture_calls, make_recipe, prompt_words
 from datasetdm_fast.errors import GateFailed, Refused, nearest
+from datasetdm_fast.messages import count_noun
 from datasetdm_fast.settings import EngineSettings
 from datasetdm_fast.stages import LEVELS
 
@@ -59,19 +60,15 @@ class Output:
 
     samples: list[Sample]
 
-    @property
-    def _count(self) -> str:
-        return "1 sample" if len(self.samples) == 1 else f"{len(self.samples)} samples"
-
     def __repr__(self) -> str:
-        return f"<Output of {self._count}>" + "".join(f"\n  {sample}" for sample in self.samples)
+        return "\n  ".join([f"<Output of {count_noun(len(self.samples), 'sample')}>", *map(str, self.samples)])
 
     def _repr_html_(self) -> str:
         rows = []  # of a sample each
         for sample in self.samples[:PREVIEW_SAMPLES]:
             labels = [(kind_of(task).picture(label, sample.image), task) for task, label in sample.annotations.items()]
             rows.append(preview([(sample.image, sample.request.prompt), *labels]))
-        return f"<div>{self._count}{''.join(rows)}</div>"
+        return f"<div>{count_noun(len(self.samples), 'sample')}{''.join(rows)}</div>"
 
     @property
     def images(self) -> list[np.ndarray]:  # [H, W, 3] uint8
