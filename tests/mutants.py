@@ -33,7 +33,8 @@ LONGEST = 180  # seconds the tests of one fault may take; more than that is a lo
 NOTICED, HANGS, MISSED, BROKEN = "noticed", "noticed, hangs", "MISSED", "NOT TESTED"
 LAYOUT = (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.COMMENT, tokenize.ENDMARKER)
 LIBRARIES = ["torch", "scipy.ndimage", "safetensors.torch", "diffusers", "transformers", "pytest"]  # loaded once
-QUIET = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}  # before these are loaded
+# before these are loaded, which load Triton, too
+QUIET = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "1"}
 
 
 @dataclass(frozen=True)

@@ -419,16 +419,11 @@ def test_the_domain_is_measured_on_pictures_from_all_over_the_data(monkeypatch):
         session = SimpleNamespace(numbers=range(count), views=views, engine=engine, source="source")
         return workflow.measure_domain(session, Decoder())
 
-    assert measured(domain.LEAST_IMAGES - 1) is None
-    sketches, labels, images = measured(domain.LEAST_IMAGES)
-    count = domain.LEAST_IMAGES * 4
-    assert asked[-1] == ("semantic", list(range(domain.LEAST_IMAGES)), 4) and sketches[:, 0].tolist() == list(
-        range(count)
-    )
-    assert labels == [("source", f"item {view}") for view in range(count)] and images == [
-        view // 4 for view in range(count)
-    ]
-    assert sum(batches, []) == list(range(count)) and max(map(len, batches)) == 8
+    assert measured(7) is None
+    sketches, labels, images = measured(8)
+    assert asked[-1] == ("semantic", list(range(8)), 4) and sketches[:, 0].tolist() == list(range(32))
+    assert labels == [("source", f"item {view}") for view in range(32)] and images == [view // 4 for view in range(32)]
+    assert sum(batches, []) == list(range(32)) and max(map(len, batches)) == 8
     assert len(measured(301)[1]) == 800 and asked[-1][1] == [k * 301 // 200 for k in range(200)]
 
 

@@ -43,7 +43,7 @@ from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.reader import open_run
 from datasetdm_fast.runs.run_folder.seal import replace_file
 from datasetdm_fast.runs.run_folder.selections import SPLIT, Split
-from datasetdm_fast.training import data_record, session, splits
+from datasetdm_fast.training import data_record, readers, session, splits
 from datasetdm_fast.training.captures.targets import check_truth
 from datasetdm_fast.training.evaluation.metrics import METRICS
 from datasetdm_fast.training.readers import (
@@ -2771,6 +2771,21 @@ def test_outlines_are_drawn_where_they_lie_and_refused_far_outside():
     for left, top in ((-1, 0), (0, -1), (28, 0), (0, 19)):
         with pytest.raises(ValueError, match="lies outside"):
             shapes.place_inside(small, left, top, sides)
+
+
+def test_the_address_of_a_run_may_be_a_url():
+    assert readers.check_address("run:s3://bucket/run") == ("run", "s3://bucket/run", None)
+    assert readers.check_address("run:s3://bucket/run[corrected]") == ("run", "s3://bucket/run", "corrected")
+
+
+def test_joints_of_people_are_visible_hidden_or_outside():
+    instance = np.zeros((4, 4), np.int32)
+    instance[0, 3], instance[3, 0], instance[2, 2] = 1, 2, 2
+    points = [(3.9, 0.0), (0.0, 3.9), (2.5, 2.5), (4.0, 0.5), (0.5, 4.0), (-0.1, 3.0), (3.0, -0.1), (9.0, 9.0)]
+    keypoints = {k: np.array([[*point, 0.0] for point in points]) for k in (1, 2)}
+    world.mark_visible(keypoints, instance)
+    assert keypoints[1][:, 2].tolist() == [2, 1, 1, 0, 0, 0, 0, 0]
+    assert keypoints[2][:, 2].tolist() == [1, 2, 2, 0, 0, 0, 0, 0]
 
 
 def test_a_rectangle_of_label_studio_turns_about_its_first_corner():
