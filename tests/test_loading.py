@@ -763,6 +763,7 @@ def test_single_files_that_are_spoilt(tiny, first_generation, tmp_path):
         ({key: value for key, value in state.items() if key != bias}, "conv_out.bias"),
         ({**state, bias: torch.full((4,), float("inf"))}, "conv_out.bias holds NaN or inf"),
         ({**state, bias: torch.zeros(5)}, r"\[5\] for \[4\]"),
+        ({**state, "first_stage_model.post_quant_conv.weight": torch.zeros(8, 8, 1, 1)}, "latent_channels"),
         ({**state, "first_stage_model.encoder.extra.weight": torch.zeros(1)}, None),
     ):
         save_file(spoilt, path)

@@ -2773,6 +2773,14 @@ def test_outlines_are_drawn_where_they_lie_and_refused_far_outside():
             shapes.place_inside(small, left, top, sides)
 
 
+def test_a_label_of_hugging_face_is_a_column_of_maps_before_one_of_anything_but_numbers():
+    row = {"label": 3, "mask": "no picture", "semantic": "a.png", "depth": 1.5, "other": None}
+    assert hf._map_column(("label", "mask", "semantic"), tuple(row), row) == "semantic"
+    assert hf._map_column(("label", "mask"), tuple(row), row) == "mask"
+    assert hf._map_column(("label", "depth"), tuple(row), row) == hf._map_column(("other",), ("label",), row) == ""
+    assert hf._map_column(("label", "other"), tuple(row), row) == "other"
+
+
 def test_the_address_of_a_run_may_be_a_url():
     assert readers.check_address("run:s3://bucket/run") == ("run", "s3://bucket/run", None)
     assert readers.check_address("run:s3://bucket/run[corrected]") == ("run", "s3://bucket/run", "corrected")
