@@ -16,6 +16,7 @@ from small_unets import with_small_unet
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from datasetdm_fast.config import TASKS
+from datasetdm_fast.engine.backbones import OWN_MODELS
 from datasetdm_fast.engine.backbones.sd import DOWN_BLOCKS, SD, SD_SCHEDULER, UP_BLOCKS
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.loading import PRESETS, checks, load_model, presets, saving, tokenizer
@@ -91,6 +92,10 @@ def test_tiny_is_seeded_and_leaves_the_global_generator_alone():
     assert (
         tiny.size == 128 and [level.side for level in tiny.levels] == [2, 4, 8, 16] and "seeded" in tiny.digests["unet"]
     )
+
+
+def test_every_preset_is_known_before_torch_is_imported():
+    assert tuple(PRESETS) == OWN_MODELS
 
 
 def test_size_follows_the_wish():
