@@ -176,8 +176,8 @@ def test_what_a_builder_throws_is_told_without_where(tmp_path, monkeypatch):
 
 STUCK = """
 import os, time
-open(os.environ["BEGUN"], "w").write("begun")
 held = open(os.environ["ALIVE"], "w")
+open(os.environ["BEGUN"], "w").write("begun")
 time.sleep(300)
 """
 PARENT = """
@@ -198,11 +198,13 @@ def test_a_builder_ends_with_the_process_that_started_it(tmp_path):
         os.mkfifo(place)
     paths = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(tmp_path)])
     variables = {**os.environ, "PYTHONPATH": paths, "BEGUN": str(begun), "ALIVE": str(alive)}
+    pipes = [os.open(place, os.O_RDONLY | os.O_NONBLOCK) for place in (begun, alive)]
     with subprocess.Popen([sys.executable, "-c", PARENT], env=variables, cwd=tmp_path) as process:
-        begun.read_text()
-        with alive.open() as lives:
-            process.kill()
-            assert select.select([lives], [], [], 60)[0] and lives.read() == ""  # its end
+        has_begun = select.select(pipes[:1], [], [], 60)[0]
+        process.kill()
+        assert has_begun and select.select(pipes[1:], [], [], 60)[0] and os.read(pipes[1], 1) == b""  # its end
+    for pipe in pipes:
+        os.close(pipe)
 
 
 def test_a_full_disk_is_told_as_one(tmp_path, monkeypatch):
