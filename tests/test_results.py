@@ -22,15 +22,19 @@ HEAD = {
 }
 
 
+class Killed(BaseException):
+    """What no part can catch, as after kill -9."""
+
+
 def measurement(path, **changes):
     return BenchRun(None, ResultFile.open(path, HEAD | changes, goes_on=True), 1.0, 2)
 
 
-def parts(log, dies=""):
+def parts(log, dies="", of=Killed):
     def part(name):
         def run(m):
             if name == dies:
-                raise KeyboardInterrupt
+                raise of
             log.append(name)
             return [{"peer": name, "status": "ok", "batch": 4}]
 
@@ -43,10 +47,14 @@ def run(path, log, **options):
     return suite.measure(measurement(path), parts(log, **options), math.inf)
 
 
-def test_a_cut_run_leaves_what_it_had_and_goes_on(tmp_path):
+@pytest.mark.parametrize("ending", [Killed, KeyboardInterrupt, SystemExit])
+def test_a_cut_run_leaves_what_it_had_and_goes_on(tmp_path, ending):
     path, log = tmp_path / "file.json", []
-    with pytest.raises(KeyboardInterrupt):
-        run(path, log, dies="peers b")
+    for _ in range(1 if ending is Killed else 3):
+        with pytest.raises(ending):
+            run(path, log, dies="peers b", of=ending)
+        log.clear()
+    log.append("peers a")
     assert [row["peer"] for row in results.rows_of(results.read(path), "peers")] == ["peers a"]
     assert run(path, log) == [] and log == ["peers a", "peers b", "stages"]
     assert not list(tmp_path.glob(".*")) and results.batches_of(results.read(path)) == {"peers a": 4, "peers b": 4}
@@ -55,7 +63,7 @@ def test_a_cut_run_leaves_what_it_had_and_goes_on(tmp_path):
 def test_a_part_that_takes_the_process_with_it_twice_is_given_up(tmp_path):
     path, log = tmp_path / "file.json", []
     for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Killed):
             run(path, log, dies="peers b")
     assert run(path, log, dies="peers b") == [] and log == ["peers a", "stages"]
     assert suite.failed(results.read(path)) == ["part peers b did not end"]
