@@ -489,6 +489,18 @@ def test_every_weight_learns(kind):
     assert all(not torch.equal(before[name], decoder.get_submodule(name).u0) for name in before)
 
 
+def test_outputs_of_every_layer_are_those_of_each_word():
+    config = small("open-vocabulary")
+    decoder, text = build_decoder(config).eval(), text_for(config, 2, words=3)
+    capture = capture_of(DEMO_LEVELS, 2)
+    together = decoder(capture, text, auxiliary=True)
+    for word in range(3):
+        alone = decoder(capture, text[:, word], auxiliary=True)
+        for answers, other in zip([together, *together["aux"]], [alone, *alone["aux"]], strict=True):
+            for name in answers.keys() - {"aux"}:
+                torch.testing.assert_close(answers[name][:, word], other[name], atol=1e-4, rtol=1e-4)
+
+
 def test_spectral_norm_gradient():
     """The gradient goes through the norm as well: d/dW of W / sigma(W), against finite differences."""
     layer = SpectralConv2d(3, 4, 3).double().eval()

@@ -276,15 +276,16 @@ def test_a_flow_runs_back_from_its_image_to_noise():
 def test_an_image_runs_to_its_noise_where_the_network_knows_both(prediction):
     clean, noise = torch.randn((2, 2, 4, 8, 8), generator=torch.Generator().manual_seed(1)).double()
     config = {"trained_betas": [0.1, 0.2, 0.5], "prediction_type": prediction}  # alphas of 0.9, 0.72 and 0.36
-    shares = {0: (1.0, 0.0), 1: (0.72**0.5, 0.28**0.5), 2: (0.6, 0.8)}
+    shares, times = {0: (1.0, 0.0), 1: (0.72**0.5, 0.28**0.5), 2: (0.6, 0.8)}, []
 
     def denoise(latents, time, text):
+        times.append(time)
         signal, noisy = shares[time]
         known = noise if prediction == "epsilon" else signal * noise - noisy * clean
         return torch.cat([clean, known])
 
     engine = SimpleNamespace(model=SimpleNamespace(scheduler=config), denoise=denoise)
-    assert relative(ddim_latents(engine, clean, None, 2, 2), 0.6 * clean + 0.8 * noise) < 1e-6
+    assert relative(ddim_latents(engine, clean, None, 2, 2), 0.6 * clean + 0.8 * noise) < 1e-6 and times == [0, 1]
 
 
 def test_an_output_of_too_few_rows_is_no_guided_one():

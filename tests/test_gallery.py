@@ -243,6 +243,14 @@ def test_seeds_beyond_javascript_numbers_are_kept(tmp_path):
     assert facts.index(rows)["seed"] == [str(2**63 - 1), 7]
 
 
+@pytest.mark.parametrize("command", [None, "generate", "label", "edit"])
+def test_the_page_offers_to_make_a_sample_again_where_generate_made_it(tmp_path, command):
+    values = document(1) | ({"command": command} if command else {})
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        offered = RunFacts(values, ledger).whole(is_in_progress=False, has_sheets=False)["command"]
+    assert offered == ("" if command in ("label", "edit") else "python -m datasetdm_fast.generate")
+
+
 def test_a_thing_has_its_score_in_hundredths_and_its_area_and_middle_in_thousandths(tmp_path):
     values = document(1, 32)
     number, word = next(iter(LABEL_KINDS["instance"].names(values["labels"]["instance"]).items()))

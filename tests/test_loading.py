@@ -19,7 +19,7 @@ from datasetdm_fast.config import TASKS
 from datasetdm_fast.engine.backbones import OWN_MODELS
 from datasetdm_fast.engine.backbones.sd import DOWN_BLOCKS, SD, SD_SCHEDULER, UP_BLOCKS
 from datasetdm_fast.engine.engines import build_engine
-from datasetdm_fast.engine.loading import PRESETS, checks, load_model, presets, saving, tokenizer
+from datasetdm_fast.engine.loading import PRESETS, checks, load_model, lora, presets, saving, tokenizer
 from datasetdm_fast.engine.loading.model import (
     UNKNOWN_LICENCE,
     Network,
@@ -754,6 +754,13 @@ def test_other_files_are_refused_by_what_they_are(tmp_path, case):
     with pytest.raises(Refused, match=word) as stop:
         load_model(str(tmp_path / "model.safetensors"))
     assert "\n" not in stop.value.cause
+
+
+def test_a_colon_in_the_name_of_an_adapter_is_no_scale_where_that_file_is_there(tmp_path):
+    path = tmp_path / "style:2"
+    assert lora.parse(str(path)) == (tmp_path / "style", 2.0) and lora.parse("style") == (Path("style"), 1.0)
+    path.touch()
+    assert lora.parse(str(path)) == (path, 1.0)
 
 
 def test_single_files_that_are_spoilt(tiny, first_generation, tmp_path):

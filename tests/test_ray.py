@@ -14,6 +14,7 @@ import threading
 import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -397,6 +398,38 @@ def test_workers_for_the_machines_there_are(settings, nodes, expected):
 def test_workers_that_cannot_be_are_refused(settings, kind):
     with pytest.raises(kind, match="--gpus"):
         pool_of(*pool_settings(**settings), [{"CPU": 4.0}])
+
+
+@pytest.mark.parametrize(("gpus", "expected"), [(0, 3), (1, 4)])
+def test_workers_that_nobody_counted_are_as_many_as_there_is_room_for(gpus, expected):
+    machines = {"a": {"CPU": 8.0, "GPU": 3.0}, "b": {"CPU": 0.5, "GPU": 1.0}, "c": {"CPU": 1.0}, "d": {"CPU": 2.0}}
+    workers = SimpleNamespace(ranks=0, gpus="all" if gpus else "")
+    assert ray_ranks._count(SimpleNamespace(gpus=gpus, workers=2), workers, machines) == expected
+    assert ray_ranks._count(SimpleNamespace(gpus=gpus, workers=9), workers, machines) == 9
+
+
+@pytest.mark.parametrize(
+    ("error", "has_made", "expected"),
+    [
+        (Refused("it", "Do."), True, Refused),
+        (Missing("it", "Do."), True, SystemExit),  # another process is started in its place
+        (ValueError("it"), True, SystemExit),
+        (Refused("it", "Do."), False, Refused),
+        (ValueError("it"), False, Missing),
+    ],
+)
+def test_what_ends_a_worker_and_what_it_answers(error, has_made, expected, monkeypatch):
+    def shards():
+        if has_made:
+            yield 5
+        raise error
+
+    monkeypatch.setattr(ray_ranks, "_make_shards", shards)
+    monkeypatch.setattr(ray_ranks.os, "_exit", sys.exit)
+    worker = ray_ranks.RayWorker()
+    assert not has_made or worker.make_next() == 5
+    with pytest.raises(SystemExit) if expected is SystemExit else nullcontext():
+        assert type(worker.make_next()) is expected
 
 
 def test_a_store_is_a_place_all_processes_reach(tmp_path, capsys):

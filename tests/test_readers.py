@@ -2786,6 +2786,26 @@ def test_the_address_of_a_run_may_be_a_url():
     assert readers.check_address("run:s3://bucket/run[corrected]") == ("run", "s3://bucket/run", "corrected")
 
 
+@pytest.mark.parametrize(
+    ("seed", "kind", "area", "colour", "around", "distance"),
+    [
+        (100, "ball", 3166, (32.5, 125.0, 43.3), (191.9, 148.9, 145.1), 1.4117),
+        (101, "cube", 2492, (28.8, 65.0, 186.3), (93.6, 102.4, 96.1), 1.7469),
+        (102, "cone", 1148, (203.3, 105.5, 22.4), (96.9, 107.0, 117.0), 1.7987),
+        (103, "ring", 4048, (175.6, 31.5, 29.7), (182.2, 143.0, 160.4), 1.3722),
+        (104, "star", 1951, (35.9, 141.1, 47.7), (137.4, 125.2, 95.7), 1.6866),
+        (105, "tree", 2882, (159.8, 156.5, 153.6), (101.9, 112.2, 104.0), 1.1923),
+        (106, "person", 3017, (62.2, 106.8, 68.7), (186.1, 151.4, 150.0), 1.3421),
+    ],
+)
+def test_the_world_that_the_demo_model_learnt_stays(seed, kind, area, colour, around, distance):
+    view = world.view(seed, count=1, kinds=(kind,), domain="day")
+    thing = view.instance == 1
+    assert abs(int(thing.sum()) - area) <= 3 and abs(float(view.depth[thing].mean()) - distance) < 1e-3
+    assert np.allclose(view.image[thing].mean(0), colour, atol=0.5)
+    assert np.allclose(view.image[~thing].mean(0), around, atol=0.5)
+
+
 def test_joints_of_people_are_visible_hidden_or_outside():
     instance = np.zeros((4, 4), np.int32)
     instance[0, 3], instance[3, 0], instance[2, 2] = 1, 2, 2

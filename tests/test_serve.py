@@ -354,6 +354,14 @@ def test_batches_hold_one_recipe_and_nobody_who_left():
     assert blocked.made == [(["first"], 0), (["a", "b", "c"], 0), (["other"], 0), (["alone"], 0), (["d"], 0)]
 
 
+def test_a_batch_that_has_begun_takes_none_of_another_recipe():
+    batcher, one = Batcher(Blocked(), 3, 0.0, 8), item("a", "x")
+    batcher.submit([one])
+    assert batcher._take("y") == [] and batcher._take("x") == [one]
+    batcher.submit([item("alone", "x", is_alone=True)])
+    assert batcher._take("x") == [] and batcher.waiting == 1
+
+
 def test_a_full_queue_tells_in_how_many_seconds_its_batches_are_made():
     batcher = Batcher(Blocked(), 3, 0.0, 8)
     batcher._seconds = 2.5  # of the last batch
