@@ -718,7 +718,8 @@ def test_a_complete_export_is_left_alone_and_another_is_never_overwritten(run, t
         (("--task", "semantic:other"), "no such labels"),
         (("--kept",), "has not been filtered"),
         (("--least-score", "2"), "expected 0 to 1"),
-        (("--quality", "50"), "expected 75 to 100"),
+        (("--quality", "74"), "expected 75 to 100"),
+        (("--quality", "101"), "expected 75 to 100"),
     ],
 )
 def test_bad_input_is_one_sentence_and_writes_nothing(run, tmp_path, capsys, flags, said):

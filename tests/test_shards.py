@@ -27,6 +27,7 @@ from test_ranks import tree
 import datasetdm_fast
 from datasetdm_fast import audit, convert, drop, gallery, generate, merge, restore, split, vary
 from datasetdm_fast import filter as filtering
+from datasetdm_fast.command_line import sharded_run
 from datasetdm_fast.command_line.run_settings import complete_settings, read_spec
 from datasetdm_fast.data import Request, Trust
 from datasetdm_fast.disk.storage import StoredFile
@@ -526,6 +527,17 @@ def test_a_place_that_holds_something_else_is_refused(folder, tmp_path, capsys):
     assert "something other than a run in shards ('notes.txt')" in capsys.readouterr().err
     assert generate.main([*LINE, "--out", str(folder)]) == 2
     assert "it is a run folder, not a run in shards" in capsys.readouterr().err
+
+
+def test_the_command_starts_as_many_processes_as_are_asked_for(tmp_path, monkeypatch):
+    def run_ranks(places, spec, ledger, callbacks):
+        started.append(len(places))
+        work_on_shards(spec, ledger.place, ALONE, callbacks)
+
+    started = []
+    monkeypatch.setattr(sharded_run, "run_ranks", run_ranks)
+    assert generate.main([*LINE, "--ranks", "2", "--out", str(tmp_path / "run")]) == 0 and started == [2]
+    assert len(datasetdm_fast.open_run(tmp_path / "run")) == SAMPLES
 
 
 def test_the_command_resumes_and_reports(alone, tmp_path, capsys):
