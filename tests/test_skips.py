@@ -61,7 +61,7 @@ UNLISTED = (
     ids=["listed", "not listed", "no library", "no file"],
 )
 def test_a_skip_for_another_reason_fails_the_run(tmp_path, texts, code, count):
-    for name in ("conftest.py", "skips.py"):
+    for name in ("conftest.py", "forked.py", "skips.py"):
         (tmp_path / name).symlink_to(HERE / name)
     for k, text in enumerate(texts):
         (tmp_path / f"test_{k}.py").write_text("import pytest\n\n" + text)
