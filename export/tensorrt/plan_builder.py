@@ -115,10 +115,8 @@ def main() -> None:
         refusal = str(error)
     except MemoryError:
         refusal = "there is not enough memory"
-    except OSError as error:  # a full disk, or a library that does not load
-        refusal, number = str(error), error.errno or 0
-    except Exception as error:  # whatever TensorRT throws
-        refusal = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    except Exception as error:  # whatever TensorRT throws, and a full disk, which has a number
+        refusal, number = f"{type(error).__name__}: {' '.join(str(error).split())}", getattr(error, "errno", 0) or 0
     print(f"\n{json.dumps([refusal, number])}", flush=True)
 
 
