@@ -11,7 +11,17 @@ from stub_engine import CONFIGS, StubEngine
 
 from datasetdm_fast import generate
 from datasetdm_fast.config import TASKS
-from datasetdm_fast.data import Batch, Capture, ProjectedCapture, Quarantined, Request, Sample, SemanticMap, join_texts
+from datasetdm_fast.data import (
+    Batch,
+    Capture,
+    ProjectedCapture,
+    Quarantined,
+    Request,
+    Sample,
+    SemanticMap,
+    Text,
+    join_texts,
+)
 from datasetdm_fast.engine.labels.class_tables import ClassWord
 from datasetdm_fast.engine.labels.trust import trust_of
 from datasetdm_fast.engine.labels.words import find_classes
@@ -332,6 +342,19 @@ def test_the_first_latents_are_noise_at_the_scale_of_the_schedule(origin):
     if origin is calls.ONE_GENERATOR:  # seeded with 5, which draws one after another
         noise = torch.randn(2, *noise.shape[1:], generator=torch.Generator().manual_seed(5))
     assert torch.equal(origin.begin(engine, schedule, asked).latents, noise / 2)
+
+
+def test_a_guidance_that_is_embedded_is_the_one_of_the_call_or_else_the_models_own():
+    engine = StubEngine()
+    engine.model.guidance, engine.model.has_negative = "embedded", lambda guidance: False
+    assert [calls.call_text(engine, ["a"], guidance).guidance for guidance in (3.5, 0.0)] == [3.5, 2.0]
+
+
+def test_a_concept_of_several_tokens_is_their_mean():
+    engine, recipe = StubEngine(), SimpleNamespace(concepts=("fire hydrant",), table=None)
+    engine.encode_text = lambda texts: Text(torch.arange(8.0).view(1, 4, 2))  # of the begin, two words and the end
+    made = driver.BatchGenerator.concepts.func(SimpleNamespace(engine=engine, recipe=recipe))
+    assert made.tolist() == [[[3, 4]]]
 
 
 def test_the_latents_are_those_of_the_sampler_with_guidance_from_each_seed():

@@ -1,17 +1,21 @@
 """Weights in several files, rows of text of different lengths, and records whose classes exist."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import tiny_pipelines
 import torch
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from datasetdm_fast import generate
 from datasetdm_fast.data import Text, join_texts
-from datasetdm_fast.engine.backbones import every_backbone
+from datasetdm_fast.engine.backbones import every_backbone, mmdit_plans
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.loading import load_model, presets
+from datasetdm_fast.engine.models.text_encoder import PairedPromptEncoder
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.kernels import plain
 from datasetdm_fast.plugins import load_place
 
 
@@ -86,3 +90,22 @@ def test_texts_of_different_lengths_are_padded_and_masked():
     both = join_texts([short, long])
     assert both.context.shape == (3, 4, 3) and both.mask.tolist() == [[True] * 2 + [False] * 2, *[[True] * 4] * 2]
     assert join_texts([long, long]).mask is None and len(both[1:]) == 2 and len(short.expand(5)) == 5
+
+
+@torch.inference_mode()
+def test_pooled_text_is_that_of_the_end_also_behind_a_word_that_was_added():
+    """The end of CLIP's published texts has their largest id; words of textual inversion have larger ones."""
+    torch.manual_seed(0)
+    first, second = (tiny_pipelines.clip(kind) for kind in (CLIPTextModel, CLIPTextModelWithProjection))
+    second.config.eos_token_id = second.text_model.eos_token_id = 7
+    ids = torch.tensor([[1, 9, 5, 7, 7], [1, 5, 7, 7, 7]])
+    made = PairedPromptEncoder({"text_encoder": first, "text_encoder_2": second}, plain).of_tokens(ids, ids)
+    torch.testing.assert_close(made.pooled, second(ids).text_embeds, rtol=1e-4, atol=1e-5)
+
+
+def test_places_of_qwen_image_are_counted_from_the_middle_as_in_diffusers():
+    """Of five rows and columns from -3 to 1; the text goes on along the diagonal from half a side, rounded down."""
+    config = SimpleNamespace(num_layers=0, num_attention_heads=1, attention_head_dim=6, axes_dims_rope=(2, 2, 2))
+    places = mmdit_plans.qwen_image(config, {}).places(5, 2, None, torch.device("cpu"))
+    cells = [[0, row, column] for row in range(-3, 2) for column in range(-3, 2)]
+    assert places.tolist() == [[*cells, [2, 2, 2], [3, 3, 3]]]

@@ -12,6 +12,7 @@ from rendered import document, rendered, write_run
 
 from datasetdm_fast import audit as audit_command
 from datasetdm_fast import drop, open_run
+from datasetdm_fast.data import Trust
 from datasetdm_fast.engine.labels import class_tables
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import Refused
@@ -29,7 +30,8 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     write_run(root / "first", 6, 32)
     with RunFolder(root / "second", document(5, 32)) as folder:
-        folder.add([moved(k, k + 4) for k in range(5)], {})
+        trust = Trust(domain=1.5, reasons=("the picture is unlike those",))  # as only the decoders could tell
+        folder.add([replace(moved(k, k + 4), trust=trust) for k in range(5)], {})
         finish_run(folder)
     first = list(open_run(root / "first"))
     with RunFolder(root / "varied", document(3, 32)) as folder:
@@ -57,6 +59,7 @@ def test_a_merged_run_has_every_sample_once_byte_for_byte(runs, tmp_path, capsys
         told = sample.meta["merged"]
         source = open_run(runs / told["run"])[told["id"]]
         assert source.prompt == sample.prompt and (source.image == sample.image).all()
+        assert source.trust == sample.trust and (told["run"] == "second") == (sample.trust.domain == 1.5)
         for role, (name, stored) in sample.row.files.items():
             path, written = source.row.files[role]
             assert stored == written and (out / name).samefile(runs / told["run"] / path)

@@ -334,6 +334,13 @@ def test_capture_of_attention_is_exact():
     )
 
 
+def test_of_a_call_of_two_halves_a_level_of_one_reads_that_of_the_prompt():
+    weight = torch.tensor([[[1.0], [10.0]]])  # of one half, two channels and one output
+    hook = ProjectedSums(SimpleNamespace(widths=[1], sides=[1], features=[[weight]]), torch.zeros(2, 4, 8, 8), plain)
+    hook.feature((0, 0), torch.tensor([[5.0, 6], [7, 8], [1, 2], [3, 4]])[..., None, None])
+    assert hook.result()[0].flatten().tolist() == [21, 43]
+
+
 def test_summing_is_exact(pair):
     """Features and maps added one by one give the concatenated level under its 1x1 convolution."""
     generator = torch.Generator().manual_seed(0)

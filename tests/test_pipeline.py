@@ -40,6 +40,7 @@ from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.loading import in_memory, load_model, lora
 from datasetdm_fast.engine.loop import diffusing
+from datasetdm_fast.engine.loop.calls import call_text
 from datasetdm_fast.engine.loop.driver import sample_and_label
 from datasetdm_fast.engine.loop.label_stream import LabelStream
 from datasetdm_fast.engine.pictures.framing import pictures_in_memory
@@ -853,6 +854,9 @@ def test_an_adapter_of_diffusers_is_scaled_as_its_file_notes(tiny, tmp_path):
         save_file(state, path, {"lora_adapter_metadata": json.dumps(notes)})
         changed = lora.fuse_adapters(model, [str(path)]).modules["unet"].get_submodule(layer).weight
         torch.testing.assert_close(changed, before + share * up @ down)
+    save_file(state | {f"unet.{layer}.alpha": torch.tensor(2.0)}, path, {"lora_adapter_metadata": json.dumps(alone)})
+    changed = lora.fuse_adapters(model, [str(path)]).modules["unet"].get_submodule(layer).weight
+    torch.testing.assert_close(changed, before + 0.5 * up @ down)  # 2 of the tensor over a rank of 4
     for notes in ({"unet.lora_alpha": "8"}, [], alone | {"unet.alpha_pattern": {"to_k": None}}):
         save_file(state, path, {"lora_adapter_metadata": json.dumps(notes)})
         with pytest.raises(Refused, match="its lora_adapter_metadata are inconsistent"):
@@ -871,6 +875,26 @@ def test_features_of_a_prompt_are_those_of_its_own_sampling(pipe):
         torch.testing.assert_close(levels["highest"], highest, atol=1e-3, rtol=1e-3)
     with pytest.raises(Refused, match="neither an image nor a prompt"):
         pipe.features()
+
+
+def test_features_of_a_prompt_are_of_latents_as_its_scheduler_begins_them_and_adds_noise(tiny64):
+    """The capture is that of the latents which diffusers' scheduler, built in code, gives to the second call."""
+    theirs = in_diffusers(tiny64)
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    theirs.scheduler = EulerAncestralDiscreteScheduler(**betas, timestep_spacing="trailing")
+    mine = Pipeline.from_diffusers(theirs, engine="torch", device="cpu", size=64)
+    mine.engine.model = replace(mine.engine.model, defaults=replace(mine.engine.model.defaults, sampler="auto"))
+    engine, scheduler, random = mine.engine, theirs.scheduler, torch.Generator().manual_seed(4)
+    scheduler.set_timesteps(2)
+    first, second = scheduler.timesteps.tolist()
+    latents = torch.randn(1, 4, 8, 8, generator=random) * scheduler.init_noise_sigma
+    text = call_text(engine, ["a ball"], 3.0)
+    without, with_text = engine.denoise(scheduler.scale_model_input(latents, first), first, text).chunk(2)
+    latents = scheduler.step(without + 3 * (with_text - without), first, latents, generator=random).prev_sample
+    capture = engine.denoise_and_capture_raw(scheduler.scale_model_input(latents, second), second, text)[1]
+    found = mine.features(prompt="a ball", steps=2, guidance=3.0, seed=4, timestep=int(second))
+    expected = torch.cat(capture.features[3], 1)
+    torch.testing.assert_close(found["highest"][:, : expected.shape[1]], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_the_example_teaches_a_head_of_ones_own(capsys):

@@ -91,10 +91,12 @@ def test_betas_of_a_config_are_taken_and_of_few_steps_one_is_left():
 
 
 def test_values_worked_out_by_hand_of_what_a_config_leaves_out_or_seldom_has():
-    """LCM has 50 original steps, 20 apart, and begins at places 0, 12, 25 and 37 of them. Euler may end at the least
-    sigma: those of the betas are 4/3 and 1/3, and the last latents are not scaled to unit variance.
+    """LCM has 50 original steps, 20 apart, and begins at places 0, 12, 25 and 37 of them; of 40 training steps all 40.
+    Euler may end at the least sigma: those of the betas are 4/3 and 1/3, and the last latents are not scaled to unit
+    variance.
     """
     assert make_schedule({}, "lcm", 4).timesteps == (999, 759, 499, 259)
+    assert make_schedule({"num_train_timesteps": 40}, "lcm", 4).timesteps == (39, 29, 19, 9)
     config = {"trained_betas": [0.1, 0.2, 0.5], "final_sigmas_type": "sigma_min"}
     first, last = make_schedule(config, "euler", 2).updates
     unit = (1 + 1 / 9) ** 0.5

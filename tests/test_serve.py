@@ -339,8 +339,8 @@ def test_batches_hold_one_recipe_and_nobody_who_left():
             item("b"),
             gone,
             item("other", "x"),
+            item("alone", is_alone=True),
             item("c"),
-            item("alone", "y", is_alone=True),
             item("d"),
         ]
         batcher.submit(items)
@@ -350,7 +350,7 @@ def test_batches_hold_one_recipe_and_nobody_who_left():
         assert gone.future.cancel() and batcher.waiting == 6
         for _ in range(9):
             blocked.go.release()
-        assert [each.future.result(20) for each in items if each is not gone] == ["a", "b", "other", "c", "alone", "d"]
+        assert [each.future.result(20) for each in items if each is not gone] == ["a", "b", "other", "alone", "c", "d"]
     assert blocked.made == [(["first"], 0), (["a", "b", "c"], 0), (["other"], 0), (["alone"], 0), (["d"], 0)]
 
 

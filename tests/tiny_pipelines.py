@@ -169,7 +169,7 @@ def sd3(width=32, layers=2, text=32, has_t5=True, channels=4):
         joint_attention_dim=2 * text,
         caption_projection_dim=width,
         pooled_projection_dim=2 * text,
-        pos_embed_max_size=16,
+        pos_embed_max_size=15,  # of which an odd rest is cut off
         qk_norm="rms_norm",
         dual_attention_layers=(0,),
     )

@@ -25,7 +25,7 @@ from datasetdm_fast.engine.labels.names import by_task, check_label
 from datasetdm_fast.engine.labels.pictures import PREVIEW_SAMPLES, preview
 from datasetdm_fast.engine.labels.words import find_classes
 from datasetdm_fast.engine.loop import checks, diffusing, driver, prompts
-from datasetdm_fast.engine.loop.calls import call_text
+from datasetdm_fast.engine.loop.calls import FROM_NOISE, call_text, fresh_noise
 from datasetdm_fast.engine.loop.class_prompts import TIMESTEPS
 from datasetdm_fast.engine.loop.prompts import check_classes, check_line
 from datasetdm_fast.engine.loop.recipe import Recipe, capture_calls, make_recipe, prompt_words
@@ -537,17 +537,16 @@ class Pipeline:
     ) -> AnyCapture:
         """The capture of one image on its way from noise."""
         from datasetdm_fast.engine.sampling.schedule import SamplerState, make_schedule
-        from datasetdm_fast.engine.sampling.times import initial_noise
-        from datasetdm_fast.kernels.transfer import to_device
 
         engine = self.engine
         model = engine.model
         sampler, count = model.defaults.sampler, steps or model.defaults.steps
         schedule = make_schedule(model.scheduler, sampler, count, "0.3.0", **model.flow)
         (last,) = capture_calls(schedule, {"": (timestep,)})[""]
-        text = call_text(engine, [prompt], guidance or engine.model.defaults.guidance)
-        noise = to_device(initial_noise(seed, *engine.model.latent_shape())[None], engine.device)
-        state = SamplerState(schedule, guidance or engine.model.defaults.guidance, noise)
+        text = call_text(engine, [prompt], guidance or model.defaults.guidance)
+        latents = FROM_NOISE.begin(engine, schedule, [Request(0, prompt, seed)]).latents
+        noise = fresh_noise(schedule, [seed], latents)
+        state = SamplerState(schedule, guidance or model.defaults.guidance, latents, noise)
         for call, time in enumerate(schedule.timesteps[:last]):
             state.step(call, engine.denoise(state.latents, time, text))
         capturing = engine.denoise_and_capture_raw if is_raw else engine.denoise_and_capture
