@@ -43,7 +43,7 @@ from datasetdm_fast.export.onnx import weights
 from datasetdm_fast.export.onnx.graph import Extent, Graph, trace_module
 from datasetdm_fast.export.onnx.operators import OPERATORS
 from datasetdm_fast.export.onnx.stage_names import average_name
-from datasetdm_fast.export.onnx.to_onnx import export, exporter_files
+from datasetdm_fast.export.onnx.to_onnx import export, exporter_files, source_digest
 from datasetdm_fast.export.onnx.weights import DataFile, Deferred, value_of
 from datasetdm_fast.kernels import plain, pyramid
 from datasetdm_fast.stages import LEVELS
@@ -151,6 +151,12 @@ def demo():
     model = load_model("demo")
     dict(model.modules)  # built here once, and not by each export
     return model, load_decoders("demo")
+
+
+def test_graphs_of_calls_with_another_number_of_rows_have_another_name(demo):
+    """The levels of a transformer are those of one half, however many a call has."""
+    usual, one, two = (source_digest(demo[0], {}, rows) for rows in (0, 1, 2))
+    assert usual == two != one
 
 
 def inputs(world, batch: int) -> dict:

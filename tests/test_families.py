@@ -393,7 +393,7 @@ def test_requests_that_a_family_cannot_serve_are_refused_in_a_sentence(folders, 
         assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("family", "most"), [("sd3", 256), ("z-image", 512)])
+@pytest.mark.parametrize(("family", "most"), [("sd3", 240), ("z-image", 512)])
 def test_images_larger_than_a_models_positions_are_refused_before_weights_are_read(saved, tmp_path, family, most):
     folder = copy_of(saved(family), tmp_path)
     for weights in (folder / "transformer").glob("*.safetensors"):

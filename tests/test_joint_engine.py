@@ -223,9 +223,8 @@ def test_sums_of_an_attention_on_a_gpu(width, is_masked, dtype):
 @pytest.mark.parametrize("is_masked", [False, True])
 def test_sums_of_an_attention(is_masked):
     query, key, value = torch.randn(3, 2, 4, 40, 16, generator=torch.Generator().manual_seed(3))
-    mask = torch.arange(40) < (33 if is_masked else 40)
+    mask = (torch.arange(40) < torch.tensor([[33], [25]] if is_masked else [[40], [40]]))[:, None, None]
     scores = (query.double() @ key.double().mT / 4).masked_fill(~mask, -torch.inf)
-    mask = mask.expand(2, 1, 1, 40)
     given = mask if is_masked else None
     output, sums = plain(query, key, value, given)
     torch.testing.assert_close(output.double(), scores.softmax(-1) @ value.double(), rtol=1e-5, atol=1e-5)

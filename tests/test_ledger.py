@@ -228,13 +228,13 @@ def test_publish_writes_what_short_writes_leave(tmp_path, monkeypatch):
     assert (tmp_path / "a").read_bytes() == b"0123456789"
 
 
-def test_a_file_that_one_process_may_create_is_durable_before_and_after_it_has_its_name(tmp_path, monkeypatch):
+def test_a_file_that_one_process_may_create_or_move_is_durable_before_and_after_it_has_its_name(tmp_path, monkeypatch):
     calls, syscall = [], storage.syscall
 
     def note(name, call, *arguments):
         if name == "fsync":
             calls.append(Path(os.readlink(f"/proc/self/fd/{arguments[0]}")).name)
-        elif name == "link":
+        elif name in ("link", "rename"):
             calls.append(name)
         return syscall(name, call, *arguments)
 
@@ -242,6 +242,8 @@ def test_a_file_that_one_process_may_create_is_durable_before_and_after_it_has_i
     path = tmp_path / "manifest" / "00003.json"
     assert storage.create(path, b"{}") and path.read_bytes() == b"{}" and not storage.create(path, b"[]")
     assert calls[:4] == [tmp_path.name, storage.part_of(path).name, "link", "manifest"]
+    storage.move(path, path.with_name("00004.json"))
+    assert calls[-3:] == ["00003.json", "rename", "manifest"]
 
 
 def test_a_folder_is_held_by_one_process_in_turn(tmp_path):

@@ -309,9 +309,11 @@ def test_averages_of_weights_and_optimisers_are_those_of_the_schedule(engine, so
     assert type(other.optimiser) is torch.optim.Adam and other.average == []
 
 
-def test_the_best_weights_and_the_evaluations_so_far_are_kept_and_resumed(engine, source, folder, tmp_path):
+def test_the_best_weights_the_evaluations_so_far_and_the_scale_of_losses_are_resumed(engine, source, folder, tmp_path):
     held, config = training_views(engine, source, "depth", folder), config_of(engine, source, "depth")
-    first, second = (Trainer(config, TrainingSchedule(), held, reads_ahead=False).state for _ in range(2))
+    options = {"dtype": "fp16", "reads_ahead": False}
+    first, second = (Trainer(config, TrainingSchedule(), held, **options).state for _ in range(2))
+    first.scaler.load_state_dict(first.scaler.state_dict() | {"scale": 512.0})
     first.step = 5
     first.record_evaluation(first.decoder, 0.25, True)
     best = {name: value.clone() for name, value in first.decoder.state_dict().items()}
@@ -322,6 +324,7 @@ def test_the_best_weights_and_the_evaluations_so_far_are_kept_and_resumed(engine
         first.record_evaluation(first.decoder, 0.5, False)
     first.save(tmp_path)
     second.resume(tmp_path)
+    assert second.scaler.get_scale() == 512
     told = {"evaluations": 3, "best_figure": 0.25, "best_step": 5, "without_improvement": 2}
     for state in (first, second):
         assert asdict(state.early_stopping) == told and state.step == 7 and state.best_weights.keys() == best.keys()
