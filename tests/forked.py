@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 ADDRESS = "DATASETDM_FORKING"  # the variable that names the socket of this run of tests
 ENDED = b"\n"  # of a message
@@ -95,8 +95,6 @@ _started: list[subprocess.Popen] = []
 
 def _serve(address: str) -> dict[str, Any]:
     """Returns in the process of each program, with what it is to do."""
-    import signal
-
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen()
@@ -110,8 +108,7 @@ def _serve(address: str) -> dict[str, Any]:
             while _has_ended_child():
                 pass
     os.unlink(address)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.exit()
+    os._exit(0)
 
 
 def _has_ended_child() -> bool:
@@ -172,6 +169,18 @@ def _become(program: dict[str, Any], paths: list[str]) -> None:
         runpy.run_path(kind, run_name="__main__")
 
 
+def _end(code: int) -> NoReturn:
+    """Ends as an interpreter does, but for taking apart all modules, which would take six times as long as a fork."""
+    import atexit
+    import threading
+
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code & 0xFF)
+
+
 if __name__ == "__main__":
     import gc
 
@@ -185,4 +194,10 @@ if __name__ == "__main__":
 
     gc.freeze()
     _program = _serve(sys.argv[1])
-    _become(_program, _paths)
+    try:
+        _become(_program, _paths)
+    except SystemExit as stop:
+        if stop.code and not isinstance(stop.code, int):
+            raise
+        _end(stop.code or 0)
+    _end(0)
