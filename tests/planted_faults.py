@@ -249,9 +249,9 @@ FAULTS = {
         {"scenario": "samplers"},
     ),
     "numbers drawn by a GPU": Fault(
-        f"{FAST}:FastEngine._latents",
-        "latents.to(self.device, self.unet_dtype)",
-        "(latents + 0 * torch.randn_like(latents)).to(self.device, self.unet_dtype)",
+        f"{FAST}:FastEngine._call",
+        "latents.to(self.device)",
+        "(latents + 0 * torch.randn_like(latents)).to(self.device)",
         {"scenario": "samplers"},
     ),
     "fp32 between the products of the fp16 network": Fault(
@@ -454,9 +454,9 @@ FAULTS = {
         f"{LABELS}:FinishedCalls.on_queued", "over.record(torch.cuda.current_stream(self._device))", "pass"
     ),
     "latents by way of another GPU": Fault(
-        f"{FAST}:FastEngine._latents",
-        "latents.to(self.device, self.unet_dtype)",
-        'latents.to("cuda:0").to(self.device, self.unet_dtype)',
+        f"{FAST}:FastEngine._call",
+        "latents.to(self.device)",
+        'latents.to("cuda:0").to(self.device)',
         {"device": "cuda:1"},
     ),
     "free memory of another GPU": Fault(

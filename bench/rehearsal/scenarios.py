@@ -236,7 +236,7 @@ def memory(machine: Machine) -> int:
     engine, record = machine.engine("depth"), on_gpu.StepGraph
 
     def recorded(run: Callable, inputs: Sequence[Tensor], *others: Any, **named: Any) -> Any:
-        if len(inputs[0]) > MOST_AT_ONCE and run in (engine._step, engine._capture_projected, engine._pixels):
+        if len(inputs[0]) > MOST_AT_ONCE and run in (engine._plain, engine._capture_projected, engine._pixels):
             raise torch.OutOfMemoryError("simulated")
         return record(run, inputs, *others, **named)
 

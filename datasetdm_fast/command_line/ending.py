@@ -82,7 +82,7 @@ def run_command(command: Callable[[Sequence[str]], int | None], arguments: Seque
                 return 128 + watch.signal
             return _report_error(error)
         finally:
-            watch.shut()
+            watch.is_open = False
 
 
 def _report_error(error: Exception) -> int:

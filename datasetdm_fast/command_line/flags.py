@@ -33,7 +33,13 @@ def parse(
     fields, hints = flags_of(cls), get_type_hints(cls)
     converters = {field.name: _converter(field, hints[field.name]) for field in fields}
     parser = _build_parser(fields, hints, converters, prog, description, examples)
-    options, unknown = parser.parse_known_intermixed_args(_hyphenate(arguments))
+    split = [argument.partition("=") for argument in arguments]
+    options, unknown = parser.parse_known_intermixed_args(
+        [
+            (name.replace("_", "-") if name.startswith("--") else name) + equals + value  # as values may have underscores
+            for name, equals, value in split
+        ]
+    )
     if unknown:
         _refuse_unknown(unknown, fields, prog)
     path = vars(options).pop("config", None)
@@ -146,15 +152,6 @@ def _help(field: Field[Any]) -> str:
     is_told = default == "" or isinstance(default, bool) or (least is not None and default < least)  # in words
     ending = "" if is_told else f" (default: {default})"
     return (field.metadata.get("help", "") + ending).replace("%", "%%")
-
-
-def _hyphenate(arguments: Sequence[str]) -> list[str]:
-    """Flags with underscores written with hyphens; values are left as they are."""
-    split = [argument.partition("=") for argument in arguments]
-    return [
-        name.replace("_", "-") + equals + value if name.startswith("--") else name + equals + value
-        for name, equals, value in split
-    ]
 
 
 def _refuse_unknown(unknown: list[str], fields: Sequence[Field[Any]], prog: str) -> NoReturn:

@@ -94,7 +94,7 @@ class SignalWatch:
     def __init__(self, is_last: bool):
         self.signal: int | None = None  # the one that ends the command
         self._is_last = is_last  # whether the process ends with the block
-        self._is_open = self._is_handled = False
+        self.is_open = self._is_handled = False  # open: a signal raises an exception, and is not only noted
         self._over = 0.0  # when the block ended, if the process ends with it
         self._before: dict[int, Any] = {}
 
@@ -116,13 +116,10 @@ class SignalWatch:
         return self
 
     def open(self) -> None:
-        """From here on a signal raises an exception in the main thread; before, and after `shut`, it is only noted."""
-        self._is_open = True
+        """From here on a signal raises an exception in the main thread."""
+        self.is_open = True
         if self.signal is not None:
             self._raise(self.signal)
-
-    def shut(self) -> None:
-        self._is_open = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._is_handled = True
@@ -130,7 +127,7 @@ class SignalWatch:
             Interruption.blocks[-1].note(number)
         else:
             self.signal = number
-            if self._is_open:
+            if self.is_open:
                 self._raise(number)
 
     @staticmethod

@@ -49,16 +49,13 @@ def complete_settings(config: RunConfig, provided: Collection[str]) -> RunConfig
         config = replace(config, task=tuple(by_task(find_decoders(folders).labels)))
     config = expand_names(config, provided)
     config = config if "out" in provided else replace(config, out=name_folder(config))
-    return config if "layout" in provided else replace(config, layout=choose_layout(config))
-
-
-def choose_layout(config: RunConfig) -> str:
-    """Shards of a run that has them, and of a large one that is not begun yet."""
-    if (Path(config.out) / DOCUMENT).exists():
+    if "layout" in provided:
+        return config
+    if (Path(config.out) / DOCUMENT).exists():  # a run that is begun keeps its layout
         from datasetdm_fast.runs.run_folder.shard_audit import find_sharded
 
-        return config.layout if find_sharded(config.out) is None else SHARDS
-    return SHARDS if count_images(config) > MOST_IN_FOLDER else config.layout
+        return config if find_sharded(config.out) is None else replace(config, layout=SHARDS)
+    return replace(config, layout=SHARDS) if count_images(config) > MOST_IN_FOLDER else config
 
 
 def expand_names(config: RunConfig, provided: Collection[str]) -> RunConfig:
@@ -106,7 +103,11 @@ def name_folder(config: RunConfig) -> str:
 def check_settings(config: RunConfig) -> None:
     """Refuses what can be seen to be wrong before anything is loaded."""
     check_tasks(config.task, LABELS)
-    _check_files(config.task)
+    writing: dict[str, str] = {}  # role of a file -> the label that writes it
+    for label in config.task:
+        for role in kind_of(label).roles:
+            if (other := writing.setdefault(role, label)) != label:
+                raise Refused(f"--task: {other} and {label} both write {role}/ID.png", "Make a run of each.")
     _check_attention(config.group(LabelSettings), config.group(PromptSettings), config.outlines)
     if config.combine:
         parse_combinations(config.combine, config.task)
@@ -133,15 +134,6 @@ def _check_attention(labels: LabelSettings, prompts: PromptSettings, outlines: s
         if getattr(labels, name) != getattr(LabelSettings, name):
             flag = name.replace("_", "-")
             raise Refused(f"--{flag}: no label of this run is read from attention", "Add --labeller attention.")
-
-
-def _check_files(labels: Sequence[str]) -> None:
-    """Refuses labels that would write the same files."""
-    writing: dict[str, str] = {}
-    for label in labels:
-        for role in kind_of(label).roles:
-            if (other := writing.setdefault(role, label)) != label:
-                raise Refused(f"--task: {other} and {label} both write {role}/ID.png", "Make a run of each.")
 
 
 def count_images(config: RunConfig) -> int:

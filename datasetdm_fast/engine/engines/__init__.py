@@ -229,32 +229,7 @@ def before_torch() -> None:
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
-class _DefaultDtype:
-    """fp32 as torch's default dtype while any thread is within; the last one restores that of the program."""
-
-    def __init__(self) -> None:
-        self._lock, self._within = Lock(), 0
-        self._before: Any = None
-
-    def __enter__(self) -> None:
-        import torch
-
-        with self._lock:
-            if not self._within:
-                self._before = torch.get_default_dtype()
-                torch.set_default_dtype(torch.float32)
-            self._within += 1
-
-    def __exit__(self, *_: object) -> None:
-        import torch
-
-        with self._lock:
-            self._within -= 1
-            if not self._within:
-                torch.set_default_dtype(self._before)
-
-
-_FP32 = _DefaultDtype()  # of the process, as torch's is
+_TURN, _REPLACED = Lock(), list[Any]()  # default dtypes of the process, that of the program first
 
 
 @contextmanager
@@ -270,5 +245,11 @@ def in_own_precision() -> Iterator[None]:
                 switched.enter_context(torch.autocast(kind, enabled=False))
         if torch.get_default_device().type != "cpu":
             switched.enter_context(torch.device("cpu"))
-        switched.enter_context(_FP32)
-        yield
+        with _TURN:
+            _REPLACED.append(torch.get_default_dtype())
+            torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            with _TURN:  # the last thread within the block restores that of the program
+                torch.set_default_dtype(_REPLACED.pop())

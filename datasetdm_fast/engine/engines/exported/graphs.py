@@ -127,17 +127,12 @@ class GraphEngine(Engine):
         unread = [
             torch.zeros(len(latents), 0, level.side, level.side, device=self.device) for level in self.model.levels
         ]
-        return outputs["noise"], ProjectedCapture(
-            tuple(outputs.get(f"sums_{name}", none) for name, none in zip(LEVELS, unread)), self._slices
-        )
-
-    @functools.cached_property
-    def _slices(self) -> dict[str, tuple[slice, ...]]:
-        """Task -> per level, its channels of the sums."""
-        return {
+        sums = tuple(outputs.get(f"sums_{name}", none) for name, none in zip(LEVELS, unread))
+        slices = {
             task: tuple(slice(*parts.get(name, (0, 0))) for name in LEVELS)
             for task, parts in self.manifest.channels.items()
         }
+        return outputs["noise"], ProjectedCapture(sums, slices)
 
     @torch.inference_mode()
     def denoise_and_capture_raw(self, latents: Tensor, timestep: float, text: Text) -> tuple[Tensor, Capture]:
@@ -241,10 +236,11 @@ class GraphEngine(Engine):
 
 def split_batch(inputs: Tensors, size: int) -> list[Tensors]:
     """The inputs of a stage in parts of at most `size` images; a single number belongs to every part."""
-    first = next(iter(inputs.values()))
-    if len(first) <= size:
+    images = len(next(iter(inputs.values())))
+    if images <= size:
         return [inputs]
-    parts = {name: _split_rows(value, size, len(first)) for name, value in inputs.items() if value.ndim}
+    halves = {name: value.split(images) for name, value in inputs.items() if value.ndim}  # or one row for each image
+    parts = {name: map(torch.cat, zip(*(half.split(size) for half in each))) for name, each in halves.items()}
     whole = {name: value for name, value in inputs.items() if not value.ndim}
     return [whole | dict(zip(parts, part)) for part in zip(*parts.values())]
 
@@ -260,8 +256,3 @@ def join_parts(parts: Sequence[Tensors], rows: int) -> dict[str, Tensor]:
         else torch.cat(values)
         for name, values in outputs.items()
     }
-
-
-def _split_rows(value: Tensor, size: int, images: int) -> list[Tensor]:
-    """The rows of `size` images each, of one row for each image or of halves."""
-    return [torch.cat(halves) for halves in zip(*(half.split(size) for half in value.split(images)))]

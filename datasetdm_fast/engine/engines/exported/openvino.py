@@ -100,7 +100,12 @@ class OpenVinoStage:
             request = self._open_requests([tuple(value.shape) for value in values], streams, threads)[place]
             arrays = {info.name: value.numpy() for info, value in zip(self.file.inputs, values)}
             if self._time_model:
-                arrays |= self._embed_time(self._time_model, float(arrays.pop(TIMESTEP)))
+                timestep = float(arrays.pop(TIMESTEP))
+                if self._time_outputs[0] != timestep:
+                    values = self._time_model({TIMESTEP: np.array(timestep, np.float32)})
+                    named = {output.any_name: values[output] for output in self._time_model.outputs}
+                    self._time_outputs = timestep, named
+                arrays |= self._time_outputs[1]
             for name, value in arrays.items():
                 request.set_tensor(name, openvino.Tensor(value, shared_memory=True))
             request.start_async()
@@ -111,12 +116,6 @@ class OpenVinoStage:
             # Copied, as the request writes its next outputs into the same memory.
             outputs.append({info.name: _copy_output(request.get_tensor(info.name), info) for info in self.file.outputs})
         return outputs
-
-    def _embed_time(self, model: openvino.CompiledModel, timestep: float) -> dict[str, np.ndarray]:
-        if self._time_outputs[0] != timestep:
-            values = model({TIMESTEP: np.array(timestep, np.float32)})
-            self._time_outputs = timestep, {output.any_name: values[output] for output in model.outputs}
-        return self._time_outputs[1]
 
     def _open_requests(self, shapes: list[tuple[int, ...]], streams: int, threads: int) -> list[openvino.InferRequest]:
         key = (streams, threads) if self.takes_any_batch else (*shapes, streams, threads)

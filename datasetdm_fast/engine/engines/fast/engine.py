@@ -115,6 +115,8 @@ class FastEngine(Engine):
         self.model, self.device = model, resolve_device(device)
         self.precision = resolve_precision(dtype, self.device)
         self.dtype = DTYPES[self.precision]
+        is_wide = model.latents.leaves_fp16 and self.dtype == torch.float16
+        self.image_dtype = torch.float32 if is_wide else self.dtype  # of the autoencoder
         self._has_usual_ops = ops is None  # others are called one by one
         self.is_compiled = compile
         # Settings that had to be changed, for the rows of the samples made since.
@@ -184,11 +186,6 @@ class FastEngine(Engine):
         self._compiled = torch.compile(self._plain, dynamic=False) if self.is_compiled else None
         self._rows, self._text, self._keys_values, self._class_keys = {}, None, [], None
 
-    @property
-    def _step(self) -> Step:
-        """A plain call; not stored, as an engine that refers to itself is not freed at once."""
-        return self._compiled or self._plain
-
     def _build_network(self, name: str, sources: Mapping[str, WeightSource]) -> nn.Module:
         """One of the networks, from the weights of the model."""
         match name:
@@ -205,18 +202,10 @@ class FastEngine(Engine):
                 assert self.model.backbone.text_network
                 module, dtype = load_place(self.model.backbone.text_network)(sources, self.ops), torch.float32
             case "image_decoder":
-                module, dtype = self._image_decoder(sources["vae"]), self.image_dtype
+                module, dtype = self.kinds[1](sources["vae"], self.ops, self.model.latents), self.image_dtype
             case _:
                 module, dtype = ImageEncoder(sources["vae"], self.ops), self.image_dtype
         return place_module(module, self.device, dtype)
-
-    def _image_decoder(self, source: WeightSource) -> nn.Module:
-        return self.kinds[1](source, self.ops, self.model.latents)
-
-    @property
-    def image_dtype(self) -> torch.dtype:
-        """Of the autoencoder."""
-        return torch.float32 if self.model.latents.leaves_fp16 and self.dtype == torch.float16 else self.dtype
 
     @functools.cached_property
     def text_encoder(self) -> nn.Module:
@@ -266,7 +255,7 @@ class FastEngine(Engine):
 
     @engine_call
     def denoise(self, latents: Tensor, timestep: float, text: Text) -> Tensor:
-        return self._call(self._step, latents, timestep, text)[0]
+        return self._call(self._compiled or self._plain, latents, timestep, text)[0]
 
     @engine_call
     def denoise_and_capture(self, latents: Tensor, timestep: float, text: Text) -> tuple[Tensor, AnyCapture]:
@@ -329,8 +318,8 @@ class FastEngine(Engine):
         timestep's biases, `others` with a row for every image, and the keys and values of every text layer.
         """
         self._refresh_for(text.context)
-        biases, latents = self._biases(timestep, text), self._latents(latents)
-        images = len(latents)
+        biases, images = self._biases(timestep, text), len(latents)
+        latents = channels_last(latents.to(self.device), self.unet_dtype)
 
         def slices(size: int) -> list[Inputs]:
             tables = self._text_layers(text.context, images, size)
@@ -347,12 +336,9 @@ class FastEngine(Engine):
         return torch.cat([part for half in halves for part in half]), *(torch.cat(value) for value in captured)
 
     def _inputs(self, latents: Tensor, timestep: float, text: Text) -> Inputs:
-        """What `_step` reads of a call that is not sliced."""
+        """What the U-Net reads of a call that is not sliced."""
         keys_values = self._encode_keys_values(text.context.to(self.device), len(latents))
-        return self._latents(latents), self._biases(timestep, text), *keys_values
-
-    def _latents(self, latents: Tensor) -> Tensor:
-        return latents.to(self.device, self.unet_dtype).contiguous(memory_format=torch.channels_last)
+        return channels_last(latents.to(self.device), self.unet_dtype), self._biases(timestep, text), *keys_values
 
     def _biases(self, timestep: float, text: Text) -> Tensor:
         """What the timestep adds in every resnet, to all rows or with a pooled text to each its own."""
@@ -368,9 +354,9 @@ class FastEngine(Engine):
         return row
 
     def _is_cached(self, context: Tensor) -> bool:
-        """Whether it is the text of the previous call, unchanged."""
-        version = _version_of(context)
-        return version >= 0 and self._text is not None and self._text[0] is context and self._text[1] == version
+        """Whether it is the text of the previous call, unchanged; inference tensors count no changes."""
+        known = None if context.is_inference() else self._text
+        return known is not None and known[0] is context and known[1] == context._version
 
     def _refresh_for(self, context: Tensor) -> None:
         """Reads weights that were changed, where a call has another text than the previous one."""
@@ -385,7 +371,7 @@ class FastEngine(Engine):
                 tuple(_select_rows(table, 1, images, start, size) for table in tables)
                 for start in range(0, images, size)
             ]
-            self._text = (context, _version_of(context), size)
+            self._text = None if context.is_inference() else (context, context._version, size)
         return self._keys_values
 
     def _encode_keys_values(self, context: Tensor, images: int) -> tuple[Tensor, ...]:
@@ -449,7 +435,8 @@ class FastEngine(Engine):
 
     @functools.cached_property
     def _wide_image_decoder(self) -> nn.Module:
-        return place_module(self._image_decoder(self.model.networks["vae"].read()), self.device, torch.float32)
+        source = self.model.networks["vae"].read()
+        return place_module(self.kinds[1](source, self.ops, self.model.latents), self.device, torch.float32)
 
     @engine_call
     def encode_image(
@@ -485,11 +472,6 @@ def encode_in_chunks(
     return torch.cat(
         [encode(part, generators and generators[place * size : (place + 1) * size]) for place, part in parts]
     )
-
-
-def _version_of(context: Tensor) -> int:
-    """A counter that advances when it is changed in place; -1 of inference tensors, which count no changes."""
-    return -1 if context.is_inference() else context._version
 
 
 def moments_of(encoder: nn.Module, images: Tensor, dtype: torch.dtype) -> Tensor:
