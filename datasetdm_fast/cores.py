@@ -1,10 +1,15 @@
-"""The processor, and its cores for this process."""
+"""The processor, its cores for this process, and work in threads."""
 
 import os
 import platform
 import re
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 
 def count_cores() -> int:
@@ -19,3 +24,28 @@ def name_processor() -> str:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     model = re.search(r"model name\s*: (.+)", text)
     return model[1].strip() if model else platform.machine()
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def in_threads(
+    work: Callable[[Sequence[Item]], Result],
+    items: Iterator[Item],
+    size: int,
+    threads: int,
+    is_stopping: Callable[[], bool],
+) -> Iterator[Result]:
+    """What `work` makes of each `size` items, in order; once it is to stop no further block is begun."""
+    waiting = deque[Future[Result]]()
+    pool = ThreadPoolExecutor(threads)
+    try:
+        while True:
+            while len(waiting) <= threads and not is_stopping() and (block := list(islice(items, size))):
+                waiting.append(pool.submit(work, block))
+            if not waiting:
+                return
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -49,7 +49,7 @@ def main(config: ExportConfig, command: CommandLine) -> int:
 
         flavour, capability = choose_target(config.capability)
 
-    from datasetdm_fast.engine.decoders.blocks import read_together
+    from datasetdm_fast.engine.decoders.trunk import read_together
     from datasetdm_fast.engine.engines import load_decoders
     from datasetdm_fast.engine.loading import load_model
     from datasetdm_fast.export.onnx.stage_names import select_stages

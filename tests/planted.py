@@ -164,7 +164,7 @@ _BY_FILE = {
             "probabilities(q.chunk(self.rows)[0], k.chunk(self.rows)[0])",
             "empty prompt's maps",
         ),
-        ("self.sums[level].add_(projected.flatten(0, 1), alpha=slot.share)", "pass", "no attention maps on a GPU"),
+        ("self.sums[level].add_(projected.flatten(0, 1), alpha=1 / blocks)", "pass", "no attention maps on a GPU"),
         ("self.sums[level].addmm_(maps,", "torch.addmm(self.sums[level], maps,", "nor on a CPU"),
         (
             "[: -self.batch] for part in (q, k, v))), output",
@@ -291,7 +291,11 @@ _BY_FILE = {
             "a link leads out of an archive",
         ),
         ("len(value) < len(pairs)", "len(value) > len(pairs)", "two readers see two settings"),
-        ("_depth(value) > DEEPEST", "_depth(value) >= DEEPEST", "a file of exactly the depth is refused"),
+        (
+            'if depth > DEEPEST:\n        raise Refused(f"{name}',
+            'if depth >= DEEPEST:\n        raise Refused(f"{name}',
+            "a file of exactly the depth is refused",
+        ),
     ),
     "untrusted/images.py": (
         "test_untrusted.py",
@@ -307,7 +311,11 @@ _BY_FILE = {
         "test_untrusted.py",
         ("facts.st_nlink > 1", "facts.st_nlink > 2", "a file linked from elsewhere is read"),
         ("offset + length > facts.st_size", "length > facts.st_size", "a graph reads beyond its data"),
-        ("if operator in NATIVE", "if (domain, operator) in NATIVE", "a graph loads compiled code"),
+        (
+            "if message.op_type in NATIVE",
+            "if (message.domain, message.op_type) in NATIVE",
+            "a graph loads compiled code",
+        ),
     ),
     "runs/workers/claims.py": (
         "test_work_claims.py",

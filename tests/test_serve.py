@@ -31,8 +31,8 @@ uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 pytest.importorskip("starlette", reason="uvicorn is not installed")
 
 from datasetdm_fast.service import app as http_side  # noqa: E402
+from datasetdm_fast.service.app import Metrics  # noqa: E402
 from datasetdm_fast.service.batching import Batcher, PendingImage, QueueFull  # noqa: E402
-from datasetdm_fast.service.metrics import Metrics  # noqa: E402
 from datasetdm_fast.service.requests import encode_sample, read_generation, read_labelling  # noqa: E402
 
 pytestmark = pytest.mark.loopback

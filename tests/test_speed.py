@@ -24,7 +24,7 @@ from datasetdm_fast.data import Keypoints
 from datasetdm_fast.engine.engines import build_engine, device
 from datasetdm_fast.engine.engines.fast import FastEngine
 from datasetdm_fast.engine.loading import load_model
-from datasetdm_fast.engine.loop import speed
+from datasetdm_fast.engine.loop import calls as speed
 from datasetdm_fast.engine.loop.calls import call_text
 from datasetdm_fast.engine.loop.recipe import make_recipe
 from datasetdm_fast.engine.models import fp8

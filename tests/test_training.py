@@ -1568,7 +1568,7 @@ def test_flags_of_a_training_have_their_bounds(tmp_path):
         with pytest.raises(Refused, match="--timestep: "):
             TrainConfig(timestep=wrong).timesteps()
     (tmp_path / "list").write_text("a.png")
-    identity = TrainConfig(images=str(tmp_path / "list"), steps=5, rate=2.0).training_identity()
+    identity = TrainConfig(images=str(tmp_path / "list"), steps=5, rate=2.0).session_settings()["identity"]
     assert identity["listed"] == hashlib.sha256(b"a.png").hexdigest()[:12] and not {"steps", "rate", "task"} & {
         *identity
     }

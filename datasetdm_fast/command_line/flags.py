@@ -33,13 +33,9 @@ def parse(
     fields, hints = flags_of(cls), get_type_hints(cls)
     converters = {field.name: _converter(field, hints[field.name]) for field in fields}
     parser = _build_parser(fields, hints, converters, prog, description, examples)
-    split = [argument.partition("=") for argument in arguments]
-    options, unknown = parser.parse_known_intermixed_args(
-        [
-            (name.replace("_", "-") if name.startswith("--") else name) + equals + value  # as values may have underscores
-            for name, equals, value in split
-        ]
-    )
+    split = [argument.partition("=") for argument in arguments]  # as values may have underscores
+    hyphenated = [(name.replace("_", "-") if name.startswith("--") else name, *value) for name, *value in split]
+    options, unknown = parser.parse_known_intermixed_args(["".join(parts) for parts in hyphenated])
     if unknown:
         _refuse_unknown(unknown, fields, prog)
     path = vars(options).pop("config", None)

@@ -131,7 +131,7 @@ def _warnings(job: Job) -> dict[str, str]:
 def describe_job(job: Job) -> list[str]:
     """What a job would do, a line each."""
     plan, facts = job.plan, job.recipe.facts
-    batches = job.batches_left
+    batches = -(-job.images_left // job.plan.batch_size)
     seeds, steps = (
         f"seeds {plan.seed} to {plan.seed + plan.number - 1}" if plan.number > 1 else f"seed {plan.seed}",
         f"{facts['steps']} steps in {facts['calls']} calls",

@@ -66,9 +66,6 @@ class Database:
         """Runs a statement once for each row of parameters."""
         self._run(statement, self._connection.executemany, statement, rows)
 
-    def execute_script(self, script: str) -> None:
-        self._run(script, self._connection.executescript, script)
-
     def read_blocks(self, statement: str, parameters: Sequence[Any], size: int) -> Iterator[list[tuple[Any, ...]]]:
         """The rows of a statement in blocks, each read when it is requested."""
         cursor = self._run(statement, self._connection.execute, statement, parameters)
@@ -122,7 +119,7 @@ def connect(path: Path, schema: str, journal: str = WRITE_AHEAD) -> Database:
             with storage.refusing(path):
                 storage.make_empty(part)
             with closing(Database(path, part, "PRAGMA journal_mode=OFF", SYNCHRONOUS)) as database:
-                database.execute_script(schema)
+                database._run(schema, database._connection.executescript, schema)
             storage.move(part, path)
         except BaseException:
             storage.forget(part)

@@ -49,8 +49,8 @@ class Publication(AbstractContextManager):
     def __init__(self, paths: Iterable[Path]):
         self._parts = {path: part_of(path) for path in paths}
         self._handles: dict[Path, int] = {}
-        self._digests = {path: hashlib.sha256() for path in self._parts}
-        self._sizes = dict.fromkeys(self._parts, 0)
+        self.digests = {path: hashlib.sha256() for path in self._parts}
+        self.sizes = dict.fromkeys(self._parts, 0)
 
     def __enter__(self) -> Self:
         try:
@@ -67,8 +67,8 @@ class Publication(AbstractContextManager):
     def write(self, path: Path, chunks: Iterable[bytes]) -> None:
         """Adds to one of the files."""
         for chunk in chunks:
-            self._digests[path].update(chunk)
-            self._sizes[path] += len(chunk)
+            self.digests[path].update(chunk)
+            self.sizes[path] += len(chunk)
             with refusing(path):
                 _write_all(self._handles[path], chunk)
 
@@ -90,11 +90,6 @@ class Publication(AbstractContextManager):
                 with refusing(folder):
                     sync(folder)
 
-    @property
-    def stored(self) -> dict[Path, StoredFile]:
-        """Digest and size of every file."""
-        return {path: StoredFile(digest.hexdigest(), self._sizes[path]) for path, digest in self._digests.items()}
-
 
 def publish(files: Mapping[Path, bytes | Iterable[bytes]]) -> dict[Path, StoredFile]:
     """Digest and size of every file, once all are on the disk under their names; none is ever half-written."""
@@ -104,7 +99,8 @@ def publish(files: Mapping[Path, bytes | Iterable[bytes]]) -> dict[Path, StoredF
         with Publication(block) as publication:
             for path, content in block.items():
                 publication.write(path, [content] if isinstance(content, bytes) else content)
-        stored |= publication.stored
+        for path, digest in publication.digests.items():
+            stored[path] = StoredFile(digest.hexdigest(), publication.sizes[path])
     return stored
 
 

@@ -103,7 +103,10 @@ class SampleStream(IterableDataset[Any]):
             while (sample := samples.get()) is not None:
                 if isinstance(sample, Exception):
                     raise sample
-                yield self._pair(sample)
+                image, tables = image_tensor(sample.image), self.tables["labels"]
+                labels = {task: label_tensors(task, sample.annotations[task], tables[task]) for task in self._tasks}
+                label = labels[self.task] if isinstance(self.task, str) else labels
+                yield (image, label) if self.transform is None else self.transform(image, label)
         finally:
             over.set()
             thread.join()
@@ -142,12 +145,6 @@ class SampleStream(IterableDataset[Any]):
             yield sample
         if requested is not None and number < requested:
             raise GateFailed(f"trusted: {number} of {requested * tries} samples are", "Use other prompts.")
-
-    def _pair(self, sample: Sample) -> Any:
-        image, tables = image_tensor(sample.image), self.tables["labels"]
-        labels = {task: label_tensors(task, sample.annotations[task], tables[task]) for task in self._tasks}
-        label = labels[self.task] if isinstance(self.task, str) else labels
-        return (image, label) if self.transform is None else self.transform(image, label)
 
 
 class MakeSamples:

@@ -297,21 +297,15 @@ class TrainConfig(
 
     def session_settings(self) -> dict[str, Any]:
         """Further fields of the training session."""
+        without = ("task", "steps", "batch_size", "rate", "skip_bad")
+        identity = {name: value for name, value in self.identity().items() if name not in without}
+        if self.images:
+            identity["listed"] = storage.sha256_of(Path(self.images))[:12]
         return {
             "view_settings": ViewSettings(self.draws, captions=self.captions, seed=self.seed),
             "augment": self.augment,
             "cache_settings": self.group(CacheSettings),
             "recipe_settings": self.group(RecipeSettings),
             "held_out": self.held_out,
-            "identity": self.training_identity(),
+            "identity": identity,
         }
-
-    def training_identity(self) -> dict[str, Any]:
-        """The settings that decide the weights, as settings.json has them, but for what the recipe and the list of
-        unreadable images say.
-        """
-        without = ("task", "steps", "batch_size", "rate", "skip_bad")
-        identity = {name: value for name, value in self.identity().items() if name not in without}
-        if self.images:
-            identity["listed"] = storage.sha256_of(Path(self.images))[:12]
-        return identity

@@ -214,7 +214,7 @@ class Trainer:
             part = slice(begin, begin := begin + len(levels[0]))
             for buffer, start in zip((*powers, *statistics), starts):  # every part continues from the same
                 buffer.copy_(start)
-            text = (self._text(query_words[part]),) if query_words else ()
+            text = (torch.stack([self.words[word] for word in query_words[part]]),) if query_words else ()
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
                 levels = hide_channels([level.to(self.device) for level in levels], hidden[part], dropout, layout)
                 outputs = decoder(project(decoder, levels), *text, **depth)
@@ -246,10 +246,6 @@ class Trainer:
                 "Lower --rate, or use --dtype fp32, with another --out.",
             )
         return value
-
-    def _text(self, words: Sequence[int]) -> Tensor:
-        """The class embedding that each view is queried with."""
-        return torch.stack([self.words[word] for word in words])
 
     def close(self) -> None:
         if self._reader is not None:

@@ -108,7 +108,15 @@ def parse_json(text: str | bytes, name: str, remedy: str = GET_AGAIN) -> Any:
         value = JSON_DECODER.decode(text if isinstance(text, str) else text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise Refused(f"{name}: not readable as JSON ({reason_of(error)})", remedy) from error
-    if _depth(value) > DEEPEST:
+    depth, level = 0, [value]
+    while level and depth <= DEEPEST:
+        level = [
+            inner
+            for item in level
+            for inner in (item.values() if isinstance(item, dict) else item if isinstance(item, list) else ())
+        ]
+        depth += 1
+    if depth > DEEPEST:
         raise Refused(f"{name}: nested more than {DEEPEST} deep", remedy)
     return value
 
@@ -126,18 +134,6 @@ def _no_constant(name: str) -> NoReturn:
 
 
 JSON_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
-
-
-def _depth(value: Any) -> int:
-    depth, level = 0, [value]
-    while level and depth <= DEEPEST:
-        level = [
-            inner
-            for item in level
-            for inner in (item.values() if isinstance(item, dict) else item if isinstance(item, list) else ())
-        ]
-        depth += 1
-    return depth
 
 
 def read_object(path: Path, *, most: int = LARGEST_CONFIG, remedy: str = GET_AGAIN) -> dict[str, Any]:

@@ -31,7 +31,16 @@ def check_onnx(path: Path) -> list[Path]:
             raise ValueError("it names no operator set")
         for message in _submessages(model):
             if isinstance(message, onnx.NodeProto):
-                _check_operator(path, message.domain, message.op_type, domains)
+                if message.domain not in domains:
+                    raise Refused(
+                        f"{path}: the operator {quote(message.op_type)} of {quote(message.domain)} is not supported",
+                        "Export the model without custom operators.",
+                    )
+                if message.op_type in NATIVE:
+                    raise Refused(
+                        f"{path}: the operator {message.op_type} would load compiled code from a file",
+                        "Export the model anew on this machine.",
+                    )
             elif isinstance(message, onnx.TensorProto) and message.external_data:
                 files[_data_file(path, {entry.key: entry.value for entry in message.external_data})] = None
     except Refused:
@@ -50,19 +59,6 @@ def _submessages(message: Any) -> Iterator[Any]:
         for field, value in message.ListFields():
             if field.message_type is not None:
                 remaining += [value] if hasattr(value, "ListFields") else value
-
-
-def _check_operator(path: Path, domain: str, operator: str, domains: set[str]) -> None:
-    if domain not in domains:
-        raise Refused(
-            f"{path}: the operator {quote(operator)} of {quote(domain)} is not supported",
-            "Export the model without custom operators.",
-        )
-    if operator in NATIVE:
-        raise Refused(
-            f"{path}: the operator {operator} would load compiled code from a file",
-            "Export the model anew on this machine.",
-        )
 
 
 def _data_file(path: Path, entry: Mapping[str, str]) -> Path:

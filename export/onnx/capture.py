@@ -45,14 +45,14 @@ class ProjectingHook(ExportHook):
             self._add(f"sums_{LEVELS[level]}", planes.float())
 
     def attend(self, slot: AttentionSlot, q: Value, k: Value, v: Value) -> Value:
-        level, place = slot.map
+        level, place, _, blocks = slot
         if not self.projection.widths[level]:
             return self.ops.attention(q, k, v)
         output, maps = self.ops.attention_maps(q, k, v)
         maps = maps.chunk(self.rows)[-1]
         weight = self.projection.maps[level][place].flatten(0, 1).transpose(0, 1)
         planes = weight @ maps.transpose(2, 3).flatten(1, 2)  # [B, F, S]
-        planes = planes if slot.blocks == 1 else planes * slot.share
+        planes = planes if blocks == 1 else planes * (1 / blocks)
         side = int(planes.shape[2] ** 0.5)
         self._add(f"sums_{LEVELS[level]}", planes.unflatten(2, (side, side)).float())
         return output

@@ -321,7 +321,13 @@ class StageExport:
 
     def _table(self, name: str, modules: Mapping[str, nn.Module]) -> Tensors:
         if name.startswith("denoise"):
-            return self._call_table(name, modules)
+            sides = averaged_sides(name)
+            usual = stages.average(*sides) if sides else stages.STAGES.get(name)
+            table = stages.keep(self.model.levels) if usual is None else usual
+            read = modules["network"].conditioning.reads if self.is_joint else modules["times"].reads
+            self.sizes["P"] = read.get("pooled", 0)
+            names = [*read, *(["mask"] if self.model.backbone.pads_text else [])]
+            return stages.of_rows(self.rows, table, names)
         if name == "encode_text" and len(modules["text_encoder"].tokenizers) > 1:
             return stages.PAIRED_TEXT
         if name in stages.STAGES:
@@ -329,16 +335,6 @@ class StageExport:
         decoder = self.decoders[label_of(name)]
         config = decoder.config
         return stages.annotate(config.kind, list(decoder.projections()), bool(config.word_heads))
-
-    def _call_table(self, name: str, modules: Mapping[str, nn.Module]) -> Tensors:
-        """The tensors of a call of the denoiser, with what this one reads beside its text."""
-        sides = averaged_sides(name)
-        usual = stages.average(*sides) if sides else stages.STAGES.get(name)
-        table = stages.keep(self.model.levels) if usual is None else usual
-        read = modules["network"].conditioning.reads if self.is_joint else modules["times"].reads
-        self.sizes["P"] = read.get("pooled", 0)
-        names = [*read, *(["mask"] if self.model.backbone.pads_text else [])]
-        return stages.of_rows(self.rows, table, names)
 
     def _shape(self, name: str, key: str, axes: stages.Shape) -> list[int | Extent]:
         sizes: dict[str, int | Extent] = dict(self.sizes)

@@ -14,7 +14,7 @@ from torch import Tensor
 from datasetdm_fast.disk import storage as files  # save_decoder has a parameter of that name
 from datasetdm_fast.engine.decoders.config import DecoderConfig, upstream
 from datasetdm_fast.engine.decoders.dense import DepthDecoder, HeatmapDecoder, SimccDecoder
-from datasetdm_fast.engine.decoders.domain import read_domain
+from datasetdm_fast.engine.decoders.domain import mixtures, read_domain
 from datasetdm_fast.engine.decoders.folders import read_config
 from datasetdm_fast.engine.decoders.layers import SpectralConv2d
 from datasetdm_fast.engine.decoders.segmentation import OpenVocabularyDecoder, SegmentationDecoder
@@ -92,7 +92,8 @@ def load_decoder(folder: str | Path, *, strict: bool = False, ops: SimpleNamespa
     with torch.device("meta"), Uninitialised():  # before memory is taken for what the configuration asks for
         decoder = build_decoder(config, ops)
     fill(decoder, state, str(folder))
-    decoder.domain = read_domain(folder, decoder.sketch_width)
+    sketch_width = len(decoder.levels_read) * len(mixtures(decoder.config.width))
+    decoder.domain = read_domain(folder, sketch_width)
     return for_inference(decoder, strict)
 
 

@@ -1,10 +1,12 @@
-"""The trunk of every P-Decoder: project each captured level, then mix them from low to highest.
+"""The trunk of every P-Decoder: project each captured level, then mix them from low to highest. Decoders that read
+different blocks of one transformer read captures that hold what any of them reads.
 
 Parameter names are those of DatasetDM's checkpoints, so that these load as they are.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -15,6 +17,7 @@ from datasetdm_fast.data import AnyCapture, ProjectedCapture
 from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.decoders.domain import LARGEST_SIDE, Domain, mixtures
 from datasetdm_fast.engine.decoders.layers import SegBlock, SpectralConv2d, StackedSegBlock, Upscale
+from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.engine.models.packed import PackedConvolution, is_held
 from datasetdm_fast.kernels import pyramid, winograd
 from datasetdm_fast.kernels.bilinear import resize
@@ -46,7 +49,11 @@ class Decoder(nn.Module):
         for level in self.config.levels:
             if shares := self.config.word_levels().get(level.name):
                 some = next(self.parameters())
-                rows.setdefault(level.name, []).append(token_rows(level, shares).to(some.device, some.dtype))
+                heads = torch.tensor([share for part in shares for share in part])
+                maps = heads[None, :, None] * torch.eye(level.tokens)[:, None]  # [T, heads, T]
+                nothing = torch.zeros(level.tokens, level.halves * sum(level.features))  # of the features
+                weight = torch.cat([nothing, maps.flatten(1)], 1)[..., None, None]
+                rows.setdefault(level.name, []).append(weight.to(some.device, some.dtype))
         return {
             name: torch.cat(rows[name]) if len(rows[name]) > 1 else rows[name][0] for name in LEVELS if name in rows
         }
@@ -127,10 +134,6 @@ class Decoder(nn.Module):
     def levels_read(self) -> list[str]:
         return [name for name in LEVELS if hasattr(self, f"{name}_feature_conv")]
 
-    @property
-    def sketch_width(self) -> int:
-        return len(self.levels_read) * len(mixtures(self.config.width))
-
     def lowest(self, capture: AnyCapture) -> Tensor:
         """The level `low` at a quarter of the side of the highest."""
         side = capture.side // 4
@@ -146,15 +149,6 @@ class Decoder(nn.Module):
         side = capture.side
         mid = self.mix(capture, "mid", self.lowest(capture), side // 2)
         return self.mix(capture, "highest", self.mix(capture, "high", mid, side), side)
-
-
-def token_rows(level: Level, shares: Sequence[Sequence[float]]) -> Tensor:
-    """[T, channels, 1, 1]: of a level's features nothing, and of its maps the attention to each token, by heads."""
-    heads = torch.tensor([share for part in shares for share in part])
-    maps = heads[None, :, None] * torch.eye(level.tokens)[:, None]  # [T, heads, T]
-    return torch.cat([torch.zeros(level.tokens, level.halves * sum(level.features)), maps.flatten(1)], 1)[
-        ..., None, None
-    ]
 
 
 def wide_mixes(width: int) -> dict[str, tuple[int, int]]:
@@ -205,3 +199,44 @@ def fold(decoder: Decoder) -> Decoder:
             if isinstance(child, SpectralConv2d):
                 setattr(block, name, child.fold())
     return decoder
+
+
+def read_together(model: Model, decoders: Mapping[str, Decoder]) -> tuple[Model, dict[str, Decoder]]:
+    """The model whose captures hold the blocks of every decoder, and the decoders as they read these."""
+    if not any(decoder.config.blocks for decoder in decoders.values()):
+        return model, dict(decoders)
+    usual = tuple(level.blocks for level in model.reading(()).levels if level.blocks)
+    named = {label: decoder.config.blocks or usual for label, decoder in decoders.items()}
+    union = [sorted({block for blocks in level for block in blocks}) for level in zip(*named.values())]
+    model = model.reading(union)
+    return model, {label: _widen(decoder, named[label], model.levels) for label, decoder in decoders.items()}
+
+
+@torch.no_grad()
+def _widen(decoder: Decoder, read: Sequence[tuple[int, ...]], levels: Sequence[Level]) -> Decoder:
+    """The decoder, which reads its own blocks, for captures of these levels: weights of other blocks are zero."""
+    if [*read] == [level.blocks for level in levels if level.blocks]:
+        return decoder
+    decoder, config = with_ops(decoder, decoder.ops), decoder.config
+    shares, wide_shares = list(config.word_heads), list[float]()
+    for level, theirs, blocks in zip(config.levels, levels, (*read, ()), strict=True):
+        mine, shares = shares[: sum(level.heads)], shares[sum(level.heads) :]
+        if mine:
+            wide_shares += _spread(torch.tensor(mine, dtype=torch.float64), blocks, theirs.blocks).tolist()
+        if blocks and level.name in decoder.levels_read:
+            convolution = decoder.get_submodule(f"{level.name}_feature_conv.0")
+            features = level.halves * sum(level.features)
+            parts = convolution.weight[:, :features, 0, 0], convolution.weight[:, features:, 0, 0]
+            wide = torch.cat([_spread(part, blocks, theirs.blocks) for part in parts], 1)[..., None, None]
+            convolution.weight, convolution.in_channels = nn.Parameter(wide, requires_grad=False), theirs.channels
+    wider = tuple(replace(theirs, side=level.side) for level, theirs in zip(config.levels, levels))
+    decoder.config = replace(config, levels=wider, word_heads=tuple(wide_shares))
+    return decoder
+
+
+def _spread(values: Tensor, read: Sequence[int], blocks: Sequence[int]) -> Tensor:
+    """Numbers of each block that is read, end to end in the last axis, as numbers of all blocks."""
+    parts = values.unflatten(-1, (len(read), -1))
+    wide = values.new_zeros(*parts.shape[:-2], len(blocks), parts.shape[-1])
+    wide[..., [*map(blocks.index, read)], :] = parts
+    return wide.flatten(-2)

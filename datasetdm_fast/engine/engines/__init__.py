@@ -193,7 +193,7 @@ def build_engine(
             f"Use --engine {REFERENCE}, which runs the modules of diffusers in fp32.",
         )
     if decoders and model.backbone.blocks(model.configs):
-        from datasetdm_fast.engine.decoders.blocks import read_together  # which imports torch
+        from datasetdm_fast.engine.decoders.trunk import read_together  # which imports torch
 
         model, decoders = read_together(model, decoders)
     place = (model.backbone.fast if name == "fast" else None) or kind.engine

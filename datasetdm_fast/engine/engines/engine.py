@@ -34,7 +34,7 @@ class Engine(Protocol):
     device: torch.device
     precision: str
     is_compiled: bool = False
-    speeds: tuple[str, ...] = ()  # approximate ones, see loop/speed.py, whose calls it has beside those below
+    speeds: tuple[str, ...] = ()  # approximate ones, see loop/calls.py, whose calls it has beside those below
     adjustments: Mapping[str, int] = {}  # settings that had to be changed, for the rows of the samples made since
 
     def encode_text(self, prompts: Sequence[str]) -> Text:

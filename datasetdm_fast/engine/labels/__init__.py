@@ -15,7 +15,6 @@ from datasetdm_fast.engine.labels.class_tables import (
     OURS,
     ClassTable,
     builtin_table,
-    strangers,
 )
 from datasetdm_fast.engine.labels.kind import BACKGROUND, LabelKind, Table
 from datasetdm_fast.engine.labels.names import LabelName, task_of_label
@@ -101,7 +100,8 @@ def with_palette(tables: Mapping[str, Table], palette: str, custom: ClassTable |
     if colours is None:
         raise Refused(f"--palette {palette}: this run has no table of class words", "Add --class-table FILE.")
     for label, table in tables.items():
-        if kind_of(label).is_map and (unknown := strangers(colours, table["classes"])):
+        names = [name for name in table["classes"] if name != BACKGROUND] if kind_of(label).is_map else []
+        if unknown := [name for name in names if colours.colour(name) is None]:
             raise Refused(
                 f"--palette {palette}: has no colour for {documents.quote(unknown[0])} of {label}",
                 "Choose a palette that has all classes of the label maps, or ours.",

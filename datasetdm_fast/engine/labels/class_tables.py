@@ -10,7 +10,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -236,8 +236,3 @@ def official_palette(palette: str, classes: tuple[tuple[int, str], ...]) -> byte
     named = dict(classes)
     shown = [colour_in(palette, named[number], number) if number in named else colour(number) for number in range(255)]
     return bytes(value for each in (*shown, BORDERS[palette]) for value in each)
-
-
-def strangers(table: ClassTable, names: Iterable[str]) -> list[str]:
-    """The classes that a table has no colour for."""
-    return [name for name in names if name != "background" and table.colour(name) is None]

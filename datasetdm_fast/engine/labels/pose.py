@@ -44,15 +44,6 @@ def _box(points: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return low, points[seen, :2].max(0) - low
 
 
-def _widen(points: np.ndarray, seen: np.ndarray, sides: Sequence[int], share: float) -> list[float]:
-    """The box around joints [x, y, width, height] from the first edge, widened by a share inside of `sides`."""
-    most = np.array(sides[::-1], np.float64)
-    low, extent = _box(np.clip(points[:, :2], 0, most), seen)
-    margin = max(share * extent.max(), LEAST_WIDENED)
-    corner = np.clip(low - margin, 0, most)
-    return [*corner.tolist(), *(np.clip(low + extent + margin, 0, most) - corner).tolist()]
-
-
 def _masks_of(label: Keypoints, labels: Mapping[str, Any]) -> dict[int, np.ndarray]:
     """Place of a person -> the mask of the instance on which most of the seen joints lie, none taken twice."""
     words = persons()
@@ -160,7 +151,11 @@ class PoseKind(LabelKind):
             box = encoded.boxes[0].tolist()
             area: float = int(encoded.areas[0])
         else:
-            box = _widen(points, seen, table["size"], table["widened"])
+            most = np.array(table["size"][::-1], np.float64)
+            low, extent = _box(np.clip(points[:, :2], 0, most), seen)
+            margin = max(table["widened"] * extent.max(), LEAST_WIDENED)
+            corner = np.clip(low - margin, 0, most)
+            box = [*corner.tolist(), *(np.clip(low + extent + margin, 0, most) - corner).tolist()]
             area = round_float(box[2] * box[3])
         return {
             "bbox": [round_float(value) for value in box],

@@ -72,7 +72,11 @@ def model_of(pipe: Any, size: int = 0) -> Model:
 def _copy_network(part: nn.Module, name: str) -> tuple[Network, str]:
     """A network of a pipeline in memory of its own, and the digest of its weights, whose tensors are then freed."""
     state = state_of(part, name)
-    return Network.of(copy_module(part, state)), digest_of(state)
+    kind = type(part)
+    with torch.random.fork_rng(devices=[]), Uninitialised():
+        copy = getattr(kind, "from_config", kind)(part.config)
+    copy.load_state_dict(dict(state))
+    return Network.of(copy.float().eval().requires_grad_(False)), digest_of(state)
 
 
 def _config_of(part: Any) -> dict[str, Any]:
@@ -137,15 +141,6 @@ def state_of(module: nn.Module, name: str) -> dict[str, Tensor]:
         for key, value in module.state_dict().items()
         if not any(mark in key for mark in ADAPTERS)
     }
-
-
-def copy_module(module: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """A module of the same kind and configuration with these tensors."""
-    kind = type(module)
-    with torch.random.fork_rng(devices=[]), Uninitialised():
-        copy = getattr(kind, "from_config", kind)(module.config)
-    copy.load_state_dict(dict(state))
-    return copy.float().eval().requires_grad_(False)
 
 
 def digest_of(state: Mapping[str, Tensor]) -> str:

@@ -22,11 +22,10 @@ from datasetdm_fast.data import (
 )
 from datasetdm_fast.engine.engines import in_own_precision
 from datasetdm_fast.engine.labels.class_tables import spoken
-from datasetdm_fast.engine.loop.calls import CapturedCalls, call_text, fresh_noise
+from datasetdm_fast.engine.loop.calls import CapturedCalls, SpeedCalls, call_text, fresh_noise
 from datasetdm_fast.engine.loop.class_prompts import concept_places
 from datasetdm_fast.engine.loop.label_stream import FinishedCalls, LabelStream
 from datasetdm_fast.engine.loop.labelling import SampledBatch, WordTable, collect_results
-from datasetdm_fast.engine.loop.speed import SpeedCalls
 
 if TYPE_CHECKING:
     from torch import Tensor

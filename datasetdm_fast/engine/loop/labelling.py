@@ -259,15 +259,10 @@ class WordTable:
         from datasetdm_fast.kernels.transfer import to_device
 
         assert self.embeddings is not None
-        slots = max(word_slots(queries), 1)
+        slots = max(1, *map(len, queries))
         named = [[self.places[word] for word in words] or [0] for words in queries]
         padded = [[*places, *[places[-1]] * (slots - len(places))] for places in named]
         return self.embeddings[to_device(torch.tensor(padded), self.embeddings.device)]
-
-
-def word_slots(queries: Sequence[Sequence[str]]) -> int:
-    """Words that the open-vocabulary decoder reads for each image of a batch."""
-    return max(map(len, queries))
 
 
 def with_prompt_class(label: Any, request: Request, recipe: Recipe) -> Instances:

@@ -24,7 +24,16 @@ from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.engine.labels.class_tables import ClassTable, of_words, spoken
 from datasetdm_fast.engine.labels.kind import BACKGROUND
-from datasetdm_fast.engine.loop.calls import FROM_NOISE, ONE_GENERATOR, Origin, timesteps_of
+from datasetdm_fast.engine.loop.calls import (
+    FROM_NOISE,
+    ONE_GENERATOR,
+    Origin,
+    cached_calls,
+    check_call_speed,
+    fast_sampling,
+    inner_calls,
+    timesteps_of,
+)
 from datasetdm_fast.engine.loop.class_prompts import (
     AttentionRecipe,
     attention_recipe,
@@ -34,7 +43,6 @@ from datasetdm_fast.engine.loop.class_prompts import (
 )
 from datasetdm_fast.engine.loop.combining import Combination, check_mask_words, parse_combinations
 from datasetdm_fast.engine.loop.prompts import Tokenizer, check_class_lengths
-from datasetdm_fast.engine.loop.speed import cached_calls, check_call_speed, fast_sampling, inner_calls
 from datasetdm_fast.errors import Refused, nearest
 
 if TYPE_CHECKING:

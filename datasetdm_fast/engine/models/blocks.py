@@ -153,13 +153,8 @@ class TransformerBlock(Block):
         self.feature, self.heads, self.slot = plain.feature, block.heads, block.slot
         self.width = len(plain.exit.weight)
 
-    @property
-    def inner(self) -> nn.Module:
-        """Its one attention block."""
-        return self.blocks[0]
-
     def pack(self, packing: Packing) -> _C.Transformer:
-        inner = self.inner
+        inner = self.blocks[0]
         before, after = (inner.self_qkv, inner.self_out, inner.text_q), (inner.text_out, inner.wide, inner.narrow)
         packed: list[Any] = list(map(packing.norm, (self.norm, inner.norm1, inner.norm2, inner.norm3)))
         packed += map(packing.linear, (self.entry, *before, *after, self.exit))
@@ -170,7 +165,8 @@ class TransformerBlock(Block):
         x, threads = x.contiguous(memory_format=torch.channels_last), torch.get_num_threads()
         batch, _, height, width = x.shape
         if hook.reads_self(height * width):  # its answer is the block's own
-            qkv = self.inner.self_qkv(self.inner.norm1(self.entry(tokens(self.norm(x)))))
+            inner = self.blocks[0]
+            qkv = inner.self_qkv(inner.norm1(self.entry(tokens(self.norm(x)))))
             hook.attend_self(self.slot, *split_heads(qkv, 3, self.heads))
         h, q = torch.empty((2, batch, height * width, self.width))
         self.native().before(x.data_ptr(), h.data_ptr(), q.data_ptr(), batch, height * width, threads)

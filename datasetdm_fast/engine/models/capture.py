@@ -30,15 +30,6 @@ class AttentionSlot(NamedTuple):
     block: int = 0
     blocks: int = 1  # of the transformer
 
-    @property
-    def map(self) -> Slot:
-        return self.level, self.place
-
-    @property
-    def share(self) -> float:
-        """Its part in the map."""
-        return 1 / self.blocks
-
 
 class CaptureHook:
     """What reads along in a UNet call; this one reads nothing, as in every call but the captured one."""
@@ -103,8 +94,8 @@ class RawCapture(CaptureHook):
         self.add_map(slot, probabilities(q.chunk(self.rows)[-1], k.chunk(self.rows)[-1]))
 
     def add_map(self, slot: AttentionSlot, maps: Tensor) -> None:
-        part = maps if slot.blocks == 1 else maps * slot.share
-        self.maps[slot.map] = self.maps[slot.map] + part if slot.block else part
+        part, place = maps if slot.blocks == 1 else maps * (1 / slot.blocks), (slot.level, slot.place)
+        self.maps[place] = self.maps[place] + part if slot.block else part
 
     def result(self) -> Capture:
         def order_values(values: Mapping[Slot, Tensor], counts: Sequence[int]) -> tuple[tuple[Tensor, ...], ...]:
@@ -190,21 +181,21 @@ class ProjectedSums(CaptureHook):
                     total.add_(cells @ weight)
 
     def attend(self, slot: AttentionSlot, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        level, place = slot.map
+        level, place, _, blocks = slot
         if not self.projection.widths[level]:
             return self.ops.attention(q, k, v)
         weight = self.projection.maps[level][place].to(q.dtype)
         output, projected = self.ops.attention_capture(*(part[-self.batch :] for part in (q, k, v)), weight)
-        self.sums[level].add_(projected.flatten(0, 1), alpha=slot.share)
+        self.sums[level].add_(projected.flatten(0, 1), alpha=1 / blocks)
         if len(q) == self.batch:
             return output
         return torch.cat([self.ops.attention(*(part[: -self.batch] for part in (q, k, v))), output])
 
     def on_queries(self, slot: AttentionSlot, q: Tensor, k: Tensor) -> None:
-        level, place = slot.map
+        level, place, _, blocks = slot
         if self.projection.widths[level]:
             maps = probabilities(q[-self.batch :], k[-self.batch :]).transpose(1, 2).flatten(2).flatten(0, 1)
-            self.sums[level].addmm_(maps, self.projection.maps[level][place].flatten(0, 1), alpha=slot.share)
+            self.sums[level].addmm_(maps, self.projection.maps[level][place].flatten(0, 1), alpha=1 / blocks)
 
     def result(self) -> tuple[Tensor, ...]:
         """Per level the sums [B, F, h, w] of all tasks."""

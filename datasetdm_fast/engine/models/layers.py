@@ -60,11 +60,6 @@ class Weights:
         """The numbered parts of a module, each of which has the tensor `least`."""
         return list(takewhile(lambda part: least in part, map(self.__truediv__, count())))
 
-    @property
-    def computed_as(self) -> torch.dtype | None:
-        """What is computed from weights is to be stored as, where that is known from the start."""
-        return getattr(self.state, "computed_as", None)
-
     def parameter(self, name: str) -> nn.Parameter:
         """The tensor itself where the state gives it away, else a copy."""
         if getattr(self.state, "is_given_away", False):
@@ -194,9 +189,12 @@ class Upsample(nn.Module):
 
     def __init__(self, weights: Weights):
         super().__init__()
-        taps, dtype = weights["weight"], weights.computed_as  # of the 3x3 convolution
+        taps = weights["weight"]  # of the 3x3 convolution
         self.taps: Tensor | None = taps  # of which other forms are made
-        self.weight = frozen(by_place(taps) if dtype is None else by_place(taps).to(dtype))
+        rows = [_pair(taps, 2, row) for row in PLACES]
+        by_place = torch.cat([_pair(row, 3, column) for row in rows for column in PLACES])  # [4 * out, in, 2, 2]
+        dtype = getattr(weights.state, "computed_as", None)  # where that is known from the start
+        self.weight = frozen(by_place if dtype is None else by_place.to(dtype))
         self.bias = frozen(weights["bias"].repeat(4))
 
     def plain_taps(self) -> Tensor | None:
@@ -205,12 +203,6 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return join_places(F.conv2d(x, self.weight, self.bias, padding=1))
-
-
-def by_place(taps: Tensor) -> Tensor:  # [4 * out, in, 2, 2]: row, column
-    """The four 2x2 convolutions of an Upsample, from its 3x3 taps."""
-    rows = [_pair(taps, 2, row) for row in PLACES]
-    return torch.cat([_pair(row, 3, column) for row in rows for column in PLACES])
 
 
 def join_places(x: Tensor) -> Tensor:  # [B, C, 2 * h, 2 * w] of [B, 4 * C, h + 1, w + 1]

@@ -60,9 +60,6 @@ class TextEncoder(nn.Module):
         )
         self.norm = LayerNorm(weights / "final_layer_norm", config.layer_norm_eps, ops)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.states(ids)[1]
-
     def states(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """The states [B, T, D] that the last layer reads, and its own, which are normed."""
         x = before = F.embedding(ids, self.words) + self.places[: ids.shape[1]]
@@ -89,7 +86,7 @@ class PromptEncoder(nn.Module):
         self.encoder = TextEncoder(sources["text_encoder"], ops)
 
     def of_tokens(self, ids: Tensor) -> Text:
-        return Text(self.encoder(ids))
+        return Text(self.encoder.states(ids)[1])
 
     @staticmethod
     def after(model: LoadedModel, prompts: Sequence[str], text: Text) -> Text:

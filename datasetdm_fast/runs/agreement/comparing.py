@@ -52,23 +52,17 @@ def compare_with_reference(job: Job, number: int, on_unet_call: Callable[[], Non
     size = min(job.plan.batch_size, number)
     with job.engine.model.built_for_now():  # networks that the reference alone needs are freed at the end
         reference = build_engine(REFERENCE, job.engine.model, job.engine.decoders, device=str(job.engine.device))
-        recipe = _builtin_recipe(job.recipe, reference)
+        # As the reference makes it: each sample from its own noise, no call in fp8, no labels of other packages.
+        tasks = tuple(task for task in job.recipe.tasks if task not in job.recipe.labellers)
+        captures = {task: call for task, call in job.recipe.captures.items() if task in tasks}
+        cached = job.recipe.cached if CACHED in reference.speeds else frozenset()
+        recipe = replace(job.recipe, tasks=tasks, captures=captures, origin=FROM_NOISE, cached=cached, fp8=frozenset())
         return verify(job.engine, reference, requests, recipe, size, on_unet_call)
 
 
 def count_calls(job: Job, number: int) -> int:
     """U-Net calls of the comparison, as on_unet_call counts them."""
     return -(-number // min(job.plan.batch_size, number)) * 3 * len(job.recipe.schedule)
-
-
-def _builtin_recipe(recipe: Recipe, reference: Engine) -> Recipe:
-    """The recipe as the reference can make it: every sample from its own noise, no call in fp8, and without the labels
-    of other packages.
-    """
-    tasks = tuple(task for task in recipe.tasks if task not in recipe.labellers)
-    captures = {task: call for task, call in recipe.captures.items() if task in tasks}
-    cached = recipe.cached if CACHED in reference.speeds else frozenset()
-    return replace(recipe, tasks=tasks, captures=captures, origin=FROM_NOISE, cached=cached, fp8=frozenset())
 
 
 def describe_verdict(verdict: Verdict, engine: Engine) -> dict[str, Any]:

@@ -13,12 +13,11 @@ from datasetdm_fast.config import ATTENTION
 from datasetdm_fast.data import Annotation, AnyCapture, AttentionSums, Capture, ProjectedCapture, Request, Text
 from datasetdm_fast.engine.engines.torch import TorchEngine
 from datasetdm_fast.engine.labels import kind_of
-from datasetdm_fast.engine.loop.calls import CapturedCalls, fresh_noise, initial_latents
+from datasetdm_fast.engine.loop.calls import CapturedCalls, SpeedCalls, fresh_noise, initial_latents
 from datasetdm_fast.engine.loop.class_prompts import attention_recipe
 from datasetdm_fast.engine.loop.driver import BatchGenerator
 from datasetdm_fast.engine.loop.labelling import attention_labels, decoder_labels
 from datasetdm_fast.engine.loop.recipe import Recipe
-from datasetdm_fast.engine.loop.speed import SpeedCalls
 from datasetdm_fast.engine.sampling.schedule import SamplerState, Schedule, guide, start, step
 from datasetdm_fast.stages import LEVELS
 

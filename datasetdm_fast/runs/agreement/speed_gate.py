@@ -26,9 +26,9 @@ from datasetdm_fast.engine.decoders.folders import SHIPPED
 from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.engine.loading.model import digest
 from datasetdm_fast.engine.loop import driver
+from datasetdm_fast.engine.loop.calls import SpeedCalls
 from datasetdm_fast.engine.loop.class_prompts import TIMESTEPS
 from datasetdm_fast.engine.loop.inverting import inversion_generator, inversion_recipe
-from datasetdm_fast.engine.loop.speed import SpeedCalls
 from datasetdm_fast.engine.pictures.framing import PicturesInMemory
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.runs.run_folder.document import pretty

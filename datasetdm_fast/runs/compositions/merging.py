@@ -7,8 +7,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from datasetdm_fast.cores import in_threads
 from datasetdm_fast.disk import storage
-from datasetdm_fast.disk.blocks import in_threads
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.engine.labels import check_numbers
 from datasetdm_fast.engine.labels.label_files import Files

@@ -12,7 +12,7 @@ from datasetdm_fast.runs.curation.filtering import check_all_scored
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder.document import DROPPED, EXPORTS, LEDGER
 from datasetdm_fast.runs.run_folder.folder import RunFolder
-from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger, Row
+from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger
 from datasetdm_fast.runs.run_folder.reader import Run
 from datasetdm_fast.runs.run_folder.scores import add_distances
 from datasetdm_fast.runs.run_folder.selections import DROPPED_IDS, encode_dropped
@@ -83,7 +83,14 @@ def restore(run: Run, requested: Iterable[int] | None, *, is_dry: bool = False) 
     chosen = sorted(dropped if requested is None else dropped.keys() & set(requested))
     if run.shards is None:
         for index in chosen:
-            _check_files(run.path, dropped[index])
+            row = dropped[index]
+            for name, stored in row.files.values():
+                places = [run.path / (DROPPED + name), run.path / name]  # a killed process may have restored it already
+                if stored.sha256 not in map(storage.sha256_of, places):
+                    raise GateFailed(
+                        f"{run.path}: {DROPPED}{name} has changed since it was written; nothing was restored",
+                        f"Restore the file from a copy, or leave {row.request.id} dropped.",
+                    )
     if run.shards is not None and not is_dry:
         run.replace_file(DROPPED_IDS, encode_dropped(run.shards.dropped.difference(chosen)))
     elif not is_dry:
@@ -117,14 +124,3 @@ def _move_blocks(items: Iterable[Any], move: Callable[[Sequence[Any]], None]) ->
     rest = iter(items)
     while block := list(islice(rest, BLOCK)):
         move(block)
-
-
-def _check_files(path: Path, row: Row) -> None:
-    """Refuses to restore a sample whose files are not those that were written."""
-    for name, stored in row.files.values():
-        places = [path / (DROPPED + name), path / name]  # a killed process may have restored it already
-        if stored.sha256 not in map(storage.sha256_of, places):
-            raise GateFailed(
-                f"{path}: {DROPPED}{name} has changed since it was written; nothing was restored",
-                f"Restore the file from a copy, or leave {row.request.id} dropped.",
-            )

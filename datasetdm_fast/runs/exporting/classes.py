@@ -61,14 +61,6 @@ class Classes:
     def numbers(self) -> dict[str, int]:
         return {name: number for number, name in enumerate(self.names, 1)}
 
-    def check_map(self, format: str) -> None:
-        """Refuses more classes than a map of 8 bits holds."""
-        if len(self.names) > MOST_IN_A_MAP:
-            raise Refused(
-                f"--to {format}: {len(self.names)} classes, its label maps hold {MOST_IN_A_MAP}",
-                "Leave some out with --classes OLD=, or choose coco.",
-            )
-
 
 def class_names(document: Mapping[str, Any], label: str) -> dict[int, str]:
     """The classes of a label by their numbers in the files of the run, the background among them."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.config import EXPORT_FORMATS
-from datasetdm_fast.disk.blocks import in_threads
+from datasetdm_fast.cores import in_threads
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.plugins import load_place

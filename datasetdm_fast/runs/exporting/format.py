@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.exporting.classes import Classes
+from datasetdm_fast.runs.exporting.classes import MOST_IN_A_MAP, Classes
 from datasetdm_fast.runs.exporting.settings import LayoutSettings, PictureSettings
 from datasetdm_fast.runs.exporting.view import Content, SampleView
 
@@ -70,8 +70,11 @@ class Format(ABC):
                 f"--to {name}: none of the classes is one of its own ({', '.join(plan.classes.names)})",
                 f"Rename some with --classes OLD=NEW; it knows {', '.join(self.known)}.",
             )
-        if self.has_maps:
-            plan.classes.check_map(name)
+        if self.has_maps and (count := len(plan.classes.names)) > MOST_IN_A_MAP:
+            raise Refused(
+                f"--to {name}: {count} classes, its label maps hold {MOST_IN_A_MAP}",
+                "Leave some out with --classes OLD=, or choose coco.",
+            )
 
     def unknown_classes(self, plan: ExportPlan) -> list[str]:
         """The classes that it cannot show."""

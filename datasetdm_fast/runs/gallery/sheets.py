@@ -55,7 +55,10 @@ def read_shown(folder: Path) -> dict[str, str]:
 def draw_sheets(folder: Path, groups: Mapping[int, Sequence[Row]], before: dict[str, str]) -> dict[str, str]:
     """Draws sheets, each of a group, apart from those that show the same images `before`; sheet -> digest of all."""
     images = {number: {row.request.index: row.files["image"] for row in rows} for number, rows in groups.items()}
-    shown = {str(number): _digest(group) for number, group in images.items()}
+    shown = {}
+    for number, group in images.items():
+        parts = [SIDE, COLUMNS, ROWS, QUALITY, [(index, stored.sha256) for index, (_, stored) in group.items()]]
+        shown[str(number)] = hashlib.sha256(canonical(parts).encode()).hexdigest()[:32]
     outdated = [
         number
         for number in images
@@ -70,11 +73,6 @@ def draw_sheets(folder: Path, groups: Mapping[int, Sequence[Row]], before: dict[
     return shown
 
 
-def _digest(group: Images) -> str:
-    shown = [(index, stored.sha256) for index, (_, stored) in group.items()]
-    return hashlib.sha256(canonical([SIDE, COLUMNS, ROWS, QUALITY, shown]).encode()).hexdigest()[:32]
-
-
 def _draw_sheet(folder: Path, group: Images) -> tuple[bytes, bool]:
     """A sheet, and whether it shows all of its images: one that is missing, or is no whole image, leaves its place
     empty, and `audit` names it. Where the disk fails to read one, the sheet is not made.
@@ -82,24 +80,21 @@ def _draw_sheet(folder: Path, group: Images) -> tuple[bytes, bool]:
     sheet, is_whole = Image.new("RGB", (COLUMNS * SIDE, ROWS * SIDE)), True
     for index, (name, _) in group.items():
         try:
-            small = _thumbnail(folder, name)
+            content = storage.read(folder / name, images.LARGEST_IMAGE_FILE)
+            image = images.decode_image(content, str(folder / name), least_side=SIDE).convert("RGB")
         except (Refused, Missing) as error:
             if isinstance(error, Missing) and not isinstance(error.__cause__, FileNotFoundError):
                 raise
             is_whole = False
             continue
+        height, width = thumbnail_sides(image.height, image.width)
+        if image.width % width or image.height % height:
+            image = image.resize((width, height), Image.Resampling.BOX)
+        else:  # the same pixels, several times faster
+            image = image.reduce((image.width // width, image.height // height))
         down, across = divmod(index % SHEET_SAMPLES, COLUMNS)
-        sheet.paste(small, (across * SIDE, down * SIDE))
+        sheet.paste(image, (across * SIDE, down * SIDE))
     return encode_picture(sheet, "JPEG", quality=QUALITY), is_whole
-
-
-def _thumbnail(folder: Path, name: str) -> Image.Image:
-    content = storage.read(folder / name, images.LARGEST_IMAGE_FILE)
-    image = images.decode_image(content, str(folder / name), least_side=SIDE).convert("RGB")
-    height, width = thumbnail_sides(image.height, image.width)
-    if image.width % width or image.height % height:
-        return image.resize((width, height), Image.Resampling.BOX)
-    return image.reduce((image.width // width, image.height // height))  # the same pixels, several times faster
 
 
 PICTURES_TOGETHER = 64  # pictures published together

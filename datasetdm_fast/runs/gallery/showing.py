@@ -46,15 +46,6 @@ class ShardPage:
             self._facts.number(word)
         if self._pages:
             self._make_page(min(self._pages))  # whose samples say which figures there are
-        self._publish_start()
-
-    @property
-    def samples(self) -> int:
-        """How many it shows."""
-        return self._pages.total()
-
-    def _publish_start(self) -> None:
-        """The page itself, with the counts of the manifest."""
         facts, entries = self._facts, self._ledger.entries.values()
         facts.pages, facts.missing, facts.excluded = sorted(self._pages.items()), 0, 0
         facts.doubtful = 0 if quarantines(self._run.document["config"]) else self._ledger.count_doubtful()
@@ -67,6 +58,11 @@ class ShardPage:
             page_files.LEFT_OUT: page_files.left_out_script(read_filter(self._run.path)),
         }
         storage.publish({self.folder / name: content for name, content in start.items()})
+
+    @property
+    def samples(self) -> int:
+        """How many it shows."""
+        return self._pages.total()
 
     def _make_page(self, number: int) -> None:
         """The index of a thousand samples; in a store without what only their records have, each a request."""

@@ -78,10 +78,6 @@ class Job:
         return min(self.plan.number - self.done, self.limit or self.plan.number)
 
     @property
-    def batches_left(self) -> int:
-        return -(-self.images_left // self.plan.batch_size)
-
-    @property
     def sample_bytes(self) -> int:
         """An upper estimate of what the files of a sample take."""
         pixels, labels = self.pixels or self.recipe.size**2, self.recipe.tasks

@@ -69,19 +69,12 @@ class Result:
         place = "in whose place others were made" if self.is_sharded else f"in {self.path}/{QUARANTINE}"
         if self.accept:
             return f"accepted: {done}; not accepted, {place}: {self.doubtful}"
+        outside = f" ({self.outside} out of the domain of the decoders)" if self.outside else ""
         if self.goal and self.goal.most > self.goal.number:
-            return f"trusted: {done}; doubtful, {place}: {self.doubtful}{self._foreign}"
-        return f"{self.doubts}: filter --where 'trust == 1' leaves {'it' if self.doubtful == 1 else 'them'} out"
-
-    @property
-    def doubts(self) -> str:
-        """How many samples are doubtful, of a run that keeps them all."""
-        verb = "is" if self.doubtful == 1 else "are"
-        return f"{self.doubtful} of {self.done} samples {verb} doubtful{self._foreign}"
-
-    @property
-    def _foreign(self) -> str:
-        return f" ({self.outside} out of the domain of the decoders)" if self.outside else ""
+            return f"trusted: {done}; doubtful, {place}: {self.doubtful}{outside}"
+        verb, them = ("is", "it") if self.doubtful == 1 else ("are", "them")
+        doubts = f"{self.doubtful} of {self.done} samples {verb} doubtful{outside}"
+        return f"{doubts}: filter --where 'trust == 1' leaves {them} out"
 
     def check(self) -> None:
         """Raises GateFailed where samples were quarantined, or too few can be trusted."""

@@ -13,7 +13,7 @@ from typing import Any, Self
 from datasetdm_fast.config import ENGINES, HALF, LABELLER_KINDS
 from datasetdm_fast.disk import sqlite
 from datasetdm_fast.engine import engines
-from datasetdm_fast.engine.decoders.folders import DecoderFolders, find_decoders, parts_of
+from datasetdm_fast.engine.decoders.folders import find_decoders, parts_of
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.jobs.job import Job, build_job, check_room
@@ -156,7 +156,13 @@ def _relocated_decoder(model: str, decoder: str, size: int, stored: Mapping[str,
     if before is None or decoder == before:
         return {}
     try:
-        described = engines.describe_decoders(_find_decoders(model, decoder, size), list(digests))
+        folders = parts_of(decoder)
+        if not all(path.is_dir() for path in folders):
+            from datasetdm_fast.engine.decoders.upstream import unpack_decoders  # which needs torch, as the next does
+            from datasetdm_fast.engine.loading import load_model
+
+            folders = unpack_decoders(decoder, load_model(model, size=size).levels)
+        described = engines.describe_decoders(find_decoders(folders), list(digests))
     except (Refused, Missing, KeyError, OSError):  # loading states what is wrong with them
         return {}
     return {"decoder": before} if digests == _digests(described) else {}
@@ -164,17 +170,6 @@ def _relocated_decoder(model: str, decoder: str, size: int, stored: Mapping[str,
 
 def _digests(decoders: Mapping[str, Any]) -> dict[str, str]:
     return {name: decoder["digest"] for name, decoder in decoders.items()}
-
-
-def _find_decoders(model: str, decoder: str, size: int) -> DecoderFolders:
-    """The decoders of --decoder; those of checkpoints depend on the model's levels."""
-    folders = parts_of(decoder)
-    if not all(path.is_dir() for path in folders):
-        from datasetdm_fast.engine.decoders.upstream import unpack_decoders  # which needs torch, as the next does
-        from datasetdm_fast.engine.loading import load_model
-
-        folders = unpack_decoders(decoder, load_model(model, size=size).levels)
-    return find_decoders(folders)
 
 
 LEAST_MEASURED = 100  # images; comparing some with the reference would not pay in a shorter run

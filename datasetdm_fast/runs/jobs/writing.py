@@ -13,7 +13,6 @@ from typing import Any
 
 from datasetdm_fast.data import Batch, Quarantined, Sample
 from datasetdm_fast.engine.loop import driver
-from datasetdm_fast.engine.loop.labelling import word_slots
 from datasetdm_fast.engine.loop.recipe import Recipe
 from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.runs.jobs.job import Job
@@ -49,10 +48,15 @@ def write_missing(
         def ends() -> bool:
             return gate.is_closed or is_stopping()
 
+        def next_batches() -> Iterator[Batch]:
+            for k in batches_of(missing, job.plan.batch_size):
+                yield job.plan.batch(k)
+                if ends():
+                    return
+
         with BackgroundWriter(folder, on_rows) as writer:
             while missing := quota.missing():
-                batches = (job.plan.batch(k) for k in batches_of(missing, job.plan.batch_size))
-                for batch, results in make_samples(job, _until(ends, batches), on_unet_call):
+                for batch, results in make_samples(job, next_batches(), on_unet_call):
                     taken = quota.take(results)
                     before_commit(taken)
                     gate.evaluate(taken)
@@ -75,15 +79,7 @@ def make_samples(
 
 def batch_facts(recipe: Recipe, batch: Batch) -> dict[str, Any]:
     """How a batch was made, for its rows."""
-    return {**recipe.facts, "word_slots": word_slots([recipe.query_words(request) for request in batch.requests])}
-
-
-def _until(is_stopping: Callable[[], bool], batches: Iterable[Batch]) -> Iterator[Batch]:
-    """The batches up to the one after which `is_stopping`."""
-    for batch in batches:
-        yield batch
-        if is_stopping():
-            return
+    return {**recipe.facts, "word_slots": max(len(recipe.query_words(request)) for request in batch.requests)}
 
 
 class Quota:

@@ -104,19 +104,16 @@ class Grammar:
         dice = random.Random(f"{self.seed}/{name}/{number}/{'/'.join(others)}")
         requested = {name, *others}
         for _ in range(MOST_TRIES):
-            prompt = self._sample(dice, name, others)
+            thing = self._noun_phrase(dice, self.words[name])
+            if others:
+                more = [self._noun_phrase(dice, self.words[other]) for other in others]
+                relation = dice.choice(("next to", "beside", "and", "near", "in front of", "behind"))
+                thing = f"{thing} {relation} {' and '.join(more)}"
+            prompt = _compose(dice, thing, self.vocabulary.category_of(self.words[name].spoken))
             if set(classes := find_classes(prompt, self.classes, self.table)) == requested:
                 return Sentence(prompt, classes, name)
         plain = " and ".join(with_article(self.words[word].spoken) for word in (name, *others))
         return Sentence(f"a photo of {plain}", tuple(word for word in self.classes if word in requested), name)
-
-    def _sample(self, dice: random.Random, name: str, others: Sequence[str]) -> str:
-        thing = self._noun_phrase(dice, self.words[name])
-        if others:
-            more = [self._noun_phrase(dice, self.words[other]) for other in others]
-            relation = dice.choice(("next to", "beside", "and", "near", "in front of", "behind"))
-            thing = f"{thing} {relation} {' and '.join(more)}"
-        return _compose(dice, thing, self.vocabulary.category_of(self.words[name].spoken))
 
     def _noun_phrase(self, dice: random.Random, word: ClassWord) -> str:
         phrases = self.vocabulary

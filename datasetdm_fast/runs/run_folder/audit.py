@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from datasetdm_fast.cores import in_threads
 from datasetdm_fast.disk import storage
-from datasetdm_fast.disk.blocks import in_threads
 from datasetdm_fast.engine.labels import LABEL_KINDS, kind_of
 from datasetdm_fast.engine.loop.plan import TURN
 from datasetdm_fast.errors import Missing, Refused, quote

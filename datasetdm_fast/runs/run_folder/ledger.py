@@ -109,20 +109,16 @@ class Ledger(AbstractContextManager):
         self._recipes: dict[str, dict[str, Any]] = {}  # by digest, as they were read
         self._database = sqlite.connect_to_read(path) if read_only else sqlite.connect(path, _SCHEMA, journal)
         try:
-            self._check_schema()
+            # What a stranger may have put beside or in place of the tables is refused: a view can take for ever.
+            entries = self._database.execute("SELECT type, name FROM sqlite_master WHERE sql IS NOT NULL LIMIT 9")
+            foreign = set(entries) - NEEDED - {("table", "scores"), ("table", "dropped")}
+            faults = [f"no such table: {name}" for _, name in sorted(NEEDED - set(entries))]
+            faults += [f"it holds a {kind} {documents.quote(name)}" for kind, name in sorted(foreign)]
+            if faults:
+                raise Refused(f"{self.path}: not a readable ledger ({faults[0]})", sqlite.RESTORE)
         except BaseException:
             self._database.close()
             raise
-
-    def _check_schema(self) -> None:
-        """Refuses what a stranger may have put beside or in place of the tables: a view can take for ever."""
-        statement = "SELECT type, name FROM sqlite_master WHERE sql IS NOT NULL LIMIT 9"
-        entries = self._database.execute(statement)
-        known = NEEDED | {("table", "scores"), ("table", "dropped")}
-        faults = [f"no such table: {name}" for _, name in sorted(NEEDED - set(entries))]
-        faults += [f"it holds a {kind} {documents.quote(name)}" for kind, name in entries if (kind, name) not in known]
-        if faults:
-            raise Refused(f"{self.path}: not a readable ledger ({faults[0]})", sqlite.RESTORE)
 
     def commit(self, rows: Iterable[Row]) -> None:
         """Adds all rows or none, and returns once they would survive a loss of power."""

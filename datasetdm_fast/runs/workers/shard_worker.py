@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from datasetdm_fast.cores import in_threads
 from datasetdm_fast.data import Quarantined, Sample
-from datasetdm_fast.disk.blocks import in_threads
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.runs.jobs.job import Job, build_job, check_room
@@ -87,17 +87,12 @@ def open_shards(spec: RunSpec, place: ShardPlace) -> Job:
     check_settings(spec, place, stored)
     merged = merge_with_stored(job, stored)
     if grows(stored["config"], spec.identity):
-        _grow(merged, place)
+        ledger = ShardLedger(place, shard_size(merged.document["config"]), number=merged.plan.number)
+        check_rows(merged, ledger.rows(DONE, QUARANTINED, parts=()))
+        for shard in set(list_shards(place)) - ledger.entries.keys():
+            place.remove(entry_name(shard))
+        place.replace(DOCUMENT, pretty(merged.document))
     return merged
-
-
-def _grow(job: Job, place: ShardPlace) -> None:
-    """Takes the last shard out where the run is to have more samples of it, and writes the larger number."""
-    ledger = ShardLedger(place, shard_size(job.document["config"]), number=job.plan.number)
-    check_rows(job, ledger.rows(DONE, QUARANTINED, parts=()))
-    for shard in set(list_shards(place)) - ledger.entries.keys():
-        place.remove(entry_name(shard))
-    place.replace(DOCUMENT, pretty(job.document))
 
 
 def open_place(place: ShardPlace) -> dict[str, Any] | None:

@@ -204,7 +204,8 @@ def cache_captures(
         shards.append(paths)
         missing = {}
         for path, timestep in zip(paths, inversion.timesteps, strict=True):
-            _mark_used(path)
+            with suppress(OSError):  # not there yet, or of another user
+                os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
             if not _is_whole(path, draws * layout.numbers * 2):
                 missing[path] = timestep
         if missing:
@@ -282,11 +283,6 @@ def _is_whole(path: Path, size: int) -> bool:
     except OSError:
         return False
     return hashlib.sha256(content[:size]).digest() == content[size:].tobytes()
-
-
-def _mark_used(path: Path) -> None:
-    with suppress(OSError):  # not there yet, or of another user
-        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
 
 
 def _sweep(folder: Path) -> None:

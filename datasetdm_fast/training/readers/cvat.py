@@ -48,7 +48,12 @@ class Cvat(shapes.OutlineSource):
 
     def picture(self, record: int) -> Picture:
         entry = self.entries[record]
-        path = self._path(entry)
+        name = entry.get("name", "")
+        paths = [
+            reading.inside(self.folder, f"{subset}/{name}" if subset else name, self.file)
+            for subset in (entry.get("subset", ""), "")
+        ]
+        path = paths[0] if paths[0].exists() else paths[1]
         try:
             sides = (int(entry.get("height", "")), int(entry.get("width", "")))
         except ValueError:
@@ -62,14 +67,6 @@ class Cvat(shapes.OutlineSource):
         things = self.draw(self.file, f"{path.name}, ", outlines)
         stem = Path(entry.get("name", "")).with_suffix("").as_posix()
         return Picture(stem, image, self.names_of(things), **things.fields)
-
-    def _path(self, entry: Element) -> Path:
-        name = entry.get("name", "")
-        paths = [
-            reading.inside(self.folder, f"{subset}/{name}" if subset else name, self.file)
-            for subset in (entry.get("subset", ""), "")
-        ]
-        return paths[0] if paths[0].exists() else paths[1]
 
 
 def _mask(shape: Element, sides: tuple[int, ...]) -> shapes.Mask | None:

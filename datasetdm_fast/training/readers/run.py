@@ -47,15 +47,6 @@ def _split_and_label(text: str) -> tuple[str, str]:
     return "".join(words) or TRAIN, label
 
 
-def _ignore_region(fields: dict[str, Any], region: np.ndarray) -> None:
-    """Takes a region out of the truth of an image: 255 in its map, a crowd of every class among its things."""
-    if "semantic" in fields:
-        fields["semantic"] = np.where(region, IGNORE, fields["semantic"]).astype(np.uint8)
-    if "masks" in fields:
-        fields["crowds"] = [*fields["crowds"], partial(np.array, region)]
-        fields["crowd_classes"] = [*fields["crowd_classes"], EVERY_CLASS]
-
-
 class RunSamples(PictureSource):
     """The samples that the last filter keeps and that are not doubtful, with doubtful pixels ignored; with [all], every
     sample as it is stored, and with [corrected] those that a reviewer corrected or marked as good, whose corrected
@@ -185,7 +176,12 @@ class RunSamples(PictureSource):
         for label in labels.values():
             fields |= self._class_fields(label, record, image.shape[:2])
         if correction and correction.ignored:
-            _ignore_region(fields, correction.region(image.shape))
+            region = correction.region(image.shape)
+            if "semantic" in fields:
+                fields["semantic"] = np.where(region, IGNORE, fields["semantic"]).astype(np.uint8)
+            if "masks" in fields:
+                fields["crowds"] = [*fields["crowds"], partial(np.array, region)]
+                fields["crowd_classes"] = [*fields["crowd_classes"], EVERY_CLASS]
         if "depth" in self.requested:
             fields["depth"] = sample.label(self.labels["depth"]).metres
             self._check_sides(record, fields["depth"].shape, image.shape[:2])

@@ -68,14 +68,6 @@ def numbers_of(colours: Sequence[Colour | None]) -> np.ndarray | None:
     return classes
 
 
-def read_csv_classes(path: Path) -> tuple[str, ...]:
-    """The classes of a table of pixel values and names, in the order of the values."""
-    rows = [[cell.strip() for cell in row] for row in csv.reader(reading.lines(path))][1:]
-    if not rows or any(len(row) != 2 or row[0] != str(number) for number, row in enumerate(rows)):
-        raise reading.bad(path, "no table of pixel values from 0 on and class names")
-    return reading.with_background([name for _, name in rows])
-
-
 BORDER = pack(BORDERS["voc"])
 NAME_FILES = ("class_names.txt", "classes.txt")  # a name a line, in the order of the numbers
 ROBOFLOW_CLASSES, ROBOFLOW_MASK = "_classes.csv", "_mask.png"
@@ -100,7 +92,17 @@ class Voc(PictureSource):
         self.colours: Mapping[int, int] = dict(zip(map(pack, voc_palette()), range(len(VOC_CLASSES))))
         self.numbers: np.ndarray | None = None  # class of each number in grey and palette maps, where they differ
         if (path / split / ROBOFLOW_CLASSES).exists() or (path / ROBOFLOW_CLASSES).exists():
-            self._find_masks_beside(path / split if (path / split).is_dir() else path)
+            folder = path / split if (path / split).is_dir() else path  # NAME_mask.png beside each, as Roboflow exports
+            names_file = folder / ROBOFLOW_CLASSES
+            rows = [[cell.strip() for cell in row] for row in csv.reader(reading.lines(names_file))][1:]
+            if not rows or any(len(row) != 2 or row[0] != str(number) for number, row in enumerate(rows)):
+                raise reading.bad(names_file, "no table of pixel values from 0 on and class names")
+            names = reading.with_background([name for _, name in rows])
+            self.classes, self.thing_classes = names, names[1:]
+            self.maps = self.pictures = self.list = folder
+            self.map_ending = ROBOFLOW_MASK
+            self.ids = sorted(file.name.removesuffix(ROBOFLOW_MASK) for file in folder.glob(f"*{ROBOFLOW_MASK}"))
+            self.images = [folder / f"{name}.jpg" for name in self.ids]
         else:
             self._find_lists(split, tasks)
         self.has_objects = self.maps.name == "SegmentationClass" and self.objects.is_dir()
@@ -134,15 +136,6 @@ class Voc(PictureSource):
         self.pictures = path / "JPEGImages"
         self.images = [self.pictures / f"{name}.jpg" for name in self.ids]
 
-    def _find_masks_beside(self, folder: Path) -> None:
-        """Images with NAME_mask.png beside each, as Roboflow exports them."""
-        names = read_csv_classes(folder / ROBOFLOW_CLASSES)
-        self.classes, self.thing_classes = names, names[1:]
-        self.maps = self.pictures = self.list = folder
-        self.map_ending = ROBOFLOW_MASK
-        self.ids = sorted(file.name.removesuffix(ROBOFLOW_MASK) for file in folder.glob(f"*{ROBOFLOW_MASK}"))
-        self.images = [folder / f"{name}.jpg" for name in self.ids]
-
     def _read_classes(self) -> None:
         self.named = "of VOC, and no labelmap.txt beside JPEGImages names others"
         if (file := self.path / LABEL_MAP).exists():
@@ -160,7 +153,9 @@ class Voc(PictureSource):
 
     def picture(self, record: int) -> Picture:
         name = self.ids[record]
-        path = _picture_file(self.pictures, name, self.list)
+        endings = [*reading.PICTURES, *map(str.upper, reading.PICTURES)]
+        files = [reading.inside(self.pictures, f"{name}{ending}", self.list) for ending in endings]
+        path = next((file for file in files if file.exists()), files[0])
         maps = self.maps / f"{name}{self.map_ending}"
         image = reading.colour_image(path, reading.as_its_labels(maps))
         labels = self._label_map(maps, image.shape)
@@ -198,13 +193,6 @@ class Voc(PictureSource):
             masks.append(partial(np.equal, objects, number))
             classes.append(int(counts.argmax()) - 1)
         return masks, classes
-
-
-def _picture_file(folder: Path, name: str, listed_in: Path) -> Path:
-    """The picture of an id, of any ending that is read."""
-    endings = [*reading.PICTURES, *map(str.upper, reading.PICTURES)]
-    files = [reading.inside(folder, f"{name}{ending}", listed_in) for ending in endings]
-    return next((file for file in files if file.exists()), files[0])
 
 
 def _image_id(line: str) -> str:

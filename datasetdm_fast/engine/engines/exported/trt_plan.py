@@ -121,7 +121,11 @@ class LoadedPlan:
     def _load(self) -> None:
         self.runtime = self.flavour.module.Runtime(self.log)
         self.engine = self._deserialise()
-        self._check_tensors()
+        names = [self.engine.get_tensor_name(place) for place in range(self.engine.num_io_tensors)]
+        dtypes = {name: DTYPES.get(self.engine.get_tensor_dtype(name).name) for name in names}
+        expected = {info.name: info.dtype for info in (*self.tensors.inputs, *self.tensors.outputs)}
+        if dtypes != expected:
+            raise self._unfit(f"its tensors are {dtypes}, expected {expected}")
         self.inputs, self.outputs = map(self._make_buffers, (self.tensors.inputs, self.tensors.outputs))
         self.context = self._make_context()
         self.queue.run(self._execute)  # compiles, tunes and allocates what a recording must not
@@ -147,13 +151,6 @@ class LoadedPlan:
             f"({self.queue.capability}): {reason}",
             "Update the NVIDIA driver, or delete the plan so that it is built on this machine.",
         )
-
-    def _check_tensors(self) -> None:
-        names = [self.engine.get_tensor_name(place) for place in range(self.engine.num_io_tensors)]
-        dtypes = {name: DTYPES.get(self.engine.get_tensor_dtype(name).name) for name in names}
-        expected = {info.name: info.dtype for info in (*self.tensors.inputs, *self.tensors.outputs)}
-        if dtypes != expected:
-            raise self._unfit(f"its tensors are {dtypes}, expected {expected}")
 
     def _make_buffers(self, infos: Sequence[TensorInfo]) -> dict[str, Tensor]:
         return {

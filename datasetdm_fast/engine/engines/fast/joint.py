@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from datasetdm_fast.config import FP8
 from datasetdm_fast.data import AnyCapture, AttentionSums, Capture, ProjectedCapture, Text
-from datasetdm_fast.engine.backbones.concept_attention import ConceptReader, with_concepts
-from datasetdm_fast.engine.backbones.joint_attention import JointReference
+from datasetdm_fast.engine.backbones.joint_attention import ConceptReader, JointReference, with_concepts
 from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.engines.device import engine_call, resolve_device
 from datasetdm_fast.engine.engines.fast.engine import (
@@ -219,7 +218,7 @@ class JointEngine(TorchEngine):
     def _read_concepts(
         self, latents: Tensor, timestep: float, text: Text, concepts: Text, sums: AttentionSums
     ) -> tuple[Tensor, AttentionSums]:
-        """See backbones/concept_attention.py; image tokens come first here, and concepts last."""
+        """See backbones/joint_attention.py; image tokens come first here, and concepts last."""
         joined, cells = with_concepts(text, concepts), self.model.levels[0].side ** 2
         if is_whole := joined.mask is None:  # only with a mask are the attentions seen by the reader
             joined = replace(joined, mask=torch.ones(joined.context.shape[:2], dtype=torch.bool))

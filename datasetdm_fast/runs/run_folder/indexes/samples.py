@@ -36,29 +36,26 @@ class Lines(IndexFile):
     """The lines of samples.jsonl by id; records that the COCO files hold are given as counts."""
 
     def add(self, rows: Sequence[Row]) -> Iterator[bytes]:
-        yield from map(line_of, rows)
-
-
-def line_of(row: Row) -> bytes:
-    files = {
-        role: {"path": path, "sha256": stored.sha256, "bytes": stored.size}
-        for role, (path, stored) in row.files.items()
-    }
-    labels = {task: len(record) if isinstance(record, list) else record for task, record in row.labels.items()}
-    request = row.request
-    line = {
-        "id": request.id,
-        "prompt": request.prompt,
-        "seed": request.seed,
-        "classes": request.classes,
-        **({"negative": request.negative} if request.negative else {}),
-        **({"class_prompt": request.class_prompt} if request.class_prompt else {}),
-        **({"picture": row.recipe["picture"]} if "picture" in row.recipe else {}),
-        "files": files,
-        "labels": labels,
-    }
-    if row.trust:  # without a distance where no decoder of the run has a domain
-        trust = asdict(row.trust)
-        line["trust"] = {name: value for name, value in trust.items() if name != "domain" or value is not None}
-    line |= {name: row.recipe[name] for name in OF_SOURCE if name in row.recipe}
-    return (canonical(line) + "\n").encode()
+        for row in rows:
+            files = {
+                role: {"path": path, "sha256": stored.sha256, "bytes": stored.size}
+                for role, (path, stored) in row.files.items()
+            }
+            labels = {task: len(record) if isinstance(record, list) else record for task, record in row.labels.items()}
+            request = row.request
+            line = {
+                "id": request.id,
+                "prompt": request.prompt,
+                "seed": request.seed,
+                "classes": request.classes,
+                **({"negative": request.negative} if request.negative else {}),
+                **({"class_prompt": request.class_prompt} if request.class_prompt else {}),
+                **({"picture": row.recipe["picture"]} if "picture" in row.recipe else {}),
+                "files": files,
+                "labels": labels,
+            }
+            if row.trust:  # without a distance where no decoder of the run has a domain
+                trust = asdict(row.trust)
+                line["trust"] = {name: value for name, value in trust.items() if name != "domain" or value is not None}
+            line |= {name: row.recipe[name] for name in OF_SOURCE if name in row.recipe}
+            yield (canonical(line) + "\n").encode()
