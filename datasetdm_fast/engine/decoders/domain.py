@@ -49,26 +49,24 @@ class Spread:
 
     @cached_property
     def _whitening(self) -> np.ndarray:
-        """[D, D] after which typical descriptors have the length 1."""
+        """[D, D] after which typical offsets from the means have the length 1."""
         width = len(self.scale)
         values, vectors = np.linalg.eigh((1 - SHRINKAGE) * self.correlations + SHRINKAGE * np.eye(width))
         return np.asarray(vectors / np.sqrt(values * width))
 
     def distances(self, descriptors: np.ndarray, classes: np.ndarray | int = 0) -> np.ndarray:
         """[N] over the limits."""
-        return np.asarray(np.linalg.norm(self._whiten(descriptors, classes), axis=-1) / self.limits[classes])
+        offsets = ((descriptors - self.means[classes]) / self.scale) @ self._whitening
+        return np.asarray(np.linalg.norm(offsets, axis=-1) / self.limits[classes])
 
     def distance_of_mean(self, descriptors: np.ndarray) -> float:
         """The distance of the mean of what these descriptors are drawn from, in typical distances; two at least.
 
         Its square is the mean product of two different descriptors, which the spread of these few does not raise.
         """
-        offsets, count = self._whiten(descriptors), len(descriptors)
+        offsets, count = ((descriptors - self.means[0]) / self.scale) @ self._whitening, len(descriptors)
         square = (offsets.sum(0) ** 2).sum() - (offsets**2).sum()
         return math.sqrt(max(float(square), 0.0) / (count * (count - 1)))
-
-    def _whiten(self, descriptors: np.ndarray, classes: np.ndarray | int = 0) -> np.ndarray:
-        return np.asarray(((descriptors - self.means[classes]) / self.scale) @ self._whitening)
 
 
 @dataclass(frozen=True)

@@ -36,20 +36,12 @@ LAYER_EPS = 1e-5
 LONGEST_WAVE = 10000
 
 
-def list_blocks(transformer: Weights) -> list[Weights]:
-    return (transformer / "transformer_blocks").parts("norm1.weight")
-
-
 def _list_down_mid_up(unet: Weights, depths: int, kind: str, least: str) -> list[tuple[Weights, int]]:
     """Every resnet or transformer in the order of the forward pass, with the depth of its block."""
     blocks = [(unet / "down_blocks" / depth, depth) for depth in range(depths)]
     blocks += [(unet / "mid_block", depths - 1)]
     blocks += [(unet / "up_blocks" / k, depths - 1 - k) for k in range(depths)]
     return [(place, depth) for block, depth in blocks for place in (block / kind).parts(least)]
-
-
-def _list_resnets(unet: Weights, depths: int) -> list[Weights]:
-    return [place for place, _ in _list_down_mid_up(unet, depths, "resnets", "conv1.bias")]
 
 
 def make_waves(values: Tensor, channels: int, shift: float, is_flipped: bool) -> Tensor:
@@ -86,7 +78,8 @@ class TimeTable(nn.Module):
     def __init__(self, module: nn.Module, size: int = 0):
         super().__init__()
         config, weights = module.config, Weights(module.state_dict())
-        places, time = _list_resnets(weights, len(config.block_out_channels)), weights / "time_embedding"
+        resnets = _list_down_mid_up(weights, len(config.block_out_channels), "resnets", "conv1.bias")
+        places, time = [place for place, _ in resnets], weights / "time_embedding"
         self.channels, self.shift = config.block_out_channels[0], config.freq_shift
         self.is_flipped = config.flip_sin_to_cos
         self.first, self.second = Linear(time / "linear_1"), Linear(time / "linear_2")
@@ -119,7 +112,11 @@ class TextTable(nn.Module):
         super().__init__()
         weights, widths = Weights(module.state_dict()), module.config.block_out_channels
         transformers = _list_down_mid_up(weights, len(widths), "attentions", "norm.weight")
-        blocks = [(block / "attn2", depth) for place, depth in transformers for block in list_blocks(place)]
+        blocks = [
+            (block / "attn2", depth)
+            for place, depth in transformers
+            for block in (place / "transformer_blocks").parts("norm1.weight")
+        ]
         heads = heads_per_block(module.config)
         self.heads = [heads[depth] for _, depth in blocks]
         self.packed = Linear(*(layer / name for layer, _ in blocks for name in ("to_k", "to_v")))
@@ -182,7 +179,7 @@ class Transformer(nn.Module):
         self.feature, self.ops = feature, layers.ops
         self.norm = layers.norm(weights / "norm", TRANSFORMER_EPS, has_silu=False)
         self.entry, self.exit = Linear(weights / "proj_in"), Linear(weights / "proj_out")
-        blocks = list_blocks(weights)
+        blocks = (weights / "transformer_blocks").parts("norm1.weight")
         self.blocks = nn.ModuleList(
             self.block(block, heads, AttentionSlot(*place, k, len(blocks)), layers.ops)
             for k, block in enumerate(blocks)
@@ -314,7 +311,8 @@ class UNet(nn.Module):
         super().__init__()
         plan = self.plan(module, ops)
         self.doubled, depths = plan.doubled, range(plan.depths)
-        self.widths = [len(place["conv1.bias"]) for place in _list_resnets(plan.weights, plan.depths)]
+        resnets = _list_down_mid_up(plan.weights, plan.depths, "resnets", "conv1.bias")
+        self.widths = [len(place["conv1.bias"]) for place, _ in resnets]
         self.conv_in = plan.convolution(plan.weights / "conv_in")
         self.entry = plan.feature(plan.level(0))
         self.down = nn.ModuleList(Down(plan, depth) for depth in depths)

@@ -65,9 +65,6 @@ class BlockLayers(Layers):
         attention = [self.block(weights / "attentions" / 0, self)] if "attentions.0.to_q.weight" in weights else []
         return [first, *attention, last]
 
-    def ending(self, weights: Weights) -> list[nn.Module]:
-        return [self.norm(weights / "conv_norm_out"), Convolution(weights / "conv_out")]
-
 
 class ImageDecoder(nn.Module):
     """Images [B, 3, H, W] about -1 .. 1 from scaled latents [B, C, h, w], or without `latents` from unscaled ones."""
@@ -90,7 +87,8 @@ class ImageDecoder(nn.Module):
             plan.convolution(weights / "conv_in"),
             *plan.middle(weights / "mid_block"),
             *blocks,
-            *plan.ending(weights),
+            plan.norm(weights / "conv_norm_out"),
+            Convolution(weights / "conv_out"),
         )
 
     def forward(self, latents: Tensor) -> Tensor:
@@ -134,7 +132,8 @@ class ImageEncoder(nn.Module):
             Convolution(weights / "conv_in"),
             *blocks,
             *plan.middle(weights / "mid_block"),
-            *plan.ending(weights),
+            plan.norm(weights / "conv_norm_out"),
+            Convolution(weights / "conv_out"),
             *exit_,
         )
 

@@ -77,7 +77,13 @@ def read_source(settings: PromptSettings, *, has_captions: bool) -> PromptSource
             )
         name = "--classes"
     elif settings.prompts:
-        lines, name = read_list(settings.prompts, truncate=settings.truncate_prompts)
+        path = _as_path(settings.prompts)
+        if path is not None and path.is_dir():
+            lines, name = _read_folder(path, settings.truncate_prompts), str(path)
+        else:
+            name, text = read_prompts(settings.prompts)
+            split = parse_lines if path is not None and text.lstrip().startswith("{") else split_prompts
+            lines = split(text, name, truncate=settings.truncate_prompts)
     elif has_captions:
         name = "the demo world"
     else:
@@ -88,17 +94,6 @@ def read_source(settings: PromptSettings, *, has_captions: bool) -> PromptSource
     negative = check_line(settings.negative_prompt, "--negative-prompt") if settings.negative_prompt else ""
     table = own_table(settings.class_table) if settings.class_table else None
     return PromptSource(lines, name, classes, settings.per_class, negative, table=table)
-
-
-def read_list(text_or_path: str, *, truncate: bool = False) -> tuple[tuple[PromptLine, ...], str]:
-    """The prompts of a text, a file or a folder, and the name to call them by."""
-    path = _as_path(text_or_path)
-    if path is not None and path.is_dir():
-        return _read_folder(path, truncate), str(path)
-    name, text = read_prompts(text_or_path)
-    if path is not None and text.lstrip().startswith("{"):
-        return parse_lines(text, name, truncate=truncate), name
-    return split_prompts(text, name, truncate=truncate), name
 
 
 def _read_folder(folder: Path, truncate: bool) -> tuple[PromptLine, ...]:

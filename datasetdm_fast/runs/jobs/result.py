@@ -106,7 +106,7 @@ def result_of(
 ) -> Result:
     number = max(number, document["plan"]["number"])  # more where others take the place of dropped ones
     config, goal = document["config"], goal_of(document["config"], number)
-    tally, accept = goal.tally(ledger), config.get("accept", "")
+    tally, accept = ledger.tally(goal.number, len(goal.names)), config.get("accept", "")
     quarantined = ledger.quarantined_by_reason()
     return Result(
         folder,

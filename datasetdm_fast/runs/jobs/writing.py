@@ -93,7 +93,8 @@ class Quota:
         """Of all samples, or of those from `first` to before `stop`, which alone are then taken."""
         self._goal = goal_of(job.document["config"], job.plan.number)
         self._present = ledger.indices_between(first, job.plan.most if stop is None else stop)
-        self._quarantined = [count for _, count in self._goal.tally(ledger)] if job.quarantines else [0]
+        tally = ledger.tally(self._goal.number, len(self._goal.names))
+        self._quarantined = [count for _, count in tally] if job.quarantines else [0]
         self._left = job.limit or job.plan.most  # samples that this command may make
 
     def missing(self) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -14,11 +14,8 @@ from datasetdm_fast.engine.labels.kind import BACKGROUND, LabelKind, Table
 from datasetdm_fast.engine.loop.plan import class_and_turn
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.run_folder.document import SHARDS, most_samples
-from datasetdm_fast.runs.run_folder.ledger import Ledger, Tally
+from datasetdm_fast.runs.run_folder.ledger import Tally
 from datasetdm_fast.runs.run_folder.scores import ABSENT, SCORERS, Condition, Scored, parse_where
-
-if TYPE_CHECKING:
-    from datasetdm_fast.runs.run_folder.shards import ShardLedger
 
 
 @dataclass(frozen=True)
@@ -43,9 +40,6 @@ class Goal:
             turn, kind = divmod(block, len(self.names))
             count = min(self.number, self.stop(quarantined[kind]) - turn * self.number)
             yield from range(block * self.number, block * self.number + count)
-
-    def tally(self, ledger: Ledger | ShardLedger) -> Tally:
-        return ledger.tally(self.number, len(self.names))
 
     def is_reached(self, tally: Tally) -> bool:
         """Whether nothing more is to be made."""

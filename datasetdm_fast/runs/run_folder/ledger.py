@@ -326,7 +326,7 @@ class Ledger(AbstractContextManager):
         where, parameters = _where_status(statuses)
         statement = f'SELECT {columns} FROM {source} WHERE {where} ORDER BY "index"'
         for block in self._database.read_blocks(statement, parameters, BLOCK):
-            if self.is_outdated():
+            if self._database.is_outdated():
                 raise Missing(
                     f"{self.path}: another process changed it while it was read", "Run the same command again."
                 )
@@ -377,7 +377,7 @@ class Ledger(AbstractContextManager):
         self._database.close()
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._database.close()
 
 
 def _where_status(statuses: Sequence[str]) -> tuple[str, Sequence[str]]:

@@ -230,7 +230,7 @@ class Run(AbstractContextManager["Run"]):
     def is_complete(self) -> bool:
         """Whether no sample of the plan is missing."""
         goal = goal_of(self.document["config"], self.document["plan"]["number"])
-        return goal.is_reached(goal.tally(self.ledger))
+        return goal.is_reached(self.ledger.tally(goal.number, len(goal.names)))
 
     def __len__(self) -> int:
         return len(self._indices)

@@ -65,7 +65,7 @@ class SharedFolder:
         if document is not None and (folder / LEDGER).exists():
             with Ledger(folder / LEDGER, read_only=True) as ledger:
                 goal = goal_of(document["config"], max(self.spec.number, document["plan"]["number"]))
-                self._is_complete = goal.is_reached(goal.tally(ledger))
+                self._is_complete = goal.is_reached(ledger.tally(goal.number, len(goal.names)))
                 self._count = ledger.count() + ledger.count(QUARANTINED)
         return self._count - before
 

@@ -85,6 +85,9 @@ class FastEngine(Engine):
     texts: nn.Module
     unet: nn.Module
     projection: nn.Module
+    text_encoder: nn.Module
+    image_decoder: nn.Module
+    image_encoder: nn.Module
     label_dtype: torch.dtype
     _stored_decoders: Mapping[str, nn.Module]
     _seen: tuple[int, ...]
@@ -135,7 +138,10 @@ class FastEngine(Engine):
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            """What the classes of fast engines annotate, once the weights are read."""
+            """What the classes of fast engines annotate, once the weights are read; LAZY_NETWORKS each by itself."""
+            if name in LAZY_NETWORKS:
+                setattr(self, name, self._load_lazily(name))
+                return self.__dict__[name]
             kinds = (kind for kind in type(self).__mro__ if issubclass(kind, FastEngine))
             if "_seen" in self.__dict__ or not any(name in get_annotations(kind) for kind in kinds):
                 raise AttributeError(f"{type(self).__name__} has no {name}")
@@ -207,20 +213,10 @@ class FastEngine(Engine):
                 module, dtype = ImageEncoder(sources["vae"], self.ops), self.image_dtype
         return place_module(module, self.device, dtype)
 
-    @functools.cached_property
-    def text_encoder(self) -> nn.Module:
-        return self._load_lazily("text_encoder", *self.model.backbone.of_kind("text_encoder"))
-
-    @functools.cached_property
-    def image_decoder(self) -> nn.Module:
-        return self._load_lazily("image_decoder", "vae")
-
-    @functools.cached_property
-    def image_encoder(self) -> nn.Module:
-        return self._load_lazily("image_encoder", "vae")
-
-    def _load_lazily(self, name: str, *sources: str) -> nn.Module:
+    def _load_lazily(self, name: str) -> nn.Module:
+        """One of LAZY_NETWORKS."""
         self._refresh()
+        sources = self.model.backbone.of_kind("text_encoder") if name == "text_encoder" else ("vae",)
         return self._build_network(name, self._sources(*sources))
 
     def weight_distance(self) -> float:
@@ -239,8 +235,9 @@ class FastEngine(Engine):
         decoders = sum(parameter._version for parameter in self._decoder_weights)
         return *(network.changes for network in self.model.networks.values()), decoders
 
-    def _refresh(self) -> None:
-        if self._weight_versions() != self._seen:
+    def _refresh(self, context: Tensor | None = None) -> None:
+        """Reads weights that were changed; for a call with the text of the previous one they are taken as they are."""
+        if (context is None or not self._is_cached(context)) and self._weight_versions() != self._seen:
             self._read_weights()
 
     def prepare(self, batch: int) -> None:
@@ -287,7 +284,7 @@ class FastEngine(Engine):
     @engine_call
     def denoise_in_fp8(self, latents: Tensor, timestep: float, text: Text) -> Tensor:
         """The noise where the products of the U-Net's transformer blocks are in fp8."""
-        self._refresh_for(text.context)
+        self._refresh(text.context)
         self._fp8  # noqa: B018  made once, before threads ask for it
         return self._call(self._in_fp8, latents, timestep, text)[0]
 
@@ -301,7 +298,7 @@ class FastEngine(Engine):
     def denoise_and_average(
         self, latents: Tensor, timestep: float, text: Text, class_text: Text, sums: AttentionSums
     ) -> tuple[Tensor, AttentionSums]:
-        self._refresh_for(text.context)
+        self._refresh(text.context)
         context, cells = class_text.context, sums.tokens.shape[1]
         if self._class_keys is None or self._class_keys[0] is not context or self._class_keys[1] != cells:
             tables = zip(self.unet.text_layers, self.texts(context.to(self.device, self.unet_dtype)))
@@ -317,7 +314,7 @@ class FastEngine(Engine):
         """The noise [R, C, h, w], and whatever [B, ...] `step` returns besides, from the UNet's inputs: latents, the
         timestep's biases, `others` with a row for every image, and the keys and values of every text layer.
         """
-        self._refresh_for(text.context)
+        self._refresh(text.context)
         biases, images = self._biases(timestep, text), len(latents)
         latents = channels_last(latents.to(self.device), self.unet_dtype)
 
@@ -357,11 +354,6 @@ class FastEngine(Engine):
         """Whether it is the text of the previous call, unchanged; inference tensors count no changes."""
         known = None if context.is_inference() else self._text
         return known is not None and known[0] is context and known[1] == context._version
-
-    def _refresh_for(self, context: Tensor) -> None:
-        """Reads weights that were changed, where a call has another text than the previous one."""
-        if not self._is_cached(context):
-            self._refresh()
 
     def _text_layers(self, context: Tensor, images: int, size: int) -> list[Inputs]:
         """Keys and values of the texts of every slice, computed where they are not those of the previous call."""

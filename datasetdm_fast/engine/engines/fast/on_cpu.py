@@ -98,10 +98,10 @@ class CpuEngine(FastEngine):
         trim()
         self._empty = None
 
-    def _load_lazily(self, name: str, *sources: str) -> nn.Module:
+    def _load_lazily(self, name: str) -> nn.Module:
         is_packed = name != "text_encoder" and not self.is_compiled
         free_memory()
-        module = super()._load_lazily(name, *sources)
+        module = super()._load_lazily(name)
         module = pack_layers(module) if is_packed else module
         trim()  # what reading left behind
         return spending(module) if is_packed and name == "image_decoder" and self._has_usual_ops else module
