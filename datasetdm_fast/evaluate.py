@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.output import print_lines, print_plan
@@ -49,8 +51,11 @@ def main(config: EvaluateConfig, command: CommandLine) -> int:
         skipped |= bad
         if not config.json:
             print(*([address] if len(sources) > 1 else []), figures_table(results[address], config.level), sep="\n")
+    return _finish(config, {"data": results} if len(sources) > 1 else results[config.addresses[0]], skipped)
+
+
+def _finish(config: EvaluateConfig, result: Mapping[str, Any], skipped: Mapping[str, str]) -> int:
     if config.json:
-        result = {"data": results} if len(sources) > 1 else results[config.addresses[0]]
         print(json.dumps(result | ({"skipped": skipped} if config.skip_bad else {})))
     if skipped:
         verb = "was" if len(skipped) == 1 else "were"

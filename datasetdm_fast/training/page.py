@@ -59,9 +59,7 @@ def page(
     """One HTML file that needs nothing else: what was trained and how, the figures with their intervals of 95 %, those
     of each class, image, ground truth and prediction of some images, which `shown` describes, and generated samples.
     """
-    command = f'<p class="dim">{COMMAND}<br><code>{html.escape(str(facts.get(COMMAND)))}</code></p>'
-    table = _table((name, str(value)) for name, value in facts.items() if name != COMMAND)
-    body = [f"<h1>{html.escape(task)} decoder</h1>", table + (command if COMMAND in facts else "")]
+    body = [f"<h1>{html.escape(task)} decoder</h1>", _facts(facts)]
     notes = [f"<p><b>Note:</b> {FLAG.sub(FLAG_SPAN, html.escape(note))}.</p>" for note in cautions]
     if result["held_out"]:
         intervals = " (95 % intervals)" if result.get("held_out_intervals") else ""
@@ -96,6 +94,13 @@ def folds_title(folds: Mapping[str, Any]) -> str:
 def shows_folds(path: Path, folds: Mapping[str, Any] | None) -> bool:
     """Whether a page is there and has the figures of this cross-validation."""
     return path.exists() and (not folds or folds_title(folds).encode() in path.read_bytes())
+
+
+def _facts(facts: Mapping[str, object]) -> str:
+    """What was trained and how."""
+    command = f'<p class="dim">{COMMAND}<br><code>{html.escape(str(facts.get(COMMAND)))}</code></p>'
+    table = _table((name, str(value)) for name, value in facts.items() if name != COMMAND)
+    return table + (command if COMMAND in facts else "")
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> str:

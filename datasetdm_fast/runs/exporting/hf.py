@@ -111,17 +111,21 @@ def _groups(views: Iterator[SampleView], plan: ExportPlan) -> Iterator[list[dict
     rows: list[dict[str, Any]] = []
     size = 0
     for view in views:
-        ending, image = view.picture(ParquetFormat.forms)
-        row: dict[str, Any] = {"image": {"bytes": read_content(image), "path": f"{view.name}.{ending}"}}
-        for name, content in map_files(view, plan, has_colours=True):
-            row[name] = {"bytes": read_content(content), "path": f"{view.name}.png"}
-        rows.append(row | describe_sample(view, plan))
+        rows.append(_row(view, plan))
         size += sum(len(value["bytes"]) for value in rows[-1].values() if isinstance(value, dict) and "bytes" in value)
         if len(rows) == ROWS or size >= GROUP_BYTES:
             yield rows
             rows, size = [], 0
     if rows:
         yield rows
+
+
+def _row(sample: SampleView, plan: ExportPlan) -> dict[str, Any]:
+    ending, image = sample.picture(ParquetFormat.forms)
+    row: dict[str, Any] = {"image": {"bytes": read_content(image), "path": f"{sample.name}.{ending}"}}
+    for name, content in map_files(sample, plan, has_colours=True):
+        row[name] = {"bytes": read_content(content), "path": f"{sample.name}.png"}
+    return row | describe_sample(sample, plan)
 
 
 def _schema(plan: ExportPlan) -> Any:
