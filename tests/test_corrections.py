@@ -76,6 +76,39 @@ def test_corrected_samples_are_truth_for_a_training(run):
     assert (source[0].masks == open_run(run)[1].instances.masks).all()  # whatever their scores
 
 
+def test_class_maps_follow_the_corrected_instances(run, tmp_path):
+    sample = open_run(run)[3]
+    before, (person, cone, _) = sample.semantic.labels, sample.instances.masks
+    numbers = {name: number for number, name in enumerate(sample.semantic.classes)}
+    wanted = before.copy()
+    wanted[person & (before == numbers["person"])], wanted[cone & (before == numbers["cone"])] = numbers["ring"], 255
+    assert (wanted == 255).any() and (wanted == numbers["ring"]).any() and (wanted == numbers["cube"]).any()
+    assert (open_data(f"run:{run}[corrected]", SIZE)[1].semantic == wanted).all()
+    assert convert([str(run), "--to", "mmseg", "--task", "semantic", "--out", str(tmp_path / "out")]) == 0
+    written = np.asarray(Image.open(tmp_path / "out/mmseg/annotations/train/00000003.png"))
+    assert (written == np.where(wanted == 255, 255, wanted + 1)).all()  # an export counts classes from 1 on
+
+
+def test_a_class_map_keeps_what_another_instance_shows_as_well():
+    masks = np.zeros((3, 2, 4), bool)
+    masks[0, :, :2], masks[1, :, 1:3], masks[2, 0, 3] = True, True, True  # two of one ball, and a ring
+    rles = mask_rle.encode(masks).rles
+    record = [{"segmentation": rle, "category_id": number} for rle, number in zip(rles, (1, 1, 2))]
+    row, tables = Row(None, {}, labels={"instance": record}), {"instance": {"classes": ["ball", "ring"]}}
+    labels, names = np.array([[5, 5, 5, 7], [5, 5, 9, 255]], np.uint8), {5: "ball", 7: "ring", 9: "wall"}
+
+    def corrected(names=names, **changes):
+        return Correction(**changes).correct_map(labels, names, row, tables).tolist()
+
+    assert corrected() == labels.tolist()
+    assert corrected(removed=(("instance", 0),)) == [[255, 5, 5, 7], [255, 5, 9, 255]]
+    assert corrected(removed=(("instance", 1),)) == [[5, 5, 255, 7], [5, 5, 9, 255]]
+    renamed = (("instance", 2, "ball"), ("instance", 1, "dog"), ("instance:b", 0, "ring"))
+    assert corrected(renamed=renamed) == [[5, 5, 5, 5], [5, 5, 9, 255]]
+    assert corrected({5: "ball", 9: "wall"}, renamed=(("instance", 0, "ring"),))[0] == [255, 5, 5, 7]  # of no number
+    assert corrected(ignored=((2, 1, 9, 9),)) == [[5, 5, 5, 7], [5, 5, 255, 255]]
+
+
 def test_a_run_that_nobody_corrected_is_refused_as_truth(run):
     shutil.rmtree(run / "review")
     with pytest.raises(Refused, match="no sample was corrected or marked as good") as stop:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -146,8 +146,9 @@ class Conversion:
         for row in source.rows():
             split, files = source.split_of(row), {role: stored.sha256 for role, (_, stored) in row.files.items()}
             identity = [row.request.index, row.request.prompt, files, row.labels]
-            correction = source.corrections.get(row.request.index)
-            identity += [correction.ignored] if correction and correction.ignored else []
+            if correction := source.corrections.get(row.request.index):
+                identity[3] = correction.correct_row(row, source.run.document["labels"]).labels
+                identity += [correction.ignored] if correction.ignored else []
             try:
                 digest.update(canonical(identity if source.split is None else [*identity, split]).encode())
             except ValueError as error:
@@ -230,8 +231,7 @@ class Conversion:
 
     def view(self, number: int) -> SampleView:
         """The sample of a number."""
-        stored = self.source.run[f"{number:08d}"]
-        return self._view(replace(stored, row=self.source.correct(stored.row)))
+        return self._view(self.source.run[f"{number:08d}"])
 
     def _view(self, stored: StoredSample) -> SampleView:
         number, split = stored.row.request.index, self.source.split_of(stored.row)

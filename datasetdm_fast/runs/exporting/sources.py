@@ -43,17 +43,12 @@ class ExportSource:
         """The part of the data set that a sample belongs to."""
         return self.split.part_of(self.run.path, row) if self.split else TRAIN
 
-    def correct(self, row: Row) -> Row:
-        """The row with what a reviewer corrected of its labels."""
-        correction = self.corrections.get(row.request.index)
-        return correction.correct_row(row, self.run.document["labels"]) if correction else row
-
     def rows(self) -> Iterator[Row]:
-        """The rows of the samples; a damaged ledger is a failed check."""
+        """The rows of the samples as they are stored; a damaged ledger is a failed check."""
         try:
             for row in self.run.rows(PARTS):
                 if self.chosen is None or row.request.index in self.chosen:
-                    yield self.correct(row)
+                    yield row
         except Refused as error:
             raise damage_of(self.run.shards.place.name if self.run.shards else self.run.path, error.cause) from error
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -112,8 +112,10 @@ class SampleView:
         pictures: PictureSettings,
         correction: Correction | None = None,
     ):
-        self.stored, self.number, self.split, self.run, self.pictures = stored, number, split, run, pictures
-        self._correction = correction
+        self.number, self.split, self.run, self.pictures = number, split, run, pictures
+        self._written, self._correction = stored.row, correction
+        row = correction.correct_row(stored.row, stored.document["labels"]) if correction else stored.row
+        self.stored = replace(stored, row=row)
         self.name = f"{number:08d}"
         self.height, self.width = sides(stored.document, stored.row.recipe)
 
@@ -164,30 +166,24 @@ class SampleView:
 
     @cached_property
     def _map(self) -> np.ndarray:  # [H, W] uint8
-        """The label map of the run."""
-        return self._pixels(kind_of(self.run.labels["semantic"]).roles[0])
+        """The label map of the run, as it was corrected."""
+        label = self.run.labels["semantic"]
+        labels, document = self._pixels(kind_of(label).roles[0]), self.stored.document
+        if not self._correction:
+            return labels
+        return self._correction.correct_map(labels, class_names(document, label), self._written, document["labels"])
 
     @property
     def semantic(self) -> np.ndarray:  # [H, W] uint8
         """Class numbers of the export, 0 = background, 255 = ignored."""
-        numbers = self.run.numbers[self._map]
-        if self._correction:
-            numbers[self._unjudged] = IGNORED
-        return numbers
-
-    @cached_property
-    def _unjudged(self) -> np.ndarray:  # [H, W] bool
-        """The regions that a reviewer marked as ones that nobody can judge."""
-        sides = (self.height, self.width)
-        return self._correction.region(sides) if self._correction else np.zeros(sides, bool)
+        return self.run.numbers[self._map]
 
     @property
     def ignored(self) -> np.ndarray:  # [H, W] bool
         """Where the label map of the run is ignored: not classes that the export leaves out, nor what lies outside."""
-        if "semantic" not in self.run.labels or self.run.is_partial:
-            return self._unjudged
-        ignored = self._map == IGNORED
-        return ignored | self._unjudged if self._correction else ignored
+        if "semantic" in self.run.labels and not self.run.is_partial:
+            return self._map == IGNORED
+        return (self._correction or Correction()).region((self.height, self.width))
 
     def depth_file(self, steps: float) -> Content:
         """A 16-bit PNG with so many steps to the metre; depths that it has no number for are 0, as unknown ones."""

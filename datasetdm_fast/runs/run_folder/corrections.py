@@ -6,13 +6,14 @@ The rows of a run stay as they are; exports and trainings on corrected samples r
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from datasetdm_fast.data import IGNORE
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import kind_of, mask_rle
 from datasetdm_fast.engine.labels.instance import InstanceKind
@@ -22,7 +23,7 @@ from datasetdm_fast.untrusted import documents
 
 CORRECTIONS = "review/corrections.json"  # inside the run
 LARGEST = 2**28  # bytes
-FIELDS = ("removed", "renamed", "ignored")
+FIELDS: dict[str, list[type]] = {"removed": [str, int], "renamed": [str, int, str], "ignored": [int] * 4}
 MOST_IGNORED = 0.5  # share of an instance in ignored regions from which on it is left out
 
 
@@ -37,42 +38,50 @@ class Correction:
     @classmethod
     def parse(cls, value: Any) -> Correction:
         """The correction that JSON describes; a ValueError where it is none."""
-        if not isinstance(value, dict) or not value.keys() <= set(FIELDS):
-            raise ValueError(f"{documents.quote(value)} is no correction")
-        removed, renamed, ignored = (value.get(name, []) for name in FIELDS)
         if not (
-            _are_rows(removed, [str, int])
-            and _are_rows(renamed, [str, int, str])
-            and _are_rows(ignored, [int] * 4)
-            and all(left < right and top < bottom for left, top, right, bottom in ignored)
+            isinstance(value, dict)
+            and all(name in FIELDS and _are_rows(rows, FIELDS[name]) for name, rows in value.items())
+            and all(left < right and top < bottom for left, top, right, bottom in value.get("ignored", ()))
         ):
             raise ValueError(f"{documents.quote(value)} is no correction")
-        return cls(*(tuple(map(tuple, rows)) for rows in (removed, renamed, ignored)))
+        return cls(**{name: tuple(map(tuple, rows)) for name, rows in value.items()})
 
     def facts(self) -> dict[str, Any]:
         """As JSON, without what is empty."""
-        fields = {"removed": self.removed, "renamed": self.renamed, "ignored": self.ignored}
-        return {name: [list(each) for each in value] for name, value in fields.items() if value}
+        return {name: [list(each) for each in rows] for name in FIELDS if (rows := getattr(self, name))}
 
     def correct_row(self, row: Row, tables: Mapping[str, Any]) -> Row:
         """The row with corrected records of instances."""
-        labels = {
-            label: self._correct_record(label, record, tables[label])
-            if isinstance(kind_of(label), InstanceKind)
-            else record
-            for label, record in row.labels.items()
-        }
+        labels = dict(row.labels)
+        for label in _instance_labels(row):
+            numbers = {name: number for number, name in kind_of(label).names(tables[label]).items()}
+            labels[label] = [
+                item | {"category_id": numbers.get(after, item["category_id"])}
+                for item, _, after in self._things(row, label, tables)
+                if after is not None and not (self.ignored and self._is_ignored(item))
+            ]
         return replace(row, labels=labels)
 
-    def _correct_record(self, label: str, record: list[dict[str, Any]], table: Mapping[str, Any]) -> list[Any]:
-        numbers = {name: number for number, name in kind_of(label).names(table).items()}
-        removed = {place for name, place in self.removed if name == label}
-        renamed = {place: word for name, place, word in self.renamed if name == label}
-        return [
-            item | ({"category_id": numbers[renamed[place]]} if renamed.get(place) in numbers else {})
-            for place, item in enumerate(record)
-            if place not in removed and not (self.ignored and self._is_ignored(item))
-        ]
+    def _things(self, row: Row, label: str, tables: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str, Any]]:
+        """Each instance of a label with the class that it has and the corrected one, None where it was removed."""
+        names = kind_of(label).names(tables[label])
+        renamed = {place: word for name, place, word in self.renamed if name == label and word in names.values()}
+        for place, item in enumerate(row.labels[label]):
+            before = names.get(item["category_id"], "")
+            yield item, before, None if (label, place) in self.removed else renamed.get(place, before)
+
+    def correct_map(self, labels: np.ndarray, names: Mapping[int, str], row: Row, tables: Mapping[str, Any]) -> Any:
+        """[H, W] uint8: a class map of the stored row, with the corrected classes where it shows instances; 255 where
+        these were removed, and in ignored regions.
+        """
+        corrected, numbers = labels.copy(), {name: number for number, name in names.items()}
+        things = [thing for label in _instance_labels(row) for thing in self._things(row, label, tables)]
+        # removed ones first: another of their class may lie there
+        for item, before, after in sorted(things, key=lambda thing: thing[2] is not None):
+            shown = mask_rle.decode(item["segmentation"]) & (labels == numbers.get(before, -1))
+            corrected[shown] = numbers.get(after, IGNORE)
+        corrected[self.region(labels.shape)] = IGNORE
+        return corrected
 
     def _is_ignored(self, item: Mapping[str, Any]) -> bool:
         mask = mask_rle.decode(item["segmentation"])
@@ -84,6 +93,10 @@ class Correction:
         for left, top, right, bottom in self.ignored:
             region[max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)] = True
         return region
+
+
+def _instance_labels(row: Row) -> list[str]:
+    return [label for label in row.labels if isinstance(kind_of(label), InstanceKind)]
 
 
 def _are_rows(value: Any, kinds: list[type]) -> bool:

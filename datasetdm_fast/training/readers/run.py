@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from datasetdm_fast.config import ATTENTION
-from datasetdm_fast.data import IGNORE, Instances, SemanticMap
+from datasetdm_fast.data import Instances, SemanticMap
 from datasetdm_fast.engine.labels.kind import SHOWN_SCORE
 from datasetdm_fast.engine.labels.names import LabelName, task_of_label
 from datasetdm_fast.engine.labels.trust import without_doubtful
@@ -165,9 +165,10 @@ class RunSamples(PictureSource):
 
     def picture(self, record: int) -> Picture:
         sample = self.run[self.records[record][0]]
-        correction = self.corrections.get(sample.row.request.index)
+        row, tables = sample.row, self.run.document["labels"]
+        correction = self.corrections.get(row.request.index)
         if correction:
-            sample = replace(sample, row=correction.correct_row(sample.row, self.run.document["labels"]))
+            sample = replace(sample, row=correction.correct_row(row, tables))
         fields: dict[str, Any] = {}
         labels = self._class_labels(sample)
         if not self.is_all:
@@ -175,13 +176,11 @@ class RunSamples(PictureSource):
         image = sample.image
         for label in labels.values():
             fields |= self._class_fields(label, record, image.shape[:2])
-        if correction and correction.ignored:
-            region = correction.region(image.shape)
-            if "semantic" in fields:
-                fields["semantic"] = np.where(region, IGNORE, fields["semantic"]).astype(np.uint8)
-            if "masks" in fields:
-                fields["crowds"] = [*fields["crowds"], partial(np.array, region)]
-                fields["crowd_classes"] = [*fields["crowd_classes"], EVERY_CLASS]
+        if correction and "semantic" in fields:
+            fields["semantic"] = correction.correct_map(fields["semantic"], dict(enumerate(self.classes)), row, tables)
+        if correction and correction.ignored and "masks" in fields:
+            fields["crowds"] = [*fields["crowds"], partial(np.array, correction.region(image.shape))]
+            fields["crowd_classes"] = [*fields["crowd_classes"], EVERY_CLASS]
         if "depth" in self.requested:
             fields["depth"] = sample.label(self.labels["depth"]).metres
             self._check_sides(record, fields["depth"].shape, image.shape[:2])
