@@ -5,6 +5,7 @@ import os
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from datasetdm_fast.command_line.ending import CommandLine, command_with
@@ -70,22 +71,20 @@ def main(config: PromptsConfig, command: CommandLine) -> int:
         return print_plan(config, {"out": config.out, "classes": counts, "asked_for": total}, plan)
     if bool(config.llm_url) != bool(config.llm_model):
         raise Refused("--llm-url and --llm-model: one needs the other", "Add both: --llm-url URL --llm-model NAME.")
-    rejected = Counter[str]()
-    if config.llm_url:
-        # of the environment alone, where no process list shows it
-        key = next(filter(None, (os.environ.get(name, "").strip() for name in language_model.KEY_VARIABLES)), "")
-        model = language_model.Endpoint(config.llm_url, config.llm_model, key)
-        replies = language_model.Replies(Path(f"{config.out}.replies"), model, config.llm_requests, key)
-        classes = list(balance.plan_classes(counts, config.pairs, config.seed))
-        with CountProgress(len(classes), "prompt", "prompts", config.quiet) as progress:
-            sentences, rejected = language_model.collect_sentences(
-                classes, grammar.classes, replies, lambda done: progress.on_count(done, len(classes)), table
-            )
-        if not sentences:
-            why = ", ".join(f"{reason} ({count})" for reason, count in rejected.most_common(3))
-            raise Missing(f"{config.out}: no usable prompt came back: {why}", "Try another model, or leave it out.")
-    else:
-        sentences = balance.build_list(grammar, counts, config.pairs, config.seed)
+    rejected, planned = Counter[str](), list(balance.plan_classes(counts, config.pairs, config.seed))
+    with CountProgress(len(planned), "prompt", "prompts", config.quiet) as progress:
+        on_count = partial(progress.on_count, total=len(planned))
+        if config.llm_url:
+            # of the environment alone, where no process list shows it
+            key = next(filter(None, (os.environ.get(name, "").strip() for name in language_model.KEY_VARIABLES)), "")
+            model = language_model.Endpoint(config.llm_url, config.llm_model, key)
+            replies = language_model.Replies(Path(f"{config.out}.replies"), model, config.llm_requests, key)
+            sentences, rejected = language_model.collect_sentences(planned, grammar.classes, replies, on_count, table)
+        else:
+            sentences = balance.build_list(grammar, planned, on_count)
+    if not sentences:
+        why = ", ".join(f"{reason} ({count})" for reason, count in rejected.most_common(3))
+        raise Missing(f"{config.out}: no usable prompt came back: {why}", "Try another model, or leave it out.")
     out = Path(config.out)
     content = "".join(json.dumps(asdict(sentence), ensure_ascii=False) + "\n" for sentence in sentences).encode()
     if out.exists() and (out.stat().st_size != len(content) or out.read_bytes() != content):

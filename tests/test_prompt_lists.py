@@ -16,7 +16,14 @@ from datasetdm_fast import prompts
 from datasetdm_fast.engine.labels import class_tables
 from datasetdm_fast.engine.labels.words import find_classes
 from datasetdm_fast.runs.prompting import balance, language_model
-from datasetdm_fast.runs.prompting.grammar import DemoGrammar, Grammar, PlaceGrammar, open_grammar, read_vocabulary
+from datasetdm_fast.runs.prompting.grammar import (
+    DemoGrammar,
+    Grammar,
+    PlaceGrammar,
+    Sentence,
+    open_grammar,
+    read_vocabulary,
+)
 
 SECRET = "canary-5b1f0c77"
 ESCAPED = "".join(f"\\u{ord(letter):04x}" for letter in SECRET)
@@ -58,9 +65,26 @@ def test_demo_sentences_use_the_words_its_model_knows():
 
 def test_a_thousand_sentences_of_a_class_hold_few_near_duplicates():
     names = [word for word in class_tables.builtin_table("voc").names if word != "background"]
-    found = balance.build_list(Grammar(names), {"dog": 1000, "tvmonitor": 1000})
+    planned = balance.plan_classes({"dog": 1000, "tvmonitor": 1000}, 0, 0)
+    found = balance.build_list(Grammar(names), planned)
     assert balance.measure(found)["near_duplicates"] <= 0.02
     assert Counter(sentence.group for sentence in found) == {"dog": 1000, "tvmonitor": 1000}
+
+
+def test_a_class_without_another_sentence_is_not_tried_for_ever():
+    """Of 10 sentences 3,000 are asked for: at most 100 tries each at first, and one each in the end."""
+    tried, done = [], []
+
+    class FewSentences:
+        classes = ("owl", "cat")
+
+        def sentence(self, name, number, others=()):
+            tried.append(name)
+            return Sentence(f"a {name} number {number % 10}", (name,), name)
+
+    found = balance.build_list(FewSentences(), [("owl",)] * 3000 + [("cat",)] * 10, done.append)
+    assert done == list(range(1, 3011)) and len({sentence.prompt for sentence in found}) == 20
+    assert Counter(tried) == {"owl": 10 + sum(range(2, 101)) + 3000 - 10 - 99, "cat": 10}
 
 
 def test_near_duplicates_are_those_of_the_plain_definition():
@@ -104,7 +128,14 @@ def test_classes_are_spread_over_the_list():
 
 
 def test_balance_asks_for_what_rare_classes_lack():
-    assert balance.count_missing_images({"cat": 10, "dog": 4}, ("cat", "dog", "bus")) == {"cat": 0, "dog": 6, "bus": 10}
+    counts = balance.count_prompts(("cat", "dog", "bus"), images={"cat": 10, "dog": 4, "owl": 30})
+    assert counts == {"cat": 0, "dog": 6, "bus": 10}
+
+
+def test_the_command_shows_its_progress(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("datasetdm_fast.command_line.progress.SECONDS_PER_LINE", 0)
+    assert prompts.main(["--per-class", "2", "--out", str(tmp_path / "list.jsonl")]) == 0
+    assert "prompts, 3/14 prompts, about" in capsys.readouterr().err
 
 
 def test_the_command_balances_a_labelled_data_set(tmp_path):

@@ -3,7 +3,7 @@
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 from math import ceil
 from pathlib import Path
@@ -19,12 +19,6 @@ LARGEST_COUNTS = 2**24  # bytes of a file of counts
 COUNTS_REMEDY = 'Write a whole number for each class: {"cat": 40, "dog": 25}.'
 
 
-def count_missing_images(present: Mapping[str, int], classes: Sequence[str]) -> dict[str, int]:
-    """Images that each class needs until all have as many as the one with the most."""
-    most = max((present.get(name, 0) for name in classes), default=0)
-    return {name: most - present.get(name, 0) for name in classes}
-
-
 def count_prompts(
     classes: Sequence[str], per_class: int = 0, file: str = "", images: Mapping[str, int] | None = None
 ) -> dict[str, int]:
@@ -32,8 +26,9 @@ def count_prompts(
     if file:
         counts = _read_counts(file, classes)
     elif images is not None:
-        counts = count_missing_images(images, classes)
-        if not any(images.get(name) for name in classes):
+        most = max((images.get(name, 0) for name in classes), default=0)
+        counts = {name: most - images.get(name, 0) for name in classes}
+        if not most:
             raise Refused("--balance: no image shows a class of this list", "Give --classes in the words of the data.")
         if not any(counts.values()):
             raise Refused("--balance: every class of this list is in as many images", "Give --per-class instead.")
@@ -76,18 +71,20 @@ def plan_classes(counts: Mapping[str, int], pairs: float, seed: int) -> Iterator
 
 
 def build_list(
-    grammar: SentenceGrammar, counts: Mapping[str, int], pairs: float = 0.0, seed: int = 0
+    grammar: SentenceGrammar, planned: Iterable[tuple[str, ...]], on_sentence: Callable[[int], None] = lambda done: None
 ) -> list[Sentence]:
-    """The balanced list of a grammar; no prompt comes twice while the grammar has another."""
-    sentences, prompts, numbers = [], set(), dict.fromkeys(counts, 0)
-    for name, *others in plan_classes(counts, pairs, seed):
-        for _ in range(MOST_TRIES):
+    """A sentence of each planned choice of classes; hardly any prompt comes twice while the grammar has another."""
+    sentences, prompts, numbers, failures = [], set(), Counter[str](), Counter[str]()
+    for name, *others in planned:
+        for _ in range(MOST_TRIES - failures[name]):
             sentence = grammar.sentence(name, numbers[name], others)
             numbers[name] += 1
-            if sentence.prompt not in prompts:
+            if is_new := sentence.prompt not in prompts:
                 break
+        failures[name] = max(failures[name] - 1, 0) if is_new else min(failures[name] + 1, MOST_TRIES - 1)
         prompts.add(sentence.prompt)
         sentences.append(sentence)
+        on_sentence(len(sentences))
     return sentences
 
 
