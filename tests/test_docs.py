@@ -14,6 +14,8 @@ import pytest
 import yaml
 from layers import HERE, PACKAGE
 
+from datasetdm_fast.gallery import GalleryConfig
+
 sys.path.append(str(HERE / "docs" / "site"))  # conftest.py does so for tests; this file is a program, too
 import pages  # noqa: E402
 
@@ -98,6 +100,14 @@ def test_lines_fit(page):
     assert [
         line for line in long if not line.startswith(("|", "!", "#"))
     ] == []  # tables, pictures and headings cannot be broken
+
+
+def test_flags_on_the_page_of_the_gallery_are_its_own():
+    """But for one of `drop` and one of `train`."""
+    own = {f"--{name.replace('_', '-')}" for name in GalleryConfig.__dataclass_fields__}
+    text = re.sub(r"```.*?```", "", (HERE / "docs" / "gallery.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    named = {flag for code in re.findall(r"`([^`]*)`", text) for flag in re.findall(r"(?:^| )(--[a-z-]+)", code)}
+    assert named - own == {"--file", "--data"}
 
 
 def test_the_readme_is_short_and_leads_to_every_page():
