@@ -234,7 +234,7 @@ def fused(
 def groups_of_block(groups: int, members: int, lanes: int) -> int:
     """How many groups of so many members a block takes: a power of two that divides them and fits its lanes."""
     together = 1
-    while groups % (2 * together) == 0 and 2 * together * round_up(members, 1) <= lanes:
+    while groups % (2 * together) == 0 and 2 * together * members <= lanes:
         together *= 2
     return together
 

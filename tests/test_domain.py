@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from bench.world.hard.reader import register
 from bench.world.worlds import WORLDS
 from datasetdm_fast import Pipeline, filter, generate, open_run, train
-from datasetdm_fast.command_line import progress
+from datasetdm_fast.command_line import progress, run_report
 from datasetdm_fast.data import DomainDistance, Instances, Request, Sample, SemanticMap, Trust
 from datasetdm_fast.engine.decoders import domain
 from datasetdm_fast.engine.decoders.checkpoint import load_decoder
@@ -615,3 +615,23 @@ def test_few_right_samples_of_the_demo_are_marked():
     samples = draw_by("demo", [world.sample_scene(700_000 + k).caption for k in range(100)])
     right = [sample for sample in samples if all("unlike" in reason for reason in sample.trust.reasons)]
     assert len(right) >= 90 and np.mean([sample.trust.domain > 1 for sample in right]) <= 0.03
+
+
+@pytest.mark.parametrize(
+    ("known", "others", "text"),
+    [
+        ((), (), ""),
+        (("depth", "pose"), (), "samples are compared with what depth, pose learned from"),
+        ((), ("depth",), "depth: unknown, as fewer than 8 images or 0.2.0 trained it"),
+        (
+            ("pose",),
+            ("depth",),
+            "samples are compared with what pose learned from; depth: unknown, as fewer than 8 images",
+        ),
+    ],
+)
+def test_the_plan_tells_with_which_pictures_samples_are_compared(known, others, text):
+    decoders = {task: SimpleNamespace(domain=task in known) for task in (*known, *others)}
+    job = SimpleNamespace(engine=SimpleNamespace(decoders=decoders), recipe=SimpleNamespace(decoded=decoders))
+    told = run_report._describe_domain(job)
+    assert told.startswith(text) and bool(told) == bool(text)

@@ -594,7 +594,7 @@ def test_label_studio(exported):
     first = prediction["result"][0]
     left, right = 50.0, 83.333333  # 3 and 5 of 6 pixels, in per cent
     assert first["value"]["points"] == [[left, 0], [right, 0], [right, 100], [left, 100]]
-    assert first["value"]["polygonlabels"] == ["person"] and first["score"] == 0.8
+    assert first["value"]["polygonlabels"] == ["person"] and first["value"]["closed"] and first["score"] == 0.8
     assert (first["original_width"], first["original_height"]) == (WIDTH, HEIGHT)
     interface = ElementTree.parse(out / "config.xml")
     assert [label.get("value") for label in interface.iter("Label")] == list(THINGS)

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from skips import IS_LONG
 from tiny_pipelines import SIZE
+from transformers import AutoTokenizer
 
 from datasetdm_fast import generate
 from datasetdm_fast.engine.backbones.flux1 import FLUX1
@@ -23,7 +24,7 @@ from datasetdm_fast.engine.backbones.sdxl import SDXL
 from datasetdm_fast.engine.backbones.z_image import Z_IMAGE
 from datasetdm_fast.engine.decoders.checkpoint import save_decoder, seeded_decoders
 from datasetdm_fast.engine.loading import load_model
-from datasetdm_fast.engine.loading.folder import load_folder
+from datasetdm_fast.engine.loading.folder import family_of, load_folder
 from datasetdm_fast.engine.loading.model import ConfigFile
 from datasetdm_fast.errors import Missing, Refused
 
@@ -363,6 +364,27 @@ def test_parts_of_different_models_are_refused(saved, tmp_path):
         shutil.rmtree(folder / name)
         shutil.copytree(saved("sd3", text=64) / name, folder / name)
     assert "pooled text of width" in refused(folder)
+
+
+def test_a_tokenizer_larger_than_its_text_encoder_is_refused(saved, tmp_path, family):
+    for path in saved(family).glob("tokenizer*"):
+        folder = shutil.copytree(saved(family), tmp_path / path.name)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer.add_tokens([f"<{k}>" for k in range(500)])
+        tokenizer.save_pretrained(folder / path.name)
+        encoder = path.name.replace("tokenizer", "text_encoder")
+        assert f"the tokenizer of the {encoder} has {len(tokenizer)} entries" in refused(folder)
+
+
+def test_a_folder_without_an_index_is_of_the_family_whose_parts_it_has(saved, tmp_path, family):
+    for part in saved(family).iterdir():
+        if part.name != "model_index.json":
+            (tmp_path / part.name).symlink_to(part)
+    assert family_of(tmp_path).name == family
+    if family == "sdxl":
+        for name in ("text_encoder_2", "tokenizer_2"):
+            (tmp_path / name).unlink()
+        assert family_of(tmp_path) is SD
 
 
 def test_code_of_a_model_is_not_run(saved, tmp_path):

@@ -56,6 +56,68 @@ def test_random_models_have_as_many_weights_as_the_published_ones(name):
     assert not any(network.is_built for network in model.networks.values()) and model.levels and model.size == 1024
 
 
+# What no number of weights shows, from the published files: part -> values
+CLIP_L = {"hidden_act": "quick_gelu", "num_attention_heads": 12, "layer_norm_eps": 1e-5, "max_position_embeddings": 77}
+CLIP_G = CLIP_L | {"hidden_act": "gelu", "num_attention_heads": 20}
+T5 = {"num_heads": 64, "d_kv": 64, "feed_forward_proj": "gated-gelu"}
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+FLUX_VAE = {"scaling_factor": 0.3611, "shift_factor": 0.1159, "norm_num_groups": 32, "use_quant_conv": False}
+QWEN3 = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True}
+UNET = {"norm_num_groups": 32, "norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0}
+PUBLISHED = {
+    "sd": {
+        "text_encoder": CLIP_L | {"bos_token_id": 49406, "eos_token_id": 49407},
+        "unet": UNET | {"sample_size": 64, "attention_head_dim": 8, "use_linear_projection": False},
+        "vae": {"scaling_factor": 0.18215, "norm_num_groups": 32, "sample_size": 512},
+        "scheduler": BETAS | {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "set_alpha_to_one": False},
+    },
+    "sdxl": {
+        "text_encoder": CLIP_L,
+        "text_encoder_2": CLIP_G,
+        "unet": UNET | {"sample_size": 128, "attention_head_dim": (5, 10, 20), "addition_time_embed_dim": 256},
+        "vae": {"scaling_factor": 0.13025, "norm_num_groups": 32, "force_upcast": True},
+        "scheduler": BETAS | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"},
+    },
+    "sd3": {
+        "text_encoder": CLIP_L,
+        "text_encoder_2": CLIP_G,
+        "text_encoder_3": T5,
+        "transformer": {"sample_size": 128, "patch_size": 2, "attention_head_dim": 64, "qk_norm": "rms_norm"},
+        "vae": {"scaling_factor": 1.5305, "shift_factor": 0.0609, "norm_num_groups": 32, "use_quant_conv": False},
+        "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
+    },
+    "flux1": {
+        "text_encoder": CLIP_L,
+        "text_encoder_2": T5,
+        "transformer": {"axes_dims_rope": (16, 56, 56), "attention_head_dim": 128, "guidance_embeds": False},
+        "vae": FLUX_VAE,
+        "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 1.0},
+    },
+    "flux2-klein": {
+        "text_encoder": QWEN3,
+        "transformer": {"axes_dims_rope": (32,) * 4, "attention_head_dim": 128, "rope_theta": 2000, "eps": 1e-6},
+        "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, "use_dynamic_shifting": True},
+        "model_index": {"is_distilled": True},
+    },
+    "z-image": {
+        "text_encoder": QWEN3,
+        "transformer": {"axes_dims": (32, 48, 48), "axes_lens": (1024, 512, 512), "rope_theta": 256, "n_heads": 30}
+        | {"t_scale": 1000, "norm_eps": 1e-5, "n_kv_heads": 30},
+        "vae": FLUX_VAE,
+        "scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0},
+    },
+}
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_models_of_full_size_have_the_published_settings(family):
+    backbone = next(each for each in every_backbone() if each.name == family)
+    for part, values in PUBLISHED[family].items():
+        config = backbone.full_size[part]
+        told = {name: tuple(value) if isinstance(value := config[name], list) else value for name in values}
+        assert told == values, part
+
+
 @pytest.mark.parametrize("family", ["sd3", "flux1", "flux2-klein", "z-image"])
 def test_random_weights_of_a_family_make_images(family):
     pipeline = tiny_pipelines.build(family, **({"is_dev": False} if family == "flux1" else {}))

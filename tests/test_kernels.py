@@ -417,6 +417,14 @@ REFUSED = {
         torch.ones(1, 1, 2, 8), *[torch.ones(1, 1, 0, 8)] * 2, torch.ones(1, 0, 4)
     ),
     "attention_capture: weight": lambda: fused.attention_capture(*[torch.ones(1, 2, 4, 8)] * 3, torch.ones(5, 2, 4)),
+    "joint_qkv: turns": lambda: fused.joint_qkv(
+        [torch.ones(2, 3, 48), torch.ones(2, 5, 48)],
+        [(torch.ones(8), torch.ones(8))] * 2,
+        torch.ones(2, 7, 4, 2),
+        2,
+        8,
+        1e-6,
+    ),
     "upsample_concat: two batches": lambda: fused.upsample_concat([torch.ones(1, 4, 2, 2), torch.ones(2, 4, 2, 2)], 2),
 }
 

@@ -374,6 +374,10 @@ def test_files_count_joints_from_the_middle_of_the_first_pixel_as_coco_does():
         10.5,
         20.5,
     ]
+    between = [{"keypoints": [10.28, 20.12, 2], "num_keypoints": 1}, {"keypoints": [1, 1, 0], "num_keypoints": 0}]
+    assert pose_labels.people(between, table, None) == [
+        [10.8, 20.6, 2.0]
+    ]  # to a tenth, and whom no joint shows left out
     written = LABEL_KINDS["pose"].table(SimpleNamespace(joints=("head",), limbs=()), 64, ())
     assert written["origin"] == "middle of the first pixel"
 
@@ -382,6 +386,10 @@ def test_files_count_joints_from_the_middle_of_the_first_pixel_as_coco_does():
     ("changes", "said"),
     [
         ({"num_keypoints": 2}, "joints, the ledger says 2"),
+        ({"keypoint_scores": [1.0, 1.0]}, "person 0 has joints that are no joints"),
+        ({"keypoint_scores": [1.0, 1.0, 1.0, 1.0]}, "person 0 has joints that are no joints"),
+        ({"score": 1.01}, "person 0 has joints that are no joints"),
+        ({"score": -0.01}, "person 0 has joints that are no joints"),
         ({"bbox": [0.0, 0.0, 5.5, 5.5014]}, None),  # what rounding three digits may do
         ({"bbox": [0.0, 0.0, 5.5, 5.502]}, "the ledger says [0.0, 0.0, 5.5, 5.502]"),
         ({"bbox": [0.0, 0.0, 5.5, 5.498]}, "the ledger says [0.0, 0.0, 5.5, 5.498]"),

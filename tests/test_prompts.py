@@ -23,6 +23,11 @@ from datasetdm_fast.runs.jobs.prompt_files import read_source
 from datasetdm_fast.runs.run_settings import PromptSettings, RunConfig
 
 
+def test_a_prompt_in_a_message_has_60_signs_and_none_that_steers_a_terminal():
+    assert prompts.shorten("a" * 60) == repr("a" * 60) and prompts.shorten("a" * 61) == repr("a" * 57 + "...")
+    assert prompts.shorten("a\x1b[2J\n") == r"'a\x1b[2J\n'"
+
+
 class Tokenizer:
     model_max_length = 77
 

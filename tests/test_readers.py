@@ -453,6 +453,16 @@ def test_datumaro_calls_a_file_of_cvat_as_its_split(copied):
         open_data(f"{address}[test]", SIDE)
 
 
+@pytest.mark.parametrize("change", [lambda text: re.sub("<image .*</image>", "", text, flags=re.DOTALL), None])
+def test_what_is_no_task_of_cvat_is_refused(copied, change):
+    root, address = copied("cvat")
+    path = root / "annotations.xml"
+    change = change or (lambda text: text.replace("<annotations>", "<tasks>").replace("</annotations>", "</tasks>"))
+    path.write_text(change(path.read_text()))
+    with pytest.raises(Refused, match="no image in it, expected what CVAT calls"):
+        open_data(address, SIZE)
+
+
 def test_labels_of_cvat_that_bound_no_area_are_no_classes(copied):
     root, address = copied("cvat")
     classes, path = open_data(address, SIZE).thing_classes, root / "annotations.xml"
@@ -577,6 +587,14 @@ def test_lvis_tells_which_classes_an_image_was_searched_for(copied):
     item = source[0]
     assert item.searched == tuple(sorted({0, *item.mask_classes.tolist()})) and source[1].searched is None
     assert item.not_exhausted == (len(categories) - 1,)
+
+
+@pytest.mark.parametrize("url", ["000000000000.jpg", "", 7, None])
+def test_an_lvis_image_without_the_folder_of_its_picture_is_told(copied, url):
+    root, address = copied("lvis")
+    rewrite(root / "lvis_v1_train.json", lambda d: d["images"][0].update(coco_url=url))
+    with pytest.raises(Refused, match="has no coco_url"):
+        list(open_data(address, SIZE))
 
 
 def test_an_lvis_image_that_was_searched_for_nothing_is_left_out(copied):

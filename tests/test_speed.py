@@ -195,6 +195,10 @@ def run(tmp_path, figures, one_engine_of_a_kind, monkeypatch):
     return tmp_path / "run", lambda *flags: generate.main([*line, *flags])
 
 
+def test_fast25_is_dpm_solver_with_25_calls():
+    assert (speed.FAST_SAMPLER, speed.FAST_STEPS) == ("dpm-solver++", 25)
+
+
 @pytest.mark.parametrize(
     ("name", "constant", "value", "reason"),
     [
