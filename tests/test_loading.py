@@ -1,6 +1,7 @@
 """Loading: what is supported loads with equal weights, everything else is refused by name."""
 
 import json
+import logging
 import random
 import shutil
 import subprocess
@@ -8,8 +9,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
+import transformers
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from small_unets import with_small_unet
@@ -894,3 +897,12 @@ def test_a_model_whose_decoders_read_both_halves_has_rows_of_negative_prompts_wi
     model = load_model("tiny")
     assert model.guidance == model.guidance_at(7.5) == "cfg" and model.guidance_at(model.backbone.unguided) == "none"
     assert model.has_negative(7.5) and model.has_negative(model.backbone.unguided) and model.halves == 2
+
+
+def test_libraries_are_quiet_while_a_model_is_read_and_as_before_afterwards():
+    libraries = transformers.utils.logging, diffusers.utils.logging
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    with checks.quiet_libraries():
+        assert all(library.get_verbosity() == logging.ERROR for library in libraries)
+        assert not any(library.is_progress_bar_enabled() for library in libraries)
+    assert [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries] == before

@@ -139,7 +139,7 @@ def test_class_words_are_whole_words_and_simple_plurals(prompt, found):
     [
         (b"", "holds no prompt"),
         (b"\n \n", "holds no prompt"),
-        (b"a ball\nb\xff", "line 2: not valid UTF-8"),
+        (b"a ball\n\xffb", "line 2: not valid UTF-8"),
         (b"a ball\na\0b", "line 2: holds a NUL byte"),
         (b"a \x1b[31mball", "control character U\\+001B"),
         (b"x " * 80, "line 1: 82 tokens, at most 77"),
