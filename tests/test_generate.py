@@ -318,6 +318,11 @@ def test_only(engines, tmp_path, capsys):
         "id": "00000001",
         "written": ["depth/00000001.png"],
     }
+    assert run("--only", "00000001", out=tmp_path / "run") == 0
+    assert "sample 00000001: made again, no file changed" in capsys.readouterr().err
+    (tmp_path / "run/depth/00000001.png").unlink()
+    assert run("--only", "00000001", out=tmp_path / "run") == 0
+    assert "sample 00000001: made again, 1 file written" in capsys.readouterr().err
     assert run("--only", "00000001", "--number", "4", out=tmp_path / "run") == 2
 
 

@@ -41,6 +41,7 @@ from datasetdm_fast.engine.engines.fast import FastEngine
 from datasetdm_fast.engine.labels.class_tables import builtin_table
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop.plan import make_plan
+from datasetdm_fast.errors import Refused
 from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.runs.run_folder.reader import open_run
 from datasetdm_fast.training.settings import TrainConfig
@@ -661,3 +662,27 @@ def test_upstreams_own_scripts_write_the_same(script, kind, config, prompts, cou
             assert (decoded(content) == decoded(theirs[path])).all(), path
         else:
             assert content == theirs[path], path
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("Depth_Decorder:\n  max_depth: 80\n", "kitti"),
+        ("Depth_Decorder:\n  max_depth: 10\n", "nyu"),
+        ("Depth_Decorder:\n  task: depth\n", "nyu"),
+        ("Depth_Decorder: 80\n", "nyu"),
+        ("SEG_Decorder:\n  max_depth: 80\n", "nyu"),
+        ("Depth_Decorder:\n  max_depth: 20\n", None),
+        ("Depth_Decorder:\n  max_depth: far\n", None),
+    ],
+)
+def test_the_range_of_a_config_chooses_the_checkpoint(tmp_path, text, kind):
+    write(tmp_path / "own.yaml", text)
+    line = type("Line", (dict,), {"path": lambda self, name: tmp_path / self[name]})(config="own.yaml")
+    script = next(each for each in GENERATORS.values() if each.kinds == ("nyu", "kitti"))
+    if kind:
+        assert script._kind(line) == kind
+        assert script._kind(type(line)(config=None)) == "nyu"
+    else:
+        with pytest.raises(Refused, match="expected 10 or 80"):
+            script._kind(line)
