@@ -265,6 +265,17 @@ def test_a_walk_takes_away_exactly_the_noise_that_was_added(sampler):
         assert (state.latents - image).abs().max() < 1e-6, strength
 
 
+@pytest.mark.parametrize(
+    ("timestep", "steps", "places"), [(100, 4, [0, 25, 50, 75]), (3, 3, [0, 1, 2]), (1, 1, [0]), (0, 5, [0])]
+)
+def test_the_way_back_has_even_steps_and_one_call_at_least(timestep, steps, places):
+    clean, times = torch.ones(1, 4, 8, 8), []
+    denoise = lambda latents, time, text: times.append(time) or torch.zeros(1, 4, 8, 8)  # noqa: E731
+    engine = SimpleNamespace(model=SimpleNamespace(scheduler={"_class_name": EULER}), denoise=denoise)
+    found = ddim_latents(engine, clean, None, timestep, steps)
+    assert times == places and torch.allclose(found, clean)
+
+
 def test_a_flow_runs_back_from_its_image_to_noise():
     clean, direction = torch.randn((2, 2, 4, 8, 8), generator=torch.Generator().manual_seed(1))
     engine = SimpleNamespace(

@@ -450,6 +450,8 @@ def test_parts_of_an_audit_are_the_whole(alone, folder, tmp_path, capsys):
         (["--shard-size", "7"], "shard_size: 5 there, 7 asked for"),
         (["--layout", "folder", "--shard-size", "1000"], "layout"),
         (["--number", "20"], "number: 26 there, 20 asked for"),
+        (["--batch-size", "3"], "batch_size: "),
+        (["--engine", "torch"], "engine: "),
         (["--number", "60", "--prompts", "PROMPTS"], "image 00000000 would change"),
         (["--keep", "trusted"], "keep: nothing there"),
         (["--layout", "folder"], "the run is not in shards"),
