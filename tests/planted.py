@@ -26,6 +26,11 @@ _BY_FILE = {
     "engine/loop/calls.py": (
         "test_driver.py",
         (
+            "replace(text, guidance=guidance or usual)",
+            "replace(text, guidance=usual)",
+            "guidance that is embedded is always the model's own",
+        ),
+        (
             "initial_noise(seed, *shape)",
             "initial_noise(0, *shape)",
             "the seed decides nothing",
@@ -49,6 +54,34 @@ _BY_FILE = {
             "SamplerState(recipe.schedule, recipe.guidance",
             "SamplerState(recipe.schedule, 1.0",
             "guidance is not applied",
+        ),
+    ),
+    "engine/engines/fast/engine.py": (
+        "test_models.py",
+        ("or self._text[2] != size", "", "where memory is short, images are drawn for the texts of others"),
+    ),
+    "engine/loading/in_memory.py": (
+        "test_pipeline.py",
+        (
+            'read[SCHEDULER]["_class_name"] = type(present[SCHEDULER]).__name__',
+            "pass",
+            "a scheduler that code has built is taken for PNDM",
+        ),
+    ),
+    "disk/storage.py": (
+        "test_ledger.py",
+        ("sync(part)", "pass", "after a power cut a finished ledger is empty"),
+    ),
+    "runs/compositions/merging.py": (
+        "test_merge.py",
+        ("labels=labels, trust=row.trust", "labels=labels", "merged samples are trusted that were not"),
+    ),
+    "service/batching.py": (
+        "test_serve.py",
+        (
+            "each.group == first.group and not each.is_alone",
+            "each.group == first.group",
+            "the bytes of a deterministic request depend on who asks beside it",
         ),
     ),
     "disk/sqlite.py": (
@@ -170,6 +203,11 @@ _BY_FILE = {
             "[: -self.batch] for part in (q, k, v))), output",
             "[-self.batch :] for part in (q, k, v))), output",
             "equal halves",
+        ),
+        (
+            "[-len(matrices) :], matrices)",
+            "[: len(matrices)], matrices)",
+            "a level of one half reads the empty prompt's",
         ),
         (
             "zip(decoders, stops, stops[1:])",

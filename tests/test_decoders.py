@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -620,9 +621,11 @@ def test_config_refusals():
         ({"normalisation": "batch"}, "normalisation is 'batch'"),
         ({"width": 20, "heads": 8}, "width 20 must divide"),
         ({"classes": ()}, "at least one name in classes"),
+        ({"task": "semantic", "classes": tuple(map(str, range(256)))}, "256 semantic classes, expected at most 255"),
     ):
         with pytest.raises(Refused, match=message):
-            DecoderConfig(**{**{name: getattr(config, name) for name in DecoderConfig.__dataclass_fields__}, **change})
+            replace(config, **change)
+    assert len(replace(config, task="semantic", classes=tuple(map(str, range(255)))).classes) == 255  # 0 to 254
     for text in ("", "{}", "[]", '{"levels": 3}'):
         with pytest.raises(Refused, match="not the JSON of a decoder"):
             DecoderConfig.from_json(text)

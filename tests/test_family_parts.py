@@ -11,6 +11,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from datasetdm_fast import generate
 from datasetdm_fast.data import Text, join_texts
 from datasetdm_fast.engine.backbones import every_backbone, mmdit_plans
+from datasetdm_fast.engine.backbones.flux2_klein import FLUX2_KLEIN
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.loading import load_model, presets
 from datasetdm_fast.engine.models.text_encoder import PairedPromptEncoder
@@ -171,3 +172,13 @@ def test_places_of_qwen_image_are_counted_from_the_middle_as_in_diffusers():
     places = mmdit_plans.qwen_image(config, {}).places(5, 2, None, torch.device("cpu"))
     cells = [[0, row, column] for row in range(-3, 2) for column in range(-3, 2)]
     assert places.tolist() == [[*cells, [2, 2, 2], [3, 3, 3]]]
+
+
+def test_an_encoder_of_just_as_many_layers_as_klein_reads_fits():
+    encoder, network = SimpleNamespace(hidden_size=8, num_hidden_layers=27), SimpleNamespace(joint_attention_dim=24)
+    configs = {"text_encoder": encoder, "transformer": network}
+    model = SimpleNamespace(name="it", configs=configs, backbone=SimpleNamespace(of_kind=lambda kind: ()))
+    FLUX2_KLEIN.check_fit(model)
+    encoder.num_hidden_layers = 26
+    with pytest.raises(Refused, match="26 layers, and the states of layer 27 are read"):
+        FLUX2_KLEIN.check_fit(model)

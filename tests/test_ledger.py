@@ -228,6 +228,22 @@ def test_publish_writes_what_short_writes_leave(tmp_path, monkeypatch):
     assert (tmp_path / "a").read_bytes() == b"0123456789"
 
 
+def test_a_file_that_grows_beyond_what_is_read_of_it_is_refused(tmp_path, monkeypatch):
+    path, syscall = tmp_path / "list.txt", storage.syscall
+    path.write_bytes(b"12345")
+    assert storage.read(path, 5) == b"12345"
+
+    def append(name, call, *arguments):
+        if name == "read" and path.stat().st_size == 5:
+            with path.open("ab") as file:
+                file.write(b"67")
+        return syscall(name, call, *arguments)
+
+    monkeypatch.setattr(storage, "syscall", append)
+    with pytest.raises(Refused, match="grows while it is read"):
+        storage.read(path, 5)
+
+
 def test_a_file_that_one_process_may_create_or_move_is_durable_before_and_after_it_has_its_name(tmp_path, monkeypatch):
     calls, syscall = [], storage.syscall
 

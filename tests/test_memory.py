@@ -76,8 +76,8 @@ def test_a_batch_from_free_memory(monkeypatch):
     cuda = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10_000, 99_999))
     assert (
-        memory.suggest_batch(64, cuda, lambda batch: 500 + 500 * batch) == 14
-    )  # 1 + (8000 - 1000) / 500 = 15, made even
+        memory.suggest_batch(64, cuda, lambda batch: 600 + 500 * batch) == 14
+    )  # 1 + (8000 - 1100) / 500 = 14.8, made even
     assert (
         memory.suggest_batch(64, cuda, lambda batch: 90_000 * batch) == 1
         and memory.suggest_batch(64, cuda, lambda batch: batch) == memory.LARGEST_SUGGESTED_BATCH

@@ -99,7 +99,7 @@ def test_pool_draws_scenes_with_captions_of_theirs(tmp_path):
 def test_zeros_in_place_of_t5_are_as_many_as_the_index_says(parts, tmp_path):
     mmdit.assemble(parts, tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
-    for entry, tokens in (({}, 77 + 256), ({"max_sequence_length": 0}, 77), ({"max_sequence_length": 9}, 86)):
+    for entry, tokens in (({}, 77 + 256), ({"max_sequence_length": 0}, 77), ({"max_sequence_length": 512}, 589)):
         (tmp_path / "model_index.json").write_text(json.dumps(index | entry))
         engine = build_engine("torch", load_model(str(tmp_path)), {})
         assert engine.encode_text(["a red ball"]).context.shape == (1, tokens, 2 * WIDTH)

@@ -16,7 +16,7 @@ from datasetdm_fast.engine.decoders.checkpoint import build_decoder
 from datasetdm_fast.engine.decoders.config import upstream
 from datasetdm_fast.engine.decoders.trunk import fold
 from datasetdm_fast.engine.engines import build_engine
-from datasetdm_fast.engine.engines.fast import FastEngine, on_gpu
+from datasetdm_fast.engine.engines.fast import FastEngine, on_cpu, on_gpu
 from datasetdm_fast.engine.engines.fast import engine as base
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loading.presets import seed_network
@@ -332,6 +332,13 @@ def test_capture_of_attention_is_exact():
         )
         <= 1e-12
     )
+
+
+def test_a_text_is_sliced_anew_where_fewer_images_are_worked_on_at_once(pair, monkeypatch):
+    latents, text = inputs(pair.fast, 3)
+    together = pair.fast.denoise(latents, 500.0, text)
+    monkeypatch.setattr(on_cpu, "slice_of", lambda batch: 1)
+    assert relative(pair.fast.denoise(latents, 500.0, text), together) <= STAGE
 
 
 def test_of_a_call_of_two_halves_a_level_of_one_reads_that_of_the_prompt():

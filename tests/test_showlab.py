@@ -307,6 +307,22 @@ def test_contour_lines():
     assert files.write_contours(answer({**raw, "pred_logits": torch.zeros(3, 81)}))["txt"] == b""
 
 
+def test_a_line_of_pixels_has_the_area_of_its_pixels():
+    mask = np.zeros((64, 64), bool)
+    mask[50, 5:14], mask[10:12, 5:7] = True, True  # nine pixels, and four
+    assert files.largest_contour(mask).tolist() == [[5, 50], [13, 50]]
+
+
+def test_a_joint_is_written_from_the_third_pixel_of_a_side_on():
+    """As upstream has it, a quarter of a pixel towards the higher neighbour."""
+    for column, expected in ((1, "\n"), (2, "2.25,4.0,1.0\n"), (6, "6.25,4.0,1.0\n"), (7, "\n")):
+        maps = torch.zeros(1, 8, 9)
+        maps[0, 4, column], maps[0, 4, column + 1] = 1, 0.5
+        assert (
+            files.write_heatmap_joints(answer({"heatmaps": maps[..., :8]}, "pose", side=8))["txt"] == expected.encode()
+        )
+
+
 # ---- runs
 
 SHORT = ("--model", "demo", "--steps", "2", "--engine", "fast", "--quiet")
