@@ -137,6 +137,16 @@ def test_a_layer_of_an_address_that_the_run_lacks_is_named(chromium, run):
     page.close()
 
 
+def test_a_sample_of_an_address_that_is_not_among_those_shown_is_named(chromium, run):
+    page = Watched(chromium).open(address(run, "#id=00000999"))
+    assert page.locator("#summary").inner_text().startswith("No sample 00000999 is among these · ")
+    assert not page.evaluate("viewer.open")
+    page.evaluate("location.hash = 'id=00000001'")
+    until(page, "viewer.open")
+    assert "No sample" not in page.locator("#summary").inner_text()
+    page.close()
+
+
 def test_layers_by_key_and_inside_the_viewer(chromium, run):
     page = Watched(chromium).open(address(run))
     before = page.evaluate("layersOn.join()")
@@ -410,18 +420,26 @@ def test_labels_are_corrected_on_a_served_page(chromium, tmp_path):
         assert page.locator("#frame .shape").count() == count - 1
         page.locator("#correcting select").first.select_option("ring")
         page.click("#correcting button:has-text('Ignore a region')")
+        page.keyboard.press("Escape")  # it ends the marking alone
+        assert page.evaluate("viewer.open && !isMarking")
+        page.click("#correcting button:has-text('Ignore a region')")
         box = page.locator("#frame .stack").bounding_box()
         unit = box["width"] / 48
         page.mouse.move(box["x"] + 6 * unit, box["y"] + 12 * unit)
         page.mouse.down()
         page.mouse.move(box["x"] + 18 * unit, box["y"] + 24 * unit, steps=3)
         page.mouse.up()
+        assert page.evaluate("getSelection().isCollapsed")  # nothing of the page is marked blue by the dragging
         until(page, "!isSending && !uncorrected.size && correctionOf(opened).ignored.length === 1")
         assert page.locator("#frame .unjudged").count() == 1 and watched.errors == []
         expected = {"removed": [["instance", 1]], "renamed": [["instance", 0, "ring"]], "ignored": [[6, 12, 18, 24]]}
         assert json.loads((run / "review/corrections.json").read_text()) == {"00000003": expected}
         page.reload()
         until(page, "filled && served && correctionOf(opened).removed.length === 1")
+        page.click("#correcting button:has-text('Ignore a region')")
+        page.click("#close")
+        until(page, "!viewer.open && !isMarking && opened === null")
+        page.evaluate("open(samples.find(each => each.id === '00000003'))")
         for name in ("Restore", "Remove"):
             page.locator("#correcting button", has_text=name).click()
         page.locator("#correcting select").first.select_option(page.evaluate("detailsOf(opened).instance[0][0]"))

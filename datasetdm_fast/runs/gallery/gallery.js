@@ -285,10 +285,14 @@ function regionTo(event) {
 }
 function endRegion(event) {
   const box = regionTo(event);
+  leaveMarking();
+  if (box[0] < box[2] && box[1] < box[3]) correct({ ignored: [...correctionOf(opened).ignored, box] });
+}
+function leaveMarking() {
+  frame.firstChild?.querySelector(".layer.drawing")?.remove();
   corner = null;
   isMarking = false;
-  if (box[0] < box[2] && box[1] < box[3]) correct({ ignored: [...correctionOf(opened).ignored, box] });
-  else showCorrecting();
+  showCorrecting();
 }
 
 // ---- review: marks of samples, kept by the browser or, where the page is served, written into the run folder
@@ -574,12 +578,10 @@ function refresh(isGrowing = false) {
   if (!shown.length && filled) showNothing();
   arrange();
   if (focused) [...cards.values()].find(element => element.dataset.id === focused)?.focus({ preventScroll: true });
-  summarise();
   if (opened) tellPlace();
-  if (wanted) {
-    const found = shown.find(sample => sample.id === wanted);
-    if (found) open(found);
-  }
+  const found = wanted && shown.find(sample => sample.id === wanted);
+  trouble("sample", filled && wanted && !found ? `No sample ${wanted} is among these` : "");
+  if (found) open(found);
 }
 function summarise() {
   const number = portion(shown.length, Math.max(run.samples, samples.length)) + (run.is_in_progress ? " so far" : "");
@@ -1096,7 +1098,13 @@ by("copy").addEventListener("click", async () => {
   setTimeout(() => { by("copy").textContent = "Copy"; }, 1500);
 });
 viewer.addEventListener("click", event => { if (event.target === viewer) viewer.close(); });
+viewer.addEventListener("cancel", event => {
+  if (!isMarking) return;
+  event.preventDefault(); // Escape ends the marking of a region first
+  leaveMarking();
+});
 viewer.addEventListener("close", () => {
+  leaveMarking();
   const place = shown.indexOf(opened);
   opened = null;
   keepAddress();
