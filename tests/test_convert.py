@@ -112,6 +112,13 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def test_an_export_is_found_by_the_folder_of_all_formats(run, tmp_path):
+    out = converted(run, tmp_path / "out", "--to", "coco,yolo-seg")
+    for kind in ("coco", "yolo-seg"):
+        found, wanted = (open_data(f"{kind}:{path}", SIZE) for path in (out, out / kind))
+        assert [item.id for item in found] == [item.id for item in wanted] and len(wanted) == NUMBER + 2
+
+
 @pytest.mark.parametrize("flags", [(), ("--polygons",)])
 @pytest.mark.parametrize("kind", ["coco", "lvis"])
 def test_coco_and_lvis_read_back_are_the_run(run, tmp_path, kind, flags):

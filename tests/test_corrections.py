@@ -106,6 +106,9 @@ def test_a_class_map_keeps_what_another_instance_shows_as_well():
     renamed = (("instance", 2, "ball"), ("instance", 1, "dog"), ("instance:b", 0, "ring"))
     assert corrected(renamed=renamed) == [[5, 5, 5, 5], [5, 5, 9, 255]]
     assert corrected({5: "ball", 9: "wall"}, renamed=(("instance", 0, "ring"),))[0] == [255, 5, 5, 7]  # of no number
+    masks[0, 0, 0] = False  # the map is a pixel larger than the mask
+    row.labels["instance"][0] = {"segmentation": mask_rle.encode(masks).rles[0], "category_id": 1}
+    assert corrected(renamed=(("instance", 0, "ring"),)) == [[255, 5, 5, 7], [7, 5, 9, 255]]
     assert corrected(ignored=((2, 1, 9, 9),)) == [[5, 5, 5, 7], [5, 5, 255, 255]]
 
 

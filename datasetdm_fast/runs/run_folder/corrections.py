@@ -52,34 +52,35 @@ class Correction:
 
     def correct_row(self, row: Row, tables: Mapping[str, Any]) -> Row:
         """The row with corrected records of instances."""
-        labels = dict(row.labels)
-        for label in _instance_labels(row):
-            numbers = {name: number for number, name in kind_of(label).names(tables[label]).items()}
-            labels[label] = [
-                item | {"category_id": numbers.get(after, item["category_id"])}
-                for item, _, after in self._things(row, label, tables)
-                if after is not None and not (self.ignored and self._is_ignored(item))
-            ]
+        things = list(self._things(row, tables))
+        labels: dict[str, Any] = {**row.labels, **{label: [] for label, *_ in things}}
+        for label, item, _, after in things:
+            if after is not None and not (self.ignored and self._is_ignored(item)):
+                labels[label].append(item)
         return replace(row, labels=labels)
 
-    def _things(self, row: Row, label: str, tables: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str, Any]]:
-        """Each instance of a label with the class that it has and the corrected one, None where it was removed."""
-        names = kind_of(label).names(tables[label])
-        renamed = {place: word for name, place, word in self.renamed if name == label and word in names.values()}
-        for place, item in enumerate(row.labels[label]):
-            before = names.get(item["category_id"], "")
-            yield item, before, None if (label, place) in self.removed else renamed.get(place, before)
+    def _things(self, row: Row, tables: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], str, str | None]]:
+        """Label and corrected item of each instance, the class that it had and the corrected one, None if removed."""
+        for label in (label for label in row.labels if isinstance(kind_of(label), InstanceKind)):
+            names = kind_of(label).names(tables[label])
+            numbers = {name: number for number, name in names.items()}
+            renamed = {place: word for name, place, word in self.renamed if name == label and word in numbers}
+            for place, item in enumerate(row.labels[label]):
+                before = names.get(item["category_id"], "")
+                after = renamed.get(place, before)
+                corrected = item | {"category_id": numbers.get(after, item["category_id"])}
+                yield label, corrected, before, None if (label, place) in self.removed else after
 
     def correct_map(self, labels: np.ndarray, names: Mapping[int, str], row: Row, tables: Mapping[str, Any]) -> Any:
-        """[H, W] uint8: a class map of the stored row, with the corrected classes where it shows instances; 255 where
-        these were removed, and in ignored regions.
-        """
+        """[H, W] uint8: a class map of the stored row with corrected classes, 255 where things are gone or ignored."""
         corrected, numbers = labels.copy(), {name: number for number, name in names.items()}
-        things = [thing for label in _instance_labels(row) for thing in self._things(row, label, tables)]
-        # removed ones first: another of their class may lie there
-        for item, before, after in sorted(things, key=lambda thing: thing[2] is not None):
-            shown = mask_rle.decode(item["segmentation"]) & (labels == numbers.get(before, -1))
-            corrected[shown] = numbers.get(after, IGNORE)
+        things = list(self._things(row, tables))
+        for number in {numbers.get(before, -1) for _, _, before, after in things if after != before}:
+            corrected[labels == number] = IGNORE  # also at their border, which masks do not hold
+        for _, item, before, after in things:
+            if after is not None:
+                shown = mask_rle.decode(item["segmentation"]) & (labels == numbers.get(before, -1))
+                corrected[shown] = numbers.get(after, IGNORE)
         corrected[self.region(labels.shape)] = IGNORE
         return corrected
 
@@ -93,10 +94,6 @@ class Correction:
         for left, top, right, bottom in self.ignored:
             region[max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)] = True
         return region
-
-
-def _instance_labels(row: Row) -> list[str]:
-    return [label for label in row.labels if isinstance(kind_of(label), InstanceKind)]
 
 
 def _are_rows(value: Any, kinds: list[type]) -> bool:

@@ -106,6 +106,8 @@ def check_address(spec: str) -> tuple[str, Path | str, str | None]:
         with suppress(PermissionError):  # which the reader tells
             if not place.exists() and not place.is_symlink():
                 raise Refused(f"--data {spec}: {place} is not there{storage.named_alike(place)}", reading.OF_DATA)
+            if (place / "export.json").is_file() and (place / kind).is_dir():  # where convert put it beside others
+                place /= kind
     return kind, place, match[2]
 
 
