@@ -114,17 +114,11 @@ def _lines(rows: Mapping[str, str]) -> list[str]:
 
 def _warnings(job: Job) -> dict[str, str]:
     """What a run may be spoiled by: prompts, words and precision, each empty where it is fine."""
-    import torch
-
-    from datasetdm_fast.engine.engines.device import half_of
-
-    facts = job.engine.fingerprint()
-    is_slow = facts.get("device") == "cpu" and facts.get("dtype") == "bf16" and not half_of(torch.device("cpu"))
     return {
         "prompts": count_unnamed(job),
         "draws": _describe_undrawn(job),
         "text": describe_cut(job),
-        "precision": "this processor has no bf16 and emulates it; fp32 is faster" if is_slow else "",
+        "precision": _warning(job.engine.fingerprint()),
     }
 
 
@@ -245,3 +239,14 @@ def _describe_domain(job: Job) -> str:
     unknown = f"{', '.join(others)}: unknown, as fewer than 8 images or 0.2.0 trained it" if others else ""
     compared = f"samples are compared with what {', '.join(known)} learned from" if known else ""
     return "; ".join(filter(None, (compared, unknown)))
+
+
+def _warning(engine: Mapping[str, object]) -> str:
+    if engine.get("device") != "cpu" or engine.get("dtype") != "bf16":
+        return ""
+    import torch
+
+    from datasetdm_fast.engine.engines import device
+
+    is_fast = device.half_of(torch.device("cpu"))
+    return "" if is_fast else "this processor has no bf16 and emulates it; fp32 is faster"
