@@ -59,8 +59,9 @@ def main(number: int, out: Path, with_torch: bool) -> None:
         return write_missing(job, on_commit=tell, **rest)
 
     generate.write_missing = measured
-    sampler = ["--sampler", "ddim", "--steps", "2"] if with_torch else []
-    code = generate.main(["--number", str(number), "--batch-size", "1", "--quiet", "--out", str(out), *sampler])
+    others = ["--sampler", "ddim", "--steps", "2"] if with_torch else []
+    others += ["--dtype", "fp32"]  # else so many samples begin with a trial of half precision, which imports torch
+    code = generate.main(["--number", str(number), "--batch-size", "1", "--quiet", "--out", str(out), *others])
     leftovers = [path.name for path in out.rglob(".*")]
     print(
         json.dumps(
