@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import tempfile
 from multiprocessing.util import get_temp_dir
@@ -172,12 +171,7 @@ def pickles_are_read_by_forks(monkeypatch):
     """The confined process that reads a pickle need not import torch. tests/test_loading.py reads some by a new one."""
     from datasetdm_fast.untrusted import pickles
 
-    def run(line, capture_output, **options):
-        assert line[:2] == [sys.executable, "-I"] and capture_output
-        ended = forked.run(line[2:], **options)
-        return SimpleNamespace(stdout=ended.stdout, stderr=ended.stderr.encode(), returncode=ended.returncode)
-
-    monkeypatch.setattr(pickles, "subprocess", SimpleNamespace(**{**vars(subprocess), "run": run}))
+    monkeypatch.setattr(pickles, "subprocess", forked.subprocesses)
 
 
 @pytest.fixture(autouse=True, scope="module")

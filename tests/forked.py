@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 ADDRESS = "DATASETDM_FORKING"  # the variable that names the socket of this run of tests
@@ -68,6 +69,17 @@ def run(arguments: Sequence[object], timeout: float | None = None, **options: An
             process.kill()
             raise
     return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
+
+
+def _run_as(line: Sequence[str], capture_output: bool, **options: Any) -> subprocess.CompletedProcess:
+    """A line of this interpreter, forked, as subprocess.run would run it."""
+    assert line[0] == sys.executable and capture_output
+    ended = run(line[2 if line[1] == "-I" else 1 :], **options)
+    return subprocess.CompletedProcess(line, ended.returncode, ended.stdout.encode(), ended.stderr.encode())
+
+
+# What a module may have in the place of `subprocess`.
+subprocesses = SimpleNamespace(**{**vars(subprocess), "run": _run_as})
 
 
 def _connect() -> socket.socket:

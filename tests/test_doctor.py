@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import forked
 import pytest
@@ -46,12 +45,7 @@ def ask(*arguments: str, path: str = "", **environment: str) -> subprocess.Compl
 
 def test_a_sound_machine(monkeypatch, capsys):
     if not IS_LONG:  # else by new interpreters, which spend most of their time on importing libraries
-
-        def run(line, capture_output, **options):
-            ended = forked.run(line[1:], **options)
-            return SimpleNamespace(stdout=ended.stdout.encode(), returncode=ended.returncode)
-
-        monkeypatch.setattr(probes, "subprocess", SimpleNamespace(**{**vars(subprocess), "run": run}))
+        monkeypatch.setattr(probes, "subprocess", forked.subprocesses)
     code = doctor.main(["--json"])
     out, err = capsys.readouterr()
     assert code == 0 and err == "", err
@@ -87,7 +81,8 @@ def test_a_broken_machine(case, tmp_path):
     assert doctor.describe(found)
 
 
-def test_the_family_of_a_folder_is_told(tmp_path, capsys):
+def test_the_family_of_a_folder_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(probes, "subprocess", forked.subprocesses)
     questions = {}
     for name in ("FluxPipeline", "KolorsPipeline"):
         (tmp_path / name).mkdir()

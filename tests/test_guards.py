@@ -17,6 +17,7 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
+import forked
 import proofs
 import pytest
 import torch
@@ -27,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from datasetdm_fast import untrusted
 from datasetdm_fast.engine.decoders.folders import DEMO as DECODERS
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.untrusted import documents
+from datasetdm_fast.untrusted import documents, pickles
 
 ROOM = Path(untrusted.__file__).parent
 # What runs in the confined process, which cannot be watched from here: tests/proofs.py tries each of its locks.
@@ -261,10 +262,17 @@ case("a graph cut off")(lambda folder: graph(folder, proofs.onnx_model()[:-1], "
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory) -> dict[str, tuple[Ending, set[str]]]:
+def monkeypatch_of_file():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, monkeypatch_of_file) -> dict[str, tuple[Ending, set[str]]]:
     """How each case ended, and which functions of the room it ran."""
     found: dict[str, tuple[Ending, set[str]]] = {}
     room = f"{ROOM}{os.sep}"
+    monkeypatch_of_file.setattr(pickles, "subprocess", forked.subprocesses)
     for name, function in CASES.items():
         ran: set[str] = set()
 
