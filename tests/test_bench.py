@@ -38,6 +38,8 @@ from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import native, plain
 
+pytestmark = pytest.mark.usefixtures("tiny_has_one_layer")
+
 TINY = ["--model", "tiny", "--steps", "2", "--quick", "--seconds", "0.1"]
 SCRIPT = Path(__file__).parents[1] / "bench" / "gpu.sh"
 

@@ -19,6 +19,8 @@ from datasetdm_fast.training.evaluation.metrics import METRICS
 from datasetdm_fast.training.readers import open_data
 from datasetdm_fast.training.settings import CacheSettings, RecipeSettings, ViewSettings
 
+pytestmark = pytest.mark.usefixtures("tiny_has_one_layer")
+
 COUNTS = [10, 30, 100, 300]
 
 

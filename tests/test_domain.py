@@ -32,7 +32,7 @@ from datasetdm_fast.training.cross_validation import bound_of
 from datasetdm_fast.training.report import describe_framing, describe_result, describe_warnings
 from datasetdm_fast.training.workflow import read_check
 
-pytestmark = pytest.mark.usefixtures("one_engine_of_a_kind")
+pytestmark = pytest.mark.usefixtures("tiny_has_one_layer", "one_engine_of_a_kind")
 
 D, SIDE = 8, 4  # numbers of a descriptor, cells of a side
 RESULT = {"steps": 1, "images": 36, "held_out_images": 4, "held_out": {}}

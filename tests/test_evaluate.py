@@ -22,7 +22,7 @@ from datasetdm_fast.training.readers import open_data
 from datasetdm_fast.training.session import open_session
 from datasetdm_fast.training.settings import Inversion, ModelChoice, TrainingData
 
-pytestmark = pytest.mark.usefixtures("one_engine_of_a_kind")
+pytestmark = pytest.mark.usefixtures("tiny_has_one_layer", "one_engine_of_a_kind")
 
 SMALL = {"width": 16, "upscale": 2, "depth_width": 8}
 MASKS = {"heads": 2, "layers": 2, "feed_forward": 32, "mask_dim": 16, "queries": 6}

@@ -24,6 +24,8 @@ from datasetdm_fast.data import Text
 from datasetdm_fast.engine.engines.fast import FastEngine
 from datasetdm_fast.errors import GateFailed
 
+pytestmark = pytest.mark.usefixtures("tiny_has_one_layer")
+
 LIMITS = {"tflops": {"fp32": 0.1, "bf16": 0.2}, "gbps": 20.0, "gexps": 1.0}
 CPU = torch.device("cpu")
 
@@ -153,7 +155,7 @@ def test_upstream_forms_its_maps_at_every_call(setting, monkeypatch):
     )
     peer = upstream.Upstream(setting)
     peer.denoise(torch.zeros(1, 4, 16, 16), 500, Text(torch.zeros(2, 77, 32)))
-    assert len(seen) == 32 and sum(is_text for _, is_text, _ in seen) == 16 and max(width for *_, width in seen) == 256
+    assert len(seen) == 20 and sum(is_text for _, is_text, _ in seen) == 10 and max(width for *_, width in seen) == 256
 
 
 def test_upstream_averages_anew_for_every_level_of_every_decoder(setting, monkeypatch):

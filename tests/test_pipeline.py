@@ -49,6 +49,8 @@ from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.settings import EngineSettings
 from datasetdm_fast.stages import LEVELS
 
+pytestmark = pytest.mark.usefixtures("tiny_has_one_layer")
+
 
 @pytest.fixture(scope="module")
 def tiny():

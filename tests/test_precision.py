@@ -17,6 +17,8 @@ from datasetdm_fast.runs.jobs import job, run
 from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.settings import EngineSettings, ModelSettings
 
+pytestmark = pytest.mark.usefixtures("tiny_has_one_layer")
+
 
 def test_a_run_folder_keeps_the_engine(monkeypatch):
     asked = []

@@ -146,6 +146,7 @@ def parts_of(kind, tasks):
     return [part for part in (others, [task for task in tasks if task not in others]) if part]
 
 
+@pytest.mark.usefixtures("tiny_has_one_layer")
 @pytest.mark.parametrize("name", LAYOUTS if IS_LONG else TAUGHT)
 def test_a_decoder_is_taught_and_judged_by_every_layout(made, tmp_path, monkeypatch, capsys, name):
     from datasetdm_fast import evaluate, train

@@ -17,6 +17,8 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation
 from datasetdm_fast import GateFailed, MakeSamples, Pipeline, Refused, SampleStream, generate, open_run
 from datasetdm_fast.engine import sample_stream
 
+pytestmark = pytest.mark.usefixtures("tiny_has_one_layer")
+
 PROMPTS = ("a red ball on a table", "a blue cube", "a star beside a cone")
 SIZES = {"number": 8, "seed": 5, "steps": 2, "batch_size": 4}
 

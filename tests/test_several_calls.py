@@ -29,6 +29,8 @@ from datasetdm_fast.training.captures.targets import TrainingTarget
 from datasetdm_fast.training.session import TrainingSession
 from datasetdm_fast.training.trainer import project
 
+pytestmark = pytest.mark.usefixtures("tiny_has_one_layer")
+
 TIMES = (780, 520, 260)
 
 

@@ -36,6 +36,8 @@ from datasetdm_fast.runs.agreement import speed_gate
 from datasetdm_fast.runs.agreement.speed_gate import LabelFigure
 from datasetdm_fast.runs.run_settings import RunConfig
 
+pytestmark = pytest.mark.usefixtures("tiny_has_one_layer")
+
 
 @pytest.mark.parametrize("captured", [(45,), (50,), (20, 45)])
 def test_cached_calls_follow_a_whole_one(captured):
