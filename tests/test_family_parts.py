@@ -1,8 +1,11 @@
 """Weights in several files, rows of text of different lengths, and records whose classes exist."""
 
+import inspect
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import tiny_pipelines
 import torch
@@ -11,7 +14,10 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from datasetdm_fast import generate
 from datasetdm_fast.data import Text, join_texts
 from datasetdm_fast.engine.backbones import every_backbone, mmdit_plans
+from datasetdm_fast.engine.backbones.flow_models import seg4diff_of_flux
 from datasetdm_fast.engine.backbones.flux2_klein import FLUX2_KLEIN
+from datasetdm_fast.engine.backbones.sd3 import SD3
+from datasetdm_fast.engine.backbones.z_image import Z_IMAGE
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.loading import load_model, presets
 from datasetdm_fast.engine.models.text_encoder import PairedPromptEncoder
@@ -182,3 +188,15 @@ def test_an_encoder_of_just_as_many_layers_as_klein_reads_fits():
     encoder.num_hidden_layers = 26
     with pytest.raises(Refused, match="26 layers, and the states of layer 27 are read"):
         FLUX2_KLEIN.check_fit(model)
+
+
+@pytest.mark.parametrize(("backbone", "theirs"), [(Z_IMAGE, "ZImagePipeline"), (FLUX2_KLEIN, "Flux2KleinPipeline")])
+def test_prompts_are_wrapped_as_chat_as_diffusers_wraps_them(backbone, theirs):
+    thinking = re.findall(r"enable_thinking=(\w+)", inspect.getsource(getattr(diffusers, theirs)))
+    tokenizer = SimpleNamespace(apply_chat_template=lambda messages, **options: str(options["enable_thinking"]))
+    assert {backbone.wrap(tokenizer, "a red ball")} == set(thinking)
+
+
+def test_the_published_sizes_read_the_published_blocks_for_attention():
+    assert seg4diff_of_flux(19).blocks == (12, 17)
+    assert SD3.defaults({"transformer": SimpleNamespace(num_layers=24, sample_size=128)}).attention.blocks == (9,)

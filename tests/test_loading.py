@@ -709,6 +709,7 @@ def test_single_file_of_the_second_generation(tiny, first_generation, tmp_path):
     save_file(original(unet, first_generation[1], clip), path)
     model = load_model(str(path), size=64)
     assert same_weights(model.modules["unet"], unet) and same_weights(model.modules["text_encoder"], text)
+    assert model.modules["text_encoder"].config.hidden_act == "gelu"  # Open CLIP's, not CLIP's quick_gelu
     assert [level.heads[0] for level in model.levels] == [
         2,
         2,
@@ -718,6 +719,14 @@ def test_single_file_of_the_second_generation(tiny, first_generation, tmp_path):
     assert (
         model.scheduler["prediction_type"] == "v_prediction" and model.defaults.size == 768
     )  # untrained: its output is not its input
+
+
+@pytest.mark.parametrize(("is_second", "padding"), [(False, "<|endoftext|>"), (True, "!")])
+def test_a_single_file_without_a_vocabulary_is_padded_as_its_generation_is(tmp_path, monkeypatch, is_second, padding):
+    known = transformers.CLIPTokenizer.from_pretrained(presets.DEMO / "tokenizer")
+    monkeypatch.setattr(transformers.CLIPTokenizer, "from_pretrained", lambda *name, **options: known)
+    found = tokenizer.tokenizer_beside(tmp_path / "model.safetensors", is_second, allow_download=False)
+    assert found.pad_token == padding
 
 
 def test_a_noise_predictor_is_told_from_a_velocity_predictor():
