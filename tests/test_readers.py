@@ -1552,6 +1552,14 @@ def test_what_is_no_list_of_images_is_refused(tmp_path, content, said):
     assert stop.value.exit_code == 2 and "\n" not in stop.value.cause
 
 
+def test_a_list_of_images_that_is_too_long_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasetdm_fast.training.truth.selection.LARGEST_IMAGE_LIST", 3)
+    (tmp_path / "list").write_text("a.jpg")
+    with pytest.raises(Refused, match="5 bytes, at most 3 are read") as stop:
+        DataSettings(images=str(tmp_path / "list")).selection()
+    assert "no list of paths" not in stop.value.cause
+
+
 def test_a_list_of_images_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(Refused, match="--images .*list.txt: no such file"):
         DataSettings(images=str(tmp_path / "list.txt")).selection()
@@ -1820,6 +1828,288 @@ def test_bad_data_is_named_and_refused_or_skipped(copied, what):
         assert reason == cause and (Path(skipped).suffix in (".jpg", ".png", ".webp", ".json") or skipped == "image 2")
         with pytest.raises(Refused):
             source[1]
+
+
+def changed(pattern: str, change):
+    """A damage of every file of the pattern, which is not empty."""
+
+    def damage(root: Path) -> None:
+        for path in [*root.glob(pattern)] or pytest.fail(f"no {pattern}"):
+            rewrite(path, change) if path.suffix == ".json" else path.write_text(change(path.read_text()))
+
+    return damage
+
+
+def written(name: str, content: str):
+    return lambda root: text(root / name, content)
+
+
+def moved(old: str, new: str):
+    return lambda root: (root / old).rename(root / new)
+
+
+def first_shape(**facts):
+    return changed("*.json", lambda document: document["shapes"][0].update(facts))
+
+
+def cells(**facts):
+    """A damage of the cells of each row."""
+    return changed(
+        "train/metadata.jsonl",
+        lambda text: "\n".join(json.dumps(json.loads(line) | facts) for line in text.splitlines()),
+    )
+
+
+def as_csv(rows: str, columns: str = "file_name,mask_file_name"):
+    def damage(root: Path) -> None:
+        (root / "train" / "metadata.jsonl").unlink()
+        text(root / "train" / "metadata.csv", f"{columns}\n{rows}")
+
+    return damage
+
+
+INSTANCES, TASK_OF_CVAT = "annotations/instances_train2017.json", "annotations.xml"
+WRONG = [  # (layout, damage, what the cause says, the end of the address)
+    ("celebamask-hq", moved("CelebA-HQ-img/0.jpg", "CelebA-HQ-img/face.jpg"), "face.jpg: its name is no number"),
+    ("celebamask-hq", lambda root: None, "no split 'all'", "[all]"),
+    ("celebamask-hq", lambda root: (root / celebamask.MAPPING).unlink(), "no split 'val'", "[val]"),
+    ("coco", changed(INSTANCES, lambda d: d["annotations"][0].update(id=2**63)), "annotations, byte .* 64 bits"),
+    ("coco", changed(INSTANCES, lambda d: d["categories"][1].update(id=1)), "the category id 1 occurs twice"),
+    ("coco", changed(INSTANCES, lambda d: d["images"][0].pop("file_name")), "image 1 has no file_name"),
+    (
+        "coco",
+        changed(INSTANCES, lambda d: first_polygon(d).update(segmentation=[[1.0] * 6, [1.0] * 200_000])),
+        "annotation .*: polygons of more than 100000 corners",
+    ),
+    ("cvat", changed(TASK_OF_CVAT, lambda text: text.replace("<name>ball<", "<name><")), "a label without a name"),
+    ("cvat", changed(TASK_OF_CVAT, lambda text: text.replace(' height="80">', ">")), "0.png has no width and height"),
+    (
+        "cvat",
+        changed(TASK_OF_CVAT, lambda text: text.replace('height="80">', 'height="81">')),
+        "96 x 80 .* says 96 x 81",
+    ),
+    (
+        "cvat",
+        changed(TASK_OF_CVAT, lambda text: text.replace("<tag ", "<blob ").replace("</tag", "</blob")),
+        "shape 'blob'",
+    ),
+    ("folder", lambda root: [shutil.rmtree(root / name) for name in ("masks", "depth")], "neither masks/ nor depth/"),
+    ("folder", written("captions.json", '{"scene 0": 7}'), "the caption of scene 0 is not a text"),
+    ("hf-imagefolder", written("classes.json", '{"things": "ball"}'), "classes.json: not what convert writes .*things"),
+    ("hf-imagefolder", cells(text=7), "row 0: its caption is not a text"),
+    (
+        "hf-imagefolder",
+        lambda root: save(root / "train" / "depth" / "scene 0.png", np.zeros((40, 50), np.uint16)),
+        "row 0: depth has 50 x 40 pixels, but its image has 96 x 80",
+    ),
+    (
+        "hf-imagefolder",
+        lambda root: save(root / "train" / "depth" / "scene 0.png", np.zeros((80, 96), np.uint8)),
+        "row 0: the pixels of depth are L, expected one number of 16 bits each",
+    ),
+    (
+        "hf-imagefolder",
+        lambda root: save(root / "train" / "masks" / "scene 0.png", np.zeros((80, 96, 3), np.uint8)),
+        "row 0: the pixels of mask are RGB, expected one number each",
+    ),
+    ("hf-imagefolder", lambda root: shutil.rmtree(root / "train"), "no data set of Hugging Face's kinds"),
+    ("hf-imagefolder", as_csv("a,b\n", "file_name,text"), "its columns are image, text, expected image and a map"),
+    ("hf-imagefolder", as_csv('a,"b\n'), "not readable as CSV"),
+    (
+        "hf-imagefolder",
+        as_csv("a,b\na,b,c\n"),
+        "row 3 has another num",
+    ),
+    ("hf-parquet", lambda root: (root / "train-0.parquet").mkdir(), "train-0.parquet: not a regular file"),
+    (
+        "hf-parquet",
+        lambda root: parquet.write_table(pa.table({"image": [1]}), root / "data" / "train-00001-of-00002.parquet"),
+        "its columns are not those of train-00000-of-00002.parquet",
+    ),
+    ("vkitti2", lambda root: None, "no scene 'Scene04'", "[Scene01,Scene04]"),
+    (
+        "vkitti2",
+        lambda root: [path.rename(path.with_name("a")) for path in root.rglob("rgb")],
+        "no image below a folder",
+    ),
+    ("labelme", changed("*.json", lambda d: d.pop("imageHeight")), "not a file that labelme wrote .*imageHeight"),
+    ("labelme", changed("*.json", lambda d: d.update(shapes=d["shapes"][:1])), "no class in it"),
+    ("labelme", first_shape(points=[[1, 2, 3]]), "shape 0: a point that is not x and y"),
+    ("labelme", first_shape(shape_type="circle", points=[[9, 9]]), "shape 0: a circle of 1 points, expected 2"),
+    ("labelme", first_shape(shape_type="cube", points=[[9, 9]]), "shape 0: the unknown shape_type 'cube'"),
+    ("labelme", first_shape(shape_type="mask", points=[[1, 1], [2, 2]], mask="?"), "shape 0: its picture is no base64"),
+    ("mask", lambda root: (root / "DIS-TR" / "gt").rename(root / "gt"), "no folder of images beside one of masks"),
+    ("mask", written("classes.txt", "ball\ncube\n"), "2 classes, a binary mask tells one"),
+    ("voc", written("labelmap.txt", "background:0,0:::\nball:1,2,300::\n"), "'0,0' is no colour, expected three"),
+    ("voc", written("labelmap.txt", "background:0,0,0::\nball:1,2,300::\n"), "'1,2,300' is no colour, expected three"),
+    ("voc", written("labelmap.txt", "ball:0,0,0::\nball:1,2,3::\n"), "its names are not different ones"),
+    (
+        "voc",
+        written("_classes.csv", "Pixel Value, Class\n1, ball\n"),
+        "_classes.csv: no table of pixel values from 0 on",
+    ),
+    (
+        "voc",
+        lambda root: save(root / "SegmentationClass" / "2007_000000.png", np.zeros((72, 96), np.uint8)),
+        "SegmentationObject/2007_000000.png: object . lies on no class of SegmentationClass",
+    ),
+    (
+        "voc",
+        lambda root: save(root / "SegmentationClass" / "2007_000000.png", np.zeros((9, 16, 3), np.uint8)),
+        "2007_000000.png: 16 x 9 pixels, but its image has 96 x 72",
+    ),
+    ("yolo-seg", lambda root: shutil.rmtree(root / "labels"), "labels/train: no such folder, expected the labels"),
+]
+
+
+@pytest.mark.parametrize(("layout", "damage", "said", "end"), [(*row, "")[:4] for row in WRONG])
+def test_what_is_wrong_with_data_is_said(copied, layout, damage, said, end):
+    root, address = copied(layout)
+    damage(root)
+    with pytest.raises(Refused, match=said):
+        list(open_data(f"{address}{end}", SIZE))
+
+
+def test_a_scene_is_called_by_its_seed():
+    assert open_data("demo:2@900000", SIZE).name(1) == "demo scene 900001"
+
+
+def test_a_device_is_no_data_set_of_coco():
+    with pytest.raises(Refused, match="/dev/null: neither a folder nor a JSON file"):
+        open_data("coco:/dev/null", SIZE)
+
+
+def test_either_file_of_coco_alone_is_read_for_what_it_holds(copied):
+    root, address = copied("coco")
+    persons = open_data(address, SIZE, tasks=("pose",))
+    assert persons.areas(0) == {"person": 1} and open_data(address, SIZE).is_centred(0)
+    (things, joints) = (root / f"annotations/{kind}_train2017.json" for kind in ("instances", "person_keypoints"))
+    things.rename(root / "things.json")
+    alone = open_data(address, SIZE, tasks=("instance",))
+    assert alone.thing_classes == ("person",) and len(alone[0].masks) and "pose" not in alone.tasks
+    joints.unlink()
+    (root / "things.json").rename(things)
+    with pytest.raises(Refused, match="instances_train2017.json: no category in it has keypoints"):
+        open_data(address, SIZE, tasks=("pose",))
+
+
+def test_areas_without_masks_are_those_of_the_things_in_the_map(made):
+    source = open_data(f"folder:{made('folder')}", SIZE)
+    sizes = {source.classes[k]: n for k, n in enumerate(np.bincount(source.picture(0).semantic.ravel())) if n}
+    assert source.areas(0) == sizes and "table" in sizes
+    source.thing_classes = ("table",)
+    assert source.areas(0) == {"table": sizes["table"]} and source.map_areas(0) == sizes
+    source.thing_classes = ()
+    assert source.areas(0) == sizes
+    assert open_data(f"nyu:{made('nyu')}", SIZE).map_areas(0) == {}
+
+
+def test_parquet_files_of_any_name_are_the_split_train(copied, monkeypatch):
+    root, address = copied("hf-parquet")
+    for number, file in enumerate((root / "data").glob("*.parquet")):
+        file.rename(file.with_name(f"part{number}.parquet"))
+    assert len(open_data(address, SIZE)) == COUNT
+    with pytest.raises(Refused, match="no split 'val'"):
+        open_data(f"{address}[val]", SIZE)
+    monkeypatch.setattr(tables, "LARGEST_GROUP", 1)
+    with pytest.raises(Refused, match="part0.parquet: a row group of more than 1 bytes"):
+        open_data(address, SIZE)
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"[]", b"{}", b'{"info": 1}', b"\xff", b'{"info": {"features": {"label": 5}}}']
+)
+def test_a_damaged_description_of_columns_describes_none(content):
+    table = SimpleNamespace(schema=SimpleNamespace(metadata={tables.FEATURES: content}))
+    assert tables.TableRows.features(table, "label") == (5 if b"label" in content else None)
+
+
+def test_class_names_may_stand_in_lists_of_features():
+    assert [*hf._feature_names([{"names": []}, {"a": [{"names": ["x", "y"]}]}])] == [("x", "y")]
+
+
+def run_of(**facts):
+    """The reader of a run with one sample, without a folder."""
+    source = object.__new__(run_reader.RunSamples)
+    source.__dict__ |= {"path": "photos", "records": [(0, "00000007", ())], "is_corrected": False, "map": "", **facts}
+    return source
+
+
+@pytest.mark.parametrize("limbs", [[[0, 2]], [[-1, 0]], [[0]]])
+def test_classes_and_limbs_of_a_run_are_those_of_its_tables(limbs):
+    tables_of = {"instance": {"classes": ["ball"]}, "pose": {"joints": ["a", "b"], "limbs": [[0, 1]]}}
+    labels = {name: name for name in tables_of}
+    source = run_of(labels=labels, run=SimpleNamespace(document={"labels": tables_of}, path=Path("photos")))
+    source._name_classes(())
+    assert source.classes == ("background", "ball") and source.thing_classes == ("ball",)
+    assert source.tasks == ("semantic", "instance", "open-vocabulary", "pose") and source.limbs == ((0, 1),)
+    tables_of["pose"]["limbs"] = limbs
+    with pytest.raises(Refused, match=r"photos/run\.json: a limb that joins no two joints"):
+        source._name_classes(())
+
+
+def test_labels_of_a_run_that_do_not_fit_are_refused_by_the_sample(monkeypatch):
+    source = run_of(thing_classes=("ball",), labels={"pose": "pose"}, run=SimpleNamespace(document={}, path=Path("r")))
+    for class_id, side, said in ((1, 4, "an instance of the unknown category 2"), (0, 5, r"\[5, 5\] pixels on .*4, 4")):
+        label = Instances(np.zeros((1, side, side), bool), np.array([class_id]), np.float32([1]), ("ball",))
+        with pytest.raises(Refused, match=f"photos: sample 00000007: .*{said}"):
+            source._class_fields(label, 0, (4, 4))
+    sample = SimpleNamespace(label=lambda name: None, row=SimpleNamespace(labels={"pose": [{"bbox": [1], "area": 1}]}))
+    for person in ({"bbox": [1.0], "area": 1.0}, {"area": 1.0}):
+        sample.row.labels["pose"] = [person]
+        with pytest.raises(Refused, match="photos: sample 00000007: a person without a box"):
+            source._persons(sample, 0)
+    monkeypatch.setattr(run_reader, "origins", lambda document, row: [7])
+    with pytest.raises(Refused, match="r/.*ledger.* the row of sample 00000003 is damaged"):
+        source._origins(SimpleNamespace(request=SimpleNamespace(id="00000003")))
+
+
+def outlined(kind: str, root: Path, document=None, shape: str = "polygon", **figure) -> None:
+    """A data set of one picture with one outline or none, as a program writes it."""
+    if kind == "label-studio":
+        task = {"data": {"image": "a.png"}, "annotations": [{"result": []}]}
+        text(root / "project.json", json.dumps(document or [task]))
+        return
+    save(root / "one" / "img" / "a.png", np.zeros((20, 40, 3), np.uint8))
+    document = {"size": {"height": 20, "width": 40}, "objects": [{"classTitle": "cat"} | figure], "tags": []}
+    text(root / "one" / "ann" / "a.png.json", json.dumps(document))
+    text(root / "meta.json", json.dumps({"classes": [{"title": "cat", "shape": shape, "color": "#fff"}], "tags": []}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "facts", "said"),
+    [
+        ("label-studio", {"document": {"data": 1}}, "project.json: no list of tasks as Label Studio writes it"),
+        ("label-studio", {"document": [{"id": 1}]}, "project.json: no list of tasks"),
+        ("label-studio", {}, "project.json: no outline with a label in it"),
+        ("supervisely", {"geometryType": "cube"}, "shape 0: the unknown geometryType 'cube'"),
+        ("supervisely", {"shape": "point"}, "meta.json: no class with an area in it"),
+        (
+            "supervisely",
+            {"geometryType": "bitmap", "bitmap": {"data": "AAAA", "origin": [0, 0]}},
+            "shape 0: its picture is no base64",
+        ),
+    ],
+)
+def test_what_is_wrong_with_files_of_labelling_programs_is_said(tmp_path, kind, facts, said):
+    outlined(kind, tmp_path, **facts)
+    with pytest.raises(Refused, match=said):
+        open_data(f"{kind}:{tmp_path}", 20)[0]
+    if "shape 0" in said:
+        source = open_data(f"{kind}:{tmp_path}", 20, skip_bad=True)
+        with pytest.raises(Refused, match="none of 1 images can be read"):
+            list(source)
+        assert [*source.skipped] == [str(tmp_path / "one" / "ann" / "a.png.json")]
+
+
+def test_a_folder_of_no_or_of_several_projects_is_refused(tmp_path):
+    outlined("label-studio", tmp_path)
+    text(tmp_path / "other.json", "[]")
+    with pytest.raises(Refused, match="2 JSON files, of which one may be meant"):
+        open_data(f"label-studio:{tmp_path}", 20)
+    text(tmp_path / "meta.json", "{}")
+    with pytest.raises(Refused, match="no data set in it, expected folders with img/ and ann/"):
+        open_data(f"supervisely:{tmp_path}", 20)
 
 
 def test_a_link_that_leads_nowhere_is_called_one(copied):
@@ -2926,6 +3216,22 @@ def test_data_of_crowds_alone_are_refused_for_that(copied):
     with pytest.raises(Refused, match="none of .* images shows") as caught:
         check_truth(source, "instance", address)
     assert "iscrowd 0" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("task", "facts", "said"),
+    [
+        ("depth", {"depth": None}, "item .* has no depth, which depth needs"),
+        ("open-vocabulary", {"masks": None, "semantic": None}, "no masks and no semantic, which open-vocabulary needs"),
+        ("instance", {}, "the data set names no thing_classes, which instance needs"),
+    ],
+)
+def test_items_of_another_reader_lack_no_truth_that_it_promised(task, facts, said):
+    class Items(list):
+        thing_classes, max_depth = (), 10.0
+
+    with pytest.raises(Refused, match=f"--data other:x: .*{said}"):
+        check_truth(Items([replace(open_data("demo:1@900000", SIZE)[0], **facts)]), task, "other:x")
 
 
 def test_a_wrong_layout_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
