@@ -97,7 +97,9 @@ def test_images_of_the_decoders_own_training_are_counted_and_named(decoders, tmp
     folder, flags = decoders(source, ("semantic", "depth")), ("--data", address, "--json")
     assert "seen_in_training" not in run(capsys, "--decoder", folder, *flags)[1]
     (record := Path(folder) / "depth" / "training" / "data.json").parent.mkdir()
-    items = data_record.record_data(source)["items"]
+    counts = []
+    items = data_record.record_data(source, lambda count, item: counts.append(count))["items"]
+    assert counts == [*range(1, len(source) + 1)]
     items[0]["image"] = "0" * len(items[0]["image"])  # that training had another picture
     record.write_bytes(data_record.as_json({"items": items}))
     result = json.loads(run(capsys, "--decoder", folder, *flags)[1])

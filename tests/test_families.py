@@ -210,6 +210,7 @@ def test_models_are_sampled_as_they_were_published(record, changes, sampled, tok
     configs = {part: ConfigFile({**config, **changes.get(part, {})}) for part, config in parts.items()}
     usual = record.defaults(configs)
     assert (usual.size, usual.steps, usual.guidance) == sampled
+    assert usual.capture == (0 if record in (SD, SDXL) else 500)  # upstream's, and half of a flow
     assert (record.text(configs)[0], record.guidance(configs)) == (tokens, guided)
     if latents:
         space = record.latents(configs)

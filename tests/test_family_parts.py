@@ -125,6 +125,26 @@ def test_models_of_full_size_have_the_published_settings(family):
         assert told == values, part
 
 
+@pytest.mark.parametrize(
+    ("name", "needed"),
+    [
+        ("tiny", (True, True, True)),  # decoders of U-Nets read the rows of both prompts
+        ("random-sdxl", (True, True, True)),
+        ("random-sd35", (False, False, True)),
+        ("random-zimage", (False, True, True)),  # its scale is one less
+        ("random-flux", (False, False, False)),
+    ],
+)
+def test_a_negative_prompt_counts_where_calls_or_decoders_read_it(name, needed):
+    model = load_model(name)
+    assert tuple(model.has_negative(guidance) for guidance in (0.0, 1.0, 1.5)) == needed
+
+
+def test_the_second_clip_of_single_files_pads_as_open_clip_does():
+    padded = {each.name: each.file_tokenizers for each in every_backbone() if each.file_tokenizers}
+    assert padded == dict.fromkeys(("sdxl", "sd3"), {"tokenizer": False, "tokenizer_2": True})
+
+
 @pytest.mark.parametrize("family", ["sd3", "flux1", "flux2-klein", "z-image"])
 def test_random_weights_of_a_family_make_images(family):
     pipeline = tiny_pipelines.build(family, **({"is_dev": False} if family == "flux1" else {}))
