@@ -27,6 +27,7 @@ from datasetdm_fast.engine.labels.trust import with_domain, with_undrawn
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.jobs.writing import DomainGate
+from datasetdm_fast.runs.run_folder.indexes import card
 from datasetdm_fast.training import workflow
 from datasetdm_fast.training.cross_validation import bound_of
 from datasetdm_fast.training.report import describe_framing, describe_result, describe_warnings
@@ -261,6 +262,16 @@ def test_a_run_of_one_batch_that_replaces_doubtful_samples_stops_after_it(foreig
     flags = ("--decoder", str(foreign), "--number", "2", "--keep", "trusted")
     assert run(tmp_path / "run", *flags) == 4 and len(open_run(tmp_path / "run", doubtful=True)) == 2
     assert run(tmp_path / "limited", *flags, "--limit", "2") == 0, "which makes no more"
+
+
+@pytest.mark.parametrize(("count", "text"), [(1, "\n1 of these shows what"), (3, "\n3 of these show what")])
+def test_the_card_counts_samples_out_of_the_domain(count, text):
+    ledger = SimpleNamespace(
+        count_out_of_domain=lambda: (count, 9),
+        rows=lambda parts: iter([SimpleNamespace(trust=True)]),
+        count_doubtful=lambda: 4,
+    )
+    assert text in "\n".join(card._trust({"config": {"accept": "", "quarantine": False}}, ledger))
 
 
 def test_a_run_out_of_the_domain_stops_after_its_first_batch(foreign, tmp_path, capsys):

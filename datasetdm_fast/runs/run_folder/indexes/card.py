@@ -312,7 +312,8 @@ def _trust(document: Mapping[str, Any], ledger: Ledger) -> Iterator[str]:
         yield f"{count} of the samples {is_or_are} doubtful, as {their} labels contradict {their} prompt or one"
         yield "another; `trust` in `samples.jsonl` gives the reasons.\n"
         if outside:
-            yield f"{outside} of these show what the decoders were not trained on: labels of such pictures mean little."
+            shows = f"{outside} of these {'shows' if outside == 1 else 'show'}"
+            yield f"{shows} what the decoders were not trained on: labels of such pictures mean little."
             yield "`trust.domain` is their distance from the training pictures, and above 1 for them.\n"
 
 
