@@ -53,9 +53,6 @@ class Weights:
     def __getitem__(self, name: str) -> Tensor:
         return self.state[self.prefix + name]
 
-    def get(self, name: str) -> Tensor | None:
-        return self.state.get(self.prefix + name)
-
     def parts(self, least: str) -> list["Weights"]:
         """The numbered parts of a module, each of which has the tensor `least`."""
         return list(takewhile(lambda part: least in part, map(self.__truediv__, count())))

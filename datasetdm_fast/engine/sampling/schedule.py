@@ -184,8 +184,7 @@ def checked_calls(
     sampler: Sampler, scheduler: Mapping[str, Any], alphas: Tensor, steps: int, prediction: str, profile: str
 ) -> tuple[list[float], list[Update]]:
     """Timesteps and updates of a sampler; a ValueError where they are no schedule."""
-    if sampler.calls is None:
-        raise ValueError("it has no calls")
+    assert sampler.calls is not None
     times, updates = sampler.calls(scheduler, alphas, steps, prediction, profile)
     # numbers of Python, whole where they are
     times = [int(time) if float(time).is_integer() else float(time) for time in times]
