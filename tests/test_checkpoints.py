@@ -36,7 +36,7 @@ from datasetdm_fast.engine.decoders.folders import DEMO, parts_of, read_config
 from datasetdm_fast.engine.labels.class_tables import builtin_table
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loading.single_file import EMA, UNET
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.run_folder.reader import open_run
 
 MASKS = dict(width=16, layers=2, feed_forward=24, mask_dim=12, queries=20, text_width=10)
@@ -239,6 +239,25 @@ def test_what_does_not_fit_is_refused_with_all_of_it(tmp_path, capsys):
     assert convert(tmp_path / "none.pth", "--to", "decoder", "--out", tmp_path / "d") == 3
     assert convert(tmp_path, "--to", "decoder", "--out", tmp_path / "d") == 2
     assert not (tmp_path / "d").exists() and not (tmp_path / "d.pth").exists()
+
+
+def test_what_is_no_checkpoint_and_no_decoder_is_told(tmp_path):
+    with pytest.raises(Refused, match="--kind vocs: not one of voc, "):
+        checkpoints.open_checkpoint(tmp_path / "w.safetensors", "vocs")
+    save_file({}, tmp_path / "w.safetensors")
+    with pytest.raises(Refused, match="it holds no tensor at all"):
+        checkpoints.open_checkpoint(tmp_path / "w.safetensors")
+    for missing in ("config.json", "model.safetensors"):
+        with pytest.raises(Missing, match=f"{missing} is not there"):
+            checkpoints.as_checkpoint(tmp_path)
+        if missing == "config.json":
+            save_decoder(build_decoder(config_of("voc")), tmp_path)
+            (tmp_path / "model.safetensors").rename(tmp_path / "kept")
+    (tmp_path / "kept").rename(tmp_path / "model.safetensors")
+    for held, prefix in (({"x.y": torch.ones(2)}, ""), ({}, "other.")):
+        save_file(held, tmp_path / checkpoints.SIDE_FILE, {"prefix": prefix})
+        with pytest.raises(Refused, match="it holds other tensors than the unused ones"):
+            checkpoints.as_checkpoint(tmp_path)
 
 
 def test_generate_takes_a_checkpoint_and_the_prompt_names_its_instances(tmp_path, capsys):

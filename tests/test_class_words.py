@@ -204,6 +204,31 @@ def test_the_classes_of_an_annotation_file_have_its_synonyms_as_words():
     assert found == (bow, class_tables.ClassWord("cat", "cat"))
 
 
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ({"id": 3}, "a category has no name"),
+        ({"name": " "}, "a category has no name"),
+        ("cat", "a category has no name"),
+        ({"name": "cat", "synonyms": "tom"}, "the synonyms of 'cat' are no list of words"),
+        ({"name": "cat", "synonyms": [3]}, "the synonyms of 'cat' are no list of words"),
+    ],
+)
+def test_categories_of_another_form_are_refused(row, why):
+    with pytest.raises(ValueError, match=why):
+        class_tables.of_categories([{"name": "dog"}, row], "own")
+
+
+@pytest.mark.parametrize(("colour", "is_read"), [([], True), ([1, 2, 3], True), ([1, 2], False), ([1, 2, 3, 4], False)])
+def test_a_colour_of_a_stored_table_is_three_numbers(colour, is_read):
+    rows = [{"name": "cat", "say": "cat", "words": [], "colour": colour}]
+    if is_read:
+        assert class_tables.of_rows(rows, "own").classes[0].colour == (tuple(colour) or None)
+    else:
+        with pytest.raises(ValueError, match="own: the colour of 'cat' is not three numbers"):
+            class_tables.of_rows(rows, "own")
+
+
 def test_a_class_is_said_as_a_person_says_it():
     assert class_tables.spoken(["diningtable", "flip-flop_(sandal)"]) == ["dining table", "flip-flop"]
     assert class_tables.spoken(names_of("voc"))[-1] == "television"

@@ -29,6 +29,7 @@ from datasetdm_fast.convert import main
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import mask_rle, number_classes
+from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.runs.exporting import conversion, hf
 from datasetdm_fast.runs.exporting.rings import editable_parts, rings
@@ -723,6 +724,11 @@ def test_a_complete_export_is_left_alone_and_another_is_never_overwritten(run, t
         (("--classes", "bal=x"), "did you mean ball"),
         (("--classes", "ball"), "expected OLD=NEW"),
         (("--task", "semantic:other"), "no such labels"),
+        (("--classes", "ball=a,ball=b"), "ball' is given two names"),
+        (("--classes", ",".join(f"{name}=" for name in world.CLASSES)), "no class is left"),
+        (("--quality", "90", "--image-format", "png"), "--quality: PNG files have none"),
+        (("--where", " "), "--where: no condition was given"),
+        (("--to", "cityscapes", "--image-format", "jpg"), "--image-format jpg: cityscapes has png files"),
         (("--kept",), "has not been filtered"),
         (("--least-score", "2"), "expected 0 to 1"),
         (("--quality", "74"), "expected 75 to 100"),

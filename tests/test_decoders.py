@@ -624,6 +624,11 @@ def test_config_refusals():
         ({"width": 20, "heads": 8}, "width 20 must divide"),
         ({"classes": ()}, "at least one name in classes"),
         ({"task": "semantic", "classes": tuple(map(str, range(256)))}, "256 semantic classes, expected at most 255"),
+        ({"named": ("unicorn",)}, "named holds 'unicorn', which is none of its classes"),
+        (
+            {"levels": (replace(config.levels[0], blocks=(0,)), *config.levels[1:])},
+            f"blocks are those of {config.levels[0].name}, expected",
+        ),
     ):
         with pytest.raises(Refused, match=message):
             replace(config, **change)
@@ -635,6 +640,17 @@ def test_config_refusals():
         DecoderConfig.from_json(config.to_json().replace('"kind"', '"colour": 1,\n"kind"'))
     with pytest.raises(Refused, match="task not given"):
         DecoderConfig.from_json('{"kind": "depth", "levels": []}')
+    written = json.loads(config.to_json())
+    first = written["levels"][0]
+    for change, message in (
+        ({"levels": [{**first, "halves": 3}, *written["levels"][1:]]}, "a level's halves are 3, expected 1 or 2"),
+        ({"classes": ["x"] * 65537}, "more classes or joints than a decoder has"),
+        ({"joints": ["x"] * 1025}, "more classes or joints than a decoder has"),
+        ({"joints": ["a", "b"], "limbs": [[0, 2]]}, "its limbs do not join two of its joints"),
+        ({"joints": ["a", "b"], "limbs": [[0, 1, 1]]}, "its limbs do not join two of its joints"),
+    ):
+        with pytest.raises(Refused, match=message):
+            DecoderConfig.from_json(json.dumps(written | change))
     with pytest.raises(Refused, match="levels are"):
         DecoderConfig.from_json('{"kind": "depth", "task": "depth", "levels": []}')
 

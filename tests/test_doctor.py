@@ -116,3 +116,31 @@ def test_one_question_that_hangs_or_crashes_costs_no_other_answer(monkeypatch):
         answers["hangs"]["problem"] == "no answer within 2 s" and answers["crashes"]["problem"] == "crashed (SIGSEGV)"
     )
     assert answers["raises"]["problem"] == "ValueError: no" and answers["silent"]["problem"]
+
+
+def test_where_no_process_starts_every_answer_says_so(monkeypatch):
+    def fail(*_, **__):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(probes.subprocess, "run", fail)
+    found = probes.run_probes({"a": "1", "b": "2"})
+    assert [found[name]["problem"] for name in "ab"] == ["no process could be started (Cannot allocate memory)"] * 2
+
+
+def test_a_library_whose_description_is_broken_is_of_an_unknown_version(monkeypatch):
+    def fail(name):
+        raise ValueError("no metadata")
+
+    monkeypatch.setattr(doctor.metadata, "version", fail)
+    assert doctor._find_version("torch") == "unknown (ValueError)"
+
+
+def test_a_package_that_does_not_load_is_told_with_all_that_was_found(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "datasetdm_fast.command_line.ending", None)
+    monkeypatch.setattr(doctor, "examine", lambda: {"found": 1})
+    monkeypatch.setattr(doctor, "describe", lambda facts: [f"facts {facts}"])
+    for line, shown in (([], "facts {'found': 1}\n"), (["--json"], '{"found": 1}\n')):
+        monkeypatch.setattr(sys, "argv", ["doctor", *line])
+        assert doctor.main() == 3
+        out, err = capsys.readouterr()
+        assert out == shown and "command_line does not load: " in err and err.endswith("Reinstall the package.\n")

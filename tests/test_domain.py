@@ -136,6 +136,24 @@ def test_a_model_that_draws_a_part_of_what_was_taught_is_found_by_the_mean():
     assert learned.with_generated(one_kind).model > 1 > learned.with_generated(sketches(16, seed=8)).model
 
 
+def test_a_domain_whose_numbers_are_none_is_refused_and_one_of_an_earlier_version_is_not_there(tmp_path):
+    learned, path = learn(), tmp_path / domain.FILE
+    assert domain.read_domain(tmp_path, D) is None
+    domain.write_domain(tmp_path, learned)
+    arrays, width = load_file(path), learned.pictures.scale.shape[0]
+    for change, said in (
+        ({}, ""),
+        ({"model": torch.tensor(-1.0)}, "the distance of its model is -1.0"),
+        ({"model": torch.tensor(torch.inf)}, "the distance of its model is inf"),
+        ({"pictures.scale": arrays["pictures.scale"] * 0}, "or no spread"),
+        ({"pictures.means": arrays["pictures.means"] * torch.nan}, "a value is NaN"),
+        ({"pictures.limit": arrays["pictures.limit"] * 0}, "or no spread"),
+    ):
+        save_file(arrays | change, path, {"classes": json.dumps(learned.classes)})
+        with pytest.raises(Refused, match=f"not the domain of this decoder .*{said}") if said else nullcontext():
+            assert domain.read_domain(tmp_path, width).classes == learned.classes
+
+
 def test_things_are_the_shown_regions_of_a_label():
     masks = np.zeros((2, 8, 8), bool)
     masks[:, :4] = True

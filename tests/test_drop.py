@@ -165,11 +165,15 @@ def filter_score(path, id):
         (drop, ["--where", "beauty>1"], "beauty"),
         (drop, ["--where", " "], "--where: no value was given"),
         (restore, [], "expected either ids or --all"),
+        (drop, ["--file", "empty.txt"], "empty.txt: it contains no id"),
+        (restore, ["--file", " "], "--file: no file was given"),
         (restore, ["1", "--all"], "expected either ids or --all"),
         (restore, ["9"], "no sample has the id 00000009"),
     ],
 )
 def test_what_names_no_sample_is_refused_and_nothing_changes(run, whole, capsys, command, line, said):
+    (run.parent / "empty.txt").write_text("\n \n")
+    line = [str(run.parent / word) if word == "empty.txt" else word for word in line]
     code = command.main([str(run), *line])
     assert code == (3 if "none.txt" in said else 2)
     assert said in capsys.readouterr().err.splitlines()[0] and tree(run) == tree(whole)

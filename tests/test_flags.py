@@ -1,6 +1,7 @@
 """Flags from RunConfig: spellings, types, YAML under flags, refusals in two lines, and how a command ends."""
 
 import errno
+import io
 import os
 import pickle
 import signal
@@ -16,7 +17,7 @@ import pytest
 
 from datasetdm_fast import cli
 from datasetdm_fast.cli import COMMANDS
-from datasetdm_fast.command_line import flags, progress
+from datasetdm_fast.command_line import ending, flags, progress
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.command_line.output import print_lines
 from datasetdm_fast.command_line.progress import shows_bar
@@ -25,7 +26,7 @@ from datasetdm_fast.drop import DropConfig
 from datasetdm_fast.errors import REFUSALS, GateFailed, Missing, Refused
 from datasetdm_fast.export_cli import ExportConfig
 from datasetdm_fast.gallery import GalleryConfig
-from datasetdm_fast.messages import count_noun
+from datasetdm_fast.messages import count_noun, format_duration
 from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.training.evaluation.settings import EvaluateConfig
 from datasetdm_fast.training.settings import TrainConfig
@@ -343,6 +344,29 @@ def test_tqdm_disable_leaves_lines_in_place_of_bars(monkeypatch, capsys):
     assert capsys.readouterr().err == "1/2 images, 50%\n"
 
 
+def test_a_bar_counts_calls_images_and_steps_and_has_lines_above_it(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with progress.ImageProgress(4, False, batch=4, calls=2) as images:
+        images.print("a line")
+        images.on_unet_call(2)
+        images.on_commit(3)
+        images.on_unet_call()  # of a batch in the place of what was set aside
+        assert (images._bar.n, images._bar.total, images._bar.desc) == (3, 4, "3/4 images: ")
+    assert "a line\n" in capsys.readouterr().err
+    with progress.StepProgress("semantic", "mIoU", 6, False) as steps:
+        steps.on_step(1, 0.5, 0.25)
+        steps.on_step(4, 0.125, None)
+        assert steps._bar.n == 4 and steps._bar.postfix == "loss 0.1250, held-out mIoU 0.2500"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(9.94, "9.9 s"), (10, "10 s"), (119, "119 s"), (120, "2 min"), (7199, "120 min"), (7200, "2.0 h")],
+)
+def test_a_duration_has_the_unit_that_suits_it(seconds, told):
+    assert format_duration(seconds) == told
+
+
 def test_progress_is_never_more_than_all_of_it(monkeypatch, capsys):
     """Nor where samples were set aside, so that further batches are made than were planned."""
     monkeypatch.setattr(progress, "SECONDS_PER_LINE", 0.0)
@@ -419,6 +443,19 @@ def test_shells_complete_commands_flags_and_values(shell, capsys, tmp_path):
             assert ended.stdout.split() == matches and not ended.stderr
 
 
+def test_completion_names_the_shells_that_there_are(capsys):
+    pytest.importorskip("shtab")
+    for shell, said in (("bsh", "unknown shell 'bsh' (did you mean bash?)"), ("", "unknown shell ''")):
+        assert cli.main(["completion", *([shell] if shell else [])]) == 2
+        cause, remedy = capsys.readouterr().err.splitlines()
+        assert said in cause and "bash" in remedy and "zsh" in remedy
+
+
+def test_the_version_is_told_alone(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"datasetdm-fast {__version__}\n"
+
+
 def test_completion_names_what_is_missing(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "shtab", None)
     assert cli.main(["completion", "bash"]) == 3
@@ -433,6 +470,30 @@ def test_a_bug_leaves_a_report_and_no_traceback_on_the_screen(capsys, tmp_path_f
     assert len(err.splitlines()) == 1 and "Traceback" not in err
     report = Path(err.split("the report is ")[1].strip())
     assert report.parent == tmp_path and "Traceback" in report.read_text() and __version__ in report.read_text()
+
+
+def test_a_bug_where_no_report_can_be_written_is_shown_with_its_traceback(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    assert ends_with(KeyError("lost")) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback") and "KeyError: 'lost'" in err and "report" not in err
+
+
+def test_a_broken_pipe_under_a_closed_output_is_not_taken_for_its_end(monkeypatch):
+    for stream in (io.StringIO(), open(os.devnull, "w")):
+        stream.close()
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert not ending._is_stdout_closed()
+
+
+def test_a_disk_that_fails_under_a_place_for_results_is_no_bug_of_ours(monkeypatch, tmp_path, capsys):
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("datasetdm_fast.command_line.output._check_place", fail)
+    assert cli.main(["prompts", "--set", "voc", "--out", str(tmp_path / "x.jsonl")]) == 3
+    cause, remedy = capsys.readouterr().err.splitlines()
+    assert cause == f"--out {tmp_path / 'x.jsonl'}: {os.strerror(errno.EIO)}" and "permissions" in remedy
 
 
 def child(code, **options):

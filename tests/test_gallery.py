@@ -265,6 +265,8 @@ def test_depth_pictures_are_bright_where_near():
     picture = np.array(pictures.depth_picture(np.array([[500, 2000], [3000, 4000]], np.uint16)).convert("L"))
     assert picture[0, 0] > picture[0, 1] > picture[1, 0] > picture[1, 1]
     assert pictures.depth_picture(np.full((4, 4), 1000, np.uint16)).size == (4, 4)
+    wide = pictures.depth_picture(np.repeat(np.uint16([[1000, 4000]]), 256, 1))
+    assert wide.size == (256, 1) and np.array(wide)[0, [0, 127, 128, 255]].tolist() == [0, 0, 255, 255]
     unknown = np.array(pictures.depth_picture(np.array([[0, 2000], [3000, 4000]], np.uint16)).convert("L"))
     assert unknown[0, 0] == unknown[1, 1] == 0 and unknown[0, 1] > 200
     assert not np.array(pictures.depth_picture(np.zeros((2, 2), np.uint16)).convert("L")).any()

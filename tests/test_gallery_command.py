@@ -331,6 +331,7 @@ def test_a_store_on_a_disk_is_a_folder(run, tmp_path, capsys):
         ([], "RUN is missing"),
         (["nowhere"], "nowhere: holds no run.json"),
         (["nowhere", "--port", "0"], "--port 0"),
+        (["nowhere", "--against", "other"], "--against: a page that is opened from disk"),
         (["other"], "other: holds no run.json"),
         (["other/file"], "other/file: holds no run.json"),
         (["empty"], "empty: no sample is committed yet"),

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, JpegImagePlugin
 
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
@@ -521,6 +522,37 @@ def test_instances_are_cut_to_what_another_label_shows_and_those_without_a_pixel
     cut = stored.within(instances((1, 1, 4, 2), (2, 0, 4, 4), scores=[0.5, 0.75]), inside, sure)
     assert np.argwhere(cut.masks).tolist() == [[0, 1, 1]] and cut.scores.tolist() == [0.5]
     assert not stored.mask_of(instances((0, 0, 2, 4), classes=[1]), "ball")[0].any()
+
+
+def test_a_person_without_a_joint_has_an_empty_box_and_joints_of_another_form_are_named():
+    label = person((1, 2), (3, 4), (5, 6))
+    nobody = person((0, 0), (0, 0), (0, 0), visibility=(0, 0, 0))
+    assert [side.tolist() for side in pose_labels._box(nobody.points[0], np.zeros(3, bool))] == [[0, 0], [0, 0]]
+    _, (item,) = encoded("pose", label)
+    for change in (
+        {"keypoints": [1, 2, 3, *item["keypoints"][3:]]},
+        {"keypoint_scores": [0.25] * 2},
+        {"score": 1.5},
+    ):
+        assert "person 0 has joints that are no joints" in found_wrong("pose", {}, [item | change], 16)
+
+
+def test_a_picture_for_a_page_is_a_png_whatever_its_mode():
+    for mode in ("P", "RGB", "L"):
+        drawn = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4)).convert(mode)
+        read = Image.open(io.BytesIO(label_files.picture_bytes(drawn)))
+        assert read.format == "PNG" and read.mode == mode and (np.array(read) == np.array(drawn)).all()
+
+
+def test_palettes_of_another_name_are_refused():
+    with pytest.raises(ValueError, match="palette is 'rainbow'"):
+        check_palette({"palette": "rainbow"})
+
+
+def test_values_of_different_shapes_are_stacked_as_a_list():
+    same, other = torch.zeros(2), torch.zeros(3)
+    assert label_files.stack([same, same]).shape == (2, 2)
+    assert [each.shape[0] for each in label_files.stack([same, other])] == [2, 3]
 
 
 def test_a_lost_instance_fails_verify_where_it_was_sure():

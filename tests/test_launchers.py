@@ -18,7 +18,8 @@ from test_ranks import BATCH, LONGEST, SAMPLES, alone, arithmetic, check_equal, 
 
 from datasetdm_fast.command_line.interruption import ENDED
 from datasetdm_fast.command_line.run_report import print_run
-from datasetdm_fast.command_line.run_settings import read_spec
+from datasetdm_fast.command_line.run_settings import check_judged, read_spec
+from datasetdm_fast.command_line.sharded_run import generate_shards
 from datasetdm_fast.disk import locks
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.jobs import result
@@ -76,6 +77,24 @@ def test_each_peer_takes_a_gpu_of_its_own(monkeypatch, visible, local_rank, chos
 def test_peers_start_no_ranks():
     with pytest.raises(Refused, match="one of 2 processes"):
         devices.take_share(LaunchedProcess(0, 2, 0, 2), WorkerSettings(ranks=2), "auto", 0)
+
+
+def test_what_one_process_must_judge_first_is_refused_where_several_start_together():
+    for config, is_begun, said in (
+        (RunConfig(verify=2), True, "--verify 2: several machines or processes"),
+        (RunConfig(speed="fast25"), False, "--speed fast25: several machines or processes .* must judge its labels"),
+    ):
+        with pytest.raises(Refused, match=said):
+            check_judged(config, is_begun)
+    check_judged(RunConfig(speed="fast25"), is_begun=True)
+    check_judged(RunConfig(), is_begun=False)
+
+
+def test_a_cluster_is_asked_by_one_process_alone(tmp_path):
+    config = RunConfig(cluster="auto", layout="shards", out=str(tmp_path / "run"), number=2)
+    with pytest.raises(Refused, match="--cluster auto: this is one of 2 processes that were started together"):
+        generate_shards(config, read_spec(config), LaunchedProcess(0, 2, 0, 2), "")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_images_that_a_peer_counts_are_called_its_own(tmp_path, capsys):

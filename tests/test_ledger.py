@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -812,6 +813,83 @@ for write in (
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.count("the file may not grow any more (ulimit -f") == 2
+
+
+@pytest.mark.parametrize(
+    ("code", "limit", "kind", "said"),
+    [
+        (sqlite3.SQLITE_IOERR_WRITE, 20_000, Missing, "the file may not grow any more"),
+        (sqlite3.SQLITE_IOERR_WRITE, sqlite.resource.RLIM_INFINITY, Missing, "odd"),
+        (sqlite3.SQLITE_BUSY, 20_000, Missing, "another process has locked it (odd)"),
+        (sqlite3.SQLITE_LOCKED, 20_000, Missing, "another process has locked it (odd)"),
+        (sqlite3.SQLITE_CORRUPT, 20_000, Refused, "not a readable ledger (odd)"),
+    ],
+)
+def test_an_error_of_a_database_is_told_by_its_code(code, limit, kind, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(sqlite.resource, "getrlimit", lambda _: (limit, limit))
+    error = sqlite3.OperationalError("odd")
+    error.sqlite_errorcode = code
+    refusal = sqlite._as_refusal(error, tmp_path)
+    assert type(refusal) is kind and refusal.cause.startswith(f"{tmp_path}: {said}")
+
+
+def test_a_database_that_cannot_be_begun_leaves_nothing_behind(tmp_path):
+    with pytest.raises(Refused, match="not a readable ledger"):
+        sqlite.connect(tmp_path / "x.sqlite", "CREATE NONSENSE")
+    assert list(tmp_path.iterdir()) == []
+
+
+def failing(monkeypatch, name: str, code: int) -> None:
+    """Lets one kind of access to the disk fail."""
+    syscall = storage.syscall
+
+    def fail(called, call, *arguments):
+        if called == name:
+            raise OSError(code, os.strerror(code))
+        return syscall(called, call, *arguments)
+
+    monkeypatch.setattr(storage, "syscall", fail)
+
+
+def test_errors_of_the_disk_are_refusals_about_the_path(tmp_path, monkeypatch):
+    (source := tmp_path / "source").write_bytes(b"x")
+    path, half = tmp_path / "to" / "path", tmp_path / ".x.1.part"
+    half.write_bytes(b"x")
+    for name, code, act, said in (
+        ("write", errno.EFBIG, lambda: storage.create(path, b"x"), "the file may not grow any more"),
+        ("link", errno.EIO, lambda: storage.create(path, b"x"), os.strerror(errno.EIO)),
+        ("link", errno.EIO, lambda: storage.link(source, path), os.strerror(errno.EIO)),
+        ("unlink", errno.EACCES, lambda: storage.remove_temporaries(tmp_path), os.strerror(errno.EACCES)),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(Missing, match=said):
+            failing(patch, name, code)
+            act()
+    with monkeypatch.context() as patch:
+        failing(patch, "link", errno.EXDEV)
+        assert not storage.link(source, path)
+    monkeypatch.setattr(os, "write", lambda handle, data: 0)
+    with pytest.raises(Missing, match="the disk took no byte|Input/output error"):
+        storage.create(path, b"x")
+    assert not path.exists()
+
+
+def test_a_name_with_a_nul_byte_is_of_no_file(tmp_path):
+    with pytest.raises(Refused, match="cannot be read, no file has such a name"):
+        storage.read(tmp_path / "a\0b", 5)
+
+
+def test_names_are_compared_only_where_a_folder_has_few(tmp_path, monkeypatch):
+    for name in ("masks", "other"):
+        (tmp_path / name).mkdir()
+    for most, told in ((2, " (did you mean masks?)"), (1, "")):
+        monkeypatch.setattr(storage, "MOST_COMPARED", most)
+        assert storage.named_alike(tmp_path / "mask") == told
+
+
+def test_a_process_of_somebody_else_is_alive(monkeypatch):
+    for error, is_alive in ((None, True), (PermissionError(), True), (ProcessLookupError(), False)):
+        monkeypatch.setattr(os, "kill", mock.Mock(side_effect=error))
+        assert storage.is_alive(7) is is_alive
 
 
 def test_a_run_that_another_process_begins_between_two_looks_is_a_new_one(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import diffusers
 import pytest
@@ -23,6 +24,7 @@ from datasetdm_fast.engine.backbones import OWN_MODELS
 from datasetdm_fast.engine.backbones.sd import DOWN_BLOCKS, SD, SD_SCHEDULER, UP_BLOCKS
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.loading import PRESETS, checks, load_model, lora, presets, saving, tokenizer
+from datasetdm_fast.engine.loading.folder import download_model
 from datasetdm_fast.engine.loading.model import (
     UNKNOWN_LICENCE,
     Network,
@@ -33,6 +35,7 @@ from datasetdm_fast.engine.loading.model import (
 )
 from datasetdm_fast.engine.loading.single_file import predicts_noise
 from datasetdm_fast.engine.models.layers import Weights
+from datasetdm_fast.engine.models.text_encoder import TextEncoder
 from datasetdm_fast.engine.sampling.schedule import make_schedule
 from datasetdm_fast.errors import Missing, Refused
 
@@ -373,6 +376,10 @@ def configure(name: str, **settings):
     return lambda folder: change(folder / name, **settings)
 
 
+def all_of(*changes):
+    return lambda folder: [change(folder) for change in changes]
+
+
 def forget_words(folder: Path) -> None:
     for name in ("tokenizer.json", "vocab.json"):
         (folder / "tokenizer" / name).unlink(missing_ok=True)
@@ -440,6 +447,28 @@ SPOILT = {
         "FlowMatchEulerDiscreteScheduler",
     ),
     "vocabulary gone": (forget_words, "vocabulary"),
+    "a part of another class": (
+        configure("model_index.json", unet=["diffusers", "UNet3DConditionModel"]),
+        "its unet is a 'UNet3DConditionModel' of 'diffusers', expected UNet2DConditionModel",
+    ),
+    "a second generation without a schedule": (
+        all_of(remove("scheduler"), configure("unet/config.json", use_linear_projection=True)),
+        "has no scheduler, and models like Stable Diffusion 2.x were trained with several",
+    ),
+    "layers that are no number": (configure("unet/config.json", layers_per_block=[2, 2, 2, 2]), "layers_per_block"),
+    "a setting beyond all bounds": (configure("vae/config.json", norm_num_groups=10**9), "expected numbers of at most"),
+    "a schedule without sense": (
+        configure("scheduler/scheduler_config.json", num_train_timesteps=[1000]),
+        "num_train_timesteps",
+    ),
+    "a tokenizer of no bytes": (
+        all_of(
+            remove("tokenizer/tokenizer.json"),
+            write("tokenizer/vocab.json", b'{"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2}'),
+            write("tokenizer/merges.txt", b"#version: 0.2\n"),
+        ),
+        "fewer than the 256 bytes",
+    ),
 }
 
 
@@ -771,8 +800,88 @@ def test_other_files_are_refused_by_what_they_are(tmp_path, case):
 def test_a_colon_in_the_name_of_an_adapter_is_no_scale_where_that_file_is_there(tmp_path):
     path = tmp_path / "style:2"
     assert lora.parse(str(path)) == (tmp_path / "style", 2.0) and lora.parse("style") == (Path("style"), 1.0)
+    assert lora.parse("style:best") == (Path("style:best"), 1.0)
     path.touch()
     assert lora.parse(str(path)) == (path, 1.0)
+    assert lora.parse("style:-100") == (Path("style"), -100.0)
+    for scale in ("100.5", "nan", "-inf"):
+        with pytest.raises(Refused, match=f"the scale is {scale}, expected a number up to 100"):
+            lora.parse(f"style:{scale}")
+
+
+def test_adapters_that_hold_nothing_or_do_not_fit_are_refused(tiny, tmp_path):
+    name, layer = next((n, m) for n, m in tiny.modules["unet"].named_modules() if isinstance(m, torch.nn.Conv2d))
+    wide, high, side = layer.in_channels, layer.out_channels, layer.kernel_size[0]
+    down, up = torch.zeros(2, wide, side, side), torch.zeros(high, 2, 1, 1)
+    for pair, said in (
+        (None, "it holds no tensor"),
+        ((down[..., :1], up), "its product does not fit a weight of"),
+        ((down, up + torch.inf), "or is not finite"),
+    ):
+        places = (f"unet.{name}.lora_A.weight", f"unet.{name}.lora_B.weight")
+        save_file(dict(zip(places, map(torch.Tensor.contiguous, pair))) if pair else {}, tmp_path / "x.safetensors")
+        with pytest.raises(Refused, match=f"x.safetensors: .*{said}"):
+            lora.fuse_adapters(tiny, [str(tmp_path / "x.safetensors")])
+
+
+def test_a_folder_of_an_adapter_alone_is_told_as_such(tmp_path):
+    save_file({"x": torch.zeros(2)}, tmp_path / "pytorch_lora_weights.safetensors")
+    with pytest.raises(Refused, match="holds a LoRA, which only changes another model"):
+        load_model(str(tmp_path))
+
+
+def test_a_model_that_the_hub_does_not_give_is_told_with_the_reason(monkeypatch, tmp_path):
+    asked = {}
+
+    def download(name, allow_patterns):
+        asked[name] = allow_patterns
+        if name == "nobody/nothing":
+            raise OSError("no such repository\nand more")
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert download_model("somebody/model") == tmp_path
+    assert {"model_index.json", "unet/*.safetensors", "scheduler/*.json"} <= set(asked["somebody/model"])
+    assert not any(pattern.endswith((".bin", ".py", ".ckpt")) for pattern in asked["somebody/model"])
+    with pytest.raises(Missing, match=r"nobody/nothing could not be downloaded \(no such repository\)"):
+        download_model("nobody/nothing")
+
+
+def test_a_text_encoder_of_an_unknown_activation_is_refused():
+    with pytest.raises(Refused, match="text encoder: its activation is 'tanh', supported are"):
+        TextEncoder(SimpleNamespace(config=SimpleNamespace(hidden_act="tanh")), None)
+
+
+def test_a_file_that_may_not_be_read_is_told(monkeypatch, tmp_path):
+    with pytest.raises(Refused, match="x.safetensors cannot be read"):
+        checks.check_readable(tmp_path / "x.safetensors")
+
+
+def test_a_tokenizer_that_its_library_cannot_read_is_refused_whatever_is_raised(tmp_path):
+    class Panic(BaseException):
+        """As the tokenizers library raises."""
+
+    for error, expected in (
+        (Panic("no merge\nand more"), Refused),
+        (Missing("gone", "Look."), Missing),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ):
+        with pytest.raises(expected) as stop, tokenizer._refusing(tmp_path):
+            raise error
+        assert expected is not Refused or "cannot be read as a tokenizer (no merge)" in stop.value.cause
+
+
+def test_the_vocabulary_of_the_hub_is_taken_where_none_lies_beside_a_file(monkeypatch, tmp_path):
+    class Vocabulary(list):
+        pad_token = "end"
+
+    given = [Vocabulary([0] * 256), Vocabulary([0] * 256), Vocabulary([0] * 2), OSError("not in the cache")]
+    monkeypatch.setattr(transformers.CLIPTokenizer, "from_pretrained", mock.Mock(side_effect=given))
+    assert tokenizer.tokenizer_beside(tmp_path / "a", False, True).pad_token == "end"
+    assert tokenizer.tokenizer_beside(tmp_path / "a", True, True).pad_token == "!"
+    for _ in range(2):
+        with pytest.raises(Missing, match="holds no vocabulary, and neither"):
+            tokenizer.tokenizer_beside(tmp_path / "a", False, False)
 
 
 def test_single_files_that_are_spoilt(tiny, first_generation, tmp_path):

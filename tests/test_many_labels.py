@@ -18,6 +18,7 @@ from datasetdm_fast.engine.decoders.checkpoint import load_decoder, save_decoder
 from datasetdm_fast.engine.decoders.folders import DEMO, find_decoders
 from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.engine.labels.names import LabelName
+from datasetdm_fast.engine.loop.checks import check_tasks
 from datasetdm_fast.engine.loop.combining import Combination, apply_combinations, parse_combinations
 from datasetdm_fast.engine.pipeline import Pipeline
 from datasetdm_fast.errors import Refused
@@ -101,6 +102,25 @@ def test_runs_of_named_labels_are_filtered(run, tmp_path):
 def test_what_is_no_name_of_a_label_is_refused(text):
     with pytest.raises(ValueError):
         LabelName.parse(text)
+
+
+def test_labels_that_a_run_cannot_have_are_refused():
+    for tasks, said in (
+        ((), "names no task"),
+        (("depth", "colour"), "--task colour: not one of"),
+        (("attention",), "--task attention: not one of"),
+        (("attention:mine",), "labels of the labeller attention have no decoder"),
+        (("semantic:a", "semantic:A"), "a label is named twice"),
+    ):
+        with pytest.raises(Refused, match=said):
+            check_tasks(tasks)
+
+
+def test_a_label_is_combined_once():
+    once = "semantic within open-vocabulary:person"
+    assert len(parse_combinations([once], LABELS)) == 1
+    with pytest.raises(Refused, match="--combine: semantic is combined twice"):
+        parse_combinations([once, once.replace("person", "ball")], LABELS)
 
 
 def test_names_and_file_names_are_told_from_each_other():

@@ -11,13 +11,14 @@ import pytest
 from rendered import document, rendered, write_run
 
 from datasetdm_fast import audit as audit_command
-from datasetdm_fast import drop, open_run
-from datasetdm_fast.data import Trust
+from datasetdm_fast import convert, drop, edit, filter, open_run, split
+from datasetdm_fast.data import Quarantined, Trust
 from datasetdm_fast.engine.labels import class_tables
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.merge import main
 from datasetdm_fast.runs.compositions.composition import SquareSource
+from datasetdm_fast.runs.compositions.merging import _join_models, _merge
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.folder import RunFolder
@@ -263,6 +264,60 @@ def test_what_differs_is_told_without_digests(runs, tmp_path, capsys):
     assert main([*reversed(places), "--out", out, "--quiet"]) == 2
     told = capsys.readouterr().err.splitlines()[0]
     assert "source.0/samples.jsonl: other content there than asked for" in told and not re.search("[0-9a-f]{16}", told)
+
+
+def test_runs_without_a_sample_are_refused_wherever_samples_are_read(tmp_path, capsys):
+    run, out = tmp_path / "empty", str(tmp_path / "out")
+    with RunFolder(run, document(2, 32)) as folder:
+        folder.add([Quarantined(rendered(k, 32).request, "NaN") for k in range(2)], {})
+        finish_run(folder)
+    for command, flags, said in (
+        (main, [str(run), "--out", out], "holds no sample"),
+        (filter.main, ["--where", "presence>=1"], "holds no sample"),
+        (split.main, ["--shares", "50,50"], "holds no sample"),
+        (edit.main, ["--class", "ball", "--prompt", "a cube", "--out", out], "holds no sample"),
+        (convert.main, ["--to", "coco", "--out", out], "no sample to convert"),
+    ):
+        assert command([str(run), *flags, "--quiet"]) == 2
+        assert said in capsys.readouterr().err.splitlines()[0] and not (tmp_path / "out").exists()
+
+
+def test_a_run_that_goes_on_is_no_source_and_is_converted_so_far(runs, tmp_path, capsys):
+    run = tmp_path / "begun"
+    with RunFolder(run, document(4, 32)) as folder:
+        folder.add([rendered(k, 32) for k in range(2)], {})
+    assert main([str(run), str(runs / "first"), "--out", str(tmp_path / "all"), "--quiet"]) == 2
+    assert f"{run}: the run is not finished" in capsys.readouterr().err and not (tmp_path / "all").exists()
+    assert convert.main([str(run), "--to", "coco", "--out", str(tmp_path / "coco")]) == 0
+    assert f"{run}: not finished; converted so far: 2 samples" in capsys.readouterr().err
+
+
+def test_runs_with_other_labels_or_image_files_are_told_apart(runs, tmp_path, capsys):
+    for name, config, said in (
+        ("jpg", {"image_format": "jpg"}, "its image_format is jpg, that of"),
+        ("depth", {"task": ["depth"]}, "its task is depth, that of"),
+    ):
+        described = document(1, 32)
+        described["config"] |= config
+        if "task" in config:
+            described = {**described, "labels": {"depth": described["labels"]["depth"]}}
+        sample = rendered(9, 32)
+        labels = {task: label for task, label in sample.annotations.items() if task in described["labels"]}
+        with RunFolder(tmp_path / name, described) as folder:
+            folder.add([replace(sample, annotations=labels)], {})
+            finish_run(folder)
+        line = [str(runs / "first"), str(tmp_path / name), "--out", str(tmp_path / "all")]
+        assert main([*line, "--quiet"]) == 2
+        assert f"{tmp_path / name}: {said} {runs / 'first'}" in capsys.readouterr().err
+
+
+def test_models_of_several_runs_are_joined_name_by_name():
+    first = {"name": "a", "source": "here", "digests": {"unet": "1"}}
+    other = {"name": "b", "source": "here", "licence": "MIT", "digests": {"unet": "2"}}
+    assert _merge([first, first], _join_models) == first
+    joined = _merge([first, other], _join_models)
+    assert joined["digests"] == {"0/unet": "1", "1/unet": "2"} and joined["source"] == "here"
+    assert joined["licence"] == "MIT" and "a" in joined["name"] and "b" in joined["name"]
 
 
 def test_bad_input_is_one_sentence_and_writes_nothing(runs, tmp_path, capsys):

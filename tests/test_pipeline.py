@@ -362,6 +362,10 @@ def test_a_stream_has_a_seed_for_each_prompt_or_says_which_has_none():
     assert [type(sample.request.seed) for sample in islice(found, 2)] == [int, int]
     with pytest.raises(Refused, match="seeds: there is none for prompt 2"):
         next(found)
+    found = stub.stream(["a", "b"], negative_prompt=iter(["fog"]), batch_size=1)
+    assert next(found).request.prompt == "a"
+    with pytest.raises(Refused, match="negative_prompt: there is none for prompt 1"):
+        next(found)
     with pytest.raises(Refused, match="5 is one number"):
         stub.stream(["a"], seeds=5)
 
@@ -400,6 +404,10 @@ def test_a_pipeline_without_decoders_says_that_there_are_no_labels(recwarn):
         stub("a ball")
     recwarn.clear()
     stub("a ball", tasks=())
+    with pytest.raises(Refused, match="projected: this pipeline has no decoders"):
+        stub.features(prompt="a ball", projected=True)
+    assert repr(stub) == "<Pipeline of stub: 64 x 64, engine stub, labels none>"
+    assert repr(Pipeline(StubEngine(tasks=("depth", "pose")))).endswith("engine stub, labels depth, pose>")
     assert not recwarn.list
 
 
@@ -760,6 +768,7 @@ def test_a_scheduler_gives_the_images_of_diffusers_or_is_refused(tiny64, kind, s
         ({"generator": [torch.Generator()] * 3}, "generator: 3 were given for 2 images"),
         ({"height": 128, "width": 64}, "width: 64 was given, and the model was loaded for images of 128 x 128 pixels"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt: 0 is no whole number from 1 on"),
+        ({"prompt": []}, "prompt: none was given"),
         ({"generator": 7}, "generator: 7 is no generator of torch"),
         ({"negative_prompt": 3}, "negative_prompt: 3 was given, expected a text or several texts"),
         ({"callback_on_step_end": lambda *given: {"latents": torch.zeros(1)}}, r"latents of shape \[1\], expected"),
@@ -767,7 +776,7 @@ def test_a_scheduler_gives_the_images_of_diffusers_or_is_refused(tiny64, kind, s
 )
 def test_wrong_arguments_of_diffusers_are_refused(pipe, choices, message):
     with pytest.raises(Refused, match=message):
-        pipe.diffuse(["a ball", "a cube"], num_inference_steps=2, **{"tasks": (), **choices})
+        pipe.diffuse(**{"prompt": ["a ball", "a cube"], "num_inference_steps": 2, "tasks": (), **choices})
 
 
 def test_an_adapter_is_fused_at_its_scale(tiny, tmp_path):

@@ -489,3 +489,10 @@ def test_what_is_no_schedule_is_named(times, updates, wrong):
     sampler = Sampler(lambda *_: (times, updates), memory=1)
     with pytest.raises(ValueError, match=wrong):
         checked_calls(sampler, BETAS, torch.ones(1000), 2, "epsilon", "0.3.0")
+
+
+def test_a_flow_whose_levels_depend_on_the_tokens_of_an_image_needs_their_number():
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}
+    assert len(make_schedule(config, "auto", 2, flow=FlowRule("uniform"), tokens=64)) == 2
+    with pytest.raises(ValueError, match="tokens: the noise levels of this model depend on them"):
+        make_schedule(config, "auto", 2, flow=FlowRule("uniform"))

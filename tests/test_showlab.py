@@ -32,6 +32,7 @@ from datasetdm_fast.compat.showlab import (
     files,
     generating,
     generator,
+    prompts,
 )
 from datasetdm_fast.compat.showlab.generator import GENERATORS
 from datasetdm_fast.engine.decoders import upstream as checkpoints
@@ -523,6 +524,60 @@ def test_the_lines_of_train_on_the_page_of_datasetdm_are_lines_of_train():
         assert words[0] == "--data" and script.strip(" `").startswith("train_")
 
 
+@pytest.mark.parametrize("line", [[], ["-h"], ["--help"]])
+def test_all_scripts_are_listed_with_what_they_make(capsys, line):
+    assert command.main(line) == 0
+    told = capsys.readouterr().out
+    assert told.startswith(f"usage: {command.PROG} SCRIPT")
+    assert all(name in told and script.description in told for name, script in GENERATORS.items())
+
+
+def test_a_word_that_is_no_flag_is_refused():
+    with pytest.raises(Refused, match="unexpected argument 'seven', every setting is a flag"):
+        read(command.PROG, GENERATORS[NYU[0]], ["seven"])
+    with pytest.raises(Refused, match="unknown flag --seven"):
+        read(command.PROG, GENERATORS[NYU[0]], ["--seven"])
+
+
+@pytest.mark.parametrize(
+    ("text", "ask", "said"),
+    [
+        ("def f(:", lambda script: script.texts("names"), r"not readable as Python \(SyntaxError\)"),
+        ("a = '\0'", lambda script: script.texts("names"), "not readable as Python"),
+        (VOC % "", lambda script: script.texts("ends"), "assigns no list of texts to ends"),
+        (VOC % "", lambda script: script.texts("one", 1), "assigns no list of texts to one"),
+        (VOC % '"a": [1]', lambda script: script.lists("map_dict"), "map_dict"),
+        (VOC % "", lambda script: script.lists("names"), "names"),
+        ("def sub_processor(pid, opt):\n    pass", lambda script: script.template(), "no prompt from a text alone"),
+        (
+            'def sub_processor(pid, opt):\n    prompts = ["{} and {}".format(name)]',
+            lambda script: script.template("name"),
+            "builds no prompt from name",
+        ),
+    ],
+)
+def test_a_script_of_another_form_is_refused(tmp_path, text, ask, said):
+    write(path := tmp_path / "script.py", text)
+    with pytest.raises(Refused, match=said) as refusal:
+        ask(prompts.Script(path))
+    assert refusal.value.cause.startswith(f"{path}: ") and refusal.value.remedy == prompts.GET_AGAIN
+
+
+def test_files_of_prompts_and_settings_of_another_form_are_refused(tmp_path):
+    (tmp_path / "general.txt").write_bytes(b"a ball\na \xff cube\n")
+    with pytest.raises(Refused, match="general.txt line 2: not valid UTF-8"):
+        prompts.read_prompt_lines(tmp_path / "general.txt")
+    write(tmp_path / "own.yaml", "- 3\n")
+    with pytest.raises(Refused, match="own.yaml: holds a list, expected sections of settings"):
+        prompts.read_settings(tmp_path / "own.yaml")
+    texts = prompts.PromptTexts(prompts.Script(tmp_path / "none.py"), tmp_path)
+    with pytest.raises(Refused, match=f"--prompt_root {tmp_path}: ") as refusal:
+        texts.file("../general", must_exist=True)
+    assert refusal.value.remedy == "Give the class another name."
+    with pytest.raises(Refused, match="the prompt files contain no line"):
+        prompts.sample_line([], "{}")
+
+
 def test_a_trainers_script_is_refused_with_its_page(capsys):
     assert command.main(["train_depth_NYU"]) == 2
     assert "docs/from-datasetdm.md has the line of `train`" in capsys.readouterr().err
@@ -687,6 +742,7 @@ def test_upstreams_own_scripts_write_the_same(script, kind, config, prompts, cou
         ("Depth_Decorder:\n  max_depth: 10\n", "nyu"),
         ("Depth_Decorder:\n  task: depth\n", "nyu"),
         ("Depth_Decorder: 80\n", "nyu"),
+        ("Depth_Decorder:\n  max_depth:\n", "nyu"),
         ("SEG_Decorder:\n  max_depth: 80\n", "nyu"),
         ("Depth_Decorder:\n  max_depth: 20\n", None),
         ("Depth_Decorder:\n  max_depth: far\n", None),
