@@ -15,7 +15,7 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper
-from skips import long_test
+from skips import IS_LONG, long_test
 from small_unets import FEW_ATTENTIONS, with_small_unet
 
 from datasetdm_fast import export_cli
@@ -46,7 +46,12 @@ def test_every_stage_of_a_tiny_model_becomes_a_plan_for_a_card_that_is_not_here(
     depth = checkpoint.build_decoder(upstream("depth", **sizes, upscale=2, outlines="image"))
     manifest = to_onnx.export(model, {"depth": checkpoint.for_inference(depth, strict=False)}, tmp_path)
     assert set(manifest.stages) == {*STAGES[:5], "annotate_depth"}
+    graphs = {stage: onnx.load(tmp_path / one.file, load_external_data=False) for stage, one in manifest.stages.items()}
+    kinds = {stage: {node.op_type for node in graph.graph.node} for stage, graph in graphs.items()}
+    assert kinds["denoise"] <= kinds["denoise_and_capture"]  # so that the short form builds the second alone
     for stage, tensors in manifest.stages.items():
+        if stage == "denoise" and not IS_LONG:
+            continue
         path = tmp_path / f"{stage}.plan"
         plan_builder.build_plan(tmp_path / tensors.file, path, dynamic_shapes(tensors, 1), rtx(), "sm120")
         assert path.stat().st_size > 10_000
