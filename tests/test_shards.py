@@ -4,6 +4,7 @@ that make it, and readers find in it what a run folder has.
 
 import io
 import json
+import pickle
 import random
 import shutil
 import tarfile
@@ -11,7 +12,8 @@ import threading
 import time
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
+from hashlib import sha256
 from itertools import chain
 from types import SimpleNamespace
 
@@ -344,6 +346,28 @@ def test_a_shard_that_is_made_twice_is_committed_once(alone, tmp_path, monkeypat
     assert tree(run) == tree(alone)
 
 
+@pytest.mark.parametrize("reads", [1, 2])  # before the shard is begun, and when its files are written
+def test_a_shard_that_another_process_commits_meanwhile_is_left_to_it(alone, tmp_path, monkeypatch, reads):
+    run, place, looks = copy(alone, tmp_path), ShardFolder(tmp_path / "run"), []
+    worker = shard_worker.ShardWorker(shard_worker.open_shards(spec_of(run), place), place, ALONE, Callbacks(describe))
+    read = place.read
+    monkeypatch.setattr(
+        place, "read", lambda name: looks.append(name) or (read(name) if looks.count(entry_name(2)) >= reads else None)
+    )
+    assert worker.claims.take(2) and worker._make(2) == 0 == worker.made
+    assert looks.count(entry_name(2)) == reads and not place.names("claims")
+    assert tree(run) == tree(alone)
+
+
+def test_a_run_of_shards_ends_where_the_gate_closes(tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_worker.DomainGate, "is_closed", True)
+    monkeypatch.setattr(shard_worker.DomainGate, "outside", 2, raising=False)
+    with pytest.raises(GateFailed, match="are out of the domain of the decoders"):
+        make(tmp_path / "run")
+    place = ShardFolder(tmp_path / "run")
+    assert not place.names("manifest") and not place.names("claims")
+
+
 def test_a_store_holds_the_bytes_of_a_disk(alone, bucket):
     make("run", bucket)
     assert contents(bucket) == contents(ShardFolder(alone))
@@ -373,6 +397,40 @@ def test_a_store_that_answers_503_ends_in_a_sentence_and_resumes(alone, bucket, 
         except Missing as stop:
             failures += "503 Slow Down" in stop.cause
     assert failures and contents(bucket) == contents(ShardFolder(alone))
+
+
+def test_a_store_that_takes_half_a_file_is_told(bucket, monkeypatch):
+    def put_half(self, source, target):
+        self.pipe_file(target, open(source, "rb").read()[:3])
+
+    monkeypatch.setattr(type(bucket.store.files), "put_file", put_half)
+    assert bucket.write("shards/a", [b"one"]) == StoredFile(sha256(b"one").hexdigest(), 3)
+    with pytest.raises(Missing, match="^memory://bucket/run/shards/a: it is incomplete"):
+        bucket.write("shards/a", [b"one", b"two"])
+
+
+def test_a_disk_has_no_buckets_that_may_be_missing(tmp_path):
+    ObjectStore(f"file://{tmp_path}/none").require_bucket(is_made=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_store_whose_library_is_not_there_is_missing(monkeypatch):
+    def url_to_fs(url, **_):
+        raise ImportError("Please install s3fs to access S3")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", url_to_fs)
+    with pytest.raises(Missing, match="^s3://bucket/run: Please install s3fs") as stop:
+        ObjectStore("s3://bucket/run")
+    assert stop.value.remedy.startswith("Install it")
+
+
+def test_names_of_a_store_that_lead_out_of_a_run_are_refused(bucket):
+    for name in ("a", "part/b"):
+        bucket.replace(name, b"12")
+    assert bucket.store.sizes() == {"a": 2, "part/b": 2}
+    bucket.replace("part/a\\..", b"")
+    with pytest.raises(Refused, match="memory://bucket/run: "):
+        bucket.store.sizes()
 
 
 def copy(alone, tmp_path):
@@ -414,6 +472,100 @@ def test_damage_is_named_and_repaired_to_the_same_bytes(alone, tmp_path, capsys,
     assert "00002" in capsys.readouterr().out
     make(run)
     assert tree(run) == tree(alone) and audit.main([str(run), "--quiet"]) == 0
+
+
+def change_entry(run, **changes):
+    place = run / entry_name(2)
+    place.write_text(json.dumps(json.loads(place.read_text()) | changes))
+
+
+def change_index(run, change):
+    """Shard 2 with another index, whose digest its entry has; `change` is given rows and places, by sample."""
+    index = ShardIndex.decode((run / index_name(2)).read_bytes())
+    rows, places = change(dict(index.rows), {key: dict(each) for key, each in index.places.items()})
+    if isinstance(content := rows, dict):
+        content = encode_index(list(rows.values()), [places[index] for index in rows], [Counter()] * len(rows))
+    stored = StoredFile(sha256(content).hexdigest(), len(content))
+    (run / index_name(2)).write_bytes(content)
+    files = json.loads((run / entry_name(2)).read_text())["files"]
+    change_entry(run, files=files | {index_name(2): asdict(stored)})
+
+
+def move(role, index, other_role, other):
+    """A file of a sample is looked for where another lies."""
+    return lambda rows, places: (rows, places | {index: places[index] | {role: places[other][other_role]}})
+
+
+def sized(size):
+    return lambda rows, places: (rows, places | {11: places[11] | {RECORD: (0, size)}})
+
+
+def said(rows, places):
+    return {**rows, 11: replace(rows[11], request=replace(rows[11].request, prompt="another"))}, places
+
+
+CHANGES = {
+    "another tar file": (lambda run: change_entry(run, files={}), "it names other files than those of its shard"),
+    "a sample too many": (lambda run: change_entry(run, stop=16), "it has other samples than its shard"),
+    "no sample": (lambda run: change_entry(run, stop=10), "it has other samples than its shard"),
+    "the samples of another": (lambda run: change_entry(run, first=9), "it has other samples than its shard"),
+    "no Parquet": (lambda run: change_index(run, lambda *_: (b"PAR1", 0)), "not the index of a shard"),
+    "Parquet without columns": (
+        lambda run: change_index(run, lambda *_: (b"PAR1" + bytes(99) + b"\x63\0\0\0PAR1", 0)),
+        "not the index of a shard",
+    ),
+    "another record": (lambda run: change_index(run, move(RECORD, 11, RECORD, 12)), "it is that of sample"),
+    "an image for a record": (lambda run: change_index(run, move(RECORD, 11, "image", 11)), "is damaged"),
+    "a record of -1 bytes": (lambda run: change_index(run, sized(-1)), "a file of sample 00000011 has -1 bytes"),
+    "a record of 1 TB": (lambda run: change_index(run, sized(10**12)), "has 1000000000000 bytes"),
+}
+AUDITED = {
+    "a sample too few": (lambda run: change_entry(run, stop=14), "it ends with sample 13"),
+    "a row too few": (
+        lambda run: change_index(run, lambda rows, places: ({k: rows[k] for k in range(10, 14)}, places)),
+        "its samples are not those of the manifest",
+    ),
+    "another prompt": (lambda run: change_index(run, said), "the record of 00000011 is not that of its row"),
+}
+
+
+@pytest.mark.parametrize("change", [*CHANGES, *AUDITED])
+def test_what_somebody_changed_in_a_shard_is_named_and_refused(alone, tmp_path, capsys, change):
+    run = copy(alone, tmp_path)
+    damage, told = (CHANGES | AUDITED)[change]
+    damage(run)
+    assert audit.main([str(run), "--quiet"]) == 4
+    assert told in capsys.readouterr().out
+    if change in CHANGES:
+        with pytest.raises(Refused, match=told) as refused:
+            ShardLedger(ShardFolder(run)).row(11)
+        assert refused.value.cause.startswith(f"{run}/")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("dropped.json", text) for text in ("[", "7", "[7]", '["x"]', "{}")]
+    + [("scores/00002.json", text) for text in ("{", "[]", '{"indices": [1], "scores": {"a": [1, 2]}}')]
+    + [("scores/00002.json", '{"indices": [1], "scores": {"a": 3}}')],
+)
+def test_a_damaged_selection_of_shards_is_refused(alone, tmp_path, name, content):
+    run = copy(alone, tmp_path)
+    (run / name).parent.mkdir(exist_ok=True)
+    (run / name).write_text(content)
+    with pytest.raises(Refused, match=f"{name}: not "):
+        datasetdm_fast.open_run(run).ledger.score_names()
+
+
+def test_a_ledger_of_shards_is_read_in_other_processes(alone):
+    """Of a data loader, to which it is pickled, or which is forked and shares places in open files with its parent."""
+    ledger = ShardLedger(ShardFolder(alone))
+    row = ledger.row(11)
+    again = pickle.loads(pickle.dumps(ledger))
+    assert ledger._open and not again._open and again.row(11) == row
+    (files,) = again._open.values()
+    again._process = -1
+    assert again.read_file(row, "image") == ledger.read_file(row, "image")
+    assert list(again._open.values()) != [files] and not files.closed
 
 
 def test_parts_of_an_audit_are_the_whole(alone, folder, tmp_path, capsys):

@@ -442,7 +442,7 @@ class ShardLedger:
         try:
             index = ShardIndex.decode(content)
             return index.renumber(entry.first - min(index.rows), Path(place.name).name) if entry.source else index
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OSError, NotImplementedError) as error:
             raise self._damage(name, f"not the index of a shard ({documents.reason_of(error)})") from error
 
     def _with_labels(self, row: Row) -> Row:
