@@ -11,7 +11,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from rendered import document, write_run
 from rendered import rendered as render
 
@@ -211,6 +213,8 @@ def edit(path: Path, statement: str) -> None:
         ("UPDATE samples SET prompt = x'00ff' WHERE \"index\" = 1", "is damaged"),
         ('DELETE FROM samples WHERE "index" = 1', "no sample of the ledger has this file"),
         ("DROP TABLE samples", "no such table"),
+        ("UPDATE notes SET value = '{' WHERE name = 'run'", "its note of run.json is damaged (it: not readable"),
+        ("UPDATE notes SET value = '{}' WHERE name = 'run'", "its note of run.json is damaged (versions is missing)"),
     ],
 )
 def test_a_ledger_changed_by_hand_is_found_without_the_seal(spoilt, statement, what):
@@ -260,6 +264,34 @@ def test_a_spoilt_run_json_is_to_be_restored_itself(spoilt):
     found = [(finding.place, finding.remedy) for finding in audit.audit(spoilt).findings]
     remedy = "Restore run.json from a copy; the ledger of a run folder holds its content under notes."
     assert found == [("run.json", remedy)] * 2
+
+
+def test_a_run_that_is_described_nowhere_has_its_samples_counted(spoilt):
+    edit(spoilt, "DELETE FROM notes WHERE name = 'run'")
+    (spoilt / "run.json").write_text("{")
+    report = audit.audit(spoilt)
+    assert (report.number, report.done) == (0, NUMBER)
+    assert [finding.place for finding in report.findings] == ["run.json"]
+
+
+def test_what_was_written_after_the_run_was_finished_is_found(spoilt):
+    (spoilt / f"{LEDGER}-wal").write_bytes(b"")
+    assert places(spoilt) == []
+    (spoilt / f"{LEDGER}-wal").write_bytes(b"a page")
+    assert f"{LEDGER}-wal" in places(spoilt)
+
+
+def test_label_files_of_another_size_are_named_for_each_label(whole):
+    document = read_document(whole)
+    with Ledger(whole / LEDGER, read_only=True) as ledger:
+        row = ledger.row(1)
+    arrays = {role: np.array(Image.open(whole / name)) for role, (name, _) in row.files.items()}
+    assert list(audit._check_label("depth", row, arrays, document)) == []
+    for other in ({"depth": arrays["depth"][:-1]}, {"image": arrays["image"][..., :2]}, {"image": arrays["image"][1:]}):
+        (told,) = audit._check_label("depth", row, arrays | other, document)
+        assert told == "its files are not 64 x 64 pixels"
+    del arrays["image"]  # which could not be read
+    assert list(audit._check_label("depth", row, arrays, document)) == []
 
 
 def test_a_run_whose_ledger_is_gone_names_the_command_that_made_it(spoilt, capsys):

@@ -184,7 +184,7 @@ def _check_noted(folder: Path, ledger: Ledger, findings: list[Finding]) -> dict[
     if text is None:  # killed before its first sample
         return None
     try:
-        document = documents.parse_json(text, "its note of run.json")
+        document = documents.parse_json(text, "it")
         check_document(document)
     except ValueError as error:
         findings.append(_ledger_fault(f"its note of run.json is damaged ({_cause(error, folder, LEDGER)})"))
