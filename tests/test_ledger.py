@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 from rendered import TASKS, document, rendered, write_run
 
+from datasetdm_fast.config import SHARD_SIZE
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Quarantined, Request, SemanticMap, Trust
 from datasetdm_fast.disk import locks, sqlite, storage
 from datasetdm_fast.disk.storage import StoredFile
@@ -36,6 +37,7 @@ from datasetdm_fast.runs.run_folder.document import (
     check_same,
     differences,
     read_document,
+    shard_size,
     sides,
 )
 from datasetdm_fast.runs.run_folder.folder import RunFolder
@@ -188,6 +190,7 @@ def test_one_value_has_one_spelling():
         ("labels", "[]"),
         ("recipe", "nothing"),
         ("classes", "7"),
+        ("classes", "[7]"),
         ("prompt", b"bytes"),
     ],
 )
@@ -538,6 +541,36 @@ def test_images_of_a_run_have_from_one_pixel_to_4096_x_4096():
             sides(described, {"sides": wrong})
 
 
+@pytest.mark.parametrize(
+    ("part", "changes", "told"),
+    [
+        ("config", {"image_format": "gif"}, "config.image_format is .gif., expected png or jpg"),
+        ("plan", {"number": 0}, "out of range"),
+        ("plan", {"number": 2**48}, "out of range"),
+        ("plan", {"batch_size": 0}, "out of range"),
+        ("plan", {"batch_size": 2**31}, "out of range"),
+        (
+            "labels",
+            {"semantic": {"classes": ["ball"], "ignore": 255, "palette": "pink"}},
+            "^labels.semantic: palette is",
+        ),
+        ("command", "train", "command is .train., expected generate"),
+    ],
+)
+def test_a_description_that_no_command_wrote_is_refused(part, changes, told):
+    described = document(1)
+    check_document(described)
+    with pytest.raises(ValueError, match=told):
+        check_document(described | {part: described[part] | changes if isinstance(changes, dict) else changes})
+
+
+@pytest.mark.parametrize("size", [0, -1, "5", None])
+def test_a_size_of_shards_that_none_has_is_refused(size):
+    assert shard_size({}) == SHARD_SIZE and shard_size({"shard_size": 1}) == 1
+    with pytest.raises(Refused, match="run.json: shard_size is"):
+        shard_size({"shard_size": size})
+
+
 def test_other_configurations_are_refused_with_the_fields(tmp_path):
     with pytest.raises(Refused, match="number: 4 there, 5 asked for; seed: 0 there, 1 asked for"):
         check_same(tmp_path, document(4), {"config": document(5, seed=1)["config"]})
@@ -667,6 +700,8 @@ def test_a_data_set_gives_several_labels_together_and_batches_things(run_path):
             assert mask[top:bottom, left:right].sum() == mask.sum() and mask[top:bottom, left].any()
     with pytest.raises(Refused, match="no labels for 'colour'"):
         run.as_dataset(("semantic", "colour"))
+    with pytest.raises(Refused, match="not a run in shards, which streaming reads"):
+        run.as_dataset("depth", streaming=True)
 
 
 def test_a_run_is_sliced_and_asked_for_what_passes(run_path):
@@ -693,6 +728,8 @@ def test_a_run_is_sliced_and_asked_for_what_passes(run_path):
         run.where("scroe > 3")
     with pytest.raises(Refused, match=r"searched for .bal. \(did you mean ball\?\)"):
         run.where(classes=("bal",))
+    with pytest.raises(Refused, match="'ball' is one string, expected a sequence of words"):
+        run.where(classes="ball")
     assert "<img" in run[0]._repr_html_() and len(repr(run[0])) < 400
 
 
@@ -773,6 +810,15 @@ def test_a_recipe_is_stored_once_and_rows_are_small(tmp_path):
     with Ledger(tmp_path / "ledger.sqlite", read_only=True) as ledger:
         with pytest.raises(Refused, match="the row of sample 1 is damaged .*no recipe has the digest"):
             ledger.row(1)
+
+
+def test_more_recipes_than_are_cached_are_read_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasetdm_fast.runs.run_folder.ledger.CACHED_RECIPES", 2)
+    recipes = [{**LONG_RECIPE, "steps": steps} for steps in (10, 20, 30)]
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        ledger.commit([Row(Request(k, "a ball", k), recipes[k]) for k in range(3)])
+        for k in (0, 1, 2, 0, 2):
+            assert ledger.row(k).recipe == recipes[k] and len(ledger._recipes) <= 2
 
 
 def test_a_disk_without_room_beside_a_ledger_is_full_and_the_ledger_not_damaged(tmp_path, monkeypatch):

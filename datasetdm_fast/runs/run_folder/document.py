@@ -59,11 +59,7 @@ class NotInstalled(Missing):
 def read_document(folder: Path) -> dict[str, Any] | None:
     """run.json, or None where `folder` is not a run folder yet; a folder that holds anything else is refused."""
     path = folder / DOCUMENT
-    if "\0" in str(folder):
-        raise Refused(f"--out {documents.quote(str(folder))}: no folder has such a name", "Choose another --out.")
     with storage.refusing(folder):
-        if folder.exists() and not folder.is_dir():
-            raise Refused(f"{folder}: a file has this name, expected a run folder", "Choose another --out.")
         if not path.exists():
             # A process killed right at the start leaves no more than its lock and a half-written description. Another
             # may have begun the run since the first look.
