@@ -37,6 +37,7 @@ from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.engine.tasks import attention
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.kernels import choice
+from datasetdm_fast.runs.jobs import labelling
 from datasetdm_fast.runs.jobs.labelling import open_pictures
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.reader import open_run
@@ -403,9 +404,25 @@ def test_captions_of_other_pictures_are_refused(photos, tmp_path, capsys):
     line = [str(photos), "--captions", str(captions), "--out", str(tmp_path / "labelled")]
     assert label.main(line) == 2 and not (tmp_path / "labelled").exists()
     assert f"{captions}: names none of the pictures in {photos}" in capsys.readouterr().err
-    for text in ("", "{'photos/a.png': 'a ball'}", '["a ball"]'):
+    for text in ("", "{'photos/a.png': 'a ball'}", '["a ball"]', '{"a.png": 7}'):
         captions.write_text(text)
-        assert label.main(line) == 2 and capsys.readouterr().err.endswith('Write {"a.jpg": "a dog on a sofa"}.\n')
+        assert label.main(line) == 2 and (told := capsys.readouterr().err).endswith(
+            'Write {"a.jpg": "a dog on a sofa"}.\n'
+        )
+    assert "the caption of a.png is not a text" in told
+
+
+def test_pictures_in_tiles_have_a_largest_size_and_noise_levels_are_named(photos, monkeypatch):
+    assert open_pictures(str(photos), "").sides() == [(128, 128), (200, 150), (130, 170)]
+    monkeypatch.setattr(labelling.images, "MOST_PIXELS", 200 * 150)
+    assert len(open_pictures(str(photos), "").sides()) == 3
+    monkeypatch.setattr(labelling.images, "MOST_PIXELS", 200 * 150 - 1)
+    with pytest.raises(Refused, match="b.jpg: 200 x 150 pixels, with --tiles at most 29,999"):
+        open_pictures(str(photos), "").sides()
+    assert labelling.parse_timesteps(["0", "999"]) == (0, 999)
+    for wrong in ([], ["1000"], ["-1"], ["1.5"]):
+        with pytest.raises(Refused, match="--timesteps: "):
+            labelling.parse_timesteps(wrong)
 
 
 def test_captions_that_name_no_class_are_told_before_pictures_are_labelled(photos, tmp_path, capsys):

@@ -177,6 +177,9 @@ def test_the_verdict_stands_there_or_that_there_is_none(run):
         told = text(run, verified=verdict | more)
         assert f"`fast fp16 on a GPU` agrees with `torch` on {compared}" in told and card.UNVERIFIED not in told
     assert card.UNVERIFIED not in text(run, engine={"engine": "torch"})
+    measures = [{"measure": name, "passed": name == "psnr"} for name in ("psnr", "miou", "depth")]
+    told = text(run, verified=verdict | {"agrees": False, "measures": measures})
+    assert "`fast fp16 on a GPU` does NOT agree with `torch`: `miou, depth` is beyond its limit" in told
 
 
 @pytest.mark.parametrize(

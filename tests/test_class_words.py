@@ -18,7 +18,7 @@ from datasetdm_fast.engine.labels.words import (
 )
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.jobs.prompt_files import own_table
+from datasetdm_fast.runs.jobs.prompt_files import LARGEST_TABLE, own_table
 
 pytestmark = pytest.mark.core
 
@@ -169,6 +169,20 @@ def test_a_table_that_is_not_there_is_bad_input(tmp_path):
     for path, why in ((tmp_path / "tabel.csv", r"no such file \(did you mean table.csv\?\)"), (tmp_path, "not a file")):
         with pytest.raises(Refused, match=f"--class-table .*: {why}"):
             own_table(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("own.csv", b"name\n" + b"x" * LARGEST_TABLE, "larger than|bytes"),
+        ("own.json", b'{"categories": [', "not readable as JSON"),
+        ("own.json", b"[]", "JSON"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_refused_with_the_flag(tmp_path, name, content, why):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(Refused, match=f"(?s)^--class-table: {tmp_path}/{name}: .*{why}"):
+        own_table(str(tmp_path / name))
 
 
 def test_a_table_in_another_encoding_is_told_so(tmp_path):

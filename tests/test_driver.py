@@ -1,3 +1,4 @@
+import json
 import threading
 from dataclasses import replace
 from functools import partial
@@ -6,10 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from rendered import write_run
 from run_steps import find_result, prepare, prepare_remake
 from stub_engine import CONFIGS, StubEngine
 
 from datasetdm_fast import generate
+from datasetdm_fast.command_line.run_settings import read_spec
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.data import (
     Batch,
@@ -33,9 +36,11 @@ from datasetdm_fast.engine.sampling import times
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.runs.jobs import job
+from datasetdm_fast.runs.jobs.remake import find_remake_row
 from datasetdm_fast.runs.jobs.writing import BackgroundWriter, write_missing
 from datasetdm_fast.runs.run_folder.reader import open_run
 from datasetdm_fast.runs.run_settings import RunConfig
+from datasetdm_fast.runs.workers import worker
 
 pytestmark = pytest.mark.core
 
@@ -481,6 +486,51 @@ def test_set_aside_samples_end_the_run_with_a_failed_gate(engines, tmp_path):
         result.check()
     assert [sample.id for sample in open_run(tmp_path / "run")] == ["00000000", "00000002"]
     assert find_result(config(tmp_path / "run", prompts="a ball\nbroken\n", number=4)).quarantined == 2
+
+
+def test_a_quarantined_sample_is_made_again_once_its_engine_can(engines, tmp_path, monkeypatch):
+    path = tmp_path / "run"
+    write_missing(prepare(config(path, prompts="a ball\nbroken\n", number=4, batch_size=2, allow_unnamed=True)))
+    before, again = tree(path), RunConfig(out=str(path), only="1")
+    with pytest.raises(GateFailed, match="^sample 00000001: .*; nothing was written"):
+        prepare_remake(again)()
+    assert tree(path) == before
+    encode = StubEngine.encode_text
+    monkeypatch.setattr(StubEngine, "encode_text", lambda self, prompts: encode(self, ["whole"] * len(prompts)))
+    made = prepare_remake(again)()
+    assert "images/00000001.png" in made and all((path / name).exists() for name in made)
+    assert [sample.id for sample in open_run(path)] == ["00000000", "00000001", "00000002"]
+
+
+def test_a_sample_of_a_run_that_another_command_made_is_not_made_alone(tmp_path):
+    write_run(tmp_path, 1, 32)
+    description = json.loads((tmp_path / "run.json").read_text()) | {"command": "merge"}
+    (tmp_path / "run.json").write_text(json.dumps(description))
+    with pytest.raises(Refused, match="--only 0: .* was made by merge") as refused:
+        find_remake_row(str(tmp_path), "0")
+    assert "audit --repair" in refused.value.remedy
+
+
+def test_a_process_among_several_ends_its_share_where_the_gate_closes(engines, tmp_path, monkeypatch):
+    class Gate:
+        is_closed = False
+
+        def __init__(self, job):
+            pass
+
+        def evaluate_stored(self, ledger):
+            pass
+
+        def evaluate(self, results):
+            self.is_closed = True
+
+        def check(self):
+            raise GateFailed("the pictures are unlike", "Look at them.")
+
+    monkeypatch.setattr(worker, "DomainGate", Gate)
+    with pytest.raises(GateFailed, match="the pictures are unlike"):
+        worker.work_on_folder(read_spec(config(tmp_path / "run")), worker.Callbacks())
+    assert [sample.id for sample in open_run(tmp_path / "run")] == ["00000000", "00000001", "00000002"]
 
 
 @pytest.mark.parametrize("index", [0, 4, 6])  # first, middle of a batch, padded tail

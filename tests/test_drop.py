@@ -13,7 +13,7 @@ from datasetdm_fast import convert, drop, filter, restore
 from datasetdm_fast.disk import storage
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder.audit import audit
-from datasetdm_fast.runs.run_folder.folder import RunFolder
+from datasetdm_fast.runs.run_folder.folder import DROPPED, RunFolder
 from datasetdm_fast.runs.run_folder.reader import open_run
 from datasetdm_fast.runs.run_folder.scores import read_scores
 
@@ -45,6 +45,17 @@ def ids(path):
 def is_whole(path):
     found = audit(path)
     return found.findings == [] and found.is_complete
+
+
+def test_what_a_killed_process_left_of_dropped_samples_is_removed(run, whole):
+    assert drop.main([str(run), "00000001", "--quiet"]) == 0
+    before = tree(run)
+    for name, source in (("images/00000001.png", "images/00000001.png"), (f"{DROPPED}images/00000002.png",) * 2):
+        (run / name).write_bytes((whole / source.removeprefix(DROPPED)).read_bytes())
+    assert not is_whole(run)
+    with RunFolder(run, open_run(run).document) as folder:
+        folder.remove_leftovers()
+    assert tree(run) == before
 
 
 def test_a_dropped_sample_leaves_every_index_and_comes_back_unchanged(run, whole, capsys):

@@ -288,6 +288,10 @@ def test_a_score_that_no_sample_has_is_refused(run, capsys):
     before = state(run)
     assert filter.main([str(run), "--where", "clip>0.2", "--quiet"]) == 2 and state(run) == before
     assert "--clip DIR" in capsys.readouterr().err and not (run / FILTER).exists()
+    assert filter.main([str(run), "--where", "score>=0", "--quiet"]) == 0
+    with pytest.raises(Refused, match="no sample of .* has the score clip") as refused:
+        open_run(run).where("score >= 0 and clip > 0.2")
+    assert "--clip DIR" in refused.value.remedy
 
 
 def test_what_is_no_run_folder_is_refused(tmp_path, capsys):

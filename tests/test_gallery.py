@@ -1,6 +1,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +12,13 @@ from datasetdm_fast.data import Request, Sample, SemanticMap
 from datasetdm_fast.engine.labels import LABEL_KINDS, number_classes, pictures
 from datasetdm_fast.engine.labels.class_tables import colour
 from datasetdm_fast.engine.scenes import world
+from datasetdm_fast.errors import Missing
 from datasetdm_fast.runs.gallery import closing, sheets, showing
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.gallery.facts import RunFacts, key_of, layers_of
 from datasetdm_fast.runs.run_folder import page_files
 from datasetdm_fast.runs.run_folder.audit import audit
+from datasetdm_fast.runs.run_folder.document import QUARANTINE
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.ledger import Ledger, Row
 
@@ -135,6 +138,34 @@ def test_a_sheet_without_one_of_its_images_is_drawn_anew_once_it_is_there(tmp_pa
             finish_run(folder)
         assert (sheet.read_bytes() == shown) == (content is not None)
         assert sheets.read_shown(tmp_path) == (known if content else {"0": sheets.UNKNOWN})
+
+
+def test_a_damaged_list_of_sheets_has_them_drawn_again(tmp_path):
+    assert sheets.read_shown(tmp_path) == {}
+    (tmp_path / page_files.SHEETS).parent.mkdir(parents=True)
+    for content in ('{"0": "ab"}', "{", "[]"):
+        (tmp_path / page_files.SHEETS).write_text(content)
+        assert sheets.read_shown(tmp_path) == ({"0": "ab"} if content[-1] == "}" else {})
+
+
+def test_a_disk_that_fails_ends_the_drawing_of_pictures(tmp_path, monkeypatch):
+    write_run(tmp_path, 1, 32)
+    with Ledger(tmp_path / "state/ledger.sqlite", read_only=True) as ledger:
+        row = ledger.row(0)
+
+    def fail(path, most):
+        raise Missing(f"{path}: Input/output error", "Look at the disk.") from OSError(5, "Input/output error")
+
+    monkeypatch.setattr(sheets.storage, "read", fail)
+    with pytest.raises(Missing, match="Input/output error"):
+        sheets._picture_of_sample(tmp_path, "depth", row)
+
+
+def test_what_a_store_lacks_has_no_picture(tmp_path):
+    asked = []
+    assert sheets.fetch_or_draw(asked.append, tmp_path, "gallery/depth/00000001.png") is None
+    assert asked == ["depth/00000001.png", f"{QUARANTINE}depth/00000001.png"]
+    assert sheets.fetch_or_draw(Path, tmp_path, "images/00000001.png") == Path("images/00000001.png")
 
 
 def test_a_run_that_lost_a_map_and_its_picture_is_closed_and_audit_names_the_map(tmp_path):
@@ -358,3 +389,6 @@ def test_the_page_of_a_run_in_progress_says_so_until_the_run_is_finished(tmp_pat
         assert (told["is_in_progress"], told["samples"], told["planned"]) == (True, 1, 3)
         finish_run(folder)
     assert data(tmp_path / "gallery/run.js", "run") == told | {"is_in_progress": False}
+    before = (tmp_path / "gallery/run.js").stat().st_mtime_ns
+    showing.write_so_far(tmp_path)  # of a run that has just ended
+    assert (tmp_path / "gallery/run.js").stat().st_mtime_ns == before

@@ -1,5 +1,6 @@
 """The command gallery and its server: what is given out, to whom, and what a page of a run in progress holds."""
 
+import errno
 import http.client
 import json
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -19,7 +21,7 @@ from rendered import document, rendered, write_run
 from datasetdm_fast import audit as audit_command
 from datasetdm_fast import convert, drop, open_run
 from datasetdm_fast import gallery as command
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.gallery import review, server
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder import shard_places
@@ -40,11 +42,11 @@ def run(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")
-def ask(run):
-    """Status, headers and body of an answer of a server of the run."""
-    with server.open_server(server.ServedRun.of_folder(run), 18800, print) as serving:
-        thread = threading.Thread(target=serving.serve_forever)
+@contextmanager
+def asking(served):
+    """Status, headers and body of an answer of a server of a run."""
+    with server.open_server(served, 18800, print) as serving:
+        thread = threading.Thread(target=serving.serve_forever, args=(0.01,))
         thread.start()
 
         def ask(path, method="GET", body=None, **headers):
@@ -55,9 +57,17 @@ def ask(run):
             return answer.status, answer.headers, answer.read()
 
         ask.port = serving.server_port
+        try:
+            yield ask
+        finally:
+            serving.shutdown()
+            thread.join()
+
+
+@pytest.fixture(scope="module")
+def ask(run):
+    with asking(server.ServedRun.of_folder(run)) as ask:
         yield ask
-        serving.shutdown()
-        thread.join()
 
 
 HOME = "/a%20run/"
@@ -132,6 +142,63 @@ def test_marks_come_from_the_page_alone(run, ask):
         "against": "",
         "corrections": {},
     }
+
+
+def test_corrections_come_from_the_page_by_the_ids_of_samples(tmp_path):
+    (folder := tmp_path / "run").mkdir()
+    change = {"ignored": [[0, 0, 4, 4]]}
+    with asking(server.ServedRun.of_folder(folder)) as ask:
+
+        def put(corrections):
+            body = json.dumps({"marks": [], "corrections": corrections})
+            return ask("/run/review", "PUT", body, Origin=f"http://127.0.0.1:{ask.port}")[0]
+
+        for wrong in ([], {"../x": change}, {"1": change}, {"00000001": {"ignored": [[4, 0, 0, 4]]}}):
+            assert put(wrong) == 400 and not (folder / "review").exists()
+        assert put({"00000001": change}) == 204 == put({"00000002": change})
+        assert json.loads(ask("/run/review")[2])["corrections"] == {"00000001": change, "00000002": change}
+        assert put({"00000001": {}}) == 204
+        assert json.loads(ask("/run/review")[2])["corrections"] == {"00000002": change}
+
+
+def test_browsers_find_no_icon_and_other_errors_of_a_server_are_printed(ask, capsys):
+    assert ask("/favicon.ico")[0] == 204
+    for error, is_printed in ((ConnectionResetError("gone"), False), (TimeoutError(), False), (KeyError("x"), True)):
+        try:
+            raise error
+        except Exception:
+            server.RunServer.__new__(server.RunServer).handle_error(None, ("127.0.0.1", 1))
+        assert ("Traceback" in capsys.readouterr().err) == is_printed
+
+
+def test_files_of_a_store_are_fetched_and_a_store_that_is_silent_is_told(run, tmp_path):
+    def fetch(name):
+        if name.endswith("silent.png"):
+            raise Missing("the store does not answer", "Ask again.")
+        return run / "images/00000001.png" if name == "images/stored.png" else None
+
+    (tmp_path / "run").mkdir()
+    with asking(replace(server.ServedRun.of_folder(tmp_path / "run"), fetch=fetch)) as ask:
+        for name, status in (("stored.png", 200), ("none.png", 404), ("silent.png", 502), ("stored.exe", 404)):
+            assert ask(f"/run/images/{name}")[0] == status, name
+
+
+@pytest.mark.parametrize(
+    ("number", "told", "tried"),
+    [(errno.EADDRINUSE, "are in use", server.TRIED_PORTS), (errno.EACCES, "are in use", server.TRIED_PORTS)]
+    + [(errno.ENOBUFS, "127.0.0.1:18800: No buffer space", 1)],
+)
+def test_no_free_port_is_missing_and_another_error_ends_the_search(monkeypatch, number, told, tried):
+    ports = []
+
+    def refuse(run, port, against):
+        ports.append(port)
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(server, "RunServer", refuse)
+    with pytest.raises(Missing, match=told) as stop:
+        server.open_server(None, 18800, print)
+    assert ports == list(range(18800, 18800 + tried)) and "--port" in stop.value.remedy
 
 
 def test_no_mark_is_lost_where_two_reviewers_serve_the_same_run(tmp_path):

@@ -15,6 +15,7 @@ import pytest
 from datasetdm_fast import prompts
 from datasetdm_fast.engine.labels import class_tables
 from datasetdm_fast.engine.labels.words import find_classes
+from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.prompting import balance, language_model
 from datasetdm_fast.runs.prompting.grammar import (
     DemoGrammar,
@@ -109,6 +110,21 @@ def test_another_seed_makes_other_sentences_of_every_grammar(name):
     assert said[0] == said[1] and len({*said[0]} & {*said[2]}) < 10
 
 
+@pytest.mark.parametrize(("name", "classes"), [("kitti", read_vocabulary().streets), ("pose", ("person",))])
+def test_the_grammars_of_streets_and_persons_have_these_alone(name, classes):
+    grammar = open_grammar(name)
+    assert grammar.classes == classes and grammar.sentence(classes[-1], 0).group == classes[-1]
+    assert grammar.sentence(classes[-1], 0).classes == (classes if name == "pose" else ())
+    with pytest.raises(Refused, match="kitchen"):
+        open_grammar(name, ["kitchen"])
+
+
+def test_where_no_sentence_names_the_classes_alone_a_plain_one_is_taken(monkeypatch):
+    monkeypatch.setattr("datasetdm_fast.runs.prompting.grammar.find_classes", lambda *_: ("owl", "cat", "dog"))
+    sentence = Grammar(["cat", "owl", "dog"]).sentence("owl", 0, ["cat"])
+    assert sentence == Sentence("a photo of an owl and a cat", ("cat", "owl"), "owl")
+
+
 def test_distinct_2_counts_pairs_of_words():
     assert balance.distinct_2(["a b c", "a b d"]) == 3 / 4
 
@@ -187,10 +203,16 @@ def test_target_counts_and_own_words(tmp_path, capsys):
     line = ["--classes", "owl,fire hydrant,kettle", "--target-counts", str(counts), "--out", str(tmp_path / "list")]
     assert prompts.main([*line, "--quiet"]) == 0
     assert Counter(row["group"] for row in rows(tmp_path / "list")) == {"owl": 2, "fire hydrant": 5}
-    for text in ("", "{owl: 2}", "[2]", '{"owl": "two"}'):
+    for text in ("", "{owl: 2}", "[2]", '{"owl": "two"}', '{"owl": -1}', '{"owl": 10000001}', '{"owl": true}'):
         counts.write_text(text)
         assert prompts.main(line) == 2
         assert capsys.readouterr().err.endswith('Write a whole number for each class: {"cat": 40, "dog": 25}.\n')
+    for text, told in (
+        ('{"owls": 2}', "'owls' is not a class of this list (did you mean owl?)\nThe classes are owl, fire"),
+        ('{"owl": 0}', "0 prompts: expected 1 to"),
+    ):
+        counts.write_text(text)
+        assert prompts.main(line) == 2 and told in capsys.readouterr().err
 
 
 def test_classes_of_an_annotation_file_are_said_without_their_marks(tmp_path):
@@ -213,9 +235,13 @@ def test_classes_of_an_annotation_file_are_said_without_their_marks(tmp_path):
         (["--classes", "caf\udce9"], "'caf\\udce9' is not valid Unicode"),
         (["--classes", "classes.txt"], "--classes: 'classes.txt' names a file, expected class words"),
         (["--per-class", "-1"], "--per-class -1: expected 0 to"),
+        (["--per-class", "9000000", "--classes", "cat,owl"], "18,000,000 prompts: expected 1 to 10,000,000"),
         (["--pairs", "1.5"], "--pairs 1.5: expected 0 to 1"),
         (["--per-class", "2", "--balance", "demo:3"], "--balance and --per-class: each sets"),
         (["--llm-url", "ftp://x", "--llm-model", "m"], "not the address of an endpoint"),
+        (["--llm-url", "https://[::1/v1", "--llm-model", "m"], "not the address of an endpoint"),
+        (["--llm-url", "https://host:0/v1", "--llm-model", "m"], "not the address of an endpoint"),
+        (["--llm-url", "https://host:99999/v1", "--llm-model", "m"], "not the address of an endpoint"),
         (["--llm-url", "http://u:p@host/v1", "--llm-model", "m"], "contains a user name, a password"),
         (["--llm-url", "https://host/v1"], "--llm-url and --llm-model: one needs the other"),
         (["--class-table", "nowhere.csv"], "nowhere.csv"),
@@ -389,6 +415,13 @@ def test_a_reply_half_written_by_a_killed_process_is_asked_for_again(endpoint, t
     assert out.read_bytes() == first
     assert replies.read_bytes() == whole
     assert prompts.main([*line_for(endpoint, out), "--quiet"]) == 0
+
+
+@pytest.mark.parametrize("line", ["[]", "{", "7", '{"request": "a"}', '{"request": [], "reply": "", "problem": ""}'])
+def test_a_file_of_replies_with_a_line_of_another_form_is_refused(tmp_path, line):
+    (tmp_path / "list.replies").write_text(f"{line}\n")
+    with pytest.raises(Refused, match="one of its lines is not a stored reply"):
+        language_model.Replies(tmp_path / "list.replies", str, 1)
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -323,6 +323,14 @@ def test_negative_prompts_are_those_of_the_run_or_of_the_line(tmp_path):
     assert RunConfig(negative_prompt="fog").identity()["negative_prompt"] == "fog"
 
 
+def test_a_folder_without_a_prompt_is_refused(tmp_path):
+    (tmp_path / "knife.txt").write_text("\n")
+    (tmp_path / "ball.md").write_text("a ball\n")
+    with pytest.raises(Refused, match="holds no prompt") as refused:
+        read_source(PromptSettings(prompts=str(tmp_path)), has_captions=True)
+    assert "CLASS.txt" in refused.value.remedy
+
+
 def test_a_folder_of_lists_names_the_class_of_each(tmp_path):
     (tmp_path / "bird.txt").write_text("something with feathers\nan old owl\n")
     (tmp_path / "general.txt").write_text("a quiet street\n")

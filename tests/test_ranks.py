@@ -196,6 +196,17 @@ def test_gpus_and_ranks_are_not_mixed():
         devices.find_places(WorkerSettings(gpus="2", ranks=2), "auto", 0)
 
 
+def test_each_gpu_has_a_process_with_its_share_of_cores(monkeypatch):
+    monkeypatch.setattr(devices, "visible_gpus", lambda: ["4", "5"])
+    monkeypatch.setattr(devices, "count_cores", lambda: 6)
+    for device, threads, share in (("auto", 0, 3), ("cuda", 2, 2)):
+        found = devices.find_places(WorkerSettings(gpus="all"), device, threads)
+        environments = [{"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": str(share)} for gpu in "45"]
+        assert found == [devices.Place(each, share) for each in environments]
+    with pytest.raises(Refused, match="--gpus 1 --device cpu: they name different devices"):
+        devices.find_places(WorkerSettings(gpus="1"), "cpu", 0)
+
+
 @pytest.mark.parametrize(("ranks_asked", "cores", "threads"), [(1, 2, 2), (2, 2, 1), (3, 16, 4), (8, 4, 1)])
 def test_cores_are_shared(monkeypatch, ranks_asked, cores, threads):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)

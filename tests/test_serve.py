@@ -8,6 +8,7 @@ import io
 import json
 import socket
 import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from PIL import Image
 
 from datasetdm_fast import Pipeline, generate
 from datasetdm_fast import serve as command
-from datasetdm_fast.data import Request, Sample, Trust
+from datasetdm_fast.data import Quarantined, Request, Sample, Trust
 from datasetdm_fast.errors import GateFailed
 
 uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed")
@@ -168,6 +169,29 @@ def test_lines_come_one_by_one(service):
     lines = [json.loads(line) for line in answer.text.splitlines()]
     assert answer.headers["Content-Type"].startswith("application/x-ndjson")
     assert [(line["index"], line["seed"], line["labels"]) for line in lines] == [(0, 4, {}), (1, 9, {}), (2, 1, {})]
+
+
+def test_an_image_that_came_out_broken_is_told_and_the_others_are_sent(service, pipeline, monkeypatch):
+    whole = Sample(Request(1, PROMPT, 2), np.zeros((8, 8, 3), np.uint8), {})
+    results = {1: Quarantined(Request(0, PROMPT, 1), "its numbers are not finite"), 2: whole}
+
+    def made(batches, recipe, make):
+        return ([results[request.seed] for request in batch.requests] for batch in batches)
+
+    monkeypatch.setattr(pipeline, "generate_batches", made)
+    body = {"prompt": PROMPT, "n": 2, "seed": 1, "steps": 2, "labels": []}
+    answer = ask(service, IMAGES, body)
+    assert answer.status == 422 and answer.json["error"]["message"].startswith("its numbers are not finite")
+    broken, sent = map(json.loads, ask(service, IMAGES, body | {"stream": True}).text.splitlines())
+    assert broken["index"] == 0 and broken["error"]["message"].startswith("its numbers are not finite")
+    assert (sent["index"], sent["seed"]) == (1, 2) and "error" not in sent
+
+
+def test_a_request_that_is_far_too_large_is_not_read_to_its_end(service, monkeypatch):
+    monkeypatch.setattr(http_side, "MOST_READ", http_side.LARGEST_TEXT + 1)
+    for size in (0, 2, 2**20):
+        answer = ask(service, IMAGES, b" " * (http_side.LARGEST_TEXT + size))
+        assert answer.status == (413 if size else 400)
 
 
 def test_an_existing_picture_is_labelled(service, stored, pipeline):
@@ -494,6 +518,8 @@ def test_other_addresses_need_a_token(monkeypatch, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert command.main(["--port", str(taken.getsockname()[1])]) == 2
     assert "Address already in use" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert command.main([]) == 3 and "pip install 'datasetdm-fast[serve]'" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(importlib.util.find_spec("grpc_reflection") is None, reason="Ray Serve is not installed")

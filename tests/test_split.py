@@ -184,6 +184,8 @@ def test_variants_of_a_picture_stay_with_it(tmp_path):
         (("--shares", "50,50", "--names", "a,a"), "expected 2 different names"),
         (("--shares", "50,50", "--names", "a,B/../c"), "expected small letters"),
         (("--undo",), "is not split"),
+        (("--undo", "--seed", "1"), "--undo: it removes the split, and takes no other flags"),
+        (("--undo", "--no-by-source"), "--undo: it removes the split, and takes no other flags"),
     ],
 )
 def test_bad_input_is_one_sentence_and_writes_nothing(run, capsys, flags, said):

@@ -16,7 +16,7 @@ from datasetdm_fast.runs.run_folder.shard_places import ShardFolder
 from datasetdm_fast.runs.workers import claims, supervisor
 from datasetdm_fast.runs.workers.claims import Claims, claim_name, claims_by_name, free_claims, host, is_over
 from datasetdm_fast.runs.workers.devices import Place
-from datasetdm_fast.runs.workers.worker import Callbacks
+from datasetdm_fast.runs.workers.worker import Callbacks, Worker
 
 pytestmark = pytest.mark.core
 
@@ -150,12 +150,12 @@ class Dying:
 
     place, is_finishing, places = "run", False, (Place(),)
 
-    def __init__(self, commits):
-        self.commits, self.begun, self.new = commits, 0, 0
+    def __init__(self, commits, how="dies"):
+        self.commits, self.begun, self.new, self.how = commits, 0, 0, how
 
     def begin(self, rank, name):
         self.new, self.begun = self.commits[self.begun], self.begun + 1
-        return SimpleNamespace(ending=lambda: "dies")
+        return SimpleNamespace(ending=lambda: self.how)
 
     def count_new(self):
         new, self.new = self.new, 0
@@ -169,6 +169,56 @@ class Dying:
 
     def free(self, name, *, died):
         return 1
+
+
+def test_what_is_missing_in_all_five_processes_is_raised_as_it_is(monkeypatch):
+    """Also of a run that has samples, whose other processes might go on without the one."""
+    monkeypatch.setattr(supervisor, "SECONDS_BETWEEN_POLLS", 0)
+    monkeypatch.setattr(supervisor, "LONGEST_WAIT", 0)
+    for commits, begun in (([0] * 9, 1), ([1] + [0] * 8, 5)):
+        run, lost = Dying(commits, Missing("the disk is full", "Make room.")), []
+        with pytest.raises(Missing, match="^the disk is full"):
+            supervisor.Supervisor(run, Callbacks(on_message=lost.append)).work()
+        assert run.begun == begun and len(lost) == (begun if begun > 1 else 0)
+        assert all("refuses (the disk is full)" in line for line in lost)
+
+
+def test_a_stop_lets_processes_finish_what_they_make_and_ends_the_others(monkeypatch):
+    monkeypatch.setattr(supervisor, "SECONDS_BETWEEN_POLLS", 0)
+    told = []
+
+    def process(name):
+        ended = []
+        return SimpleNamespace(
+            ending=lambda: "" if ended else None,
+            stop=lambda: told.append(f"stop {name}") or (name == "busy" and ended.append(1)),
+            kill=lambda: told.append(f"kill {name}") or ended.append(1),
+        )
+
+    run = SimpleNamespace(
+        place="run",
+        is_finishing=True,
+        places=(Place(), Place()),
+        is_complete=lambda: False,
+        count_new=lambda: 0,
+        claims=lambda: {"of busy": [b"1"]},
+        free=lambda name, *, died: 0,
+    )
+    watched = supervisor.Supervisor(run, Callbacks(is_stopping=lambda: True))
+    for rank, name in zip(watched.ranks, ("busy", "idle"), strict=True):
+        rank.process, rank.name = process(name), f"of {name}"
+    watched.work()
+    assert told == ["stop busy", "stop idle", "kill idle"] and not watched._running()
+
+
+def test_a_batch_that_others_have_made_is_not_kept(place):
+    looks = [True, False, True, True]
+    worker = SimpleNamespace(callbacks=Callbacks(), claims=Claims(place), _is_missing=lambda *_: looks.pop(0))
+    assert list(Worker._claim_new(worker, {3: {0}, 4: {1}})) == [4]
+    other = Claims(place)
+    assert other.take_new(3) and not other.take_new(4)
+    stopping = SimpleNamespace(callbacks=Callbacks(is_stopping=lambda: True))
+    assert list(Worker._claim_new(stopping, {5: {2}})) == []
 
 
 @pytest.mark.parametrize(("commits", "begun"), [([0] * 12, 5), ([0] * 4 + [1] + [0] * 7, 9), ([0, 0, 2] * 4, 12)])
