@@ -131,6 +131,8 @@ def test_training_is_refused():
     inputs[1].requires_grad_()
     with pytest.raises(RuntimeError, match="no backward"):
         depth_head.native(*inputs, (8,))
+    with torch.no_grad(), pytest.raises(ValueError, match="got a tensor on meta, expected one on the CPU"):
+        depth_head.native(*(x.to("meta") for x in inputs), (8,))
 
 
 def test_wrong_shapes_are_refused():

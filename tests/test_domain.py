@@ -490,6 +490,20 @@ def test_a_model_may_draw_captions_that_are_lists_of_names_otherwise(named, outs
     assert check.outside == max(outside, 1)  # the first by its own distance
 
 
+def test_a_decoder_without_a_domain_or_memory_for_it_is_not_checked(monkeypatch, tmp_path):
+    assert workflow.check_itself(None, SimpleNamespace(domain=None), tmp_path) is None
+    errors = [torch.OutOfMemoryError("CUDA out of memory"), KeyError("a fault")]
+    monkeypatch.setattr(workflow, "build_engine", lambda *_, **__: (_ for _ in ()).throw(errors.pop(0)))
+    monkeypatch.setattr(workflow, "_choose_captioned", lambda session: [SimpleNamespace(caption="a ball", named=None)])
+    engine = SimpleNamespace(name="fast", model=None, device="cpu", fingerprint=lambda: {"dtype": "fp32"})
+    decoder = SimpleNamespace(domain=learn(), config=SimpleNamespace(task="semantic"))
+    assert workflow.check_itself(SimpleNamespace(engine=engine), decoder, tmp_path) is None
+    with pytest.raises(KeyError, match="a fault"):
+        workflow.check_itself(SimpleNamespace(engine=engine), decoder, tmp_path)
+    monkeypatch.setattr(workflow, "_choose_captioned", lambda session: [])
+    assert workflow.check_itself(SimpleNamespace(engine=engine), decoder, tmp_path) is None and not errors
+
+
 def test_what_a_training_is_told_to_be_wrong_with():
     for outside, is_told in ((4, False), (5, True)):
         warnings = describe_warnings("semantic", None, {"samples": 8, "out_of_domain": outside})

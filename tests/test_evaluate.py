@@ -15,7 +15,7 @@ from datasetdm_fast.engine.decoders.config import COCO_JOINTS, COCO_LIMBS, Decod
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.evaluate import _finish, main
-from datasetdm_fast.training import data_record
+from datasetdm_fast.training import data_record, session
 from datasetdm_fast.training.evaluation.meter import figure_name
 from datasetdm_fast.training.evaluation.settings import EvaluateConfig
 from datasetdm_fast.training.readers import open_data
@@ -249,11 +249,17 @@ def test_classes_that_the_decoder_or_the_images_lack_are_told(decoders, tmp_path
     assert "semantic: no image shows nut\n" in said
 
 
-def test_a_training_tells_classes_that_no_image_shows(tmp_path):
+def test_a_training_tells_classes_that_no_image_shows_and_how_many_are_left_out(tmp_path, monkeypatch):
     lines: list[str] = []
-    data = TrainingData(as_voc(tmp_path, "background\nmug\nleaf\nbolt\nnut\nscrew\n"))
+    data = TrainingData(as_voc(tmp_path, "background\nmug\nleaf\nbolt\nnut\nscrew\n"), skip_bad=True)
+    for name in "bc":  # without a picture
+        shutil.copy(tmp_path / "SegmentationClass/a.png", tmp_path / f"SegmentationClass/{name}.png")
+    monkeypatch.setattr(session, "MOST_LISTED", 1)
+    monkeypatch.setattr(session, "SECONDS_PER_LINE", 0.0)
     open_session(data, ModelChoice("tiny", device="cpu"), ("semantic",), Inversion((1,)), on_message=lines.append)
-    assert "classes    no image shows nut, screw" in lines
+    assert "classes    no image shows nut, screw" in lines and "data       1 of 1 images read" in lines
+    left = [line for line in lines if line.startswith("left out   ")]
+    assert len(left) == 2 and "b.jpg" in left[0] and left[1] == "left out   2 in all"
 
 
 def test_a_bad_data_set_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch, capsys):

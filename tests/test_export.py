@@ -2,6 +2,7 @@
 absent, refused when wrong.
 """
 
+import errno
 import json
 import multiprocessing
 import os
@@ -32,14 +33,17 @@ from datasetdm_fast.engine.decoders.trunk import fold
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loading.presets import seed_network
+from datasetdm_fast.engine.models.capture import AttentionSlot
 from datasetdm_fast.engine.models.text_encoder import TextEncoder
 from datasetdm_fast.engine.models.unet import TextTable, TimeTable, UNet
 from datasetdm_fast.engine.models.vae import ImageDecoder, ImageEncoder
 from datasetdm_fast.engine.sampling.times import initial_noise
 from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.export import staging
 from datasetdm_fast.export.__main__ import main as export_command
 from datasetdm_fast.export.manifest import NAME, Manifest
-from datasetdm_fast.export.onnx import weights
+from datasetdm_fast.export.onnx import to_onnx, weights
+from datasetdm_fast.export.onnx.capture import ProjectingHook
 from datasetdm_fast.export.onnx.graph import Extent, Graph, trace_module
 from datasetdm_fast.export.onnx.operators import OPERATORS
 from datasetdm_fast.export.onnx.stage_names import average_name
@@ -734,6 +738,42 @@ def test_a_graph_refuses_what_it_cannot_say():
         y + torch.zeros(3)
     with pytest.raises(AttributeError, match="storage"):
         _ = y.storage
+
+
+def test_what_changes_nothing_leaves_no_node():
+    graph = Graph("some", DataFile("some.data"), OPERATORS)
+    x = graph.input("x", [Extent(1, ("B",)), 4], torch.float32)
+    assert x.expand(-1, 4) is x and x.repeat_interleave(1, 0) is x
+    weight = trace_module(torch.nn.Linear(3, 3), graph, "layer").weight
+    assert torch.is_floating_point(weight) is True  # no tensor, and known when the graph is written
+
+
+def test_a_level_that_no_decoder_reads_has_no_maps():
+    ops = SimpleNamespace(attention=lambda *given: given)
+    hook = ProjectingHook(SimpleNamespace(widths=(0, 4)), ops, 1)
+    assert hook.attend(AttentionSlot(0, 0, 0, 1), "q", "k", "v") == ("q", "k", "v")
+
+
+def test_a_network_that_is_no_graph_is_refused():
+    backbone = SimpleNamespace(title="Some model", served_by=lambda what: what != "export")
+    with pytest.raises(Refused, match="export: Some model has no network that is written as graphs"):
+        to_onnx._check(SimpleNamespace(backbone=backbone), {}, "fp32", "ort")
+
+
+def test_a_folder_is_filled_after_what_killed_processes_left_is_removed(tmp_path, monkeypatch):
+    (tmp_path / ".7.part").mkdir()
+    (tmp_path / ".model.onnx.8.part").write_bytes(b"half")
+    with staging.fill_alone(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(staging.fcntl, "flock", refuse)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(Missing, match="cannot be written to .No locks available"), staging.fill_alone(tmp_path):
+        pass
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_undone_transpositions_leave_no_node():

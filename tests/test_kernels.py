@@ -22,7 +22,7 @@ from bench.kernels.files import FILES
 from bench.kernels.inputs import cases_of
 from datasetdm_fast.config import SAMPLERS, FlowRule
 from datasetdm_fast.engine.sampling import schedule as walk
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import OPS, fused, guided_step, launch, native, norm_linear, plain, pyramid, reference
 from datasetdm_fast.kernels.noise import noise
 
@@ -382,6 +382,40 @@ def test_fused_falls_back_only_where_no_kernel_runs(monkeypatch):
     if launch.triton is not None:
         with pytest.raises(ValueError, match="upsample_concat: torch.float64 has no kernel"):
             fused.upsample_concat([x.to("meta"), y.to("meta")], 4)
+
+
+@pytest.mark.parametrize("name", [name for name, op in OPS.items() if hasattr(op, "fused")])
+def test_every_op_is_the_reference_on_a_cpu_without_the_interpreter(name, monkeypatch):
+    monkeypatch.setattr(launch, "IS_INTERPRETED", False)
+    inputs = cases_of(name)[0].inputs
+    answers = listed(OPS[name].fused(*changed(inputs, Tensor.clone)))
+    for answer, wanted in zip(answers, listed(OPS[name].reference(*inputs)), strict=True):
+        assert distance(answer, wanted) <= FLOOR  # a chain of ops may round otherwise
+
+
+def test_heads_and_numbers_that_a_form_leaves_to_another_are_answered():
+    q, k = torch.randn(1, 1, 2, 257), torch.randn(1, 1, 3, 257)
+    shares = fused.attention_shares(q, k, torch.ones(1, 1, 2), None, None)
+    assert distance(shares, reference.attention_shares(q, k, torch.ones(1, 1, 2), None, None)) <= FLOOR
+    given = list(cases_of("guided_step")[-1].inputs)
+    for place in (1, 2):  # latents, history
+        inputs = [*given[:place], given[place].double(), *given[place + 1 :]]
+        assert torch.equal(native.guided_step(*inputs), reference.guided_step(*inputs))
+
+
+def test_tensors_of_two_devices_a_missing_triton_and_wide_rows_are_told(monkeypatch):
+    x, far = torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2, device="meta")
+    with pytest.raises(ValueError, match="upsample_concat: the tensors lie on cpu and meta, move them"):
+        fused.upsample_concat([x, far], 4)
+    for name, rest in (("layer_norm", (1e-5,)), ("ada_norm", (None,) * 6 + (1e-5,))):
+        wide = torch.ones(1, 1, OPS[name].WIDEST + 1, device="meta")
+        row = [wide[0, 0]] * 2 if name == "layer_norm" else []
+        with pytest.raises(Missing if launch.triton is None else ValueError, match=f"{name}: .*(registers|Triton)"):
+            OPS[name].fused(wide, *row, *rest)
+    monkeypatch.setattr(launch, "triton", None)
+    with pytest.raises(Missing, match="upsample_concat: Triton is not installed, the kernels for meta need it"):
+        fused.upsample_concat([far, far], 4)
+    assert launch.names_of.__wrapped__(torch.device("cuda")) == ("without triton",)
 
 
 REFUSED = {

@@ -794,3 +794,18 @@ def test_what_to_know_of_a_figure():
     assert len(many) == 1 and many[0].startswith(
         "no held-out image shows a, b, c, d, e and 2 more: means leave them out"
     )
+
+
+def test_decoders_that_find_nothing_to_be_compared_with_are_refused(source, monkeypatch):
+    config = SimpleNamespace(task="depth", classes=(), joints=(), table=None, timesteps=None, timestep=None)
+    engine, settings = SimpleNamespace(decoders={"depth": SimpleNamespace(config=config)}), ScoreSettings()
+
+    def evaluate(tasks, requested=()):
+        measure.evaluate_decoders(engine, "out", "demo:12", tasks, requested, lambda *_: source, settings)
+
+    with pytest.raises(Refused, match="demo:12: ground truth for pose, semantic, but only decoders for depth"):
+        evaluate(("pose", "semantic"))
+    monkeypatch.setattr(measure, "passes", lambda address, configs: [tuple(configs)])
+    monkeypatch.setattr(measure, "measure", lambda *_: {"depth": SimpleNamespace(result=dict)})
+    with pytest.raises(Refused, match="no image has the ground truth to compare with"):
+        evaluate(("depth",))

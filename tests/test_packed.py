@@ -371,7 +371,17 @@ def test_an_upsample_by_tiles_says_what_the_plain_one_says(images, channels, hei
     assert torch.equal(weights_of(nn.Sequential(ours))["0.weight"], kept)
 
 
-@TILES
+@pytest.mark.parametrize("side", [2, 3])
+def test_tiles_hold_the_weight_that_they_were_made_of(side):
+    weight = noise(64, 96, side, side).bfloat16()
+    tiles = tiled_convolution.in_tiles(weight)
+    assert tiles.shape == (2, 3, side, side, 2, 16, 16, 2) and torch.equal(tiled_convolution.from_tiles(tiles), weight)
+    assert (
+        tiles[1, 2, 1, 0, 1, 5, 3, 1] == weight[32 + 16 + 3, 64 + 2 * 5 + 1, 1, 0]
+    )  # output 3, the pair 5 of channels
+    assert not winograd.takes(noise(64, 64, 3, 3).double()) and not tiled_convolution.takes(noise(64, 64, 3, 3))
+
+
 def test_a_convolution_by_tiles_refuses_what_it_cannot_read():
     tiles = tiled_convolution.in_tiles(noise(32, 64, 3, 3).bfloat16())
     right = [image(1, 64, 4, 4).bfloat16(), tiles, noise(32), image(1, 32, 4, 4).bfloat16()]
@@ -381,6 +391,12 @@ def test_a_convolution_by_tiles_refuses_what_it_cannot_read():
     for wrong in (right[3].float(), right[3][..., :2]):
         with pytest.raises(ValueError, match="convolve: residual"):
             tiled_convolution.convolve(*right[:3], wrong)
+
+
+@TILES
+def test_the_compiled_convolution_by_tiles_refuses_what_it_cannot_read():
+    right = [image(1, 64, 4, 4).bfloat16(), tiled_convolution.in_tiles(noise(32, 64, 3, 3).bfloat16()), noise(32)]
+    right.append(image(1, 32, 4, 4).bfloat16())
     places = [x.data_ptr() for x in (*right, right[3])]
     for place, wrong in ((0, 0), (2, 0), (4, 0), (5, 0), (8, 48), (9, 16), (10, 1), (11, 0)):
         numbers = [*places, 1, 4, 4, 64, 32, 3, 1]

@@ -37,6 +37,7 @@ from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.training import (
     checkpoint,
     cross_validation,
+    data_record,
     page,
     predictions,
     session,
@@ -677,6 +678,7 @@ def test_wandb_and_mlflow_are_told_by_their_own_means(monkeypatch, tmp_path):
 
 
 def test_a_tracker_that_is_missing_or_has_no_network_is_named(run, monkeypatch, tmp_path, capsys):
+    from datasetdm_fast.training import log
     from datasetdm_fast.training.log import Log
 
     def refuse(**facts):
@@ -687,6 +689,12 @@ def test_a_tracker_that_is_missing_or_has_no_network_is_named(run, monkeypatch, 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=refuse))
     with pytest.raises(Missing, match="it cannot begin a run .ConnectionError: api.wandb.ai cannot be reached"):
         Log(tmp_path, 0, ["wandb"])
+    closed: list[str] = []
+    tracker = log.Tracker(lambda *_: None, lambda: closed.append("mlflow"))
+    monkeypatch.setitem(log.TRACKERS, "mlflow", lambda folder, done: tracker)
+    with pytest.raises(Missing, match="--log wandb: it cannot begin a run"):
+        log.open_trackers(["mlflow", "wandb"], tmp_path, 0)
+    assert closed == ["mlflow"]
 
 
 def test_a_log_goes_on_after_the_last_kept_step(tmp_path):
@@ -1092,3 +1100,25 @@ def test_flags_of_the_demo_decoders_that_are_given_stand_once_in_the_command(mon
     assert teach.main(["--world", "hard", "--steps=40", "--task", "depth", "--out", "x"]) == 0
     settings = teach.SETTINGS | {"--data": "hard:100@1000", "--steps": "40", "--task": "depth"}
     assert lines == [[*(word for pair in settings.items() for word in pair), "--out", "x"]]
+
+
+def test_a_checkpoint_on_a_disk_that_fails_is_no_damaged_one(tmp_path, monkeypatch):
+    checkpoint.write(tmp_path, {"a": torch.ones(1)}, {"step": 1})
+    assert checkpoint.read(tmp_path)[1] == {"step": 1}
+
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(checkpoint, "safe_open", fail)
+    with pytest.raises(Missing, match=f"{checkpoint.NAME}: Input/output error"):
+        checkpoint.read(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"items": [{"image": 1}]}', b"\xff", b"[" * 100_000])
+def test_data_of_a_training_that_cannot_be_read_are_not_counted(tmp_path, content):
+    (tmp_path / "data.json").write_bytes(content)
+    assert data_record._recorded_images(tmp_path / "data.json") == set()
+    with pytest.raises(Refused, match="data.json: not a file of a training"):
+        task_training.read_state(tmp_path / "data.json", {"steps": int})
+    other = types.SimpleNamespace(is_rendered=False)  # a checkpoint of DatasetDM has no folder of decoders
+    assert data_record.count_seen_in_training(str(tmp_path / "w.pth"), other, ["depth"]) == {}

@@ -53,7 +53,7 @@ from datasetdm_fast.training.settings import (
     ViewSettings,
 )
 from datasetdm_fast.training.splits import count_folds, split, split_folds
-from datasetdm_fast.training.state import EarlyStopping
+from datasetdm_fast.training.state import EarlyStopping, TrainingState
 from datasetdm_fast.training.task_training import resolve_dtype
 from datasetdm_fast.training.trainer import Trainer, loss_of, project, query_target, sample_word
 from datasetdm_fast.training.truth.augment import (
@@ -1436,6 +1436,43 @@ def test_a_step_that_memory_does_not_suffice_for_says_what_to_change(engine, sou
 def test_gpus_that_only_emulate_bf16_teach_in_fp32(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert resolve_dtype("auto", torch.device("cuda:1")) == dtype
+    assert (
+        resolve_dtype("fp16", torch.device("cuda:1")) == "fp16" and resolve_dtype("auto", torch.device("cpu")) == "fp32"
+    )
+
+
+def test_without_averages_the_decoder_is_a_copy_of_that_in_training():
+    state = object.__new__(TrainingState)
+    state.decoder, state.average = torch.nn.Linear(2, 2), []
+    copied = state.averaged_decoder()
+    assert torch.equal(copied.weight, state.decoder.weight) and copied.weight is not state.decoder.weight
+
+
+def test_captures_that_are_damaged_gone_or_too_large_are_told(tmp_path, monkeypatch):
+    path, content = tmp_path / "a.f16", bytes(range(8))
+    for stored, is_whole in (
+        (content + hashlib.sha256(content).digest(), True),
+        (content + hashlib.sha256(b"").digest(), False),
+        (content, False),
+    ):
+        path.write_bytes(stored)
+        assert cache._is_whole(path, 8) is is_whole
+    path.unlink()
+    assert not cache._is_whole(path, 8)
+    layout = Layout.of([Level("low", 1, (2,), (), 0)])
+    with pytest.raises(Missing, match="a.f16"):
+        cache.StoredCaptures([[path]], layout, 1, torch.device("cpu")).batch([0])
+    monkeypatch.setattr(cache, "captures", lambda *_: [[torch.tensor([[7e4, 1.0]])]])
+    layout, item = SimpleNamespace(join=lambda calls: calls), SimpleNamespace(id="scene")
+    with pytest.raises(Refused, match="image scene: 1 captured values exceed half precision") as stop:
+        cache._compute(None, None, [item], [0], None, layout)
+    assert "--cache off" in stop.value.remedy
+
+
+def test_things_of_an_item_are_those_of_its_masks_or_else_of_its_map(source):
+    item = source[0]
+    named = session._things(source, item)
+    assert named and session._things(source, replace(item, masks=None, mask_classes=None)) == named
 
 
 def test_a_share_is_held_out_by_seed_and_none_of_few():

@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import sys
 import zipfile
 import zlib
 
@@ -285,6 +286,12 @@ def test_safetensors_headers_hold_together(file):
         refused(check_safetensors, file(content), match=word)
     with pytest.raises(Missing):
         check_safetensors(file(b"").with_name("none"))
+
+
+def test_a_missing_onnx_is_said(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(Missing, match="m.onnx: the package onnx is needed"):
+        onnx_graph.check_onnx(tmp_path / "m.onnx")
 
 
 def test_onnx_graphs_keep_to_their_folder(file, tmp_path):

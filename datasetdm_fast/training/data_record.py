@@ -101,7 +101,7 @@ def _recorded_images(file: Path) -> set[str]:
     try:
         stored = json.loads(storage.read(file, LARGEST_RECORD))
         documents.check_form(stored, FORM)
-    except (Refused, ValueError):
+    except (ValueError, RecursionError):
         return set()
     return {item["image"] for item in stored["items"] if "image" in item}
 

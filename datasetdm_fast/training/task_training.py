@@ -147,7 +147,7 @@ def read_state(path: Path, form: Mapping[str, Any], most: int = LARGEST_STATE) -
     try:
         document = json.loads(storage.read(path, most))
         check_form(document, form)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refused(
             f"{path}: not a file of a training ({error})", "Choose another --out, or restore it from a copy."
         ) from None

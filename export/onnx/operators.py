@@ -303,8 +303,6 @@ def expand(x: Value, *sizes: Any) -> Value:
 
 def repeat_interleave(x: Value, times: Size, dim: int) -> Value:
     assert dim == 0
-    if times == 1:
-        return x
     rest = x.shape[1:]
     return expand(unsqueeze(x, 1), x.shape[0], times, *rest).reshape(x.shape[0] * times, *rest)
 
