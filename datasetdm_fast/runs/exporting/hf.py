@@ -76,17 +76,12 @@ class _Sink(io.RawIOBase):
 
     def __init__(self) -> None:
         self.parts: list[bytes] = []
-        self.size = 0
 
     def writable(self) -> bool:
         return True
 
-    def tell(self) -> int:
-        return self.size
-
     def write(self, data: Any) -> int:
         self.parts.append(bytes(data))
-        self.size += len(self.parts[-1])
         return len(self.parts[-1])
 
     def take(self) -> Iterator[bytes]:
