@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from stub_engine import StubEngine, Tokenizer
 
 from bench.peers.dataset_diffusion import DatasetDiffusion, Numbers
 from bench.rows import attention as bench
@@ -26,6 +27,8 @@ from datasetdm_fast.config import AttentionDefaults
 from datasetdm_fast.data import AttentionSums, Request, join_texts
 from datasetdm_fast.disk.locks import CACHE_VARIABLE
 from datasetdm_fast.engine.backbones.flow_models import seg4diff
+from datasetdm_fast.engine.backbones.sd import SD
+from datasetdm_fast.engine.decoders.config import SD1_LEVELS
 from datasetdm_fast.engine.decoders.folders import DEMO
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.loading import load_model
@@ -560,3 +563,23 @@ def test_a_picture_whose_name_is_no_text_is_refused_by_it(photos, tmp_path, caps
     shutil.copy(photos / "b.jpg", os.fsencode(folder) + b"/caf\xe9.jpg")
     assert label.main([str(folder), "--out", str(tmp_path / "run"), "--quiet"]) == 2
     assert "the path of 'caf\\udce9.jpg' is not valid UTF-8" in capsys.readouterr().err
+
+
+def test_attention_is_read_of_families_that_have_it_and_drawn_as_upstream_without_noise_at_every_call():
+    engine, attention = StubEngine(64), {"classes": ("ball",), "parity": "dataset-diffusion"}
+    engine.model.levels = SD1_LEVELS
+    with pytest.raises(Refused, match="sampler: euler-ancestral adds noise at every call, and with --parity"):
+        make_recipe(engine, ("attention",), sampler="euler-ancestral", **attention)
+    engine.model.backbone = replace(SD, has_averages=False, has_text_maps=False)
+    with pytest.raises(Refused, match="labels are not read from the attention of Stable Diffusion 1.x and 2.x yet"):
+        make_recipe(engine, ("attention",), classes=("ball",))
+
+
+def test_class_words_that_do_not_fit_beside_their_prompt_are_refused():
+    recipe = class_prompts.attention_recipe(AttentionDefaults(), 64)
+    request = Request(3, "a photo of a scene", 1, ("ball",))
+    for most, fits in ((60, True), (2, False)):
+        tokenizer = Tokenizer()
+        tokenizer.model_max_length = most
+        with nullcontext() if fits else pytest.raises(Refused, match="prompt 3: with its class words . tokens, at mo"):
+            class_prompts.check_class_prompt(request, (), recipe, tokenizer)

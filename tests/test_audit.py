@@ -342,3 +342,12 @@ def test_the_audit_loads_no_torch(whole):
         f"import sys; from datasetdm_fast.audit import main; sys.exit(main([{str(whole)!r}]) or 'torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_of_many_findings_the_first_are_listed(spoilt, monkeypatch, capsys):
+    monkeypatch.setattr(command, "SHOWN", 1)
+    for name in ("images/00000000.png", "images/00000001.png", "depth/00000001.png"):
+        (spoilt / name).unlink()
+    assert command.main([str(spoilt)]) == 4
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and lines[1] == "and 2 more; --json lists them all"

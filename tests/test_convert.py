@@ -30,9 +30,13 @@ from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample,
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import mask_rle, number_classes
 from datasetdm_fast.engine.scenes import world
-from datasetdm_fast.errors import GateFailed, Refused
+from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.runs.exporting import conversion, hf
+from datasetdm_fast.runs.exporting.export_folder import read_export
+from datasetdm_fast.runs.exporting.format import class_map
 from datasetdm_fast.runs.exporting.rings import editable_parts, rings
+from datasetdm_fast.runs.exporting.sources import ExportSource, choose_labels
+from datasetdm_fast.runs.exporting.view import SampleView
 from datasetdm_fast.runs.exporting.voc import borders
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder.folder import RunFolder
@@ -851,3 +855,73 @@ def test_no_conversion_imports_torch(run, tmp_path):
         "sys.exit(code or 'torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_files_and_rows_that_cannot_be_read_fail_the_check_of_the_run(tmp_path):
+    def fail(error):
+        def read(*_):
+            raise error
+
+        return read
+
+    (tmp_path / "images").mkdir()
+    row = SimpleNamespace(files={"image": ("images/0.png", SimpleNamespace(size=1, sha256=""))})
+    view = object.__new__(SampleView)
+    for error, is_there, said in (
+        (Refused("images/0.png: 9 bytes", "Look."), False, "9 bytes"),
+        (Missing("images/0.png: denied", "Look."), True, "denied"),
+        (Missing("images/0.png: no such file", "Look."), False, "is missing or has changed"),
+    ):
+        (tmp_path / "images/0.png").touch() if is_there else (tmp_path / "images/0.png").unlink(missing_ok=True)
+        view.stored = SimpleNamespace(row=row, folder=tmp_path, run=tmp_path, read=fail(error))
+        with pytest.raises(GateFailed, match=said) as failure:
+            view.read("image")
+        assert "datasetdm_fast.audit" in failure.value.remedy
+    damaged = SimpleNamespace(rows=fail(Refused("row 3 is no row", "Look.")), shards=None, path=tmp_path)
+    with pytest.raises(GateFailed, match=f"{tmp_path}: row 3 is no row"):
+        list(ExportSource(damaged, {}, None, None, {}).rows())
+
+
+def test_one_label_of_a_kind_is_exported_where_several_are_named():
+    run = SimpleNamespace(tasks=("semantic", "semantic:other"), path="run")
+    assert choose_labels(run, ()) == {"semantic": "semantic"}
+    assert choose_labels(run, ("semantic:other",)) == {"semantic": "semantic:other"}
+    with pytest.raises(Refused, match="semantic and semantic:other cannot both be exported"):
+        choose_labels(run, run.tasks)
+
+
+def test_files_that_a_format_of_a_package_makes_are_bytes():
+    def written(content):
+        format = SimpleNamespace(convert_sample=lambda *_: ({"a.txt": content}, {}))
+        return conversion.convert_by_package("voc", format, SimpleNamespace(stored=SimpleNamespace(id="0")), None)
+
+    assert written(b"x") == ({"a.txt": b"x"}, {})
+    with pytest.raises(Exception, match="a.txt: a str, expected bytes or a Linked"):
+        written("x")
+
+
+def test_an_export_of_a_later_version_is_not_read(run, tmp_path):
+    converted(run, tmp_path, "--to", "coco")
+    told = read_export(tmp_path)
+    (tmp_path / "export.json").write_text(json.dumps({**told, "format": told["format"] + 1}))
+    with pytest.raises(Refused, match=f"export.json: format {told['format'] + 1}, this version reads"):
+        read_export(tmp_path)
+
+
+def test_without_pyarrow_no_parquet_is_written(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    converted(run, tmp_path / "out", "--to", "hf-parquet", code=3)
+    assert "--to hf-parquet: pyarrow is not installed" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_classes_that_a_format_lacks_are_named_before_its_samples(run, tmp_path, capsys):
+    assert main([str(run), "--to", "cityscapes", "--classes", "ball=car", "--out", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().err
+    assert "cityscapes: it has no class" in told and "which --classes can rename" in told
+
+
+def test_the_map_of_a_run_without_instances_is_its_own():
+    below = np.uint8([[1, 2]])
+    sample = SimpleNamespace(semantic=below, height=1, width=2)
+    assert class_map(sample, SimpleNamespace(tasks={"semantic"})) is below
+    assert class_map(sample, SimpleNamespace(tasks={"depth"})).tolist() == [[0, 0]]

@@ -144,3 +144,11 @@ def test_a_package_that_does_not_load_is_told_with_all_that_was_found(monkeypatc
         assert doctor.main() == 3
         out, err = capsys.readouterr()
         assert out == shown and "command_line does not load: " in err and err.endswith("Reinstall the package.\n")
+
+
+def test_a_person_is_told_what_is_done_and_the_family_of_a_model(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "examine", lambda folder: {"self_test": {"passed": True, "problem": ""}})
+    monkeypatch.setattr(doctor, "describe", lambda facts: ["all is well"])
+    assert doctor._run_command([]) == 0
+    out, err = capsys.readouterr()
+    assert out == "all is well\n" and "about ten seconds" in err

@@ -12,6 +12,7 @@ from run_steps import find_result, prepare, prepare_remake
 from stub_engine import CONFIGS, StubEngine
 
 from datasetdm_fast import generate
+from datasetdm_fast.command_line import run_report, run_settings
 from datasetdm_fast.command_line.run_settings import read_spec
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.data import (
@@ -684,3 +685,36 @@ def test_nothing_is_committed_after_a_batch_that_could_not_be_written():
         for number in (1, 2, 3):
             writer.put([number], {})
     assert committed == [[1]]
+
+
+def test_negative_prompts_are_encoded_once_until_there_are_too_many(monkeypatch):
+    monkeypatch.setattr(driver, "MOST_NEGATIVES", 2)
+    asked = []
+    engine = SimpleNamespace(encode_text=lambda texts: asked.extend(texts) or Text(torch.zeros(1, 77, 2)))
+    generator = object.__new__(driver.BatchGenerator)
+    generator.engine, generator._negatives = engine, {}
+    for texts, encoded in ((["a", "b"], "ab"), (["a", "c"], "c"), (["a", "a"], "a"), (["b", "a"], "b")):
+        assert len(generator._encode_negatives(texts)) == 2
+        assert "".join(asked) == encoded
+        asked.clear()
+
+
+def test_a_plan_tells_seeds_of_prompts_and_the_products_of_a_transformer():
+    backbone = SimpleNamespace(flow=None, text=lambda configs: (100, 8))
+    model = SimpleNamespace(backbone=backbone, guidance_at=lambda guidance: "cfg" if guidance > 1 else "none")
+    model.image_tokens, model.configs, model.denoiser = 400, {}, SimpleNamespace(numel=lambda: 10**9)
+    planned = SimpleNamespace(engine=SimpleNamespace(model=model), recipe=SimpleNamespace(facts={"calls": 20}))
+    planned.recipe.facts["guidance"] = 3.0
+    assert run_report.describe_work(planned) == ""
+    backbone.flow = "uniform"
+    assert run_report.describe_work(planned) == "at least 40 TFLOP an image"
+    planned.recipe.facts["guidance"] = 1.0
+    assert run_report.describe_work(planned) == "at least 20 TFLOP an image"
+
+
+def test_two_labels_that_write_the_same_files_are_refused(monkeypatch):
+    real = run_settings.kind_of
+    monkeypatch.setattr(run_settings, "kind_of", lambda label: real("depth" if label == "pose" else label))
+    run_settings.check_settings(RunConfig(task=("depth", "semantic")))
+    with pytest.raises(Refused, match="--task: depth and pose both write depth/ID.png"):
+        run_settings.check_settings(RunConfig(task=("depth", "pose")))

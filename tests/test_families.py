@@ -16,6 +16,8 @@ from tiny_pipelines import SIZE
 from transformers import AutoTokenizer
 
 from datasetdm_fast import generate
+from datasetdm_fast.data import Text
+from datasetdm_fast.engine.backbones import fitting, flux2_klein
 from datasetdm_fast.engine.backbones.flux1 import FLUX1
 from datasetdm_fast.engine.backbones.flux2_klein import FLUX2_KLEIN
 from datasetdm_fast.engine.backbones.sd import SD
@@ -23,9 +25,11 @@ from datasetdm_fast.engine.backbones.sd3 import SD3
 from datasetdm_fast.engine.backbones.sdxl import SDXL
 from datasetdm_fast.engine.backbones.z_image import Z_IMAGE
 from datasetdm_fast.engine.decoders.checkpoint import save_decoder, seeded_decoders
-from datasetdm_fast.engine.loading import load_model
+from datasetdm_fast.engine.engines.fast.engine import resolve_precision
+from datasetdm_fast.engine.loading import in_memory, load_model
 from datasetdm_fast.engine.loading.folder import family_of, load_folder
 from datasetdm_fast.engine.loading.model import ConfigFile
+from datasetdm_fast.engine.models import text_encoder
 from datasetdm_fast.errors import Missing, Refused
 
 pytestmark = pytest.mark.usefixtures("one_engine_of_a_kind")
@@ -430,3 +434,55 @@ def test_a_gated_model_is_not_downloaded_unasked():
     with pytest.raises((Missing, Refused)) as caught:
         load_model("black-forest-labs/FLUX.1-dev")
     assert "--allow-download" in str(caught.value)
+
+
+def test_parts_of_a_model_that_do_not_belong_together_are_refused():
+    config, tokenizer = SimpleNamespace(vocab_size=10), range(11)
+    backbone = SimpleNamespace(of_kind=lambda kind: ("text_encoder", "text_encoder_2"))
+    configs = {"text_encoder": SimpleNamespace(text_config=config)}
+    model = SimpleNamespace(name="x", backbone=backbone, configs=configs, loaded_tokenizers={"tokenizer": tokenizer})
+    with pytest.raises(Refused, match="the tokenizer of the text_encoder has 11 entries, it knows 10"):
+        fitting.check_vocabularies(model)
+    config.vocab_size = 11
+    fitting.check_vocabularies(model)
+    read = max(flux2_klein.READ_LAYERS)
+    config.num_hidden_layers, config.hidden_size = read - 1, 8
+    width = len(flux2_klein.READ_LAYERS) * 8
+    model.configs |= {"text_encoder": config, "transformer": SimpleNamespace(joint_attention_dim=width)}
+    with pytest.raises(Refused, match=f"the text encoder has {read - 1} layers, and the states of layer {read}"):
+        flux2_klein._check_fit(model)
+    config.num_hidden_layers = read
+    flux2_klein._check_fit(model)
+
+
+def test_a_pipeline_without_one_of_its_parts_is_refused():
+    pipe = type("StableDiffusionPipeline", (), {"unet": object(), "vae": object()})()
+    with pytest.raises(Refused, match="StableDiffusionPipeline has no .*text_encoder.*scheduler; supported"):
+        in_memory.model_of(pipe)
+
+
+@pytest.mark.parametrize("forces", [True, False, None])
+def test_a_model_of_two_encoders_may_zero_the_text_of_empty_prompts(forces):
+    index = {} if forces is None else {"force_zeros_for_empty_prompt": forces}
+    model = SimpleNamespace(configs={"model_index": index})
+    text = Text(torch.ones(2, 3, 4), torch.ones(2, 5))
+    found = text_encoder.PairedPromptEncoder.after(model, ["a ball", ""], text)
+    assert found.context[0].all() and found.pooled[0].all()
+    assert bool(found.context[1].any()) is bool(found.pooled[1].any()) is (forces is False)
+
+
+@pytest.mark.parametrize(("dtype", "said"), [("half", "'half' is none of auto"), ("tf32", "a CPU has no TF32")])
+def test_precisions_that_a_cpu_does_not_have_are_refused(dtype, said):
+    with pytest.raises(Refused, match=f"dtype: .*{said}"):
+        resolve_precision(dtype, torch.device("cpu"))
+
+
+def test_a_model_without_the_schedule_that_it_was_trained_with_is_refused(saved, tmp_path):
+    folder = shutil.copytree(saved("sdxl"), tmp_path / "model")
+    (folder / "scheduler/scheduler_config.json").unlink()
+    with pytest.raises(Refused, match=r"has no scheduler \(scheduler/scheduler_config.json is missing\)"):
+        load_model(str(folder))
+    (folder / "scheduler").rmdir()
+    with pytest.raises(Refused, match="has no scheduler") as refusal:
+        load_model(str(folder))
+    assert refusal.value.remedy == "Add the folder scheduler of the same model."

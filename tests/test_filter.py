@@ -21,7 +21,7 @@ from test_ledger import tree
 from datasetdm_fast import drop, filter, generate
 from datasetdm_fast.data import Request
 from datasetdm_fast.engine.labels.trust import NamedMap
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.curation import clip, filtering
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder import scores as run_scores
@@ -523,3 +523,9 @@ def test_generate_still_finds_its_run_complete(run, monkeypatch):
     with RunFolder(run, open_run(run).document) as folder:
         finish_run(folder)
     assert state(run) == before and callable(generate.main)
+
+
+def test_a_clip_that_transformers_cannot_read_is_missing(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(Missing, match=f"--clip {tmp_path}: transformers cannot read it"):
+        clip.Clip(tmp_path, "")

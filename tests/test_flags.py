@@ -17,7 +17,7 @@ import pytest
 
 from datasetdm_fast import cli
 from datasetdm_fast.cli import COMMANDS
-from datasetdm_fast.command_line import ending, flags, progress
+from datasetdm_fast.command_line import ending, flags, output, progress
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.command_line.output import print_lines
 from datasetdm_fast.command_line.progress import shows_bar
@@ -451,6 +451,26 @@ def test_completion_names_the_shells_that_there_are(capsys):
         assert said in cause and "bash" in remedy and "zsh" in remedy
 
 
+def test_what_a_command_needs_first_is_told(monkeypatch, capsys, tmp_path):
+    from datasetdm_fast import convert, example, export_cli
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(export_cli, "find_spec", lambda name: None)
+    monkeypatch.setattr("datasetdm_fast.runs.exporting.hf.check_hub", lambda name: None)
+    monkeypatch.setattr(convert, "open_target", lambda place: (tmp_path / "x", object()))
+    for command, line, code, said in (
+        (example.main, [], 2, "FOLDER is missing"),
+        (export_cli.main, ["--out", "graphs"], 3, "export: the library onnx is not installed"),
+        (convert.main, ["s3://bucket/run", "--to", "coco"], 2, "--out is missing"),
+        (convert.main, ["x", "--to", "coco", "--out", "y", "--push-to-hub", "a/b"], 2, "the export is made at y"),
+        (convert.main, ["x", "--to", "pth", "--out", "weights"], 2, "expected a file such as latest_checkpoint.pth"),
+    ):
+        assert command(line) == code
+        cause, remedy = capsys.readouterr().err.splitlines()
+        assert said in cause and remedy
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_version_is_told_alone(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"datasetdm-fast {__version__}\n"
@@ -583,3 +603,10 @@ def test_a_name_too_long_for_a_file_ends_in_two_lines(tmp_path, capsys):
 def test_a_module_without_a_command_says_so(module, code, said):
     ended = subprocess.run([sys.executable, "-m", f"datasetdm_fast.{module}"], capture_output=True, text=True)
     assert ended.returncode == code and said in ended.stderr
+
+
+def test_a_sample_that_would_be_made_again_is_only_told(capsys):
+    settings = RunConfig(dry_run=True, json=True)
+    assert output.remake_sample(settings, "run", "00000003", None) == 0
+    told = capsys.readouterr()
+    assert '"id": "00000003"' in told.out and '"written": []' in told.out

@@ -205,3 +205,12 @@ def test_a_command_that_was_stopped_ends_with_the_code_of_its_signal_and_resumes
         patch.setattr(interruption.Interruption, "__enter__", enter)
         assert command.main([*line, "--quiet"]) == 143
     assert told in capsys.readouterr().err and command.main([*line, "--quiet"]) == 0
+
+
+@pytest.mark.parametrize(("number", "ending"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_a_signal_from_before_a_command_ends_it_as_it_begins(number, ending):
+    watch = interruption.SignalWatch(is_last=False)
+    watch.open()
+    watch.signal = number
+    with pytest.raises(ending):
+        watch.open()

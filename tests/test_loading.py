@@ -23,7 +23,8 @@ from datasetdm_fast.config import TASKS
 from datasetdm_fast.engine.backbones import OWN_MODELS
 from datasetdm_fast.engine.backbones.sd import DOWN_BLOCKS, SD, SD_SCHEDULER, UP_BLOCKS
 from datasetdm_fast.engine.engines import build_engine
-from datasetdm_fast.engine.loading import PRESETS, checks, load_model, lora, presets, saving, tokenizer
+from datasetdm_fast.engine.loading import PRESETS, checks, load_model, lora, presets, saving, single_file, tokenizer
+from datasetdm_fast.engine.loading import folder as model_folder
 from datasetdm_fast.engine.loading.folder import download_model
 from datasetdm_fast.engine.loading.model import (
     UNKNOWN_LICENCE,
@@ -850,6 +851,15 @@ def test_a_model_that_the_hub_does_not_give_is_told_with_the_reason(monkeypatch,
 def test_a_text_encoder_of_an_unknown_activation_is_refused():
     with pytest.raises(Refused, match="text encoder: its activation is 'tanh', supported are"):
         TextEncoder(SimpleNamespace(config=SimpleNamespace(hidden_act="tanh")), None)
+
+
+def test_files_and_settings_without_sense_are_damaged():
+    with pytest.raises(Refused, match="x lacks the tensor a.bias, which every checkpoint of Stable Diffusion"):
+        single_file._shape({"a.weight": torch.zeros(2)}, "a.bias", Path("x"))
+    for error in (KeyError("a"), TypeError("b"), ZeroDivisionError("c")):
+        with pytest.raises(Refused, match=f"its configs are inconsistent .{type(error).__name__}"):
+            with model_folder._making_sense(Path("x")):
+                raise error
 
 
 def test_a_file_that_may_not_be_read_is_told(monkeypatch, tmp_path):

@@ -187,3 +187,12 @@ def test_the_gil_is_released_while_encoding():
 
     # With the lock held the first join would return only at the end; a busy machine may need another try.
     assert any(turns_taken_meanwhile() > 3 for _ in range(10))
+
+
+def test_a_count_beyond_64_bits_is_refused():
+    for count, is_read in ((2**63 - 1, True), (2**63, False), (2**64, False)):
+        if is_read:
+            assert mask_rle._runs([count]).tolist() == [count]
+        else:
+            with pytest.raises(ValueError, match="expected a string or a list of whole numbers"):
+                mask_rle._runs([count])

@@ -5,24 +5,29 @@ import re
 import shutil
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 from rendered import document, rendered, write_run
 
 from datasetdm_fast import audit as audit_command
 from datasetdm_fast import convert, drop, edit, filter, open_run, split
 from datasetdm_fast.data import Quarantined, Trust
+from datasetdm_fast.disk.storage import sha256_of
 from datasetdm_fast.engine.labels import class_tables
 from datasetdm_fast.engine.scenes import world
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.merge import main
 from datasetdm_fast.runs.compositions.composition import SquareSource
 from datasetdm_fast.runs.compositions.merging import _join_models, _merge
+from datasetdm_fast.runs.compositions.shard_merging import ShardMerging
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.selections import groups, origins
+from datasetdm_fast.runs.run_folder.shard_places import shard_place
 
 
 @pytest.fixture(scope="module")
@@ -338,3 +343,39 @@ def test_bad_input_is_one_sentence_and_writes_nothing(runs, tmp_path, capsys):
     (tmp_path / "damaged" / "images" / "00000001.png").unlink()
     assert main([str(tmp_path / "damaged"), str(runs / "second"), "--out", str(out), "--quiet"]) == 4
     assert "00000001.png is missing or has changed since it was written" in capsys.readouterr().err
+
+
+def test_a_source_whose_files_are_not_those_of_its_rows_is_damaged(tmp_path):
+    write_run(tmp_path / "run", 2, 32)
+    source = SquareSource(tmp_path / "run")
+    row = source.run[0].row
+    name, stored = row.files["depth"]
+    Image.new("L", (16, 16)).save(tmp_path / "run" / name)
+    other = replace(stored, sha256=sha256_of(tmp_path / "run" / name), size=(tmp_path / "run" / name).stat().st_size)
+    for files, role, said in (
+        ({**row.files, "depth": (name, other)}, "depth", name),  # of another size
+        (row.files, "depth", name),  # changed since
+        ({}, "image", "the row of sample 00000000"),
+    ):
+        with pytest.raises(GateFailed, match=f"{said}.* is missing or has changed") as failure:
+            source._pixels(replace(row, files=files), role)
+        assert "datasetdm_fast.audit" in failure.value.remedy
+    source.side = 64
+    with pytest.raises(GateFailed, match="the row of sample 00000000"):
+        source._tile(0)
+
+
+def test_runs_in_shards_are_merged_of_one_size_and_into_an_empty_place():
+    sources = [SimpleNamespace(place=f"run{side}", document={"sampling": {"size": side}}) for side in (32, 64)]
+    merging = object.__new__(ShardMerging)
+    merging.sources = sources
+    with pytest.raises(Refused, match="run32 and the others: their images have different sizes"):
+        merging._read_samples()
+
+
+def test_a_place_for_shards_that_holds_something_is_refused(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    merging = object.__new__(ShardMerging)
+    merging.place = shard_place(tmp_path)
+    with pytest.raises(Refused, match="it is not empty"):
+        merging.count_existing()

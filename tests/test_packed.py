@@ -435,3 +435,9 @@ def test_a_block_that_spends_its_input_says_what_the_plain_one_says(dtype):
         spent = x.clone(memory_format=torch.preserve_format)
         assert torch.equal(SpendingResnet(block)(spent), block(x)) and not spent.untyped_storage().nbytes()
         assert distance(block(x), truth.double()) <= (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_without_onednn_no_layer_is_packed(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    assert pack_layers(module) is module and type(module[0]) is torch.nn.Linear

@@ -448,6 +448,24 @@ def test_a_bad_endpoint_ends_in_fewer_prompts_or_in_exit_code_3(name, endpoint, 
         assert reason in seen.out
 
 
+def test_where_no_prompt_of_an_endpoint_can_be_used_the_reasons_are_told(tmp_path, monkeypatch, capsys):
+    rejected = Counter({"it is too short": 3, "it holds marks": 2, "it names no class": 1, "a fourth": 1})
+    monkeypatch.setattr(prompts.language_model, "collect_sentences", lambda *_: ([], rejected))
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    line = ["--classes", "owl", "--llm-url", "http://127.0.0.1/v1", "--llm-model", "m", "--out", str(tmp_path / "list")]
+    assert prompts.main([*line, "--quiet"]) == 3
+    told = capsys.readouterr().err.splitlines()[0]
+    assert told.endswith("came back: it is too short (3), it holds marks (2), it names no class (1)")
+    assert not (tmp_path / "list").exists()
+
+
+def test_the_statistics_of_a_list_are_one_object_on_stdout(tmp_path, capsys):
+    assert prompts.main(["--classes", "cat,owl", "--per-class", "3", "--out", str(tmp_path / "list"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["out"], told["asked_for"], told["left_out"]) == (str(tmp_path / "list"), 6, {})
+    assert told["near_duplicates"] == 0
+
+
 def test_a_prompt_that_names_another_class_of_the_list_is_left_out():
     assert (
         language_model.rejection_reason("a dog and a cat on a porch", ("dog",), ("dog", "cat"), ())

@@ -3260,3 +3260,56 @@ def test_a_positive_angle_turns_an_outline_clockwise_about_its_centre(kind):
     outline = {"box": [(10, 14, 22, 18)], "ellipse": [(16, 16), (6, 2)]}[kind]
     mask = getattr(shapes, kind)(*outline, (32, 32), 45)()
     assert mask[19, 19] and mask[12, 12] and not mask[12, 19] and not mask[19, 12] and not mask[16, 21]
+
+
+def test_a_window_beside_the_picture_is_black():
+    shown = framing.frame_picture(ramp(50, 50), framing.Window(60, 0, 1), 16)
+    assert not shown.image.any() and (shown.semantic == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "metres"),
+    [("80\n", 80), ("65.5", 65.5), ("far", None), ("0", None), ("-1", None), ("nan", None), ("1e9", None)],
+)
+def test_the_farthest_depth_is_a_number_of_metres(tmp_path, text, metres):
+    assert reading.farthest_depth(tmp_path / "max_depth.txt") == 10
+    (tmp_path / "max_depth.txt").write_text(text)
+    if metres:
+        assert reading.farthest_depth(tmp_path / "max_depth.txt") == metres
+    else:
+        with pytest.raises(Refused, match="max_depth.txt: no number of metres up to"):
+            reading.farthest_depth(tmp_path / "max_depth.txt")
+
+
+def test_a_binary_mask_of_16_bits_is_refused(tmp_path):
+    Image.fromarray(np.zeros((16, 16), np.uint16)).save(tmp_path / "mask.png")
+    with pytest.raises(Refused, match="mask.png: its pixels are I;16, expected 0 and 255"):
+        reading.binary_mask(tmp_path / "mask.png", (16, 16))
+
+
+def test_a_picture_whose_exif_data_are_broken_is_refused():
+    class Broken(Image.Image):
+        def getexif(self):
+            raise SyntaxError("not a TIFF file")
+
+    image = Image.new("RGB", (32, 32))
+    image.__class__ = Broken
+    with pytest.raises(Refused, match=r"a.jpg: its EXIF data cannot be read \(SyntaxError\)"):
+        reading.colours("a.jpg", image, reading.as_shown)
+    with pytest.raises(Refused, match="image 0: its EXIF data cannot be read") as refusal:
+        framing.pictures_in_memory([image]).load(0, 16)
+    assert refusal.value.remedy == "Give another image."
+
+
+def test_an_item_beyond_the_end_is_an_index_error_and_a_file_that_fails_bad_data(made):
+    source = open_data(f"coco:{made('coco')}", SIZE)
+    for index in (-1, len(source)):
+        with pytest.raises(IndexError):
+            source[index]
+
+    def fail():
+        raise OSError(5, "Input/output error", "a.png")
+
+    with pytest.raises(Refused, match="a.png: Input/output error"):
+        source.guard(fail)
+    assert source.things_of(SimpleNamespace(masks=None, semantic=None)) == []

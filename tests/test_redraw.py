@@ -8,6 +8,7 @@ import time
 import unicodedata
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,10 +29,11 @@ from datasetdm_fast.engine.sampling import times
 from datasetdm_fast.engine.sampling.schedule import make_schedule
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.compositions import edit as regions
+from datasetdm_fast.runs.compositions import redraw
 from datasetdm_fast.runs.compositions.edit import MOST_NEW, Edits
 from datasetdm_fast.runs.compositions.redraw import open_source
 from datasetdm_fast.runs.compositions.settings import EditSettings
-from datasetdm_fast.runs.compositions.vary import DOMAINS, move_prompt
+from datasetdm_fast.runs.compositions.vary import DOMAINS, measure_consistency, move_prompt
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.folder import RunFolder
@@ -318,6 +320,29 @@ def test_bad_input_is_refused_and_nothing_written(command, flags, said, source, 
     told = capsys.readouterr().err.splitlines()
     assert said in told[0] and len(told) == 2 and not (tmp_path / "out").exists()
     assert "--truncate-prompts" not in told[1]  # which these commands do not have
+
+
+def test_a_mask_of_more_parts_than_can_be_stored_is_refused(tmp_path, monkeypatch):
+    Image.fromarray(np.indices((16, 16)).sum(0).astype(np.uint8) % 2 * 255).save(tmp_path / "mask.png")
+    longest = len(regions.read_mask(str(tmp_path / "mask.png"), 16)["counts"])
+    monkeypatch.setattr(regions, "LONGEST_MASK", longest - 1)
+    with pytest.raises(Refused, match="mask.png: has too many parts to be stored"):
+        regions.read_mask(str(tmp_path / "mask.png"), 16)
+
+
+def test_other_weights_than_those_of_the_source_are_refused():
+    document = {"model": {"digests": {"unet": "1"}}, "decoders": {"depth": {"digest": "2", "licence": "none"}}}
+    source = SimpleNamespace(path="run", document=document)
+    engine = SimpleNamespace(model=SimpleNamespace(digests={"unet": "1"}))
+    redraw._check_weights(source, engine, {"depth": {"digest": "2"}})
+    for decoders in ({"depth": {"digest": "3"}}, {}):
+        with pytest.raises(Refused, match="run: was made with other weights .*depth"):
+            redraw._check_weights(source, engine, decoders)
+
+
+def test_labels_without_areas_have_no_consistency():
+    people = Keypoints(np.zeros((0, 1, 3), np.float32), np.zeros((0, 1)), np.zeros(0), ("head",), ())
+    assert measure_consistency({"pose": people}, {"pose": people}) is None
 
 
 def test_labels_that_the_run_lacks_are_told(source, tmp_path, capsys):

@@ -194,3 +194,8 @@ def test_a_function_opens_the_engine_once():
     opened = []
     stream = SampleStream(partial(lambda: opened.append(1) or stub()), PROMPTS, "depth", number=2, steps=2)
     assert len(list(stream)) == len(list(stream)) == 2 and opened == [1]
+
+
+def test_a_share_without_a_sample_asks_for_none():
+    stream = SampleStream(SimpleNamespace(), ("a",), "depth", number=2)
+    assert list(stream._make_samples(2, 3)) == []

@@ -944,3 +944,10 @@ def test_ranks_read_shares_of_their_own(alone, monkeypatch):
         stream = datasetdm_fast.open_run(alone).as_dataset("semantic", streaming=True, seed=5)
         seen += [index for share in stream._shares() for index in share]
     assert sorted(seen) == list(range(SAMPLES))
+
+
+def test_a_store_on_a_disk_is_made_where_it_can_lie(alone, tmp_path, capsys):
+    assert generate.main([*LINE, "--store", f"{tmp_path}/run", "--limit", "5"]) == 0
+    (tmp_path / "file").touch()
+    assert generate.main([*LINE, "--store", f"{tmp_path}/file"]) == 2
+    assert f"--store {tmp_path}/file: there is a file of that name, expected a folder" in capsys.readouterr().err

@@ -469,6 +469,13 @@ def test_what_is_refused(root, tmp_path, capsys, arguments, code, said):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_tells_each_image_and_writes_none(run, tmp_path):
+    line = (*NYU, "--number_data", "4", "--thread_num", "2", "--dry_run", "--outdir", tmp_path / "out")
+    rows = [row for row in run(*line).out.splitlines() if "  seed " in row]
+    assert [row.split("  ")[0] for row in rows] == ["200000", "200001", "200004", "200005"]
+    assert rows[2].startswith("200004  seed 200004  'a ") and not (tmp_path / "out").exists()
+
+
 def test_the_same_checkpoint_in_another_place_is_accepted(run, root, tmp_path):
     line = (*NYU, "--number_data", "2", "--thread_num", "1", "--outdir", tmp_path / "out")
     run(*line, "--limit", "1")

@@ -20,7 +20,7 @@ from stub_engine import StubEngine
 
 from datasetdm_fast import generate
 from datasetdm_fast.config import EXACT, USUAL_SAMPLER
-from datasetdm_fast.data import Keypoints
+from datasetdm_fast.data import DepthMap, Keypoints
 from datasetdm_fast.engine.engines import build_engine, device
 from datasetdm_fast.engine.engines.fast import FastEngine
 from datasetdm_fast.engine.loading import load_model
@@ -103,6 +103,11 @@ def test_what_a_speed_does_not_go_with_is_refused():
         make_recipe(StubEngine(64), ("semantic",), speed="cache3")
     with pytest.raises(Refused, match="has no fp8 products"):
         make_recipe(StubEngine(64), ("semantic",), speed="fp8")
+    engine = StubEngine(64)
+    engine.speeds = (speed.CACHED,)
+    speed.check_call_speed(engine, "cache3", reads_every_call=False)
+    with pytest.raises(Refused, match="--speed cache3: labels from attention are read from every call"):
+        speed.check_call_speed(engine, "cache3", reads_every_call=True)
 
 
 def test_products_in_fp8_are_those_of_rounded_factors():
@@ -166,6 +171,13 @@ def test_calls_in_fp8(form, monkeypatch):
 )
 def test_a_figure_may_be_worse_by_its_limit_alone(measure, exact, value, passes):
     assert LabelFigure(measure, exact, value, speed_gate.MOST_LOST[measure.split()[0]]).is_passed is passes
+
+
+def test_a_figure_is_of_the_kind_of_its_label():
+    points = np.float32([[[0, 0, 1], [9, 9, 1]], [[3, 3, 1], [4, 4, 1]]])
+    people = Keypoints(points, np.array([[2, 2], [0, 0]]), np.ones(2), ("a", "b"))  # nothing of the second is shown
+    assert speed_gate._agreement("pose", people, people) == ("PCK", 1)
+    assert speed_gate._agreement("depth", depth := DepthMap(np.ones((2, 2), np.float32), 4.0), depth) == ("REL", 0)
 
 
 def test_joints_are_found_near_theirs():

@@ -741,3 +741,12 @@ def test_the_truth_of_a_pose_holds_the_joints_and_which_of_them_are_seen():
     label = TASKS["pose"].truth(SimpleNamespace(joints=joints, limbs=limbs), item)
     assert (label.points == item.keypoints).all() and label.visibility.tolist() == [[2, 0], [1, 2]]
     assert label.scores.tolist() == [1, 1] and (label.joints, label.limbs) == (joints, limbs)
+
+
+def test_the_truth_of_instances_is_the_masks_of_an_item():
+    masks, kinds = np.ones((2, 4, 4), bool), np.array([1, 0])
+    truth = instance.InstanceTask().truth(
+        SimpleNamespace(thing_classes=("a", "b")), SimpleNamespace(masks=masks, mask_classes=kinds)
+    )
+    assert truth.masks is masks and truth.class_ids.tolist() == [1, 0] and truth.scores.tolist() == [1, 1]
+    assert truth.classes == ("a", "b")

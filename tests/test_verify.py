@@ -3,6 +3,7 @@
 import functools
 import json
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from skips import IS_LONG
 from bench.decoders import load_decoders
 from datasetdm_fast import generate
 from datasetdm_fast import verify as command
-from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, SemanticMap
+from datasetdm_fast.data import DepthMap, Instances, Keypoints, ProjectedCapture, Quarantined, Request, SemanticMap
 from datasetdm_fast.engine import engines
 from datasetdm_fast.engine.decoders.checkpoint import build_decoder, save_decoder
 from datasetdm_fast.engine.decoders.config import upstream
@@ -592,3 +593,18 @@ def test_a_stored_verdict_holds_for_as_many_samples_and_the_same_setting(monkeyp
     assert [comparing.still_holds(stored, "fast", number) for number in (4, 8, 9)] == [True, True, False]
     assert not comparing.still_holds(stored, "ort", 8) and not comparing.still_holds(None, "fast", 8)
     assert not comparing.still_holds({**stored, "agrees": False}, "fast", 8)
+
+
+def test_a_sample_that_was_set_aside_is_as_far_as_can_be_in_every_measure():
+    row = SimpleNamespace(labels={"semantic": {}, "depth": {}})
+    far = comparing._distances(None, row, Quarantined(Request(0, "a ball", 0), "NaN"), None)
+    assert far == dict.fromkeys(("free image", "free semantic", "free depth"), comparing.FAR)
+
+
+def test_a_capture_is_changed_by_rounding_alone_and_alike_for_one_seed():
+    capture = ProjectedCapture((torch.ones(1, 2, 3, 3), torch.full((1, 1, 2, 2), 4.0)), {"depth": ()})
+    first, again, other = (observe.perturb_capture(capture, seed) for seed in (1, 1, 2))
+    for k, total in enumerate(capture.sums):
+        assert torch.equal(first.sums[k], again.sums[k]) and not torch.equal(first.sums[k], other.sums[k])
+        assert 0 < ((first.sums[k] - total) / total).abs().max() < 8 * observe.ROUNDING
+    assert first.slices == capture.slices

@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -215,3 +216,11 @@ def test_a_model_of_the_hard_world_begins_with_what_the_demo_model_knows(tmp_pat
         assert all(torch.equal(a, b) for a, b in zip(ours_part.parameters(), their_part.parameters(), strict=True))
     assert own[2].get_input_embeddings().num_embeddings == len(ours) > len(theirs)
     assert own[2].config.eos_token_id == ours.eos_token_id
+
+
+def test_a_scene_has_one_person_at_most_and_what_lies_beside_it_is_not_drawn():
+    scene = world.sample_scene(3, count=4, kinds=("person",))
+    assert [thing.kind for thing in scene.things] == ["person"]
+    beside = replace(scene, things=(replace(scene.things[0], x=9.0),))
+    view = world.render(beside, 32)
+    assert not view.instance.any() and not view.keypoints and (view.semantic < 2).all()
