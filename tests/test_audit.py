@@ -337,6 +337,14 @@ def test_notes_keep_the_seal(spoilt):
     assert places(spoilt) == [] and read_document(spoilt)["verified"] == {"agrees": True}
 
 
+def test_a_note_of_a_run_without_samples_begins_no_ledger(whole, tmp_path):
+    (tmp_path / "state").mkdir()
+    (tmp_path / DOCUMENT).write_bytes((whole / DOCUMENT).read_bytes())
+    note(tmp_path, "verified", {"agrees": True})
+    assert read_document(tmp_path)["verified"] == {"agrees": True} and not (tmp_path / LEDGER).exists()
+    assert not (tmp_path / SEAL).exists()
+
+
 def test_the_audit_loads_no_torch(whole):
     code = (
         f"import sys; from datasetdm_fast.audit import main; sys.exit(main([{str(whole)!r}]) or 'torch' in sys.modules)"

@@ -1,12 +1,15 @@
 """What becomes of a run folder: the outcomes of RunQueue.decide, one test a row of its table."""
 
+from importlib.metadata import version
+from importlib.util import find_spec
+
 import pytest
 import torchless
 from run_steps import prepare
 
 from datasetdm_fast.command_line.run_settings import read_spec
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.jobs.run import Outcome, RunQueue
+from datasetdm_fast.runs.jobs.run import Outcome, RunQueue, relocated_paths
 from datasetdm_fast.runs.jobs.writing import write_missing
 from datasetdm_fast.runs.run_folder import document
 from datasetdm_fast.runs.run_settings import RunConfig
@@ -78,3 +81,22 @@ def test_run_json_is_read_once(decide, monkeypatch):
     monkeypatch.setattr(document, "parse_document", lambda content, path: reads.append(path) or read(content, path))
     decide()
     assert len(reads) == 1
+
+
+def test_an_engine_of_other_versions_may_be_another(decide, tmp_path):
+    decide.write(1)
+    spec = read_spec(RunConfig(number=NUMBER, batch_size=2, out=str(tmp_path / "run")))
+    described = dict(RunQueue.open(tmp_path / "run").stored)
+    assert not RunQueue(tmp_path / "run", None).may_differ(spec)
+    for versions, differs in (
+        ({"torch": version("torch")}, False),
+        ({"torch": "0.1"}, True),
+        ({"openvino": ""}, find_spec("openvino") is not None),
+    ):
+        assert RunQueue(tmp_path / "run", described | {"engine": versions}).may_differ(spec) == differs
+
+
+def test_files_that_cannot_be_read_are_not_those_of_the_run(tmp_path):
+    stored = {"config": {"decoder": "before", "model": "demo"}, "decoders": {"depth": {"digest": "ab"}}}
+    for name in (str(tmp_path), str(tmp_path / "none"), "before"):
+        assert relocated_paths("demo", name, 64, stored) == {}

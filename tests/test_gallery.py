@@ -159,6 +159,8 @@ def test_a_disk_that_fails_ends_the_drawing_of_pictures(tmp_path, monkeypatch):
     monkeypatch.setattr(sheets.storage, "read", fail)
     with pytest.raises(Missing, match="Input/output error"):
         sheets._picture_of_sample(tmp_path, "depth", row)
+    with pytest.raises(Missing, match="Input/output error"):
+        sheets._draw_sheet(tmp_path, {0: row.files["image"]})
 
 
 def test_what_a_store_lacks_has_no_picture(tmp_path):

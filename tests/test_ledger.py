@@ -11,7 +11,8 @@ import subprocess
 import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -29,9 +30,12 @@ from datasetdm_fast.engine.labels import check_numbers, label_files, number_clas
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.runs.gallery.closing import finish_run
+from datasetdm_fast.runs.jobs import result, writing
+from datasetdm_fast.runs.run_folder import folder as run_folder
 from datasetdm_fast.runs.run_folder import seal
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.document import (
+    LOCK,
     check_config,
     check_document,
     check_same,
@@ -592,6 +596,20 @@ def test_two_writers_are_refused(tmp_path):
         RunFolder(tmp_path / "run", document(1))
 
 
+@pytest.mark.parametrize("is_released", [True, False])
+def test_a_folder_is_shared_once_who_holds_it_alone_has_let_go(tmp_path, monkeypatch, is_released):
+    (tmp_path / "state").mkdir()
+    held, seconds = ExitStack(), iter(range(0, 10**6, 10 if is_released else 100))
+    held.enter_context(locks.hold_lock(tmp_path / LOCK))
+    sleep = held.close if is_released else lambda: None
+    clock = SimpleNamespace(monotonic=lambda: next(seconds), sleep=lambda _: sleep())
+    monkeypatch.setattr(run_folder, "time", clock)
+    monkeypatch.setattr(locks, "SECONDS_OF_A_LOOK", 0.0)
+    with held, nullcontext() if is_released else pytest.raises(Refused, match="another process"):
+        with run_folder.share_folder(tmp_path):
+            pass
+
+
 def test_set_aside_samples_have_a_row_and_no_file(tmp_path):
     with RunFolder(tmp_path / "run", document(2)) as folder:
         folder.add([rendered(0), Quarantined(Request(1, "a ball", 1), "NaN")], {})
@@ -810,6 +828,24 @@ def test_a_recipe_is_stored_once_and_rows_are_small(tmp_path):
     with Ledger(tmp_path / "ledger.sqlite", read_only=True) as ledger:
         with pytest.raises(Refused, match="the row of sample 1 is damaged .*no recipe has the digest"):
             ledger.row(1)
+
+
+def test_counts_of_a_run_are_read_before_and_while_it_is_made(tmp_path):
+    """As by a process whose peers still work on it, and for the line of progress."""
+    assert writing.count_outside(tmp_path) == 0
+    assert (result.read_result(tmp_path, 3, 0, 0.0).done, result.close_folder(tmp_path, 3, 0, 0.0).done) == (0, 0)
+    with RunFolder(tmp_path, document(3, 32)) as folder:
+        folder.add([replace(rendered(k, 32), trust=Trust(domain=0.5 + k)) for k in range(2)], {})
+        found = result.read_result(tmp_path, 3, 1, 0.0)
+        assert (found.number, found.done, found.made, found.is_complete) == (3, 2, 1, False)
+        assert writing.count_outside(tmp_path) == found.outside == 1
+
+
+def test_a_label_that_a_sample_lacks_is_no_tensor(run_path):
+    pair = open_run(run_path).as_dataset("depth")
+    lacking = replace(pair, task="attention")
+    with pytest.raises(Refused, match="sample 00000001 has no label 'attention'"):
+        lacking[1]
 
 
 def test_more_recipes_than_are_cached_are_read_again(tmp_path, monkeypatch):

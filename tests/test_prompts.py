@@ -182,6 +182,11 @@ def test_what_looks_like_a_file_must_be_one(name):
         prompt_files.read_prompts(name)
 
 
+def test_a_prompt_that_is_no_utf_8_is_refused():
+    with pytest.raises(Refused, match="--prompts: .* is not valid UTF-8"):
+        prompt_files.read_prompts("a \udce9 ball")
+
+
 def test_a_folder_is_no_prompt_file(tmp_path):
     with pytest.raises(Refused, match="cannot be read"):
         prompt_files.read_prompts(str(tmp_path))

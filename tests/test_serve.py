@@ -1,5 +1,6 @@
 """The service: what clients get, what shares a batch, and what is refused, over HTTP on this machine."""
 
+import asyncio
 import base64
 import gc
 import http.client
@@ -30,6 +31,8 @@ from datasetdm_fast.errors import GateFailed
 
 uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 pytest.importorskip("starlette", reason="uvicorn is not installed")
+
+from starlette.exceptions import HTTPException  # noqa: E402
 
 from datasetdm_fast.service import app as http_side  # noqa: E402
 from datasetdm_fast.service.app import Metrics  # noqa: E402
@@ -187,11 +190,21 @@ def test_an_image_that_came_out_broken_is_told_and_the_others_are_sent(service, 
     assert (sent["index"], sent["seed"]) == (1, 2) and "error" not in sent
 
 
-def test_a_request_that_is_far_too_large_is_not_read_to_its_end(service, monkeypatch):
-    monkeypatch.setattr(http_side, "MOST_READ", http_side.LARGEST_TEXT + 1)
-    for size in (0, 2, 2**20):
-        answer = ask(service, IMAGES, b" " * (http_side.LARGEST_TEXT + size))
-        assert answer.status == (413 if size else 400)
+def test_a_request_that_is_too_large_is_read_up_to_a_limit(service, monkeypatch):
+    assert ask(service, IMAGES, b" " * http_side.LARGEST_TEXT).status == 400
+    assert ask(service, IMAGES, b" " * (http_side.LARGEST_TEXT + 1)).status == 413
+    monkeypatch.setattr(http_side, "MOST_READ", 50)
+    for count, read in ((5, 5), (6, 6), (9, 6)):
+        chunks = iter([b" " * 10] * count)
+
+        async def stream(chunks=chunks):
+            for chunk in chunks:
+                yield chunk
+
+        request = SimpleNamespace(headers={"content-type": "application/json"}, stream=stream)
+        with pytest.raises(HTTPException) as refused:
+            asyncio.run(http_side._read_json(request, 20))
+        assert refused.value.status_code == 413 and len(list(chunks)) == count - read
 
 
 def test_an_existing_picture_is_labelled(service, stored, pipeline):
@@ -264,6 +277,18 @@ def test_other_paths_methods_kinds_and_names(pipeline):
 def test_the_doubts_of_an_image_are_the_reasons_of_its_trust(trust, told):
     sample = Sample(Request(0, 1, "a cat"), np.zeros((8, 8, 3), np.uint8), {}, trust=trust)
     assert encode_sample(sample, {}, False).get("doubts") == told
+
+
+def test_what_a_server_asks_beside_http_passes(pipeline):
+    """Ray Serve starts and ends an application, which has no host and no token."""
+    seen = []
+
+    async def app(scope, receive, send):
+        seen.append(scope["type"])
+
+    guard = http_side.Guard(app, ["localhost"], "secret", Metrics(pipeline))
+    asyncio.run(guard({"type": "lifespan"}, None, None))
+    assert seen == ["lifespan"]
 
 
 def test_who_has_no_token_sees_the_page_alone(pipeline):

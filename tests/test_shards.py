@@ -7,6 +7,7 @@ import json
 import pickle
 import random
 import shutil
+import sys
 import tarfile
 import threading
 import time
@@ -350,13 +351,13 @@ def test_a_shard_that_is_made_twice_is_committed_once(alone, tmp_path, monkeypat
 def test_a_shard_that_another_process_commits_meanwhile_is_left_to_it(alone, tmp_path, monkeypatch, reads):
     run, place, looks = copy(alone, tmp_path), ShardFolder(tmp_path / "run"), []
     worker = shard_worker.ShardWorker(shard_worker.open_shards(spec_of(run), place), place, ALONE, Callbacks(describe))
-    read = place.read
+    read, written = place.read, (run / tar_name(2)).stat()
     monkeypatch.setattr(
         place, "read", lambda name: looks.append(name) or (read(name) if looks.count(entry_name(2)) >= reads else None)
     )
     assert worker.claims.take(2) and worker._make(2) == 0 == worker.made
     assert looks.count(entry_name(2)) == reads and not place.names("claims")
-    assert tree(run) == tree(alone)
+    assert tree(run) == tree(alone) and (run / tar_name(2)).stat().st_ino == written.st_ino  # it is not written again
 
 
 def test_a_run_of_shards_ends_where_the_gate_closes(tmp_path, monkeypatch):
@@ -407,6 +408,36 @@ def test_a_store_that_takes_half_a_file_is_told(bucket, monkeypatch):
     assert bucket.write("shards/a", [b"one"]) == StoredFile(sha256(b"one").hexdigest(), 3)
     with pytest.raises(Missing, match="^memory://bucket/run/shards/a: it is incomplete"):
         bucket.write("shards/a", [b"one", b"two"])
+
+
+def test_what_a_store_cannot_open_is_told_once(alone, bucket):
+    make("run", bucket)
+    ledger = ShardLedger(bucket)
+    bucket.remove(tar_name(2))
+    with pytest.raises(Missing, match="^memory://bucket/run: FileNotFoundError") as stop:
+        ledger.row(11)
+    assert stop.value.cause.count("memory://bucket/run") == 1
+    bucket.remove(index_name(1))
+    with pytest.raises(Refused, match="00001.parquet: it is missing or has changed since it was written"):
+        ledger.row(7)
+
+
+def test_runs_in_shards_need_a_library(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    assert generate.main([*LINE, "--out", str(tmp_path / "run")]) == 3
+    assert "runs in shards need pyarrow, which is not installed" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_a_run_that_another_process_begins_while_a_model_is_loaded_is_joined_or_refused(
+    alone, tmp_path, monkeypatch, seed
+):
+    place, document = ShardFolder(tmp_path), (alone / "run.json").read_bytes()
+    monkeypatch.setattr(place, "create", lambda name, content: bool(place.replace(name, document)))
+    with nullcontext() if not seed else pytest.raises(Refused, match="seed: 0 there, 3 asked for"):
+        job = shard_worker.open_shards(spec_of(tmp_path, seed=seed), place)
+        assert job.document == json.loads(document)
 
 
 def test_a_disk_has_no_buckets_that_may_be_missing(tmp_path):

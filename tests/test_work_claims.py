@@ -9,11 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from datasetdm_fast.data import Quarantined, Request
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing
 from datasetdm_fast.runs.run_folder.document import CLAIMS
 from datasetdm_fast.runs.run_folder.shard_places import ShardFolder
 from datasetdm_fast.runs.workers import claims, supervisor
+from datasetdm_fast.runs.workers import worker as worker_module
 from datasetdm_fast.runs.workers.claims import Claims, claim_name, claims_by_name, free_claims, host, is_over
 from datasetdm_fast.runs.workers.devices import Place
 from datasetdm_fast.runs.workers.worker import Callbacks, Worker
@@ -185,12 +187,12 @@ def test_what_is_missing_in_all_five_processes_is_raised_as_it_is(monkeypatch):
 
 def test_a_stop_lets_processes_finish_what_they_make_and_ends_the_others(monkeypatch):
     monkeypatch.setattr(supervisor, "SECONDS_BETWEEN_POLLS", 0)
-    told = []
+    told, looks = [], iter(range(100))
 
     def process(name):
         ended = []
         return SimpleNamespace(
-            ending=lambda: "" if ended else None,
+            ending=lambda: "" if ended else next(looks) and None,
             stop=lambda: told.append(f"stop {name}") or (name == "busy" and ended.append(1)),
             kill=lambda: told.append(f"kill {name}") or ended.append(1),
         )
@@ -217,6 +219,17 @@ def test_a_batch_that_others_have_made_is_not_kept(place):
     assert list(Worker._claim_new(worker, {3: {0}, 4: {1}})) == [4]
     other = Claims(place)
     assert other.take_new(3) and not other.take_new(4)
+    one = Claims(place)
+    assert one.take_new(6)
+    quota = SimpleNamespace(take=lambda results: results)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker_module, "Quota", lambda *_: quota)
+        job = SimpleNamespace(plan=SimpleNamespace(batch_size=1))
+        late = SimpleNamespace(
+            job=job, folder=SimpleNamespace(ledger=None), last=5, claims=one, _range=lambda batch: ()
+        )
+        Worker._put(late, None, 6, [Quarantined(Request(6, "a ball", 6), "NaN")])  # beyond the last of --limit
+    assert other.take_new(6)
     stopping = SimpleNamespace(callbacks=Callbacks(is_stopping=lambda: True))
     assert list(Worker._claim_new(stopping, {5: {2}})) == []
 
