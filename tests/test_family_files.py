@@ -2,17 +2,19 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import tiny_pipelines
 import torch
+import transformers
 from diffusers import SD3Transformer2DModel, StableDiffusionXLPipeline
 from safetensors.torch import save_file
 from test_loading import original_open_clip, original_unet_key, original_vae
 
 from datasetdm_fast import convert
 from datasetdm_fast.engine.backbones.sd3 import SD3
-from datasetdm_fast.engine.loading import load_model
+from datasetdm_fast.engine.loading import load_model, single_file
 from datasetdm_fast.errors import Refused
 
 PREFIX = "model.diffusion_model."
@@ -103,6 +105,27 @@ def original_sd3(state, layers, dual):
         for name, places in fused.items():
             result[f"{name}.{kind}"] = torch.cat([state[f"{place}.{kind}"] for place in places])
     return result | {name: state[place] for name, place in norms.items() if place in state}
+
+
+@pytest.mark.parametrize(("width", "layers", "is_second"), [(768, 12, False), (1024, 24, True)])
+def test_the_text_encoder_of_a_single_file_has_the_published_form(width, layers, is_second):
+    """Stable Diffusion 2 reads the states before the last of 24 layers."""
+    config = transformers.CLIPTextConfig(hidden_size=width, num_hidden_layers=layers, intermediate_size=4 * width)
+    with torch.device("meta"):
+        state = transformers.CLIPTextModel(config).state_dict()
+    state = {key.removeprefix("text_model."): value for key, value in state.items()}
+    if is_second:
+        state = {
+            "token_embedding.weight": state["embeddings.token_embedding.weight"],
+            "positional_embedding": state["embeddings.position_embedding.weight"],
+            "transformer.resblocks.0.mlp.c_fc.weight": state["encoder.layers.0.mlp.fc1.weight"],
+            **{f"transformer.resblocks.{k}.ln_1.weight": torch.empty(width) for k in range(layers)},
+        }
+    start = single_file.OPEN_CLIP if is_second else single_file.CLIP
+    read, is_of_second = single_file._text_config({start + key: value for key, value in state.items()}, Path("a"))
+    assert is_of_second is is_second and read.num_attention_heads == width // 64
+    assert (read.hidden_size, read.intermediate_size, read.vocab_size) == (width, 4 * width, 49408)
+    assert (read.num_hidden_layers, read.max_position_embeddings) == (layers - is_second, 77)
 
 
 @pytest.mark.parametrize(("layers", "side", "dual"), [(24, 192, ()), (38, 192, ()), (24, 384, tuple(range(13)))])

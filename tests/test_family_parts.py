@@ -16,6 +16,7 @@ from datasetdm_fast.data import Text, join_texts
 from datasetdm_fast.engine.backbones import every_backbone, mmdit_plans
 from datasetdm_fast.engine.backbones.flow_models import seg4diff_of_flux
 from datasetdm_fast.engine.backbones.flux2_klein import FLUX2_KLEIN
+from datasetdm_fast.engine.backbones.qwen_image import QWEN_IMAGE
 from datasetdm_fast.engine.backbones.sd3 import SD3
 from datasetdm_fast.engine.backbones.z_image import Z_IMAGE
 from datasetdm_fast.engine.engines import build_engine
@@ -192,6 +193,16 @@ def test_pooled_text_is_that_of_the_end_also_behind_a_word_that_was_added():
     torch.testing.assert_close(made.pooled, second(ids).text_embeds, rtol=1e-4, atol=1e-5)
 
 
+def test_an_empty_prompt_of_sdxl_is_zeros_unless_the_index_of_its_model_says_no():
+    name, text = "force_zeros_for_empty_prompt", Text(torch.ones(2, 3, 4), torch.ones(2, 5))
+    usual = inspect.signature(diffusers.StableDiffusionXLPipeline).parameters[name].default
+    for index, is_zero in (({}, usual), ({name: True}, True), ({name: False}, False)):
+        model = SimpleNamespace(configs={"model_index": index})
+        read = PairedPromptEncoder.after(model, ["", "a dog"], text)
+        for part in (read.context, read.pooled):
+            assert bool(part[0].any()) is not is_zero and part[1].all()
+
+
 def test_places_of_qwen_image_are_counted_from_the_middle_as_in_diffusers():
     """Of five rows and columns from -3 to 1; the text goes on along the diagonal from half a side, rounded down."""
     config = SimpleNamespace(num_layers=0, num_attention_heads=1, attention_head_dim=6, axes_dims_rope=(2, 2, 2))
@@ -220,3 +231,7 @@ def test_prompts_are_wrapped_as_chat_as_diffusers_wraps_them(backbone, theirs):
 def test_the_published_sizes_read_the_published_blocks_for_attention():
     assert seg4diff_of_flux(19).blocks == (12, 17)
     assert SD3.defaults({"transformer": SimpleNamespace(num_layers=24, sample_size=128)}).attention.blocks == (9,)
+    # as deep in those whose attention nobody published
+    assert QWEN_IMAGE.defaults({"transformer": SimpleNamespace(num_layers=60)}).attention.blocks == (22,)
+    configs = {"transformer": SimpleNamespace(n_layers=30), "scheduler": {"shift": 3.0}}
+    assert Z_IMAGE.defaults(configs).attention.blocks == (11,)

@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from bench.decoders import load_decoders
 from datasetdm_fast.data import AttentionSums, ProjectedCapture, Text, join_texts
@@ -488,6 +489,13 @@ def test_a_picture_is_drawn_from_its_posterior_by_its_own_generator():
     posterior = SimpleNamespace(mean=torch.full((3, 1, 1, 1), 3.0), std=torch.tensor(4.0), var=torch.tensor(16.0))
     assert sample_posterior(posterior, sources()).flatten().tolist() == wanted
     assert base.sample_moments(moments, None).tolist() == [[[[3.0]]]] == sample_posterior(posterior, None)[:1].tolist()
+
+
+def test_spreads_of_a_posterior_are_bounded_as_in_diffusers():
+    moments = torch.tensor([0.0, 0.0, 0.0, 12.0, 19.0, 25.0]).view(1, 6, 1, 1)
+    theirs = DiagonalGaussianDistribution(moments).sample(torch.Generator().manual_seed(5))
+    ours = base.sample_moments(moments, [torch.Generator().manual_seed(5)])
+    torch.testing.assert_close(ours, theirs)
 
 
 def test_sums_of_attention_are_averaged_over_calls():

@@ -620,6 +620,7 @@ def test_a_digest_of_weights_is_that_of_their_names_and_values_in_any_order():
 
 def test_the_seed_of_a_caller_s_generator_is_told_whole():
     assert diffusing.draw_noise(torch.Generator().manual_seed(2**40 + 7), 2, (1, 2, 2))[1] == [2**40 + 7] * 2
+    assert diffusing.draw_noise(torch.Generator().manual_seed(2**63 + 7), 2, (1, 2, 2))[1] == [7] * 2  # of 63 bits
 
 
 def test_a_pipeline_in_memory_that_no_weights_describe_is_refused():

@@ -215,6 +215,23 @@ def test_warm_up_steps_that_diffusers_takes_where_a_config_does_not_say_are_refu
         choose_sampler({"_class_name": "PNDMScheduler"}, "auto")
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("DPMSolverMultistepScheduler", ("use_lu_lambdas", "use_karras_sigmas", "use_exponential_sigmas")),
+        ("DPMSolverMultistepScheduler", ("use_beta_sigmas", "thresholding")),
+        ("UniPCMultistepScheduler", ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "thresholding")),
+        ("DDIMScheduler", ("clip_sample", "thresholding")),
+        ("LCMScheduler", ("clip_sample", "thresholding")),
+    ],
+)
+def test_other_noise_levels_and_clipped_samples_are_refused(kind, settings):
+    for name in settings:
+        assert name in inspect.signature(getattr(diffusers, kind)).parameters
+        with pytest.raises(Refused, match=f"{name}=True"):
+            choose_sampler({"_class_name": kind, name: True}, "auto")
+
+
 @pytest.mark.parametrize("kind", FOLLOWED)
 def test_what_a_config_leaves_out_is_what_diffusers_takes(kind):
     theirs = inspect.signature(getattr(diffusers, kind)).parameters
