@@ -200,6 +200,13 @@ def test_the_limit_is_that_of_99_in_100_held_out_views_by_their_farthest_thing()
     assert limit > np.exp(farthest.max()) / (1 + 1 / 8) ** 0.5  # of so few the quantile is less
 
 
+def test_no_more_than_one_held_out_picture_in_a_hundred_is_beyond_the_limit_however_far_a_few_are():
+    values = np.random.default_rng(1).normal(size=200)
+    values[::51] = -1000, 1000, 900, -900  # each in another fold
+    spread = domain._fit(values[:, None], np.arange(200), np.zeros(200, np.int64), 1, np.arange(200), 1.0)
+    assert (spread.distances(values[:, None]) > 1).sum() <= 2
+
+
 def test_limits_of_pictures_leave_15_in_100_and_those_of_things_30():
     shown, of_pictures = sketches(20), (np.arange(20), np.zeros(20, np.int64), 1, np.arange(20))
     learned = domain.learn_domain(shown, [label()] * 20, range(20))

@@ -740,6 +740,26 @@ def test_a_graph_refuses_what_it_cannot_say():
         _ = y.storage
 
 
+def test_the_squares_of_an_rms_norm_are_added_up_in_fp32():
+    graph = Graph("some", DataFile("some.data"), OPERATORS)
+    x = graph.input("x", [Extent(1, ("B",)), 4], torch.bfloat16)
+    weight = graph.constant(torch.ones(4, dtype=torch.bfloat16))
+    assert torch.nn.functional.rms_norm(x, (4,), weight, 1e-6).dtype == torch.bfloat16
+    kinds = [node.op_type for node in graph._nodes]
+    casts = [node.attribute[0].i for node in graph._nodes if node.op_type == "Cast"]
+    assert kinds == ["Cast", "Mul", "ReduceMean", "Add", "Sqrt", "Div", "Cast", "Mul"]
+    assert casts == [onnx.TensorProto.FLOAT, onnx.TensorProto.BFLOAT16]
+
+
+def test_an_image_is_resized_by_a_ratio_only_where_that_is_exact():
+    """In fp32 7 / 3 of 3 cells are less than 7."""
+    graph = Graph("some", DataFile("some.data"), OPERATORS)
+    for side, inputs in ((7, 4), (6, 3)):  # the size itself, or the ratio
+        x = graph.input(f"x{side}", [Extent(1, ("B",)), 2, 3, 3], torch.float32)
+        torch.nn.functional.interpolate(x, (side, side), mode="bilinear")
+        assert len(graph._nodes[-1].input) == inputs
+
+
 def test_what_changes_nothing_leaves_no_node():
     graph = Graph("some", DataFile("some.data"), OPERATORS)
     x = graph.input("x", [Extent(1, ("B",)), 4], torch.float32)
@@ -789,6 +809,8 @@ def test_constants_of_equal_names_are_equal_bytes():
     graph.output("y", layer(x) + layer.weight[0:1] + layer.weight[1:2])
     names = [one.name for one in graph.model({}).graph.initializer]
     assert len(names) == len(set(names)) == 4 and any("transpose" in name for name in names)
+    square, row = torch.zeros(2, 2), torch.zeros(4)  # of equal bytes
+    assert graph.store(square, torch.float32) != graph.store(row, torch.float32) == graph.store(row + 0, torch.float32)
 
 
 # Full size ------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Weights in several files, rows of text of different lengths, and records whose classes exist."""
 
 import inspect
+import json
 import re
 from dataclasses import replace
 from types import SimpleNamespace
@@ -9,6 +10,8 @@ import diffusers
 import pytest
 import tiny_pipelines
 import torch
+from diffusers.utils import hub_utils
+from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from datasetdm_fast import generate
@@ -21,6 +24,7 @@ from datasetdm_fast.engine.backbones.sd3 import SD3
 from datasetdm_fast.engine.backbones.z_image import Z_IMAGE
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.loading import load_model, presets
+from datasetdm_fast.engine.loading.folder import _weight_files
 from datasetdm_fast.engine.models.text_encoder import PairedPromptEncoder
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.kernels import plain
@@ -42,6 +46,16 @@ def test_weights_in_several_files_are_read_by_their_index(folder):
     next((folder / "transformer").glob("*-00002-*")).unlink()
     with pytest.raises(Refused, match="lacks 1 of its .* weight files"):
         load_model(str(folder))
+
+
+def test_weights_of_half_precision_in_several_files_are_read_by_their_own_index(tmp_path):
+    names = [f"diffusion_pytorch_model.fp16-0000{k}-of-00002.safetensors" for k in (1, 2)]
+    for number, name in enumerate(names):
+        save_file({str(number): torch.zeros(2)}, tmp_path / name)
+    index = tmp_path / hub_utils._add_variant("diffusion_pytorch_model.safetensors.index.json", "fp16")
+    index.write_text(json.dumps({"weight_map": {str(number): name for number, name in enumerate(names)}}))
+    found = _weight_files(tmp_path)
+    assert (found.variant, found.index, [path.name for path in found.files]) == ("fp16", index, names)
 
 
 def test_random_decoders_serve_a_family(folder, tmp_path):

@@ -146,6 +146,14 @@ def test_a_tile_without_a_class_shows_none_of_it():
     assert not nothing.labels.any() and not nothing.confidence.any()
 
 
+def test_maps_grow_to_the_pixels_of_a_tile_as_to_those_of_a_whole_picture():
+    maps = torch.rand((2, 4, 4), generator=torch.Generator().manual_seed(1))
+    found = joined_label(Tiling.of((16, 16), 16), [maps], [1, 2], ("background", *"ab"), 0.6, 0.5)
+    large = torch.nn.functional.interpolate(maps[None], (16, 16), mode="bicubic")[0]
+    low, high = (limit(large, (1, 2)).view(2, 1, 1) for limit in (torch.amin, torch.amax))
+    np.testing.assert_allclose(found.confidence, ((large - low) / (high - low)).amax(0), atol=1e-6)
+
+
 def test_of_two_classes_a_pixel_has_the_likelier():
     maps = torch.zeros(2, 8, 8)
     maps[0, :, :4], maps[1, :, 4:] = 1.0, 0.5  # each is scaled to 0 .. 1

@@ -24,7 +24,8 @@ def cases() -> list[Case]:
     def text(batch, heads, cells, tokens, width, features, hidden=0):
         q, k = noise(batch, cells, heads, width).transpose(1, 2), noise(batch, heads, tokens, width)
         sums = noise(batch, heads, cells) + 5
-        mask = (torch.arange(tokens) < tokens - hidden).expand(batch, 1, 1, tokens) if hidden else None
+        shown = tokens - hidden - torch.arange(batch).view(-1, 1, 1, 1)  # of each image
+        mask = torch.arange(tokens) < shown if hidden else None
         weight = noise(heads, tokens, features) if features else None
         return (q, k, sums, mask, weight), (batch, cells, features or tokens)
 

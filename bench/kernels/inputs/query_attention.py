@@ -30,6 +30,7 @@ def cases() -> list[Case]:
 
     def several_blocks():
         *inputs, logits = attention(2, 2, 35, 150, 24, 0.5)
+        inputs[4] = noise(2, 35, 48, 1)[..., 0]  # places of queries by word, one for each image
         logits[0, 3] = -1.0  # sees all, as it blocked every cell
         logits[1, :, :128] = -2.0
         return *inputs, logits
