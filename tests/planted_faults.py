@@ -385,7 +385,7 @@ FAULTS = {
     ),
     "sums of a level added in any order": Fault(
         "datasetdm_fast.engine.models.capture:ProjectedSums.attend",
-        "self.sums[level].add_(projected.flatten(0, 1), alpha=slot.share)",
+        "self.sums[level].add_(projected.flatten(0, 1), alpha=1 / blocks)",
         "self.sums[level].index_add_(0, torch.arange(len(self.sums[level]), device=q.device), projected.flatten(0, 1))",
     ),
     "a kernel that adds in any order": Fault(
