@@ -106,8 +106,12 @@ def test_a_class_map_keeps_what_another_instance_shows_as_well():
     renamed = (("instance", 2, "ball"), ("instance", 1, "dog"), ("instance:b", 0, "ring"))
     assert corrected(renamed=renamed) == [[5, 5, 5, 5], [5, 5, 9, 255]]
     assert corrected({5: "ball", 9: "wall"}, renamed=(("instance", 0, "ring"),))[0] == [255, 5, 5, 7]  # of no number
+    assert corrected(renamed=(("instance", 0, "ring"),)) == [[7, 5, 5, 7], [7, 5, 9, 255]]
+    assert corrected(renamed=(("instance", 1, "ring"),)) == [[5, 5, 7, 7], [5, 5, 9, 255]]  # in either order
+    row.labels["instance:b"], tables["instance:b"] = list(record), tables["instance"]
+    assert corrected(removed=(("instance", 0),)) == [[255, 5, 5, 7], [255, 5, 9, 255]]  # also of a label of others
     masks[0, 0, 0] = False  # the map is a pixel larger than the mask
-    row.labels["instance"][0] = {"segmentation": mask_rle.encode(masks).rles[0], "category_id": 1}
+    row.labels["instance"][0] = record[0] | {"segmentation": mask_rle.encode(masks).rles[0]}
     assert corrected(renamed=(("instance", 0, "ring"),)) == [[255, 5, 5, 7], [7, 5, 9, 255]]
     assert corrected(ignored=((2, 1, 9, 9),)) == [[5, 5, 5, 7], [5, 5, 255, 255]]
 

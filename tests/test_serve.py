@@ -233,7 +233,7 @@ BAD = {
     "many steps": ({"prompt": "a", "steps": 51}, 400, "steps: 51 is not within 1 .. 50"),
     "a negative seed": ({"prompt": "a", "seed": -1}, 400, "seed -1"),
     "other seeds than images": ({"prompt": "a", "n": 2, "seeds": [1]}, 400, "1 were sent for 2"),
-    "seed and seeds": ({"prompt": "a", "seed": 1, "seeds": [1]}, 400, "seeds: they and seed were sent"),
+    "seed and seeds": ({"prompt": "a", "seed": 1, "seeds": [1]}, 400, "seeds: both they and seed were sent"),
     "many tokens": ({"prompt": "word " * 200}, 400, "tokens, at most 77 fit"),
     "many labels": ({"prompt": PROMPT, "labels": ["semantic"] * 3000}, 400, "labels: semantic,semantic"),
     "10 MB": (b'{"prompt": "' + b"a" * 10**7 + b'"}', 413, "more than 65536 bytes"),

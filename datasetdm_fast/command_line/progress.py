@@ -94,7 +94,7 @@ class ImageProgress(Progress):
 
 
 class CountProgress(Progress):
-    """Progress of a comparison in U-Net calls, or of an evaluation in images."""
+    """Progress of a comparison in U-Net calls, of an evaluation in images, or of a list in prompts."""
 
     def __init__(self, total: int, unit: str, title: str, is_quiet: bool):
         self._title, self._unit, self._done = title, unit, 0

@@ -40,9 +40,8 @@ def model_of(pipe: Any, size: int = 0) -> Model:
     for tokenizer in tokenizers.values():
         _check_vectors(tokenizer)
     read = {name: _config_of(part) for name, part in present.items()}
-    read[SCHEDULER]["_class_name"] = type(
-        present[SCHEDULER]
-    ).__name__  # of one that code has built, its config lacks it
+    # The config of a scheduler that was built in code does not name its class.
+    read[SCHEDULER]["_class_name"] = type(present[SCHEDULER]).__name__
     configs = backbone.check(read | _index_of(pipe), origin) | {SCHEDULER: read[SCHEDULER]}
     check_scheduler(configs[SCHEDULER], origin, is_flow=backbone.flow is not None)
     copies = {name: _copy_network(present[name], name) for name in backbone.networks if name in present}

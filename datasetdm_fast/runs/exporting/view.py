@@ -180,7 +180,7 @@ class SampleView:
 
     @property
     def ignored(self) -> np.ndarray:  # [H, W] bool
-        """Where the label map of the run is ignored: not classes that the export leaves out, nor what lies outside."""
+        """Where the corrected label map is ignored: not classes that the export leaves out, nor what lies outside."""
         if "semantic" in self.run.labels and not self.run.is_partial:
             return self._map == IGNORED
         return (self._correction or Correction()).region((self.height, self.width))

@@ -626,6 +626,7 @@ let zoom = { x: 0, y: 0, scale: 1 };
 function open(sample) {
   opened = sample;
   wanted = "";
+  trouble("sample", "");
   by("prompt").textContent = opened.prompt || "No prompt";
   const ratio = opened.sides[1] / opened.sides[0], box = make("span", "stack");
   box.append(imageOf(opened, opened.prompt || opened.picture || `Sample ${opened.id}`));
@@ -1104,7 +1105,8 @@ viewer.addEventListener("cancel", event => {
   leaveMarking();
 });
 viewer.addEventListener("close", () => {
-  leaveMarking();
+  if (isMarking) leaveMarking();
+  if (viewer.open) return; // with the next sample of the address
   const place = shown.indexOf(opened);
   opened = null;
   keepAddress();

@@ -72,9 +72,13 @@ class Correction:
                 yield label, corrected, before, None if (label, place) in self.removed else after
 
     def correct_map(self, labels: np.ndarray, names: Mapping[int, str], row: Row, tables: Mapping[str, Any]) -> Any:
-        """[H, W] uint8: a class map of the stored row with corrected classes, 255 where things are gone or ignored."""
+        """[H, W] uint8: a class map of the stored row with corrected classes, 255 where things are gone or ignored; an
+        unchanged thing keeps what it shows of its class.
+        """
         corrected, numbers = labels.copy(), {name: number for number, name in names.items()}
-        things = list(self._things(row, tables))
+        concerned = {label for label, *_ in (*self.removed, *self.renamed)}  # things of other labels restore nothing
+        things = [each for each in self._things(row, tables) if each[0] in concerned]
+        things.sort(key=lambda each: each[2] == each[3])
         for number in {numbers.get(before, -1) for _, _, before, after in things if after != before}:
             corrected[labels == number] = IGNORE  # also at their border, which masks do not hold
         for _, item, before, after in things:

@@ -113,7 +113,7 @@ class Ledger(AbstractContextManager):
             entries = self._database.execute("SELECT type, name FROM sqlite_master WHERE sql IS NOT NULL LIMIT 9")
             foreign = set(entries) - NEEDED - {("table", "scores"), ("table", "dropped")}
             faults = [f"no such table: {name}" for _, name in sorted(NEEDED - set(entries))]
-            faults += [f"it holds a {kind} {documents.quote(name)}" for kind, name in sorted(foreign)]
+            faults += [f"it holds a {kind} {documents.quote(name)}" for kind, name in sorted(foreign, key=repr)]
             if faults:
                 raise Refused(f"{self.path}: not a readable ledger ({faults[0]})", sqlite.RESTORE)
         except BaseException:
