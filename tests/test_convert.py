@@ -925,3 +925,14 @@ def test_the_map_of_a_run_without_instances_is_its_own():
     sample = SimpleNamespace(semantic=below, height=1, width=2)
     assert class_map(sample, SimpleNamespace(tasks={"semantic"})) is below
     assert class_map(sample, SimpleNamespace(tasks={"depth"})).tolist() == [[0, 0]]
+
+
+@pytest.mark.parametrize("data", [b"other", b"equa", b"", b"equals"])
+def test_bytes_that_are_not_those_written_are_never_exported(data):
+    written = storage.StoredFile(hashlib.sha256(b"equal").hexdigest(), 5)
+    row = SimpleNamespace(files={"image": ("images/0.png", written)})
+    view = SimpleNamespace(stored=SimpleNamespace(row=row, read=lambda role: b"equal", run="run"))
+    assert SampleView.read(view, "image") == b"equal"
+    view.stored.read = lambda role: data
+    with pytest.raises(GateFailed, match="run/images/0.png: it is missing or has changed since it was written"):
+        SampleView.read(view, "image")

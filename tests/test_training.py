@@ -1671,6 +1671,8 @@ def test_the_time_that_is_left_of_captures_is_told(engine, source, tmp_path, mon
             on_views(2)
 
     monkeypatch.setattr(session.cache, "cache_captures", cached)
+    plans = [replace(one, inversion=Inversion(times)).plan("depth") for times in ((7,), (7, 100))]
+    assert [plan.settings["timestep"] for plan in plans] == [7, [7, 100]]  # one as decoders of earlier versions have it
     assert one.open_training(tmp_path, one.plan("depth"), TaskSettings(), lambda: False)
     assert told == ["captures 50%, about 15 s left", "captures 100%, about 0.0 s left"]
     assert one.open_training(tmp_path, one.plan("depth"), TaskSettings(), lambda: True) is None
