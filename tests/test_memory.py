@@ -24,7 +24,17 @@ from datasetdm_fast.engine.engines.fast.on_gpu import GpuEngine
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.models import blocks, packed
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.kernels import OPS, attention_capture, choice, depth_head, fused, geglu, image_norm, upsample_concat
+from datasetdm_fast.kernels import (
+    OPS,
+    ada_norm,
+    attention_capture,
+    choice,
+    depth_head,
+    fused,
+    geglu,
+    image_norm,
+    upsample_concat,
+)
 
 
 class Memory:
@@ -249,6 +259,22 @@ def test_a_kernel_that_fails_its_probe_gives_way(monkeypatch):
         assert not choice.is_sound("image_norm", broken, device, torch.float32)
 
 
+@pytest.mark.parametrize("spoil", [lambda x: x * 1.01, lambda x: x * torch.nan], ids=["wrong", "no number"])
+def test_a_kernel_with_one_spoilt_output_gives_way(spoil):
+    def spoilt(*inputs):
+        total, normed = ada_norm.reference(*inputs)
+        return total, spoil(normed)
+
+    with pytest.warns(RuntimeWarning, match="relative error .*, expected at most 4e-03"):
+        assert not choice.is_sound("ada_norm", spoilt, torch.device("cpu"), torch.float16)
+
+
+def test_the_truth_of_a_probe_is_not_rounded_as_the_kernel_is(monkeypatch):
+    monkeypatch.setitem(choice.BUDGETS, torch.float16, 1e-6)
+    with pytest.warns(RuntimeWarning, match="relative error"):
+        assert not choice.is_sound("ada_norm", ada_norm.reference, torch.device("cpu"), torch.float16)
+
+
 @pytest.mark.parametrize("name", [name for name in vars(fused) if name not in choice.OF_THE_LOOP])
 def test_the_probes_pass_for_the_forms_themselves(name):
     """In the precision of a run on a GPU; test_kernels.py has every form in fp32."""
@@ -269,14 +295,17 @@ def test_forms_by_device(monkeypatch):
 
 def test_a_kernel_that_gave_way_is_written_down(monkeypatch):
     """Ranks whose kernels do not all work round differently: their engines are not the same."""
-    monkeypatch.setattr(choice, "is_sound", lambda name, *_: name != "layer_norm")
+    lost = ["layer_norm", "attention_capture"]
+    monkeypatch.setattr(choice, "is_sound", lambda name, *_: name not in lost)
     ops = choice.operations(torch.device("meta"), torch.float16)
-    assert choice.gave_way(ops, torch.device("meta")) == ["layer_norm"]
+    assert choice.gave_way(ops, torch.device("meta")) == lost and ops.attention_capture is attention_capture.plain
     engine = FastEngine(load_model("tiny"), device="cpu")
     engine.__class__, engine.ops, engine.device = GpuEngine, ops, torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Some GPU")
     monkeypatch.setattr(choice, "names_of", lambda _: ("untuned",))
-    assert engine.fingerprint()["plain"] == "layer_norm" and {"cudnn", "cuda", "triton"} <= set(engine.fingerprint())
+    assert engine.fingerprint()["plain"] == "layer_norm, attention_capture" and {"cudnn", "cuda", "triton"} <= set(
+        engine.fingerprint()
+    )
     monkeypatch.setattr(choice, "is_sound", lambda *_: True)
     engine.ops = choice.operations(torch.device("meta"), torch.float16)
     assert "plain" not in engine.fingerprint()
