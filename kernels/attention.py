@@ -151,7 +151,8 @@ def _attention_kernel(
 def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The result of `reference`; by PyTorch's own fused attention unless many keys fill narrower tiles here."""
     (batch, heads, queries, width), keys = q.shape, k.shape[2]
-    if not is_served("attention", q, k, v):
+    fits = k.shape == (batch, heads, keys, width) and v.shape[:3] == k.shape[:3]
+    if not is_served("attention", q, k, v, fits=fits):
         return reference(q, k, v)
     wide, rest = split(width)
     is_packed = all(x.stride(3) == 1 and x.stride(1) == width for x in (q, k, v))

@@ -184,7 +184,8 @@ def fused(
     x: Tensor, weight: Tensor, bias: Tensor, last_weight: Tensor, last_bias: Tensor, sides: Sequence[int]
 ) -> Tensor:
     """The result of `reference` from the products of `plain`, in one pass over the wide map."""
-    if not is_served("depth_head", x, weight, bias, last_weight, last_bias):
+    fits = bias.shape == weight.shape[:1] and last_weight.shape == (1, len(weight), *weight.shape[2:])
+    if not is_served("depth_head", x, weight, bias, last_weight, last_bias, fits=fits):
         return reference(x, weight, bias, last_weight, last_bias, sides)
     batch, side = len(x), sides[-1]
     cells = side * side

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +24,19 @@ from bench.kernels.inputs import cases_of
 from datasetdm_fast.config import SAMPLERS, FlowRule
 from datasetdm_fast.engine.sampling import schedule as walk
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.kernels import OPS, fused, guided_step, launch, native, norm_linear, plain, pyramid, reference
+from datasetdm_fast.kernels import (
+    OPS,
+    attention,
+    depth_head,
+    fused,
+    guided_step,
+    launch,
+    native,
+    norm_linear,
+    plain,
+    pyramid,
+    reference,
+)
 from datasetdm_fast.kernels.noise import noise
 
 ROOT = Path(__file__).parents[1]
@@ -56,6 +69,12 @@ def changed(value, change):
     if isinstance(value, Tensor):
         return change(value) if value.is_floating_point() else value
     return type(value)(changed(one, change) for one in value) if isinstance(value, (list, tuple)) else value
+
+
+def tensors_of(value) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [x for part in value for x in tensors_of(part)] if isinstance(value, (list, tuple)) else []
 
 
 def doubled(value):
@@ -149,6 +168,18 @@ def test_every_form_is_exact(op, form):
             assert answer.dtype == torch.bool or distance(answer, exact) <= 1e-12, case.reason
 
 
+@pytest.mark.parametrize("name", [name for name in OPS if hasattr(OPS[name], "native")])
+@torch.inference_mode()
+def test_native_forms_are_near_in_fp32(name):
+    for case in cases_of(name)[:4]:
+        inputs = changed(case.inputs, Tensor.clone)
+        answers, exacts = OPS[name].native(*inputs), OPS[name].reference(*doubled(case.inputs))
+        for answer, exact in zip(listed(answers), listed(exacts), strict=True):
+            assert answer.dtype == torch.float32 and distance(answer, exact) <= 1e-4, case.reason
+        for after, before in zip(tensors_of(inputs), tensors_of(case.inputs), strict=True):
+            assert torch.equal(after.nan_to_num(), before.nan_to_num()), case.reason
+
+
 def test_a_folded_norm_is_the_same_function():
     for case in cases_of("norm_linear"):
         x, norm, weight, bias, _, has_gate = doubled(case.inputs)
@@ -178,6 +209,53 @@ def test_a_folded_norm_rounds_as_little_as_one_before_the_product(mean, monkeypa
     folded = norm_linear.fused(x, *norm_linear.fold(tuple(norm), weight, None))
     assert not torch.equal(before, folded)
     assert distance(folded, exact) <= 1.5 * distance(before, exact)
+
+
+def with_another_epsilon(value):
+    """`value` with 0.5 for the small number that a norm adds to a variance."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(with_another_epsilon, value))
+    return 0.5 if isinstance(value, float) and 0 < value <= 1e-4 else value
+
+
+@needs_triton
+@pytest.mark.parametrize("name", [op for op in OPS if {"eps", "norm"} & {*signature(OPS[op].reference).parameters}])
+def test_norms_add_the_epsilon_they_are_given(name):
+    """All but one of the published models have the same one."""
+    for case in cases_of(name)[1:4]:
+        inputs = with_another_epsilon(case.inputs)
+        exacts = listed(OPS[name].reference(*doubled(inputs)))
+        if torch.equal(exacts[-1], listed(OPS[name].reference(*doubled(case.inputs)))[-1]):
+            continue  # without a norm
+        for form in {getattr(namespace, name) for namespace in (fused, plain, native) if hasattr(namespace, name)}:
+            with torch.inference_mode():
+                answers = listed(form(*inputs))
+            for answer, exact in zip(answers, exacts, strict=True):
+                assert distance(answer, exact) <= 1e-4, (form, case.reason)
+
+
+def cut_once(value):
+    """`value` with one of its tensors one shorter along one of its axes, for each of them."""
+    if isinstance(value, Tensor):
+        yield from (value.narrow(axis, 0, size - 1) for axis, size in enumerate(value.shape) if size > 1)
+    elif isinstance(value, (list, tuple)):
+        for place, part in enumerate(value):
+            yield from (type(value)([*value[:place], other, *value[place + 1 :]]) for other in cut_once(part))
+
+
+@needs_triton
+@pytest.mark.parametrize("name", vars(fused))
+def test_what_does_not_fit_is_never_read_beyond_its_end(name):
+    """An input that is too short is refused, unless the reference makes sense of it, too."""
+    forms = [getattr(OPS[name], form) for form in ("fused", "native") if hasattr(OPS[name], form)]
+    for form, inputs in ((form, inputs) for form in forms for inputs in cut_once(cases_of(name)[1].inputs)):
+        try:
+            with torch.inference_mode():
+                answers = listed(form(*inputs))
+        except (ValueError, RuntimeError):
+            continue
+        for answer, expected in zip(answers, listed(OPS[name].reference(*inputs)), strict=True):
+            assert answer.shape == expected.shape and distance(answer, expected) <= 1e-4, form
 
 
 def test_namespaces_offer_every_op():
@@ -403,6 +481,22 @@ def test_heads_and_numbers_that_a_form_leaves_to_another_are_answered():
         assert torch.equal(native.guided_step(*inputs), reference.guided_step(*inputs))
 
 
+def test_a_wide_depth_head_adds_up_all_its_parts(monkeypatch):
+    """Of the published width each form holds some hidden channels at once."""
+    weights = noise(40, 3, 3, 3), noise(40), noise(1, 40, 3, 3), noise(1)
+    x, exact = noise(2, 3, 4, 4), depth_head.reference(*doubled((noise(2, 3, 4, 4), *weights)), (7, 9))
+    for name in ("CHUNK", "WIDE_CHUNK", "SLICE"):
+        monkeypatch.setattr(depth_head, name, 16)
+    with torch.no_grad():
+        for form in (depth_head.plain, depth_head.fused, depth_head.native):
+            assert distance(form(x, *weights, (7, 9)), exact) <= 1e-6
+
+
+def test_heads_that_do_not_lie_side_by_side_are_left_to_pytorch():
+    q, k, v = noise(1, 2, 1030, 120).split(40, 3)
+    assert distance(fused.attention(q[:, :, :3], k, v), attention.reference(q[:, :, :3], k, v)) <= 1e-6
+
+
 def test_tensors_of_two_devices_a_missing_triton_and_wide_rows_are_told(monkeypatch):
     x, far = torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2, device="meta")
     with pytest.raises(ValueError, match="upsample_concat: the tensors lie on cpu and meta, move them"):
@@ -479,6 +573,20 @@ def test_queries_share_no_blocked_cell():
     assert torch.allclose(answer, v[:, :, 1:2].expand_as(answer))
 
 
+def test_a_cell_just_below_zero_is_seen_where_its_sigmoid_rounds_to_one_half():
+    k, v = noise(2, 1, 2, 16, 1).half()[..., 0]
+    places, logits = torch.zeros(2, 2, 16, dtype=torch.float16), torch.tensor([[[-1e-4, -3.0]]], dtype=torch.float16)
+    answer = fused.query_attention(k[:, :1], k, v, 1, places[0, :1], places[1], logits)
+    assert torch.equal(answer, v[:, :1])
+
+
 def test_bare_import_is_refused():
     ran = subprocess.run([sys.executable, "-c", "import kernels"], cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 1 and "import datasetdm_fast.kernels" in ran.stderr.splitlines()[-1]
+
+
+def test_transformers_may_look_for_a_package_of_that_name():
+    """Beside a checkout it finds this folder."""
+    code = "exec('import kernels; print(vars(kernels).get(\"OPS\"))', {'__name__': 'transformers.integrations'})"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, "None\n"), ran.stderr

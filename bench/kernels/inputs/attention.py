@@ -30,8 +30,8 @@ def cases() -> list[Case]:
         )
 
     def many_keys(width):
-        q, k, v = build_packed(1, 2, MANY_KEYS + 6, width)
-        return q[:, :, :9], k, v
+        q, k, v = build_packed(2, 2, MANY_KEYS + 6, width)
+        return q[:, :, :70], k, v
 
     return [
         Case("smallest", build_crossed(1, 1, 1, 1, 1), (1, 1, 1, 1)),
@@ -43,5 +43,5 @@ def cases() -> list[Case]:
         Case(
             "SD 2.x heads, scores that overflow exp", tuple(8 * x for x in build_packed(1, 1, 96, 64)), (1, 1, 96, 64)
         ),
-        Case("SD 1.x first level's heads, as many keys as a kernel of our own takes", many_keys(40), (1, 2, 9, 40)),
+        Case("SD 1.x first level's heads, as many keys as a kernel of our own takes", many_keys(40), (2, 2, 70, 40)),
     ]

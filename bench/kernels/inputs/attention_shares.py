@@ -34,6 +34,7 @@ def cases() -> list[Case]:
         Case("ragged in every size", *text(2, 3, 21, 13, 11, 9)),
         Case("hidden tokens", *text(2, 2, 19, 40, 16, 17, hidden=7)),
         Case("the mean of the heads", *text(2, 3, 21, 35, 16, 0)),
+        Case("the mean of the heads, hidden tokens", *text(2, 2, 19, 40, 16, 0, hidden=7)),
         Case("more tokens than a block, hidden ones among them", *text(1, 2, 17, 150, 64, 70, hidden=3)),
         Case("FLUX.1's heads, more features than a block", *text(1, 2, 33, 70, 128, 140)),
     ]
