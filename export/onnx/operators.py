@@ -323,7 +323,8 @@ def getitem(x: Value, index: Any) -> Value:
         if part is None:
             x = unsqueeze(x, axis)
         elif isinstance(part, int):
-            x = reshape(x[(slice(None),) * axis + (slice(part, part + 1),)], *x.shape[:axis], *x.shape[axis + 1 :])
+            rows = x[(slice(None),) * axis + (slice(part, part + 1 or None),)]
+            x = reshape(rows, *x.shape[:axis], *x.shape[axis + 1 :])
             continue
         elif isinstance(part, slice) and isinstance(part.start, Extent):
             x = chunk(x, x.shape[axis] // -part.start, axis)[-1]
