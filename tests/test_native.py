@@ -247,6 +247,17 @@ def test_threads_do_not_change_a_bit(monkeypatch):
     assert all(torch.equal(one, three) for one, three in zip(*results))
 
 
+def test_tensors_that_native_forms_would_misread_get_the_plain_form():
+    x, weight = noise(4, 8), noise(8)
+    with torch.inference_mode():
+        assert cpu.is_native(x, weight) and cpu.is_native(x.bfloat16())
+        for wrong in ((x, weight.bfloat16()), (x.mT, weight), (x[:0], weight), (x.half(),), (x.to("meta"),)):
+            assert not cpu.is_native(*wrong)
+        narrow = noise(2, 8, 3, 5).bfloat16().contiguous(memory_format=torch.channels_last)
+        ours = OPS["group_norm_silu"].native(narrow, weight, weight, 2, 1e-5)
+        assert torch.equal(ours, OPS["group_norm_silu"].reference(narrow, weight, weight, 2, 1e-5))
+
+
 def test_gradients_get_the_plain_form():
     x = torch.randn(3, 8, requires_grad=True)
     assert not cpu.is_native(x)

@@ -158,6 +158,13 @@ def test_gradients_of_every_instruction_set(vector_bytes, batch, channels, outpu
         assert distance(found, wanted) <= max(5 * distance(plain, wanted), 1e-6)
 
 
+def test_a_training_under_autocast_rounds_as_pytorch_does():
+    x, weight, bias = image(1, 16, 12, 12), noise(16, 16, 3, 3), torch.zeros(16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, expected = winograd.convolve_trained(x, weight, bias), F.conv2d(x, weight, bias, padding=1)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, expected)
+
+
 def test_threads_change_no_bit_of_a_gradient(monkeypatch):
     x, out = image(5, 48, 13, 9), image(5, 32, 13, 9)
     found = []
