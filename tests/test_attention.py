@@ -31,6 +31,7 @@ from datasetdm_fast.engine.backbones.sd import SD
 from datasetdm_fast.engine.decoders.config import SD1_LEVELS
 from datasetdm_fast.engine.decoders.folders import DEMO
 from datasetdm_fast.engine.engines import build_engine
+from datasetdm_fast.engine.labels.class_tables import ClassTable, ClassWord
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop import class_prompts, driver
 from datasetdm_fast.engine.loop.recipe import make_recipe
@@ -189,6 +190,19 @@ def test_columns_are_tokens_or_words(model):
     assert listed == [("person", (1,)), ("tvmonitor", (2, 3)), ("person", (4,))]
     with pytest.raises(Refused, match="does not hold the class word 'cone'"):
         find("ball", ("cone",), by_words=False)
+    table = ClassTable("own", (ClassWord("fruit", "fruit", ("~orange",)),))
+    assert find("an orange", ("fruit",), tokenizer=Tokenizer(), table=table, by_words=False) == [("fruit", (2,))]
+    spanning = SimpleNamespace(spans=lambda text: [(0, 2), (2, 6), (6, 8), (8, 10), (10, 12)])
+    assert find("a red ball at", ("ball",), tokenizer=spanning, by_words=False) == [("ball", (2, 3))]
+
+
+def test_a_concept_that_no_token_says_is_refused():
+    tokenizer = Tokenizer()
+    assert class_prompts.concept_places("fire hydrant", tokenizer) == (1, 2)
+    tokenizer.unk_token_id = "hydrant"
+    for word in ("fire hydrant", ""):
+        with pytest.raises(Refused, match=f"no token says '{word}'"):
+            class_prompts.concept_places(word, tokenizer)
 
 
 def test_flat_maps_say_nothing_and_thresholds_part_three_kinds():
@@ -206,6 +220,9 @@ def test_flat_maps_say_nothing_and_thresholds_part_three_kinds():
 def test_numbers_of_a_model_and_those_refused():
     found = class_prompts.attention_recipe(AttentionDefaults(), 64)
     assert (found.self_cells, found.cross_cells, found.exponent, found.appends) == (32, 16, 4, True)
+    for cells in (64, 32, 16, 8):
+        found = class_prompts.attention_recipe(AttentionDefaults(), 64, self_cells=cells, cross_cells=cells)
+        assert (found.self_cells, found.cross_cells) == (cells, cells)
     for threshold, limits in ((0.0, (0.6, 0.5)), (0.7, (0.7, 0.5)), (0.3, (0.3, 0.3))):
         found = class_prompts.attention_recipe(AttentionDefaults(), 64, threshold=threshold)
         assert (found.threshold, found.uncertainty) == limits
@@ -233,7 +250,10 @@ def test_a_class_prompt_names_the_words_as_the_prompt_does():
     given = Request(0, "x", 1, ("ball",), class_prompt="a red ball")
     assert plain.class_prompt(given, ("ball",)) == "a red ball"
     appending = replace(plain, appends=True)
-    assert [appending.text(Request(0, text, 1), "ball") for text in ("x; ball", "x")] == ["x; ball"] * 2
+    texts = [appending.text(Request(0, text, 1), "ball") for text in ("x; ball", "x", "x; ball ")]
+    assert texts == ["x; ball", "x; ball", "x; ball "]
+    for recipe, text in ((appending, "x; a red ball"), (exact, "x"), (replace(exact, parity=""), "x; a red ball")):
+        assert recipe.text(given, "a red ball") == text
 
 
 def test_a_class_whose_word_lies_behind_the_last_token_is_refused():
@@ -243,12 +263,24 @@ def test_a_class_whose_word_lies_behind_the_last_token_is_refused():
         request = Request(0, "x", 1, ("ball",), class_prompt=f"{before} ball")
         with nullcontext() if is_read else pytest.raises(Refused, match="a class at word 8, at most 7 words are read"):
             class_prompts.check_class_prompt(request, ("ball",), recipe, tokenizer, tokenizer_cuts=True)
+    recipe, request = replace(recipe, parity=""), Request(0, "x", 1, class_prompt="a fire hydrant")
+    for most, is_read in ((4, True), (3, False)):  # the second of its tokens is at place 3
+        tokenizer = Tokenizer()
+        tokenizer.model_max_length = most
+        with nullcontext() if is_read else pytest.raises(Refused, match="a class at word 3, at most 2 words are read"):
+            class_prompts.check_class_prompt(request, ("fire hydrant",), recipe, tokenizer, tokenizer_cuts=True)
 
 
 def test_a_pixel_is_of_a_class_from_the_threshold_on_and_uncertain_from_the_lower_one_on():
     values = torch.tensor([[[0.5, 0.25], [0.75, 0.125]]])
     (found,) = attention.label_maps([values], [[3]], ("background", *"abc"), 2, 0.5, 0.25)
     assert found.labels.tolist() == [[3, 255], [3, 0]] and found.confidence.tolist() == values[0].tolist()
+
+
+def test_a_confidence_stays_within_zero_and_one_where_maps_are_enlarged():
+    edge = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(1, 4, 4)
+    (found,) = attention.label_maps([edge], [[1]], ("background", "a"), 32, 0.6, 0.5)
+    assert found.confidence.max() == 1 and found.confidence.min() == 0
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rendered import write_run
 from run_steps import find_result, prepare, prepare_remake
-from stub_engine import CONFIGS, StubEngine
+from stub_engine import CONFIGS, SCHEDULER, StubEngine
 
 from datasetdm_fast import generate
 from datasetdm_fast.command_line import run_report, run_settings
@@ -18,6 +18,7 @@ from datasetdm_fast.config import TASKS
 from datasetdm_fast.data import (
     Batch,
     Capture,
+    Instances,
     ProjectedCapture,
     Quarantined,
     Request,
@@ -26,12 +27,13 @@ from datasetdm_fast.data import (
     Text,
     join_texts,
 )
-from datasetdm_fast.engine.labels.class_tables import ClassWord
+from datasetdm_fast.engine.decoders.config import SD1_LEVELS
+from datasetdm_fast.engine.labels.class_tables import ClassTable, ClassWord
 from datasetdm_fast.engine.labels.trust import trust_of
 from datasetdm_fast.engine.labels.words import find_classes
-from datasetdm_fast.engine.loop import calls, driver, labelling
+from datasetdm_fast.engine.loop import calls, checks, driver, inversion, inverting, labelling
 from datasetdm_fast.engine.loop.label_stream import FinishedCalls
-from datasetdm_fast.engine.loop.recipe import capture_calls, class_words_of, make_recipe
+from datasetdm_fast.engine.loop.recipe import capture_calls, class_words_of, make_recipe, prompt_words
 from datasetdm_fast.engine.sampling import schedule as walk
 from datasetdm_fast.engine.sampling import times
 from datasetdm_fast.engine.scenes import world
@@ -718,3 +720,145 @@ def test_two_labels_that_write_the_same_files_are_refused(monkeypatch):
     run_settings.check_settings(RunConfig(task=("depth", "semantic")))
     with pytest.raises(Refused, match="--task: depth and pose both write depth/ID.png"):
         run_settings.check_settings(RunConfig(task=("depth", "pose")))
+
+
+def test_a_guidance_of_a_call_that_needs_no_negative_prompt_has_no_row_for_it():
+    engine = StubEngine()
+    engine.model.has_negative = lambda guidance: guidance > 1
+    assert [len(calls.call_text(engine, ["a", "b"], guidance)) for guidance in (0.0, 1.5, 1.0)] == [4, 4, 2]
+
+
+def test_shares_of_narrow_captures_are_summed_in_fp32():
+    third = torch.full((1, 1, 2, 2), 1 / 3, dtype=torch.float16)
+    shares = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    total = calls.add_share(None, ProjectedCapture((third,) * 4, {}), shares)
+    total = calls.add_share(total, ProjectedCapture((third,) * 4, {}), 1 - shares)
+    assert all(torch.equal(level, torch.full((1, 1, 2, 2), float(third[0, 0, 0, 0]))) for level in total.sums)
+    parts = calls.add_share(None, Capture(((third, 2 * third),) * 4, ((third,),) * 4), shares)
+    assert parts.features[3][1][0, 0, 0, 0] == pytest.approx(0.8 * float(third[0, 0, 0, 0]), rel=1e-6)
+
+
+def test_a_capture_that_is_not_finite_is_told_whichever_it_is():
+    class Narrow(StubEngine):
+        def denoise_and_capture(self, latents, timestep, text):
+            noise, capture = super().denoise_and_capture(latents, timestep, text)
+            if timestep == self.broken:
+                capture.features[0][0][1] = float("inf")
+            return noise.clone(), capture
+
+    configs = CONFIGS | {"depth": replace(CONFIGS["depth"], capture_timestep=600)}
+    engine = Narrow(configs=configs)
+    for timestep in (600, 0):
+        engine.broken = timestep
+        first, second = samples(engine, requests("a", "b"), sampler="ddim", steps=5)
+        assert isinstance(first, Sample) and second.reason.startswith("NaN or infinite values in features")
+
+
+def test_steps_are_told_without_the_padding_of_a_batch():
+    engine, shapes = StubEngine(), []
+    recipe = make_recipe(engine, ("depth",), sampler="ddim", steps=2)
+    tell = lambda step, latents: shapes.append((step, len(latents)))  # noqa: E731
+    driver.BatchGenerator(engine, recipe, lambda: None, tell).sample(Batch(0, tuple(requests("a", "b")), 3))
+    assert shapes == [(0, 2), (1, 2)]
+
+
+def test_instances_without_classes_are_what_a_prompt_names_first():
+    masks = Instances(np.ones((2, 4, 4), bool), np.zeros(2, int), np.ones(2, np.float32), ("thing",))
+    recipe = SimpleNamespace(words=("ball", "cube", "cone"), table=None)
+    for prompt, classes, number in (("a cube on a ball", ("ball", "cube"), 1), ("two things", ("cone",), 2)):
+        found = labelling.with_prompt_class(masks, Request(0, prompt, 0, classes), recipe)
+        assert found.class_ids.tolist() == [number, number] and found.classes == recipe.words
+    assert not len(labelling.with_prompt_class(masks, Request(0, "two things", 0), recipe).masks)
+
+
+def test_classes_that_a_list_names_beside_its_prompt_are_not_ruled_out():
+    config = replace(CONFIGS["semantic"], named=("ball", "cube"))
+    raw = {"pred_logits": torch.zeros(2, 1, 10), "pred_masks": torch.ones(2, 1, 8, 8)}
+    raw["pred_logits"][..., 3], raw["pred_logits"][..., 2] = 8.0, 6.0  # a cube, or else a ball
+    asked = [Request(0, "a ball", 0, ("ball", "cube")), Request(1, "a ball", 0, ("ball",))]
+    found = labelling.postprocess(asked, raw, config, SimpleNamespace(size=8))
+    assert [int(label.labels[0, 0]) for label in found] == [3, 2]
+
+
+def test_pixels_may_be_ignored_as_doubtful_and_as_unsure_at_once():
+    classes, ones = ("background", "ball", "cube"), np.ones((1, 4), np.float32)
+    labels = SemanticMap(np.uint8([[1, 1, 2, 0]]), np.float32([[0.9, 0.2, 0.9, 0.5]]), classes)
+    other = SemanticMap(np.uint8([[1, 1, 1, 0]]), ones, classes)
+    sample = Sample(Request(0, "a ball", 0, ("ball",)), np.zeros((1, 4, 3), np.uint8), {"semantic": labels, "x": other})
+    sample = replace(sample, annotations={"semantic": labels, "semantic:other": other})
+    for is_doubtful, least, wanted in (
+        (False, 0.0, [1, 1, 2, 0]),
+        (True, 0.0, [1, 1, 255, 0]),
+        (False, 0.5, [1, 255, 2, 0]),
+        (True, 0.5, [1, 255, 255, 0]),
+    ):
+        recipe = SimpleNamespace(table=None, ignores_doubtful=is_doubtful, least_confidence=least, draws=())
+        found = labelling.with_trust(sample, recipe)
+        assert found.annotations["semantic"].labels.tolist() == [wanted]
+
+
+def test_words_that_no_decoder_knows_are_for_one_that_takes_any():
+    engine = StubEngine()
+    assert prompt_words(engine, ("semantic", "open-vocabulary"), ("zebra",)) == ("zebra",)
+    assert prompt_words(engine, ("semantic", "depth"), ()) == tuple(world.CLASSES)
+    with pytest.raises(Refused, match="no decoder of this run knows 'zebra'"):
+        prompt_words(engine, ("semantic",), ("zebra",))
+
+
+@pytest.mark.parametrize(
+    ("size", "near"), [(100, 128), (90, 64), (1, 64), (-64, 64), (5000, 4096), (4160, 4096), (64.0, 512)]
+)
+def test_a_size_that_is_none_is_told_the_nearest(size, near):
+    with pytest.raises(Refused, match=f"Try --size {near}; 0 takes"):
+        checks.check_size(size)
+    checks.check_size(0), checks.check_size(4096)
+
+
+class _Latents(StubEngine):
+    """An engine whose network answers the same value everywhere, with a scheduler of one's own."""
+
+    def __init__(self, scheduler, value):
+        super().__init__()
+        self.model.scheduler, self.value, self.times = scheduler, value, []
+
+    def denoise(self, latents, timestep, text):
+        self.times.append(timestep)
+        return torch.cat([latents, torch.full_like(latents, self.value)])  # with the text last
+
+
+def test_ddim_backwards_is_exact_for_an_output_that_stays_the_same():
+    clean = torch.full((2, 1, 2, 2), 0.75)
+    for scheduler in (SCHEDULER, {"_class_name": "FlowMatchEulerDiscreteScheduler"}):
+        engine = _Latents(scheduler, 0.5)
+        latents = inversion.ddim_latents(engine, clean, None, 10, 4)
+        assert engine.times == [0, 2, 5, 8]
+        signal, noisy = times.shares_at(scheduler, 10)
+        wanted = signal * 0.75 + noisy * 0.5 if scheduler is SCHEDULER else 0.75 + 0.01 * 0.5
+        torch.testing.assert_close(latents, torch.full_like(clean, wanted))
+    engine, latent, before = _Latents(SCHEDULER | {"prediction_type": "v_prediction"}, 0.5), 0.75, (1.0, 0.0)
+    for target in (400, 800):
+        signal, noisy = times.shares_at(engine.model.scheduler, target)
+        image, noise = before[0] * latent - before[1] * 0.5, before[0] * 0.5 + before[1] * latent
+        latent, before = signal * image + noisy * noise, (signal, noisy)
+    found = inversion.ddim_latents(engine, clean, None, 800, 2)
+    torch.testing.assert_close(found, torch.full_like(clean, latent))
+
+
+def test_pictures_are_not_judged_by_what_a_model_can_draw_and_tell_all_their_calls():
+    engine = StubEngine(configs=CONFIGS | {"depth": replace(CONFIGS["depth"], capture_timestep=600)})
+    engine.model.levels, engine.model.draws = SD1_LEVELS, ("cone",)
+    recipe = make_recipe(engine, ("semantic", "depth", "attention"), classes=("ball",))
+    assert recipe.draws == ("cone",)
+    found = inverting.inversion_recipe(recipe, engine, (100, 300, 500))
+    assert found.draws == () and found.inverted == (600, 0) and found.captures == {"semantic": (1,), "depth": (0,)}
+    facts = {"sampler": "inversion", "steps": 3, "calls": 5, "timesteps": [100, 300, 500]}
+    assert facts.items() <= found.facts.items()
+    assert found.facts["capture_timestep"] == {"semantic": 0, "depth": 600}
+
+
+def test_captions_of_pictures_name_classes_by_the_words_of_their_own():
+    table = ClassTable("own", (ClassWord("ball", "globe", ("orb",)), ClassWord("cube", "cube")))
+    engine, recipe = StubEngine(), SimpleNamespace(table=table, words=("ball", "cube"))
+    for caption, text, named in (("an orb", "an orb", ("ball",)), ("", "a photo of a globe, a cube", ("ball", "cube"))):
+        line = inverting.picture_prompt(caption, recipe, recipe.words, engine, "a.png")
+        assert (line.text, line.classes) == (text, named)

@@ -181,6 +181,7 @@ def test_solvers_of_a_flow_are_diffusers(sampler, kind, family, steps):
         (20, {}),
         (11, {"use_karras_sigmas": True, "timestep_spacing": "leading", "steps_offset": 1}),
         (11, {"use_karras_sigmas": True, "sigma_min": 0.05, "sigma_max": 12.0}),
+        (11, {"use_karras_sigmas": True, "sigma_min": 0.001}),  # below that of the first training step
         (7, {"use_exponential_sigmas": True}),
         (6, {"final_sigmas_type": "sigma_min"}),
         (6, {"final_sigmas_type": "sigma_min", "timestep_spacing": "leading", "steps_offset": 1}),

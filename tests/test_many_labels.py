@@ -121,6 +121,37 @@ def test_a_label_is_combined_once():
     assert len(parse_combinations([once], LABELS)) == 1
     with pytest.raises(Refused, match="--combine: semantic is combined twice"):
         parse_combinations([once, once.replace("person", "ball")], LABELS)
+    spaced = parse_combinations(["semantic within open-vocabulary: hot dog "], LABELS)
+    assert spaced == (Combination("semantic", "open-vocabulary", "hot dog"),)
+    for text, said in (
+        ("semantic within depth:near", "depth has no classes"),
+        ("depth within semantic:ball", "depth has no classes"),
+        ("other within semantic:ball", "other is not a label of this run"),  # of which there are several
+    ):
+        with pytest.raises(Refused, match=said):
+            parse_combinations([text], LABELS)
+
+
+def test_layers_of_a_named_label_show_its_own_files():
+    named = kind_of("semantic:street")
+    assert [layer.role for layer in named.layers] == ["semantic.street", "confidence.street"] == list(named.roles)
+    assert [layer.title for layer in named.layers] == ["Semantic: street", "Uncertainty: street"]
+    assert kind_of("instance:street").coco_file == "instances.street.json" and not kind_of("pose:x").layers[0].role
+    assert "`semantic.street/ID.png`" in named.contents and "`confidence.street/ID.png`" in named.contents
+    with pytest.raises(ValueError, match="up to 63 letters"):
+        LabelName.parse("semantic:")
+
+
+def test_of_two_folders_the_first_one_has_a_decoder_and_a_task(tmp_path):
+    for name, labels in (("a", ("one",)), ("b", ("one", "semantic"))):
+        for label in labels:
+            (tmp_path / name / label).mkdir(parents=True)
+            (tmp_path / name / label / "config.json").write_text(CONFIGS["semantic"].to_json())
+    first, second = tmp_path / "a", tmp_path / "b"
+    for order, named, own in (([first, second], first / "one", first / "one"), ([second, first], second / "one", None)):
+        found = find_decoders(order)
+        assert found["semantic:one"] == named and found["semantic"] == (own or second / "semantic")
+        assert "semantic:two" not in found and "depth" not in found
 
 
 def test_names_and_file_names_are_told_from_each_other():
@@ -239,3 +270,9 @@ def test_instances_are_cut_and_mask_others():
     assert found["instance"].scores.tolist() == pytest.approx([0.9, 0.3])
     assert (found["instance"].masks == LEFT).all()
     assert not found["semantic"].labels.any()  # the only person is too unsure to be shown
+    sure = np.array([0.9, 0.8], np.float32)
+    labels["instance"] = Instances(np.stack([~LEFT, LEFT]), np.array([0, 1]), sure, ("ball", "person"))
+    wishes = [Combination("semantic", "instance", "ball"), Combination("instance", "semantic", "background")]
+    for order in (wishes, wishes[::-1]):
+        found = apply_combinations(labels, order)
+        assert not found["semantic"].labels.any() and found["instance"].class_ids.tolist() == [0]

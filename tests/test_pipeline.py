@@ -556,7 +556,12 @@ def test_stream_refuses_before_it_is_read():
     assert [one.request.seed for one in stub(["a", "b"], seeds=torch.tensor([5, 3])).samples] == [5, 3]
     assert [sample.request.prompt for sample in stub.stream("a ball")] == ["a ball"]
     with pytest.raises(GateFailed, match="prompt 1: NaN"):
-        stub(["a ball", "broken"])
+        stub(["a ball", "broken"], seed=5)
+    for wrong, message in (("x " * 90, "negative_prompt"), (["fog", "x " * 90], "negative_prompt of prompt 1")):
+        with pytest.raises(Refused, match=f"{message}: 92 tokens"):
+            stub(["a", "b"], negative_prompt=wrong)
+    with pytest.raises(Refused, match="seeds: 3 were given for 2 prompts"):
+        stub(["a", "b"], seeds=[1, 2, 3])
 
 
 def test_pictures_that_cannot_be_made_are_refused(decoders):
@@ -917,3 +922,67 @@ def test_the_example_teaches_a_head_of_ones_own(capsys):
     exec(example, names)
     truth = (names["truth"] > 0).float().mean().item()
     assert names["share"] > 0.8 > max(truth, 1 - truth)
+
+
+def test_what_diffuse_leaves_to_its_caller_is_followed():
+    stub, random = Pipeline(StubEngine(tasks=("depth",))), torch.Generator().manual_seed(3)
+    given = {"num_inference_steps": 2, "sampler": "ddim", "output_type": "np"}
+    scales = [stub.diffuse("a", guidance_scale=scale, **given).meta[0]["guidance"] for scale in (0.0, 1.0, 7.5)]
+    assert scales[0] <= 1 and scales[1:] == [1.0, 7.5]
+    profiles = [stub.diffuse("a", **given, **choices).meta[0]["profile"] for choices in ({}, {"profile": "0.3.0"})]
+    assert profiles == ["0.14.0", "0.3.0"]
+    stub.diffuse(["a", "b"], generator=random, **given)  # draws as many numbers as its images need
+    again = torch.Generator().manual_seed(3)
+    torch.randn(2, 4, 8, 8, generator=again)
+    assert torch.equal(torch.randn(3, generator=random), torch.randn(3, generator=again))
+
+
+def test_images_are_repeated_in_turn_and_converted_by_their_axes():
+    prompts, negatives = diffusing.repeat_prompts(["a", "b"], ["fog", "rain"], 2)
+    assert (prompts, negatives) == (["a", "a", "b", "b"], ["fog", "fog", "rain", "rain"])
+    assert diffusing.repeat_prompts("a", None) == (["a"], [""])
+    image = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    samples, latents = [SimpleNamespace(image=image), SimpleNamespace(image=image + 1)], {1: torch.ones(1), 0: None}
+    pixels = diffusing.convert_images(samples, "np", {})
+    assert pixels.dtype == np.float32 and (pixels == np.stack([image, image + 1]) / np.float32(255)).all()
+    planes = diffusing.convert_images(samples, "pt", {})
+    assert planes.shape == (2, 3, 2, 4) and float(planes[1, 2, 1, 3]) == np.float32(24 / 255)
+    latents[0] = torch.zeros(1)
+    assert diffusing.convert_images(samples, "latent", latents).tolist() == [[0], [1]]
+    assert [each.size for each in diffusing.convert_images(samples, "pil", {})] == [(4, 2)] * 2
+
+
+def test_a_callback_gets_the_images_of_a_batch_without_its_padding():
+    shapes, stub = [], Pipeline(StubEngine(tasks=("depth",)))
+
+    def tell(pipeline, step, timestep, given):
+        shapes.append((pipeline is stub, step, len(given["latents"])))
+
+    given = {"num_inference_steps": 1, "sampler": "ddim", "callback_on_step_end": tell}
+    stub.diffuse(["a", "b", "c"], batch_size=2, **given)
+    assert shapes == [(True, 0, 2), (True, 0, 1)]
+
+
+def test_features_of_a_prompt_are_of_the_guidance_that_a_call_is_told():
+    class Telling(StubEngine):
+        def denoise(self, latents, timestep, text):
+            told.append(text.guidance)
+            return super().denoise(latents, timestep, text)
+
+        def denoise_and_capture_raw(self, latents, timestep, text):
+            return super().denoise_and_capture(latents, timestep, text)
+
+    engine = Telling(tasks=("depth",))
+    engine.model.guidance, engine.model.has_negative = "embedded", lambda guidance: False
+    for guidance, expected in ((3.5, 3.5), (0.0, 2.0)):
+        told = []
+        Pipeline(engine).features(prompt="a ball", steps=3, guidance=guidance)
+        assert told and set(told) == {expected}
+
+
+def test_pictures_of_a_call_have_seeds_one_after_another():
+    stub = Pipeline(StubEngine(tasks=("depth",)))
+    found = stub.label([np.zeros((64, 80, 3), np.uint8)] * 3, "a ball", seed=7, batch_size=2)
+    assert [entry["seed"] for entry in found.meta] == [7, 8, 9]
+    assert [entry["picture"] for entry in found.meta] == ["0", "1", "2"]
+    assert stub([]).samples == [] and stub.label([]).samples == []

@@ -248,7 +248,8 @@ def test_the_name_of_a_set_stands_for_its_classes():
 
 
 @pytest.mark.parametrize(
-    ("classes", "message"), [(("",), "empty"), (("a\0b",), "control"), (("ball", "Ball"), "named twice")]
+    ("classes", "message"),
+    [(("",), "empty"), (("a\0b",), "control"), (("ball", "Ball"), "named twice"), (("a  b", "A b"), "named twice")],
 )
 def test_bad_class_words_are_refused(classes, message):
     with pytest.raises(Refused, match=message):
@@ -419,3 +420,53 @@ def test_a_run_can_be_made_again_from_its_samples_and_unnamed_prompts_are_refuse
     third = ["--prompts", "a quiet street", "--number", "1", "--out", str(tmp_path / "third")]
     assert generate.main([*line, *third]) == 2 and "1 of 1 prompts name none" in capsys.readouterr().err
     assert generate.main([*line, *third, "--allow-unnamed"]) == 0
+
+
+def test_class_words_and_lines_fit_up_to_the_last_token_and_byte():
+    prompts.check_class_lengths(("x " * 75,), Tokenizer())
+    prompts.check_class_lengths(("x " * 72,), Tokenizer(), prompt="a photo {}  of")
+    with pytest.raises(Refused, match="makes a prompt of 78 tokens"):
+        prompts.check_class_lengths(("x " * 73,), Tokenizer(), prompt="a photo {}  of")
+    assert len(prompts.split_prompts("ä" * 2048, "list")) == 1
+    with pytest.raises(Refused, match="list line 3: 4098 bytes, at most 4096 are read"):
+        prompts.split_prompts("\n" + "ä" * 2049, "list", first=2)
+    assert prompts.split_prompts("ä" * 2049, "list", truncate=True)[0].text == "ä" * 2049
+
+
+def test_of_two_text_encoders_the_longer_reads_the_prompt_and_the_other_its_class_words():
+    tokenizer = Tokenizer()
+    tokenizer.longer = Tokenizer()
+    tokenizer.longer.model_max_length = 100
+    long = "a ball " + "word " * 80 + "cube"
+    assert prompts.fit_prompt(long, tokenizer, "line", ("ball",)) == long
+    with pytest.raises(Refused, match="cutting it to 77 tokens would lose the class word 'cube'"):
+        prompts.fit_prompt(long, tokenizer, "line", ("ball", "cube"))
+    with pytest.raises(Refused, match="line: 102 tokens, at most 100 fit"):
+        prompts.fit_prompt("word " * 100, tokenizer, "line", ("ball",))
+
+
+def test_all_that_decides_an_image_is_in_the_digest_of_a_list():
+    lines = [
+        prompts.PromptLine(1, "a ball", **more)
+        for more in ({}, {"classes": ("ball",)}, {"seed": 7}, {"negative": "fog"}, {"class_prompt": "ball"})
+    ]
+    digests = {prompts.PromptSource((line,), "list", (), 0).digest for line in lines}
+    assert len(digests) == 5 and prompts.PromptSource((lines[0]._replace(line=2),), "x", (), 0).digest in digests
+
+
+def test_a_prompt_with_a_class_prompt_may_be_cut_before_its_class_words():
+    line = prompts.PromptLine(1, "word " * 80 + "cube", ("cube",), class_prompt="a cube")
+    source, options = prompts.PromptSource((line,), "list", (), 0), {"number": 9, "seed": 0, "batch_size": 8}
+    plan = make_plan(source, Tokenizer(), **options, words=("cube",), truncate=True)
+    assert plan.request(0).prompt == ("word " * 75).strip() and plan.request(0).classes == ("cube",)
+    with pytest.raises(Refused, match="would lose the class word 'cube'"):
+        other = replace(source, lines=(line._replace(class_prompt=""),))
+        make_plan(other, Tokenizer(), **options, words=("cube",), truncate=True)
+    part = make_plan(replace(source, is_part=True), Tokenizer(), **options, words=("cube",), truncate=True)
+    assert (plan.batch_size, part.batch_size) == (5, 8)
+
+
+def test_a_prompt_of_a_class_may_name_another_one():
+    first, second = plan_of(number=1, classes=("photo", "ball"), per_class=1)
+    assert (first.prompt, first.classes) == ("a photo of a photo", ("photo",))
+    assert (second.prompt, second.classes) == ("a photo of a ball", ("photo", "ball"))

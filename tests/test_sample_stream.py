@@ -196,6 +196,23 @@ def test_a_function_opens_the_engine_once():
     assert len(list(stream)) == len(list(stream)) == 2 and opened == [1]
 
 
+def test_a_process_that_was_forked_opens_an_engine_of_its_own(monkeypatch):
+    opened, process = [], [7]
+    monkeypatch.setattr(sample_stream.os, "getpid", lambda: process[0])
+    stream = SampleStream(lambda: opened.append(process[0]) or stub(), PROMPTS, "depth")
+    assert stream.pipeline is stream.pipeline
+    process[0] = 8
+    assert stream.pipeline is stream.pipeline and opened == [7, 8]
+
+
+def test_rows_tell_which_samples_are_trusted(monkeypatch):
+    monkeypatch.setattr(sample_stream.Pipeline, "from_pretrained", lambda model, **options: stub())
+    monkeypatch.setattr(sample_stream.Sample, "is_doubtful", property(lambda sample: sample.request.seed == 1))
+    make = MakeSamples(tasks=("depth",), choices={"steps": 2, "batch_size": 2})
+    made = make({"prompt": np.array(["a", "b", "c"]), "seed": np.array([0, 1, 2])})
+    assert made["trusted"].tolist() == [True, False, True] and made["depth"].shape[0] == 3
+
+
 def test_a_share_without_a_sample_asks_for_none():
     stream = SampleStream(SimpleNamespace(), ("a",), "depth", number=2)
     assert list(stream._make_samples(2, 3)) == []

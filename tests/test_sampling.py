@@ -513,3 +513,14 @@ def test_a_flow_whose_levels_depend_on_the_tokens_of_an_image_needs_their_number
     assert len(make_schedule(config, "auto", 2, flow=FlowRule("uniform"), tokens=64)) == 2
     with pytest.raises(ValueError, match="tokens: the noise levels of this model depend on them"):
         make_schedule(config, "auto", 2, flow=FlowRule("uniform"))
+
+
+def test_settings_that_are_null_are_left_out_and_an_offset_stays_within_the_training_steps():
+    for name in ("DDIMScheduler", "DPMSolverMultistepScheduler"):
+        config = dict.fromkeys(FOLLOWED[name]) | {"_class_name": name}
+        assert choose_sampler(config, "auto") == SCHEDULERS[name]
+    spaced = {"timestep_spacing": "leading", "steps_offset": 99}
+    assert make_schedule(spaced, "ddim", 10).timesteps[0] == 999
+    with pytest.raises(Refused, match="10 steps do not fit into 1000 training steps"):
+        make_schedule(spaced | {"steps_offset": 100}, "ddim", 10)
+    assert make_schedule({"num_train_timesteps": 1000}, "pndm", 27, "0.3.0").timesteps[0] == 999  # a stride of 37

@@ -371,3 +371,7 @@ def test_fp8_on_a_cpu_says_that_it_saves_no_time(tmp_path, monkeypatch, capsys):
     line = ["--out", str(tmp_path / "run"), "--number", "1", "--task", "depth", "--steps", "2", "--speed", "fp8"]
     assert generate.main(line) == 0
     assert "fp8 rounds on a CPU as on a GPU, and saves no time here" in capsys.readouterr().err
+
+
+def test_a_captured_call_before_the_last_is_a_whole_one_that_others_follow():
+    assert speed.cached_calls(12, (4, 9)) == {3, 5, 6, 8, 11}
