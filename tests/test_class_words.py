@@ -12,6 +12,8 @@ from datasetdm_fast.engine.labels.words import (
     always_named,
     count_named,
     find_classes,
+    mirrored_names,
+    mirrored_text,
     plural,
     token_places,
     with_article,
@@ -269,3 +271,40 @@ def test_words_are_of_the_table_that_holds_most_of_the_names():
 
 def test_two_words_may_be_written_as_one_and_three_may_not():
     assert find_classes("a wineglass and a hotairballoon", ("wine glass", "hot air balloon")) == ("wine glass",)
+
+
+def test_numbers_of_a_table_have_five_digits_at_most_and_accents_may_be_stored_in_two_ways():
+    (word,) = class_tables.parse("name,number\ncat,65535\n", "own").classes
+    assert word.number == 65535
+    with pytest.raises(ValueError, match="line 2: the number of a class is '100000'"):
+        class_tables.parse("name,number\ncat,100000\n", "own")
+    own = class_tables.parse("name,say,colour\nMöwe,gull,1 2 3\n", "own")
+    for form in ("NFC", "NFD"):
+        name = unicodedata.normalize(form, "MÖWE")
+        assert class_tables.spoken([name], own) == ["gull"] and own.colour(name) == (1, 2, 3)
+
+
+def test_a_stored_table_has_its_classes_and_its_phrases_of_no_class():
+    own = class_tables.parse("name,say,words\ncat,house cat,tom\n,,cat fish | copy cat\n", "own")
+    again = class_tables.of_rows(class_tables.rows_of(own, ("cat",)), "again")
+    assert (again.classes, again.other) == (own.classes, ("cat fish", "copy cat")) and again.names == ("cat",)
+    kept = class_tables.of_words(class_tables.words_of(own, ("cat", "dog")))
+    assert (kept.classes, kept.other) == (own.classes, own.other)
+
+
+def test_texts_in_a_mirror_name_the_other_side_of_their_classes_alone():
+    sides = ("lefthand", "righthand", "wall")
+    assert mirrored_text("a lefthand on the right of a wall", sides) == "a righthand on the right of a wall"
+    assert mirrored_text("a wall on the left", sides) == "a wall on the left"
+    spaced = ("left hand", "right hand")
+    assert mirrored_text("a RIGHT hand and left hands", spaced) == "a LEFT hand and right hands"
+    longer = "İ a left hand"  # whose lower case has one character more
+    assert mirrored_text(longer, spaced) == longer
+    assert mirrored_names(("left", "right", "Left", "wall")) == [1, 0, 2, 3]
+
+
+def test_places_of_a_word_follow_what_stands_before_it():
+    count = lambda part: len(part)  # noqa: E731 - a token each character
+    assert token_places("a cat's ball", ("cat", "ball"), count, 77) == {"cat": (3, 4, 5), "ball": (9, 10, 11, 12)}
+    assert token_places("a cat's ball", ("cat", "ball"), count, 11) == {"cat": (3, 4, 5), "ball": (9, 10)}
+    assert token_places("a cat's ball", ("ball",), count, 9) == {}

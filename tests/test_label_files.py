@@ -1,6 +1,7 @@
 """What stands in label files at the edges of their ranges: rounding, saturation, one pixel, nothing at all."""
 
 import io
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,7 @@ from datasetdm_fast.engine.labels import (
     class_tables,
     kind,
     label_files,
+    mean_certainty,
     number_classes,
     pictures,
     with_palette,
@@ -618,3 +620,86 @@ def test_maps_differ_by_the_share_of_pixels_and_depths_by_their_relative_error()
     assert LABEL_KINDS["semantic"].distance(semantic(labels), semantic(np.zeros((4, 4)))) == 1 / 16
     near, far = (DepthMap(np.full((4, 4), metres, np.float32), 4.0) for metres in (2, 1))
     assert LABEL_KINDS["depth"].distance(near, far) == 1 and LABEL_KINDS["depth"].distance(far, near) == 0.5
+
+
+def test_the_most_alike_of_several_instances_are_pairs_and_what_hardly_overlaps_is_another():
+    whole, half = (0, 0, 4, 4), (0, 0, 2, 4)
+    one, two = instances(whole, scores=[1.0]), instances(half, whole, scores=[1.0, 1.0])
+    assert LABEL_KINDS["instance"].distance(one, two) == pytest.approx(1 / 3)
+    everywhere, third = np.ones((4, 4), bool), instances((0, 0, 4, 2), scores=[0.5])
+    merged = LABEL_KINDS["instance"].merge(third, instances((0, 1, 4, 4), scores=[0.9]), everywhere)  # an IoU of 1/4
+    assert merged.masks.sum((1, 2)).tolist() == [12] and merged.scores.tolist() == pytest.approx([0.9])
+    again = LABEL_KINDS["instance"].merge(two, two, everywhere)
+    assert (again.masks == two.masks).all() and again.scores.tolist() == [1, 1]
+
+
+def test_instances_are_of_the_words_of_a_run_where_their_decoder_knows_no_class():
+    for is_open, names in ((True, ["cup", "mug"]), (False, ["ball"])):
+        config = SimpleNamespace(is_open=is_open, classes=("ball",))
+        assert LABEL_KINDS["instance"].table(config, 8, ("cup", "mug")) == {"classes": names, "size": [8, 8]}
+    item = {"category_id": 2, "score": 0.5, "segmentation": {"size": [4, 4], "counts": [0, 16]}}
+    table = {"classes": ["ball", "cone"], "size": [4, 4], "numbers": [5, 2]}
+    assert LABEL_KINDS["instance"].decode({}, [item], table).class_ids.tolist() == [1]
+    assert LABEL_KINDS["instance"].words([item], table, 1) == ["cone"]
+
+
+def test_pictures_show_what_is_sure_and_known():
+    image = np.zeros((4, 4, 3), np.uint8)
+    drawn = LABEL_KINDS["instance"].picture(instances((0, 0, 4, 2), (0, 2, 4, 4), scores=[0.4, 0.39]), image)
+    assert np.array(drawn).any(2).tolist() == [[True, True, False, False]] * 4
+    depth = LABEL_KINDS["depth"].picture(DepthMap(np.float32([[0, 100, 150, 200]]), 200.0), image)
+    assert np.array(depth).tolist() == [[255, 0, 128, 255]]  # what is not known as the farthest
+    assert depth.getpalette()[:3] == [0xFC, 0xFD, 0xBF] and depth.getpalette()[-3:] == [0, 0, 4]
+    many = SemanticMap(np.int32([[299]]), np.ones((1, 1), np.float32), ("none",))
+    assert np.array(LABEL_KINDS["open-vocabulary"].picture(many, image)).tolist() == [[list(colour(299))]]
+
+
+def test_units_and_values_of_layers_are_those_of_their_table():
+    stored = LABEL_KINDS["depth"]
+    assert [stored.steps({"unit": unit}) for unit in ("millimetre", "1/256 metre", "metre")] == [1000, 256, 1]
+    assert kind.mean_score([]) is None and mean_certainty({"depth": {"min": 1}, "pose": [{"score": 0.5}]}) == 0.5
+    assert mean_certainty({"depth": {"min": 1}}) is None
+    shares = semantic_labels.shares({"pixels": {"0": 5, "2": 2, "255": 1}}, {"classes": ["background", *"ab"]}, None)
+    assert shares == [0.625, 0.125, {2: 0.25}]
+
+
+def test_palettes_go_on_beyond_the_classes_of_a_label():
+    numbers = class_tables.palette((3, 0))
+    assert [tuple(numbers[3 * k : 3 * k + 3]) for k in (0, 1, 2, 255)] == [*map(colour, (3, 0, 2)), (236, 236, 236)]
+    whole, official = class_tables.palette(), class_tables.official_palette("coco", ((1, "person"),))
+    assert whole[-3:] == bytes((236, 236, 236)) and len(official) == 768
+    assert tuple(official[3:6]) == class_tables.builtin_table("coco").colour("person")
+    assert official[:3] == whole[:3] and official[6:765] == whole[6:765] and official[765:] == bytes(3)
+    own = {"palette": "table", "classes": ["a"], "colours": [[255, 0, 255]]}
+    check_palette(own)
+    for wrong in (256, -1):
+        with pytest.raises(ValueError, match="three numbers from 0 to 255"):
+            check_palette(own | {"colours": [[wrong, 0, 0]]})
+
+
+def test_outlines_of_thin_and_of_long_masks():
+    (ring,) = pictures.borders(np.ones((1, 3), bool))
+    assert sorted(ring.tolist()) == [[x, y] for x in range(4) for y in range(2)]
+    assert pictures.outline(np.zeros((4, 4), bool)) == ""
+    long = np.zeros((64, 1024), bool)
+    long[8:40, 512:768] = True
+    numbers = [int(value) for value in re.findall(r"-?\d+", pictures.outline(long))]
+    assert numbers[0] in range(508, 517) and numbers[1] in range(4, 13) and set(numbers) <= {*range(-800, 801, 2)}
+
+
+def test_a_line_below_a_picture_is_whole_up_to_90_letters():
+    for length, shown in ((90, "a" * 90), (91, "a" * 89 + "…")):
+        told = pictures.preview([(np.zeros((4, 4, 3), np.uint8), "a" * length)])
+        assert f"<figcaption>{shown}</figcaption>" in told and f'title="{"a" * length}"' in told
+
+
+def test_of_two_persons_the_one_with_more_joints_on_an_instance_has_its_box():
+    first, second = person((2, 2), (4, 4), (30, 30)), person((2, 3), (4, 5), (6, 6))
+    people = Keypoints(
+        *(np.concatenate(parts) for parts in zip(*((x.points, x.visibility, x.scores) for x in (first, second)))),
+        first.joints,
+    )
+    masks = np.zeros((1, 40, 60), bool)
+    masks[0, :10, :10] = True
+    labels = {"instance": Instances(masks, np.array([0]), np.float32([0.9]), ("person",))}
+    assert [kind for *_, kind in extent(people, labels)] == ["joints", "instance"]

@@ -146,6 +146,14 @@ def test_a_tile_without_a_class_shows_none_of_it():
     assert not nothing.labels.any() and not nothing.confidence.any()
 
 
+def test_what_several_tiles_show_is_their_mean_and_not_their_sum():
+    tiling = Tiling.of((8, 12), 8)
+    maps = [torch.full((1, 2, 2), 1.0), torch.full((1, 2, 2), 0.5)]
+    found = joined_label(tiling, maps, [1], ("background", "a"), 0.6, 0.5)
+    assert found.confidence[:, 0].tolist() == pytest.approx([1] * 8) and (found.labels[:, :4] == 1).all()
+    assert found.confidence[:, 8:] == pytest.approx(0) and (np.diff(found.confidence[4]) <= 1e-6).all()
+
+
 def test_maps_grow_to_the_pixels_of_a_tile_as_to_those_of_a_whole_picture():
     maps = torch.rand((2, 4, 4), generator=torch.Generator().manual_seed(1))
     found = joined_label(Tiling.of((16, 16), 16), [maps], [1, 2], ("background", *"ab"), 0.6, 0.5)
@@ -167,3 +175,16 @@ def test_a_pixel_of_a_picture_in_tiles_reaches_a_limit_that_it_equals():
     maps = torch.tensor([0, 0.24, 0.25, 0.49, 0.5, 0.51, 0.75, 1]).expand(1, 8, 8)
     found = joined_label(Tiling.of((8, 8), 8), [maps], [3], ("background", *"abc"), 0.5, 0.25)
     assert found.labels[0].tolist() == [0, 0, IGNORE, IGNORE, 3, 3, 3, 3]
+
+
+@pytest.mark.parametrize(("first", "second", "scores"), [(0.5, 0.9, [0.9]), (0.9, 0.5, [0.9]), (0.3, 0.9, [0.9, 0.3])])
+def test_a_thing_has_the_best_score_of_its_tiles_which_show_it_all_or_none(first, second, scores):
+    tiling = Tiling.of((8, 12), 8)
+    masks = np.zeros((2, 1, 8, 8), bool)
+    masks[0, 0, 2:5, 3:], masks[1, 0, 2:5, :5] = True, True
+    labels = [
+        Instances(mask, np.array([0]), np.float32([score]), ("ball",)) for mask, score in zip(masks, (first, second))
+    ]
+    joined = joined_instances(tiling, labels)
+    assert joined.scores.tolist() == pytest.approx(scores) and joined.class_ids.tolist() == [0] * len(scores)
+    assert joined.masks.any(0)[2:5, 3:9].all() and joined.masks.any(0).sum() == 18

@@ -426,3 +426,12 @@ def test_what_is_refused(tmp_path, capsys, flags, told):
         flags = [*flags[:-1], str(tmp_path / "prompts.jsonl")]
     assert run(tmp_path / "run", *flags) == 2 and told in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_what_one_map_calls_background_is_no_thing_of_another_name():
+    first, second = (
+        SemanticMap(np.uint8([row] * 4), np.ones((4, 4), np.float32), CLASSES) for row in ([0, 0, 2, 3], [2, 2, 2, 3])
+    )
+    labels = {"semantic": first, "semantic:other": second}
+    assert trust_of(("ball", "star"), labels).disagreeing == 0
+    assert without_doubtful(("ball", "star"), labels)["semantic"].labels.tolist() == first.labels.tolist()
