@@ -20,7 +20,7 @@ from upstream_rules import load_upstream
 
 from bench.decoders import load_decoders
 from datasetdm_fast import _C, kernels
-from datasetdm_fast.data import Capture
+from datasetdm_fast.data import Capture, ProjectedCapture
 from datasetdm_fast.engine.backbones.sd import levels
 from datasetdm_fast.engine.decoders.checkpoint import (
     build_decoder,
@@ -29,8 +29,8 @@ from datasetdm_fast.engine.decoders.checkpoint import (
     save_decoder,
 )
 from datasetdm_fast.engine.decoders.config import SD1_LEVELS, DecoderConfig, upstream
-from datasetdm_fast.engine.decoders.layers import SegBlock, SpectralConv2d
-from datasetdm_fast.engine.decoders.trunk import copy_for_cpu, copy_for_gpu, fold
+from datasetdm_fast.engine.decoders.layers import SegBlock, SpectralConv2d, Upscale
+from datasetdm_fast.engine.decoders.trunk import Decoder, copy_for_cpu, copy_for_gpu, fold
 from datasetdm_fast.engine.models.layers import Uninitialised
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import fused, mask_head, plain
@@ -622,6 +622,9 @@ def test_config_refusals():
         ({"task": "pose"}, "kind is 'segmentation', expected heatmap or simcc for the task pose"),
         ({"normalisation": "batch"}, "normalisation is 'batch'"),
         ({"width": 20, "heads": 8}, "width 20 must divide"),
+        ({"width": 6, "heads": 2}, "width 6 must divide into 2 heads and by 4"),
+        ({"word_heads": (0.0,) * sum(sum(level.heads) for level in config.levels)}, "nor all of them 0"),
+        ({"word_heads": (0.5,)}, "1 word_heads of a segmentation decoder"),
         ({"classes": ()}, "at least one name in classes"),
         ({"task": "semantic", "classes": tuple(map(str, range(256)))}, "256 semantic classes, expected at most 255"),
         ({"named": ("unicorn",)}, "named holds 'unicorn', which is none of its classes"),
@@ -744,3 +747,21 @@ def test_class_words_of_another_text_encoder():
 def test_sizes_of_a_capture():
     capture = capture_of(DEMO_LEVELS, 1)
     assert (capture.batch, capture.side) == (1, 16)
+
+
+def test_an_upscale_is_by_its_factor_and_begins_as_a_plain_resize():
+    x = torch.randn(2, 4, 3, 3)
+    for times in (2, 3):
+        upscale = Upscale(4, 5, times)
+        found = upscale(x)
+        wanted = F.interpolate(
+            F.conv2d(x, upscale.reduce.weight, upscale.reduce.bias), scale_factor=times, mode="bilinear"
+        )
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        torch.nn.init.ones_(upscale.detail.bias)
+        torch.testing.assert_close(upscale(x), wanted + 1, rtol=1e-5, atol=1e-5)
+
+
+def test_features_of_a_decoder_are_of_the_levels_that_it_reads():
+    sums = tuple(torch.ones(1, count, 2, 2) for count in (3, 4, 0, 0))
+    assert list(Decoder.level_sums(None, ProjectedCapture(sums, {}), ())) == ["low", "mid"]

@@ -122,6 +122,23 @@ def test_the_file_of_a_domain(tmp_path):
         domain.read_domain(tmp_path, D)
 
 
+def test_means_are_as_certain_as_pictures_are_many_and_correlations_are_of_both_sides(tmp_path):
+    rng = np.random.default_rng(3)
+    descriptors, pictures = rng.normal(size=(12, D)), np.repeat([0, 1, 2, 3], 3)
+    descriptors[:, 1] += descriptors[:, 0]
+    spread = domain._spread(descriptors, pictures, np.repeat([0, 0, 1, 3], 3), 5)
+    assert spread.limits == pytest.approx(np.sqrt([1 + 1 / 2, 2, 1 + 1 / 4, 2, 1 + 1 / 4]))
+    assert spread.means[2] == pytest.approx(descriptors.mean(0)) and spread.means[3] == pytest.approx(
+        descriptors[9:].mean(0)
+    )
+    one = replace(spread, means=spread.means[:1], limits=spread.limits[:1])
+    domain.write_domain(tmp_path, domain.Domain(one, spread, tuple("abcd")))
+    read = domain.read_domain(tmp_path, D)
+    assert np.abs(read.pictures.correlations - spread.correlations).max() < 1e-3
+    assert read.things.means == pytest.approx(spread.means, rel=1e-5)
+    assert read.things.limits == pytest.approx(spread.limits, rel=1e-5)
+
+
 @pytest.mark.parametrize(("drawn", "distance"), [([3, 3], 3), ([3, -3], 0), ([1, 2, 3], (22 / 6) ** 0.5)])
 def test_the_square_of_a_distance_is_the_mean_product_of_two_different_descriptors(drawn, distance):
     spread = domain.Spread(np.zeros((1, 1)), np.ones(1), np.ones((1, 1)), np.ones(1))  # of unit length as they are

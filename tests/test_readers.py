@@ -14,6 +14,7 @@ import struct
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +35,7 @@ from datasetdm_fast import split as splitting
 from datasetdm_fast.data import IGNORE, Instances, Trust
 from datasetdm_fast.engine.labels.label_files import with_text
 from datasetdm_fast.engine.pictures import framing, reading
-from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS, LabelledSource, Picture, largest_first
+from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS, Labelled, LabelledSource, Picture, largest_first
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.errors import Missing, Refused
@@ -3262,6 +3263,105 @@ def test_a_positive_angle_turns_an_outline_clockwise_about_its_centre(kind):
     assert mask[19, 19] and mask[12, 12] and not mask[12, 19] and not mask[19, 12] and not mask[16, 21]
 
 
+def test_pictures_in_memory_have_16_pixels_a_side_and_8_bits():
+    for side, is_taken in ((16, True), (15, False)):
+        with nullcontext() if is_taken else pytest.raises(Refused, match="image 0: uint8 of shape"):
+            assert framing.pictures_in_memory([np.zeros((side, 40, 3), np.uint8)]).names == ["0"]
+    for mode in ("I", "I;16", "F"):
+        with pytest.raises(Refused, match=f"image 1: its pixels are {mode}, expected an 8-bit picture"):
+            framing.pictures_in_memory([np.zeros((16, 16, 3), np.uint8), Image.new(mode, (16, 16))])
+    turned = Image.fromarray(np.arange(16 * 20 * 3, dtype=np.uint16).reshape(16, 20, 3).astype(np.uint8))
+    turned.getexif()[reading.ORIENTATION] = 3  # upside down
+    assert (framing.pictures_in_memory([turned]).whole(0) == np.array(turned)[::-1, ::-1]).all()
+
+
+def test_the_rule_of_upstream_draws_each_item_anew():
+    class Told(LabelledSource):
+        def load(self, record, seed):
+            return record, seed
+
+    source = Told(64, 4)
+    assert list(source) == [(k, None) for k in range(4)]
+    source.framing = "upstream"
+    chosen = source.subset([3, 1])
+    assert list(chosen) == [(3, 0), (1, 1)] and chosen.draw_view(1, 9) == (1, 9) and len(source) == 4
+    for index in (-1, 2):
+        with pytest.raises(IndexError):
+            chosen[index]
+
+
+def test_what_a_part_of_the_library_lacks_keeps_its_remedy():
+    def fail(error, cause=None):
+        error.__cause__ = cause
+        raise error
+
+    for error, cause, remedy in (
+        (Missing("x: no such library", "Install it."), None, "Install it."),
+        (Missing("x: cannot be read", "Look."), OSError("x"), reading.REPAIR),
+        (OSError(2, "none", "x.png"), None, reading.REPAIR),
+    ):
+        with pytest.raises(Refused) as stop:
+            LabelledSource(64, 1).guard(fail, error, cause)
+        assert stop.value.remedy == remedy
+
+
+def test_captions_that_are_made_name_every_class_in_an_order_of_each_picture():
+    image, names = np.zeros((16, 16, 3), np.uint8), ("cat", "dog", "cup", "car")
+    orders = {Picture(str(k), image, names).named for k in range(20)}
+    assert len(orders) > 5 and all(sorted(order) == sorted(names) for order in orders)
+    one = Picture("a", image, ("cat",))
+    assert one.named == ("cat",) and one.text == "" and Picture("a", image, "a cat").named is None
+
+
+def test_things_of_a_label_map_are_its_classes_that_are_things():
+    source = LabelledSource(4, 1)
+    source.classes, source.thing_classes = ("wall", "cat", "dog", "cup"), ("dog", "cat")
+    item = Labelled("0", np.zeros((2, 2, 3), np.uint8), "", semantic=np.uint8([[0, 1], [2, 255]]))
+    found = {name: mask.astype(int).tolist() for name, mask in source.things_of(item)}
+    assert found == {"cat": [[0, 1], [0, 0]], "dog": [[0, 0], [1, 0]]}
+
+
+def test_a_window_keeps_small_crowds_and_measures_persons_in_its_pixels():
+    image, dot = np.zeros((32, 32, 3), np.uint8), np.zeros((32, 32), bool)
+    dot[4, 4] = True
+    picture = Picture(
+        "0",
+        image,
+        "",
+        masks=(lambda: dot,),
+        mask_classes=(0,),
+        crowds=(lambda: dot,),
+        crowd_classes=(-1,),
+        keypoints=np.float32([[[4, 6, 2], [20, 6, 1]], [[20, 20, 2], [21, 21, 2]]]),
+        keypoint_boxes=np.float32([[2, 4, 20, 8], [18, 18, 4, 4]]),
+        keypoint_areas=np.float32([100, 16]),
+    )
+    found = framing.frame_picture(picture, framing.Window(0, 0, 2.0), 32, least_mask=9.0)
+    assert len(found.masks) == 0 and found.crowds.sum((1, 2)).tolist() == [4] and found.crowd_classes.tolist() == [-1]
+    assert found.keypoints.tolist() == [[[8, 12, 2], [40, 12, 0]]] and found.keypoint_areas.tolist() == [400]
+    assert found.keypoint_boxes.tolist() == [[4, 8, 28, 16]]
+
+
+def test_of_two_label_files_that_differ_in_capitals_the_usual_one_is_read(tmp_path):
+    for name in ("c.PNG", "c.png"):
+        (tmp_path / name).write_bytes(b"")
+    assert reading.label_file(tmp_path, "c", ".png").name == "c.png"
+
+
+def test_lists_of_names_and_depths_reach_just_to_their_bounds(tmp_path):
+    path = tmp_path / "names.txt"
+    for length, is_taken in ((200, True), (201, False)):
+        path.write_text(f"_background_\n{'a' * length}\n")
+        with nullcontext() if is_taken else pytest.raises(Refused, match="not short and different"):
+            assert reading.class_file(path) == ("background", "a" * length)
+    assert reading.without_background(("background", "none", "cat")) == ("none", "cat")
+    path = tmp_path / "depth.txt"
+    for metres, is_taken in ((65535, True), (65536, False), (0, False), ("nan", False)):
+        path.write_text(f"{metres}\n")
+        with nullcontext() if is_taken else pytest.raises(Refused, match="no number of metres up to 65535"):
+            assert reading.farthest_depth(path) == metres
+
+
 def test_a_window_beside_the_picture_is_black():
     shown = framing.frame_picture(ramp(50, 50), framing.Window(60, 0, 1), 16)
     assert not shown.image.any() and (shown.semantic == 255).all()
@@ -3279,6 +3379,36 @@ def test_the_farthest_depth_is_a_number_of_metres(tmp_path, text, metres):
     else:
         with pytest.raises(Refused, match="max_depth.txt: no number of metres up to"):
             reading.farthest_depth(tmp_path / "max_depth.txt")
+
+
+def test_a_mask_may_be_smaller_by_a_whole_factor_and_grey_beside_an_opaque_channel(tmp_path):
+    mask = np.zeros((8, 16), np.uint8)
+    mask[1, 2:5] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    found = reading.binary_mask(tmp_path / "mask.png", (16, 32), may_be_smaller=True)
+    assert found.shape == (16, 32) and (found == (mask > 0).repeat(2, 0).repeat(2, 1)).all()
+    with pytest.raises(Refused, match="16 x 8 pixels, but its image has 32 x 16"):
+        reading.binary_mask(tmp_path / "mask.png", (16, 32))
+    Image.fromarray(np.stack([mask, np.full_like(mask, 255)], 2), "LA").save(tmp_path / "mask.png")
+    assert (reading.binary_mask(tmp_path / "mask.png", (8, 16)) == (mask > 0)).all()
+
+
+def test_pictures_that_a_program_turned_are_as_shown_unless_only_as_stored_they_have_its_size():
+    stored, upright, square = Image.new("RGB", (20, 30)), Image.new("RGB", (30, 20)), Image.new("RGB", (30, 30))
+    for size, first, second, wanted in (
+        ((20, 30), stored, upright, stored),
+        ((30, 20), stored, upright, upright),
+        ((99, 99), stored, upright, upright),
+        ((30, 30), square, square.copy(), None),
+    ):
+        assert reading.as_drawn(size)("a.jpg", first, second) is (wanted or second)
+
+
+def test_depths_count_up_to_the_farthest_one(tmp_path):
+    Image.fromarray(np.full((16, 16), 2000, np.uint16)).save(tmp_path / "depth.png")
+    for farthest, metres in ((2.0, 2.0), (1.999, 0.0)):
+        found = reading.depth_map(tmp_path / "depth.png", (16, 16), 1000.0, farthest)
+        assert found.dtype == np.float32 and (found == metres).all()
 
 
 def test_a_binary_mask_of_16_bits_is_refused(tmp_path):

@@ -616,6 +616,40 @@ def test_classes_a_prompt_does_not_name_are_ruled_out():
     assert captions.held_to(answers, free, prompts) is answers
 
 
+def test_attention_to_a_class_is_that_to_all_its_tokens_where_each_word_stands_in_the_prompt():
+    config = upstream("segmentation", classes=("wall", "fire hydrant", "ball"), named=("fire hydrant", "ball"))
+    attention = torch.arange(16.0).view(1, 8, 1, 2).expand(4, -1, -1, -1)  # token k has 2 k and 2 k + 1
+    prompts = ("a fire hydrant beside a ball", "a fire hydrant", "a fire hydrant", "a street")
+    present = [{"fire hydrant", "ball"}, {"fire hydrant", "ball"}, {"fire hydrant"}, set()]
+
+    def tokenizer(text, truncation):
+        return SimpleNamespace(input_ids=[0, *text.split(), 1])
+
+    found = captions.word_attention(attention, config, prompts, present, tokenizer)
+    assert found[0, :, 0].tolist() == [[1, 1], pytest.approx([5 / 5.5, 6 / 5.5]), pytest.approx([12 / 12.5, 13 / 12.5])]
+    assert (found[1:] == 1).all()
+
+
+def test_small_things_lie_on_large_ones_in_a_truth_whichever_comes_first():
+    masks = np.zeros((2, 4, 4), bool)
+    masks[0, :1, :1] = masks[1] = True
+    source = LabelledSource(4, 1)
+    source.thing_classes, source.max_depth = ("ball", "cone"), 80.0
+    for order in ([0, 1], [1, 0]):
+        item = Labelled("0", np.zeros((4, 4, 3), np.uint8), "", masks=masks[order], mask_classes=np.array(order))
+        truth = TASKS["open-vocabulary"].truth(source, item)
+        assert truth.labels[0, 0] == 1 and (truth.labels == 2).sum() == 15 and truth.labels.dtype == np.uint8
+    item = replace(item, depth=np.full((4, 4), 2.5, np.float32))
+    depth = TASKS["depth"].truth(source, item)
+    assert depth.max_depth == 80.0 and (depth.metres == 2.5).all()
+
+
+def test_a_pixel_of_little_evidence_is_as_sure_as_one_of_much_where_one_class_has_it_all():
+    config = upstream("segmentation", classes=CLASSES, min_area=0)
+    (label,) = TASKS["semantic"].postprocess(raw(sure(1), torch.full((1, 1, SIZE, SIZE), -4.0)), config, SIZE)
+    assert (label.labels == 1).all() and label.confidence == pytest.approx(1, abs=1e-4)
+
+
 def test_words_that_a_decoder_keeps_name_its_classes():
     config = upstream("segmentation", classes=CLASSES, named=("ball", "cone"))
     own = replace(config, class_words=(ClassWord("ball", "globe", ("orb",)), ClassWord("", "", ("crystal globe",))))

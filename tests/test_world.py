@@ -224,3 +224,34 @@ def test_a_scene_has_one_person_at_most_and_what_lies_beside_it_is_not_drawn():
     beside = replace(scene, things=(replace(scene.things[0], x=9.0),))
     view = world.render(beside, 32)
     assert not view.instance.any() and not view.keypoints and (view.semantic < 2).all()
+
+
+def test_every_shape_weather_and_pattern_is_drawn_as_for_the_shipped_weights():
+    """Means of the colours, also weighed from left to right, of red over blue, of depths, and a sum of numbers."""
+    across = np.linspace(0, 1, 48)[:, None]
+    for k, (kind, domain, pattern, light, wanted) in enumerate((
+        ("ball", "day", "plain", 0.7, [156.72, 79.23, 60.58, 212.61, 304.0]),
+        ("cube", "night", "striped", -0.7, [71.94, 35.0, -14.3, 200.76, 1218.0]),
+        ("ring", "fog", "tiled", -0.6, [150.19, 73.01, -2.4, 218.55, 1004.0]),
+        ("star", "sunset", "plain", 0.6, [124.79, 61.79, 63.93, 232.56, 871.0]),
+        ("tree", "sunset", "tiled", -0.9, [104.55, 52.18, 87.81, 206.9, 253.0]),
+        ("person", "sunset", "striped", 0.5, [133.32, 68.65, 88.01, 228.92, 230.0]),
+        ("star", "day", "tiled", -0.8, [128.48, 65.82, 32.93, 211.59, 696.0]),
+        ("cube", "fog", "plain", 0.9, [158.92, 78.68, 1.54, 219.93, 1787.0]),
+        ("ring", "night", "plain", 0.8, [89.08, 44.78, -25.63, 215.06, 339.0]),
+        ("ball", "sunset", "striped", -0.5, [121.52, 60.32, 67.66, 205.8, 872.0]),
+    )):  # fmt: skip
+        scene = world.sample_scene(k, count=1 + k % 4, kinds=(kind,), domain=domain)
+        view = world.render(replace(scene, pattern=pattern, light=light), 48)
+        image = view.image.astype(float)
+        red_over_blue, depth = image[..., 0].mean() - image[..., 2].mean(), 100 * view.depth.mean()
+        found = [image.mean(), (image * across).mean(), red_over_blue, depth, view.instance.sum()]
+        assert found == pytest.approx(wanted, abs=0.02), kind
+
+
+def test_joints_are_seen_hidden_or_outside():
+    instance = np.zeros((4, 6), np.uint8)[:, :4]
+    instance[1:3, 1:] = 2
+    points = np.array([[1.5, 1.5, 9], [0.5, 1.5, 9], [3.99, 2.99, 9], [4.0, 2.0, 9], [3, -0.01, 9], [2, 4, 9]])
+    world.mark_visible({2: points}, instance)
+    assert points[:, 2].tolist() == [2, 1, 2, 0, 0, 0]
