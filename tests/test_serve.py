@@ -35,9 +35,11 @@ pytest.importorskip("starlette", reason="uvicorn is not installed")
 from starlette.exceptions import HTTPException  # noqa: E402
 
 from datasetdm_fast.service import app as http_side  # noqa: E402
+from datasetdm_fast.service import requests  # noqa: E402
 from datasetdm_fast.service.app import Metrics  # noqa: E402
 from datasetdm_fast.service.batching import Batcher, PendingImage, QueueFull  # noqa: E402
 from datasetdm_fast.service.requests import encode_sample, read_generation, read_labelling  # noqa: E402
+from datasetdm_fast.untrusted import images  # noqa: E402
 
 pytestmark = pytest.mark.loopback
 ROOT = Path(__file__).parents[1]
@@ -269,6 +271,13 @@ def test_other_paths_methods_kinds_and_names(pipeline):
         assert ask(named, "/nothing", Host="localhost").status == 404
         assert ask(named, IMAGES, Host="localhost").status == 405
         assert ask(named, IMAGES, {"prompt": "a"}, Host="localhost", Content_Type="text/plain").status == 415
+        with_letters = {"Host": "localhost", "Content_Type": "application/json; charset=utf-8"}
+        assert ask(named, IMAGES, {"n": 1}, **with_letters).json["error"]["message"] == "prompt is missing"
+        assert ask(named, "/v1/nothing", Host="localhost").status == 404
+        figures = ask(named, "/metrics", Host="localhost").text.decode()
+        assert figures.count("/v1/nothing") == 0 and f'{{path="{IMAGES}",status="400"}} 1' in figures
+        named.batcher.failure = "the engine failed"
+        assert ask(named, "/healthz", Host="localhost").status == 503
 
 
 @pytest.mark.parametrize(
@@ -426,6 +435,44 @@ def test_a_latency_is_counted_in_every_bucket_that_it_does_not_exceed():
     for seconds in (0.1, 0.11):
         metrics.add("/", 200, seconds)
     assert [metrics.buckets[end] for end in (0.05, 0.1, 0.25, 60.0)] == [0, 1, 2, 2]
+    cpu = SimpleNamespace(engine=SimpleNamespace(device=SimpleNamespace(type="cpu")))
+    metrics.batcher = Batcher(cpu, 3, 0.0, 8)
+    lines = metrics.text().splitlines()
+    for line in ("request_seconds_count 2", "request_seconds_sum 0.21", 'request_seconds_bucket{le="+Inf"} 2'):
+        assert f"datasetdm_{line}" in lines
+    (peak,) = (line for line in lines if line.startswith("datasetdm_peak_memory_bytes "))
+    assert 2**25 < float(peak.split()[1]) < 2**40  # bytes, where the system counts kilobytes
+
+
+def test_the_oldest_image_decides_when_a_batch_leaves():
+    batcher, now = Batcher(Blocked(), 4, 60.0, 8), time.monotonic()
+    batcher.submit(due := [item("a", arrived=now - 61), item("b", arrived=now)])
+    assert batcher._take("") == due
+    batcher.submit([item("a", arrived=now - 50), item("b", arrived=now - 61)])
+    assert batcher._take("") == []
+
+
+def test_a_client_that_leaves_amid_its_lines_waits_for_no_image():
+    whole = Sample(Request(0, PROMPT, 2), np.zeros((8, 8, 3), np.uint8), {})
+    first, second = work = [item("a"), item("b")]
+    first.finish(whole)
+
+    async def read_one():
+        service = object.__new__(http_side.Service)
+        lines = service._lines(SimpleNamespace(items=work, tables={}, has_previews=False))
+        assert json.loads(await anext(lines))["seed"] == 2
+        await lines.aclose()
+
+    asyncio.run(read_one())
+    assert first.is_left and second.is_left and second.future.cancelled()
+
+
+def test_the_largest_picture_fits_into_a_request_and_its_sides_are_told_width_first():
+    envelope = len(json.dumps({"image": "", "prompt": "word " * 77, "labels": ["semantic"] * 9}))
+    assert -(-images.LARGEST_IMAGE_FILE // 3) * 4 + envelope <= http_side.LARGEST_PICTURE
+    sample = Sample(Request(3, PROMPT, 2), np.zeros((4, 6, 3), np.uint8), {})
+    (image,) = requests._coco(sample, [], [])["images"]
+    assert image == {"id": 1, "width": 6, "height": 4, "file_name": "00000003.png"}
 
 
 def test_a_batch_waits_for_others_until_it_is_full():
@@ -534,6 +581,22 @@ def test_the_command_serves_until_a_signal_and_answers_what_was_asked(tmp_path):
             _, errors = process.communicate(timeout=60)
         assert asked.result().status == 200
     assert process.returncode == 143 and "Traceback" not in errors
+
+
+def test_a_token_lets_the_service_have_any_name_and_a_wait_is_in_milliseconds(monkeypatch, capsys):
+    asked, engine = [], SimpleNamespace(suggested_batch=lambda: 5, model=SimpleNamespace(name="demo"))
+    pipeline = SimpleNamespace(engine=engine, tasks=())
+    monkeypatch.setattr("datasetdm_fast.engine.pipeline.Pipeline.from_pretrained", lambda *_, **__: pipeline)
+    batcher = command.open_batcher(command.ServeConfig(wait=50, queue=7))
+    assert (batcher.size, batcher.wait, batcher.most_waiting) == (5, 0.05, 7)
+    assert command.open_batcher(command.ServeConfig(batch_size=3)).size == 3
+    monkeypatch.setattr(http_side.Service, "app", lambda self, *given: asked.append(given))
+    monkeypatch.setattr(uvicorn.Server, "run", lambda *_: None)
+    for token in ("", "secret"):
+        monkeypatch.setenv(command.TOKEN, token)
+        assert command.main(["--port", "0", "--quiet"]) == 0
+    port = capsys.readouterr().out.split()[0].rpartition(":")[2]
+    assert asked == [([f"127.0.0.1:{port}", f"localhost:{port}"], ""), ([], "secret")]
 
 
 def test_other_addresses_need_a_token(monkeypatch, capsys):
