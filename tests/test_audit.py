@@ -124,6 +124,7 @@ def test_the_report_as_json(spoilt, capsys):
     assert command.main([str(spoilt), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["findings"] == [] and told["complete"] and told["done"] == NUMBER
+    assert told["set_aside"] == 0 and "quarantined" not in told  # as earlier versions called it
     (spoilt / "images/00000000.png").unlink()
     assert command.main(["--json", str(spoilt), "--threads", "1"]) == 4
     (finding,) = json.loads(capsys.readouterr().out)["findings"]
@@ -290,6 +291,8 @@ def test_label_files_of_another_size_are_named_for_each_label(whole):
     for other in ({"depth": arrays["depth"][:-1]}, {"image": arrays["image"][..., :2]}, {"image": arrays["image"][1:]}):
         (told,) = audit._check_label("depth", row, arrays | other, document)
         assert told == "its files are not 64 x 64 pixels"
+    wide = replace(row, recipe=row.recipe | {"sides": [60, 62]})
+    assert list(audit._check_label("depth", wide, arrays, document)) == ["its files are not 62 x 60 pixels"]
     del arrays["image"]  # which could not be read
     assert list(audit._check_label("depth", row, arrays, document)) == []
 

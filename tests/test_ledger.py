@@ -47,7 +47,7 @@ from datasetdm_fast.runs.run_folder.document import (
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.indexes.coco import first_number
 from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, QUARANTINED, Ledger, Row, canonical, decode_trust
-from datasetdm_fast.runs.run_folder.reader import open_run
+from datasetdm_fast.runs.run_folder.reader import StoredSample, open_run
 
 pytestmark = pytest.mark.core
 
@@ -176,6 +176,41 @@ def test_a_finished_ledger_that_changes_while_it_is_read_is_told(tmp_path):
             ledger.settle()
         with pytest.raises(Missing, match="another process changed it while it was read"):
             list(reading)
+    with Ledger(path, read_only=True) as reader:
+        os.utime(path, ns=(1, 1))  # of as many bytes as before
+        assert reader.is_outdated()
+
+
+def test_all_that_a_ledger_says_follows_what_became_of_a_sample(tmp_path):
+    """Words, ids and counts are of the data set alone; what takes the place of a row takes that of its tracings."""
+    ids = [{"instance": [{"id": number}]} for number in (7, 99)]
+    words, stored = ("ball", "cube"), StoredFile("ab" * 32, 5)
+    first = replace(row(0, labels=ids[0], tracings={"outlines": [1]}), trust=Trust(confidence=0.0))
+    second = replace(row(1, labels=ids[1], status=DOUBTFUL), files={"image": ("doubtful/images/00000001.png", stored)})
+    first, second = (replace(each, request=replace(each.request, classes=words)) for each in (first, second))
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+
+        def tracings():
+            return [each.tracings for each in ledger.rows(DONE, DOUBTFUL, parts=("tracings",))]
+
+        ledger.commit([first, second])
+        assert ledger.class_words() == [(0, words)] and ledger.last_record("instance") == 7
+        assert ledger.row(1) == second and ledger.row(0) == replace(first, tracings={})
+        assert second.group == "ab" * 8 and replace(second, recipe={"group": "x"}).group == "x"
+        assert tracings() == [{"outlines": [1]}, {}]
+        ledger.commit([replace(first, tracings={"outlines": [2]})])
+        assert tracings() == [{"outlines": [2]}, {}]
+        ledger.note("indexed", "yes")
+        ledger.add_scores([(0, "score", 0.5)])
+        assert ledger.read_note("indexed") is None
+        ledger.note("indexed", "yes")
+        ledger.drop([0])
+        assert ledger.read_note("indexed") is None and ledger.indices_between(0, 9) == {0, 1} and not ledger.indices()
+        ledger.restore([0])
+        assert tracings() == [{"outlines": [2]}, {}]
+        ledger.forget([0])
+        ledger.commit([row(0)])
+        assert tracings() == [{}, {}]
 
 
 def test_one_value_has_one_spelling():
@@ -630,6 +665,8 @@ def test_renewing_mends_files_and_never_writes_other_bytes(tmp_path):
         row = folder.ledger.row(1)
         assert folder.renew(row, rendered(1)) == ["depth/00000001.png", "images/00000001.png"]
         assert folder.renew(row, rendered(1)) == []
+        with pytest.raises(GateFailed, match="differs from the run folder in labels in the ledger; nothing was"):
+            folder.renew(replace(row, labels=row.labels | {"depth": {"min": 0.0}}), rendered(1))
         with pytest.raises(GateFailed, match="differs .* in depth/00000001.png"):
             folder.renew(
                 row,
@@ -737,7 +774,9 @@ def test_a_run_is_sliced_and_asked_for_what_passes(run_path):
     assert run[0].label("attention") is None is run[0].label("depth:other")
     with pytest.raises(Refused, match=r"'semantc' is no label \(did you mean semantic\?\)"):
         run[0].label("semantc")
-    assert len(run.where(trusted=True)) + len(run.where(trusted=False)) == len(run)
+    with mock.patch.object(StoredSample, "trust", property(lambda each: Trust(reasons=("x",) * (each.seed % 3)))):
+        assert run.where(trusted=True).indices == tuple(range(0, 12, 3))
+        assert {*run.where(trusted=False).indices} == {*run.indices} - {0, 3, 6, 9}
     assert [sample.id for sample in run.where(test=lambda sample: sample.seed % 2)][:2] == ["00000001", "00000003"]
     with pytest.raises(Refused, match="have no scores yet") as refused:
         run.where("sharpness > 3")

@@ -15,7 +15,7 @@ from rendered import document, rendered, write_run
 from datasetdm_fast import audit as audit_command
 from datasetdm_fast import convert, drop, edit, filter, open_run, split
 from datasetdm_fast.data import Quarantined, Trust
-from datasetdm_fast.disk.storage import sha256_of
+from datasetdm_fast.disk.storage import StoredFile, sha256_of
 from datasetdm_fast.engine.labels import class_tables
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import GateFailed, Refused
@@ -28,6 +28,7 @@ from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.selections import groups, origins
 from datasetdm_fast.runs.run_folder.shard_places import shard_place
+from datasetdm_fast.runs.run_folder.shards import ShardEntry
 
 
 @pytest.fixture(scope="module")
@@ -371,6 +372,32 @@ def test_runs_in_shards_are_merged_of_one_size_and_into_an_empty_place():
     merging.sources = sources
     with pytest.raises(Refused, match="run32 and the others: their images have different sizes"):
         merging._read_samples()
+
+
+def test_shards_of_several_sizes_are_numbered_by_the_largest_and_dropped_samples_with_them(tmp_path):
+    def source(name, size, entries, dropped):
+        entries = {
+            first // size: ShardEntry(first, stop, 0, 0, 0, {}, {}, {"tar": StoredFile(f"{name}{first}", 1)})
+            for first, stop in entries
+        }
+        ledger = SimpleNamespace(dropped=dropped, entries=entries)
+        ledger.source_of = lambda shard: (shard_place(tmp_path / name), shard)
+        indices = [k for entry in entries.values() for k in entry.indices if k not in dropped]
+        config = {"task": [], "image_format": "png", "shard_size": size}
+        document = {"config": config, "sampling": {"size": 32}, "labels": {}, "classes": []}
+        run = SimpleNamespace(shards=ledger, indices=indices)
+        return SimpleNamespace(place=name, run=run, document=document, filter_digest="")
+
+    sources = [source("a", 5, [(5, 10), (10, 13)], {6, 12}), source("b", 7, [(0, 7)], frozenset())]
+    merging = ShardMerging(sources, str(tmp_path / "all"))
+    assert merging.layout == {"layout": "shards", "shard_size": 7} and merging.number == 15
+    assert [(entry.first, entry.stop) for entry in merging.entries] == [(0, 5), (7, 10), (14, 21)]
+    assert [entry.source for entry in merging.entries] == [
+        {"place": "../a", "shard": 1},
+        {"place": "../a", "shard": 2},
+        {"place": "../b", "shard": 0},
+    ]
+    assert merging.dropped == {1, 9}
 
 
 def test_a_place_for_shards_that_holds_something_is_refused(tmp_path):

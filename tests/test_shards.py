@@ -42,6 +42,7 @@ from datasetdm_fast.runs.gallery import showing
 from datasetdm_fast.runs.jobs import job as job_module
 from datasetdm_fast.runs.jobs.job import build_job
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Row
+from datasetdm_fast.runs.run_folder.shard_audit import audit_place
 from datasetdm_fast.runs.run_folder.shard_places import ObjectStore, ShardBucket, ShardFolder, shard_place
 from datasetdm_fast.runs.run_folder.shard_stream import ShardStream
 from datasetdm_fast.runs.run_folder.shards import (
@@ -455,10 +456,13 @@ def test_a_store_whose_library_is_not_there_is_missing(monkeypatch):
     assert stop.value.remedy.startswith("Install it")
 
 
-def test_names_of_a_store_that_lead_out_of_a_run_are_refused(bucket):
+def test_names_of_a_store_that_lead_out_of_a_run_are_refused(bucket, monkeypatch):
     for name in ("a", "part/b"):
         bucket.replace(name, b"12")
     assert bucket.store.sizes() == {"a": 2, "part/b": 2}
+    with monkeypatch.context() as patch:  # of a store that does not say how large a file is
+        patch.setattr(type(bucket.store.files), "find", lambda *_, **options: {"/bucket/run/a": {"size": None}})
+        assert bucket.store.sizes() == {"a": 0}
     bucket.replace("part/a\\..", b"")
     with pytest.raises(Refused, match="memory://bucket/run: "):
         bucket.store.sizes()
@@ -500,7 +504,8 @@ def test_damage_is_named_and_repaired_to_the_same_bytes(alone, tmp_path, capsys,
         case "entry":
             (run / entry_name(2)).write_bytes(b'{"first": 10}')
     assert audit.main([str(run), "--quiet", "--repair"]) == 4
-    assert "00002" in capsys.readouterr().out
+    told = {"torn": "shards/00002.tar: its bytes are not those", "missing": "shards/00002.tar: is not there. Take"}
+    assert told.get(damage, "00002") in capsys.readouterr().out
     make(run)
     assert tree(run) == tree(alone) and audit.main([str(run), "--quiet"]) == 0
 
@@ -613,6 +618,9 @@ def test_parts_of_an_audit_are_the_whole(alone, folder, tmp_path, capsys):
     whole = json.loads(capsys.readouterr().out)
     for name in ("number", "done", "files", "bytes", "findings", "damaged"):
         assert sum((report[name] for report in reports), type(whole[name])()) == whole[name]
+    progress = []
+    audit_place(str(run), 1, lambda *counts: progress.append(counts), "1/4")
+    assert progress == [(5, 6), (10, 6)]  # of about a fourth of all
     assert audit.main([str(run), "--part", "2/4", "--quiet"]) == 0
     assert f"{run}, part 2/4: whole, 1 of 6 samples (5 still to be made), 2 files" in capsys.readouterr().out
     (run / tar_name(5)).unlink()
@@ -832,7 +840,7 @@ def test_a_merged_run_is_a_manifest_that_readers_take_for_a_run(alone, folder, b
         assert merge.main([str(run), place, "--out", str(tmp_path / "mixed")]) == 2
         assert cause in capsys.readouterr().err
     (run / tar_name(1)).write_bytes(b"")
-    assert audit.main([out, "--quiet"]) == 4 and tar_name(1) in capsys.readouterr().out
+    assert audit.main([out, "--quiet"]) == 4 and f"/run/{tar_name(1)}: its bytes" in capsys.readouterr().out
     entry = json.loads(shard_place(out).read(entry_name(0))) | {"source": {"place": far.name, "shard": 0}}
     shard_place(tmp_path / "other").replace(entry_name(0), json.dumps(entry).encode())
     with pytest.raises(Refused, match="a run in a folder names a URL"):
