@@ -23,7 +23,8 @@ from bench.peers.dataset_diffusion import DatasetDiffusion, Numbers
 from bench.rows import attention as bench
 from datasetdm_fast import audit as audit_command
 from datasetdm_fast import generate, label, split
-from datasetdm_fast.config import AttentionDefaults
+from datasetdm_fast.command_line.run_settings import label_spec
+from datasetdm_fast.config import DEMO_DEFAULTS, AttentionDefaults
 from datasetdm_fast.data import AttentionSums, Request, join_texts
 from datasetdm_fast.disk.locks import CACHE_VARIABLE
 from datasetdm_fast.engine.backbones.flow_models import seg4diff
@@ -45,6 +46,7 @@ from datasetdm_fast.runs.jobs import labelling
 from datasetdm_fast.runs.jobs.labelling import open_pictures
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.reader import open_run
+from datasetdm_fast.runs.run_settings import LabelConfig
 from datasetdm_fast.training.readers import open_data
 
 pytestmark = pytest.mark.usefixtures("one_engine_of_a_kind")
@@ -223,6 +225,9 @@ def test_numbers_of_a_model_and_those_refused():
     for cells in (64, 32, 16, 8):
         found = class_prompts.attention_recipe(AttentionDefaults(), 64, self_cells=cells, cross_cells=cells)
         assert (found.self_cells, found.cross_cells) == (cells, cells)
+    demo = class_prompts.attention_recipe(DEMO_DEFAULTS.attention, 16)
+    assert (demo.self_cells, demo.cross_cells, demo.exponent, demo.appends) == (16, 8, 1, False)
+    assert (demo.threshold, demo.uncertainty, demo.start, demo.between) == (0.45, 0.35, "a ", " and a ")
     for threshold, limits in ((0.0, (0.6, 0.5)), (0.7, (0.7, 0.5)), (0.3, (0.3, 0.3))):
         found = class_prompts.attention_recipe(AttentionDefaults(), 64, threshold=threshold)
         assert (found.threshold, found.uncertainty) == limits
@@ -458,6 +463,27 @@ def test_pictures_in_tiles_have_a_largest_size_and_noise_levels_are_named(photos
     for wrong in ([], ["1000"], ["-1"], ["1.5"]):
         with pytest.raises(Refused, match="--timesteps: "):
             labelling.parse_timesteps(wrong)
+
+
+def test_a_job_of_pictures_in_tiles_counts_the_calls_and_pixels_of_one_on_average(tmp_path, monkeypatch):
+    """Pictures of 1, 4 and 9 tiles of 64 pixels, of which a batch has 8: 1 + 1 + 2 calls."""
+    monkeypatch.setattr(labelling, "open_engine", lambda *_: (StubEngine(tasks=("semantic",)), {}))
+    (folder := tmp_path / "photos").mkdir()
+    for name, width, height in (("a", 64, 64), ("b", 200, 64), ("c", 150, 120)):
+        Image.new("RGB", (width, height), (width, height, 0)).save(folder / f"{name}.png")
+    (captions := tmp_path / "captions.json").write_text('{"a.png": "a ball", "a": "a cone", "b": "a dog"}')
+    spec = label_spec(LabelConfig(images=str(folder), tiles=True, task=("semantic",), out=str(tmp_path / "run")))
+    pictures = open_pictures(str(folder), str(captions))
+    assert pictures.captions == {"a.png": "a ball", "b.png": "a dog", "c.png": ""}
+    assert replace(pictures, captions={}).digest() != pictures.digest()
+    job = labelling.prepare_labelling(spec, None, pictures, (100,), has_tiles=True)
+    assert (job.plan.batch_size, job.document["composition"]["together"], job.calls) == (1, 8, 2)
+    assert job.pixels == (64 * 64 + 200 * 64 + 150 * 120) // 3 and job.unnamed == (1, 3)
+    stored = job.document | {"composition": job.document["composition"] | {"together": 3}}
+    again = labelling.prepare_labelling(spec, stored, pictures, (100,), has_tiles=True)
+    assert (again.document["composition"]["together"], again.calls) == (3, 2)  # 1 + 2 + 3 calls
+    whole = labelling.prepare_labelling(replace(spec, identity={}), None, pictures, (100,), has_tiles=False)
+    assert (whole.plan.batch_size, whole.calls, whole.pixels) == (3, 0, 0)
 
 
 def test_captions_that_name_no_class_are_told_before_pictures_are_labelled(photos, tmp_path, capsys):

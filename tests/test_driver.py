@@ -40,7 +40,9 @@ from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.runs.jobs import job
 from datasetdm_fast.runs.jobs.remake import find_remake_row
+from datasetdm_fast.runs.jobs.run import merge_with_stored
 from datasetdm_fast.runs.jobs.writing import BackgroundWriter, write_missing
+from datasetdm_fast.runs.run_folder.document import read_document
 from datasetdm_fast.runs.run_folder.reader import open_run
 from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.runs.workers import worker
@@ -459,6 +461,14 @@ def test_other_settings_weights_or_engines_are_refused(engines, tmp_path, monkey
     monkeypatch.setattr(StubEngine, "fingerprint", lambda self: {"engine": "stub", "dtype": "fp16", "device": "cuda:1"})
     with pytest.raises(Refused, match='engine.dtype: "fp32" there, "fp16" asked for'):
         prepare(config(tmp_path / "run"))
+    stored, made = read_document(tmp_path / "run"), prepare(config(tmp_path / "other"))
+    for command, remedy in (({}, "Run generate once alone"), ({"command": "label"}, "Choose another --out, or give")):
+        with pytest.raises(Refused, match="engine.dtype") as stop:
+            merge_with_stored(made, stored | command)
+        assert stop.value.remedy.startswith(remedy)
+    with pytest.raises(Refused, match="engine.dtype") as stop:
+        merge_with_stored(replace(made, may_mix=False), stored)
+    assert stop.value.remedy.startswith("Choose another --out")
     assert tree(tmp_path / "run") == before
 
 
@@ -712,6 +722,29 @@ def test_a_plan_tells_seeds_of_prompts_and_the_products_of_a_transformer():
     assert run_report.describe_work(planned) == "at least 40 TFLOP an image"
     planned.recipe.facts["guidance"] = 1.0
     assert run_report.describe_work(planned) == "at least 20 TFLOP an image"
+
+
+def test_a_plan_counts_weights_by_their_precision_and_a_batch_that_is_larger_than_usual(monkeypatch):
+    """1 G of a U-Net and 0.1 G of an autoencoder in fp16 and 0.5 G of text encoders, in fp32 where the family keeps
+    them so: 4.2 GB or 3.2. Of five images of 512 x 512 pixels three maps of 128 channels take 1.0 GB.
+    """
+    monkeypatch.setattr("datasetdm_fast.engine.engines.device.device_memory", lambda device: 64e9)
+    counts = {"unet": 10**9, "text_encoder": 5 * 10**8, "vae": 10**8}
+    config = SimpleNamespace(block_out_channels=(128, 256))
+    networks = {name: SimpleNamespace(numel=lambda n=n: n, config=config) for name, n in counts.items()}
+    backbone = SimpleNamespace(of_kind=lambda kind: (kind,), text_network="a network")
+    engine = SimpleNamespace(model=SimpleNamespace(networks=networks, backbone=backbone), device="cpu")
+    engine.suggested_batch, engine.fingerprint = lambda: 4, lambda: {"dtype": "fp16", "device": "cuda"}
+    planned = SimpleNamespace(engine=engine, recipe=SimpleNamespace(facts={"size": 512}), plan=SimpleNamespace())
+    planned.plan.batch_size = 4
+    assert run_report.describe_memory(planned) == "4.2 GB of weights, of 64 GB in all"
+    planned.plan.batch_size, backbone.text_network = 5, ""
+    told = "3.2 GB of weights and at least 1 GB for 5 images, of 64 GB in all"
+    assert run_report.describe_memory(planned) == told
+    monkeypatch.setattr("datasetdm_fast.engine.engines.device.half_of", lambda device: "")
+    warnings = [run_report._warning({"device": device, "dtype": "bf16"}) for device in ("cuda", "cpu")]
+    assert warnings == ["", "this processor has no bf16 and emulates it; fp32 is faster"]
+    assert run_report._warning({"device": "cpu", "dtype": "fp32"}) == ""
 
 
 def test_two_labels_that_write_the_same_files_are_refused(monkeypatch):

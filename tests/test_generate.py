@@ -5,18 +5,20 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from run_steps import prepare
 from stub_engine import StubEngine
 
 from datasetdm_fast import drop, generate, restore
-from datasetdm_fast.command_line.run_settings import complete_settings
+from datasetdm_fast.command_line.run_settings import check_sources, complete_settings, restore_settings
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.decoders.folders import DEMO
 from datasetdm_fast.engine.loading import presets
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.runs.jobs.prompt_files import listed_words
 from datasetdm_fast.runs.jobs.run import merge_with_stored
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.document import LEDGER, read_document
@@ -546,6 +548,39 @@ def test_what_is_not_there_is_said_before_anything_is_loaded(command, line, code
     )
     ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert ended.returncode == code and all(part in ended.stderr for part in said.split(".*"))
+
+
+def test_a_sample_is_made_again_by_the_engine_that_made_it():
+    other = {"engine": "torch", "dtype": "fp32", "device": "cpu"}
+    ours = {"engine": "fast", "dtype": "bf16", "device": "cpu", "compiled": "2.13"}
+    stored = {"config": {"engine": "torch", "dtype": "fp32", "compile": False, "task": ["depth"], "prompts": "x"}}
+    stored |= {"mixed": [{"engine": ours, "number": 4}]}
+    for engine, expected in ((ours, ("fast", "bf16", True)), (other, ("torch", "fp32", False))):
+        restored = restore_settings(
+            RunConfig(model="moved"), {"model"}, stored, SimpleNamespace(recipe={"engine": engine})
+        )
+        assert (restored.engine, restored.dtype, restored.compile) == expected
+        assert (restored.model, restored.task, restored.prompts) == ("moved", ("depth",), "")
+
+
+def test_words_of_a_table_come_in_the_order_of_their_numbers_and_with_its_colours_where_these_are_used(
+    engines, tmp_path
+):
+    table, run = tmp_path / "own.csv", {"task": ("open-vocabulary",), "prompts": "a box and a ball", "number": 1}
+    table.write_text("number,name,colour,words\n,pen,,\n0,background,,\n2,cube,1 2 3,box\n1,ball,4 5 6,\n")
+    assert listed_words(str(table), ()) == ("ball", "cube", "pen") and listed_words(str(table), ("pen",)) == ("pen",)
+    for palette, colours in (("ours", [None, None]), ("table", [[1, 2, 3], [4, 5, 6]])):
+        config = RunConfig(class_table=str(table), palette=palette, classes=("cube", "ball"), out=str(tmp_path), **run)
+        rows = prepare(replace(config, out=str(tmp_path / palette))).document["class_table"]
+        assert [row["name"] for row in rows[:2]] == ["cube", "ball"]
+        assert [row.get("colour") for row in rows[:2]] == colours
+
+
+def test_a_checkpoint_is_judged_where_it_is_opened_and_a_folder_before(tmp_path):
+    for name in ("weights.pth", "voc:weights", "voc:weights.pth"):
+        check_sources(RunConfig(decoder=str(tmp_path / name)))
+    with pytest.raises(Missing, match="weights: no such folder"):
+        check_sources(RunConfig(decoder=str(tmp_path / "weights")))
 
 
 def test_a_dry_run_says_that_there_are_no_gpus(tmp_path, capsys, monkeypatch):

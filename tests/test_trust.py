@@ -27,6 +27,8 @@ from datasetdm_fast.engine.labels.trust import (
     without_doubtful,
     without_unsure,
 )
+from datasetdm_fast.errors import GateFailed
+from datasetdm_fast.runs.jobs.result import Result
 from datasetdm_fast.runs.jobs.writing import Quota
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.goal import Goal
@@ -327,6 +329,19 @@ def test_it_gives_up(tmp_path, monkeypatch, capsys):
     assert run(tmp_path / "run", "--keep", "trusted") == 4
     assert f"0 of {10 * NUMBER} samples are trusted, {NUMBER} were requested" in capsys.readouterr().err
     assert run(tmp_path / "run", "--keep", "trusted") == 4
+
+
+def test_too_few_samples_are_told_by_what_they_lack():
+    goal, missing = Goal(4, 40), {"": 1}
+    for accept, told in (
+        ("", "1 of 40 samples are trusted, 4 were"),
+        ("score > 0", "1 of 40 samples are accepted, 4 were"),
+    ):
+        with pytest.raises(GateFailed, match=told):
+            Result("run", 4, 1, 0, 0, goal=goal, missing=missing, accept=accept).check()
+    several = Goal(4, 40, ("ball", "cube"))
+    with pytest.raises(GateFailed, match=r"fewer than 4 of 40 samples with score > 0 of these classes: cube \(3\)"):
+        Result("run", 8, 7, 0, 0, goal=several, missing={"cube": 3}, accept="score > 0").check()
 
 
 BY_CLASS = {"task": ("semantic", "instance"), "classes": ("ball", "star"), "per_class": 3, "accept": "presence >= 0.5"}
