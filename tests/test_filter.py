@@ -471,6 +471,34 @@ def test_a_clip_sees_the_middle_of_an_image_by_its_own_mean_and_deviation():
     assert whole.shape == (3, 4, 4) and np.allclose(whole[0], wanted[0], atol=1e-6)  # made larger
 
 
+def test_a_clip_is_given_what_transformers_makes_of_an_image_and_every_block_of_samples(monkeypatch, tmp_path):
+    import torch
+    from transformers import CLIPImageProcessor
+
+    sides = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
+    expected = CLIPImageProcessor(**sides)(Image.fromarray(image), return_tensors="np")["pixel_values"][0]
+    assert np.allclose(clip.Clip._pixels(SimpleNamespace(side=32), image), expected, atol=1e-6)
+    turned = {"a": (1.0, 0.0), "b": (0.0, 1.0), "c": (3.0, 4.0)}  # by what they show, all images alike
+    one = object.__new__(clip.Clip)
+    one.side, one.length = 2, 16
+    one.tokenizer = lambda prompts, **_: {"input_ids": prompts, "attention_mask": None}
+    one.model = lambda input_ids, **_: SimpleNamespace(
+        image_embeds=torch.tensor([[1.0, 0.0]] * len(input_ids)),
+        text_embeds=torch.tensor([turned[k] for k in input_ids]),
+    )
+    monkeypatch.setattr(clip, "BATCH", 2)
+    samples = [SimpleNamespace(image=image[:4, :4], prompt=prompt) for prompt in "abc"]
+    assert one.scores(samples) == [1.0, 0.0, 0.6]
+    for name in ("config.json", "merges.txt", "README.md"):
+        (tmp_path / name).write_text("{}")
+    digest = clip.digest_of(tmp_path)
+    (tmp_path / "README.md").write_text("other")
+    assert clip.digest_of(tmp_path) == digest
+    (tmp_path / "merges.txt").write_text("other")
+    assert clip.digest_of(tmp_path) != digest
+
+
 def test_clip_scores_come_from_a_local_folder(run, tmp_path, capsys):
     import torch
     from safetensors.torch import load_file, save_file

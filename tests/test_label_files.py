@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image, JpegImagePlugin
 
-from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
+from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
 from datasetdm_fast.engine.labels import (
     LABEL_KINDS,
     check_palette,
@@ -703,3 +703,18 @@ def test_of_two_persons_the_one_with_more_joints_on_an_instance_has_its_box():
     masks[0, :10, :10] = True
     labels = {"instance": Instances(masks, np.array([0]), np.float32([0.9]), ("person",))}
     assert [kind for *_, kind in extent(people, labels)] == ["joints", "instance"]
+
+
+def test_labels_are_printed_with_their_sides_width_first_and_what_they_show():
+    plane = np.zeros((4, 6), np.uint8)
+    plane[1:3], plane[3] = 1, 255
+    assert repr(SemanticMap(plane, plane / 255, ("wall", "ball", "cube"))) == "<SemanticMap 6 x 4: wall, ball>"
+    things = Instances(np.ones((1, 4, 6), bool), np.array([1]), np.float32([0.456]), ("ball", "cube"))
+    assert repr(things) == "<Instances 6 x 4: cube 0.46>"
+    assert repr(Instances(things.masks[:0], things.class_ids[:0], things.scores[:0], ())) == "<Instances 6 x 4: none>"
+    assert repr(DepthMap(np.float32([[0.5, 2.25]]), 4.0)) == "<DepthMap 2 x 1: 0.50 to 2.25 m>"
+    joints, visibility = ("nose", "eye", "ear"), np.array([[2, 1, 0], [0, 0, 2]])
+    people = Keypoints(np.zeros((2, 3, 3), np.float32), visibility, np.ones(2, np.float32), joints)
+    assert repr(people) == "<Keypoints of 2 people: 2 of 3 joints, 1 of 3 joints>"  # hidden ones are known, too
+    sample = Sample(Request(3, "a ball", 7), np.zeros((4, 6, 3), np.uint8), {"instance": things, "pose": people})
+    assert repr(sample) == "<Sample 6 x 4: 'a ball', seed 7, labels instance, pose>"

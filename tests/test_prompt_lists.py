@@ -102,12 +102,18 @@ def test_near_duplicates_are_those_of_the_plain_definition():
     assert balance.near_duplicates(["a b c d e f g h i j", "a b c d e f g h i"]) == [1]  # 5 of 6
 
 
-@pytest.mark.parametrize("name", ["", "nyu", "demo"])
+@pytest.mark.parametrize("name", ["", "nyu", "demo", "kitti", "pose", "voc"])
 def test_another_seed_makes_other_sentences_of_every_grammar(name):
-    kind = {"nyu": "kitchen", "demo": "ball"}.get(name, "owl")
+    kind = {"nyu": "kitchen", "demo": "ball", "kitti": "motorway", "pose": "person", "voc": "dog"}.get(name, "owl")
     one, same, other = (open_grammar(name, (kind,), seed) for seed in (1, 1, 2))
     said = [[grammar.sentence(kind, number).prompt for number in range(20)] for grammar in (one, same, other)]
     assert said[0] == said[1] and len({*said[0]} & {*said[2]}) < 10
+
+
+def test_places_are_described_as_rooms_or_as_scenery():
+    categories = read_vocabulary().categories
+    assert open_grammar("nyu").category is categories["room"] and categories["room"].is_indoors
+    assert open_grammar("kitti").category is categories["scenery"] and not categories["scenery"].is_indoors
 
 
 @pytest.mark.parametrize(("name", "classes"), [("kitti", read_vocabulary().streets), ("pose", ("person",))])

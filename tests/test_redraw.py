@@ -301,6 +301,7 @@ WRONG = [
     (edit, ["--class", "bal", "--prompt", "a cube"], "(did you mean ball?)"),
     (edit, ["--class", "ring", "--prompt", "a cube"], "shows it"),
     (edit, ["--class", "ball", "--prompt", "a cube", "--only", "2"], "sample 00000002 does not show it"),
+    (edit, ["--class", "ring", "--prompt", "a cube", "--only", "2,1"], "sample 00000001 does not show it"),
     (edit, ["--instance", "999", "--prompt", "a cube"], "no annotation of the selected samples has this id"),
     (edit, ["--box", "9,9,9,20", "--prompt", "a cube"], "is empty or leaves the samples"),
     (edit, ["--box", "0,0,8", "--prompt", "a cube"], "expected four whole numbers"),
@@ -320,6 +321,19 @@ def test_bad_input_is_refused_and_nothing_written(command, flags, said, source, 
     told = capsys.readouterr().err.splitlines()
     assert said in told[0] and len(told) == 2 and not (tmp_path / "out").exists()
     assert "--truncate-prompts" not in told[1]  # which these commands do not have
+
+
+def test_the_sides_of_a_mask_are_told_width_first_and_grey_of_128_is_white(tmp_path):
+    Image.new("L", (6, 4), 255).save(tmp_path / "mask.png")
+    with pytest.raises(Refused, match="mask.png: 6 x 4 pixels, the samples have 4 x 4"):
+        regions.read_mask(str(tmp_path / "mask.png"), 4)
+    grey = np.array([[127, 128], [0, 255]], np.uint8)
+    Image.fromarray(grey).save(tmp_path / "mask.png")
+    assert (mask_rle.decode(regions.read_mask(str(tmp_path / "mask.png"), 2)) == [[0, 1], [0, 1]]).all()
+    Image.new("L", (2, 2), 128).save(tmp_path / "mask.png")
+    assert mask_rle.decode(regions.read_mask(str(tmp_path / "mask.png"), 2)).all()
+    for box, shown in (("0,0,4,2", [[1] * 4, [1] * 4, [0] * 4, [0] * 4]), ("3,1,4,4", [[0] * 4] + [[0, 0, 0, 1]] * 3)):
+        assert regions.read_box(box, 4).astype(int).tolist() == shown
 
 
 def test_a_mask_of_more_parts_than_can_be_stored_is_refused(tmp_path, monkeypatch):
