@@ -295,6 +295,29 @@ def test_a_class_of_little_evidence_is_left_out_unless_it_is_the_first():
     assert (mapped[:8, :8] == 0).all() and (mapped[:, 32:] == 1).all() and 2 not in mapped
 
 
+def test_evidence_counts_where_it_is_more_than_half():
+    """Of 64 x 64 pixels with evidence 0.4 or 0.6, of which 78 in all are enough."""
+    masks, logits = torch.full((2, 64, 64), -9.0), torch.full((2, 20), -9.0)
+    logits[range(2), range(2)] = 9
+    for evidence, number in ((0.4, 0), (0.6, 1)):
+        masks[1] = np.log(evidence / (1 - evidence))
+        raw = {"pred_logits": logits, "pred_masks": masks}
+        assert (decoded(files.write_class_map(answer(raw, "cityscapes"))["png"]) == number).all()
+
+
+def test_prompts_of_poses_are_every_end_with_every_noun_in_every_sentence():
+    lists = {
+        "body": ["in a hat", "in a coat"],
+        "names": ["man", "girl"],
+        "prompts_list": ["a {} {}", "photo of a {} {}"],
+    }
+    drawn = []
+    dice = types.SimpleNamespace(choice=lambda lines: drawn.extend(lines) or lines[0])
+    prompts.pose(types.SimpleNamespace(script=types.SimpleNamespace(texts=lists.get)), "", "")(dice)
+    hats = ["a man in a hat", "photo of a man in a hat", "a girl in a hat", "photo of a girl in a hat"]
+    assert drawn == [*hats, *(line.replace("hat", "coat") for line in hats)]
+
+
 def test_contour_lines():
     """The larger part of each instance, its class and score; of two equal boxes the lower one."""
     masks = torch.full((3, 64, 64), -9.0)
@@ -319,9 +342,13 @@ def test_a_joint_is_written_from_the_third_pixel_of_a_side_on():
     for column, expected in ((1, "\n"), (2, "2.25,4.0,1.0\n"), (6, "6.25,4.0,1.0\n"), (7, "\n")):
         maps = torch.zeros(1, 8, 9)
         maps[0, 4, column], maps[0, 4, column + 1] = 1, 0.5
-        assert (
-            files.write_heatmap_joints(answer({"heatmaps": maps[..., :8]}, "pose", side=8))["txt"] == expected.encode()
-        )
+        turned = f"4.0,{expected.partition(',')[0]},1.0\n" if expected.strip() else "\n"
+        for shown, told in ((maps[..., :8], expected), (maps[..., :8].transpose(1, 2), turned)):
+            answered = answer({"heatmaps": shown.contiguous()}, "pose", side=8)
+            assert files.write_heatmap_joints(answered)["txt"] == told.encode()
+    flat = torch.full((1, 8, 8), -1.0)
+    flat[0, 4, 3] = 0
+    assert files.joints(answer({"heatmaps": flat}, "pose", side=8))[0].tolist() == [[0, 0]]  # as upstream, of no height
 
 
 # ---- runs
@@ -537,6 +564,18 @@ def test_all_scripts_are_listed_with_what_they_make(capsys, line):
     told = capsys.readouterr().out
     assert told.startswith(f"usage: {command.PROG} SCRIPT")
     assert all(name in told and script.description in told for name, script in GENERATORS.items())
+
+
+def test_the_help_of_a_script_tells_what_stands_where_a_flag_is_not_given(capsys):
+    assert command.main([NYU[0], "--help"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    for line in (
+        "--seed WHOLE seed for drawing the prompts (default: 42)",
+        "--number_data WHOLE images in all (default: 20)",
+        "--guidance NUMBER guidance scale, 0 = that of the script (default: 0.0)",
+        "its configuration, which names the data set --grounding_ckpt",
+    ):
+        assert line in told, line
 
 
 def test_a_word_that_is_no_flag_is_refused():
