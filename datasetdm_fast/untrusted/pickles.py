@@ -210,7 +210,7 @@ FORBIDDEN = tuple(  # beginnings of audit events
 
 def leave_network() -> list[str]:
     """Leaves the network for good and dies with its parent; returns the protections that the system lacks."""
-    libc = ctypes.CDLL(None, use_errno=True)
+    libc = ctypes.CDLL(None)
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     return [] if libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET) == 0 else ["a network namespace of its own"]
@@ -240,7 +240,7 @@ def confine(target: Path, size: int) -> list[str]:
 def _landlock(folder: Path) -> bool:
     """Whether the kernel now lets this process write into `folder` only, and start no program."""
     create, add, restrict = _LANDLOCK
-    libc = ctypes.CDLL(None, use_errno=True)
+    libc = ctypes.CDLL(None)
     version = libc.syscall(create, None, ctypes.c_size_t(0), ctypes.c_uint32(1))
     if version < 1:
         return False
