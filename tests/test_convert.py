@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +32,8 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import mask_rle, number_classes
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import GateFailed, Missing, Refused
-from datasetdm_fast.runs.exporting import conversion, hf
+from datasetdm_fast.runs.exporting import conversion, hf, wds
+from datasetdm_fast.runs.exporting.classes import Classes, Renaming, collect_classes, number_lookup
 from datasetdm_fast.runs.exporting.export_folder import read_export
 from datasetdm_fast.runs.exporting.format import class_map
 from datasetdm_fast.runs.exporting.rings import editable_parts, rings
@@ -294,6 +296,9 @@ def test_borders_for_a_person_have_few_corners():
     disc = (down - 50) ** 2 + (across - 50) ** 2 < 40**2
     (line,) = editable_parts(disc & ~((down - 50) ** 2 + (across - 50) ** 2 < 10**2))
     assert len(rings(disc)[0]) > 100 and len(line) < 60
+    corner = np.zeros((9, 9), bool)
+    corner[2:8, 3], corner[7, 3:8] = True, True  # an L of one pixel's width stays as it is
+    assert editable_parts(corner)[0].tolist() == rings(corner)[0].tolist()
 
 
 def test_boxes_and_joints_of_yolo_are_those_of_the_run(run, tmp_path):
@@ -802,6 +807,39 @@ class FakeHub:
 
     def upload_file(self, **facts):
         self.calls.append((facts["path_in_repo"], facts["path_or_fileobj"].decode()))
+
+
+def test_new_names_of_classes_are_trimmed_and_that_of_the_background_leaves_them_out():
+    renamed = Renaming.parse([" mug = cup ", "sky=", "wall=background", "mug=cup"])
+    assert [renamed(name) for name in ("mug", "sky", "wall", "ball")] == ["cup", "", "", "ball"]
+
+
+def test_classes_of_maps_come_before_things_and_a_person_with_joints_alone_is_neither():
+    tables = number_classes(
+        {"semantic": {"classes": ["background", "sky", "mug"]}, "instance": {"classes": ["mug", "jug"]}, "pose": {}}
+    )
+    renamed, labels = Renaming.parse(["jug=can"]), dict.fromkeys(("semantic", "instance", "pose"))
+    held = collect_classes(tables, {name: name for name in labels}, renamed)
+    assert held == Classes(("sky", "mug", "can", "person"), ("mug", "can"), ("sky",))
+    assert held.numbers == {"sky": 1, "mug": 2, "can": 3, "person": 4}
+    lookup = number_lookup({0: "background", 3: "sky", 4: "jug", 5: "left out"}, held, renamed)
+    assert lookup[:7].tolist() == [0, 255, 255, 1, 3, 0, 255] and lookup[255] == 255
+
+
+def test_a_farthest_depth_that_is_no_whole_number_is_told(tmp_path):
+    plan = SimpleNamespace(classes=Classes((), (), ()), tasks={"depth"}, max_depth=2.5)
+    files = wds.table_files(plan)
+    assert files["max_depth.txt"] == [b"2.5\n"] and json.loads(files["classes.json"][0])["max_depth"] == 2.5
+
+
+def test_words_that_the_hub_takes_for_yes_keep_it_offline(monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "secret")
+    for text in ("1", "TRUE", "yes", "On", "0", "no"):
+        monkeypatch.setenv("HF_HUB_OFFLINE", text)
+        with nullcontext() if text in ("0", "no") else pytest.raises(Missing, match="forbids the network"):
+            hf.check_hub("me/balls")
 
 
 def test_an_export_is_uploaded_where_it_is_asked_for(run, tmp_path, monkeypatch, capsys):

@@ -433,6 +433,12 @@ def test_a_thousand_and_first_car_has_no_number_of_its_own_in_cityscapes():
     assert cityscapes._instances(sample, np.full((1, 1001), 26, np.uint8))[0].tolist() == [*range(26000, 27000), 26]
 
 
+def test_hidden_things_of_cityscapes_take_no_number():
+    things = [SimpleNamespace(name=name) for name in ("car", "car", "person", "car")]
+    sample = SimpleNamespace(number_things=lambda: np.array([[1, 3, 4, 0]]), things=things)
+    assert cityscapes._instances(sample, np.array([[26, 24, 26, 7]], np.uint8)).tolist() == [[26000, 24000, 26001, 7]]
+
+
 def test_depth(exported):
     (nyu,) = exported("nyu").rglob("sync_depth_00000000.png")
     assert pixels(nyu) == rows(1000, 2512, 65535, 0)  # millimetres; 16 bits end at 65.5 m
@@ -450,6 +456,11 @@ def test_a_split_to_validate_on_is_called_test_where_there_is_none_of_that_name(
     for splits, name in ((("train", "val"), "test"), (("train", "val", "test"), "val")):
         assert depth.published_split("val", SimpleNamespace(splits=splits)) == name
         assert depth.published_split("train", SimpleNamespace(splits=splits)) == "train"
+    plan = SimpleNamespace(splits=("train", "val"))
+    assert {*depth.NyuFormat().shared_files(plan, None)} == {"train_list.txt", "test_list.txt", "nyu_class_list.json"}
+    assert {*depth.KittiFormat().shared_files(plan, None)} == {"kitti_eigen_train.txt", "kitti_eigen_test.txt"}
+    place, *_ = depth.NyuFormat().places("val", "a", "png", plan)
+    assert place == ("official_splits/test", "official_splits/test")
 
 
 def check_record(record: dict, semantic, depth, mode: str = "P") -> None:

@@ -814,7 +814,7 @@ def as_cvat_with_masks(root: Path, place) -> None:
     """Painted masks are marked as crowds; facts of an image are empty."""
 
     def change(document):
-        for image in document["images"]:
+        for image in document["images"][:-1]:  # the last was added by another program
             image |= {"flickr_url": "", "coco_url": "", "date_captured": 0, "license": 0}
         document["annotations"] = [row for row in document["annotations"] if not row["iscrowd"]]
         for row in document["annotations"]:
@@ -1041,6 +1041,10 @@ def test_cityscapes_label_ids_become_train_ids(copied):
         )
         path.unlink()
     assert (open_data(address, SIZE)[0].semantic == with_train_ids).all()
+    for path in list(root.rglob("*labelIds.png")):  # which count where there are no others alone
+        own = np.full(np.asarray(Image.open(path)).shape, 13, np.uint8)
+        save(path.with_name(path.name.replace("labelIds", "labelTrainIds")), own)
+    assert (open_data(address, SIZE)[0].semantic == 13).all()
 
 
 CITY_LABELS = {  # classes in the order of their train ids, with their label ids, as cityscapesScripts has them
@@ -1074,7 +1078,7 @@ def test_classes_of_cityscapes_have_its_numbers():
 
 def test_instances_of_cityscapes_are_things_and_those_without_a_number_crowds(tmp_path):
     place = SimpleNamespace(_label_file=lambda path, kind: tmp_path / f"{kind}.png")
-    save(tmp_path / "instanceIds.png", np.uint16([[33001, 24, 7, 26000, 26001, 23]]))
+    save(tmp_path / "instanceIds.png", np.uint16([[33001, 24, 7, 26000, 26001, 40]]))
     found = cityscapes.Cityscapes._things(place, Path("a.png"), (1, 6))
     assert (found.mask_classes, found.crowd_classes) == ([2, 2, 7], [0])  # cars, a bicycle; persons
     assert [make()[0].tolist() for make in found.masks] == [[k == at for k in range(6)] for at in (3, 4, 0)]
@@ -1192,7 +1196,11 @@ def test_fashion_without_captions_is_captioned_by_what_its_maps_show(copied):
     labels[:20, :20] = 23  # the last class
     save(path, labels)
     stored = [item.semantic for item in open_data(address, SIZE)]
+    captions = [item.caption for item in open_data(address, SIZE)]
     assert any((labels == 23).any() for labels in stored)
+    told = json.loads((root / "captions.json").read_text())
+    text(root / "captions.json", json.dumps({Path(name).stem: caption for name, caption in told.items()}))
+    assert [item.caption for item in open_data(address, SIZE)] == captions
     (root / "captions.json").unlink()
     source = open_data(address, SIZE)
     assert source.captions_name_all
@@ -2036,6 +2044,16 @@ def run_of(**facts):
     return source
 
 
+@pytest.mark.parametrize("count", [254, 255])
+def test_things_of_a_run_have_a_map_where_8_bits_can_tell_them(count):
+    names = [f"thing {k}" for k in range(count)]
+    run = SimpleNamespace(document={"labels": {"instance": {"classes": names}}}, path=Path("photos"))
+    source = run_of(labels={"instance": "instance"}, run=run)
+    source._name_classes(())
+    assert source.thing_classes == tuple(names) and len(source.classes) == (255 if count == 254 else 0)
+    assert ("semantic" in source.tasks) == (count == 254)
+
+
 @pytest.mark.parametrize("limbs", [[[0, 2]], [[-1, 0]], [[0]]])
 def test_classes_and_limbs_of_a_run_are_those_of_its_tables(limbs):
     tables_of = {"instance": {"classes": ["ball"]}, "pose": {"joints": ["a", "b"], "limbs": [[0, 1]]}}
@@ -2161,6 +2179,17 @@ def test_a_photo_is_turned_the_way_its_labels_lie(copied):
         assert np.abs(open_data(address, SIZE)[0].image.astype(int) - before.image).mean() < 4
 
 
+def test_a_photo_with_depths_alone_is_turned_the_way_these_lie(copied):
+    root, address = copied("folder")
+    shutil.rmtree(root / "masks")
+    before, path = open_data(address, SIZE)[0].image, root / "images/scene 0.png"
+    image = Image.open(path)
+    image.copy().save(path, exif=turned(6))
+    assert (open_data(address, SIZE)[0].image == before).all()
+    image.transpose(Image.Transpose.ROTATE_90).save(path, exif=turned(6))
+    assert (open_data(address, SIZE)[0].image == before).all()
+
+
 @pytest.mark.parametrize("layout", ["labelme", "cvat"])
 @pytest.mark.parametrize("orientation", [1, 3, 4, 6, 8])  # 8: labels of a version that did not turn it
 def test_a_photo_is_read_as_the_program_showed_it_that_drew_the_labels(copied, layout, orientation):
@@ -2267,6 +2296,48 @@ def test_names_of_classes_may_be_numbers_and_their_numbers_texts(copied):
         (root / "data.yaml").write_text(json.dumps({"names": names}))
         with pytest.raises(Refused, match="names is no list of different class names"):
             open_data(address, SIZE)
+
+
+def in_train(root: Path, *left: str) -> None:
+    """Moves a data set into its folder train, all but the files of these names."""
+    entries = [entry for entry in root.iterdir() if entry.name not in left]
+    (root / "train").mkdir()
+    for entry in entries:
+        entry.rename(root / "train" / entry.name)
+
+
+def test_classes_of_labelme_have_the_order_of_a_list_beside_the_splits(copied):
+    root, address = copied("labelme")
+    names = open_data(address, SIZE).thing_classes[::-1]
+    text(root / "labels.txt", "\n".join(names))
+    in_train(root, "labels.txt")
+    assert open_data(f"{address}[train]", SIZE).thing_classes == names
+
+
+def test_the_farthest_depth_of_a_folder_is_that_of_its_split_before_that_of_all(copied):
+    root, address = copied("folder")
+    text(root / "max_depth.txt", "20")
+    in_train(root, "max_depth.txt")
+    assert open_data(address, SIZE).max_depth == 20
+    text(root / "train" / "max_depth.txt", "5")
+    assert open_data(address, SIZE).max_depth == 5
+
+
+def test_several_scenes_of_virtual_kitti_are_read_together(copied):
+    _, address = copied("vkitti2")
+    names = [item.id[:7] for item in open_data(f"{address}[Scene03,Scene01]", SIZE)]
+    assert names == ["Scene01", "Scene03"]
+
+
+@pytest.mark.parametrize("folder", ["official_splits/test", "official_splits", "."])
+def test_pictures_of_the_test_split_of_nyu_lie_where_benchmarks_put_them(copied, folder):
+    root, address = copied("nyu")
+    (root / "train_list.txt").rename(root / "test_list.txt")
+    (root / folder).mkdir(parents=True, exist_ok=True)
+    (root / "sync" / "living_room_0001b").rename(root / folder / "living_room_0001b")
+    (root / "sync").rmdir()
+    for split in ("test", "val"):
+        assert [item.caption for item in open_data(f"{address}[{split}]", SIZE)] == ["a photo of a living room"] * COUNT
 
 
 def test_a_label_of_points_alone_is_no_class_of_labelme(copied):
@@ -2493,6 +2564,9 @@ def test_voc_with_both_sets_of_maps_has_objects_for_the_asking(copied, made):
     shutil.copytree(made("voc-augmented"), root, dirs_exist_ok=True)
     assert open_data(address, SIZE).tasks == ("semantic", "open-vocabulary")
     assert open_data(address, SIZE, tasks=["instance"])[0].masks.any()
+    with open(root / "splits" / "train_aug.txt", "a") as lines:
+        lines.write("2008_000009\n")  # which has no objects
+    assert [len(open_data(address, SIZE, tasks=tasks)) for tasks in ((), ("instance",))] == [COUNT + 1, COUNT]
     for folder, suffix in (("JPEGImages", "jpg"), ("SegmentationClassAug", "png")):
         (root / folder / f"2007_000000.{suffix}").rename(root / folder / f"my cat.v2.{suffix}")
     (root / "splits" / "train_aug.txt").unlink()
@@ -2679,6 +2753,14 @@ def test_classes_units_and_splits_of_hugging_face_folders_are_read_where_they_st
     (root / "metadata.csv").write_text("file_name,label_file_name\nval/images/scene 1.png,../secret.png\n")
     with pytest.raises(Refused, match="leads out"):
         open_data(f"{address}[val]", SIZE)[0]
+
+
+def test_names_of_classes_beside_the_pictures_of_a_split_count_before_those_of_all(copied):
+    root, address = copied("hf-imagefolder")
+    for folder, ending in ((root, "a"), (root / "train", "b")):
+        names = {str(k): name + ending * (k > 0) for k, name in enumerate(world.CLASSES)}
+        text(folder / "id2label.json", json.dumps(names))
+        assert open_data(address, SIZE).classes == tuple(names.values())
 
 
 def test_a_cell_of_a_table_keeps_its_lines(copied):
@@ -3007,7 +3089,7 @@ def test_bitmaps_polygons_and_rectangles_of_supervisely_become_masks(tmp_path):
             {
                 "points": {
                     "exterior": [[9, 9], [15, 9], [15, 15], [9, 15]],
-                    "interior": [[[11, 11], [13, 11], [13, 13], [11, 13]]],
+                    "interior": [[[11, 11], [13, 11], [13, 12], [11, 12]], [[11, 13], [13, 13], [13, 13], [11, 13]]],
                 }
             },
         ),
@@ -3033,6 +3115,18 @@ def test_bitmaps_polygons_and_rectangles_of_supervisely_become_masks(tmp_path):
     text(tmp_path / "meta.json", json.dumps({"classes": classes[:1], "tags": []}))
     with pytest.raises(Refused, match="shape 1: the unknown class 'box'.*meta.json"):
         open_data(f"supervisely:{tmp_path}", 16)[0]
+
+
+def test_the_eight_letters_of_an_upload_are_left_out_of_its_name():
+    for url, tails in (
+        ("/data/upload/1/0a1b2c3d-my-cat.jpg", ["0a1b2c3d-my-cat.jpg", "my-cat.jpg"]),
+        ("/data/upload/1/one-photo.jpg", ["one-photo.jpg"]),
+        ("/data/local-files/?d=in%20all/a.jpg", ["a.jpg", "in all/a.jpg"]),
+        ("https://example.org/%20a.jpg?size=2", [" a.jpg"]),
+        ("/x/one-photo.jpg", ["one-photo.jpg", "x/one-photo.jpg"]),
+    ):
+        assert label_studio._tails(url)[: len(tails)] == tails
+    assert label_studio._tails("") == []
 
 
 def packed(numbers: list[int], width: int = 8) -> list[int]:
@@ -3248,6 +3342,14 @@ def test_a_wrong_layout_is_refused_before_a_model_is_loaded(tmp_path, monkeypatc
             )
 
 
+def test_a_folder_called_as_its_kind_is_the_data_set_in_an_export_alone(tmp_path):
+    (tmp_path / "voc").mkdir()
+    assert readers.check_address(f"voc:{tmp_path}") == ("voc", tmp_path, None)
+    (tmp_path / "export.json").write_text("{}")
+    assert readers.check_address(f"voc:{tmp_path}[val]") == ("voc", tmp_path / "voc", "val")
+    assert readers.check_address(f"coco:{tmp_path}") == ("coco", tmp_path, None)
+
+
 def test_a_folder_is_read_where_the_reader_of_an_address_looks(tmp_path):
     inside = tmp_path / "data" / "deep"
     assert is_read(f"coco:{tmp_path / 'data'}", inside) and is_read(f"coco:{inside}", inside)
@@ -3259,8 +3361,11 @@ def test_a_folder_is_read_where_the_reader_of_an_address_looks(tmp_path):
 def test_a_positive_angle_turns_an_outline_clockwise_about_its_centre(kind):
     """Of 12 x 4 pixels around (16, 16): its right end comes to lie below, at about (20, 20)."""
     outline = {"box": [(10, 14, 22, 18)], "ellipse": [(16, 16), (6, 2)]}[kind]
-    mask = getattr(shapes, kind)(*outline, (32, 32), 45)()
-    assert mask[19, 19] and mask[12, 12] and not mask[12, 19] and not mask[19, 12] and not mask[16, 21]
+    places = {"box": 'xtl="10" ytl="14" xbr="22" ybr="18"', "ellipse": 'cx="16" cy="16" rx="6" ry="2"'}[kind]
+    of_cvat = ElementTree.fromstring(f'<{kind} {places} rotation="45"/>')
+    for make in (getattr(shapes, kind)(*outline, (32, 32), 45), cvat._mask(of_cvat, (32, 32))):
+        mask = make()
+        assert mask[19, 19] and mask[12, 12] and not mask[12, 19] and not mask[19, 12] and not mask[16, 21]
 
 
 def test_pictures_in_memory_have_16_pixels_a_side_and_8_bits():
