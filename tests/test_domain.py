@@ -415,10 +415,11 @@ def test_a_training_that_ended_badly_tells_so_in_its_last_line():
     bound = bound_of("semantic", figures)
     assert 0.2 < bound < 0.35
     for value, is_bad in ((0.36, False), (0.174, True)):
-        final = {"figure": "mIoU", "value": value, "folds": figures, "bound": bound}
+        final = {"figure": "mIoU", "value": value, "folds": figures[::-1], "bound": bound}
         folds = {"folds": 5, "images": 40, "held_out": {}, "held_out_intervals": {}, "final": final}
         last = list(describe_result(Path("out"), "semantic", RESULT, folds))[-1]
         assert last.startswith("semantic: the training ended badly: ") == is_bad
+    assert "have 0.352, 0.371, 0.382, 0.397, 0.404;" in last
     assert bound_of("depth", [0.10, 0.11, 0.12]) > 0.12, "of errors, less is better"
 
 

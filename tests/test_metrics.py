@@ -207,10 +207,10 @@ def test_decoders_of_one_call_and_one_kind_of_picture_share_their_captures():
         return SimpleNamespace(task=task, capture_timestep=times)
 
     configs = {"depth": config("depth", None), "semantic": config("semantic", 1), "depth:b": config("depth", 1)}
-    configs |= {"pose": config("pose", 1), "instance": config("instance", (9, 1))}
-    alone = [("depth",), ("semantic", "depth:b"), ("instance",), ("pose",)]
+    configs |= {"pose": config("pose", 1), "instance": config("instance", (9, 1)), "depth:c": config("depth", (9, 4))}
+    alone = [("depth",), ("semantic", "depth:b"), ("instance",), ("depth:c",), ("pose",)]
     assert measure.passes("coco:/a", configs) == alone  # a pose decoder sees one person of COCO at a time
-    assert measure.passes("demo:3", configs) == [("depth",), ("semantic", "depth:b", "pose"), ("instance",)]
+    assert measure.passes("demo:3", configs) == [("depth",), ("semantic", "depth:b", "pose"), *alone[2:4]]
 
 
 def test_flags_of_an_evaluation_have_their_bounds():
@@ -524,6 +524,8 @@ def test_a_class_that_one_image_shows_has_no_interval():
     two = METRICS["semantic"](SimpleNamespace(classes=("wall", "mug")))
     two.rows += [np.array([[900, mug // 2], [1000, mug], [1000, mug]]) for mug in (0, 500)]
     assert set(intervals(two)["per_class"]) == {"wall"}  # a quarter of the draws of two images has no mug
+    two.rows += [two.rows[1], *[two.rows[0]] * 17]
+    assert set(intervals(two)["per_class"]) == {"wall", "mug"}  # which an eighth of the draws of 20 images lacks
     assert expanded_level(0.95, 2) > expanded_level(0.95, 6) > expanded_level(0.95, 200) > 0.95
 
 

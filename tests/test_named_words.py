@@ -174,6 +174,19 @@ def test_a_training_learns_which_head_tells_words(config):
     )
 
 
+@pytest.mark.parametrize(("right", "wrong", "told"), [(15, 5, 0.75), (14, 5, 0.7368), (20, 1, 0.9524)])
+def test_heads_are_read_where_three_masks_of_four_are_named_rightly(config, monkeypatch, right, wrong, told):
+    count = sum(sum(level.heads) for level in config.levels)
+    inside = torch.full((count, 2), 0.1)
+    inside[-1, 0] = 0.4
+    names = [0] * right + [1] * wrong
+    masks = [word_heads.NamedMask(inside, torch.full((count, 2), 0.1), name) for name in names]
+    monkeypatch.setattr(word_heads, "_masks", lambda *_: [*masks, *masks])
+    heads = word_heads.learn_heads(OneHeadViews(config), config, Tokenizer())
+    assert heads.masks == 2 * (right + wrong) and bool(heads.shares) == (told >= 0.75)
+    assert heads.right == pytest.approx(told, abs=0 if heads.shares else 1e-4)
+
+
 def test_the_heads_of_few_masks_or_of_words_that_are_often_confused_are_not_read(config):
     many, few = (word_heads.learn_heads(OneHeadViews(config, images=count), config, Tokenizer()) for count in (10, 9))
     assert (many.masks, few.masks, few.shares, few.right) == (20, 18, (), 0.0) and many.shares

@@ -20,7 +20,7 @@ from stub_engine import StubEngine
 
 from datasetdm_fast import generate
 from datasetdm_fast.config import EXACT, USUAL_SAMPLER
-from datasetdm_fast.data import DepthMap, Keypoints
+from datasetdm_fast.data import DepthMap, Keypoints, Quarantined, Request, Sample, Trust
 from datasetdm_fast.engine.engines import build_engine, device
 from datasetdm_fast.engine.engines.fast import FastEngine
 from datasetdm_fast.engine.loading import load_model
@@ -189,10 +189,44 @@ def test_joints_are_found_near_theirs():
     assert speed_gate._share_of_joints(truth, truth) == 1
     assert speed_gate._share_of_joints(replace(truth, points=moved), truth) == 0.5
     assert speed_gate._share_of_joints(replace(truth, points=points[:0]), truth) == 0
+    twice = Keypoints(np.repeat(points, 2, 0), np.array([[2, 2, 0]] * 2), np.ones(2), ("a", "b", "c"))
+    assert speed_gate._share_of_joints(twice, truth) == 1  # not more than all, where two persons are near
     corners = np.float32([[[0, 0, 1], [10, 0, 1], [10, 100, 1], [0, 100, 1]]])  # a tenth of the longer side is 10
     tall = Keypoints(corners, np.full((1, 4), 2), np.ones(1), tuple("abcd"))
     for away, share in ((9, 1), (10, 1), (11, 0)):
         assert speed_gate._share_of_joints(replace(tall, points=corners + np.float32([away, 0, 0])), tall) == share
+
+
+@pytest.mark.parametrize(
+    ("model", "has_seeds", "number", "images"),
+    [
+        ("a/b", True, 7, 7),
+        ("a/b", True, 700, 200),
+        ("a/b", False, 7, 200),
+        ("demo", True, 70, 64),
+        ("demo", False, 7, 64),
+    ],
+)
+def test_images_that_judge_a_speed_have_seeds_of_the_run_or_other_ones(model, has_seeds, number, images):
+    plan = SimpleNamespace(has_seeds=has_seeds, number=number)
+    assert speed_gate.count_images(SimpleNamespace(document={"config": {"model": model}}, plan=plan)) == images
+
+
+def test_samples_that_were_set_aside_count_as_doubtful_and_are_compared_with_nothing(monkeypatch):
+    def sample(metres, is_doubtful=False):
+        trust = Trust(reasons=("a",) * is_doubtful)
+        depth = DepthMap(np.full((2, 2), metres, np.float32), 10.0)
+        return Sample(Request(0, "a", 0), np.zeros((2, 2, 3), np.uint8), {"depth": depth}, trust=trust)
+
+    aside = Quarantined(Request(0, "a", 0), "NaN")
+    made = [sample(2.0), sample(3.0, True), aside, sample(4.0)]
+    answers, pictures = iter([made, [sample(4.0), sample(3.0), sample(9.0), aside]]), []
+    monkeypatch.setattr(speed_gate, "_results", lambda *_: next(answers))
+    monkeypatch.setattr(speed_gate, "inversion_recipe", lambda *_: None)
+    monkeypatch.setattr(speed_gate, "inversion_generator", lambda recipe, source: pictures.append(source))
+    recipe = SimpleNamespace(size=2, tasks=("depth",))
+    figures = speed_gate._figures(SimpleNamespace(engine=None), recipe, None, lambda: None)
+    assert figures == {"REL depth": pytest.approx(0.25), "doubtful": 0.5} and len(pictures) == 1
 
 
 @pytest.fixture(scope="module")

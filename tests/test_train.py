@@ -10,8 +10,10 @@ import sys
 import time
 import types
 import weakref
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -378,6 +380,38 @@ def test_other_layouts_find_labels_in_capitals_and_refuse_one_label_for_two_pict
         open_data(f"{kind}:{tmp_path}", 64)
 
 
+BEGUN = {"data": "folder:/a[x]", "model": "m", "model_digests": {"unet": "1"}, "rate": 1, "images": 2, "quirks": []}
+RECORD = [{"name": f"/a/{name}", "sides": [8, 8], "image": "0"} for name in "cd"]
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "names", "said"),
+    [
+        ({}, {}, "cd", ""),
+        ({}, {"quirks": None}, "cd", ""),  # which this version no longer has
+        ({"quirks": ["a"]}, {"quirks": None}, "cd", r'with other settings \(quirks \["a"\] there, null now\)'),
+        ({}, {"model": "n"}, "cd", ""),
+        ({}, {"model": "n", "model_digests": {"unet": "2"}}, "cd", r"\(model .*, model_digests "),
+        ({}, {"data": "folder:/b[x]"}, "cd", ""),
+        ({}, {"data": "folder:/b[y]"}, "cd", r'\(data "folder:/a\[x\]" there, "folder:/b\[y\]" now\)'),
+        ({}, {"data": "mask:/b[x]"}, "cd", r"\(data "),
+        ({}, {"rate": 2}, "c", r"with other settings \(rate 1 there, 2 now\)"),
+        ({}, {"images": 1}, "c", "on other data: now without d"),
+        ({}, {}, "ce", "on other data: now without d and with e"),
+        ({}, {}, "dc", "on other data: the same images in another order"),
+        ({}, {"images": 1}, "cd", r"with other settings \(images 2 there, 1 now\)"),
+        ({"decoder": {"side": 8}}, {"decoder": {"side": 16}}, "cd", r"\(decoder side 8 there, 16 now\)"),
+    ],
+)
+def test_a_training_goes_on_with_the_settings_and_data_it_began_with(before, now, names, said):
+    before, now = BEGUN | before, {name: value for name, value in (BEGUN | now).items() if value is not None}
+    folder = now["data"].partition(":")[2].partition("[")[0]
+    items = [{"name": f"{folder}/{name}", "sides": [8, 8], "image": "0"} for name in names]
+    plan = SimpleNamespace(settings=now, data={"items": items})
+    with pytest.raises(Refused, match=f"--out: out was trained .*{said}") if said else nullcontext():
+        task_training._check_settings(Path("out"), before, {"items": RECORD}, plan)
+
+
 def test_a_change_of_anything_that_is_truth_is_another_record():
     ones, twos = (np.full((4, 4), number, np.uint8) for number in (1, 2))
     image = np.zeros((4, 4, 3), np.uint8)
@@ -482,6 +516,8 @@ def test_things_have_the_colours_of_a_gallery_on_the_page():
     empty = np.zeros((1, 64, 64), bool)
     label = Instances(empty, np.zeros(1, np.int64), np.ones(1, np.float32), source.thing_classes)
     assert page._recolour(source, label).class_ids[0] + 1 == ball
+    numbers = page._numbers(SimpleNamespace(classes=(), thing_classes=[f"thing {k}" for k in range(1, 300)]))
+    assert numbers["background"] == 0 and [numbers[f"thing {k}"] for k in (254, 255, 299)] == [254, 256, 300]
 
 
 def test_a_dry_run_writes_nothing(run, tmp_path, capsys):

@@ -1660,6 +1660,56 @@ def test_a_session_tells_how_it_brings_pictures_to_the_models_size_and_augments_
     assert len(replace(one, view_settings=ViewSettings(draws=5)).plain_views("depth", [1])) == 5
 
 
+class Captioned:
+    """Images of things by their places in `thing_classes`, and a caption of each."""
+
+    classes = thing_classes = ("wall", "ball", "cone")
+    class_table, called = None, {}
+
+    def __init__(self, *items, captions_name_all=False, are_stored=True):
+        self.items, self.captions_name_all, self.are_stored = items, captions_name_all, are_stored
+
+    def __getitem__(self, place):
+        things, caption = self.items[place]
+        return SimpleNamespace(mask_classes=np.array(things), caption=caption, named=None if self.are_stored else ())
+
+
+BALL, CONE = ((0, 1), "a ball"), ((0, 2), "a cone")
+
+
+@pytest.mark.parametrize(
+    ("source", "auto", "yes"),
+    [
+        (Captioned(*[BALL] * 10, *[CONE] * 10, captions_name_all=True), "ball cone", "wall ball cone"),
+        (Captioned(*[BALL] * 9, *[CONE] * 10, captions_name_all=True), "wall ball cone", "wall ball cone"),
+        (Captioned(*[((0, 1, 2), "")] * 20, captions_name_all=True), "wall ball cone", "wall ball cone"),
+        (Captioned(*[BALL] * 10, *[CONE] * 10), "ball cone", "ball cone"),
+        (Captioned(*[BALL] * 9, *[CONE] * 10), "", "ball cone"),
+        (Captioned(*[BALL] * 10, *[CONE] * 10, are_stored=False), "", "ball cone"),
+        (Captioned(*[BALL] * 20, ((0, 1, 2), "a ball")), "", "ball"),  # all captions say "ball", which tells nothing
+        (Captioned(*[BALL] * 20, *[CONE] * 3, ((0, 2), "nothing")), "", "ball"),  # "a cone" is not always said
+        (Captioned(*[BALL] * 20, ((0, 2), "nothing")), "ball", "ball"),
+    ],
+)
+def test_classes_are_looked_for_by_name_where_captions_name_them(source, auto, yes):
+    for by_name, captions, named in (
+        ("auto", "true", auto),
+        ("yes", "mixed", yes),
+        ("no", "true", ""),
+        ("yes", "none", ""),
+    ):
+        one = session.TrainingSession(
+            "folder:a",
+            None,
+            source,
+            tuple(range(len(source.items))),
+            view_settings=ViewSettings(captions=captions),
+            recipe_settings=RecipeSettings(by_name=by_name),
+        )
+        assert one._named_classes(("background", "wall", "ball", "cone")) == tuple(named.split()), (by_name, captions)
+        assert one._named_classes(("background", "sky")) == ()
+
+
 def test_the_time_that_is_left_of_captures_is_told(engine, source, tmp_path, monkeypatch):
     told, seconds = [], iter(range(1000, 2000, 5))  # a clock that is read once a view, and again for a line
     monkeypatch.setattr(session.time, "monotonic", lambda: next(seconds))

@@ -3,6 +3,7 @@
 import functools
 import json
 import weakref
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,17 @@ from skips import IS_LONG
 from bench.decoders import load_decoders
 from datasetdm_fast import generate
 from datasetdm_fast import verify as command
-from datasetdm_fast.data import DepthMap, Instances, Keypoints, ProjectedCapture, Quarantined, Request, SemanticMap
+from datasetdm_fast.config import SPEEDS
+from datasetdm_fast.data import (
+    AttentionSums,
+    DepthMap,
+    Instances,
+    Keypoints,
+    ProjectedCapture,
+    Quarantined,
+    Request,
+    SemanticMap,
+)
 from datasetdm_fast.engine import engines
 from datasetdm_fast.engine.decoders.checkpoint import build_decoder, save_decoder
 from datasetdm_fast.engine.decoders.config import upstream
@@ -25,13 +36,15 @@ from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop.recipe import make_recipe
 from datasetdm_fast.engine.models.packed import PackedUpsample
 from datasetdm_fast.engine.sampling.schedule import SamplerState
-from datasetdm_fast.runs.agreement import comparing, observe, verify
+from datasetdm_fast.errors import GateFailed
+from datasetdm_fast.runs.agreement import admission, comparing, observe, verify
 from datasetdm_fast.runs.agreement.observe import (
     free_running_distances,
     relative,
     teacher_forced_distances,
 )
-from datasetdm_fast.runs.agreement.verify import EXACT, ROUNDED, GateRow, evaluate_gates
+from datasetdm_fast.runs.agreement.verify import EXACT, ROUNDED, GateRow, Verdict, evaluate_gates
+from datasetdm_fast.runs.jobs.job import Job
 from datasetdm_fast.runs.run_folder.document import LEDGER
 from datasetdm_fast.runs.run_folder.ledger import Ledger, Row
 from datasetdm_fast.runs.workers import spawn
@@ -367,6 +380,8 @@ def test_one_bad_sample_of_a_hundred_is_found_and_named():
     assert (row.worst, row.median, row.p99) == (70, 0, 0)  # a hundredth of a hundredth may be rounding
     (row,) = evaluate_gates({"level low": distances[1:2]}, EXACT, {})
     assert (row.worst, row.median, row.p99, row.is_passed) == (70, 0, 1, False) and row.limit == EXACT["level"]
+    (row,) = evaluate_gates({"call": np.array([[0.6, 0.0], [0.6, 1.0]])}, EXACT, {})
+    assert row.worst == 1  # by its farthest call
 
 
 def test_distances_of_labels():
@@ -582,9 +597,10 @@ def test_samples_to_compare_are_spread_over_the_run(tmp_path):
     with Ledger(tmp_path / LEDGER) as ledger:
         ledger.commit([Row(Request(index, "a", index), {}) for index in range(8)])
     assert comparing.choose_samples(tmp_path) == [*range(8)]
-    with Ledger(tmp_path / LEDGER) as ledger:
-        ledger.commit([Row(Request(index, "a", index), {}) for index in range(8, 20)])
-    assert comparing.choose_samples(tmp_path) == [0, 2, 5, 7, 10, 12, 15, 17]
+    for first, count, chosen in ((8, 12, [0, 1, 3, 4, 6, 7, 9, 10]), (12, 20, [0, 2, 5, 7, 10, 12, 15, 17])):
+        with Ledger(tmp_path / LEDGER) as ledger:
+            ledger.commit([Row(Request(index, "a", index), {}) for index in range(first, count)])
+        assert comparing.choose_samples(tmp_path) == chosen
 
 
 def test_a_stored_verdict_holds_for_as_many_samples_and_the_same_setting(monkeypatch):
@@ -595,16 +611,108 @@ def test_a_stored_verdict_holds_for_as_many_samples_and_the_same_setting(monkeyp
     assert not comparing.still_holds({**stored, "agrees": False}, "fast", 8)
 
 
+@pytest.mark.parametrize(("dtype", "is_exact"), [("fp32", True), ("bf16", False)])
+def test_engines_that_disagree_are_told_what_may_help(dtype, is_exact):
+    verdict = Verdict([], {"dtype": dtype}, {"dtype": "fp32"}, {})
+    assert verdict.agrees and verdict.remedy.startswith("Choose another --engine." if is_exact else "Try --dtype fp32")
+
+
 def test_a_sample_that_was_set_aside_is_as_far_as_can_be_in_every_measure():
     row = SimpleNamespace(labels={"semantic": {}, "depth": {}})
     far = comparing._distances(None, row, Quarantined(Request(0, "a ball", 0), "NaN"), None)
     assert far == dict.fromkeys(("free image", "free semantic", "free depth"), comparing.FAR)
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "gates"), [("fp32", "fp32", EXACT), ("fp32", "bf16", ROUNDED), ("bf16", "fp32", ROUNDED)]
+)
+def test_stored_samples_are_held_to_the_limits_of_fp32_only_where_both_engines_are(
+    tmp_path, monkeypatch, before, now, gates
+):
+    (tmp_path / "state").mkdir()
+    requests = [Request(index, "a", index) for index in range(4)]
+    with Ledger(tmp_path / LEDGER) as ledger:
+        ledger.commit([Row(request, {}) for request in requests])
+    seen = []
+
+    def generate(batches, *_):
+        for batch in batches:
+            seen.append(([request.index for request in batch.requests], len(batch.padded)))
+            yield batch, batch.padded
+
+    monkeypatch.setattr(comparing.driver, "generate", generate)
+    monkeypatch.setattr(comparing, "_distances", lambda job, row, *_: {"free image": row.request.index / 1000})
+    job = SimpleNamespace(
+        plan=SimpleNamespace(batch_size=2, request=requests.__getitem__),
+        folder=tmp_path,
+        engine=SimpleNamespace(fingerprint=lambda: {"dtype": now}),
+        document={"engine": {"dtype": before}},
+        recipe=None,
+        generator=None,
+    )
+    (row,) = comparing.compare_with_stored(job, [0, 2, 3])
+    assert seen == [([0, 2], 2), ([3], 2)] and (row.median, row.p99, row.worst) == (0.002, 0.003, 2)
+    assert row.limit == gates["free image"]
+
+
+@pytest.mark.parametrize(("asked", "compared"), [(0, []), (2, [2]), (9, [3])])
+def test_no_more_samples_are_compared_than_a_run_has(monkeypatch, asked, compared):
+    job, numbers = SimpleNamespace(plan=SimpleNamespace(number=3), differing=(), document={}), []
+    monkeypatch.setattr(admission, "prepare_job", lambda *_, **__: job)
+    monkeypatch.setattr(admission, "_verify", lambda job, run, number, screen: numbers.append(number) or job)
+    run = SimpleNamespace(tries_half=lambda spec: False, stored=None)
+    spec = SimpleNamespace(sampling=SimpleNamespace(speed=SPEEDS[0]))
+    assert admission.admit_job(run, spec, None, verify=asked) is job and numbers == compared
+
+
+def test_the_text_of_prompts_and_of_class_prompts_and_every_output_of_a_decoder_are_compared():
+    def seen(prompt, classes):
+        texts = [SimpleNamespace(context=torch.tensor([[[float(value)]]])) for value in (prompt, classes)]
+        image = np.zeros((1, 2, 2, 3), np.uint8)
+        return SimpleNamespace(text=texts[0], class_text=texts[1], latents=torch.ones(1, 1), images=image, labels={})
+
+    for prompt, classes, distance in ((1.0, 1.0, 0.0), (1.5, 1.0, 0.5), (1.0, 1.25, 0.25)):
+        found = observe.free_running_distances(seen(prompt, classes), seen(1.0, 1.0))
+        assert found["text"].tolist() == [distance]
+    truth = {"a": torch.ones(2, 3), "b": torch.ones(2, 3)}
+    observed = {"a": torch.ones(2, 3), "b": torch.tensor([[1.0] * 3, [1.5] * 3])}
+    assert observe._farthest(observed, truth) == pytest.approx([0, 0.5])
+    cells, tokens = torch.ones(2, 1), torch.ones(2, 1)
+    one, other = AttentionSums(cells, tokens), AttentionSums(cells, tokens * torch.tensor([[1.0], [1.5]]))
+    assert observe.averages_distance(other, one) == pytest.approx([0, 0.5])
+    assert observe.averages_distance(AttentionSums(other.tokens, cells), one) == pytest.approx([0, 0.5])
+
+
+@pytest.mark.parametrize(("distance", "is_refused"), [(0.0, False), (1.0, True)])
+def test_engines_that_continue_a_run_are_noted_beside_those_before(tmp_path, monkeypatch, distance, is_refused):
+    before, noted, told = {"engine": {"engine": "ort"}}, [], []
+    engine = SimpleNamespace(name="fast", fingerprint=lambda: {"engine": "fast"})
+    plan, recipe = SimpleNamespace(batch_size=2), SimpleNamespace(schedule=range(10))
+    job = Job(tmp_path, plan, engine, recipe, {"mixed": [before]}, differing=("engine",))
+    row = GateRow("free image", distance, distance, (0.5, 0.5), None, 0)
+    monkeypatch.setattr(comparing, "choose_samples", lambda folder: [0, 4, 9])
+    monkeypatch.setattr(comparing, "compare_with_stored", lambda *_: [row])
+    monkeypatch.setattr(admission, "note", lambda *given: noted.append(given))
+    calls = []
+    screen = admission.Screen(told.append, lambda title, count: calls.append(count) or nullcontext())
+    if is_refused:
+        with pytest.raises(GateFailed, match="fast does not reproduce its samples, free image beyond the limit in 3"):
+            admission._check_engine(job, screen)
+        assert not noted
+        return
+    checked = admission._check_engine(job, screen)
+    measure = {"measure": "free image", "median": 0.0, "p99": 0.0, "limit": (0.5, 0.5), "floor": None, "worst": 0}
+    entry = {"engine": {"engine": "fast"}, "number": 3, "measures": [measure | {"passed": True}]}
+    assert checked.document["mixed"] == [before, entry] and checked.differing == () and calls == [20]
+    assert noted == [(tmp_path, "mixed", [before, entry])] and told[-1].endswith("fast reproduces 3 samples of the run")
+
+
 def test_a_capture_is_changed_by_rounding_alone_and_alike_for_one_seed():
-    capture = ProjectedCapture((torch.ones(1, 2, 3, 3), torch.full((1, 1, 2, 2), 4.0)), {"depth": ()})
+    capture = ProjectedCapture((torch.ones(1, 2, 40, 40), torch.full((1, 1, 2, 2), 4.0)), {"depth": ()})
     first, again, other = (observe.perturb_capture(capture, seed) for seed in (1, 1, 2))
     for k, total in enumerate(capture.sums):
         assert torch.equal(first.sums[k], again.sums[k]) and not torch.equal(first.sums[k], other.sums[k])
         assert 0 < ((first.sums[k] - total) / total).abs().max() < 8 * observe.ROUNDING
+    changes = (first.sums[0] - 1).double()
+    assert changes.std() == pytest.approx(observe.ROUNDING, rel=0.1) and abs(changes.mean()) < 0.1 * observe.ROUNDING
     assert first.slices == capture.slices
