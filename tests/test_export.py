@@ -362,14 +362,18 @@ def test_a_whole_export_is_left_alone_and_a_damaged_one_is_mended(demo, tmp_path
     some = ("denoise", "denoise_and_keep", "annotate_pose")
     manifest = again(raw_capture=True, only=some)
     assert told == list(some) and again(raw_capture=True, only=some) == manifest and not told
-    content = bytearray((tmp_path / "unet.data").read_bytes())
+    content = bytearray(whole := (tmp_path / "unet.data").read_bytes())
     content[-1] ^= 1
     (tmp_path / "unet.data").write_bytes(content)
     with pytest.raises(Refused, match="unet.data: its SHA-256 is"):
         manifest.check_files(tmp_path)
     assert again(raw_capture=True, only=some) == manifest and told
+    (tmp_path / "unet.data").write_bytes(content[:-1])
+    with pytest.raises(Refused, match=f"unet.data: {len(content) - 1} bytes, expected {len(content)} bytes"):
+        manifest.check_files(tmp_path)
     (tmp_path / "annotate_pose.data").unlink()
-    with pytest.raises(Refused, match="no such file"):
+    (tmp_path / "unet.data").write_bytes(whole)
+    with pytest.raises(Refused, match="annotate_pose.data: no such file"):
         manifest.check_files(tmp_path)
     smaller = again(only=some[::2])
     smaller.check_files(tmp_path)
@@ -396,7 +400,10 @@ def test_manifests_say_all_and_are_read_with_care(demo, tmp_path):
         lambda values: values["files"].update({"../escaped": {"sha256": "0", "size": 1}}),
         lambda values: values["stages"]["denoise_and_capture"].update(file="/etc/passwd"),
         lambda values: values["stages"]["denoise_and_capture"].update(data="elsewhere.data"),
+        lambda values: values["files"].update({".lock": {"sha256": "0", "size": 1}}),
         lambda values: values.update(format=99),
+        lambda values: values.update(format=0),
+        lambda values: values.pop("format"),
         lambda values: values.pop("source"),
         lambda values: values.update(stages=[]),
     ):
@@ -794,6 +801,84 @@ def test_a_folder_is_filled_after_what_killed_processes_left_is_removed(tmp_path
     with pytest.raises(Missing, match="cannot be written to .No locks available"), staging.fill_alone(tmp_path):
         pass
     assert os.listdir("/proc/self/fd") == before
+
+
+def test_the_manifest_is_the_last_file_and_absent_until_then(tmp_path, monkeypatch):
+    for name in (NAME, "old.onnx", "both.onnx"):
+        (tmp_path / name).write_text("old")
+    moved, move = [], staging.storage.move
+
+    def watch(source, target):
+        assert not (tmp_path / NAME).exists() and not (tmp_path / "old.onnx").exists()
+        moved.append(target.name)
+        move(source, target)
+
+    monkeypatch.setattr(staging.storage, "move", watch)
+    with staging.stage_files(tmp_path, NAME, ["old.onnx", "both.onnx"]) as stage:
+        for name in (NAME, "zebra.onnx", "both.onnx"):
+            (stage / name).write_text("new")
+    assert moved == ["both.onnx", "zebra.onnx", NAME] and sorted(os.listdir(tmp_path)) == sorted(moved)
+
+
+def test_types_shapes_and_names_of_equal_bytes_have_other_digests():
+    modules = [torch.nn.Module() for _ in range(4)]
+    for module, value in zip(modules, (torch.zeros(6), torch.zeros(2, 3), torch.zeros(6, dtype=torch.int32), None)):
+        module.register_buffer("weight" if value is not None else "bias", torch.zeros(6) if value is None else value)
+    found = [weights.digest({"part": module}) for module in modules] + [weights.digest({"other": modules[0]})]
+    assert len(set(found)) == 5 and found[0] == weights.digest({"part": modules[0]})
+
+
+def test_large_tensors_begin_a_page_and_gaps_are_zeros():
+    data, large = DataFile("some.data"), torch.arange(16384.0)
+    assert data.place("a", torch.ones(3), torch.float32) == (0, 12)
+    assert data.place("large", large, torch.float32) == (4096, 65536)
+    assert data.place("b", torch.ones(2), torch.float16) == (4096 + 65536, 4)
+    assert data.place("c", torch.ones(2), torch.bfloat16) == (4096 + 65536 + 64, 4)
+    assert data.place("large", large, torch.float32) == (4096, 65536)
+    whole = b"".join(data.chunks())
+    assert len(whole) == data.size and whole[12:4096] == bytes(4084)
+    assert np.array_equal(np.frombuffer(whole[4096 : 4096 + 65536], np.float32), large.numpy())
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_model("tiny")
+
+
+def test_what_decides_the_source_and_what_does_not(tiny):
+    decoders = upstream_decoders(tiny)
+    some = {name: decoders[name] for name in ("depth", "pose")}
+    usual = source_digest(tiny, some)
+    assert usual != source_digest(tiny, dict(reversed(some.items())))  # which decides that of the channels
+    config = tiny.modules["unet"].config
+    read_elsewhere = type(config)({**config, "_name_or_path": "elsewhere"})
+    tiny.modules["unet"]._internal_dict, kept = read_elsewhere, tiny.modules["unet"]._internal_dict
+    try:
+        assert source_digest(tiny, some) == usual
+    finally:
+        tiny.modules["unet"]._internal_dict = kept
+
+
+def test_an_export_is_written_anew_for_all_that_decides_its_files(tiny, tmp_path, monkeypatch):
+    written, write = [], to_onnx.StageExport.write
+    monkeypatch.setattr(to_onnx.StageExport, "write", lambda self, to: written.append(self.request) or write(self, to))
+    only = {"only": ["encode_text"]}
+    for options in ({}, {"runtime": "onnxruntime"}, {"precision": "fp16"}, {"only": ["encode_text", "decode_image"]}):
+        for _ in range(2):  # the second is left as it is
+            export(tiny, {}, tmp_path, **{**only, **options})
+    export(replace(tiny, size=tiny.size // 2), {}, tmp_path, **only, precision="fp16")
+    assert len(written) == 5 == len(set(written))
+
+
+def test_rows_of_a_call_are_those_of_its_own_guidance():
+    model = SimpleNamespace(has_negative=lambda guidance: guidance > 1, defaults=SimpleNamespace(guidance=5.0))
+    assert [to_onnx.usual_rows(SimpleNamespace(**vars(model), scale=scale)) for scale in (0.0, 1.0, 2.0)] == [2, 1, 2]
+
+
+def test_an_autoencoder_that_leaves_fp16_is_stored_in_fp32(tiny, monkeypatch):
+    monkeypatch.setattr(type(tiny), "latents", replace(tiny.latents, leaves_fp16=True))
+    wide = {name: to_onnx.StageExport(replace(tiny), {}, precision=name).image_dtype for name in ("fp16", "bf16")}
+    assert wide == {"fp16": torch.float32, "bf16": torch.bfloat16}
 
 
 def test_undone_transpositions_leave_no_node():

@@ -21,7 +21,7 @@ def run_graph(function, *tensors: Tensor) -> list[Tensor]:
     """function(*tensors) as ONNX Runtime computes its graph, which knows no first axis but that of parameters."""
     graph, first = Graph("some", data := DataFile("some.data"), OPERATORS), Extent(1, ("B",))
     values = [
-        graph.constant(x.detach())
+        graph.constant(x.detach(), name=f"x{place}")
         if isinstance(x, nn.Parameter)
         else graph.input(f"x{place}", [first, *x.shape[1:]], x.dtype)
         for place, x in enumerate(tensors)
@@ -51,6 +51,7 @@ WIDE, BIAS, NARROW, NARROW_BIAS, ROW, OFFSET, MEANS, SPREADS = (
     nn.Parameter(x, requires_grad=False)
     for x in (noise(6, 4, 3, 3), noise(6), noise(5, 7), noise(5), noise(7), noise(7) + 1, noise(4), noise(4).abs())
 )
+SMALL, WHOLE = torch.tensor([[1.0, 2.0], [3.0, -4.0]]), nn.Parameter(torch.tensor([3.0, 5.0]), requires_grad=False)
 OPTIONS = {
     "add, a constant before it": (lambda x: 2.0 - x * 3 / 4 + 1, X),
     "constants of another shape": (lambda x: x * torch.arange(5.0).reshape(5, 1) + torch.ones(6) / 7, X),
@@ -124,7 +125,13 @@ OPTIONS = {
     "in place": (lambda x, y: (x * 1.0).add_(y).sub_(1.0).exp_(), X, Y),
     "a product added": (lambda x, w: (x[:, :5] * 1.0).addmm_(x, w.T), ROWS, NARROW),
     "zeros": (lambda x: x + x.new_zeros(7), ROWS),
-    "an output that others read": (lambda x: ((x + 1).sigmoid(), x * 2), ROWS),
+    "an output that others read": (lambda x: (y := x + 1, y * 2), ROWS),
+    "a constant in two types": (lambda x, w: (x * w, (x.to(torch.float16) * w).float()), SMALL, WHOLE),
+    "constants made with other options": (
+        lambda x, w: x + w.clamp(min=-1.0, max=0) * w.clamp(min=0, max=2.0),
+        ROWS,
+        ROW,
+    ),
 }
 
 
@@ -134,6 +141,18 @@ def test_an_operator_computes_what_pytorch_does(name):
     for found, expected in zip(run_graph(function, *tensors), listed(function(*tensors)), strict=True):
         assert found.dtype == expected.dtype
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_length_known_at_run_time_may_be_that_of_two_axes():
+    graph = Graph("some", DataFile("some.data"), OPERATORS)
+    x, y = (graph.input(name, [Extent(1, (name,)), 2], torch.float32) for name in "BK")
+    pairs = (x.unsqueeze(1) + y).flatten(0, 1)
+    graph.output("pairs", pairs.unsqueeze(1).expand(-1, 3, -1) + 0.0)
+    session = onnxruntime.InferenceSession(graph.model({}).SerializeToString(), providers=["CPUExecutionProvider"])
+    given = noise(3, 2), noise(5, 2)
+    (found,) = session.run(None, dict(zip("BK", (x.numpy() for x in given), strict=True)))
+    expected = (given[0][:, None] + given[1]).flatten(0, 1)[:, None].expand(-1, 3, -1)
+    torch.testing.assert_close(torch.from_numpy(found), expected)
 
 
 # Operations -----------------------------------------------------------------------------------------------------------
