@@ -18,7 +18,7 @@ from bench.decoders import load_decoders
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.data import Batch, Request
 from datasetdm_fast.engine.engines.device import is_out_of_memory
-from datasetdm_fast.engine.engines.exported.trt import TrtEngine
+from datasetdm_fast.engine.engines.exported.trt import TrtEngine, TrtStage, _resolve_gpu, call_size
 from datasetdm_fast.engine.engines.exported.trt_plan import Queue
 from datasetdm_fast.engine.engines.torch import TorchEngine
 from datasetdm_fast.engine.loading import load_model
@@ -26,6 +26,7 @@ from datasetdm_fast.engine.loop import driver
 from datasetdm_fast.engine.loop.recipe import make_recipe
 from datasetdm_fast.engine.sampling import times
 from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.export.manifest import FileInfo, StageFile
 from datasetdm_fast.export.tensorrt import flavours
 from datasetdm_fast.runs.agreement import observe, verify
 
@@ -130,6 +131,7 @@ def test_images_beyond_what_the_autoencoder_takes_at_once_go_through_in_parts(de
     latents = torch.stack([times.initial_noise(seed, 4, 16, 16) for seed in range(3)])
     images = engine.decode_image(latents)
     assert (images.int() - reference.decode_image(latents).int()).abs().max() <= 1
+    assert list(engine._stages["decode_image"].plans) == [2]  # the last image is a part of two
     torch.testing.assert_close(engine.encode_image(images), reference.encode_image(images), rtol=1e-3, atol=1e-3)
     generators = [[torch.Generator().manual_seed(k) for k in range(3)] for _ in range(2)]
     torch.testing.assert_close(
@@ -271,6 +273,64 @@ def test_plans_of_another_gpu_or_version_are_left_alone(demo, unbuilt, built, mo
     monkeypatch.setattr(engine.flavour if change == "title" else engine.queue, change, "another")
     engine.encode_text([""])
     assert len(built) == 2 and len(list(unbuilt.rglob("encode_text-*.plan"))) == 2
+
+
+def test_a_plan_is_named_by_all_that_decides_it(tmp_path):
+    def name(batch=3, title="TensorRT 10", gpu="A100", capability="sm80", graph="1", data="2", stage="denoise"):
+        files = {"some.onnx": FileInfo(graph, 1), "unet.data": FileInfo(data, 1)}
+        stages = {stage: StageFile("some.onnx", "unet.data", (), ())}
+        engine = SimpleNamespace(
+            flavour=SimpleNamespace(title=title), queue=SimpleNamespace(gpu=gpu, capability=capability)
+        )
+        return TrtStage(engine, tmp_path, SimpleNamespace(stages=stages, files=files, size=512), stage).path(batch)
+
+    others = [name(4), name(title="11"), name(gpu="A10"), name(capability="sm86"), name(graph="3"), name(data="3")]
+    assert len({name(), *others, name(stage="decode_image")}) == 8 and name() == name()
+    assert name(stage="encode_text", batch=2) == name(stage="encode_text", batch=9)
+
+
+@pytest.mark.parametrize(
+    ("stage", "size", "batch", "taken"),
+    [
+        ("encode_text", 512, 3, 8),
+        ("denoise", 512, 20, 20),
+        ("annotate_depth", 1024, 20, 20),
+        ("decode_image", 512, 20, 8),
+        ("decode_image", 128, 20, 20),
+        ("encode_image", 1024, 20, 2),
+        ("encode_image", 4096, 3, 1),
+    ],
+)
+def test_a_call_takes_as_many_as_its_stage_has_memory_for(stage, size, batch, taken):
+    assert call_size(stage, size, batch) == taken
+
+
+def test_a_device_that_is_no_gpu_is_refused_and_a_gpu_that_is_missing_is_told(monkeypatch):
+    with pytest.raises(Refused, match="the trt engine runs on a GPU, not on cpu"):
+        _resolve_gpu("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(Missing, match="engine trt: this PyTorch .* sees no GPU; "):
+        _resolve_gpu("auto")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    assert [_resolve_gpu(name).index for name in ("cuda:1", "cuda")] == [1, 2]
+
+
+def test_a_plan_of_other_types_or_shapes_is_told(demo, unbuilt, built, monkeypatch):
+    make_engine(demo).encode_text([""])
+    shape_of = fake_tensorrt.Context.get_tensor_shape
+    with monkeypatch.context() as patch:
+        patch.setattr(fake_tensorrt.Context, "get_tensor_shape", lambda self, name: (*shape_of(self, name), 1))
+        with pytest.raises(Missing, match="failed at the shape of context"):
+            make_engine(demo).encode_text([""])
+    with monkeypatch.context() as patch:
+        patch.setattr(fake_tensorrt.Engine, "get_tensor_dtype", lambda *_: fake_tensorrt.DataType.INT64)
+        with pytest.raises(Missing, match="its tensors are .*'context': 'int64'.*, expected .*'context': 'float32'"):
+            make_engine(demo).encode_text([""])
+    patched = raises(torch.OutOfMemoryError("no memory"))
+    monkeypatch.setattr(fake_tensorrt.Engine, "create_execution_context", patched)
+    with pytest.raises(torch.OutOfMemoryError):
+        make_engine(demo).encode_text([""])
 
 
 def test_engines_that_ask_at_once_make_one_build(demo, unbuilt, built, monkeypatch):

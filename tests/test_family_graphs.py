@@ -1,5 +1,7 @@
 """The engines over exported graphs run every family: they agree with the reference, and refuse what is no graph."""
 
+from types import SimpleNamespace
+
 import pytest
 import tiny_pipelines
 import torch
@@ -9,12 +11,15 @@ from tiny_pipelines import SIZE
 from datasetdm_fast import generate, verify
 from datasetdm_fast.data import AttentionSums
 from datasetdm_fast.engine.engines import build_engine, load_decoders
+from datasetdm_fast.engine.engines.exported import graphs
+from datasetdm_fast.engine.engines.exported.ort import OrtEngine
 from datasetdm_fast.engine.engines.fast import CHUNK_PIXELS
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop.calls import call_text
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.export.__main__ import main as export_command
 from datasetdm_fast.export.manifest import Manifest
+from datasetdm_fast.export.onnx.stage_names import RAW
 from datasetdm_fast.export.onnx.to_onnx import export
 
 # none of them the sizes of other tests; the guidance of a call
@@ -87,6 +92,9 @@ def test_onnx_runtime_computes_what_the_reference_does(opened, monkeypatch):
         monkeypatch.setitem(CHUNK_PIXELS, "cpu", 2 * SIZE**2)
         monkeypatch.setattr(engine._modules, "encode_image", lambda part, _: read.append(len(part)) or encode(part))
         assert len(engine.encode_image(images)) == 3 and read == [2, 1]
+        decode, decoded = engine._modules.decode_and_check, []
+        monkeypatch.setattr(engine._modules, "decode_and_check", lambda x: decoded.append(len(x)) or decode(x))
+        assert len(engine.decode_image(latents)) == 3 and decoded == [2, 1]
     if model.guidance == "cfg":  # a call without guidance, of half the rows, is another graph
         plain, level = reference.encode_text(PROMPTS), model.levels[-1].halves
         if level == 1:
@@ -125,6 +133,27 @@ def test_the_command_writes_the_graphs_of_a_family(tmp_path, capsys):
     capsys.readouterr()
     assert export_command([*line, "--precision", "fp16", "--out", str(tmp_path / "narrow")]) == 2
     assert "FLUX.2 klein leave fp16's range" in capsys.readouterr().err
+
+
+def test_writing_graphs_is_told_once_and_for_each_stage_of_its_own(tmp_path, monkeypatch):
+    folder, written, told = tiny_pipelines.save(tmp_path / "model", "flux2-klein", width=48), [], []
+
+    def export_nothing(model, decoders, on_stage, **options):
+        for stage in written:
+            on_stage(stage)
+        return tmp_path, SimpleNamespace(stages=dict.fromkeys(written))
+
+    monkeypatch.setattr(graphs, "export_cached", export_nothing)
+    for model, first in ((load_model("tiny"), ["encode_text"]), (load_model(str(folder), size=SIZE), [])):
+        line = f"writing the graphs of {model.name} for ONNX Runtime, once"
+        written[:] = [*first, "denoise", "denoise_and_capture", "decode_image", "encode_image", "annotate_depth"]
+        engine = OrtEngine(model, {}, device="cpu", on_message=told.append)
+        assert told == [line]
+        for stage in (RAW, "denoise_and_average_8_16"):
+            written[:] = [stage]
+            engine._export()
+        assert told == [line] * 3
+        told.clear()
 
 
 def test_plans_are_built_of_stable_diffusion_alone(tmp_path):

@@ -9,7 +9,9 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from bench.decoders import load_decoders
 from datasetdm_fast import verify
 from datasetdm_fast.data import Capture, ProjectedCapture, Text, join_texts
 from datasetdm_fast.engine.engines import build_engine, check_engine
-from datasetdm_fast.engine.engines.exported import ort, providers
+from datasetdm_fast.engine.engines.exported import graphs, ort, providers
 from datasetdm_fast.engine.engines.exported.ort import OrtEngine, resolve_precision, resolve_provider
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.sampling.times import initial_noise
@@ -339,6 +341,60 @@ def test_what_does_not_fit_is_refused(pair, monkeypatch):
     monkeypatch.setattr("datasetdm_fast.engine.engines.exported.ort.resolve_device", lambda name: torch.device(name))
     with pytest.raises(Refused, match="provider: cpu does not run on the device cuda"):
         resolve_provider("cpu", "cuda")
+
+
+def test_providers_follow_devices_and_devices_providers(monkeypatch):
+    """On a machine whose PyTorch sees a GPU."""
+    installed = ["CPUExecutionProvider"]
+    monkeypatch.setattr(ort, "installed_providers", lambda: installed)
+    monkeypatch.setattr(providers, "installed_providers", lambda: installed)
+    monkeypatch.setattr(ort, "resolve_device", lambda name: torch.device("cuda" if name == "auto" else name))
+    on_cpu, on_gpu = ("cpu", torch.device("cpu")), ("cuda", torch.device("cuda"))
+    assert resolve_provider("auto", "auto") == resolve_provider("auto", "cpu") == on_cpu
+    with pytest.raises(Missing, match="provider: cuda is not in the installed onnxruntime .*, which has cpu"):
+        resolve_provider("auto", "cuda")
+    installed.append("CUDAExecutionProvider")
+    assert resolve_provider("auto", "auto") == resolve_provider("auto", "cuda") == on_gpu
+    assert resolve_provider("cuda", "auto") == on_gpu and resolve_provider("cpu", "auto") == on_cpu
+    assert resolve_provider("tensorrt", "cuda:1") == ("tensorrt", torch.device("cuda:1"))
+    for pair in (("tensorrt", "cpu"), ("cuda", "cpu"), ("cpu", "cuda:0")):
+        with pytest.raises(Refused, match="provider: .* does not run on the device"):
+            resolve_provider(*pair)
+
+
+def test_a_session_is_of_the_provider_and_the_gpu_that_were_asked_for(monkeypatch, one_session_of_a_graph):
+    opened, given = [], ["TensorrtExecutionProvider"]
+
+    def session(path, options, providers):
+        opened.append((options.intra_op_num_threads, providers))
+        return SimpleNamespace(get_providers=lambda: given)
+
+    monkeypatch.setattr(ort.onnxruntime, "InferenceSession", session)
+    place, others = {"device_id": "1"}, ["CPUExecutionProvider"]
+    one_session_of_a_graph(Path("some.onnx"), "tensorrt", torch.device("cuda:1"), 3)
+    given[:] = ["CUDAExecutionProvider", *others]
+    one_session_of_a_graph(Path("some.onnx"), "cuda", torch.device("cuda:1"), 3)
+    cuda = ("CUDAExecutionProvider", place)
+    assert opened == [(3, [("TensorrtExecutionProvider", place), cuda, *others]), (3, [cuda, *others])]
+    with pytest.raises(Missing, match="provider: tensorrt could not be started, .* offers CUDAExecutionProvider, CPU"):
+        one_session_of_a_graph(Path("some.onnx"), "tensorrt", torch.device("cuda"), 1)
+
+
+def test_the_storage_by_itself_is_one_that_the_family_has(pair, monkeypatch):
+    found = {}
+    monkeypatch.setattr(ort, "require_provider", lambda provider: None)
+    monkeypatch.setattr(ort, "resolve_provider", lambda provider, device: (provider, torch.device("cpu")))
+    monkeypatch.setattr(graphs, "export_cached", lambda *_, **options: (Path(), found.update(options)))
+    wide = replace(pair.model, backbone=replace(pair.model.backbone, halves=("bf16",)))
+    for model, dtype, provider, told in (
+        (pair.model, "auto", "cuda", ("fp16", "onnxruntime")),
+        (pair.model, "auto", "tensorrt", ("fp16", "any")),
+        (wide, "auto", "cuda", ("fp32", "onnxruntime")),
+        (pair.model, "fp32", "cuda", ("fp32", "onnxruntime")),
+        (pair.model, "auto", "cpu", ("fp32", "onnxruntime")),
+    ):
+        assert OrtEngine(model, {}, dtype=dtype, provider=provider).precision == told[0]
+        assert (found["precision"], found["runtime"]) == told
 
 
 # Speed ----------------------------------------------------------------------------------------------------------------
