@@ -1,6 +1,7 @@
 """The reference engine: capture, per-image semantics in a batch, and agreement with the stock pipeline."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,12 +10,13 @@ import torch
 from diffusers import PNDMScheduler, StableDiffusionPipeline
 
 from datasetdm_fast.config import ENGINES, EngineKind
-from datasetdm_fast.data import Capture, join_texts
+from datasetdm_fast.data import Capture, Text, join_texts
 from datasetdm_fast.engine.backbones.sd_reference import capturing_levels, feature_modules, transformers_of
-from datasetdm_fast.engine.engines import build_engine, check_engine
+from datasetdm_fast.engine.engines import build_engine, check_engine, device
 from datasetdm_fast.engine.engines.device import engine_call
+from datasetdm_fast.engine.engines.engine import Engine, check_task
 from datasetdm_fast.engine.engines.fast.engine import as_images
-from datasetdm_fast.engine.engines.torch import TorchEngine
+from datasetdm_fast.engine.engines.torch import TorchEngine, _check_capture
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loading.folder import DEMO
 from datasetdm_fast.engine.sampling.schedule import guide, make_schedule, start, step
@@ -244,6 +246,73 @@ def test_an_engine_is_one_file_and_one_line(engine, tmp_path, monkeypatch):
 def test_impossible_arithmetic_or_device_is_refused(engine, option, value, error):
     with pytest.raises(error, match=value):
         build_engine("torch", engine.model, **{option: value})
+
+
+def test_devices_are_those_of_this_machine(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [str(device.resolve_device(name)) for name in ("auto", "cpu", "cuda", "cuda:1")] == [
+        "cuda",
+        "cpu",
+        "cuda",
+        "cuda:1",
+    ]
+    with pytest.raises(Missing, match="device: cuda:2 is not available, this machine has 2 CUDA devices"):
+        device.resolve_device("cuda:2")
+    for name in ("meta", "mps", "cuda:-1", "gpu"):
+        with pytest.raises(Refused, match=f"device: '{name}' is none of auto, cpu, cuda, cuda:N"):
+            device.resolve_device(name)
+
+
+@pytest.mark.parametrize(
+    ("capability", "bf16", "fp8"), [((7, 5), False, False), ((8, 0), True, False), ((8, 9), True, True)]
+)
+def test_gpus_have_bf16_since_ampere_and_fp8_since_ada(monkeypatch, capability, bf16, fp8):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda place: capability)
+    place = torch.device("cuda")
+    assert (device.multiplies_bf16(place), device.multiplies_fp8(place)) == (bf16, fp8)
+    assert device.half_of(place) == "fp16" and device.multiplies_fp8(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("precision", "is_rounded"), [("fp16", True), ("bf16", True), ("fp32", False)])
+def test_convolutions_alone_are_rounded_to_tf32(precision, is_rounded):
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic, cudnn.benchmark
+    seen = engine_call(lambda engine: (cudnn.allow_tf32, matmul.allow_tf32))
+    try:
+        matmul.allow_tf32 = True
+        assert seen(SimpleNamespace(device=torch.device("cuda"), precision=precision)) == (is_rounded, False)
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32, cudnn.deterministic, cudnn.benchmark = before
+
+
+def test_what_follows_from_an_engines_other_calls(engine):
+    text = Text(torch.arange(12.0).view(1, 3, 4).repeat(2, 1, 1), mask=torch.tensor([[True] * 3, [True, False, True]]))
+    other = SimpleNamespace(encode_text=lambda words: text)
+    assert Engine.encode_classes(other, ["a", "b"])[:, 0].tolist() == [4.0, 4.0]
+    assert Engine.encode_classes(SimpleNamespace(encode_text=lambda _: replace(text, mask=None)), "ab")[0, 0] == 4.0
+    text.mask[1, 2] = False
+    assert Engine.encode_classes(other, ["a", "b"])[:, 0].tolist() == [4.0, 0.0]
+    assert engine.fp32_fallback() is None
+    narrow = build_engine("fast", engine.model, dtype="bf16", device="cpu", compile=True)
+    wide = narrow.fp32_fallback()
+    assert (wide.precision, wide.is_compiled, wide.model) == ("fp32", True, engine.model)
+    assert wide is narrow.fp32_fallback() and wide.fp32_fallback() is None
+    assert narrow.fingerprint()["compiled"] == "yes" and "compiled" not in engine.fingerprint()
+    with pytest.raises(Missing, match="no decoder for 'depth' was loaded, there are none"):
+        check_task("depth", {})
+    with pytest.raises(Missing, match="there are pose, depth"):
+        check_task("semantic", {"pose": None, "depth": None})
+
+
+def test_what_another_package_captures_is_what_its_levels_say():
+    level = SimpleNamespace(name="low", halves=2, features=(3,), heads=(4,), side=2, tokens=5)
+    model = SimpleNamespace(levels=(level,), backbone=SimpleNamespace(title="Some model", package="theirs"))
+    feature, layer = torch.zeros(1, 6, 2, 2), torch.zeros(1, 4, 4, 5)
+    _check_capture(model, Capture(((feature,),), ((layer,),)))
+    for wrong in (((feature[:, :3],), (layer,)), ((feature,), (layer[..., :4],)), ((feature,), ())):
+        with pytest.raises(Missing, match="Some model of the package theirs captures .* as level low, and the levels"):
+            _check_capture(model, Capture((wrong[0],), (wrong[1],)))
 
 
 def test_on_a_gpu_cudnn_computes_in_exact_fp32_while_other_threads_do(monkeypatch):

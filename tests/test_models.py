@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from small_unets import FEW_ATTENTIONS, with_small_unet
 
 from bench.decoders import load_decoders
 from datasetdm_fast.data import AttentionSums, ProjectedCapture, Text, join_texts
@@ -21,7 +22,7 @@ from datasetdm_fast.engine.engines.fast import FastEngine, on_cpu, on_gpu
 from datasetdm_fast.engine.engines.fast import engine as base
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loading.presets import seed_network
-from datasetdm_fast.engine.models import fused
+from datasetdm_fast.engine.models import fused, packed
 from datasetdm_fast.engine.models.capture import AttentionSlot, ProjectedSums, Projection, RawCapture
 from datasetdm_fast.engine.models.layers import Upsample, Weights
 from datasetdm_fast.engine.models.unet import TextTable, TimeTable, UNet
@@ -251,6 +252,80 @@ def test_weights_of_text_encoder_and_autoencoder_changed_in_place_are_read_again
     model.modules["vae"].post_quant_conv.weight.detach().mul_(2)
     truth = build_engine("torch", model, device="cpu").decode_image(latents)
     assert (engine.decode_image(latents).int() - truth.int()).abs().max() <= 1
+
+
+def test_whatever_was_made_of_changed_weights_is_made_anew():
+    """Biases of timesteps, keys of texts and of class prompts, and copies in fp8."""
+    model = with_small_unet(load_model("tiny"), FEW_ATTENTIONS)
+    engine = build_engine("fast", model, device="cpu")
+    latents, text = inputs(engine, 2)
+    words, zeros = engine.encode_text(["ball", "cube"]), torch.zeros(2, 256, 77)
+
+    def call(engine):
+        again = text.map(torch.clone)  # the same text is taken to be of the same weights
+        _, sums = engine.denoise_and_average(latents, 5, again, words, AttentionSums(torch.zeros(2, 256, 256), zeros))
+        return [engine.denoise(latents, 5, again), sums.cells, sums.tokens, engine.denoise_in_fp8(latents, 5, again)]
+
+    unet, seen = model.modules["unet"], [call(engine)]
+    for weight in (
+        unet.time_embedding.linear_2.weight,
+        unet.up_blocks[3].attentions[0].transformer_blocks[0].attn2.to_k.weight,
+        unet.up_blocks[3].attentions[0].transformer_blocks[0].ff.net[2].weight,
+    ):
+        weight.mul_(3)
+        seen.append(call(engine))
+        fresh = call(build_engine("fast", model, device="cpu"))
+        assert all(map(torch.equal, seen[-1], fresh)) and not torch.equal(seen[-1][-1], seen[-2][-1])
+
+
+def test_class_prompts_of_another_text_or_side_are_read_anew():
+    engine = build_engine("fast", model := load_model("tiny"), device="cpu")
+    latents, text = inputs(engine, 1)
+    words = [engine.encode_text([word]) for word in ("ball", "a cube")]
+    for classes, cells in ((words[0], 256), (words[1], 256), (words[1], 64), (words[0], 256)):
+        sums = AttentionSums(torch.zeros(1, 16, 16), torch.zeros(1, cells, 77))
+        found = [
+            each.denoise_and_average(latents, 5, text, classes, sums)[1].tokens
+            for each in (engine, build_engine("fast", model, device="cpu"))
+        ]
+        assert torch.equal(*found) and found[0].shape[1] == cells
+
+
+def test_every_network_of_an_engine_counts_in_its_distance_from_the_model():
+    model = load_model("tiny")
+    engine = build_engine("fast", model, {"depth": decoders_for(model)["depth"]}, device="cpu")
+    engine.encode_image(torch.zeros(1, 128, 128, 3, dtype=torch.uint8))
+    names = ("times", "texts", "unet", "projection", "text_encoder", "image_decoder", "image_encoder")
+    for module in (*(getattr(engine, name) for name in names), engine._stored_decoders["depth"]):
+        value = next(iter(packed.weights_of(module).values()))
+        kept = value.clone()
+        with torch.inference_mode():
+            value.add_(1)
+            assert engine.weight_distance() > 0
+            value.copy_(kept)
+    assert engine.weight_distance() == 0
+
+
+def test_an_autoencoder_that_leaves_fp16_is_stored_in_fp32_and_others_are_tried_again(monkeypatch):
+    monkeypatch.setattr(base, "resolve_precision", lambda name, device: name)
+    model = load_model("tiny")
+    narrow = [FastEngine(replace(model), dtype=dtype, device="cpu").image_dtype for dtype in ("fp16", "bf16")]
+    assert narrow == [torch.float16, torch.bfloat16]
+    monkeypatch.setattr(type(model), "latents", replace(model.latents, leaves_fp16=True))
+    wide = [FastEngine(replace(model), dtype=dtype, device="cpu").image_dtype for dtype in ("fp16", "bf16")]
+    assert wide == [torch.float32, torch.bfloat16]
+
+    pixels = torch.zeros(2, 3, 4, 4)
+    pixels[1, 0, 0, 0] = math.inf
+    for dtype, is_retried in ((torch.float16, True), (torch.bfloat16, False), (torch.float32, False)):
+        engine = SimpleNamespace(
+            image_dtype=dtype,
+            _run_labels=lambda name, run, inputs: base.as_images(pixels),
+            _pixels=None,
+            _wide_image_decoder=lambda latents: torch.ones(2, 3, 4, 4, dtype=latents.dtype),
+        )
+        images, is_finite = FastEngine._decode_part(engine, torch.zeros(2, 4, 2, 2))
+        assert is_finite.tolist() == [True, is_retried] and int(images[0, 0, 0, 0]) == (255 if is_retried else 127)
 
 
 def test_weights_of_a_decoder_changed_in_place_are_read_again():

@@ -401,6 +401,19 @@ def test_lanes_keep_the_order_and_share_the_threads():
         torch.set_num_threads(threads)
 
 
+def test_lanes_are_as_many_as_are_asked_for_and_follow_the_number_of_threads():
+    lanes, threads = Lanes(), torch.get_num_threads()
+    try:
+        for count, most, share in ((4, 0, 2), (8, 0, 4), (4, 0, 2), (4, 1, 4)):
+            torch.set_num_threads(count)
+            assert lanes.map(lambda _: torch.get_num_threads(), [(k,) for k in range(2)], most) == [share] * 2
+        torch.set_num_threads(4)
+        names = lanes.map(lambda _: threading.get_ident(), [(k,) for k in range(40)], 2)
+        assert len({*names}) <= 2 and threading.get_ident() not in names
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_lanes_of_one_thread_have_one_whatever_the_number_of_slices():
     lanes, threads = Lanes(is_single=True), torch.get_num_threads()
     try:
