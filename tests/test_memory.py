@@ -6,7 +6,9 @@ import resource
 import subprocess
 import sys
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,10 +18,10 @@ from bench.report.report import forms_table
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.engine import engines
 from datasetdm_fast.engine.decoders.checkpoint import for_inference, untrained_decoders
-from datasetdm_fast.engine.engines import build_engine, fast
+from datasetdm_fast.engine.engines import build_engine, cuda_graph, fast
 from datasetdm_fast.engine.engines import device as memory
 from datasetdm_fast.engine.engines.device import choose_by_shape
-from datasetdm_fast.engine.engines.fast import FastEngine, on_cpu
+from datasetdm_fast.engine.engines.fast import FastEngine, on_cpu, on_gpu
 from datasetdm_fast.engine.engines.fast.on_gpu import GpuEngine
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.models import blocks, packed
@@ -35,6 +37,7 @@ from datasetdm_fast.kernels import (
     image_norm,
     upsample_concat,
 )
+from datasetdm_fast.kernels.noise import noise
 
 
 class Memory:
@@ -150,6 +153,66 @@ def test_images_are_decoded_in_as_small_chunks_as_memory_asks_for(monkeypatch):
         images, is_finite = engine.decode_and_check(latents)
         assert (images.int() - expected).abs().max() <= 1 and is_finite.all()
     assert asked == [5, 3, 2, 2, 1, 2, 2, 1] and engine.adjustments == {"unet_batch": 3, "image_batch": 2}
+
+
+class Recorded:
+    """A recorded call, which the CPU makes anew: of as many inputs as were recorded."""
+
+    def __init__(self, run, inputs, pool, fresh=1):
+        self.run, self.count = run, len(inputs)
+
+    def __call__(self, *values):
+        assert len(values) == self.count
+        return self.run(*values)
+
+
+def test_every_step_and_label_of_a_gpu_has_a_recording_of_its_own(monkeypatch):
+    monkeypatch.setattr(on_gpu, "StepGraph", Recorded)
+    monkeypatch.setattr(on_gpu, "GraphPool", lambda place: place)
+    model = with_small_unet(load_model("tiny"), FEW_ATTENTIONS)
+    decoders = {task: for_inference(each, strict=False) for task, each in untrained_decoders(model.levels, 64).items()}
+    engine = FastEngine(model, decoders, device="cpu")
+    latents, text = noise(2, 4, 16, 16), engine.encode_text(["", "", "a ball", "a cube"])
+    words = engine.encode_classes(["ball", "cube", "star"]).expand(2, -1, -1)
+
+    def call():
+        noise, capture = engine.denoise_and_capture(latents, 5, text)
+        labels = [
+            engine.annotate(task, capture, words if decoder.config.is_open else None)
+            for task, decoder in engine.decoders.items()
+        ]
+        return [engine.denoise(latents, 5, text), noise, *(value for each in labels for value in each.values())]
+
+    expected = call()
+    as_on_a_gpu(engine, monkeypatch)
+    for name in ("_graph", "_run_labels", "_run_decoder"):
+        monkeypatch.setattr(engine, name, getattr(GpuEngine, name).__get__(engine), raising=False)
+    engine._graphs, engine._label_graphs, engine._output_names = {}, {}, {}
+    engine._pool = engine._label_pool = None
+    engine._stored_decoders = engine.decoders
+    for mine, theirs in zip(call(), expected, strict=True):
+        assert mine.dtype == torch.float32 and (mine - theirs).norm() <= 1e-2 * theirs.norm()
+    assert len(engine._graphs) == 2 and len(engine._label_graphs) == len(decoders)
+
+
+def test_a_recorded_call_reads_its_first_inputs_anew_and_tables_that_are_others(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda place: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    call = object.__new__(cuda_graph.StepGraph)
+    call.inputs, call.outputs = [torch.zeros(2), torch.zeros(2)], (torch.zeros(2),)
+    call.fresh, call.held, call.pool = 1, [None, None], SimpleNamespace(follow=lambda stream: None)
+    call.graph = SimpleNamespace(replay=lambda: call.outputs[0].copy_(call.inputs[0] * 10 + call.inputs[1]))
+    call.pointers, copied = call._pointers(), []
+    latents, tables = torch.ones(2), [torch.full((2,), 2.0), torch.full((2,), 3.0)]
+    found = []
+    for table in (tables[0], tables[0], tables[1], tables[0]):
+        found.append(call(latents, table)[0])
+        copied.append(call.held[1] is table and call.held[0] is None)
+        latents += 1
+    assert [each[0].item() for each in found] == [12, 22, 33, 42] and all(copied)
+    call.inputs[1] = torch.zeros(2)
+    with pytest.raises(AssertionError, match="a buffer of a recorded call was moved"):
+        call(latents, tables[0])
 
 
 def test_an_engine_is_let_go_with_its_last_name():
