@@ -9,6 +9,7 @@ import unicodedata
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from test_ledger import tree
 
 from datasetdm_fast import audit as audit_command
 from datasetdm_fast import edit, generate, label, merge, vary
-from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
+from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
 from datasetdm_fast.engine.labels import LABEL_KINDS, mask_rle, number_classes
 from datasetdm_fast.engine.labels.words import replaced_text
 from datasetdm_fast.engine.sampling import schedule as walk
@@ -321,6 +322,48 @@ def test_bad_input_is_refused_and_nothing_written(command, flags, said, source, 
     told = capsys.readouterr().err.splitlines()
     assert said in told[0] and len(told) == 2 and not (tmp_path / "out").exists()
     assert "--truncate-prompts" not in told[1]  # which these commands do not have
+
+
+@pytest.mark.parametrize("strength", [1, 0.5])
+def test_outside_of_a_region_the_source_stands_at_every_call_with_its_noise_and_without_at_the_last(strength):
+    """Latents of 2 x 2 cells, of which the one at the top right is drawn anew; noise of step k is told as 10 + k."""
+    edits, region = object.__new__(regions.Edits), np.zeros((16, 16), bool)
+    region[7, 8] = True
+    source = SimpleNamespace(clean=torch.full((1, 4, 2, 2), 1.0), noise=torch.full((1, 4, 2, 2), 3.0))
+    source.add_noise = lambda step: torch.full((1, 4, 2, 2), 10.0 + step)
+    edits.choice, edits.latents = SimpleNamespace(strength=strength), lambda engine, requests: source
+    edits.region_of, edits.tile = lambda tile: region, lambda index: index
+    schedule = mock.MagicMock(noise_scale=2.0, noise_step=float)
+    schedule.__len__.return_value = 3
+    engine = SimpleNamespace(model=SimpleNamespace(latents=SimpleNamespace(pixels=8)))
+    begun = edits.begin(engine, schedule, [Request(0, "a ball", 7)])
+    inside = 6.0 if strength == 1 else 10.0
+    assert begun.latents[0, 2].tolist() == [[10, inside], [10, 10]]
+    for call, known in ((0, 11.0), (1, 12.0), (2, 1.0)):
+        shown = begun.after(call, torch.full((1, 4, 2, 2), 5.0))
+        assert shown[0, 3].tolist() == [[known, 5], [known, known]]
+
+
+def test_an_edit_blends_at_the_border_of_its_region_and_names_what_is_shown_or_no_label_could_show():
+    """A region of 3 x 3 pixels, feathered over one: its middle is new, and around it is the mean, rounded."""
+    edits, region = object.__new__(regions.Edits), np.zeros((5, 5), bool)
+    region[1:4, 1:4] = True
+    old, new = np.full((5, 5, 3), (10, 20, 30), np.uint8), np.full((5, 5, 3), (13, 20, 7), np.uint8)
+    tile = SimpleNamespace(
+        pixels={"image": old}, row=SimpleNamespace(request=Request(3, "", 0, ("ball", "cube", "owl")))
+    )
+    edits.feather, edits.ids, edits.tile, edits.region_of = 1, {}, lambda index: tile, lambda tile: region
+    edits.provenance = lambda index: {"source": "00000003"}
+    labels = {"semantic": {"classes": ["wall", "ball", "cube", "cone"]}, "depth": {}}
+    edits.source = SimpleNamespace(document={"labels": labels, "plan": {"words": ["cone", "cube", "ball", "owl"]}})
+    made = edits.finish(Sample(Request(0, "a cone", 0, ("cone",)), new, {}, {"calls": 2}))
+    assert made.image[2, 2].tolist() == [13, 20, 7] and made.image[0].tolist() == old[0].tolist()
+    assert made.image[1, 1].tolist() == made.image[3, 2].tolist() == [12, 20, 18]  # of 11.5 and 18.5 the even ones
+    assert made.provenance["feather"] == 1 and made.provenance["mask"]["pixels"] == 9 and made.provenance["calls"] == 2
+    plane = np.zeros((50, 50), np.uint8)
+    plane.flat[:5], plane.flat[5:9] = 1, 2  # a 500th of the picture, and less
+    shown = {"semantic": SemanticMap(plane, plane / 255, tuple(labels["semantic"]["classes"])), "depth": None}
+    assert edits._classes(Request(0, "", 0, ("cone",)), tile, shown) == ("cone", "ball", "owl")
 
 
 def test_the_sides_of_a_mask_are_told_width_first_and_grey_of_128_is_white(tmp_path):
