@@ -7,15 +7,17 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from datasetdm_fast import prompts
 from datasetdm_fast.engine.labels import class_tables
 from datasetdm_fast.engine.labels.words import find_classes
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.prompting import balance, language_model
 from datasetdm_fast.runs.prompting.grammar import (
     DemoGrammar,
@@ -144,6 +146,14 @@ def test_every_class_comes_up_exactly_as_often_as_planned_with_pairs_too():
     assert any(len(names) == 2 for names in plan)
 
 
+def test_a_seed_has_one_plan_with_pairs_of_what_is_left():
+    """The class that is furthest behind its share comes first; the second by how many prompts each still lacks."""
+    plan = balance.plan_classes({"a": 6, "b": 3, "c": 2, "d": 0}, 0.5, 0)
+    assert ["".join(names) for names in plan] == ["a", "b", "ca", "a", "bc", "ab", "a", "a"]
+    plan = balance.plan_classes({"a": 6, "b": 3, "c": 2, "d": 0}, 0.5, 1)
+    assert ["".join(names) for names in plan] == ["ac", "b", "ab", "ac", "a", "ab", "a"]
+
+
 def test_classes_are_spread_over_the_list():
     plan = [names[0] for names in balance.plan_classes({"cat": 100, "dog": 10}, 0.0, 0)]
     assert [Counter(plan[k : k + 55])["dog"] for k in (0, 55)] == [5, 5]
@@ -270,16 +280,107 @@ def test_wrong_lines_are_refused_in_a_sentence(line, told, capsys, tmp_path, mon
 
 
 def test_a_prompt_of_two_classes_is_used_once_whichever_is_named_first():
-    replies = iter(["a small owl beside a tall lamp", "a tall lamp beside a small owl"][place] for place in (0, 0, 1))
+    owl, lamp = "a small owl beside a tall lamp", "a tall lamp beside a small owl"
+    replies = iter([owl, owl.title().replace("Owl", "Owl "), lamp])
     plan = [("owl", "lamp"), ("lamp", "owl")]
     found, reasons = language_model.collect_sentences(
         plan, ["owl", "lamp"], lambda _: json.dumps([next(replies)]), lambda _: None
     )
-    assert [sentence.prompt for sentence in found] == [
-        "a small owl beside a tall lamp",
-        "a tall lamp beside a small owl",
-    ]
-    assert reasons == {"is there twice": 1}
+    assert [sentence.prompt for sentence in found] == [owl, lamp] and reasons == {"is there twice": 1}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reason"),
+    [
+        (7, "not a text"),
+        ("a red dog", "too short or too long"),
+        ("a red dog outside", ""),
+        ("dog " * 50, ""),
+        ("dog " * 51, "too short or too long"),
+        ("a dog near " + "w" * 339, ""),
+        ("a dog near " + "w" * 340, "too short or too long"),
+        ("a dog on a caf" + "é" * 8, ""),
+        ("a dog on a caf" + "é" * 9, "is not English"),
+        ("a dog on\u200b a porch", "holds marks that no caption has"),
+        ("a dog on a porch | night", "holds marks that no caption has"),
+        ("a dog at www.x.com today", "holds marks that no caption has"),
+        ("a cat on a porch", "does not name its class"),
+    ],
+)
+def test_a_caption_is_english_of_four_to_fifty_words_and_350_letters(prompt, reason):
+    assert language_model.rejection_reason(prompt, ("dog",), ("dog", "cat"), ()) == reason
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("https://h/v1", "https://h/v1/chat/completions"),
+        ("https://h:8/v1/", "https://h:8/v1/chat/completions"),
+        ("https://h/v1/chat/completions/", "https://h/v1/chat/completions"),
+        ("http://127.0.0.1:1/v1", "http://127.0.0.1:1/v1/chat/completions"),
+        ("http://localhost", "http://localhost/chat/completions"),
+        ("http://h/v1", "would travel unencrypted"),
+        ("http://h:0/v1", "not the address of an endpoint"),
+        ("ftp://h/v1", "not the address of an endpoint"),
+        ("https://u:p@h/v1", "a user name, a password or a query"),
+        ("https://h/v1?key=1", "a user name, a password or a query"),
+        ("https://h/v1#x", "a user name, a password or a query"),
+    ],
+)
+def test_the_address_of_an_endpoint(url, address):
+    if " " in address:
+        with pytest.raises(Refused, match=address):
+            language_model.check_url(url, "key")
+    else:
+        assert language_model.check_url(url, "key") == address
+
+
+@pytest.mark.parametrize(
+    ("reply", "found"),
+    [
+        ('["a", "b"]', ["a", "b"]),
+        ('Here they are: ["a [b]", "c"] - enjoy.', ["a [b]", "c"]),
+        ('{"captions": ["a"], "count": 1}', ["a"]),
+        ('{"captions": ["a"], "others": ["b"]}', "the reply is not a JSON list"),
+        ('"a"', "the reply is not a JSON list"),
+        ("none", "the reply is not JSON"),
+    ],
+)
+def test_a_list_is_found_wherever_it_stands_in_a_reply(reply, found):
+    with pytest.raises(language_model.UnusableReply, match=found) if isinstance(found, str) else nullcontext():
+        assert language_model.parse_list(reply) == found
+
+
+def test_a_busy_endpoint_is_asked_again_after_growing_delays_or_when_it_says(monkeypatch):
+    waits, endpoint = [], object.__new__(language_model.Endpoint)
+    endpoint.url, endpoint.key, endpoint._library = "https://h", "secret", SimpleNamespace(HTTPError=ZeroDivisionError)
+    monkeypatch.setattr(language_model.time, "sleep", waits.append)
+
+    async def post(text):
+        return answers.pop(0)
+
+    endpoint._post = post
+    for status, headers, waited, told in (
+        (503, {}, [0, 1, 2, 4], "status 503"),
+        (429, {"Retry-After": "7"}, [0, 7, 7, 7], "status 429"),
+        (500, {"Retry-After": "90"}, [0, 30, 30, 30], "status 500"),
+        (302, {}, [0], "a redirect, which is not followed"),
+        (401, {}, [0], "status 401"),
+    ):
+        answers = [(status, headers, b"")] * 4
+        with pytest.raises(Missing, match=told):
+            endpoint("text")
+        assert waits == waited
+        waits.clear()
+    answers = [(503, {}, b""), (200, {}, json.dumps({"choices": [{"message": {"content": "yes"}}]}).encode())]
+    assert endpoint("text") == "yes" and waits == [0, 1]
+
+
+def test_a_reply_that_repeats_the_key_in_escapes_is_not_stored(tmp_path):
+    replies = language_model.Replies(tmp_path / "replies", lambda text: '["a \\u0073k-1 dog"]', 5, "sk-1")
+    with pytest.raises(language_model.UnusableReply, match="repeats the key"):
+        replies("text")
+    assert "k-1" not in (tmp_path / "replies").read_text()
 
 
 def test_a_key_does_not_travel_unencrypted(monkeypatch, capsys, tmp_path):
