@@ -20,7 +20,7 @@ from datasetdm_fast.command_line.interruption import ENDED
 from datasetdm_fast.command_line.run_report import print_run
 from datasetdm_fast.command_line.run_settings import check_judged, read_spec
 from datasetdm_fast.command_line.sharded_run import generate_shards
-from datasetdm_fast.disk import locks
+from datasetdm_fast.disk import locks, sqlite
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.jobs import result
 from datasetdm_fast.runs.jobs.result import Result
@@ -103,6 +103,26 @@ def test_the_images_that_a_peer_counts_are_called_its_own(tmp_path, capsys):
     assert "2 images by this process in 2.0 s" in capsys.readouterr().err
     told = Result(tmp_path, 8, 5, 2, 0, doubtful=3, accept="score >= 0.5").trust_message
     assert told == f"accepted: 5 samples; not accepted, in {tmp_path}/doubtful/: 3"
+
+
+@pytest.mark.parametrize(
+    ("peer", "is_stopping", "journal", "is_waiting"),
+    [
+        (LaunchedProcess(0, 4, 0, 4), False, sqlite.WRITE_AHEAD, True),
+        (LaunchedProcess(0, 4, 0, 4), True, sqlite.WRITE_AHEAD, False),
+        (LaunchedProcess(1, 4, 1, 4), False, sqlite.WRITE_AHEAD, False),
+        (LaunchedProcess(2, 4, 0, 2), False, sqlite.IN_PLACE, False),  # which no memory shares between machines
+    ],
+)
+def test_ranks_of_several_machines_write_in_place_and_the_first_of_all_waits_for_the_others(
+    monkeypatch, tmp_path, peer, is_stopping, journal, is_waiting
+):
+    seen = []
+    monkeypatch.setattr(launched, "work_on_folder", lambda *_, journal: seen.append(journal) or 7)
+    monkeypatch.setattr(launched, "leave", lambda *given, is_waiting: seen.extend([given[2], is_waiting]))
+    spec = read_spec(RunConfig(out=str(tmp_path / "run"), number=2))
+    launched.run_launched(peer, spec, Callbacks(is_stopping=lambda: is_stopping))
+    assert seen == [journal, 7, is_waiting]
 
 
 def test_what_the_last_to_leave_cannot_write_is_said(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,7 +29,7 @@ from datasetdm_fast.command_line.run_settings import complete_settings, read_spe
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.run_folder import shard_places
 from datasetdm_fast.runs.run_folder.folder import RunFolder
-from datasetdm_fast.runs.run_folder.shard_places import shard_place
+from datasetdm_fast.runs.run_folder.shard_places import ShardFolder, shard_place
 from datasetdm_fast.runs.run_settings import RunConfig, WorkerSettings
 from datasetdm_fast.runs.workers import ray_ranks
 from datasetdm_fast.runs.workers.devices import pool_of
@@ -406,6 +407,67 @@ def test_workers_that_nobody_counted_are_as_many_as_there_is_room_for(gpus, expe
     workers = SimpleNamespace(ranks=0, gpus="all" if gpus else "")
     assert ray_ranks._count(SimpleNamespace(gpus=gpus, workers=2), workers, machines) == expected
     assert ray_ranks._count(SimpleNamespace(gpus=gpus, workers=9), workers, machines) == 9
+    for asked in (SimpleNamespace(ranks=2, gpus=""), SimpleNamespace(ranks=0, gpus="2")):
+        assert ray_ranks._count(SimpleNamespace(gpus=gpus, workers=2), asked, machines) == 2
+
+
+@dataclass(eq=False)
+class Call:
+    rank: int
+
+
+class Failing(Exception):
+    """What a call to an actor that has ended raises."""
+
+
+def test_workers_that_end_are_replaced_by_their_number_until_one_of_all_is_done(monkeypatch, tmp_path):
+    """Worker 0 ends three times and is given up, while worker 1 makes five samples and finds nothing left."""
+    begun, said, committed, killed = [], [], [], []
+    answers = {0: [Failing("it died")] * 3, 1: [5, None]}
+
+    def actor(spec, where, rank, on_start, version):
+        begun.append((rank.rank, rank.world, rank.name, where))
+        return SimpleNamespace(make_next=SimpleNamespace(remote=lambda: Call(rank.rank)))
+
+    def get(call):
+        if isinstance(answer := answers[call.rank].pop(0), Exception):
+            raise answer
+        return answer
+
+    fake = SimpleNamespace(
+        remote=lambda **options: lambda kind: SimpleNamespace(remote=actor),
+        wait=lambda calls, timeout: ([min(calls, key=lambda call: call.rank)], []),
+        get=get,
+        kill=killed.append,
+        nodes=lambda: [{"NodeID": "a", "Alive": True, "Resources": {"CPU": 4.0}}, {"NodeID": "b", "Alive": False}],
+        exceptions=SimpleNamespace(RayError=Failing),
+    )
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    monkeypatch.setattr(ray_ranks, "join_cluster", lambda *_: nullcontext())
+    spec = read_spec(RunConfig(out=str(tmp_path)))
+    callbacks = Callbacks(on_message=said.append, on_commit=committed.append)
+    ray_ranks._run(WorkerSettings(ranks=2, cluster="ray://head"), spec, ShardFolder(tmp_path), callbacks, "run")
+    assert begun == [(number, 2, "run", str(tmp_path)) for number in (0, 1, 0, 0)] and len(killed) == 3
+    replaced = "worker 0 ended again and again, it is replaced"
+    assert said == [replaced, replaced, "worker 0 ended (it died); the others go on"]
+    assert committed == [5] and not answers[1]
+    answers[0], answers[1] = [Failing("it died")] * 3, [Failing("it died")] * 3
+    with pytest.raises(Missing, match="worker 1 ended .it died."):
+        ray_ranks._run(WorkerSettings(ranks=2, cluster="ray://head"), spec, ShardFolder(tmp_path), callbacks, "run")
+
+
+def test_a_head_is_looked_for_at_its_bare_address(monkeypatch):
+    asked = []
+
+    def refuse(address, seconds):
+        asked.append(address)
+        raise OSError(111, "Connection refused")
+
+    monkeypatch.setattr(ray_ranks.socket, "create_connection", refuse)
+    for address, place in (("[::1]:7000", ("::1", 7000)), ("head:6379", ("head", 6379))):
+        with pytest.raises(Missing, match="Connection refused"):
+            ray_ranks._knock("ray://head", address)
+        assert asked.pop() == place
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Claims of the parts of a run: who makes which, and what follows a death, a silence or a stop."""
 
+import io
 import json
 import os
+import pickle
 import subprocess
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,13 +13,14 @@ import pytest
 
 from datasetdm_fast.data import Quarantined, Request
 from datasetdm_fast.disk import storage
-from datasetdm_fast.errors import Missing
+from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.run_folder.document import CLAIMS
 from datasetdm_fast.runs.run_folder.shard_places import ShardFolder
-from datasetdm_fast.runs.workers import claims, supervisor
+from datasetdm_fast.runs.workers import claims, spawn, supervisor
 from datasetdm_fast.runs.workers import worker as worker_module
 from datasetdm_fast.runs.workers.claims import Claims, claim_name, claims_by_name, free_claims, host, is_over
 from datasetdm_fast.runs.workers.devices import Place
+from datasetdm_fast.runs.workers.processes import SpawnedProcess
 from datasetdm_fast.runs.workers.worker import Callbacks, Worker
 
 pytestmark = pytest.mark.core
@@ -232,6 +235,47 @@ def test_a_batch_that_others_have_made_is_not_kept(place):
     assert other.take_new(6)
     stopping = SimpleNamespace(callbacks=Callbacks(is_stopping=lambda: True))
     assert list(Worker._claim_new(stopping, {5: {2}})) == []
+
+
+def test_how_a_process_ended_is_told_by_its_code_or_what_it_refused():
+    def ended(code, content=b""):
+        return SpawnedProcess.ending(SimpleNamespace(poll=lambda: code, stdout=io.BytesIO(content)))
+
+    assert ended(None) is None and ended(0) == "" and ended(3) == "ended with exit code 3"
+    assert [ended(-number) for number in (1, 9, 15)] == [f"was ended by SIG{name}" for name in ("HUP", "KILL", "TERM")]
+    refused = ended(2, pickle.dumps(Refused("it is bad", "Mend it.")))
+    assert isinstance(refused, Refused) and (refused.cause, refused.remedy) == ("it is bad", "Mend it.")
+
+
+def test_a_death_counts_for_a_batch_and_not_for_a_shard(tmp_path):
+    folder, shards = object.__new__(spawn.SharedFolder), object.__new__(spawn.SharedShards)
+    folder._state = place = ShardFolder(tmp_path)
+    shards._ledger = SimpleNamespace(place=place)
+    for run, deaths in ((folder, 1), (shards, 0)):
+        assert (
+            Claims(place, "one").take_new(3) and run.free("other", died=True) == 0 and run.free("one", died=True) == 1
+        )
+        assert (next_one := Claims(place, "two")).take(3) and next_one.deaths == {3: deaths}
+        next_one.release(3)
+
+
+@pytest.mark.parametrize(("deaths", "is_made"), [(0, True), (2, True), (3, False), (4, False)])
+def test_a_batch_is_made_once_more_until_three_processes_died_with_it(deaths, is_made):
+    made, put = [], []
+    requests = [Request(index, "a ball", index) for index in (8, 9)]
+    worker = SimpleNamespace(
+        _is_missing=lambda *_: True,
+        claims=SimpleNamespace(take=lambda batch: batch == 4, deaths={4: deaths}),
+        _make=lambda batches: made.extend(batches) or True,
+        job=SimpleNamespace(plan=SimpleNamespace(batch=lambda batch: SimpleNamespace(requests=requests))),
+        folder=SimpleNamespace(unseal=list),
+        _on_rows=None,
+        _put=lambda writer, batch, results: put.append((batch, results)),
+    )
+    assert Worker._retry(worker, {3: {6}, 4: {8, 9}}) and not Worker._retry(worker, {3: {6}})
+    reason = "3 processes ended while they made its batch"
+    quarantined = [(4, [Quarantined(request, reason) for request in requests])]
+    assert (made, put) == (([4], []) if is_made else ([], quarantined))
 
 
 @pytest.mark.parametrize(("commits", "begun"), [([0] * 12, 5), ([0] * 4 + [1] + [0] * 7, 9), ([0, 0, 2] * 4, 12)])
