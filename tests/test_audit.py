@@ -338,6 +338,8 @@ def test_a_depth_map_and_its_picture_in_each_other_s_place_are_both_found(spoilt
 def test_notes_keep_the_seal(spoilt):
     note(spoilt, "verified", {"agrees": True})
     assert places(spoilt) == [] and read_document(spoilt)["verified"] == {"agrees": True}
+    note(spoilt, "verified", {"agrees": False})
+    assert places(spoilt) == [] and read_document(spoilt)["verified"] == {"agrees": False}
 
 
 def test_a_note_of_a_run_without_samples_begins_no_ledger(whole, tmp_path):

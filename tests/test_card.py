@@ -189,6 +189,8 @@ def test_the_verdict_stands_there_or_that_there_is_none(run):
         (["creativeml-openrail-m", "cc-by-nc-4.0"], []),
         (["CC BY-SA 4.0", "cc-by-nc-4.0"], ["CC BY-SA 4.0 and CC BY-NC 4.0 conflict"]),
         (["cc-by-nc-sa-4.0", "cc-by-sa-4.0"], ["each asks that what is derived carries it alone"]),
+        (["cc-by-nc-sa-4.0", "cc-by-nc-4.0"], []),
+        (["gpl-3.0", "openrail++"], ["GNU GPL 3.0 and CreativeML Open RAIL++-M conflict: the first lets no rules"]),
         (["creativeml-openrail-m", "gpl-3.0"], ["GNU GPL 3.0 and CreativeML Open RAIL-M conflict"]),
         (["cc-by-nc-nd-4.0", "none of ours"], ["does not allow to pass on"]),
     ],

@@ -762,6 +762,7 @@ def test_a_data_set_gives_several_labels_together_and_batches_things(run_path):
 def test_a_run_is_sliced_and_asked_for_what_passes(run_path):
     run = open_run(run_path)
     assert [sample.id for sample in run[2:5]] == ["00000002", "00000003", "00000004"] and len(run[8:][:2]) == 2
+    assert [sample.id for sample in run[1:6:2]] == ["00000001", "00000003", "00000005"]
     with pytest.raises(Refused, match="one order"):
         run[::-1]
     assert [sample.id for sample in reversed(run[2:4])] == ["00000003", "00000002"]

@@ -2,6 +2,7 @@
 that make it, and readers find in it what a run folder has.
 """
 
+import gc
 import io
 import json
 import pickle
@@ -41,7 +42,10 @@ from datasetdm_fast.runs.exporting import conversion
 from datasetdm_fast.runs.gallery import showing
 from datasetdm_fast.runs.jobs import job as job_module
 from datasetdm_fast.runs.jobs.job import build_job
+from datasetdm_fast.runs.run_folder.corrections import CORRECTIONS, Correction, format_corrections, read_corrections
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Row
+from datasetdm_fast.runs.run_folder.reader import fetch_state
+from datasetdm_fast.runs.run_folder.selections import ShardScores
 from datasetdm_fast.runs.run_folder.shard_audit import audit_place
 from datasetdm_fast.runs.run_folder.shard_places import ObjectStore, ShardBucket, ShardFolder, shard_place
 from datasetdm_fast.runs.run_folder.shard_stream import ShardStream
@@ -459,6 +463,7 @@ def test_a_store_whose_library_is_not_there_is_missing(monkeypatch):
 def test_names_of_a_store_that_lead_out_of_a_run_are_refused(bucket, monkeypatch):
     for name in ("a", "part/b"):
         bucket.replace(name, b"12")
+    bucket.replace(".c.123000000001.part", b"half of it")
     assert bucket.store.sizes() == {"a": 2, "part/b": 2}
     with monkeypatch.context() as patch:  # of a store that does not say how large a file is
         patch.setattr(type(bucket.store.files), "find", lambda *_, **options: {"/bucket/run/a": {"size": None}})
@@ -675,6 +680,9 @@ def test_others_are_made_in_the_place_of_doubtful_samples(alone, tmp_path, capsy
     assert generate.main([*LINE, "--keep", "trusted", "--json", "--out", str(tmp_path / "one")]) == 0
     rejected = json.loads(capsys.readouterr().out)["doubtful"]
     assert tree(run) == tree(tmp_path / "one") and audit.main([str(run), "--quiet"]) == 0
+    shown = showing.show(run, is_served=True)
+    facts = json.loads((shown.folder / "gallery/run.js").read_text().partition(",0,")[2].removesuffix(");\n"))
+    assert (facts["doubtful"], facts["aside"], facts["samples"]) == (0, 0, SAMPLES)  # of those that it shows
     samples, plain = list(datasetdm_fast.open_run(run)), list(datasetdm_fast.open_run(alone))
     assert len(samples) == SAMPLES and all(sample.trust.is_trusted for sample in samples)
     others = [sample for sample in samples if sample.meta.get("turn")]
@@ -791,6 +799,21 @@ def test_selections_are_small_files_beside_the_shards(alone, folder, tmp_path, c
     assert {name: content for name, content in tree(run).items() if not name.startswith("scores/")} == tree(alone)
 
 
+def test_scores_of_a_shard_are_added_to_and_forgotten_by_their_name(tmp_path):
+    place = ShardFolder(tmp_path)
+    scores = ShardScores(place)
+    scores.write(2, {"clip": {11: 0.25}, "score": {11: 0.5}})
+    scores.write(0, {"clip": {3: 1.0}})
+    scores.write(2, {"clip": {10: None, 11: 0.75}})
+    for again in (scores, ShardScores(place)):
+        assert list(again.of("clip")) == [(3, 1.0), (11, 0.75), (10, None)] or again is not scores
+        assert dict(again.of("clip")) == {3: 1.0, 10: None, 11: 0.75} and next(again.of("clip")) == (3, 1.0)
+        assert {k: v for k, v in again.of("score") if v is not None} == {11: 0.5} and again.names() == ["clip", "score"]
+    scores.forget("clip", ("clip", "another digest"))
+    again = ShardScores(place)
+    assert again.names() == ["score"] and place.read("scores/clip") == b"another digest"
+
+
 def test_scores_of_a_clip_take_the_place_of_those_of_another(alone, tmp_path):
     run = copy(alone, tmp_path)
     for digest, value in (("a", 0.1), ("b", 0.2), ("b", 0.3)):
@@ -847,12 +870,30 @@ def test_a_merged_run_is_a_manifest_that_readers_take_for_a_run(alone, folder, b
         datasetdm_fast.open_run(tmp_path / "other")
 
 
+def test_a_page_of_shards_begins_with_its_first_sample_and_ends_with_its_last(alone):
+    ledger = SimpleNamespace(row=lambda index, parts: None if index in (5, 8) else alone)
+    page = SimpleNamespace(_ledger=ledger)
+    assert [showing.ShardPage._indices(page, number, 5) for number in (0, 1)] == [[0, 1, 2, 3, 4], [6, 7, 9]]
+
+
 @pytest.mark.parametrize("place", ["folder", "store"])
-def test_the_page_of_shards_is_made_as_it_is_asked_for(alone, bucket, tmp_path, place):
+def test_the_page_of_shards_is_made_as_it_is_asked_for(alone, bucket, tmp_path, place, monkeypatch):
     if place == "store":
         for name, content in tree(alone).items():
             bucket.replace(name, content)
     url = "memory://bucket/run" if place == "store" else str(alone)
+    if place == "store":  # whose small files are copied, and removed by the process that copied them
+        corrections = {7: Correction(ignored=((0, 0, 4, 4),))}
+        bucket.replace(CORRECTIONS, format_corrections(corrections))
+        store = shard_place(url)
+        state = fetch_state(store)
+        assert read_corrections(state) == corrections
+        with monkeypatch.context() as patch:
+            patch.setattr("os.getpid", lambda: -1)
+            del store
+            gc.collect()
+        assert state.is_dir()
+        shutil.rmtree(state.parent)
     shown = showing.show(url, is_served=True)
     served = shown.served_run()
     assert (shown.samples, shown.planned) == (SAMPLES, SAMPLES)
