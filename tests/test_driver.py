@@ -9,7 +9,7 @@ import pytest
 import torch
 from rendered import write_run
 from run_steps import find_result, prepare, prepare_remake
-from stub_engine import CONFIGS, SCHEDULER, StubEngine
+from stub_engine import CONFIGS, SCHEDULER, StubEngine, Tokenizer
 
 from datasetdm_fast import generate
 from datasetdm_fast.command_line import run_report, run_settings
@@ -745,6 +745,17 @@ def test_a_plan_counts_weights_by_their_precision_and_a_batch_that_is_larger_tha
     warnings = [run_report._warning({"device": device, "dtype": "bf16"}) for device in ("cuda", "cpu")]
     assert warnings == ["", "this processor has no bf16 and emulates it; fp32 is faster"]
     assert run_report._warning({"device": "cpu", "dtype": "fp32"}) == ""
+
+
+def test_a_prompt_of_as_many_tokens_as_clip_reads_is_not_cut():
+    tokenizer, texts = Tokenizer(), ["a red ball", "a red ball here", "a b c d e"]
+    tokenizer.model_max_length, tokenizer.longer = 5, object()  # with the marks of start and end
+    engine = SimpleNamespace(model=SimpleNamespace(tokenizer=tokenizer))
+    plan = SimpleNamespace(number=3, request=lambda index: SimpleNamespace(prompt=texts[index]))
+    planned = SimpleNamespace(engine=engine, plan=plan)
+    assert run_report.describe_cut(planned) == "of 2 of the first 3 prompts CLIP reads 5 tokens, and T5 all"
+    plan.number = 1
+    assert run_report.describe_cut(planned) == ""
 
 
 def test_two_labels_that_write_the_same_files_are_refused(monkeypatch):

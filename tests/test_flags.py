@@ -436,16 +436,19 @@ def test_shells_complete_commands_flags_and_values(shell, capsys, tmp_path):
     assert all(name in script for name in COMMANDS) and "no-quiet" in script and "openvino" in script
     if shell == "bash":
         (tmp_path / "bash").write_text(script)
+        (tmp_path / "lines.txt").touch()
         for words, matches in (
             ("ge", ["generate"]),
             ("train --imag", ["--images"]),
             ("generate --engine f", ["fast"]),
             ("verify --no-qu", ["--no-quiet"]),
+            ("generate --prompts li", ["lines.txt"]),
         ):
             count = len(words.split())
             call = f'COMP_WORDS=(datasetdm-fast {words}); COMP_CWORD={count}; COMP_LINE="datasetdm-fast {words}"; '
             call += '_shtab_datasetdm_fast; echo "${COMPREPLY[@]}"'
-            ended = subprocess.run(["bash", "-c", f"source {tmp_path}/bash; {call}"], capture_output=True, text=True)
+            line = ["bash", "-c", f"source {tmp_path}/bash; {call}"]
+            ended = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path)
             assert ended.stdout.split() == matches and not ended.stderr
 
 

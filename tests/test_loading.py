@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from unittest import mock
 
 import diffusers
@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_unets import with_small_unet
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -39,6 +40,7 @@ from datasetdm_fast.engine.models.layers import Weights
 from datasetdm_fast.engine.models.text_encoder import TextEncoder
 from datasetdm_fast.engine.sampling.schedule import make_schedule
 from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.untrusted import pickles
 
 
 def pipeline(model, **parts) -> StableDiffusionPipeline:
@@ -796,6 +798,32 @@ def test_other_files_are_refused_by_what_they_are(tmp_path, case):
     with pytest.raises(Refused, match=word) as stop:
         load_model(str(tmp_path / "model.safetensors"))
     assert "\n" not in stop.value.cause
+
+
+def test_a_checkpoint_gives_its_tensors_and_the_names_of_what_is_left_out(tmp_path, monkeypatch):
+    kinds = {name: type("Thing", (), {"__module__": name}) for name in ("pytorch_lightning.callbacks", "other.thing")}
+    with monkeypatch.context() as patch:  # which nobody who reads a checkpoint has to have
+        for name, kind in kinds.items():
+            patch.setitem(sys.modules, name.partition(".")[0], ModuleType(name.partition(".")[0]))
+            patch.setitem(sys.modules, name, module := ModuleType(name))
+            module.Thing = kind
+        known, other = (kind() for kind in kinds.values())
+        content = {"state_dict": {"a": torch.arange(6.0), "b": 3}, "epoch": 1, "callbacks": known}
+        torch.save(content | {f"k{k}": k for k in range(40)}, tmp_path / "known.ckpt")
+        torch.save(content | {"other": other}, tmp_path / "other.ckpt")
+    try:
+        tensors, others = pickles.read_tensors(tmp_path / "known.ckpt")
+    finally:
+        torch.serialization.clear_safe_globals()
+    assert list(tensors) == ["a"] and others == ["epoch", "callbacks", *(f"k{k}" for k in range(30))]
+    with pytest.raises(ValueError, match="it asks for other.thing.Thing"):
+        pickles.read_tensors(tmp_path / "other.ckpt")
+    whole = torch.arange(6.0)
+    parts = {"whole": whole, "again": whole, "part": whole[2:4], "turned": whole.view(2, 3).T}
+    pickles._save(parts, ["epoch"], tmp_path / "copy.safetensors")  # which takes no two tensors of one memory
+    with safe_open(tmp_path / "copy.safetensors", "pt") as file:
+        assert json.loads(file.metadata()[pickles.OTHERS]) == ["epoch"]
+        assert all(torch.equal(file.get_tensor(name), part) for name, part in parts.items())
 
 
 def test_a_colon_in_the_name_of_an_adapter_is_no_scale_where_that_file_is_there(tmp_path):

@@ -318,6 +318,33 @@ def test_prompts_of_poses_are_every_end_with_every_noun_in_every_sentence():
     assert drawn == [*hats, *(line.replace("hat", "coat") for line in hats)]
 
 
+def test_files_of_an_image_are_named_after_it_and_its_class_is_numbered_from_one_on():
+    seen = []
+    plain = GENERATORS["parallel_generate_Semantic_VOC_AnyClass"]
+    script = replace(plain, write=lambda output: seen.append(output.class_id) or {"png": b"mask"})
+    items = [prompts.Item(0, seed, "a", name) for seed, name in ((5, "aeroplane"), (6, "tvmonitor"), (7, ""))]
+    order, raw = types.SimpleNamespace(items=items, classes=plain._class_names()), {"open-vocabulary": None}
+    made = [script.files(order, index, np.zeros((8, 8, 3), np.uint8), raw, raw) for index in range(3)]
+    assert seen == [1, 20, 0] and made[0]["Mask/aeroplane_5.png"] == b"mask"
+    assert [list(files_) for files_ in made] == [script.names(order, index) for index in range(3)]
+
+
+def test_a_mask_holds_what_is_above_zero_and_is_scored_by_that_alone():
+    masks, logits = torch.full((1, 8, 8), -9.0), torch.tensor([[20.0, 0.0]])
+    masks[0, :, :4], masks[0, :, 4:6] = 0, np.log(3)  # evidence of a half, and of three quarters
+    found, classes, scores = files.candidates(answer({"pred_logits": logits, "pred_masks": masks}, side=8), 3)
+    assert found.tolist() == [[[False] * 4 + [True] * 2 + [False] * 2] * 8] and classes == [0]
+    assert scores.tolist() == pytest.approx([0.75])
+
+
+def test_an_instance_is_written_from_a_score_of_two_fifths_on(monkeypatch):
+    masks = np.zeros((3, 8, 8), bool)
+    masks[0, 2, 2], masks[1, 3, 3], masks[2, 4, 4] = True, True, True
+    monkeypatch.setattr(files, "candidates", lambda *_: (masks, [5, 6, 7], torch.tensor([0.4, 0.399, 0.5])))
+    lines = files.write_contours(None)["txt"].decode().splitlines()
+    assert [line.rpartition(",")[0] for line in lines] == ["2,2,5", "4,4,7"]
+
+
 def test_contour_lines():
     """The larger part of each instance, its class and score; of two equal boxes the lower one."""
     masks = torch.full((3, 64, 64), -9.0)
@@ -529,6 +556,15 @@ def test_flags_without_effect_are_named(root, model):
     line = read("", GENERATORS["parallel_generate_Semantic_Medical_CT"], given)
     told = "ignored   --config, --prompt: without effect in DatasetDM, too"
     assert list(generating.rows_of_ignored(line)) == [told]
+
+
+def test_a_line_that_resumes_keeps_the_size_of_batches(root):
+    """As images are made one by one, no size changes a byte."""
+    flags = ("Depth_NYU", "--number_data", "2", "--thread_num", "1", "--prompt_root", f"{PROMPTS}/NYU")
+    order = ordered(root, *flags, "--batch_size", "3", "--guidance", "2.5")
+    assert generating.spec_of(order, None).identity["batch_size"] == 3 and order.config.guidance == 2.5
+    assert generating.spec_of(order, {"config": {"batch_size": 5}}).identity["batch_size"] == 5
+    assert ordered(root, *flags).config.guidance == 5.0
 
 
 def test_the_table_counts_processes_and_what_they_leave_over(root):
