@@ -2,6 +2,7 @@
 back, and what is refused; models in one file as diffusers folders.
 """
 
+import io
 import json
 import logging
 import os
@@ -150,9 +151,14 @@ def test_a_decoder_of_our_own_becomes_a_checkpoint_where_the_architecture_is_ups
     save_decoder(decoder, tmp_path / "semantic")
     assert convert(tmp_path / "semantic", "--to", "pth", "--out", tmp_path / "w.pth") == 0
     assert torch.load(tmp_path / "w.pth").keys() == state_of(decoder.config).keys()
-    save_decoder(build_decoder(config_of("cityscapes", upscale=2)), tmp_path / "finer")
-    assert convert(tmp_path / "finer", "--to", "pth", "--out", tmp_path / "x.pth") == 2
-    assert "its architecture is not DatasetDM's" in capsys.readouterr().err and not (tmp_path / "x.pth").exists()
+    save_decoder(decoder, tmp_path / "narrow", "fp16")
+    narrow = torch.load(io.BytesIO(checkpoints.as_checkpoint(tmp_path / "narrow")))
+    assert {value.dtype for value in narrow.values()} == {torch.float32}
+    others = {"upscale": 2}, {"normalisation": "running"}
+    for config in (*(config_of("cityscapes", **change) for change in others), config_of("voc", text_centre=True)):
+        save_decoder(build_decoder(config), tmp_path / "finer")
+        assert convert(tmp_path / "finer", "--to", "pth", "--out", tmp_path / "x.pth") == 2
+        assert "its architecture is not DatasetDM's" in capsys.readouterr().err and not (tmp_path / "x.pth").exists()
 
 
 @pytest.mark.parametrize("kind, count", [("", 1203), ("", 4), ("coco", 4), ("lvis", 2)])

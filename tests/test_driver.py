@@ -334,6 +334,8 @@ def test_a_map_of_words_has_numbers_for_254():
     assert class_words_of(StubEngine(), ("open-vocabulary",), names[:254]) == tuple(names[:254])
     with pytest.raises(Refused, match="255 words, an 8-bit label map holds 254"):
         class_words_of(StubEngine(), ("open-vocabulary",), names)
+    with pytest.raises(Refused, match="has 82 tokens, at most 77 fit"):
+        class_words_of(StubEngine(), ("open-vocabulary",), ("x " * 80,))
 
 
 def test_a_model_without_guidance_takes_one_and_no_more():
@@ -839,6 +841,21 @@ def test_pixels_may_be_ignored_as_doubtful_and_as_unsure_at_once():
         recipe = SimpleNamespace(table=None, ignores_doubtful=is_doubtful, least_confidence=least, draws=())
         found = labelling.with_trust(sample, recipe)
         assert found.annotations["semantic"].labels.tolist() == [wanted]
+
+
+def test_captures_are_raw_for_labellers_and_all_of_them_where_sums_are_made(monkeypatch):
+    monkeypatch.setattr("datasetdm_fast.engine.loop.recipe.LABELLER_KINDS", SimpleNamespace(others=("seen", "blind")))
+    one = make_recipe(StubEngine(), ("semantic",), sampler="ddim", steps=5)
+    for captures, tasks, captured, raw in (
+        ({"semantic": (4,)}, ("semantic",), (4,), set()),
+        ({"semantic": (4,), "seen": (2,)}, ("semantic", "seen"), (2, 4), {2}),
+        ({"semantic": (1, 3), "seen": (2,)}, ("semantic", "seen"), (1, 2, 3), {1, 2, 3}),
+        ({"semantic": (1, 3)}, ("semantic", "blind"), (1, 3), set()),
+        ({}, ("blind",), (), set()),
+        ({}, (), (4,), set()),
+    ):
+        recipe = replace(one, captures=captures, tasks=tasks)
+        assert (recipe.captured, recipe.raw) == (captured, raw), captures
 
 
 def test_words_that_no_decoder_knows_are_for_one_that_takes_any():

@@ -2,6 +2,7 @@
 
 import io
 import re
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -654,6 +655,66 @@ def test_pictures_show_what_is_sure_and_known():
     assert np.array(LABEL_KINDS["open-vocabulary"].picture(many, image)).tolist() == [[list(colour(299))]]
 
 
+def test_boxes_of_persons_are_held_to_the_sides_of_oblong_pictures():
+    def wrong(bbox, area):
+        _, (item,) = encoded("pose", person((1, 1), (2, 2), (3, 3)))
+        item |= {"bbox": bbox, "area": area, "box_from": "instance"}
+        return list(LABEL_KINDS["pose"].check([item], {}, PEOPLE, (40, 60)))  # 60 pixels wide
+
+    assert wrong([50, 0, 10, 40], 400) == [] and wrong([0, 30, 1, 10], 1) == []
+    for bbox, area in (
+        ([0, 31, 1, 10], 5),
+        ([51, 0, 10, 10], 5),
+        ([-1, 0, 2, 2], 2),
+        ([0, 0, 2, 2], 5),
+        ([0, 0, 2, 2], 0),
+    ):
+        assert wrong(bbox, area) == [f"person 0 cannot fill {area} pixels in {bbox}"]
+
+
+def test_ids_of_instances_and_files_of_labels_are_read_as_they_were_written(tmp_path):
+    things = Instances(
+        np.ones((2, 4, 4), bool), np.array([1, 0]), np.float32([0.5, 0.25]), ("ball", "cone"), np.array([7, 3])
+    )
+    _, record = encoded("instance", things)
+    assert LABEL_KINDS["instance"].decode({}, record, TABLES["instance"]).ids.tolist() == [7, 3]
+    assert LABEL_KINDS["instance"].decode({}, [], TABLES["instance"]).ids is None
+    sample = Sample(Request(3, "a", 0), np.zeros((4, 4, 3), np.uint8), {"semantic": semantic(np.eye(4))})
+    files, records = label_files.encode(sample, "jpg", TABLES, "part/")
+    paths = {role: path for role, (path, _) in files.items()}
+    assert paths == {
+        "image": "part/images/00000003.jpg",
+        "semantic": "part/semantic/00000003.png",
+        "confidence": "part/confidence/00000003.png",
+    }
+    for path, content in files.values():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(content)
+    read = label_files.decode("semantic", tmp_path, paths, records["semantic"], TABLES["semantic"])
+    assert (read.labels == np.eye(4)).all()
+
+
+def test_the_card_tells_the_mean_agreement_of_maps_and_a_pose_has_the_class_of_persons():
+    stored, table = LABEL_KINDS["attention"], LABEL_KINDS["attention"].table(None, 4, ("ball",))
+    counts = Counter()
+    for share in (0.5, 1.0):
+        counts.update(stored.count({"pixels": {"0": 4}, "agreement": {"semantic": share}}))
+    lines = list(stored.section(table, counts))
+    assert lines[-1] == "On 75.0% of their certain pixels these maps agree with those of the semantic decoder.\n"
+    assert "| 0 | background | 100.00% |" in lines and "| 1 | ball | 0.00% |" in lines
+    numbered = number_classes({"pose": TABLES["pose"], "semantic": {"classes": ["background", "cup"]}})
+    assert numbered["classes"] == ["background", "cup", "person"] and numbered["labels"]["pose"]["category"] == 2
+
+
+def test_depths_of_earlier_versions_that_count_the_unknown_are_right_and_merged_ones_are_new_inside():
+    stored, pixels = LABEL_KINDS["depth"], {"depth": np.uint16([[0, 1000], [2000, 3000]])}
+    for least, mean, count in ((1.0, 2.0, 0), (0.0, 1.5, 0), (0.0, 2.0, 1)):
+        record = {"min": least, "mean": mean, "max": 3.0}
+        assert len(list(stored.check(record, pixels, TABLES["depth"], (2, 2)))) == count
+    old, new = (DepthMap(np.full((1, 2), metres, np.float32), 4.0) for metres in (1, 2))
+    assert stored.merge(old, new, np.array([[True, False]])).metres.tolist() == [[2, 1]]
+
+
 def test_units_and_values_of_layers_are_those_of_their_table():
     stored = LABEL_KINDS["depth"]
     assert [stored.steps({"unit": unit}) for unit in ("millimetre", "1/256 metre", "metre")] == [1000, 256, 1]
@@ -683,6 +744,9 @@ def test_outlines_of_thin_and_of_long_masks():
     assert pictures.outline(np.zeros((4, 4), bool)) == ""
     long = np.zeros((64, 1024), bool)
     long[8:40, 512:768] = True
+    corner = np.array([[True, True], [True, False]])
+    assert len(pictures.borders(corner)[0]) == 8 and pictures.outline(corner).count("M") == 1
+    assert pictures.outline(np.ones((1, 1), bool)).startswith("M")
     numbers = [int(value) for value in re.findall(r"-?\d+", pictures.outline(long))]
     assert numbers[0] in range(508, 517) and numbers[1] in range(4, 13) and set(numbers) <= {*range(-800, 801, 2)}
 

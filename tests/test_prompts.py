@@ -466,6 +466,16 @@ def test_a_prompt_with_a_class_prompt_may_be_cut_before_its_class_words():
     assert (plan.batch_size, part.batch_size) == (5, 8)
 
 
+def test_a_class_fits_in_its_longest_template_and_a_caption_is_one_plain_line():
+    plan_of(classes=("x " * 68 + "x",), per_class=1)  # "a scene with an ... at sunset" has six words more
+    with pytest.raises(Refused, match="makes a prompt of 78 tokens"):
+        plan_of(classes=("x " * 69 + "x",), per_class=1)
+    assert prompts.check_line(" a ball\r\nbeside a cube ", "x") == "a ball beside a cube"
+    for wrong in ("a\x1bball", "a\ud800"):
+        with pytest.raises(Refused, match="x: .* holds control characters or invalid UTF-8"):
+            prompts.check_line(wrong, "x")
+
+
 def test_a_prompt_of_a_class_may_name_another_one():
     first, second = plan_of(number=1, classes=("photo", "ball"), per_class=1)
     assert (first.prompt, first.classes) == ("a photo of a photo", ("photo",))

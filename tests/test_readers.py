@@ -3447,6 +3447,24 @@ def test_a_window_keeps_small_crowds_and_measures_persons_in_its_pixels():
     assert found.keypoint_boxes.tolist() == [[4, 8, 28, 16]]
 
 
+def test_a_link_that_leads_back_up_is_followed_once(tmp_path):
+    for place in ("data/a", "others"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "b.png").write_bytes(b"")
+    (tmp_path / "data" / "a" / "up").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "others")
+    found = reading.listing(tmp_path / "data", ".png")
+    assert [path.relative_to(tmp_path / "data").as_posix() for path in found] == ["a/b.png", "linked/b.png"]
+
+
+def test_lines_end_as_in_every_system_and_pairs_without_a_depth_are_left_out(tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_bytes("a b\u2028c d\r\n\r e\x0bf \nlast None\n".encode())
+    assert reading.numbered_lines(path) == [(1, "a b\u2028c d"), (3, "e\x0bf"), (4, "last None")]
+    path.write_text("a.png a_depth.png\nb.png None\nc.png c_depth.png 0.5\n")
+    assert reading.pairs(path) == [("a.png", "a_depth.png"), ("c.png", "c_depth.png")]
+
+
 def test_of_two_label_files_that_differ_in_capitals_the_usual_one_is_read(tmp_path):
     for name in ("c.PNG", "c.png"):
         (tmp_path / name).write_bytes(b"")

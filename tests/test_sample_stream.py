@@ -196,6 +196,16 @@ def test_a_function_opens_the_engine_once():
     assert len(list(stream)) == len(list(stream)) == 2 and opened == [1]
 
 
+def test_pairs_are_transformed_and_prompts_of_a_share_follow_its_samples(monkeypatch):
+    asked, pipeline = [], stub()
+    pipeline.stream = lambda prompts, *, seeds, **_: asked.append(list(zip(prompts, seeds))) or iter(())
+    with pytest.raises(GateFailed):
+        list(SampleStream(pipeline, ("a", "b", "c"), "depth", number=5, seed=10)._make_samples(1, 2))
+    assert asked == [[("b", 11), ("a", 13)]]
+    stream = SampleStream(stub(), PROMPTS, "depth", number=2, steps=2, transform=lambda image, depth: (depth, image))
+    assert [(depth.ndim, image.ndim) for depth, image in stream] == [(2, 3)] * 2
+
+
 def test_a_process_that_was_forked_opens_an_engine_of_its_own(monkeypatch):
     opened, process = [], [7]
     monkeypatch.setattr(sample_stream.os, "getpid", lambda: process[0])

@@ -29,7 +29,15 @@ from datasetdm_fast.engine.sampling.schedule import (
     start,
     step,
 )
-from datasetdm_fast.engine.sampling.times import FOLLOWED, add_noise, alphas_cumprod, choose_sampler, initial_noise
+from datasetdm_fast.engine.sampling.times import (
+    FOLLOWED,
+    OneGenerator,
+    add_noise,
+    alphas_cumprod,
+    choose_sampler,
+    initial_noise,
+    is_flow,
+)
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import LEVELS
 
@@ -523,4 +531,10 @@ def test_settings_that_are_null_are_left_out_and_an_offset_stays_within_the_trai
     assert make_schedule(spaced, "ddim", 10).timesteps[0] == 999
     with pytest.raises(Refused, match="10 steps do not fit into 1000 training steps"):
         make_schedule(spaced | {"steps_offset": 100}, "ddim", 10)
+    noise, shape = OneGenerator(), (1, 2, 2)
+    for seed, place in ((3, 1), (4, 2), (3, 0)):  # of several runs in one process
+        whole = torch.randn(3, *shape, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(noise.draw(seed, place, shape), whole[place])
+    for config in ({"_class_name": "FlowMatchX"}, {"use_flow_sigmas": True}, {"prediction_type": "flow_prediction"}):
+        assert is_flow(config) and not is_flow(dict.fromkeys(config, "epsilon") | {"use_flow_sigmas": False})
     assert make_schedule({"num_train_timesteps": 1000}, "pndm", 27, "0.3.0").timesteps[0] == 999  # a stride of 37
