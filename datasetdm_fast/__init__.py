@@ -2,6 +2,7 @@
 
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,14 +53,16 @@ def _begin_command(line: list[str]) -> None:
     path = Path(__file__).parent.joinpath(*names)
     if package != __name__ or not (path.is_dir() or path.with_suffix(".py").exists()):
         return  # Python says it where there is no such module
-    if path.is_dir():
-        is_command = (path / "__main__.py").exists()
-    else:
-        is_command = '__name__ == "__main__"' in path.with_suffix(".py").read_text(encoding="utf-8")
+    file = path.with_suffix(".py")
+    is_command = (path / "__main__.py").exists() if path.is_dir() else '== "__main__"' in file.read_text("utf-8")
     if not is_command:
         print(f"python -m {module}: a part of the library, not a command", file=sys.stderr)
         print("Commands are listed by python -m datasetdm_fast --help.", file=sys.stderr)
         sys.exit(2)
+    if not find_spec("PIL") and not {"doctor", "datasetdm_fast.doctor"} & {*line}:
+        print(f"{sys.executable}: the libraries of datasetdm_fast are not installed in this Python", file=sys.stderr)
+        print("Activate their environment (source .venv/bin/activate), which make demo sets up.", file=sys.stderr)
+        sys.exit(3)
     from datasetdm_fast.command_line.interruption import end_on_signals  # only commands need it
 
     end_on_signals()

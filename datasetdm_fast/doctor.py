@@ -65,7 +65,7 @@ def describe(facts: dict[str, Any]) -> list[str]:
     cards = [
         f"{card['name']} ({card['capability']}, {card['memory'] / 1e9:,.0f} GB)" for card in torch.get("devices", ())
     ]
-    missing = facts["sandbox"]["problem"] or "; ".join(facts["sandbox"]["missing"])
+    missing = "; ".join(facts["sandbox"].get("missing", ())) or "network, programs and files"
     rows = [
         ("package", f"datasetdm_fast {package['version']} in {package['path']}"),
         ("extension", extension["problem"] or f"built {'with CUDA' if extension['cuda'] else 'for the CPU'}"),
@@ -75,7 +75,7 @@ def describe(facts: dict[str, Any]) -> list[str]:
         ("driver", gpu["problem"] or gpu["driver"]),
         ("torch", torch["problem"] or f"{torch['version']}, CUDA {torch['cuda'] or 'none'}"),
         ("GPUs", ", ".join(cards) or "none"),
-        ("pickles", f"read by a process {f'without {missing}' if missing else 'without network, programs and files'}"),
+        ("pickles", facts["sandbox"]["problem"] or f"read by a process without {missing}"),
     ]
     for name, engine in facts["engines"].items():
         cause = f"does not run here: {engine['cause']}. {engine['remedy']}"

@@ -25,9 +25,10 @@ def main(config: LabelConfig, command: CommandLine) -> int:
     pictures.check_apart(spec.folder)
     job = prepare_labelling(spec, read_document(spec.folder), pictures, timesteps, has_tiles=config.tiles)
     left, calls = job.images_left, job.calls or job.recipe.facts["calls"]
+    count, calls_each = count_noun(job.plan.number, "picture"), count_noun(calls, "UNet call")
+    plan = f"{left} of {count}, {calls_each} each; labels: {', '.join(job.recipe.tasks)}; run folder: {job.folder}"
     lines = [
-        f"{left} of {count_noun(job.plan.number, 'picture')}, {count_noun(calls, 'UNet call')} each; labels: "
-        f"{', '.join(job.recipe.tasks)}; run folder: {job.folder}",
+        plan if left else f"{job.folder}: complete with {count}, nothing to do",
         *([f"captions: {captions}"] if (captions := count_unnamed(job)) else []),
     ]
     if config.dry_run:

@@ -429,6 +429,8 @@ def test_pictures_that_exist_are_labelled_as_a_run_folder(photos, tmp_path, caps
     (run / "attention/00000002.png").unlink()
     assert audit_command.main([str(run), "--repair", "--quiet"]) == 4 and label.main(line) == 0
     assert (run / "attention/00000002.png").read_bytes() == kept
+    assert label.main([word for word in line if word != "--quiet"]) == 0
+    assert f"{run}: complete with 3 pictures, nothing to do" in capsys.readouterr().err
     assert label.main([*line, "--seed", "5"]) == 2
 
 

@@ -955,7 +955,8 @@ def test_without_pyarrow_no_parquet_is_written(run, tmp_path, capsys, monkeypatc
 def test_classes_that_a_format_lacks_are_named_before_its_samples(run, tmp_path, capsys):
     assert main([str(run), "--to", "cityscapes", "--classes", "ball=car", "--out", str(tmp_path / "out")]) == 0
     told = capsys.readouterr().err
-    assert "cityscapes: it has no class" in told and "which --classes can rename" in told
+    assert "cityscapes: none of its classes are ball, cube" not in told and "which --classes can rename" in told
+    assert "cityscapes: none of its classes are table, cube, cone" in told
 
 
 def test_the_map_of_a_run_without_instances_is_its_own():

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import datasetdm_fast
 from datasetdm_fast import cli
 from datasetdm_fast.cli import COMMANDS
 from datasetdm_fast.command_line import ending, flags, output, progress
@@ -612,6 +613,35 @@ def test_a_name_too_long_for_a_file_ends_in_two_lines(tmp_path, capsys):
 def test_a_module_without_a_command_says_so(module, code, said):
     ended = subprocess.run([sys.executable, "-m", f"datasetdm_fast.{module}"], capture_output=True, text=True)
     assert ended.returncode == code and said in ended.stderr
+
+
+@pytest.mark.parametrize("module", ["datasetdm_fast.convert", "datasetdm_fast"])
+def test_a_python_without_the_libraries_is_named_with_the_remedy(module):
+    line = [sys.executable, "-S", "-m", module, "convert"]  # -S: no folder of installed packages
+    ended = subprocess.run(line, capture_output=True, text=True, cwd=Path(datasetdm_fast.__file__).parent.parent)
+    cause, remedy = ended.stderr.splitlines()
+    assert ended.returncode == 3 and cause.startswith(f"{sys.executable}: the libraries")
+    assert "source .venv/bin/activate" in remedy
+
+
+def test_help_is_given_without_docstrings():
+    line = [sys.executable, "-OO", "-m", "datasetdm_fast.merge", "--help"]
+    ended = subprocess.run(line, capture_output=True, text=True)
+    assert ended.returncode == 0 and ended.stdout.startswith("usage: python -m datasetdm_fast.merge ")
+
+
+def test_a_current_folder_that_is_gone_ends_in_two_lines(tmp_path, capsys, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert run_command(lambda _: len(os.getcwd()), []) == 3
+    assert capsys.readouterr().err.splitlines()[0] == "the current folder is no longer there"
+
+
+def test_letters_that_a_locale_lacks_are_refused_with_the_way_to_have_them():
+    with pytest.raises(Refused, match="or letters that the locale lacks") as stop:
+        output.check_output("--out", "l\udcc3\udcb6we", "folder")
+    assert stop.value.remedy == "Choose another name, or set PYTHONUTF8=1."
 
 
 def test_a_sample_that_would_be_made_again_is_only_told(capsys):

@@ -93,6 +93,8 @@ def test_the_last_image_of_a_run_has_a_seed_that_a_generator_takes():
     for seed, number in ((2**63 - 1, 2), (2**63, 1), (-1, 1)):
         with pytest.raises(Refused, match=f"--seed {seed}: expected a whole number from 0 to {2**63 - number}"):
             check_seed(seed, number)
+    with pytest.raises(Refused, match=f"--number {2**64}: there are {2**63} seeds"):
+        check_seed(0, 2**64)
 
 
 def test_per_class_is_balanced_and_varied():

@@ -876,6 +876,13 @@ def as_one_folder(root: Path, place) -> None:
     place("whatever.json", ".")
 
 
+def as_datumaro(root: Path, place) -> None:
+    """Of a data set without splits, which it calls as the file it has read, here CVAT's annotations.xml."""
+    place("annotations/instances_annotations.json", "images/annotations")
+    for kind in ("image_info", "stuff", "captions"):
+        (root / f"annotations/{kind}_annotations.json").write_text("{}")
+
+
 def as_splits(root: Path, place) -> None:
     place("train.json", "images")
     (root / "val.json").write_text("{}")
@@ -890,6 +897,7 @@ EXPORTS_OF_TOOLS = (
     as_roboflow_of_one_word,
     as_fiftyone,
     as_one_folder,
+    as_datumaro,
     as_splits,
 )
 

@@ -48,7 +48,7 @@ def command_with(
         @command
         @wraps(function)
         def main(arguments: Sequence[str]) -> int:
-            description = function.__globals__["__doc__"]
+            description = function.__globals__["__doc__"] or f"python -m {function.__globals__['__spec__'].name}:"
             prog = " ".join(description.split()[:3]).rstrip(":")
             config, provided = parse(arguments, settings, prog, description, examples)
             return function(config, CommandLine(prog, arguments, provided))
@@ -113,9 +113,10 @@ def _as_stop(error: Exception) -> Refused | Missing | None:
         checked = "the disk that it is on" if error.errno == errno.EIO else "its permissions"
         return Missing(f"{error.filename}: {error.strerror}", f"Check {checked}, then run the same command again.")
     if error.errno == errno.ENAMETOOLONG:
-        return Refused(
-            f"{documents.quote(error.filename)}: no file or folder has so long a name", "Choose a shorter name."
-        )
+        name = documents.quote(error.filename)
+        return Refused(f"{name}: no file or folder has so long a name", "Choose a shorter name.")
+    if error.errno == errno.ENOENT:  # os.getcwd names no file
+        return Missing("the current folder is no longer there", "Change to another, then run the same command again.")
     return None
 
 

@@ -74,7 +74,8 @@ LONGEST_PATH = 4096 - 512  # bytes, less those of the files inside
 def check_output(flag: str, text: str, kind: str) -> None:
     """Refuses a name that no file or folder can have."""
     if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in text):
-        raise Refused(f"{flag} {quote(text)}: control characters in the name of a {kind}", "Choose another name.")
+        cause = f"{flag} {quote(text)}: control characters in the name of a {kind}, or letters that the locale lacks"
+        raise Refused(cause, "Choose another name, or set PYTHONUTF8=1.")
     if "://" in text and kind == PLACE:
         return
     if "://" in text:

@@ -80,6 +80,8 @@ def check_batch_size(batch_size: int) -> None:
 
 def check_seed(seed: int, number: int = 1) -> int:
     """The seed as a plain number, where a generator and the ledger can hold it and those of the images after it."""
+    if number > SEEDS:
+        raise Refused(f"--number {number}: there are {SEEDS} seeds", "Choose another number.")
     try:
         whole = index(seed)  # also of numpy and torch
     except TypeError:

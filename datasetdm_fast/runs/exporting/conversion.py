@@ -176,7 +176,7 @@ class Conversion:
             yield f"{run.path}: not finished; converted so far: {len(run)} samples"
         for name, format in self.formats.items():
             if unknown := format.unknown_classes(self.plan):
-                yield f"{name}: it has no class {', '.join(unknown)}, which --classes can rename"
+                yield f"{name}: none of its classes are {', '.join(unknown)}, which --classes can rename"
 
     def run(
         self,

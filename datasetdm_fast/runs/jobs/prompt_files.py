@@ -142,7 +142,7 @@ def read_prompts(text_or_path: str) -> tuple[str, str]:
     path = _as_path(text_or_path)
     if path is None:
         if not documents.is_unicode(text_or_path):
-            raise Refused(f"--prompts: {shorten(text_or_path)} is not valid UTF-8", "Write the prompt in UTF-8.")
+            raise Refused(f"--prompts: {shorten(text_or_path)} is not valid UTF-8", "Write UTF-8; set PYTHONUTF8=1.")
         return "--prompts", text_or_path
     try:
         data = storage.read(path, LARGEST_FILE)

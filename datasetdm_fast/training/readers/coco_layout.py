@@ -15,6 +15,7 @@ from datasetdm_fast.untrusted import documents
 
 PERSONS = "person_keypoints"
 KINDS = ("instances", PERSONS)  # of annotation files, as published
+OTHERS = ("panoptic", "stuff_", "captions_", "image_info_")  # files of no instances
 # what files are called that say no split
 WHOLE = ("", "default", "annotations", "labels", "result", "instances", "coco", "data", PERSONS)
 PAIR = re.compile(r"(.+\.json):(.+)", re.DOTALL)  # annotations and the folder of their pictures
@@ -114,7 +115,7 @@ def _find_published(path: Path, split: str) -> CocoLayout | None:
 
 def _find_exported(path: Path, split: str) -> CocoLayout:
     """The annotation file of a split among all below a folder; a data set of one file is its split train."""
-    files = [file for file in _annotation_files(path) if not file.stem.startswith("panoptic")]
+    files = [file for file in _annotation_files(path) if not file.stem.startswith(OTHERS)]
     by_split: dict[str, list[Path]] = {}
     for file in files:
         by_split.setdefault(_split_of(file, path), []).append(file)
