@@ -1,6 +1,7 @@
 """The reference engine: capture, per-image semantics in a batch, and agreement with the stock pipeline."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from diffusers import PNDMScheduler, StableDiffusionPipeline
 
-from datasetdm_fast.config import ENGINES, EngineKind
+from datasetdm_fast.config import CACHED, ENGINES, EngineKind
 from datasetdm_fast.data import Capture, Text, join_texts
 from datasetdm_fast.engine.backbones.sd_reference import capturing_levels, feature_modules, transformers_of
 from datasetdm_fast.engine.engines import build_engine, check_engine, device
@@ -313,6 +314,19 @@ def test_what_another_package_captures_is_what_its_levels_say():
     for wrong in (((feature[:, :3],), (layer,)), ((feature,), (layer[..., :4],)), ((feature,), ())):
         with pytest.raises(Missing, match="Some model of the package theirs captures .* as level low, and the levels"):
             _check_capture(model, Capture((wrong[0],), (wrong[1],)))
+
+    captured = Capture(((feature,),), ((),))  # as our own references capture is known, and not compared
+    reference = SimpleNamespace(capturing=lambda: nullcontext([captured]), predict=lambda *_: "noise")
+    engine = SimpleNamespace(device=torch.device("cpu"), model=model, reference=reference)
+    with pytest.raises(Missing, match="of the package theirs captures"):
+        TorchEngine.denoise_and_capture(engine, None, 5, None)
+    model.backbone.package = ""
+    assert TorchEngine.denoise_and_capture(engine, None, 5, None) == ("noise", captured)
+
+
+def test_calls_from_deep_features_are_of_families_that_have_some(engine):
+    model = SimpleNamespace(networks={}, backbone=SimpleNamespace(has_deep_features=False))
+    assert engine.speeds == (CACHED,) and TorchEngine(model, device="cpu").speeds == ()
 
 
 def test_on_a_gpu_cudnn_computes_in_exact_fp32_while_other_threads_do(monkeypatch):

@@ -315,6 +315,15 @@ def test_an_autoencoder_that_leaves_fp16_is_stored_in_fp32_and_others_are_tried_
     wide = [FastEngine(replace(model), dtype=dtype, device="cpu").image_dtype for dtype in ("fp16", "bf16")]
     assert wide == [torch.float32, torch.bfloat16]
 
+    engine = FastEngine(model, dtype="fp32", device="cpu")
+    engine.prepare(1)
+    kept = engine._wide_image_decoder
+    engine.prepare(1)
+    assert engine._wide_image_decoder is kept
+    model.modules["vae"].post_quant_conv.bias.detach().add_(1)
+    engine.prepare(1)
+    assert engine._wide_image_decoder is not kept
+
     pixels = torch.zeros(2, 3, 4, 4)
     pixels[1, 0, 0, 0] = math.inf
     for dtype, is_retried in ((torch.float16, True), (torch.bfloat16, False), (torch.float32, False)):
