@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,9 +23,11 @@ from bench.decoders import load_decoders
 from datasetdm_fast import verify
 from datasetdm_fast.data import Text, join_texts
 from datasetdm_fast.engine.engines import build_engine, check_engine
+from datasetdm_fast.engine.engines.exported import openvino as openvino_engine
 from datasetdm_fast.engine.engines.exported.graphs import join_parts, split_batch
 from datasetdm_fast.engine.engines.exported.openvino import (
     OpenVinoEngine,
+    OpenVinoStage,
     input_names,
     open_core,
     resolve_precision,
@@ -33,6 +36,7 @@ from datasetdm_fast.engine.engines.exported.openvino import (
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.sampling.times import initial_noise
 from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.export.manifest import StageFile, TensorInfo
 
 HAS_BF16 = "BF16" in open_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 PROMPTS = ("a green star on a yellow table at night", "three cones", "a person between two trees, in fog")
@@ -188,6 +192,93 @@ def test_a_batch_is_cut_and_joined(batch, size, counts):
         assert torch.equal(part["context"], torch.cat([part["latents"], part["latents"] + batch]))
     whole = join_parts([{"noise": part["context"], "sums_low": part["latents"]} for part in parts], 2)
     assert torch.equal(whole["noise"], context) and torch.equal(whole["sums_low"], latents)
+
+
+def stage_of(*names: str, core=None, takes_any_batch=False, streams=0) -> OpenVinoStage:
+    """A stage whose outputs are called y and z."""
+    inputs, outputs = (
+        tuple(TensorInfo(name, (), () if name == "timestep" else ("B", 2), "float32") for name in some)
+        for some in (names, "yz")
+    )
+    file = StageFile("some.onnx", "", inputs, outputs)
+    return OpenVinoStage(core, Path("some.onnx"), file, "f32", streams, takes_any_batch)
+
+
+def test_a_graph_is_compiled_once_for_all_its_shapes_streams_and_threads():
+    compiled, shapes = [], []
+
+    def compile_model(graph, place, options):
+        compiled.append((options["NUM_STREAMS"], options["INFERENCE_NUM_THREADS"]))
+        return SimpleNamespace(create_infer_request=lambda: object())
+
+    core = SimpleNamespace(read_model=lambda path: SimpleNamespace(reshape=shapes.append), compile_model=compile_model)
+    stage = stage_of("a", "b", core=core)
+    calls = [([(1, 2), (1, 3)], 2, 4), ([(1, 2), (1, 4)], 2, 4), ([(2, 2), (1, 3)], 2, 4)]
+    calls += [([(1, 2), (1, 3)], 1, 4), ([(1, 2), (1, 3)], 2, 8)]
+    requests = [stage._open_requests(*call) for call in calls]
+    assert [len(each) for each in requests] == [2, 2, 2, 1, 2] and compiled == [call[1:] for call in calls]
+    assert shapes == [dict(zip("ab", each)) for each, *_ in calls]
+    assert all(stage._open_requests(*call) is each for call, each in zip(calls, requests)) and len(compiled) == 5
+    anything = stage_of("a", "b", core=core, takes_any_batch=True)
+    assert anything._open_requests(*calls[0]) is anything._open_requests(*calls[1])
+    assert anything._open_requests(*calls[0]) is not anything._open_requests(*calls[4]) and len(shapes) == 5
+
+
+def test_parts_run_at_once_on_no_more_streams_than_threads():
+    before = torch.get_num_threads()
+    try:
+        for threads, streams, counts in ((2, 5, [2, 2, 1]), (4, 0, [4, 1]), (4, 3, [3, 2]), (8, 0, [5])):
+            torch.set_num_threads(threads)
+            stage, seen = stage_of("a", streams=streams), []
+            stage._run_streams = lambda parts, *more, seen=seen: seen.append((len(parts), *more)) or list(parts)
+            assert stage(list(range(5))) == list(range(5))
+            assert seen == [(count, counts[0], threads) for count in counts]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_follows_from_a_timestep_is_computed_once_for_it():
+    given, asked = {}, []
+    end = type("Output", (), {"any_name": "timestep.0"})()
+
+    class TimeModel:
+        outputs = (end,)
+
+        def __call__(self, inputs):
+            asked.append(float(inputs["timestep"]))
+            return {end: np.array(inputs["timestep"] * 2)}
+
+    request = SimpleNamespace(
+        set_tensor=lambda name, tensor: given.update({name: np.array(tensor.data)}),
+        start_async=lambda: None,
+        wait=lambda: None,
+        get_tensor=lambda name: SimpleNamespace(data=given["timestep.0"] + ord(name)),
+    )
+    stage = stage_of("a", "timestep")
+    stage._open_requests, stage._time_model = lambda *_: [request], TimeModel()
+    for timestep in (5.0, 5.0, 7.0, 5.0):
+        (found,) = stage._run_streams([{"a": torch.ones(1, 2), "timestep": torch.tensor(timestep)}], 1, 1)
+        assert {*given} == {"a", "timestep.0"}
+        assert {name: float(value) for name, value in found.items()} == {
+            "y": 2 * timestep + 121,
+            "z": 2 * timestep + 122,
+        }
+    assert asked == [5.0, 7.0, 5.0]
+
+
+def test_texts_and_labels_are_computed_in_fp32_in_every_precision(monkeypatch):
+    opened = {}
+    monkeypatch.setattr(
+        openvino_engine, "OpenVinoStage", lambda core, path, file, hint, streams, any_batch: (hint, any_batch)
+    )
+    stages = ("encode_text", "denoise", "denoise_and_capture", "decode_image", "encode_image", "annotate_depth")
+    manifest = SimpleNamespace(graph=lambda folder, stage: stage, stages=dict.fromkeys(stages))
+    for precision in ("fp32", "bf16"):
+        engine = SimpleNamespace(core=None, streams=0, precision=precision)
+        opened[precision] = {stage: OpenVinoEngine._open(engine, None, manifest, stage) for stage in stages}
+    assert {hint for hint, _ in opened["fp32"].values()} == {"f32"}
+    assert {stage for stage, (hint, _) in opened["bf16"].items() if hint == "f32"} == {"encode_text", "annotate_depth"}
+    assert [stage for stage, (_, any_batch) in opened["bf16"].items() if any_batch] == ["encode_text"]
 
 
 @long_test
