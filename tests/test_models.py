@@ -200,6 +200,13 @@ def test_without_decoders_the_capture_is_raw(pair):
         engine.annotate("depth", None)
 
 
+def test_each_image_has_its_own_negative_prompt(pair):
+    latents, _ = inputs(pair.fast, 3)
+    texts = [pair.torch.encode_text(some) for some in (["fog", "", "rain"], PROMPTS)]
+    noise = pair.fast.denoise(latents, 500.0, join_texts(texts))
+    assert relative(noise, pair.torch.denoise(latents, 500.0, join_texts(texts))) <= STAGE
+
+
 def test_texts_are_read_again_when_they_change(pair):
     """The same tensor is read once; another one, or the same written to, is read anew."""
     engine, reads = build_engine("fast", pair.model, device="cpu"), []
@@ -384,6 +391,34 @@ def test_bf16_stays_within_its_budget(pair):
     assert ours.dtype == torch.float32 and all(value.dtype == torch.float32 for value in sums.sums)
     assert relative(ours, noise) <= 5e-2
     assert engine.fingerprint()["dtype"] == "bf16"
+
+
+def test_weights_of_half_precision_are_those_that_are_multiplied_as_they_are_stored():
+    """Of a U-Net that stores fp32 between its products those of the autoencoder alone."""
+    matrix, half, full = torch.zeros(2, 2), torch.bfloat16, torch.float32
+    backbone = SimpleNamespace(of_kind=lambda kind: ("text_encoder", "text_encoder_2"))
+    asked: dict[str, tuple] = {}
+    networks = {
+        name: SimpleNamespace(read=lambda *given, name=name: asked.update({name: given}))
+        for name in ("unet", "vae", "text_encoder", "text_encoder_2")
+    }
+    for unet_dtype in (half, full):
+        engine = SimpleNamespace(
+            model=SimpleNamespace(networks=networks, backbone=backbone), unet_dtype=unet_dtype, dtype=half
+        )
+        assert set(on_cpu.CpuEngine._sources(engine)) == set(networks) and asked["text_encoder_2"] == ()
+        for name, dtype in (("unet", unet_dtype), ("vae", half)):
+            choose, computed_as = asked[name]
+            assert computed_as == choose("mid_block.conv.weight", matrix) == dtype
+            assert choose("conv.bias", matrix[0]) == full and choose("conv.bias", matrix[0].long()) == torch.int64
+            for part in (
+                "time_embedding.linear_1",
+                "resnets.0.time_emb_proj",
+                "add_embedding.linear_1",
+                "upsamplers.0.conv",
+            ):
+                assert choose(f"{part}.weight", matrix) == full
+    assert list(on_cpu.CpuEngine._sources(engine, "vae")) == ["vae"]
 
 
 def test_arithmetic_a_cpu_cannot_do_is_refused(pair):
