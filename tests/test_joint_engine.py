@@ -142,6 +142,9 @@ def test_in_bf16_it_is_near(opened):
     model, decoders, reference, latents, text, guidance = opened
     engine = build_engine("fast", model, decoders, device="cpu", dtype="bf16")
     assert engine.weight_distance() == 0
+    for name in set(model.networks) - {"transformer"}:  # copies, and the reference has its own as they were
+        types = [next(of.networks[name].module.parameters()).dtype for of in (engine.held, model)]
+        assert types == [torch.bfloat16, torch.float32], name
     ours = call_text(engine, PROMPTS, guidance)
     assert ours.context.dtype == torch.float32
     found, projected = engine.denoise_and_capture(latents, 500.0, ours)
