@@ -42,6 +42,7 @@ from datasetdm_fast.runs.exporting.view import SampleView
 from datasetdm_fast.runs.exporting.voc import borders
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder.folder import RunFolder
+from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.training.readers import open_data
 
 SIZE = 64
@@ -514,7 +515,8 @@ def test_objects_that_8_bits_cannot_tell_are_missing_and_not_ignored(tmp_path):
         folder.add([replace(like, annotations=like.annotations | {"instance": things})], {})
         finish_run(folder)
     out = converted(tmp_path / "run", tmp_path / "out", "--to", "voc") / "voc/VOCdevkit/VOC2012/SegmentationObject"
-    assert np.unique(np.asarray(Image.open(out / "00000000.png"))).tolist() == list(range(255))
+    numbers, pixels = np.unique(np.asarray(Image.open(out / "00000000.png")), return_counts=True)
+    assert numbers.tolist() == list(range(255)) and (pixels[1:] == 1).all()
 
 
 def test_the_config_of_mmseg_names_what_is_there(run, tmp_path):
@@ -579,6 +581,44 @@ def test_instances_called_background_are_left_out_as_that_class_of_a_map_is(tmp_
         mask.sum() for mask in things.masks[[0, 2]]
     )
     assert len((out / "yolo-seg" / "labels" / "train" / "00000000.txt").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "facts", "said"),
+    [
+        ("mmseg", 254, {}, ""),
+        ("mmseg", 255, {}, "255 classes, its label maps hold 254"),
+        ("coco", 255, {}, ""),
+        ("voc", 2, {"tasks": {"instance"}}, ""),
+        (
+            "voc",
+            2,
+            {"tasks": {"depth", "pose"}},
+            "it needs labels for semantic or instance, there are some for depth, pose",
+        ),
+        ("voc", 2, {"form": "png"}, "--image-format png: voc has jpg files"),
+        ("coco", 2, {"form": "jpg"}, ""),
+        ("cityscapes", 2, {}, r"none of the classes is one of its own \(class 0, class 1\)"),
+    ],
+)
+def test_what_a_format_cannot_hold_is_refused_before_a_sample(name, count, facts, said):
+    names = tuple(f"class {k}" for k in range(count))
+    plan = SimpleNamespace(
+        classes=Classes(names, names, ()),
+        tasks=facts.get("tasks", {"semantic"}),
+        pictures=SimpleNamespace(image_format=facts.get("form", "same")),
+    )
+    with pytest.raises(Refused, match=said) if said else nullcontext():
+        conversion.open_format(name).check(name, plan)
+
+
+def test_a_row_of_parquet_names_the_form_of_its_picture(tmp_path):
+    stored = SimpleNamespace(seed=7)
+    sample = SimpleNamespace(name="a", prompt="a ball", stored=stored, width=4, height=2, picture=lambda forms: form)
+    for form in (("jpg", b"x"), ("png", b"y")):
+        row = hf._row(sample, SimpleNamespace(tasks=set(), classes=Classes((), (), ())))
+        assert row["image"] == {"bytes": form[1], "path": f"a.{form[0]}"}
+        assert (row["id"], row["prompt"], row["seed"], row["width"], row["height"]) == ("a", "a ball", 7, 4, 2)
 
 
 def test_three_hundred_classes_are_for_formats_without_label_maps(tmp_path, capsys):
@@ -824,6 +864,21 @@ def test_classes_of_maps_come_before_things_and_a_person_with_joints_alone_is_ne
     assert held.numbers == {"sky": 1, "mug": 2, "can": 3, "person": 4}
     lookup = number_lookup({0: "background", 3: "sky", 4: "jug", 5: "left out"}, held, renamed)
     assert lookup[:7].tolist() == [0, 255, 255, 1, 3, 0, 255] and lookup[255] == 255
+    nothing = collect_classes({"labels": {"depth": {}}}, {"depth": "depth"}, Renaming({}))
+    assert nothing == Classes((), (), ())
+
+
+def test_splits_of_an_export_begin_with_that_to_train_on():
+    document = {"labels": {}}
+    opened = object.__new__(conversion.Conversion)
+    opened.source = SimpleNamespace(
+        rows=lambda: [Row(Request(k, "a", k), {}) for k in range(5)],
+        split_of=lambda row: ("test", "b", "val", "train", "a")[row.request.index],
+        split=None,
+        corrections={},
+        run=SimpleNamespace(document=document, path=Path("run")),
+    )
+    assert [*opened._read_samples()[0]] == ["train", "val", "test", "a", "b"]
 
 
 def test_a_farthest_depth_that_is_no_whole_number_is_told(tmp_path):

@@ -63,8 +63,16 @@ def test_exports_have_the_corrected_labels(run, tmp_path, capsys):
     assert "it holds an export of other samples" in capsys.readouterr().err
 
 
+def test_an_export_is_of_the_regions_that_were_ignored(run, tmp_path, capsys):
+    line = [str(run), "--to", "coco", "--out", str(tmp_path / "out"), "--quiet"]
+    for side, code in ((8, 0), (8, 0), (9, 2)):
+        Review(run).correct({3: Correction(ignored=((0, 0, side, side),))})
+        assert convert(line) == code
+    assert "it holds an export of other samples" in capsys.readouterr().err
+
+
 def test_corrected_samples_are_truth_for_a_training(run):
-    Review(run).change({"00000001": "good"})
+    Review(run).change({"00000000": "bad", "00000001": "good"})
     names, is_left = corrected(run)
     source = open_data(f"run:{run}[corrected]", SIZE)
     assert [item.id for item in source] == ["00000001", "00000002", "00000003"]

@@ -229,6 +229,13 @@ def test_pycocotools_reads_the_masks_and_boxes_of_coco_and_lvis(exported):
             assert masks.area(item["segmentation"]) == item["area"]
 
 
+def test_a_person_with_joints_alone_is_no_thing_of_panoptic_files():
+    classes = Classes(("sky", "car", "person"), ("car",), ("sky",))
+    plan = SimpleNamespace(classes=classes, splits={"train": 1})
+    held = json.loads(b"".join(coco._panoptic(plan, SimpleNamespace(entries=lambda split: iter(())), "train")))
+    assert [(row["name"], row["isthing"]) for row in held["categories"]] == [("sky", 0), ("car", 1), ("person", 0)]
+
+
 def panoptic_numbers(path) -> list:
     red, green, blue = np.moveaxis(np.asarray(Image.open(path)).astype(int), 2, 0)
     return (red + 256 * green + 256 * 256 * blue).tolist()
@@ -329,12 +336,22 @@ def test_voc(exported):
     assert (root / "ImageSets/Segmentation/train.txt").read_text() == "00000000\n"
 
 
+def test_instances_alone_are_objects_and_classes_of_voc(exported):
+    root = exported("voc", "--task", "instance") / "VOCdevkit/VOC2012"
+    car, person = 7, 15  # as all classes are VOC's
+    classes = [[{CAR: car, PERSON: person}.get(number, 0) for number in row] for row in FRONT]
+    assert pixels(root / "SegmentationClass/00000000.png") == classes
+    objects = [[0, 0, 0, 1, 1, 0], [0, 2, 2, 2, 1, 0], [3, 2, 2, 2, 1, 0], [3, 3, 0, 1, 1, 0]]
+    assert pixels(root / "SegmentationObject/00000000.png") == objects
+
+
 def test_an_object_of_voc_is_truncated_by_any_border_of_its_picture():
     boxes = [(0, 1, 2, 2), (1, 0, 2, 2), (4, 1, 2, 2), (1, 2, 2, 2), (1, 1, 4, 2)]  # the last one touches none
-    things = [SimpleNamespace(name="car", box=box) for box in boxes]
+    things = [SimpleNamespace(name="<car> & co", box=box) for box in boxes]
     sample = SimpleNamespace(name="a", width=WIDTH, height=HEIGHT, things=things)
     annotation = ElementTree.fromstring("".join(voc._annotation(sample, True)))
     assert [each.text for each in annotation.iter("truncated")] == ["1", "1", "1", "1", "0"]
+    assert {each.findtext("name") for each in annotation.iter("object")} == {"<car> & co"}
 
 
 def test_classes_of_voc_have_its_numbers_and_others_those_of_the_export():

@@ -65,6 +65,7 @@ from datasetdm_fast.training.readers import (
 from datasetdm_fast.training.readers import run as run_reader
 from datasetdm_fast.training.readers.folder import Folder
 from datasetdm_fast.training.settings import Inversion, ModelChoice, TrainingData
+from datasetdm_fast.training.truth import selection as selection_of_images
 from datasetdm_fast.training.truth import shapes, tables, windows
 from datasetdm_fast.training.truth.augment import Augmentation, augment
 from datasetdm_fast.training.truth.picture_source import PictureSource
@@ -440,6 +441,16 @@ def test_shapes_of_cvat_in_the_group_zero_are_things_of_their_own(copied):
         assert len(open_data(address, SIDE)[0].masks) == count
 
 
+def test_a_picture_of_cvat_lies_in_the_folder_of_its_subset_before_that_of_all(copied):
+    root, address = copied("cvat")
+    path = root / "annotations.xml"
+    path.write_text(path.read_text().replace("<image ", '<image subset="more" ', 1))
+    before = open_data(address, SIZE)[0].image
+    picture = Path(open_data(address, SIZE).name(0))
+    save(root / "images" / "more" / picture.relative_to(root / "images"), 255 - np.asarray(Image.open(picture)))
+    assert (open_data(address, SIZE)[0].image != before).any()
+
+
 def test_datumaro_calls_a_file_of_cvat_as_its_split(copied):
     """All splits have one folder of images there, and a mask covers the whole picture."""
     root, address = copied("cvat")
@@ -463,6 +474,22 @@ def test_what_is_no_task_of_cvat_is_refused(copied, change):
     path.write_text(change(path.read_text()))
     with pytest.raises(Refused, match="no image in it, expected what CVAT calls"):
         open_data(address, SIZE)
+
+
+def test_a_shape_of_a_label_that_its_task_of_cvat_lacks_is_refused(copied):
+    root, address = copied("cvat")
+    path = root / "annotations.xml"
+    path.write_text(path.read_text().replace("<box ", '<box label="mug" xtl="1" ytl="1" xbr="9" ybr="9"/><box ', 1))
+    with pytest.raises(Refused, match="the unknown class 'mug'"):
+        list(open_data(address, SIZE))
+
+
+def test_a_packed_mask_may_be_large():
+    numbers = np.random.default_rng(0).integers(0, 256, (300, 300), np.uint8)
+    content = io.BytesIO()
+    Image.fromarray(numbers).save(content, "PNG")
+    packed = base64.b64encode(zlib.compress(content.getvalue())).decode()
+    assert (np.asarray(shapes.decode_image(packed, "a", is_packed=True)) == numbers).all()
 
 
 def test_labels_of_cvat_that_bound_no_area_are_no_classes(copied):
@@ -560,6 +587,7 @@ def test_an_object_of_voc_has_the_class_of_most_of_its_pixels_but_the_border(tmp
     ("annotation", "count"),
     [
         ({"keypoints": [5, 5, 1, 6, 6, 2, 0, 0, 0]}, 2),
+        ({"keypoints": [0, 0, 2, 6, 6, 0, 7, 7, 0]}, 1),
         ({"keypoints": [5, 5, 2], "num_keypoints": 0}, 0),
         ({}, 0),
     ],
@@ -981,6 +1009,18 @@ def test_a_box_of_coco_without_an_outline_is_ignored_beside_outlines(copied, cha
         open_data(address, SIZE, tasks=["instance"]).picture(1)
 
 
+@pytest.mark.parametrize(("used", "shown"), [([1], [1]), ([0, 1], [0, 1])])
+def test_a_root_of_roboflow_is_a_class_where_annotations_are_of_it(tmp_path, used, shown):
+    names = ((0, "toys", "none"), (1, "ball", "toys"))
+    document = {
+        "images": [{"id": 1, "width": 8, "height": 8, "file_name": "a.png"}],
+        "categories": [{"id": k, "name": name, "supercategory": parent} for k, name, parent in names],
+        "annotations": [{"id": k, "image_id": 1, "category_id": k} for k in used],
+    }
+    text(tmp_path / "a.json", json.dumps(document))
+    assert coco.Annotations(tmp_path / "a.json").shown_categories == shown
+
+
 def test_categories_of_one_name_are_refused(copied):
     root, address = copied("coco")
     path = root / "annotations/instances_train2017.json"
@@ -1010,11 +1050,14 @@ def test_splits_of_tools_are_found_by_their_names(placed):
     assert "Roboflow" in stop.value.remedy and "FiftyOne" in stop.value.remedy
 
 
-def test_several_files_that_may_be_the_annotations_are_refused(placed):
+@pytest.mark.parametrize(
+    "names", [("labels.json", "result.json"), ("person_keypoints.json", "person_keypoints_default.json")]
+)
+def test_several_files_that_may_be_the_annotations_are_refused(placed, names):
     root, address, place = placed
-    file = place("labels.json", "data")
-    shutil.copy(file, root / "result.json")
-    with pytest.raises(Refused, match="several files may be its annotations: labels.json, result.json"):
+    file = place(names[0], "data")
+    shutil.copy(file, root / names[1])
+    with pytest.raises(Refused, match=f"several files may be its annotations: {', '.join(names)}"):
         open_data(address, SIZE)
 
 
@@ -1376,6 +1419,19 @@ def test_masks_are_drawn_into_one_map_from_the_largest_to_the_smallest():
     assert largest_first(masks) == [1, 3, 0, 2]
 
 
+def test_a_map_that_is_drawn_of_masks_shows_small_ones_and_ignores_crowds():
+    source = PictureSource(4, 1)
+    source.classes, source.thing_classes, source.tasks = ("background", "a", "b"), ("a", "b"), ("semantic",)
+    masks, crowds = np.zeros((2, 4, 4), bool), np.zeros((1, 4, 4), bool)
+    masks[0, 0, 0], masks[1, :2], crowds[0, :, 0] = True, True, True
+    facts = {"image": np.zeros((4, 4, 3), np.uint8), "masks": masks, "mask_classes": np.array([0, 1])}
+    item = replace(open_data("demo:1@900000", SIZE)[0], semantic=None, crowds=crowds, named=None, **facts)
+    labels = [[1, 2, 2, 2], [2, 2, 2, 2], [255, 0, 0, 0], [255, 0, 0, 0]]
+    assert source.complete(item).semantic.tolist() == labels
+    back = source.complete(replace(item, semantic=np.uint8(labels), masks=None))
+    assert back.mask_classes.tolist() == [0, 1] and (back.masks == (np.uint8(labels) == [[[1]], [[2]]])).all()
+
+
 def test_framing_by_upstreams_rule_is_repeatable(made):
     plain, drawn = (open_data(f"coco:{made('coco')}", SIZE, framing=kind) for kind in ("fit", "upstream"))
     assert (drawn[1].image == drawn[1].image).all() and (drawn[1].image != plain[1].image).any()
@@ -1404,6 +1460,25 @@ def test_zero_shot_images_show_no_unseen_class():
     assert len(source) >= 6
     for item in source:
         assert {source.thing_classes[k] for k in item.mask_classes} <= set(seen)
+
+
+def test_a_class_counts_where_it_covers_more_than_the_least_area():
+    source = open_data("demo:1@0", SIZE)
+    largest = max(source.areas(0).values())
+    assert len(open_data("demo:1@0", SIZE, selection=Selection(min_area=largest - 1))) == 1
+    with pytest.raises(Refused, match="none of 1 images is chosen"):
+        open_data("demo:1@0", SIZE, selection=Selection(min_area=largest))
+
+
+def test_a_path_is_compared_without_an_ending_of_up_to_four_letters():
+    for path, parts in (
+        ("a\\b/c.jpeg", ("a", "b", "c")),
+        ("./c.d.PNG", ("c.d",)),
+        ("c.jpeg2", ("c.jpeg2",)),
+        (".jpg", (".jpg",)),
+        ("c.", ("c",)),
+    ):
+        assert selection_of_images._parts(path) == parts
 
 
 def test_a_long_tail_has_its_own_limit():
@@ -1989,6 +2064,7 @@ def test_what_is_wrong_with_data_is_said(copied, layout, damage, said, end):
 
 def test_a_scene_is_called_by_its_seed():
     assert open_data("demo:2@900000", SIZE).name(1) == "demo scene 900001"
+    assert [item.id for item in open_data("demo:2", SIZE)] == ["0", "1"]
 
 
 def test_a_device_is_no_data_set_of_coco():
@@ -2086,6 +2162,10 @@ def test_labels_of_a_run_that_do_not_fit_are_refused_by_the_sample(monkeypatch):
         sample.row.labels["pose"] = [person]
         with pytest.raises(Refused, match="photos: sample 00000007: a person without a box"):
             source._persons(sample, 0)
+    joints = SimpleNamespace(points=np.float32([[[1, 2, 0.5]]]), visibility=np.array([[2]]))
+    people = {"pose": [{"bbox": [0, 0, 1, 2], "area": 0}]}  # of a person whose joints have no area
+    found = source._persons(SimpleNamespace(label=lambda name: joints, row=SimpleNamespace(labels=people)), 0)
+    assert [value.tolist() for value in found.values()] == [[[[1, 2, 2]]], [[0, 0, 1, 2]], [1]]
     monkeypatch.setattr(run_reader, "origins", lambda document, row: [7])
     with pytest.raises(Refused, match="r/.*ledger.* the row of sample 00000003 is damaged"):
         source._origins(SimpleNamespace(request=SimpleNamespace(id="00000003")))
@@ -2322,6 +2402,19 @@ def test_classes_of_labelme_have_the_order_of_a_list_beside_the_splits(copied):
     assert open_data(f"{address}[train]", SIZE).thing_classes == names
 
 
+def test_shapes_of_group_0_of_labelme_are_one_thing(copied):
+    root, address = copied("labelme")
+    path = root / "scene 0.json"
+    document = json.loads(path.read_text())
+    boxes = [[[0, 0], [9, 9]], [[20, 0], [29, 9]]]
+    for group, count in ((0, 1), (None, 2)):
+        document["shapes"] = [
+            {"label": "ball", "points": box, "shape_type": "rectangle", "group_id": group} for box in boxes
+        ]
+        path.write_text(json.dumps(document))
+        assert len(open_data(address, SIDE)[0].masks) == count
+
+
 def test_the_farthest_depth_of_a_folder_is_that_of_its_split_before_that_of_all(copied):
     root, address = copied("folder")
     text(root / "max_depth.txt", "20")
@@ -2551,6 +2644,13 @@ def test_a_label_map_of_some_of_vocs_classes_keeps_their_numbers(mugs):
     assert (labels[mugs.labels == 1] == 2).all() and (labels[mugs.labels == 2] == 1).all()
 
 
+def test_numbers_of_vocs_palette_are_those_of_colours_in_any_order():
+    black, maroon, green = voc.voc_palette()[0], voc.voc_palette()[1], voc.voc_palette()[2]
+    numbers = voc.numbers_of([black, green, maroon])
+    assert numbers[[0, 1, 2, 3, 255]].tolist() == [0, 2, 1, -1, 255]
+    assert voc.numbers_of([black, green, None]) is None and voc.numbers_of([black, (1, 2, 3)]) is None
+
+
 def test_what_labelme_writes_as_voc_is_read_without_lists(mugs):
     for name in "ab":
         save(mugs.root / f"JPEGImages/{name}.jpg", mugs.image)
@@ -2763,12 +2863,47 @@ def test_classes_units_and_splits_of_hugging_face_folders_are_read_where_they_st
         open_data(f"{address}[val]", SIZE)[0]
 
 
+def test_the_splits_of_a_hugging_face_folder_may_lie_in_its_folder_data(copied):
+    root, address = copied("hf-imagefolder")
+    before = [item.semantic for item in open_data(address, SIZE)]
+    (root / "data").mkdir()
+    (root / "train").rename(root / "data" / "train")
+    assert (np.array([item.semantic for item in open_data(address, SIZE)]) == before).all()
+
+
+def test_an_export_without_depths_names_its_things_among_its_classes(copied):
+    root, address = copied("hf-imagefolder")
+    path = root / "train" / "metadata.jsonl"
+    rows = [{k: v for k, v in json.loads(line).items() if "depth" not in k} for line in path.read_text().splitlines()]
+    text(path, "\n".join(map(json.dumps, rows)))
+    names = {str(k): name for k, name in enumerate(world.CLASSES)}
+    text(root / "classes.json", json.dumps({"id2label": names, "things": ["ball", "cone"]}))
+    source = open_data(address, SIZE)
+    assert source.tasks == ("semantic", "open-vocabulary") and {*source.thing_classes} == {"ball", "cone"}
+
+
 def test_names_of_classes_beside_the_pictures_of_a_split_count_before_those_of_all(copied):
     root, address = copied("hf-imagefolder")
     for folder, ending in ((root, "a"), (root / "train", "b")):
         names = {str(k): name + ending * (k > 0) for k, name in enumerate(world.CLASSES)}
         text(folder / "id2label.json", json.dumps(names))
         assert open_data(address, SIZE).classes == tuple(names.values())
+
+
+def test_the_only_list_of_rows_is_the_split_train(copied):
+    root, _ = copied("hf-imagefolder")
+    shutil.copy(root / "classes.txt", root / "train")
+    assert len(open_data(f"hf:{root}/train", SIZE)) == COUNT
+    with pytest.raises(Refused, match="no split 'val'"):
+        open_data(f"hf:{root}/train[val]", SIZE)
+
+
+def test_joints_of_names_that_are_no_unicode_are_refused(copied):
+    root, address = copied("coco")
+    path = root / "annotations/person_keypoints_train2017.json"
+    rewrite(path, lambda found: found["categories"][0]["keypoints"].__setitem__(0, "\ud800"))
+    with pytest.raises(Refused, match="the class or joint .* is not valid Unicode"):
+        open_data(address, SIZE)
 
 
 def test_a_cell_of_a_table_keeps_its_lines(copied):
@@ -3320,6 +3455,16 @@ def test_data_of_crowds_alone_are_refused_for_that(copied):
         check_truth(source, "instance", address)
     assert "iscrowd 0" in caught.value.remedy
 
+    class Items(list):
+        thing_classes, classes, joints, max_depth = world.THINGS, (), (), 0.0
+
+    none = {"masks": np.zeros((0, SIZE, SIZE), bool), "mask_classes": np.zeros(0, np.int64)}
+    empty = replace(source[0], semantic=None, crowds=None, crowd_classes=None, **none)
+    for items, remedy in (([source[0], empty], "iscrowd 0"), ([empty, empty], "Check the labels")):
+        with pytest.raises(Refused, match="none of 2 images shows") as caught:
+            check_truth(Items(items), "instance", address)
+        assert remedy in caught.value.remedy
+
 
 @pytest.mark.parametrize(
     ("task", "facts", "said"),
@@ -3335,6 +3480,14 @@ def test_items_of_another_reader_lack_no_truth_that_it_promised(task, facts, sai
 
     with pytest.raises(Refused, match=f"--data other:x: .*{said}"):
         check_truth(Items([replace(open_data("demo:1@900000", SIZE)[0], **facts)]), task, "other:x")
+
+
+def test_words_are_learnt_from_masks_where_there_is_no_map():
+    class Items(list):
+        thing_classes, classes, joints, max_depth, class_table = world.THINGS, (), (), 0.0, None
+
+    item = replace(open_data("demo:1@900000", SIZE)[0], semantic=None, keypoints=None, depth=None)
+    assert check_truth(Items([item]), "open-vocabulary", "other:x") is None
 
 
 def test_a_wrong_layout_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
