@@ -19,7 +19,7 @@ from bench.world.hard.reader import register
 from bench.world.worlds import WORLDS
 from datasetdm_fast import Pipeline, filter, generate, open_run, train
 from datasetdm_fast.command_line import progress, run_report
-from datasetdm_fast.data import DomainDistance, Instances, Request, Sample, SemanticMap, Trust
+from datasetdm_fast.data import DepthMap, DomainDistance, Instances, Request, Sample, SemanticMap, Trust
 from datasetdm_fast.engine.decoders import domain
 from datasetdm_fast.engine.decoders.checkpoint import load_decoder
 from datasetdm_fast.engine.decoders.folders import DEMO
@@ -28,9 +28,10 @@ from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.jobs.writing import DomainGate
 from datasetdm_fast.runs.run_folder.indexes import card
-from datasetdm_fast.training import workflow
+from datasetdm_fast.training import page, workflow
 from datasetdm_fast.training.cross_validation import bound_of
-from datasetdm_fast.training.report import describe_framing, describe_result, describe_warnings
+from datasetdm_fast.training.report import describe_framing, describe_plans, describe_result, describe_warnings
+from datasetdm_fast.training.settings import TaskSettings
 from datasetdm_fast.training.workflow import read_check
 
 pytestmark = pytest.mark.usefixtures("tiny_has_one_layer", "one_engine_of_a_kind")
@@ -513,6 +514,8 @@ def test_a_model_may_draw_captions_that_are_lists_of_names_otherwise(named, outs
     decoder = SimpleNamespace(domain=learned, config=SimpleNamespace(task="semantic"))
     check = workflow.check_itself(session, decoder, tmp_path)
     assert check.outside == max(outside, 1)  # the first by its own distance
+    if named:  # the mean of all, which is near enough, moves no sample
+        assert [sample.trust.domain for sample in check.samples] == [1.5, *[0.5] * 15]
 
 
 def test_a_decoder_without_a_domain_or_memory_for_it_is_not_checked(monkeypatch, tmp_path):
@@ -527,6 +530,40 @@ def test_a_decoder_without_a_domain_or_memory_for_it_is_not_checked(monkeypatch,
         workflow.check_itself(SimpleNamespace(engine=engine), decoder, tmp_path)
     monkeypatch.setattr(workflow, "_choose_captioned", lambda session: [])
     assert workflow.check_itself(SimpleNamespace(engine=engine), decoder, tmp_path) is None and not errors
+
+
+@pytest.mark.parametrize(("distance", "what"), [(None, ""), (1.0, " 1.00"), (1.5, " 1.50, out of the domain")])
+def test_the_page_tells_how_far_a_generated_sample_is_from_the_domain(distance, what):
+    depth = DepthMap(np.ones((8, 8), np.float32), 10.0)
+    trust = None if distance is None else Trust(domain=distance)
+    sample = Sample(Request(0, "a <ball>", 0), np.zeros((8, 8, 3), np.uint8), {"depth": depth}, trust=trust)
+    end = f"a &lt;ball&gt;{f' &middot; distance{what}' if what else ''}</figcaption></figure>"
+    assert page._sample("depth", None, sample).endswith(end)
+
+
+@pytest.mark.parametrize(
+    ("result", "finished", "steps"),
+    [(None, "", "600 steps in all, 6 times"), ({}, " - finished", "500 steps in all, 5")],
+)
+def test_a_plan_counts_the_trainings_that_are_left(result, finished, steps):
+    session = SimpleNamespace(
+        split=([0] * 40, [0] * 30),
+        engine=SimpleNamespace(model=SimpleNamespace(size=64)),
+        framing={"scaled": 0, "cut_to_a_square": 0, "pictures": 70},
+        view_settings=SimpleNamespace(draws=1),
+        address="demo:70",
+        cache_plan=lambda task: f"of {task}",
+    )
+    schedule = SimpleNamespace(steps=100, batch_size=4)
+    plan = SimpleNamespace(schedule=schedule, decoder=SimpleNamespace(kind="segmentation", named=tuple("abcdefg")))
+    lines = list(describe_plans(session, {"semantic": plan}, {"semantic": result}, TaskSettings(), folds=5))
+    assert lines[1] == "images     40 to learn from in 1 view each, 30 held out, 64 pixels a side"
+    early = ", fewer once 4 of 10 evaluations in turn bring no improvement"
+    assert lines[2:4] == [
+        "captures   of semantic",
+        f"semantic   segmentation decoder, 100 steps of 4 views{early}{finished}",
+    ]
+    assert "by name    a, b, c, d, e and 2 more: only where" in lines[4] and lines[-1].startswith(f"semantic   {steps}")
 
 
 def test_what_a_training_is_told_to_be_wrong_with():

@@ -1,6 +1,7 @@
 """Figures of merit: one on the truth itself, known values on known mistakes."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -130,7 +131,8 @@ def test_overlaps_of_classes_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("columns", "ap50", "ap", "ap75"), [(52, 1, 0.1, 0), (77, 1, 0.6, 1), (49, 0, 0, 0), (100, 1, 1, 1)]
+    ("columns", "ap50", "ap", "ap75"),
+    [(52, 1, 0.1, 0), (72, 1, 0.5, 0), (77, 1, 0.6, 1), (49, 0, 0, 0), (100, 1, 1, 1)],
 )
 def test_a_mask_counts_from_the_overlaps_on_that_it_reaches(columns, ap50, ap, ap75):
     truth, found = np.zeros((2, 1, 10, 100), bool)
@@ -202,6 +204,23 @@ def test_an_evaluation_goes_on_in_seeds_and_tells_how_many_images_are_done(monke
     assert ScoreSettings() == ScoreSettings("true", 10, 0, (), 500, 0.95)
 
 
+def test_images_that_are_not_judged_count_no_things(monkeypatch):
+    class Data(list):
+        classes, thing_classes = ("background", "mug"), ("mug",)
+
+    facts = {"masks": np.ones((2, 2, 2), bool), "mask_classes": np.array([0, 0])}
+    item = Labelled("", np.zeros((2, 2, 3), np.uint8), "", np.full((2, 2), 255, np.uint8), **facts)
+    shown = replace(item, semantic=np.ones((2, 2), np.uint8), masks=facts["masks"][:1])
+    config = SimpleNamespace(task="semantic", classes=Data.classes, has_text=False, table=None)
+    model = SimpleNamespace(size=2, tokenizer=None)
+    engine = SimpleNamespace(decoders={"a": SimpleNamespace(config=config)}, model=model, annotate=lambda *_: None)
+    monkeypatch.setattr(measure, "invert_for", lambda *_: {"a": None})
+    label = SemanticMap(np.ones((2, 2), np.uint8), np.ones((2, 2), np.float32), Data.classes)
+    monkeypatch.setattr(measure, "read_labels", lambda raw, images, *_: [label for _ in images])
+    meter = measure.measure(engine, Data([item, shown, item]), ("a",), ScoreSettings(captions="none"))["a"]
+    assert (meter.things, meter.count, meter.result()["miou"]) == ([1], 1, 1)
+
+
 def test_decoders_of_one_call_and_one_kind_of_picture_share_their_captures():
     def config(task, times):
         return SimpleNamespace(task=task, capture_timestep=times)
@@ -225,6 +244,8 @@ def test_flags_of_an_evaluation_have_their_bounds():
         with pytest.raises(Refused, match="--level: [01] is not between 0 and 1"):
             EvaluateConfig(level=level).check()
     EvaluateConfig(level=0.01).check()
+    several = EvaluateConfig(data="demo:3@5, vkitti2:/a[Scene01,Scene02],coco:/my, photos").addresses
+    assert several == ["demo:3@5", "vkitti2:/a[Scene01,Scene02]", "coco:/my, photos"]
     asked = EvaluateConfig(captions="none", batch_size=3, seed=4, unseen=("a",), bootstrap=5, level=0.5).group(
         ScoreSettings
     )
@@ -796,6 +817,49 @@ def test_what_to_know_of_a_figure():
     assert len(many) == 1 and many[0].startswith(
         "no held-out image shows a, b, c, d, e and 2 more: means leave them out"
     )
+
+
+@pytest.mark.parametrize("captions", ["true", "unread", "none"])
+def test_how_captions_were_used_is_told_and_they_are_made_with_the_words_of_a_decoder(source, monkeypatch, captions):
+    shared = {"task": "depth", "classes": (), "has_text": False, "capture_timestep": 1}
+    configs = {
+        "depth": SimpleNamespace(table=None, named=(), **shared),
+        "depth:b": SimpleNamespace(table="words", named=("ball",), **shared),
+    }
+    engine = SimpleNamespace(decoders={label: SimpleNamespace(config=config) for label, config in configs.items()})
+    seen = SimpleNamespace(captions_name_all=True, skipped={"a.png": "cut short"}, classes=(), thing_classes=())
+    meter = METRICS["depth"](source)
+    meter.rows.append((0.1, 0.01, 1.0, 1.0, 1.0))
+    monkeypatch.setattr(measure.data_record, "count_seen_in_training", lambda *_: {"depth:b": 3})
+    monkeypatch.setattr(measure, "measure", lambda *_: dict.fromkeys(configs, meter))
+    settings = ScoreSettings(captions=captions, bootstrap=0)
+    result, skipped = measure.evaluate_decoders(engine, "out", "demo:1", ["depth"], (), lambda *_: seen, settings)
+    told = {"absrel": 0.1, "captions": captions, "captions_name_all": captions == "true"}
+    assert result["depth"].items() >= (told | {"named_by_captions": False}).items()
+    assert result["depth:b"].items() >= {"named_by_captions": captions == "true", "seen_in_training": 3}.items()
+    assert "seen_in_training" not in result["depth"] and skipped == seen.skipped and seen.class_table == "words"
+
+
+@pytest.mark.parametrize(
+    ("facts", "shown", "lines"),
+    [
+        ({}, {"mug": 0.5}, ["the decoder has no class cup,", "no image shows jug"]),
+        ({"classes": ("background", "mug", "cup")}, {"mug": 0.5, "cup": 0.1}, []),
+        ({}, {"cup": 0.5, "background": 0.9}, None),
+        ({"has_text": True}, {"cup": 0.5}, []),
+        ({"classes": ()}, {"cup": 0.5}, []),
+    ],
+)
+def test_names_of_a_decoder_are_compared_with_those_that_images_show(facts, shown, lines):
+    usual = {"task": "semantic", "classes": ("background", "mug", "jug"), "has_text": False}
+    meter = METRICS["semantic"](SimpleNamespace(classes=("background", "mug", "cup")))
+    config = SimpleNamespace(**usual | facts)
+    with pytest.raises(Refused, match="no class in common") if lines is None else nullcontext():
+        told = measure._compare_names(meter, config, {"per_class": shown})
+        assert len(told) == len(lines) and all(line.startswith(start) for line, start in zip(told, lines))
+    depth = METRICS["depth"](SimpleNamespace())
+    depth.each = "per_joint"
+    assert measure._compare_names(depth, config, {"per_class": {"cup": 1.0}}) == []
 
 
 def test_decoders_that_find_nothing_to_be_compared_with_are_refused(source, monkeypatch):

@@ -187,6 +187,11 @@ def test_heads_are_read_where_three_masks_of_four_are_named_rightly(config, monk
     assert heads.right == pytest.approx(told, abs=0 if heads.shares else 1e-4)
 
 
+def test_images_that_name_one_class_teach_no_heads(config, monkeypatch):
+    monkeypatch.setattr(OneHeadViews, "item", lambda self, view: SimpleNamespace(caption="a ball beside a ball"))
+    assert word_heads.learn_heads(OneHeadViews(config), config, Tokenizer()) == word_heads.WordHeads()
+
+
 def test_the_heads_of_few_masks_or_of_words_that_are_often_confused_are_not_read(config):
     many, few = (word_heads.learn_heads(OneHeadViews(config, images=count), config, Tokenizer()) for count in (10, 9))
     assert (many.masks, few.masks, few.shares, few.right) == (20, 18, (), 0.0) and many.shares

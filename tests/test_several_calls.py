@@ -27,6 +27,7 @@ from datasetdm_fast.training import call_ranking
 from datasetdm_fast.training.call_ranking import Probe, truth_of
 from datasetdm_fast.training.captures.targets import TrainingTarget
 from datasetdm_fast.training.session import TrainingSession
+from datasetdm_fast.training.settings import Inversion
 from datasetdm_fast.training.trainer import project
 
 pytestmark = pytest.mark.usefixtures("tiny_has_one_layer")
@@ -185,6 +186,39 @@ def test_a_probe_is_asked_for_depths_joints_and_shares_of_classes():
     told, known = truth_of("instance", replace(empty, classes=torch.tensor([2, 0, 2]), masks=masks), 3, 64, 2)
     assert told.tolist() == [[0, 0, 0.75], [0, 0, 0], [0, 0, 0], [1, 0, 0]] and known.shape == (4,)
     assert truth_of("instance", empty, 3, 64, 2)[0].tolist() == [[0, 0, 0]] * 4
+
+
+def test_things_without_a_map_and_images_from_all_over_the_data_are_probed(monkeypatch):
+    none = torch.zeros(0)
+    masks = torch.zeros(1, 4, 4, dtype=torch.bool)
+    masks[0, :2] = True
+    target = TrainingTarget(torch.tensor([2]), masks, none, none, none, none)
+    asked, seen = [], []
+
+    def plain_views(task, numbers, draws):
+        asked.append((task, numbers, draws))
+        return SimpleNamespace(target=lambda view: target, item=lambda view: view, seed=lambda view: 70 + view)
+
+    def captures(engine, views, items, seeds, inversion):
+        seen.append((items, seeds, inversion.timesteps))
+        cells = torch.rand(1, 4, 3, generator=torch.Generator().manual_seed(seeds[0]))
+        return [cells, 2 * cells]
+
+    monkeypatch.setattr(call_ranking.cache, "captures", captures)
+    engine = SimpleNamespace(model=SimpleNamespace(size=4))
+    source = SimpleNamespace(classes=(), thing_classes=("a", "b", "c"))
+    numbers = range(100, 200, 2)
+    session = SimpleNamespace(
+        numbers=[*numbers, *numbers], plain_views=plain_views, source=source, engine=engine, inversion=Inversion()
+    )
+    probes = call_ranking.probe_calls(session, "instance", (9, 5), lambda cells: [[cells], [cells]])
+    assert asked == [("instance", [*numbers[::2], *numbers[::2]], 1)] and [len(call) for call in probes] == [2, 2]
+    assert seen == [([view], [70 + view], (9, 5)) for view in range(50)]
+    products, counts = sum(probes[0][0].products), [float(inputs[-1, -1]) for inputs in probes[0][0].inputs]
+    assert products.shape == (4, 3) and products[-1].tolist() == [0, 0, 100] and counts == [40.0] * 5
+    session.numbers = [1]
+    with pytest.raises(Refused, match="two images or more"):
+        call_ranking.probe_calls(session, "instance", (9,), None)
 
 
 def test_the_best_call_is_that_of_the_mean_over_levels_and_tasks(monkeypatch):

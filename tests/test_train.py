@@ -28,7 +28,7 @@ from skips import IS_LONG, long_test
 from bench.decoders import load_decoders
 from bench.world import teach
 from datasetdm_fast import example, train
-from datasetdm_fast.data import Instances
+from datasetdm_fast.data import DepthMap, Instances
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels.class_tables import colour
 from datasetdm_fast.engine.labels.words import find_classes
@@ -50,7 +50,7 @@ from datasetdm_fast.training import (
 from datasetdm_fast.training.captures import cache
 from datasetdm_fast.training.data_record import find_changes, record_data
 from datasetdm_fast.training.readers import open_data
-from datasetdm_fast.training.settings import TrainConfig
+from datasetdm_fast.training.settings import TaskSettings, TrainConfig
 from datasetdm_fast.training.trainer import Trainer
 
 SMALL = (
@@ -442,6 +442,45 @@ def test_a_change_of_anything_that_is_truth_is_another_record():
         assert sum(record[part] != changed[part] for part in record) == 1, name
 
 
+def test_arrays_of_equal_bytes_and_other_sides_have_another_digest():
+    shapes = ((2, 3), (3, 2), (6,))
+    digests = [data_record._digest((np.zeros(shape, np.uint8), "a")) for shape in shapes]
+    digests += [data_record._digest((np.zeros((2, 3), bool), "a")), data_record._digest((np.zeros(shapes[0]), "b"))]
+    assert len({*digests}) == 5
+    lazy = data_record._digest(([lambda: np.zeros((2, 3), np.uint8)], "a"))
+    assert lazy == digests[0]  # masks may be functions that make them
+
+
+@pytest.mark.parametrize("stored", [{"folds": 2, "a": 1}, {"folds": 3}, None])
+def test_figures_of_another_number_of_folds_are_computed_anew(tmp_path, monkeypatch, stored):
+    depth = DepthMap(np.ones((2, 2), np.float32), 9.0)
+    plan = task_training.TaskPlan(None, SimpleNamespace(steps=1), None, {}, {})
+    item = SimpleNamespace(depth=np.full((2, 2), 2.0, np.float32))
+    opened = SimpleNamespace(
+        source=None,
+        numbers=(0, 1),
+        view_settings=SimpleNamespace(seed=0),
+        views=lambda task, fold, draws: SimpleNamespace(item=lambda view: item),
+        predictor=lambda plan: SimpleNamespace(predict=lambda decoder, views: [depth]),
+        plan=lambda task: plan,
+    )
+    for name, answer in {
+        "split_folds": [[0], [1]],
+        "without_fold": opened,
+        "find_result": {},
+        "load_decoder": None,
+        "read_folds": stored,
+    }.items():
+        monkeypatch.setattr(cross_validation, name, lambda *_, answer=answer: answer)
+    (tmp_path / "training").mkdir()
+    found = cross_validation.cross_validate(opened, "depth", tmp_path, 2, TaskSettings(), None, lambda: False)
+    if stored and stored["folds"] == 2:
+        assert found is stored and not (tmp_path / "training" / "folds.json").exists()
+        return
+    assert (found["folds"], found["images"], found["held_out"]["absrel"]) == (2, 2, 0.5)
+    assert json.loads((tmp_path / "training" / "folds.json").read_text()) == found
+
+
 def test_what_changed_of_data_is_told():
     old = [{"name": name, "image": "1", "depth": "2", "caption": "3"} for name in "abc"]
     assert not find_changes(old, [{**item, "semantic": "4"} for item in old])  # which was not read before
@@ -759,6 +798,8 @@ def test_it_ends_early_where_enough_images_say_that_nothing_gets_better(run, tmp
     if images == 12:
         assert result["steps"] < 10 and result["steps"] == result["weights_of_step"] + 4
         assert "stopped early, weights of step" in err and "the step of the weights was chosen on the same" in err
+        written = (tmp_path / "decoder" / "depth" / "training" / "page.html").read_text()
+        assert f"weights of step</th><td>{result['weights_of_step']}<" in written
     else:  # 5 are too few to choose a step by: the last weights are kept
         assert result["steps"] == result["weights_of_step"] == 10 and "stopped early" not in err
 
@@ -1090,11 +1131,13 @@ def test_copies_of_an_image_are_held_out_together(run, tmp_path):
         save(tmp_path / "data" / "depth" / f"{k:02d}.png", np.full((64, 64), 2000, np.uint16))
     line = ["--data", f"folder:{tmp_path / 'data'}", "--task", "depth", "--steps", "1", "--held-out", "0.3"]
     assert run(*line, "--folds", "2", "--quiet", "--dry-run") == 0
-    config = TrainConfig(data=line[1], task=("depth",), model="tiny", size=64, engine="torch", held_out=0.3)
-    opened = train.open_workflow(config).session
-    for parts in (opened.split, splits.split_folds(opened.source, opened.numbers, 2, 0)):
-        sides = [{number % 4 for number in part} for part in parts]
-        assert sides[0] and sides[1] and not sides[0] & sides[1]
+    (tmp_path / "list").write_text("\n".join(f"{k:02d}.png" for k in range(11, 0, -1) if k != 8))
+    for chosen in ("", str(tmp_path / "list")):  # in another order
+        options = {"model": "tiny", "size": 64, "engine": "torch", "held_out": 0.3, "images": chosen}
+        opened = train.open_workflow(TrainConfig(data=line[1], task=("depth",), **options)).session
+        for parts in (opened.split, splits.split_folds(opened.source, opened.numbers, 2, 0)):
+            sides = [{opened.source.order[number] % 4 for number in part} for part in parts]
+            assert sides[0] and sides[1] and not sides[0] & sides[1]
 
 
 def test_held_out_images_without_any_truth_have_no_figure(run, tmp_path, capsys):

@@ -31,7 +31,7 @@ from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS, Labelled, Label
 from datasetdm_fast.engine.sampling.times import alphas_cumprod, initial_noise
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.kernels import image_norm
-from datasetdm_fast.stages import Level
+from datasetdm_fast.stages import LEVELS, Level
 from datasetdm_fast.training import cross_validation, losses, predictions, session, task_training
 from datasetdm_fast.training import trainer as loop
 from datasetdm_fast.training.captures import cache
@@ -271,6 +271,94 @@ def test_what_is_random_depends_on_the_seed_and_its_place_alone():
     assert loop.generator(3, "turn", 1).initial_seed() == int.from_bytes(digest, "big") // 2
 
 
+def test_levels_of_two_calls_are_added_by_their_shares():
+    decoder = SimpleNamespace(
+        config=SimpleNamespace(calls=2),
+        projections=lambda: {LEVELS[0]: torch.ones(1, 3, 1, 1)},
+        call_shares=lambda: torch.tensor([[0.25] * 4, [0.75] * 4]),
+    )
+    level = torch.cat([torch.full((2, 4, 3), 1.0), torch.full((2, 4, 3), 5.0)], 1)  # a call after the other
+    first, *others = project(decoder, [level] * 4).sums
+    assert torch.equal(first, torch.full((2, 1, 2, 2), 3 * (0.25 + 3.75)))
+    assert {tuple(each.shape) for each in others} == {(2, 0, 2, 2)}  # of levels that the decoder does not read
+
+
+@pytest.mark.parametrize(
+    ("mode", "has_begun", "was", "now", "is_stored"),
+    [
+        ("auto", True, True, False, True),  # the disk is full by now
+        ("auto", True, False, True, False),
+        ("disk", True, True, True, True),
+        ("disk", True, False, True, None),
+        ("off", True, True, False, None),
+        ("off", False, True, False, False),
+        ("auto", False, None, True, True),
+    ],
+)
+def test_captures_are_kept_as_a_training_began(tmp_path, monkeypatch, mode, has_begun, was, now, is_stored):
+    plan = cache.CachePlan(tmp_path / "captures", 8, 9, now)
+    monkeypatch.setattr(session.TrainingSession, "cache_plan", lambda self, task: plan)
+    one = session.TrainingSession("demo:4", None, None, (), cache_settings=CacheSettings(mode))
+    kept, folder = tmp_path / "training" / "captures.json", tmp_path / "training"
+    folder.mkdir()
+    if was is not None:
+        kept.write_text(json.dumps({"are_kept": was}))
+    if has_begun:
+        (folder / "settings.json").write_text("{}")
+    if is_stored is None:
+        how = "kept on the disk" if was else "made anew at every step"
+        with pytest.raises(Refused, match=f"--cache {mode}: .* was started with captures {how}"):
+            one._stored_cache_plan(tmp_path, "depth")
+        return
+    assert one._stored_cache_plan(tmp_path, "depth") == replace(plan, is_stored=is_stored)
+    assert json.loads(kept.read_text()) == {"are_kept": is_stored}
+
+
+def test_a_class_that_only_training_images_show_widens_the_interval(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(task_training, "intervals", lambda meter, **more: asked.append(more) or {"miou": [0.0, 1.0]})
+    monkeypatch.setattr(predictions, "choose_outlines", lambda requested, config, *_: config)
+    monkeypatch.setattr(predictions, "count_classes_shown", lambda views: 7)
+    for name in ("save_decoder", "round_parameters"):
+        monkeypatch.setattr(task_training, name, lambda *_, **__: None)
+    monkeypatch.setattr(task_training, "count_unrelated", lambda source, numbers: len(numbers))
+    meter = SimpleNamespace(result=lambda: {"miou": 0.5}, columns=("a", "b"), not_shown=lambda figures: ["b"])
+    decoder, views = torch.nn.Linear(1, 1), SimpleNamespace(numbers=(0, 1), source=None)
+    decoder.config = SimpleNamespace(outlines="mask", named=("a",))
+    places = {"folder": tmp_path, "state_folder": tmp_path, "predictor": SimpleNamespace(predict=list)}
+    facts = {"settings": TaskSettings(), "plan": SimpleNamespace(schedule=SimpleNamespace(steps=7)), "task": "semantic"}
+    training = SimpleNamespace(**places, **facts, views=views, held_out=SimpleNamespace(numbers=(2,)), framing={})
+    state = SimpleNamespace(best_weights={}, step=7, loss=0.5, early_stopping=EarlyStopping())
+    run = SimpleNamespace(training=training, state=state, has_early_stopping=False, heads=WordHeads((0.5,), 30, 0.9))
+    run.save, run._decoder, run._score = list, lambda: decoder, lambda decoder: meter
+    result = task_training._TrainingRun.finish(run)
+    assert asked == [{"classes": 7}] and result["held_out"] == {"miou": 0.5} and result["not_shown"] == ["b"]
+    assert (result["images"], result["held_out_images"], result["unrelated_images"]) == (2, 1, 3)
+    assert (result["stopped_early"], result["step_chosen_on_held_out"], result["named_by_captions"]) == (0, 0, 1)
+    assert result["words"] == {"masks": 30, "named_rightly": 0.9, "read": True}
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+
+
+def test_every_view_of_every_step_has_random_numbers_of_its_own(engine, source, folder, monkeypatch):
+    held, made, keys = training_views(engine, source, "semantic", folder), loop.generator, []
+    schedule = TrainingSchedule(steps=9, batch_size=3, seed=5, points=16)
+    taught = Trainer(config_of(engine, source, "semantic"), schedule, held, reads_ahead=False)
+    monkeypatch.setattr(loop, "generator", lambda *key: keys.append(key) or made(*key))
+    taught.step(), taught.step()
+    assert [key for key in keys if "turn" not in key] == [(5, step, place) for step in (0, 1) for place in range(3)]
+
+
+def test_captures_of_every_call_count_for_the_disk(engine, source, monkeypatch):
+    asked = []
+    monkeypatch.setattr(session.cache, "plan", lambda *given: asked.append(given))
+    one = session.TrainingSession("demo:4", engine, source, (0, 1, 2, 3), ViewSettings(draws=5))
+    for times in ((7,), (7, 100, 300)):
+        replace(one, inversion=Inversion(times), cache_settings=CacheSettings("disk", "/a", 2.5)).cache_plan("depth")
+    assert [(str(folder), count, *options) for folder, _, count, *options, _ in asked] == [
+        ("/a", 4 * 5 * calls, "disk", 2.5) for calls in (1, 3)
+    ]
+
+
 def test_an_epoch_has_every_view_in_an_order_of_its_own(engine, source, folder):
     held = training_views(engine, source, "depth", folder)
     schedule = TrainingSchedule(steps=9, batch_size=3, seed=5)
@@ -303,6 +391,10 @@ def test_averages_of_weights_and_optimisers_are_those_of_the_schedule(engine, so
     taught.state.step, begun = 2, [value.clone() for value in taught.state.average]
     taught.step()  # 1 - 3/12
     assert all(map(torch.allclose, taught.state.average, torch._foreach_lerp(begun, taught.state.parameters, 0.75)))
+    taught.state.average = [3 * value for value in taught.state.average]
+    convolutions = [each for each in taught.state.averaged_decoder().modules() if isinstance(each, SpectralConv2d)]
+    norms = [float(torch.linalg.matrix_norm(each.weight.detach().flatten(1), 2)) for each in convolutions]
+    assert [float(each.sv0) for each in convolutions] == pytest.approx(norms, rel=0.2) and norms
     assert type(taught.state.optimiser) is torch.optim.AdamW
     assert taught.state.optimiser.defaults["weight_decay"] == 0.125
     other = Trainer(config, replace(schedule, optimiser="adam", average=0.0), held, reads_ahead=False).state
@@ -374,8 +466,10 @@ def test_a_training_is_judged_at_even_steps_and_ends_after_enough_without_improv
     assert run.logged == [line for lines in wanted for line in lines if line[-1] is not None]
 
 
-@pytest.mark.parametrize("is_enough, step", [(True, 4), (False, 7)])
-def test_the_weights_of_the_best_evaluation_are_saved_where_images_are_enough(tmp_path, monkeypatch, is_enough, step):
+@pytest.mark.parametrize("is_enough, step, evaluations", [(True, 4, 3), (False, 7, 3), (True, 4, 1)])
+def test_the_weights_of_the_best_evaluation_are_saved_where_images_are_enough(
+    tmp_path, monkeypatch, is_enough, step, evaluations
+):
     saved, best, last = [], torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     last.config, wanted = SimpleNamespace(outlines="mask", named=()), (best if is_enough else last).weight.item()
     monkeypatch.setattr(predictions, "choose_outlines", lambda requested, config, *_: config)
@@ -385,12 +479,13 @@ def test_the_weights_of_the_best_evaluation_are_saved_where_images_are_enough(tm
     views, plan = SimpleNamespace(numbers=(0, 1), source=None), SimpleNamespace(schedule=SimpleNamespace(steps=10))
     places = {"folder": tmp_path, "state_folder": tmp_path, "predictor": SimpleNamespace(predict=list)}
     facts = {"settings": TaskSettings(), "plan": plan, "views": views, "held_out": None, "task": "depth", "framing": {}}
-    stopping = EarlyStopping(evaluations=3, best_figure=0.1, best_step=4, without_improvement=2)
+    stopping = EarlyStopping(evaluations=evaluations, best_figure=0.1, best_step=4, without_improvement=2)
     state = SimpleNamespace(best_weights=best.state_dict(), step=7, loss=0.5, early_stopping=stopping)
     run = SimpleNamespace(training=SimpleNamespace(**places, **facts), state=state, has_early_stopping=is_enough)
     run.save, run._decoder, run.heads = list, lambda: last, WordHeads()
     result = task_training._TrainingRun.finish(run)
     assert (result["weights_of_step"], result["stopped_early"], saved) == (step, True, [wanted])
+    assert result["step_chosen_on_held_out"] == (is_enough and evaluations > 1)
 
 
 def test_a_training_is_saved_in_time_and_where_it_is_stopped():
@@ -426,7 +521,7 @@ def test_gradients_are_clipped_and_parts_of_a_step_share_their_statistics(engine
         return {name: value.clone() for name, value in decoder.named_buffers() if "stored_" in name}
 
     for clip in (0.0, 1e-3):
-        schedule = TrainingSchedule(batch_size=3, clip=clip, gradient_accumulation_steps=3)
+        schedule = TrainingSchedule(batch_size=6, clip=clip, gradient_accumulation_steps=3)
         taught = Trainer(config, schedule, held, reads_ahead=False)
         before = statistics(taught.state.decoder)
         taught.state.decoder.register_forward_hook(lambda module, *_: seen.append(statistics(module)))
@@ -526,6 +621,20 @@ def test_denominators_count_the_whole_step():
     found = losses.totals([3, 0, 9], 5)
     assert (found.images, found.masks, found.matched, found.queries) == (3, 12, 3 + 5, 15)
     assert found.weight == pytest.approx(8 + 0.1 * 7)
+
+
+def test_losses_of_masks_are_divided_by_all_masks_also_those_without_a_query():
+    torch.manual_seed(2)
+    logits, masks, ids = torch.randn(1, 1, 3), torch.randn(1, 1, 8, 8), [torch.tensor([0, 1])]
+    truth = [(torch.rand(2, 8, 8) > 0.5).float()]
+
+    def loss(count):
+        random = [torch.Generator().manual_seed(0)]
+        whole = losses.Totals(1, count, 1, 1)
+        return float(losses.set_loss(logits, masks, ids, truth, 64, random, whole))
+
+    of_classes = loss(10**9)
+    assert loss(2) - of_classes == pytest.approx(2 * (loss(4) - of_classes), rel=1e-4) and loss(2) > of_classes + 0.1
 
 
 def test_parts_of_a_step_add_up_to_it():
@@ -798,6 +907,8 @@ def test_a_look_is_made_of_its_parts_in_their_order(source):
         )
         assert np.array_equal(one.image, other.image) and np.array_equal(one.semantic, other.semantic), (number, draw)
     assert min(done.values()) >= 5 and len(done) == 3
+    lit = augment(source, 1, Augmentation(light=1.0), 0, 0, source.__getitem__)
+    assert not np.array_equal(lit.image, source[1].image)  # the first view of others is no exception
     plain = augment(source, 1, AUGMENTATIONS["none"], 3, 0, source.__getitem__)
     assert np.array_equal(plain.image, source[1].image)
 
@@ -825,6 +936,8 @@ def test_things_are_pasted_with_their_truth_and_their_names(source):
     names = [source.thing_classes[k] for k in found.mask_classes]
     assert {"star", "tree"} < set(names) and (found.masks.sum(0) <= 1).all() and found.masks.any((1, 2)).all()
     assert found.caption == f"{item.caption}, a star, a tree"
+    told = paste(replace(item, caption="a tree"), other, source, 1.0, np.random.default_rng(0))
+    assert told.caption == "a tree, a star"  # what is named once is not named again
     unmasked = paste(replace(item, masks=None), replace(other, masks=None), source, 1.0, np.random.default_rng(0))
     assert np.array_equal(unmasked.image[over], other.image[over])
 
@@ -995,6 +1108,17 @@ def test_shards_serve_any_number_of_images_and_a_damaged_one_is_made_again(engin
     damaged.write_bytes(damaged.read_bytes()[:-40] + b"\0" * 40)
     cache.cache_captures(engine, views, Inversion((1,)), tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.glob("*.f16")} == before
+
+
+def test_kept_captures_are_those_of_an_image_its_view_and_every_call(tmp_path):
+    paths = [[tmp_path / f"{image}{call}.f16" for call in range(2)] for image in range(2)]
+    for image, calls in enumerate(paths):
+        for call, path in enumerate(calls):
+            views = [[100 * image + 10 * call + view] * 6 for view in range(3)]
+            path.write_bytes(np.array(views, np.float16).tobytes() + b"digest")
+    stored = cache.StoredCaptures(paths, cache.Layout(((2, 3),), (3,)), 3, torch.device("cpu"))
+    (level,) = stored.batch([4, 2])
+    assert level.shape == (2, 4, 3) and level[..., 0].tolist() == [[101, 101, 111, 111], [2, 2, 12, 12]]
 
 
 def test_captures_that_no_training_has_needed_for_long_are_deleted(engine, source, tmp_path):
@@ -1318,6 +1442,8 @@ def test_recipes_stay_those_of_earlier_versions(engine, source):
     large = {"steps": 6000, "batch_size": 4, "rate": 2e-4, "points": 12544, "dropout": 0.2, "warmup": 200}
     assert asdict(schedule("semantic", wide)) == USUAL | large
     assert schedule("instance", wide).dropout == 0.0 and schedule("depth").is_relative
+    varied = schedule("instance", wide, is_varied=True)
+    assert (varied.dropout, varied.weight_decay) == (0.0, 0.05)  # no more than without
     upstream = {"steps": 500_000, "batch_size": 1, "rate": 1e-4, "optimiser": "adam", "decay": "steps", "warmup": 1}
     upstream |= {"decay_every": 35_000, "points": 196, "sigma": 0.25, "is_deep": False, "is_absence_taught": False}
     upstream |= dict.fromkeys(("weight_decay", "average", "clip", "dropout"), 0.0) | {"gain": 1.0}
@@ -1333,6 +1459,11 @@ def test_recipes_stay_those_of_earlier_versions(engine, source):
 
 
 def test_upstreams_recipe(engine, source, folder):
+    wide = [replace(level, features=(320,)) for level in engine.model.levels]
+    for task in ("semantic", "depth", "pose"):  # of one architecture, however small the model
+        both = engine.model.levels, wide
+        small, large = (recipe(task, source, each, 32, (0,), 9, preset="upstream").config for each in both)
+        assert replace(small, levels=large.levels) == large
     found = recipe("semantic", source, engine.model.levels, 32, (0,), 100, preset="upstream").schedule
     assert (found.steps, found.batch_size, found.rate, found.optimiser, found.weight_decay) == (
         500_000,
@@ -1654,7 +1785,7 @@ def test_a_session_tells_how_it_brings_pictures_to_the_models_size_and_augments_
         assert replace(one, address=address, augment=asked).augmentation(task) is AUGMENTATIONS[name]
     views = TrainingViews(source, [2, 0], "depth", ViewSettings(draws=3, seed=7))
     assert [views.seed(view) for view in range(6)] == [13, 14, 15, 7, 8, 9] and len(views) == 6
-    assert (views.first_views(1), views.first_views(9)) == (range(0, 3, 3), range(0, 6, 3))
+    assert [[*views.first_views(most)] for most in (1, 2, 9)] == [[0], [0, 3], [0, 3]]
     plain = replace(one, view_settings=ViewSettings(draws=5)).plain_views("depth", [1], 2)
     assert (plain.settings.draws, plain.settings.augmentation) == (2, AUGMENTATIONS["none"])
     assert len(replace(one, view_settings=ViewSettings(draws=5)).plain_views("depth", [1])) == 5

@@ -4,17 +4,19 @@ import functools
 import json
 import weakref
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from rendered import rendered, write_run
 from skips import IS_LONG
 
 from bench.decoders import load_decoders
 from datasetdm_fast import generate
 from datasetdm_fast import verify as command
-from datasetdm_fast.config import SPEEDS
+from datasetdm_fast.config import HALF, SPEEDS
 from datasetdm_fast.data import (
     AttentionSums,
     DepthMap,
@@ -37,6 +39,7 @@ from datasetdm_fast.engine.loop.recipe import make_recipe
 from datasetdm_fast.engine.models.packed import PackedUpsample
 from datasetdm_fast.engine.sampling.schedule import SamplerState
 from datasetdm_fast.errors import GateFailed
+from datasetdm_fast.messages import count_noun
 from datasetdm_fast.runs.agreement import admission, comparing, observe, verify
 from datasetdm_fast.runs.agreement.observe import (
     free_running_distances,
@@ -615,6 +618,114 @@ def test_a_stored_verdict_holds_for_as_many_samples_and_the_same_setting(monkeyp
 def test_engines_that_disagree_are_told_what_may_help(dtype, is_exact):
     verdict = Verdict([], {"dtype": dtype}, {"dtype": "fp32"}, {})
     assert verdict.agrees and verdict.remedy.startswith("Choose another --engine." if is_exact else "Try --dtype fp32")
+
+
+def test_the_weights_of_every_decoder_that_both_have_are_compared():
+    def engine(**values):
+        decoders = {task: torch.nn.Linear(1, 1, bias=False) for task in values}
+        for task, value in values.items():
+            torch.nn.init.constant_(decoders[task].weight, value)
+        return SimpleNamespace(decoders=decoders, model=None)
+
+    for depth, is_passed in ((2.0, True), (2.5, False)):
+        row = verify.weights_row(engine(semantic=1.0, depth=depth, pose=3.0), engine(semantic=1.0, depth=2.0))
+        assert row.is_passed == is_passed and (row.median > 0) == (not is_passed)
+
+
+def test_a_sample_is_as_far_from_the_stored_one_as_its_picture_and_each_of_its_labels(tmp_path):
+    write_run(tmp_path / "run", 2)
+    held = json.loads((tmp_path / "run" / "run.json").read_text())
+    job, made = SimpleNamespace(document=held, folder=tmp_path / "run"), rendered(1)
+    depth = made.annotations["depth"]
+    brighter = np.where(made.image < 255, made.image + 1, made.image)
+    other = replace(
+        made,
+        image=brighter.astype(np.uint8),
+        annotations=made.annotations | {"depth": replace(depth, metres=depth.metres * 1.1)},
+    )
+    (tmp_path / "made").mkdir()
+    with Ledger(tmp_path / "run" / LEDGER, read_only=True) as ledger:
+        same, far = (comparing._distances(job, ledger.row(1), each, tmp_path / "made") for each in (made, other))
+    names = ("image", "semantic", "instance", "depth", "pose", "open-vocabulary")
+    assert same == dict.fromkeys((f"free {name}" for name in names), 0)
+    share = (brighter != made.image).mean()
+    assert far.pop("free image") == pytest.approx(share**0.5 / 255)
+    assert far.pop("free depth") == pytest.approx(0.1, rel=0.01) and not any(far.values())
+
+
+@pytest.mark.parametrize("is_stored", [True, False])
+@pytest.mark.parametrize(("failed", "holds"), [([], True), ([], False), (["image", "depth"], False)])
+def test_a_run_is_compared_once_and_its_verdict_kept(tmp_path, monkeypatch, is_stored, failed, holds):
+    noted, told, asked, calls = [], [], [], []
+    verdict = SimpleNamespace(failed=failed, rows=[0] * 9, remedy="Try another.")
+    monkeypatch.setattr(comparing, "still_holds", lambda *given: asked.append(given) or holds)
+    monkeypatch.setattr(comparing, "compare_with_reference", lambda job, number, call: verdict)
+    monkeypatch.setattr(comparing, "count_calls", lambda job, number: 10 * number)
+    monkeypatch.setattr(comparing, "describe_verdict", lambda verdict, engine: {"agrees": True, "of": engine.name})
+    monkeypatch.setattr(admission, "note", lambda *given: noted.append(given))
+    before = {"verified": {"number": 5}}
+    job = Job(tmp_path, None, SimpleNamespace(name="fast"), None, {"verified": {"number": 4}})
+    screen = admission.Screen(told.append, lambda title, count: calls.append((title, count)) or nullcontext())
+    with pytest.raises(GateFailed, match="--verify 3: .* fast .*image, depth; nothing") if failed else nullcontext():
+        checked = admission._verify(job, SimpleNamespace(stored=before if is_stored else None), 3, screen)
+    assert asked == [({"number": 5 if is_stored else 4}, job.engine, 3)]
+    if failed or holds:
+        assert not noted and calls == ([("verify", 30)] if failed else [])
+        samples = count_noun(5 if is_stored else 4, "sample")
+        assert told == ([] if failed else [f"verified   {samples} agreed before, with this engine and device"])
+        return
+    facts = {"agrees": True, "of": "fast"}
+    assert checked.document == {"verified": facts} and noted == [(tmp_path, "verified", facts)] * is_stored
+    assert told == ["verified   fast agrees in all 9 measures with torch on 3 samples"]
+
+
+@pytest.mark.parametrize(("half", "failed"), [("", []), ("bf16", []), ("bf16", ["image", "depth"])])
+def test_auto_takes_half_precision_where_the_first_samples_agree_in_it(tmp_path, monkeypatch, half, failed):
+    asked, told, seen = [], [], []
+    plan = SimpleNamespace(number=9)
+
+    def prepare_job(spec, stored, dtype):
+        asked.append((stored, dtype))
+        return Job(tmp_path, plan, SimpleNamespace(name=dtype), None, {"a": 1}, half="" if dtype == "fp32" else half)
+
+    verdict = SimpleNamespace(failed=failed, rows=[0] * 9)
+    monkeypatch.setattr(admission, "prepare_job", prepare_job)
+    monkeypatch.setattr(comparing, "compare_with_reference", lambda job, number, call: seen.append(number) or verdict)
+    monkeypatch.setattr(comparing, "count_calls", lambda job, number: number)
+    monkeypatch.setattr(comparing, "describe_verdict", lambda verdict, engine: {"of": engine.name})
+    job = admission._choose_precision(None, admission.Screen(told.append, lambda *_: nullcontext()))
+    if not half:
+        assert job.document == {"a": 1} and not seen and not told
+        return
+    facts = {"precision": {"tried": "bf16", "number": 4, "failed": failed}}
+    assert job.document == {"a": 1} | facts | ({} if failed else {"verified": {"of": HALF}})
+    assert asked == [(None, HALF)] + [(None, "fp32")] * bool(failed) and seen == [4] and job.half == ""
+    agree = "bf16, as it agrees in all 9 measures with torch on 4 samples"
+    assert told == [
+        f"precision  {'fp32, as bf16 does not agree with torch in image, depth on 4 samples' if failed else agree}"
+    ]
+
+
+def test_a_verdict_is_told_as_a_table_and_kept_as_a_document():
+    rows = [
+        GateRow("image", 1e-3, 2e-2, (1e-2, 1e-2), None, 3),
+        GateRow("outputs open-vocabulary", 1e-3, 2e-3, (1e-2, 1e-2), (1e-4, 2e-4), 0),
+    ]
+    sides = [{"engine": name, "dtype": "bf16", "device_name": "cpu"} for name in ("fast", "torch")]
+    facts = {"number": 1, "speed": "fast25", "model": "demo", "calls": 25}
+    verdict = Verdict(rows, *sides, facts)
+    head, first, second, last = verdict.table().splitlines()
+    assert head.split() == ["measure", "median", "p99", "limits", "own", "drift", "worst"]
+    assert first.split() == ["image", "1.0e-03", "2.0e-02", "1.0e-02", "1.0e-02", "3", "FAILED"]
+    assert second.split()[2:] == ["1.0e-03", "2.0e-03", "1.0e-02", "1.0e-02", "1.0e-04", "2.0e-04", "0"]
+    told = "fast (bf16, cpu) and torch (bf16, cpu) DISAGREE on 1 image of demo, 25 calls each at the speed fast25"
+    assert last == told and len({line.find("e-0") for line in (first, second)}) == 1
+    stored = verdict.document()
+    assert stored["agrees"] is False and verdict.failed == ["image"] and stored["calls"] == 25
+    assert [row["passed"] for row in stored["measures"]] == [False, True]
+    assert (stored["engine"]["engine"], stored["against"]["engine"]) == ("fast", "torch")
+    usual = Verdict(rows[1:], *sides, facts | {"speed": SPEEDS[0], "number": 2}).table().splitlines()[-1]
+    assert usual.endswith("agree on 2 images of demo, 25 calls each")
 
 
 def test_a_sample_that_was_set_aside_is_as_far_as_can_be_in_every_measure():
