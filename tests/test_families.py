@@ -1,7 +1,9 @@
 """Folders of every family through the commands: generating with decoders, resuming, licences, refusals."""
 
 import json
+import re
 import shutil
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 
@@ -17,9 +19,11 @@ from transformers import AutoTokenizer
 
 from datasetdm_fast import generate
 from datasetdm_fast.data import Text
+from datasetdm_fast.engine import backbones
 from datasetdm_fast.engine.backbones import fitting, flux2_klein
 from datasetdm_fast.engine.backbones.flux1 import FLUX1
 from datasetdm_fast.engine.backbones.flux2_klein import FLUX2_KLEIN
+from datasetdm_fast.engine.backbones.qwen_image import QWEN_IMAGE
 from datasetdm_fast.engine.backbones.sd import SD
 from datasetdm_fast.engine.backbones.sd3 import SD3
 from datasetdm_fast.engine.backbones.sdxl import SDXL
@@ -31,6 +35,7 @@ from datasetdm_fast.engine.loading.folder import family_of, load_folder
 from datasetdm_fast.engine.loading.model import ConfigFile
 from datasetdm_fast.engine.models import text_encoder
 from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.stages import LEVELS, Level
 
 pytestmark = pytest.mark.usefixtures("one_engine_of_a_kind")
 
@@ -453,6 +458,156 @@ def test_parts_of_a_model_that_do_not_belong_together_are_refused():
         flux2_klein._check_fit(model)
     config.num_hidden_layers = read
     flux2_klein._check_fit(model)
+
+
+def settings(**parts):
+    return {name: SimpleNamespace(**values) if name != "model_index" else values for name, values in parts.items()}
+
+
+WIDTHS = {  # family -> configs that fit together, and settings of which one more does not, with what is said
+    "sd": (
+        settings(unet={"cross_attention_dim": 5}, text_encoder={"hidden_size": 5}),
+        {"text_encoder.hidden_size": "text of width 5, the encoders give 6"},
+    ),
+    "sdxl": (
+        settings(
+            unet={
+                "cross_attention_dim": 11,
+                "projection_class_embeddings_input_dim": 7 + 6 * 4,
+                "addition_time_embed_dim": 4,
+            },
+            text_encoder={"hidden_size": 5},
+            text_encoder_2={"hidden_size": 6, "projection_dim": 7},
+        ),
+        {
+            "text_encoder.hidden_size": "text of width 11, the encoders give 12",
+            "text_encoder_2.hidden_size": "text of width 11, the encoders give 12",
+            "text_encoder_2.projection_dim": "pooled text of width 7, the encoders give 8",
+            "unet.addition_time_embed_dim": "pooled text of width 1, the encoders give 7",
+        },
+    ),
+    "sd3": (
+        settings(
+            transformer={"joint_attention_dim": 8, "pooled_projection_dim": 11},
+            text_encoder={"projection_dim": 5},
+            text_encoder_2={"projection_dim": 6},
+            text_encoder_3={"d_model": 8},
+        ),
+        {
+            "text_encoder.projection_dim": "pooled text of width 11, the encoders give 12",
+            "text_encoder_2.projection_dim": "pooled text of width 11, the encoders give 12",
+            "text_encoder_3.d_model": "text of width 8, the encoders give 9",
+        },
+    ),
+    "flux1": (
+        settings(
+            transformer={"joint_attention_dim": 8, "pooled_projection_dim": 6},
+            text_encoder={"hidden_size": 6},
+            text_encoder_2={"d_model": 8},
+        ),
+        {
+            "text_encoder.hidden_size": "pooled text of width 6, the encoders give 7",
+            "text_encoder_2.d_model": "text of width 8, the encoders give 9",
+        },
+    ),
+    "flux2-klein": (
+        settings(transformer={"joint_attention_dim": 24}, text_encoder={"hidden_size": 8, "num_hidden_layers": 27}),
+        {"text_encoder.hidden_size": "text of width 24, the encoders give 27"},
+    ),
+    "z-image": (
+        settings(transformer={"cap_feat_dim": 5}, text_encoder={"hidden_size": 5}),
+        {"text_encoder.hidden_size": "text of width 5, the encoders give 6"},
+    ),
+    "qwen-image": (
+        settings(
+            transformer={"joint_attention_dim": 16},
+            text_encoder={
+                "hidden_size": 16,
+                "num_attention_heads": 2,
+                "rope_parameters": {"mrope_section": [1, 1, 2]},
+            },
+        ),
+        {"transformer.joint_attention_dim": "text of width 17, the encoders give 16"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+def test_a_text_is_as_wide_as_a_denoiser_reads_it(name):
+    (configs, wrong), backbone = WIDTHS[name], next(each for each in backbones.every_backbone() if each.name == name)
+    model = SimpleNamespace(name="x", backbone=SimpleNamespace(of_kind=lambda kind: ()), configs=configs)
+    backbone.check_fit(model)
+    for place, said in wrong.items():
+        part, setting = place.split(".")
+        more = SimpleNamespace(**{**vars(configs[part]), setting: getattr(configs[part], setting) + 1})
+        model.configs = configs | {part: more}
+        with pytest.raises(Refused, match=f"model: x: the denoiser reads {said}, so"):
+            backbone.check_fit(model)
+
+
+def test_the_levels_of_transformers_lie_where_their_tokens_do():
+    """By hand, of 8 blocks: low reads 3 and 4, mid 2, high 6."""
+
+    def coarse(side, width, heads, tokens):
+        blocks = (3, 4), (2,), (6,)
+        return [
+            Level(name, side, (width,) * len(read), (heads,) * len(read), tokens, 1, read)
+            for name, read in zip(LEVELS, blocks)
+        ]
+
+    sizes = {"num_attention_heads": 3, "attention_head_dim": 5, "patch_size": 4, "joint_attention_dim": 9}
+    two = settings(
+        transformer=sizes | {"num_layers": 8, "in_channels": 20, "guidance_embeds": False},
+        text_encoder={"max_position_embeddings": 7},
+        model_index={"max_sequence_length": 9},
+    )
+    one = settings(transformer=sizes | {"num_layers": 3, "num_single_layers": 5, "in_channels": 20})
+    one["transformer"].guidance_embeds = True
+    thin = settings(transformer={"n_layers": 8, "dim": 15, "n_heads": 3, "in_channels": 20, "cap_feat_dim": 9})
+    for record, configs, side, channels, tokens in (
+        (SD3, two, 8, 20, 16),  # tokens of 4 x 4 cells
+        (SD3, two | {"model_index": {}}, 8, 20, 263),
+        (FLUX1, one, 16, 5, 512),
+        (FLUX2_KLEIN, one, 16, 5, 512),
+        (Z_IMAGE, thin, 16, 20, 512),
+        (QWEN_IMAGE, two, 16, 5, 512),
+    ):
+        expected = (*coarse(side, 15, 3, tokens), Level("highest", 32, (channels,), (), tokens, 1))
+        assert record.levels(configs, 256, 2) == expected, record.name
+        assert record.blocks(configs) == 8 and record.text(configs) == (tokens, 9)
+
+
+def test_a_record_of_another_package_is_asked_for_the_calls_that_its_labels_need(monkeypatch):
+    calls, asked = dict.fromkeys(("encode", "predict", "capturing", "decode", "encode_image")), []
+    maps, deep = ("predict_and_average",), ("predict_and_keep", "predict_from")
+
+    def load_place(place):
+        asked.append(place)
+        return SimpleNamespace(**calls)
+
+    monkeypatch.setattr(backbones, "load_place", load_place)
+    monkeypatch.setattr(backbones.PIPELINES, "package", lambda pipeline: "foreign 1.0")
+    places = {"reference": "a:R", "fast": "b:F", "network_plan": "c:P", "text_network": "d:T"}
+    plain = replace(SD3, has_averages=False, has_text_maps=False, has_deep_features=False, **places)
+    record = backbones._check_record("Mine", plain)
+    assert record.package == "foreign 1.0" and asked == list(places.values())
+    for flag, needed in (("has_averages", maps), ("has_text_maps", maps), ("has_deep_features", deep)):
+        with pytest.raises(TypeError, match=f"^a:R has no {', '.join(sorted(needed))}$"):
+            backbones._check_record("Mine", replace(plain, **{flag: True}))
+    levels = tuple(Level(name, 2, (4,), (), 7) for name in LEVELS)
+    assert backbones._check_levels(levels) is levels
+    for wrong in (levels[::-1], levels[1:], (*levels[:-1], "highest")):
+        with pytest.raises(TypeError, match="expected a Level for each of low, mid, high, highest"):
+            backbones._check_levels(wrong)
+
+
+def test_a_setting_is_of_the_kind_of_its_supported_values():
+    supported = {"padding": (1, [1, 1]), "is_dual": (False,), "act_fn": ("silu", "swish"), "embedding": (None,)}
+    for settings in ({}, {"padding": [1, 1]}, {"act_fn": "swish", "embedding": None, "is_dual": False}, {"more": 3}):
+        fitting.check_settings({"unet": settings}, "x", "unet", supported)
+    for name, value in (("padding", True), ("padding", [1]), ("is_dual", True), ("act_fn", None), ("embedding", 0)):
+        with pytest.raises(Refused, match=re.escape(f"model: x: the unet's {name} is {value!r} where ")):
+            fitting.check_settings({"unet": {name: value}}, "x", "unet", supported)
 
 
 def test_a_pipeline_without_one_of_its_parts_is_refused():

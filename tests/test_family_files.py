@@ -150,6 +150,11 @@ def test_a_file_of_sd3_with_its_clips(tmp_path):
     held = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
     path = write(tmp_path / "model", "sd3", state, *held)
     check(path, "sd3")
+    index = json.loads((path.parent / "model_index.json").read_text())
+    (path.parent / "model_index.json").write_text(json.dumps(index | {"_class_name": "Other", "own": 3}))
+    (path.parent / "README.md").write_text("---\nlicense: mit\n---\n")  # of the folder, as its index is
+    model = load_model(str(path), size=tiny_pipelines.SIZE)
+    assert model.index == {} and model.licence == "stabilityai-ai-community"
     shutil.rmtree(path.parent / "tokenizer_3")
     with pytest.raises(Refused, match="needs also tokenizer_3") as caught:
         load_model(str(path))

@@ -16,10 +16,11 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from datasetdm_fast import generate
 from datasetdm_fast.data import Text, join_texts
-from datasetdm_fast.engine.backbones import every_backbone, mmdit_plans
+from datasetdm_fast.engine.backbones import every_backbone, flow_models, mmdit_plans
 from datasetdm_fast.engine.backbones.flow_models import seg4diff_of_flux
 from datasetdm_fast.engine.backbones.flux2_klein import FLUX2_KLEIN
 from datasetdm_fast.engine.backbones.qwen_image import QWEN_IMAGE
+from datasetdm_fast.engine.backbones.record import Latents, Part
 from datasetdm_fast.engine.backbones.sd3 import SD3
 from datasetdm_fast.engine.backbones.z_image import Z_IMAGE
 from datasetdm_fast.engine.engines import build_engine
@@ -249,3 +250,29 @@ def test_the_published_sizes_read_the_published_blocks_for_attention():
     assert QWEN_IMAGE.defaults({"transformer": SimpleNamespace(num_layers=60)}).attention.blocks == (22,)
     configs = {"transformer": SimpleNamespace(n_layers=30), "scheduler": {"shift": 3.0}}
     assert Z_IMAGE.defaults(configs).attention.blocks == (11,)
+
+
+def test_numbers_that_records_of_flow_models_share():
+    vae = SimpleNamespace(block_out_channels=[1] * 3, latent_channels=5, scaling_factor=0.7, shift_factor=None)
+    assert flow_models.scaled_latents(vae) == Latents(5, 4, 0.7, 0.0)
+    vae.shift_factor = -0.2
+    assert flow_models.scaled_latents(vae) == Latents(5, 4, 0.7, -0.2)
+    odd = flow_models.seg4diff(1, 2, depth=5, timestep=300)
+    assert (odd.blocks, odd.concept_blocks, odd.timestep) == ((1, 2), (2, 3, 4), 300)
+    assert [seg4diff_of_flux(depth).blocks for depth in (19, 5, 1)] == [(12, 17), (3, 4), (0,)]
+    assert flow_models.blocks_read(8) == ((3, 4), (2,), (6,)) and flow_models.blocks_read(1) == ((0,),) * 3
+    assert flow_models.spread_blocks((7, 2, 4)) == ((4,), (2,), (7,))
+    assert flow_models.spread_blocks((7, 2)) == ((2, 7), (2,), (7,))
+
+
+def test_engines_serve_the_families_that_have_what_they_need():
+    served = {
+        backbone.name: [need for need in ("network", "export", "plans", "") if backbone.served_by(need)]
+        for backbone in every_backbone()
+    }
+    assert served.pop("sd") == ["network", "export", "plans", ""]
+    assert len(served) == 6 and all(needs == ["network", "export", ""] for needs in served.values())
+    bare = replace(SD3, fast=None, network_plan="", text_network=None)
+    assert not any(map(bare.served_by, ("network", "export", "plans"))) and bare.served_by("reference")
+    with pytest.raises(TypeError, match="expected a tuple of library:class"):
+        Part("vae", ("AutoencoderKL",))

@@ -1,5 +1,6 @@
 """Loading: what is supported loads with equal weights, everything else is refused by name."""
 
+import hashlib
 import json
 import logging
 import random
@@ -21,14 +22,15 @@ from small_unets import with_small_unet
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from datasetdm_fast.config import TASKS
-from datasetdm_fast.engine.backbones import OWN_MODELS
-from datasetdm_fast.engine.backbones.sd import DOWN_BLOCKS, SD, SD_SCHEDULER, UP_BLOCKS
+from datasetdm_fast.engine.backbones import OWN_MODELS, check_source, every_backbone, pipeline_of
+from datasetdm_fast.engine.backbones.sd import DOWN_BLOCKS, SD, SD_SCHEDULER, UP_BLOCKS, USUAL_SCHEDULE
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.loading import PRESETS, checks, load_model, lora, presets, saving, single_file, tokenizer
 from datasetdm_fast.engine.loading import folder as model_folder
 from datasetdm_fast.engine.loading.folder import download_model
 from datasetdm_fast.engine.loading.model import (
     UNKNOWN_LICENCE,
+    ConfigFile,
     Network,
     ReadOnce,
     digest,
@@ -126,6 +128,54 @@ def test_an_offset_of_the_steps_is_one_of_them():
     checks.check_scheduler(config | {"steps_offset": 9}, "config")
     with pytest.raises(Refused, match="steps, steps_offset or betas are out of range"):
         checks.check_scheduler(config | {"steps_offset": 10}, "config")
+
+
+def test_numbers_of_a_config_have_bounds():
+    """Each number that is still taken, and the next one."""
+    buckets, distance = checks.BUCKETS, checks.DISTANCE
+    for taken, refused, told in (
+        ({"num_layers": 128}, {"num_layers": 129}, "'num_layers' is 129, expected numbers of at most 128"),
+        ({"num_layers": 1}, {"num_layers": 0}, "'num_layers' is 0, expected 1 or more"),
+        ({"width": 2**20}, {"width": 2**20 + 1}, "expected numbers of at most 1048576"),
+        ({"width": -(2**20)}, {"width": -(2**20) - 1}, "expected numbers of at most 1048576"),
+        ({"widths": [3] * 128}, {"widths": [3] * 129}, "expected numbers of at most"),
+        ({"widths": [3, 4]}, {"widths": [[3]]}, "expected numbers of at most"),
+        ({"axes_lens": (1, 1)}, {"axes_lens": (1, 0)}, "'axes_lens' is .*, expected 1 or more"),
+        ({"inner": {"num_heads": 1}}, {"inner": {"num_heads": 0}}, "'num_heads' is 0, expected 1 or more"),
+        ({"transformer_layers_per_block": 0}, {"transformer_layers_per_block": -1}, "is -1, expected 0 or more"),
+        ({buckets: 4}, {buckets: 3}, "is 3, expected 4 or more"),
+        ({buckets: 12, distance: 4}, {buckets: 12, distance: 3}, "is 3, expected 4 or more"),
+        ({distance: 9}, {distance: 8}, "is 8, expected 9 or more"),
+    ):
+        checks.check_bounds(taken, Path("unet"))
+        with pytest.raises(Refused, match=f"model: unet: the setting .*{told}"):
+            checks.check_bounds(refused, Path("unet"))
+
+
+def test_settings_of_a_schedule_have_bounds():
+    """Each that is still taken, and the next one, of schedules of betas and of flows."""
+    betas, flow = {"beta_schedule": "linear"}, {"use_dynamic_shifting": True}
+    for is_flow, taken, refused, told in (
+        (False, betas | {"num_train_timesteps": 100_000}, betas | {"num_train_timesteps": 100_001}, "out of range"),
+        (False, betas | {"beta_start": 1e-9}, betas | {"beta_start": 0.0}, "out of range"),
+        (False, betas | {"beta_end": 0.999}, betas | {"beta_end": 1.0}, "out of range"),
+        (False, {"trained_betas": [0.1]}, {"trained_betas": None}, "has no beta_schedule"),
+        (False, {"trained_betas": [0.1], "beta_start": None}, betas | {"beta_start": None}, "beta_start is None"),
+        (False, betas | {"set_alpha_to_one": None}, betas | {"set_alpha_to_one": 1}, "set_alpha_to_one is 1"),
+        (False, betas | {"steps_offset": 0}, betas | {"steps_offset": -1}, "out of range"),
+        (True, {"num_train_timesteps": 100_000}, {"num_train_timesteps": 100_001}, "out of range"),
+        (True, {"shift": 1e-9}, {"shift": 0.0}, "out of range"),
+        (True, {"shift_terminal": 0.99}, {"shift_terminal": 1.0}, "out of range"),
+        (True, {"shift_terminal": None}, {"shift_terminal": -0.1}, "out of range"),
+        (True, {"max_shift": None}, flow | {"max_shift": None}, "max_shift is None"),
+    ):
+        checks.check_scheduler(taken, "model", is_flow=is_flow)
+        with pytest.raises(Refused, match=told):
+            checks.check_scheduler(refused, "model", is_flow=is_flow)
+    for size, nearest in ((1, 64), (100, 128), (95, 64)):
+        with pytest.raises(Refused, match=f"{size} is not a positive multiple of 64") as stop:
+            checks.check_size(size, 64)
+        assert stop.value.remedy == f"Try --size {nearest}; 0 takes what the model was made for."
 
 
 def test_demo_loads_or_says_how_to_make_it(monkeypatch, tmp_path):
@@ -311,7 +361,7 @@ def test_the_scheduler_of_an_old_folder_is_put_right_as_diffusers_does(folder, k
     assert list(schedule.timesteps) == theirs.timesteps.tolist()
 
 
-@pytest.mark.parametrize("version, side", [("0.6.0", 64), ("0.9.0", 16)])
+@pytest.mark.parametrize("version, side", [("0.8.1", 64), ("0.9.0", 16), ("0.10.0", 16)])
 def test_old_folders_are_made_for_512_pixels_as_in_diffusers(folder, version, side):
     path = folder / "unet" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"_diffusers_version": version, "sample_size": 16}))
@@ -870,10 +920,30 @@ def test_a_model_that_the_hub_does_not_give_is_told_with_the_reason(monkeypatch,
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert download_model("somebody/model") == tmp_path
-    assert {"model_index.json", "unet/*.safetensors", "scheduler/*.json"} <= set(asked["somebody/model"])
+    wanted = {"model_index.json", "unet/*.safetensors", "scheduler/*.json", "tokenizer/*.txt", "tokenizer_2/*.jinja"}
+    assert wanted | {"README.md", "LICENSE*"} <= set(asked["somebody/model"])
     assert not any(pattern.endswith((".bin", ".py", ".ckpt")) for pattern in asked["somebody/model"])
     with pytest.raises(Missing, match=r"nobody/nothing could not be downloaded \(no such repository\)"):
         download_model("nobody/nothing")
+
+
+def test_a_model_of_the_hub_is_read_at_the_size_and_under_the_name_that_was_asked_for(saved, monkeypatch):
+    monkeypatch.setattr("datasetdm_fast.engine.loading.download_model", lambda name: saved)
+    model = load_model("somebody/v1.5-model", size=64, allow_download=True)
+    assert (model.name, model.size, model.source) == ("somebody/v1.5-model", 64, str(saved))
+
+
+def test_what_may_be_a_model_is_told_by_its_name(tmp_path):
+    (tmp_path / "weights.safetensors").touch()
+    for name in ("demo", str(tmp_path), str(tmp_path / "weights.safetensors")):
+        check_source(name, allow_download=False)
+    for name in ("a/b", "Lykon/dreamshaper-xl-1.0", "s_o.m-e/x"):
+        check_source(name, allow_download=True)
+        with pytest.raises(Refused, match="would have to be downloaded"):
+            check_source(name, allow_download=False)
+    for name in ("a", "a/b/c", ".hidden/b", "a/.b"):
+        with pytest.raises(Refused, match="neither one of demo, .* nor an existing folder or file"):
+            check_source(name, allow_download=True)
 
 
 def test_a_text_encoder_of_an_unknown_activation_is_refused():
@@ -888,6 +958,52 @@ def test_files_and_settings_without_sense_are_damaged():
         with pytest.raises(Refused, match=f"its configs are inconsistent .{type(error).__name__}"):
             with model_folder._making_sense(Path("x")):
                 raise error
+
+
+def test_a_setting_may_have_another_form_of_its_usual_value():
+    same = [(8.0, 8), (8, 1.5), (2.5, 1.0), (None, False), (True, False), ([1], (1, 2)), ([], ()), ({}, {}), (3, "x")]
+    for value, usual in [*same, ([1], None), (None, "x")]:
+        assert model_folder._could_replace(value, usual, takes_lists=False), (value, usual)
+    for value, usual in [(8.5, 8), (None, 8), (None, ()), (True, 8), ([1], 8), ([], (1,)), ({}, ()), ("x", 8)]:
+        assert not model_folder._could_replace(value, usual, takes_lists=False), (value, usual)
+    assert model_folder._could_replace([1], 8, takes_lists=True)
+    assert not model_folder._could_replace([], 8, takes_lists=True)
+
+
+def test_a_denoiser_without_the_name_of_its_class_may_be_of_every_family(tmp_path):
+    assert not model_folder._could_be(tmp_path, SD)
+    (tmp_path / "unet").mkdir()
+    for config, could in (({}, True), ({"_class_name": "UNet2DConditionModel"}, True), ({"_class_name": "X"}, False)):
+        (tmp_path / "unet" / "config.json").write_text(json.dumps(config))
+        assert model_folder._could_be(tmp_path, SD) is could
+
+
+def test_every_file_of_an_index_lies_in_its_folder_and_is_checked(tmp_path, monkeypatch):
+    index, checked = tmp_path / "model.safetensors.index.json", []
+    monkeypatch.setattr(model_folder, "check_readable", checked.append)
+    for name in "ab":
+        (tmp_path / f"{name}.safetensors").write_bytes(name.encode())
+
+    def read(*names):
+        index.write_text(json.dumps({"weight_map": {str(k): name for k, name in enumerate(names)}}))
+        return model_folder._files_of_index(index)
+
+    files = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    assert read("b.safetensors", "a.safetensors", "b.safetensors") == files and checked == [*files]
+    for names in ((), ("../a.safetensors",), ("a.safetensors", "a.bin"), ("inner/a.safetensors",)):
+        with pytest.raises(Refused, match="it names no .safetensors files of its folder"):
+            read(*names)
+    with pytest.raises(Refused, match="lacks 2 of its 3 weight files, the first is c.safetensors"):
+        read("a.safetensors", "d.safetensors", "c.safetensors")
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "vocab.json").write_bytes(b"v")
+    digests = model_folder.folder_digests(tmp_path, SD, {"unet": model_folder._Weights(files, None)})
+    assert digests == {"tokenizer": sha256(b"v"), "unet": sha256(b"ab"), "scheduler": USUAL_SCHEDULE}
+
+
+def sha256(content: bytes) -> str:
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
 def test_a_file_that_may_not_be_read_is_told(monkeypatch, tmp_path):
@@ -907,6 +1023,18 @@ def test_a_tokenizer_that_its_library_cannot_read_is_refused_whatever_is_raised(
         with pytest.raises(expected) as stop, tokenizer._refusing(tmp_path):
             raise error
         assert expected is not Refused or "cannot be read as a tokenizer (no merge)" in stop.value.cause
+
+
+def test_a_library_sees_the_words_and_marks_of_a_tokenizer_alone(tmp_path):
+    settings = {"pad_token": "!", "auto_map": {"AutoTokenizer": "evil.Words"}, "tokenizer_class": "CLIPTokenizer"}
+    files = {"tokenizer_config.json": json.dumps(settings), "evil.py": "", "vocab.json": "{}", "merges.txt": "#"}
+    files |= {"chat_template.jinja": "{}", "config.json": "{}"}
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with tokenizer._only_vocabulary(tmp_path) as safe:
+        read = {path.name: path.read_text() for path in safe.iterdir()}
+    assert json.loads(read.pop("tokenizer_config.json")) == {"pad_token": "!", "tokenizer_class": "CLIPTokenizer"}
+    assert read == {"vocab.json": "{}", "merges.txt": "#", "chat_template.jinja": "{}"} and not safe.exists()
 
 
 def test_the_vocabulary_of_the_hub_is_taken_where_none_lies_beside_a_file(monkeypatch, tmp_path):
@@ -973,19 +1101,57 @@ def test_what_a_killed_conversion_left_is_removed_where_that_is_possible(tmp_pat
     assert json.loads((tmp_path / "scheduler/scheduler_config.json").read_text())["_class_name"] == "Ours"
 
 
+def test_a_folder_is_written_as_of_the_first_pipeline_of_its_family():
+    names = ["StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline"]
+    names += ["Flux2KleinPipeline", "ZImagePipeline", "QwenImagePipeline"]
+    assert list(map(pipeline_of, every_backbone())) == names
+
+
 def test_a_card_names_the_licence_of_a_model_and_what_it_draws(tmp_path):
     for head, licence, draws in (
         ("license: mit\ndraws: [ball, 'red cube',]", "mit", ("ball", "red cube")),
         ("license: other\nlicense_name: own-terms", "own-terms", ()),
         ("license: mit\nlicense_name: own-terms", "mit", ()),
+        ("licence: own\nlicense: mit", "own", ()),
+        ('license: "mit"\ndraws: []', "mit", ()),
         ("tags: [a]", UNKNOWN_LICENCE, ()),
     ):
         (tmp_path / "README.md").write_text(f"---\n{head}\n---\nlicense: none\n")
         assert (folder_licence(tmp_path), drawable_things(tmp_path)) == (licence, draws)
     (tmp_path / "README.md").write_text("license: mit\ndraws: [ball]\n")  # which is no head
     assert (folder_licence(tmp_path), drawable_things(tmp_path)) == (UNKNOWN_LICENCE, ())
-    (tmp_path / "LICENSE.txt").write_text(" Own terms \n")
+    (tmp_path / "LICENSE").mkdir()
+    (tmp_path / "licence.txt").write_text(" Own terms \n")
     assert folder_licence(tmp_path) == "Own terms"
+    (tmp_path / "COPYING").write_text("Those of the first file")
+    assert folder_licence(tmp_path) == "Those of the first file"
+
+
+def test_what_is_read_once_gives_matrices_away_and_keeps_vectors():
+    def read(stored):
+        values = {"bias": torch.ones(2), "weight": torch.ones(2, 3), "count": torch.tensor(7)}
+        return {name: value.to(stored(name, value)) for name, value in values.items()}
+
+    network = Network(ConfigFile(a=1), lambda: None, read, lambda: 9)
+    source = network.read(computed_as=torch.bfloat16)
+    state = source.state_dict()
+    assert source.config.a == 1 and network.numel() == 9 and state.computed_as == torch.bfloat16
+    assert state["bias"] is state["bias"] and state["weight"].shape == (2, 3) and set(state) == {"bias", "count"}
+    assert state["count"].dtype == torch.int64 and state["bias"].dtype == torch.float32
+    halves = network.read(lambda name, value: torch.float16 if name == "weight" else value.dtype).state_dict()
+    assert [halves[name].dtype for name in ("weight", "bias")] == [torch.float16, torch.float32]
+    with pytest.raises(AttributeError, match="b"):
+        _ = source.config.b
+
+
+def test_networks_that_were_built_before_a_block_outlast_it():
+    model = load_model("tiny")
+    assert model.modules["vae"] is model.modules["vae"]
+    with model.built_for_now():
+        assert model.modules["unet"] and model.networks["unet"].is_built
+    assert model.networks["vae"].is_built and not model.networks["unet"].is_built
+    weights = model.networks["vae"].take().state_dict()
+    assert not model.networks["vae"].is_built and set(weights) == set(model.modules["vae"].state_dict())
 
 
 def test_pickles_never_run_code(tmp_path, monkeypatch):
