@@ -169,6 +169,7 @@ def test_a_whole_unet_in_one_call_says_what_the_plain_one_says(batch, in_pairs, 
     module = UNet(weights, plain)
     text = torch.stack([noise(TEXT, 32)] * batch + [noise(TEXT + 1, 32)[1:]] * batch)
     given = image(batch, 4, 16, 16), TimeTable(weights)(torch.tensor(321.0)), TextTable(weights)(text)
+    given = *given[:2], tuple(table.mT.contiguous().mT for table in given[2])  # as slices of a batch are not contiguous
     truth, told = copy.deepcopy(module).double()(*widened(given), expected := Heard()), expected
     block, empty, most = with_blocks(module, in_pairs), torch.empty, 3e-2 if in_pairs else 4e-6
     assert isinstance(block, UNetBlock) and block.state_dict().keys() == module.state_dict().keys()
@@ -186,7 +187,7 @@ def test_a_whole_unet_in_one_call_says_what_the_plain_one_says(batch, in_pairs, 
             for kept, right in ((heard.features, told.features), (heard.queries, told.queries)):
                 assert kept.keys() == right.keys() and kept
                 assert all(distance(kept[slot], right[slot]) <= most for slot in right)
-        assert distance(found[0], truth) <= most
+        assert distance(found[0], truth) <= most and (not in_pairs or distance(found[0], truth) >= 1e-4)
     block._packed = native, []
     with pytest.raises(ValueError, match="12 x 12 cells do not halve and double"):
         block(image(batch, 4, 12, 12), *given[1:], CaptureHook(plain))

@@ -2,18 +2,22 @@
 
 import math
 import threading
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from small_unets import FEW_ATTENTIONS, with_small_unet
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from bench.decoders import load_decoders
 from datasetdm_fast.data import AttentionSums, ProjectedCapture, Text, join_texts
 from datasetdm_fast.engine.backbones.latent_space import sample_posterior
+from datasetdm_fast.engine.backbones.record import Latents
 from datasetdm_fast.engine.decoders.checkpoint import build_decoder
 from datasetdm_fast.engine.decoders.config import upstream
 from datasetdm_fast.engine.decoders.trunk import fold
@@ -24,14 +28,17 @@ from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loading.presets import seed_network
 from datasetdm_fast.engine.models import fused, packed
 from datasetdm_fast.engine.models.capture import AttentionSlot, ProjectedSums, Projection, RawCapture
-from datasetdm_fast.engine.models.layers import Upsample, Weights
+from datasetdm_fast.engine.models.layers import GroupNorm, LayerNorm, Upsample, Weights, sigmoid
+from datasetdm_fast.engine.models.mmdit import turns_of
+from datasetdm_fast.engine.models.text_encoder import TextEncoder
 from datasetdm_fast.engine.models.unet import TextTable, TimeTable, UNet
-from datasetdm_fast.engine.models.vae import ImageDecoder
+from datasetdm_fast.engine.models.vae import ImageDecoder, ImageEncoder, has_usual_form
 from datasetdm_fast.engine.sampling.schedule import guide, make_schedule, start, step
 from datasetdm_fast.engine.sampling.times import initial_noise
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import attention, attention_capture, plain, pyramid
 from datasetdm_fast.kernels.attention import probabilities
+from datasetdm_fast.stages import Level
 
 PROMPTS = ("a red ball beside a cube", "two cats", "a person at night, in fog")
 STAGE = 1e-5  # relative L2 of one stage in fp32
@@ -620,3 +627,136 @@ def test_spreads_of_a_posterior_are_bounded_as_in_diffusers():
 def test_sums_of_attention_are_averaged_over_calls():
     found = AttentionSums(torch.full((1, 2, 2), 6.0), torch.full((1, 2, 3), 9.0)).over(3)
     assert (found.cells == 2).all() and (found.tokens == 3).all()
+
+
+# Parts of the networks against those of the libraries -----------------------------------------------------------------
+
+
+def varied(module, seed=3):
+    """With norms and biases that differ from one another."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for value in module.parameters():
+            if value.ndim == 1:
+                value.add_(torch.randn(value.shape, generator=generator) / 8)
+    return module.eval().requires_grad_(False)
+
+
+def small_unet(**settings):
+    torch.manual_seed(0)
+    sizes = {"block_out_channels": (9, 12), "layers_per_block": 1, "cross_attention_dim": 10, "norm_num_groups": 3}
+    down, up = ("DownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
+    blocks = {"down_block_types": down, "up_block_types": up, "attention_head_dim": (1, 2)}
+    return varied(UNet2DConditionModel(**sizes, **blocks, norm_eps=3e-4, **settings))
+
+
+@pytest.mark.parametrize("is_plain", [True, False])
+@torch.inference_mode()
+def test_what_a_timestep_adds_is_what_diffusers_modules_add(is_plain):
+    """Waves of an odd width in both orders, with pooled text, the size of the image and an embedded guidance."""
+    waves = {"freq_shift": 1, "flip_sin_to_cos": False} if is_plain else {"freq_shift": 0.5, "flip_sin_to_cos": True}
+    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 6, "time_cond_proj_dim": 7}
+    module = small_unet(**waves, **({} if is_plain else {**added, "projection_class_embeddings_input_dim": 41}))
+    pooled, width = torch.randn(2, 5, generator=torch.Generator().manual_seed(1)), 8
+    times = TimeTable(module, 64)(torch.tensor(321.0), *(() if is_plain else (pooled, 4.5)))
+    embedding = StableDiffusionXLPipeline.get_guidance_scale_embedding(None, torch.tensor([3.5]), 7)
+    sizes = torch.tensor([[64.0, 64, 0, 0, 64, 64]]).expand(2, -1)
+    embedded = module.get_time_embed(torch.zeros(2, 4, width, width), 321.0)
+    embedded = module.time_embedding(embedded, None if is_plain else embedding)
+    if not is_plain:
+        embedded = embedded + module.get_aug_embed(embedded, None, {"text_embeds": pooled, "time_ids": sizes})
+    blocks = [*module.down_blocks, module.mid_block, *module.up_blocks]
+    resnets = [resnet for block in blocks for resnet in block.resnets]
+    rows = [resnet.time_emb_proj(torch.nn.functional.silu(embedded)) + resnet.conv1.bias for resnet in resnets]
+    torch.testing.assert_close(times.expand(2, -1), torch.cat(rows, -1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [UNet, fused.FusedUNet])
+def test_norms_add_the_numbers_of_diffusers_to_a_variance(kind):
+    module = small_unet(addition_embed_type=None)
+
+    def numbers(network, *kinds):
+        return Counter(float(layer.eps) for layer in network.modules() if isinstance(layer, kinds))
+
+    ours = kind(module, plain)
+    assert numbers(ours, GroupNorm) == numbers(module, torch.nn.GroupNorm) and 1e-6 in numbers(ours, GroupNorm)
+    assert numbers(ours, LayerNorm) == numbers(module, torch.nn.LayerNorm)
+
+
+@pytest.mark.parametrize("settings", [{}, {"mid_block_add_attention": False, "use_quant_conv": False}])
+@torch.inference_mode()
+def test_an_autoencoder_is_that_of_diffusers(settings):
+    torch.manual_seed(0)
+    settings = settings | ({"use_post_quant_conv": False} if settings else {})
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    sizes = {"block_out_channels": (6, 9), "layers_per_block": 1, "latent_channels": 3, "norm_num_groups": 3}
+    module = varied(AutoencoderKL(**sizes, **blocks, **settings))
+    images, latents = torch.randn(2, 3, 12, 8), torch.randn(2, 3, 6, 4)
+    torch.testing.assert_close(ImageEncoder(module, plain)(images), module.encode(images).latent_dist.parameters)
+    decoder = ImageDecoder(module, plain)
+    torch.testing.assert_close(decoder(latents), module.decode(latents).sample)
+    for space, unscaled in (
+        (Latents(3, 8, scale=0.5, shift=0.0), latents / 0.5),
+        (Latents(3, 8, mean=(1.0, 2, 3), std=(4.0, 5, 6)), None),
+    ):
+        decoder.latents = space
+        if unscaled is None:
+            unscaled = latents * torch.tensor(space.std).view(3, 1, 1) + torch.tensor(space.mean).view(3, 1, 1)
+        torch.testing.assert_close(decoder(latents), module.decode(unscaled).sample, rtol=1e-4, atol=1e-4)
+    usual = {"norm_num_groups": 3, "act_fn": "silu", **{key: list(value) for key, value in blocks.items()}}
+    assert has_usual_form(SimpleNamespace(**usual)) and has_usual_form(SimpleNamespace(norm_num_groups=3))
+    for other in ({"act_fn": "relu"}, {"up_block_types": ["UpDecoderBlock2D", "AttnUpDecoderBlock2D"]}):
+        assert not has_usual_form(SimpleNamespace(**usual | other))
+    assert not has_usual_form(SimpleNamespace(act_fn="silu"))
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+@torch.inference_mode()
+def test_a_text_encoder_is_that_of_transformers_for_short_texts_too(activation):
+    torch.manual_seed(0)
+    config = CLIPTextConfig(
+        vocab_size=20,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=9,
+        hidden_act=activation,
+        layer_norm_eps=3e-4,
+        eos_token_id=19,
+    )
+    module, ids = varied(CLIPTextModel(config)), torch.randint(0, 19, (2, 6))
+    output = module(ids, output_hidden_states=True)
+    before, last = TextEncoder(module, plain).states(ids)
+    torch.testing.assert_close(before, output.hidden_states[-2])
+    torch.testing.assert_close(last, output.last_hidden_state)
+
+
+def test_a_sigmoid_has_its_gradient_where_an_exponential_has_none():
+    x = torch.tensor([-200.0, 0.0, 3.0], requires_grad=True)
+    sigmoid(x).sum().backward()
+    assert x.grad.tolist() == pytest.approx([0.0, 0.25, 0.0451767], abs=1e-6)
+    torch.testing.assert_close(sigmoid(x.detach()), torch.sigmoid(x))
+
+
+def test_a_raw_capture_is_fp32_and_the_mean_over_the_blocks_of_a_transformer():
+    hook = RawCapture([Level("low", 1, (2,), (1,), 3, halves=1), Level("mid", 1, (1,), (), 3)], plain, rows=2)
+    hook.feature(None, torch.zeros(1))
+    hook.feature((0, 0), torch.tensor([[5.0, 6], [7, 8]])[..., None, None].bfloat16())
+    hook.feature((1, 0), torch.tensor([[5.0], [7]])[..., None, None].bfloat16())
+    for block, value in enumerate((1.0, 3.0)):
+        hook.add_map(AttentionSlot(0, 0, block, 2), torch.full((1, 1, 1, 3), value).bfloat16())
+    found = hook.result()
+    assert [[part.flatten().tolist() for part in level] for level in found.features] == [[[7, 8]], [[5, 7]]]
+    assert found.maps[0][0].flatten().tolist() == [2, 2, 2] and found.maps[1] == ()
+    assert {part.dtype for part in (*found.features[0], *found.maps[0])} == {torch.float32}
+
+
+def test_heads_turn_by_angles_of_double_precision():
+    places = torch.tensor([[[0.0, 3.0], [1001.0, 511.0]]])
+    found = turns_of(places, (4, 8), 300.0)
+    assert found.dtype == torch.float32 and found.shape == (1, 2, 6, 2)
+    for row, (first, second) in enumerate(((0, 3), (1001, 511))):
+        angles = [first / 300 ** (k / 4) for k in (0, 2)] + [second / 300 ** (k / 8) for k in (0, 2, 4, 6)]
+        wanted = torch.tensor([[math.cos(angle), math.sin(angle)] for angle in angles])
+        torch.testing.assert_close(found[0, row], wanted, rtol=0, atol=3e-7)

@@ -18,6 +18,7 @@ from datasetdm_fast.engine.models.packed import (
     SpendingResnet,
     TiledConvolution,
     TiledPlaces,
+    largest_distance,
     pack_layers,
     weight_as,
     weights_of,
@@ -448,3 +449,18 @@ def test_without_onednn_no_layer_is_packed(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     module = torch.nn.Sequential(torch.nn.Linear(2, 2))
     assert pack_layers(module) is module and type(module[0]) is torch.nn.Linear
+
+
+def test_a_weight_is_as_far_as_its_farthest_number_and_a_missing_one_farther_than_any():
+    far = torch.finfo(torch.double).max
+    truth = {"a.weight": torch.tensor([2.0, -4.0]), "b.bias": torch.zeros(0)}
+    assert largest_distance(truth, truth) == 0.0 == largest_distance({}, {})
+    assert largest_distance(truth | {"a.weight": torch.tensor([1.0, -4.0])}, truth) == 0.25
+    assert largest_distance(truth | {"a.weight": torch.tensor([2.0, torch.nan])}, truth) == far
+    assert largest_distance({"a.weight": truth["a.weight"]}, truth) == far
+    assert (
+        largest_distance({"a.taps": truth["a.weight"], "b.bias": truth["b.bias"], "c.bias": truth["b.bias"]}, truth)
+        == 0
+    )
+    held = {"a.weight": winograd.transform_weight(weight := torch.randn(32, 16, 3, 3))}
+    assert largest_distance(held, {"a.weight": weight}) == 0.0 < largest_distance(held, {"a.weight": weight + 1})

@@ -623,6 +623,26 @@ def test_a_digest_of_weights_is_that_of_their_names_and_values_in_any_order():
     assert digest == in_memory.digest_of({"b": second, "a": first}) != in_memory.digest_of({"a": second, "b": first})
 
 
+def test_settings_and_tensors_are_read_off_a_pipeline_as_a_folder_has_them():
+    notes = {"_diffusers_version": "1", "_use_default_values": [], "_name_or_path": "y"}
+    part = SimpleNamespace(config={"a": (1, 2), "b": "x", **notes})
+    assert in_memory._config_of(part) == {"a": [1, 2], "b": "x"} and in_memory._config_of(object()) == {}
+    pipe = SimpleNamespace(config={"_own": 1, "is_distilled": True, "length": 3, "share": 0.5, "unet": ("a", "B")})
+    assert in_memory._index_of(pipe) == {"model_index": {"is_distilled": True, "length": 3, "share": 0.5}}
+    network, layer = torch.nn.Module(), torch.nn.Module()
+    layer.base_layer, layer.merged = torch.nn.Linear(2, 3).half(), True
+    layer.lora_A = torch.nn.ModuleDict({"one": torch.nn.Linear(2, 1)})
+    network.layer = layer
+    network.register_buffer("count", torch.tensor(2**30 + 1))
+    state = in_memory.state_of(network, "unet")
+    assert set(state) == {"layer.weight", "layer.bias", "count"} and int(state["count"]) == 2**30 + 1
+    assert state["count"].dtype == torch.int64 and state["layer.weight"].dtype == torch.float32
+    assert state["count"].data_ptr() != network.count.data_ptr()
+    network.more = torch.nn.Linear(2, 2, device="meta")
+    with pytest.raises(Refused, match="the weights of the unet are offloaded"):
+        in_memory.state_of(network, "unet")
+
+
 def test_the_seed_of_a_caller_s_generator_is_told_whole():
     assert diffusing.draw_noise(torch.Generator().manual_seed(2**40 + 7), 2, (1, 2, 2))[1] == [2**40 + 7] * 2
     assert diffusing.draw_noise(torch.Generator().manual_seed(2**63 + 7), 2, (1, 2, 2))[1] == [7] * 2  # of 63 bits
@@ -833,14 +853,14 @@ def test_an_adapter_is_fused_at_its_scale(tiny, tmp_path):
 def test_adapters_of_one_name_are_each_written_down(tiny, tmp_path):
     model, layer = tiny, "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
     wide, high = model.modules["unet"].get_submodule(layer.removeprefix("unet.")).weight.shape[::-1]
-    for folder in ("a", "b"):
+    for folder in ("a", "b", "c"):
         (tmp_path / folder).mkdir()
         state = {f"{layer}.lora_A.weight": torch.randn(2, wide), f"{layer}.lora_B.weight": torch.randn(high, 2)}
         save_file(state, tmp_path / folder / "pytorch_lora_weights.safetensors")
-    given = [f"{tmp_path / folder}/pytorch_lora_weights.safetensors" for folder in ("a", "b")]
+    given = [f"{tmp_path / folder}/pytorch_lora_weights.safetensors" for folder in ("a", "b", "c")]
     digests = lora.fuse_adapters(model, given).digests
-    own = [digests[f"lora pytorch_lora_weights.safetensors{number}"] for number in ("", " 2")]
-    assert own[0] != own[1] and set(digests) > set(model.digests) and len(digests) == len(model.digests) + 2
+    own = {digests[f"lora pytorch_lora_weights.safetensors{number}"] for number in ("", " 2", " 3")}
+    assert len(own) == 3 and set(digests) > set(model.digests) and len(digests) == len(model.digests) + 3
 
 
 def test_a_callback_is_told_the_timestep_and_may_change_the_images_of_the_batch():
@@ -866,6 +886,7 @@ def test_an_adapter_of_diffusers_is_scaled_as_its_file_notes(tiny, tmp_path):
         (alone | {"unet.use_rslora": True}, 4.0),
         (alone | {"unet.alpha_pattern": {"2.to_k": 9, "attn2.to_k": 1, "to_q": 9}}, 0.25),  # by whole names
         ({"text_encoder.lora_alpha": 8}, 1.0),
+        (alone | {"unet.alpha_pattern": {"tn2.to_k": 9}}, 2.0),
     ]
     for notes, share in cases:
         save_file(state, path, {"lora_adapter_metadata": json.dumps(notes)})

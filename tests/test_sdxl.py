@@ -93,6 +93,10 @@ def test_an_autoencoder_that_leaves_fp16_is_stored_in_fp32(model):
     engine.dtype = torch.float16  # as on a GPU
     assert engine.image_dtype == torch.float32
     assert not SDXL.latents({"vae": ConfigFile({**model.configs["vae"], "force_upcast": False})}).leaves_fp16
+    rest = {key: value for key, value in model.configs["vae"].items() if key != "force_upcast"}
+    for more in ({}, {"latents_mean": [1.0] * 4, "latents_std": None}, {"latents_std": [1.0] * 4}):
+        found = SDXL.latents({"vae": ConfigFile(rest | more)})
+        assert found.leaves_fp16 and found.mean == () and found.scale == 0.21
 
 
 def test_latents_of_channels_with_their_own_mean_and_spread_are_decoded():

@@ -29,7 +29,9 @@ from datasetdm_fast.engine.loop.calls import call_text
 from datasetdm_fast.engine.loop.recipe import make_recipe
 from datasetdm_fast.engine.models import fp8
 from datasetdm_fast.engine.models.fp8 import Fp8Linear, to_fp8
-from datasetdm_fast.engine.models.fused import FusedUNet
+from datasetdm_fast.engine.models.fused import FusedUNet, ShiftedBlock
+from datasetdm_fast.engine.models.layers import Linear, Weights
+from datasetdm_fast.engine.models.mmdit import HeadProjection
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.kernels import plain
 from datasetdm_fast.runs.agreement import speed_gate
@@ -120,6 +122,26 @@ def test_products_in_fp8_are_those_of_rounded_factors():
     layer.add_to(total, x)
     torch.testing.assert_close(total, layer(x), rtol=1e-2, atol=1e-2)  # without bias
     assert (truth[0] - x.flatten(0, 1)).norm() / x.norm() < 0.04
+
+
+def test_an_fp8_twin_shifts_its_norms_and_lacks_the_rows_of_decoders():
+    unet = FusedUNet(load_model("tiny").networks["unet"].read(), plain)
+    block = next(module for module in unet.modules() if isinstance(module, ShiftedBlock))
+    block.shift2, block.shift3 = (torch.nn.Parameter(4 * torch.randn(32), False) for _ in range(2))
+    twin, x = fp8.with_fp8_products(block), torch.randn(2, 5, 32)
+    for name in ("text", "gate"):
+        exact, rounded = (each.multiply_normed(name, x) for each in (block, twin))
+        assert 1e-3 < (rounded - exact).norm() / exact.norm() < 0.1
+        assert rounded.dtype == exact.dtype
+    weights = Weights({f"{name}.weight": torch.randn(16, 32) for name in "qkv"})
+    source = HeadProjection(weights, tuple("qkv"), ("", ""))
+    source.append(torch.randn(16, 32))
+    narrow = fp8._twin_of(source)
+    product, appended = narrow(x)
+    assert isinstance(narrow, fp8.Fp8Projection) and product.shape == (2, 5, 48) and appended.shape == (2, 5, 0)
+    torch.testing.assert_close(product, source(x)[0], rtol=0.2, atol=1.0)
+    odd = Linear(Weights({"weight": torch.randn(16, 24)}))
+    assert fp8._twin_of(odd) is odd  # whose inputs no product in fp8 takes
 
 
 @pytest.mark.gpu
