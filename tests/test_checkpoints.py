@@ -127,6 +127,15 @@ def test_a_checkpoint_in_half_precision_comes_back_in_it(kind, tmp_path):
     assert load_decoder(place).config.task == config_of(kind).task
 
 
+def test_classes_without_names_are_told_where_a_checkpoint_has_a_number_of_its_own():
+    for count, told in ((3, "4 class logits of classes without names"), (80, "81 class logits)")):
+        config = config_of("coco", classes=checkpoints.number_classes(count))
+        read = checkpoints.Checkpoint(Path("w.pth"), Path("copy"), "coco", False, config, "")
+        assert f"w.pth: read as a coco decoder (segmentation, 20 queries, {told}" in read.description
+    depth = checkpoints.Checkpoint(Path("w.pth"), Path("copy"), "nyu", False, config_of("nyu"), "")
+    assert depth.description == "w.pth: read as a nyu decoder (depth)"
+
+
 def test_a_comma_in_a_path_is_a_part_of_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     place = tmp_path / "a,b"

@@ -288,6 +288,13 @@ def test_a_stored_table_has_its_classes_and_its_phrases_of_no_class():
     own = class_tables.parse("name,say,words\ncat,house cat,tom\n,,cat fish | copy cat\n", "own")
     again = class_tables.of_rows(class_tables.rows_of(own, ("cat",)), "again")
     assert (again.classes, again.other) == (own.classes, ("cat fish", "copy cat")) and again.names == ("cat",)
+    texts = ("name,say,words\ncat,house cat,tom\n,,cat fish\n", "name,say,words\ncat,cat,tom\n,,cat fish | copy cat\n")
+    more = "name,say,words,colour\ndog,dog,,\ncat,house cat,tom,1 2 3\n,,cat fish | copy cat,\n"
+    first, *others, same = (
+        class_tables.digest_of(table, ("cat",))
+        for table in (own, *(class_tables.parse(x, "x") for x in (*texts, more)))
+    )
+    assert first not in others and first == same
     kept = class_tables.of_words(class_tables.words_of(own, ("cat", "dog")))
     assert (kept.classes, kept.other) == (own.classes, own.other)
 
@@ -298,8 +305,8 @@ def test_texts_in_a_mirror_name_the_other_side_of_their_classes_alone():
     assert mirrored_text("a wall on the left", sides) == "a wall on the left"
     spaced = ("left hand", "right hand")
     assert mirrored_text("a RIGHT hand and left hands", spaced) == "a LEFT hand and right hands"
-    longer = "İ a left hand"  # whose lower case has one character more
-    assert mirrored_text(longer, spaced) == longer
+    longer = "İ a hand left of it"  # whose lower case has one character more
+    assert mirrored_text(longer, ("hand left", "hand right")) == longer
     assert mirrored_names(("left", "right", "Left", "wall")) == [1, 0, 2, 3]
 
 

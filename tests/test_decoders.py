@@ -763,6 +763,13 @@ def test_an_upscale_is_by_its_factor_and_begins_as_a_plain_resize():
         torch.testing.assert_close(upscale(x), wanted + 1, rtol=1e-5, atol=1e-5)
 
 
+def test_a_decoder_of_columns_and_rows_names_the_size_in_pixels_that_it_was_trained_on():
+    config = small("simcc")
+    with pytest.raises(Refused) as stop:
+        build_decoder(config)(SimpleNamespace(side=config.side + 1))
+    assert stop.value.remedy == f"Use --size {8 * config.side}."
+
+
 def test_features_of_a_decoder_are_of_the_levels_that_it_reads():
     sums = tuple(torch.ones(1, count, 2, 2) for count in (3, 4, 0, 0))
     assert list(Decoder.level_sums(None, ProjectedCapture(sums, {}), ())) == ["low", "mid"]

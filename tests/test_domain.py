@@ -123,6 +123,16 @@ def test_the_file_of_a_domain(tmp_path):
         domain.read_domain(tmp_path, D)
 
 
+def test_things_are_described_from_a_hundredth_of_the_picture_on():
+    sketch = np.arange(2 * SIDE**2, dtype=np.float32).reshape(2, SIDE, SIDE)
+    for side, count in ((10, 1), (11, 0)):
+        labels = np.zeros((side, side), np.uint8)
+        labels[side - 1, 0] = 1  # in the lowest left cell
+        shown = SemanticMap(labels, np.ones(labels.shape, np.float32), ("background", "a"))
+        found = list(domain.describe_things(sketch, shown))
+        assert [(name, descriptor.tolist()) for name, descriptor in found] == [("a", [12, 28])] * count
+
+
 def test_means_are_as_certain_as_pictures_are_many_and_correlations_are_of_both_sides(tmp_path):
     rng = np.random.default_rng(3)
     descriptors, pictures = rng.normal(size=(12, D)), np.repeat([0, 1, 2, 3], 3)

@@ -3,6 +3,7 @@
 import io
 import re
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -627,9 +628,12 @@ def test_the_most_alike_of_several_instances_are_pairs_and_what_hardly_overlaps_
     whole, half = (0, 0, 4, 4), (0, 0, 2, 4)
     one, two = instances(whole, scores=[1.0]), instances(half, whole, scores=[1.0, 1.0])
     assert LABEL_KINDS["instance"].distance(one, two) == pytest.approx(1 / 3)
-    everywhere, third = np.ones((4, 4), bool), instances((0, 0, 4, 2), scores=[0.5])
-    merged = LABEL_KINDS["instance"].merge(third, instances((0, 1, 4, 4), scores=[0.9]), everywhere)  # an IoU of 1/4
-    assert merged.masks.sum((1, 2)).tolist() == [12] and merged.scores.tolist() == pytest.approx([0.9])
+    everywhere = np.ones((4, 4), bool)
+    for left, number in ((1, 0), (0, 7)):  # an IoU of 4 / 16, and of 8 / 16
+        old = replace(instances((0, 0, 4, 2), scores=[0.5]), ids=np.array([7]))
+        merged = LABEL_KINDS["instance"].merge(old, instances((0, left, 4, 4), scores=[0.9]), everywhere)
+        assert merged.ids.tolist() == [number] and merged.scores.tolist() == pytest.approx([0.9])
+        assert merged.masks.sum((1, 2)).tolist() == [4 * (4 - left)]
     again = LABEL_KINDS["instance"].merge(two, two, everywhere)
     assert (again.masks == two.masks).all() and again.scores.tolist() == [1, 1]
 
@@ -755,6 +759,8 @@ def test_a_line_below_a_picture_is_whole_up_to_90_letters():
     for length, shown in ((90, "a" * 90), (91, "a" * 89 + "…")):
         told = pictures.preview([(np.zeros((4, 4, 3), np.uint8), "a" * length)])
         assert f"<figcaption>{shown}</figcaption>" in told and f'title="{"a" * length}"' in told
+    told = pictures.preview([(np.zeros((4, 4, 3), np.uint8), '"><b>')], "<i>")
+    assert not {"<b>", "<i>", '""'} & set(re.findall(r'<\w>|""', told)) and "&quot;&gt;&lt;b&gt;" in told
 
 
 def test_of_two_persons_the_one_with_more_joints_on_an_instance_has_its_box():

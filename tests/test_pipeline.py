@@ -38,6 +38,7 @@ from datasetdm_fast.engine import engines
 from datasetdm_fast.engine.decoders.checkpoint import build_decoder, save_decoder
 from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.engines import build_engine
+from datasetdm_fast.engine.labels.class_tables import ClassWord
 from datasetdm_fast.engine.loading import in_memory, load_model, lora
 from datasetdm_fast.engine.loop import diffusing
 from datasetdm_fast.engine.loop.calls import call_text
@@ -999,6 +1000,18 @@ def test_features_of_a_prompt_are_of_the_guidance_that_a_call_is_told():
         told = []
         Pipeline(engine).features(prompt="a ball", steps=3, guidance=guidance)
         assert told and set(told) == {expected}
+
+
+def test_prompts_are_cut_where_no_word_of_a_class_that_its_decoder_keeps_is_lost():
+    engine = StubEngine(tasks=("semantic",))
+    decoder = engine.decoders["semantic"]
+    decoder.config = replace(decoder.config, class_words=(ClassWord("ball", "globe", ("orb",)),))
+    long, stub = "word " * 80, Pipeline(engine)
+    (sample,) = stub([long + "street"], truncate=True).samples
+    assert sample.request.prompt == ("word " * 75).strip() and sample.request.classes == ()
+    with pytest.raises(Refused, match="would lose the class word 'ball'"):
+        stub([long + "orb"], truncate=True)
+    assert stub(["two orbs"]).meta[0]["classes"] == ("ball",)
 
 
 def test_pictures_of_a_call_have_seeds_one_after_another():
