@@ -258,7 +258,10 @@ class Narrow(StubEngine):
 @pytest.mark.parametrize("where", ["latents", "features", "image", "depth"])
 def test_what_a_narrow_precision_cannot_hold_is_made_once_more_in_fp32(where):
     asked = requests("a ball", "heavy", "heavy broken", "a tree")
-    plain, found = samples(StubEngine(), asked), samples(Narrow(where), asked)
+    narrow = Narrow(where)
+    narrow.wide.adjustments = {"wide": 1}
+    plain, found = samples(StubEngine(), asked), samples(narrow, asked)
+    assert [result.provenance.get("wide") for result in (found[0], found[1], found[3])] == [None, 1, None]
     assert [type(result) for result in found] == [Sample, Sample, Quarantined, Sample]
     assert where in found[1].provenance["retried"] and "retried" not in found[0].provenance
     assert (found[1].image == plain[1].image).all() and (

@@ -478,6 +478,13 @@ def test_a_class_fits_in_its_longest_template_and_a_caption_is_one_plain_line():
             prompts.check_line(wrong, "x")
 
 
+def test_any_negative_prompt_is_refused_where_no_call_reads_one():
+    prompts.check_negative(["", ""], False, "A model")
+    prompts.check_negative(["", "fog"], True, "A model")
+    with pytest.raises(Refused, match="--negative-prompt 'fog': A model is sampled without classifier-free guidance"):
+        prompts.check_negative(["", "fog"], False, "A model")
+
+
 def test_a_prompt_of_a_class_may_name_another_one():
     first, second = plan_of(number=1, classes=("photo", "ball"), per_class=1)
     assert (first.prompt, first.classes) == ("a photo of a photo", ("photo",))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from datasetdm_fast.data import IGNORE, Instances, Quarantined, Request, SemanticMap
+from datasetdm_fast.data import IGNORE, Instances, Quarantined, Request, Sample, SemanticMap
 from datasetdm_fast.engine.labels.tiles import OVERLAP, Tile, Tiling, joined_instances, joined_map, part
 from datasetdm_fast.engine.loop.inverting import TilingGenerator
 from datasetdm_fast.engine.pictures.framing import PicturesInMemory
@@ -61,6 +61,28 @@ def test_a_map_in_tiles_is_the_map(sides):
     tiles = [SemanticMap(one, np.full(one.shape, 0.5, np.float32), ("a", "b", "c")) for one in cut(tiling, truth)]
     found = joined_map(tiling, tiles)
     assert np.array_equal(found.labels, truth) and (found.confidence == 0.5).all()
+    two = [SemanticMap(np.full((8, 8), number, np.uint8), np.ones((8, 8), np.float32), ("a", "b")) for number in (0, 1)]
+    joined = joined_map(Tiling.of((8, 12), 8), two)
+    assert joined.labels[0].tolist() == [0] * 8 + [1] * 4  # of two as deep inside the first
+    assert joined.labels[4].tolist() == [0] * 6 + [1] * 6
+
+
+def test_a_picture_in_tiles_tells_how_many_and_takes_some_at_a_time():
+    generator, together = object.__new__(TilingGenerator), []
+    image = np.repeat(np.arange(80, dtype=np.uint8)[None, :, None], 32, 0).repeat(3, 2)
+    generator.pictures, generator.together = PicturesInMemory([image]), 2
+    settings = {"attention": None, "table": None, "ignores_doubtful": False, "least_confidence": 0.0, "draws": ()}
+    generator.recipe = SimpleNamespace(size=SIZE, tasks=("semantic",), **settings)
+
+    def label_tiles(request, tiles):
+        together.append(len(tiles))
+        maps = [SemanticMap(tile[..., 0], np.ones((SIZE, SIZE), np.float32), ("a",) * 80) for tile in tiles]
+        return [Sample(request, tile, {"semantic": label}, {"a": 1}) for tile, label in zip(tiles, maps)], []
+
+    generator._label_tiles = label_tiles
+    sample = generator._label_picture(Request(0, "", 0))
+    assert together == [2, 1] and sample.provenance == {"a": 1, "picture": "0", "sides": [32, 80], "tiles": 3}
+    assert (sample.image == image).all() and (sample.annotations["semantic"].labels == image[..., 0]).all()
 
 
 def test_a_map_is_scaled_to_a_tile_by_its_nearest_values():
