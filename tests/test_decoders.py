@@ -27,6 +27,7 @@ from datasetdm_fast.engine.decoders.checkpoint import (
     check_fits,
     load_decoder,
     save_decoder,
+    seeded_decoders,
 )
 from datasetdm_fast.engine.decoders.config import SD1_LEVELS, DecoderConfig, upstream
 from datasetdm_fast.engine.decoders.layers import SegBlock, SpectralConv2d, Upscale
@@ -768,6 +769,14 @@ def test_a_decoder_of_columns_and_rows_names_the_size_in_pixels_that_it_was_trai
     with pytest.raises(Refused) as stop:
         build_decoder(config)(SimpleNamespace(side=config.side + 1))
     assert stop.value.remedy == f"Use --size {8 * config.side}."
+
+
+def test_a_seeded_depth_decoder_is_drawn_by_the_number_of_its_inputs():
+    head = seeded_decoders(DEMO_LEVELS, 10)["depth"].last_layer_depth
+    for place, first in ((0, -0.0636), (2, -0.0636)):
+        weight = head[place].weight.detach()
+        assert float(weight.std() * weight[0].numel() ** 0.5) == pytest.approx(1, abs=0.02)
+        assert float(weight.flatten()[0]) == pytest.approx(first, abs=1e-4)
 
 
 def test_features_of_a_decoder_are_of_the_levels_that_it_reads():

@@ -751,6 +751,7 @@ def test_outlines_of_thin_and_of_long_masks():
     corner = np.array([[True, True], [True, False]])
     assert len(pictures.borders(corner)[0]) == 8 and pictures.outline(corner).count("M") == 1
     assert pictures.outline(np.ones((1, 1), bool)).startswith("M")
+    assert pictures.outline(np.tri(130, dtype=bool)) == "M0.5 0l129.5 129.5-129.5 0.5z"  # a triangle
     numbers = [int(value) for value in re.findall(r"-?\d+", pictures.outline(long))]
     assert numbers[0] in range(508, 517) and numbers[1] in range(4, 13) and set(numbers) <= {*range(-800, 801, 2)}
 
