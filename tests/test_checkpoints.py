@@ -35,9 +35,10 @@ from datasetdm_fast.engine.decoders.checkpoint import build_decoder, load_decode
 from datasetdm_fast.engine.decoders.config import upstream
 from datasetdm_fast.engine.decoders.folders import DEMO, parts_of, read_config
 from datasetdm_fast.engine.labels.class_tables import builtin_table
-from datasetdm_fast.engine.loading import load_model
+from datasetdm_fast.engine.loading import load_model, saving, single_file
 from datasetdm_fast.engine.loading.single_file import EMA, UNET
 from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.runs.exporting.checkpoints import to_diffusers
 from datasetdm_fast.runs.run_folder.reader import open_run
 
 MASKS = dict(width=16, layers=2, feed_forward=24, mask_dim=12, queries=20, text_width=10)
@@ -333,6 +334,20 @@ def test_a_folder_of_networks_alone_takes_the_usual_schedule_and_says_so(folder,
 def test_a_model_file_that_is_not_there_is_told_as_such(tmp_path, capsys):
     line = (tmp_path / "v1-5.ckpt", "--to", "diffusers", "--out", tmp_path / "folder")
     assert convert(*line) == 3 and f"{tmp_path / 'v1-5.ckpt'}: no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_dry", [True, False])
+def test_a_single_file_is_read_and_written_unless_it_is_a_dry_run(tmp_path, monkeypatch, is_dry):
+    asked, written, source, out = [], [], tmp_path / "a.ckpt", tmp_path / "out"
+    source.touch()
+    monkeypatch.setattr(single_file, "load_file", lambda path, **more: asked.append((path, more)) or "model")
+    monkeypatch.setattr(saving, "check_new", lambda place: asked.append(place))
+    monkeypatch.setattr(saving, "save_model", lambda model, place: written.append((model, place)))
+    told = to_diffusers(source, out, ema=True, is_dry=is_dry)
+    assert asked == [out, (source, {"allow_download": False, "ema": True})] and written == [("model", out)] * (
+        not is_dry
+    )
+    assert told["path"] == str(out) and "the averaged weights of" in told["told"]
 
 
 @pytest.mark.parametrize("averaged", (False, True))

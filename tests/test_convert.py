@@ -32,15 +32,16 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import mask_rle, number_classes
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import GateFailed, Missing, Refused
-from datasetdm_fast.runs.exporting import conversion, hf, wds
+from datasetdm_fast.runs.exporting import conversion, export_folder, hf, wds
 from datasetdm_fast.runs.exporting.classes import Classes, Renaming, collect_classes, number_lookup
 from datasetdm_fast.runs.exporting.export_folder import read_export
 from datasetdm_fast.runs.exporting.format import class_map
 from datasetdm_fast.runs.exporting.rings import editable_parts, rings
 from datasetdm_fast.runs.exporting.sources import ExportSource, choose_labels
-from datasetdm_fast.runs.exporting.view import SampleView
+from datasetdm_fast.runs.exporting.view import Linked, SampleView
 from datasetdm_fast.runs.exporting.voc import borders
 from datasetdm_fast.runs.gallery.closing import finish_run
+from datasetdm_fast.runs.run_folder.corrections import Correction
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.training.readers import open_data
@@ -619,6 +620,97 @@ def test_a_row_of_parquet_names_the_form_of_its_picture(tmp_path):
         row = hf._row(sample, SimpleNamespace(tasks=set(), classes=Classes((), (), ())))
         assert row["image"] == {"bytes": form[1], "path": f"a.{form[0]}"}
         assert (row["id"], row["prompt"], row["seed"], row["width"], row["height"]) == ("a", "a ball", 7, 4, 2)
+
+
+def test_an_export_knows_its_samples_by_split_and_place_and_a_file_that_two_have_written(tmp_path):
+    description = {"settings": {}, "runs": [], "samples": 3, "splits": {}, "format": 1}
+    file = storage.StoredFile("0" * 64, 1)
+    with export_folder.ExportFolder(tmp_path / "out", description, is_copied=True) as opened:
+        rows = ((5, "train", "a/x"), (2, "train", "a/y"), (3, "val", "a/z"))
+        opened.commit([export_folder.DoneSample(k, split, {"a": {"k": k}}, {name: file}) for k, split, name in rows])
+        assert opened.numbers() == {2, 3, 5} and opened.numbers_of("train", 0, 9) == [2, 5]
+        assert opened.numbers_of("train", 1, 2) == [5] and opened.numbers_of("train", 0, 1) == [2]
+        assert list(opened.entries("a", "train")) == [{"k": 2}, {"k": 5}]
+        assert opened.find_repeated(["a/all"]) is None and opened.find_repeated(["a/all", "a/z"]) == "a/z"
+        opened.commit([export_folder.DoneSample(7, "val", {}, {"a/x": file})])
+        assert opened.find_repeated([]) == "a/x"
+
+
+FILES = json.dumps([["a/x", "0", 3]])
+NOTE = json.dumps({"done": [[1, "train", "{}", FILES]], "shared": [["a/all", "0", 2]]})
+
+
+@pytest.mark.parametrize(
+    ("note", "sizes", "done"),
+    [
+        (NOTE, (3, 2), {1}),
+        (NOTE, (4, 2), set()),
+        (NOTE, (3, 1), set()),
+        ("", (3, 2), set()),
+        ('{"done": [', (3, 2), set()),
+        ("[]", (3, 2), set()),
+        ('{"done": 5, "shared": []}', (3, 2), set()),
+        ('{"done": [[1]], "shared": []}', (3, 2), set()),
+        ('{"shared": []}', (3, 2), set()),
+    ],
+)
+def test_a_note_of_another_process_counts_where_its_files_are_there(tmp_path, note, sizes, done):
+    description = {"settings": {}, "runs": [], "samples": 3, "splits": {}, "format": 1}
+    with export_folder.ExportFolder(tmp_path / "out", description, is_copied=True) as opened:
+        opened.__class__ = export_folder.StoredExport
+        opened._read_note(note.encode(), dict(zip(("a/x", "a/all"), sizes)))
+        assert opened.numbers() == done
+
+
+def test_names_of_files_may_have_spaces_in_the_list_of_digests(tmp_path):
+    (tmp_path / "SHA256SUMS").write_text("12  coco/a  b \n34  c\n")
+    assert list(export_folder.read_sums(tmp_path)) == [("coco/a  b ", "12"), ("c", "34")]
+
+
+def test_a_format_of_a_package_may_link_files_of_the_run(tmp_path):
+    linked = Linked(tmp_path / "a.png", storage.StoredFile("0" * 64, 1))
+    view = SimpleNamespace(stored=SimpleNamespace(id="00000000"))
+    for files, entry, is_taken in (
+        ({"a.png": linked, "b": b"x"}, {"k": 1}, True),
+        ({"a.png": "x"}, {}, False),
+        ({"a.png": b"x"}, {"k": {1}}, False),
+        ({"../a.png": b"x"}, {}, False),
+    ):
+        made = SimpleNamespace(convert_sample=lambda view, plan, made=(files, entry): made)
+        with nullcontext() if is_taken else pytest.raises((TypeError, Refused, ValueError)):
+            assert conversion.convert_by_package("coco", made, view, None) == (files, entry)
+
+
+def test_a_run_that_is_not_finished_is_told_before_its_samples_are_converted():
+    made, table = object.__new__(conversion.Conversion), {3: "a", 5: "b"}
+    voc = SimpleNamespace(unknown_classes=lambda plan: ["mug", "jug"])
+    made.plan, made.formats = None, {"coco": SimpleNamespace(unknown_classes=lambda plan: []), "voc": voc}
+    for is_complete in (True, False):
+
+        class Samples(list):
+            path = "run"
+
+        samples = Samples("1234567")
+        samples.is_complete = is_complete
+        made.source = SimpleNamespace(run=samples, corrections=table)
+        *told, last = made.notes()
+        unfinished = [] if is_complete else ["run: not finished; converted so far: 7 samples"]
+        assert told == ["run: corrections of 2 samples are applied", *unfinished]
+        assert last.startswith("voc: ") and "mug, jug" in last
+
+
+def test_a_file_of_chunks_ends_with_the_last_of_them():
+    assert list(conversion._read_chunks("coco", "a", [b"x", b"", b"y"])) == [b"x", b"", b"y"]
+    assert list(conversion._read_chunks("coco", "a", b"whole")) == [b"whole"]
+
+
+@pytest.mark.parametrize("sides", [(2, 4), (4, 2)])
+def test_without_a_map_a_sample_ignores_the_regions_that_were_corrected(sides):
+    view = object.__new__(SampleView)
+    view.run, (view.height, view.width) = SimpleNamespace(labels={}, is_partial=False), sides
+    for correction, count in ((None, 0), (Correction(ignored=((0, 1, 1, 2),)), 1)):
+        view._correction = correction
+        assert view.ignored.shape == sides and view.ignored.sum() == count and view.ignored[1, 0] == bool(count)
 
 
 def test_three_hundred_classes_are_for_formats_without_label_maps(tmp_path, capsys):

@@ -23,8 +23,9 @@ from datasetdm_fast.config import EXPORT_FORMATS
 from datasetdm_fast.convert import main
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
 from datasetdm_fast.engine.labels import mask_rle, number_classes
-from datasetdm_fast.runs.exporting import annotation_tools, cityscapes, coco, depth, hf, rings, voc, yolo
+from datasetdm_fast.runs.exporting import annotation_tools, cityscapes, coco, depth, hf, rings, view, voc, wds, yolo
 from datasetdm_fast.runs.exporting.classes import Classes
+from datasetdm_fast.runs.exporting.settings import PictureSettings
 from datasetdm_fast.runs.exporting.view import ExportedPerson, ExportedThing
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.run_folder.folder import RunFolder
@@ -232,7 +233,9 @@ def test_pycocotools_reads_the_masks_and_boxes_of_coco_and_lvis(exported):
 def test_a_person_with_joints_alone_is_no_thing_of_panoptic_files():
     classes = Classes(("sky", "car", "person"), ("car",), ("sky",))
     plan = SimpleNamespace(classes=classes, splits={"train": 1})
-    held = json.loads(b"".join(coco._panoptic(plan, SimpleNamespace(entries=lambda split: iter(())), "train")))
+    entry = {"image": {"id": 7, "file_name": "a.b.jpg"}, "panoptic": []}
+    held = json.loads(b"".join(coco._panoptic(plan, SimpleNamespace(entries=lambda split: iter([entry])), "train")))
+    assert held["annotations"] == [{"image_id": 7, "file_name": "a.b.png", "segments_info": []}]
     assert [(row["name"], row["isthing"]) for row in held["categories"]] == [("sky", 0), ("car", 1), ("person", 0)]
 
 
@@ -627,6 +630,61 @@ def test_label_studio(exported):
     interface = ElementTree.parse(out / "config.xml")
     assert [label.get("value") for label in interface.iter("Label")] == list(THINGS)
     assert {first["from_name"], first["to_name"]} == {part.get("name") for part in interface.getroot()}
+
+
+def test_tasks_of_every_split_are_in_one_list_of_label_studio():
+    entries = {"train": [{"task": 1}, {"task": 2}], "val": [{"task": 3}]}
+    plan = SimpleNamespace(splits=entries, classes=Classes((), (), ()))
+    files = annotation_tools.LabelStudioFormat().shared_files(plan, SimpleNamespace(entries=entries.__getitem__))
+    assert json.loads(b"".join(files["tasks.json"])) == [1, 2, 3]
+    facts = {"name": "a", "split": "val", "things": (), "prompt": "a ball", "picture": lambda forms: ("jpg", b"x")}
+    files, entry = annotation_tools.LabelStudioFormat().convert_sample(SimpleNamespace(**facts), None)
+    data = {"image": "/data/local-files/?d=images/val/a.jpg", "id": "a", "prompt": "a ball", "split": "val"}
+    assert [*files] == ["images/val/a.jpg"] and entry["task"]["data"] == data
+    assert entry["task"]["predictions"][0]["score"] == 0 and not entry["task"]["predictions"][0]["result"]
+
+
+def test_shards_hold_every_sample_of_a_split_once():
+    asked = []
+    samples = SimpleNamespace(views=lambda *places: asked.append(places) or iter(()))
+    layout = SimpleNamespace(shard=2)
+    plan = SimpleNamespace(splits={"train": 4, "val": 3}, layout=layout, tasks=set(), classes=Classes((), (), ()))
+    tars = [name for name in wds.WebDatasetFormat().shared_files(plan, samples) if name.endswith(".tar")]
+    assert tars == [f"{split}-00000{k}.tar" for split in ("train", "val") for k in (0, 1)]
+    tables = [name for name in hf.ParquetFormat().shared_files(plan, samples) if name.endswith(".parquet")]
+    assert tables == [f"data/{split}-0000{k}-of-00002.parquet" for split in ("train", "validation") for k in (0, 1)]
+    assert asked == [(split, first, first + 2) for split in ("train", "val") for first in (0, 2)]
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "forms", "form", "is_linked"),
+    [
+        ("jpg", "same", ("png", "jpg"), "jpg", True),
+        ("png", "same", ("png", "jpg"), "png", True),
+        ("png", "jpg", ("png", "jpg"), "jpg", False),
+        ("jpg", "same", ("png",), "png", False),
+        ("png", "same", ("jpg",), "jpg", False),
+    ],
+)
+def test_a_picture_keeps_its_form_where_a_format_has_it(monkeypatch, stored, asked, forms, form, is_linked):
+    made = object.__new__(view.SampleView)
+    made.stored = SimpleNamespace(row=SimpleNamespace(files={"image": (f"images/a.{stored}", None)}))
+    made.pictures, made.image = PictureSettings(image_format=asked, quality=80), "pixels"
+    monkeypatch.setattr(view.SampleView, "link_file", lambda self, role: f"link of {role}")
+    monkeypatch.setattr(view, "image_bytes", lambda *given: given)
+    content = "link of image" if is_linked else ("pixels", form, 80)
+    assert made.picture(forms) == (form, content) and PictureSettings() == PictureSettings(0.0, "same", 95)
+
+
+def test_persons_without_joints_or_of_a_low_score_are_left_out():
+    made = object.__new__(view.SampleView)
+    row = {"keypoints": [1, 2, 2], "keypoint_scores": [0.5], "area": 4, "bbox": [0, 0, 2, 2]}
+    people = [row | {"num_keypoints": count, "score": score} for count, score in ((1, 0.5), (0, 0.9), (2, 0.49))]
+    made.run = SimpleNamespace(labels={"pose": "pose"}, person="person")
+    made.stored = SimpleNamespace(row=SimpleNamespace(labels={"pose": people}))
+    made.pictures = PictureSettings(least_score=0.5)
+    (person,) = made.people
+    assert (person.name, person.score, person.area, person.joints.tolist()) == ("person", 0.5, 4.0, [[1, 2, 2]])
 
 
 def test_mmseg(exported):

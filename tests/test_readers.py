@@ -2162,6 +2162,7 @@ def test_labels_of_a_run_that_do_not_fit_are_refused_by_the_sample(monkeypatch):
         sample.row.labels["pose"] = [person]
         with pytest.raises(Refused, match="photos: sample 00000007: a person without a box"):
             source._persons(sample, 0)
+    assert run_of(records=[(0, "00000007", ("a", "b"))]).origins(0) == ("a", "b")
     joints = SimpleNamespace(points=np.float32([[[1, 2, 0.5]]]), visibility=np.array([[2]]))
     people = {"pose": [{"bbox": [0, 0, 1, 2], "area": 0}]}  # of a person whose joints have no area
     found = source._persons(SimpleNamespace(label=lambda name: joints, row=SimpleNamespace(labels=people)), 0)
@@ -2642,6 +2643,11 @@ def test_a_label_map_of_some_of_vocs_classes_keeps_their_numbers(mugs):
     text(mugs.root / "labelmap.txt", "background:0,0,0::\naeroplane:128,0,0::\ncat:64,0,0::\n")
     labels = open_data(f"voc:{mugs.root}", SIZE).picture(0).semantic
     assert (labels[mugs.labels == 1] == 2).all() and (labels[mugs.labels == 2] == 1).all()
+
+
+def test_things_of_voc_are_its_twenty_classes():
+    assert voc.Voc.classes == ("background", *voc.Voc.thing_classes) and len(voc.Voc.thing_classes) == 20
+    assert voc.Voc.thing_classes[::19] == ("aeroplane", "tvmonitor")
 
 
 def test_numbers_of_vocs_palette_are_those_of_colours_in_any_order():
