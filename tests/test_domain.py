@@ -503,7 +503,8 @@ def test_a_model_may_draw_captions_that_are_lists_of_names_otherwise(named, outs
         def __init__(self, engine):
             self.engine = SimpleNamespace(suggested_batch=lambda: 16)
 
-        def __call__(self, captions, **_):
+        def __call__(self, captions, *, steps, batch_size, **_):
+            assert (steps, batch_size) == (2, 16)  # no more than the model's own
             requests = [Request(k, caption, k) for k, caption in enumerate(captions)]
             trusts = [Trust(domain=max(own, decoder.domain.model)) for own in (1.5, *[0.5] * 15)]  # as measured before
             samples = [Sample(request, np.zeros(0), {}, {}, trust) for request, trust in zip(requests, trusts)]
@@ -574,6 +575,38 @@ def test_a_plan_counts_the_trainings_that_are_left(result, finished, steps):
         f"semantic   segmentation decoder, 100 steps of 4 views{early}{finished}",
     ]
     assert "by name    a, b, c, d, e and 2 more: only where" in lines[4] and lines[-1].startswith(f"semantic   {steps}")
+
+
+def test_samples_are_sketched_with_their_own_captions_and_seeds(monkeypatch):
+    asked = []
+
+    def invert(engine, labels, images, captions, seeds):
+        asked.append((labels, [int(image[0, 0, 0]) for image in images], captions, seeds))
+        return {"semantic": SimpleNamespace(of=lambda task: images[:, :1, :1, 0].float()[:, None])}
+
+    monkeypatch.setattr(workflow, "invert_for", invert)
+    engine = SimpleNamespace(decoders={"semantic": SimpleNamespace(sketch=lambda capture: capture + 1)})
+    samples = [Sample(Request(k, f"a {k}", 50 + k), np.full((2, 2, 3), k, np.uint8), {}) for k in range(10)]
+    found = workflow._sketch_samples(engine, "semantic", samples)
+    assert found.shape == (10, 1, 1, 1) and found.ravel().tolist() == list(range(1, 11))
+    parts = (range(8), range(8, 10))
+    assert asked == [
+        (("semantic",), list(part), tuple(f"a {k}" for k in part), tuple(50 + k for k in part)) for part in parts
+    ]
+
+
+def test_the_page_shows_the_truth_before_the_answer(monkeypatch):
+    shown = {}
+    monkeypatch.setattr(page, "_figure", lambda pictures, caption: shown.update(pictures, caption=caption) or "")
+    ramp = np.repeat(np.linspace(1, 9, 8, dtype=np.float32)[None], 8, 0)
+    near, far = (DepthMap(metres, 10.0) for metres in (ramp, ramp[:, ::-1]))
+    item = SimpleNamespace(id="<a>", caption="a & b", image=np.zeros((8, 8, 3), np.uint8), depth=near.metres)
+    page._views("depth", SimpleNamespace(max_depth=10.0), item, far)
+    kind = page.LABEL_KINDS["depth"]
+    for name, label in (("truth", near), ("answer", far)):
+        assert (np.asarray(shown[name]) == np.asarray(kind.picture(label, item.image))).all()
+    assert (np.asarray(shown["truth"]) != np.asarray(shown["answer"])).any()
+    assert list(shown) == ["image", "truth", "answer", "caption"] and shown["caption"] == "&lt;a&gt; &middot; a &amp; b"
 
 
 def test_what_a_training_is_told_to_be_wrong_with():

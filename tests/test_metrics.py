@@ -16,7 +16,8 @@ from datasetdm_fast.engine.decoders.config import COCO_JOINTS
 from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS, Labelled
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.training.evaluation import intervals as interval_parts
-from datasetdm_fast.training.evaluation import measure, naming
+from datasetdm_fast.training.evaluation import measure, metrics, naming
+from datasetdm_fast.training.evaluation import meter as meters
 from datasetdm_fast.training.evaluation.intervals import expanded_level, intervals
 from datasetdm_fast.training.evaluation.meter import Meter, check_count, figure_name, mean, translation
 from datasetdm_fast.training.evaluation.metrics import METRICS
@@ -202,6 +203,38 @@ def test_an_evaluation_goes_on_in_seeds_and_tells_how_many_images_are_done(monke
     assert [(count, seeds) for count, _, seeds in asked] == [(2, [7, 8]), (2, [9, 10]), (1, [11])] * 2
     assert asked[1][1] == [data[2].caption, data[3].caption] and asked[4][1] == ["", ""]
     assert ScoreSettings() == ScoreSettings("true", 10, 0, (), 500, 0.95)
+
+
+def test_notes_tell_how_captions_were_used_and_how_many_images_were_learnt_from():
+    named = {"captions": "true", "captions_name_all": True, "named_by_captions": True, "seen_in_training": 3}
+    told = measure.notes({"semantic": named, "depth": {"captions": "true", "seen_in_training": 7}})
+    assert told[0] == "captions: read, and they name all that an image shows; semantic looked only for what they name"
+    assert [line.partition(";")[0] for line in told[1:]] == [
+        f"{task}: the training data held {count} of these images" for task, count in (("semantic", 3), ("depth", 7))
+    ]
+    usual = {how: measure.notes({"depth": {"captions": how}}) for how in ("true", "unread", "none")}
+    assert [*usual.values()] == [["captions: read"], ["captions: text condition only"], ["captions: none"]]
+
+
+def test_classes_that_are_not_seen_are_of_the_data_and_not_all_of_them():
+    apart = metrics._separate_unseen
+    assert (apart(("a", "b"), ("b",)), apart(("a", "b"), ("a", "b")), apart(("a",), ())) == (("b",), (), ())
+    with pytest.raises(Refused, match="the data set has no class 'c'"):
+        apart(("a", "b"), ("a", "c"))
+
+
+def test_a_decoder_of_the_background_alone_is_compared_with_any_data():
+    check = meters.check_names
+    assert check("semantic", ("background",), ("mug",)) is None and check("pose", ("a",), ()) is None
+    assert check("semantic", ("none", "mug"), ("background", "mug")) is None
+    with pytest.raises(Refused, match="the decoder knows background, a, the data set background, mug: no class in"):
+        check("semantic", ("background", "a"), ("background", "mug"))
+
+
+def test_a_mean_is_over_all_classes_that_are_shown_however_few_are_asked_for():
+    meter = METRICS["semantic"](SimpleNamespace(classes=("wall", "mug")))
+    meter.rows += [np.array([[900 - k, 300], [1000, 500], [950, 400]]) for k in range(5)]
+    assert intervals(meter, classes=1) == intervals(meter, classes=2) == intervals(meter) != intervals(meter, classes=3)
 
 
 def test_images_that_are_not_judged_count_no_things(monkeypatch):

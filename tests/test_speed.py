@@ -34,9 +34,11 @@ from datasetdm_fast.engine.models.layers import Linear, Weights
 from datasetdm_fast.engine.models.mmdit import HeadProjection
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.kernels import plain
-from datasetdm_fast.runs.agreement import speed_gate
+from datasetdm_fast.runs.agreement import admission, speed_gate
 from datasetdm_fast.runs.agreement.speed_gate import LabelFigure
+from datasetdm_fast.runs.jobs.job import Job
 from datasetdm_fast.runs.run_settings import RunConfig
+from datasetdm_fast.settings import SamplingSettings
 
 pytestmark = pytest.mark.usefixtures("tiny_has_one_layer")
 
@@ -249,6 +251,72 @@ def test_samples_that_were_set_aside_count_as_doubtful_and_are_compared_with_not
     recipe = SimpleNamespace(size=2, tasks=("depth",))
     figures = speed_gate._figures(SimpleNamespace(engine=None), recipe, None, lambda: None)
     assert figures == {"REL depth": pytest.approx(0.25), "doubtful": 0.5} and len(pictures) == 1
+
+
+def test_a_speed_is_judged_by_each_figure_beside_that_of_exact_images(monkeypatch):
+    held = {"exact": {"IoU semantic": 0.9, "REL depth": 0.1, "doubtful": 0.0}}
+    held["speed"] = {"IoU semantic": 0.895, "REL depth": 0.2, "doubtful": 0.0}
+    for name in ("check_promise", "check_call"):
+        monkeypatch.setattr(speed_gate, name, lambda *_: None)
+    monkeypatch.setattr(speed_gate, "_place", lambda job, recipe, exact: recipe)
+    monkeypatch.setattr(speed_gate, "_cached", lambda place, measure: held[place if place == "exact" else "speed"])
+    monkeypatch.setattr(speed_gate, "count_images", lambda job: 64)
+    job = SimpleNamespace(recipe=SimpleNamespace(facts={"speed": "fast25"}), plan=SimpleNamespace(number=500))
+    verdict = speed_gate.judge_speed(job, "exact", lambda: None)
+    assert (verdict["name"], verdict["number"], verdict["passed"]) == ("fast25", 64, False)
+    rows = {row["measure"]: (row["exact"], row["speed"], row["limit"], row["passed"]) for row in verdict["measures"]}
+    assert rows["IoU semantic"] == (0.9, 0.895, 0.01, True) and rows["REL depth"] == (0.1, 0.2, 0.002, False)
+    assert speed_gate.figures_in_words(verdict, failed=True) == "REL depth 0.2000 for 0.1000"
+    assert speed_gate.figures_in_words(verdict).startswith("IoU semantic 0.8950 for 0.9000, REL depth 0.2000 for")
+    held["speed"]["REL depth"] = 0.101
+    assert speed_gate.judge_speed(job, "exact", lambda: None)["passed"]
+
+
+@pytest.mark.parametrize(
+    ("captures", "attention", "labels"), [({}, None, 0), ({"a": 0}, None, 2), ({}, 1, 10), ({"a": 0}, 1, 12)]
+)
+def test_calls_of_a_judgement_are_those_that_no_file_holds(tmp_path, monkeypatch, captures, attention, labels):
+    exact = SimpleNamespace(schedule=range(51), captured=(49, 50), captures=captures, attention=attention)
+    job = SimpleNamespace(recipe=SimpleNamespace(schedule=range(25)), plan=SimpleNamespace(batch_size=10))
+    monkeypatch.setattr(speed_gate, "count_images", lambda job: 64)
+    monkeypatch.setattr(speed_gate, "TIMESTEPS", range(10))
+    monkeypatch.setattr(speed_gate, "_place", lambda job, recipe, exact: tmp_path / str(len(recipe.schedule)))
+    assert speed_gate.count_calls(job, exact) == 7 * (25 + 51 + 2 * labels)
+    (tmp_path / "51").touch()
+    assert speed_gate.count_calls(job, exact) == 7 * (25 + labels)
+
+
+def test_figures_are_measured_once_and_anew_where_their_file_is_damaged(tmp_path):
+    path, asked = tmp_path / "speed" / "a.json", []
+
+    def measure():
+        asked.append(path.exists())
+        return {"IoU semantic": 0.5}
+
+    for content in (None, "", '{"a"', "[1]"):
+        if content is not None:
+            path.write_text(content)
+        assert [speed_gate._cached(path, measure) for _ in range(2)] == [{"IoU semantic": 0.5}] * 2
+    assert asked == [False, True, True, True]
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_a_speed_is_held_against_the_recipe_without_it(monkeypatch, passed):
+    told, asked = [], []
+    row = {"measure": "IoU semantic", "exact": 0.9, "speed": 0.8, "limit": 0.01, "passed": passed}
+    verdict = {"number": 2, "passed": passed, "measures": [row]}
+    monkeypatch.setattr(admission, "recipe_of", lambda sampling, *_, **__: asked.append(sampling.speed) or "exact")
+    monkeypatch.setattr(speed_gate, "count_calls", lambda job, exact: 9)
+    monkeypatch.setattr(speed_gate, "judge_speed", lambda job, exact, call: verdict)
+    source = SimpleNamespace(classes=(), listed=(), table=None)
+    spec = SimpleNamespace(source=source, sampling=SamplingSettings(speed="fast25"), labels=())
+    job = Job(None, None, SimpleNamespace(device=torch.device("cpu")), None, {"a": 1})
+    screen = admission.Screen(told.append, lambda *_: nullcontext())
+    with (
+        nullcontext() if passed else pytest.raises(GateFailed, match="labels of 2 images fit worse .*IoU semantic 0.8")
+    ):
+        assert admission._judge_speed(job, spec, screen).document == {"a": 1, "speed": verdict}
+    assert asked == [EXACT] and len(told) == passed
 
 
 @pytest.fixture(scope="module")

@@ -442,6 +442,19 @@ def test_a_change_of_anything_that_is_truth_is_another_record():
         assert sum(record[part] != changed[part] for part in record) == 1, name
 
 
+def test_captions_that_are_made_of_the_labels_are_part_of_the_record():
+    class Source:
+        is_rendered, order = False, (3,)
+        __len__, guard = (lambda self: 1), staticmethod(lambda call, record: call(record))
+        name, photo_of = staticmethod("picture {}".format), staticmethod(lambda names: f"a photo of {names[0]}")
+
+        def __init__(self, caption):
+            self.picture = lambda record: Picture("a", np.zeros((4, 6, 3), np.uint8), caption)
+
+    (mug,), (cup,), (told,) = (record_data(Source(each))["items"] for each in (("mug",), ("cup",), "a photo of mug"))
+    assert mug["caption"] != cup["caption"] and mug == told and (mug["name"], mug["sides"]) == ("picture 3", [6, 4])
+
+
 def test_arrays_of_equal_bytes_and_other_sides_have_another_digest():
     shapes = ((2, 3), (3, 2), (6,))
     digests = [data_record._digest((np.zeros(shape, np.uint8), "a")) for shape in shapes]

@@ -25,6 +25,7 @@ from datasetdm_fast.engine.decoders.checkpoint import build_decoder, save_decode
 from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.decoders.layers import SpectralConv2d
 from datasetdm_fast.engine.engines import build_engine
+from datasetdm_fast.engine.labels import class_tables
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop.inversion import capture_timestep, invert, posterior_generator
 from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS, Labelled, LabelledSource
@@ -32,7 +33,7 @@ from datasetdm_fast.engine.sampling.times import alphas_cumprod, initial_noise
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.kernels import image_norm
 from datasetdm_fast.stages import LEVELS, Level
-from datasetdm_fast.training import cross_validation, losses, predictions, session, task_training
+from datasetdm_fast.training import checkpoint, cross_validation, losses, predictions, session, task_training
 from datasetdm_fast.training import trainer as loop
 from datasetdm_fast.training.captures import cache
 from datasetdm_fast.training.captures.cache import Layout
@@ -346,6 +347,19 @@ def test_every_view_of_every_step_has_random_numbers_of_its_own(engine, source, 
     monkeypatch.setattr(loop, "generator", lambda *key: keys.append(key) or made(*key))
     taught.step(), taught.step()
     assert [key for key in keys if "turn" not in key] == [(5, step, place) for step in (0, 1) for place in range(3)]
+
+
+def test_a_plan_tells_images_that_were_left_out_and_asks_for_the_words_of_the_data(engine, source, monkeypatch):
+    asked, other = [], copy.copy(source)
+    monkeypatch.setattr(engine, "encode_classes", lambda words: asked.append(words) or torch.zeros(len(words), 4))
+    other.class_table = class_tables.parse("name,say\nball,globe\n", "own")
+    one = session.TrainingSession("demo:4", engine, other, (0, 1, 2, 3))
+    left_out = []
+    for names in ((), ("a", "b"), ("b", "a"), ("a", "c")):
+        other.skipped = dict.fromkeys(names, "cut short")
+        left_out.append(one.plan("open-vocabulary").settings["left_out"])
+    assert left_out[0] == "" and left_out[1] == left_out[2] != left_out[3] and left_out[1].startswith("2 images, ")
+    assert asked[0] == class_tables.spoken(other.thing_classes, other.class_table) and "globe" in asked[0]
 
 
 def test_captures_of_every_call_count_for_the_disk(engine, source, monkeypatch):
@@ -1108,6 +1122,32 @@ def test_shards_serve_any_number_of_images_and_a_damaged_one_is_made_again(engin
     damaged.write_bytes(damaged.read_bytes()[:-40] + b"\0" * 40)
     cache.cache_captures(engine, views, Inversion((1,)), tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.glob("*.f16")} == before
+
+
+def test_captures_made_anew_are_those_of_the_views_that_are_asked_for(engine, monkeypatch):
+    asked = []
+    monkeypatch.setattr(cache, "captures", lambda *given: asked.append(given[2:4]) or [1.0, 2.0])
+    views = SimpleNamespace(item=lambda view: f"item {view}", seed=lambda view: 90 + view)
+    made = cache.RecomputedCaptures(engine, views, Inversion((1, 0)))
+    made.layout = SimpleNamespace(join=lambda call: (torch.full((2, 1, 1), call),))
+    assert made.batch([7, 3])[0].tolist() == [[[1], [2]]] * 2 and asked == [(["item 7", "item 3"], [97, 93])]
+
+
+def test_classes_shown_are_counted_once_over_the_first_views():
+    classes = {0: [1, 1, 4], 3: [4], 6: []}
+    views = SimpleNamespace(
+        numbers=(5, 6, 7),
+        first_views=lambda most: range(0, 3 * most, 3),
+        target=lambda view: SimpleNamespace(classes=torch.tensor(classes[view])),
+    )
+    assert predictions.count_classes_shown(views) == 2
+
+
+def test_an_error_without_a_text_is_told_of_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "check_safetensors", lambda path: (_ for _ in ()).throw(ValueError()))
+    (tmp_path / checkpoint.NAME).write_bytes(b"x")
+    with pytest.raises(Refused, match=r"checkpoint.safetensors: not a checkpoint \(\)"):
+        checkpoint.read(tmp_path)
 
 
 def test_kept_captures_are_those_of_an_image_its_view_and_every_call(tmp_path):

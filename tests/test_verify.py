@@ -728,6 +728,12 @@ def test_a_verdict_is_told_as_a_table_and_kept_as_a_document():
     assert usual.endswith("agree on 2 images of demo, 25 calls each")
 
 
+def test_labels_of_other_packages_have_the_gates_of_their_kind(monkeypatch):
+    gates = SimpleNamespace(exact=1, free_exact=2, rounded=3, free_rounded=4)
+    monkeypatch.setattr(verify, "LABEL_KINDS", {"flow": SimpleNamespace(gates=gates)})
+    assert [limits[measure] for limits in (EXACT, ROUNDED) for measure in ("flow", "free flow")] == [1, 2, 3, 4]
+
+
 def test_a_sample_that_was_set_aside_is_as_far_as_can_be_in_every_measure():
     row = SimpleNamespace(labels={"semantic": {}, "depth": {}})
     far = comparing._distances(None, row, Quarantined(Request(0, "a ball", 0), "NaN"), None)
