@@ -226,6 +226,25 @@ def test_an_unknown_licence_is_called_unknown(run):
     assert licence_of("Apache License 2.0") is KNOWN["apache-2.0"] and licence_of("") is None
 
 
+def test_names_in_the_card_break_no_table_and_a_licence_is_known_behind_a_wide_margin():
+    assert card._part("decoder a|b`c") == "decoder `a/b'c`" and card._part("model") == "model"
+    assert card._code(" a  b\nc ") == "`a b c`"
+    assert licence_of(" " * 500 + "MIT License\n\nPermission is hereby granted").hub == "mit"
+    assert licence_of("x" * 401 + " mit license") is None
+
+
+def test_works_are_cited_whose_method_made_the_labels():
+    def cited(*tasks, **labellers):
+        return "".join(card._citations({"config": {"task": list(tasks)}, "sampling": {"labellers": labellers}}))
+
+    assert [name in cited("depth", "semantic:b") for name in ("wu2023datasetdm", "nguyen2023")] == [True, False]
+    assert [name in cited("attention") for name in ("wu2023datasetdm", "nguyen2023")] == [False, True]
+    both = cited("attention", "depth")
+    assert both.index("wu2023datasetdm") < both.index("nguyen2023dataset") and both.count("```") == 2
+    assert cited("attention", attention="theirs 1.0") == "The works behind `attention`."
+    assert "nguyen2023" not in cited("attention", "depth", attention="theirs 1.0")
+
+
 def test_the_text_of_a_licence_is_known_by_its_title():
     begin = "Copyright (c) 2022 Robin Rombach and Patrick Esser and contributors\n\nCreativeML Open RAIL-M\ndated"
     assert licence_of(begin + 9000 * " word") is KNOWN["creativeml-openrail-m"]

@@ -356,6 +356,20 @@ def test_conditions_follow_their_grammar():
         run_scores.parse_where(f"{long} ", tuple(values))
 
 
+def test_a_sample_is_left_out_for_what_it_lacks_and_nothing_else():
+    values = {name: np.array([value]) for name, value in {"score": 0.4, "trust": 1.0, "clip": np.nan}.items()}
+    for where, reason in (
+        ("score >= 0.5 and trust == 1", "score is 0.4, expected >= 0.5"),
+        ("score >= 0.5 and trust < 1", "score is 0.4, expected >= 0.5; trust is 1, expected < 1"),
+        ("score >= 0.5 or trust == 0", "score is 0.4, expected >= 0.5; trust is 1, expected == 0"),
+        ("trust == 1 and (score > 1 or clip != 0.2)", "score is 0.4, expected > 1; it has no clip, expected != 0.2"),
+        ("trust != 0 and not score > 0.3", "score > 0.3 holds"),
+        ("not (score <= -1 or trust == 1)", "score <= -1 or trust == 1 holds"),
+    ):
+        condition, _ = run_scores.parse_where(where, SCORES)
+        assert not condition.passes(values)[0] and condition.reason(values, 0) == reason, where
+
+
 def test_presence_and_confidence_are_means_over_kinds_of_labels():
     tables = {"semantic": {"classes": ["wall", "ball", "cube"]}, "depth": {"max_depth": 10.0}}
     image, records = np.zeros((50, 20, 3), np.uint8), {"semantic": {"pixels": {"0": 990, "1": 2, "2": 1}}, "depth": {}}
@@ -447,6 +461,15 @@ def test_a_histogram_tells_what_a_threshold_at_each_of_its_bins_leaves():
     assert least(np.arange(8.0)) == [(k, 1, 8 - k) for k in range(8)]
     assert least(np.arange(17.0)) == [(2 * k, 2 + (k == 7), 17 - 2 * k) for k in range(8)]  # the last takes the end
     assert least(np.full(3, np.nan)) == []
+
+
+def test_a_bin_of_few_samples_has_a_bar():
+    bins = [
+        {"least": least, "samples": n, "left": 0, "left_by_class": {}}
+        for least, n in ((0, 1), (1, 100), (2, 0), (3, 50))
+    ]
+    lines = list(filtering.histogram_lines(run_scores.ScoreTable([], [], {}), {"score": bins, "clip": []}))
+    assert [line.count("#") for line in lines] == [0, 0, 1, 24, 0, 12, 0] and lines[1].split()[-2:] == ["at", "least"]
 
 
 def test_what_a_filter_keeps_is_told_in_all_and_of_each_class():

@@ -45,8 +45,9 @@ from datasetdm_fast.runs.run_folder.document import (
     sides,
 )
 from datasetdm_fast.runs.run_folder.folder import RunFolder
-from datasetdm_fast.runs.run_folder.indexes.coco import first_number
+from datasetdm_fast.runs.run_folder.indexes.coco import AnnotationList, first_number
 from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, QUARANTINED, Ledger, Row, canonical, decode_trust
+from datasetdm_fast.runs.run_folder.page_files import layer_with_picture
 from datasetdm_fast.runs.run_folder.reader import StoredSample, open_run
 
 pytestmark = pytest.mark.core
@@ -317,6 +318,22 @@ def test_annotations_go_on_after_those_of_all_labels_before(tmp_path):
     labels = {f"instance{name}": {} for name in ("", ":a", ":b")}
     ledger = SimpleNamespace(last_record={"instance": 3, "instance:a": 5, "instance:b": 7}.__getitem__)
     assert [first_number(label, {"labels": labels}, ledger) for label in labels] == [0, 3, 8]
+
+
+def test_annotations_are_one_list_though_some_samples_have_none():
+    ledger = SimpleNamespace(last_record=lambda label: 4)
+    run = {
+        "labels": {"instance": {"classes": ["ball"]}, "pose": {"joints": [], "limbs": [], "category": 1}},
+        "versions": {},
+    }
+    listed = AnnotationList("pose", None, run, ledger)
+    rows = [
+        Row(Request(k, "", k), {}, labels={"pose": [{"score": 0.5}] * count}) for k, count in enumerate((0, 2, 0, 1))
+    ]
+    written = b"".join(chunk for each in rows for chunk in listed.add([each]))
+    found = json.loads(b"[" + written + b"]")
+    assert [(each["id"], each["image_id"]) for each in found] == [(5, 1), (6, 1), (7, 3)]
+    assert layer_with_picture("depth:b") is None and layer_with_picture("depth.b") is layer_with_picture("depth")
 
 
 def test_same_samples_give_the_same_bytes(run_path, tmp_path):

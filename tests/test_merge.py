@@ -56,10 +56,14 @@ def moved(index: int, like: int):
 
 def test_a_merged_run_has_every_sample_once_byte_for_byte(runs, tmp_path, capsys):
     out = tmp_path / "all"
-    assert main([*(str(runs / name) for name in ("first", "second", "varied")), "--out", str(out), "--json"]) == 0
+    line = [*(str(runs / name) for name in ("first", "second", "varied")), "--out", str(out), "--json"]
+    assert main(line) == 0
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (told["number"], told["made"], told["duplicates"]) == (12, 12, 2)
     assert audit(out).findings == []
+    assert main([*line, "--dry-run"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert (planned["number"], planned["done"], planned["duplicates"]) == (12, 12, 2)
     found = open_run(out)
     assert len(found) == 6 + 5 - 2 + 3 and found.is_complete
     for sample in found:

@@ -133,6 +133,24 @@ def test_where_no_sentence_names_the_classes_alone_a_plain_one_is_taken(monkeypa
     assert sentence == Sentence("a photo of an owl and a cat", ("cat", "owl"), "owl")
 
 
+def test_the_figures_of_a_list_are_told_a_line_each():
+    measures = {"prompts": 1200, "near_duplicates": 0.0125, "distinct_2": 0.5, "classes": {"owl": 700, "cat": 500}}
+    together = [["cat", "owl", 9], ["a", "b", 8], ["a", "c", 7], ["b", "c", 1]]
+    told = list(balance.report_lines(measures | {"together": together}, {"is not English": 2, "not a text": 1000}))
+    assert told == [
+        "prompts    1,200, 1.2% near duplicates, distinct-2 0.500",
+        "classes    2, from 500 (cat) to 700 (owl)",
+        "together   cat and owl: 9",
+        "together   a and b: 8",
+        "together   a and c: 7",
+        "left out   1,000: not a text",
+        "left out   2: is not English",
+    ]
+    alike = {"prompts": 2, "near_duplicates": 0, "distinct_2": 1, "classes": {"owl": 1, "cat": 1}, "together": []}
+    assert list(balance.report_lines(alike, {}))[1] == "classes    2, 1 prompt each"
+    assert len(list(balance.report_lines(alike | {"classes": {}}, {}))) == 1
+
+
 def test_distinct_2_counts_pairs_of_words():
     assert balance.distinct_2(["a b c", "a b d"]) == 3 / 4
 

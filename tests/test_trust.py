@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,11 +28,11 @@ from datasetdm_fast.engine.labels.trust import (
     without_doubtful,
     without_unsure,
 )
-from datasetdm_fast.errors import GateFailed
+from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.runs.jobs.result import Result
 from datasetdm_fast.runs.jobs.writing import Quota
 from datasetdm_fast.runs.run_folder.audit import audit
-from datasetdm_fast.runs.run_folder.goal import Goal
+from datasetdm_fast.runs.run_folder.goal import Goal, check_scored
 from datasetdm_fast.runs.run_folder.reader import open_run
 from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.runs.workers import spawn
@@ -330,6 +331,32 @@ def test_it_gives_up(tmp_path, monkeypatch, capsys):
     assert run(tmp_path / "run", "--keep", "trusted") == 4
     assert f"0 of {10 * NUMBER} samples are trusted, {NUMBER} were requested" in capsys.readouterr().err
     assert run(tmp_path / "run", "--keep", "trusted") == 4
+
+
+@pytest.mark.parametrize(
+    ("accept", "classes", "said"),
+    [
+        ("score > 0.5", {"depth": None, "instance": ("ball",)}, ""),
+        ("score > 0.5", {"instance": ("ball",), "depth": None}, ""),
+        ("score > 0.5", {"depth": None}, "no sample of depth has the score score"),
+        ("agreement > 0.5", {"semantic": ("background", "ball"), "instance": ("ball",)}, ""),
+        (
+            "agreement > 0.5",
+            {"semantic": ("background", "ball"), "attention": ("background", "cube")},
+            "the score agree",
+        ),
+        (
+            "agreement > 0.5",
+            {"depth": None, "instance": ("ball",)},
+            "no sample of depth, instance has the score agreem",
+        ),
+        ("presence > 0.5", {"depth": None}, ""),
+    ],
+)
+def test_a_condition_is_on_scores_that_samples_of_these_labels_have(accept, classes, said):
+    tables = {label: {} if words is None else {"classes": list(words)} for label, words in classes.items()}
+    with pytest.raises(Refused, match=f"--accept: .*{said}") if said else nullcontext():
+        check_scored({"config": {"accept": accept}, "labels": tables})
 
 
 def test_too_few_samples_are_told_by_what_they_lack():
