@@ -152,3 +152,46 @@ def test_a_person_is_told_what_is_done_and_the_family_of_a_model(monkeypatch, ca
     assert doctor._run_command([]) == 0
     out, err = capsys.readouterr()
     assert out == "all is well\n" and "about ten seconds" in err
+
+
+def test_each_part_of_a_machine_has_a_line_of_its_report():
+    card = {"name": "H200", "capability": "9.0", "memory": 150.7e9}
+    facts = {
+        "package": {"version": "1", "path": "/p", "extension": {"problem": "", "cuda": True}},
+        "system": {"python": "3.11", "platform": "Linux", "cores": 2},
+        "libraries": {"torch": "2.13", "ray": ""},
+        "gpu": {"problem": "", "driver": "580"},
+        "torch": {"problem": "", "version": "2.13", "cuda": "", "devices": [card, card]},
+        "engines": {
+            "fast": {"runs": True, "cause": "", "remedy": ""},
+            "trt": {"runs": False, "cause": "no GPU", "remedy": "Get one."},
+        },
+        "sandbox": {"problem": "", "missing": []},
+        "model": {"problem": "", "family": "SDXL", "engines": ["torch", "fast"]},
+        "self_test": {"passed": True, "problem": ""},
+    }
+    told = {line[:19].strip(): line[19:] for line in doctor.describe(facts)}
+    assert told == {
+        "package": "datasetdm_fast 1 in /p",
+        "extension": "built with CUDA",
+        "system": "Python 3.11, Linux, 2 cores",
+        "libraries": "torch 2.13",
+        "missing": "ray",
+        "driver": "580",
+        "torch": "2.13, CUDA none",
+        "GPUs": "H200 (9.0, 151 GB), H200 (9.0, 151 GB)",
+        "pickles": "read by a process without network, programs and files",
+        "--engine fast": "runs here",
+        "--engine trt": "does not run here: no GPU. Get one.",
+        "model": "SDXL, for the engines torch, fast",
+        "self-test": "passed",
+    }
+    crashed = {"problem": "crashed (SIGSEGV)"}
+    parts = dict.fromkeys(("gpu", "torch", "model", "sandbox"), crashed) | {"self_test": crashed | {"passed": False}}
+    package = facts["package"] | {"extension": crashed}
+    told = {line[:19].strip(): line[19:] for line in doctor.describe(facts | parts | {"package": package})}
+    assert {told[name] for name in ("extension", "driver", "torch", "model")} == {"crashed (SIGSEGV)"}
+    assert told["pickles"] == "read by a process without crashed (SIGSEGV)" and told["GPUs"] == "none"
+    assert told["self-test"] == "FAILED: crashed (SIGSEGV)"
+    missing = {"problem": "", "missing": ["a network of its own", "a lock"]}
+    assert "without a network of its own; a lock" in "".join(doctor.describe(facts | {"sandbox": missing}))

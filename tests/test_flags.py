@@ -2,8 +2,10 @@
 
 import errno
 import io
+import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -12,14 +14,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from inspect import get_annotations
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import datasetdm_fast
-from datasetdm_fast import cli
+from datasetdm_fast import cli, verify
 from datasetdm_fast.cli import COMMANDS
 from datasetdm_fast.command_line import ending, flags, output, progress
 from datasetdm_fast.command_line.ending import run_command
+from datasetdm_fast.command_line.interruption import SignalWatch
 from datasetdm_fast.command_line.output import print_lines
 from datasetdm_fast.command_line.progress import shows_bar
 from datasetdm_fast.command_line.run_report import show_calls
@@ -28,6 +32,7 @@ from datasetdm_fast.errors import REFUSALS, GateFailed, Missing, Refused
 from datasetdm_fast.export_cli import ExportConfig
 from datasetdm_fast.gallery import GalleryConfig
 from datasetdm_fast.messages import count_noun, format_duration
+from datasetdm_fast.runs.compositions.settings import EditSettings
 from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.training.evaluation.settings import EvaluateConfig
 from datasetdm_fast.training.settings import TrainConfig
@@ -246,6 +251,49 @@ def test_a_no_is_two_lines_and_its_exit_code(kind, code, capsys):
     assert capsys.readouterr().err == "the cause goes on\nthe remedy\n"
 
 
+def test_bounds_of_a_number_are_told_as_far_as_there_are_any(tmp_path):
+    for line, said in (
+        (["--threads", "1025"], "--threads 1025: expected at most 1024$"),
+        (["--number", "0"], "--number 0: expected 1 or more$"),
+        (["--ignore-below", "1.5"], "--ignore-below 1.5: expected 0 to 1$"),
+    ):
+        with pytest.raises(Refused) as stop:
+            parse_run(line)
+        assert re.search(said, stop.value.cause)
+    assert parse_run(["--threads", "1024"])[0].threads == 1024
+    helps = {field.name: flags._help(field) for field in flags.flags_of(RunConfig)}
+    assert helps["number"].endswith("(default: 16)") and helps["task"].endswith(
+        "(default: semantic,instance,depth,pose)"
+    )
+    assert "default:" not in helps["shard_size"] and "(default" not in helps["compile"]  # which are told in words
+    (tmp_path / "run.yaml").write_text("class: ball\n")
+    config, given = flags.parse(["run", "--config", str(tmp_path / "run.yaml"), "--prompt", "a"], EditSettings)
+    assert config.class_ == "ball" and given == {"run", "class_", "prompt"}
+    with pytest.raises(Refused, match="control characters in the name of a folder"):
+        output.check_output("--out", os.fsdecode(b"b\xffd"), "folder")
+
+
+@pytest.mark.parametrize(
+    ("raised", "number", "code"),
+    [
+        (SystemExit("told"), None, 1),
+        (SystemExit(), None, 0),
+        (SystemExit(5), None, 5),
+        (OSError(errno.ENOSPC, "No space left on device"), None, 3),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), None, 3),
+        (OSError(errno.ENOSPC, "No space left on device"), signal.SIGTERM, 3),  # whatever came before it
+        (KeyError("an import that was cut short"), signal.SIGTERM, 143),
+        (KeyError("an import that was cut short"), signal.SIGINT, 130),
+    ],
+)
+def test_a_command_that_a_signal_ends_amid_anything_has_its_code(raised, number, code, capsys):
+    def command(arguments):
+        SignalWatch.active.signal = number
+        raise raised
+
+    assert run_command(command, []) == code
+
+
 def test_exit_codes_of_success_and_interruption():
     assert run_command(lambda arguments: None, []) == 0
     assert run_command(lambda arguments: 4, []) == 4
@@ -427,6 +475,16 @@ def test_a_training_counts_its_time_from_the_end_of_the_first_step(monkeypatch, 
         steps.on_step(2, 0.25, 0.75)
     told = "semantic 2/6, loss 0.2500, held-out mIoU 0.7500, about 40 s left, 90 s with what follows"
     assert capsys.readouterr().err.splitlines() == ["semantic 1/6, loss 0.5000", told]
+
+
+def test_the_plan_of_a_comparison_counts_the_calls_of_its_last_batch(monkeypatch, capsys):
+    """Five images in batches of four, each drawn three times in six calls."""
+    recipe = SimpleNamespace(schedule=range(6))
+    monkeypatch.setattr("datasetdm_fast.runs.agreement.comparing.open_pair", lambda *_: (None, None))
+    monkeypatch.setattr("datasetdm_fast.runs.agreement.comparing.choose_requests", lambda *_: (recipe, range(5)))
+    assert verify.main(["--number", "5", "--batch-size", "4", "--dry-run", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts == {"number": 5, "calls": 36, "engine": "fast", "against": "torch"}
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -79,7 +79,7 @@ def description(folder: Path, text: str, says: str) -> Ending:
 
 case("a description that is a list")(lambda folder: description(folder, "[]", "holds a JSON list"))
 case("a description cut off")(lambda folder: description(folder, '{"format":', "not readable as JSON"))
-case("a key twice")(lambda folder: description(folder, '{"a": 1, "a": 2}', "the key 'a' occurs twice"))
+case("a key twice")(lambda folder: description(folder, '{"a": 1, "b": 1, "b": 2}', "the key 'b' occurs twice"))
 case("a number that is none")(lambda folder: description(folder, '{"a": NaN}', "NaN is no JSON number"))
 case("lists in lists")(lambda folder: description(folder, "[" * 40 + "]" * 40, "nested more than 32 deep"))
 

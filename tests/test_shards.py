@@ -745,9 +745,11 @@ def test_the_command_resumes_and_reports(alone, tmp_path, capsys):
     out = str(tmp_path / "run")
     assert generate.main([*LINE, "--out", out, "--limit", "7"]) == 0
     assert "10 of 26 samples are there; resume with" in capsys.readouterr().err
-    assert generate.main([*LINE, "--out", out, "--json"]) == 0
-    facts = json.loads(capsys.readouterr().out)
-    assert facts["complete"] and (facts["done"], facts["made"]) == (SAMPLES, 16)
+    assert generate.main([*LINE[:-1], "--out", out, "--json"]) == 0
+    told = capsys.readouterr()
+    facts = json.loads(told.out)
+    assert facts["complete"] and (facts["done"], facts["made"]) == (SAMPLES, 16) and "nothing to do" not in told.err
+    assert generate.main([*LINE[:-1], "--out", out]) == 0 and "nothing to do" in capsys.readouterr().err
     assert tree(tmp_path / "run") == tree(alone)
 
 

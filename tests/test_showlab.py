@@ -827,6 +827,7 @@ def test_upstreams_own_scripts_write_the_same(script, kind, config, prompts, cou
         ("Depth_Decorder:\n  max_depth:\n", "nyu"),
         ("SEG_Decorder:\n  max_depth: 80\n", "nyu"),
         ("Depth_Decorder:\n  max_depth: 20\n", None),
+        ("Depth_Decorder:\n  max_depth: 0\n", None),
         ("Depth_Decorder:\n  max_depth: far\n", None),
     ],
 )
