@@ -595,6 +595,28 @@ def test_samples_are_sketched_with_their_own_captions_and_seeds(monkeypatch):
     ]
 
 
+@pytest.mark.parametrize(
+    ("result", "folds", "has_page", "is_run"),
+    [(None, 0, False, True), ({}, 0, True, False), ({}, 5, True, True), ({}, 0, False, True)],
+)
+def test_a_finished_training_is_left_alone_unless_folds_or_its_page_are_missing(
+    tmp_path, monkeypatch, result, folds, has_page, is_run
+):
+    ran, removed = [], []
+    outcome = workflow.TrainingOutcome({"steps": 1}, None)
+    monkeypatch.setattr(workflow.Workflow, "_fold_count", folds)
+    monkeypatch.setattr(workflow.Workflow, "_run_task", lambda self, task, *_: ran.append(task) or outcome)
+    monkeypatch.setattr(workflow, "find_result", lambda folder, plan: result)
+    monkeypatch.setattr(workflow.checkpoint, "remove", removed.append)
+    (tmp_path / "depth" / "training").mkdir(parents=True)
+    if has_page:
+        (tmp_path / "depth" / "training" / "page.html").touch()
+    work = workflow.Workflow(None, tmp_path, ["depth"], None, "no")
+    found = work.run({"depth": None}, "train", None, lambda: False)["depth"]
+    assert ran == ["depth"] * is_run and found == (outcome if is_run else workflow.TrainingOutcome({}, None))
+    assert removed == [tmp_path / "depth" / "training"] * (result is not None)
+
+
 def test_the_page_shows_the_truth_before_the_answer(monkeypatch):
     shown = {}
     monkeypatch.setattr(page, "_figure", lambda pictures, caption: shown.update(pictures, caption=caption) or "")

@@ -676,6 +676,15 @@ def test_a_picture_keeps_its_form_where_a_format_has_it(monkeypatch, stored, ask
     assert made.picture(forms) == (form, content) and PictureSettings() == PictureSettings(0.0, "same", 95)
 
 
+@pytest.mark.parametrize("shards", [None, "shards"])
+def test_a_file_in_a_shard_is_copied_and_one_of_a_folder_linked(tmp_path, monkeypatch, shards):
+    made = object.__new__(view.SampleView)
+    monkeypatch.setattr(view.SampleView, "read", lambda self, role: b"bytes")
+    files = {"image": ("images/a.png", "stored")}
+    made.stored = SimpleNamespace(row=SimpleNamespace(files=files), shards=shards, folder=tmp_path)
+    assert made.link_file("image") == (b"bytes" if shards else view.Linked(tmp_path / "images/a.png", "stored"))
+
+
 def test_persons_without_joints_or_of_a_low_score_are_left_out():
     made = object.__new__(view.SampleView)
     row = {"keypoints": [1, 2, 2], "keypoint_scores": [0.5], "area": 4, "bbox": [0, 0, 2, 2]}

@@ -216,6 +216,16 @@ def test_notes_tell_how_captions_were_used_and_how_many_images_were_learnt_from(
     assert [*usual.values()] == [["captions: read"], ["captions: text condition only"], ["captions: none"]]
 
 
+def test_a_crowd_of_every_class_hides_what_is_found_of_the_last():
+    masks = np.zeros((2, 8, 8), bool)
+    masks[0, :2], masks[1, 4:] = True, True
+    meter = METRICS["instance"](SimpleNamespace(thing_classes=("pen", "mug")))
+    facts = {"masks": masks[:1], "mask_classes": np.array([1]), "crowds": masks[1:]}
+    item = Labelled("", np.zeros((8, 8, 3), np.uint8), "", crowd_classes=np.array([EVERY_CLASS]), **facts)
+    meter.add(item, Instances(masks, np.array([1, 1]), np.float32([0.5, 0.9]), ("pen", "mug")))
+    assert meter.result()["per_class"] == pytest.approx({"mug": 1.0})
+
+
 def test_classes_that_are_not_seen_are_of_the_data_and_not_all_of_them():
     apart = metrics._separate_unseen
     assert (apart(("a", "b"), ("b",)), apart(("a", "b"), ("a", "b")), apart(("a",), ())) == (("b",), (), ())
@@ -233,7 +243,9 @@ def test_a_decoder_of_the_background_alone_is_compared_with_any_data():
 
 def test_a_mean_is_over_all_classes_that_are_shown_however_few_are_asked_for():
     meter = METRICS["semantic"](SimpleNamespace(classes=("wall", "mug")))
-    meter.rows += [np.array([[900 - k, 300], [1000, 500], [950, 400]]) for k in range(5)]
+    meter.rows += [
+        np.array([[900 - k, 300 * (k == 0)], [1000, 500 * (k == 0)], [950, 400 * (k == 0)]]) for k in range(5)
+    ]
     assert intervals(meter, classes=1) == intervals(meter, classes=2) == intervals(meter) != intervals(meter, classes=3)
 
 

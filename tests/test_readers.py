@@ -1021,6 +1021,16 @@ def test_a_root_of_roboflow_is_a_class_where_annotations_are_of_it(tmp_path, use
     assert coco.Annotations(tmp_path / "a.json").shown_categories == shown
 
 
+@pytest.mark.parametrize(("number", "is_taken"), [(-(2**63), True), (2**63 - 1, True), (2**63, False)])
+def test_ids_of_annotations_have_64_bits(tmp_path, number, is_taken):
+    image = {"id": 1, "width": 8, "height": 8, "file_name": "a.png"}
+    annotations = [{"id": number, "image_id": 1, "category_id": 3}]
+    document = {"images": [image], "categories": [{"id": 3, "name": "mug"}], "annotations": annotations}
+    text(tmp_path / "a.json", json.dumps(document))
+    with nullcontext() if is_taken else pytest.raises(Refused, match="an id of more than 64 bits"):
+        assert coco.Annotations(tmp_path / "a.json").rows["id"].tolist() == [number]
+
+
 def test_categories_of_one_name_are_refused(copied):
     root, address = copied("coco")
     path = root / "annotations/instances_train2017.json"
@@ -1428,6 +1438,8 @@ def test_a_map_that_is_drawn_of_masks_shows_small_ones_and_ignores_crowds():
     item = replace(open_data("demo:1@900000", SIZE)[0], semantic=None, crowds=crowds, named=None, **facts)
     labels = [[1, 2, 2, 2], [2, 2, 2, 2], [255, 0, 0, 0], [255, 0, 0, 0]]
     assert source.complete(item).semantic.tolist() == labels
+    cut = replace(item, semantic=np.uint8([[0, 1]]), masks=None, mask_classes=None, named=("b", "a"))
+    assert source.with_caption(cut).caption == source.photo_of(("a",)) and source.with_caption(cut).named == ("a",)
     back = source.complete(replace(item, semantic=np.uint8(labels), masks=None))
     assert back.mask_classes.tolist() == [0, 1] and (back.masks == (np.uint8(labels) == [[[1]], [[2]]])).all()
 

@@ -362,6 +362,30 @@ def test_a_plan_tells_images_that_were_left_out_and_asks_for_the_words_of_the_da
     assert asked[0] == class_tables.spoken(other.thing_classes, other.class_table) and "globe" in asked[0]
 
 
+@pytest.mark.parametrize("count", [0, 2, 20, 21])
+def test_images_that_were_left_out_are_told_up_to_twenty_of_them(monkeypatch, count):
+    class Data(list):
+        classes, thing_classes, layout, order = (), (), "found in a folder", ()
+        skipped = {f"{k}.png": f"{'' if k else '0.png: '}cut short" for k in range(count)}
+
+    model = SimpleNamespace(reading=lambda blocks: model, size=64, scheduler={}, defaults=SimpleNamespace(capture=7))
+    for name, answer in {
+        "check_address": ("folder", None, None),
+        "_open_source": Data(),
+        "_check_source": Data(),
+        "load_model": model,
+        "build_engine": "engine",
+    }.items():
+        monkeypatch.setattr(session, name, lambda *_, answer=answer, **__: answer)
+    monkeypatch.setattr(session.data_record, "record_data", lambda *_: {"items": []})
+    told: list[str] = []
+    given = TrainingData("folder:a"), ModelChoice("m"), ("depth",), Inversion((-1,))
+    opened = session.open_session(*given, told.append)
+    lines = [f"left out   {k}.png: cut short" for k in range(min(count, 20))]
+    assert told == ["data       found in a folder", *lines, *["left out   21 in all"] * (count > 20)]
+    assert (opened.engine, opened.numbers, opened.inversion.timesteps) == ("engine", (), (7,))
+
+
 def test_captures_of_every_call_count_for_the_disk(engine, source, monkeypatch):
     asked = []
     monkeypatch.setattr(session.cache, "plan", lambda *given: asked.append(given))
