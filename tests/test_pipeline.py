@@ -622,6 +622,7 @@ def test_a_digest_of_weights_is_that_of_their_names_and_values_in_any_order():
     first, second = torch.ones(2), torch.zeros(3)
     digest = in_memory.digest_of({"a": first, "b": second})
     assert digest == in_memory.digest_of({"b": second, "a": first}) != in_memory.digest_of({"a": second, "b": first})
+    assert digest != in_memory.digest_of({"a": first, "c": second})
 
 
 def test_settings_and_tensors_are_read_off_a_pipeline_as_a_folder_has_them():

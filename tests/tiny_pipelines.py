@@ -319,8 +319,16 @@ def build(family, seed=0, **sizes):
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.eval().requires_grad_(False)
+            vary_constants(part, torch.Generator().manual_seed(seed))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def vary_constants(part, generator):
+    """Weights that begin as ones or zeros, as those of norms do, in whose place another's would go unnoticed."""
+    for value in part.parameters():
+        if value.ndim == 1 and (value == value[0]).all():
+            value.add_(torch.randn(value.shape, generator=generator) / 8)
 
 
 def save(folder: Path, family, seed=0, **sizes) -> Path:
