@@ -17,7 +17,7 @@ from small_unets import FEW_ATTENTIONS, with_small_unet
 from bench.report.report import forms_table
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.engine import engines
-from datasetdm_fast.engine.decoders.checkpoint import for_inference, untrained_decoders
+from datasetdm_fast.engine.decoders.checkpoint import for_inference, seeded_decoders, untrained_decoders
 from datasetdm_fast.engine.engines import build_engine, cuda_graph, fast
 from datasetdm_fast.engine.engines import device as memory
 from datasetdm_fast.engine.engines.device import choose_by_shape
@@ -170,7 +170,8 @@ def test_every_step_and_label_of_a_gpu_has_a_recording_of_its_own(monkeypatch):
     monkeypatch.setattr(on_gpu, "StepGraph", Recorded)
     monkeypatch.setattr(on_gpu, "GraphPool", lambda place: place)
     model = with_small_unet(load_model("tiny"), FEW_ATTENTIONS)
-    decoders = {task: for_inference(each, strict=False) for task, each in untrained_decoders(model.levels, 64).items()}
+    seeded = seeded_decoders(model.levels, model.text_width)
+    decoders = {task: for_inference(decoder, strict=False) for task, decoder in seeded.items()}
     engine = FastEngine(model, decoders, device="cpu")
     latents, text = noise(2, 4, 16, 16), engine.encode_text(["", "", "a ball", "a cube"])
     words = engine.encode_classes(["ball", "cube", "star"]).expand(2, -1, -1)
@@ -178,7 +179,7 @@ def test_every_step_and_label_of_a_gpu_has_a_recording_of_its_own(monkeypatch):
     def call():
         noise, capture = engine.denoise_and_capture(latents, 5, text)
         labels = [
-            engine.annotate(task, capture, words if decoder.config.is_open else None)
+            engine.annotate(task, capture, words if decoder.config.has_text else None)
             for task, decoder in engine.decoders.items()
         ]
         return [engine.denoise(latents, 5, text), noise, *(value for each in labels for value in each.values())]

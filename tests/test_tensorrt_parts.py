@@ -116,6 +116,9 @@ def test_a_builder_is_told_its_job_and_believed_by_its_last_line(monkeypatch, tm
     ended.stdout = b'loading\n["no kernel", 0]\n'
     with pytest.raises(Refused, match="small: TensorRT-RTX .* gives no plan: no kernel"):
         build()
+    ended.stdout = b'loading\n["OSError: No space", 28]\n'
+    with pytest.raises(Missing, match="plan: the disk is full"):
+        build()
     ended.returncode, ended.stderr = 7, b"early words " * 200 + b"the last words"
     with pytest.raises(Refused, match="its builder ended with 7, saying: .*the last words"):
         build()
