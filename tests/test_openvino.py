@@ -322,7 +322,7 @@ sys.exit("torch" in sys.modules)
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, timeout=60).returncode == 0
 
 
-def test_what_does_not_fit_is_refused(engine):
+def test_what_does_not_fit_is_refused(engine, monkeypatch):
     with pytest.raises(Refused, match="--streams: OpenVINO has streams, and the engine is fast"):
         check_engine("fast", streams=2)
     with pytest.raises(Refused, match="--streams: -1 is less than 0"):
@@ -333,4 +333,7 @@ def test_what_does_not_fit_is_refused(engine):
         resolve_precision("fp16", ["FP32", "FP16"])
     assert resolve_precision("bf16", ["FP32", "BF16"]) == "bf16" and resolve_precision("auto", []) == "fp32"
     with pytest.raises((Refused, Missing), match="device: "):
+        build_engine("openvino", engine.model, {}, device="cuda")
+    monkeypatch.setattr(openvino_engine, "resolve_device", torch.device)
+    with pytest.raises(Refused, match="device: OpenVINO is used on a CPU, not on cuda"):
         build_engine("openvino", engine.model, {}, device="cuda")

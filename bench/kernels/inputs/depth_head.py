@@ -21,7 +21,7 @@ def cases() -> list[Case]:
 
     return [
         Case("smallest", head(2, 1, 1, 1, (1,)), (2, 1, 1, 1)),
-        Case("two resizes, odd sides, a ragged last chunk", head(1, 5, 67, 3, (7, 17)), (1, 1, 17, 17)),
+        Case("two resizes, odd sides, a ragged last chunk", head(2, 5, 67, 3, (7, 23)), (2, 1, 23, 23)),
         Case("more channels than are held at once", head(1, 3, 131, 2, (5,)), (1, 1, 5, 5)),
         Case("demo's cells and channels", head(1, 32, 32, 16, (40, 64)), (1, 1, 64, 64)),
     ]

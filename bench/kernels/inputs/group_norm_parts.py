@@ -40,7 +40,7 @@ def cases() -> list[Case]:
         Case("two parts, a group across both, ragged chunks", *norm(2, (21, 12), 3, 13, 15)),
         Case("a small plane in one launch", *norm(2, (60,), 4, 7, 11, is_measured=False)),
         Case("a large one, its statistics taken here", *norm(1, (6,), 2, 17, 19, is_measured=False, has_silu=False)),
-        Case("more chunks than a block reads", *norm(1, (4,), 2, 70, 61, has_shift=False)),
+        Case("more chunks than a block reads", *norm(2, (36,), 2, 70, 61, has_shift=False)),
         Case("a shift for each image, ragged chunks", *norm(3, (21, 12), 3, 13, 15, rows=(3,))),
         Case("a shift for each image of a small plane", *norm(2, (60,), 4, 7, 11, is_measured=False, rows=(2,))),
         Case("far from zero", *norm(1, (64,), 32, 16, 16, offset=15, is_measured=False)),
