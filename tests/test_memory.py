@@ -17,7 +17,8 @@ from small_unets import FEW_ATTENTIONS, with_small_unet
 from bench.report.report import forms_table
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.engine import engines
-from datasetdm_fast.engine.decoders.checkpoint import for_inference, seeded_decoders, untrained_decoders
+from datasetdm_fast.engine.decoders.checkpoint import build_decoder, for_inference, untrained_decoders
+from datasetdm_fast.engine.decoders.config import upstream
 from datasetdm_fast.engine.engines import build_engine, cuda_graph, fast
 from datasetdm_fast.engine.engines import device as memory
 from datasetdm_fast.engine.engines.device import choose_by_shape
@@ -170,8 +171,11 @@ def test_every_step_and_label_of_a_gpu_has_a_recording_of_its_own(monkeypatch):
     monkeypatch.setattr(on_gpu, "StepGraph", Recorded)
     monkeypatch.setattr(on_gpu, "GraphPool", lambda place: place)
     model = with_small_unet(load_model("tiny"), FEW_ATTENTIONS)
-    seeded = seeded_decoders(model.levels, model.text_width)
-    decoders = {task: for_inference(decoder, strict=False) for task, decoder in seeded.items()}
+    sizes = {"levels": model.levels, "text_width": model.text_width, "width": 16, "mask_dim": 16, "depth_width": 16}
+    decoders = {
+        kind: for_inference(build_decoder(upstream(kind, **sizes)), strict=False)
+        for kind in ("segmentation", "depth", "open-vocabulary")
+    }
     engine = FastEngine(model, decoders, device="cpu")
     latents, text = noise(2, 4, 16, 16), engine.encode_text(["", "", "a ball", "a cube"])
     words = engine.encode_classes(["ball", "cube", "star"]).expand(2, -1, -1)
