@@ -38,9 +38,8 @@ def reference(
 
 def resize_matrix(start: int, sides: Sequence[int], like: Tensor) -> Tensor:
     """The resizes along one axis as a matrix [H, h], with the dtype and device of `like`."""
-    rows = torch.eye(start, dtype=like.dtype, device=like.device)[
-        None
-    ]  # [1, h, h]: row i is what cell i gives to each place
+    # [1, h, h]: row i is what cell i gives to each place
+    rows = torch.eye(start, dtype=like.dtype, device=like.device)[None]
     for side in sides:
         rows = F.interpolate(rows, size=side, mode="linear", align_corners=False)
     return rows[0].T

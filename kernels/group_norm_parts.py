@@ -182,9 +182,8 @@ def fused(
     channels, x = sum(part.shape[1] for part in parts), parts[0]
     chunks = ceil_divide(x.shape[2] * x.shape[3], CHUNK)
     fits = len(parts) in (1, 2) and channels % groups == 0 and len(weight) == len(bias) == channels
-    fits = fits and all((len(part), *part.shape[2:]) == (len(x), *x.shape[2:]) for part in parts)
-    expected = [(2, len(x), chunks, part.shape[1]) for part in parts]
-    fits = fits and [tuple(each.shape) for each in statistics] in ([], expected)
+    fits = fits and all(part[:, :1].shape == x[:, :1].shape for part in parts)
+    fits = fits and [each.shape for each in statistics] in ([], [(2, len(x), chunks, part.shape[1]) for part in parts])
     fits = fits and (shift is None or shift.shape in ((channels,), (len(parts[0]), channels)))
     if not is_served("group_norm_parts", *parts, *statistics, weight, bias, fits=fits):
         return reference(parts, statistics, shift, weight, bias, groups, eps, has_silu)
@@ -204,7 +203,8 @@ def fused(
                 *arrays, *numbers, BLOCK_S=round_up(cells), **common, **sizes
             )
         else:
-            statistics = statistics or [add_statistics.fused(part, None, None)[1] for part in parts]
+            taken = [part.contiguous() for part in statistics]
+            statistics = taken or [add_statistics.fused(part, None, None)[1] for part in parts]
             is_merged = chunks > MOST_CHUNKS
             statistics = [merge_statistics(part, cells) for part in statistics] if is_merged else statistics
             sizes = blocks(BLOCKS, "group_norm_parts", x, 1, BLOCK_N=statistics[0].shape[2])

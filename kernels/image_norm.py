@@ -118,10 +118,8 @@ def fused(x: Tensor, has_relu: bool = False) -> Tensor:
         is_merged = statistics.shape[2] > MOST_CHUNKS
         statistics = merge_statistics(statistics, cells) if is_merged else statistics
         sizes = blocks(BLOCKS, "image_norm", x)
-        out, grid = (
-            torch.empty_like(image_rows),
-            (ceil_divide(cells, SPAN), ceil_divide(channels, sizes["BLOCK_C"]), batch),
-        )
+        grid = ceil_divide(cells, SPAN), ceil_divide(channels, sizes["BLOCK_C"]), batch
+        out = torch.empty_like(image_rows)
         _image_norm_kernel[grid](
             image_rows,
             *statistics,

@@ -234,6 +234,26 @@ def test_norms_add_the_epsilon_they_are_given(name):
                 assert distance(answer, exact) <= 1e-4, (form, case.reason)
 
 
+def spread(x: Tensor) -> Tensor:
+    """`x` as a part of wider rows, as packed products and slices are."""
+    return torch.nn.functional.pad(x, (2, 3), value=torch.nan)[..., 2:-3]
+
+
+def interleaved(x: Tensor) -> Tensor:
+    """`x` with its second axis beside its last one in memory, as heads and channels are."""
+    return spread(x.transpose(1, -2)).transpose(1, -2) if x.ndim > 2 else x
+
+
+@needs_triton
+@pytest.mark.parametrize("layout", [spread, interleaved])
+@pytest.mark.parametrize("name", vars(fused))
+def test_inputs_are_read_where_they_lie(name, layout):
+    case = cases_of(name)[1]
+    answers = listed(OPS[name].fused(*changed(case.inputs, layout)))
+    for answer, expected in zip(answers, listed(OPS[name].reference(*case.inputs)), strict=True):
+        assert answer.shape == expected.shape and distance(answer, expected) <= 1e-4
+
+
 def cut_once(value):
     """`value` with one of its tensors one shorter along one of its axes, for each of them."""
     if isinstance(value, Tensor):
