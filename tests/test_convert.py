@@ -1122,3 +1122,17 @@ def test_bytes_that_are_not_those_written_are_never_exported(data):
     view.stored.read = lambda role: data
     with pytest.raises(GateFailed, match="run/images/0.png: it is missing or has changed since it was written"):
         SampleView.read(view, "image")
+
+
+def test_the_format_that_the_page_shows_writes_what_it_says(run, tmp_path, monkeypatch):
+    page = (Path(__file__).parent.parent / "docs" / "extending.md").read_text()
+    code, names = page[page.index("from datasetdm_fast.runs.exporting.format") :].split("```")[0], {}
+    exec(code, names)
+    monkeypatch.setitem(EXPORT_FORMATS, "mmseg", names["LISTING"])
+    out = converted(run, tmp_path / "out", "--to", "mmseg") / "mmseg"
+    numbers = {name: number for number, name in enumerate(read_export(out.parent)["classes"], 1)}
+    stored = [sample.instances for sample in open_run(run)]
+    for k, things in enumerate(stored):
+        lines = [line.split() for line in (out / f"train/{k:08d}.txt").read_text().splitlines()]
+        assert [int(number) for number, _ in lines] == [numbers[things.classes[one]] for one in things.class_ids]
+    assert [int(line) for line in (out / "train.txt").read_text().split()] == [len(things.masks) for things in stored]

@@ -1,8 +1,10 @@
+import errno
 import json
 import subprocess
 import sys
 import unicodedata
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -192,6 +194,16 @@ def test_a_prompt_that_is_no_utf_8_is_refused():
 def test_a_folder_is_no_prompt_file(tmp_path):
     with pytest.raises(Refused, match="cannot be read"):
         prompt_files.read_prompts(str(tmp_path))
+
+
+def test_a_file_in_a_folder_that_may_not_be_read_is_no_prompt(tmp_path, monkeypatch):
+    def stat(path, **options):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    settings = PromptSettings(prompts=str(tmp_path / "closed" / "p.txt"))
+    monkeypatch.setattr(Path, "stat", stat)  # chmod does not bind root
+    with pytest.raises(PermissionError, match="closed/p.txt"):
+        read_source(settings, has_captions=True)
 
 
 def test_text_keeps_unusual_characters(tmp_path):

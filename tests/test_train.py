@@ -350,6 +350,9 @@ def test_a_decoder_is_not_written_among_the_labels(run, tmp_path, capsys):
     assert run("--data", f"yolo-seg:{data}", "--task", "semantic", out="semantic/decoder") == 2
     assert "lies in the data" in capsys.readouterr().err  # whose reader looks into every folder
     assert run(*line, "--dry-run", out="semantic/decoder") == 0
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    assert run(*line, out="run") == 2 and "semantic lies in a run folder, where" in capsys.readouterr().err
     assert run("--data", "demo:1", "--task", "semantic", "--dry-run", out=".") == 0
 
 

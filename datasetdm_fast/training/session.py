@@ -21,6 +21,7 @@ from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import format_duration
 from datasetdm_fast.runs.jobs.prompt_files import own_table
+from datasetdm_fast.runs.run_folder.document import DOCUMENT
 from datasetdm_fast.training import data_record
 from datasetdm_fast.training.captures import cache
 from datasetdm_fast.training.captures.targets import check_truth
@@ -347,14 +348,13 @@ def _check_source(source: LabelledSource, size: int, data: TrainingData, tasks: 
 
 
 def check_apart(out: Path, tasks: Sequence[str], address: str) -> None:
-    """Refuses to start a training inside its data, whose reader would take the decoder's files for labels."""
+    """Refuses to start a training inside a run or its data, whose reader would take the decoder's files for labels."""
+    place = "a run folder" if storage.is_there(out / DOCUMENT) else ""
     for folder in (out / task for task in tasks):
         has_begun = storage.is_there(folder / "training" / "settings.json")
-        if not has_begun and is_read(address, folder):
-            raise Refused(
-                f"--out: {folder} lies in the data, {address}, where a decoder's files can be taken for labels",
-                "Choose an --out beside the data.",
-            )
+        if not has_begun and (place := place or (f"the data, {address}" if is_read(address, folder) else "")):
+            cause = f"--out: {folder} lies in {place}, where a decoder's files can be taken for labels"
+            raise Refused(cause, "Choose an --out beside it.")
 
 
 def _check_together(tasks: Sequence[str], address: str) -> None:

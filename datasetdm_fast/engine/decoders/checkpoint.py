@@ -97,21 +97,21 @@ def load_decoder(folder: str | Path, *, strict: bool = False, ops: SimpleNamespa
     return for_inference(decoder, strict)
 
 
+FITTING = "Use the decoder made for this model, or train one on it; --labeller attention needs none."
+
+
 def check_fits(decoder: Decoder, levels: tuple[Level, ...], label: str, text_width: int = 0) -> None:
     """Refuses a decoder that was trained on a U-Net of other levels, or a text encoder of another width."""
     config = decoder.config
     if config.has_text and text_width and config.text_width != text_width:
-        raise Refused(
-            f"{label} decoder: trained on a text encoder of width {config.text_width}, but the model's has "
-            f"{text_width}",
-            "Use the decoder made for this model, or train one on it.",
-        )
+        widths = f"a text encoder of width {config.text_width}, but the model's has {text_width}"
+        raise Refused(f"{label} decoder: trained on {widths}", FITTING)
     for ours, theirs in zip(config.levels, levels, strict=True):
         if replace(ours, side=theirs.side, blocks=ours.blocks or theirs.blocks) != theirs:
             raise Refused(
                 f"{label} decoder: trained on a model whose level {ours.name} has {ours.channels} channels, but this "
                 f"model's has {theirs.channels}",
-                "Use the decoder made for this model, or train one on it.",
+                FITTING,
             )
     if config.kind == "simcc" and config.side != levels[-1].side:
         raise Refused(

@@ -165,6 +165,8 @@ def _as_path(text_or_path: str) -> Path | None:
     try:
         if path.exists():
             return path
+    except PermissionError:  # of a folder above it: what it holds is not known
+        return path
     except (OSError, ValueError):
         return None
     looks_like_file = not re.search(r"\s", text_or_path) and (
