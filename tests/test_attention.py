@@ -241,6 +241,9 @@ def test_numbers_of_a_model_and_those_refused():
     with pytest.raises(Refused, match="would not fit into memory"):
         class_prompts.attention_recipe(AttentionDefaults(), 160)
     assert class_prompts.attention_recipe(seg4diff(9, depth=24), 96).self_cells == 96  # of which nothing is held
+    for settings, said in (({"exponent": 2}, "--exponent 2"), ({"parity": "dataset-diffusion"}, "--parity dataset")):
+        with pytest.raises(Refused, match=f"{said}.*: of this model the attention to the prompt alone is read"):
+            class_prompts.attention_recipe(seg4diff(9, depth=24), 96, **settings)
 
 
 def test_a_class_prompt_names_the_words_as_the_prompt_does():

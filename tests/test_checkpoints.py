@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_decoders import (
     DEMO_LEVELS,
     FARTHEST,
@@ -126,6 +126,18 @@ def test_a_checkpoint_in_half_precision_comes_back_in_it(kind, tmp_path):
     assert convert(place, "--to", "pth", "--out", tmp_path / "back.pth") == 0
     assert same(torch.load(tmp_path / "back.pth"), state)
     assert load_decoder(place).config.task == config_of(kind).task
+
+
+def test_two_checkpoints_of_one_form_are_unpacked_each_for_itself(tmp_path):
+    states = [state_of(config_of("pose"), seed=seed) for seed in (4, 5)]
+    for name, state in zip("ab", states):
+        save_file(state, tmp_path / f"{name}.safetensors")
+    names = ",".join(f"pose:{tmp_path}/{name}.safetensors" for name in "aba")
+    holders = checkpoints.unpack_decoders(names)
+    assert holders[0] == holders[2] != holders[1]
+    for holder, state in zip(holders, states):
+        weights = load_file(holder / "pose" / "model.safetensors")
+        assert torch.equal(weights["final_layer.bias"], state["final_layer.bias"])
 
 
 def test_classes_without_names_are_told_where_a_checkpoint_has_a_number_of_its_own():

@@ -337,6 +337,9 @@ def test_a_map_of_words_has_numbers_for_254():
     assert class_words_of(StubEngine(), ("open-vocabulary",), names[:254]) == tuple(names[:254])
     with pytest.raises(Refused, match="255 words, an 8-bit label map holds 254"):
         class_words_of(StubEngine(), ("open-vocabulary",), names)
+    assert class_words_of(StubEngine(), ("open-vocabulary",), ()) == world.THINGS  # those that its decoder learned
+    with pytest.raises(Refused, match="--task attention: no class words were given"):
+        class_words_of(StubEngine(), ("attention", "open-vocabulary"), ())
     with pytest.raises(Refused, match="has 82 tokens, at most 77 fit"):
         class_words_of(StubEngine(), ("open-vocabulary",), ("x " * 80,))
 

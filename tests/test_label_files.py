@@ -89,6 +89,7 @@ def test_maps_of_words_keep_their_confidence():
         files, record = stored.encode(label, {}, table)
         pixels = {name: np.array(Image.open(io.BytesIO(content))) for name, content in files.items()}
         assert list(files) == [role, f"{role}_confidence"] and record["mean_confidence"] == 0.4
+        assert table.get("ignore") == (255 if task == "attention" else None)
         assert (stored.decode(pixels, record, table).confidence == np.float32(102 / 255)).all()
         assert list(stored.check(record, pixels, table, (4, 4))) == [] and stored.certainty(record) == 0.4
         pixels[f"{role}_confidence"] += 1
@@ -655,6 +656,7 @@ def test_pictures_show_what_is_sure_and_known():
     depth = LABEL_KINDS["depth"].picture(DepthMap(np.float32([[0, 100, 150, 200]]), 200.0), image)
     assert np.array(depth).tolist() == [[255, 0, 128, 255]]  # what is not known as the farthest
     assert depth.getpalette()[:3] == [0xFC, 0xFD, 0xBF] and depth.getpalette()[-3:] == [0, 0, 4]
+    assert pictures.depth_picture(np.ones((64, 512), np.uint16)).size == (256, 32)
     many = SemanticMap(np.int32([[299]]), np.ones((1, 1), np.float32), ("none",))
     assert np.array(LABEL_KINDS["open-vocabulary"].picture(many, image)).tolist() == [[list(colour(299))]]
 

@@ -73,6 +73,9 @@ def test_batches_have_a_fixed_composition_and_a_padded_tail():
     plan = plan_of(number=5, batch_size=2, prompts="a ball")
     assert [len(plan.batch(k).padded) for k in range(len(plan))] == [2, 2, 2]
     assert [[request.index for request in plan.batch(k).requests] for k in range(len(plan))] == [[0, 1], [2, 3], [4]]
+    chosen = list(plan.batches_of([4, 0, 2], turn=1))
+    assert [(batch.index, batch.padding, len(batch.padded)) for batch in chosen] == [(0, 0, 2), (1, 1, 2)]
+    assert [request for batch in chosen for request in batch.requests] == [plan.request(k, 1) for k in (4, 0, 2)]
 
 
 @pytest.mark.parametrize(("number", "asked", "used"), [(1, 8, 1), (9, 8, 5), (16, 8, 8), (3, 2, 2)])

@@ -3572,6 +3572,7 @@ def test_the_rule_of_upstream_draws_each_item_anew():
     for index in (-1, 2):
         with pytest.raises(IndexError):
             chosen[index]
+    assert list(source.subset([])) == [] and len(source.subset([]).readable()) == 0
 
 
 def test_what_a_part_of_the_library_lacks_keeps_its_remedy():
