@@ -34,7 +34,7 @@ from datasetdm_fast.engine.decoders.folders import DEMO
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.labels.class_tables import ClassTable, ClassWord
 from datasetdm_fast.engine.loading import load_model
-from datasetdm_fast.engine.loop import class_prompts, driver
+from datasetdm_fast.engine.loop import calls, class_prompts, driver
 from datasetdm_fast.engine.loop.recipe import make_recipe
 from datasetdm_fast.engine.pipeline import Pipeline
 from datasetdm_fast.engine.sampling import times
@@ -636,6 +636,16 @@ def test_attention_is_read_of_families_that_have_it_and_drawn_as_upstream_withou
     engine.model.backbone = replace(SD, has_averages=False, has_text_maps=False)
     with pytest.raises(Refused, match="labels are not read from the attention of Stable Diffusion 1.x and 2.x yet"):
         make_recipe(engine, ("attention",), classes=("ball",))
+
+
+def test_calls_may_be_saved_where_attention_is_read_at_one_of_them_alone():
+    engine, settings = StubEngine(64), {"classes": ("ball",), "steps": 20, "sampler": "ddim", "speed": "cache3"}
+    engine.speeds, engine.model.levels = (calls.CACHED,), SD1_LEVELS
+    with pytest.raises(Refused, match="--speed cache3: labels from attention are read from every call"):
+        make_recipe(engine, ("attention",), **settings)
+    engine.model.backbone = replace(SD, has_averages=False, has_text_maps=True)
+    engine.model.defaults = replace(engine.model.defaults, attention=seg4diff(9, depth=24))
+    assert len(make_recipe(engine, ("attention",), **settings).cached) > 10
 
 
 def test_class_words_that_do_not_fit_beside_their_prompt_are_refused():
