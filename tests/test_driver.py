@@ -18,6 +18,7 @@ from datasetdm_fast.config import TASKS
 from datasetdm_fast.data import (
     Batch,
     Capture,
+    DomainDistance,
     Instances,
     ProjectedCapture,
     Quarantined,
@@ -804,6 +805,18 @@ def test_a_capture_that_is_not_finite_is_told_whichever_it_is():
         engine.broken = timestep
         first, second = samples(engine, requests("a", "b"), sampler="ddim", steps=5)
         assert isinstance(first, Sample) and second.reason.startswith("NaN or infinite values in features")
+
+
+def test_an_image_is_measured_by_its_own_capture_in_any_batch():
+    engine = StubEngine()
+    decoder = engine.decoders["depth"]
+    decoder.sketch = lambda capture: capture.features[0][0].square()
+    decoder.domain = SimpleNamespace(measure=lambda sketch, label: DomainDistance(float(sketch.mean()), {}, 0.0))
+    found = {}
+    for size in (1, 3):
+        results = samples(engine, requests("a", "b"), size, ("depth",), sampler="ddim", steps=2)
+        found[size] = [result.trust.domain for result in results]
+    assert found[1] == found[3] and found[1][0] != found[1][1]
 
 
 def test_steps_are_told_without_the_padding_of_a_batch():
