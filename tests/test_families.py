@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from datasetdm_fast import generate
 from datasetdm_fast.data import Text
 from datasetdm_fast.engine import backbones
-from datasetdm_fast.engine.backbones import fitting, flux2_klein
+from datasetdm_fast.engine.backbones import fitting, flux2_klein, sd
 from datasetdm_fast.engine.backbones.flux1 import FLUX1
 from datasetdm_fast.engine.backbones.flux2_klein import FLUX2_KLEIN
 from datasetdm_fast.engine.backbones.qwen_image import QWEN_IMAGE
@@ -391,6 +391,9 @@ def test_a_folder_without_an_index_is_of_the_family_whose_parts_it_has(saved, tm
         if part.name != "model_index.json":
             (tmp_path / part.name).symlink_to(part)
     assert family_of(tmp_path).name == family
+    if family == "sd3":
+        model = load_folder(tmp_path, size=SIZE)
+        assert "text_encoder_3" in model.networks and "tokenizer_3" in model.loaded_tokenizers
     if family == "sdxl":
         for name in ("text_encoder_2", "tokenizer_2"):
             (tmp_path / name).unlink()
@@ -599,6 +602,39 @@ def test_a_record_of_another_package_is_asked_for_the_calls_that_its_labels_need
     for wrong in (levels[::-1], levels[1:], (*levels[:-1], "highest")):
         with pytest.raises(TypeError, match="expected a Level for each of low, mid, high, highest"):
             backbones._check_levels(wrong)
+
+
+OTHER_FORMS = (  # settings by which a U-Net of the same shapes would be another
+    "in_channels _class_name out_channels down_block_types up_block_types mid_block_type transformer_layers_per_block "
+    "act_fn dual_cross_attention only_cross_attention attention_type resnet_time_scale_shift center_input_sample "
+    "downsample_padding mid_block_scale_factor addition_embed_type class_embed_type encoder_hid_dim "
+    "encoder_hid_dim_type num_class_embeds reverse_transformer_layers_per_block cross_attention_norm "
+    "time_embedding_act_fn timestep_post_act time_cond_proj_dim"
+).split()
+
+
+def test_networks_of_stable_diffusion_have_one_form():
+    vae = {"block_out_channels": [8] * 4}
+    sd.check_network("unet", {}, "x")
+    sd.check_network("vae", vae | {"act_fn": "swish", "layers_per_block": 1}, "x")
+    for part, names, config in (
+        ("unet", OTHER_FORMS, {}),
+        ("vae", ("_class_name", "latent_channels", "act_fn"), vae),
+        ("unet", ("layers_per_block",), {}),
+    ):
+        for name in names:
+            with pytest.raises(Refused, match=f"model: x: the {part}'s {name} is "):
+                sd.check_network(part, config | {name: "other"}, "x")
+    for channels, kind in ((9, "an inpainting model"), (8, "an image-editing model")):
+        with pytest.raises(Refused, match=f"its unet reads {channels} channels, as {kind} does"):
+            sd.check_network("unet", {"in_channels": channels}, "x")
+    old = {"_diffusers_version": "0.1", "clip_sample": True, "steps_offset": 0, "beta_end": 0.5}
+    read = {"text_encoder": {"hidden_size": 3, "own": 1}, "unet": {"sample_size": 512}, "vae": vae, "scheduler": old}
+    found = sd.check_configs(read, "x")
+    assert found["scheduler"] == {"steps_offset": 1, "beta_end": 0.5} and found["text_encoder"] == {"hidden_size": 3}
+    for side in (0, 513, "64", None):
+        with pytest.raises(Refused, match="the UNet's sample_size is .*, expected a number up to 512"):
+            sd.check_configs(read | {"unet": {"sample_size": side}}, "x")
 
 
 def test_a_setting_is_of_the_kind_of_its_supported_values():

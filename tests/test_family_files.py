@@ -156,6 +156,8 @@ def test_a_file_of_sd3_with_its_clips(tmp_path):
     (path.parent / "README.md").write_text("---\nlicense: mit\n---\n")  # of the folder, as its index is
     model = load_model(str(path), size=tiny_pipelines.SIZE)
     assert model.index == {} and model.licence == "stabilityai-ai-community"
+    shutil.rmtree(path.parent / "scheduler")
+    assert load_model(str(path), size=tiny_pipelines.SIZE).scheduler["shift"] == 3.0  # that of the usual model
     shutil.rmtree(path.parent / "tokenizer_3")
     with pytest.raises(Refused, match="needs also tokenizer_3") as caught:
         load_model(str(path))

@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from small_unets import with_small_unet
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from datasetdm_fast.config import TASKS
+from datasetdm_fast.config import DEMO_DEFAULTS, TASKS
 from datasetdm_fast.engine.backbones import OWN_MODELS, check_source, every_backbone, pipeline_of
+from datasetdm_fast.engine.backbones.flow_models import DEMO_DIT_DEFAULTS
 from datasetdm_fast.engine.backbones.sd import DOWN_BLOCKS, SD, SD_SCHEDULER, UP_BLOCKS, USUAL_SCHEDULE
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.loading import PRESETS, checks, load_model, lora, presets, saving, single_file, tokenizer
@@ -305,6 +306,22 @@ def test_other_weight_files_load(tiny, tmp_path, options):
     assert same_weights(load_model(str(tmp_path / "model")).modules["unet"], tiny.modules["unet"])
 
 
+@pytest.mark.usefixtures("pickles_are_read_by_forks")
+def test_a_pickle_of_a_text_encoder_and_tensors_of_no_layer_load(tiny, folder):
+    path = folder / "text_encoder" / "model.safetensors"
+    torch.save(load_file(path), path.with_name("pytorch_model.bin"))
+    path.unlink()
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    state = load_file(path)
+    save_file(state | {"logvar": torch.zeros(1)}, path)
+    model = load_model(str(folder))
+    assert all(same_weights(model.modules[part], tiny.modules[part]) for part in ("text_encoder", "vae"))
+    deeper = "decoder.up_blocks.0.resnets.7.conv1.bias"
+    save_file(state | {"logvar": torch.zeros(1), deeper: torch.zeros(16)}, path)
+    with pytest.raises(Refused, match=f"1 tensors of layers that its config.json omits, the first is {deeper}"):
+        load_model(str(folder))
+
+
 def test_half_weights_load_without_a_bar_of_the_libraries(tiny, saved, folder, capsys):
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     tiny.modules["unet"].save_pretrained(folder / "unet", variant="fp16")
@@ -334,6 +351,7 @@ def test_demo_model_and_decoders_name_their_licence():
     from datasetdm_fast.engine.engines import describe_decoders
 
     found = describe_decoders(find_decoders("demo"), TASKS)
+    assert load_model("demo").defaults == DEMO_DEFAULTS and load_model("demo-dit").defaults == DEMO_DIT_DEFAULTS
     assert set(found) == set(TASKS) and {one["licence"] for one in found.values()} == {"apache-2.0"} == {
         load_model("demo").licence
     }
