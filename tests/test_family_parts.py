@@ -18,6 +18,7 @@ from datasetdm_fast import generate
 from datasetdm_fast.data import Text, join_texts
 from datasetdm_fast.engine.backbones import every_backbone, flow_models, mmdit_plans
 from datasetdm_fast.engine.backbones.flow_models import seg4diff_of_flux
+from datasetdm_fast.engine.backbones.flux1 import FLUX1
 from datasetdm_fast.engine.backbones.flux2_klein import FLUX2_KLEIN
 from datasetdm_fast.engine.backbones.qwen_image import QWEN_IMAGE
 from datasetdm_fast.engine.backbones.record import Latents, Part
@@ -263,6 +264,40 @@ def test_numbers_that_records_of_flow_models_share():
     assert flow_models.blocks_read(8) == ((3, 4), (2,), (6,)) and flow_models.blocks_read(1) == ((0,),) * 3
     assert flow_models.spread_blocks((7, 2, 4)) == ((4,), (2,), (7,))
     assert flow_models.spread_blocks((7, 2)) == ((2, 7), (2,), (7,))
+
+
+def test_records_of_flux_and_qwen_image_tell_their_models_apart():
+    flux = {"transformer": SimpleNamespace(num_layers=19, num_single_layers=38, guidance_embeds=True)}
+    read = FLUX1.defaults(flux).attention
+    assert read.blocks == (12, 17) and read.concept_blocks == tuple(range(9, 19))
+    klein = {"transformer": SimpleNamespace(num_layers=5)}
+    for index, steps, guidance, kind in (
+        ({}, 50, 4.0, "cfg"),
+        ({"is_distilled": False}, 50, 4.0, "cfg"),
+        ({"is_distilled": True}, 4, 1.0, "none"),
+    ):
+        found = FLUX2_KLEIN.defaults(klein | {"model_index": index})
+        assert (found.steps, found.guidance, found.attention.blocks) == (steps, guidance, (3, 4))
+        assert FLUX2_KLEIN.guidance({"model_index": index}) == kind
+    configs = {"transformer": {}, "vae": {"latent_channels": 32, "block_out_channels": [8] * 4}}
+    assert FLUX2_KLEIN.check(configs, "x") is configs
+    with pytest.raises(Refused, match="the transformer's guidance_embeds is True where False is expected"):
+        FLUX2_KLEIN.check(configs | {"transformer": {"guidance_embeds": True}}, "x")
+    configs = {"transformer": {}, "vae": {"z_dim": 16, "dim_mult": [1, 2, 2, 2]}}
+    assert QWEN_IMAGE.check(configs, "x") is configs
+    for name, numbers, end in (("latents_mean", [None] * 16, ""), ("latents_std", [0] * 16, " above 0")):
+        with pytest.raises(Refused) as stop:
+            QWEN_IMAGE.check(configs | {"vae": configs["vae"] | {name: numbers}}, "x")
+        assert stop.value.cause.endswith(f"expected a number for each of its channels{end}")
+
+
+def test_a_model_that_read_other_blocks_reads_its_own_again():
+    model = load_model("random-sd35")
+    own = [level.blocks for level in model.levels[:3]]
+    other = model.reading(((1,), (2,), (3,)))
+    assert [level.blocks for level in other.levels[:3]] == [(1,), (2,), (3,)] and other.levels[3] == model.levels[3]
+    for again in (other.reading(()), other.reading(own)):
+        assert again.blocks == () and again.levels == model.levels
 
 
 def test_engines_serve_the_families_that_have_what_they_need():

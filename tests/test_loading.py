@@ -784,7 +784,7 @@ def test_what_a_configuration_beside_a_single_file_says_of_its_prediction_counts
         assert load_model(str(path)).scheduler["prediction_type"] == "v_prediction"
 
 
-def test_single_file_of_the_second_generation(tiny, first_generation, tmp_path):
+def test_single_file_of_the_second_generation(tiny, first_generation, tmp_path, monkeypatch):
     torch.manual_seed(2)
     unet = UNet2DConditionModel(
         sample_size=64,
@@ -819,6 +819,9 @@ def test_single_file_of_the_second_generation(tiny, first_generation, tmp_path):
     assert (
         model.scheduler["prediction_type"] == "v_prediction" and model.defaults.size == 768
     )  # untrained: its output is not its input
+    monkeypatch.setattr(single_file, "predicts_noise", lambda unet: True)
+    model = load_model(str(path), size=64)
+    assert (model.scheduler["prediction_type"], model.defaults.size) == ("epsilon", 512)  # of the base model
 
 
 @pytest.mark.parametrize(("is_second", "padding"), [(False, "<|endoftext|>"), (True, "!")])
