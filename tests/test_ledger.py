@@ -803,6 +803,8 @@ def test_a_run_is_sliced_and_asked_for_what_passes(run_path):
         run.where("scroe > 3")
     with pytest.raises(Refused, match=r"searched for .bal. \(did you mean ball\?\)"):
         run.where(classes=("bal",))
+    with pytest.raises(Refused, match="searched for 'background'"):  # a class of maps, no word of prompts
+        run.where(classes=("background",))
     with pytest.raises(Refused, match="'ball' is one string, expected a sequence of words"):
         run.where(classes="ball")
     assert "<img" in run[0]._repr_html_() and len(repr(run[0])) < 400

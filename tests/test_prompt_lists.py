@@ -170,6 +170,8 @@ def test_a_seed_has_one_plan_with_pairs_of_what_is_left():
     assert ["".join(names) for names in plan] == ["a", "b", "ca", "a", "bc", "ab", "a", "a"]
     plan = balance.plan_classes({"a": 6, "b": 3, "c": 2, "d": 0}, 0.5, 1)
     assert ["".join(names) for names in plan] == ["ac", "b", "ab", "ac", "a", "ab", "a"]
+    plan = balance.plan_classes({"a": 2, "b": 3, "c": 4}, 1.0, 0)
+    assert ["".join(names) for names in plan] == ["ac", "bc", "bc", "ab", "c"]
 
 
 def test_classes_are_spread_over_the_list():
@@ -298,7 +300,7 @@ def test_wrong_lines_are_refused_in_a_sentence(line, told, capsys, tmp_path, mon
 
 
 def test_a_prompt_of_two_classes_is_used_once_whichever_is_named_first():
-    owl, lamp = "a small owl beside a tall lamp", "a tall lamp beside a small owl"
+    owl, lamp = "A small owl beside a tall lamp", "a tall lamp beside a small owl"
     replies = iter([owl, owl.title().replace("Owl", "Owl "), lamp])
     plan = [("owl", "lamp"), ("lamp", "owl")]
     found, reasons = language_model.collect_sentences(

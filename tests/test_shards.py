@@ -43,7 +43,7 @@ from datasetdm_fast.runs.gallery import showing
 from datasetdm_fast.runs.jobs import job as job_module
 from datasetdm_fast.runs.jobs.job import build_job
 from datasetdm_fast.runs.run_folder.corrections import CORRECTIONS, Correction, format_corrections, read_corrections
-from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Row
+from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, QUARANTINED, Row
 from datasetdm_fast.runs.run_folder.reader import fetch_state
 from datasetdm_fast.runs.run_folder.selections import ShardScores
 from datasetdm_fast.runs.run_folder.shard_audit import audit_place
@@ -154,6 +154,22 @@ def test_a_shard_of_a_merged_run_has_all_its_indices_moved():
     entry = ShardEntry(5, 8, 0, 0, 0, {"NaN": [5, 7]}, {}, {})
     moved = entry.renumber(20, {"place": "run", "shard": 1})
     assert (moved.first, moved.stop, moved.quarantined, list(moved.indices)) == (20, 23, {"NaN": [20, 22]}, [21])
+
+
+def test_quarantined_and_dropped_samples_are_none_of_those_that_a_run_counts(alone):
+    for dropped, done in ((frozenset(), [5, 7, 8, 9]), (frozenset({9}), [5, 7, 8])):
+        ledger = ShardLedger(shard_place(alone), shards=[1], dropped=dropped)
+        ledger.entries[1] = replace(ledger.entries[1], quarantined={"NaN": [6]})
+        assert ledger.indices() == done
+        assert (ledger.count(), ledger.count(QUARANTINED)) == (len(done), 1)
+
+
+def test_what_a_store_lists_as_a_folder_itself_is_no_name_in_it(bucket, monkeypatch):
+    root = f"{bucket.store.root}/shards"
+    monkeypatch.setattr(
+        bucket.store.files, "ls", lambda path, detail: [f"{root}/", f"{root}/b.tar", root, f"{root}/a/"]
+    )
+    assert bucket.names("shards") == ["a", "b.tar"]
 
 
 def test_a_shard_holds_what_webdataset_reads(alone):
