@@ -174,6 +174,17 @@ def test_a_seed_has_one_plan_with_pairs_of_what_is_left():
     assert ["".join(names) for names in plan] == ["ac", "bc", "bc", "ab", "c"]
 
 
+def test_a_class_with_a_new_sentence_has_its_tries_back():
+    most, asked = balance.MOST_TRIES, []
+
+    def sentence(name, number, others):
+        asked.append(number)
+        return SimpleNamespace(prompt=f"{name} {number > most}")
+
+    balance.build_list(SimpleNamespace(sentence=sentence), [("owl",)] * 4)
+    assert len(asked) == 1 + most + 1 + most  # a new one, tries in vain, a new one, tries in vain
+
+
 def test_classes_are_spread_over_the_list():
     plan = [names[0] for names in balance.plan_classes({"cat": 100, "dog": 10}, 0.0, 0)]
     assert [Counter(plan[k : k + 55])["dog"] for k in (0, 55)] == [5, 5]

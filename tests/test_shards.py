@@ -346,6 +346,18 @@ def test_a_rank_begins_with_shards_of_its_own(alone):
     assert orders == [ours + [k + 1 for k in ours if k + 1 in orders[0]], [k for k in orders[0] if k % 2] + ours]
 
 
+def test_files_of_two_decoders_of_a_task_have_names_of_their_own_in_a_shard(alone):
+    place = shard_place(alone)
+    worker = shard_worker.ShardWorker(
+        shard_worker.open_shards(spec_of(alone), place), place, ALONE, Callbacks(describe)
+    )
+    row, roles = next(iter(ShardLedger(place).rows())), ("semantic.one", "semantic.two")
+    row = replace(row, files={role: (f"{role}/a.png", None) for role in roles})
+    worker._encode_samples = lambda indices: [(row, dict.fromkeys(roles, b"map"))]
+    names = [name for name, _ in worker._files(99, 0, 1, [])]
+    assert names == [f"{row.request.id}.{end}" for end in ("semantic.one.png", "semantic.two.png", "json")]
+
+
 def test_a_shard_that_is_made_twice_is_committed_once(alone, tmp_path, monkeypatch):
     run, place = copy(alone, tmp_path), ShardFolder(tmp_path / "run")
     job = shard_worker.open_shards(spec_of(run), place)
