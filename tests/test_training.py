@@ -23,7 +23,7 @@ from datasetdm_fast.data import join_texts
 from datasetdm_fast.engine import tasks
 from datasetdm_fast.engine.decoders.checkpoint import build_decoder, save_decoder
 from datasetdm_fast.engine.decoders.config import DecoderConfig
-from datasetdm_fast.engine.decoders.layers import SpectralConv2d
+from datasetdm_fast.engine.decoders.trunk import SpectralConv2d
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.labels import class_tables
 from datasetdm_fast.engine.loading import load_model

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from datasetdm_fast.engine.decoders.checkpoint import build_decoder
 from datasetdm_fast.engine.decoders.config import DecoderConfig
-from datasetdm_fast.engine.decoders.layers import SpectralConv2d
-from datasetdm_fast.engine.decoders.trunk import Decoder
+from datasetdm_fast.engine.decoders.trunk import Decoder, SpectralConv2d
 from datasetdm_fast.kernels import plain
 from datasetdm_fast.training import checkpoint
 from datasetdm_fast.training.recipes import TrainingSchedule

@@ -21,8 +21,7 @@ from datasetdm_fast.disk.locks import cache_folder
 from datasetdm_fast.engine import backbones, models
 from datasetdm_fast.engine import decoders as decoder_package
 from datasetdm_fast.engine.backbones.record import ANOTHER
-from datasetdm_fast.engine.decoders.layers import SpectralConv2d
-from datasetdm_fast.engine.decoders.trunk import Decoder
+from datasetdm_fast.engine.decoders.trunk import Decoder, SpectralConv2d
 from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.engine.models.capture import CaptureHook, Projection
 from datasetdm_fast.engine.models.mmdit import MMDiT

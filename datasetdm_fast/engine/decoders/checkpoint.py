@@ -16,9 +16,8 @@ from datasetdm_fast.engine.decoders.config import DecoderConfig, upstream
 from datasetdm_fast.engine.decoders.dense import DepthDecoder, HeatmapDecoder, SimccDecoder
 from datasetdm_fast.engine.decoders.domain import mixtures, read_domain
 from datasetdm_fast.engine.decoders.folders import read_config
-from datasetdm_fast.engine.decoders.layers import SpectralConv2d
 from datasetdm_fast.engine.decoders.segmentation import OpenVocabularyDecoder, SegmentationDecoder
-from datasetdm_fast.engine.decoders.trunk import Decoder, fold
+from datasetdm_fast.engine.decoders.trunk import Decoder, SpectralConv2d, fold
 from datasetdm_fast.engine.models.layers import Uninitialised
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import reference

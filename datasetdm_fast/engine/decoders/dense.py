@@ -6,8 +6,7 @@ from torch import Tensor, nn
 
 from datasetdm_fast.data import AnyCapture
 from datasetdm_fast.engine.decoders.config import DecoderConfig
-from datasetdm_fast.engine.decoders.layers import MASKS, Upscale
-from datasetdm_fast.engine.decoders.trunk import Decoder, wide_mixes
+from datasetdm_fast.engine.decoders.trunk import MASKS, Decoder, Upscale, wide_mixes
 from datasetdm_fast.engine.models.layers import pointwise, sigmoid
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.kernels import depth_head

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from datasetdm_fast.data import AnyCapture
 from datasetdm_fast.engine.decoders.config import DecoderConfig
-from datasetdm_fast.engine.decoders.layers import MASKS, Upscale
 from datasetdm_fast.engine.decoders.transformer import (
     CrossAttention,
     FeedForward,
@@ -18,7 +17,7 @@ from datasetdm_fast.engine.decoders.transformer import (
     StackedTransformer,
     sine_position,
 )
-from datasetdm_fast.engine.decoders.trunk import Decoder
+from datasetdm_fast.engine.decoders.trunk import MASKS, Decoder, Upscale
 from datasetdm_fast.engine.models.blocks import is_small
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.kernels.bilinear import resize
