@@ -222,7 +222,7 @@ _BY_FILE = {
         ("if x is not None:", "if False:", "levels lack their features"),
         ("hook.on_queries(block.slot, q, k)", "pass", "levels lack their maps"),
     ),
-    "engine/decoders/transformer.py": (
+    "engine/decoders/segmentation.py": (
         "test_decoders.py",
         ("content.contiguous(), position.contiguous()", "content.contiguous(), content.contiguous()", "positions lost"),
         ("memory[: len(self.stacked.memory)]", "memory", "decoders of few layers do not run"),

@@ -146,7 +146,7 @@ EXPECTED = {
     "latents by way of another GPU": ("wrong GPU", "engines/fast/engine.py"),
     "free memory of another GPU": ("wrong GPU", "engines/device.py"),
     "networks in fp32 where nobody asked for it": ("dtype", "models/fused.py"),
-    "decoders in fp32": ("dtype", "decoders/transformer.py"),
+    "decoders in fp32": ("dtype", "decoders/segmentation.py"),
     "an encoder of pictures in fp32": ("dtype", "models/layers.py"),
     "projections of a capture in fp32": ("dtype", "models/capture.py"),
     "latents of pictures in fp16": ("dtype", "engines/fast/engine.py"),

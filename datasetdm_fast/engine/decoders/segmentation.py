@@ -1,28 +1,300 @@
-"""Mask decoders: a transformer whose queries attend to the trunk within their own last masks, as in Mask2Former."""
+"""Mask decoders: a transformer whose queries attend to the trunk within their own last masks, as in Mask2Former.
 
+It is plain as it is trained, stacked for inference (the same answers up to rounding, from fewer and larger products),
+and packed for csrc on a CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from datasetdm_fast import _C
 from datasetdm_fast.data import AnyCapture
 from datasetdm_fast.engine.decoders.config import DecoderConfig
-from datasetdm_fast.engine.decoders.transformer import (
-    CrossAttention,
-    FeedForward,
-    MaskEmbedding,
-    PackedTransformer,
-    SelfAttention,
-    StackedTransformer,
-    sine_position,
-)
 from datasetdm_fast.engine.decoders.trunk import MASKS, Decoder, Upscale
-from datasetdm_fast.engine.models.blocks import is_small
+from datasetdm_fast.engine.models.blocks import Packed, Packing, is_small
+from datasetdm_fast.engine.models.layers import tokens
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.kernels.mask_embedding import WIDEST
 from datasetdm_fast.kernels.mask_head import outside
+
+TEMPERATURE = 10000.0
+
+
+def sine_position(side: int, channels: int, like: Tensor) -> Tensor:
+    """Sines and cosines of the normalised row, then of the column, of each cell [side * side, channels]."""
+    if torch.is_inference_mode_enabled() and type(like) is Tensor:
+        return _kept_position(side, channels, like.device, like.dtype)
+    return _position(side, channels, like.device, like.dtype)
+
+
+def _position(side: int, channels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    half = channels // 2
+    place = torch.arange(1, side + 1, dtype=torch.float32, device=device) / (side + 1e-6) * 2 * math.pi
+    exponent = 2 * (torch.arange(half, dtype=torch.float32, device=device) // 2) / half
+    angles = place[:, None] / TEMPERATURE**exponent
+    waves = torch.stack([angles[:, 0::2].sin(), angles[:, 1::2].cos()], 2).flatten(1)  # [side, half]
+    rows, columns = waves[:, None].expand(side, side, half), waves[None].expand(side, side, half)
+    return torch.cat([rows, columns], 2).flatten(0, 1).to(dtype)
+
+
+_kept_position = cache(_position)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with packed input projections."""
+
+    def __init__(self, width: int, heads: int, ops: SimpleNamespace):
+        super().__init__()
+        self.heads, self.ops = heads, ops
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.xavier_uniform_(self.out_proj.weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, queries: Tensor, keys: Tensor, values: Tensor, blocked: Tensor | None = None) -> Tensor:
+        """The answer [B, N, C] of `keys` and `values` [B, S, C] to `queries` [B, N, C]."""
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        q, k, v = (
+            F.linear(x, weight, bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for x, weight, bias in zip((queries, keys, values), weights, biases)
+        )
+        return self.out_proj(self.ops.masked_attention(q, k, v, blocked).transpose(1, 2).flatten(2))
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: DecoderConfig, ops: SimpleNamespace):
+        super().__init__()
+        self.self_attn = Attention(config.width, config.heads, ops)
+        self.norm = nn.LayerNorm(config.width)
+
+    def forward(self, content: Tensor, position: Tensor) -> Tensor:
+        placed = content + position
+        return self.norm(content + self.self_attn(placed, placed, content))
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, config: DecoderConfig, ops: SimpleNamespace):
+        super().__init__()
+        self.multihead_attn = Attention(config.width, config.heads, ops)
+        self.norm = nn.LayerNorm(config.width)
+
+    def forward(
+        self, content: Tensor, position: Tensor, memory: Tensor, memory_position: Tensor, blocked: Tensor
+    ) -> Tensor:
+        return self.norm(content + self.multihead_attn(content + position, memory + memory_position, memory, blocked))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.linear1 = nn.Linear(config.width, config.feed_forward)
+        self.linear2 = nn.Linear(config.feed_forward, config.width)
+        self.norm = nn.LayerNorm(config.width)
+
+    def forward(self, content: Tensor) -> Tensor:
+        return self.norm(content + self.linear2(F.relu(self.linear1(content))))
+
+
+class MaskEmbedding(nn.Module):
+    """Three linear layers with ReLU between, from a query to the mask features' channels."""
+
+    def __init__(self, width: int, mask_dim: int):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, mask_dim)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        return self.layers[-1](x)
+
+
+class StackedProduct(NamedTuple):
+    weight: Tensor  # [outputs, inputs]
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, *self)
+
+
+class StackedLayer(NamedTuple):
+    """One layer, whose positions have been taken out of its products."""
+
+    query: StackedProduct  # of the cross-attention
+    packed: StackedProduct  # queries, keys and values of the self-attention
+    cross: CrossAttention
+    itself: SelfAttention
+    feed: FeedForward
+
+
+class StackedTransformer:
+    """Every layer of a decoder of masks.
+
+    Positions enter attention through linear maps only, so their shares are made once and added where queries and keys
+    are read. Layers that read the same memory level have their keys and values from one product. The mask features are
+    resized to each memory level once, as resizing commutes with the product of an embedding and the features.
+    """
+
+    def __init__(
+        self,
+        layers: list[tuple[CrossAttention, SelfAttention, FeedForward]],
+        level_embed: Tensor,
+        norm: nn.LayerNorm,
+        mask_embed: MaskEmbedding,
+        class_embed: nn.Linear,
+        ops: SimpleNamespace,
+    ):
+        self.ops, self.norm, self.class_embed, self.level_embed = ops, norm, class_embed, level_embed
+        self.mask_layers = list(mask_embed.layers)
+        self.layers, shares = [], []
+        for cross, itself, feed in layers:
+            q, k, v = parts(cross.multihead_attn)
+            own_q, own_k, own_v = parts(itself.self_attn)
+            bias = torch.cat([torch.zeros_like(own_q.bias), torch.zeros_like(own_k.bias), own_v.bias])
+            packed = StackedProduct(itself.self_attn.in_proj_weight, bias)
+            self.layers.append(StackedLayer(StackedProduct(q.weight), packed, cross, itself, feed))
+            shares += [q, own_q, own_k]
+        self.positions = join_products(shares)  # of all layers, from the positions of the queries
+        count = min(len(level_embed), len(layers))  # the levels that are read
+        products = [parts(layer.cross.multihead_attn) for layer in self.layers]
+        self.keys = [join_products([k for _, k, _ in products[level::count]]) for level in range(count)]
+        self.memory = [
+            StackedProduct(
+                torch.cat([self.keys[level].weight, values.weight]),
+                torch.cat([torch.zeros_like(self.keys[level].bias), values(level_embed[level])]),
+            )
+            for level, values in (
+                (level, join_products([v for _, _, v in products[level::count]])) for level in range(count)
+            )
+        ]
+        self.places: dict[tuple[int, ...], list[Tensor]] = {}  # sides of the memory levels -> shares of their cells
+
+    def __call__(
+        self, content: Tensor, position: Tensor, memory: list[Tensor], mask_features: Tensor
+    ) -> dict[str, Tensor]:
+        memory = memory[: len(self.memory)]
+        places, shares = self.positions(position), self.cells([x.shape[-1] for x in memory], content)
+        packed = [product(tokens(x)) for product, x in zip(self.memory, memory)]
+        features = [resize(mask_features, x.shape[-1]) for x in memory]
+        channels, levels, content = content.shape[-1], len(memory), content.contiguous()
+        for i, layer in enumerate(self.layers):
+            level, start = i % levels, i // levels * channels
+            last, count = start + channels, shares[level].shape[-1]
+            place_q, place_own_q, place_own_k = places[..., 3 * i * channels :][..., : 3 * channels].chunk(3, -1)
+            keys, values = packed[level][..., start:last], packed[level][..., count + start : count + last]
+            logits = self.ops.mask_head(self.embed_masks(content), features[level], features[level].shape[-1]).flatten(
+                2
+            )
+            cross, itself, feed = layer.cross, layer.itself, layer.feed
+            answer = self.ops.query_attention(
+                layer.query(content),
+                keys,
+                values,
+                cross.multihead_attn.heads,
+                place_q,
+                shares[level][:, start:last],
+                logits,
+            )
+            content = self.add_and_normalise(answer, cross.multihead_attn.out_proj, content, cross.norm)
+            q, k, v = layer.packed(content).chunk(3, -1)
+            answer = self.ops.query_attention(q, k, v, itself.self_attn.heads, place_own_q, place_own_k)
+            content = self.add_and_normalise(answer, itself.self_attn.out_proj, content, itself.norm)
+            content = self.add_and_normalise(feed.linear1(content), feed.linear2, content, feed.norm, has_relu=True)
+        masks = self.ops.mask_head(self.embed_masks(content), mask_features, mask_features.shape[-1])
+        return {"pred_logits": self.class_embed(self.norm(content)), "pred_masks": masks}
+
+    def embed_masks(self, content: Tensor) -> Tensor:
+        norm, weights = self.norm, [layer.weight for layer in self.mask_layers]
+        biases = [layer.bias for layer in self.mask_layers]
+        return self.ops.mask_embedding(content, norm.weight, norm.bias, norm.eps, weights, biases)
+
+    def add_and_normalise(
+        self, x: Tensor, linear: nn.Linear, content: Tensor, norm: nn.LayerNorm, has_relu: bool = False
+    ) -> Tensor:
+        affine = norm.weight, norm.bias, norm.eps
+        return self.ops.linear_norm(x, linear.weight, linear.bias, content, *affine, has_relu=has_relu)
+
+    def cells(self, sides: list[int], like: Tensor) -> list[Tensor]:
+        """What the places of each level's cells give to the keys of all its layers [S, layers * C]."""
+        if (encoding := self.places.get(tuple(sides))) is None:
+            encoding = [
+                keys(sine_position(side, like.shape[-1], like) + level)
+                for side, keys, level in zip(sides, self.keys, self.level_embed)
+            ]
+            self.places[tuple(sides)] = encoding
+        return encoding
+
+
+def parts(attention: Any) -> list[StackedProduct]:
+    """The products of queries, keys and values of a transformer.Attention."""
+    return [StackedProduct(*parts) for parts in zip(attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3))]
+
+
+def join_products(products: list[StackedProduct]) -> StackedProduct:
+    return StackedProduct(
+        torch.cat([product.weight for product in products]), torch.cat([product.bias for product in products])
+    )
+
+
+class PackedTransformer(Packed):
+    """The result of `stacked`, in one call of csrc up to the masks themselves."""
+
+    def __init__(self, stacked: StackedTransformer):
+        self.stacked = stacked
+        self.features, self.logits = len(stacked.mask_layers[-1].weight), len(stacked.class_embed.weight)
+
+    def pack(self, packing: Packing) -> _C.QueryTransformer:
+        stacked, linear, layers = self.stacked, packing.linear, []
+        for layer in stacked.layers:
+            cross, itself, feed = layer.cross, layer.itself, layer.feed
+            around = cross.multihead_attn.out_proj, layer.packed, itself.self_attn.out_proj
+            parts: list[Any] = list(map(linear, (layer.query, *around, feed.linear1, feed.linear2)))
+            layers.append(_C.QueryLayer(*parts, *map(packing.norm, (cross.norm, itself.norm, feed.norm))))
+        return _C.QueryTransformer(
+            layers,
+            [linear(layer) for layer in stacked.memory],
+            linear(stacked.positions),
+            packing.norm(stacked.norm),
+            [linear(layer) for layer in stacked.mask_layers],
+            linear(stacked.class_embed),
+            stacked.layers[0].cross.multihead_attn.heads,
+        )
+
+    def __call__(
+        self, content: Tensor, position: Tensor, memory: list[Tensor], mask_features: Tensor
+    ) -> dict[str, Tensor]:
+        (images, queries, _), memory = content.shape, memory[: len(self.stacked.memory)]
+        sides = [x.shape[-1] for x in memory]
+        levels = [tokens(x).contiguous() for x in memory]
+        features = [tokens(resize(mask_features, side)).contiguous() for side in sides]
+        places = self.stacked.cells(sides, content)
+        content, position = content.contiguous(), position.contiguous()
+        embedded = torch.empty(images, queries, self.features)
+        logits = torch.empty(images, queries, self.logits)
+        self.native().run(
+            content.data_ptr(),
+            position.data_ptr(),
+            *([x.data_ptr() for x in group] for group in (levels, places, features)),
+            [side * side for side in sides],
+            embedded.data_ptr(),
+            logits.data_ptr(),
+            images,
+            queries,
+            torch.get_num_threads(),
+        )
+        masks = self.stacked.ops.mask_head(embedded, mask_features, mask_features.shape[-1])
+        return {"pred_logits": logits, "pred_masks": masks}
+
 
 MEMORY = (20 / 64, 40 / 64, 80 / 64)  # sides of the memory levels, in sides of the highest captured level
 
