@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from datasetdm_fast.engine.decoders.checkpoint import load_decoder
-from datasetdm_fast.engine.decoders.folders import find_decoders
+from datasetdm_fast.engine.decoders.config import find_decoders
 from datasetdm_fast.engine.decoders.trunk import Decoder
 
 

@@ -13,7 +13,7 @@ from bench.machine.work import image_flops, stage_flops
 from datasetdm_fast.data import Request
 from datasetdm_fast.engine.decoders import checkpoint
 from datasetdm_fast.engine.decoders.checkpoint import for_inference
-from datasetdm_fast.engine.decoders.folders import DEMO
+from datasetdm_fast.engine.decoders.config import DEMO
 from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.engines.device import resolve_device

@@ -29,8 +29,7 @@ from datasetdm_fast.data import AttentionSums, Request, join_texts
 from datasetdm_fast.disk.locks import CACHE_VARIABLE
 from datasetdm_fast.engine.backbones.flow_models import seg4diff
 from datasetdm_fast.engine.backbones.sd import SD
-from datasetdm_fast.engine.decoders.config import SD1_LEVELS
-from datasetdm_fast.engine.decoders.folders import DEMO
+from datasetdm_fast.engine.decoders.config import DEMO, SD1_LEVELS
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.labels.class_tables import ClassTable, ClassWord
 from datasetdm_fast.engine.loading import load_model

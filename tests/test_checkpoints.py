@@ -32,8 +32,7 @@ from datasetdm_fast.config import UPSTREAM_KINDS
 from datasetdm_fast.engine.backbones.sd import SD_SCHEDULER, USUAL_SCHEDULE
 from datasetdm_fast.engine.decoders import upstream as checkpoints
 from datasetdm_fast.engine.decoders.checkpoint import build_decoder, load_decoder, save_decoder
-from datasetdm_fast.engine.decoders.config import upstream
-from datasetdm_fast.engine.decoders.folders import DEMO, parts_of, read_config
+from datasetdm_fast.engine.decoders.config import DEMO, parts_of, read_config, upstream
 from datasetdm_fast.engine.labels.class_tables import builtin_table
 from datasetdm_fast.engine.loading import load_model, saving, single_file
 from datasetdm_fast.engine.loading.single_file import EMA, UNET

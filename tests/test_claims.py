@@ -21,7 +21,7 @@ from bench.proof.students.student_data import CELLS, IGNORED, SIDE
 from bench.proof.students.student_views import mild, strong
 from bench.world.worlds import WORLDS
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap, Trust
-from datasetdm_fast.engine.decoders.folders import DEMO
+from datasetdm_fast.engine.decoders.config import DEMO
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.engine.tasks import TASKS as TASK_PARTS
 from datasetdm_fast.errors import Refused

@@ -22,7 +22,7 @@ from datasetdm_fast.command_line import progress, run_report
 from datasetdm_fast.data import DepthMap, DomainDistance, Instances, Request, Sample, SemanticMap, Trust
 from datasetdm_fast.engine.decoders import domain
 from datasetdm_fast.engine.decoders.checkpoint import load_decoder
-from datasetdm_fast.engine.decoders.folders import DEMO
+from datasetdm_fast.engine.decoders.config import DEMO
 from datasetdm_fast.engine.labels.trust import with_domain, with_undrawn
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import Refused

@@ -437,7 +437,7 @@ def test_what_cannot_be_exported_is_refused(demo, tmp_path):
 
 def load_decoders_strictly(task: str) -> dict:
     from datasetdm_fast.engine.decoders.checkpoint import load_decoder
-    from datasetdm_fast.engine.decoders.folders import DEMO
+    from datasetdm_fast.engine.decoders.config import DEMO
 
     return {task: load_decoder(DEMO / task, strict=True)}
 

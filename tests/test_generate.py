@@ -15,7 +15,7 @@ from datasetdm_fast import drop, generate, restore
 from datasetdm_fast.command_line.run_settings import check_sources, complete_settings, restore_settings
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.disk import storage
-from datasetdm_fast.engine.decoders.folders import DEMO
+from datasetdm_fast.engine.decoders.config import DEMO
 from datasetdm_fast.engine.loading import presets
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.jobs.prompt_files import listed_words

@@ -26,7 +26,7 @@ from rendered import write_run
 from safetensors.torch import load_file, save_file
 
 from datasetdm_fast import untrusted
-from datasetdm_fast.engine.decoders.folders import DEMO as DECODERS
+from datasetdm_fast.engine.decoders.config import DEMO as DECODERS
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.untrusted import documents, pickles
 

@@ -347,7 +347,7 @@ def test_half_precision_files_become_fp32(tiny, folder):
 
 
 def test_demo_model_and_decoders_name_their_licence():
-    from datasetdm_fast.engine.decoders.folders import find_decoders
+    from datasetdm_fast.engine.decoders.config import find_decoders
     from datasetdm_fast.engine.engines import describe_decoders
 
     found = describe_decoders(find_decoders("demo"), TASKS)

@@ -15,7 +15,7 @@ from datasetdm_fast.config import TASKS
 from datasetdm_fast.data import DepthMap, Instances, SemanticMap
 from datasetdm_fast.engine import engines
 from datasetdm_fast.engine.decoders.checkpoint import load_decoder, save_decoder
-from datasetdm_fast.engine.decoders.folders import DEMO, find_decoders
+from datasetdm_fast.engine.decoders.config import DEMO, find_decoders
 from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.engine.labels.names import LabelName
 from datasetdm_fast.engine.loop.checks import check_tasks

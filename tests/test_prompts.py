@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from datasetdm_fast.command_line import run_settings
-from datasetdm_fast.engine.decoders.folders import find_decoders
+from datasetdm_fast.engine.decoders.config import find_decoders
 from datasetdm_fast.engine.labels import words as class_words
 from datasetdm_fast.engine.loading.folder import DEMO
 from datasetdm_fast.engine.loading.tokenizer import OwnTokenizer

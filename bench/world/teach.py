@@ -32,7 +32,7 @@ SETTINGS = {
 def learn_words(folder: Path) -> None:
     """Writes the heads that tell words into the configurations of a folder's decoders that have classes and masks."""
     from datasetdm_fast.disk import storage
-    from datasetdm_fast.engine.decoders.folders import find_decoders, read_config
+    from datasetdm_fast.engine.decoders.config import find_decoders, read_config
     from datasetdm_fast.train import open_workflow
     from datasetdm_fast.training.settings import TrainConfig
     from datasetdm_fast.training.word_heads import learn_heads

@@ -13,7 +13,7 @@ from typing import Any
 from datasetdm_fast.command_line.output import remake_sample
 from datasetdm_fast.config import ATTENTION, DECODER, EXACT, LABELLER_KINDS, LABELS, PARITIES, UNDECODED
 from datasetdm_fast.engine.backbones import check_source
-from datasetdm_fast.engine.decoders.folders import SHIPPED, find_decoders, parts_of
+from datasetdm_fast.engine.decoders.config import SHIPPED, find_decoders, parts_of
 from datasetdm_fast.engine.engines import RANDOM
 from datasetdm_fast.engine.labels import class_tables, kind_of
 from datasetdm_fast.engine.labels.kind import BACKGROUND

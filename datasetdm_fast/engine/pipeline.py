@@ -18,7 +18,7 @@ import numpy as np
 from datasetdm_fast.config import LABELS, UNDECODED, USUAL_SAMPLER
 from datasetdm_fast.data import AnyCapture, Batch, Capture, Quarantined, Request, Sample
 from datasetdm_fast.engine import engines
-from datasetdm_fast.engine.decoders.folders import SHIPPED
+from datasetdm_fast.engine.decoders.config import SHIPPED
 from datasetdm_fast.engine.engines import in_own_precision
 from datasetdm_fast.engine.labels import kind_of, task_of
 from datasetdm_fast.engine.labels.names import by_task, check_label

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from datasetdm_fast.disk import storage
-from datasetdm_fast.engine.decoders.folders import find_decoders
+from datasetdm_fast.engine.decoders.config import find_decoders
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource, Picture
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.messages import count_noun

@@ -22,7 +22,7 @@ from bench.proof.students.student import answers
 from bench.proof.students.student_data import SIDE
 from bench.proof.students.worth import gain_of
 from bench.report.tables import Row
-from datasetdm_fast.engine.decoders.folders import DEMO
+from datasetdm_fast.engine.decoders.config import DEMO
 from datasetdm_fast.engine.labels.words import find_classes
 
 AUGMENTATIONS = ("strong", "mild", "none")

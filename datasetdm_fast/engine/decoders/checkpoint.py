@@ -12,10 +12,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from datasetdm_fast.disk import storage as files  # save_decoder has a parameter of that name
-from datasetdm_fast.engine.decoders.config import DecoderConfig, upstream
+from datasetdm_fast.engine.decoders.config import DecoderConfig, read_config, upstream
 from datasetdm_fast.engine.decoders.dense import DepthDecoder, HeatmapDecoder, SimccDecoder
 from datasetdm_fast.engine.decoders.domain import mixtures, read_domain
-from datasetdm_fast.engine.decoders.folders import read_config
 from datasetdm_fast.engine.decoders.segmentation import OpenVocabularyDecoder, SegmentationDecoder
 from datasetdm_fast.engine.decoders.trunk import Decoder, SpectralConv2d, fold
 from datasetdm_fast.engine.models.layers import Uninitialised

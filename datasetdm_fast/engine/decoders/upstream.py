@@ -17,8 +17,7 @@ from safetensors.torch import load_file, save
 
 from datasetdm_fast.disk import locks, storage
 from datasetdm_fast.engine.decoders.checkpoint import UNUSED, build_decoder, check_fit
-from datasetdm_fast.engine.decoders.config import SD1_LEVELS, DecoderConfig, upstream
-from datasetdm_fast.engine.decoders.folders import parts_of, read_config
+from datasetdm_fast.engine.decoders.config import SD1_LEVELS, DecoderConfig, parts_of, read_config, upstream
 from datasetdm_fast.engine.decoders.trunk import Decoder, wide_mixes
 from datasetdm_fast.engine.labels.class_tables import builtin_table
 from datasetdm_fast.engine.labels.kind import BACKGROUND

@@ -18,7 +18,7 @@ from datasetdm_fast.settings import EngineSettings
 if TYPE_CHECKING:
     from torch import nn
 
-    from datasetdm_fast.engine.decoders.folders import DecoderFolders
+    from datasetdm_fast.engine.decoders.config import DecoderFolders
     from datasetdm_fast.engine.decoders.trunk import Decoder
     from datasetdm_fast.engine.engines.engine import Engine
     from datasetdm_fast.engine.loading.model import Model
@@ -80,7 +80,7 @@ def load_decoders(
 ) -> tuple[dict[str, Decoder], dict[str, Any]]:
     """The decoders of `tasks` (None: all) that --decoder names, checked against the model, and their descriptions."""
     from datasetdm_fast.engine.decoders.checkpoint import check_fits, for_inference, load_decoder
-    from datasetdm_fast.engine.decoders.folders import SHIPPED, find_decoders, parts_of
+    from datasetdm_fast.engine.decoders.config import SHIPPED, find_decoders, parts_of
     from datasetdm_fast.engine.loading.presets import SEEDED_LICENCE
 
     decoders: dict[str, Decoder] = {}

@@ -22,7 +22,7 @@ from datasetdm_fast.data import Annotation, Batch, DepthMap, Keypoints, Quaranti
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.locks import cache_folder
 from datasetdm_fast.engine import loop
-from datasetdm_fast.engine.decoders.folders import SHIPPED
+from datasetdm_fast.engine.decoders.config import SHIPPED
 from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.engine.loading.model import digest
 from datasetdm_fast.engine.loop import driver

@@ -13,7 +13,7 @@ from typing import Any, Self
 from datasetdm_fast.config import ENGINES, HALF, LABELLER_KINDS
 from datasetdm_fast.disk import sqlite
 from datasetdm_fast.engine import engines
-from datasetdm_fast.engine.decoders.folders import find_decoders, parts_of
+from datasetdm_fast.engine.decoders.config import find_decoders, parts_of
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.gallery.closing import finish_run
 from datasetdm_fast.runs.jobs.job import Job, build_job, check_room
