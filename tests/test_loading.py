@@ -26,7 +26,7 @@ from datasetdm_fast.engine.backbones import OWN_MODELS, check_source, every_back
 from datasetdm_fast.engine.backbones.flow_models import DEMO_DIT_DEFAULTS
 from datasetdm_fast.engine.backbones.sd import DOWN_BLOCKS, SD, SD_SCHEDULER, UP_BLOCKS, USUAL_SCHEDULE
 from datasetdm_fast.engine.engines import build_engine
-from datasetdm_fast.engine.loading import PRESETS, checks, load_model, lora, presets, saving, single_file, tokenizer
+from datasetdm_fast.engine.loading import PRESETS, load_model, lora, presets, saving, single_file, tokenizer
 from datasetdm_fast.engine.loading import folder as model_folder
 from datasetdm_fast.engine.loading.folder import download_model
 from datasetdm_fast.engine.loading.model import (
@@ -118,17 +118,17 @@ def test_size_follows_the_wish():
 
 
 def test_the_largest_size_that_is_told_is_one_that_is_taken():
-    checks.check_size(64, 64, 100)
+    fitting.check_size(64, 64, 100)
     with pytest.raises(Refused, match="at most 100 pixels a side") as stop:
-        checks.check_size(128, 64, 100)
+        fitting.check_size(128, 64, 100)
     assert stop.value.remedy == "Use --size 64 or less."
 
 
 def test_an_offset_of_the_steps_is_one_of_them():
     config = {"num_train_timesteps": 10, "beta_schedule": "linear"}
-    checks.check_scheduler(config | {"steps_offset": 9}, "config")
+    fitting.check_scheduler(config | {"steps_offset": 9}, "config")
     with pytest.raises(Refused, match="steps, steps_offset or betas are out of range"):
-        checks.check_scheduler(config | {"steps_offset": 10}, "config")
+        fitting.check_scheduler(config | {"steps_offset": 10}, "config")
 
 
 def test_numbers_of_a_config_have_bounds():
@@ -1029,7 +1029,7 @@ def sha256(content: bytes) -> str:
 
 def test_a_file_that_may_not_be_read_is_told(monkeypatch, tmp_path):
     with pytest.raises(Refused, match="x.safetensors cannot be read"):
-        checks.check_readable(tmp_path / "x.safetensors")
+        fitting.check_readable(tmp_path / "x.safetensors")
 
 
 def test_a_tokenizer_that_its_library_cannot_read_is_refused_whatever_is_raised(tmp_path):
@@ -1245,7 +1245,7 @@ def test_a_model_whose_decoders_read_both_halves_has_rows_of_negative_prompts_wi
 def test_libraries_are_quiet_while_a_model_is_read_and_as_before_afterwards():
     libraries = transformers.utils.logging, diffusers.utils.logging
     before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
-    with checks.quiet_libraries():
+    with fitting.quiet_libraries():
         assert all(library.get_verbosity() == logging.ERROR for library in libraries)
         assert not any(library.is_progress_bar_enabled() for library in libraries)
     assert [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries] == before

@@ -1,14 +1,17 @@
-"""Whether the parts of a folder are of one model, as every family asks it."""
+"""Whether the files of a model are whole, within bounds, of a kind that is supported and all of one model."""
 
 import math
-from collections.abc import Mapping
+import re
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.engine.backbones.record import ANOTHER, DAMAGED, LoadedModel, Read
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import FACTOR
-from datasetdm_fast.untrusted import documents
+from datasetdm_fast.untrusted import documents, tensors
 
 TOGETHER = "Take every part from the same model."
 
@@ -82,3 +85,161 @@ def check_vocabularies(model: LoadedModel) -> None:
                 f"model: {model.name}: the tokenizer of the {part} has {len(tokenizer)} entries, it knows {known}",
                 TOGETHER,
             )
+
+
+ADAPTER = "Name its base model with --model, and the LoRA with --lora."
+SCHEDULE = "Correct the model's scheduler_config.json, or get that file again."
+DYNAMIC_SHIFTS = "base_shift max_shift base_image_seq_len max_image_seq_len".split()  # of flows
+SHIFTS = ["shift", "flow_shift", "shift_terminal", *DYNAMIC_SHIFTS]
+LARGEST_VOCABULARY = 64 * 2**20  # bytes of a tokenizer's files; CLIP's have 3 MB
+# of a config: any number, layers, entries of a list, steps
+LARGEST_NUMBER, MOST_LAYERS, MOST_ENTRIES, MOST_TIMESTEPS = 2**20, 128, 128, 100_000
+DISTANCE, BUCKETS = "relative_attention_max_distance", "relative_attention_num_buckets"  # of T5
+LEAST = {  # of a config
+    **dict.fromkeys("num_layers num_hidden_layers layers_per_block norm_num_groups n_layers".split(), 1),
+    **dict.fromkeys("pos_embed_max_size axes_lens axes_dims axes_dims_rope".split(), 1),
+    **dict.fromkeys("num_attention_heads num_key_value_heads num_heads attention_head_dim".split(), 1),
+    **dict.fromkeys("layer_norm_eps layer_norm_epsilon rms_norm_eps".split(), 0),
+    "transformer_layers_per_block": 0,
+    BUCKETS: 4,
+}
+# What is read of a tokenizer's config; other settings may name code that a library would fetch and run.
+TOKENIZER_SETTINGS = set(
+    "bos_token eos_token pad_token unk_token model_max_length added_tokens_decoder add_prefix_space do_lower_case "
+    "errors clean_up_tokenization_spaces tokenizer_class additional_special_tokens extra_ids chat_template".split()
+)
+
+
+def check_size(size: int, multiple: int, most: int = 0) -> None:
+    if size <= 0 or size % multiple:
+        raise Refused(
+            f"size: {size} is not a positive multiple of {multiple}, which the levels of the model need",
+            f"Try --size {max(round(size / multiple), 1) * multiple}; 0 takes what the model was made for.",
+        )
+    if most and size > most:
+        raise Refused(
+            f"size: the model has positions for images of at most {most} pixels a side, {size} were to be drawn",
+            f"Use --size {most - most % multiple} or less.",
+        )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    return documents.read_object(path, most=LARGEST_VOCABULARY)
+
+
+def check_bounds(config: Mapping[str, Any], source: Path) -> None:
+    """Refuse numbers no model of this kind has: modules are built by them before any weight is looked at."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            check_bounds(value, source)
+            continue
+        least = config.get(BUCKETS, 32) // 4 + 1 if key == DISTANCE else LEAST.get(key, -math.inf)
+        is_list = isinstance(value, (list, tuple))
+        values = value if is_list else [value]
+        if any(isinstance(number, (int, float)) and number < least for number in values):
+            raise Refused(
+                f"model: {source}: the setting {documents.quote(key)} is {documents.quote(value)}, expected {least} or "
+                "more",
+                DAMAGED,
+            )
+        most = MOST_LAYERS if "layers" in key else LARGEST_NUMBER
+        is_nested = is_list and (len(values) > MOST_ENTRIES or any(isinstance(inner, (list, dict)) for inner in values))
+        if is_nested or any(isinstance(number, (int, float)) and not abs(number) <= most for number in values):
+            raise Refused(
+                f"model: {source}: the setting {documents.quote(key)} is {documents.quote(value)}, expected "
+                f"numbers of at most {most}",
+                DAMAGED,
+            )
+
+
+def _check_forms(
+    config: Mapping[str, Any], source: Path | str, forms: Mapping[str, Any], nullable: Collection[str]
+) -> None:
+    """Refuses a scheduler with a setting of another form, or with null where that says nothing."""
+    present = [name for name in forms if name in config and not (config[name] is None and name in nullable)]
+    try:
+        documents.check_form(config, {name: forms[name] for name in present})
+    except ValueError as error:
+        raise Refused(f"model: {source}: the scheduler's {error}", SCHEDULE) from error
+
+
+def check_scheduler(config: Mapping[str, Any], source: Path | str, *, is_flow: bool = False) -> None:
+    if is_flow:
+        ignored = [] if config.get("use_dynamic_shifting") else DYNAMIC_SHIFTS
+        of_flow = {"_class_name": str, "num_train_timesteps": int, **dict.fromkeys(SHIFTS, float)}
+        _check_forms(config, source, of_flow, ["shift_terminal", *ignored])
+        count, shift = config.get("num_train_timesteps", 1000), config.get("shift", 1.0)
+        if not (0 < count <= MOST_TIMESTEPS and shift > 0 and 0 <= (config.get("shift_terminal") or 0) < 1):
+            raise Refused(
+                f"model: {source}: the scheduler's steps, shift or shift_terminal are out of range, expected 1 to "
+                f"{MOST_TIMESTEPS} steps, a shift above 0 and an end below 1",
+                SCHEDULE,
+            )
+        return
+    forms = {
+        "_class_name": str,
+        "num_train_timesteps": int,
+        "steps_offset": int,
+        "beta_start": float,
+        "beta_end": float,
+        "set_alpha_to_one": bool,
+        "trained_betas": [float],
+    }
+    ignored = ["beta_start", "beta_end"] if config.get("trained_betas") else []
+    _check_forms(config, source, forms, ["trained_betas", "set_alpha_to_one", *ignored])
+    count = config.get("num_train_timesteps", 1000)
+    betas = config.get("trained_betas") or [config.get("beta_start", 0.0001), config.get("beta_end", 0.02)]
+    is_range = 0 < count <= MOST_TIMESTEPS and 0 <= config.get("steps_offset", 0) < count
+    if not is_range or len(betas) > MOST_TIMESTEPS or not all(0 < beta < 1 for beta in betas):
+        raise Refused(
+            f"model: {source}: the scheduler's steps, steps_offset or betas are out of range, expected 1 to "
+            f"{MOST_TIMESTEPS} steps, an offset below that and betas between 0 and 1",
+            SCHEDULE,
+        )
+    if "beta_schedule" not in config and config.get("trained_betas") is None:
+        raise Refused(
+            f"model: {source}: the scheduler {config.get('_class_name', '')} has no beta_schedule, so the model is "
+            "of another kind",
+            ANOTHER,
+        )
+
+
+def check_readable(file: Path) -> None:
+    """Refuse a file that cannot be read, is a pointer left by git-lfs, or is cut off."""
+    try:
+        with file.open("rb") as opened:
+            beginning = opened.read(40)
+    except OSError as error:
+        raise Refused(
+            f"model: {file} cannot be read ({error.strerror})", "Check that the file is there and that you may read it."
+        ) from error
+    if beginning.startswith(b"version https://git-lfs"):
+        raise Refused(f"model: {file} is a git-lfs pointer, not the weights", "Run git lfs pull in that folder.")
+    if file.suffix == ".safetensors":
+        tensors.check_safetensors(file)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's error, without colours."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    return documents.one_line((text or type(error).__name__).splitlines()[0])
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """No warnings and progress bars of diffusers and transformers within the block; what matters is checked here."""
+    from transformers.utils import logging
+
+    diffusers = sys.modules.get("diffusers")  # what was not imported yet prints nothing
+    both = (logging, *([diffusers.utils.logging] if diffusers else []))
+    before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in both]
+    for library in both:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, level, has_bars in before:
+            library.set_verbosity(level)
+            if has_bars:
+                library.enable_progress_bar()

@@ -16,9 +16,7 @@ from torch import nn
 
 from datasetdm_fast.config import DEMO_DEFAULTS, Defaults
 from datasetdm_fast.engine.backbones import every_backbone, list_supported, open_backbone
-from datasetdm_fast.engine.backbones.record import ANOTHER, DAMAGED, Backbone, Part, Read
-from datasetdm_fast.engine.backbones.sd import USUAL_SCHEDULE
-from datasetdm_fast.engine.loading.checks import (
+from datasetdm_fast.engine.backbones.fitting import (
     ADAPTER,
     BUCKETS,
     DISTANCE,
@@ -30,6 +28,8 @@ from datasetdm_fast.engine.loading.checks import (
     quiet_libraries,
     read_config,
 )
+from datasetdm_fast.engine.backbones.record import ANOTHER, DAMAGED, Backbone, Part, Read
+from datasetdm_fast.engine.backbones.sd import USUAL_SCHEDULE
 from datasetdm_fast.engine.loading.model import (
     UNKNOWN_LICENCE,
     ConfigFile,

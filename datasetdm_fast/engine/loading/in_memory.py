@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from datasetdm_fast.engine.backbones import list_supported, open_backbone
-from datasetdm_fast.engine.loading.checks import check_scheduler
+from datasetdm_fast.engine.backbones.fitting import check_scheduler
 from datasetdm_fast.engine.loading.folder import SCHEDULER
 from datasetdm_fast.engine.loading.model import UNKNOWN_LICENCE, ConfigFile, Model, Network, check_model
 from datasetdm_fast.engine.models.layers import Uninitialised

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from datasetdm_fast.disk import storage
-from datasetdm_fast.engine.loading.checks import first_line, quiet_libraries
+from datasetdm_fast.engine.backbones.fitting import first_line, quiet_libraries
 from datasetdm_fast.engine.loading.model import Model, digest
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.untrusted import documents, tensors

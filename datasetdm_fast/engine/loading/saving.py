@@ -11,7 +11,7 @@ from typing import Any
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.backbones import every_backbone, pipeline_of
-from datasetdm_fast.engine.loading.checks import quiet_libraries
+from datasetdm_fast.engine.backbones.fitting import quiet_libraries
 from datasetdm_fast.engine.loading.folder import SCHEDULER
 from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.errors import Refused

@@ -16,10 +16,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from datasetdm_fast.engine.backbones import every_backbone, list_supported, pipeline_of
-from datasetdm_fast.engine.backbones.record import ANOTHER, DAMAGED, Backbone
-from datasetdm_fast.engine.backbones.sd import DOWN_BLOCKS, SD, SD_SCHEDULER, UP_BLOCKS, check_network
-from datasetdm_fast.engine.loading import folder as folders
-from datasetdm_fast.engine.loading.checks import (
+from datasetdm_fast.engine.backbones.fitting import (
     ADAPTER,
     check_readable,
     check_size,
@@ -27,6 +24,9 @@ from datasetdm_fast.engine.loading.checks import (
     quiet_libraries,
     read_config,
 )
+from datasetdm_fast.engine.backbones.record import ANOTHER, DAMAGED, Backbone
+from datasetdm_fast.engine.backbones.sd import DOWN_BLOCKS, SD, SD_SCHEDULER, UP_BLOCKS, check_network
+from datasetdm_fast.engine.loading import folder as folders
 from datasetdm_fast.engine.loading.model import UNKNOWN_LICENCE, Model, Network, check_model, digest
 from datasetdm_fast.engine.loading.presets import build_module
 from datasetdm_fast.engine.loading.tokenizer import tokenizer_beside

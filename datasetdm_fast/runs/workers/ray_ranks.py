@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.cores import count_cores
-from datasetdm_fast.engine.loading.checks import first_line
+from datasetdm_fast.engine.backbones.fitting import first_line
 from datasetdm_fast.errors import Missing, Refused, Stop
 from datasetdm_fast.runs.run_folder.shard_places import ShardPlace, is_url, shard_place
 from datasetdm_fast.runs.run_settings import RunSpec, WorkerSettings
