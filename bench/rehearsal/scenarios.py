@@ -27,7 +27,8 @@ from datasetdm_fast.config import ATTENTION, LABELLER_KINDS, LABELS, SAMPLERS, U
 from datasetdm_fast.data import Annotation, Batch, Quarantined, Sample, SemanticMap
 from datasetdm_fast.engine import engines
 from datasetdm_fast.engine.engines.fast import FastEngine, on_gpu
-from datasetdm_fast.engine.labels import LABEL_KINDS, names
+from datasetdm_fast.engine.labels import LABEL_KINDS
+from datasetdm_fast.engine.labels import kind as label_kinds
 from datasetdm_fast.engine.loop import driver, inverting
 from datasetdm_fast.engine.loop import recipe as recipes
 from datasetdm_fast.engine.pictures.framing import pictures_in_memory
@@ -109,7 +110,7 @@ def labeller(machine: Machine) -> int:
         mock.patch.dict(LABELLER_KINDS.others, bright=point),
         mock.patch.dict(LABEL_KINDS.others, bright=LABELLER_KINDS),
         mock.patch.object(recipes, "UNDECODED", (*UNDECODED, "bright")),
-        mock.patch.object(names, "LABELS", (*LABELS, "bright")),
+        mock.patch.object(label_kinds, "LABELS", (*LABELS, "bright")),
     ):
         recipe = machine.recipe(engine, ("depth", "bright"))
         found = machine.made(engine, recipe)

@@ -16,8 +16,7 @@ from datasetdm_fast.engine.labels.class_tables import (
     ClassTable,
     builtin_table,
 )
-from datasetdm_fast.engine.labels.kind import BACKGROUND, LabelKind, Table
-from datasetdm_fast.engine.labels.names import LabelName, task_of_label
+from datasetdm_fast.engine.labels.kind import BACKGROUND, LabelKind, LabelName, Table, task_of_label
 from datasetdm_fast.errors import Refused, nearest
 from datasetdm_fast.plugins import PartTable
 from datasetdm_fast.untrusted import documents

@@ -16,8 +16,7 @@ from datasetdm_fast import _C
 from datasetdm_fast.data import Annotation, Sample
 from datasetdm_fast.engine.labels import LABEL_KINDS, kind_of
 from datasetdm_fast.engine.labels.class_tables import palette
-from datasetdm_fast.engine.labels.kind import Table
-from datasetdm_fast.engine.labels.names import task_of_label
+from datasetdm_fast.engine.labels.kind import Table, task_of_label
 from datasetdm_fast.engine.labels.pictures import encode_picture
 from datasetdm_fast.untrusted import images
 

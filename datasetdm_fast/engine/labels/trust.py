@@ -13,8 +13,7 @@ import numpy as np
 
 from datasetdm_fast.data import IGNORE, Annotation, DomainDistance, Instances, SemanticMap, Trust
 from datasetdm_fast.engine.labels.class_tables import ClassTable
-from datasetdm_fast.engine.labels.kind import SHOWN_SCORE
-from datasetdm_fast.engine.labels.names import LabelName
+from datasetdm_fast.engine.labels.kind import SHOWN_SCORE, LabelName
 from datasetdm_fast.engine.labels.words import count_named, find_classes
 from datasetdm_fast.messages import count_noun
 

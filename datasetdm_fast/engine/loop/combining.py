@@ -7,7 +7,7 @@ from typing import Any
 
 from datasetdm_fast.data import Annotation
 from datasetdm_fast.engine.labels import kind_of
-from datasetdm_fast.engine.labels.names import LabelName
+from datasetdm_fast.engine.labels.kind import LabelName
 from datasetdm_fast.errors import Refused, nearest
 
 FORM = re.compile(r"(?P<label>\S+) within (?P<mask>\S+?):(?P<word>[^:]+)")

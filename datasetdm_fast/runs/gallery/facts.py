@@ -7,8 +7,7 @@ from typing import Any
 
 from datasetdm_fast.engine.labels import by_kind, kind_of, mean_certainty
 from datasetdm_fast.engine.labels.class_tables import OURS, colour_in
-from datasetdm_fast.engine.labels.kind import GalleryLayer
-from datasetdm_fast.engine.labels.names import LabelName, by_task
+from datasetdm_fast.engine.labels.kind import GalleryLayer, LabelName, by_task
 from datasetdm_fast.engine.labels.trust import NO_THING
 from datasetdm_fast.runs.gallery import sheets
 from datasetdm_fast.runs.run_folder.document import (
