@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from datasetdm_fast.disk import storage
-from datasetdm_fast.disk.locks import CACHE_VARIABLE
+from datasetdm_fast.disk.storage import CACHE_VARIABLE
 from datasetdm_fast.errors import Missing
 
 PART = ".part"

@@ -26,7 +26,7 @@ from datasetdm_fast import generate, label, split
 from datasetdm_fast.command_line.run_settings import label_spec
 from datasetdm_fast.config import DEMO_DEFAULTS, AttentionDefaults
 from datasetdm_fast.data import AttentionSums, Request, join_texts
-from datasetdm_fast.disk.locks import CACHE_VARIABLE
+from datasetdm_fast.disk.storage import CACHE_VARIABLE
 from datasetdm_fast.engine.backbones.flow_models import seg4diff
 from datasetdm_fast.engine.backbones.sd import SD
 from datasetdm_fast.engine.decoders.config import DEMO, SD1_LEVELS

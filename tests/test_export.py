@@ -26,7 +26,7 @@ from skips import IS_LONG, long_test
 from bench.decoders import load_decoders
 from datasetdm_fast import stages
 from datasetdm_fast.data import AttentionSums, Text, join_texts
-from datasetdm_fast.disk import locks
+from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.decoders.checkpoint import build_decoder
 from datasetdm_fast.engine.decoders.config import upstream
 from datasetdm_fast.engine.decoders.trunk import fold
@@ -459,25 +459,25 @@ def test_nothing_is_left_of_an_export_that_failed(demo, tmp_path, monkeypatch):
 
 def test_the_cache_is_where_the_variables_say(monkeypatch, tmp_path):
     monkeypatch.setenv("DATASETDM_CACHE", str(tmp_path / "mine"))
-    assert locks.cache_folder() == tmp_path / "mine"
+    assert storage.cache_folder() == tmp_path / "mine"
     monkeypatch.delenv("DATASETDM_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert locks.cache_folder() == tmp_path / "datasetdm_fast"
+    assert storage.cache_folder() == tmp_path / "datasetdm_fast"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert locks.cache_folder() == tmp_path / ".cache" / "datasetdm_fast"
+    assert storage.cache_folder() == tmp_path / ".cache" / "datasetdm_fast"
 
 
 def test_a_cache_that_everyone_may_write_to_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("DATASETDM_CACHE", str(tmp_path / "mine"))
     before = os.umask(0)
     try:
-        assert locks.cache_folder().stat().st_mode & 0o777 == 0o700
+        assert storage.cache_folder().stat().st_mode & 0o777 == 0o700
     finally:
         os.umask(before)
     (tmp_path / "mine").chmod(0o777)
     with pytest.raises(Refused, match="every user can write to this cache"):
-        locks.cache_folder()
+        storage.cache_folder()
 
 
 def test_a_manifest_of_something_else_is_not_replaced(demo, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from rendered import write_run
 
 from datasetdm_fast import audit, convert, generate, verify
-from datasetdm_fast.disk import locks, storage
+from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import class_tables
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export import __main__ as export
@@ -304,9 +304,9 @@ def test_every_flag_that_names_a_place_for_results_is_checked():
 
 
 def test_a_cache_that_a_group_shares_and_a_file_of_the_largest_size_are_read(tmp_path, monkeypatch):
-    monkeypatch.setenv(locks.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(storage.CACHE_VARIABLE, str(tmp_path))
     tmp_path.chmod(0o770)
-    assert locks.cache_folder() == tmp_path
+    assert storage.cache_folder() == tmp_path
     (tmp_path / "three").write_bytes(b"abc")
     assert storage.read(tmp_path / "three", 3) == b"abc"
     with pytest.raises(Refused, match="3 bytes, at most 2 are read"):

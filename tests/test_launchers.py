@@ -135,7 +135,7 @@ def test_what_the_last_to_leave_cannot_write_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(launched, "close_folder", refused)
     with pytest.raises(Refused, match="a filter file is damaged"):
         launched.leave(tmp_path, 1, 1, 0.0, is_waiting=False)
-    with locks.hold_lock(tmp_path / LOCK, is_shared=True):
+    with storage.hold_lock(tmp_path / LOCK, is_shared=True):
         assert launched.leave(tmp_path, 1, 1, 0.0, is_waiting=False).done == 0
 
 
@@ -166,11 +166,11 @@ def test_a_peer_on_another_machine_that_comes_late_leaves_a_finished_run_as_it_i
 
 def test_a_look_whether_a_folder_is_held_keeps_no_command_out(tmp_path, monkeypatch):
     path, look = tmp_path / "lock", ExitStack()
-    look.enter_context(locks.hold_lock(path))
-    monkeypatch.setattr(locks.time, "sleep", lambda seconds: look.close())
-    with locks.hold_lock(path):
-        assert locks.is_locked(path)
-    assert not locks.is_locked(path)
+    look.enter_context(storage.hold_lock(path))
+    monkeypatch.setattr(storage.time, "sleep", lambda seconds: look.close())
+    with storage.hold_lock(path):
+        assert storage.is_locked(path)
+    assert not storage.is_locked(path)
 
 
 # Without GPUs, as arithmetic needs none, and each peer would import torch to count them.

@@ -24,7 +24,7 @@ from rendered import TASKS, document, rendered, write_run
 
 from datasetdm_fast.config import SHARD_SIZE
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Quarantined, Request, SemanticMap, Trust
-from datasetdm_fast.disk import locks, sqlite, storage
+from datasetdm_fast.disk import sqlite, storage
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.engine.labels import check_numbers, label_files, number_classes
 from datasetdm_fast.engine.scenes import world
@@ -308,7 +308,7 @@ def test_a_file_that_one_process_may_create_or_move_is_durable_before_and_after_
 
 def test_a_folder_is_held_by_one_process_in_turn(tmp_path):
     handle = os.open(tmp_path, os.O_RDONLY)
-    with locks.in_turn(tmp_path), pytest.raises(BlockingIOError):
+    with storage.in_turn(tmp_path), pytest.raises(BlockingIOError):
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(handle)
@@ -652,11 +652,11 @@ def test_two_writers_are_refused(tmp_path):
 def test_a_folder_is_shared_once_who_holds_it_alone_has_let_go(tmp_path, monkeypatch, is_released):
     (tmp_path / "state").mkdir()
     held, seconds = ExitStack(), iter(range(0, 10**6, 10 if is_released else 100))
-    held.enter_context(locks.hold_lock(tmp_path / LOCK))
+    held.enter_context(storage.hold_lock(tmp_path / LOCK))
     sleep = held.close if is_released else lambda: None
     clock = SimpleNamespace(monotonic=lambda: next(seconds), sleep=lambda _: sleep())
     monkeypatch.setattr(run_folder, "time", clock)
-    monkeypatch.setattr(locks, "SECONDS_OF_A_LOOK", 0.0)
+    monkeypatch.setattr(storage, "SECONDS_OF_A_LOOK", 0.0)
     with held, nullcontext() if is_released else pytest.raises(Refused, match="another process"):
         with run_folder.share_folder(tmp_path):
             pass

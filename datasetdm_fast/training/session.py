@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from datasetdm_fast.disk import storage
-from datasetdm_fast.disk.locks import cache_folder
+from datasetdm_fast.disk.storage import cache_folder
 from datasetdm_fast.engine.backbones.flow_models import spread_blocks
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.labels.class_tables import digest_of, spoken, words_of

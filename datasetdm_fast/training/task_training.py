@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datasetdm_fast.disk import locks, storage
+from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.decoders.checkpoint import round_parameters, save_decoder
 from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.decoders.trunk import Decoder
@@ -137,7 +137,7 @@ def _flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
 def lock_folder(folder: Path) -> Iterator[None]:
     """Keeps other trainings out of a training's folder, and removes what killed ones left half-written."""
     storage.make_folder(folder / "training")
-    with locks.hold_lock(folder / "training" / LOCK):
+    with storage.hold_lock(folder / "training" / LOCK):
         storage.remove_temporaries(folder)
         yield
 

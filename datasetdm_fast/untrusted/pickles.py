@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datasetdm_fast.disk import locks, storage
+from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.untrusted import documents
 from datasetdm_fast.untrusted.tensors import check_safetensors
@@ -39,7 +39,7 @@ CONVERT = "If you trust it, convert it to .safetensors, or get the .safetensors 
 def safe_copy(path: Path) -> Path:
     """The cached safetensors copy of a pickled checkpoint, made at the first call by a confined process."""
     size = _check_beginning(path)
-    target = locks.cache_folder() / "converted" / f"{storage.sha256_of(path)}.safetensors"
+    target = storage.cache_folder() / "converted" / f"{storage.sha256_of(path)}.safetensors"
     if target.exists():
         with suppress(Refused):  # a damaged copy is made anew
             check_safetensors(target)

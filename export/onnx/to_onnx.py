@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from datasetdm_fast import __version__, stages
 from datasetdm_fast.data import ProjectedCapture, Text
 from datasetdm_fast.disk import storage
-from datasetdm_fast.disk.locks import cache_folder
+from datasetdm_fast.disk.storage import cache_folder
 from datasetdm_fast.engine import backbones, models
 from datasetdm_fast.engine import decoders as decoder_package
 from datasetdm_fast.engine.backbones.record import ANOTHER

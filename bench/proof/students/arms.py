@@ -30,7 +30,7 @@ from bench.proof.students.networks.network import StudentNetwork
 from bench.proof.students.networks.weights import build, check_folder
 from bench.proof.students.student_data import IGNORED, Vocabulary
 from bench.proof.students.worth import FIGURES, compared, t95, verdict
-from datasetdm_fast.disk import locks, storage
+from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.pictures.labelled import Labelled
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.training import checkpoint
@@ -132,7 +132,7 @@ def compare(
         experiment.built(0)
     settings = experiment.settings()  # reads the real images, of which one may be bad
     storage.make_folder(out)
-    with locks.hold_lock(out / ".lock"):
+    with storage.hold_lock(out / ".lock"):
         storage.remove_temporaries(out)
         _check_settings(out, settings)
         scores: dict[str, list[dict[str, Any]]] = {}

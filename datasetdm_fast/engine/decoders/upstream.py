@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
-from datasetdm_fast.disk import locks, storage
+from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.decoders.checkpoint import UNUSED, build_decoder, check_fit
 from datasetdm_fast.engine.decoders.config import SD1_LEVELS, DecoderConfig, parts_of, read_config, upstream
 from datasetdm_fast.engine.decoders.trunk import Decoder, wide_mixes
@@ -282,7 +282,7 @@ def unpack_decoder(part: Path, levels: tuple[Level, ...]) -> Path:
         return part
     checkpoint = open_checkpoint(path, kind, levels)
     key = json.dumps([storage.sha256_of(path), checkpoint.config.values])
-    holder = locks.cache_folder() / "decoders" / hashlib.sha256(key.encode()).hexdigest()[:32]
+    holder = storage.cache_folder() / "decoders" / hashlib.sha256(key.encode()).hexdigest()[:32]
     folder = holder / checkpoint.kind
     try:
         tensors.check_safetensors(folder / "model.safetensors")

@@ -20,7 +20,7 @@ from datasetdm_fast import kernels
 from datasetdm_fast.config import FAST, FP8
 from datasetdm_fast.data import Annotation, Batch, DepthMap, Keypoints, Quarantined, Sample
 from datasetdm_fast.disk import storage
-from datasetdm_fast.disk.locks import cache_folder
+from datasetdm_fast.disk.storage import cache_folder
 from datasetdm_fast.engine import loop
 from datasetdm_fast.engine.decoders.config import SHIPPED
 from datasetdm_fast.engine.labels import kind_of

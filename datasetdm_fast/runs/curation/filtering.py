@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from datasetdm_fast.disk import locks
+from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused, quote
 from datasetdm_fast.runs.curation.clip import Clip
 from datasetdm_fast.runs.gallery.closing import finish_run
@@ -146,7 +146,7 @@ def finish_scored(run: Run) -> None:
         return
     with Ledger(run.path / LEDGER, read_only=True) as ledger:
         is_finished = is_indexed(run.path, run.document, ledger)
-    if not is_finished and not locks.is_locked(run.path / LOCK):
+    if not is_finished and not storage.is_locked(run.path / LOCK):
         score_missing(run, None, 1)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.disk import locks, sqlite, storage
+from datasetdm_fast.disk import sqlite, storage
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import GateFailed, Refused, refusing_form
 from datasetdm_fast.runs.exporting.view import Content, Linked
@@ -103,7 +103,7 @@ class ExportFolder(AbstractContextManager):
         self.folder, self._description, self._is_copied = folder, description, is_copied
         storage.make_folder(folder / WORK)
         with ExitStack() as closing:
-            closing.enter_context(locks.hold_lock(folder / WORK / "lock"))
+            closing.enter_context(storage.hold_lock(folder / WORK / "lock"))
             storage.remove_temporaries(folder)
             if not (folder / DOCUMENT).exists():
                 storage.publish({folder / DOCUMENT: pretty({**description, "complete": False})})

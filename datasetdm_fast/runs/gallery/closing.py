@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.disk import locks, storage
+from datasetdm_fast.disk import storage
 from datasetdm_fast.runs.gallery import sheets
 from datasetdm_fast.runs.gallery.facts import RunFacts
 from datasetdm_fast.runs.run_folder import page_files
@@ -27,7 +27,7 @@ PATIENCE = 900.0  # seconds that a process waits for another that writes the pag
 def lock_page(folder: Path) -> AbstractContextManager[None]:
     """Holds the page of a run folder for this process, as one process writes it at a time."""
     storage.make_folder(folder / "gallery")
-    return locks.hold_lock(folder / page_files.PAGE_LOCK, patience=PATIENCE)
+    return storage.hold_lock(folder / page_files.PAGE_LOCK, patience=PATIENCE)
 
 
 def finish_run(run: RunFolder) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.disk import storage
-from datasetdm_fast.disk.locks import in_turn
+from datasetdm_fast.disk.storage import in_turn
 from datasetdm_fast.errors import Missing
 from datasetdm_fast.runs.run_folder.corrections import CORRECTIONS, Correction, format_corrections, parse_corrections
 from datasetdm_fast.runs.run_folder.shard_places import ShardFolder, shard_place

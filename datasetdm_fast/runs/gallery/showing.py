@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.disk import locks, storage
+from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.gallery.closing import FIXED_FILES, finish_run, lock_page, write_indexes
 from datasetdm_fast.runs.gallery.facts import RunFacts
@@ -150,7 +150,7 @@ def _write_page(folder: Path, *, is_dry: bool) -> dict[str, Any]:
         raise Refused(f"{folder}: no sample is committed yet", "Wait for the first, then run the same command again.")
     with Ledger(folder / LEDGER, read_only=True) as ledger:
         is_shown = is_dry or (is_sealed(folder) and has_indexes(folder, document, ledger))
-    if not is_shown and locks.is_locked(folder / LOCK):
+    if not is_shown and storage.is_locked(folder / LOCK):
         write_so_far(folder)
     elif not is_shown:
         with RunFolder(folder, document) as opened:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.data import Quarantined, Sample
-from datasetdm_fast.disk import locks, sqlite, storage
+from datasetdm_fast.disk import sqlite, storage
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.engine.labels import kind_of, label_files
 from datasetdm_fast.errors import GateFailed, Refused
@@ -58,7 +58,7 @@ class RunFolder(AbstractContextManager):
         self._closing = ExitStack()
         storage.make_folder(path / "state")
         if not is_member:
-            self._closing.enter_context(locks.hold_lock(path / LOCK))
+            self._closing.enter_context(storage.hold_lock(path / LOCK))
         try:
             if not is_member:
                 clean(path)
@@ -234,10 +234,10 @@ def share_folder(folder: Path) -> Iterator[None]:
     with ExitStack() as lock:
         while True:
             # refused if others share it already, or one of them checks whether it is held
-            with suppress(Refused), locks.hold_lock(folder / LOCK, patience=0.0):
+            with suppress(Refused), storage.hold_lock(folder / LOCK, patience=0.0):
                 clean(folder)
             try:
-                lock.enter_context(locks.hold_lock(folder / LOCK, is_shared=True))
+                lock.enter_context(storage.hold_lock(folder / LOCK, is_shared=True))
                 break
             except Refused:
                 if time.monotonic() > end:

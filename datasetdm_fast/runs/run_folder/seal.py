@@ -6,7 +6,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from datasetdm_fast.disk import locks, storage
+from datasetdm_fast.disk import storage
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER, LOCK, pretty
 from datasetdm_fast.runs.run_folder.indexes import writers
 from datasetdm_fast.runs.run_folder.ledger import Ledger
@@ -69,7 +69,7 @@ def replace_file(folder: Path, document: Mapping[str, Any], name: str, content: 
     process took back is sealed as well. A file is removed last, so that a killed process can be repeated.
     """
     removed = name if content is None else ""
-    with locks.hold_lock(folder / LOCK):
+    with storage.hold_lock(folder / LOCK):
         was_sealed = is_sealed(folder)
         is_late = not was_sealed and _is_settled(folder, document)
         damaged = {}  # sealed files that are not as they were written, each with its digest then and now

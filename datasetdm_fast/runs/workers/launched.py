@@ -6,7 +6,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from datasetdm_fast.disk import locks, sqlite, storage
+from datasetdm_fast.disk import sqlite, storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.jobs.result import Result, close_folder, read_result
 from datasetdm_fast.runs.run_folder.document import LEDGER, LOCK
@@ -33,7 +33,7 @@ def leave(folder: Path, number: int, made: int, begin: float, *, is_waiting: boo
     while True:
         with ExitStack() as held:
             try:
-                held.enter_context(locks.hold_lock(folder / LOCK))
+                held.enter_context(storage.hold_lock(folder / LOCK))
             except Refused:  # others work there; a refusal of the closing is raised
                 if not is_waiting or time.monotonic() > end:
                     return read_result(folder, number, made, begin)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from datasetdm_fast.disk import locks, storage
+from datasetdm_fast.disk import storage
 from datasetdm_fast.runs.jobs.job import Job
 from datasetdm_fast.runs.jobs.result import Result, close_folder
 from datasetdm_fast.runs.run_folder.document import LEDGER, LOCK, read_document
@@ -33,7 +33,7 @@ def run_spawned(places: Sequence[Place], spec: RunSpec, callbacks: Callbacks) ->
 
         release()
     storage.make_folder(folder / "state")
-    with locks.hold_lock(folder / LOCK):
+    with storage.hold_lock(folder / LOCK):
         clean(folder)
         try:
             supervisor = Supervisor(SharedFolder(places, spec, callbacks), callbacks)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from datasetdm_fast.data import Quarantined, Sample
-from datasetdm_fast.disk import locks, sqlite, storage
+from datasetdm_fast.disk import sqlite, storage
 from datasetdm_fast.runs.jobs.job import Job
 from datasetdm_fast.runs.jobs.run import merge_with_stored, prepare_job
 from datasetdm_fast.runs.jobs.writing import BackgroundWriter, DomainGate, Quota, batch_facts, make_samples
@@ -41,7 +41,7 @@ def work_on_folder(spec: RunSpec, callbacks: Callbacks, name: str = "", journal:
     """The samples that this process has made, once none is missing or it was to stop; others may work there, too."""
     job, place = prepare_job(spec, read_document(spec.folder)), ShardFolder(spec.folder / "state")
     storage.make_folder(place.path / CLAIMS)
-    with locks.hold_lock(place.path / LOCK, patience=ENTRY_SECONDS):
+    with storage.hold_lock(place.path / LOCK, patience=ENTRY_SECONDS):
         if (stored := read_document(job.folder)) is not None:
             job = merge_with_stored(job, stored)
         folder = RunFolder(job.folder, job.document, is_member=True, journal=journal)
