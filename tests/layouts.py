@@ -18,7 +18,7 @@ from rendered import document, rendered
 from datasetdm_fast.engine.decoders.config import COCO_JOINTS
 from datasetdm_fast.engine.labels import mask_rle
 from datasetdm_fast.engine.scenes import world
-from datasetdm_fast.runs.gallery.closing import finish_run
+from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 
 SIDE = 96  # pixels before a layout cuts its own rectangle out

@@ -9,7 +9,7 @@ from datasetdm_fast.engine.labels import number_classes
 from datasetdm_fast.engine.labels.pose import MIDDLE, WIDENED
 from datasetdm_fast.engine.labels.words import find_classes
 from datasetdm_fast.engine.scenes import world
-from datasetdm_fast.runs.gallery.closing import finish_run
+from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.run_folder.document import FORMAT
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_settings import RunConfig

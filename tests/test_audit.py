@@ -23,7 +23,7 @@ from datasetdm_fast.data import Quarantined, Request
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.compositions.composition import Source
-from datasetdm_fast.runs.gallery.closing import finish_run
+from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.run_folder import audit
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER, read_document
 from datasetdm_fast.runs.run_folder.folder import RunFolder, note

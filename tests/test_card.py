@@ -9,7 +9,7 @@ from rendered import document, write_run
 
 from datasetdm_fast import cores
 from datasetdm_fast.engine.loop import prompts
-from datasetdm_fast.runs.gallery.closing import finish_run
+from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.indexes import card
 from datasetdm_fast.runs.run_folder.indexes.licences import KNOWN, conflicts, hub_names, licence_of

@@ -11,7 +11,7 @@ from skips import IS_LONG
 from datasetdm_fast import audit as audit_command
 from datasetdm_fast import convert, drop, filter, restore
 from datasetdm_fast.disk import storage
-from datasetdm_fast.runs.gallery.closing import finish_run
+from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.folder import DROPPED, RunFolder
 from datasetdm_fast.runs.run_folder.reader import open_run

@@ -27,7 +27,7 @@ from datasetdm_fast.runs.exporting import annotation_tools, cityscapes, coco, de
 from datasetdm_fast.runs.exporting.classes import Classes
 from datasetdm_fast.runs.exporting.settings import PictureSettings
 from datasetdm_fast.runs.exporting.view import ExportedPerson, ExportedThing
-from datasetdm_fast.runs.gallery.closing import finish_run
+from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 
 WIDTH, HEIGHT = 6, 4

@@ -13,9 +13,8 @@ from datasetdm_fast.engine.labels import LABEL_KINDS, number_classes, pictures
 from datasetdm_fast.engine.labels.class_tables import colour
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import Missing
-from datasetdm_fast.runs.gallery import closing, sheets, showing
-from datasetdm_fast.runs.gallery.closing import finish_run
-from datasetdm_fast.runs.gallery.facts import RunFacts, key_of, layers_of
+from datasetdm_fast.runs.gallery import page, showing
+from datasetdm_fast.runs.gallery.page import RunFacts, finish_run, key_of, layers_of
 from datasetdm_fast.runs.run_folder import page_files
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.document import QUARANTINE
@@ -60,7 +59,7 @@ def test_policy_allows_only_what_lies_beside_the_page(tmp_path):
     assert policy.startswith("default-src 'none';") and "unsafe" not in policy
     sources = {source for part in policy.split("; ") for source in part.split()[1:]}
     assert sources == {"'none'", "'self'", "file:"}
-    script = "".join(closing.FIXED_FILES[f"gallery/{name}"].decode() for name in page_files.FIXED)
+    script = "".join(page.FIXED_FILES[f"gallery/{name}"].decode() for name in page_files.FIXED)
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", script) and not re.search(r"<script>|<style>", text)
     assert not re.search(r"innerHTML|insertAdjacentHTML|document\.write|eval\(|new Function", script)
     assert not re.search(r"\son\w+=", text) and " style=" not in text
@@ -68,25 +67,25 @@ def test_policy_allows_only_what_lies_beside_the_page(tmp_path):
 
 def test_sheets_show_every_image_in_its_place_and_are_drawn_once(tmp_path):
     write_run(tmp_path, 53, 32)
-    sheet = np.array(Image.open(tmp_path / sheets.SHEET_NAME.format(1)), np.int16)
-    assert sheet.shape == (sheets.ROWS * sheets.SIDE, sheets.COLUMNS * sheets.SIDE, 3)
+    sheet = np.array(Image.open(tmp_path / page_files.SHEET_NAME.format(1)), np.int16)
+    assert sheet.shape == (page.ROWS * page.SIDE, page.COLUMNS * page.SIDE, 3)
     for k in (50, 52):
-        place = (k - 50) * sheets.SIDE
+        place = (k - 50) * page.SIDE
         image = np.array(Image.open(tmp_path / f"images/{k:08d}.png"), np.int16)
         assert np.abs(sheet[:32, place : place + 32] - image).mean() < 12
-    assert not sheet[sheets.SIDE :].any() and not sheet[:, 3 * sheets.SIDE + 8 :].any()
-    before = (tmp_path / sheets.SHEET_NAME.format(0)).stat().st_mtime_ns
-    (tmp_path / sheets.SHEET_NAME.format(1)).unlink()
+    assert not sheet[page.SIDE :].any() and not sheet[:, 3 * page.SIDE + 8 :].any()
+    before = (tmp_path / page_files.SHEET_NAME.format(0)).stat().st_mtime_ns
+    (tmp_path / page_files.SHEET_NAME.format(1)).unlink()
     with RunFolder(tmp_path, document(53, 32)) as folder:
         finish_run(folder)
-    assert (tmp_path / sheets.SHEET_NAME.format(0)).stat().st_mtime_ns == before
-    assert np.array_equal(np.array(Image.open(tmp_path / sheets.SHEET_NAME.format(1)), np.int16), sheet)
-    assert sheets.thumbnail_sides(512, 256) == (128, 64) and sheets.thumbnail_sides(1, 9000) == (1, 128)
+    assert (tmp_path / page_files.SHEET_NAME.format(0)).stat().st_mtime_ns == before
+    assert np.array_equal(np.array(Image.open(tmp_path / page_files.SHEET_NAME.format(1)), np.int16), sheet)
+    assert page.thumbnail_sides(512, 256) == (128, 64) and page.thumbnail_sides(1, 9000) == (1, 128)
 
 
 @pytest.mark.parametrize(("size", "image_format"), [(64, "png"), (192, "png"), (256, "png"), (256, "jpg")])
 def test_thumbnails_of_every_size_and_format_show_their_images(tmp_path, size, image_format):
-    sheet = tmp_path / sheets.SHEET_NAME.format(0)
+    sheet = tmp_path / page_files.SHEET_NAME.format(0)
     with RunFolder(tmp_path, document(3, size, image_format=image_format)) as folder:
         folder.add([rendered(k, size) for k in range(3)], {})
         finish_run(folder)
@@ -103,13 +102,13 @@ def test_thumbnails_of_every_size_and_format_show_their_images(tmp_path, size, i
 def test_sheets_of_samples_that_did_not_change_are_not_drawn_again(tmp_path, monkeypatch):
     drawn = []
 
-    def noted(folder, group, draw=sheets._draw_sheet):
+    def noted(folder, group, draw=page._draw_sheet):
         drawn.append((min(group), len(group)))
         return draw(folder, group)
 
     made = [rendered(k, 32) for k in range(110)]
     write_run(tmp_path / "whole", 110, 32)
-    monkeypatch.setattr(sheets, "_draw_sheet", noted)
+    monkeypatch.setattr(page, "_draw_sheet", noted)
     with RunFolder(tmp_path / "run", document(110, 32)) as folder:
         folder.add(made, {"batch_size": 4})
         finish_run(folder)
@@ -120,15 +119,15 @@ def test_sheets_of_samples_that_did_not_change_are_not_drawn_again(tmp_path, mon
         folder.add([made[7]], {"batch_size": 4})
         finish_run(folder)
     whole, run = tmp_path / "whole", tmp_path / "run"
-    for name in (*map(sheets.SHEET_NAME.format, range(3)), page_files.SHEETS):
+    for name in (*map(page_files.SHEET_NAME.format, range(3)), page_files.SHEETS):
         assert (run / name).read_bytes() == (whole / name).read_bytes(), name
     assert audit(run).findings == []
 
 
 def test_a_sheet_without_one_of_its_images_is_drawn_anew_once_it_is_there(tmp_path):
     write_run(tmp_path, 2, 32)
-    image, sheet = tmp_path / "images" / "00000001.png", tmp_path / sheets.SHEET_NAME.format(0)
-    kept, shown, known = image.read_bytes(), sheet.read_bytes(), sheets.read_shown(tmp_path)
+    image, sheet = tmp_path / "images" / "00000001.png", tmp_path / page_files.SHEET_NAME.format(0)
+    kept, shown, known = image.read_bytes(), sheet.read_bytes(), page.read_shown(tmp_path)
     for content in (None, kept):
         image.unlink() if content is None else image.write_bytes(content)
         (tmp_path / page_files.PAGE).unlink()
@@ -137,15 +136,15 @@ def test_a_sheet_without_one_of_its_images_is_drawn_anew_once_it_is_there(tmp_pa
         with RunFolder(tmp_path, document(2, 32)) as folder:
             finish_run(folder)
         assert (sheet.read_bytes() == shown) == (content is not None)
-        assert sheets.read_shown(tmp_path) == (known if content else {"0": sheets.UNKNOWN})
+        assert page.read_shown(tmp_path) == (known if content else {"0": page.UNKNOWN})
 
 
 def test_a_damaged_list_of_sheets_has_them_drawn_again(tmp_path):
-    assert sheets.read_shown(tmp_path) == {}
+    assert page.read_shown(tmp_path) == {}
     (tmp_path / page_files.SHEETS).parent.mkdir(parents=True)
     for content in ('{"0": "ab"}', "{", "[]"):
         (tmp_path / page_files.SHEETS).write_text(content)
-        assert sheets.read_shown(tmp_path) == ({"0": "ab"} if content[-1] == "}" else {})
+        assert page.read_shown(tmp_path) == ({"0": "ab"} if content[-1] == "}" else {})
 
 
 def test_a_disk_that_fails_ends_the_drawing_of_pictures(tmp_path, monkeypatch):
@@ -156,18 +155,18 @@ def test_a_disk_that_fails_ends_the_drawing_of_pictures(tmp_path, monkeypatch):
     def fail(path, most):
         raise Missing(f"{path}: Input/output error", "Look at the disk.") from OSError(5, "Input/output error")
 
-    monkeypatch.setattr(sheets.storage, "read", fail)
+    monkeypatch.setattr(page.storage, "read", fail)
     with pytest.raises(Missing, match="Input/output error"):
-        sheets._picture_of_sample(tmp_path, "depth", row)
+        page._picture_of_sample(tmp_path, "depth", row)
     with pytest.raises(Missing, match="Input/output error"):
-        sheets._draw_sheet(tmp_path, {0: row.files["image"]})
+        page._draw_sheet(tmp_path, {0: row.files["image"]})
 
 
 def test_what_a_store_lacks_has_no_picture(tmp_path):
     asked = []
-    assert sheets.fetch_or_draw(asked.append, tmp_path, "gallery/depth/00000001.png") is None
+    assert page.fetch_or_draw(asked.append, tmp_path, "gallery/depth/00000001.png") is None
     assert asked == ["depth/00000001.png", f"{QUARANTINE}depth/00000001.png"]
-    assert sheets.fetch_or_draw(Path, tmp_path, "images/00000001.png") == Path("images/00000001.png")
+    assert page.fetch_or_draw(Path, tmp_path, "images/00000001.png") == Path("images/00000001.png")
 
 
 def test_a_run_that_lost_a_map_and_its_picture_is_closed_and_audit_names_the_map(tmp_path):
@@ -248,7 +247,7 @@ def test_every_picture_it_names_is_there(tmp_path):
 
 
 def test_every_layer_is_drawn_in_a_way_the_page_knows():
-    script = closing.FIXED_FILES["gallery/gallery.js"].decode()
+    script = page.FIXED_FILES["gallery/gallery.js"].decode()
     (block,) = re.findall(r"const DRAWINGS = \{\n(.*?)\n\};", script, re.DOTALL)
     layers = [layer for kind in LABEL_KINDS.values() for layer in kind.layers]
     assert {layer.drawing for layer in layers} <= set(re.findall(r"^  (\w+):", block, re.MULTILINE))
@@ -259,7 +258,7 @@ def test_every_layer_is_drawn_in_a_way_the_page_knows():
 @pytest.mark.parametrize("red, alpha, drawn", [(1, 1, 0), (0, 1, 1), (0.25, 1, 0.75), (0, 0, 0)])
 def test_uncertainty_is_drawn_over_the_picture_alone(red, alpha, drawn):
     """A picture that is not square leaves room beside it, which is transparent and black before it is coloured."""
-    text = closing.FIXED_FILES["gallery/index.html"].decode()
+    text = page.FIXED_FILES["gallery/index.html"].decode()
     weights = [float(one) for one in re.search(r'feColorMatrix values="([^"]+)"', text)[1].split()]
     assert sum(w * value for w, value in zip(weights[15:], (red, red, red, alpha, 1), strict=True)) == drawn
 

@@ -23,7 +23,7 @@ from datasetdm_fast import convert, drop, open_run
 from datasetdm_fast import gallery as command
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.gallery import review, server
-from datasetdm_fast.runs.gallery.closing import finish_run
+from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.run_folder import shard_places
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.folder import RunFolder

@@ -19,7 +19,7 @@ from datasetdm_fast.data import Request, Sample, SemanticMap, Trust
 from datasetdm_fast.engine.labels import number_classes
 from datasetdm_fast.engine.labels.class_tables import colour
 from datasetdm_fast.runs.gallery import review, server, showing
-from datasetdm_fast.runs.gallery.closing import finish_run
+from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 
 NUMBER = 300

@@ -11,7 +11,7 @@ from rendered import document, rendered
 
 from datasetdm_fast import convert, filter, merge
 from datasetdm_fast.command_line import interruption
-from datasetdm_fast.runs.gallery.closing import finish_run
+from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 
 # A call that lasts until its lock is free and lets other threads run, as a convolution does, and what stands around it.

@@ -29,7 +29,7 @@ from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.engine.labels import check_numbers, label_files, number_classes
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import GateFailed, Missing, Refused
-from datasetdm_fast.runs.gallery.closing import finish_run
+from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.jobs import result, writing
 from datasetdm_fast.runs.run_folder import folder as run_folder
 from datasetdm_fast.runs.run_folder import seal

@@ -23,7 +23,7 @@ from datasetdm_fast.merge import main
 from datasetdm_fast.runs.compositions.composition import SquareSource
 from datasetdm_fast.runs.compositions.merging import _join_models, _merge
 from datasetdm_fast.runs.compositions.shard_merging import ShardMerging
-from datasetdm_fast.runs.gallery.closing import finish_run
+from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.selections import groups, origins

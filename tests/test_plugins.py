@@ -24,7 +24,7 @@ from datasetdm_fast.engine.tasks import labeller
 from datasetdm_fast.engine.tasks.labeller import check_label
 from datasetdm_fast.errors import Missing
 from datasetdm_fast.plugins import Registry
-from datasetdm_fast.runs.gallery.closing import finish_run
+from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.jobs.job import packages_of
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.document import check_document

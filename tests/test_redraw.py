@@ -35,7 +35,7 @@ from datasetdm_fast.runs.compositions.edit import MOST_NEW, Edits
 from datasetdm_fast.runs.compositions.redraw import open_source
 from datasetdm_fast.runs.compositions.settings import EditSettings
 from datasetdm_fast.runs.compositions.vary import DOMAINS, measure_consistency, move_prompt
-from datasetdm_fast.runs.gallery.closing import finish_run
+from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.ledger import Ledger

@@ -14,7 +14,7 @@ from datasetdm_fast import convert, open_run
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.exporting.sources import ExportSource, labels_by_task
 from datasetdm_fast.runs.gallery import review
-from datasetdm_fast.runs.gallery.closing import finish_run
+from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.run_folder import seal
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.folder import RunFolder

@@ -25,7 +25,7 @@ from bench.proof.students.worth import check_classes
 from datasetdm_fast.data import IGNORE, Request, SemanticMap
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.gallery.closing import finish_run
+from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.training import checkpoint
 from datasetdm_fast.training.readers import open_data

@@ -30,7 +30,7 @@ from datasetdm_fast.engine.loop import driver, labelling
 from datasetdm_fast.engine.loop.plan import make_plan
 from datasetdm_fast.engine.loop.recipe import Recipe, label_tables, make_recipe
 from datasetdm_fast.engine.scenes import world
-from datasetdm_fast.runs.gallery.closing import finish_run
+from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.jobs.job import Job, describe_run
 from datasetdm_fast.runs.jobs.writing import BackgroundWriter, write_missing
 from datasetdm_fast.runs.run_folder.document import LEDGER

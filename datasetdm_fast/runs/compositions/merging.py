@@ -14,7 +14,7 @@ from datasetdm_fast.engine.labels import check_numbers
 from datasetdm_fast.engine.labels.label_files import Files
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.compositions.composition import Source
-from datasetdm_fast.runs.gallery.closing import finish_run
+from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.run_folder.document import FORMAT, damage_failure, engines_of, read_document, sides
 from datasetdm_fast.runs.run_folder.folder import RunFolder, publish_inside, publish_samples
 from datasetdm_fast.runs.run_folder.ledger import Row

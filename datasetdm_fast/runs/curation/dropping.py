@@ -9,7 +9,7 @@ from typing import Any
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import GateFailed, Refused, quote
 from datasetdm_fast.runs.curation.filtering import check_all_scored
-from datasetdm_fast.runs.gallery.closing import finish_run
+from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.run_folder.document import DROPPED, EXPORTS, LEDGER
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger

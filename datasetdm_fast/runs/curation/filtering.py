@@ -13,7 +13,7 @@ from PIL import Image
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused, quote
 from datasetdm_fast.runs.curation.clip import Clip
-from datasetdm_fast.runs.gallery.closing import finish_run
+from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.run_folder.document import LEDGER, LOCK, shard_size
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.ledger import Ledger

@@ -14,11 +14,9 @@ from typing import Any
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.gallery.closing import FIXED_FILES, finish_run, lock_page, write_indexes
-from datasetdm_fast.runs.gallery.facts import RunFacts
+from datasetdm_fast.runs.gallery.page import FIXED_FILES, RunFacts, fetch_or_draw, finish_run, lock_page, write_indexes
 from datasetdm_fast.runs.gallery.review import Review
 from datasetdm_fast.runs.gallery.server import ServedRun
-from datasetdm_fast.runs.gallery.sheets import fetch_or_draw
 from datasetdm_fast.runs.run_folder import page_files
 from datasetdm_fast.runs.run_folder.document import LEDGER, LOCK, quarantines, require_document, without_ledger
 from datasetdm_fast.runs.run_folder.folder import RunFolder, refusing_rows, trace_labels

@@ -9,7 +9,7 @@ from typing import Any
 from datasetdm_fast.data import Batch, Quarantined
 from datasetdm_fast.engine.loop import driver
 from datasetdm_fast.errors import GateFailed, Refused
-from datasetdm_fast.runs.gallery.closing import finish_run
+from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.jobs.job import open_engine, recipe_of
 from datasetdm_fast.runs.run_folder.document import COMMANDS, check_same, differences, made_by, table_of
 from datasetdm_fast.runs.run_folder.folder import RunFolder

@@ -1,0 +1,449 @@
+"""Writes the page of a run, its facts, sheets of thumbnails and pictures, and the index files, all from one reading of
+the ledger; then the folder is sealed.
+"""
+
+import hashlib
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from datasetdm_fast.disk import storage
+from datasetdm_fast.disk.storage import StoredFile
+from datasetdm_fast.engine.labels import by_kind, kind_of, mean_certainty
+from datasetdm_fast.engine.labels.class_tables import OURS, colour_in
+from datasetdm_fast.engine.labels.kind import GalleryLayer, LabelName, by_task
+from datasetdm_fast.engine.labels.label_files import picture_bytes
+from datasetdm_fast.engine.labels.pictures import encode_picture
+from datasetdm_fast.engine.labels.trust import NO_THING
+from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.runs.run_folder import page_files
+from datasetdm_fast.runs.run_folder.document import (
+    COMMANDS,
+    DROPPED,
+    QUARANTINE,
+    engine_names,
+    made_by,
+    maker,
+    pretty,
+    sampler_in_words,
+    sides,
+    size_in_words,
+    speed_in_words,
+)
+from datasetdm_fast.runs.run_folder.folder import RunFolder, refusing_rows
+from datasetdm_fast.runs.run_folder.indexes import writers
+from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, PARTS, Ledger, Row, canonical
+from datasetdm_fast.runs.run_folder.scores import LEAST_SHARE
+from datasetdm_fast.runs.run_folder.seal import has_indexes, is_sealed, seal
+from datasetdm_fast.runs.run_folder.selections import read_filter
+from datasetdm_fast.untrusted import documents, images
+
+FIXED_FILES = {f"gallery/{name}": Path(__file__).with_name(name).read_bytes() for name in page_files.FIXED}
+PATIENCE = 900.0  # seconds that a process waits for another that writes the page
+
+
+def lock_page(folder: Path) -> AbstractContextManager[None]:
+    """Holds the page of a run folder for this process, as one process writes it at a time."""
+    storage.make_folder(folder / "gallery")
+    return storage.hold_lock(folder / page_files.PAGE_LOCK, patience=PATIENCE)
+
+
+def finish_run(run: RunFolder) -> None:
+    """Writes index files and page, unless they show the ledger's rows already, and seals the folder."""
+    with lock_page(run.path):
+        if not has_indexes(run.path, run.document, run.ledger):
+            run.unseal()
+            if (run.path / DROPPED).is_dir():
+                run.remove_leftovers()
+            with refusing_rows(run.path):
+                write_indexes(run.path, run.document, run.ledger)
+            shutil.rmtree(run.path / "gallery/thumbnails", ignore_errors=True)  # of runs that an earlier version began,
+            storage.remove(run.path / "statistics.png")  # and so is this
+            run.ledger.note("indexed", "yes")
+        elif not is_sealed(run.path):  # a filter may have been killed before it marked the page
+            page_files.mark_left_out(run.path, read_filter(run.path))
+        if not is_sealed(run.path) and run.ledger.settle():
+            seal(run.path, run.document)
+
+
+def write_indexes(folder: Path, document: Mapping[str, Any], ledger: Ledger, *, is_in_progress: bool = False) -> None:
+    """Writes every index file and the page; that of a run in progress looks for later ones."""
+    files = {folder / name: writer(document, ledger) for name, writer in writers(document).items()}
+    page = PageWriter(folder, document, ledger)
+    with storage.Publication(files) as publication:
+        for path, file in files.items():
+            publication.write(path, file.begin())
+        shown = ledger.rows(DONE, DOUBTFUL, parts=(*PARTS, "tracings"))
+        for number, group in groupby(shown, lambda row: row.request.index // page_files.PAGE_SAMPLES):
+            rows = list(group)
+            done = [row for row in rows if row.status == DONE]
+            for path, file in files.items():
+                publication.write(path, file.add(done))
+            page.add(number, rows)
+        for path, file in files.items():
+            publication.write(path, file.end())
+        page.end(is_in_progress=is_in_progress)
+
+
+class PageWriter:
+    """Writes the page of a run; it gets the rows of the data set and the doubtful ones by thousands, then `end`."""
+
+    def __init__(self, folder: Path, document: Mapping[str, Any], ledger: Ledger):
+        self._folder, self._document, self._ledger = folder, document, ledger
+        self._facts = RunFacts(document, ledger)
+        self._shown_before = read_shown(folder)
+        self._shown: dict[str, str] = {}
+
+    def add(self, number: int, rows: Sequence[Row]) -> None:
+        """Writes what the page reads of the samples of the thousand of this number, all of these."""
+        self._facts.pages.append((number, len(rows)))
+        contents = {page_files.PAGE_NAME.format(number): page_files.script("page", number, self._facts.index(rows))}
+        by_sheet = groupby(rows, lambda row: row.request.index // page_files.SHEET_SAMPLES)
+        groups = {place: list(group) for place, group in by_sheet}
+        for place, group in groups.items():
+            details = page_files.script("details", place, self._facts.details(group))
+            contents[page_files.DETAILS_NAME.format(place)] = details
+        storage.publish({self._folder / name: content for name, content in contents.items()})
+        for role in page_files.picture_roles(self._document):
+            draw_missing(self._folder, rows, role)
+        self._shown |= draw_sheets(self._folder, groups, self._shown_before)
+
+    def end(self, *, is_in_progress: bool = False) -> None:
+        """Writes the page itself, once all rows were added, and removes files of samples that are no longer shown."""
+        expected = page_files.expected_files(self._document, self._ledger)
+        for name in set(page_files.existing_files(self._folder, self._document)) - expected:
+            storage.remove(self._folder / name)
+        run = self._facts.whole(has_sheets=True, is_in_progress=is_in_progress)
+        contents = {
+            page_files.SHEETS: pretty(self._shown),
+            page_files.RUN: page_files.script("run", 0, run),
+            page_files.LEFT_OUT: page_files.left_out_script(read_filter(self._folder)),
+            **FIXED_FILES,
+        }
+        storage.publish({self._folder / name: content for name, content in contents.items()})
+
+
+SIDE, COLUMNS, ROWS = (
+    128,
+    10,
+    page_files.SHEET_SAMPLES // 10,
+)  # pixels of a thumbnail's longer side, thumbnails of a sheet
+QUALITY = 82  # of the JPEG
+UNKNOWN = ""  # digest of a sheet that lacks some of its images: it is drawn again by the next process that writes
+LARGEST_SHOWN = 2**26  # bytes
+BLOCK = 16  # sheets drawn and published together
+Images = Mapping[int, tuple[str, StoredFile]]  # index -> path inside the run folder, what was written
+
+
+def thumbnail_sides(height: int, width: int) -> tuple[int, int]:
+    """Height and width of a thumbnail: the longer side has SIDE pixels, or fewer where the image has."""
+    longest = max(height, width, SIDE)
+    return max(height * SIDE // longest, 1), max(width * SIDE // longest, 1)
+
+
+def read_shown(folder: Path) -> dict[str, str]:
+    """Sheet -> digest of the images that it shows; empty where that is unknown, as all sheets are then drawn again."""
+    try:
+        return (
+            documents.read_object(folder / page_files.SHEETS, most=LARGEST_SHOWN)
+            if (folder / page_files.SHEETS).exists()
+            else {}
+        )
+    except (Refused, Missing):
+        return {}
+
+
+def draw_sheets(folder: Path, groups: Mapping[int, Sequence[Row]], before: dict[str, str]) -> dict[str, str]:
+    """Draws sheets, each of a group, apart from those that show the same images `before`; sheet -> digest of all."""
+    images = {number: {row.request.index: row.files["image"] for row in rows} for number, rows in groups.items()}
+    shown = {}
+    for number, group in images.items():
+        parts = [SIDE, COLUMNS, ROWS, QUALITY, [(index, stored.sha256) for index, (_, stored) in group.items()]]
+        shown[str(number)] = hashlib.sha256(canonical(parts).encode()).hexdigest()[:32]
+    outdated = [
+        number
+        for number in images
+        if before.get(str(number)) != shown[str(number)] or not (folder / page_files.SHEET_NAME.format(number)).exists()
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for first in range(0, len(outdated), BLOCK):
+            block = outdated[first : first + BLOCK]
+            sheets = dict(zip(block, pool.map(partial(_draw_sheet, folder), (images[number] for number in block))))
+            storage.publish(
+                {folder / page_files.SHEET_NAME.format(number): sheet for number, (sheet, _) in sheets.items()}
+            )
+            shown |= {str(number): UNKNOWN for number, (_, is_whole) in sheets.items() if not is_whole}
+    return shown
+
+
+def _draw_sheet(folder: Path, group: Images) -> tuple[bytes, bool]:
+    """A sheet, and whether it shows all of its images: one that is missing, or is no whole image, leaves its place
+    empty, and `audit` names it. Where the disk fails to read one, the sheet is not made.
+    """
+    sheet, is_whole = Image.new("RGB", (COLUMNS * SIDE, ROWS * SIDE)), True
+    for index, (name, _) in group.items():
+        try:
+            content = storage.read(folder / name, images.LARGEST_IMAGE_FILE)
+            image = images.decode_image(content, str(folder / name), least_side=SIDE).convert("RGB")
+        except (Refused, Missing) as error:
+            if isinstance(error, Missing) and not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            is_whole = False
+            continue
+        height, width = thumbnail_sides(image.height, image.width)
+        if image.width % width or image.height % height:
+            image = image.resize((width, height), Image.Resampling.BOX)
+        else:  # the same pixels, several times faster
+            image = image.reduce((image.width // width, image.height // height))
+        down, across = divmod(index % page_files.SHEET_SAMPLES, COLUMNS)
+        sheet.paste(image, (across * SIDE, down * SIDE))
+    return encode_picture(sheet, "JPEG", quality=QUALITY), is_whole
+
+
+PICTURES_TOGETHER = 64  # pictures published together
+
+
+def draw_missing(folder: Path, rows: Sequence[Row], role: str) -> None:
+    """Draws the missing pictures of a role; a file that is missing or is no whole image gets none, `audit` names it."""
+    existing = {path.name for path in (folder / "gallery" / role).glob("*.png")}
+    missing = [row for row in rows if f"{row.request.id}.png" not in existing]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for first in range(0, len(missing), PICTURES_TOGETHER):
+            block = missing[first : first + PICTURES_TOGETHER]
+            pictures = zip(block, pool.map(partial(_picture_of_sample, folder, role), block), strict=True)
+            named = {page_files.picture_name(role, row.request.id): picture for row, picture in pictures if picture}
+            storage.publish({folder / name: picture for name, picture in named.items()})
+
+
+def _picture_of_sample(folder: Path, role: str, row: Row) -> bytes:
+    """The picture of a sample's file, empty where that is missing or is no whole image."""
+    try:
+        return picture_of(role, storage.read(folder / row.files[role][0], images.LARGEST_IMAGE_FILE))
+    except (Refused, Missing) as error:
+        if isinstance(error, Missing) and not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        return b""
+
+
+def picture_of(role: str, content: bytes) -> bytes:
+    """The picture that the page shows in place of a file."""
+    return picture_bytes(page_files.layer_with_picture(role).picture(np.array(images.decode_image(content, role))))
+
+
+def fetch_or_draw(fetch: Callable[[str], Path | None], folder: Path, name: str) -> Path | None:
+    """A file of a run in an object store, which has no pictures: these are drawn of the files that they stand for."""
+    place, _, file = name.rpartition("/")
+    role = place.removeprefix("gallery/")
+    if not place.startswith("gallery/") or page_files.layer_with_picture(role) is None:
+        return fetch(name)
+    source = fetch(f"{role}/{file}") or fetch(f"{QUARANTINE}{role}/{file}")
+    if source is None:
+        return None
+    storage.publish({folder / name: picture_of(role, source.read_bytes())})
+    return folder / name
+
+
+SAFE = 2**53  # below it a script's numbers are exact
+NO_FIGURE = "hash"  # the score of `filter` that no number can be compared with
+
+
+class RunFacts:
+    """Collects what all samples share, while the index of each thousand is made; classes are numbers in its words."""
+
+    def __init__(self, document: Mapping[str, Any], ledger: Ledger):
+        self.document = document
+        self.scores = {name: dict(ledger.scores(name)) for name in ledger.score_names() if name != NO_FIGURE}
+        self.tasks = [*by_kind(document["config"]["task"])]
+        self.layers = layers_of(document)
+        tables = document["labels"]
+        words = dict.fromkeys(word for task in self.tasks for word in tables.get(task, {}).get("classes", ()))
+        self._numbers, self._known = {word: number for number, word in enumerate(words)}, set(words)
+        self.named: Counter[str] = Counter()
+        self.shown: Counter[str] = Counter()
+        self.missing = self.doubtful = self.excluded = 0
+        self.pages: list[tuple[int, int]] = []
+        self.figures: dict[str, None] = {}
+
+    def number(self, word: str) -> int:
+        return self._numbers.setdefault(word, len(self._numbers))
+
+    def index(self, rows: Sequence[Row]) -> dict[str, list[Any]]:
+        """One column a fact: what the page filters and sorts a thousand samples by."""
+        samples = [self._sample(row) for row in rows]
+        columns = {name: [sample[name] for sample in samples] for name in samples[0]}
+        return {name: column for name, column in columns.items() if name != "picture" or any(column)}
+
+    def _sample(self, row: Row) -> dict[str, Any]:
+        request, tables = row.request, self.document["labels"]
+        height, width = sides(self.document, row.recipe)
+        shown, things, figures = {}, [], {}
+        for task in self.tasks:
+            if task not in row.labels:
+                continue
+            kind, record, table = kind_of(task), row.labels[task], tables.get(task, {})
+            shown |= dict.fromkeys(kind.words(record, table, height * width * LEAST_SHARE))
+            things += kind.things(record, table, (height, width))
+            decoder = LabelName.parse(task).decoder
+            figures |= {
+                f"{name}: {decoder}" if decoder else name: value for name, value in kind.figures(record).items()
+            }
+        certainty = mean_certainty(row.labels)
+        figures |= {} if certainty is None else {"score": round(certainty, 4)}
+        figures |= {"disagreeing": row.trust.disagreeing} if row.trust else {}
+        figures |= {"domain": row.trust.domain} if row.trust and row.trust.domain is not None else {}
+        figures |= {name: each[request.index] for name, each in self.scores.items() if request.index in each}
+        self.figures |= dict.fromkeys(figures)
+        visible = [word for word in shown if word not in NO_THING]
+        missing = (
+            row.trust.missing if row.trust else [w for w in request.classes if w in self._known and w not in shown]
+        )
+        reasons = row.trust.reasons if row.trust else ()
+        if row.status == DOUBTFUL and row.reason != "; ".join(reasons):
+            reasons = (row.reason,)
+        self.named.update(request.classes)
+        self.shown.update(visible)
+        self.missing += bool(missing)
+        self.doubtful += bool(reasons)
+        self.excluded += row.status == DOUBTFUL
+        return {
+            "index": request.index,
+            "prompt": request.prompt,
+            "seed": request.seed if abs(request.seed) < SAFE else str(request.seed),
+            "sides": [height, width],
+            "named": [self.number(word) for word in request.classes],
+            "shown": sorted(map(self.number, visible)),
+            "missing": [self.number(word) for word in missing],
+            "reasons": list(reasons),
+            "aside": int(row.status == DOUBTFUL),
+            "picture": str(row.recipe.get("picture", "")),
+            "source": int(row.recipe["source"]) if str(row.recipe.get("source", "")).isdecimal() else request.index,
+            "things": [
+                [self.number(word), round(100 * score), *(round(1000 * share) for share in (area, x, y))]
+                for word, score, area, x, y in things
+            ],
+            "figures": [figures.get(name) for name in self.figures],
+        }
+
+    def details(self, rows: Sequence[Row]) -> list[Any]:
+        """What is drawn over the pictures of some samples, each with its index."""
+        return [
+            [
+                row.request.index,
+                {
+                    layer.name: layer.values(
+                        row.labels[task],
+                        self.document["labels"][task],
+                        row.tracings.get(layer.name, []) if layer.trace else [],
+                    )
+                    for layer, task in self.layers.items()
+                    if layer.values and task in row.labels
+                },
+            ]
+            for row in rows
+        ]
+
+    def whole(self, *, has_sheets: bool, is_in_progress: bool) -> dict[str, Any]:
+        """What all samples share."""
+        document, words = self.document, list(self._numbers)
+        config = document["config"]
+        layers = [
+            {
+                "name": layer.name,
+                "label": task,
+                "title": layer.title,
+                "drawing": layer.drawing,
+                "file": layer.role and f"{layer.role}/ID.png",
+                "is_drawn": layer.picture is not None,
+                "unit": layer.unit,
+                "classes": {
+                    number: self.number(word) for number, word in kind_of(task).names(document["labels"][task]).items()
+                },
+                "ignored": _css(kind_of(task).ignored_colour(document["labels"][task])),
+                "steps": kind_of(task).steps(document["labels"][task]),
+                "limbs": document["labels"][task].get("limbs", []),
+            }
+            for layer, task in self.layers.items()
+        ]
+        return {
+            "key": key_of(document),
+            "pixels": size_in_words(document),
+            "format": config["image_format"],
+            "layers": layers,
+            "first": next((kind_of(label).layers[0].name for label in self.tasks), ""),
+            "words": words,
+            "colours": self._colours(words),
+            "named": [self.named[word] for word in words],
+            "shown": [self.shown[word] for word in words],
+            "missing": self.missing,
+            "doubtful": self.doubtful,
+            "aside": self.excluded,
+            "figures": list(self.figures),
+            "pages": self.pages,
+            "samples": sum(count for _, count in self.pages),
+            "planned": document["plan"]["number"],
+            "is_in_progress": is_in_progress,
+            "sheet": {"side": SIDE, "columns": COLUMNS, "rows": ROWS} if has_sheets else None,
+            "group": page_files.SHEET_SAMPLES,
+            "summary": ", ".join(config["task"]),
+            "facts": [
+                ["Model", document["model"]["name"]],
+                ["Sampler", sampler_in_words(document)],
+                *([["Speed", speed]] if (speed := speed_in_words(document)) else []),
+                ["Engine", ", ".join(engine_names(document))],
+                *([["Composition", composition["told"]]] if (composition := document.get("composition")) else []),
+            ],
+            "command": maker(document) if made_by(document) == COMMANDS[0] else "",  # that makes one sample again
+        }
+
+    def _colours(self, words: Sequence[str]) -> list[str]:
+        """One colour a class word, that of its pixels where a label map shows it."""
+        tables, numbers, others = self.document["labels"], {}, []
+        for label in self.tasks:
+            if kind_of(label).is_map:
+                numbers |= kind_of(label).colours(tables[label], tables)
+            else:
+                others += tables[label].get("classes", [])
+        for name in [*others, *words]:
+            numbers.setdefault(name, len(numbers) + 1)
+        palette = next((table["palette"] for table in tables.values() if "palette" in table), OURS)
+        custom = {
+            name: each
+            for table in tables.values()
+            for name, each in zip(table.get("classes", ()), table.get("colours", ()))
+        }
+        usual = OURS if custom else palette
+        return [_css(custom.get(word) or colour_in(usual, word, numbers[word])) for word in words]
+
+
+def key_of(document: Mapping[str, Any]) -> str:
+    """What a browser keeps the marks of a run under: the same where it is given more images."""
+    growing = ("number", "per_class", "keep")
+    settings = {name: value for name, value in document["config"].items() if name not in growing}
+    plan = {name: value for name, value in document["plan"].items() if name != "number"}
+    return hashlib.sha256(canonical([settings, plan, document["decoders"]]).encode()).hexdigest()[:16]
+
+
+def _css(colour: Iterable[int]) -> str:
+    """A colour as style sheets write it, nothing of nothing."""
+    return "".join(("#", *(f"{value:02x}" for value in colour))) if colour else ""
+
+
+def layers_of(document: Mapping[str, Any]) -> dict[GalleryLayer, str]:
+    """The layers of a run with their labels, in the order of the tasks."""
+    files = {label: kind_of(label).files(document["labels"][label]) for label in by_task(document["config"]["task"])}
+    return {
+        layer: label
+        for label, roles in files.items()
+        for layer in kind_of(label).layers
+        if not layer.role or layer.role in roles
+    }
