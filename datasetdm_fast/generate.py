@@ -12,9 +12,8 @@ from datasetdm_fast.command_line.output import print_lines
 from datasetdm_fast.command_line.progress import ImageProgress
 from datasetdm_fast.config import EXACT
 from datasetdm_fast.runs.agreement.admission import Screen, admit_job
-from datasetdm_fast.runs.jobs.result import Result
 from datasetdm_fast.runs.jobs.run import Decision, Outcome, RunQueue
-from datasetdm_fast.runs.jobs.writing import count_outside, write_missing
+from datasetdm_fast.runs.jobs.writing import Result, count_outside, write_missing
 from datasetdm_fast.runs.run_folder.document import SHARDS
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_settings import RunConfig, RunSpec, WorkerSettings

@@ -8,8 +8,8 @@ from datasetdm_fast.command_line.run_settings import read_spec, restore_settings
 from datasetdm_fast.runs.jobs import remake
 from datasetdm_fast.runs.jobs.job import Job
 from datasetdm_fast.runs.jobs.remake import find_remake_row
-from datasetdm_fast.runs.jobs.result import Result
 from datasetdm_fast.runs.jobs.run import RunQueue, prepare_job
+from datasetdm_fast.runs.jobs.writing import Result
 from datasetdm_fast.runs.run_folder.document import read_document
 from datasetdm_fast.runs.run_settings import LabelSettings, RunConfig
 from datasetdm_fast.settings import EngineSettings, ModelSettings, SamplingSettings

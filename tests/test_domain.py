@@ -399,7 +399,7 @@ def test_samples_of_what_the_model_cannot_draw_are_doubtful():
 
 def _report(out, capsys):
     capsys.readouterr()
-    from datasetdm_fast.runs.jobs.result import result_of
+    from datasetdm_fast.runs.jobs.writing import result_of
     from datasetdm_fast.runs.run_folder.document import LEDGER, read_document
     from datasetdm_fast.runs.run_folder.ledger import Ledger
 

@@ -22,8 +22,8 @@ from datasetdm_fast.command_line.run_settings import check_judged, read_spec
 from datasetdm_fast.command_line.sharded_run import generate_shards
 from datasetdm_fast.disk import locks, sqlite
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.jobs import result
-from datasetdm_fast.runs.jobs.result import Result
+from datasetdm_fast.runs.jobs import writing
+from datasetdm_fast.runs.jobs.writing import Result
 from datasetdm_fast.runs.run_folder.document import LEDGER, LOCK
 from datasetdm_fast.runs.run_folder.seal import SEAL
 from datasetdm_fast.runs.run_settings import RunConfig, WorkerSettings
@@ -140,7 +140,7 @@ def test_what_the_last_to_leave_cannot_write_is_said(tmp_path, monkeypatch):
 
 
 def test_a_peer_that_reads_its_result_while_another_closes_leaves_no_log(alone, tmp_path, monkeypatch):  # noqa: F811
-    run, finish = shutil.copytree(alone, tmp_path / "run"), result.finish_run
+    run, finish = shutil.copytree(alone, tmp_path / "run"), writing.finish_run
     (run / SEAL).write_text("{}\n")
     reading = f"import sqlite3; ledger = sqlite3.connect('file:{run / LEDGER}?mode=ro', uri=True); "
     reading += "ledger.execute('SELECT * FROM notes').fetchall(); print(flush=True); input()"
@@ -151,7 +151,7 @@ def test_a_peer_that_reads_its_result_while_another_closes_leaves_no_log(alone, 
         peer.stdout.readline()
         threading.Timer(0.5, peer.communicate, (b"\n",)).start()
 
-    monkeypatch.setattr(result, "finish_run", finish_while_another_reads)
+    monkeypatch.setattr(writing, "finish_run", finish_while_another_reads)
     assert launched.leave(run, SAMPLES, 0, 0.0, is_waiting=True).is_complete
     check_equal(run, alone)
 

@@ -30,7 +30,7 @@ from datasetdm_fast.engine.labels import check_numbers, label_files, number_clas
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.runs.gallery.page import finish_run
-from datasetdm_fast.runs.jobs import result, writing
+from datasetdm_fast.runs.jobs import writing
 from datasetdm_fast.runs.run_folder import folder as run_folder
 from datasetdm_fast.runs.run_folder import seal
 from datasetdm_fast.runs.run_folder.audit import audit
@@ -892,10 +892,10 @@ def test_a_recipe_is_stored_once_and_rows_are_small(tmp_path):
 def test_counts_of_a_run_are_read_before_and_while_it_is_made(tmp_path):
     """As by a process whose peers still work on it, and for the line of progress."""
     assert writing.count_outside(tmp_path) == 0
-    assert (result.read_result(tmp_path, 3, 0, 0.0).done, result.close_folder(tmp_path, 3, 0, 0.0).done) == (0, 0)
+    assert (writing.read_result(tmp_path, 3, 0, 0.0).done, writing.close_folder(tmp_path, 3, 0, 0.0).done) == (0, 0)
     with RunFolder(tmp_path, document(3, 32)) as folder:
         folder.add([replace(rendered(k, 32), trust=Trust(domain=0.5 + k)) for k in range(2)], {})
-        found = result.read_result(tmp_path, 3, 1, 0.0)
+        found = writing.read_result(tmp_path, 3, 1, 0.0)
         assert (found.number, found.done, found.made, found.is_complete) == (3, 2, 1, False)
         assert writing.count_outside(tmp_path) == found.outside == 1
 

@@ -21,7 +21,7 @@ from datasetdm_fast import generate
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.run_settings import complete_settings, read_spec
 from datasetdm_fast.runs.gallery.showing import show
-from datasetdm_fast.runs.jobs.result import result_of
+from datasetdm_fast.runs.jobs.writing import result_of
 from datasetdm_fast.runs.run_folder.document import MANIFEST
 from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.runs.run_folder.page_files import DETAILS_NAME, PAGE_NAME, PAGE_SAMPLES

@@ -17,7 +17,7 @@ from datasetdm_fast.engine.labels.words import find_classes
 from datasetdm_fast.engine.loop.prompts import count_tokens
 from datasetdm_fast.messages import count_noun, format_duration
 from datasetdm_fast.runs.jobs.job import Job
-from datasetdm_fast.runs.jobs.result import Result
+from datasetdm_fast.runs.jobs.writing import Result
 from datasetdm_fast.runs.run_folder.document import is_sharded, shard_size
 from datasetdm_fast.runs.run_folder.indexes.licences import licence_of
 from datasetdm_fast.runs.run_settings import RunConfig

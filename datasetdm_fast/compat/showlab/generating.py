@@ -21,9 +21,8 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.loop import driver, labelling
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.jobs.job import Job
-from datasetdm_fast.runs.jobs.result import Result
 from datasetdm_fast.runs.jobs.run import RunQueue, prepare_job, settle
-from datasetdm_fast.runs.jobs.writing import write_missing
+from datasetdm_fast.runs.jobs.writing import Result, write_missing
 from datasetdm_fast.runs.run_folder.document import LEDGER, check_same
 from datasetdm_fast.runs.run_folder.ledger import DONE, Ledger
 from datasetdm_fast.runs.run_settings import RunSpec

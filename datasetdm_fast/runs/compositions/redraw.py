@@ -21,8 +21,8 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.compositions.composition import SourceSample, SquareSource, identity_of
 from datasetdm_fast.runs.compositions.settings import RedrawChoice, RedrawMachine
 from datasetdm_fast.runs.jobs.job import Job, check_room, describe_run, open_engine, recipe_of
-from datasetdm_fast.runs.jobs.result import Result
 from datasetdm_fast.runs.jobs.run import count_rows, merge_with_stored, settle
+from datasetdm_fast.runs.jobs.writing import Result
 from datasetdm_fast.runs.run_folder.document import check_same, differences, read_document, row_facts, table_of
 from datasetdm_fast.runs.run_settings import LabelSettings, RunConfig
 from datasetdm_fast.settings import EngineSettings, ModelSettings, SamplingSettings, flags_of, json_values

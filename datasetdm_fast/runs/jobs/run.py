@@ -17,7 +17,7 @@ from datasetdm_fast.engine.decoders.config import find_decoders, parts_of
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.jobs.job import Job, build_job, check_room
-from datasetdm_fast.runs.jobs.result import Result, result_of
+from datasetdm_fast.runs.jobs.writing import Result, result_of
 from datasetdm_fast.runs.run_folder.document import (
     GROWING,
     LEDGER,

@@ -11,7 +11,7 @@ from datasetdm_fast.runs.run_settings import RunSpec, WorkerSettings
 from datasetdm_fast.runs.workers.devices import LaunchedProcess, find_places, take_share
 
 if TYPE_CHECKING:
-    from datasetdm_fast.runs.jobs.result import Result
+    from datasetdm_fast.runs.jobs.writing import Result
     from datasetdm_fast.runs.workers.worker import Callbacks
 
 

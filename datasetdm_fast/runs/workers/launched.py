@@ -8,7 +8,7 @@ from pathlib import Path
 
 from datasetdm_fast.disk import sqlite, storage
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.jobs.result import Result, close_folder, read_result
+from datasetdm_fast.runs.jobs.writing import Result, close_folder, read_result
 from datasetdm_fast.runs.run_folder.document import LEDGER, LOCK
 from datasetdm_fast.runs.run_folder.folder import ENTRY_SECONDS, SECONDS_BETWEEN_TRIES, clean, share_folder
 from datasetdm_fast.runs.run_settings import RunSpec

@@ -9,7 +9,7 @@ from functools import partial
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.runs.jobs.job import Job
-from datasetdm_fast.runs.jobs.result import Result, close_folder
+from datasetdm_fast.runs.jobs.writing import Result, close_folder
 from datasetdm_fast.runs.run_folder.document import LEDGER, LOCK, read_document
 from datasetdm_fast.runs.run_folder.folder import clean
 from datasetdm_fast.runs.run_folder.goal import goal_of
