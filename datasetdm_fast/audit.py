@@ -5,7 +5,7 @@ import sys
 from dataclasses import asdict, dataclass
 
 from datasetdm_fast.command_line.ending import CommandLine, command_with
-from datasetdm_fast.command_line.progress import CountProgress
+from datasetdm_fast.command_line.output import CountProgress
 from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.runs.run_folder.shard_audit import audit_place, repair_place

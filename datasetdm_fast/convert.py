@@ -15,8 +15,7 @@ from datasetdm_fast.command_line.checkpoints import convert_checkpoint, is_of_ch
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.command_line.output import print_lines, print_plan, print_result
-from datasetdm_fast.command_line.progress import ImageProgress
+from datasetdm_fast.command_line.output import ImageProgress, print_lines, print_plan, print_result
 from datasetdm_fast.cores import count_cores
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun

@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from datasetdm_fast.command_line.ending import CommandLine, command_with
-from datasetdm_fast.command_line.output import print_lines, print_plan
-from datasetdm_fast.command_line.progress import CountProgress
+from datasetdm_fast.command_line.output import CountProgress, print_lines, print_plan
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.training.evaluation.settings import ANY_SIZE, EvaluateConfig, ScoreSettings
 from datasetdm_fast.training.truth.selection import EVERYTHING

@@ -4,8 +4,7 @@ import sys
 
 from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.command_line.output import print_lines, print_plan
-from datasetdm_fast.command_line.progress import ImageProgress
+from datasetdm_fast.command_line.output import ImageProgress, print_lines, print_plan
 from datasetdm_fast.command_line.run_report import count_unnamed, print_run
 from datasetdm_fast.command_line.run_settings import expand_names, label_spec, without_whole_labels
 from datasetdm_fast.messages import count_noun

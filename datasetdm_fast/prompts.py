@@ -9,8 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from datasetdm_fast.command_line.ending import CommandLine, command_with
-from datasetdm_fast.command_line.output import print_plan
-from datasetdm_fast.command_line.progress import CountProgress
+from datasetdm_fast.command_line.output import CountProgress, print_plan
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused, quote, renamed_flags
 from datasetdm_fast.runs.jobs.prompt_files import own_table

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.command_line.output import NOTHING_WRITTEN, print_lines, print_result
-from datasetdm_fast.command_line.progress import StepProgress
+from datasetdm_fast.command_line.output import NOTHING_WRITTEN, StepProgress, print_lines, print_result
 from datasetdm_fast.engine.backbones import check_source
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.training.log import check_trackers

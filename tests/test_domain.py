@@ -344,8 +344,8 @@ def test_a_run_out_of_the_domain_stops_after_its_first_batch(foreign, tmp_path, 
 
 
 def test_the_progress_tells_samples_out_of_the_domain(capsys, monkeypatch):
-    monkeypatch.setattr(progress, "SECONDS_PER_LINE", 0.0)
-    with progress.ImageProgress(8, is_quiet=False, count_outside=lambda: 3) as shown:
+    monkeypatch.setattr(output, "SECONDS_PER_LINE", 0.0)
+    with output.ImageProgress(8, is_quiet=False, count_outside=lambda: 3) as shown:
         shown.on_commit(4)
     assert "4/8 images, 3 out of domain, " in capsys.readouterr().err
 

@@ -21,11 +21,10 @@ import pytest
 import datasetdm_fast
 from datasetdm_fast import cli, verify
 from datasetdm_fast.cli import COMMANDS
-from datasetdm_fast.command_line import ending, flags, output, progress
+from datasetdm_fast.command_line import ending, flags, output
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.command_line.interruption import SignalWatch
-from datasetdm_fast.command_line.output import print_lines
-from datasetdm_fast.command_line.progress import shows_bar
+from datasetdm_fast.command_line.output import print_lines, shows_bar
 from datasetdm_fast.command_line.run_report import show_calls
 from datasetdm_fast.drop import DropConfig
 from datasetdm_fast.errors import REFUSALS, GateFailed, Missing, Refused
@@ -386,23 +385,23 @@ def test_tqdm_disable_leaves_lines_in_place_of_bars(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert shows_bar(False) and not shows_bar(True)
     monkeypatch.setenv("TQDM_DISABLE", "1")
-    monkeypatch.setattr(progress, "SECONDS_PER_LINE", 0.0)
+    monkeypatch.setattr(output, "SECONDS_PER_LINE", 0.0)
     assert not shows_bar(False)
-    with progress.ImageProgress(2, False) as images:
+    with output.ImageProgress(2, False) as images:
         images.on_commit(1)
     assert capsys.readouterr().err == "1/2 images, 50%\n"
 
 
 def test_a_bar_counts_calls_images_and_steps_and_has_lines_above_it(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with progress.ImageProgress(4, False, batch=4, calls=2) as images:
+    with output.ImageProgress(4, False, batch=4, calls=2) as images:
         images.print("a line")
         images.on_unet_call(2)
         images.on_commit(3)
         images.on_unet_call()  # of a batch in the place of what was set aside
         assert (images._bar.n, images._bar.total, images._bar.desc) == (3, 4, "3/4 images: ")
     assert "a line\n" in capsys.readouterr().err
-    with progress.StepProgress("semantic", "mIoU", 6, False) as steps:
+    with output.StepProgress("semantic", "mIoU", 6, False) as steps:
         steps.on_step(1, 0.5, 0.25)
         steps.on_step(4, 0.125, None)
         assert steps._bar.n == 4 and steps._bar.postfix == "loss 0.1250, held-out mIoU 0.2500"
@@ -418,8 +417,8 @@ def test_a_duration_has_the_unit_that_suits_it(seconds, told):
 
 def test_progress_is_never_more_than_all_of_it(monkeypatch, capsys):
     """Nor where samples were set aside, so that further batches are made than were planned."""
-    monkeypatch.setattr(progress, "SECONDS_PER_LINE", 0.0)
-    with progress.ImageProgress(4, False, batch=4, calls=2) as images:
+    monkeypatch.setattr(output, "SECONDS_PER_LINE", 0.0)
+    with output.ImageProgress(4, False, batch=4, calls=2) as images:
         images.on_unet_call(2)
         images.on_commit(3)
         images.on_unet_call()
@@ -431,8 +430,8 @@ def test_progress_is_never_more_than_all_of_it(monkeypatch, capsys):
 
 def test_the_last_batch_counts_and_the_time_left_is_that_of_what_is_left(monkeypatch, capsys):
     seconds = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: seconds[0])
-    with progress.ImageProgress(5, False, batch=2, calls=3) as images:
+    monkeypatch.setattr(output.time, "monotonic", lambda: seconds[0])
+    with output.ImageProgress(5, False, batch=2, calls=3) as images:
         seconds[0] = 60.0  # until the model is loaded
         images.on_unet_call()  # of 9
         seconds[0] = 70.0
@@ -441,16 +440,16 @@ def test_the_last_batch_counts_and_the_time_left_is_that_of_what_is_left(monkeyp
 
 
 def test_comparisons_before_a_run_show_progress_without_a_terminal(monkeypatch, capsys):
-    monkeypatch.setattr(progress, "SECONDS_PER_LINE", 0.0)
+    monkeypatch.setattr(output, "SECONDS_PER_LINE", 0.0)
     with show_calls(False, "fast25", 2) as on_call:
         on_call()
         assert capsys.readouterr().err == "fast25, 1/2 calls\n"  # whose time is mostly that of loading
-    with progress.CountProgress(0, "image", "folder:photos", False) as images:
+    with output.CountProgress(0, "image", "folder:photos", False) as images:
         images.on_count(0, 8)
         images.on_count(4, 8)
     assert capsys.readouterr().err == "folder:photos, 4/8 images, about 0.0 s left\n"
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with progress.CountProgress(0, "image", "photos", False) as images:  # whose number is not known yet
+    with output.CountProgress(0, "image", "photos", False) as images:  # whose number is not known yet
         images.on_count(8, 8)
     assert "8/8" in (shown := capsys.readouterr().err) and shown.count("\n") == 1 and shown.endswith("\n")
     print_lines(VerifyConfig())
@@ -459,8 +458,8 @@ def test_comparisons_before_a_run_show_progress_without_a_terminal(monkeypatch, 
 
 def test_a_training_counts_its_time_from_the_end_of_the_first_step(monkeypatch, capsys):
     now = iter([0.0, 90.0, 90.0, 100.0, 100.0, 400.0, 400.0])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
-    with progress.StepProgress("semantic", "mIoU", 6, False) as steps:
+    monkeypatch.setattr(output.time, "monotonic", lambda: next(now))
+    with output.StepProgress("semantic", "mIoU", 6, False) as steps:
         for step in (1, 2, 6):
             steps.on_step(step, 0.5, None)
     lines = capsys.readouterr().err.splitlines()

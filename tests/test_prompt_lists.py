@@ -196,7 +196,7 @@ def test_balance_asks_for_what_rare_classes_lack():
 
 
 def test_the_command_shows_its_progress(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("datasetdm_fast.command_line.progress.SECONDS_PER_LINE", 0)
+    monkeypatch.setattr("datasetdm_fast.command_line.output.SECONDS_PER_LINE", 0)
     assert prompts.main(["--per-class", "2", "--out", str(tmp_path / "list.jsonl")]) == 0
     assert "prompts, 3/14 prompts, about" in capsys.readouterr().err
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.command_line.output import print_lines, print_plan
-from datasetdm_fast.command_line.progress import ImageProgress
+from datasetdm_fast.command_line.output import ImageProgress, print_lines, print_plan
 from datasetdm_fast.command_line.run_report import print_finished_run, print_run
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.runs.compositions.settings import RedrawSettings

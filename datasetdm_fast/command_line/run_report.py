@@ -9,8 +9,13 @@ from itertools import islice
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
-from datasetdm_fast.command_line.output import NOTHING_WRITTEN, print_lines, print_result, print_unfinished
-from datasetdm_fast.command_line.progress import CountProgress
+from datasetdm_fast.command_line.output import (
+    NOTHING_WRITTEN,
+    CountProgress,
+    print_lines,
+    print_result,
+    print_unfinished,
+)
 from datasetdm_fast.disk.storage import free_bytes
 from datasetdm_fast.engine.labels.trust import undrawn_words
 from datasetdm_fast.engine.labels.words import find_classes

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from datasetdm_fast.command_line import run_report
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.command_line.output import check_output, print_lines
-from datasetdm_fast.command_line.progress import ImageProgress
+from datasetdm_fast.command_line.output import ImageProgress, check_output, print_lines
 from datasetdm_fast.command_line.run_settings import check_judged
 from datasetdm_fast.config import EXACT
 from datasetdm_fast.errors import Refused

@@ -165,7 +165,7 @@ def compare_networks(config: StudentConfig) -> int:
     import torch
     from tqdm import tqdm
 
-    from datasetdm_fast.command_line.progress import shows_bar
+    from datasetdm_fast.command_line.output import shows_bar
     from datasetdm_fast.engine.engines.device import multiplies_bf16, resolve_device
 
     if config.threads:

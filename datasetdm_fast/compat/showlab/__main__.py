@@ -7,8 +7,7 @@ from types import SimpleNamespace
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.command_line.output import print_lines, print_result, print_unfinished
-from datasetdm_fast.command_line.progress import ImageProgress
+from datasetdm_fast.command_line.output import ImageProgress, print_lines, print_result, print_unfinished
 from datasetdm_fast.compat.showlab.generator import GENERATORS, Generator
 from datasetdm_fast.compat.showlab.lines import Line, read_line
 from datasetdm_fast.errors import Refused, nearest, renamed_flags
