@@ -42,8 +42,7 @@ from datasetdm_fast.engine.labels.class_tables import ClassWord
 from datasetdm_fast.engine.loading import in_memory, load_model, lora
 from datasetdm_fast.engine.loop import diffusing
 from datasetdm_fast.engine.loop.calls import call_text
-from datasetdm_fast.engine.loop.driver import sample_and_label
-from datasetdm_fast.engine.loop.label_stream import LabelStream
+from datasetdm_fast.engine.loop.driver import LabelStream, sample_and_label
 from datasetdm_fast.engine.pictures.framing import pictures_in_memory
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import GateFailed, Missing, Refused

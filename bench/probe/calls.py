@@ -23,7 +23,7 @@ from datasetdm_fast.engine.engines.device import release
 from datasetdm_fast.engine.engines.fast import CHUNK_PIXELS, FastEngine
 from datasetdm_fast.engine.engines.fast.joint import JointEngine
 from datasetdm_fast.engine.loading.model import Model
-from datasetdm_fast.engine.loop.label_stream import LabelStream
+from datasetdm_fast.engine.loop.driver import LabelStream
 
 BATCHES = {"cuda": (1, 2, 4, 8, 16, 32), "cpu": (1,)}
 LONGEST = 60

@@ -21,7 +21,7 @@ import torch
 from bench.rehearsal.roofline import CORES
 from bench.rehearsal.timeline import POLLS, Clock, HostThread, Operation, StreamId, Timeline, line_of_ours
 from datasetdm_fast.engine.engines import cuda_graph
-from datasetdm_fast.engine.loop import label_stream
+from datasetdm_fast.engine.loop import driver
 
 GPUS = 2
 THREADS = 16  # cores of a GPU's machine
@@ -359,6 +359,6 @@ def deferred_pools(timeline: Timeline) -> Iterator[None]:
     with (
         mock.patch.object(ThreadPoolExecutor, "submit", submit),
         mock.patch.object(ThreadPoolExecutor, "shutdown", shutdown),
-        mock.patch.object(label_stream, "wait", wait),
+        mock.patch.object(driver, "wait", wait),
     ):
         yield

@@ -65,7 +65,7 @@ WAITS = {
         ("main", "engine/sampling/schedule.py", "_walk_numbers", Allowed(ONCE, (COPY,), is_once=True)),
         (
             "calls",
-            "engine/loop/label_stream.py",
+            "engine/loop/driver.py",
             "_report",
             Allowed("the thread that counts calls waits", ("an event",)),
         ),
@@ -76,7 +76,7 @@ WAITS = {
             Allowed("an autoencoder that leaves fp16 retries", (FLAG,)),
         ),
         ("labels", "kernels/transfer.py", "_copy", Allowed(LABELS, (STREAM,))),
-        ("labels", "engine/loop/label_stream.py", "_follow", Allowed(LABELS, (STREAM,))),
+        ("labels", "engine/loop/driver.py", "_follow", Allowed(LABELS, (STREAM,))),
         ("labels", "engine/tasks/instance.py", "not_overlapping", Allowed(LABELS, ("aten.equal",))),
         ("labels", "engine/tasks/instance.py", "postprocess", Allowed(LABELS, (CHOSEN, FLAG))),
         ("labels", "engine/tasks/attention.py", "joined_label", JOINED),
