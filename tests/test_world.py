@@ -15,7 +15,7 @@ from bench.world.tokenizer import build_tokenizer, words_of
 from bench.world.train import SHIPPED, build_models, loosen_caption
 from bench.world.worlds import WORLDS
 from datasetdm_fast.engine.scenes import world
-from datasetdm_fast.engine.scenes.shapes import joints
+from datasetdm_fast.engine.scenes.world import joints
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.training.readers import READERS, RENDERED_KINDS, open_data
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from bench.world.hard.scene import HardThing
-from datasetdm_fast.engine.scenes import shapes
+from datasetdm_fast.engine.scenes import world
 
 MAIN, SECOND, DARK, LIGHT, WOOD, SKIN, LEAF, GLOW, DEEP = range(9)  # colours of parts
 FAR_OUTSIDE = 9.0
@@ -73,7 +73,7 @@ class Figure:
         return found
 
     def capsule(self, ax: float, ay: float, bx: float, by: float, radius: float) -> Array:
-        return shapes.capsule(self.x, self.y, np.float32([ax, ay]), np.float32([bx, by]), np.float32(radius))
+        return world.capsule(self.x, self.y, np.float32([ax, ay]), np.float32([bx, by]), np.float32(radius))
 
     def turned(self, heights: Sequence[float], radii: Sequence[float], part: int) -> None:
         """A body turned about the vertical, its profile given from the bottom to the top."""
@@ -88,7 +88,7 @@ class Figure:
 
 def ball(f: Figure) -> None:
     wide = f.number(0, 0.62, 1.25) if f.style == 1 else 1.0
-    distance, shade, _, _ = shapes.ball((), f.x / np.float32(wide), f.y, f.light)
+    distance, shade, _, _ = world.ball((), f.x / np.float32(wide), f.y, f.light)
     f.add((distance * min(wide, 1.0)).astype(np.float32), MAIN, shade.astype(np.float32))
     across, up = f.x / 0.5, (f.y - 0.5) / 0.5
     if f.style == 2:
@@ -227,7 +227,7 @@ def tree(f: Figure) -> None:
 
 
 def person(f: Figure) -> None:
-    head, neck, pelvis, left_hand, right_hand, left_foot, right_foot = shapes.joints(f.pose[:5]).tolist()
+    head, neck, pelvis, left_hand, right_hand, left_foot, right_foot = world.joints(f.pose[:5]).tolist()
     stout, cloth = f.number(6, 0.75, 1.25), SECOND if f.style != 3 else MAIN
     shade = 0.82 + 0.2 * np.clip(f.light * f.x / 0.2, -1, 1)
     for side, foot in ((0.05, left_foot), (-0.05, right_foot)):

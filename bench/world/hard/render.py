@@ -8,8 +8,7 @@ import numpy as np
 from bench.world.hard.kinds import figure
 from bench.world.hard.scene import CLASSES, WIDTHS, HardScene, HardThing, Patch, Print, sample_scene
 from bench.world.hard.surfaces import opacity, painted, patterned, plane
-from datasetdm_fast.engine.scenes.shapes import joints
-from datasetdm_fast.engine.scenes.world import View, mark_visible, weather
+from datasetdm_fast.engine.scenes.world import View, joints, mark_visible, weather
 
 HALF_WIDTHS = {"car": 0.8, "dog": 0.9}  # of drawings; of other kinds 0.68
 NEAREST = 0.2  # metres
