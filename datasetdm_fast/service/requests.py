@@ -15,7 +15,7 @@ from PIL import Image
 
 from datasetdm_fast.data import Request, Sample
 from datasetdm_fast.engine.labels import kind_of, label_files, number_classes
-from datasetdm_fast.engine.labels.pictures import encode_picture
+from datasetdm_fast.engine.labels.label_files import encode_picture
 from datasetdm_fast.engine.loop.recipe import Recipe, label_tables
 from datasetdm_fast.engine.pipeline import Pipeline
 from datasetdm_fast.errors import Refused, nearest

@@ -15,7 +15,7 @@ from datasetdm_fast.data import IGNORE, Annotation, Instances, Sample, SemanticM
 from datasetdm_fast.engine.labels import LABEL_KINDS
 from datasetdm_fast.engine.labels.class_tables import colour
 from datasetdm_fast.engine.labels.kind import BACKGROUND
-from datasetdm_fast.engine.labels.pictures import encode_picture
+from datasetdm_fast.engine.labels.label_files import encode_picture
 from datasetdm_fast.engine.pictures.labelled import LabelledSource
 from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.training.captures.views import TrainingViews

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from datasetdm_fast.engine.labels.pictures import encode_picture
+from datasetdm_fast.engine.labels.label_files import encode_picture
 
 if TYPE_CHECKING:
     from torch import Tensor

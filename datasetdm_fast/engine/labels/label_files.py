@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,6 @@ from datasetdm_fast.data import Annotation, Sample
 from datasetdm_fast.engine.labels import LABEL_KINDS, kind_of
 from datasetdm_fast.engine.labels.class_tables import palette
 from datasetdm_fast.engine.labels.kind import Table, task_of_label
-from datasetdm_fast.engine.labels.pictures import encode_picture
 from datasetdm_fast.untrusted import images
 
 if TYPE_CHECKING:
@@ -34,6 +34,13 @@ def image_bytes(image: np.ndarray, image_format: str, quality: int = QUALITY) ->
     if image_format == "png":
         return _C.png_encode(np.ascontiguousarray(image))
     return encode_picture(Image.fromarray(image), "JPEG", quality=quality, **JPEG)
+
+
+def encode_picture(picture: Image.Image, form: str, **options: Any) -> bytes:
+    """A picture as the bytes of a file of this form, with Pillow's options."""
+    buffer = io.BytesIO()
+    picture.save(buffer, form, **options)
+    return buffer.getvalue()
 
 
 def index_png(labels: np.ndarray, colours: bytes = b"") -> bytes:

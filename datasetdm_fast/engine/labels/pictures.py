@@ -2,16 +2,15 @@
 
 import base64
 import html
-import io
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from datasetdm_fast.engine.labels.class_tables import colour
+from datasetdm_fast.engine.labels.label_files import encode_picture
 
 DEPTH_SIDE = 256  # pixels of a coloured depth picture
 HEAT = ("fcfdbf", "fec287", "fb8761", "e55964", "b5367a", "812581", "4f127b", "1c1044", "000004")  # near to far
@@ -56,13 +55,6 @@ def preview(pictures: Sequence[tuple[np.ndarray | Image.Image, str]], title: str
             f"<figcaption>{text}</figcaption></figure>"
         )
     return f"<div>{html.escape(title)}<br>{''.join(cells)}</div>" if title else f"<div>{''.join(cells)}</div>"
-
-
-def encode_picture(picture: Image.Image, form: str, **options: Any) -> bytes:
-    """A picture as the bytes of a file of this form, with Pillow's options."""
-    buffer = io.BytesIO()
-    picture.save(buffer, form, **options)
-    return buffer.getvalue()
 
 
 def bounds(mask: np.ndarray) -> tuple[int, int, int, int]:

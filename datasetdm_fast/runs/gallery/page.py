@@ -22,8 +22,7 @@ from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.engine.labels import by_kind, kind_of, mean_certainty
 from datasetdm_fast.engine.labels.class_tables import OURS, colour_in
 from datasetdm_fast.engine.labels.kind import GalleryLayer, LabelName, by_task
-from datasetdm_fast.engine.labels.label_files import picture_bytes
-from datasetdm_fast.engine.labels.pictures import encode_picture
+from datasetdm_fast.engine.labels.label_files import encode_picture, picture_bytes
 from datasetdm_fast.engine.labels.trust import NO_THING
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.run_folder import page_files
