@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datasetdm_fast import _C
-from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, round_up, tl
 from datasetdm_fast.kernels.noise import noise
+from datasetdm_fast.kernels.upsample_concat import resize
 
 DEVICES = {"cpu": "native", "untuned": "fused"}
 BLOCKS = {

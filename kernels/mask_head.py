@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from datasetdm_fast.kernels.bilinear import resize
+from datasetdm_fast.kernels.upsample_concat import resize
 
 
 def reference(queries: Tensor, features: Tensor, side: int, is_blocking: bool = False) -> Tensor:

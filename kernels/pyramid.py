@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datasetdm_fast.kernels.bilinear import resize
+from datasetdm_fast.kernels.upsample_concat import resize
 
 
 def planes(attention: Tensor) -> Tensor:

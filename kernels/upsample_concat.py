@@ -6,11 +6,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, tl
 from datasetdm_fast.kernels.noise import noise
+
+
+def resize(x: Tensor, side: int) -> Tensor:
+    """`x` [B, C, h, w] at side x side cells."""
+    if x.shape[-2:] == (side, side):
+        return x
+    return F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False)
+
 
 DEVICES = {"untuned": "fused"}
 BLOCKS = {"untuned": block_sizes("upsample_concat", 4, BLOCK_S=32, BLOCK_C=64)}

@@ -11,7 +11,7 @@ from test_showlab import answer, raw_of
 
 from datasetdm_fast.compat.showlab import files
 from datasetdm_fast.engine.decoders.config import COCO_JOINTS
-from datasetdm_fast.kernels.bilinear import resize
+from datasetdm_fast.kernels.upsample_concat import resize
 
 SIDE = 128
 

@@ -14,7 +14,7 @@ from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.tasks.instance import candidates
 from datasetdm_fast.engine.tasks.pose import neighbours, peaks
 from datasetdm_fast.engine.tasks.semantic import evidence, without_small
-from datasetdm_fast.kernels.bilinear import resize
+from datasetdm_fast.kernels.upsample_concat import resize
 
 
 def load_upstream(decoder: Decoder, source: Path | Mapping[str, Tensor], *, strict: bool = False) -> Decoder:

@@ -16,9 +16,9 @@ from datasetdm_fast.export.onnx.graph import MICROSOFT, Value
 from datasetdm_fast.export.onnx.operators import BLOCKED
 from datasetdm_fast.kernels import reference
 from datasetdm_fast.kernels.attention_shares import project, shares
-from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.kernels.depth_head import CHUNK, resize_matrix, stack_shifted_rows
 from datasetdm_fast.kernels.image_norm import EPS
+from datasetdm_fast.kernels.upsample_concat import resize
 
 
 def instance_norm(x: Value, eps: float) -> Value:  # [B, G, S]

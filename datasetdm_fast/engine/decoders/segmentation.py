@@ -22,9 +22,9 @@ from datasetdm_fast.engine.decoders.trunk import MASKS, Decoder, Upscale
 from datasetdm_fast.engine.models.blocks import Packed, Packing, is_small
 from datasetdm_fast.engine.models.layers import tokens
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.kernels.mask_embedding import WIDEST
 from datasetdm_fast.kernels.mask_head import outside
+from datasetdm_fast.kernels.upsample_concat import resize
 
 TEMPERATURE = 10000.0
 

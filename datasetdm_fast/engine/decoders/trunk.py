@@ -20,8 +20,8 @@ from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.engine.models.layers import image, pointwise, tokens
 from datasetdm_fast.engine.models.packed import PackedConvolution, is_held
 from datasetdm_fast.kernels import image_norm, pyramid, winograd
-from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.kernels.image_norm import EPS
+from datasetdm_fast.kernels.upsample_concat import resize
 from datasetdm_fast.stages import LEVELS, Level
 
 MASKS = 160 / 64  # side of the masks over the same

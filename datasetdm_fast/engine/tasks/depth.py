@@ -9,8 +9,8 @@ from datasetdm_fast.data import DepthMap
 from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource, present
 from datasetdm_fast.engine.tasks import Task
-from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.kernels.transfer import to_host
+from datasetdm_fast.kernels.upsample_concat import resize
 
 
 class DepthTask(Task):

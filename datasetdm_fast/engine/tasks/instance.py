@@ -13,8 +13,8 @@ from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource, pr
 from datasetdm_fast.engine.tasks import Task
 from datasetdm_fast.engine.tasks.captions import shared_by_words
 from datasetdm_fast.engine.tasks.semantic import SMALL, scaled_area
-from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.kernels.transfer import to_host
+from datasetdm_fast.kernels.upsample_concat import resize
 
 MOST_INSTANCES = 100  # instances of an image
 NOTHING = 1e-6  # pixels added to an area before dividing by it

@@ -14,8 +14,8 @@ from datasetdm_fast.engine.tasks import Task
 from datasetdm_fast.engine.tasks.captions import OBJECT
 from datasetdm_fast.engine.tasks.instance import NOTHING
 from datasetdm_fast.engine.tasks.semantic import SMALL, masks_of, scaled_area
-from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.kernels.transfer import to_host
+from datasetdm_fast.kernels.upsample_concat import resize
 
 WORDS = 256  # with so many and more a label map, of a data set that is judged, is one of 32 bits
 

@@ -12,8 +12,8 @@ from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource, present
 from datasetdm_fast.engine.tasks import Task
 from datasetdm_fast.engine.tasks.captions import shared_by_words
-from datasetdm_fast.kernels.bilinear import resize
 from datasetdm_fast.kernels.transfer import to_host
+from datasetdm_fast.kernels.upsample_concat import resize
 
 # widths of a transformer of queries for small networks
 SMALL = {"width": 64, "heads": 4, "layers": 3, "feed_forward": 128, "mask_dim": 64, "queries": 16, "upscale": 2}
