@@ -26,9 +26,8 @@ from datasetdm_fast.runs.compositions.composition import Source
 from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.run_folder import audit
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER, read_document
-from datasetdm_fast.runs.run_folder.folder import RunFolder, note
+from datasetdm_fast.runs.run_folder.folder import SEAL, THIS, RunFolder, encode_seal, note
 from datasetdm_fast.runs.run_folder.ledger import Ledger
-from datasetdm_fast.runs.run_folder.seal import SEAL, THIS, encode_seal
 
 DAMAGES = 1000 if os.environ.get("DATASETDM_LONG_TESTS") else 50
 NUMBER = 4

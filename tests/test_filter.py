@@ -28,11 +28,10 @@ from datasetdm_fast.runs.run_folder import scores as run_scores
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.corrections import read_corrections
 from datasetdm_fast.runs.run_folder.document import LEDGER
-from datasetdm_fast.runs.run_folder.folder import RunFolder
+from datasetdm_fast.runs.run_folder.folder import RunFolder, is_sealed
 from datasetdm_fast.runs.run_folder.ledger import Ledger, Row
 from datasetdm_fast.runs.run_folder.reader import open_run
 from datasetdm_fast.runs.run_folder.scores import SCORES, read_scores
-from datasetdm_fast.runs.run_folder.seal import is_sealed
 from datasetdm_fast.runs.run_folder.selections import FILTER, Filter, read_filter, read_split
 
 NUMBER = 10
@@ -102,7 +101,7 @@ def test_a_filter_that_was_killed_before_it_marked_the_page_is_made_good(run, mo
 
     def killed(command):
         with monkeypatch.context() as patch:
-            patch.setattr("datasetdm_fast.runs.run_folder.seal.mark_left_out", Mock(side_effect=KeyboardInterrupt))
+            patch.setattr("datasetdm_fast.runs.run_folder.folder.mark_left_out", Mock(side_effect=KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 filter.main.__wrapped__([str(run), *command, "--quiet"])
 

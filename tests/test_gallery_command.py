@@ -26,9 +26,8 @@ from datasetdm_fast.runs.gallery import review, server
 from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.run_folder import shard_places
 from datasetdm_fast.runs.run_folder.audit import audit
-from datasetdm_fast.runs.run_folder.folder import RunFolder
+from datasetdm_fast.runs.run_folder.folder import RunFolder, is_sealed
 from datasetdm_fast.runs.run_folder.page_files import PAGE
-from datasetdm_fast.runs.run_folder.seal import is_sealed
 
 pytestmark = pytest.mark.loopback
 

@@ -20,8 +20,8 @@ from datasetdm_fast.export import __main__ as export
 from datasetdm_fast.export.manifest import NAME as MANIFEST
 from datasetdm_fast.export.manifest import Manifest
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER, engines_of
+from datasetdm_fast.runs.run_folder.folder import SEAL
 from datasetdm_fast.runs.run_folder.reader import open_run
-from datasetdm_fast.runs.run_folder.seal import SEAL
 
 NUMBER = 2
 

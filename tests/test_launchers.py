@@ -25,7 +25,7 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.jobs import writing
 from datasetdm_fast.runs.jobs.writing import Result
 from datasetdm_fast.runs.run_folder.document import LEDGER, LOCK
-from datasetdm_fast.runs.run_folder.seal import SEAL
+from datasetdm_fast.runs.run_folder.folder import SEAL
 from datasetdm_fast.runs.run_settings import RunConfig, WorkerSettings
 from datasetdm_fast.runs.workers import devices, launched
 from datasetdm_fast.runs.workers.devices import LaunchedProcess

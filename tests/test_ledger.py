@@ -32,7 +32,6 @@ from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.jobs import writing
 from datasetdm_fast.runs.run_folder import folder as run_folder
-from datasetdm_fast.runs.run_folder import seal
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.document import (
     LOCK,
@@ -700,9 +699,9 @@ def test_index_files_are_rebuilt_from_the_ledger(tmp_path):
     for name in ("samples.jsonl", "instances.json", "keypoints.json", "README.md", "gallery/index.html"):
         (tmp_path / "run" / name).unlink()
     with RunFolder(tmp_path / "run", document(3)) as folder:
-        assert not seal.is_indexed(folder.path, folder.document, folder.ledger)
+        assert not run_folder.is_indexed(folder.path, folder.document, folder.ledger)
         finish_run(folder)
-        assert seal.is_indexed(folder.path, folder.document, folder.ledger)
+        assert run_folder.is_indexed(folder.path, folder.document, folder.ledger)
     assert tree(tmp_path / "run") == before
 
 

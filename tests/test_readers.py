@@ -40,9 +40,8 @@ from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.exporting.cityscapes import LABEL_IDS
-from datasetdm_fast.runs.run_folder.folder import RunFolder
+from datasetdm_fast.runs.run_folder.folder import RunFolder, replace_file
 from datasetdm_fast.runs.run_folder.reader import open_run
-from datasetdm_fast.runs.run_folder.seal import replace_file
 from datasetdm_fast.runs.run_folder.selections import SPLIT, Split
 from datasetdm_fast.training import data_record, readers, session, splits
 from datasetdm_fast.training.captures.targets import check_truth

@@ -15,7 +15,7 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.exporting.sources import ExportSource, labels_by_task
 from datasetdm_fast.runs.gallery import review
 from datasetdm_fast.runs.gallery.page import finish_run
-from datasetdm_fast.runs.run_folder import seal
+from datasetdm_fast.runs.run_folder import folder as run_folder
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.selections import assign_parts, groups, parse_part, read_split
@@ -113,7 +113,8 @@ def test_a_split_that_was_killed_is_completed_by_the_same_command(run, monkeypat
         assert main([str(run), "--quiet"]) == 0
     with monkeypatch.context() as patch:
         patch.setattr(
-            *((seal, "seal") if call == "seal" else (seal.storage, "remove")), Mock(side_effect=KeyboardInterrupt)
+            *((run_folder, "seal") if call == "seal" else (run_folder.storage, "remove")),
+            Mock(side_effect=KeyboardInterrupt),
         )
         with pytest.raises(KeyboardInterrupt) if call == "seal" or "--undo" in killed else nullcontext():
             main.__wrapped__(line)
@@ -121,7 +122,7 @@ def test_a_split_that_was_killed_is_completed_by_the_same_command(run, monkeypat
     write_run(run.with_name("other"), NUMBER, 32)
     if "--undo" not in killed:
         assert main([str(run.with_name("other")), *line[1:]]) == 0
-    assert seal.read_seal(run) == seal.read_seal(run.with_name("other")) != {}
+    assert run_folder.read_seal(run) == run_folder.read_seal(run.with_name("other")) != {}
     assert (run / "split.json").exists() == ("--undo" not in killed)
     (run / "instances.json").write_text("{}")
     assert main([str(run), "--quiet"]) == 0 and [found.place for found in audit(run).findings] == ["instances.json"]

@@ -22,10 +22,10 @@ from datasetdm_fast.runs.run_folder.document import (
     refuse_shards,
     sides,
 )
+from datasetdm_fast.runs.run_folder.folder import is_sealed, read_seal
 from datasetdm_fast.runs.run_folder.indexes import writers
 from datasetdm_fast.runs.run_folder.ledger import Ledger, Row, canonical
 from datasetdm_fast.runs.run_folder.reader import Run
-from datasetdm_fast.runs.run_folder.seal import is_sealed, read_seal
 from datasetdm_fast.runs.run_folder.selections import FILTER, check_filtered
 from datasetdm_fast.untrusted import images
 

@@ -15,7 +15,7 @@ from datasetdm_fast.errors import Refused, quote
 from datasetdm_fast.runs.curation.clip import Clip
 from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.run_folder.document import LEDGER, LOCK, shard_size
-from datasetdm_fast.runs.run_folder.folder import RunFolder
+from datasetdm_fast.runs.run_folder.folder import RunFolder, is_indexed
 from datasetdm_fast.runs.run_folder.ledger import Ledger
 from datasetdm_fast.runs.run_folder.reader import Run, StoredSample
 from datasetdm_fast.runs.run_folder.scores import (
@@ -30,7 +30,6 @@ from datasetdm_fast.runs.run_folder.scores import (
     passing,
     read_scores,
 )
-from datasetdm_fast.runs.run_folder.seal import is_indexed
 from datasetdm_fast.runs.run_folder.selections import FILTER, Filter, read_filter
 
 BLOCK = 64  # samples whose scores are committed together

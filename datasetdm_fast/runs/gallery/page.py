@@ -39,11 +39,10 @@ from datasetdm_fast.runs.run_folder.document import (
     size_in_words,
     speed_in_words,
 )
-from datasetdm_fast.runs.run_folder.folder import RunFolder, refusing_rows
+from datasetdm_fast.runs.run_folder.folder import RunFolder, has_indexes, is_sealed, refusing_rows, seal
 from datasetdm_fast.runs.run_folder.indexes import writers
 from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, PARTS, Ledger, Row, canonical
 from datasetdm_fast.runs.run_folder.scores import LEAST_SHARE
-from datasetdm_fast.runs.run_folder.seal import has_indexes, is_sealed, seal
 from datasetdm_fast.runs.run_folder.selections import read_filter
 from datasetdm_fast.untrusted import documents, images
 

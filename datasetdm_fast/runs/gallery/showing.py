@@ -19,11 +19,10 @@ from datasetdm_fast.runs.gallery.review import Review
 from datasetdm_fast.runs.gallery.server import ServedRun
 from datasetdm_fast.runs.run_folder import page_files
 from datasetdm_fast.runs.run_folder.document import LEDGER, LOCK, quarantines, require_document, without_ledger
-from datasetdm_fast.runs.run_folder.folder import RunFolder, refusing_rows, trace_labels
+from datasetdm_fast.runs.run_folder.folder import RunFolder, has_indexes, is_sealed, refusing_rows, trace_labels
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger
 from datasetdm_fast.runs.run_folder.page_files import DETAILS_NAME, PAGE_NAME, PAGE_SAMPLES, SHEET_SAMPLES
 from datasetdm_fast.runs.run_folder.reader import Run
-from datasetdm_fast.runs.run_folder.seal import has_indexes, is_sealed
 from datasetdm_fast.runs.run_folder.selections import read_filter
 from datasetdm_fast.runs.run_folder.shard_audit import find_sharded
 from datasetdm_fast.runs.run_folder.shard_places import ShardFolder, folder_of, shard_place

@@ -28,9 +28,8 @@ from datasetdm_fast.runs.run_folder.document import (
     read_document,
     row_facts,
 )
-from datasetdm_fast.runs.run_folder.folder import RunFolder
+from datasetdm_fast.runs.run_folder.folder import RunFolder, is_indexed
 from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, QUARANTINED, Ledger, Row
-from datasetdm_fast.runs.run_folder.seal import is_indexed
 from datasetdm_fast.runs.run_settings import RunSpec
 
 COMPARED = ("model", "decoders", "packages", "sampling", "plan", "labels")  # parts of run.json that must be equal

@@ -16,7 +16,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import LABEL_KINDS, kind_of
 from datasetdm_fast.engine.loop.plan import TURN
 from datasetdm_fast.errors import Missing, Refused, quote
-from datasetdm_fast.runs.run_folder import page_files, seal
+from datasetdm_fast.runs.run_folder import page_files
 from datasetdm_fast.runs.run_folder.document import (
     CLAIMS,
     COMMANDS,
@@ -38,7 +38,7 @@ from datasetdm_fast.runs.run_folder.document import (
     require_document,
     sides,
 )
-from datasetdm_fast.runs.run_folder.folder import RunFolder
+from datasetdm_fast.runs.run_folder.folder import SEAL, THIS, RunFolder, encode_seal, is_sealed, read_seal
 from datasetdm_fast.runs.run_folder.ledger import BLOCK, DONE, DOUBTFUL, QUARANTINED, Ledger, Row
 from datasetdm_fast.runs.run_folder.selections import FILTER
 from datasetdm_fast.untrusted import documents, images
@@ -107,7 +107,7 @@ def audit(
     findings: list[Finding] = []
     document = _check_document(folder, findings)
     report = Report(str(folder), document["plan"]["number"] if document else 0, 0, 0, 0, 0, findings)
-    if not any((folder / name).exists() for name in (LEDGER, seal.SEAL)):
+    if not any((folder / name).exists() for name in (LEDGER, SEAL)):
         return report  # killed before its first sample, or in shards with a damaged run.json
     try:
         with Ledger(folder / LEDGER, read_only=True) as ledger:
@@ -143,7 +143,7 @@ def _audit(
         Finding(DOCUMENT, f"{line.replace(' asked for', ' in the ledger')}", "Restore run.json from a copy.")
         for part in noted or {}
         for line in differences(document.get(part), noted[part], part)
-        if seal.is_sealed(folder) or line.partition(":")[0] not in BEGUN_ANEW
+        if is_sealed(folder) or line.partition(":")[0] not in BEGUN_ANEW
     ]
     findings += _check_seal(folder)
     known = page_files.expected_files(document, ledger)
@@ -208,19 +208,19 @@ def _beyond(index: int, number: int) -> Finding:
 
 def _check_seal(folder: Path) -> Iterator[Finding]:
     """What differs from the digests that were written down when the run was finished."""
-    if not (folder / seal.SEAL).exists():
-        yield Finding(seal.SEAL, "is not there, so nothing tells whether ledger and index files were changed", REWRITE)
+    if not (folder / SEAL).exists():
+        yield Finding(SEAL, "is not there, so nothing tells whether ledger and index files were changed", REWRITE)
         return
     try:
-        digests = seal.read_seal(folder)
+        digests = read_seal(folder)
     except (Refused, Missing) as error:
-        yield Finding(seal.SEAL, _cause(error, folder, seal.SEAL), f"Delete it. {REWRITE}")
+        yield Finding(SEAL, _cause(error, folder, SEAL), f"Delete it. {REWRITE}")
         return
     if not digests:  # the run is in progress, or was killed
         return
-    digests.pop(seal.THIS, None)
-    if (folder / seal.SEAL).read_bytes() != seal.encode_seal(digests):
-        yield Finding(seal.SEAL, CHANGED, f"Delete it. {REWRITE}")
+    digests.pop(THIS, None)
+    if (folder / SEAL).read_bytes() != encode_seal(digests):
+        yield Finding(SEAL, CHANGED, f"Delete it. {REWRITE}")
     with suppress(FileNotFoundError):  # as usual, unless another process has just opened the ledger
         if (folder / f"{LEDGER}-wal").stat().st_size:
             what = "something was written to the ledger after the run was finished"
@@ -246,11 +246,11 @@ def _product_folders(document: Mapping[str, Any]) -> list[str]:
 
 def _check_strangers(folder: Path, folders: Iterable[str], known: set[str]) -> Iterator[Finding]:
     """Files in our folders that no sample has; a run in progress has some that the same line writes over."""
-    state = {LEDGER, LOCK, seal.SEAL, FILTER, LOG_OF_0_1, *(f"{LEDGER}-{kind}" for kind in ("wal", "shm", "journal"))}
+    state = {LEDGER, LOCK, SEAL, FILTER, LOG_OF_0_1, *(f"{LEDGER}-{kind}" for kind in ("wal", "shm", "journal"))}
     state |= {DROPPED.rstrip("/"), f"state/{CLAIMS}", QUEUE_OF_0_2, f"{QUEUE_OF_0_2}-journal"}  # of killed processes
     allowed = known | state
     paths = (path for name in folders if (folder / name).is_dir() for path in sorted((folder / name).iterdir()))
-    for path in paths if seal.is_sealed(folder) else ():
+    for path in paths if is_sealed(folder) else ():
         inside = path.relative_to(folder).as_posix()
         # a process that is killed leaves a half-written file, which the next one removes
         if inside not in allowed and not storage.is_temporary(path):

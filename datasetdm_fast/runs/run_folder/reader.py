@@ -38,10 +38,10 @@ from datasetdm_fast.runs.run_folder.document import (
     to_see_damage,
     without_ledger,
 )
+from datasetdm_fast.runs.run_folder.folder import replace_file
 from datasetdm_fast.runs.run_folder.goal import goal_of
 from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, PARTS, Ledger, Row
 from datasetdm_fast.runs.run_folder.scores import passing
-from datasetdm_fast.runs.run_folder.seal import replace_file
 from datasetdm_fast.runs.run_folder.selections import FILTER, SPLIT, Filter, read_dropped, read_filter
 from datasetdm_fast.runs.run_folder.shard_places import ShardBucket, ShardPlace, folder_of, shard_place
 from datasetdm_fast.runs.run_folder.shards import ShardLedger, read_stored
