@@ -9,6 +9,7 @@ from datasetdm_fast.command_line import run_report, run_settings
 from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.output import ImageProgress, print_lines
+from datasetdm_fast.command_line.run_settings import Launch, choose_launch
 from datasetdm_fast.config import EXACT
 from datasetdm_fast.runs.agreement.admission import Screen, admit_job
 from datasetdm_fast.runs.jobs.run import Decision, Outcome, RunQueue
@@ -17,7 +18,6 @@ from datasetdm_fast.runs.run_folder.document import SHARDS
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_settings import RunConfig, RunSpec, WorkerSettings
 from datasetdm_fast.runs.workers.devices import find_peer, find_places
-from datasetdm_fast.runs.workers.launch import Launch, choose_launch
 
 EXAMPLES = (
     "--number 16",

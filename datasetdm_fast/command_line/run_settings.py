@@ -1,14 +1,17 @@
-"""Settings of generate and label: those that follow from others, checks before anything is loaded, and their run."""
+"""Settings of generate and label: those that follow from others, checks before anything is loaded, their run, and the
+processes that make its samples.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.command_line.output import remake_sample
 from datasetdm_fast.config import ATTENTION, DECODER, EXACT, LABELLER_KINDS, LABELS, PARITIES, UNDECODED
@@ -27,8 +30,21 @@ from datasetdm_fast.runs.run_folder.document import DOCUMENT, GROWING, SHARDS, m
 from datasetdm_fast.runs.run_folder.goal import FLAG
 from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.runs.run_folder.scores import SCORERS, parse_where
-from datasetdm_fast.runs.run_settings import LabelConfig, LabelSettings, PromptSettings, RunConfig, RunSpec
+from datasetdm_fast.runs.run_settings import (
+    LabelConfig,
+    LabelSettings,
+    PromptSettings,
+    RunConfig,
+    RunSpec,
+    WorkerSettings,
+)
+from datasetdm_fast.runs.workers.devices import LaunchedProcess, find_places, take_share
 from datasetdm_fast.settings import EngineSettings, ModelSettings, SamplingSettings, flags_of, json_values
+
+if TYPE_CHECKING:
+    from datasetdm_fast.runs.jobs.writing import Result
+    from datasetdm_fast.runs.workers.worker import Callbacks
+
 
 LONGEST_NAME = 48  # letters of the readable part of a run folder's name
 FIRST_WORDS = 8  # of a prompt, in that part
@@ -259,3 +275,28 @@ def without_whole_labels(config: LabelConfig, provided: Collection[str]) -> Labe
             "Leave it out of --task and --labeller, or drop --tiles.",
         )
     return replace(config, task=tuple(task for task in config.task if task not in whole))
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One way to make the samples of a run."""
+
+    run: Callable[[RunSpec, Callbacks], Result] | None = None  # None: this process makes them, and so needs the job
+    processes: int = 1  # like this one, among which the samples are divided
+    may_compare: bool = True  # whether this process may compare engines before the others start
+
+
+def choose_launch(spec: RunSpec, workers: WorkerSettings, peer: LaunchedProcess | None) -> tuple[RunSpec, Launch]:
+    """The way that the flags and the environment ask for, and the run with the threads that each process has."""
+    device, threads = spec.engine.device, spec.engine.threads
+    if peer:
+        from datasetdm_fast.runs.workers.launched import run_launched
+
+        threads = take_share(peer, workers, device, threads)
+        spec = replace(spec, engine=replace(spec.engine, threads=threads))
+        return spec, Launch(partial(run_launched, peer), peer.world, may_compare=False)
+    if places := find_places(workers, device, threads):
+        from datasetdm_fast.runs.workers.spawn import run_spawned
+
+        return spec, Launch(partial(run_spawned, places))
+    return spec, Launch()
