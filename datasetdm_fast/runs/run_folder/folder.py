@@ -1,5 +1,5 @@
-"""The run folder: files first, then their rows; all but the samples' files is rebuilt from the ledger. A finished run is
-sealed with digests, by which an audit notices changes.
+"""The run folder: files first, then their rows; all but the samples' files is rebuilt from the ledger. A finished run
+is sealed with digests, by which an audit notices changes.
 """
 
 import hashlib
