@@ -28,14 +28,9 @@ class Fault(NamedTuple):
     options: dict[str, Any] = {}
 
 
-FAST, GPU, DRIVER, LABELS = (
+FAST, GPU, DRIVER = (
     f"datasetdm_fast.{name}"
-    for name in (
-        "engine.engines.fast.engine",
-        "engine.engines.fast.on_gpu",
-        "engine.loop.driver",
-        "engine.loop.label_stream",
-    )
+    for name in ("engine.engines.fast.engine", "engine.engines.fast.on_gpu", "engine.loop.driver")
 )
 FAULTS = {
     "images decoded by other threads": Fault(
@@ -48,7 +43,7 @@ FAULTS = {
         "release(value for capture in captures for value in tensors_of(capture))",
         "pass",
     ),
-    "the label stream does not wait": Fault(f"{LABELS}:LabelStream._follow", "self._stream.wait_event(queued)", "pass"),
+    "the label stream does not wait": Fault(f"{DRIVER}:LabelStream._follow", "self._stream.wait_event(queued)", "pass"),
     "a number is read in the loop": Fault(
         f"{DRIVER}:BatchGenerator.sample", "state.step(call, output)", "state.step(call, output).sum().item()"
     ),
@@ -102,7 +97,7 @@ FAULTS = {
         "datasetdm_fast.kernels.transfer:_copy", "place.numpy().copy()", "place.numpy()"
     ),
     "labels on the sampler's stream": Fault(
-        f"{LABELS}:LabelStream._follow", "torch.cuda.stream(self._stream)", "torch.cuda.device(self._device)"
+        f"{DRIVER}:LabelStream._follow", "torch.cuda.stream(self._stream)", "torch.cuda.device(self._device)"
     ),
     "numbers of a schedule copied at every batch": Fault(
         "datasetdm_fast.engine.sampling.schedule:SamplerState.__init__", "_walk_numbers(", "_walk_numbers.__wrapped__("
@@ -189,7 +184,7 @@ FAULTS = {
         {"scenario": "label"},
     ),
     "an event of another GPU": Fault(
-        f"{LABELS}:LabelStream.put",
+        f"{DRIVER}:LabelStream.put",
         "torch.cuda.current_stream(self._device)",
         "torch.cuda.current_stream()",
         {"scenario": "label", "device": "cuda:1"},
@@ -420,7 +415,7 @@ FAULTS = {
         f"{DRIVER}:BatchGenerator.sample", "state.step(call, output)", "repr(state.step(call, output).sum())"
     ),
     "a loop that asks an event": Fault(
-        f"{LABELS}:LabelStream.put",
+        f"{DRIVER}:LabelStream.put",
         "queued.record(torch.cuda.current_stream(self._device))",
         "queued.record(torch.cuda.current_stream(self._device)); list(iter(queued.query, True))",
     ),
@@ -445,13 +440,13 @@ FAULTS = {
         {"scenario": "training"},
     ),
     "a call that is over by an event of another GPU": Fault(
-        f"{LABELS}:FinishedCalls.on_queued",
+        f"{DRIVER}:FinishedCalls.on_queued",
         "torch.cuda.current_stream(self._device)",
         "torch.cuda.current_stream()",
         {"device": "cuda:1"},
     ),
     "an event that is never recorded": Fault(
-        f"{LABELS}:FinishedCalls.on_queued", "over.record(torch.cuda.current_stream(self._device))", "pass"
+        f"{DRIVER}:FinishedCalls.on_queued", "over.record(torch.cuda.current_stream(self._device))", "pass"
     ),
     "latents by way of another GPU": Fault(
         f"{FAST}:FastEngine._call",

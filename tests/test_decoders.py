@@ -30,8 +30,15 @@ from datasetdm_fast.engine.decoders.checkpoint import (
     seeded_decoders,
 )
 from datasetdm_fast.engine.decoders.config import SD1_LEVELS, DecoderConfig, upstream
-from datasetdm_fast.engine.decoders.layers import SegBlock, SpectralConv2d, Upscale
-from datasetdm_fast.engine.decoders.trunk import Decoder, copy_for_cpu, copy_for_gpu, fold
+from datasetdm_fast.engine.decoders.trunk import (
+    Decoder,
+    SegBlock,
+    SpectralConv2d,
+    Upscale,
+    copy_for_cpu,
+    copy_for_gpu,
+    fold,
+)
 from datasetdm_fast.engine.models.layers import Uninitialised
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import fused, mask_head, plain

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from bench.world.hard.reader import register
 from bench.world.worlds import WORLDS
 from datasetdm_fast import Pipeline, filter, generate, open_run, train
-from datasetdm_fast.command_line import progress, run_report
+from datasetdm_fast.command_line import output, run_report
 from datasetdm_fast.data import DepthMap, DomainDistance, Instances, Request, Sample, SemanticMap, Trust
 from datasetdm_fast.engine.decoders import domain
 from datasetdm_fast.engine.decoders.checkpoint import load_decoder

@@ -469,7 +469,7 @@ def test_a_training_counts_its_time_from_the_end_of_the_first_step(monkeypatch, 
         "semantic 6/6, loss 0.5000",
     ]
     now = iter([0.0, 90.0, 90.0, 100.0, 100.0])
-    with progress.StepProgress("semantic", "mIoU", 6, False, later=5) as steps:
+    with output.StepProgress("semantic", "mIoU", 6, False, later=5) as steps:
         steps.on_step(1, 0.5, None)
         steps.on_step(2, 0.25, 0.75)
     told = "semantic 2/6, loss 0.2500, held-out mIoU 0.7500, about 40 s left, 90 s with what follows"

@@ -20,7 +20,7 @@ from datasetdm_fast.command_line.interruption import ENDED
 from datasetdm_fast.command_line.run_report import print_run
 from datasetdm_fast.command_line.run_settings import check_judged, read_spec
 from datasetdm_fast.command_line.sharded_run import generate_shards
-from datasetdm_fast.disk import locks, sqlite
+from datasetdm_fast.disk import sqlite, storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.jobs import writing
 from datasetdm_fast.runs.jobs.writing import Result

@@ -22,7 +22,7 @@ from small_unets import with_small_unet
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from datasetdm_fast.config import DEMO_DEFAULTS, TASKS
-from datasetdm_fast.engine.backbones import OWN_MODELS, check_source, every_backbone, pipeline_of
+from datasetdm_fast.engine.backbones import OWN_MODELS, check_source, every_backbone, fitting, pipeline_of
 from datasetdm_fast.engine.backbones.flow_models import DEMO_DIT_DEFAULTS
 from datasetdm_fast.engine.backbones.sd import DOWN_BLOCKS, SD, SD_SCHEDULER, UP_BLOCKS, USUAL_SCHEDULE
 from datasetdm_fast.engine.engines import build_engine
@@ -133,7 +133,7 @@ def test_an_offset_of_the_steps_is_one_of_them():
 
 def test_numbers_of_a_config_have_bounds():
     """Each number that is still taken, and the next one."""
-    buckets, distance = checks.BUCKETS, checks.DISTANCE
+    buckets, distance = fitting.BUCKETS, fitting.DISTANCE
     for taken, refused, told in (
         ({"num_layers": 128}, {"num_layers": 129}, "'num_layers' is 129, expected numbers of at most 128"),
         ({"num_layers": 1}, {"num_layers": 0}, "'num_layers' is 0, expected 1 or more"),
@@ -148,9 +148,9 @@ def test_numbers_of_a_config_have_bounds():
         ({buckets: 12, distance: 4}, {buckets: 12, distance: 3}, "is 3, expected 4 or more"),
         ({distance: 9}, {distance: 8}, "is 8, expected 9 or more"),
     ):
-        checks.check_bounds(taken, Path("unet"))
+        fitting.check_bounds(taken, Path("unet"))
         with pytest.raises(Refused, match=f"model: unet: the setting .*{told}"):
-            checks.check_bounds(refused, Path("unet"))
+            fitting.check_bounds(refused, Path("unet"))
 
 
 def test_settings_of_a_schedule_have_bounds():
@@ -170,12 +170,12 @@ def test_settings_of_a_schedule_have_bounds():
         (True, {"shift_terminal": None}, {"shift_terminal": -0.1}, "out of range"),
         (True, {"max_shift": None}, flow | {"max_shift": None}, "max_shift is None"),
     ):
-        checks.check_scheduler(taken, "model", is_flow=is_flow)
+        fitting.check_scheduler(taken, "model", is_flow=is_flow)
         with pytest.raises(Refused, match=told):
-            checks.check_scheduler(refused, "model", is_flow=is_flow)
+            fitting.check_scheduler(refused, "model", is_flow=is_flow)
     for size, nearest in ((1, 64), (100, 128), (95, 64)):
         with pytest.raises(Refused, match=f"{size} is not a positive multiple of 64") as stop:
-            checks.check_size(size, 64)
+            fitting.check_size(size, 64)
         assert stop.value.remedy == f"Try --size {nearest}; 0 takes what the model was made for."
 
 

@@ -7,7 +7,7 @@ import torch
 
 from datasetdm_fast.config import HALF
 from datasetdm_fast.engine import engines
-from datasetdm_fast.engine.decoders.layers import SpectralConv2d
+from datasetdm_fast.engine.decoders.trunk import SpectralConv2d
 from datasetdm_fast.engine.engines import device
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.errors import Missing, Refused

@@ -29,8 +29,7 @@ from datasetdm_fast.engine.labels.trust import (
     without_unsure,
 )
 from datasetdm_fast.errors import GateFailed, Refused
-from datasetdm_fast.runs.jobs.result import Result
-from datasetdm_fast.runs.jobs.writing import Quota
+from datasetdm_fast.runs.jobs.writing import Quota, Result
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.goal import Goal, check_scored
 from datasetdm_fast.runs.run_folder.reader import open_run
