@@ -40,8 +40,8 @@ from datasetdm_fast.runs.exporting.rings import editable_parts, rings
 from datasetdm_fast.runs.exporting.sources import ExportSource, choose_labels
 from datasetdm_fast.runs.exporting.view import Linked, SampleView
 from datasetdm_fast.runs.exporting.voc import borders
-from datasetdm_fast.runs.run_folder.corrections import Correction
 from datasetdm_fast.runs.gallery.page import finish_run
+from datasetdm_fast.runs.run_folder.corrections import Correction
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.training.readers import open_data
