@@ -256,6 +256,13 @@ def test_a_negative_prompt_with_a_name_stays_whole():
         assert prompts.fit_negative(given, few, "--negative-prompt") == whole
 
 
+def test_a_negative_prompt_without_a_name_is_cut_only_where_asked():
+    with pytest.raises(Refused, match="tokens, at most 77 fit"):
+        prompts.fit_negative("fog " * 90, Tokenizer(), "--negative-prompt")
+    cut = prompts.fit_negative("fog " * 90, Tokenizer(), "--negative-prompt", truncate=True)
+    assert cut == " ".join(["fog"] * 75)  # 77 less the marks of start and end
+
+
 def test_the_name_of_a_set_stands_for_its_classes():
     def words(*classes):
         return run_settings.expand_names(RunConfig(classes=classes), {"classes"}).classes
