@@ -197,6 +197,15 @@ def test_a_whole_unet_in_one_call_says_what_the_plain_one_says(batch, in_pairs, 
     assert distance(one_by_one, truth) <= most and heard.features.keys() == told.features.keys()
 
 
+@torch.inference_mode()
+def test_a_hook_is_asked_for_the_self_attention_of_every_side(monkeypatch):
+    weights, asked = load_model("tiny").networks["unet"].read(), []
+    block, hook = with_blocks(UNet(weights, plain)), CaptureHook(plain)
+    monkeypatch.setattr(hook, "reads_self", asked.append)
+    block(image(1, 4, 16, 24), TimeTable(weights)(torch.tensor(321.0)), TextTable(weights)(noise(2, TEXT, 32)), hook)
+    assert asked == [384, 96, 24, 6]
+
+
 def test_slices_that_begin_together_run_the_same_packed_weights(monkeypatch):
     """A second packing would free the weights that the first slice is reading."""
     block, made = BLOCKS[Resnet](resnet(16, 16)), []

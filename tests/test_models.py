@@ -27,11 +27,20 @@ from datasetdm_fast.engine.engines.fast import engine as base
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loading.presets import seed_network
 from datasetdm_fast.engine.models import fused, packed
-from datasetdm_fast.engine.models.capture import AttentionSlot, ProjectedSums, Projection, RawCapture
+from datasetdm_fast.engine.models.capture import (
+    AttentionSlot,
+    CaptureHook,
+    KeptFeature,
+    ProjectedSums,
+    Projection,
+    RawCapture,
+    SummedAttention,
+)
 from datasetdm_fast.engine.models.layers import GroupNorm, LayerNorm, Upsample, Weights, sigmoid
 from datasetdm_fast.engine.models.mmdit import turns_of
+from datasetdm_fast.engine.models.mmdit_readers import ProjectingReader, RawReader
 from datasetdm_fast.engine.models.text_encoder import TextEncoder
-from datasetdm_fast.engine.models.unet import TextTable, TimeTable, UNet
+from datasetdm_fast.engine.models.unet import AttentionBlock, TextTable, TimeTable, UNet
 from datasetdm_fast.engine.models.vae import ImageDecoder, ImageEncoder, has_usual_form
 from datasetdm_fast.engine.sampling.schedule import guide, make_schedule, start, step
 from datasetdm_fast.engine.sampling.times import initial_noise
@@ -647,7 +656,7 @@ def small_unet(**settings):
     sizes = {"block_out_channels": (9, 12), "layers_per_block": 1, "cross_attention_dim": 10, "norm_num_groups": 3}
     down, up = ("DownBlock2D", "CrossAttnDownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
     blocks = {"down_block_types": down, "up_block_types": up, "attention_head_dim": (1, 2)}
-    return varied(UNet2DConditionModel(**sizes, **blocks, norm_eps=3e-4, **settings))
+    return varied(UNet2DConditionModel(**sizes, norm_eps=3e-4, **{**blocks, **settings}))
 
 
 @pytest.mark.parametrize("is_plain", [True, False])
@@ -760,3 +769,97 @@ def test_heads_turn_by_angles_of_double_precision():
         angles = [first / 300 ** (k / 4) for k in (0, 2)] + [second / 300 ** (k / 8) for k in (0, 2, 4, 6)]
         wanted = torch.tensor([[math.cos(angle), math.sin(angle)] for angle in angles])
         torch.testing.assert_close(found[0, row], wanted, rtol=0, atol=3e-7)
+
+
+@pytest.mark.parametrize("kind", [UNet, fused.FusedUNet])
+@torch.inference_mode()
+def test_a_network_of_different_widths_is_that_of_diffusers(kind):
+    """Of two blocks in each transformer, those of the highest level among them; from its deep features, too."""
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "transformer_layers_per_block": 2}
+    module = small_unet(**blocks, up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+    latents, text, step = torch.randn(2, 4, 8, 6), torch.randn(4, 5, 10), torch.tensor(321.0)
+    expected = module(latents.repeat(2, 1, 1, 1), step, text).sample
+    network = kind(module, plain)
+    given = latents, TimeTable(module)(step), TextTable(module)(text)
+    found = network(*given, kept := KeptFeature(network.deep, plain))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    from_deep = network.forward_from(*given, kept.value, CaptureHook(plain))
+    torch.testing.assert_close(from_deep, expected, rtol=1e-4, atol=1e-4)
+    for block in network.modules():
+        if isinstance(block, AttentionBlock):
+            block.rows = 50  # of up to 192
+    torch.testing.assert_close(network(*given, CaptureHook(plain)), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_level_sums_its_features_and_the_mean_map_of_the_blocks_of_a_transformer(dtype):
+    level = Level("low", 2, (3, 5), (2,), 4)
+    weight, latents = torch.randn(6, level.channels, 1, 1), torch.zeros(1, 4, 16, 16)
+    decoder = SimpleNamespace(projections=lambda: {"low": weight})
+    summed = ProjectedSums(Projection([level], {"it": decoder}), latents, plain)
+    hooks = summed, RawCapture([level], plain)
+    for place, channels in enumerate(level.features):
+        x = torch.randn(2, channels, 2, 2).to(dtype)
+        for hook in hooks:
+            hook.feature((0, place), x)
+    for block in range(2):
+        q, k = (torch.randn(2, 2, 4, 3).to(dtype) for _ in range(2))
+        slot = AttentionSlot(0, 0, block, 2)
+        if dtype == torch.float32 and block:  # whose answer is known
+            summed.on_queries(slot, q, k)
+        else:
+            summed.attend(slot, q, k, k)
+        hooks[1].on_queries(slot, q, k)
+    raw = hooks[1].result()
+    truth = pyramid.reference(raw.features[0], raw.maps[0], weight, 2)
+    assert relative(summed.result()[0], truth) <= (2e-2 if dtype == torch.bfloat16 else 1e-6)
+
+
+def test_sums_of_self_attention_leave_the_answers_of_both_halves_in_their_order():
+    q, k, v = torch.randn(3, 4, 2, 4, 3)
+    sums = AttentionSums(torch.ones(2, 4, 4), torch.zeros(2, 4, 3))
+    hook = SummedAttention([2, 2], sums, {}, plain)  # one of two layers
+    torch.testing.assert_close(hook.attend_self(AttentionSlot(0, 0), q, k, v), attention.plain(q, k, v))
+    torch.testing.assert_close(hook.cells, 1 + probabilities(q[2:], k[2:]).mean(1) / 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [3, 6])
+def test_decoders_read_as_many_tokens_of_a_text_as_they_know(tokens, dtype):
+    """Of two blocks of one level, whose shares are exp(q k / sqrt(d) - the logarithm of the sum)."""
+    levels = Level("low", 2, (3, 3), (2, 2), 4, 1, (5, 7)), Level("highest", 2, (3,), (), 4, 1)
+    weight = torch.randn(6, levels[0].channels, 1, 1)
+    projection = Projection(levels, {"it": SimpleNamespace(projections=lambda: {"low": weight})})
+    raw, summed = RawReader(levels, 1, 4), ProjectingReader(projection, 1, 4, plain)
+    features, maps, added = [], [], []
+    for block in levels[0].blocks:
+        seen, appended = torch.randn(2, 4 + tokens, 3).to(dtype), torch.randn(1, 4 + tokens, 6)
+        q, k = (torch.randn(2, 2, 4 + tokens, 4).to(dtype) for _ in range(2))
+        sums = torch.randn(2, 2, 4 + tokens)
+        for reader in (raw, summed):
+            reader.begin = 4
+            reader.read(block, seen, appended, q, k, sums, None)
+        shares = (q[-1:, :, :4].float() @ k[-1:, :, 4:].float().mT / 2 - sums[-1:, :, :4, None]).exp()
+        features.append(seen[-1:, :4].float().mT.unflatten(2, (2, 2)))
+        maps.append(torch.nn.functional.pad(shares, (0, max(0, 4 - tokens)))[..., :4])
+        added.append(appended[:, :4])
+    found = raw.capture(torch.zeros(1, 3, 2, 2))
+    for ours, truth in ((found.features[0], features), (found.maps[0], maps)):
+        for part, wanted in zip(ours, truth, strict=True):
+            torch.testing.assert_close(part, wanted)  # in fp32
+    parts = weight[:, 6:, 0, 0].split(8, 1)
+    truth = sum(
+        torch.einsum("bhst,fht->bsf", share, part.unflatten(1, (2, 4))) + more
+        for share, part, more in zip(maps, parts, added)
+    )
+    (level,) = summed.level_sums(torch.zeros(1, 3, 2, 2)).values()
+    torch.testing.assert_close(level, truth.mT.unflatten(2, (2, 2)), rtol=1e-4, atol=1e-4)
+
+
+def test_doubled_taps_are_held_in_the_type_that_is_known_from_the_start():
+    class State(dict):
+        computed_as = torch.bfloat16
+
+    state = State(weight=torch.randn(2, 3, 3, 3), bias=torch.zeros(2))
+    layer = Upsample(Weights(state))
+    assert layer.weight.dtype == torch.bfloat16 and layer.plain_taps().dtype == torch.bfloat16

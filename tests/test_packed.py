@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from datasetdm_fast import _C
 from datasetdm_fast.engine.engines.device import Lanes
+from datasetdm_fast.engine.models import packed
 from datasetdm_fast.engine.models.layers import Convolution, Linear, Resnet, Upsample, Weights, join_places
 from datasetdm_fast.engine.models.packed import (
     FEWEST_TILES,
@@ -173,6 +174,12 @@ def test_threads_change_no_bit_of_a_gradient(monkeypatch):
         monkeypatch.setattr(winograd, "threads", lambda *_, threads=threads: threads)
         found.append(winograd.gradient(x, out))
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_taps_of_an_upsample_are_read_back_where_they_are_transformed_at_every_call(monkeypatch):
+    monkeypatch.setattr(packed, "is_held", lambda weight: False)
+    upsample = Upsample(weights(48, 32))
+    assert torch.equal(PackedUpsample(upsample).plain_taps(), upsample.taps)
 
 
 def test_what_it_cannot_compute_is_refused():

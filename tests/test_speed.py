@@ -32,6 +32,7 @@ from datasetdm_fast.engine.models.fp8 import Fp8Linear, to_fp8
 from datasetdm_fast.engine.models.fused import FusedUNet, ShiftedBlock
 from datasetdm_fast.engine.models.layers import Linear, Weights
 from datasetdm_fast.engine.models.mmdit import HeadProjection
+from datasetdm_fast.engine.models.packed import PackedLinear
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.kernels import plain
 from datasetdm_fast.runs.agreement import admission, speed_gate
@@ -142,6 +143,10 @@ def test_an_fp8_twin_shifts_its_norms_and_lacks_the_rows_of_decoders():
     product, appended = narrow(x)
     assert isinstance(narrow, fp8.Fp8Projection) and product.shape == (2, 5, 48) and appended.shape == (2, 5, 0)
     torch.testing.assert_close(product, source(x)[0], rtol=0.2, atol=1.0)
+    plainly = Linear(Weights({"weight": torch.randn(16, 32)}))
+    laid_out, wanted = PackedLinear(plainly), fp8._twin_of(plainly)(x)
+    laid_out(x)  # after which its plain weight is gone
+    assert laid_out.weight is None and torch.equal(fp8._twin_of(laid_out)(x), wanted)
     odd = Linear(Weights({"weight": torch.randn(16, 24)}))
     assert fp8._twin_of(odd) is odd  # whose inputs no product in fp8 takes
 
