@@ -306,6 +306,7 @@ def test_parts_of_other_kinds_of_models_are_refused(saved, tmp_path):
         ("sdxl", "tokenizer", {"model_max_length": None}, "tokenizer's model_max_length is 1000000000000000019884624"),
         ("sd3", "", {"tokenizer_3": [None, None]}, "has a text_encoder_3, and no tokenizer_3"),
         ("flux1", "", {"vae": "AutoencoderKL"}, "model_index.json says 'AutoencoderKL' of its vae, expected a library"),
+        ("flux1", "", {"vae": ["diffusers"]}, "model_index.json says ['diffusers'] of its vae, expected a library"),
         ("flux1", "scheduler", {"num_train_timesteps": 0}, "steps, shift or shift_terminal are out of range"),
         ("z-image", "scheduler", {"shift_terminal": 1}, "steps, shift or shift_terminal are out of range"),
         ("sdxl", "unet", {"freq_shift": "x"}, "the unet's freq_shift is 'x', expected a value such as 0"),

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_pipelines
@@ -162,6 +163,13 @@ def test_a_file_of_sd3_with_its_clips(tmp_path):
     with pytest.raises(Refused, match="needs also tokenizer_3") as caught:
         load_model(str(path))
     assert "\n" not in caught.value.cause
+
+
+def test_tensors_that_begin_as_no_part_does_are_those_of_the_denoiser_alone():
+    backbone = SimpleNamespace(denoiser="net", file_parts={"net": "model.", "vae": "vae."})
+    state = {"vae.a": 1, "blocks.0": 2, "x_embedder": 3}
+    assert single_file._parts_of(state, backbone) == {"net": {"blocks.0": 2, "x_embedder": 3}, "vae": {"vae.a": 1}}
+    assert single_file._parts_of({"model.b": 4}, backbone) == {"net": {"model.b": 4}}
 
 
 def test_files_of_a_transformer_alone_are_read_with_the_folders_beside_them(tmp_path):

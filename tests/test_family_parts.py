@@ -50,6 +50,19 @@ def test_weights_in_several_files_are_read_by_their_index(folder):
         load_model(str(folder))
 
 
+def test_a_tokenizer_of_no_length_is_cut_where_its_model_reads_no_more(folder):
+    path = folder / "tokenizer_2" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": None}))
+    model = load_model(str(folder), size=64)
+    assert model.tokenizer.model_max_length == model.backbone.text(model.configs)[0]
+
+
+def test_safetensors_of_a_later_name_come_before_pickles_of_an_earlier_one(tmp_path):
+    (tmp_path / "pytorch_model.bin").touch()
+    save_file({"x": torch.zeros(2)}, tmp_path / "model.fp16.safetensors")
+    assert [path.name for path in _weight_files(tmp_path).files] == ["model.fp16.safetensors"]
+
+
 def test_weights_of_half_precision_in_several_files_are_read_by_their_own_index(tmp_path):
     names = [f"diffusion_pytorch_model.fp16-0000{k}-of-00002.safetensors" for k in (1, 2)]
     for number, name in enumerate(names):
@@ -198,15 +211,27 @@ def test_texts_of_different_lengths_are_padded_and_masked():
     assert join_texts([long, long]).mask is None and len(both[1:]) == 2 and len(short.expand(5)) == 5
 
 
+@pytest.mark.parametrize("end", [7, 2])
 @torch.inference_mode()
-def test_pooled_text_is_that_of_the_end_also_behind_a_word_that_was_added():
-    """The end of CLIP's published texts has their largest id; words of textual inversion have larger ones."""
+def test_pooled_text_is_that_of_the_end_also_behind_a_word_that_was_added(end):
+    """The end of CLIP's published texts has their largest id; words of textual inversion have larger ones. Where the
+    first configs say 2 it is the largest id all the same.
+    """
     torch.manual_seed(0)
     first, second = (tiny_pipelines.clip(kind) for kind in (CLIPTextModel, CLIPTextModelWithProjection))
-    second.config.eos_token_id = second.text_model.eos_token_id = 7
+    second.config.eos_token_id = second.text_model.eos_token_id = end
     ids = torch.tensor([[1, 9, 5, 7, 7], [1, 5, 7, 7, 7]])
     made = PairedPromptEncoder({"text_encoder": first, "text_encoder_2": second}, plain).of_tokens(ids, ids)
     torch.testing.assert_close(made.pooled, second(ids).text_embeds, rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_setting_of_a_transformer_decides():
+    network = SimpleNamespace(sample_size=64, num_layers=24)
+    assert SD3.defaults({"transformer": network}).size == 512
+    assert Z_IMAGE.most_pixels({"transformer": SimpleNamespace(axes_lens=[4, 64, 32])}) == 512
+    read = {"transformer": {"siglip_feat_dim": 1152}, "vae": {"latent_channels": 16, "block_out_channels": [8] * 4}}
+    with pytest.raises(Refused, match="siglip_feat_dim"):
+        Z_IMAGE.check(read, "a folder")
 
 
 def test_an_empty_prompt_of_sdxl_is_zeros_unless_the_index_of_its_model_says_no():

@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from unittest import mock
@@ -264,7 +265,24 @@ def test_an_image_of_the_demo_model_needs_neither_other_libraries_nor_a_compiler
     [("random-sd35", [77, 77, 256]), ("random-flux", [77, 256]), ("random-klein", [512]), ("random-zimage", [512])],
 )
 def test_models_of_seeded_weights_cut_texts_where_their_families_do(name, lengths):
-    assert [each.model_max_length for each in load_model(name).tokenizers.values()] == lengths
+    model = load_model(name, size=512)
+    assert [each.model_max_length for each in model.tokenizers.values()] == lengths
+    assert model.tokenizer.model_max_length == (77 if name == "random-sd35" else lengths[-1])
+    assert model.image_tokens == 32**2  # of 2 x 2 latent cells of 8 pixels
+    seeded = {part: f"seeded: {name}, seed {model.backbone.seed + k}" for k, part in enumerate(model.networks)}
+    assert {part: model.digests[part] for part in seeded} == seeded
+
+
+def test_a_seeded_network_is_of_unit_gain_and_tells_its_size_and_its_most_pixels():
+    model = load_model("tiny")
+    network, vae = (model.networks[part] for part in ("unet", "vae"))
+    state = network.read().state_dict()
+    assert network.numel() == sum(value.numel() for value in state.values())
+    assert float(state["down_blocks.0.resnets.0.conv1.weight"].flatten(1).norm(dim=1).mean()) == pytest.approx(1, 0.1)
+    told = int(model.digests["vae"].rpartition("seed ")[2])
+    assert same_weights(vae.module, presets.seed_network("vae", vae.config, told).module)
+    with pytest.raises(Refused, match="positions for images of at most 8192 pixels a side, 8208 were"):
+        load_model("random-zimage", size=8208)
 
 
 def test_the_tokenizer_of_the_demo_model_gives_the_ids_of_transformers():
@@ -924,6 +942,21 @@ def test_adapters_that_hold_nothing_or_do_not_fit_are_refused(tiny, tmp_path):
             lora.fuse_adapters(tiny, [str(tmp_path / "x.safetensors")])
 
 
+def test_an_adapter_names_layers_with_underscores_and_none_that_the_model_lacks(tiny, tmp_path):
+    name, path = "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0", tmp_path / "x.safetensors"
+    weight = tiny.modules["unet"].get_submodule(name).weight
+    high, wide = weight.shape
+    pair = {"lora_down.weight": torch.ones(2, wide), "lora_up.weight": torch.ones(high, 2)}
+    state = {f"lora_unet_{name.replace('.', '_')}.{ending}": value for ending, value in pair.items()}
+    save_file(state, path)
+    fused = lora.fuse_adapters(tiny, [str(path)])
+    torch.testing.assert_close(fused.modules["unet"].get_submodule(name).weight, weight + 2)
+    save_file(state | {"lora_unet_other.lora_up.weight": torch.ones(3, 2)}, path)
+    lacking = replace(tiny.backbone, name_adapter=lambda state, configs: dict(sorted(state.items())[:2]))
+    with pytest.raises(Refused, match=f"3 of its {high + 3} rows are of layers that the model lacks"):
+        lora.fuse_adapters(replace(tiny, backbone=lacking), [str(path)])
+
+
 def test_a_folder_of_an_adapter_alone_is_told_as_such(tmp_path):
     save_file({"x": torch.zeros(2)}, tmp_path / "pytorch_lora_weights.safetensors")
     with pytest.raises(Refused, match="holds a LoRA, which only changes another model"):
@@ -1110,14 +1143,16 @@ def test_a_conversion_goes_on_in_a_folder_of_its_own_parts_alone(tmp_path):
 
 def test_what_a_killed_conversion_left_is_removed_where_that_is_possible(tmp_path, monkeypatch):
     backbone = SimpleNamespace(parts={"unet": None}, index={"own": 1})
-    model = SimpleNamespace(modules={}, tokenizers={}, scheduler={"_class_name": "Ours"}, backbone=backbone, index={})
+    model = SimpleNamespace(
+        modules={}, tokenizers={}, scheduler={"_class_name": "Ours"}, backbone=backbone, index={"own": 2}
+    )
     monkeypatch.setattr(saving, "pipeline_of", lambda backbone: "Pipeline")
     (tmp_path / ".7.part").mkdir()
     (tmp_path / ".8.part").touch()  # which is no folder
     assert saving.save_model(model, tmp_path) == tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == [".8.part", "model_index.json", "scheduler"]
     index = json.loads((tmp_path / "model_index.json").read_text())
-    wanted = {"_class_name": "Pipeline", "unet": [None, None], "own": 1, "scheduler": ["diffusers", "Ours"]}
+    wanted = {"_class_name": "Pipeline", "unet": [None, None], "own": 2, "scheduler": ["diffusers", "Ours"]}
     assert index.pop("_diffusers_version") and index == wanted
     assert json.loads((tmp_path / "scheduler/scheduler_config.json").read_text())["_class_name"] == "Ours"
 

@@ -657,6 +657,8 @@ def test_a_pipeline_in_memory_that_no_weights_describe_is_refused():
     with pytest.raises(Refused, match="FreeU is enabled"):
         Pipeline.from_diffusers(theirs)
     theirs.disable_freeu()
+    theirs.register_to_config(_name_or_path="somebody/model")
+    assert in_memory.model_of(theirs).name == "somebody/model"
     assert len(Pipeline.from_diffusers(theirs, device="cpu", size=tiny.size)("a ball", steps=2, tasks=()).images) == 1
     theirs.unet.register_to_config(encoder_hid_dim_type="ip_image_proj")
     with pytest.raises(Refused, match="encoder_hid_dim_type is 'ip_image_proj'"):
