@@ -285,6 +285,10 @@ def test_what_is_no_checkpoint_and_no_decoder_is_told(tmp_path):
         save_file(held, tmp_path / checkpoints.SIDE_FILE, {"prefix": prefix})
         with pytest.raises(Refused, match="it holds other tensors than the unused ones"):
             checkpoints.as_checkpoint(tmp_path)
+    for name in (checkpoints.SIDE_FILE, "model.safetensors"):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-4])
+        with pytest.raises(Refused, match=f"{name} is truncated"):
+            checkpoints.as_checkpoint(tmp_path)
 
 
 def test_generate_takes_a_checkpoint_and_the_prompt_names_its_instances(tmp_path, capsys):

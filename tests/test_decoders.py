@@ -28,6 +28,7 @@ from datasetdm_fast.engine.decoders.checkpoint import (
     load_decoder,
     save_decoder,
     seeded_decoders,
+    untrained_decoders,
 )
 from datasetdm_fast.engine.decoders.config import SD1_LEVELS, DecoderConfig, upstream
 from datasetdm_fast.engine.decoders.trunk import (
@@ -784,6 +785,15 @@ def test_a_seeded_depth_decoder_is_drawn_by_the_number_of_its_inputs():
         weight = head[place].weight.detach()
         assert float(weight.std() * weight[0].numel() ** 0.5) == pytest.approx(1, abs=0.02)
         assert float(weight.flatten()[0]) == pytest.approx(-0.0636, abs=1e-4)
+
+
+def test_untrained_decoders_are_as_wide_against_the_unet_as_those_of_upstream():
+    with torch.device("meta"), Uninitialised():
+        decoders = {width: untrained_decoders(over, 8) for width, over in ((256, SD1_LEVELS), (16, DEMO_LEVELS))}
+    for width, each in decoders.items():
+        for config in (decoder.config for decoder in each.values()):
+            sizes = config.width, config.mask_dim, config.depth_width, config.feed_forward
+            assert sizes == (width, width, 4 * width, 8 * width), config.kind
 
 
 def test_features_of_a_decoder_are_of_the_levels_that_it_reads():

@@ -485,10 +485,12 @@ def test_fused_falls_back_only_where_no_kernel_runs(monkeypatch):
 @pytest.mark.parametrize("name", [name for name, op in OPS.items() if hasattr(op, "fused")])
 def test_every_op_is_the_reference_on_a_cpu_without_the_interpreter(name, monkeypatch):
     monkeypatch.setattr(launch, "IS_INTERPRETED", False)
-    inputs = cases_of(name)[0].inputs
-    answers = listed(OPS[name].fused(*changed(inputs, Tensor.clone)))
-    for answer, wanted in zip(answers, listed(OPS[name].reference(*inputs)), strict=True):
-        assert distance(answer, wanted) <= FLOOR  # a chain of ops may round otherwise
+    few = [case.inputs for case in cases_of(name) if sum(x.numel() for x in tensors_of(case.inputs)) < 50_000]
+    assert few
+    for inputs in few:  # the smallest has one of each size, which hides a changed order
+        answers = listed(OPS[name].fused(*changed(inputs, Tensor.clone)))
+        for answer, wanted in zip(answers, listed(OPS[name].reference(*inputs)), strict=True):
+            assert distance(answer, wanted) <= 1e-4  # a chain of ops may round otherwise
 
 
 def test_heads_and_numbers_that_a_form_leaves_to_another_are_answered():

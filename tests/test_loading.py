@@ -243,6 +243,7 @@ def test_a_network_of_a_module_in_memory_is_that_module_again_once_it_was_unload
     module.config = {}
     network = Network.of(module)
     network.unload()
+    assert network.changes == 0
     assert (
         not network.is_built and network.numel() == 9 and torch.equal(network.read().state_dict()["bias"], module.bias)
     )

@@ -71,6 +71,7 @@ def test_a_thousand_sentences_of_a_class_hold_few_near_duplicates():
     planned = balance.plan_classes({"dog": 1000, "tvmonitor": 1000}, 0, 0)
     found = balance.build_list(Grammar(names), planned)
     assert balance.measure(found)["near_duplicates"] <= 0.02
+    assert balance.count_prompts(("owl", "cat")) == {"owl": 100, "cat": 100}  # where nothing else is asked for
     assert Counter(sentence.group for sentence in found) == {"dog": 1000, "tvmonitor": 1000}
 
 

@@ -784,3 +784,10 @@ def test_the_truth_of_instances_is_the_masks_of_an_item():
     )
     assert truth.masks is masks and truth.class_ids.tolist() == [1, 0] and truth.scores.tolist() == [1, 1]
     assert truth.classes == ("a", "b")
+
+
+def test_a_joint_counts_by_what_is_known_of_it_and_not_by_where_it_is():
+    joints = np.float32([[[3, 0, 2], [4, 5, 0], [6, 7, 1]]])  # x, y; 0 not labelled, 1 hidden, 2 seen
+    item = SimpleNamespace(keypoints=joints, keypoint_areas=np.ones(1))
+    target = TASKS["pose"].target(None, item)
+    assert target["weights"].tolist() == [True, False, True] and target["points"].tolist() == joints[0, :, :2].tolist()
