@@ -131,11 +131,8 @@ class PageWriter:
         storage.publish({self._folder / name: content for name, content in contents.items()})
 
 
-SIDE, COLUMNS, ROWS = (
-    128,
-    10,
-    page_files.SHEET_SAMPLES // 10,
-)  # pixels of a thumbnail's longer side, thumbnails of a sheet
+# pixels of a thumbnail's longer side, thumbnails of a sheet
+SIDE, COLUMNS, ROWS = 128, 10, page_files.SHEET_SAMPLES // 10
 QUALITY = 82  # of the JPEG
 UNKNOWN = ""  # digest of a sheet that lacks some of its images: it is drawn again by the next process that writes
 LARGEST_SHOWN = 2**26  # bytes
@@ -152,11 +149,8 @@ def thumbnail_sides(height: int, width: int) -> tuple[int, int]:
 def read_shown(folder: Path) -> dict[str, str]:
     """Sheet -> digest of the images that it shows; empty where that is unknown, as all sheets are then drawn again."""
     try:
-        return (
-            documents.read_object(folder / page_files.SHEETS, most=LARGEST_SHOWN)
-            if (folder / page_files.SHEETS).exists()
-            else {}
-        )
+        path = folder / page_files.SHEETS
+        return documents.read_object(path, most=LARGEST_SHOWN) if path.exists() else {}
     except (Refused, Missing):
         return {}
 
