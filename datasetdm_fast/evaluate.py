@@ -1,7 +1,5 @@
 """python -m datasetdm_fast.evaluate: measure the labels of trained decoders against ground truth."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """python -m datasetdm_fast.export: write a model and its decoders as ONNX graphs, or as TensorRT plans of these."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec

@@ -1,7 +1,5 @@
 """python -m datasetdm_fast.filter RUN: score the samples of a run and keep those that pass; nothing is deleted."""
 
-from __future__ import annotations
-
 import json
 import sys
 from dataclasses import dataclass

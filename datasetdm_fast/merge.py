@@ -1,7 +1,5 @@
 """python -m datasetdm_fast.merge RUN... --out ALL: merge several runs into one, every sample once."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """python -m datasetdm_fast.split RUN: assign samples to training, validation and test; convert follows it."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Attention that also returns the logarithm of the sum of each softmax, by which its shares are known afterwards."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

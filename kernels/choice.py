@@ -5,8 +5,6 @@ resumption, must not round differently because one of them was busy. Rows for a 
 `python -m bench kernels --tune` measured there.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Where the operations meet csrc: which tensors its native forms take, and how these are described to it."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

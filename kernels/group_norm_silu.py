@@ -1,7 +1,5 @@
 """Group normalisation and SiLU of an image."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

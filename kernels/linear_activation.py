@@ -1,7 +1,5 @@
 """The first product of an MM-DiT's feed-forward layers with its activation applied."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

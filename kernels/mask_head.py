@@ -1,7 +1,5 @@
 """Masks of every query, resized: as logits, or as the cells that its attention is to leave out."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Masked attention (equation 2 of arXiv 2112.01527): each query attends to the cells it does not block."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

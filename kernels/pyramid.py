@@ -1,7 +1,5 @@
 """One level of the captured pyramid brought to one width: resize every feature and map, concatenate, convolve 1x1."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

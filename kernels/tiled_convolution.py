@@ -1,7 +1,5 @@
 """Convolutions in bf16 on a CPU that multiplies tiles (AMX), without a weight or an image read twice from memory."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,8 +4,6 @@ Lavin & Gray (2016), eq. 8: Y = A^T [(G g G^T) * (B^T d B)] A, of taps g [3, 3] 
 by element. G is here, as weights are transformed once; B^T and A^T are in csrc/winograd_rows.h.
 """
 
-from __future__ import annotations
-
 import threading
 
 import torch

@@ -1,7 +1,5 @@
 """What commands print: lines and progress on stderr, the result on stdout; and the check of output paths."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -1,7 +1,5 @@
 """generate --layout shards: what it refuses, the processes that make the shards, and what it prints."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import replace
 from functools import partial

@@ -1,7 +1,5 @@
 """Samples made while a trainer reads them: a data set for torch, and a class for Ray Data."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence

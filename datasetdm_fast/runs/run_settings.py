@@ -1,7 +1,5 @@
 """Settings of the runs that generate and label make, in groups; functions take a group, or single values of it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What clients send, checked before anything waits for the engine, and samples as answers hold them."""
 
-from __future__ import annotations
-
 import base64
 import binascii
 import json

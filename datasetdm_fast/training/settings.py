@@ -1,7 +1,5 @@
 """The flags of the command train, and the groups of settings that its modules take."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """ONNX graphs of unknown origin: their operators and data files are checked before a runtime loads them."""
 
-from __future__ import annotations
-
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath

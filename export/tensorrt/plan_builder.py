@@ -2,8 +2,6 @@
 line on its stdout.
 """
 
-from __future__ import annotations
-
 import ctypes
 import importlib
 import json

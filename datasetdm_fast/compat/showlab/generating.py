@@ -1,7 +1,5 @@
 """A line of a generator as an ordinary run, which also writes the files that DatasetDM writes of every sample."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence

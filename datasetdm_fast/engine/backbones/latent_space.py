@@ -1,7 +1,5 @@
 """From an autoencoder's own numbers to the latents that a model draws, and back."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any

@@ -2,8 +2,6 @@
 dict of diffusers' module, the vectors of their norms, and the places of their tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Tokens and hidden states of prompts, as the pipelines of several families take them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Stable Diffusion 1.x and 2.x as the stock pipeline computes it: a U-Net with hooks and explicit attention maps."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """Stable Diffusion XL as its stock pipeline computes it, in fp32."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

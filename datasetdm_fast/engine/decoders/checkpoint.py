@@ -1,7 +1,5 @@
 """P-Decoders by configuration: built, saved, loaded, and filled from DatasetDM's own checkpoints."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path

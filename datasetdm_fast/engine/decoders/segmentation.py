@@ -4,8 +4,6 @@ It is plain as it is trained, stacked for inference (the same answers up to roun
 and packed for csrc on a CPU.
 """
 
-from __future__ import annotations
-
 import math
 from functools import cache
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """DatasetDM's own checkpoints: which decoder one is of, and the decoder folder it becomes and comes back from."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sys

@@ -1,7 +1,5 @@
 """One call of a network recorded as a CUDA graph."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Sequence
 

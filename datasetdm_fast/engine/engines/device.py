@@ -1,7 +1,5 @@
 """The device of an engine: which it is, how its calls round, its threads, and batches that fit its memory."""
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import gc

@@ -1,7 +1,5 @@
 """The reference engine: diffusers and transformers modules as they come, fp32, eager, never optimised."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 

@@ -1,7 +1,5 @@
 """A diffusers pipeline that is in memory as a model, adapters that were fused into it included."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Low-rank adapters fused into a model as it is loaded (Hu et al. 2021, eq. 3): W + scale * alpha / rank * B A."""
 
-from __future__ import annotations
-
 import copy
 import math
 import re

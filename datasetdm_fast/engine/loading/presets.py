@@ -1,7 +1,5 @@
 """Models of seeded random weights: a tiny one, and one of each family's full size."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """A model written as a diffusers folder."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

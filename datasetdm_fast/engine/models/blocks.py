@@ -2,8 +2,6 @@
 operation than its arithmetic takes; and the whole UNet of such a network in one call.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest

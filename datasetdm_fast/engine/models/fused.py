@@ -5,8 +5,6 @@ added inside products or together with these statistics; the bias of a convoluti
 a skip is read where it lies.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple

@@ -5,8 +5,6 @@ reads the sum, and the vectors of all norms come from one product.
 Image tokens come first throughout: attention does not see their order.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace

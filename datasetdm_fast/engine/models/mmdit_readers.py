@@ -1,7 +1,5 @@
 """What reads some attentions of a call of MMDiT: every token and share, or what the decoders make of them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any

@@ -1,7 +1,5 @@
 """Layers for a CPU, whose weights are laid out once as its convolutions and products read them."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterable, Mapping
 from typing import Any

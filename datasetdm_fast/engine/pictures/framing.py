@@ -1,7 +1,5 @@
 """From a picture of any size to the model's square with its labels: the one place that resizes or crops."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Comparisons before a run begins: whether its engine, in the precision that was chosen, may make its samples."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace

@@ -1,7 +1,5 @@
 """Settings of the commands that put samples through the network again, in groups."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Samples of a run become an export: one pass over them, then the files that they share."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter

@@ -1,7 +1,5 @@
 """The folder of an export, or its place in a store: its description, which samples are done, digests of its files."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

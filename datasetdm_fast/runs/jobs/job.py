@@ -1,7 +1,5 @@
 """A run before its first byte: networks opened, plan and recipe made, run.json composed; nothing is written."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Labels for pictures that exist: a job whose samples are pictures brought back into the network, not drawn by it."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Regenerating one sample of a run."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """A run folder as a command finds it: what it holds, what is to be done with it, and whether a job may continue it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from enum import Enum

@@ -1,7 +1,5 @@
 """How many samples a run is to have, of each class where it counts by class, and which indices it makes for that."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any

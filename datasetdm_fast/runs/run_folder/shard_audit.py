@@ -1,7 +1,5 @@
 """Audits a run, one in shards in its place and shard by shard, and takes damaged shards out of it."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor

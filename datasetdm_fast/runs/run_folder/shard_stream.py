@@ -1,7 +1,5 @@
 """A run in shards as a torch data set that is read from its begin to its end, whole shards at a time."""
 
-from __future__ import annotations
-
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """Claims: which process makes which part of a run, a shard or a batch, told by files that are renewed."""
 
-from __future__ import annotations
-
 import json
 import os
 import socket

@@ -1,7 +1,5 @@
 """Which devices and cores the processes of a run use, and which process this is where several were started."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Processes that torchrun or Slurm has started: ranks of one run in a folder they share, all alike."""
 
-from __future__ import annotations
-
 import time
 from contextlib import ExitStack
 from pathlib import Path

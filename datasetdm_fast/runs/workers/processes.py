@@ -1,7 +1,5 @@
 """Processes of a run on this machine: each does a part of the work, and ends with the process that started it."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import signal

@@ -2,8 +2,6 @@
 machine, and restarts one that ends.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import re

@@ -2,8 +2,6 @@
 entry of the manifest. Processes meet only in the place of the run; a shard that two of them make has equal bytes.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import tarfile

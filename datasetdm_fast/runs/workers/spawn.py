@@ -1,7 +1,5 @@
 """Processes of a run on this machine: each claims batches or shards itself, and one that ends or hangs is replaced."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Starts the processes of a run, replaces those that end or hang, and counts what they commit."""
 
-from __future__ import annotations
-
 import time
 import uuid
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The work of one of the processes of a run folder: it claims batches that are missing, makes and commits them."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass

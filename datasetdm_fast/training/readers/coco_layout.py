@@ -1,7 +1,5 @@
 """Where a data set in COCO's form has its annotations and pictures: as published, and as annotation tools export it."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence

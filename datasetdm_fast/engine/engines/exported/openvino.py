@@ -1,7 +1,5 @@
 """The openvino engine: every exported stage a model that OpenVINO compiled for this CPU and one size of batch."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache

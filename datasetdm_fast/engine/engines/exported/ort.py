@@ -1,7 +1,5 @@
 """The ort engine: every stage an ONNX Runtime session over its exported graph, tensors bound where they lie."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Which ONNX Runtime or OpenVINO is installed and what it can run on, checked before torch is imported."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 
 from datasetdm_fast.config import PROVIDERS

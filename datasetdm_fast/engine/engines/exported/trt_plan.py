@@ -1,7 +1,5 @@
 """A loaded TensorRT plan: contexts over static buffers, each call of fixed shape recorded as a CUDA graph."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path

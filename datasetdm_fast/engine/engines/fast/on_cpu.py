@@ -1,7 +1,5 @@
 """The fast engine on a CPU, in fp32 or bf16: a few images at once on every core, and large networks one at a time."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """The fast engine on a GPU: every step is the replay of a CUDA graph, with as many images as fit."""
 
-from __future__ import annotations
-
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
