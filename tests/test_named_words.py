@@ -200,8 +200,11 @@ def test_the_heads_of_few_masks_or_of_words_that_are_often_confused_are_not_read
     share = np.linspace(0.1, 0.2, 1001)  # of the second head, by which the first class is so many times as likely
     times = ((0.1 + 0.3 * share) / 0.1) ** 3
     loss = -(3 * np.log(times / (times + 1)) - np.log(times + 1)) / 4 - 0.003 * np.log(share * (1 - share)) / 2
-    assert float(word_heads._fit_shares(masks)[1]) == pytest.approx(share[loss.argmin()], abs=2e-4)
-    told = word_heads._log_ratios(*word_heads._pad(masks), torch.tensor([0.25, 0.75]))
+    padded = word_heads._pad(masks)
+    assert float(word_heads._fit_shares(*padded, torch.tensor([0, 0, 0, 1]))[1]) == pytest.approx(
+        share[loss.argmin()], abs=2e-4
+    )
+    told = word_heads._log_ratios(*padded, torch.tensor([0.25, 0.75]))
     assert told[0].tolist() == pytest.approx([math.log(0.325 / 0.1), 0.0], abs=1e-6)
     one = word_heads.NamedMask(torch.ones(2, 1), torch.ones(2, 1) * 0.5, 0)
     padded = word_heads._pad([masks[0], one])

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Self
 
 from datasetdm_fast.disk import storage
-from datasetdm_fast.disk.storage import cache_folder
 from datasetdm_fast.engine.backbones.flow_models import spread_blocks
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.labels.class_tables import digest_of, spoken, words_of
@@ -109,7 +108,7 @@ class TrainingSession:
 
     def _cache_plan(self, *parts: TrainingViews) -> cache.CachePlan:
         settings, levels = self.cache_settings, self.engine.model.levels
-        folder = Path(settings.cache_dir) if settings.cache_dir else cache_folder() / "captures"
+        folder = Path(settings.cache_dir) if settings.cache_dir else storage.cache_folder() / "captures"
 
         def cached_bytes() -> int:
             return sum(cache.cached_bytes(self.engine, views, self.inversion, folder) for views in parts)
@@ -159,12 +158,12 @@ class TrainingSession:
         if source.captions_name_all:
             pairs = zip(things, spoken(things, table), strict=True)
             named = tuple(name for name, word in pairs if name in find_classes(photo_of([word]), things, table))
-            is_told = by_name == "yes"
-            return tuple(name for name in named if is_told or name not in self._shown_by_all) or named
-        seen = [(shown, caption) for shown, caption, _ in self._shown_things]
-        named = always_named(things, seen, table)
+        else:
+            named = always_named(things, [(shown, caption) for shown, caption, _ in self._shown_things], table)
         if by_name == "yes":
             return named
+        if source.captions_name_all:
+            return tuple(name for name in named if name not in self._shown_by_all) or named
         stored = [{*find_classes(caption, things, table)} for _, caption, is_stored in self._shown_things if is_stored]
         if len(stored) < LEAST_CAPTIONS or not set().union(*stored) <= set(named):
             return ()
@@ -302,9 +301,8 @@ def open_session(
     if source.layout:
         on_message(f"data       {source.layout}")
     for name, reason in list(source.skipped.items())[:MOST_LISTED]:
-        on_message(
-            f"left out   {documents.one_line(reason if reason.startswith(f'{name}: ') else f'{name}: {reason}')}"
-        )
+        cause = reason.removeprefix(f"{name}: ")
+        on_message(f"left out   {documents.one_line(f'{name}: {cause}')}")
     if len(source.skipped) > MOST_LISTED:
         on_message(f"left out   {len(source.skipped)} in all")
     last_line, shown = time.monotonic(), set[str]()
@@ -349,10 +347,11 @@ def _check_source(source: LabelledSource, size: int, data: TrainingData, tasks: 
 
 def check_apart(out: Path, tasks: Sequence[str], address: str) -> None:
     """Refuses to start a training inside a run or its data, whose reader would take the decoder's files for labels."""
-    place = "a run folder" if storage.is_there(out / DOCUMENT) else ""
+    is_run = storage.is_there(out / DOCUMENT)
     for folder in (out / task for task in tasks):
         has_begun = storage.is_there(folder / "training" / "settings.json")
-        if not has_begun and (place := place or (f"the data, {address}" if is_read(address, folder) else "")):
+        if not has_begun and (is_run or is_read(address, folder)):
+            place = "a run folder" if is_run else f"the data, {address}"
             cause = f"--out: {folder} lies in {place}, where a decoder's files can be taken for labels"
             raise Refused(cause, "Choose an --out beside it.")
 

@@ -49,9 +49,10 @@ def learn_heads(views: TrainingViews, config: DecoderConfig, tokenizer: Callable
     masks = list(_masks(views, config, tokenizer))
     if len(masks) < LEAST_MASKS:
         return WordHeads(masks=len(masks))
+    (inside, overall), names = _pad(masks), torch.tensor([mask.name for mask in masks])
     with torch.enable_grad():
-        shares = _drop_idle_levels(_fit_shares(masks), config)
-    right = float((_log_ratios(*_pad(masks), shares).argmax(1) == _names(masks)).float().mean())
+        shares = _drop_idle_levels(_fit_shares(inside, overall, names), config)
+    right = float((_log_ratios(inside, overall, shares).argmax(1) == names).float().mean())
     if right < LEAST_RIGHT:
         return WordHeads(masks=len(masks), right=right)
     rounded = tuple(round(share, DIGITS) for share in shares.tolist())
@@ -101,20 +102,15 @@ def _pad(masks: Sequence[NamedMask]) -> tuple[Tensor, Tensor]:
     return inside, torch.stack([F.pad(mask.overall, (0, most - mask.overall.shape[1]), value=1.0) for mask in masks])
 
 
-def _names(masks: Sequence[NamedMask]) -> Tensor:
-    return torch.tensor([mask.name for mask in masks])
-
-
 def _log_ratios(inside: Tensor, overall: Tensor, shares: Tensor) -> Tensor:
     """[M, n] logarithm of the attention to each class inside each mask, as a multiple of that over the image."""
     within, everywhere = ((shares @ values).clamp(min=LEAST_MEAN) for values in (inside, overall))
     return (within / everywhere).log()
 
 
-def _fit_shares(masks: Sequence[NamedMask]) -> Tensor:
+def _fit_shares(inside: Tensor, overall: Tensor, names: Tensor) -> Tensor:
     """The shares of the heads that make the classes of the masks most likely."""
-    (inside, overall), names, heads = _pad(masks), _names(masks), len(masks[0].inside)
-    values = torch.zeros(heads, requires_grad=True)
+    values = torch.zeros(inside.shape[1], requires_grad=True)
     optimiser = torch.optim.LBFGS([values], max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:

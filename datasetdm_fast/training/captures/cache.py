@@ -233,7 +233,10 @@ def _shards(
     for image in range(len(views.numbers)):
         items = views.items(image)
         seeds = [views.seed(image * draws + draw) for draw in range(draws)]
-        yield [folder / f"{key}.f16" for key in _keys(identities, views, items, seeds)], items, seeds
+        texts = json.dumps([[item.caption for item in items], seeds, items[0].image.shape]).encode()
+        pixels = views.pixels(items).numpy().tobytes()
+        names = [hashlib.sha256(identity.encode() + texts + pixels).hexdigest() for identity in identities]
+        yield [folder / f"{name}.f16" for name in names], items, seeds
 
 
 def _compute(
@@ -267,12 +270,6 @@ def _compute(
             "Use --cache off, which keeps them in fp32.",
         )
     return captured
-
-
-def _keys(identities: Sequence[str], views: TrainingViews, items: Sequence, seeds: Sequence[int]) -> list[str]:
-    texts = json.dumps([[item.caption for item in items], list(seeds), items[0].image.shape]).encode()
-    pixels = views.pixels(items).numpy().tobytes()
-    return [hashlib.sha256(identity.encode() + texts + pixels).hexdigest() for identity in identities]
 
 
 def _is_whole(path: Path, size: int) -> bool:
