@@ -34,7 +34,7 @@ from datasetdm_fast.compat.showlab import (
     generator,
     prompts,
 )
-from datasetdm_fast.compat.showlab.generator import GENERATORS
+from datasetdm_fast.compat.showlab.generator import GENERATORS, Order
 from datasetdm_fast.engine.decoders import upstream as checkpoints
 from datasetdm_fast.engine.decoders.checkpoint import build_decoder
 from datasetdm_fast.engine.decoders.config import upstream
@@ -323,10 +323,10 @@ def test_files_of_an_image_are_named_after_it_and_its_class_is_numbered_from_one
     plain = GENERATORS["parallel_generate_Semantic_VOC_AnyClass"]
     script = replace(plain, write=lambda output: seen.append(output.class_id) or {"png": b"mask"})
     items = [prompts.Item(0, seed, "a", name) for seed, name in ((5, "aeroplane"), (6, "tvmonitor"), (7, ""))]
-    order, raw = types.SimpleNamespace(items=items, classes=plain._class_names()), {"open-vocabulary": None}
-    made = [script.files(order, index, np.zeros((8, 8, 3), np.uint8), raw, raw) for index in range(3)]
+    order, raw = Order(script, None, "voc", items, plain._class_names()), {"open-vocabulary": None}
+    made = [order.files(index, np.zeros((8, 8, 3), np.uint8), raw, raw) for index in range(3)]
     assert seen == [1, 20, 0] and made[0]["Mask/aeroplane_5.png"] == b"mask"
-    assert [list(files_) for files_ in made] == [script.names(order, index) for index in range(3)]
+    assert [list(files_) for files_ in made] == [order.names(index) for index in range(3)]
 
 
 def test_a_mask_holds_what_is_above_zero_and_is_scored_by_that_alone():
@@ -806,7 +806,7 @@ def test_upstreams_own_scripts_write_the_same(script, kind, config, prompts, cou
     made = {}
     for index, item in wanted:
         raw = {generator.task: {key: value[0] for key, value in raw_of(kind, item.seed).items()}}
-        made |= generator.files(ours, index, picture_of(item.seed), raw, decoder)
+        made |= ours.files(index, picture_of(item.seed), raw, decoder)
     theirs = tree(tmp_path / "theirs")
     assert made.keys() == theirs.keys()
     for path, content in made.items():

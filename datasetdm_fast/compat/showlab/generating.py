@@ -11,7 +11,7 @@ from torch import Tensor
 
 from datasetdm_fast.command_line.output import check_output
 from datasetdm_fast.command_line.run_settings import read_spec
-from datasetdm_fast.compat.showlab.generator import RUN, Order
+from datasetdm_fast.compat.showlab.generator import IMAGES, RUN, Order
 from datasetdm_fast.compat.showlab.lines import Line
 from datasetdm_fast.compat.showlab.prompts import check_present
 from datasetdm_fast.data import Batch, Quarantined, Sample
@@ -64,7 +64,7 @@ class FilingGenerator(driver.BatchGenerator):
             label: {name: value[b, 0] if configs[label].has_text else value[b] for name, value in tensors.items()}
             for label, tensors in raw.items()
         }
-        contents = self.order.script.files(self.order, sample.request.index, sample.image, outputs, configs)
+        contents = self.order.files(sample.request.index, sample.image, outputs, configs)
         return FiledSample(**{each.name: getattr(sample, each.name) for each in fields(sample)}, files=contents)
 
 
@@ -95,7 +95,7 @@ def open_order(order: Order) -> tuple[RunSpec, RunQueue, Result | None]:
         if missing_files(order):
             return spec, run, None
         return spec, run, settle(run.folder, run.stored, spec.number, is_dry=order.line["dry_run"])
-    for folder in (order.out / name for name in order.script.folders):
+    for folder in (order.out / name for name in (IMAGES, order.script.folder)):
         if folder.is_dir() and any(path.name != RUN and not storage.is_temporary(path) for path in folder.iterdir()):
             raise Refused(
                 f"--outdir {order.out}: {folder} holds files of another run, and nothing is overwritten",
@@ -122,7 +122,7 @@ def missing_files(order: Order) -> list[int]:
         return []
     with Ledger(ledger, read_only=True) as opened:
         indices = sorted(opened.indices(DONE))
-    return [k for k in indices if not all((order.out / name).is_file() for name in order.script.names(order, k))]
+    return [k for k in indices if not all((order.out / name).is_file() for name in order.names(k))]
 
 
 def make(order: Order, job: Job, **callbacks: Any) -> Result:

@@ -18,6 +18,7 @@ from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.untrusted import documents
 
 CONFIG = Flag("config", "", "path", "its configuration, which names the data set", is_optional=True)
+IMAGES = "Image"  # folder of its images
 RUN = ".run"  # of a line's output: the run folder beside its files
 SPOKEN = {"mouse": "computer mouse"}  # in DatasetDM's sentences and the names of its prompt files
 FARTHEST = {10: "nyu", 80: "kitti"}  # metres -> kind of depth decoder
@@ -49,11 +50,6 @@ class Generator:
     prompt_root: Flag = Flag("prompt_root", f"{PROMPTS}/cityscapes", "path", "folder of prompt files", is_optional=True)
     asks_class: bool = True  # whether its images show the class that they are made for
     suffix: str = "png"  # of the file of a label
-
-    @property
-    def folders(self) -> tuple[str, str]:
-        """Folders of its output, for images and labels."""
-        return "Image", self.folder
 
     @property
     def flags(self) -> tuple[Flag, ...]:
@@ -99,21 +95,6 @@ class Generator:
             )
         return FARTHEST[farthest]
 
-    def names(self, order: Order, index: int) -> list[str]:
-        """The files of an image, below the output."""
-        images, labels = self.folders
-        stem = order.items[index].stem
-        return [f"{images}/{stem}.jpg", f"{labels}/{stem}.{self.suffix}"]
-
-    def files(self, order: Order, index: int, pixels: np.ndarray, raw: dict, configs: dict) -> dict[str, bytes]:
-        """The files of an image with their contents."""
-        images, labels = self.folders
-        item = order.items[index]
-        ids = {each.file: number for number, each in enumerate(order.classes, 1)}
-        output = files.DecodedImage(pixels, raw[self.task], configs[self.task], ids.get(item.name, 0))
-        contents = {f"{labels}/{item.stem}.{suffix}": content for suffix, content in self.write(output).items()}
-        return {f"{images}/{item.stem}.jpg": files.jpeg(pixels)} | contents
-
 
 @dataclass(frozen=True)
 class Order:
@@ -132,6 +113,19 @@ class Order:
     @property
     def run_folder(self) -> Path:
         return self.out / RUN
+
+    def names(self, index: int) -> list[str]:
+        """The files of an image, below the output."""
+        stem = self.items[index].stem
+        return [f"{IMAGES}/{stem}.jpg", f"{self.script.folder}/{stem}.{self.script.suffix}"]
+
+    def files(self, index: int, pixels: np.ndarray, raw: dict, configs: dict) -> dict[str, bytes]:
+        """The files of an image with their contents."""
+        item, script = self.items[index], self.script
+        ids = {each.file: number for number, each in enumerate(self.classes, 1)}
+        output = files.DecodedImage(pixels, raw[script.task], configs[script.task], ids.get(item.name, 0))
+        labels = {f"{script.folder}/{item.stem}.{suffix}": label for suffix, label in script.write(output).items()}
+        return {f"{IMAGES}/{item.stem}.jpg": files.jpeg(pixels)} | labels
 
     @property
     def prompts(self) -> tuple[PromptLine, ...]:
