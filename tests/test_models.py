@@ -621,9 +621,9 @@ def test_a_picture_is_drawn_from_its_posterior_by_its_own_generator():
         lambda part, own: base.sample_moments(moments.expand(len(part), -1, -1, -1), own), pictures, sources()
     )
     assert drawn.flatten().tolist() == wanted
-    posterior = SimpleNamespace(mean=torch.full((3, 1, 1, 1), 3.0), std=torch.tensor(4.0), var=torch.tensor(16.0))
-    assert sample_posterior(posterior, sources()).flatten().tolist() == wanted
-    assert base.sample_moments(moments, None).tolist() == [[[[3.0]]]] == sample_posterior(posterior, None)[:1].tolist()
+    posterior = torch.full((3, 1, 1, 1), 3.0), torch.tensor(4.0)
+    assert sample_posterior(*posterior, sources()).flatten().tolist() == wanted
+    assert base.sample_moments(moments, None).tolist() == [[[[3.0]]]] == sample_posterior(*posterior, None)[:1].tolist()
 
 
 def test_spreads_of_a_posterior_are_bounded_as_in_diffusers():

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.engine.backbones.record import Latents, LoadedModel
+from datasetdm_fast.kernels.transfer import to_device
 
 
-def sample_posterior(posterior: Any, generators: Sequence[torch.Generator] | None) -> Tensor:
+def sample_posterior(mean: Tensor, std: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
     """[B, C, ...] the means of a posterior, or a sample of each image by its generator on the CPU."""
-    mean: Tensor = posterior.mean.float()
     if generators is None:
         return mean
     noise = torch.stack([torch.randn(mean.shape[1:], generator=generator) for generator in generators])
-    return mean + posterior.std * noise.to(mean.device)
+    return mean + std * to_device(noise, mean.device)
 
 
 def scale(space: Latents, numbers: Tensor) -> Tensor:
@@ -59,4 +59,5 @@ class AutoencoderReference:
         return pixels
 
     def encode_image(self, pixels: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
-        return self.scale(sample_posterior(self.vae.encode(pixels.to(self.vae.dtype)).latent_dist, generators))
+        posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
+        return self.scale(sample_posterior(posterior.mean.float(), posterior.std, generators))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from datasetdm_fast.config import CACHED, FP8
 from datasetdm_fast.data import AnyCapture, AttentionSums, Capture, ProjectedCapture, Text
-from datasetdm_fast.engine.backbones.latent_space import scale
+from datasetdm_fast.engine.backbones.latent_space import sample_posterior, scale
 from datasetdm_fast.engine.decoders.trunk import Decoder, with_ops
 from datasetdm_fast.engine.engines.device import engine_call, resolve_device, slow_in_fp16
 from datasetdm_fast.engine.engines.engine import Engine, check_task
@@ -476,10 +476,7 @@ def moments_of(encoder: nn.Module, images: Tensor, dtype: torch.dtype) -> Tensor
 def sample_moments(moments: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
     """Latents of the autoencoder's moments [B, 2 C, h, w]: their mean, or with generators a sample."""
     latents, log_variance = moments.chunk(2, 1)
-    if generators is None:
-        return latents
-    noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
-    return latents + (0.5 * log_variance.clamp(-30, 20)).exp() * to_device(noise, latents.device)
+    return sample_posterior(latents, (0.5 * log_variance.clamp(-30, 20)).exp(), generators)
 
 
 def slice_of(batch: int) -> int:
