@@ -41,9 +41,7 @@ def quote(path: object) -> str:
     return shlex.quote(str(path))
 
 
-REFUSALS = {
-    kind.__name__: kind for kind in (Refused, Missing, GateFailed)
-}  # by name, as one process passes them to another
+REFUSALS = {kind.__name__: kind for kind in (Refused, Missing, GateFailed)}  # as processes pass them on by name
 
 
 @contextmanager

@@ -105,9 +105,7 @@ class Backbone:
     # (configs, where they are from) -> as they are used; or Refused
     check: Callable[[Read, str], Read] = lambda configs, source: configs
     check_fit: Callable[[LoadedModel], None] = lambda model: None  # raises Refused where the parts are not of one model
-    licence: Callable[[Configs], str] = lambda configs: (
-        ""
-    )  # of weights whose own card says nothing, by its name on hubs
+    licence: Callable[[Configs], str] = lambda configs: ""  # of weights without a card: its name on hubs
     full_size: Read = field(default_factory=dict)  # configs of a usual model, of which files and presets are made
     package: str = ""  # name and version of the package that it is from, where that is another
     seed: int = 0  # of the random weights of its model of full size

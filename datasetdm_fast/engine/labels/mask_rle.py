@@ -50,9 +50,7 @@ def _parts(rle: Mapping[str, Any]) -> tuple[int, int, str]:
     height, width = _size(rle["size"])
     counts = rle["counts"]
     if isinstance(counts, bytes):
-        counts = counts.decode(
-            "latin-1"
-        )  # every byte maps to one character; the reader refuses those outside its alphabet
+        counts = counts.decode("latin-1")  # every byte is a character; the reader refuses those outside its alphabet
     if not isinstance(counts, str):
         counts = _C.rle_from_runs(_runs(counts), height, width)
     if not counts.isascii():

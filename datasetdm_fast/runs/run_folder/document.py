@@ -22,15 +22,8 @@ SHARDS = "shards"  # folder of the tar files of a run in shards, and the name of
 MANIFEST = "manifest"  # folder of a run in shards, with an entry for each that is complete
 EXPORTS = "exports"  # where convert writes the exports of a run by default
 QUARANTINE = "doubtful/"  # files of samples that --keep trusted or --accept quarantines
-COMMANDS = (
-    "generate",
-    "splice",
-    "edit",
-    "vary",
-    "label",
-    "merge",
-    "compat.showlab",
-)  # that make run folders, and single samples of them again
+# that make run folders, and single samples of them again
+COMMANDS = ("generate", "splice", "edit", "vary", "label", "merge", "compat.showlab")
 FORM = {
     "versions": {"datasetdm_fast": str},
     "config": {"task": [str], "image_format": str, "sampler": str, "seed": int},

@@ -75,9 +75,8 @@ class Row:
 
     request: Request
     recipe: dict[str, Any]  # how it was made: sampler, steps, guidance, size, batch shape, digests
-    files: dict[str, tuple[str, StoredFile]] = field(
-        default_factory=dict
-    )  # role -> path inside the run folder, what was written
+    # role -> path inside the run folder, what was written
+    files: dict[str, tuple[str, StoredFile]] = field(default_factory=dict)
     labels: dict[str, Any] = field(default_factory=dict)  # task -> records and figures
     status: str = DONE
     reason: str = ""

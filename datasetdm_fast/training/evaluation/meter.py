@@ -15,7 +15,7 @@ from datasetdm_fast.errors import Refused
 
 BLOCK = 256  # images whose figures are computed together
 
-FIGURES = {
+FIGURES = {  # what people call the figures that files name by a key
     "miou": "mIoU",
     "seen": "mIoU of seen classes",
     "unseen": "mIoU of unseen classes",
@@ -32,7 +32,7 @@ FIGURES = {
     "pck": "PCK@0.1",
     "oks_ap": "OKS-AP",
     "oks_ap50": "OKS-AP50",
-}  # what people call the figures that files name by a key
+}
 
 
 def figure_name(key: str) -> str:

@@ -15,9 +15,8 @@ from datasetdm_fast.training.truth.picture_source import PictureSource
 from datasetdm_fast.training.truth.shapes import Things
 
 CITYSCAPES_CLASSES = builtin_table("cityscapes").names
-TRAIN_IDS = dict(
-    zip((7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33), range(19))
-)  # label id -> train id
+# label id -> train id
+TRAIN_IDS = dict(zip((7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33), range(19)))
 MOST_LABELS = 34  # label ids 0 to 33, and -1 for number plates, which a PNG cannot hold
 FIRST_THING = 11
 THOUSAND = 1000  # an instance is so many times its label id and a number

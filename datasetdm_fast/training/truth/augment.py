@@ -245,11 +245,7 @@ def relight(image: np.ndarray, chance: float, generator: np.random.Generator) ->
         pixels = pixels.clip(0, 1) ** generator.uniform(0.8, 1.2)
     pixels = (pixels.clip(0, 1) * 255).round().astype(np.uint8)
     if generator.random() < chance:
-        hue, saturation, value = (
-            generator.uniform(-28, 28),
-            generator.uniform(-30, 30),
-            generator.uniform(-20, 20),
-        )  # of 256, 256, 256
+        hue, saturation, value = (generator.uniform(-most, most) for most in (28, 30, 20))  # of 256 each
         planes = np.array(Image.fromarray(pixels).convert("HSV")).astype(np.float32)
         planes[..., 0] = (planes[..., 0] + hue) % 256
         planes[..., 1:] = (planes[..., 1:] + (saturation, value)).clip(0, 255)

@@ -29,10 +29,7 @@ from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger, Row
 from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.settings import flags_of
 
-GENERATED, LABELLED = (
-    "generated",
-    "labelled",
-)  # origins of images: a diffusion model made them of prompts, or `label` got them
+GENERATED, LABELLED = "generated", "labelled"  # origins of images: made from prompts, or the input of `label`
 TITLES = {GENERATED: "# A labelled data set, made from prompts\n", LABELLED: "# Pictures and their labels\n"}
 ORIGINS = {
     GENERATED: "all synthetic: a diffusion model generated the images, and the labels were predicted from its features "
@@ -76,7 +73,7 @@ BIASES_OF_BOTH = (
     "texts in generated images may be invented or real."
 )
 NOT_FOR = " Not meant for identifying people, nor for decisions about them."
-CITATIONS = (
+CITATIONS = (  # of labels of decoders, and of those from attention
     """@inproceedings{wu2023datasetdm,
   title={{DatasetDM}: Synthesizing Data with Perception Annotations Using Diffusion Models},
   author={Wu, Weijia and Zhao, Yuzhong and Chen, Hao and Gu, Yuchao and Zhao, Rui and He, Yefei and Zhou, Hong and
@@ -90,7 +87,7 @@ CITATIONS = (
   booktitle={Advances in Neural Information Processing Systems},
   year={2023}
 }""",
-)  # of labels of decoders, and of those from attention
+)
 LOADING = """```python
 from datasetdm_fast import open_run
 
