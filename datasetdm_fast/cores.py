@@ -1,10 +1,10 @@
-"""The processor, its cores for this process, and work in threads."""
+"""The processor, its cores for this process, and work in blocks and in threads."""
 
 import os
 import platform
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import islice
@@ -28,6 +28,12 @@ def name_processor() -> str:
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+def in_blocks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """The items in lists of `size`, of which the last may have fewer, as itertools.batched of Python 3.12 has them."""
+    remaining = iter(items)
+    return iter(lambda: list(islice(remaining, size)), [])
 
 
 def in_threads(

@@ -309,8 +309,8 @@ _BY_FILE = {
         ("values.max(0).argmax()", "values.max(0).argmin()", "the page shows the best samples"),
         ('EXACT if dtype == "fp32" else ROUNDED', "ROUNDED", "an fp32 engine is judged as fp16"),
         (
-            "range(0, len(requests), batch_size)",
-            "range(0, len(requests) - 1, batch_size)",
+            "in_blocks(requests, batch_size)",
+            "in_blocks(requests[:-1], batch_size)",
             "the last sample is not compared",
         ),
         ("if not is_whole:", "if True:", "what only other commands need is never compared"),

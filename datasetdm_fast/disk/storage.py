@@ -12,15 +12,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
+from datasetdm_fast.cores import in_blocks
 from datasetdm_fast.errors import Missing, Refused, nearest
 
-_PROCESS = secrets.randbelow(
-    10**9
-)  # as on another machine, or in another container, a process may have this one's number
+_PROCESS = secrets.randbelow(10**9)  # a process of another machine or container may have this one's number
 _TEMPORARY = re.compile(r"\.(.+)\.(\d+)\.part(-wal|-shm|-journal)?")
 _FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk has no room left, or the user may take no more of it
 FULL = "the disk is full"  # the cause of a refusal
@@ -96,8 +94,7 @@ class Publication(AbstractContextManager):
 def publish(files: Mapping[Path, bytes | Iterable[bytes]]) -> dict[Path, StoredFile]:
     """Digest and size of every file, once all are on the disk under their names; none is ever half-written."""
     stored: dict[Path, StoredFile] = {}
-    waiting = iter(files.items())
-    while block := dict(islice(waiting, FILES_PER_SYNC)):
+    for block in map(dict, in_blocks(files.items(), FILES_PER_SYNC)):
         with Publication(block) as publication:
             for path, content in block.items():
                 publication.write(path, [content] if isinstance(content, bytes) else content)

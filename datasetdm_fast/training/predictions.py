@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.config import FROM_IMAGE
+from datasetdm_fast.cores import in_blocks
 from datasetdm_fast.data import Annotation
 from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.decoders.trunk import Decoder, fold
@@ -38,10 +39,8 @@ class Predictor:
         ready = fold(copy.deepcopy(decoder)).to(self.device)
         config, labels = METRICS[ready.config.task].reading(ready.config), []
         queries = views.source.thing_classes if self.words is not None else ()
-        chosen = range(len(views)) if chosen is None else chosen
         with torch.inference_mode():
-            for start in range(0, len(chosen), BATCH_SIZE):
-                batch = chosen[start : start + BATCH_SIZE]
+            for batch in in_blocks(range(len(views)) if chosen is None else chosen, BATCH_SIZE):
                 text = None if self.words is None else self.words.to(self.device)[None].expand(len(batch), -1, -1)
                 levels = [level.to(self.device) for level in views.captures.batch(batch)]
                 allow_tf32(self.device, False)  # what an engine that made them in another precision has just set

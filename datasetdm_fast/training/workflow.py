@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from datasetdm_fast.cores import in_blocks
 from datasetdm_fast.data import Sample, Trust
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.decoders import domain
@@ -184,8 +185,7 @@ def measure_domain(session: TrainingSession, decoder: Decoder) -> Domain | None:
     sketches, labels = [], []
     decoder = decoder.to(session.engine.device)
     with torch.inference_mode():
-        for start in range(0, len(views), BATCH_SIZE):
-            batch = range(start, min(start + BATCH_SIZE, len(views)))
+        for batch in in_blocks(range(len(views)), BATCH_SIZE):
             levels = [level.to(session.engine.device) for level in views.captures.batch(batch)]
             sketches.append(decoder.sketch(project(decoder, levels)).cpu().numpy())
             labels += [TASKS[task].truth(session.source, views.item(view)) for view in batch]
@@ -243,8 +243,7 @@ def check_itself(session: TrainingSession, decoder: Decoder, folder: Path) -> Se
 def _sketch_samples(engine: Engine, task: str, samples: Sequence[Sample]) -> np.ndarray:
     """[N, D, h, w] of samples as a decoder of the engine reads their pictures, like those of the training images."""
     sketches = []
-    for start in range(0, len(samples), BATCH_SIZE):
-        batch = samples[start : start + BATCH_SIZE]
+    for batch in in_blocks(samples, BATCH_SIZE):
         images = torch.from_numpy(np.stack([sample.image for sample in batch]))
         captions, seeds = zip(*((sample.request.prompt, sample.request.seed) for sample in batch), strict=True)
         with torch.inference_mode():

@@ -7,7 +7,7 @@ the two on exact images is the noise floor.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,6 +18,7 @@ import numpy as np
 
 from datasetdm_fast import kernels
 from datasetdm_fast.config import FAST, FP8
+from datasetdm_fast.cores import in_blocks
 from datasetdm_fast.data import Annotation, Batch, DepthMap, Keypoints, Quarantined, Sample
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.storage import cache_folder
@@ -202,10 +203,9 @@ def _results(
 
 
 def _batches(job: Job) -> Iterable[Batch]:
-    number, size = count_images(job), job.plan.batch_size
-    requests = [job.plan.request(index) for index in range(number)]
-    for index, start in enumerate(range(0, number, size)):
-        part: Sequence[Any] = requests[start : start + size]
+    size = job.plan.batch_size
+    requests = (job.plan.request(index) for index in range(count_images(job)))
+    for index, part in enumerate(in_blocks(requests, size)):
         yield Batch(index, tuple(part), size - len(part))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from datasetdm_fast.config import SPEEDS
+from datasetdm_fast.cores import in_blocks
 from datasetdm_fast.data import Request
 from datasetdm_fast.engine.engines.fast import DTYPES, state_distance
 from datasetdm_fast.engine.labels import LABEL_KINDS
@@ -186,9 +187,8 @@ def verify(
     rounded = Rounded(reference, storage) if dtype != "fp32" and reference.name == "torch" else None
     collected: dict[str, list[np.ndarray]] = {}
     drift: dict[str, list[np.ndarray]] = {}
-    for first in range(0, len(requests), batch_size):
-        batch = requests[first : first + batch_size]
-        is_perturbed = dtype == "fp32" and not first  # what rounding alone does to the reference, of one batch
+    for k, batch in enumerate(in_blocks(requests, batch_size)):
+        is_perturbed = dtype == "fp32" and not k  # what rounding alone does to the reference, of one batch
         truth = observe(
             reference, batch, recipe, on_unet_call=on_unet_call, perturbations=PERTURBATIONS if is_perturbed else 0
         )
@@ -198,7 +198,7 @@ def verify(
         _gather(collected, distances | whole_distances(engine, truth), len(batch))
         if is_perturbed:
             _gather(drift, rounding_distances(truth), len(batch))
-        if rounded and not first:  # one batch shows what the precision costs; the reference is slow
+        if rounded and not k:  # one batch shows what the precision costs; the reference is slow
             distances = teacher_forced_distances(observe(rounded, batch, recipe, truth), truth)
             distances |= free_running_distances(observe(rounded, batch, recipe), truth)
             _gather(drift, distances | whole_distances(rounded, truth), len(batch))

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from datasetdm_fast.cores import in_blocks
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.run_folder.reader import StoredSample
@@ -56,8 +57,7 @@ class Clip:
         import torch
 
         cosines: list[float] = []
-        for first in range(0, len(samples), BATCH):
-            block = samples[first : first + BATCH]
+        for block in in_blocks(samples, BATCH):
             pixels = torch.from_numpy(np.stack([self._pixels(sample.image) for sample in block]))
             prompts = [sample.prompt for sample in block]
             text = self.tokenizer(prompts, padding=True, truncation=True, max_length=self.length, return_tensors="pt")

@@ -1,11 +1,11 @@
 """Samples are dropped from a run folder and restored: rows and files are moved, and no number changes."""
 
-from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
+from collections.abc import Iterable, Sequence
 from math import inf
 from pathlib import Path
 from typing import Any
 
+from datasetdm_fast.cores import in_blocks
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import GateFailed, Refused, quote
 from datasetdm_fast.runs.curation.filtering import check_all_scored
@@ -71,7 +71,8 @@ def drop(run: Run, requested: Iterable[int], *, is_dry: bool = False) -> list[in
         run.replace_file(DROPPED_IDS, encode_dropped(run.shards.dropped.union(chosen)))
     elif not is_dry:
         with RunFolder(run.path, run.document) as folder:
-            _move_blocks(chosen, folder.drop)
+            for block in in_blocks(chosen, BLOCK):
+                folder.drop(block)
             _finish(folder, requested)
     return chosen
 
@@ -95,7 +96,8 @@ def restore(run: Run, requested: Iterable[int] | None, *, is_dry: bool = False) 
         run.replace_file(DROPPED_IDS, encode_dropped(run.shards.dropped.difference(chosen)))
     elif not is_dry:
         with RunFolder(run.path, run.document) as folder:
-            _move_blocks([dropped[index] for index in chosen], folder.bring_back)
+            for block in in_blocks(chosen, BLOCK):
+                folder.bring_back([dropped[index] for index in block])
             _finish(folder, requested or (0,))  # a killed process may have moved some of them already
     return chosen
 
@@ -118,9 +120,3 @@ def _finish(folder: RunFolder, changed: Iterable[int]) -> None:
     """Updates distances and index files after the first of the changed samples."""
     add_distances(folder.ledger, since=min(changed, default=inf))
     finish_run(folder)
-
-
-def _move_blocks(items: Iterable[Any], move: Callable[[Sequence[Any]], None]) -> None:
-    rest = iter(items)
-    while block := list(islice(rest, BLOCK)):
-        move(block)

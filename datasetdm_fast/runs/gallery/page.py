@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from datasetdm_fast.cores import in_blocks
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.engine.labels import by_kind, kind_of, mean_certainty
@@ -168,8 +169,7 @@ def draw_sheets(folder: Path, groups: Mapping[int, Sequence[Row]], before: dict[
         if before.get(str(number)) != shown[str(number)] or not (folder / page_files.SHEET_NAME.format(number)).exists()
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for first in range(0, len(outdated), BLOCK):
-            block = outdated[first : first + BLOCK]
+        for block in in_blocks(outdated, BLOCK):
             sheets = dict(zip(block, pool.map(partial(_draw_sheet, folder), (images[number] for number in block))))
             storage.publish(
                 {folder / page_files.SHEET_NAME.format(number): sheet for number, (sheet, _) in sheets.items()}
@@ -179,19 +179,13 @@ def draw_sheets(folder: Path, groups: Mapping[int, Sequence[Row]], before: dict[
 
 
 def _draw_sheet(folder: Path, group: Images) -> tuple[bytes, bool]:
-    """A sheet, and whether it shows all of its images: one that is missing, or is no whole image, leaves its place
-    empty, and `audit` names it. Where the disk fails to read one, the sheet is not made.
-    """
+    """A sheet, and whether it shows all of its images; one that cannot be shown leaves its place empty."""
     sheet, is_whole = Image.new("RGB", (COLUMNS * SIDE, ROWS * SIDE)), True
     for index, (name, _) in group.items():
-        try:
-            content = storage.read(folder / name, images.LARGEST_IMAGE_FILE)
-            image = images.decode_image(content, str(folder / name), least_side=SIDE).convert("RGB")
-        except (Refused, Missing) as error:
-            if isinstance(error, Missing) and not isinstance(error.__cause__, FileNotFoundError):
-                raise
+        if (read := _read_image(folder / name, SIDE)) is None:
             is_whole = False
             continue
+        image = read.convert("RGB")
         height, width = thumbnail_sides(image.height, image.width)
         if image.width % width or image.height % height:
             image = image.resize((width, height), Image.Resampling.BOX)
@@ -202,34 +196,39 @@ def _draw_sheet(folder: Path, group: Images) -> tuple[bytes, bool]:
     return encode_picture(sheet, "JPEG", quality=QUALITY), is_whole
 
 
+def _read_image(path: Path, least_side: int = 0) -> Image.Image | None:
+    """The image in a file, None where that is missing or no whole image, as `audit` says; a failing disk is refused."""
+    try:
+        return images.decode_image(storage.read(path, images.LARGEST_IMAGE_FILE), str(path), least_side=least_side)
+    except (Refused, Missing) as error:
+        if isinstance(error, Missing) and not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        return None
+
+
 PICTURES_TOGETHER = 64  # pictures published together
 
 
 def draw_missing(folder: Path, rows: Sequence[Row], role: str) -> None:
-    """Draws the missing pictures of a role; a file that is missing or is no whole image gets none, `audit` names it."""
+    """Draws the missing pictures of a role; a file that is missing or is no whole image gets none."""
     existing = {path.name for path in (folder / "gallery" / role).glob("*.png")}
     missing = [row for row in rows if f"{row.request.id}.png" not in existing]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for first in range(0, len(missing), PICTURES_TOGETHER):
-            block = missing[first : first + PICTURES_TOGETHER]
+        for block in in_blocks(missing, PICTURES_TOGETHER):
             pictures = zip(block, pool.map(partial(_picture_of_sample, folder, role), block), strict=True)
             named = {page_files.picture_name(role, row.request.id): picture for row, picture in pictures if picture}
             storage.publish({folder / name: picture for name, picture in named.items()})
 
 
 def _picture_of_sample(folder: Path, role: str, row: Row) -> bytes:
-    """The picture of a sample's file, empty where that is missing or is no whole image."""
-    try:
-        return picture_of(role, storage.read(folder / row.files[role][0], images.LARGEST_IMAGE_FILE))
-    except (Refused, Missing) as error:
-        if isinstance(error, Missing) and not isinstance(error.__cause__, FileNotFoundError):
-            raise
-        return b""
+    """The picture of a sample's file, empty where that cannot be shown."""
+    image = _read_image(folder / row.files[role][0])
+    return b"" if image is None else picture_of(role, image)
 
 
-def picture_of(role: str, content: bytes) -> bytes:
+def picture_of(role: str, image: Image.Image) -> bytes:
     """The picture that the page shows in place of a file."""
-    return picture_bytes(page_files.layer_with_picture(role).picture(np.array(images.decode_image(content, role))))
+    return picture_bytes(page_files.layer_with_picture(role).picture(np.array(image)))
 
 
 def fetch_or_draw(fetch: Callable[[str], Path | None], folder: Path, name: str) -> Path | None:
@@ -241,7 +240,7 @@ def fetch_or_draw(fetch: Callable[[str], Path | None], folder: Path, name: str) 
     source = fetch(f"{role}/{file}") or fetch(f"{QUARANTINE}{role}/{file}")
     if source is None:
         return None
-    storage.publish({folder / name: picture_of(role, source.read_bytes())})
+    storage.publish({folder / name: picture_of(role, images.decode_image(source.read_bytes(), role))})
     return folder / name
 
 

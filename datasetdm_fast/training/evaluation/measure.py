@@ -1,12 +1,12 @@
 """Figures of trained decoders: their labels are compared with the ground truth of a data set."""
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 
+from datasetdm_fast.cores import in_blocks
 from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.labels.class_tables import spoken
 from datasetdm_fast.engine.labels.kind import by_task, tasks_of
@@ -120,13 +120,13 @@ def measure(
     """{label: meter} of the engine's decoders after every image of the data set, read through the capture path."""
     configs = {label: engine.decoders[label].config for label in labels}
     meters = {label: METRICS[config.task].judging(source, config, settings.unseen) for label, config in configs.items()}
-    start, images = 0, iter(source)
+    start = 0
     words = {
         label: engine.encode_classes(spoken(source.thing_classes, config.table))
         for label, config in configs.items()
         if config.has_text
     }
-    while items := list(islice(images, settings.batch_size)):
+    for items in in_blocks(source, settings.batch_size):
         captions = ["" if settings.captions == "none" else item.caption for item in items]
         pixels = torch.from_numpy(np.stack([item.image for item in items]))
         seeds = range(settings.seed + start, settings.seed + start + len(items))

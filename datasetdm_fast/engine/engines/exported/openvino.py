@@ -11,6 +11,7 @@ import torch
 from openvino import opset13
 from torch import Tensor
 
+from datasetdm_fast.cores import in_blocks
 from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.engines.device import resolve_device
 from datasetdm_fast.engine.engines.exported.graphs import GraphEngine, OpenedGraph, Tensors
@@ -85,10 +86,8 @@ class OpenVinoStage:
     def __call__(self, parts: Sequence[Tensors]) -> list[dict[str, Tensor]]:
         threads = torch.get_num_threads()
         streams = min(self.streams or threads, threads, len(parts))
-        outputs: list[dict[str, Tensor]] = []
-        for start in range(0, len(parts), streams):
-            outputs += self._run_streams(parts[start : start + streams], streams, threads)
-        return outputs
+        blocks = (self._run_streams(block, streams, threads) for block in in_blocks(parts, streams))
+        return [outputs for block in blocks for outputs in block]
 
     def _run_streams(self, parts: Sequence[Tensors], streams: int, threads: int) -> list[dict[str, Tensor]]:
         """The outputs of as many parts as there are streams, computed at once."""

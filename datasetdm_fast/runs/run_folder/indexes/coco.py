@@ -1,9 +1,9 @@
 """Records of one task in COCO's form as pycocotools reads it, written some rows at a time to save memory."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 from typing import Any
 
+from datasetdm_fast.cores import in_blocks
 from datasetdm_fast.engine.labels import by_kind, kind_of
 from datasetdm_fast.runs.run_folder.document import sides
 from datasetdm_fast.runs.run_folder.indexes.samples import IndexFile
@@ -19,7 +19,7 @@ class Images:
     def chunks(self, document: Mapping[str, Any], ledger: Ledger) -> list[bytes]:
         if self._chunks is None:
             listed = _encode_list(_image(document, row) for row in ledger.rows(parts=("files",)))
-            self._chunks = [b"".join(chunks) for chunks in iter(lambda: list(islice(listed, BLOCK)), [])]
+            self._chunks = [b"".join(chunks) for chunks in in_blocks(listed, BLOCK)]
         return self._chunks
 
 
