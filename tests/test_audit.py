@@ -182,6 +182,27 @@ def test_a_run_that_goes_on_is_whole_so_far(tmp_path, capsys):
     assert "whole, 1 of 3 samples (1 still to be made)" in capsys.readouterr().out
 
 
+def test_dropped_samples_are_not_still_to_be_made(monkeypatch, capsys):
+    report = audit.Report("runs/a", number=10, done=5, quarantined=1, files=5, bytes=2_500_000, findings=[], dropped=2)
+    monkeypatch.setattr(command, "audit_place", lambda *_: report)
+    assert command.main(["runs/a"]) == 0
+    assert capsys.readouterr().out == (
+        "runs/a: whole, 5 of 10 samples (2 still to be made, 2 dropped), 5 files, 2.5 MB read\n"
+    )
+
+
+@pytest.mark.parametrize(("made_by", "remedy"), [("generate", "--out runs/a --only 00000000"), ("label", "--repair")])
+def test_a_damaged_sample_is_made_alone_where_generate_made_it(tmp_path, made_by, remedy):
+    described = document(1)
+    with RunFolder(tmp_path / "run", described) as folder:
+        folder.add([render(0)], {})
+        (row,) = folder.ledger.rows()
+    described |= {} if made_by == "generate" else {"command": made_by}
+    faults = audit.check_sample(Path("runs/a"), described, row, lambda row, role: b"").faults
+    assert {fault.place for fault in faults} == {name for name, _ in row.files.values()}
+    assert all(remedy in fault.remedy for fault in faults)
+
+
 def edit(path: Path, statement: str) -> None:
     with sqlite3.connect(path / LEDGER) as connection:
         connection.execute(statement)

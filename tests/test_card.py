@@ -77,6 +77,8 @@ def test_the_command_of_a_run_that_made_its_own_prompts_names_none(run):
     assert "- The command, where PROMPTS are" in text(run, config=document(12, prompts="sha256:00")["config"])
     aside = document(12, prompts="sha256:00", keep="trusted")["config"]
     assert "- The command, where PROMPTS is the list that it was given" in text(run, config=aside)
+    chosen = document(12, prompts="sha256:00", accept="score >= 0.5")["config"]
+    assert "- The command, where PROMPTS is the list that it was given" in text(run, config=chosen)
     table = document(12, prompts="sha256:00", class_table="sha256:11")["config"]
     assert "PROMPTS are those of `samples.jsonl` and TABLE has the words" in text(run, config=table)
     assert "--class-table TABLE" in text(run, config=table) and "sha256:11" not in text(run, config=table)
@@ -121,7 +123,7 @@ def test_the_card_of_a_composition_tells_where_the_images_of_its_runs_come_from(
         composed(run, "merge", {"runs": [{**drawn, **both}]}),
     ):
         assert "all synthetic" not in mixed and "generated some of the images; the others are pictures" in mixed
-        assert "\n- synthetic\n" in mixed
+        assert "\n- synthetic\n" in mixed and "\n# Pictures and their labels\n" in mixed
 
 
 def test_the_card_of_merged_runs_tells_the_samplers_of_all(run):

@@ -11,6 +11,7 @@ from rendered import write_run
 from datasetdm_fast import open_run
 from datasetdm_fast.convert import main as convert
 from datasetdm_fast.engine.labels import mask_rle
+from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.gallery.review import Review
 from datasetdm_fast.runs.run_folder.audit import audit
@@ -81,6 +82,7 @@ def test_corrected_samples_are_truth_for_a_training(run):
     third = source[1]
     assert (third.semantic[y0:y1, x0:x1] == 255).all() and len(third.masks) == is_left.sum()
     assert third.crowds[-1][y0:y1, x0:x1].all() and third.crowds[-1].sum() == (x1 - x0) * (y1 - y0)
+    assert third.crowd_classes[-1] == EVERY_CLASS
     assert (source[0].masks == open_run(run)[1].instances.masks).all()  # whatever their scores
 
 

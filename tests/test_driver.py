@@ -1,5 +1,6 @@
 import json
 import threading
+from concurrent.futures import wait
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from stub_engine import CONFIGS, SCHEDULER, StubEngine, Tokenizer
 from datasetdm_fast import generate
 from datasetdm_fast.command_line import run_report, run_settings
 from datasetdm_fast.command_line.run_settings import read_spec
-from datasetdm_fast.config import TASKS
+from datasetdm_fast.config import HALF, TASKS
 from datasetdm_fast.data import (
     Batch,
     Capture,
@@ -47,6 +48,7 @@ from datasetdm_fast.runs.run_folder.document import read_document
 from datasetdm_fast.runs.run_folder.reader import open_run
 from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.runs.workers import worker
+from datasetdm_fast.settings import EngineSettings, ModelSettings
 
 pytestmark = pytest.mark.core
 
@@ -454,7 +456,8 @@ def test_batches_of_equal_size_stay_those_of_the_plan(engines, tmp_path):
     assert first.plan.batch_size == prepare(settings).plan.batch_size == 5
     assert write_missing(prepare(settings)).done == 10
     assert {row.recipe["batch_size"] for row in open_run(tmp_path / "run").rows()} == {5}
-    assert prepare(config(tmp_path / "run", number=20, batch_size=4)).plan.batch_size == 4
+    grown = prepare(config(tmp_path / "run", number=20, batch_size=4))
+    assert (grown.plan.batch_size, grown.document["plan"]["batch_size"]) == (4, 5)  # run.json has the first one
 
 
 def test_a_limit_counts_new_images(engines, tmp_path):
@@ -508,6 +511,8 @@ def test_set_aside_samples_end_the_run_with_a_failed_gate(engines, tmp_path):
         result.check()
     assert [sample.id for sample in open_run(tmp_path / "run")] == ["00000000", "00000002"]
     assert find_result(config(tmp_path / "run", prompts="a ball\nbroken\n", number=4)).quarantined == 2
+    with pytest.raises(Refused, match="image 00000001 would change .*broken"):  # which a larger run would make, too
+        prepare(config(tmp_path / "run", prompts="a ball\na cone\na ball\na cone", number=5, allow_unnamed=True))
 
 
 def test_a_quarantined_sample_is_made_again_once_its_engine_can(engines, tmp_path, monkeypatch):
@@ -705,6 +710,7 @@ def test_nothing_is_committed_after_a_batch_that_could_not_be_written():
     with pytest.raises(Missing), BackgroundWriter(folder, lambda rows: None) as writer:
         for number in (1, 2, 3):
             writer.put([number], {})
+        wait(writer._waiting)
     assert committed == [[1]]
 
 
@@ -942,3 +948,43 @@ def test_captions_of_pictures_name_classes_by_the_words_of_their_own():
     for caption, text, named in (("an orb", "an orb", ("ball",)), ("", "a photo of a globe, a cube", ("ball", "cube"))):
         line = inverting.picture_prompt(caption, recipe, recipe.words, engine, "a.png")
         assert (line.text, line.classes) == (text, named)
+
+
+@pytest.mark.parametrize(
+    ("begun", "asked", "dtype"),
+    [
+        ({"engine": "fast", "dtype": "fp32"}, "auto", "fp32"),  # what was measured once stays
+        ({"engine": "fast", "dtype": "fp16"}, "fast", "fp16"),
+        ({"engine": "fast", "dtype": "tf32"}, "auto", "auto"),
+        ({"engine": "torch", "dtype": "fp32"}, "fast", "auto"),
+        ({"engine": "of a package", "dtype": "fp16"}, "auto", "auto"),
+        (None, "auto", "bf16"),
+    ],
+)
+def test_a_run_goes_on_in_the_precision_that_auto_chose_for_it(monkeypatch, begun, asked, dtype):
+    opened = []
+    monkeypatch.setattr(job.engines, "open_engine", lambda *given, **options: opened.append(options))
+    stored = begun and {"engine": begun}
+    job.open_engine(ModelSettings(), EngineSettings(engine=asked, dtype="auto"), ["semantic"], stored, "bf16")
+    job.open_engine(ModelSettings(), EngineSettings(engine=asked, dtype="fp16"), ["semantic"], stored)
+    assert [options["dtype"] for options in opened] == [dtype, "fp16"]
+
+
+def test_a_half_is_tried_where_the_engine_has_one_and_all_negatives_are_checked(engines, tmp_path, monkeypatch):
+    (tmp_path / "lines").write_text('{"prompt": "a ball"}\n{"prompt": "a cone", "negative": "fog"}\n')
+    checked = []
+    monkeypatch.setattr(job.prompts, "check_negative", lambda texts, *_: checked.append(texts))
+    settings = config(tmp_path / "run", prompts=str(tmp_path / "lines"), negative_prompt="night", dtype="auto")
+    for precision, half in (("fp32", ""), ("fp16", "fp16")):
+        facts = {"engine": "stub", "dtype": precision, "device": "cpu"}
+        monkeypatch.setattr(StubEngine, "fingerprint", lambda self, facts=facts: facts)
+        made = job.build_job(read_spec(settings), None, HALF)
+        assert made.half == half and job.build_job(read_spec(settings), None).half == ""
+    assert checked == [["night", "", "fog"]] * 4
+
+
+def test_a_text_keeps_its_guidance_and_its_concepts_whatever_becomes_of_its_numbers():
+    text = Text(torch.zeros(3, 2, 4), torch.zeros(3, 5), torch.ones(3, 2, dtype=torch.bool), 3.5, 2)
+    for changed in (text.to("cpu"), text.cast(torch.float16), text[:1], text[:1].expand(2)):
+        assert (changed.guidance, changed.concepts, changed.mask.dtype) == (3.5, 2, torch.bool)
+    assert text.cast(torch.float16).pooled.dtype == torch.float16 and len(text[:1].expand(2)) == 2

@@ -4,15 +4,22 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import MagicMock, Mock
 
 import pytest
 from run_steps import prepare
 from stub_engine import StubEngine
 
 from datasetdm_fast import drop, generate, restore
-from datasetdm_fast.command_line.run_settings import check_sources, complete_settings, restore_settings
+from datasetdm_fast.command_line.run_settings import (
+    check_sources,
+    complete_settings,
+    expand_names,
+    restore_settings,
+)
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.decoders.config import DEMO
@@ -587,3 +594,29 @@ def test_a_dry_run_says_that_there_are_no_gpus(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(devices, "visible_gpus", lambda: [])
     line = ["--number", "1", "--prompts", "a ball", "--gpus", "8", "--out", str(tmp_path / "run"), "--dry-run"]
     assert generate.main(line) == 3 and "--gpus 8: there are 0 GPUs here" in capsys.readouterr().err
+
+
+def test_the_settings_of_another_project_count_where_none_are_given():
+    config = RunConfig(parity="dataset-diffusion", steps=30, guidance=2.0, exponent=1)
+    steps, guidance, exponent = 100, 7.5, 4
+    for provided, wanted in (((), (steps, guidance, exponent)), (("steps", "exponent"), (30, guidance, 1))):
+        found = expand_names(config, {"parity", *provided})
+        assert (found.steps, found.guidance, found.exponent) == wanted
+        assert (found.threshold, found.uncertainty, found.profile) == (0.6, 0.5, "0.14.0")
+
+
+@pytest.mark.parametrize(("limit", "counted"), [(0, 3), (4, 2)])
+@pytest.mark.parametrize(("stored", "speed", "verify"), [(None, "fast25", 0), ({}, "fast25", 0), ({}, "exact", 2)])
+def test_a_process_counts_its_share_and_judges_a_speed_once(
+    tmp_path, monkeypatch, limit, counted, stored, speed, verify
+):
+    seen, judged = [], []
+    monkeypatch.setattr(generate, "ImageProgress", lambda **given: seen.append(given["images"]) or nullcontext(Mock()))
+    monkeypatch.setattr(generate, "admit_job", lambda run, spec, screen, verify: judged.append(verify))
+    config = SimpleNamespace(limit=limit, verify=verify, speed=speed, quiet=True)
+    spec, launch = SimpleNamespace(folder=tmp_path), SimpleNamespace(processes=3, may_compare=True)
+    launch.run = lambda spec, callbacks: "a result"
+    run = SimpleNamespace(stored=stored, tries_half=lambda spec: False, may_differ=lambda spec: False)
+    arguments = (config, spec, run, SimpleNamespace(missing=7), launch, MagicMock())
+    assert generate._write(*arguments) == "a result" and seen == [counted]
+    assert judged == ([] if stored == {} and not verify else [verify])  # the samples of a run have been judged

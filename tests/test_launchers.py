@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import troubled
 from skips import IS_LONG, long_test
 from test_ranks import BATCH, LONGEST, SAMPLES, alone, arithmetic, check_equal, wait_for_rows  # noqa: F401
 
+from datasetdm_fast.command_line import sharded_run
 from datasetdm_fast.command_line.interruption import ENDED
 from datasetdm_fast.command_line.run_report import print_run
 from datasetdm_fast.command_line.run_settings import check_judged, read_spec
@@ -29,6 +31,7 @@ from datasetdm_fast.runs.run_folder.folder import SEAL
 from datasetdm_fast.runs.run_settings import RunConfig, WorkerSettings
 from datasetdm_fast.runs.workers import devices, launched
 from datasetdm_fast.runs.workers.devices import LaunchedProcess
+from datasetdm_fast.runs.workers.shard_worker import ShardRank
 from datasetdm_fast.runs.workers.worker import Callbacks
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
@@ -100,7 +103,12 @@ def test_a_cluster_is_asked_by_one_process_alone(tmp_path):
 def test_the_images_that_a_peer_counts_are_called_its_own(tmp_path, capsys):
     result = Result(tmp_path, 4, 4, 2, 0, seconds=2.0, is_complete=True)
     print_run(RunConfig(), result, "", by=" by this process")
-    assert "2 images by this process in 2.0 s" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "2 images by this process in 2.0 s, 1 images per second\n" in said and "gallery" not in said
+    print_run(RunConfig(), replace(result, closing_seconds=0.5), "")
+    page = f"; look at {tmp_path}/gallery/index.html\n"
+    said = capsys.readouterr().err
+    assert "2 images in 2.0 s (0.5 s of it for index files and gallery), 1 images per second" + page in said
     told = Result(tmp_path, 8, 5, 2, 0, doubtful=3, accept="score >= 0.5").trust_message
     assert told == f"accepted: 5 samples; not accepted, in {tmp_path}/doubtful/: 3"
 
@@ -288,3 +296,13 @@ def test_a_process_takes_the_gpu_and_the_cores_of_its_place_on_its_machine(monke
     peer = LaunchedProcess(rank=2, world=6, local_rank=1, local_world=3)
     assert devices.take_share(peer, WorkerSettings(), "cuda", 0) == 4
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
+
+
+@pytest.mark.parametrize(("rank", "reports"), [(0, 1), (2, 0)])
+def test_one_process_of_all_machines_reports_a_run_in_shards(tmp_path, monkeypatch, rank, reports):
+    reported, begun = [], []
+    monkeypatch.setattr(sharded_run, "work_on_shards", lambda spec, place, rank, callbacks: begun.append(rank))
+    monkeypatch.setattr(sharded_run, "_report", lambda *given: reported.append(given))
+    config = RunConfig(layout="shards", out=str(tmp_path / "run"), number=2, quiet=True)
+    assert generate_shards(config, read_spec(config), LaunchedProcess(rank, 4, 0, 2), "") == 0
+    assert len(reported) == reports and begun == [ShardRank(rank, 4)]

@@ -633,6 +633,8 @@ def test_other_configurations_are_refused_with_the_fields(tmp_path):
         check_same(tmp_path, {"config": {"source.run": "a"}}, {"config": {"source.run": "b"}})
     with pytest.raises(Refused, match="made of other samples"):
         check_same(tmp_path, {"source": None, "config": {}}, {"source": {"samples.jsonl": "0"}, "config": {}})
+    with pytest.raises(Refused, match="with other settings .*seed: 0 there, 1 asked for"):
+        check_same(tmp_path, {"source": 1, "config": {"seed": 0}}, {"source": 2, "config": {"seed": 1}})
     with pytest.raises(Refused, match="it holds a run of merge, not of generate"):
         check_config(tmp_path, document(4) | {"command": "merge"}, document(4)["config"])
 

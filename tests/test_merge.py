@@ -21,7 +21,7 @@ from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.merge import main
 from datasetdm_fast.runs.compositions.composition import SquareSource
-from datasetdm_fast.runs.compositions.merging import _join_models, _merge
+from datasetdm_fast.runs.compositions.merging import _join_models, _merge, _merge_decoders
 from datasetdm_fast.runs.compositions.shard_merging import ShardMerging
 from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.run_folder.audit import audit
@@ -410,3 +410,9 @@ def test_a_place_for_shards_that_holds_something_is_refused(tmp_path):
     merging.place = shard_place(tmp_path)
     with pytest.raises(Refused, match="it is not empty"):
         merging.count_existing()
+
+
+def test_the_licence_of_a_decoder_is_none_in_the_runs_that_have_no_such_decoder():
+    runs = [{"decoders": {"semantic": {"digest": "a", "licence": "MIT"}}}, {"decoders": {}}]
+    assert _merge_decoders("semantic", runs)["licence"] == "MIT and none"
+    assert _merge_decoders("semantic", runs[:1] * 2) == {"digest": "a", "licence": "MIT"}

@@ -21,7 +21,7 @@ from datasetdm_fast.engine.loop.plan import class_and_turn, make_plan, template
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.jobs import prompt_files
 from datasetdm_fast.runs.jobs.labelling import open_pictures
-from datasetdm_fast.runs.jobs.prompt_files import read_source
+from datasetdm_fast.runs.jobs.prompt_files import parse_lines, read_source
 from datasetdm_fast.runs.run_settings import PromptSettings, RunConfig
 
 
@@ -342,6 +342,7 @@ def test_negative_prompts_are_those_of_the_run_or_of_the_line(tmp_path):
     plan = make_plan(source, Tokenizer(), number=3, seed=5, batch_size=2)
     assert [request.negative for request in plan] == [prompts.NEGATIVE_PROMPTS["dataset-diffusion"], "fog", ""]
     assert len(plan.request(0).negative.split(",")) == 21
+    assert [line.classes for line in parse_lines('{"prompt": "a", "classes": []}\n{"prompt": "a"}', "x")] == [(), None]
     plain = tmp_path / "plain.jsonl"
     plain.write_text("\n".join(json.dumps({"prompt": line["prompt"]}) for line in lines))
     assert source.digest != read_source(PromptSettings(prompts=str(plain)), has_captions=True).digest

@@ -53,6 +53,7 @@ from datasetdm_fast.training.readers import (
     celebamask,
     cityscapes,
     coco,
+    coco_layout,
     cvat,
     hf,
     is_read,
@@ -2313,6 +2314,8 @@ def test_a_corner_of_yolo_may_lie_a_hundredth_outside_of_the_image(copied, place
 def test_a_circle_is_a_polygon_of_64_corners_and_maps_have_254_things():
     area = shapes.ellipse((50, 50), (45, 45), (100, 100))().sum()
     assert area == pytest.approx(64 / 2 * math.sin(math.tau / 64) * 45**2, abs=8)  # of 32 corners it is smaller by 31
+    columns = np.flatnonzero(shapes.ellipse((1000, 1000), (1000, 1000), (2000, 2000))().any(0))
+    assert (columns[0], columns[-1]) == (0, 1999)  # of 63 corners the leftmost lies 1.2 pixels inside
     for count, classes in ((254, 255), (255, 0)):
         source = SimpleNamespace()
         shapes.OutlineSource.set_things(source, map(str, range(count)))
@@ -3745,3 +3748,76 @@ def test_an_item_beyond_the_end_is_an_index_error_and_a_file_that_fails_bad_data
     with pytest.raises(Refused, match="a.png: Input/output error"):
         source.guard(fail)
     assert source.things_of(SimpleNamespace(masks=None, semantic=None)) == []
+
+
+def test_items_of_coco_come_by_the_ids_of_their_images_and_persons_of_crowds_are_none(tmp_path):
+    facts = {"width": 32, "height": 24}
+    whole = {"category_id": 1, "bbox": [2, 2, 8, 8], "segmentation": [[2, 2, 10, 2, 10, 10, 2, 10]], "area": 64}
+    whole |= {"num_keypoints": 1, "keypoints": [4, 4, 2, 0, 0, 0]}
+    rows = ((1, 7, 0), (2, 3, 1), (4, 3, 0), (5, 7, 0))  # id, image, is a crowd
+    document = {
+        "images": [{"id": 7, "file_name": "b.png"} | facts, {"id": 3, "file_name": "a.png"} | facts],
+        "categories": [{"id": 1, "name": "owl", "keypoints": ["eye", "beak"]}],
+        "annotations": [{**whole, "id": k, "image_id": image, "iscrowd": crowd} for k, image, crowd in rows],
+    }
+    text(tmp_path / "annotations.json", json.dumps(document))
+    for name in "ab":
+        save(tmp_path / f"{name}.png", np.zeros((24, 32, 3), np.uint8))
+    address = f"coco:{tmp_path}"
+    assert [item.id for item in open_data(address, SIZE, tasks=["instance"])] == ["a", "b"]
+    people = open_data(address, SIZE, tasks=["pose"])
+    assert [item.id for item in people] == ["a_4", "b_1", "b_5"]
+    for height, width in ((24, 31), (23, 32)):
+        save(tmp_path / "a.png", np.zeros((height, width, 3), np.uint8))
+        with pytest.raises(Refused, match=f"a.png: {width} x {height} pixels, but annotations.json says 32 x 24"):
+            people.picture(0)
+
+
+def test_of_several_files_of_coco_the_published_one_and_the_longest_path_count(tmp_path):
+    for place in ("annotations/instances_val2017.json", "annotations/instances_val.json", "a.png", "day/a.png"):
+        text(tmp_path / place, "{}")
+    assert coco_layout.find_layout(tmp_path, "val").things.name == "instances_val2017.json"
+    pictures = coco_layout.PictureFolder(tmp_path, is_foreign=True)
+    assert pictures.path_of("C:\\photos\\day\\a.png", tmp_path) == tmp_path / "day/a.png"
+    assert pictures.path_of("/photos/night/a.png", tmp_path) == tmp_path / "a.png"
+
+
+def test_the_first_decoder_of_a_task_of_a_run_is_the_truth_where_the_brackets_name_none(tmp_path, monkeypatch):
+    tables = {f"semantic:{name}": {"classes": ["background", name]} for name in ("cat", "dog")}
+    tables |= {f"depth:{name}": {"max_depth": farthest} for name, farthest in (("near", 10), ("far", 80))}
+    row = SimpleNamespace(request=SimpleNamespace(index=0, id="00000000"), trust=Trust(), recipe={"origins": []})
+    run = SimpleNamespace(path=tmp_path, tasks=(*tables,), document={"labels": tables}, rows=lambda parts: [row])
+    monkeypatch.setattr(run_reader, "Run", lambda path, kept: run)
+    for split, classes in (("train", ("background", "cat")), ("semantic.dog", ("background", "dog"))):
+        source = run_reader.RunSamples(tmp_path, split, SIZE, ())
+        assert source.labels == {"semantic": "semantic:cat", "depth": "depth:near"}
+        assert (source.classes, source.max_depth) == (classes, 10)
+
+
+def test_rows_of_hugging_face_are_those_of_the_split_and_of_no_other_that_begins_alike(tmp_path):
+    names = ("train/a.png", "train_more/b.png", "validation/c.png")
+    text(tmp_path / "metadata.jsonl", "\n".join(json.dumps({"file_name": name}) for name in names))
+    for split, shown in (("train", names[:1]), ("val", names[2:])):
+        assert [row["image"] for row in tables.open_rows(tmp_path, split).rows] == [*shown]
+    text(tmp_path / "metadata.jsonl", "\n".join(json.dumps({"file_name": name[-5:]}) for name in names))
+    assert len(tables.open_rows(tmp_path, "train")) == 3  # all where the names tell no split
+    with pytest.raises(Refused, match="no split 'val'"):
+        tables.open_rows(tmp_path, "val")
+    (tmp_path / "metadata.jsonl").unlink()
+    for number, name in enumerate(("train-0", "train-1", "train_more-0", "trainval-0", "test")):
+        parquet.write_table(pa.table({"image": [str(number)]}), tmp_path / f"{name}.parquet")
+    rows = tables.open_rows(tmp_path, "train")
+    assert [rows.row(k)["image"] for k in range(len(rows))] == ["0", "1"]
+    assert tables.open_rows(tmp_path, "test").row(0) == {"image": "4"}
+
+
+def test_a_column_named_caption_is_taken_before_a_text_and_a_text_before_a_prompt(tmp_path):
+    save(tmp_path / "a.png", np.zeros((16, 16, 3), np.uint8))
+    save(tmp_path / "b.png", np.full((16, 16), 250, np.uint16))
+    text(tmp_path / "classes.json", json.dumps({"max_depth": 10, "depth_steps_of_a_metre": 100}))
+    row = {"file_name": "a.png", "depth_file_name": "b.png", "prompt": "p", "text": "t", "caption": "c"}
+    for caption in ("c", "t", "p"):
+        text(tmp_path / "metadata.jsonl", json.dumps(row))
+        (item,) = open_data(f"hf:{tmp_path}", 16)
+        assert item.caption == caption and (item.depth == 2.5).all()  # in the steps that the table tells
+        row.popitem()

@@ -162,9 +162,10 @@ def test_ids_and_the_number_of_samples_are_given_as_everywhere(source, tmp_path,
         (vary, [str(source), "--domain", "fog", "--number", "1"]),
         (edit, [str(source), "00000000", "--box", "0,0,64,64", "--prompt", "a cube"]),
         (edit, [str(source), "--number", "1", "--box", "0,0,64,64", "--prompt", "a cube"]),
+        (vary, [str(source), "00000001", "--only", "00000000", "--domain", "fog,night"]),
     ):
         assert command.main([*line, "--out", str(folder), "--dry-run", "--json"]) == 0
-        assert json.loads(capsys.readouterr().out)["number"] == 1
+        assert json.loads(capsys.readouterr().out)["number"] == (4 if "--only" in line else 1)
 
 
 def test_a_variant_keeps_the_geometry_and_tells_its_source(source, varied):

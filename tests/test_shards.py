@@ -338,6 +338,16 @@ def test_a_run_that_another_process_begins_between_two_looks_is_joined(alone, tm
     assert shard_worker.open_place(place) == json.loads(document)
 
 
+def test_a_place_with_what_processes_write_before_run_json_may_hold_a_new_run(tmp_path):
+    place = ShardFolder(tmp_path)
+    for name in ("claims/00000", "shards/00000.tar", "manifest/00000.json"):
+        place.replace(name, b"{}")
+    assert shard_worker.open_place(place) is None
+    place.replace("notes.txt", b"mine")
+    with pytest.raises(Refused, match="it holds something other than a run in shards .*notes.txt"):
+        shard_worker.open_place(place)
+
+
 def test_a_rank_begins_with_shards_of_its_own(alone):
     place = shard_place(alone)
     job, callbacks = shard_worker.open_shards(spec_of(alone), place), Callbacks(describe)

@@ -742,7 +742,7 @@ def test_tensorboard_is_written_where_it_is_asked_for(monkeypatch, tmp_path):
 
 
 def test_wandb_and_mlflow_are_told_by_their_own_means(monkeypatch, tmp_path):
-    from datasetdm_fast.training.log import Log
+    from datasetdm_fast.training.log import Log, run_id
 
     told, folder = [], tmp_path / "decoder" / "depth" / "training"
     folder.mkdir(parents=True)
@@ -762,6 +762,10 @@ def test_wandb_and_mlflow_are_told_by_their_own_means(monkeypatch, tmp_path):
         log.step(1, 10, 0.5, 0.1)
         log.figure(1, "absrel", 0.25)
     assert (starts["project"], starts["name"], starts["resume"]) == ("datasetdm_fast", "decoder-depth", "allow")
+    other = tmp_path / "other" / "decoder" / "depth" / "training"
+    assert starts["id"] == run_id(folder) != run_id(other) and starts["dir"] == str(
+        folder
+    )  # equal names are different trainings
     both = [{"loss": 0.5, "rate": 0.1}, {"held_out_absrel": 0.25}]
     assert [entry for entry in told if entry[0] == "wandb"] == [("wandb", values, 1) for values in both]
     assert [entry for entry in told if entry[0] == "mlflow"] == [("mlflow", values, 1) for values in both]
@@ -965,12 +969,13 @@ def test_every_image_is_judged_by_a_fold_that_has_not_seen_it(run, tmp_path, cap
 
 
 def test_the_page_says_why_a_class_has_no_interval():
-    source = types.SimpleNamespace(classes=("background", "ball", "cube"), thing_classes=("ball", "cube"))
+    source = types.SimpleNamespace(classes=("background", "ball", "<cube>"), thing_classes=("ball", "<cube>"))
     figures = {"miou": 0.5, "per_class": {"background": 0.9, "ball": 0.4}}
     bounds = {"miou": [0.1, 0.8], "per_class": {"background": [0.8, 1.0]}}
     lines = {"images": 27, "held_out_images": 3, "held_out": figures}
     told = page.page("semantic", source, {}, lines | {"held_out_intervals": bounds}, []).decode()
     assert "0.9000 (0.8000 to 1.0000)<" in told and "0.4000 (no interval, as only one image shows it)<" in told
+    assert '<p class="dim">In none of these images: &lt;cube&gt;.</p>' in told
     alone = page.page("semantic", source, {}, lines | {"held_out_intervals": {}}, []).decode()
     assert "<h2>On the held-out images (95 % intervals)</h2>" in told and "<h2>On the held-out images</h2>" in alone
     assert "no interval" not in alone
@@ -1217,3 +1222,30 @@ def test_data_of_a_training_that_cannot_be_read_are_not_counted(tmp_path, conten
         task_training.read_state(tmp_path / "data.json", {"steps": int})
     other = types.SimpleNamespace(is_rendered=False)  # a checkpoint of DatasetDM has no folder of decoders
     assert data_record.count_seen_in_training(str(tmp_path / "w.pth"), other, ["depth"]) == {}
+
+
+def test_the_page_shows_twelve_images_judged_by_a_decoder_that_has_not_learnt_from_them(tmp_path, monkeypatch):
+    numbers, shown = list(range(40)), []
+    engine = types.SimpleNamespace(model=types.SimpleNamespace(size=64))
+    session = types.SimpleNamespace(split=(numbers, []), numbers=numbers, engine=engine, address="folder:a", source="s")
+    session.view_settings, session.framing = types.SimpleNamespace(seed=3), {"scaled": 0, "cut_to_a_square": 0}
+    session.framing |= {"pictures": 40, "framing": "fit"}
+    session.views = lambda task, chosen, draws: chosen
+    session.predictor = lambda plan: types.SimpleNamespace(predict=lambda decoder, views: (decoder, views))
+    replaced = {
+        "split_folds": lambda source, numbers, count, seed: [[k for k in numbers if k % count == seed - 3]],
+        "load_decoder": lambda place: place,
+        "check_itself": lambda *given: None,
+    }
+    for name, value in replaced.items():
+        monkeypatch.setattr(workflow, name, value)
+    monkeypatch.setattr(workflow.page, "page", lambda *given: shown.append(given) or b"")
+    opened = workflow.Workflow(session, tmp_path, ("depth",), TaskSettings(), "2")
+    plan, result = types.SimpleNamespace(schedule=types.SimpleNamespace(steps=9)), {"steps": 9, "images": 40}
+    for held_out in ([], [5, 7]):
+        session.split = numbers, held_out
+        opened._write_page("depth", plan, result | {"held_out_images": len(held_out)}, {"folds": 2}, "train")
+    (*_, views, labels, title, _), (*_, held_views, held_labels, held_title, _) = shown
+    first = tmp_path / "depth/training/folds-2/1"
+    assert labels == (first, views) and views == list(range(0, 24, 2)) and "first fold has not seen" in title
+    assert held_labels == (tmp_path / "depth", [5, 7]) and held_title == "Held-out images"

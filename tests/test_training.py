@@ -449,7 +449,7 @@ def test_the_best_weights_the_evaluations_so_far_and_the_scale_of_losses_are_res
     best = {name: value.clone() for name, value in first.decoder.state_dict().items()}
     with torch.no_grad():
         torch._foreach_add_(first.parameters, 1.0)
-    first.step, first.early_stopping.evaluations = 7, 3
+    first.step, first.loss, first.early_stopping.evaluations = 7, 0.75, 3
     for _ in range(2):
         first.record_evaluation(first.decoder, 0.5, False)
     first.save(tmp_path)
@@ -457,7 +457,8 @@ def test_the_best_weights_the_evaluations_so_far_and_the_scale_of_losses_are_res
     assert second.scaler.get_scale() == 512
     told = {"evaluations": 3, "best_figure": 0.25, "best_step": 5, "without_improvement": 2}
     for state in (first, second):
-        assert asdict(state.early_stopping) == told and state.step == 7 and state.best_weights.keys() == best.keys()
+        assert asdict(state.early_stopping) == told and (state.step, state.loss) == (7, 0.75)
+        assert state.best_weights.keys() == best.keys()
         assert all(torch.equal(state.best_weights[name], value) for name, value in best.items())
     second.record_evaluation(second.decoder, 0.125, True)
     assert asdict(second.early_stopping) == told | {"best_figure": 0.125, "best_step": 7, "without_improvement": 0}
@@ -1970,3 +1971,55 @@ def test_recipes_hide_a_share_of_the_channels():
         part["dropout"] for task in tasks.TASKS.values() for part in (task.small, task.large) if "dropout" in part
     ]
     assert len(shares) > 4 and all(0 <= share < 1 for share in shares)
+
+
+def test_every_image_is_judged_once_by_the_decoder_that_its_fold_was_left_out_of(tmp_path, monkeypatch):
+    class Meter:
+        made: list = []
+
+        def __init__(self, source):
+            self.added = []
+            self.made.append(self)
+
+        def add(self, item, label):
+            self.added.append((item, label))
+
+        count = property(lambda self: len(self.added))
+        result = lambda self: {"absrel": 0.25}  # noqa: E731
+
+    folds, trained = [[4, 0], [2, 3]], []
+    plan = task_training.TaskPlan(None, SimpleNamespace(steps=5), None, {"seed": 7}, {})
+
+    def views(task, numbers, draws):
+        return SimpleNamespace(numbers=numbers, draws=draws, item=lambda view: f"image {numbers[view]}")
+
+    def predict(decoder, views):
+        return [(decoder, number, views.draws) for number in views.numbers]
+
+    session = SimpleNamespace(source=None, numbers=range(5), view_settings=SimpleNamespace(seed=0), views=views)
+    session.plan = lambda task: plan
+    session.predictor = lambda plan: SimpleNamespace(predict=predict)
+    replaced = {
+        "METRICS": {"depth": Meter},
+        "split_folds": lambda source, numbers, count, seed: folds,
+        "without_fold": lambda session, fold: session,
+        "find_result": lambda place, plan: trained.append((place, plan.settings)) or {"steps": 5},
+        "load_decoder": lambda place: place.relative_to(tmp_path).as_posix(),
+        "intervals": lambda meter, folds=0: {"absrel": [0.1, folds]},
+    }
+    for name, value in replaced.items():
+        monkeypatch.setattr(cross_validation, name, value)
+
+    def figures():
+        return cross_validation.cross_validate(session, "depth", tmp_path, len(folds), None, None, lambda: False)
+
+    document = figures()
+    places = ["training/folds-2/1", "training/folds-2/2"]
+    assert trained == [(tmp_path / place, {"seed": 7, "fold": f"{k} of 2"}) for k, place in enumerate(places, 1)]
+    judged = [(number, place) for place, fold in zip(places, folds) for number in fold]
+    assert Meter.made[0].added == [(f"image {number}", (place, number, 1)) for number, place in judged]
+    wanted = {"task": "depth", "folds": 2, "images": 4, "held_out": {"absrel": 0.25}}
+    assert document == wanted | {"held_out_intervals": {"absrel": [0.1, 2]}} == cross_validation.read_folds(tmp_path)
+    assert figures() == document and len(Meter.made) == 1  # nothing has changed
+    folds[:] = [[4], [0], [2, 3]]
+    assert figures()["folds"] == 3 and len(Meter.made) == 2

@@ -31,7 +31,7 @@ from datasetdm_fast.engine.labels.trust import (
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.runs.jobs.writing import Quota, Result
 from datasetdm_fast.runs.run_folder.audit import audit
-from datasetdm_fast.runs.run_folder.goal import Goal, check_scored
+from datasetdm_fast.runs.run_folder.goal import Goal, check_scored, goal_of
 from datasetdm_fast.runs.run_folder.reader import open_run
 from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.runs.workers import spawn
@@ -395,6 +395,9 @@ def test_of_a_class_more_are_made_for_those_that_were_quarantined_up_to_a_bound(
     assert [*goal.required_indices((0, 1))] == [0, 1, 2, 3, 4, 5, 9]
     assert [*goal.required_indices((2, 0))] == [0, 1, 2, 3, 4, 5, 6, 7]
     assert [goal.place(index) for index in (2, 3, 7, 9)] == [(0, 2), (1, 0), (0, 4), (1, 3)]
+    config = {"accept": "score > 0", "per_class": 3, "classes": ["a", "b"], "most_tries": 5}
+    assert goal_of(config, 6) == Goal(3, 15, ("a", "b")) and goal_of(config | {"per_class": 0}, 6) == Goal(6, 30)
+    assert goal_of({"classes": ["a", "b"]}, 6) == Goal(6, 6)
     assert goal.is_reached([(3, 0), (4, 1)]) and not goal.is_reached([(3, 0), (3, 1)])
     assert goal.missing([(5, 3), (4, 1)]) == {"a": 2} and goal.missing([(4, 2), (4, 1)]) == {}
 
