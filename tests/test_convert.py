@@ -29,6 +29,7 @@ from datasetdm_fast.config import EXPORT_FORMATS
 from datasetdm_fast.convert import main
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
 from datasetdm_fast.disk import storage
+from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.engine.labels import mask_rle, number_classes
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import GateFailed, Missing, Refused
@@ -971,6 +972,24 @@ def test_splits_of_an_export_begin_with_that_to_train_on():
         run=SimpleNamespace(document=document, path=Path("run")),
     )
     assert [*opened._read_samples()[0]] == ["train", "val", "test", "a", "b"]
+
+
+def test_an_export_is_another_where_a_prompt_a_file_a_label_or_the_part_of_a_sample_is():
+    def digest(prompt="a ball", sha256="ab", path="a.png", labels=(), parts=None):
+        files = {"image": (path, StoredFile(sha256, 9))}
+        rows = [Row(Request(k, prompt, k), {}, files, {"x": labels}) for k in (0, 1)]
+        opened = object.__new__(conversion.Conversion)
+        part_of = dict(enumerate(parts or ("train", "train")))
+        opened.source = SimpleNamespace(rows=lambda: rows, split_of=lambda row: part_of[row.request.index])
+        opened.source.split, opened.source.corrections = parts, {}
+        counts, found = opened._read_samples()
+        assert sum(counts.values()) == 2
+        return found
+
+    changes = [{"prompt": "a cone"}, {"sha256": "cd"}, {"labels": (1,)}]
+    changes += [{"parts": ("train", "val")}, {"parts": ("val", "train")}]  # of each one, in either
+    assert len({digest(), *(digest(**each) for each in changes)}) == 6
+    assert digest(path="b.png") == digest()
 
 
 def test_a_farthest_depth_that_is_no_whole_number_is_told(tmp_path):

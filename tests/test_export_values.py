@@ -361,6 +361,7 @@ def test_classes_of_voc_have_its_numbers_and_others_those_of_the_export():
     known, others = (Classes(names, names, ()) for names in (("person", "cat"), ("person", "mug")))
     assert {name: voc.numbers(known)[name] for name in known.names} == {"person": 15, "cat": 8}
     assert voc.numbers(others) == {"person": 1, "mug": 2}
+    assert [voc._clean_name(name) for name in ("C#", "#1 fan", "a:b")] == ["C#", "1 fan", "a b"]
 
 
 def test_yolo(exported):
@@ -704,3 +705,29 @@ def test_mmseg(exported):
     assert config["metainfo"]["palette"] == shown[:6].tolist()
     assert config["metainfo"]["classes"] == ("background", *MAPS, *THINGS) and config["num_classes"] == 6
     assert config["datasets"]["train"]["reduce_zero_label"] is False
+
+
+@pytest.mark.parametrize("rows_of_mask", [("###.#", "#.#..", "###.."), ("#.###", "..#.#", "..###")])
+def test_a_thing_with_a_hole_is_run_lengths_in_coco_and_one_polygon_in_lvis_wherever_the_hole_is(rows_of_mask):
+    framed, plain = thing(*rows_of_mask), thing("##.", "...", "..#")
+    assert coco.segmentation(framed, joins_holes=False) is framed.rle
+    (polygon,) = coco.segmentation(framed, joins_holes=True)
+    corners = np.array(polygon).reshape(-1, 2)
+    following = np.roll(corners, -1, axis=0)
+    shoelace = (corners[:, 0] * following[:, 1] - following[:, 0] * corners[:, 1]).sum() / 2
+    assert abs(shoelace) == 9 == framed.area  # pixels of the frame and of the other part, without the hole
+    parts = [[0, 0, 2, 0, 2, 1, 0, 1], [2, 2, 3, 2, 3, 3, 2, 3]]
+    assert coco.segmentation(plain, joins_holes=False) == coco.segmentation(plain, joins_holes=True) == parts
+
+
+def test_texts_of_wds_are_written_in_their_own_letters():
+    view = {"name": "00000000", "picture": lambda forms: ("png", b"x"), "prompt": "eine Möwe", "width": 6, "height": 4}
+    samples = SimpleNamespace(views=lambda *places: [SimpleNamespace(stored=SimpleNamespace(seed=7), **view)])
+    classes = Classes(("Möwe",), (), ("Möwe",))
+    plan = SimpleNamespace(tasks={"semantic"}, classes=classes, layout=SimpleNamespace(shard=2))
+    written = wds.table_files(plan)
+    assert written["id2label.json"] == ['{"0": "background", "1": "Möwe"}'.encode()]
+    assert '"Möwe"'.encode() in written["classes.json"][0]
+    plan.tasks = set()
+    record = '{"id": "00000000", "prompt": "eine Möwe", "seed": 7, "width": 6, "height": 4}'
+    assert dict(wds._files(plan, samples, "train", 0)) == {"00000000.png": b"x", "00000000.json": record.encode()}
