@@ -104,7 +104,9 @@ class Backbone:
     long_text: Callable[[Configs], tuple[str, int]] = lambda configs: ("", 0)
     # (configs, where they are from) -> as they are used; or Refused
     check: Callable[[Read, str], Read] = lambda configs, source: configs
-    check_fit: Callable[[LoadedModel], None] = lambda model: None  # raises Refused where the parts are not of one model
+    # what of a text -> its width for the denoiser, and that which the encoders give
+    text_widths: Callable[[Configs], Mapping[str, tuple[int, int]]] = lambda configs: {}
+    check_fit: Callable[[LoadedModel], None] = lambda model: None  # raises Refused where parts do not fit otherwise
     licence: Callable[[Configs], str] = lambda configs: ""  # of weights without a card: its name on hubs
     full_size: Read = field(default_factory=dict)  # configs of a usual model, of which files and presets are made
     package: str = ""  # name and version of the package that it is from, where that is another
