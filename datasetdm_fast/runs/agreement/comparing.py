@@ -132,11 +132,11 @@ def _distances(job: Job, row: Row, result: Any, place: Path) -> dict[str, float]
     publish_inside(place, dict(files.values()))
     made, stored = (
         np.array(images.read_image(folder / name))[None]
-        for folder, name in ((place, files["image"][0]), (job.folder, row.files["image"][0]))
+        for folder, name in ((place, files["image"][0]), (job.folder, row.files["image"].path))
     )
     distances = {"free image": float(image_distance(made, stored)[0])}
     made_names = {role: name for role, (name, _) in files.items()}
-    stored_names = {role: name for role, (name, _) in row.files.items()}
+    stored_names = {role: file.path for role, file in row.files.items()}
     for task in filter(_has_gate, row.labels):
         label = label_files.decode(task, place, made_names, records[task], tables[task])
         other = label_files.decode(task, job.folder, stored_names, row.labels[task], tables[task])
