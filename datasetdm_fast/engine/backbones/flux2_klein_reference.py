@@ -48,6 +48,6 @@ class Flux2KleinReference(joint_attention.JointReference):
         mean, deviation = self._statistics()
         return F.pixel_shuffle(latents * deviation + mean, 2)
 
-    def scale(self, numbers: Tensor) -> Tensor:
+    def scale(self, raw: Tensor) -> Tensor:
         mean, deviation = self._statistics()
-        return (F.pixel_unshuffle(numbers, 2) - mean) / deviation
+        return (F.pixel_unshuffle(raw, 2) - mean) / deviation

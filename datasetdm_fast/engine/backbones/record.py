@@ -51,7 +51,7 @@ class Latents:
     shift: float = 0.0
     mean: tuple[float, ...] = ()  # of each channel; empty: scale and shift say it all
     std: tuple[float, ...] = ()
-    leaves_fp16: bool = False  # whether numbers of the autoencoder are too large for fp16
+    leaves_fp16: bool = False  # whether activations of the autoencoder are too large for fp16
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Backbone:
     denoiser: str  # the part that is called at each step
     guidance: Callable[[Configs], Guidance]
     latents: Callable[[Configs], Latents]
-    text: Callable[[Configs], tuple[int, int]]  # tokens of an encoded prompt at most, and numbers of a token
+    text: Callable[[Configs], tuple[int, int]]  # tokens of an encoded prompt at most, and their width
     multiple: int  # pixels that a side must divide by
     # None: its schedule is made of betas. A timestep of a flow is 1000 sigma and falls, and the output of a call is
     # d latents / d sigma: a BackboneReference turns what was trained with another sign or time.
