@@ -605,20 +605,22 @@ def test_a_pipeline_in_memory_gives_what_its_folder_gives(tmp_path):
     digests = found.engine.model.digests
     assert set(digests) == {"tokenizer", "scheduler", "unet", "vae", "text_encoder"}
     layer = theirs.unet.conv_in
+    assert found.engine.model.modules["unet"].conv_in.weight.data_ptr() != layer.weight.data_ptr()
     layer.lora_A, layer.merged = {"one": torch.nn.Linear(1, 1)}, False
     with pytest.raises(Refused, match="not fused, the first is conv_in"):
         Pipeline.from_diffusers(theirs)
     layer.merged = True
     with torch.no_grad():
         layer.weight += 0.1
+    theirs.scheduler = type(theirs.scheduler).from_config(theirs.scheduler.config, beta_end=0.013)
     again = Pipeline.from_diffusers(theirs, engine="fast", device="cpu", size=tiny.size)
     changed = again.engine.model.digests
-    assert {name for name in digests if digests[name] != changed[name]} == {"unet"}
+    assert {name for name in digests if digests[name] != changed[name]} == {"unet", "scheduler"}
     assert not np.array_equal(again("a ball", seed=3, steps=2, tasks=()).images[0], images[0])
 
 
 def test_a_digest_of_weights_is_that_of_their_names_and_values_in_any_order():
-    first, second = torch.ones(2), torch.zeros(3)
+    first, second = torch.ones(2), torch.zeros(2)
     digest = in_memory.digest_of({"a": first, "b": second})
     assert digest == in_memory.digest_of({"b": second, "a": first}) != in_memory.digest_of({"a": second, "b": first})
     assert digest != in_memory.digest_of({"a": first, "c": second})
@@ -638,7 +640,6 @@ def test_settings_and_tensors_are_read_off_a_pipeline_as_a_folder_has_them():
     state = in_memory.state_of(network, "unet")
     assert set(state) == {"layer.weight", "layer.bias", "count"} and int(state["count"]) == 2**30 + 1
     assert state["count"].dtype == torch.int64 and state["layer.weight"].dtype == torch.float32
-    assert state["count"].data_ptr() != network.count.data_ptr()
     network.more = torch.nn.Linear(2, 2, device="meta")
     with pytest.raises(Refused, match="the weights of the unet are offloaded"):
         in_memory.state_of(network, "unet")
@@ -1022,3 +1023,15 @@ def test_pictures_of_a_call_have_seeds_one_after_another():
     assert [entry["seed"] for entry in found.meta] == [7, 8, 9]
     assert [entry["picture"] for entry in found.meta] == ["0", "1", "2"]
     assert stub([]).samples == [] and stub.label([]).samples == []
+
+
+def test_the_noise_of_each_picture_of_a_batch_is_that_of_its_own_seed(monkeypatch):
+    engine, seen = StubEngine(tasks=("depth",)), []
+    engine.decoders["depth"].config = replace(engine.decoders["depth"].config, capture_timestep=500)
+    capture = engine.denoise_and_capture
+    monkeypatch.setattr(engine, "denoise_and_capture", lambda *call: seen.append(call[:2]) or capture(*call))
+    Pipeline(engine).label([np.zeros((64, 64, 3), np.uint8)] * 3, "a ball", seed=7)  # black: the latents are zeros
+    ((latents, timestep),) = seen
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000)[:501] ** 2
+    noise = [torch.randn((4, 8, 8), generator=torch.Generator().manual_seed(seed)) for seed in (7, 8, 9)]
+    assert timestep == 500 and torch.allclose(latents, torch.stack(noise) * (1 - np.prod(1 - betas)) ** 0.5, atol=1e-5)

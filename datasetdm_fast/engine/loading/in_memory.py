@@ -132,9 +132,7 @@ def state_of(module: nn.Module, name: str) -> dict[str, Tensor]:
             "Load the pipeline without enable_sequential_cpu_offload().",
         )
     return {
-        key.replace(WRAPPED, "."): value.detach().to("cpu", torch.float32, copy=True)
-        if value.is_floating_point()
-        else value.detach().cpu().clone()
+        key.replace(WRAPPED, "."): value.detach().to("cpu", torch.float32 if value.is_floating_point() else value.dtype)
         for key, value in module.state_dict().items()
         if not any(mark in key for mark in ADAPTERS)
     }
