@@ -47,6 +47,52 @@ def test_a_table_numbers_its_classes_without_a_gap_and_colours_each(name, count)
     assert all(colours) and len(set(colours)) == count
 
 
+# Names in the order of their numbers and colours as they were published: by cityscapesScripts (train ids), panopticapi
+# (of the 80 things), VOC's development kit and DeepFashion-MultiModal.
+PUBLISHED = {
+    "cityscapes": (
+        "road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, vegetation, terrain, sky, person, "
+        "rider, car, truck, bus, train, motorcycle, bicycle",
+        "804080 f423e8 464646 66669c be9999 999999 faaa1e dcdc00 6b8e23 98fb98 4682b4 dc143c ff0000 00008e 000046 "
+        "003c64 005064 0000e6 770b20",
+    ),
+    "coco": (
+        "background, person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire "
+        "hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, "
+        "backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, "
+        "baseball glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, "
+        "banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, "
+        "bed, dining table, toilet, tv, laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, "
+        "refrigerator, book, clock, vase, scissors, teddy bear, hair drier, toothbrush",
+        "000000 dc143c 770b20 00008e 0000e6 6a00e4 003c64 005064 000046 0000c0 faaa1e 64aa1e dcdc00 af74af fa001e "
+        "a52a2a ff4dff 00e2fc b6b6ff 005200 78a69d 6e4c00 ae39ff c76400 480076 ffb3f0 007d5c d10097 bcd0b6 00dcb0 "
+        "ff63a4 5c0049 8581ff 4eb4ff 00e400 aefff3 2d59ff 868667 9194ae ffd0ba c5e2ff ab8601 6d3f36 cf8aff 97005f "
+        "09503d 546933 4a4169 a6c466 d0c3d2 ff6d41 008f95 b300c2 d1636a 057900 e3ffcd 93bad0 994501 035fa1 a3ff00 "
+        "7700aa 00b6c7 00a578 b78258 5f2000 827287 6e8185 a64a76 db8eb9 4fd272 b25a3e 41460f 7fa773 3b696a 8e6c2d "
+        "c4ac00 5f3650 804cff c93901 f6007a bfa2d0",
+    ),
+    "voc": (
+        "background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog, horse, "
+        "motorbike, person, pottedplant, sheep, sofa, train, tvmonitor",
+        "",
+    ),
+    "deepfashion": (
+        "background, top, outer, skirt, dress, pants, leggings, headwear, eyeglass, neckwear, belt, footwear, bag, "
+        "hair, face, skin, ring, wrist wearing, socks, gloves, necklace, rompers, earrings, tie",
+        "000000 fffafa dcdcdc faebd7 fffacd d3d3d3 4682b4 7fffd4 006400 32cd32 ffff00 f5deb3 ff8c00 ff0000 104e8b "
+        "90ee90 32cdae 329bfa a08c58 d58c58 5a8c5a b9d2cd 82a5b4 e18d97",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_table_has_the_numbers_and_colours_that_were_published(name):
+    classes, (names, colours) = class_tables.builtin_table(name).classes, PUBLISHED[name]
+    assert [word.name for word in classes] == names.split(", ")
+    if colours:  # those of VOC follow a rule
+        assert [bytes(word.colour).hex() for word in classes] == colours.split()
+
+
 def test_voc_has_the_colours_of_its_palette_rule():
     """Bits of the class number, lowest first, become the high bits of red, green and blue in turn."""
     for word in class_tables.builtin_table("voc").classes:
@@ -165,6 +211,9 @@ def test_an_own_table_goes_before_ours():
 def test_a_class_is_always_named_that_no_caption_leaves_out_where_it_is_shown():
     seen = [(("ball",), "a ball"), (("ball", "cube"), "a ball"), ((), "a cone")]
     assert always_named(("cube", "ball", "cone"), seen) == ("ball", "cone")
+    own = class_tables.ClassTable("own", (class_tables.ClassWord("ball", "ball", ("orb",)),))
+    assert always_named(("ball",), [(("ball",), "a blue orb")]) == ()
+    assert always_named(("ball",), [(("ball",), "a blue orb")], own) == ("ball",), "in a word of the user's table"
 
 
 def test_a_table_that_is_not_there_is_bad_input(tmp_path):

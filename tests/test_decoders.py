@@ -759,6 +759,28 @@ def test_sizes_of_a_capture():
     assert (capture.batch, capture.side) == (1, 16)
 
 
+def test_joints_of_upstream_are_those_of_coco_keypoints():
+    """As `person_keypoints_val2017.json` has them: names, and a skeleton that counts from 1."""
+    names = "nose,left_eye,right_eye,left_ear,right_ear,left_shoulder,right_shoulder,left_elbow,right_elbow,left_wrist,"
+    names += "right_wrist,left_hip,right_hip,left_knee,right_knee,left_ankle,right_ankle"
+    skeleton = [[16, 14], [14, 12], [17, 15], [15, 13], [12, 13], [6, 12], [7, 13], [6, 7], [6, 8], [7, 9], [8, 10]]
+    skeleton += [[9, 11], [2, 3], [1, 2], [1, 3], [2, 4], [3, 5], [4, 6], [5, 7]]
+    for kind in ("heatmap", "simcc"):
+        config = upstream(kind)
+        assert ",".join(config.joints) == names and config.score_threshold == 0.2
+        assert [[a + 1, b + 1] for a, b in config.limbs] == skeleton
+
+
+@pytest.mark.parametrize("upscale", [0, 2])
+def test_depth_is_a_share_of_the_farthest_that_the_decoder_was_taught(upscale):
+    decoder = build_decoder(small("depth", max_depth=80.0, upscale=upscale)).eval()
+    last = decoder.last_layer_depth[2]
+    torch.nn.init.zeros_(last.weight)
+    torch.nn.init.constant_(last.bias, math.log(3))  # whose sigmoid is 3 / 4
+    with torch.no_grad():
+        assert torch.allclose(decoder(capture_of(DEMO_LEVELS, 1))["depth"], torch.tensor(60.0))
+
+
 def test_an_upscale_is_by_its_factor_and_begins_as_a_plain_resize():
     x = torch.randn(2, 4, 3, 3)
     for times in (2, 3):

@@ -1275,7 +1275,7 @@ def test_captures_take_half_of_the_free_disk_and_what_they_have(tmp_path, monkey
     levels = [Level("low", 2, (3, 4), (2,), 5), Level("high", 4, (6,), (1, 2), 5, halves=1)]
     numbers = 4 * (2 * (3 + 4) + 2 * 5) + 16 * (6 + 3 * 5)
     layout = Layout.of(levels)
-    assert layout == Layout(shapes=((4, 24), (16, 21)), features=(14, 6)) and layout.values == numbers == 432
+    assert layout == Layout(shapes=((4, 24), (16, 21)), features=(14, 6)) and layout.numbers == numbers == 432
     size, asked = 10 * numbers * 2, []  # in half precision
 
     def cached():
@@ -1529,6 +1529,8 @@ def test_upstreams_recipe(engine, source, folder):
         both = engine.model.levels, wide
         small, large = (recipe(task, source, each, 32, (0,), 9, preset="upstream").config for each in both)
         assert replace(small, levels=large.levels) == large
+    for task, queries in (("semantic", 100), ("instance", 100), ("open-vocabulary", 20)):
+        assert recipe(task, source, engine.model.levels, 32, (0,), 9, preset="upstream").config.queries == queries
     found = recipe("semantic", source, engine.model.levels, 32, (0,), 100, preset="upstream").schedule
     assert (found.steps, found.batch_size, found.rate, found.optimiser, found.weight_decay) == (
         500_000,
