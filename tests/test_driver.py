@@ -866,6 +866,7 @@ def test_pixels_may_be_ignored_as_doubtful_and_as_unsure_at_once():
         recipe = SimpleNamespace(table=None, ignores_doubtful=is_doubtful, least_confidence=least, draws=())
         found = labelling.with_trust(sample, recipe)
         assert found.annotations["semantic"].labels.tolist() == [wanted]
+        assert found.trust.disagreeing == 0.3333, "one of three pixels of things, whether it is ignored or not"
 
 
 def test_captures_are_raw_for_labellers_and_all_of_them_where_sums_are_made(monkeypatch):

@@ -847,7 +847,7 @@ def tiny():
     return model
 
 
-def test_what_decides_the_source_and_what_does_not(tiny):
+def test_what_decides_the_source_and_what_does_not(tiny, monkeypatch):
     decoders = upstream_decoders(tiny)
     some = {name: decoders[name] for name in ("depth", "pose")}
     usual = source_digest(tiny, some)
@@ -859,6 +859,12 @@ def test_what_decides_the_source_and_what_does_not(tiny):
         assert source_digest(tiny, some) == usual
     finally:
         tiny.modules["unet"]._internal_dict = kept
+    depth, stored = some["depth"], some["depth"].config
+    depth.config = replace(stored, max_depth=stored.max_depth * 2)  # which its weights do not tell
+    assert source_digest(tiny, some) != usual
+    depth.config = stored
+    monkeypatch.setattr(to_onnx, "exporter", lambda: "another version")
+    assert source_digest(tiny, some) != usual
 
 
 def test_an_export_is_written_anew_for_all_that_decides_its_files(tiny, tmp_path, monkeypatch):

@@ -63,6 +63,13 @@ def test_safetensors_of_a_later_name_come_before_pickles_of_an_earlier_one(tmp_p
     assert [path.name for path in _weight_files(tmp_path).files] == ["model.fp16.safetensors"]
 
 
+def test_full_precision_comes_before_half_in_the_files_of_one_kind(tmp_path):
+    for name in ("diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors"):
+        save_file({"x": torch.zeros(2)}, tmp_path / name)
+    found = _weight_files(tmp_path)
+    assert (found.variant, [path.name for path in found.files]) == (None, ["diffusion_pytorch_model.safetensors"])
+
+
 def test_weights_of_half_precision_in_several_files_are_read_by_their_own_index(tmp_path):
     names = [f"diffusion_pytorch_model.fp16-0000{k}-of-00002.safetensors" for k in (1, 2)]
     for number, name in enumerate(names):
@@ -253,8 +260,9 @@ def test_places_of_qwen_image_are_counted_from_the_middle_as_in_diffusers():
 
 
 def test_an_encoder_of_just_as_many_layers_as_klein_reads_fits():
-    encoder = SimpleNamespace(num_hidden_layers=27)
-    model = SimpleNamespace(name="it", configs={"text_encoder": encoder})
+    encoder, network = SimpleNamespace(hidden_size=8, num_hidden_layers=27), SimpleNamespace(joint_attention_dim=24)
+    configs = {"text_encoder": encoder, "transformer": network}
+    model = SimpleNamespace(name="it", configs=configs, backbone=SimpleNamespace(of_kind=lambda kind: ()))
     FLUX2_KLEIN.check_fit(model)
     encoder.num_hidden_layers = 26
     with pytest.raises(Refused, match="26 layers, and the states of layer 27 are read"):

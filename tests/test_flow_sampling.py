@@ -207,7 +207,12 @@ def test_ancestral_euler_is_diffusers(prediction, spacing):
 @pytest.mark.parametrize("steps", [1, 4, 7, 50])
 def test_lcm_is_diffusers(prediction, steps):
     config = {**BETAS, "prediction_type": prediction, "_class_name": "LCMScheduler"}
-    for changes in ({}, {"timestep_scaling": 0.002}):  # so small that its boundary condition counts
+    # so small a scaling that its boundary condition counts; steps of another distillation
+    for changes in ({}, {"timestep_scaling": 0.002}, {"original_inference_steps": 20}):
+        if steps > changes.get("original_inference_steps", 50):
+            with pytest.raises(Refused, match="distilled for at most 20"):
+                make_schedule(config | changes, "auto", steps)
+            continue
         scheduler = diffusers.LCMScheduler(**BETAS, prediction_type=prediction, **changes)
         scheduler.set_timesteps(steps)
         compare(make_schedule(config | changes, "auto", steps), scheduler)

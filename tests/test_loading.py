@@ -295,7 +295,7 @@ def test_the_tokenizer_of_the_demo_model_gives_the_ids_of_transformers():
     assert model.tokenizer(texts).input_ids == theirs(texts).input_ids
     assert model.tokenizer(texts[1]).input_ids == theirs(texts[1]).input_ids
     ours, truth = (one(texts, **given, return_tensors="pt").input_ids for one in (model.tokenizer, theirs))
-    assert torch.equal(ours, truth)
+    assert torch.equal(ours, truth) and torch.equal(model.token_ids(texts), truth)
 
 
 # Folders --------------------------------------------------------------------------------------------------------------

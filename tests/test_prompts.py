@@ -305,6 +305,13 @@ def test_digest_follows_the_prompts_and_not_the_file(tmp_path):
     assert read_source(PromptSettings(prompts="a cube"), has_captions=True).digest not in digests
 
 
+def test_digest_of_runs_without_a_list_is_that_of_earlier_versions():
+    """By it a run is resumed, and its card tells whether prompts were given: SHA-256 of `templates` and `demo world`"""
+    templates, demo = prompts.PromptSource((), "x", ("ball",), 2), prompts.PromptSource((), "x", (), 0)
+    assert templates.digest == "9c6641c1f9cfb0c678ea58b1a913a5d0d528e98047e04827dcf28e9d6e51e8ee"
+    assert demo.digest == "be3cdc9b124b00c90fb6497de503807f167401cf503fa5a001a904cca445298f"
+
+
 def test_json_lines_bring_classes_and_seeds(tmp_path):
     path = tmp_path / "list.jsonl"
     lines = [

@@ -3707,6 +3707,8 @@ def test_pictures_that_a_program_turned_are_as_shown_unless_only_as_stored_they_
         ((30, 30), square, square.copy(), None),
     ):
         assert reading.as_drawn(size)("a.jpg", first, second) is (wanted or second)
+    for size, wanted in (((20, 30), stored), ((30, 20), upright), ((99, 99), stored)):
+        assert reading.as_sized("a.png", lambda: size)("a.jpg", stored, upright) is wanted, "of labels on either"  # noqa: B023
 
 
 def test_depths_count_up_to_the_farthest_one(tmp_path):

@@ -178,7 +178,7 @@ def test_a_variant_keeps_the_geometry_and_tells_its_source(source, varied):
     lines = [json.loads(line) for line in (varied / "samples.jsonl").read_text().splitlines()]
     for line, sample in zip(lines, new, strict=True):
         old = run[line["source"]]
-        assert line["group"] == old.row.files["image"].stored.sha256[:16] and line["seed"] == old.seed
+        assert line["group"] == old.row.files["image"][1].sha256[:16] and line["seed"] == old.seed
         assert line["prompt"] == f"{old.prompt}{DOMAINS[line['domain']]}" and 0.7 < line["consistency"] <= 1
         assert np.abs(sample.image.astype(int) - old.image).mean() > 3
         same = sample.semantic.labels == old.semantic.labels
@@ -205,7 +205,7 @@ def test_source_labels_are_taken_over(source, tmp_path):
     line = [str(source), "--domain", "fog", "--only", "1", "--engine", "torch", "--strength", "0.6"]
     assert vary.main([*line, "--out", str(out), "--quiet"]) == 0
     (sample,) = open_run(out)
-    is_same = {role: file.stored == old.row.files[role].stored for role, file in sample.row.files.items()}
+    is_same = {role: stored == old.row.files[role][1] for role, (_, stored) in sample.row.files.items()}
     assert not is_same.pop("image") and is_same["depth"]
     assert audit(out).findings == []
 
@@ -465,6 +465,7 @@ def test_things_that_are_too_unsure_for_a_region_are_not_edited(tmp_path):
         ("people in a café", "person", "a star in a café"),
         ("a young woman's hat", "person", "a star's hat"),
         ("an orange ball", "orange", ""),  # a colour
+        ("A ball beside a Café", "ball", "a star beside a Café"),
     ],
 )
 def test_an_edit_replaces_what_the_prompt_says_of_a_class(prompt, name, replaced):

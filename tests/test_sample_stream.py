@@ -223,6 +223,19 @@ def test_rows_tell_which_samples_are_trusted(monkeypatch):
     assert made["trusted"].tolist() == [True, False, True] and made["depth"].shape[0] == 3
 
 
+def test_rows_have_the_numbers_of_a_run_of_these_labels(monkeypatch):
+    """The classes of the semantic decoder, wall to person, keep 0 to 8; the background of the words asked for is 9."""
+    engine = StubEngine(tasks=("semantic", "open-vocabulary"))
+    monkeypatch.setattr(sample_stream.Pipeline, "from_pretrained", lambda model, **options: Pipeline(engine))
+    how = {"steps": 2, "classes": ("cube", "ball")}
+    make = MakeSamples(tasks=("semantic", "open-vocabulary"), choices=how)
+    made = make({"prompt": np.array(["a ball and a cube"] * 3), "seed": np.arange(3)})
+    own = Pipeline(engine)(["a ball and a cube"] * 3, seeds=[0, 1, 2], **how)
+    words = np.stack([label.labels for label in own.open_vocabulary])
+    assert len(np.unique(words)) > 1 and (made["open-vocabulary"] == np.array([9, 3, 2])[words]).all()
+    assert (made["semantic"] == np.stack([label.labels for label in own.semantic])).all()
+
+
 def test_a_share_without_a_sample_asks_for_none():
     stream = SampleStream(SimpleNamespace(), ("a",), "depth", number=2)
     assert list(stream._make_samples(2, 3)) == []

@@ -88,6 +88,8 @@ def test_things_that_are_seen_without_the_prompt_make_a_sample_doubtful():
     several = scene([2] * 7 + [3, 3, 4], (0, slice(0, 7)), (1, slice(7, 9)), (2, slice(9, 10)))
     told = with_unprompted(trusted, ("ball",), several, "a ball").reasons[0]
     assert told == found.reasons[0].replace("50%", "30%"), "what is on an eighth of the pixels is named"
+    alone = scene([3] * 4 + [0] * 6, (1, slice(0, 4)), (0, slice(4, 10)))  # six columns of one label alone
+    assert with_unprompted(trusted, ("ball",), alone, "a ball").reasons == (found.reasons[0].replace("50%", "40%"),)
     assert with_unprompted(trusted, ("ball", "star"), RIGHT, "a ball and a star") == trusted
     assert with_unprompted(trusted, ("ball",), RIGHT, "a ball and two stars") == trusted, "in the text"
     assert with_unprompted(trusted, (), RIGHT, "a street") == trusted, "it names no thing"

@@ -165,7 +165,10 @@ def _version(path: Path) -> tuple[int, int] | None:
     return None
 
 
-_DISK_ERRORS = [getattr(sqlite3, f"SQLITE_{name}") for name in "IOERR CANTOPEN READONLY NOMEM PERM".split()]
+_DISK_ERRORS = (
+    *(sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY),
+    *(sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_PERM),
+)
 
 
 def _as_refusal(error: Exception, path: Path) -> Missing | Refused:

@@ -1,7 +1,7 @@
 """FLUX.1 dev, schnell and Krea-dev: blocks of two streams, then of one; CLIP's pooled text and T5."""
 
 from datasetdm_fast.config import Defaults, FlowRule
-from datasetdm_fast.engine.backbones.fitting import check_channels
+from datasetdm_fast.engine.backbones.fitting import check_channels, check_vocabularies, check_widths
 from datasetdm_fast.engine.backbones.flow_models import (
     CAPTURE,
     CLIP,
@@ -15,7 +15,7 @@ from datasetdm_fast.engine.backbones.flow_models import (
     scaled_latents,
     seg4diff_of_flux,
 )
-from datasetdm_fast.engine.backbones.record import Backbone, Configs, Part, Read
+from datasetdm_fast.engine.backbones.record import Backbone, Configs, LoadedModel, Part, Read
 from datasetdm_fast.stages import Level
 
 DEV_LICENCE = "flux-1-dev-non-commercial-license"  # of Krea-dev, too
@@ -45,12 +45,17 @@ def _check(configs: Read, source: str) -> Read:
     return configs
 
 
-def _text_widths(configs: Configs) -> dict[str, tuple[int, int]]:
+def _check_fit(model: LoadedModel) -> None:
+    configs = model.configs
     network = configs["transformer"]
-    return {
-        "text": (network.joint_attention_dim, configs["text_encoder_2"].d_model),
-        "pooled text": (network.pooled_projection_dim, configs["text_encoder"].hidden_size),
-    }
+    check_widths(
+        model,
+        {
+            "text": (network.joint_attention_dim, configs["text_encoder_2"].d_model),
+            "pooled text": (network.pooled_projection_dim, configs["text_encoder"].hidden_size),
+        },
+    )
+    check_vocabularies(model)
 
 
 FLUX1 = Backbone(
@@ -83,7 +88,7 @@ FLUX1 = Backbone(
     file_parts={"transformer": "model.diffusion_model."},
     name_adapter=names_of("FluxPipeline"),
     check=_check,
-    text_widths=_text_widths,
+    check_fit=_check_fit,
     licence=lambda configs: DEV_LICENCE if configs["transformer"].guidance_embeds else "apache-2.0",
     full_size={
         "text_encoder": CLIP,

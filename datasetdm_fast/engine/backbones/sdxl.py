@@ -7,13 +7,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.config import Defaults
-from datasetdm_fast.engine.backbones.fitting import check_channels, check_settings
+from datasetdm_fast.engine.backbones.fitting import check_channels, check_settings, check_vocabularies, check_widths
 from datasetdm_fast.engine.backbones.record import (
     DAMAGED,
     Backbone,
     Configs,
     Guidance,
     Latents,
+    LoadedModel,
     Part,
     Read,
 )
@@ -157,13 +158,18 @@ def _check(configs: Read, source: str) -> Read:
     return configs
 
 
-def _text_widths(configs: Configs) -> dict[str, tuple[int, int]]:
+def _check_fit(model: LoadedModel) -> None:
+    configs = model.configs
     unet, first, second = configs["unet"], configs["text_encoder"], configs["text_encoder_2"]
     added = unet.projection_class_embeddings_input_dim - len(TIME_IDS) * unet.addition_time_embed_dim
-    return {
-        "text": (unet.cross_attention_dim, first.hidden_size + second.hidden_size),
-        "pooled text": (added, second.projection_dim),
-    }
+    check_widths(
+        model,
+        {
+            "text": (unet.cross_attention_dim, first.hidden_size + second.hidden_size),
+            "pooled text": (added, second.projection_dim),
+        },
+    )
+    check_vocabularies(model)
 
 
 def _name_adapter(state: dict[str, "Tensor"], configs: Configs) -> dict[str, "Tensor"]:
@@ -216,7 +222,7 @@ SDXL = Backbone(
     has_averages=True,
     has_deep_features=True,
     check=_check,
-    text_widths=_text_widths,
+    check_fit=_check_fit,
     licence=_licence,
     full_size=FULL_SIZE,
     seed=10,

@@ -3,7 +3,7 @@ encoder.
 """
 
 from datasetdm_fast.config import Defaults, FlowRule
-from datasetdm_fast.engine.backbones.fitting import check_channels, check_settings
+from datasetdm_fast.engine.backbones.fitting import check_channels, check_settings, check_vocabularies, check_widths
 from datasetdm_fast.engine.backbones.flow_models import (
     CAPTURE,
     FLOW_SCHEDULER,
@@ -16,7 +16,7 @@ from datasetdm_fast.engine.backbones.flow_models import (
     scaled_latents,
     seg4diff,
 )
-from datasetdm_fast.engine.backbones.record import Backbone, Configs, Part, Read
+from datasetdm_fast.engine.backbones.record import Backbone, Configs, LoadedModel, Part, Read
 from datasetdm_fast.stages import Level
 
 LENGTH = 512  # tokens of a text at most
@@ -38,6 +38,12 @@ def _check(configs: Read, source: str) -> Read:
     check_channels(source, configs["transformer"].get("in_channels", 16), configs["vae"])
     check_settings(configs, source, "transformer", {"all_patch_size": ([2],), "siglip_feat_dim": (None,)})
     return configs
+
+
+def _check_fit(model: LoadedModel) -> None:
+    widths = model.configs["transformer"].cap_feat_dim, model.configs["text_encoder"].hidden_size
+    check_widths(model, {"text": widths})
+    check_vocabularies(model)
 
 
 Z_IMAGE = Backbone(
@@ -72,7 +78,7 @@ Z_IMAGE = Backbone(
     file_parts={"transformer": "model.diffusion_model."},
     name_adapter=names_of("ZImagePipeline"),
     check=_check,
-    text_widths=lambda configs: {"text": (configs["transformer"].cap_feat_dim, configs["text_encoder"].hidden_size)},
+    check_fit=_check_fit,
     licence=lambda configs: "apache-2.0",
     full_size={
         "text_encoder": QWEN3_4B,

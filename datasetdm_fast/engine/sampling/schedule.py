@@ -216,7 +216,7 @@ def last_calls(schedule: Schedule, count: int, orders: Sequence[Sequence[float]]
 
 @dataclass(frozen=True)
 class State:
-    """The sample on its way, with what multistep samplers remember: `step` is what SamplerState is verified against."""
+    """The sample on its way, with what multistep samplers remember."""
 
     latents: Tensor  # [B, C, h, w]
     history: tuple[Tensor, ...]  # entries of earlier calls, newest first

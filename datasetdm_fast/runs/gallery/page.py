@@ -19,6 +19,7 @@ from PIL import Image
 
 from datasetdm_fast.cores import in_blocks
 from datasetdm_fast.disk import storage
+from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.engine.labels import by_kind, kind_of, mean_certainty
 from datasetdm_fast.engine.labels.class_tables import OURS, colour_in
 from datasetdm_fast.engine.labels.kind import GalleryLayer, LabelName, by_task
@@ -41,7 +42,7 @@ from datasetdm_fast.runs.run_folder.document import (
 )
 from datasetdm_fast.runs.run_folder.folder import RunFolder, has_indexes, is_sealed, refusing_rows, seal
 from datasetdm_fast.runs.run_folder.indexes import writers
-from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, PARTS, Ledger, Row, RowFile, canonical
+from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, PARTS, Ledger, Row, canonical
 from datasetdm_fast.runs.run_folder.scores import LEAST_SHARE
 from datasetdm_fast.runs.run_folder.selections import read_filter
 from datasetdm_fast.untrusted import documents, images
@@ -137,6 +138,7 @@ QUALITY = 82  # of the JPEG
 UNKNOWN = ""  # digest of a sheet that lacks some of its images: it is drawn again by the next process that writes
 LARGEST_SHOWN = 2**26  # bytes
 BLOCK = 16  # sheets drawn and published together
+Images = Mapping[int, tuple[str, StoredFile]]  # index -> path inside the run folder, what was written
 
 
 def thumbnail_sides(height: int, width: int) -> tuple[int, int]:
@@ -176,7 +178,7 @@ def draw_sheets(folder: Path, groups: Mapping[int, Sequence[Row]], before: dict[
     return shown
 
 
-def _draw_sheet(folder: Path, group: Mapping[int, RowFile]) -> tuple[bytes, bool]:
+def _draw_sheet(folder: Path, group: Images) -> tuple[bytes, bool]:
     """A sheet, and whether it shows all of its images; one that cannot be shown leaves its place empty."""
     sheet, is_whole = Image.new("RGB", (COLUMNS * SIDE, ROWS * SIDE)), True
     for index, (name, _) in group.items():
@@ -220,7 +222,7 @@ def draw_missing(folder: Path, rows: Sequence[Row], role: str) -> None:
 
 def _picture_of_sample(folder: Path, role: str, row: Row) -> bytes:
     """The picture of a sample's file, empty where that cannot be shown."""
-    image = _read_image(folder / row.files[role].path)
+    image = _read_image(folder / row.files[role][0])
     return b"" if image is None else picture_of(role, image)
 
 
