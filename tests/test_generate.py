@@ -18,6 +18,7 @@ from datasetdm_fast.command_line.run_settings import (
     check_sources,
     complete_settings,
     expand_names,
+    name_folder,
     restore_settings,
 )
 from datasetdm_fast.config import TASKS
@@ -94,6 +95,10 @@ def test_settings_without_out_have_a_run_folder_of_their_own(engines, tmp_path, 
     ]
     names = ["a-red-ball-beside-a-cube", "list", "list", "steps", "ball-cube"]
     assert [place[:-7] for place in places] == [f"runs/{name}" for name in names] and len(set(places)) == 5
+    words = [f"{letter}{letter}ball" for letter in "abcdefghi"]
+    assert name_folder(RunConfig(prompts=" ".join(words)))[5:-7] == "aaball-bbball-ccball-ddball-eeball-ffball-ggball"
+    assert name_folder(RunConfig(prompts="a b c d e f g h i"))[5:-7] == "a-b-c-d-e-f-g-h"
+    assert name_folder(RunConfig(prompts="x " + "y" * 50))[5:-7] == "x-" + "y" * 46
     with open("list.txt", "a") as file:
         file.write("a cone\n")
     assert folder("--number", "3", "--quiet", "--prompts", "list.txt") == places[1]  # the list became longer

@@ -226,6 +226,11 @@ def test_the_same_line_writes_the_same_bytes(tmp_path):
     )
 
 
+def test_letters_of_any_language_are_written_as_they_are(tmp_path):
+    line = ["--classes", "café table", "--per-class", "1", "--quiet", "--out", str(tmp_path / "list")]
+    assert prompts.main(line) == 0 and "café table" in (tmp_path / "list").read_text("utf-8")
+
+
 def test_another_list_is_not_overwritten(tmp_path, capsys):
     line = ["--classes", "owl", "--per-class", "2", "--quiet", "--out", str(tmp_path / "list"), "--seed"]
     assert prompts.main([*line, "1"]) == prompts.main([*line, "1"]) == 0

@@ -199,7 +199,9 @@ def test_a_pixel_of_a_picture_in_tiles_reaches_a_limit_that_it_equals():
     assert found.labels[0].tolist() == [0, 0, IGNORE, IGNORE, 3, 3, 3, 3]
 
 
-@pytest.mark.parametrize(("first", "second", "scores"), [(0.5, 0.9, [0.9]), (0.9, 0.5, [0.9]), (0.3, 0.9, [0.9, 0.3])])
+@pytest.mark.parametrize(
+    ("first", "second", "scores"), [(0.5, 0.9, [0.9]), (0.9, 0.5, [0.9]), (0.3, 0.9, [0.9, 0.3]), (0.5, 0.5, [0.5])]
+)
 def test_a_thing_has_the_best_score_of_its_tiles_which_show_it_all_or_none(first, second, scores):
     tiling = Tiling.of((8, 12), 8)
     masks = np.zeros((2, 1, 8, 8), bool)

@@ -202,7 +202,7 @@ def test_a_stop_lets_processes_finish_what_they_make_and_ends_the_others(monkeyp
 
     run = SimpleNamespace(
         place="run",
-        is_finishing=True,
+        is_finishing=spawn.SharedFolder.is_finishing,
         places=(Place(), Place()),
         is_complete=lambda: False,
         count_new=lambda: 0,

@@ -254,7 +254,7 @@ class RunQueue:
 
 
 def settle(
-    folder: Path, stored: Mapping[str, Any], number: int, *, is_alone: bool = True, is_dry: bool = False
+    folder: Path, stored: Mapping[str, Any], number: int, *, is_dry: bool, is_alone: bool = True
 ) -> Result | None:
     """The result of a run folder in which none of `number` samples is missing, its index files rebuilt."""
     if not (folder / LEDGER).exists():
