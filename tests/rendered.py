@@ -6,8 +6,8 @@ import numpy as np
 
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
 from datasetdm_fast.engine.labels import number_classes
+from datasetdm_fast.engine.labels.class_tables import find_classes
 from datasetdm_fast.engine.labels.pose import MIDDLE, WIDENED
-from datasetdm_fast.engine.labels.words import find_classes
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.run_folder.document import FORMAT

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from datasetdm_fast.engine.labels import class_tables
-from datasetdm_fast.engine.labels.words import (
+from datasetdm_fast.engine.labels.class_tables import (
     always_named,
     count_named,
     find_classes,

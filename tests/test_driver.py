@@ -30,9 +30,8 @@ from datasetdm_fast.data import (
     join_texts,
 )
 from datasetdm_fast.engine.decoders.config import SD1_LEVELS
-from datasetdm_fast.engine.labels.class_tables import ClassTable, ClassWord
+from datasetdm_fast.engine.labels.class_tables import ClassTable, ClassWord, find_classes
 from datasetdm_fast.engine.labels.trust import trust_of
-from datasetdm_fast.engine.labels.words import find_classes
 from datasetdm_fast.engine.loop import calls, checks, driver, inversion, inverting, labelling
 from datasetdm_fast.engine.loop.driver import FinishedCalls
 from datasetdm_fast.engine.loop.recipe import capture_calls, class_words_of, make_recipe, prompt_words

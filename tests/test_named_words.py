@@ -13,7 +13,7 @@ from stub_engine import Tokenizer
 from datasetdm_fast.data import ProjectedCapture
 from datasetdm_fast.engine.decoders.checkpoint import build_decoder
 from datasetdm_fast.engine.decoders.config import DEMO, DecoderConfig, read_config
-from datasetdm_fast.engine.labels.words import token_places
+from datasetdm_fast.engine.labels.class_tables import token_places
 from datasetdm_fast.engine.models.capture import Projection
 from datasetdm_fast.engine.tasks import TASKS, captions
 from datasetdm_fast.errors import Refused

@@ -16,7 +16,7 @@ import pytest
 
 from datasetdm_fast import prompts
 from datasetdm_fast.engine.labels import class_tables
-from datasetdm_fast.engine.labels.words import find_classes
+from datasetdm_fast.engine.labels.class_tables import find_classes
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.prompting import balance, language_model
 from datasetdm_fast.runs.prompting.grammar import (

@@ -12,7 +12,7 @@ import pytest
 
 from datasetdm_fast.command_line import run_settings
 from datasetdm_fast.engine.decoders.config import find_decoders
-from datasetdm_fast.engine.labels import words as class_words
+from datasetdm_fast.engine.labels import class_tables as class_words
 from datasetdm_fast.engine.loading.folder import DEMO
 from datasetdm_fast.engine.loading.tokenizer import OwnTokenizer
 from datasetdm_fast.engine.loop import prompts

@@ -24,7 +24,7 @@ from datasetdm_fast import audit as audit_command
 from datasetdm_fast import edit, generate, label, merge, vary
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
 from datasetdm_fast.engine.labels import LABEL_KINDS, mask_rle, number_classes
-from datasetdm_fast.engine.labels.words import replaced_text
+from datasetdm_fast.engine.labels.class_tables import replaced_text
 from datasetdm_fast.engine.sampling import schedule as walk
 from datasetdm_fast.engine.sampling import times
 from datasetdm_fast.engine.sampling.schedule import make_schedule

@@ -12,7 +12,7 @@ import upstream_rules
 from datasetdm_fast.config import TASKS as NAMES
 from datasetdm_fast.data import Request
 from datasetdm_fast.engine.decoders.config import upstream
-from datasetdm_fast.engine.labels import LABEL_KINDS, words
+from datasetdm_fast.engine.labels import LABEL_KINDS, class_tables
 from datasetdm_fast.engine.labels.class_tables import ClassWord
 from datasetdm_fast.engine.loop import labelling
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
@@ -700,7 +700,7 @@ def test_a_class_counts_as_named_until_a_caption_leaves_it_out():
         (("cone",), "a thing"),
         ((), "a ball"),
     ]
-    assert words.always_named(("ball", "cone", "star"), seen) == ("ball", "star")
+    assert class_tables.always_named(("ball", "cone", "star"), seen) == ("ball", "star")
 
 
 def test_what_named_classes_have_is_divided_by_the_tenth_power_of_the_attention_to_their_words():

@@ -30,8 +30,7 @@ from bench.world import teach
 from datasetdm_fast import example, train
 from datasetdm_fast.data import DepthMap, Instances
 from datasetdm_fast.disk import storage
-from datasetdm_fast.engine.labels.class_tables import colour
-from datasetdm_fast.engine.labels.words import find_classes
+from datasetdm_fast.engine.labels.class_tables import colour, find_classes
 from datasetdm_fast.engine.loading import PRESETS, load_model, presets
 from datasetdm_fast.engine.pictures.labelled import Picture
 from datasetdm_fast.engine.scenes import world

@@ -24,8 +24,8 @@ from datasetdm_fast.data import Annotation, SemanticMap, Trust
 from datasetdm_fast.engine.engines import open_engine
 from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.labels import kind_of
+from datasetdm_fast.engine.labels.class_tables import find_classes
 from datasetdm_fast.engine.labels.trust import named_map, trust_of, with_domain, with_unprompted
-from datasetdm_fast.engine.labels.words import find_classes
 from datasetdm_fast.engine.loop.inversion import invert_for
 from datasetdm_fast.engine.loop.labelling import UNPROMPTED_SIDE, read_unprompted
 from datasetdm_fast.engine.scenes import world

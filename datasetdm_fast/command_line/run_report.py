@@ -17,8 +17,8 @@ from datasetdm_fast.command_line.output import (
     print_unfinished,
 )
 from datasetdm_fast.disk.storage import free_bytes
+from datasetdm_fast.engine.labels.class_tables import find_classes
 from datasetdm_fast.engine.labels.trust import undrawn_words
-from datasetdm_fast.engine.labels.words import find_classes
 from datasetdm_fast.engine.loop.prompts import count_tokens
 from datasetdm_fast.messages import count_noun, format_duration
 from datasetdm_fast.runs.jobs.job import Job

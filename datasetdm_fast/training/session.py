@@ -12,8 +12,7 @@ from typing import Any, Self
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.backbones.flow_models import spread_blocks
 from datasetdm_fast.engine.engines import build_engine
-from datasetdm_fast.engine.labels.class_tables import digest_of, spoken, words_of
-from datasetdm_fast.engine.labels.words import always_named, find_classes, photo_of
+from datasetdm_fast.engine.labels.class_tables import always_named, digest_of, find_classes, photo_of, spoken, words_of
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource, Picture
 from datasetdm_fast.engine.tasks import TASKS

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datasetdm_fast.engine.decoders.config import DecoderConfig
-from datasetdm_fast.engine.labels.words import token_places
+from datasetdm_fast.engine.labels.class_tables import token_places
 from datasetdm_fast.engine.tasks.captions import LEAST_MEAN
 from datasetdm_fast.training.captures.views import TrainingViews
 

@@ -23,7 +23,7 @@ from bench.proof.students.student_data import SIDE
 from bench.proof.students.worth import gain_of
 from bench.report.tables import Row
 from datasetdm_fast.engine.decoders.config import DEMO
-from datasetdm_fast.engine.labels.words import find_classes
+from datasetdm_fast.engine.labels.class_tables import find_classes
 
 AUGMENTATIONS = ("strong", "mild", "none")
 USUAL_RATE, OTHER_RATES = 3e-3, (1e-3,)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.data import Instances, SemanticMap
+from datasetdm_fast.engine.labels.class_tables import mirrored_names
 from datasetdm_fast.engine.labels.trust import without_doubtful
-from datasetdm_fast.engine.labels.words import mirrored_names
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource, largest_first
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.run_folder.reader import StoredSample

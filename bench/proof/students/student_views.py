@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench.proof.students.student_data import CELLS, IGNORED, PERSON, StudentData
-from datasetdm_fast.engine.labels.words import mirrored_names
+from datasetdm_fast.engine.labels.class_tables import mirrored_names
 
 SHIFT = 4  # cells a mild view is moved sideways at most
 ZOOM = 0.6, 1.7  # of a strong view, in half of them

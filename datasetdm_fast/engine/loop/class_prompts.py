@@ -6,8 +6,7 @@ from typing import Any
 
 from datasetdm_fast.config import AttentionDefaults
 from datasetdm_fast.data import Request
-from datasetdm_fast.engine.labels.class_tables import ClassTable, look_up, spoken
-from datasetdm_fast.engine.labels.words import classes_in_order, matcher
+from datasetdm_fast.engine.labels.class_tables import ClassTable, classes_in_order, look_up, matcher, spoken
 from datasetdm_fast.engine.loop.prompts import Tokenizer, count_tokens, shorten
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import LEVELS

@@ -12,9 +12,8 @@ import numpy as np
 
 from datasetdm_fast.config import ATTENTION, INVERSION
 from datasetdm_fast.data import Annotation, Batch, Quarantined, Request, Sample, SemanticMap
-from datasetdm_fast.engine.labels.class_tables import spoken
+from datasetdm_fast.engine.labels.class_tables import find_classes, photo_of, spoken
 from datasetdm_fast.engine.labels.tiles import Tiling, joined_instances, joined_map
-from datasetdm_fast.engine.labels.words import find_classes, photo_of
 from datasetdm_fast.engine.loop import driver, labelling
 from datasetdm_fast.engine.loop.calls import CapturedCalls, timesteps_of
 from datasetdm_fast.engine.loop.prompts import PromptLine, fit_prompt

@@ -22,7 +22,7 @@ from datasetdm_fast.data import (
     Sample,
     SemanticMap,
 )
-from datasetdm_fast.engine.labels.class_tables import spoken
+from datasetdm_fast.engine.labels.class_tables import classes_in_order, spoken
 from datasetdm_fast.engine.labels.trust import (
     trust_of,
     with_domain,
@@ -31,7 +31,6 @@ from datasetdm_fast.engine.labels.trust import (
     without_doubtful,
     without_unsure,
 )
-from datasetdm_fast.engine.labels.words import classes_in_order
 from datasetdm_fast.engine.loop.combining import apply_combinations
 
 if TYPE_CHECKING:

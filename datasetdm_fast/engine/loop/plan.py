@@ -4,8 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from datasetdm_fast.data import Batch, Request
-from datasetdm_fast.engine.labels.class_tables import ClassTable, name_key, spoken
-from datasetdm_fast.engine.labels.words import find_classes, with_article
+from datasetdm_fast.engine.labels.class_tables import ClassTable, find_classes, name_key, spoken, with_article
 from datasetdm_fast.engine.loop.prompts import (
     PromptLine,
     PromptSource,

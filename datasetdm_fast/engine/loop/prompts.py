@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from datasetdm_fast.config import DEMO_PROMPTS
-from datasetdm_fast.engine.labels.class_tables import ClassTable, spoken
-from datasetdm_fast.engine.labels.words import find_classes
+from datasetdm_fast.engine.labels.class_tables import ClassTable, find_classes, spoken
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.untrusted import documents
 

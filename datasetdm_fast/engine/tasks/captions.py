@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.engine.decoders.config import DecoderConfig
-from datasetdm_fast.engine.labels.words import find_classes, token_places
+from datasetdm_fast.engine.labels.class_tables import find_classes, token_places
 from datasetdm_fast.kernels.transfer import to_device
 
 OBJECT = 1  # of a decoder of words, the class logit that says "this query is the word"; logit 0 was never trained

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from datasetdm_fast.engine.labels import class_tables
-from datasetdm_fast.engine.labels.class_tables import ClassTable, ClassWord, look_up
-from datasetdm_fast.engine.labels.words import find_classes, plural, with_article
+from datasetdm_fast.engine.labels.class_tables import ClassTable, ClassWord, find_classes, look_up, plural, with_article
 from datasetdm_fast.engine.loop.prompts import refuse_file_names
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import Refused, nearest

@@ -16,8 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from datasetdm_fast.disk import storage
-from datasetdm_fast.engine.labels.class_tables import ClassTable, spoken
-from datasetdm_fast.engine.labels.words import find_classes
+from datasetdm_fast.engine.labels.class_tables import ClassTable, find_classes, spoken
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.prompting.grammar import Sentence
 from datasetdm_fast.untrusted.documents import one_line

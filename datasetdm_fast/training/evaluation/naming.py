@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 
 from datasetdm_fast.data import IGNORE
-from datasetdm_fast.engine.labels.class_tables import spoken
-from datasetdm_fast.engine.labels.words import find_classes
+from datasetdm_fast.engine.labels.class_tables import find_classes, spoken
 from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource, Picture
 from datasetdm_fast.errors import Refused

@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
-from datasetdm_fast.engine.labels.class_tables import spoken
+from datasetdm_fast.engine.labels.class_tables import find_classes, mirrored_names, mirrored_text, spoken, with_article
 from datasetdm_fast.engine.labels.pose import PERSON
-from datasetdm_fast.engine.labels.words import find_classes, mirrored_names, mirrored_text, with_article
 from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS, Labelled, LabelledSource
 
 IGNORE = 255

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from datasetdm_fast.data import IGNORE
-from datasetdm_fast.engine.labels.class_tables import spoken
-from datasetdm_fast.engine.labels.words import photo_of
+from datasetdm_fast.engine.labels.class_tables import photo_of, spoken
 from datasetdm_fast.engine.pictures import framing
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource, Picture, largest_first, present
 from datasetdm_fast.training.truth import windows

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from bench.proof.students.student_data import IGNORED, Vocabulary
 from datasetdm_fast.data import SemanticMap
-from datasetdm_fast.engine.labels.words import mirrored_names
+from datasetdm_fast.engine.labels.class_tables import mirrored_names
 from datasetdm_fast.engine.pictures.labelled import Labelled
 from datasetdm_fast.kernels.transfer import to_device
 
