@@ -16,11 +16,12 @@ from datasetdm_fast.engine.labels import (
     LABEL_KINDS,
     check_palette,
     class_tables,
-    kind,
     label_files,
     mean_certainty,
+    mean_score,
     number_classes,
     pictures,
+    round_float,
     with_palette,
 )
 from datasetdm_fast.engine.labels import pose as pose_labels
@@ -268,8 +269,8 @@ def test_an_image_without_instances_has_none_of_its_own_size():
 def test_scores_are_stored_with_six_digits_and_coordinates_with_three():
     _, (item,) = encoded("instance", instances((0, 0, 4, 4), scores=[0.12345678]))
     assert item["score"] == 0.123457
-    assert kind.round_float(1.23449) == 1.234 and kind.round_float(1.2346) == 1.235
-    assert str(kind.round_float(-0.0001)) == "0.0"
+    assert round_float(1.23449) == 1.234 and round_float(1.2346) == 1.235
+    assert str(round_float(-0.0001)) == "0.0"
 
 
 @pytest.mark.parametrize(
@@ -724,7 +725,7 @@ def test_depths_of_earlier_versions_that_count_the_unknown_are_right_and_merged_
 def test_units_and_values_of_layers_are_those_of_their_table():
     stored = LABEL_KINDS["depth"]
     assert [stored.steps({"unit": unit}) for unit in ("millimetre", "1/256 metre", "metre")] == [1000, 256, 1]
-    assert kind.mean_score([]) is None and mean_certainty({"depth": {"min": 1}, "pose": [{"score": 0.5}]}) == 0.5
+    assert mean_score([]) is None and mean_certainty({"depth": {"min": 1}, "pose": [{"score": 0.5}]}) == 0.5
     assert mean_certainty({"depth": {"min": 1}}) is None
     shares = semantic_labels.shares({"pixels": {"0": 5, "2": 2, "255": 1}}, {"classes": ["background", *"ab"]}, None)
     assert shares == [0.625, 0.125, {2: 0.25}]

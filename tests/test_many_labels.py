@@ -16,8 +16,7 @@ from datasetdm_fast.data import DepthMap, Instances, SemanticMap
 from datasetdm_fast.engine import engines
 from datasetdm_fast.engine.decoders.checkpoint import load_decoder, save_decoder
 from datasetdm_fast.engine.decoders.config import DEMO, find_decoders
-from datasetdm_fast.engine.labels import kind_of
-from datasetdm_fast.engine.labels.kind import LabelName
+from datasetdm_fast.engine.labels import LabelName, kind_of
 from datasetdm_fast.engine.loop.checks import check_tasks
 from datasetdm_fast.engine.loop.combining import Combination, apply_combinations, parse_combinations
 from datasetdm_fast.engine.pipeline import Pipeline

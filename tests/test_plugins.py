@@ -121,7 +121,7 @@ from dataclasses import replace
 import numpy as np
 from datasetdm_fast.config import LabellerKind
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
-from datasetdm_fast.engine.labels.kind import GalleryLayer
+from datasetdm_fast.engine.labels import GalleryLayer
 from datasetdm_fast.engine.labels.semantic import SemanticKind
 from datasetdm_fast.engine.tasks.labeller import Labeller
 

@@ -26,9 +26,9 @@ from datasetdm_fast.command_line.run_settings import label_spec
 from datasetdm_fast.config import ATTENTION, LABELLER_KINDS, LABELS, SAMPLERS, UNDECODED, LabellerKind
 from datasetdm_fast.data import Annotation, Batch, Quarantined, Sample, SemanticMap
 from datasetdm_fast.engine import engines
+from datasetdm_fast.engine import labels as label_kinds
 from datasetdm_fast.engine.engines.fast import FastEngine, on_gpu
 from datasetdm_fast.engine.labels import LABEL_KINDS
-from datasetdm_fast.engine.labels import kind as label_kinds
 from datasetdm_fast.engine.loop import driver, inverting
 from datasetdm_fast.engine.loop import recipe as recipes
 from datasetdm_fast.engine.pictures.framing import pictures_in_memory

@@ -29,7 +29,7 @@ from bench.rows.race import add_times, prepare, write
 from bench.setting import Setting, open_setting
 from datasetdm_fast.data import Request, join_texts
 from datasetdm_fast.engine.engines.device import release
-from datasetdm_fast.engine.labels.kind import Table
+from datasetdm_fast.engine.labels import Table
 from datasetdm_fast.engine.loop.recipe import Recipe, label_tables
 
 CALLS = 2  # that are timed in a turn

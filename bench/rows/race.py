@@ -21,8 +21,7 @@ from bench.rows.measurement import BenchRun, Rows
 from bench.setting import Setting
 from datasetdm_fast.data import Sample
 from datasetdm_fast.engine.engines.device import is_out_of_memory, release
-from datasetdm_fast.engine.labels import label_files
-from datasetdm_fast.engine.labels.kind import Table
+from datasetdm_fast.engine.labels import Table, label_files
 from datasetdm_fast.engine.loop.recipe import label_tables
 from datasetdm_fast.errors import GateFailed, Missing
 

@@ -20,9 +20,8 @@ from datasetdm_fast.data import AnyCapture, Batch, Capture, Quarantined, Request
 from datasetdm_fast.engine import engines
 from datasetdm_fast.engine.decoders.config import SHIPPED
 from datasetdm_fast.engine.engines import in_own_precision
-from datasetdm_fast.engine.labels import kind_of, task_of
+from datasetdm_fast.engine.labels import by_task, check_label, kind_of, task_of
 from datasetdm_fast.engine.labels.class_tables import find_classes
-from datasetdm_fast.engine.labels.kind import by_task, check_label
 from datasetdm_fast.engine.labels.pictures import PREVIEW_SAMPLES, preview
 from datasetdm_fast.engine.loop import checks, diffusing, driver, prompts
 from datasetdm_fast.engine.loop.calls import FROM_NOISE, call_text, fresh_noise

@@ -12,9 +12,8 @@ import numpy as np
 from PIL import Image
 
 from datasetdm_fast.data import IGNORE, Annotation, Instances, Sample, SemanticMap
-from datasetdm_fast.engine.labels import LABEL_KINDS
+from datasetdm_fast.engine.labels import BACKGROUND, LABEL_KINDS
 from datasetdm_fast.engine.labels.class_tables import colour
-from datasetdm_fast.engine.labels.kind import BACKGROUND
 from datasetdm_fast.engine.labels.label_files import encode_picture
 from datasetdm_fast.engine.pictures.labelled import LabelledSource
 from datasetdm_fast.engine.tasks import TASKS

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from datasetdm_fast.engine.labels.kind import LabelName
+from datasetdm_fast.engine.labels import LabelName
 from datasetdm_fast.errors import Refused
 
 RAW = "denoise_and_keep"

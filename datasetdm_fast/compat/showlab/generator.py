@@ -10,8 +10,7 @@ import numpy as np
 from datasetdm_fast.compat.showlab import files, prompts
 from datasetdm_fast.compat.showlab.lines import COMMON, OURS, PROMPTS, Flag, Line
 from datasetdm_fast.compat.showlab.prompts import Script, check_present, read_settings
-from datasetdm_fast.engine.labels import class_tables
-from datasetdm_fast.engine.labels.kind import BACKGROUND
+from datasetdm_fast.engine.labels import BACKGROUND, class_tables
 from datasetdm_fast.engine.loop.prompts import PromptLine, PromptSource
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.run_settings import RunConfig

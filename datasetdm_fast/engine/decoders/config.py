@@ -11,8 +11,8 @@ from typing import Any
 from datasetdm_fast.config import FROM_DECODER, MOST_CALLS, OUTLINES, TASKS
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.backbones.sd import levels
+from datasetdm_fast.engine.labels import DECODER_NAME, LabelName
 from datasetdm_fast.engine.labels.class_tables import ClassTable, ClassWord, of_words
-from datasetdm_fast.engine.labels.kind import DECODER_NAME, LabelName
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.stages import LEVELS, Level
 from datasetdm_fast.untrusted import documents

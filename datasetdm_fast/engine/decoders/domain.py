@@ -19,7 +19,7 @@ import numpy as np
 
 from datasetdm_fast.data import Annotation, DomainDistance, Instances, SemanticMap
 from datasetdm_fast.disk import storage
-from datasetdm_fast.engine.labels.kind import SHOWN_SCORE
+from datasetdm_fast.engine.labels import SHOWN_SCORE
 from datasetdm_fast.engine.labels.trust import NO_THING
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.untrusted import documents, tensors

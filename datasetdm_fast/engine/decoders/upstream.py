@@ -17,8 +17,8 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.decoders.checkpoint import UNUSED, build_decoder, check_fit
 from datasetdm_fast.engine.decoders.config import SD1_LEVELS, DecoderConfig, parts_of, read_config, upstream
 from datasetdm_fast.engine.decoders.trunk import Decoder, wide_mixes
+from datasetdm_fast.engine.labels import BACKGROUND
 from datasetdm_fast.engine.labels.class_tables import builtin_table
-from datasetdm_fast.engine.labels.kind import BACKGROUND
 from datasetdm_fast.engine.models.layers import Uninitialised
 from datasetdm_fast.errors import Missing, Refused, quote
 from datasetdm_fast.kernels import reference

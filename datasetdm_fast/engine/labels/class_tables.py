@@ -1,5 +1,6 @@
 """Tables of class words: number, name, what a person says, official colour, and the words that mean a class; the
-classes that a text names; the colours of classes, by which the same number looks alike in every label file and on every page.
+classes that a text names; the colours of classes, by which the same number looks alike in every label file and on every
+page.
 """
 
 import colorsys

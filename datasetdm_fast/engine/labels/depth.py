@@ -9,7 +9,7 @@ from PIL import Image
 
 from datasetdm_fast import _C
 from datasetdm_fast.data import DepthMap
-from datasetdm_fast.engine.labels.kind import LARGEST_STEP, GalleryLayer, Gates, LabelKind, Pixels, Table, round_float
+from datasetdm_fast.engine.labels import LARGEST_STEP, GalleryLayer, Gates, LabelKind, Pixels, Table, round_float
 from datasetdm_fast.engine.labels.label_files import with_text
 from datasetdm_fast.engine.labels.pictures import depth_picture
 from datasetdm_fast.errors import Refused

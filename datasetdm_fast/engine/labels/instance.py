@@ -10,8 +10,7 @@ from PIL import Image
 
 from datasetdm_fast import _C
 from datasetdm_fast.data import Instances
-from datasetdm_fast.engine.labels import mask_rle
-from datasetdm_fast.engine.labels.kind import (
+from datasetdm_fast.engine.labels import (
     SAME,
     SHOWN_SCORE,
     GalleryLayer,
@@ -21,6 +20,7 @@ from datasetdm_fast.engine.labels.kind import (
     Table,
     iou,
     markdown_cell,
+    mask_rle,
     mean_score,
     round_float,
 )

@@ -15,9 +15,8 @@ from PIL import Image
 
 from datasetdm_fast import _C
 from datasetdm_fast.data import Annotation, Sample
-from datasetdm_fast.engine.labels import LABEL_KINDS, kind_of
+from datasetdm_fast.engine.labels import LABEL_KINDS, Table, kind_of, task_of_label
 from datasetdm_fast.engine.labels.class_tables import palette
-from datasetdm_fast.engine.labels.kind import Table, task_of_label
 from datasetdm_fast.untrusted import images
 
 if TYPE_CHECKING:

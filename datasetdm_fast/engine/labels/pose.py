@@ -12,8 +12,7 @@ import numpy as np
 from PIL import Image
 
 from datasetdm_fast.data import Instances, Keypoints
-from datasetdm_fast.engine.labels import class_tables, mask_rle
-from datasetdm_fast.engine.labels.kind import (
+from datasetdm_fast.engine.labels import (
     SAME,
     SHOWN_SCORE,
     GalleryLayer,
@@ -21,6 +20,8 @@ from datasetdm_fast.engine.labels.kind import (
     LabelKind,
     Pixels,
     Table,
+    class_tables,
+    mask_rle,
     mean_score,
     round_float,
 )

@@ -9,8 +9,7 @@ from PIL import Image
 
 from datasetdm_fast import _C
 from datasetdm_fast.data import IGNORE, SemanticMap
-from datasetdm_fast.engine.labels.class_tables import CUSTOM, OURS, colour, official_palette, palette
-from datasetdm_fast.engine.labels.kind import (
+from datasetdm_fast.engine.labels import (
     BACKGROUND,
     GalleryLayer,
     Gates,
@@ -21,6 +20,7 @@ from datasetdm_fast.engine.labels.kind import (
     markdown_cell,
     round_float,
 )
+from datasetdm_fast.engine.labels.class_tables import CUSTOM, OURS, colour, official_palette, palette
 from datasetdm_fast.engine.labels.label_files import index_png
 from datasetdm_fast.engine.labels.pictures import paint_map
 

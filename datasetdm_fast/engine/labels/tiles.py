@@ -9,7 +9,7 @@ from itertools import combinations
 import numpy as np
 
 from datasetdm_fast.data import IGNORE, Instances, SemanticMap
-from datasetdm_fast.engine.labels.kind import SAME, SHOWN_SCORE
+from datasetdm_fast.engine.labels import SAME, SHOWN_SCORE
 
 OVERLAP = 1 / 4  # of a tile's side that it shares with the next one, at least
 

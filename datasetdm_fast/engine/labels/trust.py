@@ -12,8 +12,8 @@ from itertools import combinations, product
 import numpy as np
 
 from datasetdm_fast.data import IGNORE, Annotation, DomainDistance, Instances, SemanticMap, Trust
+from datasetdm_fast.engine.labels import SHOWN_SCORE, LabelName
 from datasetdm_fast.engine.labels.class_tables import ClassTable, count_named, find_classes
-from datasetdm_fast.engine.labels.kind import SHOWN_SCORE, LabelName
 from datasetdm_fast.messages import count_noun
 
 LEAST_SHARE = 1 / 250  # of the pixels: a class that fills less of a map is not shown

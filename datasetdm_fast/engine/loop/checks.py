@@ -7,7 +7,7 @@ from operator import index
 from typing import Any
 
 from datasetdm_fast.config import OUTLINES, PARITIES, PROVIDERS, SEEDS, TASKS
-from datasetdm_fast.engine.labels.kind import LabelName
+from datasetdm_fast.engine.labels import LabelName
 from datasetdm_fast.errors import Refused
 
 LEAST_SETTINGS: dict[str, float] = {  # a whole number where the least value is one

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from datasetdm_fast.data import Annotation
-from datasetdm_fast.engine.labels import kind_of
-from datasetdm_fast.engine.labels.kind import LabelName
+from datasetdm_fast.engine.labels import LabelName, kind_of
 from datasetdm_fast.errors import Refused, nearest
 
 FORM = re.compile(r"(?P<label>\S+) within (?P<mask>\S+?):(?P<word>[^:]+)")

@@ -21,9 +21,8 @@ from datasetdm_fast.config import (
 )
 from datasetdm_fast.data import Request
 from datasetdm_fast.engine.engines.engine import Engine
-from datasetdm_fast.engine.labels import kind_of
+from datasetdm_fast.engine.labels import BACKGROUND, kind_of
 from datasetdm_fast.engine.labels.class_tables import ClassTable, of_words, spoken
-from datasetdm_fast.engine.labels.kind import BACKGROUND
 from datasetdm_fast.engine.loop.calls import (
     FROM_NOISE,
     ONE_GENERATOR,

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from datasetdm_fast.data import IGNORE
 from datasetdm_fast.disk import storage
-from datasetdm_fast.engine.labels.kind import LARGEST_STEP
+from datasetdm_fast.engine.labels import LARGEST_STEP
 from datasetdm_fast.engine.pictures.labelled import REPAIR
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.untrusted import documents, images

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from datasetdm_fast.config import LABELLER_KINDS
 from datasetdm_fast.data import IGNORE, Annotation, Capture, DepthMap, Instances, Keypoints, Request, SemanticMap
-from datasetdm_fast.engine.labels import kind_of
-from datasetdm_fast.engine.labels.kind import Table
+from datasetdm_fast.engine.labels import Table, kind_of
 from datasetdm_fast.plugins import load_place
 
 BOOLEANS, INTEGERS, NUMBERS = ("booleans", "b"), ("integers", "iu"), ("numbers", "iuf")  # with their kinds of dtypes

@@ -11,8 +11,7 @@ from datasetdm_fast.config import SPEEDS
 from datasetdm_fast.cores import in_blocks
 from datasetdm_fast.data import Request
 from datasetdm_fast.engine.engines.fast import DTYPES, state_distance
-from datasetdm_fast.engine.labels import LABEL_KINDS
-from datasetdm_fast.engine.labels.kind import Limit
+from datasetdm_fast.engine.labels import LABEL_KINDS, Limit
 from datasetdm_fast.engine.loop.recipe import Recipe
 from datasetdm_fast.engine.sampling.schedule import SamplerState
 from datasetdm_fast.messages import count_noun

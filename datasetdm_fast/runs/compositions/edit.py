@@ -14,9 +14,8 @@ from scipy import ndimage
 from datasetdm_fast.data import Annotation, Request, Sample
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.engines.engine import Engine
-from datasetdm_fast.engine.labels import by_kind, kind_of, mask_rle
+from datasetdm_fast.engine.labels import SHOWN_SCORE, by_kind, kind_of, mask_rle, task_of_label
 from datasetdm_fast.engine.labels.class_tables import replaced_text
-from datasetdm_fast.engine.labels.kind import SHOWN_SCORE, task_of_label
 from datasetdm_fast.engine.loop.calls import Beginning
 from datasetdm_fast.engine.loop.checks import check_seed
 from datasetdm_fast.engine.loop.prompts import PromptLine, check_line

@@ -5,8 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from datasetdm_fast.engine.labels import LABEL_KINDS
-from datasetdm_fast.engine.labels.kind import task_of_label
+from datasetdm_fast.engine.labels import LABEL_KINDS, task_of_label
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.runs.run_folder.corrections import Correction, read_corrections
 from datasetdm_fast.runs.run_folder.document import to_see_damage

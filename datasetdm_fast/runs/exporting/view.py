@@ -12,9 +12,8 @@ import numpy as np
 from datasetdm_fast import _C
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.storage import StoredFile
-from datasetdm_fast.engine.labels import kind_of, mask_rle
+from datasetdm_fast.engine.labels import LabelName, kind_of, mask_rle
 from datasetdm_fast.engine.labels.depth import DEFAULT_UNIT, LARGEST_STEP, UNITS
-from datasetdm_fast.engine.labels.kind import LabelName
 from datasetdm_fast.engine.labels.label_files import image_bytes
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.runs.exporting.classes import (

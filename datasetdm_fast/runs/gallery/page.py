@@ -20,9 +20,8 @@ from PIL import Image
 from datasetdm_fast.cores import in_blocks
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.storage import StoredFile
-from datasetdm_fast.engine.labels import by_kind, kind_of, mean_certainty
+from datasetdm_fast.engine.labels import GalleryLayer, LabelName, by_kind, by_task, kind_of, mean_certainty
 from datasetdm_fast.engine.labels.class_tables import OURS, colour_in
-from datasetdm_fast.engine.labels.kind import GalleryLayer, LabelName, by_task
 from datasetdm_fast.engine.labels.label_files import encode_picture, picture_bytes
 from datasetdm_fast.engine.labels.trust import NO_THING
 from datasetdm_fast.errors import Missing, Refused

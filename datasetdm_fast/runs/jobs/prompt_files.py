@@ -7,8 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from datasetdm_fast.disk import storage
-from datasetdm_fast.engine.labels import class_tables
-from datasetdm_fast.engine.labels.kind import BACKGROUND
+from datasetdm_fast.engine.labels import BACKGROUND, class_tables
 from datasetdm_fast.engine.loop.prompts import (
     PromptLine,
     PromptSource,

@@ -8,8 +8,7 @@ from typing import Any
 
 from datasetdm_fast.config import INVERSION, LABELS, MOST_TRIES, SHARD_SIZE
 from datasetdm_fast.disk import storage
-from datasetdm_fast.engine.labels import check_numbers, check_palette, class_tables, kind_of
-from datasetdm_fast.engine.labels.kind import task_of_label
+from datasetdm_fast.engine.labels import check_numbers, check_palette, class_tables, kind_of, task_of_label
 from datasetdm_fast.errors import GateFailed, Missing, Refused, quote
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.untrusted import documents, images

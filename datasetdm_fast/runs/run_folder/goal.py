@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from datasetdm_fast.data import Quarantined, Sample
-from datasetdm_fast.engine.labels import kind_of
-from datasetdm_fast.engine.labels.kind import BACKGROUND, LabelKind, Table
+from datasetdm_fast.engine.labels import BACKGROUND, LabelKind, Table, kind_of
 from datasetdm_fast.engine.loop.plan import class_and_turn
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.run_folder.document import SHARDS, most_samples

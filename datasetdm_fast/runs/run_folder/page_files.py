@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.disk import storage
-from datasetdm_fast.engine.labels import LABEL_KINDS, kind_of
-from datasetdm_fast.engine.labels.kind import GalleryLayer
+from datasetdm_fast.engine.labels import LABEL_KINDS, GalleryLayer, kind_of
 from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, Ledger
 from datasetdm_fast.runs.run_folder.selections import Filter
 from datasetdm_fast.untrusted import documents

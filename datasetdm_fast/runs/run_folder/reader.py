@@ -19,9 +19,8 @@ import numpy as np
 
 from datasetdm_fast.data import Trust
 from datasetdm_fast.disk import storage
-from datasetdm_fast.engine.labels import kind_of, task_of
+from datasetdm_fast.engine.labels import check_label, kind_of, task_of
 from datasetdm_fast.engine.labels.class_tables import ClassTable
-from datasetdm_fast.engine.labels.kind import check_label
 from datasetdm_fast.engine.labels.label_files import image_tensor, label_tensors, stack
 from datasetdm_fast.engine.labels.pictures import PREVIEW_SAMPLES, preview
 from datasetdm_fast.engine.labels.trust import trust_of

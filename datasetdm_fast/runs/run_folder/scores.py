@@ -14,8 +14,7 @@ import numpy as np
 from PIL import Image
 
 from datasetdm_fast.data import Annotation, Sample, Trust
-from datasetdm_fast.engine.labels import kind_of, mean_certainty
-from datasetdm_fast.engine.labels.kind import Table
+from datasetdm_fast.engine.labels import Table, kind_of, mean_certainty
 from datasetdm_fast.engine.labels.trust import NamedMap, named_map, pairs
 from datasetdm_fast.errors import Refused, nearest, quote
 from datasetdm_fast.runs.run_folder.ledger import Ledger

@@ -8,8 +8,8 @@ import torch
 
 from datasetdm_fast.cores import in_blocks
 from datasetdm_fast.engine.decoders.config import DecoderConfig
+from datasetdm_fast.engine.labels import by_task, tasks_of
 from datasetdm_fast.engine.labels.class_tables import spoken
-from datasetdm_fast.engine.labels.kind import by_task, tasks_of
 from datasetdm_fast.engine.loop.calls import timesteps_of
 from datasetdm_fast.engine.loop.inversion import invert_for
 from datasetdm_fast.engine.tasks import TASKS, read_labels

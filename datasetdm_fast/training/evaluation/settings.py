@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.config import SEEDS, TASKS
-from datasetdm_fast.engine.labels.kind import tasks_of
+from datasetdm_fast.engine.labels import tasks_of
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.settings import CommandSettings, EngineSettings, ModelSettings, OutputSettings, setting
 from datasetdm_fast.training.truth.selection import DataSettings, Selection

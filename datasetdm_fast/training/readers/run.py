@@ -10,7 +10,7 @@ import numpy as np
 
 from datasetdm_fast.config import ATTENTION
 from datasetdm_fast.data import Instances, SemanticMap
-from datasetdm_fast.engine.labels.kind import SHOWN_SCORE, LabelName, task_of_label
+from datasetdm_fast.engine.labels import SHOWN_SCORE, LabelName, task_of_label
 from datasetdm_fast.engine.labels.trust import without_doubtful
 from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS, Picture

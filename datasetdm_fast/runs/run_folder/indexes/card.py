@@ -8,8 +8,7 @@ from itertools import islice
 from typing import Any
 
 from datasetdm_fast.config import ATTENTION, DEMO_PROMPTS, INVERSION, REFERENCE
-from datasetdm_fast.engine.labels import by_kind, kind_of
-from datasetdm_fast.engine.labels.kind import markdown_cell, tasks_of
+from datasetdm_fast.engine.labels import by_kind, kind_of, markdown_cell, tasks_of
 from datasetdm_fast.runs.run_folder.document import (
     COMMANDS,
     QUARANTINE,

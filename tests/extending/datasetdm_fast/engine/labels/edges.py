@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from datasetdm_fast.data import SemanticMap
-from datasetdm_fast.engine.labels.kind import GalleryLayer, Table
+from datasetdm_fast.engine.labels import GalleryLayer, Table
 from datasetdm_fast.engine.labels.label_files import index_png
 from datasetdm_fast.engine.labels.semantic import ClassMap, count_pixels
 
