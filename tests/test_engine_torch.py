@@ -13,9 +13,8 @@ from diffusers import PNDMScheduler, StableDiffusionPipeline
 from datasetdm_fast.config import CACHED, ENGINES, EngineKind
 from datasetdm_fast.data import Capture, Text, join_texts
 from datasetdm_fast.engine.backbones.sd_reference import capturing_levels, feature_modules, transformers_of
-from datasetdm_fast.engine.engines import build_engine, check_engine, device
+from datasetdm_fast.engine.engines import Engine, build_engine, check_engine, check_task, device
 from datasetdm_fast.engine.engines.device import engine_call
-from datasetdm_fast.engine.engines.engine import Engine, check_task
 from datasetdm_fast.engine.engines.fast.engine import as_images
 from datasetdm_fast.engine.engines.torch import TorchEngine, _check_capture
 from datasetdm_fast.engine.loading import load_model

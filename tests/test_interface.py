@@ -10,7 +10,7 @@ from typing import Any
 
 from datasetdm_fast import Pipeline, Run, data, open_run, stages
 from datasetdm_fast.engine import engines
-from datasetdm_fast.engine.engines.engine import Engine
+from datasetdm_fast.engine.engines import Engine
 from datasetdm_fast.engine.pipeline import DiffusionOutput, Output
 from datasetdm_fast.engine.tasks.labeller import Labeller, LabellerInput
 from datasetdm_fast.kernels import OPS

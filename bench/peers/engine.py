@@ -9,8 +9,7 @@ import numpy as np
 from bench.peers.samples import noise_of
 from bench.setting import Setting
 from datasetdm_fast.data import Batch, Quarantined, Request, Sample, join_texts
-from datasetdm_fast.engine.engines import build_engine
-from datasetdm_fast.engine.engines.engine import Engine
+from datasetdm_fast.engine.engines import Engine, build_engine
 from datasetdm_fast.engine.loop.calls import fresh_noise
 from datasetdm_fast.engine.loop.driver import generate
 from datasetdm_fast.engine.sampling.schedule import SamplerState

@@ -20,8 +20,7 @@ from bench.world.judge_net import classes_in, kept_judge
 from bench.world.worlds import ASKED
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.data import IGNORE, AttentionSums, Request, join_texts
-from datasetdm_fast.engine.engines import build_engine
-from datasetdm_fast.engine.engines.engine import Engine
+from datasetdm_fast.engine.engines import Engine, build_engine
 from datasetdm_fast.engine.labels.pictures import paint_map
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop.class_prompts import class_columns

@@ -27,8 +27,7 @@ from bench.world.things_seen import SeenThing, shares, things_seen
 from bench.world.worlds import ASKED, HELD_OUT, WORLDS, World
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.data import join_texts
-from datasetdm_fast.engine.engines import build_engine
-from datasetdm_fast.engine.engines.engine import Engine
+from datasetdm_fast.engine.engines import Engine, build_engine
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.sampling import schedule as walk
 from datasetdm_fast.engine.sampling import times

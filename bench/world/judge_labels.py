@@ -21,8 +21,7 @@ from bench.world.judge_net import STEPS, Judge, kept_judge, probabilities
 from bench.world.things_seen import ENOUGH
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.data import Annotation, SemanticMap, Trust
-from datasetdm_fast.engine.engines import open_engine
-from datasetdm_fast.engine.engines.engine import Engine
+from datasetdm_fast.engine.engines import Engine, open_engine
 from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.engine.labels.class_tables import find_classes
 from datasetdm_fast.engine.labels.trust import named_map, trust_of, with_domain, with_unprompted

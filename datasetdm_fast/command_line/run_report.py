@@ -29,7 +29,7 @@ from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.settings import OutputSettings
 
 if TYPE_CHECKING:
-    from datasetdm_fast.engine.engines.engine import Engine
+    from datasetdm_fast.engine.engines import Engine
     from datasetdm_fast.engine.loading.model import Model
 
 MOST_REQUESTS = 40  # that a plan for the eye lists

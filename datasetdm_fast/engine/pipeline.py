@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
-    from datasetdm_fast.engine.engines.engine import Engine
+    from datasetdm_fast.engine.engines import Engine
 
 
 DIFFUSERS_NAMES = {  # argument of diffusers' pipelines -> what it is called by `__call__` and `stream`

@@ -16,9 +16,8 @@ from datasetdm_fast.engine.decoders import domain
 from datasetdm_fast.engine.decoders.checkpoint import load_decoder
 from datasetdm_fast.engine.decoders.domain import LEAST_IMAGES, Domain, learn_domain
 from datasetdm_fast.engine.decoders.trunk import Decoder
-from datasetdm_fast.engine.engines import build_engine
+from datasetdm_fast.engine.engines import Engine, build_engine
 from datasetdm_fast.engine.engines.device import is_out_of_memory, slow_in_fp16
-from datasetdm_fast.engine.engines.engine import Engine
 from datasetdm_fast.engine.loop.inversion import invert_for
 from datasetdm_fast.engine.pictures.labelled import Labelled
 from datasetdm_fast.engine.pipeline import Pipeline

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from datasetdm_fast.config import CACHED
 from datasetdm_fast.data import AnyCapture, AttentionSums, Capture, Text
 from datasetdm_fast.engine.backbones.record import BackboneReference
+from datasetdm_fast.engine.engines import Engine, check_task
 from datasetdm_fast.engine.engines.device import engine_call, resolve_device
-from datasetdm_fast.engine.engines.engine import Engine, check_task
 from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.plugins import load_place

@@ -15,7 +15,7 @@ from datasetdm_fast.errors import Refused
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from datasetdm_fast.engine.engines.engine import Engine
+    from datasetdm_fast.engine.engines import Engine
     from datasetdm_fast.engine.sampling.schedule import Schedule
 
 

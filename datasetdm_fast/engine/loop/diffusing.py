@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from datasetdm_fast.engine.engines.engine import Engine
+    from datasetdm_fast.engine.engines import Engine
     from datasetdm_fast.engine.sampling.schedule import Schedule
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.data import AnyCapture, Text
-from datasetdm_fast.engine.engines.engine import Engine
+from datasetdm_fast.engine.engines import Engine
 from datasetdm_fast.engine.loop.calls import CapturedCalls, call_text, timesteps_of
 from datasetdm_fast.engine.sampling import times
 from datasetdm_fast.engine.sampling.times import is_flow

@@ -26,7 +26,7 @@ from datasetdm_fast.untrusted import documents
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from datasetdm_fast.engine.engines.engine import Engine
+    from datasetdm_fast.engine.engines import Engine
 
 TRAINING_STEPS = 1000  # of every model
 

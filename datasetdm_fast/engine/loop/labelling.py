@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from datasetdm_fast.engine.decoders.config import DecoderConfig
+    from datasetdm_fast.engine.engines import Engine
     from datasetdm_fast.engine.engines.device import Lanes
-    from datasetdm_fast.engine.engines.engine import Engine
     from datasetdm_fast.engine.labels.class_tables import ClassTable
     from datasetdm_fast.engine.loop.prompts import Tokenizer
     from datasetdm_fast.engine.loop.recipe import Recipe

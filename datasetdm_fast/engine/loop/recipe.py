@@ -20,7 +20,7 @@ from datasetdm_fast.config import (
     USUAL_SAMPLER,
 )
 from datasetdm_fast.data import Request
-from datasetdm_fast.engine.engines.engine import Engine
+from datasetdm_fast.engine.engines import Engine
 from datasetdm_fast.engine.labels import BACKGROUND, kind_of
 from datasetdm_fast.engine.labels.class_tables import ClassTable, of_words, spoken
 from datasetdm_fast.engine.loop.calls import (

@@ -14,8 +14,7 @@ import numpy as np
 from datasetdm_fast.config import CACHED, REFERENCE
 from datasetdm_fast.data import Batch, Request, Sample
 from datasetdm_fast.engine import engines
-from datasetdm_fast.engine.engines import build_engine, check_engine
-from datasetdm_fast.engine.engines.engine import Engine
+from datasetdm_fast.engine.engines import Engine, build_engine, check_engine
 from datasetdm_fast.engine.labels import by_task, kind_of, label_files
 from datasetdm_fast.engine.loading.model import digest
 from datasetdm_fast.engine.loop import driver

@@ -13,7 +13,7 @@ from scipy import ndimage
 
 from datasetdm_fast.data import Annotation, Request, Sample
 from datasetdm_fast.disk import storage
-from datasetdm_fast.engine.engines.engine import Engine
+from datasetdm_fast.engine.engines import Engine
 from datasetdm_fast.engine.labels import SHOWN_SCORE, by_kind, kind_of, mask_rle, task_of_label
 from datasetdm_fast.engine.labels.class_tables import replaced_text
 from datasetdm_fast.engine.loop.calls import Beginning

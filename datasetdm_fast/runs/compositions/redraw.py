@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from datasetdm_fast.config import EXACT
 from datasetdm_fast.data import Request, Sample
-from datasetdm_fast.engine.engines.engine import Engine
+from datasetdm_fast.engine.engines import Engine
 from datasetdm_fast.engine.labels import task_of_label
 from datasetdm_fast.engine.loop import prompts
 from datasetdm_fast.engine.loop.calls import Beginning, initial_latents

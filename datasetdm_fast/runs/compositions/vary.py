@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.data import Annotation, Instances, Request, Sample
-from datasetdm_fast.engine.engines.engine import Engine
+from datasetdm_fast.engine.engines import Engine
 from datasetdm_fast.engine.labels import by_kind, kind_of
 from datasetdm_fast.engine.loop.calls import Beginning
 from datasetdm_fast.engine.loop.prompts import PromptLine, count_tokens

@@ -10,7 +10,7 @@ from datasetdm_fast.cores import name_processor
 from datasetdm_fast.data import Request, Trust
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine import engines
-from datasetdm_fast.engine.engines.engine import Engine
+from datasetdm_fast.engine.engines import Engine
 from datasetdm_fast.engine.labels import class_tables, kind_of, number_classes, task_of_label, with_palette
 from datasetdm_fast.engine.labels.class_tables import CUSTOM, OURS
 from datasetdm_fast.engine.labels.trust import with_undrawn

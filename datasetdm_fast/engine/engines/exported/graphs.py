@@ -15,8 +15,8 @@ from datasetdm_fast.data import AnyCapture, AttentionSums, Capture, ProjectedCap
 from datasetdm_fast.engine.backbones.joint_attention import JointReference
 from datasetdm_fast.engine.backbones.latent_space import scale
 from datasetdm_fast.engine.decoders.trunk import Decoder
+from datasetdm_fast.engine.engines import Engine, check_task
 from datasetdm_fast.engine.engines.device import trim
-from datasetdm_fast.engine.engines.engine import Engine, check_task
 from datasetdm_fast.engine.engines.fast.engine import chunk_of, encode_in_chunks, sample_moments
 from datasetdm_fast.engine.engines.torch import TorchEngine
 from datasetdm_fast.engine.loading.model import Model

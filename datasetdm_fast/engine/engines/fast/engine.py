@@ -16,8 +16,8 @@ from datasetdm_fast.config import CACHED, FP8
 from datasetdm_fast.data import AnyCapture, AttentionSums, Capture, ProjectedCapture, Text
 from datasetdm_fast.engine.backbones.latent_space import sample_posterior, scale
 from datasetdm_fast.engine.decoders.trunk import Decoder, with_ops
+from datasetdm_fast.engine.engines import Engine, check_task
 from datasetdm_fast.engine.engines.device import engine_call, resolve_device, slow_in_fp16
-from datasetdm_fast.engine.engines.engine import Engine, check_task
 from datasetdm_fast.engine.loading.model import Model, WeightSource
 from datasetdm_fast.engine.models.capture import (
     AttentionSlot,
