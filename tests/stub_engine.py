@@ -9,7 +9,7 @@ import torch
 
 from datasetdm_fast.config import Defaults
 from datasetdm_fast.data import Capture, Text
-from datasetdm_fast.engine.backbones.record import Latents
+from datasetdm_fast.engine.backbones import Latents
 from datasetdm_fast.engine.backbones.sd import SD
 from datasetdm_fast.engine.decoders.config import SD1_LEVELS, DecoderConfig
 from datasetdm_fast.engine.scenes import world

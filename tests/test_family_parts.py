@@ -16,12 +16,11 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from datasetdm_fast import generate
 from datasetdm_fast.data import Text, join_texts
-from datasetdm_fast.engine.backbones import every_backbone, flow_models, mmdit_plans
+from datasetdm_fast.engine.backbones import Latents, Part, every_backbone, flow_models, mmdit_plans
 from datasetdm_fast.engine.backbones.flow_models import seg4diff_of_flux
 from datasetdm_fast.engine.backbones.flux1 import FLUX1
 from datasetdm_fast.engine.backbones.flux2_klein import FLUX2_KLEIN
 from datasetdm_fast.engine.backbones.qwen_image import QWEN_IMAGE
-from datasetdm_fast.engine.backbones.record import Latents, Part
 from datasetdm_fast.engine.backbones.sd3 import SD3
 from datasetdm_fast.engine.backbones.z_image import Z_IMAGE
 from datasetdm_fast.engine.engines import build_engine

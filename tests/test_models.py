@@ -16,8 +16,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from bench.decoders import load_decoders
 from datasetdm_fast.data import AttentionSums, ProjectedCapture, Text, join_texts
+from datasetdm_fast.engine.backbones import Latents
 from datasetdm_fast.engine.backbones.latent_space import sample_posterior
-from datasetdm_fast.engine.backbones.record import Latents
 from datasetdm_fast.engine.decoders.checkpoint import build_decoder
 from datasetdm_fast.engine.decoders.config import upstream
 from datasetdm_fast.engine.decoders.trunk import fold

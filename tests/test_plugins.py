@@ -188,7 +188,7 @@ HOLLOW = LabellerKind("foreign_labeller:BrightKind", "foreign_labeller:None")
 FAMILY = """
 from dataclasses import replace
 from functools import partial
-from datasetdm_fast.engine.backbones.record import Part
+from datasetdm_fast.engine.backbones import Part
 from datasetdm_fast.engine.backbones.sd3 import SD3
 from datasetdm_fast.engine.backbones.sd3_reference import SD3Reference
 

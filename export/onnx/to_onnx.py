@@ -20,7 +20,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.storage import cache_folder
 from datasetdm_fast.engine import backbones, models
 from datasetdm_fast.engine import decoders as decoder_package
-from datasetdm_fast.engine.backbones.record import ANOTHER
+from datasetdm_fast.engine.backbones import ANOTHER
 from datasetdm_fast.engine.decoders.trunk import Decoder, SpectralConv2d
 from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.engine.models.capture import CaptureHook, Projection

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from datasetdm_fast.engine.backbones.record import ANOTHER, DAMAGED, LoadedModel, Read
+from datasetdm_fast.engine.backbones import ANOTHER, DAMAGED, LoadedModel, Read
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import FACTOR
 from datasetdm_fast.untrusted import documents, tensors

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.config import AttentionDefaults, Defaults
-from datasetdm_fast.engine.backbones.record import Configs, Latents, NameAdapter
+from datasetdm_fast.engine.backbones import Configs, Latents, NameAdapter
 from datasetdm_fast.engine.backbones.sdxl import FULL_SIZE as SDXL_FULL_SIZE
 from datasetdm_fast.stages import Level
 

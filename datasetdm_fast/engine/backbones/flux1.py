@@ -1,6 +1,7 @@
 """FLUX.1 dev, schnell and Krea-dev: blocks of two streams, then of one; CLIP's pooled text and T5."""
 
 from datasetdm_fast.config import Defaults, FlowRule
+from datasetdm_fast.engine.backbones import Backbone, Configs, LoadedModel, Part, Read
 from datasetdm_fast.engine.backbones.fitting import check_channels, check_vocabularies, check_widths
 from datasetdm_fast.engine.backbones.flow_models import (
     CAPTURE,
@@ -15,7 +16,6 @@ from datasetdm_fast.engine.backbones.flow_models import (
     scaled_latents,
     seg4diff_of_flux,
 )
-from datasetdm_fast.engine.backbones.record import Backbone, Configs, LoadedModel, Part, Read
 from datasetdm_fast.stages import Level
 
 DEV_LICENCE = "flux-1-dev-non-commercial-license"  # of Krea-dev, too

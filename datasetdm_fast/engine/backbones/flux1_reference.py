@@ -11,7 +11,7 @@ from datasetdm_fast.engine.backbones.prompt_encoders import encode_t5, tokenize
 
 
 class Flux1Reference(joint_attention.JointReference):
-    """See record.BackboneReference."""
+    """See BackboneReference."""
 
     def attentions(self) -> list[nn.Module]:
         network = self.network

@@ -1,6 +1,7 @@
 """FLUX.2 klein, distilled and base: blocks of two streams, then of one; states of three layers of Qwen3 as text."""
 
 from datasetdm_fast.config import Defaults, FlowRule
+from datasetdm_fast.engine.backbones import Backbone, Configs, Latents, LoadedModel, Part, Read
 from datasetdm_fast.engine.backbones.fitting import (
     TOGETHER,
     check_channels,
@@ -20,7 +21,6 @@ from datasetdm_fast.engine.backbones.flow_models import (
     names_of,
     seg4diff_of_flux,
 )
-from datasetdm_fast.engine.backbones.record import Backbone, Configs, Latents, LoadedModel, Part, Read
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import Level
 

@@ -13,7 +13,7 @@ from datasetdm_fast.engine.backbones.prompt_encoders import encode_chat
 
 
 class Flux2KleinReference(joint_attention.JointReference):
-    """See record.BackboneReference; latents have 16 pixels a cell, as the pipeline draws their noise."""
+    """See BackboneReference; latents have 16 pixels a cell, as the pipeline draws their noise."""
 
     def attentions(self) -> list[nn.Module]:
         network = self.network

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from datasetdm_fast.data import AttentionSums, Capture, Text
+from datasetdm_fast.engine.backbones import LoadedModel
 from datasetdm_fast.engine.backbones.latent_space import AutoencoderReference
-from datasetdm_fast.engine.backbones.record import LoadedModel
 
 
 def pack(latents: Tensor) -> Tensor:

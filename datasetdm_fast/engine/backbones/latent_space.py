@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datasetdm_fast.engine.backbones.record import Latents, LoadedModel
+from datasetdm_fast.engine.backbones import Latents, LoadedModel
 from datasetdm_fast.kernels.transfer import to_device
 
 
@@ -34,7 +34,7 @@ def _by_channel(space: Latents, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class AutoencoderReference:
-    """The calls of a record.BackboneReference that go through its autoencoder."""
+    """The calls of a BackboneReference that go through its autoencoder."""
 
     model: LoadedModel
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from datasetdm_fast.engine.backbones.record import LoadedModel
+from datasetdm_fast.engine.backbones import LoadedModel
 from datasetdm_fast.kernels.transfer import to_device
 
 

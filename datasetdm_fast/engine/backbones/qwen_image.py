@@ -4,9 +4,9 @@ import math
 from typing import Any
 
 from datasetdm_fast.config import Defaults, FlowRule
+from datasetdm_fast.engine.backbones import DAMAGED, Backbone, Configs, Latents, LoadedModel, Part, Read
 from datasetdm_fast.engine.backbones.fitting import check_channels, check_settings, check_vocabularies, check_widths
 from datasetdm_fast.engine.backbones.flow_models import CAPTURE, JOINT_ENGINE, joint_levels, names_of, seg4diff
-from datasetdm_fast.engine.backbones.record import DAMAGED, Backbone, Configs, Latents, LoadedModel, Part, Read
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import Level
 from datasetdm_fast.untrusted.documents import quote

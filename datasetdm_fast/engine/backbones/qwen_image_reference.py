@@ -15,7 +15,7 @@ MOST_TOKENS = 1024  # that the text encoder is given of a prompt
 
 
 class QwenImageReference(joint_attention.JointReference):
-    """See record.BackboneReference."""
+    """See BackboneReference."""
 
     def encode(self, prompts: Sequence[str]) -> Text:
         tokens = self.model.tokenizers["tokenizer"](

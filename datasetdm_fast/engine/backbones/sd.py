@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.config import SD_DEFAULTS, Defaults
+from datasetdm_fast.engine.backbones import ANOTHER, Backbone, Configs, Latents, LoadedModel, Part, Read
 from datasetdm_fast.engine.backbones.fitting import check_autoencoder, check_settings, check_vocabularies, check_widths
-from datasetdm_fast.engine.backbones.record import ANOTHER, Backbone, Configs, Latents, LoadedModel, Part, Read
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import Level
 from datasetdm_fast.untrusted import documents

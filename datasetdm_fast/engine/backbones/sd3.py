@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.config import Defaults, FlowRule
+from datasetdm_fast.engine.backbones import DAMAGED, Backbone, Configs, LoadedModel, Part, Read
 from datasetdm_fast.engine.backbones.fitting import check_channels, check_vocabularies, check_widths
 from datasetdm_fast.engine.backbones.flow_models import (
     CAPTURE,
@@ -20,7 +21,6 @@ from datasetdm_fast.engine.backbones.flow_models import (
     scaled_latents,
     seg4diff,
 )
-from datasetdm_fast.engine.backbones.record import DAMAGED, Backbone, Configs, LoadedModel, Part, Read
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import Level
 

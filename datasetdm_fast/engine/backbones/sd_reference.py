@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from datasetdm_fast.data import AttentionSums, Capture, Text
+from datasetdm_fast.engine.backbones import LoadedModel
 from datasetdm_fast.engine.backbones.latent_space import AutoencoderReference
-from datasetdm_fast.engine.backbones.record import LoadedModel
 
 
 def feature_modules(unet: nn.Module) -> tuple[tuple[nn.Module, ...], ...]:

@@ -7,8 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.config import Defaults
-from datasetdm_fast.engine.backbones.fitting import check_channels, check_settings, check_vocabularies, check_widths
-from datasetdm_fast.engine.backbones.record import (
+from datasetdm_fast.engine.backbones import (
     DAMAGED,
     Backbone,
     Configs,
@@ -18,6 +17,7 @@ from datasetdm_fast.engine.backbones.record import (
     Part,
     Read,
 )
+from datasetdm_fast.engine.backbones.fitting import check_channels, check_settings, check_vocabularies, check_widths
 from datasetdm_fast.engine.backbones.sd import ACTIVATION, FORMS
 from datasetdm_fast.engine.backbones.sd import FULL_SIZE as SD_FULL_SIZE
 from datasetdm_fast.errors import Refused

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datasetdm_fast.data import Text
+from datasetdm_fast.engine.backbones import LoadedModel
 from datasetdm_fast.engine.backbones.prompt_encoders import encode_clip
-from datasetdm_fast.engine.backbones.record import LoadedModel
 from datasetdm_fast.engine.backbones.sd_reference import SDReference
 
 
@@ -32,7 +32,7 @@ def transformers_of(unet: nn.Module) -> tuple[tuple[nn.ModuleList, ...], ...]:
 
 
 class SDXLReference(SDReference):
-    """See record.BackboneReference."""
+    """See BackboneReference."""
 
     def __init__(self, model: LoadedModel):
         self.model, self.unet = model, model.modules["unet"]

@@ -3,6 +3,7 @@ encoder.
 """
 
 from datasetdm_fast.config import Defaults, FlowRule
+from datasetdm_fast.engine.backbones import Backbone, Configs, LoadedModel, Part, Read
 from datasetdm_fast.engine.backbones.fitting import check_channels, check_settings, check_vocabularies, check_widths
 from datasetdm_fast.engine.backbones.flow_models import (
     CAPTURE,
@@ -16,7 +17,6 @@ from datasetdm_fast.engine.backbones.flow_models import (
     scaled_latents,
     seg4diff,
 )
-from datasetdm_fast.engine.backbones.record import Backbone, Configs, LoadedModel, Part, Read
 from datasetdm_fast.stages import Level
 
 LENGTH = 512  # tokens of a text at most

@@ -14,7 +14,7 @@ MULTIPLE = 32  # to which the tokens of an image, and those of a text, are padde
 
 
 class ZImageReference(joint_attention.JointReference):
-    """See record.BackboneReference; the network's own time runs from 0 to 1, and it tells the way back to noise."""
+    """See BackboneReference; the network's own time runs from 0 to 1, and it tells the way back to noise."""
 
     def attentions(self) -> list[nn.Module]:
         return [layer.attention for layer in self.network.layers]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from datasetdm_fast.config import CACHED
 from datasetdm_fast.data import AnyCapture, AttentionSums, Capture, Text
-from datasetdm_fast.engine.backbones.record import BackboneReference
+from datasetdm_fast.engine.backbones import BackboneReference
 from datasetdm_fast.engine.engines import Engine, check_task
 from datasetdm_fast.engine.engines.device import engine_call, resolve_device
 from datasetdm_fast.engine.loading.model import Model

@@ -15,7 +15,16 @@ import torch
 from torch import nn
 
 from datasetdm_fast.config import DEMO_DEFAULTS, Defaults
-from datasetdm_fast.engine.backbones import every_backbone, list_supported, open_backbone
+from datasetdm_fast.engine.backbones import (
+    ANOTHER,
+    DAMAGED,
+    Backbone,
+    Part,
+    Read,
+    every_backbone,
+    list_supported,
+    open_backbone,
+)
 from datasetdm_fast.engine.backbones.fitting import (
     ADAPTER,
     BUCKETS,
@@ -28,7 +37,6 @@ from datasetdm_fast.engine.backbones.fitting import (
     quiet_libraries,
     read_config,
 )
-from datasetdm_fast.engine.backbones.record import ANOTHER, DAMAGED, Backbone, Part, Read
 from datasetdm_fast.engine.backbones.sd import USUAL_SCHEDULE
 from datasetdm_fast.engine.loading.model import (
     UNKNOWN_LICENCE,

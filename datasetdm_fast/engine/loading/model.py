@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from datasetdm_fast.config import Defaults
+from datasetdm_fast.engine.backbones import Backbone, Configs, Guidance, Latents
 from datasetdm_fast.engine.backbones.fitting import check_size
-from datasetdm_fast.engine.backbones.record import Backbone, Configs, Guidance, Latents
 from datasetdm_fast.engine.loading.tokenizer import LimitedTokenizer, OwnTokenizer, WrappingTokenizer
 from datasetdm_fast.engine.models.layers import room
 from datasetdm_fast.errors import Refused

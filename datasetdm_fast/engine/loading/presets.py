@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from datasetdm_fast.config import SD_DEFAULTS, Defaults
-from datasetdm_fast.engine.backbones import RANDOM_MODELS
-from datasetdm_fast.engine.backbones.record import Backbone, Configs, Part
+from datasetdm_fast.engine.backbones import RANDOM_MODELS, Backbone, Configs, Part
 from datasetdm_fast.engine.backbones.sd import SD
 from datasetdm_fast.engine.loading import shapes
 from datasetdm_fast.engine.loading.folder import DEMO, check_shipped, class_of

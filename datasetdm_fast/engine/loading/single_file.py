@@ -15,7 +15,7 @@ from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from datasetdm_fast.engine.backbones import every_backbone, list_supported, pipeline_of
+from datasetdm_fast.engine.backbones import ANOTHER, DAMAGED, Backbone, every_backbone, list_supported, pipeline_of
 from datasetdm_fast.engine.backbones.fitting import (
     ADAPTER,
     check_readable,
@@ -24,7 +24,6 @@ from datasetdm_fast.engine.backbones.fitting import (
     quiet_libraries,
     read_config,
 )
-from datasetdm_fast.engine.backbones.record import ANOTHER, DAMAGED, Backbone
 from datasetdm_fast.engine.backbones.sd import DOWN_BLOCKS, SD, SD_SCHEDULER, UP_BLOCKS, check_network
 from datasetdm_fast.engine.loading import folder as folders
 from datasetdm_fast.engine.loading.model import UNKNOWN_LICENCE, Model, Network, check_model, digest

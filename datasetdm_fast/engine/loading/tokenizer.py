@@ -15,6 +15,7 @@ import torch
 from tokenizers import Tokenizer
 
 from datasetdm_fast.disk import storage
+from datasetdm_fast.engine.backbones import DAMAGED, Backbone
 from datasetdm_fast.engine.backbones.fitting import (
     LARGEST_NUMBER,
     LARGEST_VOCABULARY,
@@ -23,7 +24,6 @@ from datasetdm_fast.engine.backbones.fitting import (
     quiet_libraries,
     read_config,
 )
-from datasetdm_fast.engine.backbones.record import DAMAGED, Backbone
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.plugins import load_place
 from datasetdm_fast.untrusted import documents

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from datasetdm_fast.data import Text
-from datasetdm_fast.engine.backbones.record import LoadedModel
+from datasetdm_fast.engine.backbones import LoadedModel
 from datasetdm_fast.engine.models.layers import LayerNorm, Linear, Weights, frozen, join_heads, sigmoid, split_heads
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.kernels.transfer import to_device

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datasetdm_fast.engine.backbones.record import Latents
+from datasetdm_fast.engine.backbones import Latents
 from datasetdm_fast.engine.models.layers import (
     Convolution,
     Layers,

@@ -1,9 +1,9 @@
 """AuraFlow: blocks of two streams, then of one; the text encoder of UMT5."""
 
 from datasetdm_fast.config import Defaults, FlowRule
+from datasetdm_fast.engine.backbones import Backbone, Configs, LoadedModel, Part, Read
 from datasetdm_fast.engine.backbones.fitting import check_channels, check_vocabularies, check_widths
 from datasetdm_fast.engine.backbones.flow_models import CAPTURE, joint_levels, scaled_latents
-from datasetdm_fast.engine.backbones.record import Backbone, Configs, LoadedModel, Part, Read
 from datasetdm_fast.stages import Level
 
 LENGTH = 256  # tokens that the pipeline pads to

@@ -12,7 +12,7 @@ from datasetdm_fast.engine.backbones.prompt_encoders import tokenize
 
 
 class AuraFlowReference(joint_attention.JointReference):
-    """See record.BackboneReference."""
+    """See BackboneReference."""
 
     def attentions(self) -> list[nn.Module]:
         network = self.network
