@@ -21,7 +21,7 @@ from datasetdm_fast.engine.engines.torch import TorchEngine
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.engine.loading.presets import SEEDED_LICENCE
-from datasetdm_fast.engine.loop.plan import make_plan
+from datasetdm_fast.engine.loop.prompts import make_plan
 from datasetdm_fast.engine.loop.recipe import Recipe, make_recipe, prompt_words
 from datasetdm_fast.runs.jobs.prompt_files import read_source
 from datasetdm_fast.runs.run_settings import PromptSettings

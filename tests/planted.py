@@ -362,7 +362,7 @@ _BY_FILE = {
         ("<= LEASE_SECONDS", ">= LEASE_SECONDS", "a claim is over as soon as it is seen"),
         ("machine == host()", "machine", "a process of another machine is looked for here"),
     ),
-    "engine/loop/plan.py": (
+    "engine/loop/prompts.py": (
         "test_driver.py::test_large_seeds_are_those_of_the_images_and_of_their_rows",
         ("self.seed + index", "min(self.seed + index, 2**31 - 1)", "all large seeds give one image"),
     ),

@@ -18,7 +18,7 @@ from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.engines.fast import FastEngine, on_cpu
 from datasetdm_fast.engine.engines.fast import engine as base
 from datasetdm_fast.engine.loading import load_model
-from datasetdm_fast.engine.loop.plan import make_plan
+from datasetdm_fast.engine.loop.prompts import make_plan
 from datasetdm_fast.engine.loop.recipe import make_recipe, prompt_words
 from datasetdm_fast.kernels import plain
 from datasetdm_fast.runs.agreement import observe, verify

@@ -27,7 +27,7 @@ from rendered import document, write_run
 from datasetdm_fast import generate
 from datasetdm_fast.command_line import flags
 from datasetdm_fast.engine.labels import mask_rle
-from datasetdm_fast.engine.loop.plan import make_plan
+from datasetdm_fast.engine.loop.prompts import make_plan
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.jobs.prompt_files import read_source
 from datasetdm_fast.runs.run_folder import audit

@@ -35,7 +35,7 @@ from datasetdm_fast.command_line import sharded_run
 from datasetdm_fast.command_line.run_settings import complete_settings, read_spec
 from datasetdm_fast.data import Request, Trust
 from datasetdm_fast.disk.storage import StoredFile
-from datasetdm_fast.engine.loop.plan import TURN
+from datasetdm_fast.engine.loop.prompts import TURN
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.runs.curation import filtering as curation
 from datasetdm_fast.runs.exporting import conversion

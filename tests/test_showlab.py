@@ -41,7 +41,7 @@ from datasetdm_fast.engine.decoders.config import upstream
 from datasetdm_fast.engine.engines.fast import FastEngine
 from datasetdm_fast.engine.labels.class_tables import builtin_table
 from datasetdm_fast.engine.loading import load_model
-from datasetdm_fast.engine.loop.plan import make_plan
+from datasetdm_fast.engine.loop.prompts import make_plan
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.kernels.upsample_concat import resize
 from datasetdm_fast.runs.run_folder.reader import open_run

@@ -27,7 +27,7 @@ from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample,
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import label_files
 from datasetdm_fast.engine.loop import driver, labelling
-from datasetdm_fast.engine.loop.plan import make_plan
+from datasetdm_fast.engine.loop.prompts import make_plan
 from datasetdm_fast.engine.loop.recipe import Recipe, label_tables, make_recipe
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.runs.gallery.page import finish_run

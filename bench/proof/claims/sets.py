@@ -21,7 +21,7 @@ from datasetdm_fast.engine.labels import LABEL_KINDS
 from datasetdm_fast.engine.labels.trust import trust_of
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop.inversion import invert_for
-from datasetdm_fast.engine.loop.plan import DEMO_SCENES
+from datasetdm_fast.engine.loop.prompts import DEMO_SCENES
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.engine.tasks import read_labels
 from datasetdm_fast.engine.tasks.captions import held_to

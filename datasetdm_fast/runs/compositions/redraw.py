@@ -15,8 +15,7 @@ from datasetdm_fast.engine.engines import Engine
 from datasetdm_fast.engine.labels import task_of_label
 from datasetdm_fast.engine.loop import prompts
 from datasetdm_fast.engine.loop.calls import Beginning, initial_latents
-from datasetdm_fast.engine.loop.plan import Plan
-from datasetdm_fast.engine.loop.prompts import PromptLine
+from datasetdm_fast.engine.loop.prompts import Plan, PromptLine
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.compositions.composition import SourceSample, SquareSource, identity_of
 from datasetdm_fast.runs.compositions.settings import RedrawChoice, RedrawMachine

@@ -15,7 +15,7 @@ from datasetdm_fast.engine.labels import class_tables, kind_of, number_classes, 
 from datasetdm_fast.engine.labels.class_tables import CUSTOM, OURS
 from datasetdm_fast.engine.labels.trust import with_undrawn
 from datasetdm_fast.engine.loop import prompts
-from datasetdm_fast.engine.loop.plan import Plan, make_plan
+from datasetdm_fast.engine.loop.prompts import Plan, make_plan
 from datasetdm_fast.engine.loop.recipe import Recipe, label_tables, make_recipe, prompt_words
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.run_folder.document import (

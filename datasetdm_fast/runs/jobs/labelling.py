@@ -17,7 +17,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels.tiles import Tiling
 from datasetdm_fast.engine.loop import prompts
 from datasetdm_fast.engine.loop.inverting import TRAINING_STEPS, inversion_generator, inversion_recipe, picture_prompt
-from datasetdm_fast.engine.loop.plan import Plan
+from datasetdm_fast.engine.loop.prompts import Plan
 from datasetdm_fast.engine.loop.recipe import prompt_words
 from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.framing import crop_square

@@ -14,7 +14,7 @@ import numpy as np
 from datasetdm_fast.cores import in_threads
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import LABEL_KINDS, kind_of
-from datasetdm_fast.engine.loop.plan import TURN
+from datasetdm_fast.engine.loop.prompts import TURN
 from datasetdm_fast.errors import Missing, Refused, quote
 from datasetdm_fast.runs.run_folder import page_files
 from datasetdm_fast.runs.run_folder.document import (

@@ -8,7 +8,7 @@ import numpy as np
 
 from datasetdm_fast.data import Quarantined, Sample
 from datasetdm_fast.engine.labels import BACKGROUND, LabelKind, Table, kind_of
-from datasetdm_fast.engine.loop.plan import class_and_turn
+from datasetdm_fast.engine.loop.prompts import class_and_turn
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.run_folder.document import SHARDS, most_samples
 from datasetdm_fast.runs.run_folder.ledger import Tally
