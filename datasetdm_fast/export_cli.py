@@ -32,7 +32,7 @@ class ExportConfig(ModelSettings, OutputSettings):
 
 @command_with(ExportConfig, EXAMPLES)
 def main(config: ExportConfig, command: CommandLine) -> int:
-    from datasetdm_fast.engine.loop.checks import check_size
+    from datasetdm_fast.engine.loop.recipe import check_size
 
     if find_spec("onnx") is None:
         raise Missing("export: the library onnx is not installed", "Install it with: pip install 'datasetdm-fast[ort]'")

@@ -11,7 +11,7 @@ from datasetdm_fast.command_line.output import print_lines, print_plan
 from datasetdm_fast.command_line.run_report import show_calls
 from datasetdm_fast.config import ENGINE_NAMES, EXACT, FP8, SPEEDS, TASKS
 from datasetdm_fast.engine.engines import check_installed
-from datasetdm_fast.engine.loop.checks import LARGEST_BATCH
+from datasetdm_fast.engine.loop.recipe import LARGEST_BATCH
 from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.runs.run_settings import PromptSettings

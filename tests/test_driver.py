@@ -32,9 +32,9 @@ from datasetdm_fast.data import (
 from datasetdm_fast.engine.decoders.config import SD1_LEVELS
 from datasetdm_fast.engine.labels.class_tables import ClassTable, ClassWord, find_classes
 from datasetdm_fast.engine.labels.trust import trust_of
-from datasetdm_fast.engine.loop import calls, checks, driver, inversion, inverting, labelling
+from datasetdm_fast.engine.loop import calls, driver, inversion, inverting, labelling
 from datasetdm_fast.engine.loop.driver import FinishedCalls
-from datasetdm_fast.engine.loop.recipe import capture_calls, class_words_of, make_recipe, prompt_words
+from datasetdm_fast.engine.loop.recipe import capture_calls, check_size, class_words_of, make_recipe, prompt_words
 from datasetdm_fast.engine.sampling import schedule as walk
 from datasetdm_fast.engine.sampling import times
 from datasetdm_fast.engine.scenes import world
@@ -896,8 +896,8 @@ def test_words_that_no_decoder_knows_are_for_one_that_takes_any():
 )
 def test_a_size_that_is_none_is_told_the_nearest(size, near):
     with pytest.raises(Refused, match=f"Try --size {near}; 0 takes"):
-        checks.check_size(size)
-    checks.check_size(0), checks.check_size(4096)
+        check_size(size)
+    check_size(0), check_size(4096)
 
 
 class _Latents(StubEngine):

@@ -17,8 +17,8 @@ from datasetdm_fast.engine import engines
 from datasetdm_fast.engine.decoders.checkpoint import load_decoder, save_decoder
 from datasetdm_fast.engine.decoders.config import DEMO, find_decoders
 from datasetdm_fast.engine.labels import LabelName, kind_of
-from datasetdm_fast.engine.loop.checks import check_tasks
 from datasetdm_fast.engine.loop.combining import Combination, apply_combinations, parse_combinations
+from datasetdm_fast.engine.loop.recipe import check_tasks
 from datasetdm_fast.engine.pipeline import Pipeline
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.run_folder.audit import audit

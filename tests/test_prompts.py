@@ -16,8 +16,8 @@ from datasetdm_fast.engine.labels import class_tables as class_words
 from datasetdm_fast.engine.loading.folder import DEMO
 from datasetdm_fast.engine.loading.tokenizer import OwnTokenizer
 from datasetdm_fast.engine.loop import prompts
-from datasetdm_fast.engine.loop.checks import check_seed
 from datasetdm_fast.engine.loop.prompts import class_and_turn, make_plan, template
+from datasetdm_fast.engine.loop.recipe import check_seed
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.jobs import prompt_files
 from datasetdm_fast.runs.jobs.labelling import open_pictures

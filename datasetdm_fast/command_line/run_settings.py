@@ -19,9 +19,9 @@ from datasetdm_fast.engine.backbones import check_source
 from datasetdm_fast.engine.decoders.config import SHIPPED, find_decoders, parts_of
 from datasetdm_fast.engine.engines import RANDOM
 from datasetdm_fast.engine.labels import BACKGROUND, by_task, class_tables, kind_of, task_of_label
-from datasetdm_fast.engine.loop.checks import check_numbers, check_seed, check_size, check_tasks
 from datasetdm_fast.engine.loop.combining import parse_combinations
 from datasetdm_fast.engine.loop.prompts import PromptSource, check_classes
+from datasetdm_fast.engine.loop.recipe import check_numbers, check_seed, check_size, check_tasks
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.jobs.job import ATTENTION_SETTINGS
 from datasetdm_fast.runs.jobs.prompt_files import listed_words, own_table, read_source

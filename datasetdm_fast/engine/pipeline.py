@@ -23,11 +23,25 @@ from datasetdm_fast.engine.engines import in_own_precision
 from datasetdm_fast.engine.labels import by_task, check_label, kind_of, task_of
 from datasetdm_fast.engine.labels.class_tables import find_classes
 from datasetdm_fast.engine.labels.pictures import PREVIEW_SAMPLES, preview
-from datasetdm_fast.engine.loop import checks, diffusing, driver, prompts
+from datasetdm_fast.engine.loop import diffusing, driver, prompts
 from datasetdm_fast.engine.loop.calls import FROM_NOISE, call_text, fresh_noise
 from datasetdm_fast.engine.loop.class_prompts import TIMESTEPS
 from datasetdm_fast.engine.loop.prompts import check_classes, check_line
-from datasetdm_fast.engine.loop.recipe import Recipe, capture_calls, make_recipe, prompt_words
+from datasetdm_fast.engine.loop.recipe import (
+    LEAST_SETTINGS,
+    Recipe,
+    as_texts,
+    capture_calls,
+    check_batch_size,
+    check_choices,
+    check_iterable,
+    check_numbers,
+    check_seed,
+    check_size,
+    check_tasks,
+    make_recipe,
+    prompt_words,
+)
 from datasetdm_fast.errors import GateFailed, Refused, nearest
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.settings import EngineSettings
@@ -192,7 +206,7 @@ class Pipeline:
         **choices: Any,
     ) -> Output:
         """Images and labels of all prompts; image k has seeds[k], or seed + k. Other choices are those of `stream`."""
-        texts = _CheckedFirst(checks.as_texts("prompts", prompts))
+        texts = _CheckedFirst(as_texts("prompts", prompts))
         for name, values in (("seeds", seeds), ("negative_prompt", choices.get("negative_prompt"))):
             if isinstance(values, Sized) and not isinstance(values, str) and len(values) != len(texts):
                 raise Refused(f"{name}: {len(values)} were given for {len(texts)} prompts", "Give one per prompt.")
@@ -230,12 +244,12 @@ class Pipeline:
         """
         if isinstance(seeds, Number):
             raise Refused(f"seeds: {seeds} is one number, expected one per prompt", f"Write seed={seeds}.")
-        checks.check_numbers(seed=seed)
+        check_numbers(seed=seed)
         known = 1 if isinstance(prompts, str) else len(prompts) if isinstance(prompts, Sized) else None
         size = self._batch_size(batch_size, known)
-        each_seed = count(seed) if seeds is None else checks.check_iterable("seeds", seeds, "one per prompt")
+        each_seed = count(seed) if seeds is None else check_iterable("seeds", seeds, "one per prompt")
         recipe, requests = self.prepare(
-            checks.as_texts("prompts", prompts),
+            as_texts("prompts", prompts),
             each_seed,
             negative_prompt=negative_prompt,
             truncate=truncate,
@@ -312,7 +326,7 @@ class Pipeline:
                     f"Drop it, or load the model with size={value!r} for square images.",
                 )
         texts, negatives = diffusing.repeat_prompts(prompt, negative_prompt, num_images_per_prompt)
-        checks.check_numbers(guidance=guidance_scale)
+        check_numbers(guidance=guidance_scale)
         size = self._batch_size(batch_size, len(texts))
         usual = self.engine.model.defaults.sampler
         recipe, words = self._recipe(
@@ -364,26 +378,26 @@ class Pipeline:
             if name in choices:
                 raise TypeError(f"{name!r} is no choice here, as no image is sampled")
         is_one = isinstance(images, np.ndarray) or hasattr(images, "getbands")
-        sources = [images] if is_one else list(checks.check_iterable("images", images, "an image or several images"))
+        sources = [images] if is_one else list(check_iterable("images", images, "an image or several images"))
         pictures = pictures_in_memory(sources)
-        texts = [prompts] * len(sources) if isinstance(prompts, str) else list(checks.as_texts("prompts", prompts))
+        texts = [prompts] * len(sources) if isinstance(prompts, str) else list(as_texts("prompts", prompts))
         if len(texts) != len(sources):
             raise Refused(f"prompts: {len(texts)} were given for {len(sources)} images", "Give one prompt per image.")
-        checks.check_numbers(seed=seed)
+        check_numbers(seed=seed)
         size = self._batch_size(batch_size, len(sources))
         recipe, words = self._recipe(tasks, classes, **choices)
         recipe = inversion_recipe(recipe, self.engine, timesteps)
         requests = []
         for place, text in enumerate(texts):
             line = picture_prompt(_line(text, f"prompt {place}"), recipe, words, self.engine, f"prompt {place}")
-            request = Request(place, line.text, checks.check_seed(seed + place), line.classes or ())
+            request = Request(place, line.text, check_seed(seed + place), line.classes or ())
             requests.append(recipe.check_request(request, self.engine.model.tokenizer))
         make = inversion_generator(recipe, pictures)
         return Output(list(self._samples(_batches(iter(requests), size), recipe, make)))
 
     def _batch_size(self, batch_size: int, images: int | None = None) -> int:
         """Images per batch, by default what suits the engine; at most so many `images`, if their number is known."""
-        checks.check_batch_size(batch_size)
+        check_batch_size(batch_size)
         size = batch_size or self.engine.suggested_batch()
         return size if images is None else max(min(size, images), 1)
 
@@ -394,7 +408,7 @@ class Pipeline:
         """The recipe of these labels, by default all that have a decoder, and the words looked for."""
         tasks = self.tasks if names is None else _several("tasks", names, "labels")
         if tasks:
-            checks.check_tasks(tasks, LABELS)
+            check_tasks(tasks, LABELS)
         if missing := [task for task in tasks if task not in UNDECODED and task not in self.engine.decoders]:
             raise Refused(
                 f"tasks: this pipeline has no decoder for {missing[0]!r}, it has {', '.join(self.tasks) or 'none'}",
@@ -407,8 +421,8 @@ class Pipeline:
         words = check_classes(_several("classes", classes, "words"))
         if "combine" in choices:
             choices["combine"] = _several("combine", choices["combine"], "combinations")
-        checks.check_choices(**{name: choices[name] for name in ("ask", "ignore", "parity") if name in choices})
-        checks.check_numbers(**{name: choices[name] for name in checks.LEAST_SETTINGS if name in choices})
+        check_choices(**{name: choices[name] for name in ("ask", "ignore", "parity") if name in choices})
+        check_numbers(**{name: choices[name] for name in LEAST_SETTINGS if name in choices})
         recipe = make_recipe(self.engine, tasks, classes=words, **choices)
         words = recipe.words or prompt_words(self.engine, tasks, words)
         facts = {**recipe.facts, "engine": dict(self.engine.fingerprint()), "model": self.engine.model.name}
@@ -441,7 +455,7 @@ class Pipeline:
             text = prompts.fit_prompt(line.text, tokenizer, where, words, truncate=truncate, table=recipe.table)
             prompts.check_negative([unwanted], recipe.has_negative, model.backbone.title)
             unwanted = fit_negative(unwanted, "negative_prompt" if is_one else f"negative_prompt of {where}")
-            yield Request(index, text, checks.check_seed(seed), find_classes(text, words, recipe.table), unwanted)
+            yield Request(index, text, check_seed(seed), find_classes(text, words, recipe.table), unwanted)
 
     def _samples(
         self, batches: Iterator[Batch], recipe: Recipe, make: Callable[..., driver.BatchGenerator] | None = None
@@ -514,10 +528,10 @@ class Pipeline:
                 f"timestep: {timestep} is no whole number within 0 .. {training - 1}",
                 "Choose one of the model's training timesteps.",
             )
-        text, seed = _line(prompt, "prompt"), checks.check_seed(seed)
+        text, seed = _line(prompt, "prompt"), check_seed(seed)
         words = prompts.fit_prompt(text, self.engine.model.tokenizer, "prompt")
         if image is None:
-            checks.check_numbers(steps=steps, guidance=guidance)
+            check_numbers(steps=steps, guidance=guidance)
             with self._turn:
                 capture = self._sampled_capture(words, timestep, seed, steps, guidance, is_raw=not projected)
         else:
@@ -556,7 +570,7 @@ def _negatives(negative: str | Iterable[str] | None) -> Iterable[str]:
     """The negative prompt of each image."""
     if isinstance(negative, str | None):
         return repeat(negative or "")
-    texts: Iterable[str] = checks.as_texts("negative_prompt", negative)
+    texts: Iterable[str] = as_texts("negative_prompt", negative)
     return texts
 
 
@@ -569,9 +583,9 @@ def _check_options(size: int, options: dict[str, Any]) -> None:
     if unknown := [name for name in options if name not in ENGINE_OPTIONS]:
         alike = nearest(unknown[0].removeprefix("torch_"), ENGINE_OPTIONS)
         raise TypeError(f"{unknown[0]!r} is no option here{alike}, expected {', '.join(ENGINE_OPTIONS)}")
-    checks.check_size(size)
-    checks.check_choices(**{name: options[name] for name in ("outlines", "provider") if name in options})
-    checks.check_numbers(**{name: options[name] for name in ("threads", "streams") if name in options})
+    check_size(size)
+    check_choices(**{name: options[name] for name in ("outlines", "provider") if name in options})
+    check_numbers(**{name: options[name] for name in ("threads", "streams") if name in options})
 
 
 def _several(name: str, values: Iterable[Any], expected: str, kinds: type | tuple[type, ...] = str) -> tuple[Any, ...]:
@@ -579,7 +593,7 @@ def _several(name: str, values: Iterable[Any], expected: str, kinds: type | tupl
     if isinstance(values, kinds):
         text = str(values)
         raise Refused(f"{name}: {text!r} is one string, expected a sequence of {expected}", f"Write ({text!r},).")
-    items = tuple(checks.check_iterable(name, values, f"a sequence of {expected}"))
+    items = tuple(check_iterable(name, values, f"a sequence of {expected}"))
     for item in items:
         if not isinstance(item, kinds):
             raise Refused(f"{name}: {item!r} is not a text", f"Give a sequence of {expected}.")

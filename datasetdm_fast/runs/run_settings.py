@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.config import LABELLER_KINDS, LABELLERS, LABELS, MOST_TRIES, PARITIES
-from datasetdm_fast.engine.loop.checks import LARGEST_BATCH
 from datasetdm_fast.engine.loop.prompts import PromptSource
+from datasetdm_fast.engine.loop.recipe import LARGEST_BATCH
 from datasetdm_fast.settings import (
     MOST_THREADS,
     CommandSettings,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from datasetdm_fast.data import Batch, Request, Sample
 from datasetdm_fast.engine.loop import driver, labelling
 from datasetdm_fast.engine.loop.calls import Beginning, Origin
-from datasetdm_fast.engine.loop.checks import as_texts
+from datasetdm_fast.engine.loop.recipe import as_texts
 from datasetdm_fast.errors import Refused
 
 if TYPE_CHECKING:

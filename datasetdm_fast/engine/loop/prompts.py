@@ -1,4 +1,4 @@
-"""Prompts: checked, counted in tokens, and truncated on request; the plan gives each image of a run one of them, and a seed."""
+"""Prompts: checked, counted in tokens, truncated on request; and the plan, which gives a run's images theirs."""
 
 import hashlib
 import json

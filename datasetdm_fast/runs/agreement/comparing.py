@@ -19,9 +19,8 @@ from datasetdm_fast.engine.labels import by_task, kind_of, label_files
 from datasetdm_fast.engine.loading.model import digest
 from datasetdm_fast.engine.loop import driver
 from datasetdm_fast.engine.loop.calls import FROM_NOISE
-from datasetdm_fast.engine.loop.checks import check_seed, check_tasks
 from datasetdm_fast.engine.loop.prompts import make_plan
-from datasetdm_fast.engine.loop.recipe import Recipe, make_recipe, prompt_words
+from datasetdm_fast.engine.loop.recipe import Recipe, check_seed, check_tasks, make_recipe, prompt_words
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.export.tensorrt import flavours
 from datasetdm_fast.runs.agreement.observe import image_distance

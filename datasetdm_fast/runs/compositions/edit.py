@@ -17,8 +17,8 @@ from datasetdm_fast.engine.engines import Engine
 from datasetdm_fast.engine.labels import SHOWN_SCORE, by_kind, kind_of, mask_rle, task_of_label
 from datasetdm_fast.engine.labels.class_tables import replaced_text
 from datasetdm_fast.engine.loop.calls import Beginning
-from datasetdm_fast.engine.loop.checks import check_seed
 from datasetdm_fast.engine.loop.prompts import PromptLine, check_line
+from datasetdm_fast.engine.loop.recipe import check_seed
 from datasetdm_fast.errors import Refused, nearest
 from datasetdm_fast.runs.compositions.composition import SourceSample, SquareSource
 from datasetdm_fast.runs.compositions.redraw import Redrawing

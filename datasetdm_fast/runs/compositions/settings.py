@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from datasetdm_fast.engine.loop.checks import LARGEST_BATCH, LARGEST_GUIDANCE
+from datasetdm_fast.engine.loop.recipe import LARGEST_BATCH, LARGEST_GUIDANCE
 from datasetdm_fast.settings import CommandSettings, EngineSettings, OutputSettings, setting
 
 OF_EDIT = "run ids prompt alone class_ instance mask box grow feather strength seed only number".split()
