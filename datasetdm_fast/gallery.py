@@ -10,7 +10,7 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.runs.gallery.server import FIRST_PORT, open_server
 from datasetdm_fast.runs.gallery.showing import show
-from datasetdm_fast.runs.run_folder.page_files import PAGE
+from datasetdm_fast.runs.run_folder.folder import PAGE
 from datasetdm_fast.settings import dry_run_setting, setting
 
 EXAMPLES = ("runs/demo --serve", "runs/varied --serve --against runs/demo", "s3://bucket/run --serve")

@@ -15,7 +15,7 @@ from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import Missing
 from datasetdm_fast.runs.gallery import page, showing
 from datasetdm_fast.runs.gallery.page import RunFacts, finish_run, key_of, layers_of
-from datasetdm_fast.runs.run_folder import page_files
+from datasetdm_fast.runs.run_folder import folder as page_files
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.document import QUARANTINE
 from datasetdm_fast.runs.run_folder.folder import RunFolder
@@ -49,7 +49,7 @@ def test_hostile_prompts_change_no_tag_and_come_back_whole(tmp_path):
     assert page_of(tmp_path / "a", ["a ball"] * 8) == page_of(tmp_path / "b", HOSTILE)
     assert data(tmp_path / "b" / "gallery" / "pages" / "000000.js", "page")["prompt"] == HOSTILE
     for path in (tmp_path / "b" / "gallery").rglob("*.js"):
-        if path.name not in page_files.FIXED:
+        if path.name not in page_files.PAGE_FIXED:
             assert not set("<>&\u2028\u2029") & set(path.read_text(encoding="utf-8")), path
 
 
@@ -59,7 +59,7 @@ def test_policy_allows_only_what_lies_beside_the_page(tmp_path):
     assert policy.startswith("default-src 'none';") and "unsafe" not in policy
     sources = {source for part in policy.split("; ") for source in part.split()[1:]}
     assert sources == {"'none'", "'self'", "file:"}
-    script = "".join(page.FIXED_FILES[f"gallery/{name}"].decode() for name in page_files.FIXED)
+    script = "".join(page.FIXED_FILES[f"gallery/{name}"].decode() for name in page_files.PAGE_FIXED)
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", script) and not re.search(r"<script>|<style>", text)
     assert not re.search(r"innerHTML|insertAdjacentHTML|document\.write|eval\(|new Function", script)
     assert not re.search(r"\son\w+=", text) and " style=" not in text

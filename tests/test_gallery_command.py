@@ -26,8 +26,7 @@ from datasetdm_fast.runs.gallery import review, server
 from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.run_folder import shard_places
 from datasetdm_fast.runs.run_folder.audit import audit
-from datasetdm_fast.runs.run_folder.folder import RunFolder, is_sealed
-from datasetdm_fast.runs.run_folder.page_files import PAGE
+from datasetdm_fast.runs.run_folder.folder import PAGE, RunFolder, is_sealed
 
 pytestmark = pytest.mark.loopback
 

@@ -43,10 +43,9 @@ from datasetdm_fast.runs.run_folder.document import (
     shard_size,
     sides,
 )
-from datasetdm_fast.runs.run_folder.folder import RunFolder
+from datasetdm_fast.runs.run_folder.folder import RunFolder, layer_with_picture
 from datasetdm_fast.runs.run_folder.indexes.coco import AnnotationList, first_number
 from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, QUARANTINED, Ledger, Row, canonical, decode_trust
-from datasetdm_fast.runs.run_folder.page_files import layer_with_picture
 from datasetdm_fast.runs.run_folder.reader import StoredSample, open_run
 
 pytestmark = pytest.mark.core

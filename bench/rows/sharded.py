@@ -23,8 +23,8 @@ from datasetdm_fast.command_line.run_settings import complete_settings, read_spe
 from datasetdm_fast.runs.gallery.showing import show
 from datasetdm_fast.runs.jobs.writing import result_of
 from datasetdm_fast.runs.run_folder.document import MANIFEST
+from datasetdm_fast.runs.run_folder.folder import DETAILS_NAME, PAGE_NAME, PAGE_SAMPLES
 from datasetdm_fast.runs.run_folder.ledger import Row
-from datasetdm_fast.runs.run_folder.page_files import DETAILS_NAME, PAGE_NAME, PAGE_SAMPLES
 from datasetdm_fast.runs.run_folder.reader import open_run
 from datasetdm_fast.runs.run_folder.shard_places import shard_place
 from datasetdm_fast.runs.run_folder.shards import ShardLedger

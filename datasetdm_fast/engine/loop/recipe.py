@@ -1,4 +1,4 @@
-"""How every image of a run is made, decided before the first batch; its settings are checked without loading anything."""
+"""How every image of a run is made, decided before the first batch; and checks of settings that need nothing loaded."""
 
 from __future__ import annotations
 

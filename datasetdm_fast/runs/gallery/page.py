@@ -25,7 +25,6 @@ from datasetdm_fast.engine.labels.class_tables import OURS, colour_in
 from datasetdm_fast.engine.labels.label_files import encode_picture, picture_bytes
 from datasetdm_fast.engine.labels.trust import NO_THING
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.runs.run_folder import page_files
 from datasetdm_fast.runs.run_folder.document import (
     COMMANDS,
     DROPPED,
@@ -39,21 +38,45 @@ from datasetdm_fast.runs.run_folder.document import (
     size_in_words,
     speed_in_words,
 )
-from datasetdm_fast.runs.run_folder.folder import RunFolder, has_indexes, is_sealed, refusing_rows, seal
+from datasetdm_fast.runs.run_folder.folder import (
+    DETAILS_NAME,
+    LEFT_OUT_SCRIPT,
+    PAGE_FIXED,
+    PAGE_LOCK,
+    PAGE_NAME,
+    PAGE_SAMPLES,
+    RUN_SCRIPT,
+    SHEET_NAME,
+    SHEET_SAMPLES,
+    SHEETS,
+    RunFolder,
+    existing_files,
+    expected_files,
+    has_indexes,
+    is_sealed,
+    layer_with_picture,
+    left_out_script,
+    mark_left_out,
+    picture_name,
+    picture_roles,
+    refusing_rows,
+    script,
+    seal,
+)
 from datasetdm_fast.runs.run_folder.indexes import writers
 from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, PARTS, Ledger, Row, canonical
 from datasetdm_fast.runs.run_folder.scores import LEAST_SHARE
 from datasetdm_fast.runs.run_folder.selections import read_filter
 from datasetdm_fast.untrusted import documents, images
 
-FIXED_FILES = {f"gallery/{name}": Path(__file__).with_name(name).read_bytes() for name in page_files.FIXED}
+FIXED_FILES = {f"gallery/{name}": Path(__file__).with_name(name).read_bytes() for name in PAGE_FIXED}
 PATIENCE = 900.0  # seconds that a process waits for another that writes the page
 
 
 def lock_page(folder: Path) -> AbstractContextManager[None]:
     """Holds the page of a run folder for this process, as one process writes it at a time."""
     storage.make_folder(folder / "gallery")
-    return storage.hold_lock(folder / page_files.PAGE_LOCK, patience=PATIENCE)
+    return storage.hold_lock(folder / PAGE_LOCK, patience=PATIENCE)
 
 
 def finish_run(run: RunFolder) -> None:
@@ -69,7 +92,7 @@ def finish_run(run: RunFolder) -> None:
             storage.remove(run.path / "statistics.png")  # and so is this
             run.ledger.note("indexed", "yes")
         elif not is_sealed(run.path):  # a filter may have been killed before it marked the page
-            page_files.mark_left_out(run.path, read_filter(run.path))
+            mark_left_out(run.path, read_filter(run.path))
         if not is_sealed(run.path) and run.ledger.settle():
             seal(run.path, run.document)
 
@@ -82,7 +105,7 @@ def write_indexes(folder: Path, document: Mapping[str, Any], ledger: Ledger, *, 
         for path, file in files.items():
             publication.write(path, file.begin())
         shown = ledger.rows(DONE, DOUBTFUL, parts=(*PARTS, "tracings"))
-        for number, group in groupby(shown, lambda row: row.request.index // page_files.PAGE_SAMPLES):
+        for number, group in groupby(shown, lambda row: row.request.index // PAGE_SAMPLES):
             rows = list(group)
             done = [row for row in rows if row.status == DONE]
             for path, file in files.items():
@@ -105,34 +128,34 @@ class PageWriter:
     def add(self, number: int, rows: Sequence[Row]) -> None:
         """Writes what the page reads of the samples of the thousand of this number, all of these."""
         self._facts.pages.append((number, len(rows)))
-        contents = {page_files.PAGE_NAME.format(number): page_files.script("page", number, self._facts.index(rows))}
-        by_sheet = groupby(rows, lambda row: row.request.index // page_files.SHEET_SAMPLES)
+        contents = {PAGE_NAME.format(number): script("page", number, self._facts.index(rows))}
+        by_sheet = groupby(rows, lambda row: row.request.index // SHEET_SAMPLES)
         groups = {place: list(group) for place, group in by_sheet}
         for place, group in groups.items():
-            details = page_files.script("details", place, self._facts.details(group))
-            contents[page_files.DETAILS_NAME.format(place)] = details
+            details = script("details", place, self._facts.details(group))
+            contents[DETAILS_NAME.format(place)] = details
         storage.publish({self._folder / name: content for name, content in contents.items()})
-        for role in page_files.picture_roles(self._document):
+        for role in picture_roles(self._document):
             draw_missing(self._folder, rows, role)
         self._shown |= draw_sheets(self._folder, groups, self._shown_before)
 
     def end(self, *, is_in_progress: bool = False) -> None:
         """Writes the page itself, once all rows were added, and removes files of samples that are no longer shown."""
-        expected = page_files.expected_files(self._document, self._ledger)
-        for name in set(page_files.existing_files(self._folder, self._document)) - expected:
+        expected = expected_files(self._document, self._ledger)
+        for name in set(existing_files(self._folder, self._document)) - expected:
             storage.remove(self._folder / name)
         run = self._facts.whole(has_sheets=True, is_in_progress=is_in_progress)
         contents = {
-            page_files.SHEETS: pretty(self._shown),
-            page_files.RUN: page_files.script("run", 0, run),
-            page_files.LEFT_OUT: page_files.left_out_script(read_filter(self._folder)),
+            SHEETS: pretty(self._shown),
+            RUN_SCRIPT: script("run", 0, run),
+            LEFT_OUT_SCRIPT: left_out_script(read_filter(self._folder)),
             **FIXED_FILES,
         }
         storage.publish({self._folder / name: content for name, content in contents.items()})
 
 
 # pixels of a thumbnail's longer side, thumbnails of a sheet
-SIDE, COLUMNS, ROWS = 128, 10, page_files.SHEET_SAMPLES // 10
+SIDE, COLUMNS, ROWS = 128, 10, SHEET_SAMPLES // 10
 QUALITY = 82  # of the JPEG
 UNKNOWN = ""  # digest of a sheet that lacks some of its images: it is drawn again by the next process that writes
 LARGEST_SHOWN = 2**26  # bytes
@@ -149,7 +172,7 @@ def thumbnail_sides(height: int, width: int) -> tuple[int, int]:
 def read_shown(folder: Path) -> dict[str, str]:
     """Sheet -> digest of the images that it shows; empty where that is unknown, as all sheets are then drawn again."""
     try:
-        path = folder / page_files.SHEETS
+        path = folder / SHEETS
         return documents.read_object(path, most=LARGEST_SHOWN) if path.exists() else {}
     except (Refused, Missing):
         return {}
@@ -165,14 +188,12 @@ def draw_sheets(folder: Path, groups: Mapping[int, Sequence[Row]], before: dict[
     outdated = [
         number
         for number in images
-        if before.get(str(number)) != shown[str(number)] or not (folder / page_files.SHEET_NAME.format(number)).exists()
+        if before.get(str(number)) != shown[str(number)] or not (folder / SHEET_NAME.format(number)).exists()
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for block in in_blocks(outdated, BLOCK):
             sheets = dict(zip(block, pool.map(partial(_draw_sheet, folder), (images[number] for number in block))))
-            storage.publish(
-                {folder / page_files.SHEET_NAME.format(number): sheet for number, (sheet, _) in sheets.items()}
-            )
+            storage.publish({folder / SHEET_NAME.format(number): sheet for number, (sheet, _) in sheets.items()})
             shown |= {str(number): UNKNOWN for number, (_, is_whole) in sheets.items() if not is_whole}
     return shown
 
@@ -190,7 +211,7 @@ def _draw_sheet(folder: Path, group: Images) -> tuple[bytes, bool]:
             image = image.resize((width, height), Image.Resampling.BOX)
         else:  # the same pixels, several times faster
             image = image.reduce((image.width // width, image.height // height))
-        down, across = divmod(index % page_files.SHEET_SAMPLES, COLUMNS)
+        down, across = divmod(index % SHEET_SAMPLES, COLUMNS)
         sheet.paste(image, (across * SIDE, down * SIDE))
     return encode_picture(sheet, "JPEG", quality=QUALITY), is_whole
 
@@ -215,7 +236,7 @@ def draw_missing(folder: Path, rows: Sequence[Row], role: str) -> None:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for block in in_blocks(missing, PICTURES_TOGETHER):
             pictures = zip(block, pool.map(partial(_picture_of_sample, folder, role), block), strict=True)
-            named = {page_files.picture_name(role, row.request.id): picture for row, picture in pictures if picture}
+            named = {picture_name(role, row.request.id): picture for row, picture in pictures if picture}
             storage.publish({folder / name: picture for name, picture in named.items()})
 
 
@@ -227,14 +248,14 @@ def _picture_of_sample(folder: Path, role: str, row: Row) -> bytes:
 
 def picture_of(role: str, image: Image.Image) -> bytes:
     """The picture that the page shows in place of a file."""
-    return picture_bytes(page_files.layer_with_picture(role).picture(np.array(image)))
+    return picture_bytes(layer_with_picture(role).picture(np.array(image)))
 
 
 def fetch_or_draw(fetch: Callable[[str], Path | None], folder: Path, name: str) -> Path | None:
     """A file of a run in an object store, which has no pictures: these are drawn of the files that they stand for."""
     place, _, file = name.rpartition("/")
     role = place.removeprefix("gallery/")
-    if not place.startswith("gallery/") or page_files.layer_with_picture(role) is None:
+    if not place.startswith("gallery/") or layer_with_picture(role) is None:
         return fetch(name)
     source = fetch(f"{role}/{file}") or fetch(f"{QUARANTINE}{role}/{file}")
     if source is None:
@@ -383,7 +404,7 @@ class RunFacts:
             "planned": document["plan"]["number"],
             "is_in_progress": is_in_progress,
             "sheet": {"side": SIDE, "columns": COLUMNS, "rows": ROWS} if has_sheets else None,
-            "group": page_files.SHEET_SAMPLES,
+            "group": SHEET_SAMPLES,
             "summary": ", ".join(config["task"]),
             "facts": [
                 ["Model", document["model"]["name"]],

@@ -17,11 +17,23 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.gallery.page import FIXED_FILES, RunFacts, fetch_or_draw, finish_run, lock_page, write_indexes
 from datasetdm_fast.runs.gallery.review import Review
 from datasetdm_fast.runs.gallery.server import ServedRun
-from datasetdm_fast.runs.run_folder import page_files
 from datasetdm_fast.runs.run_folder.document import LEDGER, LOCK, quarantines, require_document, without_ledger
-from datasetdm_fast.runs.run_folder.folder import RunFolder, has_indexes, is_sealed, refusing_rows, trace_labels
+from datasetdm_fast.runs.run_folder.folder import (
+    DETAILS_NAME,
+    LEFT_OUT_SCRIPT,
+    PAGE_NAME,
+    PAGE_SAMPLES,
+    RUN_SCRIPT,
+    SHEET_SAMPLES,
+    RunFolder,
+    has_indexes,
+    is_sealed,
+    left_out_script,
+    refusing_rows,
+    script,
+    trace_labels,
+)
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger
-from datasetdm_fast.runs.run_folder.page_files import DETAILS_NAME, PAGE_NAME, PAGE_SAMPLES, SHEET_SAMPLES
 from datasetdm_fast.runs.run_folder.reader import Run
 from datasetdm_fast.runs.run_folder.selections import read_filter
 from datasetdm_fast.runs.run_folder.shard_audit import find_sharded
@@ -51,8 +63,8 @@ class ShardPage:
         whole = facts.whole(has_sheets=False, is_in_progress=not self._run.is_complete)
         start = {
             **FIXED_FILES,
-            page_files.RUN: page_files.script("run", 0, whole | {"command": ""}),
-            page_files.LEFT_OUT: page_files.left_out_script(read_filter(self._run.path)),
+            RUN_SCRIPT: script("run", 0, whole | {"command": ""}),
+            LEFT_OUT_SCRIPT: left_out_script(read_filter(self._run.path)),
         }
         storage.publish({self.folder / name: content for name, content in start.items()})
 
@@ -66,14 +78,14 @@ class ShardPage:
         parts = ("files", "labels") if isinstance(self._ledger.place, ShardFolder) else ("files",)
         rows = list(self._ledger.rows_of(self._indices(number, PAGE_SAMPLES), parts))
         with self._making:
-            content = page_files.script("page", number, self._facts.index(rows))
+            content = script("page", number, self._facts.index(rows))
         storage.publish({self.folder / PAGE_NAME.format(number): content})
 
     def _make_details(self, number: int) -> None:
         rows = list(self._ledger.rows_of(self._indices(number, SHEET_SAMPLES)))
         for row in rows:
             row.tracings.update(trace_labels(row.labels))
-        content = page_files.script("details", number, self._facts.details(rows))
+        content = script("details", number, self._facts.details(rows))
         storage.publish({self.folder / DETAILS_NAME.format(number): content})
 
     def _indices(self, number: int, count: int) -> list[int]:

@@ -16,7 +16,6 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import LABEL_KINDS, kind_of
 from datasetdm_fast.engine.loop.prompts import TURN
 from datasetdm_fast.errors import Missing, Refused, quote
-from datasetdm_fast.runs.run_folder import page_files
 from datasetdm_fast.runs.run_folder.document import (
     CLAIMS,
     COMMANDS,
@@ -38,7 +37,17 @@ from datasetdm_fast.runs.run_folder.document import (
     require_document,
     sides,
 )
-from datasetdm_fast.runs.run_folder.folder import SEAL, THIS, RunFolder, encode_seal, is_sealed, read_seal
+from datasetdm_fast.runs.run_folder.folder import (
+    SEAL,
+    THIS,
+    RunFolder,
+    encode_seal,
+    expected_files,
+    is_sealed,
+    layer_with_picture,
+    page_folders,
+    read_seal,
+)
 from datasetdm_fast.runs.run_folder.ledger import BLOCK, DONE, DOUBTFUL, QUARANTINED, Ledger, Row
 from datasetdm_fast.runs.run_folder.selections import FILTER
 from datasetdm_fast.untrusted import documents, images
@@ -146,7 +155,7 @@ def _audit(
         if is_sealed(folder) or line.partition(":")[0] not in BEGUN_ANEW
     ]
     findings += _check_seal(folder)
-    known = page_files.expected_files(document, ledger)
+    known = expected_files(document, ledger)
     files, total, damaged = 0, 0, []
     done, quarantined = ledger.count(), ledger.indices(QUARANTINED)
     samples = done + ledger.count(DOUBTFUL)
@@ -239,7 +248,7 @@ def _product_folders(document: Mapping[str, Any]) -> list[str]:
     folders = [f"{place}{role}" for place in ("", QUARANTINE) for role in ("images", *roles)]
     return [
         *folders,
-        *page_files.page_folders([role for role in roles if page_files.layer_with_picture(role)]),
+        *page_folders([role for role in roles if layer_with_picture(role)]),
         "state",
     ]
 

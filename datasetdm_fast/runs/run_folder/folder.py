@@ -1,9 +1,10 @@
-"""The run folder: files first, then their rows; all but the samples' files is rebuilt from the ledger. A finished run
-is sealed with digests, by which an audit notices changes.
+"""The run folder: files first, then their rows; all but the samples' files is rebuilt from the ledger. A finished run is
+sealed with digests, by which an audit notices changes. Of its page, which runs.gallery writes, the names are here.
 """
 
 import hashlib
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 from datasetdm_fast.data import Quarantined, Sample
 from datasetdm_fast.disk import sqlite, storage
 from datasetdm_fast.disk.storage import StoredFile
-from datasetdm_fast.engine.labels import kind_of, label_files
+from datasetdm_fast.engine.labels import LABEL_KINDS, GalleryLayer, kind_of, label_files
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.runs.run_folder.document import (
     CLAIMS,
@@ -35,11 +36,85 @@ from datasetdm_fast.runs.run_folder.document import (
     to_see_damage,
 )
 from datasetdm_fast.runs.run_folder.indexes import writers
-from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, QUARANTINED, Ledger, Row
-from datasetdm_fast.runs.run_folder.page_files import existing_files, expected_files, mark_left_out
-from datasetdm_fast.runs.run_folder.selections import FILTER, SPLIT, read_filter
+from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, QUARANTINED, Ledger, Row
+from datasetdm_fast.runs.run_folder.selections import FILTER, SPLIT, Filter, read_filter
 from datasetdm_fast.untrusted import documents
 from datasetdm_fast.untrusted.images import LARGEST_IMAGE_FILE
+
+PAGE = "gallery/index.html"
+PAGE_FIXED = ("gallery.css", "logic.js", "gallery.js", "index.html")  # the same for every run, the page itself last
+RUN_SCRIPT, LEFT_OUT_SCRIPT = "gallery/run.js", "gallery/left-out.js"
+SHEETS = "gallery/sheets.json"  # sheet -> digest of the images that it shows
+PAGE_LOCK = "gallery/lock"  # held while the page is written, by the process that finishes a run or one that shows it
+SINGLE_FILES = (*(f"gallery/{name}" for name in PAGE_FIXED), RUN_SCRIPT, LEFT_OUT_SCRIPT, PAGE_LOCK, SHEETS)
+PAGE_SAMPLES = 1000  # of a page: those of the indices PAGE_SAMPLES * k to PAGE_SAMPLES * (k + 1) - 1
+SHEET_SAMPLES = 50  # of a sheet of thumbnails, and of a file of details
+PAGE_NAME, DETAILS_NAME = "gallery/pages/{:06d}.js", "gallery/details/{:06d}.js"  # by number
+SHEET_NAME = "gallery/sheets/{:06d}.jpg"
+
+
+def picture_name(role: str, id: str) -> str:
+    """Where the picture lies that the page shows in place of a sample's file of this role."""
+    return f"gallery/{role}/{id}.png"
+
+
+def layer_with_picture(role: str) -> GalleryLayer | None:
+    """The layer whose picture the page shows in place of files of a role, None where it shows the files themselves."""
+    layers = (layer for kind in LABEL_KINDS.values() for layer in kind.layers)
+    return next((layer for layer in layers if layer.picture and layer.role == role.partition(".")[0]), None)
+
+
+def picture_roles(document: Mapping[str, Any]) -> list[str]:
+    """The roles of a run's files in whose place the page shows pictures."""
+    return [
+        role
+        for label in document["config"]["task"]
+        for role in kind_of(label).files(document["labels"][label])
+        if any(layer.picture and layer.role == role for layer in kind_of(label).layers)
+    ]
+
+
+def page_folders(roles: list[str]) -> list[str]:
+    """The folders with a number of files that grows with the samples."""
+    return ["gallery/pages", "gallery/details", "gallery/sheets", *(f"gallery/{role}" for role in roles)]
+
+
+def expected_files(document: Mapping[str, Any], ledger: Ledger) -> set[str]:
+    """The files of a complete page."""
+    indices = ledger.indices(DONE, DOUBTFUL)
+    sheets = {index // SHEET_SAMPLES for index in indices}
+    names = {PAGE_NAME.format(index // PAGE_SAMPLES) for index in indices}
+    names |= {name.format(sheet) for sheet in sheets for name in (DETAILS_NAME, SHEET_NAME)}
+    pictures = {picture_name(role, f"{index:08d}") for role in picture_roles(document) for index in indices}
+    return names | set(SINGLE_FILES) | pictures
+
+
+def existing_files(folder: Path, document: Mapping[str, Any]) -> list[str]:
+    """The files of the page that exist."""
+    names = [name for name in SINGLE_FILES if (folder / name).exists()]
+    for name in page_folders(picture_roles(document)):
+        if (folder / name).is_dir():
+            names += [f"{name}/{path.name}" for path in (folder / name).iterdir() if not storage.is_temporary(path)]
+    return sorted(names)
+
+
+def script(kind: str, number: int, value: Any) -> bytes:
+    """A script that hands a value to the page; no string in it can end the script or be taken for a tag."""
+    text = documents.encodable(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
+    escaped = re.sub("[<>&\u2028\u2029]", lambda match: f"\\u{ord(match[0]):04x}", text)
+    return f'receive("{kind}",{number},{escaped});\n'.encode()
+
+
+def left_out_script(decided: Filter | None) -> bytes:
+    """Index and reason of every sample that a filter left out."""
+    return script("leftOut", 0, list(decided.left_out.items()) if decided else [])
+
+
+def mark_left_out(folder: Path, decided: Filter | None) -> None:
+    """Tells the page, if it exists, which samples a filter left out."""
+    if (folder / RUN_SCRIPT).exists():
+        storage.publish({folder / LEFT_OUT_SCRIPT: left_out_script(decided)})
+
 
 THIS = "this"  # the line of the seal that is about the other lines
 SEAL = "state/seal.json"  # empty from before the first change until everything is in place
