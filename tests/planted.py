@@ -137,7 +137,7 @@ _BY_FILE = {
         ('.replace("`", "\'")', "", "a model's name breaks out of its quotes"),
     ),
     "engine/sampling/schedule.py": (
-        f"{_SAMPLING} test_guided_step.py",
+        f"{_SAMPLING} test_guided_step.py test_sampling.py::test_noise_of_large_seeds_is_that_of_torch",
         ("without + guidance *", "with_text + guidance *", "stronger guidance than asked for"),
         ("(newest - 1) % slots", "(newest + 1) % slots", "earlier outputs in the wrong order"),
         (
@@ -147,6 +147,9 @@ _BY_FILE = {
         ),
         ("self.origin if self.schedule", "self.latents if self.schedule", "the warm-up of PLMS starts twice"),
         ("steps <= most", "steps < most", "the largest number of steps is refused"),
+        ("times.max() >= count", "times.max() > count", "a timestep the model was never trained at"),
+        ("times = times.round()", "times = np.floor(times)", "timesteps off by one"),
+        ("manual_seed(seed))", "manual_seed(min(seed, 2**31 - 1)))", "all large seeds give one image"),
     ),
     "engine/sampling/multistep.py": (
         _SAMPLING,
@@ -183,12 +186,6 @@ _BY_FILE = {
     "engine/sampling/unipc.py": (
         "test_flow_sampling.py",
         ("if k > 0", "if k > 1", "the first step is not corrected"),
-    ),
-    "engine/sampling/times.py": (
-        f"{_SAMPLING} test_sampling.py::test_noise_of_large_seeds_is_that_of_torch",
-        ("times.max() >= count", "times.max() > count", "a timestep the model was never trained at"),
-        ("times = times.round()", "times = np.floor(times)", "timesteps off by one"),
-        ("manual_seed(seed))", "manual_seed(min(seed, 2**31 - 1)))", "all large seeds give one image"),
     ),
     "engine/models/capture.py": (
         "test_models.py",

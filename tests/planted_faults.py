@@ -178,7 +178,7 @@ FAULTS = {
         {"scenario": "label"},
     ),
     "a generator of the host for noise on a GPU": Fault(
-        "datasetdm_fast.engine.sampling.times:initial_noise",
+        "datasetdm_fast.engine.sampling.schedule:initial_noise",
         'generator=torch.Generator("cpu")',
         'device="cuda", generator=torch.Generator("cpu")',
         {"scenario": "label"},

@@ -36,7 +36,7 @@ from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop import calls, class_prompts, driver
 from datasetdm_fast.engine.loop.recipe import make_recipe
 from datasetdm_fast.engine.pipeline import Pipeline
-from datasetdm_fast.engine.sampling import times
+from datasetdm_fast.engine.sampling.schedule import OneGenerator
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.engine.tasks import attention
 from datasetdm_fast.errors import GateFailed, Refused
@@ -169,7 +169,7 @@ def test_a_label_does_not_depend_on_its_batch(engines):
 
 
 def test_one_generator_draws_what_one_call_draws():
-    noise = times.OneGenerator()
+    noise = OneGenerator()
     whole = torch.randn(5, 4, 16, 16, generator=torch.Generator().manual_seed(3))
     for place in (0, 1, 4, 2, 2):
         assert torch.equal(noise.draw(3, place, (4, 16, 16)), whole[place])

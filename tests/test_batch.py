@@ -10,8 +10,7 @@ from datasetdm_fast.engine.engines.fast import on_cpu
 from datasetdm_fast.engine.loading.folder import DEMO
 from datasetdm_fast.engine.loop.driver import generate
 from datasetdm_fast.engine.loop.recipe import make_recipe
-from datasetdm_fast.engine.sampling.schedule import guide, start, step
-from datasetdm_fast.engine.sampling.times import initial_noise
+from datasetdm_fast.engine.sampling.schedule import guide, initial_noise, start, step
 
 pytestmark = pytest.mark.skipif(not DEMO.is_dir(), reason="the demo model is not trained yet")
 PROMPTS = (

@@ -36,7 +36,6 @@ from datasetdm_fast.engine.loop import calls, driver, inversion, inverting, labe
 from datasetdm_fast.engine.loop.driver import FinishedCalls
 from datasetdm_fast.engine.loop.recipe import capture_calls, check_size, class_words_of, make_recipe, prompt_words
 from datasetdm_fast.engine.sampling import schedule as walk
-from datasetdm_fast.engine.sampling import times
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.runs.jobs import job
@@ -384,7 +383,7 @@ def test_the_latents_are_those_of_the_sampler_with_guidance_from_each_seed():
         context = join_texts(
             [engine.encode_text(["fog", ""]), engine.encode_text([request.prompt for request in asked])]
         )
-        state = walk.start(torch.stack([times.initial_noise(request.seed, 4, 8, 8) for request in asked]))
+        state = walk.start(torch.stack([walk.initial_noise(request.seed, 4, 8, 8) for request in asked]))
         for call, timestep in enumerate(recipe.schedule.timesteps):
             output = walk.guide(engine.denoise(state.latents, timestep, context), guidance)
             state = walk.step(recipe.schedule, call, state, output)
@@ -918,12 +917,12 @@ def test_ddim_backwards_is_exact_for_an_output_that_stays_the_same():
         engine = _Latents(scheduler, 0.5)
         latents = inversion.ddim_latents(engine, clean, None, 10, 4)
         assert engine.times == [0, 2, 5, 8]
-        signal, noisy = times.shares_at(scheduler, 10)
+        signal, noisy = walk.shares_at(scheduler, 10)
         wanted = signal * 0.75 + noisy * 0.5 if scheduler is SCHEDULER else 0.75 + 0.01 * 0.5
         torch.testing.assert_close(latents, torch.full_like(clean, wanted))
     engine, latent, before = _Latents(SCHEDULER | {"prediction_type": "v_prediction"}, 0.5), 0.75, (1.0, 0.0)
     for target in (400, 800):
-        signal, noisy = times.shares_at(engine.model.scheduler, target)
+        signal, noisy = walk.shares_at(engine.model.scheduler, target)
         image, noise = before[0] * latent - before[1] * 0.5, before[0] * 0.5 + before[1] * latent
         latent, before = signal * image + noisy * noise, (signal, noisy)
     found = inversion.ddim_latents(engine, clean, None, 800, 2)

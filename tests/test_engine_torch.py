@@ -19,8 +19,7 @@ from datasetdm_fast.engine.engines.fast.engine import as_images
 from datasetdm_fast.engine.engines.torch import TorchEngine, _check_capture
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loading.folder import DEMO
-from datasetdm_fast.engine.sampling.schedule import guide, make_schedule, start, step
-from datasetdm_fast.engine.sampling.times import initial_noise
+from datasetdm_fast.engine.sampling.schedule import guide, initial_noise, make_schedule, start, step
 from datasetdm_fast.errors import Missing, Refused
 
 PROMPTS = ("a red ball beside a cube", "two cats", "", "a person at night, in fog")

@@ -37,7 +37,7 @@ from datasetdm_fast.engine.models.capture import AttentionSlot
 from datasetdm_fast.engine.models.text_encoder import TextEncoder
 from datasetdm_fast.engine.models.unet import TextTable, TimeTable, UNet
 from datasetdm_fast.engine.models.vae import ImageDecoder, ImageEncoder
-from datasetdm_fast.engine.sampling.times import initial_noise
+from datasetdm_fast.engine.sampling.schedule import initial_noise
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export import staging
 from datasetdm_fast.export.__main__ import main as export_command

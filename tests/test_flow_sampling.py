@@ -14,7 +14,7 @@ from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sig
 from datasetdm_fast.config import FlowRule
 from datasetdm_fast.engine.loop.calls import fresh_noise
 from datasetdm_fast.engine.loop.inversion import ddim_latents
-from datasetdm_fast.engine.sampling import schedule, times
+from datasetdm_fast.engine.sampling import schedule
 from datasetdm_fast.engine.sampling.flow import unipc_levels
 from datasetdm_fast.engine.sampling.schedule import SamplerState, make_schedule, start, step
 from datasetdm_fast.errors import Refused
@@ -99,14 +99,14 @@ def relative(value: torch.Tensor, truth: torch.Tensor) -> float:
 def compare(levels: schedule.Schedule, scheduler, rows: int = 2, **call) -> None:
     """Whole walks with the same random outputs, and the same generators where there is fresh noise."""
     generator, seeds = torch.Generator().manual_seed(3), [11, 12, 13]
-    noise = times.ImageNoise(seeds, (4, 6, 5))
+    noise = schedule.ImageNoise(seeds, (4, 6, 5))
     first = noise.draw()
     walk = SamplerState(levels, 4.0, first * levels.noise_scale, noise.draw)
     state = start(first * levels.noise_scale)
     theirs, generators = first * getattr(scheduler, "init_noise_sigma", 1.0), [torch.Generator() for _ in seeds]
     for own, seed in zip(generators, seeds, strict=True):
         torch.randn((4, 6, 5), generator=own.manual_seed(seed))
-    fresh = times.ImageNoise(seeds, (4, 6, 5))
+    fresh = schedule.ImageNoise(seeds, (4, 6, 5))
     fresh.draw()
     stochastic = {"generator": generators} if levels.noisy_calls else {}
     assert len(levels) == len(scheduler.timesteps)
@@ -231,7 +231,7 @@ def test_training_steps_of_a_flow_are_those_of_its_scheduler(sampler, kind):
     levels = make_schedule(config, sampler, 9, flow=FlowRule(), tokens=256)
     assert list(levels.timesteps) == scheduler.timesteps.tolist()
     assert levels.noise_steps == pytest.approx([600 * float(sigma) for sigma in scheduler.sigmas[:9]], rel=1e-5)
-    assert times.shares_at(config, 150) == (0.75, 0.25)
+    assert schedule.shares_at(config, 150) == (0.75, 0.25)
     with pytest.raises(Refused, match=r"601 is not within . \.\. 600"):
         make_schedule(config, sampler, 601, flow=FlowRule(), tokens=256)
 
@@ -263,9 +263,9 @@ def test_a_walk_takes_away_exactly_the_noise_that_was_added(sampler):
     config = {"_class_name": EULER, "shift": 3.0}
     for strength in (0.0, 0.3, 0.7, 1.0):
         levels = make_schedule(config, sampler, 10, strength=strength, flow=FlowRule())
-        state = start(times.add_noise(config, image, noise, levels.noise_step(0)))
+        state = start(schedule.add_noise(config, image, noise, levels.noise_step(0)))
         for k in range(len(levels)):
-            known = times.add_noise(config, image, noise, levels.noise_step(k))
+            known = schedule.add_noise(config, image, noise, levels.noise_step(k))
             assert sampler == "heun" or (state.latents - known).abs().max() < 1e-6, k
             state = step(levels, k, state, noise - image)
         assert (state.latents - image).abs().max() < 1e-6, strength
@@ -328,7 +328,7 @@ def test_noise_of_a_flow_is_added_as_diffusers_adds_it():
     clean, noise = torch.randn((2, 1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
     theirs = scheduler.scale_noise(clean, scheduler.timesteps[3:4], noise)
     config = {"_class_name": EULER, **scheduler.config}
-    assert relative(times.add_noise(config, clean, noise, ours("sd3", "euler", 7).noise_step(3)), theirs) < 1e-6
+    assert relative(schedule.add_noise(config, clean, noise, ours("sd3", "euler", 7).noise_step(3)), theirs) < 1e-6
 
 
 def test_noise_between_whole_timesteps_is_that_of_diffusers():
@@ -338,7 +338,7 @@ def test_noise_between_whole_timesteps_is_that_of_diffusers():
     theirs = scheduler.add_noise(clean, noise, scheduler.timesteps[3:4]) / (scheduler.sigmas[3] ** 2 + 1) ** 0.5
     levels = make_schedule(BETAS, "euler", 7)
     assert levels.noise_step(3) % 1 and levels.noise_step(0) == 999
-    assert relative(times.add_noise(BETAS, clean, noise, levels.noise_step(3)), theirs) < 1e-6
+    assert relative(schedule.add_noise(BETAS, clean, noise, levels.noise_step(3)), theirs) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -410,7 +410,7 @@ def texts(rows: int, tokens: int, width: int) -> torch.Tensor:
 
 def sampled(levels: schedule.Schedule, guidance: float, shape: tuple[int, int, int], predict: Callable) -> torch.Tensor:
     """Final latents of a walk from the noise of SEEDS; `predict` gets the latents and the timestep."""
-    noise = times.ImageNoise(SEEDS, shape)
+    noise = schedule.ImageNoise(SEEDS, shape)
     walk = SamplerState(levels, guidance, noise.draw() * levels.noise_scale, noise.draw)
     for k, time in enumerate(levels.timesteps):
         walk.step(k, predict(walk.latents, torch.tensor(time)))

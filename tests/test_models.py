@@ -42,8 +42,7 @@ from datasetdm_fast.engine.models.mmdit_readers import ProjectingReader, RawRead
 from datasetdm_fast.engine.models.text_encoder import TextEncoder
 from datasetdm_fast.engine.models.unet import AttentionBlock, TextTable, TimeTable, UNet
 from datasetdm_fast.engine.models.vae import ImageDecoder, ImageEncoder, has_usual_form
-from datasetdm_fast.engine.sampling.schedule import guide, make_schedule, start, step
-from datasetdm_fast.engine.sampling.times import initial_noise
+from datasetdm_fast.engine.sampling.schedule import guide, initial_noise, make_schedule, start, step
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import attention, attention_capture, plain, pyramid
 from datasetdm_fast.kernels.attention import probabilities

@@ -34,7 +34,7 @@ from datasetdm_fast.engine.engines.exported.openvino import (
     split_graph,
 )
 from datasetdm_fast.engine.loading import load_model
-from datasetdm_fast.engine.sampling.times import initial_noise
+from datasetdm_fast.engine.sampling.schedule import initial_noise
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export.manifest import StageFile, TensorInfo
 

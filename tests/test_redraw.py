@@ -26,7 +26,6 @@ from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample,
 from datasetdm_fast.engine.labels import LABEL_KINDS, mask_rle, number_classes
 from datasetdm_fast.engine.labels.class_tables import replaced_text
 from datasetdm_fast.engine.sampling import schedule as walk
-from datasetdm_fast.engine.sampling import times
 from datasetdm_fast.engine.sampling.schedule import make_schedule
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.compositions import edit as regions
@@ -425,10 +424,10 @@ def test_the_last_calls_of_a_schedule_take_away_exactly_the_noise_that_was_added
     for strength in (0.0, 0.02, 0.4, 0.97, 0.99, 1.0):
         schedule = make_schedule(scheduler, sampler, 50, profile, strength)
         assert len(schedule) <= max(round(50 * strength), 1) + (strength == 1)
-        state = walk.start(times.add_noise(scheduler, image, noise, schedule.noise_step(0)))
+        state = walk.start(walk.add_noise(scheduler, image, noise, schedule.noise_step(0)))
         for k in range(len(schedule)):
             state = walk.step(schedule, k, state, noise)
-        end = image if sampler != "pndm" else times.add_noise(scheduler, image, noise, schedule.shift)
+        end = image if sampler != "pndm" else walk.add_noise(scheduler, image, noise, schedule.shift)
         assert (state.latents - end).abs().max() < 1e-6, strength
 
 

@@ -91,7 +91,7 @@ EXPECTED = {
     "a wait of another kind where some are allowed": ("host wait", "tasks/instance.py"),
     "pictures copied while the host waits": ("host wait", "engine/loop/inverting.py"),
     "pictures encoded on a stream of its own": ("race", "engine/loop/inverting.py"),
-    "a generator of the host for noise on a GPU": ("device", "sampling/times.py"),
+    "a generator of the host for noise on a GPU": ("device", "sampling/schedule.py"),
     "an event of another GPU": ("race", "engine/loop/driver.py"),  # which the race's stream waited for
     "a kernel of attention on another GPU": ("wrong GPU", "kernels/attention_average.py"),
     "a tile is read before its copy is over": ("race", "tasks/attention.py"),

@@ -17,26 +17,24 @@ from datasetdm_fast.data import Capture, Text
 from datasetdm_fast.engine.backbones.sd import SD, SD_SCHEDULER
 from datasetdm_fast.engine.engines.torch import TorchEngine
 from datasetdm_fast.engine.sampling.schedule import (
+    FOLLOWED,
+    OneGenerator,
     Sampler,
     SamplerState,
     Schedule,
     State,
     Update,
+    add_noise,
+    alphas_cumprod,
     checked_calls,
+    choose_sampler,
     guide,
+    initial_noise,
+    is_flow,
     make_schedule,
     open_sampler,
     start,
     step,
-)
-from datasetdm_fast.engine.sampling.times import (
-    FOLLOWED,
-    OneGenerator,
-    add_noise,
-    alphas_cumprod,
-    choose_sampler,
-    initial_noise,
-    is_flow,
 )
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import LEVELS

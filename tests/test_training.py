@@ -29,7 +29,7 @@ from datasetdm_fast.engine.labels import class_tables
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop.inversion import capture_timestep, invert, posterior_generator
 from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS, Labelled, LabelledSource
-from datasetdm_fast.engine.sampling.times import alphas_cumprod, initial_noise
+from datasetdm_fast.engine.sampling.schedule import alphas_cumprod, initial_noise
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.kernels import image_norm
 from datasetdm_fast.stages import LEVELS, Level

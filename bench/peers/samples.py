@@ -13,14 +13,14 @@ from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.loop.labelling import decoder_labels
 from datasetdm_fast.engine.loop.prompts import Tokenizer
 from datasetdm_fast.engine.loop.recipe import Recipe
-from datasetdm_fast.engine.sampling import times
+from datasetdm_fast.engine.sampling.schedule import initial_noise
 from datasetdm_fast.stages import FACTOR
 
 
 def noise_of(requests: Sequence[Request], recipe: Recipe) -> Tensor:
     """[B, 4, h, w] fp32 on the CPU, each image's from its own seed."""
     side = recipe.size // FACTOR
-    return torch.stack([times.initial_noise(request.seed, 4, side, side) for request in requests])
+    return torch.stack([initial_noise(request.seed, 4, side, side) for request in requests])
 
 
 def samples_of(

@@ -26,7 +26,6 @@ from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop.class_prompts import class_columns
 from datasetdm_fast.engine.loop.recipe import Recipe, make_recipe
 from datasetdm_fast.engine.sampling import schedule as walk
-from datasetdm_fast.engine.sampling import times
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.engine.tasks.attention import class_maps, label_maps
 from datasetdm_fast.stages import FACTOR
@@ -57,7 +56,7 @@ def draw(engine: Engine, recipe: Recipe, requests: Sequence[Request], prompts: S
         tokens = class_contexts[0].context.shape[1]
         shapes = (len(some), numbers.self_cells**2, numbers.self_cells**2), (len(some), numbers.cross_cells**2, tokens)
         sums = [AttentionSums(*map(torch.zeros, shapes)) for _ in asked]
-        state = walk.start(torch.stack([times.initial_noise(each.seed, 4, side, side) for each in some]))
+        state = walk.start(torch.stack([walk.initial_noise(each.seed, 4, side, side) for each in some]))
         for call, timestep in enumerate(recipe.schedule.timesteps):
             for k, class_context in enumerate(class_contexts):
                 output, sums[k] = engine.denoise_and_average(state.latents, timestep, context, class_context, sums[k])

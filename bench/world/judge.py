@@ -30,7 +30,6 @@ from datasetdm_fast.data import join_texts
 from datasetdm_fast.engine.engines import Engine, build_engine
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.sampling import schedule as walk
-from datasetdm_fast.engine.sampling import times
 from datasetdm_fast.engine.scenes.world import TableTop
 
 MOST = 4  # things that a caption names
@@ -59,7 +58,7 @@ def draw(
     for start in range(0, len(captions), BATCH):
         some, chosen = captions[start : start + BATCH], seeds[start : start + BATCH]
         context = join_texts([engine.encode_text([""] * len(some)), engine.encode_text(list(some))])
-        state = walk.start(torch.stack([times.initial_noise(seed, 4, side, side) for seed in chosen]))
+        state = walk.start(torch.stack([walk.initial_noise(seed, 4, side, side) for seed in chosen]))
         for k, time_step in enumerate(schedule.timesteps):
             state = walk.step(
                 schedule, k, state, walk.guide(engine.denoise(state.latents, time_step, context), guidance)

@@ -49,14 +49,14 @@ def initial_latents(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor
     """The noise of each seed, for latents of this shape."""
     import torch
 
-    from datasetdm_fast.engine.sampling.times import initial_noise
+    from datasetdm_fast.engine.sampling.schedule import initial_noise
 
     return torch.stack([initial_noise(seed, *shape) for seed in seeds])
 
 
 def fresh_noise(schedule: Schedule, seeds: Sequence[int], latents: Tensor) -> Callable[[], Tensor] | None:
     """Draws the noise [B, C, h, w] that calls add, of each seed after its first latents; None where none do."""
-    from datasetdm_fast.engine.sampling.times import ImageNoise
+    from datasetdm_fast.engine.sampling.schedule import ImageNoise
     from datasetdm_fast.kernels.transfer import to_device
 
     if not schedule.noisy_calls:
@@ -73,7 +73,7 @@ class FromOneGenerator(Origin):
     def begin(self, engine: Engine, schedule: Schedule, requests: Sequence[Request]) -> Beginning:
         import torch
 
-        from datasetdm_fast.engine.sampling.times import OneGenerator
+        from datasetdm_fast.engine.sampling.schedule import OneGenerator
         from datasetdm_fast.kernels.transfer import to_device
 
         shape, generator = engine.model.latent_shape(), OneGenerator()

@@ -11,8 +11,7 @@ from torch import Tensor
 from datasetdm_fast.data import AnyCapture, Text
 from datasetdm_fast.engine.engines import Engine
 from datasetdm_fast.engine.loop.calls import CapturedCalls, call_text, timesteps_of
-from datasetdm_fast.engine.sampling import times
-from datasetdm_fast.engine.sampling.times import is_flow
+from datasetdm_fast.engine.sampling.schedule import add_noise, initial_noise, is_flow, shares_at
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.kernels.transfer import to_device
 
@@ -63,9 +62,9 @@ def invert_at(
         if ddim_steps:
             latents = ddim_latents(engine, clean, text, timestep, ddim_steps)
         else:
-            noises = torch.stack([times.initial_noise(seed, *clean.shape[1:]) for seed in seeds])
+            noises = torch.stack([initial_noise(seed, *clean.shape[1:]) for seed in seeds])
             noise = to_device(noises, clean.device).to(clean.dtype)
-            latents = times.add_noise(engine.model.scheduler, clean, noise, timestep)
+            latents = add_noise(engine.model.scheduler, clean, noise, timestep)
         yield call(latents, timestep, text)[1]
 
 
@@ -90,7 +89,7 @@ def ddim_latents(engine: Engine, clean: Tensor, text: Text, timestep: int, steps
             image, noise = signal * latents - noisy * output, signal * output + noisy * latents
         else:
             image, noise = (latents - noisy * output) / signal, output
-        time, (signal, noisy) = target, times.shares_at(scheduler, target)
+        time, (signal, noisy) = target, shares_at(scheduler, target)
         latents = signal * image + noisy * noise
     return latents
 

@@ -59,7 +59,7 @@ class InvertingGenerator(driver.BatchGenerator):
         """Captures and averages of squares [B, H, W, 3] uint8, one of each request."""
         import torch
 
-        from datasetdm_fast.engine.sampling import times
+        from datasetdm_fast.engine.sampling.schedule import add_noise, initial_noise
         from datasetdm_fast.kernels.transfer import to_device
 
         engine, recipe = self.engine, self.recipe
@@ -68,18 +68,18 @@ class InvertingGenerator(driver.BatchGenerator):
         text, words = self.encode_prompts(requests)
         sums = self.zero_attention_sums(len(requests))
         noise = to_device(
-            torch.stack([times.initial_noise(request.seed, *clean.shape[1:]) for request in requests]), clean.device
+            torch.stack([initial_noise(request.seed, *clean.shape[1:]) for request in requests]), clean.device
         )
         captures = CapturedCalls(engine, recipe.captures)
         for call, timestep in enumerate(recipe.inverted):
-            latents = times.add_noise(engine.model.scheduler, clean, noise, timestep)
+            latents = add_noise(engine.model.scheduler, clean, noise, timestep)
             denoise = engine.denoise_and_capture_raw if call in recipe.raw else engine.denoise_and_capture
             captures.add(call, denoise(latents, timestep, text)[1])
             self.on_unet_call()
         for timestep in self.timesteps:
             if sums is None or words is None:
                 break
-            latents = times.add_noise(engine.model.scheduler, clean, noise, timestep)
+            latents = add_noise(engine.model.scheduler, clean, noise, timestep)
             _, sums = engine.denoise_and_average(latents, timestep, text, words, sums)
             self.on_unet_call()
         return labelling.SampledBatch(clean, captures.read, sums and sums.over(len(self.timesteps)), pixels=pixels)

@@ -173,8 +173,7 @@ def make_recipe(
     """The recipe of a run; 0 means the default of the model. A `strength` below 1 leaves only the last calls of the
     schedule. `attention` are settings of attention_recipe.
     """
-    from datasetdm_fast.engine.sampling.schedule import make_schedule
-    from datasetdm_fast.engine.sampling.times import choose_sampler
+    from datasetdm_fast.engine.sampling.schedule import choose_sampler, make_schedule
 
     model = engine.model
     if speed in (FAST, FAST_CACHED):

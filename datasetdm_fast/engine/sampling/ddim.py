@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from datasetdm_fast.engine.sampling.schedule import Sampler, Update
-from datasetdm_fast.engine.sampling.times import space_times, whole_times
+from datasetdm_fast.engine.sampling.schedule import Sampler, Update, space_times, whole_times
 
 
 def ddim(

@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from datasetdm_fast.engine.sampling.flow import dpm_solver_levels
-from datasetdm_fast.engine.sampling.schedule import FlowSampler, Sampler, Update
-from datasetdm_fast.engine.sampling.times import space_times, whole_times
+from datasetdm_fast.engine.sampling.schedule import FlowSampler, Sampler, Update, space_times, whole_times
 
 
 def dpm_solver(

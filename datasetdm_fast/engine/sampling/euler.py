@@ -9,8 +9,15 @@ import numpy as np
 from torch import Tensor
 
 from datasetdm_fast.engine.sampling.flow import euler_levels
-from datasetdm_fast.engine.sampling.schedule import FlowSampler, Sampler, Update
-from datasetdm_fast.engine.sampling.times import ANOTHER, noise_ratios, respace, space_times
+from datasetdm_fast.engine.sampling.schedule import (
+    ANOTHER,
+    FlowSampler,
+    Sampler,
+    Update,
+    noise_ratios,
+    respace,
+    space_times,
+)
 from datasetdm_fast.errors import Refused
 
 FOLLOWED = {  # what is supported of settings that change images

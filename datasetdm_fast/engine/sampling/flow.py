@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from datasetdm_fast.config import FlowRule
-from datasetdm_fast.engine.sampling.times import ANOTHER, respace
+from datasetdm_fast.engine.sampling.schedule import ANOTHER, respace
 from datasetdm_fast.errors import Refused
 
 LARGEST_MU = 100  # of what models say by far; it is an exponent

@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from datasetdm_fast.engine.sampling.schedule import Sampler, Update
-from datasetdm_fast.engine.sampling.times import space_times, whole_times
+from datasetdm_fast.engine.sampling.schedule import Sampler, Update, space_times, whole_times
 
 ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 

@@ -58,7 +58,7 @@ class SourceLatents:
 
     def add_noise(self, step: float) -> Tensor:
         """The latents at a training step of the forward process."""
-        from datasetdm_fast.engine.sampling.times import add_noise
+        from datasetdm_fast.engine.sampling.schedule import add_noise
 
         return add_noise(self.scheduler, self.clean, self.noise, step)
 

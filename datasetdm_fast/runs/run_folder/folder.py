@@ -1,5 +1,6 @@
-"""The run folder: files first, then their rows; all but the samples' files is rebuilt from the ledger. A finished run is
-sealed with digests, by which an audit notices changes. Of its page, which runs.gallery writes, the names are here.
+"""The run folder: files first, then their rows; all but the samples' files is rebuilt from the ledger. A finished run
+is sealed with digests, by which an audit notices changes. The files of its page, which runs.gallery writes, are named
+here.
 """
 
 import hashlib
