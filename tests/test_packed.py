@@ -19,12 +19,16 @@ from datasetdm_fast.engine.models.packed import (
     SpendingResnet,
     TiledConvolution,
     TiledPlaces,
+    convolve_tiles,
+    fits_tiles,
+    from_tiles,
+    in_tiles,
     largest_distance,
     pack_layers,
     weight_as,
     weights_of,
 )
-from datasetdm_fast.kernels import attention, tiled_convolution, winograd
+from datasetdm_fast.kernels import attention, winograd
 from datasetdm_fast.kernels.choice import operations
 from datasetdm_fast.kernels.noise import noise
 
@@ -339,7 +343,7 @@ def test_slices_at_once_share_one_packed_weight():
 @torch.inference_mode()
 def test_a_packed_upsample_says_what_the_plain_one_says(side, dtype, has_tiles, form, limit, monkeypatch):
     monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: has_tiles)
-    monkeypatch.setattr(tiled_convolution, "takes", lambda weight: False)
+    monkeypatch.setattr(packed, "fits_tiles", lambda weight: False)
     plain = Upsample(weights(32, 32))
     truth = plain(image(2, 32, side, side).to(dtype).float())
     (ours,) = pack_layers(torch.nn.Sequential(plain.to(dtype)))
@@ -365,7 +369,7 @@ def test_a_convolution_by_tiles_says_what_the_plain_one_says(images, channels, h
     truth = F.conv2d(x.double(), kept.double(), bias.double(), padding=1)
     answers = []
     for count in (1, 3):
-        monkeypatch.setattr(tiled_convolution, "threads", lambda *_, count=count: count)
+        monkeypatch.setattr(packed, "threads", lambda *_, count=count: count)
         answers.append(ours(x, bias, residual))
     assert torch.equal(*answers) and distance(answers[0], truth + residual.double()) <= 2**-8
     assert torch.equal(ours(x[-1:], bias, residual[-1:]), answers[0][-1:])  # whatever else is in a batch
@@ -389,28 +393,28 @@ def test_an_upsample_by_tiles_says_what_the_plain_one_says(images, channels, hei
 @pytest.mark.parametrize("side", [2, 3])
 def test_tiles_hold_the_weight_that_they_were_made_of(side):
     weight = noise(64, 96, side, side).bfloat16()
-    tiles = tiled_convolution.in_tiles(weight)
-    assert tiles.shape == (2, 3, side, side, 2, 16, 16, 2) and torch.equal(tiled_convolution.from_tiles(tiles), weight)
+    tiles = in_tiles(weight)
+    assert tiles.shape == (2, 3, side, side, 2, 16, 16, 2) and torch.equal(from_tiles(tiles), weight)
     assert (
         tiles[1, 2, 1, 0, 1, 5, 3, 1] == weight[32 + 16 + 3, 64 + 2 * 5 + 1, 1, 0]
     )  # output 3, the pair 5 of channels
-    assert not winograd.takes(noise(64, 64, 3, 3).double()) and not tiled_convolution.takes(noise(64, 64, 3, 3))
+    assert not winograd.takes(noise(64, 64, 3, 3).double()) and not fits_tiles(noise(64, 64, 3, 3))
 
 
 def test_a_convolution_by_tiles_refuses_what_it_cannot_read():
-    tiles = tiled_convolution.in_tiles(noise(32, 64, 3, 3).bfloat16())
+    tiles = in_tiles(noise(32, 64, 3, 3).bfloat16())
     right = [image(1, 64, 4, 4).bfloat16(), tiles, noise(32), image(1, 32, 4, 4).bfloat16()]
     for place, wrong in ((0, image(1, 64, 4, 4)), (0, image(1, 32, 4, 4).bfloat16()), (2, noise(64))):
         with pytest.raises(ValueError, match="convolve: "):
-            tiled_convolution.convolve(*right[:place], wrong, *right[place + 1 :])
+            convolve_tiles(*right[:place], wrong, *right[place + 1 :])
     for wrong in (right[3].float(), right[3][..., :2]):
         with pytest.raises(ValueError, match="convolve: residual"):
-            tiled_convolution.convolve(*right[:3], wrong)
+            convolve_tiles(*right[:3], wrong)
 
 
 @TILES
 def test_the_compiled_convolution_by_tiles_refuses_what_it_cannot_read():
-    right = [image(1, 64, 4, 4).bfloat16(), tiled_convolution.in_tiles(noise(32, 64, 3, 3).bfloat16()), noise(32)]
+    right = [image(1, 64, 4, 4).bfloat16(), in_tiles(noise(32, 64, 3, 3).bfloat16()), noise(32)]
     right.append(image(1, 32, 4, 4).bfloat16())
     places = [x.data_ptr() for x in (*right, right[3])]
     for place, wrong in ((0, 0), (2, 0), (4, 0), (5, 0), (8, 48), (9, 16), (10, 1), (11, 0)):

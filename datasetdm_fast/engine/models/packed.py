@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from datasetdm_fast import _C
 from datasetdm_fast.engine.models.blocks import Block
 from datasetdm_fast.engine.models.layers import Convolution, GroupNorm, Linear, Resnet, Upsample, join_places
 from datasetdm_fast.engine.models.unet import AttentionBlock
 from datasetdm_fast.engine.models.vae import ImageDecoder
-from datasetdm_fast.kernels import group_norm_silu, tiled_convolution, winograd
-from datasetdm_fast.kernels.cpu import multiplies_tiles
+from datasetdm_fast.kernels import group_norm_silu, winograd
+from datasetdm_fast.kernels.cpu import multiplies_tiles, threads
 
 ROWS = 2048  # that oneDNN is to expect
 FED_ROWS = 1024  # through the feed-forward layers at once: what is eight times as wide stays in a cache
@@ -120,18 +121,67 @@ class PackedPlaces(PackedConvolution):
         return join_places(super().forward(x))
 
 
+TILE_ROWS = 16  # of a tile of csrc (AMX), whose convolution reads weight and image once from memory
+TILED_CHANNELS = 2 * TILE_ROWS  # what channels and outputs must be multiples of
+
+
+def fits_tiles(weight: Tensor) -> bool:
+    """Whether `convolve_tiles` has a form of this weight: 3x3 taps, or the four 2x2 of a doubled image."""
+    outputs, channels, *taps = weight.shape
+    is_whole = outputs % TILED_CHANNELS == channels % TILED_CHANNELS == 0 and (
+        taps == [3, 3] or (taps == [2, 2] and outputs % 128 == 0)
+    )
+    return is_whole and multiplies_tiles(weight.dtype) and _C.multiplies_tiles()
+
+
+def in_tiles(weight: Tensor) -> Tensor:  # [O / 32, I / 32, h, w, 2, 16, 16, 2] of [O, I, h, w]
+    """The weight as `convolve_tiles` reads it: tiles of 16 outputs and 32 channels, in pairs of these."""
+    tiles = weight.detach().unflatten(1, (-1, TILE_ROWS, 2)).unflatten(0, (-1, 2, TILE_ROWS))
+    return tiles.permute(0, 3, 6, 7, 1, 4, 2, 5).contiguous()
+
+
+def from_tiles(tiles: Tensor) -> Tensor:
+    """The weight that `in_tiles` was given."""
+    return (
+        tiles.permute(0, 4, 6, 1, 5, 7, 2, 3).flatten(3, 5).flatten(0, 2).contiguous(memory_format=torch.channels_last)
+    )
+
+
+def convolve_tiles(x: Tensor, tiles: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+    """F.conv2d of channels-last `x` [B, I, h, w] with padding 1, plus `residual`; with 2x2 taps, of the four places of
+    an image that is doubled along both axes, joined.
+    """
+    batch, channels, height, width = x.shape
+    side, times = tiles.shape[2], 2 if tiles.shape[2] == 2 else 1
+    outputs = len(tiles) * TILED_CHANNELS // times**2
+    shape = batch, outputs, height * times, width * times
+    if x.dtype != tiles.dtype or channels != tiles.shape[1] * TILED_CHANNELS or len(bias) != outputs:
+        raise ValueError(f"convolve: {x.dtype} of {channels} channels, bias of {len(bias)}, tiles {[*tiles.shape]}")
+    if residual is not None and (residual.dtype != x.dtype or residual.shape != shape):
+        raise ValueError(f"convolve: residual {residual.dtype} {[*residual.shape]}, expected {x.dtype} {[*shape]}")
+    x = x.contiguous(memory_format=torch.channels_last)
+    out = torch.empty(shape, memory_format=torch.channels_last, dtype=x.dtype)
+    bias = bias.float().contiguous()
+    if residual is not None:
+        residual = residual.contiguous(memory_format=torch.channels_last)
+    places = x.data_ptr(), tiles.data_ptr(), bias.data_ptr(), 0 if residual is None else residual.data_ptr()
+    sizes, count = (batch, height, width, channels, outputs), threads(out, 2 * channels)
+    _C.tiled_convolution(*places, out.data_ptr(), *sizes, side, count)
+    return out
+
+
 class TiledConvolution(PackedConvolution):
     """A 3x3 Convolution, or an Upsample, by tiles of csrc, mostly faster than oneDNN's."""
 
     def held_weight(self) -> Tensor:
-        return tiled_convolution.from_tiles(self._packed)
+        return from_tiles(self._packed)
 
     def forward(self, x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         # Slices run at once: the tiles are in place before the plain weight goes.
         if (weight := self.weight) is not None:
-            self._packed = tiled_convolution.in_tiles(weight)
+            self._packed = in_tiles(weight)
             self.weight = None
-        return tiled_convolution.convolve(x, self._packed, self.bias if bias is None else bias, residual)
+        return convolve_tiles(x, self._packed, self.bias if bias is None else bias, residual)
 
 
 class TiledPlaces(TiledConvolution):
@@ -193,16 +243,14 @@ def pack_layers(module: nn.Module) -> nn.Module:
             if winograd.takes(child.taps):
                 setattr(module, name, PackedUpsample(child))
             elif multiplies_tiles(child.weight.dtype):
-                takes = tiled_convolution.takes(child.weight)
+                takes = fits_tiles(child.weight)
                 setattr(module, name, TiledPlaces(child) if takes else PackedPlaces(child))
             child.taps = None  # read by no call
         elif type(child) not in PACKED:
             pack_layers(child)
         elif type(child) is Linear and torch.backends.cpu.get_cpu_capability() == "AVX2":
             continue  # there PyTorch's own products are up to a tenth faster
-        elif (
-            type(child) is Convolution and child.stride == child.padding == 1 and tiled_convolution.takes(child.weight)
-        ):
+        elif type(child) is Convolution and child.stride == child.padding == 1 and fits_tiles(child.weight):
             setattr(module, name, TiledConvolution(child))
         elif child.weight.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported():
             setattr(module, name, PACKED[type(child)](child))
