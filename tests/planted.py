@@ -127,7 +127,7 @@ _BY_FILE = {
         ('"image_id": row.request.index', '"image_id": number', "annotations of another image"),
         ("is_first = False", "pass", "files that no JSON reader takes"),
     ),
-    "runs/run_folder/indexes/samples.py": (
+    "runs/run_folder/indexes/__init__.py": (
         "test_ledger.py",
         ("len(record) if isinstance(record, list) else record", "record", "every mask stands there twice"),
     ),

@@ -4,7 +4,7 @@ import hashlib
 import json
 import zlib
 from base64 import urlsafe_b64decode, urlsafe_b64encode
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -429,3 +429,22 @@ def _decode_file(id: str, role: str, file: Any) -> tuple[str, StoredFile]:
     if len(sha256) != HEX_DIGITS:
         raise ValueError(f"{documents.quote(digest)} is no SHA-256")
     return path, StoredFile(sha256, size)
+
+
+class IndexFile:
+    """The bytes of one file, some rows at a time and by id; one reading of the ledger serves all files."""
+
+    def __init__(self, document: Mapping[str, Any], ledger: Ledger):
+        self.document, self.ledger = document, ledger
+
+    def begin(self) -> Iterable[bytes]:
+        """What stands before the first row."""
+        return ()
+
+    def add(self, rows: Sequence[Row]) -> Iterable[bytes]:
+        """What stands there of these rows."""
+        return ()
+
+    def end(self) -> Iterable[bytes]:
+        """What stands after the last row."""
+        return ()

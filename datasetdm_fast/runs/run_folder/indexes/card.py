@@ -23,8 +23,7 @@ from datasetdm_fast.runs.run_folder.document import (
     speed_in_words,
 )
 from datasetdm_fast.runs.run_folder.indexes.licences import DERIVED, conflicts, hub_names, licence_of
-from datasetdm_fast.runs.run_folder.indexes.samples import IndexFile
-from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger, Row
+from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, IndexFile, Ledger, Row
 from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.settings import flags_of
 

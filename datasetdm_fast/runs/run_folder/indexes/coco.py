@@ -6,8 +6,7 @@ from typing import Any
 from datasetdm_fast.cores import in_blocks
 from datasetdm_fast.engine.labels import by_kind, kind_of
 from datasetdm_fast.runs.run_folder.document import sides
-from datasetdm_fast.runs.run_folder.indexes.samples import IndexFile
-from datasetdm_fast.runs.run_folder.ledger import BLOCK, Ledger, Row, canonical
+from datasetdm_fast.runs.run_folder.ledger import BLOCK, IndexFile, Ledger, Row, canonical
 
 
 class Images:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from datasetdm_fast.runs.run_folder.indexes.samples import IndexFile
-from datasetdm_fast.runs.run_folder.ledger import Row
+from datasetdm_fast.runs.run_folder.ledger import IndexFile, Row
 
 
 class Captions(IndexFile):
