@@ -1,29 +1,16 @@
-"""The processor, its cores for this process, and work in blocks and in threads."""
+"""The cores of this process, and work in blocks and in threads."""
 
 import os
-import platform
-import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from itertools import islice
-from pathlib import Path
 from typing import TypeVar
 
 
 def count_cores() -> int:
     """Cores this process may run on; macOS does not tell, and gives it all."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def name_processor() -> str:
-    """What Linux calls the processor; where that is not told its kind, such as arm64."""
-    text = ""
-    with suppress(OSError):
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    model = re.search(r"model name\s*: (.+)", text)
-    return model[1].strip() if model else platform.machine()
 
 
 Item = TypeVar("Item")

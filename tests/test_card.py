@@ -7,7 +7,7 @@ import pytest
 import yaml
 from rendered import document, write_run
 
-from datasetdm_fast import cores
+from datasetdm_fast.engine import engines
 from datasetdm_fast.engine.loop import prompts
 from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.run_folder.folder import RunFolder
@@ -167,8 +167,8 @@ def test_the_processor_is_named_as_the_system_calls_it(run, monkeypatch):
     gpu = {**cpu, "device": "cuda", "device_name": "NVIDIA H200"}
     assert "device_name `NVIDIA H200`" in text(run, engine=gpu, processor=processor)
     for content, name in ((f"processor: 0\nmodel name\t: {processor}\n", processor), ("", platform.machine())):
-        monkeypatch.setattr(cores.Path, "read_text", lambda path, encoding, content=content: content)
-        assert cores.name_processor() == name
+        monkeypatch.setattr(engines.Path, "read_text", lambda path, encoding, content=content: content)
+        assert engines.name_processor() == name
 
 
 def test_the_verdict_stands_there_or_that_there_is_none(run):

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from bench.machine.nvml import Nvml
-from datasetdm_fast.cores import count_cores, name_processor
+from datasetdm_fast.cores import count_cores
+from datasetdm_fast.engine.engines import name_processor
 from datasetdm_fast.version import __version__
 
 ROOT = Path(__file__).parents[2]

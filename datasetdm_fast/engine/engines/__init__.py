@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
@@ -126,6 +127,15 @@ class Engine(Protocol):
         import torch
 
         return {"torch": torch.__version__}
+
+
+def name_processor() -> str:
+    """What Linux calls the processor; where that is not told its kind, such as arm64."""
+    text = ""
+    with suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    model = re.search(r"model name\s*: (.+)", text)
+    return model[1].strip() if model else platform.machine()
 
 
 def check_task(task: str, decoders: Mapping[str, object]) -> None:

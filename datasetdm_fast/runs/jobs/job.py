@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.config import ATTENTION, ENGINES, HALF, SHARD_BYTES, SHARD_SIZE, TASK_KINDS, UNDECODED
-from datasetdm_fast.cores import name_processor
 from datasetdm_fast.data import Request, Trust
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine import engines
@@ -259,7 +258,7 @@ def describe_run(
         },
         "decoders": dict(decoders),
         "engine": dict(engine.fingerprint()),
-        "processor": name_processor(),
+        "processor": engines.name_processor(),
         **number_classes(with_palette(label_tables(engine, recipe), palette, recipe.table)),
     }
     if packages := packages_of(recipe.tasks):
