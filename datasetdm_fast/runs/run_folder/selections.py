@@ -6,12 +6,12 @@ import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused, quote, refusing_form
@@ -20,6 +20,7 @@ from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.runs.run_folder.shard_places import ShardPlace
 from datasetdm_fast.untrusted import documents
 
+Selection = TypeVar("Selection")
 FILTER, SPLIT = "state/kept.json", "split.json"
 LARGEST_FILE = 2**28  # bytes
 FILTER_FORM = {"where": str, "kept": [str], "left_out": dict}
@@ -33,6 +34,12 @@ class Filter:
     where: str
     remaining: tuple[int, ...]  # indices of samples
     left_out: dict[int, str]  # index -> reason
+
+    @classmethod
+    def decode(cls, value: dict[str, Any]) -> Self:
+        documents.check_form(list(value["left_out"].values()), [str])
+        left_out = {int(id): reason for id, reason in value["left_out"].items()}
+        return cls(value["where"], tuple(map(int, value["kept"])), left_out)
 
     @property
     def content(self) -> bytes:
@@ -49,6 +56,13 @@ class Split:
     by_source: bool
     parts: Mapping[str, tuple[int, ...]]
     shares: tuple[float, ...] = ()  # of each part; () of a folder that an earlier version split
+
+    @classmethod
+    def decode(cls, value: dict[str, Any]) -> Self:
+        documents.check_form(list(value["parts"].values()), [[str]])
+        parts = {name: tuple(map(int, ids)) for name, ids in value["parts"].items()}
+        documents.check_form(shares := value.get("shares", []), [float], "shares")
+        return cls(value["seed"], value["by_source"], parts, tuple(shares))
 
     @property
     def content(self) -> bytes:
@@ -77,13 +91,7 @@ class Split:
 
 def read_filter(folder: Path) -> Filter | None:
     """What the filter of a run folder decided, None without a filter."""
-    path = folder / FILTER
-    with refusing_form(path, "filter", _remedy(folder, "filter")):
-        if (value := _read(path, FILTER_FORM)) is None:
-            return None
-        documents.check_form(list(value["left_out"].values()), [str])
-        left_out = {int(id): reason for id, reason in value["left_out"].items()}
-        return Filter(value["where"], tuple(map(int, value["kept"])), left_out)
+    return _read(folder, FILTER, "filter", FILTER_FORM, Filter.decode)
 
 
 def check_filtered(folder: Path) -> None:
@@ -97,26 +105,20 @@ def check_filtered(folder: Path) -> None:
 
 def read_split(folder: Path) -> Split | None:
     """How a run folder is split, None where it is not."""
-    path = folder / SPLIT
-    with refusing_form(path, "split", _remedy(folder, "split")):
-        if (value := _read(path, SPLIT_FORM)) is None:
-            return None
-        documents.check_form(list(value["parts"].values()), [[str]])
-        parts = {name: tuple(map(int, ids)) for name, ids in value["parts"].items()}
-        documents.check_form(shares := value.get("shares", []), [float], "shares")
-        return Split(value["seed"], value["by_source"], parts, tuple(shares))
+    return _read(folder, SPLIT, "split", SPLIT_FORM, Split.decode)
 
 
-def _remedy(folder: Path, command: str) -> str:
-    return f"Run python -m datasetdm_fast.{command} {quote(folder)} --undo, then {command} again."
-
-
-def _read(path: Path, form: Mapping[str, Any]) -> dict[str, Any] | None:
-    if (content := storage.read_if_there(path, LARGEST_FILE)) is None:
+def _read(
+    folder: Path, name: str, command: str, form: Mapping[str, Any], decode: Callable[[dict[str, Any]], Selection]
+) -> Selection | None:
+    """What the file of a command selects, None without one."""
+    if (content := storage.read_if_there(folder / name, LARGEST_FILE)) is None:
         return None
-    value = documents.parse_object(content, str(path))
-    documents.check_form(value, form)
-    return value
+    remedy = f"Run python -m datasetdm_fast.{command} {quote(folder)} --undo, then {command} again."
+    with refusing_form(folder / name, command, remedy):
+        value = documents.parse_object(content, str(folder / name))
+        documents.check_form(value, form)
+        return decode(value)
 
 
 def _ids(indices: Iterable[int]) -> list[str]:
