@@ -662,7 +662,7 @@ def test_a_name_too_long_for_a_file_ends_in_two_lines(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("module", "code", "said"),
     [
-        ("engine.labels.words", 2, "a part of the library, not a command"),
+        ("engine.labels.class_tables", 2, "a part of the library, not a command"),
         ("engine.loop", 2, "a part of the library, not a command"),
         ("no_such", 1, "No module named"),
     ],
