@@ -198,9 +198,21 @@ def test_a_damaged_sample_is_made_alone_where_generate_made_it(tmp_path, made_by
         folder.add([render(0)], {})
         (row,) = folder.ledger.rows()
     described |= {} if made_by == "generate" else {"command": made_by}
-    faults = audit.check_sample(Path("runs/a"), described, row, lambda row, role: b"").faults
-    assert {fault.place for fault in faults} == {name for name, _ in row.files.values()}
-    assert all(remedy in fault.remedy for fault in faults)
+    for content in (b"", b"x" * 9**5):
+        faults = audit.check_sample(Path("runs/a"), described, row, lambda row, role, content=content: content).faults
+        sizes = {name: stored.size for name, stored in row.files.values()}
+        wrong = {name: f"has {len(content)} bytes, {size} were written" for name, size in sizes.items()}
+        assert {fault.place: fault.what for fault in faults} == wrong
+        assert all(remedy in fault.remedy for fault in faults)
+
+
+def test_findings_are_counted_by_their_files_and_nothing_is_taken_out_where_no_sample_is_damaged(monkeypatch, capsys):
+    findings = [audit.Finding(place, "is not there", "Mend it.") for place in ("a", "a", "b")]
+    report = audit.Report("runs/a", 9, 9, 0, 5, 100, findings)
+    monkeypatch.setattr(command, "audit_place", lambda *_: report)
+    monkeypatch.setattr(command, "repair_place", lambda report: pytest.fail("nothing to be taken out"))
+    assert command.main(["runs/a", "--repair"]) == 4
+    assert "runs/a: 3 findings in 2 files" in capsys.readouterr().err
 
 
 def edit(path: Path, statement: str) -> None:

@@ -834,8 +834,10 @@ def test_an_export_stopped_before_its_shared_files_says_that_it_is_not_complete(
     out, is_stopping = tmp_path / "out", Interruption.is_stopping
     asked = iter([False, False])
     monkeypatch.setattr(Interruption, "is_stopping", lambda self: next(asked, True))
-    assert main([str(run), "--to", "coco", "--out", str(out), "--threads", "1"]) == 0
+    monkeypatch.setattr(Interruption, "exit_code", 130)
+    assert main([str(run), "--to", "coco", "--out", str(out), "--threads", "1"]) == 130
     assert f"{out}: not complete; resume with: " in capsys.readouterr().err
+    monkeypatch.setattr(Interruption, "exit_code", 0)
     monkeypatch.setattr(Interruption, "is_stopping", is_stopping)
     assert main([str(run), "--to", "coco", "--out", str(out), "--threads", "1"]) == 0
     assert "nothing to do" not in capsys.readouterr().err

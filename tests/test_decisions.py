@@ -1,5 +1,6 @@
 """What becomes of a run folder: the outcomes of RunQueue.decide, one test a row of its table."""
 
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
 
@@ -94,6 +95,21 @@ def test_an_engine_of_other_versions_may_be_another(decide, tmp_path):
         ({"openvino": ""}, find_spec("openvino") is not None),
     ):
         assert RunQueue(tmp_path / "run", described | {"engine": versions}).may_differ(spec) == differs
+
+
+def test_a_run_may_be_another_where_settings_differ_that_decide_no_more_than_rounding(decide, tmp_path):
+    decide.write(1)
+    run = RunQueue.open(tmp_path / "run")
+    run = RunQueue(run.folder, run.stored | {"engine": {}})
+    for changes, differs in (
+        ({}, False),
+        ({"batch_size": 4}, True),
+        ({"dtype": "fp16"}, True),
+        ({"compile": True}, True),
+    ):
+        config = RunConfig(**{"number": NUMBER, "batch_size": 2, "out": str(tmp_path / "run"), **changes})
+        assert run.may_differ(read_spec(config)) == differs
+        assert not run.may_differ(read_spec(replace(config, mixed="no")))
 
 
 def test_files_that_cannot_be_read_are_not_those_of_the_run(tmp_path):

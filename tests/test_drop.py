@@ -151,6 +151,8 @@ def test_a_list_may_name_samples_that_are_set_aside(tmp_path, capsys):
     with RunFolder(run, document(3)) as folder:
         folder.add([rendered(0), replace(rendered(1), rejection="it is blurred"), rendered(2)], {})
         finish_run(folder)
+    assert drop.main([str(run), "2", "--dry-run"]) == 0
+    assert capsys.readouterr().err.splitlines()[0] == f"{run}: 1 of 2 samples would be dropped"
     (tmp_path / "bad.txt").write_text("00000001\n00000002\n")
     assert drop.main([str(run), "--file", str(tmp_path / "bad.txt")]) == 0
     assert "1 of 2 samples is dropped; 1 is set aside and not in the data set" in capsys.readouterr().err

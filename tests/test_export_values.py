@@ -10,6 +10,7 @@ import io
 import json
 import runpy
 import tarfile
+from dataclasses import replace
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -29,6 +30,7 @@ from datasetdm_fast.runs.exporting.settings import PictureSettings
 from datasetdm_fast.runs.exporting.view import ExportedPerson, ExportedThing
 from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.run_folder.folder import RunFolder
+from datasetdm_fast.runs.run_folder.reader import open_run
 
 WIDTH, HEIGHT = 6, 4
 MAPS, THINGS = ("sky", "vegetation"), ("car", "person", "bicycle")
@@ -76,6 +78,7 @@ def run(tmp_path_factory):
     described = document(1)
     described["config"]["task"] = ["semantic", "instance", "depth", "pose"]
     described["decoders"].pop("open-vocabulary")
+    described["decoders"]["depth"]["licence"] = "MIT"
     tables = {task: described["labels"][task] for task in described["config"]["task"]}
     tables["semantic"] |= {"classes": list(MAPS)}
     tables["instance"] |= {"classes": list(THINGS), "size": [HEIGHT, WIDTH]}
@@ -170,6 +173,18 @@ def test_the_run_itself(run):
     ]
     assert pixels(run / "semantic/00000000.png") == [[0] * 5 + [255], [0] * 6, [1] * 6, [1] * 6]
     assert pixels(run / "depth/00000000.png") == rows(256, 643, 16777, 17920)
+
+
+def test_labels_of_a_picture_without_things_have_the_sides_of_its_row(run):
+    with open_run(run) as opened:
+        stored = opened[0]
+        empty = replace(stored, row=replace(stored.row, labels=stored.row.labels | {"instance": [], "pose": []}))
+        assert empty.label("instance").masks.shape == (0, HEIGHT, WIDTH)
+        assert empty.label("pose").points.shape == (0, len(JOINTS), 3)
+
+
+def test_an_export_tells_the_licences_of_the_model_and_of_all_decoders(exported):
+    assert read(exported("coco").parent / "export.json")["licences"] == ["Apache-2.0", "MIT"]
 
 
 def test_coco(exported):
@@ -284,10 +299,10 @@ def test_lvis(exported):
 
 
 def test_how_often_images_show_a_class_is_told_as_lvis_counts():
-    shown = {"rare": 10, "common": 11, "also common": 100, "frequent": 101}
+    shown = {"rare": 10, "common": 11, "also common": 100, "frequent": 101}  # images, each with it twice
     numbers = {name: k for k, name in enumerate(shown, 1)}
     entries = [
-        {"image": {"id": k}, "instances": [{"category_id": numbers[name]} for name in shown if k < shown[name]]}
+        {"image": {"id": k}, "instances": [{"category_id": numbers[name]} for name in shown if k < shown[name]] * 2}
         for k in range(101)
     ]
     plan = SimpleNamespace(classes=SimpleNamespace(numbers=numbers, things=tuple(shown)), splits={"train": 101})
@@ -707,7 +722,7 @@ def test_mmseg(exported):
     assert config["datasets"]["train"]["reduce_zero_label"] is False
 
 
-@pytest.mark.parametrize("rows_of_mask", [("###.#", "#.#..", "###.."), ("#.###", "..#.#", "..###")])
+@pytest.mark.parametrize("rows_of_mask", [("###.#", "#.#..", "###.."), ("###..", "#.#..", "###.#")])
 def test_a_thing_with_a_hole_is_run_lengths_in_coco_and_one_polygon_in_lvis_wherever_the_hole_is(rows_of_mask):
     framed, plain = thing(*rows_of_mask), thing("##.", "...", "..#")
     assert coco.segmentation(framed, joins_holes=False) is framed.rle

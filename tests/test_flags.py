@@ -476,6 +476,21 @@ def test_a_training_counts_its_time_from_the_end_of_the_first_step(monkeypatch, 
     assert capsys.readouterr().err.splitlines() == ["semantic 1/6, loss 0.5000", told]
 
 
+def test_the_last_step_of_a_training_is_told_however_soon_it_comes(monkeypatch, capsys):
+    monkeypatch.setattr(output.time, "monotonic", lambda: 0.0)
+    with output.StepProgress("depth", "AbsRel", 3, False) as steps:
+        for step in (1, 2, 3):
+            steps.on_step(step, 0.25, 0.5 if step == 2 else None)
+    assert capsys.readouterr().err == "depth 3/3, loss 0.2500, held-out AbsRel 0.5000\n"
+
+
+def test_a_path_may_not_be_too_long_with_the_folder_that_it_begins_in(monkeypatch):
+    monkeypatch.setattr(output.Path, "absolute", lambda self: Path("/a" * 1790 + f"/{self}"))
+    output.check_output("--out", "b", "folder")
+    with pytest.raises(Refused, match="--out 'bbbbb.': .* at most 223 and 3584"):
+        output.check_output("--out", "bbbbbb", "folder")
+
+
 def test_the_plan_of_a_comparison_counts_the_calls_of_its_last_batch(monkeypatch, capsys):
     """Five images in batches of four, each drawn three times in six calls."""
     recipe = SimpleNamespace(schedule=range(6))

@@ -31,6 +31,7 @@ from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.jobs import writing
+from datasetdm_fast.runs.jobs.run import count_rows
 from datasetdm_fast.runs.run_folder import folder as run_folder
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.document import (
@@ -194,6 +195,9 @@ def test_all_that_a_ledger_says_follows_what_became_of_a_sample(tmp_path):
 
         ledger.commit([first, second])
         assert ledger.class_words() == [(0, words)] and ledger.last_record("instance") == 7
+        ledger.commit([replace(row(2), labels={"instance": [{}] * 7})])
+        assert ledger.last_record("instance") == 8  # records, of which one has an id
+        ledger.forget([2])
         assert ledger.row(1) == second and ledger.row(0) == replace(first, tracings={})
         assert second.group == "ab" * 8 and replace(second, recipe={"group": "x"}).group == "x"
         assert tracings() == [{"outlines": [1]}, {}]
@@ -634,6 +638,8 @@ def test_other_configurations_are_refused_with_the_fields(tmp_path):
         check_same(tmp_path, {"source": None, "config": {}}, {"source": {"samples.jsonl": "0"}, "config": {}})
     with pytest.raises(Refused, match="with other settings .*seed: 0 there, 1 asked for"):
         check_same(tmp_path, {"source": 1, "config": {"seed": 0}}, {"source": 2, "config": {"seed": 1}})
+    with pytest.raises(Refused, match="labels.depth.unit: .* there, .* asked for"):
+        check_same(tmp_path, {"labels": {"depth": {"unit": "m"}}}, {"labels": {"depth": {"unit": "mm"}}})
     with pytest.raises(Refused, match="it holds a run of merge, not of generate"):
         check_config(tmp_path, document(4) | {"command": "merge"}, document(4)["config"])
 
@@ -1043,3 +1049,12 @@ def test_a_run_that_another_process_begins_between_two_looks_is_a_new_one(tmp_pa
 
     monkeypatch.setattr(Path, "iterdir", look)
     assert read_document(tmp_path) is None  # which is read again once the folder is held
+
+
+def test_what_a_run_has_made_counts_whatever_became_of_it(tmp_path):
+    assert count_rows(tmp_path / "run") == 0
+    with RunFolder(tmp_path / "run", document(5)) as folder:
+        folder.add([rendered(0), rendered(1), Quarantined(Request(2, "a ball", 2), "NaN")], {})
+        folder.drop([1])
+        assert folder.ledger.indices_between(0, 5) == {0, 1, 2}
+    assert count_rows(tmp_path / "run") == 3

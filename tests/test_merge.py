@@ -66,6 +66,10 @@ def test_a_merged_run_has_every_sample_once_byte_for_byte(runs, tmp_path, capsys
     assert (planned["number"], planned["done"], planned["duplicates"]) == (12, 12, 2)
     found = open_run(out)
     assert len(found) == 6 + 5 - 2 + 3 and found.is_complete
+    digests = [sha256_of(runs / name / "samples.jsonl")[:16] for name in ("first", "second", "varied")]
+    keys = [f"{digests[0]}/{k:08d}" for k in range(6)] + [f"{digests[1]}/{k:08d}" for k in (2, 3, 4)]
+    own = keys + [f"{digests[2]}/{k:08d}" for k in range(3)]
+    assert [sample.meta["origins"][-1] for sample in found] == own  # as a composition of a run names its sources
     for sample in found:
         told = sample.meta["merged"]
         source = open_run(runs / told["run"])[told["id"]]
@@ -104,8 +108,10 @@ def test_the_words_of_a_class_table_go_on_meaning_what_they_meant(runs, tmp_path
     own = class_tables.parse("name,words\ntree,\n,toy tree\n", "own.csv")
     table = {"class_table": class_tables.rows_of(own, ("tree",), has_colours=False)}
     trees = [k for k in range(200) if {"tree", "ball"} <= {*rendered(k, 32).request.classes}]
-    for name, like in (("one", trees[:2]), ("other", trees[2:4])):
-        with RunFolder(tmp_path / name, document(2, 32) | table) as folder:
+    plan = document(2, 32)["plan"]
+    for name, like, searched in (("one", trees[:2], ["tree", "ball"]), ("other", trees[2:4], ["ball", "cube"])):
+        described = document(2, 32) | table | {"plan": plan | {"words": searched}}
+        with RunFolder(tmp_path / name, described) as folder:
             samples = [moved(k, number) for k, number in enumerate(like)]
             said = [replace(each.request, prompt="a ball and a toy tree", classes=("ball",)) for each in samples]
             folder.add([replace(each, request=request) for each, request in zip(samples, said, strict=True)], {})
@@ -116,6 +122,7 @@ def test_the_words_of_a_class_table_go_on_meaning_what_they_meant(runs, tmp_path
         assert all("tree" in sample.trust.unnamed for sample in open_run(run)), run
     assert main([str(tmp_path / "one"), str(runs / "first"), "--out", str(tmp_path / "mixed"), "--quiet"]) == 0
     assert "class_table" not in open_run(tmp_path / "mixed").document
+    assert open_run(out).document["plan"]["words"] == ["tree", "ball", "cube"]
 
 
 def test_the_engines_of_all_runs_are_named(runs, tmp_path):

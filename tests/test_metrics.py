@@ -2,7 +2,7 @@
 
 import math
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import make_dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -568,6 +568,8 @@ def test_intervals_of_folds_are_wider():
     meter = meters_of(source, wrong_in_many_ways(source))["semantic"]
     one, five = (np.diff(intervals(meter, 20_000, folds=folds)["miou"])[0] for folds in (0, 5))
     assert 1.4 < five / one < 1.8
+    narrow, wide = (intervals(meter, 2000, folds=folds)["per_class"] for folds in (0, 5))
+    assert all(np.diff(wide[name]) > np.diff(narrow[name]) for name in narrow) and len(narrow) > 2
     assert expanded_level(0.95, 40, 5) > expanded_level(0.95, 40, 10) > expanded_level(0.95, 40)
 
 
@@ -883,6 +885,10 @@ def test_how_captions_were_used_is_told_and_they_are_made_with_the_words_of_a_de
     assert result["depth"].items() >= (told | {"named_by_captions": False}).items()
     assert result["depth:b"].items() >= {"named_by_captions": captions == "true", "seen_in_training": 3}.items()
     assert "seen_in_training" not in result["depth"] and skipped == seen.skipped and seen.class_table == "words"
+    parts = [SimpleNamespace(**vars(seen) | {"skipped": {name: "cut short"}}) for name in ("b.png", "c.png")]
+    monkeypatch.setattr(measure, "passes", lambda address, configs: [(label,) for label in configs])
+    arguments = (engine, "out", "demo:1", ["depth"], (), lambda *_: parts.pop(0), settings)
+    assert measure.evaluate_decoders(*arguments)[1] == {"b.png": "cut short", "c.png": "cut short"}
 
 
 @pytest.mark.parametrize(
@@ -920,3 +926,9 @@ def test_decoders_that_find_nothing_to_be_compared_with_are_refused(source, monk
     monkeypatch.setattr(measure, "measure", lambda *_: {"depth": SimpleNamespace(result=dict)})
     with pytest.raises(Refused, match="no image has the ground truth to compare with"):
         evaluate(("depth",))
+
+
+def test_every_candidate_of_a_decoder_is_ranked_however_unsure_it_is():
+    config = make_dataclass("Config", ("score_threshold", "other"), frozen=True)(0.5, 1)
+    assert METRICS["instance"].reading(config) == replace(config, score_threshold=0.0)
+    assert METRICS["semantic"].reading(config) is config

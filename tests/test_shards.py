@@ -54,6 +54,7 @@ from datasetdm_fast.runs.run_folder.shards import (
     ShardEntry,
     ShardIndex,
     ShardLedger,
+    count_classes,
     encode_index,
     entry_name,
     index_name,
@@ -346,6 +347,12 @@ def test_a_place_with_what_processes_write_before_run_json_may_hold_a_new_run(tm
     place.replace("notes.txt", b"mine")
     with pytest.raises(Refused, match="it holds something other than a run in shards .*notes.txt"):
         shard_worker.open_place(place)
+
+
+def test_every_instance_of_a_class_is_counted():
+    labels = {"instance": [{"category_id": number} for number in (2, 1, 2)], "instance:b": []}
+    names = {"instance": {1: "ball", 2: "cube"}, "instance:b": {1: "ball"}, "instance:c": {1: "cone"}}
+    assert count_classes(Row(Request(0, "a ball", 0), {}, labels=labels), names) == {"cube": 2, "ball": 1}
 
 
 def test_a_rank_begins_with_shards_of_its_own(alone):

@@ -401,7 +401,9 @@ def test_of_a_class_more_are_made_for_those_that_were_quarantined_up_to_a_bound(
     assert goal_of(config, 6) == Goal(3, 15, ("a", "b")) and goal_of(config | {"per_class": 0}, 6) == Goal(6, 30)
     assert goal_of({"classes": ["a", "b"]}, 6) == Goal(6, 6)
     assert goal.is_reached([(3, 0), (4, 1)]) and not goal.is_reached([(3, 0), (3, 1)])
-    assert goal.missing([(5, 3), (4, 1)]) == {"a": 2} and goal.missing([(4, 2), (4, 1)]) == {}
+    assert goal.missing([(5, 3), (4, 1)]) == {"a": 2}
+    assert goal.missing([(4, 2), (4, 1)]) == {}
+    assert goal.missing([(5, 2), (5, 1)]) == {}  # no more may be made, and there are enough
 
 
 def test_accepted_samples_are_counted_by_class_and_no_more_are_made(accepted):
