@@ -460,6 +460,9 @@ def test_a_histogram_tells_what_a_threshold_at_each_of_its_bins_leaves():
     assert least(np.arange(8.0)) == [(k, 1, 8 - k) for k in range(8)]
     assert least(np.arange(17.0)) == [(2 * k, 2 + (k == 7), 17 - 2 * k) for k in range(8)]  # the last takes the end
     assert least(np.full(3, np.nan)) == []
+    near = run_scores.ScoreTable([*range(3)], [()] * 3, {"duplicate": np.array([0.0, 9.0, 4.0])})
+    bins = filtering.compute_histogram(near, "duplicate")
+    assert [(each["most"], each["samples"], each["left"]) for each in bins] == [(9, 1, 3), (4, 1, 2), (0, 1, 1)]
 
 
 def test_a_bin_of_few_samples_has_a_bar():

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from rendered import document, rendered, write_run
 
-from datasetdm_fast.data import Request, Sample, SemanticMap
+from datasetdm_fast.data import Request, Sample, SemanticMap, Trust
 from datasetdm_fast.engine.labels import LABEL_KINDS, number_classes, pictures
 from datasetdm_fast.engine.labels.class_tables import colour
 from datasetdm_fast.engine.scenes import world
@@ -19,7 +19,7 @@ from datasetdm_fast.runs.run_folder import folder as page_files
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.document import QUARANTINE
 from datasetdm_fast.runs.run_folder.folder import RunFolder
-from datasetdm_fast.runs.run_folder.ledger import Ledger, Row
+from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger, Row
 
 HOSTILE = [
     "</script><script>alert(1)</script>",
@@ -66,17 +66,17 @@ def test_policy_allows_only_what_lies_beside_the_page(tmp_path):
 
 
 def test_sheets_show_every_image_in_its_place_and_are_drawn_once(tmp_path):
-    write_run(tmp_path, 53, 32)
+    write_run(tmp_path, 63, 32)
     sheet = np.array(Image.open(tmp_path / page_files.SHEET_NAME.format(1)), np.int16)
     assert sheet.shape == (page.ROWS * page.SIDE, page.COLUMNS * page.SIDE, 3)
-    for k in (50, 52):
-        place = (k - 50) * page.SIDE
+    for k, top, left in ((50, 0, 0), (52, 0, 2), (59, 0, 9), (60, 1, 0), (62, 1, 2)):
+        y, x = top * page.SIDE, left * page.SIDE
         image = np.array(Image.open(tmp_path / f"images/{k:08d}.png"), np.int16)
-        assert np.abs(sheet[:32, place : place + 32] - image).mean() < 12
-    assert not sheet[page.SIDE :].any() and not sheet[:, 3 * page.SIDE + 8 :].any()
+        assert np.abs(sheet[y : y + 32, x : x + 32] - image).mean() < 12
+    assert not sheet[2 * page.SIDE :].any() and not sheet[page.SIDE :, 3 * page.SIDE + 8 :].any()
     before = (tmp_path / page_files.SHEET_NAME.format(0)).stat().st_mtime_ns
     (tmp_path / page_files.SHEET_NAME.format(1)).unlink()
-    with RunFolder(tmp_path, document(53, 32)) as folder:
+    with RunFolder(tmp_path, document(63, 32)) as folder:
         finish_run(folder)
     assert (tmp_path / page_files.SHEET_NAME.format(0)).stat().st_mtime_ns == before
     assert np.array_equal(np.array(Image.open(tmp_path / page_files.SHEET_NAME.format(1)), np.int16), sheet)
@@ -293,6 +293,59 @@ def test_a_thing_has_its_score_in_hundredths_and_its_area_and_middle_in_thousand
     assert things == [[facts.number(word), 29, 125, 250, 500]]
 
 
+def test_a_page_tells_of_each_sample_and_of_all_what_their_rows_say(tmp_path):
+    """Worked out by hand: a picture twice as wide as high, labels that were judged, and those of a doubtful one."""
+    values = document(2, 32)
+    values["config"]["task"] = ["instance"]
+    names = LABEL_KINDS["instance"].names(values["labels"]["instance"])
+    (number, word), (_, other) = list(names.items())[:2]
+    thing = {"category_id": number, "score": 0.5, "area": 512, "bbox": [16.0, 8.0, 32.0, 16.0]}
+    trust = Trust(missing=(other,), disagreeing=0.25, reasons=("a", "b"), domain=1.5)
+    wide = {"sides": [32, 64], "source": "7", "picture": "p.png"}
+    rows = [
+        Row(Request(0, "one", 5, (word, other)), wide, labels={"instance": [thing, thing]}, trust=trust),
+        Row(Request(1, "two", 6, (word,)), {}, labels={"instance": []}, status=DOUBTFUL, reason="too blue"),
+        Row(Request(2, "three", 7), {}, labels={"instance": []}, status=DOUBTFUL, reason="a; b", trust=trust),
+    ]
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        ledger.add_scores([(0, "sharpness", 0), (1, "sharpness", 2.5), (1, "hash", 3)])
+        facts = RunFacts(values, ledger)
+        facts.pages.append((0, 3))
+    first, second = facts.number(word), facts.number(other)
+    index = facts.index(rows)
+    figures = [dict(zip(facts.figures, each)) for each in index.pop("figures")]
+    assert figures[0] == {"score": 0.5, "disagreeing": 0.25, "domain": 1.5, "sharpness": 0}
+    assert figures[1].pop("sharpness") == 2.5 and set(figures[1].values()) <= {None} and "hash" not in facts.figures
+    assert index == {
+        "index": [0, 1, 2],
+        "prompt": ["one", "two", "three"],
+        "seed": [5, 6, 7],
+        "sides": [[32, 64], [32, 32], [32, 32]],
+        "named": [[first, second], [first], []],
+        "shown": [[first], [], []],
+        "missing": [[second], [first], [second]],
+        "reasons": [["a", "b"], ["too blue"], ["a", "b"]],
+        "aside": [0, 1, 1],
+        "picture": ["p.png", "", ""],
+        "source": [7, 1, 2],
+        "things": [[[first, 50, 250, 500, 500]] * 2, [], []],
+    }
+    told = facts.whole(has_sheets=True, is_in_progress=False)
+    wanted = {"missing": 3, "doubtful": 3, "aside": 2, "samples": 3, "planned": 2}
+    assert {name: told[name] for name in wanted} == wanted
+    by_word = dict(zip(told["words"], zip(told["named"], told["shown"], strict=True), strict=True))
+    assert (by_word[word], by_word[other]) == ((2, 1), (1, 0))
+
+
+def test_a_thumbnail_is_no_larger_than_its_image_and_keeps_its_sides():
+    assert [page.thumbnail_sides(*sides) for sides in ((32, 16), (512, 256), (100, 1000), (1, 4096))] == [
+        (32, 16),
+        (128, 64),
+        (12, 128),
+        (1, 128),
+    ]
+
+
 def test_depth_pictures_are_bright_where_near():
     picture = np.array(pictures.depth_picture(np.array([[500, 2000], [3000, 4000]], np.uint16)).convert("L"))
     assert picture[0, 0] > picture[0, 1] > picture[1, 0] > picture[1, 1]
@@ -377,7 +430,8 @@ def test_the_page_tells_the_file_names_of_pictures_that_were_labelled(tmp_path):
 
 def test_a_browser_finds_its_marks_again_once_the_run_has_grown():
     first = document(4)
-    grown = first | {"config": first["config"] | {"number": 9}, "plan": first["plan"] | {"number": 9}}
+    more = {"number": 9, "per_class": 3, "keep": 2}
+    grown = first | {"config": first["config"] | more, "plan": first["plan"] | {"number": 9}}
     other = first | {"config": first["config"] | {"seed": 7}}
     assert key_of(first) == key_of(grown) != key_of(other)
 

@@ -210,6 +210,13 @@ def test_no_free_port_is_missing_and_another_error_ends_the_search(monkeypatch, 
     assert ports == list(range(18800, 18800 + tried)) and "--port" in stop.value.remedy
 
 
+def test_a_sample_in_both_lists_of_a_review_is_bad(tmp_path):
+    (tmp_path / "review").mkdir()
+    for mark, ids in {"good": "00000001\n00000002\n", "bad": "00000002\nx\n"}.items():
+        (tmp_path / f"review/{mark}.txt").write_text(ids)
+    assert review.Review(tmp_path).read() == {"00000001": "good", "00000002": "bad"}
+
+
 def test_no_mark_is_lost_where_two_reviewers_serve_the_same_run(tmp_path):
     code = "import sys\nfrom pathlib import Path\nfrom datasetdm_fast.runs.gallery import review\n"
     code += "marks = review.Review(Path(sys.argv[1]))\n"

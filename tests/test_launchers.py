@@ -102,6 +102,9 @@ def test_a_cluster_is_asked_by_one_process_alone(tmp_path):
 
 def test_the_images_that_a_peer_counts_are_called_its_own(tmp_path, capsys):
     result = Result(tmp_path, 4, 4, 2, 0, seconds=2.0, is_complete=True)
+    ended = Result(tmp_path, 4, 4, 2, 1, seconds=2.0, closing_seconds=0.5, doubtful=3)  # more may take their places
+    wanted = {"number": 4, "done": 4, "made": 2, "set_aside": 1, "complete": False, "doubtful": 3}
+    assert {name: ended.facts()[name] for name in wanted} == wanted and ended.facts()["closing_seconds"] == 0.5
     print_run(RunConfig(), result, "", by=" by this process")
     said = capsys.readouterr().err
     assert "2 images by this process in 2.0 s, 1 images per second\n" in said and "gallery" not in said

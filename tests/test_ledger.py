@@ -306,6 +306,19 @@ def test_a_file_that_one_process_may_create_or_move_is_durable_before_and_after_
     assert calls[:4] == [tmp_path.name, storage.part_of(path).name, "link", "manifest"]
     storage.move(path, path.with_name("00004.json"))
     assert calls[-3:] == ["00003.json", "rename", "manifest"]
+    calls.clear()
+    storage.publish({path.with_name(name): b"1" for name in ("a", "b")})
+    assert calls == [*(storage.part_of(path.with_name(name)).name for name in "ab"), *["rename"] * 2, "manifest"]
+
+
+def test_a_lock_is_shared_by_those_who_share_it_and_held_by_one_alone(tmp_path):
+    path = tmp_path / "lock"
+    with storage.hold_lock(path, is_shared=True), storage.hold_lock(path, is_shared=True, patience=0):
+        with pytest.raises(Refused, match="another process"), storage.hold_lock(path, patience=0):
+            pass
+    with storage.hold_lock(path, patience=0), pytest.raises(Refused, match="another process"):
+        with storage.hold_lock(path, is_shared=True, patience=0):
+            pass
 
 
 def test_a_folder_is_held_by_one_process_in_turn(tmp_path):

@@ -363,6 +363,22 @@ def test_a_rank_begins_with_shards_of_its_own(alone):
     assert orders == [ours + [k + 1 for k in ours if k + 1 in orders[0]], [k for k in orders[0] if k % 2] + ours]
 
 
+def test_files_lie_in_a_shard_where_its_index_says_at_every_length(alone):
+    """A file of a whole number of blocks of 512 bytes has nothing after it, one byte more has nearly a block."""
+    place, made = shard_place(alone), []
+    worker = SimpleNamespace(place=SimpleNamespace(read=lambda name: None))
+    row = replace(next(iter(ShardLedger(place).rows())), files={"image": ("images/a.png", None)})
+    rows = [replace(row, request=replace(row.request, index=k)) for k in range(5)]
+    contents = [bytes([k + 1]) * size for k, size in enumerate((512, 1, 1024, 513, 511))]
+    worker._encode_samples = lambda indices: zip(rows, ({"image": content} for content in contents))
+    tar = b"".join(write_tar(shard_worker.ShardWorker._files(worker, 0, 0, 5, made)))
+    with tarfile.open(fileobj=io.BytesIO(tar)) as read:
+        assert [read.extractfile(f"{each.request.id}.png").read() for each in rows] == contents
+        records = [read.extractfile(f"{each.request.id}.json").read() for each in rows]
+    found = [[tar[first : first + size] for first, size in map(places.get, ("image", RECORD))] for _, places in made]
+    assert found == [[*pair] for pair in zip(contents, records, strict=True)]
+
+
 def test_files_of_two_decoders_of_a_task_have_names_of_their_own_in_a_shard(alone):
     place = shard_place(alone)
     worker = shard_worker.ShardWorker(

@@ -563,6 +563,16 @@ def test_long_names_of_classes_break_on_the_page_beside_their_figures(tmp_path):
         assert shown.evaluate("Math.min(...[...document.querySelectorAll('td')].map(td => td.clientWidth)) > 90")
 
 
+@pytest.mark.parametrize(("number", "shown"), [(3, 3), (12, 12), (13, 12)])
+def test_a_page_has_no_more_than_twelve_images(monkeypatch, number, shown):
+    monkeypatch.setattr(page, "_legend", lambda *_: [])
+    monkeypatch.setattr(page, "_views", lambda task, source, item, label: f"<i>{item} {label}</i>")
+    views = type("Views", (), {"item": lambda self, view: f"view {view}", "__len__": lambda self: number})()
+    labels = [f"label {view}" for view in range(number)]
+    text = page.page("depth", None, {}, {"held_out": {}}, views=views, labels=labels, shown="Some").decode()
+    assert re.findall("<i>(.*?)</i>", text) == [f"view {view} label {view}" for view in range(shown)]
+
+
 def test_things_have_the_colours_of_a_gallery_on_the_page():
     source = open_data("demo:1", 64)
     legend, ball = page._legend("instance", source)[0], source.classes.index("ball")

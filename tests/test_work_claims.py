@@ -15,6 +15,7 @@ from datasetdm_fast.data import Quarantined, Request
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.run_folder.document import CLAIMS
+from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, Row
 from datasetdm_fast.runs.run_folder.shard_places import ShardFolder
 from datasetdm_fast.runs.workers import claims, spawn, supervisor
 from datasetdm_fast.runs.workers import worker as worker_module
@@ -216,6 +217,19 @@ def test_a_stop_lets_processes_finish_what_they_make_and_ends_the_others(monkeyp
     assert told == ["stop busy", "stop idle", "kill idle"] and not watched._running()
 
 
+def test_the_batch_whose_rows_are_written_is_released_and_only_those_of_the_data_set_are_counted():
+    released, counted = [], []
+    worker = SimpleNamespace(
+        made=2,
+        claims=SimpleNamespace(release=released.append),
+        callbacks=Callbacks(on_commit=counted.append),
+        job=SimpleNamespace(plan=SimpleNamespace(batch_size=4)),
+    )
+    rows = [Row(Request(index, "a ball", 0), {}, status=status) for index, status in ((11, DONE), (9, DOUBTFUL))]
+    Worker._on_rows(worker, rows)
+    assert (worker.made, released, counted) == (4, [2], [1])
+
+
 def test_a_batch_that_others_have_made_is_not_kept(place):
     looks = [True, False, True, True]
     worker = SimpleNamespace(callbacks=Callbacks(), claims=Claims(place), _is_missing=lambda *_: looks.pop(0))
@@ -286,3 +300,14 @@ def test_a_place_stays_empty_after_five_deaths_in_a_row_without_progress(monkeyp
     with nullcontext() if begun == len(commits) else pytest.raises(Missing, match="ended 5 times in a row .dies"):
         supervisor.Supervisor(run, Callbacks()).work()
     assert run.begun == begun
+
+
+def test_the_first_death_costs_no_wait_and_each_one_after_it_twice_as_much_and_a_second(monkeypatch):
+    monkeypatch.setattr(supervisor, "time", SimpleNamespace(monotonic=lambda: 100.0))
+    watched = supervisor.Supervisor(Dying([]), Callbacks())
+    waits = []
+    for _ in range(5):
+        assert not watched.ranks[0].is_over
+        watched._note_death(0, watched.ranks[0], "dies")
+        waits.append(watched.ranks[0].next_start - 100)
+    assert waits == [0, 1, 3, 7, 15] and watched.ranks[0].is_over
