@@ -17,6 +17,7 @@ from datasetdm_fast import drop, generate, restore
 from datasetdm_fast.command_line.run_settings import (
     check_sources,
     complete_settings,
+    count_images,
     expand_names,
     name_folder,
     restore_settings,
@@ -99,6 +100,10 @@ def test_settings_without_out_have_a_run_folder_of_their_own(engines, tmp_path, 
     assert name_folder(RunConfig(prompts=" ".join(words)))[5:-7] == "aaball-bbball-ccball-ddball-eeball-ffball-ggball"
     assert name_folder(RunConfig(prompts="a b c d e f g h i"))[5:-7] == "a-b-c-d-e-f-g-h"
     assert name_folder(RunConfig(prompts="x " + "y" * 50))[5:-7] == "x-" + "y" * 46
+    seeds = {name_folder(RunConfig(seed=seed)) for seed in (3, 4)}
+    assert len(seeds) == 2 and all(name.startswith("runs/seed-") for name in seeds)
+    counts = [count_images(RunConfig(number=7, per_class=each, classes=("a", "b"))) for each in (0, 3)]
+    assert counts == [7, 6]
     with open("list.txt", "a") as file:
         file.write("a cone\n")
     assert folder("--number", "3", "--quiet", "--prompts", "list.txt") == places[1]  # the list became longer

@@ -131,6 +131,8 @@ def test_what_decides_a_recipe_decides_who_shares_a_batch_and_seeds_are_those_th
     usual = {"prompt": PROMPT, "n": 2, "seed": 7, "steps": 2, "labels": ["semantic"]}
     items = read_generation(usual, pipeline, 50).items
     assert [each.request.seed for each in items] == [7, 8] and items[0].group == items[1].group
+    most = read_generation(usual | {"n": requests.MOST_IMAGES, "steps": 50}, pipeline, 50).items
+    assert len(most) == requests.MOST_IMAGES and len(most[0].recipe.schedule) == 51  # PNDM calls once more
     others = [{"steps": 3}, {"labels": []}, {"guidance": 2.0}, {"sampler": "ddim"}, {"classes": ["ball"]}]
     groups = [read_generation(usual | other, pipeline, 50).items[0].group for other in others]
     assert len({items[0].group, *groups}) == 6
@@ -519,6 +521,20 @@ def test_a_failure_of_the_engine_is_told_and_the_next_batch_is_made(capsys):
         batcher.submit([good := item("good")])
         assert good.future.result(20) == "good"
     assert not batcher.failure
+
+
+def test_a_failure_reaches_the_clients_of_its_batch_however_many_were_made_before(capsys):
+    blocked = Blocked()
+    with Batcher(blocked, 1, 0.0, 8) as batcher:
+        batcher.submit([first := item("first")])
+        wait_until(lambda: batcher.batches == 1)
+        batcher.submit([broken := item("broken"), later := item("later")])
+        blocked.go.release(9)
+        assert first.future.result(20) == "first"
+        with pytest.raises(RuntimeError, match="the engine failed"):
+            broken.future.result(20)
+        assert later.future.result(20) == "later"
+    assert "ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_a_full_queue_and_a_client_that_leaves(pipeline, monkeypatch, caplog):

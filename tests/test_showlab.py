@@ -35,6 +35,7 @@ from datasetdm_fast.compat.showlab import (
     prompts,
 )
 from datasetdm_fast.compat.showlab.generator import GENERATORS, Order
+from datasetdm_fast.data import Request
 from datasetdm_fast.engine.decoders import upstream as checkpoints
 from datasetdm_fast.engine.decoders.checkpoint import build_decoder
 from datasetdm_fast.engine.decoders.config import upstream
@@ -44,6 +45,8 @@ from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop.prompts import make_plan
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.kernels.upsample_concat import resize
+from datasetdm_fast.runs.run_folder.document import LEDGER
+from datasetdm_fast.runs.run_folder.ledger import DONE, QUARANTINED, Ledger, Row
 from datasetdm_fast.runs.run_folder.reader import open_run
 from datasetdm_fast.training.settings import TrainConfig
 
@@ -327,6 +330,19 @@ def test_files_of_an_image_are_named_after_it_and_its_class_is_numbered_from_one
     made = [order.files(index, np.zeros((8, 8, 3), np.uint8), raw, raw) for index in range(3)]
     assert seen == [1, 20, 0] and made[0]["Mask/aeroplane_5.png"] == b"mask"
     assert [list(files_) for files_ in made] == [order.names(index) for index in range(3)]
+
+
+def test_an_image_is_made_again_where_any_of_its_files_is_missing(tmp_path):
+    names = [("Image/0.jpg", "Mask/0.png"), ("Image/1.jpg", "Mask/1.png"), ("Image/2.jpg", "Mask/2.png"), ()]
+    order = types.SimpleNamespace(run_folder=tmp_path / "run", out=tmp_path, names=names.__getitem__)
+    assert generating.missing_files(order) == []
+    for name in ("Image/0.jpg", "Mask/0.png", "Image/1.jpg", "Mask/2.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "run" / LEDGER).parent.mkdir(parents=True)
+    with Ledger(tmp_path / "run" / LEDGER) as ledger:
+        ledger.commit([Row(Request(k, "a", k), {}, status=QUARANTINED if k == 3 else DONE) for k in (2, 0, 1, 3)])
+    assert generating.missing_files(order) == [1, 2]
 
 
 def test_a_mask_holds_what_is_above_zero_and_is_scored_by_that_alone():
