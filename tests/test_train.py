@@ -47,8 +47,8 @@ from datasetdm_fast.training import (
     workflow,
 )
 from datasetdm_fast.training.captures import cache
-from datasetdm_fast.training.data_record import find_changes, record_data
-from datasetdm_fast.training.readers import open_data
+from datasetdm_fast.training.data_record import find_changes, record_data, with_names_below
+from datasetdm_fast.training.readers import open_data, parse_address
 from datasetdm_fast.training.settings import TaskSettings, TrainConfig
 from datasetdm_fast.training.trainer import Trainer
 
@@ -300,6 +300,30 @@ def test_data_and_model_may_lie_elsewhere_when_a_training_goes_on(run, tmp_path,
     assert run(*moved) == 2
     assert "trained on other data: now with other content of images/scene 1.png" in capsys.readouterr().err
     assert run("--data", f"folder:{tmp_path / 'moved'}[val]", *line[2:]) == 2
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_images_keep_their_names_where_the_data_set_is_moved(name, tmp_path, monkeypatch):
+    kind, write, tasks = LAYOUTS[name]
+    write(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    ends = [""]
+    if name == "coco":
+        os.link(tmp_path / "data/annotations/instances_train2017.json", tmp_path / "data/train2017/all.json")
+        ends += ["/train2017/all.json", "/train2017/all.json:data/train2017"]
+    kept = {end: _named_below(f"{kind}:data{end}", tasks) for end in ends}
+    (tmp_path / "data").rename(tmp_path / kind)
+    (tmp_path / "export.json").touch()
+    assert not find_changes(kept[""], _named_below(f"{kind}:{tmp_path}", tasks))
+    (tmp_path / kind).rename(tmp_path / "moved")
+    for end, before in kept.items():
+        now = _named_below(f"{kind}:{tmp_path}/moved{end.replace('data/', f'{tmp_path}/moved/')}", tasks)
+        assert not find_changes(before, now)
+
+
+def _named_below(address, tasks):
+    """What is recorded of the images at an address, but where it lies."""
+    return with_names_below(record_data(open_data(address, 64, tasks=tasks[:1]))["items"], parse_address(address))
 
 
 def test_a_training_that_an_earlier_version_began_is_not_resumed(run, tmp_path, capsys):

@@ -5,6 +5,8 @@ FOLDER/training/data.json   a list of items, each with its name, its sides and t
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -127,9 +129,17 @@ def _list_names(names: Collection[str]) -> str:
     return f"{documents.one_line(min(names))}{more}"
 
 
-def with_names_below(items: Iterable[Mapping[str, Any]], folder: Path | None) -> list[dict[str, Any]]:
-    """Items whose names do not depend on where the data set lies."""
-    return [{**item, "name": item["name"].removeprefix(f"{folder}/")} for item in items]
+def with_names_below(
+    items: Iterable[Mapping[str, Any]], address: tuple[str, Path, str | None] | None
+) -> list[dict[str, Any]]:
+    """Items whose names do not depend on where the data set lies: a folder, maybe of exports, FILE.json or
+    FILE.json:PICTURES.
+    """
+    kind, place, _ = address or ("", Path(), None)
+    file, _, pictures = str(place).partition(".json:")
+    root = os.path.expanduser(pictures) or (os.path.dirname(file) if file.endswith(".json") else file)
+    prefix = re.compile(f"({re.escape(root)}[/:])?({kind}[/:])?")
+    return [{**item, "name": prefix.sub("", item["name"], 1)} for item in items]
 
 
 def as_json(record: Mapping[str, Any]) -> bytes:

@@ -108,8 +108,7 @@ def _check_settings(folder: Path, stored: Mapping[str, Any], recorded: Mapping[s
     if recorded.get("items") and is_alike:
         differing.discard("data")
     if recorded and differing <= COUNTS:
-        folders = [address and address[1] for address in addresses]
-        items = map(data_record.with_names_below, (recorded["items"], plan.data["items"]), folders)
+        items = map(data_record.with_names_below, (recorded["items"], plan.data["items"]), addresses)
         if changes := data_record.find_changes(*items):
             raise Refused(
                 f"--out: {folder} was trained on other data: {changes}",
