@@ -30,7 +30,7 @@ from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.jobs.prompt_files import listed_words
 from datasetdm_fast.runs.jobs.run import merge_with_stored
 from datasetdm_fast.runs.run_folder.audit import audit
-from datasetdm_fast.runs.run_folder.document import LEDGER, read_document
+from datasetdm_fast.runs.run_folder.document import LEDGER, LOCK, read_document
 from datasetdm_fast.runs.run_folder.ledger import Ledger
 from datasetdm_fast.runs.run_folder.reader import open_run
 from datasetdm_fast.runs.run_settings import RunConfig
@@ -257,6 +257,15 @@ def test_another_version_of_a_package_with_a_task_does_not_continue_its_run(engi
     assert merge_with_stored(replace(made, document=made.document | first), stored | first).plan.number == 3
     with pytest.raises(Refused, match='packages.depth: "theirs 1.0" there, "theirs 2.0" asked for'):
         merge_with_stored(replace(made, document=made.document | second), stored | first)
+
+
+def test_a_run_that_cannot_be_written_to_is_refused_before_networks_are_loaded(engines, tmp_path, capsys):
+    assert run("--number", "3", "--limit", "1", out=tmp_path / "run") == 0
+    engines.clear()
+    with storage.hold_lock(tmp_path / "run" / LOCK):
+        assert run("--number", "3", out=tmp_path / "run") == 2
+        assert run("--number", "3", "--dry-run", out=tmp_path / "run") == 0 and len(engines) == 1
+    assert "state/lock: another process is writing to this run folder" in capsys.readouterr().err
 
 
 def test_a_limited_run_says_how_to_go_on(engines, tmp_path, capsys):

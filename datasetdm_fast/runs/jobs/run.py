@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from datasetdm_fast.config import ENGINES, HALF, LABELLER_KINDS
-from datasetdm_fast.disk import sqlite
+from datasetdm_fast.disk import sqlite, storage
 from datasetdm_fast.engine import engines
 from datasetdm_fast.engine.decoders.config import find_decoders, parts_of
 from datasetdm_fast.errors import Missing, Refused
@@ -19,6 +19,7 @@ from datasetdm_fast.runs.jobs.writing import Result, result_of
 from datasetdm_fast.runs.run_folder.document import (
     GROWING,
     LEDGER,
+    LOCK,
     check_config,
     check_same,
     differences,
@@ -263,6 +264,9 @@ def settle(
         result = result_of(folder, stored, number, ledger)
         # A process that was killed while it closed the ledger leaves SQLite's own files beside it.
         is_fresh = is_indexed(folder, stored, ledger) and not sqlite.has_log(folder / LEDGER)
+    if not result.is_complete and is_alone and not is_dry:
+        with storage.hold_lock(folder / LOCK):  # refused now, not once the networks are loaded
+            return None
     if not result.is_complete or not (is_fresh or is_alone):
         return None
     if not is_fresh and not is_dry:
