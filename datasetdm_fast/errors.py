@@ -25,7 +25,7 @@ class Refused(Stop, ValueError):
 
 
 class Missing(Stop, RuntimeError):
-    """Something needed is not there: weights, an engine, a GPU, a library, disk space."""
+    """Something needed is not there: weights, an engine, a GPU, a library, disk space, a permission."""
 
     exit_code = 3
 

@@ -128,12 +128,11 @@ def open_data(
     try:
         source = READERS[kind](place, split or "train", size, tuple(tasks))
         READERS.check_type(kind, source, LabelledSource)
-    except Missing as stop:
-        if not isinstance(stop.__cause__, OSError):  # a library that is missing, rather than a file
-            raise
-        raise Refused(stop.cause, stop.remedy) from stop
-    except OSError as error:
-        stop = storage.refusal(error, error.filename or place)
+    except (Missing, OSError) as error:
+        cause = error.__cause__ if isinstance(error, Missing) else error
+        stop = error if isinstance(error, Missing) else storage.refusal(error, error.filename or place)
+        if not isinstance(cause, OSError) or isinstance(cause, PermissionError):  # a library, or a right, is missing
+            raise stop from cause
         raise Refused(stop.cause, stop.remedy) from error
     except Refused as stop:
         if stop.remedy == reading.REPAIR:  # nothing was skipped yet that --skip-bad could skip
