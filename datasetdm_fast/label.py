@@ -30,6 +30,8 @@ def main(config: LabelConfig, command: CommandLine) -> int:
         plan if left else f"{job.folder}: complete with {count}, nothing to do",
         *([f"captions: {captions}"] if (captions := count_unnamed(job)) else []),
     ]
+    if others := pictures.passed_over():
+        lines.append(f"left out: {len(others)} not PNG or JPEG, such as {others[0]}")
     if config.dry_run:
         facts = {"path": config.out, "number": job.plan.number, "done": job.done, "tasks": list(job.recipe.tasks)}
         return print_plan(config, facts, config.out, *lines)

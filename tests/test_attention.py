@@ -519,6 +519,16 @@ def test_a_picture_that_cannot_be_read_is_refused_before_any_is_labelled(name, s
     assert not (tmp_path / "run").exists()
 
 
+def test_pictures_of_other_formats_are_told_before_the_others_are_labelled(photos, tmp_path, capsys):
+    folder = Path(shutil.copytree(photos, tmp_path / "photos"))
+    line = [str(folder), "--task", "semantic", "--out", str(tmp_path / "run"), "--dry-run"]
+    assert label.main(line) == 0 and "left out" not in capsys.readouterr().err
+    for name in ("y.HEIC", "x.webp", ".hidden.webp", "notes.txt"):
+        (folder / name).touch()
+    said = f"left out: 2 not PNG or JPEG, such as {folder}/x.webp"
+    assert label.main(line) == 0 and said in capsys.readouterr().err.splitlines()
+
+
 def test_a_picture_that_is_too_small_for_tiles_has_a_remedy_of_this_command(photos, tmp_path, capsys):
     folder = Path(shutil.copytree(photos, tmp_path / "photos"))
     (folder / "z.png").write_bytes(png_of(np.zeros((8, 64), np.uint8)))

@@ -169,8 +169,8 @@ def test_images_are_whole_and_of_a_known_size(file, tmp_path):
         images.sides_of(tmp_path / "a.gif")
     for content, word in (
         ((tmp_path / "a.gif").read_bytes(), "neither a PNG nor a JPEG"),
-        ((tmp_path / "b.png").read_bytes(), "animation"),
-        (png(5000, 5000, chunk(b"IDAT", zlib.compress(b"\0"))), "5000 x 5000 pixels, at most"),
+        ((tmp_path / "b.png").read_bytes(), "file: it is an animation"),
+        (png(5000, 5000, chunk(b"IDAT", zlib.compress(b"\0"))), "file: 5000 x 5000 pixels, at most 16,777,216 are"),
         (
             png(
                 4,

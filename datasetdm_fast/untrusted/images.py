@@ -53,12 +53,14 @@ def decode_image(
             raise ValueError("a TIFF with compression")
         width, height = image.size
         if width * height > most_pixels:
-            raise ValueError(f"{width} x {height} pixels, at most {most_pixels} are decoded")
+            raise Refused(f"{name}: {width} x {height} pixels, at most {most_pixels:,} are decoded", "Make it smaller.")
         if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a photo with others behind it, as phones take
-            raise ValueError("it is an animation")
+            raise Refused(f"{name}: it is an animation", "Save one of its pictures.")
         if least_side:
             image.draft("RGB", (least_side, least_side))
         image.load()
+    except Refused:
+        raise
     except Exception as error:  # Pillow's readers raise nearly anything
         raise Refused(f"{name}: not a complete image ({reason_of(error)})", GET_AGAIN) from error
     if holds_numbers and image.format == "PNG" and image.mode == "L" and data[BIT_DEPTH] in (2, 4):

@@ -25,7 +25,7 @@ PICTURES = (".jpg", ".jpeg", ".png")
 OTHER_PICTURES = (".bmp", ".webp", ".tif", ".tiff", ".gif", ".heic", ".avif")
 COLOURS = ("RGB", "RGBA", "L", "LA", "P", "CMYK", "1")  # modes of Pillow that are an 8-bit picture
 EIGHT_BITS = ("L", "P", "1")  # modes of Pillow; as depth they would be a picture of it, not metres
-ORIENTATION = 0x0112  # EXIF's tag; 1 = as stored
+ORIENTATION = 0x0112  # EXIF's tag; 2 to 8 turn a picture, 1 and what else cameras write there does not
 # split -> the names of folders and files that tools have for it
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 Turning = Callable[[Path | str, Image.Image, Image.Image], Image.Image]  # of a path, a picture as stored and as shown
@@ -55,7 +55,7 @@ def colours(path: Path | str, image: Image.Image, turned: Turning | None = None)
         raise bad(path, f"its pixels are {image.mode}, expected an 8-bit picture")
     if turned:
         try:
-            upright = ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) != 1 else None
+            upright = ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION) in range(2, 9) else None
         except Exception as error:  # Pillow's readers raise nearly anything
             raise bad(path, f"its EXIF data cannot be read ({type(error).__name__})") from error
         image = image if upright is None else turned(path, image, upright)

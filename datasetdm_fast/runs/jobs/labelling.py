@@ -53,6 +53,11 @@ class Pictures:
         with _to_be_mended():
             return reading.colour_image(self.paths[index], reading.as_shown)
 
+    def passed_over(self) -> list[Path]:
+        """The pictures of the folder in formats that are not read."""
+        listed = reading.listing(self.folder, *reading.PICTURES, *reading.OTHER_PICTURES)
+        return [path for path in listed if path.suffix.lower() in reading.OTHER_PICTURES]
+
     def check_apart(self, out: Path) -> None:
         """Refuses a run folder inside the folder of the pictures."""
         if out.resolve().is_relative_to(self.folder.resolve()):
