@@ -382,6 +382,13 @@ def item(prompt, group="", **options):
     return PendingImage(None, Request(0, prompt, 0), group, **options)
 
 
+PATIENT = """import sys
+from datasetdm_fast import serve
+from datasetdm_fast.command_line import interruption
+interruption.ENDING_SECONDS = 600
+sys.exit(serve.main(sys.argv[1:]))"""
+
+
 def wait_until(condition):
     end = time.monotonic() + 60
     while not condition():
@@ -585,7 +592,8 @@ def test_the_page_shows_an_image_and_its_labels(service):
 
 
 def test_the_command_serves_until_a_signal_and_answers_what_was_asked(tmp_path):
-    line = ["-m", "datasetdm_fast.serve", "--port", "0", "--quiet"]
+    """A batch has ten seconds to end, and more here: the machine may do other work."""
+    line = ["-c", PATIENT, "--port", "0", "--quiet"]
     with ForkedPython(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
         address = process.stdout.readline().strip()
         running = SimpleNamespace(port=int(address.rpartition(":")[2]))
