@@ -407,6 +407,17 @@ def test_outlines_of_programs_become_masks(copied, name):
     assert item.crowds.sum() == pytest.approx(areas[1], rel=0.08) and (item.semantic[item.crowds[0]] == 1).any()
 
 
+@pytest.mark.parametrize("path", ["..\\photos\\", "../photos/", "C:\\me\\", "/home/me/"])
+def test_a_picture_of_labelme_lies_beside_its_file_whatever_its_path_was(copied, path):
+    root, address = copied("labelme")
+    before = open_data(address, SIZE)[0].image
+    rewrite(root / "scene 0.json", lambda found: found.update(imagePath=f"{path}scene 0.jpg", imageData=None))
+    assert (open_data(address, SIZE)[0].image == before).all()
+    rewrite(root / "scene 0.json", lambda found: found.update(imagePath=f"{path}.."))
+    with pytest.raises(Refused, match="leads out of its folder"):
+        open_data(address, SIZE)[0]
+
+
 def test_masks_of_cvat_may_lie_at_the_edges_and_no_further():
     def mask(left, top, width, height, runs):
         names = {"left": left, "top": top, "width": width, "height": height, "rle": runs}

@@ -61,12 +61,12 @@ class LabelMe(shapes.OutlineSource):
 
     def _image(self, path: Path, document: dict[str, Any], sides: tuple[int, int]) -> np.ndarray:
         orientation = reading.as_drawn(sides[::-1])
+        name, file = document["imagePath"].replace("\\", "/"), None
         try:
-            file = reading.inside(path.parent, document["imagePath"].replace("\\", "/"), path)
-        except Refused:  # labelme may keep its files in a folder beside that of the images
+            file = reading.inside(path.parent, name, path)
+        except Refused:  # of a folder beside that of the images, or of another machine
             if not document.get("imageData"):
-                raise
-            file = None
+                file = reading.inside(path.parent, name.rpartition("/")[2], path)
         if file and (file.exists() or not document.get("imageData")):
             image = reading.colour_image(file, orientation)
         else:
