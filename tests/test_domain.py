@@ -26,6 +26,7 @@ from datasetdm_fast.engine.decoders.config import DEMO
 from datasetdm_fast.engine.labels.trust import with_domain, with_undrawn
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import GateFailed, Refused
+from datasetdm_fast.runs.jobs.job import Job
 from datasetdm_fast.runs.jobs.writing import DomainGate
 from datasetdm_fast.runs.run_folder.indexes import card
 from datasetdm_fast.training import page, workflow
@@ -300,6 +301,13 @@ def test_a_run_stops_where_more_than_half_of_its_first_samples_are_outside(batch
         trusts = [Trust(domain=distance) for distance in distances]
         gate.evaluate([Sample(Request(0, "a ball", 0), np.zeros(0), {}, {}, trust) for trust in trusts])
     assert gate.is_closed == is_closed and gate.measured == sum(map(len, batches))
+
+
+def test_pictures_of_ones_own_are_all_labelled_however_foreign():
+    gate = DomainGate(Job(Path("run"), SimpleNamespace(most=20, batch_size=3), None, None, {}))  # as `label` has it
+    gate.evaluate([Sample(Request(0, "a ball", 0), np.zeros(0), {}, {}, Trust(domain=2.0))] * 3)
+    gate.check()
+    assert not gate.is_closed
 
 
 def test_a_single_sample_stops_no_run(foreign, tmp_path, capsys):

@@ -19,6 +19,7 @@ from skips import IS_LONG
 from test_ledger import tree
 
 from datasetdm_fast import drop, filter, generate
+from datasetdm_fast.command_line import output
 from datasetdm_fast.data import Request
 from datasetdm_fast.engine.labels.trust import NamedMap
 from datasetdm_fast.errors import Missing, Refused
@@ -522,6 +523,13 @@ def test_a_clip_is_given_what_transformers_makes_of_an_image_and_every_block_of_
     assert clip.digest_of(tmp_path) == digest
     (tmp_path / "merges.txt").write_text("other")
     assert clip.digest_of(tmp_path) != digest
+
+
+def test_scoring_shows_how_many_are_scored_unless_it_is_quiet(run, monkeypatch, capsys):
+    monkeypatch.setattr(output, "SECONDS_PER_LINE", 0)
+    shutil.copytree(run, other := run.with_name("other"))
+    assert filter.main([str(run)]) == 0 and f"{NUMBER}/{NUMBER} images" in capsys.readouterr().err
+    assert filter.main([str(other), "--quiet"]) == 0 and capsys.readouterr().err == ""
 
 
 def test_clip_scores_come_from_a_local_folder(run, tmp_path, capsys):

@@ -65,6 +65,17 @@ def test_policy_allows_only_what_lies_beside_the_page(tmp_path):
     assert not re.search(r"\son\w+=", text) and " style=" not in text
 
 
+def test_pictures_that_an_earlier_version_drew_are_removed(tmp_path):
+    write_run(tmp_path, 2, 32)
+    (tmp_path / "gallery" / "thumbnails").mkdir()
+    (tmp_path / "gallery" / "thumbnails" / "00000000.jpg").touch()
+    (tmp_path / "statistics.png").touch()
+    (tmp_path / "samples.jsonl").unlink()
+    with RunFolder(tmp_path, document(2, 32)) as folder:
+        finish_run(folder)
+    assert not (tmp_path / "gallery" / "thumbnails").exists() and not (tmp_path / "statistics.png").exists()
+
+
 def test_sheets_show_every_image_in_its_place_and_are_drawn_once(tmp_path):
     write_run(tmp_path, 63, 32)
     sheet = np.array(Image.open(tmp_path / page_files.SHEET_NAME.format(1)), np.int16)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -111,6 +112,13 @@ def test_another_seed_makes_other_sentences_of_every_grammar(name):
     one, same, other = (open_grammar(name, (kind,), seed) for seed in (1, 1, 2))
     said = [[grammar.sentence(kind, number).prompt for number in range(20)] for grammar in (one, same, other)]
     assert said[0] == said[1] and len({*said[0]} & {*said[2]}) < 10
+
+
+@pytest.mark.parametrize(("name", "has_article"), [("broccoli", False), ("owl", True)])
+def test_a_noun_has_an_article_unless_it_takes_none(name, has_article):
+    one_or_many = re.compile(rf"\ban? (\w+ )?{name}\b|\b{name}s\b")
+    found = {bool(one_or_many.search(Grammar([name]).sentence(name, k).prompt)) for k in range(40)}
+    assert found == {has_article}
 
 
 def test_places_are_described_as_rooms_or_as_scenery():
@@ -566,6 +574,12 @@ def test_a_file_of_replies_with_a_line_of_another_form_is_refused(tmp_path, line
     (tmp_path / "list.replies").write_text(f"{line}\n")
     with pytest.raises(Refused, match="one of its lines is not a stored reply"):
         language_model.Replies(tmp_path / "list.replies", str, 1)
+
+
+@pytest.mark.parametrize(("size", "code"), [(2**20, 0), (2**20 + 1, 3)])
+def test_a_reply_of_one_mib_is_read_and_no_longer_one(size, code, endpoint, tmp_path):
+    endpoint.behave = lambda handler: handler.answer(reply_of(json.dumps(GOOD)).ljust(size))
+    assert prompts.main(line_for(endpoint, tmp_path / "list")) == code
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -504,6 +504,15 @@ def test_scores_stay_within_zero_and_one():
     assert found.points[0, :, 2].tolist() == [1.0, 0.0] and found.visibility.tolist() == [[2, 0]]
 
 
+def test_a_joint_on_the_last_pixels_lies_within_a_region_of_them():
+    from datasetdm_fast.engine.labels import pose as labels
+
+    region = np.zeros((4, 6), bool)
+    region[3, 5] = True
+    points = np.array([[5.2, 3.9], [6.0, 4.0], [4.9, 3.0], [5.0, 2.9], [5.2, 3.9]])
+    assert labels._inside(points, np.array([2, 1, 2, 2, 0]), region).tolist() == [True, True, False, False, False]
+
+
 def test_a_joint_leaves_its_cell_by_half_of_one_at_most():
     """A narrow ridge across the cells has its fitted top far away."""
     logarithms = torch.tensor([[-0.1, -1.0, -2.9], [-1.0, 0.0, -0.5], [-2.9, -0.5, -0.1]])

@@ -200,7 +200,7 @@ def test_a_pixel_of_a_picture_in_tiles_reaches_a_limit_that_it_equals():
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "scores"), [(0.5, 0.9, [0.9]), (0.9, 0.5, [0.9]), (0.3, 0.9, [0.9, 0.3]), (0.5, 0.5, [0.5])]
+    ("first", "second", "scores"), [(0.5, 0.9, [0.9]), (0.9, 0.5, [0.9]), (0.3, 0.9, [0.9, 0.3]), (0.4, 0.9, [0.9])]
 )
 def test_a_thing_has_the_best_score_of_its_tiles_which_show_it_all_or_none(first, second, scores):
     tiling = Tiling.of((8, 12), 8)

@@ -261,6 +261,14 @@ def test_how_a_process_ended_is_told_by_its_code_or_what_it_refused():
     assert isinstance(refused, Refused) and (refused.cause, refused.remedy) == ("it is bad", "Mend it.")
 
 
+def test_a_process_of_shards_has_its_rank_among_all_places(monkeypatch):
+    monkeypatch.setattr(spawn, "start_process", lambda place, *more: (place, more[-1]))
+    shards, places = object.__new__(spawn.SharedShards), (Place(), Place(threads=2), Place())
+    shards.places, shards.place, shards._spec, shards._on_start = places, "run", None, print
+    place, rank = shards.begin(1, "second")
+    assert place is places[1] and (rank.rank, rank.world, rank.name) == (1, 3, "second")
+
+
 def test_a_death_counts_for_a_batch_and_not_for_a_shard(tmp_path):
     folder, shards = object.__new__(spawn.SharedFolder), object.__new__(spawn.SharedShards)
     folder._state = place = ShardFolder(tmp_path)
