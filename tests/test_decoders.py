@@ -759,6 +759,16 @@ def test_sizes_of_a_capture():
     assert (capture.batch, capture.side) == (1, 16)
 
 
+def test_a_sketch_repeats_the_cells_of_small_levels():
+    """As the domains of stored decoders were measured: nothing is blended from cell to cell."""
+    decoder = build_decoder(small("depth")).eval()
+    drawn = decoder.sketch(capture_of(DEMO_LEVELS, 2))
+    low = drawn[:, :16].unflatten(-1, (2, 8)).unflatten(-3, (2, 8))  # 2 x 2 cells on a grid of 16
+    assert drawn.shape == (2, 64, 16, 16) and (low == low[..., :1, :, :1]).all() and low.std() > 0
+    sums = decoder.level_sums(capture_of(DEMO_LEVELS, 2), DEMO_LEVELS)  # what the fast engines hand over
+    assert torch.allclose(decoder.sketch(ProjectedCapture(tuple(sums.values()), {})), drawn, atol=1e-4)
+
+
 def test_joints_of_upstream_are_those_of_coco_keypoints():
     """As `person_keypoints_val2017.json` has them: names, and a skeleton that counts from 1."""
     names = "nose,left_eye,right_eye,left_ear,right_ear,left_shoulder,right_shoulder,left_elbow,right_elbow,left_wrist,"

@@ -244,8 +244,9 @@ class Decoder(nn.Module):
     def sketch(self, capture: AnyCapture) -> Tensor:
         """[B, D, h, w] mixtures of the channels of every level that is read, on one grid, for its domain."""
         side, parts = min(capture.side, LARGEST_SIDE), []
+        held = capture.sums if isinstance(capture, ProjectedCapture) else [level[0] for level in capture.features]
         for name in self.levels_read:
-            level = self.level(capture, name, capture.side).float()
+            level = self.level(capture, name, held[LEVELS.index(name)].shape[-1]).float()
             weight = torch.from_numpy(mixtures(level.shape[1])).to(level.device)
             mixed = torch.einsum("mc,bchw->bmhw", weight, level)
             pooled = F.adaptive_avg_pool2d(mixed, side) if mixed.shape[-1] > side else mixed
