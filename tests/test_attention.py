@@ -376,6 +376,9 @@ def test_the_library_gives_these_labels_too(engines):
         ["a cone", "two cubes"], tasks=("attention",), classes=CLASSES, steps=2, exponent=0, ask="all"
     )
     assert [label.classes for label in found.attention] == [("background", *CLASSES)] * 2
+    named = Pipeline(engines["fast"])("a cone", tasks=("attention",), classes=CLASSES, steps=2, exponent=0)
+    everything, cone = (set(np.unique(each.attention[0].labels)) - {0, 255} for each in (found, named))
+    assert cone == {1 + CLASSES.index("cone")} < everything, "all words are looked for, whatever the prompt names"
     with pytest.raises(Refused, match="--threshold|at most 1"):
         Pipeline(engines["fast"])("a cone", tasks=("attention",), classes=CLASSES, threshold=3)
     with pytest.raises(Refused, match="no class words"):

@@ -195,6 +195,13 @@ def test_a_class_that_ends_a_prompt_is_found_where_longer_phrases_begin_with_it(
         assert word.name in find_classes(f"a photo of a {word.spoken}", table.names)
 
 
+def test_an_orange_is_a_fruit_before_a_word_that_ends_its_phrase():
+    ends = "on in at by of near beside behind under over above below between inside into onto from to with without "
+    ends += "and or next is are was were sits lies stands hangs resting lying sitting standing hanging against around"
+    lacking = [end for end in ends.split() if not find_classes(f"an orange {end} the table", ("orange",))]
+    assert not lacking and find_classes("an orange table", ("orange",)) == ()
+
+
 def test_an_own_table_goes_before_ours():
     own = class_tables.parse("name,say,words\nvehicle,,car | lorry\ncat,house cat,\n,,toy car\n", "own")
     assert own.other == ("toy car",)

@@ -16,7 +16,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from datasetdm_fast import generate
 from datasetdm_fast.data import Text, join_texts
-from datasetdm_fast.engine.backbones import Latents, Part, every_backbone, flow_models, mmdit_plans
+from datasetdm_fast.engine.backbones import Latents, Part, every_backbone, flow_models, flux2_klein, mmdit_plans
 from datasetdm_fast.engine.backbones.flow_models import seg4diff_of_flux
 from datasetdm_fast.engine.backbones.flux1 import FLUX1
 from datasetdm_fast.engine.backbones.flux2_klein import FLUX2_KLEIN
@@ -301,6 +301,10 @@ def test_records_of_flux_and_qwen_image_tell_their_models_apart():
     flux = {"transformer": SimpleNamespace(num_layers=19, num_single_layers=38, guidance_embeds=True)}
     read = FLUX1.defaults(flux).attention
     assert read.blocks == (12, 17) and read.concept_blocks == tuple(range(9, 19))
+    assert flux2_klein.CONCEPT_PLACE == 510  # as in the published code of ConceptAttention
+    asked = inspect.signature(diffusers.Flux2KleinPipeline.__call__).parameters
+    assert flux2_klein.READ_LAYERS == asked["text_encoder_out_layers"].default
+    assert flux2_klein.LENGTH == asked["max_sequence_length"].default
     klein = {"transformer": SimpleNamespace(num_layers=5)}
     for index, steps, guidance, kind in (
         ({}, 50, 4.0, "cfg"),

@@ -97,6 +97,17 @@ def test_maps_of_words_keep_their_confidence():
         assert "the mean confidence is 0.4039" in list(stored.check(record, pixels, table, (4, 4)))[0]
 
 
+def test_samples_can_be_sorted_by_what_their_records_say():
+    records = {
+        "semantic": ({"mean_confidence": 0.4, "pixels": {}}, {"confidence": 0.4}),
+        "depth": ({"min": 1.5, "mean": 2.0, "max": 3.25}, {"nearest, m": 1.5, "farthest, m": 3.25}),
+        "pose": ([{"num_keypoints": 2}, {"num_keypoints": 0}, {"num_keypoints": 1}], {"people": 2}),
+    }
+    for task, (record, figures) in records.items():
+        assert LABEL_KINDS[task].figures(record) == figures
+    assert not LABEL_KINDS["instance"].figures([]) and not LABEL_KINDS["attention"].figures({"pixels": {}})
+
+
 def test_maps_of_words_agree_on_the_certain_pixels_by_the_words_that_both_know():
     def words(labels, *names):
         return SemanticMap(np.uint8(labels), np.ones((2, 2), np.float32), names)
@@ -108,6 +119,12 @@ def test_maps_of_words_agree_on_the_certain_pixels_by_the_words_that_both_know()
     beyond = words([[1, 2], [3, 0]], "background", "wall", "ball", "cube")  # to the words, a wall is background
     assert semantic_labels.agreement(read, beyond) == 1
     assert semantic_labels.agreement(read, words([[0, 1], [1, 0]], "wall", "dog")) is None
+    others = {
+        "semantic": words([[2, 0], [0, 0]], "wall", "cube", "ball"),
+        "open-vocabulary": words([[0, 0]] * 2, "none"),
+    }
+    _, record = LABEL_KINDS["attention"].encode(read, others, {"classes": ["background", "ball", "cube"]})
+    assert record["agreement"] == {"semantic": 0.0}, "they agree nowhere, and the other map has none of the words"
 
 
 def test_no_class_of_a_map_has_the_number_of_ignored_pixels():
@@ -335,6 +352,10 @@ def test_a_person_without_an_instance_has_the_box_of_its_joints_widened_and_cut_
     inside = person((20, 10), (36, 20), (28, 12))
     assert extent(inside) == [([18.0, 8.0, 20.0, 14.0], 280.0, "joints")]
     assert extent(person((10, 12), (42, 20), (28, 14))) == [([6.0, 8.0, 40.0, 16.0], 640.0, "joints")]
+    by_a_quarter = extent(
+        person((10, 12), (42, 20), (28, 14)), table=PEOPLE | {"widened": 0.25}
+    )  # as another run has it
+    assert by_a_quarter == [([2.0, 4.0, 48.0, 24.0], 1152.0, "joints")]
     assert extent(person((1, 1), (57, 39), (9, 9))) == [([0.0, 0.0, 60.0, 40.0], 2400.0, "joints")]
     assert extent(person((60, 40), (0, 0), (0, 0), visibility=(1, 0, 0))) == [([58.0, 38.0, 2.0, 2.0], 4.0, "joints")]
     assert extent(person((70, -3), (0, 0), (0, 0), visibility=(2, 0, 0)))[0][1] > 0  # a joint outside the picture

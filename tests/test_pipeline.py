@@ -587,6 +587,16 @@ def test_pictures_that_cannot_be_made_are_refused(decoders):
         Pipeline.from_pretrained("no-such-model")
 
 
+def test_every_adapter_and_option_reaches_the_engine(monkeypatch):
+    asked = []
+    monkeypatch.setattr(engines, "open_engine", lambda *names, **how: asked.append((names, how)) or (StubEngine(), {}))
+    Pipeline.from_pretrained("sdxl", lora=[Path("a.safetensors"), "b.safetensors:0.5"], size=512, dtype="bf16")
+    Pipeline.from_pretrained("demo", decoder="own")
+    (first, how), (second, _) = asked
+    assert first == ("sdxl", None) and second == ("demo", "own")
+    assert how["lora"] == ("a.safetensors", "b.safetensors:0.5") and (how["size"], how["dtype"]) == (512, "bf16")
+
+
 def test_without_decoders_there_are_images_alone():
     bare = Pipeline.from_pretrained("tiny", engine="torch")
     out = bare("a ball", steps=2)

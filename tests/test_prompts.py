@@ -18,6 +18,7 @@ from datasetdm_fast.engine.loading.tokenizer import OwnTokenizer
 from datasetdm_fast.engine.loop import prompts
 from datasetdm_fast.engine.loop.prompts import class_and_turn, make_plan, template
 from datasetdm_fast.engine.loop.recipe import check_seed
+from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.jobs import prompt_files
 from datasetdm_fast.runs.jobs.labelling import open_pictures
@@ -86,6 +87,8 @@ def test_batch_size_leaves_little_padding(number, asked, used):
 def test_demo_captions_are_a_function_of_the_seed():
     early, late = plan_of(number=4, seed=0), plan_of(number=2, seed=2)
     assert [request.prompt for request in early][2:] == [request.prompt for request in late]
+    scenes = [world.sample_scene(900_000_000 + seed) for seed in range(4)]  # which the demo model has not seen
+    assert [request.prompt for request in early] == [scene.caption for scene in scenes]
 
 
 def test_other_models_need_prompts():
@@ -285,6 +288,16 @@ def test_too_long_class_words_are_refused():
         plan_of(classes=("x " * 80,), per_class=1)
     with pytest.raises(Refused, match="82 tokens, at most 77"):
         prompts.check_class_lengths(("x " * 80,), Tokenizer())
+
+
+def test_parity_stands_for_the_settings_of_dataset_diffusion_but_those_that_are_given():
+    """100 steps at guidance 7.5, self-attention to the fourth power, and 0.6 and 0.5 as its thresholds."""
+    told = RunConfig(parity="dataset-diffusion", labeller=("attention",), classes=("dog",), exponent=2)
+    found = run_settings.expand_names(told, {"parity", "labeller", "classes", "exponent"})
+    assert (found.steps, found.guidance, found.profile) == (100, 7.5, "0.14.0")
+    assert (found.exponent, found.threshold, found.uncertainty) == (2, 0.6, 0.5)
+    assert found.negative_prompt == "dataset-diffusion" and RunConfig().most_tries == 10
+    assert run_settings.expand_names(replace(told, exponent=-1), {"parity", "labeller", "classes"}).exponent == 4
 
 
 def test_per_class_and_prompts_exclude_each_other():

@@ -465,6 +465,7 @@ def test_things_that_are_too_unsure_for_a_region_are_not_edited(tmp_path):
         ("a young woman's hat", "person", "a star's hat"),
         ("an orange ball", "orange", ""),  # a colour
         ("A ball beside a Café", "ball", "a star beside a Café"),
+        ("a dog's toy and a ball in fog", "ball", "a dog's toy and a star in fog"),
     ],
 )
 def test_an_edit_replaces_what_the_prompt_says_of_a_class(prompt, name, replaced):

@@ -94,6 +94,9 @@ def test_the_shares_of_calls_are_trained(model):
     with torch.enable_grad():
         sum(total.square().sum() for total in project(decoder, levels).sums).backward()
     assert decoder.call_weights.grad.abs().min() > 0
+    with torch.no_grad():
+        decoder.call_weights.copy_(torch.tensor([[math.log(2) / 10], [0.0], [0.0]]).expand(3, 4))
+    assert torch.allclose(decoder.call_shares(), torch.tensor([[0.5], [0.25], [0.25]]).expand(3, 4))
     alone = build_decoder(replace(decoder.config, capture_timestep=520))
     assert "call_weights" not in alone.state_dict()
 

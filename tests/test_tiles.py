@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from datasetdm_fast.data import IGNORE, Instances, Quarantined, Request, Sample, SemanticMap
-from datasetdm_fast.engine.labels.tiles import OVERLAP, Tile, Tiling, joined_instances, joined_map, part
+from datasetdm_fast.engine.labels.tiles import Tile, Tiling, joined_instances, joined_map, part
 from datasetdm_fast.engine.loop.inverting import TilingGenerator
 from datasetdm_fast.engine.pictures.framing import PicturesInMemory
 from datasetdm_fast.engine.tasks.attention import joined_label
@@ -28,11 +28,13 @@ def test_tiles_cover_a_picture_and_overlap(sides):
     for axis in (0, 1):
         starts = sorted({corner[axis] for corner in tiling.corners})
         assert starts[0] == 0 and starts[-1] == sides[axis] - tiling.side
-        assert all(b - a <= tiling.side * (1 - OVERLAP) for a, b in zip(starts, starts[1:]))
+        assert all(4 * (b - a) <= 3 * tiling.side for a, b in zip(starts, starts[1:]))
 
 
 def test_tiles_lie_evenly_to_the_nearest_pixel():
     assert [left for _, left in Tiling.of((32, 100), SIZE).corners] == [0, 23, 45, 68]  # thirds of 68
+    for width, count in ((56, 2), (57, 3)):  # of which two share a quarter of their side, and no less
+        assert len(Tiling.of((32, width), SIZE).corners) == count
 
 
 def test_tiles_of_a_picture_smaller_than_the_model_takes_are_enlarged():

@@ -1529,6 +1529,8 @@ def test_upstreams_recipe(engine, source, folder):
         both = engine.model.levels, wide
         small, large = (recipe(task, source, each, 32, (0,), 9, preset="upstream").config for each in both)
         assert replace(small, levels=large.levels) == large
+    of_joints = [recipe("pose", source, engine.model.levels, 32, (0,), 9, preset=name).config for name in PRESETS]
+    assert [config.score_threshold for config in of_joints] == [0.3, 0.2]
     for task, queries in (("semantic", 100), ("instance", 100), ("open-vocabulary", 20)):
         assert recipe(task, source, engine.model.levels, 32, (0,), 9, preset="upstream").config.queries == queries
     found = recipe("semantic", source, engine.model.levels, 32, (0,), 100, preset="upstream").schedule

@@ -90,6 +90,11 @@ def test_things_that_are_seen_without_the_prompt_make_a_sample_doubtful():
     assert told == found.reasons[0].replace("50%", "30%"), "what is on an eighth of the pixels is named"
     alone = scene([3] * 4 + [0] * 6, (1, slice(0, 4)), (0, slice(4, 10)))  # six columns of one label alone
     assert with_unprompted(trusted, ("ball",), alone, "a ball").reasons == (found.reasons[0].replace("50%", "40%"),)
+    for stars, reasons in ((25, ()), (26, (found.reasons[0].replace("50%", "26%"),))):  # of 100 pixels of things
+        numbers = np.repeat(np.uint8([3, 2]), (stars, 100 - stars)).reshape(10, 10)
+        both = {**RIGHT, "semantic": replace(RIGHT["semantic"], labels=numbers)}
+        both["instance"] = replace(RIGHT["instance"], masks=np.stack([numbers == 2, numbers == 3]))
+        assert with_unprompted(trusted, ("ball",), both, "a ball").reasons == reasons
     assert with_unprompted(trusted, ("ball", "star"), RIGHT, "a ball and a star") == trusted
     assert with_unprompted(trusted, ("ball",), RIGHT, "a ball and two stars") == trusted, "in the text"
     assert with_unprompted(trusted, (), RIGHT, "a street") == trusted, "it names no thing"
@@ -133,6 +138,8 @@ def test_a_pixel_of_two_instances_is_of_the_surer_one_and_shares_are_of_all_pixe
         scores, kinds = np.float32([0.5, 0.9, 0.3])[order], np.array([0, 1, 2])[order]
         found = named_map(Instances(masks[order], kinds, scores, ("ball", "star", "cube")))
         assert found.shares() == {"": 0.2, "ball": 0.4, "star": 0.4}  # the cube is too unsure to be shown
+    for score, shown in ((0.4, {"ball": 1.0}), (0.399, {"": 1.0})):
+        assert named_map(Instances(masks[2:], np.array([0]), np.float32([score]), ("ball",))).shares() == shown
     ignored = SemanticMap(np.uint8([[0, 1, 255, 255]]), np.ones((1, 4), np.float32), ("wall", "ball"))
     assert named_map(ignored).shares() == {"wall": 0.25, "ball": 0.25}
 
