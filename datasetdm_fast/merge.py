@@ -30,8 +30,7 @@ class MergeConfig(OutputSettings):
 @command_with(MergeConfig, EXAMPLES)
 def main(config: MergeConfig, command: CommandLine) -> int:
     from datasetdm_fast.runs.compositions.composition import Source, count_existing
-    from datasetdm_fast.runs.compositions.merging import Merging, write_missing
-    from datasetdm_fast.runs.compositions.shard_merging import ShardMerging
+    from datasetdm_fast.runs.compositions.merging import Merging, ShardMerging, write_missing
     from datasetdm_fast.runs.run_folder.shard_audit import find_sharded
 
     if len(config.runs) < 2:

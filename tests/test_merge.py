@@ -21,8 +21,7 @@ from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.merge import main
 from datasetdm_fast.runs.compositions.composition import SquareSource
-from datasetdm_fast.runs.compositions.merging import _join_models, _merge, _merge_decoders
-from datasetdm_fast.runs.compositions.shard_merging import ShardMerging
+from datasetdm_fast.runs.compositions.merging import ShardMerging, _join_models, _merge, _merge_decoders
 from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.folder import RunFolder
