@@ -8,7 +8,7 @@ from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.output import CountProgress
 from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.messages import count_noun
-from datasetdm_fast.runs.run_folder.shard_audit import audit_place, repair_place
+from datasetdm_fast.runs.run_folder.audit import audit_place, repair_place
 from datasetdm_fast.settings import setting
 
 EXAMPLES = ("runs/demo",)

@@ -31,7 +31,7 @@ class MergeConfig(OutputSettings):
 def main(config: MergeConfig, command: CommandLine) -> int:
     from datasetdm_fast.runs.compositions.composition import Source, count_existing
     from datasetdm_fast.runs.compositions.merging import Merging, ShardMerging, write_missing
-    from datasetdm_fast.runs.run_folder.shard_audit import find_sharded
+    from datasetdm_fast.runs.run_folder.audit import find_sharded
 
     if len(config.runs) < 2:
         count = count_noun(len(config.runs), "run") if config.runs else "no run"

@@ -42,11 +42,11 @@ from datasetdm_fast.runs.exporting import conversion
 from datasetdm_fast.runs.gallery import showing
 from datasetdm_fast.runs.jobs import job as job_module
 from datasetdm_fast.runs.jobs.job import build_job
+from datasetdm_fast.runs.run_folder.audit import audit_place
 from datasetdm_fast.runs.run_folder.corrections import CORRECTIONS, Correction, format_corrections, read_corrections
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, QUARANTINED, Row
 from datasetdm_fast.runs.run_folder.reader import fetch_state
 from datasetdm_fast.runs.run_folder.selections import ShardScores
-from datasetdm_fast.runs.run_folder.shard_audit import audit_place
 from datasetdm_fast.runs.run_folder.shard_places import ObjectStore, ShardBucket, ShardFolder, shard_place
 from datasetdm_fast.runs.run_folder.shard_stream import ShardStream
 from datasetdm_fast.runs.run_folder.shards import (

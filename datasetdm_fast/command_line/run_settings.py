@@ -66,7 +66,7 @@ def complete_settings(config: RunConfig, provided: Collection[str]) -> RunConfig
     if "layout" in provided:
         return config
     if (Path(config.out) / DOCUMENT).exists():  # a run that is begun keeps its layout
-        from datasetdm_fast.runs.run_folder.shard_audit import find_sharded
+        from datasetdm_fast.runs.run_folder.audit import find_sharded
 
         return config if find_sharded(config.out) is None else replace(config, layout=SHARDS)
     return replace(config, layout=SHARDS) if count_images(config) > MOST_IN_FOLDER else config

@@ -17,6 +17,7 @@ from datasetdm_fast.engine.labels.label_files import Files
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.compositions.composition import Source, identity_of
 from datasetdm_fast.runs.gallery.page import finish_run
+from datasetdm_fast.runs.run_folder.audit import find_sharded
 from datasetdm_fast.runs.run_folder.document import (
     DOCUMENT,
     FORMAT,
@@ -32,7 +33,6 @@ from datasetdm_fast.runs.run_folder.document import (
 from datasetdm_fast.runs.run_folder.folder import RunFolder, publish_inside, publish_samples
 from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.runs.run_folder.selections import DROPPED_IDS, encode_dropped, origins
-from datasetdm_fast.runs.run_folder.shard_audit import find_sharded
 from datasetdm_fast.runs.run_folder.shard_places import ShardPlace, is_url, shard_place
 from datasetdm_fast.runs.run_folder.shards import PARALLEL_READS, ShardEntry, entry_name, list_shards
 from datasetdm_fast.untrusted import documents

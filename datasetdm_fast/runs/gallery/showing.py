@@ -17,6 +17,7 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.gallery.page import FIXED_FILES, RunFacts, fetch_or_draw, finish_run, lock_page, write_indexes
 from datasetdm_fast.runs.gallery.review import Review
 from datasetdm_fast.runs.gallery.server import ServedRun
+from datasetdm_fast.runs.run_folder.audit import find_sharded
 from datasetdm_fast.runs.run_folder.document import LEDGER, LOCK, quarantines, require_document, without_ledger
 from datasetdm_fast.runs.run_folder.folder import (
     DETAILS_NAME,
@@ -36,7 +37,6 @@ from datasetdm_fast.runs.run_folder.folder import (
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger
 from datasetdm_fast.runs.run_folder.reader import Run
 from datasetdm_fast.runs.run_folder.selections import read_filter
-from datasetdm_fast.runs.run_folder.shard_audit import find_sharded
 from datasetdm_fast.runs.run_folder.shard_places import ShardFolder, folder_of, shard_place
 from datasetdm_fast.runs.run_folder.shards import ShardLedger
 
