@@ -21,8 +21,8 @@ from datasetdm_fast.engine.engines.torch import TorchEngine
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop.calls import call_text
 from datasetdm_fast.engine.loop.recipe import make_recipe
+from datasetdm_fast.engine.models.capture import CallReader
 from datasetdm_fast.engine.models.mmdit import MMDiT
-from datasetdm_fast.engine.models.mmdit_readers import CallReader
 from datasetdm_fast.engine.models.vae import has_usual_form
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.kernels import fused, launch

@@ -32,13 +32,14 @@ from datasetdm_fast.engine.models.capture import (
     CaptureHook,
     KeptFeature,
     ProjectedSums,
+    ProjectingReader,
     Projection,
     RawCapture,
+    RawReader,
     SummedAttention,
 )
 from datasetdm_fast.engine.models.layers import GroupNorm, LayerNorm, Upsample, Weights, sigmoid
 from datasetdm_fast.engine.models.mmdit import turns_of
-from datasetdm_fast.engine.models.mmdit_readers import ProjectingReader, RawReader
 from datasetdm_fast.engine.models.text_encoder import TextEncoder
 from datasetdm_fast.engine.models.unet import AttentionBlock, TextTable, TimeTable, UNet
 from datasetdm_fast.engine.models.vae import ImageDecoder, ImageEncoder, has_usual_form

@@ -23,9 +23,8 @@ from datasetdm_fast.engine import decoders as decoder_package
 from datasetdm_fast.engine.backbones import ANOTHER
 from datasetdm_fast.engine.decoders.trunk import Decoder, SpectralConv2d
 from datasetdm_fast.engine.loading.model import Model
-from datasetdm_fast.engine.models.capture import CaptureHook, Projection
+from datasetdm_fast.engine.models.capture import CaptureHook, ProjectingReader, Projection, RawReader, append_rows
 from datasetdm_fast.engine.models.mmdit import MMDiT
-from datasetdm_fast.engine.models.mmdit_readers import ProjectingReader, RawReader, append_rows
 from datasetdm_fast.engine.models.unet import TextTable, TimeTable, UNet
 from datasetdm_fast.engine.models.vae import ImageDecoder, ImageEncoder, has_usual_form
 from datasetdm_fast.errors import Missing, Refused

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from datasetdm_fast.data import Text
 from datasetdm_fast.engine.backbones.mmdit_plans import PADDED_TOKENS, BlockPlan, JointPlan, StreamPlan
+from datasetdm_fast.engine.models.capture import CallReader
 from datasetdm_fast.engine.models.layers import Linear, Weights, frozen, join_heads
-from datasetdm_fast.engine.models.mmdit_readers import CallReader
 from datasetdm_fast.engine.models.unet import make_waves
 
 Vectors = Mapping[str, Tensor]  # scales, shifts and gates [R or 1, D] of the norms of a stream

@@ -30,11 +30,10 @@ from datasetdm_fast.engine.engines.fast.engine import (
 )
 from datasetdm_fast.engine.engines.torch import TorchEngine
 from datasetdm_fast.engine.loading.model import Model, Network
-from datasetdm_fast.engine.models.capture import Projection
+from datasetdm_fast.engine.models.capture import CallReader, ProjectingReader, Projection, RawReader, append_rows
 from datasetdm_fast.engine.models.fp8 import with_fp8_products
 from datasetdm_fast.engine.models.fused import FusedImageDecoder
 from datasetdm_fast.engine.models.mmdit import MMDiT
-from datasetdm_fast.engine.models.mmdit_readers import CallReader, ProjectingReader, RawReader, append_rows
 from datasetdm_fast.engine.models.packed import largest_distance, pack_layers, place_module, spending, weights_of
 from datasetdm_fast.engine.models.vae import ImageDecoder, ImageEncoder, has_usual_form
 from datasetdm_fast.errors import Refused
