@@ -18,8 +18,7 @@ from bench.decoders import load_decoders
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.data import Batch, Request
 from datasetdm_fast.engine.engines.device import is_out_of_memory
-from datasetdm_fast.engine.engines.exported.trt import TrtEngine, TrtStage, _resolve_gpu, call_size
-from datasetdm_fast.engine.engines.exported.trt_plan import Queue
+from datasetdm_fast.engine.engines.exported.trt import Queue, TrtEngine, TrtStage, _resolve_gpu, call_size
 from datasetdm_fast.engine.engines.torch import TorchEngine
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop import driver

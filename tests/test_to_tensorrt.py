@@ -22,7 +22,7 @@ from datasetdm_fast import export_cli
 from datasetdm_fast.config import SD_DEFAULTS
 from datasetdm_fast.engine.decoders import checkpoint
 from datasetdm_fast.engine.decoders.config import upstream
-from datasetdm_fast.engine.engines.exported.trt_plan import dynamic_shapes
+from datasetdm_fast.engine.engines.exported.trt import dynamic_shapes
 from datasetdm_fast.engine.loading import load_model, presets
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export.onnx import to_onnx

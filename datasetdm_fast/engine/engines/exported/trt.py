@@ -4,24 +4,225 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.decoders.trunk import Decoder
+from datasetdm_fast.engine.engines.cuda_graph import TURN, InOrder
 from datasetdm_fast.engine.engines.device import resolve_device
 from datasetdm_fast.engine.engines.exported.graphs import GraphEngine, Tensors
-from datasetdm_fast.engine.engines.exported.trt_plan import WORDS, LoadedPlan, Queue, dynamic_shapes
 from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.export.manifest import PRECISIONS, Manifest
+from datasetdm_fast.export.manifest import PRECISIONS, Manifest, StageFile, TensorInfo
 from datasetdm_fast.export.staging import fill_alone, print_line
 from datasetdm_fast.export.tensorrt import plan_builder
 from datasetdm_fast.export.tensorrt.flavours import Flavour, describe_driver, require_gpu
+from datasetdm_fast.export.tensorrt.plan_builder import make_logger
+from datasetdm_fast.untrusted import documents
+
+DTYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "INT64": "int64",
+    "INT32": "int32",
+    "UINT8": "uint8",
+    "BOOL": "bool",
+}
+WORDS = 4  # class words per call of the open-vocabulary decoder
+
+
+def resolve_shape(info: TensorInfo, batch: int) -> tuple[int, ...]:
+    """The shape of a tensor in numbers."""
+    letters = {"B": batch, "2B": 2 * batch, "K": WORDS}
+    return tuple(letters[axis] if isinstance(axis, str) else axis for axis in info.shape)
+
+
+def dynamic_shapes(tensors: StageFile, batch: int) -> dict[str, tuple[int, ...]]:
+    """The inputs whose shape a call decides; kernels are chosen for these."""
+    return {
+        info.name: resolve_shape(info, batch)
+        for info in tensors.inputs
+        if any(isinstance(axis, str) for axis in info.shape)
+    }
+
+
+class Queue(InOrder):
+    """A stream of its own on one GPU: TensorRT synchronises the whole device when it is given the default stream.
+
+    The threads that sample and that make labels take turns: what one queues while the other records would be recorded.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.gpu = torch.cuda.get_device_name(device)
+        self.capability = "sm{}{}".format(*torch.cuda.get_device_capability(device))
+        self.handle = self.stream.cuda_stream
+
+    def run(self, work: Callable[[], None]) -> None:
+        """`work` on this stream: after what its caller has queued, before what the caller queues next."""
+        current = torch.cuda.current_stream(self.device)
+        with TURN:
+            self.stream.wait_stream(current)
+            with torch.cuda.stream(self.stream):
+                work()
+            current.wait_stream(self.stream)
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """What repeats `work` as one CUDA graph; call it within `run`."""
+        self.stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            work()
+        return graph.replay
+
+    def free_memory(self) -> int:
+        """Bytes that neither PyTorch nor another process holds."""
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(self.device)[0]
+
+    @contextmanager
+    def take_turn(self) -> Iterator[None]:
+        """What this thread queues within this block comes after what others have queued in theirs."""
+        with TURN:
+            self.follow(torch.cuda.current_stream(self.device))
+            yield
+
+    @contextmanager
+    def use_device(self) -> Iterator[None]:
+        """Within this block the GPU is the current one, as TensorRT expects when it loads a plan, and the stream this
+        thread's alone.
+        """
+        with TURN, torch.cuda.device(self.device):
+            yield
+
+
+class LoadedPlan:
+    """One stage on the GPU for one batch size: its weights and a context over buffers that stay where they are."""
+
+    def __init__(self, path: Path, tensors: StageFile, batch: int, flavour: Flavour, queue: Queue):
+        self.path, self.tensors, self.batch, self.flavour, self.queue = path, tensors, batch, flavour, queue
+        self.log = make_logger(flavour.module)
+        with queue.use_device():
+            try:
+                self._load()
+            except (torch.OutOfMemoryError, Missing):
+                raise
+            except (RuntimeError, TypeError) as error:  # of TensorRT, and of a recording that it ended
+                raise self._failure(f"loading it: {documents.one_line(str(error))}") from error
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The outputs of the stage, as tensors that later calls leave alone."""
+        with self.queue.take_turn():
+            for name, buffer in self.inputs.items():
+                shape, expected = list(inputs[name].shape), list(buffer.shape)
+                assert shape == expected, f"{name} is {shape}, expected {expected}"
+                buffer.copy_(inputs[name])
+            self.queue.run(self._replay)
+            return {name: buffer.clone() for name, buffer in self.outputs.items()}
+
+    def _load(self) -> None:
+        self.runtime = self.flavour.module.Runtime(self.log)
+        self.engine = self._deserialise()
+        names = [self.engine.get_tensor_name(place) for place in range(self.engine.num_io_tensors)]
+        dtypes = {name: DTYPES.get(self.engine.get_tensor_dtype(name).name) for name in names}
+        expected = {info.name: info.dtype for info in (*self.tensors.inputs, *self.tensors.outputs)}
+        if dtypes != expected:
+            raise self._unfit(f"its tensors are {dtypes}, expected {expected}")
+        self.inputs, self.outputs = map(self._make_buffers, (self.tensors.inputs, self.tensors.outputs))
+        self.context = self._make_context()
+        self.queue.run(self._execute)  # compiles, tunes and allocates what a recording must not
+        self._replay = self._execute
+        if not self.records_itself:
+            self.queue.run(self._record)
+
+    def _deserialise(self) -> Any:
+        trt, content = self.flavour.module, self.path.read_bytes()
+        if hasattr(self.runtime, "get_engine_validity"):
+            validity, flags = self.runtime.get_engine_validity(content)
+            if validity == trt.EngineValidity.INVALID:
+                members = trt.EngineInvalidityDiagnostics.__members__.items()
+                raise self._unfit(", ".join(name for name, member in members if flags & member.value) or self.log.last)
+        engine = self.runtime.deserialize_cuda_engine(content)
+        if engine is None:
+            raise self._unfit(self.log.last)
+        return engine
+
+    def _unfit(self, reason: str) -> Missing:
+        return Missing(
+            f"{self.path}: {self.flavour.title} cannot run this plan on {self.queue.gpu} "
+            f"({self.queue.capability}): {reason}",
+            "Update the NVIDIA driver, or delete the plan so that it is built on this machine.",
+        )
+
+    def _make_buffers(self, infos: Sequence[TensorInfo]) -> dict[str, Tensor]:
+        return {
+            info.name: torch.zeros(
+                resolve_shape(info, self.batch), dtype=getattr(torch, info.dtype), device=self.queue.device
+            )
+            for info in infos
+        }
+
+    def _make_context(self) -> Any:
+        self.settings = None
+        if hasattr(self.engine, "create_runtime_config"):  # TensorRT has only some of what TensorRT-RTX has
+            self.settings, trt = self.engine.create_runtime_config(), self.flavour.module
+            if hasattr(self.settings, "dynamic_shapes_kernel_specialization_strategy"):
+                eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+                self.settings.dynamic_shapes_kernel_specialization_strategy = eager
+            if self.records_itself:
+                self.settings.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        self._check_memory()
+        context = self.engine.create_execution_context(*([] if self.settings is None else [self.settings]))
+        if context is None:
+            raise self._unfit(self.log.last)
+        for name, shape in dynamic_shapes(self.tensors, self.batch).items():
+            self._must(context.set_input_shape(name, shape), f"the shape of {name}")
+        missing = context.infer_shapes()
+        self._must(not missing, f"inferring shapes, without {', '.join(missing)}")
+        for name, buffer in self.outputs.items():
+            self._must(tuple(context.get_tensor_shape(name)) == tuple(buffer.shape), f"the shape of {name}")
+        for name, buffer in (self.inputs | self.outputs).items():
+            self._must(context.set_tensor_address(name, buffer.data_ptr()), f"the address of {name}")
+        return context
+
+    def _check_memory(self) -> None:
+        """Refuses what would not fit: TensorRT's own message about it names bytes and nothing to change."""
+        needed, free = self.engine.device_memory_size_v2, self.queue.free_memory()
+        if needed > free:
+            raise Missing(
+                f"memory: the GPU does not have enough memory for {Path(self.tensors.file).stem} in batches of "
+                f"{self.batch}: it takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
+                "Choose a smaller --batch-size or --size, or free its memory.",
+            )
+
+    @property
+    def records_itself(self) -> bool:
+        """Whether TensorRT wraps its calls into CUDA graphs without our doing."""
+        return hasattr(self.settings, "cuda_graph_strategy")
+
+    def _must(self, is_done: bool, step: str) -> None:
+        if not is_done:
+            raise self._failure(step)
+
+    def _failure(self, step: str) -> Missing:
+        return Missing(
+            f"{self.path}: TensorRT failed at {step}: {self.log.last}",
+            "Delete the plan so that it is rebuilt, or use --engine fast.",
+        )
+
+    def _execute(self) -> None:
+        self._must(self.context.execute_async_v3(self.queue.handle), "running it")
+
+    def _record(self) -> None:
+        self._replay = self.queue.record(self._execute)
+
 
 TEXTS = 8  # prompts or words per call of the text encoder
 PIXELS = 8 * 512 * 512  # of the images per call of the autoencoder; its full-size activations dwarf the UNet's
