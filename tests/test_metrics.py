@@ -15,11 +15,18 @@ from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
 from datasetdm_fast.engine.decoders.config import COCO_JOINTS
 from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS, Labelled
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.training.evaluation import intervals as interval_parts
 from datasetdm_fast.training.evaluation import measure, metrics, naming
+from datasetdm_fast.training.evaluation import meter as interval_parts
 from datasetdm_fast.training.evaluation import meter as meters
-from datasetdm_fast.training.evaluation.intervals import expanded_level, intervals
-from datasetdm_fast.training.evaluation.meter import Meter, check_count, figure_name, mean, translation
+from datasetdm_fast.training.evaluation.meter import (
+    Meter,
+    check_count,
+    expanded_level,
+    figure_name,
+    intervals,
+    mean,
+    translation,
+)
 from datasetdm_fast.training.evaluation.metrics import METRICS
 from datasetdm_fast.training.evaluation.settings import EvaluateConfig, ScoreSettings
 from datasetdm_fast.training.readers import open_data

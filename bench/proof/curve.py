@@ -19,8 +19,7 @@ from datasetdm_fast.engine.pictures.labelled import LabelledSource
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.settings import EngineSettings, ModelSettings, OutputSettings, setting
-from datasetdm_fast.training.evaluation.intervals import expanded_level
-from datasetdm_fast.training.evaluation.meter import check_count, figure_name, nothing_shown
+from datasetdm_fast.training.evaluation.meter import check_count, expanded_level, figure_name, nothing_shown
 from datasetdm_fast.training.evaluation.metrics import METRICS
 from datasetdm_fast.training.readers import EVERYTHING, RENDERED_KINDS, open_data, parse_address
 from datasetdm_fast.training.truth.selection import DataSettings, Selection

@@ -18,9 +18,8 @@ import numpy as np
 from bench.machine import machine
 from bench.report import results
 from datasetdm_fast.engine.engines import open_engine
-from datasetdm_fast.training.evaluation.intervals import intervals
 from datasetdm_fast.training.evaluation.measure import measure
-from datasetdm_fast.training.evaluation.meter import Meter
+from datasetdm_fast.training.evaluation.meter import Meter, intervals
 from datasetdm_fast.training.evaluation.settings import ScoreSettings
 from datasetdm_fast.training.readers import open_data
 

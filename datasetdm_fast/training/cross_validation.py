@@ -17,7 +17,7 @@ from scipy import special
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.decoders.checkpoint import load_decoder
 from datasetdm_fast.training import checkpoint, predictions
-from datasetdm_fast.training.evaluation.intervals import intervals
+from datasetdm_fast.training.evaluation.meter import intervals
 from datasetdm_fast.training.evaluation.metrics import METRICS
 from datasetdm_fast.training.session import TrainingSession
 from datasetdm_fast.training.settings import TaskSettings

@@ -28,8 +28,7 @@ from datasetdm_fast.engine.engines.device import multiplies_bf16, retain_freed
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.training import checkpoint, data_record, predictions, word_heads
 from datasetdm_fast.training.captures.views import TrainingViews
-from datasetdm_fast.training.evaluation.intervals import intervals
-from datasetdm_fast.training.evaluation.meter import Meter
+from datasetdm_fast.training.evaluation.meter import Meter, intervals
 from datasetdm_fast.training.evaluation.metrics import METRICS
 from datasetdm_fast.training.log import Log
 from datasetdm_fast.training.predictions import Predictor

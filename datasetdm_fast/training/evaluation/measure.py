@@ -18,13 +18,13 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.training import data_record
 from datasetdm_fast.training.evaluation import naming
-from datasetdm_fast.training.evaluation.intervals import intervals
 from datasetdm_fast.training.evaluation.meter import (
     BACKGROUND,
     Meter,
     check_count,
     check_names,
     figure_name,
+    intervals,
     nothing_shown,
 )
 from datasetdm_fast.training.evaluation.metrics import METRICS
