@@ -1,4 +1,5 @@
-"""Capture hooks: nothing, every feature and map, what the decoders make of them, or averages of the attention.
+"""Capture hooks: nothing, every feature and map, what the decoders make of them, or averages of the attention;
+the last classes read the attention of an MMDiT.
 
 A decoder's first layer is a 1x1 convolution over a level, which commutes with resizing: each tensor is multiplied by
 its slice of the weight and added to the level's sum, so that the concatenated level never exists.

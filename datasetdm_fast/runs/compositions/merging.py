@@ -1,4 +1,6 @@
-"""Runs become one: every sample once, numbered anew, with the provenance of each; no byte of its files changes."""
+"""Runs become one: every sample once, numbered anew, with the provenance of each; no byte of its files changes.
+Runs in shards become a manifest whose entries name the shards of others, of which none is copied.
+"""
 
 import hashlib
 import os

@@ -1,4 +1,6 @@
-"""Whether every file of a run folder is what its ledger says, and what is damaged."""
+"""Whether every file of a run folder, or of its shards, is what its ledger says, and what is damaged; damaged shards
+can be taken out.
+"""
 
 import hashlib
 import os

@@ -1,4 +1,6 @@
-"""One meter per task: it adds predictions and truth image by image, and computes figures."""
+"""One meter per task: it adds predictions and truth image by image, and computes figures; their intervals come from a
+bootstrap over its images that also holds for few of them.
+"""
 
 from __future__ import annotations
 

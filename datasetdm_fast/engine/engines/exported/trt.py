@@ -1,4 +1,7 @@
-"""The TensorRT engine: every stage a plan built from its graph, run by whichever TensorRT is installed."""
+"""The TensorRT engine: every stage a plan built from its graph, run by whichever TensorRT is installed.
+
+A loaded plan has contexts over static buffers, and each call of fixed shape is recorded as a CUDA graph.
+"""
 
 from __future__ import annotations
 
