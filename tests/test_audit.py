@@ -340,6 +340,11 @@ def test_a_run_whose_ledger_is_gone_names_the_command_that_made_it(spoilt, capsy
         assert "Run python -m datasetdm_fast.edit with its flags again" in error
 
 
+def test_a_run_that_was_copied_without_its_state_is_not_whole(spoilt):
+    shutil.rmtree(spoilt / "state")
+    assert [(found.place, found.what) for found in audit.audit(spoilt).findings] == [(LEDGER, "is not there")]
+
+
 def test_a_seal_changed_by_hand_is_found(spoilt):
     seal = json.loads((spoilt / SEAL).read_text())
     (spoilt / SEAL).write_text(json.dumps(seal))

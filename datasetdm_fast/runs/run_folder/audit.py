@@ -133,7 +133,7 @@ def audit(
     findings: list[Finding] = []
     document = _check_document(folder, findings)
     report = Report(str(folder), document["plan"]["number"] if document else 0, 0, 0, 0, 0, findings)
-    if not any((folder / name).exists() for name in (LEDGER, SEAL)):
+    if not any((folder / name).exists() for name in (LEDGER, SEAL, "samples.jsonl")):
         return report  # killed before its first sample, or in shards with a damaged run.json
     try:
         with Ledger(folder / LEDGER, read_only=True) as ledger:
@@ -141,7 +141,8 @@ def audit(
     except (Refused, Missing) as error:  # also a page of the ledger that only reading it shows to be damaged
         if isinstance(error, Missing) and (storage.FULL in str(error) or (folder / LEDGER).exists()):
             raise  # a disk or a file of a sample that cannot be read, which is no damage of the ledger
-        findings.append(Finding(LEDGER, _cause(error, folder, LEDGER), RESTORE_LEDGER))
+        cause = _cause(error, folder, LEDGER) if (folder / LEDGER).exists() else MISSING
+        findings.append(Finding(LEDGER, cause, RESTORE_LEDGER))
         return report
 
 
