@@ -30,6 +30,8 @@ def main(config: LabelConfig, command: CommandLine) -> int:
         plan if left else f"{job.folder}: complete with {count}, nothing to do",
         *([f"captions: {captions}"] if (captions := count_unnamed(job)) else []),
     ]
+    if bare := [name for name, caption in pictures.captions.items() if not caption]:
+        lines.append(f"captions: {len(bare)} of {count} without one, such as {bare[0]}")
     if others := pictures.passed_over():
         lines.append(f"left out: {len(others)} not PNG or JPEG, such as {others[0]}")
     if config.dry_run:

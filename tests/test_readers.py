@@ -2494,7 +2494,11 @@ def test_captions_go_by_file_name_or_name_and_those_of_other_images_are_refused(
     root, spec = copied("folder")
     path = root / "captions.json"
     path.write_text(json.dumps({"scene 0.png": "a quiet room", "scene 1": "a garden"}))
-    assert [item.caption for item in open_data(spec, 64)][:2] == ["a quiet room", "a garden"]
+    source = open_data(spec, 64)
+    assert [item.caption for item in source][:2] == ["a quiet room", "a garden"]
+    assert source.layout == f"captions.json names 2 of {len(source)} images"
+    path.write_text(json.dumps(dict.fromkeys(source.ids, "a room")))
+    assert open_data(spec, 64).layout == ""
     path.write_text(json.dumps({"scene 0.jpg": "a quiet room"}))
     with pytest.raises(Refused, match="names none of the images") as stop:
         open_data(spec, 64)

@@ -115,7 +115,7 @@ class LabelledSource:
     class_table: ClassTable | None = None  # of the user's own words, for captions that are made of the labels
     called: Mapping[str, str] = {}  # class -> the name that such captions call it by instead of its own
     framing: str = "fit"
-    layout: str = ""  # which of its files were taken, where several layouts are read
+    layout: str = ""  # which of its files were taken, where several layouts are read or a file tells of some images
     skip_bad: bool = False
     least_mask: float = 1.0  # pixels at the model's size: smaller masks are dropped
 

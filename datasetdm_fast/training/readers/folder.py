@@ -49,7 +49,10 @@ class Folder(PictureSource):
         self.captions = {}
         if captions.exists():
             self.captions = documents.read_object(captions, most=reading.LARGEST_LIST, remedy=reading.CAPTIONS)
-        if self.captions and all(self._caption(record) is None for record in range(len(self.images))):
+        named = sum(self._caption(record) is not None for record in range(len(self.images)))
+        if 0 < named < len(self.images):
+            self.layout = f"captions.json names {named} of {len(self.images)} images"
+        if self.captions and not named:
             raise Refused(
                 f"{captions}: names none of the images in {path / 'images'}",
                 f"Name them by their paths there, such as {documents.quote(self.ids[0])}.",
