@@ -1050,6 +1050,16 @@ def test_categories_of_one_name_are_refused(copied):
         open_data(address, SIZE, tasks=["instance"])
 
 
+@pytest.mark.parametrize("place", ["", "images"])
+def test_files_of_coco_find_the_pictures_of_their_year(copied, place):
+    root, address = copied("coco")
+    before = open_data(address, SIZE, tasks=["instance"])[0].image
+    (root / place).mkdir(exist_ok=True)
+    (root / "train2017").rename(root / place / "train2017")
+    source = open_data(f"coco:{root}/annotations/instances_train2017.json", SIZE)
+    assert (source[0].image == before).all()
+
+
 @pytest.mark.parametrize("named", ["labels.json", "labels.json:photos"])
 def test_a_file_of_coco_may_be_named_with_or_without_its_pictures(made, placed, named):
     root, _, place = placed

@@ -167,6 +167,6 @@ def _bare_name(file: Path) -> str:
 def _picture_folders(file: Path, root: Path) -> tuple[Path, ...]:
     """Where the pictures of an annotation file may lie, the likeliest first."""
     above = file.parent.parent if file.parent.name == "annotations" else file.parent
-    names = dict.fromkeys((_split_of(file, root), _bare_name(file)))
+    names = dict.fromkeys((_split_of(file, root), _bare_name(file), file.stem.rpartition("_")[2]))  # COCO's have a year
     splits = (above / place for name in names if name for place in (f"images/{name}", f"data/{name}", name))
     return tuple(dict.fromkeys((*splits, above / "images", above / "data", file.parent, above)))
