@@ -381,7 +381,7 @@ _BY_FILE = {
         ('"xmax": x + width', '"xmax": x + width + 1', "boxes of VOC end a pixel too far"),
         ('"ymax": y + height', '"ymax": y + height + 1', "boxes of VOC end a pixel too far"),
     ),
-    "runs/exporting/view.py": (
+    "runs/exporting/format.py": (
         "test_export_values.py",
         (
             'np.argsort([thing.score for thing in self.things], kind="stable").tolist()',

@@ -36,10 +36,9 @@ from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.runs.exporting import conversion, export_folder, hf, wds
 from datasetdm_fast.runs.exporting.classes import Classes, Renaming, collect_classes, number_lookup
 from datasetdm_fast.runs.exporting.export_folder import read_export
-from datasetdm_fast.runs.exporting.format import class_map
+from datasetdm_fast.runs.exporting.format import Linked, SampleView, class_map
 from datasetdm_fast.runs.exporting.rings import editable_parts, rings
 from datasetdm_fast.runs.exporting.sources import ExportSource, choose_labels
-from datasetdm_fast.runs.exporting.view import Linked, SampleView
 from datasetdm_fast.runs.exporting.voc import borders
 from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.run_folder.corrections import Correction

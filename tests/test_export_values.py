@@ -24,10 +24,10 @@ from datasetdm_fast.config import EXPORT_FORMATS
 from datasetdm_fast.convert import main
 from datasetdm_fast.data import DepthMap, Instances, Keypoints, Request, Sample, SemanticMap
 from datasetdm_fast.engine.labels import mask_rle, number_classes
-from datasetdm_fast.runs.exporting import annotation_tools, cityscapes, coco, depth, hf, rings, view, voc, wds, yolo
+from datasetdm_fast.runs.exporting import annotation_tools, cityscapes, coco, depth, format, hf, rings, voc, wds, yolo
 from datasetdm_fast.runs.exporting.classes import Classes
+from datasetdm_fast.runs.exporting.format import ExportedPerson, ExportedThing
 from datasetdm_fast.runs.exporting.settings import PictureSettings
-from datasetdm_fast.runs.exporting.view import ExportedPerson, ExportedThing
 from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.reader import open_run
@@ -683,26 +683,26 @@ def test_shards_hold_every_sample_of_a_split_once():
     ],
 )
 def test_a_picture_keeps_its_form_where_a_format_has_it(monkeypatch, stored, asked, forms, form, is_linked):
-    made = object.__new__(view.SampleView)
+    made = object.__new__(format.SampleView)
     made.stored = SimpleNamespace(row=SimpleNamespace(files={"image": (f"images/a.{stored}", None)}))
     made.pictures, made.image = PictureSettings(image_format=asked, quality=80), "pixels"
-    monkeypatch.setattr(view.SampleView, "link_file", lambda self, role: f"link of {role}")
-    monkeypatch.setattr(view, "image_bytes", lambda *given: given)
+    monkeypatch.setattr(format.SampleView, "link_file", lambda self, role: f"link of {role}")
+    monkeypatch.setattr(format, "image_bytes", lambda *given: given)
     content = "link of image" if is_linked else ("pixels", form, 80)
     assert made.picture(forms) == (form, content) and PictureSettings() == PictureSettings(0.0, "same", 95)
 
 
 @pytest.mark.parametrize("shards", [None, "shards"])
 def test_a_file_in_a_shard_is_copied_and_one_of_a_folder_linked(tmp_path, monkeypatch, shards):
-    made = object.__new__(view.SampleView)
-    monkeypatch.setattr(view.SampleView, "read", lambda self, role: b"bytes")
+    made = object.__new__(format.SampleView)
+    monkeypatch.setattr(format.SampleView, "read", lambda self, role: b"bytes")
     files = {"image": ("images/a.png", "stored")}
     made.stored = SimpleNamespace(row=SimpleNamespace(files=files), shards=shards, folder=tmp_path)
-    assert made.link_file("image") == (b"bytes" if shards else view.Linked(tmp_path / "images/a.png", "stored"))
+    assert made.link_file("image") == (b"bytes" if shards else format.Linked(tmp_path / "images/a.png", "stored"))
 
 
 def test_persons_without_joints_or_of_a_low_score_are_left_out():
-    made = object.__new__(view.SampleView)
+    made = object.__new__(format.SampleView)
     row = {"keypoints": [1, 2, 2], "keypoint_scores": [0.5], "area": 4, "bbox": [0, 0, 2, 2]}
     people = [row | {"num_keypoints": count, "score": score} for count, score in ((1, 0.5), (0, 0.9), (2, 0.49))]
     made.run = SimpleNamespace(labels={"pose": "pose"}, person="person")

@@ -11,9 +11,8 @@ from datasetdm_fast.engine.labels import mask_rle
 from datasetdm_fast.engine.labels.class_tables import colour
 from datasetdm_fast.runs.exporting.classes import one_line
 from datasetdm_fast.runs.exporting.coco import json_list
-from datasetdm_fast.runs.exporting.format import AllSamples, Entry, ExportPlan, Files, Format
+from datasetdm_fast.runs.exporting.format import AllSamples, Entry, ExportedThing, ExportPlan, Files, Format, SampleView
 from datasetdm_fast.runs.exporting.rings import editable_parts, join_rings
-from datasetdm_fast.runs.exporting.view import ExportedThing, SampleView
 
 LOCAL = "/data/local-files/?d="  # before a path below LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT
 NAMES = {"from_name": "label", "to_name": "image"}  # of the interface's parts, in config.xml

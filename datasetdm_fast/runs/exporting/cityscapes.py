@@ -8,9 +8,8 @@ import numpy as np
 from datasetdm_fast import _C
 from datasetdm_fast.engine.labels.class_tables import builtin_table
 from datasetdm_fast.runs.exporting.classes import IGNORED
-from datasetdm_fast.runs.exporting.format import Entry, ExportPlan, Files, Format, class_map
+from datasetdm_fast.runs.exporting.format import Entry, ExportPlan, Files, Format, SampleView, class_map
 from datasetdm_fast.runs.exporting.rings import group_parts, join_rings, on_pixels, rings
-from datasetdm_fast.runs.exporting.view import SampleView
 
 LABEL_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # by train id
 WORDS = {word.name: (k, LABEL_IDS[k], word.colour) for k, word in enumerate(builtin_table("cityscapes").classes)}

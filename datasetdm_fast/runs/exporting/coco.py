@@ -12,9 +12,17 @@ from datasetdm_fast.engine.labels import mask_rle
 from datasetdm_fast.engine.labels.class_tables import colour
 from datasetdm_fast.engine.labels.pictures import bounds
 from datasetdm_fast.runs.exporting.classes import Classes
-from datasetdm_fast.runs.exporting.format import AllSamples, Entry, ExportPlan, Files, Format
+from datasetdm_fast.runs.exporting.format import (
+    AllSamples,
+    Entry,
+    ExportedPerson,
+    ExportedThing,
+    ExportPlan,
+    Files,
+    Format,
+    SampleView,
+)
 from datasetdm_fast.runs.exporting.rings import is_hole, join_rings, rings
-from datasetdm_fast.runs.exporting.view import ExportedPerson, ExportedThing, SampleView
 from datasetdm_fast.runs.run_folder.ledger import canonical
 from datasetdm_fast.version import __version__
 

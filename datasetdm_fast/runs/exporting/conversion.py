@@ -17,10 +17,19 @@ from datasetdm_fast.plugins import load_place
 from datasetdm_fast.runs.exporting import export_folder
 from datasetdm_fast.runs.exporting.classes import PERSON, Renaming, collect_classes
 from datasetdm_fast.runs.exporting.export_folder import DoneSample, ExportFolder, StoredExport
-from datasetdm_fast.runs.exporting.format import AllSamples, Content, Entry, ExportPlan, Files, Format
+from datasetdm_fast.runs.exporting.format import (
+    AllSamples,
+    Content,
+    Entry,
+    ExportPlan,
+    Files,
+    Format,
+    Linked,
+    RunView,
+    SampleView,
+)
 from datasetdm_fast.runs.exporting.settings import LayoutSettings, PictureSettings
 from datasetdm_fast.runs.exporting.sources import TRAIN, ExportSource, damage_of
-from datasetdm_fast.runs.exporting.view import Linked, RunView, SampleView
 from datasetdm_fast.runs.run_folder.ledger import canonical
 from datasetdm_fast.runs.run_folder.reader import StoredSample
 from datasetdm_fast.runs.run_folder.shard_places import ShardBucket

@@ -4,8 +4,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 
-from datasetdm_fast.runs.exporting.format import AllSamples, Entry, ExportPlan, Files, Format
-from datasetdm_fast.runs.exporting.view import SampleView
+from datasetdm_fast.runs.exporting.format import AllSamples, Entry, ExportPlan, Files, Format, SampleView
 
 SCENE = "synthetic"  # the folder of the pictures, where the originals have one for each place
 FOCAL = {"nyu": 518.8579, "kitti": 721.5377}  # pixels, of the originals' cameras in the lists; no trainer reads them

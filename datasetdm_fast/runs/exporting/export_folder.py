@@ -15,7 +15,7 @@ from typing import Any
 from datasetdm_fast.disk import sqlite, storage
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import GateFailed, Refused, refusing_form
-from datasetdm_fast.runs.exporting.view import Content, Linked
+from datasetdm_fast.runs.exporting.format import Content, Linked
 from datasetdm_fast.runs.run_folder.document import EXPORTS, check_same, pretty, run_around
 from datasetdm_fast.runs.run_folder.shard_places import PARALLEL_FILES, ShardBucket, ShardFolder, is_url, shard_place
 from datasetdm_fast.untrusted import documents

@@ -11,8 +11,7 @@ from typing import Any
 
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.exporting.export_folder import read_export
-from datasetdm_fast.runs.exporting.format import AllSamples, Entry, ExportPlan, Files, Format
-from datasetdm_fast.runs.exporting.view import SampleView
+from datasetdm_fast.runs.exporting.format import AllSamples, Entry, ExportPlan, Files, Format, SampleView
 from datasetdm_fast.runs.exporting.wds import describe_sample, map_files, read_content, table_files
 from datasetdm_fast.runs.run_folder.ledger import canonical
 from datasetdm_fast.untrusted import documents

@@ -5,8 +5,7 @@ from pprint import pformat
 
 from datasetdm_fast import _C
 from datasetdm_fast.engine.labels.class_tables import colour, palette
-from datasetdm_fast.runs.exporting.format import AllSamples, Entry, ExportPlan, Files, Format
-from datasetdm_fast.runs.exporting.view import SampleView
+from datasetdm_fast.runs.exporting.format import AllSamples, Entry, ExportPlan, Files, Format, SampleView
 
 WIDTH = 120
 NOTE = "For an mmsegmentation config: add metainfo, data_root and a pipeline to the dataset of each dataloader."

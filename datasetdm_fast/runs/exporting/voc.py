@@ -9,8 +9,7 @@ from PIL import Image, ImageFilter
 from datasetdm_fast import _C
 from datasetdm_fast.engine.labels.class_tables import builtin_table, voc_palette
 from datasetdm_fast.runs.exporting.classes import IGNORED, Classes, one_line
-from datasetdm_fast.runs.exporting.format import AllSamples, Entry, ExportPlan, Files, Format, class_map
-from datasetdm_fast.runs.exporting.view import SampleView
+from datasetdm_fast.runs.exporting.format import AllSamples, Entry, ExportPlan, Files, Format, SampleView, class_map
 
 ROOT = "VOCdevkit/VOC2012"
 MOST_OBJECTS = 254  # of a picture, in 8 bits beside nothing and the border

@@ -8,8 +8,7 @@ from datasetdm_fast import _C
 from datasetdm_fast.engine.labels.depth import UNITS, unit_of
 from datasetdm_fast.engine.labels.label_files import index_png
 from datasetdm_fast.runs.exporting.classes import IGNORED
-from datasetdm_fast.runs.exporting.format import AllSamples, Content, Entry, ExportPlan, Files, Format
-from datasetdm_fast.runs.exporting.view import SampleView
+from datasetdm_fast.runs.exporting.format import AllSamples, Content, Entry, ExportPlan, Files, Format, SampleView
 from datasetdm_fast.runs.run_folder.shards import write_tar
 
 

@@ -7,9 +7,8 @@ import numpy as np
 
 from datasetdm_fast.engine.labels.class_tables import mirrored_names
 from datasetdm_fast.engine.labels.pose import TO_EDGE
-from datasetdm_fast.runs.exporting.format import AllSamples, Entry, ExportPlan, Files, Format
+from datasetdm_fast.runs.exporting.format import AllSamples, Entry, ExportPlan, Files, Format, SampleView
 from datasetdm_fast.runs.exporting.rings import group_parts, join_rings, rings
-from datasetdm_fast.runs.exporting.view import SampleView
 
 DIGITS = 10  # of a share
 
