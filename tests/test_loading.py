@@ -286,6 +286,13 @@ def test_a_seeded_network_is_of_unit_gain_and_tells_its_size_and_its_most_pixels
         load_model("random-zimage", size=8208)
 
 
+def test_norms_of_random_models_are_near_one_and_biases_near_zero():
+    draw = presets.Seeded(0)
+    for name, mean in (("norm1.weight", 1), ("norm1.bias", 0), ("running_var", 1), ("conv.bias", 0)):
+        drawn = draw(name, torch.empty(4096))
+        assert abs(float(drawn.mean()) - mean) < 0.01 and float(drawn.std()) == pytest.approx(0.02, rel=0.05)
+
+
 def test_the_tokenizer_of_the_demo_model_gives_the_ids_of_transformers():
     model, chance = load_model("demo"), random.Random(0)
     texts = ["", "A  Red\tBALL, and it's <|endoftext|> it", "a " * 90 + "b", "x" * 400]
