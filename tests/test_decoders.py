@@ -26,6 +26,7 @@ from datasetdm_fast.engine.decoders.checkpoint import (
     build_decoder,
     check_fits,
     load_decoder,
+    round_parameters,
     save_decoder,
     seeded_decoders,
     untrained_decoders,
@@ -367,6 +368,48 @@ def test_products_stacked_for_a_gpu_change_rounding_alone(kind, form):
         right, found = decoder(capture, text), copy_for_gpu(decoder, torch.float32, ops)(capture, text)
     for name, value in right.items():
         assert distance(found[name], value) <= 2e-5, name
+
+
+def test_shares_of_heads_are_of_the_levels_in_their_order():
+    """The first of the first level, which tells none where all its shares are 0."""
+    counts = [level.heads for level in DEMO_LEVELS]
+    total = sum(map(sum, counts))
+    shares = [float(k + 1) for k in range(total)]
+    first = sum(counts[0])
+    told = small("segmentation", word_heads=(*[0.0] * first, *shares[first:]))
+    found, after = told.word_levels(), first
+    assert list(found) == [level.name for level in DEMO_LEVELS[1:] if level.heads]
+    for level in DEMO_LEVELS[1:]:
+        for k, count in enumerate(level.heads):
+            assert found[level.name][k] == tuple(float(after + j + 1) for j in range(count))
+            after += count
+    assert after == total
+
+
+def test_queries_see_levels_of_rising_sides_and_masks_of_two_and_a_half_cells():
+    """20, 40, 80 and 160 of upstream's, whose highest level has 64 cells a side."""
+    for side, sides, masks in ((64, [20, 40, 80], 160), (16, [5, 10, 20], 40)):
+        decoder = build_decoder(small("segmentation"))
+        levels_of_side = levels(
+            {"block_out_channels": (24, 48, 48, 48), "layers_per_block": 1, "attention_head_dim": 3},
+            tokens=7,
+            size=8 * side,
+        )
+        with torch.inference_mode():
+            memory, features = decoder.eval().decode_pixels(capture_of(levels_of_side, 1))
+        assert [list(level.shape[2:]) for level in memory] == [[one, one] for one in sides]
+        assert features.shape[2:] == (masks, masks)
+
+
+@pytest.mark.parametrize("storage, third", (("fp16", 0.333251953125), ("fp32", 0.3333333432674408)))
+def test_figures_are_those_of_the_weights_that_are_written(storage, third):
+    """1 / 3 in half precision is 1365 / 4096."""
+    decoder = build_decoder(small("depth"))
+    with torch.no_grad():
+        next(decoder.parameters()).fill_(1 / 3)
+        round_parameters(decoder, storage)
+    weight = next(decoder.parameters())
+    assert weight.dtype == torch.float32 and weight.unique().tolist() == [third]
 
 
 @pytest.mark.parametrize("is_blind", (False, True), ids=("masks", "masks without a cell"))

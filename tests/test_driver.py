@@ -301,6 +301,28 @@ def test_words_are_encoded_once_a_run_and_each_image_is_asked_its_own():
     assert found[0].annotations["open-vocabulary"].classes == ("background", *world.THINGS)
 
 
+def test_a_decoder_is_given_the_embeddings_of_an_image_s_own_words(monkeypatch):
+    """One a word, and of an image that names fewer than its neighbour the last one again."""
+    given, annotate = [], StubEngine.annotate
+    monkeypatch.setattr(StubEngine, "annotate", lambda *of, text=None: given.append(of[-1]) or annotate(*of))
+    asked = [Request(0, "a cone", 0, ("cone",)), Request(1, "a ball and a cube", 1, ("ball", "cube"))]
+    samples(StubEngine(), asked, size=2, tasks=("open-vocabulary",))
+    cone, ball, cube = StubEngine().encode_classes(("cone", "ball", "cube"))
+    assert len({value.sum().item() for value in (cone, ball, cube)}) == 3
+    (text,) = given
+    assert text.tolist() == [[cone.tolist(), cone.tolist()], [ball.tolist(), cube.tolist()]]
+
+
+def test_every_image_is_inverted_with_its_own_caption(monkeypatch):
+    called, denoise = [], StubEngine.denoise
+    monkeypatch.setattr(StubEngine, "denoise", lambda *of: called.append(of[-1].context) or denoise(*of))
+    engine, captions = StubEngine(), ("a ball", "a cube")
+    inversion.invert(engine, torch.zeros(2, 64, 64, 3, dtype=torch.uint8), captions, 1, [3, 4])
+    (context,) = called
+    own = [engine.encode_text([caption]).context[0] for caption in captions]
+    assert not torch.equal(*own) and torch.equal(context[-2:], torch.stack(own))
+
+
 def test_a_batch_asks_each_image_for_its_own_words_alone():
     """Images that name fewer words than their neighbours are padded with their own last one."""
     asked = [

@@ -551,6 +551,20 @@ def test_instances_are_cut_to_what_another_label_shows_and_those_without_a_pixel
     assert not stored.mask_of(instances((0, 0, 2, 4), classes=[1]), "ball")[0].any()
 
 
+def test_a_joint_lies_in_the_pixel_that_its_place_is_within_and_points_alone_do_not_overlap():
+    region = np.zeros((4, 8), bool)
+    region[2, 3] = True
+    places = np.array([[3.6, 2.6], [3.0, 2.0], [4.0, 2.5], [2.9, 2.5]])  # x, then y
+    assert pose_labels._inside(places, np.array([2, 1, 2, 2]), region).tolist() == [True, True, False, False]
+    assert not pose_labels._inside(places, np.zeros(4), region).any()
+    region[:] = False
+    region[3, 7] = region[0, 0] = True  # what lies beyond the edge is of the pixel at it
+    assert pose_labels._inside(np.array([[8.0, 4.0], [-0.2, -3.0]]), np.ones(2), region).all()
+    corner, point, square = np.array([2.0, 3.0]), np.zeros(2), np.array([2.0, 2.0])
+    assert pose_labels._box_iou((corner, point), (corner, point)) == 0.0
+    assert pose_labels._box_iou((corner, square), (corner + 1, square)) == 1 / 7  # 1 of 4 + 4 - 1
+
+
 def test_a_person_without_a_joint_has_an_empty_box_and_joints_of_another_form_are_named():
     label = person((1, 2), (3, 4), (5, 6))
     nobody = person((0, 0), (0, 0), (0, 0), visibility=(0, 0, 0))

@@ -1292,3 +1292,12 @@ def test_libraries_are_quiet_while_a_model_is_read_and_as_before_afterwards():
         assert all(library.get_verbosity() == logging.ERROR for library in libraries)
         assert not any(library.is_progress_bar_enabled() for library in libraries)
     assert [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries] == before
+
+
+def test_a_digest_is_of_every_byte_of_files_in_their_order(tmp_path):
+    """Also of what lies beyond the blocks of 4 MiB that are read at once."""
+    first, second = bytes(range(256)) * 20_480, b"end"  # 5 MiB
+    files = [tmp_path / "b", tmp_path / "a"]
+    for file, data in zip(files, (first, second)):
+        file.write_bytes(data)
+    assert digest(files) == f"sha256:{hashlib.sha256(first + second).hexdigest()}"

@@ -655,6 +655,17 @@ def test_settings_and_tensors_are_read_off_a_pipeline_as_a_folder_has_them():
         in_memory.state_of(network, "unet")
 
 
+def test_every_draw_of_a_caller_s_generator_is_of_its_next_numbers():
+    one = torch.Generator().manual_seed(7)
+    drawn, _ = diffusing.draw_noise(torch.Generator().manual_seed(7), 2, (1, 2, 3), 2)
+    assert torch.equal(drawn, torch.stack([torch.randn((2, 1, 2, 3), generator=one) for _ in range(2)]))
+    each = [torch.Generator().manual_seed(seed) for seed in (7, 8)]
+    drawn, _ = diffusing.draw_noise([torch.Generator().manual_seed(seed) for seed in (7, 8)], 2, (1, 2, 3), 2)
+    for k, source in enumerate(each):
+        right = [torch.randn((1, 1, 2, 3), generator=source)[0] for _ in range(2)]
+        assert torch.equal(drawn[:, k], torch.stack(right))
+
+
 def test_the_seed_of_a_caller_s_generator_is_told_whole():
     assert diffusing.draw_noise(torch.Generator().manual_seed(2**40 + 7), 2, (1, 2, 2))[1] == [2**40 + 7] * 2
     assert diffusing.draw_noise(torch.Generator().manual_seed(2**63 + 7), 2, (1, 2, 2))[1] == [7] * 2  # of 63 bits

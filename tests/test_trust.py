@@ -178,11 +178,12 @@ def test_labels_may_disagree_on_a_tenth_of_the_pixels_of_things():
 
 
 def test_a_class_of_map_and_instances_has_to_overlap_by_four_fifths():
-    for columns, is_apart in ((80, False), (79, True)):
+    for columns, is_apart, is_wider in ((80, False, False), (79, True, False), (80, False, True), (79, True, True)):
         mask = np.zeros((1, 10, 100), bool)
-        mask[..., :columns] = True
+        mask[..., : 100 if is_wider else columns] = True
+        row = [2] * columns + [0] * (100 - columns) if is_wider else [2] * 100
         things = Instances(mask, np.array([0]), np.float32([0.8]), CLASSES[2:])
-        reasons = trust_of(("ball",), {"semantic": scene([2] * 100)["semantic"], "instance": things}).reasons
+        reasons = trust_of(("ball",), {"semantic": scene(row)["semantic"], "instance": things}).reasons
         assert reasons == (("ball in semantic overlaps ball in instance with an IoU of 0.79",) if is_apart else ())
 
 
