@@ -472,7 +472,7 @@ def test_pictures_in_tiles_have_a_largest_size_and_noise_levels_are_named(photos
             labelling.parse_timesteps(wrong)
 
 
-def test_a_job_of_pictures_in_tiles_counts_the_calls_and_pixels_of_one_on_average(tmp_path, monkeypatch):
+def test_a_job_of_pictures_in_tiles_counts_the_calls_and_pixels_of_one_on_average(tmp_path, monkeypatch, capsys):
     """Pictures of 1, 4 and 9 tiles of 64 pixels, of which a batch has 8: 1 + 1 + 2 calls."""
     monkeypatch.setattr(labelling, "open_engine", lambda *_: (StubEngine(tasks=("semantic",)), {}))
     (folder := tmp_path / "photos").mkdir()
@@ -491,6 +491,10 @@ def test_a_job_of_pictures_in_tiles_counts_the_calls_and_pixels_of_one_on_averag
     assert (again.document["composition"]["together"], again.calls) == (3, 2)  # 1 + 2 + 3 calls
     whole = labelling.prepare_labelling(replace(spec, identity={}), None, pictures, (100,), has_tiles=False)
     assert (whole.plan.batch_size, whole.calls, whole.pixels) == (3, 0, 0)
+    line = [str(folder), "--task", "semantic", "--timesteps", "100", "--out", str(tmp_path / "run"), "--dry-run"]
+    for more, each in (["--tiles"], "2 UNet calls"), ([], "1 UNet call"):
+        assert label.main([*line, *more]) == 0
+        assert capsys.readouterr().err.startswith(f"3 of 3 pictures, {each} each; labels: semantic")
 
 
 def test_captions_that_name_no_class_are_told_before_pictures_are_labelled(photos, tmp_path, capsys):

@@ -401,3 +401,13 @@ def test_of_many_findings_the_first_are_listed(spoilt, monkeypatch, capsys):
     assert command.main([str(spoilt)]) == 4
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and lines[1] == "and 2 more; --json lists them all"
+
+
+def test_a_file_in_the_form_of_a_samples_that_no_sample_has_is_found_wherever_it_lies(whole, tmp_path):
+    path = Path(shutil.copytree(whole, tmp_path / "run"))
+    number = len([*(path / "images").iterdir()])
+    names = [f"images/{number:08d}.png", "images/00000000.jpg", f"depth/{number:08d}.png", "semantic/00000000.txt"]
+    for name in names:
+        (path / name).write_bytes((path / "images/00000000.png").read_bytes())
+    found = {finding.place for finding in audit.audit(path).findings if "no sample of the ledger" in finding.what}
+    assert found == set(names)

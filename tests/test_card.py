@@ -66,6 +66,7 @@ def test_the_command_names_every_setting_that_is_no_default():
     for part in ("--seed 3", "--steps 20", "--truncate-prompts", "--number 12", "dark"):
         assert part in line, part
     assert "--guidance" not in line and "--no-" not in line
+    assert "--exponent 0" in card.command_line(document(12, exponent=0))  # where -1 leaves it to the labeller
     assert card.command_line(told | {"command": "merge"}) is None
 
 
@@ -250,6 +251,11 @@ def test_works_are_cited_whose_method_made_the_labels():
 def test_the_text_of_a_licence_is_known_by_its_title():
     begin = "Copyright (c) 2022 Robin Rombach and Patrick Esser and contributors\n\nCreativeML Open RAIL-M\ndated"
     assert licence_of(begin + 9000 * " word") is KNOWN["creativeml-openrail-m"]
+    commons = ("-NonCommercial", "-NonCommercial-ShareAlike", "-NonCommercial-NoDerivatives", "-ShareAlike", "")
+    texts = [f"Creative Commons\nAttribution{kind} 4.0 International\n" for kind in commons]
+    assert [licence_of(text).hub for text in texts] == [
+        f"cc-by{end}-4.0" for end in ("-nc", "-nc-sa", "-nc-nd", "-sa", "")
+    ]
     assert licence_of((ROOT / "LICENSE").read_text()) is KNOWN["apache-2.0"]
 
 

@@ -11,6 +11,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import troubled
@@ -25,6 +26,7 @@ from datasetdm_fast.command_line.sharded_run import generate_shards
 from datasetdm_fast.disk import sqlite, storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.jobs import writing
+from datasetdm_fast.runs.jobs.job import Job
 from datasetdm_fast.runs.jobs.writing import Result
 from datasetdm_fast.runs.run_folder.document import LEDGER, LOCK
 from datasetdm_fast.runs.run_folder.folder import SEAL
@@ -102,6 +104,10 @@ def test_a_cluster_is_asked_by_one_process_alone(tmp_path):
 
 def test_the_images_that_a_peer_counts_are_called_its_own(tmp_path, capsys):
     result = Result(tmp_path, 4, 4, 2, 0, seconds=2.0, is_complete=True)
+    job = SimpleNamespace(plan=SimpleNamespace(number=10), done=3)
+    for limit, left in ((0, 7), (4, 4), (9, 7)):
+        job.limit = limit
+        assert Job.images_left.fget(job) == left
     ended = Result(tmp_path, 4, 4, 2, 1, seconds=2.0, closing_seconds=0.5, doubtful=3)  # more may take their places
     wanted = {"number": 4, "done": 4, "made": 2, "set_aside": 1, "complete": False, "doubtful": 3}
     assert {name: ended.facts()[name] for name in wanted} == wanted and ended.facts()["closing_seconds"] == 0.5

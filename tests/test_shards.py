@@ -960,6 +960,12 @@ def test_the_page_of_shards_is_made_as_it_is_asked_for(alone, bucket, tmp_path, 
     shown = showing.show(url, is_served=True)
     served = shown.served_run()
     assert (shown.samples, shown.planned) == (SAMPLES, SAMPLES)
+    for is_complete in (True, False):
+        with monkeypatch.context() as patch:
+            patch.setattr(showing.Run, "is_complete", is_complete)
+            another = showing.show(url, is_served=True)
+        told = (another.folder / "gallery/run.js").read_text()
+        assert f'"is_in_progress":{"false" if is_complete else "true"}' in told.replace(": ", ":")
     page = json.loads(served.fetch("gallery/pages/000000.js").read_text().partition(",0,")[2].removesuffix(");\n"))
     assert page["index"] == list(range(SAMPLES)) and any(page["shown"]) == (place == "folder")
     image = datasetdm_fast.open_run(alone)["00000007"].read("image")

@@ -29,9 +29,10 @@ from datasetdm_fast.engine.labels.trust import (
     without_unsure,
 )
 from datasetdm_fast.errors import GateFailed, Refused
-from datasetdm_fast.runs.jobs.writing import Quota, Result
+from datasetdm_fast.runs.jobs.writing import Quota, Result, result_of
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.goal import Goal, check_scored, goal_of
+from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL
 from datasetdm_fast.runs.run_folder.reader import open_run
 from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.runs.workers import spawn
@@ -412,6 +413,21 @@ def test_of_a_class_more_are_made_for_those_that_were_quarantined_up_to_a_bound(
     assert goal.missing([(5, 3), (4, 1)]) == {"a": 2}
     assert goal.missing([(4, 2), (4, 1)]) == {}
     assert goal.missing([(5, 2), (5, 1)]) == {}  # no more may be made, and there are enough
+
+
+@pytest.mark.parametrize(("accept", "doubtful"), [("", 7), ("score > 0", 2)])
+def test_doubtful_samples_of_a_result_are_those_beside_it_where_a_condition_accepts_the_others(accept, doubtful):
+    ledger = SimpleNamespace(
+        tally=lambda number, classes: [(4, 0)],
+        count=lambda status=DONE: {DONE: 4, DOUBTFUL: 2}[status],
+        count_doubtful=lambda: 7,
+        count_out_of_domain=lambda: (1, 4),
+        quarantined_by_reason=lambda: {"NaN": [5, 6], "black": [8]},
+    )
+    document = {"plan": {"number": 4}, "config": {"accept": accept}}
+    result = result_of("run", document, 3, ledger, 2)
+    found = (result.number, result.done, result.made, result.quarantined, result.doubtful, result.outside)
+    assert found == (4, 4, 2, 3, doubtful, 1) and result.is_complete and result.reasons == ("NaN", "black")
 
 
 def test_accepted_samples_are_counted_by_class_and_no_more_are_made(accepted):

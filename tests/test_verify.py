@@ -3,7 +3,7 @@
 import functools
 import json
 import weakref
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -452,8 +452,17 @@ def line(folder, *more: str) -> list[str]:
     ]
 
 
-def test_the_command_says_what_it_found(folder, capsys):
-    assert command.main(line(folder, "--json")) == 0
+def test_the_command_says_what_it_found(folder, capsys, monkeypatch):
+    told = []
+
+    @contextmanager
+    def shown(*given):
+        told.append(given)
+        yield lambda: told.append("call")
+
+    monkeypatch.setattr(command, "show_calls", shown)
+    assert command.main(line(folder, "--json", "--no-quiet")) == 0
+    assert told[0] == (False, "verify", told.count("call")) and told.count("call") > 6
     said = capsys.readouterr()
     document = json.loads(said.out)
     assert document["agrees"] and document["number"] == 2 and document["decoders"] == sorted(KINDS)
