@@ -587,6 +587,19 @@ def test_long_names_of_classes_break_on_the_page_beside_their_figures(tmp_path):
         assert shown.evaluate("Math.min(...[...document.querySelectorAll('td')].map(td => td.clientWidth)) > 90")
 
 
+@pytest.mark.parametrize("made", [("semantic", "depth"), ("semantic",), ()])
+def test_a_training_that_was_stopped_at_any_of_its_tasks_says_how_to_resume(tmp_path, monkeypatch, capsys, made):
+    outcomes = {
+        task: SimpleNamespace(document={} if task in made else None, result={}) for task in ("semantic", "depth")
+    }
+    workflow = SimpleNamespace(prepare=list, run=lambda *_: outcomes)
+    monkeypatch.setattr(train, "open_workflow", lambda config: workflow)
+    train.main(["--data", "demo:9", "--task", "semantic,depth", "--out", str(tmp_path / "trained"), "--quiet"])
+    assert ("stopped; resume with: python -m datasetdm_fast.train --data demo:9" in capsys.readouterr().err) == (
+        len(made) < 2
+    )
+
+
 @pytest.mark.parametrize(("number", "shown"), [(3, 3), (12, 12), (13, 12)])
 def test_a_page_has_no_more_than_twelve_images(monkeypatch, number, shown):
     monkeypatch.setattr(page, "_legend", lambda *_: [])
