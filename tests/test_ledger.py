@@ -35,6 +35,8 @@ from datasetdm_fast.runs.jobs.run import count_rows
 from datasetdm_fast.runs.run_folder import folder as run_folder
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.document import (
+    CLAIMS,
+    EXPORTS,
     LOCK,
     check_config,
     check_document,
@@ -383,6 +385,17 @@ def test_processes_of_one_number_on_two_machines_write_beside_each_other(tmp_pat
         assert path.read_bytes() == b"whole"
         first.write(path, [b"le"])
     assert path.read_bytes() == b"whole" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("is_member", [False, True])
+def test_who_opens_a_run_alone_removes_what_killed_processes_left_and_a_member_does_not(tmp_path, is_member):
+    left = [storage.part_of(tmp_path / "images/00000003.png"), tmp_path / "state" / CLAIMS / "00000001"]
+    kept = [storage.part_of(tmp_path / EXPORTS / "a/b"), tmp_path / "images/00000003.png", tmp_path / "mine/.a.txt"]
+    for path in left + kept:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+    with RunFolder(tmp_path, document(1, 32), is_member=is_member):
+        assert [path.exists() for path in left] == [is_member] * 2 and all(path.exists() for path in kept)
 
 
 def test_files_hold_what_was_made(run_path):
