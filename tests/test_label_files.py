@@ -596,6 +596,21 @@ def test_values_of_different_shapes_are_stacked_as_a_list():
     assert [each.shape[0] for each in label_files.stack([same, other])] == [2, 3]
 
 
+# median and 99th percentile that `verify` lets pass: fp32, fp32 on its own, halves, halves on their own
+LIMITS = {
+    "semantic": ((1e-4, 1e-3), (1e-3, 1e-2), (5e-3, 2e-2), (2e-2, 0.1)),  # share of pixels
+    "instance": ((1e-3, 1e-2), (1e-2, 1e-1), (2e-2, 0.1), (5e-2, 0.4)),  # share of the scores
+    "depth": ((1e-4, 4e-4), (1e-3, 1e-2), (5e-3, 2e-2), (2e-2, 0.1)),  # relative error
+    "pose": ((1e-2, 1e-1), (5e-2, 0.5), (0.5, 2.0), (1.0, 8.0)),  # pixels
+}
+
+
+@pytest.mark.parametrize("task", LIMITS)
+def test_verify_is_not_loosened_unnoticed(task):
+    gates = LABEL_KINDS[task].gates
+    assert (gates.exact, gates.free_exact, gates.rounded, gates.free_rounded) == LIMITS[task]
+
+
 def test_a_lost_instance_fails_verify_where_it_was_sure():
     gates = LABEL_KINDS["instance"].gates
     whole, nothing = instances((0, 0, 4, 4), scores=[0.9]), instances()
