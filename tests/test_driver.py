@@ -37,6 +37,7 @@ from datasetdm_fast.engine.loop.driver import FinishedCalls
 from datasetdm_fast.engine.loop.recipe import capture_calls, check_size, class_words_of, make_recipe, prompt_words
 from datasetdm_fast.engine.sampling import schedule as walk
 from datasetdm_fast.engine.scenes import world
+from datasetdm_fast.engine.tasks import labeller
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.runs.jobs import job
 from datasetdm_fast.runs.jobs.remake import find_remake_row
@@ -887,6 +888,30 @@ def test_pixels_may_be_ignored_as_doubtful_and_as_unsure_at_once():
         found = labelling.with_trust(sample, recipe)
         assert found.annotations["semantic"].labels.tolist() == [wanted]
         assert found.trust.disagreeing == 0.3333, "one of three pixels of things, whether it is ignored or not"
+
+
+def test_the_outputs_of_all_calls_that_a_label_is_read_from_are_taken_on():
+    """Those of a label of one call alone are made plainly, too, unless it is the last."""
+    for moment, taken_on in ((600, {4}), ((600, 200), {1, 3, 4})):
+        engine = StubEngine(configs=CONFIGS | {"depth": replace(CONFIGS["depth"], capture_timestep=moment)})
+        recipe = make_recipe(engine, ("semantic", "depth"), sampler="ddim", steps=5)
+        assert recipe.taken_on == taken_on
+
+
+def test_labellers_are_given_the_images_and_what_they_were_decoded_from(monkeypatch):
+    given = []
+    monkeypatch.setattr(labeller, "labels_of", lambda task, place, inputs: given.append((task, inputs)) or [task])
+    recipe = SimpleNamespace(
+        labellers=("own", "other"), words=("ball", "cube"), query_words=lambda request: request.classes
+    )
+    asked = (Request(0, "a ball", 1, ("ball",)), Request(1, "a cube", 2, ("cube",)))
+    images, sampled = object(), SimpleNamespace(latents=object(), captures={"other": object()})
+    found = labelling.labeller_labels(Batch(0, asked, 1), images, sampled, StubEngine(), recipe)
+    assert found == {"own": ["own"], "other": ["other"]} and [task for task, _ in given] == ["own", "other"]
+    for task, inputs in given:
+        assert inputs.requests == (*asked, asked[-1]) and inputs.words == (("ball",), ("cube",), ("cube",))
+        assert inputs.classes == recipe.words and inputs.images is images and inputs.latents is sampled.latents
+        assert inputs.capture is sampled.captures.get(task)
 
 
 def test_captures_are_raw_for_labellers_and_all_of_them_where_sums_are_made(monkeypatch):
