@@ -434,9 +434,9 @@ FAULTS = {
     ),
     "rows that are filled again while they are copied": Fault(
         "datasetdm_fast.training.captures.cache:StoredCaptures.batch",
-        "rows = torch.empty(calls, len(views), self.layout.numbers, dtype=torch.float16, pin_memory=is_queued)",
+        "rows = torch.empty(calls, len(views), self.layout.values, dtype=torch.float16, pin_memory=is_queued)",
         "rows = vars(self).setdefault(str(len(views)), "
-        "torch.empty(calls, len(views), self.layout.numbers, dtype=torch.float16, pin_memory=is_queued))",
+        "torch.empty(calls, len(views), self.layout.values, dtype=torch.float16, pin_memory=is_queued))",
         {"scenario": "training"},
     ),
     "a call that is over by an event of another GPU": Fault(

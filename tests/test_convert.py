@@ -43,7 +43,7 @@ from datasetdm_fast.runs.exporting.voc import borders
 from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.run_folder.corrections import Correction
 from datasetdm_fast.runs.run_folder.folder import RunFolder
-from datasetdm_fast.runs.run_folder.ledger import Row
+from datasetdm_fast.runs.run_folder.ledger import Row, RowFile
 from datasetdm_fast.training.readers import open_data
 
 SIZE = 64
@@ -977,7 +977,7 @@ def test_splits_of_an_export_begin_with_that_to_train_on():
 
 def test_an_export_is_another_where_a_prompt_a_file_a_label_or_the_part_of_a_sample_is():
     def digest(prompt="a ball", sha256="ab", path="a.png", labels=(), parts=None):
-        files = {"image": (path, StoredFile(sha256, 9))}
+        files = {"image": RowFile(path, StoredFile(sha256, 9))}
         rows = [Row(Request(k, prompt, k), {}, files, {"x": labels}) for k in (0, 1)]
         opened = object.__new__(conversion.Conversion)
         part_of = dict(enumerate(parts or ("train", "train")))
@@ -1070,7 +1070,7 @@ def test_files_and_rows_that_cannot_be_read_fail_the_check_of_the_run(tmp_path):
         return read
 
     (tmp_path / "images").mkdir()
-    row = SimpleNamespace(files={"image": ("images/0.png", SimpleNamespace(size=1, sha256=""))})
+    row = SimpleNamespace(files={"image": RowFile("images/0.png", SimpleNamespace(size=1, sha256=""))})
     view = object.__new__(SampleView)
     for error, is_there, said in (
         (Refused("images/0.png: 9 bytes", "Look."), False, "9 bytes"),
@@ -1136,7 +1136,7 @@ def test_the_map_of_a_run_without_instances_is_its_own():
 @pytest.mark.parametrize("data", [b"other", b"equa", b"", b"equals"])
 def test_bytes_that_are_not_those_written_are_never_exported(data):
     written = storage.StoredFile(hashlib.sha256(b"equal").hexdigest(), 5)
-    row = SimpleNamespace(files={"image": ("images/0.png", written)})
+    row = SimpleNamespace(files={"image": RowFile("images/0.png", written)})
     view = SimpleNamespace(stored=SimpleNamespace(row=row, read=lambda role: b"equal", run="run"))
     assert SampleView.read(view, "image") == b"equal"
     view.stored.read = lambda role: data

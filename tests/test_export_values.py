@@ -30,6 +30,7 @@ from datasetdm_fast.runs.exporting.format import ExportedPerson, ExportedThing
 from datasetdm_fast.runs.exporting.settings import PictureSettings
 from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.run_folder.folder import RunFolder
+from datasetdm_fast.runs.run_folder.ledger import RowFile
 from datasetdm_fast.runs.run_folder.reader import open_run
 
 WIDTH, HEIGHT = 6, 4
@@ -684,7 +685,7 @@ def test_shards_hold_every_sample_of_a_split_once():
 )
 def test_a_picture_keeps_its_form_where_a_format_has_it(monkeypatch, stored, asked, forms, form, is_linked):
     made = object.__new__(format.SampleView)
-    made.stored = SimpleNamespace(row=SimpleNamespace(files={"image": (f"images/a.{stored}", None)}))
+    made.stored = SimpleNamespace(row=SimpleNamespace(files={"image": RowFile(f"images/a.{stored}", None)}))
     made.pictures, made.image = PictureSettings(image_format=asked, quality=80), "pixels"
     monkeypatch.setattr(format.SampleView, "link_file", lambda self, role: f"link of {role}")
     monkeypatch.setattr(format, "image_bytes", lambda *given: given)

@@ -455,9 +455,8 @@ def test_parts_of_a_model_that_do_not_belong_together_are_refused():
     config.vocab_size = 11
     fitting.check_vocabularies(model)
     read = max(flux2_klein.READ_LAYERS)
-    config.num_hidden_layers, config.hidden_size = read - 1, 8
-    width = len(flux2_klein.READ_LAYERS) * 8
-    model.configs |= {"text_encoder": config, "transformer": SimpleNamespace(joint_attention_dim=width)}
+    config.num_hidden_layers = read - 1
+    model.configs |= {"text_encoder": config}
     with pytest.raises(Refused, match=f"the text encoder has {read - 1} layers, and the states of layer {read}"):
         flux2_klein._check_fit(model)
     config.num_hidden_layers = read
@@ -539,14 +538,14 @@ WIDTHS = {  # family -> configs that fit together, and settings of which one mor
 @pytest.mark.parametrize("name", WIDTHS)
 def test_a_text_is_as_wide_as_a_denoiser_reads_it(name):
     (configs, wrong), backbone = WIDTHS[name], next(each for each in backbones.every_backbone() if each.name == name)
-    model = SimpleNamespace(name="x", backbone=SimpleNamespace(of_kind=lambda kind: ()), configs=configs)
-    backbone.check_fit(model)
+    model = SimpleNamespace(name="x", backbone=replace(backbone, parts={}), configs=configs)
+    fitting.check_fit(model)
     for place, said in wrong.items():
         part, setting = place.split(".")
         more = SimpleNamespace(**{**vars(configs[part]), setting: getattr(configs[part], setting) + 1})
         model.configs = configs | {part: more}
         with pytest.raises(Refused, match=f"model: x: the denoiser reads {said}, so"):
-            backbone.check_fit(model)
+            fitting.check_fit(model)
 
 
 def test_the_levels_of_transformers_lie_where_their_tokens_do():

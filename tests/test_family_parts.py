@@ -259,9 +259,8 @@ def test_places_of_qwen_image_are_counted_from_the_middle_as_in_diffusers():
 
 
 def test_an_encoder_of_just_as_many_layers_as_klein_reads_fits():
-    encoder, network = SimpleNamespace(hidden_size=8, num_hidden_layers=27), SimpleNamespace(joint_attention_dim=24)
-    configs = {"text_encoder": encoder, "transformer": network}
-    model = SimpleNamespace(name="it", configs=configs, backbone=SimpleNamespace(of_kind=lambda kind: ()))
+    encoder = SimpleNamespace(num_hidden_layers=27)
+    model = SimpleNamespace(name="it", configs={"text_encoder": encoder})
     FLUX2_KLEIN.check_fit(model)
     encoder.num_hidden_layers = 26
     with pytest.raises(Refused, match="26 layers, and the states of layer 27 are read"):

@@ -48,7 +48,16 @@ from datasetdm_fast.runs.run_folder.document import (
 )
 from datasetdm_fast.runs.run_folder.folder import RunFolder, layer_with_picture
 from datasetdm_fast.runs.run_folder.indexes.coco import AnnotationList, first_number
-from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, QUARANTINED, Ledger, Row, canonical, decode_trust
+from datasetdm_fast.runs.run_folder.ledger import (
+    DONE,
+    DOUBTFUL,
+    QUARANTINED,
+    Ledger,
+    Row,
+    RowFile,
+    canonical,
+    decode_trust,
+)
 from datasetdm_fast.runs.run_folder.reader import StoredSample, open_run
 
 pytestmark = pytest.mark.core
@@ -76,7 +85,7 @@ def test_rows_come_back_whole(tmp_path):
     row = Row(
         Request(3, "a 🎈 'ball'\u202e", 2**63 - 1, ("ball",)),
         {"steps": 50},
-        {"image": ("images/3.png", StoredFile("ab" * 32, 5))},
+        {"image": RowFile("images/3.png", StoredFile("ab" * 32, 5))},
         {"depth": {"min": 0.5}},
     )
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
@@ -188,7 +197,9 @@ def test_all_that_a_ledger_says_follows_what_became_of_a_sample(tmp_path):
     ids = [{"instance": [{"id": number}]} for number in (7, 99)]
     words, stored = ("ball", "cube"), StoredFile("ab" * 32, 5)
     first = replace(row(0, labels=ids[0], tracings={"outlines": [1]}), trust=Trust(confidence=0.0))
-    second = replace(row(1, labels=ids[1], status=DOUBTFUL), files={"image": ("doubtful/images/00000001.png", stored)})
+    second = replace(
+        row(1, labels=ids[1], status=DOUBTFUL), files={"image": RowFile("doubtful/images/00000001.png", stored)}
+    )
     first, second = (replace(each, request=replace(each.request, classes=words)) for each in (first, second))
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
 
@@ -877,7 +888,7 @@ LONG_RECIPE = {"batch_size": 4, "model": {f"part {k}": "ab" * 32 for k in range(
 
 def test_digests_and_trust_are_short(tmp_path):
     digest, trust = "0123456789abcdef" * 4, Trust(confidence=0.9)
-    files = {"depth": ("depth/00000001.png", StoredFile(digest, 5))}
+    files = {"depth": RowFile("depth/00000001.png", StoredFile(digest, 5))}
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
         far = Trust(("ball",), ("cube", "cone"), 0.25, 0.5, ("no ball", "far"), 1.5)
         for given in (trust, Trust(), Trust(missing=("ball",), reasons=("no ball",)), far, Trust(domain=0.0), None):
@@ -904,8 +915,8 @@ def test_digests_and_trust_are_short(tmp_path):
 
 def test_a_recipe_is_stored_once_and_rows_are_small(tmp_path):
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
-        files = {role: (f"{role}/00000001.png", StoredFile("ab" * 32, 5)) for role in ("depth", "semantic")}
-        files["image"] = ("images/00000001.jpg", StoredFile("cd" * 32, 5))
+        files = {role: RowFile(f"{role}/00000001.png", StoredFile("ab" * 32, 5)) for role in ("depth", "semantic")}
+        files["image"] = RowFile("images/00000001.jpg", StoredFile("cd" * 32, 5))
         rows = [Row(Request(k, "a ball", k), LONG_RECIPE, files, {}, tracings={"instance": ["M0 0"]}) for k in (1,)]
         ledger.commit(rows)
         ledger.commit([row(k) for k in range(2, 50)])

@@ -42,7 +42,9 @@ def runs(tmp_path_factory):
     first = list(open_run(root / "first"))
     with RunFolder(root / "varied", document(3, 32)) as folder:
         for k in range(3):
-            folder.add([moved(k, k + 50)], {"source": first[k].id, "group": first[k].row.files["image"][1].sha256[:16]})
+            folder.add(
+                [moved(k, k + 50)], {"source": first[k].id, "group": first[k].row.files["image"].stored.sha256[:16]}
+            )
         finish_run(folder)
     return root
 

@@ -177,7 +177,7 @@ def test_a_variant_keeps_the_geometry_and_tells_its_source(source, varied):
     lines = [json.loads(line) for line in (varied / "samples.jsonl").read_text().splitlines()]
     for line, sample in zip(lines, new, strict=True):
         old = run[line["source"]]
-        assert line["group"] == old.row.files["image"][1].sha256[:16] and line["seed"] == old.seed
+        assert line["group"] == old.row.files["image"].stored.sha256[:16] and line["seed"] == old.seed
         assert line["prompt"] == f"{old.prompt}{DOMAINS[line['domain']]}" and 0.7 < line["consistency"] <= 1
         assert np.abs(sample.image.astype(int) - old.image).mean() > 3
         same = sample.semantic.labels == old.semantic.labels
@@ -204,7 +204,7 @@ def test_source_labels_are_taken_over(source, tmp_path):
     line = [str(source), "--domain", "fog", "--only", "1", "--engine", "torch", "--strength", "0.6"]
     assert vary.main([*line, "--out", str(out), "--quiet"]) == 0
     (sample,) = open_run(out)
-    is_same = {role: stored == old.row.files[role][1] for role, (_, stored) in sample.row.files.items()}
+    is_same = {role: file.stored == old.row.files[role].stored for role, file in sample.row.files.items()}
     assert not is_same.pop("image") and is_same["depth"]
     assert audit(out).findings == []
 

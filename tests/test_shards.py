@@ -44,7 +44,7 @@ from datasetdm_fast.runs.jobs import job as job_module
 from datasetdm_fast.runs.jobs.job import build_job
 from datasetdm_fast.runs.run_folder.audit import audit_place
 from datasetdm_fast.runs.run_folder.corrections import CORRECTIONS, Correction, format_corrections, read_corrections
-from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, QUARANTINED, Row
+from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, QUARANTINED, Row, RowFile
 from datasetdm_fast.runs.run_folder.reader import fetch_state
 from datasetdm_fast.runs.run_folder.selections import ShardScores
 from datasetdm_fast.runs.run_folder.shard_places import ObjectStore, ShardBucket, ShardFolder, shard_place
@@ -137,11 +137,11 @@ def test_samples_that_no_shard_has_have_no_row(alone):
 
 def test_the_index_of_a_shard_gives_back_its_rows_and_how_many_things_each_shows():
     request = Request(7, "two balls", 2**40, ("ball",), "fog", "balls")
-    files = {"image": ("images/00000007.png", StoredFile("ab" * 32, 30))}
+    files = {"image": RowFile("images/00000007.png", StoredFile("ab" * 32, 30))}
     trust = Trust(("cube",), reasons=("cube is in the prompt",))
     rows = [
         Row(request, {"steps": 2}, files, {}, DOUBTFUL, "doubtful", trust),
-        Row(Request(8, "a cube", 0), {"steps": 3}, {"image": ("images/00000008.png", StoredFile("cd" * 32, 9))}),
+        Row(Request(8, "a cube", 0), {"steps": 3}, {"image": RowFile("images/00000008.png", StoredFile("cd" * 32, 9))}),
     ]
     places = [{"image": (512, 30), RECORD: (1024, 60)}, {"image": (2048, 9), RECORD: (3072, 5)}]
     content = encode_index(rows, places, [Counter(ball=2, cone=1), Counter()])
@@ -385,7 +385,7 @@ def test_files_of_two_decoders_of_a_task_have_names_of_their_own_in_a_shard(alon
         shard_worker.open_shards(spec_of(alone), place), place, ALONE, Callbacks(describe)
     )
     row, roles = next(iter(ShardLedger(place).rows())), ("semantic.one", "semantic.two")
-    row = replace(row, files={role: (f"{role}/a.png", None) for role in roles})
+    row = replace(row, files={role: RowFile(f"{role}/a.png", None) for role in roles})
     worker._encode_samples = lambda indices: [(row, dict.fromkeys(roles, b"map"))]
     names = [name for name, _ in worker._files(99, 0, 1, [])]
     assert names == [f"{row.request.id}.{end}" for end in ("semantic.one.png", "semantic.two.png", "json")]

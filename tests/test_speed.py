@@ -38,6 +38,7 @@ from datasetdm_fast.kernels import plain
 from datasetdm_fast.runs.agreement import admission, speed_gate
 from datasetdm_fast.runs.agreement.speed_gate import LabelFigure
 from datasetdm_fast.runs.jobs.job import Job
+from datasetdm_fast.runs.run_folder.document import figures_in_words
 from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.settings import SamplingSettings
 
@@ -271,8 +272,7 @@ def test_a_speed_is_judged_by_each_figure_beside_that_of_exact_images(monkeypatc
     assert (verdict["name"], verdict["number"], verdict["passed"]) == ("fast25", 64, False)
     rows = {row["measure"]: (row["exact"], row["speed"], row["limit"], row["passed"]) for row in verdict["measures"]}
     assert rows["IoU semantic"] == (0.9, 0.895, 0.01, True) and rows["REL depth"] == (0.1, 0.2, 0.002, False)
-    assert speed_gate.figures_in_words(verdict, failed=True) == "REL depth 0.2000 for 0.1000"
-    assert speed_gate.figures_in_words(verdict).startswith("IoU semantic 0.8950 for 0.9000, REL depth 0.2000 for")
+    assert figures_in_words(verdict["measures"]).startswith("IoU semantic 0.8950 for 0.9000, REL depth 0.2000 for")
     held["speed"]["REL depth"] = 0.101
     assert speed_gate.judge_speed(job, "exact", lambda: None)["passed"]
 

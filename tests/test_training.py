@@ -1275,7 +1275,7 @@ def test_captures_take_half_of_the_free_disk_and_what_they_have(tmp_path, monkey
     levels = [Level("low", 2, (3, 4), (2,), 5), Level("high", 4, (6,), (1, 2), 5, halves=1)]
     numbers = 4 * (2 * (3 + 4) + 2 * 5) + 16 * (6 + 3 * 5)
     layout = Layout.of(levels)
-    assert layout == Layout(shapes=((4, 24), (16, 21)), features=(14, 6)) and layout.numbers == numbers == 432
+    assert layout == Layout(shapes=((4, 24), (16, 21)), features=(14, 6)) and layout.values == numbers == 432
     size, asked = 10 * numbers * 2, []  # in half precision
 
     def cached():

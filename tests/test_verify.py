@@ -35,6 +35,7 @@ from datasetdm_fast.engine.engines.fast import FastEngine
 from datasetdm_fast.engine.engines.fast.on_gpu import GpuEngine
 from datasetdm_fast.engine.labels import LABEL_KINDS
 from datasetdm_fast.engine.loading import load_model
+from datasetdm_fast.engine.loop.prompts import Plan, PromptLine
 from datasetdm_fast.engine.loop.recipe import make_recipe
 from datasetdm_fast.engine.models.packed import PackedUpsample
 from datasetdm_fast.engine.sampling.schedule import SamplerState
@@ -770,7 +771,7 @@ def test_stored_samples_are_held_to_the_limits_of_fp32_only_where_both_engines_a
     monkeypatch.setattr(comparing.driver, "generate", generate)
     monkeypatch.setattr(comparing, "_distances", lambda job, row, *_: {"free image": row.request.index / 1000})
     job = SimpleNamespace(
-        plan=SimpleNamespace(batch_size=2, request=requests.__getitem__),
+        plan=Plan(lambda index: PromptLine(0, "a"), (), 4, 0, 2, "", 4),
         folder=tmp_path,
         engine=SimpleNamespace(fingerprint=lambda: {"dtype": now}),
         document={"engine": {"dtype": before}},

@@ -165,10 +165,7 @@ def _version(path: Path) -> tuple[int, int] | None:
     return None
 
 
-_DISK_ERRORS = (
-    *(sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY),
-    *(sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_PERM),
-)
+_DISK_ERRORS = [getattr(sqlite3, f"SQLITE_{name}") for name in "IOERR CANTOPEN READONLY NOMEM PERM".split()]
 
 
 def _as_refusal(error: Exception, path: Path) -> Missing | Refused:

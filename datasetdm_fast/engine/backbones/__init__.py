@@ -58,7 +58,7 @@ class Latents:
     shift: float = 0.0
     mean: tuple[float, ...] = ()  # of each channel; empty: scale and shift say it all
     std: tuple[float, ...] = ()
-    leaves_fp16: bool = False  # whether numbers of the autoencoder are too large for fp16
+    leaves_fp16: bool = False  # whether activations of the autoencoder are too large for fp16
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Backbone:
     denoiser: str  # the part that is called at each step
     guidance: Callable[[Configs], Guidance]
     latents: Callable[[Configs], Latents]
-    text: Callable[[Configs], tuple[int, int]]  # tokens of an encoded prompt at most, and numbers of a token
+    text: Callable[[Configs], tuple[int, int]]  # tokens of an encoded prompt at most, and their width
     multiple: int  # pixels that a side must divide by
     # None: its schedule is made of betas. A timestep of a flow is 1000 sigma and falls, and the output of a call is
     # d latents / d sigma: a BackboneReference turns what was trained with another sign or time.
@@ -111,7 +111,9 @@ class Backbone:
     long_text: Callable[[Configs], tuple[str, int]] = lambda configs: ("", 0)
     # (configs, where they are from) -> as they are used; or Refused
     check: Callable[[Read, str], Read] = lambda configs, source: configs
-    check_fit: Callable[[LoadedModel], None] = lambda model: None  # raises Refused where the parts are not of one model
+    # what of a text -> its width for the denoiser, and that which the encoders give
+    text_widths: Callable[[Configs], Mapping[str, tuple[int, int]]] = lambda configs: {}
+    check_fit: Callable[[LoadedModel], None] = lambda model: None  # raises Refused where parts do not fit otherwise
     licence: Callable[[Configs], str] = lambda configs: ""  # of weights without a card: its name on hubs
     full_size: Read = field(default_factory=dict)  # configs of a usual model, of which files and presets are made
     package: str = ""  # name and version of the package that it is from, where that is another

@@ -61,8 +61,11 @@ def check_channels(source: str, read: Any, vae: Mapping[str, Any], cells: int = 
         )
 
 
-def check_widths(model: LoadedModel, widths: Mapping[str, tuple[int, int]]) -> None:
-    """Refuses a text whose width for the denoiser is not the one of its encoders: what -> (read, supplied)."""
+def check_fit(model: LoadedModel) -> None:
+    """Refuses parts that are not of one model: a text of another width than the denoiser reads, a tokenizer with more
+    entries than its encoder knows, and what the family itself checks.
+    """
+    widths = model.backbone.text_widths(model.configs)
     for what, (read, supplied) in widths.items():
         if read != supplied:
             raise Refused(
@@ -70,6 +73,9 @@ def check_widths(model: LoadedModel, widths: Mapping[str, tuple[int, int]]) -> N
                 "they belong to different models",
                 TOGETHER,
             )
+    if widths:
+        check_vocabularies(model)
+    model.backbone.check_fit(model)
 
 
 def check_vocabularies(model: LoadedModel) -> None:

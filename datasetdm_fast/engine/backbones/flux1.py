@@ -1,8 +1,8 @@
 """FLUX.1 dev, schnell and Krea-dev: blocks of two streams, then of one; CLIP's pooled text and T5."""
 
 from datasetdm_fast.config import Defaults, FlowRule
-from datasetdm_fast.engine.backbones import Backbone, Configs, LoadedModel, Part, Read
-from datasetdm_fast.engine.backbones.fitting import check_channels, check_vocabularies, check_widths
+from datasetdm_fast.engine.backbones import Backbone, Configs, Part, Read
+from datasetdm_fast.engine.backbones.fitting import check_channels
 from datasetdm_fast.engine.backbones.flow_models import (
     CAPTURE,
     CLIP,
@@ -45,17 +45,12 @@ def _check(configs: Read, source: str) -> Read:
     return configs
 
 
-def _check_fit(model: LoadedModel) -> None:
-    configs = model.configs
+def _text_widths(configs: Configs) -> dict[str, tuple[int, int]]:
     network = configs["transformer"]
-    check_widths(
-        model,
-        {
-            "text": (network.joint_attention_dim, configs["text_encoder_2"].d_model),
-            "pooled text": (network.pooled_projection_dim, configs["text_encoder"].hidden_size),
-        },
-    )
-    check_vocabularies(model)
+    return {
+        "text": (network.joint_attention_dim, configs["text_encoder_2"].d_model),
+        "pooled text": (network.pooled_projection_dim, configs["text_encoder"].hidden_size),
+    }
 
 
 FLUX1 = Backbone(
@@ -88,7 +83,7 @@ FLUX1 = Backbone(
     file_parts={"transformer": "model.diffusion_model."},
     name_adapter=names_of("FluxPipeline"),
     check=_check,
-    check_fit=_check_fit,
+    text_widths=_text_widths,
     licence=lambda configs: DEV_LICENCE if configs["transformer"].guidance_embeds else "apache-2.0",
     full_size={
         "text_encoder": CLIP,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from datasetdm_fast.data import Text
 from datasetdm_fast.engine.backbones import joint_attention
@@ -12,10 +12,6 @@ from datasetdm_fast.engine.backbones.prompt_encoders import encode_t5, tokenize
 
 class Flux1Reference(joint_attention.JointReference):
     """See BackboneReference."""
-
-    def attentions(self) -> list[nn.Module]:
-        network = self.network
-        return [block.attn for block in (*network.transformer_blocks, *network.single_transformer_blocks)]
 
     def encode(self, prompts: Sequence[str]) -> Text:
         modules, tokenizers = self.model.modules, self.model.tokenizers

@@ -6,8 +6,6 @@ from datasetdm_fast.engine.backbones.fitting import (
     TOGETHER,
     check_channels,
     check_settings,
-    check_vocabularies,
-    check_widths,
 )
 from datasetdm_fast.engine.backbones.flow_models import (
     CAPTURE,
@@ -58,16 +56,20 @@ def _check(configs: Read, source: str) -> Read:
     return configs
 
 
+def _text_widths(configs: Configs) -> dict[str, tuple[int, int]]:
+    return {
+        "text": (configs["transformer"].joint_attention_dim, len(READ_LAYERS) * configs["text_encoder"].hidden_size)
+    }
+
+
 def _check_fit(model: LoadedModel) -> None:
-    encoder, width = model.configs["text_encoder"], model.configs["transformer"].joint_attention_dim
-    check_widths(model, {"text": (width, len(READ_LAYERS) * encoder.hidden_size)})
-    if encoder.num_hidden_layers < max(READ_LAYERS):
+    layers: int = model.configs["text_encoder"].num_hidden_layers
+    if layers < max(READ_LAYERS):
         raise Refused(
-            f"model: {model.name}: the text encoder has {encoder.num_hidden_layers} layers, and the states of layer "
-            f"{max(READ_LAYERS)} are read",
+            f"model: {model.name}: the text encoder has {layers} layers, and the states of layer {max(READ_LAYERS)} "
+            "are read",
             TOGETHER,
         )
-    check_vocabularies(model)
 
 
 FLUX2_KLEIN = Backbone(
@@ -99,6 +101,7 @@ FLUX2_KLEIN = Backbone(
     file_parts={"transformer": "model.diffusion_model."},
     name_adapter=names_of("Flux2KleinPipeline"),
     check=_check,
+    text_widths=_text_widths,
     check_fit=_check_fit,
     licence=_licence,
     full_size={

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from datasetdm_fast.data import Text
 from datasetdm_fast.engine.backbones import joint_attention
@@ -14,10 +14,6 @@ from datasetdm_fast.engine.backbones.prompt_encoders import encode_chat
 
 class Flux2KleinReference(joint_attention.JointReference):
     """See BackboneReference; latents have 16 pixels a cell, as the pipeline draws their noise."""
-
-    def attentions(self) -> list[nn.Module]:
-        network = self.network
-        return [block.attn for block in (*network.transformer_blocks, *network.single_transformer_blocks)]
 
     def cells(self, latents: Tensor) -> Tensor:
         return F.pixel_shuffle(latents, 2)
@@ -52,6 +48,6 @@ class Flux2KleinReference(joint_attention.JointReference):
         mean, deviation = self._statistics()
         return F.pixel_shuffle(latents * deviation + mean, 2)
 
-    def scale(self, numbers: Tensor) -> Tensor:
+    def scale(self, raw: Tensor) -> Tensor:
         mean, deviation = self._statistics()
-        return (F.pixel_unshuffle(numbers, 2) - mean) / deviation
+        return (F.pixel_unshuffle(raw, 2) - mean) / deviation

@@ -104,8 +104,10 @@ class JointReference(AutoencoderReference):
         return next(self.network.parameters()).device
 
     def attentions(self) -> list[nn.Module]:
-        """The joint attention of every block, in order."""
-        return [block.attn for block in self.network.transformer_blocks]
+        """The joint attention of every block, in order: those of two streams, then those of a single one."""
+        network = self.network
+        blocks = *network.transformer_blocks, *getattr(network, "single_transformer_blocks", ())
+        return [block.attn for block in blocks]
 
     def places(self, cells: int, text: int) -> tuple[slice, slice]:
         """Where the tokens of image and text lie in the attention."""

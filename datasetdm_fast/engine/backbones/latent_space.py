@@ -1,4 +1,4 @@
-"""From an autoencoder's own numbers to the latents that a model draws, and back."""
+"""Between the raw latents of an autoencoder and the scaled latents that a model draws."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -19,12 +19,12 @@ def sample_posterior(mean: Tensor, std: Tensor, generators: Sequence[torch.Gener
     return mean + std * to_device(noise, mean.device)
 
 
-def scale(space: Latents, numbers: Tensor) -> Tensor:
-    """The latents of an autoencoder's numbers [B, C, ...]."""
+def scale(space: Latents, raw: Tensor) -> Tensor:
+    """Scaled latents of raw ones [B, C, ...]."""
     if not space.mean:
-        return (numbers - space.shift) * space.scale
-    mean, std = _by_channel(space, numbers)
-    return (numbers - mean) / std
+        return (raw - space.shift) * space.scale
+    mean, std = _by_channel(space, raw)
+    return (raw - mean) / std
 
 
 def _by_channel(space: Latents, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,16 +43,16 @@ class AutoencoderReference:
         return self.model.modules["vae"]
 
     def unscale(self, latents: Tensor) -> Tensor:
-        """The autoencoder's numbers of latents [B, C, ...]."""
+        """Raw latents of scaled ones [B, C, ...]."""
         space = self.model.latents
         if not space.mean:
             return latents / space.scale + space.shift
         mean, std = _by_channel(space, latents)
         return latents * std + mean
 
-    def scale(self, numbers: Tensor) -> Tensor:
-        """The latents of an autoencoder's numbers."""
-        return scale(self.model.latents, numbers)
+    def scale(self, raw: Tensor) -> Tensor:
+        """Scaled latents of raw ones."""
+        return scale(self.model.latents, raw)
 
     def decode(self, latents: Tensor) -> Tensor:
         pixels: Tensor = self.vae.decode(self.unscale(latents).to(self.vae.dtype), return_dict=False)[0]

@@ -5,7 +5,7 @@ from typing import Any
 
 from datasetdm_fast.config import Defaults, FlowRule
 from datasetdm_fast.engine.backbones import DAMAGED, Backbone, Configs, Latents, LoadedModel, Part, Read
-from datasetdm_fast.engine.backbones.fitting import check_channels, check_settings, check_vocabularies, check_widths
+from datasetdm_fast.engine.backbones.fitting import check_channels, check_settings
 from datasetdm_fast.engine.backbones.flow_models import CAPTURE, JOINT_ENGINE, joint_levels, names_of, seg4diff
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import Level
@@ -57,10 +57,12 @@ def _check(configs: Read, source: str) -> Read:
     return configs
 
 
+def _text_config(configs: Configs) -> Any:
+    return getattr(configs["text_encoder"], "text_config", configs["text_encoder"])
+
+
 def _check_fit(model: LoadedModel) -> None:
-    encoder: Any = model.configs["text_encoder"]
-    text = getattr(encoder, "text_config", encoder)
-    check_widths(model, {"text": (model.configs["transformer"].joint_attention_dim, text.hidden_size)})
+    text = _text_config(model.configs)
     sections = text.rope_parameters.get("mrope_section", USUAL_SECTIONS)
     is_list, half = isinstance(sections, list), text.hidden_size // text.num_attention_heads // 2
     if not is_list or not all(type(part) is int and part > 0 for part in sections) or sum(sections) != half:
@@ -69,7 +71,6 @@ def _check_fit(model: LoadedModel) -> None:
             f"sum is half a head, {half}",
             DAMAGED,
         )
-    check_vocabularies(model)
 
 
 QWEN_IMAGE = Backbone(
@@ -103,6 +104,9 @@ QWEN_IMAGE = Backbone(
     file_parts={"transformer": "model.diffusion_model."},
     name_adapter=names_of("QwenImagePipeline"),
     check=_check,
+    text_widths=lambda configs: {
+        "text": (configs["transformer"].joint_attention_dim, _text_config(configs).hidden_size)
+    },
     check_fit=_check_fit,
     licence=lambda configs: "apache-2.0",
 )

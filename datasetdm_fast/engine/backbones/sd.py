@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.config import SD_DEFAULTS, Defaults
-from datasetdm_fast.engine.backbones import ANOTHER, Backbone, Configs, Latents, LoadedModel, Part, Read
-from datasetdm_fast.engine.backbones.fitting import check_autoencoder, check_settings, check_vocabularies, check_widths
+from datasetdm_fast.engine.backbones import ANOTHER, Backbone, Configs, Latents, Part, Read
+from datasetdm_fast.engine.backbones.fitting import check_autoencoder, check_settings
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import Level
 from datasetdm_fast.untrusted import documents
@@ -159,12 +159,6 @@ def _usual_schedule(source: str, unet: Mapping[str, Any]) -> dict[str, Any]:
     return dict(SD_SCHEDULER)
 
 
-def _check_fit(model: LoadedModel) -> None:
-    width = model.configs["unet"].cross_attention_dim
-    check_widths(model, {"text": (width, model.configs["text_encoder"].hidden_size)})
-    check_vocabularies(model)
-
-
 def heads_per_block(unet: Mapping[str, Any]) -> tuple[int, ...]:
     """Attention heads of the down blocks; diffusers calls this number attention_head_dim."""
     heads = unet.get("num_attention_heads") or unet["attention_head_dim"]
@@ -232,7 +226,7 @@ SD = Backbone(
     has_averages=True,
     has_deep_features=True,
     check=check_configs,
-    check_fit=_check_fit,
+    text_widths=lambda configs: {"text": (configs["unet"].cross_attention_dim, configs["text_encoder"].hidden_size)},
     full_size={**FULL_SIZE, "scheduler": SD_SCHEDULER},
     seed=14,
 )

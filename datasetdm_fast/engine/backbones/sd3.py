@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.config import Defaults, FlowRule
-from datasetdm_fast.engine.backbones import DAMAGED, Backbone, Configs, LoadedModel, Part, Read
-from datasetdm_fast.engine.backbones.fitting import check_channels, check_vocabularies, check_widths
+from datasetdm_fast.engine.backbones import DAMAGED, Backbone, Configs, Part, Read
+from datasetdm_fast.engine.backbones.fitting import check_channels
 from datasetdm_fast.engine.backbones.flow_models import (
     CAPTURE,
     CLIP,
@@ -76,14 +76,12 @@ def _check(configs: Read, source: str) -> Read:
     return configs
 
 
-def _check_fit(model: LoadedModel) -> None:
-    configs = model.configs
+def _text_widths(configs: Configs) -> dict[str, tuple[int, int]]:
     network, clips = configs["transformer"], (configs["text_encoder"], configs["text_encoder_2"])
     widths = {"pooled text": (network.pooled_projection_dim, sum(clip.projection_dim for clip in clips))}
     if "text_encoder_3" in configs:
         widths["text"] = network.joint_attention_dim, configs["text_encoder_3"].d_model
-    check_widths(model, widths)
-    check_vocabularies(model)
+    return widths
 
 
 SD3 = Backbone(
@@ -129,7 +127,7 @@ SD3 = Backbone(
     file_tokenizers={"tokenizer": False, "tokenizer_2": True},
     name_adapter=names_of("StableDiffusion3Pipeline"),
     check=_check,
-    check_fit=_check_fit,
+    text_widths=_text_widths,
     licence=lambda configs: "stabilityai-ai-community",
     full_size={
         "text_encoder": {**CLIP, "projection_dim": 768},

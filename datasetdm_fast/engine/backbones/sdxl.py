@@ -13,11 +13,10 @@ from datasetdm_fast.engine.backbones import (
     Configs,
     Guidance,
     Latents,
-    LoadedModel,
     Part,
     Read,
 )
-from datasetdm_fast.engine.backbones.fitting import check_channels, check_settings, check_vocabularies, check_widths
+from datasetdm_fast.engine.backbones.fitting import check_channels, check_settings
 from datasetdm_fast.engine.backbones.sd import ACTIVATION, FORMS
 from datasetdm_fast.engine.backbones.sd import FULL_SIZE as SD_FULL_SIZE
 from datasetdm_fast.errors import Refused
@@ -158,18 +157,13 @@ def _check(configs: Read, source: str) -> Read:
     return configs
 
 
-def _check_fit(model: LoadedModel) -> None:
-    configs = model.configs
+def _text_widths(configs: Configs) -> dict[str, tuple[int, int]]:
     unet, first, second = configs["unet"], configs["text_encoder"], configs["text_encoder_2"]
     added = unet.projection_class_embeddings_input_dim - len(TIME_IDS) * unet.addition_time_embed_dim
-    check_widths(
-        model,
-        {
-            "text": (unet.cross_attention_dim, first.hidden_size + second.hidden_size),
-            "pooled text": (added, second.projection_dim),
-        },
-    )
-    check_vocabularies(model)
+    return {
+        "text": (unet.cross_attention_dim, first.hidden_size + second.hidden_size),
+        "pooled text": (added, second.projection_dim),
+    }
 
 
 def _name_adapter(state: dict[str, "Tensor"], configs: Configs) -> dict[str, "Tensor"]:
@@ -222,7 +216,7 @@ SDXL = Backbone(
     has_averages=True,
     has_deep_features=True,
     check=_check,
-    check_fit=_check_fit,
+    text_widths=_text_widths,
     licence=_licence,
     full_size=FULL_SIZE,
     seed=10,

@@ -3,8 +3,8 @@ encoder.
 """
 
 from datasetdm_fast.config import Defaults, FlowRule
-from datasetdm_fast.engine.backbones import Backbone, Configs, LoadedModel, Part, Read
-from datasetdm_fast.engine.backbones.fitting import check_channels, check_settings, check_vocabularies, check_widths
+from datasetdm_fast.engine.backbones import Backbone, Configs, Part, Read
+from datasetdm_fast.engine.backbones.fitting import check_channels, check_settings
 from datasetdm_fast.engine.backbones.flow_models import (
     CAPTURE,
     FLOW_SCHEDULER,
@@ -40,12 +40,6 @@ def _check(configs: Read, source: str) -> Read:
     return configs
 
 
-def _check_fit(model: LoadedModel) -> None:
-    widths = model.configs["transformer"].cap_feat_dim, model.configs["text_encoder"].hidden_size
-    check_widths(model, {"text": widths})
-    check_vocabularies(model)
-
-
 Z_IMAGE = Backbone(
     name="z-image",
     title="Z-Image",
@@ -78,7 +72,7 @@ Z_IMAGE = Backbone(
     file_parts={"transformer": "model.diffusion_model."},
     name_adapter=names_of("ZImagePipeline"),
     check=_check,
-    check_fit=_check_fit,
+    text_widths=lambda configs: {"text": (configs["transformer"].cap_feat_dim, configs["text_encoder"].hidden_size)},
     licence=lambda configs: "apache-2.0",
     full_size={
         "text_encoder": QWEN3_4B,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from datasetdm_fast.config import Defaults
 from datasetdm_fast.engine.backbones import Backbone, Configs, Guidance, Latents
-from datasetdm_fast.engine.backbones.fitting import check_size
+from datasetdm_fast.engine.backbones.fitting import check_fit, check_size
 from datasetdm_fast.engine.loading.tokenizer import LimitedTokenizer, OwnTokenizer, WrappingTokenizer
 from datasetdm_fast.engine.models.layers import room
 from datasetdm_fast.errors import Refused
@@ -207,7 +207,7 @@ def check_model(model: Model, *, is_seeded: bool = False) -> Model:
     seeded ones that is known).
     """
     check_size(model.size, model.backbone.multiple, model.backbone.most_pixels(model.configs))
-    model.backbone.check_fit(model)
+    check_fit(model)
     for name in model.networks if not is_seeded else ():
         check_finite(model.networks[name].read().state_dict(), f"model: {model.name}: {name}.")
     return model

@@ -411,7 +411,7 @@ def last_calls(schedule: Schedule, count: int, orders: Sequence[Sequence[float]]
 
 @dataclass(frozen=True)
 class State:
-    """The sample on its way, with what multistep samplers remember."""
+    """The sample on its way, with what multistep samplers remember: `step` is what SamplerState is verified against."""
 
     latents: Tensor  # [B, C, h, w]
     history: tuple[Tensor, ...]  # entries of earlier calls, newest first

@@ -10,6 +10,7 @@ from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.runs.jobs.job import Job, recipe_of
 from datasetdm_fast.runs.jobs.run import RunQueue, prepare_job
+from datasetdm_fast.runs.run_folder.document import figures_in_words
 from datasetdm_fast.runs.run_folder.folder import note
 from datasetdm_fast.runs.run_settings import RunSpec
 
@@ -39,7 +40,7 @@ def admit_job(run: RunQueue, spec: RunSpec, screen: Screen, *, verify: int = 0) 
 
 def _judge_speed(job: Job, spec: RunSpec, screen: Screen) -> Job:
     """The job with the verdict on its approximate speed; refused where that makes labels worse."""
-    from datasetdm_fast.runs.agreement.speed_gate import count_calls, figures_in_words, judge_speed
+    from datasetdm_fast.runs.agreement.speed_gate import count_calls, judge_speed
 
     source, speed = spec.source, spec.sampling.speed
     sampling = replace(spec.sampling, speed=EXACT)
@@ -50,12 +51,14 @@ def _judge_speed(job: Job, spec: RunSpec, screen: Screen) -> Job:
         verdict = judge_speed(job, exact, on_unet_call)
     images = count_noun(verdict["number"], "image")
     if not verdict["passed"]:
+        failed = figures_in_words(row for row in verdict["measures"] if not row["passed"])
         raise GateFailed(
-            f"--speed {speed}: labels of {images} fit worse than those of exact images: "
-            f"{figures_in_words(verdict, failed=True)}; nothing was written",
+            f"--speed {speed}: labels of {images} fit worse than those of exact images: {failed}; nothing was written",
             "Drop --speed, or try another.",
         )
-    screen.on_message(f"speed      {speed}, as labels of {images} fit as exact ones do: {figures_in_words(verdict)}")
+    screen.on_message(
+        f"speed      {speed}, as labels of {images} fit as exact ones do: {figures_in_words(verdict['measures'])}"
+    )
     return replace(job, document=job.document | {"speed": verdict})
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import platform
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from datasetdm_fast.config import CACHED, REFERENCE
-from datasetdm_fast.data import Batch, Request, Sample
+from datasetdm_fast.data import Request, Sample
 from datasetdm_fast.engine import engines
 from datasetdm_fast.engine.engines import Engine, build_engine, check_engine
 from datasetdm_fast.engine.labels import by_task, kind_of, label_files
@@ -108,12 +108,8 @@ def compare_with_stored(
     job: Job, indices: Sequence[int], on_unet_call: Callable[[], None] = lambda: None
 ) -> list[GateRow]:
     """Stored images and labels of these samples against those of the job's engine, with the gates of free runs."""
-    size = job.plan.batch_size
     distances: dict[str, list[float]] = {}
-    blocks = [indices[first : first + size] for first in range(0, len(indices), size)]
-    batches = [
-        Batch(k, tuple(job.plan.request(index) for index in block), size - len(block)) for k, block in enumerate(blocks)
-    ]
+    batches = job.plan.batches_of(indices)
     with Ledger(job.folder / LEDGER, read_only=True) as ledger, tempfile.TemporaryDirectory() as place:
         for batch, results in driver.generate(batches, job.engine, job.recipe, on_unet_call, job.generator):
             for request, result in zip(batch.requests, results, strict=False):
@@ -133,11 +129,11 @@ def _distances(job: Job, row: Row, result: Any, place: Path) -> dict[str, float]
     publish_inside(place, dict(files.values()))
     made, stored = (
         np.array(images.read_image(folder / name))[None]
-        for folder, name in ((place, files["image"][0]), (job.folder, row.files["image"][0]))
+        for folder, name in ((place, files["image"][0]), (job.folder, row.files["image"].path))
     )
     distances = {"free image": float(image_distance(made, stored)[0])}
     made_names = {role: name for role, (name, _) in files.items()}
-    stored_names = {role: name for role, (name, _) in row.files.items()}
+    stored_names = {role: file.path for role, file in row.files.items()}
     for task in filter(_has_gate, row.labels):
         label = label_files.decode(task, place, made_names, records[task], tables[task])
         other = label_files.decode(task, job.folder, stored_names, row.labels[task], tables[task])
@@ -188,8 +184,7 @@ def choose_requests(
     check_seed(prompts.seed, prompts.number)
     source = read_source(prompts, has_captions=True)
     labels = tuple(by_task(reference.decoders))
-    steps = {name: getattr(sampling, name) for name in ("sampler", "steps", "guidance", "profile", "speed")}
-    _, recipe = (make_recipe(each, labels, classes=source.classes, **steps) for each in (engine, reference))
+    _, recipe = (make_recipe(each, labels, classes=source.classes, **asdict(sampling)) for each in (engine, reference))
     words = recipe.words or prompt_words(reference, labels, source.classes)
     number, tokenizer = prompts.number, reference.model.tokenizer
     plan = make_plan(source, tokenizer, number=number, seed=prompts.seed, batch_size=number, words=words)

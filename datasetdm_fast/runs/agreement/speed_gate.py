@@ -7,7 +7,7 @@ the two on exact images is the noise floor.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,7 +18,6 @@ import numpy as np
 
 from datasetdm_fast import kernels
 from datasetdm_fast.config import FAST, FP8
-from datasetdm_fast.cores import in_blocks
 from datasetdm_fast.data import Annotation, Batch, DepthMap, Keypoints, Quarantined, Sample
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.storage import cache_folder
@@ -48,10 +47,7 @@ NEAR = 0.1  # of a person's longer side: a joint as near as this is found, as in
 REPORT = "This is a mistake of the program: drop --speed, and report it."
 LARGEST_FIGURES = 2**20  # bytes
 # settings that figures do not hang on, or that recipes and digests stand for
-UNREAD = (
-    *("number", "per_class", "seed", "batch_size", "image_format", "model", "decoder", "speed"),
-    *("layout", "shard_size"),
-)
+UNREAD = "number per_class seed batch_size image_format model decoder speed layout shard_size".split()
 
 
 @dataclass(frozen=True)
@@ -67,9 +63,6 @@ class LabelFigure:
     def is_passed(self) -> bool:
         worse = self.speed - self.exact if self.measure.split()[0] in ERRORS else self.exact - self.speed
         return bool(worse <= self.limit)
-
-    def __str__(self) -> str:
-        return f"{self.measure} {self.speed:.4f} for {self.exact:.4f}"
 
 
 def count_images(job: Job) -> int:
@@ -122,7 +115,7 @@ def check_promise(recipe: Recipe) -> None:
 
 def check_call(job: Job) -> None:
     """Refuses a speed one call of which is not nearly the exact one: labels may fit other images as well."""
-    engine, recipe, requests = job.engine, job.recipe, next(iter(_batches(job))).padded
+    engine, recipe, requests = job.engine, job.recipe, next(_batches(job)).padded
     if not (calls := sorted(recipe.fp8 | recipe.cached)):
         return
     text, _ = driver.BatchGenerator(engine, recipe, lambda: None).encode_prompts(requests)
@@ -138,13 +131,6 @@ def check_call(job: Job) -> None:
     if not distance <= limit:
         cause = f"a call is {distance:.2g} from the exact one, beyond {limit}; nothing was written"
         raise GateFailed(f"--speed {recipe.facts['speed']}: {cause}", REPORT)
-
-
-def figures_in_words(verdict: Mapping[str, Any], *, failed: bool = False) -> str:
-    """The figures of a verdict, or those that failed, each with that of exact images."""
-    names = ("measure", "exact", "speed", "limit")
-    rows = [row for row in verdict["measures"] if not (failed and row["passed"])]
-    return ", ".join(str(LabelFigure(*(row[name] for name in names))) for row in rows)
 
 
 def _cached(path: Path, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
@@ -202,11 +188,8 @@ def _results(
         yield from results
 
 
-def _batches(job: Job) -> Iterable[Batch]:
-    size = job.plan.batch_size
-    requests = (job.plan.request(index) for index in range(count_images(job)))
-    for index, part in enumerate(in_blocks(requests, size)):
-        yield Batch(index, tuple(part), size - len(part))
+def _batches(job: Job) -> Iterator[Batch]:
+    return job.plan.batches_of(range(count_images(job)))
 
 
 def _agreement(task: str, label: Annotation, truth: Annotation) -> tuple[str, float] | None:

@@ -85,7 +85,7 @@ class Merging:
         sources, images = self.sources, set[bytes]()
         for k, source in enumerate(sources):
             for row in source.run.rows(("files",)):
-                digest = bytes.fromhex(row.files["image"][1].sha256)
+                digest = bytes.fromhex(row.files["image"].stored.sha256)
                 if digest in images:
                     self.duplicates += 1
                 else:

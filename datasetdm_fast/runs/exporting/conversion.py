@@ -151,7 +151,7 @@ class Conversion:
         """The number of samples in each split, and the digest of all samples."""
         source, counts, digest = self.source, Counter[str](), hashlib.sha256()
         for row in source.rows():
-            split, files = source.split_of(row), {role: stored.sha256 for role, (_, stored) in row.files.items()}
+            split, files = source.split_of(row), {role: file.stored.sha256 for role, file in row.files.items()}
             identity = [row.request.index, row.request.prompt, files, row.labels]
             if correction := source.corrections.get(row.request.index):
                 identity[3] = correction.correct_row(row, source.run.document["labels"]).labels

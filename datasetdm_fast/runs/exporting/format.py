@@ -143,7 +143,7 @@ class SampleView:
         return data
 
     def _pixels(self, role: str) -> np.ndarray:
-        return np.asarray(images.decode_image(self.read(role), self.stored.row.files[role][0]))
+        return np.asarray(images.decode_image(self.read(role), self.stored.row.files[role].path))
 
     @cached_property
     def image(self) -> np.ndarray:  # [H, W, 3] uint8
@@ -151,7 +151,7 @@ class SampleView:
 
     def picture(self, forms: Sequence[str]) -> tuple[str, Content]:
         """The image as a file of one of these forms, png or jpg, and its ending."""
-        stored = self.stored.row.files["image"][0].rpartition(".")[2]
+        stored = self.stored.row.files["image"].path.rpartition(".")[2]
         form = stored if self.pictures.image_format == "same" else self.pictures.image_format
         if form not in forms:
             form = forms[0]

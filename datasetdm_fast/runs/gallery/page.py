@@ -19,7 +19,6 @@ from PIL import Image
 
 from datasetdm_fast.cores import in_blocks
 from datasetdm_fast.disk import storage
-from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.engine.labels import GalleryLayer, LabelName, by_kind, by_task, kind_of, mean_certainty
 from datasetdm_fast.engine.labels.class_tables import OURS, colour_in
 from datasetdm_fast.engine.labels.label_files import encode_picture, picture_bytes
@@ -64,7 +63,7 @@ from datasetdm_fast.runs.run_folder.folder import (
     seal,
 )
 from datasetdm_fast.runs.run_folder.indexes import writers
-from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, PARTS, Ledger, Row, canonical
+from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, PARTS, Ledger, Row, RowFile, canonical
 from datasetdm_fast.runs.run_folder.scores import LEAST_SHARE
 from datasetdm_fast.runs.run_folder.selections import read_filter
 from datasetdm_fast.untrusted import documents, images
@@ -160,7 +159,6 @@ QUALITY = 82  # of the JPEG
 UNKNOWN = ""  # digest of a sheet that lacks some of its images: it is drawn again by the next process that writes
 LARGEST_SHOWN = 2**26  # bytes
 BLOCK = 16  # sheets drawn and published together
-Images = Mapping[int, tuple[str, StoredFile]]  # index -> path inside the run folder, what was written
 
 
 def thumbnail_sides(height: int, width: int) -> tuple[int, int]:
@@ -198,7 +196,7 @@ def draw_sheets(folder: Path, groups: Mapping[int, Sequence[Row]], before: dict[
     return shown
 
 
-def _draw_sheet(folder: Path, group: Images) -> tuple[bytes, bool]:
+def _draw_sheet(folder: Path, group: Mapping[int, RowFile]) -> tuple[bytes, bool]:
     """A sheet, and whether it shows all of its images; one that cannot be shown leaves its place empty."""
     sheet, is_whole = Image.new("RGB", (COLUMNS * SIDE, ROWS * SIDE)), True
     for index, (name, _) in group.items():
@@ -242,7 +240,7 @@ def draw_missing(folder: Path, rows: Sequence[Row], role: str) -> None:
 
 def _picture_of_sample(folder: Path, role: str, row: Row) -> bytes:
     """The picture of a sample's file, empty where that cannot be shown."""
-    image = _read_image(folder / row.files[role][0])
+    image = _read_image(folder / row.files[role].path)
     return b"" if image is None else picture_of(role, image)
 
 

@@ -1,7 +1,7 @@
 """A run before its first byte: networks opened, plan and recipe made, run.json composed; nothing is written."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -227,8 +227,7 @@ def recipe_of(
     table: class_tables.ClassTable | None = None,
 ) -> Recipe:
     names = ["combine", "ignore", "ignore_below", "ask", *(ATTENTION_SETTINGS if ATTENTION in labels.task else ())]
-    options = {name: getattr(labels, name) for name in names}
-    options |= {name: getattr(sampling, name) for name in ("sampler", "steps", "guidance", "profile", "speed")}
+    options = {name: getattr(labels, name) for name in names} | asdict(sampling)
     return make_recipe(engine, labels.task, classes=classes, strength=strength, table=table, **options)
 
 

@@ -82,7 +82,7 @@ def prepare_remake(
             if row.status == QUARANTINED:
                 renewed.add(acceptance_of(stored).apply([result]), row.recipe)
                 finish_run(renewed)
-                return [path for path, _ in renewed.ledger.row(result.request.index).files.values()]
+                return [file.path for file in renewed.ledger.row(result.request.index).files.values()]
             return renewed.renew(row, result)
 
     return remake

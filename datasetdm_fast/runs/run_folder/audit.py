@@ -184,7 +184,7 @@ def _audit(
     for k, sample in enumerate((sample for block in checked for sample in block), 1):
         findings += sample.faults
         damaged += [sample.row.request.index] if sample.faults else []
-        known |= {path for path, _ in sample.row.files.values()}
+        known |= {file.path for file in sample.row.files.values()}
         files, total = files + len(sample.row.files), total + sample.bytes
         on_progress(k, samples)
     findings += _check_strangers(folder, _product_folders(document), known)
@@ -288,7 +288,7 @@ def _check_strangers(folder: Path, folders: Iterable[str], known: set[str]) -> I
 
 def _check_samples(folder: Path, document: Mapping[str, Any], rows: Sequence[Row]) -> list[CheckedSample]:
     def read(row: Row, role: str) -> bytes:
-        content = storage.read_if_there(folder / row.files[role][0], images.LARGEST_IMAGE_FILE)
+        content = storage.read_if_there(folder / row.files[role].path, images.LARGEST_IMAGE_FILE)
         if content is None:
             raise ValueError(MISSING)
         return content
@@ -314,7 +314,7 @@ def check_sample(
     roles = [role for task in config["task"] for role in kind_of(task).files(document["labels"][task])]
     expected = {role: f"{place}{role}/{id}.png" for role in roles}
     expected["image"] = f"{place}images/{id}.{config['image_format']}"
-    if {role: name for role, (name, _) in row.files.items()} != expected:
+    if {role: file.path for role, file in row.files.items()} != expected:
         fault = f"sample {id} has the files {sorted(row.files)}, expected {sorted(expected)}"
         return CheckedSample(row, [*faults, _ledger_fault(fault)])
     remedy = f"Make it again: {maker(document)} --out {quote(folder)} --only {id}"

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -276,11 +276,16 @@ def sampler_in_words(document: Mapping[str, Any]) -> str:
     return "; ".join(dict.fromkeys(lines))
 
 
+def figures_in_words(figures: Iterable[Mapping[str, Any]]) -> str:
+    """The figures of the labels of an approximate speed, each with that of exact images."""
+    return ", ".join(f"{row['measure']} {row['speed']:.4f} for {row['exact']:.4f}" for row in figures)
+
+
 def speed_in_words(document: Mapping[str, Any]) -> str:
     """The approximation by which a run was made, and how its labels were judged; empty of an exact run."""
     if not (verdict := document.get("speed")):
         return ""
-    figures = ", ".join(f"{row['measure']} {row['speed']:.4f} for {row['exact']:.4f}" for row in verdict["measures"])
+    figures = figures_in_words(verdict["measures"])
     return f"{verdict['name']}, approximate; labels of {verdict['number']} images against exact ones: {figures}"
 
 

@@ -37,7 +37,7 @@ from datasetdm_fast.runs.run_folder.document import (
     to_see_damage,
 )
 from datasetdm_fast.runs.run_folder.indexes import writers
-from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, QUARANTINED, Ledger, Row
+from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, QUARANTINED, Ledger, Row, RowFile
 from datasetdm_fast.runs.run_folder.selections import FILTER, SPLIT, Filter, read_filter
 from datasetdm_fast.untrusted import documents
 from datasetdm_fast.untrusted.images import LARGEST_IMAGE_FILE
@@ -309,7 +309,7 @@ class RunFolder(AbstractContextManager):
 
     def remove_leftovers(self) -> None:
         """Removes files of dropped samples that a killed process left in the data set, and the other way round."""
-        names = [name for row in self.ledger.dropped_rows() for name, _ in row.files.values()]
+        names = [file.path for row in self.ledger.dropped_rows() for file in row.files.values()]
         for name in names:
             storage.remove(self.path / name)
         known = {self.path / (DROPPED + name) for name in names}
@@ -351,7 +351,7 @@ def publish_samples(made: Sequence[tuple[Row, label_files.Files]], publish: Publ
     """The rows, once `publish` has taken their files."""
     stored = publish({name: content for _, files in made for name, content in files.values()})
     for row, files in made:
-        row.files.update({role: (name, stored[name]) for role, (name, _) in files.items()})
+        row.files.update({role: RowFile(name, stored[name]) for role, (name, _) in files.items()})
         row.tracings.update(trace_labels(row.labels))
     return [row for row, _ in made]
 

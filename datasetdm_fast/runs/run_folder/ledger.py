@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from datasetdm_fast.data import Request, Trust
 from datasetdm_fast.disk import sqlite, storage
@@ -69,14 +69,20 @@ _ENCODE = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", 
 _DECODE = json.JSONDecoder().decode
 
 
+class RowFile(NamedTuple):
+    """A file of a sample, as it was written."""
+
+    path: str  # inside the run folder
+    stored: StoredFile
+
+
 @dataclass(frozen=True)
 class Row:
     """Everything known of one sample: enough to make it again alone, and to rebuild every index file."""
 
     request: Request
     recipe: dict[str, Any]  # how it was made: sampler, steps, guidance, size, batch shape, digests
-    # role -> path inside the run folder, what was written
-    files: dict[str, tuple[str, StoredFile]] = field(default_factory=dict)
+    files: dict[str, RowFile] = field(default_factory=dict)  # by role
     labels: dict[str, Any] = field(default_factory=dict)  # task -> records and figures
     status: str = DONE
     reason: str = ""
@@ -86,7 +92,7 @@ class Row:
     @property
     def group(self) -> str:
         """What a sample and everything that is made of its image have in common."""
-        return self.recipe.get("group") or self.files["image"][1].sha256[:16]
+        return self.recipe.get("group") or self.files["image"].stored.sha256[:16]
 
 
 def canonical(value: Any) -> str:
@@ -128,7 +134,7 @@ class Ledger(AbstractContextManager):
                 stored = {DIGEST: digest_of(recipe)}
                 shared[stored[DIGEST]] = recipe
             texts = {name: text for name, field in TEXTS.items() if (text := getattr(request, field))}
-            files = {role: _encode_file(request.id, role, *file) for role, file in row.files.items()}
+            files = {role: _encode_file(request.id, role, file) for role, file in row.files.items()}
             values.append(
                 (
                     request.index,
@@ -385,10 +391,10 @@ def _where_status(statuses: Sequence[str]) -> tuple[str, Sequence[str]]:
     return f"status IN ({', '.join('?' * len(statuses))})", statuses
 
 
-def _encode_file(id: str, role: str, path: str, stored: StoredFile) -> list[Any]:
+def _encode_file(id: str, role: str, file: RowFile) -> list[Any]:
     """What a row holds of a file: its digest in base 64, and its path where that is not the usual one of its role."""
-    digest = urlsafe_b64encode(bytes.fromhex(stored.sha256)).decode().rstrip("=")
-    return [digest, stored.size, *([path] if path != usual_path(role, id) else [])]
+    digest = urlsafe_b64encode(bytes.fromhex(file.stored.sha256)).decode().rstrip("=")
+    return [digest, file.stored.size, *([file.path] if file.path != usual_path(role, id) else [])]
 
 
 def encode_trust(trust: Trust | None) -> str | None:
@@ -422,13 +428,13 @@ def usual_path(role: str, id: str) -> str:
     return f"{FOLDERS.get(role, role)}/{id}.png"
 
 
-def _decode_file(id: str, role: str, file: Any) -> tuple[str, StoredFile]:
-    """Path, and what was written, from what a row holds of a file."""
+def _decode_file(id: str, role: str, file: Any) -> RowFile:
+    """The file of a row, from what the ledger holds of it."""
     digest, size, *names = file
     path, sha256 = documents.check_inside(*names or [usual_path(role, id)]), urlsafe_b64decode(digest + "=").hex()
     if len(sha256) != HEX_DIGITS:
         raise ValueError(f"{documents.quote(digest)} is no SHA-256")
-    return path, StoredFile(sha256, size)
+    return RowFile(path, StoredFile(sha256, size))
 
 
 class IndexFile:

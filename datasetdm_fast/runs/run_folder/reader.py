@@ -107,13 +107,12 @@ class StoredSample:
 
     def read(self, role: str) -> bytes:
         """The bytes of one of its files."""
-        name = self.row.files[role][0]
         if self.shards:
             return self.shards.read_file(self.row, role)
-        return storage.read(self.folder / name, images.LARGEST_IMAGE_FILE)
+        return storage.read(self.folder / self.row.files[role].path, images.LARGEST_IMAGE_FILE)
 
     def _read_image(self, role: str) -> Image.Image:
-        return images.decode_image(self.read(role), str(self.folder / self.row.files[role][0]))
+        return images.decode_image(self.read(role), str(self.folder / self.row.files[role].path))
 
     def __repr__(self) -> str:
         labels = ", ".join(self.row.labels)

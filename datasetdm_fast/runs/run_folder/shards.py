@@ -37,6 +37,7 @@ from datasetdm_fast.runs.run_folder.ledger import (
     PARTS,
     QUARANTINED,
     Row,
+    RowFile,
     Tally,
     canonical,
     decode_trust,
@@ -237,7 +238,7 @@ class ShardIndex:
             places[request.index] = {file["role"]: (file["offset"], file["size"]) for file in files}
             places[request.index][RECORD] = (line["record_offset"], line["record_size"])
             stored = {
-                file["role"]: (documents.check_inside(file["path"]), StoredFile(file["sha256"], file["size"]))
+                file["role"]: RowFile(documents.check_inside(file["path"]), StoredFile(file["sha256"], file["size"]))
                 for file in files
             }
             outcome = (line["status"], line["reason"], decode_trust(trust))
@@ -248,7 +249,7 @@ class ShardIndex:
 def _renumber(row: Row, index: int, run: str) -> Row:
     """The row of a sample of a run as one of a merged run."""
     id = row.request.id
-    files = {role: (name.replace(id, f"{index:08d}"), stored) for role, (name, stored) in row.files.items()}
+    files = {role: RowFile(name.replace(id, f"{index:08d}"), stored) for role, (name, stored) in row.files.items()}
     recipe = {**row.recipe, "merged": {"run": run, "id": id}}
     return replace(row, request=replace(row.request, index=index), recipe=recipe, files=files)
 

@@ -207,7 +207,7 @@ class ShardWorker:
             made.append((row, places))
             record = {RECORD: sample_record(row, row.request.id)} if row.files else {}
             for role, content in {**contents, **record}.items():
-                ending = RECORD if role == RECORD else row.files[role][0].rpartition(".")[2]
+                ending = RECORD if role == RECORD else row.files[role].path.rpartition(".")[2]
                 ending = ending if role in ("image", RECORD) else f"{role}.{ending}"
                 begin, size = end + tarfile.BLOCKSIZE, len(content)
                 places[role], end = (begin, size), begin + size + -size % tarfile.BLOCKSIZE
@@ -264,7 +264,7 @@ def encode_batch(
         return {name: StoredFile(hashlib.sha256(each).hexdigest(), len(each)) for name, each in files.items()}
 
     rows = write_samples(list(results), recipe, document, collect)
-    return [(row, {role: written[name] for role, (name, _) in row.files.items()}) for row in rows]
+    return [(row, {role: written[file.path] for role, file in row.files.items()}) for row in rows]
 
 
 def work_on_shards(spec: RunSpec, place: ShardPlace, rank: ShardRank, callbacks: Callbacks) -> ShardWorker:

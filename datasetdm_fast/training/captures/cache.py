@@ -53,8 +53,8 @@ class Layout:
         )
 
     @property
-    def numbers(self) -> int:
-        """How many numbers a view has."""
+    def values(self) -> int:
+        """Values of a view."""
         return sum(cells * channels for cells, channels in self.shapes)
 
     @staticmethod
@@ -75,7 +75,7 @@ class Layout:
         return tuple(levels)
 
     def unpack(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Per level [B, cells, channels] fp32 of rows [B, numbers] fp16."""
+        """Per level [B, cells, channels] fp32 of rows [B, values] fp16."""
         parts = rows.split([cells * channels for cells, channels in self.shapes], 1)
         return tuple(part.float().unflatten(1, shape) for part, shape in zip(parts, self.shapes))
 
@@ -107,12 +107,12 @@ class StoredCaptures:
         self._cached_file = lru_cache(512)(self._open)
 
     def _open(self, path: Path) -> np.ndarray:
-        return np.memmap(path, np.float16, "r", shape=(self.draws, self.layout.numbers))
+        return np.memmap(path, np.float16, "r", shape=(self.draws, self.layout.values))
 
     def batch(self, views: Sequence[int]) -> tuple[Tensor, ...]:
         # Read where a GPU can fetch them from, so that the host goes on.
         is_queued, calls = self.device.type == "cuda", len(self.paths[0])
-        rows = torch.empty(calls, len(views), self.layout.numbers, dtype=torch.float16, pin_memory=is_queued)
+        rows = torch.empty(calls, len(views), self.layout.values, dtype=torch.float16, pin_memory=is_queued)
         try:
             for call, part in enumerate(rows.numpy()):
                 paths = [self.paths[view // self.draws][call] for view in views]
@@ -169,7 +169,7 @@ def plan(
     """Where `count` captures go: `mode` is auto, disk or off; `gigabytes` 0 = half of the free space and the
     bytes that are cached of them. `cached` counts these bytes, which takes time, and is called only where it decides.
     """
-    size = count * Layout.of(levels).numbers * 2
+    size = count * Layout.of(levels).values * 2
     if mode == "off":
         return CachePlan(folder, size, 0, False)
     budget = int(gigabytes * 1e9) if gigabytes else int(storage.free_bytes(folder.absolute()) * SHARE)
@@ -186,7 +186,7 @@ def plan(
 
 def cached_bytes(engine, views: TrainingViews, inversion: Inversion, folder: Path) -> int:
     """Bytes that the captures of these views take already."""
-    size = views.settings.draws * Layout.of(engine.model.levels).numbers * 2 + DIGEST
+    size = views.settings.draws * Layout.of(engine.model.levels).values * 2 + DIGEST
     paths = (path for paths, _, _ in _shards(engine, views, inversion, folder) for path in paths)
     return sum(size for path in paths if path.is_file() and path.stat().st_size == size)
 
@@ -206,7 +206,7 @@ def cache_captures(
         for path, timestep in zip(paths, inversion.timesteps, strict=True):
             with suppress(OSError):  # not there yet, or of another user
                 os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
-            if not _is_whole(path, draws * layout.numbers * 2):
+            if not _is_whole(path, draws * layout.values * 2):
                 missing[path] = timestep
         if missing:
             needed = replace(inversion, timesteps=tuple(missing.values()))
@@ -247,7 +247,7 @@ def _compute(
     inversion: Inversion,
     layout: Layout,
 ) -> np.ndarray:
-    """[calls, views, numbers] fp16 of one image's views."""
+    """[calls, views, values] fp16 of one image's views."""
     rows: list[np.ndarray] = []
     batch_size = BATCH_SIZE
     while (start := sum(part.shape[1] for part in rows)) < len(items):

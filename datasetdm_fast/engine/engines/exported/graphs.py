@@ -201,8 +201,8 @@ class GraphEngine(Engine):
         if "encode_image" not in self.manifest.stages:
             return encode_in_chunks(self._modules.encode_image, images.to(self.device), generators)
         moments = self._run("encode_image", self._autoencoder_images(), image=images)["moments"]
-        numbers = sample_moments(moments, generators)
-        return self._reference.scale(numbers) if self._is_joint else scale(self.model.latents, numbers)
+        raw = sample_moments(moments, generators)
+        return self._reference.scale(raw) if self._is_joint else scale(self.model.latents, raw)
 
     def _autoencoder_images(self) -> int:
         return chunk_of(self.model.size, self.device)

@@ -436,8 +436,8 @@ class FastEngine(Engine):
     ) -> Tensor:  # [B, C, h, w]
         self._refresh()
         self._unload_except("image_encoder")
-        numbers = encode_in_chunks(self._encode_part, to_device(images, self.device), generators)
-        return scale(self.model.latents, numbers)
+        raw = encode_in_chunks(self._encode_part, to_device(images, self.device), generators)
+        return scale(self.model.latents, raw)
 
     def _encode_part(self, images: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
         return sample_moments(moments_of(self.image_encoder, images, self.image_dtype), generators)

@@ -83,7 +83,7 @@ def rows_with_ids(label: str, run: Mapping[str, Any], ledger: Ledger) -> Iterato
 
 def _image(run: Mapping[str, Any], row: Row) -> dict[str, Any]:
     height, width = sides(run, row.recipe)
-    return {"id": row.request.index, "file_name": row.files["image"][0], "width": width, "height": height}
+    return {"id": row.request.index, "file_name": row.files["image"].path, "width": width, "height": height}
 
 
 def _encode_list(items: Iterable[dict[str, Any]], is_first: bool = True) -> Iterator[bytes]:

@@ -1,8 +1,8 @@
 """AuraFlow: blocks of two streams, then of one; the text encoder of UMT5."""
 
 from datasetdm_fast.config import Defaults, FlowRule
-from datasetdm_fast.engine.backbones import Backbone, Configs, LoadedModel, Part, Read
-from datasetdm_fast.engine.backbones.fitting import check_channels, check_vocabularies, check_widths
+from datasetdm_fast.engine.backbones import Backbone, Configs, Part, Read
+from datasetdm_fast.engine.backbones.fitting import check_channels
 from datasetdm_fast.engine.backbones.flow_models import CAPTURE, joint_levels, scaled_latents
 from datasetdm_fast.stages import Level
 
@@ -19,12 +19,6 @@ def _levels(configs: Configs, size: int, halves: int) -> tuple[Level, ...]:
 def _check(configs: Read, source: str) -> Read:
     check_channels(source, configs["transformer"].get("in_channels", 4), configs["vae"])
     return configs
-
-
-def _check_fit(model: LoadedModel) -> None:
-    configs = model.configs
-    check_widths(model, {"text": (configs["transformer"].joint_attention_dim, configs["text_encoder"].d_model)})
-    check_vocabularies(model)
 
 
 AURA_FLOW = Backbone(
@@ -48,6 +42,6 @@ AURA_FLOW = Backbone(
     defaults=lambda configs: Defaults(1024, 50, 3.5, CAPTURE),
     reference="datasetdm_fast.engine.backbones.aura_flow_reference:AuraFlowReference",
     check=_check,
-    check_fit=_check_fit,
+    text_widths=lambda configs: {"text": (configs["transformer"].joint_attention_dim, configs["text_encoder"].d_model)},
     licence=lambda configs: "apache-2.0",
 )

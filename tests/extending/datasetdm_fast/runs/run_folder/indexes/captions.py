@@ -12,4 +12,4 @@ class Captions(IndexFile):
 
     def add(self, rows: Sequence[Row]) -> Iterator[bytes]:
         for row in rows:
-            yield f"{row.files['image'][0]}\t{' '.join(row.request.prompt.split())}\n".encode()
+            yield f"{row.files['image'].path}\t{' '.join(row.request.prompt.split())}\n".encode()
