@@ -1,27 +1,24 @@
 """Every stage of a model and its decoders as ONNX graphs, beside a manifest that says what they are."""
 
-import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import onnx
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from datasetdm_fast import __version__, stages
 from datasetdm_fast.data import ProjectedCapture, Text
 from datasetdm_fast.disk import storage
-from datasetdm_fast.disk.storage import cache_folder
 from datasetdm_fast.engine import backbones, models
 from datasetdm_fast.engine import decoders as decoder_package
 from datasetdm_fast.engine.backbones import ANOTHER
-from datasetdm_fast.engine.decoders.trunk import Decoder, SpectralConv2d
+from datasetdm_fast.engine.decoders.trunk import Decoder, SpectralConv2d, with_ops
 from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.engine.models.capture import CaptureHook, ProjectingReader, Projection, RawReader, append_rows
 from datasetdm_fast.engine.models.mmdit import MMDiT
@@ -76,7 +73,7 @@ def export_cached(model: Model, decoders: Mapping[str, Decoder], **options: Any)
     """
     with model.built_for_now():
         exported = StageExport(model, decoders, **options)
-        folder = cache_folder() / "onnx" / hashlib.sha256(repr(exported.request).encode()).hexdigest()[:32]
+        folder = storage.cache_folder() / "onnx" / hashlib.sha256(repr(exported.request).encode()).hexdigest()[:32]
         return folder, exported.write_into(folder)
 
 
@@ -294,7 +291,7 @@ class StageExport:
             return {"image_decoder": exportable(decoder)}
         if group == "encode_image":
             return {"image_encoder": ImageEncoder(defer_weights(modules["vae"]), self.ops)}
-        return {"decoder": _copy_structure(self.decoders[label_of(group)], self.ops)}
+        return {"decoder": with_ops(self.decoders[label_of(group)], self.ops)}
 
     def _write_stage(self, folder: Path, name: str, data: DataFile, parts: Mapping[str, nn.Module]) -> StageFile:
         graph = Graph(name, data, OPERATORS, OPSETS[self.dtype])
@@ -434,13 +431,3 @@ def _describe(table: Mapping[str, tuple[stages.Shape, str]], values: Sequence[Va
         assert is_as_listed, f"{name} is {shape} {value.dtype}, its table says {axes} {dtype}"
         rows.append(TensorInfo(name, axes, shape, dtype))
     return tuple(rows)
-
-
-def _copy_structure(decoder: Decoder, ops: SimpleNamespace) -> Decoder:
-    """A copy whose structure may be changed, over the same weights."""
-    tensors: Iterator[Tensor] = (tensor for kind in (decoder.parameters(), decoder.buffers()) for tensor in kind)
-    copied = copy.deepcopy(decoder, {id(tensor): tensor for tensor in tensors})
-    for module in copied.modules():
-        if hasattr(module, "ops"):
-            module.ops = ops
-    return copied

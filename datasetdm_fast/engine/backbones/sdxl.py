@@ -11,13 +11,12 @@ from datasetdm_fast.engine.backbones import (
     DAMAGED,
     Backbone,
     Configs,
-    Guidance,
     Latents,
     Part,
     Read,
 )
 from datasetdm_fast.engine.backbones.fitting import check_channels, check_settings
-from datasetdm_fast.engine.backbones.sd import ACTIVATION, FORMS
+from datasetdm_fast.engine.backbones.sd import ACTIVATION, FORMS, heads_per_block
 from datasetdm_fast.engine.backbones.sd import FULL_SIZE as SD_FULL_SIZE
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import Level
@@ -91,18 +90,12 @@ def _text(configs: Configs) -> tuple[int, int]:
     return configs["text_encoder_2"].max_position_embeddings, configs["unet"].cross_attention_dim
 
 
-def _heads(unet: Any) -> tuple[int, ...]:
-    """Of the three down blocks; diffusers calls this number attention_head_dim."""
-    heads = unet.num_attention_heads or unet.attention_head_dim
-    return (heads,) * 3 if isinstance(heads, int) else tuple(heads)
-
-
 def _levels(configs: Configs, size: int, halves: int) -> tuple[Level, ...]:
     """The middle block as low; down and up blocks of one size as mid, high and highest, which has no attention to
     text. A transformer has one map, the mean over its blocks.
     """
     unet = configs["unet"]
-    width, count, heads = unet.block_out_channels, unet.layers_per_block, _heads(unet)
+    width, count, heads = unet.block_out_channels, unet.layers_per_block, heads_per_block(unet)
     tokens, side = _text(configs)[0], size // 8
     maps, last = 2 * count + 1, (width[2],) * (count + 1)
     return (
@@ -120,11 +113,6 @@ def _levels(configs: Configs, size: int, halves: int) -> tuple[Level, ...]:
             "highest", side, (width[0], *(width[0],) * count, width[1], *(width[0],) * (count + 1)), (), tokens, halves
         ),
     )
-
-
-def _guidance(configs: Configs) -> Guidance:
-    """Models distilled to read their guidance have an embedding of it."""
-    return "cfg" if configs["unet"].time_cond_proj_dim is None else "embedded"
 
 
 def _defaults(configs: Configs) -> Defaults:
@@ -194,7 +182,8 @@ SDXL = Backbone(
         "vae": Part("vae", ("diffusers:AutoencoderKL",)),
     },
     denoiser="unet",
-    guidance=_guidance,
+    # models distilled to read their guidance have an embedding of it
+    guidance=lambda configs: "cfg" if configs["unet"].time_cond_proj_dim is None else "embedded",
     latents=_latents,
     text=_text,
     multiple=32,

@@ -1,13 +1,11 @@
 """Two engines side by side: samples of a run through its engine and the reference, or against stored ones."""
 
-from __future__ import annotations
-
 import platform
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -25,6 +23,7 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.export.tensorrt import flavours
 from datasetdm_fast.runs.agreement.observe import image_distance
 from datasetdm_fast.runs.agreement.verify import EXACT, ROUNDED, GateRow, Verdict, evaluate_gates, verify
+from datasetdm_fast.runs.jobs.job import Job
 from datasetdm_fast.runs.jobs.prompt_files import read_source
 from datasetdm_fast.runs.run_folder.document import LEDGER
 from datasetdm_fast.runs.run_folder.folder import publish_inside
@@ -33,9 +32,6 @@ from datasetdm_fast.runs.run_settings import PromptSettings
 from datasetdm_fast.settings import EngineSettings, ModelSettings, SamplingSettings
 from datasetdm_fast.untrusted import images
 from datasetdm_fast.version import __version__
-
-if TYPE_CHECKING:
-    from datasetdm_fast.runs.jobs.job import Job
 
 
 def compare_with_reference(job: Job, number: int, on_unet_call: Callable[[], None] = lambda: None) -> Verdict:

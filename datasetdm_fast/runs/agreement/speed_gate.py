@@ -4,15 +4,13 @@ Each image is labelled as it is sampled, and once more by the exact engine as a 
 the two on exact images is the noise floor.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +18,6 @@ from datasetdm_fast import kernels
 from datasetdm_fast.config import FAST, FP8
 from datasetdm_fast.data import Annotation, Batch, DepthMap, Keypoints, Quarantined, Sample
 from datasetdm_fast.disk import storage
-from datasetdm_fast.disk.storage import cache_folder
 from datasetdm_fast.engine import loop
 from datasetdm_fast.engine.decoders.config import SHIPPED
 from datasetdm_fast.engine.labels import kind_of
@@ -29,14 +26,12 @@ from datasetdm_fast.engine.loop import driver
 from datasetdm_fast.engine.loop.calls import SpeedCalls
 from datasetdm_fast.engine.loop.class_prompts import TIMESTEPS
 from datasetdm_fast.engine.loop.inverting import inversion_generator, inversion_recipe
+from datasetdm_fast.engine.loop.recipe import Recipe
 from datasetdm_fast.engine.pictures.framing import PicturesInMemory
 from datasetdm_fast.errors import GateFailed, Refused
+from datasetdm_fast.runs.jobs.job import Job
 from datasetdm_fast.runs.run_folder.document import pretty
 from datasetdm_fast.untrusted import documents
-
-if TYPE_CHECKING:
-    from datasetdm_fast.engine.loop.recipe import Recipe
-    from datasetdm_fast.runs.jobs.job import Job
 
 IMAGES, DEMO_IMAGES = 200, 64  # that are compared, of any model and of one that is shipped
 MOST_LOST = {"IoU": 0.01, "PCK": 0.01, "REL": 0.002, "doubtful": 0.01}
@@ -155,7 +150,7 @@ def _place(job: Job, recipe: Recipe, exact: Recipe) -> Path:
         "engine": document["engine"],
         "code": digest([*sorted(path for room in rooms for path in room.rglob("*.py")), Path(__file__)]),
     }
-    return cache_folder() / "speed" / f"{hashlib.sha256(pretty(parts)).hexdigest()[:32]}.json"
+    return storage.cache_folder() / "speed" / f"{hashlib.sha256(pretty(parts)).hexdigest()[:32]}.json"
 
 
 def _figures(job: Job, recipe: Recipe, exact: Recipe, on_unet_call: Callable[[], None]) -> dict[str, float]:

@@ -232,9 +232,7 @@ class Conversion:
                 opened.share(f"{name}/{path}", chunks)
 
     def _views(self) -> Iterator[SampleView]:
-        run = self.source.run
-        for row in self.source.rows():
-            yield self._view(run.sample_of(row))
+        return (self._view(self.source.run.sample_of(row)) for row in self.source.rows())
 
     def view(self, number: int) -> SampleView:
         """The sample of a number."""

@@ -67,11 +67,9 @@ class Annotations:
                     documents.check_form(value.get("area", 0), float, "area")
                     if not all(-(2**63) <= value[name] < 2**63 for name in ANNOTATION_FORM):
                         raise ValueError("an id of more than 64 bits")
-                    for name, number in zip(
-                        rows,
-                        (value["id"], value["image_id"], value["category_id"], start, end, _count_joints(value)),
-                    ):
-                        rows[name].append(number)
+                    ids = value["id"], value["image_id"], value["category_id"]
+                    for column, number in zip(rows.values(), (*ids, start, end, _count_joints(value)), strict=True):
+                        column.append(number)
                     self.has_outlines = self.has_outlines or bool(value.get("segmentation"))
                     areas.append(value.get("area", 0))
                     crowds.append(_is_crowd(value))
