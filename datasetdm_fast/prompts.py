@@ -14,7 +14,6 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused, quote, renamed_flags
 from datasetdm_fast.runs.jobs.prompt_files import own_table
 from datasetdm_fast.runs.prompting import balance, language_model
-from datasetdm_fast.runs.prompting.balance import MOST_PROMPTS, measure, report_lines
 from datasetdm_fast.runs.prompting.grammar import SETS, check_words, open_grammar
 from datasetdm_fast.settings import dry_run_setting, setting
 
@@ -27,7 +26,7 @@ class PromptsConfig:
         "", "classes of your own: a CSV file (name,say,words) or LVIS's annotation file", metavar="FILE"
     )
     per_class: int = setting(
-        0, "prompts for each class; 0 = 100, or as other flags say", metavar="N", least=0, most=MOST_PROMPTS
+        0, "prompts for each class; 0 = 100, or as other flags say", metavar="N", least=0, most=balance.MOST_PROMPTS
     )
     target_counts: str = setting(
         "", 'JSON file with the number of prompts for each class: {"cat": 40, ...}', metavar="FILE"
@@ -90,13 +89,13 @@ def main(config: PromptsConfig, command: CommandLine) -> int:
         raise Refused(f"--out {out}: it holds something other than this list", "Choose another --out, or delete it.")
     storage.remove_parts_of([out])
     storage.publish({out: content})
-    measures = measure(sentences)
+    measures = balance.measure(sentences)
     if config.json:
         print(json.dumps({"out": config.out, **measures, "asked_for": total, "left_out": dict(rejected)}))
     elif config.quiet:
         print(config.out)
     else:
-        print(*report_lines(measures, rejected), sep="\n")
+        print(*balance.report_lines(measures, rejected), sep="\n")
         print(f"{config.out}; python -m datasetdm_fast.generate --prompts {quote(config.out)}")
     return 0
 

@@ -9,7 +9,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from datasetdm_fast.disk import storage
-from datasetdm_fast.disk.storage import CACHE_VARIABLE
 from datasetdm_fast.errors import Missing
 
 PART = ".part"
@@ -37,7 +36,7 @@ def fill_alone(folder: Path) -> Iterator[None]:
             os.close(handle)
         raise Missing(
             f"{folder}: cannot be written to ({error.strerror})",
-            f"Choose another folder; {CACHE_VARIABLE} names that of the cache.",
+            f"Choose another folder; {storage.CACHE_VARIABLE} names that of the cache.",
         ) from error
     try:
         for leftover in folder.glob(f".*{PART}"):  # of processes that were killed

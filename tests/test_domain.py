@@ -485,7 +485,7 @@ def test_the_domain_is_measured_on_pictures_from_all_over_the_data(monkeypatch):
 
     monkeypatch.setattr(workflow, "project", lambda decoder, levels: levels)
     monkeypatch.setattr(workflow, "TASKS", {"semantic": SimpleNamespace(truth=lambda source, item: (source, item))})
-    monkeypatch.setattr(workflow, "learn_domain", lambda *given: given)
+    monkeypatch.setattr(workflow.domain, "learn_domain", lambda *given: given)
     engine = SimpleNamespace(device=torch.device("cpu"))
 
     def measured(count):

@@ -13,7 +13,6 @@ from PIL import Image
 
 from datasetdm_fast.data import Request, Sample
 from datasetdm_fast.engine.labels import kind_of, label_files, number_classes
-from datasetdm_fast.engine.labels.label_files import encode_picture
 from datasetdm_fast.engine.loop.recipe import Recipe, label_tables
 from datasetdm_fast.engine.pipeline import Pipeline
 from datasetdm_fast.errors import Refused, nearest
@@ -122,7 +121,7 @@ def encode_sample(sample: Sample, tables: Mapping[str, Any], has_previews: bool)
             label |= {"classes": {str(number): name for number, name in kind.names(table).items()}, "record": record}
         if has_previews:
             picture = kind.picture(sample.annotations[task], sample.image)
-            label["preview"] = _base64(encode_picture(picture, "PNG"))
+            label["preview"] = _base64(label_files.encode_picture(picture, "PNG"))
     return answer
 
 

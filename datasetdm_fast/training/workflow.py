@@ -14,7 +14,6 @@ from datasetdm_fast.data import Sample, Trust
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.decoders import domain
 from datasetdm_fast.engine.decoders.checkpoint import load_decoder
-from datasetdm_fast.engine.decoders.domain import LEAST_IMAGES, Domain, learn_domain
 from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.engines import Engine, build_engine
 from datasetdm_fast.engine.engines.device import is_out_of_memory, slow_in_fp16
@@ -171,12 +170,12 @@ class Workflow:
         storage.publish({folder / "training" / PAGE: content})
 
 
-def measure_domain(session: TrainingSession, decoder: Decoder) -> Domain | None:
+def measure_domain(session: TrainingSession, decoder: Decoder) -> domain.Domain | None:
     """The domain of the session's pictures as this decoder, which was loaded for inference, reads them; None where they
     are too few.
     """
     task, numbers = decoder.config.task, session.numbers
-    if len(numbers) < LEAST_IMAGES:
+    if len(numbers) < domain.LEAST_IMAGES:
         return None
     count = min(len(numbers), DOMAIN_IMAGES)
     chosen = [numbers[k * len(numbers) // count] for k in range(count)]
@@ -188,7 +187,7 @@ def measure_domain(session: TrainingSession, decoder: Decoder) -> Domain | None:
             levels = [level.to(session.engine.device) for level in views.captures.batch(batch)]
             sketches.append(decoder.sketch(project(decoder, levels)).cpu().numpy())
             labels += [TASKS[task].truth(session.source, views.item(view)) for view in batch]
-    return learn_domain(np.concatenate(sketches), labels, [view // DOMAIN_DRAWS for view in range(len(views))])
+    return domain.learn_domain(np.concatenate(sketches), labels, [view // DOMAIN_DRAWS for view in range(len(views))])
 
 
 @dataclass(frozen=True)
@@ -221,14 +220,14 @@ def check_itself(session: TrainingSession, decoder: Decoder, folder: Path) -> Se
         size = min(len(captions), pipeline.engine.suggested_batch())
         steps = min(CHECK_STEPS, engine.model.defaults.steps)
         samples = pipeline(captions, tasks=(task,), steps=steps, batch_size=size).samples
-        if len(samples) >= LEAST_IMAGES:
+        if len(samples) >= domain.LEAST_IMAGES:
             farthest = domain.FARTHEST_MEAN if is_stored else domain.FARTHEST_OF_NAMES
             measured = measured.with_generated(_sketch_samples(pipeline.engine, task, samples), farthest)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         return None
-    if len(samples) >= LEAST_IMAGES:
+    if len(samples) >= domain.LEAST_IMAGES:
         domain.write_domain(folder, measured)
     trusts = [sample.trust or Trust() for sample in samples]
     distances = [max(trust.domain or 0.0, measured.model if measured.model > 1 else 0.0) for trust in trusts]

@@ -9,7 +9,6 @@ import numpy as np
 
 from datasetdm_fast.compat.showlab import files, prompts
 from datasetdm_fast.compat.showlab.lines import COMMON, OURS, PROMPTS, Flag, Line
-from datasetdm_fast.compat.showlab.prompts import Script, check_present, read_settings
 from datasetdm_fast.engine.labels import BACKGROUND, class_tables
 from datasetdm_fast.engine.loop.prompts import PromptLine, PromptSource
 from datasetdm_fast.errors import Refused
@@ -65,7 +64,7 @@ class Generator:
         """All images of a line."""
         counts = read_counts(line, self.count)
         classes = self._class_names()
-        source = prompts.PromptTexts(Script(line.root / "tools" / f"{self.name}.py"), line.path("prompt_root"))
+        source = prompts.PromptTexts(prompts.Script(line.root / "tools" / f"{self.name}.py"), line.path("prompt_root"))
         samplers = [
             (each.file, self.sampler(source, each.file, each.spoken)) for each in classes or (ClassName("", "", ""),)
         ]
@@ -83,7 +82,7 @@ class Generator:
         if len(self.kinds) == 1 or not line["config"]:
             return self.kinds[0]
         path = line.path("config")
-        section = read_settings(path).get("Depth_Decorder", {})
+        section = prompts.read_settings(path).get("Depth_Decorder", {})
         farthest = section.get("max_depth") if isinstance(section, dict) else None
         if farthest is None:
             return self.kinds[0]
@@ -161,7 +160,7 @@ def model_of(line: Line) -> str:
     if line["model"] in PRESETS:
         return line["model"]
     remedy = "Put Stable Diffusion 1.4 there, or name its folder with --model."
-    return str(check_present(line.path("model"), "model", remedy))
+    return str(prompts.check_present(line.path("model"), "model", remedy))
 
 
 def read_counts(line: Line, count: str) -> prompts.Counts:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.disk import storage
-from datasetdm_fast.disk.storage import in_turn
 from datasetdm_fast.errors import Missing
 from datasetdm_fast.runs.run_folder.corrections import CORRECTIONS, Correction, format_corrections, parse_corrections
 from datasetdm_fast.runs.run_folder.shard_places import ShardFolder, shard_place
@@ -50,7 +49,7 @@ class Review:
             return nullcontext()
         if not self._place.path.is_dir():  # moved or deleted: the marks would be in a new folder of its name
             raise Missing(f"{self._place.path}: no such folder", "Serve the run where it is now.")
-        return in_turn(self._place.path)
+        return storage.in_turn(self._place.path)
 
     def _publish(self, files: Mapping[str, bytes]) -> None:
         if isinstance(self._place, ShardFolder):  # all or none
