@@ -116,14 +116,12 @@ class Capture:
 
     @property
     def batch(self) -> int:
-        batch: int = self.features[-1][0].shape[0]
-        return batch
+        return self.features[-1][0].shape[0]
 
     @property
     def side(self) -> int:
         """Cells of a side of the highest level."""
-        side: int = self.features[-1][0].shape[-1]
-        return side
+        return self.features[-1][0].shape[-1]
 
 
 @dataclass(frozen=True)
@@ -144,14 +142,12 @@ class ProjectedCapture:
 
     @property
     def batch(self) -> int:
-        batch: int = self.sums[-1].shape[0]
-        return batch
+        return self.sums[-1].shape[0]
 
     @property
     def side(self) -> int:
         """Cells of a side of the highest level."""
-        side: int = self.sums[-1].shape[-1]
-        return side
+        return self.sums[-1].shape[-1]
 
 
 AnyCapture = Capture | ProjectedCapture

@@ -570,8 +570,7 @@ def _negatives(negative: str | Iterable[str] | None) -> Iterable[str]:
     """The negative prompt of each image."""
     if isinstance(negative, str | None):
         return repeat(negative or "")
-    texts: Iterable[str] = as_texts("negative_prompt", negative)
-    return texts
+    return as_texts("negative_prompt", negative)
 
 
 class _CheckedFirst(list[str]):

@@ -295,8 +295,7 @@ def open_backbone(pipeline: object, source: object) -> Backbone:
         )
     entry: str | Backbone = PIPELINES[pipeline]
     if isinstance(entry, str):
-        record: Backbone = load_place(entry)
-        return record
+        return load_place(entry)
     return PIPELINES.guard(pipeline, lambda: _check_record(pipeline, entry))
 
 

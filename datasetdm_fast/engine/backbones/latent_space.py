@@ -55,8 +55,7 @@ class AutoencoderReference:
         return scale(self.model.latents, raw)
 
     def decode(self, latents: Tensor) -> Tensor:
-        pixels: Tensor = self.vae.decode(self.unscale(latents).to(self.vae.dtype), return_dict=False)[0]
-        return pixels
+        return self.vae.decode(self.unscale(latents).to(self.vae.dtype), return_dict=False)[0]
 
     def encode_image(self, pixels: Tensor, generators: Sequence[torch.Generator] | None) -> Tensor:
         posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist

@@ -27,8 +27,7 @@ def encode_clip(encoder: nn.Module, tokenizer: Any, prompts: Sequence[str]) -> t
 def encode_t5(encoder: nn.Module, tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
     """Last states [B, length, D], also of padding, which is not masked."""
     tokens = tokenize(tokenizer, prompts, length, next(encoder.parameters()).device)
-    states: Tensor = encoder(tokens["input_ids"])[0]
-    return states
+    return encoder(tokens["input_ids"])[0]
 
 
 def encode_chat(model: LoadedModel, prompts: Sequence[str], length: int) -> tuple[tuple[Tensor, ...], Tensor]:

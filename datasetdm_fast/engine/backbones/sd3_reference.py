@@ -33,11 +33,10 @@ class SD3Reference(joint_attention.JointReference):
         return Text(torch.cat([F.pad(clip, (0, width - clip.shape[-1])), t5], 1), pooled)
 
     def call(self, latents: Tensor, timestep: float, text: Text) -> Tensor:
-        output: Tensor = self.network(
+        return self.network(
             hidden_states=latents,
             timestep=torch.full((len(latents),), timestep, device=latents.device),
             encoder_hidden_states=text.context,
             pooled_projections=text.pooled,
             return_dict=False,
         )[0]
-        return output

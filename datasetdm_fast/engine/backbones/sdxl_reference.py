@@ -70,7 +70,7 @@ class SDXLReference(SDReference):
 
     def _call(self, latents: Tensor, timestep: float, text: Text) -> Tensor:
         rows, size = len(text), self.model.size
-        output: Tensor = self.unet(
+        return self.unet(
             latents.repeat(rows // len(latents), 1, 1, 1),
             timestep,
             text.context,
@@ -81,4 +81,3 @@ class SDXLReference(SDReference):
             },
             return_dict=False,
         )[0]
-        return output

@@ -105,8 +105,7 @@ class Engine(Protocol):
     def _wide(self) -> Engine:
         make = load_place(self.model.backbone.fast or ENGINES["fast"].engine)
         device, is_compiled = str(self.device), self.is_compiled
-        wide: Engine = make(self.model, self.decoders, dtype="fp32", device=device, compile=is_compiled)
-        return wide
+        return make(self.model, self.decoders, dtype="fp32", device=device, compile=is_compiled)
 
     def fingerprint(self) -> dict[str, str]:
         """Names and versions that decide the engine's rounding."""
@@ -321,10 +320,7 @@ def build_engine(
 
         model, decoders = read_together(model, decoders)
     place = (model.backbone.fast if name == "fast" else None) or kind.engine
-    built: Engine = ENGINES.guard(
-        name, lambda: load_place(place)(model, decoders or {}, dtype=dtype, device=device, **values)
-    )
-    return built
+    return ENGINES.guard(name, lambda: load_place(place)(model, decoders or {}, dtype=dtype, device=device, **values))
 
 
 def _select_options(name: str, options: Mapping[str, Any]) -> tuple[EngineKind, dict[str, Any]]:

@@ -84,10 +84,9 @@ def encode(
 def decode(task: str, folder: Path, files: Mapping[str, str], record: Any, table: Mapping[str, Any]) -> Annotation:
     """The label of one task; `files` maps roles to paths inside `folder`, `table` names classes, joints and ranges."""
     kind = kind_of(task)
-    label: Annotation = kind.decode(
+    return kind.decode(
         {role: np.array(images.read_image(folder / files[role])) for role in kind.files(table)}, record, table
     )
-    return label
 
 
 OF_THINGS = "scores"  # what labels of things have, and labels of pixels have not

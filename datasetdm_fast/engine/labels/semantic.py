@@ -112,8 +112,7 @@ class ClassMap(LabelKind):
                 yield f"the mean confidence is {sure}, the ledger says {record['mean_confidence']}"
 
     def certainty(self, record: Any) -> float | None:
-        confidence: float | None = record.get("mean_confidence")
-        return confidence
+        return record.get("mean_confidence")
 
     def distance(self, predicted: SemanticMap, truth: SemanticMap) -> float:
         """Share of pixels that differ."""

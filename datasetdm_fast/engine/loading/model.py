@@ -196,10 +196,9 @@ class Model:
         """The padded tokens of each prompt, cut off where the text encoder's positions end; by the tokenizer `part`, or
         the one that limits the length of a prompt.
         """
-        ids: Tensor = (self.loaded_tokenizers[part] if part else self.tokenizer)(
+        return (self.loaded_tokenizers[part] if part else self.tokenizer)(
             list(prompts), padding="max_length", max_length=self.text_length, truncation=True, return_tensors="pt"
         ).input_ids
-        return ids
 
 
 def check_model(model: Model, *, is_seeded: bool = False) -> Model:

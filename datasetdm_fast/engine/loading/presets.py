@@ -79,8 +79,7 @@ def shapes_of(part: Part, config: Mapping[str, Any]) -> Mapping[str, tuple[int, 
 def build_module(part: Part, config: Mapping[str, Any]) -> nn.Module:
     """A module of this config whose weights are whatever its library begins with."""
     kind = class_of(part)
-    built: nn.Module = kind(kind.config_class(**config)) if part.kind == "text_encoder" else kind(**config)
-    return built
+    return kind(kind.config_class(**config)) if part.kind == "text_encoder" else kind(**config)
 
 
 def load_tiny(size: int) -> Model:

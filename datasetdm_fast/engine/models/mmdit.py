@@ -204,8 +204,7 @@ class Conditioning(nn.Module):
     def _embed_number(layers: Any, value: Tensor) -> Tensor:
         first, second = layers
         waves = make_waves(value.reshape(1, 1), first.weight.shape[1], 0, True)
-        embedded: Tensor = second(F.silu(first(waves.to(first.weight.dtype))))
-        return embedded
+        return second(F.silu(first(waves.to(first.weight.dtype))))
 
 
 def turns_of(places: Tensor, axes: Sequence[int], theta: float) -> Tensor:

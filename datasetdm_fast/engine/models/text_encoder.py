@@ -72,8 +72,7 @@ def encode_prompts(encoder: Any, model: LoadedModel, prompts: Sequence[str]) -> 
     """The text of prompts; `encoder` has its `tokenizers`, what it makes `of_tokens`, and what it does `after`."""
     device = next(encoder.parameters()).device
     ids = (to_device(model.token_ids(prompts, part), device) for part in encoder.tokenizers)
-    text: Text = encoder.after(model, prompts, encoder.of_tokens(*ids))
-    return text
+    return encoder.after(model, prompts, encoder.of_tokens(*ids))
 
 
 class PromptEncoder(nn.Module):

@@ -340,8 +340,7 @@ class UNet(nn.Module):
     @property
     def deep(self) -> Slot:
         """The feature before the last resnet of the highest level: all that lies below the first skip ends in it."""
-        slot: Slot = self.up[-1].features[-2]
-        return slot
+        return self.up[-1].features[-2]
 
     def forward_from(
         self, latents: Tensor, biases: Tensor, text: Sequence[Tensor], deep: Any, hook: CaptureHook

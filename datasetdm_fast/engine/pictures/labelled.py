@@ -46,8 +46,7 @@ def present(array: np.ndarray | None) -> np.ndarray:
 
 def largest_first(masks: Sequence[np.ndarray] | np.ndarray) -> list[int]:
     """The places of masks in the order in which they are drawn into one map: small things lie on large ones."""
-    order: list[int] = np.argsort([-mask.sum() for mask in masks], kind="stable").tolist()
-    return order
+    return np.argsort([-mask.sum() for mask in masks], kind="stable").tolist()
 
 
 @dataclass(frozen=True)

@@ -125,8 +125,7 @@ def _to_terminal(scheduler: Mapping[str, Any], sigmas: np.ndarray) -> np.ndarray
             "Choose another --steps.",
         )
     signal = 1 - sigmas
-    stretched: np.ndarray = 1 - signal / (signal[-1] / (1 - terminal))
-    return stretched
+    return 1 - signal / (signal[-1] / (1 - terminal))
 
 
 def _whole(sigmas: np.ndarray, count: int) -> tuple[list[float], list[float]]:

@@ -163,8 +163,7 @@ def shares_at(scheduler: Mapping[str, Any], timestep: float) -> tuple[float, flo
 
 def noise_ratios(alphas: Tensor) -> np.ndarray:
     """[training steps] fp32 noise over signal, the sigma of diffusers."""
-    ratios: np.ndarray = (((1 - alphas) / alphas) ** 0.5).numpy()
-    return ratios
+    return (((1 - alphas) / alphas) ** 0.5).numpy()
 
 
 def respace(scheduler: Mapping[str, Any], sigmas: np.ndarray) -> np.ndarray:
@@ -371,8 +370,7 @@ def _flow_schedule(
 def open_sampler(name: str) -> Sampler:
     """The record of a sampler, which is one of SAMPLERS."""
     entry = SAMPLERS[name]
-    sampler: Sampler = load_place(entry) if isinstance(entry, str) else SAMPLERS.check_type(name, entry, Sampler)
-    return sampler
+    return load_place(entry) if isinstance(entry, str) else SAMPLERS.check_type(name, entry, Sampler)
 
 
 def checked_calls(

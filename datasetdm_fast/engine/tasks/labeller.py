@@ -66,8 +66,7 @@ def open_labeller(name: str, device: torch.device) -> Labeller:
     """The labeller that another package registers under a name, built once a device."""
     place = LABELLER_KINDS[name].labeller
     labeller = LABELLER_KINDS.guard(name, lambda: load_place(place)(device))
-    checked: Labeller = LABELLER_KINDS.check_type(name, labeller, Labeller)
-    return checked
+    return LABELLER_KINDS.check_type(name, labeller, Labeller)
 
 
 def labels_of(name: str, device: torch.device, batch: LabellerInput) -> list[Annotation]:
@@ -83,8 +82,7 @@ def labels_of(name: str, device: torch.device, batch: LabellerInput) -> list[Ann
             check_label(label, batch.images.shape[1:3], table)
         return labels
 
-    result: list[Annotation] = LABELLER_KINDS.guard(name, label_batch, "fails on a batch")
-    return result
+    return LABELLER_KINDS.guard(name, label_batch, "fails on a batch")
 
 
 def check_label(label: Any, sides: Sequence[int], table: Table) -> None:

@@ -125,8 +125,7 @@ class ShardBucket:
     def open(self, name: str) -> BinaryIO:
         with self.store.translate_errors():
             options: dict[str, Any] = {"block_size": READ_AHEAD, "cache_type": "readahead"}
-            file: BinaryIO = self.store.files.open(self._path(name), "rb", **options)
-            return file
+            return self.store.files.open(self._path(name), "rb", **options)
 
     def refusing(self, name: str) -> AbstractContextManager[None]:
         return self.store.translate_errors()

@@ -207,8 +207,7 @@ def encode_index(rows: Sequence[Row], places: Sequence[Places], counts: Sequence
     schema = _schema().with_metadata({"recipes": canonical(recipes)})
     table, sink = arrow.Table.from_pylist(lines, schema=schema), arrow.BufferOutputStream()
     arrow.parquet.write_table(table, sink, compression="zstd")
-    content: bytes = sink.getvalue().to_pybytes()
-    return content
+    return sink.getvalue().to_pybytes()
 
 
 @dataclass(frozen=True)

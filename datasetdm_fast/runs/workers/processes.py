@@ -30,8 +30,7 @@ class SpawnedProcess(subprocess.Popen):
         if not code:
             return None if code is None else ""
         if self.stdout and (content := self.stdout.read()):
-            stop: Stop = pickle.loads(content)
-            return stop
+            return pickle.loads(content)
         return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
     def stop(self) -> None:

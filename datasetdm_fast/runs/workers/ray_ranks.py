@@ -117,8 +117,7 @@ def _read(call: Any) -> int | Stop | str | None:
     import ray
 
     try:
-        result: int | Stop | None = ray.get(call)
-        return result
+        return ray.get(call)
     except ray.exceptions.RayError as error:
         if "No module named 'datasetdm_fast'" in str(error):
             return Missing("a machine of the cluster has no datasetdm_fast", INSTALL)

@@ -111,8 +111,7 @@ class GraphEngine(Engine):
         names = [info.name for info in self.manifest.stages["encode_text"].inputs]
         tokens = {name: self.model.token_ids(prompts, name.replace("tokens", "tokenizer")) for name in names}
         outputs = self._run("encode_text", len(prompts), **tokens)
-        text: Text = load_place(str(self.model.backbone.text_network)).after(self.model, prompts, Text(**outputs))
-        return text
+        return load_place(str(self.model.backbone.text_network)).after(self.model, prompts, Text(**outputs))
 
     @torch.inference_mode()
     def denoise(self, latents: Tensor, timestep: float, text: Text) -> Tensor:

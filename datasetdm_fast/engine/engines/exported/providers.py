@@ -46,5 +46,4 @@ def installed_providers() -> list[str]:
     """ONNX Runtime's own names of its providers."""
     import onnxruntime
 
-    names: list[str] = onnxruntime.get_available_providers()
-    return names
+    return onnxruntime.get_available_providers()

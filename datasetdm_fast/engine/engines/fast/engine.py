@@ -247,8 +247,7 @@ class FastEngine(Engine):
     def encode_text(self, prompts: Sequence[str]) -> Text:
         self._refresh()
         self._unload_except("text_encoder")
-        text: Text = self.text_encoder(self.model, prompts)
-        return text
+        return self.text_encoder(self.model, prompts)
 
     @engine_call
     def denoise(self, latents: Tensor, timestep: float, text: Text) -> Tensor:
