@@ -528,6 +528,11 @@ def test_a_picture_that_cannot_be_read_is_refused_before_any_is_labelled(name, s
     told = capsys.readouterr().err.splitlines()
     assert name in told[0] and said in told[0] and told[1] == "Repair it, or take it out of the folder."
     assert not (tmp_path / "run").exists()
+    for k in range(7):
+        (folder / f"z{k}.png").write_bytes(b"no picture")
+    assert label.main(line) == 2
+    told = capsys.readouterr().err.splitlines()[0]
+    assert said in told and told.endswith("; nor can be read: z0.png, z1.png, z2.png, z3.png, z4.png and 2 more")
 
 
 def test_pictures_of_other_formats_are_told_before_the_others_are_labelled(photos, tmp_path, capsys):

@@ -29,6 +29,7 @@ from datasetdm_fast.runs.run_settings import RunSpec
 from datasetdm_fast.untrusted import documents, images
 
 LARGEST_CAPTIONS = 64 * 2**20  # bytes
+MOST_NAMED = 5  # of the pictures that cannot be read
 NAME_PICTURES = "Name a folder of PNG or JPEG files."
 
 
@@ -70,10 +71,14 @@ class Pictures:
         """Refuses a picture that cannot be read, before any is labelled: without it the run would be another."""
         pool = ThreadPoolExecutor(count_cores())
         try:
-            for _ in pool.map(_check, self.paths):
-                pass
+            faults = {name: fault for name, fault in zip(self.names, pool.map(_find_fault, self.paths)) if fault}
         finally:
             pool.shutdown(cancel_futures=True)
+        if faults:
+            first, *others = faults
+            more = f"; nor can be read: {', '.join(others[:MOST_NAMED])}" if others else ""
+            more += f" and {len(others) - MOST_NAMED} more" if len(others) > MOST_NAMED else ""
+            raise Refused(f"{faults[first].cause}{more}", faults[first].remedy)
 
     def sides(self) -> list[tuple[int, int]]:
         """Width and height of every picture, which is to be stored at its own size."""
@@ -98,13 +103,17 @@ class Pictures:
         return f"sha256:{whole.hexdigest()}"
 
 
-def _check(path: Path) -> None:
-    """Refuses a file that is no picture to be labelled; of a large JPEG only a smaller image is decoded."""
-    with _to_be_mended():
-        data, most = storage.read(path, images.LARGEST_IMAGE_FILE), reading.MOST_PIXELS
-        image = images.decode_image(data, str(path), most_pixels=most, least_side=reading.LEAST_SIDE)
-        reading.check_sides(path, images.sides_of(path))
-        reading.colours(path, image, reading.as_shown)
+def _find_fault(path: Path) -> Refused | None:
+    """What keeps a file from being labelled; of a large JPEG only a smaller image is decoded."""
+    try:
+        with _to_be_mended():
+            data, most = storage.read(path, images.LARGEST_IMAGE_FILE), reading.MOST_PIXELS
+            image = images.decode_image(data, str(path), most_pixels=most, least_side=reading.LEAST_SIDE)
+            reading.check_sides(path, images.sides_of(path))
+            reading.colours(path, image, reading.as_shown)
+    except Refused as fault:
+        return fault
+    return None
 
 
 @contextmanager
