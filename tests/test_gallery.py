@@ -315,7 +315,15 @@ def test_a_page_tells_of_each_sample_and_of_all_what_their_rows_say(tmp_path):
     wide = {"sides": [32, 64], "source": "7", "picture": "p.png"}
     rows = [
         Row(Request(0, "one", 5, (word, other)), wide, labels={"instance": [thing, thing]}, trust=trust),
-        Row(Request(1, "two", 6, (word,)), {}, labels={"instance": []}, status=DOUBTFUL, reason="too blue"),
+        Row(
+            Request(1, "two", 6, (word,)),
+            {},
+            {},
+            {"instance": []},
+            DOUBTFUL,
+            "too blue",
+            Trust((word,), reasons=("a",)),
+        ),
         Row(Request(2, "three", 7), {}, labels={"instance": []}, status=DOUBTFUL, reason="a; b", trust=trust),
     ]
     with Ledger(tmp_path / "ledger.sqlite") as ledger:
@@ -326,7 +334,9 @@ def test_a_page_tells_of_each_sample_and_of_all_what_their_rows_say(tmp_path):
     index = facts.index(rows)
     figures = [dict(zip(facts.figures, each)) for each in index.pop("figures")]
     assert figures[0] == {"score": 0.5, "disagreeing": 0.25, "domain": 1.5, "sharpness": 0}
-    assert figures[1].pop("sharpness") == 2.5 and set(figures[1].values()) <= {None} and "hash" not in facts.figures
+    assert (
+        figures[1].pop("sharpness") == 2.5 and set(figures[1].values()) <= {None, 0.0} and "hash" not in facts.figures
+    )
     assert index == {
         "index": [0, 1, 2],
         "prompt": ["one", "two", "three"],

@@ -33,7 +33,7 @@ from datasetdm_fast import audit, convert, drop, gallery, generate, merge, resto
 from datasetdm_fast import filter as filtering
 from datasetdm_fast.command_line import sharded_run
 from datasetdm_fast.command_line.run_settings import complete_settings, read_spec
-from datasetdm_fast.data import Request, Trust
+from datasetdm_fast.data import Quarantined, Request, Sample, Trust
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.engine.loop.prompts import TURN
 from datasetdm_fast.errors import GateFailed, Missing, Refused
@@ -377,6 +377,44 @@ def test_files_lie_in_a_shard_where_its_index_says_at_every_length(alone):
         records = [read.extractfile(f"{each.request.id}.json").read() for each in rows]
     found = [[tar[first : first + size] for first, size in map(places.get, ("image", RECORD))] for _, places in made]
     assert found == [[*pair] for pair in zip(contents, records, strict=True)]
+
+
+def test_in_the_place_of_a_rejected_sample_others_are_made_as_often_as_the_plan_allows(monkeypatch):
+    """The plan of 4 has room for 12, three turns a place; 6 is never taken, 7 at the second turn, 5 is NaN."""
+    asked = []
+
+    def made(job, batches, on_unet_call):
+        on_unet_call()
+        for batch in batches:
+            yield batch, [result_for(index, batch.turn) for index in batch.indices]
+
+    def result_for(index, turn):
+        request = Request(index, "a ball", index + 100 * turn)
+        if index == 5:
+            return Quarantined(request, "NaN")
+        rejection = "too dark" if index == 6 or (index, turn) == (7, 0) else ""
+        return Sample(request, np.zeros((8, 8, 3), np.uint8), {}, rejection=rejection)
+
+    def batches_of(indices, turn):
+        asked.append((turn, [*indices]))
+        return [SimpleNamespace(indices=[*indices], turn=turn)] if indices else []
+
+    monkeypatch.setattr(shard_worker, "make_samples", made)
+    monkeypatch.setattr(shard_worker, "batch_facts", lambda recipe, batch: {"batch": 1})
+    job = SimpleNamespace(recipe=None, plan=SimpleNamespace(most=12, number=4, batches_of=batches_of))
+    gate = SimpleNamespace(evaluate=list, is_closed=False)
+    worker = SimpleNamespace(job=job, gate=gate, callbacks=Callbacks(describe), claims=SimpleNamespace(renew=list))
+    told = [
+        ([(each.request.index, each.request.seed, getattr(each, "reason", "")) for each in taken], facts)
+        for taken, facts in shard_worker.ShardWorker._make_taken(worker, range(4, 8))
+    ]
+    assert asked == [(0, [4, 5, 6, 7]), (1, [6, 7]), (2, [6])]
+    assert told == [
+        ([(4, 4, ""), (5, 5, "NaN")], {"batch": 1}),
+        ([(7, 107, "")], {"batch": 1, "turn": 1}),
+        ([(6, 206, "too dark")], {"batch": 1, "turn": 2}),
+    ]
+    assert worker.rejections == 4
 
 
 def test_files_of_two_decoders_of_a_task_have_names_of_their_own_in_a_shard(alone):
