@@ -201,6 +201,7 @@ def test_calls_in_fp8(form, monkeypatch):
 )
 def test_a_figure_may_be_worse_by_its_limit_alone(measure, exact, value, passes):
     assert LabelFigure(measure, exact, value, speed_gate.MOST_LOST[measure.split()[0]]).is_passed is passes
+    assert LabelFigure("IoU a", 0.75, 0.5, 0.25).is_passed and LabelFigure("REL a", 0.5, 0.75, 0.25).is_passed
 
 
 def test_a_figure_is_of_the_kind_of_its_label():
@@ -219,6 +220,7 @@ def test_joints_are_found_near_theirs():
     assert speed_gate._share_of_joints(truth, truth) == 1
     assert speed_gate._share_of_joints(replace(truth, points=moved), truth) == 0.5
     assert speed_gate._share_of_joints(replace(truth, points=points[:0]), truth) == 0
+    assert np.isnan(speed_gate._share_of_joints(truth, replace(truth, visibility=np.array([[0, 0, 0]]))))
     twice = Keypoints(np.repeat(points, 2, 0), np.array([[2, 2, 0]] * 2), np.ones(2), ("a", "b", "c"))
     assert speed_gate._share_of_joints(twice, truth) == 1  # not more than all, where two persons are near
     corners = np.float32([[[0, 0, 1], [10, 0, 1], [10, 100, 1], [0, 100, 1]]])  # a tenth of the longer side is 10
@@ -257,6 +259,9 @@ def test_samples_that_were_set_aside_count_as_doubtful_and_are_compared_with_not
     recipe = SimpleNamespace(size=2, tasks=("depth",))
     figures = speed_gate._figures(SimpleNamespace(engine=None), recipe, None, lambda: None)
     assert figures == {"REL depth": pytest.approx(0.25), "doubtful": 0.5} and len(pictures) == 1
+    answers = iter([made, made])
+    monkeypatch.setattr(speed_gate, "_agreement", lambda *_: ("PCK", float("nan")))  # no image shows a joint
+    assert speed_gate._figures(SimpleNamespace(engine=None), recipe, None, lambda: None)["PCK depth"] == 1
 
 
 def test_a_speed_is_judged_by_each_figure_beside_that_of_exact_images(monkeypatch):
@@ -442,6 +447,19 @@ def test_a_run_is_judged_once_and_says_so(run, monkeypatch, capsys):
     assert json.loads(Path(f"{folder}-shards/run.json").read_text())["speed"] == document["speed"]
 
 
+@pytest.mark.parametrize("differing", [(), ("dtype",)])
+def test_an_engine_that_differs_from_that_of_a_run_is_held_to_its_samples_before_it_goes_on(monkeypatch, differing):
+    checked = []
+    job = SimpleNamespace(differing=differing, document={}, plan=SimpleNamespace(number=3))
+    monkeypatch.setattr(admission, "prepare_job", lambda spec, stored, mixes: job)
+    monkeypatch.setattr(admission, "_check_engine", lambda job, screen: checked.append("samples") or job)
+    monkeypatch.setattr(admission, "_verify", lambda job, run, number, screen: checked.append(number) or job)
+    run = SimpleNamespace(tries_half=lambda spec: False, stored={})
+    spec = SimpleNamespace(sampling=SimpleNamespace(speed=EXACT))
+    assert admission.admit_job(run, spec, None, verify=8) is job
+    assert checked == (["samples"] if differing else []) + [3]
+
+
 def test_figures_are_of_their_settings_and_those_of_exact_images_serve_every_speed(tmp_path, monkeypatch):
     config = RunConfig(out=str(tmp_path / "run"), number=2, task=("depth",))
     keys, exact_keys = set(), set()
@@ -461,6 +479,11 @@ def test_figures_are_of_their_settings_and_those_of_exact_images_serve_every_spe
     jobs = [replace(job, document=job.document | change) for change in planted]
     keys.update(speed_gate._place(one, one.recipe, exact) for one in jobs)
     assert len(keys) == 4 + len(planted) - 1
+    keys.add(speed_gate._place(job, job.recipe, replace(exact, facts={**exact.facts, "guidance": 9.0})))
+    with monkeypatch.context() as patch:
+        patch.setattr(speed_gate, "count_images", lambda job: 63)
+        keys.add(speed_gate._place(job, job.recipe, exact))
+    assert len(keys) == 4 + len(planted) - 1 + 2
     listed = []
     monkeypatch.setattr(speed_gate, "digest", lambda files: listed.extend(files) or "")
     speed_gate._place(job, job.recipe, exact)

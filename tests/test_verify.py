@@ -2,6 +2,7 @@
 
 import functools
 import json
+import platform
 import weakref
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -52,6 +53,7 @@ from datasetdm_fast.runs.jobs.job import Job
 from datasetdm_fast.runs.run_folder.document import LEDGER
 from datasetdm_fast.runs.run_folder.ledger import Ledger, Row
 from datasetdm_fast.runs.workers import spawn
+from datasetdm_fast.version import __version__
 
 SMALL = dict(
     width=12,
@@ -134,6 +136,7 @@ def failed(verdict: verify.Verdict) -> set[str]:
 def test_the_fast_engine_agrees(engine, reference):
     verdict = judged(engine, reference)
     assert verdict.agrees, verdict.table()
+    assert verdict.facts["number"] == 3 and verdict.rows[0].measure == "weights" and verdict.rows[0].limit == (0, 0)
     measures = {row.measure for row in verdict.rows}
     assert measures == {
         "weights",
@@ -603,6 +606,18 @@ def test_a_verdict_holds_until_a_plan_changes(reference, tmp_path, monkeypatch):
     assert comparing.setting_of(reference) == first
     (tmp_path / "unet.plan").write_bytes(b"another plan")
     assert comparing.setting_of(reference) != first
+
+
+def test_a_verdict_holds_for_a_precision_and_versions_on_any_device_of_a_kind():
+    facts = {"device": "cuda:1", "dtype": "fp16", "device_name": "A"}
+    engine = SimpleNamespace(fingerprint=lambda: facts, device=SimpleNamespace(type="cpu"))
+    versions = {"python": platform.python_version(), "datasetdm_fast": __version__}
+    assert comparing.setting_of(engine) == {"dtype": "fp16", "device_name": "A", **versions}
+
+
+def test_calls_of_a_comparison_are_those_of_the_reference_and_two_of_the_engine_in_batches_of_the_run():
+    job = SimpleNamespace(plan=SimpleNamespace(batch_size=2), recipe=SimpleNamespace(schedule=range(7)))
+    assert [comparing.count_calls(job, number) for number in (1, 2, 5)] == [21, 21, 63]
 
 
 def test_samples_to_compare_are_spread_over_the_run(tmp_path):
