@@ -367,7 +367,7 @@ def test_files_lie_in_a_shard_where_its_index_says_at_every_length(alone):
     """A file of a whole number of blocks of 512 bytes has nothing after it, one byte more has nearly a block."""
     place, made = shard_place(alone), []
     worker = SimpleNamespace(place=SimpleNamespace(read=lambda name: None))
-    row = replace(next(iter(ShardLedger(place).rows())), files={"image": ("images/a.png", None)})
+    row = replace(next(iter(ShardLedger(place).rows())), files={"image": RowFile("images/a.png", None)})
     rows = [replace(row, request=replace(row.request, index=k)) for k in range(5)]
     contents = [bytes([k + 1]) * size for k, size in enumerate((512, 1, 1024, 513, 511))]
     worker._encode_samples = lambda indices: zip(rows, ({"image": content} for content in contents))
