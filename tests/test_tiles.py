@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from datasetdm_fast.data import IGNORE, Instances, Quarantined, Request, Sample, SemanticMap
+from datasetdm_fast.engine.labels import tiles
 from datasetdm_fast.engine.labels.tiles import Tile, Tiling, joined_instances, joined_map, part
 from datasetdm_fast.engine.loop.inverting import TilingGenerator
 from datasetdm_fast.engine.pictures.framing import PicturesInMemory
@@ -214,3 +215,10 @@ def test_a_thing_has_the_best_score_of_its_tiles_which_show_it_all_or_none(first
     joined = joined_instances(tiling, labels)
     assert joined.scores.tolist() == pytest.approx(scores) and joined.class_ids.tolist() == [0] * len(scores)
     assert joined.masks.any(0)[2:5, 3:9].all() and joined.masks.any(0).sum() == 18
+
+
+def test_a_piece_of_a_thing_is_read_where_its_tile_lies():
+    mask = np.arange(16).reshape(4, 4) % 3 == 0
+    piece = tiles._Piece(0, Tile(4, 4, 10, 20), mask, 0, 0.9)
+    assert np.array_equal(piece.on(slice(11, 13), slice(22, 24)), mask[1:3, 2:4])
+    assert np.array_equal(piece.on(slice(10, 14), slice(20, 24)), mask)
