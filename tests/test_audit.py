@@ -61,6 +61,12 @@ def test_a_whole_run_has_no_findings(whole):
     assert report.files == len(kept) and report.bytes == sum(path.stat().st_size for path in kept)
 
 
+def test_an_audit_tells_how_many_of_all_are_checked(whole):
+    told = []
+    audit.audit(whole, on_progress=lambda *counts: told.append(counts))
+    assert told == [(k, NUMBER) for k in range(1, NUMBER + 1)]
+
+
 def damage(path: Path, dice: random.Random) -> tuple[str, set[str]]:
     """One flip, truncation, swap or deletion; what was done, and the files that were hit."""
     files = sorted(file for file in path.rglob("*") if file.is_file())

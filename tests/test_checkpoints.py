@@ -242,6 +242,12 @@ def broken(state: dict) -> dict[str, tuple[object, str, str]]:
     }
 
 
+def test_a_checkpoint_is_not_read_where_its_result_has_no_place(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert convert(tmp_path / "none.pth", "--to", "decoder", "--out", tmp_path / "file") == 2
+    assert "there is a file of that name" in capsys.readouterr().err
+
+
 def test_what_does_not_fit_is_refused_with_all_of_it(tmp_path, capsys):
     state = state_of(config_of("voc"))
     for name, (content, kind, says) in broken(state).items():

@@ -550,6 +550,7 @@ def test_prompts_of_an_endpoint_are_kept_and_the_same_line_runs_again_offline(en
     first, asked = out.read_bytes(), len(endpoint.seen)
     assert [row["prompt"] for row in rows(out)] == GOOD and all(row["classes"] == ["dog"] for row in rows(out))
     assert endpoint.seen[0][0] == f"Bearer {SECRET}" and b"dog" in endpoint.seen[0][1]
+    assert b"This is request 1 of its kind" in endpoint.seen[0][1]
     out.unlink()
     assert prompts.main(line_for(endpoint, out)) == 0
     assert out.read_bytes() == first and len(endpoint.seen) == asked

@@ -154,6 +154,10 @@ def test_what_is_no_stream_is_refused(bad):
         SampleStream(stub, **{"prompts": PROMPTS, "task": "depth", **bad})
 
 
+def test_a_single_sample_may_be_made_ahead():
+    assert len(list(SampleStream(stub(), PROMPTS, "depth", number=2, steps=2, prefetch=1))) == 2
+
+
 def test_a_refusal_of_the_thread_reaches_the_reader():
     with pytest.raises(Refused, match="holds no prompt"):
         list(SampleStream(stub(), ["a ball", ""], "depth", number=2, steps=2))
