@@ -271,6 +271,11 @@ def test_a_ledger_changed_by_hand_is_found_without_the_seal(spoilt, statement, w
     assert what in " ".join(finding.what for finding in audit.audit(spoilt).findings)
 
 
+def test_the_first_sample_may_be_quarantined(spoilt):
+    edit(spoilt, "UPDATE samples SET status = 'set-aside' WHERE \"index\" = 0")
+    assert not [finding for finding in audit.audit(spoilt).findings if "but the plan has" in str(finding)]
+
+
 def test_a_prompt_changed_by_hand_is_found_by_the_seal(spoilt):
     edit(spoilt, "UPDATE samples SET prompt = 'another' WHERE \"index\" = 1")
     assert places(spoilt) == [LEDGER]

@@ -707,7 +707,9 @@ def test_pictures_show_what_is_sure_and_known():
     depth = LABEL_KINDS["depth"].picture(DepthMap(np.float32([[0, 100, 150, 200]]), 200.0), image)
     assert np.array(depth).tolist() == [[255, 0, 128, 255]]  # what is not known as the farthest
     assert depth.getpalette()[:3] == [0xFC, 0xFD, 0xBF] and depth.getpalette()[-3:] == [0, 0, 4]
-    assert pictures.depth_picture(np.ones((64, 512), np.uint16)).size == (256, 32)
+    picture = pictures.depth_picture(np.ones((64, 512), np.uint16))
+    assert picture.size == (256, 32)
+    assert picture.getpalette()[3 * 51 : 3 * 52] == [252, 159, 112]  # 1.6 of 8 steps: 0.4 fec287 + 0.6 fb8761
     many = SemanticMap(np.int32([[299]]), np.ones((1, 1), np.float32), ("none",))
     assert np.array(LABEL_KINDS["open-vocabulary"].picture(many, image)).tolist() == [[list(colour(299))]]
 

@@ -428,6 +428,10 @@ def test_a_reply_that_repeats_the_key_in_escapes_is_not_stored(tmp_path):
     assert "k-1" not in (tmp_path / "replies").read_text()
 
 
+def test_escapes_of_a_reply_are_the_characters_that_they_stand_for():
+    assert language_model._decode_escapes(r"a\/b \u0041\\ c") == "a/b A\\ c"
+
+
 def test_a_key_does_not_travel_unencrypted(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
     line = ["--llm-url", "http://example.org/v1", "--llm-model", "m", "--out", str(tmp_path / "x")]
