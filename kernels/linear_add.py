@@ -132,7 +132,7 @@ def fused(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None, residual
     described = find_described_sizes(BLOCKS, "linear_add", first, weight, *others, residual)
     if described and cells % rows == 0:
         second = others[0] if others else None
-        described |= {"BLOCK_S": rows}
+        described = described | {"BLOCK_S": rows}  # the row of BLOCKS stays as it is
         multiply(described, first, weight, bias, out, second=second, residual=residual, statistics=statistics)
         return out, statistics
     sizes = blocks(BLOCKS, "linear_add", first, BLOCK_C=channels, BLOCK_K=width)

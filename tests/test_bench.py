@@ -34,6 +34,7 @@ from datasetdm_fast.data import Request
 from datasetdm_fast.engine.engines import device
 from datasetdm_fast.engine.engines.device import engine_call
 from datasetdm_fast.engine.engines.fast import FastEngine
+from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import native, plain
@@ -97,6 +98,15 @@ def test_a_probe_times_algorithms_although_the_engine_asks_for_its_own_choice():
             device.choose_by_shape(torch.device("cuda"))  # as every call of the engine on a GPU does
             assert (cudnn.benchmark, cudnn.deterministic) == (is_timed, not is_timed)
     assert (cudnn.benchmark, cudnn.deterministic) == before
+
+
+@pytest.mark.usefixtures("tiny_has_one_layer")
+def test_a_probe_of_speeds_times_the_forms_and_whole_images():
+    engine = calls.engine_of(load_model("tiny"), torch.device("cpu"))
+    call, *whole = calls.speeds(engine)
+    assert call["what"] == "a call of 1, fp32, an image" and list(call["ms"]) == ["exact", "from deep features"]
+    assert [row["what"].split()[-4] for row in whole] == ["exact,", "cache3,"]  # which takes no more than 25 steps
+    assert all(value > 0 for row in (call, *whole) for value in row["ms"].values())
 
 
 @pytest.mark.parametrize("number", [0, 1])

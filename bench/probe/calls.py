@@ -16,14 +16,16 @@ from torch.profiler import ProfilerActivity, profile
 from bench.kernels.inputs import BATCH
 from bench.machine.measure import wait
 from bench.probe.forms import timed_choice
-from bench.setting import seeded_decoders
-from datasetdm_fast.data import Text
+from bench.setting import PROFILE, TASKS, seeded_decoders
+from datasetdm_fast.config import CACHED, EXACT, FAST, FAST_CACHED, FAST_STEPS, FP8
+from datasetdm_fast.data import Batch, Request, Text
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.engines.device import release
 from datasetdm_fast.engine.engines.fast import CHUNK_PIXELS, FastEngine
 from datasetdm_fast.engine.engines.fast.joint import JointEngine
 from datasetdm_fast.engine.loading.model import Model
-from datasetdm_fast.engine.loop.driver import LabelStream
+from datasetdm_fast.engine.loop.driver import LabelStream, generate
+from datasetdm_fast.engine.loop.recipe import make_recipe
 
 BATCHES = {"cuda": (1, 2, 4, 8, 16, 32), "cpu": (1,)}
 LONGEST = 60
@@ -64,6 +66,42 @@ def batches(engine: FastEngine) -> Rows:
     for batch in BATCHES[engine.device.type]:
         yield {"what": f"batch of {batch}, {engine.precision}, an image", "ms": one_batch(engine, batch)}
         release()
+
+
+def speeds(engine: FastEngine) -> Rows:
+    """Milliseconds an image: of a call in every approximate form the engine has, and, of a U-Net, of whole images with
+    their labels, but without files, at every speed.
+    """
+    is_gpu, is_cached = engine.device.type == "cuda", CACHED in engine.speeds
+    batch = 1 if not is_gpu else 32 if is_cached else BATCH
+    latents, text = given(engine, batch)
+    forms: dict[str, Callable[[], object]] = {EXACT: lambda: engine.denoise(latents, TIMESTEP, text)}
+    if is_cached:
+        _, deep = engine.denoise_and_keep(latents, TIMESTEP, text)
+        forms["from deep features"] = lambda: engine.denoise_from(deep, latents, TIMESTEP, text)
+    if FP8 in engine.speeds and is_gpu:  # a CPU emulates it
+        forms[FP8] = lambda: engine.denoise_in_fp8(latents, TIMESTEP, text)
+    found = {name: round(milliseconds(form, engine.device) / batch, 3) for name, form in forms.items()}
+    yield {"what": f"a call of {batch}, {engine.precision}, an image", "ms": found}
+    release()
+    if is_cached:
+        fewer = (FAST, FAST_CACHED) if engine.model.defaults.steps > FAST_STEPS else ()
+        for speed in (EXACT, CACHED, *fewer, *([FP8] if FP8 in forms else [])):
+            found = whole_images(engine, speed, batch)
+            yield {"what": f"images and labels at --speed {speed}, batch of {batch}", "ms": found}
+
+
+def whole_images(engine: FastEngine, speed: str, batch: int) -> dict[str, float]:
+    """Milliseconds an image from prompts to labels, of two batches in a row after one that does not count."""
+    recipe = make_recipe(engine, TASKS, profile=PROFILE, speed=speed)
+    requests = [Request(index, "a photo of a cat on a chair", index) for index in range(3 * batch)]
+    batches = [Batch(number, tuple(requests[number * batch :][:batch])) for number in range(3)]
+    next(iter(generate(batches[:1], engine, recipe)))
+    wait(engine.device)
+    begin = time.perf_counter()
+    made = sum(len(results) for _, results in generate(batches[1:], engine, recipe))
+    wait(engine.device)
+    return {"an image": round(1e3 * (time.perf_counter() - begin) / made, 3)}
 
 
 def choices(engine: FastEngine) -> Rows:

@@ -19,7 +19,7 @@ from datasetdm_fast.settings import setting
 
 PROG = "python -m bench probe"
 OPERATIONS = ("attention", "convolutions", "upsampling", "products", "candidates", "norms")
-CALLS = ("batches", "choices", "overlap", "longest", "longest_32", "once")
+CALLS = ("batches", "speeds", "choices", "overlap", "longest", "longest_32", "once")
 USUAL = ("batches", "longest", "candidates", "attention", "convolutions", "overlap", "products", "norms", "upsampling")
 USUAL += ("choices",)
 
@@ -30,7 +30,7 @@ class ProbeConfig:
     device: str = setting("cuda", "cuda or cuda:N; cpu tests the parts at small sizes", metavar="DEVICE")
     parts: tuple[str, ...] = setting(
         (),
-        f"only these of {', '.join(OPERATIONS + CALLS)}, comma-separated (default: all but once and longest_32)",
+        f"only these of {', '.join(OPERATIONS + CALLS)}, comma-separated (default: without speeds, once, longest_32)",
         metavar="LIST",
     )
     minutes: float = setting(8.0, "start no part later than this", metavar="M")
