@@ -64,11 +64,13 @@ needs_triton = pytest.mark.skipif(
 )
 
 
-def changed(value, change):
-    """`value` with `change` made to every floating-point tensor in it."""
+def changed(value, change, change_other=lambda x: x):
+    """`value` with `change` made to every floating-point tensor in it, and `change_other` to every other."""
     if isinstance(value, Tensor):
-        return change(value) if value.is_floating_point() else value
-    return type(value)(changed(one, change) for one in value) if isinstance(value, (list, tuple)) else value
+        return change(value) if value.is_floating_point() else change_other(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(changed(one, change, change_other) for one in value)
+    return value
 
 
 def tensors_of(value) -> list[Tensor]:
@@ -131,7 +133,7 @@ def test_fused_stays_within_the_error_budget(op, case, dtype, poisoned):
 
 
 def assert_within_the_budget(op, case, dtype):
-    inputs = changed(case.inputs, lambda x: x.to(DEVICE, dtype))
+    inputs = changed(case.inputs, lambda x: x.to(DEVICE, dtype), lambda mask: mask.to(DEVICE))
     exacts = listed(op.reference(*doubled(inputs)))
     plain = listed(op.reference(*inputs))
     answers = listed(op.fused(*changed(inputs, fenced)))

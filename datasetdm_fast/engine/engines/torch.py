@@ -56,8 +56,9 @@ class TorchEngine(Engine):
         self.decoders = {task: decoder.to(self.device) for task, decoder in (decoders or {}).items()}
         self.speeds = (CACHED,) if model.backbone.has_deep_features else ()
         for network in model.networks.values():
-            if network.is_built or self.device.type != "cpu":  # others are built there when they are first needed
-                network.module.to(self.device)
+            network.place(self.device)
+            if self.device.type != "cpu":  # on a CPU they are built when they are first needed
+                network.module  # noqa: B018
 
     @cached_property
     def reference(self) -> BackboneReference:

@@ -264,6 +264,7 @@ class Network:
     ):
         self.config, self._build, self._read, self._count = config, build, read, count
         self._module: nn.Module | None = None
+        self._device = torch.device("cpu")
         # Weights of the module, listed once, as finding them takes longer than to ask each; their versions then.
         self._held: tuple[list[Tensor], int] = ([], 0)
 
@@ -285,8 +286,14 @@ class Network:
     def module(self) -> nn.Module:
         if self._module is None:
             with torch.device("cpu"), torch.inference_mode(False):  # whoever asks first
-                return self._hold(self._build())
+                return self._hold(self._build().to(self._device))
         return self._module
+
+    def place(self, device: torch.device) -> None:
+        """Moves the module to the device: now if it is built, and whenever it is built again."""
+        self._device = device
+        if self._module is not None:
+            self._module.to(device)
 
     @property
     def is_built(self) -> bool:

@@ -60,8 +60,14 @@ class Fp8Linear(nn.Module):
 
     def _multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         rows, scale = (compile_to_fp8() if x.is_cuda else to_fp8)(x.flatten(0, -2))
-        y = torch._scaled_mm(rows, self.weight, scale, self.scale, bias, out_dtype=torch.bfloat16, use_fast_accum=True)
-        return y.unflatten(0, x.shape[:-1]).to(x.dtype)
+        if x.is_cuda:
+            wide = torch._scaled_mm(
+                rows, self.weight, scale, self.scale, bias, out_dtype=torch.bfloat16, use_fast_accum=True
+            )
+        else:  # where not every PyTorch has scales of rows
+            wide = rows.float() @ self.weight.float() * scale * self.scale
+            wide = wide if bias is None else wide + bias
+        return wide.to(torch.bfloat16).unflatten(0, x.shape[:-1]).to(x.dtype)
 
 
 class Fp8Projection(nn.Module):
