@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datasetdm_fast.kernels.add_statistics import CHUNK, empty_statistics, take_statistics
-from datasetdm_fast.kernels.described_product import find_described_sizes, multiply
+from datasetdm_fast.kernels.described_product import SUFFIX, find_described_sizes, multiply
 from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, round_up, tl
 from datasetdm_fast.kernels.noise import noise
 
@@ -18,7 +18,8 @@ DEVICES = {"untuned": "fused"}
 BLOCKS = {
     "untuned": block_sizes("linear_add", 8, 3, bits=(16,), BLOCK_C=128, BLOCK_K=64)
     | block_sizes("linear_add", 8, 2, bits=(32,), BLOCK_C=64, BLOCK_K=32),
-    "sm_90": block_sizes("linear_add", 4, 3, bits=(16,), BLOCK_C=64, BLOCK_K=64),
+    "sm_90": block_sizes("linear_add", 4, 3, bits=(16,), BLOCK_C=64, BLOCK_K=64)
+    | block_sizes(f"linear_add {SUFFIX}", 4, 4, bits=(16,), BLOCK_C=64, BLOCK_K=64, PROGRAMS=2),
 }
 
 

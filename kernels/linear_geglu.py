@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datasetdm_fast.kernels import geglu
-from datasetdm_fast.kernels.described_product import find_described_sizes, multiply
+from datasetdm_fast.kernels.described_product import SUFFIX, find_described_sizes, multiply
 from datasetdm_fast.kernels.geglu import times_gelu
 from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, tl
 from datasetdm_fast.kernels.noise import noise
@@ -17,7 +17,8 @@ from datasetdm_fast.kernels.noise import noise
 DEVICES = {"untuned": "fused"}
 BLOCKS = {
     "untuned": block_sizes("linear_geglu", 8, 3, bits=(16,), BLOCK_S=128, BLOCK_C=64, BLOCK_K=64)
-    | block_sizes("linear_geglu", 8, 2, bits=(32,), BLOCK_S=64, BLOCK_C=32, BLOCK_K=32)
+    | block_sizes("linear_geglu", 8, 2, bits=(32,), BLOCK_S=64, BLOCK_C=32, BLOCK_K=32),
+    "sm_90": block_sizes(f"linear_geglu {SUFFIX}", 8, 3, bits=(16,), BLOCK_S=128, BLOCK_C=128, BLOCK_K=64, PROGRAMS=1),
 }
 
 

@@ -8,9 +8,7 @@ from datasetdm_fast.kernels.launch import Blocks, block_sizes
 
 TILES = {"BLOCK_C": 128, "BLOCK_K": 64, "PROGRAMS": 1}
 CANDIDATES: dict[str, dict[str, Blocks]] = {
-    "linear_geglu": {"sm_90": block_sizes(f"linear_geglu {SUFFIX}", 8, 3, bits=(16,), BLOCK_S=128, **TILES)},
     "linear_activation": {"sm_90": block_sizes(f"linear_activation {SUFFIX}", 8, 3, bits=(16,), BLOCK_S=128, **TILES)},
-    "linear_add": {"sm_90": block_sizes(f"linear_add {SUFFIX}", 8, 3, bits=(16,), **TILES)},
     "norm_linear": {
         "sm_90": block_sizes(f"norm_linear {SUFFIX}", 8, 3, bits=(16,), BLOCK_S=128, **TILES)
         | block_sizes(f"norm_linear gated {SUFFIX}", 8, 3, bits=(16,), BLOCK_S=128, **TILES)

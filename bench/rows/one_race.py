@@ -36,7 +36,7 @@ ROUNDS = 3
 TIMED = {True: 0.4, False: 30.0}  # seconds for the rounds of one peer, and its share of the limits
 SLOW_ON_CPU = "torch.compile takes a CPU minutes"
 LEAST_PREPARED = 2  # peers that are prepared even if others then are not
-PREPARED = {True: 3.0, False: 90.0}  # seconds that the first of these leaves the next one
+PREPARED = {True: 3.0, False: 60.0}  # seconds that the first of these leaves the next one
 
 
 class OutOfTime(BaseException):
