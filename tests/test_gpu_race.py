@@ -178,9 +178,22 @@ def test_a_compiled_peer_never_searches_batch_sizes(monkeypatch):
     assert built == [32, 32]
 
 
-def test_a_whole_run_is_timed_from_its_first_image_to_the_last():
-    made = [10.0] * 4 + [12.0] * 4 + [14.0] * 4
-    assert whole_run.rate(made, batch=4) == 2.0
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        ([20.0, 20.5, 21.0, 21.5, 23.5, 25.5, 27.5, 29.5], [21.5, 23.5, 25.5, 27.5, 29.5]),  # the first labels are late
+        ([10.0, 12.0, 14.0], [12.0, 14.0]),
+        ([10.0, 12.0], [10.0, 12.0]),
+    ],
+)
+def test_a_whole_run_is_timed_over_the_later_half_of_its_batches(ends, expected):
+    made = [moment - late for moment in ends for late in (0.3, 0.2, 0.1, 0.0)]
+    assert whole_run.later_ends([*made, ends[-1] + 1.0], batch=4) == expected  # the clock cut the next batch
+    assert whole_run.rate(expected, batch=4) == 2.0
+
+
+def test_power_and_clock_of_a_whole_run_are_those_of_the_batches_that_count():
+    made = [10.0, 12.0, 14.0]
     samples = [(9.0, {"watts": 100.0, "mhz": 300, "used": 5 * 2**20})]
     samples += [(11.0, {"watts": 600.0, "mhz": 1900, "used": 9 * 2**20}), (13.0, {"watts": 700.0, "mhz": 1800})]
     found = whole_run.figures(samples, {"used": 2 * 2**20}, made, batch=4)

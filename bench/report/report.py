@@ -67,6 +67,7 @@ FRONT_COLUMNS = {
     "memory": "memory",
     "in a UNet call": "speed-up of datasetdm_fast",
 }
+GPU_BEFORE = "gpu before"  # suites: earlier races on a GPU, the newest first
 NO_GPU = "No race of ours has been measured on a GPU yet."
 GPU_COLUMNS = ("method", "precision", "batch", "images/s", "share of peak", "memory", "J/image", "our speed-up")
 PAPER_SIDE = 512  # pixels of a side
@@ -108,8 +109,7 @@ def wanted(root: Path) -> dict[Path, str]:
     """Every page and chart as the newest result files of `root` would have it."""
     folder = root / "bench" / "results"
     found = {suite: read(path) for suite in (*SUITES, *PEERLESS) if (path := newest(suite, folder))}
-    if earlier := measured("gpu", folder)[:-1]:
-        found["gpu before"] = read(earlier[-1])
+    found |= {f"{GPU_BEFORE} {k}": read(path) for k, path in enumerate(reversed(measured("gpu", folder)[:-1]))}
     found |= {f"{FULL_SIZE} {k}": read(path) for k, path in enumerate(newest_of_each_machine(FULL_SIZE, folder))}
     of_claims = [read(path) for path in measured("claims", folder)]
     if before := [one for one in of_claims if one["scale"]["steps"] != of_claims[-1]["scale"]["steps"]]:
@@ -354,8 +354,9 @@ def gpu_front(found: Documents, charts: str) -> str:
     document, rows = found["gpu"], {row["peer"]: row for row in timed_on_gpu(found["gpu"])}
     what = f"{document['setting']['model']}, {document['setting']['calls']} UNet calls an image with all labels"
     sources = [f"{what}, {card_line(document)}{run_line(rows.get(whole_run.PEER))}."]
-    before = found.get("gpu before", {"machine": {}})
-    if before["machine"].get("device") == document["machine"]["device"]:
+    for before in (found[suite] for suite in found if suite.startswith(f"{GPU_BEFORE} ")):
+        if before["machine"]["device"] != document["machine"]["device"]:
+            continue
         others = [row for row in timed_on_gpu(before) if row["peer"] not in rows]
         rows |= {row["peer"]: row for row in others}
         titles = " and ".join(row["title"] for row in others)
@@ -387,8 +388,9 @@ def run_line(row: Mapping[str, Any] | None) -> str:
         return ""
     cut = " when its time was up" if row.get("is_left") else ""
     drew = f", at {row['watts']} W and {row['mhz']} MHz" if "watts" in row and "mhz" in row else ""
-    counted = row["images"] - row["batch"]
-    return f"; the whole run had made {row['images']} images{cut}, and the {counted} after its first batch count{drew}"
+    counted = row.get("counted", row["images"] - row["batch"])
+    which = "all" if counted == row["images"] else f"the last {counted}"
+    return f"; the whole run had made {row['images']} images{cut}, and {which} count{drew}"
 
 
 def tuned_front(found: Documents, charts: str) -> str:

@@ -1,5 +1,5 @@
-"""`generate` as a user starts it, with four kinds of labels and all files: images a second from the first to the last,
-memory, power and clock meanwhile.
+"""`generate` as a user starts it, with four kinds of labels and all files: images a second over the later half of its
+batches, memory, power and clock meanwhile.
 """
 
 from __future__ import annotations
@@ -59,19 +59,28 @@ def rows(run: BenchRun) -> Rows:
         row |= {"seconds": round(time.monotonic() - begin, 1)}
         made = sorted(path.stat().st_mtime for path in (out / "images").glob("*"))
         row["images"] = len(made)
-        if len(made) <= batch or not (is_cut or process.returncode == 0):
+        if len(made) < 2 * batch or not (is_cut or process.returncode == 0):
             why = f"ended with {process.returncode} after {len(made)} images: {said.read_text()[-ERROR:]}"
             return [row | {"status": "failed", "why": why}]
         row["dtype"] = json.loads((out / "run.json").read_text())["engine"]["dtype"]
     row |= {"is_left": True} if is_cut else {}
-    row |= {"status": "ok", "images_per_second": round(rate(made, batch), 4)}
+    ends = later_ends(made, batch)
+    row |= {"status": "ok", "images_per_second": round(rate(ends, batch), 4), "counted": batch * (len(ends) - 1)}
     row["tflops"] = float(f"{row['images_per_second'] * run.setting.flops / 1e12:.4g}")
-    return [row | figures(samples, before, made, batch)] if samples else [row]
+    return [row | figures(samples, before, ends, batch)] if samples else [row]
 
 
-def rate(made: Sequence[float], batch: int) -> float:
-    """Images a second from the first image to the last: the first batch was begun before."""
-    return (len(made) - batch) / max(made[-1] - made[0], 1e-9)
+def later_ends(made: Sequence[float], batch: int) -> Sequence[float]:
+    """When the last image of each batch was written, from the middle batch on: those before wait for the first, whose
+    labels are late, as what is recorded once is recorded then. A batch that was cut has no end.
+    """
+    ends = made[batch - 1 :: batch]
+    return ends[(len(ends) - 1) // 2 :]
+
+
+def rate(ends: Sequence[float], batch: int) -> float:
+    """Images a second from the first of these ends to the last."""
+    return batch * (len(ends) - 1) / max(ends[-1] - ends[0], 1e-9)
 
 
 def state(run: BenchRun) -> State:
@@ -93,9 +102,9 @@ def watch(run: BenchRun, process: subprocess.Popen[bytes]) -> list[tuple[float, 
     return found
 
 
-def figures(samples: Sequence[tuple[float, State]], before: State, made: Sequence[float], batch: int) -> dict[str, Any]:
-    """Memory at most, and power and clock on average while images were made."""
-    busy = [one for moment, one in samples if made[0] <= moment <= made[-1]]
+def figures(samples: Sequence[tuple[float, State]], before: State, ends: Sequence[float], batch: int) -> dict[str, Any]:
+    """Memory at most, and power and clock on average between these ends of batches."""
+    busy = [one for moment, one in samples if ends[0] <= moment <= ends[-1]]
     found: dict[str, Any] = {}
     if used := [one["used"] for _, one in samples if "used" in one]:
         found["peak_mib"] = mib(int(max(used) - before.get("used", 0)))
@@ -103,7 +112,7 @@ def figures(samples: Sequence[tuple[float, State]], before: State, made: Sequenc
         if values := [one[name] for one in busy if name in one]:
             found[name] = round(statistics.fmean(values))
     if "watts" in found:
-        found["joules_per_image"] = round(found["watts"] / rate(made, batch), 2)
+        found["joules_per_image"] = round(found["watts"] / rate(ends, batch), 2)
     return found
 
 
