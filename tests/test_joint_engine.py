@@ -159,6 +159,15 @@ def test_in_bf16_it_is_near(opened):
         build_engine("fast", model, decoders, device="cpu", dtype="fp16")
 
 
+def test_prompts_are_read_by_the_copies_that_lie_with_the_engine(opened):
+    """On a GPU the model's own encoders lie on the CPU, in fp32."""
+    model, _, reference, *_ = opened
+    text = build_engine("fast", model, dtype="bf16", device="cpu").encode_text(PROMPTS[:1])
+    whole = reference.encode_text(PROMPTS[:1])
+    assert text.context.dtype == torch.float32 and torch.equal(text.context, text.context.bfloat16().float())
+    assert not torch.equal(text.context, whole.context) and distance(text.context, whole.context) < 0.03
+
+
 def test_averages_of_attention_are_the_references(opened):
     model, decoders, reference, latents, text, _ = opened
     if not model.backbone.has_text_maps:

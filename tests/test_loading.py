@@ -250,6 +250,16 @@ def test_a_network_of_a_module_in_memory_is_that_module_again_once_it_was_unload
     assert network.module is module
 
 
+def test_a_network_that_is_built_again_lies_where_it_was_placed():
+    module = torch.nn.Linear(2, 3)
+    module.config = {}
+    network = Network.of(module, lambda: torch.nn.Linear(2, 3))
+    network.place(torch.device("meta"))  # as a GPU
+    assert network.module.weight.is_meta
+    network.unload()
+    assert network.module.weight.is_meta and network.module is not module
+
+
 def test_an_image_of_the_demo_model_needs_neither_other_libraries_nor_a_compiler():
     """Each would take longer to import than the networks take for the image; nor does a model of seeded weights."""
     code = (

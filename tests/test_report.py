@@ -427,7 +427,10 @@ def prose_figures() -> Iterator[tuple[str, str]]:
         ),
     )
     share = ours["joules_per_image"] / compiled["joules_per_image"]
-    yield page, f"{times.removesuffix(' as many')} as many images as diffusers under `torch.compile`, at {100 * share:.0f} %"
+    yield (
+        page,
+        f"{times.removesuffix(' as many')} as many images as diffusers under `torch.compile`, at {100 * share:.0f} %",
+    )
     yield (
         "docs/gpu.md",
         (

@@ -27,8 +27,8 @@ PROG, ALL = "python -m bench rehearse", "all"
 TARGETS = ("80", "90", "100", "120")
 SCENARIOS = (  # functions of scenarios.py and teaching.py
     "decoders", "attention", "words", "label", "tiles", "labeller", "files", "library", "features", "samplers",
-    "retry", "between", "memory", "cards", "verify", "joint", "training", "losses", "bins", "recomputed",
-    "evaluation", "students",
+    "retry", "between", "memory", "cards", "verify", "joint", "joint-verify", "training", "losses", "bins",
+    "recomputed", "evaluation", "students",
 )  # fmt: skip
 
 GRADIENTS = ("training", "losses", "bins", "recomputed", "students")  # scenarios that compute some

@@ -105,12 +105,15 @@ class Machine:
 
     def joint_engine(self, *labels: str) -> JointEngine:
         """That of a small Stable Diffusion 3."""
+        model = self.small_joint_model()
+        return JointEngine(model, decoders_of(model, labels), device=self.device)
+
+    def small_joint_model(self) -> Model:
         self.timeline.phase = LOAD
         self.uses(self.device)
         self.operations.judge("bf16")
         numbers = SD3.defaults({"transformer": ConfigFile(SMALL["transformer"])}), 128, 0
-        model = preset("small SD 3", SMALL, *numbers, SD3)
-        return JointEngine(model, decoders_of(model, labels), device=self.device)
+        return preset("small SD 3", SMALL, *numbers, SD3)
 
     def uses(self, device: str) -> None:
         """Notes that a GPU is the run's."""

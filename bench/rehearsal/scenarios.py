@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from bench.rehearsal import teaching
-from bench.rehearsal.machine import NAMED, OPEN, PROMPT, SIMCC, TASKS, WORDS, Machine
+from bench.rehearsal.machine import NAMED, OPEN, PROMPT, SIMCC, TASKS, WORDS, Machine, decoders_of
 from bench.rehearsal.timeline import LOAD
 from bench.runs import prepare
 from datasetdm_fast.command_line.run_settings import label_spec
@@ -278,6 +278,19 @@ def joint(machine: Machine) -> int:
     return found + machine.made(engine, machine.recipe(engine, (ATTENTION,), classes=WORDS))
 
 
+def joint_verify(machine: Machine) -> int:
+    """The same compared with its reference, which is opened first, as the command `verify` does it."""
+    from datasetdm_fast.engine.engines import build_engine
+    from datasetdm_fast.runs.agreement import verify as agreement
+
+    model = machine.small_joint_model()
+    decoders = decoders_of(model, ("depth",))
+    reference = build_engine("torch", model, decoders, device=machine.device)
+    engine = build_engine("fast", model, decoders, device=machine.device)
+    recipe = machine.recipe(engine, ("depth",))
+    return len(agreement.verify(engine, reference, machine.batch_of(0).requests[:2], recipe, 2, is_whole=True).rows)
+
+
 SCENARIOS: Mapping[str, Callable[[Machine], int]] = {  # those of command.py
     "decoders": decoders,
     "attention": attention,
@@ -295,6 +308,7 @@ SCENARIOS: Mapping[str, Callable[[Machine], int]] = {  # those of command.py
     "cards": cards,
     "verify": verify,
     "joint": joint,
+    "joint-verify": joint_verify,
     **teaching.SCENARIOS,
 }
 

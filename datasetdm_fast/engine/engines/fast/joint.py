@@ -78,8 +78,8 @@ class JointEngine(TorchEngine):
         network = Network(model.denoiser.config, lambda: self._build_network().to(place), lambda _: {})
         self.held = replace(held, networks={**held.networks, model.backbone.denoiser: network})
         super().__init__(self.held, decoders, device=device)
+        self.joint = cast(JointReference, self.reference)  # of what is held here, not of the model
         self.model, self.precision, self.is_compiled, self.speeds = model, precision, compile, (FP8,)
-        self.joint = cast(JointReference, self.reference)
         self.projection = Projection(model.levels, self.decoders).to(self.device)
 
     @cached_property
@@ -140,7 +140,7 @@ class JointEngine(TorchEngine):
         farthest = 0.0
         for name, held in truth.items():
             source = fresh if name == self.truth.backbone.denoiser else self.model.networks[name].module
-            expected = {key: value.to(held[key].dtype) for key, value in source.state_dict().items()}
+            expected = {key: value.to("cpu", held[key].dtype) for key, value in source.state_dict().items()}
             placed = {key: value[: len(expected[key])].cpu() if value.ndim else value for key, value in held.items()}
             farthest = max(farthest, largest_distance(placed, expected))
         for kind, name in ((self._decoder_kind, "image_decoder"), (ImageEncoder, "image_encoder")):
