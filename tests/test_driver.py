@@ -716,7 +716,7 @@ def test_what_decoders_see_without_the_prompt_is_told(seen):
     assert sample.trust.reasons == (wanted if seen == "star" else ())
 
 
-def test_nothing_is_committed_after_a_batch_that_could_not_be_written():
+def test_nothing_is_committed_after_a_batch_that_could_not_be_written(tmp_path):
     committed, third = [], threading.Event()
 
     def write(results, recipe):
@@ -727,7 +727,7 @@ def test_nothing_is_committed_after_a_batch_that_could_not_be_written():
             third.set()
         return results
 
-    folder = SimpleNamespace(unseal=list, write=write, ledger=SimpleNamespace(commit=committed.append))
+    folder = SimpleNamespace(path=tmp_path, write=write, ledger=SimpleNamespace(commit=committed.append))
     with pytest.raises(Missing), BackgroundWriter(folder, lambda rows: None) as writer:
         for number in (1, 2, 3):
             writer.put([number], {})

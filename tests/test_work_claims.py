@@ -282,7 +282,7 @@ def test_a_death_counts_for_a_batch_and_not_for_a_shard(tmp_path):
 
 
 @pytest.mark.parametrize(("deaths", "is_made"), [(0, True), (2, True), (3, False), (4, False)])
-def test_a_batch_is_made_once_more_until_three_processes_died_with_it(deaths, is_made):
+def test_a_batch_is_made_once_more_until_three_processes_died_with_it(tmp_path, deaths, is_made):
     made, put = [], []
     requests = [Request(index, "a ball", index) for index in (8, 9)]
     worker = SimpleNamespace(
@@ -290,7 +290,7 @@ def test_a_batch_is_made_once_more_until_three_processes_died_with_it(deaths, is
         claims=SimpleNamespace(take=lambda batch: batch == 4, deaths={4: deaths}),
         _make=lambda batches: made.extend(batches) or True,
         job=SimpleNamespace(plan=SimpleNamespace(batch=lambda batch: SimpleNamespace(requests=requests))),
-        folder=SimpleNamespace(unseal=list),
+        folder=SimpleNamespace(path=tmp_path),
         _on_rows=None,
         _put=lambda writer, batch, results: put.append((batch, results)),
     )

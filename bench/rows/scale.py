@@ -34,7 +34,7 @@ from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.jobs.job import Job, describe_run
 from datasetdm_fast.runs.jobs.writing import BackgroundWriter, write_missing
 from datasetdm_fast.runs.run_folder.document import LEDGER
-from datasetdm_fast.runs.run_folder.folder import RunFolder
+from datasetdm_fast.runs.run_folder.folder import RunFolder, unseal
 from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.stages import FACTOR
 from tests.stub_engine import StubEngine
@@ -210,7 +210,7 @@ def disk_row(rounds: int) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory() as place, scene_run(SCENES[True][0], BATCH, place) as run:
         folder, samples, recipe = run
-        folder.unseal()
+        unseal(folder.path)
         encoded = (label_files.encode(sample, "png", folder.document["labels"])[0] for sample in samples)
         files = {folder.path / name: content for one in encoded for name, content in one.values()}
         written = folder.write(samples, recipe.facts)

@@ -122,7 +122,14 @@ def check_settings(config: RunConfig) -> None:
         for role in kind_of(label).roles:
             if (other := writing.setdefault(role, label)) != label:
                 raise Refused(f"--task: {other} and {label} both write {role}/ID.png", "Make a run of each.")
-    _check_attention(config.group(LabelSettings), config.group(PromptSettings), config.outlines)
+    if config.outlines != RunConfig.outlines and set(config.task) <= set(UNDECODED):
+        raise Refused(f"--outlines {config.outlines}: no label of this run is made by a decoder", "Drop it.")
+    if ATTENTION in config.task and not config.classes and not config.prompts:
+        raise Refused("--labeller attention: there are no class words to look for", "Name them: --classes ball,cube")
+    for name in () if ATTENTION in config.task else ATTENTION_SETTINGS:
+        if getattr(config, name) != getattr(RunConfig, name):
+            flag = name.replace("_", "-")
+            raise Refused(f"--{flag}: no label of this run is read from attention", "Add --labeller attention.")
     if config.combine:
         parse_combinations(config.combine, config.task)
     if config.accept:
@@ -136,18 +143,6 @@ def check_settings(config: RunConfig) -> None:
     names = ("guidance", "steps", "streams", *(name for name in ATTENTION_SETTINGS if name != "parity"))
     check_numbers(**{name: getattr(config, name) for name in (*names, "threads")})
     check_seed(config.seed, most_samples(config.identity(), count_images(config)))
-
-
-def _check_attention(labels: LabelSettings, prompts: PromptSettings, outlines: str) -> None:
-    """Refuses labels from attention without words to look for, and settings of labels that the run does not make."""
-    if outlines != ModelSettings.outlines and set(labels.task) <= set(UNDECODED):
-        raise Refused(f"--outlines {outlines}: no label of this run is made by a decoder", "Drop it.")
-    if ATTENTION in labels.task and not prompts.classes and not prompts.prompts:
-        raise Refused("--labeller attention: there are no class words to look for", "Name them: --classes ball,cube")
-    for name in () if ATTENTION in labels.task else ATTENTION_SETTINGS:
-        if getattr(labels, name) != getattr(LabelSettings, name):
-            flag = name.replace("_", "-")
-            raise Refused(f"--{flag}: no label of this run is read from attention", "Add --labeller attention.")
 
 
 def count_images(config: RunConfig) -> int:

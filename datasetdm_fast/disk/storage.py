@@ -403,28 +403,24 @@ def hold_lock(path: Path, *, is_shared: bool = False, patience: float = SECONDS_
     with refusing(path):
         handle = syscall("open", os.open, path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, FILE_MODE)
     try:
-        while not _try_to_lock(handle, kind, path):
-            if time.monotonic() >= end:
-                raise Refused(
-                    f"{path}: another process is writing to this run folder",
-                    "Wait until it has ended, or choose another folder.",
-                )
-            time.sleep(SECONDS_BETWEEN_TRIES)
+        while True:
+            try:
+                syscall("lock", fcntl.flock, handle, kind | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() >= end:
+                    raise Refused(
+                        f"{path}: another process is writing to this run folder",
+                        "Wait until it has ended, or choose another folder.",
+                    ) from error
+                time.sleep(SECONDS_BETWEEN_TRIES)
+            except OSError as error:
+                raise Missing(
+                    f"{path}: the file system cannot lock files ({error.strerror})", "Choose an --out on a local disk."
+                ) from error
         yield
     finally:
         os.close(handle)
-
-
-def _try_to_lock(handle: int, kind: int, path: Path) -> bool:
-    try:
-        syscall("lock", fcntl.flock, handle, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        raise Missing(
-            f"{path}: the file system cannot lock files ({error.strerror})", "Choose an --out on a local disk."
-        ) from error
-    return True
 
 
 def is_locked(path: Path) -> bool:

@@ -32,7 +32,7 @@ from datasetdm_fast.runs.run_folder.document import (
     shard_size,
     sides,
 )
-from datasetdm_fast.runs.run_folder.folder import RunFolder, publish_inside, publish_samples
+from datasetdm_fast.runs.run_folder.folder import RunFolder, publish_inside, publish_samples, unseal
 from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.runs.run_folder.selections import DROPPED_IDS, encode_dropped, origins
 from datasetdm_fast.runs.run_folder.shard_places import ShardPlace, is_url, shard_place
@@ -219,7 +219,7 @@ def write_missing(
         missing = (index for index in range(merging.number) if index not in existing)
         size = min(max(BLOCK_PIXELS // merging.largest, 1), BLOCK)
         for rows in in_threads(partial(_write, merging, folder, is_linked), missing, size, 1, is_stopping):
-            opened.unseal()
+            unseal(folder)
             opened.ledger.commit(rows)
             count += len(rows)
             on_commit(len(rows))

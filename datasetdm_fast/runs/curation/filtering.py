@@ -15,7 +15,7 @@ from datasetdm_fast.errors import Refused, quote
 from datasetdm_fast.runs.curation.clip import Clip
 from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.run_folder.document import LEDGER, LOCK, shard_size
-from datasetdm_fast.runs.run_folder.folder import RunFolder, is_indexed
+from datasetdm_fast.runs.run_folder.folder import RunFolder, is_indexed, unseal
 from datasetdm_fast.runs.run_folder.ledger import Ledger
 from datasetdm_fast.runs.run_folder.reader import Run, StoredSample
 from datasetdm_fast.runs.run_folder.scores import (
@@ -109,7 +109,7 @@ def score_missing(
     changeable: AbstractContextManager[Run | RunFolder] = folder or nullcontext(run)
     with changeable as opened, ThreadPoolExecutor(threads) as pool:
         if folder:
-            folder.unseal()
+            unseal(run.path)
         ledger = opened.ledger
 
         def missing(name: str) -> Iterator[list[StoredSample]]:

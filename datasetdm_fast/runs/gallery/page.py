@@ -61,6 +61,7 @@ from datasetdm_fast.runs.run_folder.folder import (
     refusing_rows,
     script,
     seal,
+    unseal,
 )
 from datasetdm_fast.runs.run_folder.indexes import writers
 from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, PARTS, Ledger, Row, RowFile, canonical
@@ -82,7 +83,7 @@ def finish_run(run: RunFolder) -> None:
     """Writes index files and page, unless they show the ledger's rows already, and seals the folder."""
     with lock_page(run.path):
         if not has_indexes(run.path, run.document, run.ledger):
-            run.unseal()
+            unseal(run.path)
             if (run.path / DROPPED).is_dir():
                 run.remove_leftovers()
             with refusing_rows(run.path):
@@ -306,10 +307,12 @@ class RunFacts:
             figures |= {
                 f"{name}: {decoder}" if decoder else name: value for name, value in kind.figures(record).items()
             }
-        certainty = mean_certainty(row.labels)
-        figures |= {} if certainty is None else {"score": round(certainty, 4)}
-        figures |= {"disagreeing": row.trust.disagreeing} if row.trust else {}
-        figures |= {"domain": row.trust.domain} if row.trust and row.trust.domain is not None else {}
+        if (certainty := mean_certainty(row.labels)) is not None:
+            figures["score"] = round(certainty, 4)
+        if row.trust:
+            figures["disagreeing"] = row.trust.disagreeing
+            if row.trust.domain is not None:
+                figures["domain"] = row.trust.domain
         figures |= {name: each[request.index] for name, each in self.scores.items() if request.index in each}
         self.figures |= dict.fromkeys(figures)
         visible = [word for word in shown if word not in NO_THING]

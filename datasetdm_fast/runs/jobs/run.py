@@ -223,9 +223,8 @@ class RunQueue:
 
     def comparable_settings(self, spec: RunSpec) -> dict[str, Any]:
         """The settings that must be those of the run folder: what merely computes its samples may be mixed."""
-        config = self.stored["config"] if self.stored else {}
-        model, decoder, size = spec.model.model, spec.model.decoder, spec.model.size
-        settings = {**spec.identity, **(relocated_paths(model, decoder, size, self.stored) if self.stored else {})}
+        config, model = self.stored["config"], spec.model
+        settings = {**spec.identity, **relocated_paths(model.model, model.decoder, model.size, self.stored)}
         if not spec.may_mix:
             return settings
         return settings | {name: config[name] for name in COMPUTING if name in config}

@@ -20,7 +20,7 @@ from datasetdm_fast.messages import count_noun
 from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.jobs.job import Job
 from datasetdm_fast.runs.run_folder.document import LEDGER, MANIFEST, QUARANTINE, is_sharded, quarantines, read_document
-from datasetdm_fast.runs.run_folder.folder import RunFolder
+from datasetdm_fast.runs.run_folder.folder import RunFolder, unseal
 from datasetdm_fast.runs.run_folder.goal import Goal, acceptance_of, goal_of
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger, Row
 
@@ -269,7 +269,7 @@ class BackgroundWriter(AbstractContextManager):
     """
 
     def __init__(self, folder: RunFolder, on_commit: Callable[[list[Row]], None]):
-        folder.unseal()
+        unseal(folder.path)
         self._folder, self._on_commit = folder, on_commit
         self._writers, self._committer = ThreadPoolExecutor(WRITERS, "writer"), ThreadPoolExecutor(1, "committer")
         self._waiting: deque[Future] = deque()

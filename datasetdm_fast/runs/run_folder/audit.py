@@ -51,6 +51,7 @@ from datasetdm_fast.runs.run_folder.folder import (
     layer_with_picture,
     page_folders,
     read_seal,
+    unseal,
 )
 from datasetdm_fast.runs.run_folder.ledger import BLOCK, DONE, DOUBTFUL, QUARANTINED, Ledger, Row
 from datasetdm_fast.runs.run_folder.selections import FILTER, parse_part
@@ -130,8 +131,7 @@ def audit(
         raise Refused(f"{folder}: {fault}", NAME_A_RUN)
     if not (folder / DOCUMENT).exists() and not (folder / LEDGER).exists():
         raise Refused(f"{folder}: holds neither {DOCUMENT} nor {LEDGER}, so it is not a run folder", NAME_A_RUN)
-    findings: list[Finding] = []
-    document = _check_document(folder, findings)
+    document, findings = _check_document(folder)
     report = Report(str(folder), document["plan"]["number"] if document else 0, 0, 0, 0, 0, findings)
     if not any((folder / name).exists() for name in (LEDGER, SEAL, "samples.jsonl")):
         return report  # killed before its first sample, or in shards with a damaged run.json
@@ -150,7 +150,7 @@ def repair(report: Report) -> None:
     """Takes the damaged samples out of a run folder, so that the line that made it makes them again."""
     folder = Path(report.path)
     with RunFolder(folder, require_document(folder)) as run:
-        run.unseal()
+        unseal(folder)
         run.ledger.forget(report.damaged)
 
 
@@ -162,8 +162,12 @@ def _audit(
     threads: int,
     on_progress: Callable[[int, int], None],
 ) -> Report:
+    """The report, once `findings` has what is wrong; a ledger that cannot be read to its end leaves it what was found
+    before.
+    """
     findings += [_ledger_fault(f"SQLite finds {line}") for line in ledger.damage()]
-    noted = _check_noted(folder, ledger, findings)
+    noted, faults = _check_noted(folder, ledger)
+    findings += faults
     if (document := document or noted) is None:
         return Report(str(folder), 0, ledger.count(), ledger.count(QUARANTINED), 0, 0, findings)
     findings += [
@@ -192,31 +196,28 @@ def _audit(
     return Report(str(folder), *counts, findings, ledger.count_dropped(), tuple(damaged))
 
 
-def _check_document(folder: Path, findings: list[Finding]) -> dict[str, Any] | None:
-    """The content of run.json, None where it is damaged or missing."""
+def _check_document(folder: Path) -> tuple[dict[str, Any] | None, list[Finding]]:
+    """The content of run.json, None where it is damaged or missing, and what is wrong with it."""
     try:
         document, fault = read_document(folder), MISSING
     except NotInstalled:  # which is no damage
         raise
     except (Refused, Missing) as error:
         document, fault = None, _cause(error, folder, DOCUMENT)
-    if document is None:
-        findings.append(Finding(DOCUMENT, fault, RESTORE_DOCUMENT))
-    return document
+    return document, [] if document else [Finding(DOCUMENT, fault, RESTORE_DOCUMENT)]
 
 
-def _check_noted(folder: Path, ledger: Ledger, findings: list[Finding]) -> dict[str, Any] | None:
-    """The content of run.json as the ledger has it, None where that is damaged or missing."""
+def _check_noted(folder: Path, ledger: Ledger) -> tuple[dict[str, Any] | None, list[Finding]]:
+    """The content of run.json as the ledger has it, None where that is damaged or missing, and what is wrong there."""
     text = ledger.read_note("run")
     if text is None:  # killed before its first sample
-        return None
+        return None, []
     try:
         document = documents.parse_json(text, "it")
         check_document(document)
     except ValueError as error:
-        findings.append(_ledger_fault(f"its note of run.json is damaged ({_cause(error, folder, LEDGER)})"))
-        return None
-    return document
+        return None, [_ledger_fault(f"its note of run.json is damaged ({_cause(error, folder, LEDGER)})")]
+    return document, []
 
 
 def _cause(error: Exception, folder: Path, name: str) -> str:

@@ -246,12 +246,8 @@ class RunFolder(AbstractContextManager):
 
     def add(self, results: Sequence[Sample | Quarantined], recipe: Mapping[str, Any]) -> None:
         """Makes the results part of the data set, all or none."""
-        self.unseal()
-        self.ledger.commit(self.write(results, recipe))
-
-    def unseal(self) -> None:
-        """Removes the seal of a finished run; called before the first change."""
         unseal(self.path)
+        self.ledger.commit(self.write(results, recipe))
 
     def write(self, results: Sequence[Sample | Quarantined], recipe: Mapping[str, Any]) -> list[Row]:
         """Publishes the files of the results, which are samples once their rows are committed; threads may share it."""
@@ -299,7 +295,7 @@ class RunFolder(AbstractContextManager):
         source: str,
         target: str,
     ) -> None:
-        self.unseal()
+        unseal(self.path)
         names = [name for row in rows for name, _ in row.files.values() if (self.path / (source + name)).exists()]
         contents = {name: storage.read(self.path / (source + name), LARGEST_IMAGE_FILE) for name in names}
         publish_inside(self.path, {target + name: content for name, content in contents.items()})

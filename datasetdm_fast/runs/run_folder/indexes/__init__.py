@@ -31,16 +31,15 @@ class Lines(IndexFile):
                 "prompt": request.prompt,
                 "seed": request.seed,
                 "classes": request.classes,
-                **({"negative": request.negative} if request.negative else {}),
-                **({"class_prompt": request.class_prompt} if request.class_prompt else {}),
-                **({"picture": row.recipe["picture"]} if "picture" in row.recipe else {}),
                 "files": files,
                 "labels": labels,
             }
             if row.trust:  # without a distance where no decoder of the run has a domain
                 trust = asdict(row.trust)
                 line["trust"] = {name: value for name, value in trust.items() if name != "domain" or value is not None}
-            line |= {name: row.recipe[name] for name in OF_SOURCE if name in row.recipe}
+            texts = {"negative": request.negative, "class_prompt": request.class_prompt}
+            line |= {name: text for name, text in texts.items() if text}
+            line |= {name: row.recipe[name] for name in ("picture", *OF_SOURCE) if name in row.recipe}
             yield (canonical(line) + "\n").encode()
 
 
