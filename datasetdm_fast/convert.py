@@ -23,7 +23,6 @@ from datasetdm_fast.runs.exporting.export_folder import open_target
 from datasetdm_fast.runs.exporting.settings import ExportSettings
 from datasetdm_fast.runs.run_folder.document import EXPORTS
 from datasetdm_fast.runs.run_folder.shard_places import is_url
-from datasetdm_fast.settings import json_values
 
 if TYPE_CHECKING:
     from datasetdm_fast.runs.exporting.conversion import Conversion
@@ -99,7 +98,7 @@ def _open_conversion(settings: ExportSettings, folder: Path, store: ShardBucket 
     source = open_source(settings.run, tasks=settings.task, only_kept=settings.kept, chosen=chosen)
     if settings.part:
         source = source.take_part(settings.part)
-    renaming, identity = settings.classes, json_values(settings.identity())
+    renaming, identity = settings.classes, settings.identity()
     options = {"renaming": renaming, "pictures": settings, "layout": settings, "is_copied": settings.copy}
     return Conversion(source, settings.to, folder, identity, store=store, **options)
 

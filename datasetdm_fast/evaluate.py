@@ -47,13 +47,15 @@ def main(config: EvaluateConfig, command: CommandLine) -> int:
             )
         skipped |= bad
         if not config.json:
-            print(*([address] if len(sources) > 1 else []), figures_table(results[address], config.level), sep="\n")
+            if len(sources) > 1:
+                print(address)
+            print(figures_table(results[address], config.level))
     return _finish(config, {"data": results} if len(sources) > 1 else results[config.addresses[0]], skipped)
 
 
 def _finish(config: EvaluateConfig, result: Mapping[str, Any], skipped: Mapping[str, str]) -> int:
     if config.json:
-        print(json.dumps(result | ({"skipped": skipped} if config.skip_bad else {})))
+        print(json.dumps({**result, "skipped": skipped} if config.skip_bad else result))
     if skipped:
         verb = "was" if len(skipped) == 1 else "were"
         reasons = (f"  {one_line(reason)}" for reason in skipped.values())

@@ -31,7 +31,6 @@ def main(config: RunConfig, command: CommandLine) -> int:
     config = run_settings.complete_settings(config, command.provided)
     if config.only:
         return run_settings.remake_from(config, command.provided)
-    run_settings.check_shard_settings(config)
     peer = None if config.dry_run else find_peer()
     if config.layout == SHARDS:
         from datasetdm_fast.command_line.sharded_run import generate_shards

@@ -57,11 +57,6 @@ def flags_of(cls: type) -> list[Field]:
     return [known[name] for name in getattr(cls, "FLAGS", known)]
 
 
-def json_values(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as JSON holds them."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
-
-
 class CommandSettings:
     """Settings mixed from the groups below; one that FLAGS does not name is no flag of the command and keeps its
     default.
@@ -74,10 +69,10 @@ class CommandSettings:
         return cls(**{each.name: getattr(self, each.name) for each in fields(cls)})
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide the bytes of what is made."""
+        """The settings that decide the bytes of what is made, as JSON holds them."""
         values = {flag: getattr(self, flag.name) for flag in flags_of(type(self)) if flag.metadata["identity"]}
         return {
-            flag.name: value
+            flag.name: list(value) if isinstance(value, tuple) else value
             for flag, value in values.items()
             if flag.metadata["identity"] is True or value != flag.default
         }

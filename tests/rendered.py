@@ -52,14 +52,10 @@ def rendered(index: int, size: int = 64, prompt: str | None = None) -> Sample:
 
 def document(number: int, size: int = 64, **config) -> dict:
     """A run.json as generate would write it."""
-    values = {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in RunConfig(task=TASKS, number=number, **config).identity().items()
-    }
     return {
         "format": FORMAT,
         "versions": {"datasetdm_fast": __version__},
-        "config": values,
+        "config": RunConfig(task=TASKS, number=number, **config).identity(),
         "plan": {"number": number, "batch_size": 4, "prompts": "", "words": list(world.THINGS)},
         "sampling": {"size": size, "steps": 50, "calls": 51, "guidance": 3.0},
         "model": {"name": "rendered", "source": "", "licence": "Apache-2.0", "digests": {}},

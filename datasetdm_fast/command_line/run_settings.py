@@ -38,7 +38,7 @@ from datasetdm_fast.runs.run_settings import (
     WorkerSettings,
 )
 from datasetdm_fast.runs.workers.devices import LaunchedProcess, find_places, take_share
-from datasetdm_fast.settings import EngineSettings, ModelSettings, SamplingSettings, flags_of, json_values
+from datasetdm_fast.settings import EngineSettings, ModelSettings, SamplingSettings, flags_of
 
 if TYPE_CHECKING:
     from datasetdm_fast.runs.jobs.writing import Result
@@ -116,6 +116,13 @@ def name_folder(config: RunConfig) -> str:
 
 def check_settings(config: RunConfig) -> None:
     """Refuses what can be seen to be wrong before anything is loaded."""
+    if config.layout != SHARDS:
+        if config.store:
+            raise Refused(f"--store {config.store}: only a run in shards is written there", "Drop --layout folder.")
+        if config.shard_size != RunConfig.shard_size:
+            raise Refused(f"--shard-size {config.shard_size}: the run is not in shards", "Add --layout shards.")
+        if config.cluster:
+            raise Refused(f"--cluster {config.cluster}: a cluster makes runs in shards", "Drop --layout folder.")
     check_tasks(config.task, LABELS)
     writing: dict[str, str] = {}  # role of a file -> the label that writes it
     for label in config.task:
@@ -181,7 +188,7 @@ def label_spec(config: LabelConfig) -> RunSpec:
 
 def _spec(config: RunConfig, source: PromptSource, **stored: Any) -> RunSpec:
     """The run of these settings; `stored` is what run.json holds in place of some of them."""
-    identity = json_values(config.identity()) | stored
+    identity = config.identity() | stored
     if source.table is not None:
         identity["class_table"] = class_tables.digest_of(source.table, config.classes)
     return RunSpec(
@@ -199,17 +206,6 @@ def _spec(config: RunConfig, source: PromptSource, **stored: Any) -> RunSpec:
         config.mixed != "no",
         force_domain=config.force_domain,
     )
-
-
-def check_shard_settings(config: RunConfig) -> None:
-    """Refuses flags that do not go together with the layout."""
-    if config.layout != SHARDS:
-        if config.store:
-            raise Refused(f"--store {config.store}: only a run in shards is written there", "Drop --layout folder.")
-        if config.shard_size != RunConfig.shard_size:
-            raise Refused(f"--shard-size {config.shard_size}: the run is not in shards", "Add --layout shards.")
-        if config.cluster:
-            raise Refused(f"--cluster {config.cluster}: a cluster makes runs in shards", "Drop --layout folder.")
 
 
 def check_judged(config: RunConfig, is_begun: bool) -> None:
@@ -251,7 +247,7 @@ def restore_settings(config: RunConfig, provided: Collection[str], stored: Mappi
         restored = replace(restored, engine=engine["engine"], dtype=engine["dtype"], compile="compiled" in engine)
     changed = {
         name: value
-        for name, value in json_values(config.identity()).items()
+        for name, value in config.identity().items()
         if name in set(provided) - {"prompts"} and getattr(config, name) != getattr(restored, name)
     }
     check_provided(config.store or config.out, stored["config"], changed)

@@ -192,7 +192,7 @@ class Edits(Redrawing):
 
     @property
     def config(self) -> dict[str, Any]:
-        return super().config | ({"mask": self.mask} if self.kind == "mask" else {})
+        return {**super().config, "mask": self.mask} if self.kind == "mask" else super().config
 
     def _find_positions(self) -> list[int]:
         positions = super()._find_positions()

@@ -140,7 +140,7 @@ class Merging:
         tables = [run.get("class_table") for run in runs]
         packages = [run["packages"] for run in runs if "packages" in run]
         sides = " or ".join(f"{width} × {height}" for height, width in sorted(self.sides)) + " pixels"
-        return {
+        document = {
             "format": FORMAT,
             "command": "merge",
             "versions": {"datasetdm_fast": __version__},
@@ -160,8 +160,6 @@ class Merging:
             ),
             "labels": self.labels,
             "classes": self.classes,
-            **({"class_table": tables[0]} if tables[0] and all(table == tables[0] for table in tables) else {}),
-            **({"packages": packages[0]} if packages else {}),
             "composition": {
                 "told": f"Merged from the runs {', '.join(source.path.resolve().name for source in sources)}",
                 "sides": sides if len(self.sides) <= MOST_SIDES else f"{len(self.sides)} sizes",
@@ -177,6 +175,11 @@ class Merging:
                 },
             },
         }
+        if tables[0] and all(table == tables[0] for table in tables):
+            document["class_table"] = tables[0]
+        if packages:
+            document["packages"] = packages[0]
+        return document
 
     def compose(self, index: int) -> MergedSample:
         k, earlier = self.places[index]

@@ -24,7 +24,7 @@ from datasetdm_fast.runs.jobs.run import count_rows, merge_with_stored, settle
 from datasetdm_fast.runs.jobs.writing import Result
 from datasetdm_fast.runs.run_folder.document import check_same, differences, read_document, row_facts, table_of
 from datasetdm_fast.runs.run_settings import LabelSettings, RunConfig
-from datasetdm_fast.settings import EngineSettings, ModelSettings, SamplingSettings, flags_of, json_values
+from datasetdm_fast.settings import EngineSettings, ModelSettings, SamplingSettings, flags_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -109,7 +109,7 @@ class Redrawing(ABC):
         """The settings of the run in run.json."""
         source = self.source.document["config"]
         config = {name: value for name, value in source.items() if name in COPIED}
-        config |= json_values(self.choice.identity())
+        config |= self.choice.identity()
         config |= {"image_format": self.image_format, "kept": self.source.filter_digest}
         if self.choice.only:  # written in one way
             config["only"] = [self.requests[position].id for position in self.positions]
@@ -216,9 +216,8 @@ def _run_config(redrawing: Redrawing, folder: Path, machine: RedrawMachine) -> R
     }
     places = {name: getattr(machine, name) or source[name] for name in ("model", "decoder")}
     steps = {name: getattr(redrawing.choice, name) or source[name] for name in ("steps", "guidance")}
-    engine = {field.name: getattr(machine, field.name) for field in fields(EngineSettings)}
     return RunConfig(
-        **{**stored, **engine, **places, **steps},
+        **{**stored, **machine.engine_choices(), **places, **steps},
         out=str(folder),
         limit=machine.limit,
         allow_download=machine.allow_download,

@@ -63,7 +63,9 @@ def table_files(plan: ExportPlan) -> dict[str, list[bytes]]:
         table |= {"joints": list(plan.joints), "limbs": [list(limb) for limb in plan.limbs]}
     files = {"classes.json": table, "id2label.json": id2label}
     written = {name: [json.dumps(value, ensure_ascii=False).encode()] for name, value in files.items()}
-    return written | ({"max_depth.txt": [f"{plan.max_depth:g}\n".encode()]} if "depth" in plan.tasks else {})
+    if "depth" in plan.tasks:
+        written["max_depth.txt"] = [f"{plan.max_depth:g}\n".encode()]
+    return written
 
 
 class WebDatasetFormat(Format):

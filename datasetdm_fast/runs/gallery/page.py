@@ -386,6 +386,13 @@ class RunFacts:
             }
             for layer, task in self.layers.items()
         ]
+        facts = {
+            "Model": document["model"]["name"],
+            "Sampler": sampler_in_words(document),
+            "Speed": speed_in_words(document),
+            "Engine": ", ".join(engine_names(document)),
+            "Composition": document.get("composition", {}).get("told", ""),
+        }
         return {
             "key": key_of(document),
             "pixels": size_in_words(document),
@@ -407,13 +414,7 @@ class RunFacts:
             "sheet": {"side": SIDE, "columns": COLUMNS, "rows": ROWS} if has_sheets else None,
             "group": SHEET_SAMPLES,
             "summary": ", ".join(config["task"]),
-            "facts": [
-                ["Model", document["model"]["name"]],
-                ["Sampler", sampler_in_words(document)],
-                *([["Speed", speed]] if (speed := speed_in_words(document)) else []),
-                ["Engine", ", ".join(engine_names(document))],
-                *([["Composition", composition["told"]]] if (composition := document.get("composition")) else []),
-            ],
+            "facts": [[name, fact] for name, fact in facts.items() if fact],
             "command": maker(document) if made_by(document) == COMMANDS[0] else "",  # that makes one sample again
         }
 

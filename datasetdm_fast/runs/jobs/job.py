@@ -236,7 +236,7 @@ def describe_run(
 ) -> dict[str, Any]:
     """The content of run.json."""
     model, palette = engine.model, config.get("palette", OURS)
-    document = {
+    document: dict[str, Any] = {
         "format": FORMAT,
         "versions": {"datasetdm_fast": __version__},
         "config": dict(config),
@@ -245,7 +245,6 @@ def describe_run(
             "batch_size": plan.batch_size,
             "prompts": plan.digest,
             "words": list(plan.words),
-            **({"seeds": "of the prompts"} if plan.has_seeds else {}),
         },
         "sampling": dict(recipe.facts),
         "model": {
@@ -253,13 +252,16 @@ def describe_run(
             "source": str(model.source),
             "licence": model.licence,
             "digests": dict(model.digests),
-            **({"package": model.backbone.package} if model.backbone.package else {}),
         },
         "decoders": dict(decoders),
         "engine": dict(engine.fingerprint()),
         "processor": engines.name_processor(),
         **number_classes(with_palette(label_tables(engine, recipe), palette, recipe.table)),
     }
+    if plan.has_seeds:
+        document["plan"]["seeds"] = "of the prompts"
+    if model.backbone.package:
+        document["model"]["package"] = model.backbone.package
     if packages := packages_of(recipe.tasks):
         document["packages"] = packages
     if recipe.table is not None:

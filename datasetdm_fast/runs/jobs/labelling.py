@@ -184,7 +184,6 @@ def prepare_labelling(
         "composition": {
             "told": f"Labels of {number} pictures from the folder {pictures.folder.resolve().name}",
             "sides": "their own sizes" if tiles else f"{recipe.size} × {recipe.size} pixels",
-            **({"together": together} if tiles else {}),  # tiles that are read as one batch
             "source": {
                 "path": str(pictures.folder),
                 "captions": pictures.captions_file,
@@ -192,6 +191,8 @@ def prepare_labelling(
             },
         },
     }
+    if tiles:
+        document["composition"]["together"] = together  # tiles that are read as one batch
     job = Job(
         spec.folder,
         plan,

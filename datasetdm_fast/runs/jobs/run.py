@@ -62,7 +62,9 @@ def merge_with_stored(job: Job, stored: Mapping[str, Any], *, mixes: bool = Fals
         if (job.folder / LEDGER).exists():
             with Ledger(job.folder / LEDGER, read_only=True) as ledger:
                 check_rows(job, ledger.rows(DONE, QUARANTINED, DOUBTFUL, parts=()))
-        renewed = ("number", "prompts", *(["batch_size"] if job.may_mix and not other else []))
+        renewed = ["number", "prompts"]
+        if job.may_mix and not other:
+            renewed.append("batch_size")
         stored = {
             **stored,
             "config": stored["config"] | {name: config[name] for name in GROWING},

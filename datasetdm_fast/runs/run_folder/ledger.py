@@ -228,7 +228,7 @@ class Ledger(AbstractContextManager):
 
     def _tables(self) -> list[str]:
         """The tables that have rows, whatever became of their samples."""
-        return ["samples", *(["dropped"] if self._has_table("dropped") else [])]
+        return ["samples", "dropped"] if self._has_table("dropped") else ["samples"]
 
     def class_words(self) -> list[tuple[int, tuple[str, ...]]]:
         """Index of every sample and the class words of its prompt, by index."""

@@ -239,7 +239,9 @@ class ShardWorker:
                     self.gate.check()
                 if self.callbacks.is_stopping():
                     raise ShardAbandoned
-                facts, taken = batch_facts(job.recipe, batch) | ({"turn": turn} if turn else {}), []
+                facts, taken = batch_facts(job.recipe, batch), []
+                if turn:
+                    facts["turn"] = turn
                 for place, result in enumerate(results):
                     if isinstance(result, Sample) and result.rejection:
                         rejected.append(result.request.index)

@@ -157,7 +157,7 @@ def _header(document: Mapping[str, Any], done: int, origins: Collection[str]) ->
         "task_categories": dict.fromkeys(CATEGORIES[task] for task in CATEGORIES if task in tasks),
         "size_categories": [next(name for most, name in SIZES if done < most)],
         "annotations_creators": ["machine-generated"],
-        "tags": ["datasetdm", *(["synthetic"] if GENERATED in origins else [])],
+        "tags": ["datasetdm", "synthetic"] if GENERATED in origins else ["datasetdm"],
     }
     yield "---"
     for name, values in lists.items():
