@@ -49,7 +49,7 @@ def largest_part(mask: np.ndarray) -> np.ndarray:
 
 def test_contours_enclose_the_largest_part_of_a_mask():
     raw = {name: value[0] for name, value in raw_of("coco", 3).items()}
-    lines = read_contours(files.write_contours(answer(raw, side=SIDE))["txt"].decode())
+    lines = read_contours(files.write_contours(answer(raw, side=SIDE)).decode())
     masks = (resize(raw["pred_masks"][None], SIDE)[0] > 0).numpy()
     parts = [largest_part(mask) for mask in masks if mask.any()]
     assert len(lines) > 3
@@ -76,7 +76,7 @@ def area(points: np.ndarray) -> float:
 @pytest.mark.parametrize(("kind", "farthest"), [("nyu", 10.0), ("kitti", 80.0)])
 def test_depth_is_read_back_within_half_a_step(kind, farthest):
     metres = raw_of(kind, 5)["depth"][0]
-    found = read_depth(files.write_depth(answer({"depth": metres}, kind, side=512))["png"], farthest)
+    found = read_depth(files.write_depth(answer({"depth": metres}, kind, side=512)), farthest)
     is_near = metres[0].numpy() < 255.5 / 256 * farthest
     assert np.abs(found - metres[0].numpy())[is_near].max() <= farthest / 512 + 1e-5
     assert (found[~is_near] == np.float32(255 / 256 * farthest)).all()
@@ -88,9 +88,9 @@ def test_joints_are_read_back_near_the_maxima_of_their_heatmaps():
     for k, (x, y) in enumerate(places):
         maps[k, y, x] = 0.5 + k / 100
     maps[4] = -1  # not found: it is left out, as are those at the border
-    found = read_joints(files.write_heatmap_joints(answer({"heatmaps": maps}, "pose", side=512))["txt"].decode())
+    found = read_joints(files.write_heatmap_joints(answer({"heatmaps": maps}, "pose", side=512)).decode())
     expected = [(8 * x + 3.5, 8 * y + 3.5) for k, (x, y) in enumerate(places) if k != 4]
     assert len(found) == len(expected) and np.abs(found[:, :2] - expected).max() <= 1
     assert (np.diff(found[:, 2]) > 0).all() and 0 < found[:, 2].min() < found[:, 2].max() <= 0.7
-    nothing = files.write_heatmap_joints(answer({"heatmaps": -torch.ones(17, 8, 8)}, "pose", side=512))["txt"]
+    nothing = files.write_heatmap_joints(answer({"heatmaps": -torch.ones(17, 8, 8)}, "pose", side=512))
     assert read_joints(nothing.decode()).shape == (0, 3)

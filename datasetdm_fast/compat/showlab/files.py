@@ -102,7 +102,7 @@ class DecodedImage:
         return self.pixels.shape[0]
 
 
-Write = Callable[[DecodedImage], dict[str, bytes]]  # the suffix of a file -> its content
+Write = Callable[[DecodedImage], bytes]  # the file of an image's label
 
 
 def jpeg(pixels: np.ndarray) -> bytes:
@@ -122,8 +122,8 @@ def resize_masks(masks: Tensor, size: int) -> Tensor:
     return F.interpolate(masks.float()[None], size=(size, size), mode="bilinear", align_corners=False)[0]
 
 
-def class_map(output: DecodedImage, least: float = SMALLEST_AREA) -> np.ndarray:  # [H, W] uint8
-    """The class with the most evidence; classes with less than `least` in total are left out, except class 0."""
+def write_class_map(output: DecodedImage) -> bytes:
+    """The class with the most evidence; classes of less than the smallest area are left out, except class 0."""
     import torch
 
     from datasetdm_fast.engine.tasks.semantic import scaled_area
@@ -131,9 +131,9 @@ def class_map(output: DecodedImage, least: float = SMALLEST_AREA) -> np.ndarray:
     logits, masks = output.raw["pred_logits"].float(), resize_masks(output.raw["pred_masks"], output.size)
     evidence = torch.einsum("qc,qhw->chw", logits.softmax(-1)[..., :-1], masks.sigmoid())
     for plane in evidence[1:]:
-        if (plane * (plane > 0.5)).sum() < scaled_area(least, output.size):
+        if (plane * (plane > 0.5)).sum() < scaled_area(SMALLEST_AREA, output.size):
             plane.zero_()
-    return evidence.argmax(0).to(torch.uint8).cpu().numpy()
+    return png(evidence.argmax(0).to(torch.uint8).cpu().numpy())
 
 
 def candidates(output: DecodedImage, count: int) -> tuple[np.ndarray, list[int], Tensor]:
@@ -151,17 +151,13 @@ def best_indices(scores: Tensor, count: int) -> list[int]:
     return heapq.nlargest(count, range(len(scores)), scores.__getitem__)
 
 
-def write_class_map(output: DecodedImage) -> dict[str, bytes]:
-    return {"png": png(class_map(output))}
-
-
-def write_class_mask(output: DecodedImage) -> dict[str, bytes]:
+def write_class_mask(output: DecodedImage) -> bytes:
     """The best of three masks, filled with the requested class; 0 elsewhere."""
     masks, _, scores = candidates(output, CANDIDATES["voc"])
-    return {"png": png(masks[best_indices(scores, 1)[0]].astype(np.uint8) * np.uint8(output.class_id))}
+    return png(masks[best_indices(scores, 1)[0]].astype(np.uint8) * np.uint8(output.class_id))
 
 
-def write_contours(output: DecodedImage) -> dict[str, bytes]:
+def write_contours(output: DecodedImage) -> bytes:
     """A line of each instance: its contour, class and score."""
     masks, classes, scores = candidates(output, CANDIDATES["coco"])
     among, lines = best_indices(scores, MOST_WRITTEN), []
@@ -170,13 +166,13 @@ def write_contours(output: DecodedImage) -> dict[str, bytes]:
             continue
         if (contour := largest_contour(mask)) is not None:
             lines.append(f"{','.join(map(str, contour.reshape(-1)))},{number},{scores[k].cpu().numpy()}\n")
-    return {"txt": "".join(lines).encode()}
+    return "".join(lines).encode()
 
 
-def write_depth(output: DecodedImage) -> dict[str, bytes]:
+def write_depth(output: DecodedImage) -> bytes:
     """Depth in 256 steps up to the farthest, rounded half to even."""
     metres = output.raw["depth"][0].float().cpu().numpy()
-    return {"png": png(np.rint(metres / output.config.max_depth * STEPS).clip(0, 255).astype(np.uint8))}
+    return png(np.rint(metres / output.config.max_depth * STEPS).clip(0, 255).astype(np.uint8))
 
 
 def joints(output: DecodedImage) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -199,7 +195,7 @@ def joints(output: DecodedImage) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return places, heights, is_inside
 
 
-def write_heatmap_joints(output: DecodedImage) -> dict[str, bytes]:
+def write_heatmap_joints(output: DecodedImage) -> bytes:
     """x, y and height of every joint that is not at the border."""
     places, heights, is_inside = joints(output)
     numbers = [
@@ -208,13 +204,13 @@ def write_heatmap_joints(output: DecodedImage) -> dict[str, bytes]:
         if is_written
         for value in (x, y, height)
     ]
-    return {"txt": f"{','.join(numbers)}\n".encode()}
+    return f"{','.join(numbers)}\n".encode()
 
 
-def write_bin_joints(output: DecodedImage) -> dict[str, bytes]:
+def write_bin_joints(output: DecodedImage) -> bytes:
     """The picture with its joints, all that DatasetDM stores of them."""
     from datasetdm_fast.engine.labels.pictures import draw_skeletons
 
     places = np.stack([output.raw[axis].float().softmax(-1).argmax(-1).cpu().numpy() for axis in "xy"], 1)
     picture = draw_skeletons(output.pixels, [(places, np.ones(len(places), bool))], output.config.limbs)
-    return {"png": encode_picture(picture, "PNG")}
+    return encode_picture(picture, "PNG")

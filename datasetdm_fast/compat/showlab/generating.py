@@ -141,16 +141,13 @@ def make(order: Order, job: Job, **callbacks: Any) -> Result:
     return result
 
 
-COUNTS = ("n_each_class", "number_data")
-
-
 def rows(order: Order, job: Job) -> Iterator[str]:
     """The lines of the table."""
     line, items = order.line, order.items
     seeds = sorted(item.seed for item in items)
     processes = f"--thread_num {line['thread_num']} processes"
     yield _row("settings", f"{len(items)} images, seeds {seeds[0]} to {seeds[-1]}: those of {processes}")
-    count = next(name for name in COUNTS if name in line.values)
+    count = order.script.count
     if left := line[count] % line["thread_num"]:
         yield _row("", f"--{count} {line[count]}: {left} left over by {line['thread_num']} processes")
     yield _row("", f"{line.path('grounding_ckpt')}: {order.script.task} by a decoder of {order.kind}")

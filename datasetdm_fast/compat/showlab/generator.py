@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,15 +24,6 @@ FARTHEST = {10: "nyu", 80: "kitti"}  # metres -> kind of depth decoder
 
 
 @dataclass(frozen=True)
-class ClassName:
-    """A class as the generator's files, its sentences and its decoder's labels name it."""
-
-    file: str
-    spoken: str
-    label: str
-
-
-@dataclass(frozen=True)
 class Generator:
     """A script that makes images with one kind of label."""
 
@@ -45,7 +37,7 @@ class Generator:
     classes: str = ""  # data set whose classes it makes images of, one after the other
     guidance: float = 5.0
     count: str = "n_each_class"
-    prompt_root: Flag = Flag("prompt_root", f"{PROMPTS}/cityscapes", "path", "folder of prompt files", is_optional=True)
+    prompt_folder: str = "cityscapes"  # of the published prompt files
     asks_class: bool = True  # whether its images show the class that they are made for
     suffix: str = "png"  # of the file of a label
 
@@ -54,7 +46,7 @@ class Generator:
         return (
             *COMMON,
             Flag(self.count, 20, "whole", f"images {'of each class' if self.classes else 'in all'}"),
-            self.prompt_root,
+            Flag("prompt_root", f"{PROMPTS}/{self.prompt_folder}", "path", "folder of prompt files", is_optional=True),
             *([CONFIG] if len(self.kinds) > 1 else []),
             Flag("grounding_ckpt", "grounding_module.pth", "path", "weights of the decoder"),
             *OURS,
@@ -62,20 +54,17 @@ class Generator:
 
     def order(self, line: Line) -> Order:
         """All images of a line."""
-        counts = read_counts(line, self.count)
-        classes = self._class_names()
+        check_counts(line, self.count)
+        classes = self.class_names()
         source = prompts.PromptTexts(prompts.Script(line.root / "tools" / f"{self.name}.py"), line.path("prompt_root"))
-        samplers = [
-            (each.file, self.sampler(source, each.file, each.spoken)) for each in classes or (ClassName("", "", ""),)
-        ]
-        items = prompts.make_items(samplers, counts, line["seed"])
+        samplers = [(name, self.sampler(source, name)) for name in classes or ("",)]
+        items = prompts.make_items(samplers, line[self.count], line["thread_num"], line["seed"])
         return Order(self, line, self._kind(line), tuple(items), classes)
 
-    def _class_names(self) -> tuple[ClassName, ...]:
-        if not self.classes:
-            return ()
-        names = [name for name in class_tables.builtin_table(self.classes).names if name != BACKGROUND]
-        return tuple(ClassName(SPOKEN.get(name, name), SPOKEN.get(name, name), name) for name in names)
+    def class_names(self) -> dict[str, str]:
+        """A class as files and sentences name it -> as the decoder's labels do; empty without classes."""
+        names = class_tables.builtin_table(self.classes).names if self.classes else ()
+        return {SPOKEN.get(name, name): name for name in names if name != BACKGROUND}
 
     def _kind(self, line: Line) -> str:
         """The kind of checkpoint of a line; --config chooses among several."""
@@ -102,7 +91,7 @@ class Order:
     line: Line
     kind: str  # of the decoder's checkpoint
     items: tuple[prompts.Item, ...]
-    classes: tuple[ClassName, ...] = ()
+    classes: Mapping[str, str]  # see Generator.class_names
 
     @property
     def out(self) -> Path:
@@ -120,15 +109,14 @@ class Order:
     def files(self, index: int, pixels: np.ndarray, raw: dict, configs: dict) -> dict[str, bytes]:
         """The files of an image with their contents."""
         item, script = self.items[index], self.script
-        ids = {each.file: number for number, each in enumerate(self.classes, 1)}
+        ids = {name: number for number, name in enumerate(self.classes, 1)}
         output = files.DecodedImage(pixels, raw[script.task], configs[script.task], ids.get(item.name, 0))
-        labels = {f"{script.folder}/{item.stem}.{suffix}": label for suffix, label in script.write(output).items()}
-        return {f"{IMAGES}/{item.stem}.jpg": files.jpeg(pixels)} | labels
+        return dict(zip(self.names(index), (files.jpeg(pixels), script.write(output)), strict=True))
 
     @property
     def prompts(self) -> tuple[PromptLine, ...]:
         """Of each image its prompt, the class that its label is requested for, and its seed."""
-        labels = {each.file: (each.label,) for each in self.classes} if self.script.asks_class else {}
+        labels = {name: (label,) for name, label in self.classes.items()} if self.script.asks_class else {}
         return tuple(PromptLine(0, item.prompt, labels.get(item.name, ()), item.seed) for item in self.items)
 
     @property
@@ -163,8 +151,8 @@ def model_of(line: Line) -> str:
     return str(prompts.check_present(line.path("model"), "model", remedy))
 
 
-def read_counts(line: Line, count: str) -> prompts.Counts:
-    """How many images a line requests, and from how many processes."""
+def check_counts(line: Line, count: str) -> None:
+    """Refuses numbers of images and of processes that leave a process without images."""
     for name in (count, "thread_num"):
         if line[name] < 1:
             raise Refused(f"--{name} {line[name]}: expected a number of 1 or more", "Choose another number.")
@@ -173,11 +161,6 @@ def read_counts(line: Line, count: str) -> prompts.Counts:
             f"--thread_num {line['thread_num']}: --{count} {line[count]} gives too few images for that many processes",
             f"Give a --thread_num of at most {line[count]}.",
         )
-    return prompts.Counts(line[count], line["thread_num"])
-
-
-def _root(folder: str) -> Flag:
-    return replace(Generator.prompt_root, default=f"{PROMPTS}/{folder}")
 
 
 _GENERATORS = (
@@ -191,7 +174,7 @@ _GENERATORS = (
         "Mask",
         "voc",
         guidance=7.0,
-        prompt_root=_root("voc2012"),
+        prompt_folder="voc2012",
     ),
     Generator(
         "parallel_generate_Semantic_CityScapes_AnyClass",
@@ -232,7 +215,7 @@ _GENERATORS = (
         files.write_contours,
         "Mask",
         "coco",
-        prompt_root=_root("coco"),
+        prompt_folder="coco",
         suffix="txt",
     ),
     Generator(

@@ -49,13 +49,13 @@ class Script:
                 values.setdefault(node.targets[0].id, []).append(node.value)
         return values
 
-    def texts(self, name: str, place: int = 0) -> list[str]:
-        """A list of texts that is assigned to a name and not empty; of several the one at `place`."""
+    def texts(self, name: str) -> list[str]:
+        """The first list of texts that is assigned to a name and not empty."""
         values = [self._plain(each) for each in self._assigned.get(name, ()) if isinstance(each, ast.List)]
         lists = [each for each in values if each and all(isinstance(text, str) for text in each)]
-        if len(lists) <= place:
+        if not lists:
             raise Refused(f"{self.path}: {FUNCTION} assigns no list of texts to {name}", GET_AGAIN)
-        return lists[place]
+        return lists[0]
 
     def lists(self, name: str) -> dict[str, list[str]]:
         """A dictionary of lists of texts that is assigned to a name."""
@@ -155,10 +155,10 @@ class PromptTexts:
 
 
 Sampler = Callable[[random.Random], str]  # the next prompt of a class
-SamplerOf = Callable[[PromptTexts, str, str], Sampler]  # of texts, a class as files name it and as sentences do
+SamplerOf = Callable[[PromptTexts, str], Sampler]  # of texts, and a class as files and sentences name it
 
 
-def voc(texts: PromptTexts, name: str, spoken: str) -> Sampler:
+def voc(texts: PromptTexts, name: str) -> Sampler:
     """Kinds of the class or whole prompts, both from lists in the script, and the lines of its file."""
     script = texts.script
     kinds = script.lists("map_dict")
@@ -173,39 +173,39 @@ def voc(texts: PromptTexts, name: str, spoken: str) -> Sampler:
     return sample_line_or_template(lines, script.template("class_target").format(name))
 
 
-def coco(texts: PromptTexts, name: str, spoken: str) -> Sampler:
+def coco(texts: PromptTexts, name: str) -> Sampler:
     """The lines of the class's file, for persons sentences of the script, and the lines for every class."""
     script = texts.script
     if name == "person":
         lines = [line.format(noun) for noun in script.texts("names") for line in script.texts("prompts_list")]
     else:
         lines = texts.file(name, must_exist=False)
-    return sample_line_or_template([*lines, *texts.general()], script.template("class_target").format(spoken))
+    return sample_line_or_template([*lines, *texts.general()], script.template("class_target").format(name))
 
 
-def cityscapes(texts: PromptTexts, name: str, spoken: str) -> Sampler:
+def cityscapes(texts: PromptTexts, name: str) -> Sampler:
     """A line of the class's file or of the one for every class, in the script's sentence."""
     sentence = texts.script.template("choice")
     return sample_line([*texts.file(name, must_exist=True), *texts.general()], sentence)
 
 
-def medical(texts: PromptTexts, name: str, spoken: str) -> Sampler:
+def medical(texts: PromptTexts, name: str) -> Sampler:
     """The script's one sentence; a line is sampled all the same."""
-    sampler, sentence = cityscapes(texts, name, spoken), texts.script.template()
+    sampler, sentence = cityscapes(texts, name), texts.script.template()
     return lambda generator: sampler(generator) and sentence
 
 
-def general(texts: PromptTexts, name: str, spoken: str) -> Sampler:
+def general(texts: PromptTexts, name: str) -> Sampler:
     """A line as it is."""
     return sample_line(texts.general(), "{}")
 
 
-def sentence(texts: PromptTexts, name: str, spoken: str) -> Sampler:
+def sentence(texts: PromptTexts, name: str) -> Sampler:
     """A line in the script's sentence."""
     return sample_line(texts.general(), texts.script.template("choice"))
 
 
-def pose(texts: PromptTexts, name: str, spoken: str) -> Sampler:
+def pose(texts: PromptTexts, name: str) -> Sampler:
     """Every pairing of the script's sentences, nouns and ends."""
     script = texts.script
     ends, nouns, lines = script.texts("body"), script.texts("names"), script.texts("prompts_list")
@@ -230,9 +230,8 @@ def sample_line(lines: Sequence[str], sentence: str) -> Sampler:
 
 @dataclass(frozen=True)
 class Item:
-    """One image of a run: the process by which DatasetDM makes it, its seed, prompt and class."""
+    """One image of a run: its seed, prompt and class."""
 
-    process: int
     seed: int
     prompt: str
     name: str = ""  # of its class; empty where the generator has none
@@ -243,24 +242,14 @@ class Item:
         return f"{self.name}_{self.seed}" if self.name else str(self.seed)
 
 
-@dataclass(frozen=True)
-class Counts:
-    """How many images are made of each class, and by how many processes DatasetDM would make them."""
-
-    total: int
-    processes: int
-
-    @property
-    def each(self) -> int:
-        """Images of a class that a process makes; the remainder is dropped."""
-        return self.total // self.processes
-
-
-def make_items(samplers: Sequence[tuple[str, Sampler]], counts: Counts, seed: int) -> Iterator[Item]:
-    """The images of a run, process after process; all processes sample the same prompts."""
-    for process in range(counts.processes):
+def make_items(samplers: Sequence[tuple[str, Sampler]], total: int, processes: int, seed: int) -> Iterator[Item]:
+    """The images of a run, `total` of each class, process after process as DatasetDM would make them; all processes
+    sample the same prompts, and what is left over by them is dropped.
+    """
+    each = total // processes
+    for process in range(processes):
         generator = random.Random(seed)
-        first = FIRST_SEED + 2 * process * counts.each
+        first = FIRST_SEED + 2 * process * each
         for k, (name, sample) in enumerate(samplers):
-            for n in range(counts.each):
-                yield Item(process, first + k * counts.each + n, sample(generator), name)
+            for n in range(each):
+                yield Item(first + k * each + n, sample(generator), name)
