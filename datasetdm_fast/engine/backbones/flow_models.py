@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.config import AttentionDefaults, Defaults
-from datasetdm_fast.engine.backbones import Configs, Latents, NameAdapter
+from datasetdm_fast.engine.backbones import Backbone, Configs, Latents, NameAdapter
 from datasetdm_fast.engine.backbones.sdxl import FULL_SIZE as SDXL_FULL_SIZE
 from datasetdm_fast.stages import Level
 
@@ -15,6 +16,16 @@ if TYPE_CHECKING:
 
 EIGHTHS = {"low": (3, 4), "mid": (2,), "high": (6,)}  # of its depth: the blocks whose input a level is
 JOINT_ENGINE = "datasetdm_fast.engine.engines.fast.joint:JointEngine"
+# A family whose image and text tokens attend to one another, of whose original files the transformer is one part.
+joint_backbone = partial(
+    Backbone,
+    denoiser="transformer",
+    multiple=16,
+    has_text_maps=True,
+    fast=JOINT_ENGINE,
+    halves=("bf16",),
+    file_parts={"transformer": "model.diffusion_model."},
+)
 CAPTURE = 500  # the timestep whose call tells most of what is where
 # Configs of parts that several families have.
 CLIP = SDXL_FULL_SIZE["text_encoder"]

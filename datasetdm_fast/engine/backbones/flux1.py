@@ -1,16 +1,16 @@
 """FLUX.1 dev, schnell and Krea-dev: blocks of two streams, then of one; CLIP's pooled text and T5."""
 
 from datasetdm_fast.config import Defaults, FlowRule
-from datasetdm_fast.engine.backbones import Backbone, Configs, Part, Read
+from datasetdm_fast.engine.backbones import Configs, Part, Read
 from datasetdm_fast.engine.backbones.fitting import check_channels
 from datasetdm_fast.engine.backbones.flow_models import (
     CAPTURE,
     CLIP,
     FLOW_SCHEDULER,
-    JOINT_ENGINE,
     T5,
     VAE,
     count_blocks,
+    joint_backbone,
     joint_levels,
     names_of,
     scaled_latents,
@@ -53,7 +53,7 @@ def _text_widths(configs: Configs) -> dict[str, tuple[int, int]]:
     }
 
 
-FLUX1 = Backbone(
+FLUX1 = joint_backbone(
     name="flux1",
     title="FLUX.1",
     parts={
@@ -64,23 +64,17 @@ FLUX1 = Backbone(
         "transformer": Part("denoiser", ("diffusers:FluxTransformer2DModel",)),
         "vae": Part("vae", ("diffusers:AutoencoderKL",)),
     },
-    denoiser="transformer",
     guidance=lambda configs: "embedded" if configs["transformer"].guidance_embeds else "none",
     latents=lambda configs: scaled_latents(configs["vae"]),
     text=_text,
-    multiple=16,
     flow=FlowRule("uniform"),
     levels=_levels,
     blocks=count_blocks,
     defaults=_defaults,
-    has_text_maps=True,
     tokenizer="tokenizer_2",
     reference="datasetdm_fast.engine.backbones.flux1_reference:Flux1Reference",
-    fast=JOINT_ENGINE,
     network_plan="datasetdm_fast.engine.backbones.mmdit_plans:flux1",
-    halves=("bf16",),
     file_signs=("double_blocks.", "vector_in."),
-    file_parts={"transformer": "model.diffusion_model."},
     name_adapter=names_of("FluxPipeline"),
     check=_check,
     text_widths=_text_widths,

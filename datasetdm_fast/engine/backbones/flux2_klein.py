@@ -1,7 +1,7 @@
 """FLUX.2 klein, distilled and base: blocks of two streams, then of one; states of three layers of Qwen3 as text."""
 
 from datasetdm_fast.config import Defaults, FlowRule
-from datasetdm_fast.engine.backbones import Backbone, Configs, Latents, LoadedModel, Part, Read
+from datasetdm_fast.engine.backbones import Configs, Latents, LoadedModel, Part, Read
 from datasetdm_fast.engine.backbones.fitting import (
     TOGETHER,
     check_channels,
@@ -10,11 +10,11 @@ from datasetdm_fast.engine.backbones.fitting import (
 from datasetdm_fast.engine.backbones.flow_models import (
     CAPTURE,
     FLOW_SCHEDULER,
-    JOINT_ENGINE,
     QWEN3_4B,
     VAE,
     chat,
     count_blocks,
+    joint_backbone,
     joint_levels,
     names_of,
     seg4diff_of_flux,
@@ -72,7 +72,7 @@ def _check_fit(model: LoadedModel) -> None:
         )
 
 
-FLUX2_KLEIN = Backbone(
+FLUX2_KLEIN = joint_backbone(
     name="flux2-klein",
     title="FLUX.2 klein",
     parts={
@@ -81,24 +81,18 @@ FLUX2_KLEIN = Backbone(
         "transformer": Part("denoiser", ("diffusers:Flux2Transformer2DModel",)),
         "vae": Part("vae", ("diffusers:AutoencoderKLFlux2",)),
     },
-    denoiser="transformer",
     guidance=lambda configs: "none" if _is_distilled(configs) else "cfg",
     latents=lambda configs: Latents(configs["transformer"].in_channels, 16),
     text=lambda configs: (LENGTH, configs["transformer"].joint_attention_dim),
-    multiple=16,
     flow=FlowRule("uniform", "empirical"),
     patch=1,
     levels=_levels,
     blocks=count_blocks,
     defaults=_defaults,
-    has_text_maps=True,
     wrap=chat(enable_thinking=False),
     reference="datasetdm_fast.engine.backbones.flux2_klein_reference:Flux2KleinReference",
-    fast=JOINT_ENGINE,
     network_plan="datasetdm_fast.engine.backbones.mmdit_plans:flux2",
-    halves=("bf16",),
     file_signs=("double_blocks.", "single_stream_modulation."),
-    file_parts={"transformer": "model.diffusion_model."},
     name_adapter=names_of("Flux2KleinPipeline"),
     check=_check,
     text_widths=_text_widths,

@@ -88,7 +88,7 @@ class AttentionReader(TorchFunctionMode):
 
 
 class JointReference(AutoencoderReference):
-    """See record.Reference; a family adds how its prompts are encoded and how its network is called."""
+    """See BackboneReference; a family adds how its prompts are encoded and how its network is called."""
 
     def __init__(self, model: LoadedModel):
         self.model = model
@@ -138,11 +138,6 @@ class JointReference(AutoencoderReference):
             self.clean = self.cells(latents - timestep / 1000 * output[-len(latents) :])
         return output if halves == 1 or text.guidance is None else self.guide(output, text.guidance)
 
-    def levels(self) -> list[list[nn.Module]]:
-        """The attentions that the levels low, mid and high read."""
-        attentions = self.attentions()
-        return [[attentions[block] for block in level.blocks] for level in self.model.levels[:-1]]
-
     @contextmanager
     def reading(self, reader: AttentionReader) -> Iterator[None]:
         """Within the block calls are read by it."""
@@ -155,7 +150,8 @@ class JointReference(AutoencoderReference):
 
     @contextmanager
     def capturing(self) -> Iterator[list[Capture]]:
-        levels = self.levels()
+        attentions = self.attentions()
+        levels = [[attentions[block] for block in level.blocks] for level in self.model.levels[:-1]]
         captures: list[Capture] = []
         reader = AttentionReader([*dict.fromkeys(attention for level in levels for attention in level)])
         with self.reading(reader):

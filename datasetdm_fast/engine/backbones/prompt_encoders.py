@@ -1,6 +1,6 @@
 """Tokens and hidden states of prompts, as the pipelines of several families take them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +16,15 @@ def tokenize(tokenizer: Any, texts: Sequence[str], length: int, device: torch.de
     return {name: to_device(value, device) for name, value in tokens.items()}
 
 
-def encode_clip(encoder: nn.Module, tokenizer: Any, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Penultimate states [B, T, D] of CLIP, and its first output: the projection [B, P] of an encoder that has one."""
-    device = next(encoder.parameters()).device
-    tokens = tokenize(tokenizer, prompts, tokenizer.model_max_length, device)
-    output = encoder(tokens["input_ids"], output_hidden_states=True)
-    return output.hidden_states[-2], output[0]
+def encode_clips(model: LoadedModel, prompts: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of each of two CLIPs the penultimate states [B, T, D], and its first output: the projection [B, P] of an encoder
+    that has one.
+    """
+    for number in ("", "_2"):
+        encoder, tokenizer = model.modules[f"text_encoder{number}"], model.tokenizers[f"tokenizer{number}"]
+        tokens = tokenize(tokenizer, prompts, tokenizer.model_max_length, next(encoder.parameters()).device)
+        output = encoder(tokens["input_ids"], output_hidden_states=True)
+        yield output.hidden_states[-2], output[0]
 
 
 def encode_t5(encoder: nn.Module, tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:

@@ -4,9 +4,9 @@ import math
 from typing import Any
 
 from datasetdm_fast.config import Defaults, FlowRule
-from datasetdm_fast.engine.backbones import DAMAGED, Backbone, Configs, Latents, LoadedModel, Part, Read
+from datasetdm_fast.engine.backbones import DAMAGED, Configs, Latents, LoadedModel, Part, Read
 from datasetdm_fast.engine.backbones.fitting import check_channels, check_settings
-from datasetdm_fast.engine.backbones.flow_models import CAPTURE, JOINT_ENGINE, joint_levels, names_of, seg4diff
+from datasetdm_fast.engine.backbones.flow_models import CAPTURE, joint_backbone, joint_levels, names_of, seg4diff
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import Level
 from datasetdm_fast.untrusted.documents import quote
@@ -73,7 +73,7 @@ def _check_fit(model: LoadedModel) -> None:
         )
 
 
-QWEN_IMAGE = Backbone(
+QWEN_IMAGE = joint_backbone(
     name="qwen-image",
     title="Qwen-Image",
     parts={
@@ -82,26 +82,20 @@ QWEN_IMAGE = Backbone(
         "transformer": Part("denoiser", ("diffusers:QwenImageTransformer2DModel",)),
         "vae": Part("vae", ("diffusers:AutoencoderKLQwenImage",)),
     },
-    denoiser="transformer",
     guidance=lambda configs: "cfg",
     latents=_latents,
     text=lambda configs: (LENGTH, configs["transformer"].joint_attention_dim),
-    multiple=16,
     flow=FlowRule("uniform"),
     levels=_levels,
     blocks=lambda configs: configs["transformer"].num_layers,
     defaults=_defaults,
-    has_text_maps=True,
     wrap=lambda tokenizer, prompt: TEMPLATE.format(prompt),
     dropped=INSTRUCTION,
     guides_itself=True,
     pads_text=True,
     reference="datasetdm_fast.engine.backbones.qwen_image_reference:QwenImageReference",
-    fast=JOINT_ENGINE,
     network_plan="datasetdm_fast.engine.backbones.mmdit_plans:qwen_image",
-    halves=("bf16",),
     file_signs=("transformer_blocks.0.img_mod.", "txt_norm."),
-    file_parts={"transformer": "model.diffusion_model."},
     name_adapter=names_of("QwenImagePipeline"),
     check=_check,
     text_widths=lambda configs: {

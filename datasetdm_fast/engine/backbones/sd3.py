@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.config import Defaults, FlowRule
-from datasetdm_fast.engine.backbones import DAMAGED, Backbone, Configs, Part, Read
+from datasetdm_fast.engine.backbones import DAMAGED, Configs, Part, Read
 from datasetdm_fast.engine.backbones.fitting import check_channels
 from datasetdm_fast.engine.backbones.flow_models import (
     CAPTURE,
     CLIP,
     FLOW_SCHEDULER,
-    JOINT_ENGINE,
     OPEN_CLIP,
     T5,
     VAE,
+    joint_backbone,
     joint_levels,
     names_of,
     scaled_latents,
@@ -84,7 +84,7 @@ def _text_widths(configs: Configs) -> dict[str, tuple[int, int]]:
     return widths
 
 
-SD3 = Backbone(
+SD3 = joint_backbone(
     name="sd3",
     title="Stable Diffusion 3 and 3.5",
     parts={
@@ -99,22 +99,17 @@ SD3 = Backbone(
         "transformer": Part("denoiser", ("diffusers:SD3Transformer2DModel",)),
         "vae": Part("vae", ("diffusers:AutoencoderKL",)),
     },
-    denoiser="transformer",
     guidance=lambda configs: "cfg",
     latents=lambda configs: scaled_latents(configs["vae"]),
     text=_text,
-    multiple=16,
     most_pixels=lambda configs: 8 * configs["transformer"].patch_size * configs["transformer"].pos_embed_max_size,
     flow=FlowRule(max_shift=1.16),
     levels=_levels,
     blocks=lambda configs: configs["transformer"].num_layers,
     defaults=_defaults,
-    has_text_maps=True,
     long_text=lambda configs: ("tokenizer_3", t5_length(configs)),
     reference="datasetdm_fast.engine.backbones.sd3_reference:SD3Reference",
-    fast=JOINT_ENGINE,
     network_plan="datasetdm_fast.engine.backbones.mmdit_plans:sd3",
-    halves=("bf16",),
     file_signs=("joint_blocks.", "context_embedder."),
     file_parts={
         "text_encoder": "text_encoders.clip_l.transformer.",

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from datasetdm_fast.data import Text
 from datasetdm_fast.engine.backbones import joint_attention
-from datasetdm_fast.engine.backbones.prompt_encoders import encode_clip, encode_t5
+from datasetdm_fast.engine.backbones.prompt_encoders import encode_clips, encode_t5
 from datasetdm_fast.engine.backbones.sd3 import t5_length
 
 
@@ -20,11 +20,7 @@ class SD3Reference(joint_attention.JointReference):
 
     def encode(self, prompts: Sequence[str]) -> Text:
         modules, tokenizers = self.model.modules, self.model.tokenizers
-        pairs = [
-            encode_clip(modules[f"text_encoder{number}"], tokenizers[f"tokenizer{number}"], prompts)
-            for number in ("", "_2")
-        ]
-        clip, pooled = (torch.cat(part, -1) for part in zip(*pairs))
+        clip, pooled = (torch.cat(part, -1) for part in zip(*encode_clips(self.model, prompts)))
         width, length = self.model.configs["transformer"].joint_attention_dim, t5_length(self.model.configs)
         if "text_encoder_3" in modules:
             t5 = encode_t5(modules["text_encoder_3"], tokenizers["tokenizer_3"], prompts, length)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from datasetdm_fast.data import AttentionSums, Capture, Text
 from datasetdm_fast.engine.backbones import LoadedModel
 from datasetdm_fast.engine.backbones.latent_space import AutoencoderReference
+from datasetdm_fast.engine.backbones.prompt_encoders import tokenize
 
 
 def feature_modules(unet: nn.Module) -> tuple[tuple[nn.Module, ...], ...]:
@@ -32,7 +33,7 @@ def transformers_of(unet: nn.Module) -> tuple[tuple[nn.ModuleList, ...], ...]:
 class CapturingAttention:
     """Attention processor that forms the probabilities explicitly and keeps those of the last half of so many."""
 
-    def __init__(self, halves: int = 2) -> None:
+    def __init__(self, halves: int) -> None:
         self.halves = halves
         self.map: Tensor | None = None  # [B, heads, h*w, T]
 
@@ -129,14 +130,8 @@ class SDReference(AutoencoderReference):
 
     def encode(self, prompts: Sequence[str]) -> Text:
         encoder = self.model.modules["text_encoder"]
-        tokens = self.model.tokenizers["tokenizer"](
-            list(prompts),
-            padding="max_length",
-            max_length=self.model.text_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        return Text(encoder(tokens.input_ids.to(encoder.device)).last_hidden_state)
+        tokens = tokenize(self.model.tokenizers["tokenizer"], prompts, self.model.text_length, encoder.device)
+        return Text(encoder(tokens["input_ids"]).last_hidden_state)
 
     def predict(self, latents: Tensor, timestep: float, text: Text) -> Tensor:
         return self.unet(torch.cat([latents, latents]), timestep, text.context, return_dict=False)[0]

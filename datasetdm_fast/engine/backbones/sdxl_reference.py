@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from datasetdm_fast.data import Text
 from datasetdm_fast.engine.backbones import LoadedModel
-from datasetdm_fast.engine.backbones.prompt_encoders import encode_clip
+from datasetdm_fast.engine.backbones.prompt_encoders import encode_clips
 from datasetdm_fast.engine.backbones.sd_reference import SDReference
 
 
@@ -40,11 +40,7 @@ class SDXLReference(SDReference):
 
     def encode(self, prompts: Sequence[str]) -> Text:
         """As the stock pipeline does; an empty prompt is zeros where the model was trained so."""
-        modules, tokenizers = self.model.modules, self.model.tokenizers
-        (first, _), (second, pooled) = [
-            encode_clip(modules[f"text_encoder{number}"], tokenizers[f"tokenizer{number}"], prompts)
-            for number in ("", "_2")
-        ]
+        (first, _), (second, pooled) = encode_clips(self.model, prompts)
         context = torch.cat([first, second], -1)
         if self.model.configs["model_index"].get("force_zeros_for_empty_prompt", True):
             has_text = torch.tensor([float(bool(prompt)) for prompt in prompts], device=context.device)[:, None]

@@ -3,15 +3,15 @@ encoder.
 """
 
 from datasetdm_fast.config import Defaults, FlowRule
-from datasetdm_fast.engine.backbones import Backbone, Configs, Part, Read
+from datasetdm_fast.engine.backbones import Configs, Part, Read
 from datasetdm_fast.engine.backbones.fitting import check_channels, check_settings
 from datasetdm_fast.engine.backbones.flow_models import (
     CAPTURE,
     FLOW_SCHEDULER,
-    JOINT_ENGINE,
     QWEN3_4B,
     VAE,
     chat,
+    joint_backbone,
     joint_levels,
     names_of,
     scaled_latents,
@@ -40,7 +40,7 @@ def _check(configs: Read, source: str) -> Read:
     return configs
 
 
-Z_IMAGE = Backbone(
+Z_IMAGE = joint_backbone(
     name="z-image",
     title="Z-Image",
     parts={
@@ -49,27 +49,21 @@ Z_IMAGE = Backbone(
         "transformer": Part("denoiser", ("diffusers:ZImageTransformer2DModel",)),
         "vae": Part("vae", ("diffusers:AutoencoderKL",)),
     },
-    denoiser="transformer",
     guidance=lambda configs: "cfg",
     latents=lambda configs: scaled_latents(configs["vae"]),
     text=lambda configs: (LENGTH, configs["transformer"].cap_feat_dim),
-    multiple=16,
     most_pixels=lambda configs: 16 * min(configs["transformer"].axes_lens[1:]),
     flow=FlowRule("uniform-fp32"),
     levels=_levels,
     blocks=lambda configs: configs["transformer"].n_layers,
     defaults=_defaults,
-    has_text_maps=True,
     wrap=chat(enable_thinking=True),
     guides_itself=True,
     pads_text=True,
     unguided=0.0,
     reference="datasetdm_fast.engine.backbones.z_image_reference:ZImageReference",
-    fast=JOINT_ENGINE,
     network_plan="datasetdm_fast.engine.backbones.mmdit_plans:z_image",
-    halves=("bf16",),
     file_signs=("cap_pad_token", "noise_refiner."),
-    file_parts={"transformer": "model.diffusion_model."},
     name_adapter=names_of("ZImagePipeline"),
     check=_check,
     text_widths=lambda configs: {"text": (configs["transformer"].cap_feat_dim, configs["text_encoder"].hidden_size)},
