@@ -1,7 +1,7 @@
 """Splits of the labelled images: those held out from a training, and the folds of a cross-validation."""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -22,24 +22,22 @@ def split(source: LabelledSource, numbers: Sequence[int], share: float, seed: in
     count = len(numbers)
     most = min(max(round(share * count), 1), count - 1) if share and count >= LEAST_IMAGES else 0
     held: set[int] = set()
-    for origins in (source.filmed_in, source.made_of):
-        held = held or _choose_groups(groups([origins(number) for number in numbers]), most, seed)
-    return [n for k, n in enumerate(numbers) if k not in held], [n for k, n in enumerate(numbers) if k in held]
+    for origins in (source.filmed_in, source.made_of) if most else ():
+        held = held or _choose_groups(numbers, _group(numbers, origins), most, seed)
+    return [number for number in numbers if number not in held], [number for number in numbers if number in held]
 
 
-def _choose_groups(group_numbers: Sequence[int], most: int, seed: int) -> set[int]:
-    """The places held out of items with these group numbers: whole groups of `most` items together, or else the
-    smallest group, if it is no more than half of all.
+def _choose_groups(numbers: Sequence[int], members: Mapping[int, Sequence[int]], most: int, seed: int) -> set[int]:
+    """The items held out: whole groups of `most` items together, or else the smallest group, if it is no more than half
+    of all.
     """
-    count = len(group_numbers)
-    members = defaultdict(list)
-    for place, group in enumerate(group_numbers):
-        members[group].append(place)
-    held: set[int] = set()
-    for place in np.random.default_rng([seed, count]).permutation(count).tolist() if most else ():
-        if place not in held and len(held) + len(members[group_numbers[place]]) <= most:
-            held.update(members[group_numbers[place]])
-    if most and not held and 2 * len(smallest := min(members.values(), key=len)) <= count:
+    count, held = len(numbers), set[int]()
+    group_of = {number: group for group in members.values() for number in group}
+    for place in np.random.default_rng([seed, count]).permutation(count).tolist():
+        group = group_of[numbers[place]]
+        if numbers[place] not in held and len(held) + len(group) <= most:
+            held.update(group)
+    if not held and 2 * len(smallest := min(members.values(), key=len)) <= count:
         held.update(smallest)
     return held
 

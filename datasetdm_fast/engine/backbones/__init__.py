@@ -144,9 +144,6 @@ class LoadedModel(Protocol):
     def backbone(self) -> Backbone: ...
 
     @property
-    def tokenizer(self) -> Any: ...  # the one that limits the length of a prompt
-
-    @property
     def modules(self) -> Mapping[str, nn.Module]: ...  # by part; an optional one that is absent is missing here
 
     @property
@@ -160,9 +157,6 @@ class LoadedModel(Protocol):
 
     @property
     def latents(self) -> Latents: ...
-
-    @property
-    def guidance(self) -> Guidance: ...
 
     @property
     def levels(self) -> tuple[Level, ...]: ...

@@ -15,9 +15,8 @@ from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Picture
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.training.readers.coco_layout import PictureFolder, find_layout, find_pictures
-from datasetdm_fast.training.truth import windows
+from datasetdm_fast.training.truth import shapes, windows
 from datasetdm_fast.training.truth.picture_source import largest
-from datasetdm_fast.training.truth.shapes import MOST_CORNERS, Mask, OutlineSource, Things, box, polygon, rasterise
 from datasetdm_fast.untrusted import documents
 from datasetdm_fast.untrusted.json_stream import JsonStream
 
@@ -143,7 +142,7 @@ class Annotations:
         return self.stream.at(int(self.rows["start"][row]), int(self.rows["end"][row]))
 
 
-class Coco(OutlineSource):
+class Coco(shapes.OutlineSource):
     """Annotation files and pictures as coco_layout finds them.
 
     Asked for pose alone, each item is one person in the middle of a square; otherwise it is an image.
@@ -218,9 +217,7 @@ class Coco(OutlineSource):
                 raise reading.bad(source.path, source.bad[image])
         entry, (width, height) = f"its entry in {first.path.name}", (facts["width"], facts["height"])
         pixels = reading.colour_image(path, reading.as_sized(entry, lambda: (width, height)))
-        if pixels.shape[:2] != (height, width):
-            shape = f"{pixels.shape[1]} x {pixels.shape[0]}"
-            raise reading.bad(path, f"{shape} pixels, but {first.path.name} says {width} x {height}")
+        shapes.check_sides(path, pixels, (height, width), first.path)
         fields: dict[str, Any] = {"caption": self.photo_of(["person"])}
         if self.things:
             fields |= self._things(image, pixels.shape[:2])
@@ -231,7 +228,7 @@ class Coco(OutlineSource):
         return Picture(f"{path.stem}{suffix}", pixels, **fields)
 
     def _things(self, image: int, shape: tuple[int, int]) -> dict[str, Any]:
-        things = Things()
+        things = shapes.Things()
         for row in self.things.of(image):
             if (class_id := self.numbers.get(int(self.things.rows["category"][row]))) is None:  # the background
                 continue
@@ -339,14 +336,14 @@ def _count_joints(annotation: dict[str, Any]) -> int:
     return count or 0
 
 
-def _box(annotation: dict[str, Any], shape: tuple[int, int]) -> Mask:
+def _box(annotation: dict[str, Any], shape: tuple[int, int]) -> shapes.Mask:
     """The mask of a box, in which every prediction is ignored, as nobody told what of it is the thing."""
     documents.check_form(annotation, {"bbox": [float]})
     left, top, width, height = annotation["bbox"]
-    return box((left, top, left + width, top + height), shape)
+    return shapes.box((left, top, left + width, top + height), shape)
 
 
-def _mask(segmentation: Any, shape: tuple[int, int]) -> Mask:
+def _mask(segmentation: Any, shape: tuple[int, int]) -> shapes.Mask:
     """The mask of a polygon list or a run-length string that fits the image."""
     if isinstance(segmentation, dict):
         if segmentation.get("size") != list(shape):
@@ -357,8 +354,8 @@ def _mask(segmentation: Any, shape: tuple[int, int]) -> Mask:
     if not isinstance(segmentation, list) or not segmentation:
         raise ValueError("no segmentation")
     documents.check_form(segmentation, [[float]], "segmentation")
-    if sum(map(len, segmentation)) > 2 * MOST_CORNERS:
-        raise ValueError(f"polygons of more than {MOST_CORNERS} corners")
+    if sum(map(len, segmentation)) > 2 * shapes.MOST_CORNERS:
+        raise ValueError(f"polygons of more than {shapes.MOST_CORNERS} corners")
     for corners in segmentation:
-        polygon(corners, shape)
-    return partial(rasterise, segmentation, shape)
+        shapes.polygon(corners, shape)
+    return partial(shapes.rasterise, segmentation, shape)

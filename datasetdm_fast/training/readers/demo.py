@@ -57,9 +57,6 @@ class DemoWorld(LabelledSource):
         """A scene drawn at the model's size: there is nothing to crop, whatever the seed."""
         view = self.render_view(self.first + record, self.size)
         present = [k for k in np.unique(view.instance) if k]
-        masks = (
-            np.stack([view.instance == k for k in present]) if present else np.zeros((0, self.size, self.size), bool)
-        )
         people = [k for k in view.keypoints if (view.keypoints[k][:, 2] > 0).any() and k in present]
         shown = [view.instance == k for k in people]
         boxes = [(left, top, right - left, bottom - top) for left, top, right, bottom in map(bounds, shown)]
@@ -68,12 +65,10 @@ class DemoWorld(LabelledSource):
             image=view.image,
             caption=view.caption,
             semantic=view.semantic,
-            masks=masks,
+            masks=np.array([view.instance == k for k in present], bool).reshape(-1, self.size, self.size),
             mask_classes=np.array([self.thing_classes.index(view.scene.things[k - 1].kind) for k in present], np.int64),
             depth=view.depth,
-            keypoints=np.stack([view.keypoints[k] for k in people]).astype(np.float32)
-            if people
-            else np.zeros((0, len(self.joints), 3), np.float32),
+            keypoints=np.array([view.keypoints[k] for k in people], np.float32).reshape(-1, len(self.joints), 3),
             keypoint_boxes=np.array(boxes, np.float32).reshape(-1, 4),
             keypoint_areas=np.array([mask.sum() for mask in shown], np.float32),
         )

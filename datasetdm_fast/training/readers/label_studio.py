@@ -1,6 +1,5 @@
 """label-studio:PATH: pictures with the JSON that Label Studio exports: brushes, polygons, rectangles and ellipses."""
 
-import math
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -118,10 +117,8 @@ def _mask(result: dict[str, Any], sides: tuple[int, int]) -> shapes.Mask:
     x, y, angle = value["x"] * across, value["y"] * down, value.get("rotation", 0)
     if kind == "ellipselabels":
         return shapes.ellipse((x, y), (value["radiusX"] * across, value["radiusY"] * down), sides, angle)
-    width, height = value["width"] * across, value["height"] * down
-    c, s = math.cos(math.radians(angle)), math.sin(math.radians(angle))  # about its first corner
-    corners = ((0, 0), (width, 0), (width, height), (0, height))
-    return shapes.polygon([part for u, v in corners for part in (x + c * u - s * v, y + s * u + c * v)], sides)
+    corners = (x, y, x + value["width"] * across, y + value["height"] * down)
+    return shapes.box(corners, sides, angle, about=(x, y))
 
 
 def unpack_runs(data: Any, count: int) -> np.ndarray:

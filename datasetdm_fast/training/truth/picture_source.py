@@ -55,12 +55,10 @@ class PictureSource(LabelledSource):
         """
         item = self.with_caption(replace(item, caption=whole_characters(item.caption)))
         if item.masks is None and item.semantic is not None and self.thing_classes:
-            shown = [
-                k for k, name in enumerate(self.thing_classes) if (item.semantic == self.classes.index(name)).any()
-            ]
-            masks = np.array([item.semantic == self.classes.index(self.thing_classes[k]) for k in shown], bool)
-            masks = masks.reshape(-1, *item.semantic.shape)
-            return replace(item, masks=masks, mask_classes=np.array(shown, np.int64))
+            things = self.things_of(item)
+            masks = np.array([mask for _, mask in things], bool).reshape(-1, *item.semantic.shape)
+            numbers = np.array([self.thing_classes.index(name) for name, _ in things], np.int64)
+            return replace(item, masks=masks, mask_classes=numbers)
         if item.semantic is None and item.masks is not None and "semantic" in self.tasks:
             labels = np.zeros(item.image.shape[:2], np.uint8)
             for crowd in present(item.crowds):

@@ -47,11 +47,6 @@ class Things:
         """As fields of a Picture."""
         return dict(vars(self))
 
-    @property
-    def classes(self) -> list[int]:
-        """The classes of the things, each once."""
-        return sorted(set(self.mask_classes))
-
 
 class OutlineSource(PictureSource):
     """A data set whose truth is outlines of things; its label maps are drawn from them, where 8 bits suffice."""
@@ -65,7 +60,7 @@ class OutlineSource(PictureSource):
         self.tasks = (*(("semantic",) if self.classes else ()), "instance", "open-vocabulary")
 
     def names_of(self, things: Things) -> tuple[str, ...]:
-        return tuple(self.thing_classes[k] for k in things.classes)
+        return tuple(self.thing_classes[k] for k in sorted({*things.mask_classes}))
 
     def draw(self, file: Path, place: str, outlines: Iterable[Outline]) -> Things:
         """The things of an image from its outlines in a file, those of one class and group joined; regions to ignore
@@ -141,12 +136,14 @@ def polygon(places: Sequence[float], sides: Sequence[int]) -> Mask:
     return partial(rasterise, [list(places)], sides)
 
 
-def box(corners: Sequence[float], sides: Sequence[int], angle: float = 0.0) -> Mask:
-    """A rectangle between two corners, rotated about its centre by so many degrees, clockwise."""
+def box(
+    corners: Sequence[float], sides: Sequence[int], angle: float = 0.0, about: Sequence[float] | None = None
+) -> Mask:
+    """A rectangle between two corners, rotated by so many degrees, clockwise, about a point or else its centre."""
     left, top, right, bottom = corners
     centre = ((left + right) / 2, (top + bottom) / 2)
     points = [(left, top), (right, top), (right, bottom), (left, bottom)]
-    return polygon(_rotate(points, centre, angle), sides)
+    return polygon(_rotate(points, about or centre, angle), sides)
 
 
 def ellipse(centre: Sequence[float], radii: Sequence[float], sides: Sequence[int], angle: float = 0.0) -> Mask:
