@@ -266,9 +266,7 @@ class Stopped(Exception):
 
 def _things(source: LabelledSource, item: Labelled) -> list[str]:
     """The things that a labelled image shows."""
-    if item.mask_classes is not None:
-        return sorted({source.thing_classes[k] for k in item.mask_classes})
-    return [name for name, _ in source.things_of(item)]
+    return sorted({name for name, _ in source.things_of(item)})
 
 
 def open_session(

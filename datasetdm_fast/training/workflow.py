@@ -27,13 +27,7 @@ from datasetdm_fast.training.predictions import BATCH_SIZE
 from datasetdm_fast.training.session import TrainingSession
 from datasetdm_fast.training.settings import TaskSettings
 from datasetdm_fast.training.splits import count_folds, split_folds
-from datasetdm_fast.training.task_training import (
-    TaskPlan,
-    find_result,
-    lock_folder,
-    read_state,
-    run_training,
-)
+from datasetdm_fast.training.task_training import TaskPlan, find_result, lock_folder, read_state, run_training
 from datasetdm_fast.training.trainer import project
 
 PAGE = "page.html"

@@ -16,16 +16,6 @@ if TYPE_CHECKING:
 
 EIGHTHS = {"low": (3, 4), "mid": (2,), "high": (6,)}  # of its depth: the blocks whose input a level is
 JOINT_ENGINE = "datasetdm_fast.engine.engines.fast.joint:JointEngine"
-# A family whose image and text tokens attend to one another, of whose original files the transformer is one part.
-joint_backbone = partial(
-    Backbone,
-    denoiser="transformer",
-    multiple=16,
-    has_text_maps=True,
-    fast=JOINT_ENGINE,
-    halves=("bf16",),
-    file_parts={"transformer": "model.diffusion_model."},
-)
 CAPTURE = 500  # the timestep whose call tells most of what is where
 # Configs of parts that several families have.
 CLIP = SDXL_FULL_SIZE["text_encoder"]
@@ -98,6 +88,19 @@ def scaled_latents(vae: Any) -> Latents:
     """The space of an autoencoder that has a scale and a shift."""
     pixels = 2 ** (len(vae.block_out_channels) - 1)
     return Latents(vae.latent_channels, pixels, vae.scaling_factor, vae.shift_factor or 0.0)
+
+
+# The record of a family whose image and text tokens attend to one another, with the fields that are alike in most.
+joint_backbone = partial(
+    Backbone,
+    denoiser="transformer",
+    latents=lambda configs: scaled_latents(configs["vae"]),
+    multiple=16,
+    has_text_maps=True,
+    fast=JOINT_ENGINE,
+    halves=("bf16",),
+    file_parts={"transformer": "model.diffusion_model."},
+)
 
 
 def names_of(pipeline: str) -> NameAdapter:

@@ -13,7 +13,6 @@ from datasetdm_fast.engine.backbones.flow_models import (
     joint_backbone,
     joint_levels,
     names_of,
-    scaled_latents,
     seg4diff_of_flux,
 )
 from datasetdm_fast.stages import Level
@@ -65,7 +64,6 @@ FLUX1 = joint_backbone(
         "vae": Part("vae", ("diffusers:AutoencoderKL",)),
     },
     guidance=lambda configs: "embedded" if configs["transformer"].guidance_embeds else "none",
-    latents=lambda configs: scaled_latents(configs["vae"]),
     text=_text,
     flow=FlowRule("uniform"),
     levels=_levels,

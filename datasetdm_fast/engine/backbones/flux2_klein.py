@@ -2,11 +2,7 @@
 
 from datasetdm_fast.config import Defaults, FlowRule
 from datasetdm_fast.engine.backbones import Configs, Latents, LoadedModel, Part, Read
-from datasetdm_fast.engine.backbones.fitting import (
-    TOGETHER,
-    check_channels,
-    check_settings,
-)
+from datasetdm_fast.engine.backbones.fitting import TOGETHER, check_channels, check_settings
 from datasetdm_fast.engine.backbones.flow_models import (
     CAPTURE,
     FLOW_SCHEDULER,

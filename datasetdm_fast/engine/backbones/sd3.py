@@ -18,7 +18,6 @@ from datasetdm_fast.engine.backbones.flow_models import (
     joint_backbone,
     joint_levels,
     names_of,
-    scaled_latents,
     seg4diff,
 )
 from datasetdm_fast.errors import Refused
@@ -100,7 +99,6 @@ SD3 = joint_backbone(
         "vae": Part("vae", ("diffusers:AutoencoderKL",)),
     },
     guidance=lambda configs: "cfg",
-    latents=lambda configs: scaled_latents(configs["vae"]),
     text=_text,
     most_pixels=lambda configs: 8 * configs["transformer"].patch_size * configs["transformer"].pos_embed_max_size,
     flow=FlowRule(max_shift=1.16),

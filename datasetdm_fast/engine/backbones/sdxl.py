@@ -7,14 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.config import Defaults
-from datasetdm_fast.engine.backbones import (
-    DAMAGED,
-    Backbone,
-    Configs,
-    Latents,
-    Part,
-    Read,
-)
+from datasetdm_fast.engine.backbones import DAMAGED, Backbone, Configs, Latents, Part, Read
 from datasetdm_fast.engine.backbones.fitting import check_channels, check_settings
 from datasetdm_fast.engine.backbones.sd import ACTIVATION, FORMS, heads_per_block
 from datasetdm_fast.engine.backbones.sd import FULL_SIZE as SD_FULL_SIZE

@@ -14,7 +14,6 @@ from datasetdm_fast.engine.backbones.flow_models import (
     joint_backbone,
     joint_levels,
     names_of,
-    scaled_latents,
     seg4diff,
 )
 from datasetdm_fast.stages import Level
@@ -50,7 +49,6 @@ Z_IMAGE = joint_backbone(
         "vae": Part("vae", ("diffusers:AutoencoderKL",)),
     },
     guidance=lambda configs: "cfg",
-    latents=lambda configs: scaled_latents(configs["vae"]),
     text=lambda configs: (LENGTH, configs["transformer"].cap_feat_dim),
     most_pixels=lambda configs: 16 * min(configs["transformer"].axes_lens[1:]),
     flow=FlowRule("uniform-fp32"),

@@ -92,11 +92,11 @@ def _mask(shape: Element, sides: tuple[int, ...]) -> shapes.Mask | None:
 def _runs(shape: Element, sides: tuple[int, ...]) -> shapes.Mask:
     """A mask of run lengths, row by row inside of its box, the first of pixels outside of the thing."""
     left, top, width, height = (int(shape.get(name, "")) for name in ("left", "top", "width", "height"))
-    if left < 0 or top < 0 or width < 1 or height < 1 or left + width > sides[1] or top + height > sides[0]:
+    if not (0 < width <= sides[1] and 0 < height <= sides[0]):
         raise ValueError("a mask that lies outside of its picture")
     counts = np.array([int(count) for count in shape.get("rle", "").split(",")], np.int64)
     can_fit = (counts >= 0) & (counts <= width * height)  # a sum of larger ones may overflow to the right number
     if not can_fit.all() or counts.sum() != width * height or len(counts) > width * height + 1:
         raise ValueError(f"runs that do not add up to the {width} x {height} pixels of their box")
     pixels = np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(height, width)
-    return partial(shapes.place, pixels, top, left, sides)
+    return shapes.place_inside(pixels, left, top, sides)

@@ -119,9 +119,10 @@ def decode_image(text: Any, name: Path | str, is_packed: bool = False) -> Image.
 def place_inside(pixels: np.ndarray, left: float, top: float, sides: Sequence[int]) -> Mask:
     """The mask of a small one at its place in the image."""
     left, top = round(left), round(top)
-    if not (0 <= left <= sides[1] - pixels.shape[1] and 0 <= top <= sides[0] - pixels.shape[0]):
+    margins = ((top, sides[0] - top - pixels.shape[0]), (left, sides[1] - left - pixels.shape[1]))
+    if min(map(min, margins)) < 0:
         raise ValueError("a mask that lies outside of its picture")
-    return partial(place, pixels, top, left, sides)
+    return partial(np.pad, pixels, margins)
 
 
 def polygon(places: Sequence[float], sides: Sequence[int]) -> Mask:
@@ -166,13 +167,6 @@ def rasterise(polygons: Sequence[Sequence[float]], sides: Sequence[int]) -> np.n
     height, width = sides[:2]
     rles = coco_mask.frPyObjects([list(map(float, corners)) for corners in polygons], height, width)
     return mask_rle.decode(coco_mask.merge(rles))
-
-
-def place(pixels: np.ndarray, top: int, left: int, sides: Sequence[int]) -> np.ndarray:
-    """[H, W] bool of a small mask at its place in the image."""
-    mask = np.zeros(tuple(sides[:2]), bool)
-    mask[top : top + len(pixels), left : left + pixels.shape[1]] = pixels
-    return mask
 
 
 def is_thing(name: str) -> bool:
