@@ -30,9 +30,11 @@ from bench.rehearsal.kernels import (
     NotedLaunch,
     Pointer,
     accesses,
+    calling_op,
     loaded,
     source_of,
     stated,
+    storages,
     strided,
     written,
 )
@@ -43,7 +45,7 @@ from bench.rehearsal.run import OfThread, Rehearsal, stage
 from bench.rehearsal.timeline import AGAIN, EARLY, NUMBER, OTHERS, OURS, POLLS, WAIT, Flaw, HostThread, Timeline, ours
 from datasetdm_fast import _C
 from datasetdm_fast.errors import GateFailed, Missing, Refused
-from datasetdm_fast.kernels import OPS, launch
+from datasetdm_fast.kernels import OPS, launch, linear_geglu
 
 ROOT = Path(__file__).parents[1]
 needs_triton = pytest.mark.skipif(
@@ -654,6 +656,22 @@ def test_the_budget_may_only_fall():
     assert json.loads(done.stdout)["risen"] == [] and done.returncode == 0, done.stderr
 
 
+@needs_triton
+def test_a_kernel_of_several_operations_counts_for_the_one_that_launched_it(monkeypatch):
+    """As products by descriptors do, whose file is no operation's."""
+    noted, kernel = [], SimpleNamespace(params=[SimpleNamespace(name="x_desc")])
+
+    def multiply(sizes, x, *given):
+        blocks = launch.TensorDescriptor.from_tensor(x.flatten(0, -2), [16, 16])
+        noted.append(NotedLaunch(kernel, (1,), (blocks,), {}, calling_op()))
+
+    monkeypatch.setitem(linear_geglu.BLOCKS, launch.UNTUNED, linear_geglu.BLOCKS["sm_90"])
+    monkeypatch.setattr(linear_geglu, "multiply", multiply)
+    shapes = (2, 16, 32), (64, 32), (64,)
+    linear_geglu.fused(*(torch.empty(shape, dtype=torch.float16, device="meta") for shape in shapes))
+    assert storages(noted) == {"linear_geglu": ["fp16"]} and calling_op() == ""
+
+
 def test_a_figure_that_rose_is_named():
     def reckoned(name="call", launches=655, ms=31.4, **kernels):
         return budget.Reckoned({name: Reckoning(launches, 37.3, 11.9, ms)}, kernels)
@@ -713,7 +731,7 @@ def test_wide_loads_are_asked_for_where_a_thread_has_16_bytes_to_load():
     def launched(name, dtype=torch.float16, known=(), **given):
         params = [SimpleNamespace(name=one, is_constexpr=one in known) for one in given]
         kernel = SimpleNamespace(params=params, __name__=f"_{name}_kernel")
-        return NotedLaunch(kernel, (1,), (), {"x_ptr": Pointer(dtype, 0), "num_warps": 4, **given})
+        return NotedLaunch(kernel, (1,), (), {"x_ptr": Pointer(dtype, 0), "num_warps": 4, **given}, name)
 
     assert loads_wide(noted(320, 64)) and loads_wide(noted(320, 16)) and loads_wide(noted(32, 8, torch.float32))
     assert not loads_wide(noted(320, 8)) and not loads_wide(noted(8, 64))

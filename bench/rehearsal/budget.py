@@ -78,7 +78,7 @@ def reckoned() -> Reckoned:
         for title, name in JOINT.items():
             calls |= joint_calls(title, name)
         found |= {name: reckon(launched(timeline, call)) for name, call in calls.items()}
-        return Reckoned(found, storages(timeline.kernels))
+        return Reckoned(found, storages(timeline.kernels.values()))
 
 
 def joint_calls(title: str, name: str) -> dict[str, Callable[[], Any]]:

@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from bench.kernels.audit import TYPE_NAMES, Recorder, name_of
+from bench.kernels.audit import TYPE_NAMES, Recorder, name_of, type_name
 from bench.kernels.audit import CompiledLaunch as Compilable
 from bench.kernels.files import FILES
 from bench.rehearsal.operations import size, tensors
@@ -96,6 +96,7 @@ class NotedLaunch(NamedTuple):
     grid: tuple[int, ...]
     positional: tuple
     named: dict[str, Any]
+    op: str  # whose `fused` launched it
 
     @property
     def given(self) -> dict[str, Any]:
@@ -185,7 +186,9 @@ class NotedKernel:
         kept: list[Compilable] = []
         Recorder(self.kernel, kept).note(*positional, **named)
         if kept[0] not in self.launches:
-            self.launches[kept[0]] = NotedLaunch(self.kernel, grid, tuple(map(stand_in, positional)), named)
+            self.launches[kept[0]] = NotedLaunch(
+                self.kernel, grid, tuple(map(stand_in, positional)), named, calling_op()
+            )
 
     def check_places(self, pointers: dict[str, Tensor], card: int) -> None:
         for name, value in pointers.items():
@@ -225,15 +228,22 @@ def stand_in(value: Any) -> Any:
     return replace(value, base=stand_in(value.base)) if isinstance(value, launch.TensorDescriptor) else value
 
 
-def storages(launches: Iterable[Compilable]) -> dict[str, list[str]]:
+def calling_op() -> str:
+    """The operation within whose `fused` a kernel is launched, also one of a file that several operations share."""
+    ops = {module.fused.__code__: op for op, module in OPS.items() if hasattr(module, "fused")}
+    frame: FrameType | None = sys._getframe(1)
+    while frame and frame.f_code not in ops:
+        frame = frame.f_back
+    return ops[frame.f_code] if frame else ""
+
+
+def storages(launches: Iterable[NotedLaunch]) -> dict[str, list[str]]:
     """The operations that were launched, each with the storage types of the activations it was handed."""
     found: dict[str, set[str]] = {}
     for one in launches:
-        op, types = one.kernel.fn.__module__.rpartition(".")[2], dict(one.signature)
-        found.setdefault(op, set()).update(types[name].removeprefix("*") for name in ACTIVATIONS if name in types)
-    return {
-        op: sorted(types) for op, types in sorted(found.items()) if types and op in OPS
-    }  # not files of shared kernels
+        given = [one.given[name] for name in ACTIVATIONS if one.given.get(name) is not None]
+        found.setdefault(one.op, set()).update(type_name(getattr(value, "base", value)) for value in given)
+    return {op: sorted(types) for op, types in sorted(found.items()) if op and types}
 
 
 @cache
