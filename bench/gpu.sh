@@ -217,7 +217,7 @@ case $CALL in
       [ $? -gt 4 ] && [ "$IS_DRY" = 0 ] && wanted race || break
     done
     [ "$IS_DRY" = 1 ] || wait "$BESIDE"
-    SHOWN=90 step probe "$(left)" "$PYTHON" -m bench probe --device "$DEVICE" --model "$MODEL" --parts longest_32,candidates,batches \
+    SHOWN=90 step probe "$(left)" "$PYTHON" -m bench probe --device "$DEVICE" --model "$MODEL" --parts longest_32,batches \
       --minutes "$(minutes_left 30)" --out "$OUT/$NAME-probe.json"
     is_later verify-full-fp16 && agrees fp16
     is_later twice && same_twice

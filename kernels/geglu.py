@@ -45,18 +45,6 @@ def times_gelu(hidden, gate):
 
 
 @jit
-def silu_times(gate, hidden):
-    """`hidden` times the SiLU of `gate`, in fp32."""
-    return gate / (1.0 + tl.exp2(gate * -1.4426950408889634)) * hidden
-
-
-@jit
-def gelu_by_tangent(x):
-    """The GELU of `x` by its formula with a hyperbolic tangent, in fp32: half of it is a sigmoid of twice the angle."""
-    return x / (1.0 + tl.exp2(x * (-2.302208198144325 - 0.1029432395800235 * x * x)))
-
-
-@jit
 def _geglu_kernel(
     x_ptr,  # [S, 2C]
     out_ptr,  # [S, C]
@@ -71,7 +59,7 @@ def _geglu_kernel(
     first = tl.load(x_ptr + row * row_stride + channel, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(x_ptr + row * row_stride + channels + channel, mask=inside, other=0.0).to(tl.float32)
     if HAS_SILU:
-        y = silu_times(first, second)
+        y = first / (1.0 + tl.exp2(first * -1.4426950408889634)) * second
     else:
         y = times_gelu(first, second)
     tl.store(out_ptr + row * channels + channel, y.to(out_ptr.dtype.element_ty), mask=inside)

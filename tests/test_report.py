@@ -399,7 +399,7 @@ def bounds(row: dict) -> str:
 def forms_by_descriptors() -> dict[str, tuple[float, float]]:
     """Operation -> microseconds as it was launched before, and of the best form by descriptors."""
     text = (ROOT / "bench" / "results" / "2026-11-29-nvidia-h200-1ed3d5e-described.txt").read_text()
-    found = re.findall(r"^(\w+) described: .*\n.*sum +([\d.]+).*\n.*\n.*sum +([\d.]+)", text, re.MULTILINE)
+    found = re.findall(r"^([\w ]+) described: .*\n.*sum +([\d.]+).*\n.*\n.*sum +([\d.]+)", text, re.MULTILINE)
     return {op: (float(before), float(after)) for op, before, after in found}
 
 
@@ -464,8 +464,17 @@ def prose_figures() -> Iterator[tuple[str, str]]:
     forms = forms_by_descriptors()
     before, after = forms["linear_geglu"]
     yield "docs/gpu.md", f"`linear_geglu` {after:.0f} µs instead of {before:.0f}"
+    yield "docs/kernels.md", f"`linear_geglu` took {after:.1f} µs instead of {before:.1f}"
+    norm = forms["norm_linear gated"][0] - before
+    yield "docs/kernels.md", f"`linear_geglu` take {norm + after:.1f} ({norm:.1f} and {after:.1f})"
     before, after = forms["linear_add"]
     yield "docs/gpu.md", f"`linear_add` {after:.0f} instead of {before:.0f}"
+    yield "docs/kernels.md", f"`linear_add` {after:.1f} instead of {before:.1f}"
+    before, after = forms["norm_linear"]
+    yield "docs/kernels.md", f"it took {after:.1f} µs instead of {before:.1f} for queries, keys and values"
+    yield "docs/kernels.md", f"before the gate it took {forms['norm_linear gated'][1]:.1f}"
+    before, after = forms["linear_activation"]
+    yield "docs/kernels.md", f"took {after:,.0f} µs instead of {before:,.0f} for a product of cuBLAS"
     pointers, descriptors = (longest(name) for name in ("1ed3d5e", "bae85dc"))
     before = pointers["_linear_geglu_kernel"] + pointers["_linear_add_kernel"]
     yield "docs/gpu.md", f"both together {descriptors['_described_product_kernel']:.1f} ms instead of {before:.1f}"

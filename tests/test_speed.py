@@ -133,8 +133,9 @@ def test_an_fp8_twin_shifts_its_norms_and_lacks_the_rows_of_decoders():
     block = next(module for module in unet.modules() if isinstance(module, ShiftedBlock))
     block.shift2, block.shift3 = (torch.nn.Parameter(4 * torch.randn(32), False) for _ in range(2))
     twin, x = fp8.with_fp8_products(block), torch.randn(2, 5, 32)
-    for name in ("text", "gate"):
-        exact, rounded = (each.multiply_normed(name, x) for each in (block, twin))
+    products = (lambda one: one.text_q(one.norm2(x, one.shift2)), lambda one: one.widen(one.norm3(x, one.shift3)))
+    for product in products:
+        exact, rounded = (product(each) for each in (block, twin))
         assert 1e-3 < (rounded - exact).norm() / exact.norm() < 0.1
         assert rounded.dtype == exact.dtype
     weights = Weights({f"{name}.weight": torch.randn(16, 32) for name in "qkv"})

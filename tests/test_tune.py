@@ -70,22 +70,27 @@ def test_a_kernel_is_tuned_and_a_wrong_one_has_no_time(monkeypatch):
     ] == [None]
 
 
-@pytest.mark.skipif(not launch.IS_INTERPRETED, reason="kernels run in the interpreter where there is no GPU")
-@pytest.mark.parametrize("seconds, is_faster", [(0.5, True), (0.99, False), (math.inf, False)])
-def test_a_candidate_is_in_only_where_it_is_faster(monkeypatch, seconds, is_faster):
-    usual = dict(linear_geglu.BLOCKS["untuned"])
-    monkeypatch.setattr(linear_geglu, "BLOCKS", {"untuned": usual})
-    rows = tune.CANDIDATES["linear_geglu"]["sm_90"]
-    monkeypatch.setitem(tune.CANDIDATES, "linear_geglu", {"untuned": rows})
-    (key,) = rows
-    monkeypatch.setattr(tune, "total", lambda form, cases, device: seconds if key in usual else 1.0)
-    rows = list(tune.op_rows("linear_geglu", "fp16", CPU, [], time.monotonic() + 60))
+def test_a_kernel_by_descriptors_is_tuned_from_its_row_of_the_gpu(monkeypatch):
+    """And the one by pointers without it, as it would not be launched beside it."""
+    usual, own = linear_geglu.BLOCKS["untuned"], dict(linear_geglu.BLOCKS["sm_90"])
+    monkeypatch.setattr(linear_geglu, "BLOCKS", {"untuned": dict(usual), "sm_90": own})
+    monkeypatch.setattr(tune, "names_of", lambda device: ("sm_90", "untuned"))
+    (key,), (first,) = own, map(dict, own.values())
+
+    def total(form, cases, device):
+        return 1 / own[key]["num_stages"] if key in own else 2 / own["linear_geglu", 16]["num_stages"]
+
+    monkeypatch.setattr(tune, "total", total)
+    rows = list(tune.op_rows("linear_geglu", "fp16", torch.device("cuda"), [], time.monotonic() + 60))
+    most = tune.LARGEST_OPTIONS["num_stages"]
     assert [row["kernel"] for row in rows] == ["linear_geglu", "linear_geglu described"]
-    assert rows[1]["is_faster"] == is_faster == (key in usual)
+    assert rows[0]["sizes"] == usual["linear_geglu", 16] | {"num_stages": most} and rows[0]["after_s"] == 2 / most
+    assert rows[1]["sizes"] == own[key] == first | {"num_stages": most}
+    assert (rows[1]["before_s"], rows[1]["after_s"]) == (1 / first["num_stages"], 1 / most)
     document = {"machine": {"device": "GPU", "capability": "9.0"}, "parts": {"a": {"status": "done"}}}
     form = {"op": "linear_geglu", "form": "fused", "form_s": 1.0}
-    document["parts"]["a"]["rows"] = [{**row, "after_s": 1.0} for row in rows] + [form]
-    assert any("PROGRAMS=1" in line for line in tune.table_lines(document)) == is_faster
+    document["parts"]["a"]["rows"] = [*rows, form]
+    assert any("PROGRAMS=1" in line for line in tune.table_lines(document))
 
 
 def test_the_fastest_form_is_right_everywhere_and_the_rows_can_be_pasted():

@@ -119,18 +119,19 @@ class Recorder:
 
 def launches(op: str, dtype: str, target: str) -> Iterator[tuple[str, CompiledLaunch]]:
     """Every distinct launch that `op` makes at model sizes on a GPU of `target`, with the first case that makes it: by
-    its rows, then by each of its candidates.
+    its rows, then without those of kernels by descriptors, as for sizes that these do not fit.
     """
     import torch
 
-    from bench.kernels.candidates import CANDIDATES
     from bench.kernels.files import FILES
     from bench.kernels.inputs import sizes_of
     from datasetdm_fast.kernels import OPS, launch
+    from datasetdm_fast.kernels.described_product import SUFFIX
 
     noted, seen, places, module = [], set(), [vars(module) for module in (launch, *FILES)], OPS[op]
     card = f"sm_{target}"
-    rows, candidates = module.BLOCKS.get(card, {}), CANDIDATES.get(op, {}).get(card, {})
+    rows = module.BLOCKS.get(card, {})
+    by_pointers = {key: sizes for key, sizes in rows.items() if not key[0].endswith(SUFFIX)}
     kernels = [(place, name, kernel) for place in places for name, kernel in place.items() if name.endswith("_kernel")]
     named = [(place, "names_of", place["names_of"]) for place in places if "names_of" in place]
     empty = functools.partial(torch.empty, dtype=getattr(torch, DTYPES[dtype]), device="meta")
@@ -139,7 +140,7 @@ def launches(op: str, dtype: str, target: str) -> Iterator[tuple[str, CompiledLa
     for names, name, _ in named:
         names[name] = lambda device: (card, launch.UNTUNED)
     try:
-        for table in (rows, *(rows | {key: sizes} for key, sizes in candidates.items())):
+        for table in (rows, by_pointers):
             with mock.patch.dict(module.BLOCKS, {card: table}):
                 for case, inputs in sizes_of(op)(lambda *shape: empty(shape)):
                     noted.clear()

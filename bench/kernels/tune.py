@@ -1,5 +1,5 @@
 """The fastest block sizes of every kernel and the fastest form of every operation on one GPU; a size is timed only
-after it agreed with the reference. A candidate, another kernel of an operation, is in only where it is faster.
+after it agreed with the reference.
 """
 
 import functools
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.kernels.candidates import CANDIDATES
 from bench.kernels.files import FILES
 from bench.kernels.inputs import BATCH, sizes_of
 from bench.machine import machine
@@ -27,6 +26,7 @@ from bench.report.results import BUDGET, ResultFile, is_settled, rows_of
 from bench.rows.ops import RandomInputs, limit_of, outputs, placed
 from datasetdm_fast.engine.engines.fast import DTYPES
 from datasetdm_fast.kernels import OPS, fused, plain
+from datasetdm_fast.kernels.described_product import SUFFIX
 from datasetdm_fast.kernels.launch import names_of
 
 GAIN = 0.98  # of the time before; less is noise
@@ -56,9 +56,9 @@ class Judged:
 
 
 def running() -> dict[str, tuple[str, ...]]:
-    """The operations whose kernels a run on a GPU launches, or would, each with the precisions it is launched in."""
+    """The operations whose kernels a run on a GPU launches, each with the precisions it is launched in."""
     kernels = json.loads(BUDGET.read_text(encoding="utf-8"))["kernels"]
-    return dict.fromkeys(CANDIDATES, ("fp16",)) | {op: tuple(types) for op, types in kernels.items()}
+    return {op: tuple(types) for op, types in kernels.items()}
 
 
 def run(
@@ -105,28 +105,27 @@ def judged_cases(op: str, dtype: str, device: torch.device) -> list[Judged]:
 def op_rows(
     op: str, dtype: str, device: torch.device, cases: Sequence[Judged], until: float
 ) -> Iterator[dict[str, Any]]:
-    """A row for each of its kernels with the sizes that proved fastest, then one for each form and case."""
+    """A row for each of its kernels with the sizes that proved fastest, then one for each form and case; a kernel by
+    descriptors, where this GPU has a row of it, is timed after the one that it is launched instead of.
+    """
     form, bits = getattr(fused, op), 8 * DTYPES[dtype].itemsize
     name = names_of(device)[0] if device.type == "cuda" else "untuned"
-    tables = [(file, getattr(file, "BLOCKS", {}).get("untuned", {}), False) for file in FILES]
-    tables.append((OPS[op], CANDIDATES.get(op, {}).get(name, {}), True))
+    tables = [file.BLOCKS for file in FILES if getattr(file, "BLOCKS", None)]
     kernels = [
-        (file.BLOCKS.setdefault(name, {}), kernel, dict(sizes), is_candidate)
-        for file, table, is_candidate in tables
-        for (kernel, width), sizes in table.items()
+        (table.setdefault(name, {}), kernel, dict(sizes))
+        for table in tables
+        for (kernel, width), sizes in (table["untuned"] | table.get(name, {})).items()
         if width == bits and kernel.split()[0] == op
     ]
-    for place, (table, kernel, sizes, is_candidate) in enumerate(kernels):
-        before, now = total(form, cases, device), time.monotonic()
-        end, least = now + (until - now) / (len(kernels) - place), before
-        if is_candidate:
-            table[kernel, bits] = sizes
-            least = total(form, cases, device)
-        best, after = descend(table, (kernel, bits), sizes, lambda: total(form, cases, device), least, end)
-        row = {"kernel": kernel, "bits": bits, "sizes": best, "before_s": finite(before), "after_s": finite(after)}
-        if is_candidate and not (is_faster := after < GAIN * before):
+    for table, kernel, _ in kernels:
+        if kernel.endswith(SUFFIX):
             del table[kernel, bits]
-        yield row | ({"is_faster": is_faster} if is_candidate else {})
+    for place, (table, kernel, sizes) in enumerate(kernels):
+        table[kernel, bits] = sizes
+        before, now = total(form, cases, device), time.monotonic()
+        end = now + (until - now) / (len(kernels) - place)
+        best, after = descend(table, (kernel, bits), sizes, lambda: total(form, cases, device), before, end)
+        yield {"kernel": kernel, "bits": bits, "sizes": best, "before_s": finite(before), "after_s": finite(after)}
     for name, one in {"fused": form, "plain": getattr(plain, op)}.items():
         for case in cases:
             facts = {"op": op, "form": name, "dtype": dtype, "case": case.reason}
@@ -182,7 +181,7 @@ def table_lines(document: dict[str, Any]) -> list[str]:
     for op, form in forms.items():
         lines.append(f"kernels/{op}.py, DEVICES[{device!r}] = {form!r}, BLOCKS[{device!r}] =")
         for row in rows:
-            if row.get("kernel", "").split()[:1] == [op] and row["after_s"] is not None and row.get("is_faster", True):
+            if row.get("kernel", "").split()[:1] == [op] and row["after_s"] is not None:
                 sizes = ", ".join(f"{name}={value}" for name, value in row["sizes"].items() if name.isupper())
                 counts = f"{row['sizes']['num_warps']}, {row['sizes']['num_stages']}"
                 lines.append(f'    | block_sizes("{row["kernel"]}", {counts}, bits=({row["bits"]},), {sizes})')

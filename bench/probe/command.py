@@ -18,10 +18,9 @@ from datasetdm_fast.errors import GateFailed, Missing
 from datasetdm_fast.settings import setting
 
 PROG = "python -m bench probe"
-OPERATIONS = ("attention", "convolutions", "upsampling", "products", "candidates", "norms")
+OPERATIONS = ("attention", "convolutions", "upsampling", "products", "norms")
 CALLS = ("batches", "speeds", "choices", "overlap", "longest", "longest_32", "once")
-USUAL = ("batches", "longest", "candidates", "attention", "convolutions", "overlap", "products", "norms", "upsampling")
-USUAL += ("choices",)
+USUAL = ("batches", "longest", "attention", "convolutions", "overlap", "products", "norms", "upsampling", "choices")
 
 
 @dataclass(frozen=True)

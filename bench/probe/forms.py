@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from itertools import islice
 from typing import Any
 from unittest import mock
 
@@ -14,14 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.kernels.candidates import CANDIDATES
-from bench.kernels.inputs import HEADS, LEVELS, TOKENS, sizes_of
+from bench.kernels.inputs import HEADS, LEVELS, TOKENS
 from bench.machine.work import HALVES
 from bench.probe.timing import Build, Inputs, row
 from datasetdm_fast.engine.engines import device
 from datasetdm_fast.engine.models.layers import Upsample, Weights
-from datasetdm_fast.kernels import OPS, fused, reference
-from datasetdm_fast.kernels.launch import Blocks, names_of
+from datasetdm_fast.kernels import fused, reference
 
 GROUPS, EPS = 32, 1e-5
 BACKENDS = {
@@ -160,29 +157,6 @@ def products(inputs: Inputs) -> Rows:
             kinds += ["fp8"] if inputs.device.type == "cuda" else []
             forms = {kind: partial(build, kind) for kind in kinds}
             yield row(f"product of {cells} rows, {given} to {out}", forms, inputs.device)
-
-
-def candidates(inputs: Inputs) -> Rows:
-    """Kernels that no GPU of this kind has confirmed, beside those that a run launches there."""
-    name = names_of(inputs.device)[0]
-    for op, cards in CANDIDATES.items():
-        module = OPS[op]
-        if rows := cards.get(name):
-            drawn_on_meta = sizes_of(op)(Inputs(torch.device("meta")).tensor, inputs.rows)
-            for place, (case, _) in enumerate(drawn_on_meta):
-
-                def build(table: Blocks, op=op, module=module, place=place):
-                    _, drawn = next(islice(sizes_of(op)(inputs.tensor, inputs.rows), place, None))
-
-                    def call() -> object:
-                        with mock.patch.dict(module.BLOCKS, {name: table}):
-                            return getattr(fused, op)(*drawn)
-
-                    return call
-
-                usual = module.BLOCKS.get(name, {})
-                forms = {"usual": partial(build, usual), "candidate": partial(build, usual | rows)}
-                yield row(f"{op}, {case}", forms, inputs.device)
 
 
 def norms(inputs: Inputs) -> Rows:

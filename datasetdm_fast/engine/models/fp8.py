@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from datasetdm_fast.engine.models.blocks import Block
 from datasetdm_fast.engine.models.fused import ShiftedBlock
 from datasetdm_fast.engine.models.layers import Linear
-from datasetdm_fast.engine.models.mmdit import HeadProjection, MMDiT, TokenStream
+from datasetdm_fast.engine.models.mmdit import HeadProjection, MMDiT
 from datasetdm_fast.engine.models.packed import PackedLinear
 from datasetdm_fast.engine.models.unet import AttentionBlock
 from datasetdm_fast.errors import GateFailed
@@ -83,23 +83,13 @@ class Fp8Projection(nn.Module):
 
 
 class Fp8ShiftedBlock(ShiftedBlock):
-    """One whose norms are operations of their own."""
-
-    def multiply_normed(self, name: str, h: Tensor) -> Tensor:
-        norm, shift, linear, has_gate = self.list_products()[name]
-        product = linear(norm(h, shift))
-        return self.ops.geglu(product) if has_gate else product
-
-
-class Fp8TokenStream(TokenStream):
-    """One whose activation is an operation of its own."""
+    """One whose gate is an operation of its own."""
 
     def widen(self, x: Tensor) -> Tensor:
-        assert self.wide is not None
-        return self.activate(self.wide(x))
+        return self.ops.geglu(self.wide(x))
 
 
-KINDS = {ShiftedBlock: Fp8ShiftedBlock, TokenStream: Fp8TokenStream}
+KINDS: dict[Any, Any] = {ShiftedBlock: Fp8ShiftedBlock}
 
 
 def with_fp8_products(network: Any) -> Any:

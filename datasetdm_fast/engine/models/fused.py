@@ -29,7 +29,6 @@ from datasetdm_fast.engine.models.layers import (
 )
 from datasetdm_fast.engine.models.unet import AttentionBlock, CapturePlan, Transformer, UNet, double_halves
 from datasetdm_fast.engine.models.vae import BlockLayers, ImageDecoder, SpatialAttention
-from datasetdm_fast.kernels.norm_linear import can_fold, fold
 
 
 class Measured(NamedTuple):
@@ -110,43 +109,24 @@ class ShiftedBlock(AttentionBlock):
         """Takes what its input lacks, and returns what its output lacks."""
         biases: list[Any] = [self.self_out.bias, self.text_out.bias, self.narrow.bias]
         after_self = biases[0] if missing is None else missing + biases[0]
-        self.sums: dict[str, Tensor] = {}  # of folded weights
         self.shift1 = None if missing is None else frozen(missing)
         self.shift2, self.shift3 = frozen(after_self), frozen(after_self + biases[1])
         return self.shift3 + biases[2]
 
-    def fold_norms(self) -> None:
-        """Every norm that is read by one product, into the weights of that, where this is faster on the device."""
-        for name, (norm, shift, linear, has_gate) in self.list_products().items():
-            if can_fold(linear.weight, has_gate):
-                values = norm.weight, norm.bias, norm.eps, shift
-                (gain, offset, *_), weight, bias, self.sums[name] = fold(values, linear.weight, linear.bias)
-                norm.weight, norm.bias = frozen(gain), frozen(offset)
-                linear.weight, linear.bias = frozen(weight), frozen(bias)
-
-    def list_products(self) -> dict[str, tuple[Any, Tensor | None, Any, bool]]:
-        """The products that read a norm alone: the norm, its shift, the layer, and whether it is gated."""
-        return {
-            "self": (self.norm1, self.shift1, self.self_qkv, False),
-            "text": (self.norm2, self.shift2, self.text_q, False),
-            "gate": (self.norm3, self.shift3, self.wide, True),
-        }
-
-    def multiply_normed(self, name: str, h: Tensor) -> Tensor:
-        norm, shift, linear, has_gate = self.list_products()[name]
-        values = norm.weight, norm.bias, norm.eps, shift
-        return self.ops.norm_linear(h, values, linear.weight, linear.bias, self.sums.get(name), has_gate)
-
     def forward(self, h: Tensor, text: Tensor, hook: CaptureHook) -> Tensor:
-        q, k, v = split_heads(self.multiply_normed("self", h), 3, self.heads)
+        q, k, v = split_heads(self.self_qkv(self.norm1(h, self.shift1)), 3, self.heads)
         self.self_out.add_to(h, join_heads(hook.attend_self(self.slot, q, k, v)))
-        (q,) = split_heads(self.multiply_normed("text", h), 1, self.heads)
+        (q,) = split_heads(self.text_q(self.norm2(h, self.shift2)), 1, self.heads)
         k, v = text
         if k.shape[0] != h.shape[0]:
             h, q = double_halves(h), double_halves(q)
         self.text_out.add_to(h, join_heads(hook.attend(self.slot, q, k, v)))
-        self.narrow.add_to(h, self.multiply_normed("gate", h))
+        self.narrow.add_to(h, self.widen(self.norm3(h, self.shift3)))
         return h
+
+    def widen(self, x: Tensor) -> Tensor:
+        """The first of the two feed-forward layers, gated."""
+        return self.ops.linear_geglu(x, self.wide.weight, self.wide.bias)
 
 
 class MeasuredTransformer(Transformer):

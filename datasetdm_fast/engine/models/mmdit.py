@@ -96,11 +96,6 @@ class TokenStream(nn.Module):
     def activate(self, x: Tensor) -> Tensor:
         return self.ops.geglu(x, True) if self.is_gated else F.gelu(x, approximate="tanh")
 
-    def widen(self, x: Tensor) -> Tensor:
-        """The first of two feed-forward layers, activated."""
-        assert self.wide is not None
-        return self.ops.linear_activation(x, self.wide.weight, self.wide.bias, self.is_gated)
-
     def feed(self, tokens: Tokens, product: Tensor, vectors: Vectors) -> Tokens:
         """The stream after its feed-forward layers, which read the sum with the attention, or what the block read."""
         assert self.narrow is not None and tokens.branch is not None
@@ -108,7 +103,7 @@ class TokenStream(nn.Module):
             fed = self.activate(product[..., self.attended : self.qkv.rows])
             return tokens._replace(branch=self.narrow.add_to(tokens.branch, fed))
         x, normed = self.norm(tokens, vectors, 2, self.before_fed)
-        return Tokens(x, self.narrow(self.widen(normed)), vectors.get("gate2"), self.after_fed)
+        return Tokens(x, self.narrow(self.activate(self.wide(normed))), vectors.get("gate2"), self.after_fed)
 
 
 class JointBlock(nn.Module):

@@ -2,7 +2,7 @@
 
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 import torch
@@ -14,7 +14,7 @@ from datasetdm_fast.engine.engines.cuda_graph import GraphPool, StepGraph
 from datasetdm_fast.engine.engines.device import engine_call, halve_until_fits, suggest_batch
 from datasetdm_fast.engine.engines.fast.engine import FastEngine, Inputs, Step, chunk_of
 from datasetdm_fast.engine.loading.model import WeightSource
-from datasetdm_fast.engine.models.fused import FusedImageDecoder, FusedUNet, ShiftedBlock
+from datasetdm_fast.engine.models.fused import FusedImageDecoder, FusedUNet
 from datasetdm_fast.engine.models.unet import UNet
 from datasetdm_fast.engine.models.vae import ImageDecoder
 from datasetdm_fast.kernels import launch
@@ -63,13 +63,6 @@ class GpuEngine(FastEngine):
             name: WeightSource(source.config, {part: value.cpu() for part, value in source.state.items()})
             for name, source in sources.items()
         }
-
-    def _build_network(self, name: str, sources: Mapping[str, WeightSource]) -> nn.Module:
-        module = super()._build_network(name, sources)
-        for block in module.modules():
-            if isinstance(block, ShiftedBlock):
-                block.fold_norms()  # as they are stored, on the GPU whose kernels read them
-        return module
 
     def _ready(self) -> None:
         # In bf16, too: labels need fp16's three further bits, and what leaves its range is retried in fp32.
