@@ -2,6 +2,8 @@
 (split.json) and, beside shards, those that are dropped (dropped.json), and the scores of each shard.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import re
@@ -11,14 +13,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused, quote, refusing_form
 from datasetdm_fast.runs.run_folder.document import to_see_damage
 from datasetdm_fast.runs.run_folder.ledger import Row
-from datasetdm_fast.runs.run_folder.shard_places import ShardPlace
 from datasetdm_fast.untrusted import documents
+
+if TYPE_CHECKING:
+    from datasetdm_fast.runs.run_folder.shard_places import ShardPlace
 
 Selection = TypeVar("Selection")
 FILTER, SPLIT = "state/kept.json", "split.json"
