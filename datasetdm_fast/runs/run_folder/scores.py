@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -84,21 +84,21 @@ def parse_where(text: str, known: Collection[str], flag: str = "--where") -> tup
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         place = f" at character {error.offset}" if isinstance(error, SyntaxError) and error.offset else ""
         raise Refused(f"{flag}: {documents.quote(text.strip())} is not a condition{place}", REMEDY) from error
-    names: list[str] = []
-    _check(node, known, flag, names, DEEPEST)
-    return Condition(node), tuple(dict.fromkeys(names))
+    return Condition(node), tuple(dict.fromkeys(_find_scores(node, known, flag, DEEPEST)))
 
 
-def _check(node: ast.AST, known: Collection[str], flag: str, names: list[str], depth: int) -> None:
-    """Refuses everything but comparisons of a score with a number, and what joins them."""
+def _find_scores(node: ast.AST, known: Collection[str], flag: str, depth: int) -> Iterator[str]:
+    """The scores that a condition compares; refuses everything but comparisons of a score with a number, and what joins
+    them.
+    """
     if not depth:
         raise Refused(f"{flag}: nested more than {DEEPEST} deep", "Write a simpler condition.")
     match node:
         case ast.BoolOp(_, parts):
             for part in parts:
-                _check(part, known, flag, names, depth - 1)
+                yield from _find_scores(part, known, flag, depth - 1)
         case ast.UnaryOp(ast.Not(), part):
-            _check(part, known, flag, names, depth - 1)
+            yield from _find_scores(part, known, flag, depth - 1)
         case ast.Compare(ast.Name(name), [sign], [number]) if type(sign) in SIGNS:
             if name not in known:
                 raise Refused(
@@ -109,7 +109,7 @@ def _check(node: ast.AST, known: Collection[str], flag: str, names: list[str], d
             is_signed = plain is number or isinstance(number.op, ast.USub | ast.UAdd)
             if not (isinstance(plain, ast.Constant) and type(plain.value) in (int, float) and is_signed):
                 _refuse(number, flag, "a number")
-            names.append(name)
+            yield name
         case _:
             _refuse(node, flag, "a comparison of a score, such as score >= 0.6")
 
