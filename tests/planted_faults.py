@@ -32,6 +32,7 @@ FAST, GPU, DRIVER = (
     f"datasetdm_fast.{name}"
     for name in ("engine.engines.fast.engine", "engine.engines.fast.on_gpu", "engine.loop.driver")
 )
+RECORDED = "datasetdm_fast.engine.engines.cuda_graph:RecordedCalls.replay"
 FAULTS = {
     "images decoded by other threads": Fault(
         f"{GPU}:GpuEngine._images",
@@ -87,9 +88,7 @@ FAULTS = {
         "pool.stream",
         "torch.cuda.Stream(inputs[0].device)",
     ),
-    "a graph recorded at every call": Fault(
-        f"{GPU}:GpuEngine._graph", "key = (step.__name__,", "key = (len(self._graphs),"
-    ),
+    "a graph recorded at every call": Fault(RECORDED, "key = (name,", "key = (len(self.graphs),"),
     "a recording that other threads can spoil": Fault(
         "datasetdm_fast.engine.engines.cuda_graph:StepGraph.__init__", ', capture_error_mode="thread_local"', ""
     ),
@@ -120,7 +119,7 @@ FAULTS = {
         {"scenario": "attention"},
     ),
     "a graph for other shapes": Fault(
-        f"{GPU}:GpuEngine._graph",
+        RECORDED,
         "*(tuple(value.shape) for value in inputs)",
         "len(inputs[0])",
         {"scenario": "attention"},
@@ -374,9 +373,9 @@ FAULTS = {
         {"scenario": "evaluation"},
     ),
     "texts of a graph that are freed": Fault(
-        f"{GPU}:GpuEngine._graph",
-        "StepGraph(step, inputs, self._pool)",
-        "StepGraph(lambda *given: step(*given[:2], *inputs[2:]), inputs, self._pool)",
+        RECORDED,
+        "StepGraph(run, inputs, self.pool, fresh)",
+        "StepGraph(lambda *given: run(*given[:2], *inputs[2:]), inputs, self.pool, fresh)",
     ),
     "sums of a level added in any order": Fault(
         "datasetdm_fast.engine.models.capture:ProjectedSums.attend",
@@ -492,9 +491,9 @@ FAULTS = {
         {"scenario": "training"},
     ),
     "a graph that reads another tensor than its input": Fault(
-        f"{GPU}:GpuEngine._graph",
-        "StepGraph(step, inputs, self._pool)",
-        "StepGraph(lambda given, _, *others: step(given, inputs[1], *others), inputs, self._pool)",
+        RECORDED,
+        "StepGraph(run, inputs, self.pool, fresh)",
+        "StepGraph(lambda given, _, *others: run(given, inputs[1], *others), inputs, self.pool, fresh)",
     ),
     "candidates of which equal ones come in any order": Fault(
         "datasetdm_fast.engine.tasks.instance:candidates",

@@ -22,7 +22,7 @@ from datasetdm_fast.engine.decoders.config import upstream
 from datasetdm_fast.engine.engines import build_engine, cuda_graph, fast
 from datasetdm_fast.engine.engines import device as memory
 from datasetdm_fast.engine.engines.device import choose_by_shape
-from datasetdm_fast.engine.engines.fast import FastEngine, on_cpu, on_gpu
+from datasetdm_fast.engine.engines.fast import FastEngine, on_cpu
 from datasetdm_fast.engine.engines.fast.on_gpu import GpuEngine
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.models import blocks, packed
@@ -112,7 +112,7 @@ def test_a_gpu_with_memory_for_a_single_image_makes_one_at_a_time(monkeypatch):
 def as_on_a_gpu(engine, monkeypatch):
     """Lets an engine of the CPU share a batch out as one of a GPU does."""
     engine.widest = engine.widest_chunk = 0
-    for name in ("_parts", "_images", "_forget", "_forget_labels"):
+    for name in ("_parts", "_images", "_forget"):
         monkeypatch.setattr(engine, name, getattr(GpuEngine, name).__get__(engine), raising=False)
 
 
@@ -122,14 +122,15 @@ def test_an_engine_that_ran_out_of_memory_goes_on_in_halves(monkeypatch):
     latents, text = torch.randn(5, 4, 16, 16), engine.encode_text([f"thing {k}" for k in range(10)])
     expected, asked = engine.denoise(latents, 5, text), []
 
-    def graph(inputs, step):
+    def replay(name, step, inputs):
         asked.append(len(inputs[0]))
         if len(inputs[0]) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return step
+        return step(*inputs)
 
     as_on_a_gpu(engine, monkeypatch)
-    engine._graphs, engine._graph = {}, graph
+    engine._calls = cuda_graph.RecordedCalls()
+    engine._calls.replay = replay
     for _ in range(2):
         assert torch.allclose(engine.denoise(latents, 5, text), expected, atol=1e-5)
     assert asked == [5, 3, 2, 3, 2] and engine.adjustments == {"unet_batch": 3}
@@ -149,7 +150,8 @@ def test_images_are_decoded_in_as_small_chunks_as_memory_asks_for(monkeypatch):
 
     as_on_a_gpu(engine, monkeypatch)
     monkeypatch.setitem(fast.CHUNK_PIXELS, "cpu", 5 * engine.model.size**2)
-    engine._decode_part, engine._label_graphs, engine.adjustments = tight, {}, {"unet_batch": 3}
+    engine._decode_part, engine._label_calls = tight, cuda_graph.RecordedCalls()
+    engine.adjustments = {"unet_batch": 3}
     for _ in range(2):
         images, is_finite = engine.decode_and_check(latents)
         assert (images.int() - expected).abs().max() <= 1 and is_finite.all()
@@ -168,8 +170,8 @@ class Recorded:
 
 
 def test_every_step_and_label_of_a_gpu_has_a_recording_of_its_own(monkeypatch):
-    monkeypatch.setattr(on_gpu, "StepGraph", Recorded)
-    monkeypatch.setattr(on_gpu, "GraphPool", lambda place: place)
+    monkeypatch.setattr(cuda_graph, "StepGraph", Recorded)
+    monkeypatch.setattr(cuda_graph, "GraphPool", lambda place: place)
     model = with_small_unet(load_model("tiny"), FEW_ATTENTIONS)
     sizes = {"levels": model.levels, "text_width": model.text_width, "width": 16, "mask_dim": 16, "depth_width": 16}
     decoders = {
@@ -190,14 +192,14 @@ def test_every_step_and_label_of_a_gpu_has_a_recording_of_its_own(monkeypatch):
 
     expected = call()
     as_on_a_gpu(engine, monkeypatch)
-    for name in ("_graph", "_run_labels", "_run_decoder"):
+    for name in ("_replay_labels", "_run_decoder"):
         monkeypatch.setattr(engine, name, getattr(GpuEngine, name).__get__(engine), raising=False)
-    engine._graphs, engine._label_graphs, engine._output_names = {}, {}, {}
-    engine._pool = engine._label_pool = None
+    engine._calls, engine._label_calls = cuda_graph.RecordedCalls(), cuda_graph.RecordedCalls()
+    engine._output_names = {}
     engine._stored_decoders = engine.decoders
     for mine, theirs in zip(call(), expected, strict=True):
         assert mine.dtype == torch.float32 and (mine - theirs).norm() <= 1e-2 * theirs.norm()
-    assert len(engine._graphs) == 2 and len(engine._label_graphs) == len(decoders)
+    assert len(engine._calls.graphs) == 2 and len(engine._label_calls.graphs) == len(decoders)
 
 
 def test_a_recorded_call_reads_its_first_inputs_anew_and_tables_that_are_others(monkeypatch):
@@ -304,6 +306,7 @@ def test_what_is_made_of_weights_at_every_call_is_what_is_held_of_smaller_ones(m
         monkeypatch.setattr(packed, "LARGEST_HELD", held)
         monkeypatch.setattr(on_cpu.CpuEngine, "largest_stacked", held)
         engine = FastEngine(model, decoders, device="cpu")
+        engine.prepare(2)
         assert bool(list(engine.projection.parameters())) == bool(held) and engine.weight_distance() == 0
         noise, capture = engine.denoise_and_capture(latents, 5, engine.encode_text(["", "", "a ball", "a red box"]))
         answers.append([noise, *capture.sums, engine.decode_image(latents).float()])

@@ -225,6 +225,7 @@ def test_each_image_has_its_own_negative_prompt(pair):
 def test_texts_are_read_again_when_they_change(pair):
     """The same tensor is read once; another one, or the same written to, is read anew."""
     engine, reads = build_engine("fast", pair.model, device="cpu"), []
+    engine.prepare(2)
     inner = engine.texts.forward
     engine.texts.forward = lambda text: reads.append(len(text)) or inner(text)
     latents, text = inputs(engine, 2)
@@ -351,8 +352,7 @@ def test_an_autoencoder_that_leaves_fp16_is_stored_in_fp32_and_others_are_tried_
     for dtype, is_retried in ((torch.float16, True), (torch.bfloat16, False), (torch.float32, False)):
         engine = SimpleNamespace(
             image_dtype=dtype,
-            _run_labels=lambda name, run, inputs: base.as_images(pixels),
-            _pixels=None,
+            _pixels=lambda latents: base.as_images(pixels),
             _wide_image_decoder=lambda latents: torch.ones(2, 3, 4, 4, dtype=latents.dtype),
         )
         images, is_finite = FastEngine._decode_part(engine, torch.zeros(2, 4, 2, 2))
@@ -389,6 +389,7 @@ def test_a_changed_timestep_embedding_is_read_before_the_first_call():
 
 def test_one_call_of_the_text_encoder_and_the_timetable_is_enough(pair):
     engine = build_engine("fast", pair.model, device="cpu")
+    engine.prepare(1)
     calls, inner = [], engine.times.forward
     engine.times.forward = lambda timestep: calls.append(float(timestep)) or inner(timestep)
     latents, text = inputs(engine, 1)
@@ -566,7 +567,7 @@ def test_graphs_say_what_eager_calls_say(pair, dtype):
             budget = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}[dtype]
             assert relative(noise, expected) <= budget and relative(plain, expected) <= budget
             assert all(relative(value, truth) <= budget for value, truth in zip(sums.sums, levels))
-    assert len(engine._graphs) == 4
+    assert len(engine._calls.graphs) == 4
 
 
 @pytest.mark.gpu
@@ -593,7 +594,7 @@ def test_a_moved_buffer_is_noticed(pair):
     engine = FastEngine(pair.model, device="cuda")
     latents, text = inputs(engine, 1)
     engine.denoise(latents.cuda(), 5, text)
-    (graph,) = engine._graphs.values()
+    (graph,) = engine._calls.graphs.values()
     graph.inputs[0] = graph.inputs[0].clone()
     with pytest.raises(AssertionError, match="moved"):
         engine.denoise(latents.cuda(), 5, text)

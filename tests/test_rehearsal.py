@@ -106,8 +106,8 @@ EXPECTED = {
     "earlier outputs of a sampler in fp16": ("dtype", "sampling/schedule.py"),
     "numbers drawn by a GPU": ("random", "engines/fast/engine.py"),
     "fp32 between the products of the fp16 network": ("dtype", "models/fused.py"),
-    "an input of a graph is written to": ("stale", "engines/fast/on_gpu.py"),
-    "an input of a graph is not copied": ("stale", "engines/fast/on_gpu.py"),  # where the graph is called
+    "an input of a graph is written to": ("stale", "engines/cuda_graph.py"),
+    "an input of a graph is not copied": ("stale", "engines/cuda_graph.py"),  # where the graph is called
     "outputs of a graph are read before its replay": ("stale", "engines/fast/on_gpu.py"),  # where the graph is called
     "a graph over its caller's tensors": ("stale", "engines/fast/on_gpu.py"),  # where it is recorded
     "a graph that is not replayed": ("stale", "engines/fast/on_gpu.py"),  # where it is called

@@ -237,6 +237,7 @@ PLANTED = {
 
 @pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
 def test_a_planted_error_fails(engine, reference, plant):
+    engine.prepare(1)
     plant(engine)
     verdict = judged(engine, reference, number=2)
     assert not verdict.agrees and PLANTED[plant] <= failed(verdict), verdict.table()
@@ -250,6 +251,7 @@ def test_a_planted_error_fails(engine, reference, plant):
 def test_a_planted_error_fails_in_bf16_too(model, reference, plant):
     """Most of these hide in what rounding does anyway; the weights themselves are compared, too."""
     engine = build_engine("fast", model, reference.decoders, dtype="bf16", device="cpu")
+    engine.prepare(1)
     plant(engine)
     if plant in (one_feature_pair, averages_of_attention, halves):  # no weight is wrong, but what is done with them
         assert failed(judged(engine, reference, number=1))

@@ -111,7 +111,7 @@ def launched(timeline: Timeline, call: Callable[[], Any]) -> list:
 
 def recorded(engine: FastEngine, names: Iterable[str]) -> list:
     """What the graphs of these decoders, or of the image decoder, hold; the copies around a replay are left out."""
-    graphs = [graph for (name, *_), graph in engine._label_graphs.items() if name in set(names)]
+    graphs = [graph for (name, *_), graph in engine._label_calls.graphs.items() if name in set(names)]
     return [launch for graph in graphs for launch in graph.graph.launches]
 
 

@@ -97,7 +97,7 @@ class Machine:
         self.uses(device := device or self.device)
         self.operations.judge(self.dtype)
         engine = open_engine(self.model, self.dtype, device, labels)
-        engine.unet  # noqa: B018  its weights are read before the first batch
+        engine.prepare(self.batch)  # its weights are read before the first batch
         self.engines.append(engine)
         self.operations.autoencoder = None if engine.image_dtype == engine.dtype else engine.image_dtype
         fast.CHUNK_PIXELS["cuda"] = -(-self.batch // 2) * engine.model.size**2

@@ -83,8 +83,8 @@ WAITS = {
         ("main", "engine/loop/diffusing.py", "convert_images", ASKED),
         (
             "main",
-            "engine/engines/fast/on_gpu.py",
-            "_forget",
+            "engine/engines/cuda_graph.py",
+            "clear",
             Allowed("memory ran out", ("torch.cuda.empty_cache",), is_shared=True),
         ),
         ("main", "engine/models/packed.py", "place_module", Allowed(ONCE, (COPY,), is_once=True)),
@@ -151,7 +151,9 @@ def rehearse(
             samples = SCENARIOS[scenario](machine)
         except Exception as error:
             timeline.raised(error)
-        graphs = {key: graph.graph.launches for engine in machine.engines for key, graph in engine._graphs.items()}
+        graphs = {
+            key: graph.graph.launches for engine in machine.engines for key, graph in engine._calls.graphs.items()
+        }
         timeline.phase = "end"
         timeline.sweep()
     findings = {

@@ -27,7 +27,8 @@ from datasetdm_fast.config import ATTENTION, LABELLER_KINDS, LABELS, SAMPLERS, U
 from datasetdm_fast.data import Annotation, Batch, Quarantined, Sample, SemanticMap
 from datasetdm_fast.engine import engines
 from datasetdm_fast.engine import labels as label_kinds
-from datasetdm_fast.engine.engines.fast import FastEngine, on_gpu
+from datasetdm_fast.engine.engines import cuda_graph
+from datasetdm_fast.engine.engines.fast import FastEngine
 from datasetdm_fast.engine.labels import LABEL_KINDS
 from datasetdm_fast.engine.loop import driver, inverting
 from datasetdm_fast.engine.loop import recipe as recipes
@@ -234,14 +235,14 @@ def between(machine: Machine) -> int:
 
 def memory(machine: Machine) -> int:
     """A GPU that takes fewer images at once than a batch has."""
-    engine, record = machine.engine("depth"), on_gpu.StepGraph
+    engine, record = machine.engine("depth"), cuda_graph.StepGraph
 
     def recorded(run: Callable, inputs: Sequence[Tensor], *others: Any, **named: Any) -> Any:
-        if len(inputs[0]) > MOST_AT_ONCE and run in (engine._plain, engine._capture_projected, engine._pixels):
+        if len(inputs[0]) > MOST_AT_ONCE and run.__name__ in ("_plain", "_capture_projected", "_pixels"):
             raise torch.OutOfMemoryError("simulated")
         return record(run, inputs, *others, **named)
 
-    with mock.patch.object(on_gpu, "StepGraph", recorded):
+    with mock.patch.object(cuda_graph, "StepGraph", recorded):
         machine.batch = 2 * MOST_AT_ONCE
         return machine.made(engine, machine.recipe(engine, ("depth",)))
 

@@ -112,14 +112,16 @@ class Engine(Protocol):
         import torch
 
         is_gpu = self.device.type == "cuda"
-        return {
+        values = {
             "engine": self.name,
             "device": str(self.device),
             "device_name": torch.cuda.get_device_name(self.device) if is_gpu else platform.machine(),
             "dtype": self.precision,
             **self._versions(),
-            **({"compiled": "yes"} if self.is_compiled else {}),
         }
+        if self.is_compiled:
+            values["compiled"] = "yes"
+        return values
 
     def _versions(self) -> dict[str, str]:
         """Versions and settings that decide rounding."""

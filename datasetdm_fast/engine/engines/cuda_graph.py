@@ -72,3 +72,27 @@ class StepGraph:
                     self.held[place] = None if is_fresh else value
             self.graph.replay()
             return tuple(value.clone() for value in self.outputs)
+
+
+class RecordedCalls:
+    """Calls as graphs in memory of their own, each recorded when inputs of its shapes come for the first time."""
+
+    def __init__(self) -> None:
+        self.graphs: dict[tuple[object, ...], StepGraph] = {}  # by the name of a call and the shapes of its inputs
+        self.pool: GraphPool | None = None
+
+    def replay(
+        self, name: str, run: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], fresh: int = 1
+    ) -> tuple[Tensor, ...]:
+        """run(*inputs); see StepGraph for `fresh`."""
+        key = (name, *(tuple(value.shape) for value in inputs))
+        if key not in self.graphs:
+            self.pool = self.pool or GraphPool(inputs[0].device)
+            self.graphs[key] = StepGraph(run, inputs, self.pool, fresh)
+        return self.graphs[key](*inputs)
+
+    def clear(self) -> None:
+        """Drops every graph, and returns their memory."""
+        self.graphs.clear()
+        self.pool = None
+        torch.cuda.empty_cache()

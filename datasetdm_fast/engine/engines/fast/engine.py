@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from inspect import get_annotations
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,20 +79,17 @@ class FastEngine(Engine):
     """
 
     name, speeds = "fast", (CACHED, FP8)
-    # What is made of the weights, which are read when the first of these is asked for: a plan needs none.
+    _seen: tuple[int, ...] | None = None  # versions of the weights that were read, as a plan needs none
+    # What is made of the weights when they are read, see `_refresh`.
     times: nn.Module
     texts: nn.Module
     unet: nn.Module
     projection: nn.Module
-    text_encoder: nn.Module
-    image_decoder: nn.Module
-    image_encoder: nn.Module
     label_dtype: torch.dtype
     _stored_decoders: Mapping[str, nn.Module]
-    _seen: tuple[int, ...]
     _compiled: Step | None
     _rows: dict[float, Tensor]
-    _text: tuple[Tensor, int, int] | None
+    _text: tuple[Tensor, int, int] | None = None
     _keys_values: list[Inputs]  # of every slice of the batch
     # class prompts, cells, keys [B, heads, T, d] of every cross-attention with so many, by layer
     _class_keys: tuple[Tensor, int, dict[AttentionSlot, Tensor]] | None
@@ -135,19 +131,17 @@ class FastEngine(Engine):
         weights = (weight for decoder in self.decoders.values() for weight in decoder.parameters())
         self._decoder_weights = [weight for weight in weights if not weight.is_inference()]
 
-    if not TYPE_CHECKING:
+    @functools.cached_property
+    def text_encoder(self) -> nn.Module:
+        return self._load_lazily("text_encoder")
 
-        def __getattr__(self, name: str) -> Any:
-            """What the classes of fast engines annotate, once the weights are read; LAZY_NETWORKS each by itself."""
-            if name in LAZY_NETWORKS:
-                setattr(self, name, self._load_lazily(name))
-                return self.__dict__[name]
-            kinds = (kind for kind in type(self).__mro__ if issubclass(kind, FastEngine))
-            if "_seen" in self.__dict__ or not any(name in get_annotations(kind) for kind in kinds):
-                raise AttributeError(f"{type(self).__name__} has no {name}")
-            with torch.inference_mode(False):
-                self._read_weights()
-            return getattr(self, name)
+    @functools.cached_property
+    def image_decoder(self) -> nn.Module:
+        return self._load_lazily("image_decoder")
+
+    @functools.cached_property
+    def image_encoder(self) -> nn.Module:
+        return self._load_lazily("image_encoder")
 
     def _operations(self, dtype: torch.dtype) -> SimpleNamespace:
         return operations(self.device, dtype)
@@ -221,6 +215,8 @@ class FastEngine(Engine):
 
     def weight_distance(self) -> float:
         """How far a weight lies from that of the model, as a share of the largest number in its tensor."""
+        if self._seen is None:
+            self._refresh()
         farthest, sources = 0.0, self._sources()
         encoder = ("image_encoder",) if "image_encoder" in self.__dict__ else ()  # few need it
         for name in (*NETWORKS, "text_encoder", "image_decoder", *encoder):
@@ -238,7 +234,8 @@ class FastEngine(Engine):
     def _refresh(self, context: Tensor | None = None) -> None:
         """Reads weights that were changed; for a call with the text of the previous one they are taken as they are."""
         if (context is None or not self._is_cached(context)) and self._weight_versions() != self._seen:
-            self._read_weights()
+            with torch.inference_mode(False):
+                self._read_weights()
 
     def prepare(self, batch: int) -> None:
         self._refresh()
@@ -251,6 +248,7 @@ class FastEngine(Engine):
 
     @engine_call
     def denoise(self, latents: Tensor, timestep: float, text: Text) -> Tensor:
+        self._refresh(text.context)
         return self._call(self._compiled or self._plain, latents, timestep, text)[0]
 
     @engine_call
@@ -406,16 +404,13 @@ class FastEngine(Engine):
         noise = self._run(hook, latents, row, *keys_values)
         return noise, hook.cells, hook.tokens
 
-    def _run_labels(self, name: str, run: Step, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """run(*inputs), of the autoencoder or a decoder."""
-        return run(*inputs)
-
     @engine_call
     def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:  # images, [B] bool
+        self._refresh()
         return tuple(torch.cat(part) for part in zip(*self._images(latents.to(self.device))))
 
     def _decode_part(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        images, is_finite = self._run_labels("image", self._pixels, (channels_last(latents, self.image_dtype),))
+        images, is_finite = self._pixels(channels_last(latents, self.image_dtype))
         # Some autoencoders leave the range of fp16.
         if self.image_dtype != torch.float16 or bool(is_finite.all()):
             return images, is_finite
@@ -444,6 +439,7 @@ class FastEngine(Engine):
     @engine_call
     def annotate(self, task: str, capture: AnyCapture, text: Tensor | None = None) -> dict[str, Tensor]:
         check_task(task, self.decoders)
+        self._refresh()
         return self._run_decoder(task, capture.of(task), text)
 
 

@@ -130,7 +130,6 @@ class CpuEngine(FastEngine):
         return self.lanes.map(step, slices(slice_of(batch)))
 
     def _images(self, latents: Tensor) -> list[tuple[Tensor, Tensor]]:
-        self._refresh()
         self._unload_except("image_decoder")
         decoder = self.image_decoder  # read once, before threads ask for it
         chunks = latents.split(min(chunk_of(latents.shape[-1] * FACTOR, latents.device), slice_of(len(latents))))
@@ -140,7 +139,6 @@ class CpuEngine(FastEngine):
         return self.lanes.map(self._decode_part, [(chunk,) for chunk in chunks])
 
     def _run_decoder(self, task: str, capture: AnyCapture, text: Tensor | None) -> dict[str, Tensor]:
-        self._refresh()
         decoder = self._stored_decoders[task]
         inputs = capture.to(next(decoder.parameters()).dtype)
         if not isinstance(inputs, ProjectedCapture):
@@ -156,6 +154,7 @@ class CpuEngine(FastEngine):
     @property
     def side_by_side(self) -> Callable[[Sequence[Callable[[], Any]]], list[Any]] | None:
         """A single small image's operations are too short for several cores."""
+        self._refresh()
         if self.is_compiled or self._has_large_unet:
             return None
         return lambda calls: self._calls.map(lambda call: call(), [(call,) for call in calls])

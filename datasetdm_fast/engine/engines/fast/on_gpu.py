@@ -2,7 +2,7 @@
 
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from datasetdm_fast.data import AnyCapture, ProjectedCapture
 from datasetdm_fast.engine.decoders.trunk import copy_for_gpu, is_folded
-from datasetdm_fast.engine.engines.cuda_graph import GraphPool, StepGraph
+from datasetdm_fast.engine.engines.cuda_graph import RecordedCalls
 from datasetdm_fast.engine.engines.device import engine_call, halve_until_fits, suggest_batch
 from datasetdm_fast.engine.engines.fast.engine import FastEngine, Inputs, Step, chunk_of
 from datasetdm_fast.engine.loading.model import WeightSource
@@ -29,11 +29,8 @@ class GpuEngine(FastEngine):
     """See FastEngine."""
 
     _has_reported = False  # compiling, in this process
-    _graphs: dict[tuple[object, ...], StepGraph]  # by the step and the shapes of its inputs
-    # Of the autoencoder and the decoders, whose stream runs beside the UNet's: with memory of their own.
-    _label_graphs: dict[tuple[object, ...], StepGraph]
-    _pool: GraphPool | None
-    _label_pool: GraphPool | None
+    _calls: RecordedCalls  # of the UNet
+    _label_calls: RecordedCalls  # of the autoencoder and the decoders, whose stream runs beside the UNet's
     _output_names: dict[str, list[str]]  # of recorded decoders
     widest = widest_chunk = 0  # images that the UNet and the autoencoder take at once, 0 = as many as they are given
 
@@ -76,40 +73,36 @@ class GpuEngine(FastEngine):
                 for task, decoder in self.decoders.items()
             }
         self.text_encoder, self.image_decoder  # noqa: B018  built before a run begins, as copies make the host wait
-        self._graphs, self._label_graphs, self._output_names = {}, {}, {}
-        self._pool = self._label_pool = None
+        self._calls, self._label_calls, self._output_names = RecordedCalls(), RecordedCalls(), {}
 
     def _parts(self, step: Step, slices: Callable[[int], list[Inputs]], batch: int) -> list[tuple[Tensor, ...]]:
         size = min(self.widest or batch, batch)
         parts, worked = halve_until_fits(
-            lambda size: [self._graph(inputs, step)(*inputs) for inputs in slices(size)], size, self._forget
+            lambda size: [self._calls.replay(step.__name__, step, inputs) for inputs in slices(size)],
+            size,
+            self._forget,
         )
         if worked < size:
             self.widest, self.adjustments = worked, self.adjustments | {"unet_batch": worked}
         return parts
 
-    def _graph(self, inputs: Sequence[Tensor], step: Step) -> StepGraph:
-        key = (step.__name__, *(tuple(value.shape) for value in inputs))
-        if key not in self._graphs:
-            self._pool = self._pool or GraphPool(inputs[0].device)
-            self._graphs[key] = StepGraph(step, inputs, self._pool)
-        return self._graphs[key]
-
     def _forget(self) -> None:
-        """Drops every recorded call and the tables of the texts."""
-        self._graphs.clear()
-        self._pool = self._text = None
-        torch.cuda.empty_cache()
+        """Drops every recorded call of the UNet and the tables of the texts."""
+        self._text = None
+        self._calls.clear()
 
     def _images(self, latents: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Part after part: a thread of its own would work on another stream, which nothing waits for."""
         size = min(chunk_of(latents.shape[-1] * FACTOR, latents.device), self.widest_chunk or len(latents))
         parts, worked = halve_until_fits(
-            lambda size: list(map(self._decode_part, latents.split(size))), size, self._forget_labels, times=size
+            lambda size: list(map(self._decode_part, latents.split(size))), size, self._label_calls.clear, times=size
         )
         if worked < size:
             self.widest_chunk, self.adjustments = worked, self.adjustments | {"image_batch": worked}
         return parts
+
+    def _pixels(self, latents: Tensor) -> tuple[Tensor, ...]:
+        return self._replay_labels("image", super()._pixels, (latents,))
 
     def _run_decoder(self, task: str, capture: AnyCapture, text: Tensor | None) -> dict[str, Tensor]:
         decoder = self._stored_decoders[task]
@@ -124,24 +117,14 @@ class GpuEngine(FastEngine):
             return tuple(value.float() for value in outputs.values())
 
         names = self._output_names.setdefault(task, [])
-        outputs = self._run_labels(task, run, (*inputs.sums, *([] if text is None else [text])))
+        outputs = self._replay_labels(task, run, (*inputs.sums, *([] if text is None else [text])))
         return dict(zip(names, outputs, strict=True))
 
-    def _run_labels(self, name: str, run: Step, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def _replay_labels(self, name: str, run: Step, inputs: Inputs) -> tuple[Tensor, ...]:
         """One replay of a graph, unless the engine is compiled."""
         if self.is_compiled:
             return run(*inputs)
-        key = (name, *(tuple(value.shape) for value in inputs))
-        if key not in self._label_graphs:
-            self._label_pool = self._label_pool or GraphPool(inputs[0].device)
-            self._label_graphs[key] = StepGraph(run, inputs, self._label_pool, fresh=len(inputs))
-        return self._label_graphs[key](*inputs)
-
-    def _forget_labels(self) -> None:
-        """Drops every recorded call of the autoencoder and the decoders."""
-        self._label_graphs.clear()
-        self._label_pool = None
-        torch.cuda.empty_cache()
+        return self._label_calls.replay(name, run, inputs, fresh=len(inputs))
 
     @engine_call
     def suggested_batch(self) -> int:
