@@ -133,5 +133,7 @@ def annotate(kind: str, levels_read: Sequence[str], tells_words: bool = False) -
     """
     sums = {f"sums_{name}": (("B", "F", "h", "w"), "float32") for name in levels_read}
     text = {"text": (("B", "K", "D"), "float32")} if kind == "open-vocabulary" else {}
-    outputs = RAW_OUTPUTS[kind] | ({"token_attention": ("B", "T", "h", "w")} if tells_words else {})
+    outputs = dict(RAW_OUTPUTS[kind])
+    if tells_words:
+        outputs["token_attention"] = ("B", "T", "h", "w")
     return Tensors({**sums, **text}, {name: (shape, "float32") for name, shape in outputs.items()})

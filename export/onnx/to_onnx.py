@@ -344,7 +344,10 @@ class StageExport:
             return (self._joint_outputs if self.is_joint else self._unet_outputs)(name, modules, **inputs)
         if name == "encode_text":
             text = modules["text_encoder"].of_tokens(*inputs.values())
-            return {"context": text.context, **({} if text.pooled is None else {"pooled": text.pooled})}
+            outputs = {"context": text.context}
+            if text.pooled is not None:
+                outputs["pooled"] = text.pooled
+            return outputs
         if name == "decode_image":
             latents: Any = inputs["latents"]
             numbers = self._reference.unscale(latents) if self.is_joint else latents

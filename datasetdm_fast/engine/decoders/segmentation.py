@@ -4,6 +4,8 @@ It is plain as it is trained, stacked for inference (the same answers up to roun
 and packed for csrc on a CPU.
 """
 
+from __future__ import annotations
+
 import math
 from functools import cache
 from types import SimpleNamespace
@@ -143,19 +145,16 @@ class StackedTransformer:
     resized to each memory level once, as resizing commutes with the product of an embedding and the features.
     """
 
-    def __init__(
-        self,
-        layers: list[tuple[CrossAttention, SelfAttention, FeedForward]],
-        level_embed: Tensor,
-        norm: nn.LayerNorm,
-        mask_embed: MaskEmbedding,
-        class_embed: nn.Linear,
-        ops: SimpleNamespace,
-    ):
-        self.ops, self.norm, self.class_embed, self.level_embed = ops, norm, class_embed, level_embed
-        self.mask_layers = list(mask_embed.layers)
+    def __init__(self, decoder: SegmentationDecoder):
+        self.ops, self.level_embed = decoder.ops, decoder.level_embed.weight
+        self.norm, self.class_embed = decoder.decoder_norm, decoder.class_embed
+        self.mask_layers = list(decoder.mask_embed.layers)
         self.layers, shares = [], []
-        for cross, itself, feed in layers:
+        for cross, itself, feed in zip(
+            decoder.transformer_cross_attention_layers,
+            decoder.transformer_self_attention_layers,
+            decoder.transformer_ffn_layers,
+        ):
             q, k, v = parts(cross.multihead_attn)
             own_q, own_k, own_v = parts(itself.self_attn)
             bias = torch.cat([torch.zeros_like(own_q.bias), torch.zeros_like(own_k.bias), own_v.bias])
@@ -163,13 +162,13 @@ class StackedTransformer:
             self.layers.append(StackedLayer(StackedProduct(q.weight), packed, cross, itself, feed))
             shares += [q, own_q, own_k]
         self.positions = join_products(shares)  # of all layers, from the positions of the queries
-        count = min(len(level_embed), len(layers))  # the levels that are read
+        count = min(len(self.level_embed), len(self.layers))  # the levels that are read
         products = [parts(layer.cross.multihead_attn) for layer in self.layers]
         self.keys = [join_products([k for _, k, _ in products[level::count]]) for level in range(count)]
         self.memory = [
             StackedProduct(
                 torch.cat([self.keys[level].weight, values.weight]),
-                torch.cat([torch.zeros_like(self.keys[level].bias), values(level_embed[level])]),
+                torch.cat([torch.zeros_like(self.keys[level].bias), values(self.level_embed[level])]),
             )
             for level, values in (
                 (level, join_products([v for _, _, v in products[level::count]])) for level in range(count)
@@ -367,21 +366,14 @@ class SegmentationDecoder(Decoder):
     def stack(self) -> None:
         super().stack()
         if max(self.config.width, self.config.mask_dim) <= WIDEST:
-            self.stacked = self._stack_layers()
+            self.stacked = StackedTransformer(self)
 
     def pack(self) -> None:
         super().pack()
-        if is_small(nn.ModuleList(sum(self._transformer(), ()))):
-            self.stacked = PackedTransformer(self._stack_layers())
-
-    def _stack_layers(self) -> StackedTransformer:
-        layers, (norm, mask_embed, class_embed) = self._transformer()
-        return StackedTransformer(list(zip(*layers)), self.level_embed.weight, norm, mask_embed, class_embed, self.ops)
-
-    def _transformer(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """The layers by kind, and what makes outputs of the queries."""
         attention = self.transformer_cross_attention_layers, self.transformer_self_attention_layers
-        return (*attention, self.transformer_ffn_layers), (self.decoder_norm, self.mask_embed, self.class_embed)
+        of_queries = self.transformer_ffn_layers, self.decoder_norm, self.mask_embed, self.class_embed
+        if is_small(nn.ModuleList([*attention, *of_queries])):
+            self.stacked = PackedTransformer(StackedTransformer(self))
 
     def predict(self, content: Tensor, mask_features: Tensor) -> dict[str, Tensor]:
         normed = self.decoder_norm(content)

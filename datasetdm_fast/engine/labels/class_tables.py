@@ -109,12 +109,12 @@ def of_words(words: tuple[ClassWord, ...]) -> ClassTable:
 
 def rows_of(table: ClassTable, names: Sequence[str], *, has_colours: bool = False) -> list[dict[str, Any]]:
     """Some classes of a table as JSON, and its phrases of no class under an empty name."""
-    selected = _select(table, names)
-    rows: list[dict[str, Any]] = [
-        {"name": word.name, "say": word.spoken, "words": list(word.words)} for word in selected
-    ]
-    if has_colours:
-        rows = [row | ({"colour": list(word.colour)} if word.colour else {}) for row, word in zip(rows, selected)]
+    rows: list[dict[str, Any]] = []
+    for word in _select(table, names):
+        row: dict[str, Any] = {"name": word.name, "say": word.spoken, "words": list(word.words)}
+        if has_colours and word.colour:
+            row["colour"] = list(word.colour)
+        rows.append(row)
     return [*rows, {"name": "", "say": "", "words": list(table.other)}]
 
 
@@ -313,9 +313,7 @@ class ClassMatcher:
         return spans
 
 
-@lru_cache(maxsize=64)
-def matcher(classes: tuple[str, ...], table: ClassTable | None = None) -> ClassMatcher:
-    return ClassMatcher(classes, table)
+matcher = lru_cache(maxsize=64)(ClassMatcher)
 
 
 def find_classes(prompt: str, classes: Sequence[str], table: ClassTable | None = None) -> tuple[str, ...]:

@@ -73,19 +73,22 @@ class InstanceKind(LabelKind):
         if not len(label.masks):
             return {}, []
         encoded, numbers = mask_rle.encode(np.asarray(label.masks, bool)), self.numbers(table)
-        return {}, [
+        record: list[dict[str, Any]] = [
             {
                 "category_id": numbers[kind],
                 "score": round_float(score, 6),
                 "area": int(area),
                 "bbox": [round_float(side) for side in box],
                 "segmentation": dict(rle),
-                **({} if label.ids is None else {"id": int(label.ids[k])}),
             }
-            for k, (kind, score, area, box, rle) in enumerate(
-                zip(label.class_ids, label.scores, encoded.areas, encoded.boxes, encoded.rles, strict=True)
+            for kind, score, area, box, rle in zip(
+                label.class_ids, label.scores, encoded.areas, encoded.boxes, encoded.rles, strict=True
             )
         ]
+        if label.ids is not None:
+            for thing, id in zip(record, label.ids, strict=True):
+                thing["id"] = int(id)
+        return {}, record
 
     def decode(self, _: Pixels, record: Any, table: Table) -> Instances:
         masks = (

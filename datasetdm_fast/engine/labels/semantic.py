@@ -232,7 +232,9 @@ class AttentionKind(OpenVocabularyKind):
         files, record = super().encode(label, labels, table)
         agreements = {task: agreement(label, labels[task]) for task in OTHERS if task in labels}
         known = {task: share for task, share in agreements.items() if share is not None}
-        return files, {**record, **({"agreement": known} if known else {})}
+        if known:
+            record["agreement"] = known
+        return files, record
 
     def table(self, config: Any, size: int, words: Sequence[str]) -> dict[str, Any]:
         return {**super().table(config, size, words), "ignore": IGNORE}

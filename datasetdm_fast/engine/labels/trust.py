@@ -58,12 +58,6 @@ def named_map(label: Annotation, least: float = SHOWN_SCORE) -> NamedMap | None:
     return None
 
 
-def _confidence(label: Annotation) -> float | None:
-    """How sure the decoder of a label was, None where it does not tell."""
-    sure = np.asarray(label.confidence if isinstance(label, SemanticMap) else getattr(label, "scores", ()))
-    return float(sure.mean()) if len(sure) else None
-
-
 def trust_of(
     named: Sequence[str], labels: Mapping[str, Annotation], prompt: str = "", table: ClassTable | None = None
 ) -> Trust:
@@ -85,7 +79,11 @@ def trust_of(
             unnamed.append(name)
             reasons.append(f"{name} is in {' and '.join(shown)}, but not in the prompt")
     reasons += _count_mismatches(named, labels, prompt, table) if has_things else ()
-    confidences = [value for label in labels.values() if (value := _confidence(label)) is not None]
+    confidences = []  # of the decoders that tell how sure they are
+    for label in labels.values():
+        sure = np.asarray(label.confidence if isinstance(label, SemanticMap) else getattr(label, "scores", ()))
+        if len(sure):
+            confidences.append(float(sure.mean()))
     confidence = round(sum(confidences) / len(confidences), 4) if confidences else None
     disagreeing = _disagreeing(maps) if len(maps) > 1 else 0.0
     if disagreeing > MOST_DISAGREEING:

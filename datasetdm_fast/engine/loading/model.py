@@ -240,11 +240,12 @@ class ReadOnce(dict[str, Tensor]):
         return self.pop(name) if dict.__getitem__(self, name).dim() > 1 else dict.__getitem__(self, name)
 
 
+@dataclass(frozen=True)
 class WeightSource:
     """The configuration and the tensors of a network, as the fast engines read them to build their own."""
 
-    def __init__(self, config: Any, state: Mapping[str, Tensor]):
-        self.config, self.state = config, state
+    config: Any
+    state: Mapping[str, Tensor]
 
     def state_dict(self) -> Mapping[str, Tensor]:
         return self.state
@@ -265,8 +266,9 @@ class Network:
         self.config, self._build, self._read, self._count = config, build, read, count
         self._module: nn.Module | None = None
         self._device = torch.device("cpu")
-        # Weights of the module, listed once, as finding them takes longer than to ask each; their versions then.
-        self._held: tuple[list[Tensor], int] = ([], 0)
+        # Weights of the module, listed once, as finding them takes longer than to ask each, and their versions then:
+        # counters that PyTorch advances when a weight is changed in place.
+        self._held: list[tuple[Tensor, int]] = []
 
     @classmethod
     def of(cls, module: nn.Module, rebuild: Callable[[], nn.Module] | None = None) -> Network:
@@ -278,8 +280,8 @@ class Network:
         return network
 
     def _hold(self, module: nn.Module) -> nn.Module:
-        weights = [weight for weight in module.parameters() if not weight.is_inference()]
-        self._module, self._held = module.eval().requires_grad_(False), (weights, _versions(weights))
+        self._module = module.eval().requires_grad_(False)
+        self._held = [(weight, weight._version) for weight in module.parameters() if not weight.is_inference()]
         return module
 
     @property
@@ -306,13 +308,12 @@ class Network:
     def unload(self) -> None:
         """Drops the module, which is built again when it is next needed; one that was changed stays."""
         if not self.changes:
-            self._module, self._held = None, ([], 0)
+            self._module, self._held = None, []
 
     @property
     def changes(self) -> int:
         """How often a weight was changed in place since the module was built."""
-        weights, versions = self._held
-        return _versions(weights) - versions
+        return sum(weight._version - version for weight, version in self._held)
 
     def read(self, stored: StorageType = as_widest, computed_as: torch.dtype | None = None) -> WeightSource:
         """The weights: those of the module, or from their source in the dtypes of `stored`, each to be used once."""
@@ -325,11 +326,6 @@ class Network:
         weights = self.read(stored).state_dict()
         self.unload()
         return WeightSource(self.config, ReadOnce(weights))
-
-
-def _versions(weights: Sequence[Tensor]) -> int:
-    """A counter that PyTorch advances when a weight is changed in place."""
-    return sum(weight._version for weight in weights)
 
 
 def tensors_of(file: Path, stored: StorageType) -> dict[str, Tensor]:

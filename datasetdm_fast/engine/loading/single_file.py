@@ -71,7 +71,9 @@ def load_file(path: Path, *, size: int = 0, allow_download: bool = False, ema: b
         unet.register_to_config(sample_size=96)
     defaults = SD.defaults({"unet": unet.config})
     licence = notes.get("modelspec.license", UNKNOWN_LICENCE)
-    digests = {"file": digest([path])} | ({"prediction": configured} if configured not in ("", inferred) else {})
+    digests = {"file": digest([path])}
+    if configured not in ("", inferred):
+        digests["prediction"] = configured
     origin, proof = (str(path), str(path.resolve())), (digests, licence)
     modules = {"text_encoder": text_encoder, "unet": unet, "vae": vae}
     networks = {part: Network.of(module) for part, module in modules.items()}

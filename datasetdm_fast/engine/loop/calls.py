@@ -204,13 +204,14 @@ def cached_calls(count: int, captured: Collection[int]) -> frozenset[int]:
     return frozenset(cached)
 
 
+@dataclass
 class SpeedCalls:
     """The calls of a batch whose output no capture gives, at the speed of its recipe."""
 
-    def __init__(self, engine: Engine, cached: Collection[int], fp8: Collection[int]):
-        self.engine: Any = engine  # with the calls of its `speeds` besides those of Engine
-        self.cached, self.fp8 = cached, fp8
-        self.deep: Tensor | None = None  # features that cached calls start from
+    engine: Any  # an Engine with the calls of its `speeds`
+    cached: Collection[int]
+    fp8: Collection[int]
+    deep: Tensor | None = None  # features that cached calls start from
 
     def denoise(self, call: int, latents: Tensor, timestep: float, text: Text) -> Tensor:
         engine, inputs = self.engine, (latents, timestep, text)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from datasetdm_fast.config import ATTENTION
+from datasetdm_fast.config import ATTENTION, FROM_IMAGE
 from datasetdm_fast.data import (
     Annotation,
     AnyCapture,
@@ -188,11 +188,13 @@ def follow_outlines(
     """The labels of decoders with the outlines that their configurations ask for, `most` images at a time."""
     from datasetdm_fast.engine.labels import with_outlines
 
+    followed = [task for task in labels if engine.decoders[task].config.outlines == FROM_IMAGE]
+
     def follow(task: str, place: int) -> Any:
         return with_outlines([labels[task][place]], [pixels[place]], engine.decoders[task].config)[0]
 
-    results = iter(reader_lanes().map(follow, [(task, b) for task in labels for b in range(len(pixels))], most))
-    return {task: [next(results) for _ in pixels] for task in labels}
+    results = iter(reader_lanes().map(follow, [(task, b) for task in followed for b in range(len(pixels))], most))
+    return labels | {task: [next(results) for _ in pixels] for task in followed}
 
 
 def decoder_labels(

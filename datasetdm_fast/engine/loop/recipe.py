@@ -276,12 +276,11 @@ def make_recipe(
 def label_tables(engine: Engine, recipe: Recipe) -> dict[str, dict[str, Any]]:
     """The table of each label in run.json: names and ranges; those of a labeller come from its class."""
     sources = labellers_of(engine, recipe.tasks) | {name: decoder.config for name, decoder in engine.decoders.items()}
-
-    def table(label: str) -> dict[str, Any]:
-        return kind_of(label).table(sources.get(label), recipe.size, recipe.words)
-
-    failure = "does not say what its labels are"
-    return {label: LABELLER_KINDS.guard(label, partial(table, label), failure) for label in recipe.tasks}
+    tables = {}
+    for label in recipe.tasks:
+        table = partial(kind_of(label).table, sources.get(label), recipe.size, recipe.words)
+        tables[label] = LABELLER_KINDS.guard(label, table, "does not say what its labels are")
+    return tables
 
 
 def labellers_of(engine: Engine, tasks: Sequence[str]) -> dict[str, Any]:

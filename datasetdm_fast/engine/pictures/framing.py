@@ -57,6 +57,7 @@ def frame_picture(picture: Picture, window: Window, size: int, least_mask: float
     if picture.masks is not None:
         masks["masks"], masks["mask_classes"] = resample_masks(picture.masks, picture.mask_classes, least_mask)
         masks["crowds"], masks["crowd_classes"] = resample_masks(picture.crowds, picture.crowd_classes, 1)
+    persons = {} if picture.keypoints is None else _frame_persons(picture, window, size)
     return Labelled(
         id=picture.id,
         image=_resize(picture.image, window, rows, columns, size),
@@ -67,7 +68,7 @@ def frame_picture(picture: Picture, window: Window, size: int, least_mask: float
         searched=picture.searched,
         not_exhausted=picture.not_exhausted,
         **masks,
-        **({} if picture.keypoints is None else _frame_persons(picture, window, size)),
+        **persons,
     )
 
 

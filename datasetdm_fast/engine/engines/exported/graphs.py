@@ -229,7 +229,7 @@ class GraphEngine(Engine):
 
     def _call_decoder(self, task: str, batch: int, sums: Tensors, words: Tensor | None) -> dict[str, Tensor]:
         """The outputs of a decoder, `words` being [B, K, D] where it reads any."""
-        inputs = {**sums, **({} if words is None else {"text": words})}
+        inputs = sums if words is None else {**sums, "text": words}
         return self._run(annotate_name(task), self._unet_images(batch), **inputs)
 
 
