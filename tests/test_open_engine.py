@@ -73,7 +73,7 @@ def test_a_task_without_a_decoder_of_its_name_tells_what_there_is():
     known = {"depth:near": 1, "pose": 2}
 
     def check(*tasks):
-        return engines.check_known(tasks or None, known, ["pose"], list(known), "some/folder")
+        return engines.check_known(tasks or None, known, ["pose"], "some/folder")
 
     assert check() == ["pose"] and list(check("pose", "depth:near")) == ["pose", "depth:near"]
     with pytest.raises(Refused, match="--task depth: some/folder holds several .*none is called depth\n.*depth:near"):

@@ -11,7 +11,7 @@ from typing import Any
 from datasetdm_fast.config import FROM_DECODER, MOST_CALLS, OUTLINES, TASKS
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.backbones.sd import levels
-from datasetdm_fast.engine.labels import DECODER_NAME, LabelName
+from datasetdm_fast.engine.labels import DECODER_NAME, LabelName, task_of_label
 from datasetdm_fast.engine.labels.class_tables import ClassTable, ClassWord, of_words
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.stages import LEVELS, Level
@@ -322,35 +322,23 @@ def read_config(folder: Path) -> DecoderConfig:
         ) from error
 
 
-@dataclass(frozen=True)
-class DecoderFolders:
-    """The decoders of one or several folders; where two folders have a decoder of one name, the first of them counts.
+class DecoderFolders(dict[str, Path]):
+    """The decoders of one or several folders by the labels they make: TASK:NAME of each, and TASK of the task's own.
+    Where two folders have a decoder of one name, the first of them counts.
 
     A task's own decoder is the only one that the first folder with any has for the task, or the one called like it.
     """
 
-    named: Mapping[LabelName, Path]  # every decoder by its folder's name
-    unnamed: Mapping[str, Path]  # task -> the decoder without a name of its own
-
-    def __getitem__(self, label: str) -> Path:
-        """The folder of the decoder that makes a label, a KeyError where there is none."""
-        name = LabelName.parse(label)
-        return self.named[name] if name.decoder else self.unnamed[name.task]
-
-    def __contains__(self, label: str) -> bool:
-        name = LabelName.parse(label)
-        return name in self.named if name.decoder else name.task in self.unnamed
-
     @property
     def labels(self) -> list[str]:
         """One label a decoder: its task where it is the task's own, else its name too."""
-        return [name.task if self.unnamed.get(name.task) == path else str(name) for name, path in self.named.items()]
+        tasks = {label: task_of_label(label) for label in self if ":" in label}
+        return [task if self.get(task) == self[label] else label for label, task in tasks.items()]
 
 
 def find_decoders(source: str | Path | Iterable[Path]) -> DecoderFolders:
     """The decoders of folders that have a sub-folder for each, named one by one or in one text."""
-    named: dict[LabelName, Path] = {}
-    unnamed: dict[str, Path] = {}
+    folders = DecoderFolders()
     for folder in parts_of(source) if isinstance(source, (str, Path)) else source:
         configs = sorted(path.parent for path in folder.glob("*/config.json"))
         if not configs:
@@ -363,19 +351,19 @@ def find_decoders(source: str | Path | Iterable[Path]) -> DecoderFolders:
             raise Missing(f"decoders {folder}: {lack}", remedy)
         here = {LabelName(read_config(path).task, path.name): path for path in configs}
         for name, path in here.items():
-            named.setdefault(name, path)
-        for task in {name.task for name in here} - set(unnamed):
+            folders.setdefault(str(name), path)
+        for task in {name.task for name in here} - folders.keys():
             paths = {name.decoder: path for name, path in here.items() if name.task == task}
             if len(paths) == 1 or task in paths:  # otherwise several have the same claim
-                unnamed[task] = paths.get(task, next(iter(paths.values())))
+                folders[task] = paths.get(task, next(iter(paths.values())))
         for name, path in here.items():
-            if unnamed.get(name.task) != path and not DECODER_NAME.fullmatch(name.decoder):
+            if folders.get(name.task) != path and not DECODER_NAME.fullmatch(name.decoder):
                 raise Refused(
                     f"decoders {folder}: {documents.quote(name.decoder)} is one of several for {name.task}, and "
                     "its name is not up to 63 letters, digits, - or _",
                     "Rename the folder.",
                 )
-    return DecoderFolders(named, unnamed)
+    return folders
 
 
 def parts_of(source: str | Path) -> list[Path]:

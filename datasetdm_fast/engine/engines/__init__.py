@@ -6,7 +6,7 @@ import functools
 import os
 import platform
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from datasetdm_fast.data import AnyCapture, AttentionSums, Capture, Text
-    from datasetdm_fast.engine.decoders.config import DecoderFolders
     from datasetdm_fast.engine.decoders.trunk import Decoder
     from datasetdm_fast.engine.loading.model import Model
 
@@ -215,7 +214,7 @@ def load_decoders(
         from datasetdm_fast.engine.decoders.checkpoint import seeded_decoders
 
         seeded, holder = seeded_decoders(model.levels, model.text_width), f"--decoder {RANDOM}, of seeded weights,"
-        for label in check_known(tasks, seeded, list(seeded), list(seeded), holder):
+        for label in check_known(tasks, seeded, list(seeded), holder):
             decoders[label] = for_inference(seeded[label], strict=False)
             descriptions[label] = {"digest": f"seeded: {label}", "licence": SEEDED_LICENCE}
     elif decoder is not None:
@@ -226,7 +225,7 @@ def load_decoders(
 
             places = unpack_decoders(source, model.levels)
         folders = find_decoders(places)
-        labels = check_known(tasks, folders, folders.labels, list(map(str, folders.named)), decoder)
+        labels = check_known(tasks, folders, folders.labels, decoder)
         decoders = {label: load_decoder(folders[label]) for label in labels}
         descriptions = describe_decoders(folders, labels)
     for label, network in decoders.items():
@@ -238,18 +237,14 @@ def load_decoders(
 
 
 def check_known(
-    tasks: Sequence[str] | None,
-    known: DecoderFolders | Mapping[str, Any],
-    labels: Sequence[str],
-    names: Sequence[str],
-    holder: str,
+    tasks: Sequence[str] | None, known: Collection[str], labels: Sequence[str], holder: str
 ) -> Sequence[str]:
-    """The requested labels, by default all; one that no decoder makes is refused. `names` are those of all decoders."""
+    """The requested labels, by default one of each decoder; what is none of the `known` ones is refused."""
     for label in tasks or ():
         if label in known:
             continue
         task, colon, _ = label.partition(":")
-        others = [name for name in names if name.startswith(f"{task}:")]
+        others = [name for name in known if name.startswith(f"{task}:")]
         if colon:
             raise Refused(
                 f"--task {label}: {holder} holds no decoder of this name{nearest(label, others)}",
@@ -267,7 +262,7 @@ def check_known(
     return labels if tasks is None else tasks
 
 
-def describe_decoders(folders: DecoderFolders, labels: Sequence[str]) -> dict[str, Any]:
+def describe_decoders(folders: Mapping[str, Path], labels: Sequence[str]) -> dict[str, Any]:
     """Digest and licence of each label's decoder files."""
     from datasetdm_fast.engine.loading.model import digest, folder_licence
 
