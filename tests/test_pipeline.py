@@ -6,7 +6,8 @@ import copy
 import io
 import json
 import re
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields, replace
 from functools import cache
 from itertools import count, islice
@@ -476,6 +477,14 @@ def test_samples_before_a_refused_prompt_come_first():
 
 def test_samples_whose_labels_are_under_way_come_before_a_refusal():
     class Waiting(LabelStream):
+        def __init__(self):
+            self._waiting = deque()
+
+        def put(self, name, call, *arguments):
+            done = Future()
+            done.set_result(call(*arguments))
+            self._waiting.append((name, done))
+
         def ready(self):
             return iter(())
 
@@ -487,7 +496,7 @@ def test_samples_whose_labels_are_under_way_come_before_a_refusal():
         raise Refused("prompt 2: too long", "Shorten it.")
 
     generator = SimpleNamespace(engine=None, sample=str, label=lambda batch, drawn: [drawn])
-    found = sample_and_label(generator, batches(), Waiting(torch.device("cpu")))
+    found = sample_and_label(generator, batches(), Waiting())
     assert list(islice(found, 2)) == [("a", ["a"]), ("b", ["b"])]
     with pytest.raises(Refused, match="prompt 2: too long"):
         next(found)

@@ -106,6 +106,15 @@ def timesteps_of(reader: Any) -> tuple[int | None, ...]:
     return named if isinstance(named, tuple) else (named,)
 
 
+def trained_calls(readers: Mapping[str, Any]) -> tuple[tuple[int, ...], dict[str, tuple[int, ...]]]:
+    """The timesteps that decoders or labellers name, by label, from the noisiest on, 0 where they name none, as
+    upstream trains them at; and the places of each label's own among them.
+    """
+    named = {label: [time or 0 for time in timesteps_of(reader)] for label, reader in readers.items()}
+    times = tuple(sorted({time for several in named.values() for time in several}, reverse=True))
+    return times, {label: tuple(map(times.index, several)) for label, several in named.items()}
+
+
 class CapturedCalls:
     """The captures of labels while their calls are made: of a label that reads several calls, one sum is held."""
 

@@ -1,6 +1,6 @@
 """Labels from attention: their numbers, the class prompt of an image, and which of its tokens stand for which class."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,8 +133,8 @@ def class_columns(
     class; or `by_words`, as Dataset Diffusion has it, the place of the word, however many tokens stand before it, for
     each time that it is listed.
     """
-
-    if (spans := _spans_of(tokenizer)) and not by_words:
+    spans = getattr(tokenizer, "spans", None)  # of one that reads a prompt within another text
+    if spans and not by_words:
         named, rows = matcher(tuple(words), table).spans(class_prompt), spans(class_prompt)
         _check_named(class_prompt, [name for name in words if name not in named], table)
         return [(name, _places_within(rows, *named[name][0])) for name in words]
@@ -169,11 +169,6 @@ def _check_named(class_prompt: str, missing: Sequence[str], table: ClassTable | 
         )
 
 
-def _spans_of(tokenizer: Any) -> Callable[[str], Sequence[tuple[int, int]]] | None:
-    """What tells the characters of a prompt by tokens, of a tokenizer that reads it within another text."""
-    return getattr(tokenizer, "spans", None)
-
-
 def _places_within(rows: Sequence[tuple[int, int]], begin: int, end: int) -> tuple[int, ...]:
     """The places of the tokens that stand for any of these characters."""
     return tuple(place for place, (first, last) in enumerate(rows) if first < end and last > begin)
@@ -181,7 +176,7 @@ def _places_within(rows: Sequence[tuple[int, int]], begin: int, end: int) -> tup
 
 def concept_places(word: str, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The places of a word's tokens where it is encoded by itself; refused where it has none."""
-    if spans := _spans_of(tokenizer):
+    if spans := getattr(tokenizer, "spans", None):
         places, ids = _places_within(spans(word), 0, len(word)), []
     else:
         start = len(tokenizer("", truncation=False).input_ids) - 1

@@ -304,28 +304,20 @@ AHEAD = 2  # batches that wait for their labels; each holds its latents and capt
 
 
 class LabelStream(AbstractContextManager["LabelStream"]):
-    """Runs calls on a stream and thread of its own while the GPU samples; on a CPU, whose cores are busy, immediately.
+    """Runs calls on a stream and thread of its own while the GPU samples.
 
     At most two batches wait for their results, a third makes the sampler wait.
     """
 
     def __init__(self, device: torch.device):
-        self._device = device
-        self._pool: ThreadPoolExecutor | None = None
-        self._stream: torch.cuda.Stream | None = None
-        self._waiting: deque[tuple[Any, Future[Any]]] = deque()
-        if device.type == "cuda":
-            import torch
+        import torch
 
-            self._pool, self._stream = ThreadPoolExecutor(1, "labels"), torch.cuda.Stream(device)
+        self._device, self._stream = device, torch.cuda.Stream(device)
+        self._pool = ThreadPoolExecutor(1, "labels")
+        self._waiting: deque[tuple[Any, Future[Any]]] = deque()
 
     def put(self, name: Any, call: Callable[..., Any], *arguments: Any) -> None:
         """Begins call(*arguments), which may read what this thread queued on the GPU; `name` comes with its result."""
-        if self._pool is None:
-            done: Future[Any] = Future()
-            done.set_result(call(*arguments))
-            self._waiting.append((name, done))
-            return
         import torch
 
         queued = torch.cuda.Event()
@@ -334,8 +326,6 @@ class LabelStream(AbstractContextManager["LabelStream"]):
 
     def _follow(self, queued: torch.cuda.Event, call: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         import torch
-
-        assert self._stream is not None
 
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             self._stream.wait_event(queued)
@@ -360,8 +350,7 @@ class LabelStream(AbstractContextManager["LabelStream"]):
             yield name, result.result()
 
     def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        self._pool.shutdown(cancel_futures=True)
 
 
 class FinishedCalls(AbstractContextManager["FinishedCalls"]):

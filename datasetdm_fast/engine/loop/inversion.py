@@ -10,7 +10,7 @@ from torch import Tensor
 
 from datasetdm_fast.data import AnyCapture, Text
 from datasetdm_fast.engine.engines import Engine
-from datasetdm_fast.engine.loop.calls import CapturedCalls, call_text, timesteps_of
+from datasetdm_fast.engine.loop.calls import CapturedCalls, call_text, trained_calls
 from datasetdm_fast.engine.sampling.schedule import add_noise, initial_noise, is_flow, shares_at
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.kernels.transfer import to_device
@@ -29,10 +29,9 @@ def invert_for(
     engine: Engine, labels: Sequence[str], images: Tensor, captions: Sequence[str], seeds: Sequence[int]
 ) -> dict[str, AnyCapture]:
     """Label -> what its decoder reads of images at the timesteps it was trained at; 0, upstream's, by default."""
-    times = {label: tuple(time or 0 for time in timesteps_of(engine.decoders[label].config)) for label in labels}
-    calls = sorted({time for several in times.values() for time in several}, reverse=True)
-    captured = CapturedCalls(engine, {label: tuple(map(calls.index, several)) for label, several in times.items()})
-    for call, capture in enumerate(invert_at(engine, images, captions, calls, seeds)):
+    times, calls = trained_calls({label: engine.decoders[label].config for label in labels})
+    captured = CapturedCalls(engine, calls)
+    for call, capture in enumerate(invert_at(engine, images, captions, times, seeds)):
         captured.add(call, capture)
     return captured.read
 
@@ -96,9 +95,9 @@ def ddim_latents(engine: Engine, clean: Tensor, text: Text, timestep: int, steps
 
 def capture_timestep(configs: Mapping[str, Any]) -> int:
     """The one timestep that decoders of these configs, by label, were trained at; 0, upstream's, by default."""
-    named = {label: [time or 0 for time in timesteps_of(config)] for label, config in configs.items()}
-    times = sorted({time for several in named.values() for time in several})
+    times, calls = trained_calls(configs)
     if len(times) > 1:
-        listed = ", ".join(f"{label} {' and '.join(map(str, several))}" for label, several in named.items())
+        named = {label: " and ".join(str(times[call]) for call in places) for label, places in calls.items()}
+        listed = ", ".join(f"{label} {several}" for label, several in named.items())
         raise Refused(f"decoders: trained at different timesteps ({listed})", "Name the one to read with timestep=T.")
     return times[0]

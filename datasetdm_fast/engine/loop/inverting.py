@@ -15,7 +15,7 @@ from datasetdm_fast.data import Annotation, Batch, Quarantined, Request, Sample,
 from datasetdm_fast.engine.labels.class_tables import find_classes, photo_of, spoken
 from datasetdm_fast.engine.labels.tiles import Tiling, joined_instances, joined_map
 from datasetdm_fast.engine.loop import driver, labelling
-from datasetdm_fast.engine.loop.calls import CapturedCalls, timesteps_of
+from datasetdm_fast.engine.loop.calls import CapturedCalls, trained_calls
 from datasetdm_fast.engine.loop.prompts import PromptLine, fit_prompt
 from datasetdm_fast.engine.loop.recipe import Recipe, labellers_of, name_timesteps
 from datasetdm_fast.engine.pictures import framing
@@ -172,9 +172,7 @@ def inversion_recipe(recipe: Recipe, engine: Engine, timesteps: Sequence[int]) -
         )
     timesteps = list(map(int, timesteps))
     configs = labellers_of(engine, recipe.tasks) | {task: engine.decoders[task].config for task in recipe.decoded}
-    times = {task: tuple(time or 0 for time in timesteps_of(configs[task])) for task in recipe.captures}
-    inverted = tuple(sorted({time for several in times.values() for time in several}, reverse=True))
-    captures = {task: tuple(map(inverted.index, several)) for task, several in times.items()}
+    inverted, captures = trained_calls({task: configs[task] for task in recipe.captures})
     facts = {
         **recipe.facts,
         "sampler": INVERSION,
