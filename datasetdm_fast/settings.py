@@ -142,7 +142,7 @@ class SamplingSettings:
         SPEEDS[0],
         "exact, or an approximation that is refused where it makes labels worse: fast25, DPM-Solver++ in 25 calls; "
         "cache3, the deep features of a U-Net kept for two of three calls; fast25-cache3, both; "
-        "fp8, products of transformers in 8 bits, which save time on GPUs from Ada on and none on a CPU",
+        "fp8, products of MM-DiTs in 8 bits, which save time on GPUs from Ada on and none on a CPU",
         identity="if given",
         choices=SPEEDS,
     )

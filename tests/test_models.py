@@ -278,7 +278,7 @@ def test_weights_of_text_encoder_and_autoencoder_changed_in_place_are_read_again
 
 
 def test_whatever_was_made_of_changed_weights_is_made_anew():
-    """Biases of timesteps, keys of texts and of class prompts, and copies in fp8."""
+    """Biases of timesteps, keys of texts and of class prompts, and deep features."""
     model = with_small_unet(load_model("tiny"), FEW_ATTENTIONS)
     engine = build_engine("fast", model, device="cpu")
     latents, text = inputs(engine, 2)
@@ -287,7 +287,7 @@ def test_whatever_was_made_of_changed_weights_is_made_anew():
     def call(engine):
         again = text.map(torch.clone)  # the same text is taken to be of the same weights
         _, sums = engine.denoise_and_average(latents, 5, again, words, AttentionSums(torch.zeros(2, 256, 256), zeros))
-        return [engine.denoise(latents, 5, again), sums.cells, sums.tokens, engine.denoise_in_fp8(latents, 5, again)]
+        return [engine.denoise(latents, 5, again), sums.cells, sums.tokens, *engine.denoise_and_keep(latents, 5, again)]
 
     unet, seen = model.modules["unet"], [call(engine)]
     for weight in (

@@ -23,18 +23,18 @@ from datasetdm_fast.config import EXACT, USUAL_SAMPLER
 from datasetdm_fast.data import DepthMap, Keypoints, Quarantined, Request, Sample, Trust
 from datasetdm_fast.engine.engines import build_engine, device
 from datasetdm_fast.engine.engines.fast import FastEngine
+from datasetdm_fast.engine.engines.fast.joint import JointEngine
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop import calls as speed
 from datasetdm_fast.engine.loop.calls import call_text
 from datasetdm_fast.engine.loop.recipe import make_recipe
 from datasetdm_fast.engine.models import fp8
 from datasetdm_fast.engine.models.fp8 import Fp8Linear, to_fp8
-from datasetdm_fast.engine.models.fused import FusedUNet, ShiftedBlock
+from datasetdm_fast.engine.models.fused import FusedUNet
 from datasetdm_fast.engine.models.layers import Linear, Weights
 from datasetdm_fast.engine.models.mmdit import HeadProjection
 from datasetdm_fast.engine.models.packed import PackedLinear
 from datasetdm_fast.errors import GateFailed, Refused
-from datasetdm_fast.kernels import plain
 from datasetdm_fast.runs.agreement import admission, speed_gate
 from datasetdm_fast.runs.agreement.speed_gate import LabelFigure
 from datasetdm_fast.runs.jobs.job import Job
@@ -42,6 +42,7 @@ from datasetdm_fast.runs.run_folder.document import figures_in_words
 from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.settings import SamplingSettings
 
+DEMO_DIT = ("--model", "demo-dit")
 pytestmark = pytest.mark.usefixtures("tiny_has_one_layer")
 
 
@@ -109,6 +110,9 @@ def test_what_a_speed_does_not_go_with_is_refused():
         make_recipe(StubEngine(64), ("semantic",), speed="cache3")
     with pytest.raises(Refused, match="has no fp8 products"):
         make_recipe(StubEngine(64), ("semantic",), speed="fp8")
+    with pytest.raises(Refused, match="has no fp8 products of Stable Diffusion 1.x and 2.x") as refused:
+        make_recipe(FastEngine(load_model("tiny"), device="cpu"), (), speed="fp8")
+    assert refused.value.remedy == "Use --engine fast with an MM-DiT, or drop --speed."
     engine = StubEngine(64)
     engine.speeds = (speed.CACHED,)
     speed.check_call_speed(engine, "cache3", reads_every_call=False)
@@ -128,16 +132,8 @@ def test_products_in_fp8_are_those_of_rounded_factors():
     assert (truth[0] - x.flatten(0, 1)).norm() / x.norm() < 0.04
 
 
-def test_an_fp8_twin_shifts_its_norms_and_lacks_the_rows_of_decoders():
-    unet = FusedUNet(load_model("tiny").networks["unet"].read(), plain)
-    block = next(module for module in unet.modules() if isinstance(module, ShiftedBlock))
-    block.shift2, block.shift3 = (torch.nn.Parameter(4 * torch.randn(32), False) for _ in range(2))
-    twin, x = fp8.with_fp8_products(block), torch.randn(2, 5, 32)
-    products = (lambda one: one.text_q(one.norm2(x, one.shift2)), lambda one: one.widen(one.norm3(x, one.shift3)))
-    for product in products:
-        exact, rounded = (product(each) for each in (block, twin))
-        assert 1e-3 < (rounded - exact).norm() / exact.norm() < 0.1
-        assert rounded.dtype == exact.dtype
+def test_an_fp8_twin_of_a_projection_lacks_the_rows_of_decoders():
+    x = torch.randn(2, 5, 32)
     weights = Weights({f"{name}.weight": torch.randn(16, 32) for name in "qkv"})
     source = HeadProjection(weights, tuple("qkv"), ("", ""))
     source.append(torch.randn(16, 32))
@@ -162,14 +158,8 @@ def test_products_in_fp8_of_a_gpu_are_those_of_a_cpu():
     torch.testing.assert_close(on_gpu.cpu(), Fp8Linear(weight, bias)(x), rtol=2e-2, atol=2e-1)
 
 
-@pytest.mark.parametrize("form", ["demo-dit", "demo", "demo, in layers", "demo, as on a GPU"])
-def test_calls_in_fp8(form, monkeypatch):
-    name, _, kind = form.partition(", ")
-    ops = plain if kind else None  # others than the usual are called one by one
-    model = load_model(name)
-    engine = FastEngine(model, device="cpu", ops=ops) if name == "demo" else build_engine("fast", model, device="cpu")
-    if kind == "as on a GPU":
-        engine.unet = FusedUNet(model.networks["unet"].read(), plain)
+def test_calls_in_fp8(monkeypatch):
+    engine = build_engine("fast", load_model("demo-dit"), device="cpu")
     recipe = make_recipe(engine, (), speed="fp8")
     assert recipe.fp8 == set(range(1, len(recipe.schedule) - 1)) - set(recipe.captured)
     latents = torch.randn(2, *engine.model.latent_shape(), generator=torch.Generator().manual_seed(0))
@@ -179,9 +169,6 @@ def test_calls_in_fp8(form, monkeypatch):
     torch.testing.assert_close(engine.denoise(latents, 500, text), exact, rtol=0, atol=0)
     with pytest.raises(GateFailed, match="captured calls are in fp8"):
         speed_gate.check_promise(replace(recipe, fp8=frozenset(range(len(recipe.schedule)))))
-    if name == "demo":
-        whole = engine.unet.plain[0] if form == "demo" else engine.unet
-        assert engine._fp8.conv_in is whole.conv_in  # shared, as all but the products
     monkeypatch.setattr(device, "multiplies_fp8", lambda device: False)
     with pytest.raises(Refused, match="the GPU has no fp8 products"):
         make_recipe(engine, (), speed="fp8")
@@ -370,17 +357,18 @@ def test_a_speed_that_is_not_what_it_is_called_is_refused(run, name, constant, v
 )
 def test_calls_that_are_not_nearly_the_exact_ones_are_refused(run, name, call, factor, monkeypatch, capsys):
     folder, make = run
-    method = getattr(FastEngine, call)
-    monkeypatch.setattr(FastEngine, call, lambda self, *inputs: factor * method(self, *inputs))
+    kind, flags = (JointEngine, DEMO_DIT) if name == "fp8" else (FastEngine, ())
+    method = getattr(kind, call)
+    monkeypatch.setattr(kind, call, lambda self, *inputs: factor * method(self, *inputs))
     monkeypatch.setattr(speed_gate, "_figures", lambda *_: pytest.fail("images were made"))
-    assert make("--speed", name) == 4 and not folder.exists()
+    assert make("--speed", name, *flags) == 4 and not folder.exists()
     assert f"--speed {name}: a call is {'nan' if factor != 2 else '1'} from the exact one" in capsys.readouterr().err
 
 
 def test_products_in_fp8_with_scales_that_are_wrong_by_a_twentieth_are_refused(run, monkeypatch, capsys):
     folder, make = run
     monkeypatch.setattr(fp8, "to_fp8", lambda x: (to_fp8(x)[0], 1.025 * to_fp8(x)[1]))  # of both factors
-    assert make("--speed", "fp8", "--dtype", "fp32") == 4 and not folder.exists()
+    assert make("--speed", "fp8", "--dtype", "fp32", *DEMO_DIT) == 4 and not folder.exists()
     assert "--speed fp8: an output of a product is 0.06" in capsys.readouterr().err
 
 
@@ -497,6 +485,7 @@ def test_a_kill_and_two_processes_make_the_same_bytes(run, name, monkeypatch):
     _, make = run
     monkeypatch.setattr(speed_gate, "MOST_LOST", dict.fromkeys(speed_gate.MOST_LOST, 1.0))  # of 2 images
     flags = ["--speed", name, "--number", "6", "--batch-size", "1", "--dtype", "fp32"]
+    flags += DEMO_DIT if name == "fp8" else ()
     places = [run[0].with_name(place) for place in ("whole", "killed", "pair")]
     whole, killed, pair = ([*flags, "--out", str(place)] for place in places)
     assert make(*whole) == 0 and make(*pair, "--ranks", "2") == 0 and make(*killed, "--limit", "1") == 0
@@ -522,7 +511,7 @@ def test_fp8_on_a_cpu_says_that_it_saves_no_time(tmp_path, monkeypatch, capsys):
     verdict = {"name": "fp8", "number": 4, "passed": True, "measures": []}
     monkeypatch.setattr(speed_gate, "judge_speed", lambda *_: verdict)
     line = ["--out", str(tmp_path / "run"), "--number", "1", "--task", "depth", "--steps", "2", "--speed", "fp8"]
-    assert generate.main(line) == 0
+    assert generate.main([*line, *DEMO_DIT]) == 0
     assert "fp8 rounds on a CPU as on a GPU, and saves no time here" in capsys.readouterr().err
 
 

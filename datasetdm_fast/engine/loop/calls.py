@@ -179,7 +179,9 @@ def check_call_speed(engine: Engine, speed: str, reads_every_call: bool) -> None
     kind = FP8 if speed == FP8 else CACHED
     if kind not in getattr(engine, "speeds", ()):  # which engines of other packages may lack
         lack, model = (
-            ("has no fp8 products", "") if kind == FP8 else ("keeps no deep features", " with a model that has a U-Net")
+            ("has no fp8 products", " with an MM-DiT")
+            if kind == FP8
+            else ("keeps no deep features", " with a model that has a U-Net")
         )
         raise Refused(
             f"--speed {speed}: the engine {engine.name} {lack} of {engine.model.backbone.title}",

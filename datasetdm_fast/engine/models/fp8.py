@@ -1,4 +1,7 @@
-"""Products in fp8 (e4m3), with a scale for each row of the weights and of what they are multiplied with."""
+"""Products of MM-DiTs in fp8 (e4m3), with a scale for each row of the weights and of what they are multiplied with.
+
+On an H200 a call of SD 3.5 medium took 7 % less time, and one of SD 1.4 26 % more, so U-Nets have none.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,9 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from datasetdm_fast.engine.models.blocks import Block
-from datasetdm_fast.engine.models.fused import ShiftedBlock
 from datasetdm_fast.engine.models.layers import Linear
 from datasetdm_fast.engine.models.mmdit import HeadProjection, MMDiT
 from datasetdm_fast.engine.models.packed import PackedLinear
-from datasetdm_fast.engine.models.unet import AttentionBlock
 from datasetdm_fast.errors import GateFailed
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
@@ -82,33 +82,14 @@ class Fp8Projection(nn.Module):
         return product, product[..., :0]
 
 
-class Fp8ShiftedBlock(ShiftedBlock):
-    """One whose gate is an operation of its own."""
-
-    def widen(self, x: Tensor) -> Tensor:
-        return self.ops.geglu(self.wide(x))
-
-
-KINDS: dict[Any, Any] = {ShiftedBlock: Fp8ShiftedBlock}
-
-
-def with_fp8_products(network: Any) -> Any:
-    """A transformer or a U-Net that shares all but the products of its blocks, which are in fp8 where their sizes allow
-    it.
-    """
-    if isinstance(network, MMDiT):
-        return _copy(network, {"blocks": _twin_of(network.blocks)})
-    if not any(isinstance(module, AttentionBlock) for module in network.modules()):
-        return network
-    if isinstance(network, AttentionBlock):
-        return _twin_of(network)
-    network = network.plain[0] if isinstance(network, Block) else network  # csrc has no fp8
-    return _copy(network, {name: with_fp8_products(child) for name, child in network.named_children()})
+def with_fp8_products(network: MMDiT) -> MMDiT:
+    """A transformer that shares all but the products of its blocks, which are in fp8 where their sizes allow it."""
+    return cast(MMDiT, _copy(network, {"blocks": _twin_of(network.blocks)}))
 
 
 def _copy(module: Any, parts: dict[str, nn.Module]) -> Any:
     """A module with other parts, which shares the rest."""
-    twin: Any = object.__new__(KINDS.get(type(module), type(module)))
+    twin: Any = object.__new__(type(module))
     twin.__dict__ |= module.__dict__ | {"_modules": module._modules | parts}
     return twin
 

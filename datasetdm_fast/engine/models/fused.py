@@ -121,12 +121,9 @@ class ShiftedBlock(AttentionBlock):
         if k.shape[0] != h.shape[0]:
             h, q = double_halves(h), double_halves(q)
         self.text_out.add_to(h, join_heads(hook.attend(self.slot, q, k, v)))
-        self.narrow.add_to(h, self.widen(self.norm3(h, self.shift3)))
+        gated = self.ops.linear_geglu(self.norm3(h, self.shift3), self.wide.weight, self.wide.bias)
+        self.narrow.add_to(h, gated)
         return h
-
-    def widen(self, x: Tensor) -> Tensor:
-        """The first of the two feed-forward layers, gated."""
-        return self.ops.linear_geglu(x, self.wide.weight, self.wide.bias)
 
 
 class MeasuredTransformer(Transformer):

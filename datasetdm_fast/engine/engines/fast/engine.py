@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from datasetdm_fast.config import CACHED, FP8
+from datasetdm_fast.config import CACHED
 from datasetdm_fast.data import AnyCapture, AttentionSums, Capture, ProjectedCapture, Text
 from datasetdm_fast.engine.backbones.latent_space import sample_posterior, scale
 from datasetdm_fast.engine.decoders.trunk import Decoder, with_ops
@@ -78,7 +78,7 @@ class FastEngine(Engine):
     other precision convolutions of fp32 round their factors to TF32.
     """
 
-    name, speeds = "fast", (CACHED, FP8)
+    name, speeds = "fast", (CACHED,)
     _seen: tuple[int, ...] | None = None  # versions of the weights that were read, as a plan needs none
     # What is made of the weights when they are read, see `_refresh`.
     times: nn.Module
@@ -179,7 +179,7 @@ class FastEngine(Engine):
         for name in NETWORKS:
             setattr(self, name, self._build_network(name, sources))
         del sources
-        for name in (*LAZY_NETWORKS, "_wide_image_decoder", "_fp8"):
+        for name in (*LAZY_NETWORKS, "_wide_image_decoder"):
             self.__dict__.pop(name, None)
         self._seen = seen
         self._ready()
@@ -279,19 +279,6 @@ class FastEngine(Engine):
         return self._call(self._start_deep, latents, timestep, text, (deep,))[0]
 
     @engine_call
-    def denoise_in_fp8(self, latents: Tensor, timestep: float, text: Text) -> Tensor:
-        """The noise where the products of the U-Net's transformer blocks are in fp8."""
-        self._refresh(text.context)
-        self._fp8  # noqa: B018  made once, before threads ask for it
-        return self._call(self._in_fp8, latents, timestep, text)[0]
-
-    @functools.cached_property
-    def _fp8(self) -> nn.Module:
-        from datasetdm_fast.engine.models.fp8 import with_fp8_products  # which few runs need
-
-        return with_fp8_products(self.unet)
-
-    @engine_call
     def denoise_and_average(
         self, latents: Tensor, timestep: float, text: Text, class_text: Text, sums: AttentionSums
     ) -> tuple[Tensor, AttentionSums]:
@@ -372,9 +359,6 @@ class FastEngine(Engine):
 
     def _plain(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         return (self._run(CaptureHook(self.ops), *inputs),)
-
-    def _in_fp8(self, latents: Tensor, row: Tensor, *keys_values: Tensor) -> tuple[Tensor, ...]:
-        return (self._fp8(latents, row, keys_values, CaptureHook(self.ops)).float().contiguous(),)
 
     def _keep_deep(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         hook = KeptFeature(self.unet.deep, self.ops)
