@@ -145,6 +145,11 @@ def test_matching_weighs_class_entropy_and_overlap_by_their_formula():
         assert (queries.tolist(), targets.tolist()) == (wanted[0].tolist(), wanted[1].tolist())
 
 
+def drawing(count):
+    """Random numbers for each of so many images."""
+    return [torch.Generator().manual_seed(seed) for seed in range(count)]
+
+
 def test_a_wrong_answer_costs_many_times_a_right_one():
     torch.manual_seed(0)
     masks = torch.zeros(1, 16, 16)
@@ -154,16 +159,16 @@ def test_a_wrong_answer_costs_many_times_a_right_one():
         torch.stack([40 * masks - 20, -20 * torch.ones(1, 16, 16)], 1),
     )
     wrong = (right[0].flip(1), -right[1])
-    cheap, dear = (losses.set_loss(*answer, [torch.tensor([0])], [masks], 256).item() for answer in (right, wrong))
+    truth = [torch.tensor([0])], [masks], 256, drawing(1), losses.totals([1], 2)
+    cheap, dear = (losses.set_loss(*answer, *truth).item() for answer in (right, wrong))
     assert cheap < 5  # the least certain points lie on the edge, where even a right mask is half there
     assert dear > 10 * cheap
 
 
 def test_an_image_without_things_still_teaches_their_absence():
     logits = torch.zeros(1, 3, 4, requires_grad=True)
-    loss = losses.set_loss(
-        logits, torch.zeros(1, 3, 8, 8), [torch.zeros(0, dtype=torch.long)], [torch.zeros(0, 16, 16)], 64
-    )
+    nothing = [torch.zeros(0, dtype=torch.long)], [torch.zeros(0, 16, 16)]
+    loss = losses.set_loss(logits, torch.zeros(1, 3, 8, 8), *nothing, 64, drawing(1), losses.totals([0], 3))
     loss.backward()
     assert loss.item() == pytest.approx(2 * math.log(4)) and (logits.grad[..., 3] < 0).all()
 
@@ -220,11 +225,12 @@ def test_the_loss_of_heatmaps_by_its_formula(engine, source):
     for is_taught in (True, False):  # that a joint is absent
         schedule = TrainingSchedule(sigma=1.5, gain=7.0, is_absence_taught=is_taught)
         wanted = 7 * 0.5 * (error * (1 if is_taught else weights)).mean(1).sum()
-        for totals, images in ((None, 2), (losses.Totals(5), 5)):
-            told = loss_of(config, outputs, targets, [], schedule, None, totals)
+        for images in (2, 5):
+            told = loss_of(config, outputs, targets, [], schedule, drawing(2), losses.Totals(images))
             assert told.item() == pytest.approx(wanted / images, rel=1e-5)
     bins = {"x": torch.randn(2, 2, 64), "y": torch.randn(2, 2, 64)}
-    told = loss_of(replace(config, kind="simcc", upscale=0), bins, targets, [], TrainingSchedule())
+    config = replace(config, kind="simcc", upscale=0)
+    told = loss_of(config, bins, targets, [], TrainingSchedule(), drawing(2), losses.Totals(2))
     wanted = losses.axis_bins(bins["x"], bins["y"], torch.tensor(points), torch.tensor(weights)).sum() / 2
     assert told.item() == pytest.approx(wanted.item())
 
@@ -235,17 +241,13 @@ def test_the_loss_of_a_transformer_is_the_mean_of_its_layers(engine, source, mon
     layers = [{"pred_logits": torch.randn(2, 6, 8), "pred_masks": torch.randn(2, 6, 4, 4)} for _ in range(3)]
     truths = [(torch.tensor([2]), torch.rand(1, 8, 8).round()), (torch.tensor([0, 5]), torch.rand(2, 8, 8).round())]
     ids, masks, calls, loss = *map(list, zip(*truths)), [], losses.set_loss
-
-    def randoms():
-        return [torch.Generator().manual_seed(b) for b in range(2)]
-
-    own = randoms()
-    wanted = [loss(each["pred_logits"], each["pred_masks"], ids, masks, 16, own) for each in layers]
+    own, totals = drawing(2), losses.totals([1, 2], 6)
+    wanted = [loss(each["pred_logits"], each["pred_masks"], ids, masks, 16, own, totals) for each in layers]
     monkeypatch.setattr(losses, "set_loss", lambda *given: calls.append(len(given[0])) or loss(*given))
     for most, groups in ((2 * 192, [4, 2]), (1, [2, 2, 2]), (2**22, [6])):
         monkeypatch.setattr(loop, "LOGITS_AT_ONCE", most)
         outputs = {**layers[0], "aux": layers[1:]}
-        found = loss_of(config, outputs, [target()] * 2, truths, TrainingSchedule(points=16), randoms())
+        found = loss_of(config, outputs, [target()] * 2, truths, TrainingSchedule(points=16), drawing(2), totals)
         assert found.item() == pytest.approx(sum(wanted).item() / 3, rel=1e-5) and calls == groups
         calls.clear()
 
@@ -605,7 +607,7 @@ def test_small_depth_decoders_learn_by_relative_error(engine, source, is_relativ
     item = target_of(source, source[0], "depth")
     metres = torch.full((1, 1, *item.depth.shape), 2.0)
     loss = losses.relative_error if is_relative else losses.scale_invariant_log
-    found = loss_of(taught.config, {"depth": metres}, [item], [], taught.schedule)
+    found = loss_of(taught.config, {"depth": metres}, [item], [], taught.schedule, drawing(1), losses.Totals(1))
     assert found == loss(metres[:, 0], item.depth[None]).sum()
 
 
@@ -621,7 +623,8 @@ def test_the_set_loss_by_its_formula():
     mask = torch.zeros(1, 8, 8)
     mask[0, :, :4] = 1
     logits, flat = torch.randn(1, 2, 3), torch.stack([torch.full((8, 8), 3.0), torch.full((8, 8), -2.0)])[None]
-    found = losses.set_loss(logits, flat, [torch.tensor([1])], [mask], 64, [torch.Generator().manual_seed(5)])
+    given = [torch.tensor([1])], [mask], 64, [torch.Generator().manual_seed(5)], losses.totals([1], 2)
+    found = losses.set_loss(logits, flat, *given)
     drawn = losses.sample_places(1, 64, logits, torch.Generator().manual_seed(5))
     ((chosen, _),) = losses.match(logits, flat, [torch.tensor([1])], [mask], drawn[0])
     chosen = chosen.item()
@@ -644,7 +647,7 @@ def test_points_are_sampled_in_one_draw_and_most_where_masks_are_uncertain():
     assert [list(part.shape) for part in found] == [[1, 8, 2], [2, 24, 2], [2, 2, 2]]  # a quarter is taken anywhere
     drawn = torch.rand(8 + 48 + 4, 2, generator=torch.Generator().manual_seed(3))
     assert torch.equal(torch.cat([part.flatten(0, 1) for part in found]), drawn)
-    assert [len(part) for part in losses.sample_places(0, 8, torch.zeros(1))] == [1, 0, 0]
+    assert [len(part) for part in losses.sample_places(0, 8, torch.zeros(1), *drawing(1))] == [1, 0, 0]
     cells = torch.tensor([[0.25, 0.25], [0.75, 0.25], [0.25, 0.75], [0.75, 0.75]])  # of two rows of two pixels
     between, corner = torch.tensor([[0.5, 0.5]]), torch.tensor([[1.0, 1.0]])  # beyond its border a map is 0
     maps, points = torch.tensor([[[0.0, 4.0], [8.0, 12.0]]]), torch.cat([cells, between, corner])[None]

@@ -46,7 +46,7 @@ def dice(logits: Tensor, targets: Tensor) -> Tensor:
     return 1 - (2 * (inside * targets).sum(-1) + 1) / (inside.sum(-1) + targets.sum(-1) + 1)
 
 
-def sample_places(count: int, points: int, like: Tensor, generator: torch.Generator | None = None) -> list[Tensor]:
+def sample_places(count: int, points: int, like: Tensor, generator: torch.Generator) -> list[Tensor]:
     """Places [1, P, 2] to match at, [count, 3P, 2] to choose from and [count, R, 2] to take; sampled on the CPU."""
     sizes = [points, count * points * OVERSAMPLE, count * (points - int(points * UNCERTAIN))]
     parts = to_device(torch.rand(sum(sizes), 2, generator=generator), like.device).split(sizes)
@@ -99,24 +99,23 @@ def set_loss(
     mask_logits: Tensor,
     classes: Sequence[Tensor],
     masks: Sequence[Tensor],
-    points: int = 12544,
-    generators: Sequence[torch.Generator] | None = None,
-    totals_of_step: Totals | None = None,
+    points: int,
+    generators: Sequence[torch.Generator],
+    whole: Totals,
 ) -> Tensor:
     """Loss of query logits [B, Q, K+1] and [B, Q, h, w] against each image's class ids [M] and masks [M, H, W].
 
-    Each image's points have their own generator; given `totals_of_step`, losses of its gradient
-    accumulation steps add up.
+    Each image's points have their own generator; `whole` are the totals of the step, whose gradient accumulation steps
+    have losses that add up.
     """
     queries, none = class_logits.shape[1], class_logits.shape[-1] - 1
-    whole = totals_of_step or totals([len(ids) for ids in classes], queries)
     class_targets = torch.full(class_logits.shape[:2], none, device=class_logits.device)
     counts = [min(len(ids), queries) for ids in classes]
     matched_masks = None
     if any(counts):
         each = [
-            sample_places(count, points, mask_logits, generators[b] if generators else None)
-            for b, count in enumerate(counts)
+            sample_places(count, points, mask_logits, generator)
+            for count, generator in zip(counts, generators, strict=True)
         ]
         pairs = match(class_logits, mask_logits, classes, masks, torch.cat([places for places, _, _ in each]))
         # All three in one copy: every copy to a GPU costs as much as a kernel.

@@ -41,16 +41,15 @@ def loss_of(
     targets: Sequence[TrainingTarget],
     truths: Sequence[tuple[Tensor, Tensor]],
     schedule: TrainingSchedule,
-    generators: Sequence[torch.Generator] | None = None,
-    totals: losses.Totals | None = None,
+    generators: Sequence[torch.Generator],
+    totals: losses.Totals,
 ) -> Tensor:
     """The loss of a decoder's raw outputs; `truths` are the ids and masks that its queries should predict, `totals`
-    count the whole step where this is one gradient accumulation step of it.
+    count the whole step, of which this may be one gradient accumulation step.
     """
-    images = totals.images if totals else len(targets)
+    images = totals.images
     if config.has_queries:
         layers = [outputs, *outputs.get("aux", ())]
-        totals = totals or losses.totals([len(ids) for ids, _ in truths], config.queries)
         group = max(LOGITS_AT_ONCE // outputs["pred_masks"].numel(), 1)
         total = sum(
             _layers_loss(layers[k : k + group], truths, schedule.points, generators, totals)
@@ -80,15 +79,17 @@ def _truth(targets: Sequence[TrainingTarget], name: str, device: torch.device) -
 
 
 def _layers_loss(
-    layers: Sequence[Mapping], truths: Sequence[tuple[Tensor, Tensor]], points: int, generators, totals: losses.Totals
+    layers: Sequence[Mapping],
+    truths: Sequence[tuple[Tensor, Tensor]],
+    points: int,
+    generators: Sequence[torch.Generator],
+    totals: losses.Totals,
 ) -> Tensor:
     """The sum of the set losses of some layers, computed as one batch of as many times the images."""
     logits, masks = (torch.cat([layer[name].float() for layer in layers]) for name in ("pred_logits", "pred_masks"))
     ids, shapes = zip(*truths)
     copies = len(layers)
-    return losses.set_loss(
-        logits, masks, ids * copies, shapes * copies, points, list(generators) * copies if generators else None, totals
-    )
+    return losses.set_loss(logits, masks, ids * copies, shapes * copies, points, [*generators] * copies, totals)
 
 
 def sample_word(target: TrainingTarget, count: int, random: torch.Generator) -> int:
