@@ -1867,14 +1867,15 @@ class Captioned:
     """Images of things by their places in `thing_classes`, and a caption of each."""
 
     classes = thing_classes = ("wall", "ball", "cone")
-    class_table, called = None, {}
+    class_table, called, things_of = None, {}, LabelledSource.things_of
 
     def __init__(self, *items, captions_name_all=False, are_stored=True):
         self.items, self.captions_name_all, self.are_stored = items, captions_name_all, are_stored
 
     def __getitem__(self, place):
         things, caption = self.items[place]
-        return SimpleNamespace(mask_classes=np.array(things), caption=caption, named=None if self.are_stored else ())
+        facts = {"caption": caption, "named": None if self.are_stored else ()}
+        return SimpleNamespace(mask_classes=np.array(things), masks=things, **facts)
 
 
 BALL, CONE = ((0, 1), "a ball"), ((0, 2), "a cone")
