@@ -168,18 +168,12 @@ def _choose(source: LabelledSource, selection: Selection) -> Iterator[int]:
             or (selection.is_single and len(areas) > 1)
         ):
             continue
-        if needs_areas:
-            fitting = (
-                name
-                for name in known
-                if areas.get(name, 0) > selection.min_area and not 0 < limits[name] <= counts[name]
-            )
-            if (name := next(fitting, None)) is None:
-                continue
-        if must_read and not source.is_readable(index):
+        large = (name for name in known if areas.get(name, 0) > selection.min_area)
+        fitting = (name for name in large if not 0 < limits[name] <= counts[name])
+        name = next(fitting, None) if needs_areas else ""
+        if name is None or must_read and not source.is_readable(index):
             continue
-        if needs_areas:
-            counts[name] += 1
+        counts[name] += 1
         total += 1
         yield index
 
