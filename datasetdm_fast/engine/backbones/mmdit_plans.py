@@ -101,9 +101,9 @@ def _swiglu(name: str) -> dict[str, Any]:
     return {"wide": (f"{name}.linear_in",), "narrow": f"{name}.linear_out", "is_gated": True}
 
 
-def _image(modulation: str, fed: dict[str, Any], vectors: tuple[str, ...] = SIX) -> StreamPlan:
+def _image(modulation: str, fed: dict[str, Any]) -> StreamPlan:
     """The image's stream of two, as diffusers names it."""
-    return StreamPlan(QKV, NORMS, "attn.to_out.0", modulation, vectors, **fed)
+    return StreamPlan(QKV, NORMS, "attn.to_out.0", modulation, SIX, **fed)
 
 
 def _text(modulation: str, fed: dict[str, Any]) -> StreamPlan:

@@ -170,8 +170,8 @@ def numbered_lines(path: Path, *, may_be_none: bool = False, most: int = LARGEST
     return filled
 
 
-def lines(path: Path, *, most: int = LARGEST_LIST) -> list[str]:
-    return [line for _, line in numbered_lines(path, most=most)]
+def lines(path: Path) -> list[str]:
+    return [line for _, line in numbered_lines(path)]
 
 
 def pairs(path: Path) -> list[tuple[str, str]]:

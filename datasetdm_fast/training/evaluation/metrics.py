@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from datasetdm_fast.config import TASK_KINDS
-from datasetdm_fast.data import DepthMap, SemanticMap
+from datasetdm_fast.data import IGNORE, DepthMap, SemanticMap
 from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
 from datasetdm_fast.errors import Refused, nearest
@@ -75,7 +75,7 @@ class Semantic(_Overlap):
         return cls(source, _separate_unseen(source.classes, unseen))
 
     def add(self, truth: Labelled, predicted: SemanticMap) -> None:
-        known, count = truth.semantic != 255, len(self.classes)
+        known, count = truth.semantic != IGNORE, len(self.classes)
         if not known.any():
             return
         real = truth.semantic[known].astype(np.int64)
@@ -124,7 +124,7 @@ class OpenVocabulary(_Overlap):
 def _known_pixels(truth: Labelled) -> np.ndarray:
     """[H, W] bool: the pixels whose truth is known."""
     if truth.semantic is not None:
-        return truth.semantic != 255
+        return truth.semantic != IGNORE
     if truth.crowds is None:
         return np.ones(truth.image.shape[:2], bool)
     return truth.masks.any(0) | ~truth.crowds.any(0)

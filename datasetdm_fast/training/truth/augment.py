@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image
 
+from datasetdm_fast.data import IGNORE
 from datasetdm_fast.engine.labels.class_tables import find_classes, mirrored_names, mirrored_text, spoken, with_article
 from datasetdm_fast.engine.labels.pose import PERSON
 from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS, Labelled, LabelledSource
 
-IGNORE = 255
 CONTRAST, BRIGHTNESS, GAIN, SATURATION, NOISE = (0.6, 1.4), 0.2, (0.7, 1.3), (0.3, 1.4), 0.04
 GREY = np.float32([0.299, 0.587, 0.114])
 
