@@ -97,9 +97,7 @@ def tiles(machine: Machine) -> int:
             images=str(images), tiles=True, task=labels, classes=WORDS, timesteps=("100",), batch_size=2,
             out=str(folder / "run"),
         )  # fmt: skip
-        job = prepare_labelling(
-            label_spec(config, None), None, open_pictures(config.images, ""), (100,), has_tiles=True
-        )
+        job = prepare_labelling(label_spec(config), None, open_pictures(config.images, ""), (100,), has_tiles=True)
         return write_missing(job).done
 
 
@@ -214,7 +212,10 @@ def retry(machine: Machine) -> int:
 
     def fallback() -> FastEngine | None:
         with machine.within(LOAD):
-            return FastEngine.fp32_fallback(engine)
+            found = FastEngine.fp32_fallback(engine)
+            if found is not None:
+                found.prepare(1)  # its weights are read then
+            return found
 
     with mock.patch.object(engine, "fp32_fallback", fallback):
         return machine.made(engine, machine.recipe(engine, ("depth",)), Second)
