@@ -95,6 +95,12 @@ def test_links_and_pictures_lead_somewhere(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(HERE)))
+def test_no_page_has_both_sides_of_a_merge(page):
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if re.match(r"(<{7}|>{7}|\|{7}) |={7}$", line)] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(HERE)))
 def test_lines_fit(page):
     long = [line for line in page.read_text(encoding="utf-8").splitlines() if len(line) > LONGEST_LINE]
     assert [

@@ -86,7 +86,7 @@ def speeds(engine: FastEngine) -> Rows:
     release()
     if is_cached:
         fewer = (FAST, FAST_CACHED) if engine.model.defaults.steps > FAST_STEPS else ()
-        for speed in (EXACT, CACHED, *fewer, *([FP8] if FP8 in forms else [])):
+        for speed in (EXACT, CACHED, *fewer):
             found = whole_images(engine, speed, batch)
             yield {"what": f"images and labels at --speed {speed}, batch of {batch}", "ms": found}
 
