@@ -51,13 +51,14 @@ def gave_way(operations: SimpleNamespace, device: torch.device) -> list[str]:
 
 
 def is_sound(name: str, form: Callable[..., Any], device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `form` returns on `device` the result of the reference, for the inputs of the operation's probe."""
-    inputs = OPS[name].probe()
-    truth = _tensors(OPS[name].reference(*_on(inputs, torch.device("cpu"), torch.float32)))
+    """Whether `form` returns on `device` the result of the reference, for the inputs of the operation's probes."""
+    module, errors = OPS[name], list[float]()
+    probes = [module.probe(), *([module.described_probe()] if hasattr(module, "described_probe") else [])]
+    truths = [_tensors(module.reference(*_on(inputs, torch.device("cpu"), torch.float32))) for inputs in probes]
     try:
-        outputs = _tensors(form(*_on(inputs, device, dtype)))
-        pairs = zip(outputs, truth, strict=True)
-        errors = [float((output.float().cpu() - right).norm() / right.norm()) for output, right in pairs]
+        for inputs, truth in zip(probes, truths, strict=True):
+            pairs = zip(_tensors(form(*_on(inputs, device, dtype))), truth, strict=True)
+            errors += [float((output.float().cpu() - right).norm() / right.norm()) for output, right in pairs]
         worst = max(errors, key=lambda error: (error != error, error))  # no number is the worst of all
     except Exception as error:  # whatever a compiler or driver throws: the plain form always runs
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"

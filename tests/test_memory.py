@@ -36,6 +36,7 @@ from datasetdm_fast.kernels import (
     fused,
     geglu,
     image_norm,
+    launch,
     upsample_concat,
 )
 from datasetdm_fast.kernels.noise import noise
@@ -350,6 +351,18 @@ def test_the_truth_of_a_probe_is_not_rounded_as_the_kernel_is(monkeypatch):
 def test_the_probes_pass_for_the_forms_themselves(name):
     """In the precision of a run on a GPU; test_kernels.py has every form in fp32."""
     assert choice.is_sound(name, getattr(fused, name), torch.device("cpu"), torch.float16)
+
+
+@pytest.mark.skipif(not launch.IS_INTERPRETED, reason="kernels run in the interpreter where there is no GPU")
+@pytest.mark.parametrize("name", ["linear_add", "linear_geglu"])
+def test_a_product_by_descriptors_that_fails_its_probe_gives_way(name, monkeypatch):
+    """A run on a GPU with a row by descriptors would launch them, whatever they return."""
+    op = OPS[name]
+    monkeypatch.setitem(op.BLOCKS, "cpu", op.BLOCKS["sm_90"])
+    assert choice.is_sound(name, op.fused, torch.device("cpu"), torch.float16)
+    monkeypatch.setattr(op, "multiply", lambda sizes, x, weight, bias, out, **others: out.zero_())
+    with pytest.warns(RuntimeWarning, match="relative error"):
+        assert not choice.is_sound(name, op.fused, torch.device("cpu"), torch.float16)
 
 
 def test_forms_by_device(monkeypatch):

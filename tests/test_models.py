@@ -257,6 +257,14 @@ def test_weights_changed_in_place_are_read_again():
     assert relative(after, build_engine("torch", model, device="cpu").denoise(latents, 5, text)) <= STAGE
 
 
+def test_the_first_call_of_an_engine_may_have_a_text_that_another_encoded():
+    model = load_model("tiny")
+    engines = [build_engine("fast", model, device="cpu") for _ in range(2)]
+    latents, text = inputs(engines[0], 1)
+    first, second = (engine.denoise(latents, 5, text) for engine in engines)
+    assert torch.equal(first, second)
+
+
 def test_weights_of_text_encoder_and_autoencoder_changed_in_place_are_read_again():
     model = load_model("tiny")
     engine = build_engine("fast", model, device="cpu")
@@ -272,6 +280,7 @@ def test_weights_of_text_encoder_and_autoencoder_changed_in_place_are_read_again
             weight.detach().mul_(1.2)
         after, truth = call(engine), call(build_engine("torch", model, device="cpu"))
         assert relative(after, before[name]) > 0.01 and relative(after, truth) <= STAGE
+    engine.decode_image(latents)
     model.modules["vae"].post_quant_conv.weight.detach().mul_(2)
     truth = build_engine("torch", model, device="cpu").decode_image(latents)
     assert (engine.decode_image(latents).int() - truth.int()).abs().max() <= 1
