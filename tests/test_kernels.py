@@ -35,7 +35,7 @@ from datasetdm_fast.kernels import (
     pyramid,
     reference,
 )
-from datasetdm_fast.kernels.described_product import SUFFIX
+from datasetdm_fast.kernels.described_product import SUFFIX, find_described_sizes
 from datasetdm_fast.kernels.noise import noise
 
 ROOT = Path(__file__).parents[1]
@@ -140,6 +140,15 @@ def assert_within_the_budget(op, case, dtype):
         assert answer.dtype == other.dtype
         assert torch.isfinite(answer).all()
         assert distance(answer, exact) <= 2 * distance(other, exact) + FLOORS[dtype]
+
+
+@pytest.mark.parametrize("start, fits", [(0, True), (8, True), (4, False)])
+def test_descriptors_are_for_tensors_that_begin_at_whole_vectors(start, fits):
+    """A GPU refuses others where the kernel is launched."""
+    sizes = {"BLOCK_S": 64}
+    table = {launch.UNTUNED: {(f"product {SUFFIX}", 16): sizes}}
+    tensors = [torch.zeros(64).half().view(8, 8), torch.zeros(72).half()[start:][:64].view(8, 8)]
+    assert (find_described_sizes(table, "product", *tensors) is sizes) == fits
 
 
 @needs_triton

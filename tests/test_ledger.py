@@ -47,6 +47,7 @@ from datasetdm_fast.runs.run_folder.document import (
     sides,
 )
 from datasetdm_fast.runs.run_folder.folder import RunFolder, layer_with_picture
+from datasetdm_fast.runs.run_folder.indexes import Lines
 from datasetdm_fast.runs.run_folder.indexes.coco import AnnotationList, first_number
 from datasetdm_fast.runs.run_folder.ledger import (
     DONE,
@@ -1095,3 +1096,14 @@ def test_what_a_run_has_made_counts_whatever_became_of_it(tmp_path):
         folder.drop([1])
         assert folder.ledger.indices_between(0, 5) == {0, 1, 2}
     assert count_rows(tmp_path / "run") == 3
+
+
+def test_a_line_of_a_sample_has_the_texts_and_the_picture_that_it_was_made_with():
+    texts = {"negative": "fog", "class_prompt": "a ball"}
+    facts = {"picture": "a.png", "source": "00000003", "steps": 4}
+    for request, recipe in ((Request(0, "a ball", 7, **texts), facts), (Request(0, "a ball", 7), {"steps": 4})):
+        row = SimpleNamespace(request=request, files={}, labels={}, trust=None, recipe=recipe)
+        (line,) = map(json.loads, Lines.add(None, [row]))
+        expected = texts | {"picture": "a.png", "source": "00000003"} if recipe is facts else {}
+        usual = {"id", "prompt", "seed", "classes", "files", "labels"}
+        assert {name: value for name, value in line.items() if name not in usual} == expected

@@ -163,7 +163,7 @@ class Recorded:
     """A recorded call, which the CPU makes anew: of as many inputs as were recorded."""
 
     def __init__(self, run, inputs, pool, fresh=1):
-        self.run, self.count = run, len(inputs)
+        self.run, self.count, self.fresh = run, len(inputs), fresh
 
     def __call__(self, *values):
         assert len(values) == self.count
@@ -201,6 +201,8 @@ def test_every_step_and_label_of_a_gpu_has_a_recording_of_its_own(monkeypatch):
     for mine, theirs in zip(call(), expected, strict=True):
         assert mine.dtype == torch.float32 and (mine - theirs).norm() <= 1e-2 * theirs.norm()
     assert len(engine._calls.graphs) == 2 and len(engine._label_calls.graphs) == len(decoders)
+    assert all(one.fresh == 1 < one.count for one in engine._calls.graphs.values())  # texts come from tables
+    assert all(one.fresh == one.count for one in engine._label_calls.graphs.values())  # which captures do not
 
 
 def test_a_recorded_call_reads_its_first_inputs_anew_and_tables_that_are_others(monkeypatch):
@@ -358,8 +360,9 @@ def test_the_probes_pass_for_the_forms_themselves(name):
 def test_a_product_by_descriptors_that_fails_its_probe_gives_way(name, monkeypatch):
     """A run on a GPU with a row by descriptors would launch them, whatever they return."""
     op = OPS[name]
+    rows = {key: dict(sizes) for key, sizes in op.BLOCKS["sm_90"].items()}
     monkeypatch.setitem(op.BLOCKS, "cpu", op.BLOCKS["sm_90"])
-    assert choice.is_sound(name, op.fused, torch.device("cpu"), torch.float16)
+    assert choice.is_sound(name, op.fused, torch.device("cpu"), torch.float16) and op.BLOCKS["sm_90"] == rows
     monkeypatch.setattr(op, "multiply", lambda sizes, x, weight, bias, out, **others: out.zero_())
     with pytest.warns(RuntimeWarning, match="relative error"):
         assert not choice.is_sound(name, op.fused, torch.device("cpu"), torch.float16)

@@ -286,6 +286,16 @@ def test_weights_of_text_encoder_and_autoencoder_changed_in_place_are_read_again
     assert (engine.decode_image(latents).int() - truth.int()).abs().max() <= 1
 
 
+def test_an_autoencoder_in_fp32_for_images_beyond_fp16_is_read_again_too():
+    model = load_model("tiny")
+    engine = build_engine("fast", model, device="cpu")
+    latents, _ = inputs(engine, 1)
+    before = engine._wide_image_decoder(latents)
+    model.modules["vae"].post_quant_conv.weight.detach().mul_(2)
+    engine.prepare(1)
+    assert relative(engine._wide_image_decoder(latents), before) > 0.01
+
+
 def test_whatever_was_made_of_changed_weights_is_made_anew():
     """Biases of timesteps, keys of texts and of class prompts, and deep features."""
     model = with_small_unet(load_model("tiny"), FEW_ATTENTIONS)

@@ -18,7 +18,7 @@ from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.decoders.trunk import fold
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.loading import load_model
-from datasetdm_fast.engine.loop.calls import CapturedCalls
+from datasetdm_fast.engine.loop.calls import CapturedCalls, trained_calls
 from datasetdm_fast.engine.loop.inversion import invert_for
 from datasetdm_fast.engine.loop.recipe import make_recipe
 from datasetdm_fast.engine.pipeline import Pipeline
@@ -85,6 +85,12 @@ def test_a_sum_of_captures_is_what_each_projects_to_by_its_share(model):
     one = CapturedCalls(engines[1], {"depth": (4, 4, 4)})  # fewer sampler calls than the decoder reads
     one.add(4, ProjectedCapture(tuple(torch.ones(1, 2, 3, 3) for _ in range(4)), {"depth": (slice(0, 2),) * 4}))
     assert all(torch.allclose(total, torch.ones(())) for total in one.read["depth"].sums)
+
+
+def test_images_are_read_at_all_timesteps_of_their_decoders_from_the_noisiest_on():
+    timesteps = {"depth": (260, 780), "pose": 520, "semantic": None}
+    readers = {label: SimpleNamespace(capture_timestep=timestep) for label, timestep in timesteps.items()}
+    assert trained_calls(readers) == ((780, 520, 260, 0), {"depth": (2, 0), "pose": (1,), "semantic": (3,)})
 
 
 def test_the_shares_of_calls_are_trained(model):
