@@ -211,6 +211,7 @@ def test_the_race_and_the_whole_run_of_a_small_model(tmp_path, monkeypatch, know
     rows = {row["peer"]: row for row in results.rows_of(results.read(out), "peers")}
     assert list(rows) == ["diffusers", "ours", whole_run.PEER]
     assert rows["ours-run"]["images"] == whole_run.NUMBER[True] and rows["ours-run"]["images_per_second"] > 0
+    assert rows["ours-run"]["counted"] == 2  # of three batches of two the last, which follows the middle one
     assert all(row["batch"] == 2 for row in rows.values())
 
 

@@ -17,6 +17,7 @@ from datasetdm_fast.engine.backbones import every_backbone
 from datasetdm_fast.engine.decoders.checkpoint import seeded_decoders
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.engines.fast import CHUNK_PIXELS
+from datasetdm_fast.engine.engines.fast.engine import as_images
 from datasetdm_fast.engine.engines.torch import TorchEngine
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop.calls import call_text
@@ -166,6 +167,15 @@ def test_prompts_are_read_by_the_copies_that_lie_with_the_engine(opened):
     whole = reference.encode_text(PROMPTS[:1])
     assert text.context.dtype == torch.float32 and torch.equal(text.context, text.context.bfloat16().float())
     assert not torch.equal(text.context, whole.context) and distance(text.context, whole.context) < 0.03
+
+
+@pytest.mark.parametrize("opened", ["qwen-image"], indirect=True)
+def test_images_of_an_autoencoder_in_bf16_are_rounded_once(opened):
+    model, _, _, latents, *_ = opened
+    engine = build_engine("fast", model, dtype="bf16", device="cpu")
+    assert engine.image_decoder is None  # of another form, so the copy of the model's own decodes
+    decoded = engine.reference.decode(latents)
+    assert decoded.dtype == torch.bfloat16 and torch.equal(engine.decode_image(latents), as_images(decoded)[0])
 
 
 def test_averages_of_attention_are_the_references(opened):

@@ -286,7 +286,9 @@ def test_the_table_of_a_gpu_says_what_a_cut_run_covers_and_who_raced_before(docu
     older |= {
         "parts": {"peers": {"rows": [peer("ours", (0.5,) * 3), peer("upstream", (3.0,) * 3), peer("x", (4.0,) * 3)]}}
     }
-    text = report.gpu_front({"gpu": now, "gpu before 0": before, "gpu before 1": older}, "charts")
+    found = {"gpu": now, "gpu before 0": before, "gpu before 1": older}
+    another = {"machine": machine | {"device": "another GPU"}, "parts": {"peers": {"rows": [peer("y", (5.0,) * 3)]}}}
+    text = report.gpu_front(found | {"gpu before 2": before | another}, "charts")
     assert "had made 96 images when its time was up, and the last 64 count, at 690 W" in text
     assert [line.split(" | ")[0] for line in text.splitlines()[2:6]] == [
         "| title of x <&>",

@@ -99,7 +99,7 @@ class TorchEngine(Engine):
 
     @engine_call
     def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:  # images, [B] bool
-        decoded = self.reference.decode(latents)
+        decoded = self.reference.decode(latents).float()  # of an autoencoder in bf16, 8 bits are too few for a shade
         # rounded down, as DatasetDM does; diffusers rounds to the nearest
         images = ((decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255).to(torch.uint8)
         return images, decoded.isfinite().flatten(1).all(1)
