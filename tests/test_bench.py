@@ -621,7 +621,8 @@ def test_a_turn_is_an_image_and_calls_in_a_process_that_holds_no_other_engine():
     assert len(turn.images_s) == alone.IMAGES and all(0 < seconds < 60 for seconds in turn.images_s)
     assert len(turn.calls_s) == alone.CALLS and 0 < min(turn.calls_s) < min(turn.images_s)
     assert turn.peak > 100 << 20 and turn.load_s > 0 and turn.first_s > 0
-    row = alone.compared(alone.TurnConfig("tiny", 2, 1), "ours-1")
+    config = alone.TurnConfig("tiny", 2, 1)
+    row = alone.compared(config, "ours-1", alone.answered(config, []))
     assert row["status"] == "ok" and row["parity"] and row["batch"] == 1
 
 
