@@ -203,6 +203,13 @@ def test_a_run_on_a_gpu_is_in_order():
     assert found["samples"] == 12 and found["replays"] == 33 and found["kernels"] > 20
 
 
+def test_so_is_a_run_of_an_mmdit():
+    """Its text, too, lies on the GPU, where no call has to wait for it."""
+    found = rehearsed("--model", "tiny", "--scenario", "joint", "--batches", "1", "--batch", "2")
+    assert found["findings"] == [] and found["code"] == 0, found["findings"]
+    assert found["samples"] == 4
+
+
 @long_test
 def test_so_are_labels_of_pictures_that_exist():
     """A decoder and attention read them: encoder, noise, a captured call, two that add up attention."""
