@@ -96,7 +96,7 @@ def whole_images(engine: FastEngine, speed: str, batch: int) -> dict[str, float]
     recipe = make_recipe(engine, TASKS, profile=PROFILE, speed=speed)
     requests = [Request(index, "a photo of a cat on a chair", index) for index in range(3 * batch)]
     batches = [Batch(number, tuple(requests[number * batch :][:batch])) for number in range(3)]
-    next(iter(generate(batches[:1], engine, recipe)))
+    list(generate(batches[:1], engine, recipe))
     wait(engine.device)
     begin = time.perf_counter()
     made = sum(len(results) for _, results in generate(batches[1:], engine, recipe))
