@@ -707,7 +707,7 @@ def test_a_file_of_chunks_ends_with_the_last_of_them():
 @pytest.mark.parametrize("sides", [(2, 4), (4, 2)])
 def test_without_a_map_a_sample_ignores_the_regions_that_were_corrected(sides):
     view = object.__new__(SampleView)
-    view.run, (view.height, view.width) = SimpleNamespace(labels={}, is_partial=False), sides
+    view.plan, (view.height, view.width) = SimpleNamespace(labels={}, is_partial=False), sides
     for correction, count in ((None, 0), (Correction(ignored=((0, 1, 1, 2),)), 1)):
         view._correction = correction
         assert view.ignored.shape == sides and view.ignored.sum() == count and view.ignored[1, 0] == bool(count)

@@ -686,7 +686,8 @@ def test_shards_hold_every_sample_of_a_split_once():
 def test_a_picture_keeps_its_form_where_a_format_has_it(monkeypatch, stored, asked, forms, form, is_linked):
     made = object.__new__(format.SampleView)
     made.stored = SimpleNamespace(row=SimpleNamespace(files={"image": RowFile(f"images/a.{stored}", None)}))
-    made.pictures, made.image = PictureSettings(image_format=asked, quality=80), "pixels"
+    made.plan = SimpleNamespace(pictures=PictureSettings(image_format=asked, quality=80))
+    made.image = "pixels"
     monkeypatch.setattr(format.SampleView, "link_file", lambda self, role: f"link of {role}")
     monkeypatch.setattr(format, "image_bytes", lambda *given: given)
     content = "link of image" if is_linked else ("pixels", form, 80)
@@ -706,9 +707,9 @@ def test_persons_without_joints_or_of_a_low_score_are_left_out():
     made = object.__new__(format.SampleView)
     row = {"keypoints": [1, 2, 2], "keypoint_scores": [0.5], "area": 4, "bbox": [0, 0, 2, 2]}
     people = [row | {"num_keypoints": count, "score": score} for count, score in ((1, 0.5), (0, 0.9), (2, 0.49))]
-    made.run = SimpleNamespace(labels={"pose": "pose"}, person="person")
+    chosen = {"labels": {"pose": "pose"}, "people": ("person",), "pictures": PictureSettings(least_score=0.5)}
+    made.plan = SimpleNamespace(**chosen)
     made.stored = SimpleNamespace(row=SimpleNamespace(labels={"pose": people}))
-    made.pictures = PictureSettings(least_score=0.5)
     (person,) = made.people
     assert (person.name, person.score, person.area, person.joints.tolist()) == ("person", 0.5, 4.0, [[1, 2, 2]])
 

@@ -15,7 +15,7 @@ from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.plugins import load_place
 from datasetdm_fast.runs.exporting import export_folder
-from datasetdm_fast.runs.exporting.classes import PERSON, Renaming, collect_classes
+from datasetdm_fast.runs.exporting.classes import Renaming, collect_classes
 from datasetdm_fast.runs.exporting.export_folder import DoneSample, ExportFolder, StoredExport
 from datasetdm_fast.runs.exporting.format import (
     AllSamples,
@@ -25,7 +25,6 @@ from datasetdm_fast.runs.exporting.format import (
     Files,
     Format,
     Linked,
-    RunView,
     SampleView,
 )
 from datasetdm_fast.runs.exporting.settings import LayoutSettings, PictureSettings
@@ -115,12 +114,9 @@ class Conversion:
         self.formats: dict[str, Format] = {name: open_format(name) for name in formats}
         document, renamed = source.run.document, Renaming.parse(renaming)
         classes = collect_classes(document, source.labels, renamed)
-        self.run_view = RunView.of(document, source.labels, classes, renamed)
         self.splits, digest = self._read_samples()
-        tables = self._read_tables(renamed(PERSON))
-        self.plan = ExportPlan(
-            classes, self.splits, frozenset(source.labels), **tables, pictures=pictures, layout=layout
-        )
+        chosen = {"splits": self.splits, "pictures": pictures, "layout": layout}
+        self.plan = ExportPlan.of(document, source.labels, classes, renamed, **chosen)
         for name, format in self.formats.items():
             format.check(name, self.plan)
         licences = {document["model"]["licence"], *(entry["licence"] for entry in document["decoders"].values())}
@@ -135,17 +131,6 @@ class Conversion:
             "licences": sorted(licences),
         }
         self.is_complete = export_folder.check_target(folder, self.description)
-
-    def _read_tables(self, person: str) -> dict[str, Any]:
-        """Joints, limbs and the farthest depth of the run."""
-        tables = {task: self.source.run.document["labels"][label] for task, label in self.source.labels.items()}
-        people = tables.get("pose")
-        return {
-            "people": (person,) if people and person else (),
-            "joints": tuple(people["joints"]) if people else (),
-            "limbs": tuple((int(a), int(b)) for a, b in people["limbs"]) if people else (),
-            "max_depth": float(tables["depth"]["max_depth"]) if "depth" in tables else 0.0,
-        }
 
     def _read_samples(self) -> tuple[dict[str, int], str]:
         """The number of samples in each split, and the digest of all samples."""
@@ -239,9 +224,8 @@ class Conversion:
         return self._view(self.source.run[f"{number:08d}"])
 
     def _view(self, stored: StoredSample) -> SampleView:
-        number, split = stored.row.request.index, self.source.split_of(stored.row)
-        correction = self.source.corrections.get(number)
-        return SampleView(stored, number, split, self.run_view, self.plan.pictures, correction)
+        correction = self.source.corrections.get(stored.row.request.index)
+        return SampleView(stored, self.source.split_of(stored.row), self.plan, correction)
 
     def _write(self, opened: ExportFolder, block: Sequence[SampleView]) -> list[DoneSample]:
         contents: list[dict[str, Content]] = []

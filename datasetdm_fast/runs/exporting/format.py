@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -51,29 +51,54 @@ Content = bytes | Linked
 
 
 @dataclass(frozen=True)
-class RunView:
-    """Facts that the samples of one run share."""
+class ExportPlan:
+    """Facts of a run and of its export that all files follow."""
 
     labels: Mapping[str, str]  # task -> label of the run
+    classes: Classes
+    splits: Mapping[str, int]  # name -> samples
     things: Mapping[int, str]  # category in the run's records -> class name in the export
     numbers: np.ndarray  # [256] uint8: value of the run's label map -> number in the export
-    person: str  # class name of persons with joints
     is_partial: bool  # whether 255 in the run's label map is also what lies outside of another label
+    people: tuple[str, ...]  # the class of persons with joints, where there are any
+    joints: tuple[str, ...]
+    limbs: tuple[tuple[int, int], ...]
+    max_depth: float
+    pictures: PictureSettings
+    layout: LayoutSettings
+
+    @property
+    def tasks(self) -> frozenset[str]:
+        return frozenset(self.labels)
 
     @classmethod
     def of(
-        cls, document: Mapping[str, Any], labels: Mapping[str, str], classes: Classes, renamed: Renaming
-    ) -> "RunView":
-        things = class_names(document, labels["instance"]) if "instance" in labels else {}
-        things = {number: new for number, name in things.items() if (new := renamed(name)) in classes.things}
-        maps, is_partial = {}, False
-        if label := labels.get("semantic"):
-            maps = class_names(document, label)
-            combined = [text for run in runs_of(document) for text in run["config"].get("combine", ())]
-            limited = {text.partition(" within ")[0] for text in combined}
-            is_within = not limited.isdisjoint({label, LabelName.parse(label).decoder} - {""})
-            is_partial = is_within and BACKGROUND not in document["labels"][label]["classes"]
-        return cls(labels, things, number_lookup(maps, classes, renamed), renamed(PERSON), is_partial)
+        cls, document: Mapping[str, Any], labels: Mapping[str, str], classes: Classes, renamed: Renaming, **chosen: Any
+    ) -> Self:
+        """The plan of a run by its run.json; `chosen` are splits, pictures and layout."""
+        names = {task: class_names(document, labels[task]) for task in ("semantic", "instance") if task in labels}
+        things = {number: renamed(name) for number, name in names.get("instance", {}).items()}
+        tables = {task: document["labels"][label] for task, label in labels.items()}
+        people, person = tables.get("pose"), renamed(PERSON)
+        return cls(
+            labels,
+            classes,
+            things={number: name for number, name in things.items() if name in classes.things},
+            numbers=number_lookup(names.get("semantic", {}), classes, renamed),
+            is_partial="semantic" in labels and _is_partial(document, labels["semantic"]),
+            people=(person,) if people and person else (),
+            joints=tuple(people["joints"]) if people else (),
+            limbs=tuple((int(a), int(b)) for a, b in people["limbs"]) if people else (),
+            max_depth=float(tables["depth"]["max_depth"]) if "depth" in tables else 0.0,
+            **chosen,
+        )
+
+
+def _is_partial(document: Mapping[str, Any], label: str) -> bool:
+    combined = [text for run in runs_of(document) for text in run["config"].get("combine", ())]
+    limited = {text.partition(" within ")[0] for text in combined}
+    is_within = not limited.isdisjoint({label, LabelName.parse(label).decoder} - {""})
+    return is_within and BACKGROUND not in document["labels"][label]["classes"]
 
 
 @dataclass(frozen=True)
@@ -106,20 +131,12 @@ class ExportedPerson:
 class SampleView:
     """One sample of an export; pixels are read on first use, and compared with their digests."""
 
-    def __init__(
-        self,
-        stored: StoredSample,
-        number: int,
-        split: str,
-        run: RunView,
-        pictures: PictureSettings,
-        correction: Correction | None = None,
-    ):
-        self.number, self.split, self.run, self.pictures = number, split, run, pictures
+    def __init__(self, stored: StoredSample, split: str, plan: ExportPlan, correction: Correction | None):
+        self.number, self.split, self.plan = stored.row.request.index, split, plan
         self._written, self._correction = stored.row, correction
         row = correction.correct_row(stored.row, stored.document["labels"]) if correction else stored.row
         self.stored = replace(stored, row=row)
-        self.name = f"{number:08d}"
+        self.name = f"{self.number:08d}"
         self.height, self.width = sides(stored.document, stored.row.recipe)
 
     @property
@@ -152,12 +169,12 @@ class SampleView:
     def picture(self, forms: Sequence[str]) -> tuple[str, Content]:
         """The image as a file of one of these forms, png or jpg, and its ending."""
         stored = self.stored.row.files["image"].path.rpartition(".")[2]
-        form = stored if self.pictures.image_format == "same" else self.pictures.image_format
+        form = stored if self.plan.pictures.image_format == "same" else self.plan.pictures.image_format
         if form not in forms:
             form = forms[0]
         if form == stored:
             return form, self.link_file("image")
-        return form, image_bytes(self.image, form, self.pictures.quality)
+        return form, image_bytes(self.image, form, self.plan.pictures.quality)
 
     def link_file(self, role: str) -> Content:
         """A file of the run, as it is; of one that is in a shard its bytes."""
@@ -170,7 +187,7 @@ class SampleView:
     @cached_property
     def _map(self) -> np.ndarray:  # [H, W] uint8
         """The label map of the run, as it was corrected."""
-        label = self.run.labels["semantic"]
+        label = self.plan.labels["semantic"]
         labels, document = self._pixels(kind_of(label).roles[0]), self.stored.document
         if not self._correction:
             return labels
@@ -179,18 +196,18 @@ class SampleView:
     @property
     def semantic(self) -> np.ndarray:  # [H, W] uint8
         """Class numbers of the export, 0 = background, 255 = ignored."""
-        return self.run.numbers[self._map]
+        return self.plan.numbers[self._map]
 
     @property
     def ignored(self) -> np.ndarray:  # [H, W] bool
         """Where the corrected label map is ignored: not classes that the export leaves out, nor what lies outside."""
-        if "semantic" in self.run.labels and not self.run.is_partial:
+        if "semantic" in self.plan.labels and not self.plan.is_partial:
             return self._map == IGNORED
         return (self._correction or Correction()).region((self.height, self.width))
 
     def depth_file(self, steps: float) -> Content:
         """A 16-bit PNG with so many steps to the metre; depths that it has no number for are 0, as unknown ones."""
-        label = self.run.labels["depth"]
+        label = self.plan.labels["depth"]
         kind, table = kind_of(label), self.stored.document["labels"][label]
         if UNITS[table.get("unit", DEFAULT_UNIT)] == steps:
             return self.link_file(kind.roles[0])
@@ -202,11 +219,11 @@ class SampleView:
     @cached_property
     def things(self) -> tuple[ExportedThing, ...]:
         """Instances in the order of the run."""
-        label = self.run.labels["instance"]
+        label = self.plan.labels["instance"]
         things = []
         for item in self.stored.row.labels[label]:
-            name = self.run.things.get(item["category_id"])
-            if name is None or item["score"] < self.pictures.least_score:
+            name = self.plan.things.get(item["category_id"])
+            if name is None or item["score"] < self.plan.pictures.least_score:
                 continue
             things.append(ExportedThing(name, item["score"], item["segmentation"], item["area"], tuple(item["bbox"])))
         return tuple(things)
@@ -222,13 +239,13 @@ class SampleView:
     @cached_property
     def people(self) -> tuple[ExportedPerson, ...]:
         """Persons with at least one joint, in the order of the run."""
-        label, people, name = self.run.labels["pose"], [], self.run.person
-        for item in self.stored.row.labels[label]:
-            if not (name and item["num_keypoints"] and item["score"] >= self.pictures.least_score):
+        people = []
+        for item in self.stored.row.labels[self.plan.labels["pose"]]:
+            if not (self.plan.people and item["num_keypoints"] and item["score"] >= self.plan.pictures.least_score):
                 continue
             joints = np.array(item["keypoints"], np.float64).reshape(-1, 3)
             scores, area, box = tuple(item["keypoint_scores"]), float(item["area"]), tuple(item["bbox"])
-            people.append(ExportedPerson(name, joints, scores, item["score"], area, box))
+            people.append(ExportedPerson(self.plan.people[0], joints, scores, item["score"], area, box))
         return tuple(people)
 
 
@@ -242,21 +259,6 @@ class AllSamples:
 
     entries: Callable[[str], Iterator[Entry]]  # of the samples of a split, in order
     views: Callable[[str, int, int], Iterator[SampleView]]  # samples of a split, from one position to another
-
-
-@dataclass(frozen=True)
-class ExportPlan:
-    """Facts of an export that all of its files follow."""
-
-    classes: Classes
-    splits: Mapping[str, int]  # name -> samples
-    tasks: frozenset[str]
-    people: tuple[str, ...]  # the class of persons with joints, where there are any
-    joints: tuple[str, ...]
-    limbs: tuple[tuple[int, int], ...]
-    max_depth: float
-    pictures: PictureSettings
-    layout: LayoutSettings
 
 
 class Format(ABC):
