@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from datasetdm_fast.command_line.run_settings import read_spec, restore_settings
-from datasetdm_fast.runs.jobs import remake
+from datasetdm_fast.runs.jobs import remake, run
 from datasetdm_fast.runs.jobs.job import Job
 from datasetdm_fast.runs.jobs.remake import find_remake_row
-from datasetdm_fast.runs.jobs.run import RunQueue, prepare_job
 from datasetdm_fast.runs.jobs.writing import Result
 from datasetdm_fast.runs.run_folder.document import read_document
 from datasetdm_fast.runs.run_settings import LabelSettings, RunConfig
@@ -17,7 +16,7 @@ from datasetdm_fast.settings import EngineSettings, ModelSettings, SamplingSetti
 
 def prepare(config: RunConfig, **options: Any) -> Job:
     spec = read_spec(config)
-    return prepare_job(spec, read_document(spec.folder), **options)
+    return run.prepare_job(spec, read_document(spec.folder), **options)
 
 
 def prepare_remake(config: RunConfig, provided: Collection[str] = ()) -> Callable[[], list[str]]:
@@ -30,4 +29,4 @@ def prepare_remake(config: RunConfig, provided: Collection[str] = ()) -> Callabl
 
 def find_result(config: RunConfig) -> Result | None:
     """The result of a run with nothing left to do."""
-    return RunQueue.open(Path(config.out)).decide(read_spec(config)).result
+    return run.find_result(read_spec(config), read_document(Path(config.out)))

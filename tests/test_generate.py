@@ -631,11 +631,14 @@ def test_a_process_counts_its_share_and_judges_a_speed_once(
 ):
     seen, judged = [], []
     monkeypatch.setattr(generate, "ImageProgress", lambda **given: seen.append(given["images"]) or nullcontext(Mock()))
-    monkeypatch.setattr(generate, "admit_job", lambda run, spec, screen, verify: judged.append(verify))
+    monkeypatch.setattr(generate, "admit_job", lambda spec, stored, screen, verify: judged.append(verify))
+    for name in ("tries_half", "may_differ"):
+        monkeypatch.setattr(generate, name, lambda spec, stored: False)
+    monkeypatch.setattr(generate, "count_rows", lambda folder: 3)
     config = SimpleNamespace(limit=limit, verify=verify, speed=speed, quiet=True)
-    spec, launch = SimpleNamespace(folder=tmp_path), SimpleNamespace(processes=3, may_compare=True)
-    launch.run = lambda spec, callbacks: "a result"
-    run = SimpleNamespace(stored=stored, tries_half=lambda spec: False, may_differ=lambda spec: False)
-    arguments = (config, spec, run, SimpleNamespace(missing=7), launch, MagicMock())
-    assert generate._write(*arguments) == "a result" and seen == [counted]
+    spec, peer = SimpleNamespace(folder=tmp_path, number=10), SimpleNamespace(world=3)
+    for process in (peer, None):
+        arguments = (config, spec, stored, lambda spec, callbacks: "a result", process, MagicMock())
+        assert generate._write(*arguments) == "a result"
+    assert seen == [counted, limit or 7]
     assert judged == ([] if stored == {} and not verify else [verify])  # the samples of a run have been judged

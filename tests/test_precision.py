@@ -112,10 +112,10 @@ def test_what_compares_nothing(tmp_path, halved, monkeypatch):
         changed = replace(
             spec, number=number, engine=replace(spec.engine, **engine), labels=replace(spec.labels, **labels)
         )
-        return run.RunQueue(spec.folder, None).tries_half(changed)
+        return run.tries_half(changed, None)
 
     assert tries_half(task=("attention",)) and tries_half() and not any(tries_half(**each) for each in others)
-    assert not run.RunQueue(spec.folder, {}).tries_half(spec)
+    assert not run.tries_half(spec, {})
 
 
 def test_a_device_without_half_precision_stays_in_fp32(halved, monkeypatch):

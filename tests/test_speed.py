@@ -442,10 +442,10 @@ def test_an_engine_that_differs_from_that_of_a_run_is_held_to_its_samples_before
     job = SimpleNamespace(differing=differing, document={}, plan=SimpleNamespace(number=3))
     monkeypatch.setattr(admission, "prepare_job", lambda spec, stored, mixes: job)
     monkeypatch.setattr(admission, "_check_engine", lambda job, screen: checked.append("samples") or job)
-    monkeypatch.setattr(admission, "_verify", lambda job, run, number, screen: checked.append(number) or job)
-    run = SimpleNamespace(tries_half=lambda spec: False, stored={})
+    monkeypatch.setattr(admission, "_verify", lambda job, stored, number, screen: checked.append(number) or job)
+    monkeypatch.setattr(admission, "tries_half", lambda spec, stored: False)
     spec = SimpleNamespace(sampling=SimpleNamespace(speed=EXACT))
-    assert admission.admit_job(run, spec, None, verify=8) is job
+    assert admission.admit_job(spec, {}, None, verify=8) is job
     assert checked == (["samples"] if differing else []) + [3]
 
 

@@ -695,7 +695,7 @@ def test_a_run_is_compared_once_and_its_verdict_kept(tmp_path, monkeypatch, is_s
     job = Job(tmp_path, None, SimpleNamespace(name="fast"), None, {"verified": {"number": 4}})
     screen = admission.Screen(told.append, lambda title, count: calls.append((title, count)) or nullcontext())
     with pytest.raises(GateFailed, match="--verify 3: .* fast .*image, depth; nothing") if failed else nullcontext():
-        checked = admission._verify(job, SimpleNamespace(stored=before if is_stored else None), 3, screen)
+        checked = admission._verify(job, before if is_stored else None, 3, screen)
     assert asked == [({"number": 5 if is_stored else 4}, job.engine, 3)]
     if failed or holds:
         assert not noted and calls == ([("verify", 30)] if failed else [])
@@ -804,10 +804,10 @@ def test_stored_samples_are_held_to_the_limits_of_fp32_only_where_both_engines_a
 def test_no_more_samples_are_compared_than_a_run_has(monkeypatch, asked, compared):
     job, numbers = SimpleNamespace(plan=SimpleNamespace(number=3), differing=(), document={}), []
     monkeypatch.setattr(admission, "prepare_job", lambda *_, **__: job)
-    monkeypatch.setattr(admission, "_verify", lambda job, run, number, screen: numbers.append(number) or job)
-    run = SimpleNamespace(tries_half=lambda spec: False, stored=None)
+    monkeypatch.setattr(admission, "_verify", lambda job, stored, number, screen: numbers.append(number) or job)
+    monkeypatch.setattr(admission, "tries_half", lambda spec, stored: False)
     spec = SimpleNamespace(sampling=SimpleNamespace(speed=SPEEDS[0]))
-    assert admission.admit_job(run, spec, None, verify=asked) is job and numbers == compared
+    assert admission.admit_job(spec, None, None, verify=asked) is job and numbers == compared
 
 
 def test_the_text_of_prompts_and_of_class_prompts_and_every_output_of_a_decoder_are_compared():

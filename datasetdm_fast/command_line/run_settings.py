@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -267,26 +267,21 @@ def without_whole_labels(config: LabelConfig, provided: Collection[str]) -> Labe
     return replace(config, task=tuple(task for task in config.task if task not in whole))
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One way to make the samples of a run."""
-
-    run: Callable[[RunSpec, Callbacks], Result] | None = None  # None: this process makes them, and so needs the job
-    processes: int = 1  # like this one, among which the samples are divided
-    may_compare: bool = True  # whether this process may compare engines before the others start
-
-
-def choose_launch(spec: RunSpec, workers: WorkerSettings, peer: LaunchedProcess | None) -> tuple[RunSpec, Launch]:
-    """The way that the flags and the environment ask for, and the run with the threads that each process has."""
+def choose_launch(
+    spec: RunSpec, workers: WorkerSettings, peer: LaunchedProcess | None
+) -> tuple[RunSpec, Callable[[RunSpec, Callbacks], Result] | None]:
+    """The run with the threads that each process has, and what makes its samples in several processes, as flags and
+    environment ask for; None where this one makes them.
+    """
     device, threads = spec.engine.device, spec.engine.threads
     if peer:
         from datasetdm_fast.runs.workers.launched import run_launched
 
         threads = take_share(peer, workers, device, threads)
         spec = replace(spec, engine=replace(spec.engine, threads=threads))
-        return spec, Launch(partial(run_launched, peer), peer.world, may_compare=False)
+        return spec, partial(run_launched, peer)
     if places := find_places(workers, device, threads):
         from datasetdm_fast.runs.workers.spawn import run_spawned
 
-        return spec, Launch(partial(run_spawned, places))
-    return spec, Launch()
+        return spec, partial(run_spawned, places)
+    return spec, None

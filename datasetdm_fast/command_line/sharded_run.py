@@ -13,7 +13,7 @@ from datasetdm_fast.config import EXACT
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.agreement.admission import Screen, admit_job
 from datasetdm_fast.runs.jobs.job import build_job
-from datasetdm_fast.runs.jobs.run import RunQueue
+from datasetdm_fast.runs.jobs.run import tries_half
 from datasetdm_fast.runs.jobs.writing import result_of
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, pretty
 from datasetdm_fast.runs.run_folder.shard_places import ObjectStore, ShardPlace, is_url, shard_place
@@ -77,11 +77,10 @@ def generate_shards(config: RunConfig, spec: RunSpec, peer: LaunchedProcess | No
 
 def _begin(config: RunConfig, spec: RunSpec, place: ShardPlace) -> None:
     """Writes run.json where samples are to be judged first, with the verdict."""
-    run = RunQueue(spec.folder, None)
-    if config.verify or config.speed != EXACT or run.tries_half(spec):
+    if config.verify or config.speed != EXACT or tries_half(spec, None):
         open_place(place)
         screen = Screen(partial(print_lines, config), partial(run_report.show_calls, config.quiet))
-        job = admit_job(run, spec, screen, verify=config.verify)
+        job = admit_job(spec, None, screen, verify=config.verify)
         place.create(DOCUMENT, pretty(job.document))
 
 

@@ -44,12 +44,12 @@ def generate(script: Generator, line: Line, same_command: str) -> int:
     from datasetdm_fast.compat.showlab import generating
 
     settings, order = SimpleNamespace(**line.values), script.order(line)
-    spec, run, result = generating.open_order(order)
+    spec, stored, result = generating.open_order(order)
     interruption = Interruption(settings.quiet)
     if result is not None:
         print_lines(settings, f"{order.out}: complete with {count_noun(result.done, 'image')}, nothing to do")
     else:
-        job = generating.prepare(order, spec, run)
+        job = generating.prepare(order, spec, stored)
         print_lines(settings, *generating.rows(order, job))
         if settings.dry_run:
             for item in order.items:

@@ -19,9 +19,9 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.loop import driver, labelling
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.jobs.job import Job
-from datasetdm_fast.runs.jobs.run import RunQueue, prepare_job, settle
+from datasetdm_fast.runs.jobs.run import comparable_settings, prepare_job, settle
 from datasetdm_fast.runs.jobs.writing import Result, write_missing
-from datasetdm_fast.runs.run_folder.document import LEDGER, check_same
+from datasetdm_fast.runs.run_folder.document import LEDGER, check_same, read_document
 from datasetdm_fast.runs.run_folder.ledger import DONE, Ledger
 from datasetdm_fast.runs.run_settings import RunSpec
 
@@ -85,30 +85,30 @@ def spec_of(order: Order, stored: Mapping[str, Any] | None) -> RunSpec:
     return replace(spec, identity=identity, may_mix=False)
 
 
-def open_order(order: Order) -> tuple[RunSpec, RunQueue, Result | None]:
-    """The run of an order, its folder, and the result if nothing is missing; files of another run are refused."""
+def open_order(order: Order) -> tuple[RunSpec, Mapping[str, Any] | None, Result | None]:
+    """The run of an order, its run.json, and the result if nothing is missing; files of another run are refused."""
     check_output("--outdir", str(order.out), "folder")
-    run = RunQueue.open(order.run_folder)
-    spec = spec_of(order, run.stored)
-    if run.stored is not None:
-        check_same(run.folder, {"config": run.stored["config"]}, {"config": run.comparable_settings(spec)})
+    stored = read_document(order.run_folder)
+    spec = spec_of(order, stored)
+    if stored is not None:
+        check_same(spec.folder, {"config": stored["config"]}, {"config": comparable_settings(spec, stored)})
         if missing_files(order):
-            return spec, run, None
-        return spec, run, settle(run.folder, run.stored, spec.number, is_dry=order.line["dry_run"])
+            return spec, stored, None
+        return spec, stored, settle(spec.folder, stored, spec.number, is_dry=order.line["dry_run"])
     for folder in (order.out / name for name in (IMAGES, order.script.folder)):
         if folder.is_dir() and any(path.name != RUN and not storage.is_temporary(path) for path in folder.iterdir()):
             raise Refused(
                 f"--outdir {order.out}: {folder} holds files of another run, and nothing is overwritten",
                 "Choose another --outdir.",
             )
-    return spec, run, None
+    return spec, None, None
 
 
-def prepare(order: Order, spec: RunSpec, run: RunQueue) -> Job:
+def prepare(order: Order, spec: RunSpec, stored: Mapping[str, Any] | None) -> Job:
     """The job of an order, checked in full, before anything is written."""
     remedy = "Name the file with the weights of the decoder."
     check_present(order.line.path("grounding_ckpt"), "--grounding_ckpt", remedy)
-    job = prepare_job(spec, run.stored)
+    job = prepare_job(spec, stored)
     line = {"script": order.line.script, "values": dict(order.line.values)}
     return replace(
         job, document=job.document | {"command": COMMAND, "line": line}, generator=partial(FilingGenerator, order=order)

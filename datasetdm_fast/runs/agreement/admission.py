@@ -1,6 +1,6 @@
 """Comparisons before a run begins: whether its engine, in the precision that was chosen, may make its samples."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -9,7 +9,7 @@ from datasetdm_fast.config import EXACT, FP8, HALF, REFERENCE
 from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.runs.jobs.job import Job, recipe_of
-from datasetdm_fast.runs.jobs.run import RunQueue, prepare_job
+from datasetdm_fast.runs.jobs.run import prepare_job, tries_half
 from datasetdm_fast.runs.run_folder.document import figures_in_words
 from datasetdm_fast.runs.run_folder.folder import note
 from datasetdm_fast.runs.run_settings import RunSpec
@@ -26,15 +26,15 @@ class Screen:
     show_calls: Callable[[str, int], AbstractContextManager[Callable[[], Any]]]
 
 
-def admit_job(run: RunQueue, spec: RunSpec, screen: Screen, *, verify: int = 0) -> Job:
+def admit_job(spec: RunSpec, stored: Mapping[str, Any] | None, screen: Screen, *, verify: int = 0) -> Job:
     """The job in the precision that `--dtype auto` takes, once its engine, and its speed, passed what they have to."""
-    if run.tries_half(spec):
+    if tries_half(spec, stored):
         job = _choose_precision(spec, screen)
     else:
-        job = prepare_job(spec, run.stored, mixes=True)
+        job = prepare_job(spec, stored, mixes=True)
         if job.differing:
             job = _check_engine(job, screen)
-    job = _verify(job, run, min(verify, job.plan.number), screen) if verify else job
+    job = _verify(job, stored, min(verify, job.plan.number), screen) if verify else job
     return job if spec.sampling.speed == EXACT or "speed" in job.document else _judge_speed(job, spec, screen)
 
 
@@ -108,7 +108,7 @@ def _check_engine(job: Job, screen: Screen) -> Job:
     return replace(job, document=job.document | {"mixed": engines}, differing=())
 
 
-def _verify(job: Job, run: RunQueue, number: int, screen: Screen) -> Job:
+def _verify(job: Job, stored: Mapping[str, Any] | None, number: int, screen: Screen) -> Job:
     """The job with the verdict on its engine, a stored one where that still holds."""
     from datasetdm_fast.runs.agreement.comparing import (
         compare_with_reference,
@@ -117,7 +117,7 @@ def _verify(job: Job, run: RunQueue, number: int, screen: Screen) -> Job:
         still_holds,
     )
 
-    before = (run.stored or job.document).get("verified")
+    before = (stored or job.document).get("verified")
     if still_holds(before, job.engine, number):
         samples = count_noun(before["number"], "sample")
         screen.on_message(f"verified   {samples} agreed before, with this engine and device")
@@ -134,6 +134,6 @@ def _verify(job: Job, run: RunQueue, number: int, screen: Screen) -> Job:
     measures, samples = len(verdict.rows), count_noun(number, "sample")
     screen.on_message(f"verified   {job.engine.name} agrees in all {measures} measures with {REFERENCE} on {samples}")
     facts = describe_verdict(verdict, job.engine)
-    if run.stored is not None:
+    if stored is not None:
         note(job.folder, "verified", facts)
     return replace(job, document=job.document | {"verified": facts})

@@ -1,14 +1,13 @@
 """A run folder as a command finds it: what it holds, what is to be done with it, and whether a job may continue it."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
-from enum import Enum
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_of
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-from datasetdm_fast.config import ENGINES, HALF, LABELLER_KINDS
+from datasetdm_fast.config import ENGINES, LABELLER_KINDS
 from datasetdm_fast.disk import sqlite, storage
 from datasetdm_fast.engine import engines
 from datasetdm_fast.engine.decoders.config import find_decoders, parts_of
@@ -24,7 +23,6 @@ from datasetdm_fast.runs.run_folder.document import (
     check_same,
     differences,
     grows,
-    read_document,
     row_facts,
 )
 from datasetdm_fast.runs.run_folder.folder import RunFolder, is_indexed
@@ -178,81 +176,46 @@ COMPUTING = ("engine", "dtype", "compile", "batch_size")  # settings that decide
 LIBRARIES = ("torch", "triton", "diffusers", "transformers", "onnxruntime", "openvino")
 
 
-class Outcome(Enum):
-    """What becomes of a run folder; everything else is refused.
-
-    | run.json       | settings         | samples       | outcome |
-    |----------------|------------------|---------------|---------|
-    | there is none  | any              |               | NEW     |
-    | there is one   | equal            | complete      | DONE    |
-    | there is one   | equal            | some missing  | RESUME  |
-    | there is one   | equal but number | some missing  | GROW    |
-    | there is one   | others           |               | refused |
+def find_result(
+    spec: RunSpec, stored: Mapping[str, Any] | None, *, is_alone: bool = True, is_dry: bool = False
+) -> Result | None:
+    """The result of a run with nothing left to do, found without a network; a run of other settings is refused. Index
+    files that are not up to date are rebuilt, unless other processes may be about to do it.
     """
-
-    NEW, GROW, RESUME, DONE = "new", "grow", "resume", "done"
-
-
-@dataclass(frozen=True)
-class Decision:
-    outcome: Outcome
-    missing: int  # samples of the run
-    result: Result | None = None  # of a run with nothing left to do
+    if stored is None:
+        return None
+    check_config(spec.folder, stored, comparable_settings(spec, stored))
+    return settle(spec.folder, stored, spec.number, is_alone=is_alone, is_dry=is_dry)
 
 
-@dataclass(frozen=True)
-class RunQueue:
-    """A run folder and its run.json, which is read once."""
+def comparable_settings(spec: RunSpec, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that must be those of the run folder: what merely computes its samples may be mixed."""
+    config, model = stored["config"], spec.model
+    settings = {**spec.identity, **relocated_paths(model.model, model.decoder, model.size, stored)}
+    if not spec.may_mix:
+        return settings
+    return settings | {name: config[name] for name in COMPUTING if name in config}
 
-    folder: Path
-    stored: Mapping[str, Any] | None  # run.json; None before the run is begun
 
-    @classmethod
-    def open(cls, folder: Path) -> Self:
-        return cls(folder, read_document(folder))
+def may_differ(spec: RunSpec, stored: Mapping[str, Any] | None) -> bool:
+    """Whether it can be seen without loading the engine that it may be another than the run folder's."""
+    if stored is None or not spec.may_mix:
+        return False
+    config, engine = stored["config"], stored["engine"]
+    return any(config.get(name) != spec.identity.get(name) for name in COMPUTING) or any(
+        _version(name) != engine[name] for name in LIBRARIES if name in engine
+    )
 
-    def decide(self, spec: RunSpec, *, is_alone: bool = True, is_dry: bool = False) -> Decision:
-        """What becomes of the run, found without a network. Index files of a complete run that are not up to date are
-        rebuilt, unless other processes may be about to do it.
-        """
-        if self.stored is None:
-            return Decision(Outcome.NEW, spec.number)
-        check_config(self.folder, self.stored, self.comparable_settings(spec))
-        if result := settle(self.folder, self.stored, spec.number, is_alone=is_alone, is_dry=is_dry):
-            return Decision(Outcome.DONE, 0, result)
-        outcome = Outcome.GROW if grows(self.stored["config"], spec.identity) else Outcome.RESUME
-        return Decision(outcome, spec.number - count_rows(self.folder))
 
-    def comparable_settings(self, spec: RunSpec) -> dict[str, Any]:
-        """The settings that must be those of the run folder: what merely computes its samples may be mixed."""
-        config, model = self.stored["config"], spec.model
-        settings = {**spec.identity, **relocated_paths(model.model, model.decoder, model.size, self.stored)}
-        if not spec.may_mix:
-            return settings
-        return settings | {name: config[name] for name in COMPUTING if name in config}
-
-    def may_differ(self, spec: RunSpec) -> bool:
-        """Whether it can be seen without loading the engine that it may be another than the run folder's."""
-        if self.stored is None or not spec.may_mix:
-            return False
-        config, engine = self.stored["config"], self.stored["engine"]
-        return any(config.get(name) != spec.identity.get(name) for name in COMPUTING) or any(
-            _version(name) != engine[name] for name in LIBRARIES if name in engine
-        )
-
-    def tries_half(self, spec: RunSpec) -> bool:
-        """Whether `--dtype auto` compares samples before this run: of a long one that is new and has no labels of other
-        packages' labellers.
-        """
-        if self.stored is not None or spec.number < LEAST_MEASURED:
-            return False
-        kind = ENGINES["fast" if spec.engine.engine == "auto" else spec.engine.engine]
-        is_default = spec.engine.dtype == "auto" and bool(kind.halves) and not spec.engine.compile
-        return is_default and set(spec.labels.task).isdisjoint(LABELLER_KINDS.others)
-
-    def plan(self, spec: RunSpec) -> Job:
-        """The job of a dry run, which compares no engines."""
-        return prepare_job(spec, self.stored, dtype=HALF if self.tries_half(spec) else "", mixes=True)
+def tries_half(spec: RunSpec, stored: Mapping[str, Any] | None) -> bool:
+    """Whether `--dtype auto` compares samples before this run: of a long one that is new and has no labels of other
+    packages' labellers.
+    """
+    if stored is not None or spec.number < LEAST_MEASURED:
+        return False
+    kind = ENGINES["fast" if spec.engine.engine == "auto" else spec.engine.engine]
+    is_default = spec.engine.dtype == "auto" and bool(kind.halves) and not spec.engine.compile
+    return is_default and set(spec.labels.task).isdisjoint(LABELLER_KINDS.others)
 
 
 def settle(
