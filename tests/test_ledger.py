@@ -355,7 +355,7 @@ def test_annotations_are_one_list_though_some_samples_have_none():
         "labels": {"instance": {"classes": ["ball"]}, "pose": {"joints": [], "limbs": [], "category": 1}},
         "versions": {},
     }
-    listed = AnnotationList("pose", None, run, ledger)
+    listed = AnnotationList("pose", run, ledger)
     rows = [
         Row(Request(k, "", k), {}, labels={"pose": [{"score": 0.5}] * count}) for k, count in enumerate((0, 2, 0, 1))
     ]

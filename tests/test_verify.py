@@ -671,9 +671,8 @@ def test_a_sample_is_as_far_from_the_stored_one_as_its_picture_and_each_of_its_l
         image=brighter.astype(np.uint8),
         annotations=made.annotations | {"depth": replace(depth, metres=depth.metres * 1.1)},
     )
-    (tmp_path / "made").mkdir()
     with Ledger(tmp_path / "run" / LEDGER, read_only=True) as ledger:
-        same, far = (comparing._distances(job, ledger.row(1), each, tmp_path / "made") for each in (made, other))
+        same, far = (comparing._distances(job, ledger.row(1), each) for each in (made, other))
     names = ("image", "semantic", "instance", "depth", "pose", "open-vocabulary")
     assert same == dict.fromkeys((f"free {name}" for name in names), 0)
     share = (brighter != made.image).mean()
@@ -764,7 +763,7 @@ def test_labels_of_other_packages_have_the_gates_of_their_kind(monkeypatch):
 
 def test_a_sample_that_was_set_aside_is_as_far_as_can_be_in_every_measure():
     row = SimpleNamespace(labels={"semantic": {}, "depth": {}})
-    far = comparing._distances(None, row, Quarantined(Request(0, "a ball", 0), "NaN"), None)
+    far = comparing._distances(None, row, Quarantined(Request(0, "a ball", 0), "NaN"))
     assert far == dict.fromkeys(("free image", "free semantic", "free depth"), comparing.FAR)
 
 

@@ -7,17 +7,15 @@ import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from datasetdm_fast import _C
-from datasetdm_fast.data import Annotation, Sample
+from datasetdm_fast.data import Sample
 from datasetdm_fast.engine.labels import LABEL_KINDS, Table, kind_of, task_of_label
 from datasetdm_fast.engine.labels.class_tables import palette
-from datasetdm_fast.untrusted import images
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,14 +77,6 @@ def encode(
         )
         files |= {role: (f"{folder}{role}/{id}.png", content) for role, content in contents.items()}
     return files, records
-
-
-def decode(task: str, folder: Path, files: Mapping[str, str], record: Any, table: Mapping[str, Any]) -> Annotation:
-    """The label of one task; `files` maps roles to paths inside `folder`, `table` names classes, joints and ranges."""
-    kind = kind_of(task)
-    return kind.decode(
-        {role: np.array(images.read_image(folder / files[role])) for role in kind.files(table)}, record, table
-    )
 
 
 OF_THINGS = "scores"  # what labels of things have, and labels of pixels have not

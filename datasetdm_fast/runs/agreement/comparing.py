@@ -1,7 +1,6 @@
 """Two engines side by side: samples of a run through its engine and the reference, or against stored ones."""
 
 import platform
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,8 +25,8 @@ from datasetdm_fast.runs.agreement.verify import EXACT, ROUNDED, GateRow, Verdic
 from datasetdm_fast.runs.jobs.job import Job
 from datasetdm_fast.runs.jobs.prompt_files import read_source
 from datasetdm_fast.runs.run_folder.document import LEDGER
-from datasetdm_fast.runs.run_folder.folder import publish_inside
 from datasetdm_fast.runs.run_folder.ledger import Ledger, Row
+from datasetdm_fast.runs.run_folder.reader import StoredSample
 from datasetdm_fast.runs.run_settings import PromptSettings
 from datasetdm_fast.settings import EngineSettings, ModelSettings, SamplingSettings
 from datasetdm_fast.untrusted import images
@@ -106,34 +105,28 @@ def compare_with_stored(
     """Stored images and labels of these samples against those of the job's engine, with the gates of free runs."""
     distances: dict[str, list[float]] = {}
     batches = job.plan.batches_of(indices)
-    with Ledger(job.folder / LEDGER, read_only=True) as ledger, tempfile.TemporaryDirectory() as place:
+    with Ledger(job.folder / LEDGER, read_only=True) as ledger:
         for batch, results in driver.generate(batches, job.engine, job.recipe, on_unet_call, job.generator):
             for request, result in zip(batch.requests, results, strict=False):
-                for name, value in _distances(job, ledger.row(request.index), result, Path(place)).items():
+                for name, value in _distances(job, ledger.row(request.index), result).items():
                     distances.setdefault(name, []).append(value)
     is_exact = all(engine.get("dtype") == "fp32" for engine in (job.document["engine"], job.engine.fingerprint()))
     measures = {name: np.array([values]) for name, values in distances.items()}
     return evaluate_gates(measures, EXACT if is_exact else ROUNDED, {})
 
 
-def _distances(job: Job, row: Row, result: Any, place: Path) -> dict[str, float]:
+def _distances(job: Job, row: Row, result: Any) -> dict[str, float]:
     """How far a sample is from the one of its row, in image and labels."""
     if not isinstance(result, Sample):
         return {"free image": FAR, **{f"free {task}": FAR for task in row.labels if _has_gate(task)}}
     tables = job.document["labels"]
+    stored = StoredSample(row, job.folder, job.document)
     files, records = label_files.encode(result, job.document["config"]["image_format"], tables)
-    publish_inside(place, dict(files.values()))
-    made, stored = (
-        np.array(images.read_image(folder / name))[None]
-        for folder, name in ((place, files["image"][0]), (job.folder, row.files["image"].path))
-    )
-    distances = {"free image": float(image_distance(made, stored)[0])}
-    made_names = {role: name for role, (name, _) in files.items()}
-    stored_names = {role: file.path for role, file in row.files.items()}
+    made = {role: np.array(images.decode_image(content, name)) for role, (name, content) in files.items()}
+    distances = {"free image": float(image_distance(made["image"][None], stored.image[None])[0])}
     for task in filter(_has_gate, row.labels):
-        label = label_files.decode(task, place, made_names, records[task], tables[task])
-        other = label_files.decode(task, job.folder, stored_names, row.labels[task], tables[task])
-        distances[f"free {task}"] = float(kind_of(task).distance(label, other))
+        label = kind_of(task).decode(made, records[task], tables[task])
+        distances[f"free {task}"] = float(kind_of(task).distance(label, stored.label(task)))
     return distances
 
 

@@ -52,9 +52,5 @@ INDEXES: dict[str, IndexWriter] = {  # of every run
 
 def writers(document: Mapping[str, Any]) -> dict[str, IndexWriter]:
     """The index files of a run by name, those in COCO's form after the others."""
-    kinds = {label: kind_of(label) for label in by_kind(document["config"]["task"])}
-    listed = {kind.coco_file: label for label, kind in kinds.items() if kind.coco_file}
-    if not listed:
-        return INDEXES
-    images = coco.Images()
-    return INDEXES | {name: partial(coco.AnnotationList, label, images) for name, label in listed.items()}
+    names = {label: kind_of(label).coco_file for label in by_kind(document["config"]["task"])}
+    return INDEXES | {name: partial(coco.AnnotationList, label) for label, name in names.items() if name}

@@ -9,25 +9,12 @@ from datasetdm_fast.runs.run_folder.document import sides
 from datasetdm_fast.runs.run_folder.ledger import BLOCK, IndexFile, Ledger, Row, canonical
 
 
-class Images:
-    """The list of images, which stands before the annotations and is the same in every file of a run."""
-
-    def __init__(self) -> None:
-        self._chunks: list[bytes] | None = None
-
-    def chunks(self, document: Mapping[str, Any], ledger: Ledger) -> list[bytes]:
-        if self._chunks is None:
-            listed = _encode_list(_image(document, row) for row in ledger.rows(parts=("files",)))
-            self._chunks = [b"".join(chunks) for chunks in in_blocks(listed, BLOCK)]
-        return self._chunks
-
-
 class AnnotationList(IndexFile):
     """Images, categories and annotations; a kind of one category leaves its number to us."""
 
-    def __init__(self, label: str, images: Images, document: Mapping[str, Any], ledger: Ledger):
+    def __init__(self, label: str, document: Mapping[str, Any], ledger: Ledger):
         super().__init__(document, ledger)
-        self._label, self._images = label, images
+        self._label = label
         self._categories = kind_of(label).categories(document["labels"][label])
         self._category = self._categories[0]["id"] if self._categories else 0
         self._number = first_number(label, document, ledger)
@@ -37,7 +24,8 @@ class AnnotationList(IndexFile):
         info = {"description": "made by datasetdm_fast", "version": self.document["versions"]["datasetdm_fast"]}
         categories = canonical(self._categories)
         yield f'{{"info":{canonical(info)},\n"licenses":[],\n"categories":{categories},\n"images":['.encode()
-        yield from self._images.chunks(self.document, self.ledger)
+        images = _encode_list(_image(self.document, row) for row in self.ledger.rows(parts=("files",)))
+        yield from map(b"".join, in_blocks(images, BLOCK))
         yield b'],\n"annotations":['
 
     def add(self, rows: Sequence[Row]) -> Iterator[bytes]:
