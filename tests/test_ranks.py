@@ -24,7 +24,7 @@ from datasetdm_fast.runs.jobs.writing import batches_of, write_missing
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.document import CLAIMS, LEDGER
 from datasetdm_fast.runs.run_settings import RunConfig, WorkerSettings
-from datasetdm_fast.runs.workers import devices, spawn, supervisor
+from datasetdm_fast.runs.workers import devices, spawn
 from datasetdm_fast.runs.workers.devices import Place
 from datasetdm_fast.runs.workers.worker import Callbacks
 
@@ -141,7 +141,7 @@ def test_numbers_that_are_not_finite_anywhere_are_set_aside_as_by_one_process(ar
 
 
 def test_a_place_where_every_process_dies_ends_the_run_with_its_last_words(tmp_path, monkeypatch):
-    monkeypatch.setattr(supervisor, "LONGEST_WAIT", 0.1)
+    monkeypatch.setattr(spawn, "LONGEST_WAIT", 0.1)
     with pytest.raises(Missing, match="ended 5 times in a row .ended with exit code 9"):
         shared(config(tmp_path / "run"), [{troubled.TROUBLE: "start"}])
 

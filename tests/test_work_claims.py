@@ -17,7 +17,7 @@ from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.run_folder.document import CLAIMS
 from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, Row
 from datasetdm_fast.runs.run_folder.shard_places import ShardFolder
-from datasetdm_fast.runs.workers import claims, spawn, supervisor
+from datasetdm_fast.runs.workers import claims, spawn
 from datasetdm_fast.runs.workers import worker as worker_module
 from datasetdm_fast.runs.workers.claims import Claims, claim_name, claims_by_name, free_claims, host, is_over
 from datasetdm_fast.runs.workers.devices import Place
@@ -179,18 +179,18 @@ class Dying:
 
 def test_what_is_missing_in_all_five_processes_is_raised_as_it_is(monkeypatch):
     """Also of a run that has samples, whose other processes might go on without the one."""
-    monkeypatch.setattr(supervisor, "SECONDS_BETWEEN_POLLS", 0)
-    monkeypatch.setattr(supervisor, "LONGEST_WAIT", 0)
+    monkeypatch.setattr(spawn, "SECONDS_BETWEEN_POLLS", 0)
+    monkeypatch.setattr(spawn, "LONGEST_WAIT", 0)
     for commits, begun in (([0] * 9, 1), ([1] + [0] * 8, 5)):
         run, lost = Dying(commits, Missing("the disk is full", "Make room.")), []
         with pytest.raises(Missing, match="^the disk is full"):
-            supervisor.Supervisor(run, Callbacks(on_message=lost.append)).work()
+            spawn.Supervisor(run, Callbacks(on_message=lost.append)).work()
         assert run.begun == begun and len(lost) == (begun if begun > 1 else 0)
         assert all("refuses (the disk is full)" in line for line in lost)
 
 
 def test_a_stop_lets_processes_finish_what_they_make_and_ends_the_others(monkeypatch):
-    monkeypatch.setattr(supervisor, "SECONDS_BETWEEN_POLLS", 0)
+    monkeypatch.setattr(spawn, "SECONDS_BETWEEN_POLLS", 0)
     told, looks = [], iter(range(100))
 
     def process(name):
@@ -210,7 +210,7 @@ def test_a_stop_lets_processes_finish_what_they_make_and_ends_the_others(monkeyp
         claims=lambda: {"of busy": [b"1"]},
         free=lambda name, *, died: 0,
     )
-    watched = supervisor.Supervisor(run, Callbacks(is_stopping=lambda: True))
+    watched = spawn.Supervisor(run, Callbacks(is_stopping=lambda: True))
     for rank, name in zip(watched.ranks, ("busy", "idle"), strict=True):
         rank.process, rank.name = process(name), f"of {name}"
     watched.work()
@@ -304,15 +304,15 @@ def test_a_batch_is_made_once_more_until_three_processes_died_with_it(tmp_path, 
 def test_a_place_stays_empty_after_five_deaths_in_a_row_without_progress(monkeypatch, commits, begun):
     seconds, run = [0.0], Dying(commits)
     clock = SimpleNamespace(monotonic=lambda: seconds[0], sleep=lambda wait: seconds.append(seconds.pop() + wait))
-    monkeypatch.setattr(supervisor, "time", clock)
+    monkeypatch.setattr(spawn, "time", clock)
     with nullcontext() if begun == len(commits) else pytest.raises(Missing, match="ended 5 times in a row .dies"):
-        supervisor.Supervisor(run, Callbacks()).work()
+        spawn.Supervisor(run, Callbacks()).work()
     assert run.begun == begun
 
 
 def test_the_first_death_costs_no_wait_and_each_one_after_it_twice_as_much_and_a_second(monkeypatch):
-    monkeypatch.setattr(supervisor, "time", SimpleNamespace(monotonic=lambda: 100.0))
-    watched = supervisor.Supervisor(Dying([]), Callbacks())
+    monkeypatch.setattr(spawn, "time", SimpleNamespace(monotonic=lambda: 100.0))
+    watched = spawn.Supervisor(Dying([]), Callbacks())
     waits = []
     for _ in range(5):
         assert not watched.ranks[0].is_over
