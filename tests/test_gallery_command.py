@@ -351,7 +351,7 @@ def bucket(monkeypatch):
     """What fsspec offers in place of a bucket, in memory, with its URL."""
     import fsspec
 
-    monkeypatch.setattr(shard_places.ObjectStore, "_protocols", ("bucket",))
+    monkeypatch.setattr(shard_places.ShardBucket, "_protocols", ("bucket",))
     there = fsspec.filesystem("memory", use_listings_cache=False)  # as ours are opened
     yield SimpleNamespace(url="memory://bucket/my run", root="/bucket/my run", files=there)
     if there.exists("/bucket"):

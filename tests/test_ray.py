@@ -500,7 +500,7 @@ def test_a_store_is_a_place_all_processes_reach(tmp_path, capsys):
         ("nothing://run", "Protocol not known"),
     ):
         with pytest.raises(Refused, match=told):
-            shard_places.ObjectStore(url)
+            shard_places.ShardBucket(url)
     assert generate.main(["--out", str(tmp_path / "run"), "--store", "s3://bucket/run", "--layout", "folder"]) == 2
     assert "only a run in shards is written there" in capsys.readouterr().err
     line = ["--cluster", "ray", "--layout", "folder", "--out", str(tmp_path / "run")]
@@ -517,8 +517,8 @@ def test_a_run_folder_that_a_cluster_began_is_continued_without_one(tmp_path, ca
 def test_a_misspelt_bucket_is_not_created(monkeypatch):
     import fsspec
 
-    monkeypatch.setattr(shard_places.ObjectStore, "_protocols", ("bucket",))
-    bucket, there = shard_places.ObjectStore("memory://buket/run"), fsspec.filesystem("memory")
+    monkeypatch.setattr(shard_places.ShardBucket, "_protocols", ("bucket",))
+    bucket, there = shard_places.ShardBucket("memory://buket/run"), fsspec.filesystem("memory")
     with pytest.raises(Refused, match="there is no bucket 'buket'") as stop:
         bucket.require_bucket(is_made=False)
     assert "--make-bucket" in stop.value.remedy and not there.exists("/buket")

@@ -47,7 +47,7 @@ from datasetdm_fast.runs.run_folder.corrections import CORRECTIONS, Correction, 
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, QUARANTINED, Row, RowFile
 from datasetdm_fast.runs.run_folder.reader import fetch_state
 from datasetdm_fast.runs.run_folder.selections import ShardScores
-from datasetdm_fast.runs.run_folder.shard_places import ObjectStore, ShardBucket, ShardFolder, shard_place
+from datasetdm_fast.runs.run_folder.shard_places import ShardBucket, ShardFolder, shard_place
 from datasetdm_fast.runs.run_folder.shard_stream import ShardStream
 from datasetdm_fast.runs.run_folder.shards import (
     RECORD,
@@ -116,10 +116,10 @@ def folder(tmp_path_factory):
 def bucket(monkeypatch):
     import fsspec
 
-    monkeypatch.setattr(ObjectStore, "_protocols", ("bucket",))
+    monkeypatch.setattr(ShardBucket, "_protocols", ("bucket",))
     files = fsspec.filesystem("memory")
     files.makedirs("/bucket", exist_ok=True)
-    yield ShardBucket(ObjectStore("memory://bucket/run"))
+    yield ShardBucket("memory://bucket/run")
     files.rm("/bucket", recursive=True)
 
 
@@ -166,10 +166,8 @@ def test_quarantined_and_dropped_samples_are_none_of_those_that_a_run_counts(alo
 
 
 def test_what_a_store_lists_as_a_folder_itself_is_no_name_in_it(bucket, monkeypatch):
-    root = f"{bucket.store.root}/shards"
-    monkeypatch.setattr(
-        bucket.store.files, "ls", lambda path, detail: [f"{root}/", f"{root}/b.tar", root, f"{root}/a/"]
-    )
+    root = f"{bucket.root}/shards"
+    monkeypatch.setattr(bucket.files, "ls", lambda path, detail: [f"{root}/", f"{root}/b.tar", root, f"{root}/a/"])
     assert bucket.names("shards") == ["a", "b.tar"]
 
 
@@ -485,7 +483,7 @@ def test_a_store_holds_the_bytes_of_a_disk(alone, bucket):
 
 
 def test_a_store_that_answers_503_ends_in_a_sentence_and_resumes(alone, bucket, monkeypatch):
-    files, calls, dice = type(bucket.store.files), [], random.Random(0)
+    files, calls, dice = type(bucket.files), [], random.Random(0)
     real = files.pipe_file
 
     def pipe_file(self, *arguments, **options):
@@ -508,7 +506,7 @@ def test_a_store_that_takes_half_a_file_is_told(bucket, monkeypatch):
     def put_half(self, source, target):
         self.pipe_file(target, open(source, "rb").read()[:3])
 
-    monkeypatch.setattr(type(bucket.store.files), "put_file", put_half)
+    monkeypatch.setattr(type(bucket.files), "put_file", put_half)
     assert bucket.write("shards/a", [b"one"]) == StoredFile(sha256(b"one").hexdigest(), 3)
     with pytest.raises(Missing, match="^memory://bucket/run/shards/a: it is incomplete"):
         bucket.write("shards/a", [b"one", b"two"])
@@ -545,7 +543,7 @@ def test_a_run_that_another_process_begins_while_a_model_is_loaded_is_joined_or_
 
 
 def test_a_disk_has_no_buckets_that_may_be_missing(tmp_path):
-    ObjectStore(f"file://{tmp_path}/none").require_bucket(is_made=False)
+    ShardBucket(f"file://{tmp_path}/none").require_bucket(is_made=False)
     assert not list(tmp_path.iterdir())
 
 
@@ -555,7 +553,7 @@ def test_a_store_whose_library_is_not_there_is_missing(monkeypatch):
 
     monkeypatch.setattr("fsspec.core.url_to_fs", url_to_fs)
     with pytest.raises(Missing, match="^s3://bucket/run: Please install s3fs") as stop:
-        ObjectStore("s3://bucket/run")
+        ShardBucket("s3://bucket/run")
     assert stop.value.remedy.startswith("Install it")
 
 
@@ -563,13 +561,13 @@ def test_names_of_a_store_that_lead_out_of_a_run_are_refused(bucket, monkeypatch
     for name in ("a", "part/b"):
         bucket.replace(name, b"12")
     bucket.replace(".c.123000000001.part", b"half of it")
-    assert bucket.store.sizes() == {"a": 2, "part/b": 2}
+    assert bucket.sizes() == {"a": 2, "part/b": 2}
     with monkeypatch.context() as patch:  # of a store that does not say how large a file is
-        patch.setattr(type(bucket.store.files), "find", lambda *_, **options: {"/bucket/run/a": {"size": None}})
-        assert bucket.store.sizes() == {"a": 0}
+        patch.setattr(type(bucket.files), "find", lambda *_, **options: {"/bucket/run/a": {"size": None}})
+        assert bucket.sizes() == {"a": 0}
     bucket.replace("part/a\\..", b"")
     with pytest.raises(Refused, match="memory://bucket/run: "):
-        bucket.store.sizes()
+        bucket.sizes()
 
 
 def copy(alone, tmp_path):
@@ -1076,7 +1074,7 @@ def test_an_export_in_a_store_goes_on_where_it_was_interrupted(
     written.clear()
     assert convert.main([*line, place.name]) == 0
     assert torn in written and before and not before & set(written)
-    names = place.store.sizes()
+    names = place.sizes()
     assert {name: place.read(name) for name in names} == tree(tmp_path / "export")
 
 

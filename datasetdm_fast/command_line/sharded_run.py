@@ -16,7 +16,7 @@ from datasetdm_fast.runs.jobs.job import build_job
 from datasetdm_fast.runs.jobs.run import tries_half
 from datasetdm_fast.runs.jobs.writing import result_of
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, pretty
-from datasetdm_fast.runs.run_folder.shard_places import ObjectStore, ShardPlace, is_url, shard_place
+from datasetdm_fast.runs.run_folder.shard_places import ShardBucket, ShardPlace, is_url, shard_place
 from datasetdm_fast.runs.run_folder.shards import ShardLedger, list_shards, read_stored
 from datasetdm_fast.runs.run_settings import RunConfig, RunSpec, WorkerSettings
 from datasetdm_fast.runs.workers.devices import LaunchedProcess, find_places, take_share
@@ -34,7 +34,7 @@ def generate_shards(config: RunConfig, spec: RunSpec, peer: LaunchedProcess | No
         started = f"this is one of {peer.world} processes that were started together"
         raise Refused(f"--cluster {config.cluster}: {started}", "Start one process alone.")
     if config.store and not config.dry_run:
-        ObjectStore(config.store).require_bucket(is_made=config.make_bucket)
+        ShardBucket(config.store).require_bucket(is_made=config.make_bucket)
         if not is_url(config.store):
             check_output("--store", config.store, "folder")
     place, is_reporting = shard_place(where), not (peer and peer.rank)

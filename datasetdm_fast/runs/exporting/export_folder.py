@@ -255,7 +255,7 @@ class StoredExport(ExportFolder):
         super().__init__(folder, description, is_copied=True)
         self._place, self._pool = place, self._closing.enter_context(ThreadPoolExecutor(PARALLEL_FILES))
         if not place.create(DOCUMENT, pretty({**description, "complete": False})):
-            sizes = place.store.sizes()
+            sizes = place.sizes()
             for note in self._pool.map(place.read, (f"{WORK}/{name}" for name in place.names(WORK))):
                 self._read_note(note or b"", sizes)
 

@@ -18,6 +18,7 @@ from datasetdm_fast.untrusted import documents
 
 LARGEST_FILE = 2**28  # bytes of a file that is read as a whole
 READ_AHEAD = 2**20  # bytes fetched beyond those that were asked for
+PARALLEL_FILES = 16  # files copied together
 
 
 class ShardFolder:
@@ -70,95 +71,10 @@ class ShardFolder:
 class ShardBucket:
     """A folder of an object store."""
 
-    def __init__(self, store: ObjectStore):
-        self.store, self.name = store, store.url
-
-    def _path(self, name: str) -> str:
-        return f"{self.store.root}/{name}".rstrip("/")
-
-    def read(self, name: str) -> bytes | None:
-        with self.store.translate_errors(), suppress(FileNotFoundError):
-            return self.store.files.cat_file(self._path(name))
-        return None
-
-    def create(self, name: str, content: bytes) -> bool:
-        with self.store.translate_errors(), suppress(FileExistsError):
-            self.store.files.pipe_file(self._path(name), content, mode="create")
-            return True
-        return False
-
-    def replace(self, name: str, content: bytes) -> None:
-        with self.store.translate_errors():
-            self.store.files.pipe_file(self._path(name), content)
-
-    def write(self, name: str, chunks: Iterable[bytes]) -> StoredFile:
-        digest, size = hashlib.sha256(), 0
-        with tempfile.NamedTemporaryFile(prefix="datasetdm-") as file:
-            for chunk in chunks:
-                digest.update(chunk)
-                size += len(chunk)
-                with storage.refusing(file.name):
-                    file.write(chunk)
-            with storage.refusing(file.name):
-                file.flush()
-            with self.store.translate_errors():
-                self.store.files.put_file(file.name, self._path(name))
-                is_whole = self.store.files.info(self._path(name))["size"] == size
-        if not is_whole:
-            raise Missing(f"{self.name}/{name}: it is incomplete", "Run the same command again: it resumes.")
-        return StoredFile(digest.hexdigest(), size)
-
-    def remove(self, name: str) -> None:
-        with self.store.translate_errors(), suppress(FileNotFoundError):
-            self.store.files.rm_file(self._path(name))
-
-    def remove_parts(self, *names: str) -> None:
-        """A store shows a file only once it is whole."""
-
-    def names(self, folder: str = "") -> list[str]:
-        paths: list[str] = []
-        with self.store.translate_errors(), suppress(FileNotFoundError):
-            paths = self.store.files.ls(self._path(folder), detail=False)
-        names = {path.rstrip("/").rpartition("/")[2] for path in paths}
-        return sorted(names - {self._path(folder).rpartition("/")[2], ""})
-
-    def open(self, name: str) -> BinaryIO:
-        with self.store.translate_errors():
-            options: dict[str, Any] = {"block_size": READ_AHEAD, "cache_type": "readahead"}
-            return self.store.files.open(self._path(name), "rb", **options)
-
-    def refusing(self, name: str) -> AbstractContextManager[None]:
-        return self.store.translate_errors()
-
-
-ShardPlace = ShardFolder | ShardBucket  # names of files are paths inside it
-
-
-def shard_place(place: str | Path) -> ShardPlace:
-    """The place that a path or a URL names."""
-    if not is_url(place):
-        return ShardFolder(Path(place))
-    store = ObjectStore(str(place))
-    return ShardFolder(store.disk) if store.disk else ShardBucket(store)
-
-
-def folder_of(place: ShardPlace) -> Path:
-    """The folder of a run folder; only runs in shards are read from a store."""
-    if isinstance(place, ShardFolder):
-        return place.path
-    if place.read(DOCUMENT) is None:
-        raise Refused(f"{place.name}: holds no {DOCUMENT}, so it is not a run", "Check the address.")
-    raise Refused(f"{place.name}: it is a run folder, and a store is read only in shards", "Copy it to a disk first.")
-
-
-PARALLEL_FILES = 16  # files copied together
-
-
-class ObjectStore:
     def __init__(self, url: str):
         import fsspec
 
-        self.url = url
+        self.name = url
         try:
             if url.startswith("file://"):  # a folder may have in its name the "::" that elsewhere joins file systems
                 self.files = fsspec.filesystem("file")
@@ -188,14 +104,14 @@ class ObjectStore:
         return Path(self.root) if "file" in self._protocols else None
 
     @contextmanager
-    def translate_errors(self) -> Iterator[None]:
+    def refusing(self, name: str = "") -> Iterator[None]:
         try:
             yield
         except Missing:
             raise
         except Exception as error:  # a store has errors of its own beside those of a disk
             raise Missing(
-                f"{self.url}: {type(error).__name__}: {error}",
+                f"{self.name}: {type(error).__name__}: {error}",
                 "Check the address and the credentials, then run the same command again.",
             ) from error
 
@@ -204,19 +120,73 @@ class ObjectStore:
         if "file" in self._protocols:
             return
         bucket = self.root.strip("/").split("/")[0]
-        with self.translate_errors():
+        with self.refusing():
             is_missing = not self.files.exists(bucket)
             if is_missing and is_made:
                 self.files.mkdir(bucket)
         if is_missing and not is_made:
             raise Refused(
-                f"--store {documents.quote(self.url)}: there is no bucket {documents.quote(bucket)}",
+                f"--store {documents.quote(self.name)}: there is no bucket {documents.quote(bucket)}",
                 "Check its name, or add --make-bucket.",
             )
 
+    def _path(self, name: str) -> str:
+        return f"{self.root}/{name}".rstrip("/")
+
+    def read(self, name: str) -> bytes | None:
+        with self.refusing(), suppress(FileNotFoundError):
+            return self.files.cat_file(self._path(name))
+        return None
+
+    def create(self, name: str, content: bytes) -> bool:
+        with self.refusing(), suppress(FileExistsError):
+            self.files.pipe_file(self._path(name), content, mode="create")
+            return True
+        return False
+
+    def replace(self, name: str, content: bytes) -> None:
+        with self.refusing():
+            self.files.pipe_file(self._path(name), content)
+
+    def write(self, name: str, chunks: Iterable[bytes]) -> StoredFile:
+        digest, size = hashlib.sha256(), 0
+        with tempfile.NamedTemporaryFile(prefix="datasetdm-") as file:
+            for chunk in chunks:
+                digest.update(chunk)
+                size += len(chunk)
+                with storage.refusing(file.name):
+                    file.write(chunk)
+            with storage.refusing(file.name):
+                file.flush()
+            with self.refusing():
+                self.files.put_file(file.name, self._path(name))
+                is_whole = self.files.info(self._path(name))["size"] == size
+        if not is_whole:
+            raise Missing(f"{self.name}/{name}: it is incomplete", "Run the same command again: it resumes.")
+        return StoredFile(digest.hexdigest(), size)
+
+    def remove(self, name: str) -> None:
+        with self.refusing(), suppress(FileNotFoundError):
+            self.files.rm_file(self._path(name))
+
+    def remove_parts(self, *names: str) -> None:
+        """A store shows a file only once it is whole."""
+
+    def names(self, folder: str = "") -> list[str]:
+        paths: list[str] = []
+        with self.refusing(), suppress(FileNotFoundError):
+            paths = self.files.ls(self._path(folder), detail=False)
+        names = {path.rstrip("/").rpartition("/")[2] for path in paths}
+        return sorted(names - {self._path(folder).rpartition("/")[2], ""})
+
+    def open(self, name: str) -> BinaryIO:
+        with self.refusing():
+            options: dict[str, Any] = {"block_size": READ_AHEAD, "cache_type": "readahead"}
+            return self.files.open(self._path(name), "rb", **options)
+
     def sizes(self) -> dict[str, int]:
         """Path inside the run -> bytes, of its files."""
-        with self.translate_errors():
+        with self.refusing():
             details = self.files.find(self.root, detail=True)
         inside = {name[name.index(self.root) + len(self.root) :].strip("/"): each for name, each in details.items()}
         try:
@@ -226,7 +196,27 @@ class ObjectStore:
                 if not storage.is_temporary(Path(name))
             }
         except ValueError as error:
-            raise Refused(f"{self.url}: {error}", "No run has such a file: remove it there.") from error
+            raise Refused(f"{self.name}: {error}", "No run has such a file: remove it there.") from error
+
+
+ShardPlace = ShardFolder | ShardBucket  # names of files are paths inside it
+
+
+def shard_place(place: str | Path) -> ShardPlace:
+    """The place that a path or a URL names."""
+    if not is_url(place):
+        return ShardFolder(Path(place))
+    bucket = ShardBucket(str(place))
+    return ShardFolder(bucket.disk) if bucket.disk else bucket
+
+
+def folder_of(place: ShardPlace) -> Path:
+    """The folder of a run folder; only runs in shards are read from a store."""
+    if isinstance(place, ShardFolder):
+        return place.path
+    if place.read(DOCUMENT) is None:
+        raise Refused(f"{place.name}: holds no {DOCUMENT}, so it is not a run", "Check the address.")
+    raise Refused(f"{place.name}: it is a run folder, and a store is read only in shards", "Copy it to a disk first.")
 
 
 def is_url(place: str | Path) -> bool:
