@@ -70,34 +70,18 @@ class ParquetFormat(Format):
         return {**files, **table_files(plan)}
 
 
-class _Sink(io.RawIOBase):
-    """A buffer of written bytes that is emptied piece by piece."""
-
-    def __init__(self) -> None:
-        self.parts: list[bytes] = []
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        self.parts.append(bytes(data))
-        return len(self.parts[-1])
-
-    def take(self) -> Iterator[bytes]:
-        yield from self.parts
-        self.parts.clear()
-
-
 def _parquet(plan: ExportPlan, views: Iterator[SampleView]) -> Iterator[bytes]:
     import pyarrow as pa
     from pyarrow import parquet
 
-    schema, sink = _schema(plan), _Sink()
+    schema, sink = _schema(plan), io.BytesIO()
     with parquet.ParquetWriter(pa.PythonFile(sink, "w"), schema, compression="none") as writer:
         for rows in _groups(views, plan):
             writer.write_table(pa.Table.from_pylist(rows, schema))
-            yield from sink.take()
-    yield from sink.take()
+            yield sink.getvalue()
+            sink.seek(0)
+            sink.truncate()
+    yield sink.getvalue()
 
 
 def _groups(views: Iterator[SampleView], plan: ExportPlan) -> Iterator[list[dict[str, Any]]]:
