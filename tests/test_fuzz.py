@@ -26,6 +26,7 @@ from rendered import document, write_run
 
 from datasetdm_fast import generate
 from datasetdm_fast.command_line import flags
+from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import mask_rle
 from datasetdm_fast.engine.loop.prompts import make_plan
 from datasetdm_fast.errors import Missing, Refused
@@ -111,7 +112,7 @@ def read_pickle(path: Path) -> None:
 
 
 def read_rle(path: Path) -> None:
-    value = documents.read_json(path)
+    value = documents.parse_json(storage.read(path, 2**20), str(path))
     try:
         mask = mask_rle.decode(value)
     except ValueError:
@@ -144,7 +145,7 @@ READERS: dict[str, tuple[Callable[[Path], object], int]] = {  # and how many inp
     "xml": (documents.read_xml, 1),
     "image": (images.read_image, 1),
     "zip": (lambda path: documents.zip_members(path, most_bytes=1 << 20), 1),
-    "json": (lambda path: documents.read_json(path, most=2**29), 1),
+    "json": (lambda path: documents.parse_json(storage.read(path, 2**29), str(path)), 1),
     "rle": (read_rle, 1),
     "model": (read_model, 8),
 }

@@ -195,13 +195,6 @@ def _(folder: Path) -> Ending:
     return data_set(folder, "coco", spoil, "not readable as JSON")
 
 
-@case("a list of scenes cut off")
-def _(folder: Path) -> Ending:
-    return data_set(
-        folder, "nyu", lambda data: (data / "nyu_class_list.json").write_text('["kitchen"'), "not readable as JSON"
-    )
-
-
 @case("annotations of another form")
 def _(folder: Path) -> Ending:
     def spoil(data: Path) -> None:

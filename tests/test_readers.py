@@ -1843,7 +1843,6 @@ BAD = {
         lambda p: p.write_text("../../x.png drive_0001/0000000001.png 1\n"),
         False,
     ),
-    "a scene of no class": ("nyu", "nyu_class_list.json", lambda p: p.write_text('["bathroom"]'), False),
     "captions that are missing": ("deepfashion-mm", "captions.json", lambda p: p.write_text("{}"), False),
     "captions that are no JSON": ("deepfashion-mm", "captions.json", lambda p: p.write_text("{'a'}"), False),
     "YAML with an alias": ("yolo-seg", "data.yaml", lambda p: p.write_text("a: &a [x]\nnames: *a\n"), False),

@@ -96,10 +96,6 @@ def check_form(value: Any, form: Any, name: str = "") -> None:
             check_form(value[key], inner, where)
 
 
-def read_json(path: Path, *, most: int = LARGEST_CONFIG, remedy: str = GET_AGAIN) -> Any:
-    return parse_json(storage.read(path, most), str(path), remedy)
-
-
 def parse_json(text: str | bytes, name: str, remedy: str = GET_AGAIN) -> Any:
     """The value of a JSON text that messages call `name`; repeated keys, NaN and deep nesting are refused."""
     if not text:

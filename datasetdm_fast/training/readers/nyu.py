@@ -7,16 +7,13 @@ from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Picture
 from datasetdm_fast.training.truth import windows
 from datasetdm_fast.training.truth.picture_source import PictureSource
-from datasetdm_fast.untrusted import documents
 
 FOLDERS = {"train": ("sync",), "test": ("official_splits/test", "official_splits", "")}
 SCENE = re.compile(r"(.+_\d+)[a-z]*")  # of several recordings: kitchen_0004a, kitchen_0004b
 
 
 class Nyu(PictureSource):
-    """train_list.txt and test_list.txt name images and depths of scenes that nyu_class_list.json names; val is test
-    where it has no list of its own.
-    """
+    """train_list.txt and test_list.txt name images and depths; val is test where it has no list of its own."""
 
     max_depth = 10.0  # metres
     tasks = ("depth",)
@@ -29,13 +26,6 @@ class Nyu(PictureSource):
         self.folder = reading.first_there(*(path / folder for folder in folders))
         self.rows = [(name.lstrip("/"), depth.lstrip("/")) for name, depth in reading.pairs(self.list)]
         self.images = [self.folder / name for name, _ in self.rows]
-        scene_list = path / "nyu_class_list.json"
-        self.scenes: tuple[str, ...] = ()
-        if scene_list.exists():
-            scenes = documents.read_json(scene_list)
-            if not isinstance(scenes, list) or not all(isinstance(scene, str) for scene in scenes):
-                raise reading.bad(scene_list, "no list of scene names")
-            self.scenes = tuple(scenes)
         super().__init__(size, len(self.rows))
 
     def sequence(self, record: int) -> str:
@@ -45,12 +35,9 @@ class Nyu(PictureSource):
 
     def picture(self, record: int) -> Picture:
         name, depth = self.rows[record]
-        scene = Path(name).parent.name
-        if self.scenes and not any(known in scene for known in self.scenes):
-            raise reading.bad(self.list, f"{documents.quote(name)} is of no scene that nyu_class_list.json names")
         image = reading.colour_image(reading.inside(self.folder, name, self.list))
         metres = reading.depth_map(reading.inside(self.folder, depth, self.list), image.shape, 1000, self.max_depth)
-        place = re.sub(r"_\d+\w*$", "", scene).replace("_", " ").strip()
+        place = re.sub(r"_\d+\w*$", "", Path(name).parent.name).replace("_", " ").strip()
         return Picture(
             name.removesuffix(Path(name).suffix).replace("/", "_"),
             image,
