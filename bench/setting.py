@@ -12,9 +12,8 @@ from bench.decoders import load_decoders
 from bench.machine.work import image_flops, stage_flops
 from datasetdm_fast.data import Request
 from datasetdm_fast.engine.decoders import checkpoint
-from datasetdm_fast.engine.decoders.checkpoint import for_inference
 from datasetdm_fast.engine.decoders.config import DEMO
-from datasetdm_fast.engine.decoders.trunk import Decoder
+from datasetdm_fast.engine.decoders.trunk import Decoder, fold
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.engines.device import resolve_device
 from datasetdm_fast.engine.engines.torch import TorchEngine
@@ -77,7 +76,7 @@ def open_setting(
     if model == "demo":
         shipped = load_decoders("demo")
         folded = {task: shipped[task] for task in TASKS}
-        trained = {task: checkpoint.load_decoder(DEMO / task, strict=True) for task in TASKS}
+        trained = {task: checkpoint.read_decoder(DEMO / task) for task in TASKS}
     else:
         folded, trained = seeded_decoders(loaded)
     for task, decoder in folded.items():
@@ -94,5 +93,5 @@ def open_setting(
 def seeded_decoders(model: Model) -> tuple[dict[str, Decoder], dict[str, Decoder]]:
     """Decoders with seeded weights, folded and not."""
     trained = checkpoint.seeded_decoders(model.levels, model.text_width)
-    folded = {task: for_inference(copy.deepcopy(decoder), strict=False) for task, decoder in trained.items()}
-    return folded, {task: for_inference(decoder, strict=True) for task, decoder in trained.items()}
+    folded = {task: fold(copy.deepcopy(decoder)) for task, decoder in trained.items()}
+    return folded, {task: decoder.requires_grad_(False) for task, decoder in trained.items()}

@@ -244,10 +244,13 @@ def _() -> str:
 
 @case("a pickle called safetensors")
 def _() -> str:
-    from datasetdm_fast.engine.decoders.checkpoint import read_state
+    from datasetdm_fast.engine.decoders.checkpoint import load_decoder
+    from datasetdm_fast.engine.decoders.config import DEMO
 
-    (HERE / "evil.safetensors").write_bytes(inner())
-    return str(read_state(HERE / "evil.safetensors"))
+    (HERE / "evil").mkdir()
+    (HERE / "evil" / "config.json").write_bytes((DEMO / "depth" / "config.json").read_bytes())
+    (HERE / "evil" / "model.safetensors").write_bytes(inner())
+    return str(load_decoder(HERE / "evil"))
 
 
 @case("a numpy object array as weights")

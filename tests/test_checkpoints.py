@@ -33,6 +33,7 @@ from datasetdm_fast.engine.backbones.sd import SD_SCHEDULER, USUAL_SCHEDULE
 from datasetdm_fast.engine.decoders import upstream as checkpoints
 from datasetdm_fast.engine.decoders.checkpoint import build_decoder, load_decoder, save_decoder
 from datasetdm_fast.engine.decoders.config import DEMO, parts_of, read_config, upstream
+from datasetdm_fast.engine.decoders.trunk import with_ops
 from datasetdm_fast.engine.labels.class_tables import builtin_table
 from datasetdm_fast.engine.loading import load_model, saving, single_file
 from datasetdm_fast.engine.loading.single_file import EMA, UNET
@@ -328,7 +329,7 @@ def test_the_recorded_answers_through_the_command(kind, prefix, recorded_inputs,
     assert convert(tmp_path / "w.pth", "--to", "decoder", "--kind", kind, "--out", tmp_path / kind) == 0
     assert convert(tmp_path / kind, "--to", "pth", "--out", tmp_path / "back.pth") == 0
     assert same(torch.load(tmp_path / "back.pth"), state)
-    decoder = load_decoder(tmp_path / kind, ops=kernels.plain if kind == "nyu" else kernels.reference)
+    decoder = with_ops(load_decoder(tmp_path / kind), kernels.plain if kind == "nyu" else kernels.reference)
     with torch.inference_mode():
         answer = decoder(*recorded_inputs)
     names = OUTPUTS.get(network, ("pred_logits", "pred_masks"))

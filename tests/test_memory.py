@@ -17,8 +17,9 @@ from small_unets import FEW_ATTENTIONS, with_small_unet
 from bench.report.report import forms_table
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.engine import engines
-from datasetdm_fast.engine.decoders.checkpoint import build_decoder, for_inference, untrained_decoders
+from datasetdm_fast.engine.decoders.checkpoint import build_decoder, untrained_decoders
 from datasetdm_fast.engine.decoders.config import upstream
+from datasetdm_fast.engine.decoders.trunk import fold
 from datasetdm_fast.engine.engines import build_engine, cuda_graph, fast
 from datasetdm_fast.engine.engines import device as memory
 from datasetdm_fast.engine.engines.device import choose_by_shape
@@ -176,8 +177,7 @@ def test_every_step_and_label_of_a_gpu_has_a_recording_of_its_own(monkeypatch):
     model = with_small_unet(load_model("tiny"), FEW_ATTENTIONS)
     sizes = {"levels": model.levels, "text_width": model.text_width, "width": 16, "mask_dim": 16, "depth_width": 16}
     decoders = {
-        kind: for_inference(build_decoder(upstream(kind, **sizes)), strict=False)
-        for kind in ("segmentation", "depth", "open-vocabulary")
+        kind: fold(build_decoder(upstream(kind, **sizes))) for kind in ("segmentation", "depth", "open-vocabulary")
     }
     engine = FastEngine(model, decoders, device="cpu")
     latents, text = noise(2, 4, 16, 16), engine.encode_text(["", "", "a ball", "a cube"])
@@ -302,7 +302,7 @@ def test_what_is_made_of_weights_at_every_call_is_what_is_held_of_smaller_ones(m
     """To rounding, as weights that are transformed at every call are so in fp32."""
     model = load_model("tiny")
     decoders = untrained_decoders(model.levels, model.text_width)
-    decoders = {task: for_inference(decoders[task], strict=False) for task in ("semantic", "depth")}
+    decoders = {task: fold(decoders[task]) for task in ("semantic", "depth")}
     latents, answers = torch.randn(2, 4, 16, 16), []
     monkeypatch.setattr(blocks, "LARGEST_BLOCK", 0)
     for held in (1 << 30, 0):

@@ -11,7 +11,8 @@ from datasetdm_fast import verify as verify_command
 from datasetdm_fast.config import ATTENTION
 from datasetdm_fast.data import Request
 from datasetdm_fast.engine.backbones.sdxl import SDXL
-from datasetdm_fast.engine.decoders.checkpoint import for_inference, seeded_decoders
+from datasetdm_fast.engine.decoders.checkpoint import seeded_decoders
+from datasetdm_fast.engine.decoders.trunk import fold
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.loading import in_memory, load_model
 from datasetdm_fast.engine.loading.in_memory import model_of
@@ -42,7 +43,7 @@ def model(request):
 
 def engines(model, has_decoders=True):
     decoders = seeded_decoders(model.levels, model.text_width) if has_decoders else {}
-    decoders = {task: for_inference(decoder, strict=False) for task, decoder in decoders.items()}
+    decoders = {task: fold(decoder) for task, decoder in decoders.items()}
     return [build_engine(name, model, decoders, device="cpu") for name in ("fast", "torch")]
 
 

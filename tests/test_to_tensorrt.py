@@ -22,6 +22,7 @@ from datasetdm_fast import export_cli
 from datasetdm_fast.config import SD_DEFAULTS
 from datasetdm_fast.engine.decoders import checkpoint
 from datasetdm_fast.engine.decoders.config import upstream
+from datasetdm_fast.engine.decoders.trunk import fold
 from datasetdm_fast.engine.engines.exported.trt import dynamic_shapes
 from datasetdm_fast.engine.loading import load_model, presets
 from datasetdm_fast.errors import Missing, Refused
@@ -44,7 +45,7 @@ def test_every_stage_of_a_tiny_model_becomes_a_plan_for_a_card_that_is_not_here(
     model = with_small_unet(load_model("tiny"), FEW_ATTENTIONS)
     sizes = {"levels": model.levels, "text_width": model.text_width, "width": 32, "depth_width": 24}
     depth = checkpoint.build_decoder(upstream("depth", **sizes, upscale=2, outlines="image"))
-    manifest = to_onnx.export(model, {"depth": checkpoint.for_inference(depth, strict=False)}, tmp_path)
+    manifest = to_onnx.export(model, {"depth": fold(depth)}, tmp_path)
     assert set(manifest.stages) == {*STAGES[:5], "annotate_depth"}
     graphs = {stage: onnx.load(tmp_path / one.file, load_external_data=False) for stage, one in manifest.stages.items()}
     kinds = {stage: {node.op_type for node in graph.graph.node} for stage, graph in graphs.items()}
@@ -100,10 +101,7 @@ def quarter(tmp_path_factory):
     }
     torch.manual_seed(0)
     kinds = {"semantic": "segmentation", "open-vocabulary": "open-vocabulary", "depth": "depth", "pose": "heatmap"}
-    made = {
-        task: checkpoint.for_inference(checkpoint.build_decoder(upstream(kind, **narrow)), strict=False)
-        for task, kind in kinds.items()
-    }
+    made = {task: fold(checkpoint.build_decoder(upstream(kind, **narrow))) for task, kind in kinds.items()}
     folder = tmp_path_factory.mktemp("quarter")
     return folder, to_onnx.export(model, made, folder, precision="fp16")
 

@@ -7,23 +7,25 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from datasetdm_fast.engine.decoders.checkpoint import UNUSED, fill, for_inference, read_state
-from datasetdm_fast.engine.decoders.trunk import Decoder
+from datasetdm_fast.engine.decoders.checkpoint import UNUSED, fill
+from datasetdm_fast.engine.decoders.trunk import Decoder, fold
 from datasetdm_fast.engine.tasks.instance import candidates
 from datasetdm_fast.engine.tasks.pose import neighbours, peaks
 from datasetdm_fast.engine.tasks.semantic import evidence, without_small
 from datasetdm_fast.kernels.upsample_concat import resize
+from datasetdm_fast.untrusted import pickles
 
 
 def load_upstream(decoder: Decoder, source: Path | Mapping[str, Tensor], *, strict: bool = False) -> Decoder:
     """The decoder with the weights of a DatasetDM checkpoint, for inference; `strict` keeps its spectral norms."""
-    state, origin = (source, "state dict") if isinstance(source, Mapping) else (read_state(source), str(source))
+    state = source if isinstance(source, Mapping) else load_file(pickles.safe_copy(source))
     state = {name.removeprefix("module."): value for name, value in state.items()}
     unread = UNUSED.get(decoder.config.kind, ())
-    fill(decoder, {name: value for name, value in state.items() if not name.startswith(unread)}, origin)
-    return for_inference(decoder, strict)
+    fill(decoder, {name: value for name, value in state.items() if not name.startswith(unread)}, "state dict")
+    return decoder.requires_grad_(False) if strict else fold(decoder)
 
 
 def labels(class_logits: Tensor, mask_logits: Tensor, min_area: float = 5000) -> Tensor:

@@ -12,9 +12,9 @@ import torch
 from bench.rehearsal.timeline import LOAD, Timeline
 from datasetdm_fast.data import Batch, Request, Sample
 from datasetdm_fast.engine.backbones.sd3 import SD3
-from datasetdm_fast.engine.decoders.checkpoint import KINDS, build_decoder, for_inference, untrained_decoders
+from datasetdm_fast.engine.decoders.checkpoint import KINDS, build_decoder, untrained_decoders
 from datasetdm_fast.engine.decoders.config import upstream
-from datasetdm_fast.engine.decoders.trunk import Decoder
+from datasetdm_fast.engine.decoders.trunk import Decoder, fold
 from datasetdm_fast.engine.engines import fast
 from datasetdm_fast.engine.engines.fast.joint import JointEngine
 from datasetdm_fast.engine.loading import PRESETS
@@ -74,7 +74,7 @@ def decoders_of(model: Model, labels: Sequence[str]) -> dict[str, Decoder]:
         for label, (kind, settings) in others.items()
         if label in labels
     }
-    return {label: for_inference(found[label], strict=False) for label in labels}
+    return {label: fold(found[label]) for label in labels}
 
 
 @dataclass

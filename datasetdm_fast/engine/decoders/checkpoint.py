@@ -19,7 +19,7 @@ from datasetdm_fast.engine.models.layers import Uninitialised
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import reference
 from datasetdm_fast.stages import Level
-from datasetdm_fast.untrusted import pickles, tensors
+from datasetdm_fast.untrusted import tensors
 
 DECODERS = {
     "segmentation": SegmentationDecoder,
@@ -49,7 +49,7 @@ def save_decoder(decoder: Decoder, folder: str | Path, storage: str = "fp32") ->
     if not any(isinstance(module, SpectralConv2d) for module in decoder.modules()):
         raise Refused(
             "save_decoder: the decoder was folded for inference, expected one that can be trained further",
-            "Save it before fold(), or load it with strict=True.",
+            "Save it before fold(), or read it with read_decoder.",
         )
     folder = Path(folder)
     parameters = dict(decoder.named_parameters())
@@ -72,10 +72,14 @@ def round_parameters(decoder: Decoder, storage: str) -> None:
         parameter.copy_(parameter.to(STORAGE[storage]))
 
 
-def load_decoder(folder: str | Path, *, strict: bool = False, ops: SimpleNamespace = reference) -> Decoder:
-    """The decoder of a folder written by save_decoder, fp32, for inference.
+def load_decoder(folder: str | Path) -> Decoder:
+    """The decoder of a folder written by save_decoder, fp32, for inference."""
+    return fold(read_decoder(folder))
 
-    `strict` keeps upstream's spectral norms, which move with every image: image k then depends on the images before it.
+
+def read_decoder(folder: str | Path) -> Decoder:
+    """The decoder of a folder written by save_decoder, fp32, as it was trained: with upstream's spectral norms, which
+    move with every image, so that image k depends on the images before it.
     """
     folder = Path(folder)
     for name in ("config.json", "model.safetensors"):
@@ -83,14 +87,14 @@ def load_decoder(folder: str | Path, *, strict: bool = False, ops: SimpleNamespa
             raise Missing(
                 f"decoder {folder}: {name} is not there", "Give a folder written by training or save_decoder."
             )
-    config = read_config(folder)
-    state = read_state(folder / "model.safetensors")
+    config, weights = read_config(folder), folder / "model.safetensors"
+    tensors.check_safetensors(weights)
     with torch.device("meta"), Uninitialised():  # before memory is taken for what the configuration asks for
-        decoder = build_decoder(config, ops)
-    fill(decoder, state, str(folder))
+        decoder = build_decoder(config)
+    fill(decoder, load_file(weights), str(folder))
     sketch_width = len(decoder.levels_read) * len(mixtures(decoder.config.width))
     decoder.domain = read_domain(folder, sketch_width)
-    return for_inference(decoder, strict)
+    return decoder.requires_grad_(False)
 
 
 FITTING = "Use the decoder made for this model, or train one on it; --labeller attention needs none."
@@ -116,38 +120,13 @@ def check_fits(decoder: Decoder, levels: tuple[Level, ...], label: str, text_wid
         )
 
 
-def for_inference(decoder: Decoder, strict: bool) -> Decoder:
-    return (decoder.train() if strict else fold(decoder)).requires_grad_(False)
-
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file or of a pickle that holds nothing else."""
-    if not path.is_file():
-        raise Missing(f"decoder weights {path}: no such file", "Check the path.")
-    try:
-        safe = path if path.suffix == ".safetensors" else pickles.safe_copy(path)
-        tensors.check_safetensors(safe)
-        return load_file(safe)
-    except Missing:
-        raise
-    except Exception as error:  # foreign bytes make the readers raise nearly anything
-        first = (str(error).splitlines() or [""])[0]
-        raise Refused(
-            f"decoder weights {path}: not a file of plain tensors ({first})",
-            error.remedy
-            if isinstance(error, Refused)
-            else "Get the file again, or name another decoder with --decoder.",
-        ) from error
-
-
 def fill(decoder: Decoder, state: Mapping[str, Tensor], origin: str) -> None:
-    """Copies `state` into the decoder, which may have no memory yet; refused with all that does not match."""
+    """Gives the decoder copies of the tensors in `state`; refused with all that does not match."""
     check_fit(decoder, state, origin)
     tensors.check_finite(state, f"{origin}: ")
     ours = decoder.state_dict()
-    is_empty = any(value.is_meta for value in ours.values())
-    copies = {name: value.to(ours[name].dtype, copy=is_empty) for name, value in state.items()}
-    decoder.load_state_dict(copies, assign=is_empty)
+    copies = {name: value.to(ours[name].dtype, copy=True) for name, value in state.items()}
+    decoder.load_state_dict(copies, assign=True)
 
 
 def check_fit(decoder: Decoder, state: Mapping[str, Tensor], origin: str) -> None:

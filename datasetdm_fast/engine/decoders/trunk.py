@@ -321,7 +321,7 @@ def fold(decoder: Decoder) -> Decoder:
         for name, child in list(block.named_children()):
             if isinstance(child, SpectralConv2d):
                 setattr(block, name, child.fold())
-    return decoder
+    return decoder.requires_grad_(False)
 
 
 def read_together(model: Model, decoders: Mapping[str, Decoder]) -> tuple[Model, dict[str, Decoder]]:

@@ -203,19 +203,18 @@ def load_decoders(
     model: Model, decoder: str | None, tasks: Sequence[str] | None = None, *, outlines: str = "auto"
 ) -> tuple[dict[str, Decoder], dict[str, Any]]:
     """The decoders of `tasks` (None: all) that --decoder names, checked against the model, and their descriptions."""
-    from datasetdm_fast.engine.decoders.checkpoint import check_fits, for_inference, load_decoder
+    from datasetdm_fast.engine.decoders.checkpoint import check_fits, load_decoder, seeded_decoders
     from datasetdm_fast.engine.decoders.config import SHIPPED, find_decoders, parts_of
+    from datasetdm_fast.engine.decoders.trunk import fold
     from datasetdm_fast.engine.loading.presets import SEEDED_LICENCE
 
     decoders: dict[str, Decoder] = {}
     descriptions: dict[str, Any] = {}
     is_seeded = decoder == "demo" and model.licence == SEEDED_LICENCE  # what was trained for the demo model fits none
     if is_seeded or decoder == RANDOM:
-        from datasetdm_fast.engine.decoders.checkpoint import seeded_decoders
-
         seeded, holder = seeded_decoders(model.levels, model.text_width), f"--decoder {RANDOM}, of seeded weights,"
         for label in check_known(tasks, seeded, list(seeded), holder):
-            decoders[label] = for_inference(seeded[label], strict=False)
+            decoders[label] = fold(seeded[label])
             descriptions[label] = {"digest": f"seeded: {label}", "licence": SEEDED_LICENCE}
     elif decoder is not None:
         source = model.name if decoder == "demo" and model.name in SHIPPED else decoder
