@@ -113,7 +113,7 @@ def encode_sample(sample: Sample, tables: Mapping[str, Any], has_previews: bool)
         answer["doubts"] = list(sample.trust.reasons)
     for task, record in records.items():
         kind, table = kind_of(task), tables[task]
-        label: dict[str, Any] = {"files": {role: _base64(files[role][1]) for role in kind.files(table)}}
+        label: dict[str, Any] = {"files": {role: _base64(files[role][1]) for role in kind.roles}}
         labels[task] = label
         if kind.coco_file:
             label["coco"] = _coco(sample, record, kind.categories(table))

@@ -239,10 +239,6 @@ class LabelKind(ABC):
         """What is left of a label inside such a mask; where `can_be_masked`."""
         raise NotImplementedError(f"{type(self).__name__}: labels that can be masked need a method `within`")
 
-    def files(self, table: Table) -> tuple[str, ...]:
-        """The roles of the files of one label of a run."""
-        return self.roles
-
     def numbers(self, table: Table) -> list[int]:
         """The number that each class of its table has in files."""
         return table.get("numbers") or [self.first_number + k for k in range(len(table.get("classes", ())))]

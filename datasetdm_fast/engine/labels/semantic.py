@@ -79,10 +79,10 @@ class ClassMap(LabelKind):
 
     def encode(self, label: SemanticMap, _: Any, table: Table) -> tuple[dict[str, bytes], dict[str, Any]]:
         """The map and its confidence."""
-        numbers, files = self.file_numbers(label.labels, table), self.files(table)
-        contents = {files[0]: index_png(numbers, self.palette(table))}
+        numbers = self.file_numbers(label.labels, table)
+        contents = {self.roles[0]: index_png(numbers, self.palette(table))}
         record: dict[str, Any] = {"pixels": count_pixels(numbers)}
-        for role in files[1:]:
+        for role in self.roles[1:]:
             sure = (np.minimum(np.fmax(label.confidence, 0), 1) * 255 + 0.5).astype(np.uint8)  # fmax takes a NaN for 0
             contents[role], record["mean_confidence"] = _C.png_encode(sure), mean_confidence(sure)
         return contents, record
@@ -90,7 +90,7 @@ class ClassMap(LabelKind):
     def decode(self, pixels: Pixels, _: Any, table: Table) -> SemanticMap:
         labels = self.places(pixels[self.roles[0]], table)
         sure: np.ndarray = np.ones(labels.shape, np.float32)
-        for role in self.files(table)[1:]:
+        for role in self.roles[1:]:
             sure = pixels[role].astype(np.float32) / 255
         return SemanticMap(labels, sure, tuple(table["classes"]))
 
@@ -107,7 +107,7 @@ class ClassMap(LabelKind):
         strange = [number for number in map(int, counts) if number not in known and number != IGNORE]
         if strange:
             yield f"its map holds the number {strange[0]}, which none of its {len(known)} classes has"
-        for role in self.files(table)[1:]:
+        for role in self.roles[1:]:
             if record["mean_confidence"] != (sure := mean_confidence(pixels[role])):
                 yield f"the mean confidence is {sure}, the ledger says {record['mean_confidence']}"
 

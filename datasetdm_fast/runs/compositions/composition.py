@@ -98,14 +98,13 @@ class SquareSource(Source):
         """The label of a task, as its files and its row have it."""
         kind = kind_of(task)
         table = {**self.document["labels"][task], "size": (self.side, self.side)}
-        return kind.decode({role: tile.pixels[role] for role in kind.files(table)}, tile.row.labels[task], table)
+        return kind.decode({role: tile.pixels[role] for role in kind.roles}, tile.row.labels[task], table)
 
     def _tile(self, position: int) -> SourceSample:
         row = self.run[position].row
         if sides(self.document, row.recipe) != (self.side, self.side):
             raise damage_failure(self.path, f"the row of sample {row.request.id}")
-        tables = self.document["labels"]
-        roles = ("image", *(role for task in self.run.tasks for role in kind_of(task).files(tables[task])))
+        roles = ("image", *(role for task in self.run.tasks for role in kind_of(task).roles))
         return SourceSample(row, {role: self._pixels(row, role) for role in roles})
 
     def _pixels(self, row: Row, role: str) -> np.ndarray:

@@ -453,10 +453,4 @@ def _css(colour: Iterable[int]) -> str:
 
 def layers_of(document: Mapping[str, Any]) -> dict[GalleryLayer, str]:
     """The layers of a run with their labels, in the order of the tasks."""
-    files = {label: kind_of(label).files(document["labels"][label]) for label in by_task(document["config"]["task"])}
-    return {
-        layer: label
-        for label, roles in files.items()
-        for layer in kind_of(label).layers
-        if not layer.role or layer.role in roles
-    }
+    return {layer: label for label in by_task(document["config"]["task"]) for layer in kind_of(label).layers}

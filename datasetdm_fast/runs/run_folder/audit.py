@@ -312,7 +312,7 @@ def check_sample(
     if "seeds" not in document["plan"] and row.request.seed != seed:
         faults.append(_ledger_fault(f"sample {id} has the seed {row.request.seed}, the plan says {seed}"))
     place = QUARANTINE if row.status == DOUBTFUL else ""
-    roles = [role for task in config["task"] for role in kind_of(task).files(document["labels"][task])]
+    roles = [role for task in config["task"] for role in kind_of(task).roles]
     expected = {role: f"{place}{role}/{id}.png" for role in roles}
     expected["image"] = f"{place}images/{id}.{config['image_format']}"
     if {role: file.path for role, file in row.files.items()} != expected:
@@ -341,7 +341,7 @@ def check_sample(
 def _check_label(task: str, row: Row, arrays: Mapping[str, np.ndarray], document: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong with the labels of one task, where its files could be read."""
     table = document["labels"][task]
-    roles = ("image", *kind_of(task).files(table))
+    roles = ("image", *kind_of(task).roles)
     if any(role not in arrays for role in roles):
         return
     try:

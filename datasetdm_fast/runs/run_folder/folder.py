@@ -70,7 +70,7 @@ def picture_roles(document: Mapping[str, Any]) -> list[str]:
     return [
         role
         for label in document["config"]["task"]
-        for role in kind_of(label).files(document["labels"][label])
+        for role in kind_of(label).roles
         if any(layer.picture and layer.role == role for layer in kind_of(label).layers)
     ]
 

@@ -158,7 +158,7 @@ class StoredSample:
         kind = kind_of(task)
         with self._naming_damage():
             table = {**self.document["labels"][task], "size": sides(self.document, self.row.recipe)}
-            pixels = {role: np.array(self._read_image(role)) for role in kind.files(table)}
+            pixels = {role: np.array(self._read_image(role)) for role in kind.roles}
             return kind.decode(pixels, self.row.labels[task], table)
 
     @contextmanager
