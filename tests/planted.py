@@ -31,8 +31,8 @@ _BY_FILE = {
             "guidance that is embedded is always the model's own",
         ),
         (
-            "initial_noise(seed, *shape)",
-            "initial_noise(0, *shape)",
+            "ImageNoise([request.seed for request in requests]",
+            "ImageNoise([0 for request in requests]",
             "the seed decides nothing",
         ),
     ),
@@ -149,7 +149,7 @@ _BY_FILE = {
         ("steps <= most", "steps < most", "the largest number of steps is refused"),
         ("times.max() >= count", "times.max() > count", "a timestep the model was never trained at"),
         ("times = times.round()", "times = np.floor(times)", "timesteps off by one"),
-        ("manual_seed(seed))", "manual_seed(min(seed, 2**31 - 1)))", "all large seeds give one image"),
+        ("manual_seed(seed) for", "manual_seed(min(seed, 2**31 - 1)) for", "all large seeds give one image"),
     ),
     "engine/sampling/multistep.py": (
         _SAMPLING,

@@ -177,9 +177,9 @@ FAULTS = {
         {"scenario": "label"},
     ),
     "a generator of the host for noise on a GPU": Fault(
-        "datasetdm_fast.engine.sampling.schedule:initial_noise",
-        'generator=torch.Generator("cpu")',
-        'device="cuda", generator=torch.Generator("cpu")',
+        "datasetdm_fast.engine.sampling.schedule:ImageNoise.draw",
+        "generator=generator",
+        'device="cuda", generator=generator',
         {"scenario": "label"},
     ),
     "an event of another GPU": Fault(
@@ -361,9 +361,9 @@ FAULTS = {
         {"scenario": "recomputed", "dtype": "fp32"},
     ),
     "noise of pictures copied while the host waits": Fault(
-        "datasetdm_fast.engine.loop.inversion:invert_at",
-        "to_device(noises, clean.device)",
-        "noises.to(clean.device)",
+        "datasetdm_fast.engine.sampling.schedule:ImageNoise.draw",
+        "to_device(noise, self.device)",
+        "noise.to(self.device)",
         {"scenario": "recomputed"},
     ),
     "words of a prompt copied while the host waits": Fault(

@@ -380,7 +380,7 @@ def test_a_model_without_guidance_takes_one_and_no_more():
 def test_the_first_latents_are_noise_at_the_scale_of_the_schedule(origin):
     engine, asked = StubEngine(), [Request(0, "a", 5), Request(1, "b", 6)]
     schedule = replace(walk.make_schedule({}, "ddim", 2), noise_scale=0.5)
-    noise = calls.initial_latents([5, 6], engine.model.latent_shape())
+    noise = walk.ImageNoise([5, 6], engine.model.latent_shape()).draw()
     if origin is calls.ONE_GENERATOR:  # seeded with 5, which draws one after another
         noise = torch.randn(2, *noise.shape[1:], generator=torch.Generator().manual_seed(5))
     assert torch.equal(origin.begin(engine, schedule, asked).latents, noise / 2)
@@ -406,7 +406,7 @@ def test_the_latents_are_those_of_the_sampler_with_guidance_from_each_seed():
         context = join_texts(
             [engine.encode_text(["fog", ""]), engine.encode_text([request.prompt for request in asked])]
         )
-        state = walk.start(torch.stack([walk.initial_noise(request.seed, 4, 8, 8) for request in asked]))
+        state = walk.start(walk.ImageNoise([request.seed for request in asked], (4, 8, 8)).draw())
         for call, timestep in enumerate(recipe.schedule.timesteps):
             output = walk.guide(engine.denoise(state.latents, timestep, context), guidance)
             state = walk.step(recipe.schedule, call, state, output)

@@ -21,7 +21,7 @@ from datasetdm_fast.engine.engines.fast.engine import as_images
 from datasetdm_fast.engine.engines.torch import TorchEngine, _check_capture
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loading.folder import DEMO
-from datasetdm_fast.engine.sampling.schedule import guide, initial_noise, make_schedule, start, step
+from datasetdm_fast.engine.sampling.schedule import ImageNoise, guide, make_schedule, start, step
 from datasetdm_fast.errors import Missing, Refused
 
 PROMPTS = ("a red ball beside a cube", "two cats", "", "a person at night, in fog")
@@ -43,7 +43,7 @@ def make(
     """Final latents and Capture of the prompts as one batch."""
     side, schedule = engine.model.size // 8, make_schedule(engine.model.scheduler, "pndm", steps, profile)
     context = join_texts([engine.encode_text([""] * len(prompts)), engine.encode_text(prompts)])
-    state = start(torch.stack([initial_noise(seed, 4, side, side) for seed in seeds]))
+    state = start(ImageNoise(seeds, (4, side, side)).draw())
     for k, time in enumerate(schedule.timesteps[:-1]):
         state = step(schedule, k, state, guide(engine.denoise(state.latents, time, context), guidance))
     output, capture = engine.denoise_and_capture(state.latents, schedule.timesteps[-1], context)
@@ -82,7 +82,7 @@ def test_capture_has_the_shapes_of_the_stage_table(engine):
 
 def test_features_join_both_halves_of_each_image_and_maps_keep_the_conditional_one(engine):
     """With one context in both halves the halves are equal; changing one half changes its own channels only."""
-    latents = torch.stack([initial_noise(seed, 4, 16, 16) for seed in (1, 2)])
+    latents = ImageNoise((1, 2), (4, 16, 16)).draw()
     empty, text = engine.encode_text(["", ""]), engine.encode_text(["a cube", "a ball"])
     _, same = engine.denoise_and_capture(latents, 1, join_texts([text, text]))
     _, other = engine.denoise_and_capture(latents, 1, join_texts([empty, text]))
@@ -149,7 +149,7 @@ def test_text_is_encoded_as_the_stock_pipeline_does(engine):
 def test_plain_calls_are_not_observed(engine):
     unet = engine.model.modules["unet"]
     kinds = {name: type(processor) for name, processor in unet.attn_processors.items()}
-    latents, context = initial_noise(0, 4, 16, 16)[None], engine.encode_text(["", "a cube"])
+    latents, context = ImageNoise([0], (4, 16, 16)).draw(), engine.encode_text(["", "a cube"])
     captured, _ = engine.denoise_and_capture(latents, 1, context)
     assert relative(engine.denoise(latents, 1, context), captured) <= 1e-5
     with (

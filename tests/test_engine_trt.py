@@ -23,7 +23,7 @@ from datasetdm_fast.engine.engines.torch import TorchEngine
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop import driver
 from datasetdm_fast.engine.loop.recipe import make_recipe
-from datasetdm_fast.engine.sampling.schedule import initial_noise
+from datasetdm_fast.engine.sampling.schedule import ImageNoise
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export.manifest import FileInfo, StageFile
 from datasetdm_fast.export.tensorrt import flavours
@@ -110,7 +110,7 @@ def test_texts_of_any_number_go_through_one_shape(demo, built):
 def test_words_beyond_what_a_plan_takes_at_once_go_through_in_parts(demo, built):
     engine, reference = make_engine(demo), TorchEngine(*demo)
     context = reference.encode_text(["", "a red ball beside a cube"])
-    latents = initial_noise(3, 4, 16, 16)[None]
+    latents = ImageNoise([3], (4, 16, 16)).draw()
     _, capture = reference.denoise_and_capture(latents, 21, context)
     text = reference.encode_classes(["ball", "cube", "cone", "star", "figure", "table"])[None]
     truth, found = (
@@ -127,7 +127,7 @@ def test_words_beyond_what_a_plan_takes_at_once_go_through_in_parts(demo, built)
 def test_images_beyond_what_the_autoencoder_takes_at_once_go_through_in_parts(demo, built, monkeypatch):
     monkeypatch.setattr("datasetdm_fast.engine.engines.exported.trt.PIXELS", 2 * 128**2)
     engine, reference = make_engine(demo), TorchEngine(*demo)
-    latents = torch.stack([initial_noise(seed, 4, 16, 16) for seed in range(3)])
+    latents = ImageNoise(range(3), (4, 16, 16)).draw()
     images = engine.decode_image(latents)
     assert (images.int() - reference.decode_image(latents).int()).abs().max() <= 1
     assert list(engine._stages["decode_image"].plans) == [2]  # the last image is a part of two
@@ -140,7 +140,7 @@ def test_images_beyond_what_the_autoencoder_takes_at_once_go_through_in_parts(de
 
 def test_features_and_maps_themselves_come_from_a_plan_of_their_own(demo, built):
     engine, reference = make_engine(demo), TorchEngine(*demo)
-    context, latents = reference.encode_text(["", "a ball"]), initial_noise(3, 4, 16, 16)[None]
+    context, latents = reference.encode_text(["", "a ball"]), ImageNoise([3], (4, 16, 16)).draw()
     (noise, found), (expected, truth) = (
         one.denoise_and_capture_raw(latents, 21, context) for one in (engine, reference)
     )

@@ -37,7 +37,7 @@ from datasetdm_fast.engine.models.capture import AttentionSlot
 from datasetdm_fast.engine.models.text_encoder import TextEncoder
 from datasetdm_fast.engine.models.unet import TextTable, TimeTable, UNet
 from datasetdm_fast.engine.models.vae import ImageDecoder, ImageEncoder
-from datasetdm_fast.engine.sampling.schedule import initial_noise
+from datasetdm_fast.engine.sampling.schedule import ImageNoise
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export import staging
 from datasetdm_fast.export.__main__ import main as export_command
@@ -165,7 +165,7 @@ def test_graphs_of_calls_with_another_number_of_rows_have_another_name(demo):
 
 def inputs(world, batch: int) -> dict:
     side = world.model.size // 8
-    latents = torch.stack([initial_noise(70 + seed, 4, side, side) for seed in range(batch)])
+    latents = ImageNoise([70 + seed for seed in range(batch)], (4, side, side)).draw()
     text = join_texts([world.torch.encode_text([""] * batch), world.torch.encode_text(PROMPTS[:batch])])
     return {"latents": latents, "timestep": torch.tensor(321.0), "context": text.context}
 
@@ -323,7 +323,7 @@ def test_norms_and_softmax_stay_fp32_between_narrow_products(demo, tmp_path, pre
     if precision == "fp16":
         reference = build_engine("torch", model, device="cpu")
         text = join_texts([reference.encode_text([""]), reference.encode_text(PROMPTS[:1])])
-        latents = initial_noise(3, 4, 16, 16)[None]
+        latents = ImageNoise([3], (4, 16, 16)).draw()
         found = run("denoise", latents=latents, timestep=np.float32(321), context=text.context)["noise"]
         assert 1e-5 < relative(found, reference.denoise(latents, 321, text)) < 2e-3
 

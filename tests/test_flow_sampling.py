@@ -12,7 +12,6 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
 
 from datasetdm_fast.config import FlowRule
-from datasetdm_fast.engine.loop.calls import fresh_noise
 from datasetdm_fast.engine.loop.inversion import ddim_latents
 from datasetdm_fast.engine.sampling import schedule
 from datasetdm_fast.engine.sampling.flow import unipc_levels
@@ -315,11 +314,10 @@ def test_an_output_of_too_few_rows_is_no_guided_one():
 def test_noise_of_a_call_is_what_the_seed_of_an_image_draws_next():
     levels = make_schedule({**BETAS, "_class_name": "LCMScheduler"}, "auto", 3)
     assert levels.noisy_calls == 2
-    draw = fresh_noise(levels, (5, 9), torch.zeros(2, 4, 3, 5))
+    noise = schedule.ImageNoise((5, 9), (4, 3, 5))
     own = torch.Generator().manual_seed(9)
     expected = [torch.randn((1, 4, 3, 5), generator=own)[0] for _ in range(3)]
-    assert all(torch.equal(draw()[1], each) for each in expected[1:])
-    assert fresh_noise(make_schedule(BETAS, "euler", 3), (5, 9), torch.zeros(2, 4, 3, 5)) is None
+    assert all(torch.equal(noise.draw()[1], each) for each in expected)
 
 
 def test_noise_of_a_flow_is_added_as_diffusers_adds_it():

@@ -42,7 +42,7 @@ from datasetdm_fast.engine.models.mmdit import turns_of
 from datasetdm_fast.engine.models.text_encoder import TextEncoder
 from datasetdm_fast.engine.models.unet import AttentionBlock, TextTable, TimeTable, UNet
 from datasetdm_fast.engine.models.vae import ImageDecoder, ImageEncoder, has_usual_form
-from datasetdm_fast.engine.sampling.schedule import guide, initial_noise, make_schedule, start, step
+from datasetdm_fast.engine.sampling.schedule import ImageNoise, guide, make_schedule, start, step
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import attention, attention_capture, plain, pyramid
 from datasetdm_fast.kernels.attention import probabilities
@@ -115,7 +115,7 @@ def relative(value: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 def inputs(engine, batch: int) -> tuple[torch.Tensor, Text]:
-    latents = torch.stack([initial_noise(seed, 4, 16, 16) for seed in range(batch)])
+    latents = ImageNoise(range(batch), (4, 16, 16)).draw()
     return latents, join_texts([engine.encode_text([""] * batch), engine.encode_text(PROMPTS[:batch])])
 
 

@@ -34,7 +34,7 @@ from datasetdm_fast.engine.engines.exported.openvino import (
     split_graph,
 )
 from datasetdm_fast.engine.loading import load_model
-from datasetdm_fast.engine.sampling.schedule import initial_noise
+from datasetdm_fast.engine.sampling.schedule import ImageNoise
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export.manifest import StageFile, TensorInfo
 
@@ -72,7 +72,7 @@ def engine(cache) -> OpenVinoEngine:
 
 
 def inputs(engine, batch: int) -> tuple[torch.Tensor, Text]:
-    latents = torch.stack([initial_noise(seed, 4, 16, 16) for seed in range(batch)])
+    latents = ImageNoise(range(batch), (4, 16, 16)).draw()
     return latents, join_texts([engine.encode_text([""] * batch), engine.encode_text(PROMPTS[:batch])])
 
 

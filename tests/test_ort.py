@@ -23,7 +23,7 @@ from datasetdm_fast.engine.engines import build_engine, check_engine
 from datasetdm_fast.engine.engines.exported import graphs, ort, providers
 from datasetdm_fast.engine.engines.exported.ort import OrtEngine, resolve_precision, resolve_provider
 from datasetdm_fast.engine.loading import load_model
-from datasetdm_fast.engine.sampling.schedule import initial_noise
+from datasetdm_fast.engine.sampling.schedule import ImageNoise
 from datasetdm_fast.errors import Missing, Refused
 
 PROMPTS = ("a green star on a yellow table at night", "three cones", "a person between two trees, in fog")
@@ -73,7 +73,7 @@ def relative(value: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 def inputs(engine, batch: int) -> tuple[torch.Tensor, Text]:
-    latents = torch.stack([initial_noise(seed, 4, 16, 16) for seed in range(batch)])
+    latents = ImageNoise(range(batch), (4, 16, 16)).draw()
     return latents, join_texts([engine.encode_text([""] * batch), engine.encode_text((PROMPTS * 3)[:batch])])
 
 

@@ -329,7 +329,7 @@ def test_outside_of_a_region_the_source_stands_at_every_call_with_its_noise_and_
     """Latents of 2 x 2 cells, of which the one at the top right is drawn anew; noise of step k is told as 10 + k."""
     edits, region = object.__new__(regions.Edits), np.zeros((16, 16), bool)
     region[7, 8] = True
-    source = SimpleNamespace(clean=torch.full((1, 4, 2, 2), 1.0), noise=torch.full((1, 4, 2, 2), 3.0))
+    source = SimpleNamespace(clean=torch.full((1, 4, 2, 2), 1.0), noise=torch.full((1, 4, 2, 2), 3.0), draw=None)
     source.add_noise = lambda step: torch.full((1, 4, 2, 2), 10.0 + step)
     edits.choice, edits.latents = SimpleNamespace(strength=strength), lambda engine, requests: source
     edits.region_of, edits.tile = lambda tile: region, lambda index: index

@@ -18,6 +18,7 @@ from datasetdm_fast.engine.backbones.sd import SD, SD_SCHEDULER
 from datasetdm_fast.engine.engines.torch import TorchEngine
 from datasetdm_fast.engine.sampling.schedule import (
     FOLLOWED,
+    ImageNoise,
     OneGenerator,
     Sampler,
     SamplerState,
@@ -29,7 +30,6 @@ from datasetdm_fast.engine.sampling.schedule import (
     checked_calls,
     choose_sampler,
     guide,
-    initial_noise,
     is_flow,
     make_schedule,
     open_sampler,
@@ -266,12 +266,12 @@ def test_the_range_of_steps_is_the_training_steps():
 @pytest.mark.parametrize("seed", [2**31 - 1, 2**31, 2**32 - 2])
 def test_noise_of_large_seeds_is_that_of_torch(seed):
     theirs = torch.randn((4, 8, 8), generator=torch.Generator().manual_seed(seed))
-    assert torch.equal(initial_noise(seed, 4, 8, 8), theirs)
-    assert not torch.equal(initial_noise(seed + 1, 4, 8, 8), theirs)
+    assert torch.equal(ImageNoise([seed], (4, 8, 8)).draw()[0], theirs)
+    assert not torch.equal(ImageNoise([seed + 1], (4, 8, 8)).draw()[0], theirs)
 
 
 def test_noise_is_drawn_per_image_from_its_seed():
-    alone = initial_noise(7, 4, 16, 16)
+    alone = ImageNoise([7], (4, 16, 16)).draw()[0]
     assert alone.shape == (4, 16, 16) and alone.dtype == torch.float32
     assert torch.equal(alone, torch.randn((1, 4, 16, 16), generator=torch.Generator("cpu").manual_seed(7))[0])
 
@@ -421,7 +421,7 @@ def distance(value: torch.Tensor, recorded: dict) -> float:
 
 
 def first_state(images: tuple[int, ...]) -> State:
-    return start(torch.stack([initial_noise(GOLDEN["seed"] + image, 4, 64, 64) for image in images]))
+    return start(ImageNoise([GOLDEN["seed"] + image for image in images], (4, 64, 64)).draw())
 
 
 def row_of(state: State, row: int) -> State:

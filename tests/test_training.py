@@ -29,7 +29,7 @@ from datasetdm_fast.engine.labels import class_tables
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop.inversion import capture_timestep, invert, posterior_generator
 from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS, Labelled, LabelledSource
-from datasetdm_fast.engine.sampling.schedule import alphas_cumprod, initial_noise
+from datasetdm_fast.engine.sampling.schedule import ImageNoise, alphas_cumprod
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.kernels import image_norm
 from datasetdm_fast.stages import LEVELS, Level
@@ -1254,7 +1254,7 @@ def test_another_inversion_has_other_shards(engine, source, folder, change):
 @pytest.mark.parametrize("seed", [0, 1, 2**32, 2**40 + 7])
 def test_the_draw_from_the_posterior_is_not_the_noise_again(seed):
     """torch reads 32 bits of a seed, so a number above them would change nothing."""
-    noise, again = initial_noise(seed, 4, 8, 8), torch.randn(4, 8, 8, generator=posterior_generator(seed))
+    noise, again = ImageNoise([seed], (4, 8, 8)).draw()[0], torch.randn(4, 8, 8, generator=posterior_generator(seed))
     assert abs(float((noise * again).mean())) < 0.25
     assert torch.equal(again, torch.randn(4, 8, 8, generator=posterior_generator(seed)))
     assert posterior_generator(7).initial_seed() == 0x4A2C82B1  # the first bytes of the digest of "posterior 7"

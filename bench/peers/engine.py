@@ -6,11 +6,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from bench.peers.samples import noise_of
 from bench.setting import Setting
 from datasetdm_fast.data import Batch, Quarantined, Request, Sample, join_texts
 from datasetdm_fast.engine.engines import Engine, build_engine
-from datasetdm_fast.engine.loop.calls import fresh_noise
+from datasetdm_fast.engine.loop.calls import FROM_NOISE
 from datasetdm_fast.engine.loop.driver import generate
 from datasetdm_fast.engine.sampling.schedule import SamplerState
 from datasetdm_fast.errors import GateFailed
@@ -38,9 +37,8 @@ class EnginePeer:
         engine, recipe = self.engine, self.recipe
         texts = engine.encode_text([request.prompt for request in requests])
         context = join_texts([engine.encode_text([""]).expand(len(requests)), texts])
-        latents = noise_of(requests, recipe).to(engine.device) * recipe.schedule.noise_scale
-        noise = fresh_noise(recipe.schedule, [request.seed for request in requests], latents)
-        state = SamplerState(recipe.schedule, recipe.guidance, latents, noise)
+        beginning = FROM_NOISE.begin(engine, recipe.schedule, requests)
+        state = SamplerState(recipe.schedule, recipe.guidance, beginning.latents, beginning.noise)
         for call, timestep in enumerate(recipe.schedule.timesteps):
             state.step(call, engine.denoise(state.latents, timestep, context))
         return engine.decode_image(state.latents).cpu().numpy()

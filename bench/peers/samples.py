@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from datasetdm_fast.data import Request, Sample
@@ -13,14 +12,14 @@ from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.loop.labelling import decoder_labels
 from datasetdm_fast.engine.loop.prompts import Tokenizer
 from datasetdm_fast.engine.loop.recipe import Recipe
-from datasetdm_fast.engine.sampling.schedule import initial_noise
+from datasetdm_fast.engine.sampling.schedule import ImageNoise
 from datasetdm_fast.stages import FACTOR
 
 
 def noise_of(requests: Sequence[Request], recipe: Recipe) -> Tensor:
     """[B, 4, h, w] fp32 on the CPU, each image's from its own seed."""
     side = recipe.size // FACTOR
-    return torch.stack([initial_noise(request.seed, 4, side, side) for request in requests])
+    return ImageNoise([request.seed for request in requests], (4, side, side)).draw()
 
 
 def samples_of(

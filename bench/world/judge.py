@@ -58,7 +58,7 @@ def draw(
     for start in range(0, len(captions), BATCH):
         some, chosen = captions[start : start + BATCH], seeds[start : start + BATCH]
         context = join_texts([engine.encode_text([""] * len(some)), engine.encode_text(list(some))])
-        state = walk.start(torch.stack([walk.initial_noise(seed, 4, side, side) for seed in chosen]))
+        state = walk.start(walk.ImageNoise(chosen, (4, side, side)).draw())
         for k, time_step in enumerate(schedule.timesteps):
             state = walk.step(
                 schedule, k, state, walk.guide(engine.denoise(state.latents, time_step, context), guidance)

@@ -24,7 +24,7 @@ from datasetdm_fast.engine.labels import by_task, check_label, kind_of, task_of
 from datasetdm_fast.engine.labels.class_tables import find_classes
 from datasetdm_fast.engine.labels.pictures import PREVIEW_SAMPLES, preview
 from datasetdm_fast.engine.loop import diffusing, driver, prompts
-from datasetdm_fast.engine.loop.calls import FROM_NOISE, call_text, fresh_noise
+from datasetdm_fast.engine.loop.calls import FROM_NOISE, call_text
 from datasetdm_fast.engine.loop.class_prompts import TIMESTEPS
 from datasetdm_fast.engine.loop.prompts import check_classes, check_line
 from datasetdm_fast.engine.loop.recipe import (
@@ -557,9 +557,8 @@ class Pipeline:
         schedule = make_schedule(model.scheduler, sampler, count, "0.3.0", **model.flow)
         (last,) = capture_calls(schedule, {"": (timestep,)})[""]
         text = call_text(engine, [prompt], guidance or model.defaults.guidance)
-        latents = FROM_NOISE.begin(engine, schedule, [Request(0, prompt, seed)]).latents
-        noise = fresh_noise(schedule, [seed], latents)
-        state = SamplerState(schedule, guidance or model.defaults.guidance, latents, noise)
+        beginning = FROM_NOISE.begin(engine, schedule, [Request(0, prompt, seed)])
+        state = SamplerState(schedule, guidance or model.defaults.guidance, beginning.latents, beginning.noise)
         for call, time in enumerate(schedule.timesteps[:last]):
             state.step(call, engine.denoise(state.latents, time, text))
         capturing = engine.denoise_and_capture_raw if is_raw else engine.denoise_and_capture

@@ -26,7 +26,7 @@ class Beginning:
     latents: Tensor  # [B, C, h, w] on the engine's device
     # (call, latents after it) -> latents the next call gets
     after: Callable[[int, Tensor], Tensor] = lambda call, latents: latents
-    noise: Callable[[], Tensor] | None = None  # draws what a call adds; None = from the images' own seeds
+    noise: Callable[[], Tensor] | None = None  # draws what a call adds, where calls of the schedule add some
 
 
 class Origin:
@@ -34,37 +34,14 @@ class Origin:
 
     def begin(self, engine: Engine, schedule: Schedule, requests: Sequence[Request]) -> Beginning:
         """The initial latents of a batch; a request may occur several times."""
-        from datasetdm_fast.kernels.transfer import to_device
+        from datasetdm_fast.engine.sampling.schedule import ImageNoise
 
-        seeds = [request.seed for request in requests]
-        noise = to_device(initial_latents(seeds, engine.model.latent_shape()), engine.device)
-        return Beginning(noise * schedule.noise_scale)
+        noise = ImageNoise([request.seed for request in requests], engine.model.latent_shape(), engine.device)
+        return Beginning(noise.draw() * schedule.noise_scale, noise=noise.draw)
 
     def finish(self, sample: Sample) -> Sample:
         """The sample that is written."""
         return sample
-
-
-def initial_latents(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:  # [B, C, h, w] fp32
-    """The noise of each seed, for latents of this shape."""
-    import torch
-
-    from datasetdm_fast.engine.sampling.schedule import initial_noise
-
-    return torch.stack([initial_noise(seed, *shape) for seed in seeds])
-
-
-def fresh_noise(schedule: Schedule, seeds: Sequence[int], latents: Tensor) -> Callable[[], Tensor] | None:
-    """Draws the noise [B, C, h, w] that calls add, of each seed after its first latents; None where none do."""
-    from datasetdm_fast.engine.sampling.schedule import ImageNoise
-    from datasetdm_fast.kernels.transfer import to_device
-
-    if not schedule.noisy_calls:
-        return None
-    _, channels, height, width = latents.shape
-    source = ImageNoise(seeds, (channels, height, width))
-    source.draw()
-    return lambda: to_device(source.draw(), latents.device)
 
 
 class FromOneGenerator(Origin):

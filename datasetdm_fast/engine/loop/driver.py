@@ -24,7 +24,7 @@ from datasetdm_fast.data import (
 )
 from datasetdm_fast.engine.engines import in_own_precision
 from datasetdm_fast.engine.labels.class_tables import spoken
-from datasetdm_fast.engine.loop.calls import CapturedCalls, SpeedCalls, call_text, fresh_noise
+from datasetdm_fast.engine.loop.calls import CapturedCalls, SpeedCalls, call_text
 from datasetdm_fast.engine.loop.class_prompts import concept_places
 from datasetdm_fast.engine.loop.labelling import SampledBatch, WordTable, collect_results
 
@@ -120,10 +120,8 @@ class BatchGenerator:
         text, class_text = self.encode_prompts(requests)
         sums = self.zero_attention_sums(len(requests))
         beginning = recipe.origin.begin(engine, recipe.schedule, requests)
-        seeds = [request.seed for request in requests]
-        noise = beginning.noise or fresh_noise(recipe.schedule, seeds, beginning.latents)
         rows = len(text) if text.guidance is None else len(requests)
-        state = SamplerState(recipe.schedule, recipe.guidance, beginning.latents, noise, rows)
+        state = SamplerState(recipe.schedule, recipe.guidance, beginning.latents, beginning.noise, rows)
 
         captures = CapturedCalls(engine, recipe.captures or {"": recipe.captured})
         others = SpeedCalls(engine, recipe.cached, recipe.fp8)

@@ -11,9 +11,8 @@ from torch import Tensor
 from datasetdm_fast.data import AnyCapture, Text
 from datasetdm_fast.engine.engines import Engine
 from datasetdm_fast.engine.loop.calls import CapturedCalls, call_text, trained_calls
-from datasetdm_fast.engine.sampling.schedule import add_noise, initial_noise, is_flow, shares_at
+from datasetdm_fast.engine.sampling.schedule import ImageNoise, add_noise, is_flow, shares_at
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.kernels.transfer import to_device
 
 POSTERIOR = "posterior"  # the name of the stream of draws from it
 
@@ -57,12 +56,11 @@ def invert_at(
     clean = engine.encode_image(images, generators)
     text = call_text(engine, captions)
     call = engine.denoise_and_capture_raw if is_raw else engine.denoise_and_capture
+    noise = ImageNoise(seeds, clean.shape[1:], clean.device).draw().to(clean.dtype)
     for timestep in timesteps:
         if ddim_steps:
             latents = ddim_latents(engine, clean, text, timestep, ddim_steps)
         else:
-            noises = torch.stack([initial_noise(seed, *clean.shape[1:]) for seed in seeds])
-            noise = to_device(noises, clean.device).to(clean.dtype)
             latents = add_noise(engine.model.scheduler, clean, noise, timestep)
         yield call(latents, timestep, text)[1]
 

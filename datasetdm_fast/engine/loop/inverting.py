@@ -57,9 +57,8 @@ class InvertingGenerator(driver.BatchGenerator):
 
     def invert(self, requests: Sequence[Request], pixels: Tensor) -> labelling.SampledBatch:
         """Captures and averages of squares [B, H, W, 3] uint8, one of each request."""
-        import torch
 
-        from datasetdm_fast.engine.sampling.schedule import add_noise, initial_noise
+        from datasetdm_fast.engine.sampling.schedule import ImageNoise, add_noise
         from datasetdm_fast.kernels.transfer import to_device
 
         engine, recipe = self.engine, self.recipe
@@ -67,9 +66,7 @@ class InvertingGenerator(driver.BatchGenerator):
         clean = engine.encode_image(pixels)
         text, words = self.encode_prompts(requests)
         sums = self.zero_attention_sums(len(requests))
-        noise = to_device(
-            torch.stack([initial_noise(request.seed, *clean.shape[1:]) for request in requests]), clean.device
-        )
+        noise = ImageNoise([request.seed for request in requests], clean.shape[1:], clean.device).draw()
         captures = CapturedCalls(engine, recipe.captures)
         for call, timestep in enumerate(recipe.inverted):
             latents = add_noise(engine.model.scheduler, clean, noise, timestep)

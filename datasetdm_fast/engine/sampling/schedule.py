@@ -1,7 +1,7 @@
 """A sampling schedule as data, timesteps and coefficients of updates; noise; and latents on their way through it."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 from datasetdm_fast.config import PROFILES, SAMPLERS, SCHEDULERS, FlowRule
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.kernels.choice import form_of
+from datasetdm_fast.kernels.transfer import to_device
 from datasetdm_fast.plugins import load_place
 
 FLOW_PREDICTION = "flow_prediction"
@@ -107,21 +108,18 @@ def alphas_cumprod(scheduler: Mapping[str, Any]) -> Tensor:
     return torch.cumprod(1 - betas, 0)
 
 
-def initial_noise(seed: int, channels: int, height: int, width: int) -> Tensor:
-    """[channels, height, width] fp32 noise of one image, drawn on the CPU from its seed alone."""
-    return torch.randn((channels, height, width), generator=torch.Generator("cpu").manual_seed(seed))
-
-
 class ImageNoise:
-    """Noise of the images of a batch, each from a generator with its own seed: draw after draw what a pipeline of
-    diffusers draws from it, first the latents, then the noise of one call after another.
+    """Noise of the images of a batch, each drawn on the CPU by a generator with its own seed: draw after draw what a
+    pipeline of diffusers draws from it, first the latents, then the noise of one call after another.
     """
 
-    def __init__(self, seeds: Sequence[int], shape: tuple[int, int, int]):
-        self.shape, self.generators = shape, [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    def __init__(self, seeds: Iterable[int], shape: Sequence[int], device: torch.device | str = "cpu"):
+        self.shape, self.device = shape, torch.device(device)
+        self.generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
-    def draw(self) -> Tensor:  # [B, channels, height, width] fp32
-        return torch.stack([torch.randn(self.shape, generator=generator) for generator in self.generators])
+    def draw(self) -> Tensor:  # [B, *shape] fp32
+        noise = torch.stack([torch.randn(self.shape, generator=generator) for generator in self.generators])
+        return to_device(noise, self.device)
 
 
 class OneGenerator:

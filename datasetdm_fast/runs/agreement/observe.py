@@ -13,12 +13,12 @@ from datasetdm_fast.config import ATTENTION
 from datasetdm_fast.data import Annotation, AnyCapture, AttentionSums, Capture, ProjectedCapture, Request, Text
 from datasetdm_fast.engine.engines.torch import TorchEngine
 from datasetdm_fast.engine.labels import kind_of
-from datasetdm_fast.engine.loop.calls import CapturedCalls, SpeedCalls, fresh_noise, initial_latents
+from datasetdm_fast.engine.loop.calls import CapturedCalls, SpeedCalls
 from datasetdm_fast.engine.loop.class_prompts import attention_recipe
 from datasetdm_fast.engine.loop.driver import BatchGenerator
 from datasetdm_fast.engine.loop.labelling import attention_labels, decoder_labels
 from datasetdm_fast.engine.loop.recipe import Recipe
-from datasetdm_fast.engine.sampling.schedule import SamplerState, Schedule, guide, start, step
+from datasetdm_fast.engine.sampling.schedule import ImageNoise, SamplerState, Schedule, guide, start, step
 from datasetdm_fast.stages import LEVELS
 
 ROUNDING = 1e-5  # relative change of what a decoder reads: as much as the limit of `level` allows in fp32
@@ -72,17 +72,16 @@ def observe(
 ) -> Observation:
     """One batch, free-running or with every input from `truth`; `perturbations` are captures changed by rounding."""
     generator = BatchGenerator(engine, recipe, on_unet_call)
-    seeds = [request.seed for request in requests]
+    noise = ImageNoise([request.seed for request in requests], engine.model.latent_shape(), engine.device)
+    latents = noise.draw() * recipe.schedule.noise_scale
     copy_here = partial(torch.Tensor.to, device=engine.device, copy=True)
     if truth is None:
         text, class_text = generator.encode_prompts(requests)
-        noise = initial_latents(seeds, engine.model.latent_shape())
     else:
-        text, noise = truth.text.map(copy_here), truth.seen[0]
+        text, latents = truth.text.map(copy_here), truth.seen[0].to(engine.device)
         class_text = truth.class_text and truth.class_text.map(copy_here)
     sums = generator.zero_attention_sums(len(requests))
-    latents = noise.to(engine.device) * (recipe.schedule.noise_scale if truth is None else 1.0)
-    state = sampler(recipe.schedule, recipe.guidance, latents, fresh_noise(recipe.schedule, seeds, latents))
+    state = sampler(recipe.schedule, recipe.guidance, latents, noise.draw)
     seen, outputs, sampler_latents, captures = [], [], [], []
     read, others = CapturedCalls(engine, recipe.captures), SpeedCalls(engine, recipe.cached, recipe.fp8)
     for call, timestep in enumerate(recipe.schedule.timesteps):

@@ -283,7 +283,7 @@ class Edits(Redrawing):
             known = source.clean if call == last else source.add_noise(schedule.noise_step(call + 1))
             return torch.where(is_new, latents, known)
 
-        return Beginning(torch.where(is_new, inside, outside), blend)
+        return Beginning(torch.where(is_new, inside, outside), blend, source.draw)
 
     def finish(self, sample: Sample) -> Sample:
         """The source with the region's pixels and labels of the new sample."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,7 +14,7 @@ from datasetdm_fast.data import Request, Sample
 from datasetdm_fast.engine.engines import Engine
 from datasetdm_fast.engine.labels import task_of_label
 from datasetdm_fast.engine.loop import prompts
-from datasetdm_fast.engine.loop.calls import Beginning, initial_latents
+from datasetdm_fast.engine.loop.calls import Beginning
 from datasetdm_fast.engine.loop.prompts import Plan, PromptLine
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.compositions.composition import SourceSample, SquareSource, identity_of
@@ -55,6 +55,7 @@ class SourceLatents:
     scheduler: Mapping[str, Any]
     clean: Tensor  # [B, C, h, w]
     noise: Tensor
+    draw: Callable[[], Tensor]  # of what calls add
 
     def add_noise(self, step: float) -> Tensor:
         """The latents at a training step of the forward process."""
@@ -127,13 +128,12 @@ class Redrawing(ABC):
         import numpy as np
         import torch
 
-        from datasetdm_fast.kernels.transfer import to_device
+        from datasetdm_fast.engine.sampling.schedule import ImageNoise
 
         images = torch.from_numpy(np.stack([self.tile(request.index).pixels["image"] for request in requests]))
         clean = engine.encode_image(images)
-        seeds = [request.seed for request in requests]
-        noise = to_device(initial_latents(seeds, engine.model.latent_shape()), clean.device)
-        return SourceLatents(engine.model.scheduler, clean, noise)
+        noise = ImageNoise([request.seed for request in requests], engine.model.latent_shape(), clean.device)
+        return SourceLatents(engine.model.scheduler, clean, noise.draw(), noise.draw)
 
     def _find_positions(self) -> list[int]:
         """Positions in the source of the requested samples."""

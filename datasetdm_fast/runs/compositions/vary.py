@@ -89,7 +89,8 @@ class Variants(Redrawing):
         super().check_words(engine)
 
     def begin(self, engine: Engine, schedule: Schedule, requests: Sequence[Request]) -> Beginning:
-        return Beginning(self.latents(engine, requests).add_noise(schedule.noise_step(0)))
+        source = self.latents(engine, requests)
+        return Beginning(source.add_noise(schedule.noise_step(0)), noise=source.draw)
 
     def finish(self, sample: Sample) -> Sample:
         index = sample.request.index
