@@ -8,7 +8,7 @@ import torch
 
 from datasetdm_fast.data import IGNORE, Instances, Quarantined, Request, Sample, SemanticMap
 from datasetdm_fast.engine.labels import tiles
-from datasetdm_fast.engine.labels.tiles import Tile, Tiling, joined_instances, joined_map, part
+from datasetdm_fast.engine.labels.tiles import Tiling, joined_instances, joined_map
 from datasetdm_fast.engine.loop.inverting import TilingGenerator
 from datasetdm_fast.engine.pictures.framing import PicturesInMemory
 from datasetdm_fast.engine.tasks.attention import joined_label
@@ -22,9 +22,9 @@ SIZE = 32
 def test_tiles_cover_a_picture_and_overlap(sides):
     tiling = Tiling.of(sides, SIZE)
     covered = np.zeros(sides, int)
-    for place in tiling.placements(SIZE):
-        assert covered[part(place)].shape == (tiling.side, tiling.side) == (min(SIZE, *sides),) * 2
-        covered[part(place)] += 1
+    for part in tiling.parts:
+        assert covered[part].shape == (tiling.side, tiling.side) == (min(SIZE, *sides),) * 2
+        covered[part] += 1
     assert covered.min() >= 1
     for axis in (0, 1):
         starts = sorted({corner[axis] for corner in tiling.corners})
@@ -53,7 +53,7 @@ def test_tiles_of_a_picture_smaller_than_the_model_takes_are_enlarged():
 def cut(tiling, truth):
     """A map of a picture as its tiles show it, in the model's pixels."""
     places = np.arange(SIZE) * tiling.side // SIZE
-    return [truth[part(place)][np.ix_(places, places)] for place in tiling.placements(SIZE)]
+    return [truth[part][np.ix_(places, places)] for part in tiling.parts]
 
 
 @pytest.mark.parametrize("sides", [(70, 100), (16, 50)])
@@ -90,8 +90,8 @@ def test_a_picture_in_tiles_tells_how_many_and_takes_some_at_a_time():
 
 def test_a_map_is_scaled_to_a_tile_by_its_nearest_values():
     pixels = np.arange(36).reshape(6, 6)
-    assert (Tile(6, 3, 0, 0).scale(pixels) == pixels[1::2, 1::2]).all()
-    assert (Tile(6, 6, 0, 0).scale(pixels) == pixels).all()
+    assert (Tiling.of((3, 3), 6).scale(pixels) == pixels[1::2, 1::2]).all()
+    assert (Tiling.of((6, 6), 6).scale(pixels) == pixels).all()
 
 
 def test_what_a_tile_says_near_its_border_gives_way():
@@ -219,6 +219,6 @@ def test_a_thing_has_the_best_score_of_its_tiles_which_show_it_all_or_none(first
 
 def test_a_piece_of_a_thing_is_read_where_its_tile_lies():
     mask = np.arange(16).reshape(4, 4) % 3 == 0
-    piece = tiles._Piece(0, Tile(4, 4, 10, 20), mask, 0, 0.9)
+    piece = tiles._Piece((slice(10, 14), slice(20, 24)), mask, 0, 0.9)
     assert np.array_equal(piece.on(slice(11, 13), slice(22, 24)), mask[1:3, 2:4])
     assert np.array_equal(piece.on(slice(10, 14), slice(20, 24)), mask)

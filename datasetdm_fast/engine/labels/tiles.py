@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -11,22 +11,8 @@ import numpy as np
 from datasetdm_fast.data import IGNORE, Instances, SemanticMap
 from datasetdm_fast.engine.labels import SAME, SHOWN_SCORE
 
+Part = tuple[slice, slice]  # rows and columns
 OVERLAP = 1 / 4  # of a tile's side that it shares with the next one, at least
-
-
-@dataclass(frozen=True)
-class Tile:
-    """The side of a tile's labels, that of the tile itself, and its corner in the picture."""
-
-    size: int
-    side: int
-    top: int
-    left: int
-
-    def scale(self, pixels: np.ndarray) -> np.ndarray:
-        """A map of the labels [size, size] as [side, side]: the nearest value is taken, as none may be mixed."""
-        nearest = (2 * np.arange(self.side) + 1) * self.size // (2 * self.side)
-        return np.asarray(pixels[np.ix_(nearest, nearest)])
 
 
 @dataclass(frozen=True)
@@ -44,10 +30,15 @@ class Tiling:
         rows, columns = (_starts(length, side) for length in sides)
         return cls(sides, side, tuple((top, left) for top in rows for left in columns))
 
-    def placements(self, size: int) -> Iterator[Tile]:
-        """Where the labels of every tile, `size` pixels a side, lie in the picture."""
-        for top, left in self.corners:
-            yield Tile(size, self.side, top, left)
+    @property
+    def parts(self) -> list[Part]:
+        """The rows and columns of the picture under every tile."""
+        return [(slice(top, top + self.side), slice(left, left + self.side)) for top, left in self.corners]
+
+    def scale(self, pixels: np.ndarray) -> np.ndarray:
+        """A map of a tile's labels, of any side, as [side, side]: the nearest value is taken, as none may be mixed."""
+        nearest = (2 * np.arange(self.side) + 1) * len(pixels) // (2 * self.side)
+        return np.asarray(pixels[np.ix_(nearest, nearest)])
 
     @property
     def weights(self) -> np.ndarray:  # [side, side] float32
@@ -63,21 +54,15 @@ def _starts(length: int, side: int) -> list[int]:
     return [round(k * (length - side) / max(count - 1, 1)) for k in range(count)]
 
 
-def part(place: Tile) -> tuple[slice, slice]:
-    """The pixels of the whole picture under a tile."""
-    return slice(place.top, place.top + place.side), slice(place.left, place.left + place.side)
-
-
 def joined_map(tiling: Tiling, labels: Sequence[SemanticMap]) -> SemanticMap:
     """The class of every pixel, and how sure it is, from the tile in which it lies farthest inside."""
     whole, sure = np.full(tiling.sides, IGNORE, np.uint8), np.zeros(tiling.sides, np.float32)
     deepest, weights = np.zeros(tiling.sides, np.float32), tiling.weights
-    for place, label in zip(tiling.placements(labels[0].labels.shape[0]), labels, strict=True):
-        pixels = part(place)
-        is_deeper = weights > deepest[pixels]
-        deepest[pixels][is_deeper] = weights[is_deeper]
-        whole[pixels][is_deeper] = place.scale(label.labels)[is_deeper]
-        sure[pixels][is_deeper] = place.scale(label.confidence)[is_deeper]
+    for part, label in zip(tiling.parts, labels, strict=True):
+        is_deeper = weights > deepest[part]
+        deepest[part][is_deeper] = weights[is_deeper]
+        whole[part][is_deeper] = tiling.scale(label.labels)[is_deeper]
+        sure[part][is_deeper] = tiling.scale(label.confidence)[is_deeper]
     return SemanticMap(whole, sure, labels[0].classes)
 
 
@@ -85,25 +70,24 @@ def joined_map(tiling: Tiling, labels: Sequence[SemanticMap]) -> SemanticMap:
 class _Piece:
     """An instance as one tile shows it."""
 
-    tile: int
-    place: Tile
+    part: Part  # of the picture, under the tile
     mask: np.ndarray  # [side, side] bool
     kind: int
     score: float
 
     def on(self, rows: slice, columns: slice) -> np.ndarray:
         """Its pixels in a part of the picture that its tile covers."""
-        top, left = self.place.top, self.place.left
+        top, left = (axis.start for axis in self.part)
         return self.mask[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
 
     def is_same(self, other: _Piece) -> bool:
         """Whether another tile shows the same thing: where both look, half of the smaller one lies in the other."""
         is_alike = self.kind == other.kind and (self.score >= SHOWN_SCORE) == (other.score >= SHOWN_SCORE)
-        if self.tile == other.tile or not is_alike:
+        if self.part == other.part or not is_alike:
             return False
         shared = [
             slice(max(first.start, second.start), min(first.stop, second.stop))
-            for first, second in zip(part(self.place), part(other.place))
+            for first, second in zip(self.part, other.part)
         ]
         if any(overlap.start >= overlap.stop for overlap in shared):
             return False
@@ -115,8 +99,8 @@ class _Piece:
 def joined_instances(tiling: Tiling, labels: Sequence[Instances]) -> Instances:
     """The things of all tiles; what several tiles show of one is its mask together, with the best of their scores."""
     pieces = [
-        _Piece(tile, place, place.scale(mask), int(kind), float(score))
-        for tile, (label, place) in enumerate(zip(labels, tiling.placements(labels[0].masks.shape[1]), strict=True))
+        _Piece(part, tiling.scale(mask), int(kind), float(score))
+        for part, label in zip(tiling.parts, labels, strict=True)
         for mask, kind, score in zip(label.masks, label.class_ids, label.scores)
     ]
     group = list(range(len(pieces)))  # the number of the first piece of the same thing
@@ -129,7 +113,7 @@ def joined_instances(tiling: Tiling, labels: Sequence[Instances]) -> Instances:
     for mask, thing in zip(masks, things):
         for piece, number in zip(pieces, group):
             if number == thing:
-                mask[part(piece.place)] |= piece.mask
+                mask[piece.part] |= piece.mask
     return Instances(
         masks,
         np.array([pieces[thing].kind for thing in things], np.int64),

@@ -94,8 +94,7 @@ def joined_label(
     weights = torch.from_numpy(tiling.weights)
     for k, number in enumerate(numbers):
         total, covered = torch.zeros(tiling.sides), torch.zeros(tiling.sides)
-        for (top, left), tile_maps in zip(tiling.corners, maps, strict=True):
-            part = slice(top, top + tiling.side), slice(left, left + tiling.side)
+        for part, tile_maps in zip(tiling.parts, maps, strict=True):
             tile = F.interpolate(tile_maps[None, k : k + 1].cpu(), (tiling.side, tiling.side), mode="bicubic")[0, 0]
             total[part] += tile * weights
             covered[part] += weights
