@@ -7,7 +7,6 @@ and packed for csrc on a CPU.
 from __future__ import annotations
 
 import math
-from functools import cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -31,22 +30,13 @@ TEMPERATURE = 10000.0
 
 def sine_position(side: int, channels: int, like: Tensor) -> Tensor:
     """Sines and cosines of the normalised row, then of the column, of each cell [side * side, channels]."""
-    if torch.is_inference_mode_enabled() and type(like) is Tensor:
-        return _kept_position(side, channels, like.device, like.dtype)
-    return _position(side, channels, like.device, like.dtype)
-
-
-def _position(side: int, channels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     half = channels // 2
-    place = torch.arange(1, side + 1, dtype=torch.float32, device=device) / (side + 1e-6) * 2 * math.pi
-    exponent = 2 * (torch.arange(half, dtype=torch.float32, device=device) // 2) / half
+    place = torch.arange(1, side + 1, dtype=torch.float32, device=like.device) / (side + 1e-6) * 2 * math.pi
+    exponent = 2 * (torch.arange(half, dtype=torch.float32, device=like.device) // 2) / half
     angles = place[:, None] / TEMPERATURE**exponent
     waves = torch.stack([angles[:, 0::2].sin(), angles[:, 1::2].cos()], 2).flatten(1)  # [side, half]
     rows, columns = waves[:, None].expand(side, side, half), waves[None].expand(side, side, half)
-    return torch.cat([rows, columns], 2).flatten(0, 1).to(dtype)
-
-
-_kept_position = cache(_position)
+    return torch.cat([rows, columns], 2).flatten(0, 1).to(like.dtype)
 
 
 class Attention(nn.Module):
