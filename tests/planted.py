@@ -38,6 +38,7 @@ _BY_FILE = {
     ),
     "engine/loop/driver.py": (
         "test_driver.py test_tasks.py",
+        ("[places[-1]] * (slots", "[0] * (slots", "an image shows words that its neighbour's prompt names"),
         (
             "if call in captured_calls:",
             "if call + 1 in captured_calls or call == 0:",
@@ -91,7 +92,6 @@ _BY_FILE = {
     "engine/loop/labelling.py": (
         "test_driver.py test_tasks.py",
         ("len(label.classes) - 1", "len(label.classes) - 2", "the last word of a prompt is never found"),
-        ("[places[-1]] * (slots", "[0] * (slots", "an image shows words that its neighbour's prompt names"),
         ("if not flags[b]]", "if not flags[0]]", "one broken image quarantines its whole batch"),
         (
             "torch.stack(list(checks.values()))[:, :count]",

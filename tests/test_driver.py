@@ -337,13 +337,14 @@ def test_a_batch_asks_each_image_for_its_own_words_alone():
         assert (maps[0] == maps[1]).all()
         assert set(np.unique(maps[0])) <= {0, *(1 + world.THINGS.index(word) for word in one.request.classes)}
     assert together[0].annotations["open-vocabulary"].labels.any()
-    table = labelling.WordTable(StubEngine(), world.THINGS)
+    generator = driver.BatchGenerator(engine := StubEngine(), make_recipe(engine, ("open-vocabulary",)), list)
     words = [[world.THINGS.index(word) for word in group] for group in (("cone",) * 3, ("ball", "tree", "cube"))]
     queries = [request.classes for request in asked]
-    first, second, third = table.embeddings_of(queries)
-    assert (first == table.embeddings[words[0]]).all() and (second == table.embeddings[words[1]]).all()
-    assert (third == table.embeddings[[0, 0, 0]]).all()
-    assert table.embeddings_of(queries[2:]).shape[:2] == (1, 1)
+    first, second, third = generator.embed_words("open-vocabulary", queries)
+    assert (first == generator.embeddings[words[0]]).all() and (second == generator.embeddings[words[1]]).all()
+    assert (third == generator.embeddings[[0, 0, 0]]).all()
+    assert generator.embed_words("open-vocabulary", queries[2:]).shape[:2] == (1, 1)
+    assert generator.embed_words("depth", queries) is None
 
 
 def test_prompts_that_a_run_does_not_reach_are_not_looked_at():

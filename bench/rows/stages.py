@@ -15,6 +15,7 @@ from bench.machine.measure import interleaved, meter, spread
 from bench.machine.work import HALVES
 from bench.peers import OURS, PEERS
 from bench.peers.engine import EnginePeer
+from bench.peers.samples import decoder_labels
 from bench.peers.upstream import Upstream
 from bench.report.tables import Row, Table, figure, share, spread_of, text
 from bench.rows.measurement import BenchRun, Measurement, Rows
@@ -24,7 +25,6 @@ from bench.setting import Setting
 from datasetdm_fast.data import Annotation
 from datasetdm_fast.engine.engines.device import release
 from datasetdm_fast.engine.labels.label_files import encode
-from datasetdm_fast.engine.loop.labelling import decoder_labels
 from datasetdm_fast.engine.loop.recipe import label_tables
 from datasetdm_fast.runs.agreement.observe import by_image, relative
 from datasetdm_fast.runs.agreement.verify import EXACT, ROUNDED

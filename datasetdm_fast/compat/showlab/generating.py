@@ -42,8 +42,8 @@ class FilingGenerator(driver.BatchGenerator):
     def __init__(self, *arguments: Any, order: Order):
         super().__init__(*arguments)
         self.order = order
-        if self.words.embeddings is not None:  # of the very names, where ours are of names as they are spoken
-            self.words.embeddings = self.engine.encode_classes(list(self.recipe.words))
+        if self.embeddings is not None:  # of the very names, where ours are of names as they are spoken
+            self.embeddings = self.engine.encode_classes(list(self.recipe.words))
 
     def sample(self, batch: Batch) -> list[labelling.SampledBatch]:
         sample = super().sample

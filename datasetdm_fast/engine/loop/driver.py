@@ -26,7 +26,7 @@ from datasetdm_fast.engine.engines import in_own_precision
 from datasetdm_fast.engine.labels.class_tables import spoken
 from datasetdm_fast.engine.loop.calls import CapturedCalls, SpeedCalls, call_text
 from datasetdm_fast.engine.loop.class_prompts import concept_places
-from datasetdm_fast.engine.loop.labelling import SampledBatch, WordTable, collect_results
+from datasetdm_fast.engine.loop.labelling import SampledBatch, collect_results
 
 if TYPE_CHECKING:
     import torch
@@ -106,7 +106,8 @@ class BatchGenerator:
         on_step: Callable[[int, Tensor], None] = lambda step, latents: None,
     ):
         self.engine, self.recipe, self.on_unet_call, self.on_step = engine, recipe, on_unet_call, on_step
-        self.words = WordTable(engine, recipe.words, recipe.table)
+        has_words = recipe.words and any(decoder.config.has_text for decoder in engine.decoders.values())
+        self.embeddings = engine.encode_classes(spoken(recipe.words, recipe.table)) if has_words else None
         self._negatives: dict[str, Text] = {}
 
     def make(self, batch: Batch) -> list[Sample | Quarantined]:
@@ -194,8 +195,19 @@ class BatchGenerator:
         return AttentionSums(*(torch.zeros(shape, device=self.engine.device) for shape in shapes))
 
     def embed_words(self, task: str, queries: Sequence[Sequence[str]]) -> Tensor | None:
-        """[B, K, D] of the query words of each image, None for a decoder that reads none."""
-        return self.words.embeddings_of(queries) if self.engine.decoders[task].config.has_text else None
+        """[B, K, D] of the query words of each image, filled up by its last or the run's first; None for a decoder that
+        reads none.
+        """
+        import torch
+
+        from datasetdm_fast.kernels.transfer import to_device
+
+        if self.embeddings is None or not self.engine.decoders[task].config.has_text:
+            return None
+        slots = max(1, *map(len, queries))
+        named = [list(map(self.recipe.words.index, words)) or [0] for words in queries]
+        padded = [[*places, *[places[-1]] * (slots - len(places))] for places in named]
+        return self.embeddings[to_device(torch.tensor(padded), self.embeddings.device)]
 
     def label(self, batch: Batch, sampled: Any) -> list[Sample | Quarantined]:
         """The results of a SampledBatch, whose captures are freed as soon as its decoders have read them."""

@@ -22,7 +22,7 @@ from datasetdm_fast.data import (
     Sample,
     SemanticMap,
 )
-from datasetdm_fast.engine.labels.class_tables import classes_in_order, spoken
+from datasetdm_fast.engine.labels.class_tables import classes_in_order
 from datasetdm_fast.engine.labels.trust import (
     trust_of,
     with_domain,
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from datasetdm_fast.engine.decoders.config import DecoderConfig
     from datasetdm_fast.engine.engines import Engine
     from datasetdm_fast.engine.engines.device import Lanes
-    from datasetdm_fast.engine.labels.class_tables import ClassTable
     from datasetdm_fast.engine.loop.prompts import Tokenizer
     from datasetdm_fast.engine.loop.recipe import Recipe
 
@@ -197,20 +196,6 @@ def follow_outlines(
     return labels | {task: [next(results) for _ in pixels] for task in followed}
 
 
-def decoder_labels(
-    requests: Sequence[Request],
-    raw: dict[str, Tensor],
-    images: Sequence[np.ndarray],
-    config: DecoderConfig,
-    recipe: Recipe,
-    tokenizer: Tokenizer | None = None,
-) -> list[Annotation]:
-    """The labels of `postprocess` with the outlines that the decoder's configuration asks for."""
-    from datasetdm_fast.engine.labels import with_outlines
-
-    return with_outlines(postprocess(requests, raw, config, recipe, tokenizer), images, config)
-
-
 def attention_labels(
     requests: Sequence[Request], averages: AttentionSums, engine: Engine, recipe: Recipe
 ) -> list[Annotation]:
@@ -243,27 +228,6 @@ def labeller_labels(
         inputs = LabellerInput(batch.padded, words, recipe.words, images, sampled.latents, capture)
         labels[task] = labels_of(task, engine.device, inputs)
     return labels
-
-
-class WordTable:
-    """Class embeddings of a run's words, computed once."""
-
-    def __init__(self, engine: Engine, words: Sequence[str], table: ClassTable | None = None):
-        self.places = {word: k for k, word in enumerate(words)}
-        is_read = any(decoder.config.has_text for decoder in engine.decoders.values())
-        self.embeddings = engine.encode_classes(spoken(words, table)) if words and is_read else None
-
-    def embeddings_of(self, queries: Sequence[Sequence[str]]) -> Tensor:
-        """[B, K, D] of the query words of each image, filled up by its last or the run's first."""
-        import torch
-
-        from datasetdm_fast.kernels.transfer import to_device
-
-        assert self.embeddings is not None
-        slots = max(1, *map(len, queries))
-        named = [[self.places[word] for word in words] or [0] for words in queries]
-        padded = [[*places, *[places[-1]] * (slots - len(places))] for places in named]
-        return self.embeddings[to_device(torch.tensor(padded), self.embeddings.device)]
 
 
 def with_prompt_class(label: Any, request: Request, recipe: Recipe) -> Instances:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from datasetdm_fast.config import ATTENTION
 from datasetdm_fast.data import Annotation, AnyCapture, AttentionSums, Capture, ProjectedCapture, Request, Text
 from datasetdm_fast.engine.engines.torch import TorchEngine
-from datasetdm_fast.engine.labels import kind_of
+from datasetdm_fast.engine.labels import kind_of, with_outlines
 from datasetdm_fast.engine.loop.calls import CapturedCalls, SpeedCalls
 from datasetdm_fast.engine.loop.class_prompts import attention_recipe
 from datasetdm_fast.engine.loop.driver import BatchGenerator
-from datasetdm_fast.engine.loop.labelling import attention_labels, decoder_labels
+from datasetdm_fast.engine.loop.labelling import attention_labels, postprocess
 from datasetdm_fast.engine.loop.recipe import Recipe
 from datasetdm_fast.engine.sampling.schedule import ImageNoise, SamplerState, Schedule, guide, start, step
 from datasetdm_fast.stages import LEVELS
@@ -115,8 +115,9 @@ def observe(
     latents = state.latents if truth is None else truth.latents.to(engine.device)
     images = engine.decode_image(latents).cpu().numpy()
     labels = {
-        task: decoder_labels(requests, answer, images, engine.decoders[task].config, recipe, engine.model.tokenizer)
+        task: with_outlines(postprocess(requests, answer, config, recipe, engine.model.tokenizer), images, config)
         for task, answer in raw.items()
+        for config in [engine.decoders[task].config]
     }
     averages = sums and sums.over(len(recipe.schedule))
     if averages is not None:
