@@ -4,7 +4,6 @@ import base64
 import html
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -18,7 +17,6 @@ PREVIEW_SAMPLES = 6  # of an output or a run in a notebook
 PREVIEW_SIDE = 160  # pixels of a picture in a notebook
 PREVIEW_LETTERS = 90  # of the line below it; the whole line is its tooltip
 OUTLINE_SIDE = 256  # cells an outline is traced on at most
-KEPT_OUTLINES = 4096
 TOLERANCE = 1 / 260  # image widths an outline may be simplified by
 
 
@@ -70,8 +68,9 @@ def outline(mask: np.ndarray) -> str:
     left, top, right, bottom = bounds(mask)
     if not right:
         return ""
-    part = mask[top:bottom, left:right]
-    rings = (ring + (left * step, top * step) for ring in _rings(part.tobytes(), part.shape, step, tolerance))
+    # The middles of the pixel edges lie on a slanted border's line, where the corners make a staircase of it.
+    middles = ((ring + np.roll(ring, -1, axis=0)) / 2 * step for ring in borders(mask[top:bottom, left:right]))
+    rings = (simplify(ring, tolerance) + (left * step, top * step) for ring in middles)
     return "".join(_path(ring) for ring in rings if len(ring) > 2)
 
 
@@ -81,15 +80,6 @@ def _path(ring: np.ndarray) -> str:
     numbers = [f"{value:g}" for way in ways for value in way]
     joined = "".join(number if number[0] == "-" or not k else f" {number}" for k, number in enumerate(numbers))
     return f"M{first[0]:g} {first[1]:g}l{joined}z"
-
-
-@lru_cache(KEPT_OUTLINES)  # variants bring the things of their sources again
-def _rings(content: bytes, shape: tuple[int, int], step: int, tolerance: float) -> list[np.ndarray]:
-    """The simplified borders of a mask without an empty row or column at its sides, from its upper left corner on."""
-    rings = borders(np.frombuffer(content, bool).reshape(shape))
-    # The middles of the pixel edges lie on a slanted border's line, where the corners make a staircase of it.
-    middles = ((ring + np.roll(ring, -1, axis=0)) / 2 * step for ring in rings)
-    return [simplify(ring, tolerance) for ring in middles]
 
 
 def borders(mask: np.ndarray) -> list[np.ndarray]:
