@@ -33,10 +33,10 @@ from datasetdm_fast.engine.loading.folder import download_model
 from datasetdm_fast.engine.loading.model import (
     UNKNOWN_LICENCE,
     ConfigFile,
+    Model,
     Network,
     ReadOnce,
     digest,
-    drawable_things,
     folder_licence,
 )
 from datasetdm_fast.engine.loading.single_file import predicts_noise
@@ -1192,9 +1192,9 @@ def test_a_card_names_the_licence_of_a_model_and_what_it_draws(tmp_path):
         ("tags: [a]", UNKNOWN_LICENCE, ()),
     ):
         (tmp_path / "README.md").write_text(f"---\n{head}\n---\nlicense: none\n")
-        assert (folder_licence(tmp_path), drawable_things(tmp_path)) == (licence, draws)
+        assert (folder_licence(tmp_path), Model.draws.func(SimpleNamespace(source=tmp_path))) == (licence, draws)
     (tmp_path / "README.md").write_text("license: mit\ndraws: [ball]\n")  # which is no head
-    assert (folder_licence(tmp_path), drawable_things(tmp_path)) == (UNKNOWN_LICENCE, ())
+    assert (folder_licence(tmp_path), Model.draws.func(SimpleNamespace(source=tmp_path))) == (UNKNOWN_LICENCE, ())
     (tmp_path / "LICENSE").mkdir()
     (tmp_path / "licence.txt").write_text(" Own terms \n")
     assert folder_licence(tmp_path) == "Own terms"

@@ -65,8 +65,10 @@ class Model:
 
     @cached_property
     def draws(self) -> tuple[str, ...]:
-        """The things that it can draw, if its card lists them."""
-        return drawable_things(Path(self.source)) if self.source else ()
+        """The things that it can draw, if its card lists them as `draws: [ball, cube]`."""
+        front = _front_matter(Path(self.source)) if self.source else ""
+        listed = re.search(r"^draws:\s*\[(.*)\]\s*$", front, re.MULTILINE)
+        return tuple(filter(None, (word.strip().strip("\"'") for word in listed[1].split(",")))) if listed else ()
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
@@ -369,12 +371,6 @@ def digest(files: list[Path]) -> str:
             while block := file.read(1 << 22):
                 total.update(block)
     return f"sha256:{total.hexdigest()}"
-
-
-def drawable_things(folder: Path) -> tuple[str, ...]:
-    """What the card of a model folder lists that the model can draw, as `draws: [ball, cube]`; empty without a list."""
-    listed = re.search(r"^draws:\s*\[(.*)\]\s*$", _front_matter(folder), re.MULTILINE)
-    return tuple(filter(None, (word.strip().strip("\"'") for word in listed[1].split(",")))) if listed else ()
 
 
 def folder_licence(folder: Path) -> str:
