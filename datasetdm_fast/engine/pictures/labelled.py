@@ -190,15 +190,9 @@ class LabelledSource:
     def __iter__(self) -> Iterator[Labelled]:
         are_all_bad = True
         for index in range(len(self)):
-            try:
-                item = self[index]
-            except Refused as stop:
-                if not self.skip_bad:
-                    raise
-                self.skipped[self.name(self.order[index])] = stop.cause
-                continue
-            are_all_bad = False
-            yield item
+            if (item := self._read(index) if self.skip_bad else self[index]) is not None:
+                are_all_bad = False
+                yield item
         self._check_readable(are_all_bad)
 
     def draw_view(self, index: int, seed: int) -> Labelled:
@@ -219,12 +213,15 @@ class LabelledSource:
 
     def is_readable(self, index: int) -> bool:
         """Whether an item can be read; one that cannot is listed in `skipped`."""
+        return self._read(index) is not None
+
+    def _read(self, index: int) -> Labelled | None:
+        """An item; None where it cannot be read, which is listed in `skipped`."""
         try:
-            self[index]
+            return self[index]
         except Refused as stop:
             self.skipped[self.name(self.order[index])] = stop.cause
-            return False
-        return True
+            return None
 
     def _check_readable(self, are_all_bad: bool) -> None:
         if len(self) and are_all_bad:
