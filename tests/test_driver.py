@@ -318,7 +318,7 @@ def test_every_image_is_inverted_with_its_own_caption(monkeypatch):
     called, denoise = [], StubEngine.denoise
     monkeypatch.setattr(StubEngine, "denoise", lambda *of: called.append(of[-1].context) or denoise(*of))
     engine, captions = StubEngine(), ("a ball", "a cube")
-    inversion.invert(engine, torch.zeros(2, 64, 64, 3, dtype=torch.uint8), captions, 1, [3, 4])
+    list(inversion.invert_at(engine, torch.zeros(2, 64, 64, 3, dtype=torch.uint8), captions, [1], [3, 4]))
     (context,) = called
     own = [engine.encode_text([caption]).context[0] for caption in captions]
     assert not torch.equal(*own) and torch.equal(context[-2:], torch.stack(own))

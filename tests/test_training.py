@@ -27,7 +27,7 @@ from datasetdm_fast.engine.decoders.trunk import SpectralConv2d
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.labels import class_tables
 from datasetdm_fast.engine.loading import load_model
-from datasetdm_fast.engine.loop.inversion import capture_timestep, invert, posterior_generator
+from datasetdm_fast.engine.loop.inversion import capture_timestep, invert_at, posterior_generator
 from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS, Labelled, LabelledSource
 from datasetdm_fast.engine.sampling.schedule import ImageNoise, alphas_cumprod
 from datasetdm_fast.errors import GateFailed, Missing, Refused
@@ -1111,7 +1111,7 @@ def test_the_cache_holds_what_an_inversion_gives(engine, source, folder):
     held = training_views(engine, source, "semantic", folder)
     assert held.seed(5) == 5 and np.array_equal(held.item(5).image, source[2].image[:, ::-1])
     pixels = torch.from_numpy(source[2].image[:, ::-1].copy())[None]
-    fresh = invert(engine, pixels, [source[2].caption], 1, [5], is_raw=True)
+    (fresh,) = invert_at(engine, pixels, [source[2].caption], [1], [5], is_raw=True)
     for a, b in zip(Layout.of(engine.model.levels).join(fresh), held.captures.batch([5])):
         assert (a - b).norm() / a.norm() < 2e-3  # half precision
 
@@ -1131,7 +1131,8 @@ def test_a_projected_view_is_what_the_decoder_makes_of_its_capture(engine, sourc
     torch.manual_seed(0)
     decoder = build_decoder(config_of(engine, source, "depth")).eval()
     torch.nn.init.normal_(decoder.last_layer_depth[2].weight)
-    capture = invert(engine, torch.from_numpy(source[1].image[None].copy()), [source[1].caption], 1, [3], is_raw=True)
+    pixels = torch.from_numpy(source[1].image[None].copy())
+    (capture,) = invert_at(engine, pixels, [source[1].caption], [1], [3], is_raw=True)
     levels = Layout.of(engine.model.levels).join(capture)
     with torch.no_grad():
         ours, theirs = decoder(project(decoder, levels))["depth"], decoder(capture)["depth"]

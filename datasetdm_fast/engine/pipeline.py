@@ -511,7 +511,7 @@ class Pipeline:
         """
         import torch
 
-        from datasetdm_fast.engine.loop.inversion import capture_timestep, invert
+        from datasetdm_fast.engine.loop.inversion import capture_timestep, invert_at
         from datasetdm_fast.engine.pictures.framing import pictures_in_memory
         from datasetdm_fast.kernels import pyramid
 
@@ -537,7 +537,7 @@ class Pipeline:
         else:
             shown = torch.from_numpy(pictures_in_memory([image]).load(0, size))[None]
             with self._turn:
-                capture = invert(self.engine, shown, [words], timestep, [seed], is_raw=not projected)
+                (capture,) = invert_at(self.engine, shown, [words], [timestep], [seed], is_raw=not projected)
         if not projected:
             assert isinstance(capture, Capture)  # as it was requested raw
             levels = zip(LEVELS, capture.features, capture.maps)  # maps by layer, head and token

@@ -17,13 +17,6 @@ from datasetdm_fast.errors import Refused
 POSTERIOR = "posterior"  # the name of the stream of draws from it
 
 
-def invert(
-    engine: Engine, images: Tensor, captions: Sequence[str], timestep: int, seeds: Sequence[int], **how: Any
-) -> AnyCapture:
-    """The capture of images at one timestep; see invert_at."""
-    return next(invert_at(engine, images, captions, [timestep], seeds, **how))
-
-
 def invert_for(
     engine: Engine, labels: Sequence[str], images: Tensor, captions: Sequence[str], seeds: Sequence[int]
 ) -> dict[str, AnyCapture]:
