@@ -263,8 +263,8 @@ class LabelKind(ABC):
         """The classes a label shows, on `least` pixels where it is a map."""
         return ()
 
-    def colours(self, table: Table, tables: Mapping[str, Table]) -> dict[str, int]:
-        """Class word -> number of the colour its pixels have, from its own table and those of all tasks."""
+    def colours(self, table: Table) -> dict[str, int]:
+        """Class word -> number of the colour that its pixels have."""
         return {}
 
     def ignored_colour(self, table: Table) -> tuple[int, ...]:

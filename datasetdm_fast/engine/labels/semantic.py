@@ -164,7 +164,7 @@ class ClassMap(LabelKind):
         names = self.names(table)
         return [names[number] for number, count in self.count(record).items() if number in names and count >= least]
 
-    def colours(self, table: Table, _: Mapping[str, Table]) -> dict[str, int]:
+    def colours(self, table: Table) -> dict[str, int]:
         return {name: number for number, name in self.names(table).items()}
 
 

@@ -185,11 +185,7 @@ def make_recipe(
     trained = dict.fromkeys(word for config in configs.values() for word in config.class_words)
     if table is None and trained:
         table = of_words(tuple(trained))
-    open_labels = [
-        task
-        for task in tasks
-        if task == ATTENTION or (labellers[task].asks_words if task in labellers else configs[task].is_open)
-    ]
+    open_labels = [task for task in tasks if task == ATTENTION or (labellers | configs)[task].is_open]
     words = class_words_of(engine, open_labels, classes, table) if open_labels else ()
     readers = {**configs, **{task: labeller for task, labeller in labellers.items() if labeller.reads_capture}}
     captures = capture_calls(schedule, {task: timesteps_of(reader) for task, reader in readers.items()})

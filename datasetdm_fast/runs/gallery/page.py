@@ -423,7 +423,7 @@ class RunFacts:
         tables, numbers, others = self.document["labels"], {}, []
         for label in self.tasks:
             if kind_of(label).is_map:
-                numbers |= kind_of(label).colours(tables[label], tables)
+                numbers |= kind_of(label).colours(tables[label])
             else:
                 others += tables[label].get("classes", [])
         for name in [*others, *words]:
