@@ -30,7 +30,6 @@ from datasetdm_fast.engine.decoders.checkpoint import (
     round_parameters,
     save_decoder,
     seeded_decoders,
-    untrained_decoders,
 )
 from datasetdm_fast.engine.decoders.config import SD1_LEVELS, DecoderConfig, upstream
 from datasetdm_fast.engine.decoders.trunk import (
@@ -863,9 +862,9 @@ def test_a_seeded_depth_decoder_is_drawn_by_the_number_of_its_inputs():
         assert float(weight.flatten()[0]) == pytest.approx(-0.0636, abs=1e-4)
 
 
-def test_untrained_decoders_are_as_wide_against_the_unet_as_those_of_upstream():
+def test_seeded_decoders_are_as_wide_against_the_unet_as_those_of_upstream():
     with torch.device("meta"), Uninitialised():
-        decoders = {width: untrained_decoders(over, 8) for width, over in ((256, SD1_LEVELS), (16, DEMO_LEVELS))}
+        decoders = {width: seeded_decoders(over, 8) for width, over in ((256, SD1_LEVELS), (16, DEMO_LEVELS))}
     for width, each in decoders.items():
         for config in (decoder.config for decoder in each.values()):
             sizes = config.width, config.mask_dim, config.depth_width, config.feed_forward

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from datasetdm_fast import _C
-from datasetdm_fast.engine.decoders.checkpoint import untrained_decoders
+from datasetdm_fast.engine.decoders.checkpoint import seeded_decoders
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.kernels import depth_head
 from datasetdm_fast.training.trainer import project
@@ -189,7 +189,7 @@ def test_a_decoder_in_training_takes_the_trained_head(monkeypatch):
     taken = []
     monkeypatch.setattr(depth_head, "apply_trained", lambda *arguments: taken.append(1) or depth_head.plain(*arguments))
     model = load_model("tiny")
-    decoder = untrained_decoders(model.levels, 32)["depth"]
+    decoder = seeded_decoders(model.levels, 32)["depth"]
     levels = [torch.zeros(1, level.side**2, level.channels) for level in model.levels]
     for is_training in (False, True):
         decoder.train(is_training)(project(decoder, levels))

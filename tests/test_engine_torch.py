@@ -13,7 +13,7 @@ from diffusers import PNDMScheduler, StableDiffusionPipeline
 from datasetdm_fast.config import CACHED, ENGINES, EngineKind
 from datasetdm_fast.data import Capture, Text, join_texts
 from datasetdm_fast.engine.backbones.sd_reference import capturing_levels, feature_modules, transformers_of
-from datasetdm_fast.engine.decoders.checkpoint import untrained_decoders
+from datasetdm_fast.engine.decoders.checkpoint import seeded_decoders
 from datasetdm_fast.engine.decoders.trunk import fold
 from datasetdm_fast.engine.engines import Engine, build_engine, check_engine, check_task, device
 from datasetdm_fast.engine.engines.device import engine_call
@@ -295,7 +295,7 @@ def test_what_follows_from_an_engines_other_calls(engine):
     text.mask[1, 2] = False
     assert Engine.encode_classes(other, ["a", "b"])[:, 0].tolist() == [4.0, 0.0]
     assert engine.fp32_fallback() is None
-    depth = fold(untrained_decoders(engine.model.levels, engine.model.text_width)["depth"])
+    depth = fold(seeded_decoders(engine.model.levels, engine.model.text_width)["depth"])
     narrow = build_engine("fast", engine.model, {"depth": depth}, dtype="bf16", device="cpu", compile=True)
     wide = narrow.fp32_fallback()
     assert [*wide.decoders] == ["depth"], "labels of a retry are read, too"

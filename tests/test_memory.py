@@ -17,7 +17,7 @@ from small_unets import FEW_ATTENTIONS, with_small_unet
 from bench.report.report import forms_table
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.engine import engines
-from datasetdm_fast.engine.decoders.checkpoint import build_decoder, untrained_decoders
+from datasetdm_fast.engine.decoders.checkpoint import build_decoder, seeded_decoders
 from datasetdm_fast.engine.decoders.config import upstream
 from datasetdm_fast.engine.decoders.trunk import fold
 from datasetdm_fast.engine.engines import build_engine, cuda_graph, fast
@@ -301,7 +301,7 @@ def test_networks_that_are_read_once_a_batch_are_let_go_while_others_work(monkey
 def test_what_is_made_of_weights_at_every_call_is_what_is_held_of_smaller_ones(monkeypatch):
     """To rounding, as weights that are transformed at every call are so in fp32."""
     model = load_model("tiny")
-    decoders = untrained_decoders(model.levels, model.text_width)
+    decoders = seeded_decoders(model.levels, model.text_width)
     decoders = {task: fold(decoders[task]) for task in ("semantic", "depth")}
     latents, answers = torch.randn(2, 4, 16, 16), []
     monkeypatch.setattr(blocks, "LARGEST_BLOCK", 0)

@@ -12,7 +12,7 @@ import torch
 from bench.rehearsal.timeline import LOAD, Timeline
 from datasetdm_fast.data import Batch, Request, Sample
 from datasetdm_fast.engine.backbones.sd3 import SD3
-from datasetdm_fast.engine.decoders.checkpoint import KINDS, build_decoder, untrained_decoders
+from datasetdm_fast.engine.decoders.checkpoint import KINDS, build_decoder, seeded_decoders
 from datasetdm_fast.engine.decoders.config import upstream
 from datasetdm_fast.engine.decoders.trunk import Decoder, fold
 from datasetdm_fast.engine.engines import fast
@@ -60,7 +60,7 @@ def open_engine(model: str, dtype: str, device: str, labels: Sequence[str] = TAS
 def decoders_of(model: Model, labels: Sequence[str]) -> dict[str, Decoder]:
     """Decoders of these labels: of those that every run makes, and of words, of a prompt's words, of joints by bins."""
     width = model.text_width
-    found = untrained_decoders(model.levels, width) if set(labels) & set(TASKS) else {}
+    found = seeded_decoders(model.levels, width) if set(labels) & set(TASKS) else {}
     sizes = {"levels": model.levels, "text_width": width, "width": 64, "mask_dim": 64, "feed_forward": 128}
     heads = sum(sum(level.heads) for level in model.levels)
     named = {"classes": ("background", *WORDS), "named": WORDS, "word_heads": (1.0,) * heads}
