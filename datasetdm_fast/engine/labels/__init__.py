@@ -263,10 +263,6 @@ class LabelKind(ABC):
         """The classes a label shows, on `least` pixels where it is a map."""
         return ()
 
-    def colours(self, table: Table) -> dict[str, int]:
-        """Class word -> number of the colour that its pixels have."""
-        return {}
-
     def ignored_colour(self, table: Table) -> tuple[int, ...]:
         """Red, green and blue of the ignored pixels of a map; nothing where there are none."""
         return ()

@@ -164,9 +164,6 @@ class ClassMap(LabelKind):
         names = self.names(table)
         return [names[number] for number, count in self.count(record).items() if number in names and count >= least]
 
-    def colours(self, table: Table) -> dict[str, int]:
-        return {name: number for number, name in self.names(table).items()}
-
 
 class SemanticKind(ClassMap):
     attribute, title = "semantic", "Semantic classes"

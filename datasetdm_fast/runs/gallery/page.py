@@ -423,7 +423,7 @@ class RunFacts:
         tables, numbers, others = self.document["labels"], {}, []
         for label in self.tasks:
             if kind_of(label).is_map:
-                numbers |= kind_of(label).colours(tables[label])
+                numbers |= {name: number for number, name in kind_of(label).names(tables[label]).items()}
             else:
                 others += tables[label].get("classes", [])
         for name in [*others, *words]:
