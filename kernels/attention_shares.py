@@ -10,7 +10,7 @@ from torch import Tensor
 from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, round_up, tl
 from datasetdm_fast.kernels.noise import noise
 
-WIDEST = 256  # channels of a head, which are held at once; wider ones are left to the plain form
+WIDEST = 512  # bytes of a head, whose channels are held at once; wider ones are left to the plain form
 LOG2_E = 1.4426950408889634  # exp(x) = exp2(x * LOG2_E), and exp2 is one instruction
 DEVICES = {"untuned": "fused"}
 BLOCKS = {
@@ -142,7 +142,7 @@ def fused(q: Tensor, k: Tensor, sums: Tensor, mask: Tensor | None, weight: Tenso
     fits = fits and (mask is None or mask.shape == (batch, 1, 1, tokens))
     if not is_served("attention_shares", q, k, sums, weight, fits=fits):
         return reference(q, k, sums, mask, weight)
-    if width > WIDEST:
+    if width * q.element_size() > WIDEST:
         return plain(q, k, sums, mask, weight)
     q, k, sums = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, sums))
     # one precision for both products

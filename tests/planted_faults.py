@@ -189,7 +189,7 @@ FAULTS = {
         {"scenario": "label", "device": "cuda:1"},
     ),
     "a kernel of attention on another GPU": Fault(
-        "datasetdm_fast.kernels.attention_average:fused",
+        "datasetdm_fast.kernels.attention_shares:fused",
         "torch.cuda.device_of(q)",
         "torch.cuda.device(0)",
         {"scenario": "label", "device": "cuda:1"},
@@ -383,9 +383,9 @@ FAULTS = {
         "self.sums[level].index_add_(0, torch.arange(len(self.sums[level]), device=q.device), projected.flatten(0, 1))",
     ),
     "a kernel that adds in any order": Fault(
-        "datasetdm_fast.kernels.attention_average:_attention_average_kernel",
-        "tl.store(place, total",
-        "tl.atomic_add(place, total",
+        "datasetdm_fast.kernels.attention_shares:_attention_shares_kernel",
+        "tl.store(out_ptr + place, total",
+        "tl.atomic_add(out_ptr + place, total",
         {"scenario": "attention"},
     ),
     "operations that have no kernel for a GPU": Fault(

@@ -87,7 +87,7 @@ EXPECTED = {
     "level sums that nothing clears": ("unwritten", "models/capture.py"),
     "sums of attention that nothing clears": ("unwritten", "engine/loop/driver.py"),
     "a kernel that gives way to its reference": ("fallback", "kernels/linear_norm.py"),
-    "sums of attention in fp16": ("dtype", "models/capture.py"),
+    "sums of attention in fp16": ("dtype", "kernels/attention_average.py"),
     "columns as a list": ("host wait", "tasks/attention.py"),
     "words left on the host": ("error", "tasks/captions.py"),
     "a wait of another kind where some are allowed": ("host wait", "tasks/instance.py"),
@@ -95,7 +95,7 @@ EXPECTED = {
     "pictures encoded on a stream of its own": ("race", "engine/loop/inverting.py"),
     "a generator of the host for noise on a GPU": ("device", "sampling/schedule.py"),
     "an event of another GPU": ("race", "engine/loop/driver.py"),  # which the race's stream waited for
-    "a kernel of attention on another GPU": ("wrong GPU", "kernels/attention_average.py"),
+    "a kernel of attention on another GPU": ("wrong GPU", "kernels/attention_shares.py"),
     "a tile is read before its copy is over": ("race", "tasks/attention.py"),
     "pictures of a labeller on the host": ("error", "tasks/labeller.py"),
     "another stream than that of the copies is waited for": ("race", "kernels/transfer.py"),
@@ -131,7 +131,7 @@ EXPECTED = {
     "views of a student copied while the host waits": ("host wait", "students/course.py"),
     "texts of a graph that are freed": ("freed", "engines/cuda_graph.py"),  # where it is replayed
     "sums of a level added in any order": ("order", "models/capture.py"),
-    "a kernel that adds in any order": ("order", "kernels/attention_average.py"),
+    "a kernel that adds in any order": ("order", "kernels/attention_shares.py"),
     "operations that have no kernel for a GPU": ("fallback", "kernels/choice.py"),
     "statistics of a norm in fp16": ("dtype", "kernels/add_statistics.py"),
     "sums of taps in fp16": ("dtype", "kernels/depth_head.py"),

@@ -28,9 +28,7 @@ PRODUCT = ("width",), (("BLOCK_S", "BLOCK_K"), ("BLOCK_C", "BLOCK_K"))
 TILES: dict[str, tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]] = {
     "ada_norm": (("channels",), (("BLOCK_C",),)),
     "attention": (("WIDTH",), (("BLOCK_N", "BLOCK_D"), ("BLOCK_S", "BLOCK_D"))),
-    "attention_average": (("depth",), (("BLOCK_S", "BLOCK_D"), ("BLOCK_K", "BLOCK_D"))),
     "attention_capture": (("q_stride_head",), (("BLOCK_S", "BLOCK_D"),)),
-    "attention_rows": (("depth",), (("BLOCK_S", "BLOCK_D"), ("BLOCK_K", "BLOCK_D"))),
     "attention_shares": (("width",), (("BLOCK_S", "WIDTH"), ("BLOCK_T", "WIDTH"))),
     "depth_head": (("cells",), (("BLOCK_O", "BLOCK_S"),)),
     "geglu": (("channels", "row_stride"), (("BLOCK_C",),)),

@@ -38,13 +38,9 @@ FLOPS: dict[str, Callable[[dict[str, Any]], int]] = {
         * (2 * given["width"] + given["features"])
     ),
     "attention": lambda given: 4 * given["q_ptr"].shape.numel() * given["keys"],
-    "attention_average": lambda given: 2 * given["q_ptr"].shape.numel() * given["keys"],
     "attention_shares": lambda given: (
         2 * given["q_ptr"].shape.numel() * given["tokens"]
         + (0 if given["weight_ptr"] is None else 2 * given["out_ptr"].shape.numel() * given["heads"] * given["tokens"])
-    ),
-    "attention_rows": lambda given: (
-        2 * given["rows_ptr"].shape.numel() * given["keys"] * (given["depth"] + given["width"])
     ),
     "depth_head": lambda given: 2 * given["planes_ptr"].shape.numel() * given["hidden"],
     "described_product": lambda given: (
@@ -64,7 +60,6 @@ FLOPS: dict[str, Callable[[dict[str, Any]], int]] = {
 
 # What a run hands over in fp32 whatever the networks are stored in, although the kernel takes it in any dtype.
 WIDE = {
-    "attention_average": ("total_ptr",),
     "group_norm_parts": ("mean_ptr", "spread_ptr", "second_mean_ptr", "second_spread_ptr"),
     "group_norm_parts_merge": ("mean_ptr", "spread_ptr"),
     "guided_step": ("latents_ptr", "history_ptr", "out_ptr"),

@@ -59,6 +59,7 @@ IN_FP32 = {
     ("datasetdm_fast/engine/models/capture.py", "feature"),
     ("datasetdm_fast/engine/models/capture.py", "attend"),
     ("datasetdm_fast/engine/models/fused.py", "both_doubled"),  # statistics of a norm
+    ("kernels/attention_average.py", "fused"),  # running sums of attention
 }
 # What adds floating-point numbers on a GPU in the order in which its threads come, by PyTorch's list of what is not
 # deterministic there; the sums of `index_put_` are sorted.

@@ -18,21 +18,21 @@ def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:
 
 
 def cases() -> list[Case]:
-    def layer(batch, heads, queries, keys, depth, width):
-        q, k = noise(batch, heads, queries, depth), noise(batch, heads, keys, depth)
-        v = noise(batch, heads, keys, width) + 1 if width else k[..., :0]
+    def layer(batch, heads, queries, keys, width, has_values=True):
+        q, k = noise(batch, heads, queries, width), noise(batch, heads, keys, width)
+        v = noise(batch, heads, keys, width) + 1 if has_values else k[..., :0]
         total = noise(batch, queries, keys).abs() / keys
         return Case(
-            f"{heads} heads of {depth}, {queries} queries, {keys} keys, values of {width}",
+            f"{heads} heads of {width}, {queries} queries, {keys} keys{', no values' * (not has_values)}",
             (q, k, v, total, 0.2),
-            ((batch, heads, queries, width), (batch, queries, keys)),
+            ((batch, heads, queries, v.shape[3]), (batch, queries, keys)),
         )
 
     return [
-        layer(1, 1, 1, 1, 1, 1)._replace(reason="smallest"),
-        layer(2, 3, 37, 67, 21, 9)._replace(reason="ragged in every size"),
-        layer(1, 1, 9, 13, 320, 320)._replace(reason="heads that are wider than a block"),
-        layer(1, 2, 64, 77, 160, 0)._replace(reason="SD 1.x class prompt, no values"),
-        layer(1, 3, 64, 64, 16, 16)._replace(reason="tiny preset's heads"),
-        layer(1, 2, 130, 130, 80, 80)._replace(reason="SD 1.x second level's heads, several blocks"),
+        layer(1, 1, 1, 1, 1)._replace(reason="smallest"),
+        layer(2, 3, 37, 67, 21)._replace(reason="ragged in every size"),
+        layer(1, 1, 9, 13, 320)._replace(reason="heads that are wider than a block"),
+        layer(1, 2, 64, 77, 160, has_values=False)._replace(reason="SD 1.x class prompt, no values"),
+        layer(1, 3, 64, 64, 16)._replace(reason="tiny preset's heads"),
+        layer(1, 2, 130, 130, 80)._replace(reason="SD 1.x second level's heads, several blocks"),
     ]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from bench.kernels.inputs import FEATURES, Case
+from bench.kernels.inputs import BATCH, FEATURES, HEADS, LEVELS, TOKENS, Case
 from datasetdm_fast.kernels.noise import noise
 
 
@@ -18,6 +18,10 @@ def sizes(empty: Callable, batch: int = 1) -> Iterator[tuple[str, tuple]]:
         yield f"{name}, mean of the heads", (q, k, sums, None, None)
         mask = empty(batch, 1, 1, tokens).bool()
         yield f"{name}, masked", (q, k, sums, mask, empty(heads, tokens, FEATURES))
+    for (side, channels), keys in ((LEVELS[1], LEVELS[1][0] ** 2), (LEVELS[2], TOKENS)):  # averages of U-Nets
+        cells, width = side * side, channels // HEADS
+        q, k = (empty(BATCH, count, HEADS, width).transpose(1, 2) for count in (cells, keys))
+        yield f"{cells} cells over {keys}, heads of {width}", (q, k, empty(BATCH, HEADS, cells).float(), None, None)
 
 
 def cases() -> list[Case]:
@@ -37,4 +41,5 @@ def cases() -> list[Case]:
         Case("the mean of the heads, hidden tokens", *text(2, 2, 19, 40, 16, 0, hidden=7)),
         Case("more tokens than a block, hidden ones among them", *text(1, 2, 17, 150, 64, 70, hidden=3)),
         Case("FLUX.1's heads, more features than a block", *text(1, 2, 33, 70, 128, 140)),
+        Case("the mean of SD 1.x's widest heads", *text(1, 2, 33, 77, 160, 0)),
     ]
