@@ -881,13 +881,13 @@ def test_held_out_images_are_evaluated_no_more_often_than_asked_for(run, tmp_pat
 
 def test_figures_are_those_of_the_weights_that_are_written(run, tmp_path, monkeypatch):
     """In half precision a weight of 1.0004 is 1, and the answers are those of 1."""
-    scored, score = [], task_training._TrainingRun._score
+    scored, score = [], task_training.TaskTraining._score
 
     def recorded(training, decoder):
         scored.append({name: value.clone() for name, value in decoder.state_dict().items()})
         return score(training, decoder)
 
-    monkeypatch.setattr(task_training._TrainingRun, "_score", recorded)
+    monkeypatch.setattr(task_training.TaskTraining, "_score", recorded)
     line = ["--task", "depth", "--steps", "1", "--draws", "1", "--storage", "fp16"]
     assert run("--data", "demo:12@1000", "--held-out", "0.2", *line) == 0
     written = load_file(tmp_path / "decoder" / "depth" / "model.safetensors")

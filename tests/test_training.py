@@ -330,11 +330,11 @@ def test_a_class_that_only_training_images_show_widens_the_interval(tmp_path, mo
     decoder.config = SimpleNamespace(outlines="mask", named=("a",))
     places = {"folder": tmp_path, "state_folder": tmp_path, "predictor": SimpleNamespace(predict=list)}
     facts = {"settings": TaskSettings(), "plan": SimpleNamespace(schedule=SimpleNamespace(steps=7)), "task": "semantic"}
-    training = SimpleNamespace(**places, **facts, views=views, held_out=SimpleNamespace(numbers=(2,)), framing={})
-    state = SimpleNamespace(best_weights={}, step=7, loss=0.5, early_stopping=EarlyStopping())
-    run = SimpleNamespace(training=training, state=state, has_early_stopping=False, heads=WordHeads((0.5,), 30, 0.9))
+    run = SimpleNamespace(**places, **facts, views=views, held_out=SimpleNamespace(numbers=(2,)), framing={})
+    run.state = SimpleNamespace(best_weights={}, step=7, loss=0.5, early_stopping=EarlyStopping())
+    run.has_early_stopping, run.heads = False, WordHeads((0.5,), 30, 0.9)
     run.save, run._decoder, run._score = list, lambda: decoder, lambda decoder: meter
-    result = task_training._TrainingRun.finish(run)
+    result = task_training.TaskTraining.finish(run)
     assert asked == [{"classes": 7}] and result["held_out"] == {"miou": 0.5} and result["not_shown"] == ["b"]
     assert (result["images"], result["held_out_images"], result["unrelated_images"]) == (2, 1, 3)
     assert (result["stopped_early"], result["step_chosen_on_held_out"], result["named_by_captions"]) == (0, 0, 1)
@@ -487,7 +487,7 @@ def training_run(steps, settings, evaluate, **more) -> SimpleNamespace:
         return evaluate(state.step)
 
     plan = SimpleNamespace(schedule=SimpleNamespace(steps=steps))
-    run.training = SimpleNamespace(settings=settings, plan=plan, held_out=[0], task="depth")
+    run.settings, run.plan, run.held_out, run.task = settings, plan, [0], "depth"
     run.trainer = SimpleNamespace(rate=lambda step: step / 10, step=step)
     run.evaluate, run.save = judge, lambda: run.kept.append(state.step)
     run.log = SimpleNamespace(step=lambda *told: run.logged.append(told), figure=lambda *told: run.logged.append(told))
@@ -498,7 +498,7 @@ def training_run(steps, settings, evaluate, **more) -> SimpleNamespace:
 def test_a_training_is_judged_at_even_steps_and_ends_after_enough_without_improvement(patience, last):
     settings, shown = TaskSettings(checks=4, patience=patience, save_every=1e9), []
     run = training_run(10, settings, lambda step: 0.25 if step > 3 else None)  # the first time nothing is shown
-    told = task_training._TrainingRun.train(run, run.log, lambda *each: shown.append(each), lambda: False)
+    told = task_training.TaskTraining.train(run, run.log, lambda *each: shown.append(each), lambda: False)
     assert told is True and run.state.step == last and not run.kept
     figures = {step: 0.25 for step in (5, 8, 10) if step <= last}
     assert run.state.early_stopping.without_improvement == 1 + len(figures)
@@ -522,17 +522,17 @@ def test_the_weights_of_the_best_evaluation_are_saved_where_images_are_enough(
     facts = {"settings": TaskSettings(), "plan": plan, "views": views, "held_out": None, "task": "depth", "framing": {}}
     stopping = EarlyStopping(evaluations=evaluations, best_figure=0.1, best_step=4, without_improvement=2)
     state = SimpleNamespace(best_weights=best.state_dict(), step=7, loss=0.5, early_stopping=stopping)
-    run = SimpleNamespace(training=SimpleNamespace(**places, **facts), state=state, has_early_stopping=is_enough)
+    run = SimpleNamespace(**places, **facts, state=state, has_early_stopping=is_enough)
     run.save, run._decoder, run.heads = list, lambda: last, WordHeads()
-    result = task_training._TrainingRun.finish(run)
+    result = task_training.TaskTraining.finish(run)
     assert (result["weights_of_step"], result["stopped_early"], saved) == (step, True, [wanted])
     assert result["step_chosen_on_held_out"] == (is_enough and evaluations > 1)
 
 
 def test_a_training_is_saved_in_time_and_where_it_is_stopped():
     run = training_run(10, TaskSettings(checks=4, save_every=0.0), None)
-    run.training.held_out = None
-    told = task_training._TrainingRun.train(run, run.log, lambda *each: None, lambda: run.state.step == 4)
+    run.held_out = None
+    told = task_training.TaskTraining.train(run, run.log, lambda *each: None, lambda: run.state.step == 4)
     assert told is False and run.kept == [1, 2, 3, 4, 4] and len(run.logged) == 4
 
 

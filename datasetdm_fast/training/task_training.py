@@ -36,6 +36,7 @@ from datasetdm_fast.training.readers import parse_address
 from datasetdm_fast.training.recipes import TrainingSchedule
 from datasetdm_fast.training.settings import TaskSettings
 from datasetdm_fast.training.splits import are_enough, count_unrelated
+from datasetdm_fast.training.state import TrainingState
 from datasetdm_fast.training.trainer import Trainer
 from datasetdm_fast.training.word_heads import WordHeads
 from datasetdm_fast.untrusted.documents import check_form, one_line
@@ -54,25 +55,6 @@ class TaskPlan:
     words: Tensor | None  # class embeddings
     settings: Mapping[str, Any]  # everything that decides the weights, as JSON, apart from the data
     data: Mapping[str, Any]  # the data record
-
-
-@dataclass(frozen=True)
-class TaskTraining:
-    folder: Path
-    plan: TaskPlan
-    views: TrainingViews
-    held_out: TrainingViews | None
-    settings: TaskSettings
-    framing: Mapping[str, Any]  # how images are brought to the model's size
-    predictor: Predictor
-
-    @property
-    def task(self) -> str:
-        return self.plan.decoder.task
-
-    @property
-    def state_folder(self) -> Path:
-        return self.folder / "training"
 
 
 def find_result(folder: Path, plan: TaskPlan) -> dict | None:
@@ -152,6 +134,130 @@ def read_state(path: Path, form: Mapping[str, Any], most: int = LARGEST_STATE) -
     return document
 
 
+def resolve_dtype(requested: str, device: torch.device) -> str:
+    if requested != "auto":
+        return requested
+    return "bf16" if device.type == "cuda" and multiplies_bf16(device) else "fp32"
+
+
+@dataclass
+class TaskTraining:
+    """One decoder's training, with the evaluations and checkpoints between the steps of its trainer."""
+
+    folder: Path
+    plan: TaskPlan
+    views: TrainingViews
+    held_out: TrainingViews | None
+    settings: TaskSettings
+    framing: Mapping[str, Any]  # how images are brought to the model's size
+    predictor: Predictor
+
+    @property
+    def task(self) -> str:
+        return self.plan.decoder.task
+
+    @property
+    def state_folder(self) -> Path:
+        return self.folder / "training"
+
+    @property
+    def state(self) -> TrainingState:
+        return self.trainer.state
+
+    @property
+    def has_early_stopping(self) -> bool:
+        """Whether weights are chosen by the held-out figure: of a few images, chance picks them far too early."""
+        return self.held_out is not None and are_enough(len(self.held_out.numbers))
+
+    def open(self) -> None:
+        """Builds the trainer, at the step to go on from."""
+        plan, dtype = self.plan, resolve_dtype(self.settings.dtype, self.predictor.device)
+        self.trainer = Trainer(plan.decoder, plan.schedule, self.views, plan.words, self.predictor.device, dtype)
+        self.saved, self.heads = time.monotonic(), WordHeads()
+        if self.settings.by_word == "auto":
+            self.heads = word_heads.learn_heads(self.views, plan.decoder, self.predictor.tokenizer)
+        self.state.resume(self.state_folder)
+
+    def train(self, log: Log, on_step: Callable, is_stopping: Callable[[], bool]) -> bool:
+        """Takes the steps that are left; False if it was stopped before the last."""
+        checks, steps, state = self.settings.checks, self.plan.schedule.steps, self.state
+        while state.step < steps and not 0 < self.settings.patience <= state.early_stopping.without_improvement:
+            if is_stopping():
+                self.save()
+                return False
+            rate, loss, figure = self.trainer.rate(state.step), self.trainer.step(), None
+            log.step(step := state.step, steps, loss, rate)
+            if self.held_out and step * checks // steps > (step - 1) * checks // steps:
+                figure = self.evaluate()
+                if figure is not None:
+                    log.figure(step, METRICS[self.task].held_out_figure, figure)
+            on_step(step, loss, figure)
+            if time.monotonic() - self.saved >= self.settings.save_every:
+                self.save()
+        return True
+
+    def evaluate(self) -> float | None:
+        """The held-out figure, None if all truth of these images is ignored; counts towards early stopping."""
+        decoder, stopping = self._decoder(), self.state.early_stopping
+        figure = self._score(decoder).result().get(METRICS[self.task].held_out_figure)
+        stopping.evaluations += 1
+        if figure is not None and self.has_early_stopping:
+            is_improvement = predictions.is_better(self.task, figure, stopping.best_figure)
+            self.state.record_evaluation(decoder, figure, is_improvement)
+        return figure
+
+    def _score(self, decoder: Decoder) -> Meter:
+        return predictions.score(self.task, self.held_out, self.predictor.predict(decoder, self.held_out))
+
+    def _decoder(self) -> Decoder:
+        """The decoder as it would be saved now."""
+        decoder = self.state.averaged_decoder()
+        decoder.config = self.heads.add_to(decoder.config)
+        return decoder
+
+    def save(self) -> None:
+        self.state.save(self.state_folder)
+        self.saved = time.monotonic()
+
+    def finish(self) -> dict:
+        """Writes the decoder, the best by enough held-out images or else the last, and its figures."""
+        state, views, held_out, settings = self.state, self.views, self.held_out, self.settings
+        self.save()
+        decoder, is_chosen = self._decoder(), self.has_early_stopping and bool(state.best_weights)
+        if is_chosen:
+            decoder.load_state_dict(state.best_weights)
+        round_parameters(decoder, settings.storage)
+        predict = partial(self.predictor.predict, decoder, views)
+        decoder.config = predictions.choose_outlines(settings.outlines, decoder.config, views, predict)
+        save_decoder(decoder, self.folder, storage=settings.storage)
+        meter = self._score(decoder) if held_out else None
+        figures = meter.result() if meter else {}
+        classes = predictions.count_classes_shown(views) if meter and meter.columns else 0
+        numbers = [*views.numbers, *(held_out.numbers if held_out else ())]
+        heads = self.heads
+        result = {
+            "task": self.task,
+            "images": len(views.numbers),
+            "framing": dict(self.framing),
+            "held_out_images": len(held_out.numbers) if held_out else 0,
+            "unrelated_images": count_unrelated(views.source, numbers),
+            "steps": state.step,
+            "stopped_early": state.step < self.plan.schedule.steps,
+            "weights_of_step": state.early_stopping.best_step if is_chosen else state.step,
+            "loss": state.loss,
+            "outlines": decoder.config.outlines,
+            "words": {"masks": heads.masks, "named_rightly": heads.right, "read": bool(heads.shares)},
+            "held_out": figures,
+            "held_out_intervals": intervals(meter, classes=classes) if meter else {},
+            "step_chosen_on_held_out": is_chosen and state.early_stopping.evaluations > 1,
+            "not_shown": meter.not_shown(figures) if meter else [],
+            "named_by_captions": bool(decoder.config.named),
+        }
+        storage.publish({self.state_folder / "result.json": (json.dumps(result, indent=2) + "\n").encode()})
+        checkpoint.remove(self.state_folder)
+        return result
+
+
 def run_training(
     training: TaskTraining,
     on_step: Callable[[int, float, float | None], None] = lambda step, loss, figure: None,
@@ -163,125 +269,11 @@ def run_training(
     if not (settings := training.state_folder / "settings.json").exists():
         record = {training.state_folder / data_record.NAME: data_record.as_json(plan.data)}
         storage.publish(record | {settings: (json.dumps(plan.settings, indent=2) + "\n").encode()})  # which come last
-    dtype = resolve_dtype(training.settings.dtype, training.predictor.device)
-    options = {"device": training.predictor.device, "dtype": dtype}
-    trainer = Trainer(plan.decoder, plan.schedule, training.views, plan.words, **options)
+    training.open()
     try:
-        run = _TrainingRun(training, trainer)
-        with Log(training.state_folder, trainer.state.step, training.settings.log) as log:
-            if not run.train(log, on_step, is_stopping):
+        with Log(training.state_folder, training.state.step, training.settings.log) as log:
+            if not training.train(log, on_step, is_stopping):
                 return None
-        return run.finish()
+        return training.finish()
     finally:
-        trainer.close()
-
-
-def resolve_dtype(requested: str, device: torch.device) -> str:
-    if requested != "auto":
-        return requested
-    return "bf16" if device.type == "cuda" and multiplies_bf16(device) else "fp32"
-
-
-class _TrainingRun:
-    """A trainer with the evaluations and checkpoints between its steps."""
-
-    def __init__(self, training: TaskTraining, trainer: Trainer):
-        self.training, self.trainer = training, trainer
-        self.saved, self.heads = time.monotonic(), WordHeads()
-        if training.settings.by_word == "auto":
-            tokenizer = training.predictor.tokenizer
-            self.heads = word_heads.learn_heads(training.views, training.plan.decoder, tokenizer)
-        self.state.resume(training.state_folder)
-
-    @property
-    def state(self):
-        return self.trainer.state
-
-    @property
-    def has_early_stopping(self) -> bool:
-        """Whether weights are chosen by the held-out figure: of a few images, chance picks them far too early."""
-        held_out = self.training.held_out
-        return held_out is not None and are_enough(len(held_out.numbers))
-
-    def train(self, log: Log, on_step: Callable, is_stopping: Callable[[], bool]) -> bool:
-        """Takes the steps that are left; False if it was stopped before the last."""
-        settings, steps, state = self.training.settings, self.training.plan.schedule.steps, self.state
-        patience = settings.patience
-        while state.step < steps and not 0 < patience <= state.early_stopping.without_improvement:
-            if is_stopping():
-                self.save()
-                return False
-            rate, loss, figure = self.trainer.rate(state.step), self.trainer.step(), None
-            log.step(step := state.step, steps, loss, rate)
-            if self.training.held_out and step * settings.checks // steps > (step - 1) * settings.checks // steps:
-                figure = self.evaluate()
-                if figure is not None:
-                    log.figure(step, METRICS[self.training.task].held_out_figure, figure)
-            on_step(step, loss, figure)
-            if time.monotonic() - self.saved >= settings.save_every:
-                self.save()
-        return True
-
-    def evaluate(self) -> float | None:
-        """The held-out figure, None if all truth of these images is ignored; counts towards early stopping."""
-        task, decoder = self.training.task, self._decoder()
-        figure = self._score(decoder).result().get(METRICS[task].held_out_figure)
-        self.state.early_stopping.evaluations += 1
-        if figure is not None and self.has_early_stopping:
-            is_improvement = predictions.is_better(task, figure, self.state.early_stopping.best_figure)
-            self.state.record_evaluation(decoder, figure, is_improvement)
-        return figure
-
-    def _score(self, decoder: Decoder) -> Meter:
-        held_out = self.training.held_out
-        return predictions.score(self.training.task, held_out, self.training.predictor.predict(decoder, held_out))
-
-    def _decoder(self) -> Decoder:
-        """The decoder as it would be saved now."""
-        decoder = self.state.averaged_decoder()
-        decoder.config = self.heads.add_to(decoder.config)
-        return decoder
-
-    def save(self) -> None:
-        self.state.save(self.training.state_folder)
-        self.saved = time.monotonic()
-
-    def finish(self) -> dict:
-        """Writes the decoder, the best by enough held-out images or else the last, and its figures."""
-        training, state, held_out = self.training, self.state, self.training.held_out
-        self.save()
-        decoder, is_chosen = self._decoder(), self.has_early_stopping and bool(state.best_weights)
-        if is_chosen:
-            decoder.load_state_dict(state.best_weights)
-        round_parameters(decoder, training.settings.storage)
-        predict = partial(training.predictor.predict, decoder, training.views)
-        decoder.config = predictions.choose_outlines(
-            training.settings.outlines, decoder.config, training.views, predict
-        )
-        save_decoder(decoder, training.folder, storage=training.settings.storage)
-        meter = self._score(decoder) if held_out else None
-        figures = meter.result() if meter else {}
-        classes = predictions.count_classes_shown(training.views) if meter and meter.columns else 0
-        numbers = [*training.views.numbers, *(held_out.numbers if held_out else ())]
-        heads = self.heads
-        result = {
-            "task": training.task,
-            "images": len(training.views.numbers),
-            "framing": dict(training.framing),
-            "held_out_images": len(held_out.numbers) if held_out else 0,
-            "unrelated_images": count_unrelated(training.views.source, numbers),
-            "steps": state.step,
-            "stopped_early": state.step < training.plan.schedule.steps,
-            "weights_of_step": state.early_stopping.best_step if is_chosen else state.step,
-            "loss": state.loss,
-            "outlines": decoder.config.outlines,
-            "words": {"masks": heads.masks, "named_rightly": heads.right, "read": bool(heads.shares)},
-            "held_out": figures,
-            "held_out_intervals": intervals(meter, classes=classes) if meter else {},
-            "step_chosen_on_held_out": is_chosen and state.early_stopping.evaluations > 1,
-            "not_shown": meter.not_shown(figures) if meter else [],
-            "named_by_captions": bool(decoder.config.named),
-        }
-        storage.publish({training.state_folder / "result.json": (json.dumps(result, indent=2) + "\n").encode()})
-        checkpoint.remove(training.state_folder)
-        return result
+        training.trainer.close()
