@@ -21,64 +21,39 @@ if TYPE_CHECKING:
 
 # Steps to the eight neighbours, counter-clockwise from the one on the right, as (down, right).
 AROUND = ((0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1), (1, 0), (1, 1))
-BORDER, EXIT = 2, 3  # marks of a pixel on a border that was followed; the mask ends to the right of an EXIT
 
 
-def external_contours(mask: np.ndarray) -> list[np.ndarray]:
-    """The outer borders [n, 2] of x, y of a mask [H, W] that lie in no hole, the one that begins lowest first."""
-    plane = np.pad(mask.astype(np.uint8), 1)
-    wide = plane.shape[1]
-    starts = np.flatnonzero((plane[:, 1:] == 1) & (plane[:, :-1] == 0))
-    pixels = bytearray(plane.tobytes())
-    borders = []
-    for start in starts.tolist():
-        row, place = divmod(start, wide - 1)
-        at = row * wide + place + 1
-        # not inside the last border to the left in the row
-        if pixels[at] == 1 and pixels.rfind(BORDER, row * wide, at) <= pixels.rfind(EXIT, row * wide, at):
-            borders.append(_follow_border(pixels, at, wide))
-    return borders[::-1]
-
-
-def _follow_border(pixels: bytearray, start: int, wide: int) -> np.ndarray:
-    """The border that begins at its first pixel in reading order, which is marked on the way."""
+def outer_border(mask: np.ndarray) -> np.ndarray:
+    """The corners [n, 2] of x, y of the outer border of a mask of one part, from its first pixel on."""
+    plane = np.pad(mask, 1)
+    pixels, wide = plane.tobytes(), plane.shape[1]
     steps = [down * wide + right for down, right in AROUND]
+    start = pixels.index(True)
     # of the first neighbour inside, turning clockwise from the left, which is outside
     first = next((k % 8 for k in range(3, -4, -1) if pixels[start + steps[k % 8]]), None)
-    if first is None:
-        pixels[start] = EXIT
-        return _points([start], wide)
     corners, at, came, before = [], start, first, None
-    while True:
-        ahead, passed = came, False
-        while True:  # counter-clockwise around the pixel, from the one after where the border came from
-            ahead = (ahead + 1) % 8
-            if pixels[at + steps[ahead]]:
-                break
-            passed |= ahead == 0
-        if passed:
-            pixels[at] = EXIT
-        elif pixels[at] == 1:
-            pixels[at] = BORDER
+    while first is not None:
+        # counter-clockwise around the pixel, from the one after where the border came from
+        ahead = next(k % 8 for k in range(came + 1, came + 9) if pixels[at + steps[k % 8]])
         if ahead != before:
             corners.append(at)
-            before = ahead
         following = at + steps[ahead]
         if following == start and at == start + steps[first]:
-            return _points(corners, wide)
-        at, came = following, (ahead + 4) % 8
-
-
-def _points(places: list[int], wide: int) -> np.ndarray:
-    """Places of the padded mask as x, y of the mask itself."""
-    return np.stack([np.array(places) % wide - 1, np.array(places) // wide - 1], 1).astype(np.int32)
+            break
+        at, came, before = following, (ahead + 4) % 8, ahead
+    places = np.array(corners or [start])
+    return np.stack([places % wide - 1, places // wide - 1], 1).astype(np.int32)
 
 
 def largest_contour(mask: np.ndarray) -> np.ndarray | None:
-    """The external contour with the largest bounding box, of equal ones the first; None of an empty mask."""
-    contours = external_contours(mask)
-    areas = [int(np.prod(np.ptp(points, axis=0) + 1)) for points in contours]
-    return contours[areas.index(max(areas))] if contours else None
+    """The outer border of the part of a mask [H, W] with the largest bounding box, of equal ones that of the one that
+    begins lowest; None of an empty mask.
+    """
+    from scipy import ndimage
+
+    parts, count = ndimage.label(mask, np.ones((3, 3)))
+    areas = [(rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in ndimage.find_objects(parts)]
+    return outer_border(parts == max(range(count), key=lambda k: (areas[k], k)) + 1) if count else None
 
 
 SMALLEST_AREA = 5000  # evidence of a class at 512 x 512 pixels below which it is left out
