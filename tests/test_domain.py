@@ -531,24 +531,24 @@ def test_a_model_may_draw_captions_that_are_lists_of_names_otherwise(named, outs
     items = [SimpleNamespace(caption="a photo of a ball", named=named)] * 16
     session = SimpleNamespace(engine=engine, source=items, split=(range(16), ()))
     decoder = SimpleNamespace(domain=learned, config=SimpleNamespace(task="semantic"))
-    check = workflow.check_itself(session, decoder, tmp_path)
-    assert check.outside == max(outside, 1)  # the first by its own distance
+    checked = workflow.check_itself(session, decoder, tmp_path)
+    assert read_check(tmp_path) == {"samples": 16, "out_of_domain": max(outside, 1)}  # the first by its own distance
     if named:  # the mean of all, which is near enough, moves no sample
-        assert [sample.trust.domain for sample in check.samples] == [1.5, *[0.5] * 15]
+        assert [sample.trust.domain for sample in checked] == [1.5, *[0.5] * 15]
 
 
 def test_a_decoder_without_a_domain_or_memory_for_it_is_not_checked(monkeypatch, tmp_path):
-    assert workflow.check_itself(None, SimpleNamespace(domain=None), tmp_path) is None
+    assert workflow.check_itself(None, SimpleNamespace(domain=None), tmp_path) == ()
     errors = [torch.OutOfMemoryError("CUDA out of memory"), KeyError("a fault")]
     monkeypatch.setattr(workflow, "build_engine", lambda *_, **__: (_ for _ in ()).throw(errors.pop(0)))
     monkeypatch.setattr(workflow, "_choose_captioned", lambda session: [SimpleNamespace(caption="a ball", named=None)])
     engine = SimpleNamespace(name="fast", model=None, device="cpu", fingerprint=lambda: {"dtype": "fp32"})
     decoder = SimpleNamespace(domain=learn(), config=SimpleNamespace(task="semantic"))
-    assert workflow.check_itself(SimpleNamespace(engine=engine), decoder, tmp_path) is None
+    assert workflow.check_itself(SimpleNamespace(engine=engine), decoder, tmp_path) == ()
     with pytest.raises(KeyError, match="a fault"):
         workflow.check_itself(SimpleNamespace(engine=engine), decoder, tmp_path)
     monkeypatch.setattr(workflow, "_choose_captioned", lambda session: [])
-    assert workflow.check_itself(SimpleNamespace(engine=engine), decoder, tmp_path) is None and not errors
+    assert workflow.check_itself(SimpleNamespace(engine=engine), decoder, tmp_path) == () and not errors
 
 
 @pytest.mark.parametrize(("distance", "what"), [(None, ""), (1.0, " 1.00"), (1.5, " 1.50, out of the domain")])

@@ -1281,7 +1281,7 @@ def test_the_page_shows_twelve_images_judged_by_a_decoder_that_has_not_learnt_fr
     replaced = {
         "split_folds": lambda source, numbers, count, seed: [[k for k in numbers if k % count == seed - 3]],
         "load_decoder": lambda place: place,
-        "check_itself": lambda *given: None,
+        "check_itself": lambda *given: (),
     }
     for name, value in replaced.items():
         monkeypatch.setattr(workflow, name, value)

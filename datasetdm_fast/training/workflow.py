@@ -156,10 +156,9 @@ class Workflow:
             page.COMMAND: command,
         }
         facts = {name: value for name, value in facts.items() if value != ""}
-        check = check_itself(session, load_decoder(folder), folder)
-        warnings = report.describe_warnings(task, folds, check.document if check else None)
+        samples = check_itself(session, load_decoder(folder), folder)
+        warnings = report.describe_warnings(task, folds, read_check(folder) if samples else None)
         cautions = [*warnings, *report.cautions(result, bool(folds))]
-        samples = check.samples if check else ()
         content = page.page(task, session.source, facts, result, cautions, folds, views, labels, title, samples)
         storage.publish({folder / "training" / PAGE: content})
 
@@ -184,27 +183,13 @@ def measure_domain(session: TrainingSession, decoder: Decoder) -> domain.Domain 
     return domain.learn_domain(np.concatenate(sketches), labels, [view // DOMAIN_DRAWS for view in range(len(views))])
 
 
-@dataclass(frozen=True)
-class SelfCheck:
-    """The samples, and how many are out of the domain of the decoder."""
-
-    samples: Sequence[Sample]
-    outside: int
-
-    @property
-    def document(self) -> dict[str, Any]:
-        return {"samples": len(self.samples), "out_of_domain": self.outside}
-
-
-def check_itself(session: TrainingSession, decoder: Decoder, folder: Path) -> SelfCheck | None:
-    """Samples of the captions of training images, whose counts are written into the decoder's folder; None for a
+def check_itself(session: TrainingSession, decoder: Decoder, folder: Path) -> Sequence[Sample]:
+    """Samples of the captions of training images, whose counts are written into the decoder's folder; none for a
     decoder without a domain, and where captions or memory do not allow it.
     """
-    if decoder.domain is None:
-        return None
+    if decoder.domain is None or not (items := _choose_captioned(session)):
+        return ()
     task, engine = decoder.config.task, session.engine
-    if not (items := _choose_captioned(session)):
-        return None
     captions = [item.caption for item in items]
     is_stored = all(item.named is None for item in items)
     options = {"dtype": engine.fingerprint()["dtype"], "device": str(engine.device)}
@@ -220,16 +205,16 @@ def check_itself(session: TrainingSession, decoder: Decoder, folder: Path) -> Se
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        return None
+        return ()
     if len(samples) >= domain.LEAST_IMAGES:
         domain.write_domain(folder, measured)
     trusts = [sample.trust or Trust() for sample in samples]
     distances = [max(trust.domain or 0.0, measured.model if measured.model > 1 else 0.0) for trust in trusts]
     trusts = [replace(trust, domain=distance) for trust, distance in zip(trusts, distances, strict=True)]
     samples = [replace(sample, trust=trust) for sample, trust in zip(samples, trusts, strict=True)]
-    check = SelfCheck(samples, sum(distance > 1 for distance in distances))
-    storage.publish({folder / "training" / CHECK_FILE: (json.dumps(check.document, indent=2) + "\n").encode()})
-    return check
+    counts = {"samples": len(samples), "out_of_domain": sum(distance > 1 for distance in distances)}
+    storage.publish({folder / "training" / CHECK_FILE: (json.dumps(counts, indent=2) + "\n").encode()})
+    return samples
 
 
 def _sketch_samples(engine: Engine, task: str, samples: Sequence[Sample]) -> np.ndarray:
