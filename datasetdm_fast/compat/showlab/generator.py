@@ -33,13 +33,17 @@ class Generator:
     task: str
     sampler: prompts.SamplerOf
     write: files.Write
-    folder: str  # of the labels
     classes: str = ""  # data set whose classes it makes images of, one after the other
     guidance: float = 5.0
     count: str = "n_each_class"
     prompt_folder: str = "cityscapes"  # of the published prompt files
     asks_class: bool = True  # whether its images show the class that they are made for
     suffix: str = "png"  # of the file of a label
+
+    @property
+    def folder(self) -> str:
+        """That of the labels."""
+        return "Annotation" if self.task in ("depth", "pose") else "Mask"
 
     @property
     def flags(self) -> tuple[Flag, ...]:
@@ -171,7 +175,6 @@ _GENERATORS = (
         "open-vocabulary",
         prompts.voc,
         files.write_class_mask,
-        "Mask",
         "voc",
         guidance=7.0,
         prompt_folder="voc2012",
@@ -183,7 +186,6 @@ _GENERATORS = (
         "semantic",
         prompts.cityscapes,
         files.write_class_map,
-        "Mask",
         "cityscapes",
     ),
     Generator(
@@ -193,7 +195,6 @@ _GENERATORS = (
         "semantic",
         prompts.medical,
         files.write_class_map,
-        "Mask",
         "cityscapes",
         asks_class=False,
     ),
@@ -204,7 +205,6 @@ _GENERATORS = (
         "semantic",
         prompts.sentence,
         files.write_class_map,
-        "Mask",
     ),
     Generator(
         "parallel_generate_Instance_COCO_AnyClass",
@@ -213,7 +213,6 @@ _GENERATORS = (
         "instance",
         prompts.coco,
         files.write_contours,
-        "Mask",
         "coco",
         prompt_folder="coco",
         suffix="txt",
@@ -225,7 +224,6 @@ _GENERATORS = (
         "depth",
         prompts.general,
         files.write_depth,
-        "Annotation",
     ),
     Generator(
         "parallel_generate_Depth_NYU",
@@ -234,7 +232,6 @@ _GENERATORS = (
         "depth",
         prompts.general,
         files.write_depth,
-        "Annotation",
         count="number_data",
     ),
     Generator(
@@ -244,7 +241,6 @@ _GENERATORS = (
         "pose",
         prompts.sentence,
         files.write_heatmap_joints,
-        "Annotation",
         count="number_data",
         suffix="txt",
     ),
@@ -255,7 +251,6 @@ _GENERATORS = (
         "pose",
         prompts.pose,
         files.write_bin_joints,
-        "Annotation",
         count="number_data",
     ),
 )

@@ -78,10 +78,7 @@ class Annotations:
         for what, part in (("images", self.images), ("categories", self.categories), ("annotations", is_annotated)):
             if not part:
                 raise reading.bad(path, f"no {what} in it")
-        self.rows = {
-            name: np.frombuffer(column, np.int64) if len(column) else np.zeros(0, np.int64)
-            for name, column in rows.items()
-        }
+        self.rows = {name: np.array(column, np.int64) for name, column in rows.items()}
         self.areas, self.crowds = np.array(areas), np.array(crowds, bool) & (not self.marks_masks)
         self.order = np.argsort(self.rows["image"], kind="stable")
         self.sorted_images = self.rows["image"][self.order]
