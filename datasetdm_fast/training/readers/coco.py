@@ -147,7 +147,6 @@ class Coco(shapes.OutlineSource):
 
     joints = COCO_JOINTS
     limbs = COCO_LIMBS
-    rule = windows.RULES["coco"]
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         self.path, layout = path, find_layout(path, split)

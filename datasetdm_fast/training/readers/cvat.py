@@ -8,7 +8,7 @@ import numpy as np
 
 from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Picture
-from datasetdm_fast.training.truth import shapes, windows
+from datasetdm_fast.training.truth import shapes
 from datasetdm_fast.untrusted import documents
 
 LARGEST_TASK = 64 * 2**20  # bytes
@@ -23,8 +23,6 @@ class Cvat(shapes.OutlineSource):
     one thing. Classes are those of the task in its order, without labels of shapes that are left out; an image without
     shapes shows nothing.
     """
-
-    rule = windows.RULES["coco"]
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         if not (file := path / f"{split}.xml").exists():  # as datumaro calls it, the library of CVAT

@@ -10,7 +10,7 @@ import numpy as np
 
 from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Picture
-from datasetdm_fast.training.truth import shapes, windows
+from datasetdm_fast.training.truth import shapes
 from datasetdm_fast.untrusted import documents
 
 LARGEST_EXPORT = 2**30  # bytes; brushes are long lists of numbers
@@ -26,8 +26,6 @@ class LabelStudio(shapes.OutlineSource):
     others are called so, too. The first annotation of a task that was not cancelled counts, tasks without one are left
     out; classes are in the order of their names.
     """
-
-    rule = windows.RULES["coco"]
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         folder = path.parent if path.is_file() else reading.split_folder(path, split)

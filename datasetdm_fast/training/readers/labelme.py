@@ -10,7 +10,7 @@ import numpy as np
 from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Picture
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.training.truth import shapes, windows
+from datasetdm_fast.training.truth import shapes
 from datasetdm_fast.untrusted import documents
 
 FORM = {"shapes": [{"label": str, "points": [[float]]}], "imagePath": str, "imageHeight": int, "imageWidth": int}
@@ -23,28 +23,23 @@ class LabelMe(shapes.OutlineSource):
     and group_id are one thing, `__ignore__` is ignored.
     """
 
-    rule = windows.RULES["coco"]
-
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         whole, path = path, reading.split_folder(path, split)
-        self.files = reading.listing(path, ".json")
+        self.images = reading.listing(path, ".json")
         lists = [folder / name for folder in (path, whole) for name in ("classes.txt", "labels.txt")]
         self.list = next((file for file in lists if file.exists()), path)
         if self.list == path:
-            names = sorted({name for file in self.files for name in _labels(file)})
+            names = sorted({name for file in self.images for name in _labels(file)})
         else:
             names = reading.class_file(self.list)
         self.set_things(filter(shapes.is_thing, names))
         self.class_list = str(self.list)
         if not self.thing_classes:
             raise reading.bad(self.list, "no class in it")
-        super().__init__(size, len(self.files))
-
-    def name(self, record: int) -> str:
-        return str(self.files[record])
+        super().__init__(size, len(self.images))
 
     def picture(self, record: int) -> Picture:
-        path = self.files[record]
+        path = self.images[record]
         document = shapes.read_document(path, FORM, "labelme")
         sides = (document["imageHeight"], document["imageWidth"])
         image = self._image(path, document, sides)

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Picture
-from datasetdm_fast.training.truth import shapes, windows
+from datasetdm_fast.training.truth import shapes
 from datasetdm_fast.untrusted import documents
 
 PROGRAM = "Supervisely"
@@ -23,15 +23,13 @@ class Supervisely(shapes.OutlineSource):
     are those of meta.json in its order. Bitmaps, polygons and rectangles are read, figures without an area left out.
     """
 
-    rule = windows.RULES["coco"]
-
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         self.meta = reading.first_there(path / "meta.json")
         folder = reading.split_folder(path, split)
         folders = [folder] if (folder / "ann").is_dir() else sorted(inner.parent for inner in folder.glob("*/ann"))
         if not folders:
             raise reading.bad(folder, "no data set in it, expected folders with img/ and ann/")
-        self.files = [file for each in folders for file in reading.listing(each / "ann", ".json")]
+        self.images = [file for each in folders for file in reading.listing(each / "ann", ".json")]
         names = [
             kind["title"]
             for kind in shapes.read_document(self.meta, META_FORM, PROGRAM)["classes"]
@@ -41,13 +39,10 @@ class Supervisely(shapes.OutlineSource):
         self.class_list = str(self.meta)
         if not self.thing_classes:
             raise reading.bad(self.meta, "no class with an area in it")
-        super().__init__(size, len(self.files))
-
-    def name(self, record: int) -> str:
-        return str(self.files[record])
+        super().__init__(size, len(self.images))
 
     def picture(self, record: int) -> Picture:
-        file = self.files[record]
+        file = self.images[record]
         document, path = shapes.read_document(file, FORM, PROGRAM), file.parent.parent / "img" / file.stem
         sides = document["size"]["height"], document["size"]["width"]
         image = shapes.check_sides(path, reading.colour_image(path, reading.as_drawn(sides[::-1])), sides, file)

@@ -6,15 +6,12 @@ from pathlib import Path
 
 from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Picture
-from datasetdm_fast.training.truth import windows
 from datasetdm_fast.training.truth.shapes import OutlineSource, Things, polygon
 from datasetdm_fast.untrusted import documents
 
 
 class Yolo(OutlineSource):
     """An image without a label file shows nothing, as YOLO has it."""
-
-    rule = windows.RULES["coco"]
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         listed = reading.first_there(*(path / name for name in ("data.yaml", "dataset.yaml", "classes.txt")))
