@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler,
 
 from datasetdm_fast.config import PROFILES, SAMPLERS, SCHEDULERS, FlowRule
 from datasetdm_fast.data import Capture, Text
-from datasetdm_fast.engine.backbones.sd import SD, SD_SCHEDULER
+from datasetdm_fast.engine.backbones.sd import SD, SD_SCHEDULER, levels
 from datasetdm_fast.engine.engines.torch import TorchEngine
 from datasetdm_fast.engine.sampling.schedule import (
     FOLLOWED,
@@ -361,7 +361,8 @@ def engine() -> TorchEngine:
             module.set_processor(WideHeads())
     nothing = torch.nn.Identity()
     modules = {"unet": unet, "vae": nothing, "text_encoder": nothing}
-    return TorchEngine(SimpleNamespace(modules=modules, networks={}, tokenizers={"tokenizer": None}, backbone=SD))
+    parts = {"modules": modules, "networks": {}, "tokenizers": {"tokenizer": None}}
+    return TorchEngine(SimpleNamespace(**parts, backbone=SD, levels=levels(unet.config, 77, 512)))
 
 
 def recorded_context(images: tuple[int, ...]) -> torch.Tensor:
@@ -376,23 +377,25 @@ def call(engine: TorchEngine, schedule: Schedule, k: int, state: State, images: 
     """The state after call k of recorded images made as one batch, whose latents, and features and maps where they are
     due, are as recorded.
     """
-    arguments, captures = (state.latents, schedule.timesteps[k], Text(recorded_context(images))), k == len(schedule) - 1
+    arguments, is_last = (state.latents, schedule.timesteps[k], Text(recorded_context(images))), k == len(schedule) - 1
+    captures = is_last or k == 0  # the first call's capture is of the shapes alone
     output, capture = engine.denoise_and_capture(*arguments) if captures else (engine.denoise(*arguments), None)
     state = step(schedule, k, state, guide(output, 7.0))
     for row, image in enumerate(images):
         recorded = GOLDEN["images"][image]
         assert distance(state.latents[row], recorded["latents"][k]) <= 1e-4, f"image {image}, call {k}"
         if captures:
+            check_capture(capture, row, recorded, worst=1e-4 if is_last else math.inf)
+        if is_last:
             assert distance(state.latents[row], recorded["final"]) <= 1e-4
-            check_capture(capture, row, recorded)
     return state
 
 
-def check_capture(capture: Capture, row: int, recorded: dict) -> None:
+def check_capture(capture: Capture, row: int, recorded: dict, worst: float) -> None:
     for level, features in zip(LEVELS, capture.features, strict=True):
         for feature, known in zip(features, recorded["features"][level], strict=True):
             assert list(feature[row : row + 1].shape) == known["shape"]
-            assert distance(feature[row], known) <= 1e-4, level
+            assert distance(feature[row], known) <= worst, level
     # The recording lists maps in the order of execution; a level reads its up layers, then its down layers.
     places, ordered = recorded["maps"], [recorded["maps"]["mid_cross"]]
     for side in (16, 32, 64):
@@ -408,7 +411,7 @@ def check_capture(capture: Capture, row: int, recorded: dict) -> None:
     for maps, known_maps in zip(capture.maps, ordered, strict=True):
         for layer, known in zip(maps, known_maps, strict=True):
             assert list(layer[row].shape) == known["shape"]
-            assert distance(layer[row], known) <= 1e-4
+            assert distance(layer[row], known) <= worst
 
 
 def distance(value: torch.Tensor, recorded: dict) -> float:
