@@ -55,17 +55,18 @@ class CocoFormat(Format):
         return files, entry
 
     def shared_files(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
+        skeleton = [[a + 1, b + 1] for a, b in plan.limbs]  # COCO counts joints from 1
         kinds = {
-            "instances": ("instance", plan.classes.things),
-            "person_keypoints": ("pose", ()),
-            "stuff": ("semantic", plan.classes.stuff),
+            "instances": ("instance", categories(plan, plan.classes.things)),
+            "person_keypoints": ("pose", categories(plan, plan.people, keypoints=list(plan.joints), skeleton=skeleton)),
+            "stuff": ("semantic", categories(plan, plan.classes.stuff)),
         }
-        files = {
-            f"annotations/{kind}_{split}{YEAR}.json": _annotations(plan, samples, kind, split, names)
-            for kind, (task, names) in kinds.items()
-            if task in plan.tasks
-            for split in plan.splits
-        }
+        files = {}
+        for kind, split in ((kind, split) for kind in kinds for split in plan.splits):
+            task, rows = kinds[kind]
+            if task in plan.tasks:
+                annotations = number_annotations(plan, samples, kind, split)
+                files[f"annotations/{kind}_{split}{YEAR}.json"] = _document(samples, split, rows, annotations)
         if _has_panoptic(plan):
             for split in plan.splits:
                 files[f"annotations/panoptic_{split}{YEAR}.json"] = _panoptic(plan, samples, split)
@@ -74,10 +75,6 @@ class CocoFormat(Format):
 
 def _has_panoptic(plan: ExportPlan) -> bool:
     return {"instance", "semantic"} <= plan.tasks
-
-
-def info() -> dict[str, Any]:
-    return {"description": "made by datasetdm_fast", "version": __version__}
 
 
 def categories(plan: ExportPlan, names: Iterable[str], **more: Any) -> list[dict[str, Any]]:
@@ -170,30 +167,13 @@ def panoptic(sample: SampleView, classes: Classes) -> tuple[np.ndarray, list[dic
     return numbers, segments
 
 
-def _annotations(plan: ExportPlan, samples: AllSamples, kind: str, split: str, names: Iterable[str]) -> Iterator[bytes]:
-    if kind == "person_keypoints":
-        skeleton = [[a + 1, b + 1] for a, b in plan.limbs]  # COCO counts joints from 1
-        rows = categories(plan, plan.people, keypoints=list(plan.joints), skeleton=skeleton)
-    else:
-        rows = categories(plan, names)
-    return _document(samples, split, rows, number_annotations(plan, samples, kind, split))
-
-
 def _document(samples: AllSamples, split: str, rows: list[Any], annotations: Iterable[Any]) -> Iterator[bytes]:
-    """The file of a split: its images, the categories in `rows`, and annotations."""
-    fields = {"info": info(), "licenses": [], "categories": rows}
-    images = (entry["image"] for entry in samples.entries(split))
-    return json_document(fields, images=images, annotations=annotations)
-
-
-def json_document(fields: Mapping[str, Any], **lists: Iterable[Any]) -> Iterator[bytes]:
-    """A JSON object of these fields and lists in chunks, an item of a list per line."""
-    yield b"{"
-    for k, (name, value) in enumerate(fields.items()):
-        yield f"{',' if k else ''}\n{canonical(name)}:{canonical(value)}".encode()
-    for k, (name, items) in enumerate(lists.items()):
-        yield f"{',' if k or fields else ''}\n{canonical(name)}:".encode()
-        yield from json_list(items)
+    """The file of a split in chunks: its images, the categories in `rows`, and annotations."""
+    info = {"description": "made by datasetdm_fast", "version": __version__}
+    yield f'{{\n"info":{canonical(info)},\n"licenses":[],\n"categories":{canonical(rows)},\n"images":'.encode()
+    yield from json_list(entry["image"] for entry in samples.entries(split))
+    yield b',\n"annotations":'
+    yield from json_list(annotations)
     yield b"}\n"
 
 
