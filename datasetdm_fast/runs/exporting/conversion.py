@@ -183,7 +183,8 @@ class Conversion:
         made = 0
         with self._open() as opened:
             done = opened.numbers()
-            missing = (view for view in self._views() if view.number not in done)
+            views = (self._view(self.source.run.sample_of(row)) for row in self.source.rows())
+            missing = (view for view in views if view.number not in done)
             for rows in in_threads(partial(self._write, opened), missing, BLOCK, threads, is_stopping):
                 opened.commit(rows)
                 made += len(rows)
@@ -203,21 +204,16 @@ class Conversion:
         if is_stopping():
             return
         samples = AllSamples(partial(opened.entries, name), lambda *places: map(self.view, opened.numbers_of(*places)))
-        if name in EXPORT_FORMATS.others:
-            files = shared_files(name, format, self.plan, samples)
-            if path := opened.find_repeated(f"{name}/{path}" for path in files):
-                raise Missing(
-                    f"writers: {name!r} of the package {EXPORT_FORMATS.package(name)} writes {path} more than once",
-                    f"Update that package, or remove it, and delete {self.folder}.",
-                )
-        else:
-            files = format.shared_files(self.plan, samples)
+        files = shared_files(name, format, self.plan, samples)
+        paths = [f"{name}/{path}" for path in files]
+        if name in EXPORT_FORMATS.others and (path := opened.find_repeated(paths)):
+            raise Missing(
+                f"writers: {name!r} of the package {EXPORT_FORMATS.package(name)} writes {path} more than once",
+                f"Update that package, or remove it, and delete {self.folder}.",
+            )
         for path, chunks in files.items():
             if not is_stopping():
                 opened.share(f"{name}/{path}", chunks)
-
-    def _views(self) -> Iterator[SampleView]:
-        return (self._view(self.source.run.sample_of(row)) for row in self.source.rows())
 
     def view(self, number: int) -> SampleView:
         """The sample of a number."""
