@@ -627,12 +627,12 @@ def test_an_export_knows_its_samples_by_split_and_place_and_a_file_that_two_have
     file = storage.StoredFile("0" * 64, 1)
     with export_folder.ExportFolder(tmp_path / "out", description, is_copied=True) as opened:
         rows = ((5, "train", "a/x"), (2, "train", "a/y"), (3, "val", "a/z"))
-        opened.commit([export_folder.DoneSample(k, split, {"a": {"k": k}}, {name: file}) for k, split, name in rows])
+        opened.commit([export_folder.done_row(k, split, {"a": {"k": k}}, {name: file}) for k, split, name in rows])
         assert opened.numbers() == {2, 3, 5} and opened.numbers_of("train", 0, 9) == [2, 5]
         assert opened.numbers_of("train", 1, 2) == [5] and opened.numbers_of("train", 0, 1) == [2]
         assert list(opened.entries("a", "train")) == [{"k": 2}, {"k": 5}]
         assert opened.find_repeated(["a/all"]) is None and opened.find_repeated(["a/all", "a/z"]) == "a/z"
-        opened.commit([export_folder.DoneSample(7, "val", {}, {"a/x": file})])
+        opened.commit([export_folder.done_row(7, "val", {}, {"a/x": file})])
         assert opened.find_repeated([]) == "a/x"
 
 

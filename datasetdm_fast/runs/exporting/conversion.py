@@ -16,7 +16,7 @@ from datasetdm_fast.messages import count_noun
 from datasetdm_fast.plugins import load_place
 from datasetdm_fast.runs.exporting import export_folder
 from datasetdm_fast.runs.exporting.classes import Renaming, collect_classes
-from datasetdm_fast.runs.exporting.export_folder import DoneSample, ExportFolder, StoredExport
+from datasetdm_fast.runs.exporting.export_folder import ExportFolder, StoredExport, done_row
 from datasetdm_fast.runs.exporting.format import (
     AllSamples,
     Content,
@@ -223,7 +223,7 @@ class Conversion:
         correction = self.source.corrections.get(stored.row.request.index)
         return SampleView(stored, self.source.split_of(stored.row), self.plan, correction)
 
-    def _write(self, opened: ExportFolder, block: Sequence[SampleView]) -> list[DoneSample]:
+    def _write(self, opened: ExportFolder, block: Sequence[SampleView]) -> list[tuple[Any, ...]]:
         contents: list[dict[str, Content]] = []
         entries: list[dict[str, Entry]] = []
         for view in block:
@@ -235,7 +235,7 @@ class Conversion:
                 contents[-1] |= {f"{name}/{path}": content for path, content in files.items()}
         stored = opened.publish({name: content for files in contents for name, content in files.items()})
         return [
-            DoneSample(view.number, view.split, of_view, {name: stored[name] for name in files})
+            done_row(view.number, view.split, of_view, {name: stored[name] for name in files})
             for view, files, of_view in zip(block, contents, entries)
         ]
 

@@ -8,7 +8,6 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +34,10 @@ BLOCK = 256  # rows read at once
 Rows = Sequence[Sequence[Any]]
 
 
-@dataclass(frozen=True)
-class DoneSample:
-    """A sample whose files are on the disk."""
-
-    number: int
-    split: str
-    entries: Mapping[str, Any]  # by format
-    files: Mapping[str, StoredFile]
+def done_row(number: int, split: str, entries: Mapping[str, Any], files: Mapping[str, StoredFile]) -> tuple[Any, ...]:
+    """The row of a sample that is done, with its entries by format."""
+    digests = [[name, stored.sha256, stored.size] for name, stored in files.items()]
+    return number, split, json.dumps(entries, ensure_ascii=False), json.dumps(digests)
 
 
 def read_export(folder: Path) -> dict[str, Any]:
@@ -125,17 +120,8 @@ class ExportFolder(AbstractContextManager):
         published = storage.publish(contents)
         return {name: published.get(self.folder / name) or stored[name] for name in files}
 
-    def commit(self, samples: Iterable[DoneSample]) -> None:
-        """Marks samples as done, all or none."""
-        done = [
-            (
-                sample.number,
-                sample.split,
-                json.dumps(sample.entries, ensure_ascii=False),
-                json.dumps([[name, stored.sha256, stored.size] for name, stored in sample.files.items()]),
-            )
-            for sample in samples
-        ]
+    def commit(self, done: Rows) -> None:
+        """Marks samples whose files are on the disk as done, all or none."""
         self._add(done, [])
 
     def _add(self, done: Rows, shared: Rows) -> None:
