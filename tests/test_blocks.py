@@ -50,7 +50,7 @@ def transformer(channels: int) -> Transformer:
     shapes |= {f"{block}attn{k}.to_{name}": square for k in (1, 2) for name in ("q", "k", "v", "out.0")}
     shapes |= {f"{block}ff.net.0.proj": size([8 * channels, channels])}
     shapes |= {f"{block}ff.net.2": size([channels, 4 * channels])}
-    return Transformer(state(shapes), Layers(4, 1e-5, plain), HEADS, None, (0, 0))
+    return Transformer(state(shapes), Layers(4, 1e-5, plain), HEADS, (0, 0))
 
 
 def case(kind: str) -> tuple[torch.nn.Module, list]:
@@ -145,8 +145,7 @@ class Heard(CaptureHook):
         self.queries: dict = {}
 
     def feature(self, slot, x: Tensor) -> None:
-        if slot is not None:
-            self.features[slot] = x.clone()
+        self.features[slot] = x.clone()
 
     def on_queries(self, slot, q: Tensor, k: Tensor) -> None:
         self.queries[slot] = q @ k.transpose(-1, -2)

@@ -762,7 +762,6 @@ def test_a_sigmoid_has_its_gradient_where_an_exponential_has_none():
 
 def test_a_raw_capture_is_fp32_and_the_mean_over_the_blocks_of_a_transformer():
     hook = RawCapture([Level("low", 1, (2,), (1,), 3, halves=1), Level("mid", 1, (1,), (), 3)], plain, rows=2)
-    hook.feature(None, torch.zeros(1))
     hook.feature((0, 0), torch.tensor([[5.0, 6], [7, 8]])[..., None, None].bfloat16())
     hook.feature((1, 0), torch.tensor([[5.0], [7]])[..., None, None].bfloat16())
     for block, value in enumerate((1.0, 3.0)):

@@ -180,7 +180,8 @@ def test_calls_from_deep_features_are_those_of_the_reference(engine, reference, 
 
 
 def one_weight(engine: FastEngine) -> None:
-    engine.unet.middle.first.conv1.weight.mul_(1.01)
+    resnets = [block for block, step in zip(engine.unet.blocks, engine.unet.steps) if step.reads == "time"]
+    resnets[len(resnets) // 2].conv1.weight.mul_(1.01)
 
 
 def one_number(engine: FastEngine) -> None:
@@ -189,8 +190,11 @@ def one_number(engine: FastEngine) -> None:
 
 
 def one_feature_pair(engine: FastEngine) -> None:
-    first, second = engine.unet.down[0].transformers
-    first.feature, second.feature = second.feature, first.feature
+    steps = list(engine.unet.steps)
+    first, second = [k for k, step in enumerate(steps) if step.reads == "text"][:2]
+    slots = steps[first].slot, steps[second].slot
+    steps[second], steps[first] = (steps[k]._replace(slot=slot) for k, slot in zip((second, first), slots))
+    engine.unet.steps = steps
 
 
 def one_head_of_the_maps(engine: FastEngine) -> None:
@@ -198,7 +202,8 @@ def one_head_of_the_maps(engine: FastEngine) -> None:
 
 
 def one_head_of_the_network(engine: FastEngine) -> None:
-    transformer = engine.unet.up[2].transformers[0]
+    transformers = [block for block, step in zip(engine.unet.blocks, engine.unet.steps) if step.reads == "text"]
+    (transformer,) = [block for block in transformers if block.blocks[0].slot[:2] == (2, 0)]
     layer = transformer.blocks[0].text_out.weight
     layer[:, : layer.shape[1] // transformer.heads].zero_()
 
@@ -338,7 +343,7 @@ def test_without_decoders_features_and_maps_are_compared(model):
     verdict = verify.verify(engine, reference, [Request(0, "a ball", 1)], recipe, 1)
     measures = {row.measure for row in verdict.rows}
     assert verdict.agrees and {"level low", "level highest"} <= measures and "encoded image" not in measures
-    engine.unet.down[0].transformers[0].feature, engine.unet.down[0].transformers[1].feature = (3, 2), (3, 1)
+    one_feature_pair(engine)
     assert "level highest" in failed(verify.verify(engine, reference, [Request(0, "a ball", 1)], recipe, 1))
 
 

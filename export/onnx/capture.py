@@ -35,10 +35,10 @@ class ProjectingHook(ExportHook):
         super().__init__(ops, rows)
         self.projection = projection
 
-    def feature(self, slot: Slot | None, x: Value) -> None:
-        if slot is None or not self.projection.widths[slot[0]]:
-            return
+    def feature(self, slot: Slot, x: Value) -> None:
         level, place = slot
+        if not self.projection.widths[level]:
+            return
         weights = list(self.projection.features[level][place])
         for half, weight in zip(x.chunk(self.rows)[-len(weights) :], weights):
             planes = nn.functional.conv2d(half, weight.transpose(0, 1).unsqueeze(2).unsqueeze(3))

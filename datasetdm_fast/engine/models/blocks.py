@@ -3,9 +3,8 @@ operation than its arithmetic takes; and the whole UNet of such a network in one
 """
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import zip_longest
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -148,7 +147,7 @@ class TransformerBlock(Block):
         super().__init__(plain)
         (block,) = plain.blocks
         self.plain = [plain]
-        self.feature, self.heads, self.slot = plain.feature, block.heads, block.slot
+        self.heads, self.slot = block.heads, block.slot
         self.width = len(plain.exit.weight)
 
     def pack(self, packing: Packing) -> _C.Transformer:
@@ -176,7 +175,6 @@ class TransformerBlock(Block):
         out = torch.empty_like(x)
         places = x.data_ptr(), h.data_ptr(), attended.data_ptr(), out.data_ptr()
         self.native().after(*places, len(x), height * width, threads)
-        hook.feature(self.feature, out)
         return out
 
 
@@ -219,7 +217,7 @@ def with_blocks(unet: UNet, in_pairs: bool = False) -> nn.Module:
     fp32 or, where `in_pairs`, in bf16, with fp32 sums and fp32 between products.
     """
     blockwise(unet)
-    blocks = unet.conv_in, unet.conv_out, *(step.block for step in steps_of(unet))
+    blocks = unet.conv_in, unet.conv_out, *unet.blocks
     is_whole = all(isinstance(block, Block) for block in blocks) and unet.norm_out.weight.dtype == torch.float32
     for module in unet.modules():
         if isinstance(module, Block):
@@ -233,12 +231,15 @@ class UNetBlock(Block):
     def __init__(self, plain: UNet):
         super().__init__(plain)
         self.plain = [plain]
-        self.text_layers, self.entry = plain.text_layers, plain.entry
-        self.sides = [2**depth for depth in range(len(plain.down))]
+        self.text_layers, self.entry, self.steps = plain.text_layers, plain.entry, plain.steps
+        self.sides = [2**depth for depth in range(plain.depths)]
 
     def pack(self, packing: Packing) -> _C.UNet:
-        parting = next(step.block for step in steps_of(self) if isinstance(step.block, TransformerBlock))
-        steps = [_C.Step(step.block.native(), step.joins, step.keeps, step.block is parting) for step in steps_of(self)]
+        parting = next(block for block in self.blocks if isinstance(block, TransformerBlock))
+        steps = [
+            _C.Step(block.native(), step.joins, step.keeps, block is parting)
+            for block, step in zip(self.blocks, self.steps)
+        ]
         return _C.UNet(self.conv_in.native(), steps, packing.norm(self.norm_out), self.conv_out.native())
 
     def forward(self, latents: Tensor, biases: Tensor, text: Sequence[Tensor], hook: CaptureHook) -> Tensor:
@@ -252,16 +253,18 @@ class UNetBlock(Block):
         latents, text = latents.contiguous(memory_format=torch.channels_last), [table.contiguous() for table in text]
         native, threads = self.native(), torch.get_num_threads()
         out = empty_image(2 * batch, len(self.conv_out.bias), height, width)
-        entry, steps, outputs = None, [], []
+        entry, outputs = None, []
         queries: list[Tensor] = []
         if not hook.is_idle:
             first, *sizes = native.sizes(height, width)
-            entry, steps = empty_image(batch, *first), list(steps_of(self))
-            outputs = [None if step.slot is None else empty_image(2 * batch, *size) for step, size in zip(steps, sizes)]
-            for step, (_, rows, columns) in zip(steps, sizes):  # the halves are one up to the first, which parts them
-                if isinstance(step.block, TransformerBlock):
+            entry = empty_image(batch, *first)
+            outputs = [
+                None if step.slot is None else empty_image(2 * batch, *size) for step, size in zip(self.steps, sizes)
+            ]
+            for block, (_, rows, columns) in zip(self.blocks, sizes):  # the first transformer parts the halves
+                if isinstance(block, TransformerBlock):
                     count = 2 * batch if queries else batch
-                    queries.append(torch.empty(count, rows * columns, step.block.width))
+                    queries.append(torch.empty(count, rows * columns, block.width))
         native.run(
             latents.data_ptr(),
             biases.data_ptr(),
@@ -278,10 +281,10 @@ class UNetBlock(Block):
         if not outputs:
             return out
         hook.feature(self.entry, double_halves(entry))  # called as single blocks do
-        for step, x in zip(steps, outputs):
+        for step, x in zip(self.steps, outputs):
             if x is not None:
                 hook.feature(step.slot, x)
-        attending = [step.block for step in steps if isinstance(step.block, TransformerBlock)]
+        attending = [block for block in self.blocks if isinstance(block, TransformerBlock)]
         for block, q, (k, _) in zip(attending, queries, text):
             (q,) = split_heads(q if len(q) == len(k) else double_halves(q), 1, block.heads)
             hook.on_queries(block.slot, q, k)
@@ -295,36 +298,3 @@ class UNetBlock(Block):
         self, latents: Tensor, biases: Tensor, text: Sequence[Tensor], deep: Tensor, hook: CaptureHook
     ) -> Tensor:
         return self.plain[0].forward_from(latents, biases, text, deep, hook)
-
-
-class BlockStep(NamedTuple):
-    block: Block
-    slot: Slot | None  # the feature that its output is
-    joins: bool = False  # it reads its input beside the last output that was kept
-    keeps: bool = False
-
-
-def steps_of(unet: UNet) -> Iterator[BlockStep]:
-    """The blocks in the order of the forward pass."""
-    for down in unet.down:
-        pairs = zip_longest(down.resnets, down.transformers)
-        for slot, (resnet, transformer) in zip(down.features, pairs):
-            yield from _pair(resnet, transformer, slot, keeps=True)
-        if down.shrink is not None:
-            yield BlockStep(down.shrink, down.entry, keeps=True)
-    yield BlockStep(unet.middle.first, None)
-    yield BlockStep(unet.middle.transformer, unet.middle.transformer.feature)
-    yield BlockStep(unet.middle.last, unet.middle.slot)
-    for up in unet.up:
-        for slot, (resnet, transformer) in zip(up.features, zip_longest(up.resnets, up.transformers)):
-            yield from _pair(resnet, transformer, slot, joins=True)
-        if up.grow is not None:
-            yield BlockStep(up.grow, up.grown)
-
-
-def _pair(
-    resnet: Block, transformer: Block | None, slot: Slot, joins: bool = False, keeps: bool = False
-) -> list[BlockStep]:
-    if transformer is None:
-        return [BlockStep(resnet, slot, joins, keeps)]
-    return [BlockStep(resnet, None, joins), BlockStep(transformer, transformer.feature, False, keeps)]

@@ -45,8 +45,8 @@ class CaptureHook:
         """Whether it reads nothing."""
         return type(self) is CaptureHook
 
-    def feature(self, slot: Slot | None, x: Tensor) -> None:
-        """Reads the output [R, C, h, w] that is the feature `slot`, None where it is none."""
+    def feature(self, slot: Slot, x: Tensor) -> None:
+        """Reads the output [R, C, h, w] that is the feature `slot`."""
 
     def attend(self, slot: AttentionSlot, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The output [R, heads, S, d] of that cross-attention."""
@@ -73,7 +73,7 @@ class KeptFeature(CaptureHook):
         self.slot = slot
         self.value: Tensor | None = None
 
-    def feature(self, slot: Slot | None, x: Tensor) -> None:
+    def feature(self, slot: Slot, x: Tensor) -> None:
         if slot == self.slot:
             self.value = x
 
@@ -89,9 +89,8 @@ class RawCapture(CaptureHook):
         self.features: dict[Slot, Tensor] = {}
         self.maps: dict[Slot, Tensor] = {}
 
-    def feature(self, slot: Slot | None, x: Tensor) -> None:
-        if slot is not None:
-            self.features[slot] = torch.cat(x.chunk(self.rows)[-self.levels[slot[0]].halves :], 1)
+    def feature(self, slot: Slot, x: Tensor) -> None:
+        self.features[slot] = torch.cat(x.chunk(self.rows)[-self.levels[slot[0]].halves :], 1)
 
     def on_queries(self, slot: AttentionSlot, q: Tensor, k: Tensor) -> None:
         self.add_map(slot, probabilities(q.chunk(self.rows)[-1], k.chunk(self.rows)[-1]))
@@ -172,9 +171,9 @@ class ProjectedSums(CaptureHook):
             for side, width in zip(projection.sides, projection.widths)
         ]
 
-    def feature(self, slot: Slot | None, x: Tensor) -> None:
-        if slot is not None and self.projection.widths[slot[0]]:
-            (level, place), total = slot, self.sums[slot[0]]
+    def feature(self, slot: Slot, x: Tensor) -> None:
+        (level, place), total = slot, self.sums[slot[0]]
+        if self.projection.widths[level]:
             matrices = self.projection.features[level][place].to(x.dtype)
             for half, weight in zip(tokens(x).chunk(len(x) // self.batch)[-len(matrices) :], matrices):
                 cells = half.flatten(0, 1)

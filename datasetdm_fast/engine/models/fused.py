@@ -131,8 +131,8 @@ class MeasuredTransformer(Transformer):
 
     block = ShiftedBlock
 
-    def __init__(self, weights: Weights, layers: Layers, heads: int, feature: Slot | None, place: Slot):
-        super().__init__(weights, layers, heads, feature, place)
+    def __init__(self, weights: Weights, layers: Layers, heads: int, place: Slot):
+        super().__init__(weights, layers, heads, place)
         missing, bias = None, self.exit.bias
         for block in self.blocks:
             missing = block.shift_norms(missing)
@@ -143,9 +143,7 @@ class MeasuredTransformer(Transformer):
         for block, text in zip(self.blocks, texts, strict=True):
             h = block(h, text, hook)
         residual = x.image if len(x.image) == len(h) else double_halves(x.image)
-        x = added_product(self.ops, [h], self.exit.weight, self.bias, residual)
-        hook.feature(self.feature, x)
-        return x
+        return added_product(self.ops, [h], self.exit.weight, self.bias, residual)
 
 
 class MeasuredAttention(SpatialAttention):
@@ -184,7 +182,7 @@ class ImagesOnly:
     def __init__(self, hook: Any):
         self.hook, self.attend, self.attend_self = hook, hook.attend, hook.attend_self
 
-    def feature(self, slot: Slot | None, x: Measured) -> None:
+    def feature(self, slot: Slot, x: Measured) -> None:
         self.hook.feature(slot, x.image)
 
 

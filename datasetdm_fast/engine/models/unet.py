@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from itertools import count
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -174,9 +174,9 @@ class Transformer(nn.Module):
 
     block: Any = AttentionBlock
 
-    def __init__(self, weights: Weights, layers: Layers, heads: int, feature: Slot | None, place: Slot):
+    def __init__(self, weights: Weights, layers: Layers, heads: int, place: Slot):
         super().__init__()
-        self.feature, self.ops = feature, layers.ops
+        self.ops = layers.ops
         self.norm = layers.norm(weights / "norm", TRANSFORMER_EPS, has_silu=False)
         self.entry, self.exit = Linear(weights / "proj_in"), Linear(weights / "proj_out")
         blocks = (weights / "transformer_blocks").parts("norm1.weight")
@@ -190,13 +190,20 @@ class Transformer(nn.Module):
         for block, text in zip(self.blocks, texts, strict=True):
             h = block(h, text, hook)
         x = x if x.shape[0] == h.shape[0] else double_halves(x)
-        x = image(self.exit(h), *x.shape[-2:]).add_(x)
-        hook.feature(self.feature, x)
-        return x
+        return image(self.exit(h), *x.shape[-2:]).add_(x)
+
+
+class Step(NamedTuple):
+    """What a block of the forward pass reads beside the image, and what becomes of its output."""
+
+    reads: Literal["time", "text", "nothing"]
+    slot: Slot | None  # the feature that its output is
+    joins: bool = False  # it reads its input beside the last output that was kept
+    keeps: bool = False
 
 
 class CapturePlan(Layers):
-    """Where the blocks of one UNet lie, and what is captured of them: depth 0 is the highest level, and the middle
+    """How the blocks of one UNet are made, and what is captured of them: depth 0 is the highest level, and the middle
     block belongs to the lowest. The features of a level are numbered in the order of the forward pass.
     """
 
@@ -210,96 +217,45 @@ class CapturePlan(Layers):
         self.depths = len(config.block_out_channels)
         self._places = [count() for _ in LEVELS]
 
-    def level(self, depth: int) -> int:
-        return len(LEVELS) - 1 - depth
-
-    def feature(self, level: int) -> Slot:
+    def feature(self, depth: int) -> Slot:
+        level = len(LEVELS) - 1 - depth
         return level, next(self._places[level])
 
-    def transformers(self, block: Weights, depth: int, features: Sequence[Slot], first: int) -> nn.ModuleList:
-        """Those of a block, whose maps are numbered from `first`."""
-        return nn.ModuleList(
-            self.block(place, self, self.heads[depth], feature, (self.level(depth), first + i))
-            for i, (place, feature) in enumerate(zip((block / "attentions").parts("norm.weight"), features))
-        )
-
-
-def take_texts(text: Iterator[Tensor], transformer: Any) -> list[Tensor]:
-    """The keys and values of its layers."""
-    return [table for _, table in zip(transformer.blocks, text)]
-
-
-class Down(nn.Module):
-    def __init__(self, plan: CapturePlan, depth: int):
-        super().__init__()
-        weights = plan.weights / "down_blocks" / depth
-        sibling = plan.weights / "up_blocks" / (plan.depths - 1 - depth)
-        self.resnets = nn.ModuleList(plan.resnets(weights))
-        self.features = [plan.feature(plan.level(depth)) for _ in self.resnets]
-        maps = len((sibling / "attentions").parts("norm.weight"))  # those of the up block come first
-        self.transformers, self.shrink = plan.transformers(weights, depth, self.features, maps), None
-        if depth < plan.depths - 1:
-            self.shrink = plan.convolution(weights / "downsamplers" / 0 / "conv", stride=2)
-            self.entry = plan.feature(plan.level(depth + 1))
-
-    def forward(
-        self, x: Tensor, time: Iterator[Tensor], text: Iterator[Tensor], skips: list[Tensor], hook: CaptureHook
-    ) -> Tensor:
-        for i, resnet in enumerate(self.resnets):
-            x = resnet(x, next(time))
-            if self.transformers:
-                x = self.transformers[i](x, take_texts(text, self.transformers[i]), hook)
-            else:
-                hook.feature(self.features[i], x)
-            skips.append(x)
-        if self.shrink is not None:
-            x = self.shrink(x)
-            hook.feature(self.entry, x)
-            skips.append(x)
-        return x
-
-
-class Middle(nn.Module):
-    def __init__(self, plan: CapturePlan):
-        super().__init__()
-        weights = plan.weights / "mid_block"
-        self.first, self.last = plan.resnets(weights)
-        self.slot = plan.feature(0)
+    def steps(self) -> Iterator[tuple[nn.Module, Step]]:
+        """Every block between the first and the last convolution."""
+        downs, last = [self.weights / "down_blocks" / depth for depth in range(self.depths)], self.depths - 1
+        ups = [self.weights / "up_blocks" / (last - depth) for depth in range(self.depths)]
+        for depth, place in enumerate(downs):
+            maps = len((ups[depth] / "attentions").parts("norm.weight"))  # those of the up block come first
+            yield from self._pairs(place, depth, maps, keeps=True)
+            if depth < last:
+                shrink = self.convolution(place / "downsamplers" / 0 / "conv", stride=2)
+                yield shrink, Step("nothing", self.feature(depth + 1), keeps=True)
+        middle = self.weights / "mid_block"
+        first, second = self.resnets(middle)
+        yield first, Step("time", None)
         # without a feature: the level reads the block's own output
-        place = weights / "attentions" / 0
-        self.transformer = plan.block(place, plan, plan.heads[-1], None, (0, 0))
+        yield self.block(middle / "attentions" / 0, self, self.heads[-1], (0, 0)), Step("text", None)
+        yield second, Step("time", (0, next(self._places[0])))
+        for depth in reversed(range(self.depths)):
+            yield from self._pairs(ups[depth], depth, 0, joins=True)
+            if depth:
+                grow = self.upsample(ups[depth] / "upsamplers" / 0 / "conv")
+                yield grow, Step("nothing", self.feature(depth - 1))
 
-    def forward(self, x: Tensor, time: Iterator[Tensor], text: Iterator[Tensor], hook: CaptureHook) -> Tensor:
-        x = self.transformer(self.first(x, next(time)), take_texts(text, self.transformer), hook)
-        x = self.last(x, next(time))
-        hook.feature(self.slot, x)
-        return x
-
-
-class Up(nn.Module):
-    def __init__(self, plan: CapturePlan, depth: int):
-        super().__init__()
-        weights = plan.weights / "up_blocks" / (plan.depths - 1 - depth)
-        self.resnets = nn.ModuleList(plan.resnets(weights))
-        self.features = [plan.feature(plan.level(depth)) for _ in self.resnets]
-        self.transformers, self.grow = plan.transformers(weights, depth, self.features, 0), None
-        if depth:
-            self.grow = plan.upsample(weights / "upsamplers" / 0 / "conv")
-            self.grown = plan.feature(plan.level(depth - 1))
-
-    def forward(
-        self, x: Tensor, time: Iterator[Tensor], text: Iterator[Tensor], skips: list[Tensor], hook: CaptureHook
-    ) -> Tensor:
-        for i, resnet in enumerate(self.resnets):
-            x = resnet(x, next(time), skips.pop())
-            if self.transformers:
-                x = self.transformers[i](x, take_texts(text, self.transformers[i]), hook)
-            else:
-                hook.feature(self.features[i], x)
-        if self.grow is not None:
-            x = self.grow(x)
-            hook.feature(self.grown, x)
-        return x
+    def _pairs(
+        self, place: Weights, depth: int, first_map: int, joins: bool = False, keeps: bool = False
+    ) -> Iterator[tuple[nn.Module, Step]]:
+        """The resnets of a block, each with the transformer after it where it has some."""
+        transformers = (place / "attentions").parts("norm.weight")
+        for k, resnet in enumerate(self.resnets(place)):
+            slot = self.feature(depth)
+            if not transformers:
+                yield resnet, Step("time", slot, joins, keeps)
+                continue
+            yield resnet, Step("time", None, joins)
+            transformer = self.block(transformers[k], self, self.heads[depth], (slot[0], first_map + k))
+            yield transformer, Step("text", slot, keeps=keeps)
 
 
 class UNet(nn.Module):
@@ -310,16 +266,15 @@ class UNet(nn.Module):
     def __init__(self, module: nn.Module, ops: SimpleNamespace):
         super().__init__()
         plan = self.plan(module, ops)
-        self.doubled, depths = plan.doubled, range(plan.depths)
-        resnets = _list_down_mid_up(plan.weights, plan.depths, "resnets", "conv1.bias")
-        self.widths = [len(place["conv1.bias"]) for place, _ in resnets]
+        self.doubled, self.depths = plan.doubled, plan.depths
         self.conv_in = plan.convolution(plan.weights / "conv_in")
-        self.entry = plan.feature(plan.level(0))
-        self.down = nn.ModuleList(Down(plan, depth) for depth in depths)
-        self.middle = Middle(plan)
-        self.up = nn.ModuleList(Up(plan, depth) for depth in reversed(depths))
+        self.entry = plan.feature(0)
+        blocks, self.steps = zip(*plan.steps())
+        self.blocks = nn.ModuleList(blocks)
         self.norm_out = plan.norm(plan.weights / "conv_norm_out")
         self.conv_out = Convolution(plan.weights / "conv_out")
+        resnets = [k for k, step in enumerate(self.steps) if step.reads == "time"]
+        self.widths, self.last = [len(blocks[k].conv1.bias) for k in resnets], resnets[-1]
         # its text attentions, in the order of TextTable
         self.text_layers = [module.slot for module in self.modules() if isinstance(module, AttentionBlock)]
 
@@ -330,26 +285,31 @@ class UNet(nn.Module):
         hook.feature(self.entry, skips[0])
         if biases.ndim == 2:  # the first resnet already differs
             x = skips[0]
-        for block in self.down:
-            x = block(x, time, texts, skips, hook)
-        x = self.middle(x, time, texts, hook)
-        for block in self.up:
-            x = block(x, time, texts, skips, hook)
+        for block, step in zip(self.blocks, self.steps):
+            if step.reads == "time":
+                x = block(x, next(time), skips.pop()) if step.joins else block(x, next(time))
+            elif step.reads == "text":
+                x = block(x, [table for _, table in zip(block.blocks, texts)], hook)
+            else:
+                x = block(x)
+            if step.slot is not None:
+                hook.feature(step.slot, x)
+            if step.keeps:
+                skips.append(x)
         return self.conv_out(self.norm_out(x))
 
     @property
     def deep(self) -> Slot:
-        """The feature before the last resnet of the highest level: all that lies below the first skip ends in it."""
-        return self.up[-1].features[-2]
+        """The feature before the last resnet: all that lies below the first skip ends in it."""
+        return self.steps[self.last - 1].slot
 
     def forward_from(
         self, latents: Tensor, biases: Tensor, text: Sequence[Tensor], deep: Any, hook: CaptureHook
     ) -> Tensor:
         """The output where the feature `deep` is that of an earlier call (DeepCache, Ma et al. 2023)."""
-        up, x = self.up[-1], self.conv_in(latents)
+        x = self.conv_in(latents)
         skip = x if latents.shape[0] == text[0].shape[1] else self.doubled(x)
-        x = up.resnets[-1](deep, biases.split(self.widths, -1)[-1], skip)
-        if up.transformers:
-            last = up.transformers[-1]
-            x = last(x, text[-len(last.blocks) :], hook)
+        x = self.blocks[self.last](deep, biases.split(self.widths, -1)[-1], skip)
+        for transformer in self.blocks[self.last + 1 :]:
+            x = transformer(x, text[-len(transformer.blocks) :], hook)
         return self.conv_out(self.norm_out(x))
