@@ -44,7 +44,7 @@ from datasetdm_fast.engine.loading import in_memory, load_model, lora
 from datasetdm_fast.engine.loop import diffusing
 from datasetdm_fast.engine.loop.calls import call_text
 from datasetdm_fast.engine.loop.driver import LabelStream, sample_and_label
-from datasetdm_fast.engine.pictures.framing import pictures_in_memory
+from datasetdm_fast.engine.pictures.framing import crop_square, pictures_in_memory
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.settings import EngineSettings
@@ -387,7 +387,7 @@ def test_wrong_images_are_refused(pipe, image, message):
 def test_features_of_an_image_of_any_size_are_those_of_its_square(pipe):
     image = world.view(1, 192).image
     wide = np.concatenate([image[:, :40], image, image[:, :40]], 1)
-    expected = pipe.features(pictures_in_memory([image]).load(0, 128))["low"]
+    expected = pipe.features(crop_square(pictures_in_memory([image]).whole(0), 128))["low"]
     assert all(pipe.features(given)["low"].equal(expected) for given in (image, wide, Image.fromarray(wide)))
 
 

@@ -3759,7 +3759,7 @@ def test_a_picture_whose_exif_data_are_broken_is_refused():
     with pytest.raises(Refused, match=r"a.jpg: its EXIF data cannot be read \(SyntaxError\)"):
         reading.colours("a.jpg", image, reading.as_shown)
     with pytest.raises(Refused, match="image 0: its EXIF data cannot be read") as refusal:
-        framing.pictures_in_memory([image]).load(0, 16)
+        framing.pictures_in_memory([image])
     assert refusal.value.remedy == "Give another image."
 
 

@@ -243,7 +243,7 @@ def test_samples_that_were_set_aside_count_as_doubtful_and_are_compared_with_not
     answers, pictures = iter([made, [sample(4.0), sample(3.0), sample(9.0), aside]]), []
     monkeypatch.setattr(speed_gate, "_results", lambda *_: next(answers))
     monkeypatch.setattr(speed_gate, "inversion_recipe", lambda *_: None)
-    monkeypatch.setattr(speed_gate, "inversion_generator", lambda recipe, source: pictures.append(source))
+    monkeypatch.setattr(speed_gate, "inversion_generator", pictures.append)
     recipe = SimpleNamespace(size=2, tasks=("depth",))
     figures = speed_gate._figures(SimpleNamespace(engine=None), recipe, None, lambda: None)
     assert figures == {"REL depth": pytest.approx(0.25), "doubtful": 0.5} and len(pictures) == 1

@@ -80,7 +80,7 @@ def label(machine: Machine) -> int:
     recipe = machine.recipe(engine, ("depth", ATTENTION), classes=WORDS)
     pictures = pictures_in_memory([blank(engine.model.size) for _ in range(machine.batch * machine.batches)])
     recipe = inverting.inversion_recipe(recipe, engine, (100, 300))
-    return machine.made(engine, recipe, inverting.inversion_generator(recipe, pictures))
+    return machine.made(engine, recipe, inverting.inversion_generator(pictures))
 
 
 def tiles(machine: Machine) -> int:
@@ -115,7 +115,7 @@ def labeller(machine: Machine) -> int:
         found = machine.made(engine, recipe)
         pictures = pictures_in_memory([blank(engine.model.size)] * machine.batch * machine.batches)
         recipe = inverting.inversion_recipe(recipe, engine, ())
-        return found + machine.made(engine, recipe, inverting.inversion_generator(recipe, pictures))
+        return found + machine.made(engine, recipe, inverting.inversion_generator(pictures))
 
 
 class Bright(Labeller):

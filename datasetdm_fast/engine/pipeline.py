@@ -392,7 +392,7 @@ class Pipeline:
             line = picture_prompt(_line(text, f"prompt {place}"), recipe, words, self.engine, f"prompt {place}")
             request = Request(place, line.text, check_seed(seed + place), line.classes or ())
             requests.append(recipe.check_request(request, self.engine.model.tokenizer))
-        make = inversion_generator(recipe, pictures)
+        make = inversion_generator(pictures)
         return Output(list(self._samples(_batches(iter(requests), size), recipe, make)))
 
     def _batch_size(self, batch_size: int, images: int | None = None) -> int:
@@ -512,7 +512,7 @@ class Pipeline:
         import torch
 
         from datasetdm_fast.engine.loop.inversion import capture_timestep, invert_at
-        from datasetdm_fast.engine.pictures.framing import pictures_in_memory
+        from datasetdm_fast.engine.pictures.framing import crop_square, pictures_in_memory
         from datasetdm_fast.kernels import pyramid
 
         size, training = self.engine.model.size, int(self.engine.model.scheduler.get("num_train_timesteps", 1000))
@@ -535,7 +535,7 @@ class Pipeline:
             with self._turn:
                 capture = self._sampled_capture(words, timestep, seed, steps, guidance, is_raw=not projected)
         else:
-            shown = torch.from_numpy(pictures_in_memory([image]).load(0, size))[None]
+            shown = torch.from_numpy(crop_square(pictures_in_memory([image]).whole(0), size))[None]
             with self._turn:
                 (capture,) = invert_at(self.engine, shown, [words], [timestep], [seed], is_raw=not projected)
         if not projected:

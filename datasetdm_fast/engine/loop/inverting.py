@@ -37,22 +37,21 @@ class InvertedPictures(Protocol):
     @property
     def names(self) -> Sequence[str]: ...
 
-    def load(self, index: int, size: int) -> np.ndarray: ...  # [size, size, 3] uint8
-
     def whole(self, index: int) -> np.ndarray: ...  # [H, W, 3] uint8
 
 
 class InvertingGenerator(driver.BatchGenerator):
     """Adds noise to pictures at the timesteps of the decoders, and at several for labels from attention."""
 
-    def __init__(self, *arguments: Any, pictures: InvertedPictures, timesteps: Sequence[int]):
+    def __init__(self, *arguments: Any, pictures: InvertedPictures):
         super().__init__(*arguments)
-        self.pictures, self.timesteps = pictures, timesteps
+        self.pictures, self.timesteps = pictures, self.recipe.facts["timesteps"]
 
     def sample(self, batch: Batch) -> Any:
         import torch
 
-        squares = [self.pictures.load(request.index, self.recipe.size) for request in batch.padded]
+        pictures = (self.pictures.whole(request.index) for request in batch.padded)
+        squares = [framing.crop_square(picture, self.recipe.size) for picture in pictures]
         return self.invert(batch.padded, torch.from_numpy(np.stack(squares)))
 
     def invert(self, requests: Sequence[Request], pixels: Tensor) -> labelling.SampledBatch:
@@ -181,12 +180,10 @@ def inversion_recipe(recipe: Recipe, engine: Engine, timesteps: Sequence[int]) -
     return replace(recipe, facts=facts, draws=(), captures=captures, inverted=inverted)
 
 
-def inversion_generator(
-    recipe: Recipe, pictures: InvertedPictures, together: int = 0
-) -> Callable[..., InvertingGenerator]:
+def inversion_generator(pictures: InvertedPictures, together: int = 0) -> Callable[..., InvertingGenerator]:
     """The generator of these pictures' labels; with `together`, so many tiles of a picture at a time."""
     kind = partial(TilingGenerator, together=together) if together else InvertingGenerator
-    return partial(kind, pictures=pictures, timesteps=tuple(recipe.facts["timesteps"]))
+    return partial(kind, pictures=pictures)
 
 
 def picture_prompt(caption: str, recipe: Recipe, words: Sequence[str], engine: Engine, name: str) -> PromptLine:

@@ -131,9 +131,6 @@ class PicturesInMemory:
     def whole(self, index: int) -> np.ndarray:  # [H, W, 3] uint8
         return self.images[index]
 
-    def load(self, index: int, size: int) -> np.ndarray:  # [size, size, 3] uint8
-        return crop_square(self.images[index], size)
-
 
 def pictures_in_memory(images: Sequence[np.ndarray | Image.Image]) -> PicturesInMemory:
     """Images of a caller, checked."""

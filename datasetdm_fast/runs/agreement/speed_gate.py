@@ -159,7 +159,7 @@ def _figures(job: Job, recipe: Recipe, exact: Recipe, on_unet_call: Callable[[],
     size = recipe.size
     images = [result.image if isinstance(result, Sample) else np.zeros((size, size, 3), np.uint8) for result in results]
     inverted = inversion_recipe(exact, job.engine, TIMESTEPS)
-    make = inversion_generator(inverted, PicturesInMemory(images))
+    make = inversion_generator(PicturesInMemory(images))
     truths = list(_results(job, inverted, on_unet_call, make))
     pairs = [
         (first, second)

@@ -20,7 +20,6 @@ from datasetdm_fast.engine.loop.inverting import TRAINING_STEPS, inversion_gener
 from datasetdm_fast.engine.loop.prompts import Plan
 from datasetdm_fast.engine.loop.recipe import prompt_words
 from datasetdm_fast.engine.pictures import reading
-from datasetdm_fast.engine.pictures.framing import crop_square
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.jobs.job import Job, check_room, describe_run, open_engine, recipe_of
 from datasetdm_fast.runs.jobs.run import count_rows, merge_with_stored, relocated_paths
@@ -45,10 +44,6 @@ class Pictures:
     @property
     def names(self) -> list[str]:
         return [path.relative_to(self.folder).as_posix() for path in self.paths]
-
-    def load(self, index: int, size: int) -> np.ndarray:  # [size, size, 3] uint8
-        """The largest square in the middle of a picture."""
-        return crop_square(self.whole(index), size)
 
     def whole(self, index: int) -> np.ndarray:  # [H, W, 3] uint8
         with _to_be_mended():
@@ -201,7 +196,7 @@ def prepare_labelling(
         document,
         limit=spec.limit,
         batch_size=spec.batch_size,
-        generator=inversion_generator(recipe, pictures, together if tiles else 0),
+        generator=inversion_generator(pictures, together if tiles else 0),
     )
     if words and not recipe.asks_all:
         unnamed = [name for name, line in zip(names, lines) if pictures.captions.get(name) and not line.classes]
