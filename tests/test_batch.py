@@ -10,7 +10,7 @@ from datasetdm_fast.engine.engines.fast import on_cpu
 from datasetdm_fast.engine.loading.folder import DEMO
 from datasetdm_fast.engine.loop.driver import generate
 from datasetdm_fast.engine.loop.recipe import make_recipe
-from datasetdm_fast.engine.sampling.schedule import ImageNoise, guide, start, step
+from datasetdm_fast.engine.sampling.schedule import ImageNoise, ReferenceSampler
 
 pytestmark = pytest.mark.skipif(not DEMO.is_dir(), reason="the demo model is not trained yet")
 PROMPTS = (
@@ -45,13 +45,14 @@ def relative(value: torch.Tensor, truth: torch.Tensor) -> float:
 def raw(engine, recipe, chosen):
     """Latents, Capture and every decoder's tensors for some of the prompts as one batch."""
     text = join_texts([engine.encode_text([""] * len(chosen)), engine.encode_text([PROMPTS[k] for k in chosen])])
-    state = start(ImageNoise([SEEDS[k] for k in chosen], (4, 16, 16)).draw())
+    noise = ImageNoise([SEEDS[k] for k in chosen], (4, 16, 16)).draw()
+    state = ReferenceSampler(recipe.schedule, recipe.guidance, noise)
     for call, timestep in enumerate(recipe.schedule.timesteps):
         if call == recipe.captured[-1]:
             output, capture = engine.denoise_and_capture(state.latents, timestep, text)
         else:
             output = engine.denoise(state.latents, timestep, text)
-        state = step(recipe.schedule, call, state, guide(output, recipe.guidance))
+        state.step(call, output)
     words = engine.encode_classes(["ball", "person"])[None].expand(len(chosen), -1, -1)
     found = {task: engine.annotate(task, capture, words if task == "open-vocabulary" else None) for task in TASKS}
     return state.latents, capture, found

@@ -407,10 +407,10 @@ def test_the_latents_are_those_of_the_sampler_with_guidance_from_each_seed():
         context = join_texts(
             [engine.encode_text(["fog", ""]), engine.encode_text([request.prompt for request in asked])]
         )
-        state = walk.start(walk.ImageNoise([request.seed for request in asked], (4, 8, 8)).draw())
+        noise = walk.ImageNoise([request.seed for request in asked], (4, 8, 8)).draw()
+        state = walk.ReferenceSampler(recipe.schedule, guidance, noise)
         for call, timestep in enumerate(recipe.schedule.timesteps):
-            output = walk.guide(engine.denoise(state.latents, timestep, context), guidance)
-            state = walk.step(recipe.schedule, call, state, output)
+            state.step(call, engine.denoise(state.latents, timestep, context))
         calls = iter(recipe.schedule.timesteps)
         made = driver.BatchGenerator(engine, recipe, partial(next, calls)).sample(Batch(0, tuple(asked), 0))
         torch.testing.assert_close(made.latents, state.latents, rtol=1e-5, atol=1e-5)

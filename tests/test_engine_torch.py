@@ -21,7 +21,7 @@ from datasetdm_fast.engine.engines.fast.engine import as_images
 from datasetdm_fast.engine.engines.torch import TorchEngine, _check_capture
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loading.folder import DEMO
-from datasetdm_fast.engine.sampling.schedule import ImageNoise, guide, make_schedule, start, step
+from datasetdm_fast.engine.sampling.schedule import ImageNoise, ReferenceSampler, make_schedule
 from datasetdm_fast.errors import Missing, Refused
 
 PROMPTS = ("a red ball beside a cube", "two cats", "", "a person at night, in fog")
@@ -43,11 +43,11 @@ def make(
     """Final latents and Capture of the prompts as one batch."""
     side, schedule = engine.model.size // 8, make_schedule(engine.model.scheduler, "pndm", steps, profile)
     context = join_texts([engine.encode_text([""] * len(prompts)), engine.encode_text(prompts)])
-    state = start(ImageNoise(seeds, (4, side, side)).draw())
+    state = ReferenceSampler(schedule, guidance, ImageNoise(seeds, (4, side, side)).draw())
     for k, time in enumerate(schedule.timesteps[:-1]):
-        state = step(schedule, k, state, guide(engine.denoise(state.latents, time, context), guidance))
+        state.step(k, engine.denoise(state.latents, time, context))
     output, capture = engine.denoise_and_capture(state.latents, schedule.timesteps[-1], context)
-    return step(schedule, len(schedule) - 1, state, guide(output, guidance)).latents, capture
+    return state.step(len(schedule) - 1, output), capture
 
 
 def stock(engine: TorchEngine) -> StableDiffusionPipeline:

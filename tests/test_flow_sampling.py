@@ -15,7 +15,7 @@ from datasetdm_fast.config import FlowRule
 from datasetdm_fast.engine.loop.inversion import ddim_latents
 from datasetdm_fast.engine.sampling import schedule
 from datasetdm_fast.engine.sampling.flow import unipc_levels
-from datasetdm_fast.engine.sampling.schedule import SamplerState, make_schedule, start, step
+from datasetdm_fast.engine.sampling.schedule import ReferenceSampler, SamplerState, make_schedule
 from datasetdm_fast.errors import Refused
 
 EULER, BETAS = (
@@ -101,12 +101,11 @@ def compare(levels: schedule.Schedule, scheduler, rows: int = 2, **call) -> None
     noise = schedule.ImageNoise(seeds, (4, 6, 5))
     first = noise.draw()
     walk = SamplerState(levels, 4.0, first * levels.noise_scale, noise.draw)
-    state = start(first * levels.noise_scale)
     theirs, generators = first * getattr(scheduler, "init_noise_sigma", 1.0), [torch.Generator() for _ in seeds]
     for own, seed in zip(generators, seeds, strict=True):
         torch.randn((4, 6, 5), generator=own.manual_seed(seed))
     fresh = schedule.ImageNoise(seeds, (4, 6, 5))
-    fresh.draw()
+    state = ReferenceSampler(levels, 4.0, fresh.draw() * levels.noise_scale, fresh.draw)
     stochastic = {"generator": generators} if levels.noisy_calls else {}
     assert len(levels) == len(scheduler.timesteps)
     for k, time in enumerate(scheduler.timesteps):
@@ -116,7 +115,7 @@ def compare(levels: schedule.Schedule, scheduler, rows: int = 2, **call) -> None
         output = torch.randn((3 * rows, 4, 6, 5), generator=generator)
         guided = output if rows == 1 else output[:3] + 4.0 * (output[3:] - output[:3])
         theirs = scheduler.step(guided, time, theirs, **stochastic).prev_sample
-        state = step(levels, k, state, guided, fresh.draw() if levels.updates[k].noise else None)
+        state.step(k, guided)
         latents = walk.step(k, output)
         assert relative(latents, state.latents) < 1e-5, k
     assert relative(latents, theirs) < 1e-5
@@ -262,11 +261,11 @@ def test_a_walk_takes_away_exactly_the_noise_that_was_added(sampler):
     config = {"_class_name": EULER, "shift": 3.0}
     for strength in (0.0, 0.3, 0.7, 1.0):
         levels = make_schedule(config, sampler, 10, strength=strength, flow=FlowRule())
-        state = start(schedule.add_noise(config, image, noise, levels.noise_step(0)))
+        state = ReferenceSampler(levels, 1.0, schedule.add_noise(config, image, noise, levels.noise_step(0)))
         for k in range(len(levels)):
             known = schedule.add_noise(config, image, noise, levels.noise_step(k))
             assert sampler == "heun" or (state.latents - known).abs().max() < 1e-6, k
-            state = step(levels, k, state, noise - image)
+            state.step(k, noise - image)
         assert (state.latents - image).abs().max() < 1e-6, strength
 
 

@@ -33,7 +33,7 @@ def numbers(update: Update) -> np.ndarray:
 def test_every_call_of_a_schedule(sampler):
     schedule = walk.make_schedule(SCHEDULER, sampler, 6)
     generator = torch.Generator().manual_seed(0)
-    state = walk.start(torch.randn((2, 4, 3, 5), generator=generator))
+    state = walk.ReferenceSampler(schedule, GUIDANCE, torch.randn((2, 4, 3, 5), generator=generator))
     for k, update in enumerate(schedule.updates):
         output = torch.randn((4, 4, 3, 5), generator=generator)
         latents = state.origin if update.restarts else state.latents
@@ -41,7 +41,7 @@ def test_every_call_of_a_schedule(sampler):
         for slot, entry in enumerate(state.history):
             history[slot] = entry.flatten()
         answer = _C.guided_step(output.view(2, -1).numpy(), latents.flatten().numpy(), history.numpy(), numbers(update))
-        state = walk.step(schedule, k, state, walk.guide(output, GUIDANCE))
+        state.step(k, output)
         np.testing.assert_allclose(answer[0], state.latents.flatten().numpy(), rtol=1e-5, atol=1e-5)
         if update.is_kept and state.history:
             np.testing.assert_allclose(answer[1], state.history[0].flatten().numpy(), rtol=1e-5, atol=1e-5)

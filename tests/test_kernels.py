@@ -279,14 +279,15 @@ def coefficients(update, guidance: float, slots: int) -> list[float]:
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_guided_step_is_the_sampler(sampler):
-    """Call by call the state that sampling.step reaches; the slots beyond what a call reads may hold anything."""
+    """Call by call the state that ReferenceSampler reaches; the slots beyond what a call reads may hold anything."""
     if walk.open_sampler(sampler).calls:
         scheduler = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
         schedule = walk.make_schedule(scheduler, sampler, 7)
     else:
         scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
         schedule = walk.make_schedule(scheduler, sampler, 7, flow=FlowRule())
-    state, slots = walk.start(torch.randn(2, 4, 3, 3, dtype=torch.float64)), schedule.memory
+    state = walk.ReferenceSampler(schedule, 7.5, torch.randn(2, 4, 3, 3, dtype=torch.float64))
+    slots = schedule.memory
     for k, update in enumerate(schedule.updates):
         output = torch.randn(4, 4, 3, 3, dtype=torch.float64)
         history = torch.full((slots, 2, 4, 3, 3), float("nan"), dtype=torch.float64)
@@ -295,7 +296,7 @@ def test_guided_step_is_the_sampler(sampler):
         latents = state.origin if update.restarts else state.latents
         numbers = torch.tensor(coefficients(update, 7.5, slots), dtype=torch.float64)
         answer, entry = guided_step.reference(output, latents, history, numbers)
-        state = walk.step(schedule, k, state, walk.guide(output, 7.5))
+        state.step(k, output)
         torch.testing.assert_close(answer, state.latents)
         if update.is_kept and slots:
             torch.testing.assert_close(entry, state.history[0])

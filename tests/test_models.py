@@ -42,7 +42,7 @@ from datasetdm_fast.engine.models.mmdit import turns_of
 from datasetdm_fast.engine.models.text_encoder import TextEncoder
 from datasetdm_fast.engine.models.unet import AttentionBlock, TextTable, TimeTable, UNet
 from datasetdm_fast.engine.models.vae import ImageDecoder, ImageEncoder, has_usual_form
-from datasetdm_fast.engine.sampling.schedule import ImageNoise, guide, make_schedule, start, step
+from datasetdm_fast.engine.sampling.schedule import ImageNoise, ReferenceSampler, make_schedule
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import attention, attention_capture, plain, pyramid
 from datasetdm_fast.kernels.attention import probabilities
@@ -187,9 +187,9 @@ def test_text_stages(pair):
 def free(engine, batch: int, steps: int = 6) -> torch.Tensor:
     latents, text = inputs(engine, batch)
     schedule = make_schedule(engine.model.scheduler, "pndm", steps)
-    state = start(latents)
+    state = ReferenceSampler(schedule, 5.0, latents)
     for k, time in enumerate(schedule.timesteps):
-        state = step(schedule, k, state, guide(engine.denoise(state.latents, time, text), 5.0))
+        state.step(k, engine.denoise(state.latents, time, text))
     return state.latents
 
 
@@ -595,14 +595,13 @@ def test_no_call_of_the_loop_waits_for_the_device(pair):
     latents, text = inputs(engine, 2)
     schedule = make_schedule(engine.model.scheduler, "pndm", 4)
     for is_counted in (False, True):  # the first round records the graphs and fills the timetable
-        state = start(latents.cuda())
+        state = ReferenceSampler(schedule, 5.0, latents.cuda())
         torch.cuda.set_sync_debug_mode("error" if is_counted else "default")
         try:
             for k, time in enumerate(schedule.timesteps):
                 call = engine.denoise_and_capture if k == len(schedule) - 1 else engine.denoise
                 output = call(state.latents, time, text)
-                output = output[0] if isinstance(output, tuple) else output
-                state = step(schedule, k, state, guide(output, 5.0))
+                state.step(k, output[0] if isinstance(output, tuple) else output)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert bool(state.latents.isfinite().all())

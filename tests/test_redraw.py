@@ -424,9 +424,10 @@ def test_the_last_calls_of_a_schedule_take_away_exactly_the_noise_that_was_added
     for strength in (0.0, 0.02, 0.4, 0.97, 0.99, 1.0):
         schedule = make_schedule(scheduler, sampler, 50, profile, strength)
         assert len(schedule) <= max(round(50 * strength), 1) + (strength == 1)
-        state = walk.start(walk.add_noise(scheduler, image, noise, schedule.noise_step(0)))
+        latents = walk.add_noise(scheduler, image, noise, schedule.noise_step(0))
+        state = walk.ReferenceSampler(schedule, 1.0, latents)
         for k in range(len(schedule)):
-            state = walk.step(schedule, k, state, noise)
+            state.step(k, noise)
         end = image if sampler != "pndm" else walk.add_noise(scheduler, image, noise, schedule.shift)
         assert (state.latents - end).abs().max() < 1e-6, strength
 

@@ -1,5 +1,6 @@
 """Samplers against diffusers' own schedulers and against 51 recorded calls of upstream's code."""
 
+import copy
 import inspect
 import json
 import math
@@ -20,21 +21,18 @@ from datasetdm_fast.engine.sampling.schedule import (
     FOLLOWED,
     ImageNoise,
     OneGenerator,
+    ReferenceSampler,
     Sampler,
     SamplerState,
     Schedule,
-    State,
     Update,
     add_noise,
     alphas_cumprod,
     checked_calls,
     choose_sampler,
-    guide,
     is_flow,
     make_schedule,
     open_sampler,
-    start,
-    step,
 )
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import LEVELS
@@ -52,12 +50,12 @@ def relative(value: torch.Tensor, truth: torch.Tensor) -> float:
 def compare(schedule, scheduler, calls: int, tolerance: float = 1e-5) -> None:
     """Step both with the same random outputs, each call from diffusers' sample, so that errors do not add up."""
     generator = torch.Generator().manual_seed(3)
-    state = start(torch.randn(2, 4, 8, 8, generator=generator))
+    state = ReferenceSampler(schedule, 1.0, torch.randn(2, 4, 8, 8, generator=generator))
     theirs = state.latents
     assert schedule.timesteps == tuple(int(t) for t in scheduler.timesteps) and len(schedule) == calls
     for k, time in enumerate(scheduler.timesteps):
         output = torch.randn(theirs.shape, generator=generator)
-        state = step(schedule, k, state, output)
+        state.step(k, output)
         theirs = scheduler.step(output, time, theirs).prev_sample
         assert relative(state.latents, theirs) <= tolerance, f"call {k} at t={int(time)}"
 
@@ -137,11 +135,11 @@ def test_first_profile_updates_like_an_offset_of_one_and_ends_with_nothing(predi
     scheduler.alphas_cumprod = torch.cat([table[1:], table[-1:]])
     scheduler.final_alpha_cumprod = table[1]
     generator = torch.Generator().manual_seed(5)
-    state = start(torch.randn(1, 4, 8, 8, generator=generator))
+    state = ReferenceSampler(schedule, 1.0, torch.randn(1, 4, 8, 8, generator=generator))
     theirs = state.latents
     for k, time in enumerate(schedule.timesteps):
         output, before = torch.randn(theirs.shape, generator=generator), state.latents
-        state = step(schedule, k, state, output)
+        state.step(k, output)
         theirs = scheduler.step(output, time, theirs).prev_sample
         assert relative(state.latents, theirs) <= 1e-5, f"call {k}"
     assert torch.equal(state.latents, before)
@@ -278,7 +276,8 @@ def test_noise_is_drawn_per_image_from_its_seed():
 
 def test_guidance_moves_from_without_to_with_text():
     noise = torch.tensor([1.0, 2.0, 3.0, 5.0]).view(4, 1, 1, 1)
-    assert guide(noise, 2.0).flatten().tolist() == [5.0, 8.0]
+    state = ReferenceSampler(Schedule(0, "epsilon", (0,), (Update(0.0, (1.0,)),)), 2.0, torch.zeros(2, 1, 1, 1))
+    assert state.step(0, noise).flatten().tolist() == [5.0, 8.0]
 
 
 def test_noised_latents_are_those_of_diffusers():
@@ -373,14 +372,15 @@ def recorded_context(images: tuple[int, ...]) -> torch.Tensor:
     return torch.stack(drawn, dim=1).flatten(0, 1)  # all unconditional rows, then all conditional ones
 
 
-def call(engine: TorchEngine, schedule: Schedule, k: int, state: State, images: tuple[int, ...]) -> State:
-    """The state after call k of recorded images made as one batch, whose latents, and features and maps where they are
+def call(engine: TorchEngine, k: int, state: ReferenceSampler, images: tuple[int, ...]) -> None:
+    """Makes call k of recorded images made as one batch, whose latents, and features and maps where they are
     due, are as recorded.
     """
+    schedule = state.schedule
     arguments, is_last = (state.latents, schedule.timesteps[k], Text(recorded_context(images))), k == len(schedule) - 1
     captures = is_last or k == 0  # the first call's capture is of the shapes alone
     output, capture = engine.denoise_and_capture(*arguments) if captures else (engine.denoise(*arguments), None)
-    state = step(schedule, k, state, guide(output, 7.0))
+    state.step(k, output)
     for row, image in enumerate(images):
         recorded = GOLDEN["images"][image]
         assert distance(state.latents[row], recorded["latents"][k]) <= 1e-4, f"image {image}, call {k}"
@@ -388,7 +388,6 @@ def call(engine: TorchEngine, schedule: Schedule, k: int, state: State, images: 
             check_capture(capture, row, recorded, worst=1e-4 if is_last else math.inf)
         if is_last:
             assert distance(state.latents[row], recorded["final"]) <= 1e-4
-    return state
 
 
 def check_capture(capture: Capture, row: int, recorded: dict, worst: float) -> None:
@@ -423,43 +422,42 @@ def distance(value: torch.Tensor, recorded: dict) -> float:
     return max(relative(flat[recorded["at"]], truth), moments)
 
 
-def first_state(images: tuple[int, ...]) -> State:
-    return start(ImageNoise([GOLDEN["seed"] + image for image in images], (4, 64, 64)).draw())
+def first_state(images: tuple[int, ...]) -> ReferenceSampler:
+    noise = ImageNoise([GOLDEN["seed"] + image for image in images], (4, 64, 64)).draw()
+    return ReferenceSampler(make_schedule(SD_SCHEDULER, "pndm", 50), 7.0, noise)
 
 
-def row_of(state: State, row: int) -> State:
-    return State(
-        state.latents[row : row + 1],
-        tuple(entry[row : row + 1] for entry in state.history),
-        state.origin[row : row + 1],
-    )
+def row_of(state: ReferenceSampler, row: int) -> ReferenceSampler:
+    alone = copy.copy(state)
+    alone.latents, alone.origin = (latents[row : row + 1] for latents in (state.latents, state.origin))
+    alone.history = tuple(entry[row : row + 1] for entry in state.history)
+    return alone
 
 
 def test_the_first_two_calls_of_upstream_are_reproduced(engine):
     """The warm-up, for one image; the long form makes all, and diffusers' own PNDM is compared call by call above."""
-    schedule, state = make_schedule(SD_SCHEDULER, "pndm", 50), first_state((1,))
+    state = first_state((1,))
     for k in range(2):
-        state = call(engine, schedule, k, state, (1,))
+        call(engine, k, state, (1,))
 
 
 @long_test
 def test_upstream_recording_is_reproduced_as_a_batch_of_two_and_alone(engine):
     """As a batch; alone, each form of the update and the captured call, from its state: a call takes seconds."""
-    schedule = make_schedule(SD_SCHEDULER, "pndm", 50)
     state = first_state((0, 1))
-    for k in range(len(schedule)):
-        if k < 5 or k == len(schedule) - 1:
+    for k in range(len(state.schedule)):
+        if k < 5 or k == len(state.schedule) - 1:
             for image in (0, 1):
-                call(engine, schedule, k, row_of(state, image), (image,))
-        state = call(engine, schedule, k, state, (0, 1))
+                call(engine, k, row_of(state, image), (image,))
+        call(engine, k, state, (0, 1))
 
 
 @long_test  # two minutes of CPU an image
 @pytest.mark.parametrize("image", [0, 1])
 def test_upstream_recording_is_reproduced_alone_from_its_noise(engine, image):
-    schedule, state = make_schedule(SD_SCHEDULER, "pndm", 50), first_state((image,))
-    for k in range(len(schedule)):
-        state = call(engine, schedule, k, state, (image,))
+    state = first_state((image,))
+    for k in range(len(state.schedule)):
+        call(engine, k, state, (image,))
 
 
 # The walk -------------------------------------------------------------------------------------------------------------
@@ -474,10 +472,10 @@ def test_a_walk_is_guide_and_step(sampler, steps, profile, prediction):
     schedule = make_schedule({**BETAS, "prediction_type": prediction}, sampler, steps, profile)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(3, 4, 5, 7, generator=generator)
-    state, walk = start(noise), SamplerState(schedule, 7.5, noise.clone())
+    state, walk = ReferenceSampler(schedule, 7.5, noise), SamplerState(schedule, 7.5, noise.clone())
     for k in range(len(schedule)):
         output = torch.randn(6, 4, 5, 7, generator=generator)
-        state = step(schedule, k, state, guide(output, 7.5))
+        state.step(k, output)
         after = walk.step(k, output)
         assert after is walk.latents and torch.allclose(after, state.latents, rtol=1e-5, atol=1e-5), k
 

@@ -56,11 +56,12 @@ def draw(engine: Engine, recipe: Recipe, requests: Sequence[Request], prompts: S
         tokens = class_contexts[0].context.shape[1]
         shapes = (len(some), numbers.self_cells**2, numbers.self_cells**2), (len(some), numbers.cross_cells**2, tokens)
         sums = [AttentionSums(*map(torch.zeros, shapes)) for _ in asked]
-        state = walk.start(walk.ImageNoise([each.seed for each in some], (4, side, side)).draw())
+        noise = walk.ImageNoise([each.seed for each in some], (4, side, side)).draw()
+        state = walk.ReferenceSampler(recipe.schedule, recipe.guidance, noise)
         for call, timestep in enumerate(recipe.schedule.timesteps):
             for k, class_context in enumerate(class_contexts):
                 output, sums[k] = engine.denoise_and_average(state.latents, timestep, context, class_context, sums[k])
-            state = walk.step(recipe.schedule, call, state, walk.guide(output, recipe.guidance))
+            state.step(call, output)
         images.append(engine.decode_image(state.latents).numpy())
         for kept, one in zip(found, sums):
             kept.append(one.over(len(recipe.schedule)))

@@ -58,11 +58,9 @@ def draw(
     for start in range(0, len(captions), BATCH):
         some, chosen = captions[start : start + BATCH], seeds[start : start + BATCH]
         context = join_texts([engine.encode_text([""] * len(some)), engine.encode_text(list(some))])
-        state = walk.start(walk.ImageNoise(chosen, (4, side, side)).draw())
+        state = walk.ReferenceSampler(schedule, guidance, walk.ImageNoise(chosen, (4, side, side)).draw())
         for k, time_step in enumerate(schedule.timesteps):
-            state = walk.step(
-                schedule, k, state, walk.guide(engine.denoise(state.latents, time_step, context), guidance)
-            )
+            state.step(k, engine.denoise(state.latents, time_step, context))
         images.append(engine.decode_image(state.latents).numpy())
         seconds = time.monotonic() - started
         print(f"drawn {start + len(some)}/{len(captions)} in {seconds:.0f} s", file=sys.stderr, flush=True)

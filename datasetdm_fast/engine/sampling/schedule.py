@@ -405,44 +405,37 @@ def last_calls(schedule: Schedule, count: int, orders: Sequence[Sequence[float]]
     return replace(schedule, timesteps=schedule.timesteps[first:], updates=tuple(updates))
 
 
-@dataclass(frozen=True)
-class State:
-    """The sample on its way, with what multistep samplers remember: `step` is what SamplerState is verified against."""
+class ReferenceSampler:
+    """A batch on its way through a schedule, step by step: what SamplerState is verified against."""
 
-    latents: Tensor  # [B, C, h, w]
-    history: tuple[Tensor, ...]  # entries of earlier calls, newest first
-    origin: Tensor  # latents of call 0
+    def __init__(self, schedule: Schedule, guidance: float, latents: Tensor, noise: Callable[[], Tensor] | None = None):
+        self.schedule, self.guidance, self.noise = schedule, guidance, noise
+        self.latents = self.origin = latents  # [B, C, h, w]; the latter those of call 0
+        self.history: tuple[Tensor, ...] = ()  # entries of earlier calls, newest first
 
-
-def start(latents: Tensor) -> State:
-    return State(latents, (), latents)
-
-
-def guide(noise: Tensor, guidance: float) -> Tensor:
-    """[B, C, h, w] guided output of a CFG batch [2B, C, h, w]."""
-    without, with_text = noise.chunk(2)
-    return without + guidance * (with_text - without)
-
-
-def step(schedule: Schedule, k: int, state: State, output: Tensor, noise: Tensor | None = None) -> State:
-    """The state after call k, whose guided output is `output`; `noise` is fresh, for calls that add it."""
-    update = schedule.updates[k]
-    sample = state.origin if update.restarts else state.latents
-    entry = output.to(sample.dtype)
-    if update.entry != (0.0, 1.0):
-        entry = update.entry[0] * sample + update.entry[1] * entry
-    entries = (entry, *state.history)
-    latents = update.sample * sample
-    for weight, value in zip(update.weights, entries):
-        latents = latents + weight * value
-    if update.noise and noise is not None:
-        latents = latents + update.noise * noise
-    history = entries[: schedule.memory] if update.is_kept else state.history
-    return State(latents, history, state.origin)
+    def step(self, k: int, output: Tensor) -> Tensor:
+        """The latents after call k, of an `output` [2B, C, h, w] without and with the text or [B, C, h, w] unguided."""
+        update = self.schedule.updates[k]
+        sample = self.origin if update.restarts else self.latents
+        if len(output) > len(sample):
+            without, with_text = output.chunk(2)
+            output = without + self.guidance * (with_text - without)
+        entry = output.to(sample.dtype)
+        if update.entry != (0.0, 1.0):
+            entry = update.entry[0] * sample + update.entry[1] * entry
+        entries = (entry, *self.history)
+        self.latents = update.sample * sample
+        for weight, value in zip(update.weights, entries):
+            self.latents = self.latents + weight * value
+        if update.noise and self.noise:
+            self.latents = self.latents + update.noise * self.noise()
+        if update.is_kept:
+            self.history = entries[: self.schedule.memory]
+        return self.latents
 
 
 class SamplerState:
-    """A batch on its way through a schedule: `guide` and `step` in one operation per call.
+    """A batch on its way through a schedule, guided and moved on in one operation per call.
 
     Earlier entries lie in a ring that is written in place; which of its slots a call reads, and with what weight, is in
     its row of numbers, computed once per run, so nothing here waits for a device. Calls that add fresh noise take it

@@ -18,7 +18,7 @@ from datasetdm_fast.engine.loop.class_prompts import attention_recipe
 from datasetdm_fast.engine.loop.driver import BatchGenerator
 from datasetdm_fast.engine.loop.labelling import attention_labels, postprocess
 from datasetdm_fast.engine.loop.recipe import Recipe
-from datasetdm_fast.engine.sampling.schedule import ImageNoise, SamplerState, Schedule, guide, start, step
+from datasetdm_fast.engine.sampling.schedule import ImageNoise, ReferenceSampler, SamplerState
 from datasetdm_fast.stages import LEVELS
 
 ROUNDING = 1e-5  # relative change of what a decoder reads: as much as the limit of `level` allows in fp32
@@ -42,23 +42,6 @@ class Observation:
     class_text: Text | None = None
     averages: AttentionSums | None = None
     perturbed: dict[str, list[dict[str, Tensor]]] = field(default_factory=dict)  # raw outputs of perturbed captures
-
-
-class ReferenceSampler:
-    """What SamplerState does in one operation per call, step by step."""
-
-    def __init__(self, schedule: Schedule, guidance: float, latents: Tensor, noise: Callable[[], Tensor] | None = None):
-        self.schedule, self.guidance, self.state, self.noise = schedule, guidance, start(latents), noise
-
-    @property
-    def latents(self) -> Tensor:
-        return self.state.latents
-
-    def step(self, k: int, output: Tensor) -> Tensor:
-        guided = output if len(output) == len(self.latents) else guide(output, self.guidance)
-        noise = self.noise() if self.noise and self.schedule.updates[k].noise else None
-        self.state = step(self.schedule, k, self.state, guided, noise)
-        return self.latents
 
 
 def observe(
