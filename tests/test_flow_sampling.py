@@ -261,9 +261,9 @@ def test_a_walk_takes_away_exactly_the_noise_that_was_added(sampler):
     config = {"_class_name": EULER, "shift": 3.0}
     for strength in (0.0, 0.3, 0.7, 1.0):
         levels = make_schedule(config, sampler, 10, strength=strength, flow=FlowRule())
-        state = ReferenceSampler(levels, 1.0, schedule.add_noise(config, image, noise, levels.noise_step(0)))
+        state = ReferenceSampler(levels, 1.0, schedule.add_noise(config, image, noise, levels.noise_steps[0]))
         for k in range(len(levels)):
-            known = schedule.add_noise(config, image, noise, levels.noise_step(k))
+            known = schedule.add_noise(config, image, noise, levels.noise_steps[k])
             assert sampler == "heun" or (state.latents - known).abs().max() < 1e-6, k
             state.step(k, noise - image)
         assert (state.latents - image).abs().max() < 1e-6, strength
@@ -325,7 +325,7 @@ def test_noise_of_a_flow_is_added_as_diffusers_adds_it():
     clean, noise = torch.randn((2, 1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
     theirs = scheduler.scale_noise(clean, scheduler.timesteps[3:4], noise)
     config = {"_class_name": EULER, **scheduler.config}
-    assert relative(schedule.add_noise(config, clean, noise, ours("sd3", "euler", 7).noise_step(3)), theirs) < 1e-6
+    assert relative(schedule.add_noise(config, clean, noise, ours("sd3", "euler", 7).noise_steps[3]), theirs) < 1e-6
 
 
 def test_noise_between_whole_timesteps_is_that_of_diffusers():
@@ -334,8 +334,8 @@ def test_noise_between_whole_timesteps_is_that_of_diffusers():
     clean, noise = torch.randn((2, 1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
     theirs = scheduler.add_noise(clean, noise, scheduler.timesteps[3:4]) / (scheduler.sigmas[3] ** 2 + 1) ** 0.5
     levels = make_schedule(BETAS, "euler", 7)
-    assert levels.noise_step(3) % 1 and levels.noise_step(0) == 999
-    assert relative(schedule.add_noise(BETAS, clean, noise, levels.noise_step(3)), theirs) < 1e-6
+    assert levels.noise_steps[3] % 1 and levels.noise_steps[0] == 999
+    assert relative(schedule.add_noise(BETAS, clean, noise, levels.noise_steps[3]), theirs) < 1e-6
 
 
 @pytest.mark.parametrize(

@@ -333,7 +333,7 @@ def test_outside_of_a_region_the_source_stands_at_every_call_with_its_noise_and_
     source.add_noise = lambda step: torch.full((1, 4, 2, 2), 10.0 + step)
     edits.choice, edits.latents = SimpleNamespace(strength=strength), lambda engine, requests: source
     edits.region_of, edits.tile = lambda tile: region, lambda index: index
-    schedule = mock.MagicMock(noise_scale=2.0, noise_step=float)
+    schedule = mock.MagicMock(noise_scale=2.0, noise_steps=(0.0, 1.0, 2.0))
     schedule.__len__.return_value = 3
     engine = SimpleNamespace(model=SimpleNamespace(latents=SimpleNamespace(pixels=8)))
     begun = edits.begin(engine, schedule, [Request(0, "a ball", 7)])
@@ -424,11 +424,12 @@ def test_the_last_calls_of_a_schedule_take_away_exactly_the_noise_that_was_added
     for strength in (0.0, 0.02, 0.4, 0.97, 0.99, 1.0):
         schedule = make_schedule(scheduler, sampler, 50, profile, strength)
         assert len(schedule) <= max(round(50 * strength), 1) + (strength == 1)
-        latents = walk.add_noise(scheduler, image, noise, schedule.noise_step(0))
+        latents = walk.add_noise(scheduler, image, noise, schedule.noise_steps[0])
         state = walk.ReferenceSampler(schedule, 1.0, latents)
         for k in range(len(schedule)):
             state.step(k, noise)
-        end = image if sampler != "pndm" else walk.add_noise(scheduler, image, noise, schedule.shift)
+        ahead = schedule.noise_steps[0] - schedule.timesteps[0]
+        end = image if sampler != "pndm" else walk.add_noise(scheduler, image, noise, ahead)
         assert (state.latents - end).abs().max() < 1e-6, strength
 
 

@@ -276,7 +276,7 @@ def test_noise_is_drawn_per_image_from_its_seed():
 
 def test_guidance_moves_from_without_to_with_text():
     noise = torch.tensor([1.0, 2.0, 3.0, 5.0]).view(4, 1, 1, 1)
-    state = ReferenceSampler(Schedule(0, "epsilon", (0,), (Update(0.0, (1.0,)),)), 2.0, torch.zeros(2, 1, 1, 1))
+    state = ReferenceSampler(Schedule(0, (0,), (Update(0.0, (1.0,)),), (0,)), 2.0, torch.zeros(2, 1, 1, 1))
     assert state.step(0, noise).flatten().tolist() == [5.0, 8.0]
 
 

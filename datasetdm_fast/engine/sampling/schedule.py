@@ -225,19 +225,13 @@ class Schedule:
     """Timesteps and coefficients of every call of the network for one image."""
 
     memory: int  # earlier entries that its updates read
-    prediction_type: str
     timesteps: tuple[float, ...]
     updates: tuple[Update, ...]
-    shift: int = 0  # training steps by which the noise of the latents is ahead of the timestep they are called with
+    noise_steps: tuple[float, ...]  # the training step whose noise the latents of each call hold
     noise_scale: float = 1.0  # of the first latents that are nothing but noise
-    noise_steps: tuple[float, ...] = ()  # noise_step of each call, where its timestep does not tell it
 
     def __len__(self) -> int:
         return len(self.timesteps)
-
-    def noise_step(self, call: int) -> float:
-        """The training step whose noise the latents of a call hold."""
-        return self.noise_steps[call] if self.noise_steps else self.timesteps[call] + self.shift
 
     @property
     def noisy_calls(self) -> int:
@@ -265,7 +259,9 @@ class Sampler:
     memory: int  # earlier entries it reads
     least_steps: int = 1
     orders: tuple[tuple[float, ...], ...] = ()  # weights of one entry, of two, ...: those of its first calls
-    shifts: Mapping[str, int] = field(default_factory=dict)  # profile -> shift of its schedules
+    shifts: Mapping[str, int] = field(
+        default_factory=dict
+    )  # profile -> steps by which the noise of latents is ahead of their timestep
     # (scheduler config, cumulative alphas, steps) -> noise_scale of its schedules
     noise_scale: Callable[[Mapping[str, Any], Tensor, int], float] | None = None
     flow: FlowSampler | None = None  # None where it does not sample flows
@@ -335,9 +331,8 @@ def _beta_schedule(scheduler: Mapping[str, Any], name: str, sampler: Sampler, st
     make = partial(checked_calls, sampler, scheduler, alphas, steps, prediction, profile)
     times, updates = SAMPLERS.guard(name, make, "fails")
     scale = sampler.noise_scale(scheduler, alphas, steps) if sampler.noise_scale else 1.0
-    return Schedule(
-        sampler.memory, prediction, tuple(times), tuple(updates), sampler.shifts.get(profile, 0), noise_scale=scale
-    )
+    noise_steps = tuple(time + sampler.shifts.get(profile, 0) for time in times)
+    return Schedule(sampler.memory, tuple(times), tuple(updates), noise_steps, scale)
 
 
 def _flow_schedule(
@@ -358,10 +353,9 @@ def _flow_schedule(
     levels = [sigma * scheduler.get("num_train_timesteps", 1000) for sigma in sigmas]
     return Schedule(
         sampler.memory,
-        "flow",
         tuple(times[step] for step in steps_of_calls),
         tuple(sampler.flow.updates(scheduler, sigmas)),
-        noise_steps=tuple(levels[step] for step in steps_of_calls),
+        tuple(levels[step] for step in steps_of_calls),
     )
 
 
@@ -402,7 +396,8 @@ def last_calls(schedule: Schedule, count: int, orders: Sequence[Sequence[float]]
     for k, weights in enumerate(orders[: len(updates)] if first else ()):
         whole = math.fsum(updates[k].weights)
         updates[k] = replace(updates[k], weights=tuple(whole * weight for weight in weights))
-    return replace(schedule, timesteps=schedule.timesteps[first:], updates=tuple(updates))
+    timesteps, noise_steps = schedule.timesteps[first:], schedule.noise_steps[first:]
+    return replace(schedule, timesteps=timesteps, updates=tuple(updates), noise_steps=noise_steps)
 
 
 class ReferenceSampler:

@@ -276,11 +276,11 @@ class Edits(Redrawing):
         pixels = engine.model.latents.pixels
         cells = np.stack([to_cells(self.region_of(self.tile(request.index)), pixels) for request in requests])
         is_new = to_device(torch.from_numpy(cells)[:, None], source.clean.device)
-        outside = source.add_noise(schedule.noise_step(0))
+        outside = source.add_noise(schedule.noise_steps[0])
         inside = source.noise * schedule.noise_scale if self.choice.strength == 1 else outside
 
         def blend(call: int, latents: Tensor) -> Tensor:
-            known = source.clean if call == last else source.add_noise(schedule.noise_step(call + 1))
+            known = source.clean if call == last else source.add_noise(schedule.noise_steps[call + 1])
             return torch.where(is_new, latents, known)
 
         return Beginning(torch.where(is_new, inside, outside), blend, source.draw)

@@ -90,7 +90,7 @@ class Variants(Redrawing):
 
     def begin(self, engine: Engine, schedule: Schedule, requests: Sequence[Request]) -> Beginning:
         source = self.latents(engine, requests)
-        return Beginning(source.add_noise(schedule.noise_step(0)), noise=source.draw)
+        return Beginning(source.add_noise(schedule.noise_steps[0]), noise=source.draw)
 
     def finish(self, sample: Sample) -> Sample:
         index = sample.request.index
