@@ -34,7 +34,7 @@ from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.labels.class_tables import ClassTable, ClassWord
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop import calls, class_prompts, driver
-from datasetdm_fast.engine.loop.recipe import make_recipe
+from datasetdm_fast.engine.loop.recipe import Recipe, make_recipe
 from datasetdm_fast.engine.pipeline import Pipeline
 from datasetdm_fast.engine.sampling.schedule import OneGenerator
 from datasetdm_fast.engine.scenes import world
@@ -263,19 +263,25 @@ def test_a_class_prompt_names_the_words_as_the_prompt_does():
         assert recipe.text(given, "a red ball") == text
 
 
+def reading(attention: class_prompts.AttentionRecipe) -> Recipe:
+    """A recipe of labels that are read from attention so."""
+    return Recipe(None, 1.0, 64, ("attention",), {}, attention=attention)
+
+
 def test_a_class_whose_word_lies_behind_the_last_token_is_refused():
     tokenizer = SimpleNamespace(model_max_length=8)
     recipe = class_prompts.attention_recipe(AttentionDefaults(), 64, parity="dataset-diffusion")
     for before, is_read in (("a b c d e f", True), ("a b c d e f g", False)):  # the word is 7th, at place 7, or 8th
         request = Request(0, "x", 1, ("ball",), class_prompt=f"{before} ball")
         with nullcontext() if is_read else pytest.raises(Refused, match="a class at word 8, at most 7 words are read"):
-            class_prompts.check_class_prompt(request, ("ball",), recipe, tokenizer, tokenizer_cuts=True)
-    recipe, request = replace(recipe, parity=""), Request(0, "x", 1, class_prompt="a fire hydrant")
+            reading(recipe).check_request(request, tokenizer, tokenizer_cuts=True)
+    recipe = replace(recipe, parity="")
+    request = Request(0, "x", 1, ("fire hydrant",), class_prompt="a fire hydrant")
     for most, is_read in ((4, True), (3, False)):  # the second of its tokens is at place 3
         tokenizer = Tokenizer()
         tokenizer.model_max_length = most
         with nullcontext() if is_read else pytest.raises(Refused, match="a class at word 3, at most 2 words are read"):
-            class_prompts.check_class_prompt(request, ("fire hydrant",), recipe, tokenizer, tokenizer_cuts=True)
+            reading(recipe).check_request(request, tokenizer, tokenizer_cuts=True)
 
 
 def test_a_pixel_is_of_a_class_from_the_threshold_on_and_uncertain_from_the_lower_one_on():
@@ -680,4 +686,4 @@ def test_class_words_that_do_not_fit_beside_their_prompt_are_refused():
         tokenizer = Tokenizer()
         tokenizer.model_max_length = most
         with nullcontext() if fits else pytest.raises(Refused, match="prompt 3: with its class words . tokens, at mo"):
-            class_prompts.check_class_prompt(request, (), recipe, tokenizer)
+            reading(recipe).check_request(request, tokenizer)

@@ -7,7 +7,7 @@ from typing import Any
 from datasetdm_fast.config import AttentionDefaults
 from datasetdm_fast.data import Request
 from datasetdm_fast.engine.labels.class_tables import ClassTable, classes_in_order, look_up, matcher, spoken
-from datasetdm_fast.engine.loop.prompts import Tokenizer, count_tokens, shorten
+from datasetdm_fast.engine.loop.prompts import Tokenizer, shorten
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import LEVELS
 
@@ -97,33 +97,6 @@ def attention_recipe(
             "Give both, such as --threshold 0.6 --uncertainty 0.5.",
         )
     return recipe
-
-
-def check_class_prompt(
-    request: Request,
-    words: Sequence[str],
-    recipe: AttentionRecipe,
-    tokenizer: Tokenizer,
-    table: ClassTable | None = None,
-    *,
-    tokenizer_cuts: bool = False,
-) -> None:
-    """Refuses texts that do not fit into the text encoder, unless its tokenizer is to cut them, and query words that
-    the class prompt does not name or that have no place among its tokens.
-    """
-    class_prompt, limit = recipe.class_prompt(request, words, table), tokenizer.model_max_length
-    for text in () if tokenizer_cuts else (class_prompt, recipe.text(request, class_prompt)):
-        if (count := count_tokens(text, tokenizer)) > limit:
-            raise Refused(
-                f"prompt {request.index}: with its class words {count} tokens, at most {limit} fit: {shorten(text)}",
-                "Shorten it, or ask for fewer classes.",
-            )
-    places = class_columns(class_prompt, words, tokenizer, by_words=bool(recipe.parity), table=table)
-    if (most := max((columns[-1] for _, columns in places), default=0)) >= limit:
-        raise Refused(
-            f"prompt {request.index}: its class prompt has a class at word {most}, at most {limit - 1} words are read",
-            "Name fewer classes.",
-        )
 
 
 def class_columns(

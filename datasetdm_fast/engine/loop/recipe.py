@@ -44,12 +44,11 @@ from datasetdm_fast.engine.loop.calls import (
 from datasetdm_fast.engine.loop.class_prompts import (
     AttentionRecipe,
     attention_recipe,
-    check_class_prompt,
     class_columns,
     concept_places,
 )
 from datasetdm_fast.engine.loop.combining import Combination, check_mask_words, parse_combinations
-from datasetdm_fast.engine.loop.prompts import Tokenizer, check_class_lengths
+from datasetdm_fast.engine.loop.prompts import Tokenizer, check_class_lengths, count_tokens, shorten
 from datasetdm_fast.errors import Refused, nearest
 
 if TYPE_CHECKING:
@@ -145,10 +144,26 @@ class Recipe:
         return class_columns(class_prompt, words, tokenizer, by_words=is_by_words, table=self.table)
 
     def check_request(self, request: Request, tokenizer: Tokenizer, *, tokenizer_cuts: bool = False) -> Request:
-        """The request; refused if labels are read from attention and its class words do not fit."""
-        if self.attention is not None and not self.concepts:
-            words = self.query_words(request)
-            check_class_prompt(request, words, self.attention, tokenizer, self.table, tokenizer_cuts=tokenizer_cuts)
+        """The request; refused if labels are read from attention and its texts do not fit into the text encoder, unless
+        its tokenizer is to cut them, or its query words are not in the class prompt or have no place among its tokens.
+        """
+        if self.attention is None or self.concepts:
+            return request
+        class_prompt, limit = self.class_prompt(request), tokenizer.model_max_length
+        for text in () if tokenizer_cuts else (class_prompt, self.attention.text(request, class_prompt)):
+            if (count := count_tokens(text, tokenizer)) > limit:
+                raise Refused(
+                    f"prompt {request.index}: with its class words {count} tokens, at most {limit} fit: "
+                    f"{shorten(text)}",
+                    "Shorten it, or ask for fewer classes.",
+                )
+        places = self.class_columns(request, tokenizer)
+        if (most := max((columns[-1] for _, columns in places), default=0)) >= limit:
+            raise Refused(
+                f"prompt {request.index}: its class prompt has a class at word {most}, at most {limit - 1} words are "
+                "read",
+                "Name fewer classes.",
+            )
         return request
 
 
