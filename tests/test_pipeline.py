@@ -485,8 +485,8 @@ def test_samples_whose_labels_are_under_way_come_before_a_refusal():
             done.set_result(call(*arguments))
             self._waiting.append((name, done))
 
-        def ready(self):
-            return iter(())
+        def ready(self, most=9):
+            return iter(()) if most else super().ready(most)
 
     class Padded(str):
         padded = ()

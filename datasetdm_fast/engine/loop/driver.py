@@ -85,12 +85,12 @@ def sample_and_label(
         except StopIteration:
             break
         except Exception:
-            yield from label_stream.rest()
+            yield from label_stream.ready(most=0)
             raise
         prepare(len(batch.padded))
         label_stream.put(batch, label, batch, sample(batch))
         yield from label_stream.ready()
-    yield from label_stream.rest()
+    yield from label_stream.ready(most=0)
 
 
 class BatchGenerator:
@@ -348,14 +348,9 @@ class LabelStream(AbstractContextManager["LabelStream"]):
         """Waits until all calls are done; their results stay where they are."""
         wait([result for _, result in self._waiting])
 
-    def ready(self) -> Iterator[tuple[Any, Any]]:
-        """The results that are done, in order; waits for the oldest if too many are under way."""
-        while self._waiting and (self._waiting[0][1].done() or len(self._waiting) > AHEAD):
-            name, result = self._waiting.popleft()
-            yield name, result.result()
-
-    def rest(self) -> Iterator[tuple[Any, Any]]:
-        while self._waiting:
+    def ready(self, most: int = AHEAD) -> Iterator[tuple[Any, Any]]:
+        """The results that are done, in order; waits for the oldest if more than `most` are under way."""
+        while self._waiting and (self._waiting[0][1].done() or len(self._waiting) > most):
             name, result = self._waiting.popleft()
             yield name, result.result()
 
