@@ -34,9 +34,9 @@ from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.labels.class_tables import ClassTable, ClassWord
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop import calls, class_prompts, driver
+from datasetdm_fast.engine.loop.calls import FromOneGenerator
 from datasetdm_fast.engine.loop.recipe import Recipe, make_recipe
 from datasetdm_fast.engine.pipeline import Pipeline
-from datasetdm_fast.engine.sampling.schedule import OneGenerator
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.engine.tasks import attention
 from datasetdm_fast.errors import GateFailed, Refused
@@ -169,7 +169,7 @@ def test_a_label_does_not_depend_on_its_batch(engines):
 
 
 def test_one_generator_draws_what_one_call_draws():
-    noise = OneGenerator()
+    noise = FromOneGenerator()
     whole = torch.randn(5, 4, 16, 16, generator=torch.Generator().manual_seed(3))
     for place in (0, 1, 4, 2, 2):
         assert torch.equal(noise.draw(3, place, (4, 16, 16)), whole[place])

@@ -377,14 +377,23 @@ def test_a_model_without_guidance_takes_one_and_no_more():
         make_recipe(engine, ("depth",), guidance=1.5)
 
 
-@pytest.mark.parametrize("origin", [calls.FROM_NOISE, calls.ONE_GENERATOR])
+@pytest.mark.parametrize("origin", [calls.FROM_NOISE, calls.FromOneGenerator()])
 def test_the_first_latents_are_noise_at_the_scale_of_the_schedule(origin):
     engine, asked = StubEngine(), [Request(0, "a", 5), Request(1, "b", 6)]
     schedule = replace(walk.make_schedule({}, "ddim", 2), noise_scale=0.5)
     noise = walk.ImageNoise([5, 6], engine.model.latent_shape()).draw()
-    if origin is calls.ONE_GENERATOR:  # seeded with 5, which draws one after another
+    if origin is not calls.FROM_NOISE:  # seeded with 5, which draws one after another
         noise = torch.randn(2, *noise.shape[1:], generator=torch.Generator().manual_seed(5))
     assert torch.equal(origin.begin(engine, schedule, asked).latents, noise / 2)
+
+
+def test_one_generator_draws_the_noise_of_each_image_of_a_run_once(monkeypatch):
+    engine, origin, made, draw = StubEngine(), calls.FromOneGenerator(), [], torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *shape, **options: made.append(shape) or draw(*shape, **options))
+    schedule = walk.make_schedule({}, "ddim", 2)
+    for first in (0, 2, 4):
+        origin.begin(engine, schedule, [Request(k, "a", 5 + k) for k in (first, first + 1)])
+    assert len(made) == 6
 
 
 def test_a_guidance_that_is_embedded_is_the_one_of_the_call_or_else_the_models_own():

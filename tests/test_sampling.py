@@ -17,10 +17,10 @@ from datasetdm_fast.config import PROFILES, SAMPLERS, SCHEDULERS, FlowRule
 from datasetdm_fast.data import Capture, Text
 from datasetdm_fast.engine.backbones.sd import SD, SD_SCHEDULER, levels
 from datasetdm_fast.engine.engines.torch import TorchEngine
+from datasetdm_fast.engine.loop.calls import FromOneGenerator
 from datasetdm_fast.engine.sampling.schedule import (
     FOLLOWED,
     ImageNoise,
-    OneGenerator,
     ReferenceSampler,
     Sampler,
     SamplerState,
@@ -530,7 +530,7 @@ def test_settings_that_are_null_are_left_out_and_an_offset_stays_within_the_trai
     assert make_schedule(spaced, "ddim", 10).timesteps[0] == 999
     with pytest.raises(Refused, match="10 steps do not fit into 1000 training steps"):
         make_schedule(spaced | {"steps_offset": 100}, "ddim", 10)
-    noise, shape = OneGenerator(), (1, 2, 2)
+    noise, shape = FromOneGenerator(), (1, 2, 2)
     for seed, place in ((3, 1), (4, 2), (3, 0)):  # of several runs in one process
         whole = torch.randn(3, *shape, generator=torch.Generator().manual_seed(seed))
         assert torch.equal(noise.draw(seed, place, shape), whole[place])

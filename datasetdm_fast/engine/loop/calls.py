@@ -45,20 +45,35 @@ class Origin:
 
 
 class FromOneGenerator(Origin):
-    """Images from the noise that one generator draws for the whole run, seeded with the run's seed."""
+    """Images of one run, from the noise that one generator draws for all of them, seeded with the run's seed: image
+    after image, as a run of diffusers draws it; an earlier image starts it anew.
+    """
+
+    def __init__(self) -> None:
+        self.seed, self.next, self.generator = -1, 0, None
 
     def begin(self, engine: Engine, schedule: Schedule, requests: Sequence[Request]) -> Beginning:
         import torch
 
-        from datasetdm_fast.engine.sampling.schedule import OneGenerator
         from datasetdm_fast.kernels.transfer import to_device
 
-        shape, generator = engine.model.latent_shape(), OneGenerator()
-        noise = [generator.draw(request.seed - request.index, request.index, shape) for request in requests]
+        shape = engine.model.latent_shape()
+        noise = [self.draw(request.seed - request.index, request.index, shape) for request in requests]
         return Beginning(to_device(torch.stack(noise), engine.device) * schedule.noise_scale)
 
+    def draw(self, seed: int, place: int, shape: tuple[int, int, int]) -> Tensor:  # fp32
+        """The noise of the image at `place` of a run with this seed."""
+        import torch
 
-FROM_NOISE, ONE_GENERATOR = Origin(), FromOneGenerator()
+        if seed != self.seed or place < self.next:
+            self.seed, self.next, self.generator = seed, 0, torch.Generator("cpu").manual_seed(seed)
+        for _ in range(place - self.next + 1):
+            noise = torch.randn(shape, generator=self.generator)
+        self.next = place + 1
+        return noise
+
+
+FROM_NOISE = Origin()
 
 
 def call_text(

@@ -33,7 +33,7 @@ from datasetdm_fast.engine.labels import BACKGROUND, LabelName, kind_of
 from datasetdm_fast.engine.labels.class_tables import ClassTable, of_words, spoken
 from datasetdm_fast.engine.loop.calls import (
     FROM_NOISE,
-    ONE_GENERATOR,
+    FromOneGenerator,
     Origin,
     cached_calls,
     check_call_speed,
@@ -266,7 +266,7 @@ def make_recipe(
         facts,
         ignores_doubtful=ignore == "disagreeing",
         least_confidence=ignore_below,
-        origin=ONE_GENERATOR if numbers and numbers.parity else FROM_NOISE,
+        origin=FromOneGenerator() if numbers and numbers.parity else FROM_NOISE,
         attention=numbers,
         asks_all=ask == "all",
         table=table,

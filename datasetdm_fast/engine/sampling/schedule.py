@@ -122,23 +122,6 @@ class ImageNoise:
         return to_device(noise, self.device)
 
 
-class OneGenerator:
-    """Noise of image after image from one generator, as a run of diffusers draws it; an earlier one starts it anew."""
-
-    def __init__(self) -> None:
-        self.seed, self.next, self.generator = -1, 0, torch.Generator("cpu")
-
-    def draw(self, seed: int, place: int, shape: tuple[int, int, int]) -> Tensor:  # fp32
-        """The noise of the image at `place` of a run with this seed."""
-        if seed != self.seed or place < self.next:
-            self.generator.manual_seed(seed)
-            self.seed, self.next = seed, 0
-        for _ in range(place - self.next + 1):
-            noise = torch.randn(shape, generator=self.generator)
-        self.next = place + 1
-        return noise
-
-
 def add_noise(scheduler: Mapping[str, Any], latents: Tensor, noise: Tensor, timestep: float) -> Tensor:
     """`latents` as they would be at `timestep` of the forward process."""
     signal, noisy = shares_at(scheduler, timestep)
