@@ -13,8 +13,6 @@ EXAMPLES = ("runs/demo 00000003 00000007", 'runs/demo --where "score < 0.4" --dr
 
 @dataclass(frozen=True)
 class DropConfig(OutputSettings):
-    FLAGS = "run ids file where dry_run json quiet".split()
-
     run: str = setting("", "run folder", metavar="RUN", positional=True, required=True)
     ids: tuple[str, ...] = setting((), "ids of samples, such as 00000003", metavar="ID", positional=True)
     file: str = setting("", "file with one id per line", metavar="FILE")

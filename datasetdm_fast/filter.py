@@ -18,8 +18,6 @@ EXAMPLES = ("runs/demo", 'runs/demo --where "score >= 0.6 and duplicate == 0"')
 
 @dataclass(frozen=True)
 class FilterConfig(OutputSettings):
-    FLAGS = "run where undo dry_run clip threads json quiet".split()
-
     run: str = setting("", "run folder", metavar="RUN", positional=True, required=True)
     where: str = setting(
         "", "keep the samples for which this holds, such as 'score>=0.6 and duplicate==0'", metavar="CONDITION"

@@ -17,8 +17,6 @@ EXAMPLES = ("runs/day runs/night --out runs/all", "s3://bucket/day s3://bucket/n
 
 @dataclass(frozen=True)
 class MergeConfig(OutputSettings):
-    FLAGS = "runs out kept copy dry_run json quiet".split()
-
     runs: tuple[str, ...] = setting(
         (), "finished runs, all of them folders or in shards, in the order of samples", metavar="RUN", positional=True
     )

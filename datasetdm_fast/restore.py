@@ -14,8 +14,6 @@ EXAMPLES = ("runs/demo 00000003", "runs/demo --all")
 
 @dataclass(frozen=True)
 class RestoreConfig(OutputSettings):
-    FLAGS = "run ids file all dry_run json quiet".split()
-
     run: str = setting("", "run folder", metavar="RUN", positional=True, required=True)
     ids: tuple[str, ...] = setting((), "ids of samples, such as 00000003", metavar="ID", positional=True)
     file: str = setting("", "file with one id per line", metavar="FILE")

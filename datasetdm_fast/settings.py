@@ -52,9 +52,10 @@ def setting(
 
 
 def flags_of(cls: type) -> list[Field]:
-    """The settings of a command in the order of its --help: those that it names in FLAGS, or all."""
+    """The settings of a command in the order of its --help: those in FLAGS, or its own, then the others."""
     known = {field.name: field for field in fields(cls)}
-    return [known[name] for name in getattr(cls, "FLAGS", known)]
+    declared = [name for name in known if name in cls.__annotations__]
+    return [known[name] for name in getattr(cls, "FLAGS", dict.fromkeys([*declared, *known]))]
 
 
 class CommandSettings:

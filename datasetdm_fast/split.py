@@ -13,8 +13,6 @@ EXAMPLES = ("runs/demo --shares 80,10,10", "runs/demo --shares 90,10 --names tra
 
 @dataclass(frozen=True)
 class SplitConfig(OutputSettings):
-    FLAGS = "run shares names by_source seed undo dry_run json quiet".split()
-
     run: str = setting("", "run folder", metavar="RUN", positional=True, required=True)
     shares: str = setting("80,10,10", "shares of the samples in per cent, in the order of --names", metavar="LIST")
     names: tuple[str, ...] = setting(("train", "val", "test"), "names of the parts", metavar="LIST")

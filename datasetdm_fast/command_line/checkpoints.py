@@ -22,8 +22,6 @@ WRITERS = {"decoder": to_decoder, "pth": to_checkpoint, "diffusers": to_diffuser
 
 @dataclass(frozen=True)
 class CheckpointConfig(OutputSettings):
-    FLAGS = "source to kind model ema allow_download out dry_run json quiet".split()
-
     source: str = setting(
         "", "checkpoint FILE.pth, a decoder's folder, or FILE.ckpt", metavar="FILE", positional=True, required=True
     )
