@@ -118,13 +118,8 @@ class Handler(SimpleHTTPRequestHandler):
     timeout = IDLE_SECONDS
     extensions_map = CONTENT_TYPES
 
-    def do_GET(self) -> None:
-        if not self._answer_page():
-            super().do_GET()
-
-    def do_HEAD(self) -> None:
-        if not self._answer_page():
-            super().do_HEAD()
+    def send_head(self) -> Any:
+        return None if self._answer_page() else super().send_head()
 
     def _answer_page(self) -> bool:
         """Answers all but requests for files of a run, and refuses other hosts; returns whether it has answered."""
