@@ -205,7 +205,7 @@ def test_a_damaged_sample_is_made_alone_where_generate_made_it(tmp_path, made_by
         (row,) = folder.ledger.rows()
     described |= {} if made_by == "generate" else {"command": made_by}
     for content in (b"", b"x" * 9**5):
-        faults = audit.check_sample(Path("runs/a"), described, row, lambda row, role, content=content: content).faults
+        faults = list(audit.check_sample(Path("runs/a"), described, row, lambda row, role, content=content: content))
         sizes = {name: stored.size for name, stored in row.files.values()}
         wrong = {name: f"has {len(content)} bytes, {size} were written" for name, size in sizes.items()}
         assert {fault.place: fault.what for fault in faults} == wrong

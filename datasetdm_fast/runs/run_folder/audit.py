@@ -111,15 +111,6 @@ class Report:
         return self.done + self.quarantined + self.dropped >= self.number
 
 
-@dataclass(frozen=True)
-class CheckedSample:
-    """A row with the faults of its sample, and the bytes that were read for it."""
-
-    row: Row
-    faults: list[Finding]
-    bytes: int = 0
-
-
 def audit(
     folder: Path, *, threads: int = 0, on_progress: Callable[[int, int], None] = lambda done, number: None
 ) -> Report:
@@ -166,8 +157,8 @@ def _audit(
     before.
     """
     findings += [_ledger_fault(f"SQLite finds {line}") for line in ledger.damage()]
-    noted, faults = _check_noted(folder, ledger)
-    findings += faults
+    noted, wrong = _check_noted(folder, ledger)
+    findings += wrong
     if (document := document or noted) is None:
         return Report(str(folder), 0, ledger.count(), ledger.count(QUARANTINED), 0, 0, findings)
     findings += [
@@ -185,11 +176,11 @@ def _audit(
     findings += [_beyond(index, most) for index in quarantined if not 0 <= index < most]
     check = partial(_check_samples, folder, document)
     checked = in_threads(check, ledger.rows(DONE, DOUBTFUL), max(BLOCK // 4, 1), threads, lambda: False)
-    for k, sample in enumerate((sample for block in checked for sample in block), 1):
-        findings += sample.faults
-        damaged += [sample.row.request.index] if sample.faults else []
-        known |= {file.path for file in sample.row.files.values()}
-        files, total = files + len(sample.row.files), total + sample.bytes
+    for k, (row, faults) in enumerate((pair for block in checked for pair in block), 1):
+        findings += faults
+        damaged += [row.request.index] if faults else []
+        known |= {file.path for file in row.files.values()}
+        files, total = files + len(row.files), total + sum(file.stored.size for file in row.files.values())
         on_progress(k, samples)
     findings += _check_strangers(folder, _product_folders(document), known)
     counts = (number, done, len(quarantined), files, total)
@@ -287,55 +278,53 @@ def _check_strangers(folder: Path, folders: Iterable[str], known: set[str]) -> I
             )
 
 
-def _check_samples(folder: Path, document: Mapping[str, Any], rows: Sequence[Row]) -> list[CheckedSample]:
+def _check_samples(folder: Path, document: Mapping[str, Any], rows: Sequence[Row]) -> list[tuple[Row, list[Finding]]]:
     def read(row: Row, role: str) -> bytes:
         content = storage.read_if_there(folder / row.files[role].path, images.LARGEST_IMAGE_FILE)
         if content is None:
             raise ValueError(MISSING)
         return content
 
-    return [check_sample(folder, document, row, read) for row in rows]
+    return [(row, list(check_sample(folder, document, row, read))) for row in rows]
 
 
 def check_sample(
     folder: Path, document: Mapping[str, Any], row: Row, read: Callable[[Row, str], bytes]
-) -> CheckedSample:
-    """Checks files and labels of one row; `read` gives the bytes of a file of a role."""
+) -> Iterator[Finding]:
+    """What is wrong with files and labels of one row; `read` gives the bytes of a file of a role."""
     id, config = row.request.id, document["config"]
     most = most_samples(config, document["plan"]["number"])
     if not 0 <= row.request.index < most:
-        return CheckedSample(row, [_beyond(row.request.index, most)])
-    faults: list[Finding] = []
-    arrays, total = {}, 0
+        yield _beyond(row.request.index, most)
+        return
+    arrays = {}
     turn = row.recipe.get("turn", 0)
     seed = config["seed"] + row.request.index + TURN * (turn if isinstance(turn, int) else 0)
     if "seeds" not in document["plan"] and row.request.seed != seed:
-        faults.append(_ledger_fault(f"sample {id} has the seed {row.request.seed}, the plan says {seed}"))
+        yield _ledger_fault(f"sample {id} has the seed {row.request.seed}, the plan says {seed}")
     place = QUARANTINE if row.status == DOUBTFUL else ""
     roles = [role for task in config["task"] for role in kind_of(task).roles]
     expected = {role: f"{place}{role}/{id}.png" for role in roles}
     expected["image"] = f"{place}images/{id}.{config['image_format']}"
     if {role: file.path for role, file in row.files.items()} != expected:
-        fault = f"sample {id} has the files {sorted(row.files)}, expected {sorted(expected)}"
-        return CheckedSample(row, [*faults, _ledger_fault(fault)])
+        yield _ledger_fault(f"sample {id} has the files {sorted(row.files)}, expected {sorted(expected)}")
+        return
     remedy = f"Make it again: {maker(document)} --out {quote(folder)} --only {id}"
     if made_by(document) != COMMANDS[0] or is_sharded(document):
         remedy = "Take it out with --repair; the line that made the run then makes it again."
     for role, (name, stored) in row.files.items():
         try:
             data = read(row, role)
-            total += len(data)
             if len(data) != stored.size:
                 raise ValueError(f"has {len(data)} bytes, {stored.size} were written")
             if (digest := hashlib.sha256(data).hexdigest()) != stored.sha256:
                 raise ValueError(f"{CHANGED} (SHA-256 {digest[:12]}, expected {stored.sha256[:12]})")
             arrays[role] = np.array(images.decode_image(data, name))
         except (ValueError, Missing) as error:
-            faults.append(Finding(name, _cause(error, folder, name), remedy))
+            yield Finding(name, _cause(error, folder, name), remedy)
     for task in config["task"]:
-        lines = _check_label(task, row, arrays, document)
-        faults += [Finding(LEDGER, f"sample {id}, {task}: {line}", remedy) for line in lines]
-    return CheckedSample(row, faults, total)
+        for line in _check_label(task, row, arrays, document):
+            yield Finding(LEDGER, f"sample {id}, {task}: {line}", remedy)
 
 
 def _check_label(task: str, row: Row, arrays: Mapping[str, np.ndarray], document: Mapping[str, Any]) -> Iterator[str]:
@@ -424,12 +413,10 @@ def _audit_shard(place: ShardPlace, document: Mapping[str, Any], shard: int) -> 
             raise Refused(f"{index_name(shard)}: its samples are not those of the manifest", REMAKE)
         findings = []
         for row in ledger.rows(DONE):
-            faults = check_sample(Path(place.name), document, row, ledger.read_file).faults
+            findings += check_sample(Path(place.name), document, row, ledger.read_file)
             if sample_record(row, ledger.stored_id(row)) != ledger.read_file(row, RECORD):
-                faults.append(
-                    Finding(tar_name(shard), f"the record of {row.request.id} is not that of its row", REMAKE)
-                )
-            findings += faults
+                what = f"the record of {row.request.id} is not that of its row"
+                findings.append(Finding(tar_name(shard), what, REMAKE))
         ledger.close()
     except (Refused, Missing) as error:
         name = entry_name(shard)
