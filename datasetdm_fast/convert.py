@@ -90,11 +90,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _open_conversion(settings: ExportSettings, folder: Path, store: ShardBucket | None) -> Conversion:
-    from datasetdm_fast.runs.curation.filtering import select
+    from datasetdm_fast.runs.curation.filtering import open_run, select
     from datasetdm_fast.runs.exporting.conversion import Conversion
     from datasetdm_fast.runs.exporting.sources import open_source
 
-    chosen = select(settings.run, settings.where) if settings.where else None
+    chosen = select(open_run(settings.run), settings.where) if settings.where else None
     source = open_source(settings.run, tasks=settings.task, only_kept=settings.kept, chosen=chosen)
     if settings.part:
         source = source.take_part(settings.part)

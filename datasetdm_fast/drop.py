@@ -28,12 +28,13 @@ def main(config: DropConfig, command: CommandLine) -> int:
             raise Refused(f"--{name}: no value was given", "Give a value, or drop the flag.")
     if not (config.ids or config.file or config.where):
         raise Refused(f"{command.prog}: names no sample", "Give ids, --file FILE or --where CONDITION.")
-    from datasetdm_fast.runs.curation import dropping
+    from datasetdm_fast.runs.curation import dropping, filtering
+    from datasetdm_fast.runs.run_folder.document import EXPORTS
     from datasetdm_fast.runs.run_folder.reader import open_run
 
     run = open_run(config.run)
     requested = dropping.read_ids(config.ids, config.file)
-    requested |= dropping.match_samples(run, config.where) if config.where else set()
+    requested |= set(filtering.select(run, config.where)) if config.where else set()
     total, doubtful = len(run), requested & dropping.find_doubtful(run)
     ids = [f"{index:08d}" for index in dropping.drop(run, requested, is_dry=config.dry_run)]
     earlier = len(requested) - len(ids) - len(doubtful)
@@ -42,7 +43,8 @@ def main(config: DropConfig, command: CommandLine) -> int:
     line += f"; {earlier} {'was' if earlier == 1 else 'were'} dropped before" if earlier else ""
     line += dropping.describe_doubtful(len(doubtful))
     lines = [line]
-    if not config.dry_run and ids and (exports := dropping.exports_of(run)):
+    exports = run.path / EXPORTS
+    if not config.dry_run and ids and exports.is_dir() and any(exports.iterdir()):
         lines.append(f"{exports}: was made before and is as it was; delete it and convert again")
     result = "\n".join(ids) if config.dry_run else config.run
     return print_end(config, {"path": config.run, "dropped": ids, "left": total - len(ids)}, result, *lines)

@@ -35,7 +35,8 @@ def main(config: FilterConfig, command: CommandLine) -> int:
         if name in command.provided and not getattr(config, name).strip():
             raise Refused(f"--{name}: no {noun} was given", f"Give a {noun}, or drop the flag.")
     from datasetdm_fast.runs.curation import clip, filtering
-    from datasetdm_fast.runs.run_folder.scores import SCORES, read_scores
+    from datasetdm_fast.runs.run_folder.scores import SCORES, passing, read_scores
+    from datasetdm_fast.runs.run_folder.selections import FILTER
 
     verb = "would be" if config.dry_run else "are"
     run = filtering.open_run(config.run)
@@ -68,7 +69,9 @@ def main(config: FilterConfig, command: CommandLine) -> int:
         bins = {name: filtering.compute_histogram(table, name) for name in SCORES}
         print(json.dumps(bins) if config.json else "\n".join(filtering.histogram_lines(table, bins)))
         return 0
-    decision = filtering.apply_filter(run, config.where, is_dry=config.dry_run)
+    decision = passing(run.path, run.ledger, config.where)
+    if not config.dry_run:
+        run.replace_file(FILTER, decision.content)
     facts, lines = filtering.summarize(run, decision, verb)
     return print_end(config, {"path": config.run, **facts}, config.run, *lines)
 

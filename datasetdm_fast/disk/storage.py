@@ -332,15 +332,13 @@ def remove_parts_of(paths: Iterable[Path]) -> None:
     for folder, expected in names.items():
         with refusing(folder), suppress(FileNotFoundError):
             for name in os.listdir(folder):
-                if (match := _TEMPORARY.fullmatch(name)) and match[1] in expected and not _is_written(match[2]):
+                match = _TEMPORARY.fullmatch(name)
+                if match is None or match[1] not in expected:
+                    continue
+                process = int(match[2][:-9] or 0)  # that writes it
+                if process in (0, os.getpid()) or not is_alive(process):
                     with suppress(FileNotFoundError):
                         syscall("unlink", os.unlink, folder / name)
-
-
-def _is_written(writer: str) -> bool:
-    """Whether another process is alive here whose number a temporary name begins with."""
-    process = int(writer[:-9] or 0)
-    return process not in (0, os.getpid()) and is_alive(process)
 
 
 def is_alive(process: int) -> bool:

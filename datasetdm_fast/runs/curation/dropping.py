@@ -8,9 +8,8 @@ from typing import Any
 from datasetdm_fast.cores import in_blocks
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import GateFailed, Refused, quote
-from datasetdm_fast.runs.curation.filtering import check_all_scored
 from datasetdm_fast.runs.gallery.page import finish_run
-from datasetdm_fast.runs.run_folder.document import DROPPED, EXPORTS, LEDGER
+from datasetdm_fast.runs.run_folder.document import DROPPED, LEDGER
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger
 from datasetdm_fast.runs.run_folder.reader import Run
@@ -40,13 +39,6 @@ def read_ids(ids: Sequence[str], file: str) -> set[int]:
     return {int(id) for id, _ in places}
 
 
-def match_samples(run: Run, where: str) -> set[int]:
-    """The indices of the samples for which a condition on their scores holds."""
-    indices = {row.request.index for row in run.where(where).rows(())}
-    check_all_scored(run)
-    return indices
-
-
 def find_doubtful(run: Run) -> set[int]:
     """The indices of the samples beside the data set, which a list of a review may name as well."""
     return set(run.ledger.indices(DOUBTFUL))
@@ -55,12 +47,6 @@ def find_doubtful(run: Run) -> set[int]:
 def describe_doubtful(count: int) -> str:
     """The end of a message about requested samples that are beside the data set, empty without any."""
     return f"; {count} {'is' if count == 1 else 'are'} set aside and not in the data set" if count else ""
-
-
-def exports_of(run: Run) -> Path | None:
-    """The folder of exports in a run folder, if it holds any."""
-    folder = run.path / EXPORTS
-    return folder if folder.is_dir() and any(folder.iterdir()) else None
 
 
 def drop(run: Run, requested: Iterable[int], *, is_dry: bool = False) -> list[int]:

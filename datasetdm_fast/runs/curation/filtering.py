@@ -71,11 +71,11 @@ def check_all_scored(run: Run) -> None:
         )
 
 
-def select(place: str, where: str) -> list[int]:
+def select(run: Run, where: str) -> list[int]:
     """The indices of the samples of a run for which a condition on their scores holds."""
-    run = open_run(place)
+    indices = list(passing(run.path, run.ledger, where).remaining)
     check_all_scored(run)
-    return list(passing(run.path, run.ledger, where).remaining)
+    return indices
 
 
 def score_sample(sample: StoredSample) -> dict[str, float | int | None]:
@@ -161,14 +161,6 @@ def keep_all(run: Run, *, is_dry: bool = False) -> int:
     if not is_dry:
         run.replace_file(FILTER, None)
     return count
-
-
-def apply_filter(run: Run, where: str, *, is_dry: bool = False) -> Filter:
-    """Stores which samples of a run the condition keeps, and why not the others; a dry run only decides."""
-    decision = passing(run.path, run.ledger, where)
-    if not is_dry:
-        run.replace_file(FILTER, decision.content)
-    return decision
 
 
 def summarize(run: Run, decision: Filter, verb: str) -> tuple[dict[str, Any], list[str]]:
