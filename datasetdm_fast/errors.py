@@ -41,9 +41,6 @@ def quote(path: object) -> str:
     return shlex.quote(str(path))
 
 
-REFUSALS = {kind.__name__: kind for kind in (Refused, Missing, GateFailed)}  # as processes pass them on by name
-
-
 @contextmanager
 def refusing_form(path: Path, what: str, remedy: str) -> Iterator[None]:
     """Within the block, what is wrong with the form of a file becomes a refusal with this remedy."""

@@ -48,8 +48,8 @@ def main(config: GalleryConfig, command: CommandLine) -> int:
     if not config.serve:
         print_result(config, facts, page)
         return 0
-    against = show(config.against, is_served=True).served_run() if config.against else None
-    with open_server(run.served_run(), config.port, partial(print_lines, config), against) as serving:
+    against = show(config.against, is_served=True).served if config.against else None
+    with open_server(run.served, config.port, partial(print_lines, config), against) as serving:
         print_result(config, facts | {"address": serving.address}, serving.address)
         print_lines(config, f"marks of a review are written to {config.run}/review; Ctrl-C ends it")
         try:

@@ -7,7 +7,7 @@ from importlib.metadata import EntryPoint, entry_points
 from traceback import walk_tb
 from typing import Any
 
-from datasetdm_fast.errors import REFUSALS, Missing
+from datasetdm_fast.errors import Missing, Stop
 
 GROUP = "datasetdm_fast."
 
@@ -98,7 +98,7 @@ class Registry(dict[str, Any]):
             return call()
         try:
             return call()
-        except tuple(REFUSALS.values()):  # its message already has a remedy
+        except Stop:  # its message already has a remedy
             raise
         except (Exception, SystemExit) as error:  # code of others fails in any way
             raise self.failure(name, error, failure) from error

@@ -400,7 +400,7 @@ def test_in_the_place_of_a_rejected_sample_others_are_made_as_often_as_the_plan_
     monkeypatch.setattr(shard_worker, "make_samples", made)
     monkeypatch.setattr(shard_worker, "batch_facts", lambda recipe, batch: {"batch": 1})
     job = SimpleNamespace(recipe=None, plan=SimpleNamespace(most=12, number=4, batches_of=batches_of))
-    gate = SimpleNamespace(evaluate=list, is_closed=False)
+    gate = SimpleNamespace(evaluate=list, check=dict)
     worker = SimpleNamespace(job=job, gate=gate, callbacks=Callbacks(describe), claims=SimpleNamespace(renew=list))
     told = [
         ([(each.request.index, each.request.seed, getattr(each, "reason", "")) for each in taken], facts)
@@ -953,7 +953,7 @@ def test_a_merged_run_is_a_manifest_that_readers_take_for_a_run(alone, folder, b
     assert filtering.main([out, "--where", "trust == 1", "--quiet"]) == 0
     assert len(open_data(f"run:{out}", 64, tasks=("semantic",))) > 5
     assert convert.main([out, "--to", "wds", "--kept", "--out", str(tmp_path / "export"), "--quiet"]) == 0
-    served = showing.show(out, is_served=True).served_run()
+    served = showing.show(out, is_served=True).served
     assert served.fetch("images/00000031.png").read_bytes() == parts[1]["00000001"].read("image")
     far = shard_place("memory://bucket/far")
     for name, content in tree(tmp_path / "other").items():
@@ -994,7 +994,7 @@ def test_the_page_of_shards_is_made_as_it_is_asked_for(alone, bucket, tmp_path, 
         assert state.is_dir()
         shutil.rmtree(state.parent)
     shown = showing.show(url, is_served=True)
-    served = shown.served_run()
+    served = shown.served
     assert (shown.samples, shown.planned) == (SAMPLES, SAMPLES)
     for is_complete in (True, False):
         with monkeypatch.context() as patch:

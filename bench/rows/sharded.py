@@ -113,7 +113,7 @@ def read(out: str, number: int) -> dict[str, Any]:
     note("open")
     assert run[number // 2].image.shape[0] == SMALL["size"]
     note("one sample")
-    fetch = show(out, is_served=True).served_run().fetch
+    fetch = show(out, is_served=True).served.fetch
     assert fetch is not None
     note("gallery opened")
     for name, file in {

@@ -13,7 +13,7 @@ from typing import TypeVar
 from datasetdm_fast.bug_report import print_error, report_bug
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import ENDED, SignalWatch
-from datasetdm_fast.errors import GateFailed, Missing, Refused
+from datasetdm_fast.errors import Missing, Refused, Stop
 from datasetdm_fast.untrusted import documents
 
 Settings = TypeVar("Settings")
@@ -89,7 +89,7 @@ def _report_error(error: Exception) -> int:
     """Prints cause and remedy of an error; its exit code."""
     if isinstance(error, BrokenPipeError) and _is_stdout_closed():
         return 141
-    stop = error if isinstance(error, Refused | Missing | GateFailed) else _as_stop(error)
+    stop = error if isinstance(error, Stop) else _as_stop(error)
     if stop is None:
         return report_bug(error)
     print_error(documents.one_line(stop.cause), documents.one_line(stop.remedy))

@@ -22,7 +22,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from datasetdm_fast.errors import GateFailed, Missing, Refused
+from datasetdm_fast.errors import GateFailed, Missing, Refused, Stop
 from datasetdm_fast.service.batching import Batcher, QueueFull
 from datasetdm_fast.service.requests import Work, encode_sample, read_generation, read_labelling
 from datasetdm_fast.untrusted import documents, images
@@ -97,7 +97,7 @@ class Service:
             for place in range(len(work.items)):
                 try:
                     entry = {"index": place, **await self._entry(work, place)}
-                except (Refused, Missing, GateFailed) as stop:
+                except Stop as stop:
                     entry = {"index": place, **_error(stop.cause)}
                 yield json.dumps(entry).encode() + b"\n"
         finally:

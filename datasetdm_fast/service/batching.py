@@ -18,7 +18,7 @@ from datasetdm_fast.data import Batch, Quarantined, Request, Sample
 from datasetdm_fast.engine.loop.driver import BatchGenerator
 from datasetdm_fast.engine.loop.recipe import Recipe
 from datasetdm_fast.engine.pipeline import Pipeline
-from datasetdm_fast.errors import REFUSALS, GateFailed
+from datasetdm_fast.errors import GateFailed, Stop
 
 
 class QueueFull(Exception):
@@ -106,7 +106,7 @@ class Batcher(AbstractContextManager["Batcher"]):
                 self.failure = ""
             except Exception as error:
                 stop = error
-                if not isinstance(error, tuple(REFUSALS.values())):
+                if not isinstance(error, Stop):
                     traceback.print_exc()
                     self.failure = f"the engine failed ({type(error).__name__})"
                     stop = RuntimeError(self.failure)

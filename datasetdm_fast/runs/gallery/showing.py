@@ -110,11 +110,6 @@ class ShardPage:
             storage.publish({self.folder / name: self._ledger.read_file(row, roles[0])})
         return self.folder / name
 
-    def served_run(self) -> ServedRun:
-        """What a server needs of the run."""
-        review = Review(self._ledger.place.name)
-        return ServedRun(self.folder.resolve(), "", review, partial(fetch_or_draw, self.fetch, self.folder))
-
 
 @dataclass(frozen=True)
 class ShownRun:
@@ -124,11 +119,7 @@ class ShownRun:
     samples: int  # of the data set
     doubtful: int  # beside it, which the page shows as well
     planned: int
-    shards: ShardPage | None = None
-
-    def served_run(self) -> ServedRun:
-        """What a server needs of the run."""
-        return self.shards.served_run() if self.shards else ServedRun.of_folder(self.folder)
+    served: ServedRun  # what a server needs of it
 
 
 def show(place: str | Path, *, is_served: bool = False, is_dry: bool = False) -> ShownRun:
@@ -142,12 +133,14 @@ def show(place: str | Path, *, is_served: bool = False, is_dry: bool = False) ->
         run = Run(place)
         assert run.shards is not None
         page = ShardPage(run, run.shards)
-        return ShownRun(page.folder, page.samples, 0, document["plan"]["number"], shards=page)
+        fetch = partial(fetch_or_draw, page.fetch, page.folder)
+        served = ServedRun(page.folder.resolve(), "", Review(run.shards.place.name), fetch)
+        return ShownRun(page.folder, page.samples, 0, document["plan"]["number"], served)
     folder = folder_of(shard_place(place))
     document = _write_page(folder, is_dry=is_dry)
     with Ledger(folder / LEDGER, read_only=True) as ledger:
         samples, doubtful = ledger.count(), ledger.count(DOUBTFUL)
-    return ShownRun(folder, samples, doubtful, document["plan"]["number"])
+    return ShownRun(folder, samples, doubtful, document["plan"]["number"], ServedRun.of_folder(folder))
 
 
 def _write_page(folder: Path, *, is_dry: bool) -> dict[str, Any]:

@@ -235,8 +235,7 @@ class ShardWorker:
             rejected: list[int] = []
             for batch, results in make_samples(job, job.plan.batches_of(indices, turn), on_unet_call):
                 self.gate.evaluate(results)
-                if self.gate.is_closed:
-                    self.gate.check()
+                self.gate.check()
                 if self.callbacks.is_stopping():
                     raise ShardAbandoned
                 facts, taken = batch_facts(job.recipe, batch), []
