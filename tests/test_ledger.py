@@ -699,8 +699,7 @@ def test_a_folder_is_shared_once_who_holds_it_alone_has_let_go(tmp_path, monkeyp
     held.enter_context(storage.hold_lock(tmp_path / LOCK))
     sleep = held.close if is_released else lambda: None
     clock = SimpleNamespace(monotonic=lambda: next(seconds), sleep=lambda _: sleep())
-    monkeypatch.setattr(run_folder, "time", clock)
-    monkeypatch.setattr(storage, "SECONDS_OF_A_LOOK", 0.0)
+    monkeypatch.setattr(storage, "time", clock)
     with held, nullcontext() if is_released else pytest.raises(Refused, match="another process"):
         with run_folder.share_folder(tmp_path):
             pass

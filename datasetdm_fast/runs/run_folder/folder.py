@@ -7,7 +7,6 @@ import hashlib
 import json
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -201,7 +200,6 @@ def _is_settled(folder: Path, document: Mapping[str, Any]) -> bool:
 
 
 ENTRY_SECONDS = 60.0  # another process may hold the folder while this one wants to enter
-SECONDS_BETWEEN_TRIES = 0.2
 # files by their path inside the run folder -> what was written
 Publish = Callable[[Mapping[str, bytes]], Mapping[str, StoredFile]]
 
@@ -389,19 +387,10 @@ def refusing_rows(folder: Path) -> Iterator[None]:
 @contextmanager
 def share_folder(folder: Path) -> Iterator[None]:
     """Holds the folder with other processes; the first of them cleans it."""
-    end = time.monotonic() + ENTRY_SECONDS
-    with ExitStack() as lock:
-        while True:
-            # refused if others share it already, or one of them checks whether it is held
-            with suppress(Refused), storage.hold_lock(folder / LOCK, patience=0.0):
-                clean(folder)
-            try:
-                lock.enter_context(storage.hold_lock(folder / LOCK, is_shared=True))
-                break
-            except Refused:
-                if time.monotonic() > end:
-                    raise
-                time.sleep(SECONDS_BETWEEN_TRIES)
+    # refused if others share it already, or one of them checks whether it is held
+    with suppress(Refused), storage.hold_lock(folder / LOCK, patience=0.0):
+        clean(folder)
+    with storage.hold_lock(folder / LOCK, is_shared=True, patience=ENTRY_SECONDS):
         yield
 
 

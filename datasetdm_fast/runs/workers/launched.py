@@ -8,7 +8,7 @@ from datasetdm_fast.disk import sqlite, storage
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.jobs.writing import Result, close_folder, read_result
 from datasetdm_fast.runs.run_folder.document import LEDGER, LOCK
-from datasetdm_fast.runs.run_folder.folder import ENTRY_SECONDS, SECONDS_BETWEEN_TRIES, clean, share_folder
+from datasetdm_fast.runs.run_folder.folder import ENTRY_SECONDS, clean, share_folder
 from datasetdm_fast.runs.run_settings import RunSpec
 from datasetdm_fast.runs.workers.devices import LaunchedProcess
 from datasetdm_fast.runs.workers.worker import Callbacks, work_on_folder
@@ -27,17 +27,13 @@ def run_launched(peer: LaunchedProcess, spec: RunSpec, callbacks: Callbacks) -> 
 
 def leave(folder: Path, number: int, made: int, begin: float, *, is_waiting: bool) -> Result:
     """The result; the last process to leave rebuilds the index files, and one that `is_waiting` is the last."""
-    end = time.monotonic() + ENTRY_SECONDS
-    while True:
-        with ExitStack() as held:
-            try:
-                held.enter_context(storage.hold_lock(folder / LOCK))
-            except Refused:  # others work there; a refusal of the closing is raised
-                if not is_waiting or time.monotonic() > end:
-                    return read_result(folder, number, made, begin)
-            else:
-                clean(folder)
-                result = close_folder(folder, number, made, begin)
-                sqlite.remove_log(folder / LEDGER)  # others may have read their results meanwhile
-                return result
-        time.sleep(SECONDS_BETWEEN_TRIES)
+    with ExitStack() as held:
+        try:
+            patience = ENTRY_SECONDS if is_waiting else storage.SECONDS_OF_A_LOOK
+            held.enter_context(storage.hold_lock(folder / LOCK, patience=patience))
+        except Refused:  # others work there; a refusal of the closing is raised
+            return read_result(folder, number, made, begin)
+        clean(folder)
+        result = close_folder(folder, number, made, begin)
+        sqlite.remove_log(folder / LEDGER)  # others may have read their results meanwhile
+        return result
