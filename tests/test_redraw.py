@@ -32,7 +32,7 @@ from datasetdm_fast.runs.compositions import edit as regions
 from datasetdm_fast.runs.compositions import redraw
 from datasetdm_fast.runs.compositions.edit import MOST_NEW, Edits
 from datasetdm_fast.runs.compositions.redraw import open_source
-from datasetdm_fast.runs.compositions.settings import EditSettings
+from datasetdm_fast.runs.compositions.settings import EditSettings, VarySettings
 from datasetdm_fast.runs.compositions.vary import DOMAINS, measure_consistency, move_prompt
 from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.run_folder.audit import audit
@@ -197,6 +197,11 @@ def test_a_variant_is_asked_by_the_class_prompt_of_its_source(tmp_path):
             (row,) = run.rows(parts=())
         assert row.request.class_prompt == line["class_prompt"], folder
     assert "night" in row.request.prompt
+
+
+def test_a_variant_keeps_the_geometry_of_its_source_by_default_and_an_edit_starts_from_noise():
+    """Of a variant drawn from pure noise the labels of its source say nothing."""
+    assert (VarySettings().strength, EditSettings().strength) == (0.4, 1.0)
 
 
 def test_source_labels_are_taken_over(source, tmp_path):

@@ -150,9 +150,7 @@ def files(machine: Machine) -> int:
         ):
             settings = replace(chosen, run=source, out=str(folder / kind.command), steps=machine.steps)
             machine.timeline.phase = LOAD
-            found += write_missing(
-                redraw.prepare(kind(SquareSource(Path(source)), settings), Path(settings.out), settings)
-            ).done
+            found += write_missing(redraw.prepare(kind(SquareSource(Path(source)), settings), Path(settings.out))).done
         return found
 
 

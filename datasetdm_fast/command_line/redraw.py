@@ -26,7 +26,7 @@ def redraw(cls: type[Redrawing], settings: RedrawSettings, resume_with: str) -> 
     redrawing = cls(open_source(Path(settings.run), only_kept=settings.kept), settings)
     if result := find_result(redrawing, folder, is_dry=settings.dry_run):
         return print_finished_run(settings, result)
-    job = prepare(redrawing, folder, settings)
+    job = prepare(redrawing, folder)
     if settings.dry_run:
         facts = {"path": settings.out, "number": job.plan.number, "done": job.done, "bytes": job.bytes_needed}
         plan = f"{folder}: {job.images_left} of {count_noun(job.plan.number, 'image')} would be made"

@@ -172,7 +172,7 @@ def day_and_variants(folder: Path, count: int, seed: int, say: Callable[[str], N
     settings = VarySettings(domain=ELSEWHERE, engine="fast", batch_size=SAMPLING["batch_size"], threads=1, quiet=True)
     variants = Variants(SquareSource(folder / "day"), settings)
     if find_result(variants, folder / "varied") is None:
-        generate(prepare_redrawing(variants, folder / "varied", settings))
+        generate(prepare_redrawing(variants, folder / "varied"))
     return open_run(folder / "day"), open_run(folder / "varied")
 
 

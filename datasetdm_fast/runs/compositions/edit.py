@@ -22,7 +22,7 @@ from datasetdm_fast.engine.loop.recipe import check_seed
 from datasetdm_fast.errors import Refused, nearest
 from datasetdm_fast.runs.compositions.composition import SourceSample, SquareSource
 from datasetdm_fast.runs.compositions.redraw import Redrawing
-from datasetdm_fast.runs.compositions.settings import EditChoice
+from datasetdm_fast.runs.compositions.settings import EditSettings
 from datasetdm_fast.runs.run_folder.document import LEDGER, table_of
 from datasetdm_fast.runs.run_folder.indexes.coco import rows_with_ids
 from datasetdm_fast.runs.run_folder.ledger import Ledger
@@ -40,7 +40,7 @@ SQUARE = np.ones((3, 3), bool)  # a pixel and its neighbours
 KINDS = ("class_", "instance", "mask", "box")
 
 
-def find_kind(choice: EditChoice) -> str:
+def find_kind(choice: EditSettings) -> str:
     """Which of the four flags names the region."""
     used = [name for name in KINDS if getattr(choice, name)]
     if len(used) != 1:
@@ -158,9 +158,9 @@ class Edits(Redrawing):
     """One image of every requested sample; where a class is drawn anew, of those that show it."""
 
     command = "edit"
-    choice: EditChoice
+    choice: EditSettings
 
-    def __init__(self, source: SquareSource, choice: EditChoice):
+    def __init__(self, source: SquareSource, choice: EditSettings):
         check_line(choice.prompt, "--prompt")
         for name, value, least in (("grow", choice.grow, 0), ("feather", choice.feather, -1)):
             if not least <= value <= source.side:

@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -49,15 +49,6 @@ MOST_SIDES = 6  # sizes of images that a reader sees one by one
 CONVERT = "Convert each of the runs: trainers read several exports."
 BLOCK = 32  # samples written and committed together, fewer where they are large:
 BLOCK_PIXELS = 2**22  # pixels of all their images
-
-
-@dataclass(frozen=True)
-class MergedSample:
-    """A sample of a merged run: its row without files, its files, and where files of the same bytes lie."""
-
-    row: Row
-    files: Files
-    sources: Mapping[str, Path]  # name in the new run -> file
 
 
 class Merging:
@@ -181,7 +172,8 @@ class Merging:
             document["packages"] = packages[0]
         return document
 
-    def compose(self, index: int) -> MergedSample:
+    def compose(self, index: int) -> tuple[Row, Files, dict[str, Path]]:
+        """The row of a sample without its files, these, and where files of the same bytes lie."""
         k, earlier = self.places[index]
         source = self.sources[k]
         row = source.run[f"{earlier:08d}"].row
@@ -200,7 +192,7 @@ class Merging:
         }
         labels = {task: _remove_ids(record) for task, record in row.labels.items()}
         new_row = Row(replace(row.request, index=index), {**row.recipe, **provenance}, labels=labels, trust=row.trust)
-        return MergedSample(new_row, files, places)
+        return new_row, files, places
 
     def close(self) -> None:
         for source in self.sources:
@@ -233,7 +225,7 @@ def write_missing(
 def _write(merging: Merging, folder: Path, is_linked: bool, block: Sequence[int]) -> list[Row]:
     """The rows of some samples, once their files are on the disk, as links where they can be."""
     samples = [merging.compose(index) for index in block]
-    sources = {name: path for sample in samples for name, path in sample.sources.items()} if is_linked else {}
+    sources = {name: path for *_, places in samples for name, path in places.items()} if is_linked else {}
 
     def publish(files: Mapping[str, bytes]) -> dict[str, StoredFile]:
         linked = {
@@ -244,7 +236,7 @@ def _write(merging: Merging, folder: Path, is_linked: bool, block: Sequence[int]
         others = {name: content for name, content in files.items() if name not in linked}
         return {**linked, **publish_inside(folder, others)}
 
-    return publish_samples([(sample.row, sample.files) for sample in samples], publish)
+    return publish_samples([(row, files) for row, files, _ in samples], publish)
 
 
 def _remove_ids(record: Any) -> Any:

@@ -18,7 +18,7 @@ from datasetdm_fast.engine.loop.calls import Beginning
 from datasetdm_fast.engine.loop.prompts import Plan, PromptLine
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.compositions.composition import SourceSample, SquareSource, identity_of
-from datasetdm_fast.runs.compositions.settings import RedrawChoice, RedrawMachine
+from datasetdm_fast.runs.compositions.settings import RedrawSettings
 from datasetdm_fast.runs.jobs.job import Job, check_room, describe_run, open_engine, recipe_of
 from datasetdm_fast.runs.jobs.run import count_rows, merge_with_stored, settle
 from datasetdm_fast.runs.jobs.writing import Result
@@ -70,7 +70,7 @@ class Redrawing(ABC):
     command: ClassVar[str]
     copies = 1  # images of a sample
 
-    def __init__(self, source: SquareSource, choice: RedrawChoice):
+    def __init__(self, source: SquareSource, choice: RedrawSettings):
         self.source, self.choice = source, choice
         self.requests = [row.request for row in source.run.rows(parts=())]  # by the position in the source
         self.positions = self._find_positions()
@@ -170,10 +170,10 @@ def find_result(redrawing: Redrawing, folder: Path, *, is_dry: bool = False) -> 
     return None if stored is None else settle(folder, stored, redrawing.number, is_dry=is_dry)
 
 
-def prepare(redrawing: Redrawing, folder: Path, machine: RedrawMachine) -> Job:
+def prepare(redrawing: Redrawing, folder: Path) -> Job:
     """The job of a redrawing: engine loaded, prompts measured, run folder compared; nothing is written."""
     stored, source, choice = redrawing.check_folder(folder), redrawing.source.document, redrawing.choice
-    config = _run_config(redrawing, folder, machine)
+    config = _run_config(redrawing, folder)
     model, engine_settings = config.group(ModelSettings), config.group(EngineSettings)
     sampling, labels = replace(config.group(SamplingSettings), speed=EXACT), config.group(LabelSettings)
     engine, decoders = open_engine(model, engine_settings, config.task, stored, guidance=sampling.guidance)
@@ -206,21 +206,21 @@ def prepare(redrawing: Redrawing, folder: Path, machine: RedrawMachine) -> Job:
     return prepared
 
 
-def _run_config(redrawing: Redrawing, folder: Path, machine: RedrawMachine) -> RunConfig:
+def _run_config(redrawing: Redrawing, folder: Path) -> RunConfig:
     """The settings of the source, with the engine and the paths of this run."""
     names, source = {field.name for field in fields(RunConfig)}, redrawing.source.document["config"]
+    choice = redrawing.choice
     stored = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in redrawing.config.items()
         if name in names and name != "only"
     }
-    places = {name: getattr(machine, name) or source[name] for name in ("model", "decoder")}
-    steps = {name: getattr(redrawing.choice, name) or source[name] for name in ("steps", "guidance")}
+    chosen = {name: getattr(choice, name) or source[name] for name in CHANGEABLE}
     return RunConfig(
-        **{**stored, **machine.engine_choices(), **places, **steps},
+        **{**stored, **choice.engine_choices(), **chosen},
         out=str(folder),
-        limit=machine.limit,
-        allow_download=machine.allow_download,
+        limit=choice.limit,
+        allow_download=choice.allow_download,
     )
 
 

@@ -19,32 +19,8 @@ def strength_setting(default: float, remark: str) -> Any:
 
 
 @dataclass(frozen=True)
-class RedrawChoice(CommandSettings):
-    """Which samples are made again, and in which steps; zeros stand for what the source was made with."""
-
-    only: tuple[str, ...] = setting((), "take only these samples of RUN", metavar="LIST")
-    number: int = setting(0, "take the first N samples, 0 = all", identity="if given", metavar="N", least=0)
-    strength: float = strength_setting(1.0, "")
-    steps: int = setting(0, "sampling steps of a whole image, 0 = those of RUN", metavar="N", least=0)
-    guidance: float = setting(0.0, "guidance scale, 0 = that of RUN", metavar="G", least=0, most=LARGEST_GUIDANCE)
-    batch_size: int = setting(
-        0, "images per batch (rounding only); 0 = as many as fit into memory", metavar="N", least=0, most=LARGEST_BATCH
-    )
-
-
-@dataclass(frozen=True)
-class RedrawMachine(EngineSettings):
-    """The engine, and where the weights lie."""
-
-    model: str = setting("", "current path of RUN's model, if it was moved", identity=False, metavar="MODEL")
-    decoder: str = setting("", "current path of RUN's decoders, if they were moved", identity=False, metavar="DIR")
-    allow_download: bool = setting(False, "allow the model to come from the model hub, if RUN's did", identity=False)
-    limit: int = setting(0, "stop after N new images; the same command resumes", identity=False, metavar="N", least=0)
-
-
-@dataclass(frozen=True)
-class RedrawSettings(RedrawMachine, RedrawChoice, OutputSettings):
-    """Settings that edit and vary share."""
+class RedrawSettings(EngineSettings, OutputSettings, CommandSettings):
+    """Settings that edit and vary share; zeros stand for what the source was made with."""
 
     run: str = setting(
         "", "run folder whose samples are taken", identity=False, metavar="RUN", positional=True, required=True
@@ -54,28 +30,38 @@ class RedrawSettings(RedrawMachine, RedrawChoice, OutputSettings):
         (), "ids of samples to take, such as 00000003; default: all", metavar="ID", positional=True, identity=False
     )
     kept: bool = setting(False, "use only the samples that filter keeps", identity=False)
+    only: tuple[str, ...] = setting((), "take only these samples of RUN", metavar="LIST")
+    number: int = setting(0, "take the first N samples, 0 = all", identity="if given", metavar="N", least=0)
+    strength: float = strength_setting(1.0, "")
+    steps: int = setting(0, "sampling steps of a whole image, 0 = those of RUN", metavar="N", least=0)
+    guidance: float = setting(0.0, "guidance scale, 0 = that of RUN", metavar="G", least=0, most=LARGEST_GUIDANCE)
+    batch_size: int = setting(
+        0, "images per batch (rounding only); 0 = as many as fit into memory", metavar="N", least=0, most=LARGEST_BATCH
+    )
+    model: str = setting("", "current path of RUN's model, if it was moved", identity=False, metavar="MODEL")
+    decoder: str = setting("", "current path of RUN's decoders, if they were moved", identity=False, metavar="DIR")
+    allow_download: bool = setting(False, "allow the model to come from the model hub, if RUN's did", identity=False)
+    limit: int = setting(0, "stop after N new images; the same command resumes", identity=False, metavar="N", least=0)
 
 
 @dataclass(frozen=True)
-class VaryChoice(RedrawChoice):
+class VarySettings(RedrawSettings):
     """The variants of a sample."""
+
+    FLAGS = ["run", "ids", "domain", "number", "strength", "only", *SHARED]
 
     domain: tuple[str, ...] = setting(
         (), "domains, comma-separated; one image per sample and domain: night,fog", metavar="LIST", required=True
     )
     strength: float = strength_setting(0.4, ": a larger share changes more")
-
-
-@dataclass(frozen=True)
-class VarySettings(RedrawSettings, VaryChoice):
-    FLAGS = ["run", "ids", "domain", "number", "strength", "only", *SHARED]
-
     out: str = setting("runs/varied", "run folder", identity=False, metavar="RUN", output="folder")
 
 
 @dataclass(frozen=True)
-class EditChoice(RedrawChoice):
+class EditSettings(RedrawSettings):
     """The region of a sample that is made again, and what is drawn there."""
+
+    FLAGS = [*OF_EDIT, *SHARED]
 
     prompt: str = setting(
         "", "what to draw; it replaces the class in the sample's own prompt", metavar="TEXT", required=True
@@ -91,10 +77,4 @@ class EditChoice(RedrawChoice):
     )
     strength: float = strength_setting(1.0, ": 1 starts from pure noise")
     seed: int = setting(-1, "seed of the noise of image 0; image k has seed + k; -1 = that of its source", metavar="N")
-
-
-@dataclass(frozen=True)
-class EditSettings(RedrawSettings, EditChoice):
-    FLAGS = [*OF_EDIT, *SHARED]
-
     out: str = setting("runs/edited", "run folder", identity=False, metavar="RUN", output="folder")

@@ -16,7 +16,7 @@ from datasetdm_fast.engine.scenes.world import WHERE
 from datasetdm_fast.errors import Refused, nearest
 from datasetdm_fast.runs.compositions.composition import SquareSource
 from datasetdm_fast.runs.compositions.redraw import Redrawing
-from datasetdm_fast.runs.compositions.settings import VaryChoice
+from datasetdm_fast.runs.compositions.settings import VarySettings
 
 if TYPE_CHECKING:
     from datasetdm_fast.engine.sampling.schedule import Schedule
@@ -44,9 +44,9 @@ class Variants(Redrawing):
     """Every sample in every domain: image k is sample k // domains in domain k % domains."""
 
     command = "vary"
-    choice: VaryChoice
+    choice: VarySettings
 
-    def __init__(self, source: SquareSource, choice: VaryChoice):
+    def __init__(self, source: SquareSource, choice: VarySettings):
         names = ", ".join(DOMAINS)
         for name in choice.domain:
             if name not in DOMAINS:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from datasetdm_fast.engine.labels import class_tables
 from datasetdm_fast.engine.labels.class_tables import ClassTable, ClassWord, find_classes, look_up, plural, with_article
@@ -82,15 +82,6 @@ class Sentence:
     group: str
 
 
-class SentenceGrammar(Protocol):
-    """Sentences for each of `classes`."""
-
-    classes: tuple[str, ...]
-
-    def sentence(self, name: str, number: int, others: Sequence[str] = ()) -> Sentence:
-        """The number-th sentence of a class, with other classes in the same picture."""
-
-
 class Grammar:
     """Sentences for the classes of one set; a sentence names the requested classes, and no other class of the set."""
 
@@ -100,6 +91,7 @@ class Grammar:
         self.vocabulary = read_vocabulary()
 
     def sentence(self, name: str, number: int, others: Sequence[str] = ()) -> Sentence:
+        """The number-th sentence of a class, with other classes in the same picture."""
         dice = random.Random(f"{self.seed}/{name}/{number}/{'/'.join(others)}")
         requested = {name, *others}
         for _ in range(MOST_TRIES):
@@ -153,6 +145,9 @@ class PlaceGrammar:
         dice = random.Random(f"{self.seed}/{name}/{number}")
         thing = with_article(f"{dice.choice(self.category.adjectives)} {name}")
         return Sentence(_compose(dice, thing, self.category), (), name)
+
+
+SentenceGrammar = Grammar | DemoGrammar | PlaceGrammar
 
 
 def _compose(dice: random.Random, thing: str, category: Category) -> str:
