@@ -106,9 +106,42 @@ class LabelSettings:
 
 
 @dataclass(frozen=True)
-class KeepSettings:
-    """Which samples the data set takes, and how many this command makes."""
+class WorkerSettings:
+    """The processes that share a run."""
 
+    gpus: str = setting(
+        "", "GPUs to use, a process each: all, how many, or a list such as 0,2,5", identity=False, metavar="all|N|LIST"
+    )
+    ranks: int = setting(0, "processes that share the work on a CPU", identity=False, metavar="N", least=0)
+    cluster: str = setting(
+        "",
+        "make a run in shards on a Ray cluster: ray starts one on this machine, ray://HEAD[:PORT] joins a running one",
+        identity=False,
+        metavar="ray[://HEAD]",
+    )
+
+
+@dataclass(frozen=True)
+class RunConfig(
+    ModelSettings,
+    EngineSettings,
+    PromptSettings,
+    SamplingSettings,
+    LabelSettings,
+    WorkerSettings,
+    OutputSettings,
+    CommandSettings,
+):
+    FLAGS = (
+        "model lora decoder outlines task combine labeller classes class_table ask exponent threshold uncertainty "
+        "self_cells cross_cells parity engine prompts negative_prompt allow_unnamed truncate_prompts number "
+        "per_class keep accept most_tries ignore ignore_below seed steps guidance sampler profile speed size "
+        "batch_size image_format palette out layout shard_size only mixed limit force_domain verify "
+        "dry_run allow_download json quiet threads gpus ranks cluster store make_bucket dtype compile "
+        "device provider streams"
+    ).split()
+
+    # which samples the data set takes, and how many this command makes
     keep: str = setting(
         "all", "trusted: doubtful samples are quarantined and replaced", choices=("all", "trusted"), identity="if given"
     )
@@ -128,12 +161,7 @@ class KeepSettings:
     force_domain: bool = setting(
         False, "make the run even if its first pictures are unlike those that decoders were trained on", identity=False
     )
-
-
-@dataclass(frozen=True)
-class FileSettings:
-    """Where samples are stored, and in which form."""
-
+    # where samples are stored, and in which form
     out: str = setting(
         "runs/demo", "run folder; default: in runs/, named after flags", identity=False, metavar="RUN", output="folder"
     )
@@ -168,12 +196,7 @@ class FileSettings:
         "", "with --layout shards: fsspec URL in place of --out, such as s3://bucket/run", identity=False, metavar="URL"
     )
     make_bucket: bool = setting(False, "create the bucket of --store where there is none", identity=False)
-
-
-@dataclass(frozen=True)
-class CompareSettings:
-    """When an engine is compared with the reference, or with the one that began the run."""
-
+    # when an engine is compared with the reference, or with the one that began the run
     verify: int = setting(
         0, "compare N samples with the reference, write nothing if they fail", identity=False, metavar="N", least=0
     )
@@ -184,47 +207,6 @@ class CompareSettings:
         identity=False,
         choices=("verified", "no"),
     )
-
-
-@dataclass(frozen=True)
-class WorkerSettings:
-    """The processes that share a run."""
-
-    gpus: str = setting(
-        "", "GPUs to use, a process each: all, how many, or a list such as 0,2,5", identity=False, metavar="all|N|LIST"
-    )
-    ranks: int = setting(0, "processes that share the work on a CPU", identity=False, metavar="N", least=0)
-    cluster: str = setting(
-        "",
-        "make a run in shards on a Ray cluster: ray starts one on this machine, ray://HEAD[:PORT] joins a running one",
-        identity=False,
-        metavar="ray[://HEAD]",
-    )
-
-
-@dataclass(frozen=True)
-class RunConfig(
-    ModelSettings,
-    EngineSettings,
-    PromptSettings,
-    SamplingSettings,
-    LabelSettings,
-    KeepSettings,
-    FileSettings,
-    CompareSettings,
-    WorkerSettings,
-    OutputSettings,
-    CommandSettings,
-):
-    FLAGS = (
-        "model lora decoder outlines task combine labeller classes class_table ask exponent threshold uncertainty "
-        "self_cells cross_cells parity engine prompts negative_prompt allow_unnamed truncate_prompts number "
-        "per_class keep accept most_tries ignore ignore_below seed steps guidance sampler profile speed size "
-        "batch_size image_format palette out layout shard_size only mixed limit force_domain verify "
-        "dry_run allow_download json quiet threads gpus ranks cluster store make_bucket dtype compile "
-        "device provider streams"
-    ).split()
-
     threads: int = setting(
         0, "CPU threads of a process, 0 = all cores, shared by ranks", identity=False, metavar="N", most=MOST_THREADS
     )
