@@ -71,19 +71,20 @@ def _write(
     interruption: Interruption,
 ) -> Result:
     """The result of a run, once its missing samples are made and written: by `make`, or without it by this process."""
-    missing = spec.number - count_rows(spec.folder)
-    job, counted = None, {"images": -(-min(missing, config.limit or missing) // (peer.world if peer else 1))}
-    is_compared = config.verify or stored is None and config.speed != EXACT or may_differ(spec, stored)
-    if make is None or peer is None and (is_compared or tries_half(spec, stored)):
+    job, has_gates = None, config.verify or stored is None and config.speed != EXACT
+    if make is None or peer is None and (has_gates or tries_half(spec, stored) or may_differ(spec, stored)):
         screen = Screen(partial(print_lines, config), partial(run_report.show_calls, config.quiet))
         job = admit_job(spec, stored, screen, verify=config.verify)
     if make is None:
         print_lines(config, *run_report.describe_start(job))
         counted = {"images": job.images_left, "batch": job.plan.batch_size, "calls": len(job.recipe.schedule)}
-    elif job:
-        with RunFolder(job.folder, job.document):  # writes run.json
-            pass
-        job = None  # the other processes need the memory of its networks
+    else:
+        missing = spec.number - count_rows(spec.folder)
+        counted = {"images": -(-min(missing, config.limit or missing) // (peer.world if peer else 1))}
+        if job:
+            with RunFolder(job.folder, job.document):  # writes run.json
+                pass
+            job = None  # the other processes need the memory of its networks
     with (
         interruption,
         ImageProgress(is_quiet=config.quiet, count_outside=partial(count_outside, spec.folder), **counted) as progress,
