@@ -818,9 +818,12 @@ def test_the_plan_tells_with_which_pictures_samples_are_compared(known, others, 
 @pytest.mark.parametrize(("outside", "measured", "later"), [(2, 2, 2), (1, 1, 4), (0, 2, 2), (0, 0, 3)])
 def test_stored_samples_close_a_run_or_let_it_go_on_from_two_on(outside, measured, later):
     plan = SimpleNamespace(most=20, batch_size=3)
-    gate = DomainGate(SimpleNamespace(place="run", stops_outside=True, plan=plan, done=measured, limit=0))
+    job = SimpleNamespace(place="run", stops_outside=True, plan=plan, done=measured, limit=0)
     ledger = SimpleNamespace(count_out_of_domain=lambda: (outside, measured))
-    with pytest.raises(GateFailed, match="2 of the first 2 samples") if outside == 2 else nullcontext():
-        gate.evaluate_stored(ledger)
+    if outside == 2:
+        with pytest.raises(GateFailed, match="2 of the first 2 samples"):
+            DomainGate(job, ledger)
+        return
+    gate = DomainGate(job, ledger)
     gate.evaluate([Sample(Request(0, "a ball", 0), np.zeros(0), {}, {}, Trust(domain=0.5))] * 3)
     assert gate.measured == later  # more samples are evaluated where fewer than two were there

@@ -573,10 +573,7 @@ def test_a_process_among_several_ends_its_share_where_the_gate_closes(engines, t
     class Gate:
         is_closed = False
 
-        def __init__(self, job):
-            pass
-
-        def evaluate_stored(self, ledger):
+        def __init__(self, job, ledger):
             pass
 
         def evaluate(self, results):

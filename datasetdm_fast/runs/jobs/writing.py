@@ -181,8 +181,7 @@ def write_missing(
         on_commit(sum(row.status != DOUBTFUL for row in rows))
 
     with RunFolder(job.folder, job.document) as folder:
-        quota, gate = Quota(job, folder.ledger), DomainGate(job)
-        gate.evaluate_stored(folder.ledger)
+        quota, gate = Quota(job, folder.ledger), DomainGate(job, folder.ledger)
 
         def ends() -> bool:
             return gate.is_closed or is_stopping()
@@ -314,29 +313,25 @@ def count_outside(folder: Path) -> int:
 class DomainGate:
     """Evaluates the samples that a run has, or else those of its first batches; a run of a single batch spares none."""
 
-    def __init__(self, job: Job):
-        self._place, self._is_open = job.place, not job.stops_outside
+    def __init__(self, job: Job, ledger: Ledger | None = None):
+        """Raises GateFailed where most samples of the ledger are out of the domain of the decoders."""
+        self._place, self.outside, self.measured = job.place, 0, 0
+        if job.stops_outside and ledger is not None:
+            self.outside, self.measured = ledger.count_out_of_domain()
+            self.check()
         most = job.plan.most - job.done  # more than were requested where others replace the doubtful ones
-        self._has_later = min(most, job.limit or most) > job.plan.batch_size
-        self.outside = self.measured = 0
+        has_later = min(most, job.limit or most) > job.plan.batch_size
+        self._is_open = not (job.stops_outside and has_later) or self.measured >= FEWEST
 
     @property
     def is_closed(self) -> bool:
         return self.measured >= FEWEST and self.outside > MOST_OUTSIDE * self.measured
 
-    def evaluate_stored(self, ledger: Ledger) -> None:
-        """Raises GateFailed where most stored samples are out of the domain of the decoders."""
-        outside, measured = ledger.count_out_of_domain()
-        if not self._is_open:
-            self.outside, self.measured = outside, measured
-            self._is_open = measured >= FEWEST
-            self.check()
-
     def evaluate(self, results: Sequence[Sample | Quarantined]) -> None:
         """Evaluates a batch, until there are enough samples."""
         trusts = [result.trust for result in results if isinstance(result, Sample) and result.trust]
         distances = [trust.domain for trust in trusts if trust.domain is not None]
-        if distances and self._has_later and not self._is_open:
+        if distances and not self._is_open:
             self.outside += sum(distance > 1 for distance in distances)
             self.measured += len(distances)
             self._is_open = self.measured >= FEWEST

@@ -59,11 +59,10 @@ class Worker:
 
     def __init__(self, job: Job, folder: RunFolder, claims: Claims, last: int, callbacks: Callbacks):
         self.job, self.folder, self.claims, self.last, self.callbacks = job, folder, claims, last, callbacks
-        self.gate, self.made = DomainGate(job), 0
+        self.gate, self.made = DomainGate(job, folder.ledger), 0
 
     def work(self) -> None:
         """Makes batches until none is missing, or until it is to stop."""
-        self.gate.evaluate_stored(self.folder.ledger)
         while missing := self._missing():
             while missing:
                 if self.callbacks.is_stopping():
