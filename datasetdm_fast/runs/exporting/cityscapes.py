@@ -31,28 +31,22 @@ class CityscapesFormat(Format):
         stem = f"{CITY}_000000_{sample.number:06d}"
         _, image = sample.picture(self.forms)
         place = f"gtFine/{sample.split}/{CITY}/{stem}_gtFine"
-        label_ids, train_ids, colours = (self._table(plan, kind) for kind in range(3))
-        classes = class_map(sample, plan)
-        ids = label_ids[classes]
+        table = np.array([(UNLABELLED, IGNORED, 0, 0, 0)] * 256, np.uint8)  # of the class numbers of the export
+        for name, number in plan.classes.numbers.items():
+            if name in WORDS and number < IGNORED:
+                train_id, label_id, colour = WORDS[name]
+                table[number] = (label_id, train_id, *colour)
+        ids, train_ids, *colours = np.ascontiguousarray(np.moveaxis(table[class_map(sample, plan)], 2, 0))
         files: Files = {
             f"leftImg8bit/{sample.split}/{CITY}/{stem}_leftImg8bit.png": image,
             f"{place}_labelIds.png": _C.png_encode(ids),
-            f"{place}_labelTrainIds.png": _C.png_encode(train_ids[classes]),
-            f"{place}_color.png": _C.png_encode(np.ascontiguousarray(colours[classes])),
+            f"{place}_labelTrainIds.png": _C.png_encode(train_ids),
+            f"{place}_color.png": _C.png_encode(np.stack(colours, 2)),
             f"{place}_polygons.json": json.dumps(_polygons(sample, plan, ids)).encode(),
         }
         if "instance" in plan.tasks:
             files[f"{place}_instanceIds.png"] = _C.png_encode_words(_instances(sample, ids))
         return files, {}
-
-    def _table(self, plan: ExportPlan, kind: int) -> np.ndarray:
-        """[256] uint8 label ids or train ids, or [256, 3] colours, of the class numbers of an export."""
-        empty = (np.full(256, UNLABELLED), np.full(256, IGNORED), np.zeros((256, 3)))[kind].astype(np.uint8)
-        for name, number in plan.classes.numbers.items():
-            if name in WORDS and number < IGNORED:
-                train_id, label_id, colour = WORDS[name]
-                empty[number] = (label_id, train_id, colour)[kind]
-        return empty
 
 
 def _instances(sample: SampleView, label_ids: np.ndarray) -> np.ndarray:  # [H, W] uint16

@@ -5,7 +5,6 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -160,10 +159,16 @@ def push_to_hub(folder: Path, name: str) -> str:
     from huggingface_hub import HfApi
 
     api, card = HfApi(), describe_export(name, read_export(folder)).encode()
-    with _as_missing(name):
+    try:
         url = api.create_repo(name, repo_type="dataset", private=True, exist_ok=True)
         api.upload_folder(repo_id=name, repo_type="dataset", folder_path=folder, commit_message=MESSAGE)
         api.upload_file(repo_id=name, repo_type="dataset", path_or_fileobj=card, path_in_repo="README.md")
+    except Exception as error:  # the library raises many kinds
+        cause = documents.one_line(f"{type(error).__name__}: {error}")
+        raise Missing(
+            f"--push-to-hub {name}: the upload failed ({cause})",
+            "The export is complete; the same command uploads it again, without what is there.",
+        ) from error
     return str(url)
 
 
@@ -182,16 +187,3 @@ def describe_export(name: str, export: Mapping[str, Any]) -> str:
         f"{export['samples']} generated images with their labels ({counts}), as {', '.join(formats)}. "
         f"`export.json` says what they were made of. Licences of the models: {licences}.\n"
     )
-
-
-@contextmanager
-def _as_missing(name: str) -> Iterator[None]:
-    """Errors of the upload, of which the library raises many kinds, as one that says that the same command resumes."""
-    try:
-        yield
-    except Exception as error:
-        cause = documents.one_line(f"{type(error).__name__}: {error}")
-        raise Missing(
-            f"--push-to-hub {name}: the upload failed ({cause})",
-            "The export is complete; the same command uploads it again, without what is there.",
-        ) from error

@@ -38,17 +38,13 @@ class YoloFormat(Format):
         return {}
 
     def shared_files(self, plan: ExportPlan, samples: AllSamples) -> Mapping[str, Iterable[bytes]]:
-        return {"data.yaml": [self._description(plan)]}
-
-    def _description(self, plan: ExportPlan) -> bytes:
-        """Trainers want a split to validate on: where there is none, it is that to train on."""
         import yaml
 
         places = {split: f"images/{split}" for split in plan.splits}
-        first = next(iter(places.values()))
+        first = next(iter(places.values()))  # also to validate on where no split is for it, as trainers want one
         names = dict(enumerate(self.names(plan)))
         document = {"train": first, "val": first} | places | {"nc": len(names)} | self.fields(plan) | {"names": names}
-        return yaml.safe_dump(document, allow_unicode=True, sort_keys=False).encode()
+        return {"data.yaml": [yaml.safe_dump(document, allow_unicode=True, sort_keys=False).encode()]}
 
 
 class YoloDetect(YoloFormat):
