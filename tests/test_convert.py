@@ -34,7 +34,7 @@ from datasetdm_fast.engine.labels import mask_rle, number_classes
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.runs.exporting import conversion, export_folder, hf, wds
-from datasetdm_fast.runs.exporting.classes import Classes, Renaming, collect_classes, number_lookup
+from datasetdm_fast.runs.exporting.classes import Classes, collect_classes, number_lookup, parse_renaming
 from datasetdm_fast.runs.exporting.export_folder import read_export
 from datasetdm_fast.runs.exporting.format import Linked, SampleView, class_map
 from datasetdm_fast.runs.exporting.rings import editable_parts, rings
@@ -944,21 +944,21 @@ class FakeHub:
 
 
 def test_new_names_of_classes_are_trimmed_and_that_of_the_background_leaves_them_out():
-    renamed = Renaming.parse([" mug = cup ", "sky=", "wall=background", "mug=cup"])
-    assert [renamed(name) for name in ("mug", "sky", "wall", "ball")] == ["cup", "", "", "ball"]
+    renaming = parse_renaming([" mug = cup ", "sky=", "wall=background", "mug=cup"])
+    assert renaming == {"mug": "cup", "sky": "", "wall": ""}
 
 
 def test_classes_of_maps_come_before_things_and_a_person_with_joints_alone_is_neither():
     tables = number_classes(
         {"semantic": {"classes": ["background", "sky", "mug"]}, "instance": {"classes": ["mug", "jug"]}, "pose": {}}
     )
-    renamed, labels = Renaming.parse(["jug=can"]), dict.fromkeys(("semantic", "instance", "pose"))
-    held = collect_classes(tables, {name: name for name in labels}, renamed)
+    renaming, labels = parse_renaming(["jug=can"]), dict.fromkeys(("semantic", "instance", "pose"))
+    held = collect_classes(tables, {name: name for name in labels}, renaming)
     assert held == Classes(("sky", "mug", "can", "person"), ("mug", "can"), ("sky",))
     assert held.numbers == {"sky": 1, "mug": 2, "can": 3, "person": 4}
-    lookup = number_lookup({0: "background", 3: "sky", 4: "jug", 5: "left out"}, held, renamed)
+    lookup = number_lookup({0: "background", 3: "sky", 4: "jug", 5: "left out"}, held, renaming)
     assert lookup[:7].tolist() == [0, 255, 255, 1, 3, 0, 255] and lookup[255] == 255
-    nothing = collect_classes({"labels": {"depth": {}}}, {"depth": "depth"}, Renaming({}))
+    nothing = collect_classes({"labels": {"depth": {}}}, {"depth": "depth"}, {})
     assert nothing == Classes((), (), ())
 
 

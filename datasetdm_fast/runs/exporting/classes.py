@@ -14,39 +14,22 @@ BACKGROUND, IGNORED, PERSON = "background", 255, "person"
 MOST_IN_A_MAP = 254  # classes beside the background and the ignored pixel in 8 bits
 
 
-@dataclass(frozen=True)
-class Renaming:
-    """Other names for classes; a class whose new name is empty, or that of the background, is left out."""
-
-    names: Mapping[str, str]
-
-    @classmethod
-    def parse(cls, pairs: Sequence[str]) -> "Renaming":
-        """From texts OLD=NEW or OLD=."""
-        names: dict[str, str] = {}
-        for pair in pairs:
-            old, sign, new = (part.strip() for part in pair.partition("="))
-            if not sign or not old:
-                raise Refused(
-                    f"--classes {quote(pair)}: expected OLD=NEW, or OLD= to leave a class out",
-                    "For example --classes sofa=couch,wall=",
-                )
-            new = "" if new == BACKGROUND else new
-            if names.setdefault(old, new) != new:
-                raise Refused(f"--classes: {quote(old)} is given two names", "Give it one.")
-        return cls(names)
-
-    def __call__(self, name: str) -> str:
-        return self.names.get(name, name)
-
-    def check(self, known: Sequence[str]) -> None:
-        """Refuses a name that the run lacks."""
-        for old in self.names:
-            if old not in known:
-                raise Refused(
-                    f"--classes: no class is called {quote(old)}{nearest(old, known)}",
-                    f"Classes of the labels: {', '.join(known)}.",
-                )
+def parse_renaming(pairs: Sequence[str]) -> dict[str, str]:
+    """Other names for classes, from texts OLD=NEW or OLD=; a class whose new name is empty, or that of the background,
+    is left out.
+    """
+    names: dict[str, str] = {}
+    for pair in pairs:
+        old, sign, new = (part.strip() for part in pair.partition("="))
+        if not sign or not old:
+            raise Refused(
+                f"--classes {quote(pair)}: expected OLD=NEW, or OLD= to leave a class out",
+                "For example --classes sofa=couch,wall=",
+            )
+        new = "" if new == BACKGROUND else new
+        if names.setdefault(old, new) != new:
+            raise Refused(f"--classes: {quote(old)} is given two names", "Give it one.")
+    return names
 
 
 @dataclass(frozen=True)
@@ -67,7 +50,7 @@ def class_names(document: Mapping[str, Any], label: str) -> dict[int, str]:
     return kind_of(label).names(document["labels"][label])
 
 
-def collect_classes(document: Mapping[str, Any], labels: Mapping[str, str], renamed: Renaming) -> Classes:
+def collect_classes(document: Mapping[str, Any], labels: Mapping[str, str], renaming: Mapping[str, str]) -> Classes:
     """The classes of a run by name, of `labels` by task; those of maps come first, as they hold the things as well."""
     tables = {
         task: [name for _, name in sorted(class_names(document, labels[task]).items())]
@@ -76,23 +59,31 @@ def collect_classes(document: Mapping[str, Any], labels: Mapping[str, str], rena
     }
     people = [PERSON] if "pose" in labels else []
     known = dict.fromkeys([*tables.get("semantic", ()), *tables.get("instance", ()), *people])
-    renamed.check([name for name in known if name != BACKGROUND])
-    maps, things = (list(map(renamed, tables.get(task, ()))) for task in ("semantic", "instance"))
-    exported = dict.fromkeys([*maps, *things, *map(renamed, people)])
-    names = tuple(name for name in exported if name and name != BACKGROUND)
-    if not names and known:
+    names = [name for name in known if name != BACKGROUND]
+    if unknown := next((old for old in renaming if old not in names), ""):
+        raise Refused(
+            f"--classes: no class is called {quote(unknown)}{nearest(unknown, names)}",
+            f"Classes of the labels: {', '.join(names)}.",
+        )
+    maps, things, people = (
+        [renaming.get(name, name) for name in group]
+        for group in (tables.get("semantic", ()), tables.get("instance", ()), people)
+    )
+    exported = dict.fromkeys([*maps, *things, *people])
+    left = tuple(name for name in exported if name and name != BACKGROUND)
+    if not left and known:
         raise Refused("--classes: no class is left", "Leave fewer out.")
-    stuff = tuple(name for name in names if name in maps and name not in things)
-    return Classes(names, tuple(name for name in names if name in things), stuff)
+    stuff = tuple(name for name in left if name in maps and name not in things)
+    return Classes(left, tuple(name for name in left if name in things), stuff)
 
 
-def number_lookup(names: Mapping[int, str], classes: Classes, renamed: Renaming) -> np.ndarray:
+def number_lookup(names: Mapping[int, str], classes: Classes, renaming: Mapping[str, str]) -> np.ndarray:
     """[256] uint8: the number in the export of each value of a run's label map; classes left out are background."""
     table = np.full(256, IGNORED, np.uint8)
     numbers = classes.numbers
     for value, name in names.items():
         if value < IGNORED:
-            table[value] = numbers.get(renamed(name), 0)
+            table[value] = numbers.get(renaming.get(name, name), 0)
     return table
 
 

@@ -15,7 +15,7 @@ from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.plugins import load_place
 from datasetdm_fast.runs.exporting import export_folder
-from datasetdm_fast.runs.exporting.classes import Renaming, collect_classes
+from datasetdm_fast.runs.exporting.classes import collect_classes, parse_renaming
 from datasetdm_fast.runs.exporting.export_folder import ExportFolder, StoredExport, done_row
 from datasetdm_fast.runs.exporting.format import (
     AllSamples,
@@ -112,7 +112,7 @@ class Conversion:
         """`folder` is where the export lies, or what a process needs of its own while it makes one in a `store`."""
         self.source, self.folder, self.store, self.is_copied = source, folder, store, is_copied
         self.formats: dict[str, Format] = {name: open_format(name) for name in formats}
-        document, renamed = source.run.document, Renaming.parse(renaming)
+        document, renamed = source.run.document, parse_renaming(renaming)
         classes = collect_classes(document, source.labels, renamed)
         self.splits, digest = self._read_samples()
         chosen = {"splits": self.splits, "pictures": pictures, "layout": layout}

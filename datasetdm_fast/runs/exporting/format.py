@@ -25,7 +25,6 @@ from datasetdm_fast.runs.exporting.classes import (
     MOST_IN_A_MAP,
     PERSON,
     Classes,
-    Renaming,
     class_names,
     number_lookup,
 )
@@ -73,18 +72,23 @@ class ExportPlan:
 
     @classmethod
     def of(
-        cls, document: Mapping[str, Any], labels: Mapping[str, str], classes: Classes, renamed: Renaming, **chosen: Any
+        cls,
+        document: Mapping[str, Any],
+        labels: Mapping[str, str],
+        classes: Classes,
+        renaming: Mapping[str, str],
+        **chosen: Any,
     ) -> Self:
         """The plan of a run by its run.json; `chosen` are splits, pictures and layout."""
         names = {task: class_names(document, labels[task]) for task in ("semantic", "instance") if task in labels}
-        things = {number: renamed(name) for number, name in names.get("instance", {}).items()}
+        things = {number: renaming.get(name, name) for number, name in names.get("instance", {}).items()}
         tables = {task: document["labels"][label] for task, label in labels.items()}
-        people, person = tables.get("pose"), renamed(PERSON)
+        people, person = tables.get("pose"), renaming.get(PERSON, PERSON)
         return cls(
             labels,
             classes,
             things={number: name for number, name in things.items() if name in classes.things},
-            numbers=number_lookup(names.get("semantic", {}), classes, renamed),
+            numbers=number_lookup(names.get("semantic", {}), classes, renaming),
             is_partial="semantic" in labels and _is_partial(document, labels["semantic"]),
             people=(person,) if people and person else (),
             joints=tuple(people["joints"]) if people else (),
