@@ -524,7 +524,7 @@ def test_what_changed_of_data_is_told():
     old = [{"name": name, "image": "1", "depth": "2", "caption": "3"} for name in "abc"]
     assert not find_changes(old, [{**item, "semantic": "4"} for item in old])  # which was not read before
     assert not find_changes([{**item, "semantic": "4"} for item in old], old)  # or is not read any more
-    changes = "now with other content of a and 2 more images"
+    changes = "now with other content of a and 2 more"
     assert find_changes(old, [{**item, "image": "0"} for item in old]) == changes
     assert find_changes(old, old[1:]) == "now without a" and find_changes(old[1:], old) == "now with a"
     assert find_changes(old, old[::-1]) == "the same images in another order"

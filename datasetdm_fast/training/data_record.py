@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.decoders.config import find_decoders
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource, Picture
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.messages import count_noun
+from datasetdm_fast.messages import list_names
 from datasetdm_fast.untrusted import documents
 
 NAME = "data.json"
@@ -117,16 +117,12 @@ def find_changes(before: Iterable[Mapping[str, Any]], now: Iterable[Mapping[str,
         if any(old[name][field] != new[name][field] for field in GROUPS if field in old[name] and field in new[name])
     }
     kinds = {"without": old.keys() - new.keys(), "with": new.keys() - old.keys(), "with other content of": changed}
-    changes = [f"{kind} {_list_names(names)}" for kind, names in kinds.items() if names]
+    changes = [
+        f"{kind} {list_names(sorted(map(documents.one_line, names)), 1)}" for kind, names in kinds.items() if names
+    ]
     if not changes and list(old) != list(new):
         return "the same images in another order"
     return f"now {' and '.join(changes)}" if changes else ""
-
-
-def _list_names(names: Collection[str]) -> str:
-    """The first of some names, and how many more there are."""
-    more = f" and {count_noun(len(names) - 1, 'more image')}" if len(names) > 1 else ""
-    return f"{documents.one_line(min(names))}{more}"
 
 
 def with_names_below(
