@@ -3489,6 +3489,8 @@ def test_pictures_of_one_name_in_label_studio_are_told_apart_by_their_folders(tm
         text(tmp_path / "project.json", json.dumps([tasks[0], {**tasks[0], "data": data}]))
         with pytest.raises(Refused, match=f"task 1 .*{words}"):
             open_data(f"label-studio:{tmp_path}", 20).picture(1)
+    source = open_data(f"label-studio:{tmp_path}", 20, skip_bad=True)
+    assert [item.id for item in source] == ["a"] and [*source.skipped] == [f"{tmp_path}/project.json: task 1"]
 
 
 def test_data_of_crowds_alone_are_refused_for_that(copied):

@@ -52,15 +52,19 @@ class LabelStudio(shapes.OutlineSource):
         self.counts = Counter(tail for url in {*self.urls} for tail in _tails(url))  # of different pictures
         super().__init__(size, len(self.records))
 
-    def name(self, record: int) -> str:
+    def _places(self, record: int) -> list[Path]:
+        """Where the picture of a task may lie by what no other task names."""
         tails = [tail for tail in _tails(self.urls[record]) if self.counts[tail] == 1]
-        if not tails:
-            has_url = f"{documents.quote(self.urls[record])}, as another does by its path"
-            raise reading.bad(self.file, f"task {record} names {has_url if self.urls[record] else 'no picture'}")
-        places = [folder / tail for tail in tails for folder in (self.folder / "images", self.folder)]
+        return [folder / tail for tail in tails for folder in (self.folder / "images", self.folder)]
+
+    def name(self, record: int) -> str:
+        places = self._places(record) or [Path(f"{self.file}: task {record}")]
         return str(next((place for place in places if place.is_file()), places[0]))
 
     def picture(self, record: int) -> Picture:
+        if not self._places(record):
+            has_url = f"{documents.quote(self.urls[record])}, as another does by its path"
+            raise reading.bad(self.file, f"task {record} names {has_url if self.urls[record] else 'no picture'}")
         path, results = Path(self.name(record)), self.records[record][1]
         sides = next(((each["original_height"], each["original_width"]) for each in results), None)
         image = reading.colour_image(path, reading.as_drawn(sides[::-1]) if sides else None)
