@@ -182,8 +182,12 @@ def test_an_article_is_that_of_the_sound_and_plurals_end_as_people_write_them():
     some = ("apple", "unicorn", "hourglass", "SUV", "European car", "one-way sign", "x-ray", "umbrella", "used car")
     assert [with_article(noun).split()[0] for noun in some] == "an a an an a a an an a".split()
     assert with_article("Apple") == "an Apple"
+    for noun in ("urinal", "utensil", "utility pole", "ukulele", "UFO"):
+        assert with_article(noun) == f"a {noun}"
+    assert with_article("urn") == "an urn"
     plurals = {"glass of wine": "glasses of wine", "police officer": "police officers", "man": "men", "box": "boxes"}
     plurals |= {"church": "churches", "dish": "dishes", "bus": "buses", "waltz": "waltzes", "baby": "babies"}
+    plurals |= {"ottoman": "ottomans", "mongoose": "mongooses", "German": "Germans", "goose": "geese"}
     plurals |= {"toy": "toys", "human": "humans", "fireman": "firemen", "child in a car": "children in a car"}
     assert {noun: plural(noun) for noun in plurals} == plurals
 

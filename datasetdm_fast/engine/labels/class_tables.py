@@ -246,6 +246,8 @@ IRREGULAR: dict[str, str] = dict(
     " leaf leaves, loaf loaves, man men, mouse mice, ox oxen, person people, potato potatoes, scarf scarves,"
     " thief thieves, tomato tomatoes, tooth teeth, wharf wharves, wife wives, wolf wolves, woman women".split(",")
 )
+# words that end as some of these, and have the usual plural all the same
+REGULAR = frozenset("human ottoman talisman shaman caiman german roman mongoose".split())
 # After these an adjective has its noun still to come; before any other word "orange" is a colour, before these a fruit.
 AFTER_A_NOUN = frozenset(
     "a an the and or but with without of in on at by near beside behind under over above below between inside into"
@@ -424,7 +426,7 @@ def plural(noun: str) -> str:
     head = _head(words)
     last = words[head]
     ending = next((ending for ending in IRREGULAR if last == ending or len(ending) > 2 and last.endswith(ending)), "")
-    if ending and last != "human":
+    if ending and last.lower() not in REGULAR:
         last = last.removesuffix(ending) + IRREGULAR[ending]
     elif re.search(r"[^aeiou]y$", last):
         last = last[:-1] + "ies"
@@ -436,7 +438,7 @@ def plural(noun: str) -> str:
 def with_article(noun: str) -> str:
     """The noun phrase with the article it is said with: "an apple", "a unicorn"."""
     low = noun.lower()
-    is_vowel = re.match(r"[aeiou]", low) and not re.match(r"(uni|use|eu|one)", low)
+    is_vowel = re.match(r"[aeiou]", low) and not re.match(r"(uni|use|uri|ute|uti|uku|ufo|eu|one)", low)
     return f"{'an' if is_vowel or re.match(r'(suv|hour|x-)', low) else 'a'} {noun}"
 
 
