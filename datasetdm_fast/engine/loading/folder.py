@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -44,7 +45,6 @@ from datasetdm_fast.engine.loading.model import (
     Model,
     Network,
     check_model,
-    count_numbers,
     digest,
     files_of,
     folder_licence,
@@ -54,6 +54,7 @@ from datasetdm_fast.engine.loading.tokenizer import OwnTokenizer, load_tokenizer
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.plugins import load_place
 from datasetdm_fast.untrusted import documents, pickles
+from datasetdm_fast.untrusted.tensors import check_safetensors
 
 DEMO = Path(__file__).parents[2] / "demo" / "model"
 DEMO_DIT = DEMO.with_name("model-dit")
@@ -377,7 +378,7 @@ def _network(folder: Path, part: Part, weights: _Weights, config: Mapping[str, A
         ConfigFile(config),
         load,
         lambda stored: tensors_of(weights.files[0], stored),
-        lambda: count_numbers(weights.files[0]),
+        lambda: sum(math.prod(shape) for _, shape in check_safetensors(weights.files[0]).values()),
     )
 
 

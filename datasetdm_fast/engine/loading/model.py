@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -338,12 +337,6 @@ def tensors_of(file: Path, stored: StorageType) -> dict[str, Tensor]:
             value = opened.get_tensor(name)
             tensors[name] = room(value.shape, stored(name, value)).copy_(value)
     return tensors
-
-
-def count_numbers(file: Path) -> int:
-    """Numbers in a safetensors file."""
-    with safetensors.safe_open(file, "pt") as opened:
-        return sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())
 
 
 def as_filled(
