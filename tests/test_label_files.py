@@ -757,6 +757,7 @@ def test_the_card_tells_the_mean_agreement_of_maps_and_a_pose_has_the_class_of_p
     counts = Counter()
     for share in (0.5, 1.0):
         counts.update(stored.count({"pixels": {"0": 4}, "agreement": {"semantic": share}}))
+    assert [*stored.words({"pixels": {"0": 3, "1": 1}, "agreement": {"semantic": 1.0}}, table, 2)] == ["background"]
     lines = list(stored.section(table, counts))
     assert lines[-1] == "On 75.0% of their certain pixels these maps agree with those of the semantic decoder.\n"
     assert "| 0 | background | 100.00% |" in lines and "| 1 | ball | 0.00% |" in lines

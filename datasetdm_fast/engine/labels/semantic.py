@@ -248,6 +248,3 @@ class AttentionKind(OpenVocabularyKind):
             if number := counts.get(("number", task)):
                 share = counts["sum", task] / number
                 yield f"On {share:.1%} of their certain pixels these maps agree with those of the {task} decoder.\n"
-
-    def words(self, record: Any, table: Table, least: float) -> list[str]:
-        return super().words({"pixels": record["pixels"]}, table, least)
