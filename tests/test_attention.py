@@ -191,7 +191,7 @@ def test_columns_are_tokens_or_words(model):
     assert listed == [("person", (1,)), ("tvmonitor", (2, 3)), ("person", (4,))]
     with pytest.raises(Refused, match="does not hold the class word 'cone'"):
         find("ball", ("cone",), by_words=False)
-    table = ClassTable("own", (ClassWord("fruit", "fruit", ("~orange",)),))
+    table = ClassTable((ClassWord("fruit", "fruit", ("~orange",)),))
     assert find("an orange", ("fruit",), tokenizer=Tokenizer(), table=table, by_words=False) == [("fruit", (2,))]
     spanning = SimpleNamespace(spans=lambda text: [(0, 2), (2, 6), (6, 8), (8, 10), (10, 12)])
     assert find("a red ball at", ("ball",), tokenizer=spanning, by_words=False) == [("ball", (2, 3))]

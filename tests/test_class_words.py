@@ -207,12 +207,12 @@ def test_an_orange_is_a_fruit_before_a_word_that_ends_its_phrase():
 
 
 def test_an_own_table_goes_before_ours():
-    own = class_tables.parse("name,say,words\nvehicle,,car | lorry\ncat,house cat,\n,,toy car\n", "own")
+    own = class_tables.parse("name,say,words\nvehicle,,car | lorry\ncat,house cat,\n,,toy car\n")
     assert own.other == ("toy car",)
     assert find_classes("lorries beside a toy car", ("vehicle", "cat"), own) == ("vehicle",)
     assert find_classes("a toy car", ("vehicle",), own) == ()
     assert find_classes("a house cat", ("cat",), own) == ("cat",)
-    shared = class_tables.parse("name,words\ncup,mug\nglass,mug\n", "own")  # of two classes the first has a word
+    shared = class_tables.parse("name,words\ncup,mug\nglass,mug\n")  # of two classes the first has a word
     assert [find_classes("a mug", names, shared) for names in (("cup", "glass"), ("glass", "cup"))] == [
         ("cup",),
         ("glass",),
@@ -222,7 +222,7 @@ def test_an_own_table_goes_before_ours():
 def test_a_class_is_always_named_that_no_caption_leaves_out_where_it_is_shown():
     seen = [(("ball",), "a ball"), (("ball", "cube"), "a ball"), ((), "a cone")]
     assert always_named(("cube", "ball", "cone"), seen) == ("ball", "cone")
-    own = class_tables.ClassTable("own", (class_tables.ClassWord("ball", "ball", ("orb",)),))
+    own = class_tables.ClassTable((class_tables.ClassWord("ball", "ball", ("orb",)),))
     assert always_named(("ball",), [(("ball",), "a blue orb")]) == ()
     assert always_named(("ball",), [(("ball",), "a blue orb")], own) == ("ball",), "in a word of the user's table"
 
@@ -268,7 +268,7 @@ def test_a_table_in_another_encoding_is_told_so(tmp_path):
 )
 def test_a_bad_table_is_refused(text, why):
     with pytest.raises(ValueError, match=why):
-        class_tables.parse(text, "own")
+        class_tables.parse(text)
 
 
 def test_the_classes_of_an_annotation_file_have_its_synonyms_as_words():
@@ -276,7 +276,7 @@ def test_the_classes_of_an_annotation_file_have_its_synonyms_as_words():
         {"id": 3, "name": "bow_(weapon)", "synonyms": ["bow", "long_bow", "long_bow"]},
         {"id": "4", "name": " cat "},
     ]
-    found = class_tables.of_categories(rows, "own").classes
+    found = class_tables.of_categories(rows).classes
     bow = class_tables.ClassWord("bow_(weapon)", "bow", ("long bow",), 3)
     assert found == (bow, class_tables.ClassWord("cat", "cat"))
 
@@ -293,17 +293,17 @@ def test_the_classes_of_an_annotation_file_have_its_synonyms_as_words():
 )
 def test_categories_of_another_form_are_refused(row, why):
     with pytest.raises(ValueError, match=why):
-        class_tables.of_categories([{"name": "dog"}, row], "own")
+        class_tables.of_categories([{"name": "dog"}, row])
 
 
 @pytest.mark.parametrize(("colour", "is_read"), [([], True), ([1, 2, 3], True), ([1, 2], False), ([1, 2, 3, 4], False)])
 def test_a_colour_of_a_stored_table_is_three_numbers(colour, is_read):
     rows = [{"name": "cat", "say": "cat", "words": [], "colour": colour}]
     if is_read:
-        assert class_tables.of_rows(rows, "own").classes[0].colour == (tuple(colour) or None)
+        assert class_tables.of_rows(rows).classes[0].colour == (tuple(colour) or None)
     else:
-        with pytest.raises(ValueError, match="own: the colour of 'cat' is not three numbers"):
-            class_tables.of_rows(rows, "own")
+        with pytest.raises(ValueError, match="class_table: the colour of 'cat' is not three numbers"):
+            class_tables.of_rows(rows)
 
 
 def test_a_class_is_said_as_a_person_says_it():
@@ -335,25 +335,24 @@ def test_two_words_may_be_written_as_one_and_three_may_not():
 
 
 def test_numbers_of_a_table_have_five_digits_at_most_and_accents_may_be_stored_in_two_ways():
-    (word,) = class_tables.parse("name,number\ncat,65535\n", "own").classes
+    (word,) = class_tables.parse("name,number\ncat,65535\n").classes
     assert word.number == 65535
     with pytest.raises(ValueError, match="line 2: the number of a class is '100000'"):
-        class_tables.parse("name,number\ncat,100000\n", "own")
-    own = class_tables.parse("name,say,colour\nMöwe,gull,1 2 3\n", "own")
+        class_tables.parse("name,number\ncat,100000\n")
+    own = class_tables.parse("name,say,colour\nMöwe,gull,1 2 3\n")
     for form in ("NFC", "NFD"):
         name = unicodedata.normalize(form, "MÖWE")
         assert class_tables.spoken([name], own) == ["gull"] and own.colour(name) == (1, 2, 3)
 
 
 def test_a_stored_table_has_its_classes_and_its_phrases_of_no_class():
-    own = class_tables.parse("name,say,words\ncat,house cat,tom\n,,cat fish | copy cat\n", "own")
-    again = class_tables.of_rows(class_tables.rows_of(own, ("cat",)), "again")
+    own = class_tables.parse("name,say,words\ncat,house cat,tom\n,,cat fish | copy cat\n")
+    again = class_tables.of_rows(class_tables.rows_of(own, ("cat",)))
     assert (again.classes, again.other) == (own.classes, ("cat fish", "copy cat")) and again.names == ("cat",)
     texts = ("name,say,words\ncat,house cat,tom\n,,cat fish\n", "name,say,words\ncat,cat,tom\n,,cat fish | copy cat\n")
     more = "name,say,words,colour\ndog,dog,,\ncat,house cat,tom,1 2 3\n,,cat fish | copy cat,\n"
     first, *others, same = (
-        class_tables.digest_of(table, ("cat",))
-        for table in (own, *(class_tables.parse(x, "x") for x in (*texts, more)))
+        class_tables.digest_of(table, ("cat",)) for table in (own, *(class_tables.parse(x) for x in (*texts, more)))
     )
     assert first not in others and first == same and re.fullmatch("sha256:[0-9a-f]{64}", first)
     kept = class_tables.of_words(class_tables.words_of(own, ("cat", "dog")))

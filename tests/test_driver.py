@@ -996,7 +996,7 @@ def test_pictures_are_not_judged_by_what_a_model_can_draw_and_tell_all_their_cal
 
 
 def test_captions_of_pictures_name_classes_by_the_words_of_their_own():
-    table = ClassTable("own", (ClassWord("ball", "globe", ("orb",)), ClassWord("cube", "cube")))
+    table = ClassTable((ClassWord("ball", "globe", ("orb",)), ClassWord("cube", "cube")))
     engine, recipe = StubEngine(), SimpleNamespace(table=table, words=("ball", "cube"))
     for caption, text, named in (("an orb", "an orb", ("ball",)), ("", "a photo of a globe, a cube", ("ball", "cube"))):
         line = inverting.picture_prompt(caption, recipe, recipe.words, engine, "a.png")

@@ -354,7 +354,7 @@ def test_every_view_of_every_step_has_random_numbers_of_its_own(engine, source, 
 def test_a_plan_tells_images_that_were_left_out_and_asks_for_the_words_of_the_data(engine, source, monkeypatch):
     asked, other = [], copy.copy(source)
     monkeypatch.setattr(engine, "encode_classes", lambda words: asked.append(words) or torch.zeros(len(words), 4))
-    other.class_table = class_tables.parse("name,say\nball,globe\n", "own")
+    other.class_table = class_tables.parse("name,say\nball,globe\n")
     one = session.TrainingSession("demo:4", engine, other, (0, 1, 2, 3))
     left_out = []
     for names in ((), ("a", "b"), ("b", "a"), ("a", "c")):

@@ -45,7 +45,6 @@ class ClassWord:
 class ClassTable:
     """The classes of a data set, and the phrases that hold a class word without meaning the class ("hot dog")."""
 
-    name: str
     classes: tuple[ClassWord, ...]
     other: tuple[str, ...] = ()
 
@@ -59,7 +58,7 @@ class ClassTable:
         return tuple(word.name for word in self.classes)
 
 
-def parse(text: str, name: str) -> ClassTable:
+def parse(text: str) -> ClassTable:
     """A table from CSV; a row without a name lists phrases that mean no class. A ValueError says what is wrong."""
     reader = csv.DictReader(io.StringIO(text))
     if not {"name"} <= set(reader.fieldnames or ()) <= set(COLUMNS):
@@ -86,7 +85,7 @@ def parse(text: str, name: str) -> ClassTable:
         if len(set(values)) < len(values):
             (twice, _), *_ = Counter(values).most_common(1)
             raise ValueError(f"the {column} {twice!r} occurs twice")
-    return ClassTable(name, tuple(classes), tuple(other))
+    return ClassTable(tuple(classes), tuple(other))
 
 
 def _select(table: ClassTable, names: Sequence[str]) -> list[ClassWord]:
@@ -104,7 +103,7 @@ def words_of(table: ClassTable, names: Sequence[str]) -> tuple[ClassWord, ...]:
 def of_words(words: tuple[ClassWord, ...]) -> ClassTable:
     """The table that `words_of` was told of, the same one at every call."""
     classes = tuple(word for word in words if word.name)
-    return ClassTable("class_words", classes, tuple(text for word in words if not word.name for text in word.words))
+    return ClassTable(classes, tuple(text for word in words if not word.name for text in word.words))
 
 
 def rows_of(table: ClassTable, names: Sequence[str], *, has_colours: bool = False) -> list[dict[str, Any]]:
@@ -123,19 +122,19 @@ def digest_of(table: ClassTable, names: Sequence[str]) -> str:
     return f"sha256:{hashlib.sha256(json.dumps(rows_of(table, names)).encode()).hexdigest()}"
 
 
-def of_rows(rows: Any, name: str) -> ClassTable:
+def of_rows(rows: Any) -> ClassTable:
     """The table that `rows_of` has written; a ValueError where it is of another form."""
-    documents.check_form(rows, [{"name": str, "say": str, "words": [str]}], name)
+    documents.check_form(rows, [{"name": str, "say": str, "words": [str]}], "class_table")
     words = []
-    for row in (row for row in rows if row["name"]):
-        documents.check_form(row.get("colour", []), [int], f"{name}.colour")
+    for row in rows:
+        documents.check_form(row.get("colour", []), [int], "class_table.colour")
         if len(colour := tuple(row.get("colour", ()))) not in (0, 3):
-            raise ValueError(f"{name}: the colour of {documents.quote(row['name'])} is not three numbers")
+            raise ValueError(f"class_table: the colour of {documents.quote(row['name'])} is not three numbers")
         words.append(ClassWord(row["name"], row["say"], tuple(row["words"]), colour=colour or None))
-    return ClassTable(name, tuple(words), tuple(word for row in rows if not row["name"] for word in row["words"]))
+    return of_words(tuple(words))
 
 
-def of_categories(categories: object, name: str) -> ClassTable:
+def of_categories(categories: object) -> ClassTable:
     """The table of an annotation file in COCO's or LVIS's form; a ValueError where it is of another form."""
     classes = []
     for category in categories if isinstance(categories, list) else ():
@@ -151,13 +150,13 @@ def of_categories(categories: object, name: str) -> ClassTable:
         )
     if not classes:
         raise ValueError("it has no categories")
-    return ClassTable(name, tuple(classes))
+    return ClassTable(tuple(classes))
 
 
 @cache
 def builtin_table(name: str) -> ClassTable:
     """A table of TABLES, by name."""
-    return parse((FOLDER / f"{name}.csv").read_text(encoding="utf-8"), name)
+    return parse((FOLDER / f"{name}.csv").read_text(encoding="utf-8"))
 
 
 def _readable(name: str) -> str:
@@ -212,10 +211,9 @@ def colour(index: int) -> tuple[int, int, int]:
 
 
 @cache
-def palette(numbers: tuple[int, ...] = ()) -> bytes:
-    """The 256 colours of an index PNG; value k has the colour of class numbers[k], of k itself beyond them."""
-    shown = [*numbers, *range(len(numbers), 256)]
-    return bytes(value for number in shown for value in colour(number))
+def palette() -> bytes:
+    """The 256 colours of an index PNG of ours."""
+    return bytes(value for number in range(256) for value in colour(number))
 
 
 @cache

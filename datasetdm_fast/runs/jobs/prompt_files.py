@@ -44,8 +44,8 @@ def own_table(path: str) -> class_tables.ClassTable:
     try:
         if path.endswith(".json"):
             categories = [value for key, value, _, _ in JsonStream(Path(path)) if key == "categories"]
-            return class_tables.of_categories(categories, path)
-        return class_tables.parse(storage.read(Path(path), LARGEST_TABLE).decode("utf-8-sig"), path)
+            return class_tables.of_categories(categories)
+        return class_tables.parse(storage.read(Path(path), LARGEST_TABLE).decode("utf-8-sig"))
     except Refused as stop:  # of the file as a whole
         raise Refused(f"--class-table: {stop.cause}", stop.remedy) from stop
     except UnicodeDecodeError as error:

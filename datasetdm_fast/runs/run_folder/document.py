@@ -133,7 +133,7 @@ def check_document(document: Mapping[str, Any]) -> None:
     for name, entry in document["decoders"].items():
         documents.check_form(entry, DECODER_FORM, f"decoders.{name}")
     if "class_table" in document:
-        class_tables.of_rows(document["class_table"], "class_table")
+        class_tables.of_rows(document["class_table"])
     if "composition" in document:
         documents.check_form(document["composition"], COMPOSITION_FORM, "composition")
     for task in tasks:
@@ -184,7 +184,7 @@ def _check_installed(document: Mapping[str, Any]) -> None:
 
 def table_of(stored: Mapping[str, Any]) -> class_tables.ClassTable | None:
     """The user's own class words that run.json holds, if any."""
-    return class_tables.of_rows(stored["class_table"], "class_table") if "class_table" in stored else None
+    return class_tables.of_rows(stored["class_table"]) if "class_table" in stored else None
 
 
 def quarantines(config: Mapping[str, Any]) -> bool:
