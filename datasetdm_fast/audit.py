@@ -8,7 +8,7 @@ from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.output import CountProgress
 from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.messages import count_noun
-from datasetdm_fast.runs.run_folder.audit import audit_place, repair_place
+from datasetdm_fast.runs.run_folder.audit import audit_place, repair
 from datasetdm_fast.settings import setting
 
 EXAMPLES = ("runs/demo",)
@@ -30,7 +30,7 @@ def main(config: AuditConfig, command: CommandLine) -> int:
     with CountProgress(0, "sample", str(config.run), config.quiet) as progress:
         report = audit_place(config.run, config.threads, progress.on_count, config.part)
     if config.repair and report.damaged:
-        repair_place(report)
+        repair(report)
     if config.json:
         fields = {"set_aside" if name == "quarantined" else name: value for name, value in asdict(report).items()}
         print(json.dumps({**fields, "complete": report.is_complete}))

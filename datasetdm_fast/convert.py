@@ -15,7 +15,7 @@ from datasetdm_fast.command_line.checkpoints import convert_checkpoint, is_of_ch
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.command_line.output import ImageProgress, print_lines, print_plan, print_result
+from datasetdm_fast.command_line.output import ImageProgress, print_end, print_lines, print_result
 from datasetdm_fast.cores import count_cores
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
         conversion.close()
         plan = "complete, nothing to do" if conversion.is_complete else plan
         plan += f", and be uploaded to {settings.push_to_hub}" if settings.push_to_hub else ""
-        return print_plan(settings, {**facts, "splits": conversion.splits}, place, f"{place}: {plan}")
+        return print_end(settings, {**facts, "splits": conversion.splits}, place, f"{place}: {plan}")
     if store and conversion.is_complete:
         print_lines(settings, f"{place}: complete, nothing to do")
         print_result(settings, facts | {"splits": conversion.splits}, place)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from datasetdm_fast.command_line.ending import CommandLine, command_with
-from datasetdm_fast.command_line.output import CountProgress, print_lines, print_plan
+from datasetdm_fast.command_line.output import CountProgress, print_end, print_lines
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.training.evaluation.settings import ANY_SIZE, EvaluateConfig, ScoreSettings
 from datasetdm_fast.training.truth.selection import EVERYTHING
@@ -30,7 +30,7 @@ def main(config: EvaluateConfig, command: CommandLine) -> int:
     if config.dry_run:
         images = {address: len(source) for address, source in sources.items()}
         lines = (f"{address}: {count_noun(count, 'image')} would be judged" for address, count in images.items())
-        return print_plan(config, {"images": images}, "\n".join(lines))
+        return print_end(config, {"images": images}, "\n".join(lines))
     from datasetdm_fast.training.evaluation.measure import evaluate_decoders, figures_table
 
     engine, results, skipped = config.open_engine(config.decoder), {}, {}

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from datasetdm_fast.command_line.ending import CommandLine, command_with
-from datasetdm_fast.command_line.output import print_lines, print_plan
+from datasetdm_fast.command_line.output import print_end, print_lines
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.settings import ModelSettings, OutputSettings, setting
 
@@ -60,7 +60,7 @@ def main(config: ExportConfig, command: CommandLine) -> int:
         stages = list(select_stages(decoders, config.raw_capture, others=graphed_parts(model)))
         plan = {"path": config.out, "stages": stages}
         plans = f", and {flavour.title} plans of them for {capability}" if flavour else ""
-        return print_plan(config, plan, config.out, f"ONNX graphs of {', '.join(stages)}{plans}")
+        return print_end(config, plan, config.out, f"ONNX graphs of {', '.join(stages)}{plans}")
     options = {"precision": config.precision, "raw_capture": config.raw_capture}
     manifest = export(model, decoders, config.out, on_stage=partial(print_lines, config), **options)
     if flavour:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from datasetdm_fast.command_line.ending import CommandLine, command_with
-from datasetdm_fast.command_line.output import print_lines, print_plan, print_result
+from datasetdm_fast.command_line.output import print_end, print_lines, print_result
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.runs.gallery.server import FIRST_PORT, open_server
@@ -43,7 +43,7 @@ def main(config: GalleryConfig, command: CommandLine) -> int:
     page = str(run.folder / PAGE)
     facts = {"page": page, "samples": run.samples, "number": run.planned}
     if config.dry_run:
-        return print_plan(config, facts, page, f"{line}, which the page would show")
+        return print_end(config, facts, page, f"{line}, which the page would show")
     print_lines(config, line)
     if not config.serve:
         print_result(config, facts, page)

@@ -4,7 +4,7 @@ import sys
 
 from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.command_line.output import ImageProgress, print_lines, print_plan
+from datasetdm_fast.command_line.output import ImageProgress, print_end, print_lines
 from datasetdm_fast.command_line.run_report import count_unnamed, print_run
 from datasetdm_fast.command_line.run_settings import expand_names, label_spec, without_whole_labels
 from datasetdm_fast.messages import count_noun
@@ -36,7 +36,7 @@ def main(config: LabelConfig, command: CommandLine) -> int:
         lines.append(f"left out: {len(others)} not PNG or JPEG, such as {others[0]}")
     if config.dry_run:
         facts = {"path": config.out, "number": job.plan.number, "done": job.done, "tasks": list(job.recipe.tasks)}
-        return print_plan(config, facts, config.out, *lines)
+        return print_end(config, facts, config.out, *lines)
     print_lines(config, *lines)
     with (
         Interruption(config.quiet) as interruption,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.command_line.output import ImageProgress, print_lines, print_plan, print_result, print_unfinished
+from datasetdm_fast.command_line.output import ImageProgress, print_end, print_lines, print_result, print_unfinished
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.settings import OutputSettings, setting
@@ -48,7 +48,7 @@ def main(config: MergeConfig, command: CommandLine) -> int:
         merging.close()
         plan = f"{existing} are there, {merging.duplicates} are left out"
         facts = {"path": config.out, "number": number, "done": existing, "duplicates": merging.duplicates}
-        return print_plan(config, facts, config.out, f"{config.out}: would have {count_noun(number, 'sample')}, {plan}")
+        return print_end(config, facts, config.out, f"{config.out}: would have {count_noun(number, 'sample')}, {plan}")
     with Interruption(config.quiet) as interruption, ImageProgress(number - existing, config.quiet) as progress:
         written = write(on_commit=progress.on_commit, is_stopping=interruption.is_stopping)
     merging.close()

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from datasetdm_fast.command_line.ending import CommandLine, command_with
-from datasetdm_fast.command_line.output import CountProgress, print_plan
+from datasetdm_fast.command_line.output import CountProgress, print_end
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused, quote, renamed_flags
 from datasetdm_fast.runs.jobs.prompt_files import own_table
@@ -66,7 +66,7 @@ def main(config: PromptsConfig, command: CommandLine) -> int:
     total = sum(counts.values())
     if config.dry_run:
         plan = "\n".join(f"{name:24} {count:8,}" for name, count in counts.items())
-        return print_plan(config, {"out": config.out, "classes": counts, "asked_for": total}, plan)
+        return print_end(config, {"out": config.out, "classes": counts, "asked_for": total}, plan)
     if bool(config.llm_url) != bool(config.llm_model):
         raise Refused("--llm-url and --llm-model: one needs the other", "Add both: --llm-url URL --llm-model NAME.")
     rejected, planned = Counter[str](), list(balance.plan_classes(counts, config.pairs, config.seed))

@@ -216,7 +216,7 @@ def test_findings_are_counted_by_their_files_and_nothing_is_taken_out_where_no_s
     findings = [audit.Finding(place, "is not there", "Mend it.") for place in ("a", "a", "b")]
     report = audit.Report("runs/a", 9, 9, 0, 5, 100, findings)
     monkeypatch.setattr(command, "audit_place", lambda *_: report)
-    monkeypatch.setattr(command, "repair_place", lambda report: pytest.fail("nothing to be taken out"))
+    monkeypatch.setattr(command, "repair", lambda report: pytest.fail("nothing to be taken out"))
     assert command.main(["runs/a", "--repair"]) == 4
     assert "runs/a: 3 findings in 2 files" in capsys.readouterr().err
 

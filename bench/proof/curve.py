@@ -13,7 +13,7 @@ import numpy as np
 
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.command_line.output import print_plan, print_result
+from datasetdm_fast.command_line.output import print_end, print_result
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.engine.pictures.labelled import LabelledSource
 from datasetdm_fast.errors import Refused
@@ -226,7 +226,7 @@ def main(arguments: Sequence[str]) -> int:
     if config.dry_run:
         decoders = count_noun(config.repeats * len(counts), "decoder")
         line = f"{decoders} for each task would be trained on {address} and scored on {config.data}"
-        return print_plan(config, {"labels": counts, "repeats": config.repeats, "learn_from": address}, line)
+        return print_end(config, {"labels": counts, "repeats": config.repeats, "learn_from": address}, line)
     from datasetdm_fast.engine.engines import open_engine
 
     engine, results, lines = open_engine(config.model, None, **config.engine_choices())[0], {}, []

@@ -36,34 +36,20 @@ def print_unfinished(done: int, number: int, command: str, noun: str = "samples"
     print(f"{done} of {number} {noun} {'is' if done == 1 else 'are'} there; resume with: {command}", file=sys.stderr)
 
 
-def print_plan(settings: OutputSettings, facts: Mapping[str, Any], line: str, *plan: str) -> int:
-    """The exit code of a dry run, after printing the plan; `line` is its result without --json."""
-    print_lines(settings, *plan, NOTHING_WRITTEN)
-    print_result(settings, facts, line)
-    return 0
-
-
 def print_end(settings: OutputSettings, facts: Mapping[str, Any], line: str, *lines: str) -> int:
     """The exit code of a command, after printing what it did or would do; `line` is its result without --json."""
-    if settings.dry_run:
-        return print_plan(settings, facts, line, *lines)
-    print_lines(settings, *lines)
+    print_lines(settings, *lines, *([NOTHING_WRITTEN] if settings.dry_run else []))
     print_result(settings, facts, line)
     return 0
 
 
 def remake_sample(settings: OutputSettings, folder: str, id: str, remake: Callable[[], list[str]]) -> int:
     """The exit code of a command that makes one sample of a run folder again; a dry run only prints the plan."""
-    facts = {"path": folder, "id": id, "written": []}
+    written = [] if settings.dry_run else remake()
+    changes = f"made again, {count_noun(len(written), 'file')} written" if written else "made again, no file changed"
     if settings.dry_run:
-        return print_plan(
-            settings, facts, folder, f"sample {id}: would be made again, its missing or damaged files written"
-        )
-    written = remake()
-    changes = f"{count_noun(len(written), 'file')} written" if written else "no file changed"
-    print_lines(settings, f"sample {id}: made again, {changes}")
-    print_result(settings, facts | {"written": written}, folder)
-    return 0
+        changes = "would be made again, its missing or damaged files written"
+    return print_end(settings, {"path": folder, "id": id, "written": written}, folder, f"sample {id}: {changes}")
 
 
 PLACE = "place"  # a folder, or the URL of one in an object store

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.command_line.output import ImageProgress, print_lines, print_plan
+from datasetdm_fast.command_line.output import ImageProgress, print_end, print_lines
 from datasetdm_fast.command_line.run_report import print_finished_run, print_run
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.runs.compositions.settings import RedrawSettings
@@ -30,7 +30,7 @@ def redraw(cls: type[Redrawing], settings: RedrawSettings, resume_with: str) -> 
     if settings.dry_run:
         facts = {"path": settings.out, "number": job.plan.number, "done": job.done, "bytes": job.bytes_needed}
         plan = f"{folder}: {job.images_left} of {count_noun(job.plan.number, 'image')} would be made"
-        return print_plan(settings, facts, settings.out, redrawing.summary, plan)
+        return print_end(settings, facts, settings.out, redrawing.summary, plan)
     print_lines(settings, redrawing.summary)
     calls = len(job.recipe.schedule)
     with (

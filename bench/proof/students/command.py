@@ -17,7 +17,7 @@ from bench.options import say
 from bench.proof.students.networks import BUILT_IN, MULTIPLE, NETWORKS, STUDENTS, open_network
 from datasetdm_fast.command_line.ending import command
 from datasetdm_fast.command_line.flags import parse
-from datasetdm_fast.command_line.output import print_plan
+from datasetdm_fast.command_line.output import print_end
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun
@@ -225,7 +225,7 @@ def print_students(config: StudentConfig, images: int, kinds: Sequence[str], fol
     text = f"{each} for each of {', '.join(kinds)} would be taught and judged on {judged}"
     facts = {"students": config.repeats * len(kinds), "images": images, **({"path": folder} if folder else {})}
     more = [f"their checkpoints and figures would be in {folder}"] if folder else []
-    return print_plan(config, facts, text, *more)
+    return print_end(config, facts, text, *more)
 
 
 def print_figures(

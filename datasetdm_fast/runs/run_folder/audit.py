@@ -137,14 +137,6 @@ def audit(
         return report
 
 
-def repair(report: Report) -> None:
-    """Takes the damaged samples out of a run folder, so that the line that made it makes them again."""
-    folder = Path(report.path)
-    with RunFolder(folder, require_document(folder)) as run:
-        unseal(folder)
-        run.ledger.forget(report.damaged)
-
-
 def _audit(
     folder: Path,
     document: dict[str, Any] | None,
@@ -424,10 +416,14 @@ def _audit_shard(place: ShardPlace, document: Mapping[str, Any], shard: int) -> 
     return entry, findings
 
 
-def repair_place(report: Report) -> None:
+def repair(report: Report) -> None:
     """Takes damaged samples, or their shards, out of a run, so that the line that made it makes them again."""
     if (document := find_sharded(report.path)) is None:
-        return repair(report)
+        folder = Path(report.path)
+        with RunFolder(folder, require_document(folder)) as run:
+            unseal(folder)
+            run.ledger.forget(report.damaged)
+        return
     place = shard_place(report.path)
     for shard in sorted({index // shard_size(document["config"]) for index in report.damaged}):
         place.remove(entry_name(shard))
