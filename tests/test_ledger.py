@@ -125,7 +125,7 @@ def test_samples_are_tallied_by_class_and_those_outside_of_the_domain_counted(tm
         rows = [Row(Request(k, "a", k), {}, status=each, trust=trusts[k]) for k, each in enumerate(statuses)]
         ledger.commit(rows)
         assert ledger.tally(2, 2) == [(4, 2), (2, 1)] and ledger.count_out_of_domain() == (2, 4)
-        ledger.drop([5])
+        ledger.move([5])
         assert ledger.tally(2, 2) == [(4, 2), (2, 1)] and [made for made, _ in ledger.tally(1, 3)] == [2, 2, 2]
         ledger.commit([Row(Request(7, "a", 7), {}, status=QUARANTINED, reason="NaN")])
         assert ledger.tally(2, 2) == [(4, 2), (3, 1)]
@@ -184,7 +184,7 @@ def test_a_finished_ledger_that_changes_while_it_is_read_is_told(tmp_path):
         next(reading)
         assert not reader.is_outdated()
         with Ledger(path) as ledger:
-            ledger.drop(range(0, 200, 2))
+            ledger.move(range(0, 200, 2))
             ledger.settle()
         with pytest.raises(Missing, match="another process changed it while it was read"):
             list(reading)
@@ -221,9 +221,9 @@ def test_all_that_a_ledger_says_follows_what_became_of_a_sample(tmp_path):
         ledger.add_scores([(0, "score", 0.5)])
         assert ledger.read_note("indexed") is None
         ledger.note("indexed", "yes")
-        ledger.drop([0])
+        ledger.move([0])
         assert ledger.read_note("indexed") is None and ledger.indices_between(0, 9) == {0, 1} and not ledger.indices()
-        ledger.restore([0])
+        ledger.move([0], is_back=True)
         assert tracings() == [{"outlines": [2]}, {}]
         ledger.forget([0])
         ledger.commit([row(0)])

@@ -279,25 +279,18 @@ class RunFolder(AbstractContextManager):
 
     def drop(self, indices: Sequence[int]) -> None:
         """Takes samples out of the data set: their files are copied, then their rows moved, then the files removed."""
-        self._move(indices, [self.ledger.row(index) for index in indices], self.ledger.drop, "", DROPPED)
+        self._move([self.ledger.row(index) for index in indices], "", DROPPED)
 
     def bring_back(self, rows: Sequence[Row]) -> None:
         """Brings dropped samples back in the same way."""
-        self._move([row.request.index for row in rows], rows, self.ledger.restore, DROPPED, "")
+        self._move(rows, DROPPED, "")
 
-    def _move(
-        self,
-        indices: Sequence[int],
-        rows: Sequence[Row],
-        commit: Callable[[Sequence[int]], None],
-        source: str,
-        target: str,
-    ) -> None:
+    def _move(self, rows: Sequence[Row], source: str, target: str) -> None:
         unseal(self.path)
         names = [name for row in rows for name, _ in row.files.values() if (self.path / (source + name)).exists()]
         contents = {name: storage.read(self.path / (source + name), LARGEST_IMAGE_FILE) for name in names}
         publish_inside(self.path, {target + name: content for name, content in contents.items()})
-        commit(indices)
+        self.ledger.move([row.request.index for row in rows], is_back=not target)
         for name in names:
             storage.remove(self.path / (source + name))
 

@@ -190,19 +190,12 @@ class Ledger(AbstractContextManager):
     def _has_table(self, name: str) -> bool:
         return bool(self._database.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (name,)))
 
-    def drop(self, indices: Iterable[int]) -> None:
-        """Takes samples out of the data set; their rows are kept in another table."""
-        self._move(indices, "samples", "dropped", _DROPPED)
-
-    def restore(self, indices: Iterable[int]) -> None:
-        """Brings dropped samples back into the data set."""
-        self._move(indices, "dropped", "samples", "")
-
-    def _move(self, indices: Iterable[int], source: str, target: str, schema: str) -> None:
+    def move(self, indices: Iterable[int], *, is_back: bool = False) -> None:
+        """Takes samples out of the data set, whose rows are kept in another table, or brings them back."""
+        source, target = ("dropped", "samples") if is_back else ("samples", "dropped")
         parameters = [(index,) for index in indices]
         with self._database.transaction():
-            if schema:
-                self._database.execute(schema)
+            self._database.execute(_DROPPED)
             copy = f'INSERT INTO {target} ({_COLUMNS}) SELECT {_COLUMNS} FROM {source} WHERE "index" = ?'
             self._database.execute_many(copy, parameters)
             self._database.execute_many(f'DELETE FROM {source} WHERE "index" = ?', parameters)
