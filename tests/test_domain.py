@@ -328,9 +328,8 @@ def test_a_run_of_one_batch_that_replaces_doubtful_samples_stops_after_it(foreig
 @pytest.mark.parametrize(("count", "text"), [(1, "\n1 of these shows what"), (3, "\n3 of these show what")])
 def test_the_card_counts_samples_out_of_the_domain(count, text):
     ledger = SimpleNamespace(
-        count_out_of_domain=lambda: (count, 9),
+        count_trust=lambda: (4, count, 9),
         rows=lambda parts: iter([SimpleNamespace(trust=True)]),
-        count_doubtful=lambda: 4,
     )
     assert text in "\n".join(card._trust({"config": {"accept": "", "quarantine": False}}, ledger))
 
@@ -819,7 +818,7 @@ def test_the_plan_tells_with_which_pictures_samples_are_compared(known, others, 
 def test_stored_samples_close_a_run_or_let_it_go_on_from_two_on(outside, measured, later):
     plan = SimpleNamespace(most=20, batch_size=3)
     job = SimpleNamespace(place="run", stops_outside=True, plan=plan, done=measured, limit=0)
-    ledger = SimpleNamespace(count_out_of_domain=lambda: (outside, measured))
+    ledger = SimpleNamespace(count_trust=lambda: (0, outside, measured))
     if outside == 2:
         with pytest.raises(GateFailed, match="2 of the first 2 samples"):
             DomainGate(job, ledger)

@@ -124,7 +124,7 @@ def test_samples_are_tallied_by_class_and_those_outside_of_the_domain_counted(tm
         trusts = [Trust(domain=distance) for distance in distances]
         rows = [Row(Request(k, "a", k), {}, status=each, trust=trusts[k]) for k, each in enumerate(statuses)]
         ledger.commit(rows)
-        assert ledger.tally(2, 2) == [(4, 2), (2, 1)] and ledger.count_out_of_domain() == (2, 4)
+        assert ledger.tally(2, 2) == [(4, 2), (2, 1)] and ledger.count_trust() == (0, 2, 4)
         ledger.move([5])
         assert ledger.tally(2, 2) == [(4, 2), (2, 1)] and [made for made, _ in ledger.tally(1, 3)] == [2, 2, 2]
         ledger.commit([Row(Request(7, "a", 7), {}, status=QUARANTINED, reason="NaN")])
@@ -894,7 +894,7 @@ def test_digests_and_trust_are_short(tmp_path):
         for given in (trust, Trust(), Trust(missing=("ball",), reasons=("no ball",)), far, Trust(domain=0.0), None):
             ledger.commit([Row(Request(1, "a ball", 1), {}, files, trust=given)])
             assert ledger.row(1).trust == given and ledger.row(1).files == files
-            assert ledger.count_doubtful() == (given is not None and not given.is_trusted)
+            assert ledger.count_trust()[0] == (given is not None and not given.is_trusted)
         ledger.commit([Row(Request(1, "a ball", 1), {}, files, trust=trust)])
         assert ledger._database.execute("SELECT length(files), length(trust) FROM samples") == [(59, 36)]
         for wrong in ({"confidence": "sure"}, {"domain": "far"}, {"confidence": [0.5]}, {"reasons": "none"}):

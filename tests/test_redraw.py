@@ -88,7 +88,7 @@ def test_dry_runs_write_nothing(source, edited, tmp_path, capsys):
 
 
 def test_doubtful_samples_are_counted(source, edited, varied, monkeypatch, capsys):
-    monkeypatch.setattr(Ledger, "count_doubtful", lambda ledger: 1)
+    monkeypatch.setattr(Ledger, "count_trust", lambda ledger: (1, 0, 0))
     for command, flags, out in ((edit, EDIT, edited), (vary, VARY, varied)):
         line, number = [str(source), *flags, "--out", str(out)], len(open_run(out))
         assert command.main(line) == 0

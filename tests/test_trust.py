@@ -420,8 +420,7 @@ def test_doubtful_samples_of_a_result_are_those_beside_it_where_a_condition_acce
     ledger = SimpleNamespace(
         tally=lambda number, classes: [(4, 0)],
         count=lambda status=DONE: {DONE: 4, DOUBTFUL: 2}[status],
-        count_doubtful=lambda: 7,
-        count_out_of_domain=lambda: (1, 4),
+        count_trust=lambda: (7, 1, 4),
         quarantined_by_reason=lambda: {"NaN": [5, 6], "black": [8]},
     )
     document = {"plan": {"number": 4}, "config": {"accept": accept}}

@@ -57,7 +57,7 @@ class ShardPage:
             self._make_page(min(self._pages))  # whose samples say which figures there are
         facts, entries = self._facts, self._ledger.entries.values()
         facts.pages, facts.missing, facts.excluded = sorted(self._pages.items()), 0, 0
-        facts.doubtful = 0 if quarantines(self._run.document["config"]) else self._ledger.count_doubtful()
+        facts.doubtful = 0 if quarantines(self._run.document["config"]) else self._ledger.count(DOUBTFUL)
         facts.named = Counter()
         facts.shown = sum((Counter(entry.classes) for entry in entries), Counter())
         whole = facts.whole(has_sheets=False, is_in_progress=not self._run.is_complete)

@@ -115,15 +115,15 @@ def result_of(
     number = max(number, document["plan"]["number"])  # more where others take the place of dropped ones
     config, goal = document["config"], goal_of(document["config"], number)
     tally, accept = ledger.tally(goal.number, len(goal.names)), config.get("accept", "")
-    quarantined = ledger.quarantined_by_reason()
+    quarantined, (doubtful, outside, _) = ledger.quarantined_by_reason(), ledger.count_trust()
     return Result(
         folder,
         number,
         ledger.count(),
         made,
         sum(map(len, quarantined.values())),
-        doubtful=ledger.count(DOUBTFUL) if accept else ledger.count_doubtful(),
-        outside=ledger.count_out_of_domain()[0],
+        doubtful=ledger.count(DOUBTFUL) if accept else doubtful,
+        outside=outside,
         goal=goal,
         is_complete=goal.is_reached(tally),
         missing=goal.missing(tally) if quarantines(config) else {},
@@ -307,7 +307,7 @@ def count_outside(folder: Path) -> int:
     if not (folder / LEDGER).exists():
         return 0
     with Ledger(folder / LEDGER, read_only=True) as ledger:
-        return ledger.count_out_of_domain()[0]
+        return ledger.count_trust()[1]
 
 
 class DomainGate:
@@ -317,7 +317,7 @@ class DomainGate:
         """Raises GateFailed where most samples of the ledger are out of the domain of the decoders."""
         self._place, self.outside, self.measured = job.place, 0, 0
         if job.stops_outside and ledger is not None:
-            self.outside, self.measured = ledger.count_out_of_domain()
+            _, self.outside, self.measured = ledger.count_trust()
             self.check()
         most = job.plan.most - job.done  # more than were requested where others replace the doubtful ones
         has_later = min(most, job.limit or most) > job.plan.batch_size

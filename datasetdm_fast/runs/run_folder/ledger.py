@@ -300,16 +300,14 @@ class Ledger(AbstractContextManager):
         )
         return self._database.execute(statement, (f'$."{label}"', DONE))[0][0]
 
-    def count_doubtful(self) -> int:
-        """Samples that are doubtful, in the data set or beside it."""
-        where = "json_array_length(trust, '$.reasons') > 0"
-        return self._database.execute(f"SELECT count(*) FROM samples WHERE {where}")[0][0]
-
-    def count_out_of_domain(self) -> tuple[int, int]:
-        """Samples that are out of the domain of their decoders, and those that were measured."""
-        domain = "json_extract(trust, '$.domain')"
-        outside, measured = self._database.execute(f"SELECT sum({domain} > 1), count({domain}) FROM samples")[0]
-        return outside or 0, measured
+    def count_trust(self) -> tuple[int, int, int]:
+        """Samples, in the data set or beside it, that are doubtful, that are out of the domain of their decoders, and
+        whose distance from that was measured.
+        """
+        is_doubtful, domain = "json_array_length(trust, '$.reasons') > 0", "json_extract(trust, '$.domain')"
+        statement = f"SELECT total({is_doubtful}), total({domain} > 1), count({domain}) FROM samples"
+        doubtful, outside, measured = map(int, self._database.execute(statement)[0])
+        return doubtful, outside, measured
 
     def row(self, index: int) -> Row | None:
         rows = self._database.execute(f'SELECT {_COLUMNS} FROM samples WHERE "index" = ?', (index,))

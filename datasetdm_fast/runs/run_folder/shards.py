@@ -340,19 +340,17 @@ class ShardLedger:
 
     def count(self, status: str = DONE) -> int:
         if status == DOUBTFUL:
-            return self.count_doubtful()
+            return self.count_trust()[0]
         if self.dropped:
             return len(self.indices(status))
         quarantined = sum(map(len, self.quarantined_by_reason().values()))
         # without lists of indices, which the supervisor of a long run would hold for every sample
         return self.made - quarantined if status == DONE else quarantined
 
-    def count_doubtful(self) -> int:
-        return sum(entry.doubtful for entry in self.entries.values())
-
-    def count_out_of_domain(self) -> tuple[int, int]:
+    def count_trust(self) -> tuple[int, int, int]:
         entries = self.entries.values()
-        return sum(entry.outside for entry in entries), sum(entry.measured for entry in entries)
+        doubtful, outside = sum(entry.doubtful for entry in entries), sum(entry.outside for entry in entries)
+        return doubtful, outside, sum(entry.measured for entry in entries)
 
     def quarantined_by_reason(self) -> dict[str, list[int]]:
         results: dict[str, list[int]] = {}

@@ -289,7 +289,7 @@ def _attributes(labels: Sequence[str]) -> str:
 
 def _trust(document: Mapping[str, Any], ledger: Ledger) -> Iterator[str]:
     """How many samples are doubtful, where that was judged."""
-    outside, measured = ledger.count_out_of_domain()
+    doubtful, outside, measured = ledger.count_trust()
     if where := document["config"].get("accept"):
         yield f"Samples with {_code(where)}, the condition of `--accept`; set aside in `{QUARANTINE}`:"
         yield f"{ledger.count(DOUBTFUL)}.\n"
@@ -297,13 +297,13 @@ def _trust(document: Mapping[str, Any], ledger: Ledger) -> Iterator[str]:
         yield f"Samples whose labels contradict their prompt or one another, set aside in `{QUARANTINE}`:"
         yield f"{ledger.count(DOUBTFUL)}.\n"
     elif any(row.trust for row in islice(ledger.rows(parts=("trust",)), 1)):
-        if not (count := ledger.count_doubtful()):
+        if not doubtful:
             agree = "None of the samples is doubtful: their labels agree with their prompts and with one another"
             like = "and their pictures are like those that the decoders learned from.\n"
             yield from (f"{agree},", like) if measured else (f"{agree}.\n",)
             return
-        is_or_are, their = ("is", "its") if count == 1 else ("are", "their")
-        yield f"{count} of the samples {is_or_are} doubtful, as {their} labels contradict {their} prompt or one"
+        is_or_are, their = ("is", "its") if doubtful == 1 else ("are", "their")
+        yield f"{doubtful} of the samples {is_or_are} doubtful, as {their} labels contradict {their} prompt or one"
         yield "another; `trust` in `samples.jsonl` gives the reasons.\n"
         if outside:
             shows = f"{outside} of these {'shows' if outside == 1 else 'show'}"
