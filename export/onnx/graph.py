@@ -18,7 +18,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
-from datasetdm_fast.export.onnx.weights import DataFile, tensor_bytes, value_of
+from datasetdm_fast.export.onnx.weights import DataFile, tensor_bytes
 
 # Every runtime since 2023 reads opset 18; convolutions of bf16 came with 22.
 OPSETS = {torch.float32: 18, torch.float16: 18, torch.bfloat16: 22}
@@ -257,7 +257,7 @@ class Graph:
             return name
         proto = self._constants[name] = TensorProto(name=name, dims=tensor.shape, data_type=TYPES[dtype])
         if dtype == torch.int64 or tensor.numel() <= SMALL:
-            proto.raw_data = bytes(tensor_bytes(value_of(tensor).to(dtype)))
+            proto.raw_data = bytes(tensor_bytes(tensor.to(dtype)))
         else:
             offset, length = self.data.place(name, tensor, dtype)
             proto.data_location = TensorProto.EXTERNAL

@@ -39,7 +39,7 @@ from datasetdm_fast.export.onnx.graph import BATCH, OPSETS, WORDS, Extent, Graph
 from datasetdm_fast.export.onnx.operations import ONNX_RUNTIME, PORTABLE, exportable
 from datasetdm_fast.export.onnx.operators import OPERATORS
 from datasetdm_fast.export.onnx.stage_names import OTHERS, RAW, TEXT, averaged_sides, label_of, select_stages
-from datasetdm_fast.export.onnx.weights import DataFile, defer_weights, digest
+from datasetdm_fast.export.onnx.weights import DataFile, digest
 from datasetdm_fast.export.staging import fill_alone, stage_files
 from datasetdm_fast.kernels import (
     ada_norm,
@@ -121,7 +121,7 @@ def source_digest(model: Model, decoders: Mapping[str, Decoder], rows: int = 0) 
     """SHA-256 of all that decides the graphs: parameters, configurations and this package's own code."""
     backbone = model.backbone
     joint = [backbone.denoiser, *(["vae"] if graphed_parts(model) else [])]
-    parts = {name: model.modules[name] for name in (joint if backbone.network_plan else model.networks)}
+    parts = {name: model.networks[name] for name in sorted(joint if backbone.network_plan else model.networks)}
     configs = {
         name: part.config.to_dict() if hasattr(part.config, "to_dict") else part.config for name, part in parts.items()
     }
@@ -134,7 +134,8 @@ def source_digest(model: Model, decoders: Mapping[str, Decoder], rows: int = 0) 
     total.update(f"{rows or usual_rows(model)} rows, {model.levels}".encode())
     for task, decoder in decoders.items():  # their order decides that of the channels
         total.update(f"{task} {decoder.config.to_json()}".encode())
-    total.update(digest({**parts, **{f"decoder {task}": decoder for task, decoder in decoders.items()}}).encode())
+    total.update(digest((name, part.read().state_dict()) for name, part in parts.items()).encode())
+    total.update(digest((task, decoder.state_dict()) for task, decoder in decoders.items()).encode())
     total.update(exporter().encode())
     return total.hexdigest()
 
@@ -270,27 +271,27 @@ class StageExport:
 
     def _parts(self, group: str) -> dict[str, nn.Module]:
         """The modules a group of stages is traced from, by the prefix of their weights' names."""
-        modules, backbone = self.model.modules, self.model.backbone
+        networks, backbone = self.model.networks, self.model.backbone
         if group == backbone.denoiser and self.is_joint:
-            source = defer_weights(modules[group])
-            plan = load_place(backbone.network_plan)(source.config, dict(source.state_dict()))
+            source = networks[group].read()
+            plan = load_place(backbone.network_plan)(source.config, source.state_dict())
             network = MMDiT(source.config, plan, self.ops)
             append_rows(network, self.projection)
             return {"network": network, "projection": self.projection}
         if group == backbone.denoiser:
-            unet = defer_weights(modules[group])
+            unet = networks[group].read()
             tables = {"times": TimeTable(unet, self.model.size), "texts": TextTable(unet)}
             return tables | {"unet": exportable(UNet(unet, self.ops)), "projection": self.projection}
         if group == "encode_text":
-            sources = {name: defer_weights(modules[name]) for name in backbone.of_kind("text_encoder")}
+            sources = {name: networks[name].read() for name in backbone.of_kind("text_encoder")}
             assert backbone.text_network
             return {"text_encoder": load_place(backbone.text_network)(sources, self.ops)}
         if group == "decode_image":
             space = None if self.is_joint else self.model.latents
-            decoder = ImageDecoder(defer_weights(modules["vae"]), self.ops, space)
+            decoder = ImageDecoder(networks["vae"].read(), self.ops, space)
             return {"image_decoder": exportable(decoder)}
         if group == "encode_image":
-            return {"image_encoder": ImageEncoder(defer_weights(modules["vae"]), self.ops)}
+            return {"image_encoder": ImageEncoder(networks["vae"].read(), self.ops)}
         return {"decoder": with_ops(self.decoders[label_of(group)], self.ops)}
 
     def _write_stage(self, folder: Path, name: str, data: DataFile, parts: Mapping[str, nn.Module]) -> StageFile:

@@ -317,9 +317,11 @@ class Network:
         return sum(weight._version - version for weight, version in self._held)
 
     def read(self, stored: StorageType = as_widest, computed_as: torch.dtype | None = None) -> WeightSource:
-        """The weights: those of the module, or from their source in the dtypes of `stored`, each to be used once."""
+        """The weights on the host: those of the module, or from their source in the dtypes of `stored`, each to be used
+        once.
+        """
         if self._module is not None:
-            return WeightSource(self.config, self._module.state_dict())
+            return WeightSource(self.config, {name: value.cpu() for name, value in self._module.state_dict().items()})
         return WeightSource(self.config, ReadOnce(self._read(stored), computed_as))
 
     def take(self, stored: StorageType = as_widest) -> WeightSource:

@@ -54,12 +54,8 @@ class GpuEngine(FastEngine):
         return self.dtype, (UNet, ImageDecoder) if self.is_compiled else (FusedUNet, FusedImageDecoder)
 
     def _sources(self, *names: str) -> dict[str, WeightSource]:
-        """On the CPU, whose products of weights round alike wherever the reference engine has the modules."""
-        sources = {name: self.model.networks[name].read() for name in names or self.model.networks}
-        return {
-            name: WeightSource(source.config, {part: value.cpu() for part, value in source.state.items()})
-            for name, source in sources.items()
-        }
+        """In fp32: their products round alike wherever the reference engine has the modules."""
+        return {name: self.model.networks[name].read() for name in names or self.model.networks}
 
     def _ready(self) -> None:
         # In bf16, too: labels need fp16's three further bits, and what leaves its range is retried in fp32.
