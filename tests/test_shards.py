@@ -527,7 +527,7 @@ def test_what_a_store_cannot_open_is_told_once(alone, bucket):
 def test_runs_in_shards_need_a_library(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     assert generate.main([*LINE, "--out", str(tmp_path / "run")]) == 3
-    assert "runs in shards need pyarrow, which is not installed" in capsys.readouterr().err
+    assert "runs in shards: pyarrow is not installed" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

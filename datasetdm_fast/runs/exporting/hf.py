@@ -13,6 +13,7 @@ from datasetdm_fast.runs.exporting.export_folder import read_export
 from datasetdm_fast.runs.exporting.format import AllSamples, Entry, ExportPlan, Files, Format, SampleView
 from datasetdm_fast.runs.exporting.wds import describe_sample, map_files, read_content, table_files
 from datasetdm_fast.runs.run_folder.ledger import canonical
+from datasetdm_fast.runs.run_folder.shards import require_pyarrow
 from datasetdm_fast.untrusted import documents
 
 SPLITS = {"val": "validation"}  # as `datasets` names them
@@ -51,10 +52,7 @@ class ParquetFormat(Format):
 
     def check(self, name: str, plan: ExportPlan) -> None:
         super().check(name, plan)
-        try:
-            import pyarrow  # noqa: F401
-        except ImportError as error:
-            raise Missing(f"--to {name}: pyarrow is not installed", "Install datasetdm-fast[hf].") from error
+        require_pyarrow(f"--to {name}")
 
     def convert_sample(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
         return {}, {}

@@ -139,12 +139,12 @@ def sample_record(row: Row, id: str) -> bytes:
     return canonical(record).encode()
 
 
-def require_pyarrow() -> Any:
-    """The library of Parquet files."""
+def require_pyarrow(what: str = "runs in shards") -> Any:
+    """The library of Parquet files, without which there is no such thing."""
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise Missing("runs in shards need pyarrow, which is not installed", "pip install '.[hf]'") from error
+        raise Missing(f"{what}: pyarrow is not installed", "Install datasetdm-fast[hf].") from error
     return pyarrow
 
 

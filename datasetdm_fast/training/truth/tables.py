@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from datasetdm_fast.engine.pictures import reading
-from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.errors import Refused
+from datasetdm_fast.runs.run_folder.shards import require_pyarrow
 from datasetdm_fast.untrusted import documents
 
 if TYPE_CHECKING:
@@ -146,14 +147,13 @@ class TableRows:
     """Parquet or Arrow files of one schema, a group of rows in memory at a time; rows are checked when read."""
 
     def __init__(self, folder: Path, files: Sequence[Path]):
+        require_pyarrow("hf")
         self.folder, self.groups = folder, list[Group]()
         for file in files:
             if not file.is_file():
                 raise reading.bad(file, "not a regular file")
             try:
                 schema, groups = _read_groups(file)
-            except ImportError as error:
-                raise Missing("hf: the library `pyarrow` is not installed", "Install datasetdm-fast[hf].") from error
             except Exception as error:
                 kind = "an Arrow" if file.suffix == ".arrow" else "a Parquet"
                 raise Refused(f"{file}: not {kind} file ({type(error).__name__})", EXPECTED) from error
