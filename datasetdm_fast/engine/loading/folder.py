@@ -391,7 +391,7 @@ def _from_folder(folder: Path, part: Part, weights: _Weights, config: Mapping[st
     """A diffusers or transformers module in fp32 from its folder, refused where weights and config do not fit."""
     kind = class_of(part)
     try:
-        with quiet_libraries(), _only_weights(folder, weights, config) as safe:
+        with quiet_libraries(), _only_weights(weights, config) as safe:
             module, info = kind.from_pretrained(
                 safe,
                 torch_dtype=torch.float32,
@@ -429,7 +429,7 @@ def without_numbers(name: str) -> str:
 
 
 @contextmanager
-def _only_weights(folder: Path, weights: _Weights, config: Mapping[str, Any]) -> Iterator[Path]:
+def _only_weights(weights: _Weights, config: Mapping[str, Any]) -> Iterator[Path]:
     """A folder with the architecture's numbers and a link to safetensors, so that libraries see nothing else."""
     with tempfile.TemporaryDirectory() as made:
         safe = Path(made)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from datasetdm_fast.config import Defaults
 from datasetdm_fast.engine.backbones import Backbone, Configs, Guidance, Latents
 from datasetdm_fast.engine.backbones.fitting import check_fit, check_size
-from datasetdm_fast.engine.loading.tokenizer import LimitedTokenizer, OwnTokenizer, WrappingTokenizer
+from datasetdm_fast.engine.loading.tokenizer import OwnTokenizer, limit, spans_within
 from datasetdm_fast.engine.models.layers import room
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import Level
@@ -86,11 +86,14 @@ class Model:
         tokenizer = present.get(self.backbone.tokenizer) or next(iter(present.values()))
         most = min(self.backbone.text(self.configs)[0], tokenizer.model_max_length)
         if self.backbone.wrap is not None:
-            return WrappingTokenizer(tokenizer, most, lambda: self.tokenizers[self.backbone.tokenizer], self.backbone)
+            return limit(tokenizer, most, spans=self._spans)
         part, length = self.backbone.long_text(self.configs)
         if part in present:
-            return LimitedTokenizer(tokenizer, most, LimitedTokenizer(present[part], length))
-        return tokenizer if tokenizer.model_max_length <= most else LimitedTokenizer(tokenizer, most)
+            return limit(tokenizer, most, longer=limit(present[part], length))
+        return tokenizer if tokenizer.model_max_length <= most else limit(tokenizer, most)
+
+    def _spans(self, prompt: str) -> list[tuple[int, int]]:
+        return spans_within(self.tokenizers[self.backbone.tokenizer], self.backbone, prompt)
 
     @cached_property
     def tokenizers(self) -> Mapping[str, Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -88,37 +89,24 @@ class OwnTokenizer:
         return SimpleNamespace(input_ids=torch.tensor(ids) if return_tensors else ids)
 
 
-class LimitedTokenizer:
-    """A tokenizer of a text encoder that reads fewer tokens than its own settings say. `longer` is that of another one,
-    which reads what the first cuts off.
+def limit(tokenizer: Any, most: int, **more: Any) -> Any:
+    """A copy for a text encoder that reads fewer tokens than its tokenizer's settings say. It may have a `longer`
+    tokenizer, of another text encoder, which reads what the first cuts off, or `spans` of a prompt within another text.
     """
-
-    def __init__(self, tokenizer: Any, most: int, longer: LimitedTokenizer | None = None):
-        self.tokenizer, self.model_max_length, self.longer = tokenizer, most, longer
-        self.unk_token_id = getattr(tokenizer, "unk_token_id", None)
-
-    def __len__(self) -> int:
-        return len(self.tokenizer)
-
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        return self.tokenizer(*arguments, **options)
+    limited = copy.copy(tokenizer)
+    vars(limited).update(model_max_length=most, **more)
+    return limited
 
 
-class WrappingTokenizer(LimitedTokenizer):
-    """A tokenizer whose text encoder reads each prompt within another text."""
-
-    def __init__(self, tokenizer: Any, most: int, load: Callable[[], Any], backbone: Backbone):
-        super().__init__(tokenizer, most)
-        self._load, self._backbone = load, backbone
-
-    def spans(self, prompt: str) -> list[tuple[int, int]]:
-        """Begin and end of the characters of the prompt that each encoded token stands for; equal where of none."""
-        tokenizer, wrap = self._load(), self._backbone.wrap
-        assert wrap is not None
-        before = len(os.path.commonprefix([wrap(tokenizer, "0"), wrap(tokenizer, "1")]))
-        places = tokenizer(wrap(tokenizer, prompt), return_offsets_mapping=True).offset_mapping
-        inside = [[min(max(place - before, 0), len(prompt)) for place in pair] for pair in places]
-        return [(begin, end) for begin, end in inside[self._backbone.dropped :]]
+def spans_within(tokenizer: Any, backbone: Backbone, prompt: str) -> list[tuple[int, int]]:
+    """Begin and end of the characters of a prompt that each encoded token stands for, equal where of none; the text
+    encoder reads it within another text.
+    """
+    assert backbone.wrap is not None
+    before = len(os.path.commonprefix([backbone.wrap(tokenizer, "0"), backbone.wrap(tokenizer, "1")]))
+    places = tokenizer(backbone.wrap(tokenizer, prompt), return_offsets_mapping=True).offset_mapping
+    inside = [[min(max(place - before, 0), len(prompt)) for place in pair] for pair in places]
+    return [(begin, end) for begin, end in inside[backbone.dropped :]]
 
 
 def load_tokenizer(folder: Path, classes: Sequence[str] = ("transformers:CLIPTokenizer",)) -> Any:
