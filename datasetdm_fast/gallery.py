@@ -11,13 +11,13 @@ from datasetdm_fast.messages import count_noun
 from datasetdm_fast.runs.gallery.server import FIRST_PORT, open_server
 from datasetdm_fast.runs.gallery.showing import show
 from datasetdm_fast.runs.run_folder.folder import PAGE
-from datasetdm_fast.settings import dry_run_setting, setting
+from datasetdm_fast.settings import OutputSettings, setting
 
 EXAMPLES = ("runs/demo --serve", "runs/varied --serve --against runs/demo", "s3://bucket/run --serve")
 
 
 @dataclass(frozen=True)
-class GalleryConfig:
+class GalleryConfig(OutputSettings):
     run: str = setting(
         "", "run folder, also in progress, or URL as s3://bucket/run", metavar="RUN", positional=True, required=True
     )
@@ -26,8 +26,6 @@ class GalleryConfig:
     )
     against: str = setting("", "another run, shown beside this one: its source, or one of the same plan", metavar="RUN")
     port: int = setting(FIRST_PORT, "port to serve the page on; if it is in use, the next free one", metavar="N")
-    dry_run: bool = dry_run_setting()
-    json: bool = setting(False, "machine-readable result on stdout")
     quiet: bool = setting(False, "print only the path or the address of the page")
 
 

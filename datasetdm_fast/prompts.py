@@ -15,11 +15,11 @@ from datasetdm_fast.errors import Missing, Refused, quote, renamed_flags
 from datasetdm_fast.runs.jobs.prompt_files import own_table
 from datasetdm_fast.runs.prompting import balance, language_model
 from datasetdm_fast.runs.prompting.grammar import SETS, check_words, open_grammar
-from datasetdm_fast.settings import dry_run_setting, setting
+from datasetdm_fast.settings import OutputSettings, setting
 
 
 @dataclass(frozen=True)
-class PromptsConfig:
+class PromptsConfig(OutputSettings):
     set: str = setting("demo", "set of classes that the prompts are for", choices=SETS)
     classes: tuple[str, ...] = setting((), "only these classes of the set, or words of your own", metavar="LIST")
     class_table: str = setting(
@@ -44,9 +44,7 @@ class PromptsConfig:
     llm_requests: int = setting(
         1000, "maximum number of requests to the language model", metavar="N", least=0, most=10**6
     )
-    dry_run: bool = dry_run_setting()
     json: bool = setting(False, "statistics of the list as one JSON object on stdout")
-    quiet: bool = setting(False, "show no progress")
 
 
 EXAMPLES = ("--set voc --per-class 200 --out prompts.jsonl", "--classes owl,lamp --per-class 50 --pairs 0.3")

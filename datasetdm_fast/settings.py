@@ -54,7 +54,7 @@ def setting(
 def flags_of(cls: type) -> list[Field]:
     """The settings of a command in the order of its --help: those in FLAGS, or its own, then the others."""
     known = {field.name: field for field in fields(cls)}
-    declared = [name for name in known if name in cls.__annotations__]
+    declared = [name for name in cls.__annotations__ if name in known]
     return [known[name] for name in getattr(cls, "FLAGS", dict.fromkeys([*declared, *known]))]
 
 
@@ -149,13 +149,8 @@ class SamplingSettings:
     )
 
 
-def dry_run_setting() -> Any:
-    """The flag of every command that writes."""
-    return setting(False, "show what would be done, and write nothing", identity=False)
-
-
 @dataclass(frozen=True)
 class OutputSettings:
-    dry_run: bool = dry_run_setting()
+    dry_run: bool = setting(False, "show what would be done, and write nothing", identity=False)
     json: bool = setting(False, "machine-readable result on stdout", identity=False)
     quiet: bool = setting(False, "show no progress", identity=False)
