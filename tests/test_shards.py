@@ -1103,13 +1103,13 @@ def test_a_stream_reads_every_sample_once_and_resumes(alone):
 
 
 def test_a_stream_counts_what_it_skipped_and_mixes_each_shard_anew():
-    stream = ShardStream({0: [0, 1, 2, 3], 1: [4, 5, 6, 7], 2: [8, 9]}, lambda index: index, None)
+    stream = ShardStream({0: [0, 1, 2, 3], 1: [4, 5, 6, 7], 2: [8, 9]}, {f"{k:08d}": k for k in range(10)}, None)
     stream.load_state_dict({"epoch": 0, "samples": 5})
     samples = iter(stream)
     assert [next(samples), next(samples)] == [5, 6] and stream.state_dict() == {"epoch": 0, "samples": 7}
     stream.load_state_dict({"epoch": 0, "samples": 8})
     assert list(stream) == [8, 9] and stream.state_dict()["samples"] == 10
-    one, orders = ShardStream({0: [*range(20)]}, lambda index: index, 3), []
+    one, orders = ShardStream({0: [*range(20)]}, {f"{k:08d}": k for k in range(20)}, 3), []
     for epoch in range(2):
         one.set_epoch(epoch)
         orders.append(list(one))

@@ -119,7 +119,12 @@ def build_job(spec: RunSpec, stored: Mapping[str, Any] | None, dtype: str = "") 
     requests = list(_first_requests(source, plan)) if source.lines and words else []
     unnamed = [request.prompt for request in requests if not request.classes]
     if unnamed and recipe.words and not spec.prompts.allow_unnamed and not recipe.asks_all:
-        raise _unnamed_refusal(source.name, plan.words, unnamed, len(requests))
+        raise Refused(
+            f"{source.name}: {len(unnamed)} of {len(requests)} prompts name none of the class words "
+            f"{', '.join(plan.words[:8])}{' ...' if len(plan.words) > 8 else ''}: "
+            + "; ".join(prompts.shorten(prompt) for prompt in unnamed[:3]),
+            'Write {"prompt": ..., "classes": [...]} for these, or pass --allow-unnamed: their maps then hold nothing.',
+        )
     if spec.identity.get("keep") == "trusted" and recipe.draws:
         _check_drawn(source, plan, recipe.draws)
     if recipe.attention is not None:
@@ -166,16 +171,6 @@ def _check_drawn(source: prompts.PromptSource, plan: Plan, draws: Sequence[str])
     raise Refused(
         f"--keep trusted: no sample of {source.name} can be trusted: {min(reasons)}",
         "Write prompts of what the model draws, name another --model, or keep doubtful samples, too.",
-    )
-
-
-def _unnamed_refusal(name: str, words: Sequence[str], unnamed: Sequence[str], count: int) -> Refused:
-    """The refusal of prompts that name no class word: their label maps would state that nothing is there."""
-    return Refused(
-        f"{name}: {len(unnamed)} of {count} prompts name none of the class words "
-        f"{', '.join(words[:8])}{' ...' if len(words) > 8 else ''}: "
-        + "; ".join(prompts.shorten(prompt) for prompt in unnamed[:3]),
-        'Write {"prompt": ..., "classes": [...]} for these, or pass --allow-unnamed: their maps then hold nothing.',
     )
 
 

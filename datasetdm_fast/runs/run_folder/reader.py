@@ -390,7 +390,7 @@ class Run(AbstractContextManager["Run"]):
             raise Refused(f"{self.path}: it is not a run in shards, which streaming reads", "Drop streaming=True.")
         from datasetdm_fast.runs.run_folder.shard_stream import ShardStream
 
-        return ShardStream(self.shards.by_shard(self._indices), dataset.pair_of, seed)
+        return ShardStream(self.shards.by_shard(self._indices), dataset, seed)
 
     def close(self) -> None:
         if self.shards is not None:
@@ -424,13 +424,7 @@ class TaskDataset:
         """The pair at a position or of an id; of a slice, the data set of these samples."""
         if isinstance(position, slice):
             return replace(self, run=self.run[position])
-        return self._pair(self.run[position])
-
-    def pair_of(self, index: int) -> Any:
-        """The pair of the sample of an index."""
-        return self._pair(self.run[f"{index:08d}"])
-
-    def _pair(self, sample: StoredSample) -> Any:
+        sample = self.run[position]
         image = image_tensor(sample.image)
         labels = {task: _tensors(sample, task) for task in ((self.task,) if isinstance(self.task, str) else self.task)}
         label = labels[self.task] if isinstance(self.task, str) else labels

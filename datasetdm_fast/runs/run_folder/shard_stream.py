@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
@@ -17,9 +17,9 @@ class ShardStream(IterableDataset[Any]):
     its own count, as torchdata's StatefulDataLoader does.
     """
 
-    def __init__(self, shards: Mapping[int, list[int]], pair: Callable[[int], Any], seed: int | None):
-        """`shards` are the samples of each, `pair` reads one."""
-        self._shards, self._pair, self._seed = shards, pair, seed
+    def __init__(self, shards: Mapping[int, list[int]], dataset: Any, seed: int | None):
+        """`shards` are the samples of each, which the map-style `dataset` reads by their ids."""
+        self._shards, self._dataset, self._seed = shards, dataset, seed
         self._epoch = self._skipped = self._count = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -43,7 +43,7 @@ class ShardStream(IterableDataset[Any]):
                 continue
             for index in indices[left:]:
                 self._count += 1
-                yield self._pair(index)
+                yield self._dataset[f"{index:08d}"]
             left = 0
 
     def _shares(self) -> Iterator[list[int]]:
