@@ -12,8 +12,8 @@ import numpy as np
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.runs.jobs.run import count_rows
 from datasetdm_fast.runs.run_folder.document import (
-    LEDGER,
     SHARDS,
     check_same,
     damage_failure,
@@ -24,7 +24,7 @@ from datasetdm_fast.runs.run_folder.document import (
 )
 from datasetdm_fast.runs.run_folder.folder import is_sealed, read_seal
 from datasetdm_fast.runs.run_folder.indexes import writers
-from datasetdm_fast.runs.run_folder.ledger import Ledger, Row, canonical
+from datasetdm_fast.runs.run_folder.ledger import Row, canonical
 from datasetdm_fast.runs.run_folder.reader import Run
 from datasetdm_fast.runs.run_folder.selections import FILTER, check_filtered
 from datasetdm_fast.untrusted import images
@@ -132,7 +132,4 @@ def count_existing(folder: Path, document: Mapping[str, Any]) -> int:
     """Samples of a composition's run folder, dropped ones among them; another source or setting is refused."""
     if (stored := read_document(folder)) is not None:
         check_same(folder, *map(identity_of, (stored, document)))
-    if not (folder / LEDGER).exists():
-        return 0
-    with Ledger(folder / LEDGER, read_only=True) as ledger:
-        return ledger.count() + ledger.count_dropped()
+    return count_rows(folder)
