@@ -27,7 +27,7 @@ class AuditConfig:
 
 @command_with(AuditConfig, EXAMPLES)
 def main(config: AuditConfig, command: CommandLine) -> int:
-    with CountProgress(0, "sample", str(config.run), config.quiet) as progress:
+    with CountProgress(config.quiet, config.run, 0, "sample") as progress:
         report = audit_place(config.run, config.threads, progress.on_count, config.part)
     if config.repair and report.damaged:
         repair(report)

@@ -35,7 +35,7 @@ def main(config: EvaluateConfig, command: CommandLine) -> int:
 
     engine, results, skipped = config.open_engine(config.decoder), {}, {}
     for address, source in sources.items():
-        with CountProgress(len(source), "image", address, config.quiet) as progress:
+        with CountProgress(config.quiet, address, len(source), "image") as progress:
             results[address], bad = evaluate_decoders(
                 *(engine, config.decoder, address, source.tasks, config.task),
                 lambda address, labels: config.open_data(address, engine.model.size, labels, config.selection()),

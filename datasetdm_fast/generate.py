@@ -10,7 +10,7 @@ from typing import Any
 from datasetdm_fast.command_line import run_report, run_settings
 from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.command_line.output import ImageProgress, print_lines
+from datasetdm_fast.command_line.output import CountProgress, ImageProgress, print_lines
 from datasetdm_fast.command_line.run_settings import choose_launch
 from datasetdm_fast.config import EXACT, HALF
 from datasetdm_fast.runs.agreement.admission import Screen, admit_job
@@ -73,7 +73,7 @@ def _write(
     """The result of a run, once its missing samples are made and written: by `make`, or without it by this process."""
     job, has_gates = None, config.verify or stored is None and config.speed != EXACT
     if make is None or peer is None and (has_gates or tries_half(spec, stored) or may_differ(spec, stored)):
-        screen = Screen(partial(print_lines, config), partial(run_report.show_calls, config.quiet))
+        screen = Screen(partial(print_lines, config), partial(CountProgress, config.quiet))
         job = admit_job(spec, stored, screen, verify=config.verify)
     if make is None:
         print_lines(config, *run_report.describe_start(job))

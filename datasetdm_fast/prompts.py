@@ -68,7 +68,7 @@ def main(config: PromptsConfig, command: CommandLine) -> int:
     if bool(config.llm_url) != bool(config.llm_model):
         raise Refused("--llm-url and --llm-model: one needs the other", "Add both: --llm-url URL --llm-model NAME.")
     rejected, planned = Counter[str](), list(balance.plan_classes(counts, config.pairs, config.seed))
-    with CountProgress(len(planned), "prompt", "prompts", config.quiet) as progress:
+    with CountProgress(config.quiet, "prompts", len(planned), "prompt") as progress:
         on_count = partial(progress.on_count, total=len(planned))
         if config.llm_url:
             # of the environment alone, where no process list shows it

@@ -7,8 +7,7 @@ import sys
 from dataclasses import dataclass
 
 from datasetdm_fast.command_line.ending import CommandLine, command_with
-from datasetdm_fast.command_line.output import print_end, print_lines
-from datasetdm_fast.command_line.run_report import show_calls
+from datasetdm_fast.command_line.output import CountProgress, print_end, print_lines
 from datasetdm_fast.config import ENGINE_NAMES, EXACT, FP8, SPEEDS, TASKS
 from datasetdm_fast.engine.engines import check_installed
 from datasetdm_fast.engine.loop.recipe import LARGEST_BATCH
@@ -74,7 +73,7 @@ def main(config: VerifyConfig, command: CommandLine) -> int:
         images = count_noun(len(requests), "image")
         plan = f"{images} of {config.engine} and {config.against}, {count_noun(calls, 'UNet call')}"
         return print_end(config, facts, plan)
-    with show_calls(config.quiet, "verify", calls) as on_unet_call:
+    with CountProgress(config.quiet, "verify", calls) as on_unet_call:
         verdict = verify(engine, reference, requests, recipe, config.batch_size, on_unet_call, is_whole=True)
     print(verdict.table(), file=sys.stderr if config.json else sys.stdout)
     if config.json:

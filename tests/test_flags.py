@@ -25,7 +25,6 @@ from datasetdm_fast.command_line import ending, flags, output
 from datasetdm_fast.command_line.ending import run_command
 from datasetdm_fast.command_line.interruption import SignalWatch
 from datasetdm_fast.command_line.output import print_lines, shows_bar
-from datasetdm_fast.command_line.run_report import show_calls
 from datasetdm_fast.drop import DropConfig
 from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.export_cli import ExportConfig
@@ -441,15 +440,15 @@ def test_the_last_batch_counts_and_the_time_left_is_that_of_what_is_left(monkeyp
 
 def test_comparisons_before_a_run_show_progress_without_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(output, "SECONDS_PER_LINE", 0.0)
-    with show_calls(False, "fast25", 2) as on_call:
+    with output.CountProgress(False, "fast25", 2) as on_call:
         on_call()
         assert capsys.readouterr().err == "fast25, 1/2 calls\n"  # whose time is mostly that of loading
-    with output.CountProgress(0, "image", "folder:photos", False) as images:
+    with output.CountProgress(False, "folder:photos", 0, "image") as images:
         images.on_count(0, 8)
         images.on_count(4, 8)
     assert capsys.readouterr().err == "folder:photos, 4/8 images, about 0.0 s left\n"
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with output.CountProgress(0, "image", "photos", False) as images:  # whose number is not known yet
+    with output.CountProgress(False, "photos", 0, "image") as images:  # whose number is not known yet
         images.on_count(8, 8)
     assert "8/8" in (shown := capsys.readouterr().err) and shown.count("\n") == 1 and shown.endswith("\n")
     print_lines(VerifyConfig())

@@ -471,7 +471,7 @@ def test_the_command_says_what_it_found(folder, capsys, monkeypatch):
         told.append(given)
         yield lambda: told.append("call")
 
-    monkeypatch.setattr(command, "show_calls", shown)
+    monkeypatch.setattr(command, "CountProgress", shown)
     assert command.main(line(folder, "--json", "--no-quiet")) == 0
     assert told[0] == (False, "verify", told.count("call")) and told.count("call") > 6
     said = capsys.readouterr()

@@ -194,11 +194,12 @@ class ImageProgress(Progress):
 class CountProgress(Progress):
     """Progress of a comparison in U-Net calls, of an evaluation in images, or of a list in prompts."""
 
-    def __init__(self, total: int, unit: str, title: str, is_quiet: bool):
+    def __init__(self, is_quiet: bool, title: str, total: int, unit: str = "call"):
         self._title, self._unit, self._done = title, unit, 0
         super().__init__(total, unit, title, is_quiet)
 
-    def on_call(self) -> None:
+    def __call__(self) -> None:
+        """Counts a call."""
         self.on_count(self._done + 1, self.total)
 
     def on_count(self, done: int, total: int) -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from itertools import islice
 from textwrap import shorten
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from datasetdm_fast.command_line.output import (
     NOTHING_WRITTEN,
-    CountProgress,
     print_lines,
     print_result,
     print_unfinished,
@@ -74,13 +72,6 @@ def print_run(settings: OutputSettings, result: Result, resume_with: str, by: st
     result.check()
     if not result.is_complete:
         print_unfinished(result.done, result.number, resume_with, "samples" if noun == "image" else f"{noun}s")
-
-
-@contextmanager
-def show_calls(is_quiet: bool, title: str, calls: int) -> Iterator[Callable[[], Any]]:
-    """The progress of so many U-Net calls, which is to be called after each."""
-    with CountProgress(calls, "call", title, is_quiet) as progress:
-        yield progress.on_call
 
 
 GUIDANCE = {"cfg": "guidance {:g}", "embedded": "guidance {:g}, read by the model", "none": "no guidance"}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datasetdm_fast.command_line import run_report
 from datasetdm_fast.command_line.interruption import Interruption
-from datasetdm_fast.command_line.output import ImageProgress, check_output, print_lines
+from datasetdm_fast.command_line.output import CountProgress, ImageProgress, check_output, print_lines
 from datasetdm_fast.command_line.run_settings import check_judged
 from datasetdm_fast.config import EXACT
 from datasetdm_fast.errors import Refused
@@ -79,7 +79,7 @@ def _begin(config: RunConfig, spec: RunSpec, place: ShardPlace) -> None:
     """Writes run.json where samples are to be judged first, with the verdict."""
     if config.verify or config.speed != EXACT or tries_half(spec, None):
         open_place(place)
-        screen = Screen(partial(print_lines, config), partial(run_report.show_calls, config.quiet))
+        screen = Screen(partial(print_lines, config), partial(CountProgress, config.quiet))
         job = admit_job(spec, None, screen, verify=config.verify)
         place.create(DOCUMENT, pretty(job.document))
 
