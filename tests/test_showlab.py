@@ -324,7 +324,7 @@ def test_prompts_of_poses_are_every_end_with_every_noun_in_every_sentence():
     }
     drawn = []
     dice = types.SimpleNamespace(choice=lambda lines: drawn.extend(lines) or lines[0])
-    prompts.pose(types.SimpleNamespace(script=types.SimpleNamespace(texts=lists.get)), "")(dice)
+    prompts.pose(types.SimpleNamespace(strings=lists.get), "")(dice)
     hats = ["a man in a hat", "photo of a man in a hat", "a girl in a hat", "photo of a girl in a hat"]
     assert drawn == [*hats, *(line.replace("hat", "coat") for line in hats)]
 
@@ -648,9 +648,9 @@ def test_a_word_that_is_no_flag_is_refused():
 @pytest.mark.parametrize(
     ("text", "ask", "said"),
     [
-        ("def f(:", lambda script: script.texts("names"), r"not readable as Python \(SyntaxError\)"),
-        ("a = '\0'", lambda script: script.texts("names"), "not readable as Python"),
-        (VOC % "", lambda script: script.texts("ends"), "assigns no list of texts to ends"),
+        ("def f(:", lambda script: script.strings("names"), r"not readable as Python \(SyntaxError\)"),
+        ("a = '\0'", lambda script: script.strings("names"), "not readable as Python"),
+        (VOC % "", lambda script: script.strings("ends"), "assigns no list of texts to ends"),
         (VOC % '"a": [1]', lambda script: script.lists("map_dict"), "map_dict"),
         (VOC % "", lambda script: script.lists("names"), "names"),
         ("def sub_processor(pid, opt):\n    pass", lambda script: script.template(), "no prompt from a text alone"),
@@ -664,7 +664,7 @@ def test_a_word_that_is_no_flag_is_refused():
 def test_a_script_of_another_form_is_refused(tmp_path, text, ask, said):
     write(path := tmp_path / "script.py", text)
     with pytest.raises(Refused, match=said) as refusal:
-        ask(prompts.Script(path))
+        ask(prompts.PromptTexts(path, tmp_path))
     assert refusal.value.cause.startswith(f"{path}: ") and refusal.value.remedy == prompts.GET_AGAIN
 
 
@@ -675,7 +675,7 @@ def test_files_of_prompts_and_settings_of_another_form_are_refused(tmp_path):
     write(tmp_path / "own.yaml", "- 3\n")
     with pytest.raises(Refused, match="own.yaml: holds a list, expected sections of settings"):
         prompts.read_settings(tmp_path / "own.yaml")
-    texts = prompts.PromptTexts(prompts.Script(tmp_path / "none.py"), tmp_path)
+    texts = prompts.PromptTexts(tmp_path / "none.py", tmp_path)
     with pytest.raises(Refused, match=f"--prompt_root {tmp_path}: ") as refusal:
         texts.file("../general", must_exist=True)
     assert refusal.value.remedy == "Give the class another name."

@@ -60,7 +60,7 @@ class Generator:
         """All images of a line."""
         check_counts(line, self.count)
         classes = self.class_names()
-        source = prompts.PromptTexts(prompts.Script(line.root / "tools" / f"{self.name}.py"), line.path("prompt_root"))
+        source = prompts.PromptTexts(line.root / "tools" / f"{self.name}.py", line.path("prompt_root"))
         samplers = [(name, self.sampler(source, name)) for name in classes or ("",)]
         items = prompts.make_items(samplers, line[self.count], line["thread_num"], line["seed"])
         return Order(self, line, self._kind(line), tuple(items), classes)

@@ -27,19 +27,22 @@ def check_present(path: Path, what: str, remedy: str) -> Path:
 
 
 @dataclass(frozen=True)
-class Script:
-    """A script of the checkout, read and never run: lists and sentences that it assigns."""
+class PromptTexts:
+    """The texts of a run: lists and sentences that a script of the checkout assigns, which is read and never run, and
+    the lines of prompt files.
+    """
 
-    path: Path
+    script: Path
+    folder: Path
 
     @cached_property
     def _assigned(self) -> dict[str, list[ast.expr]]:
         """Every expression that the script's process assigns to a name, in the order of the lines."""
-        text = storage.read(check_present(self.path, "DatasetDM's script", ROOT_REMEDY), LARGEST_SCRIPT)
+        text = storage.read(check_present(self.script, "DatasetDM's script", ROOT_REMEDY), LARGEST_SCRIPT)
         try:
             tree = ast.parse(text)
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            raise Refused(f"{self.path}: not readable as Python ({type(error).__name__})", GET_AGAIN) from error
+            raise Refused(f"{self.script}: not readable as Python ({type(error).__name__})", GET_AGAIN) from error
         process = next(
             (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == FUNCTION), None
         )
@@ -49,12 +52,12 @@ class Script:
                 values.setdefault(node.targets[0].id, []).append(node.value)
         return values
 
-    def texts(self, name: str) -> list[str]:
+    def strings(self, name: str) -> list[str]:
         """The first list of texts that is assigned to a name and not empty."""
         values = [self._plain(each) for each in self._assigned.get(name, ()) if isinstance(each, ast.List)]
         lists = [each for each in values if each and all(isinstance(text, str) for text in each)]
         if not lists:
-            raise Refused(f"{self.path}: {FUNCTION} assigns no list of texts to {name}", GET_AGAIN)
+            raise Refused(f"{self.script}: {FUNCTION} assigns no list of texts to {name}", GET_AGAIN)
         return lists[0]
 
     def lists(self, name: str) -> dict[str, list[str]]:
@@ -64,7 +67,7 @@ class Script:
             documents.check_form(value, dict, name)
             documents.check_form(value, dict.fromkeys(value, [str]), name)
         except ValueError as error:
-            raise Refused(f"{self.path}: {error}", GET_AGAIN) from error
+            raise Refused(f"{self.script}: {error}", GET_AGAIN) from error
         return value
 
     def template(self, argument: str = "") -> str:
@@ -80,7 +83,7 @@ class Script:
             elif isinstance(inner, ast.Constant) and not argument:
                 sentences.append(inner.value)
         if not sentences or not isinstance(sentences[-1], str) or (argument and sentences[-1].count("{}") != 1):
-            raise Refused(f"{self.path}: {FUNCTION} builds no prompt from {argument or 'a text alone'}", GET_AGAIN)
+            raise Refused(f"{self.script}: {FUNCTION} builds no prompt from {argument or 'a text alone'}", GET_AGAIN)
         return sentences[-1]
 
     def _plain(self, node: ast.expr) -> Any:
@@ -92,6 +95,23 @@ class Script:
         if isinstance(node, ast.Dict):
             return {self._plain(key): self._plain(each) for key, each in zip(node.keys, node.values) if key}
         return node.value if isinstance(node, ast.Constant) else None
+
+    def file(self, name: str, *, must_exist: bool) -> list[str]:
+        """The lines of a class's file."""
+        try:
+            path = self.folder / documents.check_inside(f"{name}.txt")
+        except ValueError as error:
+            raise Refused(f"--prompt_root {self.folder}: {error}", "Give the class another name.") from error
+        if must_exist and storage.is_there(self.folder) and not storage.is_there(path):
+            raise Refused(
+                f"--prompt_root {self.folder}: it has no {path.name}{storage.named_alike(path)}",
+                "Add this file, with one prompt per line.",
+            )
+        return read_prompt_lines(path) if must_exist or storage.is_there(path) else []
+
+    def general(self) -> list[str]:
+        """The lines for every class."""
+        return read_prompt_lines(self.folder / GENERAL)
 
 
 ROOT_REMEDY = "Give a checkout of showlab/DatasetDM with --root: its lists and sentences are read there."
@@ -129,69 +149,42 @@ GENERAL = "general.txt"
 FIRST_SEED = 200_000
 
 
-@dataclass(frozen=True)
-class PromptTexts:
-    """The texts of a run: the generator's script in the user's checkout, and the folder of prompt files."""
-
-    script: Script
-    folder: Path
-
-    def file(self, name: str, *, must_exist: bool) -> list[str]:
-        """The lines of a class's file."""
-        try:
-            path = self.folder / documents.check_inside(f"{name}.txt")
-        except ValueError as error:
-            raise Refused(f"--prompt_root {self.folder}: {error}", "Give the class another name.") from error
-        if must_exist and storage.is_there(self.folder) and not storage.is_there(path):
-            raise Refused(
-                f"--prompt_root {self.folder}: it has no {path.name}{storage.named_alike(path)}",
-                "Add this file, with one prompt per line.",
-            )
-        return read_prompt_lines(path) if must_exist or storage.is_there(path) else []
-
-    def general(self) -> list[str]:
-        """The lines for every class."""
-        return read_prompt_lines(self.folder / GENERAL)
-
-
 Sampler = Callable[[random.Random], str]  # the next prompt of a class
 SamplerOf = Callable[[PromptTexts, str], Sampler]  # of texts, and a class as files and sentences name it
 
 
 def voc(texts: PromptTexts, name: str) -> Sampler:
     """Kinds of the class or whole prompts, both from lists in the script, and the lines of its file."""
-    script = texts.script
-    kinds = script.lists("map_dict")
+    kinds = texts.lists("map_dict")
     if name in kinds:
-        sentence = script.texts("prompts_list")[0]
+        sentence = texts.strings("prompts_list")[0]
         lines = [sentence.format(kind, name) for kind in kinds[name]]
     elif name == "person":
-        lines = [line.format(noun) for noun in script.texts("names") for line in script.texts("prompt_for_person")]
+        lines = [line.format(noun) for noun in texts.strings("names") for line in texts.strings("prompt_for_person")]
     else:
-        lines = script.texts(f"prompt_for_{name}")
+        lines = texts.strings(f"prompt_for_{name}")
     lines = [*lines, *texts.file(name, must_exist=False)]
-    return sample_line_or_template(lines, script.template("class_target").format(name))
+    return sample_line_or_template(lines, texts.template("class_target").format(name))
 
 
 def coco(texts: PromptTexts, name: str) -> Sampler:
     """The lines of the class's file, for persons sentences of the script, and the lines for every class."""
-    script = texts.script
     if name == "person":
-        lines = [line.format(noun) for noun in script.texts("names") for line in script.texts("prompts_list")]
+        lines = [line.format(noun) for noun in texts.strings("names") for line in texts.strings("prompts_list")]
     else:
         lines = texts.file(name, must_exist=False)
-    return sample_line_or_template([*lines, *texts.general()], script.template("class_target").format(name))
+    return sample_line_or_template([*lines, *texts.general()], texts.template("class_target").format(name))
 
 
 def cityscapes(texts: PromptTexts, name: str) -> Sampler:
     """A line of the class's file or of the one for every class, in the script's sentence."""
-    sentence = texts.script.template("choice")
+    sentence = texts.template("choice")
     return sample_line([*texts.file(name, must_exist=True), *texts.general()], sentence)
 
 
 def medical(texts: PromptTexts, name: str) -> Sampler:
     """The script's one sentence; a line is sampled all the same."""
-    sampler, sentence = cityscapes(texts, name), texts.script.template()
+    sampler, sentence = cityscapes(texts, name), texts.template()
     return lambda generator: sampler(generator) and sentence
 
 
@@ -202,13 +195,12 @@ def general(texts: PromptTexts, name: str) -> Sampler:
 
 def sentence(texts: PromptTexts, name: str) -> Sampler:
     """A line in the script's sentence."""
-    return sample_line(texts.general(), texts.script.template("choice"))
+    return sample_line(texts.general(), texts.template("choice"))
 
 
 def pose(texts: PromptTexts, name: str) -> Sampler:
     """Every pairing of the script's sentences, nouns and ends."""
-    script = texts.script
-    ends, nouns, lines = script.texts("body"), script.texts("names"), script.texts("prompts_list")
+    ends, nouns, lines = texts.strings("body"), texts.strings("names"), texts.strings("prompts_list")
     return sample_line([line.format(noun, end) for end in ends for noun in nouns for line in lines], "{}")
 
 
