@@ -22,17 +22,12 @@ class Totals:
 
     images: int
     masks: int = 0
-    matched: int = 0  # queries with a matched mask
-    queries: int = 0
-
-    @property
-    def weight(self) -> float:
-        """Of the class cross-entropy."""
-        return self.matched + NO_OBJECT * (self.queries - self.matched)
+    weight: float = 0.0  # of the class cross-entropy
 
 
 def totals(counts: Sequence[int], queries: int) -> Totals:
-    return Totals(len(counts), sum(counts), sum(min(count, queries) for count in counts), len(counts) * queries)
+    matched = sum(min(count, queries) for count in counts)  # queries with a mask
+    return Totals(len(counts), sum(counts), matched + NO_OBJECT * (len(counts) * queries - matched))
 
 
 def sample_points(maps: Tensor, points: Tensor) -> Tensor:
