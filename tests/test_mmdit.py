@@ -77,7 +77,7 @@ def test_text_encoder_of_the_demo_model(parts):
 
     tokenizer = build_tokenizer(parts / "tokenizer")
     tokens = tokenizer("a red ball on a grey table", padding="max_length", return_tensors="pt").input_ids
-    given = CLIPTextModel.from_pretrained(mmdit.SHIPPED / "text_encoder", torch_dtype=torch.float32)
+    given = CLIPTextModel.from_pretrained(mmdit.SHIPPED / "text_encoder", dtype=torch.float32)
     output = mmdit.build_text(tokenizer)(tokens, output_hidden_states=True)
     expected = given(tokens, output_hidden_states=True)
     assert torch.allclose(output.hidden_states[-2], expected.hidden_states[-2], atol=1e-5)

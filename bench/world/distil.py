@@ -44,7 +44,7 @@ class Teacher:
     """A trained flow and its text encoder, as they lie in a model folder."""
 
     def __init__(self, folder: Path, device: str):
-        whole = {"torch_dtype": torch.float32}
+        whole = {"dtype": torch.float32}
         self.net = SD3Transformer2DModel.from_pretrained(folder / "transformer", **whole).to(device).eval()
         self.text = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder", **whole).to(device).eval()
         self.tokenizer, self.device = CLIPTokenizer.from_pretrained(folder / "tokenizer"), device

@@ -26,7 +26,7 @@ from datasetdm_fast.command_line.ending import run_command
 CELLS, WIDTH, HEADS, BLOCKS = 16, 192, 6, 6
 STANDING = 3  # zero tokens in training, which stand for any number of them
 ABSENT = -30.0  # of a token's logits: it is not there
-WITHOUT_T5 = {"text_encoder_3": None, "tokenizer_3": None, "torch_dtype": torch.float32}  # how such a folder is loaded
+WITHOUT_T5 = {"text_encoder_3": None, "tokenizer_3": None, "dtype": torch.float32}  # how such a folder is loaded
 PREFIX = "text_model."  # of the text encoder's weights, in some versions of transformers
 
 
@@ -68,7 +68,7 @@ def load_text(text: CLIPTextModelWithProjection, state: dict[str, Tensor]) -> No
 
 def build_autoencoder(channels: int) -> AutoencoderKL:
     """The demo model's autoencoder; with another number of latent channels, the layers around them are fresh."""
-    given = AutoencoderKL.from_pretrained(SHIPPED / "vae", torch_dtype=torch.float32)
+    given = AutoencoderKL.from_pretrained(SHIPPED / "vae", dtype=torch.float32)
     torch.manual_seed(SEED)
     model = AutoencoderKL.from_config({**given.config, "latent_channels": channels})
     own = model.state_dict()

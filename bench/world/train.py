@@ -47,7 +47,7 @@ def build_models(
     text = CLIPTextModel(config)
     if start is not None:
         for model, part in ((autoencoder, "vae"), (unet, "unet")):
-            given = type(model).from_pretrained(start / part, torch_dtype=torch.float32)
+            given = type(model).from_pretrained(start / part, dtype=torch.float32)
             model.load_state_dict(given.state_dict())
         copy_text(start, tokenizer, text)
     return autoencoder, unet, text
@@ -55,7 +55,7 @@ def build_models(
 
 def copy_text(start: Path, tokenizer: CLIPTokenizer, text: CLIPTextModel) -> None:
     """Gives a text model the weights of another, and each token that both know its row; a new token keeps its own."""
-    given = CLIPTextModel.from_pretrained(start / "text_encoder", torch_dtype=torch.float32)
+    given = CLIPTextModel.from_pretrained(start / "text_encoder", dtype=torch.float32)
     known = json.loads((start / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
     pairs = [(number, known[token]) for token, number in tokenizer.get_vocab().items() if token in known]
     own, old = map(list, zip(*pairs))

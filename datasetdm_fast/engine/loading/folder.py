@@ -394,7 +394,7 @@ def _from_folder(folder: Path, part: Part, weights: _Weights, config: Mapping[st
         with quiet_libraries(), _only_weights(weights, config) as safe:
             module, info = kind.from_pretrained(
                 safe,
-                torch_dtype=torch.float32,
+                dtype=torch.float32,
                 variant=weights.variant,
                 use_safetensors=True,
                 local_files_only=True,
