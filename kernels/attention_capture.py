@@ -54,22 +54,17 @@ def _attention_capture_kernel(
     # known, so that Triton sees heads of 40 start at multiples of 16 bytes and loads whole vectors
     q_stride_head: tl.constexpr,
     q_stride_query,
-    q_stride_width,
     k_stride_image,
     k_stride_head: tl.constexpr,
     k_stride_token,
-    k_stride_width,
     v_stride_image,
     v_stride_head: tl.constexpr,
     v_stride_token,
-    v_stride_width,
     weight_stride_head,
     weight_stride_token,
-    weight_stride_feature,
     out_stride_image,
     out_stride_head: tl.constexpr,
     out_stride_query,
-    out_stride_width,
     heads,
     queries,
     tokens,
@@ -106,19 +101,19 @@ def _attention_capture_kernel(
             column = start + lane
             is_column = column < width
             q = tl.load(
-                q_head + query[:, None] * q_stride_query + column[None, :] * q_stride_width,
+                q_head + query[:, None] * q_stride_query + column[None, :],
                 mask=is_query[:, None] & is_column[None, :],
                 other=0.0,
             )
             k = tl.load(
-                k_head + wide[None, :] * k_stride_token + column[:, None] * k_stride_width,
+                k_head + wide[None, :] * k_stride_token + column[:, None],
                 mask=is_wide[None, :] & is_column[:, None],
                 other=0.0,
             )
             scores = tl.dot(q, k, scores, input_precision=PRECISION)
             if REST > 0:
                 k = tl.load(
-                    k_head + rest[None, :] * k_stride_token + column[:, None] * k_stride_width,
+                    k_head + rest[None, :] * k_stride_token + column[:, None],
                     mask=is_rest[None, :] & is_column[:, None],
                     other=0.0,
                 )
@@ -137,7 +132,7 @@ def _attention_capture_kernel(
             maps_rest = (maps_rest / total[:, None]).to(weight_ptr.dtype.element_ty)
         maps = (maps / total[:, None]).to(weight_ptr.dtype.element_ty)
         # 4. The maps times the decoder's weights of this head
-        weight_head = weight_ptr + head * weight_stride_head + feature[None, :] * weight_stride_feature
+        weight_head = weight_ptr + head * weight_stride_head + feature[None, :]
         weight = tl.load(
             weight_head + wide[:, None] * weight_stride_token, mask=is_wide[:, None] & is_feature[None, :], other=0.0
         )
@@ -157,19 +152,19 @@ def _attention_capture_kernel(
                 column = start + lane
                 is_column = column < width
                 v = tl.load(
-                    v_head + wide[:, None] * v_stride_token + column[None, :] * v_stride_width,
+                    v_head + wide[:, None] * v_stride_token + column[None, :],
                     mask=is_wide[:, None] & is_column[None, :],
                     other=0.0,
                 )
                 answer = tl.dot(maps, v, input_precision=PRECISION)
                 if REST > 0:
                     v = tl.load(
-                        v_head + rest[:, None] * v_stride_token + column[None, :] * v_stride_width,
+                        v_head + rest[:, None] * v_stride_token + column[None, :],
                         mask=is_rest[:, None] & is_column[None, :],
                         other=0.0,
                     )
                     answer = tl.dot(maps_rest, v, answer, input_precision=PRECISION)
-                place = query[:, None] * out_stride_query + column[None, :] * out_stride_width
+                place = query[:, None] * out_stride_query + column[None, :]
                 tl.store(
                     out_head + place, answer.to(out_ptr.dtype.element_ty), mask=is_query[:, None] & is_column[None, :]
                 )
@@ -200,6 +195,7 @@ def fused(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Tens
     if k.shape[2] > MOST_TOKENS or q.shape[3] > WIDEST:
         return plain(q, k, v, weight)
     (batch, heads, queries, width), tokens, features = q.shape, k.shape[2], weight.shape[2]
+    q, k, v, weight = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, weight))
     (wide, rest), sizes = split(tokens), blocks(BLOCKS, "attention_capture", q)
     out = q.new_empty((batch, queries, heads, width)).transpose(1, 2)
     level = q.new_empty((batch, queries, features), dtype=torch.float32)
@@ -212,11 +208,9 @@ def fused(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Tens
             weight,
             out,
             level,
-            *q.stride(),
-            *k.stride(),
-            *v.stride(),
-            *weight.stride(),
-            *out.stride(),
+            *[stride for x in (q, k, v) for stride in x.stride()[:3]],
+            *weight.stride()[:2],
+            *out.stride()[:3],
             heads,
             queries,
             tokens,

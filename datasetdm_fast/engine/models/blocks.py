@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from datasetdm_fast import _C
-from datasetdm_fast.engine.models.capture import CaptureHook, Slot
+from datasetdm_fast.engine.models.capture import CaptureHook
 from datasetdm_fast.engine.models.layers import (
     Convolution,
     GroupNorm,
@@ -81,19 +81,14 @@ class Packed:
 
 
 class Block(Packed, nn.Module):
-    """The layers of a plain module under their own names; a block that holds `plain` has it in a list."""
+    """All that a plain module has, under its own names."""
 
     def __init__(self, plain: nn.Module):
-        super().__init__()
-        self._parameters.update(plain._parameters)
-        self._modules.update(plain._modules)
+        nn.Module.__init__(self)
+        self.__dict__.update(plain.__dict__)
 
 
 class ConvolutionBlock(Block):
-    def __init__(self, plain: Convolution):
-        super().__init__(plain)
-        self.stride, self.padding = plain.stride, plain.padding
-
     def pack(self, packing: Packing) -> _C.Convolution:
         return packing.convolution(self)
 
@@ -107,9 +102,7 @@ class ConvolutionBlock(Block):
 
 
 class UpsampleBlock(Block):
-    def __init__(self, plain: Upsample):
-        super().__init__(plain)
-        self.taps = plain.taps
+    taps: Tensor | None  # until they are packed
 
     def pack(self, packing: Packing) -> _C.Upsample:
         taps: Any = self.taps
@@ -146,7 +139,6 @@ class TransformerBlock(Block):
     def __init__(self, plain: Transformer):
         super().__init__(plain)
         (block,) = plain.blocks
-        self.plain = [plain]
         self.heads, self.slot = block.heads, block.slot
         self.width = len(plain.exit.weight)
 
@@ -225,14 +217,8 @@ def with_blocks(unet: UNet, in_pairs: bool = False) -> nn.Module:
     return UNetBlock(unet) if is_whole else unet
 
 
-class UNetBlock(Block):
+class UNetBlock(Block, UNet):
     """A UNet in one call of csrc, whose hook reads at its end; one of self-attention has blocks called singly."""
-
-    def __init__(self, plain: UNet):
-        super().__init__(plain)
-        self.plain = [plain]
-        self.text_layers, self.entry, self.steps = plain.text_layers, plain.entry, plain.steps
-        self.sides = [2**depth for depth in range(plain.depths)]
 
     def pack(self, packing: Packing) -> _C.UNet:
         parting = next(block for block in self.blocks if isinstance(block, TransformerBlock))
@@ -244,8 +230,8 @@ class UNetBlock(Block):
 
     def forward(self, latents: Tensor, biases: Tensor, text: Sequence[Tensor], hook: CaptureHook) -> Tensor:
         batch, _, height, width = latents.shape
-        if any(hook.reads_self(height * width // side**2) for side in self.sides):
-            return self.plain[0](latents, biases, text, hook)
+        if any(hook.reads_self(height * width // 4**depth) for depth in range(self.depths)):
+            return super().forward(latents, biases, text, hook)
         if text[0].shape[1] != 2 * batch:  # csrc would read beyond its end
             raise ValueError(
                 f"unet: keys and values of {text[0].shape[1]} texts for {batch} latents, expected {2 * batch}"
@@ -289,12 +275,3 @@ class UNetBlock(Block):
             (q,) = split_heads(q if len(q) == len(k) else double_halves(q), 1, block.heads)
             hook.on_queries(block.slot, q, k)
         return out
-
-    @property
-    def deep(self) -> Slot:
-        return self.plain[0].deep
-
-    def forward_from(
-        self, latents: Tensor, biases: Tensor, text: Sequence[Tensor], deep: Tensor, hook: CaptureHook
-    ) -> Tensor:
-        return self.plain[0].forward_from(latents, biases, text, deep, hook)
