@@ -90,7 +90,7 @@ def restore(run: Run, requested: Iterable[int] | None, *, is_dry: bool = False) 
 
 def _find_known(run: Run, requested: Iterable[int], remedy: str) -> tuple[set[int], dict[int, Any]]:
     """The samples of the data set and the dropped ones; a request for any other is refused."""
-    present = {row.request.index for row in run.rows(())}
+    present = set(run.indices)
     if run.shards is not None:
         dropped = dict.fromkeys(run.shards.dropped)  # whose rows nobody needs
     else:
