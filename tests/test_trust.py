@@ -304,6 +304,13 @@ def test_a_run_goes_on_until_enough_are_trusted(kept):
     assert report.findings == [] and report.is_complete and report.done == NUMBER
 
 
+def test_the_doubtful_samples_of_a_run_are_searched_like_the_others(kept):
+    run = open_run(kept, doubtful=True)
+    word = run[0].classes[0]
+    assert [row.request.id for row in run.rows(())] == [sample.id for sample in run]
+    assert [sample.id for sample in run.where(classes=[word])] == [each.id for each in run if word in each.classes]
+
+
 def test_stopped_anywhere_and_damaged_it_becomes_the_same(kept, tmp_path, monkeypatch):
     path, before = tmp_path / "run", tree(kept)
     for _ in range(9):

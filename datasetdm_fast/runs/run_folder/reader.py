@@ -188,7 +188,8 @@ class Run(AbstractContextManager["Run"]):
             raise without_ledger(self.path, self.document)
         self._ledger: Ledger | None = None
         self._owner = os.getpid()
-        self._indices = self.ledger.indices(DOUBTFUL if doubtful else DONE)
+        self._status = DOUBTFUL if doubtful else DONE
+        self._indices = self.ledger.indices(self._status)
         if kept and (decided := read_filter(self.path)) is not None:
             self._indices = self.keep(decided)._indices
 
@@ -241,7 +242,7 @@ class Run(AbstractContextManager["Run"]):
         if self.shards is not None:
             return self.shards.rows_of(self._indices, parts)
         indices = set(self._indices)
-        return (row for row in self.ledger.rows(parts=parts) if row.request.index in indices)
+        return (row for row in self.ledger.rows(self._status, parts=parts) if row.request.index in indices)
 
     @overload
     def __getitem__(self, key: slice) -> Run: ...
