@@ -54,6 +54,14 @@ def test_cached_calls_follow_a_whole_one(captured):
     assert all(min(call - whole for whole in keeping if whole < call) < speed.CACHE_INTERVAL for call in cached)
 
 
+@pytest.mark.parametrize("wrong", [{0}, {1}, {2}, {5}, {4, 6}])  # 5 is captured, so 3 is the last whole call
+def test_a_recipe_that_keeps_other_calls_breaks_its_promise(wrong):
+    recipe = SimpleNamespace(facts={"speed": "cache3"}, schedule=range(10), captured=(5,), fp8=set())
+    speed_gate.check_promise(SimpleNamespace(**vars(recipe) | {"cached": {4, 7, 8}}))
+    with pytest.raises(GateFailed, match="not every third call is whole"):
+        speed_gate.check_promise(SimpleNamespace(**vars(recipe) | {"cached": wrong}))
+
+
 def test_inner_calls_are_all_but_the_ends_and_the_captured_ones():
     assert speed.inner_calls(6, (2,)) == {1, 3, 4}
 
@@ -85,7 +93,6 @@ def test_a_call_from_its_own_deep_features_is_that_call(tiny, is_fused, monkeypa
 
 def test_both_speeds_are_25_calls_of_which_11_are_whole():
     engine = FastEngine(load_model("demo"), device="cpu")
-    assert len(make_recipe(engine, (), speed="fast25").schedule) == 25
     recipe = make_recipe(engine, (), speed="fast25-cache3")
     assert (recipe.facts["sampler"], len(recipe.schedule), recipe.facts["whole_calls"]) == ("dpm-solver++", 25, 11)
     assert recipe.cached == speed.cached_calls(25, recipe.captured)
@@ -160,6 +167,8 @@ def test_calls_in_fp8(monkeypatch):
     exact, rounded = engine.denoise(latents, 500, text), engine.denoise_in_fp8(latents, 500, text)
     assert 1e-3 < (rounded - exact).norm() / exact.norm() < 0.1
     torch.testing.assert_close(engine.denoise(latents, 500, text), exact, rtol=0, atol=0)
+    with pytest.raises(GateFailed, match="captured calls are in fp8"):
+        speed_gate.check_promise(replace(recipe, fp8=frozenset(range(len(recipe.schedule)))))
     monkeypatch.setattr(device, "multiplies_fp8", lambda device: False)
     with pytest.raises(Refused, match="the GPU has no fp8 products"):
         make_recipe(engine, (), speed="fp8")
@@ -246,7 +255,8 @@ def test_samples_that_were_set_aside_count_as_doubtful_and_are_compared_with_not
 def test_a_speed_is_judged_by_each_figure_beside_that_of_exact_images(monkeypatch):
     held = {"exact": {"IoU semantic": 0.9, "REL depth": 0.1, "doubtful": 0.0}}
     held["speed"] = {"IoU semantic": 0.895, "REL depth": 0.2, "doubtful": 0.0}
-    monkeypatch.setattr(speed_gate, "check_call", lambda *_: None)
+    for name in ("check_promise", "check_call"):
+        monkeypatch.setattr(speed_gate, name, lambda *_: None)
     monkeypatch.setattr(speed_gate, "_place", lambda job, recipe, exact: recipe)
     monkeypatch.setattr(speed_gate, "_cached", lambda place, measure: held[place if place == "exact" else "speed"])
     monkeypatch.setattr(speed_gate, "count_images", lambda job: 64)

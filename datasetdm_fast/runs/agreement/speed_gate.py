@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from datasetdm_fast import kernels
+from datasetdm_fast.config import FAST, FP8
 from datasetdm_fast.data import Annotation, Batch, DepthMap, Keypoints, Quarantined, Sample
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine import loop
@@ -75,6 +76,7 @@ def count_calls(job: Job, exact: Recipe) -> int:
 
 def judge_speed(job: Job, exact: Recipe, on_unet_call: Callable[[], None]) -> dict[str, Any]:
     """The verdict on a job's recipe as run.json has it, from the cache where nothing changed; `exact` has no speed."""
+    check_promise(job.recipe)
     check_call(job)
     speed_figures, exact_figures = (
         _cached(_place(job, recipe, exact), partial(_figures, job, recipe, exact, on_unet_call))
@@ -90,6 +92,20 @@ def judge_speed(job: Job, exact: Recipe, on_unet_call: Callable[[], None]) -> di
         "passed": all(figure.is_passed for figure in figures),
         "measures": [asdict(figure) | {"passed": figure.is_passed} for figure in figures],
     }
+
+
+def check_promise(recipe: Recipe) -> None:
+    """Refuses a recipe that is not what its speed is called: labels may fit images of far fewer calls as well."""
+    name, calls = recipe.facts["speed"], len(recipe.schedule)
+    if FAST in name and calls != 25:
+        raise GateFailed(f"--speed {name}: it makes {calls} calls, not 25; nothing was written", REPORT)
+    whole = [call for call in range(calls) if call not in recipe.cached and call != recipe.captured[-1]]
+    if recipe.cached & {0, 1, 2, *recipe.captured} or any(
+        call - max(other for other in whole if other < call) > 2 for call in recipe.cached
+    ):
+        raise GateFailed(f"--speed {name}: not every third call is whole; nothing was written", REPORT)
+    if name == FP8 and recipe.fp8 & {0, calls - 1, *recipe.captured}:
+        raise GateFailed(f"--speed {name}: its first, last or captured calls are in fp8; nothing was written", REPORT)
 
 
 def check_call(job: Job) -> None:
