@@ -2873,6 +2873,20 @@ def test_a_folder_nobody_may_look_into_is_refused(copied, name):
         root.chmod(0o755)
 
 
+def test_a_damaged_row_is_left_out_where_images_are_named_too(tmp_path):
+    pictures = []
+    for k in range(3):
+        save(tmp_path / f"{k}.png", np.full((20, 40, 3), k, np.uint8))
+        pictures.append({"bytes": (tmp_path / f"{k}.png").read_bytes(), "path": f"{k}.png"})
+    texts = pa.array([b"a", b"\xff\xfe", b"a"], pa.binary()).view(pa.string())
+    numbers = pa.array([[[0] * 40] * 20] * 3, pa.list_(pa.list_(pa.int32())))
+    parquet.write_table(pa.table({"image": pictures, "label": numbers, "text": texts}), tmp_path / "train-0.parquet")
+    text(tmp_path / "classes.txt", "background\nmug\n")
+    for names in ((), ("0.png", "2.png")):
+        source = open_data(f"hf:{tmp_path}", SIZE, skip_bad=True, selection=Selection(images=names))
+        assert [item.id for item in source] == ["00000000", "00000002"]
+
+
 def test_a_missing_library_is_said(monkeypatch, tmp_path):
     import sys
 

@@ -41,7 +41,7 @@ class HuggingFace(PictureSource):
         self.path, self.rows = path, tables.open_rows(path, split)
         names = self.rows.columns
         self.columns = {what: next((name for name in known if name in names), "") for what, known in COLUMNS.items()}
-        first = self._first_row()
+        first = self._look_at(0)
         self.columns |= {what: _map_column(COLUMNS[what], names, first) for what in ("label", "depth")}
         self.table = self._table()
         if not self.columns["image"] or not (self.columns["label"] or self.columns["depth"]):
@@ -60,10 +60,11 @@ class HuggingFace(PictureSource):
         self.captions_name_all = not self.columns["caption"]
         super().__init__(size, len(self.rows))
 
-    def _first_row(self) -> dict[str, Any]:
+    def _look_at(self, record: int) -> dict[str, Any]:
+        """A row, empty where it cannot be read, which is reported when it has to be, as it may be skipped."""
         try:
-            return self.rows.row(0) if len(self.rows) else {}
-        except Refused:  # reported when it is read, as it may be skipped
+            return self.rows.row(record) if record < len(self.rows) else {}
+        except Refused:
             return {}
 
     def _table(self) -> dict[str, Any]:
@@ -94,7 +95,7 @@ class HuggingFace(PictureSource):
         return f"{self.path}: row {record}"
 
     def path_of(self, record: int) -> str:
-        value = self.rows.row(record)[self.columns["image"]]
+        value = self._look_at(record).get(self.columns["image"])
         path = value.get("path") if isinstance(value, dict) else value
         return path if isinstance(path, str) and path else str(record)
 
