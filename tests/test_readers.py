@@ -3187,7 +3187,7 @@ def test_what_save_to_disk_writes_is_read_by_its_splits(copied):
     ("layout", "name", "lines", "reason"),
     [
         ("kitti", "kitti_eigen_train.txt", "\n\na.png\n", "line 3 names no image and depth"),
-        ("hf-imagefolder", "train/metadata.jsonl", "\n[]\n", "line 2 is no JSON object"),
+        ("hf-imagefolder", "train/metadata.jsonl", "\n[]\n", "line 2: holds a JSON list"),
         ("yolo-seg", "labels/train/000000.txt", "\n \nball\n", "line 3: not a class"),
         ("celebamask-hq", "CelebA-HQ-to-CelebA-mapping.txt", "idx orig_idx\n\n0\n", "line 3 is not the number"),
     ],

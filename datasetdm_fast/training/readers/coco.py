@@ -14,7 +14,7 @@ from datasetdm_fast.engine.labels import mask_rle
 from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Picture
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.training.readers.coco_layout import PictureFolder, find_layout, find_pictures
+from datasetdm_fast.training.readers.coco_layout import find_layout, find_pictures
 from datasetdm_fast.training.truth import shapes, windows
 from datasetdm_fast.training.truth.picture_source import largest
 from datasetdm_fast.untrusted import documents
@@ -165,7 +165,7 @@ class Coco(shapes.OutlineSource):
         names = [image.get("file_name") for image in first.images.values()]
         self.pictures = find_pictures(layout.folders, names, first.path)
         self._open(things, persons, size, is_pose_alone)
-        self.layout = _describe_layout(first.path, self.pictures, path)
+        self.layout = f"annotations of {_below(path, first.path)}, pictures in {_below(path, self.pictures.folder)}"
 
     def _open(self, things: Annotations | None, persons: Annotations | None, size: int, is_pose_alone: bool) -> None:
         self.things, self.persons, self.shows_persons = things, persons, is_pose_alone
@@ -294,13 +294,9 @@ class Coco(shapes.OutlineSource):
         return nearness > 0.2 / 16 * int(seen.sum()) + 0.45 - 0.2 / 16
 
 
-def _describe_layout(annotations: Path, pictures: PictureFolder, root: Path) -> str:
-    """What was taken of a data set that tools lay out in several ways."""
-
-    def short(path: Path) -> Path:
-        return path.relative_to(root) if root.is_dir() and path != root and path.is_relative_to(root) else path
-
-    return f"annotations of {short(annotations)}, pictures in {short(pictures.folder)}"
+def _below(root: Path, path: Path) -> Path:
+    """A path inside of a folder by its place there."""
+    return path.relative_to(root) if root.is_dir() and path != root and path.is_relative_to(root) else path
 
 
 def _limbs(skeleton: Any, joints: int) -> tuple[tuple[int, int], ...]:

@@ -88,12 +88,8 @@ class MetadataRows:
 
 
 def _json_rows(file: Path) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in reading.numbered_lines(file, most=LARGEST_METADATA):
-        rows.append(documents.parse_json(line, f"{file}, line {number}"))
-        if not isinstance(rows[-1], dict):
-            raise reading.bad(file, f"line {number} is no JSON object")
-    return rows
+    lines = reading.numbered_lines(file, most=LARGEST_METADATA)
+    return [documents.parse_object(line, f"{file}, line {number}") for number, line in lines]
 
 
 def _csv_rows(file: Path) -> list[dict[str, Any]]:
