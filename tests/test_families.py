@@ -575,6 +575,7 @@ def test_the_levels_of_transformers_lie_where_their_tokens_do():
         (Z_IMAGE, thin, 16, 20, 512),
         (QWEN_IMAGE, two, 16, 5, 512),
     ):
+        configs |= settings(vae={"z_dim" if record is QWEN_IMAGE else "latent_channels": channels})
         expected = (*coarse(side, 15, 3, tokens), Level("highest", 32, (channels,), (), tokens, 1))
         assert record.levels(configs, 256, 2) == expected, record.name
         assert record.blocks(configs) == 8 and record.text(configs) == (tokens, 9)

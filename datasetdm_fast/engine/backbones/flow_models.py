@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.config import AttentionDefaults, Defaults
@@ -90,17 +89,34 @@ def scaled_latents(vae: Any) -> Latents:
     return Latents(vae.latent_channels, pixels, vae.scaling_factor, vae.shift_factor or 0.0)
 
 
-# The record of a family whose image and text tokens attend to one another, with the fields that are alike in most.
-joint_backbone = partial(
-    Backbone,
-    denoiser="transformer",
-    latents=lambda configs: scaled_latents(configs["vae"]),
-    multiple=16,
-    has_text_maps=True,
-    fast=JOINT_ENGINE,
-    halves=("bf16",),
-    file_parts={"transformer": "model.diffusion_model."},
-)
+def joint_backbone(
+    *,
+    text: Callable[[Configs], tuple[int, int]],
+    blocks: Callable[[Configs], int],
+    stride: Callable[[Configs], int] = lambda configs: 16,
+    **others: Any,
+) -> Backbone:
+    """The record of a family whose image and text tokens attend to one another, at `stride` pixels a token of an image,
+    with the fields that are alike in most.
+    """
+
+    def levels(configs: Configs, size: int, halves: int) -> tuple[Level, ...]:
+        network, vae = configs["transformer"], configs["vae"]
+        heads = network.n_heads if hasattr(network, "n_heads") else network.num_attention_heads
+        width = network.dim if hasattr(network, "dim") else heads * network.attention_head_dim
+        channels = vae.z_dim if hasattr(vae, "z_dim") else vae.latent_channels
+        return joint_levels(blocks(configs), width, heads, text(configs)[0], size, channels, stride(configs))
+
+    usual: dict[str, Any] = {
+        "denoiser": "transformer",
+        "latents": lambda configs: scaled_latents(configs["vae"]),
+        "multiple": 16,
+        "has_text_maps": True,
+        "fast": JOINT_ENGINE,
+        "halves": ("bf16",),
+        "file_parts": {"transformer": "model.diffusion_model."},
+    }
+    return Backbone(text=text, blocks=blocks, levels=levels, **usual | others)
 
 
 def names_of(pipeline: str) -> NameAdapter:

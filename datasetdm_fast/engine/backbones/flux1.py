@@ -11,11 +11,9 @@ from datasetdm_fast.engine.backbones.flow_models import (
     VAE,
     count_blocks,
     joint_backbone,
-    joint_levels,
     names_of,
     seg4diff_of_flux,
 )
-from datasetdm_fast.stages import Level
 
 DEV_LICENCE = "flux-1-dev-non-commercial-license"  # of Krea-dev, too
 
@@ -24,13 +22,6 @@ def _text(configs: Configs) -> tuple[int, int]:
     """Dev was trained with 512 tokens, schnell with 256."""
     network = configs["transformer"]
     return 512 if network.guidance_embeds else 256, network.joint_attention_dim
-
-
-def _levels(configs: Configs, size: int, halves: int) -> tuple[Level, ...]:
-    network = configs["transformer"]
-    heads = network.num_attention_heads
-    width = heads * network.attention_head_dim
-    return joint_levels(count_blocks(configs), width, heads, _text(configs)[0], size, network.in_channels // 4)
 
 
 def _defaults(configs: Configs) -> Defaults:
@@ -66,7 +57,6 @@ FLUX1 = joint_backbone(
     guidance=lambda configs: "embedded" if configs["transformer"].guidance_embeds else "none",
     text=_text,
     flow=FlowRule("uniform"),
-    levels=_levels,
     blocks=count_blocks,
     defaults=_defaults,
     tokenizer="tokenizer_2",

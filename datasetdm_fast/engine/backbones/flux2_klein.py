@@ -11,12 +11,10 @@ from datasetdm_fast.engine.backbones.flow_models import (
     chat,
     count_blocks,
     joint_backbone,
-    joint_levels,
     names_of,
     seg4diff_of_flux,
 )
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.stages import Level
 
 LENGTH = 512  # tokens of a text
 CONCEPT_PLACE = 510  # of them, where the published ConceptAttention has every word
@@ -26,14 +24,6 @@ READ_LAYERS = (9, 18, 27)  # of the text encoder
 
 def _is_distilled(configs: Configs) -> bool:
     return bool(configs["model_index"].get("is_distilled"))
-
-
-def _levels(configs: Configs, size: int, halves: int) -> tuple[Level, ...]:
-    network = configs["transformer"]
-    heads = network.num_attention_heads
-    return joint_levels(
-        count_blocks(configs), heads * network.attention_head_dim, heads, LENGTH, size, network.in_channels // 4
-    )
 
 
 def _defaults(configs: Configs) -> Defaults:
@@ -82,7 +72,6 @@ FLUX2_KLEIN = joint_backbone(
     text=lambda configs: (LENGTH, configs["transformer"].joint_attention_dim),
     flow=FlowRule("uniform", "empirical"),
     patch=1,
-    levels=_levels,
     blocks=count_blocks,
     defaults=_defaults,
     wrap=chat(enable_thinking=False),

@@ -6,9 +6,8 @@ from typing import Any
 from datasetdm_fast.config import Defaults, FlowRule
 from datasetdm_fast.engine.backbones import DAMAGED, Configs, Latents, LoadedModel, Part, Read
 from datasetdm_fast.engine.backbones.fitting import check_channels, check_settings
-from datasetdm_fast.engine.backbones.flow_models import CAPTURE, joint_backbone, joint_levels, names_of, seg4diff
+from datasetdm_fast.engine.backbones.flow_models import CAPTURE, joint_backbone, names_of, seg4diff
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.stages import Level
 from datasetdm_fast.untrusted.documents import quote
 
 USUAL_CHANNELS = 16  # of the autoencoder
@@ -19,13 +18,6 @@ TEMPLATE = (
     "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
 INSTRUCTION = 34  # tokens of the template before the prompt, whose states are dropped
-
-
-def _levels(configs: Configs, size: int, halves: int) -> tuple[Level, ...]:
-    network = configs["transformer"]
-    heads = network.num_attention_heads
-    width = heads * network.attention_head_dim
-    return joint_levels(network.num_layers, width, heads, LENGTH, size, network.in_channels // 4)
 
 
 def _latents(configs: Configs) -> Latents:
@@ -86,7 +78,6 @@ QWEN_IMAGE = joint_backbone(
     latents=_latents,
     text=lambda configs: (LENGTH, configs["transformer"].joint_attention_dim),
     flow=FlowRule("uniform"),
-    levels=_levels,
     blocks=lambda configs: configs["transformer"].num_layers,
     defaults=_defaults,
     wrap=lambda tokenizer, prompt: TEMPLATE.format(prompt),

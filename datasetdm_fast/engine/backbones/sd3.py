@@ -16,12 +16,10 @@ from datasetdm_fast.engine.backbones.flow_models import (
     T5,
     VAE,
     joint_backbone,
-    joint_levels,
     names_of,
     seg4diff,
 )
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.stages import Level
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,13 +35,6 @@ def t5_length(configs: Configs) -> int:
 def _text(configs: Configs) -> tuple[int, int]:
     tokens = configs["text_encoder"].max_position_embeddings + t5_length(configs)
     return tokens, configs["transformer"].joint_attention_dim
-
-
-def _levels(configs: Configs, size: int, halves: int) -> tuple[Level, ...]:
-    network = configs["transformer"]
-    heads = network.num_attention_heads
-    width, stride = heads * network.attention_head_dim, 8 * network.patch_size
-    return joint_levels(network.num_layers, width, heads, _text(configs)[0], size, network.in_channels, stride)
 
 
 def _defaults(configs: Configs) -> Defaults:
@@ -102,8 +93,8 @@ SD3 = joint_backbone(
     text=_text,
     most_pixels=lambda configs: 8 * configs["transformer"].patch_size * configs["transformer"].pos_embed_max_size,
     flow=FlowRule(max_shift=1.16),
-    levels=_levels,
     blocks=lambda configs: configs["transformer"].num_layers,
+    stride=lambda configs: 8 * configs["transformer"].patch_size,
     defaults=_defaults,
     long_text=lambda configs: ("tokenizer_3", t5_length(configs)),
     reference="datasetdm_fast.engine.backbones.sd3_reference:SD3Reference",

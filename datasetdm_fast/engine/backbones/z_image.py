@@ -12,19 +12,12 @@ from datasetdm_fast.engine.backbones.flow_models import (
     VAE,
     chat,
     joint_backbone,
-    joint_levels,
     names_of,
     seg4diff,
 )
-from datasetdm_fast.stages import Level
 
 LENGTH = 512  # tokens of a text at most
 TURBO_SHIFT = 3.0  # of the schedule; the base model has 6
-
-
-def _levels(configs: Configs, size: int, halves: int) -> tuple[Level, ...]:
-    network = configs["transformer"]
-    return joint_levels(network.n_layers, network.dim, network.n_heads, LENGTH, size, network.in_channels)
 
 
 def _defaults(configs: Configs) -> Defaults:
@@ -52,7 +45,6 @@ Z_IMAGE = joint_backbone(
     text=lambda configs: (LENGTH, configs["transformer"].cap_feat_dim),
     most_pixels=lambda configs: 16 * min(configs["transformer"].axes_lens[1:]),
     flow=FlowRule("uniform-fp32"),
-    levels=_levels,
     blocks=lambda configs: configs["transformer"].n_layers,
     defaults=_defaults,
     wrap=chat(enable_thinking=True),

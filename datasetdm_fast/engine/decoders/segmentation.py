@@ -398,6 +398,16 @@ class OpenVocabularyDecoder(SegmentationDecoder):
         self, capture: AnyCapture, text: Tensor | None = None, auxiliary: bool = False
     ) -> dict[str, Tensor | list[dict[str, Tensor]]]:
         batch = capture.batch
+        text = self.check_text(text, batch)
+        memory, mask_features = self.decode_pixels(capture)
+        words = 1 if text.ndim == 2 else text.shape[1]
+        content, position = self.make_queries(batch * words, text.reshape(batch * words, -1))
+        memory = [x.repeat_interleave(words, 0) for x in memory]
+        outputs = self.decode_queries(content, position, memory, mask_features.repeat_interleave(words, 0), auxiliary)
+        return outputs if text.ndim == 2 else split_by_image(outputs, batch)
+
+    def check_text(self, text: Tensor | None, batch: int) -> Tensor:
+        """The text, which is refused where it is no class embeddings of so many images."""
         width = self.config.text_width
         if text is None or text.ndim not in (2, 3) or text.shape[0] != batch or text.shape[-1] != width:
             received = "nothing" if text is None else f"shape {list(text.shape)}"
@@ -406,12 +416,7 @@ class OpenVocabularyDecoder(SegmentationDecoder):
                 f"[{batch}, K, {width}]",
                 "Pass the text encoder's embeddings of the class words as text.",
             )
-        memory, mask_features = self.decode_pixels(capture)
-        words = 1 if text.ndim == 2 else text.shape[1]
-        content, position = self.make_queries(batch * words, text.reshape(batch * words, -1))
-        memory = [x.repeat_interleave(words, 0) for x in memory]
-        outputs = self.decode_queries(content, position, memory, mask_features.repeat_interleave(words, 0), auxiliary)
-        return outputs if text.ndim == 2 else split_by_image(outputs, batch)
+        return text
 
     def make_queries(self, batch: int, text: Tensor | None) -> tuple[Tensor, Tensor]:
         assert text is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,13 +29,8 @@ from datasetdm_fast.stages import LEVELS
 
 Tensors = Mapping[str, Tensor]
 NOISE = "noise"  # its rows are those of the text
-
-
-class OpenedGraph(Protocol):
-    """An opened stage."""
-
-    def __call__(self, parts: Sequence[Tensors]) -> list[dict[str, Tensor]]:
-        """The outputs for the inputs of each part of a batch, in memory that later calls leave alone."""
+# An opened stage: inputs of each part of a batch -> its outputs, in memory that later calls leave alone.
+OpenedGraph = Callable[[Sequence[Tensors]], list[dict[str, Tensor]]]
 
 
 class GraphEngine(Engine):
@@ -209,22 +204,13 @@ class GraphEngine(Engine):
     @torch.inference_mode()
     def annotate(self, task: str, capture: AnyCapture, text: Tensor | None = None) -> dict[str, Tensor]:
         check_task(task, self.decoders)
-        decoder = self.decoders[task]
+        decoder: Any = self.decoders[task]
         read = decoder.level_sums(capture.of(task), self.model.levels)
-        sums, config = {f"sums_{name}": total for name, total in read.items()}, decoder.config
-        if not config.has_text:
-            return self._call_decoder(task, capture.batch, sums, None)
-        width = config.text_width
-        if text is None or text.ndim not in (2, 3) or text.shape[0] != capture.batch or text.shape[-1] != width:
-            received = "nothing" if text is None else f"shape {list(text.shape)}"
-            raise Refused(
-                f"open-vocabulary decoder: text is {received}, expected class embeddings [{capture.batch}, {width}] or "
-                f"[{capture.batch}, K, {width}]",
-                "Pass the text encoder's embeddings of the class words as text.",
-            )
-        if text.ndim == 3:
-            return self._call_decoder(task, capture.batch, sums, text)
-        outputs = self._call_decoder(task, capture.batch, sums, text[:, None])
+        sums = {f"sums_{name}": total for name, total in read.items()}
+        words = decoder.check_text(text, capture.batch) if decoder.config.has_text else None
+        if words is None or words.ndim == 3:
+            return self._call_decoder(task, capture.batch, sums, words)
+        outputs = self._call_decoder(task, capture.batch, sums, words[:, None])
         return {name: value[:, 0] for name, value in outputs.items()}
 
     def _call_decoder(self, task: str, batch: int, sums: Tensors, words: Tensor | None) -> dict[str, Tensor]:
