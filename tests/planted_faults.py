@@ -60,7 +60,7 @@ FAULTS = {
     ),
     "the host reads before the copy is over": Fault(
         "datasetdm_fast.kernels.transfer:_copy",
-        "torch.cuda.current_stream(group[0].device).synchronize()",
+        "torch.cuda.current_stream(values[0].device).synchronize()",
         "pass",
     ),
     "a pageable copy at the start of a batch": Fault(
@@ -91,9 +91,6 @@ FAULTS = {
     "a graph recorded at every call": Fault(RECORDED, "key = (name,", "key = (len(self.graphs),"),
     "a recording that other threads can spoil": Fault(
         "datasetdm_fast.engine.engines.cuda_graph:StepGraph.__init__", ', capture_error_mode="thread_local"', ""
-    ),
-    "an array over memory that is used again": Fault(
-        "datasetdm_fast.kernels.transfer:_copy", "place.numpy().copy()", "place.numpy()"
     ),
     "labels on the sampler's stream": Fault(
         f"{DRIVER}:LabelStream._follow", "torch.cuda.stream(self._stream)", "torch.cuda.device(self._device)"
@@ -208,8 +205,8 @@ FAULTS = {
     ),
     "another stream than that of the copies is waited for": Fault(
         "datasetdm_fast.kernels.transfer:_copy",
-        "torch.cuda.current_stream(group[0].device)",
-        "torch.cuda.default_stream(group[0].device)",
+        "torch.cuda.current_stream(values[0].device)",
+        "torch.cuda.default_stream(values[0].device)",
         {"scenario": "files"},
     ),
     "a region copied while the host waits": Fault(
@@ -305,12 +302,6 @@ FAULTS = {
         "self.widest, self.adjustments = worked",
         "torch.cuda.synchronize(); self.widest, self.adjustments = worked",
         {"scenario": "memory"},
-    ),
-    "one buffer for the threads of two GPUs": Fault(
-        "datasetdm_fast.kernels.transfer:_buffer",
-        "return _thread.bytes",
-        'return vars(threading).setdefault("buffer", torch.empty(2**20, dtype=torch.uint8, pin_memory=True))',
-        {"scenario": "cards"},
     ),
     "memory given back at every batch": Fault(
         f"{GPU}:GpuEngine._images",

@@ -41,7 +41,7 @@ from bench.rehearsal.kernels import (
 from bench.rehearsal.operations import adds_in_any_order, by_chance
 from bench.rehearsal.page_locked import PageLocked, filled
 from bench.rehearsal.roofline import Reckoning
-from bench.rehearsal.run import OfThread, Rehearsal, stage
+from bench.rehearsal.run import Rehearsal, stage
 from bench.rehearsal.timeline import AGAIN, EARLY, NUMBER, OTHERS, OURS, POLLS, WAIT, Flaw, HostThread, Timeline, ours
 from datasetdm_fast import _C
 from datasetdm_fast.errors import GateFailed, Missing, Refused
@@ -75,7 +75,6 @@ EXPECTED = {
     "graphs of one pool on several streams": ("pool", "engines/cuda_graph.py"),
     "a graph recorded at every call": ("host wait", "engines/cuda_graph.py"),
     "a recording that other threads can spoil": ("capture", "engines/cuda_graph.py"),
-    "an array over memory that is used again": ("race", "kernels/transfer.py"),
     "labels on the sampler's stream": ("wait for another thread", "engines/fast/engine.py"),
     "numbers of a schedule copied at every batch": ("host wait", "sampling/schedule.py"),
     "a tensor printed in the loop": ("host wait", "engine/loop/driver.py"),
@@ -116,7 +115,6 @@ EXPECTED = {
     "graphs of a pool on two streams at once": ("race", "engines/cuda_graph.py"),
     "an autoencoder of fp32 is given fp16": ("dtype", "engines/fast/engine.py"),
     "a wait for the whole GPU where memory ran out": ("host wait", "engines/fast/on_gpu.py"),
-    "one buffer for the threads of two GPUs": ("race", "kernels/transfer.py"),
     "memory given back at every batch": ("host wait", "engines/fast/on_gpu.py"),
     "the reference's tokens on the host": ("error", "engines/torch.py"),
     "captures copied while a thread waits": ("host wait", "captures/cache.py"),
@@ -642,16 +640,6 @@ def test_a_graph_is_replayed_between_its_inputs_and_its_answers():
     assert found("input", "output", "answer") == []
     for order in ("input answer output", "output input answer", "output answer input", "input answer"):
         assert found(*order.split()) == ["stale"], order
-
-
-def test_threads_that_run_in_one_have_values_of_their_own():
-    timeline = Timeline()
-    kept, other = OfThread(timeline), HostThread("labels")
-    kept.bytes = 1
-    with timeline.on_thread(other):
-        assert not hasattr(kept, "bytes")
-        kept.bytes = 2
-    assert kept.bytes == 1
 
 
 @long_test

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import logging
-import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, is_dataclass
 from typing import Any, NamedTuple
 from unittest import mock
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +26,6 @@ from datasetdm_fast.engine.engines.cuda_graph import StepGraph
 from datasetdm_fast.engine.loop import driver
 from datasetdm_fast.engine.sampling import schedule as walk
 from datasetdm_fast.kernels import choice, launch
-from datasetdm_fast.kernels.transfer import to_host
 
 
 class Allowed(NamedTuple):
@@ -191,14 +187,12 @@ def in_phases(generate: Callable, timeline: Timeline) -> Callable:
 def stage(timeline: Timeline, capability: tuple[int, int] = cuda.CAPABILITY) -> Iterator[Operations]:
     """The simulated machine: inside, tensors have no memory, and the GPU's work is noted in `timeline`."""
     operations = Operations(timeline)
-    is_local = isinstance(sys.modules[to_host.__module__]._thread, threading.local)
     logging.disable(logging.WARNING)
     with ExitStack() as stack:
         for module, name, value in (
             (nn.Module, "_apply", _replaced),
             (fake_tensor, "init_gpu_context", lambda device: None),  # PyTorch 2.11 would start the GPU itself
             (walk, "make_schedule", unobserved(walk.make_schedule)),
-            *([(sys.modules[to_host.__module__], "_thread", OfThread(timeline))] if is_local else []),
             (choice, "form_on", watched_forms(choice.form_on, timeline)),
             (choice, "is_sound", lambda name, form, device, dtype: True),
             (driver, "generate", in_phases(driver.generate, timeline)),
@@ -271,22 +265,6 @@ def watched(replay: Callable, timeline: Timeline) -> Callable:
         return answers
 
     return called
-
-
-class OfThread:
-    """A threading.local of the simulated threads, which all run in one."""
-
-    def __init__(self, timeline: Timeline):
-        vars(self)["_kept"], vars(self)["_timeline"] = WeakKeyDictionary(), timeline
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self._kept[self._timeline.thread][name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self._kept.setdefault(self._timeline.thread, {})[name] = value
 
 
 def unobserved(function: Callable) -> Callable:
