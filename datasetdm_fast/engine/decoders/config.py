@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os.path
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -373,18 +374,10 @@ def parts_of(source: str | Path) -> list[Path]:
     words, folders = str(source).split(","), []
     while words:
         joined = (",".join(words[:count]) for count in range(len(words), 0, -1))
-        part = next((text for text in joined if text not in SHIPPED and _is_there(text)), words[0].strip())
+        existing = (text for text in joined if any(map(os.path.exists, (text, text.partition(":")[2]))))
+        part = next((text for text in existing if text not in SHIPPED), words[0].strip())
         words = words[part.count(",") + 1 :]
         folders += [SHIPPED.get(part, Path(part))] if part else []
     if not folders:
         raise Refused(f"decoders: {str(source)!r} names none", "Name a folder of trained decoders, or demo.")
     return folders
-
-
-def _is_there(text: str) -> bool:
-    """Whether a text is a path of something that is there, or KIND: and such a path."""
-    paths = [path for path in (text, text.partition(":")[2]) if path]
-    try:
-        return any(Path(path).exists() for path in paths)
-    except OSError:  # several paths make a name that is too long
-        return False
