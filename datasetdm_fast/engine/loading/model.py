@@ -366,8 +366,7 @@ def digest(files: list[Path]) -> str:
     total = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                total.update(block)
+            hashlib.file_digest(file, lambda: total)
     return f"sha256:{total.hexdigest()}"
 
 
