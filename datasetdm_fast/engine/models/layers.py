@@ -65,11 +65,8 @@ class Weights:
 
 
 def frozen(value: Tensor) -> nn.Parameter:
-    """A copy of its own, so that neither side's changes reach the other."""
+    """A copy of its own on the host, so that neither side's changes reach the other."""
     value = value.detach()
-    if value.device.type != "cpu":
-        layout = torch.channels_last if value.ndim == 4 else torch.contiguous_format
-        return nn.Parameter(value.clone(memory_format=layout), requires_grad=False)
     order = (0, 2, 3, 1) if value.ndim == 4 else range(value.ndim)
     copy = room([value.shape[axis] for axis in order], value.dtype)
     if value.ndim == 4:

@@ -56,8 +56,9 @@ class HeadProjection(nn.Module):
     def append(self, rows: Tensor) -> None:
         """Multiplies `rows` [F, D], too, where a call is read."""
         linear, bias = self.packed, self.packed.bias
-        linear.weight = frozen(torch.cat([linear.weight, rows.to(linear.weight)]))
-        linear.bias = None if bias is None else frozen(torch.cat([bias, bias.new_zeros(len(rows))]))
+        linear.weight = nn.Parameter(torch.cat([linear.weight, rows.to(linear.weight)]), requires_grad=False)
+        if bias is not None:
+            linear.bias = nn.Parameter(torch.cat([bias, bias.new_zeros(len(rows))]), requires_grad=False)
 
     def forward(self, tokens: Tensor, images: int = 0) -> tuple[Tensor, Tensor]:
         """The packed product, and that of the last `images` rows with the appended weights."""
