@@ -210,6 +210,9 @@ def test_a_damaged_sample_is_made_alone_where_generate_made_it(tmp_path, made_by
         wrong = {name: f"has {len(content)} bytes, {size} were written" for name, size in sizes.items()}
         assert {fault.place: fault.what for fault in faults} == wrong
         assert all(remedy in fault.remedy for fault in faults)
+    row = replace(row, request=replace(row.request, index=1))  # of a sample that the plan lacks nothing else is said
+    (fault,) = audit.check_sample(Path("runs/a"), described, row, lambda row, role: b"")
+    assert "has a sample 1, but the plan has 1" in fault.what
 
 
 def test_findings_are_counted_by_their_files_and_nothing_is_taken_out_where_no_sample_is_damaged(monkeypatch, capsys):

@@ -927,6 +927,14 @@ def test_classes_are_renamed_joined_and_left_out(run, tmp_path):
     assert "wall" not in {category["name"] for category in stuff["categories"]}
 
 
+def test_people_that_are_left_out_are_no_category_and_have_no_joints(run, tmp_path):
+    usual = converted(run, tmp_path / "usual", "--to", "coco") / "coco/annotations/person_keypoints_train2017.json"
+    out = converted(run, tmp_path / "out", "--to", "coco", "--classes", "person=") / "coco" / "annotations"
+    told, before = json.loads((out / usual.name).read_text()), json.loads(usual.read_text())
+    assert told["categories"] == told["annotations"] == [] and told["images"] == before["images"]
+    assert before["categories"] and before["annotations"]
+
+
 class FakeHub:
     """What is uploaded where, in place of huggingface_hub's client."""
 

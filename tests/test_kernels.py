@@ -26,6 +26,7 @@ from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import (
     OPS,
     attention,
+    attention_shares,
     depth_head,
     fused,
     guided_step,
@@ -473,10 +474,14 @@ def test_every_op_is_the_reference_on_a_cpu_without_the_interpreter(name, monkey
             assert distance(answer, wanted) <= 1e-4  # a chain of ops may round otherwise
 
 
-def test_heads_and_numbers_that_a_form_leaves_to_another_are_answered():
+def test_heads_and_numbers_that_a_form_leaves_to_another_are_answered(monkeypatch):
     q, k = torch.randn(1, 1, 2, 257), torch.randn(1, 1, 3, 257)
     shares = fused.attention_shares(q, k, torch.ones(1, 1, 2), None, None)
     assert distance(shares, reference.attention_shares(q, k, torch.ones(1, 1, 2), None, None)) <= FLOOR
+    monkeypatch.setattr(attention_shares, "plain", lambda q, *others: q.shape[3])
+    for width, dtype in ((129, torch.float32), (257, torch.bfloat16)):  # more than 512 bytes
+        q, k = noise(1, 1, 2, width).to(dtype), noise(1, 1, 3, width).to(dtype)
+        assert fused.attention_shares(q, k, torch.ones(1, 1, 2), None, None) == width
     given = list(cases_of("guided_step")[-1].inputs)
     for place in (1, 2):  # latents, history
         inputs = [*given[:place], given[place].double(), *given[place + 1 :]]

@@ -33,7 +33,7 @@ from datasetdm_fast.runs.compositions import redraw
 from datasetdm_fast.runs.compositions.edit import MOST_NEW, Edits
 from datasetdm_fast.runs.compositions.redraw import open_source
 from datasetdm_fast.runs.compositions.settings import EditSettings, VarySettings
-from datasetdm_fast.runs.compositions.vary import DOMAINS, measure_consistency, move_prompt
+from datasetdm_fast.runs.compositions.vary import DOMAINS, Variants, measure_consistency, move_prompt
 from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.folder import RunFolder
@@ -132,6 +132,15 @@ def test_of_the_samples_that_are_named_the_first_are_taken_up_to_the_number(sour
     for number, positions in ((0, [0, 1]), (1, [0])):
         settings = EditSettings(str(source), prompt="a cube", box="0,0,64,64", only=("1", "0", "1"), number=number)
         assert Edits(open_source(source, only_kept=False), settings).positions == positions
+
+
+def test_steps_and_guidance_are_those_of_the_source_where_no_others_are_given(source):
+    opened, model = open_source(source, only_kept=False), str(source / "moved")
+    for given in ({"steps": 7, "guidance": 2.0, "model": model}, {}):
+        settings = VarySettings(run=str(source), domain=("night",), **given)
+        config = vars(redraw._run_config(Variants(opened, settings), source / "varied"))
+        expected = {name: opened.document["config"][name] for name in redraw.CHANGEABLE} | given
+        assert {name: config[name] for name in redraw.CHANGEABLE} == expected
 
 
 def test_new_things_of_two_labels_have_different_ids(source, monkeypatch):
@@ -347,6 +356,19 @@ def test_outside_of_a_region_the_source_stands_at_every_call_with_its_noise_and_
     for call, known in ((0, 11.0), (1, 12.0), (2, 1.0)):
         shown = begun.after(call, torch.full((1, 4, 2, 2), 5.0))
         assert shown[0, 3].tolist() == [[known, 5], [known, known]]
+
+
+def test_calls_of_an_edit_and_of_a_variant_add_what_each_seed_gives_after_the_first_noise():
+    shape, pixels, drawn = (4, 2, 2), np.zeros((16, 16, 3), np.uint8), torch.Generator().manual_seed(7)
+    _, second, third = (torch.randn(shape, generator=drawn) for _ in range(3))
+    scheduler = {"num_train_timesteps": 1000}
+    model = SimpleNamespace(latent_shape=lambda: shape, scheduler=scheduler, latents=SimpleNamespace(pixels=8))
+    engine = SimpleNamespace(model=model, encode_image=lambda images: torch.zeros(len(images), *shape))
+    for redrawing in map(object.__new__, (Edits, Variants)):
+        redrawing.choice, redrawing.region_of = SimpleNamespace(strength=0.5), lambda tile: np.ones((16, 16), bool)
+        redrawing.tile = lambda index: SimpleNamespace(pixels={"image": pixels})
+        begun = redrawing.begin(engine, make_schedule(scheduler, "euler-ancestral", 4), [Request(0, "a ball", 7)])
+        assert torch.equal(begun.noise()[0], second) and torch.equal(begun.noise()[0], third)
 
 
 def test_an_edit_blends_at_the_border_of_its_region_and_names_what_is_shown_or_no_label_could_show():

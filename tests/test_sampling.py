@@ -531,7 +531,7 @@ def test_settings_that_are_null_are_left_out_and_an_offset_stays_within_the_trai
     with pytest.raises(Refused, match="10 steps do not fit into 1000 training steps"):
         make_schedule(spaced | {"steps_offset": 100}, "ddim", 10)
     noise, shape = FromOneGenerator(), (1, 2, 2)
-    for seed, place in ((3, 1), (4, 2), (3, 0)):  # of several runs in one process
+    for seed, place in ((3, 1), (4, 2), (3, 0), (3, 0)):  # of several runs, and of a batch that is filled up
         whole = torch.randn(3, *shape, generator=torch.Generator().manual_seed(seed))
         assert torch.equal(noise.draw(seed, place, shape), whole[place])
     for config in ({"_class_name": "FlowMatchX"}, {"use_flow_sigmas": True}, {"prediction_type": "flow_prediction"}):

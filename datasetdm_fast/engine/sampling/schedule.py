@@ -242,9 +242,8 @@ class Sampler:
     memory: int  # earlier entries it reads
     least_steps: int = 1
     orders: tuple[tuple[float, ...], ...] = ()  # weights of one entry, of two, ...: those of its first calls
-    shifts: Mapping[str, int] = field(
-        default_factory=dict
-    )  # profile -> steps by which the noise of latents is ahead of their timestep
+    # profile -> training steps by which the noise of latents is ahead of the timestep they are called with
+    shifts: Mapping[str, int] = field(default_factory=dict)
     # (scheduler config, cumulative alphas, steps) -> noise_scale of its schedules
     noise_scale: Callable[[Mapping[str, Any], Tensor, int], float] | None = None
     flow: FlowSampler | None = None  # None where it does not sample flows
