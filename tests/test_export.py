@@ -802,6 +802,8 @@ def test_types_shapes_and_names_of_equal_bytes_have_other_digests():
     states = [module.state_dict() for module in modules]
     found = [weights.digest([("part", state)]) for state in states] + [weights.digest([("other", states[0])])]
     assert len(set(found)) == 5 and found[0] == weights.digest([("part", states[0])])
+    both = states[0] | states[3]  # in whatever order they are read
+    assert weights.digest([("part", both)]) == weights.digest([("part", dict(reversed(both.items())))])
 
 
 def test_large_tensors_begin_a_page_and_gaps_are_zeros():

@@ -488,6 +488,13 @@ def test_heads_and_numbers_that_a_form_leaves_to_another_are_answered(monkeypatc
         assert torch.equal(native.guided_step(*inputs), reference.guided_step(*inputs))
 
 
+def test_channels_that_do_not_lie_side_by_side_are_captured_like_others():
+    inputs = noise(1, 2, 5, 16), noise(1, 2, 7, 16), noise(1, 2, 7, 16), noise(2, 7, 4)
+    apart = [x.mT.contiguous().mT for x in inputs]
+    for ours, theirs in zip(fused.attention_capture(*apart), reference.attention_capture(*inputs), strict=True):
+        assert distance(ours, theirs) <= 1e-5
+
+
 def test_a_wide_depth_head_adds_up_all_its_parts(monkeypatch):
     """Of the published width each form holds some hidden channels at once."""
     weights = noise(40, 3, 3, 3), noise(40), noise(1, 40, 3, 3), noise(1)

@@ -154,6 +154,11 @@ def test_what_the_last_to_leave_cannot_write_is_said(tmp_path, monkeypatch):
         launched.leave(tmp_path, 1, 1, 0.0, is_waiting=False)
     with storage.hold_lock(tmp_path / LOCK, is_shared=True):
         assert launched.leave(tmp_path, 1, 1, 0.0, is_waiting=False).done == 0
+    monkeypatch.setattr(launched, "close_folder", lambda folder, *_: folder)
+    held = ExitStack()
+    held.enter_context(storage.hold_lock(tmp_path / LOCK, is_shared=True))
+    threading.Timer(3 * storage.SECONDS_OF_A_LOOK, held.close).start()
+    assert launched.leave(tmp_path, 1, 1, 0.0, is_waiting=True) == tmp_path  # once it is the last
 
 
 def test_a_peer_that_reads_its_result_while_another_closes_leaves_no_log(alone, tmp_path, monkeypatch):  # noqa: F811

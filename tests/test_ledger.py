@@ -705,6 +705,14 @@ def test_a_folder_is_shared_once_who_holds_it_alone_has_let_go(tmp_path, monkeyp
             pass
 
 
+def test_the_first_of_those_who_share_a_folder_cleans_it(tmp_path, monkeypatch):
+    (tmp_path / "state").mkdir()
+    cleaned: list[Path] = []
+    monkeypatch.setattr(run_folder, "clean", cleaned.append)
+    with run_folder.share_folder(tmp_path), run_folder.share_folder(tmp_path):
+        assert cleaned == [tmp_path]
+
+
 def test_set_aside_samples_have_a_row_and_no_file(tmp_path):
     with RunFolder(tmp_path / "run", document(2)) as folder:
         folder.add([rendered(0), Quarantined(Request(1, "a ball", 1), "NaN")], {})
