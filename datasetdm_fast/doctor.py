@@ -36,6 +36,9 @@ def examine(model: str = "") -> dict[str, Any]:
     for report in engines.values():
         if problem := report.pop("problem"):
             report |= {"runs": False, "cause": f"it does not load ({problem})", "remedy": "Reinstall that library."}
+    failure, reference = reports["self-test"]["problem"], engines["torch"]
+    if not failure and not reference["runs"]:
+        failure = f"engine torch, with which the others are compared: {reference['cause']}"
     return {
         "package": {"version": __version__, "path": str(Path(__file__).parent), "extension": reports["extension"]},
         "system": {"python": platform.python_version(), "platform": platform.platform(), "cores": os.cpu_count() or 0},
@@ -45,7 +48,7 @@ def examine(model: str = "") -> dict[str, Any]:
         "engines": engines,
         "sandbox": reports["sandbox"],
         **({"model": reports["model"]} if model else {}),
-        "self_test": {"passed": not reports["self-test"]["problem"], "problem": reports["self-test"]["problem"]},
+        "self_test": {"passed": not failure, "problem": failure},
     }
 
 
