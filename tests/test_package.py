@@ -343,8 +343,7 @@ def test_wheels_of_one_commit_are_equal_bytes(wheel, packed, tmp_path):
     """The other wheel is built of the sdist, in another folder and under another umask."""
     before = os.umask(0o077)
     try:
-        with tarfile.open(packed) as archive:
-            archive.extractall(tmp_path, filter="data")
+        subprocess.run(["tar", "-xf", packed, "-C", tmp_path], check=True)  # tarfile has no filters in Python 3.11.2
         again = build_wheel(tmp_path / packed.name.removesuffix(".tar.gz"), tmp_path / "dist")
     finally:
         os.umask(before)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import pickle
+import tempfile
 import threading
 from functools import partial
 from types import SimpleNamespace
@@ -184,12 +185,14 @@ def test_ray_data_makes_samples(monkeypatch):
     import ray
 
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init("local", num_cpus=2, object_store_memory=2**28, include_dashboard=False, log_to_driver=False)
-    try:
-        options = {"fn_constructor_kwargs": {"choices": {"steps": 2}}, "batch_size": 2, "concurrency": 1}
-        made = ray.data.from_items(rows(4)).map_batches(MakeSamples, **options).take_all()
-    finally:
-        ray.shutdown()
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # paths of sockets have at most 107 bytes
+        limits = {"num_cpus": 2, "object_store_memory": 2**28, "include_dashboard": False, "log_to_driver": False}
+        ray.init("local", _temp_dir=folder, **limits)
+        try:
+            options = {"fn_constructor_kwargs": {"choices": {"steps": 2}}, "batch_size": 2, "concurrency": 1}
+            made = ray.data.from_items(rows(4)).map_batches(MakeSamples, **options).take_all()
+        finally:
+            ray.shutdown()
     assert sorted(row["seed"] for row in made) == [0, 1, 2, 3]
     assert all(row["image"].shape == (128, 128, 3) and row["semantic"].shape == (128, 128) for row in made)
 
