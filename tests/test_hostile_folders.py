@@ -230,7 +230,7 @@ def test_long_lists_of_a_stranger_take_no_more_than_their_length():
     words = "\n".join(f"word{k}" for k in range(50_000))
     with in_time(10):
         assert len(engines_of({"engine": {}, "config": {}, "mixed": engines})) == 50_001
-        assert len(class_tables.parse(f"name\n{words}\n", "words").classes) == 50_000
+        assert len(class_tables.parse(f"name\n{words}\n").classes) == 50_000
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

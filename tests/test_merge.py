@@ -106,7 +106,7 @@ def test_a_splice_of_an_earlier_version_belongs_to_the_variants_of_its_pictures(
 
 
 def test_the_words_of_a_class_table_go_on_meaning_what_they_meant(runs, tmp_path):
-    own = class_tables.parse("name,words\ntree,\n,toy tree\n", "own.csv")
+    own = class_tables.parse("name,words\ntree,\n,toy tree\n")
     table = {"class_table": class_tables.rows_of(own, ("tree",), has_colours=False)}
     trees = [k for k in range(200) if {"tree", "ball"} <= {*rendered(k, 32).request.classes}]
     plan = document(2, 32)["plan"]
