@@ -2,8 +2,8 @@
 # docker run --rm -v $PWD/runs:/data/runs datasetdm-fast generate --number 16 --out runs/demo
 #
 # torch comes from the package index as pip finds it, built for CUDA on x86: with `docker run --gpus all` it uses the GPUs.
-# For CPUs alone, 4 GB smaller: --build-arg TORCH=torch==2.13.0+cpu --build-arg PIP_FLAGS="--extra-index-url INDEX", where
-# INDEX is PyTorch's index of builds for CPUs. All other libraries are those of requirements.lock, with their digests.
+# For CPUs alone, 4 GB smaller: --build-arg TORCH=torch==2.13.0+cpu, and --build-arg PIP_FLAGS=... with the option by which
+# pip also asks PyTorch's index of builds for CPUs. All other libraries are those of requirements.lock, with their digests.
 FROM python:3.11-slim
 
 # g++ builds the extension; Triton and torch.compile need a compiler at run time, too

@@ -56,7 +56,6 @@ class InvertingGenerator(driver.BatchGenerator):
 
     def invert(self, requests: Sequence[Request], pixels: Tensor) -> labelling.SampledBatch:
         """Captures and averages of squares [B, H, W, 3] uint8, one of each request."""
-
         from datasetdm_fast.engine.sampling.schedule import ImageNoise, add_noise
         from datasetdm_fast.kernels.transfer import to_device
 
