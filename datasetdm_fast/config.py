@@ -227,10 +227,12 @@ class Defaults:
     capture: int = 0  # timestep at which decoders are trained by default
     attention: AttentionDefaults = AttentionDefaults()
     sampler: str = "auto"  # what stands for USUAL_SAMPLER; auto: the sampler that the scheduler config is of
+    stock: tuple[int, float] = (0, 0.0)  # steps and guidance of its pipeline of diffusers, where they are others
 
 
 # Upstream draws with 50 PLMS steps at guidance 5; the demo model was judged with the figures of its model card.
-SD_DEFAULTS = Defaults(size=512, steps=50, guidance=5.0, sampler=USUAL_SAMPLER)
+SD_STOCK = (50, 7.5)
+SD_DEFAULTS = Defaults(size=512, steps=50, guidance=5.0, sampler=USUAL_SAMPLER, stock=SD_STOCK)
 # Its features say most at timestep 100: at the last calls a v-prediction is nearly the noise alone.
 DEMO_DEFAULTS = Defaults(
     size=128,
@@ -238,6 +240,7 @@ DEMO_DEFAULTS = Defaults(
     guidance=3.0,
     capture=100,
     sampler=USUAL_SAMPLER,
+    stock=SD_STOCK,
     attention=AttentionDefaults(
         1, 0.45, 0.35, self_divisor=1, cross_divisor=2, appends=False, start="a ", between=" and a "
     ),

@@ -1,5 +1,6 @@
 """Folders of every family through the commands: generating with decoders, resuming, licences, refusals."""
 
+import inspect
 import json
 import re
 import shutil
@@ -11,13 +12,13 @@ import numpy as np
 import pytest
 import tiny_pipelines
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
 from skips import IS_LONG
 from tiny_pipelines import SIZE
 from transformers import AutoTokenizer
 
-from datasetdm_fast import generate
+from datasetdm_fast import Pipeline, generate
 from datasetdm_fast.data import Text
 from datasetdm_fast.engine import backbones
 from datasetdm_fast.engine.backbones import fitting, flux2_klein, sd
@@ -33,6 +34,7 @@ from datasetdm_fast.engine.engines.fast.engine import resolve_precision
 from datasetdm_fast.engine.loading import in_memory, load_model
 from datasetdm_fast.engine.loading.folder import family_of, load_folder
 from datasetdm_fast.engine.loading.model import ConfigFile
+from datasetdm_fast.engine.loop import diffusing
 from datasetdm_fast.engine.models import text_encoder
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.stages import LEVELS, Level
@@ -678,3 +680,66 @@ def test_a_model_without_the_schedule_that_it_was_trained_with_is_refused(saved,
     with pytest.raises(Refused, match="has no scheduler") as refusal:
         load_model(str(folder))
     assert refusal.value.remedy == "Add the folder scheduler of the same model."
+
+
+def images_of(pipeline, **choices):
+    """Latents of two prompts from seeded noise, by the arguments of diffusers."""
+    generators = [torch.Generator().manual_seed(seed) for seed in (7, 2)]
+    given = {"height": SIZE, "width": SIZE, "num_inference_steps": 2, "output_type": "latent", **choices}
+    return pipeline(prompt=[PROMPT, "a dog"], generator=generators, **given).images
+
+
+@pytest.fixture(scope="module")
+def paired():
+    """A tiny pipeline of diffusers and ours of its weights, by family."""
+
+    @cache
+    def make(family, **sizes):
+        theirs = tiny_pipelines.build(family, **sizes)
+        return theirs, Pipeline.from_diffusers(theirs, engine="torch", device="cpu", size=SIZE)
+
+    return make
+
+
+@pytest.mark.parametrize("negative", [None, "", "fog", ["fog", ""]])
+def test_an_empty_negative_prompt_that_is_given_is_encoded_as_in_diffusers(paired, negative):
+    theirs, ours = paired("sdxl")  # which has zeros for a negative prompt that is left out
+    given = [negative] * 2 if isinstance(negative, str) else negative
+    expected = images_of(theirs, negative_prompt=given)
+    found = images_of(ours.diffuse, negative_prompt=negative, tasks=())
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+def test_guidance_and_steps_that_a_call_leaves_out_are_those_of_the_stock_pipeline(paired, family):
+    theirs, ours = paired(family)
+    torch.testing.assert_close(images_of(ours.diffuse, tasks=()), images_of(theirs), atol=1e-4, rtol=1e-4)
+    defaults = inspect.signature(theirs.__call__).parameters
+    steps, guidance = (defaults[name].default for name in ("num_inference_steps", "guidance_scale"))
+    assert diffusing.fill_sampling(ours.engine.model, None, None) == (0, 0.0)
+    assert (ours.engine.model.defaults.steps, ours.engine.model.defaults.guidance) == (steps, guidance)
+
+
+def test_stable_diffusion_takes_the_steps_and_guidance_of_its_pipeline_and_others_their_own():
+    defaults = inspect.signature(StableDiffusionPipeline.__call__).parameters
+    steps, guidance = (defaults[name].default for name in ("num_inference_steps", "guidance_scale"))
+    assert diffusing.fill_sampling(load_model("tiny"), None, None) == (steps, guidance)
+    assert diffusing.fill_sampling(load_model("tiny"), 3, 2.0) == (3, 2.0)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 0.5, 3.0])
+def test_a_model_that_reads_its_guidance_reads_what_is_given(paired, guidance):
+    theirs, ours = paired("flux1")
+    sides, images = {"output_type": "np", "guidance_scale": guidance}, []
+    for make, choices in ((theirs, {}), (ours.diffuse, {"tasks": ()})):
+        images.append(np.asarray(images_of(make, **sides, **choices)))
+    assert np.abs(images[0] - images[1]).max() * 255 <= 1.01
+
+
+def test_a_model_without_guidance_needs_none_named(paired):
+    theirs, ours = paired("flux1", is_dev=False)
+    images = [
+        np.asarray(images_of(make, output_type="np", **choices))
+        for make, choices in ((theirs, {"max_sequence_length": 256}), (ours.diffuse, {"tasks": ()}))
+    ]
+    assert np.abs(images[0] - images[1]).max() * 255 <= 1.01

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
@@ -289,8 +288,8 @@ class Pipeline:
         prompt: str | Sequence[str],
         *,
         negative_prompt: str | Sequence[str] | None = None,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 7.5,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
         height: int | None = None,
         width: int | None = None,
@@ -309,10 +308,11 @@ class Pipeline:
 
         One generator (or None, for PyTorch's own) draws the noise of all images; of several, each draws the noise of
         one image. The noise does not depend on the batch size. `callback_on_step_end` is called once per step of a
-        batch with this pipeline, the step, its timestep and {"latents": [B, C, h, w]}, and returns such a dict with
-        the latents to continue with. `output_type` is "pil", "np", "pt" or "latent". An empty `sampler` means that of
-        the model's family, or of its scheduler. `height` and `width` can only be those of the model. Other
-        choices are those of `stream`.
+        batch with this pipeline, the step, its timestep and {"latents": [B, C, h, w]}, and returns such a dict with the
+        latents to continue with. `output_type` is "pil", "np", "pt" or "latent". Without `num_inference_steps` or
+        `guidance_scale`, they are those of the family's pipeline, or what the model was made for. An empty `sampler`
+        means that of the model's family, or of its scheduler. `height` and `width` can only be those of the model.
+        Other choices are those of `stream`.
         """
         if output_type not in diffusing.OUTPUT_TYPES:
             raise Refused(
@@ -326,22 +326,24 @@ class Pipeline:
                     f"Drop it, or load the model with size={value!r} for square images.",
                 )
         texts, negatives = diffusing.repeat_prompts(prompt, negative_prompt, num_images_per_prompt)
-        check_numbers(guidance=guidance_scale)
-        size = self._batch_size(batch_size, len(texts))
+        steps, guidance = diffusing.fill_sampling(self.engine.model, num_inference_steps, guidance_scale)
         usual = self.engine.model.defaults.sampler
+        size = self._batch_size(batch_size, len(texts))
         recipe, words = self._recipe(
             tasks,
             classes,
             sampler=sampler or ("auto" if usual == USUAL_SAMPLER else usual),
-            steps=num_inference_steps,
-            # up to 1, of most models, the text alone decides, as in diffusers; 0 would be the model's own guidance
-            guidance=max(guidance_scale, self.engine.model.backbone.unguided or sys.float_info.min),
+            steps=steps,
+            guidance=guidance,
             **{"profile": diffusing.PROFILE, **choices},
         )
         fitting = [
             recipe.check_request(request, self.engine.model.tokenizer)
             for request in self._requests(texts, [0] * len(texts), words, truncate, negatives, recipe)
         ]
+        if negative_prompt is not None:
+            with self._turn:
+                fitting = diffusing.mark_empty(self.engine, fitting)
         draws = 1 + recipe.schedule.noisy_calls
         noise, seeds = diffusing.draw_noise(generator, len(texts), self.engine.model.latent_shape(), draws)
         on_step_end = None if callback_on_step_end is None else partial(callback_on_step_end, self)

@@ -38,7 +38,7 @@ class TrainingSchedule:
     is_absence_taught: bool = True  # whether an absent joint's target is an empty heatmap; upstream skips it
     gain: float = 100.0  # of the heatmap loss
     is_relative: bool = False  # whether the loss of depth is its mean relative error, not that of its logarithms
-    gradient_accumulation_steps: int = 2  # over all processes, so that one process and two learn to the same bits
+    gradient_accumulation_steps: int = 2  # of a step, which takes less memory the more there are
     seed: int = 0
 
 

@@ -29,13 +29,9 @@ class RecipeSettings:
     )
     pose_head: str = setting("heatmap", "output of the pose decoder", choices=("heatmap", "simcc"))
     steps: int = setting(0, "optimiser steps, 0 = as the preset says", metavar="N", least=0)
-    batch_size: int = setting(0, "examples per step over all processes, 0 = as the preset says", metavar="N", least=0)
+    batch_size: int = setting(0, "examples per optimiser step, 0 = as the preset says", metavar="N", least=0)
     accumulate: int = setting(
-        2,
-        "gradient accumulation steps, which save memory; one process with N gives the same weights, bit for bit, "
-        "as N processes",
-        metavar="N",
-        least=1,
+        2, "gradient accumulation steps of each optimiser step, which save memory", metavar="N", least=1
     )
     rate: float = setting(0.0, "learning rate, 0 = as the preset says", metavar="R", least=0)
     by_name: str = setting(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,9 +10,10 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.data import Batch, Request, Sample
+from datasetdm_fast.engine.engines import in_own_precision
 from datasetdm_fast.engine.loop import driver, labelling
 from datasetdm_fast.engine.loop.calls import Beginning, Origin
-from datasetdm_fast.engine.loop.recipe import as_texts
+from datasetdm_fast.engine.loop.recipe import as_texts, check_numbers
 from datasetdm_fast.errors import Refused
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from datasetdm_fast.engine.engines import Engine
+    from datasetdm_fast.engine.loading.model import Model
     from datasetdm_fast.engine.sampling.schedule import Schedule
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -44,6 +47,29 @@ def repeat_prompts(
             f"negative_prompt: {len(negatives)} were given for {len(prompts)} prompts", "Give one, or one per prompt."
         )
     return [text for text in prompts for _ in range(each)], [text for text in negatives for _ in range(each)]
+
+
+def fill_sampling(model: Model, steps: int | None, guidance: float | None) -> tuple[int, float]:
+    """Steps and guidance of a call as a recipe takes them, where 0 means the model's own."""
+    usual_steps, usual_guidance = model.defaults.stock
+    if guidance is None:
+        guidance = usual_guidance
+    else:
+        check_numbers(guidance=guidance)
+        # up to 1, of most models, the text alone decides, as in diffusers; one that reads its guidance reads any
+        least = 0.0 if model.guidance == "embedded" else model.backbone.unguided
+        guidance = max(guidance, least or sys.float_info.min)
+    return usual_steps if steps is None else steps, guidance
+
+
+@in_own_precision()
+def mark_empty(engine: Engine, requests: Sequence[Request]) -> list[Request]:
+    """The requests of negative prompts that were given. Where zeros stand for no negative prompt, diffusers encodes an
+    empty one that is given: a blank has the same tokens.
+    """
+    if all(request.negative for request in requests) or engine.encode_text([""]).context.any():
+        return list(requests)
+    return [replace(request, negative=request.negative or " ") for request in requests]
 
 
 def draw_noise(
