@@ -13,6 +13,7 @@ import forked
 import numpy as np
 import pytest
 import tiny_pipelines
+from PIL import Image
 from rendered import document, rendered
 from skips import IS_LONG
 
@@ -185,6 +186,21 @@ DEEP = LabellerKind("foreign_labeller:BrightKind", "foreign_labeller:Deep")
 MUTE = LabellerKind("foreign_labeller:BrightKind", "foreign_labeller:Mute")
 HOLLOW = LabellerKind("foreign_labeller:BrightKind", "foreign_labeller:None")
 """
+SLOPES = """
+from datasetdm_fast.config import TaskKind
+from datasetdm_fast.engine.labels.depth import DepthKind
+from datasetdm_fast.engine.tasks.depth import DepthTask
+
+class SlopesKind(DepthKind):
+    attribute, title, contents, roles = "slopes", "Slopes", "`slopes/ID.png`", ("slopes",)
+
+class SlopesTask(DepthTask):
+    pass
+
+SLOPES = TaskKind(
+    "foreign_slopes:SlopesKind", "foreign_slopes:SlopesTask", "datasetdm_fast.training.evaluation.metrics:Depth"
+)
+"""
 FAMILY = """
 from dataclasses import replace
 from functools import partial
@@ -250,6 +266,7 @@ ddim = foreign_things:NOTHING
 edges = foreign_things:EDGES
 bad-edges = foreign_things:TORN
 mixed-edges = foreign_things:MIXED
+slopes = foreign_slopes:SLOPES
 
 [datasetdm_fast.labellers]
 bright = foreign_labeller:BRIGHT
@@ -285,6 +302,7 @@ def installed(tmp_path_factory) -> Path:
         "family": FAMILY,
         "part": "from foreign_family import Part\nTEXT = Part('vae', 'diffusers:AutoencoderKL')",
         "things": CODE,
+        "slopes": SLOPES,
         "writer": WRITER,
         "labeller": LABELLER,
     }
@@ -444,6 +462,17 @@ print(json.dumps([*found, len(open_data("scenes:/x/3", 64)), is_late, parts, sai
 """
 
 
+def write_labelled(folder: Path, labels: str) -> None:
+    """Two pictures for folder:, with depth maps in millimetres or with masks."""
+    for part in ("images", labels):
+        (folder / part).mkdir(parents=True)
+    (folder / "classes.txt").write_text("background\nball\n")
+    for name in ("a.png", "b.png"):
+        Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(folder / "images" / name)
+        pixels = np.full((64, 64), 2000, np.uint16) if labels == "depth" else np.ones((64, 64), np.uint8)
+        Image.fromarray(pixels).save(folder / labels / name)
+
+
 def test_commands_run_them_by_name(installed, tmp_path):
     paths = os.pathsep.join([str(installed), *filter(None, [os.environ.get("PYTHONPATH")])])
     few = "--size 64 --threads 1 --quiet".split()
@@ -490,6 +519,9 @@ def test_commands_run_them_by_name(installed, tmp_path):
         (["audit", "both"], 0, ""),
         (["label", "both/images", "--labeller", "bright", "--model", "tiny", "--out", "seen", *few], 0, ""),
         (["label", "both/images", "--labeller", "bright", "--tiles", "--out", "none"], 2, "bright needs the whole"),
+        (["label", "both/images", "--task", "slopes", "--tiles", "--out", "none"], 2, "slopes needs the whole"),
+        ("train --data folder:measured --task slopes --dry-run --out none".split(), 0, ""),
+        ("train --data folder:painted --task slopes --dry-run --out none".split(), 2, "no ground truth for slopes"),
         ([*run, "--labeller", "mute", "--out", "mute"], 3, "fails on a batch (ValueError: 0 labels for 1 images)"),
         ([*run, "--labeller", "small", "--out", "small"], 3, "labels: an array of shape [9, 64], expected [64, 64])"),
         ([*run, "--labeller", "deep", "--out", "deep"], 3, "foreign-things cannot store a label (AttributeError: "),
@@ -528,6 +560,8 @@ def test_commands_run_them_by_name(installed, tmp_path):
         (["audit", "edges"], 0, ""),
     ]
     lines += edges if IS_LONG else []
+    write_labelled(tmp_path / "measured", "depth")
+    write_labelled(tmp_path / "painted", "masks")
     program = ["-c", COMMANDS, json.dumps([line for line, _, _ in lines])]
     ended = forked.run(program, cwd=tmp_path, env={**os.environ, "PYTHONPATH": paths})
     assert ended.returncode == 0, ended.stderr

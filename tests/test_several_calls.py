@@ -28,8 +28,9 @@ from datasetdm_fast.engine.loop.calls import CapturedCalls, trained_calls
 from datasetdm_fast.engine.loop.inversion import invert_for
 from datasetdm_fast.engine.loop.recipe import make_recipe
 from datasetdm_fast.engine.pipeline import Pipeline
+from datasetdm_fast.engine.tasks.depth import DepthTask
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.training import call_ranking
+from datasetdm_fast.training import call_ranking, session
 from datasetdm_fast.training.call_ranking import Probe, truth_of
 from datasetdm_fast.training.captures.targets import TrainingTarget
 from datasetdm_fast.training.session import TrainingSession
@@ -201,6 +202,20 @@ def test_a_probe_is_asked_for_depths_joints_and_shares_of_classes():
     told, known = truth_of("instance", replace(empty, classes=torch.tensor([2, 0, 2]), masks=masks), 3, 64, 2)
     assert told.tolist() == [[0, 0, 0.75], [0, 0, 0], [0, 0, 0], [1, 0, 0]] and known.shape == (4,)
     assert truth_of("instance", empty, 3, 64, 2)[0].tolist() == [[0, 0, 0]] * 4
+
+
+def test_a_task_of_another_package_is_probed_and_augmented_by_what_it_is_taught(monkeypatch):
+    none, depth = torch.zeros(0), torch.tensor([[1.0, 3], [0, 0]])
+    target = TrainingTarget(none.long(), none.view(0, 2, 2).bool(), depth, none, none, none)
+    for module in (call_ranking, session):
+        monkeypatch.setattr(module, "TASKS", {"slopes": DepthTask()})
+    assert truth_of("slopes", target, 3, 64, 2)[0].exp().flatten().tolist() == pytest.approx([1, 3])
+    strong = TrainingSession.augmentation(SimpleNamespace(address="folder:x", augment="strong"), "slopes")
+    assert strong.zoom == 1
+
+
+def test_a_level_of_one_cell_is_probed_without_a_warning(recwarn):
+    assert not call_ranking.mix(torch.ones(1, 3), 8).any() and not recwarn.list
 
 
 def test_things_without_a_map_and_images_from_all_over_the_data_are_probed(monkeypatch):

@@ -18,7 +18,7 @@ from datasetdm_fast.config import ATTENTION, DECODER, EXACT, LABELLER_KINDS, LAB
 from datasetdm_fast.engine.backbones import check_source
 from datasetdm_fast.engine.decoders.config import SHIPPED, find_decoders, parts_of
 from datasetdm_fast.engine.engines import RANDOM
-from datasetdm_fast.engine.labels import BACKGROUND, by_task, class_tables, kind_of, task_of_label
+from datasetdm_fast.engine.labels import BACKGROUND, by_task, class_tables, kind_of
 from datasetdm_fast.engine.loop.combining import parse_combinations
 from datasetdm_fast.engine.loop.prompts import PromptSource, check_classes
 from datasetdm_fast.engine.loop.recipe import check_numbers, check_seed, check_size, check_tasks
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
 LONGEST_NAME = 48  # letters of the readable part of a run folder's name
 FIRST_WORDS = 8  # of a prompt, in that part
 MOST_IN_FOLDER = 100_000  # samples of a run that is not in shards by default
-WHOLE = ("depth", "pose")  # tasks that read a picture as a whole; labellers of other packages do, too
 
 
 def complete_settings(config: RunConfig, provided: Collection[str]) -> RunConfig:
@@ -256,8 +255,10 @@ def restore_settings(config: RunConfig, provided: Collection[str], stored: Mappi
 
 def without_whole_labels(config: LabelConfig, provided: Collection[str]) -> LabelConfig:
     """The settings with only the labels that can be read from tiles, where `provided` names none."""
-    whole = [task for task in config.task if task_of_label(task) in (*WHOLE, *LABELLER_KINDS.others)]
-    if not config.tiles or not whole:
+    if not config.tiles:
+        return config
+    whole = [task for task in config.task if task in LABELLER_KINDS.others or not kind_of(task).can_be_tiled]
+    if not whole:
         return config
     if "task" in provided or whole[0] in LABELLER_KINDS.others:
         raise Refused(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from datasetdm_fast.data import Capture
 from datasetdm_fast.engine.backbones.flow_models import spread_blocks
+from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import LEVELS
 from datasetdm_fast.training.captures import cache
@@ -71,7 +72,7 @@ class Probe:
 
 def mix(cells: Tensor, most: int) -> Tensor:
     """The weights [C, at most `most`] by which channels of one size each become those of a probe."""
-    spread = cells.std(0)
+    spread = cells.std(0) if len(cells) > 1 else torch.zeros_like(cells[0])
     scale = torch.where(spread > 1e-6 * spread.max(), spread, torch.inf)  # nothing of a channel that is constant
     mixing = torch.eye(len(scale))
     if len(scale) > most:
@@ -82,11 +83,12 @@ def mix(cells: Tensor, most: int) -> Tensor:
 def truth_of(task: str, target: TrainingTarget, classes: int, size: int, side: int) -> tuple[Tensor, Tensor]:
     """What a level of `side` is to tell [N, K], and which of its cells [side * side] these are."""
     known = torch.ones(side * side, dtype=torch.bool)
-    if task == "depth":
+    shown_by = TASKS[task].shown_by
+    if shown_by == "depth":
         depth = F.adaptive_avg_pool2d(target.depth[None], side).flatten()
         known = depth > 0
         return depth[known, None].log(), known
-    if task == "pose":
+    if shown_by == "weights":
         rows, columns = torch.meshgrid(*[(torch.arange(side) + 0.5) / side] * 2, indexing="ij")
         places = torch.stack([columns, rows], -1).flatten(0, 1)  # as points are
         distances = torch.cdist(places, target.points / size)

@@ -86,7 +86,7 @@ class TrainingSession:
     def augmentation(self, task: str) -> Augmentation:
         """The requested one or that of the data set, in its form for the task where there is one."""
         kind = self.address.partition(":")[0].removesuffix("-mm") if self.augment == "auto" else self.augment
-        return AUGMENTATIONS.get(f"{kind}-{task}") or AUGMENTATIONS.get(kind) or AUGMENTATIONS["flip"]
+        return AUGMENTATIONS.get(f"{kind}-{TASKS[task].shown_by}") or AUGMENTATIONS.get(kind) or AUGMENTATIONS["flip"]
 
     def reading(self, blocks: Sequence[Sequence[int]]) -> Self:
         """The session with an engine that captures these blocks for the levels low, mid and high."""

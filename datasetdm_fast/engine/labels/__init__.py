@@ -148,6 +148,7 @@ class LabelKind(ABC):
     is_map: bool = False  # whether its pixels are class numbers, whose colours the classes have everywhere
     can_mask: bool = False  # whether it has `mask_of`, the pixels of a class
     can_be_masked: bool = False  # whether `within` can cut a label to such a mask
+    can_be_tiled: bool = False  # whether the labels of a picture's tiles join to one of all, see labels.tiles
     coco_file: str = ""  # an index file in COCO's form, whose annotations are the records
     first_number = 0  # of the classes of a table that stands for itself, outside of a run
     only_class: str = ""  # of all its things, for a kind whose table lists no classes

@@ -64,7 +64,7 @@ class InstanceKind(LabelKind):
     first_number = 1
     table_form = {"classes": [str], "size": [int]}
     pixel_bytes = 0.5
-    can_mask = can_be_masked = True
+    can_mask = can_be_masked = can_be_tiled = True
     coco_file = "instances.json"
 
     def encode(

@@ -48,7 +48,7 @@ def shares(record: Any, table: Table, _: Any) -> list[Any]:
 class ClassMap(LabelKind):
     """A map of class numbers in the first of its roles, and in the second, where there is one, its confidence."""
 
-    is_map = can_mask = can_be_masked = True
+    is_map = can_mask = can_be_masked = can_be_tiled = True
     gates = Gates(exact=(1e-4, 1e-3), free_exact=(1e-3, 1e-2), rounded=(5e-3, 2e-2), free_rounded=(2e-2, 0.1))
     table_form = {"classes": [str]}
     pixel_bytes = 2

@@ -20,7 +20,7 @@ class Task(ABC):
 
     needs: tuple[str, ...]  # fields of Labelled, one of which holds its truth
     names: str = ""  # field of LabelledSource that has to name something
-    shown_by: str  # field of TrainingTarget that is empty or zero where there is nothing to learn
+    shown_by: str = "masks"  # field of TrainingTarget that is empty or zero where there is nothing to learn
     requirement: str  # what an image has to show, for messages; {farthest} is the largest depth of the data set
     small: Mapping[str, Any]  # fields of the TrainingSchedule of a small decoder
     large: ClassVar[Mapping[str, Any]] = {}  # those of one of upstream's widths that are its own

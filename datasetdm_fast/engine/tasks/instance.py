@@ -71,7 +71,6 @@ def large_masks(mask_logits: Tensor, size: int) -> Tensor:
 
 class InstanceTask(Task):
     needs, names = ("masks",), "thing_classes"
-    shown_by = "masks"
     requirement = "a thing"
     small = {"batch_size": 12, "points": 512, "steps": 1500, "dropout": 0.0}
 

@@ -32,7 +32,6 @@ def best_query(class_logits: Tensor, mask_logits: Tensor) -> tuple[Tensor, Tenso
 
 class OpenVocabularyTask(Task):
     needs, names = ("masks", "semantic"), "thing_classes"
-    shown_by = "masks"
     requirement = "a thing"
     small = {"batch_size": 12, "points": 512, "steps": 900}
     large = {"dropout": 0.2}

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from datasetdm_fast.config import TASKS
+from datasetdm_fast.config import OWN_TASKS, TASK_KINDS, TASKS
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
@@ -111,6 +111,16 @@ def check_address(spec: str) -> tuple[str, Path | str, str | None]:
     return kind, place, match[2]
 
 
+def _tasks_of_same_truth(tasks: Sequence[str]) -> list[str]:
+    """Tasks of this package with the same ground truth as those of other packages, which no reader here knows."""
+    if not (others := [task for task in tasks if task in TASK_KINDS.others]):
+        return []
+    from datasetdm_fast.engine.tasks import TASKS as KINDS
+
+    needs = {field for task in others for field in KINDS[task].needs}
+    return [task for task in OWN_TASKS if not needs.isdisjoint(KINDS[task].needs)]
+
+
 def open_data(
     spec: str,
     size: int,
@@ -126,7 +136,8 @@ def open_data(
     """
     kind, place, split = check_address(spec)
     try:
-        source = READERS[kind](place, split or "train", size, tuple(tasks))
+        requested = tasks if kind in READERS.others else (*tasks, *_tasks_of_same_truth(tasks))
+        source = READERS[kind](place, split or "train", size, tuple(requested))
         READERS.check_type(kind, source, LabelledSource)
     except (Missing, OSError) as error:
         cause = error.__cause__ if isinstance(error, Missing) else error
@@ -145,8 +156,12 @@ def open_data(
     for name in (*source.classes, *source.thing_classes, *source.joints):
         if not documents.is_unicode(name):
             raise Refused(f"--data {spec}: the class or joint {name!r} is not valid Unicode", "Correct its name.")
-    if absent := [task for task in tasks if task in TASKS and task not in source.tasks]:
-        raise Refused(f"--data {spec}: no ground truth for {', '.join(absent)}", f"It has {', '.join(source.tasks)}.")
+    available = {*source.tasks}
+    if absent := [
+        task for task in tasks if task in TASKS and available.isdisjoint((task, *_tasks_of_same_truth([task])))
+    ]:
+        has = ", ".join(source.tasks) or "none that decoders are taught by"
+        raise Refused(f"--data {spec}: no ground truth for {', '.join(absent)}", f"It has {has}.")
     if not len(source):
         raise Refused(
             f"--data {spec}: no image has ground truth for {', '.join(tasks or source.tasks)}",
