@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -31,9 +31,8 @@ IS_INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 PRECISION = "tf32x3"
 
 
-def jit(kernel: Callable[..., Any]) -> Any:
-    """The kernel for Triton; where Triton is missing it stays a function that is not called."""
-    return triton.jit(kernel) if triton else kernel
+# Decorates kernels; where Triton is missing they stay functions that are not called.
+jit: Any = triton.jit if triton else lambda kernel: kernel
 
 
 def is_served(op: str, *inputs: Tensor | None, fits: bool = True) -> bool:

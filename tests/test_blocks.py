@@ -137,8 +137,6 @@ def test_a_product_in_pairs_of_an_odd_number_of_inputs(vector_bytes):
 class Heard(CaptureHook):
     """Keeps what a hook hears of."""
 
-    is_idle = False
-
     def __init__(self):
         super().__init__(plain)
         self.features: dict = {}

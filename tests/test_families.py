@@ -449,13 +449,17 @@ def test_a_gated_model_is_not_downloaded_unasked():
 
 def test_parts_of_a_model_that_do_not_belong_together_are_refused():
     config, tokenizer = SimpleNamespace(vocab_size=10), range(11)
-    backbone = SimpleNamespace(of_kind=lambda kind: ("text_encoder", "text_encoder_2"))
+    backbone = SimpleNamespace(
+        of_kind=lambda kind: ("text_encoder", "text_encoder_2"),
+        text_widths=lambda configs: {"a text": (8, 8)},
+        check_fit=lambda model: None,
+    )
     configs = {"text_encoder": SimpleNamespace(text_config=config)}
     model = SimpleNamespace(name="x", backbone=backbone, configs=configs, loaded_tokenizers={"tokenizer": tokenizer})
     with pytest.raises(Refused, match="the tokenizer of the text_encoder has 11 entries, it knows 10"):
-        fitting.check_vocabularies(model)
+        fitting.check_fit(model)
     config.vocab_size = 11
-    fitting.check_vocabularies(model)
+    fitting.check_fit(model)
     read = max(flux2_klein.READ_LAYERS)
     config.num_hidden_layers = read - 1
     model.configs |= {"text_encoder": config}

@@ -14,7 +14,7 @@ from datasetdm_fast.engine.labels.class_tables import colour
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import Missing
 from datasetdm_fast.runs.gallery import page, showing
-from datasetdm_fast.runs.gallery.page import RunFacts, finish_run, key_of, layers_of
+from datasetdm_fast.runs.gallery.page import RunFacts, finish_run, key_of
 from datasetdm_fast.runs.run_folder import folder as page_files
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.document import QUARANTINE
@@ -274,9 +274,10 @@ def test_uncertainty_is_drawn_over_the_picture_alone(red, alpha, drawn):
     assert sum(w * value for w, value in zip(weights[15:], (red, red, red, alpha, 1), strict=True)) == drawn
 
 
-def test_a_run_without_labels_of_a_kind_has_no_layer_of_it():
+def test_a_run_without_labels_of_a_kind_has_no_layer_of_it(tmp_path):
     values = document(1) | {"config": document(1)["config"] | {"task": ["depth", "semantic"]}}
-    assert [layer.name for layer in layers_of(values)] == ["semantic", "confidence", "depth"]
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        assert [layer.name for layer in RunFacts(values, ledger).layers] == ["semantic", "confidence", "depth"]
 
 
 def test_seeds_beyond_javascript_numbers_are_kept(tmp_path):

@@ -28,6 +28,7 @@ from datasetdm_fast.engine.labels.trust import (
     without_doubtful,
     without_unsure,
 )
+from datasetdm_fast.engine.loop.prompts import class_and_turn
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.runs.jobs.writing import Quota, Result, result_of
 from datasetdm_fast.runs.run_folder.audit import audit
@@ -412,7 +413,7 @@ def test_of_a_class_more_are_made_for_those_that_were_quarantined_up_to_a_bound(
     assert [goal.stop(count) for count in (0, 1, 2, 9)] == [3, 4, 5, 5]
     assert [*goal.required_indices((0, 1))] == [0, 1, 2, 3, 4, 5, 9]
     assert [*goal.required_indices((2, 0))] == [0, 1, 2, 3, 4, 5, 6, 7]
-    assert [goal.place(index) for index in (2, 3, 7, 9)] == [(0, 2), (1, 0), (0, 4), (1, 3)]
+    assert [class_and_turn(index, 3, 2) for index in (2, 3, 7, 9)] == [(0, 2), (1, 0), (0, 4), (1, 3)]
     config = {"accept": "score > 0", "per_class": 3, "classes": ["a", "b"], "most_tries": 5}
     assert goal_of(config, 6) == Goal(3, 15, ("a", "b")) and goal_of(config | {"per_class": 0}, 6) == Goal(6, 30)
     assert goal_of({"classes": ["a", "b"]}, 6) == Goal(6, 6)

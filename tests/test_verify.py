@@ -483,8 +483,8 @@ def test_the_command_says_what_it_found(folder, capsys, monkeypatch):
 def test_disagreement_is_exit_four(folder, capsys, monkeypatch):
     read = FastEngine._read_weights
 
-    def spoilt(self):
-        read(self)
+    def spoilt(self, versions):
+        read(self, versions)
         one_weight(self)
 
     monkeypatch.setattr(FastEngine, "_read_weights", spoilt)

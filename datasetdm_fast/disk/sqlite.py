@@ -91,10 +91,7 @@ class Database:
 
     def copy(self) -> Path:
         """A copy of the database beside its place, whose bytes depend on the rows alone; `move` puts it there."""
-        part = storage.part_of(self.path)
-        try:
-            with storage.refusing(self.path):
-                storage.make_empty(part)
+        with storage.empty_part(self.path) as part:
             self.execute("VACUUM INTO CAST(? AS TEXT)", (os.fsencode(part),))  # no name need be UTF-8
             # Its first page counts earlier copies, and says how the file is to be written to: the next to open it must
             # have nothing to change.
@@ -102,9 +99,6 @@ class Database:
             # SQLite does not report that it could not change the journal's kind: the old one, which still exists, does.
             if part.with_name(f"{part.name}-journal").exists():
                 raise storage.refusal(OSError(errno.EIO, os.strerror(errno.EIO)), self.path)
-        except BaseException:
-            storage.forget(part)
-            raise
         return part
 
     def close(self) -> None:
@@ -114,16 +108,10 @@ class Database:
 def connect(path: Path, schema: str, journal: str = WRITE_AHEAD) -> Database:
     """A database for writing that survives a loss of power; it is created whole if missing."""
     if not path.exists():
-        part = storage.part_of(path)
-        try:
-            with storage.refusing(path):
-                storage.make_empty(part)
+        with storage.empty_part(path) as part:
             with closing(Database(path, part, "PRAGMA journal_mode=OFF", SYNCHRONOUS)) as database:
                 database._run(schema, database._connection.executescript, schema)
             storage.move(part, path)
-        except BaseException:
-            storage.forget(part)
-            raise
     return Database(path, path, journal, SYNCHRONOUS)
 
 

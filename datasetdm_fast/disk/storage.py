@@ -135,9 +135,19 @@ def _open_part(part: Path) -> int:
     return syscall("open", os.open, part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, FILE_MODE)
 
 
-def make_empty(part: Path) -> None:
-    """Makes an empty file, for libraries that would give a new one permissions of their own."""
-    os.close(_open_part(part))
+@contextmanager
+def empty_part(path: Path) -> Iterator[Path]:
+    """An empty file beside its place, for libraries that would give a new one permissions of their own; it is removed
+    where the block fails.
+    """
+    part = part_of(path)
+    try:
+        with refusing(path):
+            os.close(_open_part(part))
+        yield part
+    except BaseException:
+        forget(part)
+        raise
 
 
 def _write_all(handle: int, chunk: bytes) -> None:

@@ -73,14 +73,7 @@ def check_fit(model: LoadedModel) -> None:
                 "they belong to different models",
                 TOGETHER,
             )
-    if widths:
-        check_vocabularies(model)
-    model.backbone.check_fit(model)
-
-
-def check_vocabularies(model: LoadedModel) -> None:
-    """Refuses a tokenizer with more entries than its text encoder knows."""
-    for part in model.backbone.of_kind("text_encoder"):
+    for part in model.backbone.of_kind("text_encoder") if widths else ():
         if part not in model.configs:
             continue
         config: Any = model.configs[part]
@@ -91,6 +84,7 @@ def check_vocabularies(model: LoadedModel) -> None:
                 f"model: {model.name}: the tokenizer of the {part} has {len(tokenizer)} entries, it knows {known}",
                 TOGETHER,
             )
+    model.backbone.check_fit(model)
 
 
 ADAPTER = "Name its base model with --model, and the LoRA with --lora."

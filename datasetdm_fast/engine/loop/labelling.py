@@ -22,6 +22,7 @@ from datasetdm_fast.data import (
     Sample,
     SemanticMap,
 )
+from datasetdm_fast.engine.labels import LABEL_KINDS
 from datasetdm_fast.engine.labels.class_tables import classes_in_order
 from datasetdm_fast.engine.labels.trust import (
     trust_of,
@@ -185,12 +186,11 @@ def follow_outlines(
     labels: dict[str, list[Annotation]], pixels: np.ndarray, engine: Engine, most: int
 ) -> dict[str, list[Annotation]]:
     """The labels of decoders with the outlines that their configurations ask for, `most` images at a time."""
-    from datasetdm_fast.engine.labels import with_outlines
-
     followed = [task for task in labels if engine.decoders[task].config.outlines == FROM_IMAGE]
 
     def follow(task: str, place: int) -> Any:
-        return with_outlines([labels[task][place]], [pixels[place]], engine.decoders[task].config)[0]
+        kind = LABEL_KINDS[engine.decoders[task].config.task]
+        return kind.follow_colours(labels[task][place], np.ascontiguousarray(pixels[place]))
 
     results = iter(reader_lanes().map(follow, [(task, b) for task in followed for b in range(len(pixels))], most))
     return labels | {task: [next(results) for _ in pixels] for task in followed}

@@ -40,11 +40,6 @@ class CaptureHook:
     def __init__(self, ops: SimpleNamespace):
         self.ops = ops
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether it reads nothing."""
-        return type(self) is CaptureHook
-
     def feature(self, slot: Slot, x: Tensor) -> None:
         """Reads the output [R, C, h, w] that is the feature `slot`."""
 
@@ -120,7 +115,6 @@ class Projection(nn.Module):
         self.tasks: dict[str, tuple[slice, ...]] = dict.fromkeys(decoders, ())
         read = [decoder.projections() for decoder in decoders.values()]
         is_held = sum(weight.numel() for named in read for weight in named.values()) <= largest_held
-        stacked = _Held if is_held else _ReadAtNeed
         self.features, self.maps, self.widths = nn.ModuleList(), nn.ModuleList(), []
         self.levels, self.sides = tuple(levels), [level.side for level in levels]
         for level in levels:
@@ -138,15 +132,10 @@ class Projection(nn.Module):
                 [part.unflatten(1, (count, -1)).permute(1, 2, 0) for part in row] for count, row in zip(rows, parts)
             ]
             count = len(level.features)
-            self.features.append(stacked(matrices[:count]))  # [halves, C, F], a matrix for each half of a call
-            self.maps.append(stacked(matrices[count:]))  # [heads, T, F]
-
-
-class _Held(nn.ParameterList):
-    """Matrices, each of its parts side by side."""
-
-    def __init__(self, parts: Sequence[Sequence[Tensor]]):
-        super().__init__(frozen(torch.cat(row, -1)) for row in parts)
+            # [halves, C, F], a matrix for each half of a call, and [heads, T, F]
+            for stacked, several in ((self.features, matrices[:count]), (self.maps, matrices[count:])):
+                held = (frozen(torch.cat(parts, -1)) for parts in several)
+                stacked.append(nn.ParameterList(held) if is_held else _ReadAtNeed(several))
 
 
 class _ReadAtNeed(nn.Module):

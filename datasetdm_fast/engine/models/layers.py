@@ -219,15 +219,11 @@ def _pair(weight: Tensor, axis: int, place: int) -> Tensor:
 class Layers:
     """How the layers of a network with these norms are made of its weights."""
 
+    convolution: Callable[..., nn.Module] = Convolution  # whose output is normed, or captured
+    upsample: Callable[..., nn.Module] = Upsample
+
     def __init__(self, groups: int, eps: float, ops: SimpleNamespace):
         self.groups, self.eps, self.ops = groups, eps, ops
-
-    def convolution(self, place: Weights, stride: int = 1) -> nn.Module:
-        """One whose output is normed, or captured."""
-        return Convolution(place, stride)
-
-    def upsample(self, place: Weights) -> nn.Module:
-        return Upsample(place)
 
     def resnet(self, place: Weights) -> nn.Module:
         return Resnet(place, self.groups, self.eps, self.ops)

@@ -57,9 +57,6 @@ class BlockLayers(Layers):
 
     block = SpatialAttention
 
-    def __init__(self, module: nn.Module, ops: SimpleNamespace):
-        super().__init__(module.config.norm_num_groups, EPS, ops)
-
     def middle(self, weights: Weights) -> list[nn.Module]:
         first, last = self.resnets(weights)
         attention = [self.block(weights / "attentions" / 0, self)] if "attentions.0.to_q.weight" in weights else []
@@ -73,8 +70,8 @@ class ImageDecoder(nn.Module):
 
     def __init__(self, module: nn.Module, ops: SimpleNamespace, latents: Latents | None = None):
         super().__init__()
-        state, config, plan = Weights(module.state_dict()), module.config, self.plan(module, ops)
-        weights = state / "decoder"
+        state, config = Weights(module.state_dict()), module.config
+        plan, weights = self.plan(config.norm_num_groups, EPS, ops), state / "decoder"
         self.latents = latents
         entry = [Pointwise(state / "post_quant_conv")] if "post_quant_conv.weight" in state else []
         blocks: list[nn.Module] = []
@@ -120,8 +117,8 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, module: nn.Module, ops: SimpleNamespace):
         super().__init__()
-        state, config, plan = Weights(module.state_dict()), module.config, BlockLayers(module, ops)
-        weights = state / "encoder"
+        state, config = Weights(module.state_dict()), module.config
+        plan, weights = BlockLayers(config.norm_num_groups, EPS, ops), state / "encoder"
         blocks: list[nn.Module] = []
         for k in range(len(config.block_out_channels)):
             blocks += plan.resnets(weights / "down_blocks" / k)

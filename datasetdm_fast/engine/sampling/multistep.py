@@ -11,21 +11,6 @@ from datasetdm_fast.engine.sampling.schedule import Sampler, Update, space_times
 ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 
-def _plms(pairs: list[tuple[float, float]], prediction: str) -> list[Update]:
-    """Updates of the PLMS calls between the given alphas, each PNDM's transfer (equation 9 of arXiv 2202.09778) with a
-    multistep output; call 1 redoes call 0 with the mean of both outputs.
-    """
-    updates = []
-    for k, (alpha, target) in enumerate(pairs):
-        sample = math.sqrt(target / alpha)
-        noise = -(target - alpha) / (alpha * math.sqrt(1 - target) + math.sqrt(alpha * (1 - alpha) * target))
-        if prediction == "v_prediction":
-            sample, noise = sample + noise * math.sqrt(1 - alpha), noise * math.sqrt(alpha)
-        weights = (0.5, 0.5) if k == 1 else ADAMS_BASHFORTH[max(min(k, 4) - 1, 0)]
-        updates.append(Update(sample, tuple(noise * part for part in weights), restarts=k == 1, is_kept=k != 1))
-    return updates
-
-
 def pndm(
     scheduler: Mapping[str, Any], alphas: Tensor, steps: int, prediction: str, profile: str
 ) -> tuple[list[int], list[Update]]:
@@ -49,7 +34,16 @@ def pndm(
 
     pairs = [(value(t), value(t - stride)) for t in times]
     pairs[1] = (value(times[1] + stride), value(times[1]))
-    return times, _plms(pairs, prediction)
+    updates = []
+    for k, (alpha, target) in enumerate(pairs):  # PNDM's transfer (equation 9 of arXiv 2202.09778)
+        sample = math.sqrt(target / alpha)
+        noise = -(target - alpha) / (alpha * math.sqrt(1 - target) + math.sqrt(alpha * (1 - alpha) * target))
+        if prediction == "v_prediction":
+            sample, noise = sample + noise * math.sqrt(1 - alpha), noise * math.sqrt(alpha)
+        # call 1 redoes call 0 with the mean of both outputs
+        weights = (0.5, 0.5) if k == 1 else ADAMS_BASHFORTH[max(min(k, 4) - 1, 0)]
+        updates.append(Update(sample, tuple(noise * part for part in weights), restarts=k == 1, is_kept=k != 1))
+    return times, updates
 
 
 SAMPLER = Sampler(pndm, memory=3, least_steps=2, orders=ADAMS_BASHFORTH, shifts={"0.3.0": 1})

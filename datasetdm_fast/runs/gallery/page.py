@@ -19,7 +19,7 @@ from PIL import Image
 
 from datasetdm_fast.cores import in_blocks
 from datasetdm_fast.disk import storage
-from datasetdm_fast.engine.labels import GalleryLayer, LabelName, by_kind, by_task, kind_of, mean_certainty
+from datasetdm_fast.engine.labels import LabelName, by_kind, by_task, kind_of, mean_certainty
 from datasetdm_fast.engine.labels.class_tables import OURS, colour_in
 from datasetdm_fast.engine.labels.label_files import encode_picture, picture_bytes
 from datasetdm_fast.engine.labels.trust import NO_THING
@@ -274,7 +274,8 @@ class RunFacts:
         self.document = document
         self.scores = {name: dict(ledger.scores(name)) for name in ledger.score_names() if name != NO_FIGURE}
         self.tasks = [*by_kind(document["config"]["task"])]
-        self.layers = layers_of(document)
+        labels = by_task(document["config"]["task"])
+        self.layers = {layer: label for label in labels for layer in kind_of(label).layers}
         tables = document["labels"]
         words = dict.fromkeys(word for task in self.tasks for word in tables.get(task, {}).get("classes", ()))
         self._numbers, self._known = {word: number for number, word in enumerate(words)}, set(words)
@@ -449,8 +450,3 @@ def key_of(document: Mapping[str, Any]) -> str:
 def _css(colour: Iterable[int]) -> str:
     """A colour as style sheets write it, nothing of nothing."""
     return "".join(("#", *(f"{value:02x}" for value in colour))) if colour else ""
-
-
-def layers_of(document: Mapping[str, Any]) -> dict[GalleryLayer, str]:
-    """The layers of a run with their labels, in the order of the tasks."""
-    return {layer: label for label in by_task(document["config"]["task"]) for layer in kind_of(label).layers}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.data import Batch, Quarantined, Sample
 from datasetdm_fast.engine.loop import driver
+from datasetdm_fast.engine.loop.prompts import class_and_turn
 from datasetdm_fast.engine.loop.recipe import Recipe
 from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.messages import count_noun
@@ -174,12 +175,6 @@ def write_missing(
 ) -> Result:
     """Makes the missing samples batch by batch; `before_commit` receives what is about to be committed."""
     begin, new = time.perf_counter(), 0
-
-    def on_rows(rows: list[Row]) -> None:
-        nonlocal new
-        new += len(rows)
-        on_commit(sum(row.status != DOUBTFUL for row in rows))
-
     with RunFolder(job.folder, job.document) as folder:
         quota, gate = Quota(job, folder.ledger), DomainGate(job, folder.ledger)
 
@@ -192,13 +187,14 @@ def write_missing(
                 if ends():
                     return
 
-        with BackgroundWriter(folder, on_rows) as writer:
+        with BackgroundWriter(folder, lambda rows: on_commit(sum(row.status != DOUBTFUL for row in rows))) as writer:
             while missing := quota.missing():
                 for batch, results in make_samples(job, next_batches(), on_unet_call):
                     taken = quota.take(results)
                     before_commit(taken)
                     gate.evaluate(taken)
                     writer.put(taken, batch_facts(job.recipe, batch))
+                    new += len(taken)
                 if ends():
                     break
         result = close_run(folder, job.plan.number, new, begin)
@@ -245,7 +241,7 @@ class Quota:
         taken = []
         for result in results:
             index = result.request.index
-            kind, turn = self._goal.place(index)
+            kind, turn = class_and_turn(index, self._goal.number, len(self._goal.names))
             is_needed = turn < self._goal.stop(self._quarantined[kind])  # as far as is known now
             if index not in self._present and is_needed and self._left:
                 taken.append(result)

@@ -8,7 +8,6 @@ import numpy as np
 
 from datasetdm_fast.data import Quarantined, Sample
 from datasetdm_fast.engine.labels import BACKGROUND, LabelKind, Table, kind_of
-from datasetdm_fast.engine.loop.prompts import class_and_turn
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.run_folder.document import SHARDS, most_samples
 from datasetdm_fast.runs.run_folder.ledger import Tally
@@ -22,10 +21,6 @@ class Goal:
     number: int  # requested samples, of each class
     most: int  # that may be made, of each class
     names: tuple[str, ...] = ("",)  # of the classes; a single empty name where the run does not count by class
-
-    def place(self, index: int) -> tuple[int, int]:
-        """The class of an index, and which of its samples that is."""
-        return class_and_turn(index, self.number, len(self.names))
 
     def stop(self, quarantined: int) -> int:
         """How many samples of a class are to be made where so many of them are quarantined."""

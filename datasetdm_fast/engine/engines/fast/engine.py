@@ -173,15 +173,14 @@ class FastEngine(Engine):
         """A decoder's raw outputs."""
         raise NotImplementedError
 
-    def _read_weights(self) -> None:
-        seen = self._weight_versions()
+    def _read_weights(self, versions: tuple[int, ...]) -> None:
         sources = self._sources("unet")
         for name in NETWORKS:
             setattr(self, name, self._build_network(name, sources))
         del sources
         for name in (*LAZY_NETWORKS, "_wide_image_decoder"):
             self.__dict__.pop(name, None)
-        self._seen = seen
+        self._seen = versions
         self._ready()
         self._compiled = torch.compile(self._plain, dynamic=False) if self.is_compiled else None
         self._rows, self._text, self._keys_values, self._class_keys = {}, None, [], None
@@ -226,16 +225,16 @@ class FastEngine(Engine):
             farthest = max(farthest, largest_distance(weights_of(decoder), self.decoders[task].state_dict()))
         return farthest
 
-    def _weight_versions(self) -> tuple[int, ...]:
-        """Counters that advance when a weight is changed in place."""
-        decoders = sum(parameter._version for parameter in self._decoder_weights)
-        return *(network.changes for network in self.model.networks.values()), decoders
-
     def _refresh(self, context: Tensor | None = None) -> None:
         """Reads weights that were changed; for a call with the text of the previous one they are taken as they are."""
-        if (context is None or not self._is_cached(context)) and self._weight_versions() != self._seen:
+        if context is not None and self._is_cached(context):
+            return
+        # Counters that advance when a weight is changed in place.
+        decoders = sum(parameter._version for parameter in self._decoder_weights)
+        versions = *(network.changes for network in self.model.networks.values()), decoders
+        if versions != self._seen:
             with torch.inference_mode(False):
-                self._read_weights()
+                self._read_weights(versions)
 
     def prepare(self, batch: int) -> None:
         self._refresh()
