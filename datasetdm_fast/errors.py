@@ -36,6 +36,11 @@ class GateFailed(Stop, RuntimeError):
     exit_code = 4
 
 
+def is_out_of_ram(error: BaseException) -> bool:
+    """Whether the machine's memory ran out, for Python, NumPy or PyTorch, which raises a RuntimeError."""
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def quote(path: object) -> str:
     """A path as a shell reads it, for a remedy that is a command."""
     return shlex.quote(str(path))

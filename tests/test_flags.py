@@ -709,6 +709,16 @@ def test_a_current_folder_that_is_gone_ends_in_two_lines(tmp_path, capsys, monke
     assert capsys.readouterr().err.splitlines()[0] == "the current folder is no longer there"
 
 
+def test_a_file_that_is_gone_is_named_where_the_current_folder_is_there(tmp_path, capsys, monkeypatch):
+    assert run_command(lambda _: len((tmp_path / "gone.txt").read_bytes()), []) == 3
+    assert capsys.readouterr().err.splitlines()[0] == f"{tmp_path}/gone.txt: No such file or directory"
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert run_command(lambda _: len(Path("file.txt").read_bytes()), []) == 3
+    assert capsys.readouterr().err.splitlines()[0] == "the current folder is no longer there"
+
+
 def test_letters_that_a_locale_lacks_are_refused_with_the_way_to_have_them():
     with pytest.raises(Refused, match="or letters that the locale lacks") as stop:
         output.check_output("--out", "l\udcc3\udcb6we", "folder")

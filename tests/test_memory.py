@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from small_unets import FEW_ATTENTIONS, with_small_unet
@@ -79,6 +80,15 @@ def test_memory_that_runs_out_elsewhere_is_no_bug_either(capsys):
 
     assert run_command(command, []) == 3
     assert "GPU does not have enough memory\nChoose a smaller --batch-size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("allocate", [torch.empty, np.empty])
+def test_memory_of_the_machine_that_runs_out_is_no_bug(allocate, capsys):
+    assert run_command(lambda _: int(allocate(2**50)[0]), []) == 3
+    assert capsys.readouterr().err.startswith("memory: the machine does not have enough memory\nChoose a smaller ")
+    with pytest.raises((RuntimeError, MemoryError)) as error:
+        allocate(2**50)
+    assert memory.is_out_of_memory(error.value)
 
 
 def test_the_bench_knows_both_ways_in_which_memory_runs_out():

@@ -6,6 +6,7 @@ import select
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial, wraps
 from typing import TypeVar
@@ -13,7 +14,7 @@ from typing import TypeVar
 from datasetdm_fast.bug_report import print_error, report_bug
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import ENDED, SignalWatch
-from datasetdm_fast.errors import Missing, Refused, Stop
+from datasetdm_fast.errors import Missing, Refused, Stop, is_out_of_ram
 from datasetdm_fast.untrusted import documents
 
 Settings = TypeVar("Settings")
@@ -99,9 +100,10 @@ def _report_error(error: Exception) -> int:
 def _as_stop(error: Exception) -> Refused | Missing | None:
     """The refusal for an error of the machine or the disk; None for a bug."""
     torch = sys.modules.get("torch")
-    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+    is_of_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    if is_of_gpu or is_out_of_ram(error):
         return Missing(
-            "memory: the GPU does not have enough memory",
+            f"memory: the {'GPU' if is_of_gpu else 'machine'} does not have enough memory",
             "Choose a smaller --batch-size or --size, or free its memory.",
         )
     if not isinstance(error, OSError):
@@ -115,9 +117,17 @@ def _as_stop(error: Exception) -> Refused | Missing | None:
     if error.errno == errno.ENAMETOOLONG:
         name = documents.quote(error.filename)
         return Refused(f"{name}: no file or folder has so long a name", "Choose a shorter name.")
+    if error.errno == errno.ENOENT and error.filename is not None and _is_current_folder_there():
+        return Missing(f"{error.filename}: {error.strerror}", "Put it back, then run the same command again.")
     if error.errno == errno.ENOENT:  # os.getcwd names no file
         return Missing("the current folder is no longer there", "Change to another, then run the same command again.")
     return None
+
+
+def _is_current_folder_there() -> bool:
+    with suppress(OSError):
+        return bool(os.getcwd())
+    return False
 
 
 def _is_stdout_closed() -> bool:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.errors import Missing, Refused, is_out_of_ram
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -226,7 +226,7 @@ def halve_until_fits(
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether memory ran out, of a GPU or of the machine, by PyTorch's message or by ours."""
-    return isinstance(error, torch.OutOfMemoryError) or "enough memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or is_out_of_ram(error) or "enough memory" in str(error)
 
 
 def trim() -> None:
