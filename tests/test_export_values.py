@@ -364,6 +364,21 @@ def test_instances_alone_are_objects_and_classes_of_voc(exported):
     assert pixels(root / "SegmentationObject/00000000.png") == objects
 
 
+def test_a_border_of_voc_lies_around_objects_and_not_around_what_is_ignored():
+    number, ignored = np.zeros((8, 12), np.int32), np.zeros((8, 12), bool)
+    number[:, :3], ignored[:, 9:] = 1, True
+    semantic = np.where(ignored, 255, 0).astype(np.uint8)
+    thing = SimpleNamespace(name="car", box=(0, 0, 3, 8))
+    sample = SimpleNamespace(name="a", width=12, height=8, things=[thing], semantic=semantic, ignored=ignored)
+    sample.picture, sample.number_things = lambda forms: ("jpg", b""), number.copy
+    layout, classes = SimpleNamespace(border=2), Classes(("car",), ("car",), ())
+    plan = SimpleNamespace(tasks={"semantic", "instance"}, classes=classes, layout=layout)
+    files, _ = voc.VocFormat().convert_sample(sample, plan)
+    for part, of_car in (("Class", 7), ("Object", 1)):
+        row = np.array(Image.open(io.BytesIO(files[f"{voc.ROOT}/Segmentation{part}/a.png"])))[4].tolist()
+        assert row == [of_car, of_car, 255, 255, 0, 0, 0, 0, 0, 255, 255, 255]
+
+
 def test_an_object_of_voc_is_truncated_by_any_border_of_its_picture():
     boxes = [(0, 1, 2, 2), (1, 0, 2, 2), (4, 1, 2, 2), (1, 2, 2, 2), (1, 1, 4, 2)]  # the last one touches none
     things = [SimpleNamespace(name="<car> & co", box=box) for box in boxes]

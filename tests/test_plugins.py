@@ -25,6 +25,7 @@ from datasetdm_fast.engine.tasks import labeller
 from datasetdm_fast.engine.tasks.labeller import check_label
 from datasetdm_fast.errors import Missing
 from datasetdm_fast.plugins import Registry
+from datasetdm_fast.runs.exporting import conversion
 from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.jobs.job import packages_of
 from datasetdm_fast.runs.run_folder.audit import audit
@@ -334,6 +335,21 @@ def test_code_of_others_is_loaded_when_it_is_asked_for(installed, monkeypatch):
     with pytest.raises(KeyError):
         registry["none"]
     sys.modules.pop("foreign_things")
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (5, "TypeError: 'int' object is not iterable"),
+        ([b"a", None, b"b"], "TypeError: a chunk is a NoneType, expected"),
+    ],
+)
+def test_a_file_of_another_package_that_is_not_bytes_is_named_and_not_cut_off(content, cause, monkeypatch):
+    monkeypatch.setitem(
+        conversion.EXPORT_FORMATS.others, "listing", SimpleNamespace(dist=SimpleNamespace(name="foreign"))
+    )
+    with pytest.raises(Missing, match=f"'listing' of the package foreign fails on its file a.txt .{cause}"):
+        list(conversion._read_chunks("listing", "a.txt", content))
 
 
 def test_a_run_names_the_package_of_a_task_that_is_not_installed(installed, monkeypatch, tmp_path):

@@ -62,8 +62,9 @@ def shared_files(name: str, format: Format, plan: ExportPlan, samples: AllSample
 
 
 def _read_chunks(name: str, path: str, content: bytes | Iterable[bytes]) -> Iterator[bytes]:
-    chunks, failure = iter([content] if isinstance(content, bytes) else content), f"fails on its file {path}"
-    while (chunk := EXPORT_FORMATS.guard(name, lambda: next(chunks, None), failure)) is not None:
+    failure, end = f"fails on its file {path}", object()
+    chunks = EXPORT_FORMATS.guard(name, lambda: iter([content] if isinstance(content, bytes) else content), failure)
+    while (chunk := EXPORT_FORMATS.guard(name, lambda: next(chunks, end), failure)) is not end:
         if not isinstance(chunk, bytes):
             error = TypeError(f"a chunk is a {type(chunk).__name__}, expected bytes")
             raise EXPORT_FORMATS.failure(name, error, failure)

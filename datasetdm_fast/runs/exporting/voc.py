@@ -40,10 +40,10 @@ class VocFormat(Format):
         if has_things:
             objects = sample.number_things()
             objects[objects > MOST_OBJECTS] = 0
-            objects[sample.ignored] = IGNORED
             if plan.layout.border:
                 edge = borders(objects, plan.layout.border)
                 objects[edge] = classes[edge] = IGNORED
+            objects[sample.ignored] = IGNORED
             files[f"{ROOT}/SegmentationObject/{sample.name}.png"] = _C.png_encode(objects.astype(np.uint8), PALETTE)
         files[f"{ROOT}/SegmentationClass/{sample.name}.png"] = _C.png_encode(classes, PALETTE)
         files[f"{ROOT}/Annotations/{sample.name}.xml"] = "".join(_annotation(sample, has_things)).encode()
