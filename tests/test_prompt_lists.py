@@ -380,6 +380,19 @@ def test_the_address_of_an_endpoint(url, address):
         assert language_model.check_url(url, "key") == address
 
 
+@pytest.mark.parametrize("key", ["sk-sécret", "sk-sec\nret"])
+def test_a_key_that_no_request_holds_is_refused_and_not_shown(key):
+    with pytest.raises(Refused, match="the key holds a character that a request cannot") as stop:
+        language_model.check_url("https://h/v1", key)
+    assert "ret" not in str(stop.value)
+
+
+def test_a_host_that_no_name_may_have_is_refused():
+    pytest.importorskip("httpx2")
+    with pytest.raises(Refused, match="Invalid IDNA hostname"):
+        language_model.Endpoint("https://\u2603.invalid/v1", "model", "")
+
+
 @pytest.mark.parametrize(
     ("reply", "found"),
     [

@@ -45,6 +45,10 @@ class Endpoint:
             import httpx2
         except ImportError as error:
             raise Missing("--llm-url: httpx2 is not installed", "Install datasetdm-fast[prompts].") from error
+        try:
+            httpx2.URL(self.url)
+        except httpx2.InvalidURL as error:  # such as a name that no host may have
+            raise Refused(f"--llm-url {one_line(url)}: {one_line(str(error))}", "Write https://HOST/v1.") from error
         self._library = httpx2
 
     def __call__(self, text: str) -> str:
@@ -101,6 +105,10 @@ def check_url(url: str, key: str) -> str:
         raise Refused(
             "--llm-url: it contains a user name, a password or a query",
             f"Write https://HOST/v1 and set {KEY_VARIABLES[0]} in the environment.",
+        )
+    if not key.isascii() or not key.isprintable():
+        raise Refused(
+            "--llm-url: the key holds a character that a request cannot", f"Copy it once more to {KEY_VARIABLES[0]}."
         )
     if key and parts.scheme == "http" and not _is_loopback(host):
         raise Refused(f"--llm-url {one_line(url)}: the key would travel unencrypted", "Use https.")
