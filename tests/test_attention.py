@@ -197,6 +197,12 @@ def test_columns_are_tokens_or_words(model):
     assert find("a red ball at", ("ball",), tokenizer=spanning, by_words=False) == [("ball", (2, 3))]
 
 
+def test_a_concept_that_shares_no_attention_with_the_background_is_absent():
+    shares = torch.tensor([[[0.0, 1, 0], [0.2, 0.3, 0.5], [0, 0, 1], [0.6, 0, 0.2]]])  # 4 cells, the background last
+    (maps,) = attention.concept_maps(AttentionSums(torch.zeros(1, 0, 0), shares))
+    assert torch.allclose(maps, torch.tensor([[[0, 2 / 7], [0, 0.75]], [[1, 0.375], [0, 0]]]))
+
+
 def test_a_concept_that_no_token_says_is_refused():
     tokenizer = Tokenizer()
     assert class_prompts.concept_places("fire hydrant", tokenizer) == (1, 2)

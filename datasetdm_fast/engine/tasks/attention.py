@@ -43,7 +43,8 @@ def concept_maps(averages: AttentionSums) -> list[Tensor]:
     """Per image the maps [K, s, s] of its concepts but the last, the background: their shares beside that of it."""
     side = round(averages.tokens.shape[1] ** 0.5)
     words, background = averages.tokens[..., :-1], averages.tokens[..., -1:]
-    return [*(words / (words + background)).mT.unflatten(2, (side, side))]
+    either = (words + background).clamp(min=torch.finfo(words.dtype).tiny)  # of a third word's cells both may be 0
+    return [*(words / either).mT.unflatten(2, (side, side))]
 
 
 def scale_maps(maps: Tensor) -> Tensor:
