@@ -915,8 +915,8 @@ def test_digests_and_trust_are_short(tmp_path):
             ledger._database.execute("UPDATE tracings SET tracings = ?", (damaged,))
             with pytest.raises(Refused, match="the row of sample 1 is damaged"):
                 list(ledger.rows(parts=("tracings",)))
-        for damaged in ("AAAA", "x" * 40, 7):
-            ledger._database.execute("UPDATE samples SET files = ?", (json.dumps({"depth": [damaged, 5]}),))
+        for damaged in (["AAAA", 5], ["x" * 40, 5], [7, 5], ["A" * 43, "5"], ["A" * 43, -5]):
+            ledger._database.execute("UPDATE samples SET files = ?", (json.dumps({"depth": damaged}),))
             with pytest.raises(Refused, match="the row of sample 1 is damaged"):
                 print(ledger.row(1).files)
 

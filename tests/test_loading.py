@@ -159,6 +159,7 @@ def test_settings_of_a_schedule_have_bounds():
     betas, flow = {"beta_schedule": "linear"}, {"use_dynamic_shifting": True}
     for is_flow, taken, refused, told in (
         (False, betas | {"num_train_timesteps": 100_000}, betas | {"num_train_timesteps": 100_001}, "out of range"),
+        (False, betas | {"trained_betas": [0.1]}, betas | {"trained_betas": []}, "out of range"),
         (False, betas | {"beta_start": 1e-9}, betas | {"beta_start": 0.0}, "out of range"),
         (False, betas | {"beta_end": 0.999}, betas | {"beta_end": 1.0}, "out of range"),
         (False, {"trained_betas": [0.1]}, {"trained_betas": None}, "has no beta_schedule"),

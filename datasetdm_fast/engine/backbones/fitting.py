@@ -188,9 +188,11 @@ def check_scheduler(config: Mapping[str, Any], source: Path | str, *, is_flow: b
     ignored = ["beta_start", "beta_end"] if config.get("trained_betas") else []
     _check_forms(config, source, forms, ["trained_betas", "set_alpha_to_one", *ignored])
     count = config.get("num_train_timesteps", 1000)
-    betas = config.get("trained_betas") or [config.get("beta_start", 0.0001), config.get("beta_end", 0.02)]
+    betas = config.get("trained_betas")
+    if betas is None:
+        betas = [config.get("beta_start", 0.0001), config.get("beta_end", 0.02)]
     is_range = 0 < count <= MOST_TIMESTEPS and 0 <= config.get("steps_offset", 0) < count
-    if not is_range or len(betas) > MOST_TIMESTEPS or not all(0 < beta < 1 for beta in betas):
+    if not is_range or not 0 < len(betas) <= MOST_TIMESTEPS or not all(0 < beta < 1 for beta in betas):
         raise Refused(
             f"model: {source}: the scheduler's steps, steps_offset or betas are out of range, expected 1 to "
             f"{MOST_TIMESTEPS} steps, an offset below that and betas between 0 and 1",

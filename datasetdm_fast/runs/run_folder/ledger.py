@@ -63,7 +63,7 @@ _NOTHING = {"missing": (), "unnamed": (), "domain": None, "reasons": ()}  # what
 HEX_DIGITS = 64  # of a SHA-256
 FOLDERS = {"image": "images"}  # of roles that have another name than their folder
 LARGEST_TRACINGS = 2**24  # bytes
-Tally = list[tuple[int, int]]  # of each class: samples that have a row, and those of them that were quarantined
+Tally = list[tuple[int, int]]  # of each class: samples that have a row, and those of them that are doubtful
 _COLUMNS = '"index", prompt, seed, classes, status, reason, recipe, files, labels, trust'
 _ENCODE = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False).encode
 _DECODE = json.JSONDecoder().decode
@@ -283,7 +283,7 @@ class Ledger(AbstractContextManager):
         return indices
 
     def tally(self, number: int, classes: int) -> Tally:
-        """Of each class, to which `number` indices belong."""
+        """The tally of so many classes; sample k is of class k // number % classes."""
         tally = [(0, 0)] * classes
         for table in self._tables():
             statement = f'SELECT "index" / ? % ?, count(*), sum(status = ?) FROM {table} GROUP BY 1'
@@ -425,6 +425,8 @@ def _decode_file(id: str, role: str, file: Any) -> RowFile:
     path, sha256 = documents.check_inside(*names or [usual_path(role, id)]), urlsafe_b64decode(digest + "=").hex()
     if len(sha256) != HEX_DIGITS:
         raise ValueError(f"{documents.quote(digest)} is no SHA-256")
+    if type(size) is not int or size < 0:
+        raise ValueError(f"{documents.quote(size)} is no size of a file")
     return RowFile(path, StoredFile(sha256, size))
 
 
