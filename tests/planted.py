@@ -217,7 +217,7 @@ _BY_FILE = {
         ("step.joins, step.keeps, block is parting", "False, step.keeps, block is parting", "skips are left out"),
         ("hook.feature(self.entry, double_halves(entry))", "pass", "a level lacks its first feature"),
         ("if x is not None:", "if False:", "levels lack their features"),
-        ("hook.on_queries(block.slot, q, k)", "pass", "levels lack their maps"),
+        ("hook.on_queries(inner.slot, q, k)", "pass", "levels lack their maps"),
     ),
     "engine/decoders/segmentation.py": (
         "test_decoders.py",

@@ -784,7 +784,7 @@ def test_units_and_values_of_layers_are_those_of_their_table():
 
 
 def test_palettes_go_on_beyond_the_classes_of_a_label():
-    whole, official = class_tables.palette(), class_tables.official_palette("coco", ((1, "person"),))
+    whole, official = class_tables.PALETTE, class_tables.official_palette("coco", ((1, "person"),))
     assert [tuple(whole[3 * k : 3 * k + 3]) for k in (0, 3)] == [*map(colour, (0, 3))]
     assert whole[-3:] == bytes((236, 236, 236)) and len(official) == 768
     assert tuple(official[3:6]) == class_tables.builtin_table("coco").colour("person")

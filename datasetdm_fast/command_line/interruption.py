@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from types import FrameType
 from typing import Any, ClassVar, NoReturn, Self
@@ -19,15 +20,14 @@ ENDED = "interrupted; run the same command again"
 FINISHING = "\nfinishing this batch; once more ends at once\n"
 
 
+@dataclass(eq=False)
 class Interruption:
     """Within the block a command's first SIGINT or SIGTERM is noted, to finish the batch; the second ends it."""
 
     blocks: ClassVar[list["Interruption"]] = []  # of the main thread, the innermost last
-
-    def __init__(self, is_quiet: bool):
-        self.signal: int | None = None
-        self.is_quiet = is_quiet
-        self.screen = 2  # file descriptor of messages
+    is_quiet: bool
+    signal: int | None = None
+    screen: int = 2  # file descriptor of messages
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():

@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,7 @@ LEAST = {  # of a config
     "transformer_layers_per_block": 0,
     BUCKETS: 4,
 }
+read_config = partial(documents.read_object, most=LARGEST_VOCABULARY)  # of a model or tokenizer, by its path
 # What is read of a tokenizer's config; other settings may name code that a library would fetch and run.
 TOKENIZER_SETTINGS = set(
     "bos_token eos_token pad_token unk_token model_max_length added_tokens_decoder add_prefix_space do_lower_case "
@@ -121,10 +123,6 @@ def check_size(size: int, multiple: int, most: int = 0) -> None:
             f"size: the model has positions for images of at most {most} pixels a side, {size} were to be drawn",
             f"Use --size {most - most % multiple} or less.",
         )
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    return documents.read_object(path, most=LARGEST_VOCABULARY)
 
 
 def check_bounds(config: Mapping[str, Any], source: Path) -> None:

@@ -155,8 +155,9 @@ class Decoder(nn.Module):
         super().__init__()
         self.config, self.ops = config, ops
         self.domain: Domain | None = None  # of a decoder in a folder, where its training has measured it
+        self.levels_read = [name for name in LEVELS if name in mixes or name == "low"]
         for level in config.levels:
-            if level.name in mixes or level.name == "low":
+            if level.name in self.levels_read:
                 self.add_module(
                     f"{level.name}_feature_conv", nn.Sequential(nn.Conv2d(level.channels, config.width, 1, bias=False))
                 )
@@ -252,10 +253,6 @@ class Decoder(nn.Module):
             pooled = F.adaptive_avg_pool2d(mixed, side) if mixed.shape[-1] > side else mixed
             parts.append(F.interpolate(pooled, size=(side, side)))
         return torch.cat(parts, 1)
-
-    @property
-    def levels_read(self) -> list[str]:
-        return [name for name in LEVELS if hasattr(self, f"{name}_feature_conv")]
 
     def lowest(self, capture: AnyCapture) -> Tensor:
         """The level `low` at a quarter of the side of the highest."""

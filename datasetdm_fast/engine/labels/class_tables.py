@@ -210,10 +210,7 @@ def colour(index: int) -> tuple[int, int, int]:
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
-@cache
-def palette() -> bytes:
-    """The 256 colours of an index PNG of ours."""
-    return bytes(value for number in range(256) for value in colour(number))
+PALETTE = bytes(value for number in range(256) for value in colour(number))  # of an index PNG of ours
 
 
 @cache

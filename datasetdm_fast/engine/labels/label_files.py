@@ -15,7 +15,7 @@ from PIL import Image
 from datasetdm_fast import _C
 from datasetdm_fast.data import Sample
 from datasetdm_fast.engine.labels import LABEL_KINDS, Table, kind_of, task_of_label
-from datasetdm_fast.engine.labels.class_tables import palette
+from datasetdm_fast.engine.labels.class_tables import PALETTE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +42,7 @@ def encode_picture(picture: Image.Image, form: str, **options: Any) -> bytes:
 
 def index_png(labels: np.ndarray, colours: bytes = b"") -> bytes:
     """A palette PNG whose pixel values are the labels [H, W] uint8, in the colours of our palette or of another."""
-    return _C.png_encode(np.ascontiguousarray(labels, np.uint8), colours or palette())
+    return _C.png_encode(np.ascontiguousarray(labels, np.uint8), colours or PALETTE)
 
 
 def with_text(png: bytes, name: str, text: str) -> bytes:

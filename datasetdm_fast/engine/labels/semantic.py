@@ -20,7 +20,7 @@ from datasetdm_fast.engine.labels import (
     markdown_cell,
     round_float,
 )
-from datasetdm_fast.engine.labels.class_tables import CUSTOM, OURS, colour, official_palette, palette
+from datasetdm_fast.engine.labels.class_tables import CUSTOM, OURS, PALETTE, colour, official_palette
 from datasetdm_fast.engine.labels.label_files import index_png
 from datasetdm_fast.engine.labels.pictures import paint_map
 
@@ -72,7 +72,7 @@ class ClassMap(LabelKind):
         if name == CUSTOM:
             official = dict(zip(self.numbers(table), map(tuple, table["colours"]), strict=True))
             return bytes(value for number in range(256) for value in official.get(number, colour(number)))
-        return palette() if name == OURS else official_palette(name, tuple(self.names(table).items()))
+        return PALETTE if name == OURS else official_palette(name, tuple(self.names(table).items()))
 
     def ignored_colour(self, table: Table) -> tuple[int, ...]:
         return tuple(self.palette(table)[-3:])

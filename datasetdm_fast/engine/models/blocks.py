@@ -4,6 +4,7 @@ operation than its arithmetic takes; and the whole UNet of such a network in one
 
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,12 +29,12 @@ LARGEST_BLOCK = 1 << 20  # weights; larger ones would be held twice for a gain t
 _PACKING = threading.RLock()  # slices run at once, and what one of them computes with must not be exchanged
 
 
+@dataclass
 class Packing:
     """Weights in the order in which csrc reads them; it knows only where they lie, so `held` must outlive its block."""
 
-    def __init__(self, in_pairs: bool = False) -> None:
-        self.in_pairs = in_pairs  # of bf16, which the rows they are multiplied with are rounded to, too
-        self.held: list[Tensor] = []
+    in_pairs: bool = False  # of bf16, which the rows they are multiplied with are rounded to, too
+    held: list[Tensor] = field(default_factory=list)
 
     def place(self, value: Tensor) -> int:
         self.held.append(value)
@@ -136,34 +137,27 @@ class ResnetBlock(Block):
 class TransformerBlock(Block):
     """Two calls, as a hook may read the attention over the text between them."""
 
-    def __init__(self, plain: Transformer):
-        super().__init__(plain)
-        (block,) = plain.blocks
-        self.heads, self.slot = block.heads, block.slot
-        self.width = len(plain.exit.weight)
-
     def pack(self, packing: Packing) -> _C.Transformer:
-        inner = self.blocks[0]
+        (inner,) = self.blocks
         before, after = (inner.self_qkv, inner.self_out, inner.text_q), (inner.text_out, inner.wide, inner.narrow)
         packed: list[Any] = list(map(packing.norm, (self.norm, inner.norm1, inner.norm2, inner.norm3)))
         packed += map(packing.linear, (self.entry, *before, *after, self.exit))
-        packed.append(self.heads)
+        packed.append(inner.heads)
         return _C.Transformer(*packed)
 
     def forward(self, x: Tensor, texts: Sequence[Tensor], hook: CaptureHook) -> Tensor:
         x, threads = x.contiguous(memory_format=torch.channels_last), torch.get_num_threads()
-        batch, _, height, width = x.shape
+        (inner,), (batch, _, height, width) = self.blocks, x.shape
         if hook.reads_self(height * width):  # its answer is the block's own
-            inner = self.blocks[0]
             qkv = inner.self_qkv(inner.norm1(self.entry(tokens(self.norm(x)))))
-            hook.attend_self(self.slot, *split_heads(qkv, 3, self.heads))
-        h, q = torch.empty((2, batch, height * width, self.width))
+            hook.attend_self(inner.slot, *split_heads(qkv, 3, inner.heads))
+        h, q = torch.empty((2, batch, height * width, len(self.exit.weight)))
         self.native().before(x.data_ptr(), h.data_ptr(), q.data_ptr(), batch, height * width, threads)
         ((k, v),) = texts
         if len(k) != batch:
             x, h, q = double_halves(x), double_halves(h), double_halves(q)
-        (q,) = split_heads(q, 1, self.heads)
-        attended = join_heads(hook.attend(self.slot, q, k, v)).contiguous()
+        (q,) = split_heads(q, 1, inner.heads)
+        attended = join_heads(hook.attend(inner.slot, q, k, v)).contiguous()
         out = torch.empty_like(x)
         places = x.data_ptr(), h.data_ptr(), attended.data_ptr(), out.data_ptr()
         self.native().after(*places, len(x), height * width, threads)
@@ -250,7 +244,7 @@ class UNetBlock(Block, UNet):
             for block, (_, rows, columns) in zip(self.blocks, sizes):  # the first transformer parts the halves
                 if isinstance(block, TransformerBlock):
                     count = 2 * batch if queries else batch
-                    queries.append(torch.empty(count, rows * columns, block.width))
+                    queries.append(torch.empty(count, rows * columns, len(block.exit.weight)))
         native.run(
             latents.data_ptr(),
             biases.data_ptr(),
@@ -270,8 +264,8 @@ class UNetBlock(Block, UNet):
         for step, x in zip(self.steps, outputs):
             if x is not None:
                 hook.feature(step.slot, x)
-        attending = [block for block in self.blocks if isinstance(block, TransformerBlock)]
-        for block, q, (k, _) in zip(attending, queries, text):
-            (q,) = split_heads(q if len(q) == len(k) else double_halves(q), 1, block.heads)
-            hook.on_queries(block.slot, q, k)
+        attending = [block.blocks[0] for block in self.blocks if isinstance(block, TransformerBlock)]
+        for inner, q, (k, _) in zip(attending, queries, text):
+            (q,) = split_heads(q if len(q) == len(k) else double_halves(q), 1, inner.heads)
+            hook.on_queries(inner.slot, q, k)
         return out

@@ -8,6 +8,7 @@ its slice of the weight and added to the level's sum, so that the concatenated l
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -34,11 +35,11 @@ class AttentionSlot(NamedTuple):
     blocks: int = 1  # of the transformer
 
 
+@dataclass(eq=False)
 class CaptureHook:
     """What reads along in a UNet call; this one reads nothing, as in every call but the captured one."""
 
-    def __init__(self, ops: SimpleNamespace):
-        self.ops = ops
+    ops: SimpleNamespace
 
     def feature(self, slot: Slot, x: Tensor) -> None:
         """Reads the output [R, C, h, w] that is the feature `slot`."""

@@ -3,9 +3,10 @@
 import math
 import mmap
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import count, takewhile
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -38,11 +39,12 @@ class Uninitialised(TorchFunctionMode):
         return function(*args, **kwargs or {})
 
 
+@dataclass(frozen=True)
 class Weights:
     """A state dict seen from a prefix."""
 
-    def __init__(self, state: Mapping[str, Tensor], prefix: str = ""):
-        self.state, self.prefix = state, prefix
+    state: Mapping[str, Tensor]
+    prefix: str = ""
 
     def __truediv__(self, name: str | int) -> "Weights":
         return Weights(self.state, f"{self.prefix}{name}.")
@@ -216,14 +218,15 @@ def _pair(weight: Tensor, axis: int, place: int) -> Tensor:
     return torch.stack([first + middle, last] if place else [first, middle + last], axis)
 
 
+@dataclass
 class Layers:
     """How the layers of a network with these norms are made of its weights."""
 
-    convolution: Callable[..., nn.Module] = Convolution  # whose output is normed, or captured
-    upsample: Callable[..., nn.Module] = Upsample
-
-    def __init__(self, groups: int, eps: float, ops: SimpleNamespace):
-        self.groups, self.eps, self.ops = groups, eps, ops
+    groups: int
+    eps: float
+    ops: SimpleNamespace
+    convolution: ClassVar[Callable[..., nn.Module]] = Convolution  # whose output is normed, or captured
+    upsample: ClassVar[Callable[..., nn.Module]] = Upsample
 
     def resnet(self, place: Weights) -> nn.Module:
         return Resnet(place, self.groups, self.eps, self.ops)

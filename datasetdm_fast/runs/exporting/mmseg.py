@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from pprint import pformat
 
 from datasetdm_fast import _C
-from datasetdm_fast.engine.labels.class_tables import colour, palette
+from datasetdm_fast.engine.labels.class_tables import PALETTE, colour
 from datasetdm_fast.runs.exporting.format import AllSamples, Entry, ExportPlan, Files, Format, SampleView
 
 WIDTH = 120
@@ -19,7 +19,7 @@ class MmsegFormat(Format):
 
     def convert_sample(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
         ending, image = sample.picture(self.forms)
-        labels = _C.png_encode(sample.semantic, palette())
+        labels = _C.png_encode(sample.semantic, PALETTE)
         files: Files = {
             f"images/{sample.split}/{sample.name}.{ending}": image,
             f"annotations/{sample.split}/{sample.name}.png": labels,

@@ -430,11 +430,12 @@ def _decode_file(id: str, role: str, file: Any) -> RowFile:
     return RowFile(path, StoredFile(sha256, size))
 
 
+@dataclass
 class IndexFile:
     """The bytes of one file, some rows at a time and by id; one reading of the ledger serves all files."""
 
-    def __init__(self, document: Mapping[str, Any], ledger: Ledger):
-        self.document, self.ledger = document, ledger
+    document: Mapping[str, Any]
+    ledger: Ledger
 
     def begin(self) -> Iterable[bytes]:
         """What stands before the first row."""
