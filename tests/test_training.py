@@ -57,6 +57,7 @@ from datasetdm_fast.training.splits import count_folds, split, split_folds
 from datasetdm_fast.training.state import EarlyStopping, TrainingState
 from datasetdm_fast.training.task_training import resolve_dtype
 from datasetdm_fast.training.trainer import Trainer, loss_of, project, query_target, sample_word
+from datasetdm_fast.training.truth import windows
 from datasetdm_fast.training.truth.augment import (
     AUGMENTATIONS,
     Augmentation,
@@ -1862,6 +1863,25 @@ def test_a_session_tells_how_it_brings_pictures_to_the_models_size_and_augments_
     plain = replace(one, view_settings=ViewSettings(draws=5)).plain_views("depth", [1], 2)
     assert (plain.settings.draws, plain.settings.augmentation) == (2, AUGMENTATIONS["none"])
     assert len(replace(one, view_settings=ViewSettings(draws=5)).plain_views("depth", [1])) == 5
+
+
+@pytest.mark.parametrize("augment, is_whole", [("kitti", True), ("voc", False), ("lvis", False)])
+def test_an_augmentation_crops_as_the_data_set_that_it_names(engine, tmp_path, augment, is_whole):
+    """KITTI's crops have the height of the picture, also in plain folders, whose own are those of VOC."""
+    picture, labels = np.zeros((400, 640, 3), np.uint8), np.ones((400, 640), np.uint8)
+    labels[100:] = 0
+    for folder, pixels in (("images", picture), ("masks", labels)):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(pixels).save(tmp_path / folder / "a.png")
+    (tmp_path / "classes.txt").write_text("background\nball\n")
+    source = open_data(f"folder:{tmp_path}", 64)
+    one = session.TrainingSession(f"folder:{tmp_path}", engine, source, (0,), augment=augment)
+    views = one.plain_views("semantic", [0])
+    assert ({int(item.semantic[:, 0].sum()) for item in views.items(0)} == {16}) is is_whole
+    assert one.plain_views("semantic", [0], 1).source is source and source.rule == windows.RULES["voc"]
+    assert one.plan("semantic").settings.get("crops") == (None if augment == "voc" else augment)
+    if augment == "lvis":
+        assert views.source.rule == windows.RULES["coco"]
 
 
 class Captioned:

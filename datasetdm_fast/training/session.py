@@ -1,5 +1,6 @@
 """The training session of a command: model, data and engine, from which views, plans and trainings are made."""
 
+import copy
 import hashlib
 import json
 import time
@@ -39,6 +40,7 @@ from datasetdm_fast.training.settings import (
 )
 from datasetdm_fast.training.splits import split
 from datasetdm_fast.training.task_training import TaskPlan, TaskTraining, read_state
+from datasetdm_fast.training.truth import windows
 from datasetdm_fast.training.truth.augment import AUGMENTATIONS, Augmentation
 from datasetdm_fast.training.truth.selection import UPSTREAM_SIDE, least_mask
 from datasetdm_fast.untrusted import documents
@@ -98,7 +100,22 @@ class TrainingSession:
         """Views of some items without captures: as they are trained on, or so many draws of each, not augmented."""
         augmentation = AUGMENTATIONS["none"] if draws else self.augmentation(task)
         settings = replace(self.view_settings, draws=draws or self.view_settings.draws, augmentation=augmentation)
-        return TrainingViews(self.source, numbers, task, settings)
+        return TrainingViews(self.source if draws else self._cropped, numbers, task, settings)
+
+    @property
+    def _other_crops(self) -> windows.Rule | None:
+        """The rule of the crops of --augment, where it is that of another data set."""
+        rule = windows.RULES.get(windows.RULE_OF.get(self.augment, self.augment))
+        return None if rule == getattr(self.source, "rule", rule) else rule
+
+    @cached_property
+    def _cropped(self) -> LabelledSource:
+        """The data set, whose crops are those that the augmentation names."""
+        if (rule := self._other_crops) is None:
+            return self.source
+        source: Any = copy.copy(self.source)
+        source.rule = rule
+        return source
 
     def cache_plan(self, task: str) -> cache.CachePlan:
         """Whether the captures of all views of a task are cached on the disk."""
@@ -195,6 +212,8 @@ class TrainingSession:
         schedule = asdict(recipe.schedule)
         schedule["parts"] = schedule.pop("gradient_accumulation_steps")
         settings = {"decoder": recipe.config.values, **schedule, **self.identity}
+        if self._other_crops:  # earlier versions cropped by the rule of the data
+            settings["crops"] = self.augment
         if source.class_table is not None:
             settings["class_table"] = digest_of(source.class_table, source.thing_classes)
         left_out = ""

@@ -31,6 +31,8 @@ RULES = {
     "nyu": Rule(scales=(0.5, 0.8, 1, 1.3, 1.8, 2, 2.5)),
 }
 
+RULE_OF = {"lvis": "coco", "coco-pose": "coco"}  # augmentations that crop by the rule of another
+
 
 def around(box: tuple[float, float, float, float], size: int, enlarged: float = 1.0) -> Window:
     """A square with the box in its middle and upstream's margin around it; what lies outside the picture is black."""
