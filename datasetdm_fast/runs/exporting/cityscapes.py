@@ -66,25 +66,45 @@ def _instances(sample: SampleView, label_ids: np.ndarray) -> np.ndarray:  # [H, 
 def _polygons(sample: SampleView, plan: ExportPlan, label_ids: np.ndarray) -> dict[str, Any]:
     """A closed line for each part of the area of a class, and one for the visible part of each thing; painted one after
     another as cityscapesScripts does, border pixels included, they are the map of label ids. Pixels of a class of
-    things that belong to no instance are a group, as in Cityscapes.
+    things that belong to no instance are a group, as in Cityscapes. Things in several parts come first: what else lies
+    under the lines between these is painted over them.
     """
     has_things = "instance" in plan.tasks
     places = sample.number_things() if has_things else np.zeros(label_ids.shape, np.int32)
-    objects = []
+    joined, objects = [], []
     for name, (_, label_id, _) in WORDS.items():
         area = label_ids == label_id
         if has_things and label_id >= FIRST_THING:
             area, name = area & (places == 0), f"{name}group"
-        objects += [(name, part) for part in group_parts(rings(area))]
+        objects += [(name, _paintable_line(area, part)) for part in group_parts(rings(area))]
     for k, thing in enumerate(sample.things if has_things else (), 1):
         if thing.name in WORDS and WORDS[thing.name][1] >= FIRST_THING:
-            objects.append((thing.name, rings(places == k)))
+            area = places == k
+            lines = [_paintable_line(area, part) for part in group_parts(rings(area))]
+            if lines:
+                (joined if len(lines) > 1 else objects).append((thing.name, join_rings(lines)))
     return {
         "imgHeight": sample.height,
         "imgWidth": sample.width,
         "objects": [
-            {"label": name, "polygon": [[int(x), int(y)] for x, y in join_rings([on_pixels(ring) for ring in outline])]}
-            for name, outline in objects
-            if outline
+            {"label": name, "polygon": [[int(x), int(y)] for x, y in line]} for name, line in (*joined, *objects)
         ],
     }
+
+
+def _paintable_line(area: np.ndarray, part: list[np.ndarray]) -> np.ndarray:
+    """A closed line [n, 2] of x, y through the outermost pixels of a part of an area [H, W] bool. Each hole is reached
+    from straight above, through pixels of the area, so that a painted line covers no others.
+    """
+    line, *holes = map(on_pixels, part)
+    for hole in sorted(holes, key=lambda ring: int(ring[:, 1].min())):  # so what is above a hole is part of the line
+        hole = np.roll(hole, -int(hole[:, 1].argmin()), axis=0)
+        x, y = hole[0]
+        while y and area[y - 1, x]:
+            y -= 1
+        following = np.roll(line, -1, axis=0)
+        left, right = np.sort([line[:, 0], following[:, 0]], axis=0)
+        is_above = (line[:, 1] == y) & (following[:, 1] == y) & (left <= x) & (x <= right)
+        at = int((is_above | (line == (x, y)).all(1)).argmax())
+        line = np.concatenate([line[: at + 1], [(x, y)], hole, hole[:1], [(x, y)], line[at + 1 :]])
+    return line

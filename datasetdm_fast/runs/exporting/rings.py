@@ -36,11 +36,16 @@ def join_rings(outline: list[np.ndarray]) -> np.ndarray:
 
 
 def on_pixels(ring: np.ndarray) -> np.ndarray:
-    """A ring through the outermost pixels of its mask instead of along their edges."""
-    leaving = np.roll(ring, -1, axis=0) - ring  # the mask lies to the right of the way along a ring
-    arriving = np.roll(leaving, 1, axis=0)
-    way = leaving + arriving  # one of both is horizontal, the other vertical
-    return ring - np.stack([way[:, 1] > 0, way[:, 0] < 0], 1)
+    """A ring through the outermost pixels of its mask instead of along their edges: the first and the last one of each
+    edge, so that it does not leave the mask where two pixels touch at a corner.
+    """
+    ring = ring.astype(int)
+    following = np.roll(ring, -1, axis=0)
+    way = np.sign(following - ring)
+    right = np.stack([-way[:, 1], way[:, 0]], 1)  # of the way along a ring lies the mask
+    ends = np.stack([ring + (right + way - 1) // 2, following + (right - way - 1) // 2], 1).reshape(-1, 2)
+    distinct = ends[(ends != np.roll(ends, -1, axis=0)).any(1)]
+    return distinct if len(distinct) > 2 else ends[::2]  # a polygon has three corners or more
 
 
 def group_parts(outline: list[np.ndarray]) -> list[list[np.ndarray]]:
