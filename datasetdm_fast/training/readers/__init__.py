@@ -14,18 +14,16 @@ from datasetdm_fast.plugins import Registry
 from datasetdm_fast.runs.run_folder.shard_places import is_url
 from datasetdm_fast.training.readers.celebamask import CelebAMask
 from datasetdm_fast.training.readers.cityscapes import Cityscapes
-from datasetdm_fast.training.readers.coco import Coco
+from datasetdm_fast.training.readers.coco import Coco, Lvis
 from datasetdm_fast.training.readers.cvat import Cvat
 from datasetdm_fast.training.readers.deepfashion import DeepFashion
 from datasetdm_fast.training.readers.demo import DemoWorld
+from datasetdm_fast.training.readers.depth import Kitti, Nyu, VirtualKitti
 from datasetdm_fast.training.readers.folder import PARTS, Folder
 from datasetdm_fast.training.readers.hf import HuggingFace
-from datasetdm_fast.training.readers.kitti import Kitti, VirtualKitti
 from datasetdm_fast.training.readers.label_studio import LabelStudio
 from datasetdm_fast.training.readers.labelme import LabelMe
-from datasetdm_fast.training.readers.lvis import Lvis
 from datasetdm_fast.training.readers.mask import Masks
-from datasetdm_fast.training.readers.nyu import Nyu
 from datasetdm_fast.training.readers.run import RunSamples
 from datasetdm_fast.training.readers.supervisely import Supervisely
 from datasetdm_fast.training.readers.voc import Voc

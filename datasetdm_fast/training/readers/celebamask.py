@@ -7,7 +7,6 @@ import numpy as np
 
 from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Picture
-from datasetdm_fast.training.truth import windows
 from datasetdm_fast.training.truth.picture_source import PictureSource
 
 PARTS = (  # in the order they are drawn, front ones last
@@ -29,7 +28,7 @@ class CelebAMask(PictureSource):
 
     classes = ("background", *NAMES)
     thing_classes = tuple(NAMES)
-    rule = windows.RULES["voc"]
+    rule = "voc"
     tasks = ("semantic", "open-vocabulary")
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):

@@ -10,7 +10,6 @@ from datasetdm_fast.data import IGNORE
 from datasetdm_fast.engine.labels.class_tables import builtin_table
 from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Picture
-from datasetdm_fast.training.truth import windows
 from datasetdm_fast.training.truth.picture_source import PictureSource
 from datasetdm_fast.training.truth.shapes import Things
 
@@ -27,7 +26,7 @@ class Cityscapes(PictureSource):
 
     classes = CITYSCAPES_CLASSES
     thing_classes = CITYSCAPES_CLASSES[FIRST_THING:]
-    rule = windows.RULES["cityscapes"]
+    rule = "cityscapes"
     captions_name_all = True
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):

@@ -2,12 +2,9 @@
 
 from pathlib import Path
 
-import numpy as np
-
 from datasetdm_fast.engine.labels.class_tables import builtin_table
 from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Picture
-from datasetdm_fast.training.truth import windows
 from datasetdm_fast.training.truth.picture_source import PictureSource
 from datasetdm_fast.untrusted import documents
 
@@ -20,7 +17,7 @@ class DeepFashion(PictureSource):
     classes = DEEPFASHION_CLASSES
     thing_classes = DEEPFASHION_CLASSES[1:]
     tasks = ("semantic", "open-vocabulary")
-    rule = windows.RULES["deepfashion"]
+    rule = "deepfashion"
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         if split != "train":
@@ -37,8 +34,7 @@ class DeepFashion(PictureSource):
         image = reading.colour_image(path)
         labels = reading.label_map(self.maps[record], image.shape, self.classes)
         if self.captions is None:
-            named = tuple(self.classes[k] for k in np.unique(labels) if 0 < k < len(self.classes))
-            return Picture(stem, image, named, labels)
+            return Picture(stem, image, self.things_in(labels), labels)
         caption = self.captions.get(path.name, self.captions.get(stem))
         if not isinstance(caption, str):
             raise reading.bad(self.path / "captions.json", f"no caption for {path.name}")

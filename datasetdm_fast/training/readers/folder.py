@@ -8,7 +8,6 @@ from datasetdm_fast.engine.labels.depth import UNITS, unit_of
 from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Picture
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.training.truth import windows
 from datasetdm_fast.training.truth.picture_source import PictureSource
 from datasetdm_fast.untrusted import documents
 
@@ -22,7 +21,7 @@ class Folder(PictureSource):
     unit of depth files as in a run folder.
     """
 
-    rule = windows.RULES["voc"]
+    rule = "voc"
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         whole, path = path, reading.split_folder(path, split)

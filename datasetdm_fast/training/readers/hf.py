@@ -13,7 +13,7 @@ from datasetdm_fast.engine.labels.depth import LARGEST_STEP, UNITS, unit_of
 from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Picture
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.training.truth import tables, windows
+from datasetdm_fast.training.truth import tables
 from datasetdm_fast.training.truth.picture_source import PictureSource
 from datasetdm_fast.untrusted import documents, images
 
@@ -35,7 +35,7 @@ class HuggingFace(PictureSource):
     its lists of objects and people are ignored.
     """
 
-    rule = windows.RULES["voc"]
+    rule = "voc"
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         self.path, self.rows = path, tables.open_rows(path, split)

@@ -6,7 +6,6 @@ import numpy as np
 
 from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Picture
-from datasetdm_fast.training.truth import windows
 from datasetdm_fast.training.truth.picture_source import PictureSource
 
 FOLDERS = (("im", "gt"), ("images", "masks"), ("image", "mask"), ("imgs", "masks"), ("Image", "Mask"))
@@ -21,7 +20,7 @@ class Masks(PictureSource):
     What is not black is the object, which classes.txt may name, one line.
     """
 
-    rule = windows.RULES["voc"]
+    rule = "voc"
     tasks = ("semantic", "open-vocabulary")
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):

@@ -21,7 +21,6 @@ from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER
 from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.runs.run_folder.reader import Run, StoredSample
 from datasetdm_fast.runs.run_folder.selections import origins, read_split
-from datasetdm_fast.training.truth import windows
 from datasetdm_fast.training.truth.picture_source import MOST_SEMANTIC, PictureSource
 from datasetdm_fast.training.truth.shapes import Things
 from datasetdm_fast.untrusted import documents
@@ -53,7 +52,7 @@ class RunSamples(PictureSource):
     several decoders of another task, the first of the run is the truth. Instances of low score are ignored.
     """
 
-    rule = windows.RULES["coco"]
+    rule = "coco"
 
     def __init__(self, path: Path | str, split: str, size: int, tasks: tuple[str, ...]):
         split, chosen = _split_and_label(split)

@@ -13,7 +13,6 @@ from datasetdm_fast.data import IGNORE
 from datasetdm_fast.engine.labels.class_tables import BORDERS, voc_palette
 from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Picture
-from datasetdm_fast.training.truth import windows
 from datasetdm_fast.training.truth.picture_source import PictureSource
 from datasetdm_fast.training.truth.selection import VOC_CLASSES
 from datasetdm_fast.untrusted import images
@@ -82,7 +81,7 @@ class Voc(PictureSource):
 
     classes = VOC_CLASSES
     thing_classes = VOC_CLASSES[1:]
-    rule = windows.RULES["voc"]
+    rule = "voc"
     captions_name_all = True
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):

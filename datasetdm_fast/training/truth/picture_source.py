@@ -16,7 +16,7 @@ MOST_SEMANTIC = 255  # classes of an 8-bit label map
 
 
 class PictureSource(LabelledSource):
-    rule = windows.Rule()
+    rule = ""  # of windows.RULES, by which a training draws windows of its pictures
     images: Sequence[Path]  # where it is the file that names a record
 
     def name(self, record: int) -> str:
@@ -29,7 +29,7 @@ class PictureSource(LabelledSource):
         picture = self.picture(record)
         height, width = picture.image.shape[:2]
         if seed is not None:
-            window = windows.draw_window(self.rule, picture, self.size, seed)
+            window = windows.draw_window(windows.RULES[self.rule], picture, self.size, seed)
         elif picture.person:
             window = windows.around(picture.person, self.size)
         else:

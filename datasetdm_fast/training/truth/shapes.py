@@ -17,7 +17,6 @@ from datasetdm_fast.engine.labels import mask_rle
 from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.training.truth import windows
 from datasetdm_fast.training.truth.picture_source import MOST_SEMANTIC, PictureSource
 from datasetdm_fast.untrusted import documents, images
 
@@ -52,7 +51,7 @@ class Things:
 class OutlineSource(PictureSource):
     """A data set whose truth is outlines of things; its label maps are drawn from them, where 8 bits suffice."""
 
-    rule = windows.RULES["coco"]
+    rule = "coco"
     captions_name_all = True
     class_list = "the classes"  # where they are from
 

@@ -62,7 +62,7 @@ class MetadataRows:
 
     def __init__(self, file: Path, path: Path, names: Sequence[str]):
         self.folder = file.parent  # in which the files of the rows lie
-        rows = _csv_rows(file) if file.suffix == ".csv" else _json_rows(file)
+        rows = _read_metadata(file)
         if file.parent == path:
             folders = tuple(f"{name}/" for name in names)
             inside = [row for row in rows if str(row.get(FILE_NAME)).startswith(folders)]
@@ -87,12 +87,10 @@ class MetadataRows:
         return None
 
 
-def _json_rows(file: Path) -> list[dict[str, Any]]:
-    lines = reading.numbered_lines(file, most=LARGEST_METADATA)
-    return [documents.parse_object(line, f"{file}, line {number}") for number, line in lines]
-
-
-def _csv_rows(file: Path) -> list[dict[str, Any]]:
+def _read_metadata(file: Path) -> list[dict[str, Any]]:
+    if file.suffix != ".csv":
+        lines = reading.numbered_lines(file, most=LARGEST_METADATA)
+        return [documents.parse_object(line, f"{file}, line {number}") for number, line in lines]
     text = reading.read_text(file, LARGEST_METADATA)
     try:
         rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))

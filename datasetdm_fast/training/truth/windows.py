@@ -22,6 +22,7 @@ class Rule:
 
 
 RULES = {
+    "": Rule(),
     "voc": Rule(scales=(0.5, 0.8, 1, 1.3, 1.8, 2, 3), toward_object=5 / 8),
     "cityscapes": Rule(scales=(0.5, 0.8, 1, 1.3, 1.8), toward_object=5 / 8),
     "deepfashion": Rule(scales=(0.5, 0.8, 1, 1.3, 1.8), toward_object=5 / 8),

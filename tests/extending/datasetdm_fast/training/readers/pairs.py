@@ -6,13 +6,12 @@ from pathlib import Path
 
 from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Picture
-from datasetdm_fast.training.truth import windows
 from datasetdm_fast.training.truth.picture_source import PictureSource
 
 
 class Pairs(PictureSource):
     tasks = ("semantic",)
-    rule = windows.RULES["voc"]
+    rule = "voc"
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
         self.classes = reading.class_file(path / "classes.txt")
