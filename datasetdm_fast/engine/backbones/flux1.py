@@ -1,19 +1,8 @@
 """FLUX.1 dev, schnell and Krea-dev: blocks of two streams, then of one; CLIP's pooled text and T5."""
 
 from datasetdm_fast.config import Defaults, FlowRule
-from datasetdm_fast.engine.backbones import Configs, Part, Read
+from datasetdm_fast.engine.backbones import Configs, Part, Read, flow_models
 from datasetdm_fast.engine.backbones.fitting import check_channels
-from datasetdm_fast.engine.backbones.flow_models import (
-    CAPTURE,
-    CLIP,
-    FLOW_SCHEDULER,
-    T5,
-    VAE,
-    count_blocks,
-    joint_backbone,
-    names_of,
-    seg4diff_of_flux,
-)
 
 DEV_LICENCE = "flux-1-dev-non-commercial-license"  # of Krea-dev, too
 
@@ -27,7 +16,7 @@ def _text(configs: Configs) -> tuple[int, int]:
 def _defaults(configs: Configs) -> Defaults:
     network = configs["transformer"]
     steps, guidance = (28, 3.5) if network.guidance_embeds else (4, 0.0)
-    return Defaults(1024, steps, guidance, CAPTURE, seg4diff_of_flux(network.num_layers))
+    return Defaults(1024, steps, guidance, flow_models.CAPTURE, flow_models.seg4diff_of_flux(network.num_layers))
 
 
 def _check(configs: Read, source: str) -> Read:
@@ -43,7 +32,7 @@ def _text_widths(configs: Configs) -> dict[str, tuple[int, int]]:
     }
 
 
-FLUX1 = joint_backbone(
+FLUX1 = flow_models.joint_backbone(
     name="flux1",
     title="FLUX.1",
     parts={
@@ -57,19 +46,19 @@ FLUX1 = joint_backbone(
     guidance=lambda configs: "embedded" if configs["transformer"].guidance_embeds else "none",
     text=_text,
     flow=FlowRule("uniform"),
-    blocks=count_blocks,
+    blocks=flow_models.count_blocks,
     defaults=_defaults,
     tokenizer="tokenizer_2",
     reference="datasetdm_fast.engine.backbones.flux1_reference:Flux1Reference",
     network_plan="datasetdm_fast.engine.backbones.mmdit_plans:flux1",
     file_signs=("double_blocks.", "vector_in."),
-    name_adapter=names_of("FluxPipeline"),
+    name_adapter=flow_models.names_of("FluxPipeline"),
     check=_check,
     text_widths=_text_widths,
     licence=lambda configs: DEV_LICENCE if configs["transformer"].guidance_embeds else "apache-2.0",
     full_size={
-        "text_encoder": CLIP,
-        "text_encoder_2": T5,
+        "text_encoder": flow_models.CLIP,
+        "text_encoder_2": flow_models.T5,
         "transformer": {  # of schnell
             "in_channels": 64,
             "num_layers": 19,
@@ -81,8 +70,8 @@ FLUX1 = joint_backbone(
             "guidance_embeds": False,
             "axes_dims_rope": (16, 56, 56),
         },
-        "vae": VAE,
-        "scheduler": FLOW_SCHEDULER | {"shift": 1.0},
+        "vae": flow_models.VAE,
+        "scheduler": flow_models.FLOW_SCHEDULER | {"shift": 1.0},
         "model_index": {},
     },
     seed=20,

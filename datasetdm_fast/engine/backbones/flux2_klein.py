@@ -1,19 +1,8 @@
 """FLUX.2 klein, distilled and base: blocks of two streams, then of one; states of three layers of Qwen3 as text."""
 
 from datasetdm_fast.config import Defaults, FlowRule
-from datasetdm_fast.engine.backbones import Configs, Latents, LoadedModel, Part, Read
+from datasetdm_fast.engine.backbones import Configs, Latents, LoadedModel, Part, Read, flow_models
 from datasetdm_fast.engine.backbones.fitting import TOGETHER, check_channels, check_settings
-from datasetdm_fast.engine.backbones.flow_models import (
-    CAPTURE,
-    FLOW_SCHEDULER,
-    QWEN3_4B,
-    VAE,
-    chat,
-    count_blocks,
-    joint_backbone,
-    names_of,
-    seg4diff_of_flux,
-)
 from datasetdm_fast.errors import Refused
 
 LENGTH = 512  # tokens of a text
@@ -28,7 +17,8 @@ def _is_distilled(configs: Configs) -> bool:
 
 def _defaults(configs: Configs) -> Defaults:
     steps, guidance = (4, 1.0) if _is_distilled(configs) else (50, 4.0)
-    return Defaults(1024, steps, guidance, CAPTURE, seg4diff_of_flux(configs["transformer"].num_layers))
+    reads = flow_models.seg4diff_of_flux(configs["transformer"].num_layers)
+    return Defaults(1024, steps, guidance, flow_models.CAPTURE, reads)
 
 
 def _licence(configs: Configs) -> str:
@@ -58,7 +48,7 @@ def _check_fit(model: LoadedModel) -> None:
         )
 
 
-FLUX2_KLEIN = joint_backbone(
+FLUX2_KLEIN = flow_models.joint_backbone(
     name="flux2-klein",
     title="FLUX.2 klein",
     parts={
@@ -72,19 +62,19 @@ FLUX2_KLEIN = joint_backbone(
     text=lambda configs: (LENGTH, configs["transformer"].joint_attention_dim),
     flow=FlowRule("uniform", "empirical"),
     patch=1,
-    blocks=count_blocks,
+    blocks=flow_models.count_blocks,
     defaults=_defaults,
-    wrap=chat(enable_thinking=False),
+    wrap=flow_models.chat(enable_thinking=False),
     reference="datasetdm_fast.engine.backbones.flux2_klein_reference:Flux2KleinReference",
     network_plan="datasetdm_fast.engine.backbones.mmdit_plans:flux2",
     file_signs=("double_blocks.", "single_stream_modulation."),
-    name_adapter=names_of("Flux2KleinPipeline"),
+    name_adapter=flow_models.names_of("Flux2KleinPipeline"),
     check=_check,
     text_widths=_text_widths,
     check_fit=_check_fit,
     licence=_licence,
     full_size={
-        "text_encoder": QWEN3_4B,
+        "text_encoder": flow_models.QWEN3_4B,
         "transformer": {  # of klein 4B
             "in_channels": 128,
             "num_layers": 5,
@@ -98,10 +88,10 @@ FLUX2_KLEIN = joint_backbone(
             "eps": 1e-6,
         },
         "vae": {
-            **{name: VAE[name] for name in ("block_out_channels", "layers_per_block", "norm_num_groups")},
+            **{name: flow_models.VAE[name] for name in ("block_out_channels", "layers_per_block", "norm_num_groups")},
             "latent_channels": 32,
         },
-        "scheduler": FLOW_SCHEDULER | {"shift": 3.0, "use_dynamic_shifting": True},
+        "scheduler": flow_models.FLOW_SCHEDULER | {"shift": 3.0, "use_dynamic_shifting": True},
         "model_index": {"is_distilled": True},
     },
     seed=40,

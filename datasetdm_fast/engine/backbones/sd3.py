@@ -6,19 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.config import Defaults, FlowRule
-from datasetdm_fast.engine.backbones import DAMAGED, Configs, Part, Read
+from datasetdm_fast.engine.backbones import DAMAGED, Configs, Part, Read, flow_models
 from datasetdm_fast.engine.backbones.fitting import check_channels
-from datasetdm_fast.engine.backbones.flow_models import (
-    CAPTURE,
-    CLIP,
-    FLOW_SCHEDULER,
-    OPEN_CLIP,
-    T5,
-    VAE,
-    joint_backbone,
-    names_of,
-    seg4diff,
-)
 from datasetdm_fast.errors import Refused
 
 if TYPE_CHECKING:
@@ -39,8 +28,8 @@ def _text(configs: Configs) -> tuple[int, int]:
 
 def _defaults(configs: Configs) -> Defaults:
     network = configs["transformer"]
-    reads = seg4diff(network.num_layers * 3 // 8, depth=network.num_layers)  # block 9 of 24
-    return Defaults(network.sample_size * 8, 28, 7.0, CAPTURE, reads)
+    reads = flow_models.seg4diff(network.num_layers * 3 // 8, depth=network.num_layers)  # block 9 of 24
+    return Defaults(network.sample_size * 8, 28, 7.0, flow_models.CAPTURE, reads)
 
 
 def _file_config(state: Mapping[str, "Tensor"]) -> dict[str, Any]:
@@ -74,7 +63,7 @@ def _text_widths(configs: Configs) -> dict[str, tuple[int, int]]:
     return widths
 
 
-SD3 = joint_backbone(
+SD3 = flow_models.joint_backbone(
     name="sd3",
     title="Stable Diffusion 3 and 3.5",
     parts={
@@ -109,14 +98,14 @@ SD3 = joint_backbone(
     },
     file_config=_file_config,
     file_tokenizers={"tokenizer": False, "tokenizer_2": True},
-    name_adapter=names_of("StableDiffusion3Pipeline"),
+    name_adapter=flow_models.names_of("StableDiffusion3Pipeline"),
     check=_check,
     text_widths=_text_widths,
     licence=lambda configs: "stabilityai-ai-community",
     full_size={
-        "text_encoder": {**CLIP, "projection_dim": 768},
-        "text_encoder_2": OPEN_CLIP,
-        "text_encoder_3": T5,
+        "text_encoder": {**flow_models.CLIP, "projection_dim": 768},
+        "text_encoder_2": flow_models.OPEN_CLIP,
+        "text_encoder_3": flow_models.T5,
         "tokenizer_3": {"model_max_length": T5_LENGTH},
         "transformer": {  # of SD 3.5 medium
             "sample_size": 128,
@@ -133,8 +122,8 @@ SD3 = joint_backbone(
             "dual_attention_layers": tuple(range(13)),
             "qk_norm": "rms_norm",
         },
-        "vae": VAE | {"scaling_factor": 1.5305, "shift_factor": 0.0609},
-        "scheduler": FLOW_SCHEDULER | {"shift": 3.0},
+        "vae": flow_models.VAE | {"scaling_factor": 1.5305, "shift_factor": 0.0609},
+        "scheduler": flow_models.FLOW_SCHEDULER | {"shift": 3.0},
         "model_index": {},
     },
     seed=35,

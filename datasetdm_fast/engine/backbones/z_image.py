@@ -3,18 +3,8 @@ encoder.
 """
 
 from datasetdm_fast.config import Defaults, FlowRule
-from datasetdm_fast.engine.backbones import Configs, Part, Read
+from datasetdm_fast.engine.backbones import Configs, Part, Read, flow_models
 from datasetdm_fast.engine.backbones.fitting import check_channels, check_settings
-from datasetdm_fast.engine.backbones.flow_models import (
-    CAPTURE,
-    FLOW_SCHEDULER,
-    QWEN3_4B,
-    VAE,
-    chat,
-    joint_backbone,
-    names_of,
-    seg4diff,
-)
 
 LENGTH = 512  # tokens of a text at most
 TURBO_SHIFT = 3.0  # of the schedule; the base model has 6
@@ -23,7 +13,8 @@ TURBO_SHIFT = 3.0  # of the schedule; the base model has 6
 def _defaults(configs: Configs) -> Defaults:
     """Turbo has another shift, by which it is told from the base model."""
     steps, guidance = (8, 0.0) if configs["scheduler"].get("shift", 1.0) <= TURBO_SHIFT else (50, 5.0)
-    return Defaults(1024, steps, guidance, CAPTURE, seg4diff(configs["transformer"].n_layers * 3 // 8, depth=0))
+    reads = flow_models.seg4diff(configs["transformer"].n_layers * 3 // 8, depth=0)
+    return Defaults(1024, steps, guidance, flow_models.CAPTURE, reads)
 
 
 def _check(configs: Read, source: str) -> Read:
@@ -32,7 +23,7 @@ def _check(configs: Read, source: str) -> Read:
     return configs
 
 
-Z_IMAGE = joint_backbone(
+Z_IMAGE = flow_models.joint_backbone(
     name="z-image",
     title="Z-Image",
     parts={
@@ -47,19 +38,19 @@ Z_IMAGE = joint_backbone(
     flow=FlowRule("uniform-fp32"),
     blocks=lambda configs: configs["transformer"].n_layers,
     defaults=_defaults,
-    wrap=chat(enable_thinking=True),
+    wrap=flow_models.chat(enable_thinking=True),
     guides_itself=True,
     pads_text=True,
     unguided=0.0,
     reference="datasetdm_fast.engine.backbones.z_image_reference:ZImageReference",
     network_plan="datasetdm_fast.engine.backbones.mmdit_plans:z_image",
     file_signs=("cap_pad_token", "noise_refiner."),
-    name_adapter=names_of("ZImagePipeline"),
+    name_adapter=flow_models.names_of("ZImagePipeline"),
     check=_check,
     text_widths=lambda configs: {"text": (configs["transformer"].cap_feat_dim, configs["text_encoder"].hidden_size)},
     licence=lambda configs: "apache-2.0",
     full_size={
-        "text_encoder": QWEN3_4B,
+        "text_encoder": flow_models.QWEN3_4B,
         "transformer": {  # of Turbo
             "in_channels": 16,
             "dim": 3840,
@@ -74,8 +65,8 @@ Z_IMAGE = joint_backbone(
             "t_scale": 1000.0,
             "norm_eps": 1e-5,
         },
-        "vae": VAE,
-        "scheduler": FLOW_SCHEDULER | {"shift": TURBO_SHIFT},
+        "vae": flow_models.VAE,
+        "scheduler": flow_models.FLOW_SCHEDULER | {"shift": TURBO_SHIFT},
         "model_index": {},
     },
     seed=60,
