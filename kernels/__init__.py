@@ -1,5 +1,5 @@
 """Every operation worth a kernel, one file each: `reference`, which defines it, its other forms (`plain`, `native`,
-`fused`), the devices they are chosen on, block sizes, and the inputs on which a device is checked.
+`fused`), the devices they are chosen on, block sizes, and `probe`, the inputs on which a device is checked.
 """
 
 import sys

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, round_up, tl
-from datasetdm_fast.kernels.noise import noise
+from datasetdm_fast.kernels.noise import Probe, noise
 
 DEVICES = {"untuned": "fused"}
 BLOCKS = {"untuned": block_sizes("add_statistics", 8, BLOCK_C=64)}
@@ -102,7 +100,6 @@ def fused(x: Tensor, residual: Tensor | None, bias: Tensor | None) -> tuple[Tens
     return x if out is None else out.unflatten(1, (height, width)).permute(0, 3, 1, 2), statistics
 
 
-def probe() -> tuple[Any, ...]:
-    """Inputs on which a device is checked against the reference."""
+def probe() -> Probe:
     x, residual = noise(1, 1280, 8, 8), noise(1280, 1, 8, 8).transpose(0, 1)
     return x, residual, noise(1280)

@@ -7,7 +7,6 @@ heads are known (attention_shares.py). Values of no width ask for the sum alone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 from datasetdm_fast.kernels import attention, attention_shares, attention_sums
 from datasetdm_fast.kernels.attention import probabilities
 from datasetdm_fast.kernels.launch import is_served
-from datasetdm_fast.kernels.noise import noise
+from datasetdm_fast.kernels.noise import Probe, noise
 
 DEVICES = {"cpu": "native", "untuned": "fused"}
 
@@ -63,7 +62,6 @@ def fused(q: Tensor, k: Tensor, v: Tensor, total: Tensor, share: float) -> tuple
     return answer[..., : v.shape[3]], torch.add(total, shares, alpha=share)
 
 
-def probe() -> tuple[Any, ...]:
-    """Inputs on which a device is checked against the reference."""
+def probe() -> Probe:
     qk, total = noise(1, 2, 130, 80), noise(1, 130, 130).abs() / 130
     return qk, qk, qk + 1, total, 0.2

@@ -6,14 +6,12 @@ pass.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from datasetdm_fast.kernels.attention import probabilities
 from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, round_up, tl
-from datasetdm_fast.kernels.noise import noise
+from datasetdm_fast.kernels.noise import Probe, noise
 
 MOST_TOKENS = 128  # all of a query's scores are held at once; texts of more are left to the plain form
 WIDEST = 256  # channels of a head; wider ones are left to the plain form, too
@@ -225,7 +223,6 @@ def fused(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Tens
     return out, level
 
 
-def probe() -> tuple[Any, ...]:
-    """Inputs on which a device is checked against the reference."""
+def probe() -> Probe:
     q, k = noise(1, 2, 64, 160), noise(1, 2, 77, 160)
     return q, k, k + 1, noise(2, 77, 256)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, round_up, tl
-from datasetdm_fast.kernels.noise import noise
+from datasetdm_fast.kernels.noise import Probe, noise
 
 WIDEST = 512  # bytes of a head, whose channels are held at once; wider ones are left to the plain form
 LOG2_E = 1.4426950408889634  # exp(x) = exp2(x * LOG2_E), and exp2 is one instruction
@@ -175,7 +173,6 @@ def fused(q: Tensor, k: Tensor, sums: Tensor, mask: Tensor | None, weight: Tenso
     return out
 
 
-def probe() -> tuple[Any, ...]:
-    """Inputs on which a device is checked against the reference."""
+def probe() -> Probe:
     q, k = noise(1, 2, 70, 64), noise(1, 2, 300, 64)
     return q, k, torch.full((1, 2, 70), 6.0), None, noise(2, 300, 96)

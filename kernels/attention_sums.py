@@ -1,12 +1,10 @@
 """Attention that also returns the logarithm of the sum of each softmax, by which its shares are known afterwards."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datasetdm_fast.kernels.noise import noise
+from datasetdm_fast.kernels.noise import Probe, noise
 
 ROW = 16  # numbers of which rows of a bias are multiples in memory
 
@@ -65,7 +63,6 @@ def sum_exponentials(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
     return torch.stack(parts)
 
 
-def probe() -> tuple[Any, ...]:
-    """Inputs on which a device is checked against the reference."""
+def probe() -> Probe:
     q, k, v = noise(3, 1, 2, 130, 64)
     return q, k, v

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from datasetdm_fast import _C
 from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, round_up, tl
-from datasetdm_fast.kernels.noise import noise
+from datasetdm_fast.kernels.noise import Probe, noise
 from datasetdm_fast.kernels.upsample_concat import resize
 
 DEVICES = {"cpu": "native", "untuned": "fused"}
@@ -243,7 +243,6 @@ def native(
     return logits[:, None].to(x.dtype)
 
 
-def probe() -> tuple[Any, ...]:
-    """Inputs on which a device is checked against the reference."""
+def probe() -> Probe:
     weights = noise(32, 32, 3, 3, scale=0.1), noise(32), noise(1, 32, 3, 3, scale=0.1), noise(1)
     return noise(1, 32, 16, 16), *weights, (40, 64)

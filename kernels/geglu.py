@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,7 +9,7 @@ from torch import Tensor
 from datasetdm_fast import _C
 from datasetdm_fast.kernels.cpu import STORAGES, is_native, threads
 from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, tl
-from datasetdm_fast.kernels.noise import noise
+from datasetdm_fast.kernels.noise import Probe, noise
 
 DEVICES = {"cpu": "native", "untuned": "fused"}
 BLOCKS = {"untuned": block_sizes("geglu", 4, BLOCK_C=1024)}
@@ -80,6 +78,5 @@ def fused(x: Tensor, has_silu: bool = False) -> Tensor:
     return out
 
 
-def probe() -> tuple[Any, ...]:
-    """Inputs on which a device is checked against the reference."""
+def probe() -> Probe:
     return noise(2, 5, 2600)[..., 40:], True

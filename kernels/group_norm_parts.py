@@ -1,27 +1,28 @@
 """GroupNorm and SiLU over the concatenation of one or two images, which is never written, from statistics of chunks
-that operations before it have stored (add_statistics.py); a small plane needs none (group_norm_plane.py).
+that operations before it have stored (add_statistics.py); of a small plane a block takes those of its own groups.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from datasetdm_fast.kernels import add_statistics, group_norm_plane
+from datasetdm_fast.kernels import add_statistics
 from datasetdm_fast.kernels.add_statistics import CHUNK, rows, take_statistics
-from datasetdm_fast.kernels.group_norm_plane import PLANE, PLANE_LANES, _group_norm_parts_plane_kernel
 from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, round_up, tl
 from datasetdm_fast.kernels.merge_statistics import MOST_CHUNKS, merge_statistics
-from datasetdm_fast.kernels.noise import noise
+from datasetdm_fast.kernels.noise import Probe, noise
 
 DEVICES = {"untuned": "fused"}
-BLOCKS = {"untuned": block_sizes("group_norm_parts", 4, BLOCK_S=32, BLOCK_N=16)}
+BLOCKS = {
+    "untuned": block_sizes("group_norm_parts", 4, BLOCK_S=32, BLOCK_N=16) | block_sizes("group_norm_parts plane", 16)
+}
 LANES = 128  # channels of a block: whole groups, and the lanes beyond them idle
 SPAN = 512  # cells of a block: reading the statistics again is little beside them
+PLANE, PLANE_LANES = 2**14, 64  # values of a small plane that one block holds, and channels of it
 
 
 def reference(
@@ -168,6 +169,54 @@ def _group_norm_parts_kernel(
         tl.store(out_ptr + cell_row * channels + cell * channels + channel, y, mask=is_cell & is_ours[None, :])
 
 
+@jit
+def _group_norm_parts_plane_kernel(
+    x_ptr,  # [B, S, C]
+    shift_ptr,  # [C] or [B, C], or None
+    weight_ptr,  # [C]
+    bias_ptr,  # [C]
+    out_ptr,  # [B, S, C]
+    channels,
+    cells,
+    width,  # channels of a group
+    shift_stride,  # of an image; 0 where all have one
+    eps,
+    HAS_SILU: tl.constexpr,
+    GROUPS: tl.constexpr,  # of a block
+    TAKEN: tl.constexpr,  # their channels, of which Triton is to know what divides them
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    # 1. The cells of this block's groups; channels of all groups lie end to end
+    first = tl.program_id(0) * TAKEN
+    cell, lane = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_C)
+    channel, is_ours = first + lane, lane < TAKEN
+    inside = (cell < cells)[:, None] & is_ours[None, :]
+    is_member = (lane // width)[:, None] == tl.arange(0, GROUPS)[None, :]
+    image = tl.program_id(1).to(tl.int64) * cells * channels
+    place = cell[:, None] * channels + channel[None, :]  # inside an image, where 32 bits are enough
+    x = tl.load(x_ptr + image + place, mask=inside, other=0.0).to(tl.float32)
+    if shift_ptr is not None:
+        shift_ptr += tl.program_id(1).to(tl.int64) * shift_stride
+        x += tl.load(shift_ptr + channel, mask=is_ours, other=0.0).to(tl.float32)[None, :]
+        x = tl.where(inside, x, 0.0)
+
+    # 2. Mean, then variance around it, of each group
+    size = width * 1.0 * cells
+    centre = tl.sum(tl.where(is_member, tl.sum(x, 0)[:, None], 0.0), 0) / size
+    x -= tl.sum(tl.where(is_member, centre[None, :], 0.0), 1)[None, :]
+    squares = tl.sum(tl.where(inside, x * x, 0.0), 0)
+    scale = tl.rsqrt(tl.sum(tl.where(is_member, squares[:, None], 0.0), 0) / size + eps)
+    scale = tl.sum(tl.where(is_member, scale[None, :], 0.0), 1)
+
+    # 3. Scale, bias and SiLU
+    scale *= tl.load(weight_ptr + channel, mask=is_ours, other=0.0).to(tl.float32)
+    y = x * scale[None, :] + tl.load(bias_ptr + channel, mask=is_ours, other=0.0).to(tl.float32)[None, :]
+    if HAS_SILU:
+        y = y / (1.0 + tl.exp(-y))
+    tl.store(out_ptr + image + place, y.to(out_ptr.dtype.element_ty), mask=inside)
+
+
 def fused(
     parts: Sequence[Tensor],
     statistics: Sequence[Tensor],
@@ -197,7 +246,7 @@ def fused(
     common["BLOCK_C"] = round_up(together * members)
     with torch.cuda.device_of(x):  # Triton launches on the current device of the thread
         if is_plane:
-            sizes = blocks(group_norm_plane.BLOCKS, "group_norm_parts plane", x)
+            sizes = blocks(BLOCKS, "group_norm_parts plane", x)
             arrays, numbers = (sides[0], shift, weight, bias, out), (channels, cells, members, shift_stride, eps)
             _group_norm_parts_plane_kernel[groups // together, batch](
                 *arrays, *numbers, BLOCK_S=round_up(cells), **common, **sizes
@@ -241,8 +290,7 @@ def groups_of_block(groups: int, members: int, lanes: int) -> int:
     return together
 
 
-def probe() -> tuple[Any, ...]:
-    """Inputs on which a device is checked against the reference."""
+def probe() -> Probe:
     parts = [noise(1, channels, 12, 12) for channels in (1280, 640)]
     affine = noise(1920) + 1, noise(1921)[1:]
     return parts, [take_statistics(part) for part in parts], noise(1922)[2:], *affine, 32, 1e-5

@@ -1,7 +1,5 @@
 """Group normalisation and SiLU of an image."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,7 +7,7 @@ from torch import Tensor
 from datasetdm_fast import _C
 from datasetdm_fast.kernels import group_norm_parts
 from datasetdm_fast.kernels.cpu import STORAGES, is_native, threads
-from datasetdm_fast.kernels.noise import noise
+from datasetdm_fast.kernels.noise import Probe, noise
 
 DEVICES = {"cpu": "native", "untuned": "fused"}
 
@@ -42,7 +40,6 @@ def fused(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, has_
     return group_norm_parts.fused([x], [], None, weight, bias, groups, eps, has_silu)
 
 
-def probe() -> tuple[Any, ...]:
-    """Inputs on which a device is checked against the reference."""
+def probe() -> Probe:
     x = noise(1, 1280, 16, 16).contiguous(memory_format=torch.channels_last)
     return x, noise(1280) + 1, noise(1281)[1:], 32, 1e-5

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,7 @@ from datasetdm_fast.kernels.add_statistics import CHUNK, rows
 from datasetdm_fast.kernels.cpu import is_native
 from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, tl
 from datasetdm_fast.kernels.merge_statistics import MOST_CHUNKS, merge_chunks, merge_statistics
-from datasetdm_fast.kernels.noise import noise
+from datasetdm_fast.kernels.noise import Probe, noise
 
 EPS = 1e-4
 DEVICES = {"cpu": "native", "untuned": "fused"}
@@ -136,6 +135,5 @@ def fused(x: Tensor, has_relu: bool = False) -> Tensor:
     return out.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 
-def probe() -> tuple[Any, ...]:
-    """Inputs on which a device is checked against the reference."""
+def probe() -> Probe:
     return (noise(1, 24, 64, 64),)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, round_up, tl
-from datasetdm_fast.kernels.noise import noise
+from datasetdm_fast.kernels.noise import Probe, noise
 
 DEVICES = {"untuned": "fused"}
 BLOCKS = {"untuned": block_sizes("joint_qkv", 4, BLOCK_S=16)}
@@ -149,7 +148,6 @@ def fused(packed: Sequence[Tensor], norms: Norms, turns: Tensor | None, heads: i
     return out
 
 
-def probe() -> tuple[Any, ...]:
-    """Inputs on which a device is checked against the reference."""
+def probe() -> Probe:
     weights = noise(2, 2, 64) + 1
     return [noise(2, 5, 400), noise(2, 3, 384)], list(map(tuple, weights)), noise(1, 8, 32, 2), 2, 64, 1e-6

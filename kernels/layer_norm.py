@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,7 +9,7 @@ from torch import Tensor
 from datasetdm_fast import _C
 from datasetdm_fast.kernels.cpu import STORAGES, is_native, threads
 from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, round_up, tl
-from datasetdm_fast.kernels.noise import noise
+from datasetdm_fast.kernels.noise import Probe, noise
 
 WIDEST = 8192  # a row is held in registers
 DEVICES = {"cpu": "native", "untuned": "fused"}
@@ -87,6 +85,5 @@ def fused(x: Tensor, weight: Tensor, bias: Tensor, eps: float, shift: Tensor | N
     return out
 
 
-def probe() -> tuple[Any, ...]:
-    """Inputs on which a device is checked against the reference."""
+def probe() -> Probe:
     return noise(2, 5, 1280), noise(1280) + 1, noise(1281)[1:], 1e-5

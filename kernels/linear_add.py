@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,7 @@ from torch import Tensor
 from datasetdm_fast.kernels.add_statistics import CHUNK, empty_statistics, take_statistics
 from datasetdm_fast.kernels.described_product import SUFFIX, find_described_sizes, multiply
 from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, round_up, tl
-from datasetdm_fast.kernels.noise import noise
+from datasetdm_fast.kernels.noise import Probe, noise
 
 DEVICES = {"untuned": "fused"}
 BLOCKS = {
@@ -161,12 +160,12 @@ def fused(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None, residual
     return out, statistics
 
 
-def probe(cells: int = 144) -> tuple[Any, ...]:
+def probe(cells: int = 144) -> Probe:
     """Inputs on which a device is checked against the reference; their last chunk is not whole."""
     weight, residual = noise(320, 960, scale=960**-0.5), noise(1, cells, 320, 1)[..., 0]
     return [noise(1, cells, 640), noise(1, cells, 320)], weight, noise(320), residual
 
 
-def described_probe() -> tuple[Any, ...]:
+def described_probe() -> Probe:
     """Inputs of whole chunks, as the kernel by descriptors takes them."""
     return probe(CHUNK)

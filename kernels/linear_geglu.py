@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,7 +10,7 @@ from datasetdm_fast.kernels import geglu
 from datasetdm_fast.kernels.described_product import SUFFIX, find_described_sizes, multiply
 from datasetdm_fast.kernels.geglu import times_gelu
 from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, tl
-from datasetdm_fast.kernels.noise import noise
+from datasetdm_fast.kernels.noise import Probe, noise
 
 DEVICES = {"untuned": "fused"}
 BLOCKS = {
@@ -83,6 +81,5 @@ def fused(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
-def probe() -> tuple[Any, ...]:
-    """Inputs on which a device is checked against the reference."""
+def probe() -> Probe:
     return noise(1, 9, 320), noise(2560, 320, scale=2 * 320**-0.5), noise(2560)

@@ -1,7 +1,11 @@
 """Seeded inputs of operations."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+Probe = tuple[Any, ...]  # arguments of an operation
 
 
 def noise(*shape: int, scale: float = 1.0) -> Tensor:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from datasetdm_fast.kernels.add_statistics import CHUNK, empty_statistics, rows, take_statistics
 from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, round_up, tl
-from datasetdm_fast.kernels.noise import noise
+from datasetdm_fast.kernels.noise import Probe, noise
 
 DEVICES = {"untuned": "fused"}
 BLOCKS = {
@@ -91,6 +89,5 @@ def fused(places: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     return out.unflatten(1, (height, width)).permute(0, 3, 1, 2), statistics
 
 
-def probe() -> tuple[Any, ...]:
-    """Inputs on which a device is checked against the reference."""
+def probe() -> Probe:
     return noise(1, 2560, 9, 9), noise(640)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, tl
-from datasetdm_fast.kernels.noise import noise
+from datasetdm_fast.kernels.noise import Probe, noise
 
 
 def resize(x: Tensor, side: int) -> Tensor:
@@ -112,8 +111,7 @@ def fused(levels: Sequence[Tensor], side: int) -> Tensor:
     return out.permute(0, 3, 1, 2)
 
 
-def probe() -> tuple[Any, ...]:
-    """Inputs on which a device is checked against the reference."""
+def probe() -> Probe:
     below, level = (
         noise(1, *shape).contiguous(memory_format=torch.channels_last) for shape in ((96, 8, 8), (48, 16, 16))
     )

@@ -1,5 +1,5 @@
 """Every file that holds a kernel: the operations, and what several of them launch."""
 
-from datasetdm_fast.kernels import OPS, described_product, group_norm_plane, merge_statistics
+from datasetdm_fast.kernels import OPS, described_product, merge_statistics
 
-FILES = (*OPS.values(), described_product, group_norm_plane, merge_statistics)
+FILES = (*OPS.values(), described_product, merge_statistics)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, tl
-from datasetdm_fast.kernels.noise import noise
+from datasetdm_fast.kernels.noise import Probe, noise
 
 DEVICES = {"untuned": "fused"}
 BLOCKS = {"untuned": block_sizes("quick_gelu", 4, BLOCK=1024)}
@@ -35,6 +33,5 @@ def fused(x: Tensor) -> Tensor:
     return out
 
 
-def probe() -> tuple[Any, ...]:
-    """Inputs on which a device is checked against the reference."""
+def probe() -> Probe:
     return (noise(1, 9, 3072),)
