@@ -39,13 +39,12 @@ from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export import staging
 from datasetdm_fast.export.__main__ import main as export_command
 from datasetdm_fast.export.manifest import NAME, Manifest
-from datasetdm_fast.export.onnx import to_onnx, weights
+from datasetdm_fast.export.onnx import to_onnx
 from datasetdm_fast.export.onnx.capture import ProjectingHook
-from datasetdm_fast.export.onnx.graph import Extent, Graph, trace_module
+from datasetdm_fast.export.onnx.graph import DataFile, Extent, Graph, digest, tensor_bytes, trace_module
 from datasetdm_fast.export.onnx.operators import OPERATORS
 from datasetdm_fast.export.onnx.stage_names import average_name
 from datasetdm_fast.export.onnx.to_onnx import export, exporter_files, source_digest
-from datasetdm_fast.export.onnx.weights import DataFile
 from datasetdm_fast.kernels import pyramid
 from datasetdm_fast.stages import LEVELS
 
@@ -800,10 +799,10 @@ def test_types_shapes_and_names_of_equal_bytes_have_other_digests():
     for module, value in zip(modules, (torch.zeros(6), torch.zeros(2, 3), torch.zeros(6, dtype=torch.int32), None)):
         module.register_buffer("weight" if value is not None else "bias", torch.zeros(6) if value is None else value)
     states = [module.state_dict() for module in modules]
-    found = [weights.digest([("part", state)]) for state in states] + [weights.digest([("other", states[0])])]
-    assert len(set(found)) == 5 and found[0] == weights.digest([("part", states[0])])
+    found = [digest([("part", state)]) for state in states] + [digest([("other", states[0])])]
+    assert len(set(found)) == 5 and found[0] == digest([("part", states[0])])
     both = states[0] | states[3]  # in whatever order they are read
-    assert weights.digest([("part", both)]) == weights.digest([("part", dict(reversed(both.items())))])
+    assert digest([("part", both)]) == digest([("part", dict(reversed(both.items())))])
 
 
 def test_large_tensors_begin_a_page_and_gaps_are_zeros():
@@ -908,7 +907,7 @@ def test_weights_of_a_gpu_are_copied_to_the_host_for_their_digest():
     """As `ort` exports a model that the reference engine has put on a GPU: NumPy reads no memory of one."""
     here = torch.arange(4.0)
     there = SimpleNamespace(dtype=here.dtype, detach=lambda: there, contiguous=lambda: there, cpu=lambda: here)
-    assert bytes(weights.tensor_bytes(there)) == here.numpy().tobytes()
+    assert bytes(tensor_bytes(there)) == here.numpy().tobytes()
 
 
 def test_the_digest_of_the_exporter_covers_the_networks():

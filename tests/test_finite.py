@@ -16,9 +16,8 @@ from datasetdm_fast.engine.engines.exported.trt import TrtEngine
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop import driver, labelling, recipe
 from datasetdm_fast.export.onnx import to_onnx
-from datasetdm_fast.export.onnx.graph import Extent, Graph
+from datasetdm_fast.export.onnx.graph import DataFile, Extent, Graph
 from datasetdm_fast.export.onnx.operators import OPERATORS
-from datasetdm_fast.export.onnx.weights import DataFile
 
 BATCH = Batch(
     0,

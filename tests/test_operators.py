@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from bench.kernels.inputs import cases_of
 from datasetdm_fast.export.onnx import graph as graph_module
 from datasetdm_fast.export.onnx import operations
-from datasetdm_fast.export.onnx.graph import Extent, Graph
+from datasetdm_fast.export.onnx.graph import DataFile, Extent, Graph
 from datasetdm_fast.export.onnx.operators import OPERATORS
-from datasetdm_fast.export.onnx.weights import DataFile
 from datasetdm_fast.kernels import reference
 from datasetdm_fast.kernels.noise import noise
 

@@ -12,7 +12,7 @@ import onnx
 import torch
 from torch import nn
 
-from datasetdm_fast import __version__, stages
+from datasetdm_fast import __version__, kernels, stages
 from datasetdm_fast.data import ProjectedCapture, Text
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine import backbones, models
@@ -35,21 +35,11 @@ from datasetdm_fast.export.manifest import (
     check_replaceable,
 )
 from datasetdm_fast.export.onnx.capture import AveragingHook, ExportHook, ProjectingHook, RawHook, raw_outputs
-from datasetdm_fast.export.onnx.graph import BATCH, OPSETS, WORDS, Extent, Graph, Value, trace_module
+from datasetdm_fast.export.onnx.graph import BATCH, OPSETS, WORDS, DataFile, Extent, Graph, Value, digest, trace_module
 from datasetdm_fast.export.onnx.operations import ONNX_RUNTIME, PORTABLE, exportable
 from datasetdm_fast.export.onnx.operators import OPERATORS
 from datasetdm_fast.export.onnx.stage_names import OTHERS, RAW, TEXT, averaged_sides, label_of, select_stages
-from datasetdm_fast.export.onnx.weights import DataFile, digest
 from datasetdm_fast.export.staging import fill_alone, stage_files
-from datasetdm_fast.kernels import (
-    ada_norm,
-    attention_shares,
-    attention_sums,
-    depth_head,
-    image_norm,
-    joint_qkv,
-    upsample_concat,
-)
 from datasetdm_fast.plugins import load_place
 from datasetdm_fast.stages import LEVELS, Tensors
 
@@ -142,8 +132,8 @@ def source_digest(model: Model, decoders: Mapping[str, Decoder], rows: int = 0) 
 
 def exporter_files() -> list[Path]:
     """The code that decides what the graphs compute; of the kernels, those the graphs take over."""
-    taken = (ada_norm, attention_shares, attention_sums, depth_head, image_norm, joint_qkv, upsample_concat)
-    modules = [Path(str(module.__file__)) for module in (*taken, stages)]
+    taken = "ada_norm attention_shares attention_sums depth_head image_norm joint_qkv upsample_concat".split()
+    modules = [Path(str(module.__file__)) for module in (*map(kernels.OPS.get, taken), stages)]
     packages = backbones, models, decoder_package
     folders = [Path(__file__).parents[1], *(Path(package.__path__[0]) for package in packages)]
     return [*(path for folder in folders for path in sorted(folder.rglob("*.py"))), *modules]

@@ -108,7 +108,7 @@ def open_checkpoint(path: Path, kind: str = "", levels: tuple[Level, ...] = SD1_
     if not path.is_file():
         raise Missing(f"decoder weights {path}: no such file{storage.named_alike(path)}", "Check the path.")
     copy = path if path.suffix == ".safetensors" else pickles.safe_copy(path)
-    if others := _left_out(copy):
+    if others := json.loads(_read_note(copy, pickles.OTHERS) or "[]"):  # what it held beside its tensors
         raise Refused(f"{path}: it holds {', '.join(others)}, which are not tensors of a decoder", ALONE)
     prefix, shapes = _shapes(copy)
     if not shapes:
@@ -119,11 +119,11 @@ def open_checkpoint(path: Path, kind: str = "", levels: tuple[Level, ...] = SD1_
     return Checkpoint(path, copy, chosen, not kind, config, prefix)
 
 
-def _left_out(copy: Path) -> list[str]:
-    """The names of what a checkpoint held beside the tensors of its safe copy."""
-    tensors.check_safetensors(copy)
-    with safe_open(copy, "pt") as opened:
-        return json.loads((opened.metadata() or {}).get(pickles.OTHERS, "[]"))
+def _read_note(path: Path, name: str) -> str:
+    """A note in a safetensors file, empty where it has none of this name."""
+    tensors.check_safetensors(path)
+    with safe_open(path, "pt") as opened:
+        return (opened.metadata() or {}).get(name, "")
 
 
 def _shapes(copy: Path) -> tuple[str, Shapes]:
@@ -251,10 +251,7 @@ def as_checkpoint(folder: Path) -> bytes:
         check_fit(build_decoder(config), state, str(folder))
     prefix = ""
     if side.is_file():
-        tensors.check_safetensors(side)
-        with safe_open(side, "pt") as opened:
-            prefix = (opened.metadata() or {}).get("prefix", "")
-        left = load_file(side)
+        prefix, left = _read_note(side, "prefix"), load_file(side)
         if prefix not in ("", PREFIX) or not all(name.startswith(UNUSED.get(config.kind, ())) for name in left):
             raise Refused(f"{side}: it holds other tensors than the unused ones", "Convert the checkpoint again.")
     else:

@@ -62,19 +62,16 @@ def count_missing(run: Run, clip: str = "") -> int:
     return missing
 
 
-def check_all_scored(run: Run) -> None:
-    """Refuses a condition on scores where samples have none yet, such as those made after the run was scored."""
+def select(run: Run, where: str) -> list[int]:
+    """The indices of the samples of a run for which a condition on their scores holds; refused where some have none,
+    such as those made after the run was scored.
+    """
+    indices = list(passing(run.path, run.ledger, where).remaining)
     if count_missing(run):
         raise Refused(
             f"--where: samples of {run.path} are not scored",
             f"Score them with: python -m datasetdm_fast.filter {quote(run.path)}",
         )
-
-
-def select(run: Run, where: str) -> list[int]:
-    """The indices of the samples of a run for which a condition on their scores holds."""
-    indices = list(passing(run.path, run.ledger, where).remaining)
-    check_all_scored(run)
     return indices
 
 

@@ -24,6 +24,7 @@ from datasetdm_fast.engine.labels.class_tables import OURS, colour_in
 from datasetdm_fast.engine.labels.label_files import encode_picture, picture_bytes
 from datasetdm_fast.engine.labels.trust import NO_THING
 from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.runs.run_folder import folder as run_folder
 from datasetdm_fast.runs.run_folder.document import (
     COMMANDS,
     DROPPED,
@@ -37,64 +38,39 @@ from datasetdm_fast.runs.run_folder.document import (
     size_in_words,
     speed_in_words,
 )
-from datasetdm_fast.runs.run_folder.folder import (
-    DETAILS_NAME,
-    LEFT_OUT_SCRIPT,
-    PAGE_FIXED,
-    PAGE_LOCK,
-    PAGE_NAME,
-    PAGE_SAMPLES,
-    RUN_SCRIPT,
-    SHEET_NAME,
-    SHEET_SAMPLES,
-    SHEETS,
-    RunFolder,
-    existing_files,
-    expected_files,
-    has_indexes,
-    is_sealed,
-    layer_with_picture,
-    left_out_script,
-    mark_left_out,
-    picture_name,
-    picture_roles,
-    refusing_rows,
-    script,
-    seal,
-    unseal,
-)
+from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.indexes import writers
 from datasetdm_fast.runs.run_folder.ledger import DONE, DOUBTFUL, PARTS, Ledger, Row, RowFile, canonical
 from datasetdm_fast.runs.run_folder.scores import LEAST_SHARE
 from datasetdm_fast.runs.run_folder.selections import read_filter
 from datasetdm_fast.untrusted import documents, images
 
-FIXED_FILES = {f"gallery/{name}": Path(__file__).with_name(name).read_bytes() for name in PAGE_FIXED}
+FIXED_FILES = {f"gallery/{name}": Path(__file__).with_name(name).read_bytes() for name in run_folder.PAGE_FIXED}
 PATIENCE = 900.0  # seconds that a process waits for another that writes the page
 
 
 def lock_page(folder: Path) -> AbstractContextManager[None]:
     """Holds the page of a run folder for this process, as one process writes it at a time."""
     storage.make_folder(folder / "gallery")
-    return storage.hold_lock(folder / PAGE_LOCK, patience=PATIENCE)
+    return storage.hold_lock(folder / run_folder.PAGE_LOCK, patience=PATIENCE)
 
 
 def finish_run(run: RunFolder) -> None:
     """Writes index files and page, unless they show the ledger's rows already, and seals the folder."""
     with lock_page(run.path):
-        if not has_indexes(run.path, run.document, run.ledger):
-            unseal(run.path)
+        if not run_folder.has_indexes(run.path, run.document, run.ledger):
+            run_folder.unseal(run.path)
             if (run.path / DROPPED).is_dir():
                 run.remove_leftovers()
-            with refusing_rows(run.path):
+            with run_folder.refusing_rows(run.path):
                 write_indexes(run.path, run.document, run.ledger)
             shutil.rmtree(run.path / "gallery/thumbnails", ignore_errors=True)  # of runs that an earlier version began,
             storage.remove(run.path / "statistics.png")  # and so is this
             run.ledger.note("indexed", "yes")
-        elif not is_sealed(run.path):  # a filter may have been killed before it marked the page
-            mark_left_out(run.path, read_filter(run.path))
-        if not is_sealed(run.path) and run.ledger.settle():
-            seal(run.path, run.document)
+        elif not run_folder.is_sealed(run.path):  # a filter may have been killed before it marked the page
+            run_folder.mark_left_out(run.path, read_filter(run.path))
+        if not run_folder.is_sealed(run.path) and run.ledger.settle():
+            run_folder.seal(run.path, run.document)
 
 
 def write_indexes(folder: Path, document: Mapping[str, Any], ledger: Ledger, *, is_in_progress: bool = False) -> None:
@@ -105,7 +81,7 @@ def write_indexes(folder: Path, document: Mapping[str, Any], ledger: Ledger, *, 
         for path, file in files.items():
             publication.write(path, file.begin())
         shown = ledger.rows(DONE, DOUBTFUL, parts=(*PARTS, "tracings"))
-        for number, group in groupby(shown, lambda row: row.request.index // PAGE_SAMPLES):
+        for number, group in groupby(shown, lambda row: row.request.index // run_folder.PAGE_SAMPLES):
             rows = list(group)
             done = [row for row in rows if row.status == DONE]
             for path, file in files.items():
@@ -128,34 +104,34 @@ class PageWriter:
     def add(self, number: int, rows: Sequence[Row]) -> None:
         """Writes what the page reads of the samples of the thousand of this number, all of these."""
         self._facts.pages.append((number, len(rows)))
-        contents = {PAGE_NAME.format(number): script("page", number, self._facts.index(rows))}
-        by_sheet = groupby(rows, lambda row: row.request.index // SHEET_SAMPLES)
+        contents = {run_folder.PAGE_NAME.format(number): run_folder.script("page", number, self._facts.index(rows))}
+        by_sheet = groupby(rows, lambda row: row.request.index // run_folder.SHEET_SAMPLES)
         groups = {place: list(group) for place, group in by_sheet}
         for place, group in groups.items():
-            details = script("details", place, self._facts.details(group))
-            contents[DETAILS_NAME.format(place)] = details
+            details = run_folder.script("details", place, self._facts.details(group))
+            contents[run_folder.DETAILS_NAME.format(place)] = details
         storage.publish({self._folder / name: content for name, content in contents.items()})
-        for role in picture_roles(self._document):
+        for role in run_folder.picture_roles(self._document):
             draw_missing(self._folder, rows, role)
         self._shown |= draw_sheets(self._folder, groups, self._shown_before)
 
     def end(self, *, is_in_progress: bool = False) -> None:
         """Writes the page itself, once all rows were added, and removes files of samples that are no longer shown."""
-        expected = expected_files(self._document, self._ledger)
-        for name in set(existing_files(self._folder, self._document)) - expected:
+        expected = run_folder.expected_files(self._document, self._ledger)
+        for name in set(run_folder.existing_files(self._folder, self._document)) - expected:
             storage.remove(self._folder / name)
         run = self._facts.whole(has_sheets=True, is_in_progress=is_in_progress)
         contents = {
-            SHEETS: pretty(self._shown),
-            RUN_SCRIPT: script("run", 0, run),
-            LEFT_OUT_SCRIPT: left_out_script(read_filter(self._folder)),
+            run_folder.SHEETS: pretty(self._shown),
+            run_folder.RUN_SCRIPT: run_folder.script("run", 0, run),
+            run_folder.LEFT_OUT_SCRIPT: run_folder.left_out_script(read_filter(self._folder)),
             **FIXED_FILES,
         }
         storage.publish({self._folder / name: content for name, content in contents.items()})
 
 
 # pixels of a thumbnail's longer side, thumbnails of a sheet
-SIDE, COLUMNS, ROWS = 128, 10, SHEET_SAMPLES // 10
+SIDE, COLUMNS, ROWS = 128, 10, run_folder.SHEET_SAMPLES // 10
 QUALITY = 82  # of the JPEG
 UNKNOWN = ""  # digest of a sheet that lacks some of its images: it is drawn again by the next process that writes
 LARGEST_SHOWN = 2**26  # bytes
@@ -171,7 +147,7 @@ def thumbnail_sides(height: int, width: int) -> tuple[int, int]:
 def read_shown(folder: Path) -> dict[str, str]:
     """Sheet -> digest of the images that it shows; empty where that is unknown, as all sheets are then drawn again."""
     try:
-        path = folder / SHEETS
+        path = folder / run_folder.SHEETS
         return documents.read_object(path, most=LARGEST_SHOWN) if path.exists() else {}
     except (Refused, Missing):
         return {}
@@ -187,12 +163,13 @@ def draw_sheets(folder: Path, groups: Mapping[int, Sequence[Row]], before: dict[
     outdated = [
         number
         for number in images
-        if before.get(str(number)) != shown[str(number)] or not (folder / SHEET_NAME.format(number)).exists()
+        if before.get(str(number)) != shown[str(number)] or not (folder / run_folder.SHEET_NAME.format(number)).exists()
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for block in in_blocks(outdated, BLOCK):
             sheets = dict(zip(block, pool.map(partial(_draw_sheet, folder), (images[number] for number in block))))
-            storage.publish({folder / SHEET_NAME.format(number): sheet for number, (sheet, _) in sheets.items()})
+            named = {run_folder.SHEET_NAME.format(number): sheet for number, (sheet, _) in sheets.items()}
+            storage.publish({folder / name: sheet for name, sheet in named.items()})
             shown |= {str(number): UNKNOWN for number, (_, is_whole) in sheets.items() if not is_whole}
     return shown
 
@@ -210,7 +187,7 @@ def _draw_sheet(folder: Path, group: Mapping[int, RowFile]) -> tuple[bytes, bool
             image = image.resize((width, height), Image.Resampling.BOX)
         else:  # the same pixels, several times faster
             image = image.reduce((image.width // width, image.height // height))
-        down, across = divmod(index % SHEET_SAMPLES, COLUMNS)
+        down, across = divmod(index % run_folder.SHEET_SAMPLES, COLUMNS)
         sheet.paste(image, (across * SIDE, down * SIDE))
     return encode_picture(sheet, "JPEG", quality=QUALITY), is_whole
 
@@ -235,7 +212,7 @@ def draw_missing(folder: Path, rows: Sequence[Row], role: str) -> None:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for block in in_blocks(missing, PICTURES_TOGETHER):
             pictures = zip(block, pool.map(partial(_picture_of_sample, folder, role), block), strict=True)
-            named = {picture_name(role, row.request.id): picture for row, picture in pictures if picture}
+            named = {run_folder.picture_name(role, row.request.id): picture for row, picture in pictures if picture}
             storage.publish({folder / name: picture for name, picture in named.items()})
 
 
@@ -247,14 +224,14 @@ def _picture_of_sample(folder: Path, role: str, row: Row) -> bytes:
 
 def picture_of(role: str, image: Image.Image) -> bytes:
     """The picture that the page shows in place of a file."""
-    return picture_bytes(layer_with_picture(role).picture(np.array(image)))
+    return picture_bytes(run_folder.layer_with_picture(role).picture(np.array(image)))
 
 
 def fetch_or_draw(fetch: Callable[[str], Path | None], folder: Path, name: str) -> Path | None:
     """A file of a run in an object store, which has no pictures: these are drawn of the files that they stand for."""
     place, _, file = name.rpartition("/")
     role = place.removeprefix("gallery/")
-    if not place.startswith("gallery/") or layer_with_picture(role) is None:
+    if not place.startswith("gallery/") or run_folder.layer_with_picture(role) is None:
         return fetch(name)
     source = fetch(f"{role}/{file}") or fetch(f"{QUARANTINE}{role}/{file}")
     if source is None:
@@ -413,7 +390,7 @@ class RunFacts:
             "planned": document["plan"]["number"],
             "is_in_progress": is_in_progress,
             "sheet": {"side": SIDE, "columns": COLUMNS, "rows": ROWS} if has_sheets else None,
-            "group": SHEET_SAMPLES,
+            "group": run_folder.SHEET_SAMPLES,
             "summary": ", ".join(config["task"]),
             "facts": [[name, fact] for name, fact in facts.items() if fact],
             "command": maker(document) if made_by(document) == COMMANDS[0] else "",  # that makes one sample again

@@ -17,23 +17,10 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.gallery.page import FIXED_FILES, RunFacts, fetch_or_draw, finish_run, lock_page, write_indexes
 from datasetdm_fast.runs.gallery.review import Review
 from datasetdm_fast.runs.gallery.server import ServedRun
+from datasetdm_fast.runs.run_folder import folder as run_folder
 from datasetdm_fast.runs.run_folder.audit import find_sharded
 from datasetdm_fast.runs.run_folder.document import LEDGER, LOCK, quarantines, require_document, without_ledger
-from datasetdm_fast.runs.run_folder.folder import (
-    DETAILS_NAME,
-    LEFT_OUT_SCRIPT,
-    PAGE_NAME,
-    PAGE_SAMPLES,
-    RUN_SCRIPT,
-    SHEET_SAMPLES,
-    RunFolder,
-    has_indexes,
-    is_sealed,
-    left_out_script,
-    refusing_rows,
-    script,
-    trace_labels,
-)
+from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger
 from datasetdm_fast.runs.run_folder.reader import Run
 from datasetdm_fast.runs.run_folder.selections import read_filter
@@ -49,7 +36,7 @@ class ShardPage:
         place = Path(tempfile.mkdtemp(prefix="datasetdm-"))
         weakref.finalize(self, shutil.rmtree, place, ignore_errors=True)
         self.folder = place / run.path.resolve().name
-        self._pages = Counter(row // PAGE_SAMPLES for row in ledger.indices())
+        self._pages = Counter(row // run_folder.PAGE_SAMPLES for row in ledger.indices())
         self._facts = RunFacts(run.document, ledger)
         for word in run.document["plan"].get("words", ()):
             self._facts.number(word)
@@ -63,8 +50,8 @@ class ShardPage:
         whole = facts.whole(has_sheets=False, is_in_progress=not self._run.is_complete)
         start = {
             **FIXED_FILES,
-            RUN_SCRIPT: script("run", 0, whole | {"command": ""}),
-            LEFT_OUT_SCRIPT: left_out_script(read_filter(self._run.path)),
+            run_folder.RUN_SCRIPT: run_folder.script("run", 0, whole | {"command": ""}),
+            run_folder.LEFT_OUT_SCRIPT: run_folder.left_out_script(read_filter(self._run.path)),
         }
         storage.publish({self.folder / name: content for name, content in start.items()})
 
@@ -76,17 +63,17 @@ class ShardPage:
     def _make_page(self, number: int) -> None:
         """The index of a thousand samples; in a store without what only their records have, each a request."""
         parts = ("files", "labels") if isinstance(self._ledger.place, ShardFolder) else ("files",)
-        rows = list(self._ledger.rows_of(self._indices(number, PAGE_SAMPLES), parts))
+        rows = list(self._ledger.rows_of(self._indices(number, run_folder.PAGE_SAMPLES), parts))
         with self._making:
-            content = script("page", number, self._facts.index(rows))
-        storage.publish({self.folder / PAGE_NAME.format(number): content})
+            content = run_folder.script("page", number, self._facts.index(rows))
+        storage.publish({self.folder / run_folder.PAGE_NAME.format(number): content})
 
     def _make_details(self, number: int) -> None:
-        rows = list(self._ledger.rows_of(self._indices(number, SHEET_SAMPLES)))
+        rows = list(self._ledger.rows_of(self._indices(number, run_folder.SHEET_SAMPLES)))
         for row in rows:
-            row.tracings.update(trace_labels(row.labels))
-        content = script("details", number, self._facts.details(rows))
-        storage.publish({self.folder / DETAILS_NAME.format(number): content})
+            row.tracings.update(run_folder.trace_labels(row.labels))
+        content = run_folder.script("details", number, self._facts.details(rows))
+        storage.publish({self.folder / run_folder.DETAILS_NAME.format(number): content})
 
     def _indices(self, number: int, count: int) -> list[int]:
         """The samples of a page or a file of details."""
@@ -98,9 +85,9 @@ class ShardPage:
         stem = file.partition(".")[0]
         if not (stem.isascii() and stem.isdecimal() and len(stem) < 16):
             return None
-        if name == PAGE_NAME.format(int(stem)) and int(stem) in self._pages:
+        if name == run_folder.PAGE_NAME.format(int(stem)) and int(stem) in self._pages:
             self._make_page(int(stem))
-        elif name == DETAILS_NAME.format(int(stem)):
+        elif name == run_folder.DETAILS_NAME.format(int(stem)):
             self._make_details(int(stem))
         else:
             row = self._ledger.row(int(stem), parts=())
@@ -147,11 +134,11 @@ def _write_page(folder: Path, *, is_dry: bool) -> dict[str, Any]:
     """run.json of a run folder that has its page now, unless the run is dry."""
     document = require_document(folder)
     if not (folder / LEDGER).exists():
-        if is_sealed(folder):
+        if run_folder.is_sealed(folder):
             raise without_ledger(folder, document)
         raise Refused(f"{folder}: no sample is committed yet", "Wait for the first, then run the same command again.")
     with Ledger(folder / LEDGER, read_only=True) as ledger:
-        is_shown = is_dry or (is_sealed(folder) and has_indexes(folder, document, ledger))
+        is_shown = is_dry or (run_folder.is_sealed(folder) and run_folder.has_indexes(folder, document, ledger))
     if not is_shown and storage.is_locked(folder / LOCK):
         write_so_far(folder)
     elif not is_shown:
@@ -163,8 +150,8 @@ def _write_page(folder: Path, *, is_dry: bool) -> dict[str, Any]:
 def write_so_far(folder: Path) -> None:
     """Writes page and index files of the samples that a run in progress has committed; not where it has just ended."""
     document = require_document(folder)
-    with lock_page(folder), refusing_rows(folder):
-        if is_sealed(folder):
+    with lock_page(folder), run_folder.refusing_rows(folder):
+        if run_folder.is_sealed(folder):
             return
         with Ledger(folder / LEDGER, read_only=True) as ledger, ledger.snapshot():
             write_indexes(folder, document, ledger, is_in_progress=True)
