@@ -33,8 +33,6 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class StageFile:
-    """One exported stage."""
-
     file: str
     data: str  # the file beside it that holds its large weights; stages may share one; empty where it has none
     inputs: tuple[TensorInfo, ...]

@@ -32,7 +32,6 @@ def form_on(op: str, *names: str) -> str:
 
 
 def form_of(op: str, device: torch.device) -> Callable[..., Any]:
-    """The form of `op` that runs on `device`."""
     return getattr(FORM[form_on(op, *names_of(device))], op)
 
 

@@ -164,7 +164,6 @@ class Trainer:
         return read
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step."""
         schedule = self.schedule
         rate = schedule.rate * min(1.0, (step + 1) / max(schedule.warmup, 1))
         if schedule.decay == "cosine":

@@ -129,7 +129,6 @@ class Order:
 
     @property
     def config(self) -> RunConfig:
-        """The order as settings of a run."""
         line = self.line
         return RunConfig(
             model=model_of(line),

@@ -63,8 +63,6 @@ class Latents:
 
 @dataclass(frozen=True)
 class Backbone:
-    """One family."""
-
     name: str
     title: str  # of its models in sentences
     parts: Mapping[str, Part]  # as in model_index.json, without the scheduler

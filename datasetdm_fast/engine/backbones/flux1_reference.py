@@ -11,8 +11,6 @@ from datasetdm_fast.engine.backbones.prompt_encoders import encode_t5, tokenize
 
 
 class Flux1Reference(joint_attention.JointReference):
-    """See BackboneReference."""
-
     def encode(self, prompts: Sequence[str]) -> Text:
         modules, tokenizers = self.model.modules, self.model.tokenizers
         tokens = tokenize(tokenizers["tokenizer"], prompts, tokenizers["tokenizer"].model_max_length, self.device)

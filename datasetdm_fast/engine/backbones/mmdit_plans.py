@@ -47,8 +47,6 @@ class BlockPlan(NamedTuple):
 
 @dataclass(frozen=True)
 class JointPlan:
-    """One network."""
-
     state: State
     heads: int
     width: int  # of a head
@@ -132,7 +130,6 @@ def _split_out(state: State, prefix: str, name: str, width: int) -> dict[str, An
 
 
 def sd3(config: Any, state: State) -> JointPlan:
-    """Stable Diffusion 3 and 3.5."""
     for kind in ("weight", "bias"):
         state[f"proj_out.{kind}"] = _by_channel(state[f"proj_out.{kind}"], config.patch_size)
     blocks = []
@@ -160,7 +157,6 @@ def sd3(config: Any, state: State) -> JointPlan:
 
 
 def flux1(config: Any, state: State) -> JointPlan:
-    """FLUX.1."""
     width, blocks = config.num_attention_heads * config.attention_head_dim, []
     for number in range(config.num_layers):
         prefix = f"transformer_blocks.{number}"
@@ -198,7 +194,6 @@ def _count_text(side: int, tokens: int, lengths: Tensor | None, device: torch.de
 
 
 def flux2(config: Any, state: State) -> JointPlan:
-    """FLUX.2 klein."""
     width, blocks = config.num_attention_heads * config.attention_head_dim, []
     for number in range(config.num_layers):
         image = _image("double_stream_modulation_img.linear", _swiglu("ff"))
@@ -306,7 +301,6 @@ def _centre_image(side: int, tokens: int, lengths: Tensor | None, device: torch.
 
 
 def qwen_image(config: Any, state: State) -> JointPlan:
-    """Qwen-Image."""
     blocks = []
     for number in range(config.num_layers):
         prefix = f"transformer_blocks.{number}"

@@ -15,8 +15,6 @@ MOST_TOKENS = 1024  # that the text encoder is given of a prompt
 
 
 class QwenImageReference(joint_attention.JointReference):
-    """See BackboneReference."""
-
     def encode(self, prompts: Sequence[str]) -> Text:
         tokens = self.model.tokenizers["tokenizer"](
             [TEMPLATE.format(prompt) for prompt in prompts],

@@ -13,8 +13,6 @@ from datasetdm_fast.engine.backbones.sd3 import t5_length
 
 
 class SD3Reference(joint_attention.JointReference):
-    """See BackboneReference."""
-
     def places(self, cells: int, text: int) -> tuple[slice, slice]:
         return slice(0, cells), slice(cells, cells + text)
 

@@ -32,8 +32,6 @@ def transformers_of(unet: nn.Module) -> tuple[tuple[nn.ModuleList, ...], ...]:
 
 
 class SDXLReference(SDReference):
-    """See BackboneReference."""
-
     def __init__(self, model: LoadedModel):
         self.model, self.unet = model, model.modules["unet"]
         self.features, self.transformers = feature_modules(self.unet), transformers_of(self.unet)

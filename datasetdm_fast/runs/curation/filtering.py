@@ -204,7 +204,6 @@ def compute_histogram(table: ScoreTable, name: str) -> list[dict[str, Any]]:
 
 
 def histogram_lines(table: ScoreTable, histograms: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
-    """The histograms as a table for a terminal."""
     counts = Counter(word for classes in table.classes for word in classes)
     widths = {word: max(len(word), 5) for word, _ in counts.most_common(MOST_CLASSES)}
     head = " ".join(f"{word:>{width}}" for word, width in widths.items())

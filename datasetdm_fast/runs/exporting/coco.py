@@ -78,7 +78,6 @@ def _has_panoptic(plan: ExportPlan) -> bool:
 
 
 def categories(plan: ExportPlan, names: Iterable[str], **more: Any) -> list[dict[str, Any]]:
-    """The categories of some classes."""
     numbers = plan.classes.numbers
     return [{"id": numbers[name], "name": name, "supercategory": "", **more} for name in names]
 

@@ -37,8 +37,6 @@ from datasetdm_fast.version import __version__
 
 
 def convert_by_package(name: str, format: Format, view: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
-    """The files and the entry of a sample."""
-
     def convert() -> tuple[Files, Entry]:
         files, entry = format.convert_sample(view, plan)
         for path, content in files.items():
@@ -217,7 +215,6 @@ class Conversion:
                 opened.share(f"{name}/{path}", chunks)
 
     def view(self, number: int) -> SampleView:
-        """The sample of a number."""
         return self._view(self.source.run[f"{number:08d}"])
 
     def _view(self, stored: StoredSample) -> SampleView:

@@ -97,5 +97,4 @@ def _files(plan: ExportPlan, samples: AllSamples, split: str, first: int) -> Ite
 
 
 def read_content(content: Content) -> bytes:
-    """The bytes of a file."""
     return content if isinstance(content, bytes) else content.read()

@@ -54,7 +54,6 @@ class Layout:
 
     @property
     def values(self) -> int:
-        """Values of a view."""
         return sum(cells * channels for cells, channels in self.shapes)
 
     @staticmethod

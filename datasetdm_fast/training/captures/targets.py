@@ -88,7 +88,6 @@ def check_truth(source: LabelledSource, task: str, spec: str) -> None:
 
 
 def target_of(source: LabelledSource, item: Labelled, task: str) -> TrainingTarget:
-    """The target of an item."""
     arrays = _arrays(source, item, task)
     return TrainingTarget(
         **{name: torch.from_numpy(np.array(array, DTYPES[name], order="C")) for name, array in arrays.items()}

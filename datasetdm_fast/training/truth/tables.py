@@ -31,7 +31,6 @@ EXPECTED = "Expected pictures with metadata.jsonl, Parquet files, or what save_t
 
 
 def open_rows(path: Path, split: str) -> MetadataRows | TableRows:
-    """The rows of a split of a folder."""
     reading.first_there(path)
     names = reading.SPLIT_NAMES.get(split, (split,))
     for name in names:
