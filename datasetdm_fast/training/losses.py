@@ -158,9 +158,8 @@ def axis_bins(x_logits: Tensor, y_logits: Tensor, points: Tensor, weights: Tenso
     total = x_logits.new_zeros(len(x_logits))
     for logits, column in ((x_logits, 0), (y_logits, 1)):
         bins = points[..., column].round().long().clamp(0, logits.shape[-1] - 1)
-        total = total + (
-            F.cross_entropy(logits.flatten(0, 1), bins.flatten(), reduction="none").view_as(weights) * weights
-        ).sum(1)
+        each = F.cross_entropy(logits.flatten(0, 1), bins.flatten(), reduction="none").view_as(weights)
+        total = total + (each * weights).sum(1)
     return total
 
 

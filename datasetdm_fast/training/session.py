@@ -145,9 +145,8 @@ class TrainingSession:
         plan = plan or self._cache_plan(views)
         if not plan.is_stored:
             return views.with_captures(cache.RecomputedCaptures(self.engine, views, self.inversion))
-        return views.with_captures(
-            cache.cache_captures(self.engine, views, self.inversion, plan.folder, on_views=on_views)
-        )
+        cached = cache.cache_captures(self.engine, views, self.inversion, plan.folder, on_views=on_views)
+        return views.with_captures(cached)
 
     def recipe(self, task: str) -> TrainingRecipe:
         """Decoder and schedule of a task."""

@@ -9,6 +9,7 @@ import re
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import zipfile
@@ -251,9 +252,7 @@ def _landlock(folder: Path) -> bool:
         return False
     handle = os.open(folder, os.O_PATH | os.O_CLOEXEC)
     try:
-        allowed = (_WRITE_FILE | _REMOVE_FILE | _MAKE_REG | truncate).to_bytes(8, sys.byteorder) + handle.to_bytes(
-            4, sys.byteorder
-        )
+        allowed = struct.pack("=QI", _WRITE_FILE | _REMOVE_FILE | _MAKE_REG | truncate, handle)
         done = libc.syscall(add, rules, 1, allowed, ctypes.c_uint32(0)) == 0
         return done and libc.syscall(restrict, rules, ctypes.c_uint32(0)) == 0
     finally:

@@ -110,9 +110,8 @@ def prepare(order: Order, spec: RunSpec, stored: Mapping[str, Any] | None) -> Jo
     check_present(order.line.path("grounding_ckpt"), "--grounding_ckpt", remedy)
     job = prepare_job(spec, stored)
     line = {"script": order.line.script, "values": dict(order.line.values)}
-    return replace(
-        job, document=job.document | {"command": COMMAND, "line": line}, generator=partial(FilingGenerator, order=order)
-    )
+    document = job.document | {"command": COMMAND, "line": line}
+    return replace(job, document=document, generator=partial(FilingGenerator, order=order))
 
 
 def missing_files(order: Order) -> list[int]:

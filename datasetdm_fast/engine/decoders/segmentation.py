@@ -179,9 +179,7 @@ class StackedTransformer:
             last, count = start + channels, shares[level].shape[-1]
             place_q, place_own_q, place_own_k = places[..., 3 * i * channels :][..., : 3 * channels].chunk(3, -1)
             keys, values = packed[level][..., start:last], packed[level][..., count + start : count + last]
-            logits = self.ops.mask_head(self.embed_masks(content), features[level], features[level].shape[-1]).flatten(
-                2
-            )
+            logits = self.ops.mask_head(self.embed_masks(content), features[level], features[level].shape[-1])
             cross, itself, feed = layer.cross, layer.itself, layer.feed
             answer = self.ops.query_attention(
                 layer.query(content),
@@ -190,7 +188,7 @@ class StackedTransformer:
                 cross.multihead_attn.heads,
                 place_q,
                 shares[level][:, start:last],
-                logits,
+                logits.flatten(2),
             )
             content = self.add_and_normalise(answer, cross.multihead_attn.out_proj, content, cross.norm)
             q, k, v = layer.packed(content).chunk(3, -1)
@@ -424,9 +422,8 @@ class OpenVocabularyDecoder(SegmentationDecoder):
         if self.config.text_centre:
             text = (text - self.text_mean) * self.text_gain
         words = text.to(content.dtype)[:, None].expand(-1, content.shape[1], -1)
-        return self.query_embed_mlp(torch.cat([content, words], 2)), self.query_feat_mlp(
-            torch.cat([position, words], 2)
-        )
+        content, position = (torch.cat([queries, words], 2) for queries in (content, position))
+        return self.query_embed_mlp(content), self.query_feat_mlp(position)
 
 
 def split_by_image(outputs: dict[str, Any], batch: int) -> dict[str, Any]:

@@ -89,6 +89,11 @@ def read_box(text: str, side: int) -> np.ndarray:  # [side, side] bool
     return region
 
 
+def labels_of(source: SquareSource, task: str) -> list[str]:
+    """The labels of a run that decoders of this task made."""
+    return [label for label in source.run.tasks if task_of_label(label) == task]
+
+
 def class_task(source: SquareSource, word: str) -> str:
     """The task whose labels locate a class, label maps before instances."""
     tables = {
@@ -163,7 +168,7 @@ class Edits(Redrawing):
                     f"--{name} {value}: expected a number from {least} to {source.side}, the side of the samples",
                     "Choose another number.",
                 )
-        labels = [label for label in source.run.tasks if task_of_label(label) == "instance"]
+        labels = labels_of(source, "instance")
         self.kind, self.task, self.region = find_kind(choice), next(iter(labels), ""), None
         if self.kind == "class_":
             self.task = class_task(source, choice.class_)

@@ -13,14 +13,6 @@ from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.errors import Refused
 
 ALIGNMENT = 8  # bytes
-DTYPES = {
-    "classes": np.int64,
-    "masks": bool,
-    "depth": np.float32,
-    "points": np.float32,
-    "weights": np.float32,
-    "searched": np.int64,
-}
 
 
 @dataclass(frozen=True)
@@ -89,9 +81,7 @@ def check_truth(source: LabelledSource, task: str, spec: str) -> None:
 
 def target_of(source: LabelledSource, item: Labelled, task: str) -> TrainingTarget:
     arrays = _arrays(source, item, task)
-    return TrainingTarget(
-        **{name: torch.from_numpy(np.array(array, DTYPES[name], order="C")) for name, array in arrays.items()}
-    )
+    return TrainingTarget(**{name: torch.from_numpy(np.array(array, order="C")) for name, array in arrays.items()})
 
 
 def _searched_classes(source: LabelledSource, item: Labelled) -> Sequence[int]:
@@ -106,12 +96,13 @@ def _searched_classes(source: LabelledSource, item: Labelled) -> Sequence[int]:
 def _arrays(source: LabelledSource, item: Labelled, task: str) -> dict[str, np.ndarray]:
     """Every field of a target, empty where the task does not fill it."""
     joints = len(source.joints)
-    return {
+    empty = {
         "classes": np.zeros(0, np.int64),
         "masks": np.zeros((0, *item.image.shape[:2]), bool),
         "depth": np.zeros((1, 1), np.float32),
         "points": np.zeros((joints, 2), np.float32),
         "weights": np.zeros(joints, np.float32),
         "searched": np.array(_searched_classes(source, item), np.int64),
-        **TASKS[task].target(source, item),
     }
+    filled = empty | TASKS[task].target(source, item)
+    return {name: np.asarray(array, empty[name].dtype) for name, array in filled.items()}

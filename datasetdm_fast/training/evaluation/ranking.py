@@ -197,9 +197,8 @@ class _Ranking:
     def precision(self, weights: np.ndarray) -> np.ndarray:
         """AP [B, T] over 101 recalls."""
         step = max(1, MOST_TOGETHER // max(1, self.is_right.size))
-        return np.concatenate(
-            [self._precision(weights[start : start + step]) for start in range(0, len(weights), step)]
-        )
+        starts = range(0, len(weights), step)
+        return np.concatenate([self._precision(weights[start : start + step]) for start in starts])
 
     def _precision(self, weights: np.ndarray) -> np.ndarray:
         total = weights @ self.positives

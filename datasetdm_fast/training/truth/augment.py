@@ -149,24 +149,20 @@ def warp(item: Labelled, back: np.ndarray, origin: np.ndarray) -> Labelled:
         changes["semantic"] = move(item.semantic, IGNORE)
     for name in ("masks", "crowds"):
         if (masks := getattr(item, name, None)) is not None:
-            changes[name] = np.array([move(mask.astype(np.uint8), 0) > 0 for mask in masks], bool).reshape(
-                -1, size, size
-            )
+            warped = [move(mask.astype(np.uint8), 0) > 0 for mask in masks]
+            changes[name] = np.array(warped, bool).reshape(-1, size, size)
     if item.depth is not None:
         changes["depth"] = move(item.depth.astype(np.float32), 0.0)
     if item.keypoints is not None:
         places = (item.keypoints[..., :2] - origin) @ forth
-        inside = ((places >= 0) & (places < size)).all(-1)
-        changes["keypoints"] = np.concatenate([places, (item.keypoints[..., 2] * inside)[..., None]], -1).astype(
-            np.float32
-        )
+        inside = ((places >= 0) & (places < size)).all(-1, keepdims=True)
+        changes["keypoints"] = np.concatenate([places, item.keypoints[..., 2:] * inside], -1).astype(np.float32)
     if item.keypoint_boxes is not None:
         x, y, w, h = np.moveaxis(item.keypoint_boxes.astype(np.float64), -1, 0)
         corners = np.stack([np.stack([x + i * w, y + j * h], -1) for i in (0, 1) for j in (0, 1)], 1)
         corners = ((corners - origin) @ forth).clip(0, size).reshape(-1, 4, 2)
-        changes["keypoint_boxes"] = np.concatenate([corners.min(1), corners.max(1) - corners.min(1)], -1).astype(
-            np.float32
-        )
+        low, high = corners.min(1), corners.max(1)
+        changes["keypoint_boxes"] = np.concatenate([low, high - low], -1).astype(np.float32)
     return _without_empty(replace(item, **changes))
 
 

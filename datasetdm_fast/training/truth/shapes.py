@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -131,9 +132,7 @@ def polygon(places: Sequence[float], sides: Sequence[int]) -> Mask:
     height, width = sides[:2]
     if len(places) < 6 or len(places) % 2 or len(places) > 2 * MOST_CORNERS:
         raise ValueError(f"a polygon of {len(places)} numbers, expected x and y of at least three corners")
-    if not all(-width <= x <= 2 * width for x in places[::2]) or not all(
-        -height <= y <= 2 * height for y in places[1::2]
-    ):
+    if not all(-limit <= place <= 2 * limit for place, limit in zip(places, cycle((width, height)))):
         raise ValueError("an outline far outside of its picture")
     return partial(rasterise, [list(places)], sides)
 
