@@ -88,7 +88,8 @@ class TrainingSession:
     def augmentation(self, task: str) -> Augmentation:
         """The requested one or that of the data set, in its form for the task where there is one."""
         kind = self.address.partition(":")[0].removesuffix("-mm") if self.augment == "auto" else self.augment
-        return AUGMENTATIONS.get(f"{kind}-{TASKS[task].shown_by}") or AUGMENTATIONS.get(kind) or AUGMENTATIONS["flip"]
+        forms = (f"{kind}-{task}", f"{kind}-{TASKS[task].shown_by}", kind)
+        return next((AUGMENTATIONS[form] for form in forms if form in AUGMENTATIONS), AUGMENTATIONS["flip"])
 
     def reading(self, blocks: Sequence[Sequence[int]]) -> Self:
         """The session with an engine that captures these blocks for the levels low, mid and high."""
