@@ -787,6 +787,24 @@ def test_single_file_of_the_first_generation(tiny, first_generation, tmp_path, s
     }
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.diffusion_model.input_blocks.1.1.proj_in.weight",
+        "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight",
+        "model.diffusion_model.input_blocks.1.0.out_layers.3.weight",
+        "first_stage_model.post_quant_conv.weight",
+        "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight",
+    ],
+)
+def test_a_single_file_with_a_tensor_of_other_axes_is_damaged(tiny, first_generation, tmp_path, key):
+    *_, state = first_generation
+    path = with_vocabulary(tiny, tmp_path) / "model.safetensors"
+    save_file({**state, key: state[key].flatten()[:9].clone()}, path)
+    with pytest.raises(Refused, match=f"the tensor {key} has 1 axes, expected [24]"):
+        load_model(str(path))
+
+
 def test_what_a_single_file_says_of_its_prediction_type_counts(tiny, first_generation, tmp_path):
     path = with_vocabulary(tiny, tmp_path) / "model.safetensors"
     for said, prediction in (("v", "v_prediction"), ("epsilon", "epsilon")):

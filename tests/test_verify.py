@@ -412,6 +412,10 @@ def test_distances_of_labels():
     )
     near = np.full((4, 4), 2.0, np.float32)
     assert LABEL_KINDS["depth"].distance(DepthMap(near * 1.1, 10.0), DepthMap(near, 10.0)) == pytest.approx(0.1)
+    unknown = np.where(other, 0, near).astype(np.float32)  # where a file has rounded 0.4 mm to 0
+    assert LABEL_KINDS["depth"].distance(DepthMap(near * 1.1, 10.0), DepthMap(unknown, 10.0)) == pytest.approx(0.1)
+    assert LABEL_KINDS["depth"].distance(DepthMap(near, 10.0), DepthMap(near * 0, 10.0)) == 0
+    assert np.isnan(LABEL_KINDS["depth"].distance(DepthMap(near, 10.0), DepthMap(near * np.nan, 10.0)))
     points = np.zeros((1, 2, 3), np.float32)
     moved = points.copy()
     moved[0, 0, 0] = 3

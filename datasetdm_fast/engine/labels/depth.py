@@ -88,8 +88,10 @@ class DepthKind(LabelKind):
             yield f"its depth map has {figures}, the ledger says {record}"
 
     def distance(self, predicted: DepthMap, truth: DepthMap) -> float:
-        """Mean relative error."""
-        return float((np.abs(predicted.metres - truth.metres) / np.maximum(truth.metres, 1e-6)).mean())
+        """Mean relative error where the depth is known, which it is not where a file has rounded it to 0."""
+        known = truth.metres != 0
+        errors = np.abs(predicted.metres - truth.metres)[known] / truth.metres[known]
+        return float(errors.mean()) if errors.size else 0.0
 
     def follow_colours(self, label: DepthMap, image: np.ndarray) -> DepthMap:
         return replace(label, metres=_C.outlines_of_depth(label.metres, image))

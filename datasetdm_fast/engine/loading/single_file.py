@@ -141,7 +141,7 @@ def with_averaged(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 
 def _check_layout(state: Mapping[str, Tensor], path: Path) -> None:
-    """Say what a file is that is not an SD 1.x or 2.x checkpoint in the original layout."""
+    """Refuses a file that is no checkpoint of SD 1.x or 2.x in the original layout, and names what it is."""
     signs = {
         LORA: LORA_MARKS,
         "a ControlNet": ("control_model.", "controlnet_"),
@@ -160,10 +160,15 @@ def _check_layout(state: Mapping[str, Tensor], path: Path) -> None:
             )
 
 
-def _shape(state: Mapping[str, Tensor], key: str, path: Path) -> torch.Size:
+def _shape(state: Mapping[str, Tensor], key: str, path: Path, axes: tuple[int, ...] = (4,)) -> torch.Size:
+    """The shape of a tensor that every checkpoint has, of as many axes as it has there."""
     if key not in state:
         raise Refused(f"model: {path} lacks the tensor {key}, which every checkpoint of {SD.title} has", DAMAGED)
-    return state[key].shape
+    shape = state[key].shape
+    if len(shape) not in axes:
+        expected = " or ".join(map(str, axes))
+        raise Refused(f"model: {path}: the tensor {key} has {len(shape)} axes, expected {expected}", DAMAGED)
+    return shape
 
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:
@@ -178,7 +183,7 @@ def _unet_config(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
         _shape(state, f"{UNET}input_blocks.{depth * (layers + 1) + 1}.0.out_layers.3.weight", path)[0]
         for depth in range(4)
     ]
-    is_linear = len(_shape(state, f"{UNET}input_blocks.1.1.proj_in.weight", path)) == 2
+    is_linear = len(_shape(state, f"{UNET}input_blocks.1.1.proj_in.weight", path, (2, 4))) == 2
     config = {
         "sample_size": 64,
         "in_channels": _shape(state, f"{UNET}input_blocks.0.0.weight", path)[1],
@@ -186,7 +191,9 @@ def _unet_config(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
         "layers_per_block": layers,
         "down_block_types": list(DOWN_BLOCKS),
         "up_block_types": list(UP_BLOCKS),
-        "cross_attention_dim": _shape(state, f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", path)[1],
+        "cross_attention_dim": _shape(
+            state, f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", path, (2,)
+        )[1],
         # Head counts leave no trace in the shapes: SD 1.x has 8 everywhere, SD 2.x heads of 64 channels.
         "attention_head_dim": [width // 64 for width in widths] if is_linear else 8,
         "use_linear_projection": is_linear,
@@ -223,15 +230,15 @@ def _text_config(state: Mapping[str, Tensor], path: Path) -> tuple[CLIPTextConfi
         prefix += "text_model." if any(key.startswith(f"{CLIP}text_model.") for key in state) else ""
         names = [f"embeddings.{kind}_embedding.weight" for kind in ("token", "position")]
         names += ["encoder.layers.0.mlp.fc1.weight"]
-    vocabulary, width = _shape(state, prefix + names[0], path)
+    (vocabulary, width), (length, _), (inner, _) = (_shape(state, prefix + name, path, (2,)) for name in names)
     count = _count(state, re.escape(prefix) + blocks)
     config = CLIPTextConfig(
         vocab_size=vocabulary,
         hidden_size=width,
-        intermediate_size=_shape(state, prefix + names[2], path)[0],
+        intermediate_size=inner,
         num_hidden_layers=count - 1 if is_second else count,
         num_attention_heads=max(width // 64, 1),
-        max_position_embeddings=_shape(state, prefix + names[1], path)[0],
+        max_position_embeddings=length,
         hidden_act="gelu" if is_second else "quick_gelu",
         bos_token_id=vocabulary - 2,
         eos_token_id=vocabulary - 1,
@@ -281,7 +288,7 @@ def load_parts(
     clips = [part for part in backbone.of_kind("tokenizer") if part in backbone.file_tokenizers]
     full_size = json.loads(json.dumps(backbone.full_size))  # lists as a folder's files have them
     if backbone.denoiser in full_size:
-        full_size[backbone.denoiser] |= backbone.file_config(_bare(states[backbone.denoiser], backbone))
+        full_size[backbone.denoiser] |= backbone.file_config(_strip_prefix(states[backbone.denoiser], backbone))
     usual = {part: config for part, config in full_size.items() if part in (*states, folders.SCHEDULER)}
     absent = [
         part
@@ -334,7 +341,7 @@ def _parts_of(state: State, backbone: Backbone) -> dict[str, State]:
     return {backbone.denoiser: bare} | states
 
 
-def _bare(state: State, backbone: Backbone) -> State:
+def _strip_prefix(state: State, backbone: Backbone) -> State:
     """The denoiser's tensors under names that begin alike in every file."""
     start = backbone.file_parts[backbone.denoiser]
     return {key.removeprefix(start): value for key, value in state.items()}
@@ -353,7 +360,7 @@ def _fill(part: str, config: Mapping[str, Any], state: State, backbone: Backbone
                 convert = SINGLE_FILE_LOADABLE_CLASSES[type(module).__name__]["checkpoint_mapping_fn"]
                 is_transformer = part == backbone.denoiser and backbone.flow is not None
                 # That of U-Nets and autoencoders looks for how names begin, others trip over it.
-                state = _bare(state, backbone) if is_transformer else dict(state)
+                state = _strip_prefix(state, backbone) if is_transformer else dict(state)
                 converted = convert(checkpoint=state, config=module.config)
     except Exception as error:  # of names and shapes that diffusers does not know
         raise Refused(
