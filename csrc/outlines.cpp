@@ -13,11 +13,12 @@ namespace datasetdm {
 
 namespace {
 
+// A joint bilateral filter (Petschnigg et al. 2004) guided by the image: labels become the weighted majority of their
+// neighbourhood, depths its weighted mean. Weights fall as 1 / (1 + ratio)^2, which is cheaper than a Gaussian.
 constexpr int64_t kReach = 4;  // pixels to each side; a cell of the decoders' masks is 3.2
 constexpr int kRounds = 2;
-constexpr float kColour =
-    1.0f / 400;  // of the squared distances of two colours, and of two places, at which a weight is a quarter
-constexpr float kNear = 1.0f / 40;
+constexpr float kColour = 1.0f / 400;  // two colours of this squared distance, 400, have a quarter of the weight
+constexpr float kNear = 1.0f / 40;     // and so have two places of a squared distance of 40
 constexpr float kAtEdge = 1.0f / 128;  // weight of a pixel at an edge
 constexpr float kStep = 1.15f;         // ratio of depths in a neighbourhood from which there is a step
 constexpr float kSlope = 0.1f;         // relative difference from a pixel to the next at which its weight is a quarter
@@ -30,7 +31,7 @@ struct Neighbour {
     float near;
 };
 
-float fading(float ratio) { return 1 / ((1 + ratio) * (1 + ratio)); }
+float fall_off(float ratio) { return 1 / ((1 + ratio) * (1 + ratio)); }
 
 // Every other pixel around one, as on a chessboard: those between them say much the same.
 std::vector<Neighbour> chessboard() {
@@ -38,7 +39,7 @@ std::vector<Neighbour> chessboard() {
     for (int64_t down = -kReach; down <= kReach; ++down)
         for (int64_t right = -kReach; right <= kReach; ++right)
             if ((down + right) % 2 == 0)
-                found.push_back({down, right, fading(static_cast<float>(down * down + right * right) * kNear)});
+                found.push_back({down, right, fall_off(static_cast<float>(down * down + right * right) * kNear)});
     return found;
 }
 
@@ -164,7 +165,7 @@ void average(const Image& image, const Values& before, Values& after) {
     std::vector<uint8_t> is_step(before.size());
     for (size_t at = 0; at < before.size(); ++at) {
         const float slope = (high[at] / low[at] - 1) / kSlope;
-        share[at] = before[at] > 0 ? fading(slope * slope) + kLeast : 0;
+        share[at] = before[at] > 0 ? fall_off(slope * slope) + kLeast : 0;
         is_step[at] = before[at] > 0 && farthest[at] >= kStep * nearest[at];
     }
     image.for_runs(is_step, [&](int64_t y, int64_t first, int64_t last) {

@@ -1,4 +1,6 @@
-"""Attention without the scores in memory: self-attention of the UNet, and cross-attention where nothing is captured."""
+"""Attention without the scores in memory, by the online softmax of FlashAttention (arXiv 2205.14135, algorithm 1):
+self-attention of the U-Net, and cross-attention where nothing is captured.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention that also returns the logarithm of the sum of each softmax, by which its shares are known afterwards."""
+"""Attention that also returns the log-sum-exp of each row of scores, from which any probability is known afterwards."""
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +10,8 @@ ROW = 16  # numbers of which rows of a bias are multiples in memory
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T / sqrt(d)) v [R, heads, N, d] over the keys that `mask` [R, 1, 1, S] has, and the logarithms [R,
-    heads, N] of the sums of its exponentials.
+    """softmax(q k^T / sqrt(d)) v [R, heads, N, d] over the keys that `mask` [R, 1, 1, S] has, and the log-sum-exp [R,
+    heads, N] of its scores.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = torch.matmul(q * q.shape[-1] ** -0.5, k.mT).to(wide)
@@ -55,7 +55,7 @@ def as_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def sum_exponentials(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
-    """The logarithms of the sums, where no attention returns them: the scores of one image at a time are held."""
+    """The log-sum-exp of the scores where no attention returns it; the scores of one image at a time are held."""
     parts = []
     for row in range(len(q)):
         scores = q[row].float() @ k[row].float().mT / q.shape[-1] ** 0.5

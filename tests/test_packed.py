@@ -12,11 +12,11 @@ from datasetdm_fast.engine.models.layers import Convolution, Linear, Resnet, Ups
 from datasetdm_fast.engine.models.packed import (
     FEWEST_TILES,
     NORM_IN_PLACE,
+    InPlaceResnet,
     PackedConvolution,
     PackedLinear,
     PackedPlaces,
     PackedUpsample,
-    SpendingResnet,
     TiledConvolution,
     TiledPlaces,
     convolve_tiles,
@@ -453,7 +453,7 @@ def test_a_block_that_spends_its_input_says_what_the_plain_one_says(dtype):
     with torch.inference_mode():
         answer, spent = block(x), x.clone(memory_format=torch.preserve_format)
         assert distance(answer, truth.double()) <= (1e-5 if dtype == torch.float32 else 2e-2)
-        assert torch.equal(SpendingResnet(block)(spent), answer) and not spent.untyped_storage().nbytes()
+        assert torch.equal(InPlaceResnet(block)(spent), answer) and not spent.untyped_storage().nbytes()
 
 
 def test_without_onednn_no_layer_is_packed(monkeypatch):

@@ -146,7 +146,7 @@ def remove_log(path: Path) -> None:
 
 
 def _version(path: Path) -> tuple[int, int] | None:
-    """What a change of the file changes; None where there is no such file."""
+    """Time of the last change and size, by which a change is noticed; None where there is no such file."""
     with suppress(OSError):
         status = path.stat()
         return status.st_mtime_ns, status.st_size

@@ -44,7 +44,7 @@ from datasetdm_fast.untrusted.documents import check_form, one_line
 LOCK = ".lock"
 LARGEST_STATE = 2**24  # bytes of a JSON file of a training
 COUNTS = {"images", "held_out_images", "left_out", "steps"}  # settings that may follow from the number of images
-GONE: dict[str, Any] = {"quirks": [], "first_word_only": False}  # settings of earlier versions, with their defaults
+REMOVED_SETTINGS: dict[str, Any] = {"quirks": [], "first_word_only": False}  # of earlier versions, with their defaults
 RESULT_FORM = {"steps": int, "images": int, "held_out_images": int, "held_out": dict}  # in results of all versions
 
 
@@ -81,7 +81,7 @@ def _check_settings(folder: Path, stored: Mapping[str, Any], recorded: Mapping[s
     """Refuses to resume a training with other settings or on other data; model and data may lie elsewhere."""
     before, now = _flatten(stored), _flatten(plan.settings)
     differing = {name for name in {*before, *now} if before.get(name) != now.get(name)}
-    differing -= {name for name, default in GONE.items() if before.get(name) == default}
+    differing -= {name for name, default in REMOVED_SETTINGS.items() if before.get(name) == default}
     if "model_digests" not in differing:
         differing.discard("model")
     addresses = [parse_address(str(settings.get("data"))) for settings in (before, now)]

@@ -18,9 +18,10 @@ from datasetdm_fast.kernels.cpu import multiplies_tiles, threads
 
 ROWS = 2048  # that oneDNN is to expect
 FED_ROWS = 1024  # through the feed-forward layers at once: what is eight times as wide stays in a cache
-LARGEST_HELD = 1 << 16  # inputs times outputs; a transformed weight takes four times its memory, and larger ones are
-# transformed at every call
-FEWEST_TILES = 8  # of 4x4 results; with fewer the transformed weight is read for too little
+# Inputs times outputs of a weight that is held transformed for Winograd's F(4x4, 3x3): 36 numbers of its 9 taps, four
+# times the memory. Larger ones are transformed at every call.
+LARGEST_HELD = 1 << 16
+FEWEST_TILES = 8  # of 4x4 results; with fewer, reading the transformed weight takes longer than it saves
 
 
 class PackedLinear(nn.Module):
@@ -193,7 +194,7 @@ class TiledPlaces(TiledConvolution):
 NORM_IN_PLACE = functools.partial(group_norm_silu.native, in_place=True)
 
 
-class SpendingResnet(nn.Module):
+class InPlaceResnet(nn.Module):
     """A Resnet with a convolution as its shortcut whose input no other layer reads: the shortcut comes first, the norms
     take the memory of their images, and that of the input is free for the second convolution.
     """
@@ -211,11 +212,11 @@ class SpendingResnet(nn.Module):
         return self.conv2(self.norm2(h), residual=residual)
 
 
-def spending(decoder: ImageDecoder) -> ImageDecoder:
-    """`decoder` with such layers; each of its images is read by one layer alone."""
+def norm_in_place(decoder: ImageDecoder) -> ImageDecoder:
+    """`decoder` with norms that write over their images, each of which is read by one layer alone."""
     for k, layer in enumerate(decoder.layers):
         if type(layer) is Resnet and not isinstance(layer.shortcut, nn.Identity):
-            decoder.layers[k] = SpendingResnet(layer)
+            decoder.layers[k] = InPlaceResnet(layer)
         elif type(layer) is GroupNorm:
             layer.op = NORM_IN_PLACE
     return decoder

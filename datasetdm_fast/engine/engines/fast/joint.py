@@ -34,7 +34,7 @@ from datasetdm_fast.engine.models.capture import CallReader, ProjectingReader, P
 from datasetdm_fast.engine.models.fp8 import with_fp8_products
 from datasetdm_fast.engine.models.fused import FusedImageDecoder
 from datasetdm_fast.engine.models.mmdit import MMDiT
-from datasetdm_fast.engine.models.packed import largest_distance, pack_layers, place_module, spending, weights_of
+from datasetdm_fast.engine.models.packed import largest_distance, norm_in_place, pack_layers, place_module, weights_of
 from datasetdm_fast.engine.models.vae import ImageDecoder, ImageEncoder, has_usual_form
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.kernels import plain
@@ -123,7 +123,7 @@ class JointEngine(TorchEngine):
         if half is None or self.device.type != "cpu" or self.is_compiled:
             return half
         packed = pack_layers(half)
-        return spending(packed) if isinstance(packed, ImageDecoder) else packed
+        return norm_in_place(packed) if isinstance(packed, ImageDecoder) else packed
 
     @cached_property
     def image_decoder(self) -> nn.Module | None:

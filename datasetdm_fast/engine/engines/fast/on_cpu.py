@@ -22,7 +22,7 @@ from datasetdm_fast.engine.engines.fast.engine import (
 )
 from datasetdm_fast.engine.loading.model import WeightSource, as_widest
 from datasetdm_fast.engine.models.blocks import has_blocks, is_narrow, with_blocks
-from datasetdm_fast.engine.models.packed import pack_layers, spending
+from datasetdm_fast.engine.models.packed import norm_in_place, pack_layers
 from datasetdm_fast.engine.models.unet import UNet
 from datasetdm_fast.engine.models.vae import ImageDecoder
 from datasetdm_fast.kernels import winograd
@@ -102,7 +102,7 @@ class CpuEngine(FastEngine):
         module = super()._load_lazily(name)
         module = pack_layers(module) if is_packed else module
         trim()  # what reading left behind
-        return spending(module) if is_packed and name == "image_decoder" and self._has_usual_ops else module
+        return norm_in_place(module) if is_packed and name == "image_decoder" and self._has_usual_ops else module
 
     def _unload_except(self, *needed: str) -> None:
         for name in LAZY_NETWORKS:
