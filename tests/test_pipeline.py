@@ -399,6 +399,15 @@ def test_names_of_diffusers_are_told_the_names_of_here():
         stub.stream(["a ball"], guidance_scale=3)
 
 
+@pytest.mark.parametrize("name, value", [("strength", 0.4), ("speed", "cache3")])
+def test_what_needs_an_image_or_a_test_is_no_choice_of_a_call(name, value):
+    """With a strength the last calls would begin with nothing but noise; a speed is tested before it is taken."""
+    stub = Pipeline(StubEngine(tasks=("depth",)))
+    for call in (stub, stub.diffuse, stub.stream):
+        with pytest.raises(TypeError, match=f"'{name}' is no choice here, but of "):
+            call(["a ball"], **{name: value})
+
+
 def test_a_pipeline_without_decoders_says_that_there_are_no_labels(recwarn):
     stub = Pipeline(StubEngine(tasks=()))
     with pytest.warns(UserWarning, match="has no decoder, so its outputs have no labels; give decoder=DIR"):

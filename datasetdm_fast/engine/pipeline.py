@@ -63,6 +63,10 @@ DIFFUSERS_NAMES = {  # argument of diffusers' pipelines -> what it is called by 
     "height": "size= of from_pretrained",
     "width": "size= of from_pretrained",
 }
+COMMANDS_ALONE = {  # choice of a recipe -> the commands that take it, as a call would make other images by it
+    "strength": "edit and vary, which begin with an image",
+    "speed": "generate, which compares its labels with exact ones first",
+}
 ENGINE_OPTIONS = (*EngineSettings.__dataclass_fields__, "outlines", "guidance", "tasks")
 
 
@@ -420,6 +424,8 @@ class Pipeline:
             warnings.warn("this pipeline has no decoder, so its outputs have no labels; give decoder=DIR", stacklevel=4)
         for name in DIFFUSERS_NAMES.keys() & choices.keys():
             raise TypeError(f"{name!r} is no choice here; write {DIFFUSERS_NAMES[name]}, or call diffuse({name}=...)")
+        for name in COMMANDS_ALONE.keys() & choices.keys():
+            raise TypeError(f"{name!r} is no choice here, but of {COMMANDS_ALONE[name]}")
         words = check_classes(_several("classes", classes, "words"))
         if "combine" in choices:
             choices["combine"] = _several("combine", choices["combine"], "combinations")
