@@ -80,21 +80,19 @@ class Text:
 def join_texts(texts: Sequence[Text]) -> Text:
     """The rows of several texts end to end; where their lengths differ the shorter are padded and masked."""
     import torch
+    from torch.nn.functional import pad
 
     first, longest = texts[0], max(text.context.shape[1] for text in texts)
     is_masked = any(text.mask is not None or text.context.shape[1] < longest for text in texts)
 
-    def pad(part: Tensor) -> Tensor:
-        end = part.new_zeros(len(part), longest - part.shape[1], *part.shape[2:])
-        return torch.cat([part, end], 1) if end.numel() else part
-
-    def mask_of(text: Text) -> Tensor:
-        context = text.context
-        return context.new_ones(context.shape[:2], dtype=torch.bool) if text.mask is None else text.mask
-
+    contexts, masks = [], []
+    for text in texts:
+        rows, tokens = text.context.shape[:2]
+        mask = text.context.new_ones((rows, tokens), dtype=torch.bool) if text.mask is None else text.mask
+        contexts.append(pad(text.context, (0, 0, 0, longest - tokens)))
+        masks.append(pad(mask, (0, longest - tokens)))
     pooled = None if first.pooled is None else torch.cat([text.pooled for text in texts if text.pooled is not None])
-    mask = torch.cat([pad(mask_of(text)) for text in texts]) if is_masked else None
-    return Text(torch.cat([pad(text.context) for text in texts]), pooled, mask, first.guidance)
+    return Text(torch.cat(contexts), pooled, torch.cat(masks) if is_masked else None, first.guidance)
 
 
 @dataclass(frozen=True)

@@ -325,7 +325,7 @@ def test_stopped_anywhere_and_damaged_it_becomes_the_same(kept, tmp_path, monkey
 
 def test_a_limit_counts_what_is_rejected_too():
     plan, config = SimpleNamespace(number=6, most=60), {"keep": "trusted"}
-    job = SimpleNamespace(document={"config": config}, plan=plan, quarantines=True, limit=3)
+    job = SimpleNamespace(document={"config": config}, plan=plan, limit=3)
     ledger = SimpleNamespace(indices_between=lambda first, stop: {0}, tally=lambda number, classes: [(1, 0)])
     quota = Quota(job, ledger)
     assert quota.missing() == [1, 2, 3]

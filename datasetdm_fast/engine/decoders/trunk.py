@@ -65,13 +65,6 @@ class SpectralConv2d(nn.Conv2d):
             return winograd.convolve_trained(x, weight, self.bias)
         return F.conv2d(x, weight, self.bias, padding=self.padding)
 
-    @torch.no_grad()
-    def fold(self) -> nn.Conv2d:
-        """The plain convolution that this one is to the next image."""
-        plain = nn.Conv2d(self.in_channels, self.out_channels, self.kernel_size, padding=self.padding)
-        plain.weight, plain.bias = nn.Parameter(self.normalise_weight()), nn.Parameter(self.bias.clone())
-        return plain
-
 
 class SegBlock(nn.Module):
     """A residual block without upsampling; as upstream's in-place ReLU has it, the shortcut carries relu(norm(x))."""
@@ -311,13 +304,16 @@ def copy_for_cpu(decoder: Decoder) -> Decoder:
     return copied
 
 
+@torch.no_grad()
 def fold(decoder: Decoder) -> Decoder:
     """The decoder for inference, spectral norms divided into the weights as the first image would see them."""
     decoder.eval()
     for block in [module for module in decoder.modules() if isinstance(module, SegBlock)]:
         for name, child in list(block.named_children()):
             if isinstance(child, SpectralConv2d):
-                setattr(block, name, child.fold())
+                plain = nn.Conv2d(child.in_channels, child.out_channels, child.kernel_size, padding=child.padding)
+                plain.weight, plain.bias = nn.Parameter(child.normalise_weight()), nn.Parameter(child.bias.clone())
+                setattr(block, name, plain)
     return decoder.requires_grad_(False)
 
 

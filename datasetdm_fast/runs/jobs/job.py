@@ -22,7 +22,6 @@ from datasetdm_fast.runs.run_folder.document import (
     grows,
     is_sharded,
     most_samples,
-    quarantines,
     row_facts,
     shard_size,
 )
@@ -62,11 +61,6 @@ class Job:
     def place(self) -> str:
         """Its folder or URL."""
         return self.url or str(self.folder)
-
-    @property
-    def quarantines(self) -> bool:
-        """Whether samples are quarantined and replaced."""
-        return quarantines(self.document["config"])
 
     @property
     def images_left(self) -> int:

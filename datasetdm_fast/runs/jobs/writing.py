@@ -206,7 +206,7 @@ def make_samples(
     job: Job, batches: Iterable[Batch], on_unet_call: Callable[[], None] = lambda: None
 ) -> Iterator[tuple[Batch, list[Sample | Quarantined]]]:
     """Every batch with its samples, in order; those that the run quarantines have their reason."""
-    rule = acceptance_of(job.document) if job.quarantines else None
+    rule = acceptance_of(job.document) if quarantines(job.document["config"]) else None
     for batch, results in driver.generate(batches, job.engine, job.recipe, on_unet_call, job.generator):
         yield batch, results if rule is None else rule.apply(results)
 
@@ -225,10 +225,11 @@ class Quota:
 
     def __init__(self, job: Job, ledger: Ledger, first: int = 0, stop: int | None = None):
         """Of all samples, or of those from `first` to before `stop`, which alone are then taken."""
-        self._goal = goal_of(job.document["config"], job.plan.number)
+        config = job.document["config"]
+        self._goal = goal_of(config, job.plan.number)
         self._present = ledger.indices_between(first, job.plan.most if stop is None else stop)
         tally = ledger.tally(self._goal.number, len(self._goal.names))
-        self._quarantined = [count for _, count in tally] if job.quarantines else [0]
+        self._quarantined = [count for _, count in tally] if quarantines(config) else [0]
         self._left = job.limit or job.plan.most  # samples that this command may make
 
     def missing(self) -> list[int]:

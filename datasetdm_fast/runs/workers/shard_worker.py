@@ -27,6 +27,7 @@ from datasetdm_fast.runs.run_folder.document import (
     grows,
     is_sharded,
     pretty,
+    quarantines,
     shard_size,
 )
 from datasetdm_fast.runs.run_folder.folder import write_samples
@@ -188,10 +189,11 @@ class ShardWorker:
                 reasons.setdefault(row.reason, []).append(row.request.index)
         trusts = [row.trust for row in rows if row.trust]
         domains = [trust.domain for trust in trusts if trust.domain is not None]
+        has_others = quarantines(self.job.document["config"])  # in the place of doubtful ones
         return ShardEntry(
             first,
             stop,
-            doubtful=self.rejections if self.job.quarantines else sum(not trust.is_trusted for trust in trusts),
+            doubtful=self.rejections if has_others else sum(not trust.is_trusted for trust in trusts),
             outside=sum(domain > 1 for domain in domains),
             measured=len(domains),
             quarantined=reasons,
