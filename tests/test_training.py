@@ -57,7 +57,6 @@ from datasetdm_fast.training.splits import count_folds, split, split_folds
 from datasetdm_fast.training.state import EarlyStopping, TrainingState
 from datasetdm_fast.training.task_training import resolve_dtype
 from datasetdm_fast.training.trainer import Trainer, loss_of, project, query_target, sample_word
-from datasetdm_fast.training.truth import windows
 from datasetdm_fast.training.truth.augment import (
     AUGMENTATIONS,
     Augmentation,
@@ -1878,10 +1877,10 @@ def test_an_augmentation_crops_as_the_data_set_that_it_names(engine, tmp_path, a
     one = session.TrainingSession(f"folder:{tmp_path}", engine, source, (0,), augment=augment)
     views = one.plain_views("semantic", [0])
     assert ({int(item.semantic[:, 0].sum()) for item in views.items(0)} == {16}) is is_whole
-    assert one.plain_views("semantic", [0], 1).source is source and source.rule == windows.RULES["voc"]
+    assert one.plain_views("semantic", [0], 1).source is source and source.rule == "voc"
     assert one.plan("semantic").settings.get("crops") == (None if augment == "voc" else augment)
     if augment == "lvis":
-        assert views.source.rule == windows.RULES["coco"]
+        assert views.source.rule == "coco"
 
 
 class Captioned:

@@ -104,18 +104,18 @@ class TrainingSession:
         return TrainingViews(self.source if draws else self._cropped, numbers, task, settings)
 
     @property
-    def _other_crops(self) -> windows.Rule | None:
+    def _other_crops(self) -> str:
         """The rule of the crops of --augment, where it is that of another data set."""
-        rule = windows.RULES.get(windows.RULE_OF.get(self.augment, self.augment))
-        return None if rule == getattr(self.source, "rule", rule) else rule
+        rule, rules = windows.RULE_OF.get(self.augment, self.augment), windows.RULES
+        return rule if rule in rules and rules[rule] != rules[getattr(self.source, "rule", rule)] else ""
 
     @cached_property
     def _cropped(self) -> LabelledSource:
         """The data set, whose crops are those that the augmentation names."""
-        if (rule := self._other_crops) is None:
+        if not self._other_crops:
             return self.source
         source: Any = copy.copy(self.source)
-        source.rule = rule
+        source.rule = self._other_crops
         return source
 
     def cache_plan(self, task: str) -> cache.CachePlan:
