@@ -863,8 +863,12 @@ def test_steps_are_told_without_the_padding_of_a_batch():
 
 def test_instances_without_classes_are_what_a_prompt_names_first():
     masks = Instances(np.ones((2, 4, 4), bool), np.zeros(2, int), np.ones(2, np.float32), ("thing",))
-    recipe = SimpleNamespace(words=("ball", "cube", "cone"), table=None)
-    for prompt, classes, number in (("a cube on a ball", ("ball", "cube"), 1), ("two things", ("cone",), 2)):
+    recipe = replace(make_recipe(StubEngine(), ("semantic",)), words=("ball", "cube", "cone"), uncaptioned="a photo")
+    for prompt, classes, number in (
+        ("a cube on a ball", ("ball", "cube"), 1),
+        ("two things", ("cone",), 2),
+        ("a photo", (), 0),  # of a picture without a caption
+    ):
         found = labelling.with_prompt_class(masks, Request(0, prompt, 0, classes), recipe)
         assert found.class_ids.tolist() == [number, number] and found.classes == recipe.words
     assert not len(labelling.with_prompt_class(masks, Request(0, "two things", 0), recipe).masks)
@@ -997,10 +1001,27 @@ def test_pictures_are_not_judged_by_what_a_model_can_draw_and_tell_all_their_cal
 
 def test_captions_of_pictures_name_classes_by_the_words_of_their_own():
     table = ClassTable((ClassWord("ball", "globe", ("orb",)), ClassWord("cube", "cube")))
-    engine, recipe = StubEngine(), SimpleNamespace(table=table, words=("ball", "cube"))
+    engine, blocks = StubEngine(), SimpleNamespace(blocks=(9,))
+    recipe = SimpleNamespace(table=table, words=("ball", "cube"), attention=blocks)
     for caption, text, named in (("an orb", "an orb", ("ball",)), ("", "a photo of a globe, a cube", ("ball", "cube"))):
         line = inverting.picture_prompt(caption, recipe, recipe.words, engine, "a.png")
         assert (line.text, line.classes) == (text, named)
+
+
+@pytest.mark.parametrize("attention", [None, SimpleNamespace(blocks=())])
+def test_pictures_without_captions_are_searched_for_all_words_that_no_text_names(attention):
+    engine = StubEngine()
+    recipe = replace(make_recipe(engine, ("semantic",)), words=("ball", "cube"), attention=attention)
+    found = inverting.inversion_recipe(recipe, engine, (100,))
+    for caption, text, queries in (
+        ("", "a photo", ("ball", "cube")),
+        ("a ball", "a ball", ("ball",)),
+        ("fog", "fog", ()),
+    ):
+        line = inverting.picture_prompt(caption, found, found.words, engine, "a.png")
+        request = Request(0, line.text, 0, line.classes or ())
+        assert (line.text, found.query_words(request)) == (text, queries)
+    assert line.classes == () == recipe.query_words(Request(0, "a photo", 0))  # of a run that generates
 
 
 @pytest.mark.parametrize(

@@ -210,6 +210,16 @@ def test_pictures_that_exist_get_the_labels_of_the_command(pipe, decoders, tmp_p
             pipe.label(*wrong, tasks=("depth",))
 
 
+def test_words_that_are_looked_for_change_no_other_label_of_a_picture():
+    """As a caption they drew things to them: a ball became a tree in the label map, and every sample was doubtful."""
+    pipe, picture = Pipeline.from_pretrained("demo"), world.view(4, 128).image
+    alone, both = (pipe.label(picture, tasks=tasks) for tasks in (("semantic",), ("semantic", "open-vocabulary")))
+    assert (alone.semantic[0].labels == both.semantic[0].labels).all()
+    found = both.samples[0]
+    assert found.request.classes == () == found.trust.missing
+    assert len(np.unique(found.annotations["open-vocabulary"].labels)) > 1
+
+
 def test_a_picture_of_pillow_is_labelled_as_viewers_show_it(pipe):
     """A camera held upright stores a picture that lies on its side, and says so."""
     upright, file, orientation = Image.fromarray(world.view(0, 128).image), io.BytesIO(), Image.Exif()

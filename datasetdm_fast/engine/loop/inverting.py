@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from datasetdm_fast.engine.engines import Engine
 
 TRAINING_STEPS = 1000  # of every model
+UNCAPTIONED = photo_of(())
 
 
 class InvertedPictures(Protocol):
@@ -176,7 +177,7 @@ def inversion_recipe(recipe: Recipe, engine: Engine, timesteps: Sequence[int]) -
         "capture_timestep": name_timesteps(captures, inverted, 0),
         "timesteps": timesteps,
     }
-    return replace(recipe, facts=facts, draws=(), captures=captures, inverted=inverted)
+    return replace(recipe, facts=facts, draws=(), captures=captures, inverted=inverted, uncaptioned=UNCAPTIONED)
 
 
 def inversion_generator(pictures: InvertedPictures, together: int = 0) -> Callable[..., InvertingGenerator]:
@@ -186,10 +187,14 @@ def inversion_generator(pictures: InvertedPictures, together: int = 0) -> Callab
 
 
 def picture_prompt(caption: str, recipe: Recipe, words: Sequence[str], engine: Engine, name: str) -> PromptLine:
-    """The caption of a picture and the classes it names, by default a caption of all words that are looked for."""
+    """The caption of a picture and the classes it names; without a caption a text that names none, as decoders look at
+    the words of a text, unless attention to these words themselves is read.
+    """
     if caption:
         return PromptLine(
             0, fit_prompt(caption, engine.model.tokenizer, name, words), find_classes(caption, words, recipe.table)
         )
+    if recipe.attention is None or not recipe.attention.blocks:
+        return PromptLine(0, UNCAPTIONED, ())
     text = photo_of(spoken(recipe.words, recipe.table))
     return PromptLine(0, fit_prompt(text, engine.model.tokenizer, "--classes"), recipe.words)

@@ -232,8 +232,8 @@ def labeller_labels(
 
 def with_prompt_class(label: Any, request: Request, recipe: Recipe) -> Instances:
     """The instances as those of the class that the prompt names first; none if it names no class."""
-    words = recipe.words
-    named = classes_in_order(request.prompt, request.classes, recipe.table) or request.classes
+    words, requested = recipe.words, recipe.requested_words(request)
+    named = classes_in_order(request.prompt, requested, recipe.table) or requested
     count = len(label.masks) if named else 0
     number = words.index(named[0]) if named else 0
     return Instances(label.masks[:count], np.full(count, number, np.int64), label.scores[:count], words)

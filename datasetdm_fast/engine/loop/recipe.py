@@ -79,6 +79,7 @@ class Recipe:
     cached: frozenset[int] = frozenset()  # calls that start from the deep features of an earlier one
     fp8: frozenset[int] = frozenset()  # calls whose products are in fp8
     inverted: tuple[int, ...] = ()  # of existing pictures: the timesteps that are captured, whose places are calls
+    uncaptioned: str | None = None  # the prompt of an existing picture without a caption, which names no word
 
     @property
     def captured(self) -> tuple[int, ...]:
@@ -124,7 +125,11 @@ class Recipe:
 
     def query_words(self, request: Request) -> tuple[str, ...]:
         """The words looked for in an image."""
-        return self.words if self.asks_all else request.classes
+        return self.words if self.asks_all else self.requested_words(request)
+
+    def requested_words(self, request: Request) -> tuple[str, ...]:
+        """The words that a prompt names, all those of the run for a picture without a caption."""
+        return self.words if request.prompt == self.uncaptioned else request.classes
 
     @property
     def concepts(self) -> tuple[str, ...]:
