@@ -341,6 +341,16 @@ def test_json_lines_bring_classes_and_seeds(tmp_path):
     assert source.digest != read_source(PromptSettings(prompts="two of them"), has_captions=True).digest
 
 
+def test_a_line_with_a_seed_draws_another_image_whenever_it_is_repeated(tmp_path):
+    path = tmp_path / "list.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "a ball", "seed": seed}) + "\n" for seed in (0, 1, 2**63 - 1)))
+    source = read_source(PromptSettings(prompts=str(path)), has_captions=True)
+    plan = make_plan(source, Tokenizer(), number=9, seed=5, batch_size=3)
+    seeds = [request.seed for request in plan]
+    assert seeds[:3] == [0, 1, 2**63 - 1] and len({*seeds}) == 9 and all(0 <= seed < 2**63 for seed in seeds)
+    assert seeds[3:5] == [prompts.TURN, prompts.TURN + 1]
+
+
 def test_classes_of_a_line_may_be_spelled_in_another_way(tmp_path):
     """As names of files are, which macOS stores with accents as characters of their own."""
     path, words = tmp_path / "list.jsonl", ("ball", "fire_hydrant", "Möwe", "cube", "Cube")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from datasetdm_fast.config import DEMO_PROMPTS
+from datasetdm_fast.config import DEMO_PROMPTS, SEEDS
 from datasetdm_fast.data import Batch, Request
 from datasetdm_fast.engine.labels.class_tables import ClassTable, find_classes, name_key, spoken, with_article
 from datasetdm_fast.engine.scenes.world import sample_scene
@@ -40,7 +40,7 @@ class PromptLine(NamedTuple):
     line: int  # from 1
     text: str
     classes: tuple[str, ...] | None = None  # None: those found in the text
-    seed: int | None = None  # None: the run's seed plus the number of the image
+    seed: int | None = None  # of the first image of it; None: the run's seed plus the number of the image
     file: str = ""  # of a folder of lists
     negative: str | None = None  # None: that of the run
     class_prompt: str = ""  # empty: made of the class words
@@ -245,7 +245,7 @@ TURN = 100_000_007  # between seeds and prompts of what may take the place of a 
 @dataclass(frozen=True)
 class Plan:
     """Every image of a run, a pure function of the settings: sample k has prompt k in turn and seed run seed + k,
-    unless its prompt brings a seed."""
+    unless its prompt brings a seed, which is another one whenever that prompt is repeated."""
 
     prompt: Callable[[int], PromptLine]
     words: tuple[str, ...]  # class words looked for in the prompts
@@ -322,7 +322,9 @@ def make_plan(
             text = template(names[kind], turn)
             return PromptLine(0, text, (*find_classes(text, words, source.table), per_class[kind]))
         if prompts:
-            return prompts[index % len(prompts)]
+            turn, place = divmod(index, len(prompts))
+            line = prompts[place]
+            return line._replace(seed=(line.seed + turn * TURN) % SEEDS) if turn and line.seed is not None else line
         return PromptLine(0, sample_scene(DEMO_SCENES + seed + index).caption)
 
     # Batches of equal size leave less padding than full ones and a remainder.
@@ -331,7 +333,7 @@ def make_plan(
     has_seeds = any(line.seed is not None for line in source.lines)
     if has_seeds and turns > 1:
         raise Refused(
-            f"{source.name}: prompts with seeds of their own, so that further images would repeat the first ones",
+            f"{source.name}: prompts with seeds of their own name certain images, which no others replace",
             "Drop the seeds, or --keep trusted and --accept: filter leaves out samples later.",
         )
     most = number * turns
