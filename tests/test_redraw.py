@@ -502,6 +502,23 @@ def test_an_edit_replaces_what_the_prompt_says_of_a_class(prompt, name, replaced
     assert replaced_text(unicodedata.normalize("NFD", prompt), name, "a star", ("ball", name)) == replaced
 
 
+def test_an_edit_of_one_of_several_things_replaces_its_own_mention(tmp_path):
+    out, prompt = tmp_path / "run", "a red person and a green person on a grey table"
+    line = ["--prompts", prompt, "--number", "1", "--seed", "2", "--steps", "15", "--task", "instance"]
+    assert generate.main([*line, "--out", str(out), "--engine", "fast", "--quiet"]) == 0
+    things = json.loads((out / "instances.json").read_text())["annotations"]
+    left, right = sorted(things, key=lambda item: item["bbox"][0])
+    told = []
+    for item in (left, right):
+        settings = EditSettings(run=str(out), instance=item["id"], prompt="a blue cone")
+        told.append(Edits(open_source(out, only_kept=False), settings).prompt(0).text)
+    assert told == [
+        "a blue cone and a green person on a grey table",
+        "a red person and a blue cone on a grey table",
+    ]
+    assert replaced_text("two people", "person", "a cone", ("person",), place=1) == "two a cone"
+
+
 def test_an_edit_of_people_replaces_them_in_the_prompt(tmp_path):
     sample = rendered(0, SIDE)
     sample = replace(sample, request=replace(sample.request, prompt="people and a ball on a table"))

@@ -378,13 +378,23 @@ def mirrored_text(text: str, classes: Sequence[str], table: ClassTable | None = 
     return text
 
 
-def replaced_text(text: str, name: str, other: str, classes: Sequence[str], table: ClassTable | None = None) -> str:
-    """The text with `other` in place of a class it names ("an orange ball"), empty where it does not."""
+def replaced_text(
+    text: str,
+    name: str,
+    other: str,
+    classes: Sequence[str],
+    table: ClassTable | None = None,
+    place: int | None = None,
+) -> str:
+    """The text with `other` in place of a class it names ("an orange ball"), empty where it does not; of several
+    mentions all, or that at `place`, the first where there is none.
+    """
     lowered = _lower(text)
     text = unicodedata.normalize("NFC", text)
     text = text if len(text) == len(lowered) else lowered
+    spans = matcher(tuple(classes), table).spans(text).get(name, [])
     parts, end = [], 0
-    for begin, stop in matcher(tuple(classes), table).spans(text).get(name, ()):
+    for begin, stop in spans if place is None else spans[place : place + 1] or spans[:1]:
         described = DESCRIBED.search(text, end, begin)
         parts += [text[end : described.start() if described else begin], other]
         end = stop

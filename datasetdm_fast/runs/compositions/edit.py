@@ -244,7 +244,8 @@ class Edits(Redrawing):
         text, word = choice.prompt, self._class_word(request.index)
         if word and not choice.alone:
             words = dict.fromkeys((*self.source.document["plan"].get("words", ()), word))
-            text = replaced_text(request.prompt, word, text, tuple(words), table_of(self.source.document)) or text
+            table, place = table_of(self.source.document), self._find_mention(request.index)
+            text = replaced_text(request.prompt, word, text, tuple(words), table, place) or text
         seed = request.seed if choice.seed < 0 else choice.seed + index
         return PromptLine(0, text, None, seed, negative=request.negative)
 
@@ -252,9 +253,28 @@ class Edits(Redrawing):
         """The class of the region of a sample of the source, empty where it has none."""
         if self.kind != "instance":
             return self.choice.class_
-        record = self.source.run[f"{source:08d}"].row.labels[self.task]
-        item = record[self.ids[self.task][source].index(self.choice.instance)]
+        item, _ = self._read_instance(source)
         return kind_of(self.task).names(self.source.document["labels"][self.task])[item["category_id"]]
+
+    def _find_mention(self, source: int) -> int | None:
+        """Which mention of its class stands for an instance beside others of this class: captions tell things from left
+        to right, or in no order. None: all mentions.
+        """
+        if self.kind != "instance":
+            return None
+        chosen, record = self._read_instance(source)
+        alike = [
+            item
+            for item in record
+            if item["category_id"] == chosen["category_id"] and (item is chosen or item["score"] >= SHOWN_SCORE)
+        ]
+        alike.sort(key=lambda item: item["bbox"][0] + item["bbox"][2] / 2)
+        return alike.index(chosen) if len(alike) > 1 else None
+
+    def _read_instance(self, source: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The instance of the region, and all of its label."""
+        record = self.source.run[f"{source:08d}"].row.labels[self.task]
+        return record[self.ids[self.task][source].index(self.choice.instance)], record
 
     def region_of(self, tile: SourceSample) -> np.ndarray:  # [H, W] bool
         """The region of a sample that is drawn anew."""
