@@ -191,6 +191,14 @@ def test_columns_are_tokens_or_words(model):
     assert listed == [("person", (1,)), ("tvmonitor", (2, 3)), ("person", (4,))]
     with pytest.raises(Refused, match="does not hold the class word 'cone'"):
         find("ball", ("cone",), by_words=False)
+    balls, cubes, mice = (len(tokenizer(text).input_ids) - 2 for text in ("balls", "cubes", "mice"))
+    assert find("Balls; cubes, mice", ("cube", "ball", "mouse"), by_words=False) == [  # as find_classes knows them
+        ("cube", tuple(range(2 + balls, 2 + balls + cubes))),
+        ("ball", tuple(range(1, 1 + balls))),
+        ("mouse", tuple(range(3 + balls + cubes, 3 + balls + cubes + mice))),
+    ]
+    with pytest.raises(Refused, match="does not hold the class word 'ball'"):  # as for Dataset Diffusion
+        find("two balls", ("ball",), by_words=True)
     table = ClassTable((ClassWord("fruit", "fruit", ("~orange",)),))
     assert find("an orange", ("fruit",), tokenizer=Tokenizer(), table=table, by_words=False) == [("fruit", (2,))]
     spanning = SimpleNamespace(spans=lambda text: [(0, 2), (2, 6), (6, 8), (8, 10), (10, 12)])

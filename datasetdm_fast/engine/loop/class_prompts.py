@@ -125,6 +125,9 @@ def class_columns(
     if names := missing(matches):
         known = zip(names, look_up(tuple(names), table)[0])  # and the words that mean them, except their names
         phrases |= {name: [split(text.lstrip("~")) for text in word.words] for name, word in known}
+        spans_of_words = {} if by_words else matcher(tuple(words), table).spans(class_prompt)  # with their plurals
+        for name in names:
+            phrases[name] += [split(class_prompt[begin:end]) for begin, end in spans_of_words.get(name, ())]
         matches = match_phrases(parts, phrases)
     _check_named(class_prompt, missing(matches), table)
     if by_words:
