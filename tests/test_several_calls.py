@@ -191,6 +191,10 @@ def test_a_probe_is_asked_for_depths_joints_and_shares_of_classes():
     depth = torch.tensor([[1.0, 3, 0, 0], [2, 2, 0, 0], [5, 5, 9, 9], [5, 5, 9, 9]])
     told, known = truth_of("depth", replace(empty, depth=depth), 3, 64, 2)
     assert known.tolist() == [True, False, True, True] and torch.allclose(told.exp(), torch.tensor([[2.0], [5], [9]]))
+    sparse = torch.zeros(4, 4)  # as a laser measures: few pixels, whose depth is that of their cell
+    sparse[0, 0], sparse[3, 2:] = 7.0, torch.tensor([2.0, 4])
+    told, known = truth_of("depth", replace(empty, depth=sparse), 3, 64, 2)
+    assert known.tolist() == [True, False, False, True] and torch.allclose(told.exp(), torch.tensor([[7.0], [3]]))
     points = replace(empty, points=torch.tensor([[16.0, 48], [0, 0]]), weights=torch.tensor([1.0, 0]))
     told, known = truth_of("pose", points, 3, 64, 2)  # cells lie at 16 and 48 pixels
     across, corner = (math.exp(-((distance / 0.05) ** 2) / 2) for distance in (0.5, 0.5 * 2**0.5))

@@ -85,9 +85,10 @@ def truth_of(task: str, target: TrainingTarget, classes: int, size: int, side: i
     known = torch.ones(side * side, dtype=torch.bool)
     shown_by = TASKS[task].shown_by
     if shown_by == "depth":
-        depth = F.adaptive_avg_pool2d(target.depth[None], side).flatten()
-        known = depth > 0
-        return depth[known, None].log(), known
+        measured = (target.depth > 0).float()  # of a laser few pixels are
+        depth, share = F.adaptive_avg_pool2d(torch.stack([target.depth, measured]), side).flatten(1)
+        known = share > 0
+        return (depth[known] / share[known])[:, None].log(), known
     if shown_by == "weights":
         rows, columns = torch.meshgrid(*[(torch.arange(side) + 0.5) / side] * 2, indexing="ij")
         places = torch.stack([columns, rows], -1).flatten(0, 1)  # as points are
