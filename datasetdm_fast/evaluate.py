@@ -21,8 +21,9 @@ EXAMPLES = (
 @command_with(EvaluateConfig, EXAMPLES)
 def main(config: EvaluateConfig, command: CommandLine) -> int:
     config.check()
-    # Without a selection, which reads images; a bad data set is refused before a model loads.
-    sources = {address: config.open_data(address, ANY_SIZE, config.tasks, EVERYTHING) for address in config.addresses}
+    # A bad data set is refused before a model loads; a selection reads images, and comes later unless it is all.
+    selection = config.selection() if config.dry_run else EVERYTHING
+    sources = {address: config.open_data(address, ANY_SIZE, config.tasks, selection) for address in config.addresses}
     from datasetdm_fast.training.evaluation import naming
 
     print_lines(config, *(f"{address}: {source.layout}" for address, source in sources.items() if source.layout))

@@ -172,6 +172,13 @@ def test_selections_and_framing_are_flags(decoders, capsys):
     assert json.loads(out)["semantic"]["images"] == 2 and "harmonic" in json.loads(out)["semantic"]
 
 
+@pytest.mark.parametrize("flags, count", [("--limit-images 3", 3), ("--only-classes ball,cone,ring,tree", 5), ("", 9)])
+def test_a_dry_run_counts_the_images_that_are_selected(capsys, flags, count):
+    address = "demo:9@900000"
+    assert main(["--data", address, *flags.split(), "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"images": {address: count}}
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

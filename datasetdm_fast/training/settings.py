@@ -209,7 +209,7 @@ class TrainConfig(
     )
     captions: str = setting(
         "true",
-        "text condition: each image's own caption, none, or mixed: none in every fourth view",
+        "text condition: each image's own caption, none, or mixed: none in every fourth view of an image",
         choices=("true", "none", "mixed"),
     )
     class_table: str = setting(
