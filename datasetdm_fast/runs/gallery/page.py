@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
@@ -358,7 +358,9 @@ class RunFacts:
                 "classes": {
                     number: self.number(word) for number, word in kind_of(task).names(document["labels"][task]).items()
                 },
-                "ignored": _css(kind_of(task).ignored_colour(document["labels"][task])),
+                "ignored": f"#{bytes(colour).hex()}"
+                if (colour := kind_of(task).ignored_colour(document["labels"][task]))
+                else "",
                 "steps": kind_of(task).steps(document["labels"][task]),
                 "limbs": document["labels"][task].get("limbs", []),
             }
@@ -413,7 +415,8 @@ class RunFacts:
             for name, each in zip(table.get("classes", ()), table.get("colours", ()))
         }
         usual = OURS if custom else palette
-        return [_css(custom.get(word) or colour_in(usual, word, numbers[word])) for word in words]
+        colours = (custom.get(word) or colour_in(usual, word, numbers[word]) for word in words)
+        return [f"#{bytes(colour).hex()}" for colour in colours]
 
 
 def key_of(document: Mapping[str, Any]) -> str:
@@ -422,8 +425,3 @@ def key_of(document: Mapping[str, Any]) -> str:
     settings = {name: value for name, value in document["config"].items() if name not in growing}
     plan = {name: value for name, value in document["plan"].items() if name != "number"}
     return hashlib.sha256(canonical([settings, plan, document["decoders"]]).encode()).hexdigest()[:16]
-
-
-def _css(colour: Iterable[int]) -> str:
-    """A colour as style sheets write it, nothing of nothing."""
-    return "".join(("#", *(f"{value:02x}" for value in colour))) if colour else ""

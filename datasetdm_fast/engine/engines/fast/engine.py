@@ -90,7 +90,7 @@ class FastEngine(Engine):
     _compiled: Step | None
     _rows: dict[float, Tensor]
     _text: tuple[Tensor, int, int] | None = None
-    _keys_values: list[Inputs]  # of every slice of the batch
+    _keys_values: list[Inputs]  # of every slice of the batch, of the text of the previous call
     # class prompts, cells, keys [B, heads, T, d] of every cross-attention with so many, by layer
     _class_keys: tuple[Tensor, int, dict[AttentionSlot, Tensor]] | None
     largest_stacked = math.inf  # weights of all decoders' first layers; more are stacked for each captured call
@@ -302,13 +302,16 @@ class FastEngine(Engine):
         latents = channels_last(latents.to(self.device), self.unet_dtype)
 
         def slices(size: int) -> list[Inputs]:
-            tables = self._text_layers(text.context, images, size)
+            context, starts = text.context, range(0, images, size)
+            if self._text is None or not self._is_cached(context) or self._text[2] != size:
+                tables = self._encode_keys_values(context.to(self.device), images)
+                self._keys_values = [
+                    tuple(_select_rows(table, 1, images, start, size) for table in tables) for start in starts
+                ]
+                self._text = None if context.is_inference() else (context, context._version, size)
             parts = zip(*(value.split(size) for value in (latents, *others)))
-            rows = (
-                biases if biases.ndim == 1 else _select_rows(biases, 0, images, start, size)
-                for start in range(0, images, size)
-            )
-            return [(part, row, *more, *table) for (part, *more), row, table in zip(parts, rows, tables)]
+            rows = (biases if biases.ndim == 1 else _select_rows(biases, 0, images, start, size) for start in starts)
+            return [(part, row, *more, *table) for (part, *more), row, table in zip(parts, rows, self._keys_values)]
 
         self._unload_except()
         noise, *captured = zip(*self._parts(step, slices, images))
@@ -337,17 +340,6 @@ class FastEngine(Engine):
         """Whether it is the text of the previous call, unchanged; inference tensors count no changes."""
         known = None if context.is_inference() else self._text
         return known is not None and known[0] is context and known[1] == context._version
-
-    def _text_layers(self, context: Tensor, images: int, size: int) -> list[Inputs]:
-        """Keys and values of the texts of every slice, computed where they are not those of the previous call."""
-        if self._text is None or not self._is_cached(context) or self._text[2] != size:
-            tables = self._encode_keys_values(context.to(self.device), images)
-            self._keys_values = [
-                tuple(_select_rows(table, 1, images, start, size) for table in tables)
-                for start in range(0, images, size)
-            ]
-            self._text = None if context.is_inference() else (context, context._version, size)
-        return self._keys_values
 
     def _encode_keys_values(self, context: Tensor, images: int) -> tuple[Tensor, ...]:
         """Keys and values of every layer, for the rows of text of so many images."""
