@@ -205,7 +205,7 @@ def one_head_of_the_network(engine: FastEngine) -> None:
     transformers = [block for block, step in zip(engine.unet.blocks, engine.unet.steps) if step.reads == "text"]
     (transformer,) = [block for block in transformers if block.blocks[0].slot[:2] == (2, 0)]
     layer = transformer.blocks[0].text_out.weight
-    layer[:, : layer.shape[1] // transformer.heads].zero_()
+    layer[:, : layer.shape[1] // transformer.blocks[0].heads].zero_()
 
 
 def one_weight_of_a_decoder(engine: FastEngine) -> None:
