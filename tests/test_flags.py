@@ -290,6 +290,7 @@ def test_a_command_that_a_signal_ends_amid_anything_has_its_code(raised, number,
         raise raised
 
     assert run_command(command, []) == code
+    assert ("told" in capsys.readouterr().err) == (raised.args == ("told",))
 
 
 def test_exit_codes_of_success_and_interruption():

@@ -76,6 +76,8 @@ def run_command(command: Callable[[Sequence[str]], int | None], arguments: Seque
         except SystemExit as stop:  # --help, --version, SIGTERM
             if watch.signal:
                 print_error(ENDED)
+            elif isinstance(stop.code, str):  # a library's last words
+                print_error(documents.one_line(stop.code))
             return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
         except Exception as error:
             if watch.signal and not isinstance(error, OSError):  # extensions and imports may raise others instead
