@@ -388,7 +388,7 @@ def test_an_edit_blends_at_the_border_of_its_region_and_names_what_is_shown_or_n
     assert made.image[1, 1].tolist() == made.image[3, 2].tolist() == [12, 20, 18]  # of 11.5 and 18.5 the even ones
     assert made.provenance["feather"] == 1 and made.provenance["mask"]["pixels"] == 9 and made.provenance["calls"] == 2
     plane = np.zeros((50, 50), np.uint8)
-    plane.flat[:5], plane.flat[5:9] = 1, 2  # a 500th of the picture, and less
+    plane.flat[:10], plane.flat[10:19] = 1, 2  # a 250th of the picture, and less
     shown = {"semantic": SemanticMap(plane, plane / 255, tuple(labels["semantic"]["classes"])), "depth": None}
     assert edits._classes(Request(0, "", 0, ("cone",)), tile, shown) == ("cone", "ball", "owl")
 
@@ -529,6 +529,29 @@ def test_an_edit_of_people_replaces_them_in_the_prompt(tmp_path):
         settings = EditSettings(run=str(tmp_path / "run"), prompt="a red star", **way)
         told = Edits(open_source(tmp_path / "run", only_kept=False), settings).prompt(0).text
         assert told == ("a red star and a ball on a table" if way.get("class_") else "a red star")
+
+
+@pytest.mark.parametrize("left", [None, "instance", "semantic"])
+def test_what_one_label_alone_still_shows_is_not_said_to_be_in_the_prompt(tmp_path, left):
+    """The rim of an instance around what the label map called by its name made "ball is in the prompt" a reason."""
+    write_run(tmp_path / "run", 1)
+    opened = open_source(tmp_path / "run", only_kept=False)
+    edits = Edits(opened, EditSettings(run=str(tmp_path / "run"), box="0,0,64,64", prompt="a red star"))
+    tile, sample = edits.tile(0), rendered(0)
+    tile = replace(tile, row=replace(tile.row, request=replace(tile.row.request, classes=("ball",))))
+    rim, labels = np.zeros((64, 64), bool), {}
+    rim[:4, :8] = True  # 0.8 % of the pixels
+    for task in ("instance", "semantic"):
+        names = tuple(opened.document["labels"][task]["classes"])
+        shown = rim if left in (task, None) else np.zeros_like(rim)
+        if task == "instance":
+            labels[task] = Instances(shown[None], np.array([names.index("ball")]), np.float32([0.9]), names)
+        else:
+            numbers = np.where(shown, names.index("ball"), names.index("table")).astype(np.uint8)
+            labels[task] = replace(sample.annotations["semantic"], labels=numbers, classes=names)
+    request = replace(sample.request, prompt="a red star", classes=("star",))
+    words = {*edits._classes(request, tile, labels)}
+    assert words == {"star"} | ({"ball"} if left is None else set())
 
 
 def test_every_image_has_a_seed_and_ids_of_its_own(tmp_path):

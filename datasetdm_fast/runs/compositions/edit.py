@@ -16,6 +16,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.engines import Engine
 from datasetdm_fast.engine.labels import SHOWN_SCORE, by_kind, kind_of, mask_rle, task_of_label
 from datasetdm_fast.engine.labels.class_tables import replaced_text
+from datasetdm_fast.engine.labels.trust import LEAST_SHARE
 from datasetdm_fast.engine.loop.calls import Beginning
 from datasetdm_fast.engine.loop.prompts import PromptLine, check_line
 from datasetdm_fast.engine.loop.recipe import check_seed
@@ -150,7 +151,6 @@ def describe(region: np.ndarray) -> dict[str, Any]:
 
 
 MOST_NEW = 1000  # ids of instances that one image may add
-LEAST_SHOWN = 1 / 500  # of the pixels: a class that fills less of a label is not shown
 FEATHER = 128  # of a side of the picture, the part over which an edit is feathered
 
 
@@ -332,13 +332,13 @@ class Edits(Redrawing):
         return self.largest_id + 1 + (index * len(self.ids) + list(self.ids).index(label)) * MOST_NEW
 
     def _classes(self, request: Request, tile: SourceSample, labels: Mapping[str, Annotation]) -> tuple[str, ...]:
-        """The class words of the prompt, and those of the source that the labels still show."""
+        """The class words of the prompt, and those of the source that every label that could still shows."""
         tables = {task: self.source.document["labels"][task].get("classes", ()) for task in labels}
 
         def is_shown(word: str) -> bool:
             tasks = [task for task, classes in tables.items() if word in classes and kind_of(task).can_mask]
             shares = (kind_of(task).mask_of(labels[task], word)[0].mean() for task in tasks)
-            return not tasks or any(share >= LEAST_SHOWN for share in shares)
+            return all(share >= LEAST_SHARE for share in shares)
 
         left = {word for word in tile.row.request.classes if is_shown(word)} | set(request.classes)
         return tuple(word for word in self.source.document["plan"].get("words", ()) if word in left)
