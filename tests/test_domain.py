@@ -357,6 +357,15 @@ def test_the_progress_tells_samples_out_of_the_domain(capsys, monkeypatch):
     assert "4/8 images, 3 out of domain, " in capsys.readouterr().err
 
 
+def test_no_model_is_said_to_be_unable_to_draw_a_background():
+    request = SimpleNamespace(prompt="a ball")
+    plan = SimpleNamespace(words=("background", "ball", "mug"), number=1, request=lambda index: request)
+    job = SimpleNamespace(plan=plan, recipe=SimpleNamespace(draws=("ball", "cube")))
+    assert run_report._describe_undrawn(job).endswith("it cannot draw mug")
+    plan.words = ("background", "ball")
+    assert run_report._describe_undrawn(job) == ""
+
+
 def test_what_the_model_cannot_draw_is_told_before_the_first_image(tmp_path, monkeypatch, capsys):
     line = ["--prompts", "a photo of a penguin", "--number", "4", "--task", "open-vocabulary", "--allow-unnamed"]
     line += ["--classes", "fire hydrant,ball", "--dry-run", "--out", str(tmp_path / "run"), "--engine", "fast"]
@@ -470,7 +479,7 @@ def test_the_domain_is_measured_on_pictures_from_all_over_the_data(monkeypatch):
         def sketch(self, levels):
             return torch.stack(levels)
 
-    def views(task, numbers, draws):
+    def views(task, numbers, draws, on_views):
         asked.append((task, list(numbers), draws))
 
         def batch(chosen):
@@ -489,6 +498,7 @@ def test_the_domain_is_measured_on_pictures_from_all_over_the_data(monkeypatch):
 
     def measured(count):
         session = SimpleNamespace(numbers=range(count), views=views, engine=engine, source="source")
+        session.watch_work = lambda *given: lambda count: None
         return workflow.measure_domain(session, Decoder())
 
     assert measured(7) is None
@@ -529,6 +539,7 @@ def test_a_model_may_draw_captions_that_are_lists_of_names_otherwise(named, outs
     engine = SimpleNamespace(name="fast", model=model, device="cpu", fingerprint=lambda: {"dtype": "fp32"})
     items = [SimpleNamespace(caption="a photo of a ball", named=named)] * 16
     session = SimpleNamespace(engine=engine, source=items, split=(range(16), ()))
+    session.watch_work = lambda *given: lambda count: None
     decoder = SimpleNamespace(domain=learned, config=SimpleNamespace(task="semantic"))
     checked = workflow.check_itself(session, decoder, tmp_path)
     assert read_check(tmp_path) == {"samples": 16, "out_of_domain": max(outside, 1)}  # the first by its own distance

@@ -141,7 +141,9 @@ def test_a_decoder_of_another_family_is_refused(folders, foreign, family, tmp_pa
     assert generate.main([*line, "--out", str(tmp_path / "run")]) == 2
     message = capsys.readouterr().err.splitlines()
     assert "depth decoder" in message[-2] and "channels" in message[-2]
-    assert message[-1] == "Use the decoder made for this model, or train one on it; --labeller attention needs none."
+    assert message[-1] == (
+        "Name the model that it was trained on (--model), or train one on this one; --labeller attention needs none."
+    )
 
 
 def copy_of(folder, tmp_path):

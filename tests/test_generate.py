@@ -33,7 +33,7 @@ from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.document import LEDGER, LOCK, read_document
 from datasetdm_fast.runs.run_folder.ledger import Ledger
 from datasetdm_fast.runs.run_folder.reader import open_run
-from datasetdm_fast.runs.run_settings import RunConfig
+from datasetdm_fast.runs.run_settings import LabelConfig, RunConfig
 from datasetdm_fast.runs.workers import devices
 
 
@@ -119,6 +119,8 @@ def test_labels_are_those_that_the_decoders_make_where_no_task_is_given(tmp_path
     config = RunConfig(decoder=str(tmp_path / "decoders"))
     assert complete_settings(config, {"decoder"}).task == ("semantic", "semantic:streets", "depth")
     assert complete_settings(config, {"task"}).task == RunConfig.task == complete_settings(RunConfig(), set()).task
+    pictures = LabelConfig("photos", decoder=config.decoder)  # which the command label reads in the same way
+    assert expand_names(pictures, {"decoder"}).task == ("semantic", "semantic:streets", "depth")
 
 
 def test_json_is_one_object_and_quiet_is_quiet(engines, tmp_path, capsys):

@@ -955,6 +955,26 @@ def test_killed_and_interrupted_it_ends_with_the_same_bits(run, captures, tmp_pa
     ).read_bytes()
 
 
+@pytest.mark.parametrize("name", ["measure_domain", "check_itself"])
+def test_ctrl_c_is_heeded_after_the_last_step_and_progress_is_shown(run, tmp_path, monkeypatch, capsys, name):
+    arguments = ["--data", "demo:10@1000", "--task", "depth", "--steps", "2", "--draws", "1", "--folds", "no"]
+    folder, real = tmp_path / "decoder" / "depth", getattr(workflow, name)
+
+    def interrupted(*given):
+        signal.raise_signal(signal.SIGINT)
+        return real(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workflow, name, interrupted)
+        assert run(*arguments) == 130
+    assert "stopped; resume with: python -m datasetdm_fast.train" in capsys.readouterr().err
+    assert (folder / "config.json").exists() and not (folder / "training" / "page.html").exists()
+    monkeypatch.setattr(session, "SECONDS_PER_LINE", 0.0)
+    assert run(*arguments) == 0 and (folder / "training" / "page.html").exists()
+    told = capsys.readouterr().err
+    assert "depth samples " in told and ("depth domain " in told) == (name == "measure_domain")
+
+
 def test_every_image_is_judged_by_a_fold_that_has_not_seen_it(run, tmp_path, capsys, monkeypatch):
     arguments = [
         "--data",
@@ -1290,7 +1310,8 @@ def test_the_page_shows_twelve_images_judged_by_a_decoder_that_has_not_learnt_fr
     plan, result = types.SimpleNamespace(schedule=types.SimpleNamespace(steps=9)), {"steps": 9, "images": 40}
     for held_out in ([], [5, 7]):
         session.split = numbers, held_out
-        opened._write_page("depth", plan, result | {"held_out_images": len(held_out)}, {"folds": 2}, "train")
+        shown_result = result | {"held_out_images": len(held_out)}
+        opened._write_page("depth", plan, shown_result, {"folds": 2}, "train", lambda: False)
     (*_, views, labels, title, _), (*_, held_views, held_labels, held_title, _) = shown
     first = tmp_path / "depth/training/folds-2/1"
     assert labels == (first, views) and views == list(range(0, 24, 2)) and "first fold has not seen" in title

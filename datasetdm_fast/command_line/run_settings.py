@@ -57,9 +57,6 @@ def complete_settings(config: RunConfig, provided: Collection[str]) -> RunConfig
             raise Refused(f"--{name}: no value was given", "Drop the flag, or see --help.")
     if (config.cluster or config.store) and "layout" not in provided:
         config = replace(config, layout=SHARDS)
-    folders = parts_of(config.decoder)
-    if "task" not in provided and config.decoder not in SHIPPED and all(path.is_dir() for path in folders):
-        config = replace(config, task=tuple(by_task(find_decoders(folders).labels)))
     config = expand_names(config, provided)
     config = config if "out" in provided else replace(config, out=name_folder(config))
     if "layout" in provided:
@@ -72,7 +69,10 @@ def complete_settings(config: RunConfig, provided: Collection[str]) -> RunConfig
 
 
 def expand_names(config: RunConfig, provided: Collection[str]) -> RunConfig:
-    """The settings with what --classes, --labeller and --parity stand for, where `provided` does not name it."""
+    """The settings that decoders, --classes, --labeller and --parity stand for where `provided` does not name it."""
+    folders = parts_of(config.decoder)
+    if "task" not in provided and config.decoder not in SHIPPED and all(path.is_dir() for path in folders):
+        config = replace(config, task=tuple(by_task(find_decoders(folders).labels)))
     if config.class_table:
         config = replace(config, classes=listed_words(config.class_table, config.classes))
     elif len(config.classes) == 1 and config.classes[0] in class_tables.TABLES:

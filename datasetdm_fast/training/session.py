@@ -234,26 +234,34 @@ class TrainingSession:
     def predictor(self, plan: TaskPlan) -> Predictor:
         return Predictor(plan.words, self.engine.model.size, self.engine.device, self.engine.model.tokenizer)
 
+    def watch_work(self, title: str, total: int, is_stopping: Callable[[], bool]) -> Callable[[int], None]:
+        """A function that long work calls with how much more of `total` is done. It reports the share every ten
+        seconds, and raises Stopped where a signal came.
+        """
+        done, begin = 0, time.monotonic()
+        last_line = begin
+
+        def on_done(count: int) -> None:
+            nonlocal done, last_line
+            done += count
+            if is_stopping():
+                raise Stopped
+            if time.monotonic() - last_line >= SECONDS_PER_LINE:
+                last_line = time.monotonic()
+                share = done / total
+                left = format_duration((last_line - begin) * max(1 / share - 1, 0))
+                self.on_message(f"{title} {min(share, 1):.0%}, about {left} left")
+
+        return on_done
+
     def open_training(
         self, folder: Path, plan: TaskPlan, settings: TaskSettings, is_stopping: Callable[[], bool]
     ) -> TaskTraining | None:
         """The training of a task with its captures, or None if it was stopped while they were computed."""
         (training, held_out), task = self.split, plan.decoder.task
         count = len(training) * self.view_settings.draws + len(held_out)
-        cache_plan, done = self._stored_cache_plan(folder, task), 0
-        begin = last_line = time.monotonic()
-
-        def on_views(views: int) -> None:
-            nonlocal done, last_line
-            done += views
-            if is_stopping():
-                raise Stopped
-            if time.monotonic() - last_line >= SECONDS_PER_LINE:
-                last_line = time.monotonic()
-                share = done / count
-                left = format_duration((last_line - begin) * max(1 / share - 1, 0))
-                self.on_message(f"captures {min(share, 1):.0%}, about {left} left")
-
+        cache_plan = self._stored_cache_plan(folder, task)
+        on_views = self.watch_work("captures", count, is_stopping)
         try:
             views = self.views(task, training, plan=cache_plan, on_views=on_views)
             held_out_views = self.views(task, held_out, 1, cache_plan, on_views) if held_out else None
@@ -280,7 +288,7 @@ class TrainingSession:
 
 
 class Stopped(Exception):
-    """A signal came while captures were computed; those that are cached stay."""
+    """A signal came while captures or samples were computed; captures that are cached stay."""
 
 
 def _things(source: LabelledSource, item: Labelled) -> list[str]:

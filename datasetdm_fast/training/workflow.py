@@ -24,7 +24,7 @@ from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.training import checkpoint, page, report
 from datasetdm_fast.training.cross_validation import compare_with_folds, cross_validate, fold_folder, read_folds
 from datasetdm_fast.training.predictions import BATCH_SIZE
-from datasetdm_fast.training.session import TrainingSession
+from datasetdm_fast.training.session import Stopped, TrainingSession
 from datasetdm_fast.training.settings import TaskSettings
 from datasetdm_fast.training.splits import count_folds, split_folds
 from datasetdm_fast.training.task_training import TaskPlan, find_result, lock_folder, read_state, run_training
@@ -123,14 +123,24 @@ class Workflow:
         else:
             is_shown = page.shows_folds(folder / "training" / PAGE, folds)
         if not is_shown:
-            if not (folder / domain.FILE).exists() and (measured := measure_domain(session, load_decoder(folder))):
-                domain.write_domain(folder, measured)
-            folds = folds and compare_with_folds(session, plan, folder, folds)
-            self._write_page(task, plan, result, folds, command)
+            try:
+                has_domain = (folder / domain.FILE).exists()
+                if not has_domain and (measured := measure_domain(session, load_decoder(folder), is_stopping)):
+                    domain.write_domain(folder, measured)
+                folds = folds and compare_with_folds(session, plan, folder, folds)
+                self._write_page(task, plan, result, folds, command, is_stopping)
+            except Stopped:
+                return TrainingOutcome(None, folds)
         return TrainingOutcome(result, folds, read_check(folder))
 
     def _write_page(
-        self, task: str, plan: TaskPlan, result: Mapping[str, Any], folds: Mapping[str, Any] | None, command: str
+        self,
+        task: str,
+        plan: TaskPlan,
+        result: Mapping[str, Any],
+        folds: Mapping[str, Any] | None,
+        command: str,
+        is_stopping: Callable[[], bool],
     ) -> None:
         """Writes the page, with labels of held-out images, or else of images that the first fold was not trained on."""
         session, folder = self.session, self.out / task
@@ -156,14 +166,16 @@ class Workflow:
             page.COMMAND: command,
         }
         facts = {name: value for name, value in facts.items() if value != ""}
-        samples = check_itself(session, load_decoder(folder), folder)
+        samples = check_itself(session, load_decoder(folder), folder, is_stopping)
         warnings = report.describe_warnings(task, folds, read_check(folder) if samples else None)
         cautions = [*warnings, *report.cautions(result, bool(folds))]
         content = page.page(task, session.source, facts, result, cautions, folds, views, labels, title, samples)
         storage.publish({folder / "training" / PAGE: content})
 
 
-def measure_domain(session: TrainingSession, decoder: Decoder) -> domain.Domain | None:
+def measure_domain(
+    session: TrainingSession, decoder: Decoder, is_stopping: Callable[[], bool] = lambda: False
+) -> domain.Domain | None:
     """The domain of the session's pictures as this decoder, which was loaded for inference, reads them; None where they
     are too few.
     """
@@ -172,7 +184,9 @@ def measure_domain(session: TrainingSession, decoder: Decoder) -> domain.Domain 
         return None
     count = min(len(numbers), DOMAIN_IMAGES)
     chosen = [numbers[k * len(numbers) // count] for k in range(count)]
-    views = session.views(task, chosen, DOMAIN_DRAWS)
+    title, total = f"{task} domain", count * DOMAIN_DRAWS
+    views = session.views(task, chosen, DOMAIN_DRAWS, on_views=session.watch_work(title, total, is_stopping))
+    on_read = session.watch_work(title, total, is_stopping)  # which is long where captures are not cached
     sketches, labels = [], []
     decoder = decoder.to(session.engine.device)
     with torch.inference_mode():
@@ -180,10 +194,13 @@ def measure_domain(session: TrainingSession, decoder: Decoder) -> domain.Domain 
             levels = [level.to(session.engine.device) for level in views.captures.batch(batch)]
             sketches.append(decoder.sketch(project(decoder, levels)).cpu().numpy())
             labels += [TASKS[task].truth(session.source, views.item(view)) for view in batch]
+            on_read(len(batch))
     return domain.learn_domain(np.concatenate(sketches), labels, [view // DOMAIN_DRAWS for view in range(len(views))])
 
 
-def check_itself(session: TrainingSession, decoder: Decoder, folder: Path) -> Sequence[Sample]:
+def check_itself(
+    session: TrainingSession, decoder: Decoder, folder: Path, is_stopping: Callable[[], bool] = lambda: False
+) -> Sequence[Sample]:
     """Samples of the captions of training images, whose counts are written into the decoder's folder; none for a
     decoder without a domain, and where captions or memory do not allow it.
     """
@@ -198,7 +215,12 @@ def check_itself(session: TrainingSession, decoder: Decoder, folder: Path) -> Se
         pipeline = Pipeline(build_engine(engine.name, engine.model, {task: decoder}, **options))
         size = min(len(captions), pipeline.engine.suggested_batch())
         steps = min(CHECK_STEPS, engine.model.defaults.steps)
-        samples = pipeline(captions, tasks=(task,), steps=steps, batch_size=size).samples
+        on_steps = session.watch_work(f"{task} samples", -(-len(captions) // size) * steps, is_stopping)
+
+        def on_step(step: int, latents: torch.Tensor) -> None:
+            on_steps(1)
+
+        samples = pipeline(captions, tasks=(task,), steps=steps, batch_size=size, callback=on_step).samples
         if len(samples) >= domain.LEAST_IMAGES:
             farthest = domain.FARTHEST_MEAN if is_stored else domain.FARTHEST_OF_NAMES
             measured = measured.with_generated(_sketch_samples(pipeline.engine, task, samples), farthest)

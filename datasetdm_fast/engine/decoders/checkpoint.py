@@ -97,7 +97,7 @@ def read_decoder(folder: str | Path) -> Decoder:
     return decoder.requires_grad_(False)
 
 
-FITTING = "Use the decoder made for this model, or train one on it; --labeller attention needs none."
+FITTING = "Name the model that it was trained on (--model), or train one on this one; --labeller attention needs none."
 
 
 def check_fits(decoder: Decoder, levels: tuple[Level, ...], label: str, text_width: int = 0) -> None:
