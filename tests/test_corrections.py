@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -62,6 +63,35 @@ def test_exports_have_the_corrected_labels(run, tmp_path, capsys):
     Review(run).correct({3: Correction(removed=(("instance", 0),))})
     assert convert([str(run), "--to", "coco,voc", "--out", str(tmp_path / "out")]) == 2
     assert "it holds an export of other samples" in capsys.readouterr().err
+
+
+def test_joints_go_with_the_person_that_is_corrected(run, tmp_path):
+    """A person that a reviewer had deleted stayed in files of joints, in which no reviewer can delete it."""
+    row, tables = open_run(run)[3].row, open_run(run).document["labels"]
+    (person,) = row.labels["pose"]
+    assert person["box_from"] == "instance" and person["bbox"] == row.labels["instance"][0]["bbox"]
+    x, y, width, height = map(int, person["bbox"])
+    region = (x, y, x + width + 1, y + height + 1)
+    for correction, number in (
+        (Correction(removed=(("instance", 0),)), 0),
+        (Correction(renamed=(("instance", 0, "ring"),)), 0),
+        (Correction(renamed=(("instance", 0, "person"),)), 1),
+        (Correction(removed=(("instance", 1),)), 1),
+        (Correction(ignored=(region,)), 0),
+        (Correction(ignored=((0, 0, 2, 2),)), 1),
+    ):
+        assert len(correction.correct_row(row, tables).labels["pose"]) == number
+    alone = replace(row, labels={**row.labels, "pose": [{**person, "box_from": "joints"}]})
+    for correction, number in (
+        (Correction(removed=(("instance", 0),)), 1),
+        (Correction(ignored=(region,)), 0),
+        (Correction(ignored=((0, 0, 2, 2),)), 1),
+    ):
+        assert len(correction.correct_row(alone, tables).labels["pose"]) == number
+    assert convert([str(run), "--to", "coco,yolo-pose", "--out", str(tmp_path / "out"), "--quiet"]) == 0
+    found = json.loads((tmp_path / "out/coco/annotations/person_keypoints_train2017.json").read_text())["annotations"]
+    assert 3 not in {item["image_id"] for item in found}
+    assert (tmp_path / "out/yolo-pose/labels/train/00000003.txt").read_text() == ""
 
 
 def test_an_export_is_of_the_regions_that_were_ignored(run, tmp_path, capsys):

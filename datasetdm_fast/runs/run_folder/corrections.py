@@ -6,7 +6,7 @@ The rows of a run stay as they are; exports and trainings on corrected samples r
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from datasetdm_fast.data import IGNORE
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import kind_of, mask_rle
 from datasetdm_fast.engine.labels.instance import InstanceKind
+from datasetdm_fast.engine.labels.pose import PoseKind
 from datasetdm_fast.errors import refusing_form
 from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.untrusted import documents
@@ -24,7 +25,7 @@ from datasetdm_fast.untrusted import documents
 CORRECTIONS = "review/corrections.json"  # inside the run
 LARGEST = 2**28  # bytes
 FIELDS: dict[str, list[type]] = {"removed": [str, int], "renamed": [str, int, str], "ignored": [int] * 4}
-MOST_IGNORED = 0.5  # share of an instance in ignored regions from which on it is left out
+MOST_IGNORED = 0.5  # share of an instance, or of a person's joints, in ignored regions from which on it is left out
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,31 @@ class Correction:
         return {name: [list(each) for each in rows] for name in FIELDS if (rows := getattr(self, name))}
 
     def correct_row(self, row: Row, tables: Mapping[str, Any]) -> Row:
-        """The row with corrected records of instances."""
+        """The row with corrected records of instances, and without people that these or the regions leave out."""
         things = list(self._things(row, tables))
         labels: dict[str, Any] = {**row.labels, **{label: [] for label, *_ in things}}
-        for label, item, _, after in things:
-            if after is not None and not (self.ignored and self._is_ignored(item)):
+        changed = []  # box and area of what is no longer there, or another class
+        for label, item, before, after in things:
+            is_left = after is not None and not (self.ignored and self._is_ignored(item))
+            if is_left:
                 labels[label].append(item)
+            if not is_left or after != before:
+                changed.append((item.get("bbox"), item.get("area")))
+        for label, record in row.labels.items():
+            if isinstance(kind_of(label), PoseKind):
+                labels[label] = [person for person in record if not self._leaves_out(person, changed)]
         return replace(row, labels=labels)
+
+    def _leaves_out(self, person: Mapping[str, Any], changed: Sequence[tuple[Any, Any]]) -> bool:
+        """Whether a person goes with its instance, or has most of its joints in ignored regions where it has none."""
+        if person.get("box_from") == "instance":
+            return (person["bbox"], person["area"]) in changed
+        joints = np.array(person["keypoints"], np.float64).reshape(-1, 3)
+        x, y = np.rint(joints[joints[:, 2] > 0, :2]).T
+        inside = np.zeros(x.shape, bool)
+        for left, top, right, bottom in self.ignored:
+            inside |= (left <= x) & (x < right) & (top <= y) & (y < bottom)
+        return bool(inside.sum() > MOST_IGNORED * len(inside))
 
     def _things(self, row: Row, tables: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], str, str | None]]:
         """Label and corrected item of each instance, the class that it had and the corrected one, None if removed."""
