@@ -108,6 +108,24 @@ def test_images_of_the_decoders_own_training_are_counted_and_named(decoders, tmp
     assert told.startswith(f"depth: the training data held {len(source) - 1} of these images; expect lower")
 
 
+def test_rendered_scenes_of_the_decoders_own_training_are_counted(decoders, capsys):
+    """By the address and the number of scenes in the settings of the training; by the whole address where it chose."""
+    address = "demo:4@900000"
+    folder = decoders(open_data(address, 64), ("semantic", "depth"))
+    (settings := Path(folder) / "depth" / "training" / "settings.json").parent.mkdir()
+    for data, chosen, seen in (
+        ("demo:5@900002", {"images": 4, "held_out_images": 1}, 2),
+        ("demo:5@900002", {"images": 1, "held_out_images": 0}, 1),
+        ("demo:5@900002", {"images": 1, "held_out_images": 0, "only_classes": ["ball"]}, 2),
+        ("demo:5@900004", {"images": 5, "held_out_images": 0}, None),
+        ("folder:900000", {"images": 5, "held_out_images": 0}, None),
+        ("demo:x", {"images": 5, "held_out_images": 0}, None),
+    ):
+        settings.write_text(json.dumps({"data": data, **chosen}))
+        result = json.loads(run(capsys, "--decoder", folder, "--data", address, "--json")[1])
+        assert (result["depth"].get("seen_in_training"), result["semantic"].get("seen_in_training")) == (seen, None)
+
+
 def test_a_label_that_no_image_shows_is_left_out_by_name(decoders, tmp_path, capsys):
     LAYOUTS["cvat"][1](tmp_path)
     file = tmp_path / "annotations.xml"

@@ -1284,6 +1284,8 @@ def test_a_checkpoint_on_a_disk_that_fails_is_no_damaged_one(tmp_path, monkeypat
 def test_data_of_a_training_that_cannot_be_read_are_not_counted(tmp_path, content):
     (tmp_path / "data.json").write_bytes(content)
     assert data_record._recorded_images(tmp_path / "data.json") == set()
+    (tmp_path / "settings.json").write_bytes(content)
+    assert data_record._recorded_scenes(tmp_path) == set()
     with pytest.raises(Refused, match="data.json: not a file of a training"):
         task_training.read_state(tmp_path / "data.json", {"steps": int})
     other = types.SimpleNamespace(is_rendered=False)  # a checkpoint of DatasetDM has no folder of decoders

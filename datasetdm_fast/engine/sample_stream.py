@@ -88,7 +88,9 @@ class SampleStream(IterableDataset[Any]):
         return (self.task,) if isinstance(self.task, str) else tuple(self.task)
 
     def set_epoch(self, epoch: int) -> None:
-        """Has the next iteration make the samples that follow those of `epoch` epochs."""
+        """Has the next iteration make the samples that follow those of `epoch` epochs; an endless stream has none, and
+        begins anew.
+        """
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[Any]:

@@ -20,8 +20,10 @@ from datasetdm_fast.engine.decoders.config import find_decoders
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource, Picture
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.messages import list_names
+from datasetdm_fast.training.readers import RENDERED_KINDS, open_data
 from datasetdm_fast.untrusted import documents
 
+LEAST_SIDE = 64  # pixels of scenes of which no more than their names is asked
 NAME = "data.json"
 LARGEST_RECORD = 2**28  # bytes
 DIGITS = 16  # of a digest
@@ -78,12 +80,14 @@ def _digest(parts: tuple[Any, ...]) -> str:
 
 def count_seen_in_training(decoder: str, source: LabelledSource, labels: Iterable[str]) -> dict[str, int]:
     """How many images of a data set each label's decoder was trained on, where its folder records them."""
-    if source.is_rendered:
-        return {}
     try:
         folders = find_decoders(decoder)
     except (Missing, Refused):  # a checkpoint of DatasetDM
         return {}
+    if source.is_rendered:
+        scenes = {label: _recorded_scenes(folders[label] / "training") for label in labels if label in folders}
+        shown = [source.name(record) for record in source.order]
+        return {label: sum(name in trained_on for name in shown) for label, trained_on in scenes.items() if trained_on}
     files = {label: folders[label] / "training" / NAME for label in labels if label in folders}
     known = {label: _recorded_images(file) for label, file in files.items() if file.exists()}
     images = image_digests(source, len(source)) if any(known.values()) else []
@@ -106,6 +110,19 @@ def _recorded_images(file: Path) -> set[str]:
     except (ValueError, RecursionError):
         return set()
     return {item["image"] for item in stored["items"] if "image" in item}
+
+
+def _recorded_scenes(folder: Path) -> set[str]:
+    """The names of the rendered scenes that the address in a training's settings stands for, at most."""
+    try:
+        stored = json.loads(storage.read(folder / "settings.json", LARGEST_RECORD))
+        documents.check_form(stored, {"data": str, "images": int, "held_out_images": int})
+        source = open_data(stored["data"], LEAST_SIDE) if stored["data"].partition(":")[0] in RENDERED_KINDS else None
+    except (ValueError, RecursionError, OSError, Missing, Refused):
+        return set()
+    names = [source.name(record) for record in source.order] if source else []
+    is_chosen = any(stored.get(name) for name in ("select", "limit_per_class", "min_area", "only_classes", "listed"))
+    return {*names} if is_chosen else {*names[: stored["images"] + stored["held_out_images"]]}
 
 
 def find_changes(before: Iterable[Mapping[str, Any]], now: Iterable[Mapping[str, Any]]) -> str:

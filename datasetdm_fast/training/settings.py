@@ -200,7 +200,13 @@ class TrainConfig(
         identity=False,
         metavar="N|auto|no",
     )
-    draws: int = setting(12, "augmented views of each image, each with its own noise", metavar="N", least=1)
+    draws: int = setting(
+        12,
+        "views of each image, each with its own noise and augmentation; the first is not mirrored, and with strong the "
+        "image itself",
+        metavar="N",
+        least=1,
+    )
     augment: str = setting(
         "auto",
         "augmentation: none, flip, strong (flips, crops, other colours, things of other images pasted in), or "
