@@ -733,6 +733,19 @@ def test_stable_diffusion_takes_the_steps_and_guidance_of_its_pipeline_and_other
     assert diffusing.fill_sampling(load_model("tiny"), 3, 2.0) == (3, 2.0)
 
 
+@pytest.mark.parametrize("guidance", [0.5, 1.0])
+def test_the_prompt_alone_counts_at_a_guidance_up_to_one_though_decoders_read_both_halves(paired, guidance):
+    theirs, ours = paired("sdxl")
+    expected = images_of(theirs, guidance_scale=guidance, output_type="np")
+    for negative in ("", "fog"):
+        generated = ours([PROMPT, "a dog"], [7, 2], steps=2, guidance=guidance, negative_prompt=negative, tasks=())
+        assert np.abs(np.stack(generated.images) - expected * 255).max() <= 1.01
+        assert generated.meta[0]["guidance"] == guidance
+    features = [ours.features(prompt=PROMPT, timestep=300, steps=3, guidance=each) for each in (guidance, 1.0)]
+    for first, second in zip(*(each.values() for each in features), strict=True):
+        torch.testing.assert_close(first, second, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("guidance", [0.0, 0.5, 3.0])
 def test_a_model_that_reads_its_guidance_reads_what_is_given(paired, guidance):
     theirs, ours = paired("flux1")

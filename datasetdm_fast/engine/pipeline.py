@@ -40,6 +40,7 @@ from datasetdm_fast.engine.loop.recipe import (
     check_tasks,
     make_recipe,
     prompt_words,
+    scale_at,
 )
 from datasetdm_fast.errors import GateFailed, Refused, nearest
 from datasetdm_fast.messages import count_noun
@@ -566,7 +567,8 @@ class Pipeline:
         (last,) = capture_calls(schedule, {"": (timestep,)})[""]
         text = call_text(engine, [prompt], guidance or model.defaults.guidance)
         beginning = FROM_NOISE.begin(engine, schedule, [Request(0, prompt, seed)])
-        state = SamplerState(schedule, guidance or model.defaults.guidance, beginning.latents, beginning.noise)
+        scale = scale_at(model, guidance or model.defaults.guidance)
+        state = SamplerState(schedule, scale, beginning.latents, beginning.noise)
         for call, time in enumerate(schedule.timesteps[:last]):
             state.step(call, engine.denoise(state.latents, time, text))
         capturing = engine.denoise_and_capture_raw if is_raw else engine.denoise_and_capture

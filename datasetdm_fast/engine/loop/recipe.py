@@ -262,7 +262,7 @@ def make_recipe(
         facts["labellers"] = {name: LABELLER_KINDS.package(name) for name in labellers}
     recipe = Recipe(
         schedule,
-        facts["guidance"],
+        scale_at(model, facts["guidance"]),
         model.size,
         tuple(tasks),
         captures,
@@ -287,6 +287,14 @@ def make_recipe(
     if combine:
         check_mask_words(recipe.combinations, label_tables(engine, recipe))
     return recipe
+
+
+def scale_at(model: Any, guidance: float) -> float:
+    """By how much the outputs of a call's two halves are guided: where the prompt alone counts, by what gives its
+    output, as decoders may read both halves nevertheless.
+    """
+    is_unguided = model.guidance == "cfg" and model.guidance_at(guidance) == "none"
+    return model.backbone.unguided if is_unguided else guidance
 
 
 def label_tables(engine: Engine, recipe: Recipe) -> dict[str, dict[str, Any]]:
