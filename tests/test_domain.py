@@ -509,6 +509,17 @@ def test_the_domain_is_measured_on_pictures_from_all_over_the_data(monkeypatch):
     assert len(measured(301)[1]) == 800 and asked[-1][1] == [k * 301 // 200 for k in range(200)]
 
 
+def test_pictures_that_the_model_has_not_drawn_are_not_doubted_for_what_it_draws():
+    pipe = Pipeline.from_pretrained("demo")
+    decoder = pipe.engine.decoders["semantic"]
+    decoder.domain = replace(decoder.domain, model=2.0)
+    reason = "the model does not draw what semantic learned from"
+    drawn = pipe("a red ball on a table", seeds=[7], tasks=("semantic",), steps=2).samples[0].trust
+    assert reason in drawn.reasons and drawn.domain >= 2
+    shown = pipe.label(world.view(0, 128).image, tasks=("semantic",)).samples[0].trust
+    assert reason not in shown.reasons and shown.domain < 2
+
+
 @pytest.mark.parametrize(("named", "outside"), [(None, 16), (("ball",), 0)])
 def test_a_model_may_draw_captions_that_are_lists_of_names_otherwise(named, outside, monkeypatch, tmp_path):
     learned, moved = replace(learn(), model=2.0), np.zeros((D, 1, 1), np.float32)

@@ -845,7 +845,7 @@ def test_an_image_is_measured_by_its_own_capture_in_any_batch():
     engine = StubEngine()
     decoder = engine.decoders["depth"]
     decoder.sketch = lambda capture: capture.features[0][0].square()
-    decoder.domain = SimpleNamespace(measure=lambda sketch, label: DomainDistance(float(sketch.mean()), {}, 0.0))
+    decoder.domain = SimpleNamespace(measure=lambda sketch, *_: DomainDistance(float(sketch.mean()), {}, 0.0))
     found = {}
     for size in (1, 3):
         results = samples(engine, requests("a", "b"), size, ("depth",), sampler="ddim", steps=2)

@@ -80,8 +80,10 @@ class Domain:
         """The domain with the distance of its model, by sketches [N, D, h, w] of pictures of training captions."""
         return replace(self, model=self.pictures.distance_of_mean(sketches.mean((2, 3))) / farthest)
 
-    def measure(self, sketch: np.ndarray, label: Annotation) -> DomainDistance:
-        """The distance of a picture by its sketch [D, h, w], and of each class that its label shows."""
+    def measure(self, sketch: np.ndarray, label: Annotation, is_drawn: bool = True) -> DomainDistance:
+        """The distance of a picture by its sketch [D, h, w], of each class that its label shows, and of what the model
+        draws, unless the picture was not drawn by it.
+        """
         picture = float(self.pictures.distances(sketch.mean((1, 2))[None])[0])
         farthest: dict[str, float] = {}
         for name, descriptor in describe_things(sketch, label) if self.things else ():
@@ -89,7 +91,7 @@ class Domain:
             place = self.classes.index(name) if name in self.classes else len(self.classes)
             distance = float(self.things.distances(descriptor[None], place)[0])
             farthest[name] = max(distance, farthest.get(name, 0.0))
-        return DomainDistance(picture, farthest, self.model)
+        return DomainDistance(picture, farthest, self.model if is_drawn else 0.0)
 
 
 def mixtures(channels: int) -> np.ndarray:

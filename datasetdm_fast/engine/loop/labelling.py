@@ -123,8 +123,10 @@ def collect_results(
             if recipe.combinations:
                 annotations = apply_combinations(annotations, recipe.combinations)
             sample = Sample(request, pixels[b], annotations, {**recipe.facts, **engine.adjustments})
+            is_drawn = not recipe.inverted
             distances = {
-                task: engine.decoders[task].domain.measure(sketches[task][b], labels[task][b]) for task in sketches
+                task: engine.decoders[task].domain.measure(sketches[task][b], labels[task][b], is_drawn)
+                for task in sketches
             }
             seen = {task: unprompted[task][b] for task in free}
             results.append(with_trust(recipe.origin.finish(sample), recipe, distances, seen))
