@@ -282,6 +282,21 @@ def reading(attention: class_prompts.AttentionRecipe) -> Recipe:
     return Recipe(None, 1.0, 64, ("attention",), {}, attention=attention)
 
 
+def test_words_that_are_looked_for_in_every_image_are_not_drawn():
+    """With --ask all the text of every image of Stable Diffusion listed all class words, as if it were to show them."""
+    attention = class_prompts.attention_recipe(AttentionDefaults(), 64)
+    recipe = replace(reading(attention), words=("ball", "cube", "cone"), asks_all=True)
+    request = Request(0, "a cube in fog", 1, ("cube",))
+    assert attention.appends and recipe.class_prompt(request) == "cube ball cone"
+    assert recipe.text(request) == "a cube in fog; cube"
+    pictures = replace(recipe, asks_all=False, uncaptioned="a photo")
+    shown = Request(0, "a photo", 1)
+    assert pictures.class_prompt(shown) == "ball cube cone" and pictures.text(shown) == "a photo; ball cube cone"
+    both = replace(pictures, tasks=("semantic", "attention"))
+    assert both.class_prompt(shown) == "ball cube cone" and both.text(shown) == "a photo"
+    assert replace(both, attention=None).text(request) == "a cube in fog"
+
+
 def test_a_class_whose_word_lies_behind_the_last_token_is_refused():
     tokenizer = SimpleNamespace(model_max_length=8)
     recipe = class_prompts.attention_recipe(AttentionDefaults(), 64, parity="dataset-diffusion")

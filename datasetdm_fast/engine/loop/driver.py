@@ -148,17 +148,14 @@ class BatchGenerator:
 
     def encode_prompts(self, requests: Sequence[Request]) -> tuple[Text, Text | None]:
         """The rows of a call, and those of the class prompts, if any."""
-        texts, settings = [request.prompt for request in requests], self.recipe.attention
-        if settings:
-            words = [self.recipe.class_prompt(request) for request in requests]
-            texts = list(map(settings.text, requests, words))
+        texts, settings = list(map(self.recipe.text, requests)), self.recipe.attention
         negatives = [request.negative for request in requests]
         text = call_text(self.engine, texts, self.recipe.guidance, partial(self._encode_negatives, negatives))
         if settings is None:
             return text, None
         if self.recipe.concepts:
             return text, Text(self.concepts.expand(len(requests), -1, -1), concepts=self.concepts.shape[1])
-        return text, text if settings.blocks else self.engine.encode_text(words)
+        return text, text if settings.blocks else self.engine.encode_text(list(map(self.recipe.class_prompt, requests)))
 
     @cached_property
     def concepts(self) -> Tensor:

@@ -140,6 +140,16 @@ class Recipe:
         """The text whose attention is read, empty where no label is read from attention."""
         return self.attention.class_prompt(request, self.query_words(request), self.table) if self.attention else ""
 
+    def text(self, request: Request) -> str:
+        """The prompt of an image as it is encoded, with its class words where labels from attention ask for that. No
+        others that are looked for are added: they would be drawn, or change what decoders read in a picture.
+        """
+        if self.attention is None:
+            return request.prompt
+        is_read_alone = request.prompt == self.uncaptioned and not self.decoded
+        words = self.words if is_read_alone else request.classes
+        return self.attention.text(request, self.attention.class_prompt(request, words, self.table))
+
     def class_columns(self, request: Request, tokenizer: Tokenizer) -> list[tuple[str, tuple[int, ...]]]:
         """The query words of an image, each with its places among the tokens of the class prompt."""
         if self.concepts:
@@ -155,7 +165,7 @@ class Recipe:
         if self.attention is None or self.concepts:
             return request
         class_prompt, limit = self.class_prompt(request), tokenizer.model_max_length
-        for text in () if tokenizer_cuts else (class_prompt, self.attention.text(request, class_prompt)):
+        for text in () if tokenizer_cuts else (class_prompt, self.text(request)):
             if (count := count_tokens(text, tokenizer)) > limit:
                 raise Refused(
                     f"prompt {request.index}: with its class words {count} tokens, at most {limit} fit: "
