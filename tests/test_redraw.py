@@ -139,8 +139,39 @@ def test_steps_and_guidance_are_those_of_the_source_where_no_others_are_given(so
     for given in ({"steps": 7, "guidance": 2.0, "model": model}, {}):
         settings = VarySettings(run=str(source), domain=("night",), **given)
         config = vars(redraw._run_config(Variants(opened, settings), source / "varied"))
-        expected = {name: opened.document["config"][name] for name in redraw.CHANGEABLE} | given
+        stored, made = opened.document["config"], opened.document["sampling"]
+        expected = {name: (made if name in made else stored)[name] for name in redraw.CHANGEABLE} | given
         assert {name: config[name] for name in redraw.CHANGEABLE} == expected
+        begun = redraw._run_config(Variants(opened, settings), source / "varied", {"sampling": made | {"steps": 9}})
+        assert begun.steps == given.get("steps", 9)
+
+
+def test_what_is_made_of_an_edit_or_by_a_speed_has_the_steps_that_made_its_images(tmp_path):
+    line = ["--prompts", "a ball", "--number", "1", "--steps", "3", "--guidance", "1.5", "--sampler", "euler"]
+    line += ["--task", "depth", "--engine", "fast", "--quiet", "--out", str(tmp_path / "run")]
+    assert generate.main(line) == 0
+    region = ["--box", "0,0,64,64", "--prompt", "a cube", "--quiet"]
+    assert edit.main([str(tmp_path / "run"), *region, "--out", str(tmp_path / "edited")]) == 0
+    line = [
+        str(tmp_path / "edited"),
+        "--domain",
+        "fog",
+        "--strength",
+        "1",
+        "--quiet",
+        "--out",
+        str(tmp_path / "varied"),
+    ]
+    assert vary.main(line) == 0
+    made = [json.loads((tmp_path / name / "run.json").read_text())["sampling"] for name in ("run", "edited", "varied")]
+    assert {(each["steps"], each["guidance"], each["sampler"]) for each in made} == {(3, 1.5, "euler")}
+    document = json.loads((tmp_path / "run/run.json").read_text())
+    document["sampling"] |= {"speed": "fast25", "sampler": "dpm-solver++", "steps": 25}
+    document["config"] |= {"speed": "fast25", "sampler": "pndm", "steps": 0}
+    (tmp_path / "run/run.json").write_text(json.dumps(document))
+    settings = VarySettings(run=str(tmp_path / "run"), domain=("night",))
+    config = redraw._run_config(Variants(open_source(tmp_path / "run", only_kept=False), settings), tmp_path / "x")
+    assert (config.steps, config.sampler) == (25, "dpm-solver++")
 
 
 def test_new_things_of_two_labels_have_different_ids(source, monkeypatch):

@@ -173,7 +173,7 @@ def find_result(redrawing: Redrawing, folder: Path, *, is_dry: bool = False) -> 
 def prepare(redrawing: Redrawing, folder: Path) -> Job:
     """The job of a redrawing: engine loaded, prompts measured, run folder compared; nothing is written."""
     stored, source, choice = redrawing.check_folder(folder), redrawing.source.document, redrawing.choice
-    config = _run_config(redrawing, folder)
+    config = _run_config(redrawing, folder, stored)
     model, engine_settings = config.group(ModelSettings), config.group(EngineSettings)
     sampling, labels = replace(config.group(SamplingSettings), speed=EXACT), config.group(LabelSettings)
     engine, decoders = open_engine(model, engine_settings, config.task, stored, guidance=sampling.guidance)
@@ -206,8 +206,11 @@ def prepare(redrawing: Redrawing, folder: Path) -> Job:
     return prepared
 
 
-def _run_config(redrawing: Redrawing, folder: Path) -> RunConfig:
-    """The settings of the source, with the engine and the paths of this run."""
+def _run_config(redrawing: Redrawing, folder: Path, stored_run: Mapping[str, Any] | None = None) -> RunConfig:
+    """The settings of the source, with the engine and the paths of this run; steps, guidance and sampler are those that
+    made its images, as settings may leave them to a model, a speed or a source of their own. A run that was begun goes
+    on with its own.
+    """
     names, source = {field.name for field in fields(RunConfig)}, redrawing.source.document["config"]
     choice = redrawing.choice
     stored = {
@@ -215,7 +218,10 @@ def _run_config(redrawing: Redrawing, folder: Path) -> RunConfig:
         for name, value in redrawing.config.items()
         if name in names and name != "only"
     }
-    chosen = {name: getattr(choice, name) or source[name] for name in CHANGEABLE}
+    made = (stored_run or redrawing.source.document)["sampling"]
+    chosen = {name: getattr(choice, name) or source[name] for name in ("model", "decoder")}
+    chosen |= {name: getattr(choice, name) or made[name] for name in ("steps", "guidance")}
+    chosen["sampler"] = made.get("sampler", source["sampler"])
     return RunConfig(
         **{**stored, **choice.engine_choices(), **chosen},
         out=str(folder),
