@@ -46,6 +46,7 @@ from datasetdm_fast.runs.run_folder.audit import audit_place
 from datasetdm_fast.runs.run_folder.corrections import CORRECTIONS, Correction, format_corrections, read_corrections
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, QUARANTINED, Row, RowFile
 from datasetdm_fast.runs.run_folder.reader import fetch_state
+from datasetdm_fast.runs.run_folder.scores import read_scores
 from datasetdm_fast.runs.run_folder.selections import ShardScores
 from datasetdm_fast.runs.run_folder.shard_places import ShardBucket, ShardFolder, shard_place
 from datasetdm_fast.runs.run_folder.shard_stream import ShardStream
@@ -690,8 +691,9 @@ def test_a_damaged_selection_of_shards_is_refused(alone, tmp_path, name, content
     run = copy(alone, tmp_path)
     (run / name).parent.mkdir(exist_ok=True)
     (run / name).write_text(content)
-    with pytest.raises(Refused, match=f"{name}: not "):
+    with pytest.raises(Refused, match=f"{name}: not ") as raised:
         datasetdm_fast.open_run(run).ledger.score_names()
+    assert raised.value.remedy.startswith("Delete it, then ")
 
 
 def test_a_ledger_of_shards_is_read_in_other_processes(alone):
@@ -896,6 +898,52 @@ def test_selections_are_small_files_beside_the_shards(alone, folder, tmp_path, c
         assert command([str(run), "--undo", "--quiet"]) == 0
     assert restore.main([str(run), "--all", "--quiet"]) == 0
     assert {name: content for name, content in tree(run).items() if not name.startswith("scores/")} == tree(alone)
+
+
+def test_distances_of_shards_are_those_among_the_samples_that_are_left(alone, folder, tmp_path, capsys):
+    """As those of a run folder: a duplicate of a dropped sample is none, until that is restored."""
+    places, results = (copy(alone, tmp_path), tmp_path / "folder"), []
+    shutil.copytree(folder, places[1])
+    for place in places:
+        assert filtering.main([str(place), "--quiet"]) == 0
+        results.append([])
+        for command, *flags in ((drop.main, "00000000", "00000002", "00000008"), (restore.main, "--all")):
+            assert command([str(place), *flags, "--quiet"]) == 0
+            table = read_scores(datasetdm_fast.open_run(place).ledger, ["distance"])
+            results[-1].append(dict(zip(table.indices, table.values["distance"].tolist(), strict=True)))
+    assert results[0] == results[1] and len(results[0][0]) == SAMPLES - 3 and results[0][0][1] == 64
+    assert results[0][1][1] < 64
+    capsys.readouterr()
+
+
+def test_an_audit_of_shards_tells_what_is_dropped(alone, tmp_path, capsys):
+    run = copy(alone, tmp_path)
+    assert drop.main([str(run), "00000000", "00000003", "00000020", "--quiet"]) == 0
+    capsys.readouterr()
+    assert audit.main([str(run), "--quiet"]) == 0
+    assert f"whole, 23 of {SAMPLES} samples (complete, 3 dropped)" in capsys.readouterr().out
+    for part, done, dropped in (("1/4", 7, 3), ("2/4", 6, 0)):  # shards 0 and 4; 1 and 5
+        assert audit.main([str(run), "--part", part, "--json", "--quiet"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert (report["done"], report["dropped"], report["set_aside"]) == (done, dropped, 0) and report["complete"]
+    (run / "dropped.json").write_text("[")
+    assert audit.main([str(run), "--quiet"]) == 4
+    assert "dropped.json: not a list of ids" in capsys.readouterr().out
+
+
+def test_samples_of_a_shard_that_were_left_unscored_are_scored(alone, tmp_path):
+    """A shard that grew, or a restored sample: one score of it may be stored where a filter is interrupted."""
+    run = copy(alone, tmp_path)
+    curation.score_missing(datasetdm_fast.open_run(run), None, 1)
+    expected = ShardScores(shard_place(run)).shards[1]
+    path = run / "scores/00001.json"
+    whole = json.loads(path.read_text())
+    for names in (("distance",), ("distance", "hash")):
+        columns = {name: [*each[:-1], None] if name in names else each for name, each in whole["scores"].items()}
+        path.write_text(json.dumps({**whole, "scores": columns}))
+        assert curation.count_missing(datasetdm_fast.open_run(run)) == 1
+        curation.score_missing(datasetdm_fast.open_run(run), None, 1)
+        assert ShardScores(shard_place(run)).shards[1] == expected
 
 
 def test_scores_of_a_shard_are_added_to_and_forgotten_by_their_name(tmp_path):

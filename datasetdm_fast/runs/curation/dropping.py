@@ -15,6 +15,7 @@ from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, Ledger
 from datasetdm_fast.runs.run_folder.reader import Run
 from datasetdm_fast.runs.run_folder.scores import add_distances
 from datasetdm_fast.runs.run_folder.selections import DROPPED_IDS, encode_dropped
+from datasetdm_fast.runs.run_folder.shards import ShardLedger
 from datasetdm_fast.untrusted import documents
 
 BLOCK = 64  # samples moved together
@@ -54,7 +55,7 @@ def drop(run: Run, requested: Iterable[int], *, is_dry: bool = False) -> list[in
     present, _ = _find_known(run, requested, "Use an id from samples.jsonl, for example 00000003.")
     chosen = sorted(present.intersection(requested))
     if run.shards is not None and not is_dry:
-        run.replace_file(DROPPED_IDS, encode_dropped(run.shards.dropped.union(chosen)))
+        _replace_dropped(run, run.shards, run.shards.dropped.union(chosen), requested)
     elif not is_dry:
         with RunFolder(run.path, run.document) as folder:
             for block in in_blocks(chosen, BLOCK):
@@ -79,7 +80,7 @@ def restore(run: Run, requested: Iterable[int] | None, *, is_dry: bool = False) 
                         f"Restore the file from a copy, or leave {row.request.id} dropped.",
                     )
     if run.shards is not None and not is_dry:
-        run.replace_file(DROPPED_IDS, encode_dropped(run.shards.dropped.difference(chosen)))
+        _replace_dropped(run, run.shards, run.shards.dropped.difference(chosen), requested or (0,))
     elif not is_dry:
         with RunFolder(run.path, run.document) as folder:
             for block in in_blocks(chosen, BLOCK):
@@ -100,6 +101,13 @@ def _find_known(run: Run, requested: Iterable[int], remedy: str) -> tuple[set[in
         raise Refused(f"{run.path}: no sample has the id {index:08d}", remedy)
     run.close()
     return present, dropped
+
+
+def _replace_dropped(run: Run, shards: ShardLedger, dropped: frozenset[int], changed: Iterable[int]) -> None:
+    """Writes which samples of a run in shards are dropped, and updates distances after the first changed one."""
+    run.replace_file(DROPPED_IDS, encode_dropped(dropped))
+    shards.dropped = dropped
+    add_distances(shards, since=min(changed, default=inf))
 
 
 def _finish(folder: RunFolder, changed: Iterable[int]) -> None:

@@ -55,10 +55,10 @@ def count_missing(run: Run, clip: str = "") -> int:
     """Missing scores, all that need no network counted as one; `clip` is the digest of the requested CLIP."""
     ledger = run.ledger
     samples = set(ledger.indices())
-    missing = len(samples - {index for index, _ in ledger.scores("distance")})
+    missing = len(samples - {index for index, value in ledger.scores("distance") if value is not None})
     if clip:
         known = ledger.scores(CLIP) if ledger.read_note(CLIP) == clip else ()
-        missing += len(samples - {index for index, _ in known})
+        missing += len(samples - {index for index, value in known if value is not None})
     return missing
 
 
@@ -110,7 +110,7 @@ def score_missing(
         ledger = opened.ledger
 
         def missing(name: str) -> Iterator[list[StoredSample]]:
-            present = {index for index, _ in ledger.scores(name)}
+            present = {index for index, value in ledger.scores(name) if value is not None}
             indices = iter([index for index in ledger.indices() if index not in present])
             while (block := list(islice(indices, size))) and not is_stopping():
                 yield [run.sample_of(row) for index in block if (row := ledger.row(index))]

@@ -54,7 +54,7 @@ from datasetdm_fast.runs.run_folder.folder import (
     unseal,
 )
 from datasetdm_fast.runs.run_folder.ledger import BLOCK, DONE, DOUBTFUL, QUARANTINED, Ledger, Row
-from datasetdm_fast.runs.run_folder.selections import FILTER, parse_part
+from datasetdm_fast.runs.run_folder.selections import DROPPED_IDS, FILTER, parse_part, read_dropped
 from datasetdm_fast.runs.run_folder.shard_places import ShardBucket, ShardPlace, folder_of, is_url, shard_place
 from datasetdm_fast.runs.run_folder.shards import (
     RECORD,
@@ -372,18 +372,25 @@ def audit_shards(
 
     counts = {shard: len(range_of(shard)) for shard in range(k - 1, -(-number // size), n)}  # of samples
     shards, findings, damaged = [shard for shard in list_shards(place) if shard % n == k - 1], [], []
-    done = checked = files = total = 0
+    absent: frozenset[int] = frozenset()
+    try:
+        absent = read_dropped(place)
+    except Refused as error:
+        findings.append(Finding(DROPPED_IDS, error.cause.removeprefix(f"{place.name}/{DROPPED_IDS}: "), error.remedy))
+    done = dropped = quarantined = checked = files = total = 0
     with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
         for shard, (entry, faults) in zip(shards, pool.map(partial(_audit_shard, place, document), shards)):
             findings += faults
             damaged += range_of(shard) if faults else []
             if entry is not None:
                 counts[shard] = entry.stop - entry.first
-                done, checked = done + len(entry.indices), checked + counts[shard]
+                left = len(absent.intersection(entry.indices))
+                done, dropped = done + len(entry.indices) - left, dropped + left
+                quarantined, checked = quarantined + counts[shard] - len(entry.indices), checked + counts[shard]
                 files, total = files + 2, total + sum(file.size for file in entry.files.values())
             on_progress(checked, number // n)
     number = sum(counts.values()) if part else number
-    return Report(where, number, done, checked - done, files, total, findings, damaged=tuple(damaged), part=part)
+    return Report(where, number, done, quarantined, files, total, findings, dropped, tuple(damaged), part)
 
 
 def _audit_shard(place: ShardPlace, document: Mapping[str, Any], shard: int) -> tuple[ShardEntry | None, list[Finding]]:

@@ -223,7 +223,8 @@ def add_distances(ledger: Ledger | ShardLedger, since: float = inf) -> None:
     """Gives samples the distances that they lack, and renews those from the index `since` on."""
     distances, shown = dict(ledger.scores("distance")), set(ledger.indices())
     hashes = [(index, value) for index, value in ledger.scores(HASH) if index in shown]  # not of dropped samples
-    first = next((k for k, (index, _) in enumerate(hashes) if index not in distances or index >= since), len(hashes))
+    changed_from = (k for k, (index, _) in enumerate(hashes) if distances.get(index) is None or index >= since)
+    first = next(changed_from, len(hashes))
     bits = nearest_bits(np.array([value for _, value in hashes], np.int64), first)
     new = [(index, distance) for (index, _), distance in zip(hashes[first:], bits.tolist(), strict=True)]
     if changed := [(index, "distance", distance) for index, distance in new if distances.get(index) != distance]:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused, quote, refusing_form
-from datasetdm_fast.runs.run_folder.document import to_see_damage
 from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.untrusted import documents
 
@@ -233,7 +232,8 @@ class ShardScores:
             return {score: dict(zip(value["indices"], each, strict=True)) for score, each in value["scores"].items()}
         except (ValueError, TypeError) as error:
             cause = f"{self._place.name}/{path}: not the scores of a shard ({documents.reason_of(error)})"
-            raise Refused(cause, to_see_damage(self._place.name)) from error
+            remedy = f"Delete it, then run python -m datasetdm_fast.filter {quote(self._place.name)}."
+            raise Refused(cause, remedy) from error
 
     def write(self, shard: int, scores: Mapping[str, Mapping[int, Score]]) -> None:
         """Adds scores, by their names and indices, of samples of a shard."""
