@@ -25,13 +25,15 @@ def setting(
     least: float | None = None,
     most: float | None = None,
     other_names: Mapping[str, str] = MappingProxyType({}),
+    may_repeat: bool = False,
 ):
     """The field of a setting; `identity` fields decide the bytes of the data set, the others only how it is made.
     With identity="if given" a setting counts only where it is not its default, so that runs made before there was such
     a setting can be resumed. `positional` needs no flag before it; `output` is "file", "folder" or "place" (a folder or
     its URL) where the setting names what is written. With `has_names` a choice may be followed by a colon and a name. A
     `required` setting that is missing or empty is refused, and so is a number below `least` or beyond `most`.
-    `other_names` are what others call a choice, which a refusal suggests then.
+    `other_names` are what others call a choice, which a refusal suggests then. Words of a list count once, except where
+    they `may_repeat`.
     """
     return field(
         default=default,
@@ -47,6 +49,7 @@ def setting(
             "least": least,
             "most": most,
             "other_names": other_names,
+            "may_repeat": may_repeat,
         },
     )
 
@@ -98,7 +101,11 @@ class ModelSettings:
         choices=("auto", *OUTLINES),
     )
     lora: tuple[str, ...] = setting(
-        (), "low-rank adapters to fuse, comma-separated, each FILE or FILE:SCALE", identity="if given", metavar="LIST"
+        (),
+        "low-rank adapters to fuse, comma-separated, each FILE or FILE:SCALE",
+        identity="if given",
+        metavar="LIST",
+        may_repeat=True,
     )
     size: int = setting(
         0, "image side in pixels, a multiple of 64; 0 = what the model was made for", metavar="N", least=0

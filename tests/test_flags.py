@@ -52,6 +52,12 @@ def test_hyphens_and_underscores_name_the_same_flag():
         assert config.batch_size == 4 and given == {"batch_size"}
 
 
+def test_words_of_a_list_count_once_and_adapters_as_often_as_they_are_named():
+    config, _ = parse_run(["--classes", "ball,cube,ball", "--lora", "a.safetensors,b.safetensors:2,a.safetensors"])
+    assert config.classes == ("ball", "cube")
+    assert config.lora == ("a.safetensors", "b.safetensors:2", "a.safetensors")  # as the library fuses them
+
+
 def test_values_keep_their_underscores_and_equals_signs():
     assert parse_run(["--prompts=a_b = c_d"])[0].prompts == "a_b = c_d"
     assert parse_run(["--out", "my_run"])[0].out == "my_run"

@@ -830,6 +830,18 @@ def test_of_two_persons_the_one_with_more_joints_on_an_instance_has_its_box():
     assert [kind for *_, kind in extent(people, labels)] == ["joints", "instance"]
 
 
+def test_joints_as_tensors_are_those_of_the_file_before_they_are_written():
+    kind, joints = LABEL_KINDS["pose"], ("head", "neck", "hand")
+    points = np.arange(18, dtype=np.float32).reshape(2, 3, 3) / 20 + 1
+    label = Keypoints(points, np.array([[2, 0, 1], [0, 0, 0]]), np.float32([0.75, 0.25]), joints)
+    table = {"joints": list(joints), "limbs": [], "size": [40, 60], "widened": 0.125}
+    read = kind.decode({}, kind.encode(label, {}, table)[1], table)
+    of_file, before = kind.arrays(read, table), kind.arrays(label, table)
+    np.testing.assert_allclose(before["keypoints"], of_file["keypoints"], atol=1e-5)
+    np.testing.assert_array_equal(before["scores"], of_file["scores"])
+    assert before["keypoints"].shape == (1, 3, 3) and not before["keypoints"][0, 1].any()
+
+
 def test_labels_are_printed_with_their_sides_width_first_and_what_they_show():
     plane = np.zeros((4, 6), np.uint8)
     plane[1:3], plane[3] = 1, 255

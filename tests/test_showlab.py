@@ -812,10 +812,12 @@ def test_upstreams_own_scripts_write_the_same(script, kind, config, prompts, cou
     generator = GENERATORS[name]
     folder = root / PROMPTS / prompts
     flags = ["--root", checkout, "--model", "demo", "--thread_num", str(processes), f"--{generator.count}", str(count)]
-    flags += ["--prompt_root", str(folder), "--config", str(root / f"config/{config}.yaml") if config else ""]
+    settings = str(root / f"config/{config}.yaml") if config else ""
+    flags += ["--prompt_root", str(folder), "--config", settings]
     line = read("", generator, flags)
     ours = generator.order(line)
-    options = types.SimpleNamespace(**line.values)
+    ignored = {"config": settings, "n_samples": 1, "fixed_code": False, "H": 512, "W": 512}  # by our lines
+    options = types.SimpleNamespace(**ignored | line.values)
     options.outdir, options.grounding_ckpt = str(tmp_path / "theirs"), "none"
     with upstreams_script(root, name, kind, monkeypatch) as (module, drawn):
         if ours.classes:  # the first few: the instances of an image of 512 pixels take seconds

@@ -180,7 +180,9 @@ def _converter(field: Field[Any], hint: Any) -> Converter:
         return text
 
     def split_list(text: str) -> tuple[str, ...]:
-        words = tuple(dict.fromkeys(check_choice(word.strip()) for word in text.split(",") if word.strip()))
+        words = tuple(check_choice(word.strip()) for word in text.split(",") if word.strip())
+        if not field.metadata.get("may_repeat"):
+            words = tuple(dict.fromkeys(words))
         if choices and not words:
             raise argparse.ArgumentTypeError(f"the list is empty, expected one or more of {', '.join(choices)}")
         return words

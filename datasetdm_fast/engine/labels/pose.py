@@ -179,8 +179,10 @@ class PoseKind(LabelKind):
         )
 
     def arrays(self, label: Keypoints, _: Table) -> dict[str, np.ndarray]:
-        seen = np.concatenate([label.points[..., :2], label.visibility[..., None]], -1).astype(np.float32)
-        return {"keypoints": seen, "scores": label.scores}
+        seen = label.visibility[..., None]
+        joints = np.concatenate([np.where(seen > 0, label.points[..., :2], 0), seen], -1).astype(np.float32)
+        is_placed = label.visibility.any(1)  # the others are in no file
+        return {"keypoints": joints[is_placed], "scores": label.scores[is_placed]}
 
     def picture(self, label: Keypoints, image: np.ndarray) -> Image.Image:
         people = [(points[:, :2], seen > 0) for points, seen in zip(label.points, label.visibility)]
