@@ -388,7 +388,6 @@ def test_a_key_that_no_request_holds_is_refused_and_not_shown(key):
 
 
 def test_a_host_that_no_name_may_have_is_refused():
-    pytest.importorskip("httpx2")
     with pytest.raises(Refused, match="Invalid IDNA hostname"):
         language_model.Endpoint("https://\u2603.invalid/v1", "model", "")
 
