@@ -74,7 +74,8 @@ def main(config: PromptsConfig, command: CommandLine) -> int:
             # of the environment alone, where no process list shows it
             key = next(filter(None, (os.environ.get(name, "").strip() for name in language_model.KEY_VARIABLES)), "")
             model = language_model.Endpoint(config.llm_url, config.llm_model, key)
-            replies = language_model.Replies(Path(f"{config.out}.replies"), model, config.llm_requests, key)
+            path = Path(f"{config.out}.replies")
+            replies = language_model.Replies(path, model, config.llm_requests, key, config.llm_model)
             sentences, rejected = language_model.collect_sentences(planned, grammar.classes, replies, on_count, table)
         else:
             sentences = balance.build_list(grammar, planned, on_count)

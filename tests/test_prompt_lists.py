@@ -593,6 +593,22 @@ def test_a_file_of_replies_with_a_line_of_another_form_is_refused(tmp_path, line
         language_model.Replies(tmp_path / "list.replies", str, 1)
 
 
+def test_a_reply_of_another_model_answers_no_request(tmp_path):
+    """But those that an earlier version stored, which does not tell whose they are."""
+    path, asked = tmp_path / "list.replies", []
+
+    def ask(text):
+        asked.append(text)
+        return f"reply {len(asked)}"
+
+    for model, reply in (("a", "reply 1"), ("a", "reply 1"), ("b", "reply 2"), ("a", "reply 1"), ("b", "reply 2")):
+        assert language_model.Replies(path, ask, 1, model=model)("text") == reply
+    assert len(asked) == 2
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text(json.dumps({name: rows[0][name] for name in ("request", "reply", "problem")}) + "\n")
+    assert language_model.Replies(path, ask, 1, model="c")("text") == "reply 1" and len(asked) == 2
+
+
 @pytest.mark.parametrize(("size", "code"), [(2**20, 0), (2**20 + 1, 3)])
 def test_a_reply_of_one_mib_is_read_and_no_longer_one(size, code, endpoint, tmp_path):
     endpoint.behave = lambda handler: handler.answer(reply_of(json.dumps(GOOD)).ljust(size))

@@ -174,6 +174,15 @@ def test_what_captions_always_name_is_looked_for_only_by_name(run, tmp_path, cap
         assert load_decoders(tmp_path / f"decoder{k}")[line[1]].config.named == found and (not found or "ball" in found)
 
 
+def test_by_name_that_names_nothing_is_told(run, tmp_path, capsys):
+    """Without captions nothing is found by name, even where a flag asks for it."""
+    line = ["--data", "demo:3@1000", "--task", "semantic", "--steps", "1", "--dry-run", "--captions", "none"]
+    for flag in ("yes", "auto"):
+        assert run(*line, "--by-name", flag) == 0
+        told = "by name    none: --captions none trains without prompts, so every class is looked for in every picture"
+        assert (told in capsys.readouterr().err) == (flag == "yes")
+
+
 def test_captions_that_name_what_they_name_wherever_it_is_shown_are_read_by_name(run, tmp_path, monkeypatch):
     """As those of `example`, without which its decoder would take a ball for a tree; others are no list of things."""
     LAYOUTS["folder"][1](data := tmp_path / "data")

@@ -45,6 +45,10 @@ def describe_plans(
     if named := list(dict.fromkeys(name for plan in plans.values() for name in plan.decoder.named)):
         some = list_names(named, MOST_NAMED)
         yield f"by name    {some}: only where a prompt names them (--by-name no: in every picture)"
+    elif session.recipe_settings.by_name == "yes" and any(plan.decoder.classes for plan in plans.values()):
+        is_without = session.view_settings.captions == "none"
+        why = "--captions none trains without prompts" if is_without else "captions leave out what pictures show"
+        yield f"by name    none: {why}, so every class is looked for in every picture"
     if folds:
         yield f"folds      {folds} more decoders of each kind, each to judge a share of the images"
         for task, plan in plans.items():

@@ -150,12 +150,15 @@ Answer with one JSON list of {count} strings and nothing else. This is request {
 
 @dataclass
 class Replies:
-    """A language model whose replies are cached in a file: requests that the file answers are not sent."""
+    """A language model whose replies are cached in a file: requests that the file answers are not sent. Replies of
+    another model are none of these; earlier versions did not store whose they are.
+    """
 
     path: Path
     ask: Ask
     most_requests: int
     secret: str = ""
+    model: str = ""
     answered: int = 0  # requests, those that the file answered among them
     cached: dict[str, tuple[str, str]] = field(default_factory=dict)  # digest of a request -> reply, what is wrong
 
@@ -170,8 +173,9 @@ class Replies:
         for line in content[:whole].decode(errors="replace").splitlines():
             try:
                 row = json.loads(line)
-                self.cached[row["request"]] = str(row["reply"]), str(row["problem"])
-            except (ValueError, TypeError, KeyError):
+                if row.get("model", self.model) == self.model:
+                    self.cached[row["request"]] = str(row["reply"]), str(row["problem"])
+            except (ValueError, TypeError, KeyError, AttributeError):
                 raise Refused(
                     f"{self.path}: one of its lines is not a stored reply",
                     "Delete the file to ask the language model again.",
@@ -191,8 +195,9 @@ class Replies:
             except UnusableReply as error:
                 reply, problem = "", str(error)
             self.cached[key] = reply, problem
+            row = {"request": key, "model": self.model, "reply": reply, "problem": problem}
             with storage.refusing(self.path), self.path.open("ab") as file:
-                file.write(json.dumps({"request": key, "reply": reply, "problem": problem}).encode() + b"\n")
+                file.write(json.dumps(row).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
         reply, problem = self.cached[key]
