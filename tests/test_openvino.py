@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny_pipelines
 import torch
 from skips import long_test
 
@@ -34,6 +35,7 @@ from datasetdm_fast.engine.engines.exported.openvino import (
     split_graph,
 )
 from datasetdm_fast.engine.loading import load_model
+from datasetdm_fast.engine.loop.calls import call_text
 from datasetdm_fast.engine.sampling.schedule import ImageNoise
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.export.manifest import StageFile, TensorInfo
@@ -110,7 +112,7 @@ def test_what_a_timestep_alone_decides_is_computed_beside_the_graph(engine):
     whole = engine.denoise(latents, 999, text)
     path, core = engine.manifest.graph(engine.folder, "denoise"), open_core()
     graph = core.read_model(str(path))
-    beside = split_graph(graph, "timestep")
+    beside = split_graph(graph, ["timestep"])
     assert [given.any_name for given in beside.inputs] == ["timestep"] and "timestep" not in input_names(graph)
     left = [node.get_type_name() for node in graph.get_ordered_ops()]
     assert not {"Sin", "Cos"} & set(left) and left.count("Convolution") > 20
@@ -134,6 +136,21 @@ def test_bf16_is_as_close_at_late_timesteps_as_at_early_ones(engine, rounded, ti
     truth, found = (one.denoise(latents, timestep, text) for one in (engine, rounded))
     assert 1e-4 < float((found - truth).norm() / truth.norm()) < 7.3e-3  # 8.0e-3 at 500 with phases in bf16
     assert rounded._stages["denoise"]._time_model is not None and engine._stages["denoise"]._time_model is None
+
+
+@pytest.mark.skipif(not HAS_BF16, reason="this CPU has no instructions for bf16")
+def test_phases_of_an_embedded_guidance_are_fp32_in_bf16_too(tmp_path):
+    """A bf16 has 8 bits: 1,000 times a guidance of 7.3 is rounded to a multiple of 32, where sines have periods of 6."""
+    model = load_model(str(tiny_pipelines.save(tmp_path / "model", "flux1")), size=tiny_pipelines.SIZE)
+    exact, rounded = (build_engine("openvino", model, {}, device="cpu", dtype=name) for name in ("fp32", "bf16"))
+    latents = torch.randn(1, *model.latent_shape(), generator=torch.Generator().manual_seed(0))
+    found = []
+    for guidance in (7.3, 3.0):
+        text = call_text(exact, PROMPTS[:1], guidance)
+        truth, noise = (one.denoise(latents, 412.0, text) for one in (exact, rounded))
+        found.append(noise)
+        assert float((noise - truth).norm() / truth.norm()) < 1.5e-2  # 8e-2 and 5e-2 with phases in bf16
+    assert not torch.equal(*found)  # numbers are computed anew where the guidance alone is another
 
 
 def test_a_signal_is_handled_after_cores_have_gone(engine):

@@ -132,7 +132,7 @@ def source_digest(model: Model, decoders: Mapping[str, Decoder], rows: int = 0) 
 
 def exporter_files() -> list[Path]:
     """The code that decides what the graphs compute; of the kernels, those the graphs take over."""
-    taken = "ada_norm attention_shares attention_sums depth_head image_norm joint_qkv upsample_concat".split()
+    taken = "ada_norm attention_shares attention_sums depth_head geglu image_norm joint_qkv upsample_concat".split()
     modules = [Path(str(module.__file__)) for module in (*map(kernels.OPS.get, taken), stages)]
     packages = backbones, models, decoder_package
     folders = [Path(__file__).parents[1], *(Path(package.__path__[0]) for package in packages)]

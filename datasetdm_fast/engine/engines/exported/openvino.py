@@ -1,6 +1,5 @@
 """The openvino engine: every exported stage a model that OpenVINO compiled for this CPU and one size of batch."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -24,7 +23,7 @@ from datasetdm_fast.export.staging import print_line
 
 HINTS = {"fp32": "f32", "bf16": "bf16"}
 ANY_BATCH = ("encode_text",)  # called once for any number of words: compiling for each would take longer
-TIMESTEP = "timestep"  # what depends on this input alone is computed in fp32 beside a graph in bf16
+NUMBERS = ("timestep", "guidance")  # what depends on these inputs alone is computed in fp32 beside a graph in bf16
 
 
 @cache
@@ -80,8 +79,8 @@ class OpenVinoStage:
         self.core, self.path, self.file, self.takes_any_batch = core, path, file, takes_any_batch
         self.streams, self.options = streams, {"INFERENCE_PRECISION_HINT": hint, "ENABLE_CPU_PINNING": False}
         self._requests: dict[tuple[object, ...], list[openvino.InferRequest]] = {}
-        self._time_model: openvino.CompiledModel | None = None  # what depends on the timestep alone, in fp32
-        self._time_outputs: tuple[float, dict[str, np.ndarray]] = math.nan, {}  # of the timestep
+        self._time_model: openvino.CompiledModel | None = None  # what depends on NUMBERS alone, in fp32
+        self._time_outputs: tuple[dict[str, float], dict[str, np.ndarray]] = {}, {}  # of these numbers
 
     def __call__(self, parts: Sequence[Tensors]) -> list[dict[str, Tensor]]:
         threads = torch.get_num_threads()
@@ -97,11 +96,11 @@ class OpenVinoStage:
             request = self._open_requests([tuple(value.shape) for value in values], streams, threads)[place]
             arrays = {info.name: value.numpy() for info, value in zip(self.file.inputs, values)}
             if self._time_model:
-                timestep = float(arrays.pop(TIMESTEP))
-                if self._time_outputs[0] != timestep:
-                    values = self._time_model({TIMESTEP: np.array(timestep, np.float32)})
+                numbers = {name: float(arrays.pop(name)) for name in NUMBERS if name in arrays}
+                if self._time_outputs[0] != numbers:
+                    values = self._time_model({name: np.array(value, np.float32) for name, value in numbers.items()})
                     named = {output.any_name: values[output] for output in self._time_model.outputs}
-                    self._time_outputs = timestep, named
+                    self._time_outputs = numbers, named
                 arrays |= self._time_outputs[1]
             for name, value in arrays.items():
                 request.set_tensor(name, openvino.Tensor(value, shared_memory=True))
@@ -120,8 +119,8 @@ class OpenVinoStage:
             graph = self.core.read_model(str(self.path))
             if not self.takes_any_batch:
                 graph.reshape({info.name: shape for info, shape in zip(self.file.inputs, shapes)})
-            if self.options["INFERENCE_PRECISION_HINT"] != HINTS["fp32"] and TIMESTEP in input_names(graph):
-                time_graph = split_graph(graph, TIMESTEP)  # equal for every batch size
+            if self.options["INFERENCE_PRECISION_HINT"] != HINTS["fp32"] and NUMBERS[0] in input_names(graph):
+                time_graph = split_graph(graph, NUMBERS)  # equal for every batch size
                 options = {**self.options, "INFERENCE_PRECISION_HINT": HINTS["fp32"], "NUM_STREAMS": 1}
                 self._time_model = self._time_model or self.core.compile_model(time_graph, "CPU", options)
             options = {**self.options, "NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": threads}
@@ -134,16 +133,16 @@ def input_names(graph: openvino.Model) -> list[str]:
     return [value.any_name for value in graph.inputs]
 
 
-def split_graph(graph: openvino.Model, name: str) -> openvino.Model:
-    """Takes what depends on the input `name` alone out of the graph, and returns it as a second graph, whose outputs
+def split_graph(graph: openvino.Model, names: Sequence[str]) -> openvino.Model:
+    """Takes what depends on the inputs `names` alone out of the graph, and returns it as a second graph, whose outputs
     are now inputs of the first by the same names.
 
     In bf16 the phases of a timestep's sines, up to 1,000, would be rounded to whole numbers and more: at full
     size the noise of timestep 999 then lies 16 % from that of fp32, and 1.7 % with all that follows from
-    the timestep in fp32.
+    the timestep in fp32. Those of an embedded guidance are as large.
     """
-    (parameter,) = (value.get_node() for value in graph.inputs if value.any_name == name)
-    decided = {parameter.get_friendly_name()}  # by the input alone
+    parameters = [value.get_node() for value in graph.inputs if value.any_name in names]
+    decided = {parameter.get_friendly_name() for parameter in parameters}  # by these inputs alone
     fixed: set[str] = set()
     for node in graph.get_ordered_ops():
         sources = {value.get_node().get_friendly_name() for value in node.input_values()}
@@ -159,16 +158,17 @@ def split_graph(graph: openvino.Model, name: str) -> openvino.Model:
             if not uses:
                 continue
             replacement = opset13.parameter(value.get_partial_shape(), value.get_element_type())
-            replacement.output(0).set_names({f"{name}.{len(ends)}"})
+            replacement.output(0).set_names({f"{names[0]}.{len(ends)}"})
             for use in uses:
                 use.replace_source_output(replacement.output(0))
             end = opset13.result(value)
-            end.output(0).set_names({f"{name}.{len(ends)}"})
+            end.output(0).set_names({f"{names[0]}.{len(ends)}"})
             ends.append(end)
             inputs.append(replacement)
     graph.add_parameters(inputs)
-    graph.remove_parameter(parameter)
-    return openvino.Model(ends, [parameter], name)
+    for parameter in parameters:
+        graph.remove_parameter(parameter)
+    return openvino.Model(ends, parameters, names[0])
 
 
 def _copy_output(value: openvino.Tensor, info: TensorInfo) -> Tensor:
