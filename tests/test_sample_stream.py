@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from datasetdm_fast import GateFailed, MakeSamples, Pipeline, Refused, SampleStream, generate, open_run
-from datasetdm_fast.engine import sample_stream
+from datasetdm_fast.engine import sample_stream, shares
 
 pytestmark = pytest.mark.usefixtures("tiny_has_one_layer")
 
@@ -81,24 +81,37 @@ def test_loader_workers_and_ranks_share_the_samples(monkeypatch):
     here = stream.pipeline
     assert keyed(DataLoader(stream, batch_size=None, num_workers=2)) == whole
     assert stream.pipeline is here and pickle.loads(pickle.dumps(stream))._opened is None
-    shares = []
+    parts = []
     for rank in range(3):
-        monkeypatch.setattr(sample_stream, "_share", lambda rank=rank: (rank, 3))
-        shares.append(keyed(SampleStream(stub(), PROMPTS, "depth", **options)))
-    assert [len(share) for share in shares] == [3, 2, 2] and sorted(sum(shares, [])) == whole
+        monkeypatch.setattr(SampleStream, "find_share", lambda _, rank=rank: (rank, 3))
+        parts.append(keyed(SampleStream(stub(), PROMPTS, "depth", **options)))
+    assert [len(part) for part in parts] == [3, 2, 2] and sorted(sum(parts, [])) == whole
 
 
 def test_every_worker_of_every_rank_has_a_share_of_its_own(monkeypatch):
-    shares = []
+    stream, found = SampleStream(stub, PROMPTS, "depth"), []
     for rank, worker in [(rank, worker) for rank in range(2) for worker in range(3)]:
         ranks = {"is_initialized": True, "get_rank": rank, "get_world_size": 2}
         for name, value in ranks.items():
             monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
-        monkeypatch.setattr(
-            sample_stream, "get_worker_info", lambda worker=worker: SimpleNamespace(id=worker, num_workers=3)
-        )
-        shares.append(sample_stream._share())
-    assert shares == [(number, 6) for number in range(6)]
+        monkeypatch.setattr(shares, "get_worker_info", lambda worker=worker: SimpleNamespace(id=worker, num_workers=3))
+        found.append(stream.find_share())
+    assert found == [(number, 6) for number in range(6)]
+
+
+def test_spawned_workers_know_the_rank_that_their_loader_is_of(monkeypatch):
+    """They inherit no torch.distributed; `mp.spawn` sends a data set to ranks, which are no workers of the sender."""
+    stream, distributed = SampleStream(stub, PROMPTS, "depth"), torch.distributed
+    for name, value in {"is_initialized": True, "get_rank": 1, "get_world_size": 2}.items():
+        monkeypatch.setattr(distributed, name, lambda value=value: value)
+    sent = pickle.loads(pickle.dumps(stream))
+    monkeypatch.setattr(distributed, "is_initialized", lambda: False)
+    assert sent.find_share() == (0, 1)
+    monkeypatch.setattr(shares, "get_worker_info", lambda: SimpleNamespace(id=2, num_workers=3))
+    assert sent.find_share() == (5, 6) and stream.find_share() == (2, 3)
+    monkeypatch.setenv("WORLD_SIZE", "4")  # a launcher's environment is inherited
+    monkeypatch.setenv("RANK", "3")
+    assert sent.find_share() == stream.find_share() == (11, 12)
 
 
 def test_trusted_samples_of_an_epoch_come_after_all_that_the_one_before_may_have_tried(monkeypatch):

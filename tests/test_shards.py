@@ -1179,6 +1179,17 @@ def test_ranks_read_shares_of_their_own(alone, monkeypatch):
     assert sorted(seen) == list(range(SAMPLES))
 
 
+def test_ranks_that_no_launcher_started_read_shares_of_their_own(alone, monkeypatch):
+    """As of `mp.spawn`: torch.distributed knows them, and the environment does not."""
+    seen = []
+    for rank in range(2):
+        for name, value in {"is_initialized": True, "get_rank": rank, "get_world_size": 2}.items():
+            monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+        stream = datasetdm_fast.open_run(alone).as_dataset("semantic", streaming=True)
+        seen += [index for share in stream._shares() for index in share]
+    assert sorted(seen) == list(range(SAMPLES))
+
+
 def test_a_store_on_a_disk_is_made_where_it_can_lie(alone, tmp_path, capsys):
     assert generate.main([*LINE, "--store", f"{tmp_path}/run", "--limit", "5"]) == 0
     (tmp_path / "file").touch()

@@ -11,7 +11,7 @@ from threading import Event, Thread
 from typing import Any
 
 import numpy as np
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import get_worker_info
 
 from datasetdm_fast.config import MOST_TRIES
 from datasetdm_fast.data import Sample
@@ -19,12 +19,13 @@ from datasetdm_fast.engine.labels import kind_of, number_classes
 from datasetdm_fast.engine.labels.label_files import image_tensor, label_tensors, stack
 from datasetdm_fast.engine.loop.recipe import label_tables
 from datasetdm_fast.engine.pipeline import Pipeline
+from datasetdm_fast.engine.shares import SharedDataset
 from datasetdm_fast.errors import GateFailed, Refused
 
 POLL_SECONDS = 0.1  # in which a thread whose samples nobody reads any more ends
 
 
-class SampleStream(IterableDataset[Any]):
+class SampleStream(SharedDataset):
     """Pairs of image and label, as `Run.as_dataset` gives them, each made shortly before it is read.
 
     Sample k has the seed `seed` + k and the prompt k of `prompts`, which repeat; every rank and loader worker makes its
@@ -62,7 +63,7 @@ class SampleStream(IterableDataset[Any]):
     def __getstate__(self) -> dict[str, Any]:
         if isinstance(self._opener, Pipeline):
             raise _no_sharing()
-        return self.__dict__ | {"_opened": None}
+        return super().__getstate__() | {"_opened": None}
 
     @property
     def pipeline(self) -> Pipeline:
@@ -96,7 +97,7 @@ class SampleStream(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         """The share of this rank and loader worker."""
         samples: Queue[Any] = Queue(self.prefetch)
-        over, share = Event(), _share()
+        over, share = Event(), self.find_share()
         thread = Thread(target=self._fill, args=(samples, over, *share), name="samples", daemon=True)
         thread.start()
         try:
@@ -183,14 +184,3 @@ def _no_sharing() -> Refused:
         "pipeline: an engine cannot be shared with the worker processes of a DataLoader",
         "Give a function that opens it, such as functools.partial(Pipeline.from_pretrained, 'demo').",
     )
-
-
-def _share() -> tuple[int, int]:
-    """The number of this rank's loader worker among all, and how many there are."""
-    import torch
-
-    is_one_of_many = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank, ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if is_one_of_many else (0, 1)
-    worker = get_worker_info()
-    number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-    return rank * workers + number, ranks * workers

@@ -140,7 +140,8 @@ def write_contours(output: DecodedImage) -> bytes:
         if k not in among or scores[k] < LEAST_SCORE:
             continue
         if (contour := largest_contour(mask)) is not None:
-            lines.append(f"{','.join(map(str, contour.reshape(-1)))},{number},{scores[k].cpu().numpy()}\n")
+            score = str(scores[k].cpu().numpy())  # an f-string has the digits of fp64
+            lines.append(f"{','.join(map(str, contour.reshape(-1)))},{number},{score}\n")
     return "".join(lines).encode()
 
 

@@ -1,14 +1,13 @@
 """A run in shards as a torch data set that is read from its begin to its end, whole shards at a time."""
 
-import os
 import random
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch.utils.data import IterableDataset, get_worker_info
+from datasetdm_fast.engine.shares import SharedDataset
 
 
-class ShardStream(IterableDataset[Any]):
+class ShardStream(SharedDataset):
     """Pairs of image and label, as the map-style data set gives them. Every rank and loader worker reads its own
     shards; with a `seed` their order and that of the samples within each differ from epoch to epoch.
 
@@ -48,13 +47,11 @@ class ShardStream(IterableDataset[Any]):
 
     def _shares(self) -> Iterator[list[int]]:
         """The samples of each shard of this process, in the order of the epoch."""
-        worker = get_worker_info()
-        workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
-        ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        share, shares = self.find_share()
         order = list(self._shards)
         if self._seed is not None:
             random.Random(f"{self._seed} {self._epoch}").shuffle(order)
-        for shard in order[rank * workers + number :: ranks * workers]:
+        for shard in order[share::shares]:
             indices = list(self._shards[shard])
             if self._seed is not None:
                 random.Random(f"{self._seed} {self._epoch} {shard}").shuffle(indices)
