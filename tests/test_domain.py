@@ -303,6 +303,15 @@ def test_a_run_stops_where_more_than_half_of_its_first_samples_are_outside(batch
     assert gate.is_closed == is_closed and gate.measured == sum(map(len, batches))
 
 
+@pytest.mark.parametrize(("largest", "is_closed"), [(0, False), (3, True), (10, False)])
+def test_a_shard_bounds_the_first_batch_that_the_gate_evaluates(largest, is_closed):
+    plan = SimpleNamespace(most=8, batch_size=12)
+    job = SimpleNamespace(place="run", stops_outside=True, plan=plan, done=0, limit=0)
+    gate = DomainGate(job, largest=largest)
+    gate.evaluate([Sample(Request(0, "a ball", 0), np.zeros(0), {}, {}, Trust(domain=2.0))] * 3)
+    assert gate.is_closed == is_closed
+
+
 def test_pictures_of_ones_own_are_all_labelled_however_foreign():
     gate = DomainGate(Job(Path("run"), SimpleNamespace(most=20, batch_size=3), None, None, {}))  # as `label` has it
     gate.evaluate([Sample(Request(0, "a ball", 0), np.zeros(0), {}, {}, Trust(domain=2.0))] * 3)

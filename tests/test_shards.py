@@ -801,6 +801,7 @@ def test_a_place_without_a_sample_that_is_accepted_is_told(tmp_path, capsys):
     line = [*LINE, "--number", "5", "--accept", "sharpness < 0", "--most-tries", "2", "--out", str(tmp_path / "run")]
     assert generate.main(line) == 4
     assert "5 of 5 samples were quarantined" in (error := capsys.readouterr().err) and "manifest/ has" in error
+    assert "a larger --most-tries may find accepted samples" in error
 
 
 def test_every_class_has_its_number_of_accepted_samples(tmp_path):
@@ -914,6 +915,20 @@ def test_distances_of_shards_are_those_among_the_samples_that_are_left(alone, fo
     assert results[0] == results[1] and len(results[0][0]) == SAMPLES - 3 and results[0][0][1] == 64
     assert results[0][1][1] < 64
     capsys.readouterr()
+
+
+def test_a_finished_run_in_shards_counts_no_dropped_samples(alone, tmp_path, capsys):
+    run, counts = copy(alone, tmp_path), []
+    samples = list(datasetdm_fast.open_run(run))
+    doubtful = [sample.id for sample in samples if not sample.trust.is_trusted]
+    trusted = next(sample.id for sample in samples if sample.trust.is_trusted)
+    for dropped in ((), doubtful[:1], [doubtful[-1], trusted]):
+        assert not dropped or drop.main([str(run), *dropped, "--quiet"]) == 0
+        capsys.readouterr()
+        assert generate.main([*LINE, "--json", "--out", str(run)]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        counts.append((facts["done"], facts["doubtful"]))
+    assert counts == [(SAMPLES, len(doubtful)), (SAMPLES - 1, len(doubtful) - 1), (SAMPLES - 3, len(doubtful) - 2)]
 
 
 def test_an_audit_of_shards_tells_what_is_dropped(alone, tmp_path, capsys):

@@ -16,6 +16,7 @@ from datasetdm_fast.runs.jobs.job import build_job
 from datasetdm_fast.runs.jobs.run import tries_half
 from datasetdm_fast.runs.jobs.writing import result_of
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, pretty
+from datasetdm_fast.runs.run_folder.selections import read_dropped
 from datasetdm_fast.runs.run_folder.shard_places import ShardBucket, ShardPlace, is_url, shard_place
 from datasetdm_fast.runs.run_folder.shards import ShardLedger, list_shards, read_stored
 from datasetdm_fast.runs.run_settings import RunConfig, RunSpec, WorkerSettings
@@ -89,6 +90,8 @@ def _report(config: RunConfig, spec: RunSpec, ledger: ShardLedger, made: int, be
     place = ledger.place
     if (document := read_stored(place)) is None:
         return
+    if dropped := read_dropped(place):  # whose rows tell which of them are doubtful
+        ledger = ShardLedger(place, number=spec.number, dropped=dropped)
     ledger.read_entries(list_shards(place))
     seconds = time.perf_counter() - begin
     result = result_of(place.name, document, spec.number, ledger, made, seconds=seconds)

@@ -98,6 +98,8 @@ class Result:
         if self.quarantined:
             of_folder = f"{LEDGER} has the reason of each; --only ID makes one again"
             where = f"{MANIFEST}/ has the reason of each" if self.is_sharded else of_folder
+            if self.accept or (self.goal and self.goal.most > self.goal.number):
+                where += ". A run with other prompts or a larger --most-tries may find accepted samples for all places"
             raise GateFailed(
                 f"{self.path}: {self.quarantined} of {self.number} samples were quarantined "
                 f"({'; '.join(self.reasons[:MOST_REASONS])})",
@@ -310,14 +312,16 @@ def count_outside(folder: Path) -> int:
 class DomainGate:
     """Evaluates the samples that a run has, or else those of its first batches; a run of a single batch spares none."""
 
-    def __init__(self, job: Job, ledger: Ledger | None = None):
-        """Raises GateFailed where most samples of the ledger are out of the domain of the decoders."""
+    def __init__(self, job: Job, ledger: Ledger | None = None, largest: int = 0):
+        """Raises GateFailed where most samples of the ledger are out of the domain of the decoders; no batch has more
+        samples than `largest`, where that is given.
+        """
         self._place, self.outside, self.measured = job.place, 0, 0
         if job.stops_outside and ledger is not None:
             _, self.outside, self.measured = ledger.count_trust()
             self.check()
         most = job.plan.most - job.done  # more than were requested where others replace the doubtful ones
-        has_later = min(most, job.limit or most) > job.plan.batch_size
+        has_later = min(most, job.limit or most) > min(job.plan.batch_size, largest or job.plan.batch_size)
         self._is_open = not (job.stops_outside and has_later) or self.measured >= FEWEST
 
     @property

@@ -340,7 +340,7 @@ class ShardLedger:
 
     def count(self, status: str = DONE) -> int:
         if status == DOUBTFUL:
-            return self.count_trust()[0]
+            return sum(entry.doubtful for entry in self.entries.values())
         if self.dropped:
             return len(self.indices(status))
         quarantined = sum(map(len, self.quarantined_by_reason().values()))
@@ -350,7 +350,12 @@ class ShardLedger:
     def count_trust(self) -> tuple[int, int, int]:
         entries = self.entries.values()
         doubtful, outside = sum(entry.doubtful for entry in entries), sum(entry.outside for entry in entries)
-        return doubtful, outside, sum(entry.measured for entry in entries)
+        measured = sum(entry.measured for entry in entries)
+        dropped = [index for index in sorted(self.dropped) if index // self._size in self.entries]
+        for trust in (row.trust for row in self.rows_of(dropped, ()) if row.trust):
+            doubtful, measured = doubtful - (not trust.is_trusted), measured - (trust.domain is not None)
+            outside -= trust.domain is not None and trust.domain > 1
+        return doubtful, outside, measured
 
     def quarantined_by_reason(self) -> dict[str, list[int]]:
         results: dict[str, list[int]] = {}
