@@ -718,6 +718,7 @@ def test_parts_of_an_audit_are_the_whole(alone, folder, tmp_path, capsys):
         reports.append(json.loads(capsys.readouterr().out))
     assert [report["number"] for report in reports] == [10, 6, 5, 5] and [r["done"] for r in reports] == [10, 1, 5, 5]
     assert [report["complete"] for report in reports] == [True, False, True, True]
+    assert [report["files"] for report in reports] == [4, 2, 2, 2]  # two a shard
     assert audit.main([str(run), "--json", "--quiet"]) == 4
     whole = json.loads(capsys.readouterr().out)
     for name in ("number", "done", "files", "bytes", "findings", "damaged"):
