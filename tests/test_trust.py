@@ -218,6 +218,14 @@ def test_unsure_pixels():
     assert ((found.labels == 255) == (sure < 0.5)).all()
 
 
+def test_background_is_not_unsure_where_attention_shows_no_class():
+    """The confidence of attention is the largest value of a class, which is small over background."""
+    label = SemanticMap(np.uint8([[0, 0, 1, 1, 255]]), np.float32([[0.0, 0.3, 0.5, 0.7, 0.4]]), ("background", "ball"))
+    found = without_unsure({"attention": label, "semantic": label}, 0.6)
+    assert found["attention"].labels.tolist() == [[0, 0, 255, 1, 255]]
+    assert found["semantic"].labels.tolist() == [[255, 255, 255, 1, 255]]
+
+
 @pytest.fixture(autouse=True)
 def arithmetic(monkeypatch):
     torchless.install(monkeypatch.setattr)

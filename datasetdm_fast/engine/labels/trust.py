@@ -11,8 +11,9 @@ from itertools import combinations, product
 
 import numpy as np
 
+from datasetdm_fast.config import ATTENTION
 from datasetdm_fast.data import IGNORE, Annotation, DomainDistance, Instances, SemanticMap, Trust
-from datasetdm_fast.engine.labels import SHOWN_SCORE, LabelName
+from datasetdm_fast.engine.labels import BACKGROUND, SHOWN_SCORE, LabelName
 from datasetdm_fast.engine.labels.class_tables import ClassTable, count_named, find_classes
 from datasetdm_fast.messages import count_noun
 
@@ -209,13 +210,17 @@ def _disagreeing(maps: Mapping[str, NamedMap]) -> float:
 
 
 def without_unsure(labels: Mapping[str, Annotation], least: float) -> dict[str, Annotation]:
-    """The labels with IGNORE in their maps of classes where the confidence is below `least`."""
-    return {
-        task: replace(label, labels=np.where(label.confidence < least, IGNORE, label.labels).astype(np.uint8))
-        if isinstance(label, SemanticMap)
-        else label
-        for task, label in labels.items()
-    }
+    """The labels with IGNORE in their maps of classes where the confidence is below `least`; what attention gives no
+    class keeps its background, as the confidence there is that of the classes.
+    """
+    cleaned = dict(labels)
+    for task, label in labels.items():
+        if isinstance(label, SemanticMap):
+            unsure = label.confidence < least
+            if task == ATTENTION:
+                unsure &= label.labels != label.classes.index(BACKGROUND)
+            cleaned[task] = replace(label, labels=np.where(unsure, IGNORE, label.labels).astype(np.uint8))
+    return cleaned
 
 
 def without_doubtful(
