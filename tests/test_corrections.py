@@ -11,6 +11,7 @@ from rendered import write_run
 
 from datasetdm_fast import open_run
 from datasetdm_fast.convert import main as convert
+from datasetdm_fast.drop import main as drop
 from datasetdm_fast.engine.labels import mask_rle
 from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS
 from datasetdm_fast.errors import Refused
@@ -63,6 +64,13 @@ def test_exports_have_the_corrected_labels(run, tmp_path, capsys):
     Review(run).correct({3: Correction(removed=(("instance", 0),))})
     assert convert([str(run), "--to", "coco,voc", "--out", str(tmp_path / "out")]) == 2
     assert "it holds an export of other samples" in capsys.readouterr().err
+
+
+def test_an_export_tells_the_corrections_of_its_samples_alone(run, tmp_path, capsys):
+    corrected(run)
+    assert drop([str(run), "00000002", "--quiet"]) == 0
+    assert convert([str(run), "--to", "coco", "--out", str(tmp_path / "out")]) == 0
+    assert "corrections of 1 sample are applied" in capsys.readouterr().err
 
 
 def test_joints_go_with_the_person_that_is_corrected(run, tmp_path):

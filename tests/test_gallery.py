@@ -458,6 +458,11 @@ def test_a_browser_finds_its_marks_again_once_the_run_has_grown():
     assert key_of(first) == key_of(grown) != key_of(other)
 
 
+def test_a_browser_takes_no_marks_of_one_merged_run_for_those_of_another():
+    made = [document(4) | {"composition": {"source": {"digests": {"0/samples.jsonl": digest}}}} for digest in "ab"]
+    assert len({key_of(each) for each in (document(4), *made)}) == 3
+
+
 def test_the_page_of_a_run_in_progress_says_so_until_the_run_is_finished(tmp_path):
     with RunFolder(tmp_path, document(3, 32)) as folder:
         folder.add([rendered(0, 32)], {})

@@ -313,6 +313,21 @@ def test_who_has_no_token_sees_the_page_alone(pipeline):
         assert ask(closed, "/page.js").status == ask(closed, "/page.css").status == 200
 
 
+def test_who_has_no_token_writes_no_line_of_the_figures(pipeline):
+    with serving(pipeline, token="secret", hosts=("localhost",)) as closed:
+        forged = "/v1/%22,status=%22200%22%7D%201%0Adatasetdm_images_total%20999%0A"
+        assert ask(closed, forged, Host="localhost").status == 401 and ask(closed, forged).status == 403
+        assert ask(closed, IMAGES, {"prompt": "a"}, Host="localhost").status == 401
+        figures = ask(closed, "/metrics", Host="localhost", Authorization="Bearer secret").text.decode()
+        requests = [line for line in figures.splitlines() if line.startswith("datasetdm_requests_total")]
+        assert requests == [
+            f'datasetdm_requests_total{{path="{IMAGES}",status="401"}} 1',
+            'datasetdm_requests_total{path="other",status="401"} 1',
+            'datasetdm_requests_total{path="other",status="403"} 1',
+        ]
+        assert "999" not in figures
+
+
 def test_slow_clients_are_closed(pipeline, monkeypatch):
     monkeypatch.setattr(http_side, "HEAD_SECONDS", 0.3)
     monkeypatch.setattr(http_side, "BODY_SECONDS", 0.3)

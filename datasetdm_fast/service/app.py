@@ -34,6 +34,7 @@ LONGEST_ERROR = 1000  # letters
 HEAD_SECONDS, BODY_SECONDS = 10.0, 30.0  # in which a client must have sent them
 STATUSES = {Refused: 400, ValueError: 400, GateFailed: 422, QueueFull: 429, ClientDisconnect: 499, Missing: 503}
 PAGES = Path(__file__).parent / "page"
+ENDPOINTS = ("/v1/images/generations", "/v1/label")
 OPEN = ("/", "/page.js", "/page.css", "/healthz")  # paths that need no token
 POLICY = b"default-src 'none'; connect-src 'self'; img-src data:; script-src 'self'; style-src 'self'"
 HEADERS = [(b"content-security-policy", POLICY), (b"x-content-type-options", b"nosniff")]
@@ -51,8 +52,8 @@ class Service:
         there is a `token` only those who send it.
         """
         routes = [
-            Route("/v1/images/generations", self.generate, methods=["POST"]),
-            Route("/v1/label", self.label, methods=["POST"]),
+            Route(ENDPOINTS[0], self.generate, methods=["POST"]),
+            Route(ENDPOINTS[1], self.label, methods=["POST"]),
             Route("/healthz", self.health),
             Route("/metrics", self.figures),
             *(Route(path, self.page) for path in OPEN[:3]),
@@ -137,7 +138,7 @@ class Guard:
         async def send_counted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message["headers"], *HEADERS]
-                known = path if path.startswith("/v1/") and message["status"] not in (404, 405) else "other"
+                known = path if path in ENDPOINTS and message["status"] != 405 else "other"
                 self.metrics.add(known, message["status"], time.monotonic() - begin)
             await send(message)
 

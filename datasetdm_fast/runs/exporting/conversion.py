@@ -134,10 +134,12 @@ class Conversion:
     def _read_samples(self) -> tuple[dict[str, int], str]:
         """The number of samples in each split, and the digest of all samples."""
         source, counts, digest = self.source, Counter[str](), hashlib.sha256()
+        self.corrected = 0
         for row in source.rows():
             split, files = source.split_of(row), {role: file.stored.sha256 for role, file in row.files.items()}
             identity = [row.request.index, row.request.prompt, files, row.labels]
             if correction := source.corrections.get(row.request.index):
+                self.corrected += 1
                 identity[3] = correction.correct_row(row, source.run.document["labels"]).labels
                 identity += [correction.ignored] if correction.ignored else []
             try:
@@ -161,8 +163,8 @@ class Conversion:
     def notes(self) -> Iterator[str]:
         """What a user should know of the run and the formats before the samples are converted."""
         run = self.source.run
-        if self.source.corrections:
-            yield f"{run.path}: corrections of {count_noun(len(self.source.corrections), 'sample')} are applied"
+        if self.corrected:
+            yield f"{run.path}: corrections of {count_noun(self.corrected, 'sample')} are applied"
         if not run.is_complete:
             yield f"{run.path}: not finished; converted so far: {len(run)} samples"
         for name, format in self.formats.items():

@@ -420,8 +420,11 @@ class RunFacts:
 
 
 def key_of(document: Mapping[str, Any]) -> str:
-    """What a browser keeps the marks of a run under: the same where it is given more images."""
+    """What a browser keeps the marks of a run under: the same where it is given more images, another where it was made
+    of other runs or pictures.
+    """
     growing = ("number", "per_class", "keep")
     settings = {name: value for name, value in document["config"].items() if name not in growing}
     plan = {name: value for name, value in document["plan"].items() if name != "number"}
-    return hashlib.sha256(canonical([settings, plan, document["decoders"]]).encode()).hexdigest()[:16]
+    sources = [document["composition"]["source"]["digests"]] if "composition" in document else []
+    return hashlib.sha256(canonical([settings, plan, document["decoders"], *sources]).encode()).hexdigest()[:16]

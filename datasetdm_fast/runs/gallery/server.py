@@ -48,7 +48,7 @@ class ServedRun:
     """A run that is served; where files are not in its folder, `fetch` gives a copy by their names, or None."""
 
     folder: Path
-    command_path: str  # names the run in the commands that the page shows, empty where none takes it
+    command_path: str  # names the run in the commands that the page shows, empty where it is in a store
     review: review.Review
     fetch: Callable[[str], Path | None] | None = None
 

@@ -121,7 +121,8 @@ def show(place: str | Path, *, is_served: bool = False, is_dry: bool = False) ->
         assert run.shards is not None
         page = ShardPage(run, run.shards)
         fetch = partial(fetch_or_draw, page.fetch, page.folder)
-        served = ServedRun(page.folder.resolve(), "", Review(run.shards.place.name), fetch)
+        name = str(Path(place).resolve()) if isinstance(run.shards.place, ShardFolder) else ""
+        served = ServedRun(page.folder.resolve(), name, Review(run.shards.place.name), fetch)
         return ShownRun(page.folder, page.samples, 0, document["plan"]["number"], served)
     folder = folder_of(shard_place(place))
     document = _write_page(folder, is_dry=is_dry)
