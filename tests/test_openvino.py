@@ -140,7 +140,7 @@ def test_bf16_is_as_close_at_late_timesteps_as_at_early_ones(engine, rounded, ti
 
 @pytest.mark.skipif(not HAS_BF16, reason="this CPU has no instructions for bf16")
 def test_phases_of_an_embedded_guidance_are_fp32_in_bf16_too(tmp_path):
-    """A bf16 has 8 bits: 1,000 times a guidance of 7.3 is rounded to a multiple of 32, where sines have periods of 6."""
+    """A bf16 has 8 bits: 1,000 times a guidance of 7.3 is rounded to a multiple of 32; sines have periods of 6."""
     model = load_model(str(tiny_pipelines.save(tmp_path / "model", "flux1")), size=tiny_pipelines.SIZE)
     exact, rounded = (build_engine("openvino", model, {}, device="cpu", dtype=name) for name in ("fp32", "bf16"))
     latents = torch.randn(1, *model.latent_shape(), generator=torch.Generator().manual_seed(0))
