@@ -162,12 +162,39 @@ def test_corrections_come_from_the_page_by_the_ids_of_samples(tmp_path):
             body = json.dumps({"marks": [], "corrections": corrections})
             return ask("/run/review", "PUT", body, Origin=f"http://127.0.0.1:{ask.port}")[0]
 
-        for wrong in ([], {"../x": change}, {"1": change}, {"00000001": {"ignored": [[4, 0, 0, 4]]}}):
+        for wrong in (
+            [],
+            {"../x": change},
+            {"1": change},
+            {"٠٠٠٠٠٠٠١": change},
+            {"00000001": {"ignored": [[4, 0, 0, 4]]}},
+        ):
             assert put(wrong) == 400 and not (folder / "review").exists()
         assert put({"00000001": change}) == 204 == put({"00000002": change})
         assert json.loads(ask("/run/review")[2])["corrections"] == {"00000001": change, "00000002": change}
         assert put({"00000001": {}}) == 204
         assert json.loads(ask("/run/review")[2])["corrections"] == {"00000002": change}
+
+
+def test_corrections_of_one_sample_by_two_reviewers_are_both_kept(tmp_path):
+    (folder := tmp_path / "run").mkdir()
+    first, second = {"removed": [["instance", 0]], "ignored": [[0, 0, 4, 4]]}, {"renamed": [["instance", 1, "ring"]]}
+    with asking(server.ServedRun.of_folder(folder)) as ask:
+
+        def put(change, before):
+            body = json.dumps({"marks": [], "corrections": {"00000001": change}, "before": {"00000001": before}})
+            assert ask("/run/review", "PUT", body, Origin=f"http://127.0.0.1:{ask.port}")[0] == 204
+            return json.loads(ask("/run/review")[2])["corrections"].get("00000001", {})
+
+        assert put(first, {}) == first
+        assert put(second, {}) == {**first, **second}  # by somebody who has not seen the first
+        assert put(second, {}) == {**first, **second}  # sent again, as the answer was lost
+        assert put({}, first) == second  # the first takes theirs back
+        other = {"renamed": [["instance", 1, "cube"]]}
+        assert put(other, {}) == other and put({}, other) == {}  # the last class that was given to an instance
+        for wrong in ([], {"00000001": {"ignored": [[4, 0, 0, 4]]}}):
+            body = json.dumps({"marks": [], "corrections": {}, "before": wrong})
+            assert ask("/run/review", "PUT", body, Origin=f"http://127.0.0.1:{ask.port}")[0] == 400
 
 
 def test_browsers_find_no_icon_and_other_errors_of_a_server_are_printed(ask, capsys):

@@ -1,6 +1,7 @@
 """The gallery's page in a browser: opened from the disk, as most people open it."""
 
 import json
+import os
 import shlex
 import threading
 from collections.abc import Iterator
@@ -272,6 +273,15 @@ def test_the_page_bears_the_name_of_its_folder_and_its_line_works(chromium, run)
     page.close()
 
 
+def test_a_run_folder_whose_name_is_no_utf_8_is_shown_from_the_disk(chromium, tmp_path):
+    path = tmp_path / os.fsdecode(b"b\xffd")
+    write_run(path, 1, 48)
+    page = Watched(chromium).open(f"{path.as_uri()}/gallery/index.html#id=00000000")
+    assert page.locator("#title").inner_text() == "b\ufffdd" and page.evaluate("opened.id") == "00000000"
+    assert page.locator("#line").inner_text() == "python -m datasetdm_fast.generate --out RUN --only 00000000"
+    page.close()
+
+
 def test_zoom_and_what_lies_under_the_cursor(chromium, run):
     page = Watched(chromium).open(address(run, "#id=00000001&layer=instance"))
     page.wait_for_selector("#frame .shape")
@@ -448,6 +458,29 @@ def test_labels_are_corrected_on_a_served_page(chromium, tmp_path):
         page.close()
 
 
+@pytest.mark.loopback
+def test_two_reviewers_correct_one_sample(chromium, tmp_path):
+    write_run(tmp_path / "run", 4, 48)
+    settled = "!isSending && !uncorrected.size"
+    with at_work(served(tmp_path / "run"), 18765, print) as serving:
+        first, second = (Watched(chromium).open(serving.address + "#id=00000003") for _ in range(2))
+        for page in (first, second):
+            until(page, "served && document.querySelectorAll('#correcting select').length > 1")
+        first.locator("#correcting button", has_text="Delete").nth(1).click()
+        until(first, settled)
+        second.locator("#correcting select").first.select_option("ring")
+        until(second, settled)
+        told = json.loads((tmp_path / "run/review/corrections.json").read_text())["00000003"]
+        assert told == {"removed": [["instance", 1]], "renamed": [["instance", 0, "ring"]]}
+        second.evaluate("renewMarks()")
+        until(second, "correctionOf(opened).removed.length === 1")
+        second.locator("#correcting button", has_text="Restore").click()
+        until(second, settled)
+        told = json.loads((tmp_path / "run/review/corrections.json").read_text())["00000003"]
+        assert told == {"renamed": [["instance", 0, "ring"]]}
+        first.close(), second.close()
+
+
 def test_statistics_are_those_of_the_samples_shown(chromium, run):
     page = Watched(chromium).open(address(run, "#search=ball"))
     page.click("#counting")
@@ -472,6 +505,25 @@ def test_one_sample_is_counted_in_the_singular_and_statistics_name_whole_steps(c
     rows = page.evaluate("[spans([[1, 5], [3, 2]], true), spans([[2, 5], [5, 2]])]")
     names = [[name for name, _ in each] for each in rows]
     assert names == [["1 to 2", "3 to 4"], ["2 to 5", "5 and more"]]
+    page.close()
+
+
+def test_statistics_of_many_classes_have_those_that_most_prompts_name_and_no_prompt_repeats_none(chromium, tmp_path):
+    """Of 61 classes that labels show more often, none is named by a prompt; two samples have no prompt."""
+    write_run(tmp_path, 3, 48, ["a ball", "", ""])
+    page = Watched(chromium).open(address(tmp_path))
+    page.evaluate(
+        "for (let k = 0; k < 61; k++) { const word = run.words.push(`word ${k}`) - 1; run.colours.push('#000000');"
+        " shown[1].shown.push(word); shown[2].shown.push(word); }"
+        " for (const sample of shown) { sample.shown = sample.shown.filter(word => run.words[word] !== 'ball');"
+        " sample.things = []; }"
+    )
+    page.click("#counting")
+    told = page.locator("#charts").inner_text().splitlines()
+    place = told.index("Samples whose prompt names a class")
+    assert told[place + 1 : place + 3] == ["ball", "1"]
+    assert any(line.startswith("Samples that show a class, the 60 most frequent of") for line in told)
+    assert any(line.startswith("0 prompts repeat an earlier one.") for line in told)
     page.close()
 
 

@@ -1059,7 +1059,7 @@ def test_the_page_of_shards_is_made_as_it_is_asked_for(alone, bucket, tmp_path, 
         shutil.rmtree(state.parent)
     shown = showing.show(url, is_served=True)
     served = shown.served
-    assert served.command_path == (str(url) if place == "folder" else "")  # `drop` takes review/bad.txt of a folder
+    assert served.command_path == str(url)  # `drop` takes it
     assert (shown.samples, shown.planned) == (SAMPLES, SAMPLES)
     for is_complete in (True, False):
         with monkeypatch.context() as patch:

@@ -360,9 +360,12 @@ async function send() {
     const some = [...unsent].slice(0, 5000), corrected = [...uncorrected];
     for (const [id] of some) unsent.delete(id);
     uncorrected.clear();
+    const before = Object.fromEntries(corrected.map(([id]) => [id, served.corrections[id] ?? {}])); // so that what others correct stays
     try {
-      const answer = await fetch("../review", { method: "PUT", body: JSON.stringify({ marks: some, corrections: Object.fromEntries(corrected) }), headers: { "Content-Type": "application/json" } });
+      const body = JSON.stringify({ marks: some, corrections: Object.fromEntries(corrected), before });
+      const answer = await fetch("../review", { method: "PUT", body, headers: { "Content-Type": "application/json" } });
       if (!answer.ok) throw new Error(String(answer.status));
+      Object.assign(served.corrections, Object.fromEntries(corrected));
       trouble("marks", "");
     } catch {
       for (const [id, name] of some) if (!unsent.has(id)) unsent.set(id, name);
@@ -387,8 +390,8 @@ function showReview() {
     by(`save-${name}`).hidden = !number;
     by(`save-${name}`).textContent = `Save ${name}.txt (${count(number)})`;
   }
-  by("dropping").hidden = by("save-bad").hidden || served?.path === "";
-  by("dropping").textContent = `python -m datasetdm_fast.drop ${quoted(folderOfRun())} --file ${quoted(served?.path ? `${served.path}/review/bad.txt` : "bad.txt")}`;
+  by("dropping").hidden = by("save-bad").hidden;
+  by("dropping").textContent = `python -m datasetdm_fast.drop ${quoted(folderOfRun())} --file ${quoted(listOfBad())}`;
 }
 function save(name) {
   const link = make("a");
@@ -679,6 +682,7 @@ function step(way) {
   if (shown.includes(opened) && shown[place]) open(shown[place]);
 }
 function folderOfRun() { return (served ? served.path : folderOf(location)) || "RUN"; }
+function listOfBad() { return served && !served.path.includes("://") ? `${served.path}/review/bad.txt` : "bad.txt"; }
 function lineOf(sample) {
   return `${run.command} --out ${quoted(folderOfRun())} --only ${sample.id}`;
 }
@@ -820,12 +824,16 @@ function together(found) {
 }
 function showStatistics() {
   const found = statisticsOf(shown, run.figures), charts = [];
-  const classes = found.classes.slice(0, MOST_BARS), isShowing = classes.some(each => each.samples), named = classes.filter(each => each.named);
-  const most = found.classes.length > MOST_BARS ? `, the ${MOST_BARS} most frequent of ${count(found.classes.length)}` : "";
-  if (isShowing) charts.push(bars(`Samples that show a class${most}`, classes.map(each => [dotted("span", "", each.word), each.samples])));
-  if (named.length) charts.push(bars("Samples whose prompt names a class", named.map(each => [dotted("span", "", each.word), each.named])));
+  const isShowing = found.classes.some(each => each.samples);
+  const chart = (title, name, classes) => {
+    const most = classes.length > MOST_BARS ? `, the ${MOST_BARS} most frequent of ${count(classes.length)}` : "";
+    const order = [...classes].sort((a, b) => b[name] - a[name] || a.word - b.word).slice(0, MOST_BARS);
+    if (classes.length) charts.push(bars(`${title}${most}`, order.map(each => [dotted("span", "", each.word), each[name]])));
+  };
+  if (isShowing) chart("Samples that show a class", "samples", found.classes);
+  chart("Samples whose prompt names a class", "named", found.classes.filter(each => each.named));
+  chart("Things of a class", "things", found.classes.filter(each => each.things));
   if (found.areas.length) {
-    charts.push(bars("Things of a class", classes.filter(each => each.things).map(each => [dotted("span", "", each.word), each.things])));
     charts.push(bars("Sizes of things, % of the picture", spans(found.areas)), bars("Things in a sample", spans(found.things, true)), centres(found.cells));
   }
   if (found.nearest.length) charts.push(bars("Nearest depth in a sample, m", spans(found.nearest)), bars("Farthest depth in a sample, m", spans(found.farthest)));
@@ -1041,7 +1049,7 @@ function keys(event) {
   }
 }
 
-const names = decodeURIComponent(location.pathname).split("/");
+const names = decoded(location.pathname).split("/");
 const title = names.length > 2 ? names[names.length - 3] : "Gallery";
 document.title = `${title} · labelled images`;
 by("title").textContent = title;

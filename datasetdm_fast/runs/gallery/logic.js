@@ -171,10 +171,16 @@ function shade(colour, k) {
 // A word of a shell's command line.
 function quoted(text) { return /^[\w@%+=:,./-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`; }
 
-// The folder of a page's address: PATH/gallery/index.html -> PATH, as the file system of the page spells it.
+// An address as text; where names of files are no UTF-8, a mark stands for what is not ASCII.
+const MARK = "\ufffd";
+function decoded(address) {
+  try { return decodeURIComponent(address); } catch { return decodeURIComponent(address.replace(/(%[89a-f][0-9a-f])+/gi, MARK)); }
+}
+// The folder of a page's address: PATH/gallery/index.html -> PATH, as the file system of the page spells it; empty where
+// no text does.
 function folderOf(location) {
-  if (location.protocol !== "file:") return "";
-  const path = decodeURIComponent(location.pathname).replace(/\/gallery\/[^/]*$/, "");
+  const path = decoded(location.pathname).replace(/\/gallery\/[^/]*$/, "");
+  if (location.protocol !== "file:" || path.includes(MARK)) return "";
   return /^\/[A-Za-z]:/.test(path) ? path.slice(1) : path;
 }
 
@@ -224,7 +230,7 @@ function statisticsOf(samples, figures) {
     for (const a of sample.shown) for (const b of sample.shown) pairs.set(`${a} ${b}`, (pairs.get(`${a} ${b}`) ?? 0) + 1);
     things.push(sample.things.length);
     lengths.push(sample.prompt.split(/\s+/).filter(Boolean).length);
-    prompts.set(sample.text, (prompts.get(sample.text) ?? 0) + 1);
+    if (sample.text) prompts.set(sample.text, (prompts.get(sample.text) ?? 0) + 1);
   }
   const order = [...classes.values()].sort((a, b) => b.samples - a.samples || a.word - b.word);
   const related = order.slice(0, RELATED).map(found => found.word);
@@ -234,7 +240,7 @@ function statisticsOf(samples, figures) {
     classes: order, related, pairs: related.map(a => related.map(b => pairs.get(`${a} ${b}`) ?? 0)), cells,
     areas: histogramOf(areas, AREAS), things: histogramOf(things, stepsOf(things, 16, 1)), lengths: histogramOf(lengths, stepsOf(lengths, 16, 1)),
     nearest: histogramOf(column("nearest, m"), stepsOf(depths, 20)), farthest: histogramOf(column("farthest, m"), stepsOf(depths, 20)),
-    repeated: samples.length - prompts.size, duplicates: distances.length ? distances.filter(bits => bits <= NEAR_DUPLICATE).length : null,
+    repeated: sum([...prompts.values()]) - prompts.size, duplicates: distances.length ? distances.filter(bits => bits <= NEAR_DUPLICATE).length : null,
   };
 }
 

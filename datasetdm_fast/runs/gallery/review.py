@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from datasetdm_fast.disk import storage
@@ -13,7 +14,7 @@ from datasetdm_fast.runs.run_folder.shard_places import ShardFolder, shard_place
 from datasetdm_fast.untrusted import documents
 
 LISTS = {mark: f"review/{mark}.txt" for mark in ("good", "bad")}  # inside the run
-ID = re.compile(r"\d{8,15}")
+ID = re.compile(r"[0-9]{8,15}")
 
 
 class Review:
@@ -40,9 +41,17 @@ class Review:
         content = self._place.read(CORRECTIONS)
         return parse_corrections(documents.parse_json(content.decode(), CORRECTIONS)) if content else {}
 
-    def correct(self, corrections: Mapping[int, Correction]) -> None:
+    def correct(
+        self, corrections: Mapping[int, Correction], before: Mapping[int, Correction] = MappingProxyType({})
+    ) -> None:
+        """Stores corrections of samples; of those that were made of an earlier one, only what has changed since."""
         with self._alone():
-            self._publish({CORRECTIONS: format_corrections({**self.read_corrections(), **corrections})})
+            stored = self.read_corrections()
+            changed = {
+                index: each.onto(stored.get(index, Correction()), before[index]) if index in before else each
+                for index, each in corrections.items()
+            }
+            self._publish({CORRECTIONS: format_corrections({**stored, **changed})})
 
     def _alone(self) -> AbstractContextManager[None]:
         if not isinstance(self._place, ShardFolder):
@@ -59,9 +68,9 @@ class Review:
                 self._place.replace(name, content)
 
 
-def parse_sent_corrections(value: Any) -> dict[int, Correction]:
-    """The corrections that a page sends beside its marks, none where it sends none."""
-    sent = value.get("corrections", {}) if isinstance(value, dict) else {}
+def parse_sent_corrections(value: Any, name: str = "corrections") -> dict[int, Correction]:
+    """The corrections that a page sends beside its marks, none where it sends none; `before` are those that it knew."""
+    sent = value.get(name, {}) if isinstance(value, dict) else {}
     if not isinstance(sent, dict) or not all(ID.fullmatch(id) for id in sent):
         raise ValueError(f"{documents.quote(sent)} are no corrections")
     return parse_corrections(sent)

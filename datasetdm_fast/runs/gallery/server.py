@@ -48,7 +48,7 @@ class ServedRun:
     """A run that is served; where files are not in its folder, `fetch` gives a copy by their names, or None."""
 
     folder: Path
-    command_path: str  # names the run in the commands that the page shows, empty where it is in a store
+    command_path: str  # names the run in the commands that the page shows
     review: review.Review
     fetch: Callable[[str], Path | None] | None = None
 
@@ -163,11 +163,12 @@ class Handler(SimpleHTTPRequestHandler):
         try:
             sent = documents.parse_json(content.decode(), "the marks")
             marks, corrections = review.parse_marks(sent), review.parse_sent_corrections(sent)
+            before = review.parse_sent_corrections(sent, "before")
             with self.server.marking:
                 if marks:
                     self.server.run.review.change(marks)
                 if corrections:
-                    self.server.run.review.correct(corrections)
+                    self.server.run.review.correct(corrections, before)
         except (ValueError, Refused):
             return self.send_error(400)
         except Missing:

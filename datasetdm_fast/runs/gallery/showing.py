@@ -121,7 +121,7 @@ def show(place: str | Path, *, is_served: bool = False, is_dry: bool = False) ->
         assert run.shards is not None
         page = ShardPage(run, run.shards)
         fetch = partial(fetch_or_draw, page.fetch, page.folder)
-        name = str(Path(place).resolve()) if isinstance(run.shards.place, ShardFolder) else ""
+        name = str(Path(place).resolve()) if isinstance(run.shards.place, ShardFolder) else run.shards.place.name
         served = ServedRun(page.folder.resolve(), name, Review(run.shards.place.name), fetch)
         return ShownRun(page.folder, page.samples, 0, document["plan"]["number"], served)
     folder = folder_of(shard_place(place))

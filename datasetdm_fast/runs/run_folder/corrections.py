@@ -51,6 +51,17 @@ class Correction:
         """As JSON, without what is empty."""
         return {name: [list(each) for each in rows] for name in FIELDS if (rows := getattr(self, name))}
 
+    def onto(self, now: Correction, before: Correction) -> Correction:
+        """What `now` becomes by the change from `before` to this one: what others corrected in the meantime stays."""
+        rows: dict[str, tuple[Any, ...]] = {}
+        for name in FIELDS:
+            old, new = getattr(before, name), getattr(self, name)
+            added, gone = [row for row in new if row not in old], {*old} - {*new}
+            instances = {row[:2] for row in added} if name == "renamed" else set()  # each has one class, the last
+            others = [row for row in getattr(now, name) if row not in {*gone, *added} and row[:2] not in instances]
+            rows[name] = (*others, *added)
+        return Correction(**rows)
+
     def correct_row(self, row: Row, tables: Mapping[str, Any]) -> Row:
         """The row with corrected records of instances, and without people that these or the regions leave out."""
         things = list(self._things(row, tables))
