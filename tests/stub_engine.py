@@ -54,6 +54,7 @@ class StubEngine:
             tokenizer=Tokenizer(),
             scheduler=SCHEDULER,
             defaults=Defaults(size=size, steps=4, guidance=2.0, sampler="pndm"),
+            scale=0.0,
             size=size,
             digests={"unet": "stub"},
             licence="none",

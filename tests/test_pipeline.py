@@ -1054,6 +1054,15 @@ def test_features_of_a_prompt_are_of_the_guidance_that_a_call_is_told():
         assert told and set(told) == {expected}
 
 
+def test_calls_that_name_no_guidance_take_that_of_their_pipeline():
+    pipe = Pipeline.from_pretrained("tiny", guidance=9.0)
+    for asked, expected in (({}, 9.0), ({"guidance": 0.0}, 9.0), ({"guidance": 2.0}, 2.0)):
+        recipe, _ = pipe.prepare([], [], tasks=(), **asked)
+        assert recipe.facts["guidance"] == expected
+    first, same, other = (pipe.features(prompt="a", steps=3, guidance=value)["high"] for value in (0.0, 9.0, 2.0))
+    assert (first == same).all() and (first != other).any()
+
+
 def test_prompts_are_cut_where_no_word_of_a_class_that_its_decoder_keeps_is_lost():
     engine = StubEngine(tasks=("semantic",))
     decoder = engine.decoders["semantic"]

@@ -52,6 +52,7 @@ class Engine:
             source="",
             tokenizer=lambda prompt, truncation=False: SimpleNamespace(input_ids=[0, *prompt.split(), 1]),
             defaults=Defaults(size=SIDE, steps=2, guidance=2.0),
+            scale=0.0,
             size=SIDE,
             digests={"unet": "arithmetic"},
             licence="none",

@@ -170,7 +170,8 @@ class Pipeline:
         models, and no labels for others.
 
         `lora` are adapters FILE or FILE:SCALE, which are fused into the model. The options are those of `generate` for
-        engines (engine, dtype, device, threads, compile, provider and streams), and outlines.
+        engines (engine, dtype, device, threads, compile, provider and streams), outlines, and the guidance of calls
+        that name none.
         """
         _check_options(size, options)
         adapters = tuple(map(str, _several("lora", lora, "files", (str, os.PathLike))))
@@ -284,6 +285,8 @@ class Pipeline:
         **choices: Any,
     ) -> tuple[Recipe, Iterator[Request]]:
         """The recipe of choices as in `stream`, and requests checked when read: what `generate_batches` takes."""
+        if choices.get("guidance", 0) == 0:
+            choices["guidance"] = self.engine.model.scale
         recipe, words = self._recipe(tasks, classes, **choices)
         requests = self._requests(prompts, seeds, words, truncate, _negatives(negative_prompt), recipe)
         return recipe, map(partial(recipe.check_request, tokenizer=self.engine.model.tokenizer), requests)
@@ -565,9 +568,10 @@ class Pipeline:
         sampler, count = model.defaults.sampler, steps or model.defaults.steps
         schedule = make_schedule(model.scheduler, sampler, count, "0.3.0", **model.flow)
         (last,) = capture_calls(schedule, {"": (timestep,)})[""]
-        text = call_text(engine, [prompt], guidance or model.defaults.guidance)
+        guidance = guidance or model.scale or model.defaults.guidance
+        text = call_text(engine, [prompt], guidance)
         beginning = FROM_NOISE.begin(engine, schedule, [Request(0, prompt, seed)])
-        scale = scale_at(model, guidance or model.defaults.guidance)
+        scale = scale_at(model, guidance)
         state = SamplerState(schedule, scale, beginning.latents, beginning.noise)
         for call, time in enumerate(schedule.timesteps[:last]):
             state.step(call, engine.denoise(state.latents, time, text))
