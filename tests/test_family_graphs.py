@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import onnx
 import pytest
 import tiny_pipelines
 import torch
@@ -133,6 +134,10 @@ def test_the_command_writes_the_graphs_of_a_family(tmp_path, capsys):
     capsys.readouterr()
     assert export_command([*line, "--precision", "fp16", "--out", str(tmp_path / "narrow")]) == 2
     assert "FLUX.2 klein leave fp16's range" in capsys.readouterr().err
+    assert export_command([*line, "--precision", "bf16", "--out", str(tmp_path / "narrow")]) == 2
+    assert "graphs of FLUX.2 klein are written in fp32 alone" in capsys.readouterr().err
+    for name in names:  # every node's types, too
+        onnx.checker.check_model(str(tmp_path / "graphs" / f"{name}.onnx"), full_check=True)
 
 
 def test_writing_graphs_is_told_once_and_for_each_stage_of_its_own(tmp_path, monkeypatch):

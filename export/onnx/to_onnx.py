@@ -99,6 +99,8 @@ def _check(model: Model, decoders: Mapping[str, Decoder], precision: str, runtim
         raise Refused(f"runtime: {runtime!r} is none of {', '.join(OPERATIONS)}", "Choose one of these.")
     if precision == "fp16" and precision not in model.backbone.halves:
         raise Refused(f"precision: activations of {model.backbone.title} leave fp16's range", "Use fp32.")
+    if precision == "bf16" and model.backbone.network_plan:  # such graphs mixed types, and no library loaded them
+        raise Refused(f"precision: graphs of {model.backbone.title} are written in fp32 alone", "Use fp32.")
     for task, decoder in decoders.items():
         if any(isinstance(module, SpectralConv2d) for module in decoder.modules()):
             raise Refused(
