@@ -695,9 +695,10 @@ def test_a_format_of_a_package_may_link_files_of_the_run(tmp_path):
 
 
 def test_a_run_that_is_not_finished_is_told_before_its_samples_are_converted():
-    made, table = object.__new__(conversion.Conversion), {3: "a", 5: "b"}
+    made = object.__new__(conversion.Conversion)
     voc = SimpleNamespace(unknown_classes=lambda plan: ["mug", "jug"])
-    made.plan, made.formats = None, {"coco": SimpleNamespace(unknown_classes=lambda plan: []), "voc": voc}
+    made.plan, made.corrected = None, 2
+    made.formats = {"coco": SimpleNamespace(unknown_classes=lambda plan: []), "voc": voc}
     for is_complete in (True, False):
 
         class Samples(list):
@@ -705,7 +706,7 @@ def test_a_run_that_is_not_finished_is_told_before_its_samples_are_converted():
 
         samples = Samples("1234567")
         samples.is_complete = is_complete
-        made.source = SimpleNamespace(run=samples, corrections=table)
+        made.source = SimpleNamespace(run=samples)
         *told, last = made.notes()
         unfinished = [] if is_complete else ["run: not finished; converted so far: 7 samples"]
         assert told == ["run: corrections of 2 samples are applied", *unfinished]

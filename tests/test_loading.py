@@ -320,6 +320,12 @@ def test_the_tokenizer_of_the_demo_model_gives_the_ids_of_transformers():
 # Folders --------------------------------------------------------------------------------------------------------------
 
 
+def test_a_folder_is_of_its_family_without_its_index_too(folder):
+    assert model_folder.family_of(folder) is SD
+    (folder / "model_index.json").unlink()
+    assert model_folder.family_of(folder) is SD
+
+
 def test_folder_gives_back_what_was_saved(tiny, saved):
     model = load_model(str(saved))
     assert all(same_weights(tiny.modules[part], model.modules[part]) for part in SD.networks)

@@ -238,6 +238,8 @@ def test_truncation_cuts_before_a_word_that_does_not_fit():
     assert prompts.fit_prompt("abcde " * 20, tokenizer, "line", truncate=True) == ("abcde " * 12).strip()
     for length in range(76, 110):
         assert prompts.fit_prompt("x" * length, tokenizer, "line", truncate=True) == "x" * 75
+    fitting = " ".join(["x" * 18] * 4)  # of 75 letters
+    assert prompts.fit_prompt(f"{fitting} more", tokenizer, "line", truncate=True) == fitting
 
 
 def test_the_tokenizer_cuts_where_another_work_leaves_it_to_it():

@@ -180,7 +180,7 @@ def check(words: list[str]) -> None:
         assert re.search(rf"^{name} [?]=" if sets else f"^{name}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif program == "pip":
         known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-        extras = re.fullmatch(r"\.(?:\[(.*)\])?", rest[1])[1]
+        extras = re.fullmatch(r"(?:\.|datasetdm-fast)(?:\[(.*)\])?", rest[1])[1]
         assert rest[0] == "install" and set((extras or "hf").split(",")) <= set(known)
     elif program == "ray":
         assert rest[0] in ("up", "exec") and (ROOT / rest[1]).is_file()
