@@ -31,6 +31,7 @@ from datasetdm_fast.runs.run_folder.scores import (
     read_scores,
 )
 from datasetdm_fast.runs.run_folder.selections import FILTER, Filter, read_filter
+from datasetdm_fast.runs.run_folder.shards import ShardLedger
 
 BLOCK = 64  # samples whose scores are committed together
 CLIP = "clip"  # the score, and the note of the digest of the CLIP that gave it
@@ -51,14 +52,18 @@ def check_condition(run: Run, where: str, *, has_clip: bool) -> None:
         raise absent(run.path, CLIP)
 
 
+def _find_scored(ledger: Ledger | ShardLedger, name: str) -> set[int]:
+    """The samples that have a score; a shard holds null for the others."""
+    return {index for index, value in ledger.scores(name) if value is not None}
+
+
 def count_missing(run: Run, clip: str = "") -> int:
     """Missing scores, all that need no network counted as one; `clip` is the digest of the requested CLIP."""
     ledger = run.ledger
     samples = set(ledger.indices())
-    missing = len(samples - {index for index, value in ledger.scores("distance") if value is not None})
+    missing = len(samples - _find_scored(ledger, "distance"))
     if clip:
-        known = ledger.scores(CLIP) if ledger.read_note(CLIP) == clip else ()
-        missing += len(samples - {index for index, value in known if value is not None})
+        missing += len(samples - (_find_scored(ledger, CLIP) if ledger.read_note(CLIP) == clip else set()))
     return missing
 
 
@@ -110,7 +115,7 @@ def score_missing(
         ledger = opened.ledger
 
         def missing(name: str) -> Iterator[list[StoredSample]]:
-            present = {index for index, value in ledger.scores(name) if value is not None}
+            present = _find_scored(ledger, name)
             indices = iter([index for index in ledger.indices() if index not in present])
             while (block := list(islice(indices, size))) and not is_stopping():
                 yield [run.sample_of(row) for index in block if (row := ledger.row(index))]
