@@ -138,6 +138,22 @@ def test_the_card_of_merged_runs_tells_the_samplers_of_all(run):
     assert "- Sampler pndm, 50 steps in 51 calls, guidance 3\n" in before
 
 
+def test_the_card_of_merged_runs_tells_the_speeds_and_verdicts_of_all(run):
+    """Without them, samples of a cache would look as those of an exact run do."""
+    figure = {"measure": "IoU semantic", "speed": 0.98, "exact": 0.985}
+    by_cache = part() | {"speed": {"name": "cache3", "number": 64, "measures": [figure]}}
+    fast, torch = ({"engine": name, "dtype": "fp32", "device_name": "cpu"} for name in ("fast", "torch"))
+    verdict = {"agrees": True, "number": 8, "engine": fast, "against": torch, "setting": {}}
+    verified = part() | {"engine": fast, "verified": verdict}
+    told = composed(run, "merge", {"runs": [verified, {**part(), "composition": {"source": {"runs": [by_cache]}}}]})
+    judged = "cache3, approximate; labels of 64 images against exact ones: IoU semantic 0.9800 for 0.9850"
+    assert f"- Speed `{judged}`\n" in told
+    assert "- `fast fp32 on cpu` agrees with `torch` on 8 of its samples\n" in told and card.UNVERIFIED in told
+    assert card.UNVERIFIED not in composed(run, "merge", {"runs": [verified, verified]})
+    assert card.UNVERIFIED in composed(run, "edit", {"composition": {"source": {"runs": [verified]}}})
+    assert "- Speed" not in composed(run, "merge", {"runs": [verified]})
+
+
 def test_the_card_of_merged_runs_names_the_licences_of_all_weights(run):
     runs = {"runs": [part("MIT License"), part("CC BY-NC-SA 4.0"), part("CC BY-SA 4.0"), part("CC BY-SA 4.0")]}
     joined = document(12)["model"] | {"licence": "MIT License and CC BY-NC-SA 4.0 and CC BY-SA 4.0"}

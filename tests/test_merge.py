@@ -162,6 +162,18 @@ def test_the_processors_of_all_runs_are_named(tmp_path):
         assert f"device_name {told}" in line and "Grace" not in line
 
 
+def test_the_speed_of_a_merged_run_is_told(runs, tmp_path):
+    figure = {"measure": "REL depth", "speed": 0.0054, "exact": 0.0052}
+    verdict = {"name": "cache3", "number": 64, "passed": True, "measures": [figure]}
+    with RunFolder(tmp_path / "quick", document(1, 32) | {"speed": verdict}) as folder:
+        folder.add([moved(0, 60)], {})
+        finish_run(folder)
+    assert main([*(str(path) for path in (runs / "first", tmp_path / "quick")), "--out", str(tmp_path / "all")]) == 0
+    for page in ("README.md", "gallery/run.js"):
+        judged = "cache3, approximate; labels of 64 images against exact ones: REL depth 0.0054 for 0.0052"
+        assert judged in (tmp_path / "all" / page).read_text()
+
+
 def test_a_damaged_file_is_taken_over_again(runs, tmp_path, capsys):
     out = tmp_path / "all"
     lines = [str(runs / "first"), str(runs / "second"), "--out", str(out), "--quiet", "--copy"]

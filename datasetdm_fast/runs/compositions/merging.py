@@ -44,7 +44,7 @@ from datasetdm_fast.version import __version__
 LISTS = ("classes", "numbers", "colours")  # of a label's table, which that of another run may continue
 UNCOMPARED = ("size",)  # of a label's table: the sides of its pictures, which every row has
 # of the run.json of each run
-REPEATED = ("config", "sampling", "model", "decoders", "engine", "processor", "mixed", "composition")
+REPEATED = "config sampling model decoders engine processor mixed composition speed verified".split()
 MOST_SIDES = 6  # sizes of images that a reader sees one by one
 CONVERT = "Convert each of the runs: trainers read several exports."
 BLOCK = 32  # samples written and committed together, fewer where they are large:

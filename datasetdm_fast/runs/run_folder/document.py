@@ -282,11 +282,16 @@ def figures_in_words(figures: Iterable[Mapping[str, Any]]) -> str:
 
 
 def speed_in_words(document: Mapping[str, Any]) -> str:
-    """The approximation by which a run was made, and how its labels were judged; empty of an exact run."""
-    if not (verdict := document.get("speed")):
-        return ""
-    figures = figures_in_words(verdict["measures"])
-    return f"{verdict['name']}, approximate; labels of {verdict['number']} images against exact ones: {figures}"
+    """The approximations by which a run, or the runs of a merged one, were made, and how their labels were judged;
+    empty of exact ones.
+    """
+    lines = (
+        f"{verdict['name']}, approximate; labels of {verdict['number']} images against exact ones: "
+        f"{figures_in_words(verdict['measures'])}"
+        for run in runs_of(document)
+        if (verdict := run.get("speed"))
+    )
+    return "; ".join(dict.fromkeys(lines))
 
 
 def differences(stored: Any, requested: Any, name: str = "") -> list[str]:

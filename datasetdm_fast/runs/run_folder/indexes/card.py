@@ -317,10 +317,15 @@ def _values(facts: Mapping[str, Any]) -> str:
 
 
 def _describe_verification(document: Mapping[str, Any]) -> Iterator[str]:
-    """What a comparison with the reference engine found, or that there was none."""
-    verdict = document.get("verified")
+    """What comparisons with the reference engine found, of a merged run those of its runs, or that there was none."""
+    runs = runs_of(document) if made_by(document) == "merge" else (document,)
+    yield from dict.fromkeys(line for run in runs for line in _verification(run, run.get("engine", document["engine"])))
+
+
+def _verification(run: Mapping[str, Any], used: Mapping[str, Any]) -> Iterator[str]:
+    verdict = run.get("verified")
     if not verdict:
-        if document["engine"].get("engine") != REFERENCE:
+        if used.get("engine") != REFERENCE:
             yield f"- {UNVERIFIED}"
         return
     engine, reference = verdict["engine"], _code(verdict["against"]["engine"])
