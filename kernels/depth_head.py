@@ -47,8 +47,8 @@ def resize_matrix(start: int, sides: Sequence[int], like: Tensor) -> Tensor:
 
 def stack_shifted_rows(matrix: Tensor) -> Tensor:
     """Row y of the matrices [3, H, h] is row y - 1, y, y + 1 of `matrix`, zero beyond the border."""
-    round_up = F.pad(matrix, (0, 0, 1, 1))
-    return torch.stack([round_up[tap : tap + len(matrix)] for tap in range(3)])
+    padded = F.pad(matrix, (0, 0, 1, 1))
+    return torch.stack([padded[tap : tap + len(matrix)] for tap in range(3)])
 
 
 def plain(

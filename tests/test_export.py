@@ -6,6 +6,7 @@ import errno
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import fault_server
@@ -24,7 +26,7 @@ import torch
 from skips import IS_LONG, long_test
 
 from bench.decoders import load_decoders
-from datasetdm_fast import stages
+from datasetdm_fast import Pipeline, stages
 from datasetdm_fast.data import AttentionSums, Text, join_texts
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.decoders.checkpoint import build_decoder
@@ -691,6 +693,21 @@ def test_the_command_writes_what_it_is_asked_for(tmp_path, capsys):
 
 
 # Parts ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_program_of_the_page_makes_what_the_pipeline_makes(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs" / "engines.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    assert export_command(["--out", "graphs", "--quiet"]) == 0
+    names: dict = {}
+    exec(program, names)
+    pipe = Pipeline.from_pretrained("demo", engine="torch", outlines="decoder")
+    choices = {"steps": 10, "guidance": 7.5, "sampler": "ddim", "tasks": ("depth",)}
+    expected = pipe(["a red ball beside a cube"], seeds=[7], **choices)
+    assert names["is_finite"].all()
+    assert np.abs(names["image"][0].astype(int) - expected.images[0]).max() <= 1
+    np.testing.assert_allclose(names["metres"][0, 0], expected.depth[0].metres, atol=1e-4)
 
 
 def test_sizes_known_at_run_time_are_counted_by_name():
