@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.output import print_lines, print_result
 from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.runs.gallery.server import hosts_of
 from datasetdm_fast.settings import CommandSettings, EngineSettings, ModelSettings, setting
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def main(config: ServeConfig, command: CommandLine) -> int:
         raise Refused(cause, "Choose another address.") from error
     with listening, open_batcher(config) as batcher:
         port, pipeline = listening.getsockname()[1], batcher.pipeline
-        app = Service(batcher, config.most_steps).app([f"{name}:{port}" for name in LOCAL if not token], token)
+        app = Service(batcher, config.most_steps).app(() if token else hosts_of(port), token)
         options = {"log_level": "critical", "access_log": False, "limit_concurrency": MOST_CONNECTIONS}
         server = uvicorn.Server(uvicorn.Config(app, http=TimedProtocol, lifespan="off", ws="none", **options))
         address = f"http://{config.host}:{port}"

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -205,10 +206,39 @@ def test_a_request_that_is_too_large_is_read_up_to_a_limit(service, monkeypatch)
             for chunk in chunks:
                 yield chunk
 
-        request = SimpleNamespace(headers={"content-type": "application/json"}, stream=stream)
+        async def send(stream=stream):
+            side = http_side.Service(SimpleNamespace(pipeline=None), 50)
+            async with side._body(SimpleNamespace(headers={"content-type": "application/json"}, stream=stream), 20):
+                pass
+
         with pytest.raises(HTTPException) as refused:
-            asyncio.run(http_side._read_json(request, 20))
+            asyncio.run(send())
         assert refused.value.status_code == 413 and len(list(chunks)) == count - read
+
+
+def test_a_request_of_very_many_values_is_refused_before_it_is_parsed(service, monkeypatch):
+    parsed, parse = [], http_side.documents.parse_json
+    monkeypatch.setattr(http_side.documents, "parse_json", lambda *given: parsed.append(given) or parse(*given))
+    for values in (b"[],", b"{},", b"1,", b"[" * 900 + b"]" * 900 + b","):
+        many = b"[" + values * (3 * http_side.LARGEST_TEXT // len(values)) + b"0]"
+        answer = ask(service, LABEL, many)
+        assert answer.status == 413 and "65536 values" in answer.json["error"]["message"] and not parsed
+    assert ask(service, LABEL, b'{"image": "' + b"A" * 3 * http_side.LARGEST_TEXT + b'"}').status == 400 and parsed
+
+
+def test_pictures_that_are_sent_at_once_are_bounded_in_memory_and_short_requests_pass(pipeline, monkeypatch):
+    monkeypatch.setattr(http_side, "MOST_HELD", 200_000)
+    most = b'{"image": "' + b"A" * 150_000 + b'"}'
+    head = f"POST {LABEL} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(most)}\r\n\r\n"
+    with serving(pipeline) as service:
+        with socket.create_connection(("127.0.0.1", service.port), 60) as slow:
+            slow.sendall(head.encode() + most[:-1])
+            wait_until(lambda: ask(service, LABEL, most).status == 429)
+            assert ask(service, LABEL, most).headers["Retry-After"] == "1"
+            assert ask(service, IMAGES, {"prompt": PROMPT, "steps": 2, "labels": []}).status == 200
+            slow.sendall(most[-1:])
+            assert b" 400 " in slow.recv(100)  # it is no picture
+        assert ask(service, LABEL, most).status == 400
 
 
 def test_an_existing_picture_is_labelled(service, stored, pipeline):
@@ -454,6 +484,24 @@ def test_a_full_queue_tells_in_how_many_seconds_its_batches_are_made():
     assert full.value.seconds == 6  # 7 / 3 * 2.5
 
 
+def test_a_stream_tells_that_the_engine_failed_and_is_counted_with_the_seconds_of_all_its_lines(
+    pipeline, monkeypatch, capsys
+):
+    def fail(batches, recipe, make):
+        next(batches)
+        time.sleep(0.3)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(pipeline, "generate_batches", fail)
+    with serving(pipeline) as service:
+        body = {"prompt": PROMPT, "n": 2, "steps": 2, "labels": [], "stream": True}
+        lines = [json.loads(line) for line in ask(service, IMAGES, body).text.splitlines()]
+        assert [line["index"] for line in lines] == [0, 1]
+        assert all(line["error"]["message"].startswith("the engine failed") for line in lines)
+        (total,) = (line for line in ask(service, "/metrics").text.decode().splitlines() if "seconds_sum" in line)
+    assert float(total.split()[1]) >= 0.3
+
+
 def test_a_latency_is_counted_in_every_bucket_that_it_does_not_exceed():
     metrics = Metrics(None)
     for seconds in (0.1, 0.11):
@@ -635,7 +683,12 @@ def test_a_token_lets_the_service_have_any_name_and_a_wait_is_in_milliseconds(mo
         monkeypatch.setenv(command.TOKEN, token)
         assert command.main(["--port", "0", "--quiet"]) == 0
     port = capsys.readouterr().out.split()[0].rpartition(":")[2]
-    assert asked == [([f"127.0.0.1:{port}", f"localhost:{port}"], ""), ([], "secret")]
+    assert asked == [({f"127.0.0.1:{port}", f"localhost:{port}"}, ""), ((), "secret")]
+    at_80 = MagicMock(**{"getsockname.return_value": ("127.0.0.1", 80)})  # a port that clients leave out of the name
+    monkeypatch.setattr(command.socket, "create_server", lambda *_, **__: at_80)
+    monkeypatch.delenv(command.TOKEN)
+    assert command.main(["--port", "80", "--quiet"]) == 0
+    assert asked[-1] == ({"127.0.0.1", "localhost", "127.0.0.1:80", "localhost:80"}, "")
 
 
 def test_other_addresses_need_a_token(monkeypatch, capsys):

@@ -190,6 +190,24 @@ def test_images_are_whole_and_of_a_known_size(file, tmp_path):
     refused(images.read_image, tmp_path / "a.png", most_pixels=15, match="at most 15")
 
 
+def test_pictures_of_very_many_parts_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
+    Image.linear_gradient("L").save(tmp_path / "a.jpg", progressive=True)
+    whole = (tmp_path / "a.jpg").read_bytes()
+    last = whole[whole.rindex(b"\xff\xda") : -2]  # a scan, which a decoder takes as often as it comes
+    scans = whole.count(b"\xff\xda")
+    images.decode_image(whole[:-2] + last * (images.MOST_SCANS - scans) + b"\xff\xd9" + last * 200, "a.jpg")
+    empty, thumbnail = b"\xff\xfe\0\2", b"\xff\xe1\xff\xff" + (last + b"\xff\xd9").ljust(65533, b"a")
+    hostile = {
+        "scans.jpg": whole[:-2] + last * (images.MOST_SCANS - scans + 1) + b"\xff\xd9",
+        "hidden.jpg": whole[:2] + thumbnail + whole[2:-2] + b"\xff" + last * images.MOST_SCANS + b"\xff\xd9",
+        "segments.jpg": whole[:2] + empty * images.MOST_PARTS + whole[2:],
+        "chunks.png": png(4, 4, *[chunk(b"prVt", b"")] * images.MOST_PARTS, chunk(b"IDAT", zlib.compress(bytes(20)))),
+    }
+    monkeypatch.setattr(Image, "open", None)
+    for name, data in hostile.items():
+        refused(images.decode_image, data, name, match=f"{name}: not a complete image .more than 65536")
+
+
 def test_a_photo_with_others_behind_it_is_its_first_one(tmp_path):
     pixels = np.linspace(0, 255, 48 * 48 * 3).reshape(48, 48, 3).astype(np.uint8)
     first, other = Image.fromarray(pixels), Image.fromarray(255 - pixels)

@@ -8,7 +8,8 @@ import json
 import resource
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from datasetdm_fast.untrusted import documents, images
 LARGEST_TEXT = 2**16  # bytes of a request without a picture
 LARGEST_PICTURE = images.LARGEST_IMAGE_FILE * 4 // 3 + LARGEST_TEXT
 MOST_READ = 2**26  # bytes of a request that is too large
+MOST_HELD = 2**29  # bytes of the requests that are being sent or read, beyond which no picture is taken
 LONGEST_ERROR = 1000  # letters
 HEAD_SECONDS, BODY_SECONDS = 10.0, 30.0  # in which a client must have sent them
 STATUSES = {Refused: 400, ValueError: 400, GateFailed: 422, QueueFull: 429, ClientDisconnect: 499, Missing: 503}
@@ -45,9 +47,9 @@ class Service:
 
     def __init__(self, batcher: Batcher, most_steps: int):
         self.batcher, self.most_steps, self.metrics = batcher, most_steps, Metrics(batcher)
-        self.pipeline = batcher.pipeline
+        self.pipeline, self.held = batcher.pipeline, 0
 
-    def app(self, hosts: Sequence[str], token: str) -> Starlette:
+    def app(self, hosts: Collection[str], token: str) -> Starlette:
         """The ASGI application, which answers only under these host names, or any where there are none, and where
         there is a `token` only those who send it.
         """
@@ -63,18 +65,47 @@ class Service:
         return Starlette(routes=routes, middleware=[guard], exception_handlers=handlers)
 
     async def generate(self, request: Request) -> Response:
-        body = await _read_json(request, LARGEST_TEXT)
-        work = await run_in_threadpool(read_generation, body, self.pipeline, self.most_steps)
+        async with self._body(request, LARGEST_TEXT) as body:
+            work = await run_in_threadpool(read_generation, body, self.pipeline, self.most_steps)
         self.batcher.submit(work.items)
         if work.is_streamed:
             return StreamingResponse(self._lines(work), media_type="application/x-ndjson")
         return await self._answer(request, work)
 
     async def label(self, request: Request) -> Response:
-        body = await _read_json(request, LARGEST_PICTURE)
-        work = await run_in_threadpool(read_labelling, body, self.pipeline)
+        async with self._body(request, LARGEST_PICTURE) as body:
+            work = await run_in_threadpool(read_labelling, body, self.pipeline)
         self.batcher.submit(work.items)
         return await self._answer(request, work)
+
+    @asynccontextmanager
+    async def _body(self, request: Request, most: int) -> AsyncIterator[Any]:
+        """The JSON value that a client sends; within the block its bytes count among those that are held."""
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise HTTPException(415, "Content-Type: expected application/json")
+        body, size, is_full = bytearray(), 0, False
+        try:
+            try:
+                async with asyncio.timeout(BODY_SECONDS):
+                    async for chunk in request.stream():
+                        size += len(chunk)
+                        is_full |= size > LARGEST_TEXT and self.held + len(chunk) > MOST_HELD
+                        if size <= most and not is_full:
+                            body += chunk
+                            self.held += len(chunk)
+                        elif size > MOST_READ:
+                            break  # up to here it is read, as who still sends does not see the answer
+            except TimeoutError as error:
+                raise HTTPException(408, f"the request was not sent within {BODY_SECONDS:g} seconds") from error
+            if size > most:
+                raise HTTPException(413, f"the request has more than {most} bytes")
+            if is_full:
+                raise HTTPException(429, "too many pictures are being sent; ask again", {"Retry-After": "1"})
+            if sum(map(body.count, b",[{")) > LARGEST_TEXT:  # in memory they have 30 times the bytes
+                raise HTTPException(413, f"the request has more than {LARGEST_TEXT} values")
+            yield await run_in_threadpool(documents.parse_json, bytes(body), "the request")
+        finally:
+            self.held -= len(body)
 
     async def _answer(self, request: Request, work: Work) -> Response:
         """All images of a request; they leave the queue where the client goes."""
@@ -98,8 +129,8 @@ class Service:
             for place in range(len(work.items)):
                 try:
                     entry = {"index": place, **await self._entry(work, place)}
-                except Stop as stop:
-                    entry = {"index": place, **_error(stop.cause)}
+                except (Stop, RuntimeError) as error:
+                    entry = {"index": place, **_error(_cause(error))}
                 yield json.dumps(entry).encode() + b"\n"
         finally:
             _cancel(work)
@@ -126,20 +157,20 @@ class Service:
 class Guard:
     """Refuses other hosts and those without the token, and counts every answer."""
 
-    def __init__(self, app: ASGIApp, hosts: Sequence[str], token: str, metrics: Metrics):
+    def __init__(self, app: ASGIApp, hosts: Collection[str], token: str, metrics: Metrics):
         self.app, self.hosts, self.metrics = app, hosts, metrics
         self.token = f"Bearer {token}".encode() if token else b""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        begin, path = time.monotonic(), scope["path"]
+        begin, path, status = time.monotonic(), scope["path"], 500
 
         async def send_counted(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
                 message["headers"] = [*message["headers"], *HEADERS]
-                known = path if path in ENDPOINTS and message["status"] != 405 else "other"
-                self.metrics.add(known, message["status"], time.monotonic() - begin)
+                status = message["status"]
             await send(message)
 
         headers, app = dict(scope["headers"]), self.app
@@ -149,7 +180,11 @@ class Guard:
             self.token and path not in OPEN and not hmac.compare_digest(headers.get(b"authorization", b""), self.token)
         ):
             app = JSONResponse(_error("Authorization: expected Bearer and the token of this service"), 401)
-        await app(scope, receive, send_counted)
+        try:
+            await app(scope, receive, send_counted)
+        finally:
+            known = path if path in ENDPOINTS and status != 405 else "other"
+            self.metrics.add(known, status, time.monotonic() - begin)
 
 
 class TimedProtocol(H11Protocol):
@@ -176,25 +211,6 @@ class TimedProtocol(H11Protocol):
         super().connection_lost(exc)
 
 
-async def _read_json(request: Request, most: int) -> Any:
-    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-        raise HTTPException(415, "Content-Type: expected application/json")
-    body, size = bytearray(), 0
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size <= most:
-                    body += chunk
-                elif size > MOST_READ:
-                    break  # up to here it is read, as who still sends does not see the answer
-    except TimeoutError as error:
-        raise HTTPException(408, f"the request was not sent within {BODY_SECONDS:g} seconds") from error
-    if size > most:
-        raise HTTPException(413, f"the request has more than {most} bytes")
-    return await run_in_threadpool(documents.parse_json, bytes(body), "the request")
-
-
 async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
@@ -211,10 +227,14 @@ def _error(text: str) -> dict[str, Any]:
     return {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}}
 
 
+def _cause(error: Any) -> str:
+    text: str = getattr(error, "cause", str(error))
+    return text.replace("--task ", "labels: ").replace("--", "")  # flags of commands are fields here
+
+
 def _answer_error(_: Request, error: Any) -> Response:
     """What a client is told of a refusal, or of a failure of the engine."""
-    status, headers, text = STATUSES.get(type(error), 500), None, getattr(error, "cause", str(error))
-    text = text.replace("--task ", "labels: ").replace("--", "")  # flags of commands are fields here
+    status, headers, text = STATUSES.get(type(error), 500), None, _cause(error)
     if isinstance(error, HTTPException):
         status, headers, text = error.status_code, error.headers, error.detail
     elif isinstance(error, QueueFull):

@@ -1,6 +1,7 @@
 """Image files of unknown origin: bounded in bytes and pixels, decoded in full or refused."""
 
 import io
+import re
 import struct
 import warnings
 import zlib
@@ -16,6 +17,9 @@ LARGEST_IMAGE_FILE = 64 * 2**20
 BIT_DEPTH = 24  # the byte of a PNG file that tells the bits of a pixel's channel
 TIFF = (b"II*\0", b"MM\0*")  # first bytes of what `datasets` makes of pictures with a palette or 16 bits
 MOST_PIXELS = 2**24  # of one image: 4096 x 4096
+MOST_PARTS = 2**16  # chunks of a PNG file or segments of a JPEG file
+MOST_SCANS = 100  # of a JPEG file: each takes as long as a whole image, and progressive ones have ten
+_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")  # of those that begin a segment of a JPEG file, or end it
 
 
 def read_image(path: Path, *, most_pixels: int = MOST_PIXELS, holds_numbers: bool = False) -> Image.Image:
@@ -46,6 +50,8 @@ def decode_image(
     try:
         if data.startswith(b"\x89PNG"):
             check_png(data)  # Pillow fills up one that was cut off near its end
+        elif data.startswith(b"\xff\xd8"):
+            _check_jpeg(data)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large images are refused below
             image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", *(("TIFF",) if may_be_tiff else ())))
@@ -82,8 +88,11 @@ def check_png(data: bytes) -> None:
     """Raises ValueError for a PNG file that is truncated or modified; bytes after its end are none of it."""
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
         raise ValueError("no PNG file")
-    place, kind = 8, b""
+    place, kind, parts = 8, b"", 0
     while kind != b"IEND":
+        parts += 1
+        if parts > MOST_PARTS:
+            raise ValueError(f"more than {MOST_PARTS} chunks")
         if place + 12 > len(data):
             raise ValueError("cut off")
         length, kind = struct.unpack_from(">I4s", data, place)
@@ -92,3 +101,13 @@ def check_png(data: bytes) -> None:
         if zlib.crc32(data[place + 4 : place + 8 + length]) != struct.unpack_from(">I", data, place + 8 + length)[0]:
             raise ValueError(f"checksum of the chunk at byte {place} does not hold")
         place += 12 + length
+
+
+def _check_jpeg(data: bytes) -> None:
+    """Raises ValueError for a JPEG file that takes hours however few bytes or pixels it has."""
+    place, segments, scans = 2, 0, 0
+    while (marker := _MARKER.search(data, place)) and marker[1] != b"\xd9":
+        segments, scans = segments + 1, scans + (marker[1] == b"\xda")
+        if segments > MOST_PARTS or scans > MOST_SCANS:
+            raise ValueError(f"more than {MOST_PARTS} segments or {MOST_SCANS} scans")
+        place = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
