@@ -243,14 +243,18 @@ def test_things_without_a_map_and_images_from_all_over_the_data_are_probed(monke
     source = SimpleNamespace(classes=(), thing_classes=("a", "b", "c"))
     numbers = range(100, 200, 2)
     session = SimpleNamespace(
-        numbers=[*numbers, *numbers], plain_views=plain_views, source=source, engine=engine, inversion=Inversion()
+        split=([*numbers, *numbers], [99, 201]),  # held-out images choose nothing
+        plain_views=plain_views,
+        source=source,
+        engine=engine,
+        inversion=Inversion(),
     )
     probes = call_ranking.probe_calls(session, "instance", (9, 5), lambda cells: [[cells], [cells]])
     assert asked == [("instance", [*numbers[::2], *numbers[::2]], 1)] and [len(call) for call in probes] == [2, 2]
     assert seen == [([view], [70 + view], (9, 5)) for view in range(50)]
     products, counts = sum(probes[0][0].products), [float(inputs[-1, -1]) for inputs in probes[0][0].inputs]
     assert products.shape == (4, 3) and products[-1].tolist() == [0, 0, 100] and counts == [40.0] * 5
-    session.numbers = [1]
+    session.split = ([1], [99])
     with pytest.raises(Refused, match="two images or more"):
         call_ranking.probe_calls(session, "instance", (9,), None)
 

@@ -108,7 +108,7 @@ def probe_calls(
     most: int = MOST_CHANNELS,
 ) -> list[list[Probe]]:
     """For each timestep the probes of a task's truth, each of the groups into which `split` divides a capture."""
-    numbers = session.numbers
+    numbers, _ = session.split  # a figure of held-out images would not be one of unseen images otherwise
     count = min(len(numbers), MOST_IMAGES)
     if count < 2:
         raise Refused(
