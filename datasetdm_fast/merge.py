@@ -30,6 +30,7 @@ def main(config: MergeConfig, command: CommandLine) -> int:
     from datasetdm_fast.runs.compositions.composition import Source, count_existing
     from datasetdm_fast.runs.compositions.merging import Merging, ShardMerging, write_missing
     from datasetdm_fast.runs.run_folder.audit import find_sharded
+    from datasetdm_fast.runs.run_folder.reader import open_run
 
     if len(config.runs) < 2:
         count = count_noun(len(config.runs), "run") if config.runs else "no run"
@@ -58,7 +59,8 @@ def main(config: MergeConfig, command: CommandLine) -> int:
     else:
         more = f", {merging.duplicates} left out as their images were there before" if merging.duplicates else ""
         more += "" if written else ", nothing to do"
-        print_lines(config, f"{config.out}: complete with {count_noun(done, 'sample')}{more}")
+        samples = count_noun(len(open_run(config.out)), "sample")
+        print_lines(config, f"{config.out}: complete with {samples}{more}")
     facts = {"number": number, "done": done, "made": written, "duplicates": merging.duplicates}
     print_result(config, {"path": config.out, **facts, "complete": done == number}, config.out)
     return interruption.exit_code

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.compositions.composition import Source
 from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.run_folder import audit
+from datasetdm_fast.runs.run_folder import folder as run_folder
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER, read_document
 from datasetdm_fast.runs.run_folder.folder import SEAL, THIS, RunFolder, encode_seal, note
 from datasetdm_fast.runs.run_folder.ledger import Ledger
@@ -357,6 +359,13 @@ def test_a_run_whose_ledger_is_gone_names_the_command_that_made_it(spoilt, capsy
 def test_a_run_that_was_copied_without_its_state_is_not_whole(spoilt):
     shutil.rmtree(spoilt / "state")
     assert [(found.place, found.what) for found in audit.audit(spoilt).findings] == [(LEDGER, "is not there")]
+
+
+def test_a_run_that_was_killed_before_its_ledger_was_there_is_whole_so_far(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "Ledger", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        RunFolder(tmp_path, document(NUMBER, 64))
+    assert (tmp_path / SEAL).exists() and audit.audit(tmp_path).findings == []
 
 
 def test_a_seal_changed_by_hand_is_found(spoilt):

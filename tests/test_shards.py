@@ -1025,6 +1025,15 @@ def test_a_merged_run_is_a_manifest_that_readers_take_for_a_run(alone, folder, b
     for place, cause in ((str(folder), "it is a run folder"), (far.name, "names no URL")):
         assert merge.main([str(run), place, "--out", str(tmp_path / "mixed")]) == 2
         assert cause in capsys.readouterr().err
+    capsys.readouterr()
+    assert drop.main([out, "00000000", "--quiet"]) == 0 and merge.main([*line[:5], *line[6:], "--no-quiet"]) == 0
+    assert (
+        "complete with 31 samples, 26 left out as their images were there before, nothing to do"
+        in capsys.readouterr().err
+    )
+    (tmp_path / "other" / f".dropped.json.{1 << 40}{10**8}.part").write_bytes(b"")  # of a process that was killed
+    assert drop.main([str(tmp_path / "other"), "00000000", "--quiet"]) == 0 and merge.main(line) == 2
+    assert "source.1/dropped.json" in capsys.readouterr().err and not list((tmp_path / "other").glob(".*"))
     (run / tar_name(1)).write_bytes(b"")
     assert audit.main([out, "--quiet"]) == 4 and f"/run/{tar_name(1)}: its bytes" in capsys.readouterr().out
     entry = json.loads(shard_place(out).read(entry_name(0))) | {"source": {"place": far.name, "shard": 0}}

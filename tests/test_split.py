@@ -118,7 +118,8 @@ def test_a_split_that_was_killed_is_completed_by_the_same_command(run, monkeypat
         )
         with pytest.raises(KeyboardInterrupt) if call == "seal" or "--undo" in killed else nullcontext():
             main.__wrapped__(line)
-    assert main(line) == 0
+    (run / "state" / ".seal.json.1.part").write_text("{")
+    assert main(line) == 0 and not list(run.rglob(".*"))
     write_run(run.with_name("other"), NUMBER, 32)
     if "--undo" not in killed:
         assert main([str(run.with_name("other")), *line[1:]]) == 0

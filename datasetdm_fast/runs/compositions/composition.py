@@ -26,7 +26,7 @@ from datasetdm_fast.runs.run_folder.folder import is_sealed, read_seal
 from datasetdm_fast.runs.run_folder.indexes import writers
 from datasetdm_fast.runs.run_folder.ledger import Row, canonical
 from datasetdm_fast.runs.run_folder.reader import Run
-from datasetdm_fast.runs.run_folder.selections import FILTER, check_filtered
+from datasetdm_fast.runs.run_folder.selections import DROPPED_IDS, FILTER, check_filtered, encode_dropped
 from datasetdm_fast.untrusted import images
 
 CACHE_BYTES = 64 * 2**20  # of pixels of samples that are used again soon
@@ -50,10 +50,13 @@ class Source:
 
     @cached_property
     def digests(self) -> dict[str, str]:
-        """Digests of the index files, or the one of all shards, which decide every sample with its labels."""
+        """Digests of the index files, or of all shards and of what was dropped from them, which decide every sample
+        with its labels.
+        """
         if (shards := self.run.shards) is not None:
             files = [sorted(file.sha256 for file in entry.files.values()) for entry in shards.entries.values()]
-            return {SHARDS: hashlib.sha256(canonical(files).encode()).hexdigest()}
+            contents = {SHARDS: canonical(files).encode(), DROPPED_IDS: encode_dropped(shards.dropped)}
+            return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items() if content}
         sealed = read_seal(self.path)
         return {name: sealed[name] for name in writers(self.document) if name.endswith((".json", ".jsonl"))}
 

@@ -124,7 +124,7 @@ def audit(
         raise Refused(f"{folder}: holds neither {DOCUMENT} nor {LEDGER}, so it is not a run folder", NAME_A_RUN)
     document, findings = _check_document(folder)
     report = Report(str(folder), document["plan"]["number"] if document else 0, 0, 0, 0, 0, findings)
-    if not any((folder / name).exists() for name in (LEDGER, SEAL, "samples.jsonl")):
+    if not is_sealed(folder) and not any((folder / name).exists() for name in (LEDGER, "samples.jsonl", "images")):
         return report  # killed before its first sample, or in shards with a damaged run.json
     try:
         with Ledger(folder / LEDGER, read_only=True) as ledger:

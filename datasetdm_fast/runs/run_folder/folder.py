@@ -172,6 +172,7 @@ def replace_file(folder: Path, document: Mapping[str, Any], name: str, content: 
     """
     removed = name if content is None else ""
     with storage.hold_lock(folder / LOCK):
+        clean(folder)
         was_sealed = is_sealed(folder)
         is_late = not was_sealed and _is_settled(folder, document)
         damaged = {}  # sealed files that are not as they were written, each with its digest then and now

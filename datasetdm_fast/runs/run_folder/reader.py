@@ -345,6 +345,7 @@ class Run(AbstractContextManager["Run"]):
         elif content is None:
             self.shards.place.remove(name)
         else:
+            self.shards.place.remove_parts(name)
             self.shards.place.replace(name, content)
 
     @overload
