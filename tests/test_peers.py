@@ -22,7 +22,7 @@ from bench.setting import open_setting
 from datasetdm_fast import _C, kernels
 from datasetdm_fast.data import Text
 from datasetdm_fast.engine.engines.fast import FastEngine
-from datasetdm_fast.errors import GateFailed
+from datasetdm_fast.errors import GateFailed, Missing
 
 pytestmark = pytest.mark.usefixtures("tiny_has_one_layer")
 
@@ -205,6 +205,36 @@ def test_a_peer_that_raises_is_failed_where_it_is_ours_and_absent_elsewhere(run)
         ("failed", "ValueError: no such kernel"),
         ("absent", "ValueError: no such kernel"),
     ]
+
+
+def test_a_peer_that_raises_while_it_is_timed_is_failed_and_the_others_are_timed(run, monkeypatch):
+    """After its first batch agreed: in the round that does not count, in one that does, and where it draws alone."""
+    made = dict.fromkeys(("ours", "ours-1", "ours-bf16", "torch"), 0)
+
+    def batch_of(name: str) -> None:
+        made[name] += 1
+        if made[name] == {"ours-1": 1, "ours-bf16": 3}.get(name):
+            raise RuntimeError(f"{name} is out of luck\nand more")
+
+    def draw(name: str) -> None:
+        if name == "torch":
+            raise Missing("no memory of a kind", "get some")
+
+    def prepare(run, name, offer):
+        peer = SimpleNamespace(batch=2, call=lambda: batch_of(name), draw=lambda requests: draw(name))
+        row = {"peer": name, "status": "ok", "dtype": "fp32"}
+        return row, race.Runner(name, peer, row)
+
+    monkeypatch.setattr(race, "prepare", prepare)
+    monkeypatch.setattr(race, "to_files", lambda peer, *_: peer.call)
+    offers = {name: PEERS["ours"] for name in made}
+    ours, first, counted, drawing = race.race(run, tuple(made), offers, without_labels=True)
+    for row in (first, counted):
+        assert row["why"] == f"RuntimeError: {row['peer']} is out of luck" and row["status"] == "failed"
+        assert "seconds_per_image" not in row and made[row["peer"]] < 4
+    assert (drawing["status"], drawing["why"]) == ("absent", "no memory of a kind")
+    assert ours["status"] == "ok" and len(ours["seconds_per_image"]["rounds"]) >= race.LEAST_ROUNDS
+    assert ours["images_alone_s"]["median"] > 0 and "images_alone_s" not in drawing
 
 
 @long_test

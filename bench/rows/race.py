@@ -38,6 +38,31 @@ class Runner:
     peer: Peer
     row: dict[str, Any] = field(default_factory=dict)
     held: int = 0  # bytes of a GPU that it holds between batches
+    must_run: bool = True
+
+    @property
+    def is_running(self) -> bool:
+        return bool(self.row["status"] == "ok")
+
+    def noting(self, call: Callable[[], object]) -> Callable[[], None]:
+        """The call; one that raises is noted in the row, and none is made after it."""
+
+        def noted() -> None:
+            try:
+                if self.is_running:
+                    call()
+            except Exception as error:
+                self.row |= of_error(error, must_run=self.must_run)
+
+        return noted
+
+
+def of_error(error: Exception, *, must_run: bool) -> dict[str, str]:
+    """What a row says of a peer that raised."""
+    if isinstance(error, (GateFailed, Missing)):
+        return {"status": "failed" if isinstance(error, GateFailed) else "absent", "why": error.cause}
+    status = "failed" if must_run and not is_out_of_memory(error) else "absent"
+    return {"status": status, "why": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}
 
 
 def race(
@@ -60,14 +85,18 @@ def race(
             return [prepared[0][0]]
     runners = [runner for _, runner in prepared if runner]
     with tempfile.TemporaryDirectory() as folder:
-        whole = {one.name: to_files(one.peer, setting, Path(folder)) for one in runners}
+        whole = {one.name: one.noting(to_files(one.peer, setting, Path(folder))) for one in runners}
         for one in runners:  # a round that does not count: memory that nobody had before comes slowly
             most = peak(device, whole[one.name], held(device) - one.held)[1]
             if device.type == "cuda":  # the first batch also tuned, in memory of its own
                 one.row["peak_mib"] = mib(most)
-        with watched() as attention:
-            lasting = 0.0 if setting.quick else LASTING
-            rounds, again = undisturbed(whole, run.seconds, meter(device), least=LEAST_ROUNDS, lasting=lasting)
+        begins = True
+        while begins:  # anew where a peer has failed meanwhile
+            runners = [one for one in runners if one.is_running]
+            calls, lasting = {one.name: whole[one.name] for one in runners}, 0.0 if setting.quick else LASTING
+            with watched() as attention:
+                rounds, again = undisturbed(calls, run.seconds, meter(device), least=LEAST_ROUNDS, lasting=lasting)
+            begins = not all(one.is_running for one in runners)
         each = {one.name: [value / one.peer.batch for value in rounds[one.name].seconds] for one in runners}
         add_times([one.row for one in runners], each, setting, run.limits)
         for one in runners:
@@ -76,9 +105,9 @@ def race(
             one.row |= {"attention": asdict(attention), "rounds_made_again": again}
     if without_labels:
         drawn = [one for one in runners if offers[one.name].draws]
-        images = {one.name: lambda one=one: one.peer.draw(setting.batch(one.peer.batch)) for one in drawn}
+        images = {one.name: one.noting(lambda one=one: one.peer.draw(setting.batch(one.peer.batch))) for one in drawn}
         taken = interleaved(images, run.seconds / 6, meter(device), least=LEAST_ROUNDS)
-        for one in drawn:
+        for one in (one for one in drawn if one.is_running):
             one.row["images_alone_s"] = spread([value / one.peer.batch for value in taken[one.name].seconds])
     found = [row for row, _ in prepared]
     del prepared, runners
@@ -105,19 +134,14 @@ def prepare(run: BenchRun, name: str, offer: Offer) -> tuple[dict[str, Any], Run
         row |= {"batch": peer.batch, "peak_mib": mib(most)}
         run.batches.setdefault(name, peer.batch)
         judged = run.judge.rows(peer, first)
-    except Missing as error:
-        return row | {"status": "absent", "why": error.cause}, None
-    except GateFailed as error:
-        return row | {"status": "failed", "why": error.cause}, None
     except Exception as error:
-        status = "failed" if offer.must_run and not is_out_of_memory(error) else "absent"
-        return row | {"status": status, "why": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"}, None
+        return row | of_error(error, must_run=offer.must_run), None
     row["parity"] = [asdict(one) | {"passed": one.is_passed} for one in judged]
     if failed := parity.failures(judged):
         why = "its outputs do not match the reference's: " + "; ".join(failed)
         return row | {"status": "failed", "why": why}, None
     row["status"] = "ok"
-    return row, Runner(name, peer, row, held(run.setting.device) - others)
+    return row, Runner(name, peer, row, held(run.setting.device) - others, offer.must_run)
 
 
 def first_batch(peer: Peer, setting: Setting, others: int) -> tuple[list[Sample], float, int]:
