@@ -257,6 +257,24 @@ def test_labels_that_changed_under_the_same_names_are_noticed(run, tmp_path, cap
     assert command.main(line) == 0
 
 
+def test_other_labels_of_the_same_samples_of_a_run_are_other_ones_to_learn_from(run, tmp_path):
+    """Those of every sample as it is stored, and those that a reviewer corrects; none changes a name or run.json."""
+    place = tmp_path / "run"
+    shutil.copytree(run, place)
+
+    def digest(split: str) -> str:
+        source = open_data(f"run:{place}{split}", SIDE, tasks=("semantic",))
+        return arms.digest_of(Examples(source, student_data.vocabulary_of(source), "semantic", is_generated=True))
+
+    (place / "review").mkdir()
+    found = [digest(""), digest("[all]")]
+    for corners in ([0, 0, 8, 8], [0, 0, 9, 9]):
+        corrections = {f"{k:08d}": {"ignored": [corners]} for k in range(4)}
+        (place / "review" / "corrections.json").write_text(json.dumps(corrections))
+        found.append(digest("[corrected]"))
+    assert len({*found}) == 4 and digest("") == found[0] and digest("[all]") == found[1]
+
+
 @long_test
 def test_a_student_begins_with_the_weights_of_a_folder(run, tmp_path, capsys):
     line = [*(word for word in LINE if word not in ("--student-size", "tiny")), "--run", str(run), "--only-synthetic"]

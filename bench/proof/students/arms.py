@@ -100,6 +100,8 @@ def digest_of(some: Examples) -> str:
     digest = hashlib.sha256(f"{type(some.source).__name__} {some.source.framing} {some.source.classes}".encode())
     if (run := getattr(some.source, "run", None)) is not None:
         digest.update(f"{some.source.map}{json.dumps(run.document, sort_keys=True, default=str)}".encode())
+        if some.source.is_all:  # whose doubtful pixels count, and whose labels a reviewer may have corrected
+            digest.update(f"all {some.source.is_corrected} {sorted(some.source.corrections.items())}".encode())
     for index in range(len(some)):
         digest.update(f"{some.source.name(some.source.order[index])}\0".encode())
     return digest.hexdigest()
