@@ -25,7 +25,7 @@ from bench.report.results import ResultFile
 from bench.report.tables import Row
 from bench.rows.measurement import BenchRun, Rows
 from bench.rows.parity import STORED, ParityJudge
-from bench.rows.race import add_times, prepare, write
+from bench.rows.race import add_times, of_error, prepare, write
 from bench.setting import Setting, open_setting
 from datasetdm_fast.data import Request, join_texts
 from datasetdm_fast.engine.engines.device import release
@@ -86,8 +86,9 @@ def taking_turns(run: BenchRun, names: Sequence[str], config: TurnConfig) -> Row
         for name in list(racing):
             try:
                 turns[name].append(in_own_process(timed, config, name))
-            except BrokenProcessPool:
-                racing.pop(name).update(ended := killed(name))
+            except Exception as error:
+                is_killed, must_run = isinstance(error, BrokenProcessPool), PEERS[name].must_run
+                racing.pop(name).update(ended := killed(name) if is_killed else of_error(error, must_run=must_run))
                 say(f"{name}: {ended['why']}")
                 continue
             found = ", ".join(f"{seconds:.1f}" for seconds in turns[name][-1].images_s)
