@@ -770,6 +770,14 @@ def test_a_run_grows_to_the_bytes_of_a_larger_one(alone, tmp_path, monkeypatch):
     assert tree(run) == tree(tmp_path / "other") and len(ledger.read_entries(range(7))) == 2
 
 
+def test_a_last_shard_that_is_committed_after_its_run_has_grown_is_made_again(alone, tmp_path):
+    run, smaller = copy(alone, tmp_path), tmp_path / "smaller"
+    make(smaller, number=22)
+    for name in shard_worker.files_of_shard(4):  # by a process that was started before, with the smaller number
+        ShardFolder(run).replace(name, ShardFolder(smaller).read(name))
+    assert generate.main([*LINE, "--out", str(run)]) == 0 and tree(run) == tree(alone)
+
+
 def test_others_are_made_in_the_place_of_doubtful_samples(alone, tmp_path, capsys):
     """Each shard has its number of trusted samples, whoever makes it, and a larger run has the same ones first."""
     run, options = tmp_path / "run", {"keep": "trusted"}

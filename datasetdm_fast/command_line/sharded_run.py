@@ -15,7 +15,7 @@ from datasetdm_fast.runs.agreement.admission import Screen, admit_job
 from datasetdm_fast.runs.jobs.job import build_job
 from datasetdm_fast.runs.jobs.run import tries_half
 from datasetdm_fast.runs.jobs.writing import result_of
-from datasetdm_fast.runs.run_folder.document import DOCUMENT, pretty
+from datasetdm_fast.runs.run_folder.document import DOCUMENT, grows, pretty
 from datasetdm_fast.runs.run_folder.selections import read_dropped
 from datasetdm_fast.runs.run_folder.shard_places import ShardBucket, ShardPlace, is_url, shard_place
 from datasetdm_fast.runs.run_folder.shards import ShardLedger, list_shards, read_stored
@@ -44,6 +44,8 @@ def generate_shards(config: RunConfig, spec: RunSpec, peer: LaunchedProcess | No
     ledger = ShardLedger(place, shards=() if document is None else None, number=spec.number, counts_only=True)
     if config.dry_run:
         return run_report.print_run_plan(config, replace(build_job(spec, document), done=ledger.made))
+    if document is not None and not grows(document["config"], spec.identity):
+        ledger.remove_short()
     config = replace(config, quiet=config.quiet or not is_reporting)
     interruption, made = Interruption(config.quiet), 0
 

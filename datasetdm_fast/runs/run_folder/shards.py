@@ -276,6 +276,7 @@ class ShardLedger:
         self._lock, self._process = threading.RLock(), os.getpid()
         self._places: dict[str, ShardPlace] = {}
         self.entries: dict[int, ShardEntry] = {}
+        self.short: set[int] = set()  # shards that need more samples than they have
         self.made = 0  # samples, quarantined ones included
         self.read_entries(list_shards(place) if shards is None else shards)
 
@@ -287,6 +288,7 @@ class ShardLedger:
         with ThreadPoolExecutor(PARALLEL_READS) as pool:
             read = dict(zip(new, pool.map(self._read_entry, new)))
         entries = {shard: entry for shard, entry in read.items() if not self.is_short(entry)}
+        self.short |= read.keys() - entries.keys()
         self.entries |= entries
         self.made += sum(entry.stop - entry.first for entry in entries.values())
         return list(entries.values())
@@ -294,6 +296,11 @@ class ShardLedger:
     def is_short(self, entry: ShardEntry) -> bool:
         """Whether a shard has fewer samples than it needs, as its run has grown since."""
         return entry.stop < min(entry.first + self._size, self._number)
+
+    def remove_short(self) -> None:
+        """Takes out the last shard of a smaller run, which a process of that may commit after its run has grown."""
+        for shard in self.short:
+            self.place.remove(entry_name(shard))
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": OrderedDict(), "_lock": None}

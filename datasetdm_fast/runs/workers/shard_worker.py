@@ -88,8 +88,7 @@ def open_shards(spec: RunSpec, place: ShardPlace) -> Job:
     if grows(stored["config"], spec.identity):
         ledger = ShardLedger(place, shard_size(merged.document["config"]), number=merged.plan.number)
         check_rows(merged, ledger.rows(DONE, QUARANTINED, parts=()))
-        for shard in set(list_shards(place)) - ledger.entries.keys():
-            place.remove(entry_name(shard))
+        ledger.remove_short()
         place.replace(DOCUMENT, pretty(merged.document))
     return merged
 
