@@ -30,6 +30,10 @@ class Missing(Stop, RuntimeError):
     exit_code = 3
 
 
+class Unanswered(Missing):
+    """A store did not answer, which says nothing about its files."""
+
+
 class GateFailed(Stop, RuntimeError):
     """The work was done, but a check on it failed or samples were quarantined."""
 

@@ -513,6 +513,27 @@ def test_a_store_that_takes_half_a_file_is_told(bucket, monkeypatch):
         bucket.write("shards/a", [b"one", b"two"])
 
 
+@pytest.mark.parametrize("call", ["open", "cat_file"])
+def test_a_store_that_does_not_answer_says_nothing_of_its_files(alone, bucket, monkeypatch, tmp_path, capsys, call):
+    make("run", bucket)
+    before, real = contents(bucket), getattr(type(bucket.files), call)
+
+    def fail(self, path, *arguments, **options):
+        if path.endswith((tar_name(2), index_name(2))):
+            raise TimeoutError("no answer")
+        return real(self, path, *arguments, **options)
+
+    monkeypatch.setattr(type(bucket.files), call, fail)
+    for command in (
+        [audit.main, bucket.name, "--repair"],
+        [convert.main, bucket.name, "--to", "coco", "--out", str(tmp_path / "export")],
+    ):
+        assert command[0]([*command[1:], "--quiet"]) == 3
+        assert capsys.readouterr().err.startswith("memory://bucket/run: TimeoutError: no answer\n")
+    monkeypatch.setattr(type(bucket.files), call, real)
+    assert contents(bucket) == before
+
+
 def test_what_a_store_cannot_open_is_told_once(alone, bucket):
     make("run", bucket)
     ledger = ShardLedger(bucket)

@@ -11,7 +11,7 @@ from typing import Any
 
 from datasetdm_fast.config import EXPORT_FORMATS
 from datasetdm_fast.cores import in_threads
-from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.errors import Missing, Refused, Unanswered
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.plugins import load_place
 from datasetdm_fast.runs.exporting import export_folder
@@ -247,6 +247,8 @@ def _convert_sample(name: str, format: Format, view: SampleView, plan: ExportPla
     """The files and the entry of a sample in a format of ours; a label that cannot be read is a failed check."""
     try:
         return format.convert_sample(view, plan)
+    except Unanswered:
+        raise
     except (Refused, Missing, ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
         cause = error.cause if isinstance(error, (Refused, Missing)) else f"{type(error).__name__}: {error}"
         text = f"sample {view.stored.id} is damaged ({documents.one_line(cause)})"

@@ -18,7 +18,7 @@ from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.engine.labels import LabelName, kind_of, mask_rle
 from datasetdm_fast.engine.labels.depth import DEFAULT_UNIT, LARGEST_STEP, UNITS
 from datasetdm_fast.engine.labels.label_files import image_bytes
-from datasetdm_fast.errors import GateFailed, Missing, Refused
+from datasetdm_fast.errors import GateFailed, Missing, Refused, Unanswered
 from datasetdm_fast.runs.exporting.classes import (
     BACKGROUND,
     IGNORED,
@@ -152,6 +152,8 @@ class SampleView:
         name, written = self.stored.row.files[role]
         try:
             data = self.stored.read(role)
+        except Unanswered:
+            raise
         except Missing as error:
             if (self.stored.folder / name).exists():
                 raise GateFailed(error.cause, to_see_damage(self.stored.run)) from error

@@ -18,7 +18,7 @@ from datasetdm_fast.cores import in_threads
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import LABEL_KINDS, kind_of
 from datasetdm_fast.engine.loop.prompts import TURN
-from datasetdm_fast.errors import Missing, Refused, quote
+from datasetdm_fast.errors import Missing, Refused, Unanswered, quote
 from datasetdm_fast.runs.run_folder.document import (
     CLAIMS,
     COMMANDS,
@@ -312,6 +312,8 @@ def check_sample(
             if (digest := hashlib.sha256(data).hexdigest()) != stored.sha256:
                 raise ValueError(f"{CHANGED} (SHA-256 {digest[:12]}, expected {stored.sha256[:12]})")
             arrays[role] = np.array(images.decode_image(data, name))
+        except Unanswered:
+            raise
         except (ValueError, Missing) as error:
             yield Finding(name, _cause(error, folder, name), remedy)
     for task in config["task"]:
@@ -417,6 +419,8 @@ def _audit_shard(place: ShardPlace, document: Mapping[str, Any], shard: int) -> 
                 what = f"the record of {row.request.id} is not that of its row"
                 findings.append(Finding(tar_name(shard), what, REMAKE))
         ledger.close()
+    except Unanswered:
+        raise
     except (Refused, Missing) as error:
         name = entry_name(shard)
         return None, [Finding(name, error.cause.removeprefix(f"{place.name}/").removeprefix(f"{name}: "), REMAKE)]

@@ -24,7 +24,7 @@ from datasetdm_fast.engine.labels.class_tables import ClassTable
 from datasetdm_fast.engine.labels.label_files import image_tensor, label_tensors, stack
 from datasetdm_fast.engine.labels.pictures import PREVIEW_SAMPLES, preview
 from datasetdm_fast.engine.labels.trust import trust_of
-from datasetdm_fast.errors import Missing, Refused, nearest
+from datasetdm_fast.errors import Missing, Refused, Unanswered, nearest
 from datasetdm_fast.runs.run_folder.corrections import CORRECTIONS
 from datasetdm_fast.runs.run_folder.document import (
     DOCUMENT,
@@ -166,6 +166,8 @@ class StoredSample:
         """Refuses what has not the form it was written in."""
         try:
             yield
+        except Unanswered:
+            raise
         except (Missing, ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
             cause = error.cause if isinstance(error, (Refused, Missing)) else f"{type(error).__name__}: {error}"
             raise Refused(

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.storage import StoredFile
-from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.errors import Missing, Refused, Unanswered
 from datasetdm_fast.runs.run_folder.document import DOCUMENT
 from datasetdm_fast.untrusted import documents
 
@@ -110,7 +110,8 @@ class ShardBucket:
         except Missing:
             raise
         except Exception as error:  # a store has errors of its own beside those of a disk
-            raise Missing(
+            kind = Missing if isinstance(error, FileNotFoundError) else Unanswered
+            raise kind(
                 f"{self.name}: {type(error).__name__}: {error}",
                 "Check the address and the credentials, then run the same command again.",
             ) from error

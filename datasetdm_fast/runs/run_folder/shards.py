@@ -22,7 +22,7 @@ from datasetdm_fast.data import Request
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.engine.labels.instance import InstanceKind
-from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.errors import Missing, Refused, Unanswered
 from datasetdm_fast.runs.run_folder.document import (
     DOCUMENT,
     MANIFEST,
@@ -507,5 +507,7 @@ def digest_of_shard(place: ShardPlace, name: str) -> StoredFile | None:
     try:
         with place.refusing(name), place.open(name) as file:
             return StoredFile(hashlib.file_digest(file, "sha256").hexdigest(), file.seek(0, os.SEEK_END))
+    except Unanswered:
+        raise
     except (Missing, FileNotFoundError):
         return None
