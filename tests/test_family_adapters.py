@@ -85,6 +85,15 @@ KOHYA = {  # family -> names of kohya's and other trainers' layers -> part and t
             [f"transformer_blocks.0.attn.to_{name}" for name in "qkv"],
         ),
         "lora_unet_single_blocks_1_linear2": ("transformer", ["single_transformer_blocks.1.proj_out"]),
+        "lora_te1_text_model_encoder_layers_0_self_attn_q_proj": (
+            "text_encoder",
+            ["encoder.layers.0.self_attn.q_proj"],
+        ),
+        "lora_te1_text_model_encoder_layers_1_self_attn_out_proj": (
+            "text_encoder",
+            ["encoder.layers.1.self_attn.out_proj"],
+        ),
+        "lora_te1_text_model_encoder_layers_1_mlp_fc2": ("text_encoder", ["encoder.layers.1.mlp.fc2"]),
     },
     "flux2-klein": {
         "lora_unet_double_blocks_0_img_attn_qkv": (
@@ -111,6 +120,27 @@ def test_adapters_of_other_trainers_are_fused_where_their_names_say(models, fami
         assert sum(heights) == len(state[f"{name}.lora_up.weight"])
         for (place, layer), up in zip(layers, ups):
             changes[part, place] = (up.flatten(1) @ down.flatten(1)).view_as(layer.weight) / RANK
+    check(model, fuse(model, tmp_path / "style.safetensors", state), changes)
+
+
+OTHERS = {  # family -> names of a layer's tensors by XLabs and by DiffSynth-Studio -> the layers that take its rows
+    "flux1": (
+        "double_blocks.1.processor.qkv_lora2.{}.weight",
+        ("down", "up"),
+        [f"add_{n}_proj" for n in "qkv"],
+    ),
+    "qwen-image": ("transformer_blocks.1.attn.to_k.lora_{}.default.weight", ("A", "B"), ["to_k"]),
+}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_adapters_without_alpha_are_fused_where_diffusers_knows_their_names(models, family, tmp_path):
+    model, (name, kinds, layers) = models(family), OTHERS[family]
+    places = [f"transformer_blocks.1.attn.{layer}" for layer in layers]
+    modules = [model.modules["transformer"].get_submodule(place) for place in places]
+    down, ups = adapter(modules[0])[0], [adapter(module)[1] for module in modules]
+    changes = {("transformer", place): up @ down for place, up in zip(places, ups, strict=True)}
+    state = {name.format(kinds[0]): down, name.format(kinds[1]): torch.cat(ups)}
     check(model, fuse(model, tmp_path / "style.safetensors", state), changes)
 
 

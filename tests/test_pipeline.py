@@ -940,6 +940,8 @@ def test_an_adapter_of_diffusers_is_scaled_as_its_file_notes(tiny, tmp_path):
         (alone | {"unet.alpha_pattern": {"2.to_k": 9, "attn2.to_k": 1, "to_q": 9}}, 0.25),  # by whole names
         ({"text_encoder.lora_alpha": 8}, 1.0),
         (alone | {"unet.alpha_pattern": {"tn2.to_k": 9}}, 2.0),
+        (alone | {"unet.alpha_pattern": {f"^{layer}": 2}}, 0.5),  # as diffusers writes mixed ranks that it has read
+        (alone | {"unet.alpha_pattern": {"^attn2.to_k": 2}}, 2.0),
     ]
     for notes, share in cases:
         save_file(state, path, {"lora_adapter_metadata": json.dumps(notes)})
@@ -948,7 +950,8 @@ def test_an_adapter_of_diffusers_is_scaled_as_its_file_notes(tiny, tmp_path):
     save_file(state | {f"unet.{layer}.alpha": torch.tensor(2.0)}, path, {"lora_adapter_metadata": json.dumps(alone)})
     changed = lora.fuse_adapters(model, [str(path)]).modules["unet"].get_submodule(layer).weight
     torch.testing.assert_close(changed, before + 0.5 * up @ down)  # 2 of the tensor over a rank of 4
-    for notes in ({"unet.lora_alpha": "8"}, [], alone | {"unet.alpha_pattern": {"to_k": None}}):
+    unread = [{"to_k": None}, {"to_k|to_q": 2}, {".*to_k": 2}]  # as regular expressions they may never end
+    for notes in ({"unet.lora_alpha": "8"}, [], *(alone | {"unet.alpha_pattern": pattern} for pattern in unread)):
         save_file(state, path, {"lora_adapter_metadata": json.dumps(notes)})
         with pytest.raises(Refused, match="its lora_adapter_metadata are inconsistent"):
             lora.fuse_adapters(model, [str(path)])

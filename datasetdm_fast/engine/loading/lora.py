@@ -34,6 +34,7 @@ ENDINGS = {  # of the names of one adapter's tensors -> which of them it is
     ".lora_linear_layer.down.weight": "down",
     ".lora_linear_layer.up.weight": "up",
 }
+ROWS = re.compile(r"(lora_B|[._]up)(\.default)?\.weight$")  # of a tensor with the rows of a layer, before it is renamed
 NOTES = "lora_adapter_metadata"  # under which diffusers writes how a file's adapters are scaled
 FORM = "Give an adapter of this model's family in .safetensors, as kohya's scripts or diffusers save them."
 LARGEST_SCALE = 100.0
@@ -106,8 +107,7 @@ def _named_as_layers(state: dict[str, Tensor], model: Model, path: Path) -> dict
             FORM,
         ) from error
     rows, named_rows = (
-        sum(value.shape[0] for key, value in each.items() if _ending(key)[1] == "up" and value.ndim)
-        for each in (state, named)
+        sum(value.shape[0] for key, value in each.items() if ROWS.search(key) and value.ndim) for each in (state, named)
     )
     if rows != named_rows:
         raise Refused(f"--lora {path}: {rows - named_rows} of its {rows} rows are of layers that the model lacks", FORM)
@@ -149,6 +149,8 @@ def _notes(path: Path, networks: Iterable[str]) -> dict[str, Any]:
             documents.check_form(notes, {f"{network}.{name}": form for name, form in present.items()})
             pattern = notes.get(f"{network}.alpha_pattern") or {}
             documents.check_form(pattern, dict.fromkeys(pattern, float), f"{network}.alpha_pattern")
+            if others := [name for name in pattern if not re.fullmatch(r"\^?[\w.]+", name)]:
+                raise ValueError(f"{network}.alpha_pattern has {documents.quote(others[0])}, expected names of layers")
     except ValueError as error:
         raise Refused(f"--lora {path}: its {NOTES} are inconsistent ({error})", FORM) from error
     return notes
@@ -159,8 +161,9 @@ def _noted_scale(notes: dict[str, Any], network: str, layer: str, parts: dict[st
     alpha = notes.get(f"{network}.lora_alpha")
     if alpha is None or "alpha" in parts or "down" not in parts:
         return 1.0
-    pattern = notes.get(f"{network}.alpha_pattern") or {}  # of layers whose names end so
-    alpha = next((value for end, value in pattern.items() if f".{layer}".endswith(f".{end}")), alpha)
+    pattern = notes.get(f"{network}.alpha_pattern") or {}  # of layers whose names end so, or with ^ are so
+    names = (f".{layer}", f".^{layer}")
+    alpha = next((value for end, value in pattern.items() if any(name.endswith(f".{end}") for name in names)), alpha)
     rank = max(parts["down"].shape[0], 1)
     return alpha / (math.sqrt(rank) if notes.get(f"{network}.use_rslora") else rank)
 
@@ -175,7 +178,8 @@ def _layer(module: nn.Module, name: str, path: Path) -> nn.Module:
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"^text_model_|_0$", "", re.sub(r"\bto_out\.0\b", "to_out", name).replace(".", "_"))
+    plain = re.sub(r"^text_model_|_0$", "", re.sub(r"\bto_out\.0\b", "to_out", name).replace(".", "_"))
+    return re.sub(r"(?<=self_attn_)to_(\w+)$", r"\1_proj", plain)  # as diffusers calls those of CLIP, too
 
 
 @torch.no_grad()
