@@ -316,6 +316,21 @@ def test_a_taken_port_is_said_and_the_next_one_serves(run, capsys):
             assert serving.server_address[0] == "127.0.0.1" and f":{serving.server_port}/a%20run/" in serving.address
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems keep the port of a server that has ended")
+def test_a_page_that_is_still_open_finds_its_server_again(run):
+    with server.open_server(server.ServedRun.of_folder(run), 8765, print) as serving:
+        thread, port = threading.Thread(target=serving.serve_forever), serving.server_port
+        thread.start()
+        with socket.create_connection(("127.0.0.1", port)) as page:
+            page.sendall(f"GET /favicon.ico HTTP/1.1\r\nHost: localhost:{port}\r\nConnection: close\r\n\r\n".encode())
+            while page.recv(1000):
+                pass  # the server has closed it, whose port then waits for a minute
+        serving.shutdown()
+        thread.join()
+    with server.open_server(server.ServedRun.of_folder(run), port, print) as again:
+        assert again.server_port == port
+
+
 def test_a_run_in_progress_has_a_page_and_is_not_disturbed(tmp_path, capsys):
     path = tmp_path / "run"
     with RunFolder(path, document(6, 32)) as folder:

@@ -12,6 +12,7 @@ import re
 import shutil
 import struct
 import time
+import tracemalloc
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -2428,6 +2429,19 @@ def in_train(root: Path, *left: str) -> None:
     (root / "train").mkdir()
     for entry in entries:
         entry.rename(root / "train" / entry.name)
+
+
+def test_a_thing_of_many_shapes_takes_the_memory_of_few():
+    source = SimpleNamespace(thing_classes=("mug",))
+    masks = [shapes.box((k, k, k + 9, k + 9), (1000, 1000)) for k in range(60)]
+    outlines = [("mug", "1", lambda mask=mask: mask) for mask in masks]
+    (union,) = shapes.OutlineSource.draw(source, "a.json", "", outlines).masks
+    tracemalloc.start()
+    try:
+        made, (_, peak) = union(), tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (made == np.any([mask() for mask in masks], axis=0)).all() and peak < 10 * made.nbytes
 
 
 def test_classes_of_labelme_have_the_order_of_a_list_beside_the_splits(copied):

@@ -61,7 +61,8 @@ class RunServer(ThreadingHTTPServer):
     """Serves a run on this machine's own address, below /NAME/, and another below /against/NAME/."""
 
     daemon_threads = True
-    allow_reuse_address = False  # or a port that another server holds would seem to be free
+    # so that an open page finds the server again; elsewhere a port that another server holds would seem to be free
+    allow_reuse_address = sys.platform == "linux"
 
     def __init__(self, run: ServedRun, port: int, against: ServedRun | None = None):
         self.run = run

@@ -6,7 +6,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -174,4 +174,4 @@ def is_thing(name: str) -> bool:
 
 
 def _union(masks: Sequence[Mask]) -> np.ndarray:
-    return np.any([mask() for mask in masks], axis=0)
+    return reduce(np.logical_or, (mask() for mask in masks))  # one at a time, as a thing may have thousands
