@@ -1086,6 +1086,13 @@ def test_pictures_of_a_call_have_seeds_one_after_another():
     assert stub([]).samples == [] and stub.label([]).samples == []
 
 
+def test_what_is_told_of_samples_made_with_numbers_of_numpy_is_plain_json(recwarn):
+    numbers = {"steps": np.int64(3), "guidance": np.float32(2.5), "seeds": np.array([7])}
+    (entry,) = Pipeline(StubEngine(tasks=("depth",)))(["a ball"], **numbers).meta
+    stored = json.loads(json.dumps(entry))
+    assert (stored["steps"], stored["guidance"], stored["seed"]) == (3, 2.5, 7) and not recwarn.list
+
+
 def test_the_noise_of_each_picture_of_a_batch_is_that_of_its_own_seed(monkeypatch):
     engine, seen = StubEngine(tasks=("depth",)), []
     engine.decoders["depth"].config = replace(engine.decoders["depth"].config, capture_timestep=500)

@@ -434,7 +434,7 @@ class Pipeline:
         if "combine" in choices:
             choices["combine"] = _several("combine", choices["combine"], "combinations")
         check_choices(**{name: choices[name] for name in ("ask", "ignore", "parity") if name in choices})
-        check_numbers(**{name: choices[name] for name in LEAST_SETTINGS if name in choices})
+        choices |= check_numbers(**{name: choices[name] for name in LEAST_SETTINGS if name in choices})
         recipe = make_recipe(self.engine, tasks, classes=words, **choices)
         words = recipe.words or prompt_words(self.engine, tasks, words)
         facts = {**recipe.facts, "engine": dict(self.engine.fingerprint()), "model": self.engine.model.name}

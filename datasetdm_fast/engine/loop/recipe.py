@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -433,14 +433,17 @@ def check_choices(**values: str) -> None:
             raise Refused(f"{_flag(name)} {value}: not one of {', '.join(CHOICES[name])}", "Choose one of these.")
 
 
-def check_numbers(**values: float) -> None:
-    """Refuses a setting that is no number, below its least value in LEAST_SETTINGS, or too large."""
+def check_numbers(**values: float) -> dict[str, float]:
+    """The settings as plain numbers; one that is no number, below its least value in LEAST_SETTINGS, or too large is
+    refused.
+    """
     for name, value in values.items():
         kind, form = (Integral, "whole number") if isinstance(LEAST_SETTINGS[name], int) else (Real, "number")
-        least, most = LEAST_SETTINGS[name], LARGEST_GUIDANCE if name == "guidance" else sys.float_info.max
+        least, most = LEAST_SETTINGS[name], math.inf if kind is Integral else LARGEST_GUIDANCE
         if not (isinstance(value, kind) and least <= value <= most):
-            bounds = f"from {least:g} to {most}" if name == "guidance" else f"of {least} or more"
+            bounds = f"of {least} or more" if kind is Integral else f"from {least:g} to {most}"
             raise Refused(f"{_flag(name)} {_quote(value)}: expected a {form} {bounds}", "Choose another number.")
+    return {name: type(LEAST_SETTINGS[name])(value) for name, value in values.items()}  # also of numpy
 
 
 def check_batch_size(batch_size: int) -> None:
