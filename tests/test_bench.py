@@ -10,12 +10,14 @@ import time
 import venv
 import zipfile
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from rendered import document, rendered
 from skips import long_test
 
 from bench import __main__ as bench
@@ -28,8 +30,10 @@ from bench.peers.engine import EnginePeer
 from bench.peers.samples import samples_of
 from bench.probe import calls, forms
 from bench.report import report, results
-from bench.rows import alone, layers, peers, race, scale
+from bench.rows import alone, layers, peers, race, scale, sharded
+from datasetdm_fast import open_run
 from datasetdm_fast.command_line.ending import run_command
+from datasetdm_fast.command_line.run_settings import complete_settings, read_spec
 from datasetdm_fast.data import Request
 from datasetdm_fast.engine.engines import device
 from datasetdm_fast.engine.engines.device import engine_call
@@ -38,6 +42,10 @@ from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import native, plain
+from datasetdm_fast.runs.gallery.page import finish_run
+from datasetdm_fast.runs.run_folder.folder import RunFolder
+from datasetdm_fast.runs.workers.shard_worker import ShardRank, ShardWorker, work_on_shards
+from datasetdm_fast.runs.workers.worker import Callbacks
 
 pytestmark = pytest.mark.usefixtures("tiny_has_one_layer")
 
@@ -295,6 +303,26 @@ def test_the_generation_loop_alone_is_timed_and_holds_its_memory(monkeypatch):
     assert runs[0]["ms"]["engine"] > 0  # which may have made all images before the writer is done with the first 16
     assert scenes["written"] >= scale.SCENE_COUNT and scenes["images_per_second"] > 0 and scenes["core_ms"] > 0
     assert disk["commit_ms"] > 0 and disk["files"] == 4  # image, semantic, confidence, depth
+
+
+def test_copied_samples_fill_a_run_in_shards_that_readers_open(tmp_path, monkeypatch):
+    labels = sharded.SMALL["task"]
+    told = document(2, 64, image_format="jpg")
+    told["config"] |= {"task": list(labels)}
+    with RunFolder(tmp_path / "base", told) as folder:
+        made = [rendered(k, 64) for k in range(2)]
+        folder.add([replace(one, annotations={task: one.annotations[task] for task in labels}) for one in made], {})
+        finish_run(folder)
+    monkeypatch.setattr(ShardWorker, "_encode_samples", None)
+    monkeypatch.setattr(sharded.shard_worker, "check_room", None)
+    sharded.copy_samples(str(tmp_path / "base"))
+    config = complete_settings(sharded.config_of(tmp_path / "run", 7, 4), {"out", "task"})
+    place = sharded.shard_place(str(tmp_path / "run"))
+    work_on_shards(replace(read_spec(config), may_mix=False), place, ShardRank(), Callbacks())
+    run, first = open_run(tmp_path / "run"), open_run(tmp_path / "base")[0]
+    assert [sample.id for sample in run] == [f"{k:08d}" for k in range(7)]
+    assert run[6].read("semantic") == first.read("semantic") and run[6].row.labels == first.row.labels
+    assert sharded.read(str(tmp_path / "run"), 7)["reader_mib"] > 0
 
 
 def test_more_than_the_ranks_could_make_fails_its_row(monkeypatch):

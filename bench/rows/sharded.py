@@ -57,8 +57,8 @@ def copy_samples(base: str) -> None:
     run = open_run(base)
     real = [(sample.row, {role: sample.read(role) for role in sample.row.files}) for sample in run]
 
-    def copies(worker: shard_worker.ShardWorker, shard: int, first: int, stop: int) -> Iterator[shard_worker.Encoded]:
-        for index in range(first, stop):
+    def copies(worker: shard_worker.ShardWorker, indices: Sequence[int]) -> Iterator[shard_worker.Encoded]:
+        for index in indices:
             row, contents = real[index % len(real)]
             worker.claims.renew()
             yield renumber(row, index), contents
@@ -70,7 +70,9 @@ def copy_samples(base: str) -> None:
 def renumber(row: Row, index: int) -> Row:
     """The row as that of another sample."""
     request = replace(row.request, index=index, seed=index)
-    files = {role: (path.replace(row.request.id, request.id), stored) for role, (path, stored) in row.files.items()}
+    files = {
+        role: file._replace(path=file.path.replace(row.request.id, request.id)) for role, file in row.files.items()
+    }
     return replace(row, request=request, files=files)
 
 
