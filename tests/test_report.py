@@ -181,6 +181,16 @@ def test_a_failed_row_says_so_everywhere(document):
     assert [line for line in red if line.startswith(tables.RED)] == [line for line in red if "FAILED: " in line] != []
 
 
+def test_a_race_that_ended_before_its_first_turn_is_reported_without_times(document):
+    """Its peers are prepared, and their rows stored, before any of them is timed."""
+    rows = document["parts"]["peers"]["rows"]
+    ours = next(row for row in rows if row["peer"] == "ours")
+    for name in ("seconds_per_image", "images_per_second", "tflops", "ours_over", "share_of_products"):
+        ours.pop(name, None)
+    assert ours["title"] in report.terminal(document) and f">{ours['title']}<" not in charts.peers(document)
+    assert report.paper({"gpu": document}, "charts") == report.NO_GPU
+
+
 @pytest.mark.parametrize("name", [name for name, measurement in MEASUREMENTS.items() if measurement.charts])
 def test_charts_are_well_formed_and_follow_the_scheme(name, document):
     (drawn,) = report.drawn(document)[name].values()

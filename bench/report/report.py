@@ -272,7 +272,7 @@ def paper(found: Documents, charts: str) -> str:
     """What many GPUs would need, computed from the costs that were measured."""
     cpu = found.get("cpu") or found["gpu"]
     raced = rows_of(found["gpu"], "peers") if "gpu" in found else []
-    rate = next((row["images_per_second"] for row in raced if row["peer"] == OURS and row["status"] == "ok"), None)
+    rate = next((row.get("images_per_second") for row in raced if row["peer"] == OURS and row["status"] == "ok"), None)
     if rate is None:
         return NO_GPU
     device = found["gpu"]["machine"]["device"]
