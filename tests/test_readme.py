@@ -91,7 +91,7 @@ def test_the_library_example_runs_as_it_stands(tmp_path, monkeypatch):
     (example,) = blocks((ROOT / "docs" / "five-thousand.md").read_text(encoding="utf-8"), "python")
     exec(example.replace("runs/street", "runs/demo"), names)
     assert all(len(one["boxes"]) == len(one["masks"]) == len(one["labels"]) > 0 for one in names["targets"])
-    names["things"][0]["boxes"] = names["things"][0]["boxes"][:0]  # as many targets as images, also of one without things
+    names["things"][0]["boxes"] = names["things"][0]["boxes"][:0]  # of an image without things
     exec(next(line for line in example.splitlines() if line.startswith("targets")), names)
     assert len(names["targets"]) == len(names["images"]) == 4
     example, _ = blocks((ROOT / "docs" / "library.md").read_text(encoding="utf-8"), "python")

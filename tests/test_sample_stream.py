@@ -226,6 +226,19 @@ def test_pairs_are_transformed_and_prompts_of_a_share_follow_its_samples(monkeyp
     assert [(depth.ndim, image.ndim) for depth, image in stream] == [(2, 3)] * 2
 
 
+def test_negative_prompts_follow_the_prompts_in_every_share_and_epoch():
+    asked, pipeline = [], stub()
+    pipeline.stream = lambda prompts, *, negative_prompt, **_: asked.append(list(zip(prompts, negative_prompt))) or ()
+    stream = SampleStream(pipeline, ("a", "b", "c"), "depth", number=5, negative_prompt=iter(["A", "B", "C"]))
+    for epoch in (0, 1):
+        stream.set_epoch(epoch)
+        with pytest.raises(GateFailed):
+            list(stream._make_samples(1, 2))
+    assert asked == [[("b", "B"), ("a", "A")], [("a", "A"), ("c", "C")]]
+    with pytest.raises(Refused, match="negative_prompt: 1 were given for 2 prompts"):
+        SampleStream(pipeline, ("a", "b"), "depth", negative_prompt=["A"])
+
+
 def test_a_process_that_was_forked_opens_an_engine_of_its_own(monkeypatch):
     opened, process = [], [7]
     monkeypatch.setattr(sample_stream.os, "getpid", lambda: process[0])

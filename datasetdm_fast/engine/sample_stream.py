@@ -28,11 +28,11 @@ POLL_SECONDS = 0.1  # in which a thread whose samples nobody reads any more ends
 class SampleStream(SharedDataset):
     """Pairs of image and label, as `Run.as_dataset` gives them, each made shortly before it is read.
 
-    Sample k has the seed `seed` + k and the prompt k of `prompts`, which repeat; every rank and loader worker makes its
-    own share of them, `prefetch` samples ahead in a thread. `number` is the length of an epoch over all shares, 0 means
-    no end; with `trusted`, doubtful samples do not count and others are made in their place. `pipeline` is a Pipeline,
-    or a function that opens one, as the worker processes of a DataLoader need it. Other choices are those of
-    `Pipeline.stream`.
+    Sample k has the seed `seed` + k and the prompt k of `prompts`, which repeat, and so do negative prompts of each;
+    every rank and loader worker makes its own share of them, `prefetch` samples ahead in a thread. `number` is the
+    length of an epoch over all shares, 0 means no end; with `trusted`, doubtful samples do not count and others are
+    made in their place. `pipeline` is a Pipeline, or a function that opens one, as the worker processes of a DataLoader
+    need it. Other choices are those of `Pipeline.stream`.
     """
 
     def __init__(
@@ -52,6 +52,13 @@ class SampleStream(SharedDataset):
             raise Refused("prompts: expected a sequence of texts", "Write (prompt,) for one.")
         if number < 0 or prefetch < 1:
             raise Refused(f"number {number}, prefetch {prefetch}: expected at least 0 and 1", "Choose other numbers.")
+        if not isinstance(negatives := choices.get("negative_prompt"), str | None):
+            choices["negative_prompt"] = negatives = list(negatives)
+            if len(negatives) != len(prompts):
+                raise Refused(
+                    f"negative_prompt: {len(negatives)} were given for {len(prompts)} prompts",
+                    "Give one, or one per prompt.",
+                )
         self.prompts, self.task, self.number, self.seed = prompts, task, number, seed
         self.trusted, self.prefetch, self.transform, self.choices = trusted, prefetch, transform, choices
         self.epoch = 0
@@ -136,9 +143,14 @@ class SampleStream(SharedDataset):
             return
         first = self.epoch * self.number * tries + share
         indices = list(range(first, first + requested * tries * shares, shares)) if requested else None
-        prompts = (self.prompts[k % len(self.prompts)] for k in indices or count(first, shares))
-        seeds = (self.seed + k for k in indices or count(first, shares))
-        stream = self.pipeline.stream(prompts, seeds=seeds, tasks=self._tasks, **self.choices)
+
+        def of_each(texts: Sequence[str]) -> Iterator[str]:
+            return (texts[k % len(texts)] for k in indices or count(first, shares))
+
+        choices, seeds = dict(self.choices), (self.seed + k for k in indices or count(first, shares))
+        if isinstance(negatives := choices.get("negative_prompt"), list):
+            choices["negative_prompt"] = of_each(negatives)
+        stream = self.pipeline.stream(of_each(self.prompts), seeds=seeds, tasks=self._tasks, **choices)
         passing = (sample for sample in stream if not (self.trusted and sample.is_doubtful))
         number = 0
         for sample in islice(passing, requested):
