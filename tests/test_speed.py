@@ -21,6 +21,7 @@ from stub_engine import StubEngine
 from datasetdm_fast import generate
 from datasetdm_fast.config import EXACT, USUAL_SAMPLER
 from datasetdm_fast.data import DepthMap, Keypoints, Quarantined, Request, Sample, Trust
+from datasetdm_fast.engine.decoders.config import SD1_LEVELS
 from datasetdm_fast.engine.engines import build_engine, device
 from datasetdm_fast.engine.engines.fast import FastEngine
 from datasetdm_fast.engine.engines.fast.joint import JointEngine
@@ -60,6 +61,15 @@ def test_a_recipe_that_keeps_other_calls_breaks_its_promise(wrong):
     speed_gate.check_promise(SimpleNamespace(**vars(recipe) | {"cached": {4, 7, 8}}))
     with pytest.raises(GateFailed, match="not every third call is whole"):
         speed_gate.check_promise(SimpleNamespace(**vars(recipe) | {"cached": wrong}))
+
+
+def test_a_recipe_whose_labels_are_all_read_from_attention_keeps_its_promise():
+    """No decoder captures any of its calls."""
+    engine = StubEngine(64)
+    engine.model.levels, engine.model.defaults = SD1_LEVELS, replace(engine.model.defaults, steps=50)
+    recipe = make_recipe(engine, ("attention",), classes=("ball",), speed="fast25")
+    assert recipe.captured == () and len(recipe.schedule) == 25
+    speed_gate.check_promise(recipe)
 
 
 def test_inner_calls_are_all_but_the_ends_and_the_captured_ones():
