@@ -206,6 +206,20 @@ def test_an_orange_is_a_fruit_before_a_word_that_ends_its_phrase():
     assert not lacking and find_classes("an orange table", ("orange",)) == ()
 
 
+def test_classes_are_found_in_their_order_and_read_once_however_many_there_are():
+    class Names(list):
+        times = 0
+
+        def __iter__(self):
+            self.times += 1
+            return super().__iter__()
+
+    names = Names(["cube", "ball", "mouse", "cube"])
+    assert find_classes("mice and a ball on a cube", names) == ("cube", "ball", "mouse")
+    names.times = 0
+    assert find_classes("a mouse", names) == ("mouse",) and names.times == 1  # of 13,000 it took 5 ms a prompt
+
+
 def test_an_own_table_goes_before_ours():
     own = class_tables.parse("name,say,words\nvehicle,,car | lorry\ncat,house cat,\n,,toy car\n")
     assert own.other == ("toy car",)

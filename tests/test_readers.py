@@ -1051,6 +1051,16 @@ def test_categories_of_one_name_are_refused(copied):
         open_data(address, SIZE, tasks=["instance"])
 
 
+def test_many_categories_are_compared_by_name_at_once(tmp_path):
+    annotations = object.__new__(coco.Annotations)
+    annotations.path, annotations.rows = tmp_path / "a.json", {name: [] for name in ("id", "image", "category")}
+    annotations.images, annotations.categories = {}, {k: f"kind{k}" for k in range(15_000)}
+    annotations.parents = dict.fromkeys(annotations.categories)
+    begin = time.process_time()
+    annotations._check_ids()
+    assert time.process_time() - begin < 1  # 0.02 s; each with each takes 7 s
+
+
 @pytest.mark.parametrize("place", ["", "images"])
 def test_files_of_coco_find_the_pictures_of_their_year(copied, place):
     root, address = copied("coco")

@@ -168,7 +168,8 @@ class TrainingSession:
     def _named_classes(self, classes: Sequence[str]) -> tuple[str, ...]:
         """The classes that a decoder predicts only where a prompt names them."""
         table, source, by_name = self.source.class_table, self.source, self.recipe_settings.by_name
-        things = [name for name in classes if name in source.thing_classes]
+        known = {*source.thing_classes}
+        things = [name for name in classes if name in known]
         if by_name == "no" or self.view_settings.captions == "none" or not things:
             return ()
         if source.captions_name_all:

@@ -270,6 +270,7 @@ class ClassMatcher:
 
     def __init__(self, classes: Sequence[str], table: ClassTable | None = None):
         self.classes = tuple(classes)
+        self.places = {name: place for place, name in enumerate(dict.fromkeys(classes))}
         words, other = look_up(self.classes, table)
         # first token -> phrases that begin with it -> class index, if it means a class; whether it is an adjective too
         self._phrases: dict[str, dict[tuple[str, ...], tuple[tuple[int, ...], bool]]] = {}
@@ -315,8 +316,8 @@ matcher = lru_cache(maxsize=64)(ClassMatcher)
 
 def find_classes(prompt: str, classes: Sequence[str], table: ClassTable | None = None) -> tuple[str, ...]:
     """The classes a prompt names, in the order of `classes`: by name, plural, or a word that means the class."""
-    named = matcher(tuple(classes), table).spans(prompt)
-    return tuple(name for name in dict.fromkeys(classes) if name in named)
+    phrases = matcher(tuple(classes), table)
+    return tuple(sorted(phrases.spans(prompt), key=phrases.places.__getitem__))
 
 
 def count_named(prompt: str, classes: Sequence[str], table: ClassTable | None = None) -> dict[str, int]:

@@ -4,6 +4,7 @@ lvis:PATH[SPLIT]: LVIS v1 annotations over COCO's images.
 
 import math
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -102,7 +103,7 @@ class Annotations:
     def _check_ids(self) -> None:
         """Annotations of unknown categories make their image bad; an unknown image or what occurs twice is refused."""
         names = [self.categories[category] for category in self.shown_categories]
-        if repeated := next((name for name in names if names.count(name) > 1), ""):
+        if repeated := next((name for name, number in Counter(names).items() if number > 1), ""):
             raise reading.bad(self.path, f"the category {documents.quote(repeated)} occurs twice")
         ids = np.sort(self.rows["id"])
         if len(twice := ids[1:][ids[1:] == ids[:-1]]):
