@@ -1,5 +1,7 @@
 """The three exceptions with which a command ends; each carries the cause, the remedy and the exit code."""
 
+import errno
+import os
 import re
 import shlex
 from collections.abc import Collection, Iterator, Mapping
@@ -41,8 +43,9 @@ class GateFailed(Stop, RuntimeError):
 
 
 def is_out_of_ram(error: BaseException) -> bool:
-    """Whether the machine's memory ran out, for Python, NumPy or PyTorch, which raises a RuntimeError."""
-    return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+    """Whether the machine's memory ran out, for Python, NumPy or PyTorch, which raises a RuntimeError, or a mapping."""
+    texts = ("DefaultCPUAllocator", os.strerror(errno.ENOMEM))
+    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
 
 
 def quote(path: object) -> str:

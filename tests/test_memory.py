@@ -1,12 +1,14 @@
 """Batches that fit, and the forms of operations a device is given."""
 
 import gc
+import mmap
 import os
 import resource
 import subprocess
 import sys
 import weakref
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -82,11 +84,11 @@ def test_memory_that_runs_out_elsewhere_is_no_bug_either(capsys):
     assert "GPU does not have enough memory\nChoose a smaller --batch-size" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("allocate", [torch.empty, np.empty])
+@pytest.mark.parametrize("allocate", [torch.empty, np.empty, partial(mmap.mmap, -1)], ids=["torch", "numpy", "mmap"])
 def test_memory_of_the_machine_that_runs_out_is_no_bug(allocate, capsys):
     assert run_command(lambda _: int(allocate(2**50)[0]), []) == 3
     assert capsys.readouterr().err.startswith("memory: the machine does not have enough memory\nChoose a smaller ")
-    with pytest.raises((RuntimeError, MemoryError)) as error:
+    with pytest.raises((RuntimeError, MemoryError, OSError)) as error:
         allocate(2**50)
     assert memory.is_out_of_memory(error.value)
 
@@ -95,6 +97,7 @@ def test_the_bench_knows_both_ways_in_which_memory_runs_out():
     with pytest.raises(Missing) as stop:
         memory.halve_until_fits(Memory(0).run, 1, Memory(0).forget)
     assert memory.is_out_of_memory(stop.value) and memory.is_out_of_memory(torch.OutOfMemoryError())
+    assert memory.is_out_of_memory(RuntimeError("unable to mmap 8 bytes from file <a>: Cannot allocate memory (12)"))
     assert not memory.is_out_of_memory(ValueError("memory"))
 
 
