@@ -847,6 +847,24 @@ def test_a_tracker_that_is_missing_or_has_no_network_is_named(run, monkeypatch, 
     assert closed == ["mlflow"]
 
 
+def test_a_tracker_that_fails_later_is_told_once_and_costs_no_training(monkeypatch, tmp_path, capsys):
+    from datasetdm_fast.training import log
+
+    def refuse(*_, **__):
+        raise ConnectionError("the server is gone")
+
+    told: list[int] = []
+    trackers = {"mlflow": log.Tracker(refuse, refuse), "wandb": log.Tracker(lambda _, step: told.append(step), refuse)}
+    for name, tracker in trackers.items():
+        monkeypatch.setitem(log.TRACKERS, name, lambda folder, done, tracker=tracker: tracker)
+    with log.Log(tmp_path, 0, ["mlflow", "wandb"]) as opened:
+        for step in (1, 2):
+            opened.step(step, 2, 0.5, 0.1)
+    assert told == [1, 2] and len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
+    words = "it takes no more figures, log.jsonl has them (ConnectionError: the server is gone)"
+    assert capsys.readouterr().err == f"--log mlflow: {words}\n--log wandb: {words}\n"
+
+
 def test_a_log_goes_on_after_the_last_kept_step(tmp_path):
     from datasetdm_fast.training.log import Log
 

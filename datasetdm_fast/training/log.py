@@ -5,6 +5,7 @@ Where trackers write or send, and with which account, is decided by their own se
 
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -22,6 +23,13 @@ MOST_STEPS = 5000  # lines of losses a training writes at most
 LARGEST_LOG = 2**28  # bytes
 
 
+class Tracker(NamedTuple):
+    """How a run of a library is told figures by their names, at a `step`, and how it ends."""
+
+    log: Callable[..., Any]
+    close: Callable[[], Any]
+
+
 class Log(AbstractContextManager):
     """Appends to the log of a folder, after it removed the lines of steps after `done`."""
 
@@ -32,7 +40,7 @@ class Log(AbstractContextManager):
         storage.publish({self.path: b"".join(line + b"\n" for line in before)})
         with storage.refusing(self.path):
             self._file = storage.syscall("open", open, self.path, "a")
-        self._trackers: list[Tracker] = open_trackers(trackers, folder, done)
+        self._trackers = open_trackers(trackers, folder, done)
 
     def step(self, step: int, steps: int, loss: float, rate: float) -> None:
         """The loss and the learning rate of a step of `steps`."""
@@ -46,15 +54,24 @@ class Log(AbstractContextManager):
         with storage.refusing(self.path):
             storage.syscall("write", self._file.write, json.dumps(values) + "\n")
             self._file.flush()
-        for tracker in self._trackers:
-            shown = {name: value for name, value in values.items() if name not in ("step", "seconds")}
-            tracker.log(shown, step=values["step"])
+        shown = {name: value for name, value in values.items() if name not in ("step", "seconds")}
+        for name in list(self._trackers):
+            self._tell(name, lambda tracker: tracker.log(shown, step=values["step"]))
+
+    def _tell(self, name: str, call: Callable[[Tracker], Any]) -> None:
+        """Calls a tracker; one that fails is left out from then on, as its connection is worth no training."""
+        try:
+            call(self._trackers[name])
+        except Exception as error:  # their libraries raise nearly anything
+            del self._trackers[name]
+            cause = documents.one_line(f"{type(error).__name__}: {error}")
+            print(f"--log {name}: it takes no more figures, {NAME} has them ({cause})", file=sys.stderr)
 
     def __exit__(self, *_: object) -> None:
         with storage.refusing(self.path):
             self._file.close()
-        for tracker in self._trackers:
-            tracker.close()
+        for name in list(self._trackers):
+            self._tell(name, lambda tracker: tracker.close())
 
 
 def _step(line: bytes) -> float:
@@ -66,13 +83,6 @@ def _step(line: bytes) -> float:
 
 
 PROJECT = "datasetdm_fast"
-
-
-class Tracker(NamedTuple):
-    """How a run of a library is told figures by their names, at a `step`, and how it ends."""
-
-    log: Callable[..., Any]
-    close: Callable[[], Any]
 
 
 def open_tensorboard(folder: Path, done: int) -> Tracker:
@@ -126,14 +136,14 @@ def check_trackers(names: Sequence[str]) -> None:
             raise Missing(f"--log {name}: {name} is not installed", f"pip install {name}, or drop it from --log.")
 
 
-def open_trackers(names: Sequence[str], folder: Path, done: int) -> list[Tracker]:
+def open_trackers(names: Sequence[str], folder: Path, done: int) -> dict[str, Tracker]:
     """The trackers of a training in a folder that has done so many steps; one that cannot begin is named."""
-    trackers: list[Tracker] = []
+    trackers: dict[str, Tracker] = {}
     for name in names:
         try:
-            trackers.append(TRACKERS[name](folder, done))
+            trackers[name] = TRACKERS[name](folder, done)
         except Exception as error:  # their libraries raise nearly anything without a network or an account
-            for tracker in trackers:
+            for tracker in trackers.values():
                 tracker.close()
             cause = f"--log {name}: it cannot begin a run ({documents.one_line(f'{type(error).__name__}: {error}')})"
             raise Missing(cause, f"Set {name} up, or drop it from --log; log.jsonl is written in any case.") from error
