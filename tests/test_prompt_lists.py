@@ -37,6 +37,15 @@ def rows(path):
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
+def test_the_lists_of_the_recipes_have_a_prompt_for_each_image():
+    page = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    found = re.findall(r"`--set (\S+) --per-class (\d+)` \| ([\d,]+)", page)
+    assert len(found) == 8
+    for name, each, images in found:
+        made, number = int(each) * len(open_grammar(name).classes), int(images.replace(",", ""))
+        assert number <= made <= 1.01 * number, name
+
+
 # The grammar ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", ["voc", "coco", "cityscapes", "deepfashion"])
 def test_a_class_has_500_different_sentences_that_name_it_and_no_other(name):
