@@ -19,7 +19,7 @@ from rendered import document, write_run
 from rendered import rendered as render
 
 from datasetdm_fast import audit as command
-from datasetdm_fast import gallery, split
+from datasetdm_fast import drop, gallery, split
 from datasetdm_fast.data import Quarantined, Request
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
@@ -27,7 +27,7 @@ from datasetdm_fast.runs.compositions.composition import Source
 from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.run_folder import audit
 from datasetdm_fast.runs.run_folder import folder as run_folder
-from datasetdm_fast.runs.run_folder.document import DOCUMENT, LEDGER, read_document
+from datasetdm_fast.runs.run_folder.document import DOCUMENT, DROPPED, LEDGER, read_document
 from datasetdm_fast.runs.run_folder.folder import SEAL, THIS, RunFolder, encode_seal, note
 from datasetdm_fast.runs.run_folder.ledger import Ledger
 
@@ -188,6 +188,16 @@ def test_a_run_that_goes_on_is_whole_so_far(tmp_path, capsys):
         assert audit.audit(tmp_path / "run").findings == []  # while it is being written
     assert command.main([str(tmp_path / "run")]) == 0
     assert "whole, 1 of 3 samples (1 still to be made)" in capsys.readouterr().out
+
+
+def test_damaged_files_of_dropped_samples_are_found(spoilt):
+    assert drop.main([str(spoilt), "1", "2", "--quiet"]) == 0 and places(spoilt) == []
+    hit = [f"{DROPPED}images/00000001.png", f"{DROPPED}semantic/00000002.png"]
+    (spoilt / hit[0]).write_bytes(b"no picture")
+    (spoilt / hit[1]).unlink()
+    assert places(spoilt) == hit and "leave 00000002 dropped" in audit.audit(spoilt).findings[1].remedy
+    shutil.rmtree(spoilt / DROPPED)
+    assert places(spoilt) == []
 
 
 def test_dropped_samples_are_not_still_to_be_made(monkeypatch, capsys):

@@ -63,7 +63,7 @@ from datasetdm_fast.runs.run_folder.shards import (
     write_tar,
 )
 from datasetdm_fast.runs.run_settings import RunConfig
-from datasetdm_fast.runs.workers import shard_worker, spawn
+from datasetdm_fast.runs.workers import claims, shard_worker, spawn
 from datasetdm_fast.runs.workers.devices import Place
 from datasetdm_fast.runs.workers.shard_worker import ShardRank, work_on_shards
 from datasetdm_fast.runs.workers.worker import Callbacks
@@ -879,6 +879,10 @@ def test_the_command_resumes_and_reports(alone, tmp_path, capsys):
     told = capsys.readouterr()
     facts = json.loads(told.out)
     assert facts["complete"] and (facts["done"], facts["made"]) == (SAMPLES, 16) and "nothing to do" not in told.err
+    assert "images     16 of 26" in told.err
+    claim = tmp_path / "run" / "claims" / "00003"  # of a process that was killed before it had removed it
+    claim.write_text(json.dumps({"host": claims.host(), "process": 1 << 40, "deaths": 0}))
+    (tmp_path / "run" / "manifest" / f".00003.json.{1 << 40}{10**8}.part").write_text("{")
     assert generate.main([*LINE[:-1], "--out", out]) == 0 and "nothing to do" in capsys.readouterr().err
     assert tree(tmp_path / "run") == tree(alone)
 

@@ -12,7 +12,7 @@ from datasetdm_fast.command_line.run_settings import check_judged
 from datasetdm_fast.config import EXACT
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.agreement.admission import Screen, admit_job
-from datasetdm_fast.runs.jobs.job import build_job
+from datasetdm_fast.runs.jobs.job import Job, build_job
 from datasetdm_fast.runs.jobs.run import tries_half
 from datasetdm_fast.runs.jobs.writing import result_of
 from datasetdm_fast.runs.run_folder.document import DOCUMENT, grows, pretty
@@ -60,9 +60,8 @@ def generate_shards(config: RunConfig, spec: RunSpec, peer: LaunchedProcess | No
     elif document is None:
         _begin(config, spec, place)
     with interruption, ImageProgress(max(spec.number - ledger.made, 0), config.quiet) as progress:
-        callbacks = Callbacks(
-            run_report.describe_start, progress.print, on_commit, is_stopping=interruption.is_stopping
-        )
+        describe = partial(_describe_start, ledger.made)
+        callbacks = Callbacks(describe, progress.print, on_commit, is_stopping=interruption.is_stopping)
         if workers.cluster:
             run_on_cluster(workers, spec, place, callbacks)
         elif places:
@@ -76,6 +75,11 @@ def generate_shards(config: RunConfig, spec: RunSpec, peer: LaunchedProcess | No
     if is_reporting:
         _report(config, spec, ledger, made, begin, resume_with)
     return interruption.exit_code
+
+
+def _describe_start(done: int, job: Job) -> list[str]:
+    """What a job is about to make where shards of so many samples are there."""
+    return run_report.describe_start(replace(job, done=done))
 
 
 def _begin(config: RunConfig, spec: RunSpec, place: ShardPlace) -> None:

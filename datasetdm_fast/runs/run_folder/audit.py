@@ -175,6 +175,7 @@ def _audit(
         files, total = files + len(row.files), total + sum(file.stored.size for file in row.files.values())
         on_progress(k, samples)
     findings += _check_strangers(folder, _product_folders(document), known)
+    findings += _check_dropped(folder, ledger)
     counts = (number, done, len(quarantined), files, total)
     return Report(str(folder), *counts, findings, ledger.count_dropped(), tuple(damaged))
 
@@ -268,6 +269,15 @@ def _check_strangers(folder: Path, folders: Iterable[str], known: set[str]) -> I
             yield Finding(
                 inside, "no sample of the ledger has this file", "Delete it, or move it out of the run folder."
             )
+
+
+def _check_dropped(folder: Path, ledger: Ledger) -> Iterator[Finding]:
+    """Files of dropped samples that `restore` would not bring back, unless somebody deleted all of them."""
+    for row in ledger.dropped_rows() if (folder / DROPPED).is_dir() else ():
+        for name, stored in row.files.values():
+            if (current := storage.sha256_of(folder / DROPPED / name)) != stored.sha256:
+                remedy = f"Restore the file from a copy, or leave {row.request.id} dropped."
+                yield Finding(DROPPED + name, CHANGED if current else MISSING, remedy)
 
 
 def _check_samples(folder: Path, document: Mapping[str, Any], rows: Sequence[Row]) -> list[tuple[Row, list[Finding]]]:

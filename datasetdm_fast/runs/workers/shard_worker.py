@@ -51,7 +51,7 @@ from datasetdm_fast.runs.run_folder.shards import (
     write_tar,
 )
 from datasetdm_fast.runs.run_settings import RunSpec
-from datasetdm_fast.runs.workers.claims import Claims
+from datasetdm_fast.runs.workers.claims import Claims, read_claims
 from datasetdm_fast.runs.workers.worker import Callbacks
 from datasetdm_fast.untrusted import documents
 
@@ -89,6 +89,7 @@ def open_shards(spec: RunSpec, place: ShardPlace) -> Job:
         ledger = ShardLedger(place, shard_size(merged.document["config"]), number=merged.plan.number)
         check_rows(merged, ledger.rows(DONE, QUARANTINED, parts=()))
         ledger.remove_short()
+        place.remove_parts(DOCUMENT)
         place.replace(DOCUMENT, pretty(merged.document))
     return merged
 
@@ -148,6 +149,9 @@ class ShardWorker:
                     yield count
             if not made:
                 time.sleep(SECONDS_BETWEEN_TRIES)
+        for shard in read_claims(self.place):  # of processes that were killed once they had made it
+            if self.claims.take(shard):
+                self.claims.release(shard)
 
     def _missing(self) -> list[int]:
         done = {name.removesuffix(".json") for name in self.place.names(MANIFEST)}
