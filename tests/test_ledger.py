@@ -692,6 +692,19 @@ def test_two_writers_are_refused(tmp_path):
         RunFolder(tmp_path / "run", document(1))
 
 
+def test_a_run_that_another_process_begins_or_lets_grow_meanwhile_stays_as_it_is(tmp_path):
+    for number in (2, 4, 4):
+        with RunFolder(tmp_path, document(number)):
+            pass
+    before = (tmp_path / "run.json").read_bytes()
+    for other in (document(2), document(8, seed=1), document(4, seed=1)):
+        with pytest.raises(Refused, match="another process has changed the run meanwhile"):
+            RunFolder(tmp_path, other)
+    assert (tmp_path / "run.json").read_bytes() == before
+    with Ledger(tmp_path / "state" / "ledger.sqlite", read_only=True) as ledger:
+        assert json.loads(ledger.read_note("run")) == json.loads(before)
+
+
 @pytest.mark.parametrize("is_released", [True, False])
 def test_a_folder_is_shared_once_who_holds_it_alone_has_let_go(tmp_path, monkeypatch, is_released):
     (tmp_path / "state").mkdir()

@@ -44,6 +44,7 @@ from datasetdm_fast.runs.jobs import job as job_module
 from datasetdm_fast.runs.jobs.job import build_job
 from datasetdm_fast.runs.run_folder.audit import audit_place
 from datasetdm_fast.runs.run_folder.corrections import CORRECTIONS, Correction, format_corrections, read_corrections
+from datasetdm_fast.runs.run_folder.document import pretty
 from datasetdm_fast.runs.run_folder.ledger import DOUBTFUL, QUARANTINED, Row, RowFile
 from datasetdm_fast.runs.run_folder.reader import fetch_state
 from datasetdm_fast.runs.run_folder.scores import read_scores
@@ -562,6 +563,23 @@ def test_a_run_that_another_process_begins_while_a_model_is_loaded_is_joined_or_
     with nullcontext() if not seed else pytest.raises(Refused, match="seed: 0 there, 3 asked for"):
         job = shard_worker.open_shards(spec_of(tmp_path, seed=seed), place)
         assert job.document == json.loads(document)
+
+
+def test_a_run_that_another_process_lets_grow_while_a_model_is_loaded_does_not_shrink(alone, tmp_path, monkeypatch):
+    run, place = copy(alone, tmp_path), ShardFolder(tmp_path / "run")
+    grown = json.loads((run / "run.json").read_bytes())
+    for part in ("config", "plan"):
+        grown[part]["number"] = 40
+    build = shard_worker.build_job
+
+    def build_slowly(spec, stored):
+        place.replace("run.json", pretty(grown))
+        return build(spec, stored)
+
+    monkeypatch.setattr(shard_worker, "build_job", build_slowly)
+    with pytest.raises(Refused, match="number: 40 there, 33 asked for"):
+        shard_worker.open_shards(spec_of(run, number=33), place)
+    assert json.loads((run / "run.json").read_bytes()) == grown
 
 
 def test_a_disk_has_no_buckets_that_may_be_missing(tmp_path):

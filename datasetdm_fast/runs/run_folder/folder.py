@@ -25,10 +25,12 @@ from datasetdm_fast.runs.run_folder.document import (
     DOCUMENT,
     DROPPED,
     EXPORTS,
+    GROWING,
     LEDGER,
     LOCK,
     QUARANTINE,
     RESTORE_DOCUMENT,
+    grows,
     pretty,
     read_document,
     refuse_shards,
@@ -226,6 +228,8 @@ class RunFolder(AbstractContextManager):
                 clean(path)
             if is_new := not (path / DOCUMENT).exists():
                 storage.publish({path / DOCUMENT: pretty(document)})
+            stored = self.document if is_new else read_document(path) or self.document
+            _check_current(path, stored, self.document)
             if not (path / SEAL).exists():
                 storage.publish({path / SEAL: pretty({})})
             if journal != sqlite.WRITE_AHEAD:  # a finished ledger has that one, and is changed when it is opened
@@ -235,7 +239,6 @@ class RunFolder(AbstractContextManager):
             if self.ledger.read_note("run") != content:
                 _unseal_intact(path)
                 self.ledger.note("run", content)
-            stored = self.document if is_new else read_document(path) or self.document
             if any(stored[part] != self.document[part] for part in ("config", "plan")):  # the run is to grow
                 unseal(path)
                 storage.publish({path / DOCUMENT: pretty({**stored, **document})})
@@ -307,6 +310,14 @@ class RunFolder(AbstractContextManager):
 
     def __exit__(self, *_: object) -> None:
         self._closing.close()
+
+
+def _check_current(path: Path, stored: Mapping[str, Any], document: Mapping[str, Any]) -> None:
+    """Refuses a run that another process has begun or let grow since this one read what it is."""
+    names = GROWING if grows(stored["config"], document["config"]) else ()
+    before, now = ({**run["config"], **dict.fromkeys(names)} for run in (stored, document))
+    if before != now:
+        raise Refused(f"{path}: another process has changed the run meanwhile", "Run the same command again.")
 
 
 def _unseal_intact(path: Path) -> None:

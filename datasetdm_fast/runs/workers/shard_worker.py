@@ -79,10 +79,10 @@ def open_shards(spec: RunSpec, place: ShardPlace) -> Job:
     job = build_job(spec, stored)
     if isinstance(place, ShardFolder):
         check_room(replace(job, done=len(list_shards(place)) * shard_size(job.document["config"])))
-    if stored is None and not place.create(DOCUMENT, pretty(job.document)):
-        stored = read_stored(place)
     if stored is None:
-        return merge_with_stored(job, json.loads(pretty(job.document)))
+        place.create(DOCUMENT, pretty(job.document))
+    # which another process may have begun or let grow since the first look
+    stored = read_stored(place) or json.loads(pretty(job.document))
     check_settings(spec, place, stored)
     merged = merge_with_stored(job, stored)
     if grows(stored["config"], spec.identity):
@@ -149,7 +149,9 @@ class ShardWorker:
                     yield count
             if not made:
                 time.sleep(SECONDS_BETWEEN_TRIES)
-        for shard in read_claims(self.place):  # of processes that were killed once they had made it
+        for shard in {*self.order}.intersection(
+            read_claims(self.place)
+        ):  # of processes that were killed once they had made it
             if self.claims.take(shard):
                 self.claims.release(shard)
 
