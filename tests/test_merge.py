@@ -20,11 +20,11 @@ from datasetdm_fast.engine.labels import class_tables
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.merge import main
-from datasetdm_fast.runs.compositions.composition import SquareSource
+from datasetdm_fast.runs.compositions.composition import Source, SquareSource
 from datasetdm_fast.runs.compositions.merging import ShardMerging, _join_models, _merge, _merge_decoders
 from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.run_folder.audit import audit
-from datasetdm_fast.runs.run_folder.folder import RunFolder
+from datasetdm_fast.runs.run_folder.folder import RunFolder, unseal
 from datasetdm_fast.runs.run_folder.selections import groups, origins
 from datasetdm_fast.runs.run_folder.shard_places import shard_place
 from datasetdm_fast.runs.run_folder.shards import ShardEntry
@@ -320,6 +320,11 @@ def test_a_run_that_goes_on_is_no_source_and_is_converted_so_far(runs, tmp_path,
     assert f"{run}: the run is not finished" in capsys.readouterr().err and not (tmp_path / "all").exists()
     assert convert.main([str(run), "--to", "coco", "--out", str(tmp_path / "coco")]) == 0
     assert f"{run}: not finished; converted so far: 2 samples" in capsys.readouterr().err
+    before = Source(shutil.copytree(runs / "first", tmp_path / "grows"))
+    unseal(before.path)  # as another process does that lets it grow
+    assert before.digests == Source(runs / "first").digests
+    with pytest.raises(Refused, match="the run is not finished"):
+        Source(before.path)
 
 
 def test_runs_with_other_labels_or_image_files_are_told_apart(runs, tmp_path, capsys):

@@ -45,7 +45,8 @@ class Source:
         if only_kept:
             check_filtered(self.path)
         self.filter_digest = storage.sha256_of(self.path / FILTER) if only_kept else ""
-        if not self.run.is_complete or not (self.run.shards is not None or is_sealed(self.path)):
+        self._sealed = read_seal(self.path) if self.run.shards is None and is_sealed(self.path) else {}
+        if not self.run.is_complete or not (self._sealed or self.run.shards is not None):
             raise Refused(f"{place}: the run is not finished", "Run the command that made it again: it resumes.")
 
     @cached_property
@@ -57,8 +58,7 @@ class Source:
             files = [sorted(file.sha256 for file in entry.files.values()) for entry in shards.entries.values()]
             contents = {SHARDS: canonical(files).encode(), DROPPED_IDS: encode_dropped(shards.dropped)}
             return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items() if content}
-        sealed = read_seal(self.path)
-        return {name: sealed[name] for name in writers(self.document) if name.endswith((".json", ".jsonl"))}
+        return {name: self._sealed[name] for name in writers(self.document) if name.endswith((".json", ".jsonl"))}
 
     @property
     def provenance(self) -> dict[str, Any]:
