@@ -1,6 +1,7 @@
 """The data set card: its header, command, verdict, licences and pictures."""
 
 import platform
+import re
 from pathlib import Path
 
 import pytest
@@ -262,6 +263,18 @@ def test_works_are_cited_whose_method_made_the_labels():
     assert both.index("wu2023datasetdm") < both.index("nguyen2023dataset") and both.count("```") == 2
     assert cited("attention", attention="theirs 1.0") == "The works behind `attention`."
     assert "nguyen2023" not in cited("attention", "depth", attention="theirs 1.0")
+
+
+def test_labels_from_the_attention_of_transformers_are_cited_as_their_authors_publish_it():
+    def run_of(ask, **attention):
+        return {"config": {"task": ["attention"], "ask": ask}, "sampling": {"attention": attention}}
+
+    runs = [run_of("named", blocks=[9]), run_of("all", blocks=[9]), run_of("all"), run_of("named", blocks=[9])]
+    keys = ["kim2025seg4diff", "helbling2025conceptattention", "nguyen2023dataset"]
+    for run, key in zip(runs, keys):
+        assert re.findall(r"@\w+{(\w+),", "".join(card._citations(run))) == [key]
+    merged = runs[0] | {"composition": {"source": {"runs": runs}}}
+    assert re.findall(r"@\w+{(\w+),", "".join(card._citations(merged))) == keys
 
 
 def test_the_text_of_a_licence_is_known_by_its_title():

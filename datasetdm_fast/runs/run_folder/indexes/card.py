@@ -71,21 +71,34 @@ BIASES_OF_BOTH = (
     "texts in generated images may be invented or real."
 )
 NOT_FOR = " Not meant for identifying people, nor for decisions about them."
-CITATIONS = (  # of labels of decoders, and of those from attention
-    """@inproceedings{wu2023datasetdm,
+CITATIONS = {  # of labels of decoders, and of those from attention: of U-Nets, to the prompt, and to words beside it
+    "decoders": """@inproceedings{wu2023datasetdm,
   title={{DatasetDM}: Synthesizing Data with Perception Annotations Using Diffusion Models},
   author={Wu, Weijia and Zhao, Yuzhong and Chen, Hao and Gu, Yuchao and Zhao, Rui and He, Yefei and Zhou, Hong and
     Shou, Mike Zheng and Shen, Chunhua},
   booktitle={Advances in Neural Information Processing Systems},
   year={2023}
 }""",
-    """@inproceedings{nguyen2023dataset,
+    "averages": """@inproceedings{nguyen2023dataset,
   title={{Dataset Diffusion}: Diffusion-based Synthetic Data Generation for Pixel-Level Semantic Segmentation},
   author={Nguyen, Quang and Vu, Truong and Tran, Anh and Nguyen, Khoi},
   booktitle={Advances in Neural Information Processing Systems},
   year={2023}
 }""",
-)
+    "text": """@inproceedings{kim2025seg4diff,
+  title={{Seg4Diff}: Unveiling Open-Vocabulary Segmentation in Text-to-Image Diffusion Transformers},
+  author={Kim, Chaehyun and Shin, Heeseong and Hong, Eunbeen and Yoon, Heeji and Arnab, Anurag and
+    Seo, Paul Hongsuck and Hong, Sunghwan and Kim, Seungryong},
+  booktitle={Advances in Neural Information Processing Systems},
+  year={2025}
+}""",
+    "concepts": """@inproceedings{helbling2025conceptattention,
+  title={{ConceptAttention}: Diffusion Transformers Learn Highly Interpretable Features},
+  author={Helbling, Alec and Meral, Tuna Han Salih and Hoover, Ben and Yanardag, Pinar and Chau, Duen Horng},
+  booktitle={International Conference on Machine Learning},
+  year={2025}
+}""",
+}
 LOADING = """```python
 from datasetdm_fast import open_run
 
@@ -272,12 +285,22 @@ def _citations(document: Mapping[str, Any]) -> Iterator[str]:
     """BibTeX of the works whose method made the labels."""
     foreign = document["sampling"].get("labellers", {})
     is_attention = {task == ATTENTION for task in tasks_of(document["config"]["task"]) if task not in foreign}
-    citations = [CITATIONS[is_other] for is_other in sorted(is_attention)]
+    methods = ["decoders"] * (False in is_attention)
+    if True in is_attention:
+        methods += (_attention_method(run if "sampling" in run else document) for run in runs_of(document))
+    citations = [CITATIONS[method] for method in dict.fromkeys(methods)]
     yield (
         "```bibtex\n" + "\n\n".join(citations) + "\n```"
         if citations
         else f"The works behind {', '.join(map(_code, foreign))}."
     )
+
+
+def _attention_method(run: Mapping[str, Any]) -> str:
+    """By whose method labels are read from attention."""
+    if not run["sampling"].get(ATTENTION, {}).get("blocks"):
+        return "averages"
+    return "concepts" if run["config"].get("ask") == "all" else "text"
 
 
 def _attributes(labels: Sequence[str]) -> str:
