@@ -16,6 +16,7 @@ from datasetdm_fast import Pipeline, audit, generate, label, open_run
 from datasetdm_fast.data import AttentionSums, Text
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.engines.torch import TorchEngine
+from datasetdm_fast.engine.labels.class_tables import token_places
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop.calls import call_text
 from datasetdm_fast.engine.loop.class_prompts import class_columns, concept_places
@@ -110,6 +111,7 @@ def test_a_word_is_found_within_the_chat_that_holds_the_prompt(family, tmp_path)
         ((_, places),) = class_columns(prompt, (word,), model.tokenizer, by_words=False)
         begin = first_change(prompt, other)
         assert places == tuple(range(begin, begin + count)), (prompt, places, begin)
+        assert token_places(prompt, (word,), model.tokenizer, 512)[word] == places
     assert concept_places("cat", model.tokenizer)[0] == first_change("cat", "bat")
     for find in (
         lambda: concept_places("", model.tokenizer),
@@ -117,6 +119,15 @@ def test_a_word_is_found_within_the_chat_that_holds_the_prompt(family, tmp_path)
     ):
         with pytest.raises(Refused):
             find()
+
+
+def test_a_word_that_is_a_piece_of_another_is_read_where_it_stands(tmp_path):
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((piece, -1.0) for piece in ("▁a", "▁cup", "board", "s"))]
+    tokenizer = tiny_pipelines.T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=512)
+    tokenizer.save_pretrained(tiny_pipelines.save(tmp_path / "model", "flux1") / "tokenizer_2")
+    tokenizer = load_model(str(tmp_path / "model"), size=SIZE).tokenizer
+    assert class_columns("a cupboard a cups", ("cup",), tokenizer, by_words=False) == [("cup", (4, 5))]
+    assert token_places("a cupboard a cups", ("cup",), tokenizer, 77) == {"cup": (4, 5)}
 
 
 def modulations(block, arguments, family):

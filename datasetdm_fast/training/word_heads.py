@@ -61,13 +61,9 @@ def learn_heads(views: TrainingViews, config: DecoderConfig, tokenizer: Callable
 
 def _masks(views: TrainingViews, config: DecoderConfig, tokenizer: Callable[..., object]) -> Iterator[NamedMask]:
     """The masks of named classes in the first view of each image whose caption names several."""
-
-    def count(text: str) -> int:
-        return len(tokenizer(text, truncation=False).input_ids) - 2
-
     for view in views.first_views(MOST_IMAGES):
         caption = views.item(view).caption
-        places = token_places(caption, config.named, count, config.levels[0].tokens, config.table)
+        places = token_places(caption, config.named, tokenizer, config.levels[0].tokens, config.table)
         if len(places) < 2:
             continue
         levels, names = _attention(views, config, view), list(places)

@@ -11,7 +11,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
@@ -403,17 +403,31 @@ def replaced_text(
 
 
 def token_places(
-    prompt: str, classes: Sequence[str], count: Callable[[str], int], limit: int, table: ClassTable | None = None
+    prompt: str, classes: Sequence[str], tokenizer: Any, limit: int, table: ClassTable | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """Of the classes that a prompt names, the places among its tokens of the words that name them; `count` tells the
-    tokens of a text without marks, and places from `limit` on are left out.
+    """Of the classes that a prompt names, the places among its tokens of the words that name them; places from `limit`
+    on are left out.
     """
-    text, places = _lower(prompt), {}
-    for name, spans in matcher(tuple(classes), table).spans(prompt).items():
-        ranges = ((count(text[:begin]), count(text[:end])) for begin, end in spans)
+    text, spans = _lower(prompt), getattr(tokenizer, "spans", None)
+    rows = spans(unicodedata.normalize("NFC", prompt)) if spans else ()
+
+    def within(begin: int, end: int) -> tuple[int, ...]:
+        if spans:
+            return places_within(rows, begin, end)
         # the start mark is the first token
-        places[name] = tuple(k + 1 for begin, end in ranges for k in range(begin, end) if k + 1 < limit)
+        first, last = (len(tokenizer(text[:at], truncation=False).input_ids) - 1 for at in (begin, end))
+        return tuple(range(first, last))
+
+    places = {
+        name: tuple(place for span in spans_of_name for place in within(*span) if place < limit)
+        for name, spans_of_name in matcher(tuple(classes), table).spans(prompt).items()
+    }
     return {name: columns for name, columns in places.items() if columns}
+
+
+def places_within(rows: Sequence[tuple[int, int]], begin: int, end: int) -> tuple[int, ...]:
+    """The places of the tokens that stand for any of these characters."""
+    return tuple(place for place, (first, last) in enumerate(rows) if first < end and last > begin)
 
 
 def _marks(text: str) -> list[re.Match[str]]:

@@ -1,12 +1,20 @@
 """Labels from attention: their numbers, the class prompt of an image, and which of its tokens stand for which class."""
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from datasetdm_fast.config import AttentionDefaults
 from datasetdm_fast.data import Request
-from datasetdm_fast.engine.labels.class_tables import ClassTable, classes_in_order, look_up, matcher, spoken
+from datasetdm_fast.engine.labels.class_tables import (
+    ClassTable,
+    classes_in_order,
+    look_up,
+    matcher,
+    places_within,
+    spoken,
+)
 from datasetdm_fast.engine.loop.prompts import Tokenizer, shorten
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import LEVELS
@@ -106,11 +114,12 @@ def class_columns(
     class; or `by_words`, as Dataset Diffusion has it, the place of the word, however many tokens stand before it, for
     each time that it is listed.
     """
-    spans = getattr(tokenizer, "spans", None)  # of one that reads a prompt within another text
+    class_prompt = unicodedata.normalize("NFC", class_prompt)  # as matchers and tokenizers read it
+    spans = getattr(tokenizer, "spans", None)  # of one whose tokens tell their characters
     if spans and not by_words:
         named, rows = matcher(tuple(words), table).spans(class_prompt), spans(class_prompt)
         _check_named(class_prompt, [name for name in words if name not in named], table)
-        return [(name, _places_within(rows, *named[name][0])) for name in words]
+        return [(name, places_within(rows, *named[name][0])) for name in words]
     start = 1 if by_words else len(tokenizer("", truncation=False).input_ids) - 1  # marks before the text
 
     def split(text: str) -> list[Any]:
@@ -145,19 +154,11 @@ def _check_named(class_prompt: str, missing: Sequence[str], table: ClassTable | 
         )
 
 
-def _places_within(rows: Sequence[tuple[int, int]], begin: int, end: int) -> tuple[int, ...]:
-    """The places of the tokens that stand for any of these characters."""
-    return tuple(place for place, (first, last) in enumerate(rows) if first < end and last > begin)
-
-
 def concept_places(word: str, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The places of a word's tokens where it is encoded by itself; refused where it has none."""
-    if spans := getattr(tokenizer, "spans", None):
-        places, ids = _places_within(spans(word), 0, len(word)), []
-    else:
-        start = len(tokenizer("", truncation=False).input_ids) - 1
-        ids = tokenizer(word, truncation=False).input_ids[start:-1]
-        places = tuple(range(start, start + len(ids)))
+    start = len(tokenizer("", truncation=False).input_ids) - 1
+    ids, spans = tokenizer(word, truncation=False).input_ids[start:-1], getattr(tokenizer, "spans", None)
+    places = places_within(spans(word), 0, len(word)) if spans else tuple(range(start, start + len(ids)))
     if not places or getattr(tokenizer, "unk_token_id", None) in ids:
         raise Refused(f"--classes: no token says {shorten(word)}", "Use another name for the class.")
     return places

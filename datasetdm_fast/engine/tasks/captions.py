@@ -74,14 +74,10 @@ def word_attention(
     """[B, K, h, w] the attention to the words that name a class, as a multiple of its mean over the image; 1 for
     classes that are not named, and for all of an image of which one class's word does not stand in the prompt.
     """
-
-    def count(text: str) -> int:
-        return len(tokenizer(text, truncation=False).input_ids) - 2
-
     batch, tokens, *sides = attention.shape
     relative = attention.new_ones(batch, len(config.classes), *sides)
     for b, (prompt, names) in enumerate(zip(prompts, present, strict=True)):
-        places = token_places(prompt, config.named, count, tokens, config.table)
+        places = token_places(prompt, config.named, tokenizer, tokens, config.table)
         if len(names) < 2 or not names <= set(places):
             continue
         for name in sorted(names):
