@@ -1,5 +1,6 @@
 """Folders of every family through the commands: generating with decoders, resuming, licences, refusals."""
 
+import copy
 import inspect
 import json
 import re
@@ -714,6 +715,20 @@ def test_an_empty_negative_prompt_that_is_given_is_encoded_as_in_diffusers(paire
     expected = images_of(theirs, negative_prompt=given)
     found = images_of(ours.diffuse, negative_prompt=negative, tasks=())
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "scale"), [("z-image", "guidance_scale"), ("qwen-image", "true_cfg_scale")])
+def test_ends_of_lines_and_blanks_of_a_prompt_are_read_as_in_diffusers(paired, family, scale):
+    theirs, ours = paired(family)
+    texts = {"prompt": [" a photo\nof  the cat", "a dog "], "negative_prompt": [" ", "fog\n"], "num_inference_steps": 2}
+
+    def images(call, **choices):
+        generators = [torch.Generator().manual_seed(seed) for seed in (7, 2)]
+        given = {**copy.deepcopy(texts), "height": SIZE, "width": SIZE, "output_type": "np", **choices}
+        return call(generator=generators, **given).images
+
+    expected, found = images(theirs, **{scale: 6.0}), images(ours.diffuse, guidance_scale=6.0, tasks=())
+    assert np.abs(expected - found).max() * 255 <= 1.01
 
 
 @pytest.mark.parametrize("family", ["sdxl", "sd3"])

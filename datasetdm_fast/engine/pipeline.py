@@ -347,7 +347,7 @@ class Pipeline:
         )
         fitting = [
             recipe.check_request(request, self.engine.model.tokenizer)
-            for request in self._requests(texts, [0] * len(texts), words, truncate, negatives, recipe)
+            for request in self._requests(texts, [0] * len(texts), words, truncate, negatives, recipe, as_given=True)
         ]
         if negative_prompt is not None:
             with self._turn:
@@ -448,12 +448,15 @@ class Pipeline:
         truncate: bool,
         negative: Iterable[str],
         recipe: Recipe,
+        *,
+        as_given: bool = False,  # with the ends of lines and the blanks around them, which some text encoders read
     ) -> Iterator[Request]:
         model, tokenizer = self.engine.model, self.engine.model.tokenizer
 
         @lru_cache(1024)
         def fit_negative(text: str, where: str) -> str:
-            return prompts.fit_negative(_line(text, where), tokenizer, where, truncate=truncate)
+            line = _line(text, where)
+            return prompts.fit_negative(text if as_given else line, tokenizer, where, truncate=truncate)
 
         is_one, remaining, negatives = isinstance(negative, repeat), iter(seeds), iter(negative)
         for index, prompt in enumerate(texts):
@@ -464,7 +467,8 @@ class Pipeline:
                 raise Refused(f"negative_prompt: there is none for {where}", "Give one, or one per prompt.")
             _check_text(prompt, where)
             (line,) = prompts.split_prompts(" ".join(prompt.splitlines()), where, truncate=truncate)
-            text = prompts.fit_prompt(line.text, tokenizer, where, words, truncate=truncate, table=recipe.table)
+            text = prompt if as_given else line.text
+            text = prompts.fit_prompt(text, tokenizer, where, words, truncate=truncate, table=recipe.table)
             prompts.check_negative([unwanted], recipe.has_negative, model.backbone.title)
             unwanted = fit_negative(unwanted, "negative_prompt" if is_one else f"negative_prompt of {where}")
             yield Request(index, text, check_seed(seed), find_classes(text, words, recipe.table), unwanted)
