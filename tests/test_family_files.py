@@ -60,9 +60,38 @@ def test_a_file_of_sdxl_with_two_text_encoders(tmp_path):
     check(path, "sdxl")
     assert convert.main([str(path), "--to", "diffusers", "--out", str(tmp_path / "new"), "--quiet"]) == 0
     StableDiffusionXLPipeline.from_pretrained(tmp_path / "new", local_files_only=True)
+    check_noise_of_a_file(path, state)
     shutil.rmtree(path.parent / "unet")
     with pytest.raises(Refused, match="unet: .* tensors do not fit the config of Stable Diffusion XL"):
         load_model(str(path))
+
+
+def check_noise_of_a_file(path, state):
+    """That a file tells what its U-Net predicts, or before it the configuration, where no schedule lies beside it."""
+    shutil.rmtree(path.parent / "scheduler")
+    marked = {name: value.contiguous().clone() for name, value in state.items()} | {"v_pred": torch.zeros(1)}
+    save_file(marked, path)
+    model = load_model(str(path), size=tiny_pipelines.SIZE)
+    assert model.scheduler["prediction_type"] == "v_prediction" and "prediction" not in model.digests
+    path.with_suffix(".yaml").write_text("model: {params: {parameterization: eps}}")
+    model = load_model(str(path), size=tiny_pipelines.SIZE)
+    assert model.scheduler["prediction_type"] == model.digests["prediction"] == "epsilon"
+    path.with_suffix(".yaml").unlink()
+
+
+def test_a_file_notes_what_its_unet_predicts():
+    mark, noted = {"v_pred": torch.zeros(1)}, {"modelspec.prediction_type": "v"}
+
+    def schedule(*given):
+        return single_file._noted_schedule(Path("a"), *given)
+
+    predicted = {"prediction_type": "v_prediction"}
+    assert schedule({}, {}, "") == {} and schedule(mark, {}, "") == schedule({}, noted, "") == predicted
+    plain = {"prediction_type": "epsilon"}
+    assert schedule(mark, {"modelspec.prediction_type": "epsilon"}, "") == schedule(mark, noted, "epsilon") == plain
+    assert schedule(mark | {"ztsnr": torch.zeros(1)}, {}, "") == predicted | {"rescale_betas_zero_snr": True}
+    with pytest.raises(Refused, match=r"a holds edm_mean, and models of that noise \(EDM\) are not sampled here"):
+        schedule({"edm_mean": torch.zeros(4)}, {}, "")
 
 
 def unet_key(name):

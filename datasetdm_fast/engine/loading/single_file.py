@@ -290,6 +290,9 @@ def load_parts(
     if backbone.denoiser in full_size:
         full_size[backbone.denoiser] |= backbone.file_config(_strip_prefix(states[backbone.denoiser], backbone))
     usual = {part: config for part, config in full_size.items() if part in (*states, folders.SCHEDULER)}
+    configured = _prediction_beside(path) if backbone.flow is None else ""
+    if backbone.flow is None:
+        usual[folders.SCHEDULER] |= _noted_schedule(path, state, notes, configured)
     absent = [
         part
         for part, record in backbone.parts.items()
@@ -324,10 +327,19 @@ def load_parts(
             {**usual, **dict.fromkeys(fetched, {})},
             dict.fromkeys(states, fill),
             fetched,
-            {"file": digest([path])},
+            {"file": digest([path])} | ({"prediction": configured} if configured else {}),
             notes.get("modelspec.license", UNKNOWN_LICENCE),
         ),
     )
+
+
+def _noted_schedule(path: Path, state: State, notes: Mapping[str, str], configured: str) -> dict[str, Any]:
+    """What a U-Net predicts, where that is configured or a file tells it by a note or a tensor without a use."""
+    if edm := next((key for key in state if key.startswith("edm_")), ""):
+        raise Refused(f"model: {path} holds {edm}, and models of that noise (EDM) are not sampled here", ANOTHER)
+    marked = {"rescale_betas_zero_snr": True} if "ztsnr" in state else {}
+    noted = NOTED.get(notes.get("modelspec.prediction_type", ""), "v_prediction" if "v_pred" in state else "")
+    return marked | ({"prediction_type": configured or noted} if configured or noted else {})
 
 
 def _parts_of(state: State, backbone: Backbone) -> dict[str, State]:
