@@ -279,3 +279,13 @@ def test_a_file_alone_is_refused_by_what_it_needs(tmp_path, title, names):
     with pytest.raises(Refused, match=f"holds the transformer of {title}, and needs also .*vae") as caught:
         load_model(str(tmp_path / "model.safetensors"))
     assert "\n" not in caught.value.cause
+
+
+def test_a_file_of_flux_dev_needs_the_schedule_of_dev(tmp_path):
+    path = write(tmp_path / "model", "flux1", {"double_blocks.0": torch.zeros(2), "vector_in.0": torch.zeros(2)})
+    with pytest.raises(Refused, match="its transformer is not laid out as that of FLUX.1"):
+        load_model(str(path), size=tiny_pipelines.SIZE)
+    shutil.rmtree(path.parent / "scheduler")
+    with pytest.raises(Refused, match="has no scheduler") as caught:
+        load_model(str(path), size=tiny_pipelines.SIZE)
+    assert caught.value.remedy == "Add the folder scheduler of the same model."

@@ -290,8 +290,13 @@ def load_parts(
     if backbone.denoiser in full_size:
         full_size[backbone.denoiser] |= backbone.file_config(_strip_prefix(states[backbone.denoiser], backbone))
     usual = {part: config for part, config in full_size.items() if part in (*states, folders.SCHEDULER)}
+    config_file = place / backbone.denoiser / "config.json"
+    form = read_config(config_file) if config_file.is_file() else {}
+    switches = {key: value for key, value in usual.get(backbone.denoiser, {}).items() if type(value) is bool}
     configured = _prediction_beside(path) if backbone.flow is None else ""
-    if backbone.flow is None:
+    if any(form.get(key, value) != value for key, value in switches.items()):
+        usual.pop(folders.SCHEDULER)  # models that read their guidance have one of their own
+    elif backbone.flow is None:
         usual[folders.SCHEDULER] |= _noted_schedule(path, state, notes, configured)
     absent = [
         part
