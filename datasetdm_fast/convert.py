@@ -19,7 +19,7 @@ from datasetdm_fast.command_line.output import ImageProgress, print_end, print_l
 from datasetdm_fast.cores import count_cores
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun
-from datasetdm_fast.runs.exporting.export_folder import open_target
+from datasetdm_fast.runs.exporting.export_folder import open_target, remove_notes
 from datasetdm_fast.runs.exporting.settings import ExportSettings
 from datasetdm_fast.runs.run_folder.document import EXPORTS
 from datasetdm_fast.runs.run_folder.shard_places import is_url
@@ -64,6 +64,7 @@ def main(arguments: Sequence[str]) -> int:
         plan += f", and be uploaded to {settings.push_to_hub}" if settings.push_to_hub else ""
         return print_end(settings, {**facts, "splits": conversion.splits}, place, f"{place}: {plan}")
     if store and conversion.is_complete:
+        remove_notes(store)  # a process may have been killed before it did
         print_lines(settings, f"{place}: complete, nothing to do")
         print_result(settings, facts | {"splits": conversion.splits}, place)
         return 0

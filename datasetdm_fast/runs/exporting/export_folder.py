@@ -269,5 +269,10 @@ class StoredExport(ExportFolder):
             self._place.replace(f"{WORK}/{hashlib.sha256(names[0].encode()).hexdigest()[:16]}.json", note)
 
     def _remove_work(self) -> None:
-        with ThreadPoolExecutor(PARALLEL_FILES) as pool:
-            list(pool.map(self._place.remove, (f"{WORK}/{name}" for name in self._place.names(WORK))))
+        remove_notes(self._place)
+
+
+def remove_notes(place: ShardBucket) -> None:
+    """Removes from a store what a complete export no longer needs there."""
+    with ThreadPoolExecutor(PARALLEL_FILES) as pool:
+        list(pool.map(place.remove, (f"{WORK}/{name}" for name in place.names(WORK))))
