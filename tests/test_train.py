@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -584,11 +585,14 @@ def test_pictures_cut_to_the_models_square_are_told_and_folds_without_held_out_i
     assert '<th scope="row">mIoU</th>' in page and "miou" not in page and page.count('alt="answer"') == 1
 
 
-def test_long_names_of_classes_break_on_the_page_beside_their_figures(tmp_path):
+def test_long_names_of_classes_break_on_the_page_beside_their_figures_and_in_captions(tmp_path, monkeypatch):
     names = ["ball", "a name of many words " * 9, "a_name_without_any_blank_" * 7]
     result = {"held_out": {"miou": 0.5, "per_class": dict.fromkeys(names, 0.25)}}
     source = types.SimpleNamespace(classes=names, thing_classes=names)
-    (tmp_path / "page.html").write_bytes(page.page("semantic", source, {"data": "folder:photos"}, result))
+    facts = {"data": "folder:photos"}
+    monkeypatch.setattr(page, "_views", lambda *_: f"<figure><figcaption>a photo of {names[2]}</figcaption></figure>")
+    content = page.page("semantic", source, facts, result, views=MagicMock(__len__=lambda _: 1), labels=[None])
+    (tmp_path / "page.html").write_bytes(content)
     with browser() as running:
         shown = Watched(running, width=390).page
         shown.goto((tmp_path / "page.html").as_uri())

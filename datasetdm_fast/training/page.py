@@ -35,7 +35,7 @@ table{border-collapse:collapse}td,th{padding:.15rem 1.5rem .15rem 0;text-align:l
 td{overflow-wrap:anywhere}p span{white-space:nowrap}
 code{color:var(--ink);overflow-wrap:anywhere}
 th{font-weight:normal;color:var(--dim);overflow-wrap:anywhere;min-width:min(6rem,25vw)}td{min-width:min(9rem,40vw)}
-figure{margin:0 0 1.5rem}figcaption,.dim{color:var(--dim)}
+figure{margin:0 0 1.5rem}figcaption,.dim{color:var(--dim)}figcaption{overflow-wrap:anywhere}
 .views{display:grid;grid-template-columns:repeat(3,1fr);gap:.4rem}.views img{width:100%;image-rendering:pixelated}
 p.legend span{white-space:normal;display:inline-block;margin-right:1rem;overflow-wrap:anywhere}
 .legend i{display:inline-block;width:.9rem;height:.9rem;margin-right:.35rem;vertical-align:-.1rem;
