@@ -484,6 +484,14 @@ def test_a_full_queue_tells_in_how_many_seconds_its_batches_are_made():
     assert full.value.seconds == 6  # 7 / 3 * 2.5
 
 
+def test_a_request_of_more_images_than_may_wait_is_taken_where_none_waits():
+    batcher = Batcher(Blocked(), 3, 0.0, 4)
+    batcher.submit(several := [item(str(k)) for k in range(5)])
+    with pytest.raises(QueueFull) as full:
+        batcher.submit(several)
+    assert full.value.seconds > 0 and batcher.waiting == 5
+
+
 def test_a_stream_tells_that_the_engine_failed_and_is_counted_with_the_seconds_of_all_its_lines(
     pipeline, monkeypatch, capsys
 ):

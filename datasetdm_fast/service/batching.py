@@ -83,9 +83,9 @@ class Batcher(AbstractContextManager["Batcher"]):
         return sum(not item.future.cancelled() for item in list(self._waiting))
 
     def submit(self, items: Sequence[PendingImage]) -> None:
-        """Puts all of the items into the queue, or none."""
+        """Puts all of the items into the queue, or none; an empty one takes any number, which would never fit else."""
         with self._changed:
-            if (waiting := self.waiting) + len(items) > self.most_waiting:
+            if (waiting := self.waiting) and waiting + len(items) > self.most_waiting:
                 raise QueueFull(math.ceil(waiting / self.size * self._seconds))
             self._waiting.extend(items)
             self._changed.notify()
