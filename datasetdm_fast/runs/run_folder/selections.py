@@ -253,8 +253,8 @@ class ShardScores:
         self._place.replace(f"{SCORES_FOLDER}/{why[0]}", why[1].encode())
 
     def of(self, name: str) -> Iterator[tuple[int, Score]]:
-        """Index and value of every sample that was given this score."""
-        return (pair for shard in sorted(self.shards) for pair in self.shards[shard].get(name, {}).items())
+        """Index and value of every sample that was given this score, by index."""
+        return (pair for shard in sorted(self.shards) for pair in sorted(self.shards[shard].get(name, {}).items()))
 
     def names(self) -> list[str]:
         return sorted({name for each in self.shards.values() for name in each})
