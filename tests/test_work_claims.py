@@ -231,11 +231,12 @@ def test_the_batch_whose_rows_are_written_is_released_and_only_those_of_the_data
 
 
 def test_a_batch_that_others_have_made_is_not_kept(place):
-    looks = [True, False, True, True]
+    looks = [True, False, True, True, True, False]
     worker = SimpleNamespace(callbacks=Callbacks(), claims=Claims(place), _is_missing=lambda *_: looks.pop(0))
     assert list(Worker._claim_new(worker, {3: {0}, 4: {1}})) == [4]
     other = Claims(place)
     assert other.take_new(3) and not other.take_new(4)
+    assert not Worker._retry(worker, {7: {2}}) and other.take_new(7)
     one = Claims(place)
     assert one.take_new(6)
     quota = SimpleNamespace(take=lambda results: results)

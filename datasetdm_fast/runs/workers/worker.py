@@ -104,6 +104,9 @@ class Worker:
         """
         for batch, indices in missing.items():
             if self._is_missing(batch, indices) and self.claims.take(batch):
+                if not self._is_missing(batch, indices):  # others have made it before it was claimed
+                    self.claims.release(batch)
+                    continue
                 if self.claims.deaths[batch] < MOST_DEATHS:
                     return self._make([batch])
                 reason = f"{MOST_DEATHS} processes ended while they made its batch"
