@@ -36,7 +36,7 @@ from datasetdm_fast.command_line.run_settings import complete_settings, read_spe
 from datasetdm_fast.data import Quarantined, Request, Sample, Trust
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.engine.loop.prompts import TURN
-from datasetdm_fast.errors import GateFailed, Missing, Refused
+from datasetdm_fast.errors import GateFailed, Missing, Refused, Unanswered
 from datasetdm_fast.runs.curation import filtering as curation
 from datasetdm_fast.runs.exporting import conversion
 from datasetdm_fast.runs.gallery import showing
@@ -531,6 +531,8 @@ def test_a_store_that_does_not_answer_says_nothing_of_its_files(alone, bucket, m
     ):
         assert command[0]([*command[1:], "--quiet"]) == 3
         assert capsys.readouterr().err.startswith("memory://bucket/run: TimeoutError: no answer\n")
+    with pytest.raises(Unanswered):  # nor is a picture bad
+        open_data(f"run:{bucket.name}[all]", 64, tasks=("semantic",), skip_bad=True).readable()
     monkeypatch.setattr(type(bucket.files), call, real)
     assert contents(bucket) == before
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels.class_tables import ClassTable
-from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.errors import Missing, Refused, Unanswered
 
 EVERY_CLASS = -1  # the class of a crowd in which nothing is right or wrong to find
 Result = TypeVar("Result")
@@ -236,6 +236,8 @@ class LabelledSource:
             return read(*arguments)
         except OSError as error:
             raise Refused(storage.refusal(error, error.filename or "the data set").cause, REPAIR) from error
+        except Unanswered:
+            raise
         except Missing as stop:
             raise Refused(stop.cause, REPAIR if isinstance(stop.__cause__, OSError) else stop.remedy) from stop
 

@@ -9,7 +9,7 @@ from datasetdm_fast.config import OWN_TASKS, TASK_KINDS, TASKS
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
-from datasetdm_fast.errors import Missing, Refused, nearest
+from datasetdm_fast.errors import Missing, Refused, Unanswered, nearest
 from datasetdm_fast.plugins import Registry
 from datasetdm_fast.runs.run_folder.shard_places import is_url
 from datasetdm_fast.training.readers.celebamask import CelebAMask
@@ -140,7 +140,8 @@ def open_data(
     except (Missing, OSError) as error:
         cause = error.__cause__ if isinstance(error, Missing) else error
         stop = error if isinstance(error, Missing) else storage.refusal(error, error.filename or place)
-        if not isinstance(cause, OSError) or isinstance(cause, PermissionError):  # a library, or a right, is missing
+        # a library, a right or an answer is missing
+        if not isinstance(cause, OSError) or isinstance(cause, PermissionError) or isinstance(error, Unanswered):
             raise stop from cause
         raise Refused(stop.cause, stop.remedy) from error
     except Refused as stop:
