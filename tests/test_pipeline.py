@@ -279,6 +279,21 @@ def test_a_program_with_another_default_dtype_or_device_gets_the_same_images_and
     assert all(map(np.array_equal, expected, found))
 
 
+@pytest.mark.parametrize("engine", ["torch", "fast"])
+def test_a_program_that_lets_a_cpu_round_fp32_gets_the_same_images_and_labels(decoders, alone, engine):
+    expected, before = alone(engine), torch.get_float32_matmul_precision()
+    seen = set()
+    try:
+        torch.set_float32_matmul_precision("medium")  # bf16 where a CPU multiplies that, as trainers ask for
+        found, after = made(decoders, engine, torch.get_float32_matmul_precision)
+        pipe = Pipeline.from_pretrained("tiny", engine=engine, decoder=str(decoders), size=64)
+        pipe("a ball", steps=2, callback=lambda *_: seen.add(torch.backends.mkldnn.matmul.fp32_precision))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert (seen, after) == ({"ieee"}, "medium")
+    assert all(map(np.array_equal, expected, found))
+
+
 def test_pictures_that_exist_are_not_sampled(pipe):
     with pytest.raises(TypeError, match="'steps' is no choice here, as no image is sampled"):
         pipe.label(world.view(0, 128).image, steps=20)

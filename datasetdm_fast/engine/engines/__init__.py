@@ -345,16 +345,18 @@ def before_torch() -> None:
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
-_TURN, _REPLACED = Lock(), list[Any]()  # default dtypes of the process, that of the program first
+_TURN, _REPLACED = Lock(), list[Any]()  # default dtypes and precisions of the process, those of the program first
 
 
 @contextmanager
 def in_own_precision() -> Iterator[None]:
-    """Within the block, torch's autocast, default dtype and default device are PyTorch's own, also where a program
-    around it has changed them: they would silently round weights, and change images and labels.
+    """Within the block, torch's autocast, default dtype and default device are PyTorch's own, and a CPU multiplies fp32
+    unrounded, also where a program around it has changed them: they would silently round weights, and change images and
+    labels.
     """
     import torch
 
+    operations = torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv
     with ExitStack() as switched:
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
@@ -362,10 +364,15 @@ def in_own_precision() -> Iterator[None]:
         if torch.get_default_device().type != "cpu":
             switched.enter_context(torch.device("cpu"))
         with _TURN:
-            _REPLACED.append(torch.get_default_dtype())
+            _REPLACED.append((torch.get_default_dtype(), [operation.fp32_precision for operation in operations]))
             torch.set_default_dtype(torch.float32)
+            for operation in operations:
+                operation.fp32_precision = "ieee"
         try:
             yield
         finally:
-            with _TURN:  # the last thread within the block restores that of the program
-                torch.set_default_dtype(_REPLACED.pop())
+            with _TURN:  # the last thread within the block restores those of the program
+                dtype, precisions = _REPLACED.pop()
+                torch.set_default_dtype(dtype)
+                for operation, precision in zip(operations, precisions, strict=True):
+                    operation.fp32_precision = precision
