@@ -20,6 +20,7 @@ from datasetdm_fast.engine.labels.class_tables import token_places
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop.calls import call_text
 from datasetdm_fast.engine.loop.class_prompts import class_columns, concept_places
+from datasetdm_fast.engine.loop.prompts import fit_prompt
 from datasetdm_fast.errors import Refused
 
 PROMPTS = ["a photo of the cat", "the house"]
@@ -119,6 +120,16 @@ def test_a_word_is_found_within_the_chat_that_holds_the_prompt(family, tmp_path)
     ):
         with pytest.raises(Refused):
             find()
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_a_prompt_fits_where_its_last_token_is_read(family, tmp_path):
+    model = load_model(str(tiny_pipelines.save(tmp_path / "model", family)), size=SIZE)
+    ((_, places),) = class_columns("cat", ("cat",), model.tokenizer, by_words=False)
+    longest = "c" * (512 - places[0])
+    assert fit_prompt(longest, model.tokenizer, "prompt") == longest
+    with pytest.raises(Refused, match="513 tokens, at most 512 fit"):
+        fit_prompt(longest + "c", model.tokenizer, "prompt")
 
 
 def test_a_word_that_is_a_piece_of_another_is_read_where_it_stands(tmp_path):

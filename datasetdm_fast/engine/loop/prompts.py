@@ -169,8 +169,12 @@ def check_class_lengths(
 
 
 def count_tokens(prompt: str, tokenizer: Tokenizer) -> int:
-    """Tokens of a prompt, its start and end marks among them."""
-    return len(tokenizer(prompt, truncation=False).input_ids)
+    """Tokens of a prompt, its start and end marks among them, and what a chat says before it."""
+    count = len(tokenizer(prompt, truncation=False).input_ids)
+    if not hasattr(tokenizer, "spans") or 2 * count < tokenizer.model_max_length:  # which no chat takes half of
+        return count
+    within = [place + 1 for place, (begin, end) in enumerate(tokenizer.spans(prompt)) if begin < end]
+    return max([count, *within[-1:]])
 
 
 def fit_prompt(
