@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import threading
 from collections.abc import Iterator
@@ -242,6 +243,24 @@ def test_limits_and_flags(chromium, run):
     page.wait_for_timeout(200)
     assert shown(page) == page.evaluate("samples.filter(s => s.missing.length).map(s => s.id)")
     page.close()
+
+
+def test_a_page_that_is_told_no_counts_of_classes_counts_its_samples(chromium, tmp_path):
+    """As that of a run in shards, whose manifests count instances and no classes of maps."""
+    path = tmp_path / "run"
+    write_run(path, 5, 48)
+    counts = "[...by('classes').children].map(element => [element.dataset.word, element.textContent])"
+    page = Watched(chromium).open(address(path))
+    whole = page.evaluate(counts)
+    script = path / "gallery" / "run.js"
+    head, counted, rest = re.split(r'(?<="shown":\[)([^]]*)', script.read_text(), maxsplit=1)
+    script.write_text(head + re.sub("[0-9]+", "0", counted) + rest)
+    page.reload()
+    until(page, "filled")
+    assert page.evaluate("run.shown.some(Boolean)") is False
+    assert page.evaluate(counts) == whole and len(whole) > 2
+    page.click(f"[data-word='{whole[-1][0]}']")
+    assert whole[-1][1].endswith(str(page.evaluate("shown.length")))
 
 
 def test_doubtful_samples_show_that_a_filter_left_out(chromium, tmp_path):

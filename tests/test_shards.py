@@ -1138,6 +1138,7 @@ def test_the_page_of_shards_is_made_as_it_is_asked_for(alone, bucket, tmp_path, 
             another = showing.show(url, is_served=True)
         told = (another.folder / "gallery/run.js").read_text()
         assert f'"is_in_progress":{"false" if is_complete else "true"}' in told.replace(": ", ":")
+        assert not any(json.loads(told.partition(",0,")[2].removesuffix(");\n"))["shown"])  # which the page counts
     page = json.loads(served.fetch("gallery/pages/000000.js").read_text().partition(",0,")[2].removesuffix(");\n"))
     assert page["index"] == list(range(SAMPLES)) and any(page["shown"]) == (place == "folder")
     image = datasetdm_fast.open_run(alone)["00000007"].read("image")

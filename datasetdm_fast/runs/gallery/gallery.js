@@ -15,7 +15,8 @@ const root = document.documentElement, by = id => document.getElementById(id);
 const grid = by("grid"), viewer = by("viewer"), frame = by("frame");
 const leftOut = new Map(received.leftOut), hasDoubts = Boolean(run.doubtful || run.missing || leftOut.size);
 const WORDS = hasDoubts ? 92 : 74; // pixels of a card's text: a third line where some cards say what is wrong with them
-const quantities = quantitiesOf(run.figures), marks = new Map(), inSet = [...run.shown];
+const quantities = quantitiesOf(run.figures), marks = new Map();
+let everywhere = run.shown, inSet = run.shown; // samples that show each word, and those of them in the data set
 let wish = { ...EMPTY }, layersOn = [], samples = [], shown = [], first = 0, opened = null, wanted = "";
 let layout = layoutOf(1000, 232, GAP, WORDS, 0), cards = new Map(), settling = 0, filled = false;
 
@@ -897,25 +898,24 @@ function filterButtons() {
     showFilters();
   }), button("Reset", reset));
   by("flags").children[by("flags").children.length - 2].id = "any";
-  const order = run.words.map((word, k) => k).filter(k => run.shown[k]).sort((a, b) => run.shown[b] - run.shown[a] || a - b);
-  by("classes").append(...order.map(word => {
-    const element = dotted("button", "chip", word);
-    element.type = "button";
-    element.dataset.word = word;
-    element.append(make("small", "", count(inSet[word])));
-    element.addEventListener("click", () => {
-      const [had, ruled] = [wish.has.includes(word), wish.not.includes(word)];
-      wish.has = had ? wish.has.filter(other => other !== word) : ruled ? wish.has : [...wish.has, word];
-      wish.not = had ? [...wish.not, word] : wish.not.filter(other => other !== word);
-      changed();
-      showFilters();
-    });
-    return element;
-  }));
+}
+function classButton(word) {
+  const element = dotted("button", "chip", word);
+  element.type = "button";
+  element.dataset.word = word;
+  element.append(make("small"));
+  element.addEventListener("click", () => {
+    const [had, ruled] = [wish.has.includes(word), wish.not.includes(word)];
+    wish.has = had ? wish.has.filter(other => other !== word) : ruled ? wish.has : [...wish.has, word];
+    wish.not = had ? [...wish.not, word] : wish.not.filter(other => other !== word);
+    changed();
+    showFilters();
+  });
+  return element;
 }
 function showFilters() {
   for (const element of by("flags").querySelectorAll("[data-flag]")) press(element, wish.flags.includes(element.dataset.flag));
-  for (const element of by("classes").children) showClass(element);
+  showClasses();
   by("any").hidden = wish.has.length < 2;
   by("any").textContent = wish.any ? "Any of these" : "All of these";
   by("search").value = wish.search;
@@ -930,8 +930,15 @@ function showFilters() {
 }
 // A button of a class counts the samples of the data set, once it is known which lie beside it.
 function countWords() {
-  for (const sample of samples.filter(isBeside)) for (const word of sample.shown) inSet[word]--;
-  for (const element of by("classes").children) showClass(element);
+  everywhere = countsOf(samples, run.words.length);
+  inSet = countsOf(samples.filter(sample => !isBeside(sample)), run.words.length);
+  showClasses();
+}
+function showClasses() {
+  const order = run.words.map((word, k) => k).filter(k => everywhere[k]).sort((a, b) => everywhere[b] - everywhere[a] || a - b);
+  const box = by("classes"), before = [...box.children].map(element => Number(element.dataset.word));
+  if (String(order) !== String(before)) box.replaceChildren(...order.map(classButton));
+  for (const element of box.children) showClass(element);
 }
 function showClass(element) {
   const word = Number(element.dataset.word), [had, ruled] = [wish.has.includes(word), wish.not.includes(word)];

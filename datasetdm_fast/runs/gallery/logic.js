@@ -86,6 +86,13 @@ function chosen(samples, wish, quantities, marks) {
   return keyed.map(([, sample]) => sample);
 }
 
+// How many samples show each of so many words.
+function countsOf(samples, number) {
+  const counts = new Array(number).fill(0);
+  for (const sample of samples) for (const word of sample.shown) counts[word]++;
+  return counts;
+}
+
 // Whether the worst samples come first when this quantity falls.
 function worstIsHigh(name) { return HIGH_IS_BAD.has(name); }
 

@@ -42,11 +42,10 @@ class ShardPage:
             self._facts.number(word)
         if self._pages:
             self._make_page(min(self._pages))  # whose samples say which figures there are
-        facts, entries = self._facts, self._ledger.entries.values()
+        facts = self._facts
         facts.pages, facts.missing, facts.excluded = sorted(self._pages.items()), 0, 0
         facts.doubtful = 0 if quarantines(self._run.document["config"]) else self._ledger.count(DOUBTFUL)
-        facts.named = Counter()
-        facts.shown = sum((Counter(entry.classes) for entry in entries), Counter())
+        facts.named, facts.shown = Counter(), Counter()  # the page counts classes itself, once it has all samples
         whole = facts.whole(has_sheets=False, is_in_progress=not self._run.is_complete)
         start = {
             **FIXED_FILES,
