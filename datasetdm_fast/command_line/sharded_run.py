@@ -20,9 +20,16 @@ from datasetdm_fast.runs.run_folder.selections import read_dropped
 from datasetdm_fast.runs.run_folder.shard_places import ShardBucket, ShardPlace, is_url, shard_place
 from datasetdm_fast.runs.run_folder.shards import ShardLedger, list_shards, read_stored
 from datasetdm_fast.runs.run_settings import RunConfig, RunSpec, WorkerSettings
+from datasetdm_fast.runs.workers.claims import Claims
 from datasetdm_fast.runs.workers.devices import LaunchedProcess, find_places, take_share
 from datasetdm_fast.runs.workers.ray_ranks import run_on_cluster
-from datasetdm_fast.runs.workers.shard_worker import ShardRank, check_settings, open_place, work_on_shards
+from datasetdm_fast.runs.workers.shard_worker import (
+    ShardRank,
+    check_settings,
+    files_of_shard,
+    open_place,
+    work_on_shards,
+)
 from datasetdm_fast.runs.workers.spawn import run_ranks
 from datasetdm_fast.runs.workers.worker import Callbacks
 
@@ -44,8 +51,10 @@ def generate_shards(config: RunConfig, spec: RunSpec, peer: LaunchedProcess | No
     ledger = ShardLedger(place, shards=() if document is None else None, number=spec.number, counts_only=True)
     if config.dry_run:
         return run_report.print_run_plan(config, replace(build_job(spec, document), done=ledger.made))
+    is_complete = False
     if document is not None and not grows(document["config"], spec.identity):
         ledger.remove_short()
+        is_complete = ledger.made >= spec.number
     config = replace(config, quiet=config.quiet or not is_reporting)
     interruption, made = Interruption(config.quiet), 0
 
@@ -62,7 +71,9 @@ def generate_shards(config: RunConfig, spec: RunSpec, peer: LaunchedProcess | No
     with interruption, ImageProgress(max(spec.number - ledger.made, 0), config.quiet) as progress:
         describe = partial(_describe_start, ledger.made)
         callbacks = Callbacks(describe, progress.print, on_commit, is_stopping=interruption.is_stopping)
-        if workers.cluster:
+        if is_complete:  # no network is loaded for it
+            Claims(place, files_of=files_of_shard).release_left(list_shards(place))
+        elif workers.cluster:
             run_on_cluster(workers, spec, place, callbacks)
         elif places:
             run_ranks(places, spec, ledger, callbacks)

@@ -76,6 +76,12 @@ class Claims:
             self._place.remove_parts(claim_name(part))  # of processes that were killed while they claimed it
             self._place.remove(claim_name(part))
 
+    def release_left(self, parts: Iterable[int]) -> None:
+        """Removes the claims of processes that were killed once they had made one of these parts."""
+        for part in read_claims(self._place).keys() & set(parts):
+            if self.take(part):
+                self.release(part)
+
 
 def read_claims(place: ShardPlace) -> dict[int, bytes]:
     """The content of each claim."""

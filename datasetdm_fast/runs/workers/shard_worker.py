@@ -51,7 +51,7 @@ from datasetdm_fast.runs.run_folder.shards import (
     write_tar,
 )
 from datasetdm_fast.runs.run_settings import RunSpec
-from datasetdm_fast.runs.workers.claims import Claims, read_claims
+from datasetdm_fast.runs.workers.claims import Claims
 from datasetdm_fast.runs.workers.worker import Callbacks
 from datasetdm_fast.untrusted import documents
 
@@ -149,11 +149,7 @@ class ShardWorker:
                     yield count
             if not made:
                 time.sleep(SECONDS_BETWEEN_TRIES)
-        for shard in {*self.order}.intersection(
-            read_claims(self.place)
-        ):  # of processes that were killed once they had made it
-            if self.claims.take(shard):
-                self.claims.release(shard)
+        self.claims.release_left(self.order)
 
     def _missing(self) -> list[int]:
         done = {name.removesuffix(".json") for name in self.place.names(MANIFEST)}
