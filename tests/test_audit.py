@@ -196,6 +196,9 @@ def test_damaged_files_of_dropped_samples_are_found(spoilt):
     (spoilt / hit[0]).write_bytes(b"no picture")
     (spoilt / hit[1]).unlink()
     assert places(spoilt) == hit and "leave 00000002 dropped" in audit.audit(spoilt).findings[1].remedy
+    for path in (spoilt / DROPPED).rglob("00000002.*"):
+        path.unlink()
+    assert places(spoilt) == hit[:1]
     shutil.rmtree(spoilt / DROPPED)
     assert places(spoilt) == []
 

@@ -902,7 +902,8 @@ def test_the_command_resumes_and_reports(alone, tmp_path, monkeypatch, capsys):
     assert "images     16 of 26" in told.err
     claim = tmp_path / "run" / "claims" / "00003"  # of a process that was killed before it had removed it
     claim.write_text(json.dumps({"host": claims.host(), "process": 1 << 40, "deaths": 0}))
-    (tmp_path / "run" / "manifest" / f".00003.json.{1 << 40}{10**8}.part").write_text("{")
+    for name in ("manifest/.00003", ".run"):
+        (tmp_path / "run" / f"{name}.json.{1 << 40}{10**8}.part").write_text("{")
     monkeypatch.setattr(shard_worker, "build_job", None)  # nothing is loaded for a run that is complete
     assert generate.main([*LINE[:-1], "--out", out]) == 0 and "nothing to do" in capsys.readouterr().err
     assert tree(tmp_path / "run") == tree(alone)

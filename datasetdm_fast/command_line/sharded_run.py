@@ -51,6 +51,8 @@ def generate_shards(config: RunConfig, spec: RunSpec, peer: LaunchedProcess | No
     ledger = ShardLedger(place, shards=() if document is None else None, number=spec.number, counts_only=True)
     if config.dry_run:
         return run_report.print_run_plan(config, replace(build_job(spec, document), done=ledger.made))
+    if is_reporting:
+        place.remove_parts(DOCUMENT)  # of processes that were killed while they wrote it
     is_complete = False
     if document is not None and not grows(document["config"], spec.identity):
         ledger.remove_short()

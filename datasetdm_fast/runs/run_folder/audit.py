@@ -272,11 +272,12 @@ def _check_strangers(folder: Path, folders: Iterable[str], known: set[str]) -> I
 
 
 def _check_dropped(folder: Path, ledger: Ledger) -> Iterator[Finding]:
-    """Files of dropped samples that `restore` would not bring back, unless somebody deleted all of them."""
+    """Files of dropped samples that `restore` would not bring back, but for samples of which somebody deleted all."""
     for row in ledger.dropped_rows() if (folder / DROPPED).is_dir() else ():
-        for name, stored in row.files.values():
-            if (current := storage.sha256_of(folder / DROPPED / name)) != stored.sha256:
-                remedy = f"Restore the file from a copy, or leave {row.request.id} dropped."
+        digests = {name: storage.sha256_of(folder / DROPPED / name) for name, _ in row.files.values()}
+        for name, stored in row.files.values() if any(digests.values()) else ():
+            if (current := digests[name]) != stored.sha256:
+                remedy = f"Restore the file from a copy, or leave {row.request.id} dropped and delete its files there."
                 yield Finding(DROPPED + name, CHANGED if current else MISSING, remedy)
 
 

@@ -89,7 +89,6 @@ def open_shards(spec: RunSpec, place: ShardPlace) -> Job:
         ledger = ShardLedger(place, shard_size(merged.document["config"]), number=merged.plan.number)
         check_rows(merged, ledger.rows(DONE, QUARANTINED, parts=()))
         ledger.remove_short()
-        place.remove_parts(DOCUMENT)
         place.replace(DOCUMENT, pretty(merged.document))
     return merged
 
