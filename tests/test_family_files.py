@@ -68,6 +68,10 @@ def test_a_file_of_sdxl_with_two_text_encoders(tmp_path):
 
 def check_noise_of_a_file(path, state):
     """That a file tells what its U-Net predicts, or before it the configuration, where no schedule lies beside it."""
+    path.with_suffix(".yaml").write_text("model: {params: {parameterization: v}}")
+    model = load_model(str(path), size=tiny_pipelines.SIZE)
+    assert model.scheduler["prediction_type"] == "epsilon" and "prediction" not in model.digests
+    path.with_suffix(".yaml").unlink()
     shutil.rmtree(path.parent / "scheduler")
     marked = {name: value.contiguous().clone() for name, value in state.items()} | {"v_pred": torch.zeros(1)}
     save_file(marked, path)
@@ -76,6 +80,9 @@ def check_noise_of_a_file(path, state):
     path.with_suffix(".yaml").write_text("model: {params: {parameterization: eps}}")
     model = load_model(str(path), size=tiny_pipelines.SIZE)
     assert model.scheduler["prediction_type"] == model.digests["prediction"] == "epsilon"
+    path.with_suffix(".yaml").write_text("model: {params: {parameterization: v}}")  # as the file says, too
+    model = load_model(str(path), size=tiny_pipelines.SIZE)
+    assert model.scheduler["prediction_type"] == "v_prediction" and "prediction" not in model.digests
     path.with_suffix(".yaml").unlink()
 
 
@@ -86,12 +93,12 @@ def test_a_file_notes_what_its_unet_predicts():
         return single_file._noted_schedule(Path("a"), *given)
 
     predicted = {"prediction_type": "v_prediction"}
-    assert schedule({}, {}, "") == {} and schedule(mark, {}, "") == schedule({}, noted, "") == predicted
+    assert schedule({}, {}) == {} and schedule(mark, {}) == schedule({}, noted) == predicted
     plain = {"prediction_type": "epsilon"}
-    assert schedule(mark, {"modelspec.prediction_type": "epsilon"}, "") == schedule(mark, noted, "epsilon") == plain
-    assert schedule(mark | {"ztsnr": torch.zeros(1)}, {}, "") == predicted | {"rescale_betas_zero_snr": True}
+    assert schedule(mark, {"modelspec.prediction_type": "epsilon"}) == plain
+    assert schedule(mark | {"ztsnr": torch.zeros(1)}, {}) == predicted | {"rescale_betas_zero_snr": True}
     with pytest.raises(Refused, match=r"a holds edm_mean, and models of that noise \(EDM\) are not sampled here"):
-        schedule({"edm_mean": torch.zeros(4)}, {}, "")
+        schedule({"edm_mean": torch.zeros(4)}, {})
 
 
 def unet_key(name):

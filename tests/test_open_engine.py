@@ -116,3 +116,18 @@ def test_within_an_engine_precision_and_device_are_pytorchs_own():
         assert torch.ones(1).dtype == torch.float64
     finally:
         torch.set_default_dtype(before)
+
+
+def test_after_an_engine_operations_still_follow_the_precision_of_a_program():
+    backend = torch.backends.mkldnn
+    before = backend.matmul.fp32_precision
+    try:
+        for precision in ("bf16", "ieee", "tf32"):
+            torch.backends.fp32_precision = precision
+            backend.matmul.fp32_precision = "bf16"  # of its own
+            with engines.in_own_precision(), engines.in_own_precision():
+                assert backend.conv.fp32_precision == backend.matmul.fp32_precision == "ieee"
+            assert (backend.conv.fp32_precision, backend.matmul.fp32_precision) == (precision, "bf16")
+    finally:
+        torch.backends.fp32_precision = "none"
+        backend.matmul.fp32_precision = before

@@ -5,6 +5,7 @@ import pickle
 import tempfile
 import threading
 from functools import partial
+from itertools import repeat
 from types import SimpleNamespace
 
 import numpy as np
@@ -237,6 +238,10 @@ def test_negative_prompts_follow_the_prompts_in_every_share_and_epoch():
     assert asked == [[("b", "B"), ("a", "A")], [("a", "A"), ("c", "C")]]
     with pytest.raises(Refused, match="negative_prompt: 1 were given for 2 prompts"):
         SampleStream(pipeline, ("a", "b"), "depth", negative_prompt=["A"])
+    with pytest.raises(Refused, match="negative_prompt: more than 2 were given for 2 prompts"):
+        SampleStream(pipeline, ("a", "b"), "depth", negative_prompt=repeat("A"))
+    with pytest.raises(Refused, match="negative_prompt"):
+        SampleStream(pipeline, ("a", "b"), "depth", negative_prompt=5)
 
 
 def test_a_process_that_was_forked_opens_an_engine_of_its_own(monkeypatch):

@@ -17,7 +17,7 @@ from datasetdm_fast.config import MOST_TRIES
 from datasetdm_fast.data import Sample
 from datasetdm_fast.engine.labels import kind_of, number_classes
 from datasetdm_fast.engine.labels.label_files import image_tensor, label_tensors, stack
-from datasetdm_fast.engine.loop.recipe import label_tables
+from datasetdm_fast.engine.loop.recipe import as_texts, label_tables
 from datasetdm_fast.engine.pipeline import Pipeline
 from datasetdm_fast.engine.shares import SharedDataset
 from datasetdm_fast.errors import GateFailed, Refused
@@ -53,12 +53,14 @@ class SampleStream(SharedDataset):
         if number < 0 or prefetch < 1:
             raise Refused(f"number {number}, prefetch {prefetch}: expected at least 0 and 1", "Choose other numbers.")
         if not isinstance(negatives := choices.get("negative_prompt"), str | None):
-            choices["negative_prompt"] = negatives = list(negatives)
-            if len(negatives) != len(prompts):
+            some = list(islice(as_texts("negative_prompt", negatives), len(prompts) + 1))  # it may have no end
+            if len(some) != len(prompts):
+                number_given = len(some) if len(some) < len(prompts) else f"more than {len(prompts)}"
                 raise Refused(
-                    f"negative_prompt: {len(negatives)} were given for {len(prompts)} prompts",
+                    f"negative_prompt: {number_given} were given for {len(prompts)} prompts",
                     "Give one, or one per prompt.",
                 )
+            choices["negative_prompt"] = some
         self.prompts, self.task, self.number, self.seed = prompts, task, number, seed
         self.trusted, self.prefetch, self.transform, self.choices = trusted, prefetch, transform, choices
         self.epoch = 0

@@ -356,7 +356,8 @@ def in_own_precision() -> Iterator[None]:
     """
     import torch
 
-    operations = torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv
+    backend = torch.backends.mkldnn
+    operations = backend.matmul, backend.conv
     with ExitStack() as switched:
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
@@ -364,7 +365,10 @@ def in_own_precision() -> Iterator[None]:
         if torch.get_default_device().type != "cpu":
             switched.enter_context(torch.device("cpu"))
         with _TURN:
-            _REPLACED.append((torch.get_default_dtype(), [operation.fp32_precision for operation in operations]))
+            usual = backend.fp32_precision  # which operations with none of their own follow
+            precisions = [operation.fp32_precision for operation in operations]
+            precisions = ["none" if precision == usual else precision for precision in precisions]
+            _REPLACED.append((torch.get_default_dtype(), precisions))
             torch.set_default_dtype(torch.float32)
             for operation in operations:
                 operation.fp32_precision = "ieee"

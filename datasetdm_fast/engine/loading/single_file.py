@@ -297,7 +297,11 @@ def load_parts(
     if any(form.get(key, value) != value for key, value in switches.items()):
         usual.pop(folders.SCHEDULER)  # models that read their guidance have one of their own
     elif backbone.flow is None:
-        usual[folders.SCHEDULER] |= _noted_schedule(path, state, notes, configured)
+        schedule = usual[folders.SCHEDULER]
+        schedule |= _noted_schedule(path, state, notes)
+        if configured == schedule["prediction_type"] or (place / folders.SCHEDULER).is_dir():
+            configured = ""  # it changes nothing
+        schedule |= {"prediction_type": configured} if configured else {}
     absent = [
         part
         for part, record in backbone.parts.items()
@@ -338,13 +342,13 @@ def load_parts(
     )
 
 
-def _noted_schedule(path: Path, state: State, notes: Mapping[str, str], configured: str) -> dict[str, Any]:
-    """What a U-Net predicts, where that is configured or a file tells it by a note or a tensor without a use."""
+def _noted_schedule(path: Path, state: State, notes: Mapping[str, str]) -> dict[str, Any]:
+    """What a U-Net predicts, where its file tells it by a note or a tensor without a use."""
     if edm := next((key for key in state if key.startswith("edm_")), ""):
         raise Refused(f"model: {path} holds {edm}, and models of that noise (EDM) are not sampled here", ANOTHER)
     marked = {"rescale_betas_zero_snr": True} if "ztsnr" in state else {}
     noted = NOTED.get(notes.get("modelspec.prediction_type", ""), "v_prediction" if "v_pred" in state else "")
-    return marked | ({"prediction_type": configured or noted} if configured or noted else {})
+    return marked | ({"prediction_type": noted} if noted else {})
 
 
 def _parts_of(state: State, backbone: Backbone) -> dict[str, State]:
