@@ -537,6 +537,24 @@ def test_a_store_that_does_not_answer_says_nothing_of_its_files(alone, bucket, m
     assert contents(bucket) == before
 
 
+def test_a_store_that_no_longer_answers_when_pictures_are_read_has_no_damaged_ones(
+    alone, bucket, monkeypatch, tmp_path, capsys
+):
+    make("run", bucket)
+    read = ShardLedger.read_file
+
+    def fail(self, row, role):
+        if role != RECORD:
+            raise Unanswered("no answer", "Run the same command again.")
+        return read(self, row, role)
+
+    monkeypatch.setattr(ShardLedger, "read_file", fail)
+    for line in ([audit.main], [convert.main, "--to", "coco", "--out", str(tmp_path / "export")]):
+        assert line[0]([bucket.name, *line[1:], "--quiet"]) == 3 and capsys.readouterr().err.startswith("no answer\n")
+    with pytest.raises(Unanswered):
+        datasetdm_fast.open_run(bucket.name)[0].semantic
+
+
 def test_what_a_store_cannot_open_is_told_once(alone, bucket):
     make("run", bucket)
     ledger = ShardLedger(bucket)
@@ -895,13 +913,14 @@ def test_the_command_resumes_and_reports(alone, tmp_path, monkeypatch, capsys):
     out = str(tmp_path / "run")
     assert generate.main([*LINE, "--out", out, "--limit", "7"]) == 0
     assert "10 of 26 samples are there; resume with" in capsys.readouterr().err
-    assert generate.main([*LINE[:-1], "--out", out, "--json"]) == 0
+    ended = json.dumps({"host": claims.host(), "process": 1 << 40, "deaths": 0})
+    (tmp_path / "run" / "claims" / "00000").write_text(ended)  # killed before it had removed it
+    assert generate.main([*LINE[:-1], "--out", out, "--json"]) == 0 and tree(tmp_path / "run") == tree(alone)
     told = capsys.readouterr()
     facts = json.loads(told.out)
     assert facts["complete"] and (facts["done"], facts["made"]) == (SAMPLES, 16) and "nothing to do" not in told.err
     assert "images     16 of 26" in told.err
-    claim = tmp_path / "run" / "claims" / "00003"  # of a process that was killed before it had removed it
-    claim.write_text(json.dumps({"host": claims.host(), "process": 1 << 40, "deaths": 0}))
+    (tmp_path / "run" / "claims" / "00003").write_text(ended)
     for name in ("manifest/.00003", ".run"):
         (tmp_path / "run" / f"{name}.json.{1 << 40}{10**8}.part").write_text("{")
     monkeypatch.setattr(shard_worker, "build_job", None)  # nothing is loaded for a run that is complete
