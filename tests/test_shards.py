@@ -552,7 +552,7 @@ def test_a_store_that_no_longer_answers_when_pictures_are_read_has_no_damaged_on
     for line in ([audit.main], [convert.main, "--to", "coco", "--out", str(tmp_path / "export")]):
         assert line[0]([bucket.name, *line[1:], "--quiet"]) == 3 and capsys.readouterr().err.startswith("no answer\n")
     with pytest.raises(Unanswered):
-        datasetdm_fast.open_run(bucket.name)[0].semantic
+        datasetdm_fast.open_run(bucket.name)[0].label("semantic")
 
 
 def test_what_a_store_cannot_open_is_told_once(alone, bucket):
@@ -565,6 +565,7 @@ def test_what_a_store_cannot_open_is_told_once(alone, bucket):
     bucket.remove(index_name(1))
     with pytest.raises(Refused, match="00001.parquet: it is missing or has changed since it was written"):
         ledger.row(7)
+    assert audit.main([bucket.name, "--quiet"]) == 4  # a store that says so has answered
 
 
 def test_runs_in_shards_need_a_library(monkeypatch, tmp_path, capsys):
