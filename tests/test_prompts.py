@@ -394,6 +394,14 @@ def test_a_folder_without_a_prompt_is_refused(tmp_path):
     assert "CLASS.txt" in refused.value.remedy
 
 
+def test_a_folder_of_labelled_images_is_no_folder_of_prompts(tmp_path):
+    (tmp_path / "classes.txt").write_text("wall\ntable\n")
+    (tmp_path / "prompts.txt").write_text("a ball on a table\n")
+    with pytest.raises(Refused, match="holds classes.txt, so it is a data set") as refused:
+        read_source(PromptSettings(prompts=str(tmp_path)), has_captions=True)
+    assert str(tmp_path / "prompts.txt") in refused.value.remedy
+
+
 def test_a_folder_of_lists_names_the_class_of_each(tmp_path):
     (tmp_path / "bird.txt").write_text("something with feathers\nan old owl\n")
     (tmp_path / "general.txt").write_text("a quiet street\n")

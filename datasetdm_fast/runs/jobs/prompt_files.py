@@ -97,6 +97,11 @@ def read_source(settings: PromptSettings, *, has_captions: bool) -> PromptSource
 
 def _read_folder(folder: Path, truncate: bool) -> tuple[PromptLine, ...]:
     """DatasetDM's layout: a file a class, named after it; general.txt names no class. Empty files are skipped."""
+    if (folder / "classes.txt").exists():  # its lines are names of classes, not prompts of a class `classes`
+        raise Refused(
+            f"{folder}: holds classes.txt, so it is a data set and no folder of prompts",
+            f"Name a file with one prompt per line, such as {folder / 'prompts.txt'}.",
+        )
     lines = []
     for path in sorted(folder.glob("*.txt")):
         name, text = read_prompts(str(path))
