@@ -207,6 +207,17 @@ def test_a_peer_that_raises_is_failed_where_it_is_ours_and_absent_elsewhere(run)
     ]
 
 
+def test_a_peer_that_raises_after_it_agreed_is_failed_where_it_must_run_and_absent_elsewhere(run, monkeypatch):
+    monkeypatch.setattr(race, "first_batch", lambda *_: ([], 0.0, 0))
+    agreeing = SimpleNamespace(setting=run.setting, batches={}, judge=SimpleNamespace(rows=lambda *_: []))
+    for must_run, status in ((True, "failed"), (False, "absent")):
+        peer = SimpleNamespace(batch=1, dtype="fp32")
+        offer = Offer("one", lambda *_, peer=peer: peer, batch=1, must_run=must_run)
+        row, runner = race.prepare(agreeing, "one", offer)
+        runner.noting(lambda: 1 // 0)()
+        assert row["status"] == status and row["why"].startswith("ZeroDivisionError")
+
+
 def test_a_peer_that_raises_while_it_is_timed_is_failed_and_the_others_are_timed(run, monkeypatch):
     """After its first batch agreed: in the round that does not count, in one that does, and where it draws alone."""
     made = dict.fromkeys(("ours", "ours-1", "ours-bf16", "torch"), 0)

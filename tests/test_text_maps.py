@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import math
+import unicodedata
 
 import numpy as np
 import pytest
@@ -139,6 +140,12 @@ def test_a_word_that_is_a_piece_of_another_is_read_where_it_stands(tmp_path):
     tokenizer = load_model(str(tmp_path / "model"), size=SIZE).tokenizer
     assert class_columns("a cupboard a cups", ("cup",), tokenizer, by_words=False) == [("cup", (4, 5))]
     assert token_places("a cupboard a cups", ("cup",), tokenizer, 77) == {"cup": (4, 5)}
+    accents = "a cafe\u0301 e\u0301e\u0301 cups"  # each a character of its own
+    whole = token_places(unicodedata.normalize("NFC", accents), ("cup",), tokenizer, 77)
+    assert token_places(accents, ("cup",), tokenizer, 77) == whole and len(whole["cup"]) == 2
+    assert class_columns(accents, ("cup",), tokenizer, by_words=False) == [("cup", whole["cup"])]
+    with pytest.raises(Refused, match="no token says 'dog'"):
+        concept_places("dog", tokenizer)
 
 
 def modulations(block, arguments, family):

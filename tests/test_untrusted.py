@@ -195,7 +195,7 @@ def test_pictures_of_very_many_parts_are_refused_before_they_are_decoded(tmp_pat
     whole = (tmp_path / "a.jpg").read_bytes()
     last = whole[whole.rindex(b"\xff\xda") : -2]  # a scan, which a decoder takes as often as it comes
     scans = whole.count(b"\xff\xda")
-    images.decode_image(whole[:-2] + last * (images.MOST_SCANS - scans) + b"\xff\xd9" + last * 200, "a.jpg")
+    images.decode_image(whole[:-2] + last * (images.MOST_SCANS - scans) + b"\xff\xd9\0\0" + last * 200, "a.jpg")
     empty, thumbnail = b"\xff\xfe\0\2", b"\xff\xe1\xff\xff" + (last + b"\xff\xd9").ljust(65533, b"a")
     hostile = {
         "scans.jpg": whole[:-2] + last * (images.MOST_SCANS - scans + 1) + b"\xff\xd9",

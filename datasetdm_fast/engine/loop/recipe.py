@@ -439,7 +439,8 @@ def check_numbers(**values: float) -> dict[str, float]:
     """
     for name, value in values.items():
         kind, form = (Integral, "whole number") if isinstance(LEAST_SETTINGS[name], int) else (Real, "number")
-        least, most = LEAST_SETTINGS[name], math.inf if kind is Integral else LARGEST_GUIDANCE
+        least = LEAST_SETTINGS[name]
+        most = LARGEST_GUIDANCE if name == "guidance" else math.inf if kind is Integral else 1
         if not (isinstance(value, kind) and least <= value <= most):
             bounds = f"of {least} or more" if kind is Integral else f"from {least:g} to {most}"
             raise Refused(f"{_flag(name)} {_quote(value)}: expected a {form} {bounds}", "Choose another number.")
