@@ -227,9 +227,9 @@ def test_a_request_of_very_many_values_is_refused_before_it_is_parsed(service, m
 
 
 def test_pictures_that_are_sent_at_once_are_bounded_in_memory_and_short_requests_pass(pipeline, monkeypatch):
-    monkeypatch.setattr(http_side, "MOST_HELD", 200_000)
     most = b'{"image": "' + b"A" * 150_000 + b'"}'
-    head = f"POST {LABEL} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(most)}\r\n\r\n"
+    monkeypatch.setattr(http_side, "MOST_HELD", len(most))
+    head = f"POST {LABEL} HTTP/1.1\r\nHost: a\r\nContent-Type: Application/JSON\r\nContent-Length: {len(most)}\r\n\r\n"
     with serving(pipeline) as service:
         with socket.create_connection(("127.0.0.1", service.port), 60) as slow:
             slow.sendall(head.encode() + most[:-1])
