@@ -186,6 +186,15 @@ def _(folder: Path) -> Ending:
     return run("label", *line, ends=BAD, says="not a complete image")
 
 
+@case("an image of more scans than any has")
+def _(folder: Path) -> Ending:
+    def spoil(data: Path) -> None:
+        for file in (*data.rglob("*.png"), *data.rglob("*.jpg")):
+            file.write_bytes(b"\xff\xd8" + b"\xff\xda\x00\x02" * 101)
+
+    return data_set(folder, "folder", spoil, "or 100 scans")
+
+
 @case("annotations cut off")
 def _(folder: Path) -> Ending:
     def spoil(data: Path) -> None:
