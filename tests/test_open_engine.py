@@ -131,3 +131,18 @@ def test_after_an_engine_operations_still_follow_the_precision_of_a_program():
     finally:
         torch.backends.fp32_precision = "none"
         backend.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("chosen", ["highest", "high", "medium"])
+def test_an_engine_of_a_gpu_leaves_a_program_its_precision(chosen):
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(chosen)
+        for is_of_gpu in (False, True):
+            with engines.in_own_precision():
+                if is_of_gpu:
+                    torch.backends.cuda.matmul.allow_tf32 = False
+            assert torch.get_float32_matmul_precision() == chosen  # and torch.compile can ask for it
+            assert torch.backends.cuda.matmul.allow_tf32 == (chosen != "highest")
+    finally:
+        torch.set_float32_matmul_precision(before)

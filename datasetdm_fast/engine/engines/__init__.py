@@ -346,6 +346,7 @@ def before_torch() -> None:
 
 
 _TURN, _REPLACED = Lock(), list[Any]()  # default dtypes and precisions of the process, those of the program first
+_OLDER_NAMES = {"tf32": "high", "bf16": "medium"}  # of the precisions that torch.set_float32_matmul_precision sets
 
 
 @contextmanager
@@ -356,7 +357,7 @@ def in_own_precision() -> Iterator[None]:
     """
     import torch
 
-    backend = torch.backends.mkldnn
+    backend, products = torch.backends.mkldnn, torch.backends.cuda.matmul
     operations = backend.matmul, backend.conv
     with ExitStack() as switched:
         for kind in ("cpu", "cuda"):
@@ -368,7 +369,7 @@ def in_own_precision() -> Iterator[None]:
             usual = backend.fp32_precision  # which operations with none of their own follow
             precisions = [operation.fp32_precision for operation in operations]
             precisions = ["none" if precision == usual else precision for precision in precisions]
-            _REPLACED.append((torch.get_default_dtype(), precisions))
+            _REPLACED.append((torch.get_default_dtype(), products.fp32_precision, precisions))
             torch.set_default_dtype(torch.float32)
             for operation in operations:
                 operation.fp32_precision = "ieee"
@@ -376,7 +377,11 @@ def in_own_precision() -> Iterator[None]:
             yield
         finally:
             with _TURN:  # the last thread within the block restores those of the program
-                dtype, precisions = _REPLACED.pop()
+                dtype, precision_on_gpu, precisions = _REPLACED.pop()
                 torch.set_default_dtype(dtype)
+                # engines of a GPU change it by PyTorch's older way, and other threads may be in the middle of a call
+                if not _REPLACED and products.fp32_precision != precision_on_gpu:
+                    torch.set_float32_matmul_precision(_OLDER_NAMES.get(precisions[0], "highest"))
+                    products.fp32_precision = precision_on_gpu
                 for operation, precision in zip(operations, precisions, strict=True):
                     operation.fp32_precision = precision

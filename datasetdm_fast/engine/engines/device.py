@@ -66,7 +66,8 @@ def multiplies_fp8(device: torch.device) -> bool:
 
 def allow_tf32(device: torch.device, is_allowed: bool) -> None:
     """Whether convolutions in fp32 round their factors to TF32 on a GPU, as PyTorch by itself lets them; products never
-    do. The setting is the process's and is not put back: another thread of the engine may be in the middle of a call.
+    do. The settings are the process's. That of products is put back after the last `in_own_precision`, the other is
+    not: another thread of the engine may be in the middle of a call.
     """
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = is_allowed, False
