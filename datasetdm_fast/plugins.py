@@ -156,7 +156,8 @@ class PartTable(Mapping[str, Any]):
         return len(list(iter(self)))
 
     def __iter__(self) -> Iterator[str]:
-        return iter([*self.builtin, *(name for name in self._loaded if name not in self.builtin)])
+        loaded = tuple(self._loaded)  # at once, as another thread may be loading one
+        return iter([*self.builtin, *(name for name in loaded if name not in self.builtin)])
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._loaded:

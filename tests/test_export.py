@@ -695,14 +695,14 @@ def test_the_command_writes_what_it_is_asked_for(tmp_path, capsys):
 # Parts ----------------------------------------------------------------------------------------------------------------
 
 
-def test_the_program_of_the_page_makes_what_the_pipeline_makes(tmp_path, monkeypatch):
+def test_the_program_of_the_page_makes_what_the_pipeline_makes(demo, tmp_path, monkeypatch):
     page = (Path(__file__).parents[1] / "docs" / "engines.md").read_text(encoding="utf-8")
     (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    assert export_command(["--out", "graphs", "--quiet"]) == 0
+    export(demo[0], {task: demo[1][task] for task in ("pose", "depth")}, "graphs")
     names: dict = {}
     exec(program, names)
-    pipe = Pipeline.from_pretrained("demo", engine="torch", outlines="decoder")
+    pipe = Pipeline.from_pretrained("demo", outlines="decoder")
     choices = {"steps": 10, "guidance": 7.5, "sampler": "ddim", "tasks": ("depth",)}
     expected = pipe(["a red ball beside a cube"], seeds=[7], **choices)
     assert names["is_finite"].all()

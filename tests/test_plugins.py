@@ -24,7 +24,7 @@ from datasetdm_fast.engine.backbones import OWN_PIPELINES, PIPELINES
 from datasetdm_fast.engine.tasks import labeller
 from datasetdm_fast.engine.tasks.labeller import check_label
 from datasetdm_fast.errors import Missing
-from datasetdm_fast.plugins import Registry
+from datasetdm_fast.plugins import PartTable, Registry
 from datasetdm_fast.runs.exporting import conversion
 from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.jobs.job import packages_of
@@ -653,3 +653,15 @@ def test_a_family_of_another_package_is_opened_by_its_pipeline(installed, tmp_pa
     }.items():
         code, said = generate(pipeline)
         assert code == 3 and words in said, (pipeline, code, said)
+
+
+def test_parts_may_be_listed_while_another_thread_loads_one():
+    class Slow(dict):
+        def __contains__(self, name):
+            table._loaded.setdefault("late", object())  # as the other thread does
+            return super().__contains__(name)
+
+    table = PartTable("label", object, Registry("tasks", {}))
+    table.builtin, table._loaded = Slow(), {"early": object(), "second": object()}
+    assert list(table) == ["early", "second"]
+    assert list(table) == ["early", "second", "late"]
