@@ -31,6 +31,7 @@ from datasetdm_fast.kernels import plain as plain_forms
 from datasetdm_fast.kernels.attention_sums import as_bias, plain, sum_exponentials
 from datasetdm_fast.plugins import load_place
 from datasetdm_fast.runs.agreement import verify as agreement
+from datasetdm_fast.runs.agreement.observe import Rounded
 
 # none of them the sizes of other tests; the guidance of a call
 FAMILIES = {
@@ -167,6 +168,20 @@ def test_prompts_are_read_by_the_copies_that_lie_with_the_engine(opened):
     whole = reference.encode_text(PROMPTS[:1])
     assert text.context.dtype == torch.float32 and torch.equal(text.context, text.context.bfloat16().float())
     assert not torch.equal(text.context, whole.context) and distance(text.context, whole.context) < 0.03
+
+
+def test_rotary_frequencies_stay_in_fp32(opened):
+    """In bf16 they would turn the last of 512 tokens by a radian too much, as transformers' own loading does not."""
+    model, _, reference, *_ = opened
+    copies = [build_engine("fast", model, dtype="bf16", device="cpu").held, Rounded(reference, torch.bfloat16).model]
+    for name in model.backbone.of_kind("text_encoder"):
+        buffers = dict(model.networks[name].module.named_buffers())
+        assert any("inv_freq" in each for each in buffers) == (model.backbone.name not in ("sd3", "flux1"))
+        for copied in copies:
+            module = copied.networks[name].module
+            assert next(module.parameters()).dtype == torch.bfloat16
+            for each, value in module.named_buffers():
+                assert torch.equal(value, buffers[each]) and value.dtype == buffers[each].dtype, each
 
 
 @pytest.mark.parametrize("opened", ["qwen-image"], indirect=True)

@@ -1,5 +1,6 @@
 """Layers for a CPU, whose weights are laid out once as its convolutions and products read them."""
 
+import copy
 import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -289,6 +290,18 @@ def _has_tiles(height: int, width: int, images: int) -> bool:
 def place_module(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """`module` on the device, its convolutions channels-last."""
     return module.eval().to(device=device, dtype=dtype).to(memory_format=torch.channels_last)
+
+
+def copy_in_dtype(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A copy on the device with its weights in `dtype`; buffers keep their own: a rotary frequency in 8 bits would turn
+    the last of 500 tokens by a radian too much.
+    """
+    # not by diffusers' own `to`, which warns of modules to be kept in fp32 where there are none
+    copied = nn.Module.to(copy.deepcopy(module), device, dtype)
+    for part, source in zip(copied.modules(), module.modules(), strict=True):
+        for name, value in source.named_buffers(recurse=False):
+            setattr(part, name, value.to(device))
+    return copied
 
 
 def state_distance(value: Tensor, truth: Tensor) -> float:

@@ -1,13 +1,12 @@
 """How far one engine is from another, stage by stage: the same requests through both, image by image."""
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from datasetdm_fast.config import ATTENTION
 from datasetdm_fast.data import Annotation, AnyCapture, AttentionSums, Capture, ProjectedCapture, Request, Text
@@ -18,6 +17,7 @@ from datasetdm_fast.engine.loop.class_prompts import attention_recipe
 from datasetdm_fast.engine.loop.driver import BatchGenerator
 from datasetdm_fast.engine.loop.labelling import attention_labels, postprocess
 from datasetdm_fast.engine.loop.recipe import Recipe
+from datasetdm_fast.engine.models.packed import copy_in_dtype
 from datasetdm_fast.engine.sampling.schedule import ImageNoise, ReferenceSampler, SamplerState
 from datasetdm_fast.stages import LEVELS
 
@@ -159,11 +159,10 @@ class Rounded(TorchEngine):
 
     def __init__(self, engine: TorchEngine, dtype: torch.dtype):
         model, self.dtype = engine.model, dtype
-        # not by diffusers' own `to`, which warns of modules to be kept in fp32 where there are none
         names = [model.backbone.denoiser, *model.backbone.of_kind("vae")]
         if "fp16" not in model.backbone.halves:  # then the fast engine stores all parts so
             names += [name for name in model.backbone.of_kind("text_encoder") if name in model.networks]
-        parts = {name: nn.Module.to(copy.deepcopy(model.networks[name].module), dtype) for name in names}
+        parts = {name: copy_in_dtype(model.networks[name].module, engine.device, dtype) for name in names}
         super().__init__(model.with_modules(**parts), engine.decoders, device=str(engine.device))
 
     def encode_text(self, prompts: Sequence[str]) -> Text:

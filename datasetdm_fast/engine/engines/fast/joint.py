@@ -4,7 +4,6 @@ and captures that cost a few rows of products and what attention tells of its su
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -34,7 +33,14 @@ from datasetdm_fast.engine.models.capture import CallReader, ProjectingReader, P
 from datasetdm_fast.engine.models.fp8 import with_fp8_products
 from datasetdm_fast.engine.models.fused import FusedImageDecoder
 from datasetdm_fast.engine.models.mmdit import MMDiT
-from datasetdm_fast.engine.models.packed import largest_distance, norm_in_place, pack_layers, place_module, weights_of
+from datasetdm_fast.engine.models.packed import (
+    copy_in_dtype,
+    largest_distance,
+    norm_in_place,
+    pack_layers,
+    place_module,
+    weights_of,
+)
 from datasetdm_fast.engine.models.vae import ImageDecoder, ImageEncoder, has_usual_form
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.kernels import plain
@@ -70,7 +76,7 @@ class JointEngine(TorchEngine):
         self.ops = plain if compile else operations(place, self.dtype)
         is_copied = precision != "fp32" or place.type != "cpu"
         others = {
-            name: nn.Module.to(copy.deepcopy(network.module), place, self.dtype)
+            name: copy_in_dtype(network.module, place, self.dtype)
             for name, network in model.networks.items()
             if is_copied and name != model.backbone.denoiser
         }
