@@ -11,6 +11,7 @@ from skips import IS_LONG
 from datasetdm_fast import audit as audit_command
 from datasetdm_fast import convert, drop, filter, restore
 from datasetdm_fast.disk import storage
+from datasetdm_fast.runs.curation import dropping
 from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.folder import DROPPED, RunFolder
@@ -218,6 +219,20 @@ def test_a_sample_whose_file_was_damaged_stays_dropped(run, capsys):
     assert restore.main([str(run), "2"]) == 4
     assert "state/dropped/depth/00000002.png has changed since it was written" in capsys.readouterr().err
     assert len(ids(run)) == 5 and [found.place for found in audit(run).findings] == ["state/dropped/depth/00000002.png"]
+
+
+def test_samples_that_another_process_has_just_dropped_are_passed_over(run, monkeypatch):
+    find = dropping._find_known
+
+    def find_then_wait(*arguments):
+        found = find(*arguments)
+        monkeypatch.setattr(dropping, "_find_known", find)
+        dropping.drop(open_run(run), [1])
+        return found
+
+    monkeypatch.setattr(dropping, "_find_known", find_then_wait)
+    dropping.drop(open_run(run), [1, 2])
+    assert is_whole(run) and ids(run) == ["00000000", "00000003", "00000004", "00000005"]
 
 
 def test_files_are_copied_before_their_row_moves_and_removed_after_it(run, monkeypatch):

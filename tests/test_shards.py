@@ -34,9 +34,11 @@ from datasetdm_fast import filter as filtering
 from datasetdm_fast.command_line import sharded_run
 from datasetdm_fast.command_line.run_settings import complete_settings, read_spec
 from datasetdm_fast.data import Quarantined, Request, Sample, Trust
+from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.engine.loop.prompts import TURN
 from datasetdm_fast.errors import GateFailed, Missing, Refused, Unanswered
+from datasetdm_fast.runs.curation import dropping
 from datasetdm_fast.runs.curation import filtering as curation
 from datasetdm_fast.runs.exporting import conversion
 from datasetdm_fast.runs.gallery import showing
@@ -151,6 +153,16 @@ def test_the_index_of_a_shard_gives_back_its_rows_and_how_many_things_each_shows
     assert [index.rows[7], index.rows[8]] == rows and [index.places[7], index.places[8]] == places
     counts = parquet.read_table(io.BytesIO(content)).column("class_counts").to_pylist()
     assert counts == [[{"class": "ball", "count": 2}, {"class": "cone", "count": 1}], []]
+
+
+def test_no_thread_of_arrow_holds_an_index_once_it_is_read(alone):
+    """A thread that let go of it as the interpreter ended would end the command with an abort."""
+    content = (alone / index_name(0)).read_bytes()
+    ShardIndex.decode(content)
+    held = sys.getrefcount(content)
+    for _ in range(50):
+        ShardIndex.decode(content)
+        assert sys.getrefcount(content) == held
 
 
 def test_a_shard_of_a_merged_run_has_all_its_indices_moved():
@@ -974,7 +986,23 @@ def test_selections_are_small_files_beside_the_shards(alone, folder, tmp_path, c
     for command in (filtering.main, split.main):
         assert command([str(run), "--undo", "--quiet"]) == 0
     assert restore.main([str(run), "--all", "--quiet"]) == 0
-    assert {name: content for name, content in tree(run).items() if not name.startswith("scores/")} == tree(alone)
+    after = {name: content for name, content in tree(run).items() if not name.startswith("scores/")}
+    assert after == {**tree(alone), "state/lock": b""}
+
+
+def test_processes_change_what_lies_beside_shards_one_after_the_other(alone, tmp_path, capsys):
+    run, part = copy(alone, tmp_path), f".00000.json.{1 << 40}{10**8}.part"
+    assert filtering.main([str(run), "--quiet"]) == 0
+    (run / "scores" / part).write_bytes(b"")  # of a process that was killed
+    first, second = (datasetdm_fast.open_run(run) for _ in range(2))  # before either has changed anything
+    assert dropping.drop(first, [3]) == [3] and dropping.drop(second, [7]) == [7]
+    assert json.loads((run / "dropped.json").read_text()) == ["00000003", "00000007"]
+    assert not (run / "scores" / part).exists()
+    capsys.readouterr()
+    with storage.hold_lock(run / "state/lock"):
+        for command, *line in ((drop.main, "00000009"), (restore.main, "--all")):
+            assert command([str(run), *line]) == 2
+            assert "another process is writing to this run folder" in capsys.readouterr().err
 
 
 def test_distances_of_shards_are_those_among_the_samples_that_are_left(alone, folder, tmp_path, capsys):

@@ -1,6 +1,6 @@
 """Samples are dropped from a run folder and restored: rows and files are moved, and no number changes."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ def drop(run: Run, requested: Iterable[int], *, is_dry: bool = False) -> list[in
     present, _ = _find_known(run, requested, "Use an id from samples.jsonl, for example 00000003.")
     chosen = sorted(present.intersection(requested))
     if run.shards is not None and not is_dry:
-        _replace_dropped(run, run.shards, run.shards.dropped.union(chosen), requested)
+        _replace_dropped(run, run.shards, lambda dropped: dropped.union(chosen), requested)
     elif not is_dry:
         with RunFolder(run.path, run.document) as folder:
             for block in in_blocks(chosen, BLOCK):
@@ -80,7 +80,7 @@ def restore(run: Run, requested: Iterable[int] | None, *, is_dry: bool = False) 
                         f"Restore the file from a copy, or leave {row.request.id} dropped.",
                     )
     if run.shards is not None and not is_dry:
-        _replace_dropped(run, run.shards, run.shards.dropped.difference(chosen), requested or (0,))
+        _replace_dropped(run, run.shards, lambda dropped: dropped.difference(chosen), requested or (0,))
     elif not is_dry:
         with RunFolder(run.path, run.document) as folder:
             for block in in_blocks(chosen, BLOCK):
@@ -103,11 +103,14 @@ def _find_known(run: Run, requested: Iterable[int], remedy: str) -> tuple[set[in
     return present, dropped
 
 
-def _replace_dropped(run: Run, shards: ShardLedger, dropped: frozenset[int], changed: Iterable[int]) -> None:
-    """Writes which samples of a run in shards are dropped, and updates distances after the first changed one."""
-    run.replace_file(DROPPED_IDS, encode_dropped(dropped))
-    shards.dropped = dropped
-    add_distances(shards, since=min(changed, default=inf))
+def _replace_dropped(
+    run: Run, shards: ShardLedger, change: Callable[[frozenset[int]], frozenset[int]], changed: Iterable[int]
+) -> None:
+    """Changes which samples of a run in shards are dropped, and updates distances after the first changed one."""
+    with shards.hold():
+        shards.dropped = change(shards.dropped)
+        run.replace_file(DROPPED_IDS, encode_dropped(shards.dropped))
+        add_distances(shards, since=min(changed, default=inf))
 
 
 def _finish(folder: RunFolder, changed: Iterable[int]) -> None:

@@ -108,11 +108,11 @@ def score_missing(
     read_filter(run.path)  # the gallery is written anew with it: a damaged file is refused before any scoring
     size = BLOCK if run.shards is None else shard_size(run.document["config"])
     folder = RunFolder(run.path, run.document) if run.shards is None else None
-    changeable: AbstractContextManager[Run | RunFolder] = folder or nullcontext(run)
-    with changeable as opened, ThreadPoolExecutor(threads) as pool:
+    held: AbstractContextManager[Any] = run.shards.hold() if run.shards else folder or nullcontext()
+    with held, ThreadPoolExecutor(threads) as pool:
         if folder:
             unseal(run.path)
-        ledger = opened.ledger
+        ledger = folder.ledger if folder else run.ledger
 
         def missing(name: str) -> Iterator[list[StoredSample]]:
             present = _find_scored(ledger, name)

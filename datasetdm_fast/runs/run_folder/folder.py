@@ -283,7 +283,8 @@ class RunFolder(AbstractContextManager):
 
     def drop(self, indices: Sequence[int]) -> None:
         """Takes samples out of the data set: their files are copied, then their rows moved, then the files removed."""
-        self._move([self.ledger.row(index) for index in indices], "", DROPPED)
+        rows = [row for index in indices if (row := self.ledger.row(index))]  # others may be dropped since
+        self._move(rows, "", DROPPED)
 
     def bring_back(self, rows: Sequence[Row]) -> None:
         """Brings dropped samples back in the same way."""

@@ -6,14 +6,14 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.storage import StoredFile
 from datasetdm_fast.errors import Missing, Refused, Unanswered
-from datasetdm_fast.runs.run_folder.document import DOCUMENT
+from datasetdm_fast.runs.run_folder.document import DOCUMENT, LOCK
 from datasetdm_fast.untrusted import documents
 
 LARGEST_FILE = 2**28  # bytes of a file that is read as a whole
@@ -50,6 +50,14 @@ class ShardFolder:
     def remove_parts(self, *names: str) -> None:
         """Removes what a process that was killed has half-written of these files."""
         storage.remove_parts_of(self.path / name for name in names)
+
+    @contextmanager
+    def hold(self, folder: str) -> Iterator[None]:
+        """Holds what lies beside the shards for this process, as a run folder; cleans a folder that it writes to."""
+        storage.make_folder((self.path / LOCK).parent)
+        with storage.hold_lock(self.path / LOCK):
+            storage.remove_temporaries(self.path / folder)
+            yield
 
     def names(self, folder: str = "") -> list[str]:
         """The names of what lies in a folder, sorted; of one that is missing none."""
@@ -172,6 +180,10 @@ class ShardBucket:
 
     def remove_parts(self, *names: str) -> None:
         """A store shows a file only once it is whole."""
+
+    def hold(self, folder: str) -> AbstractContextManager[None]:
+        """A store has no locks."""
+        return nullcontext()
 
     def names(self, folder: str = "") -> list[str]:
         paths: list[str] = []

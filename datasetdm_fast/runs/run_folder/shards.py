@@ -13,6 +13,7 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -44,7 +45,7 @@ from datasetdm_fast.runs.run_folder.ledger import (
     digest_of,
     encode_trust,
 )
-from datasetdm_fast.runs.run_folder.selections import PARALLEL_READS, SCORES_FOLDER, Score, ShardScores
+from datasetdm_fast.runs.run_folder.selections import PARALLEL_READS, SCORES_FOLDER, Score, ShardScores, read_dropped
 from datasetdm_fast.runs.run_folder.shard_places import ShardPlace, is_url, shard_place
 from datasetdm_fast.untrusted import documents
 from datasetdm_fast.untrusted.images import LARGEST_IMAGE_FILE
@@ -226,7 +227,7 @@ class ShardIndex:
     @classmethod
     def decode(cls, content: bytes) -> ShardIndex:
         arrow = require_pyarrow()
-        table = arrow.parquet.read_table(arrow.BufferReader(content))
+        table = arrow.parquet.ParquetFile(arrow.BufferReader(content)).read(use_threads=False)
         recipes = {name: json.loads(text) for name, text in json.loads(table.schema.metadata[b"recipes"]).items()}
         rows: dict[int, Row] = {}
         places: dict[int, dict[str, tuple[int, int]]] = {}
@@ -373,6 +374,14 @@ class ShardLedger:
 
     def tally(self, number: int, classes: int) -> Tally:
         return [(self.made, 0)]
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Within the block this process alone changes dropped samples and scores, which are those of now."""
+        with self.place.hold(SCORES_FOLDER):
+            self.dropped = read_dropped(self.place)
+            self.__dict__.pop("scored", None)
+            yield
 
     @cached_property
     def scored(self) -> ShardScores:
