@@ -24,10 +24,12 @@ import yaml
 from browser import Watched, browser
 from forked import ForkedPython
 from PIL import Image
+from pycocotools.coco import COCO
 
 from datasetdm_fast import Pipeline, generate
 from datasetdm_fast import serve as command
 from datasetdm_fast.data import Quarantined, Request, Sample, Trust
+from datasetdm_fast.engine.labels import kind_of
 from datasetdm_fast.errors import GateFailed
 
 uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed")
@@ -553,6 +555,16 @@ def test_the_largest_picture_fits_into_a_request_and_its_sides_are_told_width_fi
     sample = Sample(Request(3, PROMPT, 2), np.zeros((4, 6, 3), np.uint8), {})
     (image,) = requests._coco(sample, [], [])["images"]
     assert image == {"id": 1, "width": 6, "height": 4, "file_name": "00000003.png"}
+
+
+def test_the_persons_of_an_answer_have_the_category_of_its_file():
+    sample = Sample(Request(0, PROMPT, 2), np.zeros((4, 6, 3), np.uint8), {})
+    person = {"keypoints": [1, 2, 2], "num_keypoints": 1, "score": 0.5, "bbox": [0, 0, 2, 3], "area": 6}
+    categories = kind_of("pose").categories({"joints": ["head"], "limbs": [], "category": 1})
+    read = COCO()
+    read.dataset = requests._coco(sample, [person], categories)
+    read.createIndex()
+    assert read.getAnnIds(imgIds=[1], catIds=read.getCatIds(["person"])) == [1]
 
 
 def test_a_batch_waits_for_others_until_it_is_full():

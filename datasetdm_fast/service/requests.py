@@ -128,7 +128,8 @@ def encode_sample(sample: Sample, tables: Mapping[str, Any], has_previews: bool)
 def _coco(sample: Sample, record: list[dict[str, Any]], categories: list[dict[str, Any]]) -> dict[str, Any]:
     """A file in COCO's form of this image alone."""
     height, width, _ = sample.image.shape
-    annotations = [{"id": number, "image_id": 1, "iscrowd": 0, **each} for number, each in enumerate(record, 1)]
+    fields = {"image_id": 1, "iscrowd": 0, "category_id": categories[0]["id"] if categories else 0}  # a person has none
+    annotations = [{"id": number, **fields, **each} for number, each in enumerate(record, 1)]
     image = {"id": 1, "width": width, "height": height, "file_name": f"{sample.request.id}.png"}
     return {"images": [image], "annotations": annotations, "categories": categories}
 
