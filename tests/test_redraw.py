@@ -170,8 +170,10 @@ def test_what_is_made_of_an_edit_or_by_a_speed_has_the_steps_that_made_its_image
     document["config"] |= {"speed": "fast25", "sampler": "pndm", "steps": 0}
     (tmp_path / "run/run.json").write_text(json.dumps(document))
     settings = VarySettings(run=str(tmp_path / "run"), domain=("night",))
-    config = redraw._run_config(Variants(open_source(tmp_path / "run", only_kept=False), settings), tmp_path / "x")
-    assert (config.steps, config.sampler) == (25, "dpm-solver++")
+    variants = Variants(open_source(tmp_path / "run", only_kept=False), settings)
+    config = redraw._run_config(variants, tmp_path / "x")
+    assert (config.steps, config.sampler, config.speed) == (25, "dpm-solver++", "exact")
+    assert "speed" not in variants.config  # of run.json
 
 
 def test_new_things_of_two_labels_have_different_ids(source, monkeypatch):

@@ -9,7 +9,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from datasetdm_fast.config import EXACT
 from datasetdm_fast.data import Request, Sample
 from datasetdm_fast.engine.engines import Engine
 from datasetdm_fast.engine.labels import task_of_label
@@ -31,8 +30,9 @@ if TYPE_CHECKING:
 
     from datasetdm_fast.engine.sampling.schedule import Schedule
 
-# settings of a run that its compositions do not have: what its samples were chosen by, and which pixels it ignored
-DROPPED = "prompts number per_class truncate_prompts keep accept most_tries ignore ignore_below".split()
+# settings of a run that its compositions do not have: what its samples were chosen by, which pixels it ignored, and a
+# speed, as compositions are exact
+DROPPED = "prompts number per_class truncate_prompts keep accept most_tries ignore ignore_below speed".split()
 COPIED = {flag.name for flag in flags_of(RunConfig) if flag.metadata["identity"] and flag.name not in DROPPED}
 CHANGEABLE = ("model", "decoder", "steps", "guidance")  # settings of a run that its compositions may change
 
@@ -175,7 +175,7 @@ def prepare(redrawing: Redrawing, folder: Path) -> Job:
     stored, source, choice = redrawing.check_folder(folder), redrawing.source.document, redrawing.choice
     config = _run_config(redrawing, folder, stored)
     model, engine_settings = config.group(ModelSettings), config.group(EngineSettings)
-    sampling, labels = replace(config.group(SamplingSettings), speed=EXACT), config.group(LabelSettings)
+    sampling, labels = config.group(SamplingSettings), config.group(LabelSettings)
     engine, decoders = open_engine(model, engine_settings, config.task, stored, guidance=sampling.guidance)
     _check_weights(redrawing.source, engine, decoders)
     words = tuple(source["plan"].get("words", ()))
