@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sqlite3
+import stat
 import subprocess
 import sys
 import zlib
@@ -1069,13 +1070,39 @@ def test_errors_of_the_disk_are_refusals_about_the_path(tmp_path, monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(Missing, match=said):
             failing(patch, name, code)
             act()
-    with monkeypatch.context() as patch:
-        failing(patch, "link", errno.EXDEV)
-        assert not storage.link(source, path)
+    for code in (errno.EXDEV, errno.EPERM, errno.ENOSYS):  # another disk, FAT, and a mounted store
+        with monkeypatch.context() as patch:
+            failing(patch, "link", code)
+            assert not storage.link(source, path)
     monkeypatch.setattr(os, "write", lambda handle, data: 0)
     with pytest.raises(Missing, match="the disk took no byte|Input/output error"):
         storage.create(path, b"x")
     assert not path.exists()
+
+
+def failing_call(code: int):
+    raise OSError(code, os.strerror(code))
+
+
+def test_file_systems_that_sync_no_folders_hold_runs(tmp_path, monkeypatch):
+    real = os.fsync
+
+    def refuse_folders(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            failing_call(code)
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    path, code = tmp_path / "to" / "path", errno.EINVAL
+    assert storage.create(path, b"x") and path.read_bytes() == b"x"
+    storage.publish({path: b"y"})
+    assert path.read_bytes() == b"y"
+    code = errno.EIO
+    with pytest.raises(Missing, match=os.strerror(errno.EIO)):
+        storage.make_folder(tmp_path / "other")
+    monkeypatch.setattr(os, "fsync", lambda handle: failing_call(errno.EINVAL))
+    with pytest.raises(Missing, match=os.strerror(errno.EINVAL)):  # of a file it is an error
+        storage.move(path, tmp_path / "moved")
 
 
 def test_a_name_with_a_nul_byte_is_of_no_file(tmp_path):

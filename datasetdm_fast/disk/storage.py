@@ -23,7 +23,7 @@ _TEMPORARY = re.compile(r"\.(.+)\.(\d+)\.part(-wal|-shm|-journal)?")
 _FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk has no room left, or the user may take no more of it
 FULL = "the disk is full"  # the cause of a refusal
 TOO_LARGE = "the file may not grow any more (ulimit -f, or the limit of the disk)"
-_CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES)
+_CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES, errno.ENOSYS)
 FILES_PER_SYNC = 64  # files written before the first of them is synced: the disk then joins their journal entries
 FILE_MODE, FOLDER_MODE = (0o666, 0o777)  # less the umask, which decides whether a group works on a run
 NUMBER = re.compile(r"\d+")
@@ -240,6 +240,9 @@ def sync(path: Path) -> None:
     handle = syscall("open", os.open, path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         syscall("fsync", os.fsync, handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # some network file systems sync no folders
+            raise
     finally:
         os.close(handle)
 
