@@ -7,6 +7,7 @@ from typing import Any
 
 from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.output import CountProgress, print_end, print_lines
+from datasetdm_fast.engine.engines import check_sources
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.training.evaluation.settings import ANY_SIZE, EvaluateConfig, ScoreSettings
 from datasetdm_fast.training.truth.selection import EVERYTHING
@@ -21,6 +22,7 @@ EXAMPLES = (
 @command_with(EvaluateConfig, EXAMPLES)
 def main(config: EvaluateConfig, command: CommandLine) -> int:
     config.check()
+    check_sources(config.model, config.decoder, config.allow_download)
     # A bad data set is refused before a model loads; a selection reads images, and comes later unless it is all.
     selection = config.selection() if config.dry_run else EVERYTHING
     sources = {address: config.open_data(address, ANY_SIZE, config.tasks, selection) for address in config.addresses}

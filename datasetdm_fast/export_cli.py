@@ -32,6 +32,7 @@ class ExportConfig(ModelSettings, OutputSettings):
 
 @command_with(ExportConfig, EXAMPLES)
 def main(config: ExportConfig, command: CommandLine) -> int:
+    from datasetdm_fast.engine.engines import check_sources, load_decoders
     from datasetdm_fast.engine.loop.recipe import check_size
 
     if find_spec("onnx") is None:
@@ -41,6 +42,8 @@ def main(config: ExportConfig, command: CommandLine) -> int:
         raise Refused(
             "--batch, --capability: graphs are for every batch and GPU", "Add --to tensorrt, or leave it out."
         )
+    decoder = None if config.decoder == "none" else config.decoder
+    check_sources(config.model, decoder, config.allow_download)
     flavour, capability = None, ""
     if config.to == "tensorrt":
         from datasetdm_fast.export.tensorrt.flavours import choose_target
@@ -48,13 +51,12 @@ def main(config: ExportConfig, command: CommandLine) -> int:
         flavour, capability = choose_target(config.capability)
 
     from datasetdm_fast.engine.decoders.trunk import read_together
-    from datasetdm_fast.engine.engines import load_decoders
     from datasetdm_fast.engine.loading import load_model
     from datasetdm_fast.export.onnx.stage_names import select_stages
     from datasetdm_fast.export.onnx.to_onnx import export, graphed_parts
 
     model = load_model(config.model, size=config.size, allow_download=config.allow_download)
-    decoders, _ = load_decoders(model, None if config.decoder == "none" else config.decoder)
+    decoders, _ = load_decoders(model, decoder)
     model, decoders = read_together(model, decoders)
     if config.dry_run:
         stages = list(select_stages(decoders, config.raw_capture, others=graphed_parts(model)))

@@ -12,7 +12,8 @@ from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.interruption import Interruption
 from datasetdm_fast.command_line.output import CountProgress, ImageProgress, print_lines
 from datasetdm_fast.command_line.run_settings import choose_launch
-from datasetdm_fast.config import EXACT, HALF
+from datasetdm_fast.config import EXACT, HALF, UNDECODED
+from datasetdm_fast.engine.engines import check_sources
 from datasetdm_fast.runs.agreement.admission import Screen, admit_job
 from datasetdm_fast.runs.jobs.run import count_rows, find_result, may_differ, prepare_job, tries_half
 from datasetdm_fast.runs.jobs.writing import Result, count_outside, write_missing
@@ -47,7 +48,8 @@ def main(config: RunConfig, command: CommandLine) -> int:
     interruption = Interruption(config.quiet)
     if result:
         return run_report.print_finished_run(config, result) if is_reporting else 0
-    run_settings.check_sources(config)
+    is_decoded = set(config.task) - set(UNDECODED)
+    check_sources(config.model, config.decoder if is_decoded else None, config.allow_download)
     if sys.stderr.isatty():  # libraries and networks take seconds to load
         print_lines(config, f"loading    {config.model}")
     workers = config.group(WorkerSettings)

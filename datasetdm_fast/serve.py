@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.output import print_lines, print_result
+from datasetdm_fast.engine.engines import check_sources
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.gallery.server import hosts_of
 from datasetdm_fast.settings import CommandSettings, EngineSettings, ModelSettings, setting
@@ -43,6 +44,7 @@ def main(config: ServeConfig, command: CommandLine) -> int:
     token, is_local = os.environ.get(TOKEN, ""), config.host in LOCAL
     if not token and not is_local:
         raise Refused(f"--host {config.host}: others may connect, and {TOKEN} holds no token", f"Set {TOKEN}.")
+    check_sources(config.model, config.decoder, config.allow_download)
     try:
         import uvicorn
 

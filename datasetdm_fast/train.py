@@ -73,11 +73,13 @@ def open_workflow(config: TrainConfig) -> Workflow:
     """The trainings of these settings, with their model and data opened."""
     from datasetdm_fast.training.call_ranking import with_best
     from datasetdm_fast.training.session import check_apart, open_session
+    from datasetdm_fast.training.task_training import check_unlocked
     from datasetdm_fast.training.workflow import Workflow
 
     out = Path(config.out)
     check_apart(out, config.task, config.data)
-
+    if not config.dry_run:  # before minutes go into loading
+        check_unlocked(out, config.task)
     data, choice, inversion = config.training_data(), config.model_choice(), config.capture_settings()
     settings = config.session_settings()
     session = open_session(data, choice, config.task, inversion, partial(print_lines, config), **settings)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datasetdm_fast.command_line.ending import CommandLine, command_with
 from datasetdm_fast.command_line.output import CountProgress, print_end, print_lines
 from datasetdm_fast.config import ENGINE_NAMES, EXACT, FP8, SPEEDS, TASKS
-from datasetdm_fast.engine.engines import check_installed
+from datasetdm_fast.engine.engines import check_installed, check_sources
 from datasetdm_fast.engine.loop.recipe import LARGEST_BATCH
 from datasetdm_fast.errors import GateFailed
 from datasetdm_fast.messages import count_noun
@@ -61,6 +61,7 @@ def main(config: VerifyConfig, command: CommandLine) -> int:
     settings = config.group(EngineSettings)
     for name in (config.engine, config.against):  # before torch is loaded
         check_installed(name, settings)
+    check_sources(config.model, None if config.decoder == "none" else config.decoder, config.allow_download)
     print_lines(config, f"loading {config.model} for {config.engine} and {config.against}")
     from datasetdm_fast.runs.agreement.comparing import choose_requests, open_pair
     from datasetdm_fast.runs.agreement.verify import verify

@@ -532,6 +532,12 @@ def test_a_full_disk_is_found_before_the_first_byte(engines, tmp_path, monkeypat
     monkeypatch.setattr(job.storage, "free_bytes", lambda path: 1000)
     with pytest.raises(Missing, match="are free"):
         prepare(config(tmp_path / "run"))
+    with monkeypatch.context() as patch:  # what the settings tell is seen before networks are loaded
+        patch.setattr(job, "open_engine", None)
+        for free, size in ((1000, 0), (job.SPARE + 10**6, 512)):
+            patch.setattr(job.storage, "free_bytes", lambda path, free=free: free)
+            with pytest.raises(Missing, match="are free"):
+                prepare(config(tmp_path / "run", size=size))
     assert not (tmp_path / "run").exists()
 
 

@@ -15,7 +15,6 @@ from stub_engine import StubEngine
 
 from datasetdm_fast import drop, generate, restore
 from datasetdm_fast.command_line.run_settings import (
-    check_sources,
     complete_settings,
     count_images,
     expand_names,
@@ -25,6 +24,7 @@ from datasetdm_fast.command_line.run_settings import (
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.decoders.config import DEMO
+from datasetdm_fast.engine.engines import check_sources
 from datasetdm_fast.engine.loading import presets
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.jobs.prompt_files import listed_words
@@ -566,6 +566,11 @@ def test_a_dry_run_draws_no_weights_and_tells_what_they_take(tmp_path, monkeypat
         ("train", "--data fold:photos", 2, "--data fold:photos: no reader is called 'fold' (did you mean folder?)"),
         ("train", "--data folder:nowhere", 2, "--data folder:nowhere: nowhere is not there"),
         ("evaluate", "--data demo:2 --dry-run", 0, "--dry-run: nothing is written"),
+        ("evaluate", "--decoder nowhere", 3, "decoders nowhere: no such folder"),
+        ("verify", "--model demoo", 2, "model: 'demoo' is neither one of demo"),
+        ("verify", "--decoder nowhere", 3, "decoders nowhere: no such folder"),
+        ("serve", "--decoder nowhere", 3, "decoders nowhere: no such folder"),
+        ("export_cli", "--decoder nowhere --out graphs", 3, "decoders nowhere: no such folder"),
         ("evaluate", "--data fold:photos", 2, "--data fold:photos: no reader is called 'fold' (did you mean folder?)"),
     ],
 )
@@ -606,9 +611,9 @@ def test_words_of_a_table_come_in_the_order_of_their_numbers_and_with_its_colour
 
 def test_a_checkpoint_is_judged_where_it_is_opened_and_a_folder_before(tmp_path):
     for name in ("weights.pth", "voc:weights", "voc:weights.pth"):
-        check_sources(RunConfig(decoder=str(tmp_path / name)))
+        check_sources("demo", str(tmp_path / name), False)
     with pytest.raises(Missing, match="weights: no such folder"):
-        check_sources(RunConfig(decoder=str(tmp_path / "weights")))
+        check_sources("demo", str(tmp_path / "weights"), False)
 
 
 def test_a_dry_run_says_that_there_are_no_gpus(tmp_path, capsys, monkeypatch):

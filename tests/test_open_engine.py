@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from datasetdm_fast.config import HALF
-from datasetdm_fast.engine import engines
+from datasetdm_fast.engine import engines, loading
 from datasetdm_fast.engine.decoders.trunk import SpectralConv2d
 from datasetdm_fast.engine.engines import device
 from datasetdm_fast.engine.loading import load_model
@@ -24,6 +24,13 @@ def built(monkeypatch):
 @pytest.fixture(scope="module")
 def tiny():
     return load_model("tiny")
+
+
+@pytest.mark.parametrize("choice", [{"decoder": "nowhere"}, {"lora": ["nowhere.safetensors"]}, {"model": "demoo"}])
+def test_what_is_not_there_is_refused_before_a_model_is_loaded(choice, monkeypatch):
+    monkeypatch.setattr(loading, "load_model", None)
+    with pytest.raises((Missing, Refused), match="no such|neither one of"):
+        engines.open_engine(**choice)
 
 
 def test_an_engine_has_the_threads_and_the_guidance_that_were_asked_for(built, tiny):

@@ -1201,10 +1201,13 @@ def test_a_folder_with_a_decoder_of_other_making_is_left_alone(run, tmp_path, ca
     assert "holds a decoder that was not trained there" in capsys.readouterr().err
 
 
-def test_a_folder_another_training_writes_to_is_left_alone(run, tmp_path, capsys):
+def test_a_folder_another_training_writes_to_is_left_alone(run, tmp_path, capsys, monkeypatch):
     line = ["--data", "demo:2@1000", "--task", "depth", "--steps", "1"]
     with task_training.lock_folder(tmp_path / "decoder" / "depth"):
-        assert run(*line) == 2
+        with monkeypatch.context() as patch:
+            patch.setattr(session, "load_model", None)  # it is refused before
+            assert run(*line) == 2
+        assert run(*line, "--dry-run") == 0
     assert (
         "another process is writing to" in capsys.readouterr().err
         and not (tmp_path / "decoder" / "depth" / "config.json").exists()

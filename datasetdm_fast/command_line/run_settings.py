@@ -17,7 +17,6 @@ from datasetdm_fast.command_line.output import remake_sample
 from datasetdm_fast.config import ATTENTION, DECODER, EXACT, LABELLER_KINDS, LABELS, PARITIES, UNDECODED
 from datasetdm_fast.engine.backbones import check_source
 from datasetdm_fast.engine.decoders.config import SHIPPED, find_decoders, parts_of
-from datasetdm_fast.engine.engines import RANDOM
 from datasetdm_fast.engine.labels import BACKGROUND, by_task, class_tables, kind_of
 from datasetdm_fast.engine.loop.combining import parse_combinations
 from datasetdm_fast.engine.loop.prompts import PromptSource, check_classes
@@ -167,15 +166,6 @@ def read_spec(config: RunConfig, source: PromptSource | None = None) -> RunSpec:
         raise
     # of prompts there is the digest, so that their file may move
     return _spec(config, source, prompts=f"sha256:{source.digest}", number=count_images(config))
-
-
-def check_sources(config: RunConfig) -> None:
-    """Refuses a model or folders of decoders that are not there, which loading them would tell after seconds."""
-    check_source(config.model, config.allow_download)
-    for folder in parts_of(config.decoder) if set(config.task) - set(UNDECODED) else ():
-        is_checkpoint = folder.suffix or ":" in str(folder)  # which is judged where it is opened
-        if not (folder.exists() or is_checkpoint or str(folder) == RANDOM):
-            find_decoders([folder])
 
 
 def label_spec(config: LabelConfig) -> RunSpec:

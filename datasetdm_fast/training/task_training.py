@@ -10,7 +10,7 @@ FOLDER/training/result.json             figures; page.html beside it shows them
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -120,6 +120,15 @@ def lock_folder(folder: Path) -> Iterator[None]:
     with storage.hold_lock(folder / "training" / LOCK):
         storage.remove_temporaries(folder)
         yield
+
+
+def check_unlocked(out: Path, tasks: Sequence[str]) -> None:
+    """Refuses the first training that is left of these tasks if another process is at it."""
+    folders = (out / task / "training" for task in tasks)
+    left = next((folder for folder in folders if not (folder / "result.json").exists()), None)
+    if left is not None and (left / LOCK).exists():
+        with storage.hold_lock(left / LOCK):
+            pass
 
 
 def read_state(path: Path, form: Mapping[str, Any], most: int = LARGEST_STATE) -> dict:

@@ -14,6 +14,8 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol
 
 from datasetdm_fast.config import ENGINE_NAMES, ENGINES, HALF, REFERENCE, EngineKind
+from datasetdm_fast.engine.backbones import check_source
+from datasetdm_fast.engine.decoders.config import SHIPPED, find_decoders, parts_of
 from datasetdm_fast.errors import Missing, Refused, nearest
 from datasetdm_fast.plugins import load_place
 from datasetdm_fast.settings import EngineSettings
@@ -176,6 +178,8 @@ def open_engine(
     model's own: some families make one call of two rows of it, and of 1 one of one row.
     """
     check_engine(engine, **options)
+    if loaded is None:
+        check_sources(model, decoder, allow_download)
     before_torch()
     import torch
 
@@ -184,6 +188,11 @@ def open_engine(
 
     if threads:
         torch.set_num_threads(threads)
+    if lora:
+        from datasetdm_fast.engine.loading import lora as adapters  # which few runs need
+
+        for text in lora:
+            adapters.find_adapter(text)
     if loaded is None:
         loaded = load_model(model, size=size, allow_download=allow_download)
     if dtype == HALF:
@@ -192,9 +201,7 @@ def open_engine(
     if guidance:
         loaded = replace(loaded, scale=guidance)
     if lora:
-        from datasetdm_fast.engine.loading.lora import fuse_adapters  # which few runs need
-
-        loaded = fuse_adapters(loaded, lora)
+        loaded = adapters.fuse_adapters(loaded, lora)
     decoders, descriptions = load_decoders(loaded, decoder, tasks, outlines=outlines)
     return build_engine(engine, loaded, decoders, dtype=dtype, device=device, **options), descriptions
 
@@ -204,7 +211,6 @@ def load_decoders(
 ) -> tuple[dict[str, Decoder], dict[str, Any]]:
     """The decoders of `tasks` (None: all) that --decoder names, checked against the model, and their descriptions."""
     from datasetdm_fast.engine.decoders.checkpoint import check_fits, load_decoder, seeded_decoders
-    from datasetdm_fast.engine.decoders.config import SHIPPED, find_decoders, parts_of
     from datasetdm_fast.engine.decoders.trunk import fold
     from datasetdm_fast.engine.loading.presets import SEEDED_LICENCE
 
@@ -283,6 +289,15 @@ def check_engine(name: str, **options: Any) -> None:
     if kind.requirement:
         place, *read = kind.requirement
         ENGINES.guard(name, lambda: load_place(place)(*(values[option] for option in read)))
+
+
+def check_sources(model: str, decoder: str | None, allow_download: bool) -> None:
+    """Refuses a model or folders of decoders that are not there, before libraries and weights are loaded."""
+    check_source(model, allow_download)
+    for folder in parts_of(decoder) if decoder is not None else ():
+        is_checkpoint = folder.suffix or ":" in str(folder)  # which is judged where it is opened
+        if not (folder.exists() or is_checkpoint or str(folder) == RANDOM):
+            find_decoders([folder])
 
 
 def check_installed(name: str, settings: EngineSettings) -> None:

@@ -69,13 +69,19 @@ def parse(text: str) -> tuple[Path, float]:
     return Path(name), scale
 
 
-def _with_one(model: Model, text: str) -> Model:
+def find_adapter(text: str) -> tuple[Path, float]:
+    """As `parse`, of a file that is there."""
     path, scale = parse(text)
     if not path.is_file():
         raise Missing(
             f"--lora {path}: no such file{storage.named_alike(path)}",
             "Check the path; a scale follows the file: FILE:0.8",
         )
+    return path, scale
+
+
+def _with_one(model: Model, text: str) -> Model:
+    path, scale = find_adapter(text)
     tensors.check_safetensors(path)
     notes = _notes(path, model.networks)
     changed: dict[str, nn.Module] = {}

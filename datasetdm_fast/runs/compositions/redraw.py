@@ -18,7 +18,7 @@ from datasetdm_fast.engine.loop.prompts import Plan, PromptLine
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.compositions.composition import SourceSample, SquareSource, identity_of
 from datasetdm_fast.runs.compositions.settings import RedrawSettings
-from datasetdm_fast.runs.jobs.job import Job, check_room, describe_run, open_engine, recipe_of
+from datasetdm_fast.runs.jobs.job import Job, check_least_room, check_room, describe_run, open_engine, recipe_of
 from datasetdm_fast.runs.jobs.run import count_rows, merge_with_stored, settle
 from datasetdm_fast.runs.jobs.writing import Result
 from datasetdm_fast.runs.run_folder.document import check_same, differences, read_document, row_facts, table_of
@@ -176,6 +176,7 @@ def prepare(redrawing: Redrawing, folder: Path) -> Job:
     config = _run_config(redrawing, folder, stored)
     model, engine_settings = config.group(ModelSettings), config.group(EngineSettings)
     sampling, labels = config.group(SamplingSettings), config.group(LabelSettings)
+    check_least_room(folder, 0 if stored else redrawing.number, model.size, config.task)
     engine, decoders = open_engine(model, engine_settings, config.task, stored, guidance=sampling.guidance)
     _check_weights(redrawing.source, engine, decoders)
     words = tuple(source["plan"].get("words", ()))

@@ -70,13 +70,16 @@ class Job:
     @property
     def sample_bytes(self) -> int:
         """An upper estimate of what the files of a sample take."""
-        pixels, labels = self.pixels or self.recipe.size**2, self.recipe.tasks
-        return int(pixels * (3 + sum(kind_of(task).pixel_bytes for task in labels))) + 8192 * (2 + len(labels))
+        return _sample_bytes(self.pixels or self.recipe.size**2, self.recipe.tasks)
 
     @property
     def bytes_needed(self) -> int:
         """An upper estimate of what is still to be written."""
         return self.sample_bytes * max(self.plan.number - self.done, 0) + SPARE
+
+
+def _sample_bytes(pixels: int, labels: Sequence[str]) -> int:
+    return int(pixels * (3 + sum(kind_of(task).pixel_bytes for task in labels))) + 8192 * (2 + len(labels))
 
 
 def default_shard_size(sample: int, batch: int) -> int:
@@ -88,6 +91,8 @@ def default_shard_size(sample: int, batch: int) -> int:
 def build_job(spec: RunSpec, stored: Mapping[str, Any] | None, dtype: str = "") -> Job:
     """The job as the settings describe it, not yet merged with the run folder; `stored` is its run.json, if any."""
     source, labels = spec.source, spec.labels
+    if not spec.url:
+        check_least_room(spec.folder, 0 if stored else spec.number, spec.model.size, labels.task)
     engine, decoders = open_engine(spec.model, spec.engine, labels.task, stored, dtype, spec.sampling.guidance)
     recipe = recipe_of(spec.sampling, labels, engine, source.classes or source.listed, table=source.table)
     words = recipe.words or prompt_words(engine, labels.task, source.classes)
@@ -170,11 +175,19 @@ def _check_drawn(source: prompts.PromptSource, plan: Plan, draws: Sequence[str])
 
 def check_room(job: Job) -> None:
     """Refuses a run that would fill the disk."""
-    free = storage.free_bytes(job.folder.absolute())
-    if job.bytes_needed > free:
+    _check_free(job.folder, job.bytes_needed)
+
+
+def check_least_room(folder: Path, number: int, size: int, labels: Sequence[str]) -> None:
+    """Refuses a run that would fill the disk as far as it can be seen before networks are loaded: size 0 is theirs."""
+    _check_free(folder, _sample_bytes(size**2, labels) * number + SPARE)
+
+
+def _check_free(folder: Path, needed: int) -> None:
+    free = storage.free_bytes(folder.absolute())
+    if needed > free:
         raise Missing(
-            f"{job.folder}: the run needs up to {_format_bytes(job.bytes_needed)} of disk, {_format_bytes(free)} are "
-            "free",
+            f"{folder}: the run needs up to {_format_bytes(needed)} of disk, {_format_bytes(free)} are free",
             "Free some space, choose another --out, or make fewer images.",
         )
 

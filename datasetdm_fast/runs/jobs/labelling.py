@@ -21,7 +21,7 @@ from datasetdm_fast.engine.loop.prompts import Plan
 from datasetdm_fast.engine.loop.recipe import prompt_words
 from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.runs.jobs.job import Job, check_room, describe_run, open_engine, recipe_of
+from datasetdm_fast.runs.jobs.job import Job, check_least_room, check_room, describe_run, open_engine, recipe_of
 from datasetdm_fast.runs.jobs.run import count_rows, merge_with_stored, relocated_paths
 from datasetdm_fast.runs.run_folder.document import LEDGER, check_same, made_by, row_facts
 from datasetdm_fast.runs.run_settings import RunSpec
@@ -154,6 +154,7 @@ def prepare_labelling(
     spec: RunSpec, stored: Mapping[str, Any] | None, pictures: Pictures, timesteps: Sequence[int], *, has_tiles: bool
 ) -> Job:
     """The job of labelling a folder of pictures, checked in full; nothing is written."""
+    check_least_room(spec.folder, 0 if stored else len(pictures.paths), spec.model.size, spec.labels.task)
     sides = pictures.sides() if has_tiles else []
     if stored is None:
         pictures.check()
