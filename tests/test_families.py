@@ -619,7 +619,8 @@ OTHER_FORMS = (  # settings by which a U-Net of the same shapes would be another
     "act_fn dual_cross_attention only_cross_attention attention_type resnet_time_scale_shift center_input_sample "
     "downsample_padding mid_block_scale_factor addition_embed_type class_embed_type encoder_hid_dim "
     "encoder_hid_dim_type num_class_embeds reverse_transformer_layers_per_block cross_attention_norm "
-    "time_embedding_act_fn timestep_post_act time_cond_proj_dim"
+    "time_embedding_act_fn timestep_post_act time_cond_proj_dim time_embedding_type conv_in_kernel conv_out_kernel "
+    "class_embeddings_concat"
 ).split()
 
 

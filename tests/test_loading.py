@@ -366,6 +366,30 @@ def test_a_pickle_of_a_text_encoder_and_tensors_of_no_layer_load(tiny, folder):
         load_model(str(folder))
 
 
+@pytest.mark.usefixtures("pickles_are_read_by_forks")
+def test_pickles_in_several_files_load(tiny, folder):
+    for part, name in (("text_encoder", "pytorch_model"), ("unet", "diffusion_pytorch_model")):
+        (path,) = (folder / part).glob("*.safetensors")
+        state, places = load_file(path), {}
+        for k in range(2):
+            places |= dict.fromkeys(sorted(state)[k::2], f"{name}-0000{k + 1}-of-00002.bin")
+        for file in set(places.values()):
+            torch.save({key: state[key] for key, place in places.items() if place == file}, path.with_name(file))
+        path.with_name(f"{name}.bin.index.json").write_text(json.dumps({"weight_map": places}))
+        path.unlink()
+    model = load_model(str(folder))
+    assert all(same_weights(model.modules[part], tiny.modules[part]) for part in ("text_encoder", "unet"))
+    assert model.digests["unet"] == digest(sorted((folder / "unet").glob("*.bin")))
+
+
+def test_weights_of_other_names_are_told(folder):
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    path.rename(path.with_name("diffusion_pytorch_model.non_ema.safetensors"))
+    with pytest.raises(Refused, match="unet holds diffusion_pytorch_model.non_ema.safetensors, none of which") as told:
+        load_model(str(folder))
+    assert "rename one that holds all of its weights" in told.value.remedy
+
+
 def test_half_weights_load_without_a_bar_of_the_libraries(tiny, saved, folder, capsys):
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     tiny.modules["unet"].save_pretrained(folder / "unet", variant="fp16")
@@ -1084,7 +1108,7 @@ def test_every_file_of_an_index_lies_in_its_folder_and_is_checked(tmp_path, monk
 
     def read(*names):
         index.write_text(json.dumps({"weight_map": {str(k): name for k, name in enumerate(names)}}))
-        return model_folder._files_of_index(index)
+        return model_folder._files_of_index(index, ".safetensors")
 
     files = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     assert read("b.safetensors", "a.safetensors", "b.safetensors") == files and checked == [*files]

@@ -107,6 +107,10 @@ FORMS: dict[str, dict[str, tuple[Any, ...]]] = {
         "center_input_sample": (False,),
         "downsample_padding": (1,),
         "mid_block_scale_factor": (1,),
+        "time_embedding_type": ("positional",),
+        "conv_in_kernel": (3,),
+        "conv_out_kernel": (3,),
+        "class_embeddings_concat": (False,),
         **dict.fromkeys(
             "addition_embed_type class_embed_type encoder_hid_dim encoder_hid_dim_type num_class_embeds "
             "reverse_transformer_layers_per_block cross_attention_norm time_embedding_act_fn timestep_post_act "

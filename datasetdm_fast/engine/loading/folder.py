@@ -343,21 +343,22 @@ def _weight_files(part: Path) -> _Weights:
         if file.is_file():
             check_readable(file)
             return _Weights((file,), variant)
-        index = part / f"{stem}.safetensors.index{f'.{variant}' if variant else ''}.json"
-        if extension == "safetensors" and index.is_file():
-            return _Weights(_files_of_index(index), variant, index)
-    raise Refused(
-        f"model: {part.parent} has no weights of its {part.name}: {part} holds no .safetensors or .bin file of weights",
-        "Add the weight file of the same model.",
-    )
+        index = part / f"{stem}.{extension}.index{f'.{variant}' if variant else ''}.json"
+        if index.is_file():
+            return _Weights(_files_of_index(index, f".{extension}"), variant, index)
+    lack, remedy = "holds no .safetensors or .bin file of weights", "Add the weight file of the same model."
+    if others := sorted(path.name for path in part.iterdir() if path.suffix in (".safetensors", ".bin")):
+        lack = f"holds {', '.join(others)}, none of which has the name of a whole weight file without an index"
+        remedy = f"Add {stems[0]}.safetensors of the same model, or rename one that holds all of its weights to that."
+    raise Refused(f"model: {part.parent} has no weights of its {part.name}: {part} {lack}", remedy)
 
 
-def _files_of_index(index: Path) -> tuple[Path, ...]:
+def _files_of_index(index: Path, extension: str) -> tuple[Path, ...]:
     """The weight files that an index names, all in its own folder."""
     named = read_config(index).get("weight_map")
     names = sorted({name for name in named.values() if isinstance(name, str)}) if isinstance(named, dict) else []
-    if not names or any(Path(name).name != name or not name.endswith(".safetensors") for name in names):
-        raise Refused(f"model: {index}: it names no .safetensors files of its folder", DAMAGED)
+    if not names or any(Path(name).name != name or not name.endswith(extension) for name in names):
+        raise Refused(f"model: {index}: it names no {extension} files of its folder", DAMAGED)
     if absent := [name for name in names if not (index.parent / name).is_file()]:
         raise Refused(
             f"model: {index.parent} lacks {len(absent)} of its {len(names)} weight files, the first is {absent[0]}",
@@ -435,13 +436,18 @@ def _only_weights(weights: _Weights, config: Mapping[str, Any]) -> Iterator[Path
         safe = Path(made)
         safe.joinpath("config.json").write_text(json.dumps(config), encoding="utf-8")
         for file in weights.files:
-            name = re.sub(r"^pytorch_model", "model", file.name).replace(".bin", ".safetensors")
             target = file if file.suffix == ".safetensors" else pickles.safe_copy(file)
-            safe.joinpath(name).symlink_to(target.resolve())
+            safe.joinpath(_safe_name(file.name)).symlink_to(target.resolve())
         if weights.index:
-            text = json.dumps({"metadata": {}, "weight_map": read_config(weights.index)["weight_map"]})
-            safe.joinpath(re.sub(r"^pytorch_model", "model", weights.index.name)).write_text(text, encoding="utf-8")
+            places = {key: _safe_name(name) for key, name in read_config(weights.index)["weight_map"].items()}
+            text = json.dumps({"metadata": {}, "weight_map": places})
+            safe.joinpath(_safe_name(weights.index.name)).write_text(text, encoding="utf-8")
         yield safe
+
+
+def _safe_name(name: str) -> str:
+    """The name of a file's copy in safetensors, or of the index of such files."""
+    return re.sub(r"^pytorch_model", "model", name).replace(".bin", ".safetensors")
 
 
 def download_model(name: str) -> Path:
