@@ -76,7 +76,13 @@ def renamed_flags(names: Mapping[str, str]) -> Iterator[None]:
         raise type(stop)(cause, remedy) from stop
 
 
-def nearest(word: str, known: Collection[str], before: str = "") -> str:
+def check_choice(name: str, value: object, known: Collection[str], remedy: str = "Choose one of these.") -> None:
+    """Refuses a value of the setting `name` that is none of the known ones."""
+    if not isinstance(value, str) or value not in known:
+        raise Refused(f"{name}: {value!r} is none of {', '.join(known)}{nearest(value, known)}", remedy)
+
+
+def nearest(word: object, known: Collection[str], before: str = "") -> str:
     """' (did you mean X?)' where a known word starts like this one or is close to it, `before` put before X. Spaces and
     capitals make no difference.
 
@@ -89,6 +95,8 @@ def nearest(word: str, known: Collection[str], before: str = "") -> str:
     """
     import difflib
 
+    if not isinstance(word, str):
+        return ""
     plain, words = word.strip().casefold(), {candidate.casefold(): candidate for candidate in known}
     longer = [candidate for candidate in words if plain and candidate.startswith(plain)]
     close = sorted(longer, key=len) or difflib.get_close_matches(plain, list(words), n=1, cutoff=0.6)

@@ -276,7 +276,7 @@ def test_what_does_not_fit_is_refused_with_all_of_it(tmp_path, capsys):
 
 
 def test_what_is_no_checkpoint_and_no_decoder_is_told(tmp_path):
-    with pytest.raises(Refused, match="--kind vocs: not one of voc, "):
+    with pytest.raises(Refused, match=r"--kind: 'vocs' is none of voc, .*\(did you mean voc\?\)"):
         checkpoints.open_checkpoint(tmp_path / "w.safetensors", "vocs")
     save_file({}, tmp_path / "w.safetensors")
     with pytest.raises(Refused, match="it holds no tensor at all"):

@@ -53,8 +53,8 @@ def test_the_page_of_refusals_follows_names_of_remedies():
     told = {}
     for path in pages.sources():
         told |= {cause: remedy for _, cause, remedy in pages.stops(path)}
-    again, sampler = "Get the file again and compare its checksum.", "Choose one of these with --sampler."
-    assert told["sampler: SAMPLER is none of NAMES"] == sampler  # written in the call
+    again, chosen = "Get the file again and compare its checksum.", "Choose one of these with --device, such as cuda:0."
+    assert told["device: NAME is none of auto, cpu, cuda, cuda:N"] == chosen  # written in the call
     assert told["PATH is truncated or not a safetensors file (REASON)"] == again  # a constant of another module
     assert told["PATH: not readable as JSON (byte PLACE: REASON)"] == again  # named as documents.GET_AGAIN
     assert told["FLAG: no sample of TABLES has the score agreement"].startswith("It needs two kinds")  # of a table

@@ -837,6 +837,8 @@ def test_a_data_set_gives_several_labels_together_and_batches_things(run_path):
             assert mask[top:bottom, left:right].sum() == mask.sum() and mask[top:bottom, left].any()
     with pytest.raises(Refused, match="no labels for 'colour'"):
         run.as_dataset(("semantic", "colour"))
+    with pytest.raises(Refused, match=r"'semantc', it has .*did you mean semantic\?"):
+        run.as_dataset("semantc")
     with pytest.raises(Refused, match="not a run in shards, which streaming reads"):
         run.as_dataset("depth", streaming=True)
 
@@ -849,6 +851,8 @@ def test_a_run_is_sliced_and_asked_for_what_passes(run_path):
         run[::-1]
     assert [sample.id for sample in reversed(run[2:4])] == ["00000003", "00000002"]
     assert run[-1].id == run["00000011"].id == "00000011" and repr(run[:2]).endswith(f"{', '.join(run.tasks)}>")
+    assert "00000011" in run and "11" in run and run[-1] in run
+    assert "00000011" not in run[:2] and run[-1] not in run[:2] and "00000012" not in run and 11 not in run
     balls = run.where(classes=("ball",))
     assert 0 < len(balls) < len(run) and all("ball" in sample.classes for sample in balls)
     assert len(run.where(classes=iter(["ball"]))) == len(balls)

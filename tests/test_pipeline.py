@@ -541,6 +541,10 @@ def test_stream_refuses_before_it_is_read():
     for choices, message in (
         ({"tasks": ("semantic",)}, "no decoder for 'semantic'"),
         ({"tasks": ("colour",)}, "not one of"),
+        ({"tasks": ("depht",)}, r"not one of .*did you mean depth\?"),
+        ({"sampler": "dim"}, r"sampler: 'dim' is none of .*did you mean ddim\?"),
+        ({"sampler": ["ddim"]}, r"sampler: \['ddim'\] is none of"),
+        ({"profile": "0.14"}, r"profile: '0.14' is none of .*did you mean 0.14.0\?"),
         ({"steps": -1}, "--steps -1"),
         ({"guidance": float("nan")}, "--guidance nan"),
         ({"batch_size": -1}, "--batch-size -1"),
@@ -560,10 +564,10 @@ def test_stream_refuses_before_it_is_read():
         ({"classes": None}, "classes: None was given, expected a sequence of words"),
         ({"negative_prompt": 3}, "negative_prompt: 3 was given, expected a text or several texts"),
         ({"combine": "a within b:c"}, "combine: 'a within b:c' is one string"),
-        ({"ask": "every"}, "--ask every: not one of named, all"),
+        ({"ask": "every"}, "--ask: 'every' is none of named, all"),
         ({"tasks": ("attention",), "classes": ("ball",), "exponent": -2}, "--exponent -2"),
         ({"tasks": ("attention",), "classes": ("ball",), "threshold": -0.5}, "--threshold -0.5"),
-        ({"tasks": ("attention",), "classes": ("ball",), "parity": "other"}, "--parity other"),
+        ({"tasks": ("attention",), "classes": ("ball",), "parity": "other"}, "--parity: 'other' is none of"),
     ):
         with pytest.raises(Refused, match=message):
             stub.stream(["a ball"], **choices)
@@ -613,12 +617,15 @@ def test_pictures_that_cannot_be_made_are_refused(decoders):
     for choices, message in (
         ({"size": "128"}, "--size '128': expected a multiple of 64"),
         ({"threads": -1}, "--threads -1: expected a whole number of 0 or more"),
-        ({"outlines": "sharp"}, "--outlines sharp: not one of auto, decoder, image"),
+        ({"outlines": "sharp"}, "--outlines: 'sharp' is none of auto, decoder, image"),
         ({"lora": "style.safetensors"}, "lora: 'style.safetensors' is one string"),
         ({"lora": Path("style.safetensors")}, "lora: 'style.safetensors' is one string"),
         ({"lora": [3]}, "lora: 3 is not a text"),
         ({"streams": "2"}, "--streams '2': expected a whole number of 0 or more"),
         ({"device": None}, "device: None is none of auto, cpu, cuda, cuda:N"),
+        ({"device": "cdua"}, r"did you mean cuda\?"),
+        ({"engine": "fats"}, r"engine: 'fats' is none of .*did you mean fast\?"),
+        ({"dtype": "bfloat16"}, r"dtype: 'bfloat16' is none of .*did you mean bf16\?"),
     ):
         with pytest.raises(Refused, match=message):
             Pipeline.from_pretrained("tiny", decoder=str(decoders), **choices)

@@ -42,7 +42,7 @@ from datasetdm_fast.engine.loop.recipe import (
     prompt_words,
     scale_at,
 )
-from datasetdm_fast.errors import GateFailed, Refused, nearest
+from datasetdm_fast.errors import GateFailed, Refused, check_choice, nearest
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.settings import EngineSettings
 from datasetdm_fast.stages import LEVELS
@@ -322,10 +322,7 @@ class Pipeline:
         means that of the model's family, or of its scheduler. `height` and `width` can only be those of the model.
         Other choices are those of `stream`.
         """
-        if output_type not in diffusing.OUTPUT_TYPES:
-            raise Refused(
-                f"output_type: {output_type!r} is none of {', '.join(diffusing.OUTPUT_TYPES)}", "Choose one of these."
-            )
+        check_choice("output_type", output_type, diffusing.OUTPUT_TYPES)
         side = self.engine.model.size
         for name, value in (("height", height), ("width", width)):
             if value not in (None, side):
@@ -421,7 +418,8 @@ class Pipeline:
             check_tasks(tasks, LABELS)
         if missing := [task for task in tasks if task not in UNDECODED and task not in self.engine.decoders]:
             raise Refused(
-                f"tasks: this pipeline has no decoder for {missing[0]!r}, it has {', '.join(self.tasks) or 'none'}",
+                f"tasks: this pipeline has no decoder for {missing[0]!r}, it has {', '.join(self.tasks) or 'none'}"
+                f"{nearest(missing[0], self.tasks)}",
                 "Name a folder with one: decoder=DIR.",
             )
         if names is None and not tasks:

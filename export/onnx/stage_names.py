@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from datasetdm_fast.engine.labels import LabelName
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.errors import check_choice
 
 RAW = "denoise_and_keep"
 TEXT = {"encode_text"}
@@ -28,8 +28,7 @@ def select_stages(
     texts, images = ([name for name in others if (name in TEXT) == is_text] for is_text in (True, False))
     names = [*texts, "denoise", *captures, *images, *decoders]
     for name in only or ():
-        if name not in names:
-            raise Refused(f"stage: {name!r} is none of {', '.join(names)}", "Choose from these.")
+        check_choice("stage", name, names)
     return tuple(name for name in names if only is None or name in only)
 
 

@@ -24,7 +24,7 @@ from datasetdm_fast.engine.models.capture import CaptureHook, ProjectingReader, 
 from datasetdm_fast.engine.models.mmdit import MMDiT
 from datasetdm_fast.engine.models.unet import TextTable, TimeTable, UNet
 from datasetdm_fast.engine.models.vae import ImageDecoder, ImageEncoder, has_usual_form
-from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.errors import Missing, Refused, check_choice
 from datasetdm_fast.export.manifest import (
     NAME,
     PRECISIONS,
@@ -93,10 +93,8 @@ def graphed_parts(model: Model) -> tuple[str, ...]:
 def _check(model: Model, decoders: Mapping[str, Decoder], precision: str, runtime: str) -> None:
     if not model.backbone.served_by("export"):
         raise Refused(f"export: {model.backbone.title} has no network that is written as graphs", ANOTHER)
-    if precision not in PRECISIONS:
-        raise Refused(f"precision: {precision!r} is none of {', '.join(PRECISIONS)}", "Choose one of these.")
-    if runtime not in OPERATIONS:
-        raise Refused(f"runtime: {runtime!r} is none of {', '.join(OPERATIONS)}", "Choose one of these.")
+    check_choice("precision", precision, PRECISIONS)
+    check_choice("runtime", runtime, OPERATIONS)
     if precision == "fp16" and precision not in model.backbone.halves:
         raise Refused(f"precision: activations of {model.backbone.title} leave fp16's range", "Use fp32.")
     if precision == "bf16" and model.backbone.network_plan:  # such graphs mixed types, and no library loaded them

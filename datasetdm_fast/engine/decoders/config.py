@@ -14,7 +14,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.backbones.sd import levels
 from datasetdm_fast.engine.labels import DECODER_NAME, LabelName, task_of_label
 from datasetdm_fast.engine.labels.class_tables import ClassTable, ClassWord, of_words
-from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.errors import Missing, Refused, nearest
 from datasetdm_fast.stages import LEVELS, Level
 from datasetdm_fast.untrusted import documents
 
@@ -346,7 +346,7 @@ def find_decoders(source: str | Path | Iterable[Path]) -> DecoderFolders:
             remedy = f"Give the folder above: {folder.parent}." if (folder / "config.json").exists() else FOLDER_FORM
             lack = "no sub-folder holds a config.json"
             if not folder.exists():
-                lack = f"no such folder{storage.named_alike(folder)}"
+                lack = f"no such folder{nearest(str(folder), SHIPPED) or storage.named_alike(folder)}"
             elif any(folder.glob("*/training/**/log.jsonl")):
                 lack, remedy = "its training has not ended", "Run the command that trains it again, which resumes it."
             raise Missing(f"decoders {folder}: {lack}", remedy)

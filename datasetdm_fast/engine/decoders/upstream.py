@@ -20,7 +20,7 @@ from datasetdm_fast.engine.decoders.trunk import Decoder, wide_mixes
 from datasetdm_fast.engine.labels import BACKGROUND
 from datasetdm_fast.engine.labels.class_tables import builtin_table
 from datasetdm_fast.engine.models.layers import Uninitialised
-from datasetdm_fast.errors import Missing, Refused, quote
+from datasetdm_fast.errors import Missing, Refused, check_choice, quote
 from datasetdm_fast.kernels import reference
 from datasetdm_fast.stages import LEVELS, Level
 from datasetdm_fast.untrusted import documents, pickles, tensors
@@ -101,8 +101,8 @@ class Checkpoint:
 
 def open_checkpoint(path: Path, kind: str = "", levels: tuple[Level, ...] = SD1_LEVELS) -> Checkpoint:
     """The checkpoint in a file, of a `kind` or what its tensors tell, of a decoder on the U-Net of `levels`."""
-    if kind and kind not in KINDS:
-        raise Refused(f"--kind {kind}: not one of {', '.join(KINDS)}", "Choose one of these.")
+    if kind:
+        check_choice("--kind", kind, KINDS)
     if path.is_dir():
         raise Refused(f"{path}: a folder, expected a checkpoint FILE.pth of DatasetDM", "Name the file.")
     if not path.is_file():

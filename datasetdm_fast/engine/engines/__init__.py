@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from datasetdm_fast.config import ENGINE_NAMES, ENGINES, HALF, REFERENCE, EngineKind
 from datasetdm_fast.engine.backbones import check_source
 from datasetdm_fast.engine.decoders.config import SHIPPED, find_decoders, parts_of
-from datasetdm_fast.errors import Missing, Refused, nearest
+from datasetdm_fast.errors import Missing, Refused, check_choice, nearest
 from datasetdm_fast.plugins import load_place
 from datasetdm_fast.settings import EngineSettings
 from datasetdm_fast.stages import FACTOR
@@ -336,8 +336,7 @@ def build_engine(
 
 def _select_options(name: str, options: Mapping[str, Any]) -> tuple[EngineKind, dict[str, Any]]:
     """The record of an engine, and the values of its options."""
-    if name not in ENGINE_NAMES:
-        raise Refused(f"engine: {name!r} is none of {', '.join(ENGINE_NAMES)}", "Choose one of these with --engine.")
+    check_choice("engine", name, ENGINE_NAMES)
     chosen, usual = ENGINES["fast" if name == "auto" else name], EngineSettings()
     settings = EngineSettings(**options)
     if unknown := [option for option in chosen.options if not hasattr(usual, option)]:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from datasetdm_fast.errors import Missing, Refused, is_out_of_ram
+from datasetdm_fast.errors import Missing, Refused, is_out_of_ram, nearest
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -27,7 +27,8 @@ def resolve_device(name: str) -> torch.device:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise Refused(
-            f"device: {name!r} is none of auto, cpu, cuda, cuda:N", "Choose one of these with --device, such as cuda:0."
+            f"device: {name!r} is none of auto, cpu, cuda, cuda:N{nearest(name, ('auto', 'cpu', 'cuda'))}",
+            "Choose one of these with --device, such as cuda:0.",
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise Missing(

@@ -44,7 +44,7 @@ class LabelName:
         """
         task, colon, decoder = text.partition(":")
         if task not in LABELS:
-            raise ValueError(f"not one of {', '.join(LABELS)}")
+            raise ValueError(f"not one of {', '.join(LABELS)}{nearest(task, LABELS)}")
         if colon and task in UNDECODED:
             raise ValueError(f"labels of the labeller {task} have no decoder")
         if colon and not DECODER_NAME.fullmatch(decoder):
@@ -82,8 +82,7 @@ def task_of_label(label: str) -> str:
 def check_label(label: str) -> None:
     """Refuses what is no label, such as one that is misspelt."""
     if not isinstance(label, str) or task_of_label(label) not in LABELS:
-        alike = nearest(label, LABELS) if isinstance(label, str) else ""
-        raise Refused(f"{label!r} is no label{alike}", f"Choose from {', '.join(LABELS)}.")
+        raise Refused(f"{label!r} is no label{nearest(label, LABELS)}", f"Choose from {', '.join(LABELS)}.")
 
 
 def by_task(labels: Iterable[str]) -> list[str]:

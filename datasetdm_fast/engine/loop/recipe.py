@@ -49,7 +49,7 @@ from datasetdm_fast.engine.loop.class_prompts import (
 )
 from datasetdm_fast.engine.loop.combining import Combination, check_mask_words, parse_combinations
 from datasetdm_fast.engine.loop.prompts import Tokenizer, check_class_lengths, count_tokens, shorten
-from datasetdm_fast.errors import Refused, nearest
+from datasetdm_fast.errors import Refused, check_choice, nearest
 
 if TYPE_CHECKING:
     from datasetdm_fast.engine.sampling.schedule import Schedule
@@ -429,8 +429,7 @@ def check_size(size: int) -> None:
 def check_choices(**values: str) -> None:
     """Refuses a setting that is none of its CHOICES."""
     for name, value in values.items():
-        if value not in CHOICES[name]:
-            raise Refused(f"{_flag(name)} {value}: not one of {', '.join(CHOICES[name])}", "Choose one of these.")
+        check_choice(_flag(name), value, CHOICES[name])
 
 
 def check_numbers(**values: float) -> dict[str, float]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from datasetdm_fast.config import PROFILES, SAMPLERS, SCHEDULERS, FlowRule
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.errors import Refused, check_choice
 from datasetdm_fast.kernels.choice import form_of
 from datasetdm_fast.kernels.transfer import to_device
 from datasetdm_fast.plugins import load_place
@@ -269,12 +269,8 @@ def make_schedule(
     makes one call more.
     """
     sampler = choose_sampler(scheduler, sampler)
-    if sampler not in SAMPLERS:
-        raise Refused(
-            f"sampler: {sampler!r} is none of {', '.join(SAMPLERS.names)}", "Choose one of these with --sampler."
-        )
-    if profile not in PROFILES:
-        raise Refused(f"profile: {profile!r} is none of {', '.join(PROFILES)}", "Choose one of these with --profile.")
+    check_choice("sampler", sampler, SAMPLERS.names)
+    check_choice("profile", profile, PROFILES)
     if is_flow(scheduler) != (flow is not None):
         raise Refused(
             f"scheduler: the model is {'a flow' if flow else 'a model with betas'}, and its scheduler config, "

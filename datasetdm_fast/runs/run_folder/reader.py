@@ -9,7 +9,7 @@ import tempfile
 import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -239,6 +239,13 @@ class Run(AbstractContextManager["Run"]):
     def __iter__(self) -> Iterator[StoredSample]:
         return (self[k] for k in range(len(self)))
 
+    def __contains__(self, sample: object) -> bool:
+        """Whether it holds a sample, or one with an id such as "00000003"."""
+        if isinstance(sample, str):
+            with suppress(KeyError):
+                return self.position(sample) >= 0
+        return isinstance(sample, StoredSample) and sample.id in self and self[sample.id] == sample
+
     def rows(self, parts: Sequence[str] = PARTS) -> Iterator[Row]:
         """The rows of all samples in one pass, with these parts; see Ledger.rows."""
         if self.shards is not None:
@@ -385,7 +392,9 @@ class Run(AbstractContextManager["Run"]):
         for label in (task,) if isinstance(task, str) else task:
             if label not in self.tasks:
                 raise Refused(
-                    f"{self.path}: has no labels for {label!r}, it has {', '.join(self.tasks)}", "Ask for one of these."
+                    f"{self.path}: has no labels for {label!r}, it has {', '.join(self.tasks)}"
+                    f"{nearest(label, self.tasks)}",
+                    "Ask for one of these.",
                 )
         dataset = TaskDataset(self, task if isinstance(task, str) else tuple(task), transform)
         if not streaming:

@@ -15,7 +15,7 @@ from datasetdm_fast.engine.engines.exported.graphs import GraphEngine, OpenedGra
 from datasetdm_fast.engine.engines.exported.providers import NAMES, installed_providers, require_provider
 from datasetdm_fast.engine.engines.fast import DTYPES, slice_of
 from datasetdm_fast.engine.loading.model import Model
-from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.errors import Missing, Refused, check_choice
 from datasetdm_fast.export.manifest import Manifest, StageFile
 from datasetdm_fast.export.staging import print_line
 
@@ -147,8 +147,7 @@ def resolve_precision(dtype: str, provider: str) -> str:
     """The storage of UNet and autoencoder: as requested, or fp32 on a CPU and fp16 elsewhere."""
     if dtype == "auto":
         return "fp32" if provider == "cpu" else "fp16"
-    if dtype not in DTYPES:
-        raise Refused(f"dtype: {dtype!r} is none of auto, {', '.join(DTYPES)}", "Choose one of these with --dtype.")
+    check_choice("dtype", dtype, ("auto", *DTYPES))
     if dtype in ("tf32", "bf16"):
         raise Refused(f"dtype: ONNX Runtime has no {dtype} convolutions", "Use --dtype fp16 or --dtype fp32.")
     return dtype

@@ -3,17 +3,14 @@
 from importlib.util import find_spec
 
 from datasetdm_fast.config import PROVIDERS
-from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.errors import Missing, Refused, check_choice
 
 NAMES = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 
 
 def require_provider(provider: str) -> None:
     """Raises Missing where ONNX Runtime or the provider is not installed; "auto" needs the CPU's alone."""
-    if provider not in PROVIDERS:
-        raise Refused(
-            f"provider: {provider!r} is none of {', '.join(PROVIDERS)}", "Choose one of these with --provider."
-        )
+    check_choice("provider", provider, PROVIDERS)
     _require("ort", "onnxruntime")
     installed = installed_providers()
     if provider != "auto" and NAMES[provider] not in installed:

@@ -21,7 +21,7 @@ from datasetdm_fast.engine.engines.cuda_graph import TURN, InOrder
 from datasetdm_fast.engine.engines.device import resolve_device
 from datasetdm_fast.engine.engines.exported.graphs import GraphEngine, Tensors
 from datasetdm_fast.engine.loading.model import Model
-from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.errors import Missing, Refused, check_choice
 from datasetdm_fast.export.manifest import PRECISIONS, Manifest, StageFile, TensorInfo
 from datasetdm_fast.export.staging import fill_alone, print_line
 from datasetdm_fast.export.tensorrt import plan_builder
@@ -251,10 +251,7 @@ class TrtEngine(GraphEngine):
     ):
         self.flavour, self.queue = flavour or require_gpu(), queue or Queue(_resolve_gpu(device))
         self.device, self.precision = self.queue.device, "fp16" if dtype == "auto" else dtype
-        if self.precision not in PRECISIONS:
-            raise Refused(
-                f"dtype: {dtype!r} is none of auto, {', '.join(PRECISIONS)}", "Choose one of these with --dtype."
-            )
+        check_choice("dtype", dtype, ("auto", *PRECISIONS))
         self.graph_precision = self.precision
         super().__init__(model, decoders, on_message)
         self._timesteps: dict[float, Tensor] = {}

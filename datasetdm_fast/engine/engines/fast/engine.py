@@ -30,7 +30,7 @@ from datasetdm_fast.engine.models.capture import (
 from datasetdm_fast.engine.models.packed import largest_distance, place_module, weights_of
 from datasetdm_fast.engine.models.unet import TextTable, TimeTable
 from datasetdm_fast.engine.models.vae import ImageEncoder
-from datasetdm_fast.errors import Refused
+from datasetdm_fast.errors import Refused, check_choice
 from datasetdm_fast.kernels import plain
 from datasetdm_fast.kernels.choice import operations
 from datasetdm_fast.kernels.transfer import to_device
@@ -58,8 +58,7 @@ def resolve_precision(name: str, device: torch.device) -> str:
     """The precision of the UNet and the autoencoder: as requested, or fp32 on a CPU and fp16 on a GPU."""
     if name == "auto":
         return "fp16" if device.type == "cuda" else "fp32"
-    if name not in DTYPES:
-        raise Refused(f"dtype: {name!r} is none of auto, {', '.join(DTYPES)}", "Choose one of these with --dtype.")
+    check_choice("dtype", name, ("auto", *DTYPES))
     if name == "fp16" and device.type == "cpu":
         raise slow_in_fp16("dtype")
     if name == "tf32" and device.type == "cpu":
