@@ -698,7 +698,11 @@ def test_a_run_that_another_process_begins_or_lets_grow_meanwhile_stays_as_it_is
         with RunFolder(tmp_path, document(number)):
             pass
     before = (tmp_path / "run.json").read_bytes()
-    for other in (document(2), document(8, seed=1), document(4, seed=1)):
+    changed = document(4)
+    others = [
+        {**changed, part: changed[part] | {"batch_size": 99}} for part in ("plan", "engine")
+    ]  # as if first starts
+    for other in (document(2), document(8, seed=1), document(4, seed=1), *others):
         with pytest.raises(Refused, match="another process has changed the run meanwhile"):
             RunFolder(tmp_path, other)
     assert (tmp_path / "run.json").read_bytes() == before

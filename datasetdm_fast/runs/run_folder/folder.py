@@ -316,7 +316,10 @@ class RunFolder(AbstractContextManager):
 def _check_current(path: Path, stored: Mapping[str, Any], document: Mapping[str, Any]) -> None:
     """Refuses a run that another process has begun or let grow since this one read what it is."""
     names = GROWING if grows(stored["config"], document["config"]) else ()
-    before, now = ({**run["config"], **dict.fromkeys(names)} for run in (stored, document))
+    parts = ("engine",) if names else ("engine", "plan")  # two first starts may find other memory and other cores
+    before, now = (
+        [{**run["config"], **dict.fromkeys(names)}, *(run.get(part) for part in parts)] for run in (stored, document)
+    )
     if before != now:
         raise Refused(f"{path}: another process has changed the run meanwhile", "Run the same command again.")
 
