@@ -124,7 +124,8 @@ def audit(
         raise Refused(f"{folder}: holds neither {DOCUMENT} nor {LEDGER}, so it is not a run folder", NAME_A_RUN)
     document, findings = _check_document(folder)
     report = Report(str(folder), document["plan"]["number"] if document else 0, 0, 0, 0, 0, findings)
-    if not is_sealed(folder) and not any((folder / name).exists() for name in (LEDGER, "samples.jsonl", "images")):
+    has_ledger = (folder / LEDGER).exists() and (folder / LEDGER).stat().st_size > 0  # which SQLite creates empty
+    if not (is_sealed(folder) or has_ledger or any((folder / name).exists() for name in ("samples.jsonl", "images"))):
         return report  # killed before its first sample, or in shards with a damaged run.json
     try:
         with Ledger(folder / LEDGER, read_only=True) as ledger:
