@@ -1147,7 +1147,9 @@ def test_a_merged_run_is_a_manifest_that_readers_take_for_a_run(alone, folder, b
     assert drop.main([str(tmp_path / "other"), "00000000", "--quiet"]) == 0 and merge.main(line) == 2
     assert "source.1/dropped.json" in capsys.readouterr().err and not list((tmp_path / "other").glob(".*"))
     (run / tar_name(1)).write_bytes(b"")
-    assert audit.main([out, "--quiet"]) == 4 and f"/run/{tar_name(1)}: its bytes" in capsys.readouterr().out
+    assert audit.main([out, "--quiet", "--repair"]) == 4 and shard_place(out).names("manifest") == names
+    said = capsys.readouterr()  # the line that merged would bring the shard back as it is
+    assert f"/run/{tar_name(1)}: its bytes" in said.out and "taken out" not in said.err and "repair it" in said.out
     entry = json.loads(shard_place(out).read(entry_name(0))) | {"source": {"place": far.name, "shard": 0}}
     shard_place(tmp_path / "other").replace(entry_name(0), json.dumps(entry).encode())
     with pytest.raises(Refused, match="a run in a folder names a URL"):

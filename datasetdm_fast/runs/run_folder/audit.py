@@ -350,6 +350,7 @@ def _check_label(task: str, row: Row, arrays: Mapping[str, np.ndarray], document
 
 
 REMAKE = "Take the shard out with --repair; the line that made the run then makes it again."
+REPAIR_SOURCE = "Bring that run back, or repair it (audit it); if it has grown since, merge into another --out."
 
 
 def find_sharded(place: str | Path) -> dict[str, Any] | None:
@@ -395,7 +396,8 @@ def audit_shards(
     with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
         for shard, (entry, faults) in zip(shards, pool.map(partial(_audit_shard, place, document), shards)):
             findings += faults
-            damaged += range_of(shard) if faults else []
+            if faults and not (entry and entry.source):  # what is wrong with another run's, merge would bring back
+                damaged += range_of(shard)
             if entry is not None:
                 counts[shard] = entry.stop - entry.first
                 left = len(absent.intersection(entry.indices))
@@ -419,8 +421,8 @@ def _audit_shard(place: ShardPlace, document: Mapping[str, Any], shard: int) -> 
             raise Refused(f"{entry_name(shard)}: it ends with sample {entry.stop - 1}", REMAKE)
         for name, written in entry.files.items():
             if (current := digest_of_shard(source, name)) != written:
-                named = name if entry.source is None else f"{source.name}/{name}"
-                return entry, [Finding(named, CHANGED if current else MISSING, REMAKE)]
+                named, remedy = (f"{source.name}/{name}", REPAIR_SOURCE) if entry.source else (name, REMAKE)
+                return entry, [Finding(named, CHANGED if current else MISSING, remedy)]
         rows = ledger.index_of(shard).rows
         if list(rows) != list(range(entry.first, entry.stop)):
             raise Refused(f"{index_name(shard)}: its samples are not those of the manifest", REMAKE)
