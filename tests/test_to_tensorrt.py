@@ -74,6 +74,9 @@ def test_the_command_writes_a_plan_beside_each_graph(tmp_path, monkeypatch, caps
     sizes = {name: next(iter(shapes.values()))[0] for name, shapes, _ in built}
     assert sizes == {"encode_text": 8, "denoise": 3, "decode_image": 3, "encode_image": 3}
     assert {capability for *_, capability in built} == {"sm89"} and not list(out.glob("*.part"))
+    line = ["--model", "tiny", "--decoder", "none", "--out", str(out), "--quiet"]
+    assert export_cli.main(line) == 0 and len(list(out.glob("*.plan"))) == 4  # of these very graphs
+    assert export_cli.main([*line, "--precision", "bf16"]) == 0 and not list(out.glob("*.plan"))
 
 
 # A model as wide as a quarter of Stable Diffusion ---------------------------------------------------------------------

@@ -210,7 +210,7 @@ class StageExport:
                 ):
                     manifest.check_files(out)
                     return manifest
-                earlier = tuple(manifest.files)
+                earlier = (*manifest.files, *(f"{stage}.plan" for stage in manifest.stages))
             except (Refused, Missing):
                 check_replaceable(out)
                 earlier = ()
