@@ -49,8 +49,8 @@ def is_out_of_ram(error: BaseException) -> bool:
 
 
 def quote(path: object) -> str:
-    """A path as a shell reads it, for a remedy that is a command."""
-    return shlex.quote(str(path))
+    """A path as a shell and a command read it, for a remedy that is a command."""
+    return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
 
 
 @contextmanager

@@ -118,13 +118,14 @@ def test_a_damaged_sample_says_how_to_make_it_again(spoilt, capsys, name):
     assert err.splitlines()[0] == f"{spoilt}: 1 finding in 1 file" and len(err.splitlines()) == 2
 
 
-def test_the_line_that_mends_a_sample_is_quoted(spoilt, tmp_path, capsys):
+def test_the_line_that_mends_a_sample_is_quoted(spoilt, tmp_path, capsys, monkeypatch):
     place = shutil.copytree(spoilt, tmp_path / "it's my run")
     (place / "images/00000001.png").unlink()
-    for named in (str(place), f"file://{place}"):
+    monkeypatch.chdir(shutil.copytree(place, tmp_path / "-new").parent)
+    for named, path in ((str(place), str(place)), (f"file://{place}", str(place)), ("./-new", "./-new")):
         assert command.main([named]) == 4
         line = capsys.readouterr().out.strip().partition("Make it again: ")[2]
-        assert shlex.split(line)[3:] == ["--out", str(place), "--only", "00000001"]
+        assert shlex.split(line)[3:] == ["--out", path, "--only", "00000001"]
 
 
 def test_the_report_as_json(spoilt, capsys):

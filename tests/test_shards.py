@@ -780,6 +780,16 @@ def test_a_ledger_of_shards_is_read_in_other_processes(alone):
     assert list(again._open.values()) != [files] and not files.closed
 
 
+def test_a_shard_whose_entry_is_taken_out_while_a_run_grows_is_no_damage(alone, tmp_path, capsys, monkeypatch):
+    run, names = copy(alone, tmp_path), ShardFolder.names
+    (run / entry_name(5)).unlink()  # after it was listed
+    listed = {"manifest": [f"{shard:05d}.json" for shard in range(6)]}
+    monkeypatch.setattr(ShardFolder, "names", lambda self, folder="": listed.get(folder) or names(self, folder))
+    assert audit.main([str(run), "--quiet"]) == 0
+    assert f"whole, 25 of {SAMPLES} samples (1 still to be made)" in capsys.readouterr().out
+    assert len(datasetdm_fast.open_run(run)) == 25
+
+
 def test_parts_of_an_audit_are_the_whole(alone, folder, tmp_path, capsys):
     run = copy(alone, tmp_path)
     (run / tar_name(4)).unlink()

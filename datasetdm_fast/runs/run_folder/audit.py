@@ -414,7 +414,9 @@ def _audit_shard(place: ShardPlace, document: Mapping[str, Any], shard: int) -> 
     number, size = document["plan"]["number"], shard_size(document["config"])
     try:
         ledger = ShardLedger(place, size, [shard])
-        entry, (source, _) = ledger.entries[shard], ledger.source_of(shard)
+        if (entry := ledger.entries.get(shard)) is None:  # the run grows, and makes its last shard again
+            return None, []
+        source, _ = ledger.source_of(shard)
         if entry.source:  # the last shards of its runs leave gaps
             document = {**document, "plan": document["plan"] | {"number": entry.stop}}
         elif entry.stop != min((shard + 1) * size, number):

@@ -287,7 +287,8 @@ class ShardLedger:
         if new and not self._size:
             self._size = shard_size((read_stored(self.place) or {"config": {}})["config"])
         with ThreadPoolExecutor(PARALLEL_READS) as pool:
-            read = dict(zip(new, pool.map(self._read_entry, new)))
+            entries = dict(zip(new, pool.map(self._read_entry, new)))
+        read = {shard: entry for shard, entry in entries.items() if entry}
         entries = {shard: entry for shard, entry in read.items() if not self.is_short(entry)}
         self.short |= read.keys() - entries.keys()
         self.entries |= entries
@@ -312,10 +313,13 @@ class ShardLedger:
     def _damage(self, name: str, cause: object) -> Refused:
         return Refused(f"{self.place.name}/{name}: {cause}", to_see_damage(self.place.name))
 
-    def _read_entry(self, shard: int) -> ShardEntry:
+    def _read_entry(self, shard: int) -> ShardEntry | None:
+        """None where a process that lets the run grow has taken it out since it was listed."""
         name = entry_name(shard)
+        if (content := self.place.read(name)) is None:
+            return None
         try:
-            value = documents.parse_json(self.place.read(name) or b"", "it")
+            value = documents.parse_json(content, "it")
             documents.check_form(value, ENTRY_FORM)
             documents.check_form(list(value["quarantined"].values()), [[int]])
             files = {documents.check_inside(path): StoredFile(**file) for path, file in value["files"].items()}
