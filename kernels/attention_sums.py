@@ -26,6 +26,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[
     """
     operations, (_, heads, queries, width) = torch.ops.aten, q.shape
     wide, bias = torch.promote_types(q.dtype, torch.float32), as_bias(mask, q.dtype)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # which the operations do not check
     if q.device.type == "cpu":
         output, sums = operations._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
     elif width % 8 == 0 and (q.dtype == torch.float32 or is_flash(q)):

@@ -184,6 +184,7 @@ def fused(
 ) -> Tensor:
     """The result of `reference` from the products of `plain`, in one pass over the wide map."""
     fits = bias.shape == weight.shape[:1] and last_weight.shape == (1, len(weight), *weight.shape[2:])
+    fits = fits and last_bias.shape == (1,)
     if not is_served("depth_head", x, weight, bias, last_weight, last_bias, fits=fits):
         return reference(x, weight, bias, last_weight, last_bias, sides)
     batch, side = len(x), sides[-1]
@@ -237,7 +238,7 @@ def native(
     for start in range(0, len(weight), SLICE):
         part = slice(start, start + SLICE)
         products, middle = tap_products(x.detach(), weight.detach()[part], sides)
-        products, some_bias = products.to(wide).numpy(), bias.detach()[part].to(wide).numpy()
+        products, some_bias = products.to(wide).numpy(), bias.detach()[part].to(wide).contiguous().numpy()
         some_taps = taps[:, part].contiguous().numpy()
         _C.depth_head_add(products, some_bias, some_taps, middle, logits.numpy(), torch.get_num_threads())
     return logits[:, None].to(x.dtype)

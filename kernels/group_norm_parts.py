@@ -234,12 +234,13 @@ def fused(
     fits = fits and all(part[:, :1].shape == x[:, :1].shape for part in parts)
     fits = fits and [each.shape for each in statistics] in ([], [(2, len(x), chunks, part.shape[1]) for part in parts])
     fits = fits and (shift is None or shift.shape in ((channels,), (len(parts[0]), channels)))
-    if not is_served("group_norm_parts", *parts, *statistics, weight, bias, fits=fits):
+    if not is_served("group_norm_parts", *parts, *statistics, shift, weight, bias, fits=fits):
         return reference(parts, statistics, shift, weight, bias, groups, eps, has_silu)
     (batch, _, height, width), members = x.shape, channels // groups
     cells = height * width
     is_plane = not statistics and len(parts) == 1 and round_up(cells) * max(round_up(members), PLANE_LANES) <= PLANE
     together = groups_of_block(groups, members, PLANE_LANES if is_plane else LANES)
+    shift = shift if shift is None or shift.stride(-1) == 1 else shift.contiguous()
     sides, shift_stride = [rows(part) for part in parts], shift.stride(0) if shift is not None and shift.ndim > 1 else 0
     out = x.new_empty((batch, cells, channels))
     common = {"HAS_SILU": has_silu, "GROUPS": together, "TAKEN": together * members}

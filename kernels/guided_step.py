@@ -48,6 +48,7 @@ def native(output: Tensor, latents: Tensor, history: Tensor, numbers: Tensor) ->
     if latents.dtype != torch.float32 or history.dtype != torch.float32 or (latents.is_cuda and not _C.built_with_cuda):
         return reference(output, latents, history, numbers)
     size, slots, rows = latents.numel(), len(history), len(output) // len(latents)
+    numbers = numbers.float()
     if latents.is_cuda:
         following, is_bfloat = latents.new_empty((2, *latents.shape)), output.dtype == torch.bfloat16
         output, latents, history, numbers = (x.contiguous() for x in (output, latents, history, numbers))

@@ -38,8 +38,8 @@ jit: Any = triton.jit if triton else lambda kernel: kernel
 def is_served(op: str, *inputs: Tensor | None, fits: bool = True) -> bool:
     """Whether a kernel runs where the inputs lie: on a GPU always, on a CPU in Triton's interpreter only.
 
-    Inputs that do not fit each other (`fits`), on several devices, of a dtype without a kernel, or on a GPU without
-    Triton are refused.
+    Inputs that do not fit each other (`fits`), on several devices, of a dtype without a kernel, with vectors that have
+    gaps, or on a GPU without Triton are refused.
     """
     tensors = [x for x in inputs if x is not None]
     if not fits:
@@ -58,6 +58,8 @@ def is_served(op: str, *inputs: Tensor | None, fits: bool = True) -> bool:
     for x in tensors:
         if x.dtype not in DTYPES:
             raise ValueError(f"{op}: {x.dtype} has no kernel, use one of {', '.join(map(str, DTYPES))}")
+        if x.ndim == 1 and not x.is_contiguous():
+            raise ValueError(f"{op}: a vector of {len(x)} has a stride of {x.stride(0)}, call contiguous() on it")
     return True
 
 

@@ -234,6 +234,42 @@ def test_inputs_are_read_where_they_lie(name, layout):
         assert answer.shape == expected.shape and distance(answer, expected) <= 1e-4
 
 
+def gapped(x: Tensor) -> Tensor:
+    """`x` with a number that spoils whatever reads it after each of its own."""
+    return torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0]
+
+
+@needs_triton
+@pytest.mark.parametrize("are_vectors", [False, True], ids=["matrices", "vectors"])
+@pytest.mark.parametrize("name", vars(fused))
+def test_inputs_with_gaps_are_read_where_they_lie_or_refused(name, are_vectors):
+    case = cases_of(name)[1]
+    inputs = changed(case.inputs, lambda x: gapped(x) if (x.ndim < 2) == are_vectors else x)
+    for form in (form for form in ("fused", "native") if hasattr(OPS[name], form)):
+        try:
+            with torch.inference_mode():
+                answers = listed(getattr(OPS[name], form)(*inputs))
+        except ValueError as refusal:
+            assert "call contiguous()" in str(refusal) and are_vectors
+            continue
+        for answer, expected in zip(answers, listed(OPS[name].reference(*case.inputs)), strict=True):
+            assert answer.shape == expected.shape and distance(answer, expected) <= 1e-4, form
+
+
+@needs_triton
+def test_a_shift_of_each_image_is_read_where_it_lies():
+    parts, statistics, shift, *rest = cases_of("group_norm_parts")[1].inputs
+    shift = torch.stack([shift, 2 * shift])
+    expected = OPS["group_norm_parts"].reference(parts, statistics, shift, *rest)
+    assert distance(OPS["group_norm_parts"].fused(parts, statistics, gapped(shift), *rest), expected) <= 1e-4
+
+
+def test_the_numbers_of_a_step_may_be_of_another_precision():
+    output, latents, history, numbers = cases_of("guided_step")[1].inputs
+    expected = guided_step.reference(output, latents, history, numbers)
+    assert distance(guided_step.native(output, latents, history, numbers.double()), expected) <= 1e-4
+
+
 def cut_once(value):
     """`value` with one of its tensors one shorter along one of its axes, for each of them."""
     if isinstance(value, Tensor):
