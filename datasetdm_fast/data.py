@@ -204,7 +204,7 @@ class DepthMap:
 @dataclass(frozen=True, repr=False)
 class Keypoints:
     points: np.ndarray  # [P, J, 3] float32: x, y in pixels from the outer edge of the first, score 0..1
-    visibility: np.ndarray  # [P, J] int: 2 visible, 1 labelled but hidden, 0 absent (COCO)
+    visibility: np.ndarray  # [P, J] int64: 2 visible, 1 labelled but hidden, 0 absent (COCO)
     scores: np.ndarray  # [P] float32
     joints: tuple[str, ...]
     limbs: tuple[tuple[int, int], ...] = ()

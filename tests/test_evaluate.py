@@ -220,7 +220,7 @@ def test_what_cannot_be_evaluated_is_refused(decoders, capsys, flags, said):
 
 
 def test_a_model_may_be_downloaded_where_a_flag_says_so(decoders, capsys, monkeypatch):
-    def downloaded(name):
+    def downloaded(name, allow_download):
         raise Refused(f"the hub was asked for {name}", "Answer it.")
 
     monkeypatch.setattr("datasetdm_fast.engine.loading.download_model", downloaded)

@@ -1034,23 +1034,40 @@ def test_a_folder_of_an_adapter_alone_is_told_as_such(tmp_path):
 def test_a_model_that_the_hub_does_not_give_is_told_with_the_reason(monkeypatch, tmp_path):
     asked = {}
 
-    def download(name, allow_patterns):
+    def download(name, allow_patterns, local_files_only):
+        assert not local_files_only
         asked[name] = allow_patterns
         if name == "nobody/nothing":
             raise OSError("no such repository\nand more")
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert download_model("somebody/model") == tmp_path
+    assert download_model("somebody/model", True) == tmp_path
     wanted = {"model_index.json", "unet/*.safetensors", "scheduler/*.json", "tokenizer/*.txt", "tokenizer_2/*.jinja"}
     assert wanted | {"README.md", "LICENSE*"} <= set(asked["somebody/model"])
     assert not any(pattern.endswith((".bin", ".py", ".ckpt")) for pattern in asked["somebody/model"])
     with pytest.raises(Missing, match=r"nobody/nothing could not be downloaded \(no such repository\)"):
-        download_model("nobody/nothing")
+        download_model("nobody/nothing", True)
+
+
+def test_a_model_in_the_local_cache_of_the_hub_needs_no_download(saved, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(Refused, match="it would have to be downloaded"):
+        load_model("somebody/model")
+    repository, commit = tmp_path / "models--somebody--model", "0" * 40
+    shutil.copytree(saved, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    assert load_model("somebody/model").name == "somebody/model"
+    shutil.rmtree(repository / "snapshots" / commit / "vae")
+    with pytest.raises(Refused, match="has no vae(.|\n)*If its download was interrupted, add --allow-download"):
+        load_model("somebody/model")
+    with pytest.raises(Refused, match="'some--body/model' is not a folder here"):
+        load_model("some--body/model")
 
 
 def test_a_model_of_the_hub_is_read_at_the_size_and_under_the_name_that_was_asked_for(saved, monkeypatch):
-    monkeypatch.setattr("datasetdm_fast.engine.loading.download_model", lambda name: saved)
+    monkeypatch.setattr("datasetdm_fast.engine.loading.download_model", lambda name, allow_download: saved)
     model = load_model("somebody/v1.5-model", size=64, allow_download=True)
     assert (model.name, model.size, model.source) == ("somebody/v1.5-model", 64, str(saved))
 

@@ -466,7 +466,10 @@ def test_heatmap_places_are_found_between_cells():
     expected = [[(x + 0.5) * 8, (y + 0.5) * 8] for x, y in places]
     assert np.abs(found.points[0, :, :2] - expected).max() < 0.05
     assert (
-        found.points.dtype == np.float32 and found.visibility.tolist() == [[2, 2, 2]] and found.joints == config.joints
+        found.points.dtype == np.float32
+        and found.visibility.dtype == np.int64
+        and found.visibility.tolist() == [[2, 2, 2]]
+        and found.joints == config.joints
     )
 
 

@@ -1176,7 +1176,7 @@ def test_bad_input_is_refused(tmp_path, capsys, flags, code, said):
 
 
 def test_a_model_may_be_downloaded_where_a_flag_says_so(tmp_path, capsys, monkeypatch):
-    def downloaded(name):
+    def downloaded(name, allow_download):
         raise Refused(f"the hub was asked for {name}", "Answer it.")
 
     monkeypatch.setattr("datasetdm_fast.engine.loading.download_model", downloaded)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -256,7 +256,9 @@ def list_supported() -> str:
 
 
 def check_source(name: str, allow_download: bool) -> None:
-    """Refuses a model that is neither one of this package's nor a path that is there, nor may be downloaded."""
+    """Refuses a model that is neither one of this package's nor a path that is there, nor in the hub's local cache, nor
+    may be downloaded.
+    """
     path = Path(name)
     if name in OWN_MODELS or path.is_dir() or path.is_file():
         return
@@ -266,11 +268,20 @@ def check_source(name: str, allow_download: bool) -> None:
             f"model: {name!r} is neither one of {', '.join(OWN_MODELS)} nor an existing folder or file{alike}",
             list_supported(),
         )
-    if not allow_download:
+    if not (allow_download or _is_cached(name)):
         raise Refused(
             f"model: {name!r} is not a folder here{alike}, and as a name on the hub it would have to be downloaded",
             "Add --allow-download, or give a local folder.",
         )
+
+
+def _is_cached(name: str) -> bool:
+    """Whether a repository of the hub was downloaded before."""
+    from huggingface_hub import try_to_load_from_cache  # which takes a while
+
+    with suppress(ValueError):  # of a name that no repository has
+        return isinstance(try_to_load_from_cache(name, "model_index.json"), str)
+    return False
 
 
 def open_backbone(pipeline: object, source: object) -> Backbone:

@@ -9,6 +9,7 @@ from datasetdm_fast.engine.backbones import RANDOM_MODELS, check_source
 from datasetdm_fast.engine.loading import presets
 from datasetdm_fast.engine.loading.folder import INDEX, download_model, load_demo, load_demo_dit, load_folder
 from datasetdm_fast.engine.loading.model import Model
+from datasetdm_fast.errors import Refused
 
 PRESETS: dict[str, Callable[[int], Model]] = {
     "demo": load_demo,
@@ -32,4 +33,9 @@ def load_model(name: str, *, size: int = 0, allow_download: bool = False) -> Mod
 
         return load_file(path, size=size, allow_download=allow_download)
     check_source(name, allow_download)
-    return load_folder(download_model(name), size=size, name=name)
+    try:
+        return load_folder(download_model(name, allow_download), size=size, name=name)
+    except Refused as stop:
+        if allow_download:
+            raise
+        raise Refused(stop.cause, f"{stop.remedy} If its download was interrupted, add --allow-download.") from stop

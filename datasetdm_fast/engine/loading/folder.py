@@ -450,8 +450,8 @@ def _safe_name(name: str) -> str:
     return re.sub(r"^pytorch_model", "model", name).replace(".bin", ".safetensors")
 
 
-def download_model(name: str) -> Path:
-    """Local snapshot of a hub repository's pipeline files."""
+def download_model(name: str, allow_download: bool) -> Path:
+    """Local snapshot of a hub repository's pipeline files; without a download, the one that is in the local cache."""
     import huggingface_hub
 
     parts = {part for backbone in every_backbone() for part in backbone.parts} | {SCHEDULER}
@@ -462,7 +462,9 @@ def download_model(name: str) -> Path:
         *(f"{part}/*.{kind}" for part in parts for kind in ("json", "txt", "safetensors", "jinja")),
     ]
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+        return Path(
+            huggingface_hub.snapshot_download(name, allow_patterns=patterns, local_files_only=not allow_download)
+        )
     except Exception as error:
         raise Missing(
             f"model: {name} could not be downloaded ({first_line(error)})",

@@ -91,7 +91,7 @@ class PoseTask(Task):
         """
         places = joints(raw, size)
         score = places[..., 2]
-        visibility = (score >= config.score_threshold).int() + (score >= config.score_threshold / 2).int()
+        visibility = (score >= config.score_threshold).long() + (score >= config.score_threshold / 2).long()
         is_sure = visibility == 2
         mean = (score * is_sure).sum(1) / is_sure.sum(1).clamp(min=1)
         persons = is_sure.any(1).int()
