@@ -17,7 +17,7 @@ LARGEST_IMAGE_FILE = 64 * 2**20
 BIT_DEPTH = 24  # the byte of a PNG file that tells the bits of a pixel's channel
 TIFF = (b"II*\0", b"MM\0*")  # first bytes of what `datasets` makes of pictures with a palette or 16 bits
 MOST_PIXELS = 2**24  # of one image: 4096 x 4096
-MOST_PARTS = 2**16  # chunks of a PNG file or segments of a JPEG file
+MOST_PARTS = 2**16  # chunks of a PNG file or segments of a JPEG file, and bytes between these
 MOST_SCANS = 100  # of a JPEG file: each takes as long as a whole image, and progressive ones have ten
 _MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")  # of those that begin a segment of a JPEG file, or end it
 
@@ -105,9 +105,16 @@ def check_png(data: bytes) -> None:
 
 def _check_jpeg(data: bytes) -> None:
     """Raises ValueError for a JPEG file that takes hours however few bytes or pixels it has."""
-    place, segments, scans = 2, 0, 0
-    while (marker := _MARKER.search(data, place)) and marker[1] != b"\xd9":
+    place, segments, scans, between = 2, 0, 0, 0
+    while True:
+        marker = _MARKER.search(data, place)
+        if not scans:  # up to which Pillow reads what lies between segments byte by byte
+            between += (marker.start() if marker else len(data)) - place
+        if marker is None or marker[1] == b"\xd9":
+            break
         segments, scans = segments + 1, scans + (marker[1] == b"\xda")
         if segments > MOST_PARTS or scans > MOST_SCANS:
             raise ValueError(f"more than {MOST_PARTS} segments or {MOST_SCANS} scans")
         place = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+    if not scans or between > MOST_PARTS:
+        raise ValueError(f"without a scan, or more than {MOST_PARTS} bytes between segments")
