@@ -205,6 +205,13 @@ def test_columns_are_tokens_or_words(model):
     assert find("a red ball at", ("ball",), tokenizer=spanning, by_words=False) == [("ball", (2, 3))]
 
 
+def test_a_class_is_read_at_its_first_mention():
+    find = partial(class_prompts.class_columns, tokenizer=Tokenizer(), by_words=False)
+    assert find("two dogs by a dog", ("dog",)) == [("dog", (2,))]
+    assert find("a hot dog and a dog", ("dog",)) == [("dog", (6,))]
+    assert find("an orange ball", ("ball", "orange")) == [("ball", (3,)), ("orange", (2,))]  # listed by its author
+
+
 def test_a_concept_that_shares_no_attention_with_the_background_is_absent():
     shares = torch.tensor([[[0.0, 1, 0], [0.2, 0.3, 0.5], [0, 0, 1], [0.6, 0, 0.2]]])  # 4 cells, the background last
     (maps,) = attention.concept_maps(AttentionSums(torch.zeros(1, 0, 0), shares))
@@ -295,6 +302,18 @@ def test_words_that_are_looked_for_in_every_image_are_not_drawn():
     both = replace(pictures, tasks=("semantic", "attention"))
     assert both.class_prompt(shown) == "ball cube cone" and both.text(shown) == "a photo"
     assert replace(both, attention=None).text(request) == "a cube in fog"
+
+
+def test_only_a_list_of_classes_is_read_word_for_word():
+    listing = reading(class_prompts.attention_recipe(AttentionDefaults(), 64))
+    for text, classes, places in (
+        ("a dog near a house", ("house", "dog"), {"house": (2,), "dog": (1,)}),  # "dog house" is neither of them
+        ("a bus and a person", ("bus", "driver", "person"), {"bus": (1,), "person": (2,), "driver": (3,)}),
+    ):
+        request = Request(0, text, 1, classes)
+        assert dict(replace(listing, words=classes).class_columns(request, Tokenizer())) == places
+    told = Request(0, "x", 1, ("dog",), class_prompt="two dogs by a dog")
+    assert listing.class_columns(told, Tokenizer()) == [("dog", (2,))]
 
 
 def test_a_class_whose_word_lies_behind_the_last_token_is_refused():

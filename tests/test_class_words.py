@@ -382,14 +382,15 @@ def test_texts_in_a_mirror_name_the_other_side_of_their_classes_alone():
     spaced = ("left hand", "right hand")
     assert mirrored_text("a RIGHT hand and left hands", spaced) == "a LEFT hand and right hands"
     longer = "İ a hand left of it"  # whose lower case has one character more
-    assert mirrored_text(longer, ("hand left", "hand right")) == longer
+    assert mirrored_text(longer, ("hand left", "hand right")) == "İ a hand right of it"
+    decomposed = unicodedata.normalize("NFD", "a hand left of a café")
+    assert mirrored_text(decomposed, ("hand left", "hand right")) == decomposed
     assert mirrored_names(("left", "right", "Left", "wall")) == [1, 0, 2, 3]
 
 
 def test_places_of_a_word_follow_what_stands_before_it():
-    def tokenizer(text, truncation):  # a token each character, between two marks
-        return SimpleNamespace(input_ids=[0, *text, 1])
-
+    tokenizer = SimpleNamespace()  # a token each character, between two marks
+    tokenizer.spans = lambda text: [(0, 0), *((at, at + 1) for at in range(len(text))), (0, 0)]
     assert token_places("a cat's ball", ("cat", "ball"), tokenizer, 77) == {"cat": (3, 4, 5), "ball": (9, 10, 11, 12)}
     assert token_places("a cat's ball", ("cat", "ball"), tokenizer, 11) == {"cat": (3, 4, 5), "ball": (9, 10)}
     assert token_places("a cat's ball", ("ball",), tokenizer, 9) == {}
@@ -397,3 +398,4 @@ def test_places_of_a_word_follow_what_stands_before_it():
     assert token_places("a cat's ball, cats", ("cat", "ball"), tokenizer, 77) == {"cat": (3, 4, 9, 10), "ball": (6, 7)}
     decomposed = unicodedata.normalize("NFD", "é é é é cat")
     assert token_places(decomposed, ("cat",), tokenizer, 77) == {"cat": (6, 7)}
+    assert token_places("İİİİ cat", ("cat",), tokenizer, 77) == {"cat": (4, 5)}  # longer in lower case

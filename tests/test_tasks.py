@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import upstream_rules
+from stub_engine import Tokenizer
 
 from datasetdm_fast.config import TASKS as NAMES
 from datasetdm_fast.data import Request
@@ -634,10 +635,7 @@ def test_attention_to_a_class_is_that_to_all_its_tokens_where_each_word_stands_i
     prompts = ("a fire hydrant beside a ball", "a fire hydrant", "a fire hydrant", "a street")
     present = [{"fire hydrant", "ball"}, {"fire hydrant", "ball"}, {"fire hydrant"}, set()]
 
-    def tokenizer(text, truncation):
-        return SimpleNamespace(input_ids=[0, *text.split(), 1])
-
-    found = captions.word_attention(attention, config, prompts, present, tokenizer)
+    found = captions.word_attention(attention, config, prompts, present, Tokenizer())
     assert found[0, :, 0].tolist() == [[1, 1], pytest.approx([5 / 5.5, 6 / 5.5]), pytest.approx([12 / 12.5, 13 / 12.5])]
     assert (found[1:] == 1).all()
 

@@ -21,7 +21,7 @@ from datasetdm_fast.engine.labels.class_tables import token_places
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop.calls import call_text
 from datasetdm_fast.engine.loop.class_prompts import class_columns, concept_places
-from datasetdm_fast.engine.loop.prompts import fit_prompt
+from datasetdm_fast.engine.loop.prompts import count_tokens, fit_prompt
 from datasetdm_fast.errors import Refused
 
 PROMPTS = ["a photo of the cat", "the house"]
@@ -133,6 +133,15 @@ def test_a_prompt_fits_where_its_last_token_is_read(family, tmp_path):
         fit_prompt(longest + "c", model.tokenizer, "prompt")
 
 
+@pytest.mark.parametrize("family", ("sd3", "z-image"))
+def test_tokens_are_counted_by_another_tokenizer_than_prompts_are_encoded_with(family, tmp_path):
+    """One of transformers keeps the padding of its last call, so `serve` let too long prompts pass, or a batch fail."""
+    model = load_model(str(tiny_pipelines.save(tmp_path / "model", family)), size=SIZE)
+    model.tokenizers["tokenizer"](["a cat"], padding="max_length", max_length=9, truncation=True)
+    assert count_tokens("a cat " * 9, model.tokenizer) > 9
+    assert model.tokenizers["tokenizer"].backend_tokenizer.truncation["max_length"] == 9
+
+
 def test_a_word_that_is_a_piece_of_another_is_read_where_it_stands(tmp_path):
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((piece, -1.0) for piece in ("▁a", "▁cup", "board", "s"))]
     tokenizer = tiny_pipelines.T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=512)
@@ -146,6 +155,20 @@ def test_a_word_that_is_a_piece_of_another_is_read_where_it_stands(tmp_path):
     assert class_columns(accents, ("cup",), tokenizer, by_words=False) == [("cup", whole["cup"])]
     with pytest.raises(Refused, match="no token says 'dog'"):
         concept_places("dog", tokenizer)
+
+
+def test_a_quoted_word_is_read_at_all_of_its_tokens(tmp_path):
+    letters = [letter + ending for letter in "'abefioqstuwx" for ending in ("", "</w>")]
+    vocabulary = [*letters, "'s</w>", "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = tiny_pipelines.CLIPTokenizer(
+        {word: place for place, word in enumerate(vocabulary)}, [("'", "s</w>")], model_max_length=48
+    )
+    tokenizer.save_pretrained(tiny_pipelines.save(tmp_path / "model", "sd3") / "tokenizer")
+    tokenizer = load_model(str(tmp_path / "model"), size=SIZE).tokenizer
+    quoted = "a 'sofa' at"  # a, 's as in "sofa's", o, f, a, ' and at
+    assert class_columns(quoted, ("sofa",), tokenizer, by_words=False) == [("sofa", (2, 3, 4, 5))]
+    assert token_places(quoted, ("sofa",), tokenizer, 77) == {"sofa": (2, 3, 4, 5)}
+    assert class_columns("a sofa's box", ("sofa",), tokenizer, by_words=False) == [("sofa", (2, 3, 4, 5))]
 
 
 def modulations(block, arguments, family):

@@ -49,7 +49,6 @@ FLUX1 = flow_models.joint_backbone(
     blocks=flow_models.count_blocks,
     defaults=_defaults,
     tokenizer="tokenizer_2",
-    wrap=lambda tokenizer, prompt: prompt,  # T5's tokens may be ends of words, so places are told by characters
     reference="datasetdm_fast.engine.backbones.flux1_reference:Flux1Reference",
     network_plan="datasetdm_fast.engine.backbones.mmdit_plans:flux1",
     file_signs=("double_blocks.", "vector_in."),

@@ -285,7 +285,7 @@ class ClassMatcher:
         }
 
     def _add(self, text: str, *index: int) -> None:
-        tokens = tuple(mark.group() for mark in _marks(text.lstrip("~")))
+        tokens = tuple(mark.group() for mark in find_marks(text.lstrip("~")))
         for form in _forms(tokens) if tokens else ():
             phrases = self._phrases.setdefault(form[0], {})
             is_adjective = form == tokens and (text.startswith("~") or phrases.get(form, ((), False))[1])
@@ -293,7 +293,7 @@ class ClassMatcher:
 
     def spans(self, text: str) -> dict[str, list[tuple[int, int]]]:
         """Each class named, in the order of the text, with the begin and end of its phrases in it in lower case."""
-        marks = _marks(text)
+        marks = find_marks(text)
         tokens, at = tuple(mark.group() for mark in marks), 0
         spans: dict[str, list[tuple[int, int]]] = {}
         while at < len(tokens):
@@ -390,9 +390,7 @@ def replaced_text(
     """The text with `other` in place of a class it names ("an orange ball"), empty where it does not; of several
     mentions all, or that at `place`, the first where there is none.
     """
-    lowered = _lower(text)
     text = unicodedata.normalize("NFC", text)
-    text = text if len(text) == len(lowered) else lowered
     spans = matcher(tuple(classes), table).spans(text).get(name, [])
     parts, end = [], 0
     for begin, stop in spans if place is None else spans[place : place + 1] or spans[:1]:
@@ -408,19 +406,10 @@ def token_places(
     """Of the classes that a prompt names, the places among its tokens of the words that name them; places from `limit`
     on are left out.
     """
-    text, spans = _lower(prompt), getattr(tokenizer, "spans", None)
-    rows = spans(unicodedata.normalize("NFC", prompt)) if spans else ()
-
-    def within(begin: int, end: int) -> tuple[int, ...]:
-        if spans:
-            return places_within(rows, begin, end)
-        # the start mark is the first token
-        first, last = (len(tokenizer(text[:at], truncation=False).input_ids) - 1 for at in (begin, end))
-        return tuple(range(first, last))
-
+    rows = tokenizer.spans(unicodedata.normalize("NFC", prompt))
     places = {
-        name: tuple(place for span in spans_of_name for place in within(*span) if place < limit)
-        for name, spans_of_name in matcher(tuple(classes), table).spans(prompt).items()
+        name: tuple(place for span in spans for place in places_within(rows, *span) if place < limit)
+        for name, spans in matcher(tuple(classes), table).spans(prompt).items()
     }
     return {name: columns for name, columns in places.items() if columns}
 
@@ -430,14 +419,20 @@ def places_within(rows: Sequence[tuple[int, int]], begin: int, end: int) -> tupl
     return tuple(place for place, (first, last) in enumerate(rows) if first < end and last > begin)
 
 
-def _marks(text: str) -> list[re.Match[str]]:
+def find_marks(text: str) -> list[re.Match[str]]:
     """Matches of words and of marks that end a phrase in the text in lower case, without a possessive s."""
     return list(TOKEN.finditer(re.sub(r"['’]s\b", "  ", _lower(text))))
 
 
 def _lower(text: str) -> str:
-    """The text in lower case, with each accent in its letter: some systems write it as a character of its own."""
-    return unicodedata.normalize("NFC", text.lower())
+    """The text in lower case, with each accent in its letter: some systems write it as a character of its own. It is as
+    long as in its own case, so a letter whose lower case is longer stays as it is.
+    """
+    text = unicodedata.normalize("NFC", text)
+    lowered = unicodedata.normalize("NFC", text.lower())
+    if len(lowered) == len(text):
+        return lowered
+    return "".join(low if len(low := letter.lower()) == 1 else letter for letter in text)
 
 
 def plural(noun: str) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from datasetdm_fast.config import Defaults
 from datasetdm_fast.engine.backbones import Backbone, Configs, Guidance, Latents
 from datasetdm_fast.engine.backbones.fitting import check_fit, check_size
-from datasetdm_fast.engine.loading.tokenizer import OwnTokenizer, limit, spans_within
+from datasetdm_fast.engine.loading.tokenizer import OwnTokenizer, limit, token_spans
 from datasetdm_fast.engine.models.layers import room
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import Level
@@ -81,19 +81,18 @@ class Model:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer that limits the length of a prompt."""
-        present = self.loaded_tokenizers
+        """The tokenizer that limits the length of a prompt, a copy: tokens are counted in any thread, and that would
+        change how one that encodes prompts pads and cuts them.
+        """
+        present = self.loaded_tokenizers if self.backbone.wrap is None else self.tokenizers
         tokenizer = present.get(self.backbone.tokenizer) or next(iter(present.values()))
         most = min(self.backbone.text(self.configs)[0], tokenizer.model_max_length)
-        if self.backbone.wrap is not None:
-            return limit(tokenizer, most, spans=self._spans)
         part, length = self.backbone.long_text(self.configs)
-        if part in present:
-            return limit(tokenizer, most, longer=limit(present[part], length))
-        return tokenizer if tokenizer.model_max_length <= most else limit(tokenizer, most)
+        longer = {"longer": limit(present[part], length)} if part in present else {}
+        return limit(tokenizer, most, spans=self._spans, **longer)
 
     def _spans(self, prompt: str) -> list[tuple[int, int]]:
-        return spans_within(self.tokenizers[self.backbone.tokenizer], self.backbone, prompt)
+        return token_spans(self.tokenizer, prompt, self.backbone.wrap, self.backbone.dropped)
 
     @cached_property
     def tokenizers(self) -> Mapping[str, Any]:
@@ -200,7 +199,7 @@ class Model:
         """The padded tokens of each prompt, cut off where the text encoder's positions end; by the tokenizer `part`, or
         the one that limits the length of a prompt.
         """
-        return (self.loaded_tokenizers[part] if part else self.tokenizer)(
+        return self.loaded_tokenizers[part or self.backbone.tokenizer](
             list(prompts), padding="max_length", max_length=self.text_length, truncation=True, return_tensors="pt"
         ).input_ids
 

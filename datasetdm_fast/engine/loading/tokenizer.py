@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer
 
 from datasetdm_fast.disk import storage
-from datasetdm_fast.engine.backbones import DAMAGED, Backbone
+from datasetdm_fast.engine.backbones import DAMAGED
 from datasetdm_fast.engine.backbones.fitting import (
     LARGEST_NUMBER,
     LARGEST_VOCABULARY,
@@ -78,8 +78,13 @@ class OwnTokenizer:
         max_length: int = 0,
         truncation: bool = False,
         return_tensors: str = "",
+        return_offsets_mapping: bool = False,
     ) -> SimpleNamespace:
-        """The ids of a text or of each of some, begin and end among them, as transformers give them."""
+        """The ids of a text or of each of some, begin and end among them, as transformers give them; or of one text the
+        characters that each token stands for.
+        """
+        if return_offsets_mapping:
+            return SimpleNamespace(offset_mapping=self._rows.encode(texts).offsets)
         rows = [self._rows.encode(text).ids for text in ([texts] if isinstance(texts, str) else texts)]
         if truncation:
             rows = [row if len(row) <= max_length else [*row[: max_length - 1], row[-1]] for row in rows]
@@ -90,23 +95,26 @@ class OwnTokenizer:
 
 
 def limit(tokenizer: Any, most: int, **more: Any) -> Any:
-    """A copy for a text encoder that reads fewer tokens than its tokenizer's settings say. It may have a `longer`
-    tokenizer, of another text encoder, which reads what the first cuts off, or `spans` of a prompt within another text.
+    """A copy with nothing shared, for a text encoder that reads so many tokens. It may have the `spans` of a prompt's
+    tokens, and a `longer` tokenizer, of another text encoder, which reads what the first cuts off.
     """
-    limited = copy.copy(tokenizer)
+    limited = copy.deepcopy(tokenizer)
     vars(limited).update(model_max_length=most, **more)
     return limited
 
 
-def spans_within(tokenizer: Any, backbone: Backbone, prompt: str) -> list[tuple[int, int]]:
+def token_spans(
+    tokenizer: Any, prompt: str, wrap: Callable[[Any, str], str] | None, dropped: int
+) -> list[tuple[int, int]]:
     """Begin and end of the characters of a prompt that each encoded token stands for, equal where of none; the text
-    encoder reads it within another text.
+    encoder may `wrap` it into another text, and have its first tokens `dropped`.
     """
-    assert backbone.wrap is not None
-    before = len(os.path.commonprefix([backbone.wrap(tokenizer, "0"), backbone.wrap(tokenizer, "1")]))
-    places = tokenizer(backbone.wrap(tokenizer, prompt), return_offsets_mapping=True).offset_mapping
+    text, before = prompt, 0
+    if wrap:
+        text, before = wrap(tokenizer, prompt), len(os.path.commonprefix([wrap(tokenizer, "0"), wrap(tokenizer, "1")]))
+    places = tokenizer(text, return_offsets_mapping=True).offset_mapping
     inside = [[min(max(place - before, 0), len(prompt)) for place in pair] for pair in places]
-    return [(begin, end) for begin, end in inside[backbone.dropped :]]
+    return [(begin, end) for begin, end in inside[dropped:]]
 
 
 def load_tokenizer(folder: Path, classes: Sequence[str] = ("transformers:CLIPTokenizer",)) -> Any:

@@ -1,15 +1,15 @@
 """Labels from attention: their numbers, the class prompt of an image, and which of its tokens stand for which class."""
 
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from datasetdm_fast.config import AttentionDefaults
 from datasetdm_fast.data import Request
 from datasetdm_fast.engine.labels.class_tables import (
     ClassTable,
     classes_in_order,
+    find_marks,
     look_up,
     matcher,
     places_within,
@@ -108,46 +108,52 @@ def attention_recipe(
 
 
 def class_columns(
-    class_prompt: str, words: Sequence[str], tokenizer: Tokenizer, *, by_words: bool, table: ClassTable | None = None
+    class_prompt: str,
+    words: Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    by_words: bool,
+    is_listed: bool = False,
+    table: ClassTable | None = None,
 ) -> list[tuple[str, tuple[int, ...]]]:
-    """The query words of a class prompt, each with its places among the tokens: those of all its tokens, once for each
-    class; or `by_words`, as Dataset Diffusion has it, the place of the word, however many tokens stand before it, for
-    each time that it is listed.
+    """The query words of a class prompt, each with its places among the tokens: those of its first mention, or of its
+    name in a prompt that only lists them (`is_listed`); or `by_words`, as Dataset Diffusion has it, the place of the
+    word, however many tokens stand before it, for each time that it is listed.
     """
     class_prompt = unicodedata.normalize("NFC", class_prompt)  # as matchers and tokenizers read it
-    spans = getattr(tokenizer, "spans", None)  # of one whose tokens tell their characters
-    if spans and not by_words:
-        named, rows = matcher(tuple(words), table).spans(class_prompt), spans(class_prompt)
-        _check_named(class_prompt, [name for name in words if name not in named], table)
-        return [(name, places_within(rows, *named[name][0])) for name in words]
-    start = 1 if by_words else len(tokenizer("", truncation=False).input_ids) - 1  # marks before the text
+    if by_words:
+        matches = _find_listed(class_prompt.lower().split(), words, table, lambda text: text.lower().split())
+        _check_named(class_prompt, words, [name for name, _, _ in matches], table)
+        lengths = ((name, at, 1 if name in FIRST_WORD_ALONE else length) for name, at, length in matches)
+        return [(name, tuple(range(1 + at, 1 + at + length))) for name, at, length in lengths]
 
-    def split(text: str) -> list[Any]:
-        return text.lower().split() if by_words else tokenizer(text, truncation=False).input_ids[start:-1]
+    def split(text: str) -> list[str]:
+        return [mark.group() for mark in find_marks(text)]
 
-    def missing(matches: Sequence[tuple[str, int, int]]) -> list[str]:
-        return [name for name in words if name not in {name for name, _, _ in matches}]
+    marks, matches = find_marks(class_prompt), _find_listed(split(class_prompt), words, table, split)
+    listed = {name: (marks[at].start(), marks[at + length - 1].end()) for name, at, length in reversed(matches)}
+    mentions = {name: spans[0] for name, spans in matcher(tuple(words), table).spans(class_prompt).items()}
+    places = mentions | listed if is_listed else listed | mentions
+    _check_named(class_prompt, words, places, table)
+    rows = tokenizer.spans(class_prompt)
+    return [(name, places_within(rows, *places[name])) for name in words]
 
-    parts = split(class_prompt)
+
+def _find_listed(
+    parts: Sequence[str], words: Sequence[str], table: ClassTable | None, split: Callable[[str], list[str]]
+) -> list[tuple[str, int, int]]:
+    """See match_phrases; a class that is not there under its name may be under words that mean it."""
     phrases = {name: [split(text), split(name)] for name, text in zip(words, spoken(words, table))}
     matches = match_phrases(parts, phrases)
-    if names := missing(matches):
-        known = zip(names, look_up(tuple(names), table)[0])  # and the words that mean them, except their names
+    if missing := [name for name in words if name not in {name for name, _, _ in matches}]:
+        known = zip(missing, look_up(tuple(missing), table)[0])
         phrases |= {name: [split(text.lstrip("~")) for text in word.words] for name, word in known}
-        spans_of_words = {} if by_words else matcher(tuple(words), table).spans(class_prompt)  # with their plurals
-        for name in names:
-            phrases[name] += [split(class_prompt[begin:end]) for begin, end in spans_of_words.get(name, ())]
         matches = match_phrases(parts, phrases)
-    _check_named(class_prompt, missing(matches), table)
-    if by_words:
-        matches = [(name, at, 1 if name in FIRST_WORD_ALONE else length) for name, at, length in matches]
-    else:
-        matches = [next(match for match in matches if match[0] == name) for name in words]
-    return [(name, tuple(range(start + at, start + at + length))) for name, at, length in matches]
+    return matches
 
 
-def _check_named(class_prompt: str, missing: Sequence[str], table: ClassTable | None) -> None:
-    if missing:
+def _check_named(class_prompt: str, words: Sequence[str], named: Container[str], table: ClassTable | None) -> None:
+    if missing := [name for name in words if name not in named]:
         raise Refused(
             f"class prompt {shorten(class_prompt)}: does not hold the class word {shorten(spoken(missing, table)[0])}",
             "Name every class in it, or ask for fewer: --ask named.",
@@ -157,14 +163,14 @@ def _check_named(class_prompt: str, missing: Sequence[str], table: ClassTable | 
 def concept_places(word: str, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The places of a word's tokens where it is encoded by itself; refused where it has none."""
     start = len(tokenizer("", truncation=False).input_ids) - 1
-    ids, spans = tokenizer(word, truncation=False).input_ids[start:-1], getattr(tokenizer, "spans", None)
-    places = places_within(spans(word), 0, len(word)) if spans else tuple(range(start, start + len(ids)))
+    ids = tokenizer(word, truncation=False).input_ids[start:-1]
+    places = places_within(tokenizer.spans(word), 0, len(word))
     if not places or getattr(tokenizer, "unk_token_id", None) in ids:
         raise Refused(f"--classes: no token says {shorten(word)}", "Use another name for the class.")
     return places
 
 
-def match_phrases(parts: Sequence[Any], phrases: Mapping[str, Sequence[list[Any]]]) -> list[tuple[str, int, int]]:
+def match_phrases(parts: Sequence[str], phrases: Mapping[str, Sequence[list[str]]]) -> list[tuple[str, int, int]]:
     """The names whose phrases occur, from left to right, each with its place and length; the longest phrase wins."""
     ordered = sorted(
         ((phrase, name) for name, forms in phrases.items() for phrase in forms if phrase), key=lambda x: -len(x[0])

@@ -33,6 +33,8 @@ class Tokenizer(Protocol):
 
     def __call__(self, text: Any, /, *, truncation: bool = ...) -> Any: ...
 
+    def spans(self, prompt: str) -> list[tuple[int, int]]: ...
+
 
 class PromptLine(NamedTuple):
     """One prompt of a list; a list of JSON lines may also say which classes it names and which seed it has."""

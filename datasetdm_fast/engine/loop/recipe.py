@@ -155,8 +155,11 @@ class Recipe:
         if self.concepts:
             return [(word, (place,)) for place, word in enumerate(self.words)]
         is_by_words = bool(self.attention and self.attention.parity)
+        is_listed = bool(self.attention and not self.attention.blocks and not request.class_prompt)
         words, class_prompt = self.query_words(request), self.class_prompt(request)
-        return class_columns(class_prompt, words, tokenizer, by_words=is_by_words, table=self.table)
+        return class_columns(
+            class_prompt, words, tokenizer, by_words=is_by_words, is_listed=is_listed, table=self.table
+        )
 
     def check_request(self, request: Request, tokenizer: Tokenizer, *, tokenizer_cuts: bool = False) -> Request:
         """The request; refused if labels are read from attention and its texts do not fit into the text encoder, unless
