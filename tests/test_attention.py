@@ -445,6 +445,7 @@ def test_the_library_gives_these_labels_too(engines):
         (["--labeller", "attention"], "no class words"),
         (["--labeller", "attention", "--classes", "ball", "--task", "semantic"], "needs a decoder"),
         (["--exponent", "2"], "--exponent"),
+        (["--labeller", "attention", "--classes", "ball", "--exponent", "1001"], "expected -1 to 1000"),
         (
             ["--labeller", "attention", "--prompts", "a ball", "--classes", "ball", "--self-cells", "5"],
             "--self-cells 5",

@@ -80,7 +80,12 @@ class LabelSettings:
         "named", "class words to label: those the prompt names, or all", identity="if given", choices=("named", "all")
     )
     exponent: int = setting(
-        -1, "attention: times a map is multiplied by self-attention, -1 = default", identity="if given", metavar="N"
+        -1,
+        "attention: times a map is multiplied by self-attention, -1 = default",
+        identity="if given",
+        metavar="N",
+        least=-1,
+        most=1000,
     )
     threshold: float = setting(
         0.0, "attention: minimum value of a class, 0 = the model's default", identity="if given", metavar="X"
