@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -186,7 +187,9 @@ os._exit(code)
 
 def rehearsed(*flags: str, program: Sequence[str] = ("-m", "bench")) -> dict:
     """What a rehearsal of one scenario says."""
-    done = ran(*program, "rehearse", "--json", *flags)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    done = forked.run([*program, "rehearse", "--json", *flags], cwd=ROOT, env=environment, timeout=900)
     assert done.stdout, done.stderr
     (found,) = json.loads(done.stdout)
     (facts,) = found["gpus"].values()
