@@ -10,6 +10,9 @@ import socket
 import struct
 import sys
 import tempfile
+from dataclasses import replace
+from functools import cache
+from math import prod
 from multiprocessing.util import get_temp_dir
 from pathlib import Path
 from types import SimpleNamespace
@@ -96,9 +99,10 @@ def pytest_collection_modifyitems(items):
 
 
 def shorten_launches():
-    """Triton's interpreter spends half its time on two things that once is enough for, where nothing is compiled in the
-    process: its functions take the places of the compiler's at every call, of `tl.sum` as of a kernel; and the type of
-    a block is worked out for every operation.
+    """Triton's interpreter spends most of its time on things that once is enough for, where nothing is compiled in the
+    process: its functions take the places of the compiler's at every call, of `tl.sum` as of a kernel; the type of a
+    block, its type in NumPy and the shape of a tensor are worked out for every operation. Whether integers overflow is
+    worked out, too, and then not looked at.
     """
     interpreter = sys.modules.get("triton.runtime.interpreter")
     if not interpreter or "TRITON_INTERPRET" not in os.environ:
@@ -116,6 +120,22 @@ def shorten_launches():
         vars(block).update(types[key], element_ty=element)
 
     language.block_type.__init__ = make_once
+    find_type, found = interpreter._get_np_dtype, {}
+
+    def find_once(kind):
+        if kind.name not in found:
+            found[kind.name] = find_type(kind)
+        return found[kind.name]
+
+    interpreter._get_np_dtype = find_once
+    interpreter.interpreter_builder.options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+    shaped = cache(lambda *shape: (language.constexpr(prod(shape)), language.tuple(map(language.constexpr, shape))))
+
+    def make_tensor(tensor, handle, kind):
+        tensor.handle, tensor.type, tensor.dtype = handle, kind, kind.scalar
+        tensor.numel, tensor.shape = shaped(*(kind.shape if kind.is_block() else ()))
+
+    language.tensor.__init__ = make_tensor
 
 
 def pytest_collection_finish():
