@@ -45,6 +45,7 @@ from datasetdm_fast.engine.models.text_encoder import TextEncoder
 from datasetdm_fast.engine.sampling.schedule import make_schedule
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.untrusted import pickles
+from datasetdm_fast.untrusted.tensors import check_finite
 
 
 def pipeline(model, **parts) -> StableDiffusionPipeline:
@@ -486,6 +487,13 @@ def set_nan(folder: Path) -> None:
     state = load_file(path)
     state["conv_out.bias"][0] = float("nan")
     save_file(state, path)
+
+
+def test_finite_weights_may_have_a_sum_that_is_not():
+    check_finite({"large": torch.full((4,), 6e4, dtype=torch.float16), "none": torch.zeros(0)}, "")
+    for wrong in (float("nan"), float("inf")):
+        with pytest.raises(Refused, match="b: w holds NaN or infinite values"):
+            check_finite({"a": torch.ones(3), "w": torch.tensor([1, wrong, -wrong])}, "b: ")
 
 
 def drop_tensor(part: str, key: str):

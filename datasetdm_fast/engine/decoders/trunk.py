@@ -275,7 +275,10 @@ def with_ops(decoder: Decoder, ops: SimpleNamespace) -> Decoder:
         id(parameter): nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
         for parameter in decoder.parameters()
     }
-    shared |= {id(decoder.config): decoder.config, id(decoder.domain): decoder.domain}
+    shared |= {id(decoder.config): decoder.config, id(decoder.domain): decoder.domain, id(decoder.ops): ops}
+    # every module has a dozen empty containers, on which deepcopy would spend most of its time
+    members = [value for module in decoder.modules() for value in vars(module).values()]
+    shared |= {id(value): value.copy() for value in members if isinstance(value, (dict, set)) and not value}
     copied = copy.deepcopy(decoder, shared)
     for module in copied.modules():
         if hasattr(module, "ops"):
@@ -311,7 +314,8 @@ def fold(decoder: Decoder) -> Decoder:
     for block in [module for module in decoder.modules() if isinstance(module, SegBlock)]:
         for name, child in list(block.named_children()):
             if isinstance(child, SpectralConv2d):
-                plain = nn.Conv2d(child.in_channels, child.out_channels, child.kernel_size, padding=child.padding)
+                with torch.device("meta"):  # no weights are drawn
+                    plain = nn.Conv2d(child.in_channels, child.out_channels, child.kernel_size, padding=child.padding)
                 plain.weight, plain.bias = nn.Parameter(child.normalise_weight()), nn.Parameter(child.bias.clone())
                 setattr(block, name, plain)
     return decoder.requires_grad_(False)
