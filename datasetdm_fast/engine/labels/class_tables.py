@@ -164,7 +164,7 @@ def _readable(name: str) -> str:
     return " ".join(re.sub(r"\([^)]*\)", " ", name).replace("_", " ").split()) or name
 
 
-@cache
+@lru_cache(maxsize=1024)
 def look_up(names: tuple[str, ...], custom: ClassTable | None = None) -> tuple[tuple[ClassWord, ...], tuple[str, ...]]:
     """What is known of each name, from the user's table or the tables that hold most of the names, and the phrases
     of these tables that mean no class."""
@@ -265,6 +265,10 @@ OTHER_SIDE |= {right: left for left, right in OTHER_SIDE.items()}
 TOKEN = re.compile(r"[^\W_]+|[^\w\s'’-]")
 
 
+# first token -> phrases that begin with it -> class index, if it means a class; whether it is an adjective too
+Phrases = dict[str, dict[tuple[str, ...], tuple[tuple[int, ...], bool]]]
+
+
 class ClassMatcher:
     """Finds classes by their names and the words that mean them; of overlapping phrases the longest counts."""
 
@@ -272,24 +276,11 @@ class ClassMatcher:
         self.classes = tuple(classes)
         self.places = {name: place for place, name in enumerate(dict.fromkeys(classes))}
         words, other = look_up(self.classes, table)
-        # first token -> phrases that begin with it -> class index, if it means a class; whether it is an adjective too
-        self._phrases: dict[str, dict[tuple[str, ...], tuple[tuple[int, ...], bool]]] = {}
-        for phrase in other:
-            self._add(phrase)
+        self._phrases = {first: phrases.copy() for first, phrases in _phrases_of(other).items()}
         for texts in zip(*([word.words, (word.spoken,), (word.name,)] for word in words), strict=True):
             for index in reversed(range(len(texts))):  # where two classes claim a word, the first has it
                 for text in texts[index]:
-                    self._add(text, index)
-        self._longest = {
-            first: sorted({len(phrase) for phrase in phrases}, reverse=True) for first, phrases in self._phrases.items()
-        }
-
-    def _add(self, text: str, *index: int) -> None:
-        tokens = tuple(mark.group() for mark in find_marks(text.lstrip("~")))
-        for form in _forms(tokens) if tokens else ():
-            phrases = self._phrases.setdefault(form[0], {})
-            is_adjective = form == tokens and (text.startswith("~") or phrases.get(form, ((), False))[1])
-            phrases[form] = index, is_adjective
+                    _add(self._phrases, text, index)
 
     def spans(self, text: str) -> dict[str, list[tuple[int, int]]]:
         """Each class named, in the order of the text, with the begin and end of its phrases in it in lower case."""
@@ -297,9 +288,10 @@ class ClassMatcher:
         tokens, at = tuple(mark.group() for mark in marks), 0
         spans: dict[str, list[tuple[int, int]]] = {}
         while at < len(tokens):
-            for length in self._longest.get(tokens[at], ()):
+            phrases = self._phrases.get(tokens[at], {})
+            for length in sorted({len(phrase) for phrase in phrases}, reverse=True):
                 phrase = marks[at : at + length]  # shorter at the end of the text
-                match = self._phrases[tokens[at]].get(tokens[at : at + length])
+                match = phrases.get(tokens[at : at + length])
                 after = tokens[at + length : at + length + 1]  # a noun, where the words before it describe that
                 has_noun = after and after[0].isalnum() and after[0] not in AFTER_A_NOUN
                 if match and not (match[1] and has_noun):
@@ -467,8 +459,31 @@ def _head(words: Sequence[str]) -> int:
     return next((k - 1 for k, word in enumerate(words) if k and word in ("of", "in")), len(words) - 1)
 
 
-def _forms(tokens: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """The phrase, its plural, and two words written as one: "wine glass", "wine glasses", "wineglass"."""
+@lru_cache(maxsize=64)
+def _phrases_of(other: tuple[str, ...]) -> Phrases:
+    """Phrases that mean no class."""
+    phrases: Phrases = {}
+    for text in other:
+        _add(phrases, text)
+    return phrases
+
+
+def _add(phrases: Phrases, text: str, *index: int) -> None:
+    tokens, forms = _forms(text.lstrip("~"))
+    for form in forms:
+        known = phrases.setdefault(form[0], {})
+        is_adjective = form == tokens and (text.startswith("~") or known.get(form, ((), False))[1])
+        known[form] = index, is_adjective
+
+
+@lru_cache(maxsize=16384)  # for matchers of any of their classes
+def _forms(text: str) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The words of a phrase; and these, their plural, and two words written as one: "wine glass", "wine glasses",
+    "wineglass".
+    """
+    tokens = tuple(mark.group() for mark in find_marks(text))
+    if not tokens:
+        return (), []
     head = _head(tokens)
     noun = tokens[head]
     nouns = {noun, noun + "s", noun + "es", IRREGULAR.get(noun, noun)}
@@ -478,4 +493,4 @@ def _forms(tokens: tuple[str, ...]) -> list[tuple[str, ...]]:
     if re.search(r"[^aeiou]y$", noun):
         nouns.add(noun[:-1] + "ies")
     forms = [(*tokens[:head], form, *tokens[head + 1 :]) for form in sorted(nouns)]
-    return forms + [("".join(form),) for form in forms if len(form) == 2]
+    return tokens, forms + [("".join(form),) for form in forms if len(form) == 2]
