@@ -91,13 +91,13 @@ def _write(
         interruption,
         ImageProgress(is_quiet=config.quiet, count_outside=partial(count_outside, spec.folder), **counted) as progress,
     ):
-        signals = {"on_unet_call": progress.on_unet_call, "is_stopping": interruption.is_stopping}
+        signals = {"on_commit": progress.on_commit, "is_stopping": interruption.is_stopping}
         if make is None:
-            return write_missing(job, on_commit=progress.on_commit, **signals)
+            return write_missing(job, on_unet_call=progress.on_unet_call, **signals)
         from datasetdm_fast.runs.workers.worker import Callbacks  # which a single process does not need
 
         describe = None if config.quiet else run_report.describe_start
-        return make(spec, Callbacks(describe, progress.print, progress.on_commit, **signals))
+        return make(spec, Callbacks(describe, progress.print, **signals))
 
 
 if __name__ == "__main__":

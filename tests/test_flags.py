@@ -395,7 +395,8 @@ def test_tqdm_disable_leaves_lines_in_place_of_bars(monkeypatch, capsys):
     assert not shows_bar(False)
     with output.ImageProgress(2, False) as images:
         images.on_commit(1)
-    assert capsys.readouterr().err == "1/2 images, 50%\n"
+        images.on_commit(2)  # more than the share of this process
+    assert capsys.readouterr().err == "1/2 images, 50%\n3/3 images, 100%\n"
 
 
 def test_a_bar_counts_calls_images_and_steps_and_has_lines_above_it(monkeypatch, capsys):

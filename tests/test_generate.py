@@ -636,8 +636,10 @@ def test_the_settings_of_another_project_count_where_none_are_given():
 def test_a_process_counts_its_share_and_judges_a_speed_once(
     tmp_path, monkeypatch, limit, counted, stored, speed, verify
 ):
-    seen, judged = [], []
-    monkeypatch.setattr(generate, "ImageProgress", lambda **given: seen.append(given["images"]) or nullcontext(Mock()))
+    seen, judged, progress = [], [], Mock()
+    monkeypatch.setattr(
+        generate, "ImageProgress", lambda **given: seen.append(given["images"]) or nullcontext(progress)
+    )
     monkeypatch.setattr(generate, "admit_job", lambda spec, stored, screen, verify: judged.append(verify))
     for name in ("tries_half", "may_differ"):
         monkeypatch.setattr(generate, name, lambda spec, stored: False)
@@ -645,7 +647,8 @@ def test_a_process_counts_its_share_and_judges_a_speed_once(
     config = SimpleNamespace(limit=limit, verify=verify, speed=speed, quiet=True)
     spec, peer = SimpleNamespace(folder=tmp_path, number=10), SimpleNamespace(world=3)
     for process in (peer, None):
-        arguments = (config, spec, stored, lambda spec, callbacks: "a result", process, MagicMock())
-        assert generate._write(*arguments) == "a result"
+        arguments = (config, spec, stored, lambda spec, callbacks: callbacks, process, MagicMock())
+        callbacks = generate._write(*arguments)  # which tell of images alone, as those are what is counted
+        assert progress.on_unet_call not in vars(callbacks).values() and callbacks.on_commit == progress.on_commit
     assert seen == [counted, limit or 7]
     assert judged == ([] if stored == {} and not verify else [verify])  # the samples of a run have been judged

@@ -183,6 +183,7 @@ class ImageProgress(Progress):
 
     def on_commit(self, count: int) -> None:
         self._images_done += count
+        self._images = max(self._images, self._images_done)  # of processes, one may make more than its share
         if not self.is_quiet and time.monotonic() - self._counted >= SECONDS_PER_LINE:
             self._outside, self._counted = self._count_outside(), time.monotonic()
         if self._bar is not None:

@@ -70,7 +70,8 @@ def generate_shards(config: RunConfig, spec: RunSpec, peer: LaunchedProcess | No
         check_judged(config, document is not None)
     elif document is None:
         _begin(config, spec, place)
-    with interruption, ImageProgress(max(spec.number - ledger.made, 0), config.quiet) as progress:
+    share = -(-max(spec.number - ledger.made, 0) // (peer.world if peer else 1))
+    with interruption, ImageProgress(share, config.quiet) as progress:
         describe = partial(_describe_start, ledger.made)
         callbacks = Callbacks(describe, progress.print, on_commit, is_stopping=interruption.is_stopping)
         if is_complete:  # no network is loaded for it

@@ -230,13 +230,9 @@ class ShardWorker:
         """
         job, self.rejections = self.job, 0
 
-        def on_unet_call() -> None:
-            self.callbacks.on_unet_call()
-            self.claims.renew()
-
         for turn in range(turns := job.plan.most // job.plan.number):
             rejected: list[int] = []
-            for batch, results in make_samples(job, job.plan.batches_of(indices, turn), on_unet_call):
+            for batch, results in make_samples(job, job.plan.batches_of(indices, turn), self.claims.renew):
                 self.gate.evaluate(results)
                 self.gate.check()
                 if self.callbacks.is_stopping():

@@ -29,7 +29,6 @@ class Callbacks:
     describe: Callable[[Job], list[str]] | None = None  # lines about a job, for the screen
     on_message: Callable[[str], None] = lambda line: None  # with every line for the screen
     on_commit: Callable[[int], None] = lambda count: None  # with the samples of every commit
-    on_unet_call: Callable[[], None] = lambda: None  # after every call, of a run in this process
     is_stopping: Callable[[], bool] = lambda: False  # asked between two batches
     on_start: Callable[[], None] | None = None  # called by every process before anything else
     patience: float = 1800.0  # seconds without a sign of life after which a process at work is taken to hang
@@ -120,7 +119,7 @@ class Worker:
         """Whether there were any batches to be made."""
         count, plan = 0, self.job.plan
         with BackgroundWriter(self.folder, self._on_rows) as writer:
-            for batch, results in make_samples(self.job, (plan.batch(k) for k in batches), self._on_unet_call):
+            for batch, results in make_samples(self.job, (plan.batch(k) for k in batches), self.claims.renew):
                 count += 1
                 self.gate.evaluate(results)
                 self._put(writer, batch.index, results)
@@ -128,10 +127,6 @@ class Worker:
                     break
         self.gate.check()
         return count > 0
-
-    def _on_unet_call(self) -> None:
-        self.callbacks.on_unet_call()
-        self.claims.renew()
 
     def _put(self, writer: BackgroundWriter, batch: int, results: list[Sample | Quarantined]) -> None:
         """Hands over the results that are missing in the run, of a batch that another process may have made as well."""
