@@ -153,6 +153,20 @@ def test_phases_of_an_embedded_guidance_are_fp32_in_bf16_too(tmp_path):
     assert not torch.equal(*found)  # numbers are computed anew where the guidance alone is another
 
 
+@pytest.mark.skipif(not HAS_BF16, reason="this CPU has no instructions for bf16")
+def test_what_a_timestep_decides_is_found_under_the_names_of_a_compiled_graph(tmp_path):
+    """A scale that every token of FLUX.2 klein is multiplied with got another name, and each call failed."""
+    model = load_model(str(tiny_pipelines.save(tmp_path / "model", "flux2-klein")), size=tiny_pipelines.SIZE)
+    reference, rounded = (
+        build_engine(name, model, {}, device="cpu", dtype=dtype)
+        for name, dtype in (("torch", "fp32"), ("openvino", "bf16"))
+    )
+    latents = torch.randn(1, *model.latent_shape(), generator=torch.Generator().manual_seed(0))
+    text = call_text(reference, PROMPTS[:1], 0.0)
+    truth, noise = (one.denoise(latents, 412.0, text) for one in (reference, rounded))
+    assert 1e-4 < float((noise - truth).norm() / truth.norm()) < 1e-2
+
+
 def test_a_signal_is_handled_after_cores_have_gone(engine):
     """Where two had gone in the order they came, it was a segmentation fault without a word."""
     assert engine.core is open_core()

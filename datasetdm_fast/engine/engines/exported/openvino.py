@@ -99,7 +99,8 @@ class OpenVinoStage:
                 numbers = {name: float(arrays.pop(name)) for name in NUMBERS if name in arrays}
                 if self._time_outputs[0] != numbers:
                     values = self._time_model({name: np.array(value, np.float32) for name, value in numbers.items()})
-                    named = {output.any_name: values[output] for output in self._time_model.outputs}
+                    # by their order, as a compiled graph may give an output another name
+                    named = {f"{NUMBERS[0]}.{k}": values[k] for k in range(len(self._time_model.outputs))}
                     self._time_outputs = numbers, named
                 arrays |= self._time_outputs[1]
             for name, value in arrays.items():
