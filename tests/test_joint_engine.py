@@ -170,6 +170,20 @@ def test_prompts_are_read_by_the_copies_that_lie_with_the_engine(opened):
     assert not torch.equal(text.context, whole.context) and distance(text.context, whole.context) < 0.03
 
 
+def test_what_is_made_of_an_output_in_bf16_is_made_in_fp32(opened):
+    model, _, _, latents, text, guidance = opened
+    engine = build_engine("fast", model, device="cpu", dtype="bf16")
+    with torch.inference_mode():
+        raw = engine.network(latents.bfloat16(), torch.tensor(500.0), text.cast(torch.bfloat16)).float()
+        is_guided = len(text) > len(latents) and text.guidance is not None
+        assert torch.equal(
+            engine.denoise(latents, 500.0, text), engine.joint.guide(raw, guidance) if is_guided else raw
+        )
+        output, capture = engine.denoise_and_capture_raw(latents, 500.0, text)
+        clean = engine.joint.cells(latents - 0.5 * output[-len(latents) :])
+    assert is_guided or torch.equal(capture.features[-1][0], clean)
+
+
 def test_rotary_frequencies_stay_in_fp32(opened):
     """In bf16 they would turn the last of 512 tokens by a radian too much, as transformers' own loading does not."""
     model, _, reference, *_ = opened

@@ -163,13 +163,13 @@ class JointEngine(TorchEngine):
         self, network: Callable[..., Tensor], latents: Tensor, timestep: float, text: Text, *reader: CallReader
     ) -> tuple[Tensor, Tensor]:
         """The output, and the image that the conditional half of it points to, in cells of 8 pixels."""
-        narrow, latents = text.to(self.device).cast(self.dtype), latents.to(self.device, self.dtype)
+        narrow, latents = text.to(self.device).cast(self.dtype), latents.to(self.device)
         moment = torch.full((), timestep, device=self.device)
-        output = network(latents, moment, narrow, *reader)
+        output = network(latents.to(self.dtype), moment, narrow, *reader).float()
         clean = self.joint.cells(latents - timestep / 1000 * output[-len(latents) :])
         if len(output) > len(latents) and text.guidance is not None:
             output = self.joint.guide(output, text.guidance)
-        return output.float(), clean.float()
+        return output, clean
 
     def _sizes(self, latents: Tensor) -> tuple[int, int]:
         """What every reader is told: images, and cells of each."""
