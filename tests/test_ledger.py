@@ -1088,6 +1088,34 @@ def test_errors_of_the_disk_are_refusals_about_the_path(tmp_path, monkeypatch):
     assert not path.exists()
 
 
+def test_a_file_is_created_once_though_the_answer_is_lost(tmp_path, monkeypatch):
+    link = os.link
+
+    def link_twice(source, path):  # as NFS does where the first answer is lost
+        link(source, path)
+        link(source, path)
+
+    monkeypatch.setattr(os, "link", link_twice)
+    assert storage.create(tmp_path / "claim", b"mine") and (tmp_path / "claim").read_bytes() == b"mine"
+    monkeypatch.undo()
+    assert not storage.create(tmp_path / "claim", b"other") and (tmp_path / "claim").read_bytes() == b"mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["claim"]
+
+
+def test_what_only_closing_a_file_reports_is_a_refusal(tmp_path, monkeypatch):
+    close = os.close
+
+    def fail(handle):
+        is_folder = stat.S_ISDIR(os.fstat(handle).st_mode)
+        close(handle)
+        if not is_folder:
+            failing_call(errno.EIO)
+
+    monkeypatch.setattr(os, "close", fail)
+    with pytest.raises(Missing, match=f"one: {os.strerror(errno.EIO)}|two: {os.strerror(errno.EIO)}"):
+        storage.publish({tmp_path / "one": b"1", tmp_path / "two": b"2"})
+
+
 def failing_call(code: int):
     raise OSError(code, os.strerror(code))
 

@@ -76,8 +76,9 @@ class Publication(AbstractContextManager):
         with ExitStack() as undo:
             for part in self._parts.values():
                 undo.callback(forget, part)
-            for handle in self._handles.values():
-                undo.callback(os.close, handle)
+            for path, handle in self._handles.items():
+                undo.enter_context(refusing(path))  # a network file system may report a failed write only here
+                undo.callback(syscall, "close", os.close, handle)
             if kind is not None:
                 return
             for path, handle in self._handles.items():
@@ -115,9 +116,13 @@ def create(path: Path, content: bytes) -> bool:
             syscall("fsync", os.fsync, handle)
         finally:
             os.close(handle)
-        syscall("link", os.link, part, path)
+        try:
+            syscall("link", os.link, part, path)
+        except FileExistsError:  # also where NFS has lost the answer of the call that made it, see open(2)
+            if part.stat().st_nlink < 2:
+                return False
         sync(path.parent)
-    except (FileExistsError, FileNotFoundError):
+    except FileNotFoundError:
         return False
     except OSError as error:
         raise refusal(error, path) from error
