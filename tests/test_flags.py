@@ -592,7 +592,8 @@ def test_a_broken_pipe_under_a_closed_output_is_not_taken_for_its_end(monkeypatc
     for stream in (io.StringIO(), open(os.devnull, "w")):
         stream.close()
         monkeypatch.setattr(sys, "stdout", stream)
-        assert not ending._is_stdout_closed()
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert not ending._is_output_closed()
 
 
 def test_a_disk_that_fails_under_a_place_for_results_is_no_bug_of_ours(monkeypatch, tmp_path, capsys):
@@ -651,6 +652,19 @@ def command(arguments):
         err = process.stderr.read()
         process.wait(timeout=60)
     assert (process.returncode, err) == (141, "")
+
+
+def test_nor_is_one_of_messages(tmp_path):
+    code = """
+def command(arguments):
+    sys.stdin.read()
+    print('x' * 1000, file=sys.stderr, flush=True)
+"""
+    with child(code, stdin=subprocess.PIPE, env={**os.environ, "TMPDIR": str(tmp_path)}) as process:
+        process.stderr.close()
+        process.stdin.close()
+        assert (process.wait(timeout=60), process.stdout.read()) == (141, "")
+    assert not list(tmp_path.iterdir())  # no report of a bug
 
 
 def test_another_broken_pipe_is_reported(tmp_path):

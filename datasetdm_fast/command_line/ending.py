@@ -90,7 +90,7 @@ def run_command(command: Callable[[Sequence[str]], int | None], arguments: Seque
 
 def _report_error(error: Exception) -> int:
     """Prints cause and remedy of an error; its exit code."""
-    if isinstance(error, BrokenPipeError) and _is_stdout_closed():
+    if isinstance(error, BrokenPipeError) and _is_output_closed():
         return 141
     stop = error if isinstance(error, Stop) else _as_stop(error)
     if stop is None:
@@ -132,14 +132,14 @@ def _is_current_folder_there() -> bool:
     return False
 
 
-def _is_stdout_closed() -> bool:
-    """Whether the broken pipe was our standard output; it is then redirected, for a quiet last flush."""
-    try:
-        poll = select.poll()
-        poll.register(sys.stdout.fileno(), 0)  # errors and hang-ups are always reported
-    except (OSError, ValueError):  # closed, or not a file at all
-        return False
-    if not poll.poll(0):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return True
+def _is_output_closed() -> bool:
+    """Whether the broken pipe was our standard output or error; it is then redirected, for a quiet last flush."""
+    is_closed = False
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # closed, or not a file at all
+            poll = select.poll()
+            poll.register(stream.fileno(), 0)  # errors and hang-ups are always reported
+            if poll.poll(0):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+                is_closed = True
+    return is_closed
