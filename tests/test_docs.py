@@ -133,6 +133,14 @@ def test_the_site_has_every_page():
     }
 
 
+def test_the_search_of_the_site_needs_no_network():
+    """Not from a disk either: the plug-in `offline` takes a script from unpkg.com, unless one of this name is there."""
+    config = yaml.safe_load((HERE / "mkdocs.yml").read_text(encoding="utf-8"))
+    (script,) = config["extra"]["polyfills"]
+    assert "offline" in config["plugins"] and script == "assets/iframe-worker.js"
+    assert (HERE / "docs/site/iframe-worker.js").is_file() and script in (HERE / "docs/site/hooks.py").read_text()
+
+
 if __name__ == "__main__":
     for name, text in pages.PAGES.items():
         (HERE / "docs" / name).write_text(text(), encoding="utf-8")
