@@ -13,6 +13,7 @@ from datasetdm_fast import generate, verify
 from datasetdm_fast.data import AttentionSums
 from datasetdm_fast.engine.engines import build_engine, load_decoders
 from datasetdm_fast.engine.engines.exported import graphs
+from datasetdm_fast.engine.engines.exported.openvino import OpenVinoEngine
 from datasetdm_fast.engine.engines.exported.ort import OrtEngine
 from datasetdm_fast.engine.engines.fast import CHUNK_PIXELS
 from datasetdm_fast.engine.loading import load_model
@@ -134,10 +135,33 @@ def test_the_command_writes_the_graphs_of_a_family(tmp_path, capsys):
     capsys.readouterr()
     assert export_command([*line, "--precision", "fp16", "--out", str(tmp_path / "narrow")]) == 2
     assert "FLUX.2 klein leave fp16's range" in capsys.readouterr().err
-    assert export_command([*line, "--precision", "bf16", "--out", str(tmp_path / "narrow")]) == 2
-    assert "graphs of FLUX.2 klein are written in fp32 alone" in capsys.readouterr().err
     for name in names:  # every node's types, too
         onnx.checker.check_model(str(tmp_path / "graphs" / f"{name}.onnx"), full_check=True)
+
+
+@pytest.mark.parametrize(
+    "opened",
+    [family if family == "z-image" else pytest.param(family, marks=long_test) for family in FAMILIES],
+    indirect=True,
+)
+def test_graphs_in_bf16_round_as_the_fast_engine_does(opened, monkeypatch):
+    """OpenVINO computes them in fp32, from weights and between layers that are in bf16."""
+    _, model, decoders, reference, guidance, latents = opened
+    monkeypatch.setattr(OpenVinoEngine, "graph_precision", "bf16")
+    engine = build_engine("openvino", model, decoders, device="cpu", dtype="fp32")
+    assert engine.manifest.precision == "bf16"
+    for stage in engine.manifest.stages.values():  # every node's types
+        onnx.checker.check_model(str(engine.folder / stage.file), full_check=True)
+    fast, exact = (build_engine("fast", model, decoders, device="cpu", dtype=dtype) for dtype in ("bf16", "fp32"))
+    text = call_text(reference, PROMPTS, guidance)
+    truth, noise = (each.denoise(latents, 412.0, text) for each in (reference, fast))
+    ours, sums = engine.denoise_and_capture(latents, 412.0, text)
+    assert 0 < distance(ours, truth) < 1.5 * distance(noise, truth) < 0.04
+    for value, wide in zip(sums.sums, exact.denoise_and_capture(latents, 412.0, text)[1].sums, strict=True):
+        assert not wide.shape[1] or distance(value, wide) < 0.03
+    _, raw = engine.denoise_and_capture_raw(latents, 412.0, text)
+    for value, wide in zip(flat(raw), flat(reference.denoise_and_capture(latents, 412.0, text)[1]), strict=True):
+        assert distance(value, wide) < 0.03
 
 
 def test_writing_graphs_is_told_once_and_for_each_stage_of_its_own(tmp_path, monkeypatch):
@@ -167,3 +191,9 @@ def test_plans_are_built_of_stable_diffusion_alone(tmp_path):
         build_engine("trt", model, {})
     with pytest.raises(Refused, match="leave fp16's range"):
         export(model, {}, tmp_path / "graphs", precision="fp16")
+
+
+def test_a_pooled_text_joins_a_timestep_in_fp32_where_a_graph_is_in_bf16(tmp_path):
+    model = load_model(str(tiny_pipelines.save(tmp_path / "model", "sd3")), size=SIZE)
+    export(model, {}, tmp_path / "graphs", precision="bf16", only=["denoise"])
+    onnx.checker.check_model(str(tmp_path / "graphs" / "denoise.onnx"), full_check=True)

@@ -96,9 +96,7 @@ def _check(model: Model, decoders: Mapping[str, Decoder], precision: str, runtim
     check_choice("precision", precision, PRECISIONS)
     check_choice("runtime", runtime, OPERATIONS)
     if precision == "fp16" and precision not in model.backbone.halves:
-        raise Refused(f"precision: activations of {model.backbone.title} leave fp16's range", "Use fp32.")
-    if precision == "bf16" and model.backbone.network_plan:  # such graphs mixed types, and no library loaded them
-        raise Refused(f"precision: graphs of {model.backbone.title} are written in fp32 alone", "Use fp32.")
+        raise Refused(f"precision: activations of {model.backbone.title} leave fp16's range", "Use bf16 or fp32.")
     for task, decoder in decoders.items():
         if any(isinstance(module, SpectralConv2d) for module in decoder.modules()):
             raise Refused(
@@ -396,7 +394,6 @@ class StageExport:
             reader = RawReader(levels, *seen)
         elif name != "denoise":
             reader = ProjectingReader(self.projection, *seen, self.ops)
-        pooled = None if pooled is None else pooled.to(self.dtype)
         text: Any = Text(context.to(self.dtype), pooled, mask, cast(Any, guidance))
         noise = network(latents.to(self.dtype), timestep, text, reader).float()
         if reader is None:

@@ -318,7 +318,7 @@ class ProjectingReader(CallReader):
                 weight = projection.maps[level][place]  # [heads, T, F]
                 count = min(weight.shape[1], key.shape[2])
                 texts = key[:, :, :count], logarithms, None if mask is None else mask[..., :count]
-                total = ops.attention_shares(query, *texts, weight[:, :count]) + part
+                total = ops.attention_shares(query, *texts, weight[:, :count]) + part.float()
                 sums[level] = sums[level] + total if level in sums else total
 
         super().__init__(slots, images, cells, project)

@@ -255,7 +255,7 @@ class MMDiT(nn.Module):
                 places[:, -text.concepts :] = places[:, count + plan.concept_place, None]
             turns = turns_of(places, plan.axes, plan.theta)
             image_turns, text_turns = turns[:, :count], turns[:, count:]
-        embedded = self.conditioning(timestep, text)
+        embedded = self.conditioning(timestep, text).to(image.dtype)
         vectors = self._vectors(embedded)
         parts = [Tokens(image), Tokens(words)]
         for block in self.image_blocks:
@@ -291,11 +291,12 @@ class MMDiT(nn.Module):
         if self.image_padding is None:
             return image, words, mask, None
         if more := -image.shape[1] % PADDED_TOKENS:
-            image = torch.cat([image, self.image_padding.expand(image.shape[0], more, -1)], 1)
+            padding = self.image_padding.to(image.dtype)
+            image = torch.cat([image, padding.expand(image.shape[0], more, -1)], 1)
         more = -words.shape[1] % PADDED_TOKENS
         is_word = words.new_ones(words.shape[:2], dtype=torch.bool) if mask is None else mask
         is_word, words = F.pad(is_word, (0, more)), F.pad(words, (0, 0, 0, more))
-        words = torch.where(is_word[..., None], words, self.text_padding)
+        words = torch.where(is_word[..., None], words, self.text_padding.to(words.dtype))
         if mask is None:
             return image, words, None, None
         lengths = mask.sum(1)
