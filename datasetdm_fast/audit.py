@@ -52,7 +52,7 @@ def main(config: AuditConfig, command: CommandLine) -> int:
         state = "complete" if report.is_complete else f"{missing} still to be made"
         state += f", {report.dropped} dropped" if report.dropped else ""
         path = f"{report.path}, part {report.part}" if report.part else report.path
-        counts = f"{report.done} of {report.number} samples ({state}), {report.files} files"
+        counts = f"{report.done} of {report.number} samples ({state}), {count_noun(report.files, 'file')}"
         print(f"{path}: whole, {counts}, {report.bytes / 1e6:,.1f} MB read")
     return 0
 

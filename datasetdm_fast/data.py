@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from datasetdm_fast.messages import count_noun
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -211,7 +213,7 @@ class Keypoints:
 
     def __repr__(self) -> str:
         seen = [f"{int((visible > 0).sum())} of {len(self.joints)} joints" for visible in self.visibility]
-        return f"<Keypoints of {len(self.points)} people: {', '.join(seen) or 'none'}>"
+        return f"<Keypoints of {count_noun(len(self.points), 'person', 'people')}: {', '.join(seen) or 'none'}>"
 
 
 Annotation = SemanticMap | Instances | DepthMap | Keypoints

@@ -12,6 +12,7 @@ from typing import Any
 
 from datasetdm_fast.command_line.probes import MODEL_PROBE, PROBES, make_printable, run_probes
 from datasetdm_fast.config import ENGINES
+from datasetdm_fast.messages import count_noun
 from datasetdm_fast.settings import setting
 from datasetdm_fast.version import __version__
 
@@ -72,7 +73,7 @@ def describe(facts: dict[str, Any]) -> list[str]:
     rows = [
         ("package", f"datasetdm_fast {package['version']} in {package['path']}"),
         ("extension", extension["problem"] or f"built {'with CUDA' if extension['cuda'] else 'for the CPU'}"),
-        ("system", f"Python {system['python']}, {system['platform']}, {system['cores']} cores"),
+        ("system", f"Python {system['python']}, {system['platform']}, {count_noun(system['cores'], 'core')}"),
         ("libraries", ", ".join(f"{name} {version}" for name, version in versions.items() if version)),
         ("missing", ", ".join(name for name, version in versions.items() if not version)),
         ("driver", gpu["problem"] or gpu["driver"]),

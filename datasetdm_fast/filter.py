@@ -51,7 +51,8 @@ def main(config: FilterConfig, command: CommandLine) -> int:
     if missing := filtering.count_missing(run, digest):
         if config.dry_run and config.where:
             remedy = "Score them first: run the command without --where."
-            raise Refused(f"--dry-run: {missing} samples have no scores yet", remedy)
+            lack = f"{count_noun(missing, 'sample')} {'has' if missing == 1 else 'have'} no scores yet"
+            raise Refused(f"--dry-run: {lack}", remedy)
         if config.dry_run:
             line = f"{config.run}: {count_noun(missing, 'sample')} would be scored"
             return print_end(config, {"path": config.run, "scored": missing}, config.run, line)

@@ -40,7 +40,7 @@ def contents(path):
 LINES = [
     ("convert", "RUNS/one --to coco,voc", {"samples": 3, "splits": {"train": 3}}),
     ("drop", "RUNS/one 00000001", {"dropped": ["00000001"], "left": 2}),
-    ("evaluate", "--data demo:3@7 --decoder none", {"images": {"demo:3@7": 3}}),
+    ("evaluate", "--data demo:3@7", {"images": {"demo:3@7": 3}}),
     ("example", "RUNS/new", {"path": "RUNS/new", "pictures": 40}),
     ("export", "--model tiny --decoder none --raw-capture --out RUNS/graphs", {"path": "RUNS/graphs"}),
     ("filter", "RUNS/one --where score<0", {"kept": 0, "left_out": 3}),

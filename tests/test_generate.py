@@ -619,7 +619,7 @@ def test_a_checkpoint_is_judged_where_it_is_opened_and_a_folder_before(tmp_path)
 def test_a_dry_run_says_that_there_are_no_gpus(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(devices, "visible_gpus", lambda: [])
     line = ["--number", "1", "--prompts", "a ball", "--gpus", "8", "--out", str(tmp_path / "run"), "--dry-run"]
-    assert generate.main(line) == 3 and "--gpus 8: there are 0 GPUs here" in capsys.readouterr().err
+    assert generate.main(line) == 3 and "--gpus 8: this machine has 0 GPUs" in capsys.readouterr().err
 
 
 def test_the_settings_of_another_project_count_where_none_are_given():

@@ -852,6 +852,8 @@ def test_labels_are_printed_with_their_sides_width_first_and_what_they_show():
     assert repr(DepthMap(np.float32([[0.5, 2.25]]), 4.0)) == "<DepthMap 2 x 1: 0.50 to 2.25 m>"
     joints, visibility = ("nose", "eye", "ear"), np.array([[2, 1, 0], [0, 0, 2]])
     people = Keypoints(np.zeros((2, 3, 3), np.float32), visibility, np.ones(2, np.float32), joints)
+    one = replace(people, points=people.points[:1], visibility=people.visibility[:1], scores=people.scores[:1])
+    assert repr(one) == "<Keypoints of 1 person: 2 of 3 joints>"
     assert repr(people) == "<Keypoints of 2 people: 2 of 3 joints, 1 of 3 joints>"  # hidden ones are known, too
     sample = Sample(Request(3, "a ball", 7), np.zeros((4, 6, 3), np.uint8), {"instance": things, "pose": people})
     assert repr(sample) == "<Sample 6 x 4: 'a ball', seed 7, labels instance, pose>"

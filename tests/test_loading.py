@@ -363,7 +363,7 @@ def test_a_pickle_of_a_text_encoder_and_tensors_of_no_layer_load(tiny, folder):
     assert all(same_weights(model.modules[part], tiny.modules[part]) for part in ("text_encoder", "vae"))
     deeper = "decoder.up_blocks.0.resnets.7.conv1.bias"
     save_file(state | {"logvar": torch.zeros(1), deeper: torch.zeros(16)}, path)
-    with pytest.raises(Refused, match=f"1 tensors of layers that its config.json omits, the first is {deeper}"):
+    with pytest.raises(Refused, match=f"1 tensor of layers that its config.json omits, the first is {deeper}"):
         load_model(str(folder))
 
 

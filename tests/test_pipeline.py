@@ -197,7 +197,7 @@ def test_pictures_that_exist_get_the_labels_of_the_command(pipe, decoders, tmp_p
         assert np.allclose(stored.depth.metres, made.annotations["depth"].metres, atol=5.1e-4)
     for wrong, message in (
         ((np.zeros((64, 64), np.uint8),), "image: uint8|image 0"),
-        ((pictures, ["one"]), "1 were given for 2 images"),
+        ((pictures, ["one"]), "1 given for 2 images"),
         ((np.zeros((8, 64, 3), np.uint8),), "image 0: uint8 of shape"),
         ((Image.fromarray(np.full((64, 64), 300, np.uint16)),), "image 0: its pixels are I;16, expected an 8-bit"),
         ((pictures, [None, "a ball"]), "prompt 0: None is not a text"),
@@ -332,7 +332,7 @@ def test_each_sample_may_have_a_negative_prompt_of_its_own(pipe):
     assert [entry["negative_prompt"] for entry in other.meta] == ["fog", ""]
     none = pipe(prompts[:1], negative_prompt=None, **choices | {"seeds": [1]})
     assert (none.images[0] == other.images[1]).all() and none.meta[0]["negative_prompt"] == ""
-    with pytest.raises(Refused, match="1 were given for 2 prompts"):
+    with pytest.raises(Refused, match="1 given for 2 prompts"):
         pipe(prompts, negative_prompt=["fog"], **choices)
     with pytest.raises(Refused, match="^negative_prompt of prompt 1: .* tokens"):
         pipe(prompts, negative_prompt=["fog", "fog " * 90], **choices)
@@ -581,7 +581,7 @@ def test_stream_refuses_before_it_is_read():
         with pytest.raises(Refused, match=message):
             stub([prompt])
     for seeds, message in (
-        ([1], "1 were given for 2 prompts"),
+        ([1], "1 given for 2 prompts"),
         (5, "5 is one number"),
         (5.5, "5.5 is one number"),
         ([1, "2"], "--seed '2': expected a whole number"),
@@ -598,7 +598,7 @@ def test_stream_refuses_before_it_is_read():
         stub(["a", None])
     with pytest.raises(Refused, match="--batch-size -1"):
         stub(["a", "b"], batch_size=-1)
-    with pytest.raises(Refused, match="negative_prompt: 3 were given for 2 prompts"):
+    with pytest.raises(Refused, match="negative_prompt: 3 given for 2 prompts"):
         stub(["a", "b"], negative_prompt=["fog"] * 3)
     assert [one.request.seed for one in stub(["a", "b"], seeds=torch.tensor([5, 3])).samples] == [5, 3]
     assert [sample.request.prompt for sample in stub.stream("a ball")] == ["a ball"]
@@ -607,7 +607,7 @@ def test_stream_refuses_before_it_is_read():
     for wrong, message in (("x " * 90, "negative_prompt"), (["fog", "x " * 90], "negative_prompt of prompt 1")):
         with pytest.raises(Refused, match=f"{message}: 92 tokens"):
             stub(["a", "b"], negative_prompt=wrong)
-    with pytest.raises(Refused, match="seeds: 3 were given for 2 prompts"):
+    with pytest.raises(Refused, match="seeds: 3 given for 2 prompts"):
         stub(["a", "b"], seeds=[1, 2, 3])
 
 
@@ -865,8 +865,8 @@ def test_a_scheduler_gives_the_images_of_diffusers_or_is_refused(tiny64, kind, s
     "choices, message",
     [
         ({"output_type": "jpg"}, "output_type: 'jpg' is none of pil, np, pt, latent"),
-        ({"negative_prompt": ["fog"]}, "negative_prompt: 1 were given for 2 prompts"),
-        ({"generator": [torch.Generator()] * 3}, "generator: 3 were given for 2 images"),
+        ({"negative_prompt": ["fog"]}, "negative_prompt: 1 given for 2 prompts"),
+        ({"generator": [torch.Generator()] * 3}, "generator: 3 given for 2 images"),
         ({"height": 128, "width": 64}, "width: 64 was given, and the model was loaded for images of 128 x 128 pixels"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt: 0 is no whole number from 1 on"),
         ({"prompt": []}, "prompt: none was given"),

@@ -236,9 +236,9 @@ def test_negative_prompts_follow_the_prompts_in_every_share_and_epoch():
         with pytest.raises(GateFailed):
             list(stream._make_samples(1, 2))
     assert asked == [[("b", "B"), ("a", "A")], [("a", "A"), ("c", "C")]]
-    with pytest.raises(Refused, match="negative_prompt: 1 were given for 2 prompts"):
+    with pytest.raises(Refused, match="negative_prompt: 1 given for 2 prompts"):
         SampleStream(pipeline, ("a", "b"), "depth", negative_prompt=["A"])
-    with pytest.raises(Refused, match="negative_prompt: more than 2 were given for 2 prompts"):
+    with pytest.raises(Refused, match="negative_prompt: more than 2 given for 2 prompts"):
         SampleStream(pipeline, ("a", "b"), "depth", negative_prompt=repeat("A"))
     with pytest.raises(Refused, match="negative_prompt"):
         SampleStream(pipeline, ("a", "b"), "depth", negative_prompt=5)

@@ -268,7 +268,7 @@ BAD = {
     "many images": ({"prompt": "a", "n": 11}, 400, "n: 11 is not within 1 .. 10"),
     "many steps": ({"prompt": "a", "steps": 51}, 400, "steps: 51 is not within 1 .. 50"),
     "a negative seed": ({"prompt": "a", "seed": -1}, 400, "seed -1"),
-    "other seeds than images": ({"prompt": "a", "n": 2, "seeds": [1]}, 400, "1 were sent for 2"),
+    "other seeds than images": ({"prompt": "a", "n": 2, "seeds": [1]}, 400, "1 sent for 2"),
     "seed and seeds": ({"prompt": "a", "seed": 1, "seeds": [1]}, 400, "seeds: both they and seed were sent"),
     "many tokens": ({"prompt": "word " * 200}, 400, "tokens, at most 77 fit"),
     "many labels": ({"prompt": PROMPT, "labels": ["semantic"] * 3000}, 400, "labels: semantic,semantic"),

@@ -125,7 +125,7 @@ def describe_job(job: Job) -> list[str]:
     batches = -(-job.images_left // job.plan.batch_size)
     seeds, steps = (
         f"seeds {plan.seed} to {plan.seed + plan.number - 1}" if plan.number > 1 else f"seed {plan.seed}",
-        f"{facts['steps']} steps in {facts['calls']} calls",
+        f"{count_noun(facts['steps'], 'step')} in {count_noun(facts['calls'], 'call')}",
     )
     if plan.has_seeds:
         seeds = "seeds of the prompts"
@@ -172,7 +172,7 @@ def describe_memory(job: Job) -> str:
     if size > engine.suggested_batch():
         width = model.networks["vae"].config.block_out_channels[0]
         needed = size * DECODER_MAPS * width * job.recipe.facts["size"] ** 2 * BYTES.get(dtype, 4)
-        what.append(f"at least {needed / 1e9:.2g} GB for {size} images")
+        what.append(f"at least {needed / 1e9:.2g} GB for {count_noun(size, 'image')}")
     return f"{' and '.join(what)}, of {device_memory(engine.device) / 1e9:.3g} GB in all"
 
 
@@ -221,7 +221,8 @@ def _describe_undrawn(job: Job) -> str:
     requests = [job.plan.request(index) for index in range(min(job.plan.number, MOST_PROMPTS))]
     count = sum(not find_classes(request.prompt, draws) for request in requests)
     what = [f"it cannot draw {shorten(', '.join(words), 45, placeholder=' ...')}"] if words else []
-    what += [f"{count} of the first {len(requests)} prompts name none of these"] if count else []
+    verb = "names" if count == 1 else "name"
+    what += [f"{count} of the first {len(requests)} prompts {verb} none of these"] if count else []
     known = shorten(", ".join(draws), 67, placeholder=" ...")
     return f"the model's card lists {known} and nothing else:\n{'':<11}{'; '.join(what)}" if what else ""
 

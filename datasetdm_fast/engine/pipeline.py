@@ -214,7 +214,9 @@ class Pipeline:
         texts = _CheckedFirst(as_texts("prompts", prompts))
         for name, values in (("seeds", seeds), ("negative_prompt", choices.get("negative_prompt"))):
             if isinstance(values, Sized) and not isinstance(values, str) and len(values) != len(texts):
-                raise Refused(f"{name}: {len(values)} were given for {len(texts)} prompts", "Give one per prompt.")
+                raise Refused(
+                    f"{name}: {len(values)} given for {count_noun(len(texts), 'prompt')}", "Give one per prompt."
+                )
         size = self._batch_size(batch_size, len(texts))
         return Output(list(self.stream(texts, seed=seed, seeds=seeds, batch_size=size, **choices)))
 
@@ -389,7 +391,9 @@ class Pipeline:
         pictures = pictures_in_memory(sources)
         texts = [prompts] * len(sources) if isinstance(prompts, str) else list(as_texts("prompts", prompts))
         if len(texts) != len(sources):
-            raise Refused(f"prompts: {len(texts)} were given for {len(sources)} images", "Give one prompt per image.")
+            raise Refused(
+                f"prompts: {len(texts)} given for {count_noun(len(sources), 'image')}", "Give one prompt per image."
+            )
         check_numbers(seed=seed)
         size = self._batch_size(batch_size, len(sources))
         recipe, words = self._recipe(tasks, classes, **choices)

@@ -21,6 +21,7 @@ from datasetdm_fast.engine.loop.recipe import as_texts, label_tables
 from datasetdm_fast.engine.pipeline import Pipeline
 from datasetdm_fast.engine.shares import SharedDataset
 from datasetdm_fast.errors import GateFailed, Refused
+from datasetdm_fast.messages import count_noun
 
 POLL_SECONDS = 0.1  # in which a thread whose samples nobody reads any more ends
 
@@ -57,7 +58,7 @@ class SampleStream(SharedDataset):
             if len(some) != len(prompts):
                 number_given = len(some) if len(some) < len(prompts) else f"more than {len(prompts)}"
                 raise Refused(
-                    f"negative_prompt: {number_given} were given for {len(prompts)} prompts",
+                    f"negative_prompt: {number_given} given for {count_noun(len(prompts), 'prompt')}",
                     "Give one, or one per prompt.",
                 )
             choices["negative_prompt"] = some

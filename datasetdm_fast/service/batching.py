@@ -19,13 +19,14 @@ from datasetdm_fast.engine.loop.driver import BatchGenerator
 from datasetdm_fast.engine.loop.recipe import Recipe
 from datasetdm_fast.engine.pipeline import Pipeline
 from datasetdm_fast.errors import GateFailed, Stop
+from datasetdm_fast.messages import count_noun
 
 
 class QueueFull(Exception):
     """More images wait than the service takes; `seconds` says when to ask again."""
 
     def __init__(self, seconds: int):
-        super().__init__(f"the queue is full; ask again in {seconds} seconds")
+        super().__init__(f"the queue is full; ask again in {count_noun(seconds, 'second')}")
         self.seconds = seconds
 
 

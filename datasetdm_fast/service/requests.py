@@ -16,6 +16,7 @@ from datasetdm_fast.engine.labels import kind_of, label_files, number_classes
 from datasetdm_fast.engine.loop.recipe import Recipe, label_tables
 from datasetdm_fast.engine.pipeline import Pipeline
 from datasetdm_fast.errors import Refused, nearest
+from datasetdm_fast.messages import count_noun
 from datasetdm_fast.service.batching import PendingImage
 from datasetdm_fast.untrusted import documents, images
 
@@ -57,7 +58,7 @@ def read_generation(body: Mapping[str, Any], pipeline: Pipeline, most_steps: int
         seeds = [first + k for k in range(number)]
     elif "seed" in body or len(seeds) != number:
         sent = "both they and seed" if "seed" in body else len(seeds)
-        raise Refused(f"seeds: {sent} were sent for {number} images", "Send one per image, and no seed.")
+        raise Refused(f"seeds: {sent} sent for {count_noun(number, 'image')}", "Send one per image, and no seed.")
     recipe, requests = pipeline.prepare(
         [body["prompt"]] * number,
         seeds,

@@ -54,7 +54,7 @@ def describe_plans(
         for task, plan in plans.items():
             steps = plan.schedule.steps * (folds + (results[task] is None))
             times = f"{steps / plan.schedule.steps:.2g} times those of one decoder"
-            yield f"{task:<10} {steps} steps in all, {times}"
+            yield f"{task:<10} {count_noun(steps, 'step')} in all, {times}"
 
 
 def describe_framing(framing: Mapping[str, Any]) -> str:

@@ -52,6 +52,7 @@ from datasetdm_fast.engine.loading.model import (
 )
 from datasetdm_fast.engine.loading.tokenizer import OwnTokenizer, load_tokenizer
 from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.messages import count_noun
 from datasetdm_fast.plugins import load_place
 from datasetdm_fast.untrusted import documents, pickles
 from datasetdm_fast.untrusted.tensors import check_safetensors
@@ -413,13 +414,15 @@ def _from_folder(folder: Path, part: Part, weights: _Weights, config: Mapping[st
     missing = sorted(info["missing_keys"])
     if missing:
         raise Refused(
-            f"model: {folder} lacks {len(missing)} tensors its config.json asks for, the first is {missing[0]}",
+            f"model: {folder} lacks {count_noun(len(missing), 'tensor')} its config.json asks for, the first is "
+            f"{missing[0]}",
             MATCHING,
         )
     known = {without_numbers(name) for name in module.state_dict()}
     if more := sorted(name for name in info["unexpected_keys"] if without_numbers(name) in known):
         raise Refused(
-            f"model: {folder} has {len(more)} tensors of layers that its config.json omits, the first is {more[0]}",
+            f"model: {folder} has {count_noun(len(more), 'tensor')} of layers that its config.json omits, the first "
+            f"is {more[0]}",
             MATCHING,
         )
     return module

@@ -14,6 +14,7 @@ from datasetdm_fast.engine.loading.folder import SCHEDULER
 from datasetdm_fast.engine.loading.model import UNKNOWN_LICENCE, ConfigFile, Model, Network, check_model
 from datasetdm_fast.engine.models.layers import Uninitialised
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.messages import count_noun
 
 NOTES = ("_diffusers_version", "_use_default_values", "_name_or_path")  # of a config, that are no settings
 WRAPPED = ".base_layer."  # where an adapter library keeps a layer that it has wrapped
@@ -122,8 +123,8 @@ def state_of(module: nn.Module, name: str) -> dict[str, Tensor]:
     ]
     if waiting:
         raise Refused(
-            f"from_diffusers: {len(waiting)} layers of the {name} have an adapter that is not fused, the first is "
-            f"{waiting[0]}",
+            f"from_diffusers: {count_noun(len(waiting), 'layer')} of the {name} with an adapter that is not fused, the "
+            f"first is {waiting[0]}",
             "Call pipe.fuse_lora() first, or pipe.unload_lora_weights() to go without.",
         )
     if any(value.is_meta for value in module.state_dict().values()):

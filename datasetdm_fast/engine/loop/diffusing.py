@@ -15,6 +15,7 @@ from datasetdm_fast.engine.loop import driver, labelling
 from datasetdm_fast.engine.loop.calls import Beginning, Origin
 from datasetdm_fast.engine.loop.recipe import as_texts, check_numbers
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.messages import count_noun
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +45,8 @@ def repeat_prompts(
         negatives = list(as_texts("negative_prompt", negative))
     if len(negatives) != len(prompts):
         raise Refused(
-            f"negative_prompt: {len(negatives)} were given for {len(prompts)} prompts", "Give one, or one per prompt."
+            f"negative_prompt: {len(negatives)} given for {count_noun(len(prompts), 'prompt')}",
+            "Give one, or one per prompt.",
         )
     return [text for text in prompts for _ in range(each)], [text for text in negatives for _ in range(each)]
 
@@ -95,7 +97,9 @@ def draw_noise(
         if not isinstance(source, torch.Generator):
             raise Refused(f"generator: {source!r} is no generator of torch", "Give torch.Generator().manual_seed(7).")
     if len(sources) != count:
-        raise Refused(f"generator: {len(sources)} were given for {count} images", "Give one, or one per image.")
+        raise Refused(
+            f"generator: {len(sources)} given for {count_noun(count, 'image')}", "Give one, or one per image."
+        )
     return torch.cat([draw(source, 1) for source in sources], 1), [source.initial_seed() % 2**63 for source in sources]
 
 

@@ -288,7 +288,7 @@ class MMDiT(nn.Module):
         if self.text_norm is not None:
             words = F.rms_norm(words, self.text_norm.shape, self.text_norm, self.plan.eps)
         words, mask = self.text(words), text.mask
-        if self.image_padding is None:
+        if self.image_padding is None or self.text_padding is None:
             return image, words, mask, None
         if more := -image.shape[1] % PADDED_TOKENS:
             padding = self.image_padding.to(image.dtype)

@@ -11,6 +11,7 @@ from PIL import Image
 from datasetdm_fast.cores import in_blocks
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.messages import count_noun
 from datasetdm_fast.runs.run_folder.reader import StoredSample
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the images that CLIP was trained on
@@ -47,7 +48,9 @@ class Clip:
                 f"--clip {folder}: transformers cannot read it ({type(error).__name__}: {error})", NEEDED
             ) from error
         if absent := sorted(report["missing_keys"]):  # which transformers initialises at random
-            raise Missing(f"--clip {folder}: {len(absent)} tensors of a CLIP are missing, such as {absent[0]}", NEEDED)
+            raise Missing(
+                f"--clip {folder}: it lacks {count_noun(len(absent), 'tensor')} of a CLIP, such as {absent[0]}", NEEDED
+            )
         self.model = model.eval()
         self.side: int = self.model.config.vision_config.image_size
         self.length: int = self.model.config.text_config.max_position_embeddings

@@ -166,7 +166,7 @@ class Conversion:
         if self.corrected:
             yield f"{run.path}: corrections of {count_noun(self.corrected, 'sample')} are applied"
         if not run.is_complete:
-            yield f"{run.path}: not finished; converted so far: {len(run)} samples"
+            yield f"{run.path}: not finished; converted so far: {count_noun(len(run), 'sample')}"
         for name, format in self.formats.items():
             if unknown := format.unknown_classes(self.plan):
                 yield f"{name}: none of its classes are {', '.join(unknown)}, which --classes can rename"

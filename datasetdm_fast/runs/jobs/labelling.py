@@ -21,6 +21,7 @@ from datasetdm_fast.engine.loop.prompts import Plan
 from datasetdm_fast.engine.loop.recipe import prompt_words
 from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.errors import Refused
+from datasetdm_fast.messages import count_noun
 from datasetdm_fast.runs.jobs.job import Job, check_least_room, check_room, describe_run, open_engine, recipe_of
 from datasetdm_fast.runs.jobs.run import count_rows, merge_with_stored, relocated_paths
 from datasetdm_fast.runs.run_folder.document import LEDGER, check_same, made_by, row_facts
@@ -178,7 +179,7 @@ def prepare_labelling(
     document |= {
         "command": "label",
         "composition": {
-            "told": f"Labels of {number} pictures from the folder {pictures.folder.resolve().name}",
+            "told": f"Labels of {count_noun(number, 'picture')} from the folder {pictures.folder.resolve().name}",
             "sides": "their own sizes" if tiles else f"{recipe.size} × {recipe.size} pixels",
             "source": {
                 "path": str(pictures.folder),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from datasetdm_fast.cores import count_cores
 from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.messages import count_noun
 from datasetdm_fast.runs.run_settings import WorkerSettings
 
 
@@ -140,7 +141,7 @@ def select_gpus(selection: str, visible: Sequence[str]) -> list[str]:
         numbers = [int(word) for word in words]
     if not visible or max(numbers, default=0) >= len(visible):
         raise Missing(
-            f"--gpus {selection}: there are {len(visible)} GPUs here",
+            f"--gpus {selection}: this machine has {count_noun(len(visible), 'GPU')}",
             "Ask for fewer, or see CUDA_VISIBLE_DEVICES; --ranks N shares a CPU.",
         )
     return [visible[number] for number in numbers]

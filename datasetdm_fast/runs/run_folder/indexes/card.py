@@ -9,6 +9,7 @@ from typing import Any
 
 from datasetdm_fast.config import ATTENTION, DEMO_PROMPTS, INVERSION, REFERENCE
 from datasetdm_fast.engine.labels import by_kind, kind_of, markdown_cell, tasks_of
+from datasetdm_fast.messages import count_noun
 from datasetdm_fast.runs.run_folder.document import (
     COMMANDS,
     QUARANTINE,
@@ -198,7 +199,8 @@ def _making(document: Mapping[str, Any]) -> Iterator[str]:
     for entry in document.get("mixed", ()):
         facts = {"engine": "", "dtype": "", "device_name": "", **entry["engine"]}
         name = _code("{engine} {dtype} on {device_name}".format(**facts))
-        yield f"- {name} continued the run: {entry['number']} samples made again agreed in images and labels"
+        samples = count_noun(entry["number"], "sample")
+        yield f"- {name} continued the run: {samples} made again agreed in images and labels"
     if "mixed" not in document and len(engines := engines_of(document)) > 1:
         for facts in engines:
             yield f"- Engine {_code(facts.get('engine', ''))}" + (f": {values}" if (values := _values(facts)) else "")
