@@ -388,6 +388,15 @@ def test_texts_in_a_mirror_name_the_other_side_of_their_classes_alone():
     assert mirrored_names(("left", "right", "Left", "wall")) == [1, 0, 2, 3]
 
 
+def test_a_word_that_a_tokenizer_cuts_off_has_no_place_behind_it():
+    """In Stable Diffusion 3 the tokens of T5 follow those of CLIP."""
+    tokenizer = Tokenizer()
+    tokenizer.model_max_length = 7
+    assert token_places("a dog in a big dog", ("dog",), tokenizer, 20) == {"dog": (2, 6)}
+    tokenizer.longer = Tokenizer()
+    assert token_places("a dog in a dog dog dog", ("dog",), tokenizer, 20) == {"dog": (2, 5)}
+
+
 def test_other_classes_of_a_table_take_no_second_look_at_its_phrases(monkeypatch):
     """10,000 prompts that name other classes of COCO took two minutes before the first image."""
     class_tables.ClassMatcher(("dog", "person"))
@@ -398,7 +407,7 @@ def test_other_classes_of_a_table_take_no_second_look_at_its_phrases(monkeypatch
 
 
 def test_places_of_a_word_follow_what_stands_before_it():
-    tokenizer = SimpleNamespace()  # a token each character, between two marks
+    tokenizer = SimpleNamespace(model_max_length=77)  # a token each character, between two marks
     tokenizer.spans = lambda text: [(0, 0), *((at, at + 1) for at in range(len(text))), (0, 0)]
     assert token_places("a cat's ball", ("cat", "ball"), tokenizer, 77) == {"cat": (3, 4, 5), "ball": (9, 10, 11, 12)}
     assert token_places("a cat's ball", ("cat", "ball"), tokenizer, 11) == {"cat": (3, 4, 5), "ball": (9, 10)}

@@ -1318,6 +1318,14 @@ def test_file_without_vocabulary_says_where_to_put_one(first_generation, tmp_pat
         load_model(str(tmp_path / "model.safetensors"))
 
 
+def test_a_vocabulary_of_sentencepiece_alone_says_which_library_reads_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer, "find_spec", lambda name: None)
+    tmp_path.joinpath("spiece.model").write_bytes(b"x")
+    with pytest.raises(Missing, match="spiece.model alone") as stop:
+        tokenizer.load_tokenizer(tmp_path, ("transformers:T5TokenizerFast",))
+    assert "pip install sentencepiece" in stop.value.remedy
+
+
 LINEAR = {
     "sample_size": 16,
     "block_out_channels": (32, 64, 64, 64),

@@ -396,9 +396,11 @@ def token_places(
     prompt: str, classes: Sequence[str], tokenizer: Any, limit: int, table: ClassTable | None = None
 ) -> dict[str, tuple[int, ...]]:
     """Of the classes that a prompt names, the places among its tokens of the words that name them; places from `limit`
-    on are left out.
+    on, and those that the tokenizer cuts off, are left out.
     """
     rows = tokenizer.spans(unicodedata.normalize("NFC", prompt))
+    # where a longer tokenizer's tokens follow, this one's last is an end mark
+    limit = min(limit, tokenizer.model_max_length - hasattr(tokenizer, "longer"))
     places = {
         name: tuple(place for span in spans for place in places_within(rows, *span) if place < limit)
         for name, spans in matcher(tuple(classes), table).spans(prompt).items()

@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,7 @@ VOCABULARY_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+SENTENCEPIECE = "sentencepiece"
 VOCABULARY = "openai/clip-vit-large-patch14"  # the tokenizer of every SD 1.x and 2.x model
 
 
@@ -123,6 +125,11 @@ def load_tokenizer(folder: Path, classes: Sequence[str] = ("transformers:CLIPTok
         raise Refused(
             f"model: {folder} holds no vocabulary, expected are vocab.json and merges.txt, or tokenizer.json",
             "Put these files of the model there.",
+        )
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")) and not find_spec(SENTENCEPIECE):
+        raise Missing(
+            f"model: {folder} holds spiece.model alone, which the library {SENTENCEPIECE} reads",
+            f"Install it with: pip install {SENTENCEPIECE}, or put the model's tokenizer.json there.",
         )
     with _refusing(folder), quiet_libraries(), _only_vocabulary(folder) as safe:
         tokenizer = load_place(classes[0]).from_pretrained(safe, local_files_only=True)
