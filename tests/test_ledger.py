@@ -1072,6 +1072,8 @@ def test_errors_of_the_disk_are_refusals_about_the_path(tmp_path, monkeypatch):
     for name, code, act, said in (
         ("write", errno.EFBIG, lambda: storage.create(path, b"x"), "the file may not grow any more"),
         ("link", errno.EIO, lambda: storage.create(path, b"x"), os.strerror(errno.EIO)),
+        ("link", errno.EPERM, lambda: storage.create(path, b"x"), "has no hard links"),
+        ("link", errno.ENOSYS, lambda: storage.create(path, b"x"), "has no hard links"),
         ("link", errno.EIO, lambda: storage.link(source, path), os.strerror(errno.EIO)),
         ("unlink", errno.EACCES, lambda: storage.remove_temporaries(tmp_path), os.strerror(errno.EACCES)),
     ):
@@ -1114,6 +1116,14 @@ def test_what_only_closing_a_file_reports_is_a_refusal(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "close", fail)
     with pytest.raises(Missing, match=f"one: {os.strerror(errno.EIO)}|two: {os.strerror(errno.EIO)}"):
         storage.publish({tmp_path / "one": b"1", tmp_path / "two": b"2"})
+
+
+@pytest.mark.parametrize(("code", "remedy"), [(errno.EMFILE, "ulimit -n"), (errno.EACCES, "permissions")])
+def test_the_remedy_is_that_of_the_error(tmp_path, monkeypatch, code, remedy):
+    failing(monkeypatch, "open", code)
+    with pytest.raises(Missing) as caught:
+        storage.publish({tmp_path / "x": b"x"})
+    assert remedy in caught.value.remedy and os.strerror(code) in caught.value.cause
 
 
 def failing_call(code: int):

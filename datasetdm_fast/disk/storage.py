@@ -23,7 +23,8 @@ _TEMPORARY = re.compile(r"\.(.+)\.(\d+)\.part(-wal|-shm|-journal)?")
 _FULL = (errno.ENOSPC, errno.EDQUOT)  # the disk has no room left, or the user may take no more of it
 FULL = "the disk is full"  # the cause of a refusal
 TOO_LARGE = "the file may not grow any more (ulimit -f, or the limit of the disk)"
-_CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES, errno.ENOSYS)
+_HAS_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # FAT, network disks, mounted stores
+_CANNOT_LINK = (errno.EXDEV, errno.EMLINK, errno.EACCES, *_HAS_NO_LINKS)
 FILES_PER_SYNC = 64  # files written before the first of them is synced: the disk then joins their journal entries
 FILE_MODE, FOLDER_MODE = (0o666, 0o777)  # less the umask, which decides whether a group works on a run
 NUMBER = re.compile(r"\d+")
@@ -125,6 +126,11 @@ def create(path: Path, content: bytes) -> bool:
     except FileNotFoundError:
         return False
     except OSError as error:
+        if error.errno in _HAS_NO_LINKS:
+            raise Missing(
+                f"{path}: its file system has no hard links, by which processes share a run ({error.strerror})",
+                "Choose a folder on another one, or make a run folder in one process (--layout folder).",
+            ) from error
         raise refusal(error, path) from error
     finally:
         forget(part)
@@ -202,6 +208,8 @@ def refusal(error: OSError, path: str | Path) -> Missing:
         return Missing(f"{path}: {FULL}", "Free some space and run the same command again: it resumes.")
     if error.errno == errno.EFBIG:
         return Missing(f"{path}: {TOO_LARGE}", "Raise the limit and run the same command again: it resumes.")
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return Missing(f"{path}: {error.strerror}", "Raise the limit (ulimit -n) and run the same command again.")
     alike = named_alike(Path(path)) if error.errno == errno.ENOENT else ""
     return Missing(
         f"{path}: {error.strerror or error}{alike}",
