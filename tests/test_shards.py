@@ -1166,6 +1166,20 @@ def test_a_merged_run_is_a_manifest_that_readers_take_for_a_run(alone, folder, b
         datasetdm_fast.open_run(tmp_path / "other")
 
 
+def test_a_merged_run_that_is_mended_keeps_what_was_dropped_from_it_and_no_half_written_file(alone, tmp_path):
+    run, out = copy(alone, tmp_path), tmp_path / "all"
+    assert drop.main([str(run), "00000007", "--quiet"]) == 0
+    line = [str(run), str(alone), "--out", str(out), "--quiet"]
+    assert merge.main(line) == 0 and drop.main([str(out), "00000000", "--quiet"]) == 0
+    (out / entry_name(2)).unlink()
+    for name in ("run.json", "dropped.json", "manifest/00002.json"):  # of processes that were killed
+        path = out / name
+        path.with_name(f".{path.name}.{1 << 40}{10**8}.part").write_bytes(b"")
+    assert merge.main(line) == 0
+    merged = datasetdm_fast.open_run(out)
+    assert len(merged) == SAMPLES - 2 and merged[0].id == "00000001" and not list(out.rglob(".*"))
+
+
 def test_a_page_of_shards_begins_with_its_first_sample_and_ends_with_its_last(alone):
     ledger = SimpleNamespace(row=lambda index, parts: None if index in (5, 8) else alone)
     page = SimpleNamespace(_ledger=ledger)

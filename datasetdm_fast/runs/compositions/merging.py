@@ -327,9 +327,10 @@ class ShardMerging(Merging):
         """Writes the entries that are missing, behind run.json and the list of samples that are left out; how many
         samples they have.
         """
+        self.place.remove_parts(DOCUMENT, DROPPED_IDS, *map(entry_name, range(len(self.entries))))
         existing = set(list_shards(self.place))
         missing = [shard for shard in range(len(self.entries)) if shard not in existing]
-        if missing:
+        if not existing:  # later the list is the user's own
             self.place.create(DOCUMENT, pretty(self.document))
             if content := encode_dropped(self.dropped):
                 self.place.replace(DROPPED_IDS, content)
