@@ -111,7 +111,7 @@ class ModelSettings:
         0, "image side in pixels, a multiple of 64; 0 = what the model was made for", metavar="N", least=0
     )
     allow_download: bool = setting(
-        False, "allow --model to name a repository on the model hub, which is downloaded", identity=False
+        False, "download --model where it names a repository on the model hub", identity=False
     )
 
 

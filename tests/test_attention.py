@@ -41,6 +41,7 @@ from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.engine.tasks import attention
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.kernels import choice
+from datasetdm_fast.runs.jobs import job as job_module
 from datasetdm_fast.runs.jobs import labelling
 from datasetdm_fast.runs.jobs.labelling import open_pictures
 from datasetdm_fast.runs.run_folder.audit import audit
@@ -530,12 +531,13 @@ def test_pictures_in_tiles_have_a_largest_size_and_noise_levels_are_named(photos
 def test_a_job_of_pictures_in_tiles_counts_the_calls_and_pixels_of_one_on_average(tmp_path, monkeypatch, capsys):
     """Pictures of 1, 4 and 9 tiles of 64 pixels, of which a batch has 8: 1 + 1 + 2 calls."""
     monkeypatch.setattr(labelling, "open_engine", lambda *_: (StubEngine(tasks=("semantic",)), {}))
+    monkeypatch.setattr(job_module.storage, "free_bytes", lambda path: job_module.SPARE + 10**6)
     (folder := tmp_path / "photos").mkdir()
     for name, width, height in (("a", 64, 64), ("b", 200, 64), ("c", 150, 120)):
         Image.new("RGB", (width, height), (width, height, 0)).save(folder / f"{name}.png")
     (captions := tmp_path / "captions.json").write_text('{"a.png": "a ball", "a": "a cone", "b": "a dog"}')
-    spec = label_spec(LabelConfig(images=str(folder), tiles=True, task=("semantic",), out=str(tmp_path / "run")))
-    pictures = open_pictures(str(folder), str(captions))
+    settings = LabelConfig(images=str(folder), tiles=True, task=("semantic",), size=1024, out=str(tmp_path / "run"))
+    spec, pictures = label_spec(settings), open_pictures(str(folder), str(captions))  # labels are not of 1024 pixels
     assert pictures.captions == {"a.png": "a ball", "b.png": "a dog", "c.png": ""}
     assert replace(pictures, captions={}).digest() != pictures.digest()
     job = labelling.prepare_labelling(spec, None, pictures, (100,), has_tiles=True)
@@ -544,6 +546,7 @@ def test_a_job_of_pictures_in_tiles_counts_the_calls_and_pixels_of_one_on_averag
     stored = job.document | {"composition": job.document["composition"] | {"together": 3}}
     again = labelling.prepare_labelling(spec, stored, pictures, (100,), has_tiles=True)
     assert (again.document["composition"]["together"], again.calls) == (3, 2)  # 1 + 2 + 3 calls
+    spec = replace(spec, model=replace(spec.model, size=0))
     whole = labelling.prepare_labelling(replace(spec, identity={}), None, pictures, (100,), has_tiles=False)
     assert (whole.plan.batch_size, whole.calls, whole.pixels) == (3, 0, 0)
     line = [str(folder), "--task", "semantic", "--timesteps", "100", "--out", str(tmp_path / "run"), "--dry-run"]

@@ -494,6 +494,10 @@ def test_finite_weights_may_have_a_sum_that_is_not():
     for wrong in (float("nan"), float("inf")):
         with pytest.raises(Refused, match="b: w holds NaN or infinite values"):
             check_finite({"a": torch.ones(3), "w": torch.tensor([1, wrong, -wrong])}, "b: ")
+    for narrow in (torch.float8_e4m3fn, torch.float8_e5m2):
+        check_finite({"w": torch.ones(2).to(narrow)}, "")
+        with pytest.raises(Refused, match="w holds NaN"):
+            check_finite({"w": torch.tensor([1, float("nan")]).to(narrow)}, "")
 
 
 def drop_tensor(part: str, key: str):
@@ -1137,7 +1141,13 @@ def test_every_file_of_an_index_lies_in_its_folder_and_is_checked(tmp_path, monk
 
     files = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     assert read("b.safetensors", "a.safetensors", "b.safetensors") == files and checked == [*files]
-    for names in ((), ("../a.safetensors",), ("a.safetensors", "a.bin"), ("inner/a.safetensors",)):
+    for names in (
+        (),
+        ("../a.safetensors",),
+        ("a.safetensors", "a.bin"),
+        ("inner/a.safetensors",),
+        ("a.safetensors", 5),
+    ):
         with pytest.raises(Refused, match="it names no .safetensors files of its folder"):
             read(*names)
     with pytest.raises(Refused, match="lacks 2 of its 3 weight files, the first is c.safetensors"):

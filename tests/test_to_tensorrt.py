@@ -76,7 +76,10 @@ def test_the_command_writes_a_plan_beside_each_graph(tmp_path, monkeypatch, caps
     assert {capability for *_, capability in built} == {"sm89"} and not list(out.glob("*.part"))
     line = ["--model", "tiny", "--decoder", "none", "--out", str(out), "--quiet"]
     assert export_cli.main(line) == 0 and len(list(out.glob("*.plan"))) == 4  # of these very graphs
+    (manifest := out / "manifest.json").write_text(manifest.read_text().replace('"denoise": {', '"../other": {'))
+    (tmp_path / "other.plan").write_bytes(b"")
     assert export_cli.main([*line, "--precision", "bf16"]) == 0 and not list(out.glob("*.plan"))
+    assert (tmp_path / "other.plan").exists()
 
 
 # A model as wide as a quarter of Stable Diffusion ---------------------------------------------------------------------

@@ -34,6 +34,8 @@ def check_safetensors(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 def check_finite(state: Mapping[str, "Tensor"], origin: str) -> None:
     """Refuses weights with NaN or infinite values, by the first tensor that has one."""
     for name, value in state.items():
+        if value.is_floating_point() and value.itemsize == 1:  # of which torch sums and asks none
+            value = value.float()
         # a sum reads them once, and is finite only where all are
         if value.is_floating_point() and not value.sum().isfinite() and not value.isfinite().all():
             raise Refused(f"{origin}{name} holds NaN or infinite values, so the weights are damaged", GET_AGAIN)

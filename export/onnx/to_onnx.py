@@ -208,7 +208,7 @@ class StageExport:
                 ):
                     manifest.check_files(out)
                     return manifest
-                earlier = (*manifest.files, *(f"{stage}.plan" for stage in manifest.stages))
+                earlier = (*manifest.files, *(f"{Path(stage.file).stem}.plan" for stage in manifest.stages.values()))
             except (Refused, Missing):
                 check_replaceable(out)
                 earlier = ()

@@ -357,7 +357,7 @@ def _weight_files(part: Path) -> _Weights:
 def _files_of_index(index: Path, extension: str) -> tuple[Path, ...]:
     """The weight files that an index names, all in its own folder."""
     named = read_config(index).get("weight_map")
-    names = sorted({name for name in named.values() if isinstance(name, str)}) if isinstance(named, dict) else []
+    names = sorted(set(map(str, named.values()))) if isinstance(named, dict) else []
     if not names or any(Path(name).name != name or not name.endswith(extension) for name in names):
         raise Refused(f"model: {index}: it names no {extension} files of its folder", DAMAGED)
     if absent := [name for name in names if not (index.parent / name).is_file()]:

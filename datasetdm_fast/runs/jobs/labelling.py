@@ -155,7 +155,8 @@ def prepare_labelling(
     spec: RunSpec, stored: Mapping[str, Any] | None, pictures: Pictures, timesteps: Sequence[int], *, has_tiles: bool
 ) -> Job:
     """The job of labelling a folder of pictures, checked in full; nothing is written."""
-    check_least_room(spec.folder, 0 if stored else len(pictures.paths), spec.model.size, spec.labels.task)
+    size = 0 if has_tiles else spec.model.size  # labels of tiles have the sides of their pictures
+    check_least_room(spec.folder, 0 if stored else len(pictures.paths), size, spec.labels.task)
     sides = pictures.sides() if has_tiles else []
     if stored is None:
         pictures.check()
