@@ -240,6 +240,12 @@ def test_truncation_cuts_before_a_word_that_does_not_fit():
         assert prompts.fit_prompt("x" * length, tokenizer, "line", truncate=True) == "x" * 75
     fitting = " ".join(["x" * 18] * 4)  # of 75 letters
     assert prompts.fit_prompt(f"{fitting} more", tokenizer, "line", truncate=True) == fitting
+    for unspaced in ("a " + "\u732b" * 80, "\u732b " + "\u0e01" * 80):  # whose words stand side by side
+        assert prompts.fit_prompt(unspaced, tokenizer, "line", truncate=True) == unspaced[:75]
+    for text, remedy in (("\u732b" * 80, "Shorten it, or"), ("x" * 80, "The model's tokenizer knows few")):
+        with pytest.raises(Refused, match="82 tokens") as stop:
+            prompts.fit_prompt(text, tokenizer, "line", truncate=False)
+        assert stop.value.remedy.startswith(remedy)
 
 
 def test_the_tokenizer_cuts_where_another_work_leaves_it_to_it():

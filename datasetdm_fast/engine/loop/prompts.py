@@ -23,6 +23,7 @@ NEGATIVE_PROMPTS = {
     "extra limbs, disfigured, deformed, body out of frame, bad anatomy,watermark, signature, cut off, low contrast, "
     "underexposed, overexposed, bad art, beginner, amateur, distorted face"
 }
+_UNSPACED = re.compile("[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]")  # letters of Thai, Japanese and Chinese
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")
 
 
@@ -203,7 +204,7 @@ def fit_prompt(
         return prompt
     if not truncate:
         remedy = "Shorten it." if truncate is None else "Shorten it, or pass --truncate-prompts."
-        if count > MOST_PIECES * len(head.split()):
+        if count > MOST_PIECES * len(head.split()) + len(_UNSPACED.findall(head)):
             remedy = (
                 "The model's tokenizer knows few of its words. For the demo model write prompts with "
                 "python -m datasetdm_fast.prompts --set demo; others need another --model."
@@ -222,7 +223,7 @@ def _cut_prompt(prompt: str, tokenizer: Tokenizer, where: str, words: Sequence[s
             (middle, longest) if count_tokens(head[:middle], tokenizer) <= limit else (shortest, middle - 1)
         )
     cut = head[:shortest]
-    is_inside_word = not prompt[shortest : shortest + 1].isspace() and not cut[-1:].isspace()
+    is_inside_word = not any(letter.isspace() or _UNSPACED.match(letter) for letter in prompt[shortest - 1 :][:2])
     if is_inside_word and re.search(r"\s", cut):
         cut = cut.rsplit(None, 1)[0]
     cut = cut.strip()
