@@ -5,6 +5,7 @@ skipped for a reason that is not listed, and figures at the end.
 import fcntl
 import gc
 import os
+import shlex
 import signal
 import socket
 import struct
@@ -76,6 +77,18 @@ def has_loopback() -> bool:
         except OSError:
             return False
     return True
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config, specs):
+    """Workers are forked, too: each would spend half of its start on importing libraries."""
+    if config.getoption("markexpr") == "core":  # of which these need one
+        return
+    os.environ[forked.ADDRESS] = str(config._tmp_path_factory.getbasetemp() / "f")
+    forked.run(["-c", "pass"])  # the process that forks ends with the one that starts it
+    for spec in specs:
+        if spec.popen and not spec.python:
+            spec.python = shlex.join([sys.executable, "-S", forked.__file__])
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -181,9 +194,8 @@ def cache_of_its_own(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="session")
 def one_forking_process(tmp_path_factory):
-    """All workers of xdist ask the same process for programs, whose socket lies in the folder that they share."""
-    folder = tmp_path_factory.getbasetemp()
-    os.environ["DATASETDM_FORKING"] = str((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "f")
+    """All workers of xdist ask the process for programs that they are forks of themselves."""
+    os.environ.setdefault(forked.ADDRESS, str(tmp_path_factory.getbasetemp() / "f"))
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
 """Programs of tests as processes of their own that need not import torch, transformers and diffusers, which would take
 most of their time: one process has imported these, nothing of ours, and forks for each of them.
 
-As a module it starts such programs; as a script it is that process. What checks imports, page faults or how a process
-starts, or compiles kernels of Triton, needs a new interpreter instead.
+As a module it starts such programs; as a script it is that process, or a new interpreter's stand-in: with the arguments
+of one it passes on what a program reads and writes. What checks imports, page faults or how a process starts, or
+compiles kernels of Triton, needs a new interpreter instead.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -94,9 +96,10 @@ def _connect() -> socket.socket:
             address.unlink(missing_ok=True)
             variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
             line = [sys.executable, __file__, str(address)]
-            # it ends once this process has, as its standard input does
-            process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=variables)
-            assert process.stdout.readline() == b"ready\n"
+            told, pipes = address.with_suffix(".log"), {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            with told.open("w") as errors:  # it ends once this process has, as its standard input does
+                process = subprocess.Popen(line, **pipes, stderr=errors, env=variables)
+            assert process.stdout.readline() == b"ready\n", told.read_text()
             _started.append(process)
             connection.connect(str(address))
     return connection
@@ -119,7 +122,7 @@ def _serve(address: str) -> dict[str, Any]:
             connection.close()
             while _has_ended_child():
                 pass
-    os.unlink(address)
+    Path(address).unlink(missing_ok=True)
     os._exit(0)
 
 
@@ -167,6 +170,10 @@ def _become(program: dict[str, Any], paths: list[str]) -> None:
     sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))
     kind, *line = program["line"]
     own = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    sys.path[:] = [*own, *paths]
+    sys.modules.pop("sitecustomize", None)
+    with suppress(ImportError):
+        import sitecustomize  # noqa: F401
     gc.enable()
     if kind == "-c":
         code, *arguments = line
@@ -194,6 +201,9 @@ def _end(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "-u":
+        sys.exit(ForkedPython(sys.argv[2:]).wait())
+
     import gc
 
     gc.disable()
