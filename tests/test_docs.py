@@ -7,6 +7,7 @@ import ast
 import doctest
 import re
 import sys
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -36,12 +37,17 @@ def test_generated_pages_are_those_of_the_sources(name):
     assert written.splitlines() == pages.PAGES[name]().splitlines(), "run `python tests/test_docs.py`"
 
 
+@cache
+def stops(path):
+    return list(pages.stops(path))
+
+
 @pytest.mark.parametrize("path", pages.sources(), ids=lambda path: path.relative_to(HERE).as_posix())
 def test_every_refusal_says_what_to_do(path):
-    assert [cause for _, cause, remedy in pages.stops(path) if not remedy] == []
+    assert [cause for _, cause, remedy in stops(path) if not remedy] == []
     short = [
         node.lineno
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(pages.parsed(path))
         if isinstance(node, ast.Call)
         and getattr(node.func, "attr", getattr(node.func, "id", "")) in pages.STOPS
         and (len(node.args) + len(node.keywords) != 2 or any(isinstance(one, ast.Starred) for one in node.args))
@@ -52,7 +58,7 @@ def test_every_refusal_says_what_to_do(path):
 def test_the_page_of_refusals_follows_names_of_remedies():
     told = {}
     for path in pages.sources():
-        told |= {cause: remedy for _, cause, remedy in pages.stops(path)}
+        told |= {cause: remedy for _, cause, remedy in stops(path)}
     again, chosen = "Get the file again and compare its checksum.", "Choose one of these with --device, such as cuda:0."
     assert told["device: NAME is none of auto, cpu, cuda, cuda:N"] == chosen  # written in the call
     assert told["PATH is truncated or not a safetensors file (REASON)"] == again  # a constant of another module

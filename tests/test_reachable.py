@@ -89,7 +89,7 @@ class Reader(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_Call(self, node: ast.Call) -> None:
-        if ast.unparse(node.func) == "getattr" and isinstance(node.args[1], ast.JoinedStr):
+        if getattr(node.func, "id", "") == "getattr" and isinstance(node.args[1], ast.JoinedStr):
             parts = (re.escape(p.value) if isinstance(p, ast.Constant) else r"\w+" for p in node.args[1].values)
             self.found.patterns.add("".join(parts))
         self.generic_visit(node)
