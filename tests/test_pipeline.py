@@ -422,6 +422,11 @@ def test_names_of_diffusers_are_told_the_names_of_here():
         stub("a ball", num_inference_steps=3)
     with pytest.raises(TypeError, match="write guidance="):
         stub.stream(["a ball"], guidance_scale=3)
+    for name, theirs in (("steps", "num_inference_steps="), ("seeds", "generator="), ("guidance", "guidance_scale=")):
+        with pytest.raises(TypeError, match=f"'{name}' is no choice here; write {theirs}"):
+            stub.diffuse("a ball", **{name: 3})
+    with pytest.raises(TypeError, match="'latents' is no choice here$"):  # not "attention", which is none either
+        stub.stream(["a ball"], latents=3)
 
 
 @pytest.mark.parametrize("name, value", [("strength", 0.4), ("speed", "cache3")])

@@ -163,7 +163,14 @@ def test_doubtful_samples_are_replaced(monkeypatch, pipe):
         list(SampleStream(stub(), PROMPTS, "depth", trusted=True, **options))
 
 
-@pytest.mark.parametrize("bad", [{"prompts": "a ball"}, {"prompts": ()}, {"number": -1}, {"prefetch": 0}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        *({"prompts": prompts} for prompts in ("a ball", (), iter(PROMPTS))),
+        *({"number": number} for number in (-1, 1.5, "3", None)),
+        *({"prefetch": 0}, {"seed": "3"}),
+    ],
+)
 def test_what_is_no_stream_is_refused(bad):
     with pytest.raises(Refused):
         SampleStream(stub, **{"prompts": PROMPTS, "task": "depth", **bad})
@@ -171,6 +178,17 @@ def test_what_is_no_stream_is_refused(bad):
 
 def test_a_single_sample_may_be_made_ahead():
     assert len(list(SampleStream(stub(), PROMPTS, "depth", number=2, steps=2, prefetch=1))) == 2
+
+
+def test_a_thread_that_makes_samples_ends_before_its_process(monkeypatch):
+    """PyTorch aborts a process that ends while a thread is in its code."""
+    ends, before = [], threading.active_count()
+    monkeypatch.setattr(sample_stream.atexit, "register", ends.append)
+    reader = iter(SampleStream(stub(), PROMPTS, "depth", steps=2, prefetch=1000))
+    next(reader)
+    assert threading.active_count() == before + 1
+    ends.pop()()
+    assert threading.active_count() == before
 
 
 def test_a_refusal_of_the_thread_reaches_the_reader():

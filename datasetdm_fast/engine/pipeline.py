@@ -64,6 +64,12 @@ DIFFUSERS_NAMES = {  # argument of diffusers' pipelines -> what it is called by 
     "height": "size= of from_pretrained",
     "width": "size= of from_pretrained",
 }
+OWN_NAMES = {  # argument of `__call__` and `stream` -> what it is called by `diffuse`
+    "steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+    "seed": "generator",
+    "seeds": "generator",
+}
 COMMANDS_ALONE = {  # choice of a recipe -> the commands that take it, as a call would make other images by it
     "strength": "edit and vary, which begin with an image",
     "speed": "generate, which compares its labels with exact ones first",
@@ -324,6 +330,8 @@ class Pipeline:
         means that of the model's family, or of its scheduler. `height` and `width` can only be those of the model.
         Other choices are those of `stream`.
         """
+        for name in OWN_NAMES.keys() & choices.keys():
+            raise TypeError(f"{name!r} is no choice here; write {OWN_NAMES[name]}=")
         check_choice("output_type", output_type, diffusing.OUTPUT_TYPES)
         side = self.engine.model.size
         for name, value in (("height", height), ("width", width)):

@@ -1,11 +1,13 @@
 """Samples made while a trainer reads them: a data set for torch, and a class for Ray Data."""
 
+import atexit
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import suppress
 from functools import cached_property
 from itertools import count, islice
+from numbers import Integral
 from queue import Full, Queue
 from threading import Event, Thread
 from typing import Any
@@ -17,7 +19,7 @@ from datasetdm_fast.config import MOST_TRIES
 from datasetdm_fast.data import Sample
 from datasetdm_fast.engine.labels import kind_of, number_classes
 from datasetdm_fast.engine.labels.label_files import image_tensor, label_tensors, stack
-from datasetdm_fast.engine.loop.recipe import as_texts, label_tables
+from datasetdm_fast.engine.loop.recipe import as_texts, check_numbers, label_tables
 from datasetdm_fast.engine.pipeline import Pipeline
 from datasetdm_fast.engine.shares import SharedDataset
 from datasetdm_fast.errors import GateFailed, Refused
@@ -49,10 +51,14 @@ class SampleStream(SharedDataset):
         transform: Callable[[Any, Any], Any] | None = None,
         **choices: Any,
     ):
-        if isinstance(prompts, str) or not prompts:
+        if isinstance(prompts, str) or not isinstance(prompts, Sized) or not len(prompts):
             raise Refused("prompts: expected a sequence of texts", "Write (prompt,) for one.")
-        if number < 0 or prefetch < 1:
-            raise Refused(f"number {number}, prefetch {prefetch}: expected at least 0 and 1", "Choose other numbers.")
+        if not all(isinstance(value, Integral) and value >= k for k, value in enumerate((number, prefetch))):
+            raise Refused(
+                f"number {number}, prefetch {prefetch}: expected whole numbers of at least 0 and 1",
+                "Choose other numbers.",
+            )
+        check_numbers(seed=seed)
         if not isinstance(negatives := choices.get("negative_prompt"), str | None):
             some = list(islice(as_texts("negative_prompt", negatives), len(prompts) + 1))  # it may have no end
             if len(some) != len(prompts):
@@ -110,6 +116,12 @@ class SampleStream(SharedDataset):
         over, share = Event(), self.find_share()
         thread = Thread(target=self._fill, args=(samples, over, *share), name="samples", daemon=True)
         thread.start()
+
+        def end() -> None:
+            over.set()
+            thread.join()
+
+        atexit.register(end)  # a thread that is amid a product when its process ends would abort that
         try:
             while (sample := samples.get()) is not None:
                 if isinstance(sample, Exception):
@@ -119,8 +131,8 @@ class SampleStream(SharedDataset):
                 label = labels[self.task] if isinstance(self.task, str) else labels
                 yield (image, label) if self.transform is None else self.transform(image, label)
         finally:
-            over.set()
-            thread.join()
+            atexit.unregister(end)
+            end()
 
     def _fill(self, samples: Queue[Any], over: Event, share: int, shares: int) -> None:
         """Puts samples, and at their end None or what went wrong, into a queue that another thread empties."""

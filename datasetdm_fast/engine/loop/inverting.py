@@ -17,7 +17,7 @@ from datasetdm_fast.engine.labels.tiles import Tiling, joined_instances, joined_
 from datasetdm_fast.engine.loop import driver, labelling
 from datasetdm_fast.engine.loop.calls import CapturedCalls, trained_calls
 from datasetdm_fast.engine.loop.prompts import PromptLine, fit_prompt
-from datasetdm_fast.engine.loop.recipe import Recipe, labellers_of, name_timesteps
+from datasetdm_fast.engine.loop.recipe import Recipe, check_iterable, labellers_of, name_timesteps
 from datasetdm_fast.engine.pictures import framing
 from datasetdm_fast.engine.pictures.labelled import Picture
 from datasetdm_fast.errors import Refused
@@ -158,7 +158,8 @@ class TilingGenerator(InvertingGenerator):
 
 def inversion_recipe(recipe: Recipe, engine: Engine, timesteps: Sequence[int]) -> Recipe:
     """The recipe for existing pictures: attention is read at `timesteps`, others at those of their decoders."""
-    timesteps = list(timesteps) if recipe.attention else []
+    expected = "several of the model's training timesteps"
+    timesteps = list(check_iterable("timesteps", timesteps, expected)) if recipe.attention else []
     training = int(engine.model.scheduler.get("num_train_timesteps", TRAINING_STEPS))
     is_whole = all(isinstance(time, Integral) and 0 <= time < training for time in timesteps)
     if recipe.attention and not (timesteps and is_whole):

@@ -185,6 +185,9 @@ class Recipe:
         return request
 
 
+NOT_CHOSEN = {"engine", "table", "attention", "strength", "speed"}  # parameters that no caller of the library gives
+
+
 def make_recipe(
     engine: Engine,
     tasks: Sequence[str],
@@ -242,7 +245,8 @@ def make_recipe(
                 concept_places(word, model.tokenizer)
     elif attention:
         name, known = next(iter(attention)), signature(attention_recipe).parameters
-        hint = f"; it needs the task {ATTENTION}" if name in known else nearest(name, signature(make_recipe).parameters)
+        chosen = sorted(signature(make_recipe).parameters.keys() - NOT_CHOSEN)
+        hint = f"; it needs the task {ATTENTION}" if name in known else nearest(name, chosen)
         raise TypeError(f"{name!r} is no choice here{hint}")
     if model.guidance == "none" and guidance > 1:
         raise Refused(
