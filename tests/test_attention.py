@@ -39,7 +39,7 @@ from datasetdm_fast.engine.loop.recipe import Recipe, make_recipe
 from datasetdm_fast.engine.pipeline import Pipeline
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.engine.tasks import attention
-from datasetdm_fast.errors import GateFailed, Refused
+from datasetdm_fast.errors import GateFailed, Missing, Refused
 from datasetdm_fast.kernels import choice
 from datasetdm_fast.runs.jobs import job as job_module
 from datasetdm_fast.runs.jobs import labelling
@@ -209,6 +209,7 @@ def test_columns_are_tokens_or_words(model):
 def test_a_class_is_read_at_its_first_mention():
     find = partial(class_prompts.class_columns, tokenizer=Tokenizer(), by_words=False)
     assert find("two dogs by a dog", ("dog",)) == [("dog", (2,))]
+    assert find("a dog and a dog", ("dog",), is_listed=True) == [("dog", (2,))]
     assert find("a hot dog and a dog", ("dog",)) == [("dog", (6,))]
     assert find("an orange ball", ("ball", "orange")) == [("ball", (3,)), ("orange", (2,))]  # listed by its author
 
@@ -546,6 +547,9 @@ def test_a_job_of_pictures_in_tiles_counts_the_calls_and_pixels_of_one_on_averag
     stored = job.document | {"composition": job.document["composition"] | {"together": 3}}
     again = labelling.prepare_labelling(spec, stored, pictures, (100,), has_tiles=True)
     assert (again.document["composition"]["together"], again.calls) == (3, 2)  # 1 + 2 + 3 calls
+    with monkeypatch.context() as patch, pytest.raises(Missing, match="are free"):
+        patch.setattr(labelling, "open_engine", None)  # before networks are loaded
+        labelling.prepare_labelling(spec, None, pictures, (100,), has_tiles=False)
     spec = replace(spec, model=replace(spec.model, size=0))
     whole = labelling.prepare_labelling(replace(spec, identity={}), None, pictures, (100,), has_tiles=False)
     assert (whole.plan.batch_size, whole.calls, whole.pixels) == (3, 0, 0)

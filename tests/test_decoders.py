@@ -351,6 +351,7 @@ def test_stored_in_16_bits_the_answers_are_near(kind, normalisation):
     text = text_for(config, 2)
     assert {value.dtype for value in narrow.parameters()} == {torch.float16}
     assert {value.dtype for value in (*narrow.buffers(), *decoder.parameters())} == {torch.float32}
+    assert narrow._forward_hooks is not decoder._forward_hooks  # a hook of one is none of the other
     with torch.inference_mode():
         right, found = decoder(capture, text), narrow(capture.to(torch.float16), text)
     for name, value in right.items():

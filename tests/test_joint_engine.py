@@ -279,6 +279,8 @@ def test_sums_of_an_attention(is_masked):
     given = mask if is_masked else None
     output, sums = plain(query, key, value, given)
     torch.testing.assert_close(output.double(), scores.softmax(-1) @ value.double(), rtol=1e-5, atol=1e-5)
+    gapped = [torch.stack([part, torch.full_like(part, torch.nan)], -1)[..., 0] for part in (query, key, value)]
+    torch.testing.assert_close(plain(*gapped, given), (output, sums))
     # the calls of a GPU, without one: shapes alone
     on_gpu = plain(*(part if part is None else part.to("meta") for part in (query, key, value, given)))
     assert [part.shape for part in on_gpu] == [output.shape, sums.shape]

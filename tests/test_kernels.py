@@ -540,6 +540,8 @@ def test_a_wide_depth_head_adds_up_all_its_parts(monkeypatch):
     with torch.no_grad():
         for form in (depth_head.plain, depth_head.fused, depth_head.native):
             assert distance(form(x, *weights, (7, 9)), exact) <= 1e-6
+    with pytest.raises(ValueError, match="depth_head"):
+        depth_head.fused(x, *weights[:3], noise(2), (7, 9))
 
 
 def test_heads_that_do_not_lie_side_by_side_are_left_to_pytorch():

@@ -8,10 +8,11 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import troubled
@@ -314,9 +315,12 @@ def test_a_process_takes_the_gpu_and_the_cores_of_its_place_on_its_machine(monke
 
 @pytest.mark.parametrize(("rank", "reports"), [(0, 1), (2, 0)])
 def test_one_process_of_all_machines_reports_a_run_in_shards(tmp_path, monkeypatch, rank, reports):
-    reported, begun = [], []
+    reported, begun, shares = [], [], []
     monkeypatch.setattr(sharded_run, "work_on_shards", lambda spec, place, rank, callbacks: begun.append(rank))
+    monkeypatch.setattr(
+        sharded_run, "ImageProgress", lambda images, quiet: shares.append(images) or nullcontext(Mock())
+    )
     monkeypatch.setattr(sharded_run, "_report", lambda *given: reported.append(given))
-    config = RunConfig(layout="shards", out=str(tmp_path / "run"), number=2, quiet=True)
+    config = RunConfig(layout="shards", out=str(tmp_path / "run"), number=9, quiet=True)
     assert generate_shards(config, read_spec(config), LaunchedProcess(rank, 4, 0, 2), "") == 0
-    assert len(reported) == reports and begun == [ShardRank(rank, 4)]
+    assert len(reported) == reports and begun == [ShardRank(rank, 4)] and shares == [3]

@@ -857,6 +857,7 @@ def test_a_run_is_sliced_and_asked_for_what_passes(run_path):
     assert run[-1].id == run["00000011"].id == "00000011" and repr(run[:2]).endswith(f"{', '.join(run.tasks)}>")
     assert "00000011" in run and "11" in run and run[-1] in run
     assert "00000011" not in run[:2] and run[-1] not in run[:2] and "00000012" not in run and 11 not in run
+    assert replace(run[-1], folder=run_path.parent) not in run  # of another run
     balls = run.where(classes=("ball",))
     assert 0 < len(balls) < len(run) and all("ball" in sample.classes for sample in balls)
     assert len(run.where(classes=iter(["ball"]))) == len(balls)
@@ -1074,6 +1075,7 @@ def test_errors_of_the_disk_are_refusals_about_the_path(tmp_path, monkeypatch):
         ("link", errno.EIO, lambda: storage.create(path, b"x"), os.strerror(errno.EIO)),
         ("link", errno.EPERM, lambda: storage.create(path, b"x"), "has no hard links"),
         ("link", errno.ENOSYS, lambda: storage.create(path, b"x"), "has no hard links"),
+        ("open", errno.EPERM, lambda: storage.create(path, b"x"), f"path: {os.strerror(errno.EPERM)}"),
         ("link", errno.EIO, lambda: storage.link(source, path), os.strerror(errno.EIO)),
         ("unlink", errno.EACCES, lambda: storage.remove_temporaries(tmp_path), os.strerror(errno.EACCES)),
     ):

@@ -35,6 +35,7 @@ from datasetdm_fast.runs.compositions.redraw import open_source
 from datasetdm_fast.runs.compositions.settings import EditSettings, VarySettings
 from datasetdm_fast.runs.compositions.vary import DOMAINS, Variants, measure_consistency, move_prompt
 from datasetdm_fast.runs.gallery.page import finish_run
+from datasetdm_fast.runs.jobs import job
 from datasetdm_fast.runs.run_folder.audit import audit
 from datasetdm_fast.runs.run_folder.folder import RunFolder
 from datasetdm_fast.runs.run_folder.ledger import Ledger
@@ -72,7 +73,7 @@ def varied(source) -> Path:
     return out
 
 
-def test_dry_runs_write_nothing(source, edited, tmp_path, capsys):
+def test_dry_runs_write_nothing(source, edited, tmp_path, capsys, monkeypatch):
     before = tree(source.parent)
     for command, line, told in (
         (edit, [str(source), *EDIT, "--out", str(tmp_path / "run")], {"number": 2, "done": 0}),
@@ -84,6 +85,9 @@ def test_dry_runs_write_nothing(source, edited, tmp_path, capsys):
         assert found | told == found and err.endswith("--dry-run: nothing is written\n")
     line = [str(source), *EDIT, "--out", str(tmp_path / "run"), "--limit", "1", "--dry-run"]
     assert edit.main(line) == 0 and "1 of 2 images would be made" in capsys.readouterr().err
+    monkeypatch.setattr(job.storage, "free_bytes", lambda path: 1000)
+    monkeypatch.setattr(redraw, "open_engine", None)  # before networks are loaded
+    assert edit.main(line) == 3 and "are free" in capsys.readouterr().err
     assert tree(source.parent) == before and not list(tmp_path.iterdir())
 
 
@@ -162,6 +166,10 @@ def test_what_is_made_of_an_edit_or_by_a_speed_has_the_steps_that_made_its_image
         "--out",
         str(tmp_path / "varied"),
     ]
+    assert vary.main(line) == 0
+    begun = json.loads((tmp_path / "varied/run.json").read_text())
+    begun["config"]["speed"] = "fast25"  # of the source, as former versions copied it
+    (tmp_path / "varied/run.json").write_text(json.dumps(begun))
     assert vary.main(line) == 0
     made = [json.loads((tmp_path / name / "run.json").read_text())["sampling"] for name in ("run", "edited", "varied")]
     assert {(each["steps"], each["guidance"], each["sampler"]) for each in made} == {(3, 1.5, "euler")}

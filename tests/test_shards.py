@@ -278,7 +278,7 @@ def test_a_run_of_an_earlier_version_keeps_its_1000_samples(tmp_path, monkeypatc
     assert ShardFolder(run).names("manifest") == ["00000.json"] and len(datasetdm_fast.open_run(run)) == 33
 
 
-def test_a_disk_needs_room_for_what_is_missing_alone(alone, tmp_path, monkeypatch):
+def test_a_disk_needs_room_for_what_is_missing_alone(alone, bucket, tmp_path, monkeypatch):
     run = copy(alone, tmp_path)
     (run / entry_name(5)).unlink()
     monkeypatch.setattr(job_module.storage, "free_bytes", lambda path: job_module.SPARE + 100_000)
@@ -286,6 +286,8 @@ def test_a_disk_needs_room_for_what_is_missing_alone(alone, tmp_path, monkeypatc
     assert tree(run) == tree(alone)
     with pytest.raises(Missing, match="of disk"):
         make(tmp_path / "new")
+    monkeypatch.chdir(tmp_path)  # which says nothing of a store
+    work_on_shards(replace(spec_of("run"), url="memory://bucket/run"), bucket, ALONE, Callbacks(describe))
 
 
 def test_any_rank_and_any_number_of_processes_makes_the_same_bytes(alone, tmp_path):
@@ -1008,9 +1010,14 @@ def test_processes_change_what_lies_beside_shards_one_after_the_other(alone, tmp
     assert dropping.drop(first, [3]) == [3] and dropping.drop(second, [7]) == [7]
     assert json.loads((run / "dropped.json").read_text()) == ["00000003", "00000007"]
     assert not (run / "scores" / part).exists()
+    assert second.shards.scored.shards  # before the first has written some
+    first.shards.scored.write(0, {"clip": {0: 0.5}})
+    with second.shards.hold():
+        assert second.shards.scored.shards[0]["clip"][0] == 0.5
+    shutil.rmtree(run / "scores")  # which a filter would write again
     capsys.readouterr()
     with storage.hold_lock(run / "state/lock"):
-        for command, *line in ((drop.main, "00000009"), (restore.main, "--all")):
+        for command, *line in ((drop.main, "00000009"), (restore.main, "--all"), (filtering.main,)):
             assert command([str(run), *line]) == 2
             assert "another process is writing to this run folder" in capsys.readouterr().err
 

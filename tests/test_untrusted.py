@@ -196,6 +196,8 @@ def test_pictures_of_very_many_parts_are_refused_before_they_are_decoded(tmp_pat
     last = whole[whole.rindex(b"\xff\xda") : -2]  # a scan, which a decoder takes as often as it comes
     scans = whole.count(b"\xff\xda")
     images.decode_image(whole[:-2] + last * (images.MOST_SCANS - scans) + b"\xff\xd9\0\0" + last * 200, "a.jpg")
+    Image.effect_noise((400, 400), 100).save(tmp_path / "b.jpg", quality=95)
+    images.decode_image((tmp_path / "b.jpg").read_bytes(), "b.jpg")  # of a scan with more bytes than may be between
     empty, thumbnail = b"\xff\xfe\0\2", b"\xff\xe1\xff\xff" + (last + b"\xff\xd9").ljust(65533, b"a")
     hostile = {
         "scans.jpg": whole[:-2] + last * (images.MOST_SCANS - scans + 1) + b"\xff\xd9",

@@ -122,15 +122,17 @@ def create(path: Path, content: bytes) -> bool:
         except FileExistsError:  # also where NFS has lost the answer of the call that made it, see open(2)
             if part.stat().st_nlink < 2:
                 return False
-        sync(path.parent)
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        if error.errno in _HAS_NO_LINKS:
+        except OSError as error:
+            if error.errno not in _HAS_NO_LINKS:
+                raise
             raise Missing(
                 f"{path}: its file system has no hard links, by which processes share a run ({error.strerror})",
                 "Choose a folder on another one, or make a run folder in one process (--layout folder).",
             ) from error
+        sync(path.parent)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
         raise refusal(error, path) from error
     finally:
         forget(part)
