@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ SIDE = 96  # pixels before a layout cuts its own rectangle out
 COUNT = 3
 
 
+@cache
 def views() -> list[world.View]:
     """Scenes with a person each."""
     found = (

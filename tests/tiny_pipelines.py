@@ -98,8 +98,8 @@ def qwen_tokenizer():
     return tokenizer
 
 
-def qwen3(kind, width=32, layers=3):
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+def qwen3(kind, width=32, layers=3, heads=4):
+    heads = {"num_attention_heads": heads, "num_key_value_heads": heads // 2, "head_dim": 32 // heads}
     sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers}
     return kind(Qwen3Config(vocab_size=300, **sizes, **heads))
 
@@ -230,7 +230,7 @@ def flux2_klein(width=32, layers=1, singles=3, text=32, is_distilled=True, chann
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=2.5),
         vae=autoencoder,
-        text_encoder=qwen3(Qwen3ForCausalLM, text, 28),
+        text_encoder=qwen3(Qwen3ForCausalLM, text, 28, heads=2),  # of four and two heads is Z-Image's
         tokenizer=qwen_tokenizer(),
         is_distilled=is_distilled,
     )
