@@ -52,11 +52,6 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-@cache
-def imports_of(path: Path) -> list[ast.Import | ast.ImportFrom]:
-    return [node for node in ast.walk(tree_of(path)) if isinstance(node, (ast.Import, ast.ImportFrom))]
-
-
 @dataclass(frozen=True)
 class Arrow:
     """One import: the file and line it stands in, and the module it names."""
@@ -81,15 +76,17 @@ def arrows(root: Path, known: Mapping[str, Path]) -> Iterator[Arrow]:
     """Every import of one module of the checkout by another."""
     for source, path in known.items():
         package = source if path.name == "__init__.py" else source.rpartition(".")[0]
-        for node in imports_of(path):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.Import):
                 wanted = [alias.name for alias in node.names]
-            else:
+            elif isinstance(node, ast.ImportFrom):
                 base = node.module or ""
                 if node.level:
                     above = package.split(".")
                     base = ".".join([*above[: len(above) - node.level + 1], *([node.module] if node.module else [])])
                 wanted = [f"{base}.{alias.name}" for alias in node.names]
+            else:
+                continue
             for name in wanted:
                 target = next((each for each in (name, name.rpartition(".")[0]) if each in known), None)
                 if target and target not in (
