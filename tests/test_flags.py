@@ -164,6 +164,14 @@ def test_fractions_of_a_yaml_file_are_decimal(text, value, tmp_path):
     assert parse_run(["--config", str(tmp_path / "run.yaml")])[0].guidance == value
 
 
+def test_a_tilde_is_the_home_folder_where_no_shell_has_read_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("out: ~/runs\nlora: [~/a.safetensors, '~b']\n")
+    config, _ = parse_run(["--config", str(tmp_path / "run.yaml"), "--decoder=~/decoder", "--model", "~"])
+    assert (config.out, config.decoder, config.model) == (f"{tmp_path}/runs", f"{tmp_path}/decoder", "~")
+    assert config.lora == (f"{tmp_path}/a.safetensors", "~b")
+
+
 def test_an_empty_yaml_file_changes_nothing(tmp_path):
     (tmp_path / "run.yaml").write_text("# nothing yet\n")
     assert parse_run(["--config", str(tmp_path / "run.yaml")]) == (RunConfig(), set())

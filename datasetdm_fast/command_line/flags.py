@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 import re
 import reprlib
 from collections.abc import Callable, Sequence
@@ -177,7 +178,7 @@ def _converter(field: Field[Any], hint: Any) -> Converter:
             other = field.metadata.get("other_names", {}).get(choice.lower())
             suggestion = f" (did you mean {other}?)" if other else nearest(choice, known)
             raise argparse.ArgumentTypeError(f"{choice!r} is not one of {', '.join(known)}{suggestion}")
-        return text
+        return os.path.expanduser(text) if text.startswith("~/") else text  # which shells leave so in --out=~/runs
 
     def split_list(text: str) -> tuple[str, ...]:
         words = tuple(check_choice(word.strip()) for word in text.split(",") if word.strip())
