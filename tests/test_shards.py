@@ -398,7 +398,7 @@ def test_in_the_place_of_a_rejected_sample_others_are_made_as_often_as_the_plan_
     asked = []
 
     def made(job, batches, on_unet_call):
-        on_unet_call()
+        assert on_unet_call is list  # which renews the claims of the worker below
         for batch in batches:
             yield batch, [result_for(index, batch.turn) for index in batch.indices]
 

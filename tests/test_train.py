@@ -1201,6 +1201,18 @@ def test_a_folder_with_a_decoder_of_other_making_is_left_alone(run, tmp_path, ca
     assert "holds a decoder that was not trained there" in capsys.readouterr().err
 
 
+def test_another_training_is_looked_for_at_the_first_that_is_left(tmp_path):
+    tasks = ("depth", "semantic")
+    for task in tasks:
+        with task_training.lock_folder(tmp_path / task):
+            pass
+    (tmp_path / "depth" / "training" / "result.json").write_text("{}")
+    with task_training.lock_folder(tmp_path / "depth"):
+        task_training.check_unlocked(tmp_path, tasks)
+    with task_training.lock_folder(tmp_path / "semantic"), pytest.raises(Refused, match="another process"):
+        task_training.check_unlocked(tmp_path, tasks)
+
+
 def test_a_folder_another_training_writes_to_is_left_alone(run, tmp_path, capsys, monkeypatch):
     line = ["--data", "demo:2@1000", "--task", "depth", "--steps", "1"]
     with task_training.lock_folder(tmp_path / "decoder" / "depth"):

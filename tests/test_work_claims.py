@@ -103,6 +103,17 @@ def test_a_process_renews_what_it_makes_and_no_more(place, clock):
     assert json.loads(place.read(claim_name(3)))["beats"] == 1 and place.read(claim_name(4)) is None
 
 
+def test_a_process_renews_its_claims_at_every_call(place, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        worker_module, "make_samples", lambda job, batches, on_unet_call: calls.append(on_unet_call) or ()
+    )
+    monkeypatch.setattr(worker_module, "BackgroundWriter", lambda folder, on_rows: nullcontext())
+    worker = SimpleNamespace(job=SimpleNamespace(plan=None), folder=None, claims=Claims(place, "one"), _on_rows=list)
+    worker.gate = SimpleNamespace(check=list)
+    assert not Worker._make(worker, []) and calls == [worker.claims.renew]
+
+
 @pytest.mark.parametrize("died", [False, True])
 def test_what_a_process_was_making_is_free_when_it_has_ended(place, died):
     one, other = Claims(place, "one"), Claims(place, "other")
