@@ -134,7 +134,7 @@ def test_the_command_writes_the_graphs_of_a_family(tmp_path, capsys):
     assert list(Manifest.read(tmp_path / "graphs").stages) == names
     capsys.readouterr()
     assert export_command([*line, "--precision", "fp16", "--out", str(tmp_path / "narrow")]) == 2
-    assert "FLUX.2 klein leave fp16's range" in capsys.readouterr().err
+    assert "FLUX.2 klein leave fp16's range\nUse bf16 or fp32." in capsys.readouterr().err
     for name in names:  # every node's types, too
         onnx.checker.check_model(str(tmp_path / "graphs" / f"{name}.onnx"), full_check=True)
 
