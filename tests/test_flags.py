@@ -167,8 +167,8 @@ def test_fractions_of_a_yaml_file_are_decimal(text, value, tmp_path):
 def test_a_tilde_is_the_home_folder_where_no_shell_has_read_it(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "run.yaml").write_text("out: ~/runs\nlora: [~/a.safetensors, '~b']\n")
-    config, _ = parse_run(["--config", str(tmp_path / "run.yaml"), "--decoder=~/decoder", "--model", "~"])
-    assert (config.out, config.decoder, config.model) == (f"{tmp_path}/runs", f"{tmp_path}/decoder", "~")
+    config, _ = parse_run(["--config", str(tmp_path / "run.yaml"), "--decoder=~/a,~/b", "--model", "~"])
+    assert (config.out, config.decoder, config.model) == (f"{tmp_path}/runs", f"{tmp_path}/a,{tmp_path}/b", "~")
     assert config.lora == (f"{tmp_path}/a.safetensors", "~b")
 
 

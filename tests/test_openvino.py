@@ -270,14 +270,13 @@ def test_parts_run_at_once_on_no_more_streams_than_threads():
 
 def test_what_follows_from_a_timestep_is_computed_once_for_it():
     given, asked = {}, []
-    end = type("Output", (), {"any_name": "timestep.0"})()
 
     class TimeModel:
-        outputs = (end,)
+        outputs = (SimpleNamespace(any_name="renamed"),)
 
         def __call__(self, inputs):
             asked.append(float(inputs["timestep"]))
-            return {end: np.array(inputs["timestep"] * 2)}
+            return [np.array(inputs["timestep"] * 2)]
 
     request = SimpleNamespace(
         set_tensor=lambda name, tensor: given.update({name: np.array(tensor.data)}),

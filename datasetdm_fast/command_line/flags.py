@@ -178,7 +178,8 @@ def _converter(field: Field[Any], hint: Any) -> Converter:
             other = field.metadata.get("other_names", {}).get(choice.lower())
             suggestion = f" (did you mean {other}?)" if other else nearest(choice, known)
             raise argparse.ArgumentTypeError(f"{choice!r} is not one of {', '.join(known)}{suggestion}")
-        return os.path.expanduser(text) if text.startswith("~/") else text  # which shells leave so in --out=~/runs
+        # shells leave a home folder so in --out=~/runs
+        return ",".join(os.path.expanduser(part) if part.startswith("~/") else part for part in text.split(","))
 
     def split_list(text: str) -> tuple[str, ...]:
         words = tuple(check_choice(word.strip()) for word in text.split(",") if word.strip())

@@ -57,7 +57,7 @@ def read_generation(body: Mapping[str, Any], pipeline: Pipeline, most_steps: int
         first = body.get("seed", secrets.randbelow(2**31))
         seeds = [first + k for k in range(number)]
     elif "seed" in body or len(seeds) != number:
-        sent = "both they and seed" if "seed" in body else len(seeds)
+        sent = "both they and seed were" if "seed" in body else len(seeds)
         raise Refused(f"seeds: {sent} sent for {count_noun(number, 'image')}", "Send one per image, and no seed.")
     recipe, requests = pipeline.prepare(
         [body["prompt"]] * number,
