@@ -96,7 +96,8 @@ def _check(model: Model, decoders: Mapping[str, Decoder], precision: str, runtim
     check_choice("precision", precision, PRECISIONS)
     check_choice("runtime", runtime, OPERATIONS)
     if precision == "fp16" and precision not in model.backbone.halves:
-        raise Refused(f"precision: activations of {model.backbone.title} leave fp16's range", "Use bf16 or fp32.")
+        remedy = "Use bf16 or fp32." if runtime == "any" else "Use fp32."  # ONNX Runtime has no convolutions in bf16
+        raise Refused(f"precision: activations of {model.backbone.title} leave fp16's range", remedy)
     for task, decoder in decoders.items():
         if any(isinstance(module, SpectralConv2d) for module in decoder.modules()):
             raise Refused(
