@@ -122,7 +122,9 @@ def test_trusted_samples_of_an_epoch_come_after_all_that_the_one_before_may_have
     stream = SampleStream(pipeline, ("a", "b", "c", "d"), "depth", number=3, seed=10, trusted=True)
     stream.set_epoch(1)
     with pytest.raises(GateFailed, match="0 of 2 samples are"):
-        list(stream._make_samples(1, 2))  # the second of two shares has one of three samples, and two tries
+        list(
+            stream._make_samples(1, 2, threading.Event())
+        )  # the second of two shares has one of three samples, and two tries
     assert asked == [(["d", "b"], [10 + 7, 10 + 9])]  # six were tried before
 
 
@@ -191,6 +193,29 @@ def test_a_thread_that_makes_samples_ends_before_its_process(monkeypatch):
     assert threading.active_count() == before
 
 
+def test_a_reader_that_ends_waits_for_one_step_and_not_for_a_batch():
+    steps, amid, is_over = [], threading.Event(), threading.Event()
+
+    def on_step(step, latents):
+        steps.append(step)
+        if len(steps) == 8:  # the second of the second sample
+            amid.set()
+            assert is_over.wait(60)
+
+    class Over(threading.Event):
+        def set(self):
+            super().set()
+            is_over.set()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample_stream, "Event", Over)
+        reader = iter(SampleStream(stub(), PROMPTS, "depth", steps=5, batch_size=1, callback=on_step))
+        next(reader)
+        assert amid.wait(60)
+        reader.close()
+    assert steps == [*range(6), 0, 1]
+
+
 def test_a_refusal_of_the_thread_reaches_the_reader():
     with pytest.raises(Refused, match="holds no prompt"):
         list(SampleStream(stub(), ["a ball", ""], "depth", number=2, steps=2))
@@ -239,7 +264,7 @@ def test_pairs_are_transformed_and_prompts_of_a_share_follow_its_samples(monkeyp
     asked, pipeline = [], stub()
     pipeline.stream = lambda prompts, *, seeds, **_: asked.append(list(zip(prompts, seeds))) or iter(())
     with pytest.raises(GateFailed):
-        list(SampleStream(pipeline, ("a", "b", "c"), "depth", number=5, seed=10)._make_samples(1, 2))
+        list(SampleStream(pipeline, ("a", "b", "c"), "depth", number=5, seed=10)._make_samples(1, 2, threading.Event()))
     assert asked == [[("b", 11), ("a", 13)]]
     stream = SampleStream(stub(), PROMPTS, "depth", number=2, steps=2, transform=lambda image, depth: (depth, image))
     assert [(depth.ndim, image.ndim) for depth, image in stream] == [(2, 3)] * 2
@@ -252,7 +277,7 @@ def test_negative_prompts_follow_the_prompts_in_every_share_and_epoch():
     for epoch in (0, 1):
         stream.set_epoch(epoch)
         with pytest.raises(GateFailed):
-            list(stream._make_samples(1, 2))
+            list(stream._make_samples(1, 2, threading.Event()))
     assert asked == [[("b", "B"), ("a", "A")], [("a", "A"), ("c", "C")]]
     with pytest.raises(Refused, match="negative_prompt: 1 given for 2 prompts"):
         SampleStream(pipeline, ("a", "b"), "depth", negative_prompt=["A"])
@@ -294,4 +319,4 @@ def test_rows_have_the_numbers_of_a_run_of_these_labels(monkeypatch):
 
 def test_a_share_without_a_sample_asks_for_none():
     stream = SampleStream(SimpleNamespace(), ("a",), "depth", number=2)
-    assert list(stream._make_samples(2, 3)) == []
+    assert list(stream._make_samples(2, 3, threading.Event())) == []

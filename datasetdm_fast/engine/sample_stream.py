@@ -13,6 +13,7 @@ from threading import Event, Thread
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from datasetdm_fast.config import MOST_TRIES
@@ -143,7 +144,7 @@ class SampleStream(SharedDataset):
                     return samples.put(item, timeout=POLL_SECONDS)
 
         try:
-            for sample in self._make_samples(share, shares):
+            for sample in self._make_samples(share, shares, over):
                 put(sample)
                 if over.is_set():
                     return
@@ -151,7 +152,7 @@ class SampleStream(SharedDataset):
         except Exception as error:
             put(error)
 
-    def _make_samples(self, share: int, shares: int) -> Iterator[Sample]:
+    def _make_samples(self, share: int, shares: int, over: Event) -> Iterator[Sample]:
         tries = MOST_TRIES if self.trusted else 1
         requested = len(range(share, self.number, shares)) if self.number else None
         if requested == 0:
@@ -163,9 +164,19 @@ class SampleStream(SharedDataset):
             return (texts[k % len(texts)] for k in indices or count(first, shares))
 
         choices, seeds = dict(self.choices), (self.seed + k for k in indices or count(first, shares))
+        on_step = choices.pop("callback", None)
+
+        def end_if_over(step: int, latents: Tensor) -> None:
+            if over.is_set():  # nobody reads the rest of this batch
+                raise InterruptedError
+            if on_step:
+                on_step(step, latents)
+
         if isinstance(negatives := choices.get("negative_prompt"), list):
             choices["negative_prompt"] = of_each(negatives)
-        stream = self.pipeline.stream(of_each(self.prompts), seeds=seeds, tasks=self._tasks, **choices)
+        stream = self.pipeline.stream(
+            of_each(self.prompts), seeds=seeds, tasks=self._tasks, callback=end_if_over, **choices
+        )
         passing = (sample for sample in stream if not (self.trusted and sample.is_doubtful))
         number = 0
         for sample in islice(passing, requested):
@@ -201,7 +212,7 @@ class MakeSamples:
 
 def number_tables(pipeline: Pipeline, tasks: Sequence[str], choices: Mapping[str, Any]) -> Mapping[str, Any]:
     """The classes of these labels and the table of each, as run.json has them."""
-    choices = {name: value for name, value in choices.items() if name != "batch_size"}
+    choices = {name: value for name, value in choices.items() if name not in ("batch_size", "callback")}
     recipe, _ = pipeline.prepare([], [], tasks=tasks, **choices)
     return number_classes(label_tables(pipeline.engine, recipe))
 
