@@ -530,8 +530,9 @@ def test_things_that_are_too_unsure_for_a_region_are_not_edited(tmp_path):
         ("a ball beside a Big ball", "ball", "a star beside a star"),
         ("a dining table near a dog", "diningtable", "a star near a dog"),
         ("two trees", "ball", ""),
-        ("some wolves in snow", "wolf", "some a star in snow"),
+        ("some wolves in snow", "wolf", "a star in snow"),
         ("people in a café", "person", "a star in a café"),
+        ("Two big wolves and 12 balls", "wolf", "a star and 12 balls"),
         ("a young woman's hat", "person", "a star's hat"),
         ("an orange ball", "orange", ""),  # a colour
         ("A ball beside a Café", "ball", "a star beside a Café"),
@@ -557,7 +558,24 @@ def test_an_edit_of_one_of_several_things_replaces_its_own_mention(tmp_path):
         "a blue cone and a green person on a grey table",
         "a red person and a blue cone on a grey table",
     ]
-    assert replaced_text("two people", "person", "a cone", ("person",), place=1) == "two a cone"
+
+
+@pytest.mark.parametrize(
+    "prompt, place, replaced",
+    [
+        ("two people", 0, "a star and one person"),
+        ("two people", 1, "one person and a star"),
+        ("Two happy adults on a table", 1, "one happy adult and a star on a table"),
+        ("a person, the 12 young people", 7, "a person, 11 young people and a star"),
+        ("three people and a person", 3, "three people and a star"),
+        ("three people and a person", 4, "a star and two people and a person"),  # there is none: the first
+        ("some people in snow", 1, "a star and some people in snow"),
+        ("the person in snow", 1, "a star in snow"),
+        ("one person in snow", 0, "a star in snow"),
+    ],
+)
+def test_an_edit_of_one_of_things_named_together_leaves_the_others(prompt, place, replaced):
+    assert replaced_text(prompt, "person", "a star", ("person",), place=place) == replaced
 
 
 def test_an_edit_of_people_replaces_them_in_the_prompt(tmp_path):

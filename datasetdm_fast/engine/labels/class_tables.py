@@ -249,15 +249,12 @@ AFTER_A_NOUN = frozenset(
     " onto from to for next is are was were sits sit lies lie stands stand hangs hang rests resting lying sitting"
     " standing hanging that which who while as against around across along among through".split()
 )
-# an article, and up to three words that describe the noun after it
-DESCRIBED = re.compile(
-    rf"\b(?:an?|the)\s+(?:(?!(?:{'|'.join(sorted(AFTER_A_NOUN))})\b)[\w-]+\s+){{0,3}}?$", re.IGNORECASE
-)
 NUMBERS = {word: k for k, word in enumerate("one two three four five six seven eight nine ten".split(), 1)}
-# "a", "an" or a number, and up to three words that describe the noun after it
-COUNTED = re.compile(
-    rf"\b(an?|\d{{1,3}}|{'|'.join(NUMBERS)})\s+(?:(?!(?:{'|'.join(sorted(AFTER_A_NOUN))})\b)[\w-]+\s+){{0,3}}?$"
-)
+# up to three words that describe the noun after them
+ADJECTIVES = rf"\s+(?:(?!(?:{'|'.join(sorted(AFTER_A_NOUN))})\b)[\w-]+\s+){{0,3}}?$"
+# "a", "an" or a number before them, or another word of the kind
+COUNTED = re.compile(rf"\b(an?|\d{{1,3}}|{'|'.join(NUMBERS)}){ADJECTIVES}")
+DESCRIBED = re.compile(rf"\b(?:an?|the|some|several|many|\d{{1,3}}|{'|'.join(NUMBERS)}){ADJECTIVES}", re.IGNORECASE)
 SIDE_WORD = re.compile(r"(?:(?<![A-Za-z])(?:left|right)|Left|Right|LEFT|RIGHT)(?![a-z])")
 SIDE = re.compile(r"left|right|Left|Right|LEFT|RIGHT")  # also inside of a word: lefthip, eyeright, but bright as well
 OTHER_SIDE = {"left": "right", "Left": "Right", "LEFT": "RIGHT"}
@@ -319,8 +316,13 @@ def count_named(prompt: str, classes: Sequence[str], table: ClassTable | None = 
         matches = [COUNTED.search(text, 0, begin) for begin, _ in spans]
         words = [match[1] for match in matches if match]
         if len(words) == len(spans):
-            counts[name] = sum(1 if word in ("a", "an") else NUMBERS.get(word) or int(word) for word in words)
+            counts[name] = sum(map(_number, words))
     return counts
+
+
+def _number(word: str) -> int:
+    """The number that "a", "an", a numeral or digits stand for."""
+    return 1 if word in ("a", "an") else NUMBERS.get(word) or int(word)
 
 
 def classes_in_order(prompt: str, classes: Sequence[str], table: ClassTable | None = None) -> tuple[str, ...]:
@@ -380,16 +382,39 @@ def replaced_text(
     place: int | None = None,
 ) -> str:
     """The text with `other` in place of a class it names ("an orange ball"), empty where it does not; of several
-    mentions all, or that at `place`, the first where there is none.
+    things all, or the one at `place`, the first where there is none, beside what is left of those named with it.
     """
     text = unicodedata.normalize("NFC", text)
     spans = matcher(tuple(classes), table).spans(text).get(name, [])
+    things = [(span, 0) for span in spans]
+    if place is not None:
+        counted = [(span, COUNTED.search(_lower(text), 0, span[0])) for span in spans]
+        things = [(span, k) for span, match in counted for k in range(_number(match[1]) or 1 if match else 1)]
+        things = things[place : place + 1] or things[:1]
     parts, end = [], 0
-    for begin, stop in spans if place is None else spans[place : place + 1] or spans[:1]:
+    for (begin, stop), k in things:
         described = DESCRIBED.search(text, end, begin)
-        parts += [text[end : described.start() if described else begin], other]
+        start = described.start() if described else begin
+        left = "" if place is None else _without_one(text, start, (begin, stop), name, table)
+        parts += [text[end:start], " and ".join(filter(None, (left, other) if k else (other, left)))]
         end = stop
     return "".join(parts) + text[end:] if parts else ""
+
+
+def _without_one(text: str, start: int, noun: tuple[int, int], name: str, table: ClassTable | None) -> str:
+    """What a text says from `start` on of several things, without one of them: "one small dog" of "two small dogs",
+    empty of one thing.
+    """
+    begin, stop = noun
+    lowered, word = _lower(text), look_up((name,), table)[0][0]
+    singles = [single.lstrip("~").lower() for single in (word.spoken, word.name, *word.words)]
+    single = next((single for single in singles if plural(single) == lowered[begin:stop]), "")
+    if (match := COUNTED.search(lowered, 0, begin)) is None:  # "some dogs"
+        return text[start:stop] if single else ""
+    if (count := _number(match[1]) - 1) < 1:
+        return ""
+    numeral = next((numeral for numeral, number in NUMBERS.items() if number == count), str(count))
+    return numeral + text[match.end(1) : begin] + (text[begin:stop] if count > 1 else single or singles[0])
 
 
 def token_places(
