@@ -50,6 +50,7 @@ def main(config: AuditConfig, command: CommandLine) -> int:
     if not config.json:
         missing = report.number - report.done - report.quarantined - report.dropped
         state = "complete" if report.is_complete else f"{missing} still to be made"
+        state += f": --most-tries allows no others for {missing}" if report.is_complete and missing > 0 else ""
         state += f", {report.dropped} dropped" if report.dropped else ""
         path = f"{report.path}, part {report.part}" if report.part else report.path
         counts = f"{report.done} of {report.number} samples ({state}), {count_noun(report.files, 'file')}"

@@ -16,6 +16,7 @@ from skips import long_test
 from test_ledger import tree
 from torchless import DOUBT
 
+from datasetdm_fast import audit as audit_command
 from datasetdm_fast import filter, generate
 from datasetdm_fast.command_line.run_report import describe_start
 from datasetdm_fast.command_line.run_settings import read_spec
@@ -493,6 +494,8 @@ def test_it_tells_the_class_that_the_model_cannot_make(tmp_path, capsys):
     told = "fewer than 2 of 8 samples with presence == 1 of these classes: person (0)"
     assert told in capsys.readouterr().err and len(ids(tmp_path / "run")) == 2
     assert run(tmp_path / "run", *line, "--accept", "presence == 1") == 4
+    assert audit_command.main([str(tmp_path / "run"), "--quiet"]) == 0
+    assert "2 of 4 samples (complete: --most-tries allows no others for 2)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ from datasetdm_fast.runs.run_folder.document import (
     made_by,
     maker,
     most_samples,
+    quarantines,
     read_document,
     require_document,
     shard_size,
@@ -53,6 +54,7 @@ from datasetdm_fast.runs.run_folder.folder import (
     read_seal,
     unseal,
 )
+from datasetdm_fast.runs.run_folder.goal import goal_of
 from datasetdm_fast.runs.run_folder.ledger import BLOCK, DONE, DOUBTFUL, QUARANTINED, Ledger, Row
 from datasetdm_fast.runs.run_folder.selections import DROPPED_IDS, FILTER, parse_part, read_dropped
 from datasetdm_fast.runs.run_folder.shard_places import ShardBucket, ShardPlace, folder_of, is_url, shard_place
@@ -105,10 +107,11 @@ class Report:
     dropped: int = 0
     damaged: tuple[int, ...] = ()  # indices of samples that can be made again
     part: str = ""  # k/n where it is about a part of the shards
+    used_up: bool = False  # whether --most-tries allows no further samples
 
     @property
     def is_complete(self) -> bool:
-        return self.done + self.quarantined + self.dropped >= self.number
+        return self.used_up or self.done + self.quarantined + self.dropped >= self.number
 
 
 def audit(
@@ -178,7 +181,11 @@ def _audit(
     findings += _check_strangers(folder, _product_folders(document), known)
     findings += _check_dropped(folder, ledger)
     counts = (number, done, len(quarantined), files, total)
-    return Report(str(folder), *counts, findings, ledger.count_dropped(), tuple(damaged))
+    used_up = False
+    if quarantines(document["config"]):
+        goal = goal_of(document["config"], number)
+        used_up = goal.is_reached(ledger.tally(goal.number, len(goal.names)))
+    return Report(str(folder), *counts, findings, ledger.count_dropped(), tuple(damaged), used_up=used_up)
 
 
 def _check_document(folder: Path) -> tuple[dict[str, Any] | None, list[Finding]]:
