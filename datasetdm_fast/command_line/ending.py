@@ -41,7 +41,7 @@ class CommandLine:
 
 
 def command_with(
-    settings: type[Settings], examples: Sequence[str] = ()
+    settings: type[Settings], examples: Sequence[str]
 ) -> Callable[[Callable[[Settings, CommandLine], int]], Callable[..., int]]:
     """`main` of a function of the parsed settings; the docstring of its module begins with the program's name."""
 

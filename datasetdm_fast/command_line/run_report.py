@@ -17,7 +17,6 @@ from datasetdm_fast.command_line.output import (
 from datasetdm_fast.disk.storage import free_bytes
 from datasetdm_fast.engine.labels import BACKGROUND
 from datasetdm_fast.engine.labels.class_tables import find_classes
-from datasetdm_fast.engine.labels.trust import undrawn_words
 from datasetdm_fast.engine.loop.prompts import count_tokens
 from datasetdm_fast.messages import count_noun, format_duration
 from datasetdm_fast.runs.jobs.job import Job
@@ -217,7 +216,7 @@ def _describe_undrawn(job: Job) -> str:
     """Which classes and how many prompts the model cannot draw, where its card lists what it can, in words."""
     if not (draws := job.recipe.draws):
         return ""
-    words = [word for word in undrawn_words(job.plan.words, draws) if word != BACKGROUND]
+    words = [word for word in job.plan.words if word != BACKGROUND and not find_classes(word, draws)]
     requests = [job.plan.request(index) for index in range(min(job.plan.number, MOST_PROMPTS))]
     count = sum(not find_classes(request.prompt, draws) for request in requests)
     what = [f"it cannot draw {shorten(', '.join(words), 45, placeholder=' ...')}"] if words else []

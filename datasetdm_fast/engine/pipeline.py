@@ -414,7 +414,7 @@ class Pipeline:
         make = inversion_generator(pictures)
         return Output(list(self._samples(_batches(iter(requests), size), recipe, make)))
 
-    def _batch_size(self, batch_size: int, images: int | None = None) -> int:
+    def _batch_size(self, batch_size: int, images: int | None) -> int:
         """Images per batch, by default what suits the engine; at most so many `images`, if their number is known."""
         check_batch_size(batch_size)
         size = batch_size or self.engine.suggested_batch()
@@ -484,7 +484,7 @@ class Pipeline:
             yield Request(index, text, check_seed(seed), find_classes(text, words, recipe.table), unwanted)
 
     def _samples(
-        self, batches: Iterator[Batch], recipe: Recipe, make: Callable[..., driver.BatchGenerator] | None = None
+        self, batches: Iterator[Batch], recipe: Recipe, make: Callable[..., driver.BatchGenerator] | None
     ) -> Iterator[Sample]:
         for results in self.generate_batches(batches, recipe, make):
             for result in results:

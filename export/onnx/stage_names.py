@@ -14,7 +14,7 @@ AVERAGE = "denoise_and_average"  # followed by the sides whose self-attention an
 
 def select_stages(
     labels: Iterable[str],
-    raw_capture: bool = False,
+    raw_capture: bool,
     averages: tuple[int, ...] | None = None,
     only: Sequence[str] | None = None,
     others: Sequence[str] = OTHERS,

@@ -15,8 +15,8 @@ from torch import Tensor
 from bench.proof.students.student_data import BACKGROUND, IGNORED, Vocabulary, vocabulary_of
 from datasetdm_fast.engine.pictures import framing
 from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS, Labelled, LabelledSource, Picture
+from datasetdm_fast.engine.pictures.reading import BACKGROUNDS
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.training.evaluation.metrics import BACKGROUND as GROUNDS
 from datasetdm_fast.training.truth.augment import mirror, relight
 from datasetdm_fast.training.truth.picture_source import PictureSource
 
@@ -35,7 +35,7 @@ def shared_vocabulary(real: LabelledSource, run: LabelledSource | None = None) -
     that is labelled from attention, whatever is no thing is background in the data set, too.
     """
     found = vocabulary_of(real)
-    if run is None or not set(GROUNDS) & set(run.classes) or set(GROUNDS) & set(found.classes):
+    if run is None or not set(BACKGROUNDS) & set(run.classes) or set(BACKGROUNDS) & set(found.classes):
         return found
     return replace(found, classes=(BACKGROUND, *found.things))
 
@@ -58,10 +58,10 @@ class Examples:
         self.names = copy.copy(source)
         self.names.classes, self.names.thing_classes = vocabulary.classes, vocabulary.things
         self.names.joints = vocabulary.joints
-        ground = next((k for k, name in enumerate(vocabulary.classes) if name in GROUNDS), IGNORED)
+        ground = next((k for k, name in enumerate(vocabulary.classes) if name in BACKGROUNDS), IGNORED)
         self.classes = np.full(256, IGNORED, np.uint8)
         for k, name in enumerate(source.classes):
-            other = IGNORED if is_generated and name not in GROUNDS else ground
+            other = IGNORED if is_generated and name not in BACKGROUNDS else ground
             self.classes[k] = vocabulary.classes.index(name) if name in vocabulary.classes else other
         self.things = np.array(
             [vocabulary.things.index(name) if name in vocabulary.things else -1 for name in source.thing_classes],
@@ -70,7 +70,7 @@ class Examples:
         own, known = source.classes, vocabulary.classes
         if task == "instance":
             own, known = source.thing_classes, vocabulary.things
-        if is_generated and task in ("semantic", "instance") and not {*own} & {*known} - {*GROUNDS}:
+        if is_generated and task in ("semantic", "instance") and not {*own} & {*known} - {*BACKGROUNDS}:
             raise Refused(
                 f"--run: its classes {', '.join(own[:5])} are none of the data's, {', '.join(known[:5])}",
                 "Choose a run whose classes have the names that the data gives them.",

@@ -13,9 +13,9 @@ from datasetdm_fast.data import Instances, SemanticMap
 from datasetdm_fast.engine.labels.class_tables import mirrored_names
 from datasetdm_fast.engine.labels.trust import without_doubtful
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource, largest_first
+from datasetdm_fast.engine.pictures.reading import BACKGROUNDS
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.run_folder.reader import StoredSample
-from datasetdm_fast.training.evaluation.metrics import BACKGROUND as GROUNDS
 
 SIDE = 64  # pixels of a side of an image
 CELL = 2  # pixels of a side of what one answer is given for
@@ -61,7 +61,7 @@ class StudentData:
     def teaches(self, task: str) -> bool:
         """Whether any image has a label of a task that the vocabulary names."""
         instance = (self.instance > 0) & (self.instance != IGNORED)
-        ground = [k for k, name in enumerate(self.vocabulary.classes) if name in GROUNDS]
+        ground = [k for k, name in enumerate(self.vocabulary.classes) if name in BACKGROUNDS]
         labelled = {
             "semantic": ~torch.isin(self.semantic, torch.tensor([*ground, IGNORED])),
             "instance": instance,

@@ -165,7 +165,7 @@ def _readable(name: str) -> str:
 
 
 @lru_cache(maxsize=1024)
-def look_up(names: tuple[str, ...], custom: ClassTable | None = None) -> tuple[tuple[ClassWord, ...], tuple[str, ...]]:
+def look_up(names: tuple[str, ...], custom: ClassTable | None) -> tuple[tuple[ClassWord, ...], tuple[str, ...]]:
     """What is known of each name, from the user's table or the tables that hold most of the names, and the phrases
     of these tables that mean no class."""
     keys = [name_key(name) for name in names]
@@ -325,7 +325,7 @@ def _number(word: str) -> int:
     return 1 if word in ("a", "an") else NUMBERS.get(word) or int(word)
 
 
-def classes_in_order(prompt: str, classes: Sequence[str], table: ClassTable | None = None) -> tuple[str, ...]:
+def classes_in_order(prompt: str, classes: Sequence[str], table: ClassTable | None) -> tuple[str, ...]:
     """The classes a prompt names, in the order of the prompt."""
     return tuple(matcher(tuple(classes), table).spans(prompt))
 

@@ -116,7 +116,7 @@ def with_domain(trust: Trust, distances: Mapping[str, DomainDistance]) -> Trust:
 def with_undrawn(trust: Trust, named: Sequence[str], prompt: str, draws: Sequence[str]) -> Trust:
     """A trust with what a prompt or its classes name that the model cannot draw, whose card lists what it can."""
     listed = f"the model draws {', '.join(draws)} alone"
-    reasons = [f"{listed}, not {word}" for word in undrawn_words(named, draws)]
+    reasons = [f"{listed}, not {word}" for word in named if not find_classes(word, draws)]
     if not find_classes(prompt, draws):
         reasons.append(f"{listed}, and the prompt names none of these")
     return replace(trust, reasons=(*reasons, *trust.reasons))
@@ -143,11 +143,6 @@ def with_unprompted(
     others = " and ".join(name for name in foreign if areas[name] >= MOST_UNPROMPTED / 2) or "others"
     reason = f"without the prompt, {share:.0%} of the pixels of things are {others}, which it does not name"
     return replace(trust, reasons=(*trust.reasons, reason))
-
-
-def undrawn_words(words: Sequence[str], draws: Sequence[str]) -> list[str]:
-    """Those class words that are none of the things a model draws."""
-    return [word for word in words if not find_classes(word, draws)]
 
 
 def _apart(named: Sequence[str], maps: Mapping[str, NamedMap]) -> Iterator[str]:

@@ -59,7 +59,7 @@ from datasetdm_fast.untrusted.tensors import check_safetensors
 
 DEMO = Path(__file__).parents[2] / "demo" / "model"
 DEMO_DIT = DEMO.with_name("model-dit")
-INDEX = "model_index.json"
+INDEX = "model_index.json"  # is written last: a folder that has one is whole
 SCHEDULER = "scheduler"
 MATCHING = "Take config.json and weights from the same model."
 # numbers of text encoders that null would leave out, and what they usually are

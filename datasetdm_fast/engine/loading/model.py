@@ -89,10 +89,8 @@ class Model:
         most = min(self.backbone.text(self.configs)[0], tokenizer.model_max_length)
         part, length = self.backbone.long_text(self.configs)
         longer = {"longer": limit(present[part], length)} if part in present else {}
-        return limit(tokenizer, most, spans=self._spans, **longer)
-
-    def _spans(self, prompt: str) -> list[tuple[int, int]]:
-        return token_spans(self.tokenizer, prompt, self.backbone.wrap, self.backbone.dropped)
+        wrap, dropped = self.backbone.wrap, self.backbone.dropped
+        return limit(tokenizer, most, spans=lambda text: token_spans(self.tokenizer, text, wrap, dropped), **longer)
 
     @cached_property
     def tokenizers(self) -> Mapping[str, Any]:

@@ -10,11 +10,9 @@ from typing import Any
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.backbones import every_backbone, pipeline_of
 from datasetdm_fast.engine.backbones.fitting import quiet_libraries
-from datasetdm_fast.engine.loading.folder import SCHEDULER
+from datasetdm_fast.engine.loading.folder import INDEX, SCHEDULER
 from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.errors import Refused
-
-INDEX = "model_index.json"  # is written last: a folder that has one is whole
 
 
 def check_new(folder: Path) -> None:

@@ -66,7 +66,7 @@ def generate(
 
 
 def sample_and_label(
-    generator: BatchGenerator, batches: Iterable[Batch], label_stream: LabelStream | None = None
+    generator: BatchGenerator, batches: Iterable[Batch], label_stream: LabelStream | None
 ) -> Iterator[tuple[Batch, list[Sample | Quarantined]]]:
     """Every batch, on a GPU sampled while the previous one is labelled; where one is refused, pending results come
     first.
@@ -248,7 +248,7 @@ def retry_in_fp32(
     results: list[Sample | Quarantined],
     engine: Engine,
     make: Callable[[Engine], BatchGenerator],
-    label_stream: LabelStream | None = None,
+    label_stream: LabelStream | None,
 ) -> list[Sample | Quarantined]:
     """The results with quarantined samples retried in fp32; they stay quarantined if memory runs out."""
     try:

@@ -274,9 +274,12 @@ def is_background(name: str) -> bool:
     return name.strip("_ ").lower() == "background"
 
 
+BACKGROUNDS = ("background", "none")  # names that decoders and data sets give to pixels of no class
+
+
 def without_background(classes: Sequence[str]) -> tuple[str, ...]:
     """The classes that are things: all but a first one of that name."""
-    return tuple(name for k, name in enumerate(classes) if k or name not in ("background", "none"))
+    return tuple(name for k, name in enumerate(classes) if k or name not in BACKGROUNDS)
 
 
 def farthest_depth(path: Path) -> float:

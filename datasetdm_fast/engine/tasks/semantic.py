@@ -10,6 +10,7 @@ from torch import Tensor
 from datasetdm_fast.data import IGNORE, SemanticMap
 from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource, present
+from datasetdm_fast.engine.pictures.reading import BACKGROUNDS
 from datasetdm_fast.engine.tasks import Task
 from datasetdm_fast.engine.tasks.captions import shared_by_words
 from datasetdm_fast.kernels.transfer import to_host
@@ -70,7 +71,7 @@ class SemanticTask(Task):
         return masks_of(item, {int(k): int(k) for k in np.unique(present(item.semantic)) if k != IGNORE})
 
     def is_shown(self, source: LabelledSource, target: Mapping[str, np.ndarray]) -> bool:
-        first = 1 if source.classes[0] in ("background", "none") else 0  # number of the first class to learn
+        first = 1 if source.classes[0] in BACKGROUNDS else 0  # number of the first class to learn
         return len(source.classes) > 1 and bool((target["classes"] >= first).any())
 
     def decoder(self, source: LabelledSource, is_small: bool, _: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class Screen:
     show_calls: Callable[[str, int], AbstractContextManager[Callable[[], Any]]]
 
 
-def admit_job(spec: RunSpec, stored: Mapping[str, Any] | None, screen: Screen, *, verify: int = 0) -> Job:
+def admit_job(spec: RunSpec, stored: Mapping[str, Any] | None, screen: Screen, *, verify: int) -> Job:
     """The job in the precision that `--dtype auto` takes, once its engine, and its speed, passed what they have to."""
     if tries_half(spec, stored):
         job = _choose_precision(spec, screen)

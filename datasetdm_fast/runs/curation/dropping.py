@@ -64,7 +64,7 @@ def drop(run: Run, requested: Iterable[int], *, is_dry: bool = False) -> list[in
     return chosen
 
 
-def restore(run: Run, requested: Iterable[int] | None, *, is_dry: bool = False) -> list[int]:
+def restore(run: Run, requested: Iterable[int] | None, *, is_dry: bool) -> list[int]:
     """Moves the requested dropped samples, or all of them, back into the data set; their indices."""
     remedy = f"See what was dropped with: python -m datasetdm_fast.restore {quote(run.path)} --all --dry-run"
     _, dropped = _find_known(run, requested or (), remedy)

@@ -151,7 +151,7 @@ def finish_scored(run: Run) -> None:
         score_missing(run, None, 1)
 
 
-def keep_all(run: Run, *, is_dry: bool = False) -> int:
+def keep_all(run: Run, *, is_dry: bool) -> int:
     """Removes the filter; how many samples it left out, or were made after it. A dry run only counts."""
     if not (run.path / FILTER).exists():
         raise Refused(f"--undo: {run.path} has not been filtered", "Filter it first with --where.")

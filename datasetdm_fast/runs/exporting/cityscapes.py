@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from datasetdm_fast import _C
+from datasetdm_fast.data import IGNORE
 from datasetdm_fast.engine.labels.class_tables import builtin_table
-from datasetdm_fast.runs.exporting.classes import IGNORED
 from datasetdm_fast.runs.exporting.format import Entry, ExportPlan, Files, Format, SampleView, class_map
 from datasetdm_fast.runs.exporting.rings import group_parts, join_rings, on_pixels, rings
 
@@ -31,9 +31,9 @@ class CityscapesFormat(Format):
         stem = f"{CITY}_000000_{sample.number:06d}"
         _, image = sample.picture(self.forms)
         place = f"gtFine/{sample.split}/{CITY}/{stem}_gtFine"
-        table = np.array([(UNLABELLED, IGNORED, 0, 0, 0)] * 256, np.uint8)  # of the class numbers of the export
+        table = np.array([(UNLABELLED, IGNORE, 0, 0, 0)] * 256, np.uint8)  # of the class numbers of the export
         for name, number in plan.classes.numbers.items():
-            if name in WORDS and number < IGNORED:
+            if name in WORDS and number < IGNORE:
                 train_id, label_id, colour = WORDS[name]
                 table[number] = (label_id, train_id, *colour)
         ids, train_ids, *colours = np.ascontiguousarray(np.moveaxis(table[class_map(sample, plan)], 2, 0))

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from datasetdm_fast.engine.labels import kind_of
+from datasetdm_fast.data import IGNORE
+from datasetdm_fast.engine.labels import BACKGROUND, kind_of
+from datasetdm_fast.engine.labels.pose import PERSON
 from datasetdm_fast.errors import Refused, nearest
 from datasetdm_fast.untrusted.documents import quote
 
-BACKGROUND, IGNORED, PERSON = "background", 255, "person"
 MOST_IN_A_MAP = 254  # classes beside the background and the ignored pixel in 8 bits
 
 
@@ -79,10 +80,10 @@ def collect_classes(document: Mapping[str, Any], labels: Mapping[str, str], rena
 
 def number_lookup(names: Mapping[int, str], classes: Classes, renaming: Mapping[str, str]) -> np.ndarray:
     """[256] uint8: the number in the export of each value of a run's label map; classes left out are background."""
-    table = np.full(256, IGNORED, np.uint8)
+    table = np.full(256, IGNORE, np.uint8)
     numbers = classes.numbers
     for value, name in names.items():
-        if value < IGNORED:
+        if value < IGNORE:
             table[value] = numbers.get(renaming.get(name, name), 0)
     return table
 

@@ -13,17 +13,16 @@ from typing import Any, Self
 import numpy as np
 
 from datasetdm_fast import _C
+from datasetdm_fast.data import IGNORE
 from datasetdm_fast.disk import storage
 from datasetdm_fast.disk.storage import StoredFile
-from datasetdm_fast.engine.labels import LabelName, kind_of, mask_rle
+from datasetdm_fast.engine.labels import BACKGROUND, LabelName, kind_of, mask_rle
 from datasetdm_fast.engine.labels.depth import DEFAULT_UNIT, LARGEST_STEP, UNITS
 from datasetdm_fast.engine.labels.label_files import image_bytes
+from datasetdm_fast.engine.labels.pose import PERSON
 from datasetdm_fast.errors import GateFailed, Missing, Refused, Unanswered
 from datasetdm_fast.runs.exporting.classes import (
-    BACKGROUND,
-    IGNORED,
     MOST_IN_A_MAP,
-    PERSON,
     Classes,
     class_names,
     number_lookup,
@@ -208,7 +207,7 @@ class SampleView:
     def ignored(self) -> np.ndarray:  # [H, W] bool
         """Where the corrected label map is ignored: not classes that the export leaves out, nor what lies outside."""
         if "semantic" in self.plan.labels and not self.plan.is_partial:
-            return self._map == IGNORED
+            return self._map == IGNORE
         return (self._correction or Correction()).region((self.height, self.width))
 
     def depth_file(self, steps: float) -> Content:

@@ -7,8 +7,9 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from datasetdm_fast import _C
+from datasetdm_fast.data import IGNORE
 from datasetdm_fast.engine.labels.class_tables import builtin_table, voc_palette
-from datasetdm_fast.runs.exporting.classes import IGNORED, Classes, one_line
+from datasetdm_fast.runs.exporting.classes import Classes, one_line
 from datasetdm_fast.runs.exporting.format import AllSamples, Entry, ExportPlan, Files, Format, SampleView, class_map
 
 ROOT = "VOCdevkit/VOC2012"
@@ -30,7 +31,7 @@ class VocFormat(Format):
     def convert_sample(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
         _, image = sample.picture(self.forms)
         voc_numbers = numbers(plan.classes)
-        translated = np.full(256, IGNORED, np.uint8)
+        translated = np.full(256, IGNORE, np.uint8)
         translated[0] = 0
         for name, number in plan.classes.numbers.items():
             translated[number] = voc_numbers[name]
@@ -42,8 +43,8 @@ class VocFormat(Format):
             objects[objects > MOST_OBJECTS] = 0
             if plan.layout.border:
                 edge = borders(objects, plan.layout.border)
-                objects[edge] = classes[edge] = IGNORED
-            objects[sample.ignored] = IGNORED
+                objects[edge] = classes[edge] = IGNORE
+            objects[sample.ignored] = IGNORE
             files[f"{ROOT}/SegmentationObject/{sample.name}.png"] = _C.png_encode(objects.astype(np.uint8), PALETTE)
         files[f"{ROOT}/SegmentationClass/{sample.name}.png"] = _C.png_encode(classes, PALETTE)
         files[f"{ROOT}/Annotations/{sample.name}.xml"] = "".join(_annotation(sample, has_things)).encode()

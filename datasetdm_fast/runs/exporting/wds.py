@@ -5,9 +5,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from datasetdm_fast import _C
+from datasetdm_fast.data import IGNORE
 from datasetdm_fast.engine.labels.depth import UNITS, unit_of
 from datasetdm_fast.engine.labels.label_files import index_png
-from datasetdm_fast.runs.exporting.classes import IGNORED
 from datasetdm_fast.runs.exporting.format import AllSamples, Content, Entry, ExportPlan, Files, Format, SampleView
 from datasetdm_fast.runs.run_folder.shards import write_tar
 
@@ -56,7 +56,7 @@ def table_files(plan: ExportPlan) -> dict[str, list[bytes]]:
     if "instance" in plan.tasks:
         table["things"] = list(plan.classes.things)
     if "semantic" in plan.tasks:
-        table["ignore"] = IGNORED
+        table["ignore"] = IGNORE
     if "depth" in plan.tasks:
         table |= {"depth_steps_of_a_metre": UNITS[unit_of(plan.max_depth)], "max_depth": plan.max_depth}
     if "pose" in plan.tasks:

@@ -205,7 +205,7 @@ def write_missing(
 
 
 def make_samples(
-    job: Job, batches: Iterable[Batch], on_unet_call: Callable[[], None] = lambda: None
+    job: Job, batches: Iterable[Batch], on_unet_call: Callable[[], None]
 ) -> Iterator[tuple[Batch, list[Sample | Quarantined]]]:
     """Every batch with its samples, in order; those that the run quarantines have their reason."""
     rule = acceptance_of(job.document) if quarantines(job.document["config"]) else None

@@ -249,7 +249,7 @@ def collect_sentences(
 
 
 def request_text(
-    names: Sequence[str], classes: Sequence[str], count: int, number: int, table: ClassTable | None = None
+    names: Sequence[str], classes: Sequence[str], count: int, number: int, table: ClassTable | None
 ) -> str:
     """The text of a request for captions that show these classes and no others."""
     others = [name for name in classes if name not in names]

@@ -372,7 +372,7 @@ def find_sharded(place: str | Path) -> dict[str, Any] | None:
     return document if document and is_sharded(document) else None
 
 
-def audit_place(place: str, threads: int, on_progress: Callable[[int, int], None], part: str = "") -> Report:
+def audit_place(place: str, threads: int, on_progress: Callable[[int, int], None], part: str) -> Report:
     """The report on a run at a path or URL, or a part of its shards; `on_progress` gets the samples checked and all."""
     if (document := find_sharded(place)) is not None:
         return audit_shards(place, document, threads, on_progress, part)

@@ -8,6 +8,7 @@ from typing import Any
 
 from datasetdm_fast.config import INVERSION, LABELS, MOST_TRIES, SHARD_SIZE
 from datasetdm_fast.disk import storage
+from datasetdm_fast.disk.sqlite import RESTORE
 from datasetdm_fast.engine.labels import check_numbers, check_palette, class_tables, kind_of, task_of_label
 from datasetdm_fast.errors import GateFailed, Missing, Refused, quote
 from datasetdm_fast.messages import count_noun
@@ -38,7 +39,6 @@ GROWING = ("number", "per_class", "prompts")  # settings that may differ where a
 SAMPLED = ("sampler", "steps", "guidance", "size")  # settings whose default is the model's own figure
 LARGEST_DOCUMENT = 2**26  # bytes; that of a merged run has the settings of all its parts
 RESTORE_DOCUMENT = "Restore run.json from a copy; the ledger of a run folder holds its content under notes."
-RESTORE = "Restore the file from a copy, or choose another --out."
 COMPOSITION_FORM = {"told": str, "sides": str, "source": {"path": str, "digests": dict}}  # of runs made of others
 DECODER_FORM = {"digest": str, "licence": str}
 DIGEST = re.compile(r"(sha256:)?[0-9a-f]{64}")

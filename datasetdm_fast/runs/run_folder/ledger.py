@@ -134,7 +134,10 @@ class Ledger(AbstractContextManager):
                 stored = {DIGEST: digest_of(recipe)}
                 shared[stored[DIGEST]] = recipe
             texts = {name: text for name, field in TEXTS.items() if (text := getattr(request, field))}
-            files = {role: _encode_file(request.id, role, file) for role, file in row.files.items()}
+            files: dict[str, list[Any]] = {}  # digest in base 64, size, and a path other than the usual one of a role
+            for role, (path, file) in row.files.items():
+                digest = urlsafe_b64encode(bytes.fromhex(file.sha256)).decode().rstrip("=")
+                files[role] = [digest, file.size, *([path] if path != usual_path(role, request.id) else [])]
             values.append(
                 (
                     request.index,
@@ -380,12 +383,6 @@ def _where_status(statuses: Sequence[str]) -> tuple[str, Sequence[str]]:
     """A condition on the status of rows, and its parameters; by default they are in the data set."""
     statuses = statuses or (DONE,)
     return f"status IN ({', '.join('?' * len(statuses))})", statuses
-
-
-def _encode_file(id: str, role: str, file: RowFile) -> list[Any]:
-    """What a row holds of a file: its digest in base 64, and its path where that is not the usual one of its role."""
-    digest = urlsafe_b64encode(bytes.fromhex(file.stored.sha256)).decode().rstrip("=")
-    return [digest, file.stored.size, *([file.path] if file.path != usual_path(role, id) else [])]
 
 
 def encode_trust(trust: Trust | None) -> str | None:

@@ -199,7 +199,7 @@ def encode_index(rows: Sequence[Row], places: Sequence[Places], counts: Sequence
             {"role": role, "path": path, "sha256": stored.sha256, "size": stored.size, "offset": of_files[role][0]}
             for role, (path, stored) in row.files.items()
         ]
-        request = {name: value for name, value in asdict(row.request).items()} | {"id": row.request.id}
+        request = asdict(row.request) | {"id": row.request.id}
         outcome = {"status": row.status, "reason": row.reason, "trust": encode_trust(row.trust)}
         counted = [{"class": name, "count": count} for name, count in sorted(of_classes.items())]
         outcome |= {"class_counts": counted, "recipe": digest_of(recipe), "files": files}

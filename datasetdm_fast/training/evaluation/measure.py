@@ -12,6 +12,7 @@ from datasetdm_fast.engine.labels import by_task, tasks_of
 from datasetdm_fast.engine.labels.class_tables import spoken
 from datasetdm_fast.engine.loop.calls import timesteps_of
 from datasetdm_fast.engine.loop.inversion import invert_for
+from datasetdm_fast.engine.pictures.reading import BACKGROUNDS
 from datasetdm_fast.engine.tasks import TASKS, read_labels
 from datasetdm_fast.engine.tasks.captions import held_to
 from datasetdm_fast.errors import Refused
@@ -19,7 +20,6 @@ from datasetdm_fast.messages import count_noun
 from datasetdm_fast.training import data_record
 from datasetdm_fast.training.evaluation import naming
 from datasetdm_fast.training.evaluation.meter import (
-    BACKGROUND,
     Meter,
     check_count,
     check_names,
@@ -91,7 +91,7 @@ def _compare_names(meter: Meter, config: DecoderConfig, result: Mapping[str, Any
     """Classes of the data that a decoder does not know, and classes of the decoder that no image shows."""
     if not config.classes or config.has_text or meter.each != "per_class":
         return []
-    shown = [name for name in result.get("per_class", {}) if name not in BACKGROUND]
+    shown = [name for name in result.get("per_class", {}) if name not in BACKGROUNDS]
     check_names(config.task, config.classes, shown)  # a class in common that no image shows is one by chance
     lines = (
         naming.describe_unknown(meter.columns, config.classes),

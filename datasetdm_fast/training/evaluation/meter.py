@@ -14,7 +14,7 @@ from scipy import special  # a quarter of the time that scipy.stats takes to imp
 
 from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.pictures.labelled import LabelledSource
-from datasetdm_fast.engine.pictures.reading import is_background
+from datasetdm_fast.engine.pictures.reading import BACKGROUNDS, is_background
 from datasetdm_fast.errors import Refused
 
 BLOCK = 256  # images whose figures are computed together
@@ -42,9 +42,6 @@ FIGURES = {  # what people call the figures that files name by a key
 def figure_name(key: str) -> str:
     """A figure as people call it."""
     return FIGURES.get(key, key.replace("_", " "))
-
-
-BACKGROUND = ("background", "none")
 
 
 class Meter:
@@ -149,7 +146,7 @@ def translation(predicted: Sequence[str], known: Sequence[str], length: int) -> 
 def check_names(task: str, predicted: Sequence[str], known: Sequence[str]) -> None:
     """Refuses to compare predictions and truth that have no name in common."""
     common = set(predicted) & set(known)
-    if known and not common - set(BACKGROUND) and not set(predicted) <= set(BACKGROUND):
+    if known and not common - set(BACKGROUNDS) and not set(predicted) <= set(BACKGROUNDS):
         shown = ", ".join(predicted[:5]), ", ".join(known[:5])
         raise Refused(
             f"{task}: the decoder knows {shown[0]}, the data set {shown[1]}: no class in common",

@@ -14,9 +14,10 @@ from datasetdm_fast.config import TASK_KINDS
 from datasetdm_fast.data import IGNORE, DepthMap, SemanticMap
 from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
+from datasetdm_fast.engine.pictures.reading import BACKGROUNDS
 from datasetdm_fast.errors import Refused, nearest
 from datasetdm_fast.plugins import PartTable
-from datasetdm_fast.training.evaluation.meter import BACKGROUND, Meter, check_names, mean, translation
+from datasetdm_fast.training.evaluation.meter import Meter, check_names, mean, translation
 
 
 class _Overlap(Meter):
@@ -28,7 +29,7 @@ class _Overlap(Meter):
     def __init__(self, classes: Sequence[str], unseen: Collection[str] = ()):
         self.classes, self.rows = tuple(classes), []  # [3, K] int64 an image: both, either, truth
         self.unseen = np.array([name in unseen for name in self.classes], bool)
-        self.is_background = np.array([name in BACKGROUND for name in self.classes], bool)
+        self.is_background = np.array([name in BACKGROUNDS for name in self.classes], bool)
 
     def figures(self, weights: np.ndarray) -> dict[str, np.ndarray]:
         both, either, truth = np.einsum("bn,nik->ibk", weights, np.stack(self.rows).astype(np.float64))

@@ -145,7 +145,11 @@ class Card(IndexFile):
                 for task in sorted(counts, key=lambda task: not kind_of(task).is_map)
                 for line in kind_of(task).section(document["labels"][task], counts[task])
             ),
-            *_left_out(ledger),
+            *(
+                f"Quarantined ({_code(reason)}): {', '.join(f'`{index:08d}`' for index in indices)}.\n"
+                for reason, indices in ledger.quarantined_by_reason().items()
+            ),
+            *([f"Dropped samples: {dropped}.\n"] if (dropped := ledger.count_dropped()) else []),
             "## How it was made\n",
             *_making(document),
             "\n## Intended use and limits\n",
@@ -179,14 +183,6 @@ def _header(document: Mapping[str, Any], done: int, origins: Collection[str]) ->
     yield "configs:\n- config_name: default\n  data_files: samples.jsonl\n---\n"
 
 
-def _left_out(ledger: Ledger) -> Iterator[str]:
-    """Samples that are in no file of labels."""
-    for reason, indices in ledger.quarantined_by_reason().items():
-        yield f"Quarantined ({_code(reason)}): {', '.join(f'`{index:08d}`' for index in indices)}.\n"
-    if dropped := ledger.count_dropped():
-        yield f"Dropped samples: {dropped}.\n"
-
-
 def _making(document: Mapping[str, Any]) -> Iterator[str]:
     config, sampling, engine = document["config"], document["sampling"], document["engine"]
     if "composition" in document:
@@ -214,7 +210,8 @@ def _making(document: Mapping[str, Any]) -> Iterator[str]:
     foreign = sampling.get("labellers", {}).items()
     yield from (f"- Labels {_code(name)}: made by the package {_code(package)}" for name, package in foreign)
     yield from (f"- Combined: {_code(text)}" for text in config.get("combine", ()))
-    yield from _describe_verification(document)
+    runs = runs_of(document) if made_by(document) == "merge" else (document,)
+    yield from dict.fromkeys(line for run in runs for line in _verification(run, run.get("engine", engine)))
     remake = f"; `{maker(document)} --out THIS_FOLDER --only ID` makes a sample again, byte for byte"
     seeds = f"Sample k has seed {config['seed']} + k"
     seeds = "`samples.jsonl` has the seed of each sample" if "seeds" in document["plan"] else seeds
@@ -341,13 +338,8 @@ def _values(facts: Mapping[str, Any]) -> str:
     return ", ".join(f"{_word(name)} {_code(value)}" for name, value in facts.items() if name != "engine")
 
 
-def _describe_verification(document: Mapping[str, Any]) -> Iterator[str]:
-    """What comparisons with the reference engine found, of a merged run those of its runs, or that there was none."""
-    runs = runs_of(document) if made_by(document) == "merge" else (document,)
-    yield from dict.fromkeys(line for run in runs for line in _verification(run, run.get("engine", document["engine"])))
-
-
 def _verification(run: Mapping[str, Any], used: Mapping[str, Any]) -> Iterator[str]:
+    """What the comparison of a run's engine with the reference engine found, or that there was none."""
     verdict = run.get("verified")
     if not verdict:
         if used.get("engine") != REFERENCE:
