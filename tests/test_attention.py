@@ -577,7 +577,11 @@ def test_captions_that_name_no_class_are_told_before_pictures_are_labelled(photo
     [
         ("z.png", lambda whole: b"no picture", "neither a PNG nor a JPEG file"),
         ("z.jpg", lambda whole: whole[: len(whole) // 2], "not a complete image"),
-        ("z.png", lambda whole: png_of(np.zeros((64, 64), np.uint16)), "expected an 8-bit picture"),
+        (
+            "z.png",
+            lambda whole: png_of(np.zeros((64, 64), np.uint16)),
+            "expected an 8-bit picture: scale its values to 0 to 255",
+        ),
         ("z.png", lambda whole: png_of(np.zeros((8, 64), np.uint8)), "64 x 8 pixels, expected sides of 16"),
     ],
     ids=lambda value: str(value)[:12],
@@ -609,10 +613,12 @@ def test_pictures_of_other_formats_are_told_before_the_others_are_labelled(photo
 
 def test_a_picture_that_is_too_small_for_tiles_has_a_remedy_of_this_command(photos, tmp_path, capsys):
     folder = Path(shutil.copytree(photos, tmp_path / "photos"))
-    (folder / "z.png").write_bytes(png_of(np.zeros((8, 64), np.uint8)))
+    for name in ("y.png", "z.png"):
+        (folder / name).write_bytes(png_of(np.zeros((8, 64), np.uint8)))
     line = [str(folder), "--tiles", "--task", "semantic", "--out", str(tmp_path / "run"), "--quiet"]
     assert label.main(line) == 2
-    assert capsys.readouterr().err.splitlines()[1] == "Repair it, or take it out of the folder."
+    cause, remedy = capsys.readouterr().err.splitlines()
+    assert cause.endswith("; nor can be read: z.png") and remedy == "Repair it, or take it out of the folder."
 
 
 def test_a_run_folder_among_the_pictures_is_refused(photos, tmp_path, capsys):

@@ -24,7 +24,7 @@ from datasetdm_fast.command_line.run_settings import (
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.decoders.config import DEMO
-from datasetdm_fast.engine.engines import check_sources
+from datasetdm_fast.engine.engines import check_sources, open_engine
 from datasetdm_fast.engine.loading import presets
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.jobs.prompt_files import listed_words
@@ -614,6 +614,12 @@ def test_a_checkpoint_is_judged_where_it_is_opened_and_a_folder_before(tmp_path)
         check_sources("demo", str(tmp_path / name), False)
     with pytest.raises(Missing, match="weights: no such folder"):
         check_sources("demo", str(tmp_path / "weights"), False)
+
+
+def test_a_missing_adapter_is_refused_before_libraries_are_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasetdm_fast.engine.engines.before_torch", lambda: pytest.fail("libraries are loaded"))
+    with pytest.raises(Missing, match="style: no such file"):
+        open_engine("demo", "demo", ["semantic"], lora=[str(tmp_path / "style:0.8")])
 
 
 def test_a_dry_run_says_that_there_are_no_gpus(tmp_path, capsys, monkeypatch):

@@ -24,6 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from datasetdm_fast.config import DEMO_DEFAULTS, TASKS
 from datasetdm_fast.engine.backbones import OWN_MODELS, check_source, every_backbone, fitting, pipeline_of
+from datasetdm_fast.engine.backbones.adapter_files import parse_adapter
 from datasetdm_fast.engine.backbones.flow_models import DEMO_DIT_DEFAULTS
 from datasetdm_fast.engine.backbones.sd import DOWN_BLOCKS, SD, SD_SCHEDULER, UP_BLOCKS, USUAL_SCHEDULE
 from datasetdm_fast.engine.engines import build_engine
@@ -997,14 +998,14 @@ def test_a_checkpoint_gives_its_tensors_and_the_names_of_what_is_left_out(tmp_pa
 
 def test_a_colon_in_the_name_of_an_adapter_is_no_scale_where_that_file_is_there(tmp_path):
     path = tmp_path / "style:2"
-    assert lora.parse(str(path)) == (tmp_path / "style", 2.0) and lora.parse("style") == (Path("style"), 1.0)
-    assert lora.parse("style:best") == (Path("style:best"), 1.0)
+    assert parse_adapter(str(path)) == (tmp_path / "style", 2.0) and parse_adapter("style") == (Path("style"), 1.0)
+    assert parse_adapter("style:best") == (Path("style:best"), 1.0)
     path.touch()
-    assert lora.parse(str(path)) == (path, 1.0)
-    assert lora.parse("style:-100") == (Path("style"), -100.0)
+    assert parse_adapter(str(path)) == (path, 1.0)
+    assert parse_adapter("style:-100") == (Path("style"), -100.0)
     for scale in ("100.5", "nan", "-inf"):
         with pytest.raises(Refused, match=f"the scale is {scale}, expected a number up to 100"):
-            lora.parse(f"style:{scale}")
+            parse_adapter(f"style:{scale}")
 
 
 def test_adapters_that_hold_nothing_or_do_not_fit_are_refused(tiny, tmp_path):

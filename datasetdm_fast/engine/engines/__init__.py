@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from datasetdm_fast.config import ENGINE_NAMES, ENGINES, HALF, REFERENCE, EngineKind
 from datasetdm_fast.engine.backbones import check_source
+from datasetdm_fast.engine.backbones.adapter_files import find_adapter
 from datasetdm_fast.engine.decoders.config import SHIPPED, find_decoders, parts_of
 from datasetdm_fast.errors import Missing, Refused, check_choice, nearest
 from datasetdm_fast.plugins import load_place
@@ -180,6 +181,8 @@ def open_engine(
     check_engine(engine, **options)
     if loaded is None:
         check_sources(model, decoder, allow_download)
+    for text in lora:
+        find_adapter(text)
     before_torch()
     import torch
 
@@ -188,11 +191,6 @@ def open_engine(
 
     if threads:
         torch.set_num_threads(threads)
-    if lora:
-        from datasetdm_fast.engine.loading import lora as adapters  # which few runs need
-
-        for text in lora:
-            adapters.find_adapter(text)
     if loaded is None:
         loaded = load_model(model, size=size, allow_download=allow_download)
     if dtype == HALF:
@@ -201,7 +199,9 @@ def open_engine(
     if guidance:
         loaded = replace(loaded, scale=guidance)
     if lora:
-        loaded = adapters.fuse_adapters(loaded, lora)
+        from datasetdm_fast.engine.loading.lora import fuse_adapters  # which few runs need
+
+        loaded = fuse_adapters(loaded, lora)
     decoders, descriptions = load_decoders(loaded, decoder, tasks, outlines=outlines)
     return build_engine(engine, loaded, decoders, dtype=dtype, device=device, **options), descriptions
 

@@ -14,10 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from datasetdm_fast.disk import storage
+from datasetdm_fast.engine.backbones.adapter_files import find_adapter
 from datasetdm_fast.engine.backbones.fitting import first_line, quiet_libraries
 from datasetdm_fast.engine.loading.model import Model, digest
-from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.errors import Refused
 from datasetdm_fast.untrusted import documents, tensors
 
 TEXT_ENCODERS = {"lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}  # of kohya
@@ -37,7 +37,6 @@ ENDINGS = {  # of the names of one adapter's tensors -> which of them it is
 ROWS = re.compile(r"(lora_B|[._]up)(\.default)?\.weight$")  # of a tensor with the rows of a layer, before it is renamed
 NOTES = "lora_adapter_metadata"  # under which diffusers writes how a file's adapters are scaled
 FORM = "Give an adapter of this model's family in .safetensors, as kohya's scripts or diffusers save them."
-LARGEST_SCALE = 100.0
 
 
 def fuse_adapters(model: Model, adapters: Sequence[str]) -> Model:
@@ -50,34 +49,6 @@ def fuse_adapters(model: Model, adapters: Sequence[str]) -> Model:
     for text in adapters:
         model = _with_one(model, text)
     return model
-
-
-def parse(text: str) -> tuple[Path, float]:
-    """File and scale of FILE[:SCALE]."""
-    name, colon, number = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return Path(text), 1.0
-    try:
-        scale = float(number)
-    except ValueError:
-        return Path(text), 1.0
-    if not abs(scale) <= LARGEST_SCALE:
-        raise Refused(
-            f"--lora {text}: the scale is {number}, expected a number up to {LARGEST_SCALE:g}",
-            "Write FILE:0.8 for a scale of 0.8.",
-        )
-    return Path(name), scale
-
-
-def find_adapter(text: str) -> tuple[Path, float]:
-    """As `parse`, of a file that is there."""
-    path, scale = parse(text)
-    if not path.is_file():
-        raise Missing(
-            f"--lora {path}: no such file{storage.named_alike(path)}",
-            "Check the path; a scale follows the file: FILE:0.8",
-        )
-    return path, scale
 
 
 def _with_one(model: Model, text: str) -> Model:

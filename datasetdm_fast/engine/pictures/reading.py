@@ -52,7 +52,7 @@ def colours(path: Path | str, image: Image.Image, turned: Turning | None = None)
     """The pixels [H, W, 3] uint8 of a decoded picture, which messages call by its path."""
     check_sides(path, image.size)
     if image.mode not in COLOURS:
-        raise bad(path, f"its pixels are {image.mode}, expected an 8-bit picture")
+        raise bad(path, f"its pixels are {image.mode}, expected an 8-bit picture: scale its values to 0 to 255")
     if turned:
         try:
             upright = ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION) in range(2, 9) else None

@@ -157,9 +157,9 @@ def prepare_labelling(
     """The job of labelling a folder of pictures, checked in full; nothing is written."""
     size = 0 if has_tiles else spec.model.size  # labels of tiles have the sides of their pictures
     check_least_room(spec.folder, 0 if stored else len(pictures.paths), size, spec.labels.task)
-    sides = pictures.sides() if has_tiles else []
     if stored is None:
         pictures.check()
+    sides = pictures.sides() if has_tiles else []
     table, classes = spec.source.table, spec.source.classes
     engine, decoders = open_engine(spec.model, spec.engine, spec.labels.task, stored)
     recipe = recipe_of(spec.sampling, spec.labels, engine, classes, table=table)
