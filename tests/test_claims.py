@@ -268,6 +268,19 @@ def test_a_run_of_odd_size_is_refused():
         student_data.of_sample(odd, VOCABULARY)
 
 
+def test_figures_are_found_again_for_the_labels_and_metrics_alone_that_they_were_scored_with(
+    lessons, unseen, monkeypatch
+):
+    arm, other = Arm("real", (lessons,), SHORT, TASKS), TestSet("few", unseen.source)
+    first, *rest = unseen.items
+    vars(other)["items"] = (replace(first, depth=first.depth + 1), *rest)
+    assert arm.digest(0, other) != arm.digest(0, unseen)
+    read = []
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path.name) or b"")
+    arm.digest(0, unseen)
+    assert {"student.py", "worth.py", "metrics.py", "meter.py", "ranking.py"} <= {*read}
+
+
 @long_test
 def test_figures_are_kept_and_found_again(lessons, unseen, tmp_path):
     arm = Arm("real", (lessons,), SHORT, TASKS)

@@ -18,11 +18,12 @@ import torch
 
 from bench.machine.processes import begin, kill_all
 from bench.proof.students.student import Student, StudentSchedule, answers, has_bf16, teach
-from bench.proof.students.student_data import StudentData
+from bench.proof.students.student_data import StudentData, digest_of_items
 from bench.proof.students.student_views import mild
 from bench.proof.students.worth import FIGURES, graded
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
+from datasetdm_fast.training.evaluation.meter import Meter
 
 TENSORS = ("images", "semantic", "instance", "depth", "joints", "weights")
 Figures = dict[str, dict]  # of each task
@@ -49,7 +50,7 @@ class TestSet:
 
     @cached_property
     def digest(self) -> str:
-        return hashlib.sha256(self.images.numpy().tobytes()).hexdigest()
+        return digest_of_items(self.items)
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,12 @@ class Arm:
     tasks: tuple[str, ...]
 
     def digest(self, seed: int, test: TestSet) -> str:
-        """Of everything that decides the figures, the code of the student and of its views among it."""
+        """Of everything that decides the figures, the code of the student, its views and the metrics among it."""
         decided = [asdict(self.schedule), self.tasks, seed, test.digest, has_bf16()]
         found = hashlib.sha256(json.dumps(decided).encode())
-        for code in (Student, mild):
-            found.update(Path(inspect.getfile(code)).read_bytes())
+        code = [Path(inspect.getfile(part)) for part in (Student, mild, graded)]
+        for path in (*code, *sorted(Path(inspect.getfile(Meter)).parent.glob("*.py"))):
+            found.update(path.read_bytes())
         for data in self.sets:
             for name in TENSORS:
                 found.update(getattr(data, name).numpy().tobytes())

@@ -18,7 +18,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load, save
 from torch import nn
@@ -28,7 +27,7 @@ from bench.proof.students.course import Course, NetworkTraining, taught
 from bench.proof.students.examples import Examples
 from bench.proof.students.networks.network import StudentNetwork
 from bench.proof.students.networks.weights import build, check_folder
-from bench.proof.students.student_data import IGNORED, Vocabulary
+from bench.proof.students.student_data import IGNORED, Vocabulary, digest_of_items
 from bench.proof.students.worth import FIGURES, compared, t95, verdict
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.pictures.labelled import Labelled
@@ -111,15 +110,7 @@ def digest_of_contents(some: Examples, is_whole: bool = False) -> str:
     """SHA-256 of the pictures and labels of a set, empty where its address or a run's settings alone decide them."""
     if some.source.is_rendered or hasattr(some.source, "run"):
         return ""
-    digest = hashlib.sha256()
-    for index in range(len(some)):
-        item = some.whole(index) if is_whole else some[index]
-        for name, value in vars(item).items():
-            if isinstance(value, np.ndarray):
-                digest.update(f"{name} {value.dtype.str} {value.shape}\0".encode())
-                digest.update(np.ascontiguousarray(value).data)
-        digest.update(f"{item.searched} {item.not_exhausted}\0".encode())
-    return digest.hexdigest()
+    return digest_of_items(some.whole(index) if is_whole else some[index] for index in range(len(some)))
 
 
 def compare(

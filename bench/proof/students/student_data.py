@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -40,6 +41,18 @@ class Vocabulary:
     def mirror(self) -> list[int]:
         """The joint that each becomes in a mirror."""
         return mirrored_names(self.joints)
+
+
+def digest_of_items(items: Iterable[Labelled]) -> str:
+    """SHA-256 of pictures and labels."""
+    digest = hashlib.sha256()
+    for item in items:
+        for name, value in vars(item).items():
+            if isinstance(value, np.ndarray):
+                digest.update(f"{name} {value.dtype.str} {value.shape}\0".encode())
+                digest.update(np.ascontiguousarray(value).data)
+        digest.update(f"{item.searched} {item.not_exhausted}\0".encode())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
