@@ -7,6 +7,7 @@ and packed for csrc on a CPU.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -145,25 +146,21 @@ class StackedTransformer:
             decoder.transformer_self_attention_layers,
             decoder.transformer_ffn_layers,
         ):
-            q, k, v = parts(cross.multihead_attn)
-            own_q, own_k, own_v = parts(itself.self_attn)
+            q, _, _ = products_of(cross.multihead_attn)
+            own_q, own_k, own_v = products_of(itself.self_attn)
             bias = torch.cat([torch.zeros_like(own_q.bias), torch.zeros_like(own_k.bias), own_v.bias])
             packed = StackedProduct(itself.self_attn.in_proj_weight, bias)
             self.layers.append(StackedLayer(StackedProduct(q.weight), packed, cross, itself, feed))
             shares += [q, own_q, own_k]
         self.positions = join_products(shares)  # of all layers, from the positions of the queries
         count = min(len(self.level_embed), len(self.layers))  # the levels that are read
-        products = [parts(layer.cross.multihead_attn) for layer in self.layers]
-        self.keys = [join_products([k for _, k, _ in products[level::count]]) for level in range(count)]
-        self.memory = [
-            StackedProduct(
-                torch.cat([self.keys[level].weight, values.weight]),
-                torch.cat([torch.zeros_like(self.keys[level].bias), values(self.level_embed[level])]),
-            )
-            for level, values in (
-                (level, join_products([v for _, _, v in products[level::count]])) for level in range(count)
-            )
-        ]
+        products = [products_of(layer.cross.multihead_attn) for layer in self.layers]
+        self.keys, self.memory = [], []
+        for level in range(count):
+            _, keys, values = map(join_products, zip(*products[level::count]))  # of all layers that read the level
+            bias = torch.cat([torch.zeros_like(keys.bias), values(self.level_embed[level])])
+            self.keys.append(keys)
+            self.memory.append(StackedProduct(torch.cat([keys.weight, values.weight]), bias))
         self.places: dict[tuple[int, ...], list[Tensor]] = {}  # sides of the memory levels -> shares of their cells
 
     def __call__(
@@ -220,15 +217,14 @@ class StackedTransformer:
         return encoding
 
 
-def parts(attention: Any) -> list[StackedProduct]:
+def products_of(attention: Any) -> list[StackedProduct]:
     """The products of queries, keys and values of a transformer.Attention."""
-    return [StackedProduct(*parts) for parts in zip(attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3))]
+    return list(map(StackedProduct, attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)))
 
 
-def join_products(products: list[StackedProduct]) -> StackedProduct:
-    return StackedProduct(
-        torch.cat([product.weight for product in products]), torch.cat([product.bias for product in products])
-    )
+def join_products(products: Iterable[StackedProduct]) -> StackedProduct:
+    weights, biases = zip(*products)
+    return StackedProduct(torch.cat(weights), torch.cat(biases))
 
 
 class PackedTransformer(Packed):

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
+from operator import and_
 from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.config import ATTENTION
@@ -222,14 +223,15 @@ class BatchGenerator:
         del calls  # which hold the captures
         raw = dict(zip(recipe.decoded, outputs, strict=True))
         checks = {"latents": is_finite(sampled.latents)}
-        captures = list({id(capture): capture for capture in sampled.captures.values()}.values())
+        captures = {id(capture): capture for capture in sampled.captures.values()}
+        values = [value for capture in captures.values() for value in tensors_of(capture)]
         if captures:
             for task in recipe.decoded:  # what the domains of decoders are measured by
                 if getattr(decoder := engine.decoders[task], "domain", None):
                     sampled.sketches[task] = decoder.sketch(sampled.captures[task].of(task))
-            checks["features"] = all_of(is_finite(value) for capture in captures for value in tensors_of(capture))
-        release(value for capture in captures for value in tensors_of(capture))
-        del captures
+            checks["features"] = reduce(and_, map(is_finite, values))
+        release(values)
+        del captures, values
         if sampled.averages is not None:
             checks[ATTENTION] = is_finite(sampled.averages.cells) & is_finite(sampled.averages.tokens)
             release((sampled.averages.cells, sampled.averages.tokens))
@@ -238,7 +240,7 @@ class BatchGenerator:
         images = sampled.pixels
         if images is None:
             images, checks["image"] = decoded or engine.decode_and_check(sampled.latents)
-        checks |= {task: all_of(is_finite(value) for value in values.values()) for task, values in raw.items()}
+        checks |= {task: reduce(and_, map(is_finite, each.values())) for task, each in raw.items()}
         return self.collect(batch, images, raw, checks, engine, recipe, sampled)
 
 
@@ -283,13 +285,6 @@ def merge_retry(first: Quarantined, retry: Sample | Quarantined) -> Sample | Qua
 def is_finite(values: Tensor) -> Tensor:
     """One flag per image, on the device."""
     return values.isfinite().flatten(1).all(1)
-
-
-def all_of(flags: Iterable[Tensor]) -> Tensor:
-    first, *others = flags
-    for other in others:
-        first = first & other
-    return first
 
 
 def release(values: Iterable[Tensor]) -> None:

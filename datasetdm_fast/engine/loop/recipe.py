@@ -227,22 +227,7 @@ def make_recipe(
     captures = capture_calls(schedule, {task: timesteps_of(reader) for task, reader in readers.items()})
     numbers = None
     if ATTENTION in tasks:
-        if not (model.backbone.has_averages or model.backbone.has_text_maps):
-            raise Refused(
-                f"--labeller {ATTENTION}: labels are not read from the attention of {model.backbone.title} yet",
-                "Name a decoder that was trained for this model: --decoder DIR",
-            )
-        side = model.levels[0 if model.backbone.has_text_maps else -1].side
-        numbers = attention_recipe(model.defaults.attention, side, **attention)
-        if ask == "all" and numbers.blocks:
-            if not model.defaults.attention.concept_blocks:
-                raise Refused(
-                    f"--ask all: words are read in blocks of two streams, {model.backbone.title} has blocks of one",
-                    "Ask for the words that a prompt names: --ask named.",
-                )
-            numbers = replace(numbers, blocks=model.defaults.attention.concept_blocks)
-            for word in spoken(words, table):
-                concept_places(word, model.tokenizer)
+        numbers = _read_attention(model, ask, spoken(words, table), attention)
     elif attention:
         name, known = next(iter(attention)), signature(attention_recipe).parameters
         chosen = sorted(signature(make_recipe).parameters.keys() - NOT_CHOSEN)
@@ -304,6 +289,27 @@ def make_recipe(
     if combine:
         check_mask_words(recipe.combinations, label_tables(engine, recipe))
     return recipe
+
+
+def _read_attention(model: Any, ask: str, words: Sequence[str], settings: Mapping[str, Any]) -> AttentionRecipe:
+    """How labels are read from the attention of a model; with `ask` "all" its tokenizer must know the words."""
+    if not (model.backbone.has_averages or model.backbone.has_text_maps):
+        raise Refused(
+            f"--labeller {ATTENTION}: labels are not read from the attention of {model.backbone.title} yet",
+            "Name a decoder that was trained for this model: --decoder DIR",
+        )
+    side = model.levels[0 if model.backbone.has_text_maps else -1].side
+    numbers = attention_recipe(model.defaults.attention, side, **settings)
+    if ask != "all" or not numbers.blocks:
+        return numbers
+    if not model.defaults.attention.concept_blocks:
+        raise Refused(
+            f"--ask all: words are read in blocks of two streams, {model.backbone.title} has blocks of one",
+            "Ask for the words that a prompt names: --ask named.",
+        )
+    for word in words:
+        concept_places(word, model.tokenizer)
+    return replace(numbers, blocks=model.defaults.attention.concept_blocks)
 
 
 def scale_at(model: Any, guidance: float) -> float:

@@ -264,9 +264,10 @@ class Ledger(AbstractContextManager):
 
     def indices(self, *statuses: str) -> list[int]:
         """The indices of the samples of these statuses, or of the data set."""
-        where, parameters = _where_status(statuses)
-        rows = self._database.execute(f'SELECT "index" FROM samples WHERE {where} ORDER BY "index"', parameters)
-        return [index for (index,) in rows]
+        statuses = statuses or (DONE,)
+        among = ", ".join("?" * len(statuses))
+        statement = f'SELECT "index" FROM samples WHERE status IN ({among}) ORDER BY "index"'
+        return [index for (index,) in self._database.execute(statement, statuses)]
 
     def indices_between(self, first: int, stop: int) -> set[int]:
         """The indices from `first` to before `stop` that have a row, whatever became of them."""
@@ -322,9 +323,10 @@ class Ledger(AbstractContextManager):
         source = "samples"
         if "tracings" in parts:
             columns, source = f"{columns}, tracings", 'samples LEFT JOIN tracings USING ("index")'
-        where, parameters = _where_status(statuses)
-        statement = f'SELECT {columns} FROM {source} WHERE {where} ORDER BY "index"'
-        for block in self._database.read_blocks(statement, parameters, BLOCK):
+        statuses = statuses or (DONE,)
+        among = ", ".join("?" * len(statuses))
+        statement = f'SELECT {columns} FROM {source} WHERE status IN ({among}) ORDER BY "index"'
+        for block in self._database.read_blocks(statement, statuses, BLOCK):
             if self._database.is_outdated():
                 raise Missing(
                     f"{self.path}: another process changed it while it was read", "Run the same command again."
@@ -377,12 +379,6 @@ class Ledger(AbstractContextManager):
 
     def __exit__(self, *_: object) -> None:
         self._database.close()
-
-
-def _where_status(statuses: Sequence[str]) -> tuple[str, Sequence[str]]:
-    """A condition on the status of rows, and its parameters; by default they are in the data set."""
-    statuses = statuses or (DONE,)
-    return f"status IN ({', '.join('?' * len(statuses))})", statuses
 
 
 def encode_trust(trust: Trust | None) -> str | None:
