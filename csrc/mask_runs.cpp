@@ -121,24 +121,31 @@ void check_runs(const int64_t* runs, int64_t count, int64_t pixels) {
     require(total == pixels, "RLE: the runs sum to ", total, " pixels, the size says ", pixels);
 }
 
-// A 64 x 64 tile keeps both sides of the transposition in the first-level cache.
-static void transpose(const uint8_t* source, uint8_t* target, int64_t height, int64_t width) {
+// A 64 x 64 tile keeps both sides of the transposition in the first-level cache. The target's rows are `stride` apart.
+static void transpose(const uint8_t* source, uint8_t* target, int64_t height, int64_t width, int64_t stride) {
     constexpr int64_t kTile = 64;
     for (int64_t top = 0; top < height; top += kTile)
         for (int64_t left = 0; left < width; left += kTile)
             for (int64_t y = top; y < std::min(top + kTile, height); ++y)
                 for (int64_t x = left; x < std::min(left + kTile, width); ++x)
-                    target[y * width + x] = source[x * height + y];
+                    target[y * stride + x] = source[x * height + y];
 }
 
+// Only the columns from the first to the last pixel are transposed: of a small thing in a large photo they are few.
 void paint(const std::vector<int64_t>& runs, int64_t height, int64_t width, uint8_t* mask) {
-    std::vector<uint8_t> columns(height * width);
-    uint8_t* at = columns.data();
-    for (size_t i = 0; i < runs.size(); ++i) {
-        std::memset(at, static_cast<int>(i % 2), runs[i]);
-        at += runs[i];
-    }
-    transpose(columns.data(), mask, height, width);
+    std::memset(mask, 0, height * width);
+    int64_t first = -1, last = -1, at = 0;
+    for (size_t i = 0; i < runs.size(); at += runs[i++])
+        if (i % 2 && runs[i]) {
+            if (first < 0) first = at / height;
+            last = (at + runs[i] - 1) / height;
+        }
+    if (first < 0) return;
+    std::vector<uint8_t> columns((last - first + 1) * height);
+    at = -first * height;
+    for (size_t i = 0; i < runs.size(); at += runs[i++])
+        if (i % 2 && runs[i]) std::memset(columns.data() + at, 1, runs[i]);
+    transpose(columns.data(), mask + first, height, last - first + 1, width);
 }
 
 }  // namespace datasetdm

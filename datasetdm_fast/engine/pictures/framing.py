@@ -37,7 +37,8 @@ def frame_picture(picture: Picture, window: Window, size: int, least_mask: float
     )
 
     def resample(label: np.ndarray, outside: int) -> np.ndarray:
-        pixels = label[np.maximum(rows, 0)[:, None], np.maximum(columns, 0)[None]]
+        # a third of the time of both at once
+        pixels = label.take(np.maximum(rows, 0), 0).take(np.maximum(columns, 0), 1)
         pixels[rows < 0] = outside
         pixels[:, columns < 0] = outside
         return np.asarray(pixels)
