@@ -14,7 +14,7 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.runs.curation import dropping
 from datasetdm_fast.runs.gallery.page import finish_run
 from datasetdm_fast.runs.run_folder.audit import audit
-from datasetdm_fast.runs.run_folder.folder import DROPPED, RunFolder
+from datasetdm_fast.runs.run_folder.folder import DROPPED, RunFolder, unseal
 from datasetdm_fast.runs.run_folder.reader import open_run
 from datasetdm_fast.runs.run_folder.scores import read_scores
 
@@ -235,22 +235,30 @@ def test_samples_that_another_process_has_just_dropped_are_passed_over(run, monk
     assert is_whole(run) and ids(run) == ["00000000", "00000003", "00000004", "00000005"]
 
 
-def test_files_are_copied_before_their_row_moves_and_removed_after_it(run, monkeypatch):
-    steps, syscall, image = [], storage.syscall, "images/00000001.png"
+@pytest.mark.parametrize("is_linked", [True, False])
+def test_files_have_other_names_before_their_row_moves_and_lose_the_first_after_it(run, monkeypatch, is_linked):
+    """No byte is copied where the disk has hard links."""
+    steps, syscall, image, written = [], storage.syscall, "images/00000001.png", []
+    if not is_linked:
+        monkeypatch.setattr(storage, "link", lambda source, path: False)
 
     def note(name, call, *arguments):
         if name == "sqlite COMMIT":
             steps.append("commit")
         elif name in ("rename", "unlink") and str(arguments[-1]).endswith(image):
             steps.append(name)
+        elif name == "write":
+            written.append(arguments)
         return syscall(name, call, *arguments)
 
     with open_run(run) as opened, RunFolder(run, opened.document) as folder:
         monkeypatch.setattr(storage, "syscall", note)
+        unseal(run)
+        del written[:]
         folder.drop([1])
-        assert steps == ["rename", "commit", "unlink"]
+        assert steps == ["rename", "commit", "unlink"] and bool(written) != is_linked
         folder.bring_back(folder.ledger.dropped_rows())
-        assert steps == ["rename", "commit", "unlink"] * 2
+        assert steps == ["rename", "commit", "unlink"] * 2 and bool(written) != is_linked
 
 
 @pytest.mark.parametrize("command", [drop, restore])

@@ -399,10 +399,56 @@ def test_sharpness_and_hash_tell_images_apart():
     words = [int(number) % 2**64 for number in many]
     apart = [min([64, *((word ^ other).bit_count() for other in words[:k])]) for k, word in enumerate(words)]
     for first in (0, 70, 150):
-        assert run_scores.nearest_bits(many, first).tolist() == apart[first:]
+        assert run_scores.nearest_bits(many, np.arange(first, 150), np.arange(150)).tolist() == apart[first:]
     hashes = np.array([0, 7, 7, -1, 2**62], np.int64)
-    assert run_scores.nearest_bits(hashes, 0).tolist() == [64, 3, 0, 61, 1]
-    assert run_scores.nearest_bits(hashes, 3).tolist() == [61, 1]
+    assert run_scores.nearest_bits(hashes, np.arange(5), np.arange(5)).tolist() == [64, 3, 0, 61, 1]
+    assert run_scores.nearest_bits(hashes, np.arange(3, 5), np.arange(5)).tolist() == [61, 1]
+    assert run_scores.nearest_bits(hashes, np.array([2, 4]), np.array([0, 3])).tolist() == [3, 1]
+
+
+class Hashes:
+    """A ledger of samples that have hashes alone; some are dropped."""
+
+    def __init__(self, hashes):
+        self.values, self.dropped = {"hash": dict(enumerate(hashes)), "distance": {}}, set()
+
+    def indices(self):
+        return [index for index in self.values["hash"] if index not in self.dropped]
+
+    def scores(self, name):
+        return sorted(self.values[name].items())
+
+    def add_scores(self, scores, *, replaces):
+        self.values["distance"] |= {index: value for index, _, value in scores}
+
+
+def test_distances_are_renewed_where_dropped_and_restored_samples_decide_them(monkeypatch):
+    dice, compared = np.random.default_rng(0), []
+    monkeypatch.setattr(run_scores, "TILE", (4, 8))
+    hashes = [int(number) for number in dice.integers(0, 2**7, 120)]  # of which many are equally near to others
+    ledger, count = Hashes(hashes), np.bitwise_count
+    monkeypatch.setattr(np, "bitwise_count", lambda bits: compared.append(bits.size) or count(bits))
+    run_scores.add_distances(ledger)
+    for _ in range(60):
+        if ledger.dropped and dice.random() < 0.5:
+            changed = set(dice.choice(sorted(ledger.dropped), 1).tolist())
+            ledger.dropped -= changed
+        else:
+            changed = set(dice.choice(120, dice.integers(1, 3)).tolist())
+            ledger.dropped |= changed
+        run_scores.add_distances(ledger, changed)
+        for index in ledger.indices():
+            others = [hashes[other] for other in ledger.indices() if other < index]
+            expected = min([64, *((hashes[index] ^ other).bit_count() for other in others)])
+            assert ledger.values["distance"][index] == expected
+    hashes = dice.integers(-(2**63), 2**63 - 1, 2000).tolist()
+    ledger, counts = Hashes(hashes), []
+    for changed in (), {5}:
+        compared.clear()
+        ledger.dropped |= set(changed)
+        run_scores.add_distances(ledger, changed)
+        counts.append(sum(compared))
+    assert counts[1] < counts[0] / 20
 
 
 def test_agreement_counts_pixels_with_one_name():

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -133,6 +134,24 @@ def test_sheets_of_samples_that_did_not_change_are_not_drawn_again(tmp_path, mon
     for name in (*map(page_files.SHEET_NAME.format, range(3)), page_files.SHEETS):
         assert (run / name).read_bytes() == (whole / name).read_bytes(), name
     assert audit(run).findings == []
+
+
+def test_folders_of_pictures_are_listed_as_often_for_many_pages_as_for_one(tmp_path, monkeypatch):
+    listed, counts = [], []
+
+    def note(name, call):
+        monkeypatch.setattr(os, name, lambda path=".": listed.append(str(path)) or call(path))
+
+    note("listdir", os.listdir)
+    note("scandir", os.scandir)
+    for size in (8, 2):
+        monkeypatch.setattr(page_files, "PAGE_SAMPLES", size)
+        with RunFolder(tmp_path / str(size), document(8, 32)) as folder:
+            folder.add([rendered(k, 32) for k in range(8)], {"batch_size": 4})
+            finish_run(folder)
+        counts.append(sum(path.endswith("gallery/depth") for path in listed))
+        listed.clear()
+    assert counts[0] == counts[1] > 0
 
 
 def test_a_sheet_without_one_of_its_images_is_drawn_anew_once_it_is_there(tmp_path):

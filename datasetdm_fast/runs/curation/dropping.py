@@ -1,7 +1,6 @@
 """Samples are dropped from a run folder and restored: rows and files are moved, and no number changes."""
 
-from collections.abc import Callable, Iterable, Sequence
-from math import inf
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ def describe_doubtful(count: int) -> str:
     return f"; {count} {'is' if count == 1 else 'are'} set aside and not in the data set" if count else ""
 
 
-def drop(run: Run, requested: Iterable[int], *, is_dry: bool = False) -> list[int]:
+def drop(run: Run, requested: Collection[int], *, is_dry: bool = False) -> list[int]:
     """Moves the requested samples out of the data set; the indices of those that were in it."""
     present, _ = _find_known(run, requested, "Use an id from samples.jsonl, for example 00000003.")
     chosen = sorted(present.intersection(requested))
@@ -64,7 +63,7 @@ def drop(run: Run, requested: Iterable[int], *, is_dry: bool = False) -> list[in
     return chosen
 
 
-def restore(run: Run, requested: Iterable[int] | None, *, is_dry: bool) -> list[int]:
+def restore(run: Run, requested: Collection[int] | None, *, is_dry: bool) -> list[int]:
     """Moves the requested dropped samples, or all of them, back into the data set; their indices."""
     remedy = f"See what was dropped with: python -m datasetdm_fast.restore {quote(run.path)} --all --dry-run"
     _, dropped = _find_known(run, requested or (), remedy)
@@ -80,12 +79,12 @@ def restore(run: Run, requested: Iterable[int] | None, *, is_dry: bool) -> list[
                         f"Restore the file from a copy, or leave {row.request.id} dropped.",
                     )
     if run.shards is not None and not is_dry:
-        _replace_dropped(run, run.shards, lambda dropped: dropped.difference(chosen), requested or (0,))
+        _replace_dropped(run, run.shards, lambda dropped: dropped.difference(chosen), requested)
     elif not is_dry:
         with RunFolder(run.path, run.document) as folder:
             for block in in_blocks(chosen, BLOCK):
                 folder.bring_back([dropped[index] for index in block])
-            _finish(folder, requested or (0,))  # a killed process may have moved some of them already
+            _finish(folder, requested)
     return chosen
 
 
@@ -104,16 +103,19 @@ def _find_known(run: Run, requested: Iterable[int], remedy: str) -> tuple[set[in
 
 
 def _replace_dropped(
-    run: Run, shards: ShardLedger, change: Callable[[frozenset[int]], frozenset[int]], changed: Iterable[int]
+    run: Run,
+    shards: ShardLedger,
+    change: Callable[[frozenset[int]], frozenset[int]],
+    requested: Collection[int] | None,
 ) -> None:
-    """Changes which samples of a run in shards are dropped, and updates distances after the first changed one."""
+    """Changes which samples of a run in shards are dropped, and updates distances."""
     with shards.hold():
         shards.dropped = change(shards.dropped)
         run.replace_file(DROPPED_IDS, encode_dropped(shards.dropped))
-        add_distances(shards, since=min(changed, default=inf))
+        add_distances(shards, requested)
 
 
-def _finish(folder: RunFolder, changed: Iterable[int]) -> None:
-    """Updates distances and index files after the first of the changed samples."""
-    add_distances(folder.ledger, since=min(changed, default=inf))
+def _finish(folder: RunFolder, requested: Collection[int] | None) -> None:
+    """Updates distances and index files; a killed process may have moved some of the requested samples, or all."""
+    add_distances(folder.ledger, requested)
     finish_run(folder)

@@ -99,6 +99,7 @@ class PageWriter:
         self._folder, self._document, self._ledger = folder, document, ledger
         self._facts = RunFacts(document, ledger)
         self._shown_before = read_shown(folder)
+        self._existing = set(run_folder.existing_files(folder, document))
         self._shown: dict[str, str] = {}
 
     def add(self, number: int, rows: Sequence[Row]) -> None:
@@ -112,13 +113,14 @@ class PageWriter:
             contents[run_folder.DETAILS_NAME.format(place)] = details
         storage.publish({self._folder / name: content for name, content in contents.items()})
         for role in run_folder.picture_roles(self._document):
-            draw_missing(self._folder, rows, role)
+            missing = [row for row in rows if run_folder.picture_name(role, row.request.id) not in self._existing]
+            draw_pictures(self._folder, missing, role)
         self._shown |= draw_sheets(self._folder, groups, self._shown_before)
 
     def end(self, *, is_in_progress: bool = False) -> None:
         """Writes the page itself, once all rows were added, and removes files of samples that are no longer shown."""
         expected = run_folder.expected_files(self._document, self._ledger)
-        for name in set(run_folder.existing_files(self._folder, self._document)) - expected:
+        for name in self._existing - expected:
             storage.remove(self._folder / name)
         run = self._facts.whole(has_sheets=True, is_in_progress=is_in_progress)
         contents = {
@@ -205,12 +207,10 @@ def _read_image(path: Path, least_side: int = 0) -> Image.Image | None:
 PICTURES_TOGETHER = 64  # pictures published together
 
 
-def draw_missing(folder: Path, rows: Sequence[Row], role: str) -> None:
-    """Draws the missing pictures of a role; a file that is missing or is no whole image gets none."""
-    existing = {path.name for path in (folder / "gallery" / role).glob("*.png")}
-    missing = [row for row in rows if f"{row.request.id}.png" not in existing]
+def draw_pictures(folder: Path, rows: Sequence[Row], role: str) -> None:
+    """Draws the pictures of a role; a file that is missing or is no whole image gets none."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for block in in_blocks(missing, PICTURES_TOGETHER):
+        for block in in_blocks(rows, PICTURES_TOGETHER):
             pictures = zip(block, pool.map(partial(_picture_of_sample, folder, role), block), strict=True)
             named = {run_folder.picture_name(role, row.request.id): picture for row, picture in pictures if picture}
             storage.publish({folder / name: picture for name, picture in named.items()})

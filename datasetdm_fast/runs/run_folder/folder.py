@@ -282,7 +282,9 @@ class RunFolder(AbstractContextManager):
         return sorted(damaged)
 
     def drop(self, indices: Sequence[int]) -> None:
-        """Takes samples out of the data set: their files are copied, then their rows moved, then the files removed."""
+        """Takes samples out of the data set: their files get other names, then their rows move, then these lose the
+        first ones.
+        """
         rows = [row for index in indices if (row := self.ledger.row(index))]  # others may be dropped since
         self._move(rows, "", DROPPED)
 
@@ -293,8 +295,12 @@ class RunFolder(AbstractContextManager):
     def _move(self, rows: Sequence[Row], source: str, target: str) -> None:
         unseal(self.path)
         names = [name for row in rows for name, _ in row.files.values() if (self.path / (source + name)).exists()]
-        contents = {name: storage.read(self.path / (source + name), LARGEST_IMAGE_FILE) for name in names}
+        copied = [name for name in names if not storage.link(self.path / (source + name), self.path / (target + name))]
+        contents = {name: storage.read(self.path / (source + name), LARGEST_IMAGE_FILE) for name in copied}
         publish_inside(self.path, {target + name: content for name, content in contents.items()})
+        for place in sorted({(self.path / (target + name)).parent for name in names}):
+            with storage.refusing(place):
+                storage.sync(place)
         self.ledger.move([row.request.index for row in rows], is_back=not target)
         for name in names:
             storage.remove(self.path / (source + name))

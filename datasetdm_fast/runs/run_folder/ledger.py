@@ -213,10 +213,10 @@ class Ledger(AbstractContextManager):
             self._database.execute(_OUTDATE)
 
     def dropped_rows(self) -> list[Row]:
-        """The rows of the samples that were dropped, by index."""
+        """The rows of the samples that were dropped, with their files alone, by index."""
         if not self._has_table("dropped"):
             return []
-        rows = self._database.execute(f'SELECT {_COLUMNS} FROM dropped ORDER BY "index"')
+        rows = self._database.execute(f'SELECT {_columns(("files",))} FROM dropped ORDER BY "index"')
         return [self._decode_row(*values) for values in rows]
 
     def count_dropped(self) -> int:
@@ -319,8 +319,7 @@ class Ledger(AbstractContextManager):
 
     def rows(self, *statuses: str, parts: Sequence[str] = PARTS) -> Iterator[Row]:
         """Rows of these statuses, or of the data set, by index; of PARTS and `tracings` only these are filled."""
-        columns = ", ".join("NULL" if name in PARTS and name not in parts else name for name in _COLUMNS.split(", "))
-        source = "samples"
+        columns, source = _columns(parts), "samples"
         if "tracings" in parts:
             columns, source = f"{columns}, tracings", 'samples LEFT JOIN tracings USING ("index")'
         statuses = statuses or (DONE,)
@@ -379,6 +378,11 @@ class Ledger(AbstractContextManager):
 
     def __exit__(self, *_: object) -> None:
         self._database.close()
+
+
+def _columns(parts: Sequence[str]) -> str:
+    """The columns of a row, of PARTS only these."""
+    return ", ".join("NULL" if name in PARTS and name not in parts else name for name in _COLUMNS.split(", "))
 
 
 def encode_trust(trust: Trust | None) -> str | None:

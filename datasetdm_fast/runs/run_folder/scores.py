@@ -6,7 +6,6 @@ import ast
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
@@ -121,6 +120,7 @@ def _refuse(node: ast.AST, flag: str, expected: str) -> NoReturn:
 HASH = "hash"  # a score that no condition can use
 NEAR = 2  # bits by which the hashes of duplicates differ at most
 BITS = 64  # of a hash
+TILE = (64, 2048)  # hashes that are compared with so many others at once
 SCORES = {  # name -> meaning
     "score": "mean confidence of the decoders in their labels, 0 to 1",
     "trust": "1 if the labels agree with the prompt and with one another, 0 if the sample is doubtful",
@@ -219,27 +219,46 @@ def read_scores(ledger: Ledger | ShardLedger, names: Sequence[str] = tuple(SCORE
     return ScoreTable(indices, classes, values)
 
 
-def add_distances(ledger: Ledger | ShardLedger, since: float = inf) -> None:
-    """Gives samples the distances that they lack, and renews those from the index `since` on."""
+def add_distances(ledger: Ledger | ShardLedger, changed: Collection[int] | None = ()) -> None:
+    """Gives samples the distances that they lack, and renews those that the `changed` samples, which were dropped or
+    restored, decide; None are all.
+    """
     distances, shown = dict(ledger.scores("distance")), set(ledger.indices())
-    hashes = [(index, value) for index, value in ledger.scores(HASH) if index in shown]  # not of dropped samples
-    changed_from = (k for k, (index, _) in enumerate(hashes) if distances.get(index) is None or index >= since)
-    first = next(changed_from, len(hashes))
-    bits = nearest_bits(np.array([value for _, value in hashes], np.int64), first)
-    new = [(index, distance) for (index, _), distance in zip(hashes[first:], bits.tolist(), strict=True)]
-    if changed := [(index, "distance", distance) for index, distance in new if distances.get(index) != distance]:
-        ledger.add_scores(changed, replaces=True)
+    changed = shown if changed is None else set(changed)
+    known = shown | changed
+    hashes = {index: value for index, value in ledger.scores(HASH) if value is not None and index in known}
+    values, before = np.array([*hashes.values()], np.int64), np.full(len(hashes), -1)
+    is_shown, is_changed = (np.array([index in each for index in hashes], bool) for each in (shown, changed))
+    for place, index in enumerate(hashes):
+        if (distance := distances.get(index)) is not None:
+            before[place] = distance
+    new, present = np.flatnonzero(is_shown & (is_changed | (before < 0))), np.flatnonzero(is_shown)
+    others = np.setdiff1d(present, new)
+    lost = nearest_bits(values, others, np.flatnonzero(~is_shown)) <= before[others]  # the nearest may be gone
+    after = before.copy()
+    after[others] = np.minimum(before[others], nearest_bits(values, others, new))
+    outdated = np.union1d(new, others[lost])
+    after[outdated] = nearest_bits(values, outdated, present)
+    indices = [*hashes]
+    if renewed := [(indices[k], "distance", int(after[k])) for k in np.flatnonzero(after != before)]:
+        ledger.add_scores(renewed, replaces=True)
 
 
-def nearest_bits(hashes: np.ndarray, first: int) -> np.ndarray:
-    """Bits by which each hash [N] int64 from the place `first` on differs from the nearest before it."""
-    nearest, block = [], 64
-    for start in range(first, len(hashes), block):
-        stop = min(start + block, len(hashes))
-        bits = np.bitwise_count((hashes[start:stop, None] ^ hashes[None, :stop]).view(np.uint64))
-        bits[np.arange(stop)[None] >= np.arange(start, stop)[:, None]] = BITS
-        nearest.append(bits.min(1))
-    return np.concatenate(nearest) if nearest else np.zeros(0, np.uint8)
+def nearest_bits(hashes: np.ndarray, places: np.ndarray, earlier: np.ndarray) -> np.ndarray:
+    """Bits by which the hash [N] int64 at each of some places differs from the nearest of those before it among
+    `earlier`; both are ascending.
+    """
+    nearest = np.full(len(places), BITS, np.uint8)
+    for start in range(0, len(places), TILE[0]):
+        rows = places[start : start + TILE[0], None]
+        for left in range(0, int(np.searchsorted(earlier, rows[-1, 0])), TILE[1]):  # a tile stays in the caches
+            columns = earlier[left : left + TILE[1]]
+            bits = np.bitwise_count((hashes[rows] ^ hashes[columns]).view(np.uint64))
+            if columns[-1] >= rows[0, 0]:
+                bits[columns >= rows] = BITS
+            part = nearest[start : start + TILE[0]]
+            np.minimum(part, bits.min(1), out=part)
+    return nearest
 
 
 def absent(folder: Path, name: str) -> Refused:

@@ -403,7 +403,7 @@ class ShardLedger:
         self.scored.forget(name, why)
 
     def scores(self, name: str) -> list[tuple[int, Score]]:
-        return [(index, value) for index, value in self.scored.of(name) if index not in self.dropped]
+        return list(self.scored.of(name))
 
     def score_names(self) -> list[str]:
         return self.scored.names()
