@@ -22,6 +22,7 @@ import proofs
 import pytest
 import torch
 from layouts import LAYOUTS
+from PIL import Image
 from rendered import write_run
 from safetensors.torch import load_file, save_file
 
@@ -178,12 +179,12 @@ def _(folder: Path) -> Ending:
     return data_set(folder, "folder", spoil, "not a complete image")
 
 
-@case("a photo whose head is cut off, for tiles")
+@case("a photo of more pixels than a run stores, for tiles")
 def _(folder: Path) -> Ending:
     (folder / "photos").mkdir()
-    (folder / "photos" / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    Image.new("1", (2**13, 2**11 + 1)).save(folder / "photos" / "a.png")
     line = [folder / "photos", "--tiles", "--classes", "ball", "--out", folder / "run", "--quiet"]
-    return run("label", *line, ends=BAD, says="not a complete image")
+    return run("label", *line, ends=BAD, says="with --tiles at most 16,777,216")
 
 
 @case("an image of more scans than any has")
