@@ -1,6 +1,7 @@
 import base64
 import errno
 import fcntl
+import gc
 import importlib.util
 import io
 import json
@@ -826,6 +827,23 @@ def test_run_is_a_torch_data_set(run_path):
     part = run.as_dataset("depth")[3:5]
     assert len(part) == 2 and torch.equal(part[1][1], run.as_dataset("depth")[4][1])
     assert set(run.tasks) == set(TASKS)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="descriptors are listed in /proc")
+def test_a_run_that_nobody_reads_any_more_is_closed(tmp_path):
+    """Without a collection, before which files and SQLite's caches of two megabytes each would add up."""
+    write_run(tmp_path / "run", 2, 32)
+    gc.disable()
+    try:
+        counts = []
+        for _ in range(3):
+            run = open_run(tmp_path / "run")
+            assert run[:1][0].prompt == run[0].prompt
+            del run
+            counts.append(len(os.listdir("/proc/self/fd")))
+    finally:
+        gc.enable()
+    assert counts[0] == counts[2]
 
 
 def test_a_data_set_gives_several_labels_together_and_batches_things(run_path):

@@ -32,7 +32,7 @@ class Database:
     def __init__(self, path: Path, address: Path | str, *settings: str, is_uri: bool = False):
         if storage.is_there(path) and not path.is_file():  # SQLite would wait for a pipe for ever
             raise Refused(f"{path}: not a regular file", RESTORE)
-        self.path, self._lock = path, threading.RLock()
+        self.path, self._lock, self._process = path, threading.RLock(), os.getpid()
         self.version: tuple[int, int] | None = None  # of a file that was opened as immutable
         self._connection: sqlite3.Connection = self._run(
             "OPEN",
@@ -103,6 +103,11 @@ class Database:
 
     def close(self) -> None:
         self._connection.close()
+
+    def __del__(self) -> None:
+        """Closes the file at once: Python's connection and its statements refer to each other."""
+        if "_connection" in self.__dict__ and self._process == os.getpid():  # a fork leaves it to the first
+            self.close()
 
 
 def connect(path: Path, schema: str, journal: str = WRITE_AHEAD) -> Database:
