@@ -177,6 +177,10 @@ def test_things_are_counted_where_a_text_says_how_many():
     assert count("three red balls, 12 cubes and a cone beside ten cats") == counts
     assert count("a ball and two blue balls") == {"ball": 3} and count("the ball and a cube") == {"cube": 1}
     assert count("a ball and the balls") == {}  # of some it does not say so
+    assert count("a cat chasing two balls") == {"cat": 1, "ball": 2} and count("a cat chasing balls") == {"cat": 1}
+    assert count("a woman holding two balls") == {"ball": 2} and count("two cats in one cube") == {"cat": 2, "cube": 1}
+    assert count("a two tone cube") == {"cube": 1} and count("a cat cube") == {"cat": 1, "cube": 1}
+    assert count("two cats watching one cube") == {"cat": 2, "cube": 1} and count("a few red balls") == {}
     assert count("a big round shiny ball") == {"ball": 1} and count("a big round shiny old ball") == {}
 
 

@@ -533,6 +533,11 @@ def test_things_that_are_too_unsure_for_a_region_are_not_edited(tmp_path):
         ("some wolves in snow", "wolf", "a star in snow"),
         ("people in a café", "person", "a star in a café"),
         ("Two big wolves and 12 balls", "wolf", "a star and 12 balls"),
+        ("a ball chasing two wolves", "wolf", "a ball chasing a star"),
+        ("a boy walking wolves", "wolf", "a boy walking a star"),
+        ("the two wolves", "wolf", "a star"),
+        ("a few grey wolves beside a Group of balls", "wolf", "a star beside a Group of balls"),
+        ("a ball beside a group of wolves", "wolf", "a ball beside a star"),
         ("a young woman's hat", "person", "a star's hat"),
         ("an orange ball", "orange", ""),  # a colour
         ("A ball beside a Café", "ball", "a star beside a Café"),
@@ -568,8 +573,10 @@ def test_an_edit_of_one_of_several_things_replaces_its_own_mention(tmp_path):
         ("Two happy adults on a table", 1, "one happy adult and a star on a table"),
         ("a person, the 12 young people", 7, "a person, 11 young people and a star"),
         ("three people and a person", 3, "three people and a star"),
+        ("a dog watching two people", 1, "a dog watching one person and a star"),
         ("three people and a person", 4, "a star and two people and a person"),  # there is none: the first
         ("some people in snow", 1, "a star and some people in snow"),
+        ("a few old people in snow", 0, "a star and a few old people in snow"),
         ("the person in snow", 1, "a star in snow"),
         ("one person in snow", 0, "a star in snow"),
     ],

@@ -11,7 +11,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
@@ -254,7 +254,10 @@ NUMBERS = {word: k for k, word in enumerate("one two three four five six seven e
 ADJECTIVES = rf"\s+(?:(?!(?:{'|'.join(sorted(AFTER_A_NOUN))})\b)[\w-]+\s+){{0,3}}?$"
 # "a", "an" or a number before them, or another word of the kind
 COUNTED = re.compile(rf"\b(an?|\d{{1,3}}|{'|'.join(NUMBERS)}){ADJECTIVES}")
-DESCRIBED = re.compile(rf"\b(?:an?|the|some|several|many|\d{{1,3}}|{'|'.join(NUMBERS)}){ADJECTIVES}", re.IGNORECASE)
+DESCRIBED = re.compile(
+    rf"\b(a few|a (?:couple|group|pair) of|an?|the|some|several|many|\d{{1,3}}|{'|'.join(NUMBERS)}){ADJECTIVES}",
+    re.IGNORECASE,
+)
 SIDE_WORD = re.compile(r"(?:(?<![A-Za-z])(?:left|right)|Left|Right|LEFT|RIGHT)(?![a-z])")
 SIDE = re.compile(r"left|right|Left|Right|LEFT|RIGHT")  # also inside of a word: lefthip, eyeright, but bright as well
 OTHER_SIDE = {"left": "right", "Left": "Right", "LEFT": "RIGHT"}
@@ -312,12 +315,38 @@ def find_classes(prompt: str, classes: Sequence[str], table: ClassTable | None =
 def count_named(prompt: str, classes: Sequence[str], table: ClassTable | None = None) -> dict[str, int]:
     """How many things of each class a prompt names, without classes of which it does not say how many."""
     text, counts = _lower(prompt), {}
-    for name, spans in matcher(tuple(classes), table).spans(prompt).items():
-        matches = [COUNTED.search(text, 0, begin) for begin, _ in spans]
-        words = [match[1] for match in matches if match]
+    named = matcher(tuple(classes), table).spans(prompt)
+    for name, spans in named.items():
+        words = [match[1] for span in spans if (match := _find_before(COUNTED, text, span, name, named, table))]
         if len(words) == len(spans):
             counts[name] = sum(map(_number, words))
     return counts
+
+
+def _find_before(
+    pattern: re.Pattern[str],
+    text: str,
+    noun: tuple[int, int],
+    name: str,
+    named: Mapping[str, Sequence[tuple[int, int]]],
+    table: ClassTable | None,
+) -> re.Match[str] | None:
+    """What stands before a noun of a class in a text, after the other nouns that it names, but for those right before
+    it ("a horse cart"); "a" belongs to no plural.
+    """
+    begin, stop = noun
+    after = max((end for spans in named.values() for _, end in spans if end < begin - 1), default=0)
+    match = pattern.search(text, after, begin)
+    while match and match[1].lower() in ("a", "an", "one") and _single_of(_lower(text)[begin:stop], name, table):
+        match = pattern.search(text, match.end(1), begin)
+    return match
+
+
+def _single_of(noun: str, name: str, table: ClassTable | None) -> str:
+    """The word of a class of which this is the plural, empty where it is none's."""
+    word = look_up((name,), table)[0][0]
+    singles = (single.lstrip("~").lower() for single in (word.spoken, word.name, *word.words))
+    return next((single for single in singles if plural(single) == noun), "")
 
 
 def _number(word: str) -> int:
@@ -385,19 +414,19 @@ def replaced_text(
     things all, or the one at `place`, the first where there is none, beside what is left of those named with it.
     """
     text = unicodedata.normalize("NFC", text)
-    spans = matcher(tuple(classes), table).spans(text).get(name, [])
-    things = [(span, 0) for span in spans]
+    named = matcher(tuple(classes), table).spans(text)
+    things = [(span, 0) for span in named.get(name, [])]
     if place is not None:
-        counted = [(span, COUNTED.search(_lower(text), 0, span[0])) for span in spans]
+        counted = [(span, _find_before(COUNTED, _lower(text), span, name, named, table)) for span, _ in things]
         things = [(span, k) for span, match in counted for k in range(_number(match[1]) or 1 if match else 1)]
         things = things[place : place + 1] or things[:1]
     parts, end = [], 0
-    for (begin, stop), k in things:
-        described = DESCRIBED.search(text, end, begin)
-        start = described.start() if described else begin
-        left = "" if place is None else _without_one(text, start, (begin, stop), name, table)
+    for span, k in things:
+        described = _find_before(DESCRIBED, text, span, name, named, table)
+        start = described.start() if described else span[0]
+        left = "" if place is None else _without_one(text, start, span, name, table)
         parts += [text[end:start], " and ".join(filter(None, (left, other) if k else (other, left)))]
-        end = stop
+        end = span[1]
     return "".join(parts) + text[end:] if parts else ""
 
 
@@ -406,15 +435,14 @@ def _without_one(text: str, start: int, noun: tuple[int, int], name: str, table:
     empty of one thing.
     """
     begin, stop = noun
-    lowered, word = _lower(text), look_up((name,), table)[0][0]
-    singles = [single.lstrip("~").lower() for single in (word.spoken, word.name, *word.words)]
-    single = next((single for single in singles if plural(single) == lowered[begin:stop]), "")
-    if (match := COUNTED.search(lowered, 0, begin)) is None:  # "some dogs"
-        return text[start:stop] if single else ""
-    if (count := _number(match[1]) - 1) < 1:
-        return ""
+    single = _single_of(_lower(text)[begin:stop], name, table)
+    match = COUNTED.search(_lower(text), start, begin)
+    count = _number(match[1]) - 1 if match else 0
+    if match is None or count < 1:
+        return text[start:stop] if single else ""  # "a few dogs"
     numeral = next((numeral for numeral, number in NUMBERS.items() if number == count), str(count))
-    return numeral + text[match.end(1) : begin] + (text[begin:stop] if count > 1 else single or singles[0])
+    noun_left = text[begin:stop] if count > 1 else single or spoken([name], table)[0]
+    return f"{numeral}{text[match.end(1) : begin]}{noun_left}"
 
 
 def token_places(
