@@ -24,6 +24,7 @@ from datasetdm_fast.engine.decoders import domain
 from datasetdm_fast.engine.decoders.checkpoint import load_decoder
 from datasetdm_fast.engine.decoders.config import DEMO
 from datasetdm_fast.engine.labels.trust import with_domain, with_undrawn
+from datasetdm_fast.engine.pictures.labelled import LabelledSource
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.runs.jobs.job import Job
@@ -503,19 +504,23 @@ def test_the_domain_is_measured_on_pictures_from_all_over_the_data(monkeypatch):
     monkeypatch.setattr(workflow, "project", lambda decoder, levels: levels)
     monkeypatch.setattr(workflow, "TASKS", {"semantic": SimpleNamespace(truth=lambda source, item: (source, item))})
     monkeypatch.setattr(workflow.domain, "learn_domain", lambda *given: given)
-    engine = SimpleNamespace(device=torch.device("cpu"))
+    engine, source = SimpleNamespace(device=torch.device("cpu")), LabelledSource(64, 301)
 
     def measured(count):
-        session = SimpleNamespace(numbers=range(count), views=views, engine=engine, source="source")
+        session = SimpleNamespace(numbers=range(count), views=views, engine=engine, source=source)
         session.watch_work = lambda *given: lambda count: None
         return workflow.measure_domain(session, Decoder())
 
     assert measured(7) is None
     sketches, labels, images = measured(8)
     assert asked[-1] == ("semantic", list(range(8)), 4) and sketches[:, 0].tolist() == list(range(32))
-    assert labels == [("source", f"item {view}") for view in range(32)] and images == [view // 4 for view in range(32)]
+    assert labels == [(source, f"item {view}") for view in range(32)] and images == [view // 4 for view in range(32)]
     assert sum(batches, []) == list(range(32)) and max(map(len, batches)) == 8
     assert len(measured(301)[1]) == 800 and asked[-1][1] == [k * 301 // 200 for k in range(200)]
+    source.origins = lambda record: (f"{record // 3}",)  # copies of a picture count as one
+    assert measured(21) is None and measured(24)[2] == [view // 12 * 3 for view in range(96)]
+    source.sequence = lambda record: f"{record // 6}"  # and so do frames, of which few sequences are left one by one
+    assert measured(48)[2] == [view // 24 * 6 for view in range(192)] and len({*measured(42)[2]}) == 14
 
 
 def test_pictures_that_the_model_has_not_drawn_are_not_doubted_for_what_it_draws():

@@ -27,6 +27,7 @@ from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop.calls import CapturedCalls, trained_calls
 from datasetdm_fast.engine.loop.inversion import invert_for
 from datasetdm_fast.engine.loop.recipe import make_recipe
+from datasetdm_fast.engine.pictures.labelled import LabelledSource
 from datasetdm_fast.engine.pipeline import Pipeline
 from datasetdm_fast.engine.tasks.depth import DepthTask
 from datasetdm_fast.errors import Refused
@@ -240,7 +241,8 @@ def test_things_without_a_map_and_images_from_all_over_the_data_are_probed(monke
 
     monkeypatch.setattr(call_ranking.cache, "captures", captures)
     engine = SimpleNamespace(model=SimpleNamespace(size=4))
-    source = SimpleNamespace(classes=(), thing_classes=("a", "b", "c"))
+    source = LabelledSource(4, 200)
+    source.thing_classes = ("a", "b", "c")
     numbers = range(100, 200, 2)
     session = SimpleNamespace(
         split=([*numbers, *numbers], [99, 201]),  # held-out images choose nothing
@@ -254,8 +256,11 @@ def test_things_without_a_map_and_images_from_all_over_the_data_are_probed(monke
     assert seen == [([view], [70 + view], (9, 5)) for view in range(50)]
     products, counts = sum(probes[0][0].products), [float(inputs[-1, -1]) for inputs in probes[0][0].inputs]
     assert products.shape == (4, 3) and products[-1].tolist() == [0, 0, 100] and counts == [40.0] * 5
-    session.split = ([1], [99])
-    with pytest.raises(Refused, match="two images or more"):
+    source.origins = lambda number: (f"{number // 40}",)  # copies are judged by probes that have not seen their picture
+    ((probe,), _) = call_ranking.probe_calls(session, "instance", (9, 5), lambda cells: [[cells]])
+    assert [float(inputs[-1, -1]) if inputs.ndim else 0 for inputs in probe.inputs] == [40, 80, 80, 0, 0]
+    source.origins = lambda number: ("one",)
+    with pytest.raises(Refused, match="two pictures or more"):
         call_ranking.probe_calls(session, "instance", (9,), None)
 
 

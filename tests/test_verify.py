@@ -534,6 +534,8 @@ def test_an_observation_led_by_itself_changes_nothing(reference):
     again = observe.observe(reference, requests, recipe, truth)
     distances = teacher_forced_distances(again, truth) | free_running_distances(again, truth)
     assert all((values == 0).all() for values in distances.values())
+    noise = torch.randn(truth.seen[0].shape[1:], generator=torch.Generator().manual_seed(3))
+    assert truth.seen[0][0].equal(noise * recipe.schedule.noise_scale), "it begins where `generate` does"
 
 
 def test_engines_that_were_compared_before_several_processes_start_are_let_go(tmp_path, monkeypatch):

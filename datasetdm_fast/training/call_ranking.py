@@ -20,6 +20,7 @@ from datasetdm_fast.stages import LEVELS
 from datasetdm_fast.training.captures import cache
 from datasetdm_fast.training.captures.targets import TrainingTarget
 from datasetdm_fast.training.session import TrainingSession
+from datasetdm_fast.training.splits import group_related
 
 CANDIDATES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8)  # of the model's training steps
 MOST_IMAGES = 50  # that are probed, evenly over all
@@ -110,11 +111,14 @@ def probe_calls(
     """For each timestep the probes of a task's truth, each of the groups into which `split` divides a capture."""
     numbers, _ = session.split  # a figure of held-out images would not be one of unseen images otherwise
     count = min(len(numbers), MOST_IMAGES)
-    if count < 2:
+    chosen = [numbers[k * len(numbers) // count] for k in range(count)]
+    related = group_related(session.source, chosen, FOLDS).values()
+    if len(related) < 2:
         raise Refused(
-            "--timestep auto, --blocks auto: these are compared on two images or more", "Add images, or name them."
+            "--timestep auto, --blocks auto: these are compared on two pictures or more", "Add images, or name them."
         )
-    views = session.plain_views(task, [numbers[k * len(numbers) // count] for k in range(count)], 1)
+    fold_of = {number: k % FOLDS for k, group in enumerate(related) for number in group}
+    views = session.plain_views(task, chosen, 1)
     source, size = session.source, session.engine.model.size
     classes = max(len(source.classes), len(source.thing_classes))
     inversion = replace(session.inversion, timesteps=tuple(timesteps))
@@ -127,7 +131,7 @@ def probe_calls(
                 probes.append([Probe(groups, most) for groups in parts])
             for probe, groups in zip(probes[call], parts, strict=True):
                 truth, known = truth_of(task, target, classes, size, round(len(groups[0]) ** 0.5))
-                probe.add(view % FOLDS, [cells[known.to(cells.device)] for cells in groups], truth)
+                probe.add(fold_of[chosen[view]], [cells[known.to(cells.device)] for cells in groups], truth)
     return probes
 
 

@@ -65,9 +65,7 @@ def split_folds(source: LabelledSource, numbers: Sequence[int], folds: int, seed
     """The item numbers of each fold, of nearly equal size; items that were made of one picture are in the same fold,
     and so are the frames of a sequence where there are as many sequences as folds.
     """
-    members = _group(numbers, source.filmed_in)
-    if len(members) < folds:
-        members = _group(numbers, source.made_of)
+    members = group_related(source, numbers, folds)
     parts: list[list[int]] = [[] for _ in range(folds)]
     for group in np.random.default_rng([seed, folds, len(numbers)]).permutation(sorted(members)).tolist():
         min(parts, key=len).extend(members[group])
@@ -77,6 +75,14 @@ def split_folds(source: LabelledSource, numbers: Sequence[int], folds: int, seed
             "Ask for no more folds than pictures.",
         )
     return [sorted(fold) for fold in parts]
+
+
+def group_related(source: LabelledSource, numbers: Sequence[int], least: int) -> dict[int, list[int]]:
+    """The item numbers that share a picture that they were made of, or a sequence where there are `least` groups then,
+    by the number of their group.
+    """
+    members = _group(numbers, source.filmed_in)
+    return members if len(members) >= least else _group(numbers, source.made_of)
 
 
 def _group(numbers: Sequence[int], origins: Callable[[int], tuple[str, ...]]) -> dict[int, list[int]]:

@@ -26,7 +26,7 @@ from datasetdm_fast.training.cross_validation import compare_with_folds, cross_v
 from datasetdm_fast.training.predictions import BATCH_SIZE
 from datasetdm_fast.training.session import Stopped, TrainingSession
 from datasetdm_fast.training.settings import TaskSettings
-from datasetdm_fast.training.splits import count_folds, split_folds
+from datasetdm_fast.training.splits import count_folds, group_related, split_folds
 from datasetdm_fast.training.task_training import TaskPlan, find_result, lock_folder, read_state, run_training
 from datasetdm_fast.training.trainer import project
 
@@ -180,10 +180,11 @@ def measure_domain(
     are too few.
     """
     task, numbers = decoder.config.task, session.numbers
-    if len(numbers) < domain.LEAST_IMAGES:
-        return None
     count = min(len(numbers), DOMAIN_IMAGES)
     chosen = [numbers[k * len(numbers) // count] for k in range(count)]
+    members = group_related(session.source, chosen, domain.LEAST_IMAGES)
+    if len(members) < domain.LEAST_IMAGES:
+        return None
     title, total = f"{task} domain", count * DOMAIN_DRAWS
     views = session.views(task, chosen, DOMAIN_DRAWS, on_views=session.watch_work(title, total, is_stopping))
     on_read = session.watch_work(title, total, is_stopping)  # which is long where captures are not cached
@@ -195,7 +196,9 @@ def measure_domain(
             sketches.append(decoder.sketch(project(decoder, levels)).cpu().numpy())
             labels += [TASKS[task].truth(session.source, views.item(view)) for view in batch]
             on_read(len(batch))
-    return domain.learn_domain(np.concatenate(sketches), labels, [view // DOMAIN_DRAWS for view in range(len(views))])
+    group_of = {number: group for group, related in members.items() for number in related}
+    groups = [group_of[number] for number in chosen for _ in range(DOMAIN_DRAWS)]
+    return domain.learn_domain(np.concatenate(sketches), labels, groups)
 
 
 def check_itself(
