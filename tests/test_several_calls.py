@@ -301,4 +301,4 @@ def test_the_call_that_tells_most_is_trained(tmp_path, capsys):
     assert (
         train.main(["--model", "tiny", "--data", "demo:1", "--timestep", "auto", "--out", str(tmp_path / "out")]) == 2
     )
-    assert "two images" in capsys.readouterr().err
+    assert "two pictures" in capsys.readouterr().err

@@ -538,6 +538,14 @@ def test_an_observation_led_by_itself_changes_nothing(reference):
     assert truth.seen[0][0].equal(noise * recipe.schedule.noise_scale), "it begins where `generate` does"
 
 
+@pytest.mark.parametrize(("share", "is_passed"), [(0.9, True), (1.1, False)])
+def test_what_differs_by_more_than_rounding_fails_in_fp32(share, is_passed):
+    for measure in ("text", "sampler", "call", "level low", "averages of attention", "encoded image"):
+        for median, farthest in ((share * 1e-5, 0), (0, share * 4e-5)):
+            (row,) = evaluate_gates({measure: np.array([[median] * 98 + [farthest] * 3])}, EXACT, {})
+            assert row.is_passed == is_passed
+
+
 def test_engines_that_were_compared_before_several_processes_start_are_let_go(tmp_path, monkeypatch):
     """They would hold the memory of the first process's GPU."""
     opened, open_engine = [], engines.open_engine

@@ -226,7 +226,8 @@ def check_itself(
         samples = pipeline(captions, tasks=(task,), steps=steps, batch_size=size, callback=on_step).samples
         if len(samples) >= domain.LEAST_IMAGES:
             farthest = domain.FARTHEST_MEAN if is_stored else domain.FARTHEST_OF_NAMES
-            measured = measured.with_generated(_sketch_samples(pipeline.engine, task, samples), farthest)
+            pictures = min(len(group_related(session.source, session.numbers, domain.LEAST_IMAGES)), DOMAIN_IMAGES)
+            measured = measured.with_generated(_sketch_samples(pipeline.engine, task, samples), pictures, farthest)
     except Exception as error:
         if not is_out_of_memory(error):
             raise

@@ -76,9 +76,13 @@ class Domain:
     classes: tuple[str, ...]  # of the means of things but the last, which is that of all
     model: float = 0.0  # distance of what the model draws of the training captions, over the farthest; 0 is unknown
 
-    def with_generated(self, sketches: np.ndarray, farthest: float = FARTHEST_MEAN) -> Domain:
-        """The domain with the distance of its model, by sketches [N, D, h, w] of pictures of training captions."""
-        return replace(self, model=self.pictures.distance_of_mean(sketches.mean((2, 3))) / farthest)
+    def with_generated(self, sketches: np.ndarray, pictures: int, farthest: float = FARTHEST_MEAN) -> Domain:
+        """The domain of so many pictures with the distance of its model, by sketches [N, D, h, w] of what that draws of
+        their captions, beyond the distance that the mean of so few pictures has by chance.
+        """
+        chance = float(self.pictures.limits[0]) / MARGIN / math.sqrt(pictures)
+        distance = self.pictures.distance_of_mean(sketches.mean((2, 3)))
+        return replace(self, model=math.sqrt(max(distance**2 - chance**2, 0.0)) / farthest)
 
     def measure(self, sketch: np.ndarray, label: Annotation, is_drawn: bool = True) -> DomainDistance:
         """The distance of a picture by its sketch [D, h, w], of each class that its label shows, and of what the model
