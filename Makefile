@@ -1,4 +1,5 @@
-# make demo   16 labelled images and a page to look at them; installs what they need into .venv, 1.2 GB
+# make demo   16 labelled images and a page to look at them; installs what they need into .venv, 1.2 GB, or 5 with a
+#             torch that was built for CUDA
 # make check  lint, types and the core tests: under a minute on two cores
 # make test   every test                    make lint   the linter, the formatter and the types
 # make docs   the documentation site in site/; its libraries go into an environment of their own
