@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+import tomllib
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -319,6 +320,12 @@ def test_without_ray_the_command_says_what_to_install(tmp_path, monkeypatch, cap
         and errors.splitlines()[1].endswith("pip install 'datasetdm-fast[ray]'")
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_the_extra_for_ray_holds_what_runs_in_shards_of_parquet_ask_for():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert set(extras["hf"]) <= set(extras["ray"])
 
 
 @pytest.mark.parametrize(
