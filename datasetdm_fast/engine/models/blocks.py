@@ -193,11 +193,6 @@ def has_blocks(config: Mapping[str, Any]) -> bool:
     return not config.get("addition_embed_type")
 
 
-def is_narrow(config: Mapping[str, Any]) -> bool:
-    """Whether a UNet is one block: its largest layer is a resnet that reads a skip."""
-    return has_blocks(config) and 29 * max(config["block_out_channels"]) ** 2 <= LARGEST_BLOCK
-
-
 def with_blocks(unet: UNet, in_pairs: bool = False) -> nn.Module:
     """`unet` with every block of csrc whose weights are fp32 and few enough; one block where all are. They multiply in
     fp32 or, where `in_pairs`, in bf16, with fp32 sums and fp32 between products.

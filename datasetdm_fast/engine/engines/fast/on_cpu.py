@@ -21,7 +21,7 @@ from datasetdm_fast.engine.engines.fast.engine import (
     slice_of,
 )
 from datasetdm_fast.engine.loading.model import WeightSource, as_widest
-from datasetdm_fast.engine.models.blocks import has_blocks, is_narrow, with_blocks
+from datasetdm_fast.engine.models.blocks import LARGEST_BLOCK, has_blocks, with_blocks
 from datasetdm_fast.engine.models.packed import norm_in_place, pack_layers
 from datasetdm_fast.engine.models.unet import UNet
 from datasetdm_fast.engine.models.vae import ImageDecoder
@@ -64,9 +64,11 @@ class CpuEngine(FastEngine):
         super().__init__(*arguments, **choices)
 
     def _forms(self) -> tuple[torch.dtype, tuple[type[nn.Module], type[nn.Module]]]:
-        is_block = self._has_usual_ops and not self.is_compiled
-        is_small = is_narrow(self.model.denoiser.config)
-        return torch.float32 if is_block and is_small else self.dtype, (UNet, ImageDecoder)
+        config = self.model.denoiser.config
+        is_block = self._has_usual_ops and not self.is_compiled and has_blocks(config)
+        # its largest layer is a resnet that reads a skip
+        is_one_block = is_block and 29 * max(config["block_out_channels"]) ** 2 <= LARGEST_BLOCK
+        return torch.float32 if is_one_block else self.dtype, (UNet, ImageDecoder)
 
     def _sources(self, *names: str) -> dict[str, WeightSource]:
         """Weights that no module holds are stored as they are multiplied with."""

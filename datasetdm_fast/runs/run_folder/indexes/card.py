@@ -128,6 +128,8 @@ class Card(IndexFile):
         config, done = document["config"], ledger.count()
         origins = {LABELLED if run["config"]["sampler"] == INVERSION else GENERATED for run in runs_of(document)}
         origin = "".join(origins) if len(origins) == 1 else ""
+        digests = {f"model {name}": digest for name, digest in document["model"]["digests"].items()}
+        digests |= {f"decoder {name}": entry["digest"] for name, entry in document["decoders"].items()}
         parts = [
             *_header(document, done, origins),
             TITLES[origin or LABELLED],
@@ -158,7 +160,9 @@ class Card(IndexFile):
             "\n## Licences\n",
             *_licences(document),
             "\n## Digests\n",
-            *_digests(document),
+            "| weights | SHA-256 |\n|---|---|",
+            *(f"| {_part(of)} | {_code(digest.removeprefix('sha256:'))} |" for of, digest in digests.items()),
+            "\n`python -m datasetdm_fast.audit THIS_FOLDER` compares every file with its SHA-256.",
             "\n## How to load\n",
             LOADING.format(task=config["task"][0], attributes=_attributes(config["task"])),
             "\n## Citation\n",
@@ -269,15 +273,6 @@ def _licences(document: Mapping[str, Any]) -> Iterator[str]:
     if any(licence_of(text) is None for _, text in names):
         yield f"{UNKNOWN_LICENCE}\n"
     yield DERIVED
-
-
-def _digests(document: Mapping[str, Any]) -> Iterator[str]:
-    yield "| weights | SHA-256 |\n|---|---|"
-    for name, digest in document["model"]["digests"].items():
-        yield f"| {_part(f'model {name}')} | {_code(digest.removeprefix('sha256:'))} |"
-    for name, entry in document["decoders"].items():
-        yield f"| {_part(f'decoder {name}')} | {_code(entry['digest'].removeprefix('sha256:'))} |"
-    yield "\n`python -m datasetdm_fast.audit THIS_FOLDER` compares every file with its SHA-256."
 
 
 def _citations(document: Mapping[str, Any]) -> Iterator[str]:
