@@ -18,8 +18,8 @@ from datasetdm_fast.engine.loop.prompts import Plan, PromptLine
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.compositions.composition import SourceSample, SquareSource, identity_of
 from datasetdm_fast.runs.compositions.settings import RedrawSettings
-from datasetdm_fast.runs.jobs.job import Job, check_least_room, check_room, describe_run, open_engine, recipe_of
-from datasetdm_fast.runs.jobs.run import count_rows, merge_with_stored, settle
+from datasetdm_fast.runs.jobs.job import Job, check_least_room, describe_run, open_engine, recipe_of
+from datasetdm_fast.runs.jobs.run import continue_job, settle
 from datasetdm_fast.runs.jobs.writing import Result
 from datasetdm_fast.runs.run_folder.document import check_same, differences, read_document, row_facts, table_of
 from datasetdm_fast.runs.run_settings import LabelSettings, RunConfig
@@ -203,11 +203,8 @@ def prepare(redrawing: Redrawing, folder: Path) -> Job:
         },
     }
     recipe = replace(recipe, facts=row_facts(document))
-    prepared = Job(folder, plan, engine, recipe, document, limit=config.limit, batch_size=config.batch_size)
-    if stored is not None:
-        prepared = replace(merge_with_stored(prepared, stored), done=count_rows(folder))
-    check_room(prepared)
-    return prepared
+    job = Job(folder, plan, engine, recipe, document, limit=config.limit, batch_size=config.batch_size)
+    return continue_job(job, stored)
 
 
 def _run_config(redrawing: Redrawing, folder: Path, stored_run: Mapping[str, Any] | None = None) -> RunConfig:

@@ -173,17 +173,13 @@ def _check_drawn(source: prompts.PromptSource, plan: Plan, draws: Sequence[str])
     )
 
 
-def check_room(job: Job) -> None:
-    """Refuses a run that would fill the disk."""
-    _check_free(job.folder, job.bytes_needed)
-
-
 def check_least_room(folder: Path, number: int, size: int, labels: Sequence[str]) -> None:
     """Refuses a run that would fill the disk as far as it can be seen before networks are loaded: size 0 is theirs."""
-    _check_free(folder, _sample_bytes(size**2, labels) * number + SPARE)
+    check_room(folder, _sample_bytes(size**2, labels) * number + SPARE)
 
 
-def _check_free(folder: Path, needed: int) -> None:
+def check_room(folder: Path, needed: int) -> None:
+    """Refuses a run that needs more bytes of disk than are free."""
     free = storage.free_bytes(folder.absolute())
     if needed > free:
         raise Missing(

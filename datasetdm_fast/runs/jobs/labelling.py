@@ -22,8 +22,8 @@ from datasetdm_fast.engine.loop.recipe import prompt_words
 from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.messages import count_noun
-from datasetdm_fast.runs.jobs.job import Job, check_least_room, check_room, describe_run, open_engine, recipe_of
-from datasetdm_fast.runs.jobs.run import count_rows, merge_with_stored, relocated_paths
+from datasetdm_fast.runs.jobs.job import Job, check_least_room, describe_run, open_engine, recipe_of
+from datasetdm_fast.runs.jobs.run import continue_job, relocated_paths
 from datasetdm_fast.runs.run_folder.document import LEDGER, check_same, made_by, row_facts
 from datasetdm_fast.runs.run_settings import RunSpec
 from datasetdm_fast.untrusted import documents, images
@@ -210,9 +210,7 @@ def prepare_labelling(
     if stored is not None:
         relocated = relocated_paths(spec.model.model, spec.model.decoder, spec.model.size, stored)
         _check_stored(job, relocated, stored, pictures.folder)
-        job = replace(merge_with_stored(job, stored), done=count_rows(job.folder))
-    check_room(job)
-    return job
+    return continue_job(job, stored)
 
 
 def _check_stored(job: Job, relocated: Mapping[str, str], stored: Mapping[str, Any], folder: Path) -> None:

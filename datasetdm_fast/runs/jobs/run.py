@@ -37,11 +37,15 @@ def prepare_job(spec: RunSpec, stored: Mapping[str, Any] | None, *, mixes: bool 
     """The job of a run whose run.json is `stored`, checked in full; with `mixes` the engine may be a new one for the
     run folder. `dtype` takes the place of `--dtype auto`.
     """
-    job = build_job(spec, stored, dtype)
+    return continue_job(build_job(spec, stored, dtype), stored, mixes=mixes)
+
+
+def continue_job(job: Job, stored: Mapping[str, Any] | None, *, mixes: bool = False) -> Job:
+    """The job as its run folder, whose run.json is `stored`, goes on; refused where it would fill the disk."""
     if stored is not None:
-        job = replace(merge_with_stored(job, stored, mixes=mixes), done=count_rows(spec.folder))
-    if not spec.url:
-        check_room(job)
+        job = replace(merge_with_stored(job, stored, mixes=mixes), done=count_rows(job.folder))
+    if not job.url:
+        check_room(job.folder, job.bytes_needed)
     return job
 
 

@@ -78,7 +78,8 @@ def open_shards(spec: RunSpec, place: ShardPlace) -> Job:
         check_settings(spec, place, stored)
     job = build_job(spec, stored)
     if isinstance(place, ShardFolder):
-        check_room(replace(job, done=len(list_shards(place)) * shard_size(job.document["config"])))
+        done = len(list_shards(place)) * shard_size(job.document["config"])
+        check_room(job.folder, replace(job, done=done).bytes_needed)
     if stored is None:
         place.create(DOCUMENT, pretty(job.document))
     # which another process may have begun or let grow since the first look
