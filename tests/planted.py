@@ -148,7 +148,7 @@ _BY_FILE = {
         ("self.origin if self.schedule", "self.latents if self.schedule", "the warm-up of PLMS starts twice"),
         ("steps <= most", "steps < most", "the largest number of steps is refused"),
         ("times.max() >= count", "times.max() > count", "a timestep the model was never trained at"),
-        ("times = times.round()", "times = np.floor(times)", "timesteps off by one"),
+        ("times.round()", "np.floor(times)", "timesteps off by one"),
         ("manual_seed(seed) for", "manual_seed(min(seed, 2**31 - 1)) for", "all large seeds give one image"),
     ),
     "engine/sampling/multistep.py": (

@@ -286,6 +286,7 @@ def test_parts_of_other_kinds_of_models_are_refused(saved, tmp_path):
             {"reverse_transformer_layers_per_block": [1, 1, 1]},
             "reverse_transformer_layers_per_block is",
         ),
+        ("sd3", "transformer", {"qk_norm": "layer_norm"}, "the transformer's qk_norm is 'layer_norm' where None is"),
         ("sd3", "vae", {"down_block_types": {}}, "the vae's down_block_types is {}, expected a value such as ("),
         ("sdxl", "scheduler", {"beta_start": None}, "the scheduler's beta_start is None, expected a number"),
         ("qwen-image", "scheduler", {"base_shift": None}, "the scheduler's base_shift is None, expected a number"),
@@ -360,6 +361,15 @@ def test_settings_that_make_no_sense_are_refused(saved, tmp_path, family, part, 
     folder = copy_of(saved(family), tmp_path)
     change(next((folder / part).glob("*config.json" if part else "model_index.json")), **values)
     assert said in refused(folder)
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux1"])
+def test_a_tokenizer_of_clip_may_go_by_the_name_of_its_fast_class(saved, tmp_path, family):
+    folder = copy_of(saved(family), tmp_path)
+    change(folder / "model_index.json", tokenizer=["transformers", "CLIPTokenizerFast"])
+    theirs = DiffusionPipeline.from_pretrained(folder).tokenizer
+    tokenizer = load_folder(folder, size=SIZE).loaded_tokenizers["tokenizer"]
+    assert tokenizer(PROMPT).input_ids == theirs(PROMPT).input_ids
 
 
 @pytest.mark.parametrize("sections", [None, {}, [1, 1, 1], [1, 1.0, 2], [16, 24, 24]])
@@ -642,7 +652,8 @@ def test_networks_of_stable_diffusion_have_one_form():
     old = {"_diffusers_version": "0.1", "clip_sample": True, "steps_offset": 0, "beta_end": 0.5}
     read = {"text_encoder": {"hidden_size": 3, "own": 1}, "unet": {"sample_size": 512}, "vae": vae, "scheduler": old}
     found = sd.check_configs(read, "x")
-    assert found["scheduler"] == {"steps_offset": 1, "beta_end": 0.5} and found["text_encoder"] == {"hidden_size": 3}
+    assert found["scheduler"] == {"steps_offset": 1, "clip_sample": False, "beta_end": 0.5}
+    assert found["text_encoder"] == {"hidden_size": 3}
     for side in (0, 513, "64", None):
         with pytest.raises(Refused, match="the UNet's sample_size is .*, expected a number up to 512"):
             sd.check_configs(read | {"unet": {"sample_size": side}}, "x")

@@ -154,6 +154,8 @@ def test_numbers_of_a_config_have_bounds():
         fitting.check_bounds(taken, Path("unet"))
         with pytest.raises(Refused, match=f"model: unet: the setting .*{told}"):
             fitting.check_bounds(refused, Path("unet"))
+    with pytest.raises(Refused, match="at most 128, and no lists of them\nName such a model"):  # as SSD-1B has
+        fitting.check_bounds({"reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1]}, Path("unet"))
 
 
 def test_settings_of_a_schedule_have_bounds():

@@ -233,15 +233,19 @@ def test_other_noise_levels_and_clipped_samples_are_refused(kind, settings):
     for name in settings:
         assert name in inspect.signature(getattr(diffusers, kind)).parameters
         with pytest.raises(Refused, match=f"{name}=True"):
-            choose_sampler({"_class_name": kind, name: True}, "auto")
+            choose_sampler({"_class_name": kind, "clip_sample": False, name: True}, "auto")
 
 
 @pytest.mark.parametrize("kind", FOLLOWED)
 def test_what_a_config_leaves_out_is_what_diffusers_takes(kind):
     theirs = inspect.signature(getattr(diffusers, kind)).parameters
     for name, (_, default) in FOLLOWED[kind].items():
-        assert name == "clip_sample" or default == theirs[name].default
-    assert choose_sampler({"_class_name": kind, "skip_prk_steps": True}, "auto") == SCHEDULERS[kind]
+        assert default == theirs[name].default
+    given = {"_class_name": kind, "skip_prk_steps": True, "clip_sample": False}
+    assert choose_sampler(given, "auto") == SCHEDULERS[kind]
+    if theirs.get("clip_sample") and theirs["clip_sample"].default:
+        with pytest.raises(Refused, match="clip_sample=True"):
+            choose_sampler({"_class_name": kind}, "auto")
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -258,6 +262,11 @@ def test_the_range_of_steps_is_the_training_steps():
     assert len(make_schedule(BETAS, "pndm", 2, PROFILES[-1])) == 3
     with pytest.raises(Refused, match="1000 steps do not fit into 1000 training steps"):
         make_schedule({**BETAS, "steps_offset": 1}, "ddim", 1000)
+    leading = {**BETAS, "steps_offset": 1, "timestep_spacing": "leading"}  # that of SDXL
+    for name in ("euler", "euler-ancestral"):
+        assert make_schedule(leading, name, 999).timesteps[0] == 999
+        with pytest.raises(Refused, match="1000 steps do not fit into 1000 training steps"):
+            make_schedule(leading, name, 1000)
     assert make_schedule({**BETAS, "steps_offset": 1}, "ddim", 500).timesteps[0] == 999
 
 

@@ -141,12 +141,13 @@ def check_bounds(config: Mapping[str, Any], source: Path) -> None:
                 DAMAGED,
             )
         most = MOST_LAYERS if "layers" in key else LARGEST_NUMBER
-        is_nested = is_list and (len(values) > MOST_ENTRIES or any(isinstance(inner, (list, dict)) for inner in values))
-        if is_nested or any(isinstance(number, (int, float)) and not abs(number) <= most for number in values):
+        is_nested = is_list and any(isinstance(inner, (list, dict)) for inner in values)
+        is_large = any(isinstance(number, (int, float)) and not abs(number) <= most for number in values)
+        if is_nested or is_large or is_list and len(values) > MOST_ENTRIES:
             raise Refused(
                 f"model: {source}: the setting {documents.quote(key)} is {documents.quote(value)}, expected "
-                f"numbers of at most {most}",
-                DAMAGED,
+                f"numbers of at most {most}{', and no lists of them' * is_nested}",
+                ANOTHER if is_nested else DAMAGED,
             )
 
 

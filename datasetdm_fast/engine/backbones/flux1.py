@@ -3,6 +3,7 @@
 from datasetdm_fast.config import Defaults, FlowRule
 from datasetdm_fast.engine.backbones import Configs, Part, Read, flow_models
 from datasetdm_fast.engine.backbones.fitting import check_channels
+from datasetdm_fast.engine.backbones.sd import CLIP_TOKENIZER
 
 DEV_LICENCE = "flux-1-dev-non-commercial-license"  # of Krea-dev, too
 
@@ -36,7 +37,7 @@ FLUX1 = flow_models.joint_backbone(
     name="flux1",
     title="FLUX.1",
     parts={
-        "tokenizer": Part("tokenizer", ("transformers:CLIPTokenizer",)),
+        "tokenizer": CLIP_TOKENIZER,
         "tokenizer_2": Part("tokenizer", ("transformers:T5TokenizerFast", "transformers:T5Tokenizer")),
         "text_encoder": Part("text_encoder", ("transformers:CLIPTextModel",)),
         "text_encoder_2": Part("text_encoder", ("transformers:T5EncoderModel",)),

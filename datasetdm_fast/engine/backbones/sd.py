@@ -73,8 +73,7 @@ FULL_SIZE: Read = {  # of Stable Diffusion 1.4
     },
 }
 # diffusers' pipeline puts these right in the scheduler of old folders: the offset is 1, and samples are not clipped.
-CORRECTED = {"steps_offset": 1}
-UNREAD = ("_diffusers_version", "clip_sample")
+CORRECTED = {"steps_offset": 1, "clip_sample": False}
 # So it does with a sample_size that such versions wrote too small.
 OLD, LEAST_SIDE = re.compile(r"0\.[0-8]\b"), 64
 LARGEST_SIDE = 512  # latent cells
@@ -85,6 +84,7 @@ TEXT_SETTINGS = set(
     "bos_token_id eos_token_id architectures model_type".split()
 )
 USUAL_SCHEDULE = "the schedule of Stable Diffusion 1.x"  # in place of a digest where a folder holds none
+CLIP_TOKENIZER = Part("tokenizer", ("transformers:CLIPTokenizer", "transformers:CLIPTokenizerFast"))
 SUPPORTED = "supported are text-to-image models of Stable Diffusion 1.x and 2.x"
 OTHER_KINDS = {9: "an inpainting model", 8: "an image-editing model"}  # by channels that the UNet reads
 ACTIVATION = ("silu", "swish")  # two names of one function
@@ -148,7 +148,7 @@ def check_configs(configs: Read, source: str) -> Read:
             ANOTHER,
         )
     schedule = configs.get("scheduler") or _usual_schedule(source, unet)
-    scheduler = {key: value for key, value in schedule.items() if key not in UNREAD}
+    scheduler = {key: value for key, value in schedule.items() if key != "_diffusers_version"}
     return configs | {"scheduler": scheduler | CORRECTED}
 
 
@@ -208,7 +208,7 @@ SD = Backbone(
     name="sd",
     title="Stable Diffusion 1.x and 2.x",
     parts={
-        "tokenizer": Part("tokenizer", ("transformers:CLIPTokenizer", "transformers:CLIPTokenizerFast")),
+        "tokenizer": CLIP_TOKENIZER,
         "text_encoder": Part("text_encoder", ("transformers:CLIPTextModel",)),
         "unet": Part("denoiser", ("diffusers:UNet2DConditionModel",)),
         "vae": Part("vae", ("diffusers:AutoencoderKL",)),

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from datasetdm_fast.config import Defaults, FlowRule
 from datasetdm_fast.engine.backbones import DAMAGED, Configs, Part, Read, flow_models
-from datasetdm_fast.engine.backbones.fitting import check_channels
+from datasetdm_fast.engine.backbones.fitting import check_channels, check_settings
+from datasetdm_fast.engine.backbones.sd import CLIP_TOKENIZER
 from datasetdm_fast.errors import Refused
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def _file_config(state: Mapping[str, "Tensor"]) -> dict[str, Any]:
 
 def _check(configs: Read, source: str) -> Read:
     check_channels(source, configs["transformer"].get("in_channels", 16), configs["vae"])
+    check_settings(configs, source, "transformer", {"qk_norm": (None, "rms_norm")})
     if "text_encoder_3" in configs and "tokenizer_3" not in configs:
         raise Refused(f"model: {source} has a text_encoder_3, and no tokenizer_3", DAMAGED)
     if (length := configs["model_index"].get(LENGTH, 0)) not in range(513):
@@ -67,8 +69,8 @@ SD3 = flow_models.joint_backbone(
     name="sd3",
     title="Stable Diffusion 3 and 3.5",
     parts={
-        "tokenizer": Part("tokenizer", ("transformers:CLIPTokenizer",)),
-        "tokenizer_2": Part("tokenizer", ("transformers:CLIPTokenizer",)),
+        "tokenizer": CLIP_TOKENIZER,
+        "tokenizer_2": CLIP_TOKENIZER,
         "tokenizer_3": Part(
             "tokenizer", ("transformers:T5TokenizerFast", "transformers:T5Tokenizer"), is_optional=True
         ),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from datasetdm_fast.config import Defaults
 from datasetdm_fast.engine.backbones import DAMAGED, Backbone, Configs, Latents, Part, Read
 from datasetdm_fast.engine.backbones.fitting import check_channels, check_settings
-from datasetdm_fast.engine.backbones.sd import ACTIVATION, FORMS, heads_per_block
+from datasetdm_fast.engine.backbones.sd import ACTIVATION, CLIP_TOKENIZER, FORMS, heads_per_block
 from datasetdm_fast.engine.backbones.sd import FULL_SIZE as SD_FULL_SIZE
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.stages import Level
@@ -167,8 +167,8 @@ SDXL = Backbone(
     name="sdxl",
     title="Stable Diffusion XL",
     parts={
-        "tokenizer": Part("tokenizer", ("transformers:CLIPTokenizer", "transformers:CLIPTokenizerFast")),
-        "tokenizer_2": Part("tokenizer", ("transformers:CLIPTokenizer", "transformers:CLIPTokenizerFast")),
+        "tokenizer": CLIP_TOKENIZER,
+        "tokenizer_2": CLIP_TOKENIZER,
         "text_encoder": Part("text_encoder", ("transformers:CLIPTextModel",)),
         "text_encoder_2": Part("text_encoder", ("transformers:CLIPTextModelWithProjection",)),
         "unet": Part("denoiser", ("diffusers:UNet2DConditionModel",)),

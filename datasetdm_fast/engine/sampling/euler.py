@@ -14,6 +14,7 @@ from datasetdm_fast.engine.sampling.schedule import (
     FlowSampler,
     Sampler,
     Update,
+    check_times,
     noise_ratios,
     respace,
     space_times,
@@ -58,7 +59,8 @@ def levels(
     scheduler: Mapping[str, Any], alphas: Tensor, steps: int, *, is_ancestral: bool = False
 ) -> tuple[list[float], list[float]]:
     """Timesteps, and sigmas with the last one, rounded as EulerDiscreteScheduler rounds them."""
-    times, table = space_times(scheduler, len(alphas), steps).astype(np.float32), noise_ratios(alphas)
+    times, table = check_times(space_times(scheduler, len(alphas), steps), len(alphas)), noise_ratios(alphas)
+    times = times.astype(np.float32)
     sigmas, last = np.interp(times, np.arange(len(table)), table), 0.0
     if not is_ancestral:
         for name, values in FOLLOWED.items():

@@ -18,10 +18,10 @@ from datasetdm_fast.plugins import load_place
 
 FLOW_PREDICTION = "flow_prediction"
 # Settings that change images, for each class: what the samplers here follow, then what diffusers takes where a config
-# does not say. Its pipelines turn clip_sample off where it is not given.
+# does not say.
 FOLLOWED: Mapping[str, Mapping[str, tuple[Any, Any]]] = {
     "PNDMScheduler": {"skip_prk_steps": (True, False)},
-    "DDIMScheduler": {"clip_sample": (False, False), "thresholding": (False, False)},
+    "DDIMScheduler": {"clip_sample": (False, True), "thresholding": (False, False)},
     "DPMSolverMultistepScheduler": {
         "algorithm_type": ("dpmsolver++", "dpmsolver++"),
         "solver_order": (2, 2),
@@ -69,7 +69,9 @@ def choose_sampler(scheduler: Mapping[str, Any], sampler: str) -> str:
         )
     for name, (followed, default) in FOLLOWED.get(named, {}).items():
         value = scheduler.get(name, default)
-        if (default if value is None else value) != followed:
+        if value is None:  # of a switch it means no
+            value = default is not True and default
+        if value != followed:
             raise Refused(
                 f"scheduler: the model's {named} has {name}={value!r}, which the sampler here does not follow, so its "
                 f"images would differ; expected {followed!r}",
@@ -180,15 +182,19 @@ def space_times(
 
 
 def whole_times(times: np.ndarray, count: int) -> list[int]:
-    """The timesteps as whole numbers; refuses those that repeat or leave the training steps."""
-    times = times.round()
+    """The timesteps as whole numbers."""
+    return [int(time) for time in check_times(times.round(), count)]
+
+
+def check_times(times: np.ndarray, count: int) -> np.ndarray:
+    """The timesteps; refuses those that repeat or leave the training steps."""
     if times.min() < 0 or times.max() >= count or np.unique(times).size < times.size:
         raise Refused(
             f"steps: {len(times)} steps do not fit into {count} training steps with this spacing and offset, ask for "
             "fewer",
             "Choose a smaller --steps.",
         )
-    return [int(time) for time in times]
+    return times
 
 
 @dataclass(frozen=True)
