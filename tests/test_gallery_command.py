@@ -82,6 +82,21 @@ def test_files_are_served_once(run, ask):
     assert ask(path, If_Modified_Since=headers["Last-Modified"])[0] == 304
 
 
+def test_small_files_wait_for_no_acknowledgement(run, monkeypatch):
+    """The head of an answer is sent before its file, which would wait 40 ms for the browser to have seen that."""
+    options, finish = [], server.Handler.finish
+
+    def note(handler):
+        options.append(handler.connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        finish(handler)
+
+    monkeypatch.setattr(server.Handler, "finish", note)
+    with asking(server.ServedRun.of_folder(run)) as ask:
+        assert ask(f"{HOME}images/00000001.png")[0] == 200
+        wait_until(lambda: options)
+    assert all(options)
+
+
 def test_the_page_may_run_nothing_but_its_own_scripts(ask):
     status, headers, body = ask(f"{HOME}gallery/index.html")
     policy = headers["Content-Security-Policy"]

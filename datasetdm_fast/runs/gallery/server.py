@@ -117,6 +117,7 @@ class Handler(SimpleHTTPRequestHandler):
     server: RunServer
     protocol_version = "HTTP/1.1"
     timeout = IDLE_SECONDS
+    disable_nagle_algorithm = True  # else small files wait 40 ms for the acknowledgement of their heads
     extensions_map = CONTENT_TYPES
 
     def send_head(self) -> Any:
