@@ -138,6 +138,13 @@ def test_overlaps_of_classes_by_hand():
     assert mean(np.array([[1.0, np.nan, 4.0], [2.0, 2.0, 2.0]])).tolist() == [2.5, 2.0]
 
 
+def test_a_pixel_that_a_label_gives_no_class_is_missed():
+    meter = METRICS["semantic"](SimpleNamespace(classes=("wall", "mug")))
+    truth = SimpleNamespace(semantic=np.uint8([[0, 0, 1]]))
+    meter.add(truth, SemanticMap(np.uint8([[0, 255, 1]]), np.ones((1, 3)), ("wall", "mug")))
+    assert meter.result()["per_class"] == {"wall": 0.5, "mug": 1}
+
+
 @pytest.mark.parametrize(
     ("columns", "ap50", "ap", "ap75"),
     [(52, 1, 0.1, 0), (72, 1, 0.5, 0), (77, 1, 0.6, 1), (49, 0, 0, 0), (100, 1, 1, 1)],

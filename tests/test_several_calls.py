@@ -223,6 +223,10 @@ def test_a_level_of_one_cell_is_probed_without_a_warning(recwarn):
     assert not call_ranking.mix(torch.ones(1, 3), 8).any() and not recwarn.list
 
 
+def test_a_channel_that_differs_by_rounding_alone_is_not_probed():
+    assert (call_ranking.mix(torch.tensor([[0, 0.0], [1, 1e-9]]), 8) != 0).tolist() == [[True, False], [False, False]]
+
+
 def test_things_without_a_map_and_images_from_all_over_the_data_are_probed(monkeypatch):
     none = torch.zeros(0)
     masks = torch.zeros(1, 4, 4, dtype=torch.bool)
