@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from datasetdm_fast.data import Sample
     from datasetdm_fast.engine.pipeline import Output, Pipeline
     from datasetdm_fast.engine.sample_stream import MakeSamples, SampleStream
-    from datasetdm_fast.runs.run_folder.reader import Run, StoredSample, TaskDataset, open_run
+    from datasetdm_fast.runs.run_folder.reader import Run, StoredSample, open_run
+    from datasetdm_fast.runs.run_folder.task_dataset import TaskDataset
 
 __all__ = [
     "GateFailed",
@@ -39,7 +40,7 @@ PLACES = {
     "Sample": "data",
     "SampleStream": "engine.sample_stream",
     "StoredSample": "runs.run_folder.reader",
-    "TaskDataset": "runs.run_folder.reader",
+    "TaskDataset": "runs.run_folder.task_dataset",
     "open_run": "runs.run_folder.reader",
 }
 

@@ -41,9 +41,10 @@ LABELS = [[SKY] * 5 + [255], [SKY] * 6, [VEGETATION] * 6, [VEGETATION] * 6]
 FRONT = [[1, 1, 1, 4, 4, 255], [1, 3, 3, 3, 4, 1], [3, 3, 3, 3, 4, 2], [3, 3, 2, 4, 4, 2]]  # things over the map
 BOXES = [[3, 0, 2, 4], [1, 1, 3, 2], [0, 2, 2, 2]]  # x, y, width, height of P, A and C
 AREAS, SCORES, KINDS = [8, 6, 4], [0.8, 0.9, 0.6], [PERSON, CAR, CAR]
-# column by column, zeros first: 12 8 4; 5 2 2 2 2 2 9; 2 2 2 2 16
-RUNS = ["<84", "5220007", "2220>"]
-SKY_RUNS, VEGETATION_RUNS = "02200000001OO", "222000000000"  # 0 2 2 ... 2 3 1 2; 2 2 ... 2
+# column by column, zeros first
+COUNTS = [[12, 8, 4], [5, 2, 2, 2, 2, 2, 9], [2, 2, 2, 2, 16]]
+RUNS = ["<84", "5220007", "2220>"]  # the same, compressed
+SKY_COUNTS, VEGETATION_COUNTS = [0, *[2] * 9, 3, 1, 2], [2] * 12
 METRES = [1.0, 2.51, 65.535, 70.0]  # of the rows; 642.56 steps of 1/256 m, and 643 of those are 2511.7 mm
 HANDS = [[3.0, 0.0, 2, 4.0, 1.5, 1, 0, 0, 0], [0.375, 3.0, 2, 0, 0, 0, 0, 0, 0]]  # from the middle of the first pixel
 PEOPLE_BOXES = [[3, 0, 2, 4], [0, 1.5, 2.875, 2.5]]  # that of the mask; a joint at (0.875, 3.5) with 2 pixels around it
@@ -150,6 +151,10 @@ PERSONS = [
     }
     for k in range(2)
 ]
+UNCOMPRESSED = [
+    each | {"segmentation": {"size": [HEIGHT, WIDTH], "counts": counts}}
+    for each, counts in zip(ANNOTATIONS, COUNTS, strict=True)
+]
 PANOPTIC = [[4, 4, 4, 2, 2, 0], [4, 1, 1, 1, 2, 4], [3, 1, 1, 1, 2, 5], [3, 3, 5, 2, 2, 5]]
 SEGMENTS = [(CAR, 6, [1, 1, 3, 2]), (PERSON, 6, [3, 0, 2, 4]), (CAR, 3, [0, 2, 2, 2])]
 SEGMENTS += [(SKY, 5, [0, 0, 6, 2]), (VEGETATION, 3, [2, 2, 4, 2])]
@@ -191,14 +196,14 @@ def test_an_export_tells_the_licences_of_the_model_and_of_all_decoders(exported)
 def test_coco(exported):
     out = exported("coco") / "annotations"
     held = read(out / "instances_train2017.json")
-    assert held["annotations"] == ANNOTATIONS
+    assert held["annotations"] == UNCOMPRESSED
     assert held["images"] == [{"id": 0, "file_name": "00000000.png", "width": WIDTH, "height": HEIGHT}]
     assert {row["id"]: row["name"] for row in held["categories"]} == {CAR: "car", PERSON: "person", BICYCLE: "bicycle"}
     people = read(out / "person_keypoints_train2017.json")
     assert people["annotations"] == [{"id": k + 1, **each} for k, each in enumerate(PERSONS)]
     assert people["categories"][0]["keypoints"] == list(JOINTS)
     assert people["categories"][0]["skeleton"] == [[1, 2], [1, 3]]
-    stuff = [(SKY, SKY_RUNS, 11, [0, 0, 6, 2]), (VEGETATION, VEGETATION_RUNS, 12, [0, 2, 6, 2])]
+    stuff = [(SKY, SKY_COUNTS, 11, [0, 0, 6, 2]), (VEGETATION, VEGETATION_COUNTS, 12, [0, 2, 6, 2])]
     assert read(out / "stuff_train2017.json")["annotations"] == [
         {
             "id": k + 1,
@@ -242,8 +247,9 @@ def test_pycocotools_reads_the_masks_and_boxes_of_coco_and_lvis(exported):
             expected = np.zeros((HEIGHT, WIDTH), np.uint8)
             expected[y : y + height, x : x + width] = 1
             assert (index.annToMask(item) == expected).all()
-            assert masks.toBbox(item["segmentation"]).tolist() == item["bbox"]
-            assert masks.area(item["segmentation"]) == item["area"]
+            held = masks.frPyObjects(item["segmentation"], HEIGHT, WIDTH)  # as transformers' DETR calls it
+            assert (masks.decode(held) == expected).all() and masks.toBbox(held).tolist() == item["bbox"]
+            assert masks.area(held) == item["area"]
 
 
 def test_a_person_with_joints_alone_is_no_thing_of_panoptic_files():
@@ -292,7 +298,7 @@ def test_the_colour_of_a_panoptic_segment_is_its_number_to_the_base_256():
 
 def test_lvis(exported):
     held = read(exported("lvis") / "lvis_v1_train.json")
-    assert held["annotations"] == ANNOTATIONS
+    assert held["annotations"] == UNCOMPRESSED
     (image,) = held["images"]
     assert image["neg_category_ids"] == [BICYCLE] and image["not_exhaustive_category_ids"] == []
     counts = {row["name"]: (row["image_count"], row["instance_count"], row["frequency"]) for row in held["categories"]}
@@ -742,7 +748,8 @@ def test_mmseg(exported):
 @pytest.mark.parametrize("rows_of_mask", [("###.#", "#.#..", "###.."), ("###..", "#.#..", "###.#")])
 def test_a_thing_with_a_hole_is_run_lengths_in_coco_and_one_polygon_in_lvis_wherever_the_hole_is(rows_of_mask):
     framed, plain = thing(*rows_of_mask), thing("##.", "...", "..#")
-    assert coco.segmentation(framed, joins_holes=False) is framed.rle
+    held = coco.segmentation(framed, joins_holes=False)
+    assert isinstance(held["counts"], list) and (mask_rle.decode(held) == framed.mask).all()
     (polygon,) = coco.segmentation(framed, joins_holes=True)
     corners = np.array(polygon).reshape(-1, 2)
     following = np.roll(corners, -1, axis=0)

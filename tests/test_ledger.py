@@ -826,6 +826,8 @@ def test_run_is_a_torch_data_set(run_path):
             run.as_dataset(wrong)
     part = run.as_dataset("depth")[3:5]
     assert len(part) == 2 and torch.equal(part[1][1], run.as_dataset("depth")[4][1])
+    # Lightning's LightningDataModule.from_datasets makes loaders of nothing else
+    assert isinstance(part, torch.utils.data.Dataset) and len(part + part) == 4
     assert set(run.tasks) == set(TASKS)
 
 

@@ -90,7 +90,7 @@ def thing_entry(thing: ExportedThing, plan: ExportPlan, *, joins_holes: bool = F
     """The annotation of an instance, but for its id and image."""
     return {
         "category_id": plan.classes.numbers[thing.name],
-        "segmentation": segmentation(thing, joins_holes) if plan.layout.polygons else thing.rle,
+        "segmentation": segmentation(thing, joins_holes) if plan.layout.polygons else decompress_rle(thing.rle),
         "area": thing.area,
         "bbox": list(thing.box),
         "iscrowd": 0,
@@ -98,12 +98,17 @@ def thing_entry(thing: ExportedThing, plan: ExportPlan, *, joins_holes: bool = F
     }
 
 
-def segmentation(thing: ExportedThing, joins_holes: bool) -> list[list[float]] | mask_rle.Rle:
+def decompress_rle(rle: mask_rle.Rle) -> dict[str, Any]:
+    """The run lengths as a list, as COCO's own files have them; `frPyObjects`, which trainers call, takes no string."""
+    return {"size": rle["size"], "counts": mask_rle.run_lengths(rle).tolist()}
+
+
+def segmentation(thing: ExportedThing, joins_holes: bool) -> list[list[float]] | dict[str, Any]:
     """Polygons of an instance; if it has holes, which COCO's polygons cannot, one polygon with bridges or its RLE."""
     outline = rings(thing.mask)
     if outline and not any(map(is_hole, outline)):
         return [ring.ravel().tolist() for ring in outline]
-    return [join_rings(outline).ravel().tolist()] if outline and joins_holes else thing.rle
+    return [join_rings(outline).ravel().tolist()] if outline and joins_holes else decompress_rle(thing.rle)
 
 
 def _person(person: ExportedPerson, classes: Classes) -> dict[str, Any]:
@@ -129,7 +134,7 @@ def _stuff(labels: np.ndarray, classes: Classes) -> Iterator[dict[str, Any]]:
         for number, rle, area, box in zip(shown, encoded.rles, encoded.areas, encoded.boxes, strict=True):
             yield {
                 "category_id": number,
-                "segmentation": dict(rle),
+                "segmentation": decompress_rle(rle),
                 "area": int(area),
                 "bbox": box.tolist(),
                 "iscrowd": 0,

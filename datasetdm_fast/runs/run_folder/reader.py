@@ -10,7 +10,7 @@ import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -21,7 +21,6 @@ from datasetdm_fast.data import Trust
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import check_label, kind_of, task_of
 from datasetdm_fast.engine.labels.class_tables import ClassTable
-from datasetdm_fast.engine.labels.label_files import image_tensor, label_tensors, stack
 from datasetdm_fast.engine.labels.pictures import PREVIEW_SAMPLES, preview
 from datasetdm_fast.engine.labels.trust import trust_of
 from datasetdm_fast.errors import Missing, Refused, Unanswered, nearest
@@ -48,12 +47,10 @@ from datasetdm_fast.untrusted import documents, images
 
 if TYPE_CHECKING:
     from PIL import Image
-    from torch import Tensor
 
     from datasetdm_fast.data import DepthMap, Instances, Keypoints, SemanticMap
     from datasetdm_fast.runs.run_folder.shard_stream import ShardStream
-
-Transform = Callable[[Any, Any], Any]  # image and label -> what the data set gives
+    from datasetdm_fast.runs.run_folder.task_dataset import TaskDataset, Transform
 
 
 @dataclass(frozen=True)
@@ -396,6 +393,8 @@ class Run(AbstractContextManager["Run"]):
                     f"{nearest(label, self.tasks)}",
                     "Ask for one of these.",
                 )
+        from datasetdm_fast.runs.run_folder.task_dataset import TaskDataset
+
         dataset = TaskDataset(self, task if isinstance(task, str) else tuple(task), transform)
         if not streaming:
             return dataset
@@ -414,48 +413,6 @@ class Run(AbstractContextManager["Run"]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-@dataclass(frozen=True)
-class TaskDataset:
-    """Pairs of image and label as torch tensors; with `collate`, a torch DataLoader batches every kind of them.
-
-    Image [3, H, W] float32, 0..1. Label: semantic and open-vocabulary [H, W] int64; depth [H, W] float32 metres;
-    instance a dict with masks [N, H, W] bool, boxes [N, 4] float32 (left, top, right, bottom), labels [N] int64, scores
-    [N]; pose a dict with keypoints [P, J, 3] (x, y, visibility) and scores [P]. Classes have the numbers of
-    `Run.classes`. Of several tasks, a dict of their labels.
-    """
-
-    run: Run
-    task: str | tuple[str, ...]
-    transform: Transform | None = None
-
-    def __len__(self) -> int:
-        return len(self.run)
-
-    def __getitem__(self, position: int | str | slice) -> Any:
-        """The pair at a position or of an id; of a slice, the data set of these samples."""
-        if isinstance(position, slice):
-            return replace(self, run=self.run[position])
-        sample = self.run[position]
-        image = image_tensor(sample.image)
-        labels = {task: _tensors(sample, task) for task in ((self.task,) if isinstance(self.task, str) else self.task)}
-        label = labels[self.task] if isinstance(self.task, str) else labels
-        return (image, label) if self.transform is None else self.transform(image, label)
-
-    @staticmethod
-    def collate(pairs: Sequence[Any]) -> Any:
-        """A batch: what has one shape in all pairs is stacked, what has not, such as the masks of instances, is a list
-        of one a pair; to be given to a DataLoader as `collate_fn`.
-        """
-        return stack(pairs)
-
-
-def _tensors(sample: StoredSample, task: str) -> Tensor | dict[str, Tensor]:
-    label = sample.label(task)
-    if label is None:
-        raise Refused(f"{sample.folder}: sample {sample.id} has no label {task!r}", "Leave it out with Run.where.")
-    return label_tensors(task, label, sample.document["labels"][task])
 
 
 def fetch_state(place: ShardPlace) -> Path:
