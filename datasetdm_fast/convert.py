@@ -75,6 +75,7 @@ def main(arguments: Sequence[str]) -> int:
     if not result.is_complete:
         print(f"{place}: not complete; resume with: {PROG} {shlex.join(arguments)}", file=sys.stderr)
         return interruption.exit_code
+    print_lines(settings, *conversion.limits)
     splits = ", ".join(f"{name} {count}" for name, count in conversion.splits.items())
     summary = f"{count_noun(result.samples, 'sample')} ({splits}) as {formats}, {count_noun(result.files, 'file')}"
     if conversion.is_complete:

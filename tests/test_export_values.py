@@ -759,6 +759,17 @@ def test_a_thing_with_a_hole_is_run_lengths_in_coco_and_one_polygon_in_lvis_wher
     assert coco.segmentation(plain, joins_holes=False) == coco.segmentation(plain, joins_holes=True) == parts
 
 
+def test_convert_tells_of_splits_whose_types_load_dataset_cannot_guess():
+    def limits(**splits):
+        held = {split: [{"objects": {"score": [0.5]}, "people": {"score": [*seen]}}] for split, seen in splits.items()}
+        plan, samples = SimpleNamespace(splits=held), SimpleNamespace(entries=lambda split: iter(held[split]))
+        return list(hf.ImageFolderFormat().find_limits(plan, samples))
+
+    (told,) = limits(train=[0.9], val=[], test=[])
+    assert told.startswith("hf: val and test without any people") and "data_dir='.../hf/val'" in told
+    assert limits(train=[], val=[]) == limits(train=[0.9], val=[0.8]) == limits(train=[]) == []  # one type in all
+
+
 def test_texts_of_wds_are_written_in_their_own_letters():
     view = {"name": "00000000", "picture": lambda forms: ("png", b"x"), "prompt": "eine Möwe", "width": 6, "height": 4}
     samples = SimpleNamespace(views=lambda *places: [SimpleNamespace(stored=SimpleNamespace(seed=7), **view)])

@@ -130,6 +130,7 @@ class Conversion:
             "licences": sorted(licences),
         }
         self.is_complete = export_folder.check_target(folder, self.description)
+        self.limits: list[str] = []  # what a user should know of the files that `run` has written
 
     def _read_samples(self) -> tuple[dict[str, int], str]:
         """The number of samples in each split, and the digest of all samples."""
@@ -215,6 +216,7 @@ class Conversion:
         for path, chunks in files.items():
             if not is_stopping():
                 opened.share(f"{name}/{path}", chunks)
+        self.limits += format.find_limits(self.plan, samples)
 
     def view(self, number: int) -> SampleView:
         return self._view(self.source.run[f"{number:08d}"])

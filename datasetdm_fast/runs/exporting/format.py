@@ -282,6 +282,10 @@ class Format(ABC):
         """Files of all samples together, in chunks, by their path inside the format's folder."""
         return {}
 
+    def find_limits(self, plan: ExportPlan, samples: AllSamples) -> Iterator[str]:
+        """What a user should know of the files of all samples."""
+        return iter(())
+
     def check(self, name: str, plan: ExportPlan) -> None:
         """Refuses what the format, which the user calls by this name, cannot hold."""
         if self.needs and not any(set(group) <= plan.tasks for group in self.needs):

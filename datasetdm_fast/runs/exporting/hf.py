@@ -44,6 +44,17 @@ class ImageFolderFormat(Format):
         }
         return {**rows, **table_files(plan)}
 
+    def find_limits(self, plan: ExportPlan, samples: AllSamples) -> Iterator[str]:
+        """Lists that are empty in all of a split: of these `datasets` guesses another type than of the other splits."""
+        for name in ("objects", "people"):
+            empty = [s for s in plan.splits if not any(row.get(name, {}).get("score") for row in samples.entries(s))]
+            if 0 < len(empty) < len(plan.splits):
+                splits = " and ".join(empty)
+                yield (
+                    f"hf: {splits} without any {name}; load_dataset refuses such splits together: take hf-parquet, or "
+                    f"each alone (data_dir='.../hf/{empty[0]}')"
+                )
+
 
 class ParquetFormat(Format):
     """The features that `datasets` needs stand in the files' metadata; objects and people are lists."""
