@@ -478,6 +478,22 @@ def test_datumaro_calls_a_file_of_cvat_as_its_split(copied):
         open_data(f"{address}[test]", SIDE)
 
 
+@pytest.mark.parametrize(
+    "outline",
+    ['polygon points="40,30;60,30;60,50"', 'mask rle="3880, 20, 3780" left="0" top="0" width="96" height="80"'],
+)
+def test_a_box_that_datumaro_writes_beside_an_outline_of_its_group_is_ignored(copied, outline):
+    """One that its outline leaves is a part of the thing."""
+    root, address = copied("cvat")
+    path, masks = root / "annotations.xml", []
+    for box in ("", '<box xtl="40" ytl="30" xbr="60" ybr="50" {0}/>', '<box xtl="40" ytl="30" xbr="50" ybr="50" {0}/>'):
+        held = f"<{outline} {{0}}/>{box}".format('label="ball" group_id="3"')
+        path.write_text(re.sub(r'(day/0.png"[^>]*>).*?</image>', rf"\g<1>{held}</image>", path.read_text()))
+        masks += list(open_data(address, SIDE)[0].masks)
+    alone, boxed, of_parts = masks
+    assert (boxed == alone).all() and of_parts.sum() > alone.sum() + 50
+
+
 @pytest.mark.parametrize("change", [lambda text: re.sub("<image .*</image>", "", text, flags=re.DOTALL), None])
 def test_what_is_no_task_of_cvat_is_refused(copied, change):
     root, address = copied("cvat")

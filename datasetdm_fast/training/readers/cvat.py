@@ -13,6 +13,7 @@ from datasetdm_fast.untrusted import documents
 
 LARGEST_TASK = 64 * 2**20  # bytes
 NO_AREA = ("polyline", "points", "cuboid", "skeleton", "tag")  # kinds of shapes, and of labels, without an area
+OUTLINES = ("polygon", "mask")
 
 
 class Cvat(shapes.OutlineSource):
@@ -20,8 +21,8 @@ class Cvat(shapes.OutlineSource):
     subset.
 
     Polygons, boxes, ellipses and masks are read, shapes without an area are left out; shapes of one label and group are
-    one thing. Classes are those of the task in its order, without labels of shapes that are left out; an image without
-    shapes shows nothing.
+    one thing, without a box around its outlines. Classes are those of the task in its order, without labels of shapes
+    that are left out; an image without shapes shows nothing.
     """
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
@@ -58,13 +59,25 @@ class Cvat(shapes.OutlineSource):
             raise reading.bad(self.file, f"{path.name} has no width and height") from None
         image = reading.colour_image(path, reading.as_drawn(sides[::-1]))
         shapes.check_sides(path, image, sides, self.file)
-        outlines = (
-            (shape.get("label", ""), shape.get("group_id", "").lstrip("0"), partial(_mask, shape, image.shape))
-            for shape in entry
-        )
+        outlines = ((*_name_and_group(shape), partial(_part_mask, shape, entry, image.shape)) for shape in entry)
         things = self.draw(self.file, f"{path.name}, ", outlines)
         stem = Path(entry.get("name", "")).with_suffix("").as_posix()
         return Picture(stem, image, self.names_of(things), **things.fields)
+
+
+def _name_and_group(shape: Element) -> tuple[str, str]:
+    return shape.get("label", ""), shape.get("group_id", "").lstrip("0")
+
+
+def _part_mask(shape: Element, entry: Element, sides: tuple[int, ...]) -> shapes.Mask | None:
+    """The mask of a shape; none of a box around outlines of its label and group, as datumaro writes beside them."""
+    mask, (name, group) = _mask(shape, sides), _name_and_group(shape)
+    if mask is not None and shape.tag == "box" and group:
+        others = (each for each in entry if each.tag in OUTLINES and _name_and_group(each) == (name, group))
+        outlines = [outline() for each in others if (outline := _mask(each, sides)) is not None]
+        if outlines and not (np.any(outlines, axis=0) & ~mask()).any():
+            return None
+    return mask
 
 
 def _mask(shape: Element, sides: tuple[int, ...]) -> shapes.Mask | None:
