@@ -3,6 +3,7 @@
 `make consumers` runs it in an environment of its own, without this package; $EXPORTED is what prepare.py wrote.
 """
 
+import io
 import json
 import os
 from pathlib import Path
@@ -178,14 +179,19 @@ def test_datasets_load_the_image_folder_and_parquet_offline():
 def test_webdataset_reads_every_sample():
     import webdataset
 
+    def read_depth(data):
+        return np.asarray(Image.open(io.BytesIO(data))) / 1000
+
     shards = sorted(map(str, (OUT / "wds").glob("*.tar")))
-    found = list(webdataset.WebDataset(shards, shardshuffle=False).decode("pil"))
+    decoders = webdataset.handle_extension("depth.png", read_depth), "pil"  # as docs/formats.md says
+    found = list(webdataset.WebDataset(shards, shardshuffle=False).decode(*decoders))
     names = json.loads((OUT / "wds" / "classes.json").read_text())["id2label"]
     assert sorted(sample["__key__"] for sample in found) == sorted(THINGS)
     for sample in found:
         assert (np.asarray(sample["png"]) == TRUTH[f"{sample['__key__']}/image"]).all()
         shown, truth = np.asarray(sample["semantic.png"].convert("L")), TRUTH[f"{sample['__key__']}/semantic"]
         assert [names[str(k)] for k in np.unique(shown)] == [CLASSES[k] for k in np.unique(truth)]
+        assert np.abs(sample["depth.png"] - TRUTH[f"{sample['__key__']}/depth"]).max() < 1e-3
 
 
 def test_webdataset_and_datasets_read_a_run_in_shards_as_it_is():
