@@ -218,6 +218,19 @@ def test_every_step_and_label_of_a_gpu_has_a_recording_of_its_own(monkeypatch):
     assert all(one.fresh == one.count for one in engine._label_calls.graphs.values())  # which captures do not
 
 
+def test_recordings_of_ever_new_shapes_do_not_add_up(monkeypatch):
+    """As of a service whose clients name any number of classes."""
+    monkeypatch.setattr(cuda_graph, "StepGraph", Recorded)
+    monkeypatch.setattr(cuda_graph, "GraphPool", lambda place: place)
+    waited, calls = [], cuda_graph.RecordedCalls()
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    for count in (*range(1, 3 * 64), 1):
+        (double,) = calls.replay("double", lambda x: (2 * x,), (torch.ones(count),))
+        assert double.shape == (count,) and double.sum() == 2 * count
+        assert 1 <= len(calls.graphs) <= 64
+    assert len(waited) == 2
+
+
 def test_a_recorded_call_reads_its_first_inputs_anew_and_tables_that_are_others(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda place: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)

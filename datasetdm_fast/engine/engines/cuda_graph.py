@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+MOST_GRAPHS = 64  # together; calls of ever new numbers of classes or images would fill the GPU
 TURN = threading.RLock()  # held by the thread that records or replays: what others do would spoil a recording
 
 
@@ -87,6 +88,10 @@ class RecordedCalls:
         """run(*inputs); see StepGraph for `fresh`."""
         key = (name, *(tuple(value.shape) for value in inputs))
         if key not in self.graphs:
+            if len(self.graphs) >= MOST_GRAPHS:
+                with TURN:
+                    torch.cuda.synchronize(inputs[0].device)  # replays of other threads may read their buffers still
+                    self.clear()
             self.pool = self.pool or GraphPool(inputs[0].device)
             self.graphs[key] = StepGraph(run, inputs, self.pool, fresh)
         return self.graphs[key](*inputs)
