@@ -167,6 +167,15 @@ def test_what_a_timestep_decides_is_found_under_the_names_of_a_compiled_graph(tm
     assert 1e-4 < float((noise - truth).norm() / truth.norm()) < 1e-2
 
 
+def test_openvino_is_imported_without_what_sends_events_to_its_maker():
+    program = (
+        "import sys, datasetdm_fast.engine.engines.exported, openvino; "
+        "print(*(name for name in sys.modules if name.startswith('openvino_telemetry.')))"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stdout == "\n"
+
+
 def test_a_signal_is_handled_after_cores_have_gone(engine):
     """Where two had gone in the order they came, it was a segmentation fault without a word."""
     assert engine.core is open_core()
