@@ -556,6 +556,17 @@ def test_our_reader_of_hf_takes_both_kinds(run, tmp_path, kind):
         assert np.abs(item.depth - sample.depth.metres).max() < 1e-6
 
 
+def test_convert_to_hf_ends_with_the_splits_that_load_dataset_refuses(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    names = [sample.id for sample in open_run(run)]
+    parts = {"train": names[:-1], "val": names[-1:]}  # the last shows nothing
+    shares = {"seed": 0, "by_source": True, "shares": [80.0, 20.0], "parts": parts}
+    (tmp_path / "run" / "split.json").write_text(json.dumps(shares))
+    assert main([str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--to", "hf,hf-parquet"]) == 0
+    told = capsys.readouterr().err
+    assert all(told.count(f"hf: val without any {name}; load_dataset refuses") == 1 for name in ("objects", "people"))
+
+
 def test_marks_that_end_lines_elsewhere_may_stand_in_a_prompt(tmp_path):
     prompts = ["a red\u2028ball", "a cube\x85on a table"]
     write_run(tmp_path / "run", 2, SIZE, prompts)
