@@ -44,7 +44,16 @@ _BY_FILE = {
             "if call + 1 in captured_calls or call == 0:",
             "labels are read a call too early",
         ),
-        ("first = first & other", "first = first | other", "an image with a NaN label is kept"),
+        (
+            "task: reduce(and_, map(is_finite, each.values()))",
+            "task: reduce(lambda a, b: a | b, map(is_finite, each.values()))",
+            "an image with a NaN label is kept",
+        ),
+        (
+            'checks["features"] = reduce(and_, map(is_finite, values))',
+            'checks["features"] = is_finite(values[-1])',
+            "an image with a NaN feature is kept",
+        ),
         (".flatten(1).all(1)", ".flatten(1).any(1)", "an image with one NaN pixel is kept"),
         (
             "merge_retry(first, retry) if isinstance(first, Quarantined) else first",

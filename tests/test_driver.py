@@ -254,7 +254,9 @@ class Narrow(StubEngine):
         return images, flags & ~self.heavy if self.where == "image" else flags
 
     def annotate(self, task, capture, text=None):
-        return {name: self.spoiled(task, value) for name, value in super().annotate(task, capture, text).items()}
+        values = {name: self.spoiled(task, value) for name, value in super().annotate(task, capture, text).items()}
+        sound = torch.zeros(len(next(iter(values.values()))), 1)
+        return {"first": sound, **values, "last": sound}  # one output of several is enough
 
 
 @pytest.mark.parametrize("where", ["latents", "features", "image", "depth"])
