@@ -235,6 +235,15 @@ def test_samples_that_another_process_has_just_dropped_are_passed_over(run, monk
     assert is_whole(run) and ids(run) == ["00000000", "00000003", "00000004", "00000005"]
 
 
+def test_pictures_that_are_symbolic_links_are_dropped_and_restored(run, tmp_path):
+    image = run / "images/00000001.png"
+    before, elsewhere = image.read_bytes(), image.rename(tmp_path / "elsewhere.png")
+    image.symlink_to("../../elsewhere.png")  # which leads nowhere from the folder of dropped samples
+    assert drop.main([str(run), "00000001", "--quiet"]) == 0
+    assert (run / DROPPED / "images/00000001.png").read_bytes() == before == elsewhere.read_bytes()
+    assert restore.main([str(run), "--all", "--quiet"]) == 0 and is_whole(run)
+
+
 @pytest.mark.parametrize("is_linked", [True, False])
 def test_files_have_other_names_before_their_row_moves_and_lose_the_first_after_it(run, monkeypatch, is_linked):
     """No byte is copied where the disk has hard links."""

@@ -70,6 +70,19 @@ def test_random_sizes_equal_pycocotools():
         agree(generator.random((2, height, width)) < generator.choice([0.02, 0.5, 0.98]))
 
 
+def test_runs_of_any_length_are_painted_as_by_a_loop():
+    """Also of no length, which no encoder writes: at the begin, in the middle and at the end."""
+    generator = np.random.default_rng(6)
+    for most in (3, 9, 140) * 100:
+        height, width = generator.integers(1, most, 2).tolist()
+        ends = np.array([0, height * (width // 2), height * width])  # also whole columns
+        cuts = generator.choice([*ends, *generator.integers(0, height * width, 3)], generator.integers(0, 9))
+        runs = np.diff([0, *sorted(cuts), height * width])
+        columns = np.concatenate([np.full(length, k % 2 == 1) for k, length in enumerate(runs)])
+        mask = mask_rle.decode({"size": [height, width], "counts": runs.tolist()})
+        np.testing.assert_array_equal(mask, columns.reshape(width, height).T)
+
+
 def test_any_non_zero_byte_is_set_and_layout_does_not_matter():
     masks = np.random.default_rng(1).integers(0, 3, (3, 20, 31)).astype(np.uint8) * 100
     expected = agree(masks > 0).rles

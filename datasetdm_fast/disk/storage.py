@@ -173,7 +173,11 @@ def _write_all(handle: int, chunk: bytes) -> None:
 
 
 def link(source: Path, path: Path) -> bool:
-    """Whether a file has this second name now: other disks, and some file systems, cannot give it one."""
+    """Whether a file has this second name now: other disks, and some file systems, cannot give it one, and a symbolic
+    link leads nowhere from another folder.
+    """
+    if source.is_symlink():
+        return False
     part = part_of(path)
     if not path.parent.is_dir():
         make_folder(path.parent)
