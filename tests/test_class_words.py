@@ -184,6 +184,25 @@ def test_things_are_counted_where_a_text_says_how_many():
     assert count("a big round shiny ball") == {"ball": 1} and count("a big round shiny old ball") == {}
 
 
+@pytest.mark.parametrize(
+    "prompt, counted",
+    [
+        ("a baby girl beside a dog", {"person": 1, "dog": 1}),
+        ("two baby girls", {"person": 2}),
+        ("a few baby girls", {}),
+        ("a boy, a girl", {"person": 2}),
+        ("a baby's mother", {}),
+        ("a couple on a beach with a dog", {"dog": 1}),
+        ("a family of ducks", {}),
+        ("two families", {}),
+        ("a crowd", {}),
+        ("a pair of birds and a bird", {}),
+    ],
+)
+def test_two_words_may_name_one_thing_and_one_word_several(prompt, counted):
+    assert count_named(prompt, ("person", "dog", "bird")) == counted
+
+
 def test_an_article_is_that_of_the_sound_and_plurals_end_as_people_write_them():
     some = ("apple", "unicorn", "hourglass", "SUV", "European car", "one-way sign", "x-ray", "umbrella", "used car")
     assert [with_article(noun).split()[0] for noun in some] == "an a an an a a an an a".split()

@@ -532,6 +532,7 @@ def test_things_that_are_too_unsure_for_a_region_are_not_edited(tmp_path):
         ("two trees", "ball", ""),
         ("some wolves in snow", "wolf", "a star in snow"),
         ("people in a café", "person", "a star in a café"),
+        ("a baby girl in a café", "person", "a star in a café"),
         ("Two big wolves and 12 balls", "wolf", "a star and 12 balls"),
         ("a ball chasing two wolves", "wolf", "a ball chasing a star"),
         ("a boy walking wolves", "wolf", "a boy walking a star"),
@@ -579,6 +580,8 @@ def test_an_edit_of_one_of_several_things_replaces_its_own_mention(tmp_path):
         ("a few old people in snow", 0, "a star and a few old people in snow"),
         ("the person in snow", 1, "a star in snow"),
         ("one person in snow", 0, "a star in snow"),
+        ("two baby girls and a person", 0, "a star and one girl and a person"),
+        ("two baby girls and a person", 2, "two baby girls and a star"),
     ],
 )
 def test_an_edit_of_one_of_things_named_together_leaves_the_others(prompt, place, replaced):

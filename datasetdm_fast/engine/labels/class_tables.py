@@ -258,6 +258,7 @@ DESCRIBED = re.compile(
     rf"\b(a few|a (?:couple|group|pair) of|an?|the|some|several|many|\d{{1,3}}|{'|'.join(NUMBERS)}){ADJECTIVES}",
     re.IGNORECASE,
 )
+GROUPS = re.compile(r"(?:couple|family|families|crowd|pair)s?\b")  # words for several things
 SIDE_WORD = re.compile(r"(?:(?<![A-Za-z])(?:left|right)|Left|Right|LEFT|RIGHT)(?![a-z])")
 SIDE = re.compile(r"left|right|Left|Right|LEFT|RIGHT")  # also inside of a word: lefthip, eyeright, but bright as well
 OTHER_SIDE = {"left": "right", "Left": "Right", "LEFT": "RIGHT"}
@@ -296,7 +297,10 @@ class ClassMatcher:
                 has_noun = after and after[0].isalnum() and after[0] not in AFTER_A_NOUN
                 if match and not (match[1] and has_noun):
                     for index in match[0]:
-                        spans.setdefault(self.classes[index], []).append((phrase[0].start(), phrase[-1].end()))
+                        mentions, begin = spans.setdefault(self.classes[index], []), phrase[0].start()
+                        if mentions and mentions[-1][1] == marks[at - 1].end() == begin - 1:  # "a baby girl" is one
+                            begin = mentions.pop()[0]
+                        mentions.append((begin, phrase[-1].end()))
                     at += length - 1
                     break
             at += 1
@@ -317,7 +321,8 @@ def count_named(prompt: str, classes: Sequence[str], table: ClassTable | None = 
     text, counts = _lower(prompt), {}
     named = matcher(tuple(classes), table).spans(prompt)
     for name, spans in named.items():
-        words = [match[1] for span in spans if (match := _find_before(COUNTED, text, span, name, named, table))]
+        singles = [span for span in spans if not GROUPS.match(text, *span)]
+        words = [match[1] for span in singles if (match := _find_before(COUNTED, text, span, name, named, table))]
         if len(words) == len(spans):
             counts[name] = sum(map(_number, words))
     return counts
@@ -346,7 +351,7 @@ def _single_of(noun: str, name: str, table: ClassTable | None) -> str:
     """The word of a class of which this is the plural, empty where it is none's."""
     word = look_up((name,), table)[0][0]
     singles = (single.lstrip("~").lower() for single in (word.spoken, word.name, *word.words))
-    return next((single for single in singles if plural(single) == noun), "")
+    return next((single for single in singles if f" {noun}".endswith(f" {plural(single)}")), "")
 
 
 def _number(word: str) -> int:
