@@ -181,6 +181,7 @@ def test_things_are_counted_where_a_text_says_how_many():
     assert count("a woman holding two balls") == {"ball": 2} and count("two cats in one cube") == {"cat": 2, "cube": 1}
     assert count("a two tone cube") == {"cube": 1} and count("a cat cube") == {"cat": 1, "cube": 1}
     assert count("two cats watching one cube") == {"cat": 2, "cube": 1} and count("a few red balls") == {}
+    assert count("one boy holding balls") == {}
     assert count("a big round shiny ball") == {"ball": 1} and count("a big round shiny old ball") == {}
 
 

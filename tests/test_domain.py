@@ -170,7 +170,11 @@ def test_the_mean_of_few_pictures_is_off_by_chance():
     learned = learn(12)
     drawn = [learned.with_generated(sketches(16, seed=seed), 12).model for seed in range(2, 22)]
     assert np.mean(np.array(drawn) > 1) <= 0.05
-    assert learned.with_generated(sketches(16, seed=8, shift=12.0), 12).model > 1
+    far = sketches(16, seed=8, shift=12.0)
+    assert learned.with_generated(far, 12).model > 1
+    distance, model = learned.pictures.distance_of_mean(far.mean((2, 3))), learned.with_generated(far, 12, 1.0).model
+    limit = learned.pictures.limits[0] / domain.MARGIN  # without what generated pictures vary more
+    assert 12 * (distance**2 - model**2) == pytest.approx(limit**2)
 
 
 def test_a_domain_whose_numbers_are_none_is_refused_and_one_of_an_earlier_version_is_not_there(tmp_path):
@@ -580,7 +584,7 @@ def test_a_model_may_draw_captions_that_are_lists_of_names_otherwise(named, outs
     tokenizer.model_max_length = 77
     model = SimpleNamespace(tokenizer=tokenizer, defaults=SimpleNamespace(steps=2))
     engine = SimpleNamespace(name="fast", model=model, device="cpu", fingerprint=lambda: {"dtype": "fp32"})
-    source = LabelledSource(64, 40)
+    source = LabelledSource(64, 900)
     source.load = lambda record, seed: SimpleNamespace(caption="a photo of a ball", named=named)
     session = SimpleNamespace(engine=engine, source=source, numbers=range(40), split=(range(16), ()))
     session.watch_work = lambda *given: lambda count: None
@@ -589,6 +593,12 @@ def test_a_model_may_draw_captions_that_are_lists_of_names_otherwise(named, outs
     assert read_check(tmp_path) == {"samples": 16, "out_of_domain": max(outside, 1)}  # the first by its own distance
     if named:  # the mean of all, which is near enough, moves no sample
         assert [sample.trust.domain for sample in checked] == [1.5, *[0.5] * 15]
+    counts = []
+    monkeypatch.setattr(domain.Domain, "with_generated", lambda self, _, count, farthest: counts.append(count) or self)
+    source.origins = lambda record: (f"{record // 2}",)  # copies count as one, of as many as the domain is measured on
+    for session.numbers in (range(40), range(900)):
+        workflow.check_itself(session, decoder, tmp_path)
+    assert counts == [20, workflow.DOMAIN_IMAGES]
 
 
 def test_a_decoder_without_a_domain_or_memory_for_it_is_not_checked(monkeypatch, tmp_path):

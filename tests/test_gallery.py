@@ -136,6 +136,20 @@ def test_sheets_of_samples_that_did_not_change_are_not_drawn_again(tmp_path, mon
     assert audit(run).findings == []
 
 
+def test_pictures_that_are_there_are_not_drawn_again(tmp_path, monkeypatch):
+    write_run(tmp_path, 3, 32)
+    (tmp_path / "gallery/depth/00000001.png").unlink()
+    drawn, draw = [], page._picture_of_sample
+    monkeypatch.setattr(
+        page,
+        "_picture_of_sample",
+        lambda path, role, row: drawn.append((role, row.request.id)) or draw(path, role, row),
+    )
+    with RunFolder(tmp_path, json.loads((tmp_path / "run.json").read_text())) as folder:
+        finish_run(folder)
+    assert drawn == [("depth", "00000001")]
+
+
 def test_folders_of_pictures_are_listed_as_often_for_many_pages_as_for_one(tmp_path, monkeypatch):
     listed, counts = [], []
 

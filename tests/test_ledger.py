@@ -831,6 +831,15 @@ def test_run_is_a_torch_data_set(run_path):
     assert set(run.tasks) == set(TASKS)
 
 
+def test_a_fork_leaves_a_ledger_open_to_its_parent(tmp_path, monkeypatch):
+    database = sqlite.Database(tmp_path / "ledger", tmp_path / "ledger")
+    with monkeypatch.context() as fork:
+        fork.setattr(os, "getpid", lambda: -1)
+        database.__del__()
+    assert database.execute("SELECT 1") == [(1,)]
+    database.close()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="descriptors are listed in /proc")
 def test_a_run_that_nobody_reads_any_more_is_closed(tmp_path):
     """Without a collection, before which files and SQLite's caches of two megabytes each would add up."""

@@ -260,6 +260,9 @@ def test_things_without_a_map_and_images_from_all_over_the_data_are_probed(monke
     assert seen == [([view], [70 + view], (9, 5)) for view in range(50)]
     products, counts = sum(probes[0][0].products), [float(inputs[-1, -1]) for inputs in probes[0][0].inputs]
     assert products.shape == (4, 3) and products[-1].tolist() == [0, 0, 100] and counts == [40.0] * 5
+    source.sequence = lambda number: f"{number // 40}"  # of three videos the frames are images of their own
+    ((probe,), _) = call_ranking.probe_calls(session, "instance", (9, 5), lambda cells: [[cells]])
+    assert [float(inputs[-1, -1]) for inputs in probe.inputs] == [40] * 5
     source.origins = lambda number: (f"{number // 40}",)  # copies are judged by probes that have not seen their picture
     ((probe,), _) = call_ranking.probe_calls(session, "instance", (9, 5), lambda cells: [[cells]])
     assert [float(inputs[-1, -1]) if inputs.ndim else 0 for inputs in probe.inputs] == [40, 80, 80, 0, 0]
