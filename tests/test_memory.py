@@ -231,6 +231,20 @@ def test_recordings_of_ever_new_shapes_do_not_add_up(monkeypatch):
     assert len(waited) == 2
 
 
+def test_a_recording_that_another_thread_drops_meanwhile_is_still_called(monkeypatch):
+    calls = cuda_graph.RecordedCalls()
+
+    class Shared(dict):
+        def __setitem__(self, key, value):
+            """Another thread clears them at once."""
+
+    monkeypatch.setattr(cuda_graph, "StepGraph", Recorded)
+    monkeypatch.setattr(cuda_graph, "GraphPool", lambda place: "pool")
+    calls.graphs = Shared()
+    (double,) = calls.replay("double", lambda x: (2 * x,), (torch.ones(3),))
+    assert double.tolist() == [2] * 3
+
+
 def test_a_recorded_call_reads_its_first_inputs_anew_and_tables_that_are_others(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda place: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)

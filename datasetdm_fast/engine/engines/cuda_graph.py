@@ -87,14 +87,14 @@ class RecordedCalls:
     ) -> tuple[Tensor, ...]:
         """run(*inputs); see StepGraph for `fresh`."""
         key = (name, *(tuple(value.shape) for value in inputs))
-        if key not in self.graphs:
+        if (graph := self.graphs.get(key)) is None:
             if len(self.graphs) >= MOST_GRAPHS:
                 with TURN:
                     torch.cuda.synchronize(inputs[0].device)  # replays of other threads may read their buffers still
                     self.clear()
-            self.pool = self.pool or GraphPool(inputs[0].device)
-            self.graphs[key] = StepGraph(run, inputs, self.pool, fresh)
-        return self.graphs[key](*inputs)
+            pool = self.pool = self.pool or GraphPool(inputs[0].device)
+            graph = self.graphs[key] = StepGraph(run, inputs, pool, fresh)
+        return graph(*inputs)  # which another thread may have dropped by now
 
     def clear(self) -> None:
         """Drops every graph, and returns their memory."""
