@@ -365,8 +365,8 @@ FAULTS = {
     ),
     "texts of a graph that are freed": Fault(
         RECORDED,
-        "StepGraph(run, inputs, self.pool, fresh)",
-        "StepGraph(lambda *given: run(*given[:2], *inputs[2:]), inputs, self.pool, fresh)",
+        "StepGraph(run, inputs, pool, fresh)",
+        "StepGraph(lambda *given: run(*given[:2], *inputs[2:]), inputs, pool, fresh)",
     ),
     "sums of a level added in any order": Fault(
         "datasetdm_fast.engine.models.capture:ProjectedSums.attend",
@@ -483,8 +483,8 @@ FAULTS = {
     ),
     "a graph that reads another tensor than its input": Fault(
         RECORDED,
-        "StepGraph(run, inputs, self.pool, fresh)",
-        "StepGraph(lambda given, _, *others: run(given, inputs[1], *others), inputs, self.pool, fresh)",
+        "StepGraph(run, inputs, pool, fresh)",
+        "StepGraph(lambda given, _, *others: run(given, inputs[1], *others), inputs, pool, fresh)",
     ),
     "candidates of which equal ones come in any order": Fault(
         "datasetdm_fast.engine.tasks.instance:candidates",
