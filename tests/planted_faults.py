@@ -41,7 +41,7 @@ FAULTS = {
     ),
     "sums given back too early": Fault(
         f"{DRIVER}:BatchGenerator.label",
-        "release(value for capture in captures for value in tensors_of(capture))",
+        "release(values)",
         "pass",
     ),
     "the label stream does not wait": Fault(f"{DRIVER}:LabelStream._follow", "self._stream.wait_event(queued)", "pass"),
