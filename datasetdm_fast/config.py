@@ -214,7 +214,6 @@ class FlowRule:
 
     spacing: Literal["scheduler", "uniform", "uniform-fp32"] = "scheduler"  # its own, or from 1 to 1 / steps
     mu: Literal["linear", "empirical"] = "linear"  # the logarithm of a dynamic shift: by the tokens, or by steps, too
-    max_shift: float = 1.15  # where the scheduler config does not say
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ REASONS = {
     "no compiler with AddressSanitizer": "machines without one",
     "the fault library is preloaded as Linux does it": "other systems than Linux",
     "memory is read from /proc": "the same",
+    "descriptors are listed in /proc": "the same",
     "other systems keep the port of a server that has ended": "the same",
     "this Linux has no huge pages": "other systems than Linux, and Linux where they are switched off",
     "pyarrow is not installed": "platforms without it",

@@ -29,7 +29,7 @@ from upstream_rules import load_upstream
 from datasetdm_fast import convert as command
 from datasetdm_fast import generate, kernels
 from datasetdm_fast.config import UPSTREAM_KINDS
-from datasetdm_fast.engine.backbones.sd import SD_SCHEDULER, USUAL_SCHEDULE
+from datasetdm_fast.engine.backbones.sd import CORRECTED, SD_SCHEDULER, USUAL_SCHEDULE
 from datasetdm_fast.engine.decoders import upstream as checkpoints
 from datasetdm_fast.engine.decoders.checkpoint import build_decoder, load_decoder, save_decoder
 from datasetdm_fast.engine.decoders.config import DEMO, parts_of, read_config, upstream
@@ -346,7 +346,7 @@ def test_a_folder_of_networks_alone_takes_the_usual_schedule_and_says_so(folder,
     (folder / "scheduler").rmdir()
     (folder / "model_index.json").unlink()
     model = load_model(str(folder))
-    assert model.scheduler == SD_SCHEDULER and model.digests["scheduler"] == USUAL_SCHEDULE
+    assert model.scheduler == SD_SCHEDULER | CORRECTED and model.digests["scheduler"] == USUAL_SCHEDULE
     assert "has no scheduler, so the schedule of Stable Diffusion 1.x is taken" in capsys.readouterr().err
     (folder / "vae" / "config.json").unlink()
     with pytest.raises(Refused, match="are needed: tokenizer, text_encoder, unet, vae\n"):
@@ -384,7 +384,7 @@ def test_a_file_becomes_a_diffusers_folder(averaged, tiny, first_generation, tmp
     assert (
         same_weights(model.modules["vae"], vae)
         and same_weights(model.modules["text_encoder"], text)
-        and model.scheduler == SD_SCHEDULER
+        and model.scheduler == SD_SCHEDULER | CORRECTED
     )
     ours, theirs = model.modules["unet"].state_dict(), unet.state_dict()
     assert all(torch.equal(ours[name], theirs[name] + averaged) for name in theirs)

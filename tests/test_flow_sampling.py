@@ -12,6 +12,7 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
 
 from datasetdm_fast.config import FlowRule
+from datasetdm_fast.engine.backbones.sd3 import SD3
 from datasetdm_fast.engine.loop.inversion import ddim_latents
 from datasetdm_fast.engine.sampling import schedule
 from datasetdm_fast.engine.sampling.flow import unipc_levels
@@ -25,7 +26,7 @@ EULER, BETAS = (
 DYNAMIC = {"use_dynamic_shifting": True, "shift": 3.0, "base_shift": 0.5, "base_image_seq_len": 256}
 # family -> scheduler config as published, rule, and what its pipeline hands to set_timesteps
 FAMILIES = {
-    "sd3": ({"shift": 3.0}, FlowRule(max_shift=1.16), None),
+    "sd3": ({"shift": 3.0}, SD3.flow, None),
     "flux1-dev": ({**DYNAMIC, "max_image_seq_len": 4096, "max_shift": 1.15}, FlowRule("uniform"), "uniform"),
     "flux1-schnell": ({"shift": 1.0, "use_dynamic_shifting": False}, FlowRule("uniform"), "uniform"),
     "z-image": ({"shift": 3.0, "use_dynamic_shifting": False}, FlowRule("uniform-fp32"), "z-image"),
@@ -86,7 +87,8 @@ def test_levels_are_those_of_diffusers_to_the_last_bit(family, tokens):
 def test_settings_of_the_scheduler_are_followed(changes):
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**{"shift": 3.0} | changes)
     scheduler.set_timesteps(
-        9, **({"mu": calculate_shift(1000, max_shift=1.16)} if "use_dynamic_shifting" in changes else {})
+        9,
+        **({"mu": mu_of("sd3", scheduler.config, 1000, 9)} if "use_dynamic_shifting" in changes else {}),
     )
     assert list(ours("sd3", "euler", 9, 1000, **changes).timesteps) == scheduler.timesteps.tolist()
 

@@ -83,7 +83,7 @@ SD3 = flow_models.joint_backbone(
     guidance=lambda configs: "cfg",
     text=_text,
     most_pixels=lambda configs: 8 * configs["transformer"].patch_size * configs["transformer"].pos_embed_max_size,
-    flow=FlowRule(max_shift=1.16),
+    flow=FlowRule(),
     blocks=lambda configs: configs["transformer"].num_layers,
     stride=lambda configs: 8 * configs["transformer"].patch_size,
     defaults=_defaults,

@@ -89,7 +89,7 @@ def _shift(scheduler: Mapping[str, Any], steps: int, rule: FlowRule, tokens: int
             mu = slope * steps + (mu - 200.0 * slope)
     else:
         least, most = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
-        low, high = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", rule.max_shift)
+        low, high = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
         slope = (high - low) / (most - least) if most != least else math.inf
         mu = float(tokens * slope + (low - slope * least))
     kind = scheduler.get("time_shift_type", "exponential")
