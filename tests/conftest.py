@@ -25,6 +25,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+sys.modules.setdefault("openvino_telemetry", None)  # what OpenVINO sends events to its maker with
 
 # Where there is room, files lie in memory: most of a run's time on a disk is spent on waiting until each is written.
 MEMORY, ROOM = "/dev/shm", 8 << 30  # bytes for all files, and as many again for the processes
