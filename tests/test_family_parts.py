@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import tiny_pipelines
 import torch
+import torch.nn.functional as F
 from diffusers.utils import hub_utils
 from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
@@ -20,6 +21,7 @@ from datasetdm_fast.engine.backbones import Latents, Part, every_backbone, flow_
 from datasetdm_fast.engine.backbones.flow_models import seg4diff_of_flux
 from datasetdm_fast.engine.backbones.flux1 import FLUX1
 from datasetdm_fast.engine.backbones.flux2_klein import FLUX2_KLEIN
+from datasetdm_fast.engine.backbones.joint_attention import AttentionReader
 from datasetdm_fast.engine.backbones.qwen_image import QWEN_IMAGE
 from datasetdm_fast.engine.backbones.sd3 import SD3
 from datasetdm_fast.engine.backbones.z_image import Z_IMAGE
@@ -345,3 +347,24 @@ def test_engines_serve_the_families_that_have_what_they_need():
     assert not any(map(bare.served_by, ("network", "export", "plans"))) and bare.served_by("reference")
     with pytest.raises(TypeError, match="expected a tuple of library:class"):
         Part("vae", ("AutoencoderKL",))
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+@pytest.mark.parametrize("is_added", [False, True])
+def test_shares_of_the_text_follow_every_mask_of_an_attention(rows, is_added):
+    mask = torch.tensor([[True, False, True, True, True, True]]).repeat(2, 1, rows, 1)
+    mask[1, 0, 0, 3] = False  # where queries have a mask each, that of a text token alone
+    mask = mask.float().roll(1, 2) if is_added else mask.roll(1, 2)
+
+    class Attention(torch.nn.Module):
+        def forward(self, hidden_states):
+            tokens = hidden_states[:, None]
+            return F.scaled_dot_product_attention(tokens, tokens, values, attn_mask=mask)
+
+    values = torch.eye(6).expand(2, 1, 6, 6)  # whose attention is the shares themselves
+    attention = Attention()
+    reader = AttentionReader([attention])
+    reader.images, reader.image, reader.text = 1, slice(2, 6), slice(0, 2)
+    with reader.reading():
+        shares = attention(torch.randn(2, 6, 4))
+    torch.testing.assert_close(reader.maps[attention], shares[1:, :, 2:, :2])

@@ -922,6 +922,7 @@ def test_names_of_a_decoder_are_compared_with_those_that_images_show(facts, show
     with pytest.raises(Refused, match="no class in common") if lines is None else nullcontext():
         told = measure._compare_names(meter, config, {"per_class": shown})
         assert len(told) == len(lines) and all(line.startswith(start) for line, start in zip(told, lines))
+    assert measure._compare_names(Meter(), config, {"f1": 1.0}) == []  # of another package, with figures of no class
     depth = METRICS["depth"](SimpleNamespace())
     depth.each = "per_joint"
     assert measure._compare_names(depth, config, {"per_class": {"cup": 1.0}}) == []

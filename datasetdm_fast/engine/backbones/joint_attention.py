@@ -71,7 +71,9 @@ class AttentionReader(TorchFunctionMode):
         query, key = query[-self.images :, :, self.image], key[-self.images :]
         scores = query @ key.mT / query.shape[-1] ** 0.5
         if attn_mask is not None:
-            scores = scores.masked_fill(~attn_mask[-self.images :], -torch.inf)
+            mask = attn_mask[-self.images :]
+            mask = mask[:, :, self.image] if mask.shape[2] > 1 else mask  # of every query, or one for all
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
         return scores.softmax(-1)[..., self.text].clone()
 
     @contextmanager

@@ -89,7 +89,7 @@ def evaluate_decoders(
 
 def _compare_names(meter: Meter, config: DecoderConfig, result: Mapping[str, Any]) -> list[str]:
     """Classes of the data that a decoder does not know, and classes of the decoder that no image shows."""
-    if not config.classes or config.has_text or meter.each != "per_class":
+    if not (config.classes and meter.columns) or config.has_text or meter.each != "per_class":
         return []
     shown = [name for name in result.get("per_class", {}) if name not in BACKGROUNDS]
     check_names(config.task, config.classes, shown)  # a class in common that no image shows is one by chance
