@@ -476,6 +476,13 @@ def wheel(folder: Path, name: str, version: str) -> None:
 
 
 @long_test
+def test_the_gpu_script_makes_a_run_twice(tmp_path):
+    line, options = script(0, tmp_path, ONLY="twice")
+    said = subprocess.run(line, **options, stdout=subprocess.PIPE)
+    assert said.returncode == 0 and "== twice ended with 0" in said.stdout, said.stdout + said.stderr
+
+
+@long_test
 def test_the_gpu_script_cut_in_the_middle_keeps_what_it_had_and_goes_on(tmp_path):
     file = tmp_path / "one.json"
     line, options = script(2, tmp_path, ONLY="bench", PARTS="layers,chunks")
