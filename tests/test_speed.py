@@ -20,7 +20,7 @@ from stub_engine import StubEngine
 
 from datasetdm_fast import generate
 from datasetdm_fast.config import EXACT, USUAL_SAMPLER
-from datasetdm_fast.data import DepthMap, Keypoints, Quarantined, Request, Sample, Trust
+from datasetdm_fast.data import DepthMap, Instances, Keypoints, Quarantined, Request, Sample, Trust
 from datasetdm_fast.engine.decoders.config import SD1_LEVELS
 from datasetdm_fast.engine.engines import build_engine, device
 from datasetdm_fast.engine.engines.fast import FastEngine
@@ -207,6 +207,27 @@ def test_a_figure_is_of_the_kind_of_its_label():
     people = Keypoints(points, np.array([[2, 2], [0, 0]]), np.ones(2), ("a", "b"))  # nothing of the second is shown
     assert speed_gate._agreement("pose", people, people) == ("PCK", 1)
     assert speed_gate._agreement("depth", depth := DepthMap(np.ones((2, 2), np.float32), 4.0), depth) == ("REL", 0)
+
+
+def test_what_an_image_does_not_show_counts_as_what_a_label_leaves_out_does():
+    points, nothing = np.float32([[[0, 0, 1], [9, 9, 1]], [[50, 50, 1], [60, 60, 1]]]), np.zeros((0, 2, 3), np.float32)
+    people = Keypoints(points, np.full((2, 2), 2), np.ones(2), ("a", "b"))
+    one, none = (
+        replace(people, points=some, visibility=people.visibility[: len(some)]) for some in (points[:1], nothing)
+    )
+    masks = np.zeros((2, 4, 4), bool)
+    masks[0, :2], masks[1, 2:] = True, True
+    things = Instances(masks, np.array([0, 0]), np.ones(2), ("a",))
+    first = Instances(masks[:1], np.array([0]), np.ones(1), ("a",))
+    for task, name, all_of_them, some, share in (
+        ("pose", "PCK", people, one, 0.5),
+        ("pose", "PCK", people, none, 0),
+        ("instance", "IoU", things, first, 0.5),
+        ("instance", "IoU", things, Instances(masks[:0], np.zeros(0, int), np.zeros(0), ("a",)), 0),
+    ):
+        for pair in ((all_of_them, some), (some, all_of_them)):
+            assert speed_gate._agreement(task, *pair) == (name, share)
+    assert np.isnan(speed_gate._agreement("pose", none, none)[1])
 
 
 def test_joints_are_found_near_theirs():

@@ -189,12 +189,12 @@ def _batches(job: Job) -> Iterator[Batch]:
 
 def _agreement(task: str, label: Annotation, truth: Annotation) -> tuple[str, float] | None:
     """A figure's name and its value for one image; None for labels that cannot be compared so."""
-    if isinstance(truth, Keypoints):
-        return "PCK", _share_of_joints(label, truth)
     if isinstance(truth, DepthMap):
         return "REL", kind_of(task).distance(label, truth)
-    overlap = kind_of(task).overlap(label, truth)
-    return None if overlap is None else ("IoU", overlap)
+    name, compare = ("PCK", _share_of_joints) if isinstance(truth, Keypoints) else ("IoU", kind_of(task).overlap)
+    # both ways: what one of the two alone shows counts, whichever it is
+    values = [value for value in (compare(label, truth), compare(truth, label)) if value is not None]
+    return (name, float(np.fmin.reduce(values))) if values else None
 
 
 def _share_of_joints(label: Any, truth: Keypoints) -> float:
