@@ -42,6 +42,12 @@ class GateFailed(Stop, RuntimeError):
     exit_code = 4
 
 
+def is_out_of_gpu(error: BaseException) -> bool:
+    """Whether memory of a GPU ran out, for PyTorch, or for CUDA, which takes some for every kernel and graph."""
+    is_of_torch = type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, RuntimeError) and (is_of_torch or "out of memory" in str(error))
+
+
 def is_out_of_ram(error: BaseException) -> bool:
     """Whether the machine's memory ran out, for Python, NumPy or PyTorch, which raises a RuntimeError, or a mapping."""
     texts = ("DefaultCPUAllocator", os.strerror(errno.ENOMEM))

@@ -68,8 +68,8 @@ FAULTS = {
     ),
     "a graph recorded with another GPU's stream": Fault(
         "datasetdm_fast.engine.engines.cuda_graph:GraphPool.__init__",
-        "torch.cuda.Stream(device)",
-        "torch.cuda.Stream(0)",
+        "new_stream(device)",
+        "new_stream(0)",
         {"device": "cuda:1"},
     ),
     "a kernel launched on another GPU": Fault(

@@ -18,6 +18,7 @@ from bench.decoders import load_decoders
 from datasetdm_fast.config import TASKS
 from datasetdm_fast.data import Batch, Request
 from datasetdm_fast.engine.engines.device import is_out_of_memory
+from datasetdm_fast.engine.engines.exported import trt
 from datasetdm_fast.engine.engines.exported.trt import Queue, TrtEngine, TrtStage, _resolve_gpu, call_size
 from datasetdm_fast.engine.engines.torch import TorchEngine
 from datasetdm_fast.engine.loading import load_model
@@ -204,7 +205,8 @@ def test_the_full_tensorrt_is_recorded_once_per_shape(demo, unbuilt, built):
 def test_what_one_thread_queues_is_not_recorded_by_another(monkeypatch):
     """The first labels are recorded while the next batch is sampled."""
     stream = SimpleNamespace(cuda_stream=1, wait_stream=lambda other: None, synchronize=lambda: None)
-    for name in ("Stream", "current_stream", "get_device_name"):
+    monkeypatch.setattr(trt, "new_stream", lambda device: stream)
+    for name in ("current_stream", "get_device_name"):
         monkeypatch.setattr(torch.cuda, name, lambda device: stream)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     for name in ("device", "stream", "graph"):
@@ -235,7 +237,7 @@ def test_buffers_of_a_call_are_written_after_other_threads_have_read_theirs(monk
     waits, streams = [], [SimpleNamespace(cuda_stream=k, wait_stream=None) for k in range(2)]
     for name in ("get_device_name", "get_device_capability"):
         monkeypatch.setattr(torch.cuda, name, lambda device: (9, 0))
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(trt, "new_stream", lambda device: SimpleNamespace(cuda_stream=7))
     for one in streams:
         one.wait_stream = lambda other, one=one: waits.append((one.cuda_stream, other.cuda_stream))
     queue = Queue(torch.device("cuda", 0))

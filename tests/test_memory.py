@@ -8,7 +8,9 @@ import subprocess
 import sys
 import weakref
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +31,7 @@ from datasetdm_fast.engine.engines.device import choose_by_shape
 from datasetdm_fast.engine.engines.fast import FastEngine, on_cpu
 from datasetdm_fast.engine.engines.fast.on_gpu import GpuEngine
 from datasetdm_fast.engine.loading import load_model
+from datasetdm_fast.engine.loop import driver
 from datasetdm_fast.engine.models import blocks, packed
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import (
@@ -49,13 +52,14 @@ from datasetdm_fast.kernels.noise import noise
 class Memory:
     """Holds `room` images."""
 
-    def __init__(self, room):
+    def __init__(self, room, error=None):
         self.room, self.tried, self.forgot = room, [], 0
+        self.error = error or torch.OutOfMemoryError("CUDA out of memory")
 
     def run(self, size):
         self.tried.append(size)
         if size > self.room:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise self.error
         return f"{size} images"
 
     def forget(self):
@@ -76,9 +80,20 @@ def test_what_fits_not_even_then_is_said_in_a_sentence(room, size):
         memory.halve_until_fits(held.run, size, held.forget)
 
 
-def test_memory_that_runs_out_elsewhere_is_no_bug_either(capsys):
+@pytest.mark.parametrize("said", ["CUDA error: out of memory", "Triton Error [CUDA]: out of memory"])
+def test_a_batch_is_halved_where_there_is_no_memory_for_a_graph_or_a_kernel(said):
+    held = Memory(5, RuntimeError(said))
+    assert memory.halve_until_fits(held.run, 8, held.forget) == ("4 images", 4)
+    held = Memory(5, RuntimeError("an illegal memory access"))
+    with pytest.raises(RuntimeError, match="illegal"):
+        memory.halve_until_fits(held.run, 8, held.forget)
+    assert held.tried == [8]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA out of memory")])
+def test_memory_that_runs_out_elsewhere_is_no_bug_either(capsys, error):
     def command(arguments):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     assert run_command(command, []) == 3
     assert "GPU does not have enough memory\nChoose a smaller --batch-size" in capsys.readouterr().err
@@ -243,6 +258,55 @@ def test_a_recording_that_another_thread_drops_meanwhile_is_still_called(monkeyp
     calls.graphs = Shared()
     (double,) = calls.replay("double", lambda x: (2 * x,), (torch.ones(3),))
     assert double.tolist() == [2] * 3
+
+
+@dataclass(frozen=True)
+class Stream:
+    number: int
+
+
+def test_a_stream_of_a_gpu_is_given_to_one_holder_at_a_time(monkeypatch):
+    numbers, device = cycle(range(32)), torch.device("cuda", 0)  # as PyTorch hands them out
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(next(numbers)))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    pools = [cuda_graph.GraphPool(device) for _ in range(2)]
+    for _ in range(40):
+        with driver.LabelStream(device) as labels, driver.LabelStream(device) as others:
+            held = [*(pool.stream for pool in pools), labels._stream, others._stream]
+            assert len(set(held)) == 4
+
+
+def test_a_recording_that_fails_leaves_the_thread_on_its_stream(monkeypatch):
+    streams = [SimpleNamespace(cuda_stream=0, wait_stream=lambda other: None), Stream(1)]
+    streams[1].__dict__["wait_stream"] = lambda other: None
+    current = streams[:1]
+
+    class Switched:
+        def __init__(self, stream):
+            self.stream = stream
+
+        def __enter__(self):
+            current.append(self.stream)
+
+        def __exit__(self, *_):
+            del current[current.index(self.stream, 1) :]
+
+    class Recording(Switched):
+        def __init__(self, graph, pool, stream, capture_error_mode):
+            super().__init__(stream)
+
+        def __exit__(self, *_):  # as PyTorch's, which then does not switch back
+            raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "device", lambda place: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", Switched)
+    monkeypatch.setattr(torch.cuda, "graph", Recording)
+    pool = SimpleNamespace(handle=None, stream=streams[1], follow=lambda stream: None)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        cuda_graph.StepGraph(lambda x: (x,), [torch.zeros(1)], pool)
+    assert current == streams[:1]
 
 
 def test_a_recorded_call_reads_its_first_inputs_anew_and_tables_that_are_others(monkeypatch):

@@ -14,7 +14,7 @@ from typing import TypeVar
 from datasetdm_fast.bug_report import print_error, report_bug
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import ENDED, SignalWatch
-from datasetdm_fast.errors import Missing, Refused, Stop, is_out_of_ram
+from datasetdm_fast.errors import Missing, Refused, Stop, is_out_of_gpu, is_out_of_ram
 from datasetdm_fast.untrusted import documents
 
 Settings = TypeVar("Settings")
@@ -101,9 +101,7 @@ def _report_error(error: Exception) -> int:
 
 def _as_stop(error: Exception) -> Refused | Missing | None:
     """The refusal for an error of the machine or the disk; None for a bug."""
-    torch = sys.modules.get("torch")
-    is_of_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
-    if is_of_gpu or is_out_of_ram(error):
+    if (is_of_gpu := is_out_of_gpu(error)) or is_out_of_ram(error):
         return Missing(
             f"memory: the {'GPU' if is_of_gpu else 'machine'} does not have enough memory",
             "Choose a smaller --batch-size or --size, or free its memory.",

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from datasetdm_fast.engine.engines.device import new_stream
+
 MOST_GRAPHS = 64  # together; calls of ever new numbers of classes or images would fill the GPU
 TURN = threading.RLock()  # held by the thread that records or replays: what others do would spoil a recording
 
@@ -28,7 +30,7 @@ class GraphPool(InOrder):
     def __init__(self, device: torch.device):
         self.handle = torch.cuda.graph_pool_handle()
         # A stream of this GPU by name: left out, PyTorch would take the one of the process's first capture.
-        self.stream = torch.cuda.Stream(device)
+        self.stream = new_stream(device)
 
 
 class StepGraph:
@@ -44,7 +46,8 @@ class StepGraph:
         self.fresh, self.pool = fresh, pool
         self.inputs = [torch.empty_like(value).copy_(value) for value in inputs]
         self.graph, recording = torch.cuda.CUDAGraph(), pool.stream
-        with TURN, torch.cuda.device(inputs[0].device):
+        # The last of them puts this thread's stream back, which PyTorch leaves exchanged where a recording fails.
+        with TURN, torch.cuda.device(inputs[0].device), torch.cuda.stream(torch.cuda.current_stream()):
             pool.follow(torch.cuda.current_stream())
             recording.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(recording):

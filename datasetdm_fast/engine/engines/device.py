@@ -5,6 +5,7 @@ import functools
 import gc
 import os
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from datasetdm_fast.errors import Missing, Refused, is_out_of_ram, nearest
+from datasetdm_fast.errors import Missing, Refused, is_out_of_gpu, is_out_of_ram, nearest
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -63,6 +64,22 @@ def multiplies_bf16(device: torch.device) -> bool:
 def multiplies_fp8(device: torch.device) -> bool:
     """Whether products of fp8 run there; a CPU rounds as a GPU does, and is slow."""
     return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+STREAMS = 32  # of a GPU that PyTorch hands out in turn, the first after the last
+_HELD, _HELD_TURN = weakref.WeakSet[Any](), threading.Lock()
+
+
+def new_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream that no other holder has: a graph would record what another thread queues on the stream that it is
+    recorded on.
+    """
+    with _HELD_TURN:
+        for _ in range(STREAMS):
+            if (stream := torch.cuda.Stream(device)) not in _HELD:
+                break
+        _HELD.add(stream)
+        return stream
 
 
 def allow_tf32(device: torch.device, is_allowed: bool) -> None:
@@ -202,8 +219,10 @@ def suggest_batch(side: int, device: torch.device, bytes_of: Callable[[int], int
         return max(min(CPU_CELLS // side**2, LARGEST_SUGGESTED_BATCH), 2)
     try:
         single, double = bytes_of(1), bytes_of(2)
-    except torch.OutOfMemoryError:  # where not even one fits, its first call reports it
-        return 1
+    except RuntimeError as error:
+        if not is_out_of_gpu(error):
+            raise
+        return 1  # where not even one fits, its first call reports it
     free = torch.cuda.mem_get_info(device)[0]
     largest = 1 + (SHARE * free - single) / max(double - single, 1)
     return max(min(int(largest) // 2 * 2, LARGEST_SUGGESTED_BATCH), 1)
@@ -216,7 +235,9 @@ def halve_until_fits(
     while True:
         try:
             return run(size), size
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_gpu(error):
+                raise
             if size == 1 or not times:
                 raise Missing(
                     f"memory: the GPU does not have enough memory for {size} image{'s' * (size > 1)} at once",
@@ -228,7 +249,7 @@ def halve_until_fits(
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether memory ran out, of a GPU or of the machine, by PyTorch's message or by ours."""
-    return isinstance(error, torch.OutOfMemoryError) or is_out_of_ram(error) or "enough memory" in str(error)
+    return is_out_of_gpu(error) or is_out_of_ram(error) or "enough memory" in str(error)
 
 
 def trim() -> None:

@@ -312,9 +312,9 @@ class LabelStream(AbstractContextManager["LabelStream"]):
     """
 
     def __init__(self, device: torch.device):
-        import torch
+        from datasetdm_fast.engine.engines.device import new_stream
 
-        self._device, self._stream = device, torch.cuda.Stream(device)
+        self._device, self._stream = device, new_stream(device)
         self._pool = ThreadPoolExecutor(1, "labels")
         self._waiting: deque[tuple[Any, Future[Any]]] = deque()
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.engines.cuda_graph import TURN, InOrder
-from datasetdm_fast.engine.engines.device import resolve_device
+from datasetdm_fast.engine.engines.device import new_stream, resolve_device
 from datasetdm_fast.engine.engines.exported.graphs import GraphEngine, Tensors
 from datasetdm_fast.engine.loading.model import Model
 from datasetdm_fast.errors import Missing, Refused, check_choice
@@ -63,7 +63,7 @@ class Queue(InOrder):
     """
 
     def __init__(self, device: torch.device):
-        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.device, self.stream = device, new_stream(device)
         self.gpu = torch.cuda.get_device_name(device)
         self.capability = "sm{}{}".format(*torch.cuda.get_device_capability(device))
         self.handle = self.stream.cuda_stream
