@@ -1,5 +1,6 @@
 """convert: an export read back by our own readers is the run, whatever interrupts it; bad input writes nothing."""
 
+import glob
 import hashlib
 import io
 import json
@@ -19,6 +20,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image, ImageDraw
 from planted_names import HOSTILE_NAMES
 from rendered import document, rendered, write_run
@@ -556,6 +558,60 @@ def test_our_reader_of_hf_takes_both_kinds(run, tmp_path, kind):
         assert np.abs(item.depth - sample.depth.metres).max() < 1e-6
 
 
+def fits(feature: dict, value) -> bool:
+    """Whether a value is of the type that the head of a README.md tells."""
+    if "struct" in feature:
+        return {part["name"] for part in feature["struct"]} == {*value} and all(
+            fits(part, value[part["name"]]) for part in feature["struct"]
+        )
+    if "list" in feature:
+        return isinstance(value, list) and all(fits(feature["list"], each) for each in value)
+    if isinstance(feature["dtype"], dict):
+        return str(value) in feature["dtype"]["class_label"]["names"]
+    types = {"string": str, "int32": int, "int64": int, "float64": float, "image": Image.Image}
+    return isinstance(value, types[feature["dtype"]])
+
+
+@pytest.mark.parametrize("form", ["png", "jpg"])
+def test_read_me_tells_load_dataset_the_files_of_each_split_and_the_types_of_all(run, tmp_path, form):
+    """Also where the samples of a split, or the first five of all, show no person and no instance."""
+    shutil.copytree(run, tmp_path / "run")
+    names = [sample.id for sample in open_run(run)]
+    parts = {"my-part": names[-1:], "train": names[:-1]}  # of which the last shows nothing
+    shares = {"seed": 0, "by_source": True, "shares": [20.0, 80.0], "parts": parts}
+    (tmp_path / "run" / "split.json").write_text(json.dumps(shares))
+    flags = ("--to", "hf,wds", "--shard", "5", "--image-format", form)
+    out = converted(tmp_path / "run", tmp_path / "out", *flags)
+    heads = {name: yaml.safe_load((out / name / "README.md").read_text().split("\n---\n")[0]) for name in ("hf", "wds")}
+    for name, ending in (("hf", "metadata.jsonl"), ("wds", ".tar")):
+        (config,) = heads[name]["configs"]
+        patterns = {each["split"]: each["path"] for each in config["data_files"]}
+        files = {split: glob.glob(path, root_dir=out / name, recursive=True) for split, path in patterns.items()}
+        assert files.keys() == {"train", "my_part"}
+        for split, found in files.items():
+            own = [str(path.relative_to(out / name)) for path in (out / name).rglob("*") if path.name.endswith(ending)]
+            own = [path for path in own if path.replace("-", "_").startswith(split)]
+            assert own and sorted(own) == sorted(path for path in found if path.endswith(ending))
+    for line in (out / "hf/train/metadata.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        for column in [each for each in row if each.endswith("_file_name")]:
+            row[column.removesuffix("_file_name")] = Image.open(out / "hf/train" / row.pop(column))
+        assert fits({"struct": heads["hf"]["configs"][0]["features"]}, row)
+    shards = sorted((out / "wds").glob("*.tar"))
+    assert [path.name for path in shards[:2]] == ["my-part-000000.tar", "train-000000.tar"]
+    for path in shards:
+        samples: dict[str, dict] = {}
+        with tarfile.open(path) as shard:
+            for member in shard:
+                key, _, field = member.name.partition(".")
+                data = shard.extractfile(member).read()
+                value = json.loads(data) if field == "json" else Image.open(io.BytesIO(data))
+                samples.setdefault(key, {"__key__": key, "__url__": str(path)})[field] = value
+        assert samples and all(
+            fits({"struct": heads["wds"]["dataset_info"]["features"]}, row) for row in samples.values()
+        )
+
+
 def test_convert_to_hf_ends_with_the_splits_that_load_dataset_refuses(run, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "run")
     names = [sample.id for sample in open_run(run)]
@@ -1055,7 +1111,7 @@ def test_an_export_is_uploaded_where_it_is_asked_for(run, tmp_path, monkeypatch,
     assert main(line) == 0
     create, folder, (name, card) = FakeHub.calls
     assert create == ("create", "me/balls", "dataset", True) and folder == ("folder", "me/balls", tmp_path / "out")
-    assert name == "README.md" and "{split: train, path: 'hf-parquet/data/train-*'}" in card and "# balls" in card
+    assert name == "README.md" and "path: hf-parquet/data/train-*\n" in card and "# balls" in card
     told = capsys.readouterr()
     assert "uploaded to https://huggingface.co/datasets/me/balls" in told.err and "secret" not in told.err + told.out
     monkeypatch.setattr(FakeHub, "create_repo", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("no network")))

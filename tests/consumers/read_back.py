@@ -157,8 +157,10 @@ def test_cityscapes_scripts_find_the_labels_equal_to_themselves(tmp_path):
 def test_datasets_load_the_image_folder_and_parquet_offline():
     import datasets
 
-    folder = datasets.load_dataset("imagefolder", data_dir=str(OUT / "hf"))
-    parquet = datasets.load_dataset("parquet", data_dir=str(OUT / "hf-parquet"))
+    folder = datasets.load_dataset(str(OUT / "hf"))
+    parquet = datasets.load_dataset(str(OUT / "hf-parquet"))
+    types = str(parquet["train"].features)
+    assert all(str(rows.features) == types for data in (folder, parquet) for rows in data.values())
     names = json.loads((OUT / "hf" / "classes.json").read_text())["id2label"]
     for data in (folder, parquet):
         assert {split: len(rows) for split, rows in data.items()} == {
@@ -174,6 +176,20 @@ def test_datasets_load_the_image_folder_and_parquet_offline():
                 ]
                 assert np.abs(np.asarray(row["depth"]) / 1000 - TRUTH[f"{id}/depth"]).max() < 1e-3
                 assert [names[str(k)] for k in row["objects"]["category"]] == THINGS[id]
+
+
+def test_datasets_load_the_shards_of_wds_by_their_read_me():
+    import datasets
+
+    for data in (datasets.load_dataset(str(OUT / "wds"), streaming=streamed) for streamed in (False, True)):
+        loaded = {split: list(rows) for split, rows in data.items()}
+        for split, ids in SPLITS:
+            rows = loaded[{"val": "validation"}.get(split, split)]
+            assert [row["__key__"] for row in rows] == ids
+            assert all((np.asarray(row["png"]) == TRUTH[f"{row['__key__']}/image"]).all() for row in rows)
+            table = data["train"].features["json"]["objects"]["category"].feature
+            named = [[table.int2str(k) for k in row["json"]["objects"]["category"]] for row in rows]
+            assert named == [THINGS[id] for id in ids]
 
 
 def test_webdataset_reads_every_sample():

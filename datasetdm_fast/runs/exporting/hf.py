@@ -8,18 +8,31 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.runs.exporting.export_folder import read_export
 from datasetdm_fast.runs.exporting.format import AllSamples, Entry, ExportPlan, Files, Format, SampleView
-from datasetdm_fast.runs.exporting.wds import describe_sample, map_files, read_content, table_files
+from datasetdm_fast.runs.exporting.wds import (
+    MAPS,
+    README,
+    Column,
+    describe_columns,
+    describe_features,
+    describe_files,
+    describe_sample,
+    map_files,
+    name_split,
+    read_content,
+    read_me,
+    table_files,
+)
 from datasetdm_fast.runs.run_folder.ledger import canonical
 from datasetdm_fast.runs.run_folder.shards import require_pyarrow
 from datasetdm_fast.untrusted import documents
 
-SPLITS = {"val": "validation"}  # as `datasets` names them
 ROWS = 64  # of a row group at most,
 GROUP_BYTES = 2**28  # and of the pictures in it, when it is closed; a column of a group holds less than 2 GiB
-VALUES = {"id": "string", "prompt": "string", "seed": "int64", "width": "int32", "height": "int32"}
 
 
 class ImageFolderFormat(Format):
@@ -42,7 +55,8 @@ class ImageFolderFormat(Format):
             f"{split}/metadata.jsonl": (f"{canonical(entry)}\n".encode() for entry in samples.entries(split))
             for split in plan.splits
         }
-        return {**rows, **table_files(plan)}
+        head = {"configs": [{**describe_files(plan, "{split}/**"), "features": describe_features(_columns(plan))}]}
+        return {**rows, **table_files(plan), README: [read_me(head)]}
 
     def find_limits(self, plan: ExportPlan, samples: AllSamples) -> Iterator[str]:
         """Lists that are empty in all of a split: of these `datasets` guesses another type than of the other splits."""
@@ -51,8 +65,8 @@ class ImageFolderFormat(Format):
             if 0 < len(empty) < len(plan.splits):
                 splits = " and ".join(empty)
                 yield (
-                    f"hf: {splits} without any {name}; load_dataset refuses such splits together: take hf-parquet, or "
-                    f"each alone (data_dir='.../hf/{empty[0]}')"
+                    f"hf: {splits} without any {name}; load_dataset refuses such splits together: take hf-parquet or "
+                    f"wds, or each alone (data_files={{'{empty[0]}': '{empty[0]}/**'}})"
                 )
 
 
@@ -73,9 +87,9 @@ class ParquetFormat(Format):
         for split, count in plan.splits.items():
             shards = -(-count // size)
             for k in range(shards):
-                name = f"data/{SPLITS.get(split, split)}-{k:05d}-of-{shards:05d}.parquet"
+                name = f"data/{name_split(split)}-{k:05d}-of-{shards:05d}.parquet"
                 files[name] = _parquet(plan, samples.views(split, k * size, (k + 1) * size))
-        return {**files, **table_files(plan)}
+        return {**files, **table_files(plan), README: [read_me({"configs": [describe_files(plan, "data/{name}-*")]})]}
 
 
 def _parquet(plan: ExportPlan, views: Iterator[SampleView]) -> Iterator[bytes]:
@@ -114,37 +128,33 @@ def _row(sample: SampleView, plan: ExportPlan) -> dict[str, Any]:
     return row | describe_sample(sample, plan)
 
 
+def _columns(plan: ExportPlan) -> dict[str, Column]:
+    maps = (name for name in MAPS if name in plan.tasks)
+    return {**dict.fromkeys(("image", *maps), "image"), **describe_columns(plan)}
+
+
 def _schema(plan: ExportPlan) -> Any:
     """Columns with the features of `datasets` as metadata."""
     import pyarrow as pa
 
-    def list_of(inner: Any) -> tuple[Any, dict[str, Any]]:
-        kind, feature = inner
-        return pa.list_(kind), {"feature": feature, "length": -1, "_type": "Sequence"}
+    def type_of(column: Column) -> tuple[Any, Any]:
+        """The type of a column, and its feature."""
+        if column == "image":
+            return pa.struct({"bytes": pa.binary(), "path": pa.string()}), {"_type": "Image"}
+        if isinstance(column, str):
+            return pa.type_for_alias(column), {"dtype": column, "_type": "Value"}
+        if isinstance(column, tuple):
+            return pa.int64(), {"names": list(column), "_type": "ClassLabel"}
+        if isinstance(column, list):
+            kind, feature = type_of(column[0])
+            return pa.list_(kind), {"feature": feature, "length": -1, "_type": "Sequence"}
+        parts = {name: type_of(part) for name, part in column.items()}
+        kinds = {name: kind for name, (kind, _) in parts.items()}
+        return pa.struct(kinds), {name: feature for name, (_, feature) in parts.items()}
 
-    def value(name: str) -> tuple[Any, dict[str, Any]]:
-        return pa.type_for_alias(name), {"dtype": name, "_type": "Value"}
-
-    picture = pa.struct({"bytes": pa.binary(), "path": pa.string()}), {"_type": "Image"}
-    names = ["background", *plan.classes.names]
-    number, category = value("float64"), (pa.int64(), {"names": names, "_type": "ClassLabel"})
-    box = list_of(number)
-    columns = {"image": picture}
-    columns |= {name: picture for name in ("semantic", "depth") if name in plan.tasks}
-    columns |= {name: value(kind) for name, kind in VALUES.items()}
-    things = {"category": category, "bbox": box, "area": value("int64"), "score": number, "rle": value("string")}
-    groups = {
-        "instance": ("objects", things),
-        "pose": ("people", {"bbox": box, "area": number, "score": number, "keypoints": list_of(number)}),
-    }
-    for task, (name, parts) in groups.items():
-        if task in plan.tasks:
-            lists = {part: list_of(inner) for part, inner in parts.items()}
-            kind = pa.struct({part: kind for part, (kind, _) in lists.items()})
-            columns[name] = kind, {part: feature for part, (_, feature) in lists.items()}
-    features = {name: feature for name, (_, feature) in columns.items()}
+    kind, features = type_of(_columns(plan))
     metadata = {"huggingface": json.dumps({"info": {"features": features}}, ensure_ascii=False)}
-    return pa.schema([(name, kind) for name, (kind, _) in columns.items()], metadata=metadata)
+    return pa.schema(list(kind), metadata=metadata)
 
 
 REPOSITORY = re.compile(r"(?!-)[\w.-]+/[\w.-]+", re.ASCII)
@@ -167,7 +177,7 @@ def push_to_hub(folder: Path, name: str) -> str:
     """The address of the data set that a complete export was uploaded to; a new one is private."""
     from huggingface_hub import HfApi
 
-    api, card = HfApi(), describe_export(name, read_export(folder)).encode()
+    api, card = HfApi(), describe_export(name, folder).encode()
     try:
         url = api.create_repo(name, repo_type="dataset", private=True, exist_ok=True)
         api.upload_folder(repo_id=name, repo_type="dataset", folder_path=folder, commit_message=MESSAGE)
@@ -181,18 +191,19 @@ def push_to_hub(folder: Path, name: str) -> str:
     return str(url)
 
 
-def describe_export(name: str, export: Mapping[str, Any]) -> str:
-    """The page of the data set; its head tells `load_dataset` where the Parquet files of each split are."""
-    formats, splits = export["settings"]["to"], export["splits"]
-    parquet = [
-        f"  - {{split: {SPLITS.get(split, split)}, path: 'hf-parquet/data/{SPLITS.get(split, split)}-*'}}\n"
-        for split in splits
-    ]
-    head = f"configs:\n- config_name: default\n  data_files:\n{''.join(parquet)}" if "hf-parquet" in formats else ""
+def describe_export(name: str, folder: Path) -> str:
+    """The page of the data set; its head tells `load_dataset` what one of its formats has for it."""
+    export = read_export(folder)
+    formats, head = export["settings"]["to"], {"tags": ["synthetic", "datasetdm_fast"]}
+    paths = (folder / format / README for format in ("hf-parquet", "wds", "hf") if format in formats)
+    if path := next(filter(Path.exists, paths), None):
+        head |= yaml.safe_load(path.read_text(encoding="utf-8").split("\n---\n")[0])
+        for part in head["configs"][0]["data_files"]:
+            part["path"] = f"{path.parent.name}/{part['path']}"
     licences = ", ".join(export.get("licences", ())) or "not known"
-    counts = ", ".join(f"{split} {count}" for split, count in splits.items())
+    counts = ", ".join(f"{split} {count}" for split, count in export["splits"].items())
     return (
-        f"---\ntags: [synthetic, datasetdm_fast]\n{head}---\n# {name.partition('/')[2]}\n\n"
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n# {name.partition('/')[2]}\n\n"
         f"{export['samples']} generated images with their labels ({counts}), as {', '.join(formats)}. "
         f"`export.json` says what they were made of. Licences of the models: {licences}.\n"
     )

@@ -1,8 +1,12 @@
-"""wds: tar shards for WebDataset; and a sample as a JSON object with maps as files, for formats without a layout."""
+"""wds: tar shards for WebDataset; and a sample as a JSON object with maps as files, for formats without a layout, with
+what the library `datasets` has to know of its columns.
+"""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+
+import yaml
 
 from datasetdm_fast import _C
 from datasetdm_fast.data import IGNORE
@@ -10,6 +14,10 @@ from datasetdm_fast.engine.labels.depth import UNITS, unit_of
 from datasetdm_fast.engine.labels.label_files import index_png
 from datasetdm_fast.runs.exporting.format import AllSamples, Content, Entry, ExportPlan, Files, Format, SampleView
 from datasetdm_fast.runs.run_folder.shards import write_tar
+
+Column = str | tuple[str, ...] | list["Column"] | dict[str, "Column"]  # a type, names of classes, a list, named parts
+README = "README.md"
+MAPS = ("semantic", "depth")
 
 
 def describe_sample(sample: SampleView, plan: ExportPlan) -> dict[str, Any]:
@@ -38,6 +46,57 @@ def describe_sample(sample: SampleView, plan: ExportPlan) -> dict[str, Any]:
             "keypoints": [person.joints.ravel().tolist() for person in sample.people],
         }
     return record
+
+
+def describe_columns(plan: ExportPlan) -> dict[str, Column]:
+    """The types of what `describe_sample` returns, by the names that `datasets` has for them."""
+    columns: dict[str, Column] = {
+        "id": "string",
+        "prompt": "string",
+        "seed": "int64",
+        "width": "int32",
+        "height": "int32",
+    }
+    boxes: dict[str, Column] = {"bbox": [["float64"]]}
+    if "instance" in plan.tasks:
+        names = ("background", *plan.classes.names)
+        columns["objects"] = {"category": [names], **boxes, "area": ["int64"], "score": ["float64"], "rle": ["string"]}
+    if "pose" in plan.tasks:
+        columns["people"] = {**boxes, "area": ["float64"], "score": ["float64"], "keypoints": [["float64"]]}
+    return columns
+
+
+def name_split(split: str) -> str:
+    """A split as `datasets` calls it, where no name has a hyphen."""
+    return "validation" if split == "val" else split.replace("-", "_")
+
+
+def describe_files(plan: ExportPlan, pattern: str) -> dict[str, Any]:
+    """The files of each split, as the head of a README.md lists them."""
+    names = {split: name_split(split) for split in plan.splits}
+    files = [{"split": name, "path": pattern.format(split=split, name=name)} for split, name in names.items()]
+    return {"config_name": "default", "data_files": files}
+
+
+def describe_features(columns: Mapping[str, Column]) -> list[dict[str, Any]]:
+    """Columns as the head of a README.md lists them."""
+    return [{"name": name, **_describe_feature(column)} for name, column in columns.items()]
+
+
+def _describe_feature(column: Column) -> dict[str, Any]:
+    if isinstance(column, str):
+        return {"dtype": column}
+    if isinstance(column, tuple):
+        return {"dtype": {"class_label": {"names": {str(number): name for number, name in enumerate(column)}}}}
+    if isinstance(column, list):
+        return {"list": _describe_feature(column[0])}
+    return {"struct": describe_features(column)}
+
+
+def read_me(head: Mapping[str, Any]) -> bytes:
+    """README.md, of which `load_dataset` reads the head."""
+    text = "`load_dataset` of the library `datasets` reads this folder by the files and types above."
+    return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n{text}\n".encode()
 
 
 def map_files(sample: SampleView, plan: ExportPlan, *, has_colours: bool) -> Iterator[tuple[str, Content]]:
@@ -83,7 +142,14 @@ class WebDatasetFormat(Format):
             for split, count in plan.splits.items()
             for k in range(-(-count // size))
         }
-        return {**shards, **table_files(plan)}
+        return {**shards, **table_files(plan), README: self._describe(plan, samples)}
+
+    def _describe(self, plan: ExportPlan, samples: AllSamples) -> Iterator[bytes]:
+        first = next(samples.views(next(iter(plan.splits)), 0, 1))
+        pictures = [first.picture(self.forms)[0], *(f"{name}.png" for name in MAPS if name in plan.tasks)]
+        columns: dict[str, Column] = {**dict.fromkeys(pictures, "image"), "json": describe_columns(plan)}
+        features = describe_features({**columns, "__key__": "string", "__url__": "string"})
+        yield read_me({"configs": [describe_files(plan, "{split}-[0-9]*.tar")], "dataset_info": {"features": features}})
 
 
 def _files(plan: ExportPlan, samples: AllSamples, split: str, first: int) -> Iterator[tuple[str, bytes]]:

@@ -32,7 +32,7 @@ EXPECTED = "Expected pictures with metadata.jsonl, Parquet files, or what save_t
 
 def open_rows(path: Path, split: str) -> MetadataRows | TableRows:
     reading.first_there(path)
-    names = reading.SPLIT_NAMES.get(split, (split,))
+    names = reading.SPLIT_NAMES.get(split, (split, split.replace("-", "_")))
     for name in names:
         if (path / name / STATE).exists():
             return TableRows(path / name, _saved_files(path / name))
