@@ -279,6 +279,11 @@ def test_parts_of_other_kinds_of_models_are_refused(saved, tmp_path):
         ("sdxl", "unet", {"timestep_post_act": "silu"}, "the unet's timestep_post_act is 'silu' where None is"),
         ("sdxl", "vae", {"act_fn": "relu"}, "the vae's act_fn is 'relu' where 'silu' is expected"),
         ("qwen-image", "transformer", {"use_layer3d_rope": True}, "use_layer3d_rope is True where False is expected"),
+        ("qwen-image", "transformer", {"use_additional_t_cond": True}, "t_cond is True where False is expected"),
+        ("qwen-image", "transformer", {"patch_size": 1}, "the transformer's patch_size is 1 where 2 is expected"),
+        ("flux1", "transformer", {"patch_size": 2}, "the transformer's patch_size is 2 where 1 is expected"),
+        ("flux2-klein", "transformer", {"patch_size": 2}, "the transformer's patch_size is 2 where 1 is expected"),
+        ("sd3", "transformer", {"caption_projection_dim": 64}, "caption_projection_dim is 64 where 32 is expected"),
         ("sdxl", "unet", {"norm_num_groups": 1.5}, "the unet's norm_num_groups is 1.5, expected a value such as 32"),
         (
             "sdxl",

@@ -15,7 +15,7 @@ from test_loading import original_open_clip, original_unet_key, original_vae
 
 from datasetdm_fast import convert
 from datasetdm_fast.engine.backbones.sd3 import SD3
-from datasetdm_fast.engine.loading import load_model, single_file
+from datasetdm_fast.engine.loading import folder, load_model, single_file
 from datasetdm_fast.errors import Refused
 
 PREFIX = "model.diffusion_model."
@@ -61,9 +61,19 @@ def test_a_file_of_sdxl_with_two_text_encoders(tmp_path):
     assert convert.main([str(path), "--to", "diffusers", "--out", str(tmp_path / "new"), "--quiet"]) == 0
     StableDiffusionXLPipeline.from_pretrained(tmp_path / "new", local_files_only=True)
     check_noise_of_a_file(path, state)
-    shutil.rmtree(path.parent / "unet")
-    with pytest.raises(Refused, match="unet: .* tensors do not fit the config of Stable Diffusion XL"):
+    beside = "conditioner.embedders.1.model.text_projection"  # as transformers have it where it ends with weight
+    save_file({name: v.contiguous().clone() for name, v in state.items() if name != beside}, path)
+    with pytest.raises(Refused, match="missing: text_projection.weight") as caught:
         load_model(str(path))
+    assert caught.value.remedy == folder.MATCHING  # the file's own config.json lies there
+    weight = {f"{beside}.weight": projection}
+    save_file({name: v.contiguous().clone() for name, v in (state | weight).items() if name != beside}, path)
+    model = load_model(str(path), size=tiny_pipelines.SIZE)
+    assert torch.equal(model.modules["text_encoder_2"].state_dict()["text_projection.weight"], projection)
+    shutil.rmtree(path.parent / "unet")
+    with pytest.raises(Refused, match="unet: .* tensors do not fit the config of Stable Diffusion XL") as caught:
+        load_model(str(path))
+    assert caught.value.remedy.startswith("Put the config.json of the same model's unet into a folder unet")
 
 
 def check_noise_of_a_file(path, state):
@@ -224,6 +234,17 @@ def test_files_of_a_transformer_alone_are_read_with_the_folders_beside_them(tmp_
     check(path, "z-image")
     state = tiny_pipelines.build("qwen-image").transformer.state_dict()
     path = write(tmp_path / "qwen-image", "qwen-image", state, "transformer")
+    check(path, "qwen-image")
+    config_file = path.parent / "transformer" / "config.json"
+    config = config_file.read_text()
+    config_file.write_text(json.dumps(json.loads(config) | {"out_channels": -1}))
+    with pytest.raises(Refused, match="its transformer is not laid out as that of Qwen-Image .Trying to create"):
+        load_model(str(path))
+    shutil.rmtree(config_file.parent)
+    with pytest.raises(Refused, match="holds the transformer of Qwen-Image, and needs also transformer/config.json"):
+        load_model(str(path))
+    config_file.parent.mkdir()
+    config_file.write_text(config)
     check(path, "qwen-image")
     narrow = {name: value.to(torch.float8_e4m3fn) for name, value in state.items()}
     save_file(narrow, path)

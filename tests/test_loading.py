@@ -1236,6 +1236,18 @@ def test_single_files_that_are_spoilt(tiny, first_generation, tmp_path):
         load_model(str(tmp_path / "model.bin"))
 
 
+def test_scaled_weights_of_8_bits_are_no_damage(tiny, first_generation, tmp_path):
+    *_, state = first_generation
+    path, name = with_vocabulary(tiny, tmp_path) / "model.safetensors", "model.diffusion_model.out.2.weight"
+    narrow = state | {name: state[name].to(torch.float8_e4m3fn)}
+    save_file(narrow, path)
+    assert torch.equal(load_model(str(path), size=64).modules["unet"].conv_out.weight, narrow[name].float())
+    save_file(narrow | {name.replace("weight", "scale_weight"): torch.ones(())}, path)
+    with pytest.raises(Refused, match="weights of 8 bits, the first is model.diffusion_model.out.2.weight") as caught:
+        load_model(str(path))
+    assert caught.value.remedy == "Take a file in 16 or 32 bits."
+
+
 def test_a_conversion_goes_on_in_a_folder_of_its_own_parts_alone(tmp_path):
     saving.check_new(tmp_path / "none")
     for name in ("unet", "scheduler", ".7.part"):

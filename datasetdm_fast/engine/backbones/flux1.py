@@ -2,7 +2,7 @@
 
 from datasetdm_fast.config import Defaults, FlowRule
 from datasetdm_fast.engine.backbones import Configs, Part, Read, flow_models
-from datasetdm_fast.engine.backbones.fitting import check_channels
+from datasetdm_fast.engine.backbones.fitting import check_channels, check_settings
 from datasetdm_fast.engine.backbones.sd import CLIP_TOKENIZER
 
 DEV_LICENCE = "flux-1-dev-non-commercial-license"  # of Krea-dev, too
@@ -22,6 +22,7 @@ def _defaults(configs: Configs) -> Defaults:
 
 def _check(configs: Read, source: str) -> Read:
     check_channels(source, configs["transformer"].get("in_channels", 64), configs["vae"], 4)
+    check_settings(configs, source, "transformer", {"patch_size": (1,)})
     return configs
 
 

@@ -28,7 +28,7 @@ def _licence(configs: Configs) -> str:
 
 def _check(configs: Read, source: str) -> Read:
     check_channels(source, configs["transformer"].get("in_channels", 128), configs["vae"], 4)
-    check_settings(configs, source, "transformer", {"guidance_embeds": (False,)})
+    check_settings(configs, source, "transformer", {"guidance_embeds": (False,), "patch_size": (1,)})
     return configs
 
 

@@ -43,9 +43,8 @@ def _check(configs: Read, source: str) -> Read:
                 DAMAGED,
             )
     check_channels(source, configs["transformer"].get("in_channels", 64), configs["vae"], 4)
-    check_settings(
-        configs, source, "transformer", dict.fromkeys(("guidance_embeds", "zero_cond_t", "use_layer3d_rope"), (False,))
-    )
+    others = "guidance_embeds zero_cond_t use_layer3d_rope use_additional_t_cond".split()
+    check_settings(configs, source, "transformer", dict.fromkeys(others, (False,)) | {"patch_size": (2,)})
     return configs
 
 

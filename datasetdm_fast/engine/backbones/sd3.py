@@ -48,8 +48,11 @@ def _file_config(state: Mapping[str, "Tensor"]) -> dict[str, Any]:
 
 
 def _check(configs: Read, source: str) -> Read:
-    check_channels(source, configs["transformer"].get("in_channels", 16), configs["vae"])
-    check_settings(configs, source, "transformer", {"qk_norm": (None, "rms_norm")})
+    network = configs["transformer"]
+    check_channels(source, network.get("in_channels", 16), configs["vae"])
+    width = network.get("num_attention_heads", 18) * network.get("attention_head_dim", 64)
+    supported = {"qk_norm": (None, "rms_norm"), "caption_projection_dim": (width,)}
+    check_settings(configs, source, "transformer", supported)
     if "text_encoder_3" in configs and "tokenizer_3" not in configs:
         raise Refused(f"model: {source} has a text_encoder_3, and no tokenizer_3", DAMAGED)
     if (length := configs["model_index"].get(LENGTH, 0)) not in range(513):

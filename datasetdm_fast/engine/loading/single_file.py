@@ -42,7 +42,10 @@ def load_file(path: Path, *, size: int = 0, allow_download: bool = False, ema: b
     Such a file holds no vocabulary: it is read from a `tokenizer` folder beside the file, or from the local hub cache.
     """
     state, notes = _read_single_file(path)
-    if backbone := family_of(state):
+    backbone, narrow = family_of(state), next((key for key, value in state.items() if value.dtype.itemsize < 2), "")
+    if narrow and (backbone or any(key.endswith(SCALES) for key in state)):
+        raise Refused(f"model: {path} holds weights of 8 bits, the first is {narrow}", "Take a file in 16 or 32 bits.")
+    if backbone:
         return load_parts(path, state, notes, backbone, size=size, allow_download=allow_download)
     configured = _prediction_beside(path)
     _check_layout(state, path)
@@ -81,6 +84,7 @@ def load_file(path: Path, *, size: int = 0, allow_download: bool = False, ema: b
     return check_model(Model(*origin, SD, tokenizers, networks, scheduler, defaults, size or defaults.size, *proof))
 
 
+SCALES = (".scale_weight", ".weight_scale")  # of weights of 8 bits, by which they would be multiplied
 LORA = "a LoRA, which only changes another model"
 FOLDER = "Name a folder in diffusers' layout; diffusers' from_single_file and save_pretrained write one."
 NOTED = {"epsilon": "epsilon", "v": "v_prediction"}  # a file's own note -> a scheduler's word for it
@@ -282,8 +286,6 @@ def load_parts(
     """
     if size:
         check_size(size, backbone.multiple)
-    if narrow := next((key for key, value in state.items() if value.dtype.itemsize < 2), ""):
-        raise Refused(f"model: {path} holds weights of 8 bits, the first is {narrow}", "Take a file in 16 or 32 bits.")
     place, states = path.parent, _parts_of(state, backbone)
     clips = [part for part in backbone.of_kind("tokenizer") if part in backbone.file_tokenizers]
     full_size = json.loads(json.dumps(backbone.full_size))  # lists as a folder's files have them
@@ -303,7 +305,7 @@ def load_parts(
             configured = ""  # it changes nothing
         schedule |= {"prediction_type": configured} if configured else {}
     absent = [
-        part
+        f"{part}/config.json" if part in states else part
         for part, record in backbone.parts.items()
         if not (place / part).is_dir()
         and part not in (*usual, *clips)
@@ -312,7 +314,7 @@ def load_parts(
     if absent:
         raise Refused(
             f"model: {path} holds the {' and '.join(states)} of {backbone.title}, and needs also {', '.join(absent)}",
-            "Put these folders of the same model, as diffusers has them, beside the file.",
+            "Put these of the same model, as diffusers has them, beside the file.",
         )
     index = read_config(place / folders.INDEX) if (place / folders.INDEX).is_file() else {}
     if index.get("_class_name") != pipeline_of(backbone):
@@ -371,9 +373,9 @@ def _strip_prefix(state: State, backbone: Backbone) -> State:
 def _fill(part: str, config: Mapping[str, Any], state: State, backbone: Backbone, path: Path) -> nn.Module:
     """The module of a part with the tensors of the file, refused where these do not fit its config."""
     record = backbone.parts[part]
-    with torch.device("meta"):
-        module = build_module(record, config)
     try:
+        with torch.device("meta"):
+            module = build_module(record, config)
         with quiet_libraries():
             if record.kind == "text_encoder":
                 converted = _text_tensors(module, state, backbone.file_parts[part])
@@ -383,17 +385,20 @@ def _fill(part: str, config: Mapping[str, Any], state: State, backbone: Backbone
                 # That of U-Nets and autoencoders looks for how names begin, others trip over it.
                 state = _strip_prefix(state, backbone) if is_transformer else dict(state)
                 converted = convert(checkpoint=state, config=module.config)
-    except Exception as error:  # of names and shapes that diffusers does not know
+    except Exception as error:  # of settings, names and shapes that diffusers does not know
         raise Refused(
             f"model: {path}: its {part} is not laid out as that of {backbone.title} ({first_line(error)})",
             folders.MATCHING,
         ) from error
+    has_config = (path.parent / part / "config.json").is_file()
     tensors.check_fit(
         module.state_dict(),
         converted,
         f"model: {path}: {part}",
         f"the config of {backbone.title}",
-        f"Put the config.json of the same model's {part} into a folder {part} beside the file.",
+        folders.MATCHING
+        if has_config
+        else f"Put the config.json of the same model's {part} into a folder {part} beside the file.",
     )
     with Uninitialised():
         module = build_module(record, config)
@@ -405,7 +410,7 @@ def _text_tensors(module: Any, state: State, start: str) -> State:
     """The tensors of a text encoder under the names of transformers; others, such as positions, are left out."""
     named = {key.removeprefix(start): value for key, value in state.items()}
     if "token_embedding.weight" in named:
-        named = single_file_utils.convert_open_clip_checkpoint(module, state, prefix=start)
+        named |= single_file_utils.convert_open_clip_checkpoint(module, state, prefix=start)
     known = module.state_dict()
     bare = {key.removeprefix("text_model."): value for key, value in named.items()}
     result = {key: bare.get(key.removeprefix("text_model."), named.get(key)) for key in known}
