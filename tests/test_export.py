@@ -179,7 +179,7 @@ def test_every_stage_says_what_diffusers_says(world, batch):
         <= EXACT
     )
     noise, capture = world.torch.denoise_and_capture(given["latents"], 321, Text(given["context"]))
-    raw, captured = run("denoise_and_keep", **given), run("denoise_and_capture", **given)
+    raw, captured = run("denoise_and_capture_raw", **given), run("denoise_and_capture", **given)
     for found in (raw, captured, run("denoise", **given)):
         assert relative(found["noise"], noise) <= EXACT
     kept = {
@@ -357,7 +357,7 @@ def test_a_whole_export_is_left_alone_and_a_damaged_one_is_mended(demo, tmp_path
         told.clear()
         return export(model, decoders, tmp_path, on_stage=told.append, **which)
 
-    some = ("denoise", "denoise_and_keep", "annotate_pose")
+    some = ("denoise", "denoise_and_capture_raw", "annotate_pose")
     manifest = again(raw_capture=True, only=some)
     assert told == list(some) and again(raw_capture=True, only=some) == manifest and not told
     content = bytearray(whole := (tmp_path / "unet.data").read_bytes())
@@ -687,7 +687,7 @@ def test_the_command_writes_what_it_is_asked_for(tmp_path, capsys):
     said = capsys.readouterr()
     manifest = Manifest.from_json(said.out)
     assert manifest == Manifest.read(tmp_path) and said.err.splitlines() == list(manifest.stages)
-    assert set(manifest.stages) == {"encode_text", "denoise", "denoise_and_keep", "decode_image", "encode_image"}
+    assert set(manifest.stages) == {"encode_text", "denoise", "denoise_and_capture_raw", "decode_image", "encode_image"}
     assert (manifest.precision, manifest.size, manifest.runtime) == ("fp16", 64, "any")
     assert export_command([*arguments, "--quiet"]) == 0 and capsys.readouterr().err == ""
 

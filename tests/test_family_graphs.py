@@ -130,7 +130,7 @@ def test_the_command_writes_the_graphs_of_a_family(tmp_path, capsys):
     folder = tiny_pipelines.save(tmp_path / "model", "flux2-klein", width=48)
     line = ["--model", str(folder), "--size", str(SIZE), "--decoder", "none", "--quiet"]
     assert export_command([*line, "--raw-capture", "--out", str(tmp_path / "graphs")]) == 0
-    names = ["denoise", "denoise_and_keep", "decode_image", "encode_image"]
+    names = ["denoise", "denoise_and_capture_raw", "decode_image", "encode_image"]
     assert list(Manifest.read(tmp_path / "graphs").stages) == names
     capsys.readouterr()
     assert export_command([*line, "--precision", "fp16", "--out", str(tmp_path / "narrow")]) == 2

@@ -16,8 +16,8 @@ ENOUGH_IMAGES = 30  # held-out images below which no step is chosen by a figure,
 
 
 def split(source: LabelledSource, numbers: Sequence[int], share: float, seed: int) -> tuple[list[int], list[int]]:
-    """The item numbers to train on, and those held out, both in their order; items that were made of one picture are on
-    the same side, and so are the frames of a sequence unless none could be held out then.
+    """The item numbers to train on, and those held out, both in their order. Items made of one picture are on the same
+    side. So are the frames of a sequence, unless none could be held out then.
     """
     count = len(numbers)
     most = min(max(round(share * count), 1), count - 1) if share and count >= LEAST_IMAGES else 0
@@ -62,8 +62,8 @@ def count_folds(requested: str, source: LabelledSource, numbers: Sequence[int], 
 
 
 def split_folds(source: LabelledSource, numbers: Sequence[int], folds: int, seed: int) -> list[list[int]]:
-    """The item numbers of each fold, of nearly equal size; items that were made of one picture are in the same fold,
-    and so are the frames of a sequence where there are as many sequences as folds.
+    """The item numbers of each fold, of nearly equal size. Items made of one picture are in the same fold; so are the
+    frames of a sequence where there are as many sequences as folds.
     """
     members = group_related(source, numbers, folds)
     parts: list[list[int]] = [[] for _ in range(folds)]

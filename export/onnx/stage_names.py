@@ -6,7 +6,7 @@ from typing import Any
 from datasetdm_fast.engine.labels import LabelName
 from datasetdm_fast.errors import check_choice
 
-RAW = "denoise_and_keep"
+RAW = "denoise_and_capture_raw"
 TEXT = {"encode_text"}
 OTHERS = (*TEXT, "decode_image", "encode_image")
 AVERAGE = "denoise_and_average"  # followed by the sides whose self-attention and cross-attention it averages

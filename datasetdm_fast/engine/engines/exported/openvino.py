@@ -135,12 +135,12 @@ def input_names(graph: openvino.Model) -> list[str]:
 
 
 def split_graph(graph: openvino.Model, names: Sequence[str]) -> openvino.Model:
-    """Takes what depends on the inputs `names` alone out of the graph, and returns it as a second graph, whose outputs
-    are now inputs of the first by the same names.
+    """Takes what depends on the inputs `names` alone out of the graph, as a second graph; its outputs are inputs of the
+    first by the same names.
 
-    In bf16 the phases of a timestep's sines, up to 1,000, would be rounded to whole numbers and more: at full
-    size the noise of timestep 999 then lies 16 % from that of fp32, and 1.7 % with all that follows from
-    the timestep in fp32. Those of an embedded guidance are as large.
+    In bf16 the phases of a timestep's sines, up to 1,000, would be rounded to whole numbers and more. At full size the
+    noise of timestep 999 then lies 16 % from that of fp32; computed in fp32 here, 1.7 %. Those of an embedded guidance
+    are as large.
     """
     parameters = [value.get_node() for value in graph.inputs if value.any_name in names]
     decided = {parameter.get_friendly_name() for parameter in parameters}  # by these inputs alone
