@@ -19,7 +19,8 @@ from datasetdm_fast.version import __version__
 EXAMPLES = ("--json",)
 LIBRARIES = (
     "torch diffusers transformers accelerate safetensors tokenizers numpy scipy pillow pycocotools pyyaml tqdm triton "
-    "onnx onnxruntime onnxruntime-gpu onnxscript openvino tensorrt tensorrt-rtx xformers ray openai pyarrow"
+    "onnx onnxruntime onnxruntime-gpu openvino tensorrt tensorrt-rtx xformers ray fsspec pyarrow httpx2 starlette "
+    "uvicorn shtab"
 ).split()
 
 

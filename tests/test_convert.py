@@ -1205,7 +1205,8 @@ def test_an_export_of_a_later_version_is_not_read(run, tmp_path):
 def test_without_pyarrow_no_parquet_is_written(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     converted(run, tmp_path / "out", "--to", "hf-parquet", code=3)
-    assert "--to hf-parquet: pyarrow is not installed" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    asked = "--to hf-parquet: pyarrow is not installed\nInstall it with: pip install 'datasetdm-fast[hf]'.\n"
+    assert asked in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_classes_that_a_format_lacks_are_named_before_its_samples(run, tmp_path, capsys):

@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import forked
 import pytest
@@ -28,6 +31,13 @@ BROKEN = {
 }
 if IS_LONG:
     BROKEN["pillow raises"] = ("PIL", "raise OSError(28, 'No space left on device')")
+
+
+def test_the_libraries_are_those_that_the_package_and_its_extras_ask_for():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    extras = [lines for name, lines in project["optional-dependencies"].items() if name != "dev"]
+    asked = {re.match(r"[\w-]+", line)[0] for line in sum(extras, project["dependencies"])}
+    assert set(doctor.LIBRARIES) == asked
 
 
 def ask(*arguments: str, path: str = "", **environment: str) -> subprocess.CompletedProcess:

@@ -6,6 +6,7 @@ import errno
 import json
 import multiprocessing
 import os
+import pwd
 import re
 import resource
 import shutil
@@ -464,6 +465,27 @@ def test_the_cache_is_where_the_variables_say(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert storage.cache_folder() == tmp_path / ".cache" / "datasetdm_fast"
+
+
+@pytest.mark.parametrize(
+    ("environment", "cause"),
+    [
+        ({"DATASETDM_CACHE": "file/mine"}, r"file/mine: there can be no cache \(Not a directory\)"),
+        ({"HOME": "file"}, r"file/\.cache/datasetdm_fast: there can be no cache \(Not a directory\)"),
+        ({}, "no folder for the cache is known: HOME is not set, and this user has no home"),
+    ],
+)
+def test_where_there_can_be_no_cache_the_variable_is_named(monkeypatch, tmp_path, environment, cause):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    for name in ("DATASETDM_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda number: {}[number])  # a container's user that nobody has entered
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(Missing, match=f"^{cause}") as stop:
+        storage.cache_folder()
+    assert stop.value.remedy == "Name a folder of your own with DATASETDM_CACHE." and os.listdir() == ["file"]
 
 
 def test_a_cache_that_everyone_may_write_to_is_refused(monkeypatch, tmp_path):

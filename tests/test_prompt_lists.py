@@ -728,4 +728,7 @@ def test_without_the_library_an_endpoint_is_refused_in_a_sentence(tmp_path, monk
     monkeypatch.setitem(sys.modules, "httpx2", None)
     line = ["--llm-url", "https://host/v1", "--llm-model", "m", "--out", str(tmp_path / "list")]
     assert prompts.main(line) == 3
-    assert "--llm-url: httpx2 is not installed\nInstall datasetdm-fast[prompts]." in capsys.readouterr().err
+    assert (
+        "--llm-url: httpx2 is not installed\nInstall it with: pip install 'datasetdm-fast[prompts]'."
+        in capsys.readouterr().err
+    )

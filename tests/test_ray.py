@@ -4,6 +4,8 @@ and to the driver. And run folders in an object store.
 
 import importlib.util
 import os
+import pwd
+import runpy
 import shutil
 import signal
 import socket
@@ -268,6 +270,12 @@ def test_a_ray_of_its_own_asks_for_a_token(monkeypatch, version, mode, said):
     monkeypatch.setenv("RAY_AUTH_MODE", mode)
     with pytest.raises((Missing, Refused), match=said) if said else nullcontext():
         ray_ranks._require_token("ray", version)
+
+
+def test_who_has_no_home_has_no_token_in_it(monkeypatch):
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda number: {}[number])
+    assert not runpy.run_path(ray_ranks.__file__)["TOKEN_FILE"].exists()
 
 
 @pytest.mark.loopback

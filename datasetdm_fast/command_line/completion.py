@@ -21,7 +21,7 @@ def completion_script(shell: str, commands: Commands) -> str:
         import shtab
     except ImportError as error:
         raise Missing(
-            f"{SCRIPT} completion: shtab is not installed", "Install it: pip install 'datasetdm-fast[completion]'."
+            f"{SCRIPT} completion: shtab is not installed", "Install it with: pip install 'datasetdm-fast[completion]'."
         ) from error
     if shell not in shtab.SUPPORTED_SHELLS:
         raise Refused(

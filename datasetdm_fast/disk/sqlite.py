@@ -33,7 +33,7 @@ class Database:
         if storage.is_there(path) and not path.is_file():  # SQLite would wait for a pipe for ever
             raise Refused(f"{path}: not a regular file", RESTORE)
         self.path, self._lock, self._process = path, threading.RLock(), os.getpid()
-        self.version: tuple[int, int] | None = None  # of a file that was opened as immutable
+        self.version: tuple[int, int, int] | None = None  # of a file that was opened as immutable
         self._connection: sqlite3.Connection = self._run(
             "OPEN",
             lambda: sqlite3.connect(
@@ -150,11 +150,13 @@ def remove_log(path: Path) -> None:
         time.sleep(SECONDS_BETWEEN_TRIES)
 
 
-def _version(path: Path) -> tuple[int, int] | None:
-    """Time of the last change and size, by which a change is noticed; None where there is no such file."""
+def _version(path: Path) -> tuple[int, int, int] | None:
+    """Number, time of the last change and size of the file, by which a change is noticed; None where there is none.
+    Some file systems tell times to two seconds.
+    """
     with suppress(OSError):
         status = path.stat()
-        return status.st_mtime_ns, status.st_size
+        return status.st_ino, status.st_mtime_ns, status.st_size
     return None
 
 

@@ -411,17 +411,22 @@ SECONDS_OF_A_LOOK = 0.3  # in which `is_locked` has surely let go of a lock
 
 
 def cache_folder() -> Path:
-    """$DATASETDM_CACHE, else datasetdm_fast in $XDG_CACHE_HOME or ~/.cache; refused where everyone may write."""
+    """$DATASETDM_CACHE, else datasetdm_fast in $XDG_CACHE_HOME or ~/.cache; refused where everyone may write, or where
+    there can be none.
+    """
     chosen = os.environ.get(CACHE_VARIABLE)
-    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "datasetdm_fast"
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "datasetdm_fast"
     folder = Path(chosen) if chosen else usual
-    with suppress(OSError):  # whoever writes into it gets the error
+    remedy = f"Name a folder of your own with {CACHE_VARIABLE}."
+    if folder.parts[0] == "~":
+        raise Missing("no folder for the cache is known: HOME is not set, and this user has no home", remedy)
+    try:
         os.makedirs(folder, 0o700, exist_ok=True)
-        if folder.stat().st_mode & stat.S_IWOTH:
-            raise Refused(
-                f"{folder}: every user can write to this cache, so nothing in it can be trusted",
-                f"Name a folder of your own with {CACHE_VARIABLE}.",
-            )
+        mode = folder.stat().st_mode
+    except OSError as error:
+        raise Missing(f"{folder}: there can be no cache ({error.strerror})", remedy) from error
+    if mode & stat.S_IWOTH:
+        raise Refused(f"{folder}: every user can write to this cache, so nothing in it can be trusted", remedy)
     return folder
 
 

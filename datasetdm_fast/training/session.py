@@ -125,7 +125,8 @@ class TrainingSession:
 
     def _cache_plan(self, *parts: TrainingViews) -> cache.CachePlan:
         settings, levels = self.cache_settings, self.engine.model.levels
-        folder = Path(settings.cache_dir) if settings.cache_dir else storage.cache_folder() / "captures"
+        is_given = settings.cache_dir or settings.cache == "off"
+        folder = Path(settings.cache_dir) if is_given else storage.cache_folder() / "captures"
 
         def cached_bytes() -> int:
             return sum(cache.cached_bytes(self.engine, views, self.inversion, folder) for views in parts)

@@ -44,7 +44,9 @@ class Endpoint:
         try:
             import httpx2
         except ImportError as error:
-            raise Missing("--llm-url: httpx2 is not installed", "Install datasetdm-fast[prompts].") from error
+            raise Missing(
+                "--llm-url: httpx2 is not installed", "Install it with: pip install 'datasetdm-fast[prompts]'."
+            ) from error
         try:
             httpx2.URL(self.url)
         except httpx2.InvalidURL as error:  # such as a name that no host may have

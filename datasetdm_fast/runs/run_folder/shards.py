@@ -145,7 +145,9 @@ def require_pyarrow(what: str = "runs in shards") -> Any:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise Missing(f"{what}: pyarrow is not installed", "Install datasetdm-fast[hf].") from error
+        raise Missing(
+            f"{what}: pyarrow is not installed", "Install it with: pip install 'datasetdm-fast[hf]'."
+        ) from error
     return pyarrow
 
 

@@ -162,7 +162,7 @@ CLIENT_PORT = 10001  # of Ray's client, through which no run goes
 CONNECT_SECONDS = 10.0
 HTTP2_SETTINGS = b"\0\0\0\4\0\0\0\0\0"  # an empty frame; its fourth byte is its type, and each side begins with one
 HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + HTTP2_SETTINGS
-TOKEN, TOKEN_FILE = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"), Path.home() / ".ray" / "auth_token"
+TOKEN, TOKEN_FILE = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"), Path(os.path.expanduser("~/.ray/auth_token"))
 FIRST_WITH_TOKEN = (2, 52)  # version of Ray
 STORE_BYTES = 2**28  # of shared memory for a Ray of our own: only rows travel through it
 
