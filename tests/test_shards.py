@@ -353,6 +353,20 @@ def test_a_run_that_another_process_begins_between_two_looks_is_joined(alone, tm
     assert shard_worker.open_place(place) == json.loads(document)
 
 
+def test_a_run_that_a_network_disk_lists_before_it_is_readable_is_joined(tmp_path, alone, monkeypatch):
+    """As NFS does, which knows for a while that there was no such file; a link of that name asks the server."""
+    place = ShardFolder(tmp_path)
+    place.replace("run.json", (alone / "run.json").read_bytes())
+    read, create, asked = place.read, place.create, []
+    monkeypatch.setattr(place, "read", lambda name: read(name) if asked or name != "run.json" else None)
+    monkeypatch.setattr(place, "create", lambda *file: asked.append(file) or create(*file))
+    with pytest.raises(Refused, match="seed: 0 there, 3 asked for"):
+        shard_worker.open_shards(spec_of(tmp_path, seed=3), place)
+    asked.clear()
+    job = shard_worker.open_shards(spec_of(tmp_path), place)
+    assert len(asked) == 1 and job.document["plan"] == json.loads((alone / "run.json").read_bytes())["plan"]
+
+
 def test_a_place_with_what_processes_write_before_run_json_may_hold_a_new_run(tmp_path):
     place = ShardFolder(tmp_path)
     for name in ("claims/00000", "shards/00000.tar", "manifest/00000.json"):

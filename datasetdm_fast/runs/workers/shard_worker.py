@@ -99,8 +99,11 @@ def open_place(place: ShardPlace) -> dict[str, Any] | None:
     require_pyarrow()
     if (stored := read_stored(place)) is not None:
         return stored
-    others = [name for name in place.names() if name not in (MANIFEST, SHARDS, CLAIMS)]
-    if others and (stored := read_stored(place)) is None:  # another process may have begun the run since the first look
+    names = place.names()
+    # Another process may have begun the run since the first look, and a network disk may list run.json before it lets
+    # it be read.
+    others = [name for name in names if name not in (DOCUMENT, MANIFEST, SHARDS, CLAIMS)]
+    if names and (stored := read_stored(place)) is None and others:
         raise Refused(
             f"{place.name}: it holds something other than a run in shards ({documents.quote(others[0])})",
             "Choose another --out or --store; nothing is ever overwritten.",
