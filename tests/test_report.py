@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import statistics
 import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -587,6 +588,31 @@ def test_tables_of_runs_in_shards_are_those_of_their_files():
         (line,) = re.findall(rf"^\| {re.escape(title)} \| (.*) \|$", page, re.MULTILINE)
         for told, value in zip(re.findall(r"[\d.]+", line.replace(",", "")), values, strict=True):
             assert abs(float(told) - value) <= 0.501 * 10.0 ** -len(told.partition(".")[2]), title
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "bench" / "results").glob("*.json")), ids=lambda path: path.stem)
+def test_stored_figures_are_those_of_their_rounds(path):
+    document = json.loads(path.read_text())
+    for part in document.get("parts", {}).values():
+        timed = {
+            row.get("peer"): row["seconds_per_image"] for row in part.get("rows", []) if "seconds_per_image" in row
+        }
+        for row in part.get("rows", []):
+            for name, value in row.items():
+                if isinstance(value, dict) and "rounds" in value:
+                    rounds = value["rounds"]
+                    expected = min(rounds), statistics.median(rounds), max(rounds)
+                    assert (value["least"], value["median"], value["most"]) == pytest.approx(expected, rel=2e-4), name
+            if row.get("peer") in timed and "images_per_second" in row:
+                rate = 1 / row["seconds_per_image"]["median"]
+                work = rate * document["setting"]["tflop_per_image"]
+                assert row["images_per_second"] == pytest.approx(rate, rel=2e-4, abs=6e-5)
+                assert row["tflops"] == pytest.approx(work, rel=1e-3, abs=6e-5)
+            if "ours_over" in row and (own := timed.get(row.get("beside", "ours"))):
+                pairs = zip(row["seconds_per_image"]["rounds"], own["rounds"], strict=True)
+                assert row["ours_over"]["rounds"] == pytest.approx([theirs / ours for theirs, ours in pairs], rel=1e-3)
+            if "watts" in row:
+                assert row["joules_per_image"] == pytest.approx(row["watts"] / row["images_per_second"], rel=2e-3)
 
 
 @pytest.mark.parametrize(("page", "sentence"), [*prose_figures()])
