@@ -459,19 +459,31 @@ def raises(error):
             "loading it: a tensor is not set",
         ),
         ("Context", "set_input_shape", raises(TypeError("no such type")), "loading it: no such type"),
-        ("Context", "set_tensor_address", lambda *_: False, "failed at the address of tokens"),
-        ("Context", "execute_async_v3", lambda *_: False, "failed at running it"),
+        ("Context", "set_tensor_address", lambda *_: False, "the address of tokens"),
+        ("Context", "execute_async_v3", lambda *_: False, "running it"),
         ("Context", "execute_async_v3", raises(RuntimeError("CUDA error")), "loading it: CUDA error"),
-        ("Engine", "create_execution_context", lambda *_: None, "cannot run this plan"),
+        ("Engine", "create_execution_context", lambda *_: None, "TensorRT-RTX 1.7.1.116 cannot run this plan"),
         ("Engine", "create_execution_context", raises(RuntimeError("no room")), "loading it: no room"),
-        ("Runtime", "deserialize_cuda_engine", lambda *_: None, "cannot run this plan"),
+        ("Runtime", "deserialize_cuda_engine", lambda *_: None, "TensorRT-RTX 1.7.1.116 cannot run this plan"),
         ("Runtime", "deserialize_cuda_engine", raises(RuntimeError("bad plan")), "loading it: bad plan"),
+        (
+            "Engine",
+            "device_memory_size_v2",
+            property(raises(AttributeError("no such size"))),
+            "loading it: no such size",
+        ),
     ],
 )
 def test_what_fails_while_a_plan_is_loaded_is_told_with_the_plan(demo, built, monkeypatch, kind, name, answer, said):
     monkeypatch.setattr(getattr(fake_tensorrt, kind), name, answer)
-    with pytest.raises(Missing, match=f"encode_text-.*plan: .*{said}"):
+    with pytest.raises(Missing, match=f"^[^:]*encode_text-[^:]*plan: (TensorRT failed at )?{said}"):
         make_engine(demo).encode_text([""])
+
+
+def test_memory_that_a_recording_lacks_is_no_fault_of_the_plan(demo, built, monkeypatch):
+    monkeypatch.setattr(fake_tensorrt.HostQueue, "record", raises(RuntimeError("CUDA error: out of memory")))
+    with pytest.raises(RuntimeError, match="^CUDA error: out of memory"):
+        make_engine(demo, plain_module(), *FULL).encode_text([""])
 
 
 def test_a_recording_that_ends_early_is_told_with_the_plan(demo, built, monkeypatch):

@@ -21,7 +21,7 @@ from datasetdm_fast.engine.engines.cuda_graph import TURN, InOrder
 from datasetdm_fast.engine.engines.device import new_stream, resolve_device
 from datasetdm_fast.engine.engines.exported.graphs import GraphEngine, Tensors
 from datasetdm_fast.engine.loading.model import Model
-from datasetdm_fast.errors import Missing, Refused, check_choice
+from datasetdm_fast.errors import Missing, Refused, check_choice, is_out_of_gpu
 from datasetdm_fast.export.manifest import PRECISIONS, Manifest, StageFile, TensorInfo
 from datasetdm_fast.export.staging import fill_alone, print_line
 from datasetdm_fast.export.tensorrt import plan_builder
@@ -115,9 +115,10 @@ class LoadedPlan:
         with queue.use_device():
             try:
                 self._load()
-            except (torch.OutOfMemoryError, Missing):
-                raise
-            except (RuntimeError, TypeError) as error:  # of TensorRT, and of a recording that it ended
+            # Of TensorRT, of an older one that lacks something, and of a recording that it ended.
+            except (RuntimeError, TypeError, AttributeError) as error:
+                if isinstance(error, Missing) or is_out_of_gpu(error):
+                    raise
                 raise self._failure(f"loading it: {documents.one_line(str(error))}") from error
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
