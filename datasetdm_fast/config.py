@@ -214,6 +214,7 @@ class FlowRule:
 
     spacing: Literal["scheduler", "uniform", "uniform-fp32"] = "scheduler"  # its own, or from 1 to 1 / steps
     mu: Literal["linear", "empirical"] = "linear"  # the logarithm of a dynamic shift: by the tokens, or by steps, too
+    is_imposed: bool = False  # whether UniPC takes the pipeline's spacing, too, in place of its own
 
 
 @dataclass(frozen=True)

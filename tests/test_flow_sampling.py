@@ -32,7 +32,7 @@ FAMILIES = {
     "z-image": ({"shift": 3.0, "use_dynamic_shifting": False}, FlowRule("uniform-fp32"), "z-image"),
     "qwen-image": (
         {**DYNAMIC, "shift": 1.0, "max_image_seq_len": 8192, "max_shift": 0.9, "shift_terminal": 0.02},
-        FlowRule("uniform"),
+        FlowRule("uniform", is_imposed=True),
         "uniform",
     ),
     "flux2": ({**DYNAMIC, "max_image_seq_len": 4096, "max_shift": 1.15}, FlowRule("uniform", "empirical"), "uniform"),
@@ -162,7 +162,9 @@ def test_solvers_of_a_flow_are_diffusers(sampler, kind, family, steps):
             return
     scheduler = getattr(diffusers, kind).from_config({**config, **shift}, **flow)
     extra = {"mu": mu_of(family, config, 1024, steps)} if config.get("use_dynamic_shifting") else {}
-    scheduler.set_timesteps(steps, **extra)
+    # the pipelines of FLUX leave solvers of flows their own levels, and that of Z-Image fails with them
+    imposed = SPACED["uniform"](steps) if family == "qwen-image" else {"num_inference_steps": steps}
+    scheduler.set_timesteps(**imposed, **extra)
     levels = ours(family, sampler, steps, 1024)
     assert [-update.entry[1] for update in levels.updates] == scheduler.sigmas[:-1].tolist()
     compare(levels, scheduler)
@@ -338,6 +340,29 @@ def test_noise_between_whole_timesteps_is_that_of_diffusers():
     levels = make_schedule(BETAS, "euler", 7)
     assert levels.noise_steps[3] % 1 and levels.noise_steps[0] == 999
     assert relative(schedule.add_noise(BETAS, clean, noise, levels.noise_steps[3]), theirs) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("kind", "sampler", "spacing"),
+    [
+        ("EulerDiscreteScheduler", "euler", "use_karras_sigmas"),
+        ("EulerDiscreteScheduler", "euler", "use_exponential_sigmas"),
+        ("DPMSolverMultistepScheduler", "dpm-solver++", "use_karras_sigmas"),
+    ],
+)
+def test_images_begin_at_the_noise_of_levels_that_are_spaced_anew(kind, sampler, spacing):
+    config = BETAS | {spacing: True}
+    scheduler = getattr(diffusers, kind)(**config)
+    scheduler.set_timesteps(12)
+    clean, noise = torch.randn((2, 1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
+    for first in (3, 10):  # where timesteps lie far apart in noise
+        levels = make_schedule(config, sampler, 12, strength=1 - first / 12)
+        assert list(levels.timesteps) == scheduler.timesteps[first:].tolist()
+        scheduler.set_begin_index(first)
+        theirs = scheduler.add_noise(clean, noise, scheduler.timesteps[first : first + 1])
+        if sampler == "euler":
+            theirs = theirs / (scheduler.sigmas[first] ** 2 + 1) ** 0.5
+        assert relative(schedule.add_noise(config, clean, noise, levels.noise_steps[0]), theirs) < 1e-6
 
 
 @pytest.mark.parametrize(

@@ -165,26 +165,25 @@ def test_ddim_is_diffusers_ddim(prediction, steps, to_one, spacing):
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("is_karras", [False, True])
 @pytest.mark.parametrize(
     ("steps", "spacing"),
     [(50, "linspace"), (20, "linspace"), (8, "linspace"), (1, "linspace"), (25, "leading"), (25, "trailing")],
 )
-def test_dpm_solver_is_diffusers_dpm_solver(prediction, steps, spacing):
-    """Comparable with algorithm dpmsolver++, order 2, midpoint, last sigma zero and no Karras sigmas: diffusers'
-    defaults, said aloud.
-    """
+def test_dpm_solver_is_diffusers_dpm_solver(prediction, steps, spacing, is_karras):
+    """Comparable with algorithm dpmsolver++, order 2, midpoint and last sigma zero: diffusers' defaults, said aloud."""
     config = {
         **BETAS,
         "prediction_type": prediction,
         "timestep_spacing": spacing,
         "steps_offset": int(spacing == "leading"),
+        "use_karras_sigmas": is_karras,
     }
     comparable = {
         "algorithm_type": "dpmsolver++",
         "solver_order": 2,
         "solver_type": "midpoint",
         "final_sigmas_type": "zero",
-        "use_karras_sigmas": False,
     }
     scheduler = DPMSolverMultistepScheduler(**config, **comparable)
     scheduler.set_timesteps(steps)
@@ -222,7 +221,7 @@ def test_warm_up_steps_that_diffusers_takes_where_a_config_does_not_say_are_refu
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
-        ("DPMSolverMultistepScheduler", ("use_lu_lambdas", "use_karras_sigmas", "use_exponential_sigmas")),
+        ("DPMSolverMultistepScheduler", ("use_lu_lambdas", "use_exponential_sigmas")),
         ("DPMSolverMultistepScheduler", ("use_beta_sigmas", "thresholding")),
         ("UniPCMultistepScheduler", ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "thresholding")),
         ("DDIMScheduler", ("clip_sample", "thresholding")),

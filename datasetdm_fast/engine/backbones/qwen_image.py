@@ -76,7 +76,7 @@ QWEN_IMAGE = joint_backbone(
     guidance=lambda configs: "cfg",
     latents=_latents,
     text=lambda configs: (LENGTH, configs["transformer"].joint_attention_dim),
-    flow=FlowRule("uniform"),
+    flow=FlowRule("uniform", is_imposed=True),
     blocks=lambda configs: configs["transformer"].num_layers,
     defaults=_defaults,
     wrap=lambda tokenizer, prompt: TEMPLATE.format(prompt),

@@ -16,6 +16,7 @@ from datasetdm_fast.engine.sampling.schedule import (
     Update,
     check_times,
     noise_ratios,
+    place_ratios,
     respace,
     space_times,
 )
@@ -68,12 +69,8 @@ def levels(
                 supported = " or ".join(map(str, values))
                 raise Refused(f"{name}: the scheduler config says {value!r}, supported is {supported}", ANOTHER)
         respaced = respace(scheduler, sigmas)
-        if respaced is not sigmas:  # timesteps between whole ones are those of the logarithm of sigma
-            sigmas, logarithms, required = respaced, np.log(table), np.log(np.maximum(respaced, 1e-10))
-            low = (logarithms[:, None] <= required).sum(0).clip(1, len(logarithms) - 1) - 1
-            below, above = logarithms[low], logarithms[low + 1]
-            share = np.clip((below - required) / (below - above), 0, 1)
-            times = ((1 - share) * low + share * (low + 1)).astype(np.float32)
+        if respaced is not sigmas:
+            sigmas, times = respaced, place_ratios(respaced, table).astype(np.float32)
         last = float(table[0]) if scheduler.get("final_sigmas_type") == "sigma_min" else 0.0
     whole = [int(time) if time.is_integer() else time for time in times.tolist()]
     return whole, [*sigmas.astype(np.float32).tolist(), last]
@@ -85,6 +82,12 @@ def noise_scale(scheduler: Mapping[str, Any], alphas: Tensor, steps: int, *, is_
         return 1.0
     first = levels(scheduler, alphas, steps, is_ancestral=is_ancestral)[1][0]
     return first / math.hypot(first, 1)
+
+
+def ratios(scheduler: Mapping[str, Any], alphas: Tensor, steps: int) -> list[float]:
+    """The sigmas of each call, where the config spaces them anew."""
+    is_respaced = scheduler.get("use_karras_sigmas") or scheduler.get("use_exponential_sigmas")
+    return levels(scheduler, alphas, steps)[1][:-1] if is_respaced else []
 
 
 def flow_updates(scheduler: Mapping[str, Any], sigmas: list[float]) -> list[Update]:
@@ -104,6 +107,6 @@ def heun_updates(scheduler: Mapping[str, Any], sigmas: list[float]) -> list[Upda
     return [*updates, Update(1.0, (sigmas[-1] - sigmas[-2],))]
 
 
-SAMPLER = Sampler(euler, memory=0, noise_scale=noise_scale, flow=FlowSampler(euler_levels, flow_updates))
+SAMPLER = Sampler(euler, memory=0, noise_scale=noise_scale, ratios=ratios, flow=FlowSampler(euler_levels, flow_updates))
 ANCESTRAL = Sampler(partial(euler, is_ancestral=True), memory=0, noise_scale=partial(noise_scale, is_ancestral=True))
 HEUN = Sampler(None, memory=1, flow=FlowSampler(euler_levels, heun_updates, calls_per_step=2))

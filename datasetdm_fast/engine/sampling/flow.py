@@ -43,8 +43,8 @@ def unipc_levels(
 ) -> tuple[list[float], list[float]]:
     """Timesteps and sigmas of UniPCMultistepScheduler with use_flow_sigmas, which rounds timesteps down."""
     count = scheduler.get("num_train_timesteps", 1000)
-    sigmas = _shift_sigmas(scheduler, np.linspace(1, 1 / count, steps + 1)[:-1], steps, rule, tokens)
-    sigmas = _to_terminal(scheduler, sigmas)
+    sigmas = np.linspace(1, 1 / count, steps + 1)[:-1] if not rule.is_imposed else np.linspace(1.0, 1 / steps, steps)
+    sigmas = _to_terminal(scheduler, _shift_sigmas(scheduler, sigmas, steps, rule, tokens))
     if abs(sigmas[0] - 1) < NEAR_ONE:
         sigmas[0] -= NEAR_ONE
     return _whole(sigmas, count)

@@ -28,8 +28,7 @@ FOLLOWED: Mapping[str, Mapping[str, tuple[Any, Any]]] = {
         "solver_type": ("midpoint", "midpoint"),
         "final_sigmas_type": ("zero", "zero"),
         **dict.fromkeys(
-            ("thresholding", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"),
-            (False, False),
+            ("thresholding", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"), (False, False)
         ),
     },
     "UniPCMultistepScheduler": {
@@ -149,6 +148,15 @@ def noise_ratios(alphas: Tensor) -> np.ndarray:
     return (((1 - alphas) / alphas) ** 0.5).numpy()
 
 
+def place_ratios(ratios: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """The timesteps of falling ratios of noise to signal, between whole ones by their logarithms."""
+    logarithms, required = np.log(table), np.log(np.maximum(ratios, 1e-10))
+    low = (logarithms[:, None] <= required).sum(0).clip(1, len(logarithms) - 1) - 1
+    below, above = logarithms[low], logarithms[low + 1]
+    share = np.clip((below - required) / (below - above), 0, 1)
+    return (1 - share) * low + share * (low + 1)
+
+
 def respace(scheduler: Mapping[str, Any], sigmas: np.ndarray) -> np.ndarray:
     """Falling sigmas, spaced anew between their ends where the config asks for it (arXiv 2206.00364, equation 5)."""
     least, most = (scheduler.get(name) for name in ("sigma_min", "sigma_max"))
@@ -252,6 +260,8 @@ class Sampler:
     shifts: Mapping[str, int] = field(default_factory=dict)
     # (scheduler config, cumulative alphas, steps) -> noise_scale of its schedules
     noise_scale: Callable[[Mapping[str, Any], Tensor, int], float] | None = None
+    # (scheduler config, cumulative alphas, steps) -> noise over signal at each call, where its timestep says another
+    ratios: Callable[[Mapping[str, Any], Tensor, int], Sequence[float]] | None = None
     flow: FlowSampler | None = None  # None where it does not sample flows
 
 
@@ -315,8 +325,10 @@ def _beta_schedule(scheduler: Mapping[str, Any], name: str, sampler: Sampler, st
     make = partial(checked_calls, sampler, scheduler, alphas, steps, prediction, profile)
     times, updates = SAMPLERS.guard(name, make, "fails")
     scale = sampler.noise_scale(scheduler, alphas, steps) if sampler.noise_scale else 1.0
-    noise_steps = tuple(time + sampler.shifts.get(profile, 0) for time in times)
-    return Schedule(sampler.memory, tuple(times), tuple(updates), noise_steps, scale)
+    noise_steps = [time + sampler.shifts.get(profile, 0) for time in times]
+    if sampler.ratios and (ratios := sampler.ratios(scheduler, alphas, steps)):
+        noise_steps = np.interp(ratios, noise_ratios(alphas), np.arange(len(alphas))).tolist()
+    return Schedule(sampler.memory, tuple(times), tuple(updates), tuple(noise_steps), scale)
 
 
 def _flow_schedule(
