@@ -56,6 +56,8 @@ from datasetdm_fast import _C  # noqa: E402
 
 sys.path.append(str(Path(__file__).parents[1] / "docs" / "site"))  # whose programs are tested, too
 
+forked.retain_freed()
+
 # Read by Triton where a kernel is decorated, so before any kernel file is imported; with a GPU the kernels run there.
 if not _C.cuda_device_count():
     os.environ["TRITON_INTERPRET"] = "1"
