@@ -13,6 +13,7 @@ from datasetdm_fast.generate import main
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "docs" / "examples").glob("*.py"))
 LONGEST = 25  # lines
+pytestmark = pytest.mark.usefixtures("one_engine_of_a_kind")
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.compat.showlab.generator import GENERATORS
 from datasetdm_fast.compat.showlab.lines import NO_EFFECT, NO_EFFECT_SWITCHES
 from datasetdm_fast.engine.loading.folder import DEMO
+from datasetdm_fast.engine.pipeline import Pipeline
 from datasetdm_fast.generate import main
 from datasetdm_fast.runs.run_settings import RunConfig
 from datasetdm_fast.training.recipes import LARGE
@@ -65,8 +66,15 @@ LINES += [  # of --help
 README_GENERATE = [line for line in commands(README) if line.startswith("python -m datasetdm_fast.generate")]
 
 
+def in_few_steps(make):
+    return lambda pipe, *given, **choices: make(pipe, *given, **{**choices, "steps": 4})
+
+
 def test_the_library_example_runs_as_it_stands(tmp_path, monkeypatch):
+    """But for the number of steps, which changes what is drawn alone."""
     monkeypatch.chdir(tmp_path)
+    for name in ("__call__", "stream"):
+        monkeypatch.setattr(Pipeline, name, in_few_steps(getattr(Pipeline, name)))
     assert main(["--number", "4", "--steps", "4", "--batch-size", "4", "--out", "runs/demo", "--quiet"]) == 0
     (example,) = blocks(README, "python")
     names: dict = {}
@@ -238,9 +246,9 @@ def test_what_a_command_of_a_page_reads_was_made_there(page):
 
 SMALL = {
     "generate": ("--number", "3", "--steps", "2"),
-    "vary": ("--steps", "2"),
-    "edit": ("--steps", "2"),
-    "train": ("--steps", "2", "--folds", "no"),
+    "vary": ("--steps", "2", "--limit", "6"),
+    "edit": ("--steps", "2", "--limit", "2"),
+    "train": ("--steps", "2", "--folds", "no", "--draws", "1"),
     "evaluate": ("--data", "demo:6@900000"),
 }
 RUN_AS_WRITTEN = ("attention", "compositions", "correcting", "data-set", "filtering", "formats", "gallery", "prompts")

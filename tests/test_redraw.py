@@ -54,7 +54,7 @@ VARY = ["--domain", "night,fog", "--batch-size", "2"]
 def source(tmp_path_factory, one_engine_of_a_kind) -> Path:
     path = tmp_path_factory.mktemp("source") / "run"
     (path.parent / "prompts.txt").write_text("\n".join(PROMPTS))
-    line = ["--prompts", str(path.parent / "prompts.txt"), "--number", "3", "--seed", "5", "--steps", "12"]
+    line = ["--prompts", str(path.parent / "prompts.txt"), "--number", "3", "--seed", "5", "--steps", "6"]
     assert generate.main([*line, "--task", TASKS, "--out", str(path), "--engine", "fast", "--quiet"]) == 0
     return path
 

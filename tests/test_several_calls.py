@@ -130,15 +130,16 @@ def test_flags_of_timesteps_are_refused_in_one_sentence(flag, tmp_path, capsys):
 
 def test_a_decoder_of_four_calls_is_trained_scored_and_used(tmp_path, capsys):
     out, run = tmp_path / "decoder", tmp_path / "run"
-    line = ["--model", "tiny", "--data", "demo:3", "--steps", "2", "--draws", "1", "--held-out", "0", "--folds", "no"]
-    line += ["--task", "depth", "--cache", "disk", "--cache-dir", str(tmp_path / "cache"), "--quiet"]
+    tiny = ["--model", "tiny", "--size", "64", "--quiet"]
+    line = [*tiny, "--data", "demo:3", "--steps", "2", "--draws", "1", "--held-out", "0", "--folds", "no"]
+    line += ["--task", "depth", "--cache", "disk", "--cache-dir", str(tmp_path / "cache")]
     assert train.main([*line, "--timestep", "20", "--out", str(tmp_path / "one")]) == 0
     shards = set((tmp_path / "cache").glob("*.f16"))
     assert train.main([*line, "--timestep", "20,780,260,520", "--out", str(out)]) == 0
     assert load_decoder(out / "depth").config.capture_timestep == (780, 520, 260, 20)
     assert len(shards) == 3 and len(set((tmp_path / "cache").glob("*.f16")) - shards) == 9  # one a picture and call
     capsys.readouterr()
-    common = ["--model", "tiny", "--decoder", str(out), "--quiet"]
+    common = [*tiny, "--decoder", str(out)]
     assert evaluate.main([*common, "--data", "demo:2@900000", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["depth"]["absrel"] > 0
     drawn = ["--prompts", "a ball", "--number", "2", "--steps", "5", "--force-domain"]
@@ -295,7 +296,7 @@ def test_the_best_call_is_that_of_the_mean_over_levels_and_tasks(monkeypatch):
 
 
 def test_the_call_that_tells_most_is_trained(tmp_path, capsys):
-    line = ["--model", "tiny", "--data", "demo:2", "--task", "depth,pose", "--timestep", "auto"]
+    line = ["--model", "tiny", "--size", "64", "--data", "demo:2", "--task", "depth,pose", "--timestep", "auto"]
     shown = []
     for _ in range(2):
         assert train.main([*line, "--dry-run", "--out", str(tmp_path / "out")]) == 0

@@ -24,6 +24,8 @@ from datasetdm_fast.engine.loop.class_prompts import class_columns, concept_plac
 from datasetdm_fast.engine.loop.prompts import count_tokens, fit_prompt
 from datasetdm_fast.errors import Refused
 
+pytestmark = pytest.mark.usefixtures("one_engine_of_a_kind")
+
 PROMPTS = ["a photo of the cat", "the house"]
 FORMS = {
     "sd3": ({"layers": 3}, 4.0),
