@@ -186,7 +186,7 @@ def split(width: int) -> tuple[int, int]:
 def fused(q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The result of `reference`; the answer lies in memory as [B, N, heads, d]."""
     fits = q.ndim == 4 and k.shape == v.shape and k.shape[:2] == q.shape[:2] and k.shape[3] == q.shape[3]
-    fits = fits and q.dtype == k.dtype == v.dtype == weight.dtype and q.shape[2] * k.shape[2] > 0
+    fits = fits and q.dtype == k.dtype == v.dtype == weight.dtype and q.shape[2] * weight.numel() > 0
     fits = fits and weight.ndim == 3 and weight.shape[:2] == (q.shape[1], k.shape[2])
     if not is_served("attention_capture", q, k, v, weight, fits=fits):
         return reference(q, k, v, weight)

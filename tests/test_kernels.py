@@ -596,6 +596,9 @@ REFUSED = {
     "attention_capture: 2 queries over 0 tokens": lambda: fused.attention_capture(
         torch.ones(1, 1, 2, 8), *[torch.ones(1, 1, 0, 8)] * 2, torch.ones(1, 0, 4)
     ),
+    "attention_capture: 0 features": lambda: fused.attention_capture(
+        *[torch.ones(1, 2, 4, 8)] * 3, torch.ones(2, 4, 0)
+    ),
     "attention_capture: weight": lambda: fused.attention_capture(*[torch.ones(1, 2, 4, 8)] * 3, torch.ones(5, 2, 4)),
     "joint_qkv: turns": lambda: fused.joint_qkv(
         [torch.ones(2, 3, 48), torch.ones(2, 5, 48)],
