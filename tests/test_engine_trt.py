@@ -233,6 +233,22 @@ def test_what_one_thread_queues_is_not_recorded_by_another(monkeypatch):
     assert order[-1] == "another"
 
 
+def test_a_queue_runs_between_what_its_caller_queued_before_and_after(monkeypatch):
+    order = []
+
+    def stream(name):
+        return SimpleNamespace(name=name, cuda_stream=name, wait_stream=lambda other: order.append((name, other.name)))
+
+    own, callers = stream("own"), stream("caller's")
+    monkeypatch.setattr(trt, "new_stream", lambda device: own)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: callers)
+    monkeypatch.setattr(torch.cuda, "stream", lambda used: order.append(used.name) or nullcontext())
+    for name in ("get_device_name", "get_device_capability"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: (9, 0))
+    Queue(torch.device("cuda", 0)).run(lambda: order.append("work"))
+    assert order == [("own", "caller's"), "own", "work", ("caller's", "own")]
+
+
 def test_buffers_of_a_call_are_written_after_other_threads_have_read_theirs(monkeypatch):
     waits, streams = [], [SimpleNamespace(cuda_stream=k, wait_stream=None) for k in range(2)]
     for name in ("get_device_name", "get_device_capability"):
