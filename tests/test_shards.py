@@ -948,6 +948,18 @@ def test_the_command_starts_as_many_processes_as_are_asked_for(tmp_path, monkeyp
     assert len(datasetdm_fast.open_run(tmp_path / "run")) == SAMPLES
 
 
+def test_a_run_that_is_interrupted_before_its_first_shard_is_made_again_counts_what_was_dropped(
+    tmp_path, monkeypatch, capsys
+):
+    run = tmp_path / "run"
+    make(run, number=2)
+    assert drop.main([str(run), "00000001", "--quiet"]) == 0
+    monkeypatch.setattr(sharded_run, "work_on_shards", lambda spec, place, *_: shard_worker.open_shards(spec, place))
+    assert generate.main([*LINE, "--json", "--out", str(run)]) == 0
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (facts["done"], facts["made"], facts["doubtful"], facts["complete"]) == (0, 0, 0, False)
+
+
 def test_the_command_resumes_and_reports(alone, tmp_path, monkeypatch, capsys):
     out = str(tmp_path / "run")
     assert generate.main([*LINE, "--out", out, "--limit", "7"]) == 0

@@ -15,7 +15,7 @@ from datasetdm_fast.runs.agreement.admission import Screen, admit_job
 from datasetdm_fast.runs.jobs.job import Job, build_job
 from datasetdm_fast.runs.jobs.run import tries_half
 from datasetdm_fast.runs.jobs.writing import result_of
-from datasetdm_fast.runs.run_folder.document import DOCUMENT, grows, pretty
+from datasetdm_fast.runs.run_folder.document import DOCUMENT, grows, pretty, shard_size
 from datasetdm_fast.runs.run_folder.selections import read_dropped
 from datasetdm_fast.runs.run_folder.shard_places import ShardBucket, ShardPlace, is_url, shard_place
 from datasetdm_fast.runs.run_folder.shards import ShardLedger, list_shards, read_stored
@@ -111,7 +111,7 @@ def _report(config: RunConfig, spec: RunSpec, ledger: ShardLedger, made: int, be
     if (document := read_stored(place)) is None:
         return
     if dropped := read_dropped(place):  # whose rows tell which of them are doubtful
-        ledger = ShardLedger(place, number=spec.number, dropped=dropped)
+        ledger = ShardLedger(place, shard_size(document["config"]), number=spec.number, dropped=dropped)
     ledger.read_entries(list_shards(place))
     seconds = time.perf_counter() - begin
     result = result_of(place.name, document, spec.number, ledger, made, seconds=seconds)
