@@ -247,7 +247,7 @@ def test_pipelines_that_are_not_served_are_refused(saved, tmp_path):
     folder = copy_of(saved("sd3"), tmp_path)
     for name in ("FluxKontextPipeline", "KolorsPipeline", "StableDiffusionXLInpaintPipeline"):
         change(folder / "model_index.json", _class_name=name)
-        assert f"holds a {name}" in refused(folder) and "supported are" in refused(folder)
+        assert f"holds a {name};" in refused(folder) and "supported are" in refused(folder)
 
 
 def test_parts_of_other_kinds_of_models_are_refused(saved, tmp_path):

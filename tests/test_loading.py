@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -346,7 +347,9 @@ def test_folder_gives_back_what_was_saved(tiny, saved):
 
 
 @pytest.mark.parametrize(
-    "options", [{"variant": "fp16"}, {"safe_serialization": False}], ids=["fp16 files only", "pickles only"]
+    "options",
+    [{"variant": "fp16"}, {"variant": "bf16"}, {"safe_serialization": False}],
+    ids=["fp16 files only", "bf16 files only", "pickles only"],
 )
 @pytest.mark.usefixtures("pickles_are_read_by_forks")
 def test_other_weight_files_load(tiny, tmp_path, options):
@@ -386,12 +389,24 @@ def test_pickles_in_several_files_load(tiny, folder):
     assert model.digests["unet"] == digest(sorted((folder / "unet").glob("*.bin")))
 
 
-def test_weights_of_other_names_are_told(folder):
-    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    path.rename(path.with_name("diffusion_pytorch_model.non_ema.safetensors"))
-    with pytest.raises(Refused, match="unet holds diffusion_pytorch_model.non_ema.safetensors, none of which") as told:
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_weights_of_other_names_are_told_and_load_under_the_name_that_the_remedy_gives(tiny, folder, part):
+    (path,) = (folder / part).glob("*.safetensors")
+    other = path.rename(path.with_name("model.non_ema.safetensors"))
+    with pytest.raises(Refused, match=f"{part} holds model.non_ema.safetensors, none of which") as told:
         load_model(str(folder))
     assert "rename one that holds all of its weights" in told.value.remedy
+    for name in re.findall(r"\w+\.safetensors", told.value.remedy):
+        other = other.rename(other.with_name(name))
+    assert same_weights(load_model(str(folder)).modules[part], tiny.modules[part])
+
+
+def test_a_link_to_weights_that_are_gone_is_told(folder):
+    path = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    path.unlink()
+    path.symlink_to("../../blobs/0")
+    with pytest.raises(Refused, match="diffusion_pytorch_model.safetensors cannot be read .No such file"):
+        load_model(str(folder))
 
 
 def test_half_weights_load_without_a_bar_of_the_libraries(tiny, saved, folder, capsys):

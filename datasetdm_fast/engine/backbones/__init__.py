@@ -292,10 +292,7 @@ def open_backbone(pipeline: object, source: object) -> Backbone:
             "Take the model as its authors publish it for diffusers, or name another with --model.",
         )
     if pipeline not in PIPELINES:
-        raise Refused(
-            f"model: {source} holds a {pipeline}{nearest(pipeline, PIPELINES)}; {list_supported()}",
-            ANOTHER,
-        )
+        raise Refused(f"model: {source} holds a {pipeline}; {list_supported()}", ANOTHER)
     entry: str | Backbone = PIPELINES[pipeline]
     if isinstance(entry, str):
         return load_place(entry)

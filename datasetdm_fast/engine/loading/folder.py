@@ -62,6 +62,7 @@ DEMO_DIT = DEMO.with_name("model-dit")
 INDEX = "model_index.json"  # is written last: a folder that has one is whole
 SCHEDULER = "scheduler"
 MATCHING = "Take config.json and weights from the same model."
+STEMS = ("diffusion_pytorch_model", "pytorch_model", "model")  # of weight files: diffusers', and two of transformers
 # numbers of text encoders that null would leave out, and what they usually are
 TEXT_NUMBERS = {
     **dict.fromkeys(("layer_norm_epsilon", "rms_norm_eps"), 1e-6),
@@ -337,11 +338,10 @@ def folder_digests(
 
 
 def _weight_files(part: Path) -> _Weights:
-    """The weight files of one part, checked to be readable; safetensors before pickles, full precision before fp16."""
-    stems = ("diffusion_pytorch_model", "pytorch_model", "model")
-    for extension, stem, variant in product(("safetensors", "bin"), stems, (None, "fp16")):
+    """The weight files of one part, checked to be readable; safetensors before pickles, full precision before half."""
+    for extension, stem, variant in product(("safetensors", "bin"), STEMS, (None, "fp16", "bf16")):
         file = part / f"{stem}{f'.{variant}' if variant else ''}.{extension}"
-        if file.is_file():
+        if file.is_file() or file.is_symlink():  # of a snapshot, whose blob may be gone
             check_readable(file)
             return _Weights((file,), variant)
         index = part / f"{stem}.{extension}.index{f'.{variant}' if variant else ''}.json"
@@ -350,7 +350,7 @@ def _weight_files(part: Path) -> _Weights:
     lack, remedy = "holds no .safetensors or .bin file of weights", "Add the weight file of the same model."
     if others := sorted(path.name for path in part.iterdir() if path.suffix in (".safetensors", ".bin")):
         lack = f"holds {', '.join(others)}, none of which has the name of a whole weight file without an index"
-        remedy = f"Add {stems[0]}.safetensors of the same model, or rename one that holds all of its weights to that."
+        remedy = f"Add {STEMS[0]}.safetensors of the same model, or rename one that holds all of its weights to that."
     raise Refused(f"model: {part.parent} has no weights of its {part.name}: {part} {lack}", remedy)
 
 
@@ -393,7 +393,7 @@ def _from_folder(folder: Path, part: Part, weights: _Weights, config: Mapping[st
     """A diffusers or transformers module in fp32 from its folder, refused where weights and config do not fit."""
     kind = class_of(part)
     try:
-        with quiet_libraries(), _only_weights(weights, config) as safe:
+        with quiet_libraries(), _only_weights(weights, part, config) as safe:
             module, info = kind.from_pretrained(
                 safe,
                 dtype=torch.float32,
@@ -433,24 +433,25 @@ def without_numbers(name: str) -> str:
 
 
 @contextmanager
-def _only_weights(weights: _Weights, config: Mapping[str, Any]) -> Iterator[Path]:
+def _only_weights(weights: _Weights, part: Part, config: Mapping[str, Any]) -> Iterator[Path]:
     """A folder with the architecture's numbers and a link to safetensors, so that libraries see nothing else."""
+    stem = STEMS[0] if part.classes[0].startswith("diffusers:") else STEMS[-1]
     with tempfile.TemporaryDirectory() as made:
         safe = Path(made)
         safe.joinpath("config.json").write_text(json.dumps(config), encoding="utf-8")
         for file in weights.files:
             target = file if file.suffix == ".safetensors" else pickles.safe_copy(file)
-            safe.joinpath(_safe_name(file.name)).symlink_to(target.resolve())
+            safe.joinpath(_safe_name(file.name, stem)).symlink_to(target.resolve())
         if weights.index:
-            places = {key: _safe_name(name) for key, name in read_config(weights.index)["weight_map"].items()}
+            places = {key: _safe_name(name, stem) for key, name in read_config(weights.index)["weight_map"].items()}
             text = json.dumps({"metadata": {}, "weight_map": places})
-            safe.joinpath(_safe_name(weights.index.name)).write_text(text, encoding="utf-8")
+            safe.joinpath(_safe_name(weights.index.name, stem)).write_text(text, encoding="utf-8")
         yield safe
 
 
-def _safe_name(name: str) -> str:
-    """The name of a file's copy in safetensors, or of the index of such files."""
-    return re.sub(r"^pytorch_model", "model", name).replace(".bin", ".safetensors")
+def _safe_name(name: str, stem: str) -> str:
+    """The name of a file's copy in safetensors, or of the index of such files, as a library looks for it."""
+    return re.sub(rf"^({'|'.join(STEMS)})", stem, name).replace(".bin", ".safetensors")
 
 
 def download_model(name: str, allow_download: bool) -> Path:
