@@ -1,5 +1,6 @@
 """Samplers of flows, of Euler's kind and with fresh noise, against the schedulers and pipelines of diffusers."""
 
+import re
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -390,7 +391,7 @@ def test_images_begin_at_the_noise_of_levels_that_are_spaced_anew(kind, sampler,
             "base_shift -9.0, max_shift -1.0 give no shift",
         ),
         ({"prediction_type": "epsilon"}, "euler", 4, "a flow's is flow_prediction"),
-        ({"_class_name": "FlowMatchLCMScheduler"}, "auto", 4, "Name another: sampler='euler'|none of"),
+        ({"_class_name": "FlowMatchLCMScheduler"}, "auto", 4, "none of(.|\n)*: --sampler euler"),
         ({}, "pndm", 4, "pndm samples models with betas alone"),
         ({}, "euler", 0, "not within 1 .. 1000"),
         ({"_class_name": "DDIMScheduler"}, "euler", 4, "the model is a flow, and its scheduler config, DDIMSch"),
@@ -403,11 +404,26 @@ def test_what_a_flow_does_not_follow_is_refused(changes, sampler, steps, said):
 
 
 @pytest.mark.parametrize(
+    "config",
+    [
+        {"_class_name": "TCDScheduler"},
+        {"_class_name": "DPMSolverMultistepScheduler", "use_lu_lambdas": True},
+        {"_class_name": "DDIMScheduler", "clip_sample": True},
+    ],
+)
+def test_the_sampler_that_a_refusal_names_is_taken(config):
+    with pytest.raises(Refused) as stop:
+        make_schedule(BETAS | config, "auto", 3)
+    named = re.search("--sampler ([^ ,]+)", stop.value.remedy)
+    assert len(make_schedule(BETAS | config, named[1], 3)) == 3
+
+
+@pytest.mark.parametrize(
     ("config", "sampler", "said"),
     [
         ({"_class_name": EULER}, "euler", "the model is a model with betas, and its scheduler config"),
         (BETAS, "heun", "heun samples flows alone"),
-        ({**BETAS, "use_beta_sigmas": True}, "euler", "use_beta_sigmas"),
+        ({**BETAS, "use_beta_sigmas": True}, "euler", "use_beta_sigmas(.|\n)*Name another with --sampler"),
         ({**BETAS, "timestep_type": "continuous"}, "euler", "timestep_type"),
         ({**BETAS, "timestep_spacing": "odd"}, "euler-ancestral", "timestep_spacing"),
         ({**BETAS, "_class_name": "LCMScheduler", "clip_sample": True}, "auto", "clip_sample=True"),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from datasetdm_fast.engine.sampling.flow import euler_levels
 from datasetdm_fast.engine.sampling.schedule import (
-    ANOTHER,
+    ANOTHER_SAMPLER,
     FlowSampler,
     Sampler,
     Update,
@@ -67,7 +67,7 @@ def levels(
         for name, values in FOLLOWED.items():
             if (value := scheduler.get(name)) is not None and value not in values:
                 supported = " or ".join(map(str, values))
-                raise Refused(f"{name}: the scheduler config says {value!r}, supported is {supported}", ANOTHER)
+                raise Refused(f"{name}: the scheduler config says {value!r}, supported is {supported}", ANOTHER_SAMPLER)
         respaced = respace(scheduler, sigmas)
         if respaced is not sigmas:
             sigmas, times = respaced, place_ratios(respaced, table).astype(np.float32)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from datasetdm_fast.config import FlowRule
-from datasetdm_fast.engine.sampling.schedule import ANOTHER, respace
+from datasetdm_fast.engine.sampling.schedule import ANOTHER, ANOTHER_SAMPLER, respace
 from datasetdm_fast.errors import Refused
 
 LARGEST_MU = 100  # of what models say by far; it is an exponent
@@ -55,7 +55,7 @@ def _check(scheduler: Mapping[str, Any], names: tuple[str, ...]) -> None:
         if scheduler.get(name):
             raise Refused(
                 f"{name}: the scheduler config says {scheduler[name]!r}, which this sampler does not follow",
-                "Name another sampler, or another model.",
+                ANOTHER_SAMPLER,
             )
 
 

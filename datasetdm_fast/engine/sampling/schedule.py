@@ -64,7 +64,7 @@ def choose_sampler(scheduler: Mapping[str, Any], sampler: str) -> str:
     if named not in SCHEDULERS:
         raise Refused(
             f"scheduler: the model's own, {named}, is none of {', '.join(SCHEDULERS)}",
-            f"Name another: sampler={'euler' if is_flow(scheduler) else 'ddim'!r}.",
+            f"Name another: --sampler {'euler' if is_flow(scheduler) else 'ddim'}, or sampler= in a program.",
         )
     for name, (followed, default) in FOLLOWED.get(named, {}).items():
         value = scheduler.get(name, default)
@@ -74,12 +74,13 @@ def choose_sampler(scheduler: Mapping[str, Any], sampler: str) -> str:
             raise Refused(
                 f"scheduler: the model's {named} has {name}={value!r}, which the sampler here does not follow, so its "
                 f"images would differ; expected {followed!r}",
-                f"Change it, or take the images of sampler={SCHEDULERS[named]!r}.",
+                f"Change it, or take the images of --sampler {SCHEDULERS[named]}, or sampler= in a program.",
             )
     return SCHEDULERS[named]
 
 
 ANOTHER = "Name another model with --model."
+ANOTHER_SAMPLER = "Name another with --sampler, or another model."
 
 
 def alphas_cumprod(scheduler: Mapping[str, Any]) -> Tensor:
