@@ -1,6 +1,5 @@
 """convert: an export read back by our own readers is the run, whatever interrupts it; bad input writes nothing."""
 
-import glob
 import hashlib
 import io
 import json
@@ -573,43 +572,46 @@ def fits(feature: dict, value) -> bool:
 
 
 @pytest.mark.parametrize("form", ["png", "jpg"])
-def test_read_me_tells_load_dataset_the_files_of_each_split_and_the_types_of_all(run, tmp_path, form):
+def test_read_me_of_wds_tells_load_dataset_the_shards_of_each_split_and_the_types_of_all(run, tmp_path, form):
     """Also where the samples of a split, or the first five of all, show no person and no instance."""
     shutil.copytree(run, tmp_path / "run")
     names = [sample.id for sample in open_run(run)]
     parts = {"my-part": names[-1:], "train": names[:-1]}  # of which the last shows nothing
     shares = {"seed": 0, "by_source": True, "shares": [20.0, 80.0], "parts": parts}
     (tmp_path / "run" / "split.json").write_text(json.dumps(shares))
-    flags = ("--to", "hf,wds", "--shard", "5", "--image-format", form)
-    out = converted(tmp_path / "run", tmp_path / "out", *flags)
-    heads = {name: yaml.safe_load((out / name / "README.md").read_text().split("\n---\n")[0]) for name in ("hf", "wds")}
-    for name, ending in (("hf", "metadata.jsonl"), ("wds", ".tar")):
-        (config,) = heads[name]["configs"]
-        patterns = {each["split"]: each["path"] for each in config["data_files"]}
-        files = {split: glob.glob(path, root_dir=out / name, recursive=True) for split, path in patterns.items()}
-        assert files.keys() == {"train", "my_part"}
-        for split, found in files.items():
-            own = [str(path.relative_to(out / name)) for path in (out / name).rglob("*") if path.name.endswith(ending)]
-            own = [path for path in own if path.replace("-", "_").startswith(split)]
-            assert own and sorted(own) == sorted(path for path in found if path.endswith(ending))
-    for line in (out / "hf/train/metadata.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        for column in [each for each in row if each.endswith("_file_name")]:
-            row[column.removesuffix("_file_name")] = Image.open(out / "hf/train" / row.pop(column))
-        assert fits({"struct": heads["hf"]["configs"][0]["features"]}, row)
-    shards = sorted((out / "wds").glob("*.tar"))
-    assert [path.name for path in shards[:2]] == ["my-part-000000.tar", "train-000000.tar"]
-    for path in shards:
-        samples: dict[str, dict] = {}
-        with tarfile.open(path) as shard:
-            for member in shard:
-                key, _, field = member.name.partition(".")
-                data = shard.extractfile(member).read()
-                value = json.loads(data) if field == "json" else Image.open(io.BytesIO(data))
-                samples.setdefault(key, {"__key__": key, "__url__": str(path)})[field] = value
-        assert samples and all(
-            fits({"struct": heads["wds"]["dataset_info"]["features"]}, row) for row in samples.values()
-        )
+    flags = ("--to", "wds", "--shard", "5", "--image-format", form)
+    out = converted(tmp_path / "run", tmp_path / "out", *flags) / "wds"
+    head = yaml.safe_load((out / "README.md").read_text().split("\n---\n")[0])
+    types, (config,) = {"struct": head["dataset_info"]["features"]}, head["configs"]
+    patterns = {each["split"]: each["path"] for each in config["data_files"]}
+    assert patterns.keys() == {"train", "my_part"}
+    for split, pattern in patterns.items():
+        shards = sorted(out.glob(pattern))
+        assert shards == sorted(out.glob(f"{split.replace('_', '-')}-*.tar")) != []
+        for path in shards:
+            samples: dict[str, dict] = {}
+            with tarfile.open(path) as shard:
+                for member in shard:
+                    key, _, field = member.name.partition(".")
+                    data = shard.extractfile(member).read()
+                    value = json.loads(data) if field == "json" else Image.open(io.BytesIO(data))
+                    samples.setdefault(key, {"__key__": key, "__url__": str(path)})[field] = value
+            assert samples and all(fits(types, row) for row in samples.values())
+
+
+def test_read_me_of_wds_tells_exports_of_other_samples_or_settings_apart(tmp_path):
+    """`datasets` takes what it has cached of a folder of this name for any other whose README.md has the same head."""
+    write_run(tmp_path / "a", 2, SIZE)
+    write_run(tmp_path / "b", 2, SIZE, ["a red ball", "a blue cube"])
+
+    def read_me(run: str, *flags: str) -> bytes:
+        out = converted(tmp_path / run, tmp_path / f"{run}_{len(flags)}", "--to", "wds", *flags)
+        return (out / "wds" / "README.md").read_bytes()
+
+    first = read_me("a")
+    assert len({first, read_me("b"), read_me("a", "--least-score", "0.7")}) == 3
+    shutil.rmtree(tmp_path / "a_0")
+    assert read_me("a") == first
 
 
 def test_convert_to_hf_ends_with_the_splits_that_load_dataset_refuses(run, tmp_path, capsys):

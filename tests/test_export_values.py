@@ -555,30 +555,23 @@ def test_records_of_hf_parquet_and_wds(exported):
         assert (exported(name) / "max_depth.txt").read_text() == "80\n"
 
 
-def test_splits_are_called_as_datasets_calls_them():
-    plan = SimpleNamespace(splits={"train": 2, "val": 1, "my-part": 1})
-    files = wds.describe_files(plan, "{split}/{name}")["data_files"]
-    assert [tuple(part.values()) for part in files] == [
-        ("train", "train/train"),
-        ("validation", "val/validation"),
-        ("my_part", "my-part/my_part"),
-    ]
-
-
 @pytest.mark.parametrize("formats", [["coco", "wds", "hf-parquet"], ["hf", "wds"], ["coco"]])
-def test_the_page_on_the_hub_names_the_files_of_one_format(tmp_path, formats):
+def test_the_page_on_the_hub_names_the_files_of_one_format_by_splits_of_datasets(tmp_path, formats):
     export = {"format": 1, "complete": True, "settings": {"to": formats}, "runs": [], "samples": 3}
-    (tmp_path / "export.json").write_text(json.dumps({**export, "splits": {"train": 2, "val": 1}}))
-    for name in formats[1:]:
-        (tmp_path / name).mkdir()
-        files = [{"split": "train", "path": f"{name}-*"}]
-        (tmp_path / name / "README.md").write_bytes(wds.read_me({"configs": [{"data_files": files}], "of": name}))
+    (tmp_path / "export.json").write_text(json.dumps({**export, "splits": {"train": 2, "val": 1, "my-part": 1}}))
+    if "wds" in formats:
+        (tmp_path / "wds").mkdir()
+        files = [{"split": "train", "path": "train-*"}]
+        (tmp_path / "wds/README.md").write_text(f"---\n{json.dumps({'configs': [{'data_files': files}]})}\n---\ntext\n")
     _, head, text = hf.describe_export("me/run", tmp_path).split("---\n")
     head = yaml.safe_load(head)
     assert head.pop("tags") == ["synthetic", "datasetdm_fast"] and text.startswith("# run\n\n3 generated images")
-    best = formats[-1] if formats[1:] else None
-    files = [{"split": "train", "path": f"{best}/{best}-*"}]
-    assert head == ({"configs": [{"data_files": files}], "of": best} if best else {})
+    files = [part for config in head.get("configs", ()) for part in config["data_files"]]
+    found = [(part["split"], part["path"]) for part in files]
+    if "hf-parquet" in formats:
+        assert found == [(name, f"hf-parquet/data/{name}-*") for name in ("train", "validation", "my_part")]
+    else:
+        assert found == ([("train", "wds/train-*")] if "wds" in formats else [])
 
 
 def test_a_row_group_ends_at_64_rows_or_where_its_pictures_fill_it(monkeypatch):
@@ -785,7 +778,7 @@ def test_convert_tells_of_splits_whose_types_load_dataset_cannot_guess():
         return list(hf.ImageFolderFormat().find_limits(plan, samples))
 
     (told,) = limits(train=[0.9], val=[], test=[])
-    assert told.startswith("hf: val and test without any people") and "data_files={'val': 'val/**'}" in told
+    assert told.startswith("hf: val and test without any people") and "data_dir='.../hf/val'" in told
     assert limits(train=[], val=[]) == limits(train=[0.9], val=[0.8]) == limits(train=[]) == []  # one type in all
 
 

@@ -114,7 +114,8 @@ class Conversion:
         document, renamed = source.run.document, parse_renaming(renaming)
         classes = collect_classes(document, source.labels, renamed)
         self.splits, digest = self._read_samples()
-        chosen = {"splits": self.splits, "pictures": pictures, "layout": layout}
+        whole = hashlib.sha256(canonical([digest, identity]).encode()).hexdigest()
+        chosen = {"splits": self.splits, "pictures": pictures, "layout": layout, "digest": whole}
         self.plan = ExportPlan.of(document, source.labels, classes, renamed, **chosen)
         for name, format in self.formats.items():
             format.check(name, self.plan)

@@ -64,6 +64,7 @@ class ExportPlan:
     max_depth: float
     pictures: PictureSettings
     layout: LayoutSettings
+    digest: str  # SHA-256 of the samples and settings
 
     @property
     def tasks(self) -> frozenset[str]:
@@ -78,7 +79,7 @@ class ExportPlan:
         renaming: Mapping[str, str],
         **chosen: Any,
     ) -> Self:
-        """The plan of a run by its run.json; `chosen` are splits, pictures and layout."""
+        """The plan of a run by its run.json; `chosen` are splits, pictures, layout and digest."""
         names = {task: class_names(document, labels[task]) for task in ("semantic", "instance") if task in labels}
         things = {number: renaming.get(name, name) for number, name in names.get("instance", {}).items()}
         tables = {task: document["labels"][label] for task, label in labels.items()}

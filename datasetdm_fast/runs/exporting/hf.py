@@ -18,13 +18,10 @@ from datasetdm_fast.runs.exporting.wds import (
     README,
     Column,
     describe_columns,
-    describe_features,
-    describe_files,
     describe_sample,
     map_files,
     name_split,
     read_content,
-    read_me,
     table_files,
 )
 from datasetdm_fast.runs.run_folder.ledger import canonical
@@ -55,8 +52,7 @@ class ImageFolderFormat(Format):
             f"{split}/metadata.jsonl": (f"{canonical(entry)}\n".encode() for entry in samples.entries(split))
             for split in plan.splits
         }
-        head = {"configs": [{**describe_files(plan, "{split}/**"), "features": describe_features(_columns(plan))}]}
-        return {**rows, **table_files(plan), README: [read_me(head)]}
+        return {**rows, **table_files(plan)}
 
     def find_limits(self, plan: ExportPlan, samples: AllSamples) -> Iterator[str]:
         """Lists that are empty in all of a split: of these `datasets` guesses another type than of the other splits."""
@@ -66,7 +62,7 @@ class ImageFolderFormat(Format):
                 splits = " and ".join(empty)
                 yield (
                     f"hf: {splits} without any {name}; load_dataset refuses such splits together: take hf-parquet or "
-                    f"wds, or each alone (data_files={{'{empty[0]}': '{empty[0]}/**'}})"
+                    f"wds, or each alone (data_dir='.../hf/{empty[0]}')"
                 )
 
 
@@ -89,7 +85,7 @@ class ParquetFormat(Format):
             for k in range(shards):
                 name = f"data/{name_split(split)}-{k:05d}-of-{shards:05d}.parquet"
                 files[name] = _parquet(plan, samples.views(split, k * size, (k + 1) * size))
-        return {**files, **table_files(plan), README: [read_me({"configs": [describe_files(plan, "data/{name}-*")]})]}
+        return {**files, **table_files(plan)}
 
 
 def _parquet(plan: ExportPlan, views: Iterator[SampleView]) -> Iterator[bytes]:
@@ -192,14 +188,17 @@ def push_to_hub(folder: Path, name: str) -> str:
 
 
 def describe_export(name: str, folder: Path) -> str:
-    """The page of the data set; its head tells `load_dataset` what one of its formats has for it."""
+    """The page of the data set; its head tells `load_dataset` the files of hf-parquet or, without these, of wds."""
     export = read_export(folder)
     formats, head = export["settings"]["to"], {"tags": ["synthetic", "datasetdm_fast"]}
-    paths = (folder / format / README for format in ("hf-parquet", "wds", "hf") if format in formats)
-    if path := next(filter(Path.exists, paths), None):
+    if "hf-parquet" in formats:
+        names = map(name_split, export["splits"])
+        files = [{"split": split, "path": f"hf-parquet/data/{split}-*"} for split in names]
+        head["configs"] = [{"config_name": "default", "data_files": files}]
+    elif (path := folder / "wds" / README).exists():
         head |= yaml.safe_load(path.read_text(encoding="utf-8").split("\n---\n")[0])
         for part in head["configs"][0]["data_files"]:
-            part["path"] = f"{path.parent.name}/{part['path']}"
+            part["path"] = f"wds/{part['path']}"
     licences = ", ".join(export.get("licences", ())) or "not known"
     counts = ", ".join(f"{split} {count}" for split, count in export["splits"].items())
     return (

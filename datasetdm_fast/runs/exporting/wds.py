@@ -71,13 +71,6 @@ def name_split(split: str) -> str:
     return "validation" if split == "val" else split.replace("-", "_")
 
 
-def describe_files(plan: ExportPlan, pattern: str) -> dict[str, Any]:
-    """The files of each split, as the head of a README.md lists them."""
-    names = {split: name_split(split) for split in plan.splits}
-    files = [{"split": name, "path": pattern.format(split=split, name=name)} for split, name in names.items()]
-    return {"config_name": "default", "data_files": files}
-
-
 def describe_features(columns: Mapping[str, Column]) -> list[dict[str, Any]]:
     """Columns as the head of a README.md lists them."""
     return [{"name": name, **_describe_feature(column)} for name, column in columns.items()]
@@ -91,12 +84,6 @@ def _describe_feature(column: Column) -> dict[str, Any]:
     if isinstance(column, list):
         return {"list": _describe_feature(column[0])}
     return {"struct": describe_features(column)}
-
-
-def read_me(head: Mapping[str, Any]) -> bytes:
-    """README.md, of which `load_dataset` reads the head."""
-    text = "`load_dataset` of the library `datasets` reads this folder by the files and types above."
-    return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n{text}\n".encode()
 
 
 def map_files(sample: SampleView, plan: ExportPlan, *, has_colours: bool) -> Iterator[tuple[str, Content]]:
@@ -145,11 +132,18 @@ class WebDatasetFormat(Format):
         return {**shards, **table_files(plan), README: self._describe(plan, samples)}
 
     def _describe(self, plan: ExportPlan, samples: AllSamples) -> Iterator[bytes]:
+        """README.md, of which `load_dataset` reads the head. Without the digest it would take what it has cached of
+        another export for this one, as it goes by the name of the folder and by the head.
+        """
         first = next(samples.views(next(iter(plan.splits)), 0, 1))
         pictures = [first.picture(self.forms)[0], *(f"{name}.png" for name in MAPS if name in plan.tasks)]
         columns: dict[str, Column] = {**dict.fromkeys(pictures, "image"), "json": describe_columns(plan)}
         features = describe_features({**columns, "__key__": "string", "__url__": "string"})
-        yield read_me({"configs": [describe_files(plan, "{split}-[0-9]*.tar")], "dataset_info": {"features": features}})
+        files = [{"split": name_split(split), "path": f"{split}-[0-9]*.tar"} for split in plan.splits]
+        config = {"config_name": "default", "description": f"SHA-256 {plan.digest}", "data_files": files}
+        head = {"configs": [config], "dataset_info": {"features": features}}
+        text = "`load_dataset` of the library `datasets` reads this folder by the files and types above."
+        yield f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n{text}\n".encode()
 
 
 def _files(plan: ExportPlan, samples: AllSamples, split: str, first: int) -> Iterator[tuple[str, bytes]]:
