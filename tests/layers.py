@@ -52,6 +52,16 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+@cache
+def statements_of(path: Path) -> list[ast.AST]:
+    """Every statement of a file, those inside others too: imports and classes are statements."""
+    found: list[ast.AST] = [tree_of(path)]
+    for node in found:
+        for part in ("body", "handlers", "orelse", "finalbody", "cases"):
+            found += getattr(node, part, ())
+    return found
+
+
 @dataclass(frozen=True)
 class Arrow:
     """One import: the file and line it stands in, and the module it names."""
@@ -76,7 +86,7 @@ def arrows(root: Path, known: Mapping[str, Path]) -> Iterator[Arrow]:
     """Every import of one module of the checkout by another."""
     for source, path in known.items():
         package = source if path.name == "__init__.py" else source.rpartition(".")[0]
-        for node in ast.walk(tree_of(path)):
+        for node in statements_of(path):
             if isinstance(node, ast.Import):
                 wanted = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
@@ -163,7 +173,7 @@ def doubled_classes(root: Path, known: Mapping[str, Path]) -> list[str]:
     """Class names that two files of the product or the bench bear."""
     places = defaultdict(list)
     for path in known.values():
-        for node in ast.walk(tree_of(path)):
+        for node in statements_of(path):
             if isinstance(node, ast.ClassDef):
                 places[node.name].append(f"{path.relative_to(root)}:{node.lineno}")
     return [f"class {name}: {' and '.join(where)}" for name, where in sorted(places.items()) if len(where) > 1]

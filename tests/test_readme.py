@@ -246,8 +246,8 @@ def test_what_a_command_of_a_page_reads_was_made_there(page):
 
 SMALL = {
     "generate": ("--number", "3", "--steps", "2"),
-    "vary": ("--steps", "2", "--limit", "6"),
-    "edit": ("--steps", "2", "--limit", "2"),
+    "vary": ("--steps", "2", "--limit", "6", "--batch-size", "2"),
+    "edit": ("--steps", "2", "--limit", "2", "--batch-size", "2"),
     "train": ("--steps", "2", "--folds", "no", "--draws", "1"),
     "evaluate": ("--data", "demo:6@900000"),
 }

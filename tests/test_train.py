@@ -134,7 +134,7 @@ def test_held_out_images_all_of_whose_truth_is_ignored_have_no_figure(run, tmp_p
     (held,) = splits.split(source, range(12), 0.1, 0)[1]
     save(tmp_path / f"data/masks/{held:02}.png", np.full((64, 64), 255, np.uint8))
     line = ["--data", address, "--task", "semantic", "--steps", "2", "--checks", "2", "--held-out", "0.1", "--json"]
-    assert run(*line) == 0
+    assert run(*line, "--draws", "1") == 0
     result = json.loads(capsys.readouterr().out)["tasks"]["semantic"]
     assert result["held_out"] == {} and result["held_out_images"] == 1 and result["weights_of_step"] == 2
 
@@ -744,7 +744,7 @@ def test_names_of_files_that_are_not_utf8_are_learnt_from_and_shown(run, tmp_pat
         save(Path(folder, "images", os.fsdecode(b"\xfc%d.png" % number)), view.image)
         save(Path(folder, "masks", os.fsdecode(b"\xfc%d.png" % number)), view.semantic)
     Path(folder, "classes.txt").write_text("\n".join(world.CLASSES))
-    assert run("--data", f"folder:{folder}", "--task", "semantic", "--steps", "1") == 0
+    assert run("--data", f"folder:{folder}", "--task", "semantic", "--steps", "1", "--draws", "1") == 0
     page = (tmp_path / "decoder" / "semantic" / "training" / "page.html").read_text("utf-8")
     assert re.search(r"<figcaption>\?\d", page) and "?bung" in page
 
@@ -755,7 +755,7 @@ def test_copies_of_one_image_are_not_told_to_be_cross_validated(run, tmp_path, c
         save(tmp_path / f"data/images/{number}.png", view.image)
         save(tmp_path / f"data/masks/{number}.png", view.semantic)
     (tmp_path / "data/classes.txt").write_text("\n".join(world.CLASSES))
-    line = ["--data", f"folder:{tmp_path / 'data'}", "--task", "semantic", "--steps", "1"]
+    line = ["--data", f"folder:{tmp_path / 'data'}", "--task", "semantic", "--steps", "1", "--draws", "1"]
     assert run(*line, "--folds", "auto") == 0
     told = capsys.readouterr().err
     assert "no image was held out to measure it: evaluate on other data" in told and "1 step of 4 views" in told
@@ -1279,7 +1279,7 @@ def test_held_out_images_without_any_truth_have_no_figure(run, tmp_path, capsys)
     for k, image in enumerate(pixels):
         save(tmp_path / "data" / "images" / f"{k}.png", image)
         save(tmp_path / "data" / "depth" / f"{k}.png", np.full((64, 64), 0 if k in held else 2000, np.uint16))
-    line = ["--data", f"folder:{tmp_path / 'data'}", "--task", "depth", "--steps", "2", "--checks", "1"]
+    line = ["--data", f"folder:{tmp_path / 'data'}", "--task", "depth", "--steps", "2", "--checks", "1", "--draws", "1"]
     assert run(*line) == 0
     told, err = json.loads((tmp_path / "decoder/depth/training/result.json").read_text()), capsys.readouterr().err
     assert told["held_out_images"] == 1 and told["held_out"] == {} and "depth: 2 steps\n" in err
