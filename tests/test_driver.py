@@ -274,6 +274,17 @@ def test_what_a_narrow_precision_cannot_hold_is_made_once_more_in_fp32(where):
     assert found[2].reason.endswith("in fp32 too")
 
 
+def test_labels_of_other_batches_are_done_before_samples_are_made_in_fp32():
+    """Their engine lets convolutions of the whole process round to TF32."""
+    order = []
+    first = Quarantined(Request(0, "a ball", 0), "image")
+    engine = SimpleNamespace(fp32_fallback=lambda: "wide")
+    generator = SimpleNamespace(make=lambda batch: order.append(batch) or [first])
+    labels = SimpleNamespace(settle=lambda: order.append("labels"))
+    (result,) = driver.retry_in_fp32("batch", [first], engine, lambda wide: order.append(wide) or generator, labels)
+    assert order == ["labels", "wide", "batch"] and result.reason == "image, in fp32 too"
+
+
 def test_every_sample_is_judged_and_may_lose_its_doubtful_pixels(monkeypatch):
     def emptied(named, labels, prompt, own):
         label = labels["semantic"]

@@ -209,8 +209,10 @@ def test_what_one_thread_queues_is_not_recorded_by_another(monkeypatch):
     for name in ("current_stream", "get_device_name"):
         monkeypatch.setattr(torch.cuda, name, lambda device: stream)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    for name in ("device", "stream", "graph"):
+    recorded = []
+    for name in ("device", "stream"):
         monkeypatch.setattr(torch.cuda, name, lambda *_, **__: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda _, **how: recorded.append(how) or nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None))
     queue, order = Queue(torch.device("cuda", 0)), []
     sampler = threading.Thread(target=queue.run, args=(lambda: order.append("a call"),))
@@ -224,6 +226,7 @@ def test_what_one_thread_queues_is_not_recorded_by_another(monkeypatch):
     queue.run(lambda: queue.record(labels))
     sampler.join()
     assert order == ["recording", "recorded", "a call"]
+    assert recorded == [{"stream": stream, "capture_error_mode": "thread_local"}]
     with queue.use_device():
         sampler = threading.Thread(target=queue.run, args=(lambda: order.append("another"),))
         sampler.start()

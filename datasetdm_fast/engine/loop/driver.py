@@ -257,7 +257,7 @@ def retry_in_fp32(
         if (fallback := engine.fp32_fallback()) is None:
             return results
         if label_stream is not None:
-            label_stream.settle()  # what a new engine records on a GPU must not be disturbed
+            label_stream.settle()  # whose calls allow TF32, in the whole process
         retries = make(fallback).make(batch)
     except Exception as error:
         from datasetdm_fast.engine.engines.device import is_out_of_memory
