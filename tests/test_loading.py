@@ -24,7 +24,7 @@ from small_unets import with_small_unet
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from datasetdm_fast.config import DEMO_DEFAULTS, TASKS
-from datasetdm_fast.engine.backbones import OWN_MODELS, check_source, every_backbone, fitting, pipeline_of
+from datasetdm_fast.engine.backbones import ANOTHER, OWN_MODELS, check_source, every_backbone, fitting, pipeline_of
 from datasetdm_fast.engine.backbones.adapter_files import parse_adapter
 from datasetdm_fast.engine.backbones.flow_models import DEMO_DIT_DEFAULTS
 from datasetdm_fast.engine.backbones.sd import DOWN_BLOCKS, SD, SD_SCHEDULER, UP_BLOCKS, USUAL_SCHEDULE
@@ -985,6 +985,7 @@ def test_other_files_are_refused_by_what_they_are(tmp_path, case):
     with pytest.raises(Refused, match=word) as stop:
         load_model(str(tmp_path / "model.safetensors"))
     assert "\n" not in stop.value.cause
+    assert stop.value.remedy == (fitting.ADAPTER if case == "LoRA" else ANOTHER)  # no folder of such would be taken
 
 
 def test_a_checkpoint_gives_its_tensors_and_the_names_of_what_is_left_out(tmp_path, monkeypatch):

@@ -86,7 +86,6 @@ def load_file(path: Path, *, size: int = 0, allow_download: bool = False, ema: b
 
 SCALES = (".scale_weight", ".weight_scale")  # of weights of 8 bits, by which they would be multiplied
 LORA = "a LoRA, which only changes another model"
-FOLDER = "Name a folder in diffusers' layout; diffusers' from_single_file and save_pretrained write one."
 NOTED = {"epsilon": "epsilon", "v": "v_prediction"}  # a file's own note -> a scheduler's word for it
 PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction"}  # the same of a configuration of the original code
 EMA = "model_ema."  # before the names of averaged weights, which have no dots
@@ -153,7 +152,7 @@ def _check_layout(state: Mapping[str, Tensor], path: Path) -> None:
     }
     for kind, marks in signs.items():
         if any(mark in key for key in state for mark in marks):
-            raise Refused(f"model: {path} holds {kind}; {list_supported()}", ADAPTER if kind == LORA else FOLDER)
+            raise Refused(f"model: {path} holds {kind}; {list_supported()}", ADAPTER if kind == LORA else ANOTHER)
     for part, prefixes in (("unet", (UNET,)), ("vae", (VAE,)), ("text_encoder", (CLIP, OPEN_CLIP))):
         if not any(key.startswith(prefixes) for key in state):
             evidence = f"its first tensor is {next(iter(state))}" if state else "it holds no tensor at all"
