@@ -108,6 +108,16 @@ def test_memory_of_the_machine_that_runs_out_is_no_bug(allocate, capsys):
     assert memory.is_out_of_memory(error.value)
 
 
+def test_a_library_that_cannot_be_loaded_is_no_bug(monkeypatch, capsys):
+    """As where it is not installed, of another version, or too large for the memory; our own modules are there."""
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    lines = ("import scipy.optimize", "from scipy import nothing_of_that_name", "import datasetdm_fast.nothing")
+    assert [run_command(lambda _, line=line: exec(line), []) for line in lines] == [3, 3, 1]
+    err = capsys.readouterr().err
+    assert err.count("a library cannot be loaded: ") == err.count("Install it anew") == 2
+    assert "import of scipy.optimize halted" in err and err.count("this is a bug of ours") == 1
+
+
 def test_the_bench_knows_both_ways_in_which_memory_runs_out():
     with pytest.raises(Missing) as stop:
         memory.halve_until_fits(Memory(0).run, 1, Memory(0).forget)

@@ -18,6 +18,7 @@ from datasetdm_fast.errors import Missing, Refused, Stop, is_out_of_gpu, is_out_
 from datasetdm_fast.untrusted import documents
 
 Settings = TypeVar("Settings")
+OURS = "datasetdm_fast"  # what cannot be imported from it is a bug
 DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)  # of a file or folder, whichever command meets it
 
 
@@ -105,6 +106,11 @@ def _as_stop(error: Exception) -> Refused | Missing | None:
         return Missing(
             f"memory: the {'GPU' if is_of_gpu else 'machine'} does not have enough memory",
             "Choose a smaller --batch-size or --size, or free its memory.",
+        )
+    if isinstance(error, ImportError) and (error.name or OURS).partition(".")[0] != OURS:
+        return Missing(
+            f"a library cannot be loaded: {error}",
+            "Install it anew, or free memory; `datasetdm-fast doctor` lists the libraries.",
         )
     if not isinstance(error, OSError):
         return None
