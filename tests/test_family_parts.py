@@ -21,7 +21,7 @@ from datasetdm_fast.engine.backbones import Latents, Part, every_backbone, flow_
 from datasetdm_fast.engine.backbones.flow_models import seg4diff_of_flux
 from datasetdm_fast.engine.backbones.flux1 import FLUX1
 from datasetdm_fast.engine.backbones.flux2_klein import FLUX2_KLEIN
-from datasetdm_fast.engine.backbones.joint_attention import AttentionReader
+from datasetdm_fast.engine.backbones.joint_attention import AttentionReader, ConceptReader
 from datasetdm_fast.engine.backbones.qwen_image import QWEN_IMAGE
 from datasetdm_fast.engine.backbones.sd3 import SD3
 from datasetdm_fast.engine.backbones.z_image import Z_IMAGE
@@ -368,3 +368,17 @@ def test_shares_of_the_text_follow_every_mask_of_an_attention(rows, is_added):
     with reader.reading():
         shares = attention(torch.randn(2, 6, 4))
     torch.testing.assert_close(reader.maps[attention], shares[1:, :, 2:, :2])
+
+
+@pytest.mark.parametrize("is_added", [False, True])
+def test_words_beside_a_text_leave_a_mask_of_every_query_as_it_was(is_added):
+    tokens, words = torch.randn(1, 1, 6, 4), torch.randn(1, 1, 2, 4)
+    mask = (torch.arange(36).view(1, 1, 6, 6) % 5 > 0).float()
+    mask = mask if is_added else mask.bool()
+    wide = F.pad(mask, (0, 2, 0, 2), value=1)  # as a network makes it of a longer text, whose end the words are
+    order = [0, 1, 6, 7, 2, 3, 4, 5]
+    joined = torch.cat([tokens, words], 2)[:, :, order]
+    with ConceptReader([0], 1, slice(4, 8), slice(2, 4)):
+        found = F.scaled_dot_product_attention(joined, joined, joined, attn_mask=wide[:, :, order][..., order])
+    expected = F.scaled_dot_product_attention(tokens, tokens, tokens, attn_mask=mask)
+    torch.testing.assert_close(torch.cat([found[:, :, :2], found[:, :, 4:]], 2), expected)

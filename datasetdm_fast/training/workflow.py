@@ -111,6 +111,7 @@ class Workflow:
             folds = cross_validate(session, task, folder, count, self.settings, fold_progress, is_stopping)
             if folds is None:
                 return TrainingOutcome(None, None)
+        is_shown = result is not None and page.shows_folds(folder / "training" / PAGE, folds)
         if result is None:
             training = session.open_training(folder, plan, self.settings, is_stopping)
             if training is not None:
@@ -119,9 +120,6 @@ class Workflow:
             if result is None:
                 return TrainingOutcome(None, folds)
             del training
-            is_shown = False
-        else:
-            is_shown = page.shows_folds(folder / "training" / PAGE, folds)
         if not is_shown:
             try:
                 has_domain = (folder / domain.FILE).exists()

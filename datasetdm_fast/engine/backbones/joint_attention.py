@@ -230,9 +230,11 @@ class ConceptReader(TorchFunctionMode):
             return function(*args, **named)
         start, stop = self.concepts.start, self.concepts.stop
         others = [torch.cat([part[:, :, :start], part[:, :, stop:]], 2) for part in (query, key, value)]
-        mask = None if self.drops_mask else named.get("attn_mask")  # [R, 1, 1, N]
+        mask = None if self.drops_mask else named.get("attn_mask")
         if mask is not None:
             mask = torch.cat([mask[..., :start], mask[..., stop:]], -1)
+            if mask.shape[2] > 1:  # of every query
+                mask = torch.cat([mask[:, :, :start], mask[:, :, stop:]], 2)
         usual = function(*others, attn_mask=mask)
         read = [torch.cat([part[:, :, self.image], part[:, :, start:stop]], 2) for part in (key, value)]
         words = function(query[:, :, start:stop], *read)
