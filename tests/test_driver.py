@@ -1,3 +1,4 @@
+import copy
 import json
 import threading
 from concurrent.futures import wait
@@ -822,10 +823,18 @@ def test_a_prompt_of_as_many_tokens_as_clip_reads_is_not_cut():
 
 def test_two_labels_that_write_the_same_files_are_refused(monkeypatch):
     real = run_settings.kind_of
-    monkeypatch.setattr(run_settings, "kind_of", lambda label: real("depth" if label == "pose" else label))
+    own = copy.copy(real("instance"))
+    own.coco_file = "others.json"  # but not layers of its own
+    kinds = {"pose": real("depth"), "attention": real("instance"), "open-vocabulary": own}
+    monkeypatch.setattr(run_settings, "kind_of", lambda label: kinds.get(label) or real(label))
     run_settings.check_settings(RunConfig(task=("depth", "semantic")))
-    with pytest.raises(Refused, match="--task: depth and pose both write depth/ID.png"):
-        run_settings.check_settings(RunConfig(task=("depth", "pose")))
+    for task, cause in (
+        (("depth", "pose"), "depth and pose both write depth/ID.png"),
+        (("instance", "attention"), "instance and attention both write instances.json"),
+        (("instance", "open-vocabulary"), "instance and open-vocabulary both write the gallery's layer instance"),
+    ):
+        with pytest.raises(Refused, match=f"--task: {cause}"):
+            run_settings.check_settings(RunConfig(task=task))
 
 
 def test_a_guidance_of_a_call_that_needs_no_negative_prompt_has_no_row_for_it():

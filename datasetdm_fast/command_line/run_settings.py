@@ -122,11 +122,13 @@ def check_settings(config: RunConfig) -> None:
         if config.cluster:
             raise Refused(f"--cluster {config.cluster}: a cluster makes runs in shards", "Drop --layout folder.")
     check_tasks(config.task, LABELS)
-    writing: dict[str, str] = {}  # role of a file -> the label that writes it
+    writing: dict[str, str] = {}  # a file, or a layer of the gallery -> the label that writes it
     for label in config.task:
-        for role in kind_of(label).roles:
-            if (other := writing.setdefault(role, label)) != label:
-                raise Refused(f"--task: {other} and {label} both write {role}/ID.png", "Make a run of each.")
+        kind = kind_of(label)
+        files = [*(f"{role}/ID.png" for role in kind.roles), *filter(None, [kind.coco_file])]
+        for name in (*files, *(f"the gallery's layer {layer.name}" for layer in kind.layers)):
+            if (other := writing.setdefault(name, label)) != label:
+                raise Refused(f"--task: {other} and {label} both write {name}", "Make a run of each.")
     if config.outlines != RunConfig.outlines and set(config.task) <= set(UNDECODED):
         raise Refused(f"--outlines {config.outlines}: no label of this run is made by a decoder", "Drop it.")
     if ATTENTION in config.task and not config.classes and not config.prompts:
