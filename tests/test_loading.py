@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from small_unets import with_small_unet
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from datasetdm_fast.config import DEMO_DEFAULTS, TASKS
+from datasetdm_fast.config import DEMO_DEFAULTS, SCHEDULERS, TASKS
 from datasetdm_fast.engine.backbones import ANOTHER, OWN_MODELS, check_source, every_backbone, fitting, pipeline_of
 from datasetdm_fast.engine.backbones.adapter_files import parse_adapter
 from datasetdm_fast.engine.backbones.flow_models import DEMO_DIT_DEFAULTS
@@ -464,6 +464,13 @@ def test_the_scheduler_of_an_old_folder_is_put_right_as_diffusers_does(folder, k
     assert model.scheduler["steps_offset"] == theirs.config.steps_offset == 1
     schedule = make_schedule(model.scheduler, "auto", 10, "0.14.0")
     assert list(schedule.timesteps) == theirs.timesteps.tolist()
+
+
+@pytest.mark.parametrize("kind", [name for name in SCHEDULERS if "Flow" not in name and "UniPC" not in name])
+def test_the_scheduler_that_diffusers_has_written_is_read(folder, kind):
+    scheduler = getattr(diffusers, kind).from_pretrained(folder, subfolder="scheduler")
+    scheduler.save_pretrained(folder / "scheduler")  # that of DPM-Solver++ has -Infinity
+    assert load_model(str(folder)).scheduler["_class_name"] == kind
 
 
 @pytest.mark.parametrize("version, side", [("0.8.1", 64), ("0.9.0", 16), ("0.10.0", 16)])

@@ -838,6 +838,7 @@ def test_the_arguments_of_diffusers_give_its_images(pipe):
         (DPMSolverMultistepScheduler, {"use_lu_lambdas": True}, "use_lu_lambdas=True"),
         (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}, "algorithm_type='sde-dpmsolver"),
         (DPMSolverMultistepScheduler, {"solver_order": 3}, "solver_order=3"),
+        (DPMSolverMultistepScheduler, {"lambda_min_clipped": -5.1}, "lambda_min_clipped=-5.1"),
         (EulerDiscreteScheduler, {"timestep_spacing": "linspace"}, ""),
         (EulerDiscreteScheduler, {"use_karras_sigmas": True}, ""),
         (EulerDiscreteScheduler, {"use_beta_sigmas": True}, "use_beta_sigmas"),

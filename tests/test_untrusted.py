@@ -1,6 +1,7 @@
 """Each guard of untrusted.py: what it lets through, and what it refuses before anything else reads it."""
 
 import json
+import math
 import os
 import struct
 import sys
@@ -71,6 +72,7 @@ def test_files_that_never_end_are_not_begun(tmp_path):
 def test_json_is_read_whole_or_not(file):
     assert documents.read_object(file('\ufeff{"a": [1, 2.5, null, "é"]}')) == {"a": [1, 2.5, None, "é"]}
     assert documents.read_object(file("{}")) == {}
+    assert documents.read_object(file('{"a": -Infinity, "b": 1e999}')) == {"a": -math.inf, "b": math.inf}
     for content, word in (
         ('{"a": 1, "a": 2}', "twice"),
         ('{"a": NaN}', "NaN"),

@@ -125,11 +125,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON number")
+def _infinity(name: str) -> float:
+    """An infinite number, which diffusers writes as a bound of a scheduler that has none; 1e999 is one, too."""
+    if name == "NaN":
+        raise ValueError(f"{name} is no JSON number")
+    return float(name)
 
 
-JSON_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
+JSON_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_infinity)
 
 
 def read_object(path: Path, *, most: int = LARGEST_CONFIG, remedy: str = GET_AGAIN) -> dict[str, Any]:

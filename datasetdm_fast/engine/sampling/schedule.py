@@ -27,6 +27,7 @@ FOLLOWED: Mapping[str, Mapping[str, tuple[Any, Any]]] = {
         "solver_order": (2, 2),
         "solver_type": ("midpoint", "midpoint"),
         "final_sigmas_type": ("zero", "zero"),
+        "lambda_min_clipped": (-math.inf, -math.inf),
         **dict.fromkeys(
             ("thresholding", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas"), (False, False)
         ),
