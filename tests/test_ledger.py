@@ -201,6 +201,18 @@ def test_a_finished_ledger_that_changes_while_it_is_read_is_told(tmp_path):
         assert reader.is_outdated()
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(Missing, match="lock: the file system cannot lock files") as stop:
+        with storage.hold_lock(tmp_path / "lock"):
+            raise AssertionError("nobody holds a lock there")
+    assert stop.value.remedy == "Use a folder on a local disk."  # not every command has --out
+
+
 def test_all_that_a_ledger_says_follows_what_became_of_a_sample(tmp_path):
     """Words, ids and counts are of the data set alone; what takes the place of a row takes that of its tracings."""
     ids = [{"instance": [{"id": number}]} for number in (7, 99)]

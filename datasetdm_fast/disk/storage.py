@@ -451,7 +451,7 @@ def hold_lock(path: Path, *, is_shared: bool = False, patience: float = SECONDS_
                 time.sleep(SECONDS_BETWEEN_TRIES)
             except OSError as error:
                 raise Missing(
-                    f"{path}: the file system cannot lock files ({error.strerror})", "Choose an --out on a local disk."
+                    f"{path}: the file system cannot lock files ({error.strerror})", "Use a folder on a local disk."
                 ) from error
         yield
     finally:
