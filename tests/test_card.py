@@ -2,6 +2,7 @@
 
 import platform
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,9 +48,26 @@ def test_the_header_is_what_hubs_read(run):
         "depth-estimation",
         "keypoint-detection",
     ]
-    assert found["configs"] == [{"config_name": "default", "data_files": "samples.jsonl"}]
-    big = yaml.safe_load("\n".join(card._header(document(12), 5000, {card.GENERATED})).split("---")[1])
+    [config] = found["configs"]
+    assert config.pop("description").startswith("SHA-256 ")
+    assert config == {"config_name": "default", "data_files": "samples.jsonl"}
+    big = yaml.safe_load("\n".join(card._header(document(12), 5000, {card.GENERATED}, "")).split("---")[1])
     assert big["size_categories"] == ["1K<n<10K"]
+
+
+def test_the_header_tells_apart_what_datasets_would_take_from_its_cache(run):
+    """It caches a folder with a card by the folder's name and the card's header."""
+
+    def header(rows):
+        file = card.Card(document(12), ledger)
+        file.add(rows)
+        return b"".join(file.end()).decode().split("---\n")[1]
+
+    with Ledger(run / "state/ledger.sqlite", read_only=True) as ledger:
+        rows = list(ledger.rows())
+        other = replace(rows[0], request=replace(rows[0].request, prompt="another"))
+        headers = [header(rows), header(rows[1:]), header([other, *rows[1:]])]
+        assert len(set(headers)) == 3 and headers[0] == header(rows)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +75,7 @@ def test_the_header_is_what_hubs_read(run):
     [(999, "n<1K"), (1000, "1K<n<10K"), (10**4, "10K<n<100K"), (10**5, "100K<n<1M"), (10**6, "n>1M")],
 )
 def test_the_header_tells_hubs_of_what_size_the_data_set_is(done, size):
-    assert f"size_categories:\n- {size}\n" in "\n".join(card._header(document(12), done, {card.GENERATED}))
+    assert f"size_categories:\n- {size}\n" in "\n".join(card._header(document(12), done, {card.GENERATED}, ""))
 
 
 def test_the_command_names_every_setting_that_is_no_default():

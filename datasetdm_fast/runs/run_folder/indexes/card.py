@@ -115,9 +115,11 @@ class Card(IndexFile):
     def __init__(self, document: Mapping[str, Any], ledger: Ledger):
         super().__init__(document, ledger)
         self._counts: dict[str, Counter] = {task: Counter() for task in by_kind(document["config"]["task"])}
+        self._digest = hashlib.sha256()
 
     def add(self, rows: Sequence[Row]) -> tuple[()]:
         for row in rows:
+            self._digest.update(repr((row.request, row.files, row.trust)).encode())
             for task, counter in self._counts.items():
                 if task in row.labels:
                     counter.update(kind_of(task).count(row.labels[task]))
@@ -131,7 +133,7 @@ class Card(IndexFile):
         digests = {f"model {name}": digest for name, digest in document["model"]["digests"].items()}
         digests |= {f"decoder {name}": entry["digest"] for name, entry in document["decoders"].items()}
         parts = [
-            *_header(document, done, origins),
+            *_header(document, done, origins, self._digest.hexdigest()),
             TITLES[origin or LABELLED],
             f"{done} of {document['plan']['number']} images of {size_in_words(document)} with their "
             f"labels ({', '.join(config['task'])}), {ORIGINS.get(origin, BOTH_ORIGINS)}\n",
@@ -171,8 +173,10 @@ class Card(IndexFile):
         yield ("\n".join(parts) + "\n").encode(errors="backslashreplace")
 
 
-def _header(document: Mapping[str, Any], done: int, origins: Collection[str]) -> Iterator[str]:
-    """What model hubs read of a card, as YAML."""
+def _header(document: Mapping[str, Any], done: int, origins: Collection[str], digest: str) -> Iterator[str]:
+    """What model hubs read of a card, as YAML. Without the `digest` of its samples, the library `datasets` would take
+    what it has cached of another run of this folder's name, or of this one before it grew or lost some.
+    """
     tasks = tasks_of(document["config"]["task"])
     lists = {
         "license": hub_names(text for _, text in _licence_names(document)),
@@ -184,7 +188,7 @@ def _header(document: Mapping[str, Any], done: int, origins: Collection[str]) ->
     yield "---"
     for name, values in lists.items():
         yield "\n- ".join([f"{name}:", *values])
-    yield "configs:\n- config_name: default\n  data_files: samples.jsonl\n---\n"
+    yield f"configs:\n- config_name: default\n  description: SHA-256 {digest}\n  data_files: samples.jsonl\n---\n"
 
 
 def _making(document: Mapping[str, Any]) -> Iterator[str]:
