@@ -618,9 +618,9 @@ def test_clip_scores_come_from_a_local_folder(run, tmp_path, capsys):
     assert len(open_run(run, kept=True)) == NUMBER and audit(run).findings == []
 
 
-def test_filtering_needs_no_torch(made):
+def test_filtering_needs_no_torch(run):
     code = "import sys\nfrom datasetdm_fast import filter\nfilter.main(sys.argv[1:])\nprint('torch' in sys.modules)"
-    found = subprocess.run([sys.executable, "-c", code, str(made)], capture_output=True, text=True, check=True)
+    found = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, text=True, check=True)
     assert found.stdout.splitlines()[-1] == "False"
 
 
