@@ -12,7 +12,7 @@ import struct
 import sys
 import tempfile
 from dataclasses import replace
-from functools import cache
+from functools import cache, wraps
 from math import prod
 from multiprocessing.util import get_temp_dir
 from pathlib import Path
@@ -236,6 +236,7 @@ def one_engine_of_a_kind():
 
     open_engine, opened = engines.open_engine, {}
 
+    @wraps(open_engine)
     def reopened(model="demo", decoder="demo", *labels, **options):
         is_lasting = all(name in LASTING or os.path.isabs(name) for name in (model, decoder))
         if not is_lasting or options.get("lora") or "loaded" in options:

@@ -90,11 +90,12 @@ def tiny():
 
 @pytest.mark.parametrize("is_fused", [False, True])
 def test_a_call_from_its_own_deep_features_is_that_call(tiny, is_fused, monkeypatch):
-    if is_fused:  # as on a GPU, with the plain operations
-        network = tiny.model.networks["unet"].read()
-        monkeypatch.setattr(tiny, "unet", FusedUNet(network, tiny.ops))
     latents = torch.randn(3, *tiny.model.latent_shape(), generator=torch.Generator().manual_seed(0))
     text = call_text(tiny, ["a ball", "a cube", "two cones"])
+    if is_fused:  # as on a GPU, with the plain operations
+        tiny.denoise(latents, 500, text)  # builds the network that it then takes the place of
+        network = tiny.model.networks["unet"].read()
+        monkeypatch.setattr(tiny, "unet", FusedUNet(network, tiny.ops))
     noise, deep = tiny.denoise_and_keep(latents, 500, text)
     assert len(deep) == 3 and torch.equal(noise, tiny.denoise(latents, 500, text))
     torch.testing.assert_close(tiny.denoise_from(deep, latents, 500, text), noise, rtol=1e-5, atol=1e-5)

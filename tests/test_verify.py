@@ -1,6 +1,7 @@
 """verify: agrees with what agrees, and fails on each planted error; the command's output and exit codes."""
 
 import functools
+import inspect
 import json
 import platform
 import weakref
@@ -548,7 +549,7 @@ def test_what_differs_by_more_than_rounding_fails_in_fp32(share, is_passed):
 
 def test_engines_that_were_compared_before_several_processes_start_are_let_go(tmp_path, monkeypatch):
     """They would hold the memory of the first process's GPU."""
-    opened, open_engine = [], engines.open_engine
+    opened, open_engine = [], inspect.unwrap(engines.open_engine)
 
     def noted(*arguments, **named):
         engine, told = open_engine(*arguments, **named)
