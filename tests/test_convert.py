@@ -576,7 +576,7 @@ def test_read_me_of_wds_tells_load_dataset_the_shards_of_each_split_and_the_type
     """Also where the samples of a split, or the first five of all, show no person and no instance."""
     shutil.copytree(run, tmp_path / "run")
     names = [sample.id for sample in open_run(run)]
-    parts = {"my-part": names[-1:], "train": names[:-1]}  # of which the last shows nothing
+    parts = {"train-1": names[-1:], "train": names[:-1]}  # of which the last shows nothing
     shares = {"seed": 0, "by_source": True, "shares": [20.0, 80.0], "parts": parts}
     (tmp_path / "run" / "split.json").write_text(json.dumps(shares))
     flags = ("--to", "wds", "--shard", "5", "--image-format", form)
@@ -584,10 +584,10 @@ def test_read_me_of_wds_tells_load_dataset_the_shards_of_each_split_and_the_type
     head = yaml.safe_load((out / "README.md").read_text().split("\n---\n")[0])
     types, (config,) = {"struct": head["dataset_info"]["features"]}, head["configs"]
     patterns = {each["split"]: each["path"] for each in config["data_files"]}
-    assert patterns.keys() == {"train", "my_part"}
+    assert patterns.keys() == {"train", "train_1"}
     for split, pattern in patterns.items():
         shards = sorted(out.glob(pattern))
-        assert shards == sorted(out.glob(f"{split.replace('_', '-')}-*.tar")) != []
+        assert shards == sorted(out.glob(f"{split.replace('_', '-')}-0*.tar")) != []
         for path in shards:
             samples: dict[str, dict] = {}
             with tarfile.open(path) as shard:

@@ -139,7 +139,7 @@ class WebDatasetFormat(Format):
         pictures = [first.picture(self.forms)[0], *(f"{name}.png" for name in MAPS if name in plan.tasks)]
         columns: dict[str, Column] = {**dict.fromkeys(pictures, "image"), "json": describe_columns(plan)}
         features = describe_features({**columns, "__key__": "string", "__url__": "string"})
-        files = [{"split": name_split(split), "path": f"{split}-[0-9]*.tar"} for split in plan.splits]
+        files = [{"split": name_split(split), "path": f"{split}-{6 * '[0-9]'}.tar"} for split in plan.splits]
         config = {"config_name": "default", "description": f"SHA-256 {plan.digest}", "data_files": files}
         head = {"configs": [config], "dataset_info": {"features": features}}
         text = "`load_dataset` of the library `datasets` reads this folder by the files and types above."
