@@ -465,6 +465,11 @@ def test_the_cache_is_where_the_variables_say(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert storage.cache_folder() == tmp_path / ".cache" / "datasetdm_fast"
+    monkeypatch.setenv("DATASETDM_CACHE", "~/other")  # as a service's settings have it, which no shell has read
+    assert storage.cache_folder() == tmp_path / "other"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DATASETDM_CACHE", ".")
+    assert storage.cache_folder() == Path()
 
 
 @pytest.mark.parametrize(

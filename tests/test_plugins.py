@@ -205,9 +205,13 @@ SLOPES = TaskKind(
 FAMILY = """
 from dataclasses import replace
 from functools import partial
+from diffusers import SD3Transformer2DModel
 from datasetdm_fast.engine.backbones import Part
 from datasetdm_fast.engine.backbones.sd3 import SD3
 from datasetdm_fast.engine.backbones.sd3_reference import SD3Reference
+
+class Network(SD3Transformer2DModel):
+    pass
 
 class Bare(SD3Reference):
     network = property(lambda self: partial(self.model.modules["transformer"]))
@@ -219,7 +223,9 @@ def narrow(configs, size, halves):
     low, *levels = SD3.levels(configs, size, halves)
     return replace(low, heads=(1,) * len(low.heads)), *levels
 
+OWN = Part("denoiser", ("foreign_family:Network", "diffusers:SD3Transformer2DModel"))
 MINE = replace(SD3, name="mine", title="My model", fast=None, network_plan="", has_text_maps=False)
+MINE = replace(MINE, parts={**SD3.parts, "transformer": OWN})
 LOST = replace(MINE, reference="datasetdm_fast.engine.backbones.sd3_reference:SD3Referense")
 MUTE = replace(MINE, reference="foreign_family:Mute")
 BARE = replace(MINE, reference="foreign_family:Bare")

@@ -414,11 +414,10 @@ def cache_folder() -> Path:
     """$DATASETDM_CACHE, else datasetdm_fast in $XDG_CACHE_HOME or ~/.cache; refused where everyone may write, or where
     there can be none.
     """
-    chosen = os.environ.get(CACHE_VARIABLE)
-    usual = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "datasetdm_fast"
-    folder = Path(chosen) if chosen else usual
+    usual = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "datasetdm_fast")
+    folder = Path(os.path.expanduser(os.environ.get(CACHE_VARIABLE) or usual))
     remedy = f"Name a folder of your own with {CACHE_VARIABLE}."
-    if folder.parts[0] == "~":
+    if folder.parts[:1] == ("~",):
         raise Missing("no folder for the cache is known: HOME is not set, and this user has no home", remedy)
     try:
         os.makedirs(folder, 0o700, exist_ok=True)

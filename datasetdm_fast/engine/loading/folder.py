@@ -393,7 +393,7 @@ def _from_folder(folder: Path, part: Part, weights: _Weights, config: Mapping[st
     """A diffusers or transformers module in fp32 from its folder, refused where weights and config do not fit."""
     kind = class_of(part)
     try:
-        with quiet_libraries(), _only_weights(weights, part, config) as safe:
+        with quiet_libraries(), _only_weights(weights, part.kind, config) as safe:
             module, info = kind.from_pretrained(
                 safe,
                 dtype=torch.float32,
@@ -433,9 +433,9 @@ def without_numbers(name: str) -> str:
 
 
 @contextmanager
-def _only_weights(weights: _Weights, part: Part, config: Mapping[str, Any]) -> Iterator[Path]:
+def _only_weights(weights: _Weights, kind: str, config: Mapping[str, Any]) -> Iterator[Path]:
     """A folder with the architecture's numbers and a link to safetensors, so that libraries see nothing else."""
-    stem = STEMS[0] if part.classes[0].startswith("diffusers:") else STEMS[-1]
+    stem = STEMS[-1] if kind == "text_encoder" else STEMS[0]
     with tempfile.TemporaryDirectory() as made:
         safe = Path(made)
         safe.joinpath("config.json").write_text(json.dumps(config), encoding="utf-8")
