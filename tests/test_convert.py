@@ -625,6 +625,18 @@ def test_convert_to_hf_ends_with_the_splits_that_load_dataset_refuses(run, tmp_p
     assert all(told.count(f"hf: val without any {name}; load_dataset refuses") == 1 for name in ("objects", "people"))
 
 
+@pytest.mark.parametrize(("first", "second", "name"), [("a-b", "a_b", "a_b"), ("val", "validation", "validation")])
+def test_splits_of_one_name_in_datasets_do_not_overwrite_one_another(run, tmp_path, capsys, first, second, name):
+    shutil.copytree(run, tmp_path / "run")
+    names = [sample.id for sample in open_run(run)]
+    shares = {"seed": 0, "by_source": True, "shares": [50.0, 50.0], "parts": {first: names[:3], second: names[3:]}}
+    (tmp_path / "run" / "split.json").write_text(json.dumps(shares))
+    for format in ("hf-parquet", "wds"):
+        out = converted(tmp_path / "run", tmp_path / "out", "--to", format, code=2)
+        cause = f"--to {format}: the splits {first} and {second} would both be {name} for the library datasets"
+        assert cause in capsys.readouterr().err and not out.exists()
+
+
 def test_marks_that_end_lines_elsewhere_may_stand_in_a_prompt(tmp_path):
     prompts = ["a red\u2028ball", "a cube\x85on a table"]
     write_run(tmp_path / "run", 2, SIZE, prompts)

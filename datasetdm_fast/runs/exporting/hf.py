@@ -17,6 +17,7 @@ from datasetdm_fast.runs.exporting.wds import (
     MAPS,
     README,
     Column,
+    check_splits,
     describe_columns,
     describe_sample,
     map_files,
@@ -73,6 +74,7 @@ class ParquetFormat(Format):
 
     def check(self, name: str, plan: ExportPlan) -> None:
         super().check(name, plan)
+        check_splits(name, plan)
         require_pyarrow(f"--to {name}")
 
     def convert_sample(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:

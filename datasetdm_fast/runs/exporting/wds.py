@@ -12,6 +12,7 @@ from datasetdm_fast import _C
 from datasetdm_fast.data import IGNORE
 from datasetdm_fast.engine.labels.depth import UNITS, unit_of
 from datasetdm_fast.engine.labels.label_files import index_png
+from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.exporting.format import AllSamples, Content, Entry, ExportPlan, Files, Format, SampleView
 from datasetdm_fast.runs.run_folder.shards import write_tar
 
@@ -71,6 +72,17 @@ def name_split(split: str) -> str:
     return "validation" if split == "val" else split.replace("-", "_")
 
 
+def check_splits(name: str, plan: ExportPlan) -> None:
+    """Refuses two splits of which `datasets` has one name."""
+    splits: dict[str, str] = {}
+    for split in plan.splits:
+        if (other := splits.setdefault(called := name_split(split), split)) != split:
+            raise Refused(
+                f"--to {name}: the splits {other} and {split} would both be {called} for the library datasets",
+                "Split the run anew with other --names.",
+            )
+
+
 def describe_features(columns: Mapping[str, Column]) -> list[dict[str, Any]]:
     """Columns as the head of a README.md lists them."""
     return [{"name": name, **_describe_feature(column)} for name, column in columns.items()]
@@ -118,6 +130,10 @@ class WebDatasetFormat(Format):
     """A sample is NAME.png or .jpg, NAME.json, NAME.semantic.png and NAME.depth.png in the shard SPLIT-NUMBER.tar."""
 
     has_maps = True
+
+    def check(self, name: str, plan: ExportPlan) -> None:
+        super().check(name, plan)
+        check_splits(name, plan)
 
     def convert_sample(self, sample: SampleView, plan: ExportPlan) -> tuple[Files, Entry]:
         return {}, {}
