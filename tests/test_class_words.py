@@ -403,6 +403,7 @@ def test_texts_in_a_mirror_name_the_other_side_of_their_classes_alone():
     sides = ("lefthand", "righthand", "wall")
     assert mirrored_text("a lefthand on the right of a wall", sides) == "a righthand on the right of a wall"
     assert mirrored_text("a wall on the left", sides) == "a wall on the left"
+    assert mirrored_text("an l_eye and a large L_Eye", ("l_eye", "r_eye")) == "an r_eye and a large R_Eye"
     spaced = ("left hand", "right hand")
     assert mirrored_text("a RIGHT hand and left hands", spaced) == "a LEFT hand and right hands"
     longer = "İ a hand left of it"  # whose lower case has one character more

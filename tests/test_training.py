@@ -785,6 +785,10 @@ def test_classes_with_a_side_change_places_in_a_mirror():
         ("Lefthip", "right", "Righthip"),
         ("bright left", "b", "bright right"),
         ("brightleft", "brightness", "brightright"),
+        ("l_eye", "lip", "r_eye"),
+        ("upper arm.L", "L", "upper arm.R"),
+        ("lKnee2", "R", "rKnee2"),
+        ("kneeL", "r", "kneeR"),
     ],
 )
 def test_a_side_is_found_however_it_is_written(names):
@@ -795,6 +799,11 @@ def test_a_name_whose_other_side_is_another_ones_stays():
     assert mirrored_names(("bleft", "bright", "right bright", "left bright", "a")) == [1, 0, 3, 2, 4]
     assert mirrored_names(("left", "leftleft", "rightleft")) == [0, 2, 1]
     assert mirrored_names(("left", "left", "right")) == [2, 1, 0]
+
+
+def test_letters_and_words_that_only_begin_with_l_or_r_have_no_side():
+    names = ("l", "r", "L", "R", "lamp", "ramp", "LED", "RED", "all", "arr")
+    assert mirrored_names(names) == list(range(len(names)))
 
 
 def test_a_quarter_turn_turns_the_truth_with_the_image(source):

@@ -261,7 +261,9 @@ DESCRIBED = re.compile(
 GROUPS = re.compile(r"(?:couple|family|families|crowd|pair)s?\b")  # words for several things
 SIDE_WORD = re.compile(r"(?:(?<![A-Za-z])(?:left|right)|Left|Right|LEFT|RIGHT)(?![a-z])")
 SIDE = re.compile(r"left|right|Left|Right|LEFT|RIGHT")  # also inside of a word: lefthip, eyeright, but bright as well
-OTHER_SIDE = {"left": "right", "Left": "Right", "LEFT": "RIGHT"}
+# l_eye, eye.R, rKnee, kneeL, but not LED and RED
+SIDE_LETTER = re.compile(r"(?<![A-Za-z])[LlRr](?=[A-Z][a-z]|[^A-Za-z]|$)|(?<=[a-z])[LR](?![A-Za-z])")
+OTHER_SIDE = {"left": "right", "Left": "Right", "LEFT": "RIGHT", "l": "r", "L": "R"}
 OTHER_SIDE |= {right: left for left, right in OTHER_SIDE.items()}
 TOKEN = re.compile(r"[^\W_]+|[^\w\s'’-]")
 
@@ -376,7 +378,8 @@ def mirrored_names(names: Sequence[str]) -> list[int]:
     """For each joint or class the index of the one that takes its name in a mirror image."""
     places = {name: k for k, name in reversed(list(enumerate(names)))}
     order = [
-        next((places[other] for other in _other_sides(name) if other in places), k) for k, name in enumerate(names)
+        next((places[other] for other in _other_sides(name) if other in places and other != name), k)
+        for k, name in enumerate(names)
     ]
     return [other if order[other] == k else k for k, other in enumerate(order)]
 
@@ -388,6 +391,8 @@ def _other_sides(name: str) -> Iterator[str]:
     for match in SIDE.finditer(name):
         yield name[: match.start()] + _other_side(match) + name[match.end() :]
     yield SIDE.sub(_other_side, name)
+    if len(name) > 1:  # other than a class that is a letter
+        yield SIDE_LETTER.sub(_other_side, name)
 
 
 def _other_side(match: re.Match[str]) -> str:
@@ -402,7 +407,7 @@ def mirrored_text(text: str, classes: Sequence[str], table: ClassTable | None = 
         return text
     named = matcher(tuple(classes), table).spans(text)
     for begin, end in sorted({span for name in sided & named.keys() for span in named[name]}, reverse=True):
-        side = SIDE_WORD if SIDE_WORD.search(text, begin, end) else SIDE
+        side = next(side for side in (SIDE_WORD, SIDE, SIDE_LETTER) if side.search(text, begin, end))
         text = text[:begin] + side.sub(_other_side, text[begin:end]) + text[end:]
     return text
 
