@@ -367,6 +367,10 @@ def test_a_pickle_of_a_text_encoder_and_tensors_of_no_layer_load(tiny, folder):
     save_file(state | {"logvar": torch.zeros(1)}, path)
     model = load_model(str(folder))
     assert all(same_weights(model.modules[part], tiny.modules[part]) for part in ("text_encoder", "vae"))
+    scale = "decoder.conv_in.weight_scale"
+    save_file(state | {scale: torch.ones(())}, path)
+    with pytest.raises(Refused, match=f"weights of 8 bits and their scales, the first is {scale}"):
+        load_model(str(folder))
     deeper = "decoder.up_blocks.0.resnets.7.conv1.bias"
     save_file(state | {"logvar": torch.zeros(1), deeper: torch.zeros(16)}, path)
     with pytest.raises(Refused, match=f"1 tensor of layers that its config.json omits, the first is {deeper}"):

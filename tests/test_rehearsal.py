@@ -56,8 +56,8 @@ needs_triton = pytest.mark.skipif(
 needs_cpu_build = pytest.mark.skipif(torch.backends.cuda.is_built(), reason="this PyTorch is built with CUDA")
 
 # Of two batches of four samples, where it is not eight: several runs, two pictures, or answers of another kind.
-SAMPLES = {"attention": 24, "tiles": 2, "labeller": 16, "files": 24, "library": 7, "features": 10, "samplers": 48}
-SAMPLES |= {"between": 10, "cards": 16, "verify": 13, "joint": 16, "joint-verify": 13}
+SAMPLES = {"attention": 24, "tiles": 2, "labeller": 16, "files": 24, "library": 7, "features": 10, "samplers": 96}
+SAMPLES |= {"between": 10, "cards": 16, "verify": 17, "joint": 16, "joint-verify": 16}
 SAMPLES |= {"training": 4, "losses": 6, "bins": 2, "recomputed": 2, "students": 4}  # steps
 
 # What is planted -> the rule that finds it, and the file whose line is named.

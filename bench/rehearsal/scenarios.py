@@ -279,7 +279,7 @@ def joint(machine: Machine) -> int:
 
 
 def joint_verify(machine: Machine) -> int:
-    """The same compared with its reference, which is opened first, as the command `verify` does it."""
+    """A small MM-DiT compared with its reference, which is opened first, as the command `verify` does it."""
     from datasetdm_fast.engine.engines import build_engine
     from datasetdm_fast.runs.agreement import verify as agreement
 

@@ -75,6 +75,7 @@ HEAD = "attention_head_dim"  # the sum of axes_dims_rope
 OF_BLOCKS = (HEAD, "transformer_layers_per_block", "layers_per_block", "cross_attention_dim")  # maybe one for each
 # settings by which a library would fetch code, or import another library and run that
 RUNS_CODE = ("auto_map", "custom_pipelines", "quantization_config")
+SCALES = (".scale_weight", ".weight_scale")  # of weights of 8 bits, by which they would be multiplied
 
 
 def load_demo(size: int) -> Model:
@@ -417,6 +418,11 @@ def _from_folder(folder: Path, part: Part, weights: _Weights, config: Mapping[st
             f"model: {folder} lacks {count_noun(len(missing), 'tensor')} its config.json asks for, the first is "
             f"{missing[0]}",
             MATCHING,
+        )
+    if scales := sorted(name for name in info["unexpected_keys"] if name.endswith(SCALES)):
+        raise Refused(
+            f"model: {folder} holds weights of 8 bits and their scales, the first is {scales[0]}",
+            "Take a folder with weights in 16 or 32 bits.",
         )
     known = {without_numbers(name) for name in module.state_dict()}
     if more := sorted(name for name in info["unexpected_keys"] if without_numbers(name) in known):

@@ -43,7 +43,7 @@ def load_file(path: Path, *, size: int = 0, allow_download: bool = False, ema: b
     """
     state, notes = _read_single_file(path)
     backbone, narrow = family_of(state), next((key for key, value in state.items() if value.dtype.itemsize < 2), "")
-    if narrow and (backbone or any(key.endswith(SCALES) for key in state)):
+    if narrow and (backbone or any(key.endswith(folders.SCALES) for key in state)):
         raise Refused(f"model: {path} holds weights of 8 bits, the first is {narrow}", "Take a file in 16 or 32 bits.")
     if backbone:
         return load_parts(path, state, notes, backbone, size=size, allow_download=allow_download)
@@ -84,7 +84,6 @@ def load_file(path: Path, *, size: int = 0, allow_download: bool = False, ema: b
     return check_model(Model(*origin, SD, tokenizers, networks, scheduler, defaults, size or defaults.size, *proof))
 
 
-SCALES = (".scale_weight", ".weight_scale")  # of weights of 8 bits, by which they would be multiplied
 LORA = "a LoRA, which only changes another model"
 NOTED = {"epsilon": "epsilon", "v": "v_prediction"}  # a file's own note -> a scheduler's word for it
 PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction"}  # the same of a configuration of the original code
