@@ -9,6 +9,7 @@ import pytest
 import yaml
 from rendered import document, write_run
 
+from datasetdm_fast.data import Trust
 from datasetdm_fast.engine import engines
 from datasetdm_fast.engine.loop import prompts
 from datasetdm_fast.runs.gallery.page import finish_run
@@ -65,9 +66,12 @@ def test_the_header_tells_apart_what_datasets_would_take_from_its_cache(run):
 
     with Ledger(run / "state/ledger.sqlite", read_only=True) as ledger:
         rows = list(ledger.rows())
-        other = replace(rows[0], request=replace(rows[0].request, prompt="another"))
-        headers = [header(rows), header(rows[1:]), header([other, *rows[1:]])]
-        assert len(set(headers)) == 3 and headers[0] == header(rows)
+        first, *others = rows
+        image = first.files["image"]
+        files = {"image": image._replace(stored=replace(image.stored, sha256="0" * 64))}
+        changes = {"request": replace(first.request, prompt="another"), "files": files, "trust": Trust()}
+        changed = [header([replace(first, **{name: value}), *others]) for name, value in changes.items()]
+        assert len({header(rows), header(others), *changed}) == 5 and header(rows) == header([*rows])
 
 
 @pytest.mark.parametrize(

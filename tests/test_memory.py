@@ -111,11 +111,12 @@ def test_memory_of_the_machine_that_runs_out_is_no_bug(allocate, capsys):
 def test_a_library_that_cannot_be_loaded_is_no_bug(monkeypatch, capsys):
     """As where it is not installed, of another version, or too large for the memory; our own modules are there."""
     monkeypatch.setitem(sys.modules, "scipy.optimize", None)
-    lines = ("import scipy.optimize", "from scipy import nothing_of_that_name", "import datasetdm_fast.nothing")
-    assert [run_command(lambda _, line=line: exec(line), []) for line in lines] == [3, 3, 1]
+    lines = ["import scipy.optimize", "from scipy import nothing_of_that_name", "import datasetdm_fast.nothing"]
+    lines.append("raise ImportError('of no module')")
+    assert [run_command(lambda _, line=line: exec(line), []) for line in lines] == [3, 3, 1, 1]
     err = capsys.readouterr().err
     assert err.count("a library cannot be loaded: ") == err.count("Install it anew") == 2
-    assert "import of scipy.optimize halted" in err and err.count("this is a bug of ours") == 1
+    assert "import of scipy.optimize halted" in err and err.count("this is a bug of ours") == 2
 
 
 def test_the_bench_knows_both_ways_in_which_memory_runs_out():
@@ -139,14 +140,18 @@ def test_a_batch_from_free_memory(monkeypatch):
     assert memory.suggest_batch(16, torch.device("cpu")) == 16 and memory.suggest_batch(64, torch.device("cpu")) == 2
 
 
-def test_a_gpu_with_memory_for_a_single_image_makes_one_at_a_time(monkeypatch):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA out of memory")])
+def test_a_gpu_with_memory_for_a_single_image_makes_one_at_a_time(monkeypatch, error):
     def bytes_of(batch):
         if batch > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return 5000
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1_000_000, 1_000_000))
     assert memory.suggest_batch(64, torch.device("cuda", 0), bytes_of) == 1
+    error = RuntimeError("an illegal memory access")
+    with pytest.raises(RuntimeError, match="illegal"):
+        memory.suggest_batch(64, torch.device("cuda", 0), bytes_of)
 
 
 def as_on_a_gpu(engine, monkeypatch):

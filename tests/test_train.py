@@ -634,8 +634,10 @@ def test_things_have_the_colours_of_a_gallery_on_the_page():
     assert numbers["background"] == 0 and [numbers[f"thing {k}"] for k in (254, 255, 299)] == [254, 256, 300]
 
 
-def test_a_dry_run_writes_nothing(run, tmp_path, capsys):
-    assert run("--data", "demo:3@1000", "--dry-run", "--preset", "upstream", "--cache", "off") == 0
+def test_a_dry_run_writes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("DATASETDM_CACHE", __file__)  # where there can be none
+    line = ["--data", "demo:3@1000", "--dry-run", "--preset", "upstream", "--cache", "off"]
+    assert train.main([*SMALL, *line, "--out", str(tmp_path / "decoder")]) == 0
     err = capsys.readouterr().err
     assert "made anew at every step" in err and "15000 steps of 4 views" in err
     assert not (tmp_path / "decoder").exists()
