@@ -32,6 +32,7 @@ BLOCKS = {
     | block_sizes("attention", 4, 1, bits=(32,), BLOCK_N=64, BLOCK_S=32)
 }
 LIBRARY_WIDTHS = (64, 96, 128, 192, 256)  # to which the attention of libraries pads heads
+WIDEST_TILE = 64  # channels; wider ones do not fit into the shared memory of every GPU
 MANY_KEYS = 1024  # fewer are bound by memory, where wide tiles cost nothing
 LIBRARY = ("sm_90",)  # where cuDNN's takes less time than ours: 1.26 ms of 1.58 at the first level of SD 1.4, 8 images
 TILED_WIDTH = 80  # heads wider than this are as fast or faster by PyTorch's own
@@ -158,7 +159,7 @@ def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return reference(q, k, v)
     wide, rest = split(width)
     is_packed = all(x.stride(3) == 1 and x.stride(1) == width for x in (q, k, v))
-    is_narrower = rest > 0 and 4 * (wide + rest) <= 3 * library_width(width)
+    is_narrower = rest > 0 and wide <= WIDEST_TILE and 4 * (wide + rest) <= 3 * library_width(width)
     is_ours = is_packed and is_narrower and names_of(q.device)[0] not in LIBRARY
     if keys < MANY_KEYS or v.shape[3] != width or not is_ours:
         return plain(q, k, v)

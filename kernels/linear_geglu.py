@@ -39,9 +39,11 @@ def _linear_geglu_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # Columns run fastest, so that the blocks of the same rows find them in the cache.
-    row = tl.program_id(1).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
-    channel = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    # Columns run fastest, so that the blocks of the same rows find them in the cache; along one axis of blocks, as of
+    # others a GPU takes 65,535.
+    tile, across = tl.program_id(0), tl.cdiv(channels, BLOCK_C)
+    row = (tile // across).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
+    channel = (tile % across).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     is_row, is_channel, lane = row < rows, channel < channels, tl.arange(0, BLOCK_K)
     hidden = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
     gate = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
@@ -75,9 +77,9 @@ def fused(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         multiply(described, x, weight, bias, out)
         return out
     rows, sizes = x.numel() // width, blocks(BLOCKS, "linear_geglu", x)
-    grid = ceil_divide(channels, sizes["BLOCK_C"]), ceil_divide(rows, sizes["BLOCK_S"])
+    tiles = ceil_divide(channels, sizes["BLOCK_C"]) * ceil_divide(rows, sizes["BLOCK_S"])
     with torch.cuda.device_of(x):  # Triton launches on the current device of the thread
-        _linear_geglu_kernel[grid](x, weight, bias, out, rows, channels, width, PRECISION=PRECISION, **sizes)
+        _linear_geglu_kernel[(tiles,)](x, weight, bias, out, rows, channels, width, PRECISION=PRECISION, **sizes)
     return out
 
 

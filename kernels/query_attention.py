@@ -11,6 +11,7 @@ from datasetdm_fast.kernels import masked_attention
 from datasetdm_fast.kernels.launch import PRECISION, block_sizes, blocks, ceil_divide, is_served, jit, round_up, tl
 from datasetdm_fast.kernels.noise import Probe, noise
 
+WIDEST = 128  # channels of a head; tiles of wider ones do not fit into every GPU, and are left to the reference
 DEVICES = {"untuned": "fused"}
 BLOCKS = {
     "untuned": block_sizes("query_attention", 4, 2, bits=(16,), BLOCK_N=32, BLOCK_S=64)
@@ -142,7 +143,7 @@ def fused(
     fits = fits and q_place.shape[-2:] == q.shape[1:] and k_place.shape[-2:] == k.shape[1:]
     fits = fits and (logits is None or logits.shape == (batch, queries, cells))
     inputs = q, k, v, q_place, k_place
-    if not is_served("query_attention", *inputs, logits, fits=fits):
+    if not is_served("query_attention", *inputs, logits, fits=fits) or channels // heads > WIDEST:
         return reference(q, k, v, heads, q_place, k_place, logits)
     q, k, v, q_place, k_place = (x if x.stride(-1) == 1 else x.contiguous() for x in inputs)
     out, width = q.new_empty(q.shape), channels // heads

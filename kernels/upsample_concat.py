@@ -11,11 +11,17 @@ from torch import Tensor
 from datasetdm_fast.kernels.launch import block_sizes, blocks, ceil_divide, is_served, jit, tl
 from datasetdm_fast.kernels.noise import Probe, noise
 
+LARGEST_RESIZED = 2**31 - 2  # numbers that PyTorch's resize of channels-last images takes or makes at once on a GPU
+
 
 def resize(x: Tensor, side: int) -> Tensor:
     """`x` [B, C, h, w] at side x side cells."""
     if x.shape[-2:] == (side, side):
         return x
+    if isinstance(x, Tensor) and x.is_cuda and len(x) > 1:  # not of a graph that is written
+        numbers = x.shape[1] * max(side**2, x.shape[2] * x.shape[3])
+        if len(x) * numbers > LARGEST_RESIZED:
+            return torch.cat([resize(part, side) for part in x.split(max(LARGEST_RESIZED // numbers, 1))])
     return F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False)
 
 

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,8 +20,10 @@ from skips import IS_LONG, long_test
 from torch import Tensor
 
 from bench.kernels.files import FILES
-from bench.kernels.inputs import cases_of
+from bench.kernels.inputs import cases_of, sizes_of
+from bench.rehearsal.kernels import LARGEST_GRID
 from datasetdm_fast.config import SAMPLERS, FlowRule
+from datasetdm_fast.engine.loop.recipe import LARGEST_BATCH
 from datasetdm_fast.engine.sampling import schedule as walk
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.kernels import (
@@ -34,7 +37,9 @@ from datasetdm_fast.kernels import (
     native,
     plain,
     pyramid,
+    query_attention,
     reference,
+    upsample_concat,
 )
 from datasetdm_fast.kernels.described_product import SUFFIX, find_described_sizes
 from datasetdm_fast.kernels.noise import noise
@@ -392,6 +397,51 @@ def test_every_kernel_compiles_without_spills(dtype, targets):
             and 0 < row["registers"] <= 255
             and row["shared"] <= said["shared_limit"][row["target"].removeprefix("sm_")]
         )
+
+
+@pytest.mark.parametrize("largest, parts", [(2 * 3 * 8 * 8, [2, 2, 1]), (1, [1] * 5), (5 * 3 * 8 * 8, [5])])
+def test_images_too_large_for_one_resize_on_a_gpu_are_resized_in_parts(monkeypatch, largest, parts):
+    """PyTorch's kernel for channels-last images takes fewer than 2^31 - 1 numbers."""
+    x, sizes = noise(5, 3, 4, 6).contiguous(memory_format=torch.channels_last), []
+    whole, interpolate = upsample_concat.resize(x, 8), torch.nn.functional.interpolate
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    monkeypatch.setattr(upsample_concat, "LARGEST_RESIZED", largest)
+    monkeypatch.setattr(
+        torch.nn.functional, "interpolate", lambda x, **options: sizes.append(len(x)) or interpolate(x, **options)
+    )
+    resized = upsample_concat.resize(x, 8)
+    assert sizes == parts and torch.equal(resized, whole) and resized.stride() == whole.stride()
+
+
+def test_wide_heads_whose_tiles_not_every_gpu_holds_are_left_to_pytorch(monkeypatch):
+    """Theirs take 108 KiB of shared memory and more in fp16, where GPUs like sm_86 and sm_120 have 99."""
+    monkeypatch.setattr(attention, "_attention_kernel", None)
+    q, k, v = noise(1, 1030, 3, 1, 136).permute(2, 0, 3, 1, 4)
+    assert distance(fused.attention(q[:, :, :3], k, v), attention.reference(q[:, :, :3], k, v)) <= 1e-6
+    monkeypatch.setattr(query_attention, "_query_attention_kernel", None)
+    inputs = *noise(3, 1, 5, 130), 1, *noise(2, 5, 130)
+    assert torch.equal(fused.query_attention(*inputs), reference.query_attention(*inputs))
+
+
+@needs_triton
+@pytest.mark.parametrize("name", [name for name in vars(fused) if hasattr(OPS[name], "BLOCKS")])
+def test_the_largest_batch_needs_no_more_blocks_than_a_gpu_takes(name, monkeypatch):
+    """With the rows of a GPU that was not measured, of both halves of a guided call."""
+    grids: list[tuple[int, ...]] = []
+
+    class Launched:
+        def __getitem__(self, grid):
+            return lambda *given, **named: grids.append(grid)
+
+    for module in FILES:
+        for kernel in [kernel for kernel in vars(module) if kernel.endswith("_kernel")]:
+            monkeypatch.setattr(module, kernel, Launched())
+    empty = partial(torch.empty, dtype=torch.float16, device="meta")
+    sizes = sizes_of(name)
+    assert sizes is not None
+    for _, inputs in sizes(lambda *shape: empty(shape), batch=2 * LARGEST_BATCH):
+        OPS[name].fused(*inputs)
+    assert grids and all(count <= most for grid in grids for count, most in zip(grid, LARGEST_GRID))
 
 
 COMPILED = """

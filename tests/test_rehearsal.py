@@ -159,7 +159,7 @@ EXPECTED = {
     "costs copied image by image": ("host wait", "training/losses.py"),
     "a loss read before the step is queued": ("host wait", "training/trainer.py"),
     "a kernel launched with no blocks": ("grid", "kernels/layer_norm.py"),
-    "more blocks than a GPU takes": ("grid", "kernels/linear_geglu.py"),
+    "more blocks than a GPU takes": ("grid", "kernels/upsample_concat.py"),
 }
 
 
