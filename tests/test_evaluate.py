@@ -287,6 +287,17 @@ def test_a_training_tells_classes_that_no_image_shows_and_how_many_are_left_out(
     assert len(left) == 2 and "b.jpg" in left[0] and left[1] == "left out   2 in all"
 
 
+def test_a_training_tells_how_many_images_nobody_labelled(tmp_path):
+    lines: list[str] = []
+    data = TrainingData(as_voc(tmp_path, "background\nmug\nleaf\nbolt\n"))
+    shutil.copy(tmp_path / "JPEGImages/a.jpg", tmp_path / "JPEGImages/b.jpg")
+    save(tmp_path / "SegmentationClass/b.png", np.zeros((64, 64), np.uint8))
+    open_session(data, ModelChoice("tiny", device="cpu"), ("semantic",), Inversion((1,)), on_message=lines.append)
+    assert [line for line in lines if line.startswith("classes")] == [
+        "classes    1 of 2 images without any, taken for pure background"
+    ]
+
+
 def test_a_bad_data_set_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("datasetdm_fast.engine.engines.open_engine", lambda *_, **__: pytest.fail("a model was loaded"))
     assert main(["--data", f"voc:{tmp_path / 'nowhere'}"]) == 2

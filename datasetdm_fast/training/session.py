@@ -15,10 +15,11 @@ from datasetdm_fast.engine.backbones.flow_models import spread_blocks
 from datasetdm_fast.engine.engines import build_engine
 from datasetdm_fast.engine.labels.class_tables import always_named, digest_of, find_classes, photo_of, spoken, words_of
 from datasetdm_fast.engine.loading import load_model
+from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource, Picture
 from datasetdm_fast.engine.tasks import TASKS
 from datasetdm_fast.errors import Refused
-from datasetdm_fast.messages import format_duration
+from datasetdm_fast.messages import count_noun, format_duration
 from datasetdm_fast.runs.jobs.prompt_files import own_table
 from datasetdm_fast.runs.run_folder.document import DOCUMENT
 from datasetdm_fast.training import data_record
@@ -331,11 +332,13 @@ def open_session(
         on_message(f"left out   {documents.one_line(f'{name}: {cause}')}")
     if len(source.skipped) > MOST_LISTED:
         on_message(f"left out   {len(source.skipped)} in all")
-    last_line, shown = time.monotonic(), set[str]()
+    last_line, shown, empty = time.monotonic(), set[str](), 0
 
     def on_item(done: int, item: Picture | Labelled) -> None:
-        nonlocal last_line
-        shown.update(naming.classes_shown(source, item))
+        nonlocal last_line, empty
+        names = naming.classes_shown(source, item)
+        shown.update(names)
+        empty += all(map(reading.is_background, names))
         if time.monotonic() - last_line >= SECONDS_PER_LINE:
             last_line = time.monotonic()
             on_message(f"data       {done} of {len(source)} images read")
@@ -343,6 +346,8 @@ def open_session(
     record = data_record.record_data(source, on_item)
     if shown and (line := naming.describe_absent((*source.classes, *source.thing_classes), shown)):
         on_message(f"classes    {line}")
+    if shown and empty:
+        on_message(f"classes    {empty} of {count_noun(len(source), 'image')} without any, taken for pure background")
     source.digests = {source.order[k]: item["image"] for k, item in enumerate(record["items"])}
     common = {"inversion": inversion, "data": record, "on_message": on_message}
     return TrainingSession(data.address, engine, source, tuple(range(len(source))), **common, **settings)
