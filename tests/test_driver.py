@@ -519,13 +519,14 @@ def test_other_settings_weights_or_engines_are_refused(engines, tmp_path, monkey
     with pytest.raises(Refused, match='engine.dtype: "fp32" there, "fp16" asked for'):
         prepare(config(tmp_path / "run"))
     stored, made = read_document(tmp_path / "run"), prepare(config(tmp_path / "other"))
-    for command, remedy in (({}, "Run generate once alone"), ({"command": "label"}, "Choose another --out, or give")):
+    resumes = "Choose another --out, or continue with the engine and the versions of libraries"
+    for command, remedy in (({}, "Run generate once alone"), ({"command": "label"}, resumes)):
         with pytest.raises(Refused, match="engine.dtype") as stop:
             merge_with_stored(made, stored | command)
         assert stop.value.remedy.startswith(remedy)
     with pytest.raises(Refused, match="engine.dtype") as stop:
         merge_with_stored(replace(made, may_mix=False), stored)
-    assert stop.value.remedy.startswith("Choose another --out")
+    assert stop.value.remedy.startswith(resumes)
     assert tree(tmp_path / "run") == before
 
 
@@ -835,6 +836,10 @@ def test_two_labels_that_write_the_same_files_are_refused(monkeypatch):
     ):
         with pytest.raises(Refused, match=f"--task: {cause}"):
             run_settings.check_settings(RunConfig(task=task))
+    kinds["pose"] = copy.copy(real("pose"))
+    kinds["pose"].roles = ("Depth",)  # where a file system knows no capitals, the folder of depth
+    with pytest.raises(Refused, match="--task: depth and pose both write Depth/ID.png"):
+        run_settings.check_settings(RunConfig(task=("depth", "pose")))
 
 
 def test_a_guidance_of_a_call_that_needs_no_negative_prompt_has_no_row_for_it():

@@ -373,6 +373,9 @@ def test_the_file_of_another_image_is_not_suggested_for_one_that_is_not_there(tm
     assert storage.named_alike(tmp_path / "masks" / "010.png") == ""
     assert storage.named_alike(tmp_path / "masks" / "001.jpg") == " (did you mean 001.png?)"
     assert storage.named_alike(tmp_path / "mask2") == " (did you mean masks?)"
+    (tmp_path / "masks" / "e\u0301tude.png").touch()  # as a Mac writes an é
+    unlike = " (its name there has its accents in another Unicode form, NFC or NFD: rename it)"
+    assert storage.named_alike(tmp_path / "masks" / "\u00e9tude.png") == unlike
     (tmp_path / "mask2.log").touch()
     assert storage.named_alike(tmp_path / "mask2" / "001.png") == " (did you mean masks?)"  # a folder is missing
 

@@ -173,6 +173,12 @@ def test_what_captions_always_name_is_looked_for_only_by_name(run, tmp_path, cap
                 LAYOUTS["folder"][1](tmp_path / "data")
         assert run("--data", data, *line, "--by-name", flag, out=f"decoder{k}") == 0
         assert load_decoders(tmp_path / f"decoder{k}")[line[1]].config.named == found and (not found or "ball" in found)
+    capsys.readouterr()
+    for flag in ("no", "yes"):  # what an earlier version chose by auto is resumed by that flag
+        code = 0 if flag == "no" else 2
+        assert run("--data", data, *line, "--by-name", flag, out="decoder2") == code
+    err = capsys.readouterr().err
+    assert "by_name" not in err and "(--by-name no or yes decides what the decoder names)" in err
 
 
 def test_by_name_that_names_nothing_is_told(run, tmp_path, capsys):

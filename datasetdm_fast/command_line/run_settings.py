@@ -127,7 +127,7 @@ def check_settings(config: RunConfig) -> None:
         kind = kind_of(label)
         files = [*(f"{role}/ID.png" for role in kind.roles), *filter(None, [kind.coco_file])]
         for name in (*files, *(f"the gallery's layer {layer.name}" for layer in kind.layers)):
-            if (other := writing.setdefault(name, label)) != label:
+            if (other := writing.setdefault(name.lower(), label)) != label:  # some file systems know no capitals
                 raise Refused(f"--task: {other} and {label} both write {name}", "Make a run of each.")
     if config.outlines != RunConfig.outlines and set(config.task) <= set(UNDECODED):
         raise Refused(f"--outlines {config.outlines}: no label of this run is made by a decoder", "Drop it.")

@@ -9,6 +9,7 @@ import secrets
 import shutil
 import stat
 import time
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -226,7 +227,7 @@ def refusal(error: OSError, path: str | Path) -> Missing:
 def named_alike(path: Path) -> str:
     """' (did you mean X?)' where a name beside that of a file or folder which is not there is close to it and has no
     other numbers in it, as these are of another image; only a folder is alike to a folder above it. Of a symbolic
-    link that leads nowhere, that it is one.
+    link that leads nowhere, that it is one; of a name that only looks like the one that is there, why.
     """
     if path.is_symlink():
         return " (it is a symbolic link that leads nowhere)"
@@ -239,6 +240,8 @@ def named_alike(path: Path) -> str:
         return ""
     if len(names) > MOST_COMPARED:
         return ""
+    if unicodedata.normalize("NFC", path.name) in (unicodedata.normalize("NFC", name) for name in names):
+        return " (its name there has its accents in another Unicode form, NFC or NFD: rename it)"
     numbers = NUMBER.findall(path.name)
     if path != missing:
         names = [name for name in names if os.path.isdir(path.parent / name)]

@@ -82,6 +82,7 @@ def _check_settings(folder: Path, stored: Mapping[str, Any], recorded: Mapping[s
     before, now = _flatten(stored), _flatten(plan.settings)
     differing = {name for name in {*before, *now} if before.get(name) != now.get(name)}
     differing -= {name for name, default in REMOVED_SETTINGS.items() if before.get(name) == default}
+    differing.discard("by_name")  # which decides the classes that the decoder names, and nothing else
     if "model_digests" not in differing:
         differing.discard("model")
     addresses = [parse_address(str(settings.get("data"))) for settings in (before, now)]
@@ -102,7 +103,8 @@ def _check_settings(folder: Path, stored: Mapping[str, Any], recorded: Mapping[s
         )
         raise Refused(
             f"--out: {folder} was trained with other settings ({values})",
-            "Choose another --out, or the settings that it was started with.",
+            "Choose another --out, or the settings that it was started with"
+            + (" (--by-name no or yes decides what the decoder names)." if "decoder named" in differing else "."),
         )
 
 

@@ -24,7 +24,7 @@ SUMS = "SHA256SUMS"  # of all other files, as sha256sum -c reads them
 WORK = ".converting"  # which samples are done; removed once the export is complete
 FORM = {"format": int, "complete": bool, "settings": dict, "runs": [dict], "samples": int, "splits": dict}
 FORMAT = 1
-GONE = {"resize": 0}  # settings of earlier versions, with their defaults
+DEFAULTS = {"resize": 0, "part": ""}  # of settings that some versions do not have
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS done (number INTEGER PRIMARY KEY, split TEXT NOT NULL, entries TEXT NOT NULL,
     files TEXT NOT NULL);
@@ -72,8 +72,8 @@ def check_target(folder: Path, description: Mapping[str, Any]) -> bool:
             "Choose another --out; nothing is ever overwritten.",
         )
     stored = read_export(folder)
-    settings = {name: value for name, value in stored["settings"].items() if (name, value) not in GONE.items()}
-    check_same(folder, {"settings": settings}, {"settings": description["settings"]}, "an export")
+    settings = [{"settings": DEFAULTS | document["settings"]} for document in (stored, description)]
+    check_same(folder, *settings, "an export")
     # the folders of the runs may have been renamed since
     contents = [[{**run, "name": ""} for run in document["runs"]] for document in (stored, description)]
     if stored["splits"] != description["splits"] or contents[0] != contents[1]:

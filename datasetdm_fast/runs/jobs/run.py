@@ -87,7 +87,7 @@ def merge_with_stored(job: Job, stored: Mapping[str, Any], *, mixes: bool = Fals
     if differing and not (mixes and job.may_mix):
         raise Refused(
             f"{job.place}: it holds a run with other settings ({'; '.join(differing)})",
-            "Choose another --out, or give the flags that it was started with."
+            "Choose another --out, or continue with the engine and the versions of libraries that it was started with."
             if not job.may_mix or "command" in stored
             else "Run generate once alone, in one process, with --limit 1: it compares the two engines. Then resume.",
         )
