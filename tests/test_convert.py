@@ -118,6 +118,15 @@ def converted(run: Path, out: Path, *flags: str, code: int = 0) -> Path:
     return out
 
 
+def in_parts(run: Path, folder: Path, parts: dict[str, list[str]]) -> Path:
+    """A copy of the run whose samples are assigned to these parts."""
+    shutil.copytree(run, folder)
+    shares = [100 / len(parts)] * len(parts)
+    document = {"seed": 0, "by_source": True, "shares": shares, "parts": parts}
+    (folder / "split.json").write_text(json.dumps(document))
+    return folder
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
@@ -574,13 +583,10 @@ def fits(feature: dict, value) -> bool:
 @pytest.mark.parametrize("form", ["png", "jpg"])
 def test_read_me_of_wds_tells_load_dataset_the_shards_of_each_split_and_the_types_of_all(run, tmp_path, form):
     """Also where the samples of a split, or the first five of all, show no person and no instance."""
-    shutil.copytree(run, tmp_path / "run")
     names = [sample.id for sample in open_run(run)]
     parts = {"train-1": names[-1:], "train": names[:-1]}  # of which the last shows nothing
-    shares = {"seed": 0, "by_source": True, "shares": [20.0, 80.0], "parts": parts}
-    (tmp_path / "run" / "split.json").write_text(json.dumps(shares))
     flags = ("--to", "wds", "--shard", "5", "--image-format", form)
-    out = converted(tmp_path / "run", tmp_path / "out", *flags) / "wds"
+    out = converted(in_parts(run, tmp_path / "run", parts), tmp_path / "out", *flags) / "wds"
     head = yaml.safe_load((out / "README.md").read_text().split("\n---\n")[0])
     types, (config,) = {"struct": head["dataset_info"]["features"]}, head["configs"]
     patterns = {each["split"]: each["path"] for each in config["data_files"]}
@@ -615,24 +621,29 @@ def test_read_me_of_wds_tells_exports_of_other_samples_or_settings_apart(tmp_pat
 
 
 def test_convert_to_hf_ends_with_the_splits_that_load_dataset_refuses(run, tmp_path, capsys):
-    shutil.copytree(run, tmp_path / "run")
     names = [sample.id for sample in open_run(run)]
-    parts = {"train": names[:-1], "val": names[-1:]}  # the last shows nothing
-    shares = {"seed": 0, "by_source": True, "shares": [80.0, 20.0], "parts": parts}
-    (tmp_path / "run" / "split.json").write_text(json.dumps(shares))
-    assert main([str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--to", "hf,hf-parquet"]) == 0
+    split = in_parts(run, tmp_path / "run", {"train": names[:-1], "val": names[-1:]})  # the last shows nothing
+    assert main([str(split), "--out", str(tmp_path / "out"), "--to", "hf,hf-parquet"]) == 0
     told = capsys.readouterr().err
     assert all(told.count(f"hf: val without any {name}; load_dataset refuses") == 1 for name in ("objects", "people"))
 
 
+def test_splits_of_parquet_are_called_as_datasets_calls_them_and_read_by_the_name_they_had(run, tmp_path):
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    names = [sample.id for sample in open_run(run)]
+    split = in_parts(run, tmp_path / "run", {"my-part": names[:2], "val": names[2:]})
+    out = converted(split, tmp_path / "out", "--to", "hf-parquet") / "hf-parquet"
+    files = sorted(path.name for path in (out / "data").iterdir())
+    assert files == ["my_part-00000-of-00001.parquet", "validation-00000-of-00001.parquet"]
+    assert [len(open_data(f"hf:{out}[{name}]", SIZE)) for name in ("my-part", "val")] == [2, len(names) - 2]
+
+
 @pytest.mark.parametrize(("first", "second", "name"), [("a-b", "a_b", "a_b"), ("val", "validation", "validation")])
 def test_splits_of_one_name_in_datasets_do_not_overwrite_one_another(run, tmp_path, capsys, first, second, name):
-    shutil.copytree(run, tmp_path / "run")
     names = [sample.id for sample in open_run(run)]
-    shares = {"seed": 0, "by_source": True, "shares": [50.0, 50.0], "parts": {first: names[:3], second: names[3:]}}
-    (tmp_path / "run" / "split.json").write_text(json.dumps(shares))
+    split = in_parts(run, tmp_path / "run", {first: names[:3], second: names[3:]})
     for format in ("hf-parquet", "wds"):
-        out = converted(tmp_path / "run", tmp_path / "out", "--to", format, code=2)
+        out = converted(split, tmp_path / "out", "--to", format, code=2)
         cause = f"--to {format}: the splits {first} and {second} would both be {name} for the library datasets"
         assert cause in capsys.readouterr().err and not out.exists()
 

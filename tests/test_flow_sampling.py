@@ -13,6 +13,7 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage import calculate_shift
 from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
 
 from datasetdm_fast.config import FlowRule
+from datasetdm_fast.engine.backbones.qwen_image import QWEN_IMAGE
 from datasetdm_fast.engine.backbones.sd3 import SD3
 from datasetdm_fast.engine.loop.inversion import ddim_latents
 from datasetdm_fast.engine.sampling import schedule
@@ -33,7 +34,7 @@ FAMILIES = {
     "z-image": ({"shift": 3.0, "use_dynamic_shifting": False}, FlowRule("uniform-fp32"), "z-image"),
     "qwen-image": (
         {**DYNAMIC, "shift": 1.0, "max_image_seq_len": 8192, "max_shift": 0.9, "shift_terminal": 0.02},
-        FlowRule("uniform", is_imposed=True),
+        QWEN_IMAGE.flow,
         "uniform",
     ),
     "flux2": ({**DYNAMIC, "max_image_seq_len": 4096, "max_shift": 1.15}, FlowRule("uniform", "empirical"), "uniform"),
@@ -424,6 +425,8 @@ def test_the_sampler_that_a_refusal_names_is_taken(config):
         ({"_class_name": EULER}, "euler", "the model is a model with betas, and its scheduler config"),
         (BETAS, "heun", "heun samples flows alone"),
         ({**BETAS, "use_beta_sigmas": True}, "euler", "use_beta_sigmas(.|\n)*Name another with --sampler"),
+        ({**BETAS, "use_karras_sigmas": True, "sigma_min": 0}, "dpm-solver++", "sigma_min: .* says 0, expected"),
+        ({**BETAS, "use_exponential_sigmas": True, "sigma_max": "x"}, "euler", "sigma_max: .* says 'x', expected"),
         ({**BETAS, "timestep_type": "continuous"}, "euler", "timestep_type"),
         ({**BETAS, "timestep_spacing": "odd"}, "euler-ancestral", "timestep_spacing"),
         ({**BETAS, "_class_name": "LCMScheduler", "clip_sample": True}, "auto", "clip_sample=True"),

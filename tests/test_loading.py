@@ -1263,13 +1263,14 @@ def test_single_files_that_are_spoilt(tiny, first_generation, tmp_path):
         load_model(str(tmp_path / "model.bin"))
 
 
-def test_scaled_weights_of_8_bits_are_no_damage(tiny, first_generation, tmp_path):
+@pytest.mark.parametrize("scale", ["scale_weight", "weight_scale"])
+def test_scaled_weights_of_8_bits_are_no_damage(tiny, first_generation, tmp_path, scale):
     *_, state = first_generation
     path, name = with_vocabulary(tiny, tmp_path) / "model.safetensors", "model.diffusion_model.out.2.weight"
     narrow = state | {name: state[name].to(torch.float8_e4m3fn)}
     save_file(narrow, path)
     assert torch.equal(load_model(str(path), size=64).modules["unet"].conv_out.weight, narrow[name].float())
-    save_file(narrow | {name.replace("weight", "scale_weight"): torch.ones(())}, path)
+    save_file(narrow | {name.replace("weight", scale): torch.ones(())}, path)
     with pytest.raises(Refused, match="weights of 8 bits, the first is model.diffusion_model.out.2.weight") as caught:
         load_model(str(path))
     assert caught.value.remedy == "Take a file in 16 or 32 bits."

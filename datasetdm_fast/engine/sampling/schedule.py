@@ -161,15 +161,18 @@ def place_ratios(ratios: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 def respace(scheduler: Mapping[str, Any], sigmas: np.ndarray) -> np.ndarray:
     """Falling sigmas, spaced anew between their ends where the config asks for it (arXiv 2206.00364, equation 5)."""
+    if not (is_karras := scheduler.get("use_karras_sigmas")) and not scheduler.get("use_exponential_sigmas"):
+        return sigmas
     least, most = (scheduler.get(name) for name in ("sigma_min", "sigma_max"))
+    for name, value in (("sigma_min", least), ("sigma_max", most)):
+        if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
+            raise Refused(f"{name}: the scheduler config says {value!r}, expected a number above 0", ANOTHER_SAMPLER)
     least = sigmas[-1].item() if least is None else least
     most = sigmas[0].item() if most is None else most
-    if scheduler.get("use_karras_sigmas"):
+    if is_karras:
         ends, rho = (most ** (1 / 7.0), least ** (1 / 7.0)), 7.0
         return (ends[0] + np.linspace(0, 1, len(sigmas)) * (ends[1] - ends[0])) ** rho
-    if scheduler.get("use_exponential_sigmas"):
-        return np.exp(np.linspace(math.log(most), math.log(least), len(sigmas)))
-    return sigmas
+    return np.exp(np.linspace(math.log(most), math.log(least), len(sigmas)))
 
 
 def space_times(
