@@ -688,6 +688,14 @@ def test_coco_asked_for_pose_gives_one_person_each(made):
         assert item.keypoints[0, k, :2] == pytest.approx((joints[k, :2] + 0.5 - middle) * scale + SIZE / 2, abs=0.02)
 
 
+def test_captions_of_joints_say_the_category_that_has_them(copied):
+    root, address = copied("coco")
+    assert {item.caption for item in open_data(address, SIZE, tasks=["pose"])} == {"a photo of a person"}
+    path = root / "annotations/person_keypoints_train2017.json"
+    rewrite(path, lambda d: d["categories"][0].update(name="polar_bear"))
+    assert {item.caption for item in open_data(address, SIZE, tasks=["pose"])} == {"a photo of a polar bear"}
+
+
 def test_limbs_of_coco_are_counted_from_one_and_join_joints():
     assert coco._limbs([[1, 2], [1, 3]], 3) == ((0, 1), (0, 2))
     assert [coco._limbs(limbs, 3) for limbs in ([[1, 4]], [[0, 1]], None)] == [()] * 3

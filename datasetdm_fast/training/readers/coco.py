@@ -218,12 +218,13 @@ class Coco(shapes.OutlineSource):
         entry, (width, height) = f"its entry in {first.path.name}", (facts["width"], facts["height"])
         pixels = reading.colour_image(path, reading.as_sized(entry, lambda: (width, height)))
         shapes.check_sides(path, pixels, (height, width), first.path)
-        fields: dict[str, Any] = {"caption": self.photo_of(["person"])}
-        if self.things:
-            fields |= self._things(image, pixels.shape[:2])
+        fields: dict[str, Any] = {}
         if self.persons:
             rows = self.persons.of(image) if self.people is None else [self.people[record]]
-            fields |= self._joints(rows)
+            kinds = {self.persons.categories[int(self.persons.rows["category"][row])]: None for row in rows}
+            fields = {"caption": self.photo_of([*kinds] or ["person"]), **self._joints(rows)}
+        if self.things:
+            fields |= self._things(image, pixels.shape[:2])
         suffix = "" if self.people is None else f"_{self.persons.rows['id'][self.people[record]]}"
         return Picture(f"{path.stem}{suffix}", pixels, **fields)
 
