@@ -156,7 +156,7 @@ def test_a_gpu_with_memory_for_a_single_image_makes_one_at_a_time(monkeypatch, e
 
 def as_on_a_gpu(engine, monkeypatch):
     """Lets an engine of the CPU share a batch out as one of a GPU does."""
-    engine.widest = engine.widest_chunk = 0
+    engine.widest = engine.widest_chunk = engine.widest_labelled = 0
     for name in ("_parts", "_images", "_forget"):
         monkeypatch.setattr(engine, name, getattr(GpuEngine, name).__get__(engine), raising=False)
 
@@ -214,38 +214,72 @@ class Recorded:
         return self.run(*values)
 
 
+KINDS = "segmentation", "depth", "open-vocabulary"
+
+
+def engine_with_decoders():
+    model = with_small_unet(load_model("tiny"), FEW_ATTENTIONS)
+    sizes = {"levels": model.levels, "text_width": model.text_width, "width": 16, "mask_dim": 16, "depth_width": 16}
+    return FastEngine(model, {kind: fold(build_decoder(upstream(kind, **sizes))) for kind in KINDS}, device="cpu")
+
+
+def labels_as_on_a_gpu(engine, monkeypatch):
+    as_on_a_gpu(engine, monkeypatch)
+    for name in ("_replay_labels", "_run_decoder"):
+        monkeypatch.setattr(engine, name, getattr(GpuEngine, name).__get__(engine), raising=False)
+    engine._calls, engine._label_calls = cuda_graph.RecordedCalls(), cuda_graph.RecordedCalls()
+    engine._output_names, engine._stored_decoders = {}, engine.decoders
+
+
+def read_labels(engine, capture, words):
+    return [
+        value
+        for task, decoder in engine.decoders.items()
+        for value in engine.annotate(task, capture, words if decoder.config.has_text else None).values()
+    ]
+
+
 def test_every_step_and_label_of_a_gpu_has_a_recording_of_its_own(monkeypatch):
     monkeypatch.setattr(cuda_graph, "StepGraph", Recorded)
     monkeypatch.setattr(cuda_graph, "GraphPool", lambda place: place)
-    model = with_small_unet(load_model("tiny"), FEW_ATTENTIONS)
-    sizes = {"levels": model.levels, "text_width": model.text_width, "width": 16, "mask_dim": 16, "depth_width": 16}
-    decoders = {
-        kind: fold(build_decoder(upstream(kind, **sizes))) for kind in ("segmentation", "depth", "open-vocabulary")
-    }
-    engine = FastEngine(model, decoders, device="cpu")
+    engine = engine_with_decoders()
     latents, text = noise(2, 4, 16, 16), engine.encode_text(["", "", "a ball", "a cube"])
     words = engine.encode_classes(["ball", "cube", "star"]).expand(2, -1, -1)
 
     def call():
         noise, capture = engine.denoise_and_capture(latents, 5, text)
-        labels = [
-            engine.annotate(task, capture, words if decoder.config.has_text else None)
-            for task, decoder in engine.decoders.items()
-        ]
-        return [engine.denoise(latents, 5, text), noise, *(value for each in labels for value in each.values())]
+        return [engine.denoise(latents, 5, text), noise, *read_labels(engine, capture, words)]
 
     expected = call()
-    as_on_a_gpu(engine, monkeypatch)
-    for name in ("_replay_labels", "_run_decoder"):
-        monkeypatch.setattr(engine, name, getattr(GpuEngine, name).__get__(engine), raising=False)
-    engine._calls, engine._label_calls = cuda_graph.RecordedCalls(), cuda_graph.RecordedCalls()
-    engine._output_names = {}
-    engine._stored_decoders = engine.decoders
+    labels_as_on_a_gpu(engine, monkeypatch)
     for mine, theirs in zip(call(), expected, strict=True):
         assert mine.dtype == torch.float32 and (mine - theirs).norm() <= 1e-2 * theirs.norm()
-    assert len(engine._calls.graphs) == 2 and len(engine._label_calls.graphs) == len(decoders)
+    assert len(engine._calls.graphs) == 2 and len(engine._label_calls.graphs) == len(KINDS)
     assert all(one.fresh == 1 < one.count for one in engine._calls.graphs.values())  # texts come from tables
     assert all(one.fresh == one.count for one in engine._label_calls.graphs.values())  # which captures do not
+
+
+def test_labels_are_read_of_as_few_images_at_once_as_memory_asks_for(monkeypatch):
+    """By default a batch is as large as the U-Net's memory allows, and decoders may need more."""
+    engine, asked = engine_with_decoders(), []
+    _, capture = engine.denoise_and_capture(noise(5, 4, 16, 16), 5, engine.encode_text(["a ball"] * 10))
+    words = engine.encode_classes(["ball", "cube"]).expand(5, -1, -1)
+    expected = read_labels(engine, capture, words)
+
+    class Tight(Recorded):
+        def __init__(self, run, inputs, *others):
+            asked.append(len(inputs[0]))
+            if len(inputs[0]) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            super().__init__(run, inputs, *others)
+
+    monkeypatch.setattr(cuda_graph, "StepGraph", Tight)
+    monkeypatch.setattr(cuda_graph, "GraphPool", lambda place: place)
+    labels_as_on_a_gpu(engine, monkeypatch)
+    for _ in range(2):
+        for mine, theirs in zip(read_labels(engine, capture, words), expected, strict=True):
+            assert mine.shape == theirs.shape and (mine - theirs).norm() <= 1e-2 * theirs.norm()
+    assert asked == [5, 3, 2, 1] + [2, 1] * (len(KINDS) - 1) and engine.adjustments == {"label_batch": 2}
 
 
 def test_recordings_of_ever_new_shapes_do_not_add_up(monkeypatch):

@@ -51,6 +51,7 @@ MATCHED = Allowed(
 STORED = Allowed("what was computed goes to the disk", (ANSWER, NUMBER), is_shared=True)
 JUDGED = Allowed("between steps labels are compared with the truth", (STREAM, ANSWER), is_shared=True)
 CHOICES = Allowed(JUDGED.reason, ("aten.equal", CHOSEN, FLAG), is_shared=True)
+EMPTIED = Allowed("memory ran out", ("torch.cuda.empty_cache",), is_shared=True)
 JOINED, ASKED = Allowed("tiles are joined on the host", (ANSWER,)), Allowed("latents are the answer", (ANSWER,))
 # By thread, file and function.
 WAITS = {
@@ -77,12 +78,8 @@ WAITS = {
         ("labels", "engine/tasks/instance.py", "postprocess", Allowed(LABELS, (CHOSEN, FLAG))),
         ("labels", "engine/tasks/attention.py", "joined_label", JOINED),
         ("main", "engine/loop/diffusing.py", "convert_images", ASKED),
-        (
-            "main",
-            "engine/engines/cuda_graph.py",
-            "clear",
-            Allowed("memory ran out", ("torch.cuda.empty_cache",), is_shared=True),
-        ),
+        ("main", "engine/engines/cuda_graph.py", "clear", EMPTIED),
+        ("labels", "engine/engines/cuda_graph.py", "clear", EMPTIED),
         ("main", "engine/models/packed.py", "place_module", Allowed(ONCE, (COPY,), is_once=True)),
         ("labels", "engine/models/packed.py", "place_module", Allowed(ONCE, (COPY,), is_once=True)),
         ("figures", "engine/models/packed.py", "place_module", Allowed(ONCE, (COPY,), is_once=True)),

@@ -48,6 +48,7 @@ from datasetdm_fast.runs.jobs.writing import write_missing
 from datasetdm_fast.runs.run_settings import LabelConfig, RunConfig
 
 MOST_AT_ONCE = 2  # images that the GPU of `memory` takes
+RECORDED_CALLS = "_plain", "_capture_projected", "_pixels", "run"  # of U-Net, autoencoder and decoders, by their names
 
 
 def decoders(machine: Machine) -> int:
@@ -237,7 +238,7 @@ def memory(machine: Machine) -> int:
     engine, record = machine.engine("depth"), cuda_graph.StepGraph
 
     def recorded(run: Callable, inputs: Sequence[Tensor], *others: Any, **named: Any) -> Any:
-        if len(inputs[0]) > MOST_AT_ONCE and run.__name__ in ("_plain", "_capture_projected", "_pixels"):
+        if len(inputs[0]) > MOST_AT_ONCE and run.__name__ in RECORDED_CALLS:
             raise torch.OutOfMemoryError("simulated")
         return record(run, inputs, *others, **named)
 

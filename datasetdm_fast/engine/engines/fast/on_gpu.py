@@ -32,7 +32,8 @@ class GpuEngine(FastEngine):
     _calls: RecordedCalls  # of the UNet
     _label_calls: RecordedCalls  # of the autoencoder and the decoders, whose stream runs beside the UNet's
     _output_names: dict[str, list[str]]  # of recorded decoders
-    widest = widest_chunk = 0  # images that the UNet and the autoencoder take at once, 0 = as many as they are given
+    # images that the UNet, the autoencoder and the decoders take at once, 0 = as many as they are given
+    widest = widest_chunk = widest_labelled = 0
 
     def _operations(self, dtype: torch.dtype) -> SimpleNamespace:
         """Each is tried on the GPU, and compiled for it where Triton has not cached it."""
@@ -112,8 +113,17 @@ class GpuEngine(FastEngine):
             names[:] = outputs
             return tuple(value.float() for value in outputs.values())
 
-        names = self._output_names.setdefault(task, [])
-        outputs = self._replay_labels(task, run, (*inputs.sums, *([] if text is None else [text])))
+        names, values = self._output_names.setdefault(task, []), (*inputs.sums, *([] if text is None else [text]))
+        size = min(self.widest_labelled or inputs.batch, inputs.batch)
+        parts, worked = halve_until_fits(
+            lambda size: [self._replay_labels(task, run, part) for part in zip(*(x.split(size) for x in values))],
+            size,
+            self._label_calls.clear,
+            times=size,
+        )
+        if worked < size:
+            self.widest_labelled, self.adjustments = worked, self.adjustments | {"label_batch": worked}
+        outputs = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts))
         return dict(zip(names, outputs, strict=True))
 
     def _replay_labels(self, name: str, run: Step, inputs: Inputs) -> tuple[Tensor, ...]:
