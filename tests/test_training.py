@@ -1606,8 +1606,9 @@ def test_captures_made_anew_are_not_read_by_a_thread(engine, source):
 class SmallGpu:
     """An engine that takes so many images at once."""
 
-    def __init__(self, engine, most):
+    def __init__(self, engine, most, error=None):
         self.engine, self.most, self.asked = engine, most, []
+        self.error = error or torch.OutOfMemoryError("CUDA out of memory")
 
     def __getattr__(self, name):
         return getattr(self.engine, name)
@@ -1615,7 +1616,7 @@ class SmallGpu:
     def encode_image(self, images, generators=None):
         self.asked.append(len(images))
         if len(images) > self.most:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise self.error
         return self.engine.encode_image(images, generators)
 
 
@@ -1627,19 +1628,29 @@ def test_captures_are_made_in_smaller_batches_where_memory_runs_out(engine, sour
     assert small.asked == [5, 3, 2, 2, 1]
     for a, b in zip(whole.batch(range(5)), parts.batch(range(5))):
         assert torch.allclose(a, b, atol=1e-2, rtol=1e-2)
-    with pytest.raises(Missing, match="the features and maps of one image"):
-        cache.cache_captures(SmallGpu(engine, 0), views, Inversion((1,)), tmp_path / "none")
+    lacking, other = map(RuntimeError, ("CUDA error: out of memory", "illegal access"))
+    for error, kind, said in (
+        (None, Missing, "the features and maps of one image"),
+        (lacking, Missing, "the features and maps of one image"),
+        (other, RuntimeError, "illegal access"),
+    ):
+        with pytest.raises(kind, match=said):
+            cache.cache_captures(SmallGpu(engine, 0, error), views, Inversion((1,)), tmp_path / "none")
 
 
-def test_a_step_that_memory_does_not_suffice_for_says_what_to_change(engine, source, folder, monkeypatch):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA out of memory")])
+def test_a_step_that_memory_does_not_suffice_for_says_what_to_change(engine, source, folder, monkeypatch, error):
     schedule = TrainingSchedule(steps=1, batch_size=6, gradient_accumulation_steps=2)
     trainer = Trainer(config_of(engine, source, "depth"), schedule, training_views(engine, source, "depth", folder))
 
     def full(*arguments, **named):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(trainer.state.decoder, "forward", full)
     with pytest.raises(Missing, match="does not have enough memory for 3 views at once") as stop:
+        trainer.step()
+    error = RuntimeError("illegal access")
+    with pytest.raises(RuntimeError, match="illegal access"):
         trainer.step()
     trainer.close()
     assert "--accumulate" in stop.value.remedy

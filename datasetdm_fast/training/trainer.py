@@ -19,7 +19,7 @@ from datasetdm_fast.data import ProjectedCapture
 from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.decoders.trunk import Decoder
 from datasetdm_fast.engine.engines.device import allow_tf32, choose_by_shape
-from datasetdm_fast.errors import GateFailed, Missing
+from datasetdm_fast.errors import GateFailed, Missing, is_out_of_gpu
 from datasetdm_fast.kernels.transfer import to_device
 from datasetdm_fast.stages import LEVELS
 from datasetdm_fast.training import losses
@@ -174,7 +174,9 @@ class Trainer:
         """Takes one step and returns its loss."""
         try:
             return self._step()
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_gpu(error):
+                raise
             views = -(-self.schedule.batch_size // self.schedule.gradient_accumulation_steps)
             raise Missing(
                 f"memory: the GPU does not have enough memory for {views} view{'s' * (views > 1)} at once",

@@ -24,7 +24,7 @@ from torch import Tensor
 from datasetdm_fast.data import Capture
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.loop.inversion import POSTERIOR, invert_at
-from datasetdm_fast.errors import Missing, Refused
+from datasetdm_fast.errors import Missing, Refused, is_out_of_gpu
 from datasetdm_fast.stages import Level
 from datasetdm_fast.training.captures.views import TrainingViews
 from datasetdm_fast.training.settings import Inversion
@@ -255,7 +255,9 @@ def _compute(
             calls = map(layout.join, captures(engine, views, items[part], seeds[part], inversion))
             halves = [torch.cat([level.half().flatten(1) for level in levels], 1).cpu() for levels in calls]
             rows.append(torch.stack(halves).numpy())
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_gpu(error):
+                raise
             if len(items[part]) == 1:
                 raise Missing(
                     "memory: the GPU does not have enough memory for the features and maps of one image",
