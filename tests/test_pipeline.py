@@ -203,7 +203,7 @@ def test_pictures_that_exist_get_the_labels_of_the_command(pipe, decoders, tmp_p
         ((pictures, [None, "a ball"]), "prompt 0: None is not a text"),
         ((pictures, None), "prompts: None was given, expected a text or several texts"),
         ((None,), "images: None was given, expected an image or several images"),
-        (("photo.png",), "image 0: 'p' is not an image"),
+        (("photo.png",), r"image 0: 'photo.png' is not an image\n.*as Image.open\(FILE\) returns it"),
         ((["photo.png"],), "image 0: 'photo.png' is not an image"),
     ):
         with pytest.raises(Refused, match=message):

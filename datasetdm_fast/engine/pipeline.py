@@ -394,7 +394,7 @@ class Pipeline:
         for name in ("sampler", "profile", "steps", "guidance"):
             if name in choices:
                 raise TypeError(f"{name!r} is no choice here, as no image is sampled")
-        is_one = isinstance(images, np.ndarray) or hasattr(images, "getbands")
+        is_one = isinstance(images, (np.ndarray, str)) or hasattr(images, "getbands")
         sources = [images] if is_one else list(check_iterable("images", images, "an image or several images"))
         pictures = pictures_in_memory(sources)
         texts = [prompts] * len(sources) if isinstance(prompts, str) else list(as_texts("prompts", prompts))

@@ -143,7 +143,8 @@ def _pixels(image: np.ndarray | Image.Image, place: int) -> np.ndarray:
     pixels = _of_pillow(image, place) if hasattr(image, "getbands") else np.array(image)
     if pixels.dtype.kind in "OSU":
         raise Refused(
-            f"image {place}: {image!r} is not an image", "Give an array of RGB in uint8, or an image of Pillow."
+            f"image {place}: {image!r} is not an image",
+            "Give an array of RGB in uint8, or an image of Pillow, as Image.open(FILE) returns it.",
         )
     is_picture = pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.dtype == np.uint8
     if not is_picture or min(pixels.shape[:2]) < reading.LEAST_SIDE:
