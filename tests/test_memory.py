@@ -282,6 +282,22 @@ def test_labels_are_read_of_as_few_images_at_once_as_memory_asks_for(monkeypatch
     assert asked == [5, 3, 2, 1] + [2, 1] * (len(KINDS) - 1) and engine.adjustments == {"label_batch": 2}
 
 
+def test_a_batch_is_measured_with_the_decoders_that_read_it(monkeypatch):
+    """Their graphs have memory of their own beside the U-Net's."""
+    engine, read = engine_with_decoders(), []
+    engine.prepare(3)
+    for decoder in engine._stored_decoders.values():
+        decoder.register_forward_hook(lambda decoder, given, _: read.append((given[0].batch, given[1] is None)))
+    before, peak = iter([200, 5000]), iter([1200, 5030])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: next(before))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: next(peak))
+    monkeypatch.setattr(engine, "_measure", GpuEngine._measure.__get__(engine), raising=False)
+    with torch.inference_mode():
+        assert GpuEngine._bytes_of(engine, 3) == 1000 + 30
+    assert sorted(read) == [(3, False), (3, True), (3, True)]
+
+
 def test_recordings_of_ever_new_shapes_do_not_add_up(monkeypatch):
     """As of a service whose clients name any number of classes."""
     monkeypatch.setattr(cuda_graph, "StepGraph", Recorded)

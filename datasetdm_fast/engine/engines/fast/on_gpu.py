@@ -4,6 +4,7 @@ import sys
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -137,13 +138,27 @@ class GpuEngine(FastEngine):
         return suggest_batch(self.model.size // FACTOR, self.device, self._bytes_of)
 
     def _bytes_of(self, batch: int) -> int:
-        """Peak memory of one captured call."""
-        torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
+        """Peak memory of one captured call, and that of the decoders that read it, as graphs of both are held."""
         latents = torch.zeros(batch, *self.model.latent_shape(), device=self.device)
         text = self.encode_text([""]).expand(self.model.levels[0].halves * batch)
-        self._capture_projected(*self._inputs(latents, 1.0, text))
-        return torch.cuda.max_memory_allocated(self.device) - before
+        called, (_, *sums) = self._measure(lambda: self._capture_projected(*self._inputs(latents, 1.0, text)))
+        capture = ProjectedCapture(tuple(sums), self.projection.tasks)
+
+        def read() -> list[dict[str, Tensor]]:
+            outputs = []
+            for task, decoder in self._stored_decoders.items():
+                words = self.encode_classes([""]).expand(batch, -1) if decoder.config.has_text else None
+                outputs.append(decoder(capture.of(task).to(next(decoder.parameters()).dtype), words))
+            return outputs
+
+        return called + self._measure(read)[0]
+
+    def _measure(self, run: Callable[[], Any]) -> tuple[int, Any]:
+        """Bytes that a call takes at most beside those held before, and its result."""
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        result = run()
+        return torch.cuda.max_memory_allocated(self.device) - before, result
 
     def _versions(self) -> dict[str, str]:
         """With what chooses algorithms for a shape, and operations that gave way to plain ones."""
