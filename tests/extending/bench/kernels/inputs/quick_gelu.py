@@ -8,8 +8,8 @@ from bench.kernels.inputs import BATCH, TOKENS, Case
 from datasetdm_fast.kernels.noise import noise
 
 
-def sizes(empty: Callable) -> Iterator[tuple[str, tuple]]:
-    yield "text encoder", (empty(BATCH, TOKENS, 3072),)
+def sizes(empty: Callable, batch: int = BATCH) -> Iterator[tuple[str, tuple]]:
+    yield "text encoder", (empty(batch, TOKENS, 3072),)
 
 
 def cases() -> list[Case]:
