@@ -419,6 +419,19 @@ def test_a_picture_of_labelme_lies_beside_its_file_whatever_its_path_was(copied,
         open_data(address, SIZE)[0]
 
 
+@pytest.mark.parametrize("path", ["../images/", "..\\images\\"])
+def test_files_of_labelme_may_have_a_folder_beside_that_of_the_pictures(copied, path):
+    root, address = copied("labelme")
+    before = [item.image for item in open_data(address, SIZE)]
+    for folder, ending in ((root / "images", "jpg"), (root / "labels", "json")):
+        folder.mkdir()
+        for file in root.glob(f"*.{ending}"):
+            file.rename(folder / file.name)
+    for file in (root / "labels").iterdir():
+        rewrite(file, lambda found: found.update(imagePath=f"{path}{found['imagePath']}", imageData=None))
+    assert all((item.image == image).all() for item, image in zip(open_data(address, SIZE), before, strict=True))
+
+
 def test_masks_of_cvat_may_lie_at_the_edges_and_no_further():
     def mask(left, top, width, height, runs):
         names = {"left": left, "top": top, "width": width, "height": height, "rle": runs}

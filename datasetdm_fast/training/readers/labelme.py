@@ -1,6 +1,8 @@
 """labelme:PATH[SPLIT]: pictures with the JSON files that labelme writes beside them."""
 
 import math
+import os
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,15 +20,15 @@ NO_AREA = ("point", "points", "line", "linestrip")  # kinds of shapes without on
 
 
 class LabelMe(shapes.OutlineSource):
-    """NAME.json beside its picture, in PATH or PATH/SPLIT; classes in the order of classes.txt or labels.txt, or else
-    by name. Polygons, rectangles, circles and masks are read, shapes without an area are left out; shapes of one label
-    and group_id are one thing, `__ignore__` is ignored.
+    """NAME.json in PATH or PATH/SPLIT, beside its picture or where its imagePath says in PATH; classes in the order of
+    classes.txt or labels.txt, or else by name. Polygons, rectangles, circles and masks are read, shapes without an area
+    are left out; shapes of one label and group_id are one thing, `__ignore__` is ignored.
     """
 
     def __init__(self, path: Path, split: str, size: int, tasks: tuple[str, ...]):
-        whole, path = path, reading.split_folder(path, split)
+        self.root, path = path, reading.split_folder(path, split)
         self.images = reading.listing(path, ".json")
-        lists = [folder / name for folder in (path, whole) for name in ("classes.txt", "labels.txt")]
+        lists = [folder / name for folder in (path, self.root) for name in ("classes.txt", "labels.txt")]
         self.list = next((file for file in lists if file.exists()), path)
         if self.list == path:
             names = sorted({name for file in self.images for name in _labels(file)})
@@ -57,11 +59,10 @@ class LabelMe(shapes.OutlineSource):
     def _image(self, path: Path, document: dict[str, Any], sides: tuple[int, int]) -> np.ndarray:
         orientation = reading.as_drawn(sides[::-1])
         name, file = document["imagePath"].replace("\\", "/"), None
-        try:
-            file = reading.inside(path.parent, name, path)
-        except Refused:  # of a folder beside that of the images, or of another machine
-            if not document.get("imageData"):
-                file = reading.inside(path.parent, name.rpartition("/")[2], path)
+        with suppress(Refused):  # of another machine
+            file = reading.inside(self.root, os.path.relpath(path.parent / name, self.root), path)
+        if not (file and file.exists()) and not document.get("imageData"):
+            file = reading.inside(path.parent, name.rpartition("/")[2], path)
         if file and (file.exists() or not document.get("imageData")):
             image = reading.colour_image(file, orientation)
         else:
