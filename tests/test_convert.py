@@ -589,6 +589,10 @@ def test_read_me_of_wds_tells_load_dataset_the_shards_of_each_split_and_the_type
     out = converted(in_parts(run, tmp_path / "run", parts), tmp_path / "out", *flags) / "wds"
     head = yaml.safe_load((out / "README.md").read_text().split("\n---\n")[0])
     types, (config,) = {"struct": head["dataset_info"]["features"]}, head["configs"]
+    record = {part["name"]: part for part in types["struct"]}["json"]["struct"]
+    category = {part["name"]: part for part in record}["objects"]["struct"][0]
+    numbers = {"class_label": {"names": json.loads((out / "id2label.json").read_text())}}
+    assert category == {"name": "category", "list": {"dtype": numbers}}
     patterns = {each["split"]: each["path"] for each in config["data_files"]}
     assert patterns.keys() == {"train", "train_1"}
     for split, pattern in patterns.items():

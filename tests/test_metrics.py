@@ -923,9 +923,8 @@ def test_names_of_a_decoder_are_compared_with_those_that_images_show(facts, show
         told = measure._compare_names(meter, config, {"per_class": shown})
         assert len(told) == len(lines) and all(line.startswith(start) for line, start in zip(told, lines))
     assert measure._compare_names(Meter(), config, {"f1": 1.0}) == []  # of another package, with figures of no class
-    depth = METRICS["depth"](SimpleNamespace())
-    depth.each = "per_joint"
-    assert measure._compare_names(depth, config, {"per_class": {"cup": 1.0}}) == []
+    meter.each = "per_joint"
+    assert measure._compare_names(meter, config, {"per_class": {"cup": 1.0}}) == []
 
 
 def test_decoders_that_find_nothing_to_be_compared_with_are_refused(source, monkeypatch):

@@ -210,7 +210,7 @@ def test_a_figure_is_of_the_kind_of_its_label():
     assert speed_gate._agreement("depth", depth := DepthMap(np.ones((2, 2), np.float32), 4.0), depth) == ("REL", 0)
 
 
-def test_what_an_image_does_not_show_counts_as_what_a_label_leaves_out_does():
+def test_what_an_image_does_not_show_counts_as_what_a_label_leaves_out_does(monkeypatch):
     points, nothing = np.float32([[[0, 0, 1], [9, 9, 1]], [[50, 50, 1], [60, 60, 1]]]), np.zeros((0, 2, 3), np.float32)
     people = Keypoints(points, np.full((2, 2), 2), np.ones(2), ("a", "b"))
     one, none = (
@@ -229,6 +229,8 @@ def test_what_an_image_does_not_show_counts_as_what_a_label_leaves_out_does():
         for pair in ((all_of_them, some), (some, all_of_them)):
             assert speed_gate._agreement(task, *pair) == (name, share)
     assert np.isnan(speed_gate._agreement("pose", none, none)[1])
+    monkeypatch.setattr(speed_gate, "kind_of", lambda task: SimpleNamespace(overlap=lambda *_: None))
+    assert speed_gate._agreement("edges", things, first) is None  # labels without areas, of another package
 
 
 def test_joints_are_found_near_theirs():
