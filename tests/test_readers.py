@@ -2625,6 +2625,15 @@ def test_a_split_that_is_not_there_is_not_the_whole(made, name):
         open_data(f"{name}:{made(name)}[val]", SIZE)
 
 
+@pytest.mark.parametrize("kind", ["yolo-seg", "voc", "labelme", "folder", "hf", "run"])
+def test_a_file_in_place_of_a_folder_is_called_one(tmp_path, kind):
+    (tmp_path / "data.yaml").touch()
+    with pytest.raises(
+        Refused, match=r"data\.yaml is a file, expected a folder\nGive the folder of the data set itself"
+    ):
+        open_data(f"{kind}:{tmp_path}/data.yaml", SIZE)
+
+
 def test_a_folder_that_is_not_there_lacks_more_than_a_scene(tmp_path):
     with pytest.raises(Refused, match="nowhere is not there"):
         open_data(f"vkitti2:{tmp_path}/nowhere[Scene01]", SIZE)

@@ -56,6 +56,7 @@ OWN_READERS = {
     "hf": HuggingFace,
 }
 READERS = Registry("readers", OWN_READERS)
+FILE_KINDS = {"coco", "label-studio"}  # whose addresses may name a file of annotations
 RENDERED_KINDS = {"demo"}  # whose addresses are COUNT@FIRST_SEED and name no folder
 ADDRESSED = re.compile(r"(.+?)(?:\[([\w.,-]+)\])?", re.DOTALL)  # PATH[SPLIT]
 ADDRESS = "KIND:PATH, KIND:PATH[SPLIT] or demo:COUNT@FIRST_SEED"
@@ -104,6 +105,8 @@ def check_address(spec: str) -> tuple[str, Path | str, str | None]:
         with suppress(PermissionError):  # which the reader tells
             if not place.exists() and not place.is_symlink():
                 raise Refused(f"--data {spec}: {place} is not there{storage.named_alike(place)}", reading.OF_DATA)
+            if place.is_file() and kind not in FILE_KINDS:
+                raise Refused(f"--data {spec}: {place} is a file, expected a folder", reading.OF_DATA)
             if (place / "export.json").is_file() and (place / kind).is_dir():  # where convert put it beside others
                 place /= kind
     return kind, place, match[2]
