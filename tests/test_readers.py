@@ -2373,6 +2373,20 @@ def test_a_photo_is_read_as_the_program_showed_it_that_drew_the_labels(copied, l
     assert np.abs(open_data(address, SIZE)[0].image.astype(int) - before).mean() < 4
 
 
+@pytest.mark.parametrize("is_of_cvat", [True, False])
+def test_photos_upside_down_are_read_as_shown_in_coco_of_cvat_alone(copied, is_of_cvat):
+    root, address = copied("coco")
+    before, path = open_data(address, SIZE, tasks=["instance"])[0].image, root / "train2017/000000000001.jpg"
+    Image.open(path).transpose(Image.Transpose.ROTATE_180).save(path, exif=turned(3), quality=95)
+    if is_of_cvat:
+        empty = {"flickr_url": "", "coco_url": "", "date_captured": 0}
+        rewrite(root / "annotations/instances_train2017.json", lambda d: [row.update(empty) for row in d["images"]])
+        assert np.abs(open_data(address, SIZE, tasks=["instance"])[0].image.astype(int) - before).mean() < 4
+    else:
+        with pytest.raises(Refused, match="cannot be told from its size"):
+            open_data(address, SIZE, tasks=["instance"])[0]
+
+
 @pytest.mark.parametrize("place", ["-0.01", "1.01"])
 def test_a_corner_of_yolo_may_lie_a_hundredth_outside_of_the_image(copied, place):
     root, address = copied("yolo-seg")

@@ -46,7 +46,8 @@ class Annotations:
         self.limbs: tuple[tuple[int, int], ...] = ()
         self.bad: dict[int, str] = {}  # image id -> the fault of one of its annotations
         self.has_outlines = False
-        self.marks_masks = False  # whether iscrowd says that an outline is a mask, as tools write it
+        # whether it is of CVAT or supervision, which turn photos, and whose iscrowd says that an outline is a mask
+        self.marks_masks = False
         rows = {name: array("q") for name in ("id", "image", "category", "start", "end", "count")}
         areas, crowds = array("d"), array("b")
         for key, value, start, end in self.stream:
@@ -216,7 +217,9 @@ class Coco(shapes.OutlineSource):
             if source and image in source.bad:
                 raise reading.bad(source.path, source.bad[image])
         entry, (width, height) = f"its entry in {first.path.name}", (facts["width"], facts["height"])
-        pixels = reading.colour_image(path, reading.as_sized(entry, lambda: (width, height)))
+        sides = (width, height)
+        turned = reading.as_drawn(sides) if first.marks_masks else reading.as_sized(entry, lambda: sides)
+        pixels = reading.colour_image(path, turned)
         shapes.check_sides(path, pixels, (height, width), first.path)
         fields: dict[str, Any] = {}
         if self.persons:
