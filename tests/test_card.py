@@ -69,9 +69,9 @@ def test_the_header_tells_apart_what_datasets_would_take_from_its_cache(run):
         first, *others = rows
         image = first.files["image"]
         files = {"image": image._replace(stored=replace(image.stored, sha256="0" * 64))}
-        changes = {"request": replace(first.request, prompt="another"), "files": files, "trust": Trust()}
+        changes = {"request": replace(first.request, prompt="another"), "files": files, "labels": {}, "trust": Trust()}
         changed = [header([replace(first, **{name: value}), *others]) for name, value in changes.items()]
-        assert len({header(rows), header(others), *changed}) == 5 and header(rows) == header([*rows])
+        assert len({header(rows), header(others), *changed}) == 6 and header(rows) == header([*rows])
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ class Card(IndexFile):
 
     def add(self, rows: Sequence[Row]) -> tuple[()]:
         for row in rows:
-            self._digest.update(repr((row.request, row.files, row.trust)).encode())
+            self._digest.update(repr((row.request, row.files, row.labels, row.trust)).encode())
             for task, counter in self._counts.items():
                 if task in row.labels:
                     counter.update(kind_of(task).count(row.labels[task]))
