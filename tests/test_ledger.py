@@ -355,6 +355,19 @@ def test_a_lock_is_shared_by_those_who_share_it_and_held_by_one_alone(tmp_path):
             pass
 
 
+def test_a_lock_that_its_holder_has_removed_is_not_taken(tmp_path, monkeypatch):
+    """As of an export that another process completes at this moment."""
+    path, lock = tmp_path / "lock", fcntl.flock
+
+    def lock_late(handle, kind):
+        path.unlink(missing_ok=True)
+        lock(handle, kind)
+
+    monkeypatch.setattr(fcntl, "flock", lock_late)
+    with pytest.raises(Refused, match="another process is writing"), storage.hold_lock(path, patience=0):
+        pass
+
+
 def test_a_folder_is_held_by_one_process_in_turn(tmp_path):
     handle = os.open(tmp_path, os.O_RDONLY)
     with storage.in_turn(tmp_path), pytest.raises(BlockingIOError):

@@ -443,6 +443,8 @@ def hold_lock(path: Path, *, is_shared: bool = False, patience: float = SECONDS_
         while True:
             try:
                 syscall("lock", fcntl.flock, handle, kind | fcntl.LOCK_NB)
+                if not os.fstat(handle).st_nlink:  # whoever held it has removed it, with what it was for
+                    raise BlockingIOError
                 break
             except BlockingIOError as error:
                 if time.monotonic() >= end:
