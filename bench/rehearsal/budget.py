@@ -117,6 +117,7 @@ def recorded(engine: FastEngine, names: Iterable[str]) -> list:
 
 def unet_call(engine: FastEngine, batch: int, step: str) -> Callable[[], Any]:
     """What the graph of one call holds; the tables of timestep and texts are made once, before."""
+    engine.prepare(batch)
     with torch.inference_mode():
         inputs = engine._inputs(_latents(engine, batch), 1.0, _text(engine, batch))
     return lambda: getattr(engine, step)(*inputs)
