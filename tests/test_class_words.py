@@ -404,6 +404,11 @@ def test_texts_in_a_mirror_name_the_other_side_of_their_classes_alone():
     assert mirrored_text("a lefthand on the right of a wall", sides) == "a righthand on the right of a wall"
     assert mirrored_text("a wall on the left", sides) == "a wall on the left"
     assert mirrored_text("an l_eye and a large L_Eye", ("l_eye", "r_eye")) == "an r_eye and a large R_Eye"
+    letters = ("kneeL", "kneeR", "bright_L", "bright_R")
+    assert mirrored_text("a kneel, a kneeL, a bright_L", letters) == "a kneer, a kneeR, a bright_R"
+    words = (("l_eye", ("orb", "left orb")), ("r_eye", ()))
+    own = class_tables.ClassTable(tuple(class_tables.ClassWord(name, name, more) for name, more in words))
+    assert mirrored_text("an orb, a left orb", ("l_eye", "r_eye"), own) == "an orb, a right orb"
     spaced = ("left hand", "right hand")
     assert mirrored_text("a RIGHT hand and left hands", spaced) == "a LEFT hand and right hands"
     longer = "İ a hand left of it"  # whose lower case has one character more

@@ -378,6 +378,9 @@ def test_the_file_of_another_image_is_not_suggested_for_one_that_is_not_there(tm
     assert storage.named_alike(tmp_path / "masks" / "\u00e9tude.png") == unlike
     (tmp_path / "mask2.log").touch()
     assert storage.named_alike(tmp_path / "mask2" / "001.png") == " (did you mean masks?)"  # a folder is missing
+    (link := tmp_path / "mask3").symlink_to(tmp_path / "gone")
+    assert storage.named_alike(link) == " (it is a symbolic link that leads nowhere)"
+    assert storage.named_alike(link / "001.png") == f" ({link} is a symbolic link that leads nowhere)"
 
 
 def test_a_file_that_is_not_there_is_told_from_one_of_nearly_its_name(tmp_path, capsys):

@@ -419,6 +419,16 @@ def test_a_picture_of_labelme_lies_beside_its_file_whatever_its_path_was(copied,
         open_data(address, SIZE)[0]
 
 
+def test_a_picture_of_labelme_without_a_path_is_in_its_file(copied):
+    root, address = copied("labelme")
+    before = open_data(address, SIZE)[0].image
+    (root / "labels").mkdir()
+    data = base64.b64encode((root / "scene 0.jpg").read_bytes()).decode()
+    (path := root / "scene 0.json").rename(moved := root / "labels" / path.name)
+    rewrite(moved, lambda found: found.update(imagePath="", imageData=data))
+    assert any((item.image == before).all() for item in open_data(address, SIZE))
+
+
 @pytest.mark.parametrize("path", ["../images/", "..\\images\\"])
 def test_files_of_labelme_may_have_a_folder_beside_that_of_the_pictures(copied, path):
     root, address = copied("labelme")

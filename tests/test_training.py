@@ -789,6 +789,8 @@ def test_classes_with_a_side_change_places_in_a_mirror():
         ("upper arm.L", "L", "upper arm.R"),
         ("lKnee2", "R", "rKnee2"),
         ("kneeL", "r", "kneeR"),
+        ("eyeLOuter", "L", "eyeROuter"),
+        ("R_L_paw", "L_R_toe", "R_R_paw"),
     ],
 )
 def test_a_side_is_found_however_it_is_written(names):
@@ -804,6 +806,20 @@ def test_a_name_whose_other_side_is_another_ones_stays():
 def test_letters_and_words_that_only_begin_with_l_or_r_have_no_side():
     names = ("l", "r", "L", "R", "lamp", "ramp", "LED", "RED", "all", "arr")
     assert mirrored_names(names) == list(range(len(names)))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("LANKLE", "LHIP", "HEAD", "RANKLE", "RHIP", "ROOT"),
+        ("lank", "lkne", "thrx", "rank", "rkne", "neck"),
+        ("FL", "HL", "nose", "FR", "HR", "tail"),
+        ("LF wheel", "LR wheel", "car", "RF wheel", "RR wheel", "road"),
+    ],
+)
+def test_letters_right_beside_others_are_sides_where_half_of_the_names_are_pairs(names):
+    assert mirrored_names(names) == [3, 4, 2, 0, 1, 5]
+    assert mirrored_names((*names, "a", "b", "c")) == list(range(9))
 
 
 def test_a_quarter_turn_turns_the_truth_with_the_image(source):

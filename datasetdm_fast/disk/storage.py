@@ -229,13 +229,13 @@ def named_alike(path: Path) -> str:
     other numbers in it, as these are of another image; only a folder is alike to a folder above it. Of a symbolic
     link that leads nowhere, that it is one; of a name that only looks like the one that is there, why.
     """
-    if path.is_symlink():
-        return " (it is a symbolic link that leads nowhere)"
     missing = path
     while path.parent != path and not path.parent.exists():
         path = path.parent
+    if path.is_symlink():
+        return f" ({'it' if path == missing else path} is a symbolic link that leads nowhere)"
     try:
-        names = os.listdir(path.parent)
+        names = [name for name in os.listdir(path.parent) if name != path.name]
     except (OSError, ValueError):
         return ""
     if len(names) > MOST_COMPARED:

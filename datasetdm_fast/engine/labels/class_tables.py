@@ -11,9 +11,9 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -261,8 +261,10 @@ DESCRIBED = re.compile(
 GROUPS = re.compile(r"(?:couple|family|families|crowd|pair)s?\b")  # words for several things
 SIDE_WORD = re.compile(r"(?:(?<![A-Za-z])(?:left|right)|Left|Right|LEFT|RIGHT)(?![a-z])")
 SIDE = re.compile(r"left|right|Left|Right|LEFT|RIGHT")  # also inside of a word: lefthip, eyeright, but bright as well
-# l_eye, eye.R, rKnee, kneeL, but not LED and RED
-SIDE_LETTER = re.compile(r"(?<![A-Za-z])[LlRr](?=[A-Z][a-z]|[^A-Za-z]|$)|(?<=[a-z])[LR](?![A-Za-z])")
+# l_eye, eye.R, rKnee, kneeL, but not LED and RED, nor a class that is a letter
+SIDE_LETTER = re.compile(r"(?!^.$)(?:(?<![A-Za-z])[LlRr]|(?<=[a-z])[LR])(?=[A-Z][a-z]|[^A-Za-z]|$)")
+# lank, RANKLE, FL, of names of which half are pairs
+SIDE_OF_MANY = re.compile(r"(?<![A-Za-z])[LlRr](?=[A-Za-z])|(?<=[A-Za-z])[LlRr](?![A-Za-z])")
 OTHER_SIDE = {"left": "right", "Left": "Right", "LEFT": "RIGHT", "l": "r", "L": "R"}
 OTHER_SIDE |= {right: left for left, right in OTHER_SIDE.items()}
 TOKEN = re.compile(r"[^\W_]+|[^\w\s'’-]")
@@ -376,23 +378,41 @@ def always_named(
 
 def mirrored_names(names: Sequence[str]) -> list[int]:
     """For each joint or class the index of the one that takes its name in a mirror image."""
+    return [*_mirrored_order(tuple(names))]
+
+
+@lru_cache(maxsize=64)  # asked for every view
+def _mirrored_order(names: tuple[str, ...]) -> tuple[int, ...]:
+    order, of_many = _pair(names, _other_sides), _pair(names, partial(_exchange_one, SIDE_OF_MANY))
+    merged = [other if other != k else of_many[k] for k, other in enumerate(order)]
+    exchanged = [k for k, other in enumerate(merged) if other != k]
+    if len(exchanged) < max(len(names) / 2, 4):  # lamp and ramp, LED and RED
+        merged = order
+    return tuple(other if merged[other] == k else k for k, other in enumerate(merged))
+
+
+def _pair(names: Sequence[str], others: Callable[[str], Iterable[str]]) -> list[int]:
+    """For each name the index of the first of its `others` that is among the names, else its own."""
     places = {name: k for k, name in reversed(list(enumerate(names)))}
-    order = [
-        next((places[other] for other in _other_sides(name) if other in places and other != name), k)
+    return [
+        next((places[other] for other in others(name) if other in places and other != name), k)
         for k, name in enumerate(names)
     ]
-    return [other if order[other] == k else k for k, other in enumerate(order)]
 
 
 def _other_sides(name: str) -> Iterator[str]:
     """What a name may be called on the other side, the likeliest first."""
     if SIDE_WORD.search(name):
         yield SIDE_WORD.sub(_other_side, name)
-    for match in SIDE.finditer(name):
+    for side in (SIDE, SIDE_LETTER):
+        yield from _exchange_one(side, name)
+        yield side.sub(_other_side, name)
+
+
+def _exchange_one(side: re.Pattern[str], name: str) -> Iterator[str]:
+    """The name with each of its sides exchanged alone."""
+    for match in side.finditer(name):
         yield name[: match.start()] + _other_side(match) + name[match.end() :]
-    yield SIDE.sub(_other_side, name)
-    if len(name) > 1:  # other than a class that is a letter
-        yield SIDE_LETTER.sub(_other_side, name)
 
 
 def _other_side(match: re.Match[str]) -> str:
@@ -401,14 +421,17 @@ def _other_side(match: re.Match[str]) -> str:
 
 def mirrored_text(text: str, classes: Sequence[str], table: ClassTable | None = None) -> str:
     """The text that names a class that has a side by the name it takes in a mirror image; the rest stays as it is."""
-    order = mirrored_names(classes)
-    sided = {name for name, other in zip(classes, order, strict=True) if classes[other] != name}
-    if not sided or len(_lower(text)) != len(text):
+    sides = {name: classes[k] for name, k in zip(classes, mirrored_names(classes), strict=True) if classes[k] != name}
+    if not sides or len(_lower(text)) != len(text):
         return text
-    named = matcher(tuple(classes), table).spans(text)
-    for begin, end in sorted({span for name in sided & named.keys() for span in named[name]}, reverse=True):
-        side = next(side for side in (SIDE_WORD, SIDE, SIDE_LETTER) if side.search(text, begin, end))
-        text = text[:begin] + side.sub(_other_side, text[begin:end]) + text[end:]
+    find = matcher(tuple(classes), table).spans
+    named = find(text)
+    spans = {span: sides[name] for name in named if name in sides for span in named[name]}
+    for (begin, end), other in sorted(spans.items(), reverse=True):
+        phrase = text[begin:end]
+        called = (*_other_sides(phrase), *_exchange_one(SIDE_OF_MANY, phrase))
+        usual = SIDE_WORD.sub(_other_side, phrase)
+        text = text[:begin] + next((name for name in called if other in find(name)), usual) + text[end:]
     return text
 
 

@@ -61,9 +61,9 @@ class LabelMe(shapes.OutlineSource):
         name, file = document["imagePath"].replace("\\", "/"), None
         with suppress(Refused):  # of another machine
             file = reading.inside(self.root, os.path.relpath(path.parent / name, self.root), path)
-        if not (file and file.exists()) and not document.get("imageData"):
-            file = reading.inside(path.parent, name.rpartition("/")[2], path)
-        if file and (file.exists() or not document.get("imageData")):
+        if not (file and file.is_file()):
+            file = None if document.get("imageData") else reading.inside(path.parent, name.rpartition("/")[2], path)
+        if file:
             image = reading.colour_image(file, orientation)
         else:
             image = reading.colours(path, shapes.decode_image(document["imageData"], path), orientation)
