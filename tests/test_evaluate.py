@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from layouts import LAYOUTS, save
+from layouts import LAYOUTS, coco, save
 
 from datasetdm_fast.engine.decoders.checkpoint import build_decoder, save_decoder
 from datasetdm_fast.engine.decoders.config import COCO_JOINTS, COCO_LIMBS, DecoderConfig
@@ -290,12 +290,27 @@ def test_a_training_tells_classes_that_no_image_shows_and_how_many_are_left_out(
 def test_a_training_tells_how_many_images_nobody_labelled(tmp_path):
     lines: list[str] = []
     data = TrainingData(as_voc(tmp_path, "background\nmug\nleaf\nbolt\n"))
-    shutil.copy(tmp_path / "JPEGImages/a.jpg", tmp_path / "JPEGImages/b.jpg")
-    save(tmp_path / "SegmentationClass/b.png", np.zeros((64, 64), np.uint8))
+    for name, number in (("b", 0), ("c", 255)):  # of the last all is ignored, and nothing is learnt
+        shutil.copy(tmp_path / "JPEGImages/a.jpg", tmp_path / f"JPEGImages/{name}.jpg")
+        save(tmp_path / f"SegmentationClass/{name}.png", np.full((64, 64), number, np.uint8))
     open_session(data, ModelChoice("tiny", device="cpu"), ("semantic",), Inversion((1,)), on_message=lines.append)
     assert [line for line in lines if line.startswith("classes")] == [
-        "classes    1 of 2 images without any, taken for pure background"
+        "classes    1 of 3 images without any, taken for pure background"
     ]
+
+
+def test_an_image_of_a_crowd_alone_is_not_called_background(tmp_path):
+    lines: list[str] = []
+    coco(tmp_path)
+    path = tmp_path / "annotations/instances_train2017.json"
+    document = json.loads(path.read_text())
+    first = document["annotations"][0]["image_id"]
+    for row in document["annotations"]:
+        row["iscrowd"] = int(row["image_id"] == first)
+    path.write_text(json.dumps(document))
+    model = ModelChoice("tiny", device="cpu")
+    open_session(TrainingData(f"coco:{tmp_path}"), model, ("instance",), Inversion((1,)), on_message=lines.append)
+    assert not [line for line in lines if "pure background" in line]
 
 
 def test_a_bad_data_set_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch, capsys):

@@ -338,7 +338,9 @@ def open_session(
         nonlocal last_line, empty
         names = naming.classes_shown(source, item)
         shown.update(names)
-        empty += all(map(reading.is_background, names))
+        is_ignored = item.semantic is not None and not names
+        has_crowds = item.crowd_classes is not None and len(item.crowd_classes) > 0  # ignored, too
+        empty += not is_ignored and not has_crowds and all(map(reading.is_background, names))
         if time.monotonic() - last_line >= SECONDS_PER_LINE:
             last_line = time.monotonic()
             on_message(f"data       {done} of {len(source)} images read")
