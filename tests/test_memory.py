@@ -28,7 +28,7 @@ from datasetdm_fast.engine.decoders.trunk import fold
 from datasetdm_fast.engine.engines import build_engine, cuda_graph, fast
 from datasetdm_fast.engine.engines import device as memory
 from datasetdm_fast.engine.engines.device import choose_by_shape
-from datasetdm_fast.engine.engines.fast import FastEngine, on_cpu
+from datasetdm_fast.engine.engines.fast import FastEngine, on_cpu, on_gpu
 from datasetdm_fast.engine.engines.fast.on_gpu import GpuEngine
 from datasetdm_fast.engine.loading import load_model
 from datasetdm_fast.engine.loop import driver
@@ -296,6 +296,14 @@ def test_a_batch_is_measured_with_the_decoders_that_read_it(monkeypatch):
     with torch.inference_mode():
         assert GpuEngine._bytes_of(engine, 3) == 1000 + 30
     assert sorted(read) == [(3, False), (3, True), (3, True)]
+
+
+def test_a_gpu_is_measured_for_batches_once(monkeypatch):
+    """A program that calls a pipeline again and again finds ever less memory free, as graphs of its batches hold it."""
+    engine = SimpleNamespace(device=torch.device("cpu"), model=SimpleNamespace(size=64), _bytes_of=None, _suggested=0)
+    found = iter([1, 8, 4])
+    monkeypatch.setattr(on_gpu, "suggest_batch", lambda *given: next(found))
+    assert [GpuEngine.suggested_batch(engine) for _ in range(4)] == [1, 8, 8, 8]
 
 
 def test_recordings_of_ever_new_shapes_do_not_add_up(monkeypatch):

@@ -35,6 +35,7 @@ class GpuEngine(FastEngine):
     _output_names: dict[str, list[str]]  # of recorded decoders
     # images that the UNet, the autoencoder and the decoders take at once, 0 = as many as they are given
     widest = widest_chunk = widest_labelled = 0
+    _suggested = 0  # images of a batch, measured before graphs of such batches take their memory
 
     def _operations(self, dtype: torch.dtype) -> SimpleNamespace:
         """Each is tried on the GPU, and compiled for it where Triton has not cached it."""
@@ -135,7 +136,9 @@ class GpuEngine(FastEngine):
 
     @engine_call
     def suggested_batch(self) -> int:
-        return suggest_batch(self.model.size // FACTOR, self.device, self._bytes_of)
+        if self._suggested < 2:
+            self._suggested = suggest_batch(self.model.size // FACTOR, self.device, self._bytes_of)
+        return self._suggested
 
     def _bytes_of(self, batch: int) -> int:
         """Peak memory of one captured call, and that of the decoders that read it, as graphs of both are held."""
