@@ -170,7 +170,8 @@ FAULTS = {
     "pictures encoded on a stream of its own": Fault(
         "datasetdm_fast.engine.loop.inverting:InvertingGenerator.invert",
         "clean = engine.encode_image(pixels)",
-        "clean = torch.cuda.stream(torch.cuda.Stream(engine.device)).__enter__() or engine.encode_image(pixels)",
+        "import torch; torch.cuda.stream(torch.cuda.Stream(engine.device)).__enter__(); "
+        "clean = engine.encode_image(pixels)",
         {"scenario": "label"},
     ),
     "a generator of the host for noise on a GPU": Fault(
