@@ -10,6 +10,7 @@ import sys
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -137,6 +138,13 @@ def test_the_site_has_every_page():
     assert named - {path.name for path in (HERE / "docs").glob("*.md")} == {
         *("messages.md", "notebook.md", "bench.md", "contributing.md", "changelog.md", "security.md")
     }
+
+
+def test_pictures_of_pages_are_pictures_on_the_site(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mkdocs.structure.files", SimpleNamespace(File=None, Files=None))
+    hooks = import_module("hooks")
+    for path in (HERE / "docs").glob("*.md"):
+        assert hooks.relinked(prose(path), Path("docs")).count("![") == prose(path).count("!["), path.name
 
 
 def test_the_search_of_the_site_needs_no_network():

@@ -57,7 +57,7 @@ def relinked(text: str, folder: Path) -> str:
             return f"[{text}]({path.removeprefix('bench/')})"
         if path == "docs/tour.ipynb":
             return f"[{text}](notebook.md)"
-        if path.startswith("docs/") and path.endswith((".md", ".png", ".jpg")):
+        if path.startswith("docs/") and path.endswith((".md", ".png", ".jpg", ".svg")):
             return f"[{text}]({path.removeprefix('docs/')}{anchor})"
         return f"{text} (`{path}`)"  # a file of the repository, which is no page
 
