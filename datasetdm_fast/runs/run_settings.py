@@ -266,4 +266,6 @@ class LabelConfig(RunConfig):
         ("100", "200", "300", "400"), "with --labeller attention: noise levels, a UNet call each", metavar="LIST"
     )
     seed: int = setting(0, "seed of the noise of picture 0; picture k has seed + k", metavar="N")
+    limit: int = setting(0, "stop after N new pictures; the same command resumes", identity=False, metavar="N", least=0)
+    dtype: str = setting("auto", "precision of the fast engines", choices=("auto", "fp32", "tf32", "fp16", "bf16"))
     out: str = setting("runs/labelled", "run folder", identity=False, metavar="RUN", output="folder")

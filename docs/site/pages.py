@@ -89,10 +89,10 @@ def wrapped(text: str, width: int = 120) -> str:
 
 FLAGS_OPENING = """# Flags
 
-All commands and their flags, as shown by `--help`. Run a command as `python -m datasetdm_fast.NAME` or, once
-installed, `datasetdm-fast NAME`. All commands also take `--help`, `--version` and `--config FILE`, a YAML file of the
-same settings; `no-` before the name of a switch turns it off. [Commands](commands.md) explains what the commands do,
-exit codes and environment variables.
+The flags of all commands but [`convert FILE`](checkpoints.md) and [`compat.showlab`](from-datasetdm.md), as shown by
+`--help`. Run a command as `python -m datasetdm_fast.NAME` or, once installed, `datasetdm-fast NAME`. All commands also
+take `--help`, `--version` and `--config FILE`, a YAML file of the same settings; `no-` before the name of a switch
+turns it off. [Commands](commands.md) explains what the commands do, exit codes and environment variables.
 
 """
 EVERYWHERE = ("--help", "--version", "--config")
