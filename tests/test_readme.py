@@ -214,7 +214,7 @@ def shell_lines(page: Path) -> list[list[str]]:
 
 OF_THE_PAGE = ("runs/", "exports/", "engines/", "decoders/", "models/")  # folders that only a command can have made
 # what `make demo` and the reader's own downloads made
-AT_HAND = ("runs/demo", "models/sd14", "models/sdxl", "models/sd35-medium", "models/klein-4b", "models/z-image-turbo")
+AT_HAND = ("runs/demo", "models/sd14", "models/sdxl", "models/klein-4b", "models/z-image-turbo")
 RUN_MAKERS = ("generate", "vary", "edit", "label", "merge")
 GROWN = ("--number", "--verify")  # with which the same line goes on with its run folder
 
