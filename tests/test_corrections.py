@@ -17,7 +17,7 @@ from datasetdm_fast.engine.pictures.labelled import EVERY_CLASS
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.runs.gallery.review import Review
 from datasetdm_fast.runs.run_folder.audit import audit
-from datasetdm_fast.runs.run_folder.corrections import CORRECTIONS, Correction, read_corrections
+from datasetdm_fast.runs.run_folder.corrections import CORRECTIONS, Correction, format_corrections, read_corrections
 from datasetdm_fast.runs.run_folder.ledger import Row
 from datasetdm_fast.training.readers import open_data
 
@@ -156,6 +156,8 @@ def test_a_class_map_keeps_what_another_instance_shows_as_well():
     assert corrected({5: "ball", 9: "wall"}, renamed=(("instance", 0, "ring"),))[0] == [255, 5, 5, 7]  # of no number
     assert corrected(renamed=(("instance", 0, "ring"),)) == [[7, 5, 5, 7], [7, 5, 9, 255]]
     assert corrected(renamed=(("instance", 1, "ring"),)) == [[5, 5, 7, 7], [5, 5, 9, 255]]  # in either order
+    walls, of_walls = np.zeros((2, 4), np.uint8), {0: "wall", 7: "ring"}  # a map without balls
+    assert not Correction(renamed=(("instance", 0, "ring"),)).correct_map(walls, of_walls, row, tables).any()
     row.labels["instance:b"], tables["instance:b"] = list(record), tables["instance"]
     assert corrected(removed=(("instance", 0),)) == [[255, 5, 5, 7], [255, 5, 9, 255]]  # also of a label of others
     masks[0, 0, 0] = False  # the map is a pixel larger than the mask
@@ -225,6 +227,11 @@ def test_a_region_is_cut_to_the_picture_and_half_of_a_thing_stays():
     assert places(removed=(("instance", 0), ("instance:b", 1))) == [record[1], record[2]]
     renamed = places(renamed=(("instance", 2, "ring"), ("instance", 1, "dog"), ("instance:b", 0, "ring")))
     assert [item["category_id"] for item in renamed] == [1, 1, 2]
+    joints = [(1, 5), (6, 5), (3, 2), (3, 8), (2, 3), (5, 7)]  # beyond each side of a region, and in two of its corners
+    people = [{"keypoints": [x, y, 2]} for x, y in joints]
+    of_people = Row(None, {}, labels={"pose": people})
+    assert Correction(ignored=((2, 3, 6, 8),)).correct_row(of_people, {}).labels["pose"] == people[:4]
+    assert [*json.loads(format_corrections({3: correction, 1: correction}))] == ["00000001", "00000003"]
 
 
 def test_an_export_from_before_a_correction_is_another(run, tmp_path, capsys):

@@ -189,6 +189,7 @@ def test_a_domain_whose_numbers_are_none_is_refused_and_one_of_an_earlier_versio
         ({"pictures.scale": arrays["pictures.scale"] * 0}, "or no spread"),
         ({"pictures.means": arrays["pictures.means"] * torch.nan}, "a value is NaN"),
         ({"pictures.limit": arrays["pictures.limit"] * 0}, "or no spread"),
+        ({"things.limit": arrays["things.limit"] * torch.arange(3)}, "or no spread"),  # of one of them
     ):
         save_file(arrays | change, path, {"classes": json.dumps(learned.classes)})
         with pytest.raises(Refused, match=f"not the domain of this decoder .*{said}") if said else nullcontext():

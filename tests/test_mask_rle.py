@@ -155,7 +155,7 @@ def test_the_largest_size_and_its_runs_are_read():
     """Runs of 29 bits, which take six characters; nothing is painted."""
     largest = {"size": [2**14, 2**14], "counts": [2**27 + 1, 2**27 - 1]}
     counts = coco.frPyObjects(largest, 2**14, 2**14)["counts"]
-    for given in (largest, largest | {"counts": counts}):
+    for given in (largest, *(largest | {"counts": each} for each in (counts, np.uint32(largest["counts"])))):
         assert mask_rle.run_lengths(given).tolist() == largest["counts"]
 
 

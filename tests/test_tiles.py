@@ -68,6 +68,7 @@ def test_a_map_in_tiles_is_the_map(sides):
     joined = joined_map(Tiling.of((8, 12), 8), two)
     assert joined.labels[0].tolist() == [0] * 8 + [1] * 4  # of two as deep inside the first
     assert joined.labels[4].tolist() == [0] * 6 + [1] * 6
+    assert joined_map(Tiling.of((8, 8), 8), two[1:]).labels.all()  # of a picture that one tile covers
 
 
 def test_a_picture_in_tiles_tells_how_many_and_takes_some_at_a_time():
@@ -142,8 +143,8 @@ def test_two_things_that_two_tiles_show_stay_two():
     masks = np.zeros((2, 32, 56), bool)
     masks[0, 4:9, 26:30] = masks[1, 16:21, 26:30] = True  # both within the columns that the tiles share
     tiles = [
-        Instances(np.array([first, second]), np.array([0, 0]), np.float32([0.9, 0.8]), ("ball",))
-        for first, second in zip(*(cut(tiling, mask) for mask in masks), strict=True)
+        Instances(np.array([first, second]), np.array([0, 0]), np.float32(scores), ("ball",))
+        for first, second, scores in zip(*(cut(tiling, mask) for mask in masks), ([0.9, 0.8], [0.5, 0.85]), strict=True)
     ]
     assert len(tiles) == 2 and all(one.masks.any((1, 2)).all() for one in tiles)
     assert np.array_equal(joined_instances(tiling, tiles).masks, masks)
