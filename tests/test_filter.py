@@ -476,6 +476,13 @@ def test_duplicates_differ_by_two_bits_of_their_hash_at_most():
     assert all(np.isnan(column[4]) for column in values.values())  # it is not scored yet
 
 
+def test_the_sharpness_is_the_variance_of_the_laplacian_inside_of_the_border():
+    grey = np.array([[9, 0, 0, 9], [0, 10, 0, 3], [0, 0, 7, 0], [9, 1, 0, 9]], np.uint8)
+    assert run_scores.sharpness(Image.fromarray(grey)) == np.var([-40, 20, 18, -28])
+    red = np.stack([grey, 0 * grey, 0 * grey], 2)  # 0.299 as bright
+    assert run_scores.sharpness(Image.fromarray(red)) == np.var([-12, 6, 5, -8])
+
+
 def test_the_hash_of_an_image_tells_which_cells_are_darker_than_their_right_neighbours():
     brighter = np.arange(9, dtype=np.uint8)[None].repeat(8, 0) * 20
     first, last = np.zeros((2, 8, 9), np.uint8)
