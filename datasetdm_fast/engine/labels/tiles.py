@@ -89,8 +89,6 @@ class _Piece:
             slice(max(first.start, second.start), min(first.stop, second.stop))
             for first, second in zip(self.part, other.part)
         ]
-        if any(overlap.start >= overlap.stop for overlap in shared):
-            return False
         first, second = self.on(*shared), other.on(*shared)
         smaller = min(np.count_nonzero(first), np.count_nonzero(second))
         return bool(smaller > 0 and np.count_nonzero(first & second) >= SAME * smaller)

@@ -74,12 +74,11 @@ def trust_of(
             missing.append(name)
             places = " or ".join(f"{task}{_faintly(labels[task], name)}" for task in tasks)
             reasons.append(f"{name} is in the prompt, but not in {places}")
-    has_things = any(isinstance(label, Instances) for label in labels.values())
-    for name in sorted(_foreign(named, labels, prompt, table)) if has_things else ():
+    for name in sorted(_foreign(named, labels, prompt, table)):
         if shown := [task for task, by_name in shares.items() if by_name.get(name, 0) >= LEAST_SHARE]:
             unnamed.append(name)
             reasons.append(f"{name} is in {' and '.join(shown)}, but not in the prompt")
-    reasons += _count_mismatches(named, labels, prompt, table) if has_things else ()
+    reasons += _count_mismatches(named, labels, prompt, table)
     confidences = []  # of the decoders that tell how sure they are
     for label in labels.values():
         sure = np.asarray(label.confidence if isinstance(label, SemanticMap) else getattr(label, "scores", ()))
