@@ -501,6 +501,17 @@ def test_a_run_of_shards_ends_where_the_gate_closes(tmp_path, monkeypatch):
     assert not place.names("manifest") and not place.names("claims")
 
 
+def test_a_run_of_shards_is_judged_once(alone, tmp_path, monkeypatch):
+    def count(gate, results):
+        gate.outside = gate.measured = 0 if gate._is_open else 2
+
+    monkeypatch.setattr(shard_worker.DomainGate, "evaluate", count)
+    with pytest.raises(GateFailed, match="are out of the domain of the decoders"):
+        make(tmp_path / "new")
+    make(run := copy(alone, tmp_path), number=33)  # its growth would have begun by taking its last shard out
+    assert len(datasetdm_fast.open_run(run)) == 33
+
+
 def test_a_store_holds_the_bytes_of_a_disk(alone, bucket):
     make("run", bucket)
     assert contents(bucket) == contents(ShardFolder(alone))

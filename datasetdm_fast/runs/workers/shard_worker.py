@@ -132,7 +132,8 @@ class ShardWorker:
     def __init__(self, job: Job, place: ShardPlace, rank: ShardRank, callbacks: Callbacks):
         self.job, self.place, self.callbacks = job, place, callbacks
         self.size = shard_size(job.document["config"])
-        self.gate, self.claims = DomainGate(job, largest=self.size), Claims(place, rank.name, files_of_shard)
+        first = replace(job, stops_outside=job.stops_outside and not list_shards(place))  # a run is judged once
+        self.gate, self.claims = DomainGate(first, largest=self.size), Claims(place, rank.name, files_of_shard)
         self.made = 0
         count = -(-job.plan.number // self.size)
         self.order = sorted(range(count), key=lambda shard: ((shard - rank.rank) % rank.world, shard))
