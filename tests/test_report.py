@@ -309,8 +309,7 @@ def test_the_table_of_a_gpu_says_what_a_cut_run_covers_and_who_raced_before(docu
         "| a whole run",
     ]
     assert "Some GPU (700 W and 1980 MHz at most), driver 580.1, CUDA 13.0" in text and "compiled" not in text
-    assert "title of upstream <&>: an earlier race with ours, commit abc1234." in text
-    assert text.endswith("title of x <&>: an earlier race with ours, commit def5678.")
+    assert text.endswith(" Earlier races with ours: title of upstream <&> (abc1234); title of x <&> (def5678).")
 
 
 def test_the_bench_page_keeps_the_rows_that_were_changed():
@@ -336,9 +335,11 @@ def test_a_race_whose_own_row_is_unsteady_is_shown_last_and_marked(document):
     row = next(row for row in swings["parts"]["peers"]["rows"] if row["peer"] == "ours")
     row |= {"seconds_per_image": measure.spread([1.0, 1.0, 1.2]), "title": "ours that swings"}
     row |= {"attention": {"others": 0.0}}
+    swings["machine"]["device"] = "A(R) Chip Processor @ 2.00GHz, 2 cores"
     races = {f"{report.FULL_SIZE} 0": swings, f"{report.FULL_SIZE} 1": document}
     head, shown, last = report.front(races, "charts").partition("| ours that swings (unsteady: spread 20 %) |")
     assert "title of ours" in head and shown and "title of ours" not in last
+    assert head.endswith("\n| A Chip 2.00GHz ")
     assert f"{document['date'][:10]} ({document['machine']['commit']}), 2026-01-02 (" in last
 
 

@@ -338,10 +338,11 @@ def front(found: Documents, charts: str) -> str:
     for document in sorted(races, key=lambda race: any(map(unsteady, of_ours(race)))):
         racing = [row for row in rows_of(document, "peers") if row["status"] != "absent"]
         head, lines = table.cells(racing)
-        device = " ".join(document["machine"]["device"].replace("(R)", "").split()[:2]).strip(",")
-        rows += [[device, *line] for line in lines]
+        name, _, clock = document["machine"]["device"].replace("(R)", "").partition(" @ ")
+        device = " ".join(name.split()[:2]).strip(",") + f" {clock.partition(',')[0]}"
+        rows += [[device.strip(), *line] for line in lines]
         sources.append(f"{document['date'][:10]} ({document['machine']['commit']})")
-    made = f"`python -m bench sd14` from top to bottom: {', '.join(sources)}."
+    made = f"`python -m bench sd14`: {', '.join(sources)}."
     return f"{markdown((['CPU', *head], rows))}\n\n{made}" if rows else NO_FULL_SIZE
 
 
@@ -354,13 +355,15 @@ def gpu_front(found: Documents, charts: str) -> str:
     document, rows = found["gpu"], {row["peer"]: row for row in timed_on_gpu(found["gpu"])}
     what = f"{document['setting']['model']}, {document['setting']['calls']} UNet calls an image with all labels"
     sources = [f"{what}, {card_line(document)}{run_line(rows.get(whole_run.PEER))}."]
+    earlier = []
     for before in (found[suite] for suite in found if suite.startswith(f"{GPU_BEFORE} ")):
         if before["machine"]["device"] != document["machine"]["device"]:
             continue
         others = [row for row in timed_on_gpu(before) if row["peer"] not in rows]
         rows |= {row["peer"]: row for row in others}
         titles = " and ".join(row["title"] for row in others)
-        sources += [f"{titles}: an earlier race with ours, commit {before['machine']['commit']}."] if others else []
+        earlier += [f"{titles} ({before['machine']['commit']})"] if others else []
+    sources += [f"Earlier races with ours: {'; '.join(earlier)}."] if earlier else []
     table = narrowed(MEASUREMENTS["peers"].tables[0], {name: name for name in GPU_COLUMNS})
     slowest_first = sorted(rows.values(), key=lambda row: row["images_per_second"])
     return markdown(table.cells(slowest_first)) + "\n\n" + " ".join(sources)
