@@ -741,6 +741,17 @@ def test_the_legend_tells_shares_of_the_classes_of_a_map_and_while_it_is_shown_o
     page.close()
 
 
+def test_while_a_map_is_shown_the_legend_tells_what_it_shows_of_a_class_and_not_its_instances(chromium, run):
+    page = Watched(chromium).open(address(run, "#id=00000001&layer=semantic"))
+    until(page, "by('legend').innerText.includes('of the picture')")
+    page.evaluate("opened.things.forEach(thing => { thing[2] = 900; }); tellFacts()")  # as where they overlap
+    legend = page.locator("#legend").inner_text()
+    assert "× " in legend and sum(map(float, re.findall(r"([\d.]+) % of", legend))) == pytest.approx(100, abs=0.3)
+    page.keyboard.press("1")
+    assert "180.0 % of the picture" in page.locator("#legend").inner_text()
+    page.close()
+
+
 def test_a_sample_without_a_prompt_says_so_and_its_picture_is_named(chromium, tmp_path):
     many_classes(tmp_path, 3)
     page = Watched(chromium).open(address(tmp_path))

@@ -701,7 +701,8 @@ function tellFacts() {
   const words = new Set([...opened.missing, ...opened.shown, ...opened.named]), lines = [], others = [];
   for (const word of words) {
     const things = opened.things.filter(thing => thing[0] === word), line = dotted("span", "", word);
-    const share = things.length ? sum(things.map(thing => thing[2])) / 1000 : shareOf(word, details);
+    const ofMap = shareOf(word, details), isMapShown = active().some(layer => layer.drawing === "map");
+    const share = things.length && !(isMapShown && ofMap) ? sum(things.map(thing => thing[2])) / 1000 : ofMap;
     const told = [things.length ? `× ${things.length}` : "", share ? `${(100 * share).toFixed(1)} % of the picture` : "", opened.missing.includes(word) ? "in the prompt, not in all labels" : opened.shown.includes(word) ? "" : "in the prompt"];
     line.append(make("small", opened.missing.includes(word) ? "doubts" : "", told.filter(Boolean).join(", ")));
     lines.push(line);
