@@ -47,7 +47,8 @@ STEP = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "7", "SLURM_LOCALID": "1", 
         (TORCHRUN, LaunchedProcess(3, 8, 1, 2)),
         (STEP, LaunchedProcess(5, 7, 1, 4)),
         (STEP | {"SLURM_STEP_TASKS_PER_NODE": "2(x4)", "SLURM_STEP_NUM_TASKS": "8"}, LaunchedProcess(5, 8, 1, 2)),
-        (TORCHRUN | STEP, LaunchedProcess(3, 8, 1, 2)),  # torchrun within a step
+        (STEP | {"SLURM_CPUS_ON_NODE": "64"}, LaunchedProcess(5, 7, 1, 4, 64)),
+        (TORCHRUN | STEP | {"SLURM_CPUS_ON_NODE": "64"}, LaunchedProcess(3, 8, 1, 2)),  # torchrun within a step
         (TORCHRUN | {"WORLD_SIZE": "1", "RANK": "0"}, None),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}, None),  # a batch script
         ({"RANK": "0", "WORLD_SIZE": "2"}, None),
@@ -311,6 +312,23 @@ def test_a_process_takes_the_gpu_and_the_cores_of_its_place_on_its_machine(monke
     peer = LaunchedProcess(rank=2, world=6, local_rank=1, local_world=3)
     assert devices.take_share(peer, WorkerSettings(), "cuda", 0) == 4
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
+
+
+@pytest.mark.parametrize(
+    ("cores", "shared", "threads"),
+    [(8, 32, 8), (32, 32, 8), (16, 32, 8), (1, 4, 1), (16, 0, 4), (2, 0, 1)],
+)
+def test_a_task_that_was_started_on_cores_of_its_own_uses_them_all(monkeypatch, cores, shared, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(devices, "count_cores", lambda: cores)
+    assert devices.take_share(LaunchedProcess(0, 4, 0, 4, shared), WorkerSettings(), "cpu", 0) == threads
+
+
+def test_parts_of_a_gpu_have_a_process_each_though_cuda_counts_one(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-a,MIG-b")
+    for count, visible in ((1, ["MIG-a", "MIG-b"]), (0, [])):
+        monkeypatch.setattr("torch.cuda.device_count", lambda count=count: count)
+        assert devices.visible_gpus() == visible
 
 
 @pytest.mark.parametrize(("rank", "reports"), [(0, 1), (2, 0)])

@@ -72,13 +72,13 @@ def _check_one_of_two(settings: WorkerSettings) -> None:
         raise Refused(f"{both}: both set the number of processes, and there is one per GPU", "Give one of the two.")
 
 
-def share_of_cores(ranks: int) -> int:
-    """Threads of each of so many processes, a power of two."""
-    requested = os.environ.get("OMP_NUM_THREADS", "")
-    most = min(
-        max(count_cores() // ranks, 1), int(requested) if requested.isdecimal() and int(requested) else count_cores()
-    )
-    return _power_of_two(most)
+def share_of_cores(ranks: int, shared: int = 0) -> int:
+    """Threads of each of so many processes, a power of two; `shared` are the cores of all, where each may have been
+    started on cores of its own.
+    """
+    cores, requested = count_cores(), os.environ.get("OMP_NUM_THREADS", "")
+    most = int(requested) if requested.isdecimal() and int(requested) else cores
+    return _power_of_two(min(max(shared, cores) // ranks, cores, most))
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,7 @@ class LaunchedProcess:
     world: int
     local_rank: int
     local_world: int
+    cores: int = 0  # of all of them on this machine, where what started them counts these
 
     @property
     def is_on_several_machines(self) -> bool:
@@ -106,7 +107,8 @@ def find_peer(environment: Mapping[str, str] = os.environ) -> LaunchedProcess | 
         # tasks of several nodes are written 4(x2),3
         values = [re.match(r"\d+", environment.get(name, "")) for name in names]
         if all(values):
-            peer = LaunchedProcess(*(int(value[0]) for value in values))
+            cores = int(environment.get("SLURM_CPUS_ON_NODE") or 0) if names[0] == "SLURM_PROCID" else 0
+            peer = LaunchedProcess(*(int(value[0]) for value in values), cores)
             return peer if peer.world > 1 else None
     return None
 
@@ -122,7 +124,7 @@ def take_share(peer: LaunchedProcess, workers: WorkerSettings, device: str, thre
     gpus = visible_gpus() if device in ("auto", "cuda") else []
     if len(gpus) > 1:  # where there is one, whatever started the process has chosen it
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[peer.local_rank % len(gpus)]
-    return threads or share_of_cores(peer.local_world)
+    return threads or share_of_cores(peer.local_world, peer.cores)
 
 
 def select_gpus(selection: str, visible: Sequence[str]) -> list[str]:
@@ -153,4 +155,6 @@ def visible_gpus() -> list[str]:
 
     count = torch.cuda.device_count()
     names = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    if count and names and all(name.startswith("MIG-") for name in names):  # of which CUDA counts the first alone
+        return names
     return names[:count] if names else [str(number) for number in range(count)]
