@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = ("--port 8000", "--model MODEL --decoder DIR --wait 50")
 TOKEN = "DATASETDM_TOKEN"
-LOCAL = ("127.0.0.1", "localhost")
+LOCAL = ("127.0.0.1", "localhost", "::1")
 MOST_CONNECTIONS = 1000
 
 
@@ -41,7 +41,7 @@ class ServeConfig(ModelSettings, EngineSettings, CommandSettings):
 
 @command_with(ServeConfig, EXAMPLES)
 def main(config: ServeConfig, command: CommandLine) -> int:
-    token, is_local = os.environ.get(TOKEN, ""), config.host in LOCAL
+    token, is_local, is_ipv6 = os.environ.get(TOKEN, ""), config.host in LOCAL, ":" in config.host
     if not token and not is_local:
         raise Refused(f"--host {config.host}: others may connect, and {TOKEN} holds no token", f"Set {TOKEN}.")
     check_sources(config.model, config.decoder, config.allow_download)
@@ -52,7 +52,12 @@ def main(config: ServeConfig, command: CommandLine) -> int:
     except ImportError as error:
         raise Missing(f"serve: {error}", "Install it with: pip install 'datasetdm-fast[serve]'") from error
     try:
-        listening = socket.create_server((config.host, config.port), backlog=MOST_CONNECTIONS)
+        listening = socket.create_server(
+            (config.host, config.port),
+            family=socket.AF_INET6 if is_ipv6 else socket.AF_INET,
+            backlog=MOST_CONNECTIONS,
+            dualstack_ipv6=is_ipv6 and socket.has_dualstack_ipv6(),
+        )
     except OSError as error:
         cause = f"--host {config.host} --port {config.port}: {error.strerror or error}"
         raise Refused(cause, "Choose another address.") from error
@@ -61,7 +66,7 @@ def main(config: ServeConfig, command: CommandLine) -> int:
         app = Service(batcher, config.most_steps).app(() if token else hosts_of(port), token)
         options = {"log_level": "critical", "access_log": False, "limit_concurrency": MOST_CONNECTIONS}
         server = uvicorn.Server(uvicorn.Config(app, http=TimedProtocol, lifespan="off", ws="none", **options))
-        address = f"http://{config.host}:{port}"
+        address = f"http://{f'[{config.host}]' if is_ipv6 else config.host}:{port}"
         print_result(config, {"address": address, "batch_size": batcher.size, "labels": pipeline.tasks}, address)
         print_lines(config, f"{pipeline.engine.model.name}, batches of {batcher.size}; Ctrl-C ends the service")
         with ThreadPoolExecutor(1, "http") as thread:  # so that signals stay ours; what was asked is still answered

@@ -317,8 +317,9 @@ def test_marks_of_a_run_that_was_moved_away_are_not_written(run, ask):
 
 
 def test_the_usual_port_is_not_said_by_browsers():
-    assert server.hosts_of(80) == {"127.0.0.1", "localhost", "127.0.0.1:80", "localhost:80"}
-    assert server.hosts_of(8765) == {"127.0.0.1:8765", "localhost:8765"}
+    names = {"127.0.0.1", "localhost", "[::1]"}
+    assert server.hosts_of(80) == names | {"127.0.0.1:80", "localhost:80", "[::1]:80"}
+    assert server.hosts_of(8765) == {"127.0.0.1:8765", "localhost:8765", "[::1]:8765"}
 
 
 def test_a_taken_port_is_said_and_the_next_one_serves(run, capsys):

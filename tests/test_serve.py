@@ -703,12 +703,16 @@ def test_a_token_lets_the_service_have_any_name_and_a_wait_is_in_milliseconds(mo
         monkeypatch.setenv(command.TOKEN, token)
         assert command.main(["--port", "0", "--quiet"]) == 0
     port = capsys.readouterr().out.split()[0].rpartition(":")[2]
-    assert asked == [({f"127.0.0.1:{port}", f"localhost:{port}"}, ""), ((), "secret")]
+    names = {"127.0.0.1", "localhost", "[::1]"}
+    assert asked == [({f"{name}:{port}" for name in names}, ""), ((), "secret")]
     at_80 = MagicMock(**{"getsockname.return_value": ("127.0.0.1", 80)})  # a port that clients leave out of the name
-    monkeypatch.setattr(command.socket, "create_server", lambda *_, **__: at_80)
+    opened = MagicMock(return_value=at_80)
+    monkeypatch.setattr(command.socket, "create_server", opened)
     monkeypatch.delenv(command.TOKEN)
     assert command.main(["--port", "80", "--quiet"]) == 0
-    assert asked[-1] == ({"127.0.0.1", "localhost", "127.0.0.1:80", "localhost:80"}, "")
+    assert asked[-1] == (names | {f"{name}:80" for name in names}, "")
+    assert command.main(["--host", "::1", "--port", "80", "--quiet"]) == 0
+    assert opened.call_args.kwargs["family"] == socket.AF_INET6 and "http://[::1]:80\n" in capsys.readouterr().out
 
 
 def test_other_addresses_need_a_token(monkeypatch, capsys):

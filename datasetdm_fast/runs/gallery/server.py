@@ -18,7 +18,7 @@ from datasetdm_fast.runs.gallery import review
 from datasetdm_fast.untrusted import documents
 
 LOOPBACK = "127.0.0.1"
-HOSTS = (LOOPBACK, "localhost")  # any other may be another site's name for this address (DNS rebinding)
+HOSTS = (LOOPBACK, "localhost", "[::1]")  # any other may be another site's name for this address (DNS rebinding)
 FIRST_PORT, TRIED_PORTS, HTTP_PORT = 8765, 32, 80
 CONTENT_TYPES = {
     ".html": "text/html; charset=utf-8",
