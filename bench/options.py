@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from datasetdm_fast.engine.engines import before_torch
+from datasetdm_fast.cores import before_torch
 from datasetdm_fast.errors import Refused
 from datasetdm_fast.settings import setting
 

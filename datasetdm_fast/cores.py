@@ -1,16 +1,50 @@
-"""The cores of this process, and work in blocks and in threads."""
+"""The cores and containers of this process, what libraries are told of them, and work in blocks and in threads."""
 
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from itertools import islice
+from pathlib import Path
 from typing import TypeVar
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")  # where this Linux has them
+CONTAINERS, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+QUOTA = {  # of version 1 or not -> files with the microseconds of cores in each period, and with those of a period
+    True: ("cpu.cfs_quota_us", "cpu.cfs_period_us"),
+    False: ("cpu.max",),
+}
+
+
+def find_groups(controller: str) -> Iterator[tuple[bool, Path]]:
+    """The control groups of Linux whose limits hold for this process, and whether each is of version 1."""
+    lines = CONTAINERS.read_text().splitlines() if CONTAINERS.exists() else []
+    for kinds, path in (line.split(":", 2)[1:] for line in lines):
+        if not kinds or controller in kinds.split(","):
+            root = GROUPS / controller if kinds else GROUPS
+            folder = root / path.lstrip("/")
+            yield from ((bool(kinds), each) for each in (folder, *folder.parents))  # a limit of each holds
 
 
 def count_cores() -> int:
-    """Cores this process may run on; macOS does not tell, and gives it all."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores this process may keep busy: those it may run on, or fewer where a container has less of their time; macOS
+    does not tell, and gives it all.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for is_first, folder in find_groups("cpu"):
+        with suppress(OSError, ValueError):  # no such file, or no limit
+            quota, period = map(int, " ".join((folder / name).read_text() for name in QUOTA[is_first]).split())
+            cores = min(cores, -(-quota // period)) if quota > 0 else cores
+    return cores
+
+
+def before_torch() -> None:
+    """Sets what torch reads when it is first imported or takes memory; variables that are set already stay."""
+    # OpenMP's waiting threads would otherwise burn the cores that other processes need.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if HUGE_PAGES.exists():  # large images in pages of 2 MiB: a 512th of the page faults
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 Item = TypeVar("Item")

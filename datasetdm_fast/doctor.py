@@ -1,7 +1,6 @@
 """python -m datasetdm_fast.doctor: report what is installed, which engines can run and why others cannot."""
 
 import json
-import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 from datasetdm_fast.command_line.probes import MODEL_PROBE, PROBES, make_printable, run_probes
 from datasetdm_fast.config import ENGINES
+from datasetdm_fast.cores import count_cores
 from datasetdm_fast.messages import count_noun
 from datasetdm_fast.settings import setting
 from datasetdm_fast.version import __version__
@@ -43,7 +43,7 @@ def examine(model: str = "") -> dict[str, Any]:
         failure = f"engine torch, with which the others are compared: {reference['cause']}"
     return {
         "package": {"version": __version__, "path": str(Path(__file__).parent), "extension": reports["extension"]},
-        "system": {"python": platform.python_version(), "platform": platform.platform(), "cores": os.cpu_count() or 0},
+        "system": {"python": platform.python_version(), "platform": platform.platform(), "cores": count_cores()},
         "libraries": {name: _find_version(name) for name in LIBRARIES},
         "gpu": reports["gpu"],
         "torch": reports["torch"],

@@ -40,14 +40,12 @@ def main(config: TrainConfig, command: CommandLine) -> int:
 
     check_address(config.data)
     check_source(config.model, config.allow_download)
-    import torch
-
+    from datasetdm_fast.engine.engines.device import set_threads
     from datasetdm_fast.training.evaluation.meter import figure_name
     from datasetdm_fast.training.evaluation.metrics import METRICS
     from datasetdm_fast.training.report import describe_result
 
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    set_threads(config.threads)
     line, workflow = command.text, open_workflow(config)
     plans = workflow.prepare()
     if config.dry_run:

@@ -15,6 +15,7 @@ from functools import partial
 from inspect import get_annotations
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -753,6 +754,38 @@ def test_a_file_that_is_gone_is_named_where_the_current_folder_is_there(tmp_path
     (tmp_path / "gone").rmdir()
     assert run_command(lambda _: len(Path("file.txt").read_bytes()), []) == 3
     assert capsys.readouterr().err.splitlines()[0] == "the current folder is no longer there"
+
+
+def test_a_machine_without_a_temporary_folder_is_named(capsys, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/none"])
+    assert run_command(lambda _: len(tempfile.mkdtemp()), []) == 3
+    assert capsys.readouterr().err.splitlines()[0] == "No usable temporary directory found in ['/none']"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), BlockingIOError(errno.EAGAIN, "fork")])
+def test_a_limit_of_threads_or_processes_is_no_bug(capsys, error):
+    assert run_command(Mock(side_effect=error), []) == 3
+    assert capsys.readouterr().err.startswith("this machine or container starts no more threads or processes\n")
+
+
+FIRST = """import os, sys
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print(os.environ.get("OMP_WAIT_POLICY"), flush=True)
+            os._exit(7)
+sys.meta_path.insert(0, Finder())
+from datasetdm_fast import cli
+sys.exit(cli.main())"""
+
+
+@pytest.mark.parametrize("line", ["verify", "serve --port 0", "generate --gpus 1", "train --data demo:8 --out decoder"])
+def test_every_command_says_how_threads_wait_before_torch_is_imported(tmp_path, line):
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    command = [sys.executable, "-c", FIRST, *line.split(), "--quiet"]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert (ended.returncode, ended.stdout) == (7, "PASSIVE\n"), ended.stderr
 
 
 def test_letters_that_a_locale_lacks_are_refused_with_the_way_to_have_them():

@@ -20,8 +20,8 @@ import torch
 from small_unets import FEW_ATTENTIONS, with_small_unet
 
 from bench.report.report import forms_table
+from datasetdm_fast import cores
 from datasetdm_fast.command_line.ending import run_command
-from datasetdm_fast.engine import engines
 from datasetdm_fast.engine.decoders.checkpoint import build_decoder, seeded_decoders
 from datasetdm_fast.engine.decoders.config import upstream
 from datasetdm_fast.engine.decoders.trunk import fold
@@ -425,18 +425,59 @@ def test_an_engine_is_let_go_with_its_last_name():
             {"memory/memory.limit_in_bytes": "700", "memory/memory.usage_in_bytes": "900"},
             0,
         ),
+        (
+            "0::/a\n",
+            {
+                "a/memory.max": "5000",
+                "a/memory.current": "4900",
+                "a/memory.stat": "anon 900\nfile 4000\ninactive_file 2500\n",
+            },
+            2600,
+        ),
     ],
 )
 def test_available_memory_is_what_machine_and_container_leave(monkeypatch, tmp_path, groups, files, expected):
     for name, text in {"meminfo": "MemFree: 1 kB\nMemAvailable: 8192 kB\n", "groups": groups, **files}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr(memory, "GROUPS", tmp_path)
+    monkeypatch.setattr(cores, "GROUPS", tmp_path)
     monkeypatch.setattr(memory, "MEMORY", tmp_path / "meminfo")
-    monkeypatch.setattr(memory, "CONTAINERS", tmp_path / "groups")
+    monkeypatch.setattr(cores, "CONTAINERS", tmp_path / "groups")
     assert memory.available_memory() == expected
     monkeypatch.setattr(memory, "MEMORY", tmp_path / "none")
     assert memory.available_memory() == 0
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        (None, {}, 64),
+        ("0::/\n", {}, 64),
+        ("0::/a/b\n", {"a/cpu.max": "250000 100000", "a/b/cpu.max": "max 100000"}, 3),
+        ("0::/a\n", {"a/cpu.max": "50000 100000"}, 1),
+        ("2:cpu,cpuacct:/a\n0::/\n", {"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"}, 4),
+        ("2:cpu,cpuacct:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 64),
+        ("3:memory:/\n", {"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "100000"}, 64),
+    ],
+)
+def test_cores_are_those_that_a_container_has_time_of(monkeypatch, tmp_path, groups, files, expected):
+    for name, text in {**files, **({} if groups is None else {"groups": groups})}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(cores, "GROUPS", tmp_path)
+    monkeypatch.setattr(cores, "CONTAINERS", tmp_path / "groups")
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: range(64))
+    assert cores.count_cores() == expected
+
+
+@pytest.mark.parametrize(("requested", "cores_there", "expected"), [(0, 1, 1), (3, 1, 3), (0, 64, None)])
+def test_threads_are_no_more_than_a_container_has_cores(monkeypatch, requested, cores_there, expected):
+    chosen = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(memory, "count_cores", lambda: cores_there)
+    memory.set_threads(requested)
+    assert chosen == ([] if expected is None else [expected])
 
 
 def test_a_large_text_encoder_is_let_go_while_the_unet_works(monkeypatch):
@@ -610,14 +651,14 @@ def test_a_compiled_engine_says_the_same(monkeypatch):
 
 def test_large_images_take_huge_pages_where_linux_has_them(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "environ", {})  # which the functions of pytest would leave changed where a name is new
-    monkeypatch.setattr(engines, "HUGE_PAGES", tmp_path / "none")
-    engines.before_torch()
+    monkeypatch.setattr(cores, "HUGE_PAGES", tmp_path / "none")
+    cores.before_torch()
     assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE" and "THP_MEM_ALLOC_ENABLE" not in os.environ
-    monkeypatch.setattr(engines, "HUGE_PAGES", tmp_path)
-    engines.before_torch()
+    monkeypatch.setattr(cores, "HUGE_PAGES", tmp_path)
+    cores.before_torch()
     assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
     os.environ |= {"THP_MEM_ALLOC_ENABLE": "0", "OMP_WAIT_POLICY": "ACTIVE"}  # the user's own words
-    engines.before_torch()
+    cores.before_torch()
     assert (os.environ["THP_MEM_ALLOC_ENABLE"], os.environ["OMP_WAIT_POLICY"]) == ("0", "ACTIVE")
 
 
@@ -635,7 +676,7 @@ os._exit(0)  # to take apart what torch imported takes a second
 
 
 @pytest.mark.skipif(
-    not (engines.HUGE_PAGES / "enabled").exists() or "[never]" in (engines.HUGE_PAGES / "enabled").read_text(),
+    not (cores.HUGE_PAGES / "enabled").exists() or "[never]" in (cores.HUGE_PAGES / "enabled").read_text(),
     reason="this Linux has no huge pages",
 )
 def test_an_opened_engine_takes_fewer_page_faults():

@@ -14,6 +14,7 @@ from typing import TypeVar
 from datasetdm_fast.bug_report import print_error, report_bug
 from datasetdm_fast.command_line.flags import parse
 from datasetdm_fast.command_line.interruption import ENDED, SignalWatch
+from datasetdm_fast.cores import before_torch
 from datasetdm_fast.errors import Missing, Refused, Stop, is_out_of_gpu, is_out_of_ram
 from datasetdm_fast.untrusted import documents
 
@@ -65,6 +66,8 @@ def run_command(command: Callable[[Sequence[str]], int | None], arguments: Seque
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the process that started this one, as services do
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+    if arguments is None:
+        before_torch()
     with SignalWatch(is_last=arguments is None) as watch:
         try:
             watch.open()
@@ -112,6 +115,11 @@ def _as_stop(error: Exception) -> Refused | Missing | None:
             f"a library cannot be loaded: {error}",
             "Install it anew, or free memory; `datasetdm-fast doctor` lists the libraries.",
         )
+    if "can't start new thread" in str(error) or isinstance(error, BlockingIOError):
+        return Missing(
+            "this machine or container starts no more threads or processes",
+            "Raise its limits (ulimit -u, ulimit -v, --pids-limit), then run the same command again.",
+        )
     if not isinstance(error, OSError):
         return None
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -123,8 +131,9 @@ def _as_stop(error: Exception) -> Refused | Missing | None:
     if error.errno == errno.ENAMETOOLONG:
         name = documents.quote(error.filename)
         return Refused(f"{name}: no file or folder has so long a name", "Choose a shorter name.")
-    if error.errno == errno.ENOENT and error.filename is not None and _is_current_folder_there():
-        return Missing(f"{error.filename}: {error.strerror}", "Put it back, then run the same command again.")
+    if error.errno == errno.ENOENT and _is_current_folder_there():
+        place = "" if error.filename is None else f"{error.filename}: "  # as of a temporary folder that is none
+        return Missing(f"{place}{error.strerror}", "Put it back, then run the same command again.")
     if error.errno == errno.ENOENT:  # os.getcwd names no file
         return Missing("the current folder is no longer there", "Change to another, then run the same command again.")
     return None

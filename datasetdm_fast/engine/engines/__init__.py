@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import platform
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol
 
 from datasetdm_fast.config import ENGINE_NAMES, ENGINES, HALF, REFERENCE, EngineKind
+from datasetdm_fast.cores import before_torch
 from datasetdm_fast.engine.backbones import check_source
 from datasetdm_fast.engine.backbones.adapter_files import find_adapter
 from datasetdm_fast.engine.decoders.config import SHIPPED, find_decoders, parts_of
@@ -150,7 +150,6 @@ def check_task(task: str, decoders: Mapping[str, object]) -> None:
         )
 
 
-HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")  # where this Linux has them
 RANDOM = "random"  # as --decoder: untrained ones of seeded weights, for tests and measurements
 
 
@@ -184,13 +183,11 @@ def open_engine(
     for text in lora:
         find_adapter(text)
     before_torch()
-    import torch
 
-    from datasetdm_fast.engine.engines.device import half_of, resolve_device
+    from datasetdm_fast.engine.engines.device import half_of, resolve_device, set_threads
     from datasetdm_fast.engine.loading import load_model
 
-    if threads:
-        torch.set_num_threads(threads)
+    set_threads(threads)
     if loaded is None:
         loaded = load_model(model, size=size, allow_download=allow_download)
     if dtype == HALF:
@@ -349,14 +346,6 @@ def _select_options(name: str, options: Mapping[str, Any]) -> tuple[EngineKind, 
                 cause, remedy = (text.format(engine=name, value=value) for text in refusal)
                 raise Refused(cause, remedy)
     return chosen, {option: getattr(settings, option) for option in chosen.options}
-
-
-def before_torch() -> None:
-    """Sets what torch reads when it is first imported or takes memory; variables that are set already stay."""
-    # OpenMP's waiting threads would otherwise burn the cores that other processes need.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if HUGE_PAGES.exists():  # large images in pages of 2 MiB: a 512th of the page faults
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 _TURN, _REPLACED = Lock(), list[Any]()  # default dtypes and precisions of the process, those of the program first

@@ -8,11 +8,13 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from datasetdm_fast.cores import count_cores, find_groups
 from datasetdm_fast.errors import Missing, Refused, is_out_of_gpu, is_out_of_ram, nearest
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -37,6 +39,12 @@ def resolve_device(name: str) -> torch.device:
             "Use --device cpu or --device auto.",
         )
     return device
+
+
+def set_threads(threads: int) -> None:
+    """Sets PyTorch's number of threads; 0 is its own, or fewer where a container has time of fewer cores."""
+    if threads or count_cores() < torch.get_num_threads():
+        torch.set_num_threads(threads or count_cores())
 
 
 def half_of(device: torch.device) -> str:
@@ -179,10 +187,10 @@ C_LIBRARY = ctypes.CDLL(None, handle=ctypes.pythonapi._handle)  # what the proce
 # of mallopt of glibc: freed bytes that are retained in all, bytes of a tensor from which not, arenas: what one thread
 # frees serves the others
 MALLOC_OPTIONS = {-1: 2**28, -3: 2**25, -8: 1}
-MEMORY, CONTAINERS, GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
-MEMORY_OF_GROUP = {  # of version 1 or not -> files with its limit, and with what it uses
-    True: ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-    False: ("memory.max", "memory.current"),
+MEMORY = Path("/proc/meminfo")
+MEMORY_OF_GROUP = {  # of version 1 or not -> files with its limit and what it uses, and the name of its cached files
+    True: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    False: ("memory.max", "memory.current", "inactive_file"),
 }
 LARGEST_SUGGESTED_BATCH = 32  # beyond it a GPU is busy anyway, and images only wait for each other
 
@@ -198,18 +206,17 @@ def available_memory() -> int:
     """Bytes that this machine and the containers of this process still have; 0 where Linux does not tell."""
     try:
         line = next(line for line in MEMORY.read_text().splitlines() if line.startswith("MemAvailable:"))
-        groups = [line.split(":", 2)[1:] for line in CONTAINERS.read_text().splitlines()]
+        groups = list(find_groups("memory"))
     except (OSError, StopIteration):
         return 0
     free = [int(line.split()[1]) * 1024]
-    for kinds, path in groups:
-        if kinds and "memory" not in kinds.split(","):
-            continue
-        root = GROUPS / "memory" if kinds else GROUPS
-        most, used = MEMORY_OF_GROUP[bool(kinds)]
-        for folder in (root / path.lstrip("/"), *(root / path.lstrip("/")).parents):  # a limit of each holds
-            if (folder / most).exists() and (limit := (folder / most).read_text().strip()) != "max":
-                free.append(int(limit) - int((folder / used).read_text()))
+    for is_first, folder in groups:
+        most, used, cached = MEMORY_OF_GROUP[is_first]
+        if (folder / most).exists() and (limit := (folder / most).read_text().strip()) != "max":
+            free.append(int(limit) - int((folder / used).read_text()))
+            with suppress(OSError):  # Linux gives up cached files first
+                figures = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                free[-1] += int(figures.get(cached, 0))
     return max(min(free), 0)
 
 

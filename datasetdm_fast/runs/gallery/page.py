@@ -3,7 +3,6 @@ the ledger; then the folder is sealed.
 """
 
 import hashlib
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from datasetdm_fast.cores import in_blocks
+from datasetdm_fast.cores import count_cores, in_blocks
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import LabelName, by_kind, by_task, kind_of, mean_certainty
 from datasetdm_fast.engine.labels.class_tables import OURS, colour_in
@@ -167,7 +166,7 @@ def draw_sheets(folder: Path, groups: Mapping[int, Sequence[Row]], before: dict[
         for number in images
         if before.get(str(number)) != shown[str(number)] or not (folder / run_folder.SHEET_NAME.format(number)).exists()
     ]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(count_cores()) as pool:
         for block in in_blocks(outdated, BLOCK):
             sheets = dict(zip(block, pool.map(partial(_draw_sheet, folder), (images[number] for number in block))))
             named = {run_folder.SHEET_NAME.format(number): sheet for number, (sheet, _) in sheets.items()}
@@ -209,7 +208,7 @@ PICTURES_TOGETHER = 64  # pictures published together
 
 def draw_pictures(folder: Path, rows: Sequence[Row], role: str) -> None:
     """Draws the pictures of a role; a file that is missing or is no whole image gets none."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(count_cores()) as pool:
         for block in in_blocks(rows, PICTURES_TOGETHER):
             pictures = zip(block, pool.map(partial(_picture_of_sample, folder, role), block), strict=True)
             named = {run_folder.picture_name(role, row.request.id): picture for row, picture in pictures if picture}

@@ -3,7 +3,6 @@ can be taken out.
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from datasetdm_fast.cores import in_threads
+from datasetdm_fast.cores import count_cores, in_threads
 from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.labels import LABEL_KINDS, kind_of
 from datasetdm_fast.engine.loop.prompts import TURN
@@ -132,7 +131,7 @@ def audit(
         return report  # killed before its first sample, or in shards with a damaged run.json
     try:
         with Ledger(folder / LEDGER, read_only=True) as ledger:
-            return _audit(folder, document, ledger, findings, threads or os.cpu_count() or 1, on_progress)
+            return _audit(folder, document, ledger, findings, threads or count_cores(), on_progress)
     except (Refused, Missing) as error:  # also a page of the ledger that only reading it shows to be damaged
         if isinstance(error, Missing) and (storage.FULL in str(error) or (folder / LEDGER).exists()):
             raise  # a disk or a file of a sample that cannot be read, which is no damage of the ledger
@@ -400,7 +399,7 @@ def audit_shards(
     except Refused as error:
         findings.append(Finding(DROPPED_IDS, error.cause.removeprefix(f"{place.name}/{DROPPED_IDS}: "), error.remedy))
     done = dropped = quarantined = checked = files = total = 0
-    with ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(threads or count_cores()) as pool:
         for shard, (entry, faults) in zip(shards, pool.map(partial(_audit_shard, place, document), shards)):
             findings += faults
             if faults and not (entry and entry.source):  # what is wrong with another run's, merge would bring back
