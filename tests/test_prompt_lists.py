@@ -694,6 +694,24 @@ def test_words_of_an_own_table_name_the_class_to_a_language_model(endpoint, tmp_
     assert b"lorry" in endpoint.seen[0][1] and rows(out)[0]["prompt"] == "a juggernaut on a bridge at night"
 
 
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("ALL_PROXY", "socks5://user:secret@proxy.invalid:1080"),
+        ("HTTPS_PROXY", "foo://user:secret@proxy.invalid"),
+        ("HTTPS_PROXY", "http://user:secret@proxy.invalid:x"),
+        ("SSL_CERT_FILE", "/none/of/these.pem"),
+    ],
+)
+def test_a_proxy_that_cannot_be_used_is_named_before_a_request(monkeypatch, variable, value):
+    monkeypatch.setitem(sys.modules, "socksio", None)  # which SOCKS needs
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(Missing, match="proxy or certificates") as raised:
+        language_model.Endpoint("https://model.invalid/v1", "model", "")
+    assert "secret" not in str(raised.value)
+    language_model.Endpoint("http://127.0.0.1:1/v1", "model", "")  # which no proxy serves
+
+
 def test_what_is_meant_for_this_machine_goes_through_no_proxy(endpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     assert prompts.main([*line_for(endpoint, tmp_path / "list"), "--quiet"]) == 0

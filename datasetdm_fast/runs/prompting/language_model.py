@@ -52,6 +52,18 @@ class Endpoint:
         except httpx2.InvalidURL as error:  # such as a name that no host may have
             raise Refused(f"--llm-url {one_line(url)}: {one_line(str(error))}", "Write https://HOST/v1.") from error
         self._library = httpx2
+        try:
+            self._open_client()
+        except (ImportError, OSError, ValueError, httpx2.InvalidURL) as error:  # of SOCKS without its library
+            raise Missing(
+                f"--llm-url: the proxy or certificates that the environment names: {one_line(str(error))}",
+                "Correct HTTPS_PROXY, ALL_PROXY or SSL_CERT_FILE, or install what is missing.",
+            ) from error
+
+    def _open_client(self) -> Any:
+        # a proxy would read requests to this machine, with the key of an unencrypted one
+        is_proxied = not _is_loopback(urlsplit(self.url).hostname or "")
+        return self._library.AsyncClient(trust_env=is_proxied, timeout=SECONDS)
 
     def __call__(self, text: str) -> str:
         wait = 0.0
@@ -80,10 +92,8 @@ class Endpoint:
         """Status, headers and body of the reply."""
         body = {"model": self.model, "messages": [{"role": "user", "content": text}]}
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        # a proxy would read requests to this machine, with the key of an unencrypted one
-        is_proxied = not _is_loopback(urlsplit(self.url).hostname or "")
         async with (
-            self._library.AsyncClient(trust_env=is_proxied, timeout=SECONDS) as client,
+            self._open_client() as client,
             client.stream("POST", self.url, json=body, headers=headers) as reply,
         ):
             content = b""
