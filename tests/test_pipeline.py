@@ -39,11 +39,13 @@ from datasetdm_fast.engine import engines
 from datasetdm_fast.engine.decoders.checkpoint import build_decoder, save_decoder
 from datasetdm_fast.engine.decoders.config import DecoderConfig
 from datasetdm_fast.engine.engines import build_engine
+from datasetdm_fast.engine.engines.fast.on_cpu import CpuEngine
 from datasetdm_fast.engine.labels.class_tables import ClassWord
 from datasetdm_fast.engine.loading import in_memory, load_model, lora
 from datasetdm_fast.engine.loop import diffusing
 from datasetdm_fast.engine.loop.calls import call_text
 from datasetdm_fast.engine.loop.driver import LabelStream, sample_and_label
+from datasetdm_fast.engine.models import blocks
 from datasetdm_fast.engine.pictures.framing import crop_square, pictures_in_memory
 from datasetdm_fast.engine.scenes import world
 from datasetdm_fast.errors import GateFailed, Missing, Refused
@@ -1132,3 +1134,46 @@ def test_the_noise_of_each_picture_of_a_batch_is_that_of_its_own_seed(monkeypatc
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000)[:501] ** 2
     noise = [torch.randn((4, 8, 8), generator=torch.Generator().manual_seed(seed)) for seed in (7, 8, 9)]
     assert timestep == 500 and torch.allclose(latents, torch.stack(noise) * (1 - np.prod(1 - betas)) ** 0.5, atol=1e-5)
+
+
+@pytest.mark.parametrize("place", [(CpuEngine, "_ready"), (blocks._C, "Upsample")])
+def test_after_an_interrupt_amid_the_reading_of_weights_a_call_gives_the_same(decoders, place):
+    def depth(pipe):
+        return pipe("a ball", steps=2, tasks=("depth",)).depth[0].metres
+
+    def interrupted(*_):
+        undo.undo()
+        raise KeyboardInterrupt
+
+    pipes = [Pipeline.from_pretrained("tiny", engine="fast", decoder=str(decoders), size=64) for _ in range(2)]
+    with pytest.MonkeyPatch.context() as undo:
+        undo.setattr(*place, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            depth(pipes[0])
+    assert np.array_equal(depth(pipes[0]), depth(pipes[1]))
+
+
+def test_an_interrupt_that_comes_while_a_turn_is_waited_for_reaches_the_caller(decoders):
+    class Turn:
+        calls = held = 0
+
+        def __enter__(self):
+            self.calls += 1
+            if self.calls == 2:
+                raise KeyboardInterrupt
+            self.held += 1
+
+        def __exit__(self, *_):
+            self.release()
+
+        acquire = __enter__
+
+        def release(self):
+            assert self.held, "cannot release un-acquired lock"
+            self.held -= 1
+
+    pipe = Pipeline.from_pretrained("tiny", engine="fast", decoder=str(decoders), size=64)
+    pipe._turn = Turn()
+    with pytest.raises(KeyboardInterrupt):
+        pipe("a ball", steps=2, tasks=("depth",))
+    assert pipe._turn.held == 0

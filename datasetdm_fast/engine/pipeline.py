@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import count, islice, repeat
@@ -496,22 +497,24 @@ class Pipeline:
         self, batches: Iterable[Batch], recipe: Recipe, make: Callable[..., driver.BatchGenerator] | None = None
     ) -> Iterator[list[Sample | Quarantined]]:
         """The results of every batch, in order; a GPU samples a batch while the one before is labelled."""
-        made = driver.generate(self._between_turns(iter(batches)), self.engine, recipe, make=make)
+        turn = ExitStack()  # empty while other threads may have the turn
+        made = driver.generate(self._between_turns(iter(batches), turn), self.engine, recipe, make=make)
         while True:
-            with self._turn:
+            with turn:
+                turn.enter_context(self._turn)
                 _, results = next(made, (None, None))
             if results is None:
                 return
             yield results
 
-    def _between_turns(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def _between_turns(self, batches: Iterator[Batch], turn: ExitStack) -> Iterator[Batch]:
         """The batches, for whose prompts no other thread has to wait."""
         while True:
-            self._turn.release()
+            turn.close()
             try:
                 batch = next(batches, None)
             finally:
-                self._turn.acquire()
+                turn.enter_context(self._turn)  # or not, where an interrupt comes while it is waited for
             if batch is None:
                 return
             yield batch

@@ -107,8 +107,9 @@ class UpsampleBlock(Block):
 
     def pack(self, packing: Packing) -> _C.Upsample:
         taps: Any = self.taps
-        self.taps = None
-        return _C.Upsample(packing.taps(taps, self.bias[: len(taps)]))
+        packed = _C.Upsample(packing.taps(taps, self.bias[: len(taps)]))
+        self.taps = None  # not before, as an interrupt may come
+        return packed
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)

@@ -54,11 +54,12 @@ class HeadProjection(nn.Module):
         self.query, self.key = (find_weight(weights, f"{name}.weight") for name in norms)
 
     def append(self, rows: Tensor) -> None:
-        """Multiplies `rows` [F, D], too, where a call is read."""
-        linear, bias = self.packed, self.packed.bias
-        linear.weight = nn.Parameter(torch.cat([linear.weight, rows.to(linear.weight)]), requires_grad=False)
+        """Multiplies `rows` [F, D], too, where a call is read, in place of any that an interrupted call appended."""
+        linear, weight, bias = self.packed, self.packed.weight[: self.rows], self.packed.bias
+        linear.weight = nn.Parameter(torch.cat([weight, rows.to(weight)]), requires_grad=False)
         if bias is not None:
-            linear.bias = nn.Parameter(torch.cat([bias, bias.new_zeros(len(rows))]), requires_grad=False)
+            zeros = bias.new_zeros(len(rows))
+            linear.bias = nn.Parameter(torch.cat([bias[: self.rows], zeros]), requires_grad=False)
 
     def forward(self, tokens: Tensor, images: int = 0) -> tuple[Tensor, Tensor]:
         """The packed product, and that of the last `images` rows with the appended weights."""

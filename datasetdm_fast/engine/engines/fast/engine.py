@@ -232,8 +232,12 @@ class FastEngine(Engine):
         decoders = sum(parameter._version for parameter in self._decoder_weights)
         versions = *(network.changes for network in self.model.networks.values()), decoders
         if versions != self._seen:
-            with torch.inference_mode(False):
-                self._read_weights(versions)
+            try:
+                with torch.inference_mode(False):
+                    self._read_weights(versions)
+            except BaseException:  # such as an interrupt: what was read is not ready
+                self._seen = None
+                raise
 
     def prepare(self, batch: int) -> None:
         self._refresh()
