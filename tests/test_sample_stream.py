@@ -320,3 +320,16 @@ def test_rows_have_the_numbers_of_a_run_of_these_labels(monkeypatch):
 def test_a_share_without_a_sample_asks_for_none():
     stream = SampleStream(SimpleNamespace(), ("a",), "depth", number=2)
     assert list(stream._make_samples(2, 3, threading.Event())) == []
+
+
+def test_what_ends_the_thread_of_a_stream_reaches_its_reader(monkeypatch):
+    def leave(step, latents):
+        raise SystemExit(3)
+
+    class Impatient(sample_stream.Queue):
+        def get(self):
+            return super().get(timeout=30)
+
+    monkeypatch.setattr(sample_stream, "Queue", Impatient)
+    with pytest.raises(SystemExit, match="3"):
+        list(SampleStream(stub(), PROMPTS, "depth", number=2, steps=2, callback=leave))

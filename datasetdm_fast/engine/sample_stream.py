@@ -125,7 +125,7 @@ class SampleStream(SharedDataset):
         atexit.register(end)  # a thread that is amid a product when its process ends would abort that
         try:
             while (sample := samples.get()) is not None:
-                if isinstance(sample, Exception):
+                if isinstance(sample, BaseException):
                     raise sample
                 image, tables = image_tensor(sample.image), self.tables["labels"]
                 labels = {task: label_tensors(task, sample.annotations[task], tables[task]) for task in self._tasks}
@@ -149,7 +149,7 @@ class SampleStream(SharedDataset):
                 if over.is_set():
                     return
             put(None)
-        except Exception as error:
+        except BaseException as error:  # a reader would wait for ever
             put(error)
 
     def _make_samples(self, share: int, shares: int, over: Event) -> Iterator[Sample]:
