@@ -78,3 +78,7 @@ def __getattr__(name: str) -> Any:
     if name in PLACES:
         return getattr(import_module(f"datasetdm_fast.{PLACES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *PLACES})  # for help() and completion

@@ -5,6 +5,7 @@ import math
 import os
 import struct
 import sys
+import warnings
 import zipfile
 import zlib
 
@@ -213,9 +214,22 @@ def test_pictures_of_very_many_parts_are_refused_before_they_are_decoded(tmp_pat
         "filled.jpg": head + fill,
         "ended.jpg": head + b"\xff\xd9" + fill,
     }
-    monkeypatch.setattr(Image, "open", None)
+    for name in ("JpegImagePlugin.jpeg_factory", "PngImagePlugin.PngImageFile"):
+        monkeypatch.setattr(f"PIL.{name}", None)
     for name, data in hostile.items():
         refused(images.decode_image, data, name, match=f"{name}: not a complete image .*more than 65536")
+
+
+def test_reading_an_image_has_no_warning_of_a_program_shown_again(tmp_path, monkeypatch):
+    """Python shows each again once a filter changes; and threads that change filters undo each other's."""
+    Image.linear_gradient("L").save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            warnings.warn("of the program", stacklevel=1)
+            images.read_image(tmp_path / "a.png")
+    assert len(shown) == 1
 
 
 def test_a_photo_with_others_behind_it_is_its_first_one(tmp_path):

@@ -3,11 +3,10 @@
 import io
 import re
 import struct
-import warnings
 import zlib
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 
 from datasetdm_fast.disk import storage
 from datasetdm_fast.errors import Refused
@@ -48,13 +47,16 @@ def decode_image(
     if not data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", *(TIFF if may_be_tiff else ()))):
         raise Refused(f"{name}: neither a PNG nor a JPEG file", "Convert it to PNG or JPEG, or get it again.")
     try:
+        # not by Image.open, which warns of large images, refused below: filters of warnings are those of all threads
+        image: ImageFile.ImageFile
         if data.startswith(b"\x89PNG"):
             check_png(data)  # Pillow fills up one that was cut off near its end
+            image = PngImagePlugin.PngImageFile(io.BytesIO(data))
         elif data.startswith(b"\xff\xd8"):
             _check_jpeg(data)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # large images are refused below
-            image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", *(("TIFF",) if may_be_tiff else ())))
+            image = JpegImagePlugin.jpeg_factory(io.BytesIO(data))
+        else:
+            image = TiffImagePlugin.TiffImageFile(io.BytesIO(data))
         if image.format == "TIFF" and image.info.get("compression") != "raw":
             raise ValueError("a TIFF with compression")
         width, height = image.size
