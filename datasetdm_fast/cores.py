@@ -27,11 +27,16 @@ def find_groups(controller: str) -> Iterator[tuple[bool, Path]]:
             yield from ((bool(kinds), each) for each in (folder, *folder.parents))  # a limit of each holds
 
 
+def cores_of_mask() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def count_cores() -> int:
     """Cores this process may keep busy: those it may run on, or fewer where a container has less of their time; macOS
     does not tell, and gives it all.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = cores_of_mask()
     for is_first, folder in find_groups("cpu"):
         with suppress(OSError, ValueError):  # no such file, or no limit
             quota, period = map(int, " ".join((folder / name).read_text() for name in QUOTA[is_first]).split())

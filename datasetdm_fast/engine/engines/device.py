@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from datasetdm_fast.cores import count_cores, find_groups
+from datasetdm_fast.cores import cores_of_mask, count_cores, find_groups
 from datasetdm_fast.errors import Missing, Refused, is_out_of_gpu, is_out_of_ram, nearest
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -42,9 +42,11 @@ def resolve_device(name: str) -> torch.device:
 
 
 def set_threads(threads: int) -> None:
-    """Sets PyTorch's number of threads; 0 is its own, or fewer where a container has time of fewer cores."""
-    if threads or count_cores() < torch.get_num_threads():
-        torch.set_num_threads(threads or count_cores())
+    """Sets PyTorch's number of threads; 0 leaves it, or lowers it where a container has time of fewer cores."""
+    if not threads and count_cores() < cores_of_mask():
+        threads = min(torch.get_num_threads(), count_cores())
+    if threads:
+        torch.set_num_threads(threads)
 
 
 def half_of(device: torch.device) -> str:
