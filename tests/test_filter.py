@@ -315,17 +315,19 @@ def test_a_damaged_kept_json_is_refused(run, capsys):
     assert [each.place for each in audit(run).findings] == [FILTER]
 
 
-def test_rows_are_filtered_by_the_ten_thousand_a_second(tmp_path, monkeypatch):
+def test_filtering_costs_about_as_much_as_writing_the_rows(tmp_path, monkeypatch):
     number, path = 100_000 if IS_LONG else 20_000, tmp_path / "run"
     monkeypatch.setattr(filtering, "finish_scored", lambda run: None)  # without images there is no page of them
     dice = np.random.default_rng(0)
+    begin = time.process_time()
     with RunFolder(path, document(number)) as folder:
         folder.ledger.commit(Row(Request(k, f"a ball {k}", k, ("ball",)), {}) for k in range(number))
         for name, values in (("score", dice.random(number)), ("distance", dice.integers(0, 64, number))):
             folder.ledger.add_scores((k, name, value) for k, value in enumerate(values.tolist()))
-    begin = time.process_time()
+    written = time.process_time()
     assert filter.main([str(path), "--where", "score>=0.6 and duplicate==0", "--quiet"]) == 0
-    assert time.process_time() - begin < number / 1e4
+    filtered = time.process_time()
+    assert filtered - written < 4 * (written - begin)  # about as much, on machines of any speed
     assert abs(len(open_run(path, kept=True)) / number - 0.4 * 61 / 64) < 0.02
 
 
