@@ -35,7 +35,7 @@ REASONS = {
     "uvicorn is not installed": "environments without the extra `serve`",
     "triton is not installed; pip install 'datasetdm-fast[triton]'": "platforms without Triton",
     "OpenVINO is not installed": "platforms without OpenVINO",
-    "this CPU has no instructions for bf16": "where OpenVINO has no bf16 to compute in",
+    "this CPU has no instructions for bf16": "where OpenVINO and oneDNN have no bf16 to compute in",
     "this CPU multiplies no tiles of bf16": "CPUs without AMX, and systems that do not lend it",
     "could not import 'onnx'": "environments without the extra `ort`",
     "could not import 'shtab'": "environments without the extra `completion`",

@@ -130,9 +130,9 @@ def test_four_prompts_equal_four_alone_in_every_label(engine, recipe):
         assert (mine["instance"].masks == other["instance"].masks).mean() >= 0.9999 and np.array_equal(
             mine["instance"].class_ids, other["instance"].class_ids
         )
-        # its outlines follow the image, of which some colours differ by 1
+        # its outlines follow the image, of which some colours differ by 1; AVX2 rounds twice as far as AVX-512
         metres = mine["depth"].metres, other["depth"].metres
-        assert np.isclose(*metres, rtol=1e-5).mean() >= 0.99 and np.allclose(*metres, rtol=5e-3)
+        assert np.isclose(*metres, rtol=2e-5).mean() >= 0.99 and np.allclose(*metres, rtol=1e-2)
         assert mine["pose"].points.shape == other["pose"].points.shape and np.allclose(
             mine["pose"].points, other["pose"].points, atol=0.01
         )

@@ -331,12 +331,17 @@ def test_slices_at_once_share_one_packed_weight():
         torch.set_num_threads(before)
 
 
+BF16 = pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no instructions for bf16"
+)
+
+
 @pytest.mark.parametrize(
     ("dtype", "has_tiles", "form", "limit"),
     [
         (torch.float32, True, PackedUpsample, 2e-6),
         (torch.bfloat16, False, PackedUpsample, 1e-2),
-        (torch.bfloat16, True, PackedPlaces, 1e-2),
+        pytest.param(torch.bfloat16, True, PackedPlaces, 1e-2, marks=BF16),
     ],
 )
 @pytest.mark.parametrize("side", [1, 3, 16])
