@@ -30,6 +30,7 @@ from datasetdm_fast.errors import GateFailed, Refused
 from datasetdm_fast.runs.jobs.job import Job
 from datasetdm_fast.runs.jobs.writing import DomainGate
 from datasetdm_fast.runs.run_folder.indexes import card
+from datasetdm_fast.runs.run_folder.ledger import Ledger, Row
 from datasetdm_fast.training import page, workflow
 from datasetdm_fast.training.cross_validation import bound_of
 from datasetdm_fast.training.report import describe_framing, describe_plans, describe_result, describe_warnings
@@ -884,7 +885,7 @@ def test_the_plan_tells_with_which_pictures_samples_are_compared(known, others, 
 def test_stored_samples_close_a_run_or_let_it_go_on_from_two_on(outside, measured, later):
     plan = SimpleNamespace(most=20, batch_size=3)
     job = SimpleNamespace(place="run", stops_outside=True, plan=plan, done=measured, limit=0)
-    ledger = SimpleNamespace(count_trust=lambda: (0, outside, measured))
+    ledger = SimpleNamespace(count_trust=lambda stop: (0, outside, measured))
     if outside == 2:
         with pytest.raises(GateFailed, match="2 of the first 2 samples"):
             DomainGate(job, ledger)
@@ -892,3 +893,12 @@ def test_stored_samples_close_a_run_or_let_it_go_on_from_two_on(outside, measure
     gate = DomainGate(job, ledger)
     gate.evaluate([Sample(Request(0, "a ball", 0), np.zeros(0), {}, {}, Trust(domain=0.5))] * 3)
     assert gate.measured == later  # more samples are evaluated where fewer than two were there
+
+
+def test_a_run_whose_first_batch_was_right_resumes_whatever_came_after_it(tmp_path):
+    """As it would have gone on without the interruption."""
+    job = SimpleNamespace(place="run", stops_outside=True, plan=SimpleNamespace(most=20, batch_size=3), done=8, limit=0)
+    distances = [0.5, 2.0, 0.5, *[2.0] * 5]
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        ledger.commit([Row(Request(k, "a", k), {}, trust=Trust(domain=each)) for k, each in enumerate(distances)])
+        assert not DomainGate(job, ledger).is_closed

@@ -128,6 +128,7 @@ def test_samples_are_tallied_by_class_and_those_outside_of_the_domain_counted(tm
         rows = [Row(Request(k, "a", k), {}, status=each, trust=trusts[k]) for k, each in enumerate(statuses)]
         ledger.commit(rows)
         assert ledger.tally(2, 2) == [(4, 2), (2, 1)] and ledger.count_trust() == (0, 2, 4)
+        assert ledger.count_trust(4) == (0, 1, 3)
         ledger.move([5])
         assert ledger.tally(2, 2) == [(4, 2), (2, 1)] and [made for made, _ in ledger.tally(1, 3)] == [2, 2, 2]
         ledger.commit([Row(Request(7, "a", 7), {}, status=QUARANTINED, reason="NaN")])

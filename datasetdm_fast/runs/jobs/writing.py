@@ -310,15 +310,15 @@ def count_outside(folder: Path) -> int:
 
 
 class DomainGate:
-    """Evaluates the samples that a run has, or else those of its first batches; a run of a single batch spares none."""
+    """Evaluates the samples of a run's first batches, stored or new; a run of a single batch spares none."""
 
     def __init__(self, job: Job, ledger: Ledger | None = None, largest: int = 0):
-        """Raises GateFailed where most samples of the ledger are out of the domain of the decoders; no batch has more
-        samples than `largest`, where that is given.
+        """Raises GateFailed where most of the first samples of the ledger are out of the domain of the decoders; no
+        batch has more samples than `largest`, where that is given.
         """
         self._place, self.outside, self.measured = job.place, 0, 0
         if job.stops_outside and ledger is not None:
-            _, self.outside, self.measured = ledger.count_trust()
+            _, self.outside, self.measured = ledger.count_trust(max(job.plan.batch_size, FEWEST))
             self.check()
         most = job.plan.most - job.done  # more than were requested where others replace the doubtful ones
         has_later = min(most, job.limit or most) > min(job.plan.batch_size, largest or job.plan.batch_size)
@@ -343,6 +343,6 @@ class DomainGate:
             raise GateFailed(
                 f"{self._place}: {self.outside} of the first {self.measured} samples are out of the domain of the "
                 "decoders: the pictures are unlike those that they learned from",
-                "Look at its gallery; name a --model that draws what the decoders were trained on, or add "
-                "--force-domain to make the others.",
+                "Look at its stored pictures, if any; name a --model that draws what the decoders were trained on, or "
+                "add --force-domain to make the others.",
             )

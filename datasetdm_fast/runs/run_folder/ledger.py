@@ -304,13 +304,14 @@ class Ledger(AbstractContextManager):
         )
         return self._database.execute(statement, (f'$."{label}"', DONE))[0][0]
 
-    def count_trust(self) -> tuple[int, int, int]:
-        """Samples, in the data set or beside it, that are doubtful, that are out of the domain of their decoders, and
-        whose distance from that was measured.
+    def count_trust(self, stop: int | None = None) -> tuple[int, int, int]:
+        """Samples before `stop`, in the data set or beside it, that are doubtful, that are out of the domain of their
+        decoders, and whose distance from that was measured.
         """
         is_doubtful, domain = "json_array_length(trust, '$.reasons') > 0", "json_extract(trust, '$.domain')"
         statement = f"SELECT total({is_doubtful}), total({domain} > 1), count({domain}) FROM samples"
-        doubtful, outside, measured = map(int, self._database.execute(statement)[0])
+        among = ' WHERE ?1 IS NULL OR "index" < ?1'
+        doubtful, outside, measured = map(int, self._database.execute(statement + among, (stop,))[0])
         return doubtful, outside, measured
 
     def row(self, index: int) -> Row | None:
