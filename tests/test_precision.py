@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 from run_steps import prepare
+from test_schemas import check_run
 
 from datasetdm_fast import generate
 from datasetdm_fast.command_line.run_settings import read_spec
@@ -70,6 +71,7 @@ def test_half_precision_is_taken_where_the_gates_hold_and_kept(tmp_path, halved,
     assert document["precision"] == {"tried": "bf16", "number": 2, "failed": []}
     assert made(tmp_path / "run", *two)["engine"]["dtype"] == "bf16" and compared == [("bf16", 2)]
     assert "precision  " not in capsys.readouterr().err
+    check_run(tmp_path / "run")
 
 
 @pytest.mark.parametrize("half", ["", "bf16"])
