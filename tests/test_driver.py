@@ -783,9 +783,9 @@ def test_a_plan_tells_seeds_of_prompts_and_the_products_of_a_transformer():
     planned.recipe.facts["guidance"] = 3.0
     assert run_report.describe_work(planned) == ""
     backbone.flow = "uniform"
-    assert run_report.describe_work(planned) == "at least 40 TFLOP an image"
+    assert run_report.describe_work(planned) == "at most 40 TFLOP an image, without attention and decoding"
     planned.recipe.facts["guidance"] = 1.0
-    assert run_report.describe_work(planned) == "at least 20 TFLOP an image"
+    assert run_report.describe_work(planned) == "at most 20 TFLOP an image, without attention and decoding"
 
 
 def test_a_plan_counts_weights_by_their_precision_and_a_batch_that_is_larger_than_usual(monkeypatch):

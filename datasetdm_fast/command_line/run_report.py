@@ -176,14 +176,14 @@ def describe_memory(job: Job) -> str:
 
 
 def describe_work(job: Job) -> str:
-    """The products of an image's calls of a transformer, every weight of which meets every token; else empty."""
+    """The products of an image's calls of a transformer, of which no weight meets more than every token; else empty."""
     model, facts = job.engine.model, job.recipe.facts
     if model.backbone.flow is None:
         return ""
     rows = 2 if model.guidance_at(facts["guidance"]) == "cfg" else 1
     tokens = model.image_tokens + model.backbone.text(model.configs)[0]
     work = 2e-12 * model.denoiser.numel() * tokens * rows * facts["calls"]
-    return f"at least {work:.3g} TFLOP an image"
+    return f"at most {work:.3g} TFLOP an image, without attention and decoding"
 
 
 def describe_model(model: Model) -> str:
