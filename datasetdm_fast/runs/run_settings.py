@@ -57,9 +57,8 @@ class LabelSettings:
 
     task: tuple[str, ...] = setting(
         ("semantic", "instance", "depth", "pose"),
-        "labels to make, comma-separated, by default all that the decoders of --decoder make: "
-        + ", ".join(LABELS)
-        + "; TASK:NAME takes the decoder in the folder NAME, so that a task may have several",
+        f"labels to make, comma-separated: {', '.join(LABELS)}; TASK:NAME takes the decoder in the folder NAME, so "
+        "that a task may have several; with a --decoder of your own by default all that it makes",
         choices=LABELS,
         has_names=True,
         metavar="LIST",
