@@ -510,6 +510,9 @@ def test_a_run_of_shards_is_judged_once(alone, tmp_path, monkeypatch):
         make(tmp_path / "new")
     make(run := copy(alone, tmp_path), number=33)  # its growth would have begun by taking its last shard out
     assert len(datasetdm_fast.open_run(run)) == 33
+    small = ["--layout", "shards", "--batch-size", "1", "--quiet", "--out", str(tmp_path / "small")]
+    assert generate.main([*small, "--number", "3", "--force-domain"]) == 0  # its only shard is taken out
+    assert generate.main([*small, "--number", "33"]) == 0
 
 
 def test_a_store_holds_the_bytes_of_a_disk(alone, bucket):

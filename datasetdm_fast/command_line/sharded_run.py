@@ -49,6 +49,8 @@ def generate_shards(config: RunConfig, spec: RunSpec, peer: LaunchedProcess | No
     if (document := read_stored(place)) is not None:
         check_settings(spec, place, document)
     ledger = ShardLedger(place, shards=() if document is None else None, number=spec.number, counts_only=True)
+    # a run is judged once, also one whose only shard is taken out as it grows
+    spec = replace(spec, force_domain=spec.force_domain or bool(ledger.entries or ledger.short))
     if config.dry_run:
         return run_report.print_run_plan(config, replace(build_job(spec, document), done=ledger.made))
     if is_reporting:
