@@ -229,6 +229,7 @@ def test_reading_an_image_has_no_warning_of_a_program_shown_again(tmp_path, monk
         for _ in range(3):
             warnings.warn("of the program", stacklevel=1)
             images.read_image(tmp_path / "a.png")
+            assert images.sides_of(tmp_path / "a.png") == (256, 256)
     assert len(shown) == 1
 
 

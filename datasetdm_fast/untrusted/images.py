@@ -5,6 +5,7 @@ import re
 import struct
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 
@@ -47,16 +48,11 @@ def decode_image(
     if not data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", *(TIFF if may_be_tiff else ()))):
         raise Refused(f"{name}: neither a PNG nor a JPEG file", "Convert it to PNG or JPEG, or get it again.")
     try:
-        # not by Image.open, which warns of large images, refused below: filters of warnings are those of all threads
-        image: ImageFile.ImageFile
         if data.startswith(b"\x89PNG"):
             check_png(data)  # Pillow fills up one that was cut off near its end
-            image = PngImagePlugin.PngImageFile(io.BytesIO(data))
         elif data.startswith(b"\xff\xd8"):
             _check_jpeg(data)
-            image = JpegImagePlugin.jpeg_factory(io.BytesIO(data))
-        else:
-            image = TiffImagePlugin.TiffImageFile(io.BytesIO(data))
+        image = _open(io.BytesIO(data))
         if image.format == "TIFF" and image.info.get("compression") != "raw":
             raise ValueError("a TIFF with compression")
         width, height = image.size
@@ -80,10 +76,21 @@ def decode_image(
 def sides_of(path: Path) -> tuple[int, int]:
     """Width and height in the header of a PNG or JPEG file; its pixels are not decoded."""
     try:
-        with Image.open(path, formats=("PNG", "JPEG")) as image:
-            return image.size
+        with path.open("rb") as file:
+            return _open(file).size
     except Exception as error:  # Pillow's readers raise nearly anything
         raise Refused(f"{path}: not a complete image ({reason_of(error)})", GET_AGAIN) from error
+
+
+def _open(file: BinaryIO) -> ImageFile.ImageFile:
+    """Not by Image.open: it warns of large images and refuses larger ones, by a limit that any program can change, and
+    filters of warnings are those of all threads.
+    """
+    start = file.read(4)
+    file.seek(0)
+    if start in TIFF:
+        return TiffImagePlugin.TiffImageFile(file)
+    return PngImagePlugin.PngImageFile(file) if start == b"\x89PNG" else JpegImagePlugin.jpeg_factory(file)
 
 
 def check_png(data: bytes) -> None:
