@@ -587,7 +587,7 @@ def test_scoring_shows_how_many_are_scored_unless_it_is_quiet(run, monkeypatch, 
     assert filter.main([str(other), "--quiet"]) == 0 and capsys.readouterr().err == ""
 
 
-def test_clip_scores_come_from_a_local_folder(run, tmp_path, capsys):
+def test_clip_scores_come_from_a_local_folder(run, tmp_path, capsys, monkeypatch):
     import torch
     from safetensors.torch import load_file, save_file
     from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
@@ -607,7 +607,12 @@ def test_clip_scores_come_from_a_local_folder(run, tmp_path, capsys):
     (tmp_path / "vocab.json").write_text(json.dumps({word: k for k, word in enumerate(words)}))
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     CLIPTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")).save_pretrained(folder)
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr("datasetdm_fast.engine.engines.device.cores_of_mask", lambda: 64)
+    monkeypatch.setattr("datasetdm_fast.engine.engines.device.count_cores", lambda: 1)  # of which a container has time
     assert filter.main([str(run), "--clip", str(folder), "--where", "clip > -2", "--quiet"]) == 0
+    assert chosen == [1]
     with Ledger(run / "state" / "ledger.sqlite", read_only=True) as ledger:
         found = [value for _, value in ledger.scores("clip")]
     assert len(found) == NUMBER and all(-1 <= value <= 1 for value in found) and len(set(found)) > 1

@@ -39,6 +39,9 @@ class Clip:
         self.digest = digest
         from transformers import AutoTokenizer, CLIPModel
 
+        from datasetdm_fast.engine.engines.device import set_threads
+
+        set_threads(0)
         try:
             options = {"local_files_only": True, "trust_remote_code": False}
             model, report = CLIPModel.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
