@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -422,6 +423,20 @@ def test_lanes_of_one_thread_have_one_whatever_the_number_of_slices():
             for most in (0, 1, 2):
                 found = lanes.map(lambda _: torch.get_num_threads(), [(k,) for k in range(slices)], most)
                 assert found == [1] * slices and torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_after_an_interrupt_while_lanes_start_they_start_anew(monkeypatch):
+    lanes, threads = Lanes(), torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        assert lanes.map(lambda number: number, [(1,), (2,)]) == [1, 2]
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("concurrent.futures.ThreadPoolExecutor.map", Mock(side_effect=KeyboardInterrupt))
+            lanes.map(lambda number: number, [(1,), (2,), (3,)])
+        assert torch.get_num_threads() == 4
+        assert lanes.map(lambda _: torch.get_num_threads(), [(1,), (2,)]) == [2, 2]
     finally:
         torch.set_num_threads(threads)
 

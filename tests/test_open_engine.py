@@ -1,6 +1,7 @@
 """What an engine is opened with: threads, precision, guidance, decoders and the settings of the process around it."""
 
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -123,6 +124,16 @@ def test_within_an_engine_precision_and_device_are_pytorchs_own():
         assert torch.ones(1).dtype == torch.float64
     finally:
         torch.set_default_dtype(before)
+
+
+def test_an_interrupt_while_an_engine_changes_the_precision_leaves_that_of_a_program(monkeypatch):
+    before, conv = torch.get_default_dtype(), torch.backends.mkldnn.conv.fp32_precision
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch, "set_default_dtype", Mock(side_effect=[KeyboardInterrupt, None]))
+        with engines.in_own_precision():
+            pytest.fail("the block ran")
+    assert not engines._REPLACED
+    assert (torch.get_default_dtype(), torch.backends.mkldnn.conv.fp32_precision) == (before, conv)
 
 
 def test_after_an_engine_operations_still_follow_the_precision_of_a_program():

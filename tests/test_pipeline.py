@@ -1153,23 +1153,23 @@ def test_after_an_interrupt_amid_the_reading_of_weights_a_call_gives_the_same(de
     assert np.array_equal(depth(pipes[0]), depth(pipes[1]))
 
 
-def test_an_interrupt_that_comes_while_a_turn_is_waited_for_reaches_the_caller(decoders):
+@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize("has_turn", [True, False])
+def test_an_interrupt_that_comes_while_a_turn_is_waited_for_reaches_the_caller(decoders, call, has_turn):
     class Turn:
         calls = held = 0
 
         def __enter__(self):
             self.calls += 1
-            if self.calls == 2:
+            self.held += self.calls != call or has_turn
+            if self.calls == call:
                 raise KeyboardInterrupt
-            self.held += 1
-
-        def __exit__(self, *_):
-            self.release()
 
         acquire = __enter__
 
         def release(self):
-            assert self.held, "cannot release un-acquired lock"
+            if not self.held:
+                raise RuntimeError("cannot release un-acquired lock")
             self.held -= 1
 
     pipe = Pipeline.from_pretrained("tiny", engine="fast", decoder=str(decoders), size=64)

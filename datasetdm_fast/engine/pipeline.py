@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import ExitStack
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import count, islice, repeat
@@ -497,24 +497,26 @@ class Pipeline:
         self, batches: Iterable[Batch], recipe: Recipe, make: Callable[..., driver.BatchGenerator] | None = None
     ) -> Iterator[list[Sample | Quarantined]]:
         """The results of every batch, in order; a GPU samples a batch while the one before is labelled."""
-        turn = ExitStack()  # empty while other threads may have the turn
-        made = driver.generate(self._between_turns(iter(batches), turn), self.engine, recipe, make=make)
+        made = driver.generate(self._between_turns(iter(batches)), self.engine, recipe, make=make)
         while True:
-            with turn:
-                turn.enter_context(self._turn)
+            try:
+                self._turn.acquire()
                 _, results = next(made, (None, None))
+            finally:
+                with suppress(RuntimeError):  # it has no turn where an interrupt came while it waited for one
+                    self._turn.release()
             if results is None:
                 return
             yield results
 
-    def _between_turns(self, batches: Iterator[Batch], turn: ExitStack) -> Iterator[Batch]:
+    def _between_turns(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches, for whose prompts no other thread has to wait."""
         while True:
-            turn.close()
+            self._turn.release()
             try:
                 batch = next(batches, None)
             finally:
-                turn.enter_context(self._turn)  # or not, where an interrupt comes while it is waited for
+                self._turn.acquire()
             if batch is None:
                 return
             yield batch

@@ -373,10 +373,10 @@ def in_own_precision() -> Iterator[None]:
             precisions = [operation.fp32_precision for operation in operations]
             precisions = ["none" if precision == usual else precision for precision in precisions]
             _REPLACED.append((torch.get_default_dtype(), products.fp32_precision, precisions))
+        try:
             torch.set_default_dtype(torch.float32)
             for operation in operations:
                 operation.fp32_precision = "ieee"
-        try:
             yield
         finally:
             with _TURN:  # the last thread within the block restores those of the program

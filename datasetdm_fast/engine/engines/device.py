@@ -162,15 +162,18 @@ class Lanes:
     def _start(self, lanes: int, threads: int) -> ThreadPoolExecutor:
         key = (os.getpid(), lanes, threads)  # threads do not survive a fork
         if self._pool is None or self._key != key:
-            if self._pool is not None and self._key is not None and self._key[0] == key[0]:
-                self._pool.shutdown()
+            pool, self._pool = self._pool, None  # as an interrupt may come
+            if pool is not None and self._key is not None and self._key[0] == key[0]:
+                pool.shutdown()
             ready = threading.Barrier(lanes)
             share = 1 if self._is_single else threads // lanes
-            self._pool = ThreadPoolExecutor(lanes, "lane", initializer=_limit, initargs=(share,))
-            # Once every lane has started, each has set its number of threads.
-            list(self._pool.map(lambda _: ready.wait(), range(lanes)))
-            torch.set_num_threads(threads)
-            self._key = key
+            pool = ThreadPoolExecutor(lanes, "lane", initializer=_limit, initargs=(share,))
+            try:  # Once every lane has started, each has set its number of threads.
+                list(pool.map(lambda _: ready.wait(), range(lanes)))
+            finally:
+                ready.abort()
+                torch.set_num_threads(threads)
+            self._pool, self._key = pool, key
         return self._pool
 
 
