@@ -151,6 +151,21 @@ def test_after_an_engine_operations_still_follow_the_precision_of_a_program():
         backend.matmul.fp32_precision = before
 
 
+def test_an_engine_of_a_gpu_leaves_a_program_its_choice_of_algorithms():
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    try:
+        for chosen in ((True, False), (False, True)):
+            cudnn.benchmark, cudnn.deterministic = chosen
+            with engines.in_own_precision():
+                with engines.in_own_precision():
+                    device.choose_by_shape(torch.device("cuda"))
+                assert (cudnn.benchmark, cudnn.deterministic) == (False, True)  # another thread may be amid a call
+            assert (cudnn.benchmark, cudnn.deterministic) == chosen
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before
+
+
 @pytest.mark.parametrize("chosen", ["highest", "high", "medium"])
 def test_an_engine_of_a_gpu_leaves_a_program_its_precision(chosen):
     before = torch.get_float32_matmul_precision()

@@ -356,11 +356,11 @@ _OLDER_NAMES = {"tf32": "high", "bf16": "medium"}  # of the precisions that torc
 def in_own_precision() -> Iterator[None]:
     """Within the block, torch's autocast, default dtype and default device are PyTorch's own, and a CPU multiplies fp32
     unrounded, also where a program around it has changed them: they would silently round weights, and change images and
-    labels.
+    labels. After it, cuDNN chooses its algorithms as that program has set.
     """
     import torch
 
-    backend, products = torch.backends.mkldnn, torch.backends.cuda.matmul
+    backend, products, cudnn = torch.backends.mkldnn, torch.backends.cuda.matmul, torch.backends.cudnn
     operations = backend.matmul, backend.conv
     with ExitStack() as switched:
         for kind in ("cpu", "cuda"):
@@ -372,7 +372,8 @@ def in_own_precision() -> Iterator[None]:
             usual = backend.fp32_precision  # which operations with none of their own follow
             precisions = [operation.fp32_precision for operation in operations]
             precisions = ["none" if precision == usual else precision for precision in precisions]
-            _REPLACED.append((torch.get_default_dtype(), products.fp32_precision, precisions))
+            choice = cudnn.benchmark, cudnn.deterministic
+            _REPLACED.append((torch.get_default_dtype(), products.fp32_precision, precisions, choice))
         try:
             torch.set_default_dtype(torch.float32)
             for operation in operations:
@@ -380,11 +381,12 @@ def in_own_precision() -> Iterator[None]:
             yield
         finally:
             with _TURN:  # the last thread within the block restores those of the program
-                dtype, precision_on_gpu, precisions = _REPLACED.pop()
+                dtype, precision_on_gpu, precisions, choice = _REPLACED.pop()
                 torch.set_default_dtype(dtype)
-                # engines of a GPU change it by PyTorch's older way, and other threads may be in the middle of a call
-                if not _REPLACED and products.fp32_precision != precision_on_gpu:
-                    torch.set_float32_matmul_precision(_OLDER_NAMES.get(precisions[0], "highest"))
-                    products.fp32_precision = precision_on_gpu
+                if not _REPLACED:  # engines of a GPU change these, and other threads may be in the middle of a call
+                    cudnn.benchmark, cudnn.deterministic = choice
+                    if products.fp32_precision != precision_on_gpu:  # by PyTorch's older way
+                        torch.set_float32_matmul_precision(_OLDER_NAMES.get(precisions[0], "highest"))
+                        products.fp32_precision = precision_on_gpu
                 for operation, precision in zip(operations, precisions, strict=True):
                     operation.fp32_precision = precision
