@@ -170,7 +170,7 @@ class AttentionSums:
         return AttentionSums(self.cells.to(device), self.tokens.to(device))
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SemanticMap:
     labels: np.ndarray  # [H, W] uint8, 255 = ignore; int32 for 256 query words and more
     confidence: np.ndarray  # [H, W] float32, 0..1
@@ -181,7 +181,7 @@ class SemanticMap:
         return f"<SemanticMap {_sides(self.labels)}: {', '.join(shown)}>"
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Instances:
     masks: np.ndarray  # [N, H, W] bool
     class_ids: np.ndarray  # [N] int64, index into classes
@@ -194,7 +194,7 @@ class Instances:
         return f"<Instances {_sides(self.masks)}: {', '.join(shown) or 'none'}>"
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class DepthMap:
     metres: np.ndarray  # [H, W] float32
     max_depth: float
@@ -203,7 +203,7 @@ class DepthMap:
         return f"<DepthMap {_sides(self.metres)}: {self.metres.min():.2f} to {self.metres.max():.2f} m>"
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Keypoints:
     points: np.ndarray  # [P, J, 3] float32: x, y in pixels from the outer edge of the first, score 0..1
     visibility: np.ndarray  # [P, J] int64: 2 visible, 1 labelled but hidden, 0 absent (COCO)
@@ -246,7 +246,7 @@ class Trust:
         return not self.reasons
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Sample:
     request: Request
     image: np.ndarray  # [H, W, 3] uint8

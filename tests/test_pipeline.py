@@ -461,6 +461,14 @@ def test_saving_an_output_names_what_does():
         out.dept  # noqa: B018
 
 
+def test_samples_and_labels_are_compared_by_identity():
+    """Arrays of them have no one truth."""
+    pipe = Pipeline(StubEngine(tasks=("depth",)))
+    first, second = pipe("a ball"), pipe("a ball")
+    for one, other in zip(first.samples + first.depth, second.samples + second.depth):
+        assert one != other and one in [other, one] and len({one, other}) == 2
+
+
 def test_streams_are_lazy_and_hold_one_batch():
     stub, asked = Pipeline(StubEngine()), []
     endless = (asked.append(k) or f"a ball {k}" for k in count())
@@ -1000,6 +1008,12 @@ def test_features_of_a_prompt_are_those_of_its_own_sampling(pipe):
         torch.testing.assert_close(levels["highest"], highest, atol=1e-3, rtol=1e-3)
     with pytest.raises(Refused, match="neither an image nor a prompt"):
         pipe.features()
+
+
+def test_features_can_be_trained_on(decoders):
+    pipe = Pipeline.from_pretrained("tiny", engine="fast", decoder=str(decoders))
+    for levels in (pipe.features(prompt="a ball", steps=2), *pipe.features(prompt="a ball", projected=True).values()):
+        assert not any(level.is_inference() for level in levels.values())
 
 
 def test_features_of_a_prompt_are_of_latents_as_its_scheduler_begins_them_and_adds_noise(tiny64):

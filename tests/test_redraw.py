@@ -333,7 +333,9 @@ def test_a_mask_from_a_file_a_box_and_an_instance(source, tmp_path):
     assert (tmp_path / "a/images/00000000.png").read_bytes() == (tmp_path / "b/images/00000000.png").read_bytes()
     entry = COCO(source / "instances.json").dataset["annotations"][0]
     assert edit.main([*line, str(tmp_path / "c"), "--instance", str(entry["id"])]) == 0
-    assert open_run(tmp_path / "c")[0].meta["mask"]["segmentation"] == entry["segmentation"]
+    run = open_run(tmp_path / "c")
+    run[0].meta["mask"].clear()  # a reader's own copy
+    assert run[0].meta["mask"]["segmentation"] == entry["segmentation"]
 
 
 WRONG = [

@@ -574,7 +574,9 @@ class Pipeline:
             levels = zip(LEVELS, capture.features, capture.maps)  # maps by layer, head and token
             return {name: torch.cat([*parts, *map(pyramid.planes, maps)], 1) for name, parts, maps in levels}
         decoders, levels = self.engine.decoders, self.engine.model.levels
-        return {label: decoders[label].level_sums(capture.of(label), levels) for label in self.tasks}
+        # inference tensors, which nothing can be trained on; copies can
+        sums = {label: decoders[label].level_sums(capture.of(label), levels) for label in self.tasks}
+        return {label: {name: total.clone() for name, total in levels.items()} for label, levels in sums.items()}
 
     def _sampled_capture(
         self, prompt: str, timestep: int, seed: int, steps: int, guidance: float, *, is_raw: bool

@@ -86,7 +86,7 @@ class StoredSample:
 
     @property
     def meta(self) -> dict[str, Any]:
-        return self.row.recipe
+        return copy.deepcopy(self.row.recipe)  # rows share its parts
 
     @property
     def trust(self) -> Trust:
