@@ -216,6 +216,30 @@ def test_a_reader_that_ends_waits_for_one_step_and_not_for_a_batch():
     assert steps == [*range(6), 0, 1]
 
 
+def test_a_reader_may_end_in_a_call_of_its_pipeline(monkeypatch):
+    """As where an iterator in a cycle is collected: its thread waits for the turn that the call has."""
+    pipe, is_waiting = stub(), threading.Event()
+    turn = pipe._turn
+
+    def acquire(*arguments, **options):
+        is_waiting.set()
+        return turn.acquire(*arguments, **options)
+
+    def on_step(step, latents):
+        if step == 0:
+            is_waiting.clear()
+            assert is_waiting.wait(60)
+            reader.close()
+
+    monkeypatch.setattr(pipe, "_turn", SimpleNamespace(acquire=acquire, release=turn.release))
+    reader = iter(SampleStream(pipe, PROMPTS, "depth", steps=2, batch_size=1, prefetch=10**6))
+    next(reader)
+    call = threading.Thread(target=pipe, args=("a ball",), kwargs={"steps": 2, "callback": on_step}, daemon=True)
+    call.start()
+    call.join(60)
+    assert not call.is_alive()
+
+
 def test_a_refusal_of_the_thread_reaches_the_reader():
     with pytest.raises(Refused, match="holds no prompt"):
         list(SampleStream(stub(), ["a ball", ""], "depth", number=2, steps=2))
@@ -272,7 +296,9 @@ def test_pairs_are_transformed_and_prompts_of_a_share_follow_its_samples(monkeyp
 
 def test_negative_prompts_follow_the_prompts_in_every_share_and_epoch():
     asked, pipeline = [], stub()
-    pipeline.stream = lambda prompts, *, negative_prompt, **_: asked.append(list(zip(prompts, negative_prompt))) or ()
+    pipeline.stream = lambda prompts, *, negative_prompt, **_: (
+        asked.append(list(zip(prompts, negative_prompt))) or iter(())
+    )
     stream = SampleStream(pipeline, ("a", "b", "c"), "depth", number=5, negative_prompt=iter(["A", "B", "C"]))
     for epoch in (0, 1):
         stream.set_epoch(epoch)

@@ -177,13 +177,30 @@ class SampleStream(SharedDataset):
         stream = self.pipeline.stream(
             of_each(self.prompts), seeds=seeds, tasks=self._tasks, callback=end_if_over, **choices
         )
-        passing = (sample for sample in stream if not (self.trusted and sample.is_doubtful))
+        samples = self._in_turns(stream, over)
+        passing = (sample for sample in samples if not (self.trusted and sample.is_doubtful))
         number = 0
         for sample in islice(passing, requested):
             number += 1
             yield sample
         if requested is not None and number < requested:
             raise GateFailed(f"trusted: {number} of {requested * tries} samples are", "Use other prompts.")
+
+
+    def _in_turns(self, samples: Iterator[Sample], over: Event) -> Iterator[Sample]:
+        """The samples, none any more once it is over: who waits for the end of this thread may be in the middle of a
+        call of the pipeline, for whose end this thread would wait.
+        """
+        turn = self.pipeline._turn
+        while not over.is_set():
+            if turn.acquire(timeout=POLL_SECONDS):
+                try:
+                    sample = next(samples, None)
+                finally:
+                    turn.release()
+                if sample is None:
+                    return
+                yield sample
 
 
 class MakeSamples:
