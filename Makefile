@@ -8,7 +8,7 @@
 #                 models of transformers, the gallery in Chromium, and runs in moto's S3 server: 10 minutes
 # make soak   kills, faults, planted damage, hostile input and long runs in full: up to an hour on two cores, figures at the end;
 #             then 300 faults that are drawn at random, one at a time: two hours more
-# make mutants  97 planted faults, one at a time: 5 minutes on two cores; 95 % have to be noticed
+# make mutants  the planted faults of tests/planted.py, one at a time: minutes on two cores; 95 % have to be noticed
 # Variables: PYTHON=python3.12, TORCH=torch==2.11.0 and PIP_FLAGS=... choose another interpreter, torch and pip options.
 # VENV=/path/of/environment TORCH= installs the locked versions into an environment that has its own torch, which stays.
 PYTHON ?= python3

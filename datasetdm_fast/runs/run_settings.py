@@ -58,7 +58,7 @@ class LabelSettings:
     task: tuple[str, ...] = setting(
         ("semantic", "instance", "depth", "pose"),
         f"labels to make, comma-separated: {', '.join(LABELS)}; TASK:NAME takes the decoder in the folder NAME, so "
-        "that a task may have several; with a --decoder of your own by default all that it makes",
+        "that a task may have several; with --decoder DIR by default all that DIR makes",
         choices=LABELS,
         has_names=True,
         metavar="LIST",
