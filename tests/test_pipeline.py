@@ -1150,13 +1150,18 @@ def test_the_noise_of_each_picture_of_a_batch_is_that_of_its_own_seed(monkeypatc
     assert timestep == 500 and torch.allclose(latents, torch.stack(noise) * (1 - np.prod(1 - betas)) ** 0.5, atol=1e-5)
 
 
-@pytest.mark.parametrize("place", [(CpuEngine, "_ready"), (blocks._C, "Upsample")])
-def test_after_an_interrupt_amid_the_reading_of_weights_a_call_gives_the_same(decoders, place):
+@pytest.mark.parametrize("place", [(CpuEngine, "_ready"), (blocks._C, "Upsample"), (blocks.UpsampleBlock, "pack")])
+@pytest.mark.parametrize("is_done", [False, True])
+def test_after_an_interrupt_amid_the_reading_of_weights_a_call_gives_the_same(decoders, place, is_done):
+    call = getattr(*place)
+
     def depth(pipe):
         return pipe("a ball", steps=2, tasks=("depth",)).depth[0].metres
 
-    def interrupted(*_):
+    def interrupted(*given):
         undo.undo()
+        if is_done:
+            call(*given)
         raise KeyboardInterrupt
 
     pipes = [Pipeline.from_pretrained("tiny", engine="fast", decoder=str(decoders), size=64) for _ in range(2)]

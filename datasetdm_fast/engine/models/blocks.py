@@ -103,13 +103,10 @@ class ConvolutionBlock(Block):
 
 
 class UpsampleBlock(Block):
-    taps: Tensor | None  # until they are packed
+    taps: Tensor
 
     def pack(self, packing: Packing) -> _C.Upsample:
-        taps: Any = self.taps
-        packed = _C.Upsample(packing.taps(taps, self.bias[: len(taps)]))
-        self.taps = None  # not before, as an interrupt may come
-        return packed
+        return _C.Upsample(packing.taps(self.taps, self.bias[: len(self.taps)]))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
