@@ -280,7 +280,7 @@ def test_data_that_changed_is_noticed_before_a_training_goes_on(run, tmp_path, c
     save(data / "masks" / "scene 1.png", labels)
     for result in (True, False):  # of a finished training, and of one that is to go on
         assert run(*line) == 2 and (tmp_path / "decoder/semantic/training/result.json").exists() == result
-        assert "trained on other data: now with other content of images/scene 1.png" in capsys.readouterr().err
+        assert "now with other pixels, labels or captions of images/scene 1.png" in capsys.readouterr().err
         (tmp_path / "decoder/semantic/training/result.json").unlink(missing_ok=True)
     for folder, ending in (("images", "png"), ("masks", "png"), ("depth", "png")):
         (data / folder / f"added.{ending}").write_bytes((data / folder / f"scene 1.{ending}").read_bytes())
@@ -314,7 +314,7 @@ def test_data_and_model_may_lie_elsewhere_when_a_training_goes_on(run, tmp_path,
         assert run(*moved) == 0 and weights(tmp_path / "decoder", "semantic") == before
     (tmp_path / "moved/images/scene 1.png").write_bytes((tmp_path / "moved/images/scene 2.png").read_bytes())
     assert run(*moved) == 2
-    assert "trained on other data: now with other content of images/scene 1.png" in capsys.readouterr().err
+    assert "now with other pixels, labels or captions of images/scene 1.png" in capsys.readouterr().err
     assert run("--data", f"folder:{tmp_path / 'moved'}[val]", *line[2:]) == 2
 
 
@@ -540,7 +540,7 @@ def test_what_changed_of_data_is_told():
     old = [{"name": name, "image": "1", "depth": "2", "caption": "3"} for name in "abc"]
     assert not find_changes(old, [{**item, "semantic": "4"} for item in old])  # which was not read before
     assert not find_changes([{**item, "semantic": "4"} for item in old], old)  # or is not read any more
-    changes = "now with other content of a and 2 more"
+    changes = "now with other pixels, labels or captions of a and 2 more"
     assert find_changes(old, [{**item, "image": "0"} for item in old]) == changes
     assert find_changes(old, old[1:]) == "now without a" and find_changes(old[1:], old) == "now with a"
     assert find_changes(old, old[::-1]) == "the same images in another order"

@@ -186,7 +186,6 @@ class SampleStream(SharedDataset):
         if requested is not None and number < requested:
             raise GateFailed(f"trusted: {number} of {requested * tries} samples are", "Use other prompts.")
 
-
     def _in_turns(self, samples: Iterator[Sample], over: Event) -> Iterator[Sample]:
         """The samples, none any more once it is over: who waits for the end of this thread may be in the middle of a
         call of the pipeline, for whose end this thread would wait.

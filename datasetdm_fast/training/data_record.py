@@ -133,7 +133,11 @@ def find_changes(before: Iterable[Mapping[str, Any]], now: Iterable[Mapping[str,
         for name in old.keys() & new.keys()
         if any(old[name][field] != new[name][field] for field in GROUPS if field in old[name] and field in new[name])
     }
-    kinds = {"without": old.keys() - new.keys(), "with": new.keys() - old.keys(), "with other content of": changed}
+    kinds = {
+        "without": old.keys() - new.keys(),
+        "with": new.keys() - old.keys(),
+        "with other pixels, labels or captions of": changed,
+    }
     changes = [
         f"{kind} {list_names(sorted(map(documents.one_line, names)), 1)}" for kind, names in kinds.items() if names
     ]
