@@ -165,12 +165,13 @@ def test_images_are_whole_and_of_a_known_size(file, tmp_path):
     assert (np.array(images.read_image(tmp_path / "a.png")) == pixels).all() and images.read_image(
         tmp_path / "a.jpg"
     ).size == (4, 4)
-    Image.fromarray(pixels).save(tmp_path / "a.gif")
     Image.fromarray(pixels).save(tmp_path / "b.png", save_all=True, append_images=[Image.fromarray(255 - pixels)])
     whole = (tmp_path / "a.png").read_bytes()
     assert images.sides_of(tmp_path / "a.jpg") == (4, 4)
-    with pytest.raises(Refused, match="a.gif: not a complete image"):
-        images.sides_of(tmp_path / "a.gif")
+    for name in ("a.gif", "a.tif"):
+        Image.fromarray(pixels).save(tmp_path / name)
+        with pytest.raises(Refused, match=f"{name}: not a complete image"):
+            images.sides_of(tmp_path / name)
     for content, word in (
         ((tmp_path / "a.gif").read_bytes(), "neither a PNG nor a JPEG"),
         ((tmp_path / "b.png").read_bytes(), "file: it is an animation"),

@@ -532,7 +532,7 @@ class Pipeline:
         steps: int = 0,
         guidance: float = 0.0,
         projected: bool = False,
-    ) -> dict[str, Tensor] | dict[str, dict[str, Tensor]]:
+    ) -> dict[str, Any]:  # of tensors, or with `projected` of such dicts
         """The levels low, mid, high and highest [1, C, h, w] of a real image or, without one, of the image that a
         prompt gives: features, then maps by head and token. With `projected`, the projections of each decoder by label.
 

@@ -52,7 +52,7 @@ def decode_image(
             check_png(data)  # Pillow fills up one that was cut off near its end
         elif data.startswith(b"\xff\xd8"):
             _check_jpeg(data)
-        image = _open(io.BytesIO(data))
+        image = _open(io.BytesIO(data), may_be_tiff)
         if image.format == "TIFF" and image.info.get("compression") != "raw":
             raise ValueError("a TIFF with compression")
         width, height = image.size
@@ -82,13 +82,13 @@ def sides_of(path: Path) -> tuple[int, int]:
         raise Refused(f"{path}: not a complete image ({reason_of(error)})", GET_AGAIN) from error
 
 
-def _open(file: BinaryIO) -> ImageFile.ImageFile:
+def _open(file: BinaryIO, may_be_tiff: bool = False) -> ImageFile.ImageFile:
     """Not by Image.open: it warns of large images and refuses larger ones, by a limit that any program can change, and
     filters of warnings are those of all threads.
     """
     start = file.read(4)
     file.seek(0)
-    if start in TIFF:
+    if may_be_tiff and start in TIFF:
         return TiffImagePlugin.TiffImageFile(file)
     return PngImagePlugin.PngImageFile(file) if start == b"\x89PNG" else JpegImagePlugin.jpeg_factory(file)
 
