@@ -39,7 +39,8 @@ def describe(device: torch.device) -> dict[str, Any]:
     common["openmp"] = {name: os.environ[name] for name in OPENMP if name in os.environ}
     if device.type == "cpu":
         told = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-        name, clocks = f"{name_processor()}, {common['cores']} cores", re.findall(r"cpu MHz\s*: ([\d.]+)", told)
+        clocks, is_avx2 = re.findall(r"cpu MHz\s*: ([\d.]+)", told), torch.backends.cpu.get_cpu_capability() == "AVX2"
+        name = f"{name_processor()}{' @ AVX2' * is_avx2}, {common['cores']} cores"  # virtual ones share a name
         clock = {"cpu_mhz": round(max(map(float, clocks))) if clocks else None}  # of the fastest core right now
         return {"device": name, "driver": f"Linux {platform.release()}", "clocks": clock, **common}
     found = torch.cuda.get_device_properties(device)
