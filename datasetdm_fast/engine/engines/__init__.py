@@ -259,7 +259,7 @@ def check_known(
             )
         raise Missing(
             f"--task {label}: {holder} holds no decoder for it, only for {', '.join(labels)}",
-            "Name a folder that has one with --decoder, or drop the task.",
+            f"Name a folder that has one with --decoder, or write --task {','.join(labels)}.",
         )
     return labels if tasks is None else tasks
 
