@@ -28,8 +28,9 @@ def on_files(files: Files, config) -> Files:
     texts |= {"messages.md": messages_page(), "notebook.md": notebook_page(ROOT / "docs" / "tour.ipynb")}
     for name, text in texts.items():
         files.append(File.generated(config, name, content=text))
-    worker = (ROOT / "docs/site/iframe-worker.js").read_text(encoding="utf-8")
-    files.append(File.generated(config, "assets/iframe-worker.js", content=worker))
+    for name in ("iframe-worker.js", "wide.css"):
+        text = (ROOT / "docs" / "site" / name).read_text(encoding="utf-8")
+        files.append(File.generated(config, f"assets/{name}", content=text))
     for chart in sorted((ROOT / "bench" / "charts").glob("*.svg")):
         files.append(File.generated(config, f"charts/{chart.name}", content=chart.read_text(encoding="utf-8")))
     return files
