@@ -14,6 +14,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from runpy import run_path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import find_packages, setup
@@ -38,6 +39,7 @@ def date() -> int:
 
 
 DATE = date()
+CORES = run_path("datasetdm_fast/cores.py")["count_cores"]()  # for compilers; a container may have few of a machine's
 NO_FOLDERS = f"-ffile-prefix-map={Path.cwd()}=."  # wherever it is compiled, the same machine code and no path in it
 
 
@@ -91,11 +93,10 @@ class BuildWithCuda(build_ext):
     def build_extension(self, ext):
         nvcc, sources = find_nvcc(), sorted(Path("csrc").glob("*.cu"))
         of_cuda = f"{len(sources)} of CUDA by {nvcc}" if nvcc else "none of CUDA"
-        cores = os.cpu_count() or 1
-        print(f"compiling {len(ext.sources)} units of C++ and {of_cuda}, {cores} at a time", flush=True)
+        print(f"compiling {len(ext.sources)} units of C++ and {of_cuda}, {CORES} at a time", flush=True)
         if nvcc:
             ext.define_macros.append(("DATASETDM_WITH_CUDA", "1"))
-            with ThreadPoolExecutor(cores) as pool:
+            with ThreadPoolExecutor(CORES) as pool:
                 ext.extra_objects += pool.map(partial(self.compile_cuda, nvcc), sources)
             ext.library_dirs += library_folders(nvcc)
             ext.libraries += ["cudart_static", "rt", "dl", "pthread"]
@@ -154,7 +155,7 @@ def anonymous(entry: tarfile.TarInfo) -> tarfile.TarInfo:
     return entry
 
 
-ParallelCompile(default=0).install()  # as many compilers as cores
+ParallelCompile(default=CORES).install()
 
 setup(
     packages=packages(),

@@ -22,6 +22,7 @@ REASONS = {
     "the fault library is preloaded as Linux does it": "other systems than Linux",
     "memory is read from /proc": "the same",
     "descriptors are listed in /proc": "the same",
+    "only Linux keeps a process to some of the cores": "the same",
     "other systems keep the port of a server that has ended": "the same",
     "this Linux has no huge pages": "other systems than Linux, and Linux where they are switched off",
     "pyarrow is not installed": "platforms without it",

@@ -303,6 +303,16 @@ def test_the_date_of_a_build_is_a_number_or_the_usual_one(date, said):
     assert said in result.stderr and "Traceback" not in result.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux keeps a process to some of the cores")
+def test_a_build_starts_no_more_compilers_than_there_are_cores_for_it(tmp_path):
+    line = "taskset", "-c", str(min(os.sched_getaffinity(0))), sys.executable, "setup.py", "build_ext"
+    environment = {**os.environ, "DATASETDM_CUDA": "0", "CC": "false", "CXX": "false"}
+    result = subprocess.run(
+        [*line, "--build-temp", tmp_path], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode and "none of CUDA, 1 at a time" in result.stdout, result.stderr
+
+
 def build_sdist(sources):
     result = python("setup.py", "-q", "sdist", cwd=sources)
     assert result.returncode == 0, result.stderr
