@@ -70,10 +70,10 @@ RECIPES = {
         edits={
             "datasetdm_fast/training/readers/__init__.py": (
                 (
-                    "from datasetdm_fast.training.readers.run",
-                    "from datasetdm_fast.training.readers.pairs import Pairs\nfrom datasetdm_fast.training.readers.run",
+                    '    "hf": "datasetdm_fast.training.readers.hf:HuggingFace",\n',
+                    '    "hf": "datasetdm_fast.training.readers.hf:HuggingFace",\n'
+                    '    "pairs": "datasetdm_fast.training.readers.pairs:Pairs",\n',
                 ),
-                ('    "hf": HuggingFace,\n', '    "hf": HuggingFace,\n    "pairs": Pairs,\n'),
             )
         },
     ),

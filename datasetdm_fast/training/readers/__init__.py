@@ -10,50 +10,36 @@ from datasetdm_fast.disk import storage
 from datasetdm_fast.engine.pictures import reading
 from datasetdm_fast.engine.pictures.labelled import Labelled, LabelledSource
 from datasetdm_fast.errors import Missing, Refused, Unanswered, nearest
-from datasetdm_fast.plugins import Registry
+from datasetdm_fast.plugins import Registry, load_place
 from datasetdm_fast.runs.run_folder.shard_places import is_url
-from datasetdm_fast.training.readers.celebamask import CelebAMask
-from datasetdm_fast.training.readers.cityscapes import Cityscapes
-from datasetdm_fast.training.readers.coco import Coco, Lvis
-from datasetdm_fast.training.readers.cvat import Cvat
-from datasetdm_fast.training.readers.deepfashion import DeepFashion
 from datasetdm_fast.training.readers.demo import DemoWorld
-from datasetdm_fast.training.readers.depth import Kitti, Nyu, VirtualKitti
-from datasetdm_fast.training.readers.folder import PARTS, Folder
-from datasetdm_fast.training.readers.hf import HuggingFace
-from datasetdm_fast.training.readers.label_studio import LabelStudio
-from datasetdm_fast.training.readers.labelme import LabelMe
-from datasetdm_fast.training.readers.mask import Masks
-from datasetdm_fast.training.readers.run import RunSamples
-from datasetdm_fast.training.readers.supervisely import Supervisely
-from datasetdm_fast.training.readers.voc import Voc
-from datasetdm_fast.training.readers.yolo import Yolo
+from datasetdm_fast.training.readers.folder import PARTS
 from datasetdm_fast.training.truth.selection import EVERYTHING, PRESETS, DataSettings, Selection, select
 from datasetdm_fast.untrusted import documents
 
 __all__ = ["EVERYTHING", "PRESETS", "READERS", "DataSettings", "Labelled", "Selection", "LabelledSource", "open_data"]
 
-# kind -> reader(path, split, size, tasks)
+# kind -> reader(path, split, size, tasks), or its module:class
 OWN_READERS = {
     "demo": DemoWorld.read,
-    "run": RunSamples,
-    "voc": Voc,
-    "coco": Coco,
-    "lvis": Lvis,
-    "cityscapes": Cityscapes,
-    "nyu": Nyu,
-    "kitti": Kitti,
-    "vkitti2": VirtualKitti,
-    "deepfashion-mm": DeepFashion,
-    "celebamask-hq": CelebAMask,
-    "yolo-seg": Yolo,
-    "labelme": LabelMe,
-    "cvat": Cvat,
-    "supervisely": Supervisely,
-    "label-studio": LabelStudio,
-    "mask": Masks,
-    "folder": Folder,
-    "hf": HuggingFace,
+    "run": "datasetdm_fast.training.readers.run:RunSamples",
+    "voc": "datasetdm_fast.training.readers.voc:Voc",
+    "coco": "datasetdm_fast.training.readers.coco:Coco",
+    "lvis": "datasetdm_fast.training.readers.coco:Lvis",
+    "cityscapes": "datasetdm_fast.training.readers.cityscapes:Cityscapes",
+    "nyu": "datasetdm_fast.training.readers.depth:Nyu",
+    "kitti": "datasetdm_fast.training.readers.depth:Kitti",
+    "vkitti2": "datasetdm_fast.training.readers.depth:VirtualKitti",
+    "deepfashion-mm": "datasetdm_fast.training.readers.deepfashion:DeepFashion",
+    "celebamask-hq": "datasetdm_fast.training.readers.celebamask:CelebAMask",
+    "yolo-seg": "datasetdm_fast.training.readers.yolo:Yolo",
+    "labelme": "datasetdm_fast.training.readers.labelme:LabelMe",
+    "cvat": "datasetdm_fast.training.readers.cvat:Cvat",
+    "supervisely": "datasetdm_fast.training.readers.supervisely:Supervisely",
+    "label-studio": "datasetdm_fast.training.readers.label_studio:LabelStudio",
+    "mask": "datasetdm_fast.training.readers.mask:Masks",
+    "folder": "datasetdm_fast.training.readers.folder:Folder",
+    "hf": "datasetdm_fast.training.readers.hf:HuggingFace",
 }
 READERS = Registry("readers", OWN_READERS)
 FILE_KINDS = {"coco", "label-studio"}  # whose addresses may name a file of annotations
@@ -138,7 +124,9 @@ def open_data(
     kind, place, split = check_address(spec)
     try:
         requested = tasks if kind in READERS.others else (*tasks, *_tasks_of_same_truth(tasks))
-        source = READERS[kind](place, split or "train", size, tuple(requested))
+        entry = READERS[kind]
+        reader = load_place(entry) if isinstance(entry, str) else entry
+        source = reader(place, split or "train", size, tuple(requested))
         READERS.check_type(kind, source, LabelledSource)
     except (Missing, OSError) as error:
         cause = error.__cause__ if isinstance(error, Missing) else error
