@@ -74,13 +74,6 @@ def match(
     return [linear_sum_assignment(cost[b, :, : len(ids)]) for b, ids in enumerate(classes)]
 
 
-def _matched_rows(pairs: Sequence[tuple[np.ndarray, np.ndarray]], classes: Sequence[Tensor]) -> np.ndarray:
-    """[3, M] of each pair of a query and a target: image, query, and place of the target among those of all images."""
-    firsts = np.cumsum([0, *(len(ids) for ids in classes)])
-    rows = [(np.full_like(query, b), query, target + firsts[b]) for b, (query, target) in enumerate(pairs)]
-    return np.concatenate([np.stack(row) for row in rows], 1)
-
-
 @torch.no_grad()
 def uncertain_points(mask_logits: Tensor, places: Tensor, others: Tensor) -> Tensor:
     """[N, P, 2]: of `places` [N, 3P, 2] where masks [N, h, w] are least certain, then `others` (PointRend, 3.1)."""
@@ -113,8 +106,11 @@ def set_loss(
             for count, generator in zip(counts, generators, strict=True)
         ]
         pairs = match(class_logits, mask_logits, classes, masks, torch.cat([places for places, _, _ in each]))
-        # All three in one copy: every copy to a GPU costs as much as a kernel.
-        images, chosen, matched = to_device(torch.from_numpy(_matched_rows(pairs, classes)), class_targets.device)
+        firsts = np.cumsum([0, *map(len, classes)])
+        rows = [np.stack((np.full_like(query, b), query, place + firsts[b])) for b, (query, place) in enumerate(pairs)]
+        # Image, query, and place of the target among those of all images, in one copy: every copy to a GPU costs as
+        # much as a kernel.
+        images, chosen, matched = to_device(torch.from_numpy(np.concatenate(rows, 1)), class_targets.device)
         matched_masks = mask_logits[images, chosen]
         class_targets[images, chosen] = torch.cat(list(classes))[matched]
     weight = torch.ones(none + 1, device=class_logits.device)

@@ -51,10 +51,15 @@ def loss_of(
     if config.has_queries:
         layers = [outputs, *outputs.get("aux", ())]
         group = max(LOGITS_AT_ONCE // outputs["pred_masks"].numel(), 1)
-        total = sum(
-            _layers_loss(layers[k : k + group], truths, schedule.points, generators, totals)
-            for k in range(0, len(layers), group)
-        )
+        ids, shapes = zip(*truths)
+        total = 0
+        for k in range(0, len(layers), group):  # each group as one batch of as many times the images
+            group_layers, names = layers[k : k + group], ("pred_logits", "pred_masks")
+            logits, masks = (torch.cat([layer[name].float() for layer in group_layers]) for name in names)
+            copies = len(group_layers)
+            streams = [*generators] * copies
+            loss = losses.set_loss(logits, masks, ids * copies, shapes * copies, schedule.points, streams, totals)
+            total = total + loss
         return total / len(layers)
     if config.kind == "depth":
         metres = outputs["depth"][:, 0].float()
@@ -76,20 +81,6 @@ def loss_of(
 def _truth(targets: Sequence[TrainingTarget], name: str, device: torch.device) -> Tensor:
     """One fp32 field of all targets."""
     return to_device(torch.stack([getattr(target, name) for target in targets]), device)
-
-
-def _layers_loss(
-    layers: Sequence[Mapping],
-    truths: Sequence[tuple[Tensor, Tensor]],
-    points: int,
-    generators: Sequence[torch.Generator],
-    totals: losses.Totals,
-) -> Tensor:
-    """The sum of the set losses of some layers, computed as one batch of as many times the images."""
-    logits, masks = (torch.cat([layer[name].float() for layer in layers]) for name in ("pred_logits", "pred_masks"))
-    ids, shapes = zip(*truths)
-    copies = len(layers)
-    return losses.set_loss(logits, masks, ids * copies, shapes * copies, points, [*generators] * copies, totals)
 
 
 def sample_word(target: TrainingTarget, count: int, random: torch.Generator) -> int:
