@@ -189,10 +189,8 @@ class Rounded(TorchEngine):
         noise, sums = super().denoise_and_average(latents.to(self.dtype), timestep, rounded, class_rounded, sums)
         return noise.float(), sums
 
-    def decode_image(self, latents: Tensor) -> Tensor:
-        with torch.inference_mode():
-            decoded = self.reference.decode(latents.to(self.dtype)).float()
-        return ((decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255).to(torch.uint8)
+    def decode_and_check(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        return super().decode_and_check(latents.to(self.dtype))
 
 
 TINY = 1e-30

@@ -223,8 +223,13 @@ class ShardIndex:
 
     def renumber(self, by: int, run: str) -> ShardIndex:
         """The samples of a run as those of a merged one."""
-        places = {index + by: places for index, places in self.places.items()}
-        return ShardIndex({index + by: _renumber(row, index + by, run) for index, row in self.rows.items()}, places, by)
+        rows = {}
+        for index, row in self.rows.items():
+            id, new = row.request.id, f"{index + by:08d}"
+            files = {role: RowFile(name.replace(id, new), stored) for role, (name, stored) in row.files.items()}
+            recipe = {**row.recipe, "merged": {"run": run, "id": id}}
+            rows[index + by] = replace(row, request=replace(row.request, index=index + by), recipe=recipe, files=files)
+        return ShardIndex(rows, {index + by: places for index, places in self.places.items()}, by)
 
     @classmethod
     def decode(cls, content: bytes) -> ShardIndex:
@@ -246,14 +251,6 @@ class ShardIndex:
             outcome = (line["status"], line["reason"], decode_trust(trust))
             rows[request.index] = Row(request, dict(recipes[line["recipe"]]), stored, {}, *outcome)
         return cls(rows, places)
-
-
-def _renumber(row: Row, index: int, run: str) -> Row:
-    """The row of a sample of a run as one of a merged run."""
-    id = row.request.id
-    files = {role: RowFile(name.replace(id, f"{index:08d}"), stored) for role, (name, stored) in row.files.items()}
-    recipe = {**row.recipe, "merged": {"run": run, "id": id}}
-    return replace(row, request=replace(row.request, index=index), recipe=recipe, files=files)
 
 
 class ShardLedger:
