@@ -10,10 +10,7 @@ from datasetdm_fast.command_line.output import print_end, print_lines
 from datasetdm_fast.errors import Missing, Refused
 from datasetdm_fast.settings import ModelSettings, OutputSettings, setting
 
-EXAMPLES = (
-    "--model MODEL --decoder decoder --out graphs",
-    "--to tensorrt --precision fp16 --model MODEL --out plans",
-)
+EXAMPLES = ("--model MODEL --decoder decoder --out graphs", "--to tensorrt --precision fp16 --model MODEL --out plans")
 
 
 @dataclass(frozen=True)

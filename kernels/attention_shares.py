@@ -13,7 +13,7 @@ LOG2_E = 1.4426950408889634  # exp(x) = exp2(x * LOG2_E), and exp2 is one instru
 DEVICES = {"untuned": "fused"}
 BLOCKS = {
     "untuned": block_sizes("attention_shares", 8, bits=(16,), BLOCK_S=64, BLOCK_T=64, BLOCK_F=64)
-    | block_sizes("attention_shares", 8, bits=(32,), BLOCK_S=16, BLOCK_T=32, BLOCK_F=32),
+    | block_sizes("attention_shares", 8, bits=(32,), BLOCK_S=16, BLOCK_T=32, BLOCK_F=32)
 }
 
 

@@ -8,12 +8,7 @@ from itertools import islice
 from textwrap import shorten
 from typing import TYPE_CHECKING
 
-from datasetdm_fast.command_line.output import (
-    NOTHING_WRITTEN,
-    print_lines,
-    print_result,
-    print_unfinished,
-)
+from datasetdm_fast.command_line.output import NOTHING_WRITTEN, print_lines, print_result, print_unfinished
 from datasetdm_fast.disk.storage import free_bytes
 from datasetdm_fast.engine.labels import BACKGROUND
 from datasetdm_fast.engine.labels.class_tables import find_classes

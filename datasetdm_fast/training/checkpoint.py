@@ -48,8 +48,7 @@ def restoring(folder: Path) -> Iterator[None]:
     except (KeyError, RuntimeError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise Refused(
-            f"{folder / NAME}: not the state of this training ({first})",
-            "Delete it to train from the start.",
+            f"{folder / NAME}: not the state of this training ({first})", "Delete it to train from the start."
         ) from error
 
 

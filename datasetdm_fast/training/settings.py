@@ -91,10 +91,7 @@ class CacheSettings:
     """Where captures are kept."""
 
     cache: str = setting(
-        "auto",
-        "cache captures on disk: if they fit, always, or never",
-        choices=("auto", "disk", "off"),
-        identity=False,
+        "auto", "cache captures on disk: if they fit, always, or never", choices=("auto", "disk", "off"), identity=False
     )
     cache_dir: str = setting(
         "",
@@ -177,9 +174,7 @@ class TrainConfig(
     ).split()
 
     data: str = setting(
-        "demo:100",
-        "labelled images: KIND:PATH, KIND:PATH[SPLIT] or demo:COUNT@FIRST_SEED",
-        metavar="DATA",
+        "demo:100", "labelled images: KIND:PATH, KIND:PATH[SPLIT] or demo:COUNT@FIRST_SEED", metavar="DATA"
     )
     task: tuple[str, ...] = setting(
         ("semantic",),

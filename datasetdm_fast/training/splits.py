@@ -71,8 +71,7 @@ def split_folds(source: LabelledSource, numbers: Sequence[int], folds: int, seed
         min(parts, key=len).extend(members[group])
     if not all(parts):
         raise Refused(
-            f"--folds: {folds} folds of {count_noun(len(members), 'picture')}",
-            "Ask for no more folds than pictures.",
+            f"--folds: {folds} folds of {count_noun(len(members), 'picture')}", "Ask for no more folds than pictures."
         )
     return [sorted(fold) for fold in parts]
 

@@ -81,10 +81,7 @@ OURS = (
 def read_line(prog: str, script: str, description: str, flags: Sequence[Flag], arguments: Sequence[str]) -> Line:
     """The parsed command line of a script; unknown flags are refused."""
     parser = RefusingParser(
-        prog=f"{prog} {script}",
-        description=description,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
+        prog=f"{prog} {script}", description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS
     )
     for flag in flags:
         _add(parser, flag)

@@ -13,14 +13,7 @@ from PIL import Image
 
 from datasetdm_fast.config import ATTENTION, FROM_IMAGE, LABELLER_KINDS, LABELS, TASK_KINDS, UNDECODED
 from datasetdm_fast.data import IGNORE
-from datasetdm_fast.engine.labels.class_tables import (
-    BORDERS,
-    CUSTOM,
-    NOTHING,
-    OURS,
-    ClassTable,
-    builtin_table,
-)
+from datasetdm_fast.engine.labels.class_tables import BORDERS, CUSTOM, NOTHING, OURS, ClassTable, builtin_table
 from datasetdm_fast.errors import Refused, nearest
 from datasetdm_fast.plugins import PartTable
 from datasetdm_fast.untrusted import documents

@@ -436,12 +436,7 @@ def mirrored_text(text: str, classes: Sequence[str], table: ClassTable | None = 
 
 
 def replaced_text(
-    text: str,
-    name: str,
-    other: str,
-    classes: Sequence[str],
-    table: ClassTable | None = None,
-    place: int | None = None,
+    text: str, name: str, other: str, classes: Sequence[str], table: ClassTable | None = None, place: int | None = None
 ) -> str:
     """The text with `other` in place of a class it names ("an orange ball"), empty where it does not; of several
     things all, or the one at `place`, the first where there is none, beside what is left of those named with it.

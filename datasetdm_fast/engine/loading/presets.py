@@ -126,12 +126,7 @@ def load_random(name: str, size: int, backbone: Backbone | None = None) -> Model
 
 
 def preset(
-    name: str,
-    parts: Mapping[str, Mapping[str, Any]],
-    defaults: Defaults,
-    size: int,
-    seed: int,
-    backbone: Backbone = SD,
+    name: str, parts: Mapping[str, Mapping[str, Any]], defaults: Defaults, size: int, seed: int, backbone: Backbone = SD
 ) -> Model:
     """A model whose networks have these settings and seeded weights.
 

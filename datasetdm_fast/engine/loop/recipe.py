@@ -41,12 +41,7 @@ from datasetdm_fast.engine.loop.calls import (
     inner_calls,
     timesteps_of,
 )
-from datasetdm_fast.engine.loop.class_prompts import (
-    AttentionRecipe,
-    attention_recipe,
-    class_columns,
-    concept_places,
-)
+from datasetdm_fast.engine.loop.class_prompts import AttentionRecipe, attention_recipe, class_columns, concept_places
 from datasetdm_fast.engine.loop.combining import Combination, check_mask_words, parse_combinations
 from datasetdm_fast.engine.loop.prompts import Tokenizer, check_class_lengths, count_tokens, shorten
 from datasetdm_fast.errors import Refused, check_choice, nearest

@@ -103,10 +103,7 @@ def _find_known(run: Run, requested: Iterable[int], remedy: str) -> tuple[set[in
 
 
 def _replace_dropped(
-    run: Run,
-    shards: ShardLedger,
-    change: Callable[[frozenset[int]], frozenset[int]],
-    requested: Collection[int] | None,
+    run: Run, shards: ShardLedger, change: Callable[[frozenset[int]], frozenset[int]], requested: Collection[int] | None
 ) -> None:
     """Changes which samples of a run in shards are dropped, and updates distances."""
     with shards.hold():

@@ -21,12 +21,7 @@ from datasetdm_fast.engine.labels.depth import DEFAULT_UNIT, LARGEST_STEP, UNITS
 from datasetdm_fast.engine.labels.label_files import image_bytes
 from datasetdm_fast.engine.labels.pose import PERSON
 from datasetdm_fast.errors import GateFailed, Missing, Refused, Unanswered
-from datasetdm_fast.runs.exporting.classes import (
-    MOST_IN_A_MAP,
-    Classes,
-    class_names,
-    number_lookup,
-)
+from datasetdm_fast.runs.exporting.classes import MOST_IN_A_MAP, Classes, class_names, number_lookup
 from datasetdm_fast.runs.exporting.settings import LayoutSettings, PictureSettings
 from datasetdm_fast.runs.run_folder.corrections import Correction
 from datasetdm_fast.runs.run_folder.document import runs_of, sides, to_see_damage

@@ -42,10 +42,6 @@ class MmsegFormat(Format):
             for split in plan.splits
         }
         colours = [list(colour(k)) for k in range(len(names))]
-        values = {
-            "metainfo": {"classes": names, "palette": colours},
-            "num_classes": len(names),
-            "datasets": loaders,
-        }
+        values = {"metainfo": {"classes": names, "palette": colours}, "num_classes": len(names), "datasets": loaders}
         lines = [f"{name} = {pformat(value, width=WIDTH, sort_dicts=False)}\n" for name, value in values.items()]
         yield f"# {NOTE}\n{''.join(lines)}".encode()

@@ -17,14 +17,7 @@ from datasetdm_fast.engine.loop import prompts
 from datasetdm_fast.engine.loop.prompts import Plan, make_plan
 from datasetdm_fast.engine.loop.recipe import Recipe, label_tables, make_recipe, prompt_words
 from datasetdm_fast.errors import Missing, Refused
-from datasetdm_fast.runs.run_folder.document import (
-    FORMAT,
-    grows,
-    is_sharded,
-    most_samples,
-    row_facts,
-    shard_size,
-)
+from datasetdm_fast.runs.run_folder.document import FORMAT, grows, is_sharded, most_samples, row_facts, shard_size
 from datasetdm_fast.runs.run_folder.goal import check_scored, counts_by_class
 from datasetdm_fast.runs.run_settings import LabelSettings, RunSpec
 from datasetdm_fast.settings import EngineSettings, ModelSettings, SamplingSettings

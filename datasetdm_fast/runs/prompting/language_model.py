@@ -92,10 +92,7 @@ class Endpoint:
         """Status, headers and body of the reply."""
         body = {"model": self.model, "messages": [{"role": "user", "content": text}]}
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        async with (
-            self._open_client() as client,
-            client.stream("POST", self.url, json=body, headers=headers) as reply,
-        ):
+        async with self._open_client() as client, client.stream("POST", self.url, json=body, headers=headers) as reply:
             content = b""
             async for chunk in reply.aiter_bytes():
                 content += chunk

@@ -256,11 +256,7 @@ def _product_folders(document: Mapping[str, Any]) -> list[str]:
     labels = (*LABEL_KINDS, *document["config"]["task"])
     roles = list(dict.fromkeys(role for label in labels for role in kind_of(label).roles))
     folders = [f"{place}{role}" for place in ("", QUARANTINE) for role in ("images", *roles)]
-    return [
-        *folders,
-        *page_folders([role for role in roles if layer_with_picture(role)]),
-        "state",
-    ]
+    return [*folders, *page_folders([role for role in roles if layer_with_picture(role)]), "state"]
 
 
 def _check_strangers(folder: Path, folders: Iterable[str], known: set[str]) -> Iterator[Finding]:

@@ -239,12 +239,7 @@ def _shards(
 
 
 def _compute(
-    engine,
-    views: TrainingViews,
-    items: Sequence,
-    seeds: Sequence[int],
-    inversion: Inversion,
-    layout: Layout,
+    engine, views: TrainingViews, items: Sequence, seeds: Sequence[int], inversion: Inversion, layout: Layout
 ) -> np.ndarray:
     """[calls, views, values] fp16 of one image's views."""
     rows: list[np.ndarray] = []
