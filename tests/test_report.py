@@ -330,17 +330,28 @@ def test_unsteady_rows_stay_off_the_front_page(document):
     assert "swings" not in report.drawn(document)["peers"]["peers"]
 
 
-def test_a_race_whose_own_row_is_unsteady_is_shown_last_and_marked(document):
+def test_a_race_with_an_unsteady_row_is_shown_last_and_marked(document):
+    def row(peer, dtype, call, share, mib, **others):
+        figures = {"call_s": times(call), "share_of_products": share, "peak_mib": mib, "images_per_second": 1.0}
+        title = f"{peer}, one image at a time"
+        return {"peer": peer, "title": title, "dtype": dtype, "status": "ok", **figures, **others}
+
+    speedups = {"call_over": times(1.5, 1.4, 1.6), "ours_over": times(1.25, 1.2, 1.3)}
+    document["parts"]["peers"]["rows"] = [
+        row("ours", "fp32", 2.0, 0.8, 2048),
+        row("ours-bf16", "bf16", 1.0, 0.4, 1024),
+        row("OpenVINO", "fp32", 3.0, 0.5, 5120, **speedups, seconds_per_image=measure.spread([1.0, 1.0, 1.0])),
+        {"peer": "upstream", "status": "absent", "why": "no network"},
+    ]
+    document["machine"]["device"] = "A(R) Chip Processor @ 2.00GHz, 2 cores"
     swings = copy.deepcopy(document) | {"date": "2026-01-02"}
-    row = next(row for row in swings["parts"]["peers"]["rows"] if row["peer"] == "ours")
-    row |= {"seconds_per_image": measure.spread([1.0, 1.0, 1.2]), "title": "ours that swings"}
-    row |= {"attention": {"others": 0.0}}
-    swings["machine"]["device"] = "A(R) Chip Processor @ 2.00GHz, 2 cores"
+    swings["parts"]["peers"]["rows"][2] |= {"seconds_per_image": measure.spread([1.0, 1.0, 1.2])}
+    swings["parts"]["peers"]["rows"][2] |= {"attention": {"others": 0.0}}
     races = {f"{report.FULL_SIZE} 0": swings, f"{report.FULL_SIZE} 1": document}
-    head, shown, last = report.front(races, "charts").partition("| ours that swings (unsteady: spread 20 %) |")
-    assert "title of ours" in head and shown and "title of ours" not in last
-    assert head.endswith("\n| A Chip 2.00GHz ")
-    assert f"{document['date'][:10]} ({document['machine']['commit']}), 2026-01-02 (" in last
+    _, _, steady, unsteady, _, sources = report.front(races, "charts").splitlines()
+    figures = " | 2 (80 %) | OpenVINO 3 (50 %) | 2.0 : 5.0 GiB | 1.5× (1.4–1.6) | 1.25× (1.2–1.3) |"
+    assert (steady, unsteady) == (f"| A Chip 2.00GHz, fp32{figures}", f"| A Chip 2.00GHz, fp32 (unsteady){figures}")
+    assert f"{document['date'][:10]} ({document['machine']['commit']}), 2026-01-02 (" in sources
 
 
 def test_results_of_another_model_have_a_table_of_their_own(document):

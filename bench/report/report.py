@@ -28,7 +28,7 @@ from bench.report.results import (
     read,
     rows_of,
 )
-from bench.report.tables import Cells, Table, aligned, markdown, number, percent, unsteady
+from bench.report.tables import MOST_SPREAD, Cells, Table, aligned, markdown, number, percent, span, unsteady
 from bench.rows import MEASUREMENTS, whole_run
 from bench.rows.peers import ratios
 from bench.rows.race import ratio
@@ -59,14 +59,8 @@ NO_CLAIMS = "The claims have not been measured yet: `python -m bench claims`."
 FULL_SIZE = cpu_suite(FULL_SIZE_MODEL)
 FULL_SIZE_COLUMNS = ("method", "precision", "s/image", "s/UNet call", "share of peak", "memory", "load")
 FULL_SIZE_COLUMNS += ("our speed-up", "in a UNet call")
-FRONT_COLUMNS = {
-    "method": "method",
-    "precision": "precision",
-    "s/UNet call": "s/U-Net call",
-    "share of peak": "share of peak matmul throughput",
-    "memory": "memory",
-    "in a UNet call": "speed-up of datasetdm_fast",
-}
+FRONT_HEAD = ["CPU", "datasetdm_fast: s/U-Net call (share of peak)", "peer: s/U-Net call (share of peak)"]
+FRONT_HEAD += ["memory, ours : peer", "speed-up in a call", "speed-up of an image"]
 GPU_BEFORE = "gpu before"  # suites: earlier races on a GPU, the newest first
 NO_GPU = "No race of ours has been measured on a GPU yet."
 GPU_COLUMNS = ("method", "precision", "batch", "images/s", "share of peak", "memory", "J/image", "our speed-up")
@@ -325,25 +319,33 @@ def full_size(found: Documents, charts: str) -> str:
     return "\n\n".join(tables) or NO_FULL_SIZE
 
 
-def of_ours(document: Document) -> list[Mapping[str, Any]]:
-    return [row for row in rows_of(document, "peers") if row["peer"].startswith(OURS)]
-
-
 def front(found: Documents, charts: str) -> str:
-    """Our row and that of each peer at the size of Stable Diffusion 1.4, as README shows them; races whose own row
-    was unsteady come last.
+    """Each peer that raced at the size of Stable Diffusion 1.4 beside ours in its precision, as README shows them;
+    races of which a row is unsteady are marked, and come last.
     """
-    table, rows, sources = narrowed(MEASUREMENTS["peers"].tables[0], FRONT_COLUMNS), [], []
+    rows, sources = [], []
     races = [found[suite] for suite in found if suite.startswith(f"{FULL_SIZE} ")]
-    for document in sorted(races, key=lambda race: any(map(unsteady, of_ours(race)))):
-        racing = [row for row in rows_of(document, "peers") if row["status"] != "absent"]
-        head, lines = table.cells(racing)
+    for document in sorted(races, key=lambda race: any(map(unsteady, timed_rows(race)))):
         name, _, clock = document["machine"]["device"].replace("(R)", "").partition(" @ ")
-        device = " ".join(name.split()[:2]).strip(",") + f" {clock.partition(',')[0]}"
-        rows += [[device.strip(), *line] for line in lines]
+        device = f"{' '.join(name.split()[:2]).strip(',')} {clock.partition(',')[0]}".strip()
+        raced = [row for row in timed_rows(document) if "call_s" in row]
+        ours = {row["dtype"]: row for row in raced if row["peer"].startswith(OURS)}
+        peers = [row for row in raced if not row["peer"].startswith(OURS) and row["dtype"] in ours]
+        rows += [front_row(device, ours[peer["dtype"]], peer) for peer in peers]
         sources.append(f"{document['date'][:10]} ({document['machine']['commit']})")
-    made = f"`python -m bench sd14`: {', '.join(sources)}."
-    return f"{markdown((['CPU', *head], rows))}\n\n{made}" if rows else NO_FULL_SIZE
+    made = f"`python -m bench sd14`: {', '.join(sources)}. Peak is that of matrix products. Unsteady: "
+    made += f"the rounds of a row differed by over {percent(MOST_SPREAD)}."
+    return f"{markdown((FRONT_HEAD, rows))}\n\n{made}" if rows else NO_FULL_SIZE
+
+
+def front_row(device: str, ours: Mapping[str, Any], peer: Mapping[str, Any]) -> list[str]:
+    """What ours and a peer took for a U-Net call and an image, and how many times as fast ours was."""
+    mark = " (unsteady)" if unsteady(ours) or unsteady(peer) else ""
+    calls = [f"{number(row['call_s']['median'])} ({percent(row['share_of_products'])})" for row in (ours, peer)]
+    memory = f"{ours['peak_mib'] / 1024:.1f} : {peer['peak_mib'] / 1024:.1f} GiB"
+    title = peer["title"].partition(",")[0]
+    speedups = [span(peer[times], unit="×") for times in ("call_over", "ours_over")]
+    return [f"{device}, {ours['dtype']}{mark}", calls[0], f"{title} {calls[1]}", memory, *speedups]
 
 
 def gpu_front(found: Documents, charts: str) -> str:
@@ -352,14 +354,14 @@ def gpu_front(found: Documents, charts: str) -> str:
     """
     if "gpu" not in found:
         return NO_GPU
-    document, rows = found["gpu"], {row["peer"]: row for row in timed_on_gpu(found["gpu"])}
+    document, rows = found["gpu"], {row["peer"]: row for row in timed_rows(found["gpu"])}
     what = f"{document['setting']['model']}, {document['setting']['calls']} UNet calls an image with all labels"
     sources = [f"{what}, {card_line(document)}{run_line(rows.get(whole_run.PEER))}."]
     earlier = []
     for before in (found[suite] for suite in found if suite.startswith(f"{GPU_BEFORE} ")):
         if before["machine"]["device"] != document["machine"]["device"]:
             continue
-        others = [row for row in timed_on_gpu(before) if row["peer"] not in rows]
+        others = [row for row in timed_rows(before) if row["peer"] not in rows]
         rows |= {row["peer"]: row for row in others}
         titles = " and ".join(row["title"] for row in others)
         earlier += [f"{titles} ({before['machine']['commit']})"] if others else []
@@ -369,7 +371,7 @@ def gpu_front(found: Documents, charts: str) -> str:
     return markdown(table.cells(slowest_first)) + "\n\n" + " ".join(sources)
 
 
-def timed_on_gpu(document: Document) -> list[dict[str, Any]]:
+def timed_rows(document: Document) -> list[dict[str, Any]]:
     return [row for row in rows_of(document, "peers") if row["status"] == "ok" and "images_per_second" in row]
 
 
